@@ -1,0 +1,1 @@
+"""Benchmarks: one command each, ratios of one run, JSON and PNG in bench/out."""

@@ -1,0 +1,202 @@
+"""The claim scripts against a real server: order, shares, leases, attempts, odd messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from shiwu.contract import ATTEMPTS, CLAIMS, DELAYED, LEASES, Lane, done_key
+from shiwu_worker.job import Release
+from tests.integration.test_claim_properties import answer, make_claims, make_committer, message
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    """A client of the real server."""
+    with redis.Redis.from_url(redis_url) as connected:
+        yield connected
+
+
+def test_a_claim_is_recorded_under_a_lease(client: redis.Redis) -> None:
+    """A popped message is at once among the claims, with a lease of the asked length."""
+    client.lpush("shiwu.interactive", message("one"))
+    [job] = make_claims(client, "w", lease_s=15).claim(10)
+    assert (job.id, job.attempt, job.lane, job.raw) == ("one", 1, Lane.INTERACTIVE, message_of(client, "one"))
+    assert client.zscore(LEASES, "one") == pytest.approx(job.claimed_ms + 15_000, abs=2)
+    assert client.llen("shiwu.interactive") == 0
+
+
+def message_of(client: redis.Redis, job_id: str) -> bytes:
+    """The raw message as the claims keep it."""
+    record = client.hget(CLAIMS, job_id)
+    assert record is not None
+    return record.split(b"|", 3)[3]
+
+
+def test_interactive_goes_first_and_urgent_before_less_urgent(client: redis.Redis) -> None:
+    """Order of a claim: interactive by priority step, then bulk by priority step, each first in first out."""
+    keys = [*Lane.INTERACTIVE.keys, *Lane.BULK.keys]
+    for number, key in reversed(list(enumerate(keys))):
+        client.lpush(key, message(f"{number}-a"), message(f"{number}-b"))
+    jobs = make_claims(client, "w", bulk_share=0.0).claim(100)
+    assert [job.id for job in jobs] == [f"{number}-{x}" for number in range(8) for x in "ab"]
+
+
+def test_bulk_keeps_its_share_while_interactive_waits(client: redis.Redis) -> None:
+    """With a share of 0.1 a tenth of many small claims is bulk, although interactive never runs dry."""
+    client.lpush("shiwu.interactive", *[message(f"i{n}") for n in range(400)])
+    client.lpush("shiwu.bulk", *[message(f"b{n}", Lane.BULK) for n in range(400)])
+    claims = make_claims(client, "w", bulk_share=0.1)
+    jobs = [job for _ in range(100) for job in claims.claim(3)]
+    assert sum(job.lane is Lane.BULK for job in jobs) in range(27, 34)
+
+
+def test_a_dead_workers_job_comes_back_first_with_its_attempt_counted(client: redis.Redis) -> None:
+    """Any worker reaps an ended lease; the job is next in its lane and its attempt is 2."""
+    client.lpush("shiwu.bulk", message("old", Lane.BULK), message("new", Lane.BULK))
+    make_claims(client, "dead", lease_s=0.05).claim(1)
+    other = make_claims(client, "alive")
+    wait_until(lambda: other.tend().reaped == 1, timeout_s=5)
+    assert [(job.id, job.attempt) for job in other.claim(2)] == [("old", 2), ("new", 1)]
+
+
+def test_a_living_workers_lease_is_renewed(client: redis.Redis) -> None:
+    """A renewed lease does not end; renewing tells what is no longer ours."""
+    client.lpush("shiwu.bulk", message("mine"), message("lost"))
+    mine, other = make_claims(client, "mine", lease_s=30), make_claims(client, "other")
+    mine.claim(2)
+    before = client.zscore(LEASES, "mine")
+    make_committer(client, "other").commit([])
+    client.hset(CLAIMS, "lost", b"other|1|shiwu.bulk|raw")
+    assert mine.renew(["mine", "lost", "never"]) == ["lost", "never"]
+    assert client.zscore(LEASES, "mine") >= before
+    assert other.release([Release("mine")]) == 0, "only the owner may give a job back"
+
+
+def test_copies_of_an_id_are_dropped_at_claim(client: redis.Redis) -> None:
+    """Two copies in one claim, a copy of a claimed job and a copy of an answered one: one job in all."""
+    client.lpush("shiwu.bulk", message("same"), message("same"))
+    claims = make_claims(client, "w")
+    [job] = claims.claim(10)
+    client.lpush("shiwu.interactive", message("same"))
+    assert claims.claim(10) == []
+    make_committer(client, "w").commit([answer(job)])
+    client.lpush("shiwu.interactive", message("same"))
+    assert claims.claim(10) == []
+    assert client.hget("shiwu:counters", "copies_dropped") == b"3"
+
+
+def test_the_mark_outlives_a_deleted_answer(client: redis.Redis) -> None:
+    """A consumer that deletes the answer does not open the id for a second one."""
+    client.lpush("shiwu.bulk", message("x"))
+    claims = make_claims(client, "w")
+    committer = make_committer(client, "w")
+    [job] = claims.claim(1)
+    committer.commit([answer(job)])
+    client.delete("celery-task-meta-x")
+    assert make_committer(client, "other").commit([answer(job)]) == {"x"}
+    assert client.exists("celery-task-meta-x") == 0
+    assert client.ttl(done_key("x")) > 60
+
+
+def test_a_commit_tried_again_knows_its_own_answer(client: redis.Redis) -> None:
+    """The same commit twice (its first reply was lost) is no duplicate, and appends to the stream once."""
+    client.lpush("shiwu.bulk", message("x"))
+    [job] = make_claims(client, "w").claim(1)
+    committer = make_committer(client, "w")
+    assert committer.commit([answer(job)]) == set()
+    assert committer.commit([answer(job)]) == set()
+    assert client.xlen("shiwu:results") == 1
+
+
+def test_a_delayed_job_returns_when_its_time_has_come(client: redis.Redis) -> None:
+    """A delayed job is not in the lane, and comes back with its bytes and its attempts."""
+    client.lpush("shiwu.bulk", message("later", Lane.BULK))
+    claims = make_claims(client, "w")
+    [job] = claims.claim(1)
+    assert claims.release([Release("later", delay_s=0.2, counts=True)]) == 1
+    assert claims.claim(1) == []
+    assert claims.tend().promoted == 0
+    wait_until(lambda: claims.tend().promoted == 1, timeout_s=5)
+    [again] = claims.claim(1)
+    assert (again.raw, again.attempt) == (job.raw, 2)
+    assert client.zcard(DELAYED) == 0
+
+
+def test_a_release_that_does_not_count_keeps_the_attempt(client: redis.Redis) -> None:
+    """Jobs given back by a shutdown have not been tried."""
+    client.lpush("shiwu.bulk", message("x"))
+    claims = make_claims(client, "w")
+    claims.claim(1)
+    claims.release([Release("x")])
+    assert [job.attempt for job in claims.claim(1)] == [1]
+    assert client.hlen(ATTEMPTS) == 0
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"not json",
+        b"[]",
+        b"null",
+        b'{"headers":{}}',
+        b'{"headers":{"id":null}}',
+        b'{"headers":{"id":7}}',
+        b'{"headers":{"id":"a b"}}',
+        b'{"headers":{"id":"' + b"x" * 129 + b'"}}',
+        b'{"headers":{"id":"~trick"}}',
+        b"\xff\xfe\x00|pipes|and\nlines",
+        b"[" * 2000,
+    ],
+)
+def test_a_message_without_valid_id_is_still_in_somebodys_hands(client: redis.Redis, raw: bytes) -> None:
+    """Whatever lies in a lane is claimed under a digest, comes back unchanged, and can be buried."""
+    client.lpush("shiwu.bulk", raw)
+    claims = make_claims(client, "w")
+    [job] = claims.claim(1)
+    assert job.id.startswith("~")
+    claims.release([Release(job.id)])
+    [again] = claims.claim(1)
+    assert (again.id, again.raw) == (job.id, raw)
+
+
+def test_a_lane_key_of_a_wrong_type_holds_nobody_up(client: redis.Redis) -> None:
+    """A string where a list should be is passed over; the other keys are served."""
+    client.set("shiwu.interactive", "oops")
+    client.lpush("shiwu.bulk", message("x"))
+    assert [job.id for job in make_claims(client, "w").claim(5)] == ["x"]
+
+
+def test_wrong_types_in_our_own_keys_stop_the_claim_before_it_pops(client: redis.Redis) -> None:
+    """A script is not undone by Redis, so it must fail before it takes a message."""
+    client.set(CLAIMS, "oops")
+    client.lpush("shiwu.bulk", message("x"))
+    with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+        make_claims(client, "w").claim(5)
+    assert client.llen("shiwu.bulk") == 1
+
+
+def test_scripts_survive_a_flushed_script_cache(client: redis.Redis) -> None:
+    """SCRIPT FLUSH (or a fresh replica) costs one more round trip and nothing else."""
+    claims = make_claims(client, "w")
+    claims.claim(1)
+    client.script_flush()
+    client.lpush("shiwu.bulk", message("x"))
+    assert [job.id for job in claims.claim(1)] == ["x"]
+
+
+def test_the_result_is_celerys_json(client: redis.Redis) -> None:
+    """The stored value is what Celery's Redis backend writes."""
+    client.lpush("shiwu.bulk", message("x"))
+    [job] = make_claims(client, "w").claim(1)
+    make_committer(client, "w").commit([answer(job)])
+    meta = json.loads(client.get("celery-task-meta-x") or b"")
+    assert meta["status"] == "SUCCESS"
+    assert meta["result"]["status"] == "tagged"
+    assert meta["task_id"] == "x"
+    assert set(meta) == {"status", "result", "traceback", "children", "date_done", "task_id"}

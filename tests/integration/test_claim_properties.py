@@ -1,0 +1,129 @@
+"""Whatever workers do and however they die, every id is somewhere, and is answered once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import redis
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from shiwu.contract import CLAIMS, DELAYED, LEASES, PARKED, RESULT_STREAM, Answer, Lane, Request, Status, done_key
+from shiwu.message import build_message
+from shiwu_worker.job import Claimed, Finished, Release
+from shiwu_worker.stages.claim import Claims
+from shiwu_worker.stages.commit import Committer
+
+REQUEST = Request(image="s3://pictures/cat.jpg")
+LANES = [(lane, key) for lane in Lane for key in lane.keys]
+
+
+def message(job_id: str, lane: Lane = Lane.INTERACTIVE) -> bytes:
+    """A message of our own client."""
+    return build_message(REQUEST, job_id=job_id, lane=lane)
+
+
+def make_claims(client: redis.Redis, name: str, *, lease_s: float = 60.0, bulk_share: float = 0.1) -> Claims:
+    """One worker's claims."""
+    return Claims(client, token=name, worker=name, lease_s=lease_s, bulk_share=bulk_share)
+
+
+def make_committer(client: redis.Redis, name: str) -> Committer:
+    """One worker's committer."""
+    return Committer(client, token=name, result_ttl_s=60, done_ttl_s=120, stream_length=100_000, dead_length=1000)
+
+
+def answer(job: Claimed) -> Finished:
+    """The job's answer."""
+    return Finished(id=job.id, answer=Answer(id=job.id, status=Status.TAGGED, attempts=job.attempt))
+
+
+class Fleet(RuleBasedStateMachine):
+    """Two workers, one of which has leases that end at once, over one real server."""
+
+    client: redis.Redis
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.client.flushall()
+        self.workers = {"steady": make_claims(self.client, "steady"), "dying": make_claims(self.client, "dying", lease_s=0.0)}
+        self.committers = {name: make_committer(self.client, name) for name in self.workers}
+        self.hands: dict[str, list[Claimed]] = {name: [] for name in self.workers}
+        self.sent: set[str] = set()
+
+    @rule(number=st.integers(0, 30), where=st.sampled_from(LANES))
+    def enqueue(self, number: int, where: tuple[Lane, str]) -> None:
+        """Send a job, perhaps one that was sent or answered before."""
+        lane, key = where
+        self.client.lpush(key, message(f"job-{number}", lane))
+        self.sent.add(f"job-{number}")
+
+    @rule(who=st.sampled_from(["steady", "dying"]), limit=st.integers(1, 8))
+    def claim(self, who: str, limit: int) -> None:
+        """Take some jobs."""
+        jobs = self.workers[who].claim(limit)
+        assert len(jobs) <= limit
+        self.hands[who] += jobs
+
+    @rule(who=st.sampled_from(["steady", "dying"]), share=st.floats(0, 1))
+    def commit(self, who: str, share: float) -> None:
+        """Answer some of what this worker believes to hold."""
+        count = int(len(self.hands[who]) * share)
+        done, self.hands[who] = self.hands[who][:count], self.hands[who][count:]
+        self.committers[who].commit([answer(job) for job in done])
+
+    @rule(who=st.sampled_from(["steady", "dying"]), delay_s=st.sampled_from([0.0, 0.001]), counts=st.booleans())
+    def release(self, who: str, delay_s: float, counts: bool) -> None:
+        """Give everything back."""
+        self.workers[who].release([Release(job.id, delay_s=delay_s, counts=counts) for job in self.hands[who]])
+        self.hands[who] = []
+
+    @rule()
+    def renew(self) -> None:
+        """The steady worker renews what it believes to hold; what it lost it is told."""
+        lost = self.workers["steady"].renew([job.id for job in self.hands["steady"]])
+        assert set(lost) <= {job.id for job in self.hands["steady"]}
+
+    @rule()
+    def tend(self) -> None:
+        """Reap what the dying worker held; bring back what was delayed."""
+        self.workers["steady"].tend()
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        """Every id is in a lane, claimed under a lease, delayed, or answered."""
+        in_lanes = {
+            json.loads(raw)["headers"]["id"] for _, key in LANES for raw in self.client.lrange(key, 0, -1)
+        }
+        claimed = {key.decode() for key in self.client.hkeys(CLAIMS)}
+        leased = {key.decode() for key in self.client.zrange(LEASES, 0, -1)}
+        parked = {key.decode() for key in self.client.hkeys(PARKED)}
+        delayed = {key.decode() for key in self.client.zrange(DELAYED, 0, -1)}
+        assert claimed == leased
+        assert parked == delayed
+        answered = {job_id for job_id in self.sent if self.client.exists(done_key(job_id))}
+        assert self.sent == in_lanes | claimed | parked | answered
+
+    def teardown(self) -> None:
+        """A last worker answers what is left; then each id that was sent has exactly one answer."""
+        last = make_claims(self.client, "last")
+        for name in self.workers:
+            self.workers[name].release([Release(job.id) for job in self.hands[name]])
+        for _ in range(200):
+            last.tend()
+            jobs = last.claim(50)
+            make_committer(self.client, "last").commit([answer(job) for job in jobs])
+            if not jobs and not self.client.zcard(LEASES) and not self.client.zcard(DELAYED):
+                break
+        answered = [fields[b"id"].decode() for _, fields in self.client.xrange(RESULT_STREAM)]
+        assert sorted(answered) == sorted(self.sent)
+
+
+@pytest.mark.slow
+def test_every_id_is_somewhere_and_answered_once(redis_url: str) -> None:
+    """Random histories of two workers neither lose a job nor answer one twice."""
+    with redis.Redis.from_url(redis_url) as client:
+        Fleet.client = client
+        run_state_machine_as_test(Fleet, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))

@@ -1,0 +1,147 @@
+"""The Celery app: an ordinary Celery worker whose boot step runs the pipeline. Celery is imported here only.
+
+`celery -A shiwu_worker.app worker` claims from the lanes with the pipeline, not with Celery's consumer. What is left of
+that consumer listens on a queue of its own that nobody writes to, so a broker blip there never touches a job.
+"""
+
+from __future__ import annotations
+
+import signal
+import ssl
+from contextlib import ExitStack
+from functools import lru_cache
+from typing import Any, Final
+
+import structlog
+from celery import Celery, bootsteps
+from celery.signals import setup_logging
+from celery.worker import state
+from celery.worker.consumer import Consumer
+from kombu import Queue
+
+from shiwu.contract import TASK_NAME
+from shiwu_worker import logs
+from shiwu_worker.config import Settings
+from shiwu_worker.errors import FatalError
+from shiwu_worker.wiring import Service, open_service
+
+log: Any = structlog.get_logger()
+ADMIN_QUEUE: Final = "shiwu.admin"
+
+
+class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
+    """Celery's consumer without the parts by which workers talk to each other."""
+
+    class Blueprint(Consumer.Blueprint):  # type: ignore[misc]  # celery has no types
+        """The usual steps but gossip, mingle and heartbeats: each can block a worker when the broker is away."""
+
+        default_steps = [
+            step
+            for step in Consumer.Blueprint.default_steps
+            if step.rsplit(":", 1)[-1] not in {"Gossip", "Mingle", "Heart"}
+        ]
+
+
+class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
+    """Opens the service before Celery says ready, and drains it on shutdown.
+
+    A worker boot step and not a signal handler: Celery swallows what a handler raises, and would claim to be ready.
+    """
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **_: Any) -> None:
+        self._stack = ExitStack()
+        self._service: Service | None = None
+        self._fatal: FatalError | None = None
+
+    def start(self, worker: Any) -> None:
+        """Load, warm up, start claiming. A failure here ends the process with the error's exit code."""
+        settings = Settings()
+        try:
+            self._service = self._stack.enter_context(open_service(settings, on_fatal=self._end))
+        except FatalError as error:
+            log.error("not_started", exit_code=int(error.exit_code), reason=error.exit_code.name, error=str(error))
+            raise SystemExit(int(error.exit_code)) from error
+        log.info("ready", worker=settings.worker_name, after_s=self._service.ready_after_s)
+
+    def stop(self, worker: Any) -> None:
+        """Drain within the grace time; a second signal gives everything back at once."""
+        service, self._service = self._service, None
+        if service is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: service.hurry())
+        log.info("stopping", reason=self._fatal.exit_code.name if self._fatal else "asked to")
+        service.stop(grace_s=0.0 if self._fatal else Settings().grace_s)
+        self._stack.close()
+        log.info("stopped")
+
+    terminate = stop
+
+    def _end(self, error: FatalError) -> None:
+        """Make Celery's loop end the process with the error's exit code. Called from any thread."""
+        if self._fatal is None:
+            self._fatal = error
+            log.error("fatal", exit_code=int(error.exit_code), reason=error.exit_code.name, error=str(error))
+            state.should_stop = int(error.exit_code)
+
+
+def make_app(settings: Settings) -> Celery:
+    """The app with settings that can't take the pipeline down."""
+    url = settings.redis_url.get_secret_value()
+    app = Celery("shiwu", broker=url)
+    waits = {
+        "socket_timeout": settings.redis_timeout_s,
+        "socket_connect_timeout": settings.redis_timeout_s,
+        "socket_keepalive": True,
+        "health_check_interval": 30,
+    }
+    app.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        result_serializer="json",
+        event_serializer="json",
+        broker_transport_options=waits | {"priority_steps": [0]},
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_channel_error_retry=True,
+        broker_use_ssl={"ssl_cert_reqs": ssl.CERT_REQUIRED} if url.startswith("rediss:") else None,
+        task_default_queue=ADMIN_QUEUE,
+        task_queues=[Queue(ADMIN_QUEUE)],
+        task_create_missing_queues=False,
+        worker_consumer="shiwu_worker.app:AdminConsumer",
+        worker_pool="solo",
+        worker_concurrency=1,
+        worker_prefetch_multiplier=1,
+        worker_enable_remote_control=False,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+    )
+    app.steps["worker"].add(PipelineStep)
+
+    @app.task(name=TASK_NAME)  # type: ignore[untyped-decorator]  # celery has no types
+    def tag(image: str, **_: Any) -> None:
+        """Answered by the pipeline from the lanes; Celery itself never runs it."""
+        raise RuntimeError(f"expected {image!r} in a lane of shiwu, not in Celery's own queue")
+
+    return app
+
+
+@setup_logging.connect  # type: ignore[untyped-decorator]  # celery has no types
+def _logs(**_: Any) -> None:
+    settings = Settings()
+    logs.set_up(level=settings.log_level, form=settings.log_format)
+
+
+@lru_cache(maxsize=1)
+def _app() -> Celery:
+    return make_app(Settings())
+
+
+def __getattr__(name: str) -> Celery:
+    """`shiwu_worker.app.app`, where `celery -A` looks for it; the settings are read when it is first asked for."""
+    if name == "app":
+        return _app()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,115 @@
+"""Every knob of the worker: its environment name, unit, default and reason. `shiwu-worker --check` prints them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Names = Annotated[tuple[str, ...], NoDecode]
+Paths = Annotated[tuple[Path, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """Read once at start from `SHIWU_*`; nobody below `wiring` sees it. Lists are separated by commas."""
+
+    model_config = SettingsConfigDict(env_prefix="SHIWU_", frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    redis_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"), description="broker and results, one database, so that commit is one step"
+    )
+    redis_timeout_s: float = Field(5.0, gt=0, description="socket and connect time-out; no wait on Redis is longer")
+    worker_name: str = Field(
+        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}", description="stands in answers and logs"
+    )
+
+    model: str | None = Field(None, description="folder or hub id of a dual encoder; unset: the embedded pictogram model")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float16 on CUDA, bfloat16 on CPUs that have it, else float32"
+    )
+    torch_threads: int = Field(0, ge=0, description="threads of the model on a CPU; 0: one less than the cores, at least 1")
+    labels_dir: Path | None = Field(None, description="folder of label sets (*.yaml) beside the embedded ones")
+    default_labels: str = Field("six-zh", description="label set of requests that name none")
+    label_cache: int = Field(256, ge=1, description="label sets whose vectors are kept")
+
+    max_batch: int = Field(64, ge=1, le=512, description="largest batch; batch sizes are the powers of two up to it")
+    linger_ms: float = Field(0.0, ge=0, le=1000, description="how long a batch that is not full waits; 0: never")
+    slots: int = Field(0, ge=0, le=4096, description="pictures claimed and not yet encoded; 0: twice the batch + loading")
+    bulk_share: float = Field(0.1, ge=0, le=0.9, description="share that bulk keeps while interactive jobs wait")
+
+    lease_s: float = Field(15.0, ge=1, description="a dead worker's jobs are back in their lane after this")
+    max_attempts: int = Field(3, ge=1, description="tries of one job, over crashes and retries")
+    retry_first_s: float = Field(2.0, gt=0, description="delay after the first failed fetch; doubles, with jitter")
+    retry_longest_s: float = Field(60.0, gt=0, description="longest such delay")
+    grace_s: float = Field(20.0, ge=0, description="time to finish what is held after SIGTERM")
+
+    result_ttl_s: int = Field(86_400, ge=60, description="how long an answer can be read under its key")
+    done_ttl_s: int = Field(172_800, ge=60, description="how long an id counts as answered; longer than result_ttl_s")
+    stream_length: int = Field(100_000, ge=1000, description="about how many answers the results stream keeps")
+    dead_length: int = Field(10_000, ge=100, description="about how many dead letters are kept")
+
+    loaders: int = Field(0, ge=0, le=256, description="loader processes; 0: one for each core but one, at least 1")
+    loader_threads: int = Field(8, ge=1, le=64, description="pictures that one loader fetches and decodes at a time")
+    load_timeout_s: float = Field(30.0, gt=0, description="fetch and decode of one picture; then its loader is replaced")
+    fetch_timeout_s: float = Field(15.0, gt=0, description="whole fetch of one picture, with its quick retries")
+    connect_timeout_s: float = Field(3.0, gt=0, description="one connection attempt")
+    read_timeout_s: float = Field(10.0, gt=0, description="one silence of a server")
+    max_bytes: int = Field(20 * 1024 * 1024, ge=1024, description="largest picture file")
+    max_pixels: int = Field(50_000_000, ge=1, description="largest picture, width × height")
+    max_side: int = Field(16_384, ge=1, description="longest side in pixels")
+    formats: Names = Field(("JPEG", "PNG", "WEBP", "GIF", "AVIF"), description="may add BMP and TIFF")
+    exact_decode: bool = Field(False, description="never decode a JPEG at reduced size: slower, pixels as transformers'")
+    s3_endpoint_url: str | None = Field(None, description="S3-compatible store; unset: AWS")
+    s3_region: str | None = Field(None, description="unset: the usual AWS chain")
+    allow_hosts: Names = Field((), description="host[:port] that may be fetched although the address is not public")
+    allow_folders: Paths = Field((), description="folders that file:// may read; none by default")
+
+    ready_file: Path | None = Field(None, description="exists while the worker is warm and claims")
+    alive_file: Path | None = Field(None, description="touched every second while the pipeline makes progress")
+    stuck_s: float = Field(120.0, gt=0, description="without progress for this long the alive file is no longer touched")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="info writes one line per job")
+    log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: JSON unless on a terminal")
+
+    @field_validator("formats", "allow_hosts", "allow_folders", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Batch sizes that are run: powers of two below the largest batch, and that batch."""
+        sizes = []
+        size = 1
+        while size < self.max_batch:
+            sizes.append(size)
+            size *= 2
+        return (*sizes, self.max_batch)
+
+    @property
+    def loader_count(self) -> int:
+        """Loader processes to start."""
+        return self.loaders or max(1, len(os.sched_getaffinity(0)) - 1)
+
+    @property
+    def model_threads(self) -> int:
+        """Threads of the model on a CPU."""
+        return self.torch_threads or max(1, len(os.sched_getaffinity(0)) - 1)
+
+    @property
+    def slot_count(self) -> int:
+        """The batch on the device, the next one, and what is being loaded."""
+        return self.slots or 2 * self.max_batch + self.loader_count * self.loader_threads
+
+
+def shown(settings: Settings) -> dict[str, str]:
+    """The effective settings for people, without passwords."""
+    values = {name: str(getattr(settings, name)) for name in Settings.model_fields}
+    url = settings.redis_url.get_secret_value()
+    scheme, _, rest = url.rpartition("://")
+    values["redis_url"] = f"{scheme}://{rest.rpartition('@')[2]}"
+    return values

@@ -1,0 +1,59 @@
+"""The tree of fates: what an error says about the job it happened to.
+
+    JobError
+    ├── Rejected      the picture or the request can't be: answered at once, never retried
+    └── Unavailable   not now: given back with a delay, until the attempts are used up
+
+    FatalError        this process can't go on: jobs are released, the process exits with `exit_code`
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import ClassVar
+
+from shiwu.contract import ErrorCode, ErrorInfo, Stage
+
+
+class JobError(Exception):
+    """One job went wrong; the text says what was expected, what came and what to do."""
+
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, code: ErrorCode, message: str, *, stage: Stage | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.stage = stage
+
+    def info(self) -> ErrorInfo:
+        """The error as it stands in the answer."""
+        return ErrorInfo(code=self.code, message=str(self), stage=self.stage, retryable=self.retryable)
+
+
+class Rejected(JobError):
+    """Trying again would give the same error."""
+
+
+class Unavailable(JobError):
+    """Trying again later may succeed."""
+
+    retryable = True
+
+
+class ExitCode(IntEnum):
+    """Why a worker process ended. Named, so that an operator need not guess."""
+
+    OK = 0
+    CONFIG = 64  # a setting is missing or wrong
+    MODEL = 65  # the model did not load or did not warm up
+    LOADERS = 66  # loader processes can't be kept alive
+    DEVICE = 67  # the device context is corrupted
+    INTERNAL = 70  # a thread of the pipeline ended by a defect of ours
+
+
+class FatalError(Exception):
+    """The process can't go on. It releases its jobs and exits with `exit_code`."""
+
+    def __init__(self, exit_code: ExitCode, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

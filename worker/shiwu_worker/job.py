@@ -1,0 +1,189 @@
+"""One picture on its way: what is known of it so far, and the answer made from that.
+
+Also the other coins that pass between the rooms: what was claimed, what is given back, what is finished.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shiwu.contract import (
+    Answer,
+    ErrorCode,
+    ErrorInfo,
+    ImageInfo,
+    Lane,
+    ModelInfo,
+    Request,
+    RequestError,
+    Stage,
+    Status,
+    Tag,
+    parse_request,
+    without_query,
+)
+from shiwu.message import read_message
+from shiwu_worker.labels import LabelSet
+from shiwu_worker.timing import Moments
+
+_FAILED = {
+    ErrorCode.DECODER_CRASHED,
+    ErrorCode.DECODER_TIMEOUT,
+    ErrorCode.ENCODE_FAILED,
+    ErrorCode.SOURCE_UNAVAILABLE,
+    ErrorCode.ATTEMPTS_EXHAUSTED,
+}
+_DEAD = _FAILED | {ErrorCode.MALFORMED_MESSAGE, ErrorCode.MESSAGE_TOO_LARGE, ErrorCode.UNKNOWN_TASK, ErrorCode.INVALID_ID}
+_ENDINGS = {ErrorCode.EXPIRED: Status.EXPIRED, ErrorCode.CANCELLED: Status.CANCELLED}
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A message in our hands until its lease ends."""
+
+    id: str
+    """The job id, or `~` and a digest where the message has no valid one."""
+    attempt: int
+    """1 for the first try; counted by job id over crashes, retries and copies."""
+    lane: Lane
+    raw: bytes
+    claimed_ms: float
+    """Server time of the claim, in ms since 1970."""
+    claimed_s: float
+    """The same moment on this machine's monotonic clock (not earlier than the true one)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A job to give back. `delay_s` 0 puts it at the front of its lane."""
+
+    id: str
+    delay_s: float = 0.0
+    counts: bool = False
+    """Whether the try counts as an attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A job's answer on its way to Redis."""
+
+    id: str
+    answer: Answer
+    ignore_result: bool = False
+    dead_raw: bytes = b""
+    """The message, where it shall lie among the dead letters."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A claimed job between claim and commit. Only one stage holds it at a time."""
+
+    id: str
+    lane: Lane
+    attempt: int
+    raw: bytes
+    moments: Moments
+    request: Request | None = None
+    ignore_result: bool = False
+    due_s: float = 0.0
+    """Not before this moment of the monotonic clock (Celery's eta); 0 at once."""
+    expires_s: float | None = None
+    """Deadline on this machine's monotonic clock."""
+    slot: int = -1
+    image: ImageInfo | None = None
+    label_set: LabelSet | None = None
+    model: ModelInfo | None = None
+    tags: tuple[Tag, ...] | None = None
+    embedding: tuple[float, ...] | None = None
+    batch_size: int | None = None
+    scored_s: float = 0.0
+    """When the tags were made: the end of the time that the answer tells of."""
+    error: ErrorInfo | None = None
+    status: Status = Status.TAGGED
+    back: Release | None = None
+    """Set when the job goes back to Redis instead of being answered."""
+
+    def fail(self, error: ErrorInfo) -> None:
+        """End without tags; the status follows from the code."""
+        self.error = error
+        self.status = _ENDINGS.get(error.code) or (Status.FAILED if error.code in _FAILED else Status.REJECTED)
+
+    def expired(self, now_s: float) -> bool:
+        """Whether the deadline has passed; if so the job ends as `expired`."""
+        if self.expires_s is None or now_s < self.expires_s:
+            return False
+        self.fail(
+            ErrorInfo(
+                code=ErrorCode.EXPIRED,
+                message=f"the deadline passed {now_s - self.expires_s:.3f} s before the picture was encoded",
+                stage=Stage.BATCH if self.slot >= 0 else Stage.CLAIM,
+            )
+        )
+        return True
+
+    @property
+    def is_dead_letter(self) -> bool:
+        """Whether the message is kept among the dead letters."""
+        return self.error is not None and self.error.code in _DEAD
+
+    def finished(self, *, worker: str, until_s: float) -> Finished:
+        """The job as it goes to Redis."""
+        return Finished(
+            id=self.id,
+            answer=self.answer(worker=worker, until_s=until_s),
+            ignore_result=self.ignore_result,
+            dead_raw=self.raw if self.is_dead_letter else b"",
+        )
+
+    def answer(self, *, worker: str, until_s: float) -> Answer:
+        """The terminal result, with the time of every stage so far."""
+        image = self.image
+        if image is None and self.request is not None:
+            image = ImageInfo(reference=without_query(self.request.image))
+        return Answer(
+            id=self.id,
+            status=self.status,
+            image=image,
+            tags=self.tags,
+            labels=self.label_set.info if self.label_set else None,
+            model=self.model,
+            timing=self.moments.timing(until_s),
+            batch_size=self.batch_size,
+            attempts=self.attempt,
+            worker=worker,
+            lane=self.lane,
+            error=self.error,
+            metadata=self.request.metadata if self.request else None,
+            embedding=self.embedding,
+        )
+
+
+def open_job(claimed: Claimed) -> Job:
+    """Read a claimed message. A message that breaks the contract gives a job that has already failed."""
+    job = Job(
+        id=claimed.id,
+        lane=claimed.lane,
+        attempt=claimed.attempt,
+        raw=claimed.raw,
+        moments=Moments(claimed_s=claimed.claimed_s),
+    )
+    try:
+        envelope = read_message(claimed.raw)
+        job.ignore_result = envelope.ignore_result
+        if envelope.sent_ms is not None:
+            job.moments.queue_ms = max(0.0, round(claimed.claimed_ms - envelope.sent_ms, 3))
+        if envelope.canvas:
+            raise RequestError(
+                ErrorCode.UNSUPPORTED_CANVAS,
+                f"expected a message without {', '.join(envelope.canvas)}; this version answers single jobs and groups",
+            )
+        # Server times become local ones by the moment of the claim, which both clocks saw.
+        offset_s = claimed.claimed_s - claimed.claimed_ms / 1000
+        if envelope.expires_ms is not None:
+            job.expires_s = envelope.expires_ms / 1000 + offset_s
+        if envelope.eta_ms is not None:
+            job.due_s = envelope.eta_ms / 1000 + offset_s
+        job.request = parse_request(envelope.fields)
+    except RequestError as error:
+        job.fail(ErrorInfo(code=error.code, message=str(error), stage=Stage.CLAIM))
+    return job

@@ -1,0 +1,280 @@
+"""The way of a picture: claim → fetch → decode → batch → encode → score → commit.
+
+Read `Pipeline` from top to bottom: its methods stand in the order in which a job meets them. The stages are handed in
+by `wiring`; this room knows their verbs, not their libraries. `_held` knows every job between claim and commit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from redis import RedisError
+
+from shiwu.contract import ErrorCode, ErrorInfo, ImageInfo, Stage, without_query
+from shiwu_worker.errors import ExitCode, FatalError, Rejected
+from shiwu_worker.job import Job, Release, open_job
+
+if TYPE_CHECKING:
+    from numpy import float32, uint8
+    from numpy.typing import NDArray
+
+    from shiwu_worker.labels import LabelSet
+    from shiwu_worker.loaders import Loaded
+    from shiwu_worker.stages.batch import Batcher
+    from shiwu_worker.settle import Away
+    from shiwu_worker.stages.claim import Claims, Doorbell
+
+log: Any = structlog.get_logger()
+IDLE_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a pipeline may hold, and how patient it is."""
+
+    slots: int
+    max_attempts: int
+    retry_s: tuple[float, float] = (2.0, 60.0)
+    """First and longest delay of a job whose picture could not be fetched for the moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The verbs of the way."""
+
+    claims: Claims
+    doorbell: Doorbell
+    resolve: Callable[[Job], LabelSet]
+    load: Callable[[Sequence[tuple[int, Job]]], None]
+    batcher: Batcher[Job]
+    pixels: NDArray[uint8]
+    encode: Callable[[NDArray[uint8]], NDArray[float32]]
+    score: Callable[[Sequence[Job], NDArray[float32]], None]
+    is_fatal: Callable[[BaseException], bool]
+    settle: Callable[[list[Job]], None]
+    away: Away
+
+
+class Pipeline:
+    """Runs the stages from `start` to `stop`.
+
+    Args:
+        on_fatal: called, from any thread, when the process can't go on.
+    """
+
+    def __init__(
+        self, stages: Stages, limits: Limits, *, on_fatal: Callable[[FatalError], None]
+    ) -> None:
+        self._do = stages
+        self._limits = limits
+        self._on_fatal = on_fatal
+        self._held: dict[str, Job] = {}
+        self._loading: dict[int, Job] = {}
+        self._tickets = itertools.count(1)
+        self._free = list(range(limits.slots))
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._ended = threading.Event()
+        self._hurry = False
+        self.progress_s = time.monotonic()
+        """When jobs were last claimed, encoded or settled, or the lanes were found empty."""
+        self._threads = [
+            threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True)
+            for name, loop in (("claim", self._claim), ("encode", self._encode))
+        ]
+
+    # -------------------------------------------------------------------------------- claim
+    def _claim(self) -> None:
+        while not self._closing.is_set():
+            room = self._room()
+            if not room:
+                continue
+            try:
+                claimed = self._do.claims.claim(room)
+            except RedisError as error:
+                self._do.away.wait(error, self._closing)
+                continue
+            self._do.away.back()
+            self.progress_s = time.monotonic()
+            if claimed:
+                self._admit([open_job(one) for one in claimed if one.id not in self._held])
+            else:
+                self._do.doorbell.wait(IDLE_S)
+
+    def _admit(self, jobs: list[Job]) -> None:
+        """Send each new job to the loaders with a slot of its own, unless its fate is already known."""
+        now_s = time.monotonic()
+        loading = [job for job in jobs if self._acceptable(job, now_s)]
+        with self._changed:
+            self._held.update((job.id, job) for job in jobs)
+            for job in loading:
+                job.slot = self._free.pop()
+            tickets = [(next(self._tickets), job) for job in loading]
+            self._loading.update(tickets)
+        self._settle([job for job in jobs if job.slot < 0])
+        if tickets:
+            self._do.load(tickets)
+
+    def _acceptable(self, job: Job, now_s: float) -> bool:
+        if job.error is not None or job.expired(now_s):
+            return False
+        if job.due_s > now_s:
+            job.back = Release(job.id, delay_s=job.due_s - now_s)
+            return False
+        if job.attempt > self._limits.max_attempts:
+            text = f"given up after {job.attempt - 1} attempts: every worker that tried it died or lost its lease"
+            job.fail(ErrorInfo(code=ErrorCode.ATTEMPTS_EXHAUSTED, message=text, stage=Stage.CLAIM))
+            return False
+        try:
+            job.label_set = self._do.resolve(job)
+        except Rejected as error:
+            job.fail(error.info())
+            return False
+        return True
+
+    # -------------------------------------------------------------------------------- fetch, decode
+    def loaded(self, results: Sequence[Loaded]) -> None:
+        """Take what the loaders made: pixels in the job's slot, or the reason why there are none. Never blocks."""
+        ready, ended = [], []
+        for one in results:
+            with self._changed:
+                job = self._loading.pop(one.ticket, None)
+            if job is None or job.request is None:
+                continue
+            job.moments.fetch_from_s = one.started_s
+            job.moments.decode_from_s, job.moments.batch_from_s = one.fetched_s, one.decoded_s
+            job.image = ImageInfo(
+                reference=without_query(job.request.image),
+                format=one.format,
+                width=one.width,
+                height=one.height,
+                bytes=one.n_bytes,
+                sha256=one.sha256,
+            )
+            if one.error is None:
+                ready.append(job)
+                continue
+            if one.error.retryable and job.attempt < self._limits.max_attempts:
+                job.back = Release(job.id, delay_s=self._retry_delay_s(job.attempt), counts=True)
+            job.fail(one.error)
+            ended.append(job)
+        self._do.batcher.put(ready)
+        self._settle(ended)
+
+    # -------------------------------------------------------------------------------- batch, encode, score
+    def _encode(self) -> None:
+        while not self._ended.is_set():
+            batch = self._do.batcher.take(timeout_s=0.5)
+            now_s = time.monotonic()
+            live = [job for job in batch if not job.expired(now_s)]
+            if live:
+                self._encode_batch(live)
+            if batch:
+                self.progress_s = time.monotonic()
+                self._settle(batch)
+
+    def _encode_batch(self, jobs: Sequence[Job]) -> None:
+        """Give every job its tags. A batch that fails is halved until the guilty picture stands alone."""
+        started_s = time.monotonic()
+        try:
+            vectors = self._do.encode(self._do.pixels[[job.slot for job in jobs]])
+            encoded_s = time.monotonic()
+            for job in jobs:
+                job.moments.encode_from_s, job.moments.score_from_s = started_s, encoded_s
+                job.batch_size = len(jobs)
+            self._do.score(jobs, vectors)
+            scored_s = time.monotonic()
+            for job in jobs:
+                job.scored_s = scored_s
+        except Exception as error:  # noqa: BLE001 border: whatever one batch does, the others get their answers
+            if self._do.is_fatal(error):
+                raise FatalError(ExitCode.DEVICE, f"the device failed: {error}") from error
+            log.warning("batch_failed", size=len(jobs), error=str(error)[:300], kind=type(error).__name__)
+            if len(jobs) > 1:
+                half = len(jobs) // 2
+                self._encode_batch(jobs[:half])
+                self._encode_batch(jobs[half:])
+            else:
+                text = f"the model failed on this picture ({type(error).__name__}: {error!s:.200})"
+                jobs[0].fail(ErrorInfo(code=ErrorCode.ENCODE_FAILED, message=text, stage=Stage.ENCODE))
+
+    # -------------------------------------------------------------------------------- commit
+    def _settle(self, jobs: list[Job]) -> None:
+        """Free the slots of jobs whose fate is known, and hand them on to be answered or given back. Never blocks."""
+        if not jobs:
+            return
+        with self._changed:
+            self._free.extend(job.slot for job in jobs if job.slot >= 0)
+            self._changed.notify_all()
+        self._do.settle(jobs)
+
+    def settled(self, jobs: Sequence[Job]) -> None:
+        """Forget jobs that are out of our hands: Redis has their answers, or has them back."""
+        self.progress_s = time.monotonic()
+        with self._changed:
+            for job in jobs:
+                self._held.pop(job.id, None)
+            self._changed.notify_all()
+
+    # -------------------------------------------------------------------------------- from start to stop
+    def start(self) -> None:
+        """Start claiming. Everything handed in must be ready for work."""
+        for thread in self._threads:
+            thread.start()
+
+    def held(self) -> list[str]:
+        """Ids of the jobs between claim and commit, oldest first."""
+        with self._changed:
+            return list(self._held)
+
+    def stop(self, *, grace_s: float) -> list[Release]:
+        """Claim no more, finish what is held within `grace_s`, and return what must be given back.
+
+        The oldest job comes last, so that giving them back to the front of a lane in this order keeps the order.
+        """
+        self._closing.set()
+        self._do.doorbell.ring()
+        with self._changed:
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._held or self._hurry, grace_s)
+            left = [Release(job.id) for job in reversed(self._held.values())]
+        self._ended.set()
+        self._do.batcher.close()
+        for thread in self._threads:
+            thread.join(timeout=5.0)
+        return left
+
+    def hurry(self) -> None:
+        """End a running `stop` at once, whatever is left of its grace. Safe to call from a signal handler."""
+        self._hurry = True
+        self._closing.set()
+
+    def _room(self) -> int:
+        """Free slots, once there are enough for a claim to be worth a round trip; 0 when the wait was in vain."""
+        least = max(1, self._limits.slots // 4)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closing.is_set() or len(self._free) >= least or not self._held, IDLE_S
+            )
+            return 0 if self._closing.is_set() else len(self._free)
+
+    def _retry_delay_s(self, attempt: int) -> float:
+        first, longest = self._limits.retry_s
+        return min(longest, first * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 jitter, no secret
+
+    def _guard(self, loop: Callable[[], None]) -> None:
+        """A thread that ends by an error takes the process with it: half a pipeline is a black hole."""
+        try:
+            loop()
+        except FatalError as error:
+            self._on_fatal(error)
+        except Exception as error:  # noqa: BLE001 border: the last one of this thread
+            log.exception("thread_failed", thread=threading.current_thread().name)
+            self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))

@@ -1,0 +1,140 @@
+"""The one place where a job's fate is carried out: its answer is written, or it goes back to Redis.
+
+While Redis is away the answers are kept and tried again; nothing is forgotten as long as the process lives.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from redis import RedisError
+
+from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.job import Job, Release
+
+if TYPE_CHECKING:
+    from shiwu.contract import Answer
+    from shiwu_worker.stages.claim import Claims
+    from shiwu_worker.stages.commit import Committer
+
+log: Any = structlog.get_logger()
+MOST_AT_ONCE: Final = 512
+"""A batch of settled jobs is closed when it holds this many; the last list that enters it may exceed this."""
+
+
+class Away:
+    """Pauses between tries while Redis is away: growing, bounded, and said once in the log."""
+
+    def __init__(self, where: str, *, first_s: float = 0.1, longest_s: float = 5.0) -> None:
+        self._where = where
+        self._first_s = first_s
+        self._longest_s = longest_s
+        self._pause_s = 0.0
+        self._since_s = 0.0
+
+    def wait(self, error: RedisError, stop: threading.Event) -> None:
+        """Pause before the next try, or until `stop` is set."""
+        if not self._pause_s:
+            self._since_s = time.monotonic()
+            log.error("redis_away", where=self._where, kind=type(error).__name__, error=str(error)[:300])
+        self._pause_s = min(self._longest_s, self._pause_s * 2 or self._first_s)
+        stop.wait(self._pause_s)
+
+    def back(self) -> None:
+        """Say that a try succeeded."""
+        if self._pause_s:
+            log.info("redis_back", where=self._where, away_s=round(time.monotonic() - self._since_s, 3))
+            self._pause_s = 0.0
+
+
+class Settler:
+    """A thread that commits answers and gives jobs back, many in one step.
+
+    Args:
+        on_settled: told which jobs are out of our hands.
+        log_job: writes the one line of a job.
+        on_fatal: called when the thread ends by a defect.
+    """
+
+    def __init__(
+        self,
+        *,
+        committer: Committer,
+        claims: Claims,
+        worker: str,
+        on_settled: Callable[[Sequence[Job]], None],
+        log_job: Callable[[Answer, float, bool], None] | None,
+        on_fatal: Callable[[FatalError], None],
+    ) -> None:
+        self._committer = committer
+        self._claims = claims
+        self._worker = worker
+        self._on_settled = on_settled
+        self._log_job = log_job
+        self._on_fatal = on_fatal
+        self._waiting: queue.SimpleQueue[list[Job]] = queue.SimpleQueue()
+        self._away = Away("commit")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def put(self, jobs: list[Job]) -> None:
+        """Take jobs whose fate is known. Never blocks; bounded because claims are."""
+        self._waiting.put(jobs)
+
+    def close(self, *, timeout_s: float) -> bool:
+        """Settle what was put, for `timeout_s` at most; True when nothing is left."""
+        self._ended.set()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive() and self._waiting.empty()
+
+    def _run(self) -> None:
+        try:
+            while jobs := self._next():
+                self._settle(jobs)
+        except Exception as error:  # noqa: BLE001 border: the last one of this thread
+            log.exception("thread_failed", thread="commit")
+            self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
+
+    def _next(self) -> list[Job]:
+        """What waits, oldest first; empty when there is nothing more to come."""
+        jobs: list[Job] = []
+        while len(jobs) < MOST_AT_ONCE:
+            try:
+                jobs += self._waiting.get_nowait() if jobs else self._waiting.get(timeout=0.25)
+            except queue.Empty:
+                if jobs or self._ended.is_set():
+                    break
+        return jobs
+
+    def _settle(self, jobs: list[Job]) -> None:
+        now_s = time.monotonic()
+        answered = [job for job in jobs if job.back is None]
+        finished = [job.finished(worker=self._worker, until_s=job.scored_s or now_s) for job in answered]
+        releases: list[Release] = [job.back for job in jobs if job.back is not None]
+        while True:
+            started_s = time.monotonic()
+            try:
+                again = self._committer.commit(finished)
+                self._claims.release(releases)
+                break
+            except RedisError as error:
+                if self._ended.is_set():
+                    # The leases of these jobs end with us, and another worker answers them.
+                    log.error("answers_not_written", jobs=len(jobs), error=str(error)[:300])
+                    return
+                self._away.wait(error, self._ended)
+        self._away.back()
+        commit_s = time.monotonic() - started_s
+        self._on_settled(jobs)
+        if self._log_job is not None:
+            for item in finished:
+                self._log_job(item.answer, commit_s, item.id in again)

@@ -1,0 +1,85 @@
+"""Waiting pictures → one batch.
+
+There is no timer: when the device is free the next batch is whatever is ready, up to the cap, so batches grow by
+themselves behind a busy device and a lone picture never waits for company.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Generic, Protocol, TypeVar
+
+from shiwu.contract import Lane
+
+
+class _HasLane(Protocol):
+    @property
+    def lane(self) -> Lane: ...
+
+
+T = TypeVar("T", bound=_HasLane)
+
+
+class Batcher(Generic[T]):
+    """A two-lane waiting room. Thread-safe; holds no more than its users have claimed.
+
+    Args:
+        cap: largest batch.
+        bulk_share: share of a full batch that waiting bulk items get although interactive ones fill it.
+        linger_s: how long a batch that is not full waits for more; 0 sends what is there.
+    """
+
+    def __init__(self, *, cap: int, bulk_share: float, linger_s: float = 0.0) -> None:
+        self._cap = cap
+        self._bulk_least = int(cap * bulk_share)
+        self._linger_s = linger_s
+        self._interactive: deque[T] = deque()
+        self._bulk: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def put(self, items: Iterable[T]) -> None:
+        """Add items that are ready for the device."""
+        with self._changed:
+            for item in items:
+                (self._interactive if item.lane is Lane.INTERACTIVE else self._bulk).append(item)
+            self._changed.notify()
+
+    def take(self, timeout_s: float) -> list[T]:
+        """The next batch: interactive first, oldest first in each lane; empty when none came in time or on close."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._waiting(), timeout_s)
+            if self._linger_s and self._waiting():
+                full_at = time.monotonic() + self._linger_s
+                while not self._closed and self._waiting() < self._cap and (left := full_at - time.monotonic()) > 0:
+                    self._changed.wait(left)
+            least = min(self._bulk_least, len(self._bulk))
+            urgent = min(self._cap - least, len(self._interactive))
+            rest = min(self._cap - urgent, len(self._bulk))
+            return [self._interactive.popleft() for _ in range(urgent)] + [
+                self._bulk.popleft() for _ in range(rest)
+            ]
+
+    def drain(self) -> list[T]:
+        """Take everything that waits, of any number, without waiting."""
+        with self._changed:
+            items = [*self._interactive, *self._bulk]
+            self._interactive.clear()
+            self._bulk.clear()
+            return items
+
+    def close(self) -> None:
+        """Wake whoever waits; what is inside can still be taken."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _waiting(self) -> int:
+        return len(self._interactive) + len(self._bulk)
+
+    def __len__(self) -> int:
+        with self._changed:
+            return self._waiting()

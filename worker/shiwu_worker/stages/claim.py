@@ -1,0 +1,169 @@
+"""Redis lanes → jobs under lease.
+
+Every change of hands is one server-side script, so that a message is always in its lane, among the delayed, or claimed
+under a lease; it is never in no one's hands. Only the server's clock judges leases and delays.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Final
+
+import redis
+
+from shiwu.contract import (
+    ATTEMPTS,
+    CLAIMS,
+    COUNTERS,
+    DELAYED,
+    LEASES,
+    PARKED,
+    WORKERS,
+    Lane,
+    done_key,
+)
+from shiwu_worker.job import Claimed, Release
+
+MAX_CLAIM: Final = 1000
+"""Lua's stack holds about 8,000 values, and a claim unpacks two for each job."""
+_LANE_KEYS: Final = (*Lane.INTERACTIVE.keys, *Lane.BULK.keys)
+_LANES: Final = (Lane.INTERACTIVE,) * 4 + (Lane.BULK,) * 4
+
+
+@dataclass(frozen=True, slots=True)
+class Tended:
+    """What one round of looking after the others' jobs did."""
+
+    reaped: int
+    promoted: int
+
+
+class Claims:
+    """The claims of one worker. Thread-safe; every method is one round trip and raises redis.RedisError.
+
+    Args:
+        client: a client with socket time-outs and without `decode_responses`.
+        token: unique to this worker's life; only who holds a job's token may renew or release it.
+        bulk_share: share of the places that bulk gets although interactive jobs wait, 0 to 1.
+    """
+
+    def __init__(
+        self, client: redis.Redis, *, token: str, worker: str, lease_s: float, bulk_share: float
+    ) -> None:
+        self._token = token
+        self._worker = worker
+        self._lease_ms = int(lease_s * 1000)
+        self._bulk_share = bulk_share
+        self._bulk_owed = 0.0
+        self._claim = _script(client, "claim")
+        self._renew = _script(client, "renew")
+        self._tend = _script(client, "tend")
+        self._release = _script(client, "release")
+
+    def claim(self, limit: int) -> list[Claimed]:
+        """Take up to `limit` jobs, interactive first. Copies of answered or claimed jobs are dropped on the way."""
+        limit = min(limit, MAX_CLAIM)
+        # A debt from times without bulk must not later shut interactive jobs out: two claims' worth at most.
+        fair = limit * self._bulk_share
+        bulk_owed = min(self._bulk_owed + fair, max(1.0, 2 * fair))
+        reply: list[Any] = self._claim(
+            keys=[CLAIMS, LEASES, ATTEMPTS, COUNTERS, *_LANE_KEYS],
+            args=[self._token, limit, int(bulk_owed), self._lease_ms, done_key("")],
+        )
+        claimed_s = time.monotonic()
+        claimed_ms = float(reply[0])
+        jobs = [
+            Claimed(reply[i].decode(), reply[i + 1], _LANES[reply[i + 2] - 1], reply[i + 3], claimed_ms, claimed_s)
+            for i in range(1, len(reply), 4)
+        ]
+        if jobs:
+            self._bulk_owed = max(0.0, bulk_owed - sum(job.lane is Lane.BULK for job in jobs))
+        return jobs
+
+    def renew(self, ids: Sequence[str]) -> list[str]:
+        """Prolong the leases; return the ids that are no longer ours."""
+        if not ids:
+            return []
+        lost: list[bytes] = self._renew(keys=[CLAIMS, LEASES], args=[self._token, self._lease_ms, *ids])
+        return [job_id.decode() for job_id in lost]
+
+    def tend(self, *, most: int = 500) -> Tended:
+        """Put jobs of dead workers and jobs whose delay is over back to the front of their lanes."""
+        reaped, promoted = self._tend(
+            keys=[CLAIMS, LEASES, ATTEMPTS, DELAYED, PARKED, COUNTERS, WORKERS], args=[self._worker, most]
+        )
+        return Tended(reaped=reaped, promoted=promoted)
+
+    def release(self, releases: Sequence[Release]) -> int:
+        """Give jobs back; return how many were still ours. The last one given comes first in its lane."""
+        if not releases:
+            return 0
+        args: list[Any] = [self._token]
+        for item in releases:
+            args += [item.id, int(item.delay_s * 1000), int(item.counts)]
+        released: int = self._release(keys=[CLAIMS, LEASES, ATTEMPTS, DELAYED, PARKED], args=args)
+        return released
+
+
+class Doorbell:
+    """Wakes an idle worker when a message enters an empty lane.
+
+    `BLMOVE key key RIGHT RIGHT` waits without taking anything: it moves the oldest message to where it was. It watches
+    one key, so each of the lanes' keys has a thread of its own; they rest while the worker is busy.
+    """
+
+    def __init__(self, client: redis.Redis, *, block_s: float = 5.0) -> None:
+        self._client = client
+        self._block_s = block_s
+        self._idle = threading.Event()
+        self._rung = threading.Event()
+        self._closed = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._watch, args=(key,), name=f"doorbell-{i}", daemon=True)
+            for i, key in enumerate(_LANE_KEYS)
+        ]
+
+    def start(self) -> None:
+        """Start the watching threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until a lane holds a message (True), the time is over or `ring` was called (False)."""
+        self._rung.clear()
+        self._idle.set()
+        try:
+            return self._rung.wait(timeout_s)
+        finally:
+            self._idle.clear()
+
+    def ring(self) -> None:
+        """Wake the waiting thread."""
+        self._rung.set()
+
+    def close(self) -> None:
+        """Stop watching. Threads that are blocked on the server end with the process."""
+        self._closed.set()
+        self._idle.set()
+        self._rung.set()
+
+    def _watch(self, key: str) -> None:
+        while not self._closed.is_set():
+            if not self._idle.wait(1.0):
+                continue
+            try:
+                if self._client.blmove(key, key, timeout=self._block_s, src="RIGHT", dest="RIGHT") is not None:  # type: ignore[arg-type]  # the server takes fractions of a second
+                    self._rung.set()
+                    # The worker now claims; peeking again at once would only find the same message.
+                    self._closed.wait(0.005)
+            except redis.RedisError:
+                self._closed.wait(1.0)
+
+
+def _script(client: redis.Redis, name: str) -> Any:
+    source = files("shiwu_worker.stages").joinpath(f"scripts/{name}.lua").read_text(encoding="utf-8")
+    return client.register_script(source)

@@ -1,0 +1,27 @@
+-- Gives claimed jobs back: to the front of their lane, or to the delayed set.
+-- KEYS  claims, leases, attempts, delayed, parked
+-- ARGV  token, then for each job: id, delay in ms (0: at once), '1' if the attempt counts
+-- Reply how many were still this worker's to give
+local claims, leases, attempts, delayed, parked, token = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], ARGV[1]
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local released = 0
+for i = 2, #ARGV, 3 do
+  local id, delay = ARGV[i], tonumber(ARGV[i + 1])
+  local record = redis.call('HGET', claims, id)
+  local owner, attempt, lane, raw
+  if record then owner, attempt, lane, raw = string.match(record, '^([^|]*)|(%d+)|([^|]*)|(.*)$') end
+  if owner == token then
+    if delay > 0 then
+      redis.call('HSET', parked, id, lane .. '|' .. raw)
+      redis.call('ZADD', delayed, now + delay, id)
+    else
+      redis.call('RPUSH', lane, raw)
+    end
+    if ARGV[i + 2] == '1' then redis.call('HSET', attempts, id, attempt) end
+    redis.call('HDEL', claims, id)
+    redis.call('ZREM', leases, id)
+    released = released + 1
+  end
+end
+return released

@@ -1,0 +1,15 @@
+-- Prolongs the leases of jobs that this worker still holds.
+-- KEYS  claims, leases      ARGV  token, lease in ms, ids...      Reply the ids that it holds no longer
+local claims, leases, token = KEYS[1], KEYS[2], ARGV[1]
+local time = redis.call('TIME')
+local ends = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[2])
+local lost = {}
+for i = 3, #ARGV do
+  local record = redis.call('HGET', claims, ARGV[i])
+  if record and string.sub(record, 1, #token + 1) == token .. '|' then
+    redis.call('ZADD', leases, 'XX', ends, ARGV[i])
+  else
+    lost[#lost + 1] = ARGV[i]
+  end
+end
+return lost

@@ -1,0 +1,266 @@
+"""Builds every part, sink first, on one ExitStack; closing then follows the data. The only room that knows all others."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import redis
+import structlog
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from shiwu_worker.config import Settings
+from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.health import Health
+from shiwu_worker.heartbeat import Heartbeat
+from shiwu_worker.job import Job
+from shiwu_worker.labels import LabelBank, load_label_sets
+from shiwu_worker.loaders import LoaderOptions, LoaderPool, LoadTask
+from shiwu_worker.logs import job_logger
+from shiwu_worker.models import model_folder, model_name
+from shiwu_worker.pipeline import Limits, Pipeline, Stages
+from shiwu_worker.settle import Away, Settler
+from shiwu_worker.stages.batch import Batcher
+from shiwu_worker.stages.claim import Claims, Doorbell
+from shiwu_worker.stages.commit import Committer
+from shiwu_worker.stages.decode import ImageSpec, read_image_spec
+
+log: Any = structlog.get_logger()
+DOORBELL_S = 5.0
+START_S = 60.0
+
+
+class Service:
+    """A running worker: claims from `open_service` until `stop`."""
+
+    def __init__(self, *, pipeline: Pipeline, stop: Callable[[float], None], ready_after_s: float) -> None:
+        self._pipeline = pipeline
+        self._stop = stop
+        self.ready_after_s = ready_after_s
+
+    def stop(self, *, grace_s: float) -> None:
+        """Drain within the grace time and give back what is left. The first call counts."""
+        self._stop(grace_s)
+
+    def hurry(self) -> None:
+        """Give back at once; for a second signal."""
+        self._pipeline.hurry()
+
+
+def connect(settings: Settings, *, block_s: float = 0.0) -> redis.Redis:
+    """A client whose every wait is bounded. It never tries twice by itself: that is decided where the job's fate is."""
+    return redis.Redis.from_url(
+        settings.redis_url.get_secret_value(),
+        socket_timeout=settings.redis_timeout_s + block_s,
+        socket_connect_timeout=settings.redis_timeout_s,
+        socket_keepalive=True,
+        health_check_interval=0 if block_s else 30,
+        retry=Retry(NoBackoff(), 0),
+        client_name=f"shiwu-{settings.worker_name}".replace(" ", "-"),
+    )
+
+
+def open_labels(settings: Settings, encode_texts: Callable[[Sequence[str]], Any]) -> LabelBank:
+    """The label sets of the package and of the operator.
+
+    Raises:
+        FatalError: with ExitCode.CONFIG when a file is wrong or the default set is missing.
+    """
+    folders = [Path(__file__).parent / "label_sets", *([settings.labels_dir] if settings.labels_dir else [])]
+    try:
+        sets = load_label_sets(folders)
+    except ValueError as error:
+        raise FatalError(ExitCode.CONFIG, str(error)) from error
+    if settings.default_labels not in sets:
+        known = ", ".join(sorted(sets))
+        raise FatalError(
+            ExitCode.CONFIG, f"SHIWU_DEFAULT_LABELS: expected one of {known}, got {settings.default_labels!r}"
+        )
+    return LabelBank(
+        sets=sets, default=settings.default_labels, encode_texts=encode_texts, max_cached=settings.label_cache
+    )
+
+
+def loader_options(settings: Settings, spec: ImageSpec) -> LoaderOptions:
+    """What a loader process needs to know."""
+    return LoaderOptions(
+        spec=spec,
+        s3_endpoint_url=settings.s3_endpoint_url,
+        s3_region=settings.s3_region,
+        allow_hosts=settings.allow_hosts,
+        folders=settings.allow_folders,
+        max_bytes=settings.max_bytes,
+        max_pixels=settings.max_pixels,
+        max_side=settings.max_side,
+        formats=settings.formats,
+        exact=settings.exact_decode,
+        connect_timeout_s=settings.connect_timeout_s,
+        read_timeout_s=settings.read_timeout_s,
+        total_timeout_s=settings.fetch_timeout_s,
+    )
+
+
+def open_encoder(settings: Settings, folder: Path, spec: ImageSpec) -> Any:
+    """The model, loaded and warm.
+
+    Raises:
+        FatalError: with ExitCode.MODEL, whatever it was that failed.
+    """
+    try:
+        # Here and not above: loaders are spawned before torch comes into this process.
+        from shiwu_worker.stages.encode import Encoder  # noqa: PLC0415
+
+        encoder = Encoder(
+            folder=folder,
+            model_id=model_name(settings.model),
+            device=settings.device,
+            dtype=settings.dtype,
+            rungs=settings.rungs,
+            mean=spec.mean,
+            std=spec.std,
+            threads=settings.model_threads,
+        )
+        encoder.warm()
+    except Exception as error:  # border: any failure here means that this worker can't work
+        raise FatalError(ExitCode.MODEL, f"{type(error).__name__}: {error}") from error
+    return encoder
+
+
+@contextmanager
+def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) -> Iterator[Service]:
+    """Load the model, start all parts, claim; on leaving, stop in the direction of the data.
+
+    Raises:
+        FatalError: when a part can't start. Nothing has been claimed then.
+    """
+    began_s = time.monotonic()
+    token = secrets.token_hex(6)
+    with ExitStack() as stack:
+        client = connect(settings)
+        stack.callback(client.close)
+        bell_client = connect(settings, block_s=DOORBELL_S)
+        stack.callback(bell_client.close)
+        committer = Committer(
+            client,
+            token=token,
+            result_ttl_s=settings.result_ttl_s,
+            done_ttl_s=max(settings.done_ttl_s, settings.result_ttl_s),
+            stream_length=settings.stream_length,
+            dead_length=settings.dead_length,
+        )
+        claims = Claims(
+            client,
+            token=token,
+            worker=settings.worker_name,
+            lease_s=settings.lease_s,
+            bulk_share=settings.bulk_share,
+        )
+        health = Health(
+            ready_file=settings.ready_file, alive_file=settings.alive_file, stuck_s=settings.stuck_s
+        )
+        health.ready(is_ready=False)
+
+        folder = model_folder(settings.model)
+        spec = read_image_spec(folder)
+        loaders = LoaderPool(
+            processes=settings.loader_count,
+            threads=settings.loader_threads,
+            slots=settings.slot_count,
+            spec=spec,
+            options=loader_options(settings, spec),
+            task_timeout_s=settings.load_timeout_s,
+            on_loaded=lambda results: pipeline.loaded(results),
+            on_fatal=on_fatal,
+        )
+        loaders.start(START_S)
+        stack.callback(loaders.close, 5.0)
+
+        encoder = open_encoder(settings, folder, spec)
+        bank = open_labels(settings, encoder.encode_texts)
+        from shiwu_worker.stages.score import Scorer  # noqa: PLC0415
+
+        batcher: Batcher[Job] = Batcher(
+            cap=settings.max_batch, bulk_share=settings.bulk_share, linger_s=settings.linger_ms / 1000
+        )
+        settler = Settler(
+            committer=committer,
+            claims=claims,
+            worker=settings.worker_name,
+            on_settled=lambda jobs: pipeline.settled(jobs),
+            log_job=job_logger(level=settings.log_level),
+            on_fatal=on_fatal,
+        )
+        doorbell = Doorbell(bell_client, block_s=DOORBELL_S)
+        pipeline = Pipeline(
+            Stages(
+                claims=claims,
+                doorbell=doorbell,
+                resolve=lambda job: bank.resolve(
+                    job.request.labels if job.request else None, job.request.head if job.request else None
+                ),
+                load=lambda tickets: loaders.submit(
+                    [LoadTask(ticket=n, slot=job.slot, image=job.request.image) for n, job in tickets if job.request]
+                ),
+                batcher=batcher,
+                pixels=loaders.pixels,
+                encode=encoder.encode,
+                score=Scorer(
+                    vectors_of=bank.vectors, scale=encoder.scale, bias=encoder.bias, model=encoder.info
+                ).score,
+                is_fatal=encoder.is_broken,
+                settle=settler.put,
+                away=Away("claim"),
+            ),
+            Limits(
+                slots=settings.slot_count,
+                max_attempts=settings.max_attempts,
+                retry_s=(settings.retry_first_s, settings.retry_longest_s),
+            ),
+            on_fatal=on_fatal,
+        )
+        heartbeat = Heartbeat(
+            claims,
+            lease_s=settings.lease_s,
+            held=pipeline.held,
+            alive=health.alive_while(lambda: pipeline.progress_s, lambda: bool(pipeline.held())),
+            away=Away("heartbeat"),
+        )
+
+        def stop(grace_s: float) -> None:
+            """Intake first, leases last: whoever holds a job keeps its lease until it is answered or given back."""
+            health.ready(is_ready=False)
+            left = pipeline.stop(grace_s=grace_s)
+            doorbell.close()
+            try:
+                if left:
+                    log.info("gave_back", jobs=claims.release(left))
+            except redis.RedisError as error:
+                log.error("not_given_back", jobs=len(left), error=str(error)[:300])
+            settler.close(timeout_s=settings.redis_timeout_s * 2)
+            heartbeat.close()
+
+        once = _Once(stop)
+        stack.callback(once, settings.grace_s)
+        settler.start()
+        doorbell.start()
+        heartbeat.start()
+        pipeline.start()
+        health.ready(is_ready=True)
+        yield Service(pipeline=pipeline, stop=once, ready_after_s=round(time.monotonic() - began_s, 3))
+
+
+class _Once:
+    """A stop that two paths may ask for and one call carries out."""
+
+    def __init__(self, stop: Callable[[float], None]) -> None:
+        self._stop: Callable[[float], None] | None = stop
+
+    def __call__(self, grace_s: float) -> None:
+        stop, self._stop = self._stop, None
+        if stop is not None:
+            stop(grace_s)
