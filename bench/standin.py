@@ -117,7 +117,7 @@ def main() -> None:
         pause.wait(0.02)
     took_s = time.monotonic() - began_s
     answered = int(client.hget(COUNTERS, "answered") or 0)
-    print(json.dumps({"answered": answered, "seconds": took_s}))
+    print(json.dumps({"answered": answered, "seconds": took_s, "cpu_seconds": time.process_time()}))
     pipeline.stop(grace_s=1.0)
     settler.close(timeout_s=5.0)
 

@@ -34,6 +34,7 @@ MAX_TOP_K: Final = 1000
 MAX_MESSAGE_BYTES: Final = 256 * 1024
 ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$"
 _ID = re.compile(ID_PATTERN)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Stage(StrEnum):
@@ -131,33 +132,31 @@ def _check_reference(image: str) -> str:
 
 def reference_error(image: str) -> str | None:
     """Why `image` is no usable reference, or None. Looks at the text only, never at the network."""
-    shown = without_query(image)[:200]
     if len(image) > MAX_IMAGE_CHARS:
         return f"expected at most {MAX_IMAGE_CHARS} characters, got {len(image)}"
-    if any(ord(c) < 0x20 or ord(c) == 0x7F for c in image):
+    if _CONTROL.search(image):
         return "expected no control characters"
     try:
         parts = urlsplit(image)
-        host = parts.hostname
-        _ = parts.port
+        if parts.scheme == "s3":
+            ok, expected = bool(parts.netloc and parts.path.strip("/")), "s3://bucket/key with a bucket and a key"
+        elif parts.scheme in {"http", "https"}:
+            if "@" in parts.netloc:
+                return "expected a URL without user name and password"
+            ok, expected = bool(parts.hostname) and parts.port != 0, f"{parts.scheme}://host/path with a host name"
+        elif parts.scheme == "file":
+            ok, expected = parts.netloc in {"", "localhost"} and parts.path.startswith("/"), "file:///absolute/path"
+        else:
+            ok, expected = False, "s3://bucket/key, https://host/path, http:// or file://"
     except ValueError as error:
-        return f"expected a URL, got {shown!r}: {error}"
-    if parts.scheme not in {"s3", "https", "http", "file"}:
-        return f"expected s3://bucket/key, https://host/path, http:// or file://, got {shown!r}"
-    if parts.scheme == "s3" and not (parts.netloc and parts.path.strip("/")):
-        return f"expected s3://bucket/key with a bucket and a key, got {shown!r}"
-    if parts.scheme in {"http", "https"}:
-        if not host:
-            return f"expected a host name, got {shown!r}"
-        if parts.username is not None or parts.password is not None:
-            return "expected a URL without user name and password"
-    if parts.scheme == "file" and (parts.netloc not in {"", "localhost"} or not parts.path.startswith("/")):
-        return f"expected file:///absolute/path, got {shown!r}"
-    return None
+        ok, expected = False, f"a URL ({error})"
+    return None if ok else f"expected {expected}, got {without_query(image)[:200]!r}"
 
 
 def without_query(image: str) -> str:
     """The reference fit for logs and answers: no query, no fragment, no user info (they may hold signatures)."""
+    if not ("?" in image or "#" in image or "@" in image):
+        return image
     try:
         parts = urlsplit(image)
     except ValueError:

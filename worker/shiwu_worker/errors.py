@@ -40,6 +40,10 @@ class Unavailable(JobError):
     retryable = True
 
 
+class AddressRefused(Exception):
+    """The guard of addresses refused a host; only the log may say why."""
+
+
 class ExitCode(IntEnum):
     """Why a worker process ended. Named, so that an operator need not guess."""
 

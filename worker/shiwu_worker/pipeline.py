@@ -143,9 +143,9 @@ class Pipeline:
     def loaded(self, results: Sequence[Loaded]) -> None:
         """Take what the loaders made: pixels in the job's slot, or the reason why there are none. Never blocks."""
         ready, ended = [], []
-        for one in results:
-            with self._changed:
-                job = self._loading.pop(one.ticket, None)
+        with self._changed:
+            jobs = [self._loading.pop(one.ticket, None) for one in results]
+        for one, job in zip(results, jobs, strict=True):
             if job is None or job.request is None:
                 continue
             job.moments.fetch_from_s = one.started_s

@@ -24,22 +24,21 @@ class Moments:
 
     def timing(self, until_s: float) -> Timing:
         """The stages up to now. They follow each other without gaps, so they add up to `total`."""
-        borders = [
-            self.claimed_s,
+        from_s = self.claimed_s
+        stages = []
+        for moment in (
             self.fetch_from_s,
             self.decode_from_s,
             self.batch_from_s,
             self.encode_from_s,
             self.score_from_s,
-        ]
-        stages = [0.0] * 6
-        last, stage = borders[0], 0
-        for number, moment in enumerate(borders[1:], start=1):
-            if moment:
-                stages[stage] = max(0.0, round((moment - last) * 1000, 3))
-                last, stage = moment, number
-        stages[stage] = max(0.0, round((until_s - last) * 1000, 3))
-        claim, fetch, decode, batch, encode, score = stages
+        ):
+            # A stage that was never reached lends its place to the one before it, which lasts until now.
+            until = moment or until_s
+            stages.append(round((until - from_s) * 1000, 3) if until > from_s else 0.0)
+            from_s = max(from_s, until)
+        claim, fetch, decode, batch, encode = stages
+        score = round((until_s - from_s) * 1000, 3) if until_s > from_s else 0.0
         queue = self.queue_ms
         return Timing(
             queue=queue,
@@ -49,5 +48,5 @@ class Moments:
             batch=batch,
             encode=encode,
             score=score,
-            total=round((queue or 0.0) + sum(stages), 3),
+            total=round((queue or 0.0) + sum(stages) + score, 3),
         )

@@ -18,17 +18,17 @@ from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.health import Health
 from shiwu_worker.heartbeat import Heartbeat
+from shiwu_worker.image_spec import ImageSpec, read_image_spec
 from shiwu_worker.job import Job
 from shiwu_worker.labels import LabelBank, load_label_sets
 from shiwu_worker.loaders import LoaderOptions, LoaderPool, LoadTask
 from shiwu_worker.logs import job_logger
-from shiwu_worker.models import model_folder, model_name
+from shiwu_worker.models import model_folder, model_name, model_revision
 from shiwu_worker.pipeline import Limits, Pipeline, Stages
 from shiwu_worker.settle import Away, Settler
 from shiwu_worker.stages.batch import Batcher
 from shiwu_worker.stages.claim import Claims, Doorbell
 from shiwu_worker.stages.commit import Committer
-from shiwu_worker.stages.decode import ImageSpec, read_image_spec
 
 log: Any = structlog.get_logger()
 DOORBELL_S = 5.0
@@ -90,6 +90,8 @@ def loader_options(settings: Settings, spec: ImageSpec) -> LoaderOptions:
     """What a loader process needs to know."""
     return LoaderOptions(
         spec=spec,
+        slots=settings.slot_count,
+        threads=settings.loader_threads,
         s3_endpoint_url=settings.s3_endpoint_url,
         s3_region=settings.s3_region,
         allow_hosts=settings.allow_hosts,
@@ -118,6 +120,7 @@ def open_encoder(settings: Settings, folder: Path, spec: ImageSpec) -> Any:
         encoder = Encoder(
             folder=folder,
             model_id=model_name(settings.model),
+            revision=model_revision(folder),
             device=settings.device,
             dtype=settings.dtype,
             rungs=settings.rungs,
@@ -169,9 +172,6 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
         spec = read_image_spec(folder)
         loaders = LoaderPool(
             processes=settings.loader_count,
-            threads=settings.loader_threads,
-            slots=settings.slot_count,
-            spec=spec,
             options=loader_options(settings, spec),
             task_timeout_s=settings.load_timeout_s,
             on_loaded=lambda results: pipeline.loaded(results),
@@ -182,6 +182,7 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
 
         encoder = open_encoder(settings, folder, spec)
         bank = open_labels(settings, encoder.encode_texts)
+        bank.vectors(bank.resolve(None))
         from shiwu_worker.stages.score import Scorer  # noqa: PLC0415
 
         batcher: Batcher[Job] = Batcher(

@@ -1,0 +1,216 @@
+"""Real processes, each in a process group of its own, with its output in a file and a deadline on every wait."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final, Self
+
+from tests.support.waiting import wait_until
+
+LOOPBACK: Final = "127.0.0.1"
+ROOT: Final = Path(__file__).resolve().parents[2]
+
+
+class ServerError(RuntimeError):
+    """A process did not start, did not become ready or did not stop; the text ends with the tail of its log."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Different TCP ports of the loopback address that are free now. Somebody may take one before it is used."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind((LOOPBACK, 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process' environment without settings of shiwu, AWS, Celery or pytest, and without ways off this machine."""
+    dropped = ("SHIWU_", "AWS_", "CELERY_", "PYTEST_", "HF_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(dropped)}
+    return kept | {"AWS_EC2_METADATA_DISABLED": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | dict(extra)
+
+
+class Process:
+    """One command: `start`, `stop`, and everything it started is gone afterwards."""
+
+    def __init__(self, command: Sequence[str], *, name: str, folder: Path, env: Mapping[str, str]) -> None:
+        self.command = list(command)
+        self.name = name
+        self.folder = folder
+        self.log_path = folder / f"{name}.log"
+        self._env = dict(env)
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        """Start the command; return at once.
+
+        Raises:
+            ServerError: when it runs already.
+        """
+        if self.is_running:
+            raise ServerError(f"{self.name}: expected to be stopped, process {self.pid} runs")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log:
+            self._popen = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self
+
+    @property
+    def pid(self) -> int:
+        """The process id, which is also the id of its group."""
+        if self._popen is None:
+            raise ServerError(f"{self.name}: expected to be started")
+        return self._popen.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process itself lives."""
+        return self._popen is not None and self._popen.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit status, negative for a signal, None while it runs or before it was started."""
+        return None if self._popen is None else self._popen.poll()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process alone, not to its children; one that is gone gets none."""
+        if self._popen is not None:
+            self._popen.send_signal(number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM and return at once."""
+        self.signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL to the process alone and wait until it is gone."""
+        self.signal(signal.SIGKILL)
+        self.wait(timeout_s=10)
+
+    def pause(self) -> None:
+        """Stop the whole group as a hang would."""
+        os.killpg(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a paused group go on."""
+        os.killpg(self.pid, signal.SIGCONT)
+
+    def wait(self, *, timeout_s: float) -> int:
+        """Wait for the end and return the exit status.
+
+        Raises:
+            ServerError: when the process still runs after `timeout_s`.
+        """
+        if self._popen is None:
+            raise ServerError(f"{self.name}: expected to be started")
+        try:
+            return self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise self.error(f"expected to end within {timeout_s} s") from None
+
+    def stop(self, *, timeout_s: float = 30.0) -> int | None:
+        """SIGTERM, then SIGKILL to the whole group after `timeout_s`. Return the exit status; a second stop is harmless."""
+        if self._popen is None:
+            return None
+        if self.is_running:
+            self.resume()
+            self.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(timeout_s)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        return self._popen.wait(10)
+
+    def log_text(self) -> str:
+        """All output up to now."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace") if self.log_path.exists() else ""
+
+    def log_tail(self, *, lines: int = 30) -> str:
+        """The last lines of the output."""
+        return "\n".join(self.log_text().splitlines()[-lines:])
+
+    def error(self, what: str) -> ServerError:
+        """An error that says what was expected, how the process is, and what it said last."""
+        state = "it runs" if self.is_running else f"it ended with {self.exit_code}"
+        return ServerError(f"{self.name}: {what}, {state}; the end of {self.log_path}:\n{self.log_tail()}")
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class WorkerProcess(Process):
+    """A real `shiwu-worker`, or the same by `celery -A shiwu_worker.app worker`.
+
+    `settings` are the worker's own names without prefix: `WorkerProcess(..., lease_s=2, max_batch=8)`.
+    """
+
+    def __init__(
+        self,
+        *,
+        redis_url: str,
+        folder: Path,
+        name: str = "worker",
+        by_celery: bool = False,
+        env: Mapping[str, str] | None = None,
+        **settings: object,
+    ) -> None:
+        self.ready_file = folder / f"{name}.ready"
+        self.alive_file = folder / f"{name}.alive"
+        own = {
+            "SHIWU_REDIS_URL": redis_url,
+            "SHIWU_WORKER_NAME": name,
+            "SHIWU_READY_FILE": str(self.ready_file),
+            "SHIWU_ALIVE_FILE": str(self.alive_file),
+            "SHIWU_ALLOW_HOSTS": LOOPBACK,
+            "SHIWU_LOG_FORMAT": "json",
+        }
+        asked = {f"SHIWU_{key.upper()}": str(value) for key, value in settings.items()}
+        module = ["celery", "-A", "shiwu_worker.app", "worker"] if by_celery else ["shiwu_worker"]
+        super().__init__(
+            [sys.executable, "-m", *module],
+            name=name,
+            folder=folder,
+            env=clean_environment(own | (env or {}) | asked),
+        )
+
+    def start(self) -> Self:
+        """Start the worker; `wait_ready` says when it claims."""
+        self.ready_file.unlink(missing_ok=True)
+        return super().start()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the worker says that it is warm and claims."""
+        return self.is_running and self.ready_file.exists()
+
+    def wait_ready(self, *, timeout_s: float = 90.0) -> Self:
+        """Wait until the worker claims.
+
+        Raises:
+            ServerError: when it ended or is not ready in time.
+        """
+        what = f"expected to be ready within {timeout_s} s"
+        try:
+            wait_until(lambda: self.ready_file.exists() or not self.is_running, timeout_s=timeout_s, every_s=0.05)
+        except TimeoutError:
+            raise self.error(what) from None
+        if not self.is_ready:
+            raise self.error(what)
+        return self

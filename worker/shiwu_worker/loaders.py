@@ -1,0 +1,342 @@
+"""The processes that fetch and decode, seen from the worker.
+
+Loaders are started by exec, never import torch, and write pixels into shared memory. Frames between us are JSON. A
+loader that dies or hangs is replaced; the pictures it held are tried again alone, one at a time, so the guilty one
+convicts itself and its neighbours never notice.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from shiwu.contract import ErrorCode, ErrorInfo, Stage
+from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.image_spec import ImageSpec
+
+log: Any = structlog.get_logger()
+DEATHS_AT_START: Final = 5
+RESPAWN_S: Final = 0.2
+
+
+class _Frame(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class LoaderOptions(_Frame):
+    """What a loader process needs to know; its first frame."""
+
+    spec: ImageSpec
+    slots: int
+    threads: int
+    s3_endpoint_url: str | None
+    s3_region: str | None
+    allow_hosts: tuple[str, ...]
+    folders: tuple[Path, ...]
+    max_bytes: int
+    max_pixels: int
+    max_side: int
+    formats: tuple[str, ...]
+    exact: bool
+    connect_timeout_s: float
+    read_timeout_s: float
+    total_timeout_s: float
+
+
+class LoadTask(_Frame):
+    """One picture to load into one slot."""
+
+    ticket: int
+    slot: int
+    image: str
+
+
+class Loaded(_Frame):
+    """What became of a task. Times are monotonic seconds, one clock for all processes of a machine."""
+
+    ticket: int
+    slot: int
+    started_s: float
+    fetched_s: float
+    decoded_s: float
+    n_bytes: int | None = None
+    format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    sha256: str | None = None
+    error: ErrorInfo | None = None
+
+
+LOADED: Final = TypeAdapter(Loaded)
+_READY: Final = b"ready"
+
+
+@dataclass(eq=False)
+class _Loader:
+    """One process and what it holds."""
+
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    ready: bool = False
+    held: dict[int, tuple[LoadTask, float]] = field(default_factory=dict)
+    """ticket → task and the moment at which it was sent."""
+    alone: bool = False
+
+
+class LoaderPool:
+    """A fixed number of loaders, one thread that talks to them, and the pixels.
+
+    Args:
+        on_loaded: gets results, on the pool's thread; must not block.
+        on_fatal: called when loaders can't be kept alive.
+        task_timeout_s: fetch and decode of one picture; then its loader is killed and the picture tried alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        processes: int,
+        options: LoaderOptions,
+        task_timeout_s: float,
+        on_loaded: Callable[[list[Loaded]], None],
+        on_fatal: Callable[[FatalError], None],
+    ) -> None:
+        self._processes = processes
+        self._options = options
+        self._task_timeout_s = task_timeout_s
+        self._on_loaded = on_loaded
+        self._on_fatal = on_fatal
+        shape = (options.slots, options.spec.height, options.spec.width, 3)
+        size = math.prod(shape)
+        self._memory_fd = os.memfd_create("shiwu-pixels", os.MFD_CLOEXEC)
+        os.ftruncate(self._memory_fd, size)
+        self._memory = mmap.mmap(self._memory_fd, size)
+        self.pixels: NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8).reshape(shape)
+        self._waiting: deque[LoadTask] = deque()
+        self._suspects: deque[LoadTask] = deque()
+        self._tried_alone: set[int] = set()
+        self._loaders: list[_Loader] = []
+        self._lock = threading.Lock()
+        self._wake_r, self._wake_w = socket.socketpair()
+        self._wake_r.setblocking(False)
+        self._wake_w.setblocking(False)
+        self._closing = threading.Event()
+        self._all_ready = threading.Event()
+        self._deaths_at_start = 0
+        self._selector = selectors.DefaultSelector()
+        self._thread = threading.Thread(target=self._run, name="loaders", daemon=True)
+        self.restarts = 0
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the loaders."""
+        return [loader.process.pid for loader in list(self._loaders)]
+
+    def start(self, timeout_s: float) -> None:
+        """Start the processes and wait until each said that it is ready.
+
+        Raises:
+            FatalError: with ExitCode.LOADERS when they are not ready in time.
+        """
+        self._selector.register(self._wake_r, selectors.EVENT_READ, None)
+        for _ in range(self._processes):
+            self._spawn()
+        self._thread.start()
+        if not self._all_ready.wait(timeout_s) or self._closing.is_set():
+            self.close(1.0)
+            raise FatalError(ExitCode.LOADERS, f"expected {self._processes} loaders to be ready within {timeout_s:g} s")
+
+    def submit(self, tasks: Sequence[LoadTask]) -> None:
+        """Load these pictures. Never blocks; bounded because slots are. Thread-safe."""
+        with self._lock:
+            self._waiting.extend(tasks)
+        self._wake()
+
+    def close(self, timeout_s: float) -> None:
+        """End the processes; what they held is not reported."""
+        self._closing.set()
+        self._wake()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        for loader in self._loaders:
+            loader.connection.close()
+            loader.process.kill()
+            loader.process.wait(timeout_s)
+        self._loaders.clear()
+
+    # -------------------------------------------------------------------------------- the pool's thread
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._turn()
+        except Exception as error:  # noqa: BLE001 border: the last one of this thread
+            log.exception("thread_failed", thread="loaders")
+            self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
+
+    def _turn(self) -> None:
+        done: list[Loaded] = []
+        for key, _ in self._selector.select(timeout=0.25):
+            if key.data is None:
+                self._drain_wake()
+            else:
+                self._receive(key.data, done)
+        for loader in [one for one in self._loaders if one.process.poll() is not None]:
+            self._replace(loader, ErrorCode.DECODER_CRASHED, done)
+        late_s = time.monotonic() - self._task_timeout_s
+        for loader in list(self._loaders):
+            if any(sent_s < late_s for _, sent_s in loader.held.values()):
+                self._replace(loader, ErrorCode.DECODER_TIMEOUT, done)
+        if done:
+            self._on_loaded(done)
+        self._assign()
+
+    def _receive(self, loader: _Loader, done: list[Loaded]) -> None:
+        try:
+            while loader.connection.poll():
+                frame = loader.connection.recv_bytes(1 << 20)
+                if frame == _READY:
+                    loader.ready = True
+                    self._deaths_at_start = 0
+                    if all(one.ready for one in self._loaders):
+                        self._all_ready.set()
+                    continue
+                result = LOADED.validate_json(frame)
+                task, _ = loader.held.pop(result.ticket, (None, 0.0))
+                # A loader that decodes hostile bytes is not trusted with the choice of a slot.
+                if task is None or task.slot != result.slot:
+                    raise ValueError(f"unexpected ticket {result.ticket} or slot {result.slot}")
+                self._tried_alone.discard(result.ticket)
+                done.append(result)
+        except (EOFError, OSError):
+            # The process is gone or going; `poll` of the next turn sees it. Until then it must not spin.
+            self._selector.unregister(loader.connection)
+            loader.process.kill()
+            loader.process.wait(5.0)
+        except (ValidationError, ValueError) as error:
+            log.error("loader_confused", error=str(error)[:200])
+            loader.process.kill()
+            loader.process.wait(5.0)
+
+    def _assign(self) -> None:
+        for loader in self._loaders:
+            if not loader.ready:
+                continue
+            if self._suspects or loader.alone:
+                # One suspect at a time, in a loader that holds nothing else; the others go on with the rest.
+                if not loader.held and self._suspects and not any(one.alone and one.held for one in self._loaders):
+                    loader.alone = True
+                    self._send(loader, self._suspects.popleft())
+                elif not loader.held and not self._suspects:
+                    loader.alone = False
+                if loader.alone:
+                    continue
+                if self._suspects and loader is self._least_busy():
+                    continue  # runs empty, so that a suspect gets its turn
+            while len(loader.held) < self._options.threads:
+                with self._lock:
+                    task = self._waiting.popleft() if self._waiting else None
+                if task is None:
+                    break
+                if not self._send(loader, task):
+                    break
+
+    def _least_busy(self) -> _Loader:
+        return min(self._loaders, key=lambda one: len(one.held))
+
+    def _send(self, loader: _Loader, task: LoadTask) -> bool:
+        loader.held[task.ticket] = (task, time.monotonic())
+        if loader.alone:
+            self._tried_alone.add(task.ticket)
+        try:
+            loader.connection.send_bytes(task.model_dump_json().encode())
+        except OSError:
+            return False  # it died; its tasks, this one too, are taken back when `poll` sees it
+        return True
+
+    def _replace(self, loader: _Loader, code: ErrorCode, done: list[Loaded]) -> None:
+        """Bury a loader, judge what it held, and start another."""
+        loader.process.kill()
+        status = loader.process.wait(5.0)
+        if loader.connection in {key.fileobj for key in self._selector.get_map().values()}:
+            self._selector.unregister(loader.connection)
+        loader.connection.close()
+        self._loaders.remove(loader)
+        log.warning("loader_replaced", pid=loader.process.pid, status=status, held=len(loader.held), code=code.value)
+        for task, sent_s in loader.held.values():
+            if task.ticket in self._tried_alone:
+                self._tried_alone.discard(task.ticket)
+                done.append(_convicted(task, code, sent_s, status))
+            else:
+                self._suspects.append(task)
+        if not loader.ready:
+            self._deaths_at_start += 1
+            if self._deaths_at_start >= DEATHS_AT_START:
+                self._closing.set()
+                self._all_ready.set()
+                self._on_fatal(FatalError(ExitCode.LOADERS, f"loaders died {DEATHS_AT_START} times before they were ready"))
+                return
+            self._closing.wait(RESPAWN_S)
+        self.restarts += 1
+        self._spawn()
+
+    def _spawn(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "shiwu_worker.loader", str(theirs.fileno()), str(self._memory_fd)]
+            process = subprocess.Popen(
+                command,
+                pass_fds=(theirs.fileno(), self._memory_fd),
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C is the worker's to handle
+            )
+        connection = Connection(ours.detach())
+        connection.send_bytes(self._options.model_dump_json().encode())
+        loader = _Loader(process, connection)
+        self._loaders.append(loader)
+        self._selector.register(connection, selectors.EVENT_READ, loader)
+
+    def _wake(self) -> None:
+        try:
+            self._wake_w.send(b"\0")
+        except (BlockingIOError, OSError):
+            pass  # it is awake already, or closed
+
+    def _drain_wake(self) -> None:
+        try:
+            while self._wake_r.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+
+
+def _convicted(task: LoadTask, code: ErrorCode, sent_s: float, status: int) -> Loaded:
+    now_s = time.monotonic()
+    if code is ErrorCode.DECODER_TIMEOUT:
+        text = "the picture exceeded the time limit of fetch and decode twice, the second time alone"
+    else:
+        name = signal.Signals(-status).name if status < 0 else f"exit {status}"
+        text = f"the picture ended its loader twice, the second time alone ({name})"
+    error = ErrorInfo(code=code, message=text, stage=Stage.DECODE)
+    return Loaded(
+        ticket=task.ticket, slot=task.slot, started_s=sent_s, fetched_s=sent_s, decoded_s=now_s, error=error
+    )

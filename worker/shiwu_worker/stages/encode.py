@@ -1,0 +1,207 @@
+"""Batch → unit vectors, with any dual encoder of transformers.
+
+Batches have a few fixed sizes ("rungs"), padded up: each is warmed before the worker is ready, and in a fixed shape a
+picture gets the same vector whatever its neighbours are. After the projection everything is FP32.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from shiwu.contract import Head, ModelInfo
+
+TEXTS_AT_ONCE: Final = 128
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NonFiniteError(ValueError):
+    """The model gave NaN or infinity for these rows of the batch."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        super().__init__(f"expected finite vectors, got NaN or infinity in rows {list(rows)[:20]}")
+        self.rows = tuple(rows)
+
+
+def choose_device(asked: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU."""
+    if asked == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device(asked)
+
+
+def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """`auto` is float16 on CUDA, bfloat16 on CPUs that compute in it, else float32.
+
+    float16 on a CPU is several times slower than float32.
+    """
+    if asked != "auto":
+        return _DTYPES[asked]
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
+    except OSError:
+        return False
+    return " avx512_bf16" in flags or " amx_bf16" in flags
+
+
+class Encoder:
+    """A loaded model. Not thread-safe: one thread encodes.
+
+    Args:
+        folder: the checkpoint, in transformers' format.
+        rungs: batch sizes, ascending; the last is the largest batch.
+        mean, std: of the checkpoint's processor, for pixels of 0 to 1.
+        threads: of torch on a CPU; None leaves torch's own choice.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        model_id: str,
+        revision: str,
+        device: str = "auto",
+        dtype: str = "auto",
+        rungs: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
+        mean: Sequence[float],
+        std: Sequence[float],
+        threads: int | None = None,
+    ) -> None:
+        self._device = choose_device(device)
+        self._dtype = choose_dtype(dtype, self._device)
+        if threads and self._device.type == "cpu":
+            torch.set_num_threads(threads)
+        self._model = _load(folder).to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)  # noqa: FBT003 torch's own signature
+        self._tokenizer = _load_tokenizer(folder)
+        self.rungs = tuple(rungs)
+        # (x / 255 - mean) / std as one multiplication and one addition, in FP32.
+        self._gain = torch.tensor([1 / (255 * s) for s in std], device=self._device).view(1, 3, 1, 1)
+        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=self._device).view(1, 3, 1, 1)
+        self.info = ModelInfo(
+            id=model_id,
+            revision=revision,
+            dtype=str(self._dtype).removeprefix("torch."),
+            device=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type,
+        )
+        self.scale = math.exp(float(self._model.logit_scale))
+        bias = getattr(self._model, "logit_bias", None)
+        self.bias = None if bias is None else float(bias)
+        self.default_head: Head = "softmax" if bias is None else "sigmoid"
+        size = _image_size(self._model.config)
+        self._shape = (size, size, 3)
+        self._staging = torch.zeros((self.rungs[-1], *self._shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+
+    def warm(self) -> None:
+        """Run every rung once, largest first, so that no job pays for first calls.
+
+        Raises:
+            NonFiniteError: when this dtype overflows on this model.
+        """
+        for rung in reversed(self.rungs):
+            self.encode(np.full((rung, *self._shape), 127, np.uint8))
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Pictures uint8 (n, h, w, 3) → unit vectors float32 (n, d).
+
+        Raises:
+            ValueError: for a wrong shape or more pictures than the largest rung.
+            NonFiniteError: names the rows that are not finite.
+        """
+        count = len(pixels)
+        if pixels.shape[1:] != self._shape or pixels.dtype != np.uint8 or not 0 < count <= self.rungs[-1]:
+            raise ValueError(
+                f"expected uint8 (1..{self.rungs[-1]}, {', '.join(map(str, self._shape))}), got {pixels.dtype} {pixels.shape}"
+            )
+        rung = next(size for size in self.rungs if size >= count)
+        batch = self._staging[:rung]
+        batch[:count].copy_(torch.from_numpy(np.ascontiguousarray(pixels)))
+        batch[count:].zero_()
+        with torch.inference_mode():
+            raw = batch.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            ready = (raw.float() * self._gain + self._shift).to(self._dtype)
+            vectors = _unit(_pooled(self._model.get_image_features(pixel_values=ready)))[:count].cpu().numpy()
+        return _finite(vectors)
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """m texts → unit vectors float32 (m, d). Texts longer than the model's limit are cut, as the tokenizer does."""
+        parts = [self._encode_some(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
+        return np.concatenate(parts)
+
+    def _encode_some(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        config = self._model.config.text_config
+        fixed = config.model_type.startswith("siglip")  # SigLIP was trained with lower case and full padding
+        length = min(self._tokenizer.model_max_length, _text_length(config))
+        tokens = self._tokenizer(
+            [text.lower() for text in texts] if fixed else list(texts),
+            padding="max_length" if fixed else True,
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        ).to(self._device)
+        with torch.inference_mode():
+            return _finite(_unit(_pooled(self._model.get_text_features(**tokens))).cpu().numpy())
+
+    def is_broken(self, error: BaseException) -> bool:
+        """Whether the device's context is lost, so that no later batch can succeed in this process.
+
+        Out of memory is not that: it is an error of one batch.
+        """
+        if self._device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
+            return False
+        return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
+def _load(folder: Path) -> Any:
+    transformers_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers tells of defaults that it is about to change
+        return AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _image_size(config: Any) -> int:
+    size = config.vision_config.image_size
+    return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+def _text_length(config: Any) -> int:
+    # RoBERTa's position numbers begin after the padding index, which takes two places away.
+    places: int = config.max_position_embeddings
+    return places - 2 if "roberta" in config.model_type or config.model_type.startswith("altclip") else places
+
+
+def _pooled(output: Any) -> torch.Tensor:
+    # transformers 5 answers an object whose pooler_output is projected; before it was the tensor itself.
+    tensor: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
+    return tensor.float()
+
+
+def _unit(vectors: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def _finite(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if bad.size:
+        raise NonFiniteError(bad.tolist())
+    return vectors

@@ -1,0 +1,103 @@
+"""Vectors × labels → tags."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shiwu.contract import Head, ModelInfo, Tag
+from shiwu_worker.job import Job
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from shiwu_worker.labels import LabelSet
+
+
+def score(
+    vectors: NDArray[np.float32], labels: NDArray[np.float32], *, head: Head, scale: float, bias: float | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Compare unit vectors (n, d) with label vectors (m, d).
+
+    Returns:
+        Probabilities (n, m) and cosines (n, m), float32. softmax(scale · cosine) as CLIP, or
+        sigmoid(scale · cosine + bias) as SigLIP (Zhai et al. 2023, section 3).
+    """
+    cosines = vectors @ labels.T
+    logits = cosines * np.float32(scale) + np.float32(bias or 0.0)
+    if head == "sigmoid":
+        # The two forms of the function, each where its exponential can't overflow.
+        small = np.exp(-np.abs(logits))
+        return np.where(logits >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32), cosines
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True), cosines
+
+
+def top_tags(
+    probabilities: NDArray[np.float32],
+    cosines: NDArray[np.float32],
+    words: Sequence[str],
+    *,
+    top_k: int,
+    threshold: float,
+) -> tuple[Tag, ...]:
+    """The best labels of one picture, best first; equal scores keep the label set's order."""
+    best = np.argsort(-probabilities, kind="stable")[:top_k]
+    return tuple(
+        Tag(label=words[i], score=round(float(probabilities[i]), 6), cosine=round(float(cosines[i]), 6))
+        for i in best
+        if probabilities[i] >= threshold
+    )
+
+
+class Scorer:
+    """Gives the jobs of a batch their tags, with one matrix product for each label set among them."""
+
+    def __init__(
+        self,
+        *,
+        vectors_of: Callable[[LabelSet], NDArray[np.float32]],
+        scale: float,
+        bias: float | None,
+        model: ModelInfo,
+    ) -> None:
+        self._vectors_of = vectors_of
+        self._scale = scale
+        self._bias = bias
+        self._model = model
+
+    def score(self, jobs: Sequence[Job], vectors: NDArray[np.float32]) -> None:
+        """Row i of `vectors` (n, d) belongs to `jobs[i]`."""
+        if len(jobs) != len(vectors):
+            raise ValueError(f"expected {len(jobs)} vectors, one for each job, got {len(vectors)}")
+        groups: dict[str, list[int]] = defaultdict(list)
+        for row, job in enumerate(jobs):
+            if job.label_set is not None:
+                groups[job.label_set.info.digest].append(row)
+        for rows in groups.values():
+            self._score_group([jobs[row] for row in rows], vectors[rows])
+
+    def _score_group(self, jobs: Sequence[Job], vectors: NDArray[np.float32]) -> None:
+        label_set = jobs[0].label_set
+        if label_set is None:
+            return
+        labels = self._vectors_of(label_set)
+        probabilities, cosines = score(
+            vectors, labels, head=label_set.head, scale=self._scale, bias=self._bias
+        )
+        for i, job in enumerate(jobs):
+            job.model = self._model
+            want = job.request.want if job.request else ()
+            if job.request is not None and "tags" in want:
+                job.tags = top_tags(
+                    probabilities[i],
+                    cosines[i],
+                    label_set.words,
+                    top_k=job.request.top_k,
+                    threshold=job.request.threshold,
+                )
+            if "embedding" in want:
+                job.embedding = tuple(round(float(x), 6) for x in vectors[i])
