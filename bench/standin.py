@@ -1,7 +1,7 @@
 """shiwu's message path with a stand-in model: everything between Redis and Redis but loaders and torch.
 
-Run as a process: `python -m bench.standin --redis-url URL --jobs N --per-batch-ms B --per-picture-ms A`. It claims, admits,
-batches, "encodes" for A·n + B ms, scores, serialises real answers and commits them, until N jobs are answered.
+Run as a process: `python -m bench.standin --redis-url URL --jobs N --per-batch-ms B --per-picture-ms A`. It claims,
+admits, batches, "encodes" for A·n + B ms, scores, serialises real answers and commits them, until N are answered.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ MODEL = ModelInfo(id="stand-in", revision="0", dtype="none", device="none")
 TAGS = tuple(Tag(label=word, score=0.2, cosine=0.1) for word in ("动物", "人物", "交通工具", "食物", "建筑"))
 
 
-def build(url: str, *, slots: int, cap: int, per_picture_ms: float, per_batch_ms: float) -> tuple[Pipeline, Settler, Doorbell]:
+def build(
+    url: str, *, slots: int, cap: int, per_picture_ms: float, per_batch_ms: float
+) -> tuple[Pipeline, Settler, Doorbell]:
     """A pipeline whose loaders and model take no CPU of their own."""
     client = redis.Redis.from_url(url, socket_timeout=30)
     token = f"bench{os.getpid()}"
@@ -65,7 +67,7 @@ def build(url: str, *, slots: int, cap: int, per_picture_ms: float, per_batch_ms
         raise SystemExit(str(error))
 
     settler = Settler(
-        committer=committer, claims=claims, worker=token, on_settled=lambda jobs: pipeline.settled(jobs),
+        committer=committer, claims=claims, worker=token, on_settled=lambda jobs: pipeline.settled(jobs),  # noqa: PLW0108 bound late
         log_job=None, on_fatal=fatal,
     )  # fmt: skip
     doorbell = Doorbell(redis.Redis.from_url(url, socket_timeout=30))

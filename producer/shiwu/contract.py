@@ -139,13 +139,22 @@ def reference_error(image: str) -> str | None:
     try:
         parts = urlsplit(image)
         if parts.scheme == "s3":
-            ok, expected = bool(parts.netloc and parts.path.strip("/")), "s3://bucket/key with a bucket and a key"
+            ok, expected = (
+                bool(parts.netloc and parts.path.strip("/")),
+                "s3://bucket/key with a bucket and a key",
+            )
         elif parts.scheme in {"http", "https"}:
             if "@" in parts.netloc:
                 return "expected a URL without user name and password"
-            ok, expected = bool(parts.hostname) and parts.port != 0, f"{parts.scheme}://host/path with a host name"
+            ok, expected = (
+                bool(parts.hostname) and parts.port != 0,
+                f"{parts.scheme}://host/path with a host name",
+            )
         elif parts.scheme == "file":
-            ok, expected = parts.netloc in {"", "localhost"} and parts.path.startswith("/"), "file:///absolute/path"
+            ok, expected = (
+                parts.netloc in {"", "localhost"} and parts.path.startswith("/"),
+                "file:///absolute/path",
+            )
         else:
             ok, expected = False, "s3://bucket/key, https://host/path, http:// or file://"
     except ValueError as error:

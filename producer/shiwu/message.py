@@ -123,7 +123,9 @@ def read_message(raw: bytes) -> Envelope:
         headers = outer["headers"]
         task, job_id = headers["task"], headers["id"]
     except (ValueError, TypeError, KeyError) as error:
-        raise _malformed(f"expected a Celery message of protocol 2 as JSON ({type(error).__name__}: {error!s:.120})") from None
+        raise _malformed(
+            f"expected a Celery message of protocol 2 as JSON ({type(error).__name__}: {error!s:.120})"
+        ) from None
     job_id = check_id(job_id)
     if task != TASK_NAME:
         raise RequestError(ErrorCode.UNKNOWN_TASK, f"expected task {TASK_NAME!r}, got {task!r:.120}")
@@ -161,7 +163,9 @@ def _read_body(outer: dict[str, Any], headers: dict[str, Any]) -> tuple[list[Any
     except (ValueError, TypeError, KeyError, AttributeError, binascii.Error) as error:
         if isinstance(error, RequestError):
             raise
-        raise _malformed(f"expected a body of [args, kwargs, embed] as JSON ({type(error).__name__}: {error!s:.120})") from None
+        raise _malformed(
+            f"expected a body of [args, kwargs, embed] as JSON ({type(error).__name__}: {error!s:.120})"
+        ) from None
     if not (isinstance(args, list) and isinstance(kwargs, dict) and isinstance(embed, dict | None)):
         raise _malformed("expected a body of [list, object, object]")
     return args, kwargs, embed or {}
@@ -185,7 +189,8 @@ def _bind(args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Positional arguments in the order of the request's fields, as Python would bind them."""
     if len(args) > len(REQUEST_FIELDS):
         raise RequestError(
-            ErrorCode.INVALID_REQUEST, f"expected at most {len(REQUEST_FIELDS)} positional arguments, got {len(args)}"
+            ErrorCode.INVALID_REQUEST,
+            f"expected at most {len(REQUEST_FIELDS)} positional arguments, got {len(args)}",
         )
     fields = dict(zip(REQUEST_FIELDS, args, strict=False))
     if twice := fields.keys() & kwargs.keys():
@@ -218,7 +223,8 @@ def _malformed(message: str) -> RequestError:
 
 def _too_large(size: int) -> RequestError:
     return RequestError(
-        ErrorCode.MESSAGE_TOO_LARGE, f"expected a message of at most {MAX_MESSAGE_BYTES} bytes, got {size} or more"
+        ErrorCode.MESSAGE_TOO_LARGE,
+        f"expected a message of at most {MAX_MESSAGE_BYTES} bytes, got {size} or more",
     )
 
 

@@ -10,7 +10,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from shiwu.contract import CLAIMS, DELAYED, LEASES, PARKED, RESULT_STREAM, Answer, Lane, Request, Status, done_key
+from shiwu.contract import (
+    CLAIMS,
+    DELAYED,
+    LEASES,
+    PARKED,
+    RESULT_STREAM,
+    Answer,
+    Lane,
+    Request,
+    Status,
+    done_key,
+)
 from shiwu.message import build_message
 from shiwu_worker.job import Claimed, Finished, Release
 from shiwu_worker.stages.claim import Claims
@@ -48,7 +59,10 @@ class Fleet(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.client.flushall()
-        self.workers = {"steady": make_claims(self.client, "steady"), "dying": make_claims(self.client, "dying", lease_s=0.0)}
+        self.workers = {
+            "steady": make_claims(self.client, "steady"),
+            "dying": make_claims(self.client, "dying", lease_s=0.0),
+        }
         self.committers = {name: make_committer(self.client, name) for name in self.workers}
         self.hands: dict[str, list[Claimed]] = {name: [] for name in self.workers}
         self.sent: set[str] = set()
@@ -94,9 +108,7 @@ class Fleet(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost(self) -> None:
         """Every id is in a lane, claimed under a lease, delayed, or answered."""
-        in_lanes = {
-            json.loads(raw)["headers"]["id"] for _, key in LANES for raw in self.client.lrange(key, 0, -1)
-        }
+        in_lanes = {json.loads(raw)["headers"]["id"] for _, key in LANES for raw in self.client.lrange(key, 0, -1)}
         claimed = {key.decode() for key in self.client.hkeys(CLAIMS)}
         leased = {key.decode() for key in self.client.zrange(LEASES, 0, -1)}
         parked = {key.decode() for key in self.client.hkeys(PARKED)}

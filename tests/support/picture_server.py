@@ -52,12 +52,16 @@ class Reply:
     @classmethod
     def gzipped(cls, data: bytes) -> Self:
         """A body that is unpacked only by clients that trust Content-Encoding."""
-        return cls(body=gzip.compress(data), headers={"Content-Type": "image/jpeg", "Content-Encoding": "gzip"})
+        return cls(
+            body=gzip.compress(data), headers={"Content-Type": "image/jpeg", "Content-Encoding": "gzip"}
+        )
 
     @classmethod
     def cut(cls, data: bytes, *, missing_bytes: int = 100) -> Self:
         """A body that ends before its told length."""
-        return cls(body=data[:-missing_bytes], headers={"Content-Type": "image/jpeg"}, content_length=len(data))
+        return cls(
+            body=data[:-missing_bytes], headers={"Content-Type": "image/jpeg"}, content_length=len(data)
+        )
 
     def drip(self, *, chunk_bytes: int = 1, pause_s: float = 0.2) -> Self:
         """The same, a few bytes at a time."""
@@ -88,7 +92,10 @@ class PictureServer:
         """Listen on a free port."""
         self._server = _Server((LOOPBACK, 0), self)
         self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, name="picture-server", daemon=True
+            target=self._server.serve_forever,
+            kwargs={"poll_interval": 0.05},
+            name="picture-server",
+            daemon=True,
         )
         self._thread.start()
         return self
@@ -119,7 +126,7 @@ class PictureServer:
         return f"http://{self.host}{path}"
 
     def serve(self, path: str, *replies: Reply) -> str:
-        """Answer requests of `path` with these replies one after the other, the last one for ever. Return the URL."""
+        """Answer requests of `path` with these replies in turn, the last one for ever. Return the URL."""
         with self._lock:
             self._replies[path] = list(replies)
         return self.url(path)
@@ -174,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             pictures.done()
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 the name is the base class's
 
     def _send(self, reply: Reply) -> None:
         stopped = self.server.pictures.stopped

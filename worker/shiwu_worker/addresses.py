@@ -55,8 +55,7 @@ _EMBEDDING: Final = (
 )
 _GLOBAL_V6: Final = ipaddress.IPv6Network("2000::/3")
 _BLOCKED_V6: Final = tuple(
-    ipaddress.IPv6Network(network)
-    for network in ("2001::/23", "2001:db8::/32", "3fff::/20", "2620:4f:8000::/48")
+    ipaddress.IPv6Network(network) for network in ("2001::/23", "2001:db8::/32", "3fff::/20", "2620:4f:8000::/48")
 )
 
 

@@ -10,7 +10,7 @@ import signal
 import ssl
 from contextlib import ExitStack
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import structlog
 from celery import Celery, bootsteps
@@ -35,7 +35,7 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
     class Blueprint(Consumer.Blueprint):  # type: ignore[misc]  # celery has no types
         """The usual steps but gossip, mingle and heartbeats: each can block a worker when the broker is away."""
 
-        default_steps = [
+        default_steps: ClassVar[list[str]] = [
             step
             for step in Consumer.Blueprint.default_steps
             if step.rsplit(":", 1)[-1] not in {"Gossip", "Mingle", "Heart"}

@@ -20,26 +20,34 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SHIWU_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     redis_url: SecretStr = Field(
-        SecretStr("redis://127.0.0.1:6379/0"), description="broker and results, one database, so that commit is one step"
+        SecretStr("redis://127.0.0.1:6379/0"),
+        description="broker and results, one database, so that commit is one step",
     )
     redis_timeout_s: float = Field(5.0, gt=0, description="socket and connect time-out; no wait on Redis is longer")
     worker_name: str = Field(
-        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}", description="stands in answers and logs"
+        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}",
+        description="stands in answers and logs",
     )
 
-    model: str | None = Field(None, description="folder or hub id of a dual encoder; unset: the embedded pictogram model")
+    model: str | None = Field(
+        None, description="folder or hub id of a dual encoder; unset: the embedded pictogram model"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float16 on CUDA, bfloat16 on CPUs that have it, else float32"
     )
-    torch_threads: int = Field(0, ge=0, description="threads of the model on a CPU; 0: one less than the cores, at least 1")
+    torch_threads: int = Field(
+        0, ge=0, description="threads of the model on a CPU; 0: one less than the cores, at least 1"
+    )
     labels_dir: Path | None = Field(None, description="folder of label sets (*.yaml) beside the embedded ones")
     default_labels: str = Field("six-zh", description="label set of requests that name none")
     label_cache: int = Field(256, ge=1, description="label sets whose vectors are kept")
 
     max_batch: int = Field(64, ge=1, le=512, description="largest batch; batch sizes are the powers of two up to it")
     linger_ms: float = Field(0.0, ge=0, le=1000, description="how long a batch that is not full waits; 0: never")
-    slots: int = Field(0, ge=0, le=4096, description="pictures claimed and not yet encoded; 0: twice the batch + loading")
+    slots: int = Field(
+        0, ge=0, le=4096, description="pictures claimed and not yet encoded; 0: twice the batch + loading"
+    )
     bulk_share: float = Field(0.1, ge=0, le=0.9, description="share that bulk keeps while interactive jobs wait")
 
     lease_s: float = Field(15.0, ge=1, description="a dead worker's jobs are back in their lane after this")
@@ -55,7 +63,9 @@ class Settings(BaseSettings):
 
     loaders: int = Field(0, ge=0, le=256, description="loader processes; 0: one for each core but one, at least 1")
     loader_threads: int = Field(8, ge=1, le=64, description="pictures that one loader fetches and decodes at a time")
-    load_timeout_s: float = Field(30.0, gt=0, description="fetch and decode of one picture; then its loader is replaced")
+    load_timeout_s: float = Field(
+        30.0, gt=0, description="fetch and decode of one picture; then its loader is replaced"
+    )
     fetch_timeout_s: float = Field(15.0, gt=0, description="whole fetch of one picture, with its quick retries")
     connect_timeout_s: float = Field(3.0, gt=0, description="one connection attempt")
     read_timeout_s: float = Field(10.0, gt=0, description="one silence of a server")
@@ -63,7 +73,9 @@ class Settings(BaseSettings):
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture, width × height")
     max_side: int = Field(16_384, ge=1, description="longest side in pixels")
     formats: Names = Field(("JPEG", "PNG", "WEBP", "GIF", "AVIF"), description="may add BMP and TIFF")
-    exact_decode: bool = Field(False, description="never decode a JPEG at reduced size: slower, pixels as transformers'")
+    exact_decode: bool = Field(
+        False, description="never decode a JPEG at reduced size: slower, pixels as transformers'"
+    )
     s3_endpoint_url: str | None = Field(None, description="S3-compatible store; unset: AWS")
     s3_region: str | None = Field(None, description="unset: the usual AWS chain")
     allow_hosts: Names = Field((), description="host[:port] that may be fetched although the address is not public")
@@ -71,7 +83,9 @@ class Settings(BaseSettings):
 
     ready_file: Path | None = Field(None, description="exists while the worker is warm and claims")
     alive_file: Path | None = Field(None, description="touched every second while the pipeline makes progress")
-    stuck_s: float = Field(120.0, gt=0, description="without progress for this long the alive file is no longer touched")
+    stuck_s: float = Field(
+        120.0, gt=0, description="without progress for this long the alive file is no longer touched"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="info writes one line per job")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: JSON unless on a terminal")
 

@@ -1,10 +1,10 @@
 """The tree of fates: what an error says about the job it happened to.
 
-    JobError
-    ├── Rejected      the picture or the request can't be: answered at once, never retried
-    └── Unavailable   not now: given back with a delay, until the attempts are used up
+JobError
+├── Rejected      the picture or the request can't be: answered at once, never retried
+└── Unavailable   not now: given back with a delay, until the attempts are used up
 
-    FatalError        this process can't go on: jobs are released, the process exits with `exit_code`
+FatalError        this process can't go on: jobs are released, the process exits with `exit_code`
 """
 
 from __future__ import annotations

@@ -76,7 +76,11 @@ class _File(BaseModel):
     @field_validator("labels")
     @classmethod
     def _once(cls, labels: list[str]) -> list[str]:
-        if twice := sorted({word for word in labels if labels.count(word) > 1}) if len(set(labels)) < len(labels) else []:
+        if (
+            twice := sorted({word for word in labels if labels.count(word) > 1})
+            if len(set(labels)) < len(labels)
+            else []
+        ):
             raise ValueError(f"expected every label once, got {', '.join(twice[:5])} again")
         return labels
 
@@ -141,7 +145,9 @@ class LabelBank:
         if found is None:
             known = ", ".join(sorted(self._sets))
             raise Rejected(
-                ErrorCode.UNKNOWN_LABEL_SET, f"labels: expected one of {known}, got {name!r}", stage=Stage.CLAIM
+                ErrorCode.UNKNOWN_LABEL_SET,
+                f"labels: expected one of {known}, got {name!r}",
+                stage=Stage.CLAIM,
             )
         if head is None or head == found.head:
             return found

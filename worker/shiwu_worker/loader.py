@@ -27,7 +27,7 @@ from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.addresses import guarded_pool
 from shiwu_worker.errors import JobError
 from shiwu_worker.loaders import Loaded, LoaderOptions, LoadTask
-from shiwu_worker.stages.decode import DecodeLimits, decode
+from shiwu_worker.stages.decode import DecodedInfo, DecodeLimits, decode
 from shiwu_worker.stages.fetch import Fetcher, FetchLimits, S3Options
 
 PR_SET_PDEATHSIG: Final = 1
@@ -41,9 +41,7 @@ class Loader:
         self._pixels = pixels
         self._sending = threading.Lock()
         self._spec = options.spec
-        self._limits = DecodeLimits(
-            max_pixels=options.max_pixels, max_side=options.max_side, formats=options.formats
-        )
+        self._limits = DecodeLimits(max_pixels=options.max_pixels, max_side=options.max_side, formats=options.formats)
         self._exact = options.exact
         self._fetcher = Fetcher(
             s3=S3Options(options.s3_endpoint_url, options.s3_region),
@@ -79,18 +77,18 @@ class Loader:
     def _load(self, task: LoadTask) -> Loaded:
         started_s = fetched_s = time.monotonic()
         size: int | None = None
+        found: DecodedInfo | None = None
+        failed: ErrorInfo | None = None
         try:
             data = self._fetcher.fetch(task.image)
             fetched_s, size = time.monotonic(), len(data)
-            pixels, info = decode(data, spec=self._spec, limits=self._limits, exact=self._exact)
+            pixels, found = decode(data, spec=self._spec, limits=self._limits, exact=self._exact)
             self._pixels[task.slot] = pixels
         except JobError as error:
-            failed, found = error.info(), None
+            failed = error.info()
         except Exception as error:  # noqa: BLE001 border: a defect here must not take the neighbours with it
             text = f"the loader failed ({type(error).__name__}: {error!s:.200})"
-            failed, found = ErrorInfo(code=ErrorCode.PICTURE_BROKEN, message=text, stage=Stage.DECODE), None
-        else:
-            failed, found = None, info
+            failed = ErrorInfo(code=ErrorCode.PICTURE_BROKEN, message=text, stage=Stage.DECODE)
         ended_s = time.monotonic()
         return Loaded(
             ticket=task.ticket,

@@ -7,6 +7,7 @@ convicts itself and its neighbours never notice.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -188,7 +189,7 @@ class LoaderPool:
         try:
             while not self._closing.is_set():
                 self._turn()
-        except Exception as error:  # noqa: BLE001 border: the last one of this thread
+        except Exception as error:
             log.exception("thread_failed", thread="loaders")
             self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
 
@@ -292,7 +293,9 @@ class LoaderPool:
             if self._deaths_at_start >= DEATHS_AT_START:
                 self._closing.set()
                 self._all_ready.set()
-                self._on_fatal(FatalError(ExitCode.LOADERS, f"loaders died {DEATHS_AT_START} times before they were ready"))
+                self._on_fatal(
+                    FatalError(ExitCode.LOADERS, f"loaders died {DEATHS_AT_START} times before they were ready")
+                )
                 return
             self._closing.wait(RESPAWN_S)
         self.restarts += 1
@@ -301,7 +304,13 @@ class LoaderPool:
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "shiwu_worker.loader", str(theirs.fileno()), str(self._memory_fd)]
+            command = [
+                sys.executable,
+                "-m",
+                "shiwu_worker.loader",
+                str(theirs.fileno()),
+                str(self._memory_fd),
+            ]
             process = subprocess.Popen(
                 command,
                 pass_fds=(theirs.fileno(), self._memory_fd),
@@ -316,17 +325,13 @@ class LoaderPool:
         self._selector.register(connection, selectors.EVENT_READ, loader)
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # a full pipe: it is awake already
             self._wake_w.send(b"\0")
-        except (BlockingIOError, OSError):
-            pass  # it is awake already, or closed
 
     def _drain_wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             while self._wake_r.recv(4096):
                 pass
-        except BlockingIOError:
-            pass
 
 
 def _convicted(task: LoadTask, code: ErrorCode, sent_s: float, status: int) -> Loaded:
@@ -337,6 +342,4 @@ def _convicted(task: LoadTask, code: ErrorCode, sent_s: float, status: int) -> L
         name = signal.Signals(-status).name if status < 0 else f"exit {status}"
         text = f"the picture ended its loader twice, the second time alone ({name})"
     error = ErrorInfo(code=code, message=text, stage=Stage.DECODE)
-    return Loaded(
-        ticket=task.ticket, slot=task.slot, started_s=sent_s, fetched_s=sent_s, decoded_s=now_s, error=error
-    )
+    return Loaded(ticket=task.ticket, slot=task.slot, started_s=sent_s, fetched_s=sent_s, decoded_s=now_s, error=error)

@@ -42,7 +42,8 @@ def model_folder(model: str | None) -> Path:
         except OSError:
             found = snapshot_download(model, allow_patterns=list(_PATTERNS))
     except (OSError, ValueError) as error:
-        text = f"SHIWU_MODEL: expected a folder or a hub id that can be loaded, got {model!r} ({type(error).__name__}: {error!s:.200})"
+        why = f"{type(error).__name__}: {error!s:.200}"
+        text = f"SHIWU_MODEL: expected a folder or a hub id that can be loaded, got {model!r} ({why})"
         raise FatalError(ExitCode.MODEL, text) from error
     return Path(found)
 

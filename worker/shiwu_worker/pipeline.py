@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from shiwu_worker.labels import LabelSet
     from shiwu_worker.loaders import Loaded
-    from shiwu_worker.stages.batch import Batcher
     from shiwu_worker.settle import Away
+    from shiwu_worker.stages.batch import Batcher
     from shiwu_worker.stages.claim import Claims, Doorbell
 
 log: Any = structlog.get_logger()
@@ -69,9 +69,7 @@ class Pipeline:
         on_fatal: called, from any thread, when the process can't go on.
     """
 
-    def __init__(
-        self, stages: Stages, limits: Limits, *, on_fatal: Callable[[FatalError], None]
-    ) -> None:
+    def __init__(self, stages: Stages, limits: Limits, *, on_fatal: Callable[[FatalError], None]) -> None:
         self._do = stages
         self._limits = limits
         self._on_fatal = on_fatal
@@ -193,7 +191,7 @@ class Pipeline:
             scored_s = time.monotonic()
             for job in jobs:
                 job.scored_s = scored_s
-        except Exception as error:  # noqa: BLE001 border: whatever one batch does, the others get their answers
+        except Exception as error:
             if self._do.is_fatal(error):
                 raise FatalError(ExitCode.DEVICE, f"the device failed: {error}") from error
             log.warning("batch_failed", size=len(jobs), error=str(error)[:300], kind=type(error).__name__)
@@ -260,9 +258,7 @@ class Pipeline:
         """Free slots, once there are enough for a claim to be worth a round trip; 0 when the wait was in vain."""
         least = max(1, self._limits.slots // 4)
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closing.is_set() or len(self._free) >= least or not self._held, IDLE_S
-            )
+            self._changed.wait_for(lambda: self._closing.is_set() or len(self._free) >= least or not self._held, IDLE_S)
             return 0 if self._closing.is_set() else len(self._free)
 
     def _retry_delay_s(self, attempt: int) -> float:
@@ -275,6 +271,6 @@ class Pipeline:
             loop()
         except FatalError as error:
             self._on_fatal(error)
-        except Exception as error:  # noqa: BLE001 border: the last one of this thread
+        except Exception as error:
             log.exception("thread_failed", thread=threading.current_thread().name)
             self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))

@@ -100,7 +100,7 @@ class Settler:
         try:
             while jobs := self._next():
                 self._settle(jobs)
-        except Exception as error:  # noqa: BLE001 border: the last one of this thread
+        except Exception as error:
             log.exception("thread_failed", thread="commit")
             self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
 

@@ -1,4 +1,4 @@
-"""Builds every part, sink first, on one ExitStack; closing then follows the data. The only room that knows all others."""
+"""Builds every part, sink first, on one ExitStack; closing then follows the data. Only it knows all rooms."""
 
 from __future__ import annotations
 
@@ -163,9 +163,7 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
             lease_s=settings.lease_s,
             bulk_share=settings.bulk_share,
         )
-        health = Health(
-            ready_file=settings.ready_file, alive_file=settings.alive_file, stuck_s=settings.stuck_s
-        )
+        health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file, stuck_s=settings.stuck_s)
         health.ready(is_ready=False)
 
         folder = model_folder(settings.model)
@@ -174,7 +172,7 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
             processes=settings.loader_count,
             options=loader_options(settings, spec),
             task_timeout_s=settings.load_timeout_s,
-            on_loaded=lambda results: pipeline.loaded(results),
+            on_loaded=lambda results: pipeline.loaded(results),  # noqa: PLW0108 bound when it is called
             on_fatal=on_fatal,
         )
         loaders.start(START_S)
@@ -192,7 +190,7 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
             committer=committer,
             claims=claims,
             worker=settings.worker_name,
-            on_settled=lambda jobs: pipeline.settled(jobs),
+            on_settled=lambda jobs: pipeline.settled(jobs),  # noqa: PLW0108 bound when it is called
             log_job=job_logger(level=settings.log_level),
             on_fatal=on_fatal,
         )
@@ -210,9 +208,7 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
                 batcher=batcher,
                 pixels=loaders.pixels,
                 encode=encoder.encode,
-                score=Scorer(
-                    vectors_of=bank.vectors, scale=encoder.scale, bias=encoder.bias, model=encoder.info
-                ).score,
+                score=Scorer(vectors_of=bank.vectors, scale=encoder.scale, bias=encoder.bias, model=encoder.info).score,
                 is_fatal=encoder.is_broken,
                 settle=settler.put,
                 away=Away("claim"),

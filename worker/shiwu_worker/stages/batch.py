@@ -59,9 +59,7 @@ class Batcher(Generic[T]):
             least = min(self._bulk_least, len(self._bulk))
             urgent = min(self._cap - least, len(self._interactive))
             rest = min(self._cap - urgent, len(self._bulk))
-            return [self._interactive.popleft() for _ in range(urgent)] + [
-                self._bulk.popleft() for _ in range(rest)
-            ]
+            return [self._interactive.popleft() for _ in range(urgent)] + [self._bulk.popleft() for _ in range(rest)]
 
     def drain(self) -> list[T]:
         """Take everything that waits, of any number, without waiting."""

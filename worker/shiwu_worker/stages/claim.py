@@ -51,9 +51,7 @@ class Claims:
         bulk_share: share of the places that bulk gets although interactive jobs wait, 0 to 1.
     """
 
-    def __init__(
-        self, client: redis.Redis, *, token: str, worker: str, lease_s: float, bulk_share: float
-    ) -> None:
+    def __init__(self, client: redis.Redis, *, token: str, worker: str, lease_s: float, bulk_share: float) -> None:
         self._token = token
         self._worker = worker
         self._lease_ms = int(lease_s * 1000)
@@ -156,7 +154,7 @@ class Doorbell:
             if not self._idle.wait(1.0):
                 continue
             try:
-                if self._client.blmove(key, key, timeout=self._block_s, src="RIGHT", dest="RIGHT") is not None:  # type: ignore[arg-type]  # the server takes fractions of a second
+                if self._client.blmove(key, key, timeout=int(self._block_s), src="RIGHT", dest="RIGHT") is not None:
                     self._rung.set()
                     # The worker now claims; peeking again at once would only find the same message.
                     self._closed.wait(0.005)

@@ -81,7 +81,5 @@ class Committer:
             kind = _KINDS.get(item.answer.status, "F") + ("I" if item.ignore_result else "")
             mark = f"{self._token}:{item.answer.attempts}"
             args += [item.id, kind, item.answer.to_json(), failure_head(item.answer), item.dead_raw, mark]
-        again: list[bytes] = self._script(
-            keys=[CLAIMS, LEASES, ATTEMPTS, RESULT_STREAM, DEAD, COUNTERS], args=args
-        )
+        again: list[bytes] = self._script(keys=[CLAIMS, LEASES, ATTEMPTS, RESULT_STREAM, DEAD, COUNTERS], args=args)
         return {job_id.decode() for job_id in again}

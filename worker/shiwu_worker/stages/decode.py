@@ -79,7 +79,9 @@ def decode(
             pixels = _resized(_rgb(image), spec, _TURNS.get(orientation), sideways=sideways)
         except MemoryError as error:
             raise Rejected(
-                ErrorCode.PICTURE_TOO_LARGE, "expected a picture that fits into the loader's memory", stage=Stage.DECODE
+                ErrorCode.PICTURE_TOO_LARGE,
+                "expected a picture that fits into the loader's memory",
+                stage=Stage.DECODE,
             ) from error
         except Exception as error:  # border: a decoder raises anything on hostile bytes
             text = f"expected a whole {name} picture ({type(error).__name__}: {error!s:.120})"

@@ -86,12 +86,14 @@ class Encoder:
         self._dtype = choose_dtype(dtype, self._device)
         if threads and self._device.type == "cpu":
             torch.set_num_threads(threads)
-        self._model = _load(folder).to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)  # noqa: FBT003 torch's own signature
+        self._model = _load(folder).to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)
         self._tokenizer = _load_tokenizer(folder)
         self.rungs = tuple(rungs)
         # (x / 255 - mean) / std as one multiplication and one addition, in FP32.
         self._gain = torch.tensor([1 / (255 * s) for s in std], device=self._device).view(1, 3, 1, 1)
-        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=self._device).view(1, 3, 1, 1)
+        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=self._device).view(
+            1, 3, 1, 1
+        )
         self.info = ModelInfo(
             id=model_id,
             revision=revision,
@@ -104,7 +106,9 @@ class Encoder:
         self.default_head: Head = "softmax" if bias is None else "sigmoid"
         size = _image_size(self._model.config)
         self._shape = (size, size, 3)
-        self._staging = torch.zeros((self.rungs[-1], *self._shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        self._staging = torch.zeros(
+            (self.rungs[-1], *self._shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda"
+        )
 
     def warm(self) -> None:
         """Run every rung once, largest first, so that no job pays for first calls.
@@ -124,9 +128,8 @@ class Encoder:
         """
         count = len(pixels)
         if pixels.shape[1:] != self._shape or pixels.dtype != np.uint8 or not 0 < count <= self.rungs[-1]:
-            raise ValueError(
-                f"expected uint8 (1..{self.rungs[-1]}, {', '.join(map(str, self._shape))}), got {pixels.dtype} {pixels.shape}"
-            )
+            expected = f"uint8 (1 to {self.rungs[-1]}, {', '.join(map(str, self._shape))})"
+            raise ValueError(f"expected {expected}, got {pixels.dtype} {pixels.shape}")
         rung = next(size for size in self.rungs if size >= count)
         batch = self._staging[:rung]
         batch[:count].copy_(torch.from_numpy(np.ascontiguousarray(pixels)))

@@ -27,7 +27,14 @@ CHUNK: Final = 64 * 1024
 QUICK_TRIES: Final = 3
 REDIRECTS: Final = 3
 _NOT_FOUND: Final = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "404", "MethodNotAllowed"}
-_FORBIDDEN: Final = {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled", "401"}
+_FORBIDDEN: Final = {
+    "AccessDenied",
+    "403",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "AllAccessDisabled",
+    "401",
+}
 
 
 class Pool(Protocol):
@@ -184,7 +191,7 @@ class Fetcher:
                 return self._read_http(answer, url, deadline_s)
             finally:
                 # A body that was read to its end leaves the connection usable; any other is dropped.
-                answer.close() if not answer.isclosed() else answer.release_conn()
+                answer.release_conn() if answer.closed else answer.close()
         raise _rejected(ErrorCode.SOURCE_FORBIDDEN, f"expected at most {REDIRECTS} redirects")
 
     def _read_http(self, answer: urllib3.BaseHTTPResponse, url: str, deadline_s: float) -> bytes:
@@ -222,7 +229,9 @@ class Fetcher:
             # Outside the allowed folders nobody learns what exists.
             inside = any(path.parent.resolve().is_relative_to(folder) for folder in self._folders)
             code = ErrorCode.SOURCE_NOT_FOUND if inside else ErrorCode.SOURCE_FORBIDDEN
-            raise _rejected(code, "no such file" if inside else "expected a file in one of SHIWU_ALLOW_FOLDERS") from error
+            raise _rejected(
+                code, "no such file" if inside else "expected a file in one of SHIWU_ALLOW_FOLDERS"
+            ) from error
         except (PermissionError, RuntimeError) as error:
             raise _rejected(ErrorCode.SOURCE_FORBIDDEN, f"can't read the file ({type(error).__name__})") from error
         except OSError as error:

@@ -85,9 +85,7 @@ class Scorer:
         if label_set is None:
             return
         labels = self._vectors_of(label_set)
-        probabilities, cosines = score(
-            vectors, labels, head=label_set.head, scale=self._scale, bias=self._bias
-        )
+        probabilities, cosines = score(vectors, labels, head=label_set.head, scale=self._scale, bias=self._bias)
         for i, job in enumerate(jobs):
             job.model = self._model
             want = job.request.want if job.request else ()

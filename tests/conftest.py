@@ -1,0 +1,131 @@
+"""Fixtures: real servers and workers, started when first asked for; nobody leaves this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import hypothesis
+import pytest
+import redis
+
+from tests.support.loopback import only_loopback
+from tests.support.servers import PictureServer, S3Server, Valkey, WorkerProcess
+from tests.support.waiting import wait_until as wait_until_true
+
+hypothesis.settings.register_profile("fast", deadline=None, max_examples=40)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "fast")
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Let fixtures know at teardown whether their test failed, so that they show their logs."""
+    report = yield
+    item.stash[FAILED] = item.stash.get(FAILED, False) or report.failed  # type: ignore[attr-defined]  # a TestReport
+    return report  # type: ignore[return-value]  # what a wrapper returns is the result
+
+
+@pytest.fixture(autouse=True)
+def _loopback() -> Iterator[None]:
+    """Fail a test whose process connects to an address that is not on loopback."""
+    with pytest.MonkeyPatch.context() as patch, only_loopback(patch.setattr) as left:
+        yield
+    assert not left, f"expected connections to loopback only, got {left}"
+
+
+@pytest.fixture(scope="session")
+def valkey_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    """The server behind `redis_url`."""
+    with Valkey(folder=tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(valkey_session: Valkey) -> str:
+    """A real Valkey that is empty. One server for the whole run: do not stop it, take `valkey` for that."""
+    with valkey_session.client() as client:
+        client.flushall()
+    return valkey_session.url
+
+
+@pytest.fixture
+def redis_client(redis_url: str) -> Iterator[redis.Redis]:
+    """A client of `redis_url`."""
+    with redis.Redis.from_url(redis_url, socket_timeout=10) as client:
+        yield client
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[Valkey]:
+    """A server of this test's own, that keeps its data over kill and restart."""
+    with Valkey(folder=tmp_path / "valkey", config={"appendonly": "yes", "appendfsync": "always"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 store with the bucket `pictures`. One for the whole run: choose your own keys."""
+    with S3Server(folder=tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def http_server() -> Iterator[PictureServer]:
+    """An HTTP server that serves pictures well or badly."""
+    with PictureServer() as server:
+        yield server
+
+
+class StartWorker(Protocol):
+    """Start a worker: settings by their names without prefix; `ready=False` does not wait for it."""
+
+    def __call__(self, *, redis_url: str, ready: bool = True, **options: Any) -> WorkerProcess:
+        """Return the started worker, which is stopped at the end of the test."""
+        ...
+
+
+@pytest.fixture
+def start_worker(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[StartWorker]:
+    """Starts real worker processes and stops them; shows their logs when the test fails.
+
+    `start_worker(redis_url=redis_url, env=s3.env, lease_s=2, max_batch=8)`; names are worker-0, worker-1, …
+    """
+    workers: list[WorkerProcess] = []
+
+    def start(*, redis_url: str, ready: bool = True, **options: Any) -> WorkerProcess:
+        options.setdefault("name", f"worker-{len(workers)}")
+        worker = WorkerProcess(redis_url=redis_url, folder=tmp_path, **options)
+        workers.append(worker)
+        worker.start()
+        return worker.wait_ready() if ready else worker
+
+    yield start
+    for worker in workers:
+        worker.stop()
+        if request.node.stash.get(FAILED, False):
+            print(f"--- {worker.name}, exit code {worker.exit_code} ---\n{worker.log_tail(lines=60)}")  # noqa: T201 pytest shows it beside the failure
+
+
+@pytest.fixture(scope="session")
+def shared_worker(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    """One warm worker with default settings that reads from `s3`, on a Valkey of its own: `shared_worker.redis_url`.
+
+    For tests that ask and read answers: choose your own ids, stop nothing, flush nothing.
+    """
+    folder = tmp_path_factory.mktemp("shared-worker")
+    with (
+        Valkey(folder=folder / "valkey") as server,
+        WorkerProcess(redis_url=server.url, folder=folder, name="shared", env=s3.env) as worker,
+    ):
+        yield worker.wait_ready()
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., Any]:
+    """`wait_until(condition, timeout_s=5)`: return what the condition says as soon as it is true."""
+    return wait_until_true

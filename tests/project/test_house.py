@@ -1,0 +1,65 @@
+"""The size of the rooms, and what a fresh machine installs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(path for side in ("producer", "worker") for path in (ROOT / side).rglob("*.py"))
+MAX_FILE_LINES = 300
+MAX_FUNCTION_LINES = 60
+
+
+def long_functions(path: Path) -> Iterator[str]:
+    """The functions of a file that are over the limit, as file:line name lines."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {lines} lines"
+
+
+def test_the_sources_are_found() -> None:
+    """The two tests below look at something."""
+    assert {"contract.py", "pipeline.py"} <= {path.name for path in SOURCES}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_short(path: Path) -> None:
+    """A file is read in one sitting."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_fit_on_a_screen(path: Path) -> None:
+    """A function is seen whole."""
+    assert list(long_functions(path)) == []
+
+
+def pins() -> list[str]:
+    """The lines of constraints.txt that pin something."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_constraints_are_exact_and_travel() -> None:
+    """Every line pins one version that a public index has: no local suffix, no path, no editable install."""
+    assert [
+        line for line in pins() if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][0-9A-Za-z.]*", line)
+    ] == []
+
+
+def test_everything_that_pyproject_asks_for_is_pinned() -> None:
+    """No direct dependency is left to the day of the installation."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    asked = {re.split(r"[\[<>=!~;@ ]", line)[0].lower() for group in groups for line in group}
+    pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in pins()}
+    assert {"torch", "celery", "pytest"} <= asked
+    assert asked - pinned == set()

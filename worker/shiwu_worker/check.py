@@ -1,0 +1,103 @@
+"""`shiwu-worker --check`: the effective settings, and a try of Redis, S3, the label sets and the model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import Any
+
+import boto3
+import redis
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from shiwu_worker.config import Settings, shown
+from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.image_spec import read_image_spec
+from shiwu_worker.models import model_folder
+from shiwu_worker.wiring import connect, open_encoder, open_labels
+
+
+def run_checks() -> int:
+    """Print settings and checks; return 0 when a worker with these settings can work."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        for wrong in error.errors(include_url=False, include_input=False):
+            console.print(f"SHIWU_{'_'.join(str(part) for part in wrong['loc']).upper()}: {wrong['msg']}", markup=False)
+        return int(ExitCode.CONFIG)
+    table = Table("setting", "value", "what it is", title="Effective settings", title_justify="left")
+    values = shown(settings)
+    for name, field in Settings.model_fields.items():
+        marked = "" if name not in settings.model_fields_set else "bold"
+        table.add_row(f"SHIWU_{name.upper()}", values[name], field.description, style=marked)
+    console.print(table)
+    checks: list[tuple[str, Callable[[Settings], str]]] = [
+        ("redis", _check_redis),
+        ("s3", _check_s3),
+        ("model and labels", _check_model),
+    ]
+    failed = 0
+    for name, check in checks:
+        try:
+            with redirect_stdout(sys.stderr):
+                text = check(settings)
+        except (FatalError, redis.RedisError, BotoCoreError, ClientError, OSError, ValueError) as error:
+            failed += 1
+            console.print(f"[red]failed[/red]  {name}: ", end="")
+            console.print(f"{type(error).__name__}: {error}", markup=False)
+        else:
+            console.print(f"[green]ok[/green]      {name}: {text}")
+    return int(ExitCode.CONFIG) if failed else 0
+
+
+def _check_redis(settings: Settings) -> str:
+    with connect(settings) as client:
+        info: Any = client.info("server")
+        version = str(info.get("valkey_version") or info["redis_version"])
+        if tuple(int(part) for part in str(info["redis_version"]).split(".")[:2]) < (6, 2):
+            raise FatalError(ExitCode.CONFIG, f"expected Redis 6.2 or newer, or Valkey, got {version}")
+        policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "?")
+        note = "" if policy == "noeviction" else f"; maxmemory-policy {policy} can lose jobs: expected noeviction"
+        return f"version {version}{note}"
+
+
+def _check_s3(settings: Settings) -> str:
+    session = boto3.session.Session()
+    credentials = session.get_credentials()
+    if credentials is None:
+        return "no credentials: s3:// references will be answered source_forbidden"
+    if settings.s3_endpoint_url is None:
+        return f"credentials by {credentials.method}; AWS is not asked, since no bucket is known here"
+    client = session.client(
+        "s3",
+        endpoint_url=settings.s3_endpoint_url,
+        region_name=settings.s3_region or session.region_name or "us-east-1",
+        config=Config(connect_timeout=settings.connect_timeout_s, read_timeout=5, retries={"total_max_attempts": 1}),
+    )
+    try:
+        client.head_bucket(Bucket="shiwu-check")
+    except ClientError as error:
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if status not in {403, 404}:
+            raise
+    return f"{settings.s3_endpoint_url} answers; credentials by {credentials.method}"
+
+
+def _check_model(settings: Settings) -> str:
+    folder = model_folder(settings.model)
+    spec = read_image_spec(folder)
+    encoder = open_encoder(settings, folder, spec)
+    bank = open_labels(settings, encoder.encode_texts)
+    default = bank.resolve(None)
+    bank.vectors(default)
+    info = encoder.info
+    return (
+        f"{info.id} ({info.revision}) in {info.dtype} on {info.device}, {spec.width}×{spec.height}, "
+        f"batches of {', '.join(map(str, encoder.rungs))}; default labels {default.name} ({len(default.words)} words)"
+    )
