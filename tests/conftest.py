@@ -27,7 +27,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Let fixtures know at teardown whether their test failed, so that they show their logs."""
     report = yield
     item.stash[FAILED] = item.stash.get(FAILED, False) or report.failed  # type: ignore[attr-defined]  # a TestReport
-    return report  # type: ignore[return-value]  # what a wrapper returns is the result
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -74,11 +74,18 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture
-def http_server() -> Iterator[PictureServer]:
-    """An HTTP server that serves pictures well or badly."""
+@pytest.fixture(scope="session")
+def picture_server() -> Iterator[PictureServer]:
+    """The server behind `http_server`; one port for the whole run, so that workers can be told to trust it."""
     with PictureServer() as server:
         yield server
+
+
+@pytest.fixture
+def http_server(picture_server: PictureServer) -> PictureServer:
+    """An HTTP server that serves pictures well or badly, with nothing to serve yet."""
+    picture_server.clear()
+    return picture_server
 
 
 class StartWorker(Protocol):
@@ -90,15 +97,18 @@ class StartWorker(Protocol):
 
 
 @pytest.fixture
-def start_worker(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[StartWorker]:
+def start_worker(
+    tmp_path: Path, picture_server: PictureServer, request: pytest.FixtureRequest
+) -> Iterator[StartWorker]:
     """Starts real worker processes and stops them; shows their logs when the test fails.
 
     `start_worker(redis_url=redis_url, env=s3.env, lease_s=2, max_batch=8)`; names are worker-0, worker-1, …
+    They may fetch from `http_server` unless `allow_hosts` says otherwise.
     """
     workers: list[WorkerProcess] = []
 
     def start(*, redis_url: str, ready: bool = True, **options: Any) -> WorkerProcess:
-        options.setdefault("name", f"worker-{len(workers)}")
+        options = {"name": f"worker-{len(workers)}", "allow_hosts": picture_server.host} | options
         worker = WorkerProcess(redis_url=redis_url, folder=tmp_path, **options)
         workers.append(worker)
         worker.start()
@@ -112,15 +122,19 @@ def start_worker(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Sta
 
 
 @pytest.fixture(scope="session")
-def shared_worker(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
-    """One warm worker with default settings that reads from `s3`, on a Valkey of its own: `shared_worker.redis_url`.
+def shared_worker(
+    s3: S3Server, picture_server: PictureServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WorkerProcess]:
+    """One warm worker for `s3` and `http_server`, on a Valkey of its own: `shared_worker.redis_url`.
 
     For tests that ask and read answers: choose your own ids, stop nothing, flush nothing.
     """
     folder = tmp_path_factory.mktemp("shared-worker")
     with (
         Valkey(folder=folder / "valkey") as server,
-        WorkerProcess(redis_url=server.url, folder=folder, name="shared", env=s3.env) as worker,
+        WorkerProcess(
+            redis_url=server.url, folder=folder, name="shared", env=s3.env, allow_hosts=picture_server.host
+        ) as worker,
     ):
         yield worker.wait_ready()
 

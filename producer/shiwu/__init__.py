@@ -1,0 +1,57 @@
+"""shiwu's producer side: enqueue pictures, wait for tags, read the results stream.
+
+    from shiwu import Client
+
+    with Client() as client:
+        job_id = client.enqueue("s3://pictures/cat.jpg", labels="six-zh")
+        print(client.wait(job_id, timeout_s=30).best)
+
+Names are loaded when first asked for, so that the worker's `import shiwu.contract` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shiwu.client import Client, QueueState
+    from shiwu.contract import Answer, Lane, RequestError, Status
+    from shiwu.errors import JobFailed, QueueFull, ShiwuError, WaitTimeout
+    from shiwu.results import StreamItem, TagResult
+
+_HOMES = {
+    "Client": "client",
+    "QueueState": "client",
+    "Answer": "contract",
+    "Lane": "contract",
+    "RequestError": "contract",
+    "Status": "contract",
+    "JobFailed": "errors",
+    "QueueFull": "errors",
+    "ShiwuError": "errors",
+    "WaitTimeout": "errors",
+    "StreamItem": "results",
+    "TagResult": "results",
+}
+
+__all__ = [
+    "Answer",
+    "Client",
+    "JobFailed",
+    "Lane",
+    "QueueFull",
+    "QueueState",
+    "RequestError",
+    "ShiwuError",
+    "Status",
+    "StreamItem",
+    "TagResult",
+    "WaitTimeout",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"shiwu.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

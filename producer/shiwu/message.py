@@ -31,7 +31,8 @@ from shiwu.contract import (
 )
 
 SENT_HEADER: Final = "shiwu_sent_ms"
-_GZIP: Final = {"application/x-gzip": 31, "gzip": 31, "application/x-compressed-zlib": 15, "zlib": 15}
+_DEFLATE: Final = {"application/x-gzip", "gzip", "application/zlib", "zlib"}
+"""kombu's `gzip` writes zlib's format, other clients write gzip's; both are told apart by their first bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +173,10 @@ def _read_body(outer: dict[str, Any], headers: dict[str, Any]) -> tuple[list[Any
 
 
 def _decompress(data: bytes, compression: str) -> bytes:
-    wbits = _GZIP.get(compression)
-    if wbits is None:
+    if compression not in _DEFLATE:
         raise _malformed(f"expected compression gzip or zlib, got {compression!r:.80}")
     try:
-        unpacker = zlib.decompressobj(wbits)
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
         plain = unpacker.decompress(data, MAX_MESSAGE_BYTES + 1)
     except zlib.error as error:
         raise _malformed(f"expected a {compression} body ({error})") from None

@@ -29,9 +29,7 @@ def test_a_connection_to_another_machine_is_refused_and_remembered(monkeypatch: 
     assert len(left) == 2
 
 
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", "127.1", "0x7f.1", "2130706433", "①②⑦.0.0.1", "::1", "localhost"]
-)
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "0x7f.1", "2130706433", "①②⑦.0.0.1", "::1", "localhost"])
 def test_loopback_in_any_spelling_needs_no_resolver(host: str) -> None:
     """Tests of the address guard may look these up."""
     assert not needs_resolver(host)
@@ -98,9 +96,7 @@ def test_stop_ends_the_children_too(tmp_path: Path) -> None:
     """A child that ignores SIGTERM and its parent are both gone after stop."""
     child = "import signal as s; s.signal(s.SIGTERM, s.SIG_IGN); print('up', flush=True); s.pause()"
     parent = f"import subprocess,sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    process = Process(
-        [sys.executable, "-c", parent], name="parent", folder=tmp_path, env=clean_environment({})
-    ).start()
+    process = Process([sys.executable, "-c", parent], name="parent", folder=tmp_path, env=clean_environment({})).start()
     wait_until(lambda: "up" in process.log_text(), timeout_s=30)
     assert process.stop(timeout_s=5) is not None
     wait_until(lambda: not _group_lives(process.pid), timeout_s=10)

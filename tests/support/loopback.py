@@ -42,8 +42,8 @@ def needs_resolver(host: object) -> bool:
 def only_loopback(patch: Callable[[object, str, object], None]) -> Iterator[list[str]]:
     """Guard sockets and name lookups, set by `patch(object, name, value)`, which the caller undoes.
 
-    Connecting elsewhere raises and is added to the list that is yielded, because the code under test may swallow
-    the error. Names that need a resolver are unknown, as on a machine without one.
+    Connecting elsewhere raises and is added to the list that is yielded, because the code under test may
+    swallow the error. Names that need a resolver are unknown, as on a machine without one.
     """
     left: list[str] = []
 

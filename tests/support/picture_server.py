@@ -52,16 +52,12 @@ class Reply:
     @classmethod
     def gzipped(cls, data: bytes) -> Self:
         """A body that is unpacked only by clients that trust Content-Encoding."""
-        return cls(
-            body=gzip.compress(data), headers={"Content-Type": "image/jpeg", "Content-Encoding": "gzip"}
-        )
+        return cls(body=gzip.compress(data), headers={"Content-Type": "image/jpeg", "Content-Encoding": "gzip"})
 
     @classmethod
     def cut(cls, data: bytes, *, missing_bytes: int = 100) -> Self:
         """A body that ends before its told length."""
-        return cls(
-            body=data[:-missing_bytes], headers={"Content-Type": "image/jpeg"}, content_length=len(data)
-        )
+        return cls(body=data[:-missing_bytes], headers={"Content-Type": "image/jpeg"}, content_length=len(data))
 
     def drip(self, *, chunk_bytes: int = 1, pause_s: float = 0.2) -> Self:
         """The same, a few bytes at a time."""
@@ -130,6 +126,14 @@ class PictureServer:
         with self._lock:
             self._replies[path] = list(replies)
         return self.url(path)
+
+    def clear(self) -> None:
+        """Forget all replies and counts; the port stays."""
+        with self._lock:
+            self._replies.clear()
+            self.hits.clear()
+            self.headers.clear()
+            self.busiest = 0
 
     def reply_to(self, path: str, headers: Mapping[str, str]) -> Reply:
         """Count a request and take its reply. Called by the handlers."""

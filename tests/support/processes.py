@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -32,14 +32,19 @@ def free_ports(count: int) -> list[int]:
 
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """This process' environment without settings of shiwu, AWS or Celery, and without ways off this machine."""
+    """This process' environment without settings of shiwu, AWS or Celery and without proxies."""
     dropped = ("SHIWU_", "AWS_", "CELERY_", "PYTEST_", "HF_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(dropped)}
-    return (
-        kept
-        | {"AWS_EC2_METADATA_DISABLED": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        | dict(extra)
-    )
+    return kept | {"AWS_EC2_METADATA_DISABLED": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | dict(extra)
+
+
+@contextlib.contextmanager
+def undone_by(stop: Callable[[], object]) -> Iterator[None]:
+    """Call `stop` when the block fails or is interrupted: a server that is half started must not stay."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(stop)
+        yield
+        stack.pop_all()
 
 
 class Process:
@@ -127,7 +132,7 @@ class Process:
             raise self.error(f"expected to end within {timeout_s} s") from None
 
     def stop(self, *, timeout_s: float = 30.0) -> int | None:
-        """SIGTERM, after `timeout_s` SIGKILL to the group. Return the exit status; a second stop is harmless."""
+        """SIGTERM, after `timeout_s` SIGKILL to the group. Return the exit status; may be called twice."""
         if self._popen is None:
             return None
         if self.is_running:
@@ -153,7 +158,8 @@ class Process:
         return ServerError(f"{self.name}: {what}, {state}; the end of {self.log_path}:\n{self.log_tail()}")
 
     def __enter__(self) -> Self:
-        return self.start()
+        with undone_by(self.stop):
+            return self.start()
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -162,7 +168,8 @@ class Process:
 class WorkerProcess(Process):
     """A real `shiwu-worker`, or the same by `celery -A shiwu_worker.app worker`.
 
-    `settings` are the worker's own names without prefix: `WorkerProcess(..., lease_s=2, max_batch=8)`.
+    `settings` are the worker's own names without prefix: `WorkerProcess(..., lease_s=2, max_batch=8)`. To let it fetch
+    from a `PictureServer`, pass `allow_hosts=server.host`.
     """
 
     def __init__(
@@ -183,7 +190,6 @@ class WorkerProcess(Process):
             "SHIWU_WORKER_NAME": name,
             "SHIWU_READY_FILE": str(self.ready_file),
             "SHIWU_ALIVE_FILE": str(self.alive_file),
-            "SHIWU_ALLOW_HOSTS": LOOPBACK,
             "SHIWU_LOG_FORMAT": "json",
         }
         asked = {f"SHIWU_{key.upper()}": str(value) for key, value in settings.items()}
@@ -192,7 +198,7 @@ class WorkerProcess(Process):
             [sys.executable, "-m", *module],
             name=name,
             folder=folder,
-            env=clean_environment(own | (env or {}) | asked),
+            env=clean_environment({**own, **(env or {}), **asked}),
         )
 
     def start(self) -> Self:
@@ -213,9 +219,7 @@ class WorkerProcess(Process):
         """
         what = f"expected to be ready within {timeout_s} s"
         try:
-            wait_until(
-                lambda: self.ready_file.exists() or not self.is_running, timeout_s=timeout_s, every_s=0.05
-            )
+            wait_until(lambda: self.ready_file.exists() or not self.is_running, timeout_s=timeout_s, every_s=0.05)
         except TimeoutError:
             raise self.error(what) from None
         if not self.is_ready:

@@ -25,6 +25,7 @@ from tests.support.processes import (
     WorkerProcess,
     clean_environment,
     free_ports,
+    undone_by,
 )
 from tests.support.waiting import wait_until
 
@@ -52,7 +53,8 @@ class Valkey:
             port = self.port or free_ports(1)[0]
             server = ValkeyServer(port=port, data_dir=self._folder, config=self._config, persist=True)
             try:
-                server.start(timeout=10)
+                with undone_by(server.terminate):
+                    server.start(timeout=10)
             except (ValkeyServerStartupError, OSError) as error:
                 if not left:
                     raise ServerError(f"valkey: expected to start on port {port} ({error})") from error
@@ -103,7 +105,8 @@ class Valkey:
         return self.start()
 
     def __enter__(self) -> Self:
-        return self.start()
+        with undone_by(self.stop):
+            return self.start()
 
     def __exit__(self, *_: object) -> None:
         if self._server is not None:
@@ -145,9 +148,7 @@ class S3Server:
         self.port = ports[0]
         data = self._folder / f"seaweed-{self.port}"
         data.mkdir(parents=True)
-        env = clean_environment(
-            {"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key}
-        )
+        env = clean_environment({"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key})
         self._process = Process(
             _weed_command(data, ports=ports, bucket=self.bucket), name="seaweed", folder=self._folder, env=env
         ).start()
@@ -227,7 +228,8 @@ class S3Server:
             self._process.kill()
 
     def __enter__(self) -> Self:
-        return self.start()
+        with undone_by(self.stop):
+            return self.start()
 
     def __exit__(self, *_: object) -> None:
         self.stop()

@@ -33,7 +33,7 @@ def main(*, check: bool) -> None:
     except ValueError as error:
         click.echo(f"settings: {error}", err=True)
         sys.exit(int(ExitCode.CONFIG))
-    celery.worker_main(["worker", "--loglevel=WARNING"])
+    sys.exit(celery.worker_main(["--quiet", "worker", "--loglevel=WARNING"]))
 
 
 if __name__ == "__main__":

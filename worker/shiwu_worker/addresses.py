@@ -73,17 +73,16 @@ class Guard:
     """Judges where a connection may go.
 
     Args:
-        allow_hosts: `host` or `host:port` that may be reached whatever their addresses are; without a port, 80 and 443.
+        allow_hosts: `host` or `host:port` that may be reached whatever their addresses are; without a port, any.
     """
 
     def __init__(self, allow_hosts: tuple[str, ...]) -> None:
-        self._allowed: set[tuple[str, int]] = set()
+        self._allowed: set[tuple[str, int | None]] = set()
         for entry in allow_hosts:
             host, colon, port = entry.rpartition(":")
-            if colon and port.isdecimal() and not host.endswith(":"):
-                self._allowed.add((host.strip("[]").lower(), int(port)))
-            else:
-                self._allowed |= {(entry.strip("[]").lower(), 80), (entry.strip("[]").lower(), 443)}
+            with_port = bool(colon) and port.isdecimal() and not host.endswith(":")
+            name = (host if with_port else entry).strip("[]").lower()
+            self._allowed.add((name, int(port) if with_port else None))
 
     def connect(self, host: str, port: int, timeout_s: float | None) -> socket.socket:
         """Open a socket to a judged address of `host`.
@@ -92,10 +91,11 @@ class Guard:
             AddressRefused: the port, or any address of the name, is not allowed.
             OSError: no address answered.
         """
-        trusted = (host.strip("[]").lower(), port) in self._allowed
+        name = host.strip("[]").lower()
+        trusted = not self._allowed.isdisjoint({(name, port), (name, None)})
         if not trusted and port not in {80, 443}:
             raise AddressRefused(f"port {port}")
-        found = socket.getaddrinfo(host.strip("[]"), port, 0, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(name, port, 0, socket.SOCK_STREAM)
         judged = [(ipaddress.ip_address(str(info[4][0]).partition("%")[0]), info) for info in found]
         if not trusted and (bad := [str(ip) for ip, _ in judged if not is_public(ip)]):
             raise AddressRefused(f"{host} resolves to {bad[0]}")

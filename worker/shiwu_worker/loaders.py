@@ -134,7 +134,6 @@ class LoaderPool:
         self.pixels: NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8).reshape(shape)
         self._waiting: deque[LoadTask] = deque()
         self._suspects: deque[LoadTask] = deque()
-        self._tried_alone: set[int] = set()
         self._loaders: list[_Loader] = []
         self._lock = threading.Lock()
         self._wake_r, self._wake_w = socket.socketpair()
@@ -225,7 +224,6 @@ class LoaderPool:
                 # A loader that decodes hostile bytes is not trusted with the choice of a slot.
                 if task is None or task.slot != result.slot:
                     raise ValueError(f"unexpected ticket {result.ticket} or slot {result.slot}")
-                self._tried_alone.discard(result.ticket)
                 done.append(result)
         except (EOFError, OSError):
             # The process is gone or going; `poll` of the next turn sees it. Until then it must not spin.
@@ -238,35 +236,24 @@ class LoaderPool:
             loader.process.wait(5.0)
 
     def _assign(self) -> None:
-        for loader in self._loaders:
-            if not loader.ready:
-                continue
-            if self._suspects or loader.alone:
-                # One suspect at a time, in a loader that holds nothing else; the others go on with the rest.
-                if not loader.held and self._suspects and not any(one.alone and one.held for one in self._loaders):
-                    loader.alone = True
+        ready = [loader for loader in self._loaders if loader.ready]
+        if self._suspects and ready and not any(loader.alone for loader in self._loaders):
+            # It runs empty and then takes suspects one at a time; the others go on with the rest.
+            min(ready, key=lambda one: len(one.held)).alone = True
+        for loader in ready:
+            if loader.alone and not loader.held:
+                if self._suspects:
                     self._send(loader, self._suspects.popleft())
-                elif not loader.held and not self._suspects:
+                else:
                     loader.alone = False
-                if loader.alone:
-                    continue
-                if self._suspects and loader is self._least_busy():
-                    continue  # runs empty, so that a suspect gets its turn
-            while len(loader.held) < self._options.threads:
+            while not loader.alone and len(loader.held) < self._options.threads:
                 with self._lock:
                     task = self._waiting.popleft() if self._waiting else None
-                if task is None:
+                if task is None or not self._send(loader, task):
                     break
-                if not self._send(loader, task):
-                    break
-
-    def _least_busy(self) -> _Loader:
-        return min(self._loaders, key=lambda one: len(one.held))
 
     def _send(self, loader: _Loader, task: LoadTask) -> bool:
         loader.held[task.ticket] = (task, time.monotonic())
-        if loader.alone:
-            self._tried_alone.add(task.ticket)
         try:
             loader.connection.send_bytes(task.model_dump_json().encode())
         except OSError:
@@ -283,8 +270,7 @@ class LoaderPool:
         self._loaders.remove(loader)
         log.warning("loader_replaced", pid=loader.process.pid, status=status, held=len(loader.held), code=code.value)
         for task, sent_s in loader.held.values():
-            if task.ticket in self._tried_alone:
-                self._tried_alone.discard(task.ticket)
+            if loader.alone and len(loader.held) == 1:
                 done.append(_convicted(task, code, sent_s, status))
             else:
                 self._suspects.append(task)

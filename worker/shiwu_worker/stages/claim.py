@@ -67,7 +67,7 @@ class Claims:
         limit = min(limit, MAX_CLAIM)
         # A debt from times without bulk must not later shut interactive jobs out: two claims' worth at most.
         fair = limit * self._bulk_share
-        bulk_owed = min(self._bulk_owed + fair, max(1.0, 2 * fair))
+        bulk_owed = min(self._bulk_owed + fair, max(2.0, 2 * fair))
         reply: list[Any] = self._claim(
             keys=[CLAIMS, LEASES, ATTEMPTS, COUNTERS, *_LANE_KEYS],
             args=[self._token, limit, int(bulk_owed), self._lease_ms, done_key("")],

@@ -1,0 +1,64 @@
+# One command each, on a fresh machine with Python 3.11 or newer. `make` alone lists them.
+#
+#   make PYTHON=python3.12 …      another Python
+#   make PIP_ARGS="…" …           arguments for pip: a mirror, or torch's own index of smaller builds for CPUs
+#   make test ARGS="-k claim"     arguments for pytest; the same for demo and bench
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+CODE := producer worker tests demo bench
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint bench format clean
+.DELETE_ON_ERROR:
+# Running targets side by side would mix what they print, and two of them would share the machine's cores.
+.NOTPARALLEL:
+
+help: ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 18
+
+demo: $(STAMP) ## tag sample pictures with real servers and one worker on this machine
+	@$(BIN)/python -m demo $(ARGS)
+
+test: $(STAMP) ## run all tests but those that need a GPU
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-fast: $(STAMP) ## the same without the tests of many rounds
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+lint: $(STAMP) ## check form, types and who imports whom
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mypy -p demo -p tests.support
+	$(BIN)/lint-imports --no-cache --no-logo
+
+bench: $(STAMP) ## measure; JSON and pictures go to bench/out
+	$(BIN)/python -m bench $(ARGS)
+
+format: $(STAMP) ## put the code into form
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and everything that was made
+	rm -rf $(VENV) dist build bench/out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "shiwu needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || true)."; \
+	  echo "Install one, or name it: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; } >&2
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; } >&2
+	@echo "Installing shiwu with the model's libraries into $(VENV): once, one to ten minutes."
+	@echo "About 0.5 GB to download, or 3 GB where torch comes with CUDA."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[worker,dev]' || { \
+	  echo "The installation failed; pip says why above. It needs a package index, or PIP_ARGS that name one."; exit 1; } >&2
+	@touch $@
+	@echo "Installed."

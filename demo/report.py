@@ -1,0 +1,126 @@
+"""What the demo shows: a table of answers, a summary, and how to go on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from demo.album import Entry
+from shiwu.contract import Answer, Status, Timing
+
+STAGES = ("queue", "claim", "fetch", "decode", "batch", "encode", "score", "total")
+NEXT = (
+    ("export SHIWU_REDIS_URL=redis://127.0.0.1:6379/0", "a Redis or Valkey of yours"),
+    (".venv/bin/shiwu-worker --check", "every setting, and whether Redis and the model answer"),
+    (".venv/bin/shiwu-worker", "the worker; Ctrl-C drains it"),
+    (".venv/bin/shiwu --help", "ask, wait and look from the command line"),
+    ("make test, make bench", "the tests, the measurements"),
+)
+WIDE_ENOUGH = 100
+"""Narrower terminals see the total only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of one picture, beside what was known."""
+
+    entry: Entry
+    answer: Answer | None
+
+    @property
+    def rank(self) -> int | None:
+        """The place of the known label among the tags, from 1; None when it is not there."""
+        tags = (self.answer.tags or ()) if self.answer else ()
+        words = [tag.label for tag in tags]
+        return words.index(self.entry.label) + 1 if self.entry.label in words else None
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether a good picture has tags, and a bad one its error."""
+        if self.answer is None:
+            return False
+        if self.entry.code:
+            return self.answer.error is not None and self.answer.error.code is self.entry.code
+        return self.answer.status is Status.TAGGED and bool(self.answer.tags)
+
+
+def show_table(console: Console, verdicts: list[Verdict]) -> None:
+    """One row a picture: what it is, its tags or its error, and where the time went."""
+    table = Table(title="What the worker answered; times in ms", title_justify="left", padding=(0, 1, 0, 0), box=None)
+    table.add_column("known as", no_wrap=True)
+    table.add_column("format", no_wrap=True)
+    table.add_column("from", no_wrap=True)
+    table.add_column("tags:score in %", ratio=1, overflow="fold")
+    stages = STAGES if console.width >= WIDE_ENOUGH else STAGES[-1:]
+    for stage in stages:
+        table.add_column(stage, justify="right", no_wrap=True, style="bold" if stage == "total" else "dim")
+    table.add_column("of", justify="right", no_wrap=True)
+    for verdict in verdicts:
+        timing = verdict.answer.timing if verdict.answer else Timing()
+        size = verdict.answer.batch_size if verdict.answer else None
+        table.add_row(
+            verdict.entry.label or "–",
+            verdict.entry.form,
+            verdict.entry.source,
+            _outcome(verdict),
+            *(_milliseconds(getattr(timing, stage)) for stage in stages),
+            str(size or "–"),
+        )
+    console.print(table)
+
+
+def _milliseconds(value: float | None) -> str:
+    if not value:
+        return "–"
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _outcome(verdict: Verdict) -> Text:
+    answer = verdict.answer
+    if answer is None:
+        return Text("no answer", style="bold red")
+    if answer.tags:
+        tags = [(f"{tag.label}:{tag.score * 100:.0f}", tag.label == verdict.entry.label) for tag in answer.tags[:3]]
+        return Text(" ").join(Text(text, style="green" if known else "") for text, known in tags)
+    code = answer.error.code.value if answer.error else "no error code"
+    if verdict.is_expected:
+        return Text(f"{answer.status.value}: {code}", style="yellow")
+    message = answer.error.message if answer.error else ""
+    return Text(f"{answer.status.value}: {code} {message}, not expected", style="bold red")
+
+
+def show_summary(console: Console, verdicts: list[Verdict], *, took_s: float) -> None:
+    """Counts, speed, and how often the known label was found."""
+    ranks = [verdict.rank for verdict in verdicts if verdict.entry.label]
+    counts = Counter(
+        "unexpected" if not verdict.is_expected else "failed" if verdict.entry.code else "tagged"
+        for verdict in verdicts
+    )
+    models = {verdict.answer.model for verdict in verdicts if verdict.answer and verdict.answer.model}
+    model = ", ".join(f"{each.id} in {each.dtype} on {each.device}" for each in models)
+    console.print(
+        f"\n[bold]{counts['tagged']} tagged[/], {counts['failed']} failed as expected, "
+        f"{counts['unexpected']} not as expected; "
+        f"{len(verdicts)} pictures in {took_s:.2f} s, [bold]{len(verdicts) / took_s:.0f} pictures/s[/] "
+        f"(one worker, {model})."
+    )
+    first, five = (sum(rank is not None and rank <= top for rank in ranks) for top in (1, 5))
+    console.print(
+        f"The known label, one of 471, came first for {first} of {len(ranks)} and among the first five for {five}. "
+        "The embedded model knows pictograms, not photographs: for those set SHIWU_MODEL.\n"
+        "The stages of a row add up to its total; queue is the wait in Redis, batch the wait for the model, "
+        "and `of` the size of the batch that the picture was encoded in."
+    )
+
+
+def show_next(console: Console) -> None:
+    """How to go on."""
+    console.print("\n[bold]How to go on[/]")
+    table = Table.grid(padding=(0, 3, 0, 2))
+    for row in NEXT:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)

@@ -1,0 +1,101 @@
+"""Answers as a consumer meets them: under their key, and in the results stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from pydantic_core import from_json
+
+from shiwu.contract import RESULT_STREAM, Answer, Status
+from shiwu.errors import JobFailed
+
+
+class TagResult(Answer):
+    """An answer with the questions that one usually asks of it."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the picture was tagged."""
+        return self.status is Status.TAGGED
+
+    @property
+    def best(self) -> str | None:
+        """The best label, or None."""
+        return self.tags[0].label if self.tags else None
+
+    def raise_for_status(self) -> TagResult:
+        """Return itself when the picture was tagged, else raise JobFailed with the code and the reason."""
+        if self.ok:
+            return self
+        why = f"{self.error.code}: {self.error.message}" if self.error else self.status.value
+        raise JobFailed(why, self)
+
+
+def read_result(raw: bytes) -> TagResult:
+    """Read what lies under a result key, whichever of Celery's states it has."""
+    result = from_json(raw)["result"]
+    return TagResult.model_validate(result.get("answer", result))
+
+
+@dataclass(frozen=True)
+class StreamItem:
+    """One entry of the results stream. It stays with this consumer until `ack`."""
+
+    entry_id: str
+    result: TagResult
+    _client: redis.Redis
+    _group: str
+
+    def ack(self) -> None:
+        """Say that the answer has had its effect; it is not delivered to this group again."""
+        self._client.xack(RESULT_STREAM, self._group, self.entry_id)
+
+
+def follow(
+    client: redis.Redis,
+    *,
+    group: str,
+    consumer: str,
+    batch: int,
+    block_s: float,
+    reclaim_idle_s: float,
+    stop_when_idle: bool,
+) -> Iterator[StreamItem]:
+    """Yield entries: first what this consumer had not acknowledged, then new ones and those of dead consumers."""
+    try:
+        client.xgroup_create(RESULT_STREAM, group, id="0", mkstream=True)
+    except redis.ResponseError as error:
+        if "BUSYGROUP" not in str(error):
+            raise
+
+    def items(entries: list[Any]) -> Iterator[StreamItem]:
+        for entry_id, fields in entries:
+            if fields:  # an entry that was trimmed away while pending has none
+                answer = TagResult.model_validate_json(fields[b"answer"])
+                yield StreamItem(entry_id.decode(), answer, client, group)
+            else:
+                client.xack(RESULT_STREAM, group, entry_id)
+
+    own = "0"
+    while own:
+        reply: Any = client.xreadgroup(group, consumer, {RESULT_STREAM: own}, count=batch)
+        entries = reply[0][1] if reply else []
+        yield from items(entries)
+        own = entries[-1][0].decode() if entries else ""
+    cursor = "0-0"
+    while True:
+        claimed: Any = client.xautoclaim(
+            RESULT_STREAM, group, consumer, min_idle_time=int(reclaim_idle_s * 1000), start_id=cursor, count=batch
+        )
+        cursor = claimed[0].decode()
+        yield from items(claimed[1])
+        fresh: Any = client.xreadgroup(
+            group, consumer, {RESULT_STREAM: ">"}, count=batch, block=max(1, int(block_s * 1000))
+        )
+        entries = fresh[0][1] if fresh else []
+        yield from items(entries)
+        if stop_when_idle and not entries and not claimed[1]:
+            return

@@ -1,0 +1,265 @@
+"""A real worker on real parts: every kind of picture, every kind of bad input, every kind of Celery client."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+from celery.exceptions import TaskRevokedError
+
+from shiwu.contract import RESULT_STREAM, Answer, Lane, Request, Stage, Status, result_key
+from shiwu.message import build_message
+from tests.conftest import StartWorker
+from tests.support import pictures
+from tests.support.servers import PictureServer, S3Server, WorkerProcess
+from tests.support.waiting import wait_until
+
+# Celery's client leaves the sockets of its result consumer to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def ask(url: str, image: str, job_id: str, **fields: Any) -> Answer:
+    """Enqueue as our client does and wait for the answer under its key."""
+    with redis.Redis.from_url(url) as client:
+        message = build_message(Request(image=image, **fields), job_id=job_id, lane=Lane.INTERACTIVE)
+        client.lpush(Lane.INTERACTIVE.queue, message)
+        return read_answer(client, job_id)
+
+
+def read_answer(client: redis.Redis, job_id: str, *, timeout_s: float = 30.0) -> Answer:
+    """Wait for the answer in Celery's result, whichever form it has."""
+    raw = wait_until(lambda: client.get(result_key(job_id)), timeout_s=timeout_s, what=f"answer of {job_id}")
+    result = json.loads(raw)["result"]
+    return Answer.model_validate(result.get("answer", result))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["jpeg", "png", "webp", "gif", "avif", "rgba_png", "cmyk_jpeg", "turned_jpeg", "large_jpeg", "progressive_jpeg"],
+)
+def test_every_format_is_tagged_as_what_it_shows(shared_worker: WorkerProcess, s3: S3Server, kind: str) -> None:
+    """One sample in every format and shape, over S3: the same best category."""
+    sample = pictures.sample("熊猫")
+    data = getattr(pictures, kind)(pictures.picture("熊猫"))
+    reference = s3.put(f"formats/{kind}", data)
+    answer = ask(shared_worker.redis_url, reference, f"format-{kind}", labels="six-zh", top_k=6)
+    assert answer.status is Status.TAGGED
+    assert answer.tags is not None
+    assert answer.tags[0].label == sample.category
+    assert sum(tag.score for tag in answer.tags) == pytest.approx(1.0, abs=1e-4)
+    assert answer.image is not None
+    assert answer.image.bytes == len(data)
+
+
+def test_the_stage_times_follow_each_other_and_add_up(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """The answer tells where its time went, and the sum is the total."""
+    reference = s3.put("timing", pictures.jpeg(pictures.picture()))
+    timing = ask(shared_worker.redis_url, reference, "timing").timing
+    parts = [getattr(timing, stage.value) for stage in Stage if stage is not Stage.COMMIT]
+    assert sum(parts) + (timing.queue or 0.0) == pytest.approx(timing.total, abs=0.01)
+    assert min(timing.fetch, timing.decode, timing.encode) > 0
+
+
+def test_over_http_and_in_many_sizes_each_answer_is_its_own(
+    shared_worker: WorkerProcess, http_server: PictureServer
+) -> None:
+    """Pictures sent together in many batches: no answer is a neighbour's (sizes and digests tell them apart)."""
+    image = pictures.picture("熊猫")
+    sizes = [(40 + n, 90 - n) for n in range(40)]
+    with redis.Redis.from_url(shared_worker.redis_url) as client:
+        for number, size in enumerate(sizes):
+            url = http_server.serve(f"/{number}.png", _reply(pictures.png(image.resize(size))))
+            client.lpush(
+                Lane.BULK.queue,
+                build_message(Request(image=url, metadata=number), job_id=f"own-{number}", lane=Lane.BULK),
+            )
+        for number, (width, height) in enumerate(sizes):
+            answer = read_answer(client, f"own-{number}")
+            assert answer.image is not None
+            assert (answer.metadata, answer.image.width, answer.image.height) == (number, width, height)
+
+
+def _reply(data: bytes) -> Any:
+    from tests.support.picture_server import Reply  # noqa: PLC0415 beside its one use
+
+    return Reply.picture(data, content_type="image/png")
+
+
+@pytest.mark.parametrize(
+    ("key", "make", "code"),
+    [
+        ("broken.jpg", pictures.truncated, "picture_broken"),
+        ("empty.jpg", pictures.empty, "picture_empty"),
+        ("page.jpg", pictures.html, "not_a_picture"),
+    ],
+)
+def test_a_picture_that_is_none_gets_its_code(
+    shared_worker: WorkerProcess, s3: S3Server, key: str, make: Any, code: str
+) -> None:
+    """Truncated, empty, HTML with a picture's name."""
+    reference = s3.put(f"bad/{key}", make(pictures.picture()))
+    answer = ask(shared_worker.redis_url, reference, f"bad-{key}")
+    assert answer.error is not None
+    assert (answer.status, answer.error.code.value) == (Status.REJECTED, code)
+
+
+@pytest.mark.parametrize(
+    ("image", "code"),
+    [
+        ("s3://pictures/never/was.jpg", "source_not_found"),
+        ("s3://no-such-bucket/a.jpg", "source_not_found"),
+        ("s3://pictures/folder/", "source_not_a_file"),
+        ("file:///etc/passwd", "source_forbidden"),
+        ("http://10.0.0.1/a.jpg", "source_forbidden"),
+        ("http://[::ffff:169.254.169.254]/latest", "source_forbidden"),
+    ],
+)
+def test_a_source_that_is_not_there_or_not_allowed_gets_its_code(
+    shared_worker: WorkerProcess, image: str, code: str
+) -> None:
+    """Missing keys and buckets, folders, files and addresses that the operator did not allow."""
+    answer = ask(shared_worker.redis_url, image, f"source-{abs(hash(image))}")
+    assert answer.error is not None
+    assert answer.error.code.value == code
+
+
+BAD_FIELDS = {
+    "no-scheme": ({"image": "cat.jpg"}, "invalid_reference"),
+    "unknown-set": ({"image": "s3://pictures/x", "labels": "no-such-set"}, "unknown_label_set"),
+    "big-metadata": ({"image": "s3://pictures/x", "metadata": "x" * 5000}, "metadata_too_large"),
+    "many-labels": ({"image": "s3://pictures/x", "labels": [f"词{n}" for n in range(2000)]}, "invalid_labels"),
+    "flood-labels": ({"image": "s3://pictures/x", "labels": [f"词{n}" for n in range(200_000)]}, "message_too_large"),
+    "bad-top-k": ({"image": "s3://pictures/x", "top_k": 0}, "invalid_request"),
+    "no-image": ({}, "invalid_reference"),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(shared_worker: WorkerProcess) -> Any:
+    """A Celery application that has none of our code."""
+    app = Celery("somebody", broker=shared_worker.redis_url, backend=shared_worker.redis_url)
+    app.conf.task_acks_late = True
+    yield app
+    app.close()
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_a_bad_request_of_a_plain_client_gets_its_code(plain: Any, name: str) -> None:
+    """What our client would have refused is answered by the worker, and `get` raises."""
+    fields, code = BAD_FIELDS[name]
+    result = plain.send_task("shiwu.tag", kwargs=fields, queue=Lane.INTERACTIVE.queue, task_id=f"plain-{name}")
+    with pytest.raises(Exception, match=code):
+        result.get(timeout=30)
+    assert result.result is not None
+    assert plain.backend.get_task_meta(result.id)["status"] == "FAILURE"
+
+
+def test_a_plain_celery_client_gets_its_result(plain: Any, s3: S3Server) -> None:
+    """Keyword and positional arguments, priorities, gzip: `AsyncResult.get()` returns the answer."""
+    reference = s3.put("plain", pictures.jpeg(pictures.picture()))
+    sent = [
+        plain.send_task("shiwu.tag", kwargs={"image": reference}, queue="shiwu.interactive"),
+        plain.send_task("shiwu.tag", args=[reference, "pictogram-zh", 2], queue="shiwu.bulk"),
+        plain.send_task("shiwu.tag", args=[reference], queue="shiwu.bulk", compression="gzip"),
+        *[plain.send_task("shiwu.tag", args=[reference], queue="shiwu.bulk", priority=n) for n in (0, 3, 6, 9)],
+    ]
+    answers = [result.get(timeout=30) for result in sent]
+    assert {answer["status"] for answer in answers} == {"tagged"}
+    assert len(answers[1]["tags"]) == 2
+    assert [answer["id"] for answer in answers] == [result.id for result in sent]
+
+
+def test_countdown_and_expires_of_a_plain_client(plain: Any, s3: S3Server) -> None:
+    """A countdown is waited for; what expired is revoked as Celery would."""
+    reference = s3.put("later", pictures.jpeg(pictures.picture()))
+    began_s = time.monotonic()
+    later = plain.send_task("shiwu.tag", args=[reference], queue="shiwu.bulk", countdown=1.5)
+    gone = plain.send_task(
+        "shiwu.tag", args=[reference], queue="shiwu.bulk", expires=datetime.now(UTC) - timedelta(seconds=1)
+    )
+    with pytest.raises(TaskRevokedError):
+        gone.get(timeout=30)
+    assert later.get(timeout=30)["status"] == "tagged"
+    assert time.monotonic() - began_s >= 1.4
+
+
+def test_ignore_result_leaves_no_key_but_an_entry_in_the_stream(plain: Any, s3: S3Server) -> None:
+    """Who wants no result pays for none; the results stream still tells."""
+    reference = s3.put("ignored", pictures.jpeg(pictures.picture()))
+    plain.send_task("shiwu.tag", args=[reference], queue="shiwu.bulk", ignore_result=True, task_id="ignored-1")
+    client = plain.backend.client
+    wait_until(lambda: any(fields[b"id"] == b"ignored-1" for _, fields in client.xrange(RESULT_STREAM)), timeout_s=30)
+    assert client.get(result_key("ignored-1")) is None
+
+
+def test_a_callback_is_refused_aloud(plain: Any, s3: S3Server) -> None:
+    """What this version can't do is not dropped in silence."""
+    reference = s3.put("link", pictures.jpeg(pictures.picture()))
+    signature = plain.signature("shiwu.tag", args=[reference], queue="shiwu.bulk")
+    result = signature.apply_async(queue="shiwu.bulk", link=plain.signature("other.task"))
+    with pytest.raises(Exception, match="unsupported_canvas"):
+        result.get(timeout=30)
+
+
+def test_odd_messages_are_buried_and_the_worker_goes_on(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """Bytes that are no message lie among the dead letters, unchanged; the next job is answered."""
+    odd = [b"", b"\xff\x00", b"[]", b'{"headers":{"id":"has space","task":"shiwu.tag"}}', b"[" * 5000]
+    with redis.Redis.from_url(shared_worker.redis_url) as client:
+        before = client.xlen("shiwu:dead")
+        client.lpush(Lane.INTERACTIVE.queue, *odd)
+        wait_until(lambda: client.xlen("shiwu:dead") >= before + 4, timeout_s=10)
+        kept = {fields[b"raw"] for _, fields in client.xrange("shiwu:dead")}
+        assert set(odd) - {b""} <= kept
+    answer = ask(shared_worker.redis_url, s3.put("after", pictures.jpeg(pictures.picture())), "after-odd")
+    assert answer.status is Status.TAGGED
+
+
+def test_inline_labels_embedding_and_sigmoid(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """Words of the request's own, the raw vector, and the other head."""
+    reference = s3.put("inline", pictures.jpeg(pictures.picture("熊猫")))
+    answer = ask(
+        shared_worker.redis_url,
+        reference,
+        "inline",
+        labels=("熊猫", "汽车"),
+        head="sigmoid",
+        want=("tags", "embedding"),
+    )
+    assert answer.tags is not None
+    assert answer.embedding is not None
+    assert answer.tags[0].label == "熊猫"
+    assert sum(x * x for x in answer.embedding) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_an_idle_worker_is_quick_and_quiet(start_worker: StartWorker, redis_url: str, tmp_path: Any) -> None:
+    """Median claim latency of an idle worker under 5 ms, and no more than 20 commands a second."""
+    path = tmp_path / "x.png"
+    path.write_bytes(pictures.png(pictures.picture().resize((64, 64))))
+    start_worker(redis_url=redis_url, allow_folders=tmp_path)
+    with redis.Redis.from_url(redis_url) as client:
+        waits = []
+        for number in range(15):
+            client.blpop(["nothing"], timeout=0.15)  # type: ignore[arg-type]  # the server takes fractions
+            seconds, micros = client.time()
+            message = build_message(
+                Request(image=path.as_uri()),
+                job_id=f"idle-{number}",
+                lane=Lane.INTERACTIVE,
+                sent_ms=seconds * 1000 + micros / 1000,
+            )
+            client.lpush(Lane.INTERACTIVE.queue, message)
+            waits.append(read_answer(client, f"idle-{number}").timing.queue or 0.0)
+        before, since_s = client.info("stats")["total_commands_processed"], time.monotonic()
+        client.blpop(["nothing"], timeout=3)
+        commands = client.info("stats")["total_commands_processed"] - before
+        per_second = commands / (time.monotonic() - since_s)
+    assert sorted(waits)[len(waits) // 2] < 5.0, waits
+    assert per_second <= 20
