@@ -15,7 +15,7 @@ from tests.support.servers import PictureServer, S3Server, ServerError, Valkey, 
 
 from demo.album import Entry, lay_out
 from demo.report import Verdict, show_next, show_summary, show_table
-from shiwu import Client
+from shiwu import Client, Lane
 
 LEAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ANSWERS_S = 60.0
@@ -88,8 +88,9 @@ def _run(console: Console, stack: ExitStack) -> int:
 def _ask(redis_url: str, album: list[Entry]) -> list[Verdict]:
     """Enqueue every picture at once and wait for all answers."""
     with Client(redis_url) as client:
-        ids = [client.enqueue(entry.reference, labels="pictogram-zh") for entry in album]
-        answers = client.wait_many(ids, timeout_s=ANSWERS_S)
+        references = [entry.reference for entry in album]
+        ids = list(client.enqueue_many(references, labels="pictogram-zh", lane=Lane.INTERACTIVE))
+        answers = dict(client.as_answered(ids, timeout_s=ANSWERS_S))
     return [Verdict(entry, answers.get(job_id)) for entry, job_id in zip(album, ids, strict=True)]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 
 import click
+from pydantic import ValidationError
 
+from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode
 
 
@@ -27,13 +29,15 @@ def main(*, check: bool) -> None:
 
         sys.exit(run_checks())
     try:
-        from shiwu_worker import app  # noqa: PLC0415 celery takes a second to import
-
-        celery = app.app
-    except ValueError as error:
-        click.echo(f"settings: {error}", err=True)
+        Settings()
+    except ValidationError as error:
+        for wrong in error.errors(include_url=False, include_input=False):
+            name = "_".join(str(part) for part in wrong["loc"]).upper()
+            click.echo(f"SHIWU_{name}: {wrong['msg']}", err=True)
         sys.exit(int(ExitCode.CONFIG))
-    sys.exit(celery.worker_main(["--quiet", "worker", "--loglevel=WARNING"]))
+    from celery.bin.celery import celery  # noqa: PLC0415 it takes a second to import
+
+    celery.main(args=["--quiet", "--app", "shiwu_worker.app", "worker", "--loglevel=WARNING"], prog_name="celery")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""Writes the contract as JSON Schema: `python -m shiwu.schema docs/schema`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from shiwu.contract import Answer, Request
+
+
+def schemas() -> dict[str, str]:
+    """File name → JSON Schema (draft 2020-12) of what crosses the wire."""
+    found = {
+        "request.schema.json": Request.model_json_schema(),
+        "answer.schema.json": Answer.model_json_schema(mode="serialization"),
+    }
+    return {name: json.dumps(schema, indent=2, ensure_ascii=False) + "\n" for name, schema in found.items()}
+
+
+def main() -> None:
+    """Write the files into the folder that is given."""
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in schemas().items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

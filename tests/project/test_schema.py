@@ -1,0 +1,35 @@
+"""The published JSON Schema is the code's, and real messages pass it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from shiwu.contract import Answer, ErrorCode, ErrorInfo, Request, Status, Tag
+from shiwu.schema import schemas
+
+FOLDER = Path(__file__).parents[2] / "docs" / "schema"
+
+
+@pytest.mark.parametrize("name", sorted(schemas()))
+def test_the_schema_files_are_current(name: str) -> None:
+    """`python -m shiwu.schema docs/schema` was run after the last change."""
+    assert (FOLDER / name).read_text(encoding="utf-8") == schemas()[name]
+
+
+def test_what_we_write_passes_the_schema() -> None:
+    """A full answer, a failed one and a request."""
+    schema = json.loads((FOLDER / "answer.schema.json").read_text(encoding="utf-8"))
+    answers = [
+        Answer(id="x", status=Status.TAGGED, tags=(Tag(label="猫", score=0.5, cosine=0.1),), metadata={"a": [1]}),
+        Answer(id="x", status=Status.FAILED, error=ErrorInfo(code=ErrorCode.ENCODE_FAILED, message="m")),
+    ]
+    for answer in answers:
+        jsonschema.validate(json.loads(answer.to_json()), schema)
+    request = Request(image="s3://b/k", labels=("猫", "狗"))
+    jsonschema.validate(
+        json.loads(request.to_json()), json.loads((FOLDER / "request.schema.json").read_text(encoding="utf-8"))
+    )

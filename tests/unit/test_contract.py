@@ -1,0 +1,114 @@
+"""The contract: what is read back is what was written, and each kind of bad input has its stable code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shiwu.contract import (
+    Answer,
+    Lane,
+    Request,
+    RequestError,
+    Status,
+    check_id,
+    parse_request,
+    without_query,
+)
+
+REFERENCES = st.sampled_from(["s3://b/k", "https://h/p?sig=1", "http://h:8080/p", "file:///a/b.jpg", "s3://b/键.jpg"])
+LABELS = st.one_of(
+    st.none(),
+    st.just("six-zh"),
+    st.lists(st.text("猫狗鸟abc", min_size=1, max_size=8), min_size=1, max_size=8, unique=True).map(tuple),
+)
+REQUESTS = st.builds(
+    Request,
+    image=REFERENCES,
+    labels=LABELS,
+    top_k=st.integers(1, 1000),
+    threshold=st.floats(0, 1),
+    head=st.sampled_from([None, "softmax", "sigmoid"]),
+    metadata=st.recursive(st.none() | st.integers(-9, 9) | st.text(max_size=9), lambda x: st.lists(x, max_size=3)),
+)
+
+
+@given(REQUESTS)
+def test_a_request_survives_the_wire(request_: Request) -> None:
+    """parse(json(request)) is the request."""
+    assert Request.model_validate_json(request_.to_json()) == request_
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({}, "invalid_reference"),
+    ({"image": "cat.jpg"}, "invalid_reference"),
+    ({"image": "ftp://h/x"}, "invalid_reference"),
+    ({"image": "s3://bucket"}, "invalid_reference"),
+    ({"image": "s3:///key"}, "invalid_reference"),
+    ({"image": "https://user:pw@h/x"}, "invalid_reference"),
+    ({"image": "https:///x"}, "invalid_reference"),
+    ({"image": "http://[::1/x"}, "invalid_reference"),
+    ({"image": "http://h:99999/x"}, "invalid_reference"),
+    ({"image": "file://host/x"}, "invalid_reference"),
+    ({"image": "s3://b/k\n"}, "invalid_reference"),
+    ({"image": "s3://b/" + "k" * 5000}, "invalid_reference"),
+    ({"image": 7}, "invalid_reference"),
+    ({"image": "s3://b/k", "labels": []}, "invalid_labels"),
+    ({"image": "s3://b/k", "labels": ["a", "a"]}, "invalid_labels"),
+    ({"image": "s3://b/k", "labels": ["a", ""]}, "invalid_labels"),
+    ({"image": "s3://b/k", "labels": ["词"] * 200_000}, "invalid_labels"),
+    ({"image": "s3://b/k", "labels": "no such name!"}, "invalid_labels"),
+    ({"image": "s3://b/k", "metadata": "x" * 5000}, "metadata_too_large"),
+    ({"image": "s3://b/k", "top_k": 0}, "invalid_request"),
+    ({"image": "s3://b/k", "threshold": 2}, "invalid_request"),
+    ({"image": "s3://b/k", "head": "relu"}, "invalid_request"),
+    ({"image": "s3://b/k", "want": ["everything"]}, "invalid_request"),
+]
+
+
+@pytest.mark.parametrize(("fields", "code"), BAD)
+def test_bad_fields_have_their_code(fields: dict[str, Any], code: str) -> None:
+    """One field at a time, wrong in one way."""
+    with pytest.raises(RequestError) as caught:
+        parse_request(fields)
+    assert caught.value.code.value == code
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("job_id", ["", "a b", "~x", "-x", "x" * 129, "a\n", "é", None, 7, "a/b", "*"])
+def test_an_id_that_is_no_valid_key_is_refused(job_id: Any) -> None:
+    """Ids become parts of Redis keys."""
+    with pytest.raises(RequestError) as caught:
+        check_id(job_id)
+    assert caught.value.code.value == "invalid_id"
+
+
+def test_readers_ignore_fields_of_a_newer_version() -> None:
+    """Old readers, new writers."""
+    assert parse_request({"image": "s3://b/k", "new": 1}).image == "s3://b/k"
+    assert Answer.model_validate({"id": "x", "status": "tagged", "new": 1}).status is Status.TAGGED
+
+
+@pytest.mark.parametrize(
+    ("reference", "shown"),
+    [
+        ("https://h/p?X-Amz-Signature=secret#f", "https://h/p"),
+        ("https://u:secret@h/p", "https://h/p"),
+        ("s3://b/k?versionId=1", "s3://b/k"),
+        ("http://[bad?secret", "http://[bad"),
+    ],
+)
+def test_references_are_shown_without_secrets(reference: str, shown: str) -> None:
+    """Logs, answers and errors never hold queries or user info."""
+    assert without_query(reference) == shown
+
+
+def test_the_lanes_keys_are_kombus() -> None:
+    """Priority steps and separator as kombu's Redis transport writes them."""
+    from kombu.transport.redis import Channel  # noqa: PLC0415 beside its one use
+
+    expected = [f"shiwu.bulk{Channel.sep}{step}" if step else "shiwu.bulk" for step in Channel.priority_steps]
+    assert list(Lane.BULK.keys) == expected

@@ -1,0 +1,131 @@
+"""Celery's message: ours is what Celery writes, and what any Celery client writes is understood."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import zlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shiwu.contract import Lane, Request, RequestError, parse_request
+from shiwu.message import build_message, read_message
+from tests.unit.test_contract import REQUESTS
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def send(redis_url: str, **options: Any) -> bytes:
+    """Let real Celery enqueue, and take what it wrote."""
+    import redis  # noqa: PLC0415 beside its one use
+
+    app = Celery("plain", broker=redis_url)
+    with redis.Redis.from_url(redis_url) as client:
+        app.send_task("shiwu.tag", queue="shiwu.bulk", **options)
+        app.close()
+        found: Any = [client.lpop(key) for key in Lane.BULK.keys]
+        return next(raw for raw in found if raw)
+
+
+@given(REQUESTS, st.sampled_from(list(Lane)))
+def test_our_message_reads_back(request_: Request, lane: Lane) -> None:
+    """read(build(request)) is the request, with its times."""
+    raw = build_message(request_, job_id="x", lane=lane, sent_ms=1.5, expires_ms=2000.0, eta_ms=1000.0)
+    envelope = read_message(raw)
+    assert parse_request(envelope.fields) == request_
+    assert (envelope.sent_ms, envelope.expires_ms, envelope.eta_ms) == (1.5, 2000.0, 1000.0)
+
+
+def test_our_message_has_what_celerys_has(redis_url: str) -> None:
+    """Same outer fields, headers (but our own and Celery's stamps) and properties as Celery's own message."""
+    celerys = json.loads(send(redis_url, kwargs={"image": "s3://b/k"}))
+    ours = json.loads(build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK))
+    assert ours.keys() == celerys.keys()
+    assert set(celerys["headers"]) - set(ours["headers"]) <= {"stamped_headers", "stamps", "replaced_task_nesting"}
+    assert set(celerys["properties"]) == set(ours["properties"])
+    assert json.loads(base64.b64decode(ours["body"]))[1] == json.loads(base64.b64decode(celerys["body"]))[1]
+
+
+def test_every_way_of_a_celery_client_is_understood(redis_url: str) -> None:
+    """Positional and keyword arguments, compression, eta, expires, priority, ignore_result, callbacks."""
+    assert read_message(send(redis_url, args=["s3://b/k", "six-zh", 3])).fields == {
+        "image": "s3://b/k",
+        "labels": "six-zh",
+        "top_k": 3,
+    }
+    assert read_message(send(redis_url, kwargs={"image": "s3://b/k"}, compression="gzip")).fields == {"image": "s3://b/k"}
+    assert read_message(send(redis_url, args=["s3://b/k"], priority=9)).fields == {"image": "s3://b/k"}
+    assert read_message(send(redis_url, args=["s3://b/k"], ignore_result=True)).ignore_result
+    later = read_message(send(redis_url, args=["s3://b/k"], countdown=10, expires=20))
+    now_ms = datetime.now(UTC).timestamp() * 1000
+    assert later.eta_ms == pytest.approx(now_ms + 10_000, abs=3000)
+    assert later.expires_ms == pytest.approx(now_ms + 20_000, abs=3000)
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("message_*.json")), ids=lambda path: path.stem)
+def test_messages_of_released_versions_are_still_read(path: Path) -> None:
+    """Golden messages are only ever added."""
+    golden = json.loads(path.read_text(encoding="utf-8"))
+    envelope = read_message(json.dumps(golden["message"]).encode())
+    assert envelope.id == golden["id"]
+    assert parse_request(envelope.fields).model_dump(mode="json", exclude_defaults=True) == golden["request"]
+
+
+def _with_body(body: bytes, **headers: Any) -> bytes:
+    message = json.loads(build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK))
+    message["body"] = base64.b64encode(body).decode()
+    message["headers"] |= headers
+    return json.dumps(message).encode()
+
+
+BODY = json.dumps([["s3://b/k"], {}, {}]).encode()
+BOMB = json.dumps([["s3://b/k"], {"metadata": "x" * 50_000_000}, {}]).encode()
+
+
+@pytest.mark.parametrize("packed", [gzip.compress(BODY), zlib.compress(BODY)])
+def test_both_formats_that_call_themselves_gzip(packed: bytes) -> None:
+    """kombu's gzip is zlib's format; other clients send the real one."""
+    assert read_message(_with_body(packed, compression="application/x-gzip")).fields == {"image": "s3://b/k"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        (b"", "malformed_message"),
+        (b"null", "malformed_message"),
+        (b'{"headers":{"task":"shiwu.tag"}}', "malformed_message"),
+        (b'{"headers":{"task":"shiwu.tag","id":"a b"}}', "invalid_id"),
+        (b'{"headers":{"task":"celery.map","id":"ab"}}', "unknown_task"),
+        (b'{"headers":{"task":"shiwu.tag","id":"ab"}}', "malformed_message"),
+        (_with_body(b"{}"), "malformed_message"),
+        (_with_body(b"[1,2,3]"), "malformed_message"),
+        (_with_body(b"not json"), "malformed_message"),
+        (_with_body(BODY, compression="bz2"), "malformed_message"),
+        (_with_body(b"junk", compression="gzip"), "malformed_message"),
+        (_with_body(BODY, expires="tomorrow"), "malformed_message"),
+        (_with_body(BODY, eta=7), "malformed_message"),
+        (_with_body(zlib.compress(BOMB), compression="gzip"), "message_too_large"),
+        (b"x" * 300_000, "message_too_large"),
+        (_with_body(json.dumps([["s3://b/k"], {"image": "s3://b/k"}, {}]).encode()), "invalid_request"),
+        (_with_body(json.dumps([["x"] * 9, {}, {}]).encode()), "invalid_request"),
+    ],
+)
+def test_what_can_not_be_read_has_its_code(raw: bytes, code: str) -> None:
+    """Nothing but RequestError leaves the reader."""
+    with pytest.raises(RequestError) as caught:
+        read_message(raw)
+    assert caught.value.code.value == code
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_never_raise_anything_else(raw: bytes) -> None:
+    """The reader's only error is RequestError."""
+    with pytest.raises(RequestError):
+        read_message(raw)
