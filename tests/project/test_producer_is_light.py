@@ -10,7 +10,9 @@ import pytest
 HEAVY = {"torch", "transformers", "PIL", "boto3", "numpy", "celery", "kombu", "shiwu_worker"}
 
 
-@pytest.mark.parametrize("statement", ["import shiwu", "import shiwu.contract", "from shiwu import Client", "import shiwu.cli"])
+@pytest.mark.parametrize(
+    "statement", ["import shiwu", "import shiwu.contract", "from shiwu import Client", "import shiwu.cli"]
+)
 def test_importing_the_producer_loads_nothing_heavy(statement: str) -> None:
     """In a fresh interpreter, since this one has everything loaded."""
     code = f"{statement}; import sys; print(*sys.modules)"

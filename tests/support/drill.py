@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import redis
 
@@ -56,12 +57,14 @@ def wait_answered(client: redis.Redis, ids: Sequence[str], *, timeout_s: float) 
 
 def tokens(client: redis.Redis) -> set[bytes]:
     """The workers' lives that hold claims now."""
-    return {record.split(b"|", 1)[0] for record in client.hvals(CLAIMS)}
+    records: Any = client.hvals(CLAIMS)
+    return {record.split(b"|", 1)[0] for record in records}
 
 
 def count(client: redis.Redis, ids: Sequence[str]) -> Count:
     """Hold the results stream against what was sent."""
-    entries = Counter(fields[b"id"].decode() for _, fields in client.xrange(RESULT_STREAM))
+    stream: Any = client.xrange(RESULT_STREAM)
+    entries = Counter(fields[b"id"].decode() for _, fields in stream)
     sent = set(ids)
     assert client.hlen(CLAIMS) == client.zcard(LEASES) == 0, "claims are left behind"
     return Count(

@@ -60,7 +60,9 @@ def test_every_way_of_a_celery_client_is_understood(redis_url: str) -> None:
         "labels": "six-zh",
         "top_k": 3,
     }
-    assert read_message(send(redis_url, kwargs={"image": "s3://b/k"}, compression="gzip")).fields == {"image": "s3://b/k"}
+    assert read_message(send(redis_url, kwargs={"image": "s3://b/k"}, compression="gzip")).fields == {
+        "image": "s3://b/k"
+    }
     assert read_message(send(redis_url, args=["s3://b/k"], priority=9)).fields == {"image": "s3://b/k"}
     assert read_message(send(redis_url, args=["s3://b/k"], ignore_result=True)).ignore_result
     later = read_message(send(redis_url, args=["s3://b/k"], countdown=10, expires=20))

@@ -93,7 +93,7 @@ def _check_model(settings: Settings) -> str:
     folder = model_folder(settings.model)
     spec = read_image_spec(folder)
     encoder = open_encoder(settings, folder, spec)
-    bank = open_labels(settings, encoder.encode_texts)
+    bank = open_labels(settings, encoder)
     default = bank.resolve(None)
     bank.vectors(default)
     info = encoder.info

@@ -26,7 +26,7 @@ from PIL import Image
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.addresses import guarded_pool
 from shiwu_worker.errors import JobError
-from shiwu_worker.loaders import Loaded, LoaderOptions, LoadTask
+from shiwu_worker.loader_frames import READY, Loaded, LoaderOptions, LoadTask
 from shiwu_worker.stages.decode import DecodedInfo, DecodeLimits, decode
 from shiwu_worker.stages.fetch import Fetcher, FetchLimits, S3Options
 
@@ -61,7 +61,7 @@ class Loader:
 
     def run(self) -> None:
         """Take tasks until the parent closes the connection."""
-        self._send(b"ready")
+        self._send(READY)
         while True:
             try:
                 frame = self._connection.recv_bytes()

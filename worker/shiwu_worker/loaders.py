@@ -22,73 +22,20 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.image_spec import ImageSpec
+from shiwu_worker.loader_frames import LOADED, READY, Loaded, LoaderOptions, LoadTask
 
 log: Any = structlog.get_logger()
 DEATHS_AT_START: Final = 5
 RESPAWN_S: Final = 0.2
-
-
-class _Frame(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class LoaderOptions(_Frame):
-    """What a loader process needs to know; its first frame."""
-
-    spec: ImageSpec
-    slots: int
-    threads: int
-    s3_endpoint_url: str | None
-    s3_region: str | None
-    allow_hosts: tuple[str, ...]
-    folders: tuple[Path, ...]
-    max_bytes: int
-    max_pixels: int
-    max_side: int
-    formats: tuple[str, ...]
-    exact: bool
-    connect_timeout_s: float
-    read_timeout_s: float
-    total_timeout_s: float
-
-
-class LoadTask(_Frame):
-    """One picture to load into one slot."""
-
-    ticket: int
-    slot: int
-    image: str
-
-
-class Loaded(_Frame):
-    """What became of a task. Times are monotonic seconds, one clock for all processes of a machine."""
-
-    ticket: int
-    slot: int
-    started_s: float
-    fetched_s: float
-    decoded_s: float
-    n_bytes: int | None = None
-    format: str | None = None
-    width: int | None = None
-    height: int | None = None
-    sha256: str | None = None
-    error: ErrorInfo | None = None
-
-
-LOADED: Final = TypeAdapter(Loaded)
-_READY: Final = b"ready"
 
 
 @dataclass(eq=False)
@@ -213,7 +160,7 @@ class LoaderPool:
         try:
             while loader.connection.poll():
                 frame = loader.connection.recv_bytes(1 << 20)
-                if frame == _READY:
+                if frame == READY:
                     loader.ready = True
                     self._deaths_at_start = 0
                     if all(one.ready for one in self._loaders):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shiwu_worker.labels import LabelSet
-    from shiwu_worker.loaders import Loaded
+    from shiwu_worker.loader_frames import Loaded
     from shiwu_worker.settle import Away
     from shiwu_worker.stages.batch import Batcher
     from shiwu_worker.stages.claim import Claims, Doorbell
@@ -238,7 +238,7 @@ class Pipeline:
         The oldest job comes last, so that giving them back to the front of a lane in this order keeps the order.
         """
         self._closing.set()
-        self._do.doorbell.ring()
+        self._do.doorbell.close()
         with self._changed:
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._held or self._hurry, grace_s)

@@ -19,9 +19,10 @@ from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.health import Health
 from shiwu_worker.heartbeat import Heartbeat
 from shiwu_worker.image_spec import ImageSpec, read_image_spec
-from shiwu_worker.job import Job
-from shiwu_worker.labels import LabelBank, load_label_sets
-from shiwu_worker.loaders import LoaderOptions, LoaderPool, LoadTask
+from shiwu_worker.job import Job, Release
+from shiwu_worker.labels import LabelBank, LabelSet, load_label_sets
+from shiwu_worker.loader_frames import Loaded, LoaderOptions, LoadTask
+from shiwu_worker.loaders import LoaderPool
 from shiwu_worker.logs import job_logger
 from shiwu_worker.models import model_folder, model_name, model_revision
 from shiwu_worker.pipeline import Limits, Pipeline, Stages
@@ -33,6 +34,7 @@ from shiwu_worker.stages.commit import Committer
 log: Any = structlog.get_logger()
 DOORBELL_S = 5.0
 START_S = 60.0
+LOADERS_STOP_S = 5.0
 
 
 class Service:
@@ -65,7 +67,7 @@ def connect(settings: Settings, *, block_s: float = 0.0) -> redis.Redis:
     )
 
 
-def open_labels(settings: Settings, encode_texts: Callable[[Sequence[str]], Any]) -> LabelBank:
+def open_labels(settings: Settings, encoder: Any) -> LabelBank:
     """The label sets of the package and of the operator.
 
     Raises:
@@ -82,7 +84,11 @@ def open_labels(settings: Settings, encode_texts: Callable[[Sequence[str]], Any]
             ExitCode.CONFIG, f"SHIWU_DEFAULT_LABELS: expected one of {known}, got {settings.default_labels!r}"
         )
     return LabelBank(
-        sets=sets, default=settings.default_labels, encode_texts=encode_texts, max_cached=settings.label_cache
+        sets=sets,
+        default=settings.default_labels,
+        encode_texts=encoder.encode_texts,
+        max_cached=settings.label_cache,
+        inline_head=encoder.default_head,
     )
 
 
@@ -134,6 +140,79 @@ def open_encoder(settings: Settings, folder: Path, spec: ImageSpec) -> Any:
     return encoder
 
 
+def make_loaders(
+    settings: Settings,
+    spec: ImageSpec,
+    *,
+    on_loaded: Callable[[list[Loaded]], None],
+    on_fatal: Callable[[FatalError], None],
+) -> LoaderPool:
+    """The loader processes, not yet started."""
+    return LoaderPool(
+        processes=settings.loader_count,
+        options=loader_options(settings, spec),
+        task_timeout_s=settings.load_timeout_s,
+        on_loaded=on_loaded,
+        on_fatal=on_fatal,
+    )
+
+
+def make_claims(settings: Settings, client: redis.Redis, token: str) -> Claims:
+    """This worker's claims."""
+    return Claims(
+        client,
+        token=token,
+        worker=settings.worker_name,
+        lease_s=settings.lease_s,
+        bulk_share=settings.bulk_share,
+    )
+
+
+def make_committer(settings: Settings, client: redis.Redis, token: str) -> Committer:
+    """The writer of answers."""
+    return Committer(
+        client,
+        token=token,
+        result_ttl_s=settings.result_ttl_s,
+        done_ttl_s=max(settings.done_ttl_s, settings.result_ttl_s),
+        stream_length=settings.stream_length,
+        dead_length=settings.dead_length,
+    )
+
+
+def make_stages(
+    settings: Settings, *, claims: Claims, doorbell: Doorbell, loaders: LoaderPool, encoder: Any, settler: Settler
+) -> Stages:
+    """The verbs of the pipeline, with the default labels' vectors computed."""
+    from shiwu_worker.stages.score import Scorer  # noqa: PLC0415 beside the encoder, which is imported late
+
+    bank = open_labels(settings, encoder)
+    bank.vectors(bank.resolve(None))
+
+    def resolve(job: Job) -> LabelSet:
+        return bank.resolve(job.request.labels, job.request.head) if job.request else bank.resolve(None)
+
+    def load(tickets: Sequence[tuple[int, Job]]) -> None:
+        loaders.submit(
+            [LoadTask(ticket=n, slot=job.slot, image=job.request.image) for n, job in tickets if job.request]
+        )
+
+    scorer = Scorer(vectors_of=bank.vectors, scale=encoder.scale, bias=encoder.bias, model=encoder.info)
+    return Stages(
+        claims=claims,
+        doorbell=doorbell,
+        resolve=resolve,
+        load=load,
+        batcher=Batcher(cap=settings.max_batch, bulk_share=settings.bulk_share, linger_s=settings.linger_ms / 1000),
+        pixels=loaders.pixels,
+        encode=encoder.encode,
+        score=scorer.score,
+        is_fatal=encoder.is_broken,
+        settle=settler.put,
+        away=Away("claim"),
+    )
+
+
 @contextmanager
 def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) -> Iterator[Service]:
     """Load the model, start all parts, claim; on leaving, stop in the direction of the data.
@@ -143,83 +222,37 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
     """
     began_s = time.monotonic()
     token = secrets.token_hex(6)
+    health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file, stuck_s=settings.stuck_s)
+    health.ready(is_ready=False)
     with ExitStack() as stack:
-        client = connect(settings)
-        stack.callback(client.close)
-        bell_client = connect(settings, block_s=DOORBELL_S)
-        stack.callback(bell_client.close)
-        committer = Committer(
-            client,
-            token=token,
-            result_ttl_s=settings.result_ttl_s,
-            done_ttl_s=max(settings.done_ttl_s, settings.result_ttl_s),
-            stream_length=settings.stream_length,
-            dead_length=settings.dead_length,
-        )
-        claims = Claims(
-            client,
-            token=token,
-            worker=settings.worker_name,
-            lease_s=settings.lease_s,
-            bulk_share=settings.bulk_share,
-        )
-        health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file, stuck_s=settings.stuck_s)
-        health.ready(is_ready=False)
-
+        client = stack.enter_context(connect(settings))
+        doorbell = Doorbell(stack.enter_context(connect(settings, block_s=DOORBELL_S)), block_s=DOORBELL_S)
+        claims = make_claims(settings, client, token)
         folder = model_folder(settings.model)
         spec = read_image_spec(folder)
-        loaders = LoaderPool(
-            processes=settings.loader_count,
-            options=loader_options(settings, spec),
-            task_timeout_s=settings.load_timeout_s,
+        loaders = make_loaders(
+            settings,
+            spec,
             on_loaded=lambda results: pipeline.loaded(results),  # noqa: PLW0108 bound when it is called
             on_fatal=on_fatal,
         )
+        stack.callback(loaders.close, LOADERS_STOP_S)
         loaders.start(START_S)
-        stack.callback(loaders.close, 5.0)
-
-        encoder = open_encoder(settings, folder, spec)
-        bank = open_labels(settings, encoder.encode_texts)
-        bank.vectors(bank.resolve(None))
-        from shiwu_worker.stages.score import Scorer  # noqa: PLC0415
-
-        batcher: Batcher[Job] = Batcher(
-            cap=settings.max_batch, bulk_share=settings.bulk_share, linger_s=settings.linger_ms / 1000
-        )
         settler = Settler(
-            committer=committer,
+            committer=make_committer(settings, client, token),
             claims=claims,
             worker=settings.worker_name,
             on_settled=lambda jobs: pipeline.settled(jobs),  # noqa: PLW0108 bound when it is called
             log_job=job_logger(level=settings.log_level),
             on_fatal=on_fatal,
         )
-        doorbell = Doorbell(bell_client, block_s=DOORBELL_S)
-        pipeline = Pipeline(
-            Stages(
-                claims=claims,
-                doorbell=doorbell,
-                resolve=lambda job: bank.resolve(
-                    job.request.labels if job.request else None, job.request.head if job.request else None
-                ),
-                load=lambda tickets: loaders.submit(
-                    [LoadTask(ticket=n, slot=job.slot, image=job.request.image) for n, job in tickets if job.request]
-                ),
-                batcher=batcher,
-                pixels=loaders.pixels,
-                encode=encoder.encode,
-                score=Scorer(vectors_of=bank.vectors, scale=encoder.scale, bias=encoder.bias, model=encoder.info).score,
-                is_fatal=encoder.is_broken,
-                settle=settler.put,
-                away=Away("claim"),
-            ),
-            Limits(
-                slots=settings.slot_count,
-                max_attempts=settings.max_attempts,
-                retry_s=(settings.retry_first_s, settings.retry_longest_s),
-            ),
-            on_fatal=on_fatal,
+        encoder = open_encoder(settings, folder, spec)
+        stages = make_stages(
+            settings, claims=claims, doorbell=doorbell, loaders=loaders, encoder=encoder, settler=settler
         )
+        retry_s = (settings.retry_first_s, settings.retry_longest_s)
+        limits = Limits(slots=settings.slot_count, max_attempts=settings.max_attempts, retry_s=retry_s)
+        pipeline = Pipeline(stages, limits, on_fatal=on_fatal)
         heartbeat = Heartbeat(
             claims,
             lease_s=settings.lease_s,
@@ -231,13 +264,7 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
         def stop(grace_s: float) -> None:
             """Intake first, leases last: whoever holds a job keeps its lease until it is answered or given back."""
             health.ready(is_ready=False)
-            left = pipeline.stop(grace_s=grace_s)
-            doorbell.close()
-            try:
-                if left:
-                    log.info("gave_back", jobs=claims.release(left))
-            except redis.RedisError as error:
-                log.error("not_given_back", jobs=len(left), error=str(error)[:300])
+            give_back(claims, pipeline.stop(grace_s=grace_s))
             settler.close(timeout_s=settings.redis_timeout_s * 2)
             heartbeat.close()
 
@@ -249,6 +276,15 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
         pipeline.start()
         health.ready(is_ready=True)
         yield Service(pipeline=pipeline, stop=once, ready_after_s=round(time.monotonic() - began_s, 3))
+
+
+def give_back(claims: Claims, left: Sequence[Release]) -> None:
+    """Return jobs to the front of their lanes; where Redis is away, their leases will."""
+    try:
+        if left:
+            log.info("gave_back", jobs=claims.release(left))
+    except redis.RedisError as error:
+        log.error("not_given_back", jobs=len(left), error=str(error)[:300])
 
 
 class _Once:

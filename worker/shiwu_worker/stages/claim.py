@@ -131,20 +131,18 @@ class Doorbell:
             thread.start()
 
     def wait(self, timeout_s: float) -> bool:
-        """Block until a lane holds a message (True), the time is over or `ring` was called (False)."""
+        """Block until a lane holds a message (True), or the time is over or the bell is closed (False)."""
         self._rung.clear()
+        if self._closed.is_set():
+            return False
         self._idle.set()
         try:
             return self._rung.wait(timeout_s)
         finally:
             self._idle.clear()
 
-    def ring(self) -> None:
-        """Wake the waiting thread."""
-        self._rung.set()
-
     def close(self) -> None:
-        """Stop watching. Threads that are blocked on the server end with the process."""
+        """Stop watching and wake whoever waits. Threads that are blocked on the server end with the process."""
         self._closed.set()
         self._idle.set()
         self._rung.set()

@@ -1,0 +1,107 @@
+"""The words and bounds that everything else is said with."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_json
+
+CONTRACT_VERSION: Final = 1
+TASK_NAME: Final = "shiwu.tag"
+
+MAX_IMAGE_CHARS: Final = 4096
+MAX_INLINE_LABELS: Final = 1000
+MAX_LABEL_CHARS: Final = 100
+MAX_METADATA_BYTES: Final = 4096
+MAX_TOP_K: Final = 1000
+MAX_MESSAGE_BYTES: Final = 256 * 1024
+ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$"
+
+
+class Stage(StrEnum):
+    """The seven words for the way of one job. They name files, timing fields and log keys alike."""
+
+    CLAIM = "claim"
+    FETCH = "fetch"
+    DECODE = "decode"
+    BATCH = "batch"
+    ENCODE = "encode"
+    SCORE = "score"
+    COMMIT = "commit"
+
+
+class Lane(StrEnum):
+    """A Celery queue. Interactive goes first; bulk keeps a small guaranteed share."""
+
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+
+    @property
+    def queue(self) -> str:
+        """The name of the Celery queue, which is also the Redis list of priority 0."""
+        return f"shiwu.{self.value}"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The Redis lists that kombu spreads this queue over, most urgent first (priority steps 0, 3, 6, 9)."""
+        return (self.queue, *(f"{self.queue}\x06\x16{step}" for step in (3, 6, 9)))
+
+
+class Status(StrEnum):
+    """How a job ended."""
+
+    TAGGED = "tagged"
+    REJECTED = "rejected"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+class ErrorCode(StrEnum):
+    """Stable reasons. A code is never renamed and never changes its meaning."""
+
+    MALFORMED_MESSAGE = "malformed_message"  # the Celery message itself can't be read
+    MESSAGE_TOO_LARGE = "message_too_large"  # over MAX_MESSAGE_BYTES, also after decompression
+    UNKNOWN_TASK = "unknown_task"  # a message for another task lay in our lane
+    UNSUPPORTED_CANVAS = "unsupported_canvas"  # a callback or canvas header that this version does not run
+    INVALID_ID = "invalid_id"  # the job id is not a valid key
+    INVALID_REQUEST = "invalid_request"  # a field has a wrong type or value
+    INVALID_REFERENCE = "invalid_reference"  # `image` is no s3://, https://, http:// or file:// reference
+    INVALID_LABELS = "invalid_labels"  # a word is empty, too long, repeated, or there are too many
+    UNKNOWN_LABEL_SET = "unknown_label_set"  # no label set has this name
+    METADATA_TOO_LARGE = "metadata_too_large"  # over MAX_METADATA_BYTES as JSON
+    SOURCE_NOT_FOUND = "source_not_found"  # 404, no such key, no such file
+    SOURCE_FORBIDDEN = "source_forbidden"  # 401, 403, or an address or folder the operator did not allow
+    SOURCE_NOT_A_FILE = "source_not_a_file"  # a folder or a key prefix
+    SOURCE_UNAVAILABLE = "source_unavailable"  # time-outs, 5xx, throttling, connection errors
+    PICTURE_TOO_LARGE = "picture_too_large"  # over the limit in bytes, pixels or side
+    PICTURE_EMPTY = "picture_empty"  # no bytes
+    NOT_A_PICTURE = "not_a_picture"  # no allowed picture format begins like this
+    PICTURE_BROKEN = "picture_broken"  # a picture by its head, but its pixels can't be decoded
+    DECODER_CRASHED = "decoder_crashed"  # killed its loader, twice, alone
+    DECODER_TIMEOUT = "decoder_timeout"  # fetch and decode exceeded the time limit, twice
+    ENCODE_FAILED = "encode_failed"  # the model failed on this picture
+    EXPIRED = "expired"  # the deadline passed before the picture was encoded
+    CANCELLED = "cancelled"  # somebody who may do so cancelled the job
+    ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # its workers died or gave it back too often
+    QUEUE_FULL = "queue_full"  # told to producers only: the lane holds its limit already
+
+
+class RequestError(ValueError):
+    """A request breaks the contract. Carries the stable code; the text says what was expected and what came."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Wire(BaseModel):
+    """What crosses the wire: immutable, and deaf to fields of a newer version."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    def to_json(self) -> bytes:
+        """Compact UTF-8 JSON without the fields that are unset."""
+        return to_json(self, exclude_none=True)

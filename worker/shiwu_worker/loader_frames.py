@@ -1,0 +1,63 @@
+"""What a loader process and its worker say to each other: JSON frames, never pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from shiwu.contract import ErrorInfo
+from shiwu_worker.image_spec import ImageSpec
+
+
+class _Frame(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class LoaderOptions(_Frame):
+    """What a loader process needs to know; its first frame."""
+
+    spec: ImageSpec
+    slots: int
+    threads: int
+    s3_endpoint_url: str | None
+    s3_region: str | None
+    allow_hosts: tuple[str, ...]
+    folders: tuple[Path, ...]
+    max_bytes: int
+    max_pixels: int
+    max_side: int
+    formats: tuple[str, ...]
+    exact: bool
+    connect_timeout_s: float
+    read_timeout_s: float
+    total_timeout_s: float
+
+
+class LoadTask(_Frame):
+    """One picture to load into one slot."""
+
+    ticket: int
+    slot: int
+    image: str
+
+
+class Loaded(_Frame):
+    """What became of a task. Times are monotonic seconds, one clock for all processes of a machine."""
+
+    ticket: int
+    slot: int
+    started_s: float
+    fetched_s: float
+    decoded_s: float
+    n_bytes: int | None = None
+    format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    sha256: str | None = None
+    error: ErrorInfo | None = None
+
+
+LOADED: Final = TypeAdapter(Loaded)
+READY: Final = b"ready"
