@@ -41,6 +41,9 @@ lint: $(STAMP) ## check form, types and who imports whom
 bench: $(STAMP) ## measure; JSON and pictures go to bench/out
 	$(BIN)/python -m bench $(ARGS)
 
+drill: $(STAMP) ## kill workers for many rounds and count every answer (some minutes)
+	$(BIN)/python -m tests.faults.drill $(ARGS)
+
 format: $(STAMP) ## put the code into form
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .

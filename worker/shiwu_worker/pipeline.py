@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log: Any = structlog.get_logger()
 IDLE_S: Final = 5.0
+HURRY_S: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +242,10 @@ class Pipeline:
         self._do.doorbell.close()
         with self._changed:
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._held or self._hurry, grace_s)
+            until_s = time.monotonic() + grace_s
+            # Short waits: a signal handler may not notify, it could interrupt the very thread that holds the lock.
+            while self._held and not self._hurry and time.monotonic() < until_s:
+                self._changed.wait(HURRY_S)
             left = [Release(job.id) for job in reversed(self._held.values())]
         self._ended.set()
         self._do.batcher.close()

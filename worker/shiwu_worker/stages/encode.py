@@ -109,6 +109,7 @@ class Encoder:
         self._staging = torch.zeros(
             (self.rungs[-1], *self._shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda"
         )
+        self._staged: NDArray[np.uint8] = self._staging.numpy()
 
     def warm(self) -> None:
         """Run every rung once, largest first, so that no job pays for first calls.
@@ -131,11 +132,10 @@ class Encoder:
             expected = f"uint8 (1 to {self.rungs[-1]}, {', '.join(map(str, self._shape))})"
             raise ValueError(f"expected {expected}, got {pixels.dtype} {pixels.shape}")
         rung = next(size for size in self.rungs if size >= count)
-        batch = self._staging[:rung]
-        batch[:count].copy_(torch.from_numpy(np.ascontiguousarray(pixels)))
-        batch[count:].zero_()
+        self._staged[:count] = pixels
+        self._staged[count:rung] = 0
         with torch.inference_mode():
-            raw = batch.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            raw = self._staging[:rung].to(self._device, non_blocking=True).permute(0, 3, 1, 2)
             ready = (raw.float() * self._gain + self._shift).to(self._dtype)
             vectors = _unit(_pooled(self._model.get_image_features(pixel_values=ready)))[:count].cpu().numpy()
         return _finite(vectors)

@@ -1,0 +1,83 @@
+"""The batcher: nothing lost, nothing twice, order kept, never over the cap, no waiting when there is work."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shiwu.contract import Lane
+from shiwu_worker.stages.batch import Batcher
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that waits."""
+
+    number: int
+    lane: Lane
+
+
+@given(
+    puts=st.lists(st.lists(st.sampled_from(list(Lane)), max_size=20), max_size=8),
+    cap=st.integers(1, 16),
+    share=st.floats(0, 0.9),
+)
+def test_every_item_leaves_once_in_its_lanes_order(puts: list[list[Lane]], cap: int, share: float) -> None:
+    """For any sequence of puts, takes of at most `cap` give back all items, each lane in order."""
+    batcher: Batcher[Item] = Batcher(cap=cap, bulk_share=share)
+    number = 0
+    taken: list[Item] = []
+    for lanes in puts:
+        batcher.put([Item(number + n, lane) for n, lane in enumerate(lanes)])
+        number += len(lanes)
+        batch = batcher.take(timeout_s=0.0)
+        assert len(batch) <= cap
+        assert batch or not len(batcher)
+        taken += batch
+    while batch := batcher.take(timeout_s=0.0):
+        taken += batch
+    assert sorted(item.number for item in taken) == list(range(number))
+    for lane in Lane:
+        numbers = [item.number for item in taken if item.lane is lane]
+        assert numbers == sorted(numbers)
+
+
+def test_interactive_goes_first_and_bulk_keeps_its_share() -> None:
+    """A full batch of waiting interactive items still holds the share of bulk."""
+    batcher: Batcher[Item] = Batcher(cap=10, bulk_share=0.2)
+    batcher.put([Item(n, Lane.BULK) for n in range(50)])
+    batcher.put([Item(n, Lane.INTERACTIVE) for n in range(50)])
+    lanes = [item.lane for item in batcher.take(timeout_s=0.0)]
+    assert lanes == [Lane.INTERACTIVE] * 8 + [Lane.BULK] * 2
+
+
+def test_a_lone_item_leaves_at_once() -> None:
+    """Without linger nothing waits for company."""
+    batcher: Batcher[Item] = Batcher(cap=64, bulk_share=0.1)
+    batcher.put([Item(0, Lane.BULK)])
+    began_s = time.monotonic()
+    assert len(batcher.take(timeout_s=5.0)) == 1
+    assert time.monotonic() - began_s < 1.0
+
+
+def test_linger_waits_for_a_full_batch_and_no_longer() -> None:
+    """A batch that becomes full leaves before the linger is over."""
+    batcher: Batcher[Item] = Batcher(cap=2, bulk_share=0.0, linger_s=30.0)
+    batcher.put([Item(0, Lane.BULK)])
+    timer = threading.Timer(0.05, lambda: batcher.put([Item(1, Lane.BULK)]))
+    timer.start()
+    assert len(batcher.take(timeout_s=5.0)) == 2
+    timer.join()
+
+
+def test_close_wakes_whoever_waits() -> None:
+    """An encode thread ends at once when the pipeline does."""
+    batcher: Batcher[Item] = Batcher(cap=2, bulk_share=0.0)
+    timer = threading.Timer(0.05, batcher.close)
+    timer.start()
+    assert batcher.take(timeout_s=30.0) == []
+    timer.join()

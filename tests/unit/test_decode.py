@@ -1,0 +1,91 @@
+"""Right pixels for a moderator, and a stable code for everything that is no picture."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shiwu_worker.errors import Rejected
+from shiwu_worker.image_spec import ImageSpec
+from shiwu_worker.stages.decode import DecodeLimits, decode
+from tests.support import pictures
+
+SPEC = ImageSpec(64, 64, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CROP = ImageSpec(64, 64, "crop", 64, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+LIMITS = DecodeLimits(max_pixels=50_000_000, max_side=16_384, formats=("JPEG", "PNG", "WEBP", "GIF", "AVIF"))
+
+
+def test_all_eight_orientations_give_the_upright_picture() -> None:
+    """EXIF orientation is applied, and width and height are those of the upright picture."""
+    upright = pictures.picture("熊猫").convert("RGB").resize((120, 80))
+    expected, _ = decode(pictures.png(upright), spec=SPEC, limits=LIMITS)
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    for orientation, operation in undo.items():
+        stored = upright.transpose(Image.Transpose(operation))
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        buffer = io.BytesIO()
+        stored.save(buffer, "PNG", exif=exif)
+        pixels, info = decode(buffer.getvalue(), spec=SPEC, limits=LIMITS)
+        assert (info.width, info.height) == (120, 80), orientation
+        assert np.abs(pixels.astype(int) - expected).max() <= 2, orientation
+
+
+def test_hidden_colours_do_not_count() -> None:
+    """Red under alpha 0 is white; half transparent black is grey."""
+    image = Image.new("RGBA", (80, 80), (255, 0, 0, 0))
+    assert decode(pictures.png(image), spec=SPEC, limits=LIMITS)[0].min() == 255
+    image = Image.new("RGBA", (80, 80), (0, 0, 0, 128))
+    assert decode(pictures.png(image), spec=SPEC, limits=LIMITS)[0].mean() == pytest.approx(127, abs=2)
+
+
+def test_sixteen_bits_of_grey_are_scaled_not_clipped() -> None:
+    """A ramp over 16 bits stays a ramp."""
+    ramp = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(1, 256).repeat(64, axis=0)
+    pixels, _ = decode(pictures.png(Image.fromarray(ramp)), spec=SPEC, limits=LIMITS)
+    row = pixels[0, :, 0].astype(int)
+    assert row[0] < 8
+    assert row[-1] > 247
+    assert 110 < row[32] < 146
+
+
+def test_a_crop_keeps_the_aspect() -> None:
+    """The middle of a wide picture, as transformers' processors cut it."""
+    wide = Image.new("RGB", (300, 100), "black")
+    wide.paste("white", (100, 0, 200, 100))
+    assert decode(pictures.png(wide), spec=CROP, limits=LIMITS)[0].mean() > 250
+
+
+def test_every_variant_is_decoded_or_has_its_code() -> None:
+    """All kinds of the support's pictures: pixels, or a Rejected with a code of the decode stage."""
+    for name, data in pictures.variants().items():
+        try:
+            pixels, info = decode(data, spec=SPEC, limits=LIMITS)
+        except Rejected as error:
+            assert error.code.value in {"picture_broken", "picture_empty", "not_a_picture"}, name
+        else:
+            assert pixels.shape == (64, 64, 3), name
+            assert info.format in LIMITS.formats
+
+
+@pytest.mark.parametrize(
+    ("data", "limits", "code"),
+    [
+        (b"", LIMITS, "picture_empty"),
+        (b"<html>", LIMITS, "not_a_picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", LIMITS, "not_a_picture"),
+        (b"\x89PNG\r\n\x1a\n", LIMITS, "not_a_picture"),
+        (b"\xff\xd8\xff", LIMITS, "not_a_picture"),
+        (pictures.png(Image.new("L", (200, 200))), DecodeLimits(10_000, 16_384, ("PNG",)), "picture_too_large"),
+        (pictures.png(Image.new("L", (200, 2))), DecodeLimits(10_000, 100, ("PNG",)), "picture_too_large"),
+        (pictures.png(Image.new("L", (9, 9))), DecodeLimits(10_000, 100, ("JPEG",)), "not_a_picture"),
+    ],
+)
+def test_what_is_no_picture_has_its_code(data: bytes, limits: DecodeLimits, code: str) -> None:
+    """Judged by content and by the header, never by a name."""
+    with pytest.raises(Rejected) as caught:
+        decode(data, spec=SPEC, limits=limits)
+    assert caught.value.code.value == code

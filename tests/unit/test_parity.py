@@ -1,0 +1,114 @@
+"""The same weights, labels and picture give the same answer as transformers' own model and processor."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+from shiwu_worker.image_spec import ImageSpec, read_image_spec
+from shiwu_worker.labels import LabelBank, load_label_sets
+from shiwu_worker.models import model_folder
+from shiwu_worker.stages.decode import DecodeLimits, decode
+from shiwu_worker.stages.encode import Encoder
+from shiwu_worker.stages.score import score, top_tags
+from tests.support import pictures
+
+LIMITS = DecodeLimits(max_pixels=50_000_000, max_side=16_384, formats=("JPEG", "PNG", "WEBP", "GIF", "AVIF"))
+FOLDER = model_folder(None)
+WORDS = ["动物", "人物", "交通工具", "食物", "建筑", "植物"]
+
+
+@pytest.fixture(scope="module")
+def spec() -> ImageSpec:
+    """The embedded checkpoint's preprocessing."""
+    return read_image_spec(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The script that shiwu replaces: AutoModel, AutoProcessor, FP32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModel.from_pretrained(FOLDER, local_files_only=True, dtype=torch.float32).eval()
+        processor = AutoProcessor.from_pretrained(FOLDER, local_files_only=True)
+    return model, processor
+
+
+def make_encoder(spec: ImageSpec, dtype: str) -> Encoder:
+    """The service's encoder over the same folder."""
+    return Encoder(
+        folder=FOLDER, model_id="m", revision="r", device="cpu", dtype=dtype, mean=spec.mean, std=spec.std, rungs=(1, 4)
+    )
+
+
+def reference_scores(reference: Any, image: Image.Image) -> list[float]:
+    """logits_per_image.softmax of one picture."""
+    model, processor = reference
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        inputs = processor(images=image, text=WORDS, return_tensors="pt", padding=True)
+        scores: list[float] = model(**inputs).logits_per_image.softmax(dim=-1)[0].tolist()
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exact", "allowed"), [("float32", True, 1e-3), ("float32", False, 2e-2), ("bfloat16", True, 2e-2)]
+)
+def test_scores_are_the_reference_scripts(
+    spec: ImageSpec, reference: Any, dtype: str, exact: bool, allowed: float
+) -> None:
+    """Thirty pictures, six labels: same order on the exact path, and scores within the promised bound."""
+    encoder = make_encoder(spec, dtype)
+    sets = load_label_sets([Path(FOLDER).parent / "label_sets"])
+    bank = LabelBank(sets=sets, default="six-zh", encode_texts=encoder.encode_texts, max_cached=2)
+    for sample in pictures.samples():
+        pixels, _ = decode(sample.data, spec=spec, limits=LIMITS, exact=exact)
+        vectors = encoder.encode(pixels[None])
+        probabilities, cosines = score(
+            vectors, bank.vectors(bank.resolve(None)), head="softmax", scale=encoder.scale, bias=encoder.bias
+        )
+        tags = top_tags(probabilities[0], cosines[0], WORDS, top_k=6, threshold=0.0)
+        with Image.open(io.BytesIO(sample.data)) as image:
+            expected = dict(zip(WORDS, reference_scores(reference, image.convert("RGB")), strict=True))
+        assert {tag.label: tag.score for tag in tags} == pytest.approx(expected, abs=allowed)
+        if dtype == "float32" and exact:
+            assert [tag.label for tag in tags] == sorted(expected, key=expected.__getitem__, reverse=True)
+
+
+@pytest.mark.parametrize("size", [(333, 777), (777, 333), (64, 64), (65, 63), (10, 1000), (1, 1)])
+def test_pixels_are_the_processors(spec: ImageSpec, reference: Any, size: tuple[int, int]) -> None:
+    """Pixels on the exact path are at most one level off transformers' processor, in every shape."""
+    image = pictures.picture("熊猫").convert("RGB").resize(size)
+    ours, _ = decode(pictures.png(image), spec=spec, limits=LIMITS, exact=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = reference[1].image_processor(images=image, return_tensors="np")["pixel_values"][0]
+    mean, std = np.array(spec.mean).reshape(3, 1, 1), np.array(spec.std).reshape(3, 1, 1)
+    levels = np.rint((theirs * std + mean) * 255)
+    assert np.abs(ours.transpose(2, 0, 1).astype(int) - levels).max() <= 1
+
+
+def test_a_picture_scores_the_same_whatever_its_neighbours(spec: ImageSpec) -> None:
+    """In one rung, neighbours and places change not a bit; a permutation of the batch permutes the vectors."""
+    encoder = make_encoder(spec, "float32")
+    batch = np.random.default_rng(1).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    vectors = encoder.encode(batch)
+    order = [2, 0, 3, 1]
+    np.testing.assert_array_equal(encoder.encode(batch[order]), vectors[order])
+    np.testing.assert_array_equal(encoder.encode(batch[:3]), vectors[:3])
+
+
+def test_wrong_shapes_are_refused(spec: ImageSpec) -> None:
+    """A batch that is no batch of this model's pictures is an error, not a guess."""
+    encoder = make_encoder(spec, "float32")
+    for shape in [(5, 64, 64, 3), (0, 64, 64, 3), (1, 32, 64, 3)]:
+        with pytest.raises(ValueError, match="expected uint8"):
+            encoder.encode(np.zeros(shape, np.uint8))
