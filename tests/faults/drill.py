@@ -7,13 +7,32 @@ import random
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import redis
+
+from shiwu.contract import CLAIMS
 from tests.support import drill, pictures
 from tests.support.servers import Valkey, WorkerProcess
 from tests.support.waiting import wait_until
 
 LEASE_S = 3
+
+
+def _answered(client: redis.Redis, count: int) -> bool:
+    return drill.answered(client) >= count
+
+
+def _held(client: redis.Redis, worker: WorkerProcess) -> int:
+    records: Any = client.hvals(CLAIMS)
+    return sum(record.startswith(f"{worker.name}.".encode()) for record in records)
+
+
+def _nothing_held(client: redis.Redis, worker: WorkerProcess) -> bool:
+    return not _held(client, worker)
 
 
 def main() -> None:
@@ -35,33 +54,27 @@ def main() -> None:
         options = {"allow_folders": folder, "lease_s": LEASE_S, "slots": asked.jobs, "log_level": "warning"}
         ids: list[str] = []
         recoveries: list[float] = []
-        with server.client() as client:
-            worker = WorkerProcess(redis_url=server.url, folder=folder, name="first", **options).start().wait_ready()
-            for number in range(asked.rounds):
-                spare = WorkerProcess(redis_url=server.url, folder=folder, name=f"spare{number}", **options)
-                with spare.start().wait_ready():
-                    seen = drill.answered(client)
-                    ids += drill.enqueue(client, images, count=asked.jobs, prefix=f"r{number}", random_from=chance)
-                    threshold = seen + chance.randrange(1, asked.jobs // 2)
-                    wait_until(lambda t=threshold: drill.answered(client) >= t, timeout_s=60, every_s=0.005)  # type: ignore[misc]
-                    before = drill.tokens(client)
-                    worker.kill()
-                    killed_s = time.monotonic()
-                    wait_until(
-                        lambda b=before: len(drill.tokens(client) & b) < 2 or len(b) < 2,  # type: ignore[misc]
-                        timeout_s=LEASE_S + 10,
-                        every_s=0.02,
-                    )
-                    recoveries.append(time.monotonic() - killed_s if len(before) > 1 else 0.0)
-                    drill.wait_answered(client, ids[-asked.jobs :], timeout_s=120)
-                    print(f"round {number + 1}: killed after {threshold - seen}, taken over in {recoveries[-1]:.2f} s")
-                    worker.stop()
-                    worker = (
-                        WorkerProcess(redis_url=server.url, folder=folder, name=f"next{number}", **options)
-                        .start()
-                        .wait_ready()
-                    )
-            worker.stop()
+
+        def start(number: int) -> WorkerProcess:
+            worker = WorkerProcess(redis_url=server.url, folder=folder, name=f"w{number}", **options)
+            return stack.enter_context(worker).wait_ready()
+
+        with ExitStack() as stack, server.client() as client:
+            victim = start(0)
+            for number in range(1, asked.rounds + 1):
+                survivor = start(number)
+                seen = drill.answered(client)
+                sent = drill.enqueue(client, images, count=asked.jobs, prefix=f"r{number}", random_from=chance)
+                ids += sent
+                after = chance.randrange(1, asked.jobs // 2)
+                wait_until(partial(_answered, client, seen + after), timeout_s=60, every_s=0.005)
+                victim.kill()
+                killed_s, held = time.monotonic(), _held(client, victim)
+                wait_until(partial(_nothing_held, client, victim), timeout_s=LEASE_S + 10)
+                recoveries.append(time.monotonic() - killed_s)
+                drill.wait_answered(client, sent, timeout_s=120)
+                print(f"round {number}: killed after {after}, {held} claimed, taken back {recoveries[-1]:.2f} s later")
+                victim = survivor
             result = drill.count(client, ids)
     print(result)
     print(f"taken over after at most {max(recoveries):.2f} s (promised: one lease + 2 s = {LEASE_S + 2} s)")

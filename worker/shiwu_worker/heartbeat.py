@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 log: Any = structlog.get_logger()
 TICK_S: Final = 1.0
+TENDED_AT_ONCE: Final = 500
 
 
 class Heartbeat:
@@ -52,6 +53,15 @@ class Heartbeat:
         self._closed.set()
         self._thread.join(timeout=5.0)
 
+    def _tend(self) -> None:
+        """Portion by portion, so that no script holds the server for long, until nothing is left."""
+        while True:
+            tended = self._claims.tend(most=TENDED_AT_ONCE)
+            if tended.reaped:
+                log.warning("jobs_reaped", jobs=tended.reaped)
+            if max(tended.reaped, tended.promoted) < TENDED_AT_ONCE:
+                return
+
     def _run(self) -> None:
         renewed_s = time.monotonic()
         while not self._closed.wait(TICK_S):
@@ -61,9 +71,7 @@ class Heartbeat:
                     renewed_s = time.monotonic()
                     if lost := self._claims.renew(self._held()):
                         log.warning("leases_lost", jobs=len(lost), ids=lost[:10])
-                tended = self._claims.tend()
-                if tended.reaped:
-                    log.warning("jobs_reaped", jobs=tended.reaped)
+                self._tend()
                 self._away.back()
             except RedisError as error:
                 self._away.wait(error, self._closed)

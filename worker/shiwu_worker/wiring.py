@@ -221,7 +221,8 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
         FatalError: when a part can't start. Nothing has been claimed then.
     """
     began_s = time.monotonic()
-    token = secrets.token_hex(6)
+    # The name lets an operator see who holds a claim; '|' parts the fields of a claim's record.
+    token = f"{settings.worker_name.replace('|', '-')}.{secrets.token_hex(4)}"
     health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file, stuck_s=settings.stuck_s)
     health.ready(is_ready=False)
     with ExitStack() as stack:
