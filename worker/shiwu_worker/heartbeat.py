@@ -64,7 +64,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         renewed_s = time.monotonic()
-        while not self._closed.wait(TICK_S):
+        while not self._closed.is_set():
             try:
                 self._alive()
                 if time.monotonic() - renewed_s >= self._renew_every_s:
@@ -77,3 +77,4 @@ class Heartbeat:
                 self._away.wait(error, self._closed)
             except OSError as error:
                 log.error("alive_file_failed", error=str(error)[:300])
+            self._closed.wait(TICK_S)

@@ -180,6 +180,15 @@ def make_committer(settings: Settings, client: redis.Redis, token: str) -> Commi
     )
 
 
+def make_limits(settings: Settings) -> Limits:
+    """What the pipeline may hold, and how patient it is."""
+    return Limits(
+        slots=settings.slot_count,
+        max_attempts=settings.max_attempts,
+        retry_s=(settings.retry_first_s, settings.retry_longest_s),
+    )
+
+
 def make_stages(
     settings: Settings, *, claims: Claims, doorbell: Doorbell, loaders: LoaderPool, encoder: Any, settler: Settler
 ) -> Stages:
@@ -251,9 +260,7 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
         stages = make_stages(
             settings, claims=claims, doorbell=doorbell, loaders=loaders, encoder=encoder, settler=settler
         )
-        retry_s = (settings.retry_first_s, settings.retry_longest_s)
-        limits = Limits(slots=settings.slot_count, max_attempts=settings.max_attempts, retry_s=retry_s)
-        pipeline = Pipeline(stages, limits, on_fatal=on_fatal)
+        pipeline = Pipeline(stages, make_limits(settings), on_fatal=on_fatal)
         heartbeat = Heartbeat(
             claims,
             lease_s=settings.lease_s,

@@ -208,7 +208,7 @@ class Fetcher:
             raise _rejected(ErrorCode.NOT_A_PICTURE, f"expected an unencoded body, got Content-Encoding {encoding:.40}")
         length = answer.headers.get("Content-Length", "")
         try:
-            return self._read(lambda: answer.read(CHUNK), int(length) if length.isdecimal() else None, deadline_s)
+            return self._read(lambda: answer.read1(CHUNK), int(length) if length.isdecimal() else None, deadline_s)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise _http_error(error, url) from error
 

@@ -1,0 +1,129 @@
+"""The producer's client and command line against a real Redis and a real worker."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import redis
+from click.testing import CliRunner
+
+from shiwu import Client, JobFailed, QueueFull, RequestError, WaitTimeout
+from shiwu.cli import main
+from shiwu.contract import Lane
+from tests.integration.test_claim_properties import answer, make_claims, make_committer
+from tests.support import pictures
+from tests.support.servers import S3Server, WorkerProcess
+
+
+def finish(client: redis.Redis, *, count: int = 1000, worker: str = "w") -> None:
+    """Answer what waits, as a worker would."""
+    jobs = make_claims(client, worker).claim(count)
+    make_committer(client, worker).commit([answer(job) for job in jobs])
+
+
+def test_enqueue_wait_and_coalesce(redis_url: str, redis_client: redis.Redis) -> None:
+    """An id of one's own may be sent twice and is answered once; what is there is not waited for."""
+    with Client(redis_url) as client:
+        assert client.enqueue("s3://b/k", id="mine") == "mine"
+        assert client.answer("mine") is None
+        with pytest.raises(WaitTimeout):
+            client.wait("mine", timeout_s=0.2)
+        client.enqueue("s3://b/k", id="mine", lane="bulk", priority=5)
+        finish(redis_client)
+        assert client.wait("mine", timeout_s=5).ok
+        assert redis_client.xlen("shiwu:results") == 1
+
+
+def test_many_in_portions_and_a_full_queue(redis_url: str, redis_client: redis.Redis) -> None:
+    """Portions go out as they are read; a full lane says so with numbers and takes nothing of the portion."""
+    with Client(redis_url, max_waiting=1000) as client:
+        ids = list(client.enqueue_many((f"s3://b/{n}" for n in range(1000)), batch_size=300))
+        assert len(set(ids)) == 1000
+        assert client.queue_state().waiting == {Lane.INTERACTIVE: 0, Lane.BULK: 1000}
+        with pytest.raises(QueueFull, match="holds 1000 of 1000"):
+            client.enqueue("s3://b/k", lane="bulk")
+        client.enqueue("s3://b/k", lane="interactive")
+        make_claims(redis_client, "w").claim(10)
+        state = client.queue_state()
+        assert sum(state.claimed.values()) == 10
+        finish(redis_client, worker="v")
+        assert len(list(client.as_answered(ids, timeout_s=0.3))) >= 900
+
+
+def test_a_bad_request_sends_nothing(redis_url: str) -> None:
+    """The whole portion is checked first."""
+    with Client(redis_url) as client:
+        with pytest.raises(RequestError):
+            list(client.enqueue_many(["s3://b/k", "no scheme"]))
+        with pytest.raises(RequestError):
+            client.enqueue("s3://b/k", id="not valid")
+        assert sum(client.queue_state().waiting.values()) == 0
+
+
+def test_the_results_stream_has_groups_and_gives_back_what_a_dead_consumer_held(
+    redis_url: str, redis_client: redis.Redis
+) -> None:
+    """Every group sees all; unacknowledged entries return to their consumer, or after a while to another."""
+    with Client(redis_url) as client:
+        ids = set(client.enqueue_many([f"s3://b/{n}" for n in range(50)]))
+        finish(redis_client)
+
+        def read(group: str, consumer: str, *, ack: bool, reclaim_idle_s: float = 60.0) -> list[str]:
+            seen = []
+            for item in client.results(
+                group=group,
+                consumer=consumer,
+                block_s=0.05,
+                reclaim_idle_s=reclaim_idle_s,
+                stop_when_idle=True,
+                batch=20,
+            ):
+                seen.append(item.result.id)
+                if ack:
+                    item.ack()
+            return seen
+
+        assert sorted(read("a", "one", ack=False)) == sorted(ids)
+        assert sorted(read("b", "one", ack=True)) == sorted(ids)
+        assert read("b", "one", ack=True) == []
+        assert read("a", "two", ack=True) == []
+        assert set(read("a", "two", ack=True, reclaim_idle_s=0.0)) == ids
+        assert read("a", "one", ack=True) == []
+
+
+def test_the_command_line_asks_and_shows(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """`shiwu tag` with a good and a missing picture: a table, JSON lines, and exit code 1."""
+    good = s3.put("cli/a.jpg", pictures.jpeg(pictures.picture("熊猫")))
+    runner = CliRunner()
+    base = ["--redis-url", shared_worker.redis_url]
+    shown = runner.invoke(main, [*base, "tag", good, "--labels", "熊猫,汽车"])
+    assert shown.exit_code == 0, shown.output
+    assert "熊猫" in shown.output
+    lines = runner.invoke(main, [*base, "tag", good, "s3://pictures/cli/none", "--json"])
+    assert lines.exit_code == 1
+    assert {json.loads(line)["status"] for line in lines.output.splitlines()} == {"tagged", "rejected"}
+    asked = runner.invoke(main, [*base, "enqueue", "-"], input=f"# mine\n{good}\n\n")
+    assert len(asked.output.split()) == 1
+    status = runner.invoke(main, [*base, "status", "--json"])
+    assert json.loads(status.output)["workers"] == ["shared"]
+    with Client(shared_worker.redis_url) as client, pytest.raises(JobFailed, match="source_not_found"):
+        client.tag("s3://pictures/cli/none", timeout_s=20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["tag", "no-scheme"], 2, "invalid_reference"),
+        (["tag"], 2, "Missing argument"),
+        (["tag", "s3://b/k", "--timeout", "0.2"], 3, "wait_timeout"),
+        (["--redis-url", "redis://127.0.0.1:1", "status"], 4, "redis"),
+    ],
+)
+def test_exit_codes(redis_url: str, arguments: list[str], code: int, text: str) -> None:
+    """One line that says what to do, and the code that --help promises."""
+    first = [] if "--redis-url" in arguments else ["--redis-url", redis_url]
+    result = CliRunner().invoke(main, [*first, *arguments])
+    assert result.exit_code == code
+    assert text in result.output
+    assert "Traceback" not in result.output

@@ -1,0 +1,105 @@
+"""Which addresses are public, and that the guard judges every answer of a name."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from typing import Any
+
+import pytest
+
+from shiwu_worker.addresses import Guard, is_public
+from shiwu_worker.errors import AddressRefused
+
+BLOCKED = [
+    "0.0.0.0",
+    "0.1.2.3",
+    "10.0.0.1",
+    "100.64.0.1",
+    "100.100.100.200",
+    "127.0.0.1",
+    "127.255.255.255",
+    "168.63.129.16",
+    "169.254.169.254",
+    "172.16.0.1",
+    "172.31.255.255",
+    "192.0.0.1",
+    "192.0.2.1",
+    "192.168.1.1",
+    "198.18.0.1",
+    "198.51.100.1",
+    "203.0.113.1",
+    "224.0.0.1",
+    "240.0.0.1",
+    "255.255.255.255",
+    "::",
+    "::1",
+    "::127.0.0.1",
+    "::ffff:127.0.0.1",
+    "::ffff:10.0.0.1",
+    "64:ff9b::7f00:1",
+    "64:ff9b:1::1",
+    "2002:7f00:1::",
+    "2001::1",
+    "2001:db8::1",
+    "fc00::1",
+    "fd00:ec2::254",
+    "fe80::1",
+    "fec0::1",
+    "ff02::1",
+    "3fff::1",
+    "5f00::1",
+    "100::1",
+]
+PUBLIC = [
+    "8.8.8.8",
+    "1.1.1.1",
+    "93.184.216.34",
+    "172.32.0.1",
+    "2606:4700::1",
+    "64:ff9b::808:808",
+    "2002:808:808::",
+    "::ffff:8.8.8.8",
+]
+
+
+@pytest.mark.parametrize("address", BLOCKED)
+def test_special_addresses_are_not_public(address: str) -> None:
+    """Private, loopback, link-local, metadata, documentation, multicast; IPv4 inside IPv6 judged as IPv4."""
+    assert not is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("address", PUBLIC)
+def test_ordinary_addresses_are_public(address: str) -> None:
+    """Also through NAT64, as IPv6-only clusters reach them."""
+    assert is_public(ipaddress.ip_address(address))
+
+
+def answers(*addresses: str) -> Any:
+    """A resolver that gives these addresses for every name."""
+    return lambda *_: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 80)) for each in addresses]
+
+
+def test_one_bad_answer_refuses_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with a public and an internal address is refused before any connection."""
+    monkeypatch.setattr(socket, "getaddrinfo", answers("8.8.8.8", "127.0.0.1"))
+    with pytest.raises(AddressRefused):
+        Guard(()).connect("mixed.example", 80, 0.1)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.1", "2130706433", "0x7f.1", "0177.0.0.1", "0", "[::1]"])
+def test_spellings_of_loopback_are_refused(host: str) -> None:
+    """The resolver knows more spellings than any parser; what counts is its answer."""
+    with pytest.raises((AddressRefused, OSError)):
+        Guard(()).connect(host, 80, 0.1)
+
+
+def test_ports_and_the_operators_exceptions() -> None:
+    """Only 80 and 443, except for hosts that the operator named, with their port or for any."""
+    with pytest.raises(AddressRefused, match="port"):
+        Guard(()).connect("127.0.0.1", 8080, 0.1)
+    with pytest.raises(AddressRefused):
+        Guard(("127.0.0.1:8081",)).connect("127.0.0.1", 8080, 0.1)
+    for entry in ("127.0.0.1:1", "127.0.0.1"):
+        with pytest.raises(ConnectionRefusedError):
+            Guard((entry,)).connect("127.0.0.1", 1, 0.5)

@@ -1,0 +1,125 @@
+"""Every source, well and badly behaved: bytes, or an error that says whether trying again may help."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from shiwu_worker.addresses import guarded_pool
+from shiwu_worker.errors import JobError, Rejected, Unavailable
+from shiwu_worker.stages.fetch import Fetcher, FetchLimits, S3Options
+from tests.support.picture_server import PictureServer, Reply
+from tests.support.servers import S3Server
+
+BODY = b"x" * 5000
+
+
+def make_fetcher(
+    *,
+    endpoint_url: str | None = None,
+    folders: tuple[Path, ...] = (),
+    allow_hosts: tuple[str, ...] = ("127.0.0.1",),
+    total_timeout_s: float = 2.0,
+) -> Fetcher:
+    """A fetcher with small limits."""
+    limits = FetchLimits(max_bytes=10_000, total_timeout_s=total_timeout_s, connect_timeout_s=0.5, read_timeout_s=0.5)
+    pool = guarded_pool(allow_hosts=allow_hosts, threads=2)
+    return Fetcher(s3=S3Options(endpoint_url, "us-east-1"), pool=pool, folders=folders, limits=limits, threads=2)
+
+
+def code_of(fetcher: Fetcher, reference: str) -> tuple[type[JobError], str]:
+    """The kind and code of the error that a fetch ends with; its text never holds a query."""
+    with pytest.raises(JobError) as caught:
+        fetcher.fetch(reference)
+    assert "secret" not in str(caught.value)
+    return type(caught.value), caught.value.code.value
+
+
+def test_a_whole_body_over_http(http_server: PictureServer) -> None:
+    """What the server has is what we get, also after a redirect and with a query."""
+    http_server.serve("/a.png", Reply.picture(BODY))
+    moved = http_server.serve("/moved", Reply.redirect("/a.png"))
+    fetcher = make_fetcher()
+    assert fetcher.fetch(moved) == BODY
+    assert fetcher.fetch(http_server.url("/a.png") + "?secret=1") == BODY
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "code"),
+    [
+        (Reply.error(404), Rejected, "source_not_found"),
+        (Reply.error(410), Rejected, "source_not_found"),
+        (Reply.error(403), Rejected, "source_forbidden"),
+        (Reply.error(500), Unavailable, "source_unavailable"),
+        (Reply.error(429), Unavailable, "source_unavailable"),
+        (Reply.redirect("/again"), Rejected, "source_forbidden"),
+        (Reply.redirect("file:///etc/passwd"), Rejected, "source_forbidden"),
+        (Reply.redirect("http://10.0.0.1/secret"), Rejected, "source_forbidden"),
+        (Reply.picture(b"x" * 20_000), Rejected, "picture_too_large"),
+        (Reply.gzipped(BODY), Rejected, "not_a_picture"),
+        (Reply.cut(BODY), Unavailable, "source_unavailable"),
+        (Reply.picture(BODY).late(first_pause_s=1.0), Unavailable, "source_unavailable"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or (value if isinstance(value, str) else None),
+)
+def test_a_bad_http_source_has_its_code(
+    http_server: PictureServer, reply: Reply, kind: type[JobError], code: str
+) -> None:
+    """Statuses, redirects that lead nowhere or where they must not, too many bytes, encodings, early ends, silence."""
+    url = http_server.serve("/again", reply) + "?secret=1"
+    assert code_of(make_fetcher(), url) == (kind, code)
+
+
+def test_a_slow_drip_ends_at_the_total_deadline(http_server: PictureServer) -> None:
+    """A server that sends a byte now and then is never silent for the read time-out; the total deadline cuts it."""
+    url = http_server.serve("/drip", Reply.picture(BODY).drip(chunk_bytes=1, pause_s=0.1))
+    began_s = time.monotonic()
+    assert code_of(make_fetcher(total_timeout_s=0.8), url) == (Unavailable, "source_unavailable")
+    assert time.monotonic() - began_s < 3.0
+
+
+def test_a_refused_address_and_a_closed_port(http_server: PictureServer) -> None:
+    """Loopback is not public: refused without the operator's word; a closed port is a source that is away."""
+    url = http_server.serve("/a", Reply.picture(BODY))
+    assert code_of(make_fetcher(allow_hosts=()), url) == (Rejected, "source_forbidden")
+    assert code_of(make_fetcher(), "http://127.0.0.1:1/a") == (Unavailable, "source_unavailable")
+
+
+def test_files_of_allowed_folders_only(tmp_path: Path) -> None:
+    """Symbolic links are resolved first; outside nobody learns what exists; folders and pipes are no files."""
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside, outside):
+        folder.mkdir()
+        (folder / "a b.png").write_bytes(BODY)
+    (inside / "link.png").symlink_to(outside / "a b.png")
+    fetcher = make_fetcher(folders=(inside,))
+    assert fetcher.fetch((inside / "a b.png").as_uri()) == BODY
+    for path, code in [
+        (inside / "link.png", "source_forbidden"),
+        (outside / "a b.png", "source_forbidden"),
+        (outside / "none.png", "source_forbidden"),
+        (inside / ".." / "out" / "a b.png", "source_forbidden"),
+        (inside / "none.png", "source_not_found"),
+        (inside, "source_not_a_file"),
+    ]:
+        assert code_of(fetcher, f"file://{path}") == (Rejected, code), path
+
+
+def test_s3_objects_versions_and_errors(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys with spaces and non-ASCII, missing keys and buckets, wrong credentials, a store that is away."""
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    fetcher = make_fetcher(endpoint_url=s3.endpoint_url, total_timeout_s=10.0)
+    s3.put("fetch/猫 一+1.jpg", BODY)
+    assert fetcher.fetch("s3://pictures/fetch/猫 一+1.jpg") == BODY
+    s3.put("fetch/large", b"x" * 20_000)
+    assert code_of(fetcher, "s3://pictures/fetch/large") == (Rejected, "picture_too_large")
+    assert code_of(fetcher, "s3://pictures/fetch/none") == (Rejected, "source_not_found")
+    assert code_of(fetcher, "s3://pictures/fetch/") == (Rejected, "source_not_a_file")
+    away = make_fetcher(endpoint_url="http://127.0.0.1:1", total_timeout_s=1.0)
+    assert code_of(away, "s3://pictures/x") == (Unavailable, "source_unavailable")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    wrong = make_fetcher(endpoint_url=s3.endpoint_url)
+    assert code_of(wrong, "s3://pictures/fetch/none") == (Rejected, "source_forbidden")
