@@ -33,7 +33,7 @@ def _bare(count: int) -> float:
     from shiwu_worker.config import Settings  # noqa: PLC0415 torch is imported by what follows
     from shiwu_worker.image_spec import read_image_spec  # noqa: PLC0415
     from shiwu_worker.models import model_folder  # noqa: PLC0415
-    from shiwu_worker.wiring import open_encoder  # noqa: PLC0415
+    from shiwu_worker.parts import open_encoder  # noqa: PLC0415
 
     settings = Settings()
     folder = model_folder(settings.model)

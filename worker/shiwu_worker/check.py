@@ -19,7 +19,7 @@ from shiwu_worker.config import Settings, shown
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.models import model_folder
-from shiwu_worker.wiring import connect, open_encoder, open_labels
+from shiwu_worker.parts import connect, open_encoder, open_labels
 
 
 def run_checks() -> int:

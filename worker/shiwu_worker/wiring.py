@@ -6,30 +6,31 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import redis
 import structlog
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from shiwu_worker.config import Settings
-from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.errors import FatalError
 from shiwu_worker.health import Health
 from shiwu_worker.heartbeat import Heartbeat
-from shiwu_worker.image_spec import ImageSpec, read_image_spec
-from shiwu_worker.job import Job, Release
-from shiwu_worker.labels import LabelBank, LabelSet, load_label_sets
-from shiwu_worker.loader_frames import Loaded, LoaderOptions, LoadTask
-from shiwu_worker.loaders import LoaderPool
+from shiwu_worker.image_spec import read_image_spec
+from shiwu_worker.job import Release
 from shiwu_worker.logs import job_logger
-from shiwu_worker.models import model_folder, model_name, model_revision
-from shiwu_worker.pipeline import Limits, Pipeline, Stages
+from shiwu_worker.models import model_folder
+from shiwu_worker.parts import (
+    connect,
+    make_claims,
+    make_committer,
+    make_limits,
+    make_loaders,
+    make_stages,
+    open_encoder,
+)
+from shiwu_worker.pipeline import Pipeline
 from shiwu_worker.settle import Away, Settler
-from shiwu_worker.stages.batch import Batcher
 from shiwu_worker.stages.claim import Claims, Doorbell
-from shiwu_worker.stages.commit import Committer
 
 log: Any = structlog.get_logger()
 DOORBELL_S = 5.0
@@ -52,174 +53,6 @@ class Service:
     def hurry(self) -> None:
         """Give back at once; for a second signal."""
         self._pipeline.hurry()
-
-
-def connect(settings: Settings, *, block_s: float = 0.0) -> redis.Redis:
-    """A client whose every wait is bounded. It never tries twice by itself: that is decided where the job's fate is."""
-    return redis.Redis.from_url(
-        settings.redis_url.get_secret_value(),
-        socket_timeout=settings.redis_timeout_s + block_s,
-        socket_connect_timeout=settings.redis_timeout_s,
-        socket_keepalive=True,
-        health_check_interval=0 if block_s else 30,
-        retry=Retry(NoBackoff(), 0),
-        client_name=f"shiwu-{settings.worker_name}".replace(" ", "-"),
-    )
-
-
-def open_labels(settings: Settings, encoder: Any) -> LabelBank:
-    """The label sets of the package and of the operator.
-
-    Raises:
-        FatalError: with ExitCode.CONFIG when a file is wrong or the default set is missing.
-    """
-    folders = [Path(__file__).parent / "label_sets", *([settings.labels_dir] if settings.labels_dir else [])]
-    try:
-        sets = load_label_sets(folders)
-    except ValueError as error:
-        raise FatalError(ExitCode.CONFIG, str(error)) from error
-    if settings.default_labels not in sets:
-        known = ", ".join(sorted(sets))
-        raise FatalError(
-            ExitCode.CONFIG, f"SHIWU_DEFAULT_LABELS: expected one of {known}, got {settings.default_labels!r}"
-        )
-    return LabelBank(
-        sets=sets,
-        default=settings.default_labels,
-        encode_texts=encoder.encode_texts,
-        max_cached=settings.label_cache,
-        inline_head=encoder.default_head,
-    )
-
-
-def loader_options(settings: Settings, spec: ImageSpec) -> LoaderOptions:
-    """What a loader process needs to know."""
-    return LoaderOptions(
-        spec=spec,
-        slots=settings.slot_count,
-        threads=settings.loader_threads,
-        s3_endpoint_url=settings.s3_endpoint_url,
-        s3_region=settings.s3_region,
-        allow_hosts=settings.allow_hosts,
-        folders=settings.allow_folders,
-        max_bytes=settings.max_bytes,
-        max_pixels=settings.max_pixels,
-        max_side=settings.max_side,
-        formats=settings.formats,
-        exact=settings.exact_decode,
-        connect_timeout_s=settings.connect_timeout_s,
-        read_timeout_s=settings.read_timeout_s,
-        total_timeout_s=settings.fetch_timeout_s,
-    )
-
-
-def open_encoder(settings: Settings, folder: Path, spec: ImageSpec) -> Any:
-    """The model, loaded and warm.
-
-    Raises:
-        FatalError: with ExitCode.MODEL, whatever it was that failed.
-    """
-    try:
-        # Here and not above: loaders are spawned before torch comes into this process.
-        from shiwu_worker.stages.encode import Encoder  # noqa: PLC0415
-
-        encoder = Encoder(
-            folder=folder,
-            model_id=model_name(settings.model),
-            revision=model_revision(folder),
-            device=settings.device,
-            dtype=settings.dtype,
-            rungs=settings.rungs,
-            mean=spec.mean,
-            std=spec.std,
-            threads=settings.model_threads,
-        )
-        encoder.warm()
-    except Exception as error:  # border: any failure here means that this worker can't work
-        raise FatalError(ExitCode.MODEL, f"{type(error).__name__}: {error}") from error
-    return encoder
-
-
-def make_loaders(
-    settings: Settings,
-    spec: ImageSpec,
-    *,
-    on_loaded: Callable[[list[Loaded]], None],
-    on_fatal: Callable[[FatalError], None],
-) -> LoaderPool:
-    """The loader processes, not yet started."""
-    return LoaderPool(
-        processes=settings.loader_count,
-        options=loader_options(settings, spec),
-        task_timeout_s=settings.load_timeout_s,
-        on_loaded=on_loaded,
-        on_fatal=on_fatal,
-    )
-
-
-def make_claims(settings: Settings, client: redis.Redis, token: str) -> Claims:
-    """This worker's claims."""
-    return Claims(
-        client,
-        token=token,
-        worker=settings.worker_name,
-        lease_s=settings.lease_s,
-        bulk_share=settings.bulk_share,
-    )
-
-
-def make_committer(settings: Settings, client: redis.Redis, token: str) -> Committer:
-    """The writer of answers."""
-    return Committer(
-        client,
-        token=token,
-        result_ttl_s=settings.result_ttl_s,
-        done_ttl_s=max(settings.done_ttl_s, settings.result_ttl_s),
-        stream_length=settings.stream_length,
-        dead_length=settings.dead_length,
-    )
-
-
-def make_limits(settings: Settings) -> Limits:
-    """What the pipeline may hold, and how patient it is."""
-    return Limits(
-        slots=settings.slot_count,
-        max_attempts=settings.max_attempts,
-        retry_s=(settings.retry_first_s, settings.retry_longest_s),
-    )
-
-
-def make_stages(
-    settings: Settings, *, claims: Claims, doorbell: Doorbell, loaders: LoaderPool, encoder: Any, settler: Settler
-) -> Stages:
-    """The verbs of the pipeline, with the default labels' vectors computed."""
-    from shiwu_worker.stages.score import Scorer  # noqa: PLC0415 beside the encoder, which is imported late
-
-    bank = open_labels(settings, encoder)
-    bank.vectors(bank.resolve(None))
-
-    def resolve(job: Job) -> LabelSet:
-        return bank.resolve(job.request.labels, job.request.head) if job.request else bank.resolve(None)
-
-    def load(tickets: Sequence[tuple[int, Job]]) -> None:
-        loaders.submit(
-            [LoadTask(ticket=n, slot=job.slot, image=job.request.image) for n, job in tickets if job.request]
-        )
-
-    scorer = Scorer(vectors_of=bank.vectors, scale=encoder.scale, bias=encoder.bias, model=encoder.info)
-    return Stages(
-        claims=claims,
-        doorbell=doorbell,
-        resolve=resolve,
-        load=load,
-        batcher=Batcher(cap=settings.max_batch, bulk_share=settings.bulk_share, linger_s=settings.linger_ms / 1000),
-        pixels=loaders.pixels,
-        encode=encoder.encode,
-        score=scorer.score,
-        is_fatal=encoder.is_broken,
-        settle=settler.put,
-        away=Away("claim"),
-    )
 
 
 @contextmanager
@@ -261,13 +94,8 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
             settings, claims=claims, doorbell=doorbell, loaders=loaders, encoder=encoder, settler=settler
         )
         pipeline = Pipeline(stages, make_limits(settings), on_fatal=on_fatal)
-        heartbeat = Heartbeat(
-            claims,
-            lease_s=settings.lease_s,
-            held=pipeline.held,
-            alive=health.alive_while(lambda: pipeline.progress_s, lambda: bool(pipeline.held())),
-            away=Away("heartbeat"),
-        )
+        alive = health.alive_while(lambda: pipeline.progress_s, lambda: bool(pipeline.held()))
+        heartbeat = Heartbeat(claims, lease_s=settings.lease_s, held=pipeline.held, alive=alive, away=Away("heartbeat"))
 
         def stop(grace_s: float) -> None:
             """Intake first, leases last: whoever holds a job keeps its lease until it is answered or given back."""
