@@ -263,3 +263,15 @@ def test_an_idle_worker_is_quick_and_quiet(start_worker: StartWorker, redis_url:
         per_second = commands / (time.monotonic() - since_s)
     assert sorted(waits)[len(waits) // 2] < 5.0, waits
     assert per_second <= 20
+
+
+def test_it_is_an_ordinary_celery_worker(start_worker: StartWorker, redis_url: str, tmp_path: Any) -> None:
+    """`celery -A shiwu_worker.app worker` claims and answers as `shiwu-worker` does, and ends with exit code 0."""
+    path = tmp_path / "x.png"
+    path.write_bytes(pictures.png(pictures.picture()))
+    worker = start_worker(redis_url=redis_url, by_celery=True, allow_folders=tmp_path)
+    assert ask(redis_url, path.as_uri(), "by-celery").status is Status.TAGGED
+    lines = [json.loads(line) for line in worker.log_text().splitlines() if line.startswith("{")]
+    assert sum(line.get("id") == "by-celery" for line in lines) == 1, "one line per job"
+    worker.terminate()
+    assert worker.wait(timeout_s=10) == 0

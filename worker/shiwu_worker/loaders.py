@@ -129,6 +129,12 @@ class LoaderPool:
             loader.process.kill()
             loader.process.wait(timeout_s)
         self._loaders.clear()
+        self._selector.close()
+        self._wake_r.close()
+        self._wake_w.close()
+        if self._memory_fd >= 0:
+            os.close(self._memory_fd)
+            self._memory_fd = -1
 
     # -------------------------------------------------------------------------------- the pool's thread
     def _run(self) -> None:

@@ -1,0 +1,80 @@
+"""What the READMEs say is run: their Python, their commands, their names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from celery import Celery
+from click.testing import CliRunner
+
+from shiwu.cli import main
+from shiwu_worker.config import Settings
+from tests.support import pictures
+from tests.support.servers import S3Server, WorkerProcess
+
+ROOT = Path(__file__).resolve().parents[2]
+READMES = ["README.md", "README.zh-CN.md"]
+
+# Celery's client leaves the sockets of its result consumer to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def blocks(name: str) -> list[str]:
+    """The Python blocks of a README."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_python_blocks_run(
+    name: str,
+    shared_worker: WorkerProcess,
+    s3: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The client's example and the plain Celery one, against a real worker and real pictures."""
+    for key in ("cat.jpg", "a.jpg", "b.jpg"):
+        s3.put(key, pictures.jpeg(pictures.picture("猫脸")))
+    monkeypatch.setenv("SHIWU_REDIS_URL", shared_worker.redis_url)
+    ours, celerys = blocks(name)
+    exec(compile(ours, name, "exec"), {})  # noqa: S102 it is our own README
+    assert "tagged" in capsys.readouterr().out
+    app = Celery("readme", broker=shared_worker.redis_url, backend=shared_worker.redis_url)
+    names: dict[str, object] = {"app": app}
+    exec(compile(celerys, name, "exec"), names)  # noqa: S102 it is our own README
+    app.close()
+
+
+def test_both_languages_show_the_same_code() -> None:
+    """The Chinese README's commands and names are the English one's."""
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in READMES)
+
+    def names(text: str) -> set[str]:
+        return set(re.findall(r"`([A-Z]+(?:_[A-Z0-9]+)+|make \w+|SHIWU_\w+)`", text))
+
+    assert names(english) == names(chinese)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_named_setting_and_target_exists(name: str) -> None:
+    """SHIWU_X is a setting, `make x` a target, a linked file a file."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    known = {field.upper() for field in Settings.model_fields}
+    assert {found for found in re.findall(r"SHIWU_([A-Z0-9_]+)", text) if found} <= known
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    assert set(re.findall(r"make ([a-z]+)", text)) <= targets
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_help_of_every_command_is_there() -> None:
+    """`shiwu … --help` of what the README names."""
+    for command in ([], ["tag"], ["enqueue"], ["results"], ["status"]):
+        result = CliRunner().invoke(main, [*command, "--help"])
+        assert result.exit_code == 0
+        assert "Usage" in result.output

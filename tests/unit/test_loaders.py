@@ -1,0 +1,145 @@
+"""Loader processes that die or hang: the guilty picture is convicted alone, its neighbours are answered."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shiwu_worker.errors import FatalError
+from shiwu_worker.image_spec import ImageSpec
+from shiwu_worker.loader_frames import Loaded, LoaderOptions, LoadTask
+from shiwu_worker.loaders import LoaderPool
+from tests.support import pictures
+from tests.support.picture_server import PictureServer, Reply
+from tests.support.waiting import wait_until
+
+SPEC = ImageSpec(64, 64, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+class Pool:
+    """A pool with its results by ticket."""
+
+    def __init__(self, folder: Path, *, processes: int, task_timeout_s: float = 20.0) -> None:
+        self.results: dict[int, Loaded] = {}
+        self.fatal: list[FatalError] = []
+        self._lock = threading.Lock()
+        options = LoaderOptions(
+            spec=SPEC,
+            slots=32,
+            threads=4,
+            s3_endpoint_url=None,
+            s3_region=None,
+            allow_hosts=("127.0.0.1",),
+            folders=(folder,),
+            max_bytes=10_000_000,
+            max_pixels=10_000_000,
+            max_side=10_000,
+            formats=("PNG", "JPEG"),
+            exact=True,
+            connect_timeout_s=1.0,
+            read_timeout_s=20.0,
+            total_timeout_s=20.0,
+        )
+        self.pool = LoaderPool(
+            processes=processes,
+            options=options,
+            task_timeout_s=task_timeout_s,
+            on_loaded=self._take,
+            on_fatal=self.fatal.append,
+        )
+
+    def _take(self, results: list[Loaded]) -> None:
+        with self._lock:
+            for result in results:
+                assert result.ticket not in self.results, "reported twice"
+                self.results[result.ticket] = result
+
+    def submit(self, *images: str, first_ticket: int = 0) -> None:
+        """One ticket for each image, in slots of the same number."""
+        self.pool.submit(
+            [LoadTask(ticket=first_ticket + n, slot=first_ticket + n, image=i) for n, i in enumerate(images)]
+        )
+
+    def wait(self, count: int) -> None:
+        """Wait for so many results."""
+        wait_until(lambda: len(self.results) >= count, timeout_s=30)
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> str:
+    """A picture in the allowed folder."""
+    path = tmp_path / "good.png"
+    path.write_bytes(pictures.png(pictures.picture().resize((80, 80))))
+    return path.as_uri()
+
+
+@pytest.fixture(params=[1, 2], ids=["one-loader", "two-loaders"])
+def pool(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pool]:
+    """A running pool."""
+    made = Pool(tmp_path, processes=request.param)
+    made.pool.start(30.0)
+    yield made
+    made.pool.close(5.0)
+
+
+def test_pixels_arrive_in_their_slots_with_their_times(pool: Pool, good: str, tmp_path: Path) -> None:
+    """A result for each ticket; pixels in the shared memory; errors are results too."""
+    pool.submit(good, (tmp_path / "none.png").as_uri(), good)
+    pool.wait(3)
+    assert pool.pool.pixels[0].any()
+    assert (pool.pool.pixels[0] == pool.pool.pixels[2]).all()
+    assert not pool.pool.pixels[1].any()
+    assert pool.results[1].error is not None
+    assert pool.results[1].error.code.value == "source_not_found"
+    one = pool.results[0]
+    assert 0 < one.started_s <= one.fetched_s <= one.decoded_s
+    assert (one.format, one.width, one.height) == ("PNG", 80, 80)
+
+
+def test_a_picture_that_ends_its_loader_twice_is_convicted_and_its_neighbours_are_not(
+    pool: Pool, good: str, http_server: PictureServer
+) -> None:
+    """The loader is killed whenever it holds the guilty picture; everything else is answered normally."""
+    guilty = http_server.serve("/guilty.png", Reply.picture(b"").late(first_pause_s=15.0))
+    pool.submit(guilty, *[good] * 12)
+    for hits in (1, 2):
+        wait_until(lambda hits=hits: http_server.hits["/guilty.png"] >= hits, timeout_s=20)  # type: ignore[misc]
+        holder = next(one for one in pool.pool._loaders if 0 in one.held)
+        os.kill(holder.process.pid, signal.SIGKILL)
+    pool.wait(13)
+    assert pool.results[0].error is not None
+    assert pool.results[0].error.code.value == "decoder_crashed"
+    assert all(pool.results[n].error is None for n in range(1, 13))
+    assert pool.pool.restarts == 2
+    pool.submit(good, first_ticket=20)
+    pool.wait(14)
+    assert not pool.fatal
+
+
+def test_a_loader_that_hangs_is_replaced(good: str, tmp_path: Path) -> None:
+    """Stopped processes exceed the time limit; what they held is tried again and answered."""
+    made = Pool(tmp_path, processes=1, task_timeout_s=1.0)
+    made.pool.start(30.0)
+    try:
+        os.kill(made.pool.pids[0], signal.SIGSTOP)
+        made.submit(good, good)
+        made.wait(2)
+        assert all(result.error is None for result in made.results.values())
+        assert made.pool.restarts == 1
+    finally:
+        made.pool.close(5.0)
+
+
+def test_closing_leaves_no_process(good: str, tmp_path: Path) -> None:
+    """Also with work in hand."""
+    made = Pool(tmp_path, processes=2)
+    made.pool.start(30.0)
+    pids = made.pool.pids
+    made.submit(*[good] * 20)
+    made.pool.close(5.0)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
