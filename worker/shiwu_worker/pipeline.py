@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log: Any = structlog.get_logger()
 IDLE_S: Final = 5.0
 HURRY_S: Final = 0.1
+CLAIM_ENDS_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,7 @@ class Pipeline:
                 continue
             if one.error.retryable and job.attempt < self._limits.max_attempts:
                 job.back = Release(job.id, delay_s=self._retry_delay_s(job.attempt), counts=True)
+                log.info("later", id=job.id, attempt=job.attempt, code=one.error.code.value, delay_s=job.back.delay_s)
             job.fail(one.error)
             ended.append(job)
         self._do.batcher.put(ready)
@@ -240,9 +242,12 @@ class Pipeline:
         """
         self._closing.set()
         self._do.doorbell.close()
+        until_s = time.monotonic() + grace_s
         with self._changed:
             self._changed.notify_all()
-            until_s = time.monotonic() + grace_s
+        # A claim that is under way brings more jobs; only after it is known what is held.
+        self._threads[0].join(timeout=CLAIM_ENDS_S)
+        with self._changed:
             # Short waits: a signal handler may not notify, it could interrupt the very thread that holds the lock.
             while self._held and not self._hurry and time.monotonic() < until_s:
                 self._changed.wait(HURRY_S)
