@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ MAX_FILE_LABELS = 100_000
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Words to compare pictures with. `head` is None where the model's own applies."""
+    """Words to compare pictures with, and how their scores are made."""
 
     name: str | None
     words: tuple[str, ...]
@@ -76,11 +76,7 @@ class _File(BaseModel):
     @field_validator("labels")
     @classmethod
     def _once(cls, labels: list[str]) -> list[str]:
-        if (
-            twice := sorted({word for word in labels if labels.count(word) > 1})
-            if len(set(labels)) < len(labels)
-            else []
-        ):
+        if twice := sorted(word for word, times in Counter(labels).items() if times > 1):
             raise ValueError(f"expected every label once, got {', '.join(twice[:5])} again")
         return labels
 

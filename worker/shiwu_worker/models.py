@@ -25,7 +25,8 @@ def model_folder(model: str | None) -> Path:
     """The folder to load from; a hub id is downloaded unless it is in the hub's cache already.
 
     Raises:
-        FatalError: with ExitCode.MODEL when there is no such folder or hub id, or the hub can't be reached.
+        FatalError: with ExitCode.MODEL when there is no such folder or hub id, it has no safetensors weights, or the
+            hub can't be reached.
     """
     if model is None:
         return Path(__file__).parent / "pictogram_zh"
@@ -38,22 +39,35 @@ def model_folder(model: str | None) -> Path:
 
     try:
         try:
-            found = snapshot_download(model, allow_patterns=list(_PATTERNS), local_files_only=True)
+            found = Path(snapshot_download(model, allow_patterns=list(_PATTERNS), local_files_only=True))
         except OSError:
-            found = snapshot_download(model, allow_patterns=list(_PATTERNS))
+            found = None
+        # Another program may have left only a config or a tokenizer of this model in the cache.
+        if found is None or not _has_weights(found):
+            found = Path(snapshot_download(model, allow_patterns=list(_PATTERNS)))
+        if not _has_weights(found):
+            raise FileNotFoundError(f"no *.safetensors in {found}")
     except (OSError, ValueError) as error:
         why = f"{type(error).__name__}: {error!s:.200}"
         text = f"SHIWU_MODEL: expected a folder or a hub id that can be loaded, got {model!r} ({why})"
         raise FatalError(ExitCode.MODEL, text) from error
-    return Path(found)
+    return found
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
 
 
 def model_revision(folder: Path) -> str:
-    """The hub's commit where the folder is a snapshot of one, else 12 hex digits over the weights."""
+    """The hub's commit where the folder is a snapshot of one, else 12 hex digits over the weights.
+
+    For weights in one file they begin what `sha256sum model.safetensors` prints.
+    """
     if _COMMIT.fullmatch(folder.name):
         return folder.name
-    digest = hashlib.sha256()
+    digests = []
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:12]
+            digests.append(hashlib.file_digest(file, "sha256"))
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(each.digest() for each in digests))
+    return whole.hexdigest()[:12]

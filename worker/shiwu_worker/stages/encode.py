@@ -7,8 +7,8 @@ picture gets the same vector whatever its neighbours are. After the projection e
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -86,7 +86,13 @@ class Encoder:
         self._dtype = choose_dtype(dtype, self._device)
         if threads and self._device.type == "cpu":
             torch.set_num_threads(threads)
-        self._model = _load(folder).to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)
+        model = _load(folder).eval().requires_grad_(False)
+        # Before the cast: in bfloat16 a scale of 100 would be 98.9.
+        self.scale = math.exp(float(model.logit_scale))
+        bias = getattr(model, "logit_bias", None)
+        self.bias = None if bias is None else float(bias)
+        self.default_head: Head = "softmax" if bias is None else "sigmoid"
+        self._model = model.to(device=self._device, dtype=self._dtype)
         self._tokenizer = _load_tokenizer(folder)
         self.rungs = tuple(rungs)
         # (x / 255 - mean) / std as one multiplication and one addition, in FP32.
@@ -100,10 +106,6 @@ class Encoder:
             dtype=str(self._dtype).removeprefix("torch."),
             device=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type,
         )
-        self.scale = math.exp(float(self._model.logit_scale))
-        bias = getattr(self._model, "logit_bias", None)
-        self.bias = None if bias is None else float(bias)
-        self.default_head: Head = "softmax" if bias is None else "sigmoid"
         size = _image_size(self._model.config)
         self._shape = (size, size, 3)
         self._staging = torch.zeros(
@@ -169,16 +171,39 @@ class Encoder:
         return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
 
 
-def _load(folder: Path) -> Any:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and remarks, and with the process's own settings again afterwards."""
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers tells of defaults that it is about to change
-        return AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load(folder: Path) -> Any:
+    """The model in FP32.
+
+    Raises:
+        ValueError: when it is no dual encoder, or weights are missing: transformers would make random ones up.
+    """
+    with _quiet():
+        model, loading = AutoModel.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    if not (hasattr(model, "logit_scale") and hasattr(model, "get_image_features")):
+        raise ValueError(f"{folder}: expected a dual encoder of pictures and texts, got {type(model).__name__}")
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{folder}: expected a whole checkpoint, got none of {len(missing)} weights: {missing[:3]}")
+    return model
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

@@ -1,0 +1,340 @@
+"""The encoder: any dual encoder of transformers, fixed rungs, finite unit vectors in FP32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AltCLIPConfig,
+    AltCLIPModel,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from shiwu_worker.models import model_folder
+from shiwu_worker.stages import encode
+from shiwu_worker.stages.encode import Encoder, NonFiniteError, choose_device, choose_dtype
+from shiwu_worker.stages.score import score
+
+SIDE = 16
+PLACES = 12  # the texts' length limit of the tiny checkpoints
+SCALE, BIAS = 100.0, -12.93  # what published CLIP and SigLIP checkpoints carry; neither is exact in bfloat16
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": 8,
+}
+TEXT = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": PLACES,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _silence() -> Iterator[None]:
+    """Saving checkpoints shows bars and remarks that are of no use here."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    yield
+    transformers_logging.enable_progress_bar()
+    transformers_logging.set_verbosity(verbosity)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of single characters that knows upper and lower case apart."""
+    signs = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", *"ABC", *"猫狗"]
+    tokenizer = Tokenizer(models.WordLevel({sign: i for i, sign in enumerate(signs)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def make_model(kind: str) -> Any:
+    """A tiny model with random weights and a published checkpoint's scale."""
+    torch.manual_seed(7)
+    model: Any
+    if kind == "clip":
+        model = CLIPModel(CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=8))
+    elif kind == "altclip":
+        # RoBERTa's positions begin after the padding index.
+        text = {**TEXT, "max_position_embeddings": PLACES + 2, "project_dim": 8}
+        model = AltCLIPModel(AltCLIPConfig(vision_config=VISION, text_config=text, projection_dim=8))
+    else:
+        model = SiglipModel(SiglipConfig(vision_config=VISION, text_config=TEXT))
+        model.logit_bias.data.fill_(BIAS)
+    model.logit_scale.data.fill_(math.log(SCALE))
+    return model.eval()
+
+
+@pytest.fixture(params=["clip", "siglip", "altclip"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Any, Path]:
+    """Kind, model and folder of a tiny checkpoint."""
+    model = make_model(request.param)
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    return request.param, model, tmp_path
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """The folder, with the model and a tokenizer in it."""
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def make_encoder(
+    folder: Path, *, dtype: str = "float32", rungs: tuple[int, ...] = (1, 2, 4), mean: float = 0.5, std: float = 0.5
+) -> Encoder:
+    """The encoder over this folder, on the CPU."""
+    return Encoder(
+        folder=folder,
+        model_id="tiny",
+        revision="r",
+        device="cpu",
+        dtype=dtype,
+        rungs=rungs,
+        mean=(mean,) * 3,
+        std=(std,) * 3,
+    )
+
+
+def noise(count: int, side: int = SIDE) -> NDArray[np.uint8]:
+    """Random pictures."""
+    return np.random.default_rng(5).integers(0, 256, (count, side, side, 3), np.uint8)
+
+
+def reference_logits(model: Any, pixels: NDArray[np.uint8], tokens: Any) -> NDArray[np.float32]:
+    """What the model itself makes of pixels and tokens, in FP32."""
+    values = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = model(pixel_values=values, **tokens).logits_per_image.numpy()
+    return logits
+
+
+def test_every_dual_encoder_gives_its_own_logits(checkpoint: tuple[str, Any, Path]) -> None:
+    """Scale · cosine + bias are the model's logits_per_image; the head is sigmoid where there is a bias."""
+    kind, model, folder = checkpoint
+    encoder = make_encoder(folder)
+    texts = ["abc", "猫", "d"]
+    tokens = PreTrainedTokenizerFast.from_pretrained(folder)(
+        texts,
+        padding="max_length" if kind == "siglip" else True,
+        max_length=PLACES,
+        truncation=True,
+        return_tensors="pt",
+    )
+    pixels, words = noise(3), encoder.encode_texts(texts)
+    expected = reference_logits(model, pixels, tokens)
+    vectors = encoder.encode(pixels)
+    assert vectors.dtype == words.dtype == np.float32
+    assert np.linalg.norm(np.concatenate([vectors, words]), axis=1) == pytest.approx(1.0, abs=1e-5)
+    np.testing.assert_allclose(encoder.scale * vectors @ words.T + (encoder.bias or 0), expected, atol=1e-3)
+    assert encoder.default_head == ("sigmoid" if kind == "siglip" else "softmax")
+    probabilities, _ = score(vectors, words, head=encoder.default_head, scale=encoder.scale, bias=encoder.bias)
+    logits = torch.from_numpy(expected)
+    head = logits.sigmoid() if kind == "siglip" else logits.softmax(dim=-1)
+    np.testing.assert_allclose(probabilities, head.numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scale_and_bias_are_not_rounded_to_the_dtype(tmp_path: Path, dtype: str) -> None:
+    """A scale of 100 stays 100 in bfloat16, where its logarithm would give 98.9."""
+    encoder = make_encoder(saved(make_model("siglip"), tmp_path), dtype=dtype)
+    assert encoder.scale == pytest.approx(SCALE, rel=1e-5)
+    assert encoder.bias == pytest.approx(BIAS, rel=1e-5)
+    assert encoder.info.dtype == dtype
+
+
+def test_long_texts_are_cut_and_many_are_encoded_in_parts(
+    checkpoint: tuple[str, Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text over the limit is its beginning; a text's vector does not depend on the part it falls into."""
+    _, _, folder = checkpoint
+    encoder = make_encoder(folder)
+    long = encoder.encode_texts(["a" * 50, "a" * (PLACES - 2)])
+    np.testing.assert_allclose(long[0], long[1], atol=1e-6)
+    texts = ["abc", "猫", "a", "bc", "狗猫"]
+    whole = encoder.encode_texts(texts)
+    monkeypatch.setattr(encode, "TEXTS_AT_ONCE", 2)
+    np.testing.assert_allclose(encoder.encode_texts(texts), whole, atol=1e-6)
+
+
+def test_only_siglip_gets_lower_case(checkpoint: tuple[str, Any, Path]) -> None:
+    """SigLIP was trained in lower case and its tokenizer may not know; other tokenizers decide for themselves."""
+    kind, _, folder = checkpoint
+    upper, lower = make_encoder(folder).encode_texts(["ABC", "abc"])
+    assert np.array_equal(upper, lower) == (kind == "siglip")
+
+
+def test_a_batch_is_padded_to_its_rung() -> None:
+    """Every count up to the largest rung gives as many vectors, and black padding changes no bit of them."""
+    encoder = make_encoder(model_folder(None), rungs=(1, 4))
+    pixels = noise(4, 64)
+    full = encoder.encode(pixels)
+    for count in (2, 3, 4):
+        np.testing.assert_array_equal(encoder.encode(pixels[:count]), full[:count])
+    assert encoder.encode(pixels[:1]).shape == (1, full.shape[1])
+    np.testing.assert_allclose(encoder.encode(pixels[:1]), full[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_permutation_permutes_the_vectors(dtype: str) -> None:
+    """No picture gets a neighbour's vector, and neighbours and places change not a bit, in any order."""
+    encoder = make_encoder(model_folder(None), dtype=dtype, rungs=(8,))
+    pixels = noise(8, 64)
+    vectors = encoder.encode(pixels)
+    assert len(np.unique(vectors, axis=0)) == 8
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(8)
+        np.testing.assert_array_equal(encoder.encode(pixels[order]), vectors[order])
+
+
+def test_earlier_batches_leave_nothing_behind() -> None:
+    """The staging memory is reused: a small batch after a large one, and vectors kept from before, stay right."""
+    encoder = make_encoder(model_folder(None), rungs=(4,))
+    pixels = noise(4, 64)
+    alone = encoder.encode(pixels[:1]).copy()
+    kept = encoder.encode(pixels)
+    copy = kept.copy()
+    np.testing.assert_array_equal(encoder.encode(pixels[:1]), alone)
+    np.testing.assert_array_equal(kept, copy)
+
+
+def test_warm_runs_every_rung(tmp_path: Path) -> None:
+    """After warming, the model has seen each fixed shape."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8))
+    seen: list[int] = []
+    hook = encoder._model.vision_model.register_forward_pre_hook(
+        lambda _module, _args, named: seen.append(len(named["pixel_values"])), with_kwargs=True
+    )
+    encoder.warm()
+    hook.remove()
+    assert sorted(seen) == [1, 2, 4, 8]
+
+
+def overflowing(folder: Path) -> Path:
+    """A checkpoint that overflows on every picture but a black one."""
+    model = make_model("clip")
+    model.vision_model.embeddings.patch_embedding.weight.data.fill_(3e38)
+    return saved(model, folder)
+
+
+def test_rows_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    """The error names exactly the pictures to blame; the others alone are encoded."""
+    encoder = make_encoder(overflowing(tmp_path), mean=0.0, std=1.0)
+    pixels = np.zeros((4, SIDE, SIDE, 3), np.uint8)
+    pixels[[1, 3]] = 255
+    with pytest.raises(NonFiniteError, match=r"rows \[1, 3\]") as caught:
+        encoder.encode(pixels)
+    assert caught.value.rows == (1, 3)
+    assert np.isfinite(encoder.encode(pixels[[0, 2]])).all()
+
+
+def test_a_model_that_overflows_does_not_warm_up(tmp_path: Path) -> None:
+    """A worker with such weights never becomes ready."""
+    with pytest.raises(NonFiniteError):
+        make_encoder(overflowing(tmp_path), mean=0.0, std=1.0).warm()
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((0, SIDE, SIDE, 3), np.uint8),
+        np.zeros((5, SIDE, SIDE, 3), np.uint8),
+        np.zeros((1, 8, SIDE, 3), np.uint8),
+        np.zeros((1, 3, SIDE, SIDE), np.uint8),
+        np.zeros((SIDE, SIDE, 3), np.uint8),
+        np.zeros((1, SIDE, SIDE, 3), np.float32),
+    ],
+    ids=["none", "too many", "size", "channels first", "no batch", "float"],
+)
+def test_wrong_pixels_are_refused(tmp_path: Path, pixels: NDArray[Any]) -> None:
+    """The error says which shape was expected and which came."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path))
+    with pytest.raises(ValueError, match=r"expected uint8 \(1 to 4, 16, 16, 3\), got"):
+        encoder.encode(pixels)
+
+
+def test_a_model_that_is_no_dual_encoder_is_refused(tmp_path: Path) -> None:
+    """A text model loads in transformers, but can't tag pictures."""
+    BertModel(BertConfig(**{**TEXT, "num_hidden_layers": 1})).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a dual encoder.*got BertModel"):
+        make_encoder(tmp_path)
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(tmp_path: Path) -> None:
+    """Where weights are missing transformers makes random ones up, and answers would be noise."""
+    model = make_model("clip")
+    weights = model.state_dict()
+    weights.pop("visual_projection.weight")
+    model.save_pretrained(tmp_path, state_dict=weights)
+    save_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a whole checkpoint.*visual_projection"):
+        make_encoder(tmp_path)
+
+
+def test_loading_leaves_the_processs_settings_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Loading prints nothing, and progress bars and verbosity of transformers are as before."""
+    folder = saved(make_model("siglip"), tmp_path)
+    transformers_logging.enable_progress_bar()
+    transformers_logging.set_verbosity_warning()
+    capfd.readouterr()
+    make_encoder(folder)
+    assert capfd.readouterr() == ("", "")
+    assert transformers_logging.is_progress_bar_enabled()
+    assert transformers_logging.get_verbosity() == transformers_logging.WARNING
+
+
+def test_threads_are_set_only_when_given(tmp_path: Path) -> None:
+    """None leaves torch's own choice."""
+    folder, before = saved(make_model("clip"), tmp_path), torch.get_num_threads()
+    make_encoder(folder)
+    assert torch.get_num_threads() == before
+    try:
+        Encoder(folder=folder, model_id="m", revision="r", device="cpu", mean=(0.5,) * 3, std=(0.5,) * 3, threads=1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_auto_chooses() -> None:
+    """FP16 on CUDA, never on a CPU; what is asked for by name is taken."""
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_dtype("auto", torch.device("cuda")) is torch.float16
+    assert choose_dtype("auto", torch.device("cpu")) in {torch.float32, torch.bfloat16}
+    assert choose_dtype("float32", torch.device("cuda")) is torch.float32
+
+
+def test_a_cpu_has_no_context_to_lose(tmp_path: Path) -> None:
+    """Only an accelerator's context can be lost for the whole process."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path))
+    assert not encoder.is_broken(RuntimeError("CUDA error: an illegal memory access was encountered"))

@@ -1,0 +1,135 @@
+"""Scores: the two heads, the best tags, and no answer that is a neighbour's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from shiwu.contract import Head, Lane, ModelInfo, parse_request
+from shiwu_worker.job import Job
+from shiwu_worker.labels import LabelSet
+from shiwu_worker.stages.score import Scorer, score, top_tags
+from shiwu_worker.timing import Moments
+
+MODEL = ModelInfo(id="m", revision="r", dtype="float32", device="cpu")
+
+
+def units(count: int, width: int = 8, seed: int = 0) -> NDArray[np.float32]:
+    """Random unit vectors."""
+    raw = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
+    unit: NDArray[np.float32] = raw / np.linalg.norm(raw, axis=1, keepdims=True)
+    return unit
+
+
+@pytest.mark.parametrize(("head", "bias"), [("softmax", None), ("sigmoid", -12.93), ("sigmoid", None)])
+def test_heads_are_torchs(head: Head, bias: float | None) -> None:
+    """Both heads agree with torch's functions in double precision."""
+    vectors, labels = units(5), units(7, seed=1)
+    probabilities, cosines = score(vectors, labels, head=head, scale=100.0, bias=bias)
+    logits = torch.from_numpy(vectors @ labels.T).double() * 100 + (bias or 0.0)
+    expected = logits.softmax(dim=1) if head == "softmax" else logits.sigmoid()
+    np.testing.assert_allclose(probabilities, expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(cosines, vectors @ labels.T)
+    assert probabilities.dtype == cosines.dtype == np.float32
+
+
+@given(
+    scale=st.floats(0.01, 1e6),
+    bias=st.one_of(st.none(), st.floats(-1e6, 1e6)),
+    seed=st.integers(0, 1000),
+    head=st.sampled_from(["softmax", "sigmoid"]),
+)
+def test_no_scale_overflows(scale: float, bias: float | None, seed: int, head: Head) -> None:
+    """Probabilities lie in 0 to 1 for any scale and bias, softmax sums to 1, and no warning is raised."""
+    probabilities, _ = score(units(3, seed=seed), units(4, seed=seed + 1), head=head, scale=scale, bias=bias)
+    assert ((probabilities >= 0) & (probabilities <= 1)).all()
+    if head == "softmax":
+        assert probabilities.sum(axis=1) == pytest.approx(1.0, abs=1e-5)
+
+
+def tags(values: list[float], *, top_k: int = 10, threshold: float = 0.0) -> list[tuple[str, float]]:
+    """The tags of these probabilities over the words a, b, c, …"""
+    row = np.array(values, np.float32)
+    found = top_tags(row, row * np.float32(0.5), "abcdefgh"[: len(values)], top_k=top_k, threshold=threshold)
+    assert [tag.cosine for tag in found] == pytest.approx([tag.score / 2 for tag in found], abs=1e-6)
+    return [(tag.label, tag.score) for tag in found]
+
+
+def test_the_best_come_first() -> None:
+    """Sorted by score; equal scores keep the label set's order; a large top_k gives all there are."""
+    assert tags([0.25, 0.5, 0.25]) == [("b", 0.5), ("a", 0.25), ("c", 0.25)]
+    assert tags([0.25, 0.5, 0.25], top_k=2) == [("b", 0.5), ("a", 0.25)]
+
+
+def test_the_threshold_is_a_least_score() -> None:
+    """A score at the threshold stays, one under it goes; there may be no tag at all."""
+    assert tags([0.25, 0.5, 0.25], threshold=0.25) == [("b", 0.5), ("a", 0.25), ("c", 0.25)]
+    assert tags([0.25, 0.5, 0.25], threshold=0.5) == [("b", 0.5)]
+    assert tags([0.25, 0.5, 0.25], threshold=0.75) == []
+
+
+def make_job(number: int, label_set: LabelSet, **fields: Any) -> Job:
+    """A job that is ready for its tags."""
+    return Job(
+        id=f"j{number}",
+        lane=Lane.BULK,
+        attempt=1,
+        raw=b"",
+        moments=Moments(claimed_s=0.0),
+        request=parse_request({"image": "s3://b/k.jpg", **fields}),
+        label_set=label_set,
+    )
+
+
+def make_scorer(vectors: dict[str, NDArray[np.float32]], asked: list[str]) -> Scorer:
+    """A scorer over these label vectors; `asked` gets the name of each set that is looked up."""
+
+    def vectors_of(label_set: LabelSet) -> NDArray[np.float32]:
+        asked.append(label_set.name or "")
+        return vectors[label_set.name or ""]
+
+    return Scorer(vectors_of=vectors_of, scale=20.0, bias=None, model=MODEL)
+
+
+def test_a_mixed_batch_gives_each_job_its_own_answer() -> None:
+    """Jobs of two label sets and two heads in one batch score as each would alone; one product for each set."""
+    left, right = LabelSet("left", ("a", "b", "c")), LabelSet("right", ("x", "y"), head="sigmoid")
+    bank, asked, vectors = {"left": units(3, seed=1), "right": units(2, seed=2)}, list[str](), units(6)
+    mixed = [make_job(n, (left, right)[n % 2], want=["tags", "embedding"]) for n in range(6)]
+    make_scorer(bank, asked).score(mixed, vectors)
+    assert sorted(asked) == ["left", "right"]
+    for row, job in enumerate(mixed):
+        alone = make_job(row, (left, right)[row % 2], want=["tags", "embedding"])
+        make_scorer(bank, []).score([alone], vectors[row : row + 1])
+        assert job.tags is not None
+        assert alone.tags is not None
+        assert [tag.label for tag in job.tags] == [tag.label for tag in alone.tags]
+        assert [tag.score for tag in job.tags] == pytest.approx([tag.score for tag in alone.tags], abs=2e-6)
+        assert job.embedding == pytest.approx(tuple(vectors[row]), abs=1e-6)
+        assert job.model == MODEL
+
+
+def test_a_job_gets_what_it_wants() -> None:
+    """top_k and threshold are the request's, and an embedding is given only when asked for."""
+    labels = LabelSet("left", ("a", "b", "c"))
+    jobs = [
+        make_job(0, labels, top_k=1),
+        make_job(1, labels, want=["embedding"]),
+        make_job(2, labels, threshold=1.0),
+    ]
+    make_scorer({"left": units(3, seed=1)}, []).score(jobs, units(3))
+    assert [None if job.tags is None else len(job.tags) for job in jobs] == [1, None, 0]
+    assert [job.embedding is None for job in jobs] == [True, False, True]
+
+
+def test_vectors_and_jobs_must_match() -> None:
+    """One vector too few would give jobs their neighbours' tags: it is an error."""
+    labels = LabelSet("left", ("a", "b", "c"))
+    with pytest.raises(ValueError, match="expected 2 vectors"):
+        make_scorer({"left": units(3)}, []).score([make_job(0, labels), make_job(1, labels)], units(1))
