@@ -18,6 +18,8 @@ import numpy as np
 import redis
 
 from shiwu.contract import COUNTERS, ModelInfo, Tag
+from shiwu.ledger import Ledger
+from shiwu_worker.errors import Trouble
 from shiwu_worker.job import Job
 from shiwu_worker.labels import LabelSet, inline_label_set
 from shiwu_worker.pipeline import Limits, Pipeline, Stages
@@ -25,6 +27,8 @@ from shiwu_worker.settle import Away, Settler
 from shiwu_worker.stages.batch import Batcher
 from shiwu_worker.stages.claim import Claims, Doorbell
 from shiwu_worker.stages.commit import Committer
+from shiwu_worker.timing import Progress
+from shiwu_worker.triage import Triage
 
 MODEL = ModelInfo(id="stand-in", revision="0", dtype="none", device="none")
 TAGS = tuple(Tag(label=word, score=0.2, cosine=0.1) for word in ("动物", "人物", "交通工具", "食物", "建筑"))
@@ -36,10 +40,8 @@ def build(
     """A pipeline whose loaders and model take no CPU of their own."""
     client = redis.Redis.from_url(url, socket_timeout=30)
     token = f"bench{os.getpid()}"
-    claims = Claims(client, token=token, worker=token, lease_s=60, bulk_share=0.1)
-    committer = Committer(
-        client, token=token, result_ttl_s=3600, done_ttl_s=7200, stream_length=100_000, dead_length=1000
-    )
+    claims = Claims(client, token=token, lease_s=60, bulk_share=0.1)
+    committer = Committer(Ledger(client, token=token, result_ttl_s=3600, done_ttl_s=7200), worker=token)
     labels: LabelSet = inline_label_set(tuple(tag.label for tag in TAGS), head="softmax")
 
     def encode(pixels: np.ndarray) -> np.ndarray:
@@ -67,25 +69,28 @@ def build(
         raise SystemExit(str(error))
 
     settler = Settler(
-        committer=committer, claims=claims, worker=token, on_settled=lambda jobs: pipeline.settled(jobs),  # noqa: PLW0108 bound late
-        log_job=None, on_fatal=fatal,
+        committer, claims, away=Away("commit"), on_settled=lambda jobs: pipeline.settled(jobs),  # noqa: PLW0108 bound late
+        on_answered=None, on_fatal=fatal,
     )  # fmt: skip
     doorbell = Doorbell(redis.Redis.from_url(url, socket_timeout=30))
+    batcher: Batcher[Job] = Batcher(cap=cap, bulk_share=0.1)
+    triage = Triage(
+        pixels=np.zeros((slots, 1), np.uint8), encode=encode, encode_exact=encode, score=score,
+        trouble=lambda _: Trouble.OTHER, lower_cap=batcher.lower_cap,
+    )  # fmt: skip
     pipeline = Pipeline(
         Stages(
             claims=claims,
             doorbell=doorbell,
             resolve=lambda _: labels,
             load=load,
-            batcher=Batcher(cap=cap, bulk_share=0.1),
-            pixels=np.zeros((slots, 1), np.uint8),
-            encode=encode,
-            score=score,
-            is_fatal=lambda _: False,
+            batcher=batcher,
+            encode_and_score=triage.run,
             settle=settler.put,
             away=Away("claim"),
         ),
         Limits(slots=slots, max_attempts=3),
+        progress=Progress(),
         on_fatal=fatal,
     )
     return pipeline, settler, doorbell

@@ -15,14 +15,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shiwu.client import Client, QueueState
+    from shiwu.client import Client
     from shiwu.contract import Answer, Lane, RequestError, Status
+    from shiwu.dead import DeadFilter, DeadLetter
     from shiwu.errors import JobFailed, QueueFull, ShiwuError, WaitTimeout
+    from shiwu.ledger import NotReplicated
+    from shiwu.queues import QueueState
     from shiwu.results import StreamItem, TagResult
 
 _HOMES = {
     "Client": "client",
-    "QueueState": "client",
+    "DeadFilter": "dead",
+    "DeadLetter": "dead",
+    "NotReplicated": "ledger",
+    "QueueState": "queues",
     "Answer": "contract",
     "Lane": "contract",
     "RequestError": "contract",
@@ -38,8 +44,11 @@ _HOMES = {
 __all__ = [
     "Answer",
     "Client",
+    "DeadFilter",
+    "DeadLetter",
     "JobFailed",
     "Lane",
+    "NotReplicated",
     "QueueFull",
     "QueueState",
     "RequestError",

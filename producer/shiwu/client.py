@@ -1,68 +1,55 @@
-"""The producer's client: enqueue, wait, results, queue state."""
+"""The producer's client: enqueue, wait, cancel, results, dead letters, queue state."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final, Self
+from typing import Any, Self
 from uuid import uuid4
 
-import redis
-
+from shiwu.connection import connect
 from shiwu.contract import (
-    CLAIMS,
-    DEAD,
-    DELAYED,
-    WORKERS,
+    Answer,
+    ErrorCode,
+    ErrorInfo,
     Lane,
-    Request,
+    Stage,
+    Status,
     check_id,
     parse_request,
     result_key,
 )
-from shiwu.errors import QueueFull, WaitTimeout
-from shiwu.message import build_message
+from shiwu.dead import DeadFilter, DeadLetter, DeadLetters
+from shiwu.errors import WaitTimeout
+from shiwu.ledger import Entry, Ledger
+from shiwu.queues import QueueState, read_state
 from shiwu.results import StreamItem, TagResult, follow, read_result
+from shiwu.sender import Sender, Terms
 
-CLOCK_S: Final = 60.0
-ALIVE_MS: Final = 10_000
-_STEPS: Final = (0, 3, 6, 9)
-
-
-@dataclass(frozen=True, slots=True)
-class QueueState:
-    """How much waits, how much is being worked on."""
-
-    waiting: dict[Lane, int]
-    claimed: dict[Lane, int]
-    delayed: int
-    dead: int
-    workers: tuple[str, ...]
-    """Workers that gave a sign of life in the last ten seconds."""
+DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
 
 class Client:
     """Enqueues pictures and reads answers. Thread-safe; every wait on Redis is bounded.
 
     Args:
-        redis_url: default `SHIWU_REDIS_URL`, else redis://127.0.0.1:6379/0.
+        redis_url: `redis://`, `rediss://` or `sentinel://host:port,host:port/name/0`; default `SHIWU_REDIS_URL`, else
+            redis://127.0.0.1:6379/0.
         max_waiting: a lane that holds this many refuses more with QueueFull. Looked up before each portion, so
             several producers at once may pass it by a portion each.
     """
 
     def __init__(self, redis_url: str | None = None, *, max_waiting: int = 100_000, timeout_s: float = 5.0) -> None:
-        url = redis_url or os.environ.get("SHIWU_REDIS_URL") or "redis://127.0.0.1:6379/0"
-        self._redis = redis.Redis.from_url(
-            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, health_check_interval=30
-        )
-        self._max_waiting = max_waiting
+        url = redis_url or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
+        self._redis = connect(url, timeout_s=timeout_s, retries=3)
+        self._sender = Sender(self._redis, max_waiting=max_waiting, timeout_s=timeout_s)
+        self._ledger = Ledger(self._redis, token=f"client.{secrets.token_hex(4)}")
+        self._letters = DeadLetters(self._redis)
         self._timeout_s = timeout_s
-        self._offset_ms = 0.0
-        self._offset_until_s = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -87,17 +74,26 @@ class Client:
         metadata: Any = None,
         lane: Lane | str = Lane.INTERACTIVE,
         expires_s: float | None = None,
+        answer_by_s: float | None = None,
         countdown_s: float | None = None,
         priority: int = 0,
+        replicas: int = 0,
         id: str | None = None,
     ) -> str:
         """Enqueue one picture and return the job id.
 
-        The same id may be enqueued again: it is answered once. `expires_s` counts from now, by Redis' clock.
+        The same id may be enqueued again: it is answered once. All times count from now, by Redis' clock.
+
+        Args:
+            expires_s: work on it is not begun later than this; then it is answered `expired` when it is met.
+            answer_by_s: by then there is an answer, `expired` if no other; needs a living worker or `shiwu sweep`.
+            countdown_s: work on it is not begun before.
+            replicas: how many replicas of Redis must confirm that they have it.
 
         Raises:
             RequestError: a field breaks the contract; nothing was sent.
             QueueFull: the lane holds its limit.
+            NotReplicated: it is enqueued, but would be lost with the primary now; enqueue the same id again.
             redis.RedisError: Redis did not take it; whether it arrived is not known after a time-out.
         """
         fields = {
@@ -109,8 +105,8 @@ class Client:
             "want": want,
             "metadata": metadata,
         }
-        sent = self._send([(fields, id)], Lane(lane), expires_s, countdown_s, priority)
-        return sent[0]
+        terms = Terms(Lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
+        return self._send([(fields, id)], terms)[0]
 
     def enqueue_many(
         self,
@@ -118,7 +114,9 @@ class Client:
         *,
         lane: Lane | str = Lane.BULK,
         expires_s: float | None = None,
+        answer_by_s: float | None = None,
         priority: int = 0,
+        replicas: int = 0,
         batch_size: int = 500,
         **fields: Any,
     ) -> Iterator[str]:
@@ -128,58 +126,35 @@ class Client:
         Nothing is sent until the result is iterated. After an error, what was yielded has been enqueued.
         """
         source = iter(images)
+        terms = Terms(Lane(lane), expires_s, answer_by_s, None, priority, replicas)
         while portion := list(islice(source, batch_size)):
             asked = []
             for item in portion:
                 own = {"image": item} if isinstance(item, str) else dict(item)
                 job_id = own.pop("id", None)
                 asked.append((fields | own, job_id))
-            yield from self._send(asked, Lane(lane), expires_s, None, priority)
+            yield from self._send(asked, terms)
 
-    def _send(
-        self,
-        asked: Sequence[tuple[dict[str, Any], str | None]],
-        lane: Lane,
-        expires_s: float | None,
-        countdown_s: float | None,
-        priority: int,
-    ) -> list[str]:
-        requests: list[tuple[Request, str]] = [
-            (parse_request(fields), check_id(job_id or str(uuid4()))) for fields, job_id in asked
-        ]
-        waiting = self._waiting([lane])[lane]
-        if waiting + len(requests) > self._max_waiting:
-            raise QueueFull(
-                f"expected room for {len(requests)} in lane {lane}, which holds {waiting} of {self._max_waiting}; "
-                "try later, or raise max_waiting"
-            )
-        now_ms = self.server_time_ms()
-        messages = [
-            build_message(
-                request,
-                job_id=job_id,
-                lane=lane,
-                sent_ms=now_ms,
-                expires_ms=None if expires_s is None else now_ms + expires_s * 1000,
-                eta_ms=None if countdown_s is None else now_ms + countdown_s * 1000,
-                priority=priority,
-            )
-            for request, job_id in requests
-        ]
-        step = max((i for i, lowest in enumerate(_STEPS) if lowest <= priority), default=0)
-        self._redis.lpush(lane.keys[step], *messages)
-        return [job_id for _, job_id in requests]
+    def _send(self, asked: Sequence[tuple[dict[str, Any], str | None]], terms: Terms) -> list[str]:
+        jobs = [(parse_request(fields), check_id(job_id or str(uuid4()))) for fields, job_id in asked]
+        return self._sender.send(jobs, terms)
+
+    def cancel(self, job_ids: str | Iterable[str], *, reason: str = "") -> list[str]:
+        """Answer jobs `cancelled` now; return the ids that had no answer before.
+
+        A job that waits is never worked on; one that a worker holds is left before it is encoded, or its tags are
+        discarded. An id that was never enqueued is answered too, and stays so when it is enqueued later.
+        """
+        ids = [check_id(job_id) for job_id in ([job_ids] if isinstance(job_ids, str) else job_ids)]
+        cancelled: list[str] = []
+        for portion in _portions(ids, 500):
+            again = self._ledger.write([_cancelled(job_id, reason) for job_id in portion])
+            cancelled += [job_id for job_id in portion if job_id not in again]
+        return cancelled
 
     def server_time_ms(self) -> float:
         """Redis' clock, in ms since 1970: the only one that all sides share. Looked up once a minute."""
-        if time.monotonic() >= self._offset_until_s:
-            before_s = time.monotonic()
-            reply: Any = self._redis.time()
-            after_s = time.monotonic()
-            # The reply was made about half way between the two readings.
-            self._offset_ms = reply[0] * 1000 + reply[1] / 1000 - (before_s + after_s) / 2 * 1000
-            self._offset_until_s = after_s + CLOCK_S
-        return time.monotonic() * 1000 + self._offset_ms
+        return self._sender.server_time_ms()
 
     # -------------------------------------------------------------------------------- answers
     def answer(self, job_id: str) -> TagResult | None:
@@ -265,31 +240,35 @@ class Client:
             stop_when_idle=stop_when_idle,
         )
 
-    # -------------------------------------------------------------------------------- queues
+    # -------------------------------------------------------------------------------- dead letters, queues
+    def dead_letters(self, where: DeadFilter | None = None, *, limit: int | None = None) -> Iterator[DeadLetter]:
+        """Yield jobs that ended without tags, newest first, with the message and the answer of each."""
+        return self._letters.read(where, limit=limit)
+
+    def dead_letter(self, job_id: str) -> DeadLetter | None:
+        """One dead letter, or None."""
+        return self._letters.show(job_id)
+
+    def requeue(self, job_ids: Iterable[str]) -> list[str]:
+        """Send dead letters to their lane again, under their old ids; return which went.
+
+        Attempts are counted anew, and the old answer is forgotten: who waits for the id waits for the new one.
+        """
+        return self._letters.requeue(job_ids)
+
+    def drop(self, job_ids: Iterable[str]) -> int:
+        """Forget dead letters; return how many there were. Their answers stay."""
+        return self._letters.drop(job_ids)
+
     def queue_state(self) -> QueueState:
         """What waits and what is claimed, lane by lane."""
-        waiting = self._waiting(list(Lane))
-        claimed = dict.fromkeys(Lane, 0)
-        for _, record in self._redis.hscan_iter(CLAIMS, count=1000):
-            key = record.split(b"|", 3)[2].decode()
-            claimed[next((lane for lane in Lane if key in lane.keys), Lane.BULK)] += 1
-        seconds, micros = self._redis.time()
-        alive: Any = self._redis.zrangebyscore(WORKERS, seconds * 1000 + micros / 1000 - ALIVE_MS, "+inf")
-        return QueueState(
-            waiting=waiting,
-            claimed=claimed,
-            delayed=int(self._redis.zcard(DELAYED)),
-            dead=int(self._redis.xlen(DEAD)),
-            workers=tuple(name.decode() for name in alive),
-        )
+        return read_state(self._redis)
 
-    def _waiting(self, lanes: Sequence[Lane]) -> dict[Lane, int]:
-        with self._redis.pipeline(transaction=False) as pipe:
-            for lane in lanes:
-                for key in lane.keys:
-                    pipe.llen(key)
-            lengths = pipe.execute()
-        return {lane: sum(lengths[i * 4 : i * 4 + 4]) for i, lane in enumerate(lanes)}
+
+def _cancelled(job_id: str, reason: str) -> Entry:
+    text = f"cancelled by its producer{': ' if reason else ''}{reason:.200}"
+    error = ErrorInfo(code=ErrorCode.CANCELLED, message=text, stage=Stage.CLAIM)
+    return Entry(id=job_id, answer=Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error), is_aside=True)
 
 
 def _portions(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -142,6 +142,47 @@ def read_message(raw: bytes) -> Envelope:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """What Celery shall do when the job has ended, as the message's signatures say it."""
+
+    callbacks: tuple[dict[str, Any], ...]
+    errbacks: tuple[dict[str, Any], ...]
+    chain: tuple[dict[str, Any], ...]
+    """What follows, last first, as Celery writes it."""
+    chord: dict[str, Any] | None
+    group: str | None
+    group_index: int | None
+    root_id: str | None
+
+
+def read_canvas(raw: bytes) -> Canvas:
+    """The callbacks of a message that `read_message` has accepted.
+
+    Raises:
+        RequestError: malformed_message, when they are no signatures.
+    """
+    outer = from_json(raw)
+    headers = outer["headers"]
+    _, _, embed = _read_body(outer, headers)
+    lists = {name: embed.get(name) or [] for name in ("callbacks", "errbacks", "chain")}
+    chord = embed.get("chord")
+    if not all(isinstance(one, list) and all(isinstance(item, dict) for item in one) for one in lists.values()):
+        raise _malformed("expected callbacks, errbacks and chain as lists of signatures")
+    if not isinstance(chord, dict | None):
+        raise _malformed("expected chord as a signature")
+    index = headers.get("group_index")
+    return Canvas(
+        callbacks=tuple(lists["callbacks"]),
+        errbacks=tuple(lists["errbacks"]),
+        chain=tuple(lists["chain"]),
+        chord=chord,
+        group=headers.get("group"),
+        group_index=index if isinstance(index, int) else None,
+        root_id=headers.get("root_id"),
+    )
+
+
 def readable_id(raw: bytes) -> str | None:
     """The valid job id of a message that otherwise can't be read, or None."""
     try:
@@ -228,4 +269,4 @@ def _too_large(size: int) -> RequestError:
     )
 
 
-__all__ = ["Envelope", "build_message", "read_message", "readable_id"]
+__all__ = ["Canvas", "Envelope", "build_message", "read_canvas", "read_message", "readable_id"]

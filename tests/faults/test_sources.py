@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import redis
 
-from shiwu.contract import ATTEMPTS, CLAIMS, DEAD, DELAYED, Status
+from shiwu.contract import ATTEMPTS, CLAIMS, DEAD_MESSAGES, DELAYED, Status
 from shiwu.message import read_message
 from tests.conftest import StartWorker
 from tests.integration.test_service import ask
@@ -26,7 +26,8 @@ def test_a_source_that_comes_back_and_one_that_does_not(
     assert (failed.status, failed.attempts) == (Status.FAILED, 2)
     assert failed.error is not None
     assert (failed.error.code.value, failed.error.retryable) == ("source_unavailable", True)
-    [(_, letter)] = redis_client.xrange(DEAD)
-    assert read_message(letter[b"raw"]).fields["image"] == away
+    [(job_id, record)] = redis_client.hgetall(DEAD_MESSAGES).items()
+    assert job_id == b"away"
+    assert read_message(record.partition(b"|")[2]).fields["image"] == away
     assert redis_client.hlen(ATTEMPTS) == redis_client.hlen(CLAIMS) == redis_client.zcard(DELAYED) == 0
     assert worker.log_text().count('"event": "later"') == 2

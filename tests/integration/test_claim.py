@@ -10,7 +10,7 @@ import redis
 
 from shiwu.contract import ATTEMPTS, CLAIMS, DELAYED, LEASES, Lane, done_key
 from shiwu_worker.job import Release
-from tests.integration.test_claim_properties import answer, make_claims, make_committer, message
+from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
 from tests.support.waiting import wait_until
 
 
@@ -24,8 +24,8 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 def test_a_claim_is_recorded_under_a_lease(client: redis.Redis) -> None:
     """A popped message is at once among the claims, with a lease of the asked length."""
     client.lpush("shiwu.interactive", message("one"))
-    [job] = make_claims(client, "w", lease_s=15).claim(10)
-    assert (job.id, job.attempt, job.lane, job.raw) == ("one", 1, Lane.INTERACTIVE, message_of(client, "one"))
+    [job] = make_claims(client, "w", lease_s=15).claim(10).jobs
+    assert (job.id, job.attempt, job.key, job.raw) == ("one", 1, Lane.INTERACTIVE.queue, message_of(client, "one"))
     assert client.zscore(LEASES, "one") == pytest.approx(job.claimed_ms + 15_000, abs=2)
     assert client.llen("shiwu.interactive") == 0
 
@@ -42,7 +42,7 @@ def test_interactive_goes_first_and_urgent_before_less_urgent(client: redis.Redi
     keys = [*Lane.INTERACTIVE.keys, *Lane.BULK.keys]
     for number, key in reversed(list(enumerate(keys))):
         client.lpush(key, message(f"{number}-a"), message(f"{number}-b"))
-    jobs = make_claims(client, "w", bulk_share=0.0).claim(100)
+    jobs = make_claims(client, "w", bulk_share=0.0).claim(100).jobs
     assert [job.id for job in jobs] == [f"{number}-{x}" for number in range(8) for x in "ab"]
 
 
@@ -51,8 +51,8 @@ def test_bulk_keeps_its_share_while_interactive_waits(client: redis.Redis) -> No
     client.lpush("shiwu.interactive", *[message(f"i{n}") for n in range(400)])
     client.lpush("shiwu.bulk", *[message(f"b{n}", Lane.BULK) for n in range(400)])
     claims = make_claims(client, "w", bulk_share=0.1)
-    jobs = [job for _ in range(100) for job in claims.claim(3)]
-    assert sum(job.lane is Lane.BULK for job in jobs) in range(27, 34)
+    jobs = [job for _ in range(100) for job in claims.claim(3).jobs]
+    assert sum(job.key in Lane.BULK.keys for job in jobs) in range(27, 34)
 
 
 def test_a_dead_workers_job_comes_back_first_with_its_attempt_counted(client: redis.Redis) -> None:
@@ -60,8 +60,8 @@ def test_a_dead_workers_job_comes_back_first_with_its_attempt_counted(client: re
     client.lpush("shiwu.bulk", message("old", Lane.BULK), message("new", Lane.BULK))
     make_claims(client, "dead", lease_s=0.05).claim(1)
     other = make_claims(client, "alive")
-    wait_until(lambda: other.tend().reaped == 1, timeout_s=5)
-    assert [(job.id, job.attempt) for job in other.claim(2)] == [("old", 2), ("new", 1)]
+    wait_until(lambda: make_upkeep(client).tend().reaped == 1, timeout_s=5)
+    assert [(job.id, job.attempt) for job in other.claim(2).jobs] == [("old", 2), ("new", 1)]
 
 
 def test_a_living_workers_lease_is_renewed(client: redis.Redis) -> None:
@@ -70,7 +70,7 @@ def test_a_living_workers_lease_is_renewed(client: redis.Redis) -> None:
     mine, other = make_claims(client, "mine", lease_s=30), make_claims(client, "other")
     mine.claim(2)
     before = client.zscore(LEASES, "mine")
-    make_committer(client, "other").commit([])
+    make_committer(client, "other").write([])
     client.hset(CLAIMS, "lost", b"other|1|shiwu.bulk|raw")
     assert mine.renew(["mine", "lost", "never"]) == ["lost", "never"]
     assert client.zscore(LEASES, "mine") >= before
@@ -81,12 +81,12 @@ def test_copies_of_an_id_are_dropped_at_claim(client: redis.Redis) -> None:
     """Two copies in one claim, a copy of a claimed job and a copy of an answered one: one job in all."""
     client.lpush("shiwu.bulk", message("same"), message("same"))
     claims = make_claims(client, "w")
-    [job] = claims.claim(10)
+    [job] = claims.claim(10).jobs
     client.lpush("shiwu.interactive", message("same"))
-    assert claims.claim(10) == []
-    make_committer(client, "w").commit([answer(job)])
+    assert claims.claim(10).jobs == ()
+    make_committer(client, "w").write([answer(job)])
     client.lpush("shiwu.interactive", message("same"))
-    assert claims.claim(10) == []
+    assert claims.claim(10).jobs == ()
     assert client.hget("shiwu:counters", "copies_dropped") == b"3"
 
 
@@ -95,10 +95,10 @@ def test_the_mark_outlives_a_deleted_answer(client: redis.Redis) -> None:
     client.lpush("shiwu.bulk", message("x"))
     claims = make_claims(client, "w")
     committer = make_committer(client, "w")
-    [job] = claims.claim(1)
-    committer.commit([answer(job)])
+    [job] = claims.claim(1).jobs
+    committer.write([answer(job)])
     client.delete("celery-task-meta-x")
-    assert make_committer(client, "other").commit([answer(job)]) == {"x"}
+    assert make_committer(client, "other").write([answer(job)]) == {"x"}
     assert client.exists("celery-task-meta-x") == 0
     assert client.ttl(done_key("x")) > 60
 
@@ -106,10 +106,10 @@ def test_the_mark_outlives_a_deleted_answer(client: redis.Redis) -> None:
 def test_a_commit_tried_again_knows_its_own_answer(client: redis.Redis) -> None:
     """The same commit twice (its first reply was lost) is no duplicate, and appends to the stream once."""
     client.lpush("shiwu.bulk", message("x"))
-    [job] = make_claims(client, "w").claim(1)
+    [job] = make_claims(client, "w").claim(1).jobs
     committer = make_committer(client, "w")
-    assert committer.commit([answer(job)]) == set()
-    assert committer.commit([answer(job)]) == set()
+    assert committer.write([answer(job)]) == set()
+    assert committer.write([answer(job)]) == set()
     assert client.xlen("shiwu:results") == 1
 
 
@@ -117,12 +117,12 @@ def test_a_delayed_job_returns_when_its_time_has_come(client: redis.Redis) -> No
     """A delayed job is not in the lane, and comes back with its bytes and its attempts."""
     client.lpush("shiwu.bulk", message("later", Lane.BULK))
     claims = make_claims(client, "w")
-    [job] = claims.claim(1)
+    [job] = claims.claim(1).jobs
     assert claims.release([Release("later", delay_s=0.2, counts=True)]) == 1
-    assert claims.claim(1) == []
-    assert claims.tend().promoted == 0
-    wait_until(lambda: claims.tend().promoted == 1, timeout_s=5)
-    [again] = claims.claim(1)
+    assert claims.claim(1).jobs == ()
+    assert make_upkeep(client).tend().promoted == 0
+    wait_until(lambda: make_upkeep(client).tend().promoted == 1, timeout_s=5)
+    [again] = claims.claim(1).jobs
     assert (again.raw, again.attempt) == (job.raw, 2)
     assert client.zcard(DELAYED) == 0
 
@@ -133,7 +133,7 @@ def test_a_release_that_does_not_count_keeps_the_attempt(client: redis.Redis) ->
     claims = make_claims(client, "w")
     claims.claim(1)
     claims.release([Release("x")])
-    assert [job.attempt for job in claims.claim(1)] == [1]
+    assert [job.attempt for job in claims.claim(1).jobs] == [1]
     assert client.hlen(ATTEMPTS) == 0
 
 
@@ -158,10 +158,10 @@ def test_a_message_without_valid_id_is_still_in_somebodys_hands(client: redis.Re
     """Whatever lies in a lane is claimed under a digest, comes back unchanged, and can be buried."""
     client.lpush("shiwu.bulk", raw)
     claims = make_claims(client, "w")
-    [job] = claims.claim(1)
+    [job] = claims.claim(1).jobs
     assert job.id.startswith("~")
     claims.release([Release(job.id)])
-    [again] = claims.claim(1)
+    [again] = claims.claim(1).jobs
     assert (again.id, again.raw) == (job.id, raw)
 
 
@@ -169,7 +169,7 @@ def test_a_lane_key_of_a_wrong_type_holds_nobody_up(client: redis.Redis) -> None
     """A string where a list should be is passed over; the other keys are served."""
     client.set("shiwu.interactive", "oops")
     client.lpush("shiwu.bulk", message("x"))
-    assert [job.id for job in make_claims(client, "w").claim(5)] == ["x"]
+    assert [job.id for job in make_claims(client, "w").claim(5).jobs] == ["x"]
 
 
 def test_wrong_types_in_our_own_keys_stop_the_claim_before_it_pops(client: redis.Redis) -> None:
@@ -187,14 +187,14 @@ def test_scripts_survive_a_flushed_script_cache(client: redis.Redis) -> None:
     claims.claim(1)
     client.script_flush()
     client.lpush("shiwu.bulk", message("x"))
-    assert [job.id for job in claims.claim(1)] == ["x"]
+    assert [job.id for job in claims.claim(1).jobs] == ["x"]
 
 
 def test_the_result_is_celerys_json(client: redis.Redis) -> None:
     """The stored value is what Celery's Redis backend writes."""
     client.lpush("shiwu.bulk", message("x"))
-    [job] = make_claims(client, "w").claim(1)
-    make_committer(client, "w").commit([answer(job)])
+    [job] = make_claims(client, "w").claim(1).jobs
+    make_committer(client, "w").write([answer(job)])
     meta = json.loads(client.get("celery-task-meta-x") or b"")
     assert meta["status"] == "SUCCESS"
     assert meta["result"]["status"] == "tagged"

@@ -16,16 +16,19 @@ from shiwu.contract import (
     LEASES,
     PARKED,
     RESULT_STREAM,
+    SUSPECTS,
+    SUSPECTS_TAKER,
     Answer,
     Lane,
     Request,
     Status,
     done_key,
 )
+from shiwu.ledger import Entry, Ledger
 from shiwu.message import build_message
-from shiwu_worker.job import Claimed, Finished, Release
+from shiwu.upkeep import Upkeep
+from shiwu_worker.job import Claimed, Release
 from shiwu_worker.stages.claim import Claims
-from shiwu_worker.stages.commit import Committer
 
 REQUEST = Request(image="s3://pictures/cat.jpg")
 LANES = [(lane, key) for lane in Lane for key in lane.keys]
@@ -38,17 +41,23 @@ def message(job_id: str, lane: Lane = Lane.INTERACTIVE) -> bytes:
 
 def make_claims(client: redis.Redis, name: str, *, lease_s: float = 60.0, bulk_share: float = 0.1) -> Claims:
     """One worker's claims."""
-    return Claims(client, token=name, worker=name, lease_s=lease_s, bulk_share=bulk_share)
+    return Claims(client, token=name, lease_s=lease_s, bulk_share=bulk_share)
 
 
-def make_committer(client: redis.Redis, name: str) -> Committer:
-    """One worker's committer."""
-    return Committer(client, token=name, result_ttl_s=60, done_ttl_s=120, stream_length=100_000, dead_length=1000)
+def make_committer(client: redis.Redis, name: str) -> Ledger:
+    """One worker's writer of answers."""
+    return Ledger(client, token=name, result_ttl_s=60, done_ttl_s=120, dead_length=1000)
 
 
-def answer(job: Claimed) -> Finished:
+def make_upkeep(client: redis.Redis, name: str = "", *, stream_length: int = 100_000) -> Upkeep:
+    """One who tends."""
+    token = name or "sweep"
+    return Upkeep(client, make_committer(client, token), name=name, token=token, stream_length=stream_length)
+
+
+def answer(job: Claimed) -> Entry:
     """The job's answer."""
-    return Finished(id=job.id, answer=Answer(id=job.id, status=Status.TAGGED, attempts=job.attempt))
+    return Entry(id=job.id, answer=Answer(id=job.id, status=Status.TAGGED, attempts=job.attempt))
 
 
 class Fleet(RuleBasedStateMachine):
@@ -77,7 +86,7 @@ class Fleet(RuleBasedStateMachine):
     @rule(who=st.sampled_from(["steady", "dying"]), limit=st.integers(1, 8))
     def claim(self, who: str, limit: int) -> None:
         """Take some jobs."""
-        jobs = self.workers[who].claim(limit)
+        jobs = self.workers[who].claim(limit, holds_nothing=not self.hands[who]).jobs
         assert len(jobs) <= limit
         self.hands[who] += jobs
 
@@ -86,7 +95,7 @@ class Fleet(RuleBasedStateMachine):
         """Answer some of what this worker believes to hold."""
         count = int(len(self.hands[who]) * share)
         done, self.hands[who] = self.hands[who][:count], self.hands[who][count:]
-        self.committers[who].commit([answer(job) for job in done])
+        self.committers[who].write([answer(job) for job in done])
 
     @rule(who=st.sampled_from(["steady", "dying"]), delay_s=st.sampled_from([0.0, 0.001]), counts=st.booleans())
     def release(self, who: str, delay_s: float, counts: bool) -> None:
@@ -103,12 +112,14 @@ class Fleet(RuleBasedStateMachine):
     @rule()
     def tend(self) -> None:
         """Reap what the dying worker held; bring back what was delayed."""
-        self.workers["steady"].tend()
+        make_upkeep(self.client).tend()
 
     @invariant()
     def nothing_is_lost(self) -> None:
         """Every id is in a lane, claimed under a lease, delayed, or answered."""
-        in_lanes = {json.loads(raw)["headers"]["id"] for _, key in LANES for raw in self.client.lrange(key, 0, -1)}
+        raws = [raw for _, key in LANES for raw in self.client.lrange(key, 0, -1)]
+        raws += [entry.partition(b"|")[2] for entry in self.client.lrange(SUSPECTS, 0, -1)]
+        in_lanes = {json.loads(raw)["headers"]["id"] for raw in raws}
         claimed = {key.decode() for key in self.client.hkeys(CLAIMS)}
         leased = {key.decode() for key in self.client.zrange(LEASES, 0, -1)}
         parked = {key.decode() for key in self.client.hkeys(PARKED)}
@@ -124,10 +135,11 @@ class Fleet(RuleBasedStateMachine):
         for name in self.workers:
             self.workers[name].release([Release(job.id) for job in self.hands[name]])
         for _ in range(200):
-            last.tend()
-            jobs = last.claim(50)
-            make_committer(self.client, "last").commit([answer(job) for job in jobs])
-            if not jobs and not self.client.zcard(LEASES) and not self.client.zcard(DELAYED):
+            tended = make_upkeep(self.client).tend()
+            self.client.delete(SUSPECTS_TAKER)  # the lease of a taker who died ends
+            jobs = last.claim(50, holds_nothing=True).jobs
+            make_committer(self.client, "last").write([answer(job) for job in jobs])
+            if not jobs and not tended.waiting and not self.client.zcard(LEASES) and not self.client.zcard(DELAYED):
                 break
         answered = [fields[b"id"].decode() for _, fields in self.client.xrange(RESULT_STREAM)]
         assert sorted(answered) == sorted(self.sent)

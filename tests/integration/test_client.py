@@ -18,8 +18,8 @@ from tests.support.servers import S3Server, WorkerProcess
 
 def finish(client: redis.Redis, *, count: int = 1000, worker: str = "w") -> None:
     """Answer what waits, as a worker would."""
-    jobs = make_claims(client, worker).claim(count)
-    make_committer(client, worker).commit([answer(job) for job in jobs])
+    jobs = make_claims(client, worker).claim(count).jobs
+    make_committer(client, worker).write([answer(job) for job in jobs])
 
 
 def test_enqueue_wait_and_coalesce(redis_url: str, redis_client: redis.Redis) -> None:

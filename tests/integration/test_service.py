@@ -13,7 +13,7 @@ import redis
 from celery import Celery
 from celery.exceptions import TaskRevokedError
 
-from shiwu.contract import RESULT_STREAM, Answer, Lane, Request, Stage, Status, result_key
+from shiwu.contract import DEAD, DEAD_MESSAGES, RESULT_STREAM, Answer, Lane, Request, Stage, Status, result_key
 from shiwu.message import build_message
 from tests.conftest import StartWorker
 from tests.support import pictures
@@ -203,23 +203,14 @@ def test_ignore_result_leaves_no_key_but_an_entry_in_the_stream(plain: Any, s3: 
     assert client.get(result_key("ignored-1")) is None
 
 
-def test_a_callback_is_refused_aloud(plain: Any, s3: S3Server) -> None:
-    """What this version can't do is not dropped in silence."""
-    reference = s3.put("link", pictures.jpeg(pictures.picture()))
-    signature = plain.signature("shiwu.tag", args=[reference], queue="shiwu.bulk")
-    result = signature.apply_async(queue="shiwu.bulk", link=plain.signature("other.task"))
-    with pytest.raises(Exception, match="unsupported_canvas"):
-        result.get(timeout=30)
-
-
 def test_odd_messages_are_buried_and_the_worker_goes_on(shared_worker: WorkerProcess, s3: S3Server) -> None:
     """Bytes that are no message lie among the dead letters, unchanged; the next job is answered."""
     odd = [b"", b"\xff\x00", b"[]", b'{"headers":{"id":"has space","task":"shiwu.tag"}}', b"[" * 5000]
     with redis.Redis.from_url(shared_worker.redis_url) as client:
-        before = client.xlen("shiwu:dead")
+        before = client.zcard(DEAD)
         client.lpush(Lane.INTERACTIVE.queue, *odd)
-        wait_until(lambda: client.xlen("shiwu:dead") >= before + 4, timeout_s=10)
-        kept = {fields[b"raw"] for _, fields in client.xrange("shiwu:dead")}
+        wait_until(lambda: client.zcard(DEAD) >= before + 4, timeout_s=10)
+        kept = {record.partition(b"|")[2] for record in client.hvals(DEAD_MESSAGES)}
         assert set(odd) - {b""} <= kept
     answer = ask(shared_worker.redis_url, s3.put("after", pictures.jpeg(pictures.picture())), "after-odd")
     assert answer.status is Status.TAGGED

@@ -78,7 +78,7 @@ def make_job(number: int, label_set: LabelSet, **fields: Any) -> Job:
     """A job that is ready for its tags."""
     return Job(
         id=f"j{number}",
-        lane=Lane.BULK,
+        key=Lane.BULK.queue,
         attempt=1,
         raw=b"",
         moments=Moments(claimed_s=0.0),

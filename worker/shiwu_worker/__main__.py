@@ -13,8 +13,9 @@ from shiwu_worker.errors import ExitCode
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--check", is_flag=True, help="Print the effective settings, try Redis, S3 and the model, and exit.")
+@click.option("-E", "--task-events", is_flag=True, help="Send Celery's task events, for Flower and celery-exporter.")
 @click.version_option(package_name="shiwu")
-def main(*, check: bool) -> None:
+def main(*, check: bool, task_events: bool) -> None:
     """Tag pictures from the lanes `shiwu.interactive` and `shiwu.bulk`.
 
     All settings are environment variables that begin with SHIWU_; --check lists them. The worker is an ordinary Celery
@@ -37,7 +38,8 @@ def main(*, check: bool) -> None:
         sys.exit(int(ExitCode.CONFIG))
     from celery.bin.celery import celery  # noqa: PLC0415 it takes a second to import
 
-    celery.main(args=["--quiet", "--app", "shiwu_worker.app", "worker", "--loglevel=WARNING"], prog_name="celery")
+    args = ["--quiet", "--app", "shiwu_worker.app", "worker", "--loglevel=WARNING", *(["-E"] if task_events else [])]
+    celery.main(args=args, prog_name="celery")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The Celery app: an ordinary Celery worker whose boot step runs the pipeline. Celery is imported here only.
+"""The Celery app: an ordinary Celery worker whose boot step runs the pipeline.
+
+Celery is imported here and in the three rooms beside it: `canvas`, `task_events`, `revoke`.
 
 `celery -A shiwu_worker.app worker` claims from the lanes with the pipeline, not with Celery's consumer. What is left of
 that consumer listens on a queue of its own that nobody writes to, so a broker blip there never touches a job.
@@ -6,11 +8,14 @@ that consumer listens on a queue of its own that nobody writes to, so a broker b
 
 from __future__ import annotations
 
+import secrets
 import signal
 import ssl
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any, ClassVar, Final
+from urllib.parse import quote
 
 import structlog
 from celery import Celery, bootsteps
@@ -19,18 +24,25 @@ from celery.worker import state
 from celery.worker.consumer import Consumer
 from kombu import Queue
 
-from shiwu.contract import TASK_NAME
+from shiwu.connection import read_sentinel_url
+from shiwu.contract import TASK_NAME, Lane
 from shiwu_worker import logs
+from shiwu_worker.canvas import Callbacks
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import FatalError
+from shiwu_worker.parts import connect, make_ledger
+from shiwu_worker.revoke import Revoker
+from shiwu_worker.settle import Settled
+from shiwu_worker.task_events import TaskEvents
 from shiwu_worker.wiring import Service, open_service
 
 log: Any = structlog.get_logger()
 ADMIN_QUEUE: Final = "shiwu.admin"
+CLOSE_S: Final = 5.0
 
 
 class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
-    """Celery's consumer without the parts by which workers talk to each other."""
+    """Celery's consumer without the parts by which workers talk to each other, and deaf to all commands but revoke."""
 
     class Blueprint(Consumer.Blueprint):  # type: ignore[misc]  # celery has no types
         """The usual steps but gossip, mingle and heartbeats: each can block a worker when the broker is away."""
@@ -38,8 +50,8 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
         default_steps: ClassVar[list[str]] = [
             step
             for step in Consumer.Blueprint.default_steps
-            if step.rsplit(":", 1)[-1] not in {"Gossip", "Mingle", "Heart"}
-        ]
+            if step.rsplit(":", 1)[-1] not in {"Gossip", "Mingle", "Heart", "Control"}
+        ] + ["shiwu_worker.revoke:RevokeStep"]
 
 
 class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
@@ -59,7 +71,8 @@ class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has
         """Load, warm up, start claiming. A failure here ends the process with the error's exit code."""
         settings = Settings()
         try:
-            self._service = self._stack.enter_context(open_service(settings, on_fatal=self._end))
+            tell = self._stack.enter_context(_celery_side(worker, settings))
+            self._service = self._stack.enter_context(open_service(settings, on_fatal=self._end, on_answered=tell))
         except FatalError as error:
             log.error("not_started", exit_code=int(error.exit_code), reason=error.exit_code.name, error=str(error))
             raise SystemExit(int(error.exit_code)) from error
@@ -87,26 +100,83 @@ class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has
             state.should_stop = int(error.exit_code)
 
 
-def make_app(settings: Settings) -> Celery:
-    """The app with settings that can't take the pipeline down."""
+@contextmanager
+def _celery_side(worker: Any, settings: Settings) -> Iterator[Callable[[Sequence[Settled]], None]]:
+    """What Celery's users expect of an answered job: its callbacks, and events where the worker runs with `-E`."""
+    with ExitStack() as stack:
+        client = stack.enter_context(connect(settings))
+        if settings.revoke:
+            worker.app.shiwu_revoker = Revoker(client, make_ledger(settings, client, f"revoke.{secrets.token_hex(4)}"))
+        callbacks = Callbacks(make_callback_app(settings), client)
+        parts: list[Callbacks | TaskEvents] = [callbacks]
+        if worker.task_events:
+            parts.append(TaskEvents(worker.app, hostname=worker.hostname))
+        for part in parts:
+            part.start()
+            stack.callback(part.close, timeout_s=CLOSE_S)
+
+        def tell(settled: Sequence[Settled]) -> None:
+            for part in parts:
+                part.put(settled)
+
+        yield tell
+
+
+def make_callback_app(settings: Settings) -> Celery:
+    """The app that sends callbacks: to any queue, with results in our Redis."""
+    app = Celery("shiwu-callbacks", set_as_current=False)
+    broker = celery_broker(settings)
+    app.conf.update(
+        **broker,
+        result_backend=broker["broker_url"],
+        result_backend_transport_options=broker["broker_transport_options"],
+        redis_socket_timeout=settings.redis_timeout_s,
+        redis_socket_connect_timeout=settings.redis_timeout_s,
+        result_expires=settings.result_ttl_s,
+        accept_content=["json"],
+        task_serializer="json",
+        result_serializer="json",
+        task_default_queue=settings.callback_queue,
+        task_routes={TASK_NAME: {"queue": Lane.BULK.queue}},
+    )
+    return app
+
+
+def celery_broker(settings: Settings) -> dict[str, Any]:
+    """Our Redis in kombu's words."""
     url = settings.redis_url.get_secret_value()
-    app = Celery("shiwu", broker=url)
-    waits = {
+    options: dict[str, Any] = {
         "socket_timeout": settings.redis_timeout_s,
         "socket_connect_timeout": settings.redis_timeout_s,
         "socket_keepalive": True,
         "health_check_interval": 30,
+        "priority_steps": [0],
     }
+    if url.startswith("sentinel:"):
+        address = read_sentinel_url(url)
+        login = f"{quote(address.username or '')}:{quote(address.password)}@" if address.password else ""
+        hosts = (f"sentinel://{login}{host}:{port}" for host, port in address.hosts)
+        url = ";".join(f"{host}/{address.database}" for host in hosts)
+        options |= {"master_name": address.name, "sentinel_kwargs": {"password": address.sentinel_password}}
+    return {
+        "broker_url": url,
+        "broker_transport_options": options,
+        "broker_use_ssl": {"ssl_cert_reqs": ssl.CERT_REQUIRED} if url.startswith("rediss:") else None,
+    }
+
+
+def make_app(settings: Settings) -> Celery:
+    """The app with settings that can't take the pipeline down."""
+    app = Celery("shiwu")
     app.conf.update(
+        **celery_broker(settings),
         accept_content=["json"],
         task_serializer="json",
         result_serializer="json",
         event_serializer="json",
-        broker_transport_options=waits | {"priority_steps": [0]},
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,
-        broker_use_ssl={"ssl_cert_reqs": ssl.CERT_REQUIRED} if url.startswith("rediss:") else None,
         task_default_queue=ADMIN_QUEUE,
         task_queues=[Queue(ADMIN_QUEUE)],
         task_create_missing_queues=False,

@@ -10,8 +10,22 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from shiwu.connection import read_sentinel_url
+from shiwu.contract import ErrorCode
+from shiwu.ledger import DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S
+from shiwu.upkeep import DEAD_AGE_S, MAX_LEASE_S, STREAM_LENGTH
+
 Names = Annotated[tuple[str, ...], NoDecode]
 Paths = Annotated[tuple[Path, ...], NoDecode]
+Retries = Annotated[dict[ErrorCode, tuple[int, float, float]], NoDecode]
+RETRIABLE = {
+    ErrorCode.SOURCE_UNAVAILABLE,
+    ErrorCode.OUT_OF_MEMORY,
+    ErrorCode.DECODER_CRASHED,
+    ErrorCode.DECODER_TIMEOUT,
+    ErrorCode.ENCODE_FAILED,
+}
+"""Errors that another time or another worker may not meet; all others are facts about the picture or the request."""
 
 
 class Settings(BaseSettings):
@@ -21,7 +35,8 @@ class Settings(BaseSettings):
 
     redis_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
-        description="broker and results, one database, so that commit is one step",
+        description="broker and results, one database, so that commit is one step: redis://, rediss:// or "
+        "sentinel://host:port,host:port/name/0",
     )
     redis_timeout_s: float = Field(5.0, gt=0, description="socket and connect time-out; no wait on Redis is longer")
     worker_name: str = Field(
@@ -50,16 +65,30 @@ class Settings(BaseSettings):
     )
     bulk_share: float = Field(0.1, ge=0, le=0.9, description="share that bulk keeps while interactive jobs wait")
 
-    lease_s: float = Field(15.0, ge=1, description="a dead worker's jobs are back in their lane after this")
+    lease_s: float = Field(
+        15.0, ge=1, le=MAX_LEASE_S, description="a dead worker's jobs are back in their lane after this"
+    )
     max_attempts: int = Field(3, ge=1, description="tries of one job, over crashes and retries")
     retry_first_s: float = Field(2.0, gt=0, description="delay after the first failed fetch; doubles, with jitter")
     retry_longest_s: float = Field(60.0, gt=0, description="longest such delay")
+    retry: Retries = Field(
+        {},
+        description="tries and pauses of one class of error, code=tries:first_s:longest_s, …; of source_unavailable, "
+        "out_of_memory, decoder_crashed, decoder_timeout, encode_failed; the first two are tried again by default",
+    )
     grace_s: float = Field(20.0, ge=0, description="time to finish what is held after SIGTERM")
 
-    result_ttl_s: int = Field(86_400, ge=60, description="how long an answer can be read under its key")
-    done_ttl_s: int = Field(172_800, ge=60, description="how long an id counts as answered; longer than result_ttl_s")
-    stream_length: int = Field(100_000, ge=1000, description="about how many answers the results stream keeps")
-    dead_length: int = Field(10_000, ge=100, description="about how many dead letters are kept")
+    result_ttl_s: int = Field(RESULT_TTL_S, ge=60, description="how long an answer can be read under its key")
+    done_ttl_s: int = Field(
+        DONE_TTL_S, ge=60, description="how long an id counts as answered; longer than result_ttl_s"
+    )
+    stream_length: int = Field(STREAM_LENGTH, ge=1000, description="how many answers the results stream keeps")
+    dead_length: int = Field(DEAD_LENGTH, ge=100, description="how many dead letters are kept")
+    dead_ttl_s: float = Field(DEAD_AGE_S, ge=60, description="how long dead letters are kept")
+    commit_replicas: int = Field(0, ge=0, le=10, description="replicas of Redis that must confirm each answer")
+    replicas_timeout_s: float = Field(1.0, gt=0, description="time for that; then the answer is written again")
+    revoke: bool = Field(True, description="listen to Celery's revoke; anybody who may PUBLISH can then cancel jobs")
+    callback_queue: str = Field("celery", description="queue of Celery callbacks (link, chain, chord) that name none")
 
     loaders: int = Field(0, ge=0, le=256, description="loader processes; 0: one for each core but one, at least 1")
     loader_threads: int = Field(8, ge=1, le=64, description="pictures that one loader fetches and decodes at a time")
@@ -84,7 +113,7 @@ class Settings(BaseSettings):
     ready_file: Path | None = Field(None, description="exists while the worker is warm and claims")
     alive_file: Path | None = Field(None, description="touched every second while the pipeline makes progress")
     stuck_s: float = Field(
-        120.0, gt=0, description="without progress for this long the alive file is no longer touched"
+        90.0, gt=0, description="with work and no progress for this long a worker counts as hung: no renewal, not alive"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="info writes one line per job")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: JSON unless on a terminal")
@@ -93,6 +122,18 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("retry", mode="before")
+    @classmethod
+    def _read_retries(cls, value: object) -> object:
+        return dict(_read_retry(part) for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_url(cls, value: SecretStr) -> SecretStr:
+        if value.get_secret_value().startswith("sentinel:"):
+            read_sentinel_url(value.get_secret_value())
+        return value
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -120,10 +161,26 @@ class Settings(BaseSettings):
         return self.slots or 2 * self.max_batch + self.loader_count * self.loader_threads
 
 
+def _read_retry(part: str) -> tuple[ErrorCode, tuple[int, float, float]]:
+    code, _, numbers = part.strip().partition("=")
+    try:
+        attempts, first_s, longest_s = numbers.split(":")
+        policy = (int(attempts), float(first_s), float(longest_s))
+        known = ErrorCode(code) in RETRIABLE
+    except ValueError:
+        raise ValueError(f"expected code=tries:first_s:longest_s, got {part.strip()!r:.80}") from None
+    if not known or policy[0] < 1 or not 0 < policy[1] <= policy[2]:
+        allowed = ", ".join(sorted(RETRIABLE))
+        raise ValueError(
+            f"expected one of {allowed} with 1 or more tries and 0 < first_s <= longest_s, got {part!r:.80}"
+        )
+    return ErrorCode(code), policy
+
+
 def shown(settings: Settings) -> dict[str, str]:
     """The effective settings for people, without passwords."""
     values = {name: str(getattr(settings, name)) for name in Settings.model_fields}
     url = settings.redis_url.get_secret_value()
     scheme, _, rest = url.rpartition("://")
-    values["redis_url"] = f"{scheme}://{rest.rpartition('@')[2]}"
+    values["redis_url"] = f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
     return values

@@ -9,7 +9,7 @@ FatalError        this process can't go on: jobs are released, the process exits
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import ClassVar
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
@@ -38,6 +38,26 @@ class Unavailable(JobError):
     """Trying again later may succeed."""
 
     retryable = True
+
+
+class WrongVectors(ValueError):
+    """The model's answer for a batch can't be used as it is. `rows` names the guilty ones where that is known."""
+
+    def __init__(self, message: str, rows: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+class NonFiniteError(WrongVectors):
+    """The model gave NaN or infinity."""
+
+
+class Trouble(Enum):
+    """What an error of the device means for the batch that met it."""
+
+    OUT_OF_MEMORY = "out_of_memory"  # a smaller batch may fit
+    LOST = "lost"  # the device's context is corrupted: nothing can succeed in this process any more
+    OTHER = "other"
 
 
 class AddressRefused(Exception):

@@ -1,46 +1,73 @@
-"""The thread that keeps our leases alive, looks after jobs of the dead, and shows that we live."""
+"""The thread that keeps our leases alive, looks after jobs of the dead, and shows that we live.
+
+A worker that is stuck does none of it: its leases end, other workers take its jobs, and its alive file grows old.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from redis import RedisError
 
+from shiwu.upkeep import Tended, Upkeep
+
 if TYPE_CHECKING:
     from shiwu_worker.settle import Away
     from shiwu_worker.stages.claim import Claims
+    from shiwu_worker.timing import Progress
 
 log: Any = structlog.get_logger()
 TICK_S: Final = 1.0
 TENDED_AT_ONCE: Final = 500
 
 
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """Where the heartbeat looks, and whom it tells.
+
+    `held` gives the ids whose leases are ours to renew, `alive` touches the file that probes look at, `suspects` wakes
+    the claimer for work that no lane shows.
+    """
+
+    held: Callable[[], Sequence[str]]
+    alive: Callable[[], None]
+    suspects: Callable[[], None]
+
+
 class Heartbeat:
     """Ticks once a second from `start` to `close`.
 
     Args:
-        held: ids of the jobs whose leases are renewed, every third of a lease.
-        alive: called each tick; touches the file that probes look at.
+        lease_s: leases are renewed every third of it.
+        stuck_s: without progress for this long, while there is work, the worker counts as hung.
     """
 
     def __init__(
         self,
         claims: Claims,
+        upkeep: Upkeep,
         *,
         lease_s: float,
-        held: Callable[[], Sequence[str]],
-        alive: Callable[[], None],
+        stuck_s: float,
+        progress: Progress,
+        signs: Signs,
         away: Away,
     ) -> None:
         self._claims = claims
+        self._upkeep = upkeep
         self._renew_every_s = lease_s / 3
-        self._held = held
-        self._alive = alive
+        self._renewed_s = time.monotonic()
+        self._stuck_s = stuck_s
+        self._said_stuck_s = 0.0
+        self._progress = progress
+        self._signs = signs
         self._away = away
+        self._seen = Tended()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -53,24 +80,12 @@ class Heartbeat:
         self._closed.set()
         self._thread.join(timeout=5.0)
 
-    def _tend(self) -> None:
-        """Portion by portion, so that no script holds the server for long, until nothing is left."""
-        while True:
-            tended = self._claims.tend(most=TENDED_AT_ONCE)
-            if tended.reaped:
-                log.warning("jobs_reaped", jobs=tended.reaped)
-            if max(tended.reaped, tended.promoted) < TENDED_AT_ONCE:
-                return
-
     def _run(self) -> None:
-        renewed_s = time.monotonic()
         while not self._closed.is_set():
             try:
-                self._alive()
-                if time.monotonic() - renewed_s >= self._renew_every_s:
-                    renewed_s = time.monotonic()
-                    if lost := self._claims.renew(self._held()):
-                        log.warning("leases_lost", jobs=len(lost), ids=lost[:10])
+                if not self._is_stuck():
+                    self._signs.alive()
+                    self._renew()
                 self._tend()
                 self._away.back()
             except RedisError as error:
@@ -78,3 +93,47 @@ class Heartbeat:
             except OSError as error:
                 log.error("alive_file_failed", error=str(error)[:300])
             self._closed.wait(TICK_S)
+
+    def _is_stuck(self) -> bool:
+        """Whether there is work and nothing moves; says so in the log, again and again."""
+        idle_s = self._progress.age_s()
+        held, waiting = len(self._signs.held()), self._seen.waiting
+        if idle_s <= self._stuck_s or not (held or waiting):
+            return False
+        if time.monotonic() - self._said_stuck_s >= self._stuck_s:
+            self._said_stuck_s = time.monotonic()
+            log.error(
+                "stuck",
+                since_s=round(idle_s, 1),
+                held=held,
+                waiting=waiting,
+                meaning="nothing was claimed, encoded or answered; leases are not renewed, this worker counts as dead",
+            )
+        return True
+
+    def _renew(self) -> None:
+        if time.monotonic() - self._renewed_s < self._renew_every_s:
+            return
+        lost = self._claims.renew(self._signs.held())
+        self._renewed_s = time.monotonic()
+        if lost:
+            log.warning("leases_lost", jobs=len(lost), ids=lost[:10])
+
+    def _tend(self) -> None:
+        """Portion by portion, so that no script holds the server for long, until nothing is left."""
+        while True:
+            # An idle worker claims in vain every few seconds, which is progress: the lanes matter when even that ends.
+            is_quiet = self._progress.age_s() > self._stuck_s / 2
+            self._seen = seen = self._upkeep.tend(most=TENDED_AT_ONCE, count_waiting=is_quiet)
+            if seen.reaped:
+                log.warning("jobs_reaped", jobs=seen.reaped)
+            if seen.out_of_time:
+                log.warning("jobs_out_of_time", jobs=seen.out_of_time)
+            if seen.suspects:
+                self._signs.suspects()
+            if max(seen.reaped, seen.promoted, seen.out_of_time) < TENDED_AT_ONCE:
+                break
+        for group, lost in self._upkeep.trim_if_long(seen).items():
+            log.warning(
+                "results_dropped", group=group, entries=lost, meaning="this consumer group had not acknowledged them"
+            )

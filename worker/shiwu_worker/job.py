@@ -1,6 +1,6 @@
 """One picture on its way: what is known of it so far, and the answer made from that.
 
-Also the other coins that pass between the rooms: what was claimed, what is given back, what is finished.
+Also the other coins that pass between the rooms: what was claimed, what is given back.
 """
 
 from __future__ import annotations
@@ -26,18 +26,14 @@ from shiwu.message import read_message
 from shiwu_worker.labels import LabelSet
 from shiwu_worker.timing import Moments
 
+_INTERACTIVE = frozenset(Lane.INTERACTIVE.keys)
 _FAILED = {
     ErrorCode.DECODER_CRASHED,
     ErrorCode.DECODER_TIMEOUT,
     ErrorCode.ENCODE_FAILED,
+    ErrorCode.OUT_OF_MEMORY,
     ErrorCode.SOURCE_UNAVAILABLE,
     ErrorCode.ATTEMPTS_EXHAUSTED,
-}
-_DEAD = _FAILED | {
-    ErrorCode.MALFORMED_MESSAGE,
-    ErrorCode.MESSAGE_TOO_LARGE,
-    ErrorCode.UNKNOWN_TASK,
-    ErrorCode.INVALID_ID,
 }
 _ENDINGS = {ErrorCode.EXPIRED: Status.EXPIRED, ErrorCode.CANCELLED: Status.CANCELLED}
 
@@ -50,12 +46,15 @@ class Claimed:
     """The job id, or `~` and a digest where the message has no valid one."""
     attempt: int
     """1 for the first try; counted by job id over crashes, retries and copies."""
-    lane: Lane
+    key: str
+    """The Redis list that it came from, and goes back to."""
     raw: bytes
     claimed_ms: float
     """Server time of the claim, in ms since 1970."""
     claimed_s: float
     """The same moment on this machine's monotonic clock (not earlier than the true one)."""
+    is_revoked: bool = False
+    """Whether Celery's revoke named it while it waited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +67,19 @@ class Release:
     """Whether the try counts as an attempt."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A job's answer on its way to Redis."""
-
-    id: str
-    answer: Answer
-    ignore_result: bool = False
-    dead_raw: bytes = b""
-    """The message, where it shall lie among the dead letters."""
-
-
 @dataclass(slots=True, eq=False)
 class Job:
     """A claimed job between claim and commit. Only one stage holds it at a time."""
 
     id: str
-    lane: Lane
+    key: str
     attempt: int
     raw: bytes
     moments: Moments
     request: Request | None = None
     ignore_result: bool = False
+    has_callbacks: bool = False
+    """Whether its message carries Celery callbacks: link, chain, chord."""
     due_s: float = 0.0
     """Not before this moment of the monotonic clock (Celery's eta); 0 at once."""
     expires_s: float | None = None
@@ -107,11 +97,19 @@ class Job:
     status: Status = Status.TAGGED
     back: Release | None = None
     """Set when the job goes back to Redis instead of being answered."""
+    is_ended: bool = False
+    """Somebody else has answered it: its producer cancelled, or its time was over."""
 
     def fail(self, error: ErrorInfo) -> None:
         """End without tags; the status follows from the code."""
         self.error = error
         self.status = _ENDINGS.get(error.code) or (Status.FAILED if error.code in _FAILED else Status.REJECTED)
+
+    def unwanted(self, now_s: float) -> bool:
+        """Whether nobody waits for the tags any more: it was answered aside, or its deadline has passed."""
+        if self.is_ended:
+            self.back = Release(self.id)
+        return self.is_ended or self.expired(now_s)
 
     def expired(self, now_s: float) -> bool:
         """Whether the deadline has passed; if so the job ends as `expired`."""
@@ -127,18 +125,9 @@ class Job:
         return True
 
     @property
-    def is_dead_letter(self) -> bool:
-        """Whether the message is kept among the dead letters."""
-        return self.error is not None and self.error.code in _DEAD
-
-    def finished(self, *, worker: str, until_s: float) -> Finished:
-        """The job as it goes to Redis."""
-        return Finished(
-            id=self.id,
-            answer=self.answer(worker=worker, until_s=until_s),
-            ignore_result=self.ignore_result,
-            dead_raw=self.raw if self.is_dead_letter else b"",
-        )
+    def lane(self) -> Lane:
+        """The lane that its message lay in."""
+        return Lane.INTERACTIVE if self.key in _INTERACTIVE else Lane.BULK
 
     def answer(self, *, worker: str, until_s: float) -> Answer:
         """The terminal result, with the time of every stage so far."""
@@ -167,7 +156,7 @@ def open_job(claimed: Claimed) -> Job:
     """Read a claimed message. A message that breaks the contract gives a job that has already failed."""
     job = Job(
         id=claimed.id,
-        lane=claimed.lane,
+        key=claimed.key,
         attempt=claimed.attempt,
         raw=claimed.raw,
         moments=Moments(claimed_s=claimed.claimed_s),
@@ -177,11 +166,7 @@ def open_job(claimed: Claimed) -> Job:
         job.ignore_result = envelope.ignore_result
         if envelope.sent_ms is not None:
             job.moments.queue_ms = max(0.0, round(claimed.claimed_ms - envelope.sent_ms, 3))
-        if envelope.canvas:
-            raise RequestError(
-                ErrorCode.UNSUPPORTED_CANVAS,
-                f"expected a message without {', '.join(envelope.canvas)}; this version answers single jobs and groups",
-            )
+        job.has_callbacks = bool(envelope.canvas)
         # Server times become local ones by the moment of the claim, which both clocks saw.
         offset_s = claimed.claimed_s - claimed.claimed_ms / 1000
         if envelope.expires_ms is not None:
@@ -189,6 +174,8 @@ def open_job(claimed: Claimed) -> Job:
         if envelope.eta_ms is not None:
             job.due_s = envelope.eta_ms / 1000 + offset_s
         job.request = parse_request(envelope.fields)
+        if claimed.is_revoked:
+            raise RequestError(ErrorCode.CANCELLED, "revoked by Celery's remote control while it waited")
     except RequestError as error:
         job.fail(ErrorInfo(code=error.code, message=str(error), stage=Stage.CLAIM))
     return job

@@ -7,33 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
+from shiwu.connection import connect as connect_to
+from shiwu.connection import start_anew
+from shiwu.contract import ErrorCode
+from shiwu.ledger import Ledger
+from shiwu.upkeep import Upkeep
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.heartbeat import Heartbeat, Signs
 from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.job import Job
 from shiwu_worker.labels import LabelBank, LabelSet, load_label_sets
 from shiwu_worker.loader_frames import Loaded, LoaderOptions, LoadTask
 from shiwu_worker.loaders import LoaderPool
 from shiwu_worker.models import model_name, model_revision
-from shiwu_worker.pipeline import Limits, Stages
+from shiwu_worker.pipeline import Limits, RetryPolicy, Stages
 from shiwu_worker.settle import Away, Settler
 from shiwu_worker.stages.batch import Batcher
 from shiwu_worker.stages.claim import Claims, Doorbell
-from shiwu_worker.stages.commit import Committer
+from shiwu_worker.timing import Progress
+from shiwu_worker.triage import Triage
+
+SLOW_FACTOR = 10
 
 
 def connect(settings: Settings, *, block_s: float = 0.0) -> redis.Redis:
     """A client whose every wait is bounded. It never tries twice by itself: that is decided where the job's fate is."""
-    return redis.Redis.from_url(
+    return connect_to(
         settings.redis_url.get_secret_value(),
-        socket_timeout=settings.redis_timeout_s + block_s,
-        socket_connect_timeout=settings.redis_timeout_s,
-        socket_keepalive=True,
-        health_check_interval=0 if block_s else 30,
-        retry=Retry(NoBackoff(), 0),
+        timeout_s=settings.redis_timeout_s,
+        block_s=block_s,
         client_name=f"shiwu-{settings.worker_name}".replace(" ", "-"),
     )
 
@@ -130,38 +134,85 @@ def make_loaders(
 
 def make_claims(settings: Settings, client: redis.Redis, token: str) -> Claims:
     """This worker's claims."""
-    return Claims(
-        client,
-        token=token,
-        worker=settings.worker_name,
-        lease_s=settings.lease_s,
-        bulk_share=settings.bulk_share,
-    )
+    return Claims(client, token=token, lease_s=settings.lease_s, bulk_share=settings.bulk_share)
 
 
-def make_committer(settings: Settings, client: redis.Redis, token: str) -> Committer:
+def make_ledger(settings: Settings, client: redis.Redis, token: str) -> Ledger:
     """The writer of answers."""
-    return Committer(
+    return Ledger(
         client,
         token=token,
         result_ttl_s=settings.result_ttl_s,
         done_ttl_s=max(settings.done_ttl_s, settings.result_ttl_s),
-        stream_length=settings.stream_length,
         dead_length=settings.dead_length,
+        replicas=settings.commit_replicas,
+        replicas_timeout_s=settings.replicas_timeout_s,
+    )
+
+
+def make_upkeep(settings: Settings, client: redis.Redis, ledger: Ledger, token: str) -> Upkeep:
+    """What every worker does for all."""
+    return Upkeep(
+        client,
+        ledger,
+        name=settings.worker_name,
+        token=token,
+        stream_length=settings.stream_length,
+        dead_age_s=settings.dead_ttl_s,
+    )
+
+
+def make_away(where: str, client: redis.Redis, progress: Progress | None = None) -> Away:
+    """Pauses of one thread while Redis is away; that it is away is no hang of the pipeline."""
+
+    def on_wait(error: redis.RedisError) -> None:
+        start_anew(client, error)
+        if progress is not None:
+            progress.mark()
+
+    return Away(where, on_wait=on_wait)
+
+
+def make_heartbeat(
+    settings: Settings,
+    claims: Claims,
+    upkeep: Upkeep,
+    signs: Signs,
+    progress: Progress,
+    *,
+    client: redis.Redis,
+    encoder: Any,
+) -> Heartbeat:
+    """The thread that keeps leases alive."""
+    return Heartbeat(
+        claims,
+        upkeep,
+        lease_s=settings.lease_s,
+        # A slow device must not pass for a hung one.
+        stuck_s=max(settings.stuck_s, SLOW_FACTOR * encoder.slowest_s),
+        progress=progress,
+        signs=signs,
+        away=make_away("heartbeat", client),
     )
 
 
 def make_limits(settings: Settings) -> Limits:
     """What the pipeline may hold, and how patient it is."""
-    return Limits(
-        slots=settings.slot_count,
-        max_attempts=settings.max_attempts,
-        retry_s=(settings.retry_first_s, settings.retry_longest_s),
-    )
+    usual = RetryPolicy(settings.max_attempts, settings.retry_first_s, settings.retry_longest_s)
+    retries = {ErrorCode.SOURCE_UNAVAILABLE: usual, ErrorCode.OUT_OF_MEMORY: usual}
+    retries |= {code: RetryPolicy(*policy) for code, policy in settings.retry.items()}
+    most = max(settings.max_attempts, *(policy.attempts for policy in retries.values()))
+    return Limits(slots=settings.slot_count, max_attempts=most, retries=retries)
 
 
-def make_stages(
-    settings: Settings, *, claims: Claims, doorbell: Doorbell, loaders: LoaderPool, encoder: Any, settler: Settler
+def make_stages(  # noqa: PLR0917 one argument for each part of the way
+    settings: Settings,
+    claims: Claims,
+    doorbell: Doorbell,
+    loaders: LoaderPool,
+    encoder: Any,
+    settler: Settler,
+    away: Away,
 ) -> Stages:
     """The verbs of the pipeline, with the default labels' vectors computed."""
     from shiwu_worker.stages.score import Scorer  # noqa: PLC0415 beside the encoder, which is imported late
@@ -177,17 +228,25 @@ def make_stages(
             [LoadTask(ticket=n, slot=job.slot, image=job.request.image) for n, job in tickets if job.request]
         )
 
+    batcher: Batcher[Job] = Batcher(
+        cap=settings.max_batch, bulk_share=settings.bulk_share, linger_s=settings.linger_ms / 1000
+    )
     scorer = Scorer(vectors_of=bank.vectors, scale=encoder.scale, bias=encoder.bias, model=encoder.info)
+    triage = Triage(
+        pixels=loaders.pixels,
+        encode=encoder.encode,
+        encode_exact=encoder.encode_exact,
+        score=scorer.score,
+        trouble=encoder.trouble,
+        lower_cap=batcher.lower_cap,
+    )
     return Stages(
         claims=claims,
         doorbell=doorbell,
         resolve=resolve,
         load=load,
-        batcher=Batcher(cap=settings.max_batch, bulk_share=settings.bulk_share, linger_s=settings.linger_ms / 1000),
-        pixels=loaders.pixels,
-        encode=encoder.encode,
-        score=scorer.score,
-        is_fatal=encoder.is_broken,
+        batcher=batcher,
+        encode_and_score=triage.run,
         settle=settler.put,
-        away=Away("claim"),
+        away=away,
     )

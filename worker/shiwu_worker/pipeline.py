@@ -10,8 +10,8 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -20,11 +20,9 @@ from redis import RedisError
 from shiwu.contract import ErrorCode, ErrorInfo, ImageInfo, Stage, without_query
 from shiwu_worker.errors import ExitCode, FatalError, Rejected
 from shiwu_worker.job import Job, Release, open_job
+from shiwu_worker.timing import Progress
 
 if TYPE_CHECKING:
-    from numpy import float32, uint8
-    from numpy.typing import NDArray
-
     from shiwu_worker.labels import LabelSet
     from shiwu_worker.loader_frames import Loaded
     from shiwu_worker.settle import Away
@@ -38,13 +36,27 @@ CLAIM_ENDS_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often, and with which pauses, a job with one class of error is tried."""
+
+    attempts: int
+    first_s: float
+    longest_s: float
+
+    def delay_s(self, attempt: int) -> float:
+        """The pause after this attempt: doubling, with jitter down to a half, so that jobs do not return together."""
+        return min(self.longest_s, self.first_s * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 no secret
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """What a pipeline may hold, and how patient it is."""
 
     slots: int
     max_attempts: int
-    retry_s: tuple[float, float] = (2.0, 60.0)
-    """First and longest delay of a job whose picture could not be fetched for the moment."""
+    """Tries of one job, over crashes and retries of every class."""
+    retries: Mapping[ErrorCode, RetryPolicy] = field(default_factory=dict)
+    """Classes of errors that are tried again; all others are answered at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +68,7 @@ class Stages:
     resolve: Callable[[Job], LabelSet]
     load: Callable[[Sequence[tuple[int, Job]]], None]
     batcher: Batcher[Job]
-    pixels: NDArray[uint8]
-    encode: Callable[[NDArray[uint8]], NDArray[float32]]
-    score: Callable[[Sequence[Job], NDArray[float32]], None]
-    is_fatal: Callable[[BaseException], bool]
+    encode_and_score: Callable[[Sequence[Job]], None]
     settle: Callable[[list[Job]], None]
     away: Away
 
@@ -71,7 +80,9 @@ class Pipeline:
         on_fatal: called, from any thread, when the process can't go on.
     """
 
-    def __init__(self, stages: Stages, limits: Limits, *, on_fatal: Callable[[FatalError], None]) -> None:
+    def __init__(
+        self, stages: Stages, limits: Limits, *, progress: Progress, on_fatal: Callable[[FatalError], None]
+    ) -> None:
         self._do = stages
         self._limits = limits
         self._on_fatal = on_fatal
@@ -83,8 +94,7 @@ class Pipeline:
         self._closing = threading.Event()
         self._ended = threading.Event()
         self._hurry = False
-        self.progress_s = time.monotonic()
-        """When jobs were last claimed, encoded or settled, or the lanes were found empty."""
+        self._progress = progress
         self._threads = [
             threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True)
             for name, loop in (("claim", self._claim), ("encode", self._encode))
@@ -92,20 +102,22 @@ class Pipeline:
 
     # -------------------------------------------------------------------------------- claim
     def _claim(self) -> None:
+        alone = False
         while not self._closing.is_set():
-            room = self._room()
+            room = self._room(alone)
             if not room:
                 continue
             try:
-                claimed = self._do.claims.claim(room)
+                taken = self._do.claims.claim(room, holds_nothing=not self._held)
             except RedisError as error:
                 self._do.away.wait(error, self._closing)
                 continue
             self._do.away.back()
-            self.progress_s = time.monotonic()
-            if claimed:
-                self._admit([open_job(one) for one in claimed if one.id not in self._held])
-            else:
+            self._progress.mark()
+            alone = taken.alone
+            if taken.jobs:
+                self._admit([open_job(one) for one in taken.jobs if one.id not in self._held])
+            elif not alone:
                 self._do.doorbell.wait(IDLE_S)
 
     def _admit(self, jobs: list[Job]) -> None:
@@ -123,7 +135,7 @@ class Pipeline:
             self._do.load(tickets)
 
     def _acceptable(self, job: Job, now_s: float) -> bool:
-        if job.error is not None or job.expired(now_s):
+        if job.error is not None or job.unwanted(now_s):
             return False
         if job.due_s > now_s:
             job.back = Release(job.id, delay_s=job.due_s - now_s)
@@ -161,9 +173,6 @@ class Pipeline:
             if one.error is None:
                 ready.append(job)
                 continue
-            if one.error.retryable and job.attempt < self._limits.max_attempts:
-                job.back = Release(job.id, delay_s=self._retry_delay_s(job.attempt), counts=True)
-                log.info("later", id=job.id, attempt=job.attempt, code=one.error.code.value, delay_s=job.back.delay_s)
             job.fail(one.error)
             ended.append(job)
         self._do.batcher.put(ready)
@@ -174,51 +183,42 @@ class Pipeline:
         while not self._ended.is_set():
             batch = self._do.batcher.take(timeout_s=0.5)
             now_s = time.monotonic()
-            live = [job for job in batch if not job.expired(now_s)]
-            if live:
-                self._encode_batch(live)
+            if live := [job for job in batch if not job.unwanted(now_s)]:
+                self._do.encode_and_score(live)
             if batch:
-                self.progress_s = time.monotonic()
+                self._progress.mark()
                 self._settle(batch)
-
-    def _encode_batch(self, jobs: Sequence[Job]) -> None:
-        """Give every job its tags. A batch that fails is halved until the guilty picture stands alone."""
-        started_s = time.monotonic()
-        try:
-            vectors = self._do.encode(self._do.pixels[[job.slot for job in jobs]])
-            encoded_s = time.monotonic()
-            for job in jobs:
-                job.moments.encode_from_s, job.moments.score_from_s = started_s, encoded_s
-                job.batch_size = len(jobs)
-            self._do.score(jobs, vectors)
-            scored_s = time.monotonic()
-            for job in jobs:
-                job.scored_s = scored_s
-        except Exception as error:
-            if self._do.is_fatal(error):
-                raise FatalError(ExitCode.DEVICE, f"the device failed: {error}") from error
-            log.warning("batch_failed", size=len(jobs), error=str(error)[:300], kind=type(error).__name__)
-            if len(jobs) > 1:
-                half = len(jobs) // 2
-                self._encode_batch(jobs[:half])
-                self._encode_batch(jobs[half:])
-            else:
-                text = f"the model failed on this picture ({type(error).__name__}: {error!s:.200})"
-                jobs[0].fail(ErrorInfo(code=ErrorCode.ENCODE_FAILED, message=text, stage=Stage.ENCODE))
 
     # -------------------------------------------------------------------------------- commit
     def _settle(self, jobs: list[Job]) -> None:
         """Free the slots of jobs whose fate is known, and hand them on to be answered or given back. Never blocks."""
         if not jobs:
             return
+        for job in jobs:
+            self._spare(job)
         with self._changed:
             self._free.extend(job.slot for job in jobs if job.slot >= 0)
             self._changed.notify_all()
         self._do.settle(jobs)
 
+    def _spare(self, job: Job) -> None:
+        """Give a failed job another try where its class of error has one left."""
+        policy = self._limits.retries.get(job.error.code) if job.error is not None else None
+        if policy is not None and job.error is not None and job.attempt < policy.attempts:
+            job.back = Release(job.id, delay_s=policy.delay_s(job.attempt), counts=True)
+            code = job.error.code.value
+            log.info("later", id=job.id, attempt=job.attempt, code=code, delay_s=round(job.back.delay_s, 3))
+
+    def ended(self, ids: Sequence[str]) -> None:
+        """Leave these jobs where they are held: somebody has answered them."""
+        with self._changed:
+            for job_id in ids:
+                if (job := self._held.get(job_id)) is not None:
+                    job.is_ended = True
+
     def settled(self, jobs: Sequence[Job]) -> None:
         """Forget jobs that are out of our hands: Redis has their answers, or has them back."""
-        self.progress_s = time.monotonic()
+        self._progress.mark()
         with self._changed:
             for job in jobs:
                 self._held.pop(job.id, None)
@@ -263,16 +263,19 @@ class Pipeline:
         self._hurry = True
         self._closing.set()
 
-    def _room(self) -> int:
-        """Free slots, once there are enough for a claim to be worth a round trip; 0 when the wait was in vain."""
+    def _room(self, alone: bool) -> int:
+        """Free slots, once there are enough for a claim to be worth a round trip; 0 when the wait was in vain.
+
+        `alone` waits until nothing is held: a suspect is worked on with no neighbours.
+        """
         least = max(1, self._limits.slots // 4)
         with self._changed:
-            self._changed.wait_for(lambda: self._closing.is_set() or len(self._free) >= least or not self._held, IDLE_S)
-            return 0 if self._closing.is_set() else len(self._free)
-
-    def _retry_delay_s(self, attempt: int) -> float:
-        first, longest = self._limits.retry_s
-        return min(longest, first * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 jitter, no secret
+            self._changed.wait_for(
+                lambda: self._closing.is_set() or not self._held or (len(self._free) >= least and not alone), IDLE_S
+            )
+            if self._closing.is_set() or (alone and self._held):
+                return 0
+            return len(self._free)
 
     def _guard(self, loop: Callable[[], None]) -> None:
         """A thread that ends by an error takes the process with it: half a pipeline is a black hole."""

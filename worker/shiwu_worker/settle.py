@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -18,7 +19,7 @@ from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.job import Job, Release
 
 if TYPE_CHECKING:
-    from shiwu.contract import Answer
+    from shiwu.ledger import Entry
     from shiwu_worker.stages.claim import Claims
     from shiwu_worker.stages.commit import Committer
 
@@ -27,11 +28,34 @@ MOST_AT_ONCE: Final = 512
 """A batch of settled jobs is closed when it holds this many; the last list that enters it may exceed this."""
 
 
-class Away:
-    """Pauses between tries while Redis is away: growing, bounded, and said once in the log."""
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A job that has its answer."""
 
-    def __init__(self, where: str, *, first_s: float = 0.1, longest_s: float = 5.0) -> None:
+    job: Job
+    entry: Entry
+    commit_s: float
+    is_first: bool
+    """Whether ours is the answer; else somebody had answered before, and ours was discarded."""
+
+
+class Away:
+    """Pauses between tries while Redis is away: growing, bounded, and said once in the log.
+
+    Args:
+        on_wait: called at each pause with the error; Redis' absence is no hang of ours.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        *,
+        on_wait: Callable[[RedisError], None] = lambda _: None,
+        first_s: float = 0.1,
+        longest_s: float = 5.0,
+    ) -> None:
         self._where = where
+        self._on_wait = on_wait
         self._first_s = first_s
         self._longest_s = longest_s
         self._pause_s = 0.0
@@ -42,6 +66,7 @@ class Away:
         if not self._pause_s:
             self._since_s = time.monotonic()
             log.error("redis_away", where=self._where, kind=type(error).__name__, error=str(error)[:300])
+        self._on_wait(error)
         self._pause_s = min(self._longest_s, self._pause_s * 2 or self._first_s)
         stop.wait(self._pause_s)
 
@@ -57,28 +82,27 @@ class Settler:
 
     Args:
         on_settled: told which jobs are out of our hands.
-        log_job: writes the one line of a job.
+        on_answered: told each answer: to log it, to send its callbacks and events. Must not raise.
         on_fatal: called when the thread ends by a defect.
     """
 
     def __init__(
         self,
-        *,
         committer: Committer,
         claims: Claims,
-        worker: str,
+        *,
+        away: Away,
         on_settled: Callable[[Sequence[Job]], None],
-        log_job: Callable[[Answer, float, bool], None] | None,
+        on_answered: Callable[[Sequence[Settled]], None] | None,
         on_fatal: Callable[[FatalError], None],
     ) -> None:
         self._committer = committer
         self._claims = claims
-        self._worker = worker
+        self._away = away
         self._on_settled = on_settled
-        self._log_job = log_job
+        self._on_answered = on_answered
         self._on_fatal = on_fatal
         self._waiting: queue.SimpleQueue[list[Job]] = queue.SimpleQueue()
-        self._away = Away("commit")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
 
@@ -116,14 +140,13 @@ class Settler:
         return jobs
 
     def _settle(self, jobs: list[Job]) -> None:
-        now_s = time.monotonic()
         answered = [job for job in jobs if job.back is None]
-        finished = [job.finished(worker=self._worker, until_s=job.scored_s or now_s) for job in answered]
+        entries = self._committer.finish(answered, now_s=time.monotonic())
         releases: list[Release] = [job.back for job in jobs if job.back is not None]
         while True:
             started_s = time.monotonic()
             try:
-                again = self._committer.commit(finished)
+                again = self._committer.commit(entries)
                 self._claims.release(releases)
                 break
             except RedisError as error:
@@ -135,6 +158,7 @@ class Settler:
         self._away.back()
         commit_s = time.monotonic() - started_s
         self._on_settled(jobs)
-        if self._log_job is not None:
-            for item in finished:
-                self._log_job(item.answer, commit_s, item.id in again)
+        if self._on_answered is not None:
+            self._on_answered(
+                [Settled(job, one, commit_s, one.id not in again) for job, one in zip(answered, entries, strict=True)]
+            )

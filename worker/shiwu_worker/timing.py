@@ -1,10 +1,26 @@
-"""Where the time of one picture went: moments on the way, and the answer's milliseconds made from them."""
+"""Time: the moments of one picture and the answer's milliseconds made from them, and whether a worker moves at all."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from shiwu.contract import Timing
+
+
+class Progress:
+    """When the pipeline last moved: jobs were claimed, encoded or settled, lanes found empty, or Redis was away."""
+
+    def __init__(self) -> None:
+        self._last_s = time.monotonic()
+
+    def mark(self) -> None:
+        """Say that something moved. Safe from any thread."""
+        self._last_s = time.monotonic()
+
+    def age_s(self) -> float:
+        """Seconds since something moved."""
+        return time.monotonic() - self._last_s
 
 
 @dataclass(slots=True)

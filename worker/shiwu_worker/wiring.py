@@ -6,31 +6,39 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import redis
 import structlog
 
+from shiwu.contract import Answer
 from shiwu_worker.config import Settings
+from shiwu_worker.ended import EndedJobs
 from shiwu_worker.errors import FatalError
 from shiwu_worker.health import Health
-from shiwu_worker.heartbeat import Heartbeat
+from shiwu_worker.heartbeat import Signs
 from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.job import Release
 from shiwu_worker.logs import job_logger
 from shiwu_worker.models import model_folder
 from shiwu_worker.parts import (
     connect,
+    make_away,
     make_claims,
-    make_committer,
+    make_heartbeat,
+    make_ledger,
     make_limits,
     make_loaders,
     make_stages,
+    make_upkeep,
     open_encoder,
 )
 from shiwu_worker.pipeline import Pipeline
-from shiwu_worker.settle import Away, Settler
+from shiwu_worker.settle import Settled, Settler
 from shiwu_worker.stages.claim import Claims, Doorbell
+from shiwu_worker.stages.commit import Committer
+from shiwu_worker.timing import Progress
 
 log: Any = structlog.get_logger()
 DOORBELL_S = 5.0
@@ -56,8 +64,16 @@ class Service:
 
 
 @contextmanager
-def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) -> Iterator[Service]:
+def open_service(
+    settings: Settings,
+    *,
+    on_fatal: Callable[[FatalError], None],
+    on_answered: Callable[[Sequence[Settled]], None] = lambda _: None,
+) -> Iterator[Service]:
     """Load the model, start all parts, claim; on leaving, stop in the direction of the data.
+
+    Args:
+        on_answered: told each answer that was written; must not raise and not block.
 
     Raises:
         FatalError: when a part can't start. Nothing has been claimed then.
@@ -65,12 +81,14 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
     began_s = time.monotonic()
     # The name lets an operator see who holds a claim; '|' parts the fields of a claim's record.
     token = f"{settings.worker_name.replace('|', '-')}.{secrets.token_hex(4)}"
-    health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file, stuck_s=settings.stuck_s)
+    health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file)
     health.ready(is_ready=False)
+    progress = Progress()
     with ExitStack() as stack:
         client = stack.enter_context(connect(settings))
         doorbell = Doorbell(stack.enter_context(connect(settings, block_s=DOORBELL_S)), block_s=DOORBELL_S)
         claims = make_claims(settings, client, token)
+        ledger = make_ledger(settings, client, token)
         folder = model_folder(settings.model)
         spec = read_image_spec(folder)
         loaders = make_loaders(
@@ -82,36 +100,52 @@ def open_service(settings: Settings, *, on_fatal: Callable[[FatalError], None]) 
         stack.callback(loaders.close, LOADERS_STOP_S)
         loaders.start(START_S)
         settler = Settler(
-            committer=make_committer(settings, client, token),
-            claims=claims,
-            worker=settings.worker_name,
+            Committer(ledger, worker=settings.worker_name),
+            claims,
+            away=make_away("commit", client, progress),
             on_settled=lambda jobs: pipeline.settled(jobs),  # noqa: PLW0108 bound when it is called
-            log_job=job_logger(level=settings.log_level),
+            on_answered=_teller(job_logger(level=settings.log_level), on_answered),
             on_fatal=on_fatal,
         )
         encoder = open_encoder(settings, folder, spec)
-        stages = make_stages(
-            settings, claims=claims, doorbell=doorbell, loaders=loaders, encoder=encoder, settler=settler
-        )
-        pipeline = Pipeline(stages, make_limits(settings), on_fatal=on_fatal)
-        alive = health.alive_while(lambda: pipeline.progress_s, lambda: bool(pipeline.held()))
-        heartbeat = Heartbeat(claims, lease_s=settings.lease_s, held=pipeline.held, alive=alive, away=Away("heartbeat"))
-
-        def stop(grace_s: float) -> None:
-            """Intake first, leases last: whoever holds a job keeps its lease until it is answered or given back."""
-            health.ready(is_ready=False)
-            give_back(claims, pipeline.stop(grace_s=grace_s))
-            settler.close(timeout_s=settings.redis_timeout_s * 2)
-            heartbeat.close()
-
-        once = _Once(stop)
+        away = make_away("claim", client, progress)
+        stages = make_stages(settings, claims, doorbell, loaders, encoder, settler, away)
+        pipeline = Pipeline(stages, make_limits(settings), progress=progress, on_fatal=on_fatal)
+        signs = Signs(held=pipeline.held, alive=health.alive, suspects=doorbell.ring)
+        upkeep = make_upkeep(settings, client, ledger, token)
+        heartbeat = make_heartbeat(settings, claims, upkeep, signs, progress, client=client, encoder=encoder)
+        ended = EndedJobs(client, on_ended=pipeline.ended)
+        stack.callback(heartbeat.close)
+        stack.callback(ended.close)
+        once = _Once(partial(_stop, settings, health=health, claims=claims, pipeline=pipeline, settler=settler))
         stack.callback(once, settings.grace_s)
-        settler.start()
-        doorbell.start()
-        heartbeat.start()
-        pipeline.start()
+        for part in (settler, doorbell, heartbeat, ended, pipeline):
+            part.start()
         health.ready(is_ready=True)
         yield Service(pipeline=pipeline, stop=once, ready_after_s=round(time.monotonic() - began_s, 3))
+
+
+def _stop(
+    settings: Settings, grace_s: float, *, health: Health, claims: Claims, pipeline: Pipeline, settler: Settler
+) -> None:
+    """Intake first, leases last: whoever holds a job keeps its lease until it is answered or given back."""
+    health.ready(is_ready=False)
+    give_back(claims, pipeline.stop(grace_s=grace_s))
+    settler.close(timeout_s=settings.redis_timeout_s * 2)
+
+
+def _teller(
+    log_job: Callable[[Answer, float, bool], None] | None, on_answered: Callable[[Sequence[Settled]], None]
+) -> Callable[[Sequence[Settled]], None]:
+    """One log line for each answer, then whatever the Celery side does with it."""
+
+    def tell(settled: Sequence[Settled]) -> None:
+        if log_job is not None:
+            for one in settled:
+                log_job(one.entry.answer, one.commit_s, not one.is_first)
+        on_answered(settled)
+
+    return tell
 
 
 def give_back(claims: Claims, left: Sequence[Release]) -> None:

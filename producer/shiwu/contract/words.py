@@ -83,6 +83,7 @@ class ErrorCode(StrEnum):
     DECODER_CRASHED = "decoder_crashed"  # killed its loader, twice, alone
     DECODER_TIMEOUT = "decoder_timeout"  # fetch and decode exceeded the time limit, twice
     ENCODE_FAILED = "encode_failed"  # the model failed on this picture
+    OUT_OF_MEMORY = "out_of_memory"  # the device had no room, not even for this picture alone
     EXPIRED = "expired"  # the deadline passed before the picture was encoded
     CANCELLED = "cancelled"  # somebody who may do so cancelled the job
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # its workers died or gave it back too often

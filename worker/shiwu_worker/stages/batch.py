@@ -34,7 +34,7 @@ class Batcher(Generic[T]):
 
     def __init__(self, *, cap: int, bulk_share: float, linger_s: float = 0.0) -> None:
         self._cap = cap
-        self._bulk_least = int(cap * bulk_share)
+        self._bulk_share = bulk_share
         self._linger_s = linger_s
         self._interactive: deque[T] = deque()
         self._bulk: deque[T] = deque()
@@ -56,10 +56,15 @@ class Batcher(Generic[T]):
                 full_at = time.monotonic() + self._linger_s
                 while not self._closed and self._waiting() < self._cap and (left := full_at - time.monotonic()) > 0:
                     self._changed.wait(left)
-            least = min(self._bulk_least, len(self._bulk))
+            least = min(int(self._cap * self._bulk_share), len(self._bulk))
             urgent = min(self._cap - least, len(self._interactive))
             rest = min(self._cap - urgent, len(self._bulk))
             return [self._interactive.popleft() for _ in range(urgent)] + [self._bulk.popleft() for _ in range(rest)]
+
+    def lower_cap(self, cap: int) -> None:
+        """Make no batch larger than this from now on; a cap that is lower already stays."""
+        with self._changed:
+            self._cap = max(1, min(self._cap, cap))
 
     def drain(self) -> list[T]:
         """Take everything that waits, of any number, without waiting."""

@@ -22,7 +22,9 @@ from shiwu.contract import (
     DELAYED,
     LEASES,
     PARKED,
-    WORKERS,
+    REVOKED,
+    SUSPECTS,
+    SUSPECTS_TAKER,
     Lane,
     done_key,
 )
@@ -31,15 +33,16 @@ from shiwu_worker.job import Claimed, Release
 MAX_CLAIM: Final = 1000
 """Lua's stack holds about 8,000 values, and a claim unpacks two for each job."""
 _LANE_KEYS: Final = (*Lane.INTERACTIVE.keys, *Lane.BULK.keys)
-_LANES: Final = (Lane.INTERACTIVE,) * 4 + (Lane.BULK,) * 4
+_BULK: Final = frozenset(Lane.BULK.keys)
 
 
 @dataclass(frozen=True, slots=True)
-class Tended:
-    """What one round of looking after the others' jobs did."""
+class Taken:
+    """What one claim brought."""
 
-    reaped: int
-    promoted: int
+    jobs: tuple[Claimed, ...]
+    alone: bool = False
+    """Suspects wait and are ours to take: one at a time, while we hold nothing else."""
 
 
 class Claims:
@@ -51,36 +54,42 @@ class Claims:
         bulk_share: share of the places that bulk gets although interactive jobs wait, 0 to 1.
     """
 
-    def __init__(self, client: redis.Redis, *, token: str, worker: str, lease_s: float, bulk_share: float) -> None:
+    def __init__(self, client: redis.Redis, *, token: str, lease_s: float, bulk_share: float) -> None:
         self._token = token
-        self._worker = worker
         self._lease_ms = int(lease_s * 1000)
         self._bulk_share = bulk_share
         self._bulk_owed = 0.0
         self._claim = _script(client, "claim")
         self._renew = _script(client, "renew")
-        self._tend = _script(client, "tend")
         self._release = _script(client, "release")
 
-    def claim(self, limit: int) -> list[Claimed]:
+    def claim(self, limit: int, *, holds_nothing: bool = False) -> Taken:
         """Take up to `limit` jobs, interactive first. Copies of answered or claimed jobs are dropped on the way."""
         limit = min(limit, MAX_CLAIM)
         # A debt from times without bulk must not later shut interactive jobs out: two claims' worth at most.
         fair = limit * self._bulk_share
         bulk_owed = min(self._bulk_owed + fair, max(2.0, 2 * fair))
         reply: list[Any] = self._claim(
-            keys=[CLAIMS, LEASES, ATTEMPTS, COUNTERS, *_LANE_KEYS],
-            args=[self._token, limit, int(bulk_owed), self._lease_ms, done_key("")],
+            keys=[CLAIMS, LEASES, ATTEMPTS, COUNTERS, SUSPECTS, SUSPECTS_TAKER, REVOKED, *_LANE_KEYS],
+            args=[self._token, limit, int(bulk_owed), self._lease_ms, done_key(""), int(holds_nothing)],
         )
         claimed_s = time.monotonic()
         claimed_ms = float(reply[0])
-        jobs = [
-            Claimed(reply[i].decode(), reply[i + 1], _LANES[reply[i + 2] - 1], reply[i + 3], claimed_ms, claimed_s)
-            for i in range(1, len(reply), 4)
-        ]
+        jobs = tuple(
+            Claimed(
+                id=reply[i].decode(),
+                attempt=reply[i + 1],
+                key=_LANE_KEYS[reply[i + 2] - 1],
+                raw=reply[i + 3],
+                claimed_ms=claimed_ms,
+                claimed_s=claimed_s,
+                is_revoked=reply[i + 4] == 1,
+            )
+            for i in range(2, len(reply), 5)
+        )
         if jobs:
-            self._bulk_owed = max(0.0, bulk_owed - sum(job.lane is Lane.BULK for job in jobs))
-        return jobs
+            self._bulk_owed = max(0.0, bulk_owed - sum(job.key in _BULK for job in jobs))
+        return Taken(jobs, alone=bool(reply[1]))
 
     def renew(self, ids: Sequence[str]) -> list[str]:
         """Prolong the leases; return the ids that are no longer ours."""
@@ -88,13 +97,6 @@ class Claims:
             return []
         lost: list[bytes] = self._renew(keys=[CLAIMS, LEASES], args=[self._token, self._lease_ms, *ids])
         return [job_id.decode() for job_id in lost]
-
-    def tend(self, *, most: int = 500) -> Tended:
-        """Put jobs of dead workers and jobs whose delay is over back to the front of their lanes."""
-        reaped, promoted = self._tend(
-            keys=[CLAIMS, LEASES, ATTEMPTS, DELAYED, PARKED, COUNTERS, WORKERS], args=[self._worker, most]
-        )
-        return Tended(reaped=reaped, promoted=promoted)
 
     def release(self, releases: Sequence[Release]) -> int:
         """Give jobs back; return how many were still ours. The last one given comes first in its lane."""
@@ -132,7 +134,6 @@ class Doorbell:
 
     def wait(self, timeout_s: float) -> bool:
         """Block until a lane holds a message (True), or the time is over or the bell is closed (False)."""
-        self._rung.clear()
         if self._closed.is_set():
             return False
         self._idle.set()
@@ -140,6 +141,12 @@ class Doorbell:
             return self._rung.wait(timeout_s)
         finally:
             self._idle.clear()
+            # After the wait and not before: a ring between two waits must wake the second.
+            self._rung.clear()
+
+    def ring(self) -> None:
+        """Wake whoever waits: there is work that no lane shows."""
+        self._rung.set()
 
     def close(self) -> None:
         """Stop watching and wake whoever waits. Threads that are blocked on the server end with the process."""

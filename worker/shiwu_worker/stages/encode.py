@@ -7,6 +7,7 @@ picture gets the same vector whatever its neighbours are. After the projection e
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,17 +20,10 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from shiwu.contract import Head, ModelInfo
+from shiwu_worker.errors import NonFiniteError, Trouble
 
 TEXTS_AT_ONCE: Final = 128
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class NonFiniteError(ValueError):
-    """The model gave NaN or infinity for these rows of the batch."""
-
-    def __init__(self, rows: Sequence[int]) -> None:
-        super().__init__(f"expected finite vectors, got NaN or infinity in rows {list(rows)[:20]}")
-        self.rows = tuple(rows)
 
 
 def choose_device(asked: str) -> torch.device:
@@ -93,6 +87,8 @@ class Encoder:
         self.bias = None if bias is None else float(bias)
         self.default_head: Head = "softmax" if bias is None else "sigmoid"
         self._model = model.to(device=self._device, dtype=self._dtype)
+        self._exact: Any = None
+        self._folder = folder
         self._tokenizer = _load_tokenizer(folder)
         self.rungs = tuple(rungs)
         # (x / 255 - mean) / std as one multiplication and one addition, in FP32.
@@ -106,6 +102,8 @@ class Encoder:
             dtype=str(self._dtype).removeprefix("torch."),
             device=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type,
         )
+        self.slowest_s = 0.0
+        """The longest forward pass of the warm-up."""
         size = _image_size(self._model.config)
         self._shape = (size, size, 3)
         self._staging = torch.zeros(
@@ -120,7 +118,9 @@ class Encoder:
             NonFiniteError: when this dtype overflows on this model.
         """
         for rung in reversed(self.rungs):
+            began_s = time.monotonic()
             self.encode(np.full((rung, *self._shape), 127, np.uint8))
+            self.slowest_s = max(self.slowest_s, time.monotonic() - began_s)
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pictures uint8 (n, h, w, 3) → unit vectors float32 (n, d).
@@ -136,11 +136,24 @@ class Encoder:
         rung = next(size for size in self.rungs if size >= count)
         self._staged[:count] = pixels
         self._staged[count:rung] = 0
+        return _finite(self._run(self._model, self._staging[:rung], self._dtype)[:count])
+
+    def encode_exact(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The same in FP32, whatever dtype is in use: for pictures that overflow a smaller one.
+
+        The first call loads the checkpoint again; its weights then stay on the device beside the others.
+        """
+        if self._exact is None:
+            is_exact = self._dtype is torch.float32
+            self._exact = self._model if is_exact else _load(self._folder).eval().requires_grad_(False).to(self._device)
+        return _finite(self._run(self._exact, torch.from_numpy(np.ascontiguousarray(pixels)), torch.float32))
+
+    def _run(self, model: Any, pixels: torch.Tensor, dtype: torch.dtype) -> NDArray[np.float32]:
         with torch.inference_mode():
-            raw = self._staging[:rung].to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-            ready = (raw.float() * self._gain + self._shift).to(self._dtype)
-            vectors = _unit(_pooled(self._model.get_image_features(pixel_values=ready)))[:count].cpu().numpy()
-        return _finite(vectors)
+            raw = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            ready = (raw.float() * self._gain + self._shift).to(dtype)
+            vectors: NDArray[np.float32] = _unit(_pooled(model.get_image_features(pixel_values=ready))).cpu().numpy()
+        return vectors
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """m texts → unit vectors float32 (m, d). Texts longer than the model's limit are cut, as the tokenizer does."""
@@ -161,14 +174,15 @@ class Encoder:
         with torch.inference_mode():
             return _finite(_unit(_pooled(self._model.get_text_features(**tokens))).cpu().numpy())
 
-    def is_broken(self, error: BaseException) -> bool:
-        """Whether the device's context is lost, so that no later batch can succeed in this process.
-
-        Out of memory is not that: it is an error of one batch.
-        """
-        if self._device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
-            return False
-        return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    def trouble(self, error: BaseException) -> Trouble:
+        """What an error of `encode` means for its batch."""
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()  # nothing happens where CUDA is not in use
+            return Trouble.OUT_OF_MEMORY
+        if isinstance(error, MemoryError) or "not enough memory" in str(error):
+            return Trouble.OUT_OF_MEMORY
+        is_lost = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+        return Trouble.LOST if is_lost else Trouble.OTHER
 
 
 @contextmanager
@@ -231,5 +245,6 @@ def _unit(vectors: torch.Tensor) -> torch.Tensor:
 def _finite(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if bad.size:
-        raise NonFiniteError(bad.tolist())
+        rows = tuple(bad.tolist())
+        raise NonFiniteError(f"expected finite vectors, got NaN or infinity in rows {list(rows)[:20]}", rows)
     return vectors

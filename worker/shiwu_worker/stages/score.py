@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shiwu.contract import Head, ModelInfo, Tag
+from shiwu_worker.errors import WrongVectors
 from shiwu_worker.job import Job
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Scorer:
     def score(self, jobs: Sequence[Job], vectors: NDArray[np.float32]) -> None:
         """Row i of `vectors` (n, d) belongs to `jobs[i]`."""
         if len(jobs) != len(vectors):
-            raise ValueError(f"expected {len(jobs)} vectors, one for each job, got {len(vectors)}")
+            raise WrongVectors(f"expected {len(jobs)} vectors, one for each job, got {len(vectors)}")
         groups: dict[str, list[int]] = defaultdict(list)
         for row, job in enumerate(jobs):
             if job.label_set is not None:

@@ -1,11 +1,15 @@
 -- Takes up to `limit` messages from the lanes and records each under a lease, in one atomic step.
--- KEYS  claims, leases, attempts, counters, then 4 keys of the interactive lane, then 4 of the bulk lane
--- ARGV  token, limit, least number to take from bulk, lease in ms, prefix of the marks of answered ids
--- Reply server time in ms, then for each job: id, attempt, number of its lane key (1 to 8), message bytes
+-- Jobs whose workers died twice are suspects: one worker at a time takes them, one by one, while it holds nothing else, so
+-- that the guilty one convicts itself alone.
+-- KEYS  claims, leases, attempts, counters, suspects, taker of suspects, revoked ids, then 4 keys of each lane, interactive first
+-- ARGV  token, limit, least number to take from bulk, lease in ms, prefix of the marks of answered ids, '1' if we hold nothing
+-- Reply server time in ms, 1 if we take suspects now, then for each job: id, attempt, number of its lane key (1 to 8),
+--       message, 1 if Celery's revoke named it
 local claims, leases, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local suspects, taker, revoked = KEYS[5], KEYS[6], KEYS[7]
 local token, limit, bulk_least = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local lease_ms, done_prefix = tonumber(ARGV[4]), ARGV[5]
-local FIRST, BULK, LAST = 5, 9, 12
+local lease_ms, done_prefix, holds_nothing = tonumber(ARGV[4]), ARGV[5], ARGV[6] == '1'
+local FIRST, BULK, LAST = 8, 12, 15
 local READABLE_BYTES = 4 * 1024 * 1024
 
 -- A wrong type must stop the script before anything is popped: Redis does not undo a script.
@@ -34,6 +38,17 @@ end
 local ids, raws, from, done_keys = {}, {}, {}, {}
 local seen, dropped = {}, 0
 
+local function note(raw, k)
+  local id = identity(raw)
+  if seen[id] then
+    dropped = dropped + 1
+  else
+    seen[id] = true
+    ids[#ids + 1], raws[#raws + 1], from[#from + 1] = id, raw, k
+    done_keys[#done_keys + 1] = done_prefix .. id
+  end
+end
+
 local function take(first, last, want)
   local got = 0
   for k = first, last do
@@ -42,29 +57,41 @@ local function take(first, last, want)
     if popped and not popped.err then
       for _, raw in ipairs(popped) do
         got = got + 1
-        local id = identity(raw)
-        if seen[id] then
-          dropped = dropped + 1
-        else
-          seen[id] = true
-          ids[#ids + 1], raws[#raws + 1], from[#from + 1] = id, raw, k
-          done_keys[#done_keys + 1] = done_prefix .. id
-        end
+        note(raw, k)
       end
     end
   end
   return got
 end
 
-local got = take(BULK, LAST, math.min(bulk_least, limit))
-got = got + take(FIRST, BULK - 1, limit - got)
-take(BULK, LAST, limit - got)
+local alone = 0
+if redis.call('LLEN', suspects) > 0 then
+  local holder = redis.call('GET', taker)
+  if not holder or holder == token then
+    alone = 1
+    redis.call('SET', taker, token, 'PX', math.max(1, lease_ms))
+    if holds_nothing then
+      local lane, raw = string.match(redis.call('RPOP', suspects), '^([^|]*)|(.*)$')
+      local from_key = FIRST
+      for k = FIRST, LAST do
+        if KEYS[k] == lane then from_key = k end
+      end
+      note(raw, from_key)
+    end
+  end
+end
+if alone == 0 then
+  local got = take(BULK, LAST, math.min(bulk_least, limit))
+  got = got + take(FIRST, BULK - 1, limit - got)
+  take(BULK, LAST, limit - got)
+end
 
-local reply = { tostring(now) }
+local reply = { tostring(now), alone }
 if #ids > 0 then
   local answered = redis.call('MGET', unpack(done_keys))
   local held = redis.call('HMGET', claims, unpack(ids))
   local tried = redis.call('HMGET', attempts, unpack(ids))
+  local unwanted = redis.call('ZCARD', revoked) > 0 and redis.call('ZMSCORE', revoked, unpack(ids)) or {}
   local records, terms = {}, {}
   for i, id in ipairs(ids) do
     if answered[i] or held[i] then
@@ -80,6 +107,7 @@ if #ids > 0 then
       reply[#reply + 1] = attempt
       reply[#reply + 1] = from[i] - FIRST + 1
       reply[#reply + 1] = raws[i]
+      reply[#reply + 1] = unwanted[i] and 1 or 0
     end
   end
   if #records > 0 then

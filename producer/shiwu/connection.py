@@ -1,0 +1,106 @@
+"""One way to Redis for producers, workers and the sweep: a plain server, TLS, or the primary that sentinels name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import redis
+from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+SENTINEL_PORT: Final = 26379
+
+
+@dataclass(frozen=True, slots=True)
+class SentinelAddress:
+    """`sentinel://[user:password@]host:port,host:port/name[/database][?sentinel_password=…]`, read.
+
+    User and password are the Redis servers'; sentinels have a password of their own.
+    """
+
+    hosts: tuple[tuple[str, int], ...]
+    name: str
+    database: int
+    username: str | None
+    password: str | None
+    sentinel_password: str | None
+
+
+def read_sentinel_url(url: str) -> SentinelAddress:
+    """Read a sentinel URL.
+
+    Raises:
+        ValueError: says what form was expected. The URL is not in the text, for it may hold a password.
+    """
+    expected = "expected sentinel://[user:password@]host:port,host:port/master-name[/database]"
+    parts = urlsplit(url)
+    login, _, hosts = parts.netloc.rpartition("@")
+    username, _, password = login.partition(":")
+    path = parts.path.strip("/").split("/")
+    if parts.scheme != "sentinel" or not hosts or not path[0] or len(path) > 2:
+        raise ValueError(expected)
+    try:
+        database = int(path[1]) if len(path) == 2 else 0
+        addresses = tuple(_address(host) for host in hosts.split(","))
+    except ValueError:
+        raise ValueError(expected) from None
+    own = parse_qs(parts.query).get("sentinel_password")
+    return SentinelAddress(
+        hosts=addresses,
+        name=path[0],
+        database=database,
+        username=unquote(username) or None,
+        password=unquote(password) or None,
+        sentinel_password=own[0] if own else None,
+    )
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":") if not text.endswith("]") and ":" in text else (text, "", SENTINEL_PORT)
+    if not host:
+        raise ValueError("expected a host")
+    return host.strip("[]"), int(port)
+
+
+def connect(
+    url: str, *, timeout_s: float, block_s: float = 0.0, retries: int = 0, client_name: str | None = None
+) -> redis.Redis:
+    """A client whose every wait is bounded.
+
+    Args:
+        block_s: how long the longest blocking command of this client asks the server to wait.
+        retries: how often a command is tried again at once after a lost connection. A worker takes 0: who knows the
+            job's fate decides that there.
+    """
+    retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), retries) if retries else Retry(NoBackoff(), 0)
+    options: dict[str, Any] = {
+        "socket_timeout": timeout_s + block_s,
+        "socket_connect_timeout": timeout_s,
+        "socket_keepalive": True,
+        "health_check_interval": 0 if block_s else 30,
+        "retry": retry,
+        "client_name": client_name,
+    }
+    if not url.startswith("sentinel:"):
+        return redis.Redis.from_url(url, **options)
+    address = read_sentinel_url(url)
+    waits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": retry}
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]  # redis' own
+        list(address.hosts), sentinel_kwargs=waits | {"password": address.sentinel_password}
+    )
+    primary: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]  # redis' own
+        address.name, **options, db=address.database, username=address.username, password=address.password
+    )
+    return primary
+
+
+def start_anew(client: redis.Redis, error: redis.RedisError) -> None:
+    """Leave a server that became a replica: the next connection asks anew who the primary is.
+
+    Without sentinels the name in the URL is resolved anew, which is how managed services move a primary.
+    """
+    if isinstance(error, redis.ReadOnlyError):
+        client.connection_pool.disconnect()

@@ -1,0 +1,167 @@
+"""The one way an answer comes into Redis, whoever gives it: a worker, a cancelling producer, the sweep.
+
+One script for a whole batch: the first answer of an id is stored in Celery's result format, published to waiters and
+appended to the results stream; a later one is discarded. Either way claim, lease and attempts are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from typing import Any, Final
+
+import redis
+from pydantic_core import to_json
+
+from shiwu.contract import (
+    ATTEMPTS,
+    CANVAS,
+    CANVAS_DUE,
+    CLAIMS,
+    COUNTERS,
+    DEAD,
+    DEAD_ANSWERS,
+    DEAD_MESSAGES,
+    DEADLINES,
+    ENDED,
+    LEASES,
+    RESULT_STREAM,
+    Answer,
+    Status,
+    done_key,
+    result_key,
+)
+
+MAX_COMMIT: Final = 5000
+"""Lua's stack holds about 8,000 values, and a commit unpacks one for each job."""
+RESULT_TTL_S: Final = 86_400
+DONE_TTL_S: Final = 2 * 86_400
+DEAD_LENGTH: Final = 10_000
+CANVAS_PATIENCE_S: Final = 30.0
+_KINDS: Final = {Status.TAGGED: "S", Status.EXPIRED: "R", Status.CANCELLED: "R"}
+_KEYS: Final = (
+    *(CLAIMS, LEASES, ATTEMPTS, RESULT_STREAM, DEAD, DEAD_ANSWERS, DEAD_MESSAGES, COUNTERS),
+    *(DEADLINES, CANVAS, CANVAS_DUE),
+)
+
+
+class NotReplicated(redis.RedisError):
+    """Fewer replicas than asked for have confirmed a write in time. It stands on the primary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One answer on its way to Redis."""
+
+    answer: Answer
+    id: str
+    """The job id, or `~` and a digest where the message has no valid one."""
+    ignore_result: bool = False
+    message: bytes = b""
+    """`lane key|message bytes`, where the job becomes a dead letter or has callbacks."""
+    is_dead: bool = False
+    has_callbacks: bool = False
+    is_aside: bool = False
+    """Given by somebody who does not hold the job; a worker that holds it is told."""
+
+    @property
+    def kind(self) -> str:
+        """The letters that the script reads."""
+        flags = (self.ignore_result, "I"), (self.is_dead, "D"), (self.has_callbacks, "C"), (self.is_aside, "A")
+        return _KINDS.get(self.answer.status, "F") + "".join(letter for is_set, letter in flags if is_set)
+
+
+class Ledger:
+    """Writes answers. Thread-safe; raises redis.RedisError, after which the same answers may be written again.
+
+    Args:
+        token: unique to this writer's life; by it a write that is tried again knows its own answers.
+        result_ttl_s: how long an answer can be read under its key.
+        done_ttl_s: how long an id counts as answered; longer than any redelivery can take.
+        dead_length: how many dead letters are kept.
+        canvas_patience_s: how long the callbacks of an answer are its worker's to send; then they are anybody's.
+        replicas: how many replicas must confirm each write, within `replicas_timeout_s`.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        *,
+        token: str,
+        result_ttl_s: int = RESULT_TTL_S,
+        done_ttl_s: int = DONE_TTL_S,
+        dead_length: int = DEAD_LENGTH,
+        canvas_patience_s: float = CANVAS_PATIENCE_S,
+        replicas: int = 0,
+        replicas_timeout_s: float = 1.0,
+    ) -> None:
+        self._client = client
+        self._token = token
+        self._replicas = replicas
+        self._replicas_timeout_s = replicas_timeout_s
+        self._script = load_script(client, "commit")
+        self._limits = [result_ttl_s, done_ttl_s, dead_length]
+        self._rest = [done_key(""), result_key(""), ENDED, int(canvas_patience_s * 1000)]
+
+    def write(self, entries: Sequence[Entry]) -> set[str]:
+        """Answer at most MAX_COMMIT jobs; return the ids that somebody had answered before.
+
+        Raises:
+            NotReplicated: the answers stand on the primary only.
+        """
+        if not entries:
+            return set()
+        args: list[Any] = [*self._limits, datetime.now(UTC).isoformat(), *self._rest]
+        for entry in entries:
+            mark = f"{self._token}:{entry.answer.attempts}"
+            args += [entry.id, entry.kind, entry.answer.to_json(), failure_head(entry.answer), entry.message, mark]
+        if not self._replicas:
+            again: list[bytes] = self._script(keys=_KEYS, args=args)
+        else:
+            # WAIT speaks of the writes of its own connection.
+            with self._client.client() as one:  # type: ignore[no-untyped-call]  # redis' own
+                again = self._script(keys=_KEYS, args=args, client=one)
+                wait_replicated(one, replicas=self._replicas, timeout_s=self._replicas_timeout_s)
+        return {job_id.decode() for job_id in again}
+
+
+def wait_replicated(one: redis.Redis, *, replicas: int, timeout_s: float) -> None:
+    """Wait until the replicas have what this connection wrote.
+
+    Raises:
+        NotReplicated: too few of them confirmed it in time.
+    """
+    reached: Any = one.wait(replicas, int(timeout_s * 1000))
+    if reached < replicas:
+        raise NotReplicated(
+            f"expected {replicas} replicas to confirm within {timeout_s:g} s, {reached} did; the write stands on the "
+            "primary, and writing the same id again is safe"
+        )
+
+
+def failure_head(answer: Answer) -> bytes:
+    """Celery's exception form without its closing brace, so that the server can put the answer in once."""
+    if answer.status is Status.TAGGED:
+        return b""
+    return to_json(exception_form(answer))[:-1]
+
+
+def exception_form(answer: Answer) -> dict[str, Any]:
+    """How Celery's JSON results write the exception that `AsyncResult.get()` raises."""
+    if answer.status in {Status.EXPIRED, Status.CANCELLED}:
+        return {
+            "exc_type": "TaskRevokedError",
+            "exc_message": [answer.status.value],
+            "exc_module": "celery.exceptions",
+        }
+    error = answer.error
+    message = f"{error.code}: {error.message}" if error else answer.status.value
+    return {"exc_type": "JobFailed", "exc_message": [message], "exc_module": "shiwu.errors"}
+
+
+def load_script(client: redis.Redis, name: str) -> Any:
+    """A script of this package, sent again by itself when the server has forgotten it."""
+    source = files("shiwu").joinpath(f"scripts/{name}.lua").read_text(encoding="utf-8")
+    return client.register_script(source)

@@ -1,0 +1,75 @@
+-- Answers jobs, each once: stores the answer, announces it, appends it to the stream, and drops claim, lease and attempts.
+-- KEYS  claims, leases, attempts, results stream, dead, dead answers, dead messages, counters, deadlines, canvas, canvas due
+-- ARGV  result ttl in s, mark ttl in s, most dead letters, date, prefix of marks, prefix of results, channel of ended jobs,
+--       patience with canvas in ms, then for each job: id, kind, answer, start of Celery's result for a failure,
+--       `lane key|raw message` where kind asks for it, mark
+-- kind  S success, F failure, R revoked; then any of I no result is wanted, D is kept as a dead letter,
+--       C has callbacks to send, A answered by somebody who does not hold it
+-- Reply the ids that had been answered before, but not by an earlier try of this commit
+local claims, leases, attempts, results = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local dead, dead_answers, dead_messages, counters = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
+local deadlines, canvas, canvas_due = KEYS[9], KEYS[10], KEYS[11]
+local result_ttl, done_ttl, most_dead, date = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local done_prefix, result_prefix, ended, patience_ms = ARGV[5], ARGV[6], ARGV[7], tonumber(ARGV[8])
+local FIRST, STEP = 9, 6
+local STATES = { S = 'SUCCESS', F = 'FAILURE', R = 'REVOKED' }
+
+-- A wrong type must stop the script before the first answer is marked: Redis does not undo a script.
+for _, hash in ipairs({ claims, attempts, dead_answers, dead_messages, counters, canvas }) do redis.call('HLEN', hash) end
+for _, set in ipairs({ leases, dead, canvas_due }) do redis.call('ZCARD', set) end
+redis.call('XLEN', results)
+local has_deadlines = redis.call('ZCARD', deadlines) > 0
+
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local ids = {}
+for i = FIRST, #ARGV, STEP do ids[#ids + 1] = ARGV[i] end
+-- First what frees memory: a server that is full denies a script that begins with a write that needs some.
+redis.call('HDEL', claims, unpack(ids))
+redis.call('ZREM', leases, unpack(ids))
+redis.call('HDEL', attempts, unpack(ids))
+if has_deadlines then redis.call('ZREM', deadlines, unpack(ids)) end
+
+local again = {}
+for i = FIRST, #ARGV, STEP do
+  local id, kind, answer, head, raw, mark = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], ARGV[i + 5]
+  if redis.call('SET', done_prefix .. id, mark, 'NX', 'EX', done_ttl) then
+    if string.find(kind, 'D', 2, true) then
+      redis.call('ZADD', dead, now, id)
+      redis.call('HSET', dead_answers, id, answer)
+      redis.call('HSET', dead_messages, id, raw)
+    end
+    if string.sub(id, 1, 1) ~= '~' then
+      if not string.find(kind, 'I', 2, true) then
+        local result = head == '' and answer or head .. ',"answer":' .. answer .. '}'
+        local meta = '{"status":"' .. STATES[string.sub(kind, 1, 1)] .. '","result":' .. result
+          .. ',"traceback":null,"children":[],"date_done":"' .. date .. '","task_id":"' .. id .. '"}'
+        redis.call('SET', result_prefix .. id, meta, 'EX', result_ttl)
+        redis.call('PUBLISH', result_prefix .. id, meta)
+      end
+      if string.find(kind, 'C', 2, true) then
+        redis.call('HSET', canvas, id, #answer .. '|' .. answer .. raw)
+        redis.call('ZADD', canvas_due, now + patience_ms, id)
+      end
+      redis.call('XADD', results, '*', 'id', id, 'answer', answer)
+    end
+    if string.find(kind, 'A', 2, true) then redis.call('PUBLISH', ended, id) end
+  elseif redis.call('GET', done_prefix .. id) ~= mark then
+    -- Our own mark means that an earlier try of this very commit had arrived and only its reply was lost.
+    again[#again + 1] = id
+  end
+end
+
+local excess = redis.call('ZCARD', dead) - most_dead
+if excess > 0 then
+  local oldest = redis.call('ZPOPMIN', dead, math.min(excess, 1000))
+  local gone = {}
+  for i = 1, #oldest, 2 do gone[#gone + 1] = oldest[i] end
+  redis.call('HDEL', dead_answers, unpack(gone))
+  redis.call('HDEL', dead_messages, unpack(gone))
+  redis.call('HINCRBY', counters, 'dead_dropped', #gone)
+end
+redis.call('HINCRBY', counters, 'answered', #ids - #again)
+if #again > 0 then redis.call('HINCRBY', counters, 'answers_discarded', #again) end
+return again

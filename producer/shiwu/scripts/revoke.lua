@@ -1,0 +1,16 @@
+-- Celery's revoke names ids of anybody's tasks. Those that are known to be ours are the caller's to answer; the others are
+-- remembered for a while, in case they wait in a lane, and answered when they are claimed.
+-- KEYS  claims, parked, revoked      ARGV  how long in ms, most to remember, ids...      Reply the ids known to be ours
+local claims, parked, revoked = KEYS[1], KEYS[2], KEYS[3]
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local ours = {}
+for i = 3, #ARGV do
+  if redis.call('HEXISTS', claims, ARGV[i]) == 1 or redis.call('HEXISTS', parked, ARGV[i]) == 1 then
+    ours[#ours + 1] = ARGV[i]
+  else
+    redis.call('ZADD', revoked, now + tonumber(ARGV[1]), ARGV[i])
+  end
+end
+redis.call('ZREMRANGEBYRANK', revoked, 0, -1 - tonumber(ARGV[2]))
+return ours

@@ -1,0 +1,28 @@
+-- Takes answered jobs whose Celery callbacks are to be sent; until the patience is over nobody else takes them.
+-- KEYS  canvas, canvas due      ARGV  patience in ms, most, then ids of our own answers; with none: what others left undone
+-- Reply for each job: id, `length of the answer|answer, lane key|message bytes`
+local canvas, due = KEYS[1], KEYS[2]
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local reply = {}
+
+local function take(id)
+  local record = redis.call('HGET', canvas, id)
+  if record then
+    redis.call('ZADD', due, now + tonumber(ARGV[1]), id)
+    reply[#reply + 1] = id
+    reply[#reply + 1] = record
+  else
+    redis.call('ZREM', due, id)
+  end
+end
+
+if #ARGV > 2 then
+  for i = 3, #ARGV do
+    local mine_until = redis.call('ZSCORE', due, ARGV[i])
+    if mine_until and tonumber(mine_until) > now then take(ARGV[i]) end
+  end
+else
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, tonumber(ARGV[2]))) do take(id) end
+end
+return reply

@@ -1,0 +1,17 @@
+-- Takes messages out of a lane that nobody shall work on any more; the caller then answers them.
+-- A message that is in nobody's hands could be lost, so it is recorded under a lease as a claim is.
+-- KEYS  claims, leases, a lane key      ARGV  token, lease in ms, then for each: id, raw message
+-- Reply the ids that were still there and now are the caller's
+local claims, leases, lane, token = KEYS[1], KEYS[2], KEYS[3], ARGV[1]
+local time = redis.call('TIME')
+local ends = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[2])
+local taken = {}
+for i = 3, #ARGV, 2 do
+  local id, raw = ARGV[i], ARGV[i + 1]
+  if redis.call('HEXISTS', claims, id) == 0 and redis.call('LREM', lane, -1, raw) == 1 then
+    redis.call('HSET', claims, id, token .. '|1|' .. lane .. '|' .. raw)
+    redis.call('ZADD', leases, ends, id)
+    taken[#taken + 1] = id
+  end
+end
+return taken

@@ -1,0 +1,180 @@
+"""What anybody can do for all jobs: bring back those of dead workers, answer those that ran out of time.
+
+Every worker does it once a second, and `shiwu sweep` does it where no worker runs. Many may do it at once: each step is
+one script, and an answer counts once whoever gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import redis
+
+from shiwu.contract import (
+    ATTEMPTS,
+    CLAIMS,
+    COUNTERS,
+    DEAD,
+    DEAD_ANSWERS,
+    DEAD_MESSAGES,
+    DEADLINES,
+    DELAYED,
+    LEASES,
+    PARKED,
+    RESULT_STREAM,
+    REVOKED,
+    SUSPECTS,
+    WORKERS,
+    Answer,
+    ErrorCode,
+    ErrorInfo,
+    ImageInfo,
+    Lane,
+    RequestError,
+    Stage,
+    Status,
+    parse_request,
+    without_query,
+)
+from shiwu.ledger import Entry, Ledger, load_script
+from shiwu.message import Envelope, read_message
+
+SUSPECT_FROM: Final = 2
+"""Attempts that ended with their worker before a job is worked on alone."""
+MAX_LEASE_S: Final = 600.0
+"""No lease reaches further into the future, not even after the server's clock was set back."""
+DEAD_AGE_S: Final = 14 * 86_400.0
+STREAM_LENGTH: Final = 100_000
+TRIMMED_AT_ONCE: Final = 5000
+TAKEN_FOR_S: Final = 15.0
+_LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
+_TENDED: Final = (
+    *(CLAIMS, LEASES, ATTEMPTS, DELAYED, PARKED, COUNTERS, WORKERS, SUSPECTS, DEADLINES),
+    *(DEAD, DEAD_ANSWERS, DEAD_MESSAGES, RESULT_STREAM, REVOKED),
+    *_LANE_KEYS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tended:
+    """What one round did and saw."""
+
+    reaped: int = 0
+    """Jobs taken back from workers whose leases ended."""
+    promoted: int = 0
+    """Jobs whose delay is over."""
+    suspects: int = 0
+    """Jobs that wait to be worked on alone."""
+    waiting: int = 0
+    """Messages in all lanes, suspects included; of the lanes only where it was asked for."""
+    stream_length: int = 0
+    out_of_time: int = 0
+    """Jobs answered `expired` because their waiter's time was over."""
+
+
+class Upkeep:
+    """One who tends. Thread-safe; raises redis.RedisError.
+
+    Args:
+        name: shown among the workers; empty for who is none.
+        stream_length: how many answers the results stream keeps.
+        dead_age_s: how long dead letters are kept.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        ledger: Ledger,
+        *,
+        name: str = "",
+        token: str = "",
+        stream_length: int = STREAM_LENGTH,
+        dead_age_s: float = DEAD_AGE_S,
+    ) -> None:
+        self._client = client
+        self._ledger = ledger
+        self._name = name
+        self._token = token
+        self._stream_length = stream_length
+        self._limits = [SUSPECT_FROM, int(MAX_LEASE_S * 1000), int(dead_age_s * 1000)]
+        self._tend = load_script(client, "tend")
+        self._trim = load_script(client, "trim")
+        self._take_late = load_script(client, "take_late")
+
+    def tend(self, *, most: int = 500, count_waiting: bool = False) -> Tended:
+        """One portion of everything that is due."""
+        reply: Any = self._tend(keys=_TENDED, args=[self._name, most, int(count_waiting), *self._limits])
+        reaped, promoted, suspects, waiting, stream_length, late = reply
+        if late:
+            text = "no answer came by the time that the producer gave (answer_by)"
+            self._ledger.write([_out_of_time(job_id.decode(), text) for job_id in late])
+        return Tended(
+            reaped=reaped,
+            promoted=promoted,
+            suspects=suspects,
+            waiting=waiting,
+            stream_length=stream_length,
+            out_of_time=len(late),
+        )
+
+    def trim(self) -> dict[str, int]:
+        """Shorten the results stream; return for each consumer group how many unacknowledged answers it lost."""
+        reply: Any = self._trim(keys=[RESULT_STREAM, COUNTERS], args=[self._stream_length, TRIMMED_AT_ONCE])
+        return {reply[i].decode(): reply[i + 1] for i in range(1, len(reply), 2)}
+
+    def trim_if_long(self, seen: Tended) -> dict[str, int]:
+        """The same where the last round found the stream too long; costs nothing otherwise."""
+        return self.trim() if seen.stream_length > self._stream_length else {}
+
+    def expire_waiting(self, *, portion: int = 500, most: int = 20_000) -> int:
+        """Answer the waiting messages whose `expires` has passed; looks at the oldest `most` of each lane.
+
+        A worker does this at its claims; here it is done for those who wait while there is none.
+        """
+        seconds, micros = self._client.time()
+        now_ms = seconds * 1000 + micros / 1000
+        expired = 0
+        for key in _LANE_KEYS:
+            for late in self._late_in(key, now_ms=now_ms, portion=portion, most=most):
+                args: list[Any] = [self._token, int(TAKEN_FOR_S * 1000)]
+                for envelope, raw in late:
+                    args += [envelope.id, raw]
+                taken = set(self._take_late(keys=[CLAIMS, LEASES, key], args=args))
+                entries = [_expired(envelope) for envelope, _ in late if envelope.id.encode() in taken]
+                expired += len(entries) - len(self._ledger.write(entries))
+        return expired
+
+    def _late_in(self, key: str, *, now_ms: float, portion: int, most: int) -> Iterator[list[tuple[Envelope, bytes]]]:
+        """Portions of a lane's expired messages, oldest first."""
+        for start in range(1, most, portion):
+            raws: Any = self._client.lrange(key, -(start + portion - 1), -start)
+            late = []
+            for raw in raws:
+                try:
+                    envelope = read_message(raw)
+                except RequestError:
+                    continue  # a worker buries it
+                if envelope.expires_ms is not None and envelope.expires_ms <= now_ms:
+                    late.append((envelope, raw))
+            if late:
+                yield late
+            if len(raws) < portion:
+                return
+
+
+def _out_of_time(job_id: str, text: str) -> Entry:
+    error = ErrorInfo(code=ErrorCode.EXPIRED, message=text, stage=Stage.CLAIM)
+    return Entry(id=job_id, answer=Answer(id=job_id, status=Status.EXPIRED, attempts=0, error=error), is_aside=True)
+
+
+def _expired(envelope: Envelope) -> Entry:
+    entry = _out_of_time(envelope.id, "the deadline passed while the job waited and no worker ran")
+    try:
+        request = parse_request(envelope.fields)
+    except RequestError:
+        return entry
+    image = ImageInfo(reference=without_query(request.image))
+    answer = entry.answer.model_copy(update={"image": image, "metadata": request.metadata})
+    return Entry(id=entry.id, answer=answer, ignore_result=envelope.ignore_result)

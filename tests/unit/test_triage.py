@@ -1,0 +1,172 @@
+"""A batch that fails: every picture gets its own answer, and only the guilty one has no tags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from shiwu.contract import ErrorCode, Lane
+from shiwu_worker.errors import ExitCode, FatalError, NonFiniteError, Trouble, WrongVectors
+from shiwu_worker.job import Job
+from shiwu_worker.timing import Moments
+from shiwu_worker.triage import Triage
+from tests.unit.test_encode import make_encoder, make_model, noise, saved
+
+Pixels = NDArray[np.uint8]
+Vectors = NDArray[np.float32]
+
+
+class Device:
+    """A model whose vector is the picture's number, with faults by number and by size."""
+
+    def __init__(self, count: int) -> None:
+        self.pixels: Pixels = np.arange(count, dtype=np.uint8).reshape(count, 1)
+        self.jobs = [
+            Job(id=f"j{n}", key=Lane.BULK.queue, attempt=1, raw=b"", moments=Moments(claimed_s=0.0), slot=n)
+            for n in range(count)
+        ]
+        self.room = count
+        self.nan: set[int] = set()
+        self.nan_in_fp32: set[int] = set()
+        self.guilty: set[int] = set()
+        self.short = False
+        self.error: Exception | None = None
+        self.sizes: list[int] = []
+        self.exact: list[int] = []
+        self.caps: list[int] = []
+        self.scored: dict[str, float] = {}
+
+    def encode(self, pixels: Pixels) -> Vectors:
+        """The fast path, with whatever is wrong today."""
+        self.sizes.append(len(pixels))
+        numbers = [int(n) for n in pixels[:, 0]]
+        if self.error is not None:
+            raise self.error
+        if len(pixels) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if self.guilty & set(numbers):
+            raise RuntimeError("a kernel failed")
+        if rows := tuple(row for row, n in enumerate(numbers) if n in self.nan):
+            raise NonFiniteError("NaN", rows)
+        return pixels[: -1 if self.short else None].astype(np.float32)
+
+    def encode_exact(self, pixels: Pixels) -> Vectors:
+        """The path in FP32."""
+        [number] = [int(n) for n in pixels[:, 0]]
+        self.exact.append(number)
+        if number in self.nan_in_fp32:
+            raise NonFiniteError("NaN", (0,))
+        return pixels.astype(np.float32)
+
+    def score(self, jobs: Sequence[Job], vectors: Vectors) -> None:
+        """As the scorer: a vector for each job."""
+        if len(jobs) != len(vectors):
+            raise WrongVectors(f"expected {len(jobs)}, got {len(vectors)}")
+        for job, vector in zip(jobs, vectors, strict=True):
+            self.scored[job.id] = float(vector[0])
+
+    def trouble(self, error: BaseException) -> Trouble:
+        """As the encoder judges."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return Trouble.OUT_OF_MEMORY
+        return Trouble.LOST if "CUDA error" in str(error) else Trouble.OTHER
+
+    def run(self) -> None:
+        """One batch of all."""
+        Triage(
+            pixels=self.pixels,
+            encode=self.encode,
+            encode_exact=self.encode_exact,
+            score=self.score,
+            trouble=self.trouble,
+            lower_cap=self.caps.append,
+        ).run(self.jobs)
+
+    def failed(self) -> dict[str, ErrorCode]:
+        """Jobs without tags; the others must have their own vector."""
+        failed = {job.id: job.error.code for job in self.jobs if job.error is not None}
+        expected = {job.id: float(job.slot) for job in self.jobs if job.id not in failed}
+        assert {job_id: n for job_id, n in self.scored.items() if job_id not in failed} == expected
+        return failed
+
+
+def test_out_of_memory_halves_and_is_remembered() -> None:
+    """16 do not fit, 8 do not, 4 do: everybody is answered, and no later batch is larger than 4."""
+    device = Device(16)
+    device.room = 5
+    device.run()
+    assert device.failed() == {}
+    assert device.sizes == [16, 8, 4, 4, 8, 4, 4]
+    assert min(device.caps) == 4
+
+
+def test_no_room_for_one_alone_is_not_the_pictures_fault() -> None:
+    """It is told as an error that may pass, so that the job is tried again later."""
+    device = Device(2)
+    device.room = 0
+    device.run()
+    assert set(device.failed().values()) == {ErrorCode.OUT_OF_MEMORY}
+    assert all(job.error is not None and job.error.retryable for job in device.jobs)
+
+
+def test_nan_is_tried_in_fp32_alone_and_only_then_blamed() -> None:
+    """Two overflow, one of them also in FP32; the other six go through the fast path once more."""
+    device = Device(8)
+    device.nan, device.nan_in_fp32 = {2, 5}, {5}
+    device.run()
+    assert device.failed() == {"j5": ErrorCode.ENCODE_FAILED}
+    assert device.exact == [2, 5]
+    assert device.sizes == [8, 6]
+
+
+def test_a_wrong_count_is_tried_one_by_one() -> None:
+    """Too few vectors name no guilty row: each picture is encoded alone in FP32, and none gets a neighbour's tags."""
+    device = Device(4)
+    device.short = True
+    device.run()
+    assert device.failed() == {}
+    assert device.exact == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("guilty", [0, 3, 7])
+def test_any_other_error_convicts_the_guilty_alone(guilty: int) -> None:
+    """Halving finds it; the others are answered."""
+    device = Device(8)
+    device.guilty = {guilty}
+    device.run()
+    assert device.failed() == {f"j{guilty}": ErrorCode.ENCODE_FAILED}
+
+
+def test_a_lost_device_ends_the_process() -> None:
+    """No job is blamed, and nothing is tried again here."""
+    device = Device(8)
+    device.error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(FatalError) as caught:
+        device.run()
+    assert caught.value.exit_code is ExitCode.DEVICE
+    assert device.sizes == [8]
+    assert not any(job.error for job in device.jobs)
+
+
+def test_errors_of_the_device_are_judged(tmp_path: Path) -> None:
+    """Out of memory, a lost context, and everything else."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path))
+    assert encoder.trouble(torch.OutOfMemoryError("CUDA out of memory")) is Trouble.OUT_OF_MEMORY
+    assert encoder.trouble(RuntimeError("[enforce fail] not enough memory: you tried")) is Trouble.OUT_OF_MEMORY
+    assert encoder.trouble(RuntimeError("CUDA error: an illegal memory access")) is Trouble.LOST
+    assert encoder.trouble(ValueError("shape")) is Trouble.OTHER
+
+
+def test_the_exact_path_is_the_checkpoint_in_fp32(tmp_path: Path) -> None:
+    """Whatever dtype is in use, `encode_exact` gives what an FP32 encoder gives."""
+    folder = saved(make_model("clip"), tmp_path)
+    pixels = noise(2)
+    exact = make_encoder(folder, dtype="float32").encode(pixels)
+    half = make_encoder(folder, dtype="bfloat16")
+    np.testing.assert_allclose(half.encode_exact(pixels), exact, atol=1e-5)
+    assert not np.array_equal(half.encode(pixels), exact)

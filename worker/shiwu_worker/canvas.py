@@ -1,0 +1,163 @@
+"""Celery's canvas: what a message's link, link_error, chain and chord ask for, once its job has its answer.
+
+The commit leaves the callbacks of a job in Redis, in the same step as the answer. A thread sends them by Celery's own
+functions and only then forgets them; those of a worker that died in between are sent by another. So a callback is sent
+once, or again where a worker died at that moment: never not at all.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from typing import Any, Final
+
+import redis
+import structlog
+from celery import Celery, signature
+from celery.app.task import Context
+from celery.exceptions import TaskRevokedError
+from kombu.exceptions import OperationalError
+from pydantic_core import from_json, to_json
+
+from shiwu.contract import CANVAS, CANVAS_DUE, TASK_NAME, Answer, RequestError, Status, result_key
+from shiwu.errors import JobFailed
+from shiwu.ledger import CANVAS_PATIENCE_S, load_script
+from shiwu.message import Canvas, read_canvas
+from shiwu_worker.settle import Settled
+
+log: Any = structlog.get_logger()
+LOOK_EVERY_S: Final = 5.0
+AT_ONCE: Final = 100
+
+
+class Callbacks:
+    """Sends callbacks from `start` to `close`.
+
+    Args:
+        app: a Celery app whose broker and result backend are our Redis.
+        patience_s: how long one portion is ours; then another worker may send it.
+    """
+
+    def __init__(self, app: Celery, client: redis.Redis, *, patience_s: float = CANVAS_PATIENCE_S) -> None:
+        self._app = app
+        self._client = client
+        self._patience_ms = int(patience_s * 1000)
+        self._take = load_script(client, "take_callbacks")
+        self._fresh: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="callbacks", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def put(self, settled: Sequence[Settled]) -> None:
+        """Take jobs that have their answers. Never blocks."""
+        if ids := [one.job.id for one in settled if one.job.has_callbacks and one.is_first]:
+            self._fresh.put(ids)
+
+    def close(self, *, timeout_s: float) -> None:
+        """Send what was put, for `timeout_s` at most; the rest is another worker's."""
+        self._closed.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                ids = self._fresh.get(timeout=LOOK_EVERY_S if not self._closed.is_set() else 0.01)
+            except queue.Empty:
+                if self._closed.is_set():
+                    return
+                ids = []
+            try:
+                for start in range(0, max(1, len(ids)), AT_ONCE):
+                    self._portion(ids[start : start + AT_ONCE])
+            except (redis.RedisError, OperationalError) as error:
+                # They stay in Redis, and somebody finds them when the patience is over.
+                log.warning("callbacks_postponed", jobs=len(ids), error=str(error)[:300])
+
+    def _portion(self, ids: Sequence[str]) -> None:
+        reply: Any = self._take(keys=[CANVAS, CANVAS_DUE], args=[self._patience_ms, AT_ONCE, *ids])
+        for i in range(0, len(reply), 2):
+            job_id = reply[i].decode()
+            try:
+                self._send(job_id, reply[i + 1])
+            except (redis.RedisError, OperationalError):
+                raise
+            except Exception as error:  # noqa: BLE001 border: signatures are a stranger's; a bad one must not come back
+                log.error("callbacks_failed", id=job_id, kind=type(error).__name__, error=str(error)[:300])
+            with self._client.pipeline(transaction=True) as pipe:
+                pipe.hdel(CANVAS, job_id)
+                pipe.zrem(CANVAS_DUE, job_id)
+                pipe.execute()
+
+    def _send(self, job_id: str, record: bytes) -> None:
+        length, _, rest = record.partition(b"|")
+        raw_answer, message = rest[: int(length)], rest[int(length) :]
+        answer = Answer.model_validate_json(raw_answer)
+        try:
+            canvas = read_canvas(message.partition(b"|")[2])
+        except RequestError as error:
+            log.error("callbacks_failed", id=job_id, kind=error.code.value, error=str(error)[:300])
+            return
+        if answer.status is Status.TAGGED:
+            children = self._on_success(job_id, canvas, from_json(raw_answer))
+            if children:
+                self._note_children(job_id, children)
+        else:
+            self._on_failure(job_id, canvas, answer)
+
+    def _on_success(self, job_id: str, canvas: Canvas, value: Any) -> list[Any]:
+        """What celery.app.trace does after a task's function has returned; gives the results that it led to."""
+        origin = {"parent_id": job_id, "root_id": canvas.root_id or job_id}
+        sent = [signature(one, app=self._app).apply_async((value,), **origin) for one in canvas.callbacks]
+        if canvas.chain:
+            rest = list(canvas.chain)
+            sent.append(signature(rest.pop(), app=self._app).apply_async((value,), chain=rest, **origin))
+        if canvas.chord:
+            self._app.backend.on_chord_part_return(_context(job_id, canvas), "SUCCESS", value)
+        return [one.as_tuple() for one in sent]
+
+    def _on_failure(self, job_id: str, canvas: Canvas, answer: Answer) -> None:
+        """The same after it has raised. Our own result is there already; what follows in a chain fails with us."""
+        is_revoked = answer.status in {Status.EXPIRED, Status.CANCELLED}
+        text = f"{answer.error.code}: {answer.error.message}" if answer.error else answer.status.value
+        error: Exception = TaskRevokedError(answer.status.value) if is_revoked else JobFailed(text)
+        state = "REVOKED" if is_revoked else "FAILURE"
+        backend = self._app.backend
+        for one in canvas.chain:
+            if follower := (one.get("options") or {}).get("task_id"):
+                backend.store_result(follower, error, state, request=Context(one))
+        # As in Celery, a task that was revoked does not call its errbacks.
+        backend.mark_as_failure(
+            job_id,
+            error,
+            request=_context(job_id, canvas),
+            store_result=False,
+            call_errbacks=not is_revoked,
+            state=state,
+        )
+
+    def _note_children(self, job_id: str, children: Sequence[Any]) -> None:
+        key = result_key(job_id)
+        if (raw := self._client.get(key)) is not None:
+            meta = from_json(raw) | {"children": children}
+            self._client.set(key, to_json(meta), xx=True, keepttl=True)
+
+
+def _context(job_id: str, canvas: Canvas) -> Context:
+    return Context(
+        id=job_id,
+        task=TASK_NAME,
+        root_id=canvas.root_id or job_id,
+        group=canvas.group,
+        group_index=canvas.group_index,
+        chord=canvas.chord,
+        chain=list(canvas.chain) or None,
+        errbacks=list(canvas.errbacks) or None,
+        callbacks=None,
+        delivery_info={},
+        args=(),
+        kwargs={},
+    )

@@ -1,0 +1,60 @@
+"""Hears which jobs were answered by somebody who does not hold them, so that no device time is spent on these.
+
+What is missed here costs that time and nothing else: an answer counts once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import redis
+
+from shiwu.contract import ENDED
+
+HEARD_AT_ONCE: Final = 500
+RETRY_S: Final = 1.0
+LOOK_S: Final = 0.25
+
+
+class EndedJobs:
+    """Listens from `start` to `close`.
+
+    Args:
+        on_ended: gets ids; must not block.
+    """
+
+    def __init__(self, client: redis.Redis, *, on_ended: Callable[[Sequence[str]], None]) -> None:
+        self._client = client
+        self._on_ended = on_ended
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ended", daemon=True)
+
+    def start(self) -> None:
+        """Start listening."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop."""
+        self._closed.set()
+        self._thread.join(timeout=4 * LOOK_S)
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self._listen()
+            except redis.RedisError:  # the heartbeat tells the log
+                self._closed.wait(RETRY_S)
+
+    def _listen(self) -> None:
+        with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]  # redis' own
+            pubsub.subscribe(ENDED)
+            while not self._closed.is_set():
+                message = pubsub.get_message(timeout=LOOK_S)
+                ids: list[str] = []
+                while message is not None and len(ids) < HEARD_AT_ONCE:
+                    ids.append(message["data"].decode(errors="replace"))
+                    message = pubsub.get_message(timeout=0)
+                if ids:
+                    self._on_ended(ids)

@@ -1,0 +1,103 @@
+"""Celery's remote control, of which nothing is left but `revoke`.
+
+The other commands of the channel (shutdown, pool_restart, …) could stop a worker with one PUBLISH; they are not heard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, Final
+
+import redis
+import structlog
+from celery.worker.consumer.control import Control
+from celery.worker.pidbox import Pidbox
+
+from shiwu.contract import (
+    CLAIMS,
+    PARKED,
+    REVOKED,
+    Answer,
+    ErrorCode,
+    ErrorInfo,
+    RequestError,
+    Stage,
+    Status,
+    check_id,
+)
+from shiwu.ledger import Entry, Ledger, load_script
+
+log: Any = structlog.get_logger()
+REMEMBERED_S: Final = 10_800.0
+"""As long as Celery remembers a revoke."""
+MOST_REMEMBERED: Final = 50_000
+MOST_AT_ONCE: Final = 1000
+
+
+class RevokeBox(Pidbox):  # type: ignore[misc]  # celery has no types
+    """A mailbox that knows one command."""
+
+    def __init__(self, consumer: Any) -> None:
+        super().__init__(consumer)
+        self.node.handlers = {"revoke": _revoke}
+
+    def on_message(self, body: Any, message: Any) -> None:
+        """Obey a revoke; be deaf to everything else."""
+        if isinstance(body, dict) and body.get("method") == "revoke":
+            super().on_message(body, message)
+
+
+class RevokeStep(Control):  # type: ignore[misc]  # celery has no types
+    """Stands where Celery's consumer has its remote control."""
+
+    name = "Control"
+
+    def __init__(self, consumer: Any, **kwargs: Any) -> None:
+        super().__init__(consumer, **kwargs)
+        self.box = RevokeBox(consumer)
+        self.start, self.stop, self.shutdown = self.box.start, self.box.stop, self.box.shutdown
+
+    def include_if(self, consumer: Any) -> bool:
+        """Whether the operator listens to revokes."""
+        return getattr(consumer.app, "shiwu_revoker", None) is not None
+
+
+class Revoker:
+    """Carries a revoke out: known jobs are answered at once, the others when they are claimed."""
+
+    def __init__(self, client: redis.Redis, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._script = load_script(client, "revoke")
+
+    def revoke(self, ids: Sequence[str]) -> int:
+        """Return how many were answered now.
+
+        Raises:
+            redis.RedisError: and then it may be asked again.
+        """
+        ours: list[bytes] = self._script(
+            keys=[CLAIMS, PARKED, REVOKED], args=[int(REMEMBERED_S * 1000), MOST_REMEMBERED, *ids]
+        )
+        again = self._ledger.write([_revoked(job_id.decode()) for job_id in ours])
+        return len(ours) - len(again)
+
+
+def _revoke(state: Any, task_id: str | Sequence[str] = (), **_: Any) -> dict[str, str]:
+    revoker: Revoker = state.app.shiwu_revoker
+    ids = []
+    for job_id in [task_id] if isinstance(task_id, str) else list(task_id)[:MOST_AT_ONCE]:
+        with contextlib.suppress(RequestError):
+            ids.append(check_id(job_id))
+    try:
+        now = revoker.revoke(ids)
+    except redis.RedisError as error:
+        log.error("not_revoked", jobs=len(ids), error=str(error)[:300])
+        return {"error": "redis is away; revoke again"}
+    log.info("revoked", jobs=len(ids), answered_now=now, ids=ids[:10])
+    return {"ok": f"{len(ids)} revoked"}
+
+
+def _revoked(job_id: str) -> Entry:
+    error = ErrorInfo(code=ErrorCode.CANCELLED, message="revoked by Celery's remote control", stage=Stage.CLAIM)
+    return Entry(id=job_id, answer=Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error), is_aside=True)
