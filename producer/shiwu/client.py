@@ -29,6 +29,7 @@ from shiwu.ledger import Entry, Ledger
 from shiwu.queues import QueueState, read_state
 from shiwu.results import StreamItem, TagResult, follow, read_result
 from shiwu.sender import Sender, Terms
+from shiwu.upkeep import Swept, Upkeep
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
@@ -47,8 +48,10 @@ class Client:
         url = redis_url or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
         self._redis = connect(url, timeout_s=timeout_s, retries=3)
         self._sender = Sender(self._redis, max_waiting=max_waiting, timeout_s=timeout_s)
-        self._ledger = Ledger(self._redis, token=f"client.{secrets.token_hex(4)}")
+        token = f"client.{secrets.token_hex(4)}"
+        self._ledger = Ledger(self._redis, token=token)
         self._letters = DeadLetters(self._redis)
+        self._upkeep = Upkeep(self._redis, self._ledger, token=token)
         self._timeout_s = timeout_s
 
     def __enter__(self) -> Self:
@@ -148,7 +151,8 @@ class Client:
         ids = [check_id(job_id) for job_id in ([job_ids] if isinstance(job_ids, str) else job_ids)]
         cancelled: list[str] = []
         for portion in _portions(ids, 500):
-            again = self._ledger.write([_cancelled(job_id, reason) for job_id in portion])
+            entries = [_cancelled(job_id, reason) for job_id in portion]
+            again = self._ledger.write(entries, token=f"cancel.{secrets.token_hex(4)}")
             cancelled += [job_id for job_id in portion if job_id not in again]
         return cancelled
 
@@ -259,6 +263,10 @@ class Client:
     def drop(self, job_ids: Iterable[str]) -> int:
         """Forget dead letters; return how many there were. Their answers stay."""
         return self._letters.drop(job_ids)
+
+    def sweep(self) -> Swept:
+        """One round of what workers do for all jobs; for places where no worker may run. See `shiwu sweep`."""
+        return self._upkeep.sweep()
 
     def queue_state(self) -> QueueState:
         """What waits and what is claimed, lane by lane."""

@@ -105,8 +105,11 @@ class Ledger:
         self._limits = [result_ttl_s, done_ttl_s, dead_length]
         self._rest = [done_key(""), result_key(""), ENDED, int(canvas_patience_s * 1000)]
 
-    def write(self, entries: Sequence[Entry]) -> set[str]:
+    def write(self, entries: Sequence[Entry], *, token: str | None = None) -> set[str]:
         """Answer at most MAX_COMMIT jobs; return the ids that somebody had answered before.
+
+        Args:
+            token: of this one write, where its writer may answer an id twice and shall be told.
 
         Raises:
             NotReplicated: the answers stand on the primary only.
@@ -115,7 +118,7 @@ class Ledger:
             return set()
         args: list[Any] = [*self._limits, datetime.now(UTC).isoformat(), *self._rest]
         for entry in entries:
-            mark = f"{self._token}:{entry.answer.attempts}"
+            mark = f"{token or self._token}:{entry.answer.attempts}"
             args += [entry.id, entry.kind, entry.answer.to_json(), failure_head(entry.answer), entry.message, mark]
         if not self._replicas:
             again: list[bytes] = self._script(keys=_KEYS, args=args)

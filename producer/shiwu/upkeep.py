@@ -49,6 +49,7 @@ DEAD_AGE_S: Final = 14 * 86_400.0
 STREAM_LENGTH: Final = 100_000
 TRIMMED_AT_ONCE: Final = 5000
 TAKEN_FOR_S: Final = 15.0
+PORTION: Final = 500
 _LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
 _TENDED: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, DELAYED, PARKED, COUNTERS, WORKERS, SUSPECTS, DEADLINES),
@@ -72,6 +73,24 @@ class Tended:
     stream_length: int = 0
     out_of_time: int = 0
     """Jobs answered `expired` because their waiter's time was over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep did."""
+
+    reaped: int
+    promoted: int
+    out_of_time: int
+    expired: int
+    """Waiting messages whose `expires` had passed."""
+    results_dropped: dict[str, int]
+    """Consumer group → unacknowledged answers that the stream no longer holds."""
+
+    @property
+    def did_something(self) -> bool:
+        """Whether anything was due."""
+        return bool(self.reaped or self.promoted or self.out_of_time or self.expired or self.results_dropped)
 
 
 class Upkeep:
@@ -117,6 +136,19 @@ class Upkeep:
             waiting=waiting,
             stream_length=stream_length,
             out_of_time=len(late),
+        )
+
+    def sweep(self) -> Swept:
+        """A whole round: everything that is due, portion by portion, and the waiting messages that have expired."""
+        rounds = [self.tend(most=PORTION)]
+        while max(rounds[-1].reaped, rounds[-1].promoted, rounds[-1].out_of_time) == PORTION:
+            rounds.append(self.tend(most=PORTION))
+        return Swept(
+            reaped=sum(one.reaped for one in rounds),
+            promoted=sum(one.promoted for one in rounds),
+            out_of_time=sum(one.out_of_time for one in rounds),
+            expired=self.expire_waiting(portion=PORTION),
+            results_dropped=self.trim_if_long(rounds[-1]),
         )
 
     def trim(self) -> dict[str, int]:

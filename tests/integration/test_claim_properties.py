@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from shiwu.contract import (
     CLAIMS,
+    DEADLINES,
     DELAYED,
     LEASES,
     PARKED,
@@ -24,6 +25,7 @@ from shiwu.contract import (
     Status,
     done_key,
 )
+from shiwu.dead import DeadLetters
 from shiwu.ledger import Entry, Ledger
 from shiwu.message import build_message
 from shiwu.upkeep import Upkeep
@@ -75,6 +77,8 @@ class Fleet(RuleBasedStateMachine):
         self.committers = {name: make_committer(self.client, name) for name in self.workers}
         self.hands: dict[str, list[Claimed]] = {name: [] for name in self.workers}
         self.sent: set[str] = set()
+        self.requeued: list[str] = []
+        self.letters = DeadLetters(self.client)
 
     @rule(number=st.integers(0, 30), where=st.sampled_from(LANES))
     def enqueue(self, number: int, where: tuple[Lane, str]) -> None:
@@ -96,6 +100,34 @@ class Fleet(RuleBasedStateMachine):
         count = int(len(self.hands[who]) * share)
         done, self.hands[who] = self.hands[who][:count], self.hands[who][count:]
         self.committers[who].write([answer(job) for job in done])
+
+    @rule(who=st.sampled_from(["steady", "dying"]))
+    def bury(self, who: str) -> None:
+        """End one job without tags."""
+        if self.hands[who]:
+            job = self.hands[who].pop()
+            failed = Answer(id=job.id, status=Status.FAILED, attempts=job.attempt)
+            message = job.key.encode() + b"|" + job.raw
+            self.committers[who].write([Entry(answer=failed, id=job.id, message=message, is_dead=True)])
+
+    @rule(number=st.integers(0, 30))
+    def requeue(self, number: int) -> None:
+        """A dead letter gets a new life: one more answer is expected."""
+        self.requeued += self.letters.requeue([f"job-{number}"])
+
+    @rule(number=st.integers(0, 30))
+    def cancel(self, number: int) -> None:
+        """A producer cancels a job, wherever it is."""
+        job_id = f"job-{number}"
+        if job_id in self.sent:
+            cancelled = Answer(id=job_id, status=Status.CANCELLED, attempts=0)
+            self.committers["steady"].write([Entry(answer=cancelled, id=job_id, is_aside=True)], token="producer")
+
+    @rule(number=st.integers(0, 30))
+    def run_out_of_time(self, number: int) -> None:
+        """Somebody waited for a job until now; the next who tends answers it."""
+        if f"job-{number}" in self.sent:
+            self.client.zadd(DEADLINES, {f"job-{number}": 1.0})
 
     @rule(who=st.sampled_from(["steady", "dying"]), delay_s=st.sampled_from([0.0, 0.001]), counts=st.booleans())
     def release(self, who: str, delay_s: float, counts: bool) -> None:
@@ -142,7 +174,7 @@ class Fleet(RuleBasedStateMachine):
             if not jobs and not tended.waiting and not self.client.zcard(LEASES) and not self.client.zcard(DELAYED):
                 break
         answered = [fields[b"id"].decode() for _, fields in self.client.xrange(RESULT_STREAM)]
-        assert sorted(answered) == sorted(self.sent)
+        assert sorted(answered) == sorted([*self.sent, *self.requeued])
 
 
 @pytest.mark.slow
@@ -150,4 +182,4 @@ def test_every_id_is_somewhere_and_answered_once(redis_url: str) -> None:
     """Random histories of two workers neither lose a job nor answer one twice."""
     with redis.Redis.from_url(redis_url) as client:
         Fleet.client = client
-        run_state_machine_as_test(Fleet, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+        run_state_machine_as_test(Fleet, settings=settings(max_examples=60, stateful_step_count=60, deadline=None))

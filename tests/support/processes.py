@@ -179,6 +179,7 @@ class WorkerProcess(Process):
         folder: Path,
         name: str = "worker",
         by_celery: bool = False,
+        celery_args: str = "",
         env: Mapping[str, str] | None = None,
         **settings: object,
     ) -> None:
@@ -193,7 +194,8 @@ class WorkerProcess(Process):
             "SHIWU_LOG_FORMAT": "json",
         }
         asked = {f"SHIWU_{key.upper()}": str(value) for key, value in settings.items()}
-        module = ["celery", "-A", "shiwu_worker.app", "worker"] if by_celery else ["shiwu_worker"]
+        celery = ["celery", "-A", "shiwu_worker.app", "worker", *celery_args.split()]
+        module = celery if by_celery else ["shiwu_worker"]
         super().__init__(
             [sys.executable, "-m", *module],
             name=name,

@@ -189,6 +189,8 @@ def make_app(settings: Settings) -> Celery:
         worker_redirect_stdouts=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
     )
+    app.conf.shiwu_revoke = settings.revoke
+    app.shiwu_revoker = None
     app.steps["worker"].add(PipelineStep)
 
     @app.task(name=TASK_NAME)  # type: ignore[untyped-decorator]  # celery has no types

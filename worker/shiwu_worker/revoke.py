@@ -60,7 +60,7 @@ class RevokeStep(Control):  # type: ignore[misc]  # celery has no types
 
     def include_if(self, consumer: Any) -> bool:
         """Whether the operator listens to revokes."""
-        return getattr(consumer.app, "shiwu_revoker", None) is not None
+        return bool(consumer.app.conf.shiwu_revoke)
 
 
 class Revoker:
@@ -84,7 +84,9 @@ class Revoker:
 
 
 def _revoke(state: Any, task_id: str | Sequence[str] = (), **_: Any) -> dict[str, str]:
-    revoker: Revoker = state.app.shiwu_revoker
+    revoker: Revoker | None = state.app.shiwu_revoker
+    if revoker is None:
+        return {"error": "not ready yet; revoke again"}
     ids = []
     for job_id in [task_id] if isinstance(task_id, str) else list(task_id)[:MOST_AT_ONCE]:
         with contextlib.suppress(RequestError):

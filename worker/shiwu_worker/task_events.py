@@ -62,6 +62,9 @@ class TaskEvents:
             except (OperationalError, OSError, *self._app.connection_for_write().connection_errors) as error:
                 log.warning("events_away", error=str(error)[:300])
                 self._closed.wait(BEAT_S)
+            except Exception:  # border: events are a view; a defect in them must not cost a job
+                log.exception("events_failed")
+                self._closed.wait(BEAT_S)
 
     def _connected(self, connection: Any) -> None:
         with self._app.events.Dispatcher(connection, hostname=self._hostname) as dispatcher:
@@ -127,7 +130,7 @@ def events_of(settled: Sequence[Settled]) -> Iterator[tuple[str, dict[str, Any]]
                 {"uuid": job.id, "terminated": False, "signum": None, "expired": is_expired, "timestamp": ended},
             )
             continue
-        yield "task-started", {"uuid": job.id, "pid": os.getpid(), "timestamp": claimed}
+        yield "task-started", {"uuid": job.id, "timestamp": claimed}
         runtime = ended - claimed
         if answer.status is Status.TAGGED:
             result = ", ".join(tag.label for tag in answer.tags or ())

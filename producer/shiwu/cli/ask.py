@@ -1,77 +1,23 @@
-"""`shiwu` on the command line: ask, wait, follow, look."""
+"""Ask about pictures, wait for them, cancel them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from enum import IntEnum
 from typing import Any
 
 import click
-import redis
-from pydantic_core import to_json
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from shiwu.cli.base import Exit, end, main
 from shiwu.client import Client
-from shiwu.contract import Lane, RequestError, without_query
-from shiwu.errors import QueueFull
+from shiwu.contract import without_query
 from shiwu.results import TagResult
 
 BAR_FROM = 500
 """Work on fewer pictures needs no progress bar."""
-
-
-class Exit(IntEnum):
-    """Exit codes; --help lists them."""
-
-    OK = 0
-    NOT_TAGGED = 1
-    USAGE = 2
-    TIMEOUT = 3
-    QUEUE = 4
-
-
-class Commands(click.Group):
-    """Turns the errors of all commands into one line and an exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except RequestError as error:
-            _end(f"{error.code}: {error}", Exit.USAGE)
-        except QueueFull as error:
-            _end(f"{error.code}: {error}", Exit.QUEUE)
-        except redis.RedisError as error:
-            _end(f"redis: {str(error).rstrip(chr(46))}; is SHIWU_REDIS_URL (or --redis-url) right?", Exit.QUEUE)
-
-
-def _end(message: str, code: Exit) -> None:
-    click.echo(f"shiwu: {message}", err=True)
-    sys.exit(int(code))
-
-
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--redis-url", envvar="SHIWU_REDIS_URL", show_envvar=True, help="Default redis://127.0.0.1:6379/0.")
-@click.version_option(package_name="shiwu")
-@click.pass_context
-def main(ctx: click.Context, redis_url: str | None) -> None:
-    """Tag pictures in the background.
-
-    \b
-    shiwu tag https://example.org/cat.jpg                    ask, wait, show
-    shiwu tag s3://pictures/a.jpg --labels 猫,狗,其他         with words of your own
-    shiwu enqueue --lane bulk - < references.txt             ask about many, do not wait
-    shiwu results --group archive --follow                   read every answer, as JSON lines
-    shiwu status                                             what waits, what runs
-
-    \b
-    Exit codes: 0 all well, 1 a picture was not tagged, 2 wrong usage, 3 no answer in time,
-    4 Redis not reachable or the queue is full.
-    """
-    ctx.obj = ctx.with_resource(Client(redis_url))
 
 
 def _asking(command: Any) -> Any:
@@ -124,7 +70,7 @@ def tag(
     if not as_json:
         _show([(ref, found.get(job_id)) for ref, job_id in zip(references, ids, strict=True)])
     if len(found) < len(ids):
-        _end(
+        end(
             f"wait_timeout: {len(ids) - len(found)} of {len(ids)} answers did not come in {timeout_s:g} s", Exit.TIMEOUT
         )
     sys.exit(Exit.OK if all(result.ok for result in found.values()) else Exit.NOT_TAGGED)
@@ -183,38 +129,10 @@ def _with_bar(items: Iterable[Any], total: int | None, what: str) -> Iterator[An
 
 
 @main.command()
-@click.option("--group", default="shiwu-cli", show_default=True, help="Consumer group; each group gets every answer.")
-@click.option("--consumer", help="This consumer's name; default host and process.")
-@click.option("--follow", is_flag=True, help="Wait for more instead of ending when the stream is read.")
+@click.argument("ids", nargs=-1, required=True, metavar="ID…")
+@click.option("--reason", default="", help="Stands in the answer.")
 @click.pass_obj
-def results(client: Client, /, *, group: str, consumer: str | None, follow: bool) -> None:
-    """Print answers of all jobs as JSON lines, and acknowledge each one that was printed."""
-    block_s = 2.0 if follow else 0.05
-    try:
-        for item in client.results(group=group, consumer=consumer, block_s=block_s, stop_when_idle=not follow):
-            click.echo(item.result.to_json())
-            item.ack()
-    except KeyboardInterrupt:
-        sys.exit(Exit.OK)
-
-
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.pass_obj
-def status(client: Client, /, *, as_json: bool) -> None:
-    """Show what waits, what is claimed, and which workers live."""
-    state = client.queue_state()
-    if as_json:
-        click.echo(to_json(state))
-        return
-    table = Table("lane", "waiting", "claimed", box=None)
-    for lane in Lane:
-        table.add_row(lane.value, str(state.waiting[lane]), str(state.claimed[lane]))
-    console = Console()
-    console.print(table)
-    console.print(f"delayed {state.delayed}, dead letters {state.dead}, workers {len(state.workers)}", end="")
-    console.print(f": {', '.join(state.workers)}" if state.workers else " (none gave a sign of life in 10 s)")
-
-
-if __name__ == "__main__":
-    main()
+def cancel(client: Client, /, *, ids: tuple[str, ...], reason: str) -> None:
+    """Answer jobs `cancelled` now, so that nobody works on them; print those that had no answer before."""
+    for job_id in client.cancel(ids, reason=reason):
+        click.echo(job_id)

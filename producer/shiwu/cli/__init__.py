@@ -1,0 +1,8 @@
+"""`shiwu` on the command line: ask, wait, follow, look, tidy up."""
+
+from __future__ import annotations
+
+from shiwu.cli import ask, dead, look, sweep
+from shiwu.cli.base import main
+
+__all__ = ["ask", "dead", "look", "main", "sweep"]

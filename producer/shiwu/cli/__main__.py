@@ -1,0 +1,5 @@
+"""`python -m shiwu.cli`."""
+
+from shiwu.cli import main
+
+main()

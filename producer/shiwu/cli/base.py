@@ -1,0 +1,69 @@
+"""The command `shiwu`: its errors, its exit codes, its options."""
+
+from __future__ import annotations
+
+import sys
+from enum import IntEnum
+from typing import Any, NoReturn
+
+import click
+import redis
+
+from shiwu.client import Client
+from shiwu.contract import RequestError
+from shiwu.errors import QueueFull
+
+
+class Exit(IntEnum):
+    """Exit codes; --help lists them."""
+
+    OK = 0
+    NOT_TAGGED = 1
+    USAGE = 2
+    TIMEOUT = 3
+    QUEUE = 4
+
+
+class Commands(click.Group):
+    """Turns the errors of all commands into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except RequestError as error:
+            end(f"{error.code}: {error}", Exit.USAGE)
+        except QueueFull as error:
+            end(f"{error.code}: {error}", Exit.QUEUE)
+        except redis.RedisError as error:
+            end(f"redis: {str(error).rstrip(chr(46))}; is SHIWU_REDIS_URL (or --redis-url) right?", Exit.QUEUE)
+
+
+def end(message: str, code: Exit) -> NoReturn:
+    """Say why in one line, and leave."""
+    click.echo(f"shiwu: {message}", err=True)
+    sys.exit(int(code))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--redis-url", envvar="SHIWU_REDIS_URL", show_envvar=True, help="Default redis://127.0.0.1:6379/0.")
+@click.version_option(package_name="shiwu")
+@click.pass_context
+def main(ctx: click.Context, redis_url: str | None) -> None:
+    """Tag pictures in the background.
+
+    \b
+    shiwu tag https://example.org/cat.jpg                    ask, wait, show
+    shiwu tag s3://pictures/a.jpg --labels 猫,狗,其他         with words of your own
+    shiwu enqueue --lane bulk - < references.txt             ask about many, do not wait
+    shiwu results --group archive --follow                   read every answer, as JSON lines
+    shiwu status                                             what waits, what runs
+    shiwu cancel ID…                                         nobody wants these any more
+    shiwu dead list                                          what ended without tags, and why
+    shiwu sweep                                              look after waiting jobs where no worker runs
+
+    \b
+    Exit codes: 0 all well, 1 a picture was not tagged, 2 wrong usage, 3 no answer in time,
+    4 Redis not reachable or the queue is full.
+    """
+    ctx.obj = ctx.with_resource(Client(redis_url))

@@ -1,0 +1,147 @@
+"""Dead letters: see them, send them again, drop them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+from pydantic_core import to_json
+from rich.console import Console
+from rich.table import Table
+
+from shiwu.cli.base import Exit, end, main
+from shiwu.client import Client
+from shiwu.contract import ErrorCode, Stage
+from shiwu.dead import DeadFilter, DeadLetter
+
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Span(click.ParamType[float]):
+    """A length of time: 90s, 15m, 6h, 2d."""
+
+    name = "span"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds."""
+        found = _SPAN.fullmatch(str(value))
+        if found is None:
+            self.fail(f"expected a length of time such as 90s, 15m, 6h or 2d, got {value!r}", param, ctx)
+        return float(found[1]) * _SECONDS[found[2]]
+
+
+def _filtering(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option(
+            "--code", type=click.Choice([code.value for code in ErrorCode]), metavar="CODE", help="Error code."
+        ),
+        click.option("--stage", type=click.Choice([*Stage]), help="Where it failed."),
+        click.option("--status", type=click.Choice(["rejected", "failed"]), help="Its input's fault, or ours."),
+        click.option("--worker", help="Name of the worker that gave up."),
+        click.option("--image", help="Part of the picture's reference."),
+        click.option("--older", "older_s", type=Span(), help="Died longer ago than this: 90s, 15m, 6h, 2d."),
+        click.option("--newer", "newer_s", type=Span(), help="Died within this time."),
+    ):
+        command = option(command)
+    return command
+
+
+def _chosen(client: Client, ids: tuple[str, ...], every: bool, limit: int | None, fields: dict[str, Any]) -> list[str]:
+    """The ids that a command is about: those named, or those that pass the filters."""
+    where = DeadFilter(**fields)
+    if ids and (every or where != DeadFilter()):
+        raise click.UsageError("expected ids or filters, got both")
+    if not (ids or every or where != DeadFilter()):
+        raise click.UsageError("expected ids, a filter, or --all")
+    return list(ids) if ids else [letter.id for letter in client.dead_letters(where, limit=limit)]
+
+
+@main.group()
+def dead() -> None:
+    """Jobs that ended without tags, each with its message, its error and its times."""
+
+
+@dead.command("list")
+@_filtering
+@click.option("--limit", type=int, default=50, show_default=True, help="The newest so many.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.pass_obj
+def list_(client: Client, /, *, limit: int, as_json: bool, **fields: Any) -> None:
+    """Show dead letters, newest first."""
+    table = Table("id", "died", "code", "stage", "attempts", "worker", "picture", box=None)
+    for letter in client.dead_letters(DeadFilter(**fields), limit=limit):
+        if as_json:
+            click.echo(to_json(_shown(letter)))
+            continue
+        result, error = letter.result, letter.result.error
+        table.add_row(
+            letter.id,
+            _when(letter.died_ms),
+            error.code.value if error else result.status.value,
+            error.stage.value if error and error.stage else "",
+            str(result.attempts),
+            result.worker,
+            result.image.reference if result.image else "",
+        )
+    if not as_json:
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@dead.command()
+@click.argument("job_id", metavar="ID")
+@click.pass_obj
+def show(client: Client, /, *, job_id: str) -> None:
+    """Print one letter whole: its answer and the message as it was sent."""
+    letter = client.dead_letter(job_id)
+    if letter is None:
+        end(f"expected a dead letter with the id {job_id}, there is none", Exit.NOT_TAGGED)
+    click.echo(to_json(_shown(letter) | {"message": letter.message.decode(errors="replace")}, indent=2))
+
+
+@dead.command()
+@click.argument("ids", nargs=-1, metavar="ID…")
+@_filtering
+@click.option("--all", "every", is_flag=True, help="Every letter.")
+@click.option("--limit", type=int, help="The newest so many.")
+@click.option("--dry-run", is_flag=True, help="Only print the ids.")
+@click.pass_obj
+def requeue(
+    client: Client, /, *, ids: tuple[str, ...], every: bool, limit: int | None, dry_run: bool, **fields: Any
+) -> None:
+    """Send letters to their lane again, with their ids and a fresh count of attempts; print those that went."""
+    chosen = _chosen(client, ids, every, limit, fields)
+    for job_id in chosen if dry_run else client.requeue(chosen):
+        click.echo(job_id)
+
+
+@dead.command()
+@click.argument("ids", nargs=-1, metavar="ID…")
+@_filtering
+@click.option("--all", "every", is_flag=True, help="Every letter.")
+@click.option("--limit", type=int, help="The newest so many.")
+@click.option("--dry-run", is_flag=True, help="Only print the ids.")
+@click.pass_obj
+def drop(
+    client: Client, /, *, ids: tuple[str, ...], every: bool, limit: int | None, dry_run: bool, **fields: Any
+) -> None:
+    """Forget letters; their answers stay where they are."""
+    chosen = _chosen(client, ids, every, limit, fields)
+    if dry_run:
+        for job_id in chosen:
+            click.echo(job_id)
+    else:
+        click.echo(f"dropped {client.drop(chosen)}")
+
+
+def _when(ms: float) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _shown(letter: DeadLetter) -> dict[str, Any]:
+    answer = letter.result.model_dump(mode="json", exclude_none=True)
+    return {"id": letter.id, "died": _when(letter.died_ms), "lane": letter.lane, "answer": answer}

@@ -1,0 +1,52 @@
+"""Read answers, see the queues."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+from pydantic_core import to_json
+from rich.console import Console
+from rich.table import Table
+
+from shiwu.cli.base import Exit, main
+from shiwu.client import Client
+from shiwu.contract import Lane
+
+
+@main.command()
+@click.option("--group", default="shiwu-cli", show_default=True, help="Consumer group; each group gets every answer.")
+@click.option("--consumer", help="This consumer's name; default host and process.")
+@click.option("--follow", is_flag=True, help="Wait for more instead of ending when the stream is read.")
+@click.pass_obj
+def results(client: Client, /, *, group: str, consumer: str | None, follow: bool) -> None:
+    """Print answers of all jobs as JSON lines, and acknowledge each one that was printed."""
+    block_s = 2.0 if follow else 0.05
+    try:
+        for item in client.results(group=group, consumer=consumer, block_s=block_s, stop_when_idle=not follow):
+            click.echo(item.result.to_json())
+            item.ack()
+    except KeyboardInterrupt:
+        sys.exit(Exit.OK)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def status(client: Client, /, *, as_json: bool) -> None:
+    """Show what waits, what is claimed, and which workers live."""
+    state = client.queue_state()
+    if as_json:
+        click.echo(to_json(state))
+        return
+    table = Table("lane", "waiting", "claimed", box=None)
+    for lane in Lane:
+        table.add_row(lane.value, str(state.waiting[lane]), str(state.claimed[lane]))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"delayed {state.delayed}, suspects {state.suspects}, dead letters {state.dead}, workers {len(state.workers)}",
+        end="",
+    )
+    console.print(f": {', '.join(state.workers)}" if state.workers else " (none gave a sign of life in 10 s)")
+    console.print(", ".join(f"{name} {number}" for name, number in state.counters.items()))

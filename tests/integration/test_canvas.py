@@ -1,0 +1,255 @@
+"""Celery's canvas over shiwu.tag, from a Celery application that has none of our code.
+
+Each canvas runs twice: with `shiwu.tag`, and with an ordinary Celery task as the judge. The outcomes must be equal.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery, chain, chord, group
+from celery.exceptions import TaskRevokedError
+
+from shiwu.contract import CANVAS, CANVAS_DUE, Lane
+from tests.conftest import StartWorker
+from tests.support import pictures
+from tests.support.plain_app import NOTES
+from tests.support.processes import Process, clean_environment
+from tests.support.servers import Valkey, WorkerProcess
+from tests.support.waiting import wait_until
+
+# Celery's client leaves the sockets of its result consumer to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Celery's own use of redis
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+GET_S = 30
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Somebody's application: signatures by name, as one without our code writes them."""
+
+    app: Celery
+    client: redis.Redis
+    task: str
+    good: str
+    other: str
+    missing: str
+
+    def tag(self, image: str | None = None, **options: Any) -> Any:
+        """A signature of the task under test; without a picture it takes the result before it."""
+        queue = {"queue": Lane.BULK.queue} if self.task == "shiwu.tag" else {}
+        return self.app.signature(self.task, args=[image] if image else [], **queue, **options)
+
+    def then(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A signature of one of the application's own tasks."""
+        return self.app.signature(f"plain.{name}", args=args, kwargs=kwargs, app=self.app)
+
+    def notes(self) -> list[str]:
+        """What the application's tasks have left."""
+        found: Any = self.client.lrange(NOTES, 0, -1)
+        return [text.decode() for text in found]
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Valkey, Path]]:
+    """A Redis, a worker of ours and an ordinary Celery worker beside it."""
+    folder = tmp_path_factory.mktemp("canvas")
+    for number, name in enumerate(("good", "other")):
+        (folder / f"{name}.png").write_bytes(pictures.png(pictures.picture().resize((40 + number, 40))))
+    with (
+        Valkey(folder=folder / "valkey") as server,
+        WorkerProcess(
+            redis_url=server.url, folder=folder, by_celery=True, allow_folders=folder, celery_args="-E"
+        ) as worker,
+        Process(
+            [sys.executable, "-m", "celery", "-A", "tests.support.plain_app", "worker", "-P", "solo", "-l", "INFO"],
+            name="plain",
+            folder=folder,
+            env=clean_environment({"PLAIN_REDIS_URL": server.url}),
+        ) as plain,
+    ):
+        worker.wait_ready()
+        wait_until(lambda: "ready." in plain.log_text() or not plain.is_running, timeout_s=60)
+        yield server, folder
+
+
+@pytest.fixture(params=["shiwu.tag", "plain.tag"])
+def plain(request: pytest.FixtureRequest, servers: tuple[Valkey, Path]) -> Iterator[Plain]:
+    """The application, once for our task and once for the judge's."""
+    server, folder = servers
+    app = Celery("somebody", broker=server.url, backend=server.url, set_as_current=False)
+    with server.client() as client:
+        client.delete(NOTES)
+        good, other = ((folder / f"{name}.png").as_uri() for name in ("good", "other"))
+        yield Plain(app, client, request.param, good, other, (folder / "missing.png").as_uri())
+    gc.collect()
+    app.close()
+
+
+def test_chain(plain: Plain) -> None:
+    """The answer is the first argument of the next task."""
+    result = chain(plain.tag(plain.good), plain.then("best")).apply_async()
+    assert result.get(timeout=GET_S) == f"tagged {plain.good}"
+
+
+def test_chain_into_the_task(plain: Plain) -> None:
+    """The result before is the reference."""
+    result = chain(plain.then("reference", plain.good), plain.tag(), plain.then("best")).apply_async()
+    assert result.get(timeout=GET_S) == f"tagged {plain.good}"
+
+
+def test_group(plain: Plain) -> None:
+    """Results in the order asked."""
+    result = group(plain.tag(plain.good), plain.tag(plain.other), plain.tag(plain.good)).apply_async()
+    answers = result.get(timeout=GET_S)
+    assert [answer["image"]["reference"] for answer in answers] == [plain.good, plain.other, plain.good]
+
+
+def test_chord(plain: Plain) -> None:
+    """The body gets every answer, in order, once."""
+    result = chord([plain.tag(plain.good), plain.tag(plain.other)], plain.then("gather")).apply_async()
+    assert result.get(timeout=GET_S) == [plain.good, plain.other]
+
+
+def test_chain_with_a_chord_behind_the_task(plain: Plain) -> None:
+    """tag → (two tasks) → body."""
+    best = plain.then("best")
+    body = plain.app.signature("plain.reference", args=["done"], immutable=True)
+    result = chain(plain.tag(plain.good), chord([best, best], body)).apply_async()
+    assert result.get(timeout=GET_S) == "done"
+
+
+def test_chord_with_a_failing_header(plain: Plain) -> None:
+    """The body never runs; its result is an error."""
+    result = chord([plain.tag(plain.good), plain.tag(plain.missing)], plain.then("gather")).apply_async()
+    with pytest.raises(Exception, match="source_not_found"):
+        result.get(timeout=GET_S)
+
+
+def test_link(plain: Plain) -> None:
+    """Every link is called with the answer, once; its result is a child."""
+    result = plain.tag(plain.good).apply_async(
+        link=[plain.then("note", "first"), plain.then("note", "second")],
+    )
+    assert result.get(timeout=GET_S)["status"] == "tagged"
+    wait_until(lambda: len(plain.notes()) == 2, timeout_s=GET_S)
+    assert sorted(plain.notes()) == ["first tagged", "second tagged"]
+    wait_until(lambda: len(plain.app.AsyncResult(result.id).children or []) >= 1, timeout_s=GET_S)
+
+
+def test_link_error(plain: Plain) -> None:
+    """The errback gets the id of the task that failed; the link is not called."""
+    result = plain.tag(plain.missing).apply_async(link=plain.then("note", "never"), link_error=plain.then("note_error"))
+    with pytest.raises(Exception, match="source_not_found"):
+        result.get(timeout=GET_S)
+    wait_until(lambda: plain.notes() == [f"error {result.id}"], timeout_s=GET_S)
+
+
+def test_a_chain_fails_with_its_first(plain: Plain) -> None:
+    """What follows a failed task is failed too, so that nobody waits for ever."""
+    result = chain(plain.tag(plain.missing), plain.then("best"), plain.then("reference")).apply_async()
+    with pytest.raises(Exception, match="source_not_found"):
+        result.get(timeout=GET_S)
+    wait_until(lambda: result.state == "FAILURE", timeout_s=GET_S)
+
+
+def test_ignore_result_still_calls_links(plain: Plain) -> None:
+    """Nothing lies under the result key, and the link is called."""
+    result = plain.tag(plain.good).apply_async(link=plain.then("note", "silent"), ignore_result=True)
+    wait_until(lambda: plain.notes() == ["silent tagged"], timeout_s=GET_S)
+    assert plain.client.exists(f"celery-task-meta-{result.id}") == 0
+
+
+def test_forget(plain: Plain) -> None:
+    """A forgotten result is gone and pending again."""
+    result = plain.tag(plain.good).apply_async()
+    result.get(timeout=GET_S)
+    result.forget()
+    assert plain.app.AsyncResult(result.id).state == "PENDING"
+
+
+def test_revoke_of_a_waiting_task(servers: tuple[Valkey, Path]) -> None:
+    """`AsyncResult.revoke()` on a job that waits for its time: revoked at once, as Celery says it."""
+    server, folder = servers
+    app = Celery("somebody", broker=server.url, backend=server.url, set_as_current=False)
+    reference = (folder / "good.png").as_uri()
+    result = app.send_task("shiwu.tag", args=[reference], queue=Lane.BULK.queue, countdown=300)
+    with server.client() as client:
+        wait_until(lambda: client.zscore("shiwu:delayed", result.id), timeout_s=GET_S)
+        result.revoke()
+        with pytest.raises(TaskRevokedError):
+            result.get(timeout=GET_S)
+        assert app.AsyncResult(result.id).state == "REVOKED"
+        foreign = "somebody-elses-task"
+        app.control.revoke(foreign)
+        wait_until(lambda: client.zscore("shiwu:revoked", foreign), timeout_s=GET_S)
+        assert client.exists(f"celery-task-meta-{foreign}") == 0, "a foreign task's result was touched"
+    app.close()
+
+
+def test_task_events(servers: tuple[Valkey, Path]) -> None:
+    """With -E, Celery's own receiver sees each job received, started and ended, with its runtime."""
+    server, folder = servers
+    app = Celery("somebody", broker=server.url, backend=server.url, set_as_current=False)
+    seen: list[dict[str, Any]] = []
+    done = threading.Event()
+    listening = threading.Event()
+
+    def take(event: dict[str, Any]) -> None:
+        listening.set()
+        if event.get("uuid") in {"event-good", "event-missing"}:
+            seen.append(event)
+            if sum(one["type"] in {"task-succeeded", "task-failed"} for one in seen) == 2:
+                done.set()
+
+    def listen() -> None:
+        with app.connection_for_read() as connection:
+            receiver = app.events.Receiver(connection, handlers={"*": take})
+            for _ in receiver.itercapture(limit=None, timeout=20, wakeup=False):
+                if done.is_set():
+                    return
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    assert listening.wait(GET_S), "no heartbeat came"
+    for name in ("good", "missing"):
+        reference = (folder / f"{name}.png").as_uri()
+        app.send_task("shiwu.tag", args=[reference], queue=Lane.BULK.queue, task_id=f"event-{name}")
+    assert done.wait(GET_S), seen
+    thread.join(GET_S)
+    for name, last in (("good", "task-succeeded"), ("missing", "task-failed")):
+        mine = [event for event in seen if event["uuid"] == f"event-{name}"]
+        assert [event["type"] for event in mine] == ["task-received", "task-started", last]
+    app.close()
+
+
+def test_callbacks_of_a_worker_that_died_are_sent_by_another(
+    start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    """An answer whose callbacks nobody sent lies in Redis; the next worker finds and sends them."""
+    from shiwu.contract import Answer, ImageInfo, Status  # noqa: PLC0415 beside their one use
+    from shiwu.ledger import Entry, Ledger  # noqa: PLC0415
+
+    app = Celery("somebody", broker=redis_url, backend=redis_url, set_as_current=False)
+    signature = app.signature("shiwu.tag", args=["file:///x.png"], queue=Lane.BULK.queue)
+    result = signature.apply_async(link=app.signature("plain.note", args=["late"], queue="elsewhere"))
+    raw = redis_client.rpop(Lane.BULK.queue)
+    assert isinstance(raw, bytes)
+    answer = Answer(id=result.id, status=Status.TAGGED, image=ImageInfo(reference="file:///x.png"))
+    dead = Ledger(redis_client, token="dead", canvas_patience_s=0.001)
+    dead.write([Entry(answer=answer, id=result.id, message=b"shiwu.bulk|" + raw, has_callbacks=True)])
+    start_worker(redis_url=redis_url, allow_folders=tmp_path)
+    wait_until(lambda: redis_client.llen("elsewhere") == 1, timeout_s=GET_S)
+    wait_until(lambda: not redis_client.exists(CANVAS, CANVAS_DUE), timeout_s=GET_S)
+    app.close()

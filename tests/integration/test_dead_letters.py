@@ -1,0 +1,171 @@
+"""Dead letters: everything that ends without tags is kept whole, can be seen, sent again and dropped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import redis
+from click.testing import CliRunner
+
+from shiwu import Client, DeadFilter
+from shiwu.cli import main
+from shiwu.contract import (
+    DEAD,
+    DEAD_ANSWERS,
+    DEAD_MESSAGES,
+    Answer,
+    ErrorCode,
+    ErrorInfo,
+    ImageInfo,
+    Lane,
+    Stage,
+    Status,
+    result_key,
+)
+from shiwu.ledger import Entry, Ledger
+from tests.conftest import StartWorker
+from tests.integration.test_claim_properties import make_claims, make_upkeep
+from tests.support import pictures
+from tests.support.picture_server import PictureServer, Reply
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[Client]:
+    """A producer's client."""
+    with Client(redis_url) as connected:
+        yield connected
+
+
+def bury(
+    redis_client: redis.Redis,
+    client: Client,
+    job_id: str,
+    *,
+    code: ErrorCode = ErrorCode.SOURCE_UNAVAILABLE,
+    stage: Stage = Stage.FETCH,
+    dead_length: int = 1000,
+) -> None:
+    """Enqueue a job, claim it and end it without tags."""
+    client.enqueue(f"s3://pictures/{job_id}.jpg", id=job_id, lane="bulk")
+    [claimed] = make_claims(redis_client, "w").claim(1).jobs
+    status = Status.FAILED if code is ErrorCode.SOURCE_UNAVAILABLE else Status.REJECTED
+    answer = Answer(
+        id=job_id,
+        status=status,
+        image=ImageInfo(reference=f"s3://pictures/{job_id}.jpg"),
+        error=ErrorInfo(code=code, message="so it was", stage=stage),
+        attempts=3,
+        worker="w",
+    )
+    message = claimed.key.encode() + b"|" + claimed.raw
+    entry = Entry(answer=answer, id=job_id, message=message, is_dead=True)
+    Ledger(redis_client, token="w", dead_length=dead_length).write([entry])
+
+
+def test_a_letter_keeps_everything(client: Client, redis_client: redis.Redis) -> None:
+    """Raw message, error, stage, attempts, worker and the time of death."""
+    bury(redis_client, client, "one")
+    letter = client.dead_letter("one")
+    assert letter is not None
+    assert letter.result.error is not None
+    assert (letter.lane, letter.result.attempts, letter.result.worker) == (Lane.BULK, 3, "w")
+    assert (letter.result.error.code, letter.result.error.stage) == (ErrorCode.SOURCE_UNAVAILABLE, Stage.FETCH)
+    assert json.loads(letter.message)["headers"]["id"] == "one"
+    assert abs(letter.died_ms - client.server_time_ms()) < 60_000
+    assert client.dead_letter("other") is None
+
+
+def test_filters(client: Client, redis_client: redis.Redis) -> None:
+    """By code, stage, status, part of the reference, age; newest first, and no more than asked."""
+    bury(redis_client, client, "a1")
+    bury(redis_client, client, "a2", code=ErrorCode.SOURCE_NOT_FOUND)
+    bury(redis_client, client, "b1", code=ErrorCode.PICTURE_BROKEN, stage=Stage.DECODE)
+
+    def ids(**fields: object) -> list[str]:
+        return [letter.id for letter in client.dead_letters(DeadFilter(**fields))]  # type: ignore[arg-type]
+
+    assert set(ids()) == {"a1", "a2", "b1"}
+    assert ids(code="source_not_found") == ["a2"]
+    assert ids(stage="decode") == ["b1"]
+    assert set(ids(status="rejected")) == {"a2", "b1"}
+    assert set(ids(image="/a")) == {"a1", "a2"}
+    assert ids(older_s=60) == []
+    assert set(ids(newer_s=60)) == {"a1", "a2", "b1"}
+    assert len(list(client.dead_letters(limit=2))) == 2
+
+
+def test_a_requeue_is_a_new_life_with_the_old_id(client: Client, redis_client: redis.Redis) -> None:
+    """Its answer is forgotten, its attempts begin at 1, it is claimed and answered like any other, once."""
+    bury(redis_client, client, "one")
+    assert client.answer("one") is not None
+    assert client.requeue(["one", "never-was"]) == ["one"]
+    assert client.answer("one") is None
+    assert client.requeue(["one"]) == []
+    [claimed] = make_claims(redis_client, "w2").claim(5).jobs
+    assert (claimed.id, claimed.attempt, claimed.key) == ("one", 1, Lane.BULK.queue)
+    tagged = Entry(answer=Answer(id="one", status=Status.TAGGED, attempts=1), id="one")
+    assert Ledger(redis_client, token="w2").write([tagged]) == set()
+    assert client.wait("one", timeout_s=5).ok
+    assert redis_client.exists(DEAD, DEAD_ANSWERS, DEAD_MESSAGES) == 0
+
+
+def test_drop_forgets_the_letter_and_not_the_answer(client: Client, redis_client: redis.Redis) -> None:
+    """The answer stays under its key, and the id stays answered."""
+    bury(redis_client, client, "one")
+    assert client.drop(["one", "never-was"]) == 1
+    assert client.dead_letter("one") is None
+    assert client.answer("one") is not None
+
+
+def test_number_and_age_are_bounded(client: Client, redis_client: redis.Redis) -> None:
+    """The oldest go first, counted; what is too old goes when somebody tends."""
+    for number in range(8):
+        bury(redis_client, client, f"j{number}", dead_length=5)
+    assert {letter.id for letter in client.dead_letters()} == {f"j{n}" for n in range(3, 8)}
+    assert client.queue_state().counters["dead_dropped"] == 3
+    redis_client.zadd(DEAD, {"j3": 1.0})
+    make_upkeep(redis_client).tend()
+    assert {letter.id for letter in client.dead_letters()} == {f"j{n}" for n in range(4, 8)}
+    assert redis_client.hlen(DEAD_ANSWERS) == redis_client.hlen(DEAD_MESSAGES) == 4
+
+
+def test_the_command_line(client: Client, redis_client: redis.Redis, redis_url: str) -> None:
+    """list, show, requeue and drop, with filters and dry run; a command without a choice does nothing."""
+    for job_id in ("one", "two"):
+        bury(redis_client, client, job_id)
+
+    def run(*args: str, code: int = 0) -> str:
+        result = CliRunner().invoke(main, ["--redis-url", redis_url, "dead", *args])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    assert "source_unavailable" in run("list")
+    lines = [json.loads(line) for line in run("list", "--json").splitlines()]
+    assert [line["answer"]["error"]["stage"] for line in lines] == ["fetch", "fetch"]
+    assert json.loads(run("show", "one"))["lane"] == "bulk"
+    run("show", "nobody", code=1)
+    run("requeue", code=2)
+    run("drop", "one", "--all", code=2)
+    assert sorted(run("requeue", "--all", "--dry-run").split()) == ["one", "two"]
+    assert redis_client.llen(Lane.BULK.queue) == 0
+    assert run("requeue", "--code", "source_unavailable", "--image", "one").split() == ["one"]
+    assert run("drop", "--newer", "1h") == "dropped 1\n"
+    assert redis_client.zcard(DEAD) == 0
+
+
+def test_a_rejected_picture_lies_there_and_is_tagged_after_a_requeue(
+    start_worker: StartWorker, redis_url: str, client: Client, redis_client: redis.Redis, http_server: PictureServer
+) -> None:
+    """A real worker: 404 today, there tomorrow."""
+    url = http_server.serve("/late.png", Reply.error(404), Reply.picture(pictures.png(pictures.picture())))
+    start_worker(redis_url=redis_url)
+    client.enqueue(url, id="late")
+    result = client.wait("late", timeout_s=30)
+    assert result.error is not None
+    assert result.error.code is ErrorCode.SOURCE_NOT_FOUND
+    assert client.requeue(letter.id for letter in client.dead_letters()) == ["late"]
+    assert client.wait("late", timeout_s=30).ok
+    wait_until(lambda: redis_client.exists(result_key("late")), timeout_s=5)

@@ -1,0 +1,130 @@
+"""Nobody waits for ever: cancelled, revoked, out of time; with workers and without."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import redis
+from click.testing import CliRunner
+
+from shiwu import Client, Status
+from shiwu.cli import main
+from shiwu.contract import CLAIMS, DEADLINES, LEASES, RESULT_STREAM, REVOKED, ErrorCode, Lane, done_key
+from shiwu_worker.revoke import Revoker
+from tests.conftest import StartWorker
+from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep
+from tests.support import pictures
+from tests.support.picture_server import PictureServer, Reply
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[Client]:
+    """A producer's client."""
+    with Client(redis_url) as connected:
+        yield connected
+
+
+def test_a_cancelled_job_is_answered_at_once_and_never_claimed(client: Client, redis_client: redis.Redis) -> None:
+    """The answer is `cancelled`; the message in the lane is dropped when it is met."""
+    client.enqueue("s3://b/k.jpg", id="one")
+    assert client.cancel(["one"], reason="upload was deleted") == ["one"]
+    result = client.wait("one", timeout_s=1)
+    assert (result.status, result.error and result.error.code) == (Status.CANCELLED, ErrorCode.CANCELLED)
+    assert "upload was deleted" in (result.error.message if result.error else "")
+    assert client.cancel("one") == []
+    assert make_claims(redis_client, "w").claim(5).jobs == ()
+
+
+def test_a_cancel_wins_over_a_worker_that_holds_the_job(client: Client, redis_client: redis.Redis) -> None:
+    """Its late answer is discarded and counted."""
+    client.enqueue("s3://b/k.jpg", id="one")
+    [job] = make_claims(redis_client, "w").claim(5).jobs
+    assert client.cancel("one") == ["one"]
+    assert redis_client.hlen(CLAIMS) == redis_client.zcard(LEASES) == 0
+    assert make_committer(redis_client, "w").write([answer(job)]) == {"one"}
+    assert client.wait("one", timeout_s=1).status is Status.CANCELLED
+    assert redis_client.xlen(RESULT_STREAM) == 1
+
+
+def test_a_cancelled_job_that_a_worker_loads_is_not_encoded(
+    start_worker: StartWorker, redis_url: str, client: Client, http_server: PictureServer
+) -> None:
+    """A real worker hears of it while the picture is fetched, and spends no device time on it."""
+    data = pictures.png(pictures.picture())
+    slow = http_server.serve("/slow.png", Reply.picture(data).late(first_pause_s=2))
+    worker = start_worker(redis_url=redis_url, env={"SHIWU_LOG_LEVEL": "debug"})
+    client.enqueue(slow, id="slow")
+    wait_until(lambda: client.queue_state().claimed[Lane.INTERACTIVE], timeout_s=10)
+    client.cancel("slow")
+    quick = http_server.serve("/quick.png", Reply.picture(data))
+    assert client.tag(quick, id="quick", timeout_s=20).ok
+    wait_until(lambda: sum(client.queue_state().claimed.values()) == 0, timeout_s=20)
+    assert client.wait("slow", timeout_s=1).status is Status.CANCELLED
+    lines = [json.loads(line) for line in worker.log_text().splitlines() if '"id": "slow"' in line]
+    assert not any("encode_ms" in line for line in lines), lines
+
+
+def test_revoke_of_a_job_that_lies_in_a_lane(client: Client, redis_client: redis.Redis, redis_url: str) -> None:
+    """Celery's revoke names any id: it is remembered, and the job is answered when it is claimed."""
+    client.enqueue("s3://b/k.jpg", id="waiting")
+    client.enqueue("s3://b/k.jpg", id="later", countdown_s=300)
+    revoker = Revoker(redis_client, make_committer(redis_client, "revoke"))
+    assert revoker.revoke(["waiting", "foreign"]) == 0
+    taken = {job.id: job.is_revoked for job in make_claims(redis_client, "w").claim(5).jobs}
+    assert taken == {"waiting": True, "later": False}
+    assert redis_client.zcard(REVOKED) == 2
+    assert revoker.revoke(["waiting"]) == 1
+    assert client.wait("waiting", timeout_s=1).status is Status.CANCELLED
+    assert not redis_client.exists(done_key("foreign"))
+
+
+def test_answer_by_holds_without_any_worker(client: Client, redis_client: redis.Redis, redis_url: str) -> None:
+    """A sweep answers `expired` when the time is over; the message in the lane is then dropped."""
+    client.enqueue("s3://b/k.jpg", id="due", answer_by_s=0.3)
+    client.enqueue("s3://b/k.jpg", id="patient", answer_by_s=300)
+    wait_until(lambda: client.sweep().out_of_time == 1, timeout_s=5)
+    assert client.wait("due", timeout_s=1).status is Status.EXPIRED
+    assert client.answer("patient") is None
+    assert redis_client.zrange(DEADLINES, 0, -1) == [b"patient"]
+    assert [job.id for job in make_claims(redis_client, "w").claim(5).jobs] == ["patient"]
+
+
+def test_answer_by_holds_while_a_worker_is_busy(
+    start_worker: StartWorker, redis_url: str, client: Client, http_server: PictureServer
+) -> None:
+    """A worker answers for a picture that it is still fetching."""
+    slow = http_server.serve("/slow.png", Reply.picture(pictures.png(pictures.picture())).late(first_pause_s=8))
+    start_worker(redis_url=redis_url)
+    client.enqueue(slow, id="slow", answer_by_s=1.5)
+    result = client.wait("slow", timeout_s=5)
+    assert result.status is Status.EXPIRED
+    assert (result.error.code if result.error else None) is ErrorCode.EXPIRED
+
+
+def test_expired_messages_are_answered_where_no_worker_runs(client: Client, redis_client: redis.Redis) -> None:
+    """The sweep takes them out of the lane, whoever sent them; the others keep their order."""
+    for number in range(30):
+        expires_s = 0.001 if number % 3 == 0 else None
+        client.enqueue("s3://b/k.jpg", id=f"j{number}", lane="bulk", expires_s=expires_s, metadata=number)
+    wait_until(lambda: make_upkeep(redis_client).expire_waiting(portion=7) == 0, timeout_s=5)
+    expired = [client.wait(f"j{n}", timeout_s=1) for n in range(0, 30, 3)]
+    assert {result.status for result in expired} == {Status.EXPIRED}
+    assert [result.metadata for result in expired] == list(range(0, 30, 3))
+    assert redis_client.hlen(CLAIMS) == 0
+    left = [job.id for job in make_claims(redis_client, "w").claim(50).jobs]
+    assert left == [f"j{n}" for n in range(30) if n % 3]
+
+
+def test_the_sweep_command_does_a_round(client: Client, redis_client: redis.Redis, redis_url: str) -> None:
+    """Jobs of a dead worker go back, and the numbers are printed as JSON."""
+    client.enqueue("s3://b/k.jpg", id="one")
+    make_claims(redis_client, "dead", lease_s=0.0).claim(1)
+    result = CliRunner().invoke(main, ["--redis-url", redis_url, "sweep", "--once"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.output)
+    assert told["swept"]["reaped"] == 1
+    assert told["queues"]["waiting"]["interactive"] == 1
+    assert [job.attempt for job in make_claims(redis_client, "w").claim(1).jobs] == [2]
