@@ -101,7 +101,7 @@ def test_a_killed_loader_is_replaced_and_its_jobs_are_answered(
     start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, images: list[str], tmp_path: Path
 ) -> None:
     """SIGKILL of loaders under load costs no job its answer, and the worker itself goes on."""
-    worker = start_worker(redis_url=redis_url, allow_folders=tmp_path, loaders=2)
+    worker = start_worker(redis_url=redis_url, allow_folders=tmp_path, loaders=2, loader_spares=1)
     ids = drill.enqueue(redis_client, images, count=800, prefix="loader", random_from=random.Random(4))
     for threshold in (50, 250, 450):
         wait_until(lambda threshold=threshold: drill.answered(redis_client) > threshold, timeout_s=60)
@@ -115,9 +115,9 @@ def test_a_killed_loader_is_replaced_and_its_jobs_are_answered(
 
 def test_loaders_end_with_their_worker(start_worker: StartWorker, redis_url: str) -> None:
     """A SIGKILL of the worker leaves no orphans."""
-    worker = start_worker(redis_url=redis_url, loaders=2)
+    worker = start_worker(redis_url=redis_url, loaders=2, loader_spares=1)
     loaders = children(worker.pid)
-    assert len(loaders) == 2
+    assert len(loaders) == 3
     worker.kill()
     wait_until(lambda: not any(_lives(pid) for pid in loaders), timeout_s=5)
 

@@ -23,7 +23,7 @@ def note(text: str) -> None:
         client.rpush(NOTES, text)
 
 
-@app.task(name="plain.tag")
+@app.task(name="plain.tag")  # type: ignore[untyped-decorator]  # celery has no types
 def tag(image: str, **_: Any) -> dict[str, Any]:
     """What shiwu does, without doing it."""
     if "missing" in image:
@@ -31,31 +31,31 @@ def tag(image: str, **_: Any) -> dict[str, Any]:
     return {"status": "tagged", "image": {"reference": image}}
 
 
-@app.task(name="plain.reference")
+@app.task(name="plain.reference")  # type: ignore[untyped-decorator]  # celery has no types
 def reference(name: str) -> str:
     """The first of a chain, which makes the reference."""
     return name
 
 
-@app.task(name="plain.best")
+@app.task(name="plain.best")  # type: ignore[untyped-decorator]  # celery has no types
 def best(answer: dict[str, Any]) -> str:
     """What one does with an answer."""
     return f"{answer['status']} {answer['image']['reference']}"
 
 
-@app.task(name="plain.gather")
+@app.task(name="plain.gather")  # type: ignore[untyped-decorator]  # celery has no types
 def gather(answers: list[dict[str, Any]]) -> list[str]:
     """The body of a chord."""
     return [answer["image"]["reference"] for answer in answers]
 
 
-@app.task(name="plain.note")
+@app.task(name="plain.note")  # type: ignore[untyped-decorator]  # celery has no types
 def take_note(answer: dict[str, Any], word: str) -> None:
     """A link."""
     note(f"{word} {answer['status']}")
 
 
-@app.task(name="plain.note_error")
+@app.task(name="plain.note_error")  # type: ignore[untyped-decorator]  # celery has no types
 def note_error(task_id: str) -> None:
     """A link_error."""
     note(f"error {task_id}")

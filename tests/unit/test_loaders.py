@@ -24,7 +24,7 @@ SPEC = ImageSpec(64, 64, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 class Pool:
     """A pool with its results by ticket."""
 
-    def __init__(self, folder: Path, *, processes: int, task_timeout_s: float = 20.0) -> None:
+    def __init__(self, folder: Path, *, processes: int, spares: int = 0, task_timeout_s: float = 20.0) -> None:
         self.results: dict[int, Loaded] = {}
         self.fatal: list[FatalError] = []
         self._lock = threading.Lock()
@@ -47,6 +47,7 @@ class Pool:
         )
         self.pool = LoaderPool(
             processes=processes,
+            spares=spares,
             options=options,
             task_timeout_s=task_timeout_s,
             on_loaded=self._take,
@@ -78,10 +79,10 @@ def good(tmp_path: Path) -> str:
     return path.as_uri()
 
 
-@pytest.fixture(params=[1, 2], ids=["one-loader", "two-loaders"])
+@pytest.fixture(params=[(1, 0), (2, 0), (1, 1), (1, 2)], ids=lambda numbers: f"{numbers[0]}-and-{numbers[1]}-spare")
 def pool(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pool]:
     """A running pool."""
-    made = Pool(tmp_path, processes=request.param)
+    made = Pool(tmp_path, processes=request.param[0], spares=request.param[1])
     made.pool.start(30.0)
     yield made
     made.pool.close(5.0)

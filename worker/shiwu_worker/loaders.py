@@ -1,8 +1,8 @@
 """The processes that fetch and decode, seen from the worker.
 
 Loaders are started by exec, never import torch, and write pixels into shared memory. Frames between us are JSON. A
-loader that dies or hangs is replaced; the pictures it held are tried again alone, one at a time, so the guilty one
-convicts itself and its neighbours never notice.
+loader that dies or hangs is replaced by a spare that is warm already; the pictures it held are tried again alone, one
+at a time, in another spare, so the guilty one convicts itself and its neighbours hardly notice.
 """
 
 from __future__ import annotations
@@ -48,12 +48,14 @@ class _Loader:
     held: dict[int, tuple[LoadTask, float]] = field(default_factory=dict)
     """ticket → task and the moment at which it was sent."""
     alone: bool = False
+    """It takes suspects only, one at a time."""
 
 
 class LoaderPool:
     """A fixed number of loaders, one thread that talks to them, and the pixels.
 
     Args:
+        spares: loaders beyond these: warm, to stand in for one that died and to try suspects.
         on_loaded: gets results, on the pool's thread; must not block.
         on_fatal: called when loaders can't be kept alive.
         task_timeout_s: fetch and decode of one picture; then its loader is killed and the picture tried alone.
@@ -63,12 +65,14 @@ class LoaderPool:
         self,
         *,
         processes: int,
+        spares: int = 0,
         options: LoaderOptions,
         task_timeout_s: float,
         on_loaded: Callable[[list[Loaded]], None],
         on_fatal: Callable[[FatalError], None],
     ) -> None:
         self._processes = processes
+        self._spares = spares
         self._options = options
         self._task_timeout_s = task_timeout_s
         self._on_loaded = on_loaded
@@ -105,7 +109,7 @@ class LoaderPool:
             FatalError: with ExitCode.LOADERS when they are not ready in time.
         """
         self._selector.register(self._wake_r, selectors.EVENT_READ, None)
-        for _ in range(self._processes):
+        for _ in range(self._processes + self._spares):
             self._spawn()
         self._thread.start()
         if not self._all_ready.wait(timeout_s) or self._closing.is_set():
@@ -169,7 +173,7 @@ class LoaderPool:
                 if frame == READY:
                     loader.ready = True
                     self._deaths_at_start = 0
-                    if all(one.ready for one in self._loaders):
+                    if sum(one.ready for one in self._loaders) >= self._processes:
                         self._all_ready.set()
                     continue
                 result = LOADED.validate_json(frame)
@@ -190,16 +194,18 @@ class LoaderPool:
 
     def _assign(self) -> None:
         ready = [loader for loader in self._loaders if loader.ready]
-        if self._suspects and ready and not any(loader.alone for loader in self._loaders):
-            # It runs empty and then takes suspects one at a time; the others go on with the rest.
+        # With spares, suspects wait for one that is ready; without, a usual loader runs empty for them.
+        is_one_free = len(ready) > (self._processes if self._spares else 0)
+        if self._suspects and is_one_free and not any(one.alone for one in self._loaders):
             min(ready, key=lambda one: len(one.held)).alone = True
+        at_work = [one for one in ready if not one.alone][: self._processes]
         for loader in ready:
             if loader.alone and not loader.held:
                 if self._suspects:
                     self._send(loader, self._suspects.popleft())
                 else:
                     loader.alone = False
-            while not loader.alone and len(loader.held) < self._options.threads:
+            while loader in at_work and len(loader.held) < self._options.threads:
                 with self._lock:
                     task = self._waiting.popleft() if self._waiting else None
                 if task is None or not self._send(loader, task):
@@ -236,7 +242,7 @@ class LoaderPool:
                     FatalError(ExitCode.LOADERS, f"loaders died {DEATHS_AT_START} times before they were ready")
                 )
                 return
-            self._closing.wait(RESPAWN_S)
+            self._closing.wait(RESPAWN_S)  # one that dies at its start must not be started in a busy loop
         self.restarts += 1
         self._spawn()
 

@@ -125,6 +125,7 @@ def make_loaders(
     """The loader processes, not yet started."""
     return LoaderPool(
         processes=settings.loader_count,
+        spares=settings.loader_spares,
         options=loader_options(settings, spec),
         task_timeout_s=settings.load_timeout_s,
         on_loaded=on_loaded,

@@ -31,10 +31,11 @@ redis.call('ZREM', leases, unpack(ids))
 redis.call('HDEL', attempts, unpack(ids))
 if has_deadlines then redis.call('ZREM', deadlines, unpack(ids)) end
 
-local again = {}
+local again, first = {}, 0
 for i = FIRST, #ARGV, STEP do
   local id, kind, answer, head, raw, mark = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], ARGV[i + 5]
   if redis.call('SET', done_prefix .. id, mark, 'NX', 'EX', done_ttl) then
+    first = first + 1
     if string.find(kind, 'D', 2, true) then
       redis.call('ZADD', dead, now, id)
       redis.call('HSET', dead_answers, id, answer)
@@ -70,6 +71,6 @@ if excess > 0 then
   redis.call('HDEL', dead_messages, unpack(gone))
   redis.call('HINCRBY', counters, 'dead_dropped', #gone)
 end
-redis.call('HINCRBY', counters, 'answered', #ids - #again)
+redis.call('HINCRBY', counters, 'answered', first)
 if #again > 0 then redis.call('HINCRBY', counters, 'answers_discarded', #again) end
 return again
