@@ -11,7 +11,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-CODE := producer worker tests demo bench
+CODE := producer worker tests demo bench drill
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast lint bench format clean
@@ -35,14 +35,14 @@ lint: $(STAMP) ## check form, types and who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy -p demo -p tests.support
+	$(BIN)/mypy -p demo -p drill -p tests.support
 	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: $(STAMP) ## measure; JSON and pictures go to bench/out
 	$(BIN)/python -m bench $(ARGS)
 
-drill: $(STAMP) ## kill workers for many rounds and count every answer (some minutes)
-	$(BIN)/python -m tests.faults.drill $(ARGS)
+drill: $(STAMP) ## break everything for about an hour and count every answer; ARGS="--short", ARGS="kill --rounds 20"
+	$(BIN)/python -m drill $(ARGS)
 
 format: $(STAMP) ## put the code into form
 	$(BIN)/ruff check --fix-only --quiet .

@@ -180,6 +180,7 @@ class WorkerProcess(Process):
         name: str = "worker",
         by_celery: bool = False,
         celery_args: str = "",
+        module: str = "shiwu_worker",
         env: Mapping[str, str] | None = None,
         **settings: object,
     ) -> None:
@@ -195,9 +196,9 @@ class WorkerProcess(Process):
         }
         asked = {f"SHIWU_{key.upper()}": str(value) for key, value in settings.items()}
         celery = ["celery", "-A", "shiwu_worker.app", "worker", *celery_args.split()]
-        module = celery if by_celery else ["shiwu_worker"]
+        command = celery if by_celery else [module]
         super().__init__(
-            [sys.executable, "-m", *module],
+            [sys.executable, "-m", *command],
             name=name,
             folder=folder,
             env=clean_environment({**own, **(env or {}), **asked}),

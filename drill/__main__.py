@@ -1,0 +1,114 @@
+"""`make drill`: run drills and print what they found. Exit code 0 only when the promise held in all of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tests.support.failover import Failover
+from tests.support.servers import Valkey
+
+from drill.catalogue import DRILLS, Drill
+from drill.field import Field, Outcome
+
+
+def run(
+    drill: Drill,
+    *,
+    seed: int,
+    short: bool,
+    jobs: int | None = None,
+    rounds: int | None = None,
+    url: str | None = None,
+    minutes: float = 10.0,
+) -> Outcome:
+    """One drill on a Redis of its own, or on the one given."""
+    size = drill.short if short else drill.long
+    with tempfile.TemporaryDirectory(prefix="shiwu-drill-") as name, ExitStack() as stack:
+        server: Any = None
+        if drill.server == "sentinels":
+            server = stack.enter_context(Failover(folder=Path(name) / "servers", replicas=2))
+        elif url is None:
+            config = {"appendonly": "yes", "appendfsync": "always"}
+            server = stack.enter_context(Valkey(folder=Path(name) / "valkey", config=config))
+        field = Field(
+            url=server.url if server else str(url),
+            folder=Path(name),
+            chance=random.Random(f"{seed}-{drill.name}"),
+            jobs=jobs or size[0],
+            rounds=rounds or size[1],
+            stack=stack,
+            server=server,
+            minutes=minutes,
+            prefix=f"{drill.name}-{seed}-{int(time.time())}." if url else "d",
+        )
+        return drill.run(field)
+
+
+def show(outcomes: list[Outcome]) -> None:
+    """A row for each drill."""
+    table = Table(
+        "drill", "enqueued", "answered", "twice", "lost", "late", "re-run", "discarded", "breaks", "recovery", "kept",
+        box=None,
+    )  # fmt: skip
+    for one in outcomes:
+        recovery = f"{one.recovery_max_s:.2f} of {one.promised_s:g} s" if one.breaks else "–"
+        numbers = (one.enqueued, one.answered, one.twice, one.lost, one.late, one.rerun, one.discarded, one.breaks)
+        table.add_row(one.name, *map(str, numbers), recovery, "yes" if one.is_kept else "NO")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    for one in outcomes:
+        statuses = ", ".join(f"{name} {count}" for name, count in sorted(one.statuses.items()))
+        console.print(f"{one.name}: {statuses}{'; ' + one.notes if one.notes else ''}", markup=False)
+        for what in one.wrong:
+            console.print(f"{one.name}: NOT AS PROMISED: {what}", markup=False, style="bold red")
+
+
+def main() -> None:
+    """Run the drills that were named, or all."""
+    parser = argparse.ArgumentParser(prog="drill", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="DRILL", help=f"{', '.join(DRILLS)}; default: all of them")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--short", action="store_true", help="the small form that make test runs")
+    parser.add_argument("--jobs", type=int, help="enqueued in each round")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--minutes", type=float, default=10.0, help="length of the drill `together`")
+    parser.add_argument("--redis-url", help="a Redis of yours (staging!) instead of an own one")
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
+    asked = parser.parse_args()
+    unknown = set(asked.names) - DRILLS.keys()
+    if unknown:
+        parser.error(f"expected drills of {', '.join(DRILLS)}, got {', '.join(sorted(unknown))}")
+    chosen = [DRILLS[name] for name in asked.names or DRILLS]
+    if asked.redis_url:
+        chosen = [drill for drill in chosen if drill.server == "any"]
+    print(f"seed {asked.seed}", file=sys.stderr)
+    outcomes = []
+    for drill in chosen:
+        print(f"{drill.name}: {drill.about}", file=sys.stderr)
+        outcome = run(
+            drill, seed=asked.seed, short=asked.short, jobs=asked.jobs, rounds=asked.rounds, url=asked.redis_url,
+            minutes=asked.minutes,
+        )  # fmt: skip
+        outcomes.append(outcome)
+        if asked.json:
+            print(json.dumps(asdict(outcome) | {"kept": outcome.is_kept, "seed": asked.seed}), flush=True)
+        elif len(chosen) > 1:
+            show([outcome])
+    if not asked.json:
+        show(outcomes)
+    sys.exit(0 if all(outcome.is_kept for outcome in outcomes) else 1)
+
+
+if __name__ == "__main__":
+    main()

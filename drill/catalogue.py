@@ -1,0 +1,47 @@
+"""The drills by name, with the size of their short and their long form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from drill import device, inputs, redis_away, together, workers
+from drill.field import Field, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Drill:
+    """One drill."""
+
+    name: str
+    run: Callable[[Field], Outcome]
+    short: tuple[int, int]
+    """Jobs a round, rounds: what `make test` runs."""
+    long: tuple[int, int]
+    server: Literal["any", "own", "sentinels"] = "any"
+    """Whether it may run on a Redis that was given, or breaks its own."""
+
+    @property
+    def about(self) -> str:
+        """What it does, in a sentence."""
+        return (self.run.__doc__ or "").partition("\n")[0]
+
+
+DRILLS = {
+    drill.name: drill
+    for drill in (
+        Drill("kill", workers.kill, short=(200, 2), long=(1000, 100)),
+        Drill("loaders", workers.kill_loaders, short=(300, 5), long=(1000, 300)),
+        Drill("hang", workers.hang, short=(300, 1), long=(1000, 20)),
+        Drill("rolling", workers.rolling, short=(200, 3), long=(1000, 10)),
+        Drill("redis", redis_away.restart, short=(300, 2), long=(1000, 20), server="own"),
+        Drill("cuts", redis_away.cuts, short=(1500, 12), long=(20_000, 300)),
+        Drill("failover", redis_away.failover, short=(300, 1), long=(1000, 5), server="sentinels"),
+        Drill("poison", inputs.poison, short=(240, 1), long=(10_000, 1)),
+        Drill("source", inputs.source, short=(60, 1), long=(2000, 1)),
+        Drill("encode", device.encode, short=(400, 1), long=(10_000, 1)),
+        Drill("duplicates", inputs.duplicates, short=(200, 1), long=(2000, 10)),
+        Drill("together", together.together, short=(200, 1), long=(500, 1)),
+    )
+}

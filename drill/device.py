@@ -1,0 +1,85 @@
+"""Drills that break the model's device: a worker whose encoder fails now and then."""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import replace
+from typing import Any
+
+from tests.support.processes import WorkerProcess
+
+from drill.field import Field, Outcome, only
+from shiwu.contract import Status
+
+DEVICE_LOST = 67
+SHARE = {"memory": 0.04, "nan": 0.08, "count": 0.04, "kernel": 0.02, "lost": 0.01}
+"""How many of the encoder's calls fail, and how."""
+
+
+def encode(field: Field) -> Outcome:
+    """Injected: out of memory, NaN, a wrong count, a failing kernel, a lost device; still all is tagged."""
+    worker = _faulty(field)
+    field.enqueue(field.jobs)
+    lost = 0
+    while field.answered() - field.answered_before < field.jobs:
+        if not worker.is_running:
+            lost += 1
+            if worker.exit_code != DEVICE_LOST:
+                return field.finish("encode", promised_s=0, wrong=[f"the worker ended with {worker.exit_code}"])
+            worker = _faulty(field)  # what an orchestrator does
+        try:
+            field.wait_answers(field.jobs, timeout_s=0.5)
+        except TimeoutError:
+            continue
+    outcome = field.finish("encode", promised_s=0, notes=f"{lost} times the device was lost and the process replaced")
+    return replace(outcome, wrong=(*outcome.wrong, *only(outcome, Status.TAGGED)))
+
+
+def _faulty(field: Field) -> WorkerProcess:
+    seed = str(field.chance.randrange(10**9))
+    return field.worker(module="drill.device", env={"DRILL_SEED": seed}, max_batch=16)
+
+
+def _main() -> None:
+    """`python -m drill.device`: a worker with a faulty encoder."""
+    import os  # noqa: PLC0415 in the worker's process only
+
+    import numpy as np  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
+    from shiwu_worker import __main__ as worker  # noqa: PLC0415
+    from shiwu_worker.stages import encode as stage  # noqa: PLC0415
+
+    chance = random.Random(os.environ["DRILL_SEED"])
+    real = stage.Encoder.encode
+    warm = {"left": 5}  # the rungs up to 16
+
+    def faulty(self: Any, pixels: Any) -> Any:
+        if warm["left"]:
+            warm["left"] -= 1
+            return real(self, pixels)
+        kind = chance.choices([*SHARE, "none"], [*SHARE.values(), 1 - sum(SHARE.values())])[0]
+        if kind == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory (a drill)")
+        if kind == "kernel" and len(pixels) > 1:
+            raise RuntimeError("a kernel failed (a drill)")
+        if kind == "lost":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered (a drill)")
+        vectors = real(self, pixels)
+        if kind == "count":
+            return vectors[:-1]
+        if kind == "nan":
+            row = chance.randrange(len(vectors))
+            vectors = np.array(vectors)
+            vectors[row] = np.nan
+            return stage._finite(vectors)
+        return vectors
+
+    stage.Encoder.encode = faulty  # type: ignore[method-assign]
+    sys.argv = ["shiwu-worker"]
+    worker.main()
+
+
+if __name__ == "__main__":
+    _main()

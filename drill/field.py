@@ -1,0 +1,221 @@
+"""Where a drill takes place: a Redis, pictures, workers; and the count at its end."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import redis
+from tests.support import pictures
+from tests.support.processes import WorkerProcess
+from tests.support.waiting import wait_until
+
+from shiwu.connection import connect
+from shiwu.contract import CLAIMS, COUNTERS, LEASES, RESULT_STREAM, Answer, Lane, Request, Status, result_key
+from shiwu.message import build_message
+
+LEASE_S: Final = 3.0
+TAKEOVER_S: Final = 2.0
+"""What the promise allows beyond a lease until a dead worker's jobs are somebody else's."""
+READ_AT_ONCE: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a drill found. Times in seconds."""
+
+    name: str
+    enqueued: int
+    answered: int
+    twice: int
+    lost: int
+    late: int
+    """Breaks from which the recovery took longer than promised."""
+    rerun: int
+    """Answers that took more than one attempt."""
+    discarded: int
+    """Answers that came second and were thrown away."""
+    statuses: dict[str, int]
+    breaks: int
+    recovery_max_s: float = 0.0
+    promised_s: float = 0.0
+    notes: str = ""
+    wrong: tuple[str, ...] = ()
+    """What else was not as promised."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the promise held."""
+        return not (self.twice or self.lost or self.late or self.wrong) and self.enqueued == self.answered
+
+
+@dataclass
+class Field:
+    """One drill's Redis and workers.
+
+    `jobs` and `rounds` say how long it takes; a short form is the same drill with small numbers.
+    """
+
+    url: str
+    folder: Path
+    chance: random.Random
+    jobs: int
+    rounds: int
+    stack: ExitStack
+    server: Any = None
+    """The drill's own server, where Redis itself may be broken."""
+    prefix: str = "d"
+    minutes: float = 10.0
+    sent: list[str] = field(default_factory=list)
+    recoveries: list[float] = field(default_factory=list)
+    workers: int = 0
+    breaks: int = 0
+    """Things broken that nobody could time a recovery of."""
+
+    def __post_init__(self) -> None:
+        self.client: redis.Redis = self.stack.enter_context(connect(self.url, timeout_s=10.0, retries=5))
+        self.images = [self.picture(sample.label) for sample in pictures.samples()[:12]]
+        self.answered_before = self.answered()
+        self.counters_before = self._counters()
+
+    def picture(self, label: str) -> str:
+        """A real picture in a folder that workers may read."""
+        sample = pictures.sample(label)
+        path = self.folder / f"{sample.path.stem}.jpg"
+        if not path.exists():
+            path.write_bytes(pictures.jpeg(pictures.picture(label)))
+        return path.as_uri()
+
+    def worker(self, *, url: str | None = None, ready: bool = True, **options: Any) -> WorkerProcess:
+        """Start a real worker process with a short lease; it ends with the drill."""
+        self.workers += 1
+        settings: dict[str, Any] = {
+            "allow_folders": self.folder,
+            "lease_s": LEASE_S,
+            "retry_first_s": 0.3,
+            "stream_length": 10_000_000,
+            "max_attempts": 10,
+            "log_level": "warning",
+            "redis_timeout_s": 2,
+        }
+        name = f"{self.prefix}{self.workers}"
+        process = WorkerProcess(redis_url=url or self.url, folder=self.folder, name=name, **(settings | options))
+        self.enter(process)
+        return process.wait_ready() if ready else process
+
+    def fleet(self, count: int, **options: Any) -> list[WorkerProcess]:
+        """Several workers, started at the same time."""
+        workers = [self.worker(ready=False, **options) for _ in range(count)]
+        return [worker.wait_ready() for worker in workers]
+
+    def enter(self, part: AbstractContextManager[Any]) -> Any:
+        """Start something that ends with the drill."""
+        return self.stack.enter_context(part)
+
+    def enqueue(self, count: int, images: Sequence[str] = (), *, ids: Sequence[str] = ()) -> list[str]:
+        """Send jobs to both lanes; return their ids."""
+        begin = len(self.sent)
+        ids = list(ids) or [f"{self.prefix}-{number}" for number in range(begin, begin + count)]
+        for start in range(0, len(ids), READ_AT_ONCE):
+            with self.client.pipeline(transaction=False) as pipe:
+                seconds, micros = self.client.time()
+                for job_id in ids[start : start + READ_AT_ONCE]:
+                    lane = self.chance.choice(list(Lane))
+                    request = Request(image=self.chance.choice(list(images) or self.images))
+                    sent_ms = seconds * 1000 + micros / 1000
+                    pipe.lpush(lane.queue, build_message(request, job_id=job_id, lane=lane, sent_ms=sent_ms))
+                pipe.execute()
+        self.sent += [job_id for job_id in ids if job_id not in set(self.sent)]
+        return list(ids)
+
+    def answered(self) -> int:
+        """Answers that Redis has counted in its life."""
+        return int(self.client.hget(COUNTERS, "answered") or 0)
+
+    def wait_answers(self, more: int, *, timeout_s: float = 120.0) -> None:
+        """Wait until so many answers have come since the drill began."""
+        enough = self.answered_before + more
+        wait_until(lambda: self.answered() >= enough, timeout_s=timeout_s, every_s=0.01, what=f"{more} answers")
+
+    def held(self, worker: WorkerProcess) -> int:
+        """Jobs that Redis believes this worker to hold."""
+        records: Any = self.client.hvals(CLAIMS)
+        return sum(record.startswith(f"{worker.name}.".encode()) for record in records)
+
+    def time_until(self, condition: Callable[[], Any], *, timeout_s: float) -> float:
+        """Seconds until it is true, noted as a recovery."""
+        began_s = time.monotonic()
+        wait_until(condition, timeout_s=timeout_s, every_s=0.02)
+        self.recoveries.append(time.monotonic() - began_s)
+        return self.recoveries[-1]
+
+    def finish(
+        self, name: str, *, promised_s: float, timeout_s: float = 180.0, notes: str = "", wrong: Sequence[str] = ()
+    ) -> Outcome:
+        """Wait for the last answer, and count."""
+        ids = self.sent
+
+        def missing() -> int:
+            found = 0
+            for start in range(0, len(ids), READ_AT_ONCE):
+                found += int(self.client.exists(*[result_key(one) for one in ids[start : start + READ_AT_ONCE]]))
+            return len(ids) - found
+
+        try:
+            wait_until(lambda: missing() == 0, timeout_s=timeout_s, every_s=0.25)
+        except TimeoutError:
+            wrong = [*wrong, f"{missing()} answers did not come within {timeout_s:g} s"]
+        wait_until(
+            lambda: not self.client.exists(CLAIMS, LEASES), timeout_s=LEASE_S + 10, what="no claim is left behind"
+        )
+        return self._count(name, promised_s=promised_s, notes=notes, wrong=tuple(wrong))
+
+    def _count(self, name: str, *, promised_s: float, notes: str, wrong: tuple[str, ...]) -> Outcome:
+        sent, entries, statuses, rerun = set(self.sent), Counter[str](), Counter[str](), 0
+        last = "-"
+        while portion := self._entries(last):
+            for _, fields in portion:
+                if (job_id := fields[b"id"].decode()) in sent:
+                    answer = Answer.model_validate_json(fields[b"answer"])
+                    entries[job_id] += 1
+                    statuses[answer.status.value] += 1
+                    rerun += answer.attempts > 1
+            last = f"({portion[-1][0].decode()}"
+        counters = self._counters()
+        before = self.counters_before
+        return Outcome(
+            name=name,
+            enqueued=len(sent),
+            answered=len(entries),
+            twice=sum(count > 1 for count in entries.values()),
+            lost=len(sent - entries.keys()),
+            late=sum(seconds > promised_s for seconds in self.recoveries),
+            rerun=rerun,
+            discarded=counters["answers_discarded"] - before["answers_discarded"],
+            statuses=dict(statuses),
+            breaks=self.breaks + len(self.recoveries),
+            recovery_max_s=round(max(self.recoveries, default=0.0), 2),
+            promised_s=promised_s,
+            notes=notes,
+            wrong=wrong,
+        )
+
+    def _entries(self, after: str) -> list[Any]:
+        found: Any = self.client.xrange(RESULT_STREAM, min=after, count=READ_AT_ONCE)
+        return list(found)
+
+    def _counters(self) -> Counter[str]:
+        found: Any = self.client.hgetall(COUNTERS)
+        return Counter({name.decode(): int(value) for name, value in found.items()})
+
+
+def only(outcome: Outcome, *statuses: Status) -> tuple[str, ...]:
+    """A complaint if answers have other statuses than these."""
+    others = {name: count for name, count in outcome.statuses.items() if name not in statuses}
+    return (f"expected only {', '.join(statuses)}, got {others}",) if others else ()

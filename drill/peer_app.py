@@ -1,0 +1,96 @@
+"""What the workers of `drill.peers` run: one Celery app for plain tasks and one for celery-batches.
+
+The tasks are not `shared`: Celery gives a shared task to every app of the process, where the last one of a name wins.
+Both record what they did by RPUSH of the job's id, in place of a result: whoever asks later counts by id.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import redis
+from celery import Celery
+from celery.signals import worker_ready
+from celery_batches import Batches, SimpleRequest
+
+URL: Final = os.environ.get("DRILL_REDIS_URL", "redis://127.0.0.1:6379/0")
+READY_FILE: Final = os.environ.get("DRILL_READY_FILE", "")
+QUEUE: Final = "drill"
+TASK: Final = "drill.tag"
+EFFECTS: Final = "effects"
+"""A list: the id of every execution, in order."""
+REDELIVERED: Final = "redelivered"
+"""A set: ids of which a worker got the message a second time."""
+JOB_S: Final = 0.001
+VISIBILITY_S: Final = 10
+SWEEP_S: Final = 1
+FLUSH_EVERY: Final = 64
+FLUSH_INTERVAL_S: Final = 0.1
+CONCURRENCY: Final = 2
+
+SETTINGS: Final[dict[str, Any]] = {
+    "task_default_queue": QUEUE,
+    "task_acks_late": True,
+    "task_reject_on_worker_lost": True,
+    "task_ignore_result": True,
+    "worker_prefetch_multiplier": 1,
+    "worker_send_task_events": False,
+    "worker_enable_remote_control": False,
+    "broker_connection_retry_on_startup": True,
+    "broker_transport_options": {
+        "visibility_timeout": VISIBILITY_S,
+        # By default abandoned messages are looked for every 10 s * 10 only, and a worker that dies while it looks keeps
+        # the others from it for 300 s.
+        "unacked_restore_interval": SWEEP_S,
+        "unacked_restore_throttle": 1,
+        "unacked_mutex_expire": VISIBILITY_S,
+    },
+}
+
+_client = redis.Redis.from_url(URL, socket_timeout=10.0)
+
+
+def _record(ids: Sequence[str], redelivered: Sequence[str]) -> None:
+    if redelivered:
+        _client.sadd(REDELIVERED, *redelivered)
+    _client.rpush(EFFECTS, *ids)
+
+
+def _is_again(delivery_info: dict[str, Any] | None) -> bool:
+    return bool((delivery_info or {}).get("redelivered"))
+
+
+@worker_ready.connect  # type: ignore[untyped-decorator]  # Celery has no types
+def _say_ready(**_: object) -> None:
+    if READY_FILE:
+        Path(READY_FILE).touch()
+
+
+plain = Celery("plain", broker=URL)
+plain.conf.update(SETTINGS)
+
+
+@plain.task(name=TASK, shared=False, bind=True)  # type: ignore[untyped-decorator]
+def tag(self: Any, job_id: str) -> None:
+    """One job a message; the sleep stands for the model."""
+    time.sleep(JOB_S)
+    _record([job_id], [job_id] if _is_again(self.request.delivery_info) else [])
+
+
+batches = Celery("batches", broker=URL)
+# Its documentation: with a smaller prefetch than flush_every no batch is ever full. Each process may have a full one.
+batches.conf.update(SETTINGS | {"worker_prefetch_multiplier": FLUSH_EVERY})
+
+
+@batches.task(  # type: ignore[untyped-decorator]
+    name=TASK, shared=False, base=Batches, flush_every=FLUSH_EVERY, flush_interval=FLUSH_INTERVAL_S, acks_late=True
+)
+def tag_batch(requests: list[SimpleRequest]) -> None:
+    """Many jobs a call; all effects of a call in one command, which leaves the fewest moments for a half batch."""
+    time.sleep(JOB_S * len(requests))
+    ids = [request.args[0] for request in requests]
+    _record(ids, [request.args[0] for request in requests if _is_again(request.delivery_info)])

@@ -1,0 +1,109 @@
+"""Drills that break workers: killed, hung, restarted; and their loaders."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from tests.support.waiting import wait_until
+
+from drill.field import LEASE_S, TAKEOVER_S, Field, Outcome
+from shiwu.contract import COUNTERS
+
+PROMISED_S = LEASE_S + TAKEOVER_S
+GRACE_S = 8.0
+
+
+def loaders_of(pid: int) -> list[int]:
+    """Process ids of a worker's loaders."""
+    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for children in lists for child in children]
+
+
+def kill(field: Field) -> Outcome:
+    """SIGKILL of a worker under load, each round another one; a survivor takes its jobs over."""
+    victim = field.worker(slots=field.jobs)
+    for number in range(1, field.rounds + 1):
+        survivor = field.worker(slots=field.jobs)
+        base = len(field.sent)
+        field.enqueue(field.jobs)
+        field.wait_answers(base + field.chance.randrange(1, max(2, field.jobs // 2)))
+        victim.kill()
+        field.time_until(lambda victim=victim: not field.held(victim), timeout_s=PROMISED_S + 10)  # type: ignore[misc]
+        field.wait_answers(number * field.jobs)
+        victim = survivor
+    return field.finish("kill", promised_s=PROMISED_S)
+
+
+def kill_loaders(field: Field) -> Outcome:
+    """SIGKILL of loaders at random moments: their pictures are tried again, and none is blamed."""
+    worker = field.worker(loaders=2, load_timeout_s=20)
+    kills = 0
+    while kills < field.rounds:
+        base = len(field.sent)
+        field.enqueue(field.jobs)
+        for _ in range(min(10, field.rounds - kills)):
+            field.wait_answers(base + field.chance.randrange(1, field.jobs))
+            if loaders := loaders_of(worker.pid):
+                os.kill(field.chance.choice(loaders), signal.SIGKILL)
+                kills += 1
+                field.breaks += 1
+        field.wait_answers(base + field.jobs)
+    outcome = field.finish("loaders", promised_s=PROMISED_S)
+    blamed = outcome.statuses.get("failed", 0)
+    # Who is killed twice alone by a stranger can't be told from a poison picture.
+    return outcome if blamed <= kills // 50 else _wrong(outcome, f"{blamed} pictures were blamed for {kills} kills")
+
+
+def hang(field: Field) -> Outcome:
+    """SIGSTOP for longer than the lease, then SIGCONT: its jobs are others' by then, its late answers are discarded."""
+    survivor, victim = field.fleet(2, slots=min(512, field.jobs))
+    for _ in range(field.rounds):
+        base = len(field.sent)
+        field.enqueue(field.jobs)
+        field.wait_answers(base + field.chance.randrange(1, max(2, field.jobs // 3)))
+        victim.signal(signal.SIGSTOP)
+        try:
+            field.time_until(lambda: not field.held(victim), timeout_s=PROMISED_S + 10)
+            field.wait_answers(base + field.jobs)
+        finally:
+            victim.signal(signal.SIGCONT)
+    alive = victim.is_running and survivor.is_running
+    outcome = field.finish("hang", promised_s=PROMISED_S)
+    return outcome if alive else _wrong(outcome, "a worker did not survive")
+
+
+def rolling(field: Field) -> Outcome:
+    """SIGTERM to one of three workers after the other under load; sometimes a second SIGTERM, or no grace at all."""
+    fleet = field.fleet(3, grace_s=GRACE_S, log_level="info")
+    wrong: list[str] = []
+    for number in range(field.rounds):
+        base = len(field.sent)
+        field.enqueue(field.jobs)
+        field.wait_answers(base + field.chance.randrange(1, max(2, field.jobs // 3)))
+        leaving = fleet.pop(0)
+        began_s = time.monotonic()
+        leaving.terminate()
+        if number % 3 == 1:
+            wait_until(lambda leaving=leaving: "stopping" in leaving.log_text(), timeout_s=10)  # type: ignore[misc]
+            leaving.terminate()
+        code = leaving.wait(timeout_s=GRACE_S + 20)
+        field.recoveries.append(time.monotonic() - began_s)
+        if code != 0:
+            wrong.append(f"{leaving.name} ended with {code}")
+        if field.held(leaving):
+            wrong.append(f"{leaving.name} left {field.held(leaving)} claims behind")
+        # Every third worker is given no time at all: it releases what it holds.
+        fleet.append(field.worker(grace_s=0 if number % 3 == 2 else GRACE_S, log_level="info"))
+    reaped = int(field.client.hget(COUNTERS, "reaped") or 0) - field.counters_before["reaped"]
+    if reaped:
+        wrong.append(f"{reaped} jobs had to be reaped")
+    outcome = field.finish("rolling", promised_s=GRACE_S, wrong=wrong)
+    return outcome if not outcome.rerun else _wrong(outcome, f"{outcome.rerun} jobs were run again")
+
+
+def _wrong(outcome: Outcome, what: str) -> Outcome:
+    return replace(outcome, wrong=(*outcome.wrong, what))
