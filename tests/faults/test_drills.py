@@ -7,7 +7,6 @@ import random
 from dataclasses import asdict
 
 import pytest
-
 from drill.__main__ import run
 from drill.catalogue import DRILLS
 

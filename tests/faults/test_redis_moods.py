@@ -1,0 +1,129 @@
+"""A Redis that answers, and says no: full, read-only, a changed password. Nothing is lost, and nobody spins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from shiwu import Client
+from shiwu.connection import start_anew
+from shiwu.contract import CLAIMS, COUNTERS, LEASES, RESULT_STREAM
+from tests.conftest import StartWorker
+from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
+from tests.support import pictures
+from tests.support.servers import Valkey, WorkerProcess
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture
+def worker(start_worker: StartWorker, valkey: Valkey, tmp_path: Path) -> WorkerProcess:
+    """A real worker on a server of this test's own."""
+    (tmp_path / "x.png").write_bytes(pictures.png(pictures.picture().resize((64, 64))))
+    return start_worker(redis_url=valkey.url, allow_folders=tmp_path, redis_timeout_s=2, lease_s=3)
+
+
+@pytest.fixture
+def near(valkey: Valkey) -> Iterator[redis.Redis]:
+    """A client of that server."""
+    with valkey.client() as client:
+        yield client
+
+
+def ask(url: str, folder: Path, count: int, *, prefix: str) -> list[str]:
+    """Enqueue so many pictures."""
+    with Client(url) as client:
+        image = (folder / "x.png").as_uri()
+        return list(client.enqueue_many([{"image": image, "id": f"{prefix}-{n}"} for n in range(count)]))
+
+
+def all_answered_once(client: redis.Redis, ids: list[str]) -> None:
+    """Wait for the answers and count them by id."""
+    wait_until(lambda: int(client.hget(COUNTERS, "answered") or 0) >= len(ids), timeout_s=40)
+    answered = [fields[b"id"].decode() for _, fields in client.xrange(RESULT_STREAM)]
+    assert sorted(answered) == sorted(ids)
+    wait_until(lambda: not client.exists(CLAIMS, LEASES), timeout_s=10)
+
+
+def test_a_full_server_takes_answers_and_refuses_new_jobs(valkey: Valkey, near: redis.Redis) -> None:
+    """`OOM command not allowed`: producers are told, claims and commits go on, so that the backlog shrinks."""
+    near.lpush("shiwu.bulk", *[message(f"job-{n}") for n in range(50)])
+    claims, ledger = make_claims(near, "w"), make_committer(near, "w")
+    near.config_set("maxmemory", 1_000_000)
+    near.config_set("maxmemory-policy", "noeviction")
+    with pytest.raises(redis.OutOfMemoryError), Client(valkey.url) as client:
+        client.enqueue("s3://b/k.jpg")
+    jobs = claims.claim(50).jobs
+    assert len(jobs) == 50
+    assert ledger.write([answer(job) for job in jobs]) == set()
+    near.config_set("maxmemory", 0)
+    all_answered_once(near, [f"job-{n}" for n in range(50)])
+
+
+def test_a_primary_that_is_demoted_and_comes_back(
+    worker: WorkerProcess, valkey: Valkey, near: redis.Redis, tmp_path: Path
+) -> None:
+    """READONLY replies: the worker waits, drops its connections, and goes on; one line says so."""
+    ids = ask(valkey.url, tmp_path, 150, prefix="ro")
+    near.execute_command("REPLICAOF", "127.0.0.1", 1)
+    wait_until(lambda: "redis_away" in worker.log_text(), timeout_s=15)
+    near.execute_command("REPLICAOF", "NO", "ONE")
+    all_answered_once(near, ids)
+    assert worker.is_running
+    assert worker.log_text().count('"event": "redis_away"') <= 6
+
+
+def test_start_anew_leaves_the_old_primary(valkey: Valkey) -> None:
+    """After READONLY the next command uses a new connection, so that a name is resolved again."""
+    with valkey.client() as client:
+        first = client.client_id()
+        start_anew(client, redis.ReadOnlyError("READONLY"))
+        assert client.client_id() != first
+        second = client.client_id()
+        start_anew(client, redis.TimeoutError("slow"))
+        assert client.client_id() == second
+
+
+def test_a_password_that_is_changed_and_changed_back(
+    worker: WorkerProcess, valkey: Valkey, near: redis.Redis, tmp_path: Path
+) -> None:
+    """NOAUTH is no reason to die or to spin."""
+    near.config_set("requirepass", "secret")
+    near.execute_command("AUTH", "secret")
+    near.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    near.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    wait_until(lambda: "redis_away" in worker.log_text(), timeout_s=20)
+    before = int(near.info("stats")["total_connections_received"])
+    wait_until(lambda: worker.log_text().count("redis_away") >= 1 and worker.is_running, timeout_s=5)
+    near.blpop(["nothing"], timeout=3)
+    tries = int(near.info("stats")["total_connections_received"]) - before
+    assert tries < 100, "it spins"
+    near.config_set("requirepass", "")
+    ids = ask(valkey.url, tmp_path, 40, prefix="pw")
+    all_answered_once(near, ids)
+    assert worker.is_running
+
+
+def test_a_clock_that_was_set_back_leaves_no_lease_without_end(redis_client: redis.Redis) -> None:
+    """A lease that ends a day from now is cut to the longest that anybody may ask for."""
+    redis_client.lpush("shiwu.bulk", message("job"))
+    [job] = make_claims(redis_client, "dead").claim(1).jobs
+    redis_client.zadd(LEASES, {"job": job.claimed_ms + 86_400_000})
+    make_upkeep(redis_client).tend()
+    score = redis_client.zscore(LEASES, "job")
+    assert score is not None
+    assert 590_000 < score - job.claimed_ms < 610_000
+
+
+def test_a_clock_that_jumped_forward_runs_jobs_again_and_answers_once(redis_client: redis.Redis) -> None:
+    """All leases end at once: somebody else works on the job too, and the second answer is discarded."""
+    redis_client.lpush("shiwu.bulk", message("job"))
+    [first] = make_claims(redis_client, "a").claim(1).jobs
+    redis_client.zadd(LEASES, {"job": 1.0})
+    assert make_upkeep(redis_client).tend().reaped == 1
+    [second] = make_claims(redis_client, "b").claim(1).jobs
+    assert make_committer(redis_client, "a").write([answer(first)]) == set()
+    assert make_committer(redis_client, "b").write([answer(second)]) == {"job"}
+    assert redis_client.xlen(RESULT_STREAM) == 1

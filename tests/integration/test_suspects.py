@@ -1,0 +1,59 @@
+"""A message that kills its worker's process: it convicts itself alone, and the innocents around it are cleared."""
+
+from __future__ import annotations
+
+import redis
+
+from shiwu.contract import ATTEMPTS, CLAIMS, SUSPECTS, SUSPECTS_TAKER, Lane
+from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
+
+INNOCENT = [f"job-{n}" for n in range(5)]
+
+
+def die(client: redis.Redis, name: str) -> int:
+    """A worker claims everything and dies; its leases end at once. How many jobs it held."""
+    jobs = make_claims(client, name, lease_s=0.0).claim(100, holds_nothing=True).jobs
+    make_upkeep(client).tend()
+    return len(jobs)
+
+
+def test_the_guilty_convicts_itself_and_nobody_else(redis_client: redis.Redis) -> None:
+    """Two deaths with six jobs each; then one at a time: five are answered, one is tried out."""
+    for job_id in [*INNOCENT[:3], "guilty", *INNOCENT[3:]]:
+        redis_client.lpush(Lane.BULK.queue, message(job_id, Lane.BULK))
+    assert [die(redis_client, "first"), die(redis_client, "second")] == [6, 6]
+    assert redis_client.llen(SUSPECTS) == 6
+    deaths, answered = 0, []
+    for number in range(20):
+        redis_client.delete(SUSPECTS_TAKER)  # the lease of a taker that died has ended
+        claims = make_claims(redis_client, f"w{number}", lease_s=0.0)
+        taken = claims.claim(100, holds_nothing=True)
+        if not taken.jobs:
+            break
+        [job] = taken.jobs
+        if job.id == "guilty" and job.attempt <= 3:
+            deaths += 1
+            make_upkeep(redis_client).tend()
+        else:
+            make_committer(redis_client, f"w{number}").write([answer(job)])
+            answered.append((job.id, job.attempt))
+    assert deaths == 1, "it died a third time, alone"
+    assert sorted(answered) == sorted([*[(job_id, 3) for job_id in INNOCENT], ("guilty", 4)])
+    assert redis_client.exists(SUSPECTS, CLAIMS, ATTEMPTS) == 0
+
+
+def test_one_worker_takes_them_and_the_others_go_on(redis_client: redis.Redis) -> None:
+    """The taker takes nothing else while suspects wait; everybody else claims as usual."""
+    redis_client.lpush(Lane.BULK.queue, message("suspect", Lane.BULK))
+    die(redis_client, "first")
+    die(redis_client, "second")
+    redis_client.lpush(Lane.BULK.queue, message("usual", Lane.BULK))
+    redis_client.delete(SUSPECTS_TAKER)
+    taker, other = make_claims(redis_client, "taker"), make_claims(redis_client, "other")
+    busy = taker.claim(10, holds_nothing=False)
+    assert (busy.jobs, busy.alone) == ((), True)
+    usual = other.claim(10, holds_nothing=True)
+    assert ([job.id for job in usual.jobs], usual.alone) == (["usual"], False)
+    alone = taker.claim(10, holds_nothing=True)
+    assert ([job.id for job in alone.jobs], alone.alone) == (["suspect"], True)
+    assert taker.claim(10, holds_nothing=True).alone is False

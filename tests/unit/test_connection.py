@@ -1,0 +1,55 @@
+"""Redis addresses: what a sentinel URL says, and what a wrong one is told without its password."""
+
+from __future__ import annotations
+
+import pytest
+
+from shiwu.connection import SentinelAddress, read_sentinel_url
+from shiwu.contract import ErrorCode
+from shiwu_worker.config import Settings
+from shiwu_worker.pipeline import RetryPolicy
+
+
+def test_a_sentinel_url() -> None:
+    """Hosts with and without ports, a login for the servers, another password for the sentinels."""
+    url = "sentinel://user:p%40ss@a:1,b,[::1]:3/primary/2?sentinel_password=other"
+    assert read_sentinel_url(url) == SentinelAddress(
+        hosts=(("a", 1), ("b", 26379), ("::1", 3)),
+        name="primary",
+        database=2,
+        username="user",
+        password="p@ss",
+        sentinel_password="other",
+    )
+    assert read_sentinel_url("sentinel://a/primary").database == 0
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["sentinel://:secret@a:1", "sentinel://:secret@/primary", "sentinel://:secret@a:x/p", "sentinel://a/p/secret"],
+)
+def test_a_wrong_one_is_told_the_form_and_not_the_password(url: str) -> None:
+    """The text may land in a log."""
+    with pytest.raises(ValueError, match="master-name") as caught:
+        read_sentinel_url(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_retries_by_class_of_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`code=tries:first_s:longest_s`; only errors that another time may not meet."""
+    monkeypatch.setenv("SHIWU_RETRY", "source_unavailable=5:1:30, encode_failed=2:0.5:1")
+    assert Settings().retry == {ErrorCode.SOURCE_UNAVAILABLE: (5, 1.0, 30.0), ErrorCode.ENCODE_FAILED: (2, 0.5, 1.0)}
+    for wrong in ("source_not_found=3:1:2", "source_unavailable=0:1:2", "encode_failed=2:9:1", "nonsense"):
+        monkeypatch.setenv("SHIWU_RETRY", wrong)
+        with pytest.raises(ValueError, match="expected"):
+            Settings()
+
+
+def test_delays_double_with_jitter_up_to_a_bound() -> None:
+    """Never longer than the longest, never shorter than half."""
+    policy = RetryPolicy(attempts=9, first_s=2.0, longest_s=30.0)
+    for attempt, full in ((1, 2.0), (2, 4.0), (3, 8.0), (6, 30.0)):
+        delays = [policy.delay_s(attempt) for _ in range(50)]
+        assert full / 2 <= min(delays)
+        assert max(delays) <= full
+        assert len(set(delays)) > 10
