@@ -268,4 +268,4 @@ def test_it_is_an_ordinary_celery_worker(start_worker: StartWorker, redis_url: s
     lines = [json.loads(line) for line in worker.log_text().splitlines() if line.startswith("{")]
     assert sum(line.get("id") == "by-celery" for line in lines) == 1, "one line per job"
     worker.terminate()
-    assert worker.wait(timeout_s=10) == 0
+    assert worker.wait(timeout_s=4) == 0, "an idle worker has nothing to wait for"

@@ -60,6 +60,7 @@ class Callbacks:
     def close(self, *, timeout_s: float) -> None:
         """Send what was put, for `timeout_s` at most; the rest is another worker's."""
         self._closed.set()
+        self._fresh.put([])  # wakes it
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
