@@ -42,9 +42,10 @@ def test_the_python_blocks_run(
     for key in ("cat.jpg", "a.jpg", "b.jpg"):
         s3.put(key, pictures.jpeg(pictures.picture("猫脸")))
     monkeypatch.setenv("SHIWU_REDIS_URL", shared_worker.redis_url)
-    ours, celerys = blocks(name)
+    ours, celerys, late = blocks(name)
     exec(compile(ours, name, "exec"), {})  # noqa: S102 it is our own README
     assert "tagged" in capsys.readouterr().out
+    exec(compile(late, name, "exec"), {})  # noqa: S102 it is our own README
     app = Celery("readme", broker=shared_worker.redis_url, backend=shared_worker.redis_url)
     names: dict[str, object] = {"app": app}
     exec(compile(celerys, name, "exec"), names)  # noqa: S102 it is our own README
@@ -77,7 +78,8 @@ def test_every_named_setting_and_target_exists(name: str) -> None:
 
 def test_the_help_of_every_command_is_there() -> None:
     """`shiwu … --help` of what the README names."""
-    for command in ([], ["tag"], ["enqueue"], ["results"], ["status"]):
+    commands = ([], ["tag"], ["enqueue"], ["results"], ["status"], ["cancel"], ["sweep"], ["dead"], ["dead", "requeue"])
+    for command in commands:
         result = CliRunner().invoke(main, [*command, "--help"])
         assert result.exit_code == 0
         assert "Usage" in result.output
