@@ -17,17 +17,22 @@ from shiwu.contract import result_key
 
 GOES_ON_S = 3.0
 """Promised: work goes on this long after Redis is back."""
+FOLLOWS_S = 15.0
+"""The same after a failover, where writes wait for a replica that has to follow the new primary first."""
+LONGEST_AWAY_S = 8.0
 
 
 def restart(field: Field) -> Outcome:
     """Redis with its AOF is restarted or killed under load, in turns; the worker waits and goes on."""
     worker = field.worker()
+    pause = threading.Event()
     for number in range(field.rounds):
         base = len(field.sent)
         field.enqueue(field.jobs)
         field.wait_answers(base + field.chance.randrange(1, max(2, field.jobs // 2)))
         if number % 2:
             field.server.kill()
+            pause.wait(field.chance.uniform(0.0, LONGEST_AWAY_S))
         field.server.restart()
         before = field.answered()
         field.time_until(lambda before=before: field.answered() > before, timeout_s=30)  # type: ignore[misc]
@@ -87,7 +92,7 @@ def failover(field: Field) -> Outcome:
             wait_until(lambda again=again: _sent(producer, again), timeout_s=30, every_s=0.2)  # type: ignore[misc]
             wait_until(lambda ids=ids: not _missing(field, ids), timeout_s=120, every_s=0.25)  # type: ignore[misc]
             servers.bring_back(old)
-    outcome = field.finish("failover", promised_s=GOES_ON_S)
+    outcome = field.finish("failover", promised_s=FOLLOWS_S)
     return outcome if worker.is_running else replace(outcome, wrong=(*outcome.wrong, "the worker ended"))
 
 

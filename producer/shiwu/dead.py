@@ -98,8 +98,8 @@ class DeadLetters:
     def requeue(self, job_ids: Iterable[str]) -> list[str]:
         """Send letters to the back of their lane, with a fresh attempt count and their old ids; return which went.
 
-        Their answers are forgotten: who waits for the id waits for the new one, and the results stream gets a second
-        entry for it.
+        One whose `expires` has passed meanwhile is answered `expired`. Their old answers are forgotten: who waits for the
+        id waits for the new one, and the results stream gets a second entry for it.
         """
         back: list[str] = []
         for portion in _portions(list(job_ids)):

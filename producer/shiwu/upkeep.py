@@ -6,6 +6,7 @@ one script, and an answer counts once whoever gives it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -174,7 +175,7 @@ class Upkeep:
                 for envelope, raw in late:
                     args += [envelope.id, raw]
                 taken = set(self._take_late(keys=[CLAIMS, LEASES, key], args=args))
-                entries = [_expired(envelope) for envelope, _ in late if envelope.id.encode() in taken]
+                entries = [_expired(envelope, key, raw) for envelope, raw in late if envelope.id.encode() in taken]
                 expired += len(entries) - len(self._ledger.write(entries))
         return expired
 
@@ -201,12 +202,16 @@ def _out_of_time(job_id: str, text: str) -> Entry:
     return Entry(id=job_id, answer=Answer(id=job_id, status=Status.EXPIRED, attempts=0, error=error), is_aside=True)
 
 
-def _expired(envelope: Envelope) -> Entry:
-    entry = _out_of_time(envelope.id, "the deadline passed while the job waited and no worker ran")
-    try:
+def _expired(envelope: Envelope, key: str, raw: bytes) -> Entry:
+    answer = _out_of_time(envelope.id, "the deadline passed while the job waited and no worker ran").answer
+    with contextlib.suppress(RequestError):
         request = parse_request(envelope.fields)
-    except RequestError:
-        return entry
-    image = ImageInfo(reference=without_query(request.image))
-    answer = entry.answer.model_copy(update={"image": image, "metadata": request.metadata})
-    return Entry(id=entry.id, answer=answer, ignore_result=envelope.ignore_result)
+        image = ImageInfo(reference=without_query(request.image))
+        answer = answer.model_copy(update={"image": image, "metadata": request.metadata})
+    return Entry(
+        id=envelope.id,
+        answer=answer,
+        ignore_result=envelope.ignore_result,
+        message=key.encode() + b"|" + raw if envelope.canvas else b"",
+        has_callbacks=bool(envelope.canvas),
+    )

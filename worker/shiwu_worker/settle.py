@@ -52,7 +52,7 @@ class Away:
         *,
         on_wait: Callable[[RedisError], None] = lambda _: None,
         first_s: float = 0.1,
-        longest_s: float = 5.0,
+        longest_s: float = 2.0,
     ) -> None:
         self._where = where
         self._on_wait = on_wait
