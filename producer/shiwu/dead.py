@@ -98,7 +98,7 @@ class DeadLetters:
     def requeue(self, job_ids: Iterable[str]) -> list[str]:
         """Send letters to the back of their lane, with a fresh attempt count and their old ids; return which went.
 
-        One whose `expires` has passed meanwhile is answered `expired`. Their old answers are forgotten: who waits for the
+        One whose `expires` has passed is answered `expired`. Their old answers are forgotten: who waits for the
         id waits for the new one, and the results stream gets a second entry for it.
         """
         back: list[str] = []
