@@ -176,7 +176,7 @@ class Upkeep:
                     args += [envelope.id, raw]
                 taken = set(self._take_late(keys=[CLAIMS, LEASES, key], args=args))
                 entries = [_expired(envelope, key, raw) for envelope, raw in late if envelope.id.encode() in taken]
-                expired += len(entries) - len(self._ledger.write(entries))
+                expired += len(entries) - len(self._ledger.write(entries, token=f"{self._token}.lane"))
         return expired
 
     def _late_in(self, key: str, *, now_ms: float, portion: int, most: int) -> Iterator[list[tuple[Envelope, bytes]]]:
