@@ -5,6 +5,7 @@ from __future__ import annotations
 import redis
 
 from shiwu.contract import ATTEMPTS, CLAIMS, SUSPECTS, SUSPECTS_TAKER, Lane
+from shiwu_worker.job import Release
 from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
 
 INNOCENT = [f"job-{n}" for n in range(5)]
@@ -40,6 +41,18 @@ def test_the_guilty_convicts_itself_and_nobody_else(redis_client: redis.Redis) -
     assert deaths == 1, "it died a third time, alone"
     assert sorted(answered) == sorted([*[(job_id, 3) for job_id in INNOCENT], ("guilty", 4)])
     assert redis_client.exists(SUSPECTS, CLAIMS, ATTEMPTS) == 0
+
+
+def test_who_was_on_a_lost_device_twice_is_a_suspect(redis_client: redis.Redis) -> None:
+    """A worker that gives back in good order accuses what was on the device; the second time it is tried alone."""
+    redis_client.lpush(Lane.BULK.queue, message("job", Lane.BULK))
+    for worker, places in (("first", (1, 0)), ("second", (0, 1))):
+        claims = make_claims(redis_client, worker)
+        assert len(claims.claim(5).jobs) == 1
+        assert claims.release([Release("job", counts=True)]) == 1
+        assert (redis_client.llen(Lane.BULK.queue), redis_client.llen(SUSPECTS)) == places
+    [job] = make_claims(redis_client, "third").claim(5, holds_nothing=True).jobs
+    assert job.attempt == 3
 
 
 def test_one_worker_takes_them_and_the_others_go_on(redis_client: redis.Redis) -> None:

@@ -184,10 +184,19 @@ class Pipeline:
             batch = self._do.batcher.take(timeout_s=0.5)
             now_s = time.monotonic()
             if live := [job for job in batch if not job.unwanted(now_s)]:
-                self._do.encode_and_score(live)
+                self._on_device(live)
             if batch:
                 self._progress.mark()
                 self._settle(batch)
+
+    def _on_device(self, jobs: Sequence[Job]) -> None:
+        try:
+            self._do.encode_and_score(jobs)
+        except FatalError:
+            # The try counts: a picture that loses the device each time must not do so for ever.
+            for job in jobs:
+                job.is_accused = True
+            raise
 
     # -------------------------------------------------------------------------------- commit
     def _settle(self, jobs: list[Job]) -> None:
@@ -251,7 +260,7 @@ class Pipeline:
             # Short waits: a signal handler may not notify, it could interrupt the very thread that holds the lock.
             while self._held and not self._hurry and time.monotonic() < until_s:
                 self._changed.wait(HURRY_S)
-            left = [Release(job.id) for job in reversed(self._held.values())]
+            left = [Release(job.id, counts=job.is_accused) for job in reversed(self._held.values())]
         self._ended.set()
         self._do.batcher.close()
         for thread in self._threads:

@@ -28,6 +28,7 @@ from shiwu.contract import (
     Lane,
     done_key,
 )
+from shiwu.upkeep import SUSPECT_FROM
 from shiwu_worker.job import Claimed, Release
 
 MAX_CLAIM: Final = 1000
@@ -102,10 +103,10 @@ class Claims:
         """Give jobs back; return how many were still ours. The last one given comes first in its lane."""
         if not releases:
             return 0
-        args: list[Any] = [self._token]
+        args: list[Any] = [self._token, SUSPECT_FROM]
         for item in releases:
             args += [item.id, int(item.delay_s * 1000), int(item.counts)]
-        released: int = self._release(keys=[CLAIMS, LEASES, ATTEMPTS, DELAYED, PARKED], args=args)
+        released: int = self._release(keys=[CLAIMS, LEASES, ATTEMPTS, DELAYED, PARKED, SUSPECTS], args=args)
         return released
 
 

@@ -1,12 +1,13 @@
--- Gives claimed jobs back: to the front of their lane, or to the delayed set.
--- KEYS  claims, leases, attempts, delayed, parked
--- ARGV  token, then for each job: id, delay in ms (0: at once), '1' if the attempt counts
+-- Gives claimed jobs back: to the front of their lane, to the delayed set, or, accused again of an end, to the suspects.
+-- KEYS  claims, leases, attempts, delayed, parked, suspects
+-- ARGV  token, attempts that make a suspect, then for each job: id, delay in ms (0: at once), '1' if the attempt counts
 -- Reply how many were still this worker's to give
 local claims, leases, attempts, delayed, parked, token = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], ARGV[1]
+local suspects, suspect_from = KEYS[6], tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local released = 0
-for i = 2, #ARGV, 3 do
+for i = 3, #ARGV, 3 do
   local id, delay = ARGV[i], tonumber(ARGV[i + 1])
   local record = redis.call('HGET', claims, id)
   local owner, attempt, lane, raw
@@ -15,6 +16,8 @@ for i = 2, #ARGV, 3 do
     if delay > 0 then
       redis.call('HSET', parked, id, lane .. '|' .. raw)
       redis.call('ZADD', delayed, now + delay, id)
+    elseif ARGV[i + 2] == '1' and tonumber(attempt) >= suspect_from then
+      redis.call('RPUSH', suspects, lane .. '|' .. raw)
     else
       redis.call('RPUSH', lane, raw)
     end
