@@ -52,7 +52,10 @@ def run(
             minutes=minutes,
             prefix=f"{drill.name}-{seed}-{int(time.time())}." if url else "d",
         )
-        return drill.run(field)
+        try:
+            return drill.run(field)
+        except TimeoutError as error:
+            return field.finish(drill.name, promised_s=0, timeout_s=5, wrong=[str(error)])
 
 
 def show(outcomes: list[Outcome]) -> None:

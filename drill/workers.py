@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -41,21 +43,20 @@ def kill(field: Field) -> Outcome:
 def kill_loaders(field: Field) -> Outcome:
     """SIGKILL of loaders at random moments: their pictures are tried again, and none is blamed."""
     worker = field.worker(loaders=2, load_timeout_s=20)
-    kills = 0
-    while kills < field.rounds:
-        base = len(field.sent)
-        field.enqueue(field.jobs)
-        for _ in range(min(10, field.rounds - kills)):
-            field.wait_answers(base + field.chance.randrange(1, field.jobs))
-            if loaders := loaders_of(worker.pid):
-                os.kill(field.chance.choice(loaders), signal.SIGKILL)
-                kills += 1
-                field.breaks += 1
-        field.wait_answers(base + field.jobs)
+    pause = threading.Event()
+    for _ in range(field.rounds):
+        field.enqueue(max(1, field.jobs // 10))
+        # Not in one burst: five loaders in a row that die before they are ready end the worker, as they should.
+        pause.wait(field.chance.uniform(0.2, 0.7))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(field.chance.choice(loaders_of(worker.pid)), signal.SIGKILL)
+            field.breaks += 1
     outcome = field.finish("loaders", promised_s=PROMISED_S)
     blamed = outcome.statuses.get("failed", 0)
-    # Who is killed twice alone by a stranger can't be told from a poison picture.
-    return outcome if blamed <= kills // 50 else _wrong(outcome, f"{blamed} pictures were blamed for {kills} kills")
+    # Whose loader is killed twice by a stranger, the second time alone, can't be told from a poison picture.
+    if blamed > field.breaks // 20:
+        outcome = _wrong(outcome, f"{blamed} pictures were blamed for {field.breaks} kills")
+    return outcome if worker.is_running else _wrong(outcome, f"the worker ended with {worker.exit_code}")
 
 
 def hang(field: Field) -> Outcome:
