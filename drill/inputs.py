@@ -21,6 +21,8 @@ PER_SECOND: Final = 60
 """Arrivals in the poison drill: some way below what a worker can do, so that latencies mean something."""
 NEIGHBOURS: Final = 1.5
 """Promised: with poison the 95th percentile of the others' latency is at most this many times the one without."""
+ENOUGH: Final = 1000
+"""Jobs from which a 95th percentile means something; a shorter drill only tells it."""
 FEW: Final = 20
 """Milliseconds below which a difference of two percentiles is the machine's noise."""
 
@@ -43,7 +45,7 @@ def poison(field: Field) -> Outcome:
     notes = f"p95 of the neighbours {with_poison:.0f} ms with poison, {without:.0f} ms without: {ratio:.2f} times"
     outcome = field.finish("poison", promised_s=0, notes=f"{len(guilty)} poisonous; {notes}")
     wrong = list(outcome.wrong)
-    if ratio > NEIGHBOURS and with_poison - without > FEW:
+    if field.jobs >= ENOUGH and ratio > NEIGHBOURS and with_poison - without > FEW:
         wrong.append(notes)
     if sum(count for name, count in outcome.statuses.items() if name != "tagged") != len(guilty):
         wrong.append(f"expected {len(guilty)} answers without tags, got {outcome.statuses}")

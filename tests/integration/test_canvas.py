@@ -81,6 +81,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Valkey, 
     ):
         worker.wait_ready()
         wait_until(lambda: "ready." in plain.log_text() or not plain.is_running, timeout_s=60)
+        with server.client() as client:
+            # A revoke is a broadcast: who does not listen yet does not hear it.
+            wait_until(lambda: client.pubsub_numpat() >= 1, timeout_s=30)
         yield server, folder
 
 
