@@ -17,12 +17,23 @@ from shiwu.contract import COUNTERS
 
 PROMISED_S = LEASE_S + TAKEOVER_S
 GRACE_S = 8.0
+GROWN_S = 2.0
+"""Age at which a loader is surely ready, also on a busy machine."""
 
 
 def loaders_of(pid: int) -> list[int]:
     """Process ids of a worker's loaders."""
     lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     return [int(child) for children in lists for child in children]
+
+
+def _age_s(pid: int) -> float:
+    """Seconds since a process was started; 0 when it is gone."""
+    try:
+        started_ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def kill(field: Field) -> Outcome:
@@ -46,10 +57,13 @@ def kill_loaders(field: Field) -> Outcome:
     pause = threading.Event()
     for _ in range(field.rounds):
         field.enqueue(max(1, field.jobs // 10))
-        # Not in one burst: five loaders in a row that die before they are ready end the worker, as they should.
         pause.wait(field.chance.uniform(0.2, 0.7))
+        if not worker.is_running:
+            break
+        # Grown ones: five loaders in a row that die before they are ready end the worker, as they should.
+        grown = wait_until(lambda: [pid for pid in loaders_of(worker.pid) if _age_s(pid) > GROWN_S], timeout_s=30)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(field.chance.choice(loaders_of(worker.pid)), signal.SIGKILL)
+            os.kill(field.chance.choice(grown), signal.SIGKILL)
             field.breaks += 1
     outcome = field.finish("loaders", promised_s=PROMISED_S)
     blamed = outcome.statuses.get("failed", 0)
