@@ -22,7 +22,11 @@ GROWN_S = 2.0
 
 
 def loaders_of(pid: int) -> list[int]:
-    """Process ids of a worker's loaders."""
+    """Process ids of a worker's loaders: the children of its children."""
+    return [loader for nursery in _children(pid) for loader in _children(nursery)]
+
+
+def _children(pid: int) -> list[int]:
     lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     return [int(child) for children in lists for child in children]
 

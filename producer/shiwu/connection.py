@@ -65,6 +65,20 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+class _Primary(redis.Redis):
+    """A client that leaves a server which became a replica: its next connection resolves the name anew.
+
+    That is how managed services move a primary; sentinels are asked at each new connection.
+    """
+
+    def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
+        try:
+            return super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]  # redis' own
+        except redis.ReadOnlyError:
+            connection.disconnect()
+            raise
+
+
 def connect(
     url: str, *, timeout_s: float, block_s: float = 0.0, retries: int = 0, client_name: str | None = None
 ) -> redis.Redis:
@@ -85,22 +99,13 @@ def connect(
         "client_name": client_name,
     }
     if not url.startswith("sentinel:"):
-        return redis.Redis.from_url(url, **options)
+        return _Primary.from_url(url, **options)
     address = read_sentinel_url(url)
     waits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": retry}
     sentinel = Sentinel(  # type: ignore[no-untyped-call]  # redis' own
         list(address.hosts), sentinel_kwargs=waits | {"password": address.sentinel_password}
     )
     primary: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]  # redis' own
-        address.name, **options, db=address.database, username=address.username, password=address.password
+        address.name, _Primary, **options, db=address.database, username=address.username, password=address.password
     )
     return primary
-
-
-def start_anew(client: redis.Redis, error: redis.RedisError) -> None:
-    """Leave a server that became a replica: the next connection asks anew who the primary is.
-
-    Without sentinels the name in the URL is resolved anew, which is how managed services move a primary.
-    """
-    if isinstance(error, redis.ReadOnlyError):
-        client.connection_pool.disconnect()

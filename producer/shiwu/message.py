@@ -31,6 +31,8 @@ from shiwu.contract import (
 )
 
 SENT_HEADER: Final = "shiwu_sent_ms"
+LATEST_MS: Final = 1e15
+"""Times beyond this, some 31,000 years, are no times."""
 _DEFLATE: Final = {"application/x-gzip", "gzip", "application/zlib", "zlib"}
 """kombu's `gzip` writes zlib's format, other clients write gzip's; both are told apart by their first bytes."""
 
@@ -249,13 +251,15 @@ def _milliseconds(value: object, name: str) -> float | None:
         return None
     try:
         moment = datetime.fromisoformat(value)  # type: ignore[arg-type]  # anything may stand here; TypeError is caught
-    except (TypeError, ValueError):
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000
+    except (TypeError, ValueError, OverflowError):
         raise _malformed(f"expected {name} as an ISO 8601 time, got {value!r:.80}") from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """A time of a stranger's header, or None where it is none: no infinity, and no integer that no float can hold."""
+    is_time = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LATEST_MS
+    return float(value) if is_time else None  # type: ignore[arg-type]  # narrowed above
 
 
 def _malformed(message: str) -> RequestError:

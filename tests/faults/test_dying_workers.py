@@ -36,6 +36,11 @@ def children(pid: int) -> list[int]:
     return [int(child) for children_of_thread in lists for child in children_of_thread]
 
 
+def loaders_of(pid: int) -> list[int]:
+    """Process ids of a worker's loaders: the children of its children."""
+    return [loader for nursery in children(pid) for loader in children(nursery)]
+
+
 def test_sigterm_under_load_finishes_or_gives_back(
     start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, images: list[str], tmp_path: Path
 ) -> None:
@@ -105,7 +110,7 @@ def test_a_killed_loader_is_replaced_and_its_jobs_are_answered(
     ids = drill.enqueue(redis_client, images, count=800, prefix="loader", random_from=random.Random(4))
     for threshold in (50, 250, 450):
         wait_until(lambda threshold=threshold: drill.answered(redis_client) > threshold, timeout_s=60)
-        os.kill(children(worker.pid)[0], signal.SIGKILL)
+        os.kill(loaders_of(worker.pid)[0], signal.SIGKILL)
     drill.wait_answered(redis_client, ids, timeout_s=60)
     result = drill.count(redis_client, ids)
     assert (result.lost, result.twice, result.reaped) == (0, 0, 0)
@@ -116,8 +121,8 @@ def test_a_killed_loader_is_replaced_and_its_jobs_are_answered(
 def test_loaders_end_with_their_worker(start_worker: StartWorker, redis_url: str) -> None:
     """A SIGKILL of the worker leaves no orphans."""
     worker = start_worker(redis_url=redis_url, loaders=2, loader_spares=1)
-    loaders = children(worker.pid)
-    assert len(loaders) == 3
+    loaders = [*children(worker.pid), *loaders_of(worker.pid)]
+    assert len(loaders) == 4, "the nursery and three loaders"
     worker.kill()
     wait_until(lambda: not any(_lives(pid) for pid in loaders), timeout_s=5)
 

@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from shiwu import Client
-from shiwu.connection import start_anew
+from shiwu.connection import connect
 from shiwu.contract import CLAIMS, COUNTERS, LEASES, RESULT_STREAM
 from tests.conftest import StartWorker
 from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
@@ -75,15 +75,19 @@ def test_a_primary_that_is_demoted_and_comes_back(
     assert worker.log_text().count('"event": "redis_away"') <= 6
 
 
-def test_start_anew_leaves_the_old_primary(valkey: Valkey) -> None:
-    """After READONLY the next command uses a new connection, so that a name is resolved again."""
-    with valkey.client() as client:
+def test_a_demoted_server_is_left(valkey: Valkey, near: redis.Redis) -> None:
+    """After READONLY, of a command or a script, the next command uses a new connection: the name is resolved again."""
+    with connect(valkey.url, timeout_s=2) as client:
         first = client.client_id()
-        start_anew(client, redis.ReadOnlyError("READONLY"))
-        assert client.client_id() != first
-        second = client.client_id()
-        start_anew(client, redis.TimeoutError("slow"))
-        assert client.client_id() == second
+        near.execute_command("REPLICAOF", "127.0.0.1", 1)
+        for write in (lambda: client.set("a", "b"), lambda: make_claims(client, "w").claim(1)):
+            before = client.client_id()
+            with pytest.raises(redis.ReadOnlyError):
+                write()
+            assert client.client_id() != before
+        near.execute_command("REPLICAOF", "NO", "ONE")
+        assert client.set("a", "b")
+        assert client.client_id() > first
 
 
 def test_a_password_that_is_changed_and_changed_back(

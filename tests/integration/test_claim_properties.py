@@ -90,7 +90,7 @@ class Fleet(RuleBasedStateMachine):
     @rule(who=st.sampled_from(["steady", "dying"]), limit=st.integers(1, 8))
     def claim(self, who: str, limit: int) -> None:
         """Take some jobs."""
-        jobs = self.workers[who].claim(limit, holds_nothing=not self.hands[who]).jobs
+        jobs = self.workers[who].claim(limit, held=[job.id for job in self.hands[who]]).jobs
         assert len(jobs) <= limit
         self.hands[who] += jobs
 
@@ -169,7 +169,7 @@ class Fleet(RuleBasedStateMachine):
         for _ in range(200):
             tended = make_upkeep(self.client).tend()
             self.client.delete(SUSPECTS_TAKER)  # the lease of a taker who died ends
-            jobs = last.claim(50, holds_nothing=True).jobs
+            jobs = last.claim(50).jobs
             make_committer(self.client, "last").write([answer(job) for job in jobs])
             if not jobs and not tended.waiting and not self.client.zcard(LEASES) and not self.client.zcard(DELAYED):
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import redis
 from structlog.testing import capture_logs
 
@@ -27,6 +28,7 @@ def make_heartbeat(
         progress=progress,
         signs=Signs(held=lambda: held, alive=alive, suspects=lambda: None),
         away=Away("heartbeat"),
+        on_fatal=pytest.fail,
     )
 
 

@@ -13,7 +13,7 @@ INNOCENT = [f"job-{n}" for n in range(5)]
 
 def die(client: redis.Redis, name: str) -> int:
     """A worker claims everything and dies; its leases end at once. How many jobs it held."""
-    jobs = make_claims(client, name, lease_s=0.0).claim(100, holds_nothing=True).jobs
+    jobs = make_claims(client, name, lease_s=0.0).claim(100).jobs
     make_upkeep(client).tend()
     return len(jobs)
 
@@ -28,7 +28,7 @@ def test_the_guilty_convicts_itself_and_nobody_else(redis_client: redis.Redis) -
     for number in range(20):
         redis_client.delete(SUSPECTS_TAKER)  # the lease of a taker that died has ended
         claims = make_claims(redis_client, f"w{number}", lease_s=0.0)
-        taken = claims.claim(100, holds_nothing=True)
+        taken = claims.claim(100)
         if not taken.jobs:
             break
         [job] = taken.jobs
@@ -51,7 +51,7 @@ def test_who_was_on_a_lost_device_twice_is_a_suspect(redis_client: redis.Redis) 
         assert len(claims.claim(5).jobs) == 1
         assert claims.release([Release("job", counts=True)]) == 1
         assert (redis_client.llen(Lane.BULK.queue), redis_client.llen(SUSPECTS)) == places
-    [job] = make_claims(redis_client, "third").claim(5, holds_nothing=True).jobs
+    [job] = make_claims(redis_client, "third").claim(5).jobs
     assert job.attempt == 3
 
 
@@ -63,10 +63,10 @@ def test_one_worker_takes_them_and_the_others_go_on(redis_client: redis.Redis) -
     redis_client.lpush(Lane.BULK.queue, message("usual", Lane.BULK))
     redis_client.delete(SUSPECTS_TAKER)
     taker, other = make_claims(redis_client, "taker"), make_claims(redis_client, "other")
-    busy = taker.claim(10, holds_nothing=False)
+    busy = taker.claim(10, held=["another"])
     assert (busy.jobs, busy.alone) == ((), True)
-    usual = other.claim(10, holds_nothing=True)
+    usual = other.claim(10)
     assert ([job.id for job in usual.jobs], usual.alone) == (["usual"], False)
-    alone = taker.claim(10, holds_nothing=True)
+    alone = taker.claim(10)
     assert ([job.id for job in alone.jobs], alone.alone) == (["suspect"], True)
-    assert taker.claim(10, holds_nothing=True).alone is False
+    assert taker.claim(10).alone is False

@@ -62,7 +62,7 @@ def test_a_crop_keeps_the_aspect() -> None:
 @pytest.mark.parametrize("resample", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("size", [(512, 512), (333, 777), (640, 64), (64, 64), (1, 1), (10, 1000), (2000, 3)])
 def test_the_fast_resize_is_pillows_within_a_few_levels(size: tuple[int, int], resample: int) -> None:
-    """The judge is Pillow, for every filter, on a picture with edges; where there is no fast one it is Pillow itself."""
+    """The judge is Pillow, for every filter, on a picture with edges; what has no fast form is Pillow's own."""
     data = pictures.png(pictures.picture("熊猫").convert("RGB").resize(size))
     spec = ImageSpec(64, 64, "squash", None, resample, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     fast, exact = (decode(data, spec=spec, limits=LIMITS, exact=exact)[0].astype(int) for exact in (False, True))

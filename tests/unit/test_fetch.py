@@ -103,6 +103,7 @@ def test_files_of_allowed_folders_only(tmp_path: Path) -> None:
         (inside / ".." / "out" / "a b.png", "source_forbidden"),
         (inside / "none.png", "source_not_found"),
         (inside, "source_not_a_file"),
+        (inside / ("a" * 300), "invalid_reference"),
     ]:
         assert code_of(fetcher, f"file://{path}") == (Rejected, code), path
 
@@ -117,6 +118,7 @@ def test_s3_objects_versions_and_errors(s3: S3Server, monkeypatch: pytest.Monkey
     s3.put("fetch/large", b"x" * 20_000)
     assert code_of(fetcher, "s3://pictures/fetch/large") == (Rejected, "picture_too_large")
     assert code_of(fetcher, "s3://pictures/fetch/none") == (Rejected, "source_not_found")
+    assert code_of(fetcher, "s3://no bucket!/fetch/none") == (Rejected, "invalid_reference")
     assert code_of(fetcher, "s3://pictures/fetch/") == (Rejected, "source_not_a_file")
     away = make_fetcher(endpoint_url="http://127.0.0.1:1", total_timeout_s=1.0)
     assert code_of(away, "s3://pictures/x") == (Unavailable, "source_unavailable")

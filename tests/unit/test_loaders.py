@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from shiwu_worker.errors import FatalError
 from shiwu_worker.image_spec import ImageSpec
@@ -24,7 +25,15 @@ SPEC = ImageSpec(64, 64, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 class Pool:
     """A pool with its results by ticket."""
 
-    def __init__(self, folder: Path, *, processes: int, spares: int = 0, task_timeout_s: float = 20.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        processes: int,
+        spares: int = 0,
+        task_timeout_s: float = 20.0,
+        memory_bytes: int = 4 * 1024**3,
+    ) -> None:
         self.results: dict[int, Loaded] = {}
         self.fatal: list[FatalError] = []
         self._lock = threading.Lock()
@@ -37,13 +46,14 @@ class Pool:
             allow_hosts=("127.0.0.1",),
             folders=(folder,),
             max_bytes=10_000_000,
-            max_pixels=10_000_000,
-            max_side=10_000,
+            max_pixels=400_000_000,
+            max_side=20_000,
             formats=("PNG", "JPEG"),
             exact=True,
             connect_timeout_s=1.0,
             read_timeout_s=20.0,
             total_timeout_s=20.0,
+            memory_bytes=memory_bytes,
         )
         self.pool = LoaderPool(
             processes=processes,
@@ -132,6 +142,49 @@ def test_a_loader_that_hangs_is_replaced(good: str, tmp_path: Path) -> None:
         made.wait(2)
         assert all(result.error is None for result in made.results.values())
         assert made.pool.restarts == 1
+    finally:
+        made.pool.close(5.0)
+
+
+def test_what_does_not_fit_beside_its_neighbours_is_tried_alone(tmp_path: Path) -> None:
+    """Four large pictures exceed a loader's memory together and not alone; one that does not fit alone is told so."""
+    made = Pool(tmp_path, processes=1, memory_bytes=1300 * 1024**2)
+    images = []
+    for name, side in (("a", 8000), ("b", 8000), ("c", 8000), ("d", 8000), ("much", 16_000)):
+        path = tmp_path / f"{name}.png"
+        Image.new("RGB", (side, side)).save(path, compress_level=1)
+        images.append(path.as_uri())
+    made.pool.start(30.0)
+    try:
+        made.submit(*images)
+        made.wait(5)
+        assert [made.results[n].error for n in range(4)] == [None] * 4
+        error = made.results[4].error
+        assert error is not None
+        assert error.code.value == "picture_too_large"
+        assert made.pool.restarts == 0
+    finally:
+        made.pool.close(5.0)
+
+
+def test_who_is_in_the_loader_that_shall_try_suspects_is_none(
+    good: str, tmp_path: Path, http_server: PictureServer
+) -> None:
+    """A loader ends what it holds before it tries a suspect; if it dies meanwhile, nobody in it is convicted."""
+    made = Pool(tmp_path, processes=2)
+    body = Path(good.removeprefix("file://")).read_bytes()
+    slow = [http_server.serve(f"/{n}.png", Reply.picture(body).late(first_pause_s=1.5)) for n in range(5)]
+    made.pool.start(30.0)
+    try:
+        made.submit(*slow)
+        wait_until(lambda: len(http_server.hits) == 5, timeout_s=20)
+        first, second = made.pool._loaders
+        assert (len(first.held), len(second.held)) == (4, 1)
+        os.kill(first.process.pid, signal.SIGKILL)
+        wait_until(lambda: second.alone, timeout_s=20, every_s=0.001)
+        os.kill(second.process.pid, signal.SIGKILL)
+        made.wait(5)
+        assert [made.results[n].error for n in range(5)] == [None] * 5
     finally:
         made.pool.close(5.0)
 

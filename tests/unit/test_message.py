@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import zlib
@@ -131,3 +132,30 @@ def test_random_bytes_never_raise_anything_else(raw: bytes) -> None:
     """The reader's only error is RequestError."""
     with pytest.raises(RequestError):
         read_message(raw)
+
+
+@pytest.mark.parametrize("sent", ["1" + "0" * 400, "-Infinity", "1e999", "NaN", '"x"', "true", "[1]", "-1e16"])
+def test_a_time_that_is_none_is_left_out(sent: str) -> None:
+    """A header that JSON allows and no clock shows neither ends the reader nor stands in an answer."""
+    raw = build_message(Request(image="s3://b/k"), job_id="j", lane=Lane.BULK, sent_ms=12345.0)
+    assert read_message(raw.replace(b"12345.0", sent.encode())).sent_ms is None
+    with pytest.raises(RequestError):
+        read_message(raw.replace(b'"eta":null', f'"eta":{sent}'.encode()))
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["eta", "expires", "shiwu_sent_ms", "ignore_result", "compression", "id", "task", "group"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
+            max_leaves=4,
+        ),
+    )
+)
+def test_no_header_ends_the_reader(headers: dict[str, Any]) -> None:
+    """Whatever JSON stands in the headers: a message is read, or refused by the contract."""
+    outer = json.loads(build_message(Request(image="s3://b/k"), job_id="j", lane=Lane.BULK))
+    outer["headers"] |= headers
+    with contextlib.suppress(RequestError):
+        read_message(json.dumps(outer).encode())

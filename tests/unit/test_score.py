@@ -74,8 +74,8 @@ def test_the_threshold_is_a_least_score() -> None:
     assert tags([0.25, 0.5, 0.25], threshold=0.75) == []
 
 
-def make_job(number: int, label_set: LabelSet, **fields: Any) -> Job:
-    """A job that is ready for its tags."""
+def make_job(number: int, label_set: LabelSet, words: NDArray[np.float32], **fields: Any) -> Job:
+    """A job that is ready for its tags, with the vectors of its words."""
     return Job(
         id=f"j{number}",
         key=Lane.BULK.queue,
@@ -84,29 +84,22 @@ def make_job(number: int, label_set: LabelSet, **fields: Any) -> Job:
         moments=Moments(claimed_s=0.0),
         request=parse_request({"image": "s3://b/k.jpg", **fields}),
         label_set=label_set,
+        label_vectors=words,
     )
 
 
-def make_scorer(vectors: dict[str, NDArray[np.float32]], asked: list[str]) -> Scorer:
-    """A scorer over these label vectors; `asked` gets the name of each set that is looked up."""
-
-    def vectors_of(label_set: LabelSet) -> NDArray[np.float32]:
-        asked.append(label_set.name or "")
-        return vectors[label_set.name or ""]
-
-    return Scorer(vectors_of=vectors_of, scale=20.0, bias=None, model=MODEL)
+SCORER = Scorer(scale=20.0, bias=None, model=MODEL)
 
 
 def test_a_mixed_batch_gives_each_job_its_own_answer() -> None:
-    """Jobs of two label sets and two heads in one batch score as each would alone; one product for each set."""
+    """Jobs of two label sets and two heads in one batch score as each would alone."""
     left, right = LabelSet("left", ("a", "b", "c")), LabelSet("right", ("x", "y"), head="sigmoid")
-    bank, asked, vectors = {"left": units(3, seed=1), "right": units(2, seed=2)}, list[str](), units(6)
-    mixed = [make_job(n, (left, right)[n % 2], want=["tags", "embedding"]) for n in range(6)]
-    make_scorer(bank, asked).score(mixed, vectors)
-    assert sorted(asked) == ["left", "right"]
+    words, vectors = (units(3, seed=1), units(2, seed=2)), units(6)
+    mixed = [make_job(n, (left, right)[n % 2], words[n % 2], want=["tags", "embedding"]) for n in range(6)]
+    SCORER.score(mixed, vectors)
     for row, job in enumerate(mixed):
-        alone = make_job(row, (left, right)[row % 2], want=["tags", "embedding"])
-        make_scorer(bank, []).score([alone], vectors[row : row + 1])
+        alone = make_job(row, (left, right)[row % 2], words[row % 2], want=["tags", "embedding"])
+        SCORER.score([alone], vectors[row : row + 1])
         assert job.tags is not None
         assert alone.tags is not None
         assert [tag.label for tag in job.tags] == [tag.label for tag in alone.tags]
@@ -119,11 +112,11 @@ def test_a_job_gets_what_it_wants() -> None:
     """top_k and threshold are the request's, and an embedding is given only when asked for."""
     labels = LabelSet("left", ("a", "b", "c"))
     jobs = [
-        make_job(0, labels, top_k=1),
-        make_job(1, labels, want=["embedding"]),
-        make_job(2, labels, threshold=1.0),
+        make_job(0, labels, units(3, seed=1), top_k=1),
+        make_job(1, labels, units(3, seed=1), want=["embedding"]),
+        make_job(2, labels, units(3, seed=1), threshold=1.0),
     ]
-    make_scorer({"left": units(3, seed=1)}, []).score(jobs, units(3))
+    SCORER.score(jobs, units(3))
     assert [None if job.tags is None else len(job.tags) for job in jobs] == [1, None, 0]
     assert [job.embedding is None for job in jobs] == [True, False, True]
 
@@ -132,4 +125,4 @@ def test_vectors_and_jobs_must_match() -> None:
     """One vector too few would give jobs their neighbours' tags: it is an error."""
     labels = LabelSet("left", ("a", "b", "c"))
     with pytest.raises(ValueError, match="expected 2 vectors"):
-        make_scorer({"left": units(3)}, []).score([make_job(0, labels), make_job(1, labels)], units(1))
+        SCORER.score([make_job(n, labels, units(3)) for n in range(2)], units(1))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from shiwu.contract import ErrorCode, Lane
 from shiwu_worker.errors import ExitCode, FatalError, NonFiniteError, Trouble, WrongVectors
 from shiwu_worker.job import Job
+from shiwu_worker.labels import LabelSet
 from shiwu_worker.timing import Moments
 from shiwu_worker.triage import Triage
 from tests.unit.test_encode import make_encoder, make_model, noise, saved
@@ -70,6 +71,12 @@ class Device:
         for job, vector in zip(jobs, vectors, strict=True):
             self.scored[job.id] = float(vector[0])
 
+    def vectors_of(self, label_set: LabelSet) -> Vectors:
+        """Label vectors; the words `bad` overflow."""
+        if "bad" in label_set.words:
+            raise NonFiniteError("NaN in the words", (7,))
+        return np.ones((len(label_set.words), 1), np.float32)
+
     def trouble(self, error: BaseException) -> Trouble:
         """As the encoder judges."""
         if isinstance(error, torch.OutOfMemoryError):
@@ -79,6 +86,7 @@ class Device:
     def run(self) -> None:
         """One batch of all."""
         Triage(
+            vectors_of=self.vectors_of,
             pixels=self.pixels,
             encode=self.encode,
             encode_exact=self.encode_exact,
@@ -151,6 +159,17 @@ def test_a_lost_device_ends_the_process() -> None:
     assert caught.value.exit_code is ExitCode.DEVICE
     assert device.sizes == [8]
     assert not any(job.error for job in device.jobs)
+
+
+def test_words_that_fail_end_their_own_jobs_only() -> None:
+    """Rows of an error of the text tower are no pictures: nobody else is blamed, and nothing is indexed by them."""
+    device = Device(4)
+    for job, words in zip(device.jobs, (("a",), ("bad",), ("a",), ("b",)), strict=True):
+        job.label_set = LabelSet("x", words)
+    device.run()
+    assert device.failed() == {"j1": ErrorCode.ENCODE_FAILED}
+    assert device.sizes == [3]
+    assert device.caps == []
 
 
 def test_errors_of_the_device_are_judged(tmp_path: Path) -> None:

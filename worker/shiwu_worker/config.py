@@ -91,8 +91,11 @@ class Settings(BaseSettings):
     callback_queue: str = Field("celery", description="queue of Celery callbacks (link, chain, chord) that name none")
 
     loaders: int = Field(0, ge=0, le=256, description="loader processes; 0: one for each core but one, at least 1")
-    loader_spares: int = Field(1, ge=0, le=16, description="warm loaders that stand in for one that died")
+    loader_spares: int = Field(2, ge=0, le=16, description="warm loaders that stand in for one that died")
     loader_threads: int = Field(8, ge=1, le=64, description="pictures that one loader fetches and decodes at a time")
+    loader_memory_mb: int = Field(
+        4096, ge=1024, description="address space of one loader, its libraries and threads' stacks included"
+    )
     load_timeout_s: float = Field(
         30.0, gt=0, description="fetch and decode of one picture; then its loader is replaced"
     )

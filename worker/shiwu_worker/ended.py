@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import redis
+import structlog
 
 from shiwu.contract import ENDED
+from shiwu_worker.errors import ExitCode, FatalError
 
+log: Any = structlog.get_logger()
 HEARD_AT_ONCE: Final = 500
 RETRY_S: Final = 1.0
 LOOK_S: Final = 0.25
@@ -23,11 +26,15 @@ class EndedJobs:
 
     Args:
         on_ended: gets ids; must not block.
+        on_fatal: called when the thread ends by a defect.
     """
 
-    def __init__(self, client: redis.Redis, *, on_ended: Callable[[Sequence[str]], None]) -> None:
+    def __init__(
+        self, client: redis.Redis, *, on_ended: Callable[[Sequence[str]], None], on_fatal: Callable[[FatalError], None]
+    ) -> None:
         self._client = client
         self._on_ended = on_ended
+        self._on_fatal = on_fatal
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ended", daemon=True)
 
@@ -44,8 +51,12 @@ class EndedJobs:
         while not self._closed.is_set():
             try:
                 self._listen()
-            except redis.RedisError:  # the heartbeat tells the log
+            except (redis.RedisError, OSError):  # the heartbeat tells the log
                 self._closed.wait(RETRY_S)
+            except Exception as error:
+                log.exception("thread_failed", thread="ended")
+                self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
+                return
 
     def _listen(self) -> None:
         with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]  # redis' own

@@ -15,6 +15,7 @@ import structlog
 from redis import RedisError
 
 from shiwu.upkeep import Tended, Upkeep
+from shiwu_worker.errors import ExitCode, FatalError
 
 if TYPE_CHECKING:
     from shiwu_worker.settle import Away
@@ -45,6 +46,7 @@ class Heartbeat:
     Args:
         lease_s: leases are renewed every third of it.
         stuck_s: without progress for this long, while there is work, the worker counts as hung.
+        on_fatal: called when the thread ends by a defect: a worker that claims and does not renew is worse than none.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Heartbeat:
         progress: Progress,
         signs: Signs,
         away: Away,
+        on_fatal: Callable[[FatalError], None],
     ) -> None:
         self._claims = claims
         self._upkeep = upkeep
@@ -67,6 +70,8 @@ class Heartbeat:
         self._progress = progress
         self._signs = signs
         self._away = away
+        self._on_fatal = on_fatal
+        self._tick_s = min(TICK_S, lease_s / 6)
         self._seen = Tended()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -81,6 +86,13 @@ class Heartbeat:
         self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
+        try:
+            self._beat()
+        except Exception as error:
+            log.exception("thread_failed", thread="heartbeat")
+            self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
+
+    def _beat(self) -> None:
         while not self._closed.is_set():
             try:
                 if not self._is_stuck():
@@ -92,7 +104,7 @@ class Heartbeat:
                 self._away.wait(error, self._closed)
             except OSError as error:
                 log.error("alive_file_failed", error=str(error)[:300])
-            self._closed.wait(TICK_S)
+            self._closed.wait(self._tick_s)
 
     def _is_stuck(self) -> bool:
         """Whether there is work and nothing moves; says so in the log, again and again."""

@@ -6,6 +6,7 @@ Also the other coins that pass between the rooms: what was claimed, what is give
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from shiwu.contract import (
     Answer,
@@ -25,6 +26,10 @@ from shiwu.contract import (
 from shiwu.message import read_message
 from shiwu_worker.labels import LabelSet
 from shiwu_worker.timing import Moments
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _INTERACTIVE = frozenset(Lane.INTERACTIVE.keys)
 _FAILED = {
@@ -55,6 +60,8 @@ class Claimed:
     """The same moment on this machine's monotonic clock (not earlier than the true one)."""
     is_revoked: bool = False
     """Whether Celery's revoke named it while it waited."""
+    deaths: int = 0
+    """How many workers died or hung while they held it, or lost their device with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,7 @@ class Job:
     attempt: int
     raw: bytes
     moments: Moments
+    deaths: int = 0
     request: Request | None = None
     ignore_result: bool = False
     has_callbacks: bool = False
@@ -87,6 +95,8 @@ class Job:
     slot: int = -1
     image: ImageInfo | None = None
     label_set: LabelSet | None = None
+    label_vectors: NDArray[np.float32] | None = None
+    """Unit vectors (m, d) of the label set's words, from when the job is on its way to the device."""
     model: ModelInfo | None = None
     tags: tuple[Tag, ...] | None = None
     embedding: tuple[float, ...] | None = None
@@ -160,6 +170,7 @@ def open_job(claimed: Claimed) -> Job:
         id=claimed.id,
         key=claimed.key,
         attempt=claimed.attempt,
+        deaths=claimed.deaths,
         raw=claimed.raw,
         moments=Moments(claimed_s=claimed.claimed_s),
     )
@@ -180,4 +191,7 @@ def open_job(claimed: Claimed) -> Job:
             raise RequestError(ErrorCode.CANCELLED, "revoked by Celery's remote control while it waited")
     except RequestError as error:
         job.fail(ErrorInfo(code=error.code, message=str(error), stage=Stage.CLAIM))
+    except Exception as error:  # noqa: BLE001 border: a message that ends its reader would end one worker after another
+        text = f"expected a message that can be read, got one that fails with {type(error).__name__}"
+        job.fail(ErrorInfo(code=ErrorCode.MALFORMED_MESSAGE, message=text, stage=Stage.CLAIM))
     return job

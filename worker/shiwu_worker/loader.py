@@ -1,4 +1,4 @@
-"""One loader process: `python -m shiwu_worker.loader CONNECTION_FD MEMORY_FD`, started by `loaders` only.
+"""One loader process, forked by the nursery for `loaders`.
 
 Fetches and decodes in several threads and writes pixels into the slots that it is given. It never imports torch, and
 ends with its parent.
@@ -6,18 +6,15 @@ ends with its parent.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
 import os
 import queue
-import signal
-import sys
+import resource
 import threading
 import time
 import warnings
 from multiprocessing.connection import Connection
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +27,6 @@ from shiwu_worker.loader_frames import READY, Loaded, LoaderOptions, LoadTask
 from shiwu_worker.stages.decode import DecodedInfo, DecodeLimits, decode
 from shiwu_worker.stages.fetch import Fetcher, FetchLimits, S3Options
 
-PR_SET_PDEATHSIG: Final = 1
-
 
 class Loader:
     """Turns tasks into results, on several threads."""
@@ -43,6 +38,7 @@ class Loader:
         self._spec = options.spec
         self._limits = DecodeLimits(max_pixels=options.max_pixels, max_side=options.max_side, formats=options.formats)
         self._exact = options.exact
+        self._memory_bytes = options.memory_bytes
         self._fetcher = Fetcher(
             s3=S3Options(options.s3_endpoint_url, options.s3_region),
             pool=guarded_pool(allow_hosts=options.allow_hosts, threads=options.threads),
@@ -79,6 +75,7 @@ class Loader:
         size: int | None = None
         found: DecodedInfo | None = None
         failed: ErrorInfo | None = None
+        is_short_of_memory = False
         try:
             data = self._fetcher.fetch(task.image)
             fetched_s, size = time.monotonic(), len(data)
@@ -86,6 +83,10 @@ class Loader:
             self._pixels[task.slot] = pixels
         except JobError as error:
             failed = error.info()
+        except MemoryError:
+            is_short_of_memory = True
+            text = f"expected a picture that can be decoded within {self._memory_bytes} bytes of memory"
+            failed = ErrorInfo(code=ErrorCode.PICTURE_TOO_LARGE, message=text, stage=Stage.DECODE)
         except Exception as error:  # noqa: BLE001 border: a defect here must not take the neighbours with it
             text = f"the loader failed ({type(error).__name__}: {error!s:.200})"
             failed = ErrorInfo(code=ErrorCode.PICTURE_BROKEN, message=text, stage=Stage.DECODE)
@@ -103,6 +104,7 @@ class Loader:
             height=found.height if found else None,
             sha256=found.sha256 if found else None,
             error=failed,
+            is_short_of_memory=is_short_of_memory,
         )
 
     def _send(self, frame: bytes) -> None:
@@ -113,20 +115,15 @@ class Loader:
             os._exit(0)  # the parent is gone, and nobody waits for the other threads
 
 
-def main() -> None:
-    """Run until the parent is gone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def serve(connection_fd: int, memory_fd: int) -> None:
+    """Run until the worker is gone."""
     # Odd EXIF and sizes near the limit: judged by our own rules, for all threads of this process.
     warnings.simplefilter("ignore")
     Image.MAX_IMAGE_PIXELS = None
-    connection = Connection(int(sys.argv[1]))
+    connection = Connection(connection_fd)
     options = LoaderOptions.model_validate_json(connection.recv_bytes())
+    resource.setrlimit(resource.RLIMIT_AS, (options.memory_bytes, options.memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     shape = (options.slots, options.spec.height, options.spec.width, 3)
-    pixels = np.frombuffer(mmap.mmap(int(sys.argv[2]), math.prod(shape)), np.uint8).reshape(shape)
+    pixels = np.frombuffer(mmap.mmap(memory_fd, math.prod(shape)), np.uint8).reshape(shape)
     Loader(options, connection, pixels).run()
-
-
-if __name__ == "__main__":
-    main()

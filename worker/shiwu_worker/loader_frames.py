@@ -33,6 +33,8 @@ class LoaderOptions(_Frame):
     connect_timeout_s: float
     read_timeout_s: float
     total_timeout_s: float
+    memory_bytes: int
+    """Address space of one loader; beyond it an allocation fails and the picture is tried alone."""
 
 
 class LoadTask(_Frame):
@@ -57,6 +59,8 @@ class Loaded(_Frame):
     height: int | None = None
     sha256: str | None = None
     error: ErrorInfo | None = None
+    is_short_of_memory: bool = False
+    """It did not fit beside its neighbours; alone it may."""
 
 
 LOADED: Final = TypeAdapter(Loaded)

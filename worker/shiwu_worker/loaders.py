@@ -1,8 +1,8 @@
 """The processes that fetch and decode, seen from the worker.
 
-Loaders are started by exec, never import torch, and write pixels into shared memory. Frames between us are JSON. A
-loader that dies or hangs is replaced by a spare that is warm already; the pictures it held are tried again alone, one
-at a time, in another spare, so the guilty one convicts itself and its neighbours hardly notice.
+Loaders are forked by a process that never imports torch, and write pixels into shared memory. Frames between us are
+JSON. A loader that dies or hangs is replaced by a warm spare; the pictures it held are tried again, each
+alone in a spare, so the guilty one convicts itself and its neighbours hardly notice.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import os
 import selectors
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -32,6 +30,7 @@ from pydantic import ValidationError
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.loader_frames import LOADED, READY, Loaded, LoaderOptions, LoadTask
+from shiwu_worker.nursery import Child, Nursery, NurseryError
 
 log: Any = structlog.get_logger()
 DEATHS_AT_START: Final = 5
@@ -42,13 +41,15 @@ RESPAWN_S: Final = 0.2
 class _Loader:
     """One process and what it holds."""
 
-    process: subprocess.Popen[bytes]
+    process: Child
     connection: Connection
     ready: bool = False
     held: dict[int, tuple[LoadTask, float]] = field(default_factory=dict)
     """ticket → task and the moment at which it was sent."""
     alone: bool = False
     """It takes suspects only, one at a time."""
+    suspect: int | None = None
+    """The ticket of the suspect that it holds."""
 
 
 class LoaderPool:
@@ -93,6 +94,7 @@ class LoaderPool:
         self._closing = threading.Event()
         self._all_ready = threading.Event()
         self._deaths_at_start = 0
+        self._nursery = Nursery()
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._run, name="loaders", daemon=True)
         self.restarts = 0
@@ -133,6 +135,7 @@ class LoaderPool:
             loader.process.kill()
             loader.process.wait(timeout_s)
         self._loaders.clear()
+        self._nursery.close()
         self._selector.close()
         self._wake_r.close()
         self._wake_w.close()
@@ -147,7 +150,9 @@ class LoaderPool:
                 self._turn()
         except Exception as error:
             log.exception("thread_failed", thread="loaders")
-            self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
+            is_ours = not isinstance(error, NurseryError | TimeoutError)
+            code = ExitCode.INTERNAL if is_ours else ExitCode.LOADERS
+            self._on_fatal(FatalError(code, f"{type(error).__name__}: {error}"))
 
     def _turn(self) -> None:
         done: list[Loaded] = []
@@ -156,7 +161,7 @@ class LoaderPool:
                 self._drain_wake()
             else:
                 self._receive(key.data, done)
-        for loader in [one for one in self._loaders if one.process.poll() is not None]:
+        for loader in [one for one in self._loaders if one.process.has_ended]:
             self._replace(loader, ErrorCode.DECODER_CRASHED, done)
         late_s = time.monotonic() - self._task_timeout_s
         for loader in list(self._loaders):
@@ -181,6 +186,9 @@ class LoaderPool:
                 # A loader that decodes hostile bytes is not trusted with the choice of a slot.
                 if task is None or task.slot != result.slot:
                     raise ValueError(f"unexpected ticket {result.ticket} or slot {result.slot}")
+                if result.is_short_of_memory and loader.suspect != result.ticket:
+                    self._suspects.append(task)
+                    continue
                 done.append(result)
         except (EOFError, OSError):
             # The process is gone or going; `poll` of the next turn sees it. Until then it must not spin.
@@ -195,16 +203,20 @@ class LoaderPool:
     def _assign(self) -> None:
         ready = [loader for loader in self._loaders if loader.ready]
         # With spares, suspects wait for one that is ready; without, a usual loader runs empty for them.
-        is_one_free = len(ready) > (self._processes if self._spares else 0)
-        if self._suspects and is_one_free and not any(one.alone for one in self._loaders):
-            min(ready, key=lambda one: len(one.held)).alone = True
+        free = len(ready) - self._processes if self._spares else 1
+        usual = [one for one in ready if not one.alone]
+        if self._suspects and usual and sum(one.alone for one in self._loaders) < free:
+            # What it still holds are no suspects; they end first.
+            min(usual, key=lambda one: len(one.held)).alone = True
         at_work = [one for one in ready if not one.alone][: self._processes]
         for loader in ready:
             if loader.alone and not loader.held:
                 if self._suspects:
-                    self._send(loader, self._suspects.popleft())
+                    suspect = self._suspects.popleft()
+                    loader.suspect = suspect.ticket
+                    self._send(loader, suspect)
                 else:
-                    loader.alone = False
+                    loader.alone, loader.suspect = False, None
             while loader in at_work and len(loader.held) < self._options.threads:
                 with self._lock:
                     task = self._waiting.popleft() if self._waiting else None
@@ -229,7 +241,7 @@ class LoaderPool:
         self._loaders.remove(loader)
         log.warning("loader_replaced", pid=loader.process.pid, status=status, held=len(loader.held), code=code.value)
         for task, sent_s in loader.held.values():
-            if loader.alone and len(loader.held) == 1:
+            if task.ticket == loader.suspect:
                 done.append(_convicted(task, code, sent_s, status))
             else:
                 self._suspects.append(task)
@@ -249,20 +261,7 @@ class LoaderPool:
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [
-                sys.executable,
-                "-m",
-                "shiwu_worker.loader",
-                str(theirs.fileno()),
-                str(self._memory_fd),
-            ]
-            process = subprocess.Popen(
-                command,
-                pass_fds=(theirs.fileno(), self._memory_fd),
-                stdin=subprocess.DEVNULL,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is the worker's to handle
-            )
+            process = self._nursery.fork(theirs.fileno(), self._memory_fd)
         connection = Connection(ours.detach())
         connection.send_bytes(self._options.model_dump_json().encode())
         loader = _Loader(process, connection)

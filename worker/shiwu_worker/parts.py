@@ -9,7 +9,6 @@ from typing import Any
 import redis
 
 from shiwu.connection import connect as connect_to
-from shiwu.connection import start_anew
 from shiwu.contract import ErrorCode
 from shiwu.ledger import Ledger
 from shiwu.upkeep import Upkeep
@@ -85,6 +84,7 @@ def loader_options(settings: Settings, spec: ImageSpec) -> LoaderOptions:
         connect_timeout_s=settings.connect_timeout_s,
         read_timeout_s=settings.read_timeout_s,
         total_timeout_s=settings.fetch_timeout_s,
+        memory_bytes=settings.loader_memory_mb * 1024 * 1024,
     )
 
 
@@ -163,15 +163,9 @@ def make_upkeep(settings: Settings, client: redis.Redis, ledger: Ledger, token: 
     )
 
 
-def make_away(where: str, client: redis.Redis, progress: Progress | None = None) -> Away:
+def make_away(where: str, progress: Progress) -> Away:
     """Pauses of one thread while Redis is away; that it is away is no hang of the pipeline."""
-
-    def on_wait(error: redis.RedisError) -> None:
-        start_anew(client, error)
-        if progress is not None:
-            progress.mark()
-
-    return Away(where, on_wait=on_wait)
+    return Away(where, on_wait=lambda _: progress.mark())
 
 
 def make_heartbeat(
@@ -181,8 +175,8 @@ def make_heartbeat(
     signs: Signs,
     progress: Progress,
     *,
-    client: redis.Redis,
     encoder: Any,
+    on_fatal: Callable[[FatalError], None],
 ) -> Heartbeat:
     """The thread that keeps leases alive."""
     return Heartbeat(
@@ -193,7 +187,8 @@ def make_heartbeat(
         stuck_s=max(settings.stuck_s, SLOW_FACTOR * encoder.slowest_s),
         progress=progress,
         signs=signs,
-        away=make_away("heartbeat", client),
+        away=Away("heartbeat"),
+        on_fatal=on_fatal,
     )
 
 
@@ -202,8 +197,7 @@ def make_limits(settings: Settings) -> Limits:
     usual = RetryPolicy(settings.max_attempts, settings.retry_first_s, settings.retry_longest_s)
     retries = {ErrorCode.SOURCE_UNAVAILABLE: usual, ErrorCode.OUT_OF_MEMORY: usual}
     retries |= {code: RetryPolicy(*policy) for code, policy in settings.retry.items()}
-    most = max(settings.max_attempts, *(policy.attempts for policy in retries.values()))
-    return Limits(slots=settings.slot_count, max_attempts=most, retries=retries)
+    return Limits(slots=settings.slot_count, max_attempts=settings.max_attempts, retries=retries)
 
 
 def make_stages(  # noqa: PLR0917 one argument for each part of the way
@@ -232,8 +226,9 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
     batcher: Batcher[Job] = Batcher(
         cap=settings.max_batch, bulk_share=settings.bulk_share, linger_s=settings.linger_ms / 1000
     )
-    scorer = Scorer(vectors_of=bank.vectors, scale=encoder.scale, bias=encoder.bias, model=encoder.info)
+    scorer = Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info)
     triage = Triage(
+        vectors_of=bank.vectors,
         pixels=loaders.pixels,
         encode=encoder.encode,
         encode_exact=encoder.encode_exact,

@@ -33,6 +33,9 @@ log: Any = structlog.get_logger()
 IDLE_S: Final = 5.0
 HURRY_S: Final = 0.1
 CLAIM_ENDS_S: Final = 10.0
+ONCE_MORE_S: Final = 0.1
+HELD_FACTOR: Final = 3
+"""Jobs between claim and commit are at most this many times the slots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Limits:
 
     slots: int
     max_attempts: int
-    """Tries of one job, over crashes and retries of every class."""
+    """How many workers a job may end before it is given up."""
     retries: Mapping[ErrorCode, RetryPolicy] = field(default_factory=dict)
     """Classes of errors that are tried again; all others are answered at once."""
 
@@ -78,14 +81,23 @@ class Pipeline:
 
     Args:
         on_fatal: called, from any thread, when the process can't go on.
+        on_claiming: told when claims begin to succeed, and when they end: Redis is away, or we stop.
     """
 
     def __init__(
-        self, stages: Stages, limits: Limits, *, progress: Progress, on_fatal: Callable[[FatalError], None]
+        self,
+        stages: Stages,
+        limits: Limits,
+        *,
+        progress: Progress,
+        on_fatal: Callable[[FatalError], None],
+        on_claiming: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self._do = stages
         self._limits = limits
         self._on_fatal = on_fatal
+        self._on_claiming = on_claiming
+        self._is_claiming = False
         self._held: dict[str, Job] = {}
         self._loading: dict[int, Job] = {}
         self._tickets = itertools.count(1)
@@ -108,24 +120,32 @@ class Pipeline:
             if not room:
                 continue
             try:
-                taken = self._do.claims.claim(room, holds_nothing=not self._held)
+                taken = self._do.claims.claim(room, held=self._held)
             except RedisError as error:
+                self._say_claiming(is_so=False)
                 self._do.away.wait(error, self._closing)
                 continue
             self._do.away.back()
-            self._progress.mark()
+            self._say_claiming(is_so=not self._closing.is_set())
+            if not self._held:
+                # Claims say nothing of the other threads: with jobs in hand only these moving on is progress.
+                self._progress.mark()
             alone = taken.alone
             if taken.jobs:
-                self._admit([open_job(one) for one in taken.jobs if one.id not in self._held])
+                self._admit([open_job(one) for one in taken.jobs])
             elif not alone:
                 self._do.doorbell.wait(IDLE_S)
 
     def _admit(self, jobs: list[Job]) -> None:
         """Send each new job to the loaders with a slot of its own, unless its fate is already known."""
         now_s = time.monotonic()
+        for job in jobs:
+            if job.id in self._held:
+                # It came back to its lane and to us while its former life here is being settled.
+                job.back = Release(job.id, delay_s=ONCE_MORE_S)
         loading = [job for job in jobs if self._acceptable(job, now_s)]
         with self._changed:
-            self._held.update((job.id, job) for job in jobs)
+            self._held.update((job.id, job) for job in jobs if job.id not in self._held)
             for job in loading:
                 job.slot = self._free.pop()
             tickets = [(next(self._tickets), job) for job in loading]
@@ -135,13 +155,13 @@ class Pipeline:
             self._do.load(tickets)
 
     def _acceptable(self, job: Job, now_s: float) -> bool:
-        if job.error is not None or job.unwanted(now_s):
+        if job.back is not None or job.error is not None or job.unwanted(now_s):
             return False
         if job.due_s > now_s:
             job.back = Release(job.id, delay_s=job.due_s - now_s)
             return False
-        if job.attempt > self._limits.max_attempts:
-            text = f"given up after {job.attempt - 1} attempts: every worker that tried it died or lost its lease"
+        if job.deaths >= self._limits.max_attempts:
+            text = f"given up: {job.deaths} workers died, hung or lost their device while they held it"
             job.fail(ErrorInfo(code=ErrorCode.ATTEMPTS_EXHAUSTED, message=text, stage=Stage.CLAIM))
             return False
         try:
@@ -192,8 +212,8 @@ class Pipeline:
     def _on_device(self, jobs: Sequence[Job]) -> None:
         try:
             self._do.encode_and_score(jobs)
-        except FatalError:
-            # The try counts: a picture that loses the device each time must not do so for ever.
+        except BaseException:
+            # The try counts: a picture that ends the worker each time must not do so for ever.
             for job in jobs:
                 job.is_accused = True
             raise
@@ -230,7 +250,8 @@ class Pipeline:
         self._progress.mark()
         with self._changed:
             for job in jobs:
-                self._held.pop(job.id, None)
+                if self._held.get(job.id) is job:
+                    del self._held[job.id]
             self._changed.notify_all()
 
     # -------------------------------------------------------------------------------- from start to stop
@@ -250,6 +271,7 @@ class Pipeline:
         The oldest job comes last, so that giving them back to the front of a lane in this order keeps the order.
         """
         self._closing.set()
+        self._say_claiming(is_so=False)
         self._do.doorbell.close()
         until_s = time.monotonic() + grace_s
         with self._changed:
@@ -273,25 +295,37 @@ class Pipeline:
         self._closing.set()
 
     def _room(self, alone: bool) -> int:
-        """Free slots, once there are enough for a claim to be worth a round trip; 0 when the wait was in vain.
+        """How many jobs to claim, once there are enough to be worth a round trip; 0 when the wait was in vain.
 
-        `alone` waits until nothing is held: a suspect is worked on with no neighbours.
+        `alone` waits until nothing is held: a suspect is worked on with no neighbours. Answers that Redis does not take
+        hold no slots, so what is held is bounded too.
         """
         least = max(1, self._limits.slots // 4)
+
+        def room() -> int:
+            return min(len(self._free), HELD_FACTOR * self._limits.slots - len(self._held))
+
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closing.is_set() or not self._held or (len(self._free) >= least and not alone), IDLE_S
+                lambda: self._closing.is_set() or not self._held or (room() >= least and not alone), IDLE_S
             )
             if self._closing.is_set() or (alone and self._held):
                 return 0
-            return len(self._free)
+            return max(0, room())
+
+    def _say_claiming(self, *, is_so: bool) -> None:
+        if is_so != self._is_claiming:
+            self._is_claiming = is_so
+            self._on_claiming(is_so)
 
     def _guard(self, loop: Callable[[], None]) -> None:
         """A thread that ends by an error takes the process with it: half a pipeline is a black hole."""
         try:
             loop()
         except FatalError as error:
+            self._say_claiming(is_so=False)
             self._on_fatal(error)
         except Exception as error:
             log.exception("thread_failed", thread=threading.current_thread().name)
+            self._say_claiming(is_so=False)
             self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))

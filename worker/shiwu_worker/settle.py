@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 from redis import RedisError
 
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.job import Job, Release
+from shiwu_worker.job import Job
 
 if TYPE_CHECKING:
     from shiwu.ledger import Entry
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shiwu_worker.stages.commit import Committer
 
 log: Any = structlog.get_logger()
+T = TypeVar("T")
 MOST_AT_ONCE: Final = 512
 """A batch of settled jobs is closed when it holds this many; the last list that enters it may exceed this."""
 
@@ -111,7 +112,7 @@ class Settler:
         self._thread.start()
 
     def put(self, jobs: list[Job]) -> None:
-        """Take jobs whose fate is known. Never blocks; bounded because claims are."""
+        """Take jobs whose fate is known. Never blocks; bounded because what is held is."""
         self._waiting.put(jobs)
 
     def close(self, *, timeout_s: float) -> bool:
@@ -142,23 +143,32 @@ class Settler:
     def _settle(self, jobs: list[Job]) -> None:
         answered = [job for job in jobs if job.back is None]
         entries = self._committer.finish(answered, now_s=time.monotonic())
-        releases: list[Release] = [job.back for job in jobs if job.back is not None]
+        if entries:
+            written = self._until_done(lambda: self._committer.commit(entries), jobs=len(entries))
+            if written is not None:
+                again, commit_s = written
+                self._on_settled(answered)
+                if self._on_answered is not None:
+                    pairs = zip(answered, entries, strict=True)
+                    self._on_answered([Settled(job, one, commit_s, one.id not in again) for job, one in pairs])
+        # Apart from the answers, which a server that refuses the one may take.
+        if back := [job for job in jobs if job.back is not None]:
+            releases = [job.back for job in back if job.back is not None]
+            if self._until_done(lambda: self._claims.release(releases), jobs=len(back)) is not None:
+                self._on_settled(back)
+
+    def _until_done(self, write: Callable[[], T], *, jobs: int) -> tuple[T, float] | None:
+        """What Redis said and how long it took in seconds; None when we end before it says anything."""
         while True:
             started_s = time.monotonic()
             try:
-                again = self._committer.commit(entries)
-                self._claims.release(releases)
-                break
+                said = write()
             except RedisError as error:
                 if self._ended.is_set():
                     # The leases of these jobs end with us, and another worker answers them.
-                    log.error("answers_not_written", jobs=len(jobs), error=str(error)[:300])
-                    return
+                    log.error("not_written", jobs=jobs, error=str(error)[:300])
+                    return None
                 self._away.wait(error, self._ended)
-        self._away.back()
-        commit_s = time.monotonic() - started_s
-        self._on_settled(jobs)
-        if self._on_answered is not None:
-            self._on_answered(
-                [Settled(job, one, commit_s, one.id not in again) for job, one in zip(answered, entries, strict=True)]
-            )
+            else:
+                self._away.back()
+                return said, time.monotonic() - started_s

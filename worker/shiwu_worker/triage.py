@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shiwu_worker.job import Job
+    from shiwu_worker.labels import LabelSet
 
     Encode = Callable[[NDArray[uint8]], NDArray[float32]]
 
@@ -30,6 +31,7 @@ class Triage:
     """Gives every job of a batch its tags or the reason why it has none. One thread uses it.
 
     Args:
+        vectors_of: label set → unit vectors of its words; new words pass the text tower.
         pixels: uint8 (slots, h, w, 3), where the loaders write.
         encode, encode_exact: pixels → unit vectors, in the fast dtype and in FP32.
         score: gives jobs their tags; raises WrongVectors for a wrong number of vectors.
@@ -40,6 +42,7 @@ class Triage:
     def __init__(
         self,
         *,
+        vectors_of: Callable[[LabelSet], NDArray[float32]],
         pixels: NDArray[uint8],
         encode: Encode,
         encode_exact: Encode,
@@ -47,6 +50,7 @@ class Triage:
         trouble: Callable[[BaseException], Trouble],
         lower_cap: Callable[[int], None],
     ) -> None:
+        self._vectors_of = vectors_of
         self._pixels = pixels
         self._encode = encode
         self._encode_exact = encode_exact
@@ -60,6 +64,28 @@ class Triage:
         Raises:
             FatalError: with ExitCode.DEVICE, when no later batch can succeed in this process.
         """
+        self._halve([job for job in jobs if self._has_labels(job)])
+
+    def _has_labels(self, job: Job) -> bool:
+        """Look the label vectors up, or fail the job alone: words that fail are not the pictures' fault."""
+        if job.label_set is None:
+            return True
+        try:
+            job.label_vectors = self._vectors_of(job.label_set)
+        except Exception as error:
+            trouble = self._trouble(error)
+            if trouble is Trouble.LOST:
+                raise FatalError(ExitCode.DEVICE, f"the device failed: {error}") from error
+            is_memory = trouble is Trouble.OUT_OF_MEMORY
+            code = ErrorCode.OUT_OF_MEMORY if is_memory else ErrorCode.ENCODE_FAILED
+            text = f"the model failed on these labels ({type(error).__name__}: {error!s:.200})"
+            job.fail(ErrorInfo(code=code, message=text, stage=Stage.SCORE, retryable=is_memory))
+            return False
+        return True
+
+    def _halve(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
         try:
             self._pass(jobs, self._encode)
         except WrongVectors as error:
@@ -69,7 +95,7 @@ class Triage:
                 if job.id in guilty:
                     self._alone(job)
             if rest := [job for job in jobs if job.id not in guilty]:
-                self.run(rest)
+                self._halve(rest)
         except Exception as error:  # noqa: BLE001 border: whatever the model or the device raises is judged here
             self._judge(error, jobs)
 
@@ -95,8 +121,8 @@ class Triage:
             self._lower_cap(half)
             log.warning("batches_smaller", largest=half, reason="the device ran out of memory")
         if half:
-            self.run(jobs[:half])
-            self.run(jobs[half:])
+            self._halve(jobs[:half])
+            self._halve(jobs[half:])
         elif trouble is Trouble.OUT_OF_MEMORY:
             text = "the device ran out of memory with this picture alone; something else uses it, or it is too small"
             jobs[0].fail(ErrorInfo(code=ErrorCode.OUT_OF_MEMORY, message=text, stage=Stage.ENCODE, retryable=True))

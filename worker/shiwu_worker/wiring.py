@@ -102,26 +102,31 @@ def open_service(
         settler = Settler(
             Committer(ledger, worker=settings.worker_name),
             claims,
-            away=make_away("commit", client, progress),
+            away=make_away("commit", progress),
             on_settled=lambda jobs: pipeline.settled(jobs),  # noqa: PLW0108 bound when it is called
             on_answered=_teller(job_logger(level=settings.log_level), on_answered),
             on_fatal=on_fatal,
         )
         encoder = open_encoder(settings, folder, spec)
-        away = make_away("claim", client, progress)
+        away = make_away("claim", progress)
         stages = make_stages(settings, claims, doorbell, loaders, encoder, settler, away)
-        pipeline = Pipeline(stages, make_limits(settings), progress=progress, on_fatal=on_fatal)
+        pipeline = Pipeline(
+            stages,
+            make_limits(settings),
+            progress=progress,
+            on_fatal=on_fatal,
+            on_claiming=lambda is_so: health.ready(is_ready=is_so),
+        )
         signs = Signs(held=pipeline.held, alive=health.alive, suspects=doorbell.ring)
         upkeep = make_upkeep(settings, client, ledger, token)
-        heartbeat = make_heartbeat(settings, claims, upkeep, signs, progress, client=client, encoder=encoder)
-        ended = EndedJobs(client, on_ended=pipeline.ended)
+        heartbeat = make_heartbeat(settings, claims, upkeep, signs, progress, encoder=encoder, on_fatal=on_fatal)
+        ended = EndedJobs(client, on_ended=pipeline.ended, on_fatal=on_fatal)
         stack.callback(heartbeat.close)
         stack.callback(ended.close)
         once = _Once(partial(_stop, settings, health=health, claims=claims, pipeline=pipeline, settler=settler))
         stack.callback(once, settings.grace_s)
         for part in (settler, doorbell, heartbeat, ended, pipeline):
             part.start()
-        health.ready(is_ready=True)
         yield Service(pipeline=pipeline, stop=once, ready_after_s=round(time.monotonic() - began_s, 3))
 
 
@@ -129,7 +134,6 @@ def _stop(
     settings: Settings, grace_s: float, *, health: Health, claims: Claims, pipeline: Pipeline, settler: Settler
 ) -> None:
     """Intake first, leases last: whoever holds a job keeps its lease until it is answered or given back."""
-    health.ready(is_ready=False)
     give_back(claims, pipeline.stop(grace_s=grace_s))
     settler.close(timeout_s=settings.redis_timeout_s * 2)
 

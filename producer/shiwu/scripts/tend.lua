@@ -2,7 +2,7 @@
 -- whose workers died twice to the suspects; old dead letters go; jobs that ran out of time are named.
 -- KEYS  claims, leases, attempts, delayed, parked, counters, workers, suspects, deadlines, dead, dead answers, dead messages,
 --       results stream, revoked ids, then the keys of the lanes
--- ARGV  worker name or '', most jobs of each kind, '1' to count the lanes, attempts that make a suspect, longest lease in ms,
+-- ARGV  worker name or '', most jobs of each kind, '1' to count the lanes, deaths that make a suspect, longest lease in ms,
 --       age of dead letters in ms
 -- Reply {reaped, promoted, suspects, waiting in all lanes, length of the results stream, ids out of time}
 local claims, leases, attempts, delayed, parked, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -35,15 +35,16 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0,
   local record = redis.call('HGET', claims, id)
   local attempt, lane, raw
   if record then attempt, lane, raw = string.match(record, '^[^|]*|(%d+)|([^|]*)|(.*)$') end
+  local deaths = tonumber(string.match(redis.call('HGET', attempts, id) or '', ':(%d+)$') or 0) + 1
   local is_back = not raw
-  if raw and tonumber(attempt) >= suspect_from then
+  if raw and deaths >= suspect_from then
     is_back = put_back(suspects, lane .. '|' .. raw)
   elseif raw then
     is_back = put_back(lane, raw)
   end
   if is_back then
     if raw then
-      redis.call('HSET', attempts, id, attempt)
+      redis.call('HSET', attempts, id, attempt .. ':' .. deaths)
       reaped = reaped + 1
     end
     redis.call('HDEL', claims, id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final
@@ -20,6 +20,7 @@ from shiwu.contract import (
     CLAIMS,
     COUNTERS,
     DELAYED,
+    LAST_CLAIM,
     LEASES,
     PARKED,
     REVOKED,
@@ -60,37 +61,58 @@ class Claims:
         self._lease_ms = int(lease_s * 1000)
         self._bulk_share = bulk_share
         self._bulk_owed = 0.0
+        self._is_suspects_turn = True
+        self._is_reply_lost = False
+        self._client = client
+        self._last_claim = f"{LAST_CLAIM}{token}"
         self._claim = _script(client, "claim")
         self._renew = _script(client, "renew")
         self._release = _script(client, "release")
 
-    def claim(self, limit: int, *, holds_nothing: bool = False) -> Taken:
-        """Take up to `limit` jobs, interactive first. Copies of answered or claimed jobs are dropped on the way."""
+    def claim(self, limit: int, *, held: Collection[str] = ()) -> Taken:
+        """Take up to `limit` jobs, interactive first. Copies of answered or claimed jobs are dropped on the way.
+
+        Args:
+            held: ids that this worker holds. What a claim took whose reply was lost is none of them, and goes back.
+        """
+        if self._is_reply_lost:
+            self._give_back_unheard(held)
+        holds_nothing = not held
         limit = min(limit, MAX_CLAIM)
         # A debt from times without bulk must not later shut interactive jobs out: two claims' worth at most.
         fair = limit * self._bulk_share
         bulk_owed = min(self._bulk_owed + fair, max(2.0, 2 * fair))
-        reply: list[Any] = self._claim(
-            keys=[CLAIMS, LEASES, ATTEMPTS, COUNTERS, SUSPECTS, SUSPECTS_TAKER, REVOKED, *_LANE_KEYS],
-            args=[self._token, limit, int(bulk_owed), self._lease_ms, done_key(""), int(holds_nothing)],
-        )
+        keys = [CLAIMS, LEASES, ATTEMPTS, COUNTERS, SUSPECTS, SUSPECTS_TAKER, REVOKED, self._last_claim, *_LANE_KEYS]
+        args = [self._token, limit, int(bulk_owed), self._lease_ms, done_key(""), int(holds_nothing)]
+        self._is_reply_lost = True
+        reply: list[Any] = self._claim(keys=keys, args=[*args, int(self._is_suspects_turn)])
+        self._is_reply_lost = False
         claimed_s = time.monotonic()
         claimed_ms = float(reply[0])
         jobs = tuple(
             Claimed(
                 id=reply[i].decode(),
                 attempt=reply[i + 1],
-                key=_LANE_KEYS[reply[i + 2] - 1],
-                raw=reply[i + 3],
+                deaths=reply[i + 2],
+                key=_LANE_KEYS[reply[i + 3] - 1],
+                raw=reply[i + 4],
                 claimed_ms=claimed_ms,
                 claimed_s=claimed_s,
-                is_revoked=reply[i + 4] == 1,
+                is_revoked=reply[i + 5] == 1,
             )
-            for i in range(2, len(reply), 5)
+            for i in range(2, len(reply), 6)
         )
+        if is_alone := bool(reply[1]):
+            self._is_suspects_turn = self._is_suspects_turn != holds_nothing
         if jobs:
             self._bulk_owed = max(0.0, bulk_owed - sum(job.key in _BULK for job in jobs))
-        return Taken(jobs, alone=bool(reply[1]))
+        return Taken(jobs, alone=is_alone)
+
+    def _give_back_unheard(self, held: Collection[str]) -> None:
+        """Without this they would wait until a lease ends that nobody renews, and count as jobs of a dead worker."""
+        last: Any = self._client.get(self._last_claim)
+        ids = last.decode(errors="replace").split(" ") if last else []
+        self.release([Release(job_id) for job_id in reversed(ids) if job_id not in held])
 
     def renew(self, ids: Sequence[str]) -> list[str]:
         """Prolong the leases; return the ids that are no longer ours."""
@@ -164,7 +186,7 @@ class Doorbell:
                     self._rung.set()
                     # The worker now claims; peeking again at once would only find the same message.
                     self._closed.wait(0.005)
-            except redis.RedisError:
+            except (redis.RedisError, OSError):
                 self._closed.wait(1.0)
 
 

@@ -73,6 +73,7 @@ def decode(
 
     Raises:
         Rejected: picture_empty, not_a_picture, picture_too_large or picture_broken.
+        MemoryError: it does not fit; perhaps beside its neighbours only.
     """
     if not data:
         raise Rejected(ErrorCode.PICTURE_EMPTY, "expected a picture, got 0 bytes", stage=Stage.DECODE)
@@ -88,13 +89,11 @@ def decode(
                 image.draft("RGB", (edge, edge))
             shrink = _shrink if exact else _shrink_fast
             pixels = _resized(_rgb(image), spec, _TURNS.get(orientation), sideways=sideways, shrink=shrink)
-        except MemoryError as error:
-            raise Rejected(
-                ErrorCode.PICTURE_TOO_LARGE,
-                "expected a picture that fits into the loader's memory",
-                stage=Stage.DECODE,
-            ) from error
+        except MemoryError:
+            raise
         except Exception as error:  # border: a decoder raises anything on hostile bytes
+            if "out of memory" in str(error):  # Pillow's codecs say it with an OSError
+                raise MemoryError(str(error)) from error
             text = f"expected a whole {name} picture ({type(error).__name__}: {error!s:.120})"
             raise Rejected(ErrorCode.PICTURE_BROKEN, text, stage=Stage.DECODE) from error
     if sideways:

@@ -6,6 +6,7 @@ tries happen here; slow ones are the pipeline's, through Redis.
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 import time
@@ -18,7 +19,13 @@ from urllib.parse import parse_qs, unquote, urljoin, urlsplit
 import boto3
 import urllib3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
 
 from shiwu.contract import ErrorCode, Stage, without_query
 from shiwu_worker.errors import AddressRefused, JobError, Rejected, Unavailable
@@ -137,6 +144,9 @@ class Fetcher:
             raise _rejected(
                 ErrorCode.SOURCE_FORBIDDEN, "expected S3 credentials in the worker's environment, found none"
             ) from error
+        except ParamValidationError as error:
+            text = f"expected a bucket and key that S3 accepts: {without_query(reference)}"
+            raise _rejected(ErrorCode.INVALID_REFERENCE, text) from error
         except (BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
             raise _unavailable(f"S3 did not answer ({type(error).__name__})") from error
 
@@ -235,6 +245,8 @@ class Fetcher:
         except (PermissionError, RuntimeError) as error:
             raise _rejected(ErrorCode.SOURCE_FORBIDDEN, f"can't read the file ({type(error).__name__})") from error
         except OSError as error:
+            if error.errno in {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}:
+                raise _rejected(ErrorCode.INVALID_REFERENCE, f"can't be a file ({error.strerror})") from error
             raise _unavailable(f"can't read the file ({type(error).__name__})") from error
 
     def _read(self, read_some: Callable[[], bytes], length: int | None, deadline_s: float) -> bytes:

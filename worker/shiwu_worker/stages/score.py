@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +14,6 @@ from shiwu_worker.job import Job
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from shiwu_worker.labels import LabelSet
 
 
 def score(
@@ -60,12 +58,10 @@ class Scorer:
     def __init__(
         self,
         *,
-        vectors_of: Callable[[LabelSet], NDArray[np.float32]],
         scale: float,
         bias: float | None,
         model: ModelInfo,
     ) -> None:
-        self._vectors_of = vectors_of
         self._scale = scale
         self._bias = bias
         self._model = model
@@ -76,16 +72,15 @@ class Scorer:
             raise WrongVectors(f"expected {len(jobs)} vectors, one for each job, got {len(vectors)}")
         groups: dict[str, list[int]] = defaultdict(list)
         for row, job in enumerate(jobs):
-            if job.label_set is not None:
+            if job.label_set is not None and job.label_vectors is not None:
                 groups[job.label_set.info.digest].append(row)
         for rows in groups.values():
             self._score_group([jobs[row] for row in rows], vectors[rows])
 
     def _score_group(self, jobs: Sequence[Job], vectors: NDArray[np.float32]) -> None:
-        label_set = jobs[0].label_set
-        if label_set is None:
+        label_set, labels = jobs[0].label_set, jobs[0].label_vectors
+        if label_set is None or labels is None:
             return
-        labels = self._vectors_of(label_set)
         probabilities, cosines = score(vectors, labels, head=label_set.head, scale=self._scale, bias=self._bias)
         for i, job in enumerate(jobs):
             job.model = self._model

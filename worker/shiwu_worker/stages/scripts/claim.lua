@@ -1,15 +1,17 @@
 -- Takes up to `limit` messages from the lanes and records each under a lease, in one atomic step.
 -- Jobs whose workers died twice are suspects: one worker at a time takes them, one by one, while it holds nothing else, so
--- that the guilty one convicts itself alone.
--- KEYS  claims, leases, attempts, counters, suspects, taker of suspects, revoked ids, then 4 keys of each lane, interactive first
--- ARGV  token, limit, least number to take from bulk, lease in ms, prefix of the marks of answered ids, '1' if we hold nothing
--- Reply server time in ms, 1 if we take suspects now, then for each job: id, attempt, number of its lane key (1 to 8),
+-- that the guilty one convicts itself alone. In between that worker takes a portion of usual jobs.
+-- KEYS  claims, leases, attempts, counters, suspects, taker of suspects, revoked ids, our last claim, then 4 keys of each lane,
+--       interactive first
+-- ARGV  token, limit, least number to take from bulk, lease in ms, prefix of the marks of answered ids, '1' if we hold nothing,
+--       '1' if it is a suspect's turn
+-- Reply server time in ms, 1 if we take suspects now, then for each job: id, attempt, deaths, number of its lane key (1 to 8),
 --       message, 1 if Celery's revoke named it
 local claims, leases, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local suspects, taker, revoked = KEYS[5], KEYS[6], KEYS[7]
+local suspects, taker, revoked, last_claim = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local token, limit, bulk_least = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local lease_ms, done_prefix, holds_nothing = tonumber(ARGV[4]), ARGV[5], ARGV[6] == '1'
-local FIRST, BULK, LAST = 8, 12, 15
+local FIRST, BULK, LAST = 9, 13, 16
 local READABLE_BYTES = 4 * 1024 * 1024
 
 -- A wrong type must stop the script before anything is popped: Redis does not undo a script.
@@ -64,13 +66,16 @@ local function take(first, last, want)
   return got
 end
 
-local alone = 0
+local alone, is_suspect = 0, false
 if redis.call('LLEN', suspects) > 0 then
   local holder = redis.call('GET', taker)
   if not holder or holder == token then
     alone = 1
+    -- A server that is full denies a script that begins with a write that needs memory.
+    redis.call('ZREMRANGEBYSCORE', revoked, '-inf', now)
     redis.call('SET', taker, token, 'PX', math.max(1, lease_ms))
-    if holds_nothing then
+    if holds_nothing and ARGV[7] == '1' then
+      is_suspect = true
       local lane, raw = string.match(redis.call('RPOP', suspects), '^([^|]*)|(.*)$')
       local from_key = FIRST
       for k = FIRST, LAST do
@@ -80,7 +85,7 @@ if redis.call('LLEN', suspects) > 0 then
     end
   end
 end
-if alone == 0 then
+if alone == 0 or (holds_nothing and not is_suspect) then
   local got = take(BULK, LAST, math.min(bulk_least, limit))
   got = got + take(FIRST, BULK - 1, limit - got)
   take(BULK, LAST, limit - got)
@@ -98,13 +103,15 @@ if #ids > 0 then
       dropped = dropped + 1
       if answered[i] then redis.call('HDEL', attempts, id) end
     else
-      local attempt = (tonumber(tried[i] or 0) or 0) + 1
+      local attempt = (tonumber(string.match(tried[i] or '', '^%d+') or 0)) + 1
+      local deaths = tonumber(string.match(tried[i] or '', ':(%d+)$') or 0)
       records[#records + 1] = id
       records[#records + 1] = token .. '|' .. attempt .. '|' .. KEYS[from[i]] .. '|' .. raws[i]
       terms[#terms + 1] = now + lease_ms
       terms[#terms + 1] = id
       reply[#reply + 1] = id
       reply[#reply + 1] = attempt
+      reply[#reply + 1] = deaths
       reply[#reply + 1] = from[i] - FIRST + 1
       reply[#reply + 1] = raws[i]
       reply[#reply + 1] = unwanted[i] and 1 or 0
@@ -113,6 +120,7 @@ if #ids > 0 then
   if #records > 0 then
     redis.call('HSET', claims, unpack(records))
     redis.call('ZADD', leases, unpack(terms))
+    redis.call('SET', last_claim, table.concat(ids, ' '), 'PX', math.max(1, lease_ms))
   end
 end
 if dropped > 0 then redis.call('HINCRBY', counters, 'copies_dropped', dropped) end

@@ -7,7 +7,7 @@ local lost = {}
 for i = 3, #ARGV do
   local record = redis.call('HGET', claims, ARGV[i])
   if record and string.sub(record, 1, #token + 1) == token .. '|' then
-    redis.call('ZADD', leases, 'XX', ends, ARGV[i])
+    redis.call('ZADD', leases, ends, ARGV[i])
   else
     lost[#lost + 1] = ARGV[i]
   end

@@ -1,0 +1,218 @@
+"""The pipeline over a real Redis, with loaders and a model that do what a test says."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import redis
+
+from shiwu.contract import ATTEMPTS, CLAIMS, RESULT_STREAM, Answer, Lane
+from shiwu.ledger import NotReplicated
+from shiwu_worker.errors import FatalError
+from shiwu_worker.job import Job
+from shiwu_worker.labels import inline_label_set
+from shiwu_worker.loader_frames import Loaded
+from shiwu_worker.pipeline import Limits, Pipeline, Stages
+from shiwu_worker.settle import Away, Settler
+from shiwu_worker.stages.batch import Batcher
+from shiwu_worker.stages.claim import Claims, Doorbell
+from shiwu_worker.stages.commit import Committer
+from shiwu_worker.timing import Progress
+from tests.integration.test_claim_properties import make_claims, make_committer, make_upkeep, message
+from tests.support.waiting import wait_until
+
+SLOTS = 8
+LABELS = inline_label_set(("a", "b"), head="softmax")
+
+
+class Works:
+    """A pipeline whose loaders take no time. `encode` may be replaced."""
+
+    def __init__(self, client: redis.Redis, *, claims: Claims | None = None) -> None:
+        self.encode: Callable[[Sequence[Job]], None] = lambda _: None
+        self.fatal: list[FatalError] = []
+        self.claiming: list[bool] = []
+        self.progress = Progress()
+        self.claims = claims or make_claims(client, "w", lease_s=30)
+        self.committer = Committer(make_committer(client, "w"), worker="w")
+        self.doorbell = Doorbell(client, block_s=1.0)
+        self.settler = Settler(
+            self.committer,
+            self.claims,
+            away=Away("commit", longest_s=0.1),
+            on_settled=lambda jobs: self.pipeline.settled(jobs),  # noqa: PLW0108 bound late
+            on_answered=None,
+            on_fatal=self.fatal.append,
+        )
+        stages = Stages(
+            claims=self.claims,
+            doorbell=self.doorbell,
+            resolve=lambda _: LABELS,
+            load=self._load,
+            batcher=Batcher(cap=4, bulk_share=0.1),
+            encode_and_score=lambda jobs: self.encode(jobs),  # noqa: PLW0108 bound late
+            settle=self.settler.put,
+            away=Away("claim", longest_s=0.1),
+        )
+        self.pipeline = Pipeline(
+            stages,
+            Limits(slots=SLOTS, max_attempts=3),
+            progress=self.progress,
+            on_fatal=self.fatal.append,
+            on_claiming=self.claiming.append,
+        )
+
+    def _load(self, tickets: Sequence[tuple[int, Job]]) -> None:
+        for ticket, job in tickets:
+            times = {"started_s": 1.0, "fetched_s": 1.0, "decoded_s": 1.0}
+            self.pipeline.loaded([Loaded(ticket=ticket, slot=job.slot, **times)])
+
+    def start(self) -> None:
+        """Start everything."""
+        for part in (self.settler, self.doorbell, self.pipeline):
+            part.start()
+
+    def stop(self) -> None:
+        """Stop everything."""
+        self.claims.release(self.pipeline.stop(grace_s=0.0))
+        self.settler.close(timeout_s=5.0)
+
+
+@pytest.fixture
+def works(redis_client: redis.Redis) -> Iterator[Works]:
+    """Not started yet; stopped in the end."""
+    made = Works(redis_client)
+    yield made
+    made.stop()
+
+
+def enqueue(client: redis.Redis, *ids: str) -> None:
+    """Put jobs into the bulk lane."""
+    client.lpush(Lane.BULK.queue, *[message(job_id) for job_id in ids])
+
+
+def answers(client: redis.Redis) -> dict[str, Answer]:
+    """Every answer of the stream by its id; one that came twice fails."""
+    entries: Any = client.xrange(RESULT_STREAM)
+    found = [Answer.model_validate_json(fields[b"answer"]) for _, fields in entries]
+    assert len({one.id for one in found}) == len(found)
+    return {one.id or "": one for one in found}
+
+
+def test_a_stuck_device_is_no_progress_although_claims_go_on(works: Works, redis_client: redis.Redis) -> None:
+    """One picture hangs on the device, the lanes are empty: idle claims do not make the worker look alive."""
+    hung, go_on = threading.Event(), threading.Event()
+
+    def encode(_: Sequence[Job]) -> None:
+        hung.set()
+        go_on.wait(30)
+
+    works.encode = encode
+    works.start()
+    enqueue(redis_client, "a")
+    assert hung.wait(10)
+    try:
+        wait_until(lambda: works.progress.age_s() > 6.5, timeout_s=20)  # an idle claim comes every 5 s
+        enqueue(redis_client, "b")
+        wait_until(lambda: redis_client.hexists(CLAIMS, "b"), timeout_s=10)
+        assert works.progress.age_s() > 6.5, "claiming more says nothing of the device"
+    finally:
+        go_on.set()
+    wait_until(lambda: len(answers(redis_client)) == 2, timeout_s=10)
+
+
+def test_answers_that_redis_does_not_take_bound_the_claims(
+    works: Works, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that never confirms must not make the worker move the whole lane into its memory."""
+    refused = threading.Event()
+
+    def commit(_: Any) -> set[str]:
+        refused.set()
+        raise NotReplicated("a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(works.committer, "commit", commit)
+        enqueue(redis_client, *[f"j{n}" for n in range(200)])
+        works.start()
+        assert refused.wait(10)
+        wait_until(lambda: len(works.pipeline.held()) >= 2 * SLOTS, timeout_s=10)
+        assert redis_client.llen(Lane.BULK.queue) >= 200 - 3 * SLOTS
+    wait_until(lambda: len(answers(redis_client)) == 200, timeout_s=20)
+
+
+def test_an_unexpected_end_of_the_encode_thread_accuses_its_batch(works: Works, redis_client: redis.Redis) -> None:
+    """The try counts as a death: a picture that ends one worker after another ends in the dead letters."""
+
+    def encode(_: Sequence[Job]) -> None:
+        raise IndexError("a defect")
+
+    works.encode = encode
+    enqueue(redis_client, "a")
+    works.start()
+    wait_until(lambda: works.fatal, timeout_s=10)
+    works.claims.release(works.pipeline.stop(grace_s=0.0))
+    assert redis_client.hget(ATTEMPTS, "a") == b"1:1"
+    assert works.claiming == [True, False]
+
+
+def test_workers_that_die_are_counted_apart_from_retries(works: Works, redis_client: redis.Redis) -> None:
+    """Nine tries and two deaths: it is tried. Three deaths: it is given up, with the reason."""
+    redis_client.hset(ATTEMPTS, mapping={"often": "9:2", "deadly": "3:3"})
+    enqueue(redis_client, "often", "deadly")
+    works.start()
+    wait_until(lambda: len(answers(redis_client)) == 2, timeout_s=10)
+    found = answers(redis_client)
+    assert (found["often"].status.value, found["often"].attempts) == ("tagged", 10)
+    error = found["deadly"].error
+    assert error is not None
+    assert error.code.value == "attempts_exhausted"
+
+
+def test_a_job_that_comes_back_before_it_is_settled_here(
+    works: Works, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first life is still being given back when a claim brings it again: it is not left to a lease."""
+    release, seen = works.claims.release, threading.Event()
+
+    def slow_release(releases: Any) -> int:
+        count = release(releases)
+        if any(one.id == "a" for one in releases) and not seen.is_set():
+            enqueue(redis_client, "bell")  # wakes the claimer, who finds "a" too
+            wait_until(lambda: redis_client.hexists(CLAIMS, "a"), timeout_s=10)
+            seen.set()
+        return count
+
+    def encode(jobs: Sequence[Job]) -> None:
+        if not seen.is_set():
+            works.pipeline.ended([job.id for job in jobs if job.id == "a"])
+            for job in jobs:
+                job.unwanted(0.0)
+
+    monkeypatch.setattr(works.claims, "release", slow_release)
+    works.encode = encode
+    works.start()
+    enqueue(redis_client, "a")
+
+    def both_answered() -> bool:
+        make_upkeep(redis_client).tend()  # as heartbeats do: it brings back what was delayed
+        return {"a", "bell"} <= answers(redis_client).keys()
+
+    wait_until(both_answered, timeout_s=20)
+    assert answers(redis_client)["a"].attempts == 1
+
+
+def test_what_a_lost_reply_had_claimed_goes_back_at_once(redis_client: redis.Redis) -> None:
+    """The worker lives and knows nothing of these jobs: they are not left to their lease, and no death is counted."""
+    claims = make_claims(redis_client, "w", lease_s=30)
+    enqueue(redis_client, "kept")
+    kept = [job.id for job in claims.claim(5).jobs]
+    enqueue(redis_client, "b", "a")
+    claims.claim(5, held=kept)
+    claims._is_reply_lost = True  # as the client's error would leave it
+    again = claims.claim(5, held=kept).jobs
+    assert [(job.id, job.attempt, job.deaths) for job in again] == [("b", 1, 0), ("a", 1, 0)]
+    assert redis_client.hlen(CLAIMS) == 3
