@@ -52,12 +52,15 @@ def _main() -> None:
     from shiwu_worker.stages import encode as stage  # noqa: PLC0415
 
     chance = random.Random(os.environ["DRILL_SEED"])
-    real = stage.Encoder.encode
-    warm = {"left": 5}  # the rungs up to 16
+    real, real_warm = stage.Encoder.encode, stage.Encoder.warm
+    ready: list[bool] = []
+
+    def warm(self: Any, **options: Any) -> None:
+        real_warm(self, **options)
+        ready.append(True)
 
     def faulty(self: Any, pixels: Any) -> Any:
-        if warm["left"]:
-            warm["left"] -= 1
+        if not ready:
             return real(self, pixels)
         kind = chance.choices([*SHARE, "none"], [*SHARE.values(), 1 - sum(SHARE.values())])[0]
         if kind == "memory":
@@ -77,6 +80,7 @@ def _main() -> None:
         return vectors
 
     stage.Encoder.encode = faulty  # type: ignore[method-assign]
+    stage.Encoder.warm = warm  # type: ignore[method-assign]
     sys.argv = ["shiwu-worker"]
     worker.main()
 

@@ -8,59 +8,42 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from shiwu.contract import Head, ModelInfo
+from shiwu_worker.berths import Berths, Flight
+from shiwu_worker.checkpoint import Texts, image_size, load_model
+from shiwu_worker.device import choose_device, choose_dtypes, device_name, trouble_of
 from shiwu_worker.errors import NonFiniteError, Trouble
+from shiwu_worker.tower import GraphedTower, Tower, compiled_tower, eager_tower
 
-TEXTS_AT_ONCE: Final = 128
-_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def choose_device(asked: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU."""
-    if asked == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return torch.device(asked)
-
-
-def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """`auto` is float16 on CUDA, bfloat16 on CPUs that compute in it, else float32.
-
-    float16 on a CPU is several times slower than float32.
-    """
-    if asked != "auto":
-        return _DTYPES[asked]
-    if device.type == "cuda":
-        return torch.float16
-    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else torch.float32
-
-
-def _cpu_has_bf16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
-    except OSError:
-        return False
-    return " avx512_bf16" in flags or " amx_bf16" in flags
+log: Any = structlog.get_logger()
+LEAST_COSINE: Final = 0.999
+"""Between a faster number format and FP32, for the pictures of the start-up check."""
+CHECKED: Final = 2
+GAIN: Final = 1.03
+"""A larger batch must bring this much more pictures a second, or it only makes the others wait."""
+LONGEST_S: Final = 1.0
+"""No batch is chosen whose forward pass would take longer than this."""
 
 
 class Encoder:
-    """A loaded model. Not thread-safe: one thread encodes.
+    """A loaded model. `launch` and `encode` may be called from several threads, one at a time reaches the device.
 
     Args:
         folder: the checkpoint, in transformers' format.
         rungs: batch sizes, ascending; the last is the largest batch.
         mean, std: of the checkpoint's processor, for pixels of 0 to 1.
         threads: of torch on a CPU; None leaves torch's own choice.
+        is_compiled: compile the tower (CPU); each rung costs 15 to 60 s at the start.
+        has_graphs: replay CUDA graphs where the device is one.
     """
 
     def __init__(
@@ -75,68 +58,143 @@ class Encoder:
         mean: Sequence[float],
         std: Sequence[float],
         threads: int | None = None,
+        is_compiled: bool = False,
+        has_graphs: bool = True,
     ) -> None:
         self._device = choose_device(device)
-        self._dtype = choose_dtype(dtype, self._device)
         if threads and self._device.type == "cpu":
             torch.set_num_threads(threads)
-        model = _load(folder).eval().requires_grad_(False)
+        self._folder = folder
+        self._mean, self._std = tuple(mean), tuple(std)
+        self._is_compiled, self._has_graphs = is_compiled, has_graphs
+        model = load_model(folder)
         # Before the cast: in bfloat16 a scale of 100 would be 98.9.
         self.scale = math.exp(float(model.logit_scale))
         bias = getattr(model, "logit_bias", None)
         self.bias = None if bias is None else float(bias)
         self.default_head: Head = "softmax" if bias is None else "sigmoid"
-        self._model = model.to(device=self._device, dtype=self._dtype)
-        self._exact: Any = None
-        self._folder = folder
-        self._tokenizer = _load_tokenizer(folder)
+        side = image_size(model)
+        self._shape = (side, side, 3)
+        self._model, self._dtype = self._cast(model.to(self._device), choose_dtypes(dtype, self._device))
+        self._exact: Tower | None = None
+        self._texts = Texts(self._model, folder)
+        self._stream: Any = None
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's own
+        self._width = int(self._eager(self._model, self._dtype)(self._blank(1)).shape[1])
         self.rungs = tuple(rungs)
-        # (x / 255 - mean) / std as one multiplication and one addition, in FP32.
-        self._gain = torch.tensor([1 / (255 * s) for s in std], device=self._device).view(1, 3, 1, 1)
-        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=self._device).view(
-            1, 3, 1, 1
-        )
+        self._berths = self._dock(self.rungs)
         self.info = ModelInfo(
             id=model_id,
             revision=revision,
             dtype=str(self._dtype).removeprefix("torch."),
-            device=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type,
+            device=device_name(self._device),
         )
-        self.slowest_s = 0.0
-        """The longest forward pass of the warm-up."""
-        size = _image_size(self._model.config)
-        self._shape = (size, size, 3)
-        self._staging = torch.zeros(
-            (self.rungs[-1], *self._shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda"
-        )
-        self._staged: NDArray[np.uint8] = self._staging.numpy()
+        self.seconds: dict[int, float] = {}
+        """The best forward pass of each rung, as measured while warming."""
 
-    def warm(self) -> None:
-        """Run every rung once, largest first, so that no job pays for first calls.
+    @property
+    def slowest_s(self) -> float:
+        """The forward pass of the largest rung, as measured while warming."""
+        return max(self.seconds.values(), default=0.0)
+
+    # -------------------------------------------------------------------------------- before the first job
+    def _cast(self, model: Any, dtypes: Sequence[torch.dtype]) -> tuple[Any, torch.dtype]:
+        """The first format in which the model still says what it says in FP32."""
+        if dtypes[0] is torch.float32:
+            return model, torch.float32
+        pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (CHECKED, *self._shape), np.uint8))
+        raw = pixels.to(self._device)
+        with torch.inference_mode():
+            expected = self._eager(model, torch.float32)(raw)
+            for dtype in dtypes[:-1]:
+                vectors = self._eager(model.to(dtype), dtype)(raw)
+                cosine = float((vectors * expected).sum(dim=1).min())
+                if cosine >= LEAST_COSINE:
+                    return model, dtype
+                log.warning("dtype_refused", dtype=str(dtype), cosine=cosine, expected=LEAST_COSINE)
+                # What a cast has rounded off does not come back.
+                model = load_model(self._folder).to(self._device)
+        return model.to(dtypes[-1]), dtypes[-1]
+
+    def _eager(self, model: Any, dtype: torch.dtype) -> Tower:
+        return eager_tower(model, dtype=dtype, mean=self._mean, std=self._std, device=self._device)
+
+    def _blank(self, count: int) -> torch.Tensor:
+        return torch.full((count, *self._shape), 127, dtype=torch.uint8, device=self._device)
+
+    def _dock(self, rungs: Sequence[int]) -> Berths:
+        tower = self._eager(self._model, self._dtype)
+        if self._stream is not None and self._has_graphs:
+            tower = GraphedTower(tower, rungs=rungs, shape=self._shape, stream=self._stream)
+        elif self._is_compiled:
+            tower = compiled_tower(tower)
+        return Berths(
+            tower, rungs=rungs, shape=self._shape, width=self._width, device=self._device, stream=self._stream
+        )
+
+    def warm(self, *, choose_largest: bool = False) -> None:
+        """Run every rung, so that no job pays for first calls, and measure them.
+
+        Args:
+            choose_largest: keep only the rungs up to the one beyond which batches bring no more pictures a second.
 
         Raises:
             NonFiniteError: when this dtype overflows on this model.
         """
-        for rung in reversed(self.rungs):
-            began_s = time.monotonic()
-            self.encode(np.full((rung, *self._shape), 127, np.uint8))
-            self.slowest_s = max(self.slowest_s, time.monotonic() - began_s)
+        best: tuple[float, int] = (0.0, 0)
+        for rung in self.rungs:
+            took_s = self._measure(rung)
+            if choose_largest:
+                if rung / took_s > best[0] * GAIN:
+                    best = (rung / took_s, rung)
+                if 2 * took_s > LONGEST_S or best[1] < rung // 2:
+                    break
+        if choose_largest and best[1] < self.rungs[-1]:
+            self.rungs = tuple(rung for rung in self.rungs if rung <= best[1])
+            self.seconds = {rung: took_s for rung, took_s in self.seconds.items() if rung <= best[1]}
+            self._berths = self._dock(self.rungs)
+            if self._stream is not None or self._is_compiled:
+                for rung in self.rungs:
+                    self._measure(rung)
 
-    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Pictures uint8 (n, h, w, 3) → unit vectors float32 (n, d).
+    def _measure(self, rung: int) -> float:
+        pixels = np.full((rung, *self._shape), 127, np.uint8)
+        best_s = math.inf
+        for _ in range(3):
+            began_s = time.monotonic()
+            self.encode(pixels)
+            took_s = time.monotonic() - began_s
+            best_s = min(best_s, took_s)
+            if took_s > LONGEST_S / 4:
+                break
+        self.seconds[rung] = best_s
+        return best_s
+
+    # -------------------------------------------------------------------------------- batches
+    def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int] | None = None) -> Flight:
+        """Start a batch: rows of `pixels` uint8 (slots, h, w, 3), or all of it. On a CPU it is done on return.
 
         Raises:
             ValueError: for a wrong shape or more pictures than the largest rung.
-            NonFiniteError: names the rows that are not finite.
         """
-        count = len(pixels)
+        count = len(pixels) if rows is None else len(rows)
         if pixels.shape[1:] != self._shape or pixels.dtype != np.uint8 or not 0 < count <= self.rungs[-1]:
             expected = f"uint8 (1 to {self.rungs[-1]}, {', '.join(map(str, self._shape))})"
-            raise ValueError(f"expected {expected}, got {pixels.dtype} {pixels.shape}")
-        rung = next(size for size in self.rungs if size >= count)
-        self._staged[:count] = pixels
-        self._staged[count:rung] = 0
-        return _finite(self._run(self._model, self._staging[:rung], self._dtype)[:count])
+            raise ValueError(f"expected {expected}, got {pixels.dtype} {(count, *pixels.shape[1:])}")
+        return self._berths.launch(pixels, rows)
+
+    def collect(self, flight: Flight) -> NDArray[np.float32]:
+        """The unit vectors float32 (n, d) of a batch that was launched.
+
+        Raises:
+            NonFiniteError: names the rows that are not finite.
+        """
+        return _finite(flight.collect())
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Pictures uint8 (n, h, w, 3) → unit vectors float32 (n, d); raises what `launch` and `collect` raise."""
+        return self.collect(self.launch(pixels))
 
     def encode_exact(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The same in FP32, whatever dtype is in use: for pictures that overflow a smaller one.
@@ -145,101 +203,19 @@ class Encoder:
         """
         if self._exact is None:
             is_exact = self._dtype is torch.float32
-            self._exact = self._model if is_exact else _load(self._folder).eval().requires_grad_(False).to(self._device)
-        return _finite(self._run(self._exact, torch.from_numpy(np.ascontiguousarray(pixels)), torch.float32))
-
-    def _run(self, model: Any, pixels: torch.Tensor, dtype: torch.dtype) -> NDArray[np.float32]:
+            model = self._model if is_exact else load_model(self._folder).to(self._device)
+            self._exact = self._eager(model, torch.float32)
         with torch.inference_mode():
-            raw = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-            ready = (raw.float() * self._gain + self._shift).to(dtype)
-            vectors: NDArray[np.float32] = _unit(_pooled(model.get_image_features(pixel_values=ready))).cpu().numpy()
-        return vectors
+            raw = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+            return _finite(self._exact(raw).cpu().numpy())
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """m texts → unit vectors float32 (m, d). Texts longer than the model's limit are cut, as the tokenizer does."""
-        parts = [self._encode_some(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
-        return np.concatenate(parts)
-
-    def _encode_some(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        config = self._model.config.text_config
-        fixed = config.model_type.startswith("siglip")  # SigLIP was trained with lower case and full padding
-        length = min(self._tokenizer.model_max_length, _text_length(config))
-        tokens = self._tokenizer(
-            [text.lower() for text in texts] if fixed else list(texts),
-            padding="max_length" if fixed else True,
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        ).to(self._device)
-        with torch.inference_mode():
-            return _finite(_unit(_pooled(self._model.get_text_features(**tokens))).cpu().numpy())
+        return _finite(self._texts.encode(texts))
 
     def trouble(self, error: BaseException) -> Trouble:
         """What an error of `encode` means for its batch."""
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()  # nothing happens where CUDA is not in use
-            return Trouble.OUT_OF_MEMORY
-        if isinstance(error, MemoryError) or "not enough memory" in str(error):
-            return Trouble.OUT_OF_MEMORY
-        is_lost = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
-        return Trouble.LOST if is_lost else Trouble.OTHER
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and remarks, and with the process's own settings again afterwards."""
-    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _load(folder: Path) -> Any:
-    """The model in FP32.
-
-    Raises:
-        ValueError: when it is no dual encoder, or weights are missing: transformers would make random ones up.
-    """
-    with _quiet():
-        model, loading = AutoModel.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
-    if not (hasattr(model, "logit_scale") and hasattr(model, "get_image_features")):
-        raise ValueError(f"{folder}: expected a dual encoder of pictures and texts, got {type(model).__name__}")
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"{folder}: expected a whole checkpoint, got none of {len(missing)} weights: {missing[:3]}")
-    return model
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    with _quiet():
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _image_size(config: Any) -> int:
-    size = config.vision_config.image_size
-    return int(size[0] if isinstance(size, list | tuple) else size)
-
-
-def _text_length(config: Any) -> int:
-    # RoBERTa's position numbers begin after the padding index, which takes two places away.
-    places: int = config.max_position_embeddings
-    return places - 2 if "roberta" in config.model_type or config.model_type.startswith("altclip") else places
-
-
-def _pooled(output: Any) -> torch.Tensor:
-    # transformers 5 answers an object whose pooler_output is projected; before it was the tensor itself.
-    tensor: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
-    return tensor.float()
-
-
-def _unit(vectors: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(vectors, dim=-1)
+        return trouble_of(error)
 
 
 def _finite(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,0 +1,59 @@
+"""Which device and number format a model runs in, and what an error of the device means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from shiwu_worker.errors import Trouble
+
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_AMPERE: Final = (8, 0)
+"""The first compute capability whose tensor cores take bfloat16."""
+
+
+def choose_device(asked: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU."""
+    if asked == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device(asked)
+
+
+def choose_dtypes(asked: str, device: torch.device) -> tuple[torch.dtype, ...]:
+    """The formats to try, best first; a later one stands in where the model does not fit into the one before.
+
+    `auto` is float16 on CUDA, then bfloat16 where the card is good at it; bfloat16 on CPUs that compute in it, for
+    float16 is several times slower there than float32. A format that was asked for has no stand-in.
+    """
+    if asked != "auto":
+        return (_DTYPES[asked],)
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= _AMPERE
+        return (torch.float16, *([torch.bfloat16] if has_bf16 else []), torch.float32)
+    return (torch.bfloat16, torch.float32) if device.type == "cpu" and _cpu_has_bf16() else (torch.float32,)
+
+
+def device_name(device: torch.device) -> str:
+    """What answers call it: the card's name, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def trouble_of(error: BaseException) -> Trouble:
+    """What an error of a forward pass means for its batch."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()  # nothing happens where CUDA is not in use
+        return Trouble.OUT_OF_MEMORY
+    if isinstance(error, MemoryError) or "not enough memory" in str(error):
+        return Trouble.OUT_OF_MEMORY
+    is_lost = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    return Trouble.LOST if is_lost else Trouble.OTHER
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
+    except OSError:
+        return False
+    return " avx512_bf16" in flags or " amx_bf16" in flags
