@@ -52,24 +52,24 @@ def _main() -> None:
     from shiwu_worker.stages import encode as stage  # noqa: PLC0415
 
     chance = random.Random(os.environ["DRILL_SEED"])
-    real, real_warm = stage.Encoder.encode, stage.Encoder.warm
+    real, real_warm = stage.Encoder.collect, stage.Encoder.warm
     ready: list[bool] = []
 
     def warm(self: Any, **options: Any) -> None:
         real_warm(self, **options)
         ready.append(True)
 
-    def faulty(self: Any, pixels: Any) -> Any:
+    def faulty(self: Any, flight: Any) -> Any:
+        vectors = real(self, flight)
         if not ready:
-            return real(self, pixels)
+            return vectors
         kind = chance.choices([*SHARE, "none"], [*SHARE.values(), 1 - sum(SHARE.values())])[0]
         if kind == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory (a drill)")
-        if kind == "kernel" and len(pixels) > 1:
+        if kind == "kernel" and len(vectors) > 1:
             raise RuntimeError("a kernel failed (a drill)")
         if kind == "lost":
             raise RuntimeError("CUDA error: an illegal memory access was encountered (a drill)")
-        vectors = real(self, pixels)
         if kind == "count":
             return vectors[:-1]
         if kind == "nan":
@@ -79,7 +79,7 @@ def _main() -> None:
             return stage._finite(vectors)
         return vectors
 
-    stage.Encoder.encode = faulty  # type: ignore[method-assign]
+    stage.Encoder.collect = faulty  # type: ignore[method-assign]
     stage.Encoder.warm = warm  # type: ignore[method-assign]
     sys.argv = ["shiwu-worker"]
     worker.main()

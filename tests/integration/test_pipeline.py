@@ -12,15 +12,17 @@ import redis
 from shiwu.contract import ATTEMPTS, CLAIMS, RESULT_STREAM, Answer, Lane
 from shiwu.ledger import NotReplicated
 from shiwu_worker.errors import FatalError
+from shiwu_worker.hands import Limits
 from shiwu_worker.job import Job
 from shiwu_worker.labels import inline_label_set
 from shiwu_worker.loader_frames import Loaded
-from shiwu_worker.pipeline import Limits, Pipeline, Stages
+from shiwu_worker.pipeline import Pipeline, Stages
 from shiwu_worker.settle import Away, Settler
 from shiwu_worker.stages.batch import Batcher
 from shiwu_worker.stages.claim import Claims, Doorbell
 from shiwu_worker.stages.commit import Committer
 from shiwu_worker.timing import Progress
+from shiwu_worker.triage import Launched
 from tests.integration.test_claim_properties import make_claims, make_committer, make_upkeep, message
 from tests.support.waiting import wait_until
 
@@ -53,7 +55,8 @@ class Works:
             resolve=lambda _: LABELS,
             load=self._load,
             batcher=Batcher(cap=4, bulk_share=0.1),
-            encode_and_score=lambda jobs: self.encode(jobs),  # noqa: PLW0108 bound late
+            launch=lambda jobs: Launched(tuple(jobs), 1.0),
+            finish=lambda launched: self.encode(launched.jobs),
             settle=self.settler.put,
             away=Away("claim", longest_s=0.1),
         )

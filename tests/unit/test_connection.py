@@ -7,7 +7,7 @@ import pytest
 from shiwu.connection import SentinelAddress, read_sentinel_url
 from shiwu.contract import ErrorCode
 from shiwu_worker.config import Settings
-from shiwu_worker.pipeline import RetryPolicy
+from shiwu_worker.hands import RetryPolicy
 
 
 def test_a_sentinel_url() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,11 @@ class Device:
         self.caps: list[int] = []
         self.scored: dict[str, float] = {}
 
-    def encode(self, pixels: Pixels) -> Vectors:
+    def launch(self, pixels: Pixels, rows: Sequence[int]) -> Any:
+        """A batch takes off: nothing is done yet."""
+        return pixels[list(rows)]
+
+    def collect(self, pixels: Any) -> Vectors:
         """The fast path, with whatever is wrong today."""
         self.sizes.append(len(pixels))
         numbers = [int(n) for n in pixels[:, 0]]
@@ -85,15 +90,17 @@ class Device:
 
     def run(self) -> None:
         """One batch of all."""
-        Triage(
+        triage = Triage(
             vectors_of=self.vectors_of,
             pixels=self.pixels,
-            encode=self.encode,
+            launch=self.launch,
+            collect=self.collect,
             encode_exact=self.encode_exact,
             score=self.score,
             trouble=self.trouble,
             lower_cap=self.caps.append,
-        ).run(self.jobs)
+        )
+        triage.finish(triage.launch(self.jobs))
 
     def failed(self) -> dict[str, ErrorCode]:
         """Jobs without tags; the others must have their own vector."""

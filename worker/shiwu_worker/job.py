@@ -107,8 +107,9 @@ class Job:
     status: Status = Status.TAGGED
     back: Release | None = None
     """Set when the job goes back to Redis instead of being answered."""
+    is_on_device: bool = False
     is_accused: bool = False
-    """It was on the device when the device was lost; perhaps it is guilty."""
+    """It was on the device when the worker had to end; perhaps it is guilty."""
     is_ended: bool = False
     """Somebody else has answered it: its producer cancelled, or its time was over."""
 

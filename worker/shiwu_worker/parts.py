@@ -14,6 +14,7 @@ from shiwu.ledger import Ledger
 from shiwu.upkeep import Upkeep
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.hands import Limits, RetryPolicy
 from shiwu_worker.heartbeat import Heartbeat, Signs
 from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.job import Job
@@ -21,7 +22,7 @@ from shiwu_worker.labels import LabelBank, LabelSet, load_label_sets
 from shiwu_worker.loader_frames import Loaded, LoaderOptions, LoadTask
 from shiwu_worker.loaders import LoaderPool
 from shiwu_worker.models import model_name, model_revision
-from shiwu_worker.pipeline import Limits, RetryPolicy, Stages
+from shiwu_worker.pipeline import Stages
 from shiwu_worker.settle import Away, Settler
 from shiwu_worker.stages.batch import Batcher
 from shiwu_worker.stages.claim import Claims, Doorbell
@@ -230,7 +231,8 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
     triage = Triage(
         vectors_of=bank.vectors,
         pixels=loaders.pixels,
-        encode=encoder.encode,
+        launch=encoder.launch,
+        collect=encoder.collect,
         encode_exact=encoder.encode_exact,
         score=scorer.score,
         trouble=encoder.trouble,
@@ -242,7 +244,8 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
         resolve=resolve,
         load=load,
         batcher=batcher,
-        encode_and_score=triage.run,
+        launch=triage.launch,
+        finish=triage.finish,
         settle=settler.put,
         away=away,
     )

@@ -1,17 +1,16 @@
 """The way of a picture: claim → fetch → decode → batch → encode → score → commit.
 
 Read `Pipeline` from top to bottom: its methods stand in the order in which a job meets them. The stages are handed in
-by `wiring`; this room knows their verbs, not their libraries. `_held` knows every job between claim and commit.
+by `wiring`; this room knows their verbs, not their libraries. `_hands` knows every job between claim and commit.
 """
 
 from __future__ import annotations
 
-import itertools
-import random
+import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -19,6 +18,7 @@ from redis import RedisError
 
 from shiwu.contract import ErrorCode, ErrorInfo, ImageInfo, Stage, without_query
 from shiwu_worker.errors import ExitCode, FatalError, Rejected
+from shiwu_worker.hands import Hands, Limits
 from shiwu_worker.job import Job, Release, open_job
 from shiwu_worker.timing import Progress
 
@@ -28,38 +28,14 @@ if TYPE_CHECKING:
     from shiwu_worker.settle import Away
     from shiwu_worker.stages.batch import Batcher
     from shiwu_worker.stages.claim import Claims, Doorbell
+    from shiwu_worker.triage import Launched
 
 log: Any = structlog.get_logger()
 IDLE_S: Final = 5.0
-HURRY_S: Final = 0.1
+LOOK_S: Final = 0.5
 CLAIM_ENDS_S: Final = 10.0
+THREADS_END_S: Final = 5.0
 ONCE_MORE_S: Final = 0.1
-HELD_FACTOR: Final = 3
-"""Jobs between claim and commit are at most this many times the slots."""
-
-
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """How often, and with which pauses, a job with one class of error is tried."""
-
-    attempts: int
-    first_s: float
-    longest_s: float
-
-    def delay_s(self, attempt: int) -> float:
-        """The pause after this attempt: doubling, with jitter down to a half, so that jobs do not return together."""
-        return min(self.longest_s, self.first_s * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 no secret
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a pipeline may hold, and how patient it is."""
-
-    slots: int
-    max_attempts: int
-    """How many workers a job may end before it is given up."""
-    retries: Mapping[ErrorCode, RetryPolicy] = field(default_factory=dict)
-    """Classes of errors that are tried again; all others are answered at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +47,10 @@ class Stages:
     resolve: Callable[[Job], LabelSet]
     load: Callable[[Sequence[tuple[int, Job]]], None]
     batcher: Batcher[Job]
-    encode_and_score: Callable[[Sequence[Job]], None]
+    launch: Callable[[Sequence[Job]], Launched]
+    """Start a batch on the device."""
+    finish: Callable[[Launched], None]
+    """Wait for its vectors and score them: each job then has its tags, or the reason why it has none."""
     settle: Callable[[list[Job]], None]
     away: Away
 
@@ -95,39 +74,35 @@ class Pipeline:
     ) -> None:
         self._do = stages
         self._limits = limits
+        self._progress = progress
         self._on_fatal = on_fatal
         self._on_claiming = on_claiming
         self._is_claiming = False
-        self._held: dict[str, Job] = {}
-        self._loading: dict[int, Job] = {}
-        self._tickets = itertools.count(1)
-        self._free = list(range(limits.slots))
-        self._changed = threading.Condition()
-        self._closing = threading.Event()
-        self._ended = threading.Event()
-        self._hurry = False
-        self._progress = progress
-        self._threads = [
+        self._hands = Hands(slots=limits.slots)
+        self._flights: queue.Queue[tuple[list[Job], Launched]] = queue.Queue(1)
+        self._closing, self._ended = threading.Event(), threading.Event()
+        self._is_hurried = False
+        self._claimer, self._encoder, self._scorer = self._threads = [
             threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True)
-            for name, loop in (("claim", self._claim), ("encode", self._encode))
+            for name, loop in (("claim", self._claim), ("encode", self._encode), ("score", self._score))
         ]
 
     # -------------------------------------------------------------------------------- claim
     def _claim(self) -> None:
         alone = False
         while not self._closing.is_set():
-            room = self._room(alone)
+            room = self._hands.wait_room(is_alone=alone, is_closing=self._closing.is_set, timeout_s=IDLE_S)
             if not room:
                 continue
             try:
-                taken = self._do.claims.claim(room, held=self._held)
+                taken = self._do.claims.claim(room, held=self._hands)
             except RedisError as error:
                 self._say_claiming(is_so=False)
                 self._do.away.wait(error, self._closing)
                 continue
             self._do.away.back()
             self._say_claiming(is_so=not self._closing.is_set())
-            if not self._held:
+            if not self._hands:
                 # Claims say nothing of the other threads: with jobs in hand only these moving on is progress.
                 self._progress.mark()
             alone = taken.alone
@@ -140,16 +115,10 @@ class Pipeline:
         """Send each new job to the loaders with a slot of its own, unless its fate is already known."""
         now_s = time.monotonic()
         for job in jobs:
-            if job.id in self._held:
+            if job.id in self._hands:
                 # It came back to its lane and to us while its former life here is being settled.
                 job.back = Release(job.id, delay_s=ONCE_MORE_S)
-        loading = [job for job in jobs if self._acceptable(job, now_s)]
-        with self._changed:
-            self._held.update((job.id, job) for job in jobs if job.id not in self._held)
-            for job in loading:
-                job.slot = self._free.pop()
-            tickets = [(next(self._tickets), job) for job in loading]
-            self._loading.update(tickets)
+        tickets = self._hands.take(jobs, [job for job in jobs if self._acceptable(job, now_s)])
         self._settle([job for job in jobs if job.slot < 0])
         if tickets:
             self._do.load(tickets)
@@ -174,9 +143,8 @@ class Pipeline:
     # -------------------------------------------------------------------------------- fetch, decode
     def loaded(self, results: Sequence[Loaded]) -> None:
         """Take what the loaders made: pixels in the job's slot, or the reason why there are none. Never blocks."""
-        ready, ended = [], []
-        with self._changed:
-            jobs = [self._loading.pop(one.ticket, None) for one in results]
+        ready, failed = [], []
+        jobs = self._hands.loaded([one.ticket for one in results])
         for one, job in zip(results, jobs, strict=True):
             if job is None or job.request is None:
                 continue
@@ -192,43 +160,61 @@ class Pipeline:
             )
             if one.error is None:
                 ready.append(job)
-                continue
-            job.fail(one.error)
-            ended.append(job)
-        self._do.batcher.put(ready)
-        self._settle(ended)
+            else:
+                job.fail(one.error)
+                failed.append(job)
+        if ready:
+            self._do.batcher.put(ready)
+        self._settle(failed)
 
-    # -------------------------------------------------------------------------------- batch, encode, score
+    # -------------------------------------------------------------------------------- batch, encode
     def _encode(self) -> None:
         while not self._ended.is_set():
-            batch = self._do.batcher.take(timeout_s=0.5)
+            batch = self._do.batcher.take(timeout_s=LOOK_S)
             now_s = time.monotonic()
-            if live := [job for job in batch if not job.unwanted(now_s)]:
-                self._on_device(live)
+            live = [job for job in batch if not job.unwanted(now_s)]
             if batch:
                 self._progress.mark()
-                self._settle(batch)
+                for job in live:
+                    job.is_on_device = True
+                launched = self._do.launch(live)
+                if launched.is_under_way:
+                    self._do.batcher.took_off()
+                self._hand_over(batch, launched)
 
-    def _on_device(self, jobs: Sequence[Job]) -> None:
-        try:
-            self._do.encode_and_score(jobs)
-        except BaseException:
-            # The try counts: a picture that ends the worker each time must not do so for ever.
-            for job in jobs:
-                job.is_accused = True
-            raise
+    def _hand_over(self, batch: list[Job], launched: Launched) -> None:
+        # One waits here, one in the queue, one is scored: no more are on their way at a time.
+        while not self._ended.is_set():
+            try:
+                self._flights.put((batch, launched), timeout=LOOK_S)
+            except queue.Full:
+                continue
+            return
+
+    # -------------------------------------------------------------------------------- encode, score
+    def _score(self) -> None:
+        while not (self._ended.is_set() and self._flights.empty()):
+            try:
+                batch, launched = self._flights.get(timeout=LOOK_S)
+            except queue.Empty:
+                continue
+            if launched.is_under_way:
+                launched.wait()
+                self._do.batcher.landed()
+            self._do.finish(launched)
+            for job in batch:
+                job.is_on_device = False
+            self._progress.mark()
+            self._settle(batch)
 
     # -------------------------------------------------------------------------------- commit
     def _settle(self, jobs: list[Job]) -> None:
         """Free the slots of jobs whose fate is known, and hand them on to be answered or given back. Never blocks."""
-        if not jobs:
-            return
-        for job in jobs:
-            self._spare(job)
-        with self._changed:
-            self._free.extend(job.slot for job in jobs if job.slot >= 0)
-            self._changed.notify_all()
-        self._do.settle(jobs)
+        if jobs:
+            for job in jobs:
+                self._spare(job)
+            self._hands.free_slots(jobs)
+            self._do.settle(jobs)
 
     def _spare(self, job: Job) -> None:
         """Give a failed job another try where its class of error has one left."""
@@ -240,19 +226,12 @@ class Pipeline:
 
     def ended(self, ids: Sequence[str]) -> None:
         """Leave these jobs where they are held: somebody has answered them."""
-        with self._changed:
-            for job_id in ids:
-                if (job := self._held.get(job_id)) is not None:
-                    job.is_ended = True
+        self._hands.end(ids)
 
     def settled(self, jobs: Sequence[Job]) -> None:
         """Forget jobs that are out of our hands: Redis has their answers, or has them back."""
         self._progress.mark()
-        with self._changed:
-            for job in jobs:
-                if self._held.get(job.id) is job:
-                    del self._held[job.id]
-            self._changed.notify_all()
+        self._hands.let_go(jobs)
 
     # -------------------------------------------------------------------------------- from start to stop
     def start(self) -> None:
@@ -262,8 +241,7 @@ class Pipeline:
 
     def held(self) -> list[str]:
         """Ids of the jobs between claim and commit, oldest first."""
-        with self._changed:
-            return list(self._held)
+        return self._hands.ids()
 
     def stop(self, *, grace_s: float) -> list[Release]:
         """Claim no more, finish what is held within `grace_s`, and return what must be given back.
@@ -274,44 +252,22 @@ class Pipeline:
         self._say_claiming(is_so=False)
         self._do.doorbell.close()
         until_s = time.monotonic() + grace_s
-        with self._changed:
-            self._changed.notify_all()
+        self._hands.wake()
         # A claim that is under way brings more jobs; only after it is known what is held.
-        self._threads[0].join(timeout=CLAIM_ENDS_S)
-        with self._changed:
-            # Short waits: a signal handler may not notify, it could interrupt the very thread that holds the lock.
-            while self._held and not self._hurry and time.monotonic() < until_s:
-                self._changed.wait(HURRY_S)
-            left = [Release(job.id, counts=job.is_accused) for job in reversed(self._held.values())]
+        if self._claimer.is_alive():
+            self._claimer.join(timeout=CLAIM_ENDS_S)
+        self._hands.wait_empty(until_s=until_s, is_hurried=lambda: self._is_hurried)
+        left = [Release(job.id, counts=job.is_accused) for job in reversed(self._hands.jobs())]
         self._ended.set()
         self._do.batcher.close()
         for thread in self._threads:
-            thread.join(timeout=5.0)
+            if thread.is_alive():
+                thread.join(timeout=THREADS_END_S)
         return left
 
     def hurry(self) -> None:
         """End a running `stop` at once, whatever is left of its grace. Safe to call from a signal handler."""
-        self._hurry = True
-        self._closing.set()
-
-    def _room(self, alone: bool) -> int:
-        """How many jobs to claim, once there are enough to be worth a round trip; 0 when the wait was in vain.
-
-        `alone` waits until nothing is held: a suspect is worked on with no neighbours. Answers that Redis does not take
-        hold no slots, so what is held is bounded too.
-        """
-        least = max(1, self._limits.slots // 4)
-
-        def room() -> int:
-            return min(len(self._free), HELD_FACTOR * self._limits.slots - len(self._held))
-
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._closing.is_set() or not self._held or (room() >= least and not alone), IDLE_S
-            )
-            if self._closing.is_set() or (alone and self._held):
-                return 0
-            return max(0, room())
+        self._is_hurried = True
 
     def _say_claiming(self, *, is_so: bool) -> None:
         if is_so != self._is_claiming:
@@ -323,9 +279,14 @@ class Pipeline:
         try:
             loop()
         except FatalError as error:
-            self._say_claiming(is_so=False)
-            self._on_fatal(error)
+            self._give_up(error)
         except Exception as error:
             log.exception("thread_failed", thread=threading.current_thread().name)
-            self._say_claiming(is_so=False)
-            self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
+            self._give_up(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
+
+    def _give_up(self, error: FatalError) -> None:
+        # The try of what is on the device counts: a picture that ends one worker must not end one after another.
+        for job in self._hands.jobs():
+            job.is_accused = job.is_on_device
+        self._say_claiming(is_so=False)
+        self._on_fatal(error)

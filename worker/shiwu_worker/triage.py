@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -19,12 +20,32 @@ if TYPE_CHECKING:
     from numpy import float32, uint8
     from numpy.typing import NDArray
 
+    from shiwu_worker.berths import Flight
     from shiwu_worker.job import Job
     from shiwu_worker.labels import LabelSet
 
-    Encode = Callable[[NDArray[uint8]], NDArray[float32]]
-
 log: Any = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A batch on its way through the device: its jobs in the order of its rows, and what the device holds of it."""
+
+    jobs: tuple[Job, ...]
+    started_s: float
+    flight: Flight | None = None
+    error: Exception | None = None
+    """Why it did not take off."""
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the device still works on it, or has not been asked yet."""
+        return self.flight is not None and self.flight.is_under_way
+
+    def wait(self) -> None:
+        """Wait until the device is done with it."""
+        if self.flight is not None:
+            self.flight.wait()
 
 
 class Triage:
@@ -33,7 +54,8 @@ class Triage:
     Args:
         vectors_of: label set → unit vectors of its words; new words pass the text tower.
         pixels: uint8 (slots, h, w, 3), where the loaders write.
-        encode, encode_exact: pixels → unit vectors, in the fast dtype and in FP32.
+        launch: rows of `pixels` → a batch on the device; `collect` gives its unit vectors.
+        encode_exact: pixels → unit vectors in FP32, at once.
         score: gives jobs their tags; raises WrongVectors for a wrong number of vectors.
         trouble: what an error of the device means.
         lower_cap: told the largest batch that may still fit.
@@ -44,27 +66,46 @@ class Triage:
         *,
         vectors_of: Callable[[LabelSet], NDArray[float32]],
         pixels: NDArray[uint8],
-        encode: Encode,
-        encode_exact: Encode,
+        launch: Callable[[NDArray[uint8], Sequence[int]], Flight],
+        collect: Callable[[Flight], NDArray[float32]],
+        encode_exact: Callable[[NDArray[uint8]], NDArray[float32]],
         score: Callable[[Sequence[Job], NDArray[float32]], None],
         trouble: Callable[[BaseException], Trouble],
         lower_cap: Callable[[int], None],
     ) -> None:
         self._vectors_of = vectors_of
         self._pixels = pixels
-        self._encode = encode
+        self._launch = launch
+        self._collect = collect
         self._encode_exact = encode_exact
         self._score = score
         self._trouble = trouble
         self._lower_cap = lower_cap
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Encode and score a batch.
+    def launch(self, jobs: Sequence[Job]) -> Launched:
+        """Start a batch, without the jobs whose labels fail. An error waits for `finish`.
 
         Raises:
             FatalError: with ExitCode.DEVICE, when no later batch can succeed in this process.
         """
-        self._halve([job for job in jobs if self._has_labels(job)])
+        live = tuple(job for job in jobs if self._has_labels(job))
+        started_s = time.monotonic()
+        if not live:
+            return Launched((), started_s)
+        try:
+            flight = self._launch(self._pixels, [job.slot for job in live])
+        except Exception as error:  # noqa: BLE001 border: `finish` judges it
+            return Launched(live, started_s, error=error)
+        return Launched(live, started_s, flight)
+
+    def finish(self, launched: Launched) -> None:
+        """Wait for the vectors and score them; whatever goes wrong, each job gets its tags or its own error.
+
+        Raises:
+            FatalError: with ExitCode.DEVICE, when no later batch can succeed in this process.
+        """
+        if launched.jobs:
+            self._judged(launched.jobs, lambda: self._fast_vectors(launched), launched.started_s)
 
     def _has_labels(self, job: Job) -> bool:
         """Look the label vectors up, or fail the job alone: words that fail are not the pictures' fault."""
@@ -83,25 +124,30 @@ class Triage:
             return False
         return True
 
-    def _halve(self, jobs: Sequence[Job]) -> None:
-        if not jobs:
-            return
+    def _fast_vectors(self, launched: Launched) -> NDArray[float32]:
+        if launched.flight is None:
+            raise launched.error or RuntimeError("expected a batch that took off, or the reason why it did not")
+        return self._collect(launched.flight)
+
+    def _again(self, jobs: Sequence[Job]) -> None:
+        if jobs:
+            slots = [job.slot for job in jobs]
+            self._judged(jobs, lambda: self._collect(self._launch(self._pixels, slots)), time.monotonic())
+
+    def _judged(self, jobs: Sequence[Job], vectors: Callable[[], NDArray[float32]], started_s: float) -> None:
         try:
-            self._pass(jobs, self._encode)
+            self._score_all(jobs, vectors(), started_s)
         except WrongVectors as error:
             log.warning("batch_wrong", size=len(jobs), error=str(error)[:300])
             guilty = {jobs[row].id for row in error.rows} or {job.id for job in jobs}
             for job in jobs:
                 if job.id in guilty:
                     self._alone(job)
-            if rest := [job for job in jobs if job.id not in guilty]:
-                self._halve(rest)
+            self._again([job for job in jobs if job.id not in guilty])
         except Exception as error:  # noqa: BLE001 border: whatever the model or the device raises is judged here
             self._judge(error, jobs)
 
-    def _pass(self, jobs: Sequence[Job], encode: Encode) -> None:
-        started_s = time.monotonic()
-        vectors = encode(self._pixels[[job.slot for job in jobs]])
+    def _score_all(self, jobs: Sequence[Job], vectors: NDArray[float32], started_s: float) -> None:
         encoded_s = time.monotonic()
         for job in jobs:
             job.moments.encode_from_s, job.moments.score_from_s = started_s, encoded_s
@@ -121,8 +167,8 @@ class Triage:
             self._lower_cap(half)
             log.warning("batches_smaller", largest=half, reason="the device ran out of memory")
         if half:
-            self._halve(jobs[:half])
-            self._halve(jobs[half:])
+            self._again(jobs[:half])
+            self._again(jobs[half:])
         elif trouble is Trouble.OUT_OF_MEMORY:
             text = "the device ran out of memory with this picture alone; something else uses it, or it is too small"
             jobs[0].fail(ErrorInfo(code=ErrorCode.OUT_OF_MEMORY, message=text, stage=Stage.ENCODE, retryable=True))
@@ -130,8 +176,9 @@ class Triage:
             _blame(jobs[0], error)
 
     def _alone(self, job: Job) -> None:
+        started_s = time.monotonic()
         try:
-            self._pass([job], self._encode_exact)
+            self._score_all([job], self._encode_exact(self._pixels[[job.slot]]), started_s)
         except Exception as error:  # border: as in `run`
             if self._trouble(error) is Trouble.LOST:
                 raise FatalError(ExitCode.DEVICE, f"the device failed: {error}") from error

@@ -1,7 +1,8 @@
 """Waiting pictures → one batch.
 
 There is no timer: when the device is free the next batch is whatever is ready, up to the cap, so batches grow by
-themselves behind a busy device and a lone picture never waits for company.
+themselves behind a busy device and a lone picture never waits for company. A batch that is full leaves at once, so that
+the device finds it when it ends the one before.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Batcher(Generic[T]):
         self._bulk: deque[T] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._aloft = 0
 
     def put(self, items: Iterable[T]) -> None:
         """Add items that are ready for the device."""
@@ -51,7 +53,8 @@ class Batcher(Generic[T]):
     def take(self, timeout_s: float) -> list[T]:
         """The next batch: interactive first, oldest first in each lane; empty when none came in time or on close."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting(), timeout_s)
+            if not self._changed.wait_for(self._may_leave, timeout_s):
+                return []
             if self._linger_s and self._waiting():
                 full_at = time.monotonic() + self._linger_s
                 while not self._closed and self._waiting() < self._cap and (left := full_at - time.monotonic()) > 0:
@@ -60,6 +63,17 @@ class Batcher(Generic[T]):
             urgent = min(self._cap - least, len(self._interactive))
             rest = min(self._cap - urgent, len(self._bulk))
             return [self._interactive.popleft() for _ in range(urgent)] + [self._bulk.popleft() for _ in range(rest)]
+
+    def took_off(self) -> None:
+        """The device works on a batch; the next one leaves when it is full, or when this one has landed."""
+        with self._changed:
+            self._aloft += 1
+
+    def landed(self) -> None:
+        """The device is done with a batch."""
+        with self._changed:
+            self._aloft -= 1
+            self._changed.notify_all()
 
     def lower_cap(self, cap: int) -> None:
         """Make no batch larger than this from now on; a cap that is lower already stays."""
@@ -79,6 +93,10 @@ class Batcher(Generic[T]):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _may_leave(self) -> bool:
+        waiting = self._waiting()
+        return self._closed or waiting >= self._cap or (waiting > 0 and not self._aloft)
 
     def _waiting(self) -> int:
         return len(self._interactive) + len(self._bulk)
