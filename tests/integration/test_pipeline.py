@@ -21,7 +21,7 @@ from shiwu_worker.settle import Away, Settler
 from shiwu_worker.stages.batch import Batcher
 from shiwu_worker.stages.claim import Claims, Doorbell
 from shiwu_worker.stages.commit import Committer
-from shiwu_worker.timing import Progress
+from shiwu_worker.timing import Meter, Progress
 from shiwu_worker.triage import Launched
 from tests.integration.test_claim_properties import make_claims, make_committer, make_upkeep, message
 from tests.support.waiting import wait_until
@@ -64,6 +64,7 @@ class Works:
             stages,
             Limits(slots=SLOTS, max_attempts=3),
             progress=self.progress,
+            meter=Meter(loader_threads=1),
             on_fatal=self.fatal.append,
             on_claiming=self.claiming.append,
         )

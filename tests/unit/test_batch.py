@@ -81,3 +81,16 @@ def test_close_wakes_whoever_waits() -> None:
     timer.start()
     assert batcher.take(timeout_s=30.0) == []
     timer.join()
+
+
+def test_behind_a_busy_device_only_a_full_batch_leaves() -> None:
+    """While a batch is on the device what is ready waits for company; when it has landed all of it leaves."""
+    batcher: Batcher[Item] = Batcher(cap=3, bulk_share=0.0)
+    batcher.took_off()
+    batcher.put([Item(n, Lane.BULK) for n in range(2)])
+    assert batcher.take(timeout_s=0.01) == []
+    batcher.put([Item(2, Lane.BULK), Item(3, Lane.BULK)])
+    assert len(batcher.take(timeout_s=0.01)) == 3
+    assert batcher.take(timeout_s=0.01) == []
+    batcher.landed()
+    assert len(batcher.take(timeout_s=0.01)) == 1

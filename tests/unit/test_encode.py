@@ -29,6 +29,7 @@ from shiwu_worker import checkpoint as checkpoints
 from shiwu_worker.device import choose_device, choose_dtypes
 from shiwu_worker.errors import NonFiniteError
 from shiwu_worker.models import model_folder
+from shiwu_worker.stages import encode as stage
 from shiwu_worker.stages.encode import Encoder
 from shiwu_worker.stages.score import score
 
@@ -335,3 +336,40 @@ def test_what_auto_chooses() -> None:
     assert choose_dtypes("auto", torch.device("cpu")) in {(torch.float32,), (torch.bfloat16, torch.float32)}
     assert choose_dtypes("float16", torch.device("cpu")) == (torch.float16,)
     assert choose_dtypes("float32", torch.device("cuda")) == (torch.float32,)
+
+
+def test_the_largest_batch_is_the_one_beyond_which_nothing_is_gained(tmp_path: Path) -> None:
+    """Rungs that bring no more pictures a second are left out, and what is left works."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8))
+    took = {1: 0.1, 2: 0.12, 4: 0.235, 8: 0.47}
+    encoder._measure = lambda rung: encoder.seconds.setdefault(rung, took[rung])  # type: ignore[method-assign]
+    encoder.warm(choose_largest=True)
+    assert encoder.rungs == (1, 2)
+    assert encoder.slowest_s == 0.12
+    assert encoder.encode(noise(2)).shape == (2, 8)
+    with pytest.raises(ValueError, match="expected uint8"):
+        encoder.encode(noise(3))
+
+
+def test_a_dtype_that_says_something_else_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bfloat16 is further from FP32 than a cosine of 0.999, the next format stands in, with unrounded weights."""
+    folder = saved(make_model("clip"), tmp_path)
+    monkeypatch.setattr(stage, "choose_dtypes", lambda *_: (torch.bfloat16, torch.float32))
+    assert make_encoder(folder, dtype="auto").info.dtype == "bfloat16"
+    monkeypatch.setattr(stage, "LEAST_COSINE", 1.01)
+    encoder = make_encoder(folder, dtype="auto")
+    assert encoder.info.dtype == "float32"
+    np.testing.assert_array_equal(encoder.encode(noise(2)), make_encoder(folder, dtype="float32").encode(noise(2)))
+
+
+def test_batches_may_be_launched_ahead(tmp_path: Path) -> None:
+    """Two batches on their way at a time do not touch each other's vectors; rows are gathered in any order."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path))
+    pixels = noise(6)
+    expected = np.concatenate([encoder.encode(pixels[i : i + 1]) for i in range(6)])
+    first, second = encoder.launch(pixels, [4, 0]), encoder.launch(pixels, [5])
+    second.wait()
+    np.testing.assert_allclose(encoder.collect(second), expected[[5]], atol=1e-5)
+    np.testing.assert_allclose(encoder.collect(first), expected[[4, 0]], atol=1e-5)
+    with pytest.raises(RuntimeError, match="one collect"):
+        first.collect()

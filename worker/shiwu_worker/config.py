@@ -18,6 +18,7 @@ from shiwu.upkeep import DEAD_AGE_S, MAX_LEASE_S, STREAM_LENGTH
 Names = Annotated[tuple[str, ...], NoDecode]
 Paths = Annotated[tuple[Path, ...], NoDecode]
 Retries = Annotated[dict[ErrorCode, tuple[int, float, float]], NoDecode]
+LARGEST_TRIED = 64
 RETRIABLE = {
     ErrorCode.SOURCE_UNAVAILABLE,
     ErrorCode.OUT_OF_MEMORY,
@@ -52,16 +53,27 @@ class Settings(BaseSettings):
         "auto", description="auto: float16 on CUDA, bfloat16 on CPUs that have it, else float32"
     )
     torch_threads: int = Field(
-        0, ge=0, description="threads of the model on a CPU; 0: one less than the cores, at least 1"
+        0, ge=0, description="threads of the model on a CPU; 0: all cores, or one less where a picture is quick"
     )
+    compile: bool = Field(
+        False,
+        description="compile the model on a CPU: somewhat quicker, 15 to 60 s a batch size at the start",
+    )
+    cuda_graphs: bool = Field(True, description="replay a CUDA graph for each batch size")
     labels_dir: Path | None = Field(None, description="folder of label sets (*.yaml) beside the embedded ones")
     default_labels: str = Field("six-zh", description="label set of requests that name none")
     label_cache: int = Field(256, ge=1, description="label sets whose vectors are kept")
 
-    max_batch: int = Field(64, ge=1, le=512, description="largest batch; batch sizes are the powers of two up to it")
+    max_batch: int = Field(
+        0,
+        ge=0,
+        le=512,
+        description="largest batch; sizes are the powers of two up to it. 0: found at the start, the largest up to 64 "
+        "that still brings more pictures a second and ends within a second",
+    )
     linger_ms: float = Field(0.0, ge=0, le=1000, description="how long a batch that is not full waits; 0: never")
     slots: int = Field(
-        0, ge=0, le=4096, description="pictures claimed and not yet encoded; 0: twice the batch + loading"
+        0, ge=0, le=4096, description="pictures claimed and not yet encoded; 0: three batches + what is loading"
     )
     bulk_share: float = Field(0.1, ge=0, le=0.9, description="share that bulk keeps while interactive jobs wait")
 
@@ -144,10 +156,15 @@ class Settings(BaseSettings):
         """Batch sizes that are run: powers of two below the largest batch, and that batch."""
         sizes = []
         size = 1
-        while size < self.max_batch:
+        while size < self.batch_cap:
             sizes.append(size)
             size *= 2
-        return (*sizes, self.max_batch)
+        return (*sizes, self.batch_cap)
+
+    @property
+    def batch_cap(self) -> int:
+        """The largest batch that may be: asked for, or tried at the start."""
+        return self.max_batch or LARGEST_TRIED
 
     @property
     def loader_count(self) -> int:
@@ -155,14 +172,13 @@ class Settings(BaseSettings):
         return self.loaders or max(1, len(os.sched_getaffinity(0)) - 1)
 
     @property
-    def model_threads(self) -> int:
-        """Threads of the model on a CPU."""
-        return self.torch_threads or max(1, len(os.sched_getaffinity(0)) - 1)
-
-    @property
     def slot_count(self) -> int:
-        """The batch on the device, the next one, and what is being loaded."""
-        return self.slots or 2 * self.max_batch + self.loader_count * self.loader_threads
+        """Slots of the shared memory, for the largest batch that may be."""
+        return self.slots_for(self.batch_cap)
+
+    def slots_for(self, batch: int) -> int:
+        """What to claim: the batch on the device, the one copied ahead, the one being filled, and what is loading."""
+        return self.slots or 3 * batch + self.loader_count * self.loader_threads
 
 
 def _read_retry(part: str) -> tuple[ErrorCode, tuple[int, float, float]]:

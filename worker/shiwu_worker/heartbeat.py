@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -20,11 +20,12 @@ from shiwu_worker.errors import ExitCode, FatalError
 if TYPE_CHECKING:
     from shiwu_worker.settle import Away
     from shiwu_worker.stages.claim import Claims
-    from shiwu_worker.timing import Progress
+    from shiwu_worker.timing import Load, Progress
 
 log: Any = structlog.get_logger()
 TICK_S: Final = 1.0
 TENDED_AT_ONCE: Final = 500
+LOAD_EVERY_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,8 @@ class Signs:
     held: Callable[[], Sequence[str]]
     alive: Callable[[], None]
     suspects: Callable[[], None]
+    load: Callable[[], Load] | None = None
+    """Where the time went since it was asked last."""
 
 
 class Heartbeat:
@@ -67,6 +70,7 @@ class Heartbeat:
         self._renewed_s = time.monotonic()
         self._stuck_s = stuck_s
         self._said_stuck_s = 0.0
+        self._told_load_s = time.monotonic()
         self._progress = progress
         self._signs = signs
         self._away = away
@@ -99,6 +103,7 @@ class Heartbeat:
                     self._signs.alive()
                     self._renew()
                 self._tend()
+                self._tell_load()
                 self._away.back()
             except RedisError as error:
                 self._away.wait(error, self._closed)
@@ -122,6 +127,16 @@ class Heartbeat:
                 meaning="nothing was claimed, encoded or answered; leases are not renewed, this worker counts as dead",
             )
         return True
+
+    def _tell_load(self) -> None:
+        """Say now and then what limits this worker, where it has worked at all."""
+        if self._signs.load is None or time.monotonic() - self._told_load_s < LOAD_EVERY_S:
+            return
+        self._told_load_s = time.monotonic()
+        load = self._signs.load()
+        if load.pictures:
+            rate, batch = load.pictures / load.seconds, load.pictures / load.batches
+            log.info("load", limit=load.limit, pictures_per_s=round(rate, 1), batch=round(batch, 1), **asdict(load))
 
     def _renew(self) -> None:
         if time.monotonic() - self._renewed_s < self._renew_every_s:

@@ -108,9 +108,11 @@ def open_encoder(settings: Settings, folder: Path, spec: ImageSpec) -> Any:
             rungs=settings.rungs,
             mean=spec.mean,
             std=spec.std,
-            threads=settings.model_threads,
+            threads=settings.torch_threads or None,
+            is_compiled=settings.compile,
+            has_graphs=settings.cuda_graphs,
         )
-        encoder.warm()
+        encoder.warm(choose_largest=not settings.max_batch, choose_threads=not settings.torch_threads)
     except Exception as error:  # border: any failure here means that this worker can't work
         raise FatalError(ExitCode.MODEL, f"{type(error).__name__}: {error}") from error
     return encoder
@@ -193,12 +195,12 @@ def make_heartbeat(
     )
 
 
-def make_limits(settings: Settings) -> Limits:
+def make_limits(settings: Settings, encoder: Any) -> Limits:
     """What the pipeline may hold, and how patient it is."""
     usual = RetryPolicy(settings.max_attempts, settings.retry_first_s, settings.retry_longest_s)
     retries = {ErrorCode.SOURCE_UNAVAILABLE: usual, ErrorCode.OUT_OF_MEMORY: usual}
     retries |= {code: RetryPolicy(*policy) for code, policy in settings.retry.items()}
-    return Limits(slots=settings.slot_count, max_attempts=settings.max_attempts, retries=retries)
+    return Limits(slots=settings.slots_for(encoder.rungs[-1]), max_attempts=settings.max_attempts, retries=retries)
 
 
 def make_stages(  # noqa: PLR0917 one argument for each part of the way
@@ -225,7 +227,7 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
         )
 
     batcher: Batcher[Job] = Batcher(
-        cap=settings.max_batch, bulk_share=settings.bulk_share, linger_s=settings.linger_ms / 1000
+        cap=encoder.rungs[-1], bulk_share=settings.bulk_share, linger_s=settings.linger_ms / 1000
     )
     scorer = Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info)
     triage = Triage(

@@ -20,7 +20,7 @@ from shiwu.contract import ErrorCode, ErrorInfo, ImageInfo, Stage, without_query
 from shiwu_worker.errors import ExitCode, FatalError, Rejected
 from shiwu_worker.hands import Hands, Limits
 from shiwu_worker.job import Job, Release, open_job
-from shiwu_worker.timing import Progress
+from shiwu_worker.timing import Meter, Progress
 
 if TYPE_CHECKING:
     from shiwu_worker.labels import LabelSet
@@ -69,12 +69,14 @@ class Pipeline:
         limits: Limits,
         *,
         progress: Progress,
+        meter: Meter,
         on_fatal: Callable[[FatalError], None],
         on_claiming: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self._do = stages
         self._limits = limits
         self._progress = progress
+        self._meter = meter
         self._on_fatal = on_fatal
         self._on_claiming = on_claiming
         self._is_claiming = False
@@ -109,7 +111,10 @@ class Pipeline:
             if taken.jobs:
                 self._admit([open_job(one) for one in taken.jobs])
             elif not alone:
+                idle_from_s = time.monotonic()
                 self._do.doorbell.wait(IDLE_S)
+                if not self._hands:
+                    self._meter.idle(time.monotonic() - idle_from_s)
 
     def _admit(self, jobs: list[Job]) -> None:
         """Send each new job to the loaders with a slot of its own, unless its fate is already known."""
@@ -143,6 +148,10 @@ class Pipeline:
     # -------------------------------------------------------------------------------- fetch, decode
     def loaded(self, results: Sequence[Loaded]) -> None:
         """Take what the loaders made: pixels in the job's slot, or the reason why there are none. Never blocks."""
+        self._meter.loaded(
+            fetch_s=sum(one.fetched_s - one.started_s for one in results),
+            decode_s=sum(one.decoded_s - one.fetched_s for one in results),
+        )
         ready, failed = [], []
         jobs = self._hands.loaded([one.ticket for one in results])
         for one, job in zip(results, jobs, strict=True):
@@ -193,6 +202,7 @@ class Pipeline:
 
     # -------------------------------------------------------------------------------- encode, score
     def _score(self) -> None:
+        landed_s = 0.0
         while not (self._ended.is_set() and self._flights.empty()):
             try:
                 batch, launched = self._flights.get(timeout=LOOK_S)
@@ -202,6 +212,11 @@ class Pipeline:
                 launched.wait()
                 self._do.batcher.landed()
             self._do.finish(launched)
+            if launched.jobs:
+                # Batches overlap on their way; the device works on one at a time.
+                began_s = max(landed_s, launched.started_s)
+                landed_s = launched.jobs[0].moments.score_from_s or time.monotonic()
+                self._meter.encoded(pictures=len(launched.jobs), seconds=max(0.0, landed_s - began_s))
             for job in batch:
                 job.is_on_device = False
             self._progress.mark()

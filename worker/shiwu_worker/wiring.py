@@ -38,7 +38,7 @@ from shiwu_worker.pipeline import Pipeline
 from shiwu_worker.settle import Settled, Settler
 from shiwu_worker.stages.claim import Claims, Doorbell
 from shiwu_worker.stages.commit import Committer
-from shiwu_worker.timing import Progress
+from shiwu_worker.timing import Meter, Progress
 
 log: Any = structlog.get_logger()
 DOORBELL_S = 5.0
@@ -83,7 +83,7 @@ def open_service(
     token = f"{settings.worker_name.replace('|', '-')}.{secrets.token_hex(4)}"
     health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file)
     health.ready(is_ready=False)
-    progress = Progress()
+    progress, meter = Progress(), Meter(loader_threads=settings.loader_count * settings.loader_threads)
     with ExitStack() as stack:
         client = stack.enter_context(connect(settings))
         doorbell = Doorbell(stack.enter_context(connect(settings, block_s=DOORBELL_S)), block_s=DOORBELL_S)
@@ -112,12 +112,13 @@ def open_service(
         stages = make_stages(settings, claims, doorbell, loaders, encoder, settler, away)
         pipeline = Pipeline(
             stages,
-            make_limits(settings),
+            make_limits(settings, encoder),
             progress=progress,
+            meter=meter,
             on_fatal=on_fatal,
             on_claiming=lambda is_so: health.ready(is_ready=is_so),
         )
-        signs = Signs(held=pipeline.held, alive=health.alive, suspects=doorbell.ring)
+        signs = Signs(held=pipeline.held, alive=health.alive, suspects=doorbell.ring, load=meter.read)
         upkeep = make_upkeep(settings, client, ledger, token)
         heartbeat = make_heartbeat(settings, claims, upkeep, signs, progress, encoder=encoder, on_fatal=on_fatal)
         ended = EndedJobs(client, on_ended=pipeline.ended, on_fatal=on_fatal)

@@ -30,6 +30,8 @@ LEAST_COSINE: Final = 0.999
 CHECKED: Final = 2
 GAIN: Final = 1.03
 """A larger batch must bring this much more pictures a second, or it only makes the others wait."""
+QUICK_CORE_S: Final = 0.04
+"""Core-seconds of a picture in the model; loading one takes 0.002."""
 LONGEST_S: Final = 1.0
 """No batch is chosen whose forward pass would take longer than this."""
 
@@ -41,7 +43,7 @@ class Encoder:
         folder: the checkpoint, in transformers' format.
         rungs: batch sizes, ascending; the last is the largest batch.
         mean, std: of the checkpoint's processor, for pixels of 0 to 1.
-        threads: of torch on a CPU; None leaves torch's own choice.
+        threads: of torch on a CPU; None leaves torch's own choice, all cores.
         is_compiled: compile the tower (CPU); each rung costs 15 to 60 s at the start.
         has_graphs: replay CUDA graphs where the device is one.
     """
@@ -133,40 +135,49 @@ class Encoder:
             tower, rungs=rungs, shape=self._shape, width=self._width, device=self._device, stream=self._stream
         )
 
-    def warm(self, *, choose_largest: bool = False) -> None:
+    def warm(self, *, choose_largest: bool = False, choose_threads: bool = False) -> None:
         """Run every rung, so that no job pays for first calls, and measure them.
 
         Args:
             choose_largest: keep only the rungs up to the one beyond which batches bring no more pictures a second.
+            choose_threads: on a CPU leave a core to the loaders where a picture takes the model little more than them.
 
         Raises:
             NonFiniteError: when this dtype overflows on this model.
         """
-        best: tuple[float, int] = (0.0, 0)
+        threads = torch.get_num_threads()
+        if choose_threads and self._device.type == "cpu" and threads > 1:
+            took_s = self._measure(self.rungs[0])
+            if took_s * threads < self.rungs[0] * QUICK_CORE_S:
+                torch.set_num_threads(threads - 1)
+        best_rate, largest = 0.0, self.rungs[0]
         for rung in self.rungs:
             took_s = self._measure(rung)
-            if choose_largest:
-                if rung / took_s > best[0] * GAIN:
-                    best = (rung / took_s, rung)
-                if 2 * took_s > LONGEST_S or best[1] < rung // 2:
-                    break
-        if choose_largest and best[1] < self.rungs[-1]:
-            self.rungs = tuple(rung for rung in self.rungs if rung <= best[1])
-            self.seconds = {rung: took_s for rung, took_s in self.seconds.items() if rung <= best[1]}
-            self._berths = self._dock(self.rungs)
-            if self._stream is not None or self._is_compiled:
-                for rung in self.rungs:
-                    self._measure(rung)
+            if rung / took_s > best_rate * GAIN:
+                best_rate, largest = rung / took_s, rung
+            if choose_largest and (2 * took_s > LONGEST_S or largest < rung // 2):
+                break
+        if choose_largest and largest < self.rungs[-1]:
+            self._keep(tuple(rung for rung in self.rungs if rung <= largest))
+
+    def _keep(self, rungs: tuple[int, ...]) -> None:
+        """Free the memory, and the graphs, of the larger ones."""
+        self.rungs = rungs
+        self.seconds = {rung: self.seconds[rung] for rung in rungs}
+        self._berths = self._dock(rungs)
+        if self._stream is not None or self._is_compiled:
+            for rung in rungs:
+                self._measure(rung)
 
     def _measure(self, rung: int) -> float:
+        """The better of two runs; the first pays for whatever libraries choose once."""
         pixels = np.full((rung, *self._shape), 127, np.uint8)
         best_s = math.inf
-        for _ in range(3):
+        for _ in range(2):
             began_s = time.monotonic()
             self.encode(pixels)
-            took_s = time.monotonic() - began_s
-            best_s = min(best_s, took_s)
-            if took_s > LONGEST_S / 4:
+            best_s = min(best_s, time.monotonic() - began_s)
+            if best_s > LONGEST_S / 2:
                 break
         self.seconds[rung] = best_s
         return best_s
