@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Self
@@ -25,11 +24,13 @@ from shiwu.contract import (
 )
 from shiwu.dead import DeadFilter, DeadLetter, DeadLetters
 from shiwu.errors import WaitTimeout
+from shiwu.keep import OperatorsKeep
 from shiwu.ledger import Entry, Ledger
 from shiwu.queues import QueueState, read_state
 from shiwu.results import StreamItem, TagResult, follow, read_result
 from shiwu.sender import Sender, Terms
 from shiwu.upkeep import Swept, Upkeep
+from shiwu.waiting import as_answered
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
@@ -49,9 +50,10 @@ class Client:
         self._redis = connect(url, timeout_s=timeout_s, retries=3)
         self._sender = Sender(self._redis, max_waiting=max_waiting, timeout_s=timeout_s)
         token = f"client.{secrets.token_hex(4)}"
-        self._ledger = Ledger(self._redis, token=token)
+        keep = OperatorsKeep(self._redis)
+        self._ledger = Ledger(self._redis, token=token, keep=keep)
         self._letters = DeadLetters(self._redis)
-        self._upkeep = Upkeep(self._redis, self._ledger, token=token)
+        self._upkeep = Upkeep(self._redis, self._ledger, token=token, keep=keep)
         self._timeout_s = timeout_s
 
     def __enter__(self) -> Self:
@@ -189,26 +191,11 @@ class Client:
         return {job_id: found[job_id] for job_id in ids}
 
     def as_answered(self, job_ids: Iterable[str], *, timeout_s: float) -> Iterator[tuple[str, TagResult]]:
-        """Yield (id, answer) as they come; end when all have come or the time is over."""
-        missing = dict.fromkeys(job_ids)
-        deadline_s = time.monotonic() + timeout_s
-        with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]  # redis' own
-            # Subscribe first and look afterwards: an answer between the two is then seen at least once.
-            for portion in _portions(list(missing), 1000):
-                pubsub.subscribe(*[result_key(job_id) for job_id in portion])
-            for portion in _portions(list(missing), 500):
-                replies: Any = self._redis.mget([result_key(job_id) for job_id in portion])
-                for job_id, raw in zip(portion, replies, strict=True):
-                    if raw is not None:
-                        del missing[job_id]
-                        yield job_id, read_result(raw)
-            while missing and (left_s := deadline_s - time.monotonic()) > 0:
-                message = pubsub.get_message(timeout=min(left_s, self._timeout_s / 2))
-                if message is not None:
-                    result = read_result(message["data"])
-                    if result.id in missing:
-                        del missing[result.id]
-                        yield result.id, result
+        """Yield (id, answer) as they come; end when all have come or the time is over.
+
+        While Redis is away it goes on waiting; what was announced meanwhile is found under its key.
+        """
+        return as_answered(self._redis, list(dict.fromkeys(job_ids)), timeout_s=timeout_s)
 
     def tag(self, image: str, *, timeout_s: float = 60.0, **fields: Any) -> TagResult:
         """Enqueue one picture and wait for its tags.

@@ -6,7 +6,7 @@ appended to the results stream; a later one is discarded. Either way claim, leas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -33,12 +33,10 @@ from shiwu.contract import (
     done_key,
     result_key,
 )
+from shiwu.keep import USUAL, Keep, always
 
 MAX_COMMIT: Final = 5000
 """Lua's stack holds about 8,000 values, and a commit unpacks one for each job."""
-RESULT_TTL_S: Final = 86_400
-DONE_TTL_S: Final = 2 * 86_400
-DEAD_LENGTH: Final = 10_000
 CANVAS_PATIENCE_S: Final = 30.0
 _KINDS: Final = {Status.TAGGED: "S", Status.EXPIRED: "R", Status.CANCELLED: "R"}
 _KEYS: Final = (
@@ -78,9 +76,7 @@ class Ledger:
 
     Args:
         token: unique to this writer's life; by it a write that is tried again knows its own answers.
-        result_ttl_s: how long an answer can be read under its key.
-        done_ttl_s: how long an id counts as answered; longer than any redelivery can take.
-        dead_length: how many dead letters are kept.
+        keep: how long answers, marks of answered ids and dead letters are kept, or who knows it.
         canvas_patience_s: how long the callbacks of an answer are its worker's to send; then they are anybody's.
         replicas: how many replicas must confirm each write, within `replicas_timeout_s`.
     """
@@ -90,9 +86,7 @@ class Ledger:
         client: redis.Redis,
         *,
         token: str,
-        result_ttl_s: int = RESULT_TTL_S,
-        done_ttl_s: int = DONE_TTL_S,
-        dead_length: int = DEAD_LENGTH,
+        keep: Keep | Callable[[], Keep] = USUAL,
         canvas_patience_s: float = CANVAS_PATIENCE_S,
         replicas: int = 0,
         replicas_timeout_s: float = 1.0,
@@ -102,7 +96,7 @@ class Ledger:
         self._replicas = replicas
         self._replicas_timeout_s = replicas_timeout_s
         self._script = load_script(client, "commit")
-        self._limits = [result_ttl_s, done_ttl_s, dead_length]
+        self._keep = always(keep)
         self._rest = [done_key(""), result_key(""), ENDED, int(canvas_patience_s * 1000)]
 
     def write(self, entries: Sequence[Entry], *, token: str | None = None) -> set[str]:
@@ -116,7 +110,9 @@ class Ledger:
         """
         if not entries:
             return set()
-        args: list[Any] = [*self._limits, datetime.now(UTC).isoformat(), *self._rest]
+        keep = self._keep()
+        limits = (keep.result_ttl_s, max(keep.done_ttl_s, keep.result_ttl_s), keep.dead_length)
+        args: list[Any] = [*limits, datetime.now(UTC).isoformat(), *self._rest]
         for entry in entries:
             mark = f"{token or self._token}:{entry.answer.attempts}"
             args += [entry.id, entry.kind, entry.answer.to_json(), failure_head(entry.answer), entry.message, mark]

@@ -7,7 +7,7 @@ one script, and an answer counts once whoever gives it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -39,6 +39,7 @@ from shiwu.contract import (
     parse_request,
     without_query,
 )
+from shiwu.keep import USUAL, Keep, always
 from shiwu.ledger import Entry, Ledger, load_script
 from shiwu.message import Envelope, read_message
 
@@ -46,8 +47,6 @@ SUSPECT_FROM: Final = 2
 """Attempts that ended with their worker before a job is worked on alone."""
 MAX_LEASE_S: Final = 600.0
 """No lease reaches further into the future, not even after the server's clock was set back."""
-DEAD_AGE_S: Final = 14 * 86_400.0
-STREAM_LENGTH: Final = 100_000
 TRIMMED_AT_ONCE: Final = 5000
 TAKEN_FOR_S: Final = 15.0
 PORTION: Final = 500
@@ -99,8 +98,7 @@ class Upkeep:
 
     Args:
         name: shown among the workers; empty for who is none.
-        stream_length: how many answers the results stream keeps.
-        dead_age_s: how long dead letters are kept.
+        keep: how many answers the results stream keeps, and how long dead letters; or who knows it.
     """
 
     def __init__(
@@ -110,26 +108,26 @@ class Upkeep:
         *,
         name: str = "",
         token: str = "",
-        stream_length: int = STREAM_LENGTH,
-        dead_age_s: float = DEAD_AGE_S,
+        keep: Keep | Callable[[], Keep] = USUAL,
     ) -> None:
         self._client = client
         self._ledger = ledger
         self._name = name
         self._token = token
-        self._stream_length = stream_length
-        self._limits = [SUSPECT_FROM, int(MAX_LEASE_S * 1000), int(dead_age_s * 1000)]
+        self._keep = always(keep)
         self._tend = load_script(client, "tend")
         self._trim = load_script(client, "trim")
         self._take_late = load_script(client, "take_late")
 
     def tend(self, *, most: int = 500, count_waiting: bool = False) -> Tended:
         """One portion of everything that is due."""
-        reply: Any = self._tend(keys=_TENDED, args=[self._name, most, int(count_waiting), *self._limits])
+        limits = (SUSPECT_FROM, int(MAX_LEASE_S * 1000), self._keep().dead_age_s * 1000)
+        reply: Any = self._tend(keys=_TENDED, args=[self._name, most, int(count_waiting), *limits])
         reaped, promoted, suspects, waiting, stream_length, late = reply
         if late:
             text = "no answer came by the time that the producer gave (answer_by)"
-            self._ledger.write([_out_of_time(job_id.decode(), text) for job_id in late])
+            self._ledger.write([_out_of_time(job_id.decode(errors="replace"), text) for job_id in late])
+            self._client.zrem(DEADLINES, *late)  # also a member that names no job
         return Tended(
             reaped=reaped,
             promoted=promoted,
@@ -154,12 +152,12 @@ class Upkeep:
 
     def trim(self) -> dict[str, int]:
         """Shorten the results stream; return for each consumer group how many unacknowledged answers it lost."""
-        reply: Any = self._trim(keys=[RESULT_STREAM, COUNTERS], args=[self._stream_length, TRIMMED_AT_ONCE])
-        return {reply[i].decode(): reply[i + 1] for i in range(1, len(reply), 2)}
+        reply: Any = self._trim(keys=[RESULT_STREAM, COUNTERS], args=[self._keep().stream_length, TRIMMED_AT_ONCE])
+        return {reply[i].decode(errors="replace"): reply[i + 1] for i in range(1, len(reply), 2)}
 
     def trim_if_long(self, seen: Tended) -> dict[str, int]:
         """The same where the last round found the stream too long; costs nothing otherwise."""
-        return self.trim() if seen.stream_length > self._stream_length else {}
+        return self.trim() if seen.stream_length > self._keep().stream_length else {}
 
     def expire_waiting(self, *, portion: int = 500, most: int = 20_000) -> int:
         """Answer the waiting messages whose `expires` has passed; looks at the oldest `most` of each lane.

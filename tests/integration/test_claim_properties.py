@@ -26,6 +26,7 @@ from shiwu.contract import (
     done_key,
 )
 from shiwu.dead import DeadLetters
+from shiwu.keep import Keep
 from shiwu.ledger import Entry, Ledger
 from shiwu.message import build_message
 from shiwu.upkeep import Upkeep
@@ -48,13 +49,13 @@ def make_claims(client: redis.Redis, name: str, *, lease_s: float = 60.0, bulk_s
 
 def make_committer(client: redis.Redis, name: str) -> Ledger:
     """One worker's writer of answers."""
-    return Ledger(client, token=name, result_ttl_s=60, done_ttl_s=120, dead_length=1000)
+    return Ledger(client, token=name, keep=Keep(result_ttl_s=60, done_ttl_s=120, dead_length=1000))
 
 
 def make_upkeep(client: redis.Redis, name: str = "", *, stream_length: int = 100_000) -> Upkeep:
     """One who tends."""
     token = name or "sweep"
-    return Upkeep(client, make_committer(client, token), name=name, token=token, stream_length=stream_length)
+    return Upkeep(client, make_committer(client, token), name=name, token=token, keep=Keep(stream_length=stream_length))
 
 
 def answer(job: Claimed) -> Entry:

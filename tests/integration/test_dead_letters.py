@@ -24,6 +24,7 @@ from shiwu.contract import (
     Status,
     result_key,
 )
+from shiwu.keep import Keep
 from shiwu.ledger import Entry, Ledger
 from tests.conftest import StartWorker
 from tests.integration.test_claim_properties import make_claims, make_upkeep
@@ -62,7 +63,7 @@ def bury(
     )
     message = claimed.key.encode() + b"|" + claimed.raw
     entry = Entry(answer=answer, id=job_id, message=message, is_dead=True)
-    Ledger(redis_client, token="w", dead_length=dead_length).write([entry])
+    Ledger(redis_client, token="w", keep=Keep(dead_length=dead_length)).write([entry])
 
 
 def test_a_letter_keeps_everything(client: Client, redis_client: redis.Redis) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -29,6 +30,8 @@ from shiwu_worker.settle import Settled
 log: Any = structlog.get_logger()
 LOOK_EVERY_S: Final = 5.0
 AT_ONCE: Final = 100
+AWAY: Final = (redis.RedisError, OperationalError, OSError)
+"""What passes by itself."""
 
 
 class Callbacks:
@@ -64,17 +67,22 @@ class Callbacks:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        looked_s = time.monotonic()
         while True:
             try:
                 ids = self._fresh.get(timeout=LOOK_EVERY_S if not self._closed.is_set() else 0.01)
             except queue.Empty:
-                if self._closed.is_set():
-                    return
                 ids = []
+            if not ids and self._closed.is_set():
+                return
             try:
-                for start in range(0, max(1, len(ids)), AT_ONCE):
+                for start in range(0, len(ids), AT_ONCE):
                     self._portion(ids[start : start + AT_ONCE])
-            except (redis.RedisError, OperationalError) as error:
+                # By the clock, however much there is of our own: others' callbacks wait for nobody else.
+                if time.monotonic() - looked_s >= LOOK_EVERY_S:
+                    looked_s = time.monotonic()
+                    self._portion([])
+            except AWAY as error:
                 # They stay in Redis, and somebody finds them when the patience is over.
                 log.warning("callbacks_postponed", jobs=len(ids), error=str(error)[:300])
 
@@ -84,7 +92,7 @@ class Callbacks:
             job_id = reply[i].decode()
             try:
                 self._send(job_id, reply[i + 1])
-            except (redis.RedisError, OperationalError):
+            except AWAY:
                 raise
             except Exception as error:  # noqa: BLE001 border: signatures are a stranger's; a bad one must not come back
                 log.error("callbacks_failed", id=job_id, kind=type(error).__name__, error=str(error)[:300])

@@ -12,8 +12,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shiwu.connection import read_sentinel_url
 from shiwu.contract import ErrorCode
-from shiwu.ledger import DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S
-from shiwu.upkeep import DEAD_AGE_S, MAX_LEASE_S, STREAM_LENGTH
+from shiwu.keep import DEAD_AGE_S, DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S, STREAM_LENGTH
+from shiwu.upkeep import MAX_LEASE_S
 
 Names = Annotated[tuple[str, ...], NoDecode]
 Paths = Annotated[tuple[Path, ...], NoDecode]
@@ -96,7 +96,7 @@ class Settings(BaseSettings):
     )
     stream_length: int = Field(STREAM_LENGTH, ge=1000, description="how many answers the results stream keeps")
     dead_length: int = Field(DEAD_LENGTH, ge=100, description="how many dead letters are kept")
-    dead_ttl_s: float = Field(DEAD_AGE_S, ge=60, description="how long dead letters are kept")
+    dead_ttl_s: int = Field(DEAD_AGE_S, ge=60, description="how long dead letters are kept")
     commit_replicas: int = Field(0, ge=0, le=10, description="replicas of Redis that must confirm each answer")
     replicas_timeout_s: float = Field(1.0, gt=0, description="time for that; then the answer is written again")
     revoke: bool = Field(True, description="listen to Celery's revoke; anybody who may PUBLISH can then cancel jobs")

@@ -10,6 +10,7 @@ import redis
 
 from shiwu.connection import connect as connect_to
 from shiwu.contract import ErrorCode
+from shiwu.keep import Keep, ToldKeep
 from shiwu.ledger import Ledger
 from shiwu.upkeep import Upkeep
 from shiwu_worker.config import Settings
@@ -146,9 +147,7 @@ def make_ledger(settings: Settings, client: redis.Redis, token: str) -> Ledger:
     return Ledger(
         client,
         token=token,
-        result_ttl_s=settings.result_ttl_s,
-        done_ttl_s=max(settings.done_ttl_s, settings.result_ttl_s),
-        dead_length=settings.dead_length,
+        keep=_keep(settings),
         replicas=settings.commit_replicas,
         replicas_timeout_s=settings.replicas_timeout_s,
     )
@@ -161,8 +160,17 @@ def make_upkeep(settings: Settings, client: redis.Redis, ledger: Ledger, token: 
         ledger,
         name=settings.worker_name,
         token=token,
-        stream_length=settings.stream_length,
+        keep=ToldKeep(client, _keep(settings)),
+    )
+
+
+def _keep(settings: Settings) -> Keep:
+    return Keep(
+        result_ttl_s=settings.result_ttl_s,
+        done_ttl_s=max(settings.done_ttl_s, settings.result_ttl_s),
+        dead_length=settings.dead_length,
         dead_age_s=settings.dead_ttl_s,
+        stream_length=settings.stream_length,
     )
 
 

@@ -5,6 +5,8 @@ local claims, parked, revoked = KEYS[1], KEYS[2], KEYS[3]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local ours = {}
+-- First what frees memory: a server that is full denies a script that begins with a write that needs some.
+redis.call('ZREMRANGEBYSCORE', revoked, '-inf', now)
 for i = 3, #ARGV do
   if redis.call('HEXISTS', claims, ARGV[i]) == 1 or redis.call('HEXISTS', parked, ARGV[i]) == 1 then
     ours[#ours + 1] = ARGV[i]

@@ -1,0 +1,86 @@
+"""How much is kept, and for how long: the operator's word, given to the workers and left in Redis for everybody else.
+
+A producer that cancels and a sweep write answers and trim as well; with limits of their own they would throw away what
+the operator wants kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
+
+import redis
+
+from shiwu.contract import LIMITS
+
+RESULT_TTL_S: Final = 86_400
+DONE_TTL_S: Final = 2 * 86_400
+DEAD_LENGTH: Final = 10_000
+DEAD_AGE_S: Final = 14 * 86_400
+STREAM_LENGTH: Final = 100_000
+READ_EVERY_S: Final = 60.0
+_ALL: Final = 10**12
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Times in seconds; lengths in entries."""
+
+    result_ttl_s: int = RESULT_TTL_S
+    """An answer can be read under its key."""
+    done_ttl_s: int = DONE_TTL_S
+    """An id counts as answered; longer than any redelivery can take."""
+    dead_length: int = DEAD_LENGTH
+    dead_age_s: int = DEAD_AGE_S
+    stream_length: int = STREAM_LENGTH
+
+
+USUAL: Final = Keep()
+UNKNOWN: Final = Keep(dead_length=_ALL, dead_age_s=_ALL // 100, stream_length=_ALL)
+"""Where no worker has left its limits: the usual times, and nothing is thrown away."""
+
+
+def always(keep: Keep | Callable[[], Keep]) -> Callable[[], Keep]:
+    """Who knows the limits, also where they were given."""
+    if not isinstance(keep, Keep):
+        return keep
+    known: Keep = keep
+    return lambda: known
+
+
+class OperatorsKeep:
+    """What the workers have left in Redis, looked up once a minute. Raises redis.RedisError."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self._known = UNKNOWN
+        self._read_s = -READ_EVERY_S
+
+    def __call__(self) -> Keep:
+        """The limits now."""
+        if time.monotonic() - self._read_s >= READ_EVERY_S:
+            found: Any = self._client.hgetall(LIMITS)
+            values = {name.decode(errors="replace"): value for name, value in found.items()}
+            known = {one.name: int(values[one.name]) for one in fields(Keep) if values.get(one.name, b"").isdigit()}
+            self._known = Keep(**(asdict(UNKNOWN) | known))
+            self._read_s = time.monotonic()
+        return self._known
+
+
+class ToldKeep:
+    """A worker's own limits, written to Redis once a minute for all others. Raises redis.RedisError."""
+
+    def __init__(self, client: redis.Redis, keep: Keep) -> None:
+        self._client = client
+        self._keep = keep
+        self._told_s = -READ_EVERY_S
+
+    def __call__(self) -> Keep:
+        """The limits; they are told on the way."""
+        if time.monotonic() - self._told_s >= READ_EVERY_S:
+            mapping: dict[Any, Any] = asdict(self._keep)
+            self._client.hset(LIMITS, mapping=mapping)
+            self._told_s = time.monotonic()
+        return self._keep

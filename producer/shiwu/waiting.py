@@ -1,0 +1,76 @@
+"""Waiting for answers: announced on their channels, and looked up under their keys.
+
+An announcement may be lost with a connection; the key stays. So whoever waits listens, and looks again now and then.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import redis
+
+from shiwu.contract import result_key
+from shiwu.results import TagResult, read_result
+
+LOOK_EVERY_S: Final = 2.0
+AWAY_S: Final = 0.25
+AT_ONCE: Final = 500
+_AWAY: Final = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, OSError)
+_REFUSED: Final = (redis.AuthenticationError, redis.exceptions.AuthorizationError)
+
+
+def as_answered(client: redis.Redis, ids: Sequence[str], *, timeout_s: float) -> Iterator[tuple[str, TagResult]]:
+    """Yield (id, answer) as they come; end when all have come or the time is over.
+
+    Raises:
+        redis.RedisError: Redis refuses us; that it is away is waited for.
+    """
+    missing = dict.fromkeys(ids)
+    until_s = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while missing:
+        try:
+            yield from _listen(client, missing, until_s=until_s)
+        except _REFUSED:
+            raise
+        except _AWAY:
+            pause.wait(max(0.0, min(AWAY_S, until_s - time.monotonic())))
+        if time.monotonic() >= until_s:
+            return
+
+
+def _listen(client: redis.Redis, missing: dict[str, None], *, until_s: float) -> Iterator[tuple[str, TagResult]]:
+    """Take found answers out of `missing`, until there is none left or the time is over."""
+    with client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]  # redis' own
+        # Subscribe first and look afterwards: an answer between the two is then seen at least once.
+        for portion in _portions(list(missing)):
+            pubsub.subscribe(*[result_key(job_id) for job_id in portion])
+        while missing:
+            yield from _look(client, missing)
+            look_s = time.monotonic() + LOOK_EVERY_S
+            while missing and (left_s := min(look_s, until_s) - time.monotonic()) > 0:
+                message = pubsub.get_message(timeout=left_s)
+                if message is not None:
+                    result = read_result(message["data"])
+                    if result.id in missing:
+                        del missing[result.id]
+                        yield result.id, result
+            if time.monotonic() >= until_s:
+                return
+
+
+def _look(client: redis.Redis, missing: dict[str, None]) -> Iterator[tuple[str, TagResult]]:
+    for portion in _portions(list(missing)):
+        replies: Any = client.mget([result_key(job_id) for job_id in portion])
+        for job_id, raw in zip(portion, replies, strict=True):
+            if raw is not None:
+                del missing[job_id]
+                yield job_id, read_result(raw)
+
+
+def _portions(items: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(items), AT_ONCE):
+        yield items[start : start + AT_ONCE]

@@ -1,0 +1,59 @@
+"""A producer that cancels and a sweep throw nothing away that the operator wants kept."""
+
+from __future__ import annotations
+
+import redis
+
+from shiwu import Client
+from shiwu.contract import DEAD, DEADLINES, LIMITS, RESULT_STREAM, Answer, Status, result_key
+from shiwu.keep import Keep, OperatorsKeep, ToldKeep
+from shiwu.ledger import Entry, Ledger
+from shiwu.upkeep import Upkeep
+
+
+def bury(client: redis.Redis, count: int) -> None:
+    """Dead letters, each with its place in the stream."""
+    answers = [Answer(id=f"d{n}", status=Status.FAILED, attempts=1) for n in range(count)]
+    entries = [Entry(answer=one, id=one.id or "", message=b"shiwu.bulk|x", is_dead=True) for one in answers]
+    Ledger(client, token="w", keep=Keep(dead_length=10**6)).write(entries)
+
+
+def test_where_nobody_says_anything_nothing_goes(redis_url: str, redis_client: redis.Redis) -> None:
+    """No worker has ever run here: the sweep does its other work."""
+    bury(redis_client, 30)
+    redis_client.zadd(DEAD, dict.fromkeys([f"d{n}" for n in range(30)], 1.0))  # very old
+    with Client(redis_url) as client:
+        client.sweep()
+        client.cancel("j")
+    assert (redis_client.zcard(DEAD), redis_client.xlen(RESULT_STREAM)) == (30, 31)
+
+
+def test_a_workers_limits_are_everybodys(redis_url: str, redis_client: redis.Redis) -> None:
+    """A worker tells them; a sweep and a cancelling producer then keep as much, and as long."""
+    keep = Keep(result_ttl_s=500, done_ttl_s=600, dead_length=7, stream_length=20)
+    worker = Upkeep(
+        redis_client, Ledger(redis_client, token="w"), name="w", token="w", keep=ToldKeep(redis_client, keep)
+    )
+    worker.tend()
+    assert OperatorsKeep(redis_client)() == keep
+    bury(redis_client, 30)
+    with Client(redis_url) as client:
+        client.cancel("j")
+        assert redis_client.zcard(DEAD) == 7
+        assert 400 < redis_client.ttl(result_key("j")) <= 500
+        client.sweep()
+        assert redis_client.xlen(RESULT_STREAM) == 20
+
+
+def test_limits_that_make_no_sense_are_passed_over(redis_client: redis.Redis) -> None:
+    """Of another version, or by another hand."""
+    redis_client.hset(LIMITS, mapping={"dead_length": "many", "stream_length": "55", b"\xff": "1", "new": "2"})
+    assert OperatorsKeep(redis_client)().stream_length == 55
+
+
+def test_a_deadline_that_names_no_job_goes(redis_client: redis.Redis) -> None:
+    """A member that is no text neither ends whoever tends nor comes back each second."""
+    redis_client.zadd(DEADLINES, {b"\xff\xfe": 1.0, "job": 1.0})
+    upkeep = Upkeep(redis_client, Ledger(redis_client, token="s"), token="s")
+    assert upkeep.tend().out_of_time == 2
+    assert upkeep.tend().out_of_time == 0
