@@ -16,6 +16,7 @@ import redis
 from pydantic_core import to_json
 
 from shiwu.contract import (
+    ASIDE,
     ATTEMPTS,
     CANVAS,
     CANVAS_DUE,
@@ -25,8 +26,10 @@ from shiwu.contract import (
     DEAD_ANSWERS,
     DEAD_MESSAGES,
     DEADLINES,
+    DELAYED,
     ENDED,
     LEASES,
+    PARKED,
     RESULT_STREAM,
     Answer,
     Status,
@@ -41,7 +44,7 @@ CANVAS_PATIENCE_S: Final = 30.0
 _KINDS: Final = {Status.TAGGED: "S", Status.EXPIRED: "R", Status.CANCELLED: "R"}
 _KEYS: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, RESULT_STREAM, DEAD, DEAD_ANSWERS, DEAD_MESSAGES, COUNTERS),
-    *(DEADLINES, CANVAS, CANVAS_DUE),
+    *(DEADLINES, CANVAS, CANVAS_DUE, DELAYED, PARKED),
 )
 
 
@@ -97,7 +100,7 @@ class Ledger:
         self._replicas_timeout_s = replicas_timeout_s
         self._script = load_script(client, "commit")
         self._keep = always(keep)
-        self._rest = [done_key(""), result_key(""), ENDED, int(canvas_patience_s * 1000)]
+        self._rest = [done_key(""), result_key(""), ENDED, int(canvas_patience_s * 1000), ASIDE]
 
     def write(self, entries: Sequence[Entry], *, token: str | None = None) -> set[str]:
         """Answer at most MAX_COMMIT jobs; return the ids that somebody had answered before.

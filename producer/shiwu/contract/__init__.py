@@ -17,6 +17,7 @@ from shiwu.contract.answer import (
     Timing,
 )
 from shiwu.contract.keys import (
+    ASIDE,
     ATTEMPTS,
     CANVAS,
     CANVAS_DUE,
@@ -73,6 +74,7 @@ from shiwu.contract.words import (
 )
 
 __all__ = [
+    "ASIDE",
     "ATTEMPTS",
     "CANVAS",
     "CANVAS_DUE",

@@ -1,34 +1,58 @@
 -- Answers jobs, each once: stores the answer, announces it, appends it to the stream, and drops claim, lease and attempts.
--- KEYS  claims, leases, attempts, results stream, dead, dead answers, dead messages, counters, deadlines, canvas, canvas due
+-- KEYS  claims, leases, attempts, results stream, dead, dead answers, dead messages, counters, deadlines, canvas, canvas due,
+--       delayed, parked
 -- ARGV  result ttl in s, mark ttl in s, most dead letters, date, prefix of marks, prefix of results, channel of ended jobs,
---       patience with canvas in ms, then for each job: id, kind, answer, start of Celery's result for a failure,
+--       patience with canvas in ms, prefix of answers given aside, then for each job: id, kind, answer, start of Celery's result for a failure,
 --       `lane key|raw message` where kind asks for it, mark
 -- kind  S success, F failure, R revoked; then any of I no result is wanted, D is kept as a dead letter,
---       C has callbacks to send, A answered by somebody who does not hold it
+--       C has callbacks to send, A answered by somebody who does not hold it: its message is looked for among the claimed and
+--       the delayed, and where it lies in a lane it is met at its claim
 -- Reply the ids that had been answered before, but not by an earlier try of this commit
 local claims, leases, attempts, results = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local dead, dead_answers, dead_messages, counters = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local deadlines, canvas, canvas_due = KEYS[9], KEYS[10], KEYS[11]
 local result_ttl, done_ttl, most_dead, date = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local done_prefix, result_prefix, ended, patience_ms = ARGV[5], ARGV[6], ARGV[7], tonumber(ARGV[8])
-local FIRST, STEP = 9, 6
+local delayed, parked, aside_prefix = KEYS[12], KEYS[13], ARGV[9]
+local FIRST, STEP = 10, 6
+local READABLE_BYTES = 4 * 1024 * 1024
 local STATES = { S = 'SUCCESS', F = 'FAILURE', R = 'REVOKED' }
 
 -- A wrong type must stop the script before the first answer is marked: Redis does not undo a script.
-for _, hash in ipairs({ claims, attempts, dead_answers, dead_messages, counters, canvas }) do redis.call('HLEN', hash) end
-for _, set in ipairs({ leases, dead, canvas_due }) do redis.call('ZCARD', set) end
+for _, hash in ipairs({ claims, attempts, dead_answers, dead_messages, counters, canvas, parked }) do redis.call('HLEN', hash) end
+for _, set in ipairs({ leases, dead, canvas_due, delayed }) do redis.call('ZCARD', set) end
 redis.call('XLEN', results)
 local has_deadlines = redis.call('ZCARD', deadlines) > 0
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
-local ids = {}
-for i = FIRST, #ARGV, STEP do ids[#ids + 1] = ARGV[i] end
+-- `lane key|raw message` of a job that its answerer does not hold, or nil where it lies in a lane or nowhere.
+local function message_of(id)
+  local record = redis.call('HGET', claims, id)
+  if record then return string.match(record, '^[^|]*|%d+|(.*)$') end
+  return redis.call('HGET', parked, id) or nil
+end
+
+local function wants_no_result(message)
+  if not message or #message > READABLE_BYTES then return false end
+  local ok, read = pcall(cjson.decode, string.match(message, '^[^|]*|(.*)$'))
+  return ok and type(read) == 'table' and type(read.headers) == 'table' and read.headers.ignore_result == true
+end
+
+local ids, found = {}, {}
+for i = FIRST, #ARGV, STEP do
+  ids[#ids + 1] = ARGV[i]
+  if string.find(ARGV[i + 1], 'A', 2, true) then found[ARGV[i]] = message_of(ARGV[i]) end
+end
 -- First what frees memory: a server that is full denies a script that begins with a write that needs some.
 redis.call('HDEL', claims, unpack(ids))
 redis.call('ZREM', leases, unpack(ids))
 redis.call('HDEL', attempts, unpack(ids))
+for id in pairs(found) do
+  redis.call('HDEL', parked, id)
+  redis.call('ZREM', delayed, id)
+end
 if has_deadlines then redis.call('ZREM', deadlines, unpack(ids)) end
 
 local again, first = {}, 0
@@ -42,16 +66,19 @@ for i = FIRST, #ARGV, STEP do
       redis.call('HSET', dead_messages, id, raw)
     end
     if string.sub(id, 1, 1) ~= '~' then
-      if not string.find(kind, 'I', 2, true) then
+      local is_aside = string.find(kind, 'A', 2, true)
+      if is_aside and not found[id] then redis.call('SET', aside_prefix .. id, answer, 'EX', done_ttl) end
+      if not string.find(kind, 'I', 2, true) and not wants_no_result(found[id]) then
         local result = head == '' and answer or head .. ',"answer":' .. answer .. '}'
         local meta = '{"status":"' .. STATES[string.sub(kind, 1, 1)] .. '","result":' .. result
           .. ',"traceback":null,"children":[],"date_done":"' .. date .. '","task_id":"' .. id .. '"}'
         redis.call('SET', result_prefix .. id, meta, 'EX', result_ttl)
         redis.call('PUBLISH', result_prefix .. id, meta)
       end
-      if string.find(kind, 'C', 2, true) then
-        redis.call('HSET', canvas, id, #answer .. '|' .. answer .. raw)
-        redis.call('ZADD', canvas_due, now + patience_ms, id)
+      if string.find(kind, 'C', 2, true) or found[id] then
+        redis.call('HSET', canvas, id, #answer .. '|' .. answer .. (found[id] or raw))
+        -- Who answers aside sends nothing: any worker may.
+        redis.call('ZADD', canvas_due, is_aside and now or now + patience_ms, id)
       end
       redis.call('XADD', results, '*', 'id', id, 'answer', answer)
     end

@@ -16,7 +16,10 @@ from typing import Any, Final
 import redis
 
 from shiwu.contract import (
+    ASIDE,
     ATTEMPTS,
+    CANVAS,
+    CANVAS_DUE,
     CLAIMS,
     COUNTERS,
     DELAYED,
@@ -82,10 +85,11 @@ class Claims:
         # A debt from times without bulk must not later shut interactive jobs out: two claims' worth at most.
         fair = limit * self._bulk_share
         bulk_owed = min(self._bulk_owed + fair, max(2.0, 2 * fair))
-        keys = [CLAIMS, LEASES, ATTEMPTS, COUNTERS, SUSPECTS, SUSPECTS_TAKER, REVOKED, self._last_claim, *_LANE_KEYS]
+        keys = [CLAIMS, LEASES, ATTEMPTS, COUNTERS, SUSPECTS, SUSPECTS_TAKER, REVOKED, self._last_claim]
+        keys += [CANVAS, CANVAS_DUE, *_LANE_KEYS]
         args = [self._token, limit, int(bulk_owed), self._lease_ms, done_key(""), int(holds_nothing)]
         self._is_reply_lost = True
-        reply: list[Any] = self._claim(keys=keys, args=[*args, int(self._is_suspects_turn)])
+        reply: list[Any] = self._claim(keys=keys, args=[*args, int(self._is_suspects_turn), ASIDE])
         self._is_reply_lost = False
         claimed_s = time.monotonic()
         claimed_ms = float(reply[0])

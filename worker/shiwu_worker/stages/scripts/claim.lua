@@ -1,17 +1,18 @@
 -- Takes up to `limit` messages from the lanes and records each under a lease, in one atomic step.
 -- Jobs whose workers died twice are suspects: one worker at a time takes them, one by one, while it holds nothing else, so
 -- that the guilty one convicts itself alone. In between that worker takes a portion of usual jobs.
--- KEYS  claims, leases, attempts, counters, suspects, taker of suspects, revoked ids, our last claim, then 4 keys of each lane,
---       interactive first
+-- KEYS  claims, leases, attempts, counters, suspects, taker of suspects, revoked ids, our last claim, canvas, canvas due,
+--       then 4 keys of each lane, interactive first
 -- ARGV  token, limit, least number to take from bulk, lease in ms, prefix of the marks of answered ids, '1' if we hold nothing,
---       '1' if it is a suspect's turn
+--       '1' if it is a suspect's turn, prefix of answers given aside
 -- Reply server time in ms, 1 if we take suspects now, then for each job: id, attempt, deaths, number of its lane key (1 to 8),
 --       message, 1 if Celery's revoke named it
 local claims, leases, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local suspects, taker, revoked, last_claim = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local token, limit, bulk_least = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local lease_ms, done_prefix, holds_nothing = tonumber(ARGV[4]), ARGV[5], ARGV[6] == '1'
-local FIRST, BULK, LAST = 9, 13, 16
+local canvas, canvas_due, aside_prefix = KEYS[9], KEYS[10], ARGV[8]
+local FIRST, BULK, LAST = 11, 15, 18
 local READABLE_BYTES = 4 * 1024 * 1024
 
 -- A wrong type must stop the script before anything is popped: Redis does not undo a script.
@@ -101,7 +102,16 @@ if #ids > 0 then
   for i, id in ipairs(ids) do
     if answered[i] or held[i] then
       dropped = dropped + 1
-      if answered[i] then redis.call('HDEL', attempts, id) end
+      if answered[i] then
+        redis.call('HDEL', attempts, id)
+        -- Whoever answered it did not have its message, which may carry callbacks.
+        local answer = redis.call('GET', aside_prefix .. id)
+        if answer then
+          redis.call('HSET', canvas, id, #answer .. '|' .. answer .. KEYS[from[i]] .. '|' .. raws[i])
+          redis.call('ZADD', canvas_due, now, id)
+          redis.call('DEL', aside_prefix .. id)
+        end
+      end
     else
       local attempt = (tonumber(string.match(tried[i] or '', '^%d+') or 0)) + 1
       local deaths = tonumber(string.match(tried[i] or '', ':(%d+)$') or 0)
