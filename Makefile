@@ -11,6 +11,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+BENCH_STAMP := $(VENV)/installed-bench
 CODE := producer worker tests demo bench drill
 
 .DEFAULT_GOAL := help
@@ -35,10 +36,10 @@ lint: $(STAMP) ## check form, types and who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy -p demo -p drill -p tests.support
+	$(BIN)/mypy -p demo -p drill -p bench -p tests.support
 	$(BIN)/lint-imports --no-cache --no-logo
 
-bench: $(STAMP) ## measure; JSON and pictures go to bench/out
+bench: $(BENCH_STAMP) ## measure, ARGS="service --quick": messages, service, latency, encode, decode, compare; to bench/out
 	$(BIN)/python -m bench $(ARGS)
 
 drill: $(STAMP) ## break everything for about an hour and count every answer; ARGS="--short", ARGS="kill --rounds 20"
@@ -65,3 +66,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "The installation failed; pip says why above. It needs a package index, or PIP_ARGS that name one."; exit 1; } >&2
 	@touch $@
 	@echo "Installed."
+
+$(BENCH_STAMP): $(STAMP)
+	@echo "Installing what the benchmarks compare with: once."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[worker,dev,bench]'
+	@touch $@

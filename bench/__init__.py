@@ -1,1 +1,1 @@
-"""Benchmarks: one command each, ratios of one run, JSON and PNG in bench/out."""
+"""Benchmarks: one command each, the ratios of one run, JSON and a picture in bench/out."""

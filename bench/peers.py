@@ -1,53 +1,67 @@
-"""The peers of the message benchmark: plain Celery tasks, and celery-batches, at their best settings.
+"""The peers of the benchmark `messages`: plain Celery tasks, and celery-batches, with the same stand-in for a model.
 
-`celery -A bench.peers:threads worker …` and `celery -A bench.peers:batches worker …`. Each answers a message with the
-answer that shiwu's stand-in gives, in Celery's own Redis result backend.
+`celery -A bench.peers:plain worker …` and `celery -A bench.peers:batches worker …`. Each answers a message with an
+answer of the size of shiwu's. A model that takes time is one device: one call at a time, over threads and processes.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import threading
 import time
-from typing import Any
+from typing import Any, Final
 
-from celery import Celery
 from celery_batches import Batches, SimpleRequest
 
-URL = os.environ.get("BENCH_REDIS_URL", "redis://127.0.0.1:6379/0")
-TAGS = [{"label": word, "score": 0.2, "cosine": 0.1} for word in ("动物", "人物", "交通工具", "食物", "建筑")]
+from bench.celery_app import TASK, WORDS, make_app
+
+PER_PICTURE_S: Final = float(os.environ.get("BENCH_PER_PICTURE_MS", "0")) / 1000
+PER_BATCH_S: Final = float(os.environ.get("BENCH_PER_BATCH_MS", "0")) / 1000
+DEVICE_FILE: Final = os.environ.get("BENCH_DEVICE_FILE", "")
+FLUSH_EVERY: Final = 256
+FLUSH_INTERVAL_S: Final = 0.1
+TAGS: Final = [{"label": word, "score": 0.2, "cosine": 0.1} for word in WORDS[:5]]
+_own: Final = threading.local()
 
 
-def _app(name: str) -> Celery:
-    app = Celery(name, broker=URL, backend=URL)
-    app.conf.update(
-        task_acks_late=True,
-        worker_send_task_events=False,
-        task_default_queue="shiwu.bulk",
-        broker_transport_options={"priority_steps": [0]},
-        worker_enable_remote_control=False,
-        broker_connection_retry_on_startup=True,
-    )
-    return app
+def _on_device(pictures: int) -> None:
+    """What a forward pass of so many pictures takes, while nobody else is on the device."""
+    wait_s = PER_PICTURE_S * pictures + PER_BATCH_S
+    if not wait_s:
+        return
+    if not hasattr(_own, "device"):
+        _own.device = os.open(DEVICE_FILE, os.O_CREAT | os.O_WRONLY)
+    fcntl.flock(_own.device, fcntl.LOCK_EX)
+    try:
+        time.sleep(wait_s)
+    finally:
+        fcntl.flock(_own.device, fcntl.LOCK_UN)
 
 
 def _answer(image: str) -> dict[str, Any]:
-    return {"status": "tagged", "image": {"reference": image}, "tags": TAGS, "timing": {"total": time.time()}}
+    return {"status": "tagged", "image": {"reference": image}, "tags": TAGS, "timing": {"total": 1.0}}
 
 
-threads = _app("threads")
+# Not `shared`: Celery gives a shared task to every app of the process, where the last one of a name wins.
+plain = make_app("plain")
 
 
-@threads.task(name="shiwu.tag")
+@plain.task(name=TASK, shared=False)  # type: ignore[untyped-decorator]  # celery has no types
 def tag(image: str) -> dict[str, Any]:
     """One picture a message."""
+    _on_device(1)
     return _answer(image)
 
 
-batches = _app("batches")
+batches = make_app("batches")
 
 
-@batches.task(name="shiwu.tag", base=Batches, flush_every=256, flush_interval=0.1)
+@batches.task(  # type: ignore[untyped-decorator]
+    name=TASK, shared=False, base=Batches, flush_every=FLUSH_EVERY, flush_interval=FLUSH_INTERVAL_S
+)
 def tag_batch(requests: list[SimpleRequest]) -> None:
     """Many messages a call; the results are written one by one, as its documentation shows."""
+    _on_device(len(requests))
     for request in requests:
         batches.backend.mark_as_done(request.id, _answer(request.kwargs["image"]), request=request)

@@ -1,132 +1,171 @@
-"""shiwu's message path with a stand-in model: everything between Redis and Redis but loaders and torch.
+"""shiwu's whole worker but for its loaders and its model: everything between Redis and Redis.
 
-Run as a process: `python -m bench.standin --redis-url URL --jobs N --per-batch-ms B --per-picture-ms A`. It claims,
-admits, batches, "encodes" for A·n + B ms, scores, serialises real answers and commits them, until N are answered.
+`python -m bench.standin --redis-url URL [--jobs N] [--per-batch-ms B] [--per-picture-ms A]`: claims, admits, batches,
+"encodes" for A·n + B ms, scores, serialises real answers and commits them. With --jobs it ends when so many have been
+answered and says how long that took, which is what one profiles; without, it works until SIGTERM.
+
+It is `wiring.open_service` itself, heartbeat and all, with two parts replaced, so it is always in step with the worker.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import signal
+import sys
 import threading
 import time
-from collections.abc import Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+from unittest.mock import patch
 
 import numpy as np
 import redis
+from numpy.typing import NDArray
+from tests.support.waiting import wait_until
 
-from shiwu.contract import COUNTERS, ModelInfo, Tag
-from shiwu.ledger import Ledger
-from shiwu_worker.errors import Trouble
-from shiwu_worker.job import Job
-from shiwu_worker.labels import LabelSet, inline_label_set
-from shiwu_worker.pipeline import Limits, Pipeline, Stages
-from shiwu_worker.settle import Away, Settler
-from shiwu_worker.stages.batch import Batcher
-from shiwu_worker.stages.claim import Claims, Doorbell
-from shiwu_worker.stages.commit import Committer
-from shiwu_worker.timing import Progress
-from shiwu_worker.triage import Triage
+from shiwu.contract import COUNTERS, Head, ModelInfo
+from shiwu_worker import logs, wiring
+from shiwu_worker.config import Settings
+from shiwu_worker.errors import FatalError, Trouble
+from shiwu_worker.loader_frames import Loaded, LoadTask
 
-MODEL = ModelInfo(id="stand-in", revision="0", dtype="none", device="none")
-TAGS = tuple(Tag(label=word, score=0.2, cosine=0.1) for word in ("动物", "人物", "交通工具", "食物", "建筑"))
+WIDTH: Final = 8
+"""Numbers in a stand-in's vector."""
 
 
-def build(
-    url: str, *, slots: int, cap: int, per_picture_ms: float, per_batch_ms: float
-) -> tuple[Pipeline, Settler, Doorbell]:
-    """A pipeline whose loaders and model take no CPU of their own."""
-    client = redis.Redis.from_url(url, socket_timeout=30)
-    token = f"bench{os.getpid()}"
-    claims = Claims(client, token=token, lease_s=60, bulk_share=0.1)
-    committer = Committer(Ledger(client, token=token, result_ttl_s=3600, done_ttl_s=7200), worker=token)
-    labels: LabelSet = inline_label_set(tuple(tag.label for tag in TAGS), head="softmax")
+class StandInLoaders:
+    """Pictures that are there as soon as they are asked for."""
 
-    def encode(pixels: np.ndarray) -> np.ndarray:
-        if wait_ms := per_picture_ms * len(pixels) + per_batch_ms:
-            time.sleep(wait_ms / 1000)
-        return pixels
+    def __init__(self, *, slots: int, on_loaded: Callable[[list[Loaded]], None]) -> None:
+        self.pixels: NDArray[np.uint8] = np.zeros((slots, 1), np.uint8)
+        self._on_loaded = on_loaded
 
-    def load(tickets: Sequence[tuple[int, Job]]) -> None:
+    def start(self, timeout_s: float) -> None:
+        """Nothing is to be started."""
+
+    def close(self, timeout_s: float) -> None:
+        """Nor ended."""
+
+    def submit(self, tasks: Sequence[LoadTask]) -> None:
+        """Hand every picture over at once."""
         now_s = time.monotonic()
-        pipeline.loaded(
-            [
-                SimpleNamespace(
-                    ticket=n, started_s=now_s, fetched_s=now_s, decoded_s=now_s, n_bytes=1, format="JPEG",
-                    width=1, height=1, sha256=None, error=None,
-                )
-                for n, _ in tickets
-            ]
-        )  # fmt: skip
+        moments: Any = {"started_s": now_s, "fetched_s": now_s, "decoded_s": now_s}
+        about: Any = {"n_bytes": 1, "format": "JPEG", "width": 1, "height": 1}
+        # Not validated: a real loader's answer is read from JSON, which costs about as much.
+        self._on_loaded([Loaded.model_construct(ticket=one.ticket, slot=one.slot, **moments, **about) for one in tasks])
 
-    def score(jobs: Sequence[Job], _: np.ndarray) -> None:
-        for job in jobs:
-            job.tags, job.model = TAGS, MODEL
 
-    def fatal(error: BaseException) -> None:
-        raise SystemExit(str(error))
+class StandInFlight:
+    """A batch on the stand-in's device."""
 
-    settler = Settler(
-        committer, claims, away=Away("commit"), on_settled=lambda jobs: pipeline.settled(jobs),  # noqa: PLW0108 bound late
-        on_answered=None, on_fatal=fatal,
-    )  # fmt: skip
-    doorbell = Doorbell(redis.Redis.from_url(url, socket_timeout=30))
-    batcher: Batcher[Job] = Batcher(cap=cap, bulk_share=0.1)
-    triage = Triage(
-        pixels=np.zeros((slots, 1), np.uint8), encode=encode, encode_exact=encode, score=score,
-        trouble=lambda _: Trouble.OTHER, lower_cap=batcher.lower_cap,
-    )  # fmt: skip
-    pipeline = Pipeline(
-        Stages(
-            claims=claims,
-            doorbell=doorbell,
-            resolve=lambda _: labels,
-            load=load,
-            batcher=batcher,
-            encode_and_score=triage.run,
-            settle=settler.put,
-            away=Away("claim"),
-        ),
-        Limits(slots=slots, max_attempts=3),
-        progress=Progress(),
-        on_fatal=fatal,
-    )
-    return pipeline, settler, doorbell
+    def __init__(self, *, pictures: int, until_s: float) -> None:
+        self.pictures = pictures
+        self.is_under_way = until_s > 0
+        self._until_s = until_s
+
+    def wait(self) -> None:
+        """Sleep until the device would be done."""
+        if (left_s := self._until_s - time.monotonic()) > 0:
+            time.sleep(left_s)
+
+
+class StandInEncoder:
+    """A model that sleeps: as long as a GPU of this speed takes, one batch after the other, and none of the CPU."""
+
+    scale = 14.3
+    bias = None
+    default_head: Head = "softmax"
+    slowest_s = 0.0
+    info = ModelInfo(id="stand-in", revision="0", dtype="none", device="none")
+
+    def __init__(self, *, rungs: Sequence[int], per_picture_ms: float, per_batch_ms: float) -> None:
+        self.rungs = tuple(rungs)
+        self._per_picture_s = per_picture_ms / 1000
+        self._per_batch_s = per_batch_ms / 1000
+        self._free_s = 0.0
+        """When the device is done with all that it was given."""
+
+    def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int]) -> StandInFlight:
+        """Give the device A·n + B of work."""
+        took_s = self._per_picture_s * len(rows) + self._per_batch_s
+        if not took_s:
+            return StandInFlight(pictures=len(rows), until_s=0.0)
+        self._free_s = max(self._free_s, time.monotonic()) + took_s
+        return StandInFlight(pictures=len(rows), until_s=self._free_s)
+
+    def collect(self, flight: StandInFlight) -> NDArray[np.float32]:
+        """The vectors, all the same."""
+        flight.wait()
+        return np.full((flight.pictures, WIDTH), WIDTH**-0.5, np.float32)
+
+    def encode_exact(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The same at once."""
+        return np.full((len(pixels), WIDTH), WIDTH**-0.5, np.float32)
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Different vectors for different words."""
+        chance = np.random.default_rng(len(texts)).standard_normal((len(texts), WIDTH), np.float32)
+        unit: NDArray[np.float32] = chance / np.linalg.norm(chance, axis=1, keepdims=True)
+        return unit
+
+    def trouble(self, error: BaseException) -> Trouble:
+        """It has none."""
+        return Trouble.OTHER
 
 
 def main() -> None:
-    """Answer the backlog and print how long it took."""
+    """Work as the command line says."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--redis-url", required=True)
-    parser.add_argument("--jobs", type=int, required=True)
-    parser.add_argument("--slots", type=int, default=1024)
-    parser.add_argument("--cap", type=int, default=256)
+    parser.add_argument("--jobs", type=int, help="end when so many have been answered")
+    parser.add_argument("--slots", type=int, default=1024, help="0: as a worker on this machine would")
+    parser.add_argument("--cap", type=int, default=256, help="largest batch")
     parser.add_argument("--per-picture-ms", type=float, default=0.0)
     parser.add_argument("--per-batch-ms", type=float, default=0.0)
     parser.add_argument("--limit-s", type=float, default=300.0)
     asked = parser.parse_args()
-    client = redis.Redis.from_url(asked.redis_url)
-    pipeline, settler, doorbell = build(
-        asked.redis_url,
-        slots=asked.slots,
-        cap=asked.cap,
-        per_picture_ms=asked.per_picture_ms,
-        per_batch_ms=asked.per_batch_ms,
+    logs.set_up(level="warning", form="json")
+    settings = Settings(
+        redis_url=asked.redis_url, max_batch=asked.cap, slots=asked.slots, log_level="warning", lease_s=60, grace_s=1
     )
-    began_s = time.monotonic()
-    settler.start()
-    doorbell.start()
-    pipeline.start()
-    pause = threading.Event()
-    while int(client.hget(COUNTERS, "answered") or 0) < asked.jobs and time.monotonic() - began_s < asked.limit_s:
-        pause.wait(0.02)
-    took_s = time.monotonic() - began_s
-    answered = int(client.hget(COUNTERS, "answered") or 0)
-    print(json.dumps({"answered": answered, "seconds": took_s, "cpu_seconds": time.process_time()}))
-    pipeline.stop(grace_s=1.0)
-    settler.close(timeout_s=5.0)
+    failed: list[FatalError] = []
+    done = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: done.set())
+
+    def on_fatal(error: FatalError) -> None:
+        failed.append(error)
+        done.set()
+
+    def make_loaders(settings: Settings, _: Any, *, on_loaded: Callable[[list[Loaded]], None], **__: Any) -> Any:
+        return StandInLoaders(slots=settings.slot_count, on_loaded=on_loaded)
+
+    def open_encoder(settings: Settings, *_: Any) -> Any:
+        costs = {"per_picture_ms": asked.per_picture_ms, "per_batch_ms": asked.per_batch_ms}
+        return StandInEncoder(rungs=settings.rungs, **costs)
+
+    with (
+        patch.multiple(wiring, make_loaders=make_loaders, open_encoder=open_encoder),
+        wiring.open_service(settings, on_fatal=on_fatal),
+    ):
+        if asked.jobs:
+            _answer(asked.redis_url, asked.jobs, limit_s=asked.limit_s, done=done)
+        else:
+            done.wait()
+    if failed:
+        sys.exit(f"{failed[0]}")
+
+
+def _answer(url: str, jobs: int, *, limit_s: float, done: threading.Event) -> None:
+    began_s, before_s = time.monotonic(), time.process_time()
+    with redis.Redis.from_url(url, socket_timeout=30) as client:
+
+        def answered() -> int:
+            return int(client.hget(COUNTERS, "answered") or 0)
+
+        wait_until(lambda: done.is_set() or answered() >= jobs, timeout_s=limit_s, what=f"{jobs} answers")
+        found = {"answered": answered(), "seconds": time.monotonic() - began_s}
+        print(json.dumps(found | {"cpu_seconds": time.process_time() - before_s}))
 
 
 if __name__ == "__main__":

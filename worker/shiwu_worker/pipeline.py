@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from redis import RedisError
 
-from shiwu.contract import ErrorCode, ErrorInfo, ImageInfo, Stage, without_query
-from shiwu_worker.errors import ExitCode, FatalError, Rejected
+from shiwu.contract import ImageInfo, without_query
+from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.fates import Fates
 from shiwu_worker.hands import Hands, Limits
 from shiwu_worker.job import Job, Release, open_job
 from shiwu_worker.timing import Meter, Progress
@@ -74,7 +75,7 @@ class Pipeline:
         on_claiming: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self._do = stages
-        self._limits = limits
+        self._fates = Fates(limits, stages.resolve)
         self._progress = progress
         self._meter = meter
         self._on_fatal = on_fatal
@@ -123,27 +124,10 @@ class Pipeline:
             if job.id in self._hands:
                 # It came back to its lane and to us while its former life here is being settled.
                 job.back = Release(job.id, delay_s=ONCE_MORE_S)
-        tickets = self._hands.take(jobs, [job for job in jobs if self._acceptable(job, now_s)])
+        tickets = self._hands.take(jobs, [job for job in jobs if self._fates.admits(job, now_s)])
         self._settle([job for job in jobs if job.slot < 0])
         if tickets:
             self._do.load(tickets)
-
-    def _acceptable(self, job: Job, now_s: float) -> bool:
-        if job.back is not None or job.error is not None or job.unwanted(now_s):
-            return False
-        if job.due_s > now_s:
-            job.back = Release(job.id, delay_s=job.due_s - now_s)
-            return False
-        if job.deaths >= self._limits.max_attempts:
-            text = f"given up: {job.deaths} workers died, hung or lost their device while they held it"
-            job.fail(ErrorInfo(code=ErrorCode.ATTEMPTS_EXHAUSTED, message=text, stage=Stage.CLAIM))
-            return False
-        try:
-            job.label_set = self._do.resolve(job)
-        except Rejected as error:
-            job.fail(error.info())
-            return False
-        return True
 
     # -------------------------------------------------------------------------------- fetch, decode
     def loaded(self, results: Sequence[Loaded]) -> None:
@@ -227,17 +211,9 @@ class Pipeline:
         """Free the slots of jobs whose fate is known, and hand them on to be answered or given back. Never blocks."""
         if jobs:
             for job in jobs:
-                self._spare(job)
+                self._fates.spare(job)
             self._hands.free_slots(jobs)
             self._do.settle(jobs)
-
-    def _spare(self, job: Job) -> None:
-        """Give a failed job another try where its class of error has one left."""
-        policy = self._limits.retries.get(job.error.code) if job.error is not None else None
-        if policy is not None and job.error is not None and job.attempt < policy.attempts:
-            job.back = Release(job.id, delay_s=policy.delay_s(job.attempt), counts=True)
-            code = job.error.code.value
-            log.info("later", id=job.id, attempt=job.attempt, code=code, delay_s=round(job.back.delay_s, 3))
 
     def ended(self, ids: Sequence[str]) -> None:
         """Leave these jobs where they are held: somebody has answered them."""

@@ -91,20 +91,17 @@ def open_service(
         ledger = make_ledger(settings, client, token)
         folder = model_folder(settings.model)
         spec = read_image_spec(folder)
-        loaders = make_loaders(
-            settings,
-            spec,
-            on_loaded=lambda results: pipeline.loaded(results),  # noqa: PLW0108 bound when it is called
-            on_fatal=on_fatal,
-        )
+        # Parts that answer upwards are bound late: the pipeline is made last.
+        loaders = make_loaders(settings, spec, on_loaded=lambda done: pipeline.loaded(done), on_fatal=on_fatal)
         stack.callback(loaders.close, LOADERS_STOP_S)
         loaders.start(START_S)
+        teller = _teller(job_logger(level=settings.log_level), on_answered)
         settler = Settler(
             Committer(ledger, worker=settings.worker_name),
             claims,
             away=make_away("commit", progress),
-            on_settled=lambda jobs: pipeline.settled(jobs),  # noqa: PLW0108 bound when it is called
-            on_answered=_teller(job_logger(level=settings.log_level), on_answered),
+            on_settled=lambda jobs: pipeline.settled(jobs),
+            on_answered=teller,
             on_fatal=on_fatal,
         )
         encoder = open_encoder(settings, folder, spec)

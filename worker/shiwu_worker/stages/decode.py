@@ -24,6 +24,8 @@ from shiwu_worker.image_spec import ImageSpec
 
 DRAFT_FACTOR: Final = 2
 """A JPEG may be decoded at reduced size down to this many times the model's: below JPEG's own re-save noise."""
+LEAST_DRAFT: Final = 256
+"""And never below this: a small model sees every level, and a small picture is cheap anyway."""
 ORIENTATION: Final = 0x0112
 _FAST_FILTERS: Final = {
     Image.Resampling.BOX: FilterType.box,
@@ -85,7 +87,7 @@ def decode(
             orientation = image.getexif().get(ORIENTATION, 1)
             sideways = orientation in {5, 6, 7, 8}
             if image.format in {"JPEG", "MPO"} and not exact:
-                edge = DRAFT_FACTOR * max(spec.width, spec.height, spec.shortest_edge or 0)
+                edge = max(LEAST_DRAFT, DRAFT_FACTOR * max(spec.width, spec.height, spec.shortest_edge or 0))
                 image.draft("RGB", (edge, edge))
             shrink = _shrink if exact else _shrink_fast
             pixels = _resized(_rgb(image), spec, _TURNS.get(orientation), sideways=sideways, shrink=shrink)

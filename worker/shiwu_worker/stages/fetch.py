@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
-from urllib.parse import parse_qs, unquote, urljoin, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import boto3
 import urllib3
@@ -27,21 +27,13 @@ from botocore.exceptions import (
     PartialCredentialsError,
 )
 
-from shiwu.contract import ErrorCode, Stage, without_query
-from shiwu_worker.errors import AddressRefused, JobError, Rejected, Unavailable
+from shiwu.contract import ErrorCode, without_query
+from shiwu_worker.errors import AddressRefused, Unavailable
+from shiwu_worker.sources import check_hop, http_error, next_hop, rejected, s3_error, unavailable
 
 CHUNK: Final = 64 * 1024
 QUICK_TRIES: Final = 3
 REDIRECTS: Final = 3
-_NOT_FOUND: Final = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "404", "MethodNotAllowed"}
-_FORBIDDEN: Final = {
-    "AccessDenied",
-    "403",
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "AllAccessDisabled",
-    "401",
-}
 
 
 class Pool(Protocol):
@@ -68,14 +60,6 @@ class FetchLimits:
     total_timeout_s: float
     connect_timeout_s: float
     read_timeout_s: float
-
-
-def _rejected(code: ErrorCode, message: str) -> Rejected:
-    return Rejected(code, message, stage=Stage.FETCH)
-
-
-def _unavailable(message: str) -> Unavailable:
-    return Unavailable(ErrorCode.SOURCE_UNAVAILABLE, message, stage=Stage.FETCH)
 
 
 class Fetcher:
@@ -115,7 +99,7 @@ class Fetcher:
         }
         source = sources.get(scheme)
         if source is None:
-            raise _rejected(ErrorCode.INVALID_REFERENCE, f"expected s3, https, http or file, got {scheme!r}")
+            raise rejected(ErrorCode.INVALID_REFERENCE, f"expected s3, https, http or file, got {scheme!r}")
         for tried in range(1, QUICK_TRIES + 1):
             try:
                 return source(reference, deadline_s)
@@ -132,23 +116,23 @@ class Fetcher:
         # Keys are taken as they stand: '?' begins the version only as '?versionId='.
         key, _, query = reference.removeprefix(f"s3://{parts.netloc}/").partition("?versionId=")
         if key.endswith("/"):
-            raise _rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a key, got a prefix: {without_query(reference)}")
+            raise rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a key, got a prefix: {without_query(reference)}")
         version = {"VersionId": parse_qs(f"v={query}")["v"][0]} if query else {}
         try:
             answer = self._s3().get_object(Bucket=parts.netloc, Key=key, **version)
             with answer["Body"] as body:
                 return self._read(lambda: body.read(CHUNK), answer.get("ContentLength"), deadline_s)
         except ClientError as error:
-            raise _s3_error(error, reference) from error
+            raise s3_error(error, reference) from error
         except (NoCredentialsError, PartialCredentialsError) as error:
-            raise _rejected(
+            raise rejected(
                 ErrorCode.SOURCE_FORBIDDEN, "expected S3 credentials in the worker's environment, found none"
             ) from error
         except ParamValidationError as error:
             text = f"expected a bucket and key that S3 accepts: {without_query(reference)}"
-            raise _rejected(ErrorCode.INVALID_REFERENCE, text) from error
+            raise rejected(ErrorCode.INVALID_REFERENCE, text) from error
         except (BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
-            raise _unavailable(f"S3 did not answer ({type(error).__name__})") from error
+            raise unavailable(f"S3 did not answer ({type(error).__name__})") from error
 
     def _s3(self) -> Any:
         with self._s3_lock:
@@ -175,7 +159,7 @@ class Fetcher:
     # -------------------------------------------------------------------------------- http
     def _from_http(self, url: str, deadline_s: float) -> bytes:
         for _ in range(REDIRECTS + 1):
-            _check_hop(url)
+            check_hop(url)
             try:
                 answer = self._pool.request(
                     "GET",
@@ -191,36 +175,36 @@ class Fetcher:
                     headers={"Accept-Encoding": "identity", "User-Agent": "shiwu", "Accept": "image/*"},
                 )
             except AddressRefused as error:
-                raise _rejected(ErrorCode.SOURCE_FORBIDDEN, "the source is not reachable from here") from error
+                raise rejected(ErrorCode.SOURCE_FORBIDDEN, "the source is not reachable from here") from error
             except (urllib3.exceptions.HTTPError, OSError) as error:
-                raise _http_error(error, url) from error
+                raise http_error(error, url) from error
             try:
                 if answer.status in {301, 302, 303, 307, 308} and (to := answer.headers.get("Location")):
-                    url = _next_hop(url, to)
+                    url = next_hop(url, to)
                     continue
                 return self._read_http(answer, url, deadline_s)
             finally:
                 # A body that was read to its end leaves the connection usable; any other is dropped.
                 answer.release_conn() if answer.closed else answer.close()
-        raise _rejected(ErrorCode.SOURCE_FORBIDDEN, f"expected at most {REDIRECTS} redirects")
+        raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"expected at most {REDIRECTS} redirects")
 
     def _read_http(self, answer: urllib3.BaseHTTPResponse, url: str, deadline_s: float) -> bytes:
         shown = without_query(url)
         if answer.status in {404, 410}:
-            raise _rejected(ErrorCode.SOURCE_NOT_FOUND, f"HTTP {answer.status}: {shown}")
+            raise rejected(ErrorCode.SOURCE_NOT_FOUND, f"HTTP {answer.status}: {shown}")
         if answer.status in {401, 403, 407, 451}:
-            raise _rejected(ErrorCode.SOURCE_FORBIDDEN, f"HTTP {answer.status}: {shown}")
+            raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"HTTP {answer.status}: {shown}")
         if answer.status in {408, 425, 429} or answer.status >= 500:
-            raise _unavailable(f"HTTP {answer.status}: {shown}")
+            raise unavailable(f"HTTP {answer.status}: {shown}")
         if answer.status != 200:
-            raise _rejected(ErrorCode.SOURCE_NOT_FOUND, f"expected HTTP 200, got {answer.status}: {shown}")
+            raise rejected(ErrorCode.SOURCE_NOT_FOUND, f"expected HTTP 200, got {answer.status}: {shown}")
         if (encoding := answer.headers.get("Content-Encoding", "identity")) != "identity":
-            raise _rejected(ErrorCode.NOT_A_PICTURE, f"expected an unencoded body, got Content-Encoding {encoding:.40}")
+            raise rejected(ErrorCode.NOT_A_PICTURE, f"expected an unencoded body, got Content-Encoding {encoding:.40}")
         length = answer.headers.get("Content-Length", "")
         try:
             return self._read(lambda: answer.read1(CHUNK), int(length) if length.isdecimal() else None, deadline_s)
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise _http_error(error, url) from error
+            raise http_error(error, url) from error
 
     # -------------------------------------------------------------------------------- file
     def _from_folder(self, reference: str, deadline_s: float) -> bytes:
@@ -228,76 +212,41 @@ class Fetcher:
         try:
             real = path.resolve(strict=True)
             if not any(real.is_relative_to(folder) for folder in self._folders):
-                raise _rejected(ErrorCode.SOURCE_FORBIDDEN, "expected a file in one of SHIWU_ALLOW_FOLDERS")
+                raise rejected(ErrorCode.SOURCE_FORBIDDEN, "expected a file in one of SHIWU_ALLOW_FOLDERS")
             if real.is_dir():
-                raise _rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a file, got a folder: {path}")
+                raise rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a file, got a folder: {path}")
             if not real.is_file():
-                raise _rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a regular file: {path}")
+                raise rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a regular file: {path}")
             with real.open("rb") as file:
                 return self._read(lambda: file.read(CHUNK), real.stat().st_size, deadline_s)
         except (FileNotFoundError, NotADirectoryError) as error:
             # Outside the allowed folders nobody learns what exists.
             inside = any(path.parent.resolve().is_relative_to(folder) for folder in self._folders)
             code = ErrorCode.SOURCE_NOT_FOUND if inside else ErrorCode.SOURCE_FORBIDDEN
-            raise _rejected(
+            raise rejected(
                 code, "no such file" if inside else "expected a file in one of SHIWU_ALLOW_FOLDERS"
             ) from error
         except (PermissionError, RuntimeError) as error:
-            raise _rejected(ErrorCode.SOURCE_FORBIDDEN, f"can't read the file ({type(error).__name__})") from error
+            raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"can't read the file ({type(error).__name__})") from error
         except OSError as error:
             if error.errno in {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}:
-                raise _rejected(ErrorCode.INVALID_REFERENCE, f"can't be a file ({error.strerror})") from error
-            raise _unavailable(f"can't read the file ({type(error).__name__})") from error
+                raise rejected(ErrorCode.INVALID_REFERENCE, f"can't be a file ({error.strerror})") from error
+            raise unavailable(f"can't read the file ({type(error).__name__})") from error
 
     def _read(self, read_some: Callable[[], bytes], length: int | None, deadline_s: float) -> bytes:
         """Read to the end, but never more than the limit and never past the deadline."""
         limit = self._limits.max_bytes
         if length is not None and length > limit:
-            raise _rejected(ErrorCode.PICTURE_TOO_LARGE, f"expected at most {limit} bytes, got {length}")
+            raise rejected(ErrorCode.PICTURE_TOO_LARGE, f"expected at most {limit} bytes, got {length}")
         parts: list[bytes] = []
         total = 0
         while part := read_some():
             total += len(part)
             if total > limit:
-                raise _rejected(ErrorCode.PICTURE_TOO_LARGE, f"expected at most {limit} bytes, got more")
+                raise rejected(ErrorCode.PICTURE_TOO_LARGE, f"expected at most {limit} bytes, got more")
             if time.monotonic() > deadline_s:
-                raise _unavailable(f"expected all bytes within {self._limits.total_timeout_s:g} s, got {total} so far")
+                raise unavailable(f"expected all bytes within {self._limits.total_timeout_s:g} s, got {total} so far")
             parts.append(part)
         if length is not None and total < length:
-            raise _unavailable(f"expected {length} bytes, got {total}: the connection ended early")
+            raise unavailable(f"expected {length} bytes, got {total}: the connection ended early")
         return b"".join(parts)
-
-
-def _s3_error(error: ClientError, reference: str) -> JobError:
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    text = f"S3 answered {code} (HTTP {status}): {without_query(reference)}"
-    if code in _NOT_FOUND or status == 404:
-        return _rejected(ErrorCode.SOURCE_NOT_FOUND, text)
-    if code in _FORBIDDEN or status in {401, 403}:
-        return _rejected(ErrorCode.SOURCE_FORBIDDEN, text)
-    if status >= 500 or code in {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException"} or status == 429:
-        return _unavailable(text)
-    return _rejected(ErrorCode.SOURCE_NOT_FOUND, text)
-
-
-def _check_hop(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
-        raise _rejected(ErrorCode.SOURCE_FORBIDDEN, "expected a redirect to http(s)://host without user name")
-
-
-def _next_hop(url: str, to: str) -> str:
-    target = urljoin(url, to)
-    if urlsplit(url).scheme == "https" and urlsplit(target).scheme != "https":
-        raise _rejected(ErrorCode.SOURCE_FORBIDDEN, "expected no redirect from https to another scheme")
-    return target
-
-
-def _http_error(error: Exception, url: str) -> JobError:
-    shown = without_query(url)
-    if isinstance(error, urllib3.exceptions.LocationParseError | UnicodeError):
-        return _rejected(ErrorCode.INVALID_REFERENCE, f"expected a URL, got {shown}")
-    if isinstance(error, urllib3.exceptions.SSLError):
-        return _rejected(ErrorCode.SOURCE_FORBIDDEN, f"the server's certificate was not accepted: {shown}")
-    return _unavailable(f"{type(error).__name__}: {shown}")

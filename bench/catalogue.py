@@ -1,0 +1,45 @@
+"""The benchmarks by name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Final
+
+from bench.report import Report
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One benchmark: a module with `add_options(parser)` and `run(asked)`.
+
+    The module is imported when it is asked for: torch takes seconds, and memory that a measurement should not share.
+    """
+
+    name: str
+    module: str
+    about: str
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Its own options, beside --quick."""
+        add: Callable[[argparse.ArgumentParser], None] = import_module(self.module).add_options
+        add(parser)
+
+    def run(self, asked: argparse.Namespace) -> Report:
+        """Measure."""
+        measure: Callable[[argparse.Namespace], Report] = import_module(self.module).run
+        return measure(asked)
+
+
+BENCHES: Final = {
+    bench.name: bench
+    for bench in (
+        Bench("messages", "bench.messages", "jobs a second from claim to commit, beside Celery and celery-batches"),
+        Bench("service", "bench.service", "pictures a second of the whole service, beside the bare model and peers"),
+        Bench("latency", "bench.latency", "p50, p95, p99 in an open loop, and of one picture on an idle worker"),
+        Bench("encode", "bench.encode", "the model alone: batch sizes, dtypes, and its share of the matrix rate"),
+        Bench("decode", "bench.decode", "core-milliseconds of one picture, and how far its pixels are off"),
+    )
+}

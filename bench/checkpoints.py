@@ -1,0 +1,154 @@
+"""Models by name: the embedded one, two Chinese-CLIPs in their published shapes with random weights, or a folder.
+
+`python -m bench.checkpoints NAME FOLDER` makes the files of one; `checkpoint` does so once, in a process of its own,
+and keeps them in the cache. The shapes are those of the config.json of OFA-Sys/chinese-clip-vit-base-patch16 and
+OFA-Sys/chinese-clip-vit-large-patch14.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from bench.cache import made_once
+from shiwu_worker.models import EMBEDDED, model_folder, model_name
+
+NAMES: Final = ("embedded", "vit-b-16", "vit-l-14")
+RECIPE: Final = 1
+"""Counted up when what is written changes, so that no old files are taken from the cache."""
+CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+VOCAB: Final = 21128
+TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What tells the two sizes apart."""
+
+    patch: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    projection: int
+
+
+SHAPES: Final = {
+    "vit-b-16": Shape(patch=16, hidden=768, intermediate=3072, layers=12, heads=12, projection=512),
+    "vit-l-14": Shape(patch=14, hidden=1024, intermediate=4096, layers=24, heads=16, projection=768),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model to measure."""
+
+    name: str
+    folder: Path
+    setting: str | None
+    """What SHIWU_MODEL is set to; None leaves it unset."""
+    is_random: bool
+    gflop: float
+    """Of one picture's forward pass through the picture tower: two for each multiplication with its addition."""
+
+
+def checkpoint(asked: str) -> Checkpoint:
+    """Find the model, or make it."""
+    if asked == "embedded":
+        folder = model_folder(None)
+        return Checkpoint(EMBEDDED, folder, None, is_random=False, gflop=picture_gflop(folder))
+    if asked in SHAPES:
+        folder = made_once(f"{asked}-random-{RECIPE}", lambda half: _make_elsewhere(asked, half))
+        return Checkpoint(asked, folder, str(folder), is_random=True, gflop=picture_gflop(folder))
+    folder = model_folder(str(Path(asked).resolve()))
+    return Checkpoint(model_name(str(folder)), folder, str(folder), is_random=False, gflop=picture_gflop(folder))
+
+
+def processor_folder() -> Path:
+    """A folder with the published preprocessing alone, for those who need no weights."""
+    return made_once(f"processor-224-{RECIPE}", _write_preprocessor)
+
+
+def picture_gflop(folder: Path) -> float:
+    """Floating point operations of a picture tower, from its config: 35.13 for ViT-B/16, 162.0 for ViT-L/14."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    its = config["vision_config"]
+    hidden, patch = its["hidden_size"], its["patch_size"]
+    patches = (its["image_size"] // patch) ** 2
+    tokens = patches + 1
+    layer = tokens * (4 * hidden**2 + 2 * hidden * its["intermediate_size"]) + 2 * tokens**2 * hidden
+    ends = patches * 3 * patch**2 * hidden + hidden * config.get("projection_dim", 0)
+    return float(2 * (its["num_hidden_layers"] * layer + ends) / 1e9)
+
+
+def _make_elsewhere(name: str, folder: Path) -> None:
+    """Torch's memory goes with the process that needed it."""
+    print(f"making {name} with random weights, once …", file=sys.stderr)
+    command = [sys.executable, "-m", "bench.checkpoints", name, str(folder)]
+    subprocess.run(command, check=True, timeout=600)
+
+
+def _make(name: str, folder: Path) -> None:
+    import torch  # noqa: PLC0415 only where a model is made
+    from transformers import ChineseCLIPConfig, ChineseCLIPModel  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    model = ChineseCLIPModel(ChineseCLIPConfig(**_config(SHAPES[name]))).eval()
+    model.save_pretrained(folder)
+    for file in TOKENIZER_FILES:
+        shutil.copyfile(model_folder(None) / file, folder / file)
+    _write_preprocessor(folder)
+
+
+def _config(shape: Shape) -> dict[str, Any]:
+    return {
+        "projection_dim": shape.projection,
+        "logit_scale_init_value": 2.6592,
+        "vision_config": {
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "patch_size": shape.patch,
+            "image_size": 224,
+            "hidden_act": "quick_gelu",
+            "projection_dim": shape.projection,
+        },
+        "text_config": {
+            "vocab_size": VOCAB,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 512,
+        },
+    }
+
+
+def _write_preprocessor(folder: Path) -> None:
+    """The published one: squashed to a square, nothing cut off."""
+    config = {
+        "image_processor_type": "ChineseCLIPImageProcessor",
+        "do_resize": True,
+        "size": {"height": 224, "width": 224},
+        "resample": 3,
+        "do_center_crop": False,
+        "do_convert_rgb": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }
+    text = json.dumps(config, indent=2)
+    (folder / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _make(sys.argv[1], Path(sys.argv[2]))

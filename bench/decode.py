@@ -1,0 +1,190 @@
+"""Core-milliseconds of one picture from bytes to the model's pixels, and how far these are off.
+
+Beside shiwu's two paths stands transformers' own processor, as the reference script uses it; its pixels are the
+measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from bench.charts import Chart, Series
+from bench.checkpoints import processor_folder
+from bench.machine import named
+from bench.photos import FORMATS, SIZE_NAMES, SIZES, bits_per_pixel, photo
+from bench.report import Headline, Report, Table, median, number, ratio
+from shiwu_worker.image_spec import ImageSpec, read_image_spec
+from shiwu_worker.stages.decode import DecodeLimits, decode
+
+LIMITS: Final = DecodeLimits(max_pixels=50_000_000, max_side=16_384, formats=("JPEG", "PNG", "WEBP", "GIF", "AVIF"))
+LEAST_TIMES: Final = 3
+FAST: Final = "shiwu"
+EXACT: Final = "shiwu, exact"
+PROCESSOR: Final = "transformers' processor"
+WAYS: Final = (FAST, EXACT, PROCESSOR)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One way of making one picture's pixels."""
+
+    way: str
+    least_ms: float
+    median_ms: float
+    times: int
+    max_levels: int
+    """Largest difference to the processor's pixels, of 255."""
+    mean_levels: float
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One file."""
+
+    size: str
+    format: str
+    kilobytes: float
+    bits_per_pixel: float
+    costs: tuple[Cost, ...]
+
+    def least_ms(self, way: str) -> float:
+        """Its least cost."""
+        return next(cost.least_ms for cost in self.costs if cost.way == way)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the run found."""
+
+    cases: tuple[Case, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How it was run."""
+
+    quick: bool
+    sizes: tuple[str, ...]
+    formats: tuple[str, ...]
+    seconds: float
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Its own options."""
+    parser.add_argument("--sizes", help=f"of {','.join(SIZE_NAMES)}; default: all")
+    parser.add_argument("--formats", help=f"of {','.join(FORMATS)}; default: all")
+    parser.add_argument("--seconds", type=float, help="for each way and file; default 2")
+
+
+def run(asked: argparse.Namespace) -> Report:
+    """Decode every format in every size in three ways."""
+    options = Options(
+        quick=asked.quick,
+        sizes=tuple(asked.sizes.split(",")) if asked.sizes else SIZE_NAMES[: 1 if asked.quick else None],
+        formats=tuple(asked.formats.split(",")) if asked.formats else tuple(FORMATS),
+        seconds=asked.seconds or (0.1 if asked.quick else 2.0),
+    )
+    if unknown := [*(set(options.sizes) - SIZES.keys()), *(set(options.formats) - FORMATS.keys())]:
+        raise SystemExit(f"expected sizes of {', '.join(SIZES)} and formats of {', '.join(FORMATS)}, got {unknown}")
+    return _report(options, Figures(tuple(_cases(options))))
+
+
+def _cases(options: Options) -> Iterator[Case]:
+    folder = processor_folder()
+    spec = read_image_spec(folder)
+    processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+    for size in (name for name in SIZE_NAMES if name in options.sizes):
+        image = photo(size, seed=0)
+        for name in options.formats:
+            data = FORMATS[name](image)
+            costs = _costs(data, spec, processor, seconds=options.seconds)
+            yield Case(size, name, len(data) / 1000, bits_per_pixel(size, data), costs)
+            print(f"  {size}, {name}: {', '.join(f'{one.way} {number(one.least_ms)} ms' for one in costs)}", flush=True)
+
+
+def _costs(data: bytes, spec: ImageSpec, processor: Any, *, seconds: float) -> tuple[Cost, ...]:
+    fast = partial(decode, data, spec=spec, limits=LIMITS)
+    exact = partial(fast, exact=True)
+    truth = _processed(processor, data, do_rescale=False, do_normalize=False).transpose(1, 2, 0)
+    return (
+        _cost(FAST, fast, fast()[0], truth, seconds),
+        _cost(EXACT, exact, exact()[0], truth, seconds),
+        _cost(PROCESSOR, partial(_processed, processor, data), truth, truth, seconds),
+    )
+
+
+def _processed(processor: Any, data: bytes, **options: bool) -> NDArray[Any]:
+    """As the reference script does it: open, convert, resize, rescale, normalise."""
+    with Image.open(io.BytesIO(data)) as image:
+        # As numpy: torch's helper threads would count as the processor's time.
+        pixels: NDArray[Any] = processor(images=image.convert("RGB"), return_tensors="np", **options)["pixel_values"][0]
+    return pixels
+
+
+def _cost(way: str, work: Callable[[], object], pixels: NDArray[Any], truth: NDArray[Any], seconds: float) -> Cost:
+    work()
+    took_ms: list[float] = []
+    until_s = time.monotonic() + seconds
+    while len(took_ms) < LEAST_TIMES or time.monotonic() < until_s:
+        # Of the process and not of the thread: AVIF's decoder works in threads of its own.
+        began_s = time.process_time()
+        work()
+        took_ms.append((time.process_time() - began_s) * 1000)
+    levels = np.abs(pixels.astype(np.float32) - truth.astype(np.float32))
+    return Cost(
+        way=way,
+        least_ms=min(took_ms),
+        median_ms=median(took_ms),
+        times=len(took_ms),
+        max_levels=round(float(levels.max())),
+        mean_levels=float(levels.mean()),
+    )
+
+
+def _report(options: Options, figures: Figures) -> Report:
+    rows = tuple(
+        (
+            f"{case.size}, {case.format}",
+            number(case.kilobytes),
+            *(f"{number(one.least_ms)} / {number(one.median_ms)}" for one in case.costs),
+            f"{ratio(case.least_ms(PROCESSOR), case.least_ms(FAST)):.1f}",
+            *(f"{one.max_levels} / {one.mean_levels:.2f}" for one in case.costs[:2]),
+        )
+        for case in figures.cases
+    )
+    head = (
+        "file", "kB", *(f"{way}, ms" for way in WAYS), "shiwu is × as fast",
+        "levels off, max / mean", "exact",
+    )  # fmt: skip
+    jpegs = [case for case in figures.cases if case.format == "JPEG"]
+    names = tuple(f"{case.size}, {case.format}" for case in figures.cases)
+    series = tuple(Series(way, tuple(case.least_ms(way) for case in figures.cases)) for way in WAYS)
+    headlines = [Headline(f"{case.size} JPEG", case.least_ms(FAST), "core-ms", "less") for case in jpegs]
+    headlines += [
+        Headline(f"{case.size} JPEG, processor ÷ shiwu", ratio(case.least_ms(PROCESSOR), case.least_ms(FAST)), "times",
+                 "more")
+        for case in jpegs
+    ]  # fmt: skip
+    return Report(
+        name="decode",
+        headlines=tuple(headlines),
+        tables=(Table("Core-milliseconds from bytes to 224 × 224, least / median", head, rows),),
+        charts=(Chart("from bytes to 224 × 224, least of many", names, series, "core-ms", is_log=True),),
+        figures=figures,
+        settings=options,
+        notes=(
+            f"{named('pillow', 'transformers', 'cykooz-resizer', 'numpy')}; levels are of 255, against the processor's",
+            "shiwu also reads EXIF and computes the SHA-256; its pixels stay uint8, the processor's are normalised",
+        ),
+    )

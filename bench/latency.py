@@ -1,0 +1,240 @@
+"""From enqueue to an answer that can be read: p50, p95 and p99 in an open loop, and one at a time on an idle worker.
+
+The rates are shares of what shiwu can do, measured in the same run; each peer gets the same rates as far as it can keep
+up with them, and shares of its own capacity besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from bench import bare, picture_setup, traffic
+from bench.backlog import Drained, drain
+from bench.bare import Bare
+from bench.charts import Chart, Series
+from bench.openloop import Idle, Spread, run_idle, run_open_loop
+from bench.picture_setup import PictureOptions, open_place, read_options
+from bench.picture_systems import SHIWU, Place, System
+from bench.report import Headline, Report, Table, number, ratio
+from shiwu.contract import Lane
+
+JUDGED: Final = 0.8
+"""The share of its capacity at which a system's p99 is judged."""
+KEEPS_UP: Final = 0.95
+"""A peer is not asked for more than this share of its own capacity."""
+FEWEST_IDLE: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One system at one rate."""
+
+    system: str
+    share: float
+    """Of whose capacity `of` names."""
+    of: str
+    spread: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What one system can do, from a backlog."""
+
+    system: str
+    per_second: float
+    beyond: tuple[float, ...]
+    """Rates that it was not asked for: it can't keep up with them."""
+    idle: Idle
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the run found."""
+
+    bare: Bare
+    capacities: tuple[Capacity, ...]
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How it was run."""
+
+    pictures: PictureOptions
+    shares: tuple[float, ...]
+    fewest: int
+    longest_s: float
+    idle: int
+    seed: int
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Its own options."""
+    picture_setup.add_options(parser, model="embedded")
+    parser.add_argument("--loads", default="0.1,0.5,0.8,0.95", help="shares of shiwu's capacity; default %(default)s")
+    parser.add_argument("--fewest", type=int, help="answers of one run, if --longest-s allows; default 1000")
+    parser.add_argument("--longest-s", type=float, help="no run is longer; default 180")
+    parser.add_argument("--idle", type=int, help="pictures one at a time; default 200")
+    parser.add_argument("--seed", type=int, default=1)
+
+
+def run(asked: argparse.Namespace) -> Report:
+    """Measure each system on its own, shiwu first: its capacity gives the rates."""
+    options = Options(
+        pictures=read_options(asked, seconds=20.0),
+        shares=tuple(float(part) for part in asked.loads.split(",")),
+        fewest=asked.fewest or (50 if asked.quick else 1000),
+        longest_s=asked.longest_s or (4.0 if asked.quick else 180.0),
+        idle=asked.idle or (FEWEST_IDLE if asked.quick else 200),
+        seed=asked.seed,
+    )
+    capacities: list[Capacity] = []
+    runs: list[Run] = []
+    with open_place(options.pictures, Lane.INTERACTIVE) as place:
+        shiwu, *peers = options.pictures.systems
+        drained, capacity, its = _measure(place, shiwu, options, whole=None)
+        alone = bare.measure(place.model_env, largest=drained.largest_batch, seconds=options.pictures.seconds)
+        capacities.append(capacity)
+        runs += its
+        for system in peers:
+            _, own, its = _measure(replace(place, dtype=alone.dtype), system, options, whole=capacity.per_second)
+            capacities.append(own)
+            runs += its
+        server = traffic.server_version(place.client)
+        return _report(options, Figures(alone, tuple(capacities), tuple(runs)), place, server=server)
+
+
+def _measure(
+    place: Place, system: System, options: Options, *, whole: float | None
+) -> tuple[Drained, Capacity, list[Run]]:
+    """One system: what it can do, then each rate. `whole` is shiwu's capacity, None for shiwu itself."""
+    with system.open(place) as running:
+        drained = drain(place, running, seconds=options.pictures.seconds).drained
+        can = drained.per_second
+        print(f"  {system.name}: {number(can)} pictures/s from a backlog", flush=True)
+        idle = run_idle(place, running, count=options.idle, seed=options.seed)
+        runs, beyond = [], []
+        for share, of, rate in _rates(options, can, whole):
+            if rate > KEEPS_UP * can * 1.0001:
+                beyond.append(rate)
+                continue
+            seconds = min(options.longest_s, max(options.pictures.seconds, options.fewest / rate))
+            spread = run_open_loop(place, running, rate=rate, seconds=seconds, seed=options.seed)
+            print(f"  {system.name}: {number(rate)}/s: p99 {number(spread.p99_ms)} ms", flush=True)
+            runs.append(Run(system.name, share, of, spread))
+    return drained, Capacity(system.name, can, tuple(beyond), idle), runs
+
+
+def _rates(options: Options, can: float, whole: float | None) -> Iterator[tuple[float, str, float]]:
+    """Share, of whose capacity, and the rate: shiwu's own for all, and for a peer its own judged share too."""
+    for share in options.shares:
+        yield share, SHIWU, share * (whole or can)
+    if whole is not None:
+        yield JUDGED, "own", JUDGED * can
+
+
+def _report(options: Options, figures: Figures, place: Place, *, server: str) -> Report:
+    asked = options.pictures
+    full = figures.bare.full
+    what = (
+        f"{place.checkpoint.name}, {figures.bare.dtype} on {figures.bare.device}, {asked.size} JPEG from {asked.source}"
+    )
+    names = [one.system for one in figures.capacities]
+    series = tuple(
+        Series(name, tuple(one.spread.p99_ms for one in figures.runs if one.system == name and one.of == SHIWU))
+        for name in names
+    )
+    loads = tuple(f"{share:.0%}" for share in options.shares)
+    idle = figures.capacities[0].idle
+    judged = _judged(figures, SHIWU)
+    headlines = [Headline("idle, above the stages", idle.above_ms, "ms", "less")]
+    if judged is not None:
+        headlines.append(Headline("p99 at 80 %", judged.p99_ms, "ms", "less"))
+        headlines.append(Headline("p99 at 80 % ÷ full batch", ratio(judged.p99_ms, full.batch_ms), "times", "less"))
+        headlines += [
+            Headline(f"p99 at 80 %, {name} ÷ shiwu", ratio(theirs.p99_ms, judged.p99_ms), "times", "more")
+            for name in names[1:]
+            if (theirs := _judged(figures, name)) is not None
+        ]
+    return Report(
+        name="latency",
+        headlines=tuple(headlines),
+        tables=(_open_table(figures, what), _idle_table(figures)),
+        charts=(
+            Chart(f"p99, {what}", loads, _padded(series, len(loads)), "ms", is_log=True),
+            Chart("one at a time, idle worker, median", tuple(names),
+                  (Series("ms", tuple(one.idle.total_ms for one in figures.capacities)),), "ms"),
+        ),
+        figures=figures,
+        settings=options,
+        server=server,
+        model=place.checkpoint.name,
+        has_random_weights=place.checkpoint.is_random,
+        notes=(*_explained(figures, judged), *picture_setup.notes(asked, place.source)),
+    )  # fmt: skip
+
+
+def _explained(figures: Figures, judged: Spread | None) -> tuple[str, ...]:
+    full = figures.bare.full
+    lines = ["latency counts from the moment at which a job was to be sent; the first tenth of each run is not counted"]
+    if judged is not None:
+        times = number(ratio(judged.p99_ms, full.batch_ms))
+        lines.append(
+            f"shiwu's p99 at 80 % is {times} times what a full batch of {full.size} takes ({number(full.batch_ms)} ms)"
+        )
+    for one in figures.capacities:
+        if one.beyond:
+            rates = ", ".join(number(rate) for rate in one.beyond)
+            lines.append(
+                f"{one.system} can't keep up with {rates}/s: it does {number(one.per_second)}/s from a backlog"
+            )
+    return tuple(lines)
+
+
+def _judged(figures: Figures, system: str) -> Spread | None:
+    """The run at four fifths of a system's own capacity."""
+    of = SHIWU if system == SHIWU else "own"
+    found = [one.spread for one in figures.runs if (one.system, one.of, one.share) == (system, of, JUDGED)]
+    return found[0] if found else None
+
+
+def _padded(series: tuple[Series, ...], length: int) -> tuple[Series, ...]:
+    missing = float("nan")
+    return tuple(Series(one.name, (*one.values, *[missing] * (length - len(one.values)))) for one in series)
+
+
+def _open_table(figures: Figures, what: str) -> Table:
+    rows = tuple(
+        (
+            f"{one.system}, {one.share:.0%} of {'its own' if one.of == 'own' or one.system == SHIWU else 'shiwu'}",
+            number(one.spread.rate),
+            f"{one.spread.answers:,}",
+            number(one.spread.p50_ms),
+            number(one.spread.p95_ms),
+            number(one.spread.p99_ms),
+            number(one.spread.sender_late_p99_ms),
+            "yes" if one.spread.kept_up else "NO",
+        )
+        for one in figures.runs
+    )
+    head = ("system and load", "jobs/s", "answers", "p50 ms", "p95 ms", "p99 ms", "sender late, p99 ms", "kept up")
+    return Table(f"Open loop, Poisson arrivals: {what}", head, rows)
+
+
+def _idle_table(figures: Figures) -> Table:
+    rows = tuple(
+        (
+            one.system,
+            number(one.idle.total_ms),
+            number(one.idle.compute_ms) if one.idle.compute_ms else "–",
+            number(one.idle.above_ms) if one.idle.compute_ms else "–",
+            number(one.idle.above_p95_ms) if one.idle.compute_ms else "–",
+            number(one.per_second),
+        )
+        for one in figures.capacities
+    )
+    head = ("system", "total ms", "stages ms", "above ms", "above, p95 ms", "capacity, pictures/s")
+    return Table("One at a time on an idle worker, medians", head, rows)

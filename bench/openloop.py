@@ -1,0 +1,113 @@
+"""Jobs sent at moments that were fixed beforehand, whatever becomes of those before: an open loop.
+
+Latency counts from the moment at which a job was to be sent, not from when the sender came to it: a system that stalls
+does not get fewer jobs for it, and a sender that stalls makes no answer look quick (no coordinated omission).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench import traffic
+from bench.picture_systems import Place, Running
+from bench.report import median
+
+WARM_SHARE: Final = 0.1
+"""The first answers of a run, while queues fill, are not counted."""
+DRAIN_S: Final = 60.0
+LATE_S: Final = 1.0
+LATE_SHARE: Final = 0.1
+_numbers: Final = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Latencies of one run, ms."""
+
+    rate: float
+    """Jobs a second that were to be sent."""
+    answers: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    max_ms: float
+    sender_late_p99_ms: float
+    """How late the sender itself was; its part of the latencies above."""
+    kept_up: bool
+    """Whether the answers ended soon after the jobs did."""
+
+
+def run_open_loop(place: Place, running: Running, *, rate: float, seconds: float, seed: int) -> Spread:
+    """Poisson arrivals of this rate for so long."""
+    chance = np.random.default_rng([seed, int(rate * 1000)])
+    count = max(2, int(rate * seconds))
+    due_s = np.cumsum(chance.exponential(1 / rate, count))
+    prefix = f"l{next(_numbers)}"
+    messages = traffic.build(place.source.references, count=count, prefix=prefix, lane=place.lane)
+    ids = [one.id for one in messages]
+    with traffic.listening(place.client) as listener:
+        began_s = time.monotonic() + 0.1
+        late = _send(place, messages, due_s + began_s)
+        running.check()
+        listener.wait(count, timeout_s=DRAIN_S + seconds, check=running.check)
+        arrivals = np.array([listener.arrivals[job_id] for job_id in ids])
+    traffic.read(place.client, ids)
+    warm = int(count * WARM_SHARE)
+    latencies = ((arrivals - began_s - due_s) * 1000)[warm:]
+    p50, p95, p99 = (float(np.percentile(latencies, share)) for share in (50, 95, 99))
+    over_s = float(arrivals.max() - began_s - due_s[-1])
+    kept_up = over_s <= max(LATE_S, LATE_SHARE * float(due_s[-1]))
+    late_ms = float(np.percentile(late, 99) * 1000)
+    return Spread(rate, len(latencies), p50, p95, p99, float(latencies.max()), late_ms, kept_up)
+
+
+def _send(place: Place, messages: Sequence[traffic.Message], at_s: NDArray[np.float64]) -> list[float]:
+    """Send each when it is due, those that are due together in one command; seconds by which each was late."""
+    late: list[float] = []
+    while (sent := len(late)) < len(messages):
+        if (left_s := at_s[sent] - time.monotonic()) > 0:
+            time.sleep(left_s)
+        until = int(np.searchsorted(at_s, time.monotonic(), side="right"))
+        traffic.send(place.client, place.lane, messages[sent:until])
+        now_s = time.monotonic()
+        late += [now_s - due_s for due_s in at_s[sent:until]]
+    return late
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """One picture at a time on a worker that has nothing else to do, medians in ms."""
+
+    answers: int
+    total_ms: float
+    compute_ms: float
+    """What the stages took by their own account: fetch, decode, encode, score."""
+    above_ms: float
+    """Total less compute, picture by picture: messages, waiting, and the hands between the stages."""
+    above_p95_ms: float
+
+
+def run_idle(place: Place, running: Running, *, count: int, seed: int) -> Idle:
+    """Send one, wait for its answer, pause for a moment, and so on."""
+    chance = np.random.default_rng(seed)
+    prefix = f"i{next(_numbers)}"
+    messages = traffic.build(place.source.references, count=count, prefix=prefix, lane=place.lane)
+    took_ms: list[float] = []
+    with traffic.listening(place.client) as listener:
+        for number, message in enumerate(messages, 1):
+            time.sleep(chance.uniform(0.02, 0.06))  # no rhythm that a timer could fall in with
+            began_s = time.monotonic()
+            traffic.send(place.client, place.lane, [message])
+            listener.wait(number, timeout_s=DRAIN_S, check=running.check, every_s=0.001)
+            took_ms.append((listener.arrivals[message.id] - began_s) * 1000)
+    replies = traffic.read(place.client, [one.id for one in messages])
+    stages = [one.timing.fetch + one.timing.decode + one.timing.encode + one.timing.score for one in replies]
+    above = [total - own for total, own in zip(took_ms, stages, strict=True)]
+    return Idle(count, median(took_ms), median(stages), median(above), float(np.percentile(above, 95)))

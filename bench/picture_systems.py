@@ -1,0 +1,182 @@
+"""Who is compared by `service` and `latency`: shiwu's worker, and its peers in their best honest settings."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import redis
+import urllib3
+from tests.support.processes import LOOPBACK, Process, WorkerProcess, clean_environment, free_ports
+from tests.support.waiting import wait_until
+
+from bench import usage
+from bench.celery_app import SETTINGS_TEXT
+from bench.checkpoints import Checkpoint
+from bench.machine import cores, named
+from bench.sources import Source
+from bench.workers import CeleryWorker
+from shiwu.contract import Lane
+
+SHIWU: Final = "shiwu"
+REFERENCE: Final = "reference script"
+LITSERVE: Final = "LitServe"
+READY_S: Final = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where systems run: one at a time."""
+
+    url: str
+    client: redis.Redis
+    folder: Path
+    source: Source
+    checkpoint: Checkpoint
+    lane: Lane
+    dtype: str
+    """Of shiwu's worker, for the peers that may choose theirs."""
+    worker_env: Mapping[str, str]
+    """SHIWU_* of shiwu's worker beside what the place gives."""
+
+    @property
+    def model_env(self) -> dict[str, str]:
+        """What shiwu's worker, and the bare model, need to find model and pictures."""
+        model = {"SHIWU_MODEL": self.checkpoint.setting} if self.checkpoint.setting else {}
+        return {**self.source.env, **model, **self.worker_env}
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A system that takes jobs."""
+
+    processes: tuple[Process, ...]
+
+    def check(self) -> None:
+        """Raise ServerError where one of its processes has ended."""
+        for process in self.processes:
+            if not process.is_running:
+                raise process.error("expected to go on running")
+
+    def cpu_s(self) -> tuple[float, float]:
+        """CPU of its own processes, and of those they have started: for shiwu, the model's and the loaders'."""
+        own = [process.pid for process in self.processes]
+        below = [pid for pid in usage.families(own) if pid not in own]
+        return usage.cpu_s(own), usage.cpu_s(below)
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One of those that are compared."""
+
+    name: str
+    versions: str
+    settings: str
+    open: Callable[[Place], AbstractContextManager[Running]]
+
+
+@dataclass(frozen=True, slots=True)
+class LitServeSettings:
+    """What its users tune."""
+
+    max_batch: int
+    batch_timeout_s: float
+    workers: int
+    """Processes on the device."""
+    concurrency: int
+    """Threads of the Celery worker that feeds it."""
+
+
+def litserve_settings(*, is_gpu: bool, max_batch: int | None, workers: int | None) -> LitServeSettings:
+    """Its best on a CPU of few cores, or on a GPU.
+
+    A time-out of 0 would send batches at once, but polls without a pause and takes a core from the model. On a CPU
+    larger batches bring nothing; on a GPU a second process decodes while the first is on the device.
+    """
+    batch = max_batch or (64 if is_gpu else 8)
+    return LitServeSettings(batch, 0.005, workers or (2 if is_gpu else 1), concurrency=min(256, 3 * batch))
+
+
+def systems(litserve: LitServeSettings, *, shiwu_settings: str) -> tuple[System, ...]:
+    """All that can run here, shiwu first."""
+    models = named("torch", "transformers", "pillow")
+    celery = named("celery", "kombu", "boto3", "urllib3")
+    own = f"fed by a Celery task in {litserve.concurrency} threads, max_batch_size {litserve.max_batch}, batch_timeout "
+    own += f"{litserve.batch_timeout_s:g} s, {litserve.workers} worker(s), fast_queue, shiwu's dtype, label vectors "
+    own += f"computed once, transformers' processor in {cores()} threads; {SETTINGS_TEXT}"
+    solo = f"in a Celery task, pool solo, prefetch 1, FP32, {cores()} threads of torch; {SETTINGS_TEXT}"
+    found = [
+        System(SHIWU, f"{named('shiwu')}, {models}", shiwu_settings, _shiwu),
+        System(REFERENCE, f"{models}, {celery}", solo, _reference),
+    ]
+    if has_litserve():
+        found.append(System(LITSERVE, f"{named('litserve')}, {models}, {celery}", own, partial(_litserve, litserve)))
+    return tuple(found)
+
+
+def has_litserve() -> bool:
+    """Whether the extra `bench` is installed."""
+    return importlib.util.find_spec("litserve") is not None
+
+
+def _shiwu(place: Place) -> AbstractContextManager[Running]:
+    @contextmanager
+    def start() -> Iterator[Running]:
+        env = {"SHIWU_LOG_LEVEL": "warning", **place.model_env}
+        with WorkerProcess(redis_url=place.url, folder=place.folder, name="shiwu", env=env) as worker:
+            yield Running((worker.wait_ready(timeout_s=READY_S),))
+
+    return start()
+
+
+@contextmanager
+def _reference(place: Place) -> Iterator[Running]:
+    options = ("--pool=solo", "--concurrency=1", "--prefetch-multiplier=1")
+    worker = _celery(place, "bench.reference_app:app", *options, name="reference", env={})
+    with worker:
+        yield Running((worker.wait_ready(timeout_s=READY_S),))
+
+
+@contextmanager
+def _litserve(settings: LitServeSettings, place: Place) -> Iterator[Running]:
+    [port] = free_ports(1)
+    url = f"http://{LOOPBACK}:{port}"
+    own = {
+        "BENCH_MODEL": str(place.checkpoint.folder),
+        "BENCH_DTYPE": place.dtype,
+        "BENCH_WORKERS": str(settings.workers),
+        "BENCH_MAX_BATCH": str(settings.max_batch),
+        "BENCH_BATCH_TIMEOUT_S": str(settings.batch_timeout_s),
+    }
+    command = [sys.executable, "-m", "bench.litserve_server", str(port)]
+    options = ("--pool=threads", f"--concurrency={settings.concurrency}", "--prefetch-multiplier=1")
+    env = {"BENCH_LITSERVE_URL": url, "BENCH_CONCURRENCY": str(settings.concurrency)}
+    with ExitStack() as stack:
+        server = Process(command, name="litserve-server", folder=place.folder, env=clean_environment(own))
+        stack.callback(server.stop, timeout_s=5)
+        server.start()
+        worker = stack.enter_context(_celery(place, "bench.litserve_app:app", *options, name="litserve", env=env))
+        wait_until(lambda: not server.is_running or _is_healthy(url), timeout_s=READY_S, every_s=0.2, what="LitServe")
+        running = Running((server, worker.wait_ready(timeout_s=READY_S)))
+        running.check()
+        yield running
+
+
+def _celery(place: Place, app: str, *options: str, name: str, env: Mapping[str, str]) -> CeleryWorker:
+    own = {"BENCH_MODEL": str(place.checkpoint.folder), **place.source.env, **env}
+    return CeleryWorker(
+        app, *options, redis_url=place.url, lane=place.lane, name=name, folder=place.folder, env=own
+    )  # fmt: skip
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return urllib3.request("GET", f"{url}/health", timeout=2, retries=False).status == 200
+    except (urllib3.exceptions.HTTPError, OSError):
+        return False

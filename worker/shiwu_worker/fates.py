@@ -1,0 +1,56 @@
+"""What becomes of a job that can't simply go on: refused at its claim, or given another try when it has failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from shiwu.contract import ErrorCode, ErrorInfo, Stage
+from shiwu_worker.errors import Rejected
+from shiwu_worker.job import Job, Release
+
+if TYPE_CHECKING:
+    from shiwu_worker.hands import Limits
+    from shiwu_worker.labels import LabelSet
+
+log: Any = structlog.get_logger()
+
+
+class Fates:
+    """Decides by what a job carries with it and by the operator's limits; carries nothing out.
+
+    Args:
+        resolve: a job's label set; raises Rejected where it names none that is known.
+    """
+
+    def __init__(self, limits: Limits, resolve: Callable[[Job], LabelSet]) -> None:
+        self._limits = limits
+        self._resolve = resolve
+
+    def admits(self, job: Job, now_s: float) -> bool:
+        """Whether a claimed job is to be loaded; else it has its error, or the way back that it takes."""
+        if job.back is not None or job.error is not None or job.unwanted(now_s):
+            return False
+        if job.due_s > now_s:
+            job.back = Release(job.id, delay_s=job.due_s - now_s)
+            return False
+        if job.deaths >= self._limits.max_attempts:
+            text = f"given up: {job.deaths} workers died, hung or lost their device while they held it"
+            job.fail(ErrorInfo(code=ErrorCode.ATTEMPTS_EXHAUSTED, message=text, stage=Stage.CLAIM))
+            return False
+        try:
+            job.label_set = self._resolve(job)
+        except Rejected as error:
+            job.fail(error.info())
+            return False
+        return True
+
+    def spare(self, job: Job) -> None:
+        """Give a failed job another try where its class of error has one left."""
+        policy = self._limits.retries.get(job.error.code) if job.error is not None else None
+        if policy is not None and job.error is not None and job.attempt < policy.attempts:
+            job.back = Release(job.id, delay_s=policy.delay_s(job.attempt), counts=True)
+            code = job.error.code.value
+            log.info("later", id=job.id, attempt=job.attempt, code=code, delay_s=round(job.back.delay_s, 3))
