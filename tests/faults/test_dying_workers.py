@@ -3,153 +3,134 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 from pathlib import Path
 
 import pytest
 import redis
 
-from shiwu.contract import CLAIMS
+from shiwu.contract import ATTEMPTS, CLAIMS, LEASES, Lane
 from tests.conftest import StartWorker
+from tests.faults.conftest import LEASE_S, Fleet
 from tests.support import drill, pictures
-from tests.support.servers import PictureServer, Valkey
+from tests.support.family import children, lives, loaders_of
+from tests.support.picture_server import PictureServer, Reply
+from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 
-LEASE_S = 3
+GOOD = Reply.picture(pictures.png(pictures.picture().resize((64, 64))), content_type="image/png")
+SLOW = GOOD.late(first_pause_s=20)
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> list[str]:
-    """A few small pictures in a folder that workers may read."""
-    found = []
-    for sample in pictures.samples()[:6]:
-        path = tmp_path / f"{sample.path.stem}.png"
-        path.write_bytes(pictures.png(pictures.picture(sample.label).resize((64, 64))))
-        found.append(path.as_uri())
-    return found
+def waiting(client: redis.Redis) -> int:
+    """Messages in both lanes."""
+    return sum(client.llen(lane.queue) for lane in Lane)
 
 
-def children(pid: int) -> list[int]:
-    """Process ids of the loaders of a worker."""
-    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    return [int(child) for children_of_thread in lists for child in children_of_thread]
+def tokens(client: redis.Redis, worker: WorkerProcess) -> int:
+    """How many claims are in the hands of a worker."""
+    return sum(token.startswith(f"{worker.name}.".encode()) for token in drill.tokens(client))
 
 
-def loaders_of(pid: int) -> list[int]:
-    """Process ids of a worker's loaders: the children of its children."""
-    return [loader for nursery in children(pid) for loader in children(nursery)]
-
-
-def test_sigterm_under_load_finishes_or_gives_back(
-    start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, images: list[str], tmp_path: Path
-) -> None:
+def test_sigterm_under_load_finishes_or_gives_back(fleet: Fleet, far: WorkerProcess) -> None:
     """SIGTERM in the middle: exit 0 within the grace time, nothing claimed, a second worker answers the rest."""
-    ids = drill.enqueue(redis_client, images, count=600, prefix="term", random_from=random.Random(1))
-    worker = start_worker(redis_url=redis_url, allow_folders=tmp_path, grace_s=5)
-    wait_until(lambda: drill.answered(redis_client) > 50, timeout_s=30)
-    worker.terminate()
-    assert worker.wait(timeout_s=12) == 0
-    assert redis_client.hlen(CLAIMS) == 0
-    assert not worker.ready_file.exists()
-    start_worker(redis_url=redis_url, allow_folders=tmp_path)
-    drill.wait_answered(redis_client, ids, timeout_s=60)
-    result = drill.count(redis_client, ids)
-    assert (result.lost, result.twice, result.reaped) == (0, 0, 0)
+    ids = fleet.send(400, prefix="term")
+    wait_until(lambda: drill.answered(fleet.client) > 50, timeout_s=30)
+    far.terminate()
+    assert far.wait(timeout_s=12) == 0
+    assert fleet.client.exists(CLAIMS, LEASES) == 0
+    assert not far.ready_file.exists()
+    fleet.wake(fleet.near)
+    result = fleet.counted(ids)
+    assert (result.reaped, result.discarded, result.attempts) == (0, 0, {1: 400})
 
 
-def test_a_second_sigterm_gives_back_at_once(
-    start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, http_server: PictureServer
-) -> None:
+def test_sigterm_with_a_claim_in_flight(fleet: Fleet, far: WorkerProcess) -> None:
+    """Redis has executed the claim and its reply is on the way: exit 0, nothing left claimed, no try counted."""
+    fleet.wait_settled(far)
+    fleet.proxy.delay(0.3)
+    ids = fleet.send(60, prefix="flight")
+    wait_until(lambda: fleet.client.hlen(CLAIMS) > 0, timeout_s=10, every_s=0.005)
+    far.terminate()
+    assert far.wait(timeout_s=20) == 0
+    assert fleet.client.exists(CLAIMS, LEASES, ATTEMPTS) == 0
+    assert waiting(fleet.client) + drill.answered(fleet.client) == 60
+    fleet.wake(fleet.near)
+    result = fleet.counted(ids)
+    assert (result.reaped, result.discarded, result.attempts) == (0, 0, {1: 60})
+
+
+def test_a_second_sigterm_gives_back_at_once(fleet: Fleet, far: WorkerProcess, http_server: PictureServer) -> None:
     """Jobs that hang in a slow fetch are given back to the front of their lane without waiting for the grace time."""
-    from tests.support.picture_server import Reply  # noqa: PLC0415 beside its one use
+    fleet.wait_settled(far)
+    fleet.send(4, prefix="hurry", images=[http_server.serve("/slow.png", SLOW)])
+    wait_until(lambda: fleet.client.hlen(CLAIMS) == 4, timeout_s=20)
+    said = far.log_text().count('"stopping"')
+    far.terminate()
+    wait_until(lambda: far.log_text().count('"stopping"') > said, timeout_s=5)
+    far.terminate()
+    assert far.wait(timeout_s=4) == 0, "the grace time is 5 s"
+    assert fleet.client.hlen(CLAIMS) == 0
+    assert waiting(fleet.client) == 4
 
-    slow = http_server.serve("/slow.png", Reply.picture(pictures.png(pictures.picture())).late(first_pause_s=8))
-    drill.enqueue(redis_client, [slow], count=4, prefix="hurry", random_from=random.Random(2))
-    worker = start_worker(redis_url=redis_url, grace_s=60)
-    wait_until(lambda: redis_client.hlen(CLAIMS) == 4, timeout_s=20)
-    worker.terminate()
-    wait_until(lambda: "stopping" in worker.log_text(), timeout_s=5)
-    worker.terminate()
-    assert worker.wait(timeout_s=10) == 0
-    assert redis_client.hlen(CLAIMS) == 0
-    assert sum(redis_client.llen(lane) for lane in ("shiwu.interactive", "shiwu.bulk")) == 4
+
+def test_sigkill_in_the_middle_of_a_drain(fleet: Fleet, far: WorkerProcess, http_server: PictureServer) -> None:
+    """An orchestrator that loses its patience: what was not finished is another's one lease later, tried twice."""
+    fleet.wait_settled(far)
+    images = [http_server.serve(f"/slow-{number}.png", SLOW, GOOD) for number in range(8)]
+    ids = [job_id for n, image in enumerate(images) for job_id in fleet.send(1, prefix=f"drain{n}", images=[image])]
+    wait_until(lambda: fleet.client.hlen(CLAIMS) == 8, timeout_s=10)
+    said = far.log_text().count('"stopping"')
+    far.terminate()
+    wait_until(lambda: far.log_text().count('"stopping"') > said, timeout_s=5)
+    far.kill()
+    assert fleet.client.hlen(CLAIMS) == 8
+    fleet.wake(fleet.near)
+    wait_until(lambda: not tokens(fleet.client, far), timeout_s=LEASE_S + 2)
+    result = fleet.counted(ids)
+    assert (result.reaped, result.discarded, result.attempts) == (8, 0, {2: 8})
+
+
+def test_a_stopped_worker_that_is_killed_takes_nothing_with_it(fleet: Fleet, far: WorkerProcess) -> None:
+    """SIGSTOP, push, SIGKILL: Redis serves the push to a connection behind which nobody reads, and nothing is lost."""
+    fleet.wait_settled(far)
+    far.pause()
+    peeks = fleet.blocked("blmove").count("shiwu-far")
+    ids = fleet.send(40, prefix="asleep")
+    wait_until(lambda: fleet.blocked("blmove").count("shiwu-far") == peeks - len(Lane), timeout_s=1)
+    far.kill()
+    fleet.wake(fleet.near)
+    result = fleet.counted(ids)
+    assert (result.reaped, result.attempts) == (0, {1: 40})
 
 
 @pytest.mark.slow
-def test_sigkill_loses_nothing_and_answers_nothing_twice(
-    start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, images: list[str], tmp_path: Path
-) -> None:
-    """A worker dies with hundreds of jobs claimed; a living one has them within one lease and two seconds."""
-    chance = random.Random(3)
-    options = {"allow_folders": tmp_path, "lease_s": LEASE_S, "slots": 512, "log_level": "warning"}
-    ids: list[str] = []
-    start_worker(redis_url=redis_url, **options)
-    ids += drill.enqueue(redis_client, images, count=300, prefix="first", random_from=chance)
-    [survivor] = wait_until(lambda: drill.tokens(redis_client), timeout_s=20, every_s=0.0)
-    drill.wait_answered(redis_client, ids, timeout_s=60)
-    for number in range(2):
-        victim = start_worker(redis_url=redis_url, **options)
-        seen = drill.answered(redis_client)
-        ids += drill.enqueue(redis_client, images, count=1500, prefix=f"kill{number}", random_from=chance)
-        wait_until(lambda seen=seen: drill.answered(redis_client) > seen + chance.randrange(20, 300), timeout_s=30)
-        victim.kill()
-        assert drill.tokens(redis_client) - {survivor}
-        wait_until(lambda: not drill.tokens(redis_client) - {survivor}, timeout_s=LEASE_S + 2)
-        drill.wait_answered(redis_client, ids, timeout_s=90)
-    result = drill.count(redis_client, ids)
-    assert (result.lost, result.twice) == (0, 0)
+def test_sigkill_loses_nothing_and_answers_nothing_twice(fleet: Fleet, far: WorkerProcess) -> None:
+    """A worker dies with jobs claimed, and its loaders with it; a living one has them in one lease and two seconds."""
+    fleet.wake(fleet.near)
+    loaders = [*children(far.pid), *loaders_of(far.pid)]
+    assert len(loaders) == 3, "the nursery and two loaders"
+    ids = fleet.send(600, prefix="kill")
+    wait_until(lambda: drill.answered(fleet.client) > 100, timeout_s=30)
+    wait_until(lambda: tokens(fleet.client, far), timeout_s=10, every_s=0.0)
+    far.kill()
+    wait_until(lambda: not tokens(fleet.client, far), timeout_s=LEASE_S + 2)
+    assert not any(lives(pid) for pid in loaders), "no orphans"
+    result = fleet.counted(ids)
     assert result.reaped > 0
+    assert result.attempts[2] == result.reaped
 
 
-def test_a_killed_loader_is_replaced_and_its_jobs_are_answered(
-    start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, images: list[str], tmp_path: Path
-) -> None:
+def test_a_killed_loader_is_replaced_and_its_jobs_are_answered(fleet: Fleet, near: WorkerProcess) -> None:
     """SIGKILL of loaders under load costs no job its answer, and the worker itself goes on."""
-    worker = start_worker(redis_url=redis_url, allow_folders=tmp_path, loaders=2, loader_spares=1)
-    ids = drill.enqueue(redis_client, images, count=800, prefix="loader", random_from=random.Random(4))
-    for threshold in (50, 250, 450):
-        wait_until(lambda threshold=threshold: drill.answered(redis_client) > threshold, timeout_s=60)
-        os.kill(loaders_of(worker.pid)[0], signal.SIGKILL)
-    drill.wait_answered(redis_client, ids, timeout_s=60)
-    result = drill.count(redis_client, ids)
-    assert (result.lost, result.twice, result.reaped) == (0, 0, 0)
-    assert "loader_replaced" in worker.log_text()
-    assert '"event": "failed"' not in worker.log_text()
-
-
-def test_loaders_end_with_their_worker(start_worker: StartWorker, redis_url: str) -> None:
-    """A SIGKILL of the worker leaves no orphans."""
-    worker = start_worker(redis_url=redis_url, loaders=2, loader_spares=1)
-    loaders = [*children(worker.pid), *loaders_of(worker.pid)]
-    assert len(loaders) == 4, "the nursery and three loaders"
-    worker.kill()
-    wait_until(lambda: not any(_lives(pid) for pid in loaders), timeout_s=5)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_redis_restarts_in_the_middle(
-    start_worker: StartWorker, valkey: Valkey, images: list[str], tmp_path: Path
-) -> None:
-    """A Redis that is killed and comes back (with its AOF) costs no answer and doubles none."""
-    with valkey.client() as client:
-        ids = drill.enqueue(client, images, count=600, prefix="redis", random_from=random.Random(5))
-    worker = start_worker(redis_url=valkey.url, allow_folders=tmp_path, lease_s=LEASE_S)
-    with valkey.client() as client:
-        wait_until(lambda: drill.answered(client) > 60, timeout_s=60)
-    valkey.kill()
-    valkey.restart()
-    with valkey.client() as client:
-        drill.wait_answered(client, ids, timeout_s=60)
-        result = drill.count(client, ids)
-    assert (result.lost, result.twice) == (0, 0)
-    assert worker.is_running
+    replaced = near.log_text().count("loader_replaced")
+    ids = fleet.send(500, prefix="loader")
+    for number, threshold in enumerate((50, 180, 310), start=1):
+        wait_until(lambda threshold=threshold: drill.answered(fleet.client) > threshold, timeout_s=60)
+        os.kill(loaders_of(near.pid)[0], signal.SIGKILL)
+        wait_until(lambda n=number: near.log_text().count("loader_replaced") >= replaced + n, timeout_s=10)
+    result = fleet.counted(ids)
+    assert (result.reaped, result.statuses) == (0, {"tagged": 500})
 
 
 def test_a_model_that_does_not_load_ends_the_worker(start_worker: StartWorker, redis_url: str, tmp_path: Path) -> None:

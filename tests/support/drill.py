@@ -10,14 +10,17 @@ from typing import Any
 
 import redis
 
-from shiwu.contract import CLAIMS, COUNTERS, LEASES, RESULT_STREAM, Lane, Request, result_key
+from shiwu.contract import CLAIMS, COUNTERS, LEASES, RESULT_STREAM, Answer, Lane, Request, result_key
 from shiwu.message import build_message
 from tests.support.waiting import wait_until
 
 
 @dataclass(frozen=True)
 class Count:
-    """The promise in numbers: enqueued equals answered, and `twice` and `lost` are 0."""
+    """The promise in numbers: enqueued equals answered, and `twice` and `lost` are 0.
+
+    `statuses` and `attempts` tell how many answers have which status and took how many tries.
+    """
 
     enqueued: int
     answered: int
@@ -25,16 +28,24 @@ class Count:
     lost: int
     reaped: int
     discarded: int
+    statuses: dict[str, int]
+    attempts: dict[int, int]
 
 
 def enqueue(
-    client: redis.Redis, images: Sequence[str], *, count: int, prefix: str, random_from: random.Random
+    client: redis.Redis,
+    images: Sequence[str],
+    *,
+    count: int,
+    prefix: str,
+    random_from: random.Random,
+    lanes: Sequence[Lane] = tuple(Lane),
 ) -> list[str]:
-    """Send `count` jobs to both lanes in pipelined batches and return their ids."""
+    """Send `count` jobs to these lanes in pipelined batches and return their ids."""
     ids = [f"{prefix}-{number}" for number in range(count)]
     with client.pipeline(transaction=False) as pipe:
         for job_id in ids:
-            lane = random_from.choice(list(Lane))
+            lane = random_from.choice(lanes)
             request = Request(image=random_from.choice(images))
             pipe.lpush(lane.queue, build_message(request, job_id=job_id, lane=lane))
         pipe.execute()
@@ -64,8 +75,9 @@ def tokens(client: redis.Redis) -> set[bytes]:
 def count(client: redis.Redis, ids: Sequence[str]) -> Count:
     """Hold the results stream against what was sent."""
     stream: Any = client.xrange(RESULT_STREAM)
-    entries = Counter(fields[b"id"].decode() for _, fields in stream)
     sent = set(ids)
+    answers = [Answer.model_validate_json(fields[b"answer"]) for _, fields in stream if fields[b"id"].decode() in sent]
+    entries = Counter(answer.id for answer in answers)
     assert client.hlen(CLAIMS) == client.zcard(LEASES) == 0, "claims are left behind"
     return Count(
         enqueued=len(sent),
@@ -74,4 +86,6 @@ def count(client: redis.Redis, ids: Sequence[str]) -> Count:
         lost=len(sent - entries.keys()),
         reaped=int(client.hget(COUNTERS, "reaped") or 0),
         discarded=int(client.hget(COUNTERS, "answers_discarded") or 0),
+        statuses=dict(Counter(answer.status.value for answer in answers)),
+        attempts=dict(Counter(answer.attempts for answer in answers)),
     )

@@ -72,9 +72,7 @@ class Failover:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._servers.values():
-            if process.is_running:
-                process.resume()
+        self.resume_servers()
         self._stack.close()
 
     @property
@@ -120,12 +118,22 @@ class Failover:
         """Wait until the sentinels agree on another primary; its port."""
         return int(wait_until(lambda: (port := self.primary()) != old and port, timeout_s=timeout_s, every_s=0.1))
 
-    def isolate_replica(self) -> None:
-        """Cut the replication for a while: what is written now is on the primary only."""
-        for port in self._servers:
-            if port != self.primary():
-                self.ask(port, "CONFIG", "SET", "repl-timeout", 3600)
-        self.ask(self.primary(), "CLIENT", "KILL", "TYPE", "replica")
+    def isolate_replicas(self) -> None:
+        """Stop the replicas and cut their connections: what is written from now on is on the primary only."""
+        primary = self.primary()
+        for port in self._others(primary):
+            os.kill(self._servers[port].pid, signal.SIGSTOP)
+        # What was sent before lies in their sockets; without the connection nothing more gets there.
+        self.ask(primary, "CLIENT", "KILL", "TYPE", "replica")
+
+    def resume_servers(self) -> None:
+        """Let every server that was stopped go on."""
+        for server in self._servers.values():
+            if server.is_running:
+                server.resume()
+
+    def _others(self, primary: int) -> list[int]:
+        return [port for port, server in self._servers.items() if port != primary and server.is_running]
 
     def _replicates(self, port: int) -> bool:
         try:

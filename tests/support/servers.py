@@ -1,4 +1,4 @@
-"""Valkey and an S3 store as real processes on free loopback ports. Each is a context manager."""
+"""Valkey, Redis and an S3 store as real processes on free loopback ports. Each is a context manager."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import boto3
 import redis
@@ -27,10 +27,8 @@ from tests.support.processes import (
     free_ports,
     undone_by,
 )
+from tests.support.redis_server import STARTS, RedisServer
 from tests.support.waiting import wait_until
-
-STARTS: Final = 3
-"""Tries to start a server, because somebody else may take a port between its choice and its use."""
 
 
 class Valkey:
@@ -261,6 +259,7 @@ def _weed_command(data: Path, *, ports: list[int], bucket: str) -> list[str]:
 __all__ = [
     "PictureServer",
     "Process",
+    "RedisServer",
     "Reply",
     "S3Server",
     "ServerError",
