@@ -167,7 +167,6 @@ class Pipeline:
             now_s = time.monotonic()
             live = [job for job in batch if not job.unwanted(now_s)]
             if batch:
-                self._progress.mark()
                 for job in live:
                     job.is_on_device = True
                 launched = self._do.launch(live)

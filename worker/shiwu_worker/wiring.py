@@ -79,8 +79,7 @@ def open_service(
         FatalError: when a part can't start. Nothing has been claimed then.
     """
     began_s = time.monotonic()
-    # The name lets an operator see who holds a claim; '|' parts the fields of a claim's record.
-    token = f"{settings.worker_name.replace('|', '-')}.{secrets.token_hex(4)}"
+    token = _new_token(settings)
     health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file)
     health.ready(is_ready=False)
     progress, meter = Progress(), Meter(loader_threads=settings.loader_count * settings.loader_threads)
@@ -95,18 +94,16 @@ def open_service(
         loaders = make_loaders(settings, spec, on_loaded=lambda done: pipeline.loaded(done), on_fatal=on_fatal)
         stack.callback(loaders.close, LOADERS_STOP_S)
         loaders.start(START_S)
-        teller = _teller(job_logger(level=settings.log_level), on_answered)
         settler = Settler(
             Committer(ledger, worker=settings.worker_name),
             claims,
             away=make_away("commit", progress),
             on_settled=lambda jobs: pipeline.settled(jobs),
-            on_answered=teller,
+            on_answered=_teller(job_logger(level=settings.log_level), on_answered),
             on_fatal=on_fatal,
         )
         encoder = open_encoder(settings, folder, spec)
-        away = make_away("claim", progress)
-        stages = make_stages(settings, claims, doorbell, loaders, encoder, settler, away)
+        stages = make_stages(settings, claims, doorbell, loaders, encoder, settler, make_away("claim", progress))
         pipeline = Pipeline(
             stages,
             make_limits(settings, encoder),
@@ -126,6 +123,11 @@ def open_service(
         for part in (settler, doorbell, heartbeat, ended, pipeline):
             part.start()
         yield Service(pipeline=pipeline, stop=once, ready_after_s=round(time.monotonic() - began_s, 3))
+
+
+def _new_token(settings: Settings) -> str:
+    """The name lets an operator see who holds a claim; '|' parts the fields of a claim's record."""
+    return f"{settings.worker_name.replace('|', '-')}.{secrets.token_hex(4)}"
 
 
 def _stop(
