@@ -1,0 +1,94 @@
+"""Connections and scripts that Redis drops in the middle of the work: nothing is run again, nothing is forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any, Final
+
+import redis
+from celery import Celery
+
+from shiwu import Client
+from shiwu.contract import CANVAS, CANVAS_DUE, RESULT_STREAM, Lane
+from shiwu.dead import DeadLetters
+from shiwu.ledger import Entry
+from shiwu_worker.canvas import Callbacks
+from shiwu_worker.job import Release
+from shiwu_worker.revoke import Revoker
+from tests.faults.conftest import Fleet
+from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
+from tests.support import drill
+from tests.support.servers import WorkerProcess
+from tests.support.waiting import wait_until
+
+KILLS: Final = 3
+
+
+def test_client_kill_in_the_middle_runs_nothing_again(fleet: Fleet, near: WorkerProcess) -> None:
+    """All connections of a busy worker are killed three times: every job is answered at its first try."""
+    ids = fleet.send(400, prefix="cut")
+    for number in range(1, KILLS + 1):
+        wait_until(lambda n=number: drill.answered(fleet.client) > 80 * n, timeout_s=30, every_s=0.002)
+        killed = fleet.client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        killed += fleet.client.execute_command("CLIENT", "KILL", "TYPE", "pubsub", "SKIPME", "yes")
+        assert killed >= 4, "claim, commit, heartbeat, listener"
+    result = fleet.counted(ids)
+    assert (result.attempts, result.statuses) == ({1: 400}, {"tagged": 400})
+    assert (result.reaped, result.discarded) == (0, 0)
+    assert near.is_running
+
+
+def test_script_flush_during_the_work(fleet: Fleet, near: WorkerProcess) -> None:
+    """A server that forgets its scripts again and again: every job is answered at its first try."""
+    ids = fleet.send(300, prefix="flush")
+    flushes = 0
+
+    def flushed() -> bool:
+        nonlocal flushes
+        flushes += 1
+        fleet.client.script_flush()
+        return drill.answered(fleet.client) >= len(ids)
+
+    wait_until(flushed, timeout_s=60, every_s=0.01)
+    assert flushes > 30
+    result = fleet.counted(ids)
+    assert (result.attempts, result.statuses) == ({1: 300}, {"tagged": 300})
+    assert (result.reaped, result.discarded) == (0, 0)
+    assert near.is_running
+
+
+def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
+    """Script → a call that uses it and says something true; in this order they find what they need."""
+    claims, ledger, upkeep = make_claims(client, "w"), make_committer(client, "w"), make_upkeep(client, stream_length=1)
+    client.lpush(Lane.BULK.queue, *[message(f"job-{n}", Lane.BULK) for n in range(5)])
+    held, failed = claims.claim(2).jobs
+    dead = Entry(id=failed.id, answer=answer(failed).answer, message=b"shiwu.bulk|" + failed.raw, is_dead=True)
+    with Client(url) as producer:
+        producer.enqueue("s3://b/k.jpg", id="late", lane=Lane.BULK, expires_s=0.001)
+    client.hset(CANVAS, "linked", b"2|{}shiwu.bulk|{}")
+    client.zadd(CANVAS_DUE, {"linked": 1.0})
+    callbacks = Callbacks(Celery("nobody", broker="memory://", set_as_default=False), client)
+    return {
+        "claim": lambda: claims.claim(1).jobs,
+        "renew": lambda: claims.renew([held.id, "lost"]) == ["lost"],
+        "revoke": lambda: Revoker(client, ledger).revoke([held.id, "foreign"]),
+        "release": lambda: claims.release([Release(failed.id)]),
+        "commit": lambda: ledger.write([answer(held), dead]) == {held.id},
+        "requeue": lambda: DeadLetters(client).requeue([failed.id]),
+        "tend": lambda: upkeep.tend(count_waiting=True).waiting,
+        "take_late": lambda: wait_until(upkeep.expire_waiting, timeout_s=5),
+        "trim": lambda: upkeep.trim() == {} and client.xlen(RESULT_STREAM) == 1,
+        "take_callbacks": lambda: callbacks._portion([]) is None and not client.exists(CANVAS),
+    }
+
+
+def test_every_script_is_sent_again(redis_url: str, redis_client: redis.Redis) -> None:
+    """SCRIPT FLUSH, or a replica that never knew a script, costs one more round trip; no script is forgotten here."""
+    uses = make_uses(redis_client, redis_url)
+    folders = [files(package).joinpath("scripts") for package in ("shiwu", "shiwu_worker.stages")]
+    names = [path.name for folder in folders for path in folder.iterdir()]
+    assert {f"{name}.lua" for name in uses} == set(names)
+    for name, use in uses.items():
+        redis_client.script_flush()
+        assert use(), name
