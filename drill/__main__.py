@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from redis import RedisError
 from rich.console import Console
 from rich.table import Table
 from tests.support.failover import Failover
@@ -20,6 +21,8 @@ from tests.support.servers import Valkey
 
 from drill.catalogue import DRILLS, Drill
 from drill.field import Field, Outcome
+from shiwu.connection import connect
+from shiwu.contract import CLAIMS, PARKED, SUSPECTS, Lane
 
 
 def run(
@@ -56,6 +59,14 @@ def run(
             return drill.run(field)
         except TimeoutError as error:
             return field.finish(drill.name, promised_s=0, timeout_s=5, wrong=[str(error)])
+
+
+def held_by(url: str) -> dict[str, int]:
+    """What a Redis holds that a drill would mix with its own, or lose: waiting, claimed and delayed jobs."""
+    with connect(url, timeout_s=5.0, retries=0) as client:
+        lengths = {key: int(client.llen(key)) for key in (*(key for lane in Lane for key in lane.keys), SUSPECTS)}
+        lengths |= {key: int(client.hlen(key)) for key in (CLAIMS, PARKED)}
+    return {key: length for key, length in lengths.items() if length}
 
 
 def show(outcomes: list[Outcome]) -> None:
@@ -95,6 +106,16 @@ def main() -> None:
     chosen = [DRILLS[name] for name in asked.names or DRILLS]
     if asked.redis_url:
         chosen = [drill for drill in chosen if drill.server == "any"]
+        try:
+            held = held_by(asked.redis_url)
+        except RedisError as error:
+            parser.error(f"expected a Redis that answers at --redis-url, got {type(error).__name__}: {error}")
+        if held:
+            found = ", ".join(f"{key} {length}" for key, length in held.items())
+            parser.error(
+                f"expected a Redis without jobs at --redis-url, it holds {found}; drills break what works on them, and "
+                "count every answer: take an empty database, or wait until these jobs are answered"
+            )
     print(f"seed {asked.seed}", file=sys.stderr)
     outcomes = []
     for drill in chosen:

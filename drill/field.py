@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,8 @@ from shiwu.message import build_message
 LEASE_S: Final = 3.0
 TAKEOVER_S: Final = 2.0
 """What the promise allows beyond a lease until a dead worker's jobs are somebody else's."""
+TIMEOUT_S: Final = 15.0
+"""How long a drill waits for a recovery that is late; that it is late is what the drill then tells."""
 READ_AT_ONCE: Final = 1000
 
 
@@ -46,6 +48,8 @@ class Outcome:
     recovery_max_s: float = 0.0
     promised_s: float = 0.0
     notes: str = ""
+    untagged: tuple[str, ...] = ()
+    """Ids whose answers have another status than `tagged`."""
     wrong: tuple[str, ...] = ()
     """What else was not as promised."""
 
@@ -81,6 +85,7 @@ class Field:
     def __post_init__(self) -> None:
         self.client: redis.Redis = self.stack.enter_context(connect(self.url, timeout_s=10.0, retries=5))
         self.images = [self.picture(sample.label) for sample in pictures.samples()[:12]]
+        self._known = set(self.sent)
         self.answered_before = self.answered()
         self.counters_before = self._counters()
 
@@ -100,8 +105,9 @@ class Field:
             "lease_s": LEASE_S,
             "retry_first_s": 0.3,
             "stream_length": 10_000_000,
-            "max_attempts": 10,
             "log_level": "warning",
+            "max_batch": 16,
+            "torch_threads": 1,
             "redis_timeout_s": 2,
         }
         name = f"{self.prefix}{self.workers}"
@@ -131,7 +137,8 @@ class Field:
                     sent_ms = seconds * 1000 + micros / 1000
                     pipe.lpush(lane.queue, build_message(request, job_id=job_id, lane=lane, sent_ms=sent_ms))
                 pipe.execute()
-        self.sent += [job_id for job_id in ids if job_id not in set(self.sent)]
+        self.sent += [job_id for job_id in dict.fromkeys(ids) if job_id not in self._known]
+        self._known.update(ids)
         return list(ids)
 
     def answered(self) -> int:
@@ -143,10 +150,28 @@ class Field:
         enough = self.answered_before + more
         wait_until(lambda: self.answered() >= enough, timeout_s=timeout_s, every_s=0.01, what=f"{more} answers")
 
-    def held(self, worker: WorkerProcess) -> int:
+    def held(self, worker: WorkerProcess) -> set[str]:
         """Jobs that Redis believes this worker to hold."""
-        records: Any = self.client.hvals(CLAIMS)
-        return sum(record.startswith(f"{worker.name}.".encode()) for record in records)
+        records: Any = self.client.hgetall(CLAIMS)
+        return {job_id.decode() for job_id, record in records.items() if record.startswith(f"{worker.name}.".encode())}
+
+    def time_takeover(self, worker: WorkerProcess) -> float:
+        """Seconds until all that this worker holds is claimed by somebody else or answered, noted as a recovery."""
+        left = self.held(worker)
+
+        def is_taken_over() -> bool:
+            with self.client.pipeline(transaction=False) as pipe:
+                for job_id in left:
+                    pipe.hget(CLAIMS, job_id)
+                    pipe.exists(result_key(job_id))
+                found = pipe.execute()
+            own = f"{worker.name}.".encode()
+            for job_id, record, is_answered in zip(tuple(left), found[::2], found[1::2], strict=True):
+                if is_answered or (record and not record.startswith(own)):
+                    left.discard(job_id)
+            return not left
+
+        return self.time_until(is_taken_over, timeout_s=TIMEOUT_S)
 
     def time_until(self, condition: Callable[[], Any], *, timeout_s: float) -> float:
         """Seconds until it is true, noted as a recovery."""
@@ -156,28 +181,46 @@ class Field:
         return self.recoveries[-1]
 
     def finish(
-        self, name: str, *, promised_s: float, timeout_s: float = 180.0, notes: str = "", wrong: Sequence[str] = ()
+        self,
+        name: str,
+        *,
+        promised_s: float,
+        timeout_s: float = 180.0,
+        notes: str = "",
+        wrong: Sequence[str] = (),
+        only: Sequence[Status] = (Status.TAGGED,),
     ) -> Outcome:
-        """Wait for the last answer, and count."""
-        ids = self.sent
+        """Wait for the last answer, and count.
 
-        def missing() -> int:
-            found = 0
-            for start in range(0, len(ids), READ_AT_ONCE):
-                found += int(self.client.exists(*[result_key(one) for one in ids[start : start + READ_AT_ONCE]]))
-            return len(ids) - found
-
+        Args:
+            only: the statuses that answers may have; none: any.
+        """
+        found = list(wrong)
         try:
-            wait_until(lambda: missing() == 0, timeout_s=timeout_s, every_s=0.25)
+            wait_until(lambda: not self._missing(), timeout_s=timeout_s, every_s=0.25)
         except TimeoutError:
-            wrong = [*wrong, f"{missing()} answers did not come within {timeout_s:g} s"]
-        wait_until(
-            lambda: not self.client.exists(CLAIMS, LEASES), timeout_s=LEASE_S + 10, what="no claim is left behind"
-        )
-        return self._count(name, promised_s=promised_s, notes=notes, wrong=tuple(wrong))
+            found.append(f"{self._missing()} answers did not come within {timeout_s:g} s")
+        try:
+            wait_until(lambda: not self.client.exists(CLAIMS, LEASES), timeout_s=LEASE_S + 10)
+        except TimeoutError:
+            found.append(f"{self.client.hlen(CLAIMS)} claims and {self.client.zcard(LEASES)} leases are left behind")
+        outcome = self._count(name, promised_s=promised_s, notes=notes, wrong=tuple(found))
+        others = {status: count for status, count in outcome.statuses.items() if status not in only}
+        if only and others:
+            text = f"expected only {', '.join(only)}, got {others}, first {outcome.untagged[:3]}"
+            outcome = replace(outcome, wrong=(*outcome.wrong, text))
+        return outcome
+
+    def _missing(self) -> int:
+        """How many jobs have no answer yet."""
+        ids, found = self.sent, 0
+        for start in range(0, len(ids), READ_AT_ONCE):
+            found += int(self.client.exists(*[result_key(one) for one in ids[start : start + READ_AT_ONCE]]))
+        return len(ids) - found
 
     def _count(self, name: str, *, promised_s: float, notes: str, wrong: tuple[str, ...]) -> Outcome:
-        sent, entries, statuses, rerun = set(self.sent), Counter[str](), Counter[str](), 0
+        sent, entries, statuses, rerun = self._known, Counter[str](), Counter[str](), 0
+        untagged: set[str] = set()
         last = "-"
         while portion := self._entries(last):
             for _, fields in portion:
@@ -186,6 +229,8 @@ class Field:
                     entries[job_id] += 1
                     statuses[answer.status.value] += 1
                     rerun += answer.attempts > 1
+                    if answer.status is not Status.TAGGED:
+                        untagged.add(job_id)
             last = f"({portion[-1][0].decode()}"
         counters = self._counters()
         before = self.counters_before
@@ -203,6 +248,7 @@ class Field:
             recovery_max_s=round(max(self.recoveries, default=0.0), 2),
             promised_s=promised_s,
             notes=notes,
+            untagged=tuple(sorted(untagged)),
             wrong=wrong,
         )
 
@@ -215,7 +261,6 @@ class Field:
         return Counter({name.decode(): int(value) for name, value in found.items()})
 
 
-def only(outcome: Outcome, *statuses: Status) -> tuple[str, ...]:
-    """A complaint if answers have other statuses than these."""
-    others = {name: count for name, count in outcome.statuses.items() if name not in statuses}
-    return (f"expected only {', '.join(statuses)}, got {others}",) if others else ()
+def wrong(outcome: Outcome, *what: str) -> Outcome:
+    """The same with what else was not as promised."""
+    return replace(outcome, wrong=(*outcome.wrong, *what))

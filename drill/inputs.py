@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from statistics import quantiles
@@ -12,8 +14,8 @@ from typing import Any, Final
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
 
-from drill.field import Field, Outcome, only
-from shiwu.contract import RESULT_STREAM, Answer, Status
+from drill.field import Field, Outcome, wrong
+from shiwu.contract import RESULT_STREAM, Answer
 
 POISON_SHARE: Final = 0.01
 KINDS: Final = ("ABORT", "HANG", "MEMORY")
@@ -29,11 +31,8 @@ FEW: Final = 20
 
 def poison(field: Field) -> Outcome:
     """One picture in a hundred aborts its decoder, hangs it or eats memory; the neighbours hardly notice."""
-    here = Path(__file__).parent / "poison"
-    worker = field.worker(
-        env={"PYTHONPATH": str(here), "DRILL_POISON": "1"}, load_timeout_s=2, loader_spares=2, max_attempts=3
-    )
-    bad = {kind: _mark(field, kind) for kind in KINDS}
+    worker = field.worker(env=poison_env(), load_timeout_s=2, loader_spares=2)
+    bad = {kind: mark(field, kind) for kind in KINDS}
     _paced(field, field.jobs, {})
     without = _p95(field, skip=frozenset())
     begin = len(field.sent)
@@ -43,18 +42,29 @@ def poison(field: Field) -> Outcome:
     ratio = with_poison / without
     field.breaks = len(guilty)
     notes = f"p95 of the neighbours {with_poison:.0f} ms with poison, {without:.0f} ms without: {ratio:.2f} times"
-    outcome = field.finish("poison", promised_s=0, notes=f"{len(guilty)} poisonous; {notes}")
-    wrong = list(outcome.wrong)
+    outcome = field.finish("poison", promised_s=0, notes=f"{len(guilty)} poisonous; {notes}", only=())
     if field.jobs >= ENOUGH and ratio > NEIGHBOURS and with_poison - without > FEW:
-        wrong.append(notes)
-    if sum(count for name, count in outcome.statuses.items() if name != "tagged") != len(guilty):
-        wrong.append(f"expected {len(guilty)} answers without tags, got {outcome.statuses}")
-    if not worker.is_running:
-        wrong.append("the worker ended")
-    return replace(outcome, wrong=tuple(wrong))
+        outcome = wrong(outcome, notes)
+    outcome = wrong(outcome, *misjudged(outcome, guilty))
+    return outcome if worker.is_running else wrong(outcome, "the worker ended")
 
 
-def _mark(field: Field, kind: str) -> str:
+def misjudged(outcome: Outcome, guilty: Collection[str]) -> list[str]:
+    """Complaints unless the ids without tags are exactly the poisonous ones."""
+    blamed, tagged = set(outcome.untagged) - set(guilty), set(guilty) - set(outcome.untagged)
+    complaints = [f"innocent and without tags: {sorted(blamed)[:5]} of {len(blamed)}"] if blamed else []
+    return complaints + ([f"poisonous and tagged: {sorted(tagged)[:5]} of {len(tagged)}"] if tagged else [])
+
+
+def poison_env() -> dict[str, str]:
+    """The environment of a worker whose decoder breaks on marked pictures."""
+    here = str(Path(__file__).parent / "poison")
+    path = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{here}{os.pathsep}{path}" if path else here, "DRILL_POISON": "1"}
+
+
+def mark(field: Field, kind: str) -> str:
+    """A good picture with a mark behind its end, on which the drill's decoder breaks."""
     path = field.folder / f"{kind.lower()}.jpg"
     path.write_bytes(pictures.jpeg(pictures.picture()) + f"DRILL-{kind}".encode())
     return path.as_uri()
@@ -93,20 +103,18 @@ def source(field: Field) -> Outcome:
         allow_hosts=server.host, s3_endpoint_url=f"http://{server.host}", env=env, fetch_timeout_s=3, read_timeout_s=1
     )
     for number in range(field.jobs):
-        body = field.chance.choice(data)
-        good = Reply.picture(body)
-        bad = [
-            field.chance.choice(
-                (Reply.error(503), Reply.cut(body, missing_bytes=500), good.late(first_pause_s=0.3), Reply.error(500))
-            )
-            for _ in range(field.chance.randrange(4))
-        ]
         path = f"/pictures/{number}.jpg"
-        url = server.serve(path, *bad, good)
+        url = server.serve(path, *moody(field, field.chance.choice(data)))
         field.enqueue(1, [url if number % 2 else f"s3://pictures/{number}.jpg"])
     outcome = field.finish("source", promised_s=0, timeout_s=240)
-    wrong = (*outcome.wrong, *only(outcome, Status.TAGGED))
-    return replace(outcome, wrong=wrong if worker.is_running else (*wrong, "the worker ended"))
+    return outcome if worker.is_running else wrong(outcome, "the worker ended")
+
+
+def moody(field: Field, body: bytes) -> list[Reply]:
+    """Up to three bad replies, then the picture."""
+    good = Reply.picture(body)
+    bad = (Reply.error(503), Reply.cut(body, missing_bytes=500), good.late(first_pause_s=0.3), Reply.error(500))
+    return [*(field.chance.choice(bad) for _ in range(field.chance.randrange(4))), good]
 
 
 def duplicates(field: Field) -> Outcome:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 
 from redis import RedisError
 from tests.support.failover import Failover
 from tests.support.fault_proxy import FaultProxy
 from tests.support.waiting import wait_until
 
-from drill.field import Field, Outcome
+from drill.field import Field, Outcome, wrong
 from shiwu import Client
 from shiwu.contract import result_key
 
@@ -38,7 +37,7 @@ def restart(field: Field) -> Outcome:
         field.time_until(lambda before=before: field.answered() > before, timeout_s=30)  # type: ignore[misc]
         field.wait_answers(base + field.jobs)
     outcome = field.finish("redis", promised_s=GOES_ON_S)
-    return outcome if worker.is_running else replace(outcome, wrong=(*outcome.wrong, "the worker ended"))
+    return outcome if worker.is_running else wrong(outcome, "the worker ended")
 
 
 def cuts(field: Field) -> Outcome:
@@ -68,7 +67,7 @@ def cuts(field: Field) -> Outcome:
         "cuts", promised_s=GOES_ON_S, notes=f"{faults} faults, {proxy.cuts} connections cut in the middle"
     )
     ended = [worker.name for worker in workers if not worker.is_running]
-    return replace(outcome, wrong=(*outcome.wrong, f"ended: {ended}")) if ended else outcome
+    return wrong(outcome, f"ended: {ended}") if ended else outcome
 
 
 def failover(field: Field) -> Outcome:
@@ -93,7 +92,7 @@ def failover(field: Field) -> Outcome:
             wait_until(lambda ids=ids: not _missing(field, ids), timeout_s=120, every_s=0.25)  # type: ignore[misc]
             servers.bring_back(old)
     outcome = field.finish("failover", promised_s=FOLLOWS_S)
-    return outcome if worker.is_running else replace(outcome, wrong=(*outcome.wrong, "the worker ended"))
+    return outcome if worker.is_running else wrong(outcome, "the worker ended")
 
 
 def _missing(field: Field, ids: Sequence[str]) -> set[str]:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
 import time
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+from tests.support.processes import WorkerProcess
 from tests.support.waiting import wait_until
 
-from drill.field import LEASE_S, TAKEOVER_S, Field, Outcome
-from shiwu.contract import COUNTERS
+from drill.field import LEASE_S, TAKEOVER_S, Field, Outcome, wrong
+from shiwu.contract import COUNTERS, Status
 
 PROMISED_S = LEASE_S + TAKEOVER_S
 GRACE_S = 8.0
 GROWN_S = 2.0
 """Age at which a loader is surely ready, also on a busy machine."""
+
+
+SURELY_DISCARDED = 10
+"""Rounds of the drill `hang` after which a late answer must have been seen."""
 
 
 def loaders_of(pid: int) -> list[int]:
@@ -49,7 +56,7 @@ def kill(field: Field) -> Outcome:
         field.enqueue(field.jobs)
         field.wait_answers(base + field.chance.randrange(1, max(2, field.jobs // 2)))
         victim.kill()
-        field.time_until(lambda victim=victim: not field.held(victim), timeout_s=PROMISED_S + 10)  # type: ignore[misc]
+        field.time_takeover(victim)
         field.wait_answers(number * field.jobs)
         victim = survivor
     return field.finish("kill", promised_s=PROMISED_S)
@@ -69,12 +76,12 @@ def kill_loaders(field: Field) -> Outcome:
         with contextlib.suppress(ProcessLookupError):
             os.kill(field.chance.choice(grown), signal.SIGKILL)
             field.breaks += 1
-    outcome = field.finish("loaders", promised_s=PROMISED_S)
+    outcome = field.finish("loaders", promised_s=PROMISED_S, only=(Status.TAGGED, Status.FAILED))
     blamed = outcome.statuses.get("failed", 0)
     # Whose loader is killed twice by a stranger, the second time alone, can't be told from a poison picture.
     if blamed > field.breaks // 20:
-        outcome = _wrong(outcome, f"{blamed} pictures were blamed for {field.breaks} kills")
-    return outcome if worker.is_running else _wrong(outcome, f"the worker ended with {worker.exit_code}")
+        outcome = wrong(outcome, f"{blamed} pictures were blamed for {field.breaks} kills")
+    return outcome if worker.is_running else wrong(outcome, f"the worker ended with {worker.exit_code}")
 
 
 def hang(field: Field) -> Outcome:
@@ -86,19 +93,21 @@ def hang(field: Field) -> Outcome:
         field.wait_answers(base + field.chance.randrange(1, max(2, field.jobs // 3)))
         victim.signal(signal.SIGSTOP)
         try:
-            field.time_until(lambda: not field.held(victim), timeout_s=PROMISED_S + 10)
+            field.time_takeover(victim)
             field.wait_answers(base + field.jobs)
         finally:
             victim.signal(signal.SIGCONT)
     alive = victim.is_running and survivor.is_running
     outcome = field.finish("hang", promised_s=PROMISED_S)
-    return outcome if alive else _wrong(outcome, "a worker did not survive")
+    if field.rounds >= SURELY_DISCARDED and not outcome.discarded:
+        outcome = wrong(outcome, "no late answer was discarded: nobody was stopped while it worked")
+    return outcome if alive else wrong(outcome, "a worker did not survive")
 
 
 def rolling(field: Field) -> Outcome:
     """SIGTERM to one of three workers after the other under load; sometimes a second SIGTERM, or no grace at all."""
     fleet = field.fleet(3, grace_s=GRACE_S, log_level="info")
-    wrong: list[str] = []
+    everybody, bad = list(fleet), list[str]()
     for number in range(field.rounds):
         base = len(field.sent)
         field.enqueue(field.jobs)
@@ -112,17 +121,24 @@ def rolling(field: Field) -> Outcome:
         code = leaving.wait(timeout_s=GRACE_S + 20)
         field.recoveries.append(time.monotonic() - began_s)
         if code != 0:
-            wrong.append(f"{leaving.name} ended with {code}")
+            bad.append(f"{leaving.name} ended with {code}")
         if field.held(leaving):
-            wrong.append(f"{leaving.name} left {field.held(leaving)} claims behind")
+            bad.append(f"{leaving.name} left {field.held(leaving)} claims behind")
         # Every third worker is given no time at all: it releases what it holds.
         fleet.append(field.worker(grace_s=0 if number % 3 == 2 else GRACE_S, log_level="info"))
+        everybody.append(fleet[-1])
     reaped = int(field.client.hget(COUNTERS, "reaped") or 0) - field.counters_before["reaped"]
     if reaped:
-        wrong.append(f"{reaped} jobs had to be reaped")
-    outcome = field.finish("rolling", promised_s=GRACE_S, wrong=wrong)
-    return outcome if not outcome.rerun else _wrong(outcome, f"{outcome.rerun} jobs were run again")
+        bad.append(f"{reaped} jobs had to be reaped")
+    outcome = field.finish("rolling", promised_s=GRACE_S, wrong=bad)
+    if outcome.rerun or outcome.discarded:
+        outcome = wrong(outcome, f"{outcome.rerun} jobs were tried again, {outcome.discarded} answered again")
+    return wrong(outcome, *_not_by_one(field, everybody))
 
 
-def _wrong(outcome: Outcome, what: str) -> Outcome:
-    return replace(outcome, wrong=(*outcome.wrong, what))
+def _not_by_one(field: Field, workers: Sequence[WorkerProcess]) -> list[str]:
+    """Complaints about jobs that not exactly one worker says, in one line of its log, to have answered."""
+    lines = [line for worker in workers for line in worker.log_text().splitlines() if '"tagged"' in line]
+    said = Counter(str(json.loads(line)["id"]) for line in lines)
+    others = [job_id for job_id in field.sent if said[job_id] != 1]
+    return [f"not answered by one worker: {others[:5]} of {len(others)}"] if others else []
