@@ -6,6 +6,7 @@ the operator wants kept.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -51,7 +52,10 @@ def always(keep: Keep | Callable[[], Keep]) -> Callable[[], Keep]:
 
 
 class OperatorsKeep:
-    """What the workers have left in Redis, looked up once a minute. Raises redis.RedisError."""
+    """What the workers have left in Redis, looked up once a minute. Raises redis.RedisError when Redis is away.
+
+    Where it may not be read (an ACL without that key), what is known stays.
+    """
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
@@ -61,16 +65,20 @@ class OperatorsKeep:
     def __call__(self) -> Keep:
         """The limits now."""
         if time.monotonic() - self._read_s >= READ_EVERY_S:
-            found: Any = self._client.hgetall(LIMITS)
-            values = {name.decode(errors="replace"): value for name, value in found.items()}
-            known = {one.name: int(values[one.name]) for one in fields(Keep) if values.get(one.name, b"").isdigit()}
-            self._known = Keep(**(asdict(UNKNOWN) | known))
+            with contextlib.suppress(redis.ResponseError):
+                self._known = self._read()
             self._read_s = time.monotonic()
         return self._known
 
+    def _read(self) -> Keep:
+        found: Any = self._client.hgetall(LIMITS)
+        values = {name.decode(errors="replace"): value for name, value in found.items()}
+        known = {one.name: int(values[one.name]) for one in fields(Keep) if values.get(one.name, b"").isdigit()}
+        return Keep(**(asdict(UNKNOWN) | known))
+
 
 class ToldKeep:
-    """A worker's own limits, written to Redis once a minute for all others. Raises redis.RedisError."""
+    """A worker's own limits, written to Redis once a minute for all others. Raises redis.RedisError when Redis is away."""
 
     def __init__(self, client: redis.Redis, keep: Keep) -> None:
         self._client = client

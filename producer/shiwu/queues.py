@@ -34,7 +34,7 @@ def read_state(client: redis.Redis) -> QueueState:
     waiting = count_waiting(client, list(Lane))
     claimed = dict.fromkeys(Lane, 0)
     for _, record in client.hscan_iter(CLAIMS, count=1000):
-        key = record.split(b"|", 3)[2].decode()
+        key = record.split(b"|", 3)[2].decode(errors="replace")
         claimed[next((lane for lane in Lane if key in lane.keys), Lane.BULK)] += 1
     seconds, micros = client.time()
     with client.pipeline(transaction=False) as pipe:
@@ -50,7 +50,7 @@ def read_state(client: redis.Redis) -> QueueState:
         delayed=delayed,
         suspects=suspects,
         dead=dead,
-        workers=tuple(name.decode() for name in alive),
+        workers=tuple(name.decode(errors="replace") for name in alive),
         counters={name.decode(): int(value) for name, value in sorted(counters.items())},
     )
 

@@ -7,7 +7,7 @@ one script, and an answer counts once whoever gives it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -36,6 +36,7 @@ from shiwu.contract import (
     RequestError,
     Stage,
     Status,
+    check_id,
     parse_request,
     without_query,
 )
@@ -125,9 +126,7 @@ class Upkeep:
         reply: Any = self._tend(keys=_TENDED, args=[self._name, most, int(count_waiting), *limits])
         reaped, promoted, suspects, waiting, stream_length, late = reply
         if late:
-            text = "no answer came by the time that the producer gave (answer_by)"
-            self._ledger.write([_out_of_time(job_id.decode(errors="replace"), text) for job_id in late])
-            self._client.zrem(DEADLINES, *late)  # also a member that names no job
+            self._end_late(late)
         return Tended(
             reaped=reaped,
             promoted=promoted,
@@ -136,6 +135,13 @@ class Upkeep:
             stream_length=stream_length,
             out_of_time=len(late),
         )
+
+    def _end_late(self, late: Sequence[bytes]) -> None:
+        ids = {member: _valid_id(member) for member in late}
+        text = "no answer came by the time that the producer gave (answer_by)"
+        self._ledger.write([_out_of_time(job_id, text) for job_id in ids.values() if job_id])
+        if strange := [member for member, job_id in ids.items() if not job_id]:
+            self._client.zrem(DEADLINES, *strange)  # by another hand; it would come back each second
 
     def sweep(self) -> Swept:
         """A whole round: everything that is due, portion by portion, and the waiting messages that have expired."""
@@ -193,6 +199,13 @@ class Upkeep:
                 yield late
             if len(raws) < portion:
                 return
+
+
+def _valid_id(member: bytes) -> str:
+    """The job id, or empty where there is none."""
+    with contextlib.suppress(RequestError):
+        return check_id(member.decode(errors="replace"))
+    return ""
 
 
 def _out_of_time(job_id: str, text: str) -> Entry:

@@ -75,7 +75,7 @@ def test_scores_are_the_reference_scripts(
         probabilities, cosines = score(
             vectors, bank.vectors(bank.resolve(None)), head="softmax", scale=encoder.scale, bias=encoder.bias
         )
-        tags = top_tags(probabilities[0], cosines[0], WORDS, top_k=6, threshold=0.0)
+        [tags] = top_tags(probabilities, cosines, WORDS, top_k=[6], threshold=[0.0])
         with Image.open(io.BytesIO(sample.data)) as image:
             expected = dict(zip(WORDS, reference_scores(reference, image.convert("RGB")), strict=True))
         assert {tag.label: tag.score for tag in tags} == pytest.approx(expected, abs=allowed)

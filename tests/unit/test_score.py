@@ -56,7 +56,8 @@ def test_no_scale_overflows(scale: float, bias: float | None, seed: int, head: H
 def tags(values: list[float], *, top_k: int = 10, threshold: float = 0.0) -> list[tuple[str, float]]:
     """The tags of these probabilities over the words a, b, c, …"""
     row = np.array(values, np.float32)
-    found = top_tags(row, row * np.float32(0.5), "abcdefgh"[: len(values)], top_k=top_k, threshold=threshold)
+    words = "abcdefgh"[: len(values)]
+    [found] = top_tags(row[None], row[None] * np.float32(0.5), words, top_k=[top_k], threshold=[threshold])
     assert [tag.cosine for tag in found] == pytest.approx([tag.score / 2 for tag in found], abs=1e-6)
     return [(tag.label, tag.score) for tag in found]
 

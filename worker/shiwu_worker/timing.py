@@ -125,21 +125,24 @@ class Moments:
 
     def timing(self, until_s: float) -> Timing:
         """The stages up to now. They follow each other without gaps, so they add up to `total`."""
-        from_s = self.claimed_s
-        stages = []
-        for moment in (
+        begins = (
             self.fetch_from_s,
             self.decode_from_s,
             self.batch_from_s,
             self.encode_from_s,
             self.score_from_s,
-        ):
+            until_s,
+        )
+        from_s, stages = self.claimed_s, []
+        for moment in begins:
             # A stage that was never reached lends its place to the one before it, which lasts until now.
             until = moment or until_s
-            stages.append(round((until - from_s) * 1000, 3) if until > from_s else 0.0)
-            from_s = max(from_s, until)
-        claim, fetch, decode, batch, encode = stages
-        score = round((until_s - from_s) * 1000, 3) if until_s > from_s else 0.0
+            if until > from_s:
+                stages.append(round((until - from_s) * 1000, 3))
+                from_s = until
+            else:
+                stages.append(0.0)
+        claim, fetch, decode, batch, encode, score = stages
         queue = self.queue_ms
         return Timing(
             queue=queue,
@@ -149,5 +152,5 @@ class Moments:
             batch=batch,
             encode=encode,
             score=score,
-            total=round((queue or 0.0) + sum(stages) + score, 3),
+            total=round((queue or 0.0) + sum(stages), 3),
         )

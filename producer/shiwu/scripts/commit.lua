@@ -2,8 +2,8 @@
 -- KEYS  claims, leases, attempts, results stream, dead, dead answers, dead messages, counters, deadlines, canvas, canvas due,
 --       delayed, parked
 -- ARGV  result ttl in s, mark ttl in s, most dead letters, date, prefix of marks, prefix of results, channel of ended jobs,
---       patience with canvas in ms, prefix of answers given aside, then for each job: id, kind, answer, start of Celery's result for a failure,
---       `lane key|raw message` where kind asks for it, mark
+--       patience with canvas in ms, prefix of answers given aside, then for each job: id, kind, answer, start of Celery's
+--       result for a failure, `lane key|raw message` where kind asks for it, mark
 -- kind  S success, F failure, R revoked; then any of I no result is wanted, D is kept as a dead letter,
 --       C has callbacks to send, A answered by somebody who does not hold it: its message is looked for among the claimed and
 --       the delayed, and where it lies in a lane it is met at its claim

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+DIGITS = 6
+
+
 def score(
     vectors: NDArray[np.float32], labels: NDArray[np.float32], *, head: Head, scale: float, bias: float | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -40,16 +43,22 @@ def top_tags(
     cosines: NDArray[np.float32],
     words: Sequence[str],
     *,
-    top_k: int,
-    threshold: float,
-) -> tuple[Tag, ...]:
-    """The best labels of one picture, best first; equal scores keep the label set's order."""
-    best = np.argsort(-probabilities, kind="stable")[:top_k]
-    return tuple(
-        Tag(label=words[i], score=round(float(probabilities[i]), 6), cosine=round(float(cosines[i]), 6))
-        for i in best
-        if probabilities[i] >= threshold
-    )
+    top_k: Sequence[int],
+    threshold: Sequence[float],
+) -> list[tuple[Tag, ...]]:
+    """The best labels of each picture, (n, m) in, best first; equal scores keep the label set's order.
+
+    All pictures at once: numpy's price is one of calls, and most label sets are small.
+    """
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, : max(top_k, default=0)]
+    exact = np.take_along_axis(probabilities, best, axis=1)
+    scores = exact.astype(np.float64).round(DIGITS).tolist()
+    nearness = np.take_along_axis(cosines, best, axis=1).astype(np.float64).round(DIGITS).tolist()
+    kept = np.minimum((exact >= np.asarray(threshold, np.float64)[:, None]).sum(axis=1), top_k).tolist()
+    return [
+        tuple(map(Tag, [words[i] for i in row[:count]], score, cosine))
+        for row, score, cosine, count in zip(best.tolist(), scores, nearness, kept, strict=True)
+    ]
 
 
 class Scorer:
@@ -82,16 +91,17 @@ class Scorer:
         if label_set is None or labels is None:
             return
         probabilities, cosines = score(vectors, labels, head=label_set.head, scale=self._scale, bias=self._bias)
-        for i, job in enumerate(jobs):
+        asked = [job.request for job in jobs]
+        tags = top_tags(
+            probabilities,
+            cosines,
+            label_set.words,
+            top_k=[one.top_k if one else 0 for one in asked],
+            threshold=[one.threshold if one else 0.0 for one in asked],
+        )
+        for i, (job, request) in enumerate(zip(jobs, asked, strict=True)):
             job.model = self._model
-            want = job.request.want if job.request else ()
-            if job.request is not None and "tags" in want:
-                job.tags = top_tags(
-                    probabilities[i],
-                    cosines[i],
-                    label_set.words,
-                    top_k=job.request.top_k,
-                    threshold=job.request.threshold,
-                )
-            if "embedding" in want:
-                job.embedding = tuple(round(float(x), 6) for x in vectors[i])
+            if request is not None and "tags" in request.want:
+                job.tags = tags[i]
+            if request is not None and "embedding" in request.want:
+                job.embedding = tuple(vectors[i].astype(np.float64).round(DIGITS).tolist())

@@ -20,6 +20,9 @@ redis.call('HLEN', claims)
 redis.call('ZCARD', leases)
 redis.call('HLEN', attempts)
 redis.call('HLEN', counters)
+redis.call('HLEN', canvas)
+redis.call('ZCARD', canvas_due)
+local has_revoked = redis.call('ZCARD', revoked) > 0
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -97,7 +100,7 @@ if #ids > 0 then
   local answered = redis.call('MGET', unpack(done_keys))
   local held = redis.call('HMGET', claims, unpack(ids))
   local tried = redis.call('HMGET', attempts, unpack(ids))
-  local unwanted = redis.call('ZCARD', revoked) > 0 and redis.call('ZMSCORE', revoked, unpack(ids)) or {}
+  local unwanted = has_revoked and redis.call('ZMSCORE', revoked, unpack(ids)) or {}
   local records, terms = {}, {}
   for i, id in ipairs(ids) do
     if answered[i] or held[i] then
@@ -105,8 +108,8 @@ if #ids > 0 then
       if answered[i] then
         redis.call('HDEL', attempts, id)
         -- Whoever answered it did not have its message, which may carry callbacks.
-        local answer = redis.call('GET', aside_prefix .. id)
-        if answer then
+        local answer = redis.pcall('GET', aside_prefix .. id)
+        if type(answer) == 'string' then
           redis.call('HSET', canvas, id, #answer .. '|' .. answer .. KEYS[from[i]] .. '|' .. raws[i])
           redis.call('ZADD', canvas_due, now, id)
           redis.call('DEL', aside_prefix .. id)
