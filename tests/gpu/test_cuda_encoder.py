@@ -1,0 +1,72 @@
+"""On a CUDA device: graphs, pinned berths and batches launched ahead give what plain eager passes give."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from shiwu_worker.image_spec import read_image_spec
+from shiwu_worker.models import model_folder
+from shiwu_worker.stages.encode import Encoder
+from shiwu_worker.tower import GraphedTower
+
+FOLDER = model_folder(None)
+SPEC = read_image_spec(FOLDER)
+pytestmark = pytest.mark.gpu
+
+
+def make(**options: object) -> Encoder:
+    """An encoder on the first device."""
+    assert torch.cuda.is_available(), "these tests are deselected where there is no device"
+    common = {"model_id": "m", "revision": "r", "device": "cuda", "mean": SPEC.mean, "std": SPEC.std}
+    return Encoder(folder=FOLDER, **(common | options))  # type: ignore[arg-type]  # the options of Encoder
+
+
+def noise(count: int) -> NDArray[np.uint8]:
+    """Random pictures."""
+    return np.random.default_rng(count).integers(0, 256, (count, SPEC.height, SPEC.width, 3), np.uint8)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_graph_gives_what_an_eager_pass_gives(dtype: str) -> None:
+    """In every rung, also for counts that are padded."""
+    graphed, eager = make(dtype=dtype, rungs=(1, 4, 16)), make(dtype=dtype, rungs=(1, 4, 16), has_graphs=False)
+    assert isinstance(graphed._berths._tower, GraphedTower)
+    assert graphed._berths._tower.rungs == (1, 4, 16)
+    for count in (1, 3, 4, 9, 16):
+        np.testing.assert_allclose(graphed.encode(noise(count)), eager.encode(noise(count)), atol=2e-3)
+
+
+def test_batches_launched_ahead_keep_their_own_vectors() -> None:
+    """Three on their way at a time, collected in any order; the pixels may change once they are launched."""
+    encoder = make(rungs=(4,))
+    pixels = noise(12)
+    expected = [encoder.encode(pixels[i : i + 4]) for i in (0, 4, 8)]
+    flights = [encoder.launch(pixels, list(range(i, i + 4))) for i in (0, 4, 8)]
+    assert all(flight.is_under_way for flight in flights)
+    pixels[:] = 0
+    for n in (2, 0, 1):
+        flights[n].wait()
+        np.testing.assert_array_equal(encoder.collect(flights[n]), expected[n])
+
+
+def test_a_picture_has_the_same_bits_whatever_its_neighbours() -> None:
+    """In one rung, replayed a hundred times."""
+    encoder = make(rungs=(8,))
+    pixels = noise(8)
+    vectors = encoder.encode(pixels)
+    for seed in range(100):
+        order = np.random.default_rng(seed).permutation(8)
+        np.testing.assert_array_equal(encoder.encode(pixels[order]), vectors[order])
+
+
+def test_the_largest_batch_is_found_and_the_rest_is_freed() -> None:
+    """After choosing, every rung that is left has its graph and its time."""
+    encoder = make(rungs=(1, 2, 4, 8, 16, 32, 64))
+    encoder.warm(choose_largest=True)
+    assert encoder.seconds.keys() == set(encoder.rungs)
+    assert isinstance(encoder._berths._tower, GraphedTower)
+    assert encoder._berths._tower.rungs == encoder.rungs
+    assert encoder.info.dtype == "float16"
