@@ -18,6 +18,7 @@ from tests.support.waiting import wait_until
 
 LEASE_S = 2
 BATCH = 8
+BULK_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Fleet:
     """One server and its workers. Who is not asked for rests: it is stopped like a process in a debugger."""
 
     client: redis.Redis
+    url: str
     proxy: FaultProxy
     near: WorkerProcess
     far: WorkerProcess
@@ -80,6 +82,7 @@ def _fleet(picture_server: PictureServer, tmp_path_factory: pytest.TempPathFacto
     options = {
         "lease_s": LEASE_S,
         "max_batch": BATCH,
+        "bulk_share": BULK_SHARE,
         "loaders": 1,
         "loader_spares": 1,
         "torch_threads": 1,
@@ -93,7 +96,7 @@ def _fleet(picture_server: PictureServer, tmp_path_factory: pytest.TempPathFacto
         return WorkerProcess(redis_url=url, folder=folder, name=name, **options)
 
     with Valkey(folder=folder / "valkey") as server, server.client() as client, FaultProxy(server.url) as proxy:
-        fleet = Fleet(client, proxy, worker("near", server.url), worker("far", proxy.url), images)
+        fleet = Fleet(client, server.url, proxy, worker("near", server.url), worker("far", proxy.url), images)
         yield fleet
         for one in (fleet.near, fleet.far):
             one.stop()
