@@ -78,7 +78,7 @@ class OperatorsKeep:
 
 
 class ToldKeep:
-    """A worker's own limits, written to Redis once a minute for all others. Raises redis.RedisError when Redis is away."""
+    """A worker's own limits, told to all others through Redis once a minute. Raises redis.RedisError if it is away."""
 
     def __init__(self, client: redis.Redis, keep: Keep) -> None:
         self._client = client
@@ -89,6 +89,8 @@ class ToldKeep:
         """The limits; they are told on the way."""
         if time.monotonic() - self._told_s >= READ_EVERY_S:
             mapping: dict[Any, Any] = asdict(self._keep)
-            self._client.hset(LIMITS, mapping=mapping)
+            # A full server refuses this write, and must not thereby end the upkeep that frees memory.
+            with contextlib.suppress(redis.ResponseError):
+                self._client.hset(LIMITS, mapping=mapping)
             self._told_s = time.monotonic()
         return self._keep

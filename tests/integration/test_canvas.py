@@ -5,7 +5,6 @@ Each canvas runs twice: with `shiwu.tag`, and with an ordinary Celery task as th
 
 from __future__ import annotations
 
-import base64
 import gc
 import json
 import sys
@@ -22,11 +21,7 @@ from celery.exceptions import TaskRevokedError
 
 from shiwu import Client
 from shiwu.contract import CANVAS, CANVAS_DUE, Lane
-from shiwu.ledger import load_script
-from shiwu_worker.canvas import Callbacks
-from shiwu_worker.job import Release
 from tests.conftest import StartWorker
-from tests.integration.test_claim_properties import make_claims, message
 from tests.support import pictures
 from tests.support.plain_app import NOTES
 from tests.support.processes import Process, clean_environment
@@ -288,78 +283,11 @@ def test_a_chord_and_a_chain_end_with_a_cancelled_part(servers: tuple[Valkey, Pa
                 app.control.revoke(job_id)
 
         def state(job_id: str) -> str:
-            raw = client.get(f"celery-task-meta-{job_id}")
-            return json.loads(raw)["status"] if raw else ""  # type: ignore[arg-type,no-any-return]  # redis' own
+            raw: Any = client.get(f"celery-task-meta-{job_id}")
+            return str(json.loads(raw)["status"]) if raw else ""
 
         wait_until(lambda: state(all_of_them.id) == "FAILURE", timeout_s=GET_S)
         wait_until(lambda: state(one_by_one.id) == "REVOKED", timeout_s=GET_S)
         assert client.hlen("shiwu:parked") == client.zcard("shiwu:delayed") == 0
     gc.collect()
-    app.close()
-
-
-def linked(job_id: str, *, ignore_result: bool = False) -> bytes:
-    """A message as Celery writes it, with a callback."""
-    raw = json.loads(message(job_id, Lane.BULK))
-    args, kwargs, embed = json.loads(base64.b64decode(raw["body"]))
-    embed["callbacks"] = [{"task": "plain.note", "args": ["x"], "kwargs": {}, "options": {}}]
-    raw["body"] = base64.b64encode(json.dumps([args, kwargs, embed]).encode()).decode()
-    raw["headers"]["ignore_result"] = ignore_result
-    return json.dumps(raw).encode()
-
-
-@pytest.mark.parametrize("where", ["lane", "claimed", "delayed", "nowhere"])
-def test_an_answer_given_aside_keeps_the_callbacks(redis_client: redis.Redis, redis_url: str, where: str) -> None:
-    """Wherever the message is, its callbacks are to be sent by the next worker that looks, once."""
-    raw = linked("job", ignore_result=where == "claimed")
-    claims = make_claims(redis_client, "w")
-    if where != "nowhere":
-        redis_client.lpush(Lane.BULK.queue, raw)
-    if where in {"claimed", "delayed"}:
-        assert len(claims.claim(1).jobs) == 1
-    if where == "delayed":
-        claims.release([Release("job", delay_s=300)])
-    with Client(redis_url) as client:
-        client.cancel("job")
-    assert redis_client.exists("celery-task-meta-job") == (where != "claimed")
-    assert claims.claim(1, held=[]).jobs == ()
-    expected = [] if where == "nowhere" else [b"job"]
-    assert redis_client.hkeys(CANVAS) == expected
-    take = load_script(redis_client, "take_callbacks")
-    taken = take(keys=[CANVAS, CANVAS_DUE], args=[1000, 10])
-    assert taken[:1] == expected
-    assert all(record.endswith(f"{Lane.BULK.queue}|".encode() + raw) for record in taken[1:])
-    assert claims.claim(1).jobs == ()
-    assert redis_client.hlen("shiwu:parked") == redis_client.hlen("shiwu:claims") == 0
-
-
-def test_a_full_redis_lets_callbacks_go_and_revokes_come(valkey: Valkey) -> None:
-    """Scripts that begin with a write that needs memory are denied; these begin with one that does not."""
-    with valkey.client() as client:
-        client.hset(CANVAS, "job", b"2|{}shiwu.bulk|x")
-        client.zadd(CANVAS_DUE, {"job": 1.0})
-        take, revoke = load_script(client, "take_callbacks"), load_script(client, "revoke")
-        client.config_set("maxmemory-policy", "noeviction")
-        client.config_set("maxmemory", 1)
-        assert take(keys=[CANVAS, CANVAS_DUE], args=[1000, 10]) == [b"job", b"2|{}shiwu.bulk|x"]
-        assert revoke(keys=["shiwu:claims", "shiwu:parked", "shiwu:revoked"], args=[1000, 10, "other"]) == []
-        client.config_set("maxmemory", 0)
-
-
-def test_others_callbacks_do_not_wait_for_an_empty_queue(redis_client: redis.Redis, redis_url: str) -> None:
-    """With callbacks of our own coming without end, those that a dead worker left are sent all the same."""
-    app = Celery("callbacks", broker=redis_url, backend=redis_url, set_as_current=False)
-    callbacks = Callbacks(app, redis_client)
-    sent: list[str] = []
-    callbacks._send = lambda job_id, _: sent.append(job_id)  # type: ignore[method-assign]
-    redis_client.hset(CANVAS, "left", "x")
-    redis_client.zadd(CANVAS_DUE, {"left": 1.0})
-    callbacks.start()
-
-    def goes_on() -> bool:
-        callbacks._fresh.put(["own"])
-        return "left" in sent
-
-    wait_until(goes_on, timeout_s=20, every_s=0.05)
-    callbacks.close(timeout_s=5)
     app.close()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import redis
 
 from shiwu import Client
-from shiwu.contract import DEAD, DEADLINES, LIMITS, RESULT_STREAM, Answer, Status, result_key
+from shiwu.contract import DEAD, DEADLINES, LIMITS, RESULT_STREAM, WORKERS, Answer, Status, result_key
 from shiwu.keep import Keep, OperatorsKeep, ToldKeep
 from shiwu.ledger import Entry, Ledger
 from shiwu.upkeep import Upkeep
+from tests.support.servers import Valkey
 
 
 def bury(client: redis.Redis, count: int) -> None:
@@ -52,8 +55,33 @@ def test_limits_that_make_no_sense_are_passed_over(redis_client: redis.Redis) ->
 
 
 def test_a_deadline_that_names_no_job_goes(redis_client: redis.Redis) -> None:
-    """A member that is no text neither ends whoever tends nor comes back each second."""
-    redis_client.zadd(DEADLINES, {b"\xff\xfe": 1.0, "job": 1.0})
+    """A member that is no id neither ends whoever tends nor comes back each second, and is answered by nobody."""
+    redis_client.zadd(DEADLINES, {b"\xff\xfe": 1.0, b"no id": 1.0, b"job": 1.0})
     upkeep = Upkeep(redis_client, Ledger(redis_client, token="s"), token="s")
-    assert upkeep.tend().out_of_time == 2
-    assert upkeep.tend().out_of_time == 0
+    upkeep.tend()
+    assert redis_client.zcard(DEADLINES) == 0
+    entries: Any = redis_client.xrange(RESULT_STREAM)
+    assert [fields[b"id"] for _, fields in entries] == [b"job"]
+
+
+def test_limits_that_may_not_be_written_or_read_hold_nobody_up(valkey: Valkey) -> None:
+    """A full server, and an ACL from before there was such a key: upkeep and cancels go on."""
+    with valkey.client() as near, Client(valkey.url) as client:
+        near.config_set("maxmemory-policy", "noeviction")
+        near.config_set("maxmemory", 1)
+        worker = Upkeep(near, Ledger(near, token="w"), name="", token="w", keep=ToldKeep(near, Keep()))
+        assert worker.tend().reaped == 0
+        near.config_set("maxmemory", 0)
+        near.set(LIMITS, "of a wrong type")
+        assert client.cancel("j") == ["j"]
+
+
+def test_names_that_are_no_text_are_shown(redis_url: str, redis_client: redis.Redis) -> None:
+    """A worker's or a group's name may be anything."""
+    redis_client.zadd(WORKERS, {b"\xff": 1e15})
+    redis_client.xgroup_create(RESULT_STREAM, b"\xfe", id="0", mkstream=True)
+    bury(redis_client, 30)
+    with Client(redis_url) as client:
+        assert client.queue_state().workers == ("\ufffd",)
+    keep = Keep(stream_length=20)
+    assert Upkeep(redis_client, Ledger(redis_client, token="s"), keep=keep).trim() == {"\ufffd": 10}

@@ -67,10 +67,11 @@ class Callbacks:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        looked_s = time.monotonic()
+        look_s = time.monotonic() + LOOK_EVERY_S
         while True:
             try:
-                ids = self._fresh.get(timeout=LOOK_EVERY_S if not self._closed.is_set() else 0.01)
+                left_s = max(0.0, look_s - time.monotonic())
+                ids = self._fresh.get(timeout=left_s if not self._closed.is_set() else 0.01)
             except queue.Empty:
                 ids = []
             if not ids and self._closed.is_set():
@@ -79,14 +80,16 @@ class Callbacks:
                 for start in range(0, len(ids), AT_ONCE):
                     self._portion(ids[start : start + AT_ONCE])
                 # By the clock, however much there is of our own: others' callbacks wait for nobody else.
-                if time.monotonic() - looked_s >= LOOK_EVERY_S:
-                    looked_s = time.monotonic()
-                    self._portion([])
+                if time.monotonic() >= look_s:
+                    look_s = time.monotonic() + LOOK_EVERY_S
+                    if self._portion([]) == AT_ONCE:
+                        look_s = 0.0  # thousands of jobs cancelled at once leave more than one portion
             except AWAY as error:
                 # They stay in Redis, and somebody finds them when the patience is over.
                 log.warning("callbacks_postponed", jobs=len(ids), error=str(error)[:300])
 
-    def _portion(self, ids: Sequence[str]) -> None:
+    def _portion(self, ids: Sequence[str]) -> int:
+        """Send what these ids, or with none of them others, have left; gives how many there were."""
         reply: Any = self._take(keys=[CANVAS, CANVAS_DUE], args=[self._patience_ms, AT_ONCE, *ids])
         for i in range(0, len(reply), 2):
             job_id = reply[i].decode()
@@ -100,6 +103,7 @@ class Callbacks:
                 pipe.hdel(CANVAS, job_id)
                 pipe.zrem(CANVAS_DUE, job_id)
                 pipe.execute()
+        return len(reply) // 2
 
     def _send(self, job_id: str, record: bytes) -> None:
         length, _, rest = record.partition(b"|")

@@ -1,0 +1,244 @@
+"""Callbacks of jobs that somebody answered who did not hold them, and of workers that died: sent by whoever looks.
+
+The judge of what Celery does with a task that is revoked is an ordinary Celery task.
+"""
+
+from __future__ import annotations
+
+import base64
+import gc
+import json
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery, chain, chord
+
+from shiwu import Client
+from shiwu.contract import ASIDE, CANVAS, CANVAS_DUE, DEADLINES, REVOKED, Answer, ImageInfo, Lane, Status
+from shiwu.ledger import Entry, Ledger, load_script
+from shiwu_worker.canvas import Callbacks
+from shiwu_worker.job import Release
+from shiwu_worker.revoke import Revoker
+from tests.integration.test_claim_properties import make_claims, make_committer, make_upkeep, message
+from tests.support.processes import Process, clean_environment
+from tests.support.servers import Valkey
+from tests.support.waiting import wait_until
+
+# Celery's client leaves the sockets of its result consumer to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Celery's own use of redis
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+GET_S = 30
+Ending = tuple[str, str, str]
+"""States of a chord's revoked part and of its body, and the kind of the body's error."""
+
+
+def ending(app: Celery, part: str, body: str) -> Ending:
+    """How a chord ended."""
+    wait_until(lambda: app.AsyncResult(body).ready(), timeout_s=GET_S, what="the end of the chord")
+    found = app.AsyncResult(body)
+    return app.AsyncResult(part).state, found.state, type(found.result).__name__
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Ending:
+    """What an ordinary Celery worker makes of a chord with a revoked part."""
+    folder = tmp_path_factory.mktemp("judge")
+    command = [sys.executable, "-m", "celery", "-A", "tests.support.plain_app", "worker", "-P", "solo"]
+    with Valkey(folder=folder / "valkey") as server:
+        env = clean_environment({"PLAIN_REDIS_URL": server.url})
+        with Process(command, name="plain", folder=folder, env=env) as plain:
+            app = Celery("somebody", broker=server.url, backend=server.url, set_as_current=False)
+            tag = app.signature("plain.tag", args=["x"])
+            late = tag.clone().set(expires=datetime.now(UTC) - timedelta(hours=1))
+            result = chord([tag, late], app.signature("plain.gather", app=app)).apply_async()
+            found = ending(app, result.parent.results[1].id, result.id)
+            gc.collect()
+            app.close()
+            plain.kill()
+    return found
+
+
+@pytest.fixture
+def app(redis_url: str) -> Iterator[Celery]:
+    """Somebody's application on the server of the test."""
+    somebody = Celery("somebody", broker=redis_url, backend=redis_url, set_as_current=False)
+    yield somebody
+    gc.collect()
+    somebody.close()
+
+
+@pytest.fixture
+def callbacks(app: Celery, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A worker's thread that sends callbacks, and looks often."""
+    monkeypatch.setattr("shiwu_worker.canvas.LOOK_EVERY_S", 0.1)
+    running = Callbacks(app, redis_client)
+    running.start()
+    yield
+    running.close(timeout_s=5)
+
+
+def end_aside(client: redis.Redis, url: str, way: str, ids: list[str]) -> None:
+    """Answer jobs without holding them."""
+    if way == "cancel":
+        with Client(url) as ours:
+            assert ours.cancel(ids) == ids
+    elif way == "revoke":
+        assert Revoker(client, make_committer(client, "revoke")).revoke(ids) == len(ids)
+    else:
+        client.zadd(DEADLINES, dict.fromkeys(ids, 1.0))
+        assert make_upkeep(client).tend().out_of_time == len(ids)
+
+
+@pytest.mark.usefixtures("callbacks")
+@pytest.mark.parametrize(
+    "how",
+    [
+        *(("cancel", where) for where in ("lane", "claimed", "delayed")),
+        *(("revoke", where) for where in ("claimed", "delayed")),
+        *(("answer_by", where) for where in ("lane", "claimed", "delayed")),
+    ],
+    ids="-".join,
+)
+def test_a_chord_and_a_chain_end_as_celerys_do(
+    app: Celery, redis_client: redis.Redis, redis_url: str, judged: Ending, how: tuple[str, str]
+) -> None:
+    """Nobody waits for ever for a body or a follower, wherever the message of the task was that somebody ended."""
+    way, where = how
+    tag: Any = app.signature("shiwu.tag", args=["s3://b/k.jpg"], queue=Lane.BULK.queue)
+    whole = chord([tag, tag.clone()], app.signature("plain.gather", app=app)).apply_async()
+    line = chain(tag.clone(), app.signature("plain.best", app=app)).apply_async()
+    tagged, part = [one.id for one in whole.parent.results]
+    ended = [part, line.parent.id]
+    claims = make_claims(redis_client, "w")
+    jobs = claims.claim(1 if where == "lane" else 3).jobs
+    assert jobs[0].id == tagged
+    if where == "delayed":
+        assert claims.release([Release(job_id, delay_s=300) for job_id in ended]) == 2
+    record = Answer(id=tagged, status=Status.TAGGED, image=ImageInfo(reference="s3://b/k.jpg"))
+    entry = Entry(answer=record, id=tagged, message=b"shiwu.bulk|" + jobs[0].raw, has_callbacks=True)
+    Ledger(redis_client, token="w", canvas_patience_s=0.0).write([entry])
+    end_aside(redis_client, redis_url, way, ended)
+    assert claims.claim(5).jobs == ()
+    assert ending(app, part, whole.id) == judged
+    wait_until(lambda: app.AsyncResult(line.id).state == "REVOKED", timeout_s=GET_S)
+    wait_until(lambda: not redis_client.exists(CANVAS, CANVAS_DUE), timeout_s=GET_S)
+    assert not redis_client.keys(f"{ASIDE}*")
+
+
+def linked(job_id: str, *, ignore_result: bool = False) -> bytes:
+    """A message as Celery writes it, with a callback."""
+    raw = json.loads(message(job_id, Lane.BULK))
+    args, kwargs, embed = json.loads(base64.b64decode(raw["body"]))
+    embed["callbacks"] = [{"task": "plain.note", "args": ["x"], "kwargs": {}, "options": {}}]
+    raw["body"] = base64.b64encode(json.dumps([args, kwargs, embed]).encode()).decode()
+    raw["headers"]["ignore_result"] = ignore_result
+    return json.dumps(raw).encode()
+
+
+@pytest.mark.parametrize("where", ["lane", "claimed", "delayed", "nowhere"])
+def test_an_answer_given_aside_keeps_the_callbacks(redis_client: redis.Redis, redis_url: str, where: str) -> None:
+    """Wherever the message is, its callbacks are to be sent by the next worker that looks, once."""
+    raw = linked("job", ignore_result=where == "claimed")
+    claims = make_claims(redis_client, "w")
+    if where != "nowhere":
+        redis_client.lpush(Lane.BULK.queue, raw)
+    if where in {"claimed", "delayed"}:
+        assert len(claims.claim(1).jobs) == 1
+    if where == "delayed":
+        claims.release([Release("job", delay_s=300)])
+    with Client(redis_url) as client:
+        client.cancel("job")
+    assert redis_client.exists("celery-task-meta-job") == (where != "claimed")
+    assert claims.claim(1, held=[]).jobs == ()
+    expected = [] if where == "nowhere" else [b"job"]
+    assert redis_client.hkeys(CANVAS) == expected
+    take = load_script(redis_client, "take_callbacks")
+    taken = take(keys=[CANVAS, CANVAS_DUE], args=[1000, 10])
+    assert taken[:1] == expected
+    assert all(record.endswith(f"{Lane.BULK.queue}|".encode() + raw) for record in taken[1:])
+    assert claims.claim(1).jobs == ()
+    assert redis_client.hlen("shiwu:parked") == redis_client.hlen("shiwu:claims") == 0
+
+
+def test_a_full_redis_lets_callbacks_go_and_revokes_come(valkey: Valkey) -> None:
+    """Scripts that begin with a write that needs memory are denied; these begin with one that does not."""
+    with valkey.client() as client:
+        client.hset(CANVAS, "job", b"2|{}shiwu.bulk|x")
+        client.zadd(CANVAS_DUE, {"job": 1.0})
+        take, revoke = load_script(client, "take_callbacks"), load_script(client, "revoke")
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", 1)
+        assert take(keys=[CANVAS, CANVAS_DUE], args=[1000, 10]) == [b"job", b"2|{}shiwu.bulk|x"]
+        assert revoke(keys=["shiwu:claims", "shiwu:parked", "shiwu:revoked"], args=[1000, 10, "other"]) == []
+        client.config_set("maxmemory", 0)
+
+
+def test_others_callbacks_do_not_wait_for_an_empty_queue(app: Celery, redis_client: redis.Redis) -> None:
+    """With callbacks of our own coming without end, those that a dead worker left are sent all the same."""
+    callbacks = Callbacks(app, redis_client)
+    sent: list[str] = []
+    callbacks._send = lambda job_id, record: sent.append(job_id)  # type: ignore[method-assign]
+    redis_client.hset(CANVAS, "left", "x")
+    redis_client.zadd(CANVAS_DUE, {"left": 1.0})
+    callbacks.start()
+
+    def goes_on() -> bool:
+        callbacks._fresh.put(["own"])
+        return "left" in sent
+
+    wait_until(goes_on, timeout_s=20, every_s=0.05)
+    callbacks.close(timeout_s=5)
+
+
+def test_many_that_were_cancelled_at_once_are_not_looked_at_portion_by_portion(
+    app: Celery, redis_client: redis.Redis
+) -> None:
+    """A look goes on until nothing is left; at a portion for each look this would take more than a minute."""
+    redis_client.hset(CANVAS, mapping={f"job-{n}": "x" for n in range(1500)})
+    redis_client.zadd(CANVAS_DUE, {f"job-{n}": 1.0 for n in range(1500)})
+    callbacks = Callbacks(app, redis_client)
+    callbacks._send = lambda job_id, record: None  # type: ignore[method-assign]
+    callbacks.start()
+    wait_until(lambda: redis_client.hlen(CANVAS) == 0, timeout_s=30)
+    callbacks.close(timeout_s=5)
+
+
+def test_a_connection_that_breaks_leaves_the_callbacks_for_later(app: Celery, redis_client: redis.Redis) -> None:
+    """A plain OSError, which not every library wraps, passes by itself; what a stranger wrote wrongly does not."""
+    redis_client.hset(CANVAS, mapping={"bad": "x", "good": "x"})
+    redis_client.zadd(CANVAS_DUE, {"bad": 1.0, "good": 2.0})
+    callbacks = Callbacks(app, redis_client, patience_s=0.001)
+    faults: list[Exception] = [ValueError("no signature"), BrokenPipeError("gone")]
+    sent: list[str] = []
+
+    def send(job_id: str, record: bytes) -> None:
+        if faults:
+            raise faults.pop(0)
+        sent.append(job_id)
+
+    callbacks._send = send  # type: ignore[method-assign]
+    with pytest.raises(BrokenPipeError):
+        callbacks._portion([])
+    assert redis_client.hkeys(CANVAS) == [b"good"]
+    wait_until(lambda: callbacks._portion([]) == 1, timeout_s=5)
+    assert sent == ["good"]
+
+
+def test_a_canvas_of_a_wrong_type_stops_the_claim_before_it_pops(redis_client: redis.Redis, redis_url: str) -> None:
+    """The claim writes there too, and Redis does not undo a script."""
+    redis_client.lpush(Lane.BULK.queue, linked("job"))
+    with Client(redis_url) as client:
+        client.cancel("job")
+    for key in (CANVAS, CANVAS_DUE, REVOKED):
+        redis_client.set(key, "oops")
+        with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+            make_claims(redis_client, "w").claim(5)
+        redis_client.delete(key)
+    assert redis_client.llen(Lane.BULK.queue) == 1
