@@ -13,9 +13,10 @@ from shiwu_worker.errors import ExitCode
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--check", is_flag=True, help="Print the effective settings, try Redis, S3 and the model, and exit.")
+@click.option("--tune", is_flag=True, help="Measure the model and the loaders, print and keep the settings, and exit.")
 @click.option("-E", "--task-events", is_flag=True, help="Send Celery's task events, for Flower and celery-exporter.")
 @click.version_option(package_name="shiwu")
-def main(*, check: bool, task_events: bool) -> None:
+def main(*, check: bool, tune: bool, task_events: bool) -> None:
     """Tag pictures from the lanes `shiwu.interactive` and `shiwu.bulk`.
 
     All settings are environment variables that begin with SHIWU_; --check lists them. The worker is an ordinary Celery
@@ -29,6 +30,10 @@ def main(*, check: bool, task_events: bool) -> None:
         from shiwu_worker.check import run_checks  # noqa: PLC0415 the model's libraries take seconds to import
 
         sys.exit(run_checks())
+    if tune:
+        from shiwu_worker.tune import run_tune  # noqa: PLC0415 as above
+
+        sys.exit(run_tune())
     try:
         Settings()
     except ValidationError as error:

@@ -71,6 +71,10 @@ class Settings(BaseSettings):
         description="largest batch; sizes are the powers of two up to it. 0: found at the start, the largest up to 64 "
         "that still brings more pictures a second and ends within a second",
     )
+    tune_file: Path | None = Field(
+        None,
+        description="where `shiwu-worker --tune` keeps what it found for this machine and model",
+    )
     linger_ms: float = Field(0.0, ge=0, le=1000, description="how long a batch that is not full waits; 0: never")
     slots: int = Field(
         0, ge=0, le=4096, description="pictures claimed and not yet encoded; 0: three batches + what is loading"

@@ -13,6 +13,7 @@ import redis
 import structlog
 
 from shiwu.contract import Answer
+from shiwu_worker import tune
 from shiwu_worker.config import Settings
 from shiwu_worker.ended import EndedJobs
 from shiwu_worker.errors import FatalError
@@ -21,7 +22,7 @@ from shiwu_worker.heartbeat import Signs
 from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.job import Release
 from shiwu_worker.logs import job_logger
-from shiwu_worker.models import model_folder
+from shiwu_worker.models import model_folder, model_revision
 from shiwu_worker.parts import (
     connect,
     make_away,
@@ -79,6 +80,8 @@ def open_service(
         FatalError: when a part can't start. Nothing has been claimed then.
     """
     began_s = time.monotonic()
+    folder = model_folder(settings.model)
+    settings = tune.apply(settings, lambda: model_revision(folder))
     token = _new_token(settings)
     health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file)
     health.ready(is_ready=False)
@@ -88,7 +91,6 @@ def open_service(
         doorbell = Doorbell(stack.enter_context(connect(settings, block_s=DOORBELL_S)), block_s=DOORBELL_S)
         claims = make_claims(settings, client, token)
         ledger = make_ledger(settings, client, token)
-        folder = model_folder(settings.model)
         spec = read_image_spec(folder)
         # Parts that answer upwards are bound late: the pipeline is made last.
         loaders = make_loaders(settings, spec, on_loaded=lambda done: pipeline.loaded(done), on_fatal=on_fatal)

@@ -1,0 +1,58 @@
+"""A tuning is taken where it was made, and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from shiwu_worker import tune
+from shiwu_worker.config import Settings
+from shiwu_worker.image_spec import ImageSpec
+
+
+def tuned(settings: Settings, **changes: object) -> tune.Tuned:
+    """What a machine that takes 100 pictures a second in batches of 4 would find."""
+    encoder = SimpleNamespace(seconds={1: 0.02, 4: 0.04}, rungs=(1, 4))
+    return tune.choose(settings, encoder, 0.002, "rev").model_copy(update=changes)
+
+
+def test_a_tuning_fills_what_nobody_has_set(tmp_path: Path) -> None:
+    """The file's values stand in for zeros; what the operator says stays."""
+    path = tmp_path / "tune.json"
+    settings = Settings(tune_file=path, loaders=7)
+    assert tune.apply(settings, "rev") == settings, "no file yet"
+    path.write_text(tuned(settings, torch_threads=3).model_dump_json())
+    found = tune.apply(settings, "rev")
+    assert (found.max_batch, found.torch_threads, found.loaders) == (4, 3, 7)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '{"key": ["other"], "max_batch": 1, "torch_threads": 1, "loaders": 1}']
+)
+def test_a_file_that_says_nothing_here_is_passed_over(tmp_path: Path, text: str) -> None:
+    """Unreadable, or of another machine, model or version."""
+    path = tmp_path / "tune.json"
+    path.write_text(text)
+    settings = Settings(tune_file=path)
+    assert tune.apply(settings, "rev") == settings
+    path.write_text(tuned(settings).model_dump_json())
+    assert tune.apply(settings, "another model") == settings
+
+
+def test_loaders_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick model needs more of them, and the worker keeps a core."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    settings = Settings()
+    quick = SimpleNamespace(seconds={64: 0.01}, rungs=(64,))
+    slow = SimpleNamespace(seconds={1: 0.2}, rungs=(1,))
+    assert tune.choose(settings, quick, 0.0015, "rev").loaders == 12
+    assert tune.choose(settings, slow, 0.0015, "rev").loaders == 1
+    assert tune.choose(settings, quick, 0.1, "rev").loaders == 15
+
+
+def test_decoding_is_measured() -> None:
+    """Some milliseconds of a core."""
+    spec = ImageSpec(224, 224, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert 0.0001 < tune.decode_core_s(spec) < 0.5

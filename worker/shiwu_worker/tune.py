@@ -1,0 +1,135 @@
+"""`shiwu-worker --tune`: what this machine can do with this model, and what settings follow; kept in SHIWU_TUNE_FILE.
+
+A worker finds its largest batch at each start anyway. What it can't find while it starts is how many loaders keep the
+device busy; and a tuned start saves the search.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, Final
+
+import numpy as np
+import structlog
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from shiwu_worker.config import Settings
+from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.image_spec import ImageSpec, read_image_spec
+from shiwu_worker.models import model_folder, model_revision
+from shiwu_worker.parts import open_encoder
+from shiwu_worker.stages.decode import DecodeLimits, decode
+
+log: Any = structlog.get_logger()
+SIDE: Final = 512
+DECODED_FOR_S: Final = 1.0
+BUSY: Final = 0.8
+"""Share of a loader's core that decoding may take; fetching takes the rest."""
+KNOBS: Final = ("max_batch", "torch_threads", "loaders")
+
+
+class Tuned(BaseModel):
+    """What was found, and for what: on another machine, model or torch it says nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    key: tuple[str, ...]
+    max_batch: int
+    torch_threads: int
+    loaders: int
+
+
+def key_of(settings: Settings, revision: str) -> tuple[str, ...]:
+    """All that a tuning depends on. Read without torch: loaders start before it is loaded."""
+    cores = str(len(os.sched_getaffinity(0)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    where = (socket.gethostname(), cores, settings.device, visible)
+    return (*where, revision, settings.dtype, str(settings.compile), version("torch"), version("transformers"))
+
+
+def apply(settings: Settings, revision: Callable[[], str]) -> Settings:
+    """The settings with what was tuned, where the operator has not said it, and it is for this machine and model.
+
+    Args:
+        revision: of the model; asked for only where there is a file, for it reads all weights.
+    """
+    path = settings.tune_file
+    if path is None or not path.exists():
+        return settings
+    try:
+        tuned = Tuned.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        log.warning("tune_file_unread", path=str(path), kind=type(error).__name__)
+        return settings
+    if tuned.key != key_of(settings, revision()):
+        log.warning("tune_file_of_others", path=str(path), meaning="another machine, model or version; tune again")
+        return settings
+    return settings.model_copy(update={name: getattr(tuned, name) for name in KNOBS if not getattr(settings, name)})
+
+
+def run_tune() -> int:
+    """Measure, print, and write the file where one is named."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        settings = Settings()
+        folder = model_folder(settings.model)
+        spec = read_image_spec(folder)
+        encoder = open_encoder(settings, folder, spec)
+    except ValidationError as error:
+        console.print(str(error), markup=False)
+        return int(ExitCode.CONFIG)
+    except FatalError as error:
+        console.print(f"{error.exit_code.name}: {error}", markup=False)
+        return int(error.exit_code)
+    table = Table("batch", "ms", "pictures/s", title=f"{encoder.info.id}, {encoder.info.dtype}, {encoder.info.device}")
+    for rung, seconds in encoder.seconds.items():
+        table.add_row(str(rung), f"{seconds * 1000:.1f}", f"{rung / seconds:.1f}")
+    console.print(table)
+    decode_s = decode_core_s(spec)
+    found = choose(settings, encoder, decode_s, model_revision(folder))
+    console.print(f"decoding a {SIDE} px JPEG takes {decode_s * 1000:.2f} core-ms", markup=False)
+    for name in KNOBS:
+        console.print(f"SHIWU_{name.upper()}={getattr(found, name)}", markup=False)
+    if settings.tune_file is not None:
+        settings.tune_file.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        console.print(f"written to {settings.tune_file}: workers with the same SHIWU_TUNE_FILE take it", markup=False)
+    return 0
+
+
+def choose(settings: Settings, encoder: Any, decode_s: float, revision: str) -> Tuned:
+    """As many loaders as keep the model busy with pictures of this size, and a core for the worker itself."""
+    import torch  # noqa: PLC0415 the rest of this room is asked for before torch may be loaded
+
+    rate = max(rung / seconds for rung, seconds in encoder.seconds.items())
+    cores = len(os.sched_getaffinity(0))
+    wanted = math.ceil(rate * decode_s / BUSY)
+    return Tuned(
+        key=key_of(settings, revision),
+        max_batch=encoder.rungs[-1],
+        torch_threads=torch.get_num_threads(),
+        loaders=settings.loaders or min(max(1, wanted), max(1, cores - 1)),
+    )
+
+
+def decode_core_s(spec: ImageSpec) -> float:
+    """Core-seconds of a JPEG of the usual size, the best of as many as fit into a second."""
+    grain = np.random.default_rng(0).integers(0, 256, (SIDE // 8, SIDE // 8, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(grain).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
+    limits = DecodeLimits(max_pixels=SIDE * SIDE, max_side=SIDE, formats=("JPEG",))
+    until_s, best_s = time.monotonic() + DECODED_FOR_S, math.inf
+    while time.monotonic() < until_s:
+        began_s = time.thread_time()
+        decode(buffer.getvalue(), spec=spec, limits=limits)
+        best_s = min(best_s, time.thread_time() - began_s)
+    return best_s
