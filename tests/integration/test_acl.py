@@ -1,0 +1,200 @@
+"""docs/redis-acl.conf on a real server: everybody can do their work as their user, and nothing beyond it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery, chord
+from redis.exceptions import NoPermissionError
+
+from shiwu import Client, Status
+from shiwu.contract import CLAIMS, LEASES, RESULT_STREAM, Lane, result_key
+from tests.integration.test_claim_properties import message
+from tests.support import pictures
+from tests.support.processes import ROOT
+from tests.support.redis_server import RedisServer, valkey_binary
+from tests.support.servers import WorkerProcess
+from tests.support.waiting import wait_until
+
+CONFIG = ROOT / "docs" / "redis-acl.conf"
+CONTROL = "/0.celery.pidbox"
+LANE = Lane.INTERACTIVE.queue
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A server that knows these users only."""
+
+    server: RedisServer
+    image: str
+
+    def url(self, user: str) -> str:
+        """Where this user comes in."""
+        return self.server.url.replace("://", f"://shiwu-{user}:change-me-{user}@")
+
+    def client(self, user: str) -> redis.Redis:
+        """A plain client of this user."""
+        return redis.Redis.from_url(self.url(user), socket_timeout=5)
+
+    def refused(self) -> list[tuple[str, str]]:
+        """Who was refused what, as the server has noted."""
+        with self.client("admin") as admin:
+            entries: Any = admin.acl_log()
+        return [(str(one["username"]), str(one["object"])) for one in entries]
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    """The server with the users of the file, and one picture."""
+    folder = tmp_path_factory.mktemp("acl")
+    (folder / "x.png").write_bytes(pictures.png(pictures.picture().resize((64, 64))))
+    config = {"include": str(CONFIG)}
+    with RedisServer(folder=folder / "server", binary=valkey_binary(), config=config) as server:
+        yield Guarded(server, (folder / "x.png").as_uri())
+
+
+@pytest.fixture(scope="module")
+def worker(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    """A real worker as its user, with everything switched on that speaks to Redis."""
+    folder = tmp_path_factory.mktemp("acl-worker")
+    options = {"allow_folders": Path(guarded.image.removeprefix("file://")).parent, "max_batch": 8, "loaders": 1}
+    with WorkerProcess(
+        redis_url=guarded.url("worker"), folder=folder, by_celery=True, celery_args="-E", torch_threads=1, **options
+    ) as running:
+        yield running.wait_ready()
+
+
+def celery_app(url: str, *, has_results: bool = False) -> Celery:
+    """A producer that has none of our code."""
+    return Celery("plain", broker=url, backend=url if has_results else None, set_as_current=False)
+
+
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's result backend
+def test_everybody_does_their_work(guarded: Guarded, worker: WorkerProcess) -> None:
+    """Enqueue, wait, cancel, link, follow, sweep and revoke: the server refuses nobody anything."""
+    with guarded.client("admin") as admin:
+        admin.acl_log_reset()
+        with Client(guarded.url("producer")) as producer, Client(guarded.url("client")) as client:
+            ids = [producer.enqueue(guarded.image, id="one", answer_by_s=60), *producer.enqueue_many([guarded.image])]
+            waited = client.wait_many(ids, timeout_s=30)
+            assert {answer.status for answer in waited.values()} == {Status.TAGGED}
+            later = client.enqueue(guarded.image, countdown_s=60)
+            assert client.cancel(later) == [later]
+            with Client(guarded.url("consumer")) as consumer:
+                seen = list(consumer.results(group="g", block_s=0.1, stop_when_idle=True))
+            assert {item.result.id for item in seen} == {*ids, later}
+            for item in seen:
+                item.ack()
+        _by_celery(guarded, admin)
+        _sweep(guarded, admin)
+        assert guarded.refused() == []
+    assert worker.is_running
+    assert '"level": "error"' not in worker.log_text()
+
+
+def _by_celery(guarded: Guarded, admin: redis.Redis) -> None:
+    """A plain Celery producer sends, a link comes out at the other end, an operator revokes."""
+    kwargs = {"image": guarded.image}
+    plain, app = celery_app(guarded.url("producer")), celery_app(guarded.url("client"), has_results=True)
+    plain.send_task("shiwu.tag", kwargs=kwargs, queue="shiwu.bulk", task_id="sent")
+    link = app.signature("theirs.task", queue="celery", immutable=True)
+    app.send_task("shiwu.tag", kwargs=kwargs, queue=LANE, task_id="linked", link=link)
+    for job_id in ("sent", "linked"):
+        result = app.AsyncResult(job_id)
+        assert result.get(timeout=30)["status"] == "tagged"
+        result.forget()
+    header = [app.signature("shiwu.tag", kwargs=kwargs, queue=lane.queue) for lane in Lane]
+    chord(header, app.signature("theirs.body", queue="celery"), app=app).apply_async(task_id="body")
+    wait_until(lambda: admin.llen("celery") == 2, timeout_s=10, what="the callback and the body of the chord")
+    plain.send_task("shiwu.tag", kwargs=kwargs, queue=LANE, task_id="later", countdown=60)
+    wait_until(lambda: admin.hexists("shiwu:parked", "later"), timeout_s=10)
+    wait_until(admin.pubsub_numpat, timeout_s=20, what="the worker listens to revokes")
+    celery_app(guarded.url("admin")).control.revoke("later")
+    wait_until(lambda: admin.exists(result_key("later")), timeout_s=10, what="the answer of a revoked job")
+
+
+def _sweep(guarded: Guarded, admin: redis.Redis) -> None:
+    """A job of the dead, one out of time, one expired, and a stream that is too long."""
+    admin.hset(CLAIMS, "of-the-dead", b"dead.1|1|shiwu.bulk|" + message("of-the-dead"))
+    admin.zadd(LEASES, {"of-the-dead": 1.0})
+    admin.hset("shiwu:limits", "stream_length", 1)
+    with Client(guarded.url("sweep")) as sweep:
+        assert sweep.sweep().did_something
+        assert sweep.queue_state().counters["answered"] > 0
+    assert admin.xlen(RESULT_STREAM) <= 2
+
+
+FORBIDDEN: list[tuple[str, tuple[Any, ...]]] = [
+    *((user, ("PUBLISH", CONTROL, "{}")) for user in ("producer", "client", "consumer", "sweep")),
+    *((user, ("RPOP", LANE)) for user in ("producer", "client", "consumer", "sweep")),
+    *((user, ("BRPOP", LANE, 1)) for user in ("producer", "client", "consumer", "sweep")),
+    *((user, ("LMOVE", LANE, LANE, "RIGHT", "LEFT")) for user in ("producer", "client", "consumer", "sweep", "worker")),
+    *((user, ("LRANGE", LANE, 0, -1)) for user in ("producer", "client", "consumer")),
+    *((user, ("SUBSCRIBE", CONTROL)) for user in ("producer", "client", "consumer", "sweep")),
+    ("producer", ("EVAL", "return 1", 0)),
+    ("producer", ("GET", "celery-task-meta-x")),
+    ("producer", ("DEL", LANE)),
+    ("producer", ("LPUSH", "celery", "{}")),
+    ("client", ("EVAL", f"return redis.call('RPOP', '{LANE}')", 0)),
+    ("client", ("GET", "somebody-elses")),
+    ("consumer", ("XADD", RESULT_STREAM, "*", "id", "x")),
+    ("consumer", ("XTRIM", RESULT_STREAM, "MAXLEN", 0)),
+    ("worker", ("FLUSHALL",)),
+    ("worker", ("CONFIG", "SET", "maxmemory", 1)),
+    ("worker", ("KEYS", "*")),
+    ("worker", ("GET", "somebody-elses")),
+    ("worker", ("ACL", "LIST")),
+]
+
+
+@pytest.mark.parametrize(
+    ("user", "command"), FORBIDDEN, ids=[f"{user}-{'-'.join(map(str, command[:2]))}" for user, command in FORBIDDEN]
+)
+def test_what_is_refused(guarded: Guarded, user: str, command: tuple[Any, ...]) -> None:
+    """Nobody takes jobs away, speaks on Celery's control channel, or reads what is not theirs."""
+    with guarded.client(user) as client, pytest.raises(NoPermissionError):
+        client.execute_command(*command)
+
+
+def test_scripts_open_no_other_door(guarded: Guarded) -> None:
+    """Who may run scripts is refused in them what is refused outside."""
+    with guarded.client("admin") as admin:
+        sha = admin.script_load(f"return redis.call('RPOP', '{LANE}')")
+    for user in ("client", "sweep"):
+        with guarded.client(user) as client, pytest.raises(redis.ResponseError, match=r"(?i)permission|ACL"):
+            client.evalsha(sha, 0)
+
+
+def test_nobody_comes_in_without_a_name(guarded: Guarded) -> None:
+    """The default user is off."""
+    with redis.Redis.from_url(guarded.server.url, socket_timeout=5) as client, pytest.raises(redis.RedisError):
+        client.ping()
+
+
+SCRIPTS = {
+    "client": ["producer/shiwu/scripts/commit.lua"],
+    "sweep": [f"producer/shiwu/scripts/{name}.lua" for name in ("commit", "tend", "trim", "take_late")],
+    "worker": [
+        *(f"producer/shiwu/scripts/{name}.lua" for name in ("commit", "tend", "trim", "revoke", "take_callbacks")),
+        *(f"worker/shiwu_worker/stages/scripts/{name}.lua" for name in ("claim", "renew", "release")),
+    ],
+}
+
+
+@pytest.mark.parametrize("user", SCRIPTS)
+def test_rare_branches_of_scripts_are_allowed_too(user: str) -> None:
+    """Every command that a script of theirs may call, also where no test above has led it there."""
+    called = set()
+    for path in SCRIPTS[user]:
+        found = re.findall(r"redis\.p?call\('(\w+)'(?:, '(GROUPS)')?", (ROOT / path).read_text(encoding="utf-8"))
+        called |= {"|".join(filter(None, names)).lower() for names in found}
+    [line] = [
+        line for line in CONFIG.read_text(encoding="utf-8").splitlines() if line.startswith(f"user shiwu-{user} ")
+    ]
+    assert called - {word.removeprefix("+") for word in line.split()} == set()
