@@ -48,8 +48,8 @@ class Outcome:
     recovery_max_s: float = 0.0
     promised_s: float = 0.0
     notes: str = ""
-    untagged: tuple[str, ...] = ()
-    """Ids whose answers have another status than `tagged`."""
+    untagged: dict[str, str] = field(default_factory=dict)
+    """Why the jobs have no tags that have none, by id."""
     wrong: tuple[str, ...] = ()
     """What else was not as promised."""
 
@@ -207,7 +207,7 @@ class Field:
         outcome = self._count(name, promised_s=promised_s, notes=notes, wrong=tuple(found))
         others = {status: count for status, count in outcome.statuses.items() if status not in only}
         if only and others:
-            text = f"expected only {', '.join(only)}, got {others}, first {outcome.untagged[:3]}"
+            text = f"expected only {', '.join(only)}, got {others}, first {list(outcome.untagged.items())[:3]}"
             outcome = replace(outcome, wrong=(*outcome.wrong, text))
         return outcome
 
@@ -220,7 +220,7 @@ class Field:
 
     def _count(self, name: str, *, promised_s: float, notes: str, wrong: tuple[str, ...]) -> Outcome:
         sent, entries, statuses, rerun = self._known, Counter[str](), Counter[str](), 0
-        untagged: set[str] = set()
+        untagged: dict[str, str] = {}
         last = "-"
         while portion := self._entries(last):
             for _, fields in portion:
@@ -230,7 +230,7 @@ class Field:
                     statuses[answer.status.value] += 1
                     rerun += answer.attempts > 1
                     if answer.status is not Status.TAGGED:
-                        untagged.add(job_id)
+                        untagged[job_id] = f"{answer.error.code}: {answer.error.message}" if answer.error else "?"
             last = f"({portion[-1][0].decode()}"
         counters = self._counters()
         before = self.counters_before
@@ -248,7 +248,7 @@ class Field:
             recovery_max_s=round(max(self.recoveries, default=0.0), 2),
             promised_s=promised_s,
             notes=notes,
-            untagged=tuple(sorted(untagged)),
+            untagged=untagged,
             wrong=wrong,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 from statistics import quantiles
@@ -45,14 +45,15 @@ def poison(field: Field) -> Outcome:
     outcome = field.finish("poison", promised_s=0, notes=f"{len(guilty)} poisonous; {notes}", only=())
     if field.jobs >= ENOUGH and ratio > NEIGHBOURS and with_poison - without > FEW:
         outcome = wrong(outcome, notes)
-    outcome = wrong(outcome, *misjudged(outcome, guilty))
+    outcome = wrong(outcome, *misjudged(outcome, set(guilty)))
     return outcome if worker.is_running else wrong(outcome, "the worker ended")
 
 
-def misjudged(outcome: Outcome, guilty: Collection[str]) -> list[str]:
+def misjudged(outcome: Outcome, guilty: Set[str]) -> list[str]:
     """Complaints unless the ids without tags are exactly the poisonous ones."""
-    blamed, tagged = set(outcome.untagged) - set(guilty), set(guilty) - set(outcome.untagged)
-    complaints = [f"innocent and without tags: {sorted(blamed)[:5]} of {len(blamed)}"] if blamed else []
+    blamed = [f"{job_id} ({why})" for job_id, why in outcome.untagged.items() if job_id not in guilty]
+    tagged = guilty - outcome.untagged.keys()
+    complaints = [f"innocent and without tags: {', '.join(blamed[:5])} of {len(blamed)}"] if blamed else []
     return complaints + ([f"poisonous and tagged: {sorted(tagged)[:5]} of {len(tagged)}"] if tagged else [])
 
 
