@@ -11,6 +11,7 @@ import redis
 from shiwu import Client
 from shiwu.connection import connect
 from shiwu.contract import CLAIMS, COUNTERS, LEASES, RESULT_STREAM
+from shiwu_worker.job import Release
 from tests.conftest import StartWorker
 from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
 from tests.support import pictures
@@ -48,7 +49,7 @@ def all_answered_once(client: redis.Redis, ids: list[str]) -> None:
 
 
 def test_a_full_server_takes_answers_and_refuses_new_jobs(valkey: Valkey, near: redis.Redis) -> None:
-    """`OOM command not allowed`: producers are told, claims and commits go on, so that the backlog shrinks."""
+    """`OOM command not allowed`: producers are told; claims, renewals, retries and commits go on, and the backlog shrinks."""
     near.lpush("shiwu.bulk", *[message(f"job-{n}") for n in range(50)])
     claims, ledger = make_claims(near, "w"), make_committer(near, "w")
     near.config_set("maxmemory", 1_000_000)
@@ -57,6 +58,10 @@ def test_a_full_server_takes_answers_and_refuses_new_jobs(valkey: Valkey, near: 
         client.enqueue("s3://b/k.jpg")
     jobs = claims.claim(50).jobs
     assert len(jobs) == 50
+    assert claims.renew([job.id for job in jobs]) == []
+    assert claims.release([Release(jobs[0].id, delay_s=0.001, counts=True)]) == 1
+    wait_until(lambda: make_upkeep(near).tend().promoted, timeout_s=10)
+    assert [job.id for job in claims.claim(50, held=[job.id for job in jobs[1:]]).jobs] == [jobs[0].id]
     assert ledger.write([answer(job) for job in jobs]) == set()
     near.config_set("maxmemory", 0)
     all_answered_once(near, [f"job-{n}" for n in range(50)])

@@ -24,6 +24,10 @@ redis.call('HLEN', canvas)
 redis.call('ZCARD', canvas_due)
 local has_revoked = redis.call('ZCARD', revoked) > 0
 
+-- A server that became a replica must say so, and one that is full denies a script that begins with a write that needs
+-- memory: this one needs none and changes nothing.
+redis.call('ZREM', leases, '')
+
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
@@ -75,8 +79,6 @@ if redis.call('LLEN', suspects) > 0 then
   local holder = redis.call('GET', taker)
   if not holder or holder == token then
     alone = 1
-    -- A server that is full denies a script that begins with a write that needs memory.
-    redis.call('ZREMRANGEBYSCORE', revoked, '-inf', now)
     redis.call('SET', taker, token, 'PX', math.max(1, lease_ms))
     if holds_nothing and ARGV[7] == '1' then
       is_suspect = true
