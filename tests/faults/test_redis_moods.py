@@ -49,7 +49,7 @@ def all_answered_once(client: redis.Redis, ids: list[str]) -> None:
 
 
 def test_a_full_server_takes_answers_and_refuses_new_jobs(valkey: Valkey, near: redis.Redis) -> None:
-    """`OOM command not allowed`: producers are told; claims, renewals, retries and commits go on, and the backlog shrinks."""
+    """`OOM command not allowed`: producers are told; claims, renewals, retries and commits go on."""
     near.lpush("shiwu.bulk", *[message(f"job-{n}") for n in range(50)])
     claims, ledger = make_claims(near, "w"), make_committer(near, "w")
     near.config_set("maxmemory", 1_000_000)
