@@ -8,15 +8,17 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from redis import RedisError
 from rich.console import Console
 from rich.table import Table
 from tests.support.failover import Failover
+from tests.support.redis_server import RedisServer, debian_redis, valkey_binary
 from tests.support.servers import Valkey
 
 from drill.catalogue import DRILLS, Drill
@@ -33,17 +35,17 @@ def run(
     jobs: int | None = None,
     rounds: int | None = None,
     url: str | None = None,
-    minutes: float = 10.0,
+    lasts_s: float | None = None,
+    binary: Path | None = None,
 ) -> Outcome:
-    """One drill on a Redis of its own, or on the one given."""
+    """One drill on a Redis of its own, or on the one given.
+
+    Args:
+        binary: starts this server, and not Valkey.
+    """
     size = drill.short if short else drill.long
     with tempfile.TemporaryDirectory(prefix="shiwu-drill-") as name, ExitStack() as stack:
-        server: Any = None
-        if drill.server == "sentinels":
-            server = stack.enter_context(Failover(folder=Path(name) / "servers", replicas=2))
-        elif url is None:
-            config = {"appendonly": "yes", "appendfsync": "always"}
-            server = stack.enter_context(Valkey(folder=Path(name) / "valkey", config=config))
+        server = stack.enter_context(own_server(drill, Path(name) / "servers", binary)) if url is None else None
         field = Field(
             url=server.url if server else str(url),
             folder=Path(name),
@@ -52,7 +54,7 @@ def run(
             rounds=rounds or size[1],
             stack=stack,
             server=server,
-            minutes=minutes,
+            lasts_s=drill.lasts_s[0 if short else 1] if lasts_s is None else lasts_s,
             prefix=f"{drill.name}-{seed}-{int(time.time())}." if url else "d",
         )
         try:
@@ -61,12 +63,38 @@ def run(
             return field.finish(drill.name, promised_s=0, timeout_s=5, wrong=[str(error)])
 
 
+def own_server(drill: Drill, folder: Path, binary: Path | None) -> Any:
+    """The server that a drill breaks, not yet started."""
+    if drill.server == "sentinels":
+        return Failover(folder=folder, replicas=2)
+    config = {"appendonly": "yes", "appendfsync": "always"}
+    if drill.server == "loads":
+        config["loading-process-events-interval-bytes"] = "1024"
+    if binary is not None or drill.server == "loads":
+        return RedisServer(folder=folder, binary=binary or valkey_binary(), config=config)
+    return Valkey(folder=folder, config=config)
+
+
 def held_by(url: str) -> dict[str, int]:
     """What a Redis holds that a drill would mix with its own, or lose: waiting, claimed and delayed jobs."""
     with connect(url, timeout_s=5.0, retries=0) as client:
         lengths = {key: int(client.llen(key)) for key in (*(key for lane in Lane for key in lane.keys), SUSPECTS)}
         lengths |= {key: int(client.hlen(key)) for key in (CLAIMS, PARKED)}
     return {key: length for key, length in lengths.items() if length}
+
+
+def refuse_busy(url: str, refuse: Callable[[str], NoReturn]) -> None:
+    """Leave a Redis alone that is away, or that others use."""
+    try:
+        held = held_by(url)
+    except RedisError as error:
+        refuse(f"expected a Redis that answers at --redis-url, got {type(error).__name__}: {error}")
+    if held:
+        found = ", ".join(f"{key} {length}" for key, length in held.items())
+        refuse(
+            f"expected a Redis without jobs at --redis-url, it holds {found}; drills break what works on them, and "
+            "count every answer: take an empty database, or wait until these jobs are answered"
+        )
 
 
 def show(outcomes: list[Outcome]) -> None:
@@ -96,33 +124,30 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="the small form that make test runs")
     parser.add_argument("--jobs", type=int, help="enqueued in each round")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--minutes", type=float, default=10.0, help="length of the drill `together`")
+    parser.add_argument(
+        "--minutes", type=float, help="length of `together`, `soak`, `away`, of each black hole in `hole`"
+    )
+    parser.add_argument("--redis-server", action="store_true", help="start this machine's redis-server, not Valkey")
     parser.add_argument("--redis-url", help="a Redis of yours (staging!) instead of an own one")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     asked = parser.parse_args()
     unknown = set(asked.names) - DRILLS.keys()
     if unknown:
         parser.error(f"expected drills of {', '.join(DRILLS)}, got {', '.join(sorted(unknown))}")
+    binary = debian_redis() if asked.redis_server else None
+    if asked.redis_server and binary is None:
+        parser.error("expected the program redis-server on PATH; on Debian: apt-get install redis-server")
     chosen = [DRILLS[name] for name in asked.names or DRILLS]
     if asked.redis_url:
         chosen = [drill for drill in chosen if drill.server == "any"]
-        try:
-            held = held_by(asked.redis_url)
-        except RedisError as error:
-            parser.error(f"expected a Redis that answers at --redis-url, got {type(error).__name__}: {error}")
-        if held:
-            found = ", ".join(f"{key} {length}" for key, length in held.items())
-            parser.error(
-                f"expected a Redis without jobs at --redis-url, it holds {found}; drills break what works on them, and "
-                "count every answer: take an empty database, or wait until these jobs are answered"
-            )
+        refuse_busy(asked.redis_url, parser.error)
     print(f"seed {asked.seed}", file=sys.stderr)
     outcomes = []
     for drill in chosen:
         print(f"{drill.name}: {drill.about}", file=sys.stderr)
         outcome = run(
             drill, seed=asked.seed, short=asked.short, jobs=asked.jobs, rounds=asked.rounds, url=asked.redis_url,
-            minutes=asked.minutes,
+            lasts_s=asked.minutes and asked.minutes * 60, binary=binary,
         )  # fmt: skip
         outcomes.append(outcome)
         if asked.json:

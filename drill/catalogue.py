@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from drill import device, inputs, redis_away, together, workers
+from drill import absence, device, inputs, redis_away, soak, together, workers
 from drill.field import Field, Outcome
 
 
@@ -19,8 +19,10 @@ class Drill:
     short: tuple[int, int]
     """Jobs a round, rounds: what `make test` runs."""
     long: tuple[int, int]
-    server: Literal["any", "own", "sentinels"] = "any"
-    """Whether it may run on a Redis that was given, or breaks its own."""
+    server: Literal["any", "own", "loads", "sentinels"] = "any"
+    """Whether it may run on a Redis that was given, or breaks its own; one of them loads its data for long."""
+    lasts_s: tuple[float, float] = (0.0, 0.0)
+    """Where time makes it: seconds of the short and the long form."""
 
     @property
     def about(self) -> str:
@@ -37,11 +39,14 @@ DRILLS = {
         Drill("rolling", workers.rolling, short=(200, 3), long=(1000, 10)),
         Drill("redis", redis_away.restart, short=(300, 2), long=(1000, 20), server="own"),
         Drill("cuts", redis_away.cuts, short=(1500, 12), long=(20_000, 300)),
+        Drill("hole", absence.hole, short=(200, 1), long=(1000, 3), lasts_s=(8, 45)),
+        Drill("away", absence.away, short=(100, 1), long=(500, 1), server="loads", lasts_s=(30, 600)),
         Drill("failover", redis_away.failover, short=(300, 1), long=(1000, 5), server="sentinels"),
         Drill("poison", inputs.poison, short=(240, 1), long=(10_000, 1)),
         Drill("source", inputs.source, short=(60, 1), long=(2000, 1)),
         Drill("encode", device.encode, short=(400, 1), long=(10_000, 1)),
         Drill("duplicates", inputs.duplicates, short=(200, 1), long=(2000, 10)),
-        Drill("together", together.together, short=(200, 1), long=(500, 1)),
+        Drill("soak", soak.soak, short=(100, 1), long=(500, 1), lasts_s=(8, 60)),
+        Drill("together", together.together, short=(200, 1), long=(500, 1), lasts_s=(12, 600)),
     )
 }

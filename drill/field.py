@@ -75,7 +75,8 @@ class Field:
     server: Any = None
     """The drill's own server, where Redis itself may be broken."""
     prefix: str = "d"
-    minutes: float = 10.0
+    lasts_s: float = 0.0
+    """How long a drill takes that is told so, or what it breaks stays broken."""
     sent: list[str] = field(default_factory=list)
     recoveries: list[float] = field(default_factory=list)
     workers: int = 0

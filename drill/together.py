@@ -88,7 +88,7 @@ def together(field: Field) -> Outcome:
     bad = [mark(field, kind) for kind in KINDS]
     body = pictures.jpeg(pictures.picture())
     pause, bag = threading.Event(), list[str]()
-    until_s = time.monotonic() + field.minutes * 60
+    until_s = time.monotonic() + field.lasts_s
     while time.monotonic() < until_s:
         for _ in range(field.jobs // 100):
             begin = len(field.sent)
@@ -117,7 +117,7 @@ def _finish(stage: _Stage) -> Outcome:
     if stage.workers["plain"].exit_code is not None:
         stage.end("plain", stage.workers["plain"].exit_code or 0)
     seen = ", ".join(f"{kind} {count}" for kind, count in sorted(stage.seen.items()))
-    notes = f"{seen}; {stage.proxy.cuts} cuts, {len(stage.guilty)} poisonous, {stage.field.minutes:g} minutes"
+    notes = f"{seen}; {stage.proxy.cuts} cuts, {len(stage.guilty)} poisonous, {stage.field.lasts_s / 60:g} minutes"
     outcome = stage.field.finish(
         "together", promised_s=PROMISED_S, timeout_s=600, notes=notes, wrong=stage.wrong, only=()
     )
