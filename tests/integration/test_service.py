@@ -17,7 +17,7 @@ from shiwu.contract import DEAD, DEAD_MESSAGES, RESULT_STREAM, Answer, Lane, Req
 from shiwu.message import build_message
 from tests.conftest import StartWorker
 from tests.support import pictures
-from tests.support.servers import PictureServer, S3Server, WorkerProcess
+from tests.support.servers import PictureServer, S3Server, Valkey, WorkerProcess
 from tests.support.waiting import wait_until
 
 # Celery's client leaves the sockets of its result consumer to the garbage collector.
@@ -269,3 +269,16 @@ def test_it_is_an_ordinary_celery_worker(start_worker: StartWorker, redis_url: s
     assert sum(line.get("id") == "by-celery" for line in lines) == 1, "one line per job"
     worker.terminate()
     assert worker.wait(timeout_s=4) == 0, "an idle worker has nothing to wait for"
+
+
+def test_celerys_half_does_not_spin_where_it_is_refused(start_worker: StartWorker, valkey: Valkey) -> None:
+    """A user without a command that Celery needs: jobs are answered, and the log does not run away."""
+    with valkey.client() as client:
+        client.execute_command("ACL", "SETUSER", "worker", "on", ">pw", "~*", "&*", "+@all", "-zrange", "-psubscribe")
+        url = valkey.url.replace("redis://", "redis://worker:pw@")
+        worker = start_worker(redis_url=url)
+        wait_until(lambda: worker.log_text().count("Trying to re") >= 2, timeout_s=20)
+        before, began_s = worker.log_text().count("Trying to re"), time.monotonic()
+        wait_until(lambda: time.monotonic() - began_s > 4.0, timeout_s=10)
+        assert worker.log_text().count("Trying to re") - before <= 20
+        assert worker.is_running

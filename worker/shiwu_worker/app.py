@@ -11,6 +11,8 @@ from __future__ import annotations
 import secrets
 import signal
 import ssl
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -39,6 +41,10 @@ from shiwu_worker.wiring import Service, open_service
 log: Any = structlog.get_logger()
 ADMIN_QUEUE: Final = "shiwu.admin"
 CLOSE_S: Final = 5.0
+FIRST_PAUSE_S: Final = 0.1
+LONGEST_PAUSE_S: Final = 2.0
+CALM_S: Final = 10.0
+"""A connection that lasted so long was a good one."""
 
 
 class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
@@ -52,6 +58,26 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
             for step in Consumer.Blueprint.default_steps
             if step.rsplit(":", 1)[-1] not in {"Gossip", "Mingle", "Heart", "Control"}
         ] + ["shiwu_worker.revoke:RevokeStep"]
+
+    _pause_s = 0.0
+    _lost_s = 0.0
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        """Pause before the next try: a server that takes connections and refuses a command would be asked for ever."""
+        super().on_connection_error_before_connected(exc)
+        self._pause()
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """The same."""
+        super().on_connection_error_after_connected(exc)
+        self._pause()
+
+    def _pause(self) -> None:
+        now_s = time.monotonic()
+        is_again = now_s - self._lost_s < CALM_S
+        self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2 if is_again and self._pause_s else FIRST_PAUSE_S)
+        self._lost_s = now_s + self._pause_s
+        threading.Event().wait(self._pause_s)
 
 
 class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
