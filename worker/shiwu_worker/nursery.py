@@ -18,8 +18,8 @@ import time
 from typing import Final
 
 PR_SET_PDEATHSIG: Final = 1
-BORN_S: Final = 10.0
-"""Longest wait for a fork; a nursery that needs more is replaced."""
+BORN_S: Final = 60.0
+"""Longest wait for a fork, the first one waits for the imports; a nursery that needs more is replaced."""
 STATUS_S: Final = 1.0
 ASK: Final = b"?"
 

@@ -104,8 +104,8 @@ class Encoder:
     # -------------------------------------------------------------------------------- before the first job
     def _cast(self, model: Any, dtypes: Sequence[torch.dtype]) -> tuple[Any, torch.dtype]:
         """The first format in which the model still says what it says in FP32."""
-        if dtypes[0] is torch.float32:
-            return model, torch.float32
+        if len(dtypes) == 1:
+            return model.to(dtypes[0]), dtypes[0]
         pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (CHECKED, *self._shape), np.uint8))
         raw = pixels.to(self._device)
         with torch.inference_mode():
