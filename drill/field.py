@@ -56,7 +56,7 @@ class Outcome:
     @property
     def is_kept(self) -> bool:
         """Whether the promise held."""
-        return not (self.twice or self.lost or self.late or self.wrong) and self.enqueued == self.answered
+        return not (self.twice or self.lost or self.late or self.wrong) and self.enqueued == self.answered > 0
 
 
 @dataclass
@@ -138,9 +138,13 @@ class Field:
                     sent_ms = seconds * 1000 + micros / 1000
                     pipe.lpush(lane.queue, build_message(request, job_id=job_id, lane=lane, sent_ms=sent_ms))
                 pipe.execute()
+        self.note(ids)
+        return list(ids)
+
+    def note(self, ids: Sequence[str]) -> None:
+        """Count on answers of these jobs, each once."""
         self.sent += [job_id for job_id in dict.fromkeys(ids) if job_id not in self._known]
         self._known.update(ids)
-        return list(ids)
 
     def answered(self) -> int:
         """Answers that Redis has counted in its life."""

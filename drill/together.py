@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tests.support import pictures
+from tests.support.family import loaders_of
 from tests.support.fault_proxy import FaultProxy
 from tests.support.picture_server import PictureServer
 from tests.support.processes import WorkerProcess
@@ -20,7 +21,7 @@ from tests.support.waiting import wait_until
 from drill.device import DEVICE_LOST
 from drill.field import Field, Outcome, wrong
 from drill.inputs import KINDS, mark, misjudged, moody, poison_env
-from drill.workers import PROMISED_S, loaders_of
+from drill.workers import PROMISED_S
 from shiwu.contract import SUSPECTS_TAKER
 
 ROLES: Final = ("plain", "faulty", "far")

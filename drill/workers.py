@@ -10,8 +10,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
+from tests.support.family import age_s, loaders_of
 from tests.support.processes import WorkerProcess
 from tests.support.waiting import wait_until
 
@@ -22,29 +22,8 @@ PROMISED_S = LEASE_S + TAKEOVER_S
 GRACE_S = 8.0
 GROWN_S = 2.0
 """Age at which a loader is surely ready, also on a busy machine."""
-
-
 SURELY_DISCARDED = 10
 """Rounds of the drill `hang` after which a late answer must have been seen."""
-
-
-def loaders_of(pid: int) -> list[int]:
-    """Process ids of a worker's loaders: the children of its children."""
-    return [loader for nursery in _children(pid) for loader in _children(nursery)]
-
-
-def _children(pid: int) -> list[int]:
-    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    return [int(child) for children in lists for child in children]
-
-
-def _age_s(pid: int) -> float:
-    """Seconds since a process was started; 0 when it is gone."""
-    try:
-        started_ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def kill(field: Field) -> Outcome:
@@ -72,7 +51,7 @@ def kill_loaders(field: Field) -> Outcome:
         if not worker.is_running:
             break
         # Grown ones: five loaders in a row that die before they are ready end the worker, as they should.
-        grown = wait_until(lambda: [pid for pid in loaders_of(worker.pid) if _age_s(pid) > GROWN_S], timeout_s=30)
+        grown = wait_until(lambda: [pid for pid in loaders_of(worker.pid) if age_s(pid) > GROWN_S], timeout_s=30)
         with contextlib.suppress(ProcessLookupError):
             os.kill(field.chance.choice(grown), signal.SIGKILL)
             field.breaks += 1
