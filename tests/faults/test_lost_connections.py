@@ -79,7 +79,7 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
         "tend": lambda: upkeep.tend(count_waiting=True).waiting,
         "take_late": lambda: wait_until(upkeep.expire_waiting, timeout_s=5),
         "trim": lambda: upkeep.trim() == {} and client.xlen(RESULT_STREAM) == 1,
-        "take_callbacks": lambda: callbacks._portion([]) is None and not client.exists(CANVAS),
+        "take_callbacks": lambda: callbacks._portion([]) == 2 and not client.exists(CANVAS),
     }
 
 
