@@ -46,7 +46,7 @@ DRILLS = {
         Drill("source", inputs.source, short=(60, 1), long=(2000, 1)),
         Drill("encode", device.encode, short=(400, 1), long=(10_000, 1)),
         Drill("duplicates", inputs.duplicates, short=(200, 1), long=(2000, 10)),
-        Drill("soak", soak.soak, short=(100, 1), long=(500, 1), lasts_s=(8, 60)),
+        Drill("soak", soak.soak, short=(100, 1), long=(500, 1), lasts_s=(4, 60)),
         Drill("together", together.together, short=(200, 1), long=(500, 1), lasts_s=(12, 600)),
     )
 }

@@ -71,7 +71,7 @@ class Fleet:
         return result
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def _fleet(picture_server: PictureServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
     images = []

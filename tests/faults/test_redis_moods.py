@@ -23,7 +23,8 @@ from tests.support.waiting import wait_until
 def worker(start_worker: StartWorker, valkey: Valkey, tmp_path: Path) -> WorkerProcess:
     """A real worker on a server of this test's own."""
     (tmp_path / "x.png").write_bytes(pictures.png(pictures.picture().resize((64, 64))))
-    return start_worker(redis_url=valkey.url, allow_folders=tmp_path, redis_timeout_s=2, lease_s=3)
+    options = {"max_batch": 8, "loaders": 1, "loader_spares": 0, "torch_threads": 1}
+    return start_worker(redis_url=valkey.url, allow_folders=tmp_path, redis_timeout_s=2, lease_s=3, **options)
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ def test_a_source_that_comes_back_and_one_that_does_not(
     start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, http_server: PictureServer
 ) -> None:
     """The first is tagged at its second attempt; the second ends as `failed`, and its message is kept."""
-    worker = start_worker(redis_url=redis_url, retry_first_s=0.2, max_attempts=2)
+    options = {"max_batch": 8, "loaders": 1, "loader_spares": 0, "torch_threads": 1}
+    worker = start_worker(redis_url=redis_url, retry_first_s=0.2, max_attempts=2, **options)
     good = Reply.picture(pictures.jpeg(pictures.picture()))
     back = http_server.serve("/back.jpg", *[Reply.error(503)] * 3, good)
     away = http_server.serve("/away.jpg", Reply.error(503))
