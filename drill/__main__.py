@@ -24,7 +24,8 @@ from tests.support.servers import Valkey
 from drill.catalogue import DRILLS, Drill
 from drill.field import Field, Outcome
 from shiwu.connection import connect
-from shiwu.contract import CLAIMS, PARKED, SUSPECTS, Lane
+from shiwu.contract import CLAIMS, PARKED, SUSPECTS, WORKERS, Lane
+from shiwu.queues import read_state
 
 
 def run(
@@ -76,10 +77,11 @@ def own_server(drill: Drill, folder: Path, binary: Path | None) -> Any:
 
 
 def held_by(url: str) -> dict[str, int]:
-    """What a Redis holds that a drill would mix with its own, or lose: waiting, claimed and delayed jobs."""
+    """What a Redis holds that a drill would mix with its own: waiting, claimed and delayed jobs, living workers."""
     with connect(url, timeout_s=5.0, retries=0) as client:
         lengths = {key: int(client.llen(key)) for key in (*(key for lane in Lane for key in lane.keys), SUSPECTS)}
         lengths |= {key: int(client.hlen(key)) for key in (CLAIMS, PARKED)}
+        lengths[WORKERS] = len(read_state(client).workers)
     return {key: length for key, length in lengths.items() if length}
 
 
@@ -92,8 +94,8 @@ def refuse_busy(url: str, refuse: Callable[[str], NoReturn]) -> None:
     if held:
         found = ", ".join(f"{key} {length}" for key, length in held.items())
         refuse(
-            f"expected a Redis without jobs at --redis-url, it holds {found}; drills break what works on them, and "
-            "count every answer: take an empty database, or wait until these jobs are answered"
+            f"expected a Redis without jobs and workers at --redis-url, it holds {found}; drills break what works on "
+            "jobs, and count every answer: take an empty database, or wait until all is answered and stop the workers"
         )
 
 
