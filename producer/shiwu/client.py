@@ -43,11 +43,14 @@ class Client:
             redis://127.0.0.1:6379/0.
         max_waiting: a lane that holds this many refuses more with QueueFull. Looked up before each portion, so
             several producers at once may pass it by a portion each.
+        timeout_s: how long one command may take. Waiting for an answer ends at most so much later than asked.
     """
 
     def __init__(self, redis_url: str | None = None, *, max_waiting: int = 100_000, timeout_s: float = 5.0) -> None:
         url = redis_url or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
         self._redis = connect(url, timeout_s=timeout_s, retries=3)
+        # Who waits tries again anyhow; further tries beneath would pass its deadline where Redis hangs.
+        self._once = connect(url, timeout_s=timeout_s)
         self._sender = Sender(self._redis, max_waiting=max_waiting, timeout_s=timeout_s)
         token = f"client.{secrets.token_hex(4)}"
         keep = OperatorsKeep(self._redis)
@@ -65,6 +68,7 @@ class Client:
     def close(self) -> None:
         """Close the connections."""
         self._redis.close()
+        self._once.close()
 
     # -------------------------------------------------------------------------------- asking
     def enqueue(
@@ -195,7 +199,7 @@ class Client:
 
         While Redis is away it goes on waiting; what was announced meanwhile is found under its key.
         """
-        return as_answered(self._redis, list(dict.fromkeys(job_ids)), timeout_s=timeout_s)
+        return as_answered(self._once, list(dict.fromkeys(job_ids)), timeout_s=timeout_s)
 
     def tag(self, image: str, *, timeout_s: float = 60.0, **fields: Any) -> TagResult:
         """Enqueue one picture and wait for its tags.

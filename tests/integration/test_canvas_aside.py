@@ -231,6 +231,14 @@ def test_a_connection_that_breaks_leaves_the_callbacks_for_later(app: Celery, re
     assert sent == ["good"]
 
 
+def test_a_record_that_names_no_job_goes(app: Celery, redis_client: redis.Redis) -> None:
+    """A member that is no text neither ends the thread nor comes back each time."""
+    redis_client.hset(CANVAS, b"\xff\xfe", "x")
+    redis_client.zadd(CANVAS_DUE, {b"\xff\xfe": 1.0})
+    assert Callbacks(app, redis_client)._portion([]) == 1
+    assert redis_client.exists(CANVAS, CANVAS_DUE) == 0
+
+
 def test_a_canvas_of_a_wrong_type_stops_the_claim_before_it_pops(redis_client: redis.Redis, redis_url: str) -> None:
     """The claim writes there too, and Redis does not undo a script."""
     redis_client.lpush(Lane.BULK.queue, linked("job"))

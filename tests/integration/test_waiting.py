@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import redis
 
 from shiwu import Client
 from shiwu.contract import Answer, Status, result_key
+from shiwu.errors import WaitTimeout
 from shiwu.ledger import Entry, Ledger
 from tests.support.servers import Valkey
 from tests.support.waiting import wait_until
@@ -32,9 +34,15 @@ def tagged(client: redis.Redis, job_id: str) -> None:
 
 def test_an_answer_whose_announcement_was_lost(redis_url: str, redis_client: redis.Redis) -> None:
     """It stands under its key, and whoever waits looks there again."""
+
+    def looks() -> int:
+        stats: Any = redis_client.info("commandstats")
+        return int(stats.get("cmdstat_mget", {}).get("calls", 0))
+
+    before = looks()
     with Client(redis_url) as client, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.wait, "job", timeout_s=20)
-        wait_until(lambda: redis_client.pubsub_numsub(result_key("job"))[0][1] == 1, timeout_s=10)
+        wait_until(lambda: looks() > before, timeout_s=10, what="the look after the subscription")
         tagged(redis_client, "other")
         # What the commit writes, without its PUBLISH.
         raw: Any = redis_client.get(result_key("other"))
@@ -56,6 +64,22 @@ def test_a_server_that_goes_and_comes_back(own: Valkey) -> None:
         with own.client() as near:
             tagged(near, "b")
         assert sorted(waiting.result(timeout=20)) == ["a", "b"]
+
+
+def test_a_server_that_hangs_holds_nobody_much_longer_than_asked(own: Valkey) -> None:
+    """The wait ends by its own clock, at most one command later, also where connections are taken and that is all."""
+    with Client(own.url, timeout_s=1) as client:
+        with pytest.raises(WaitTimeout):
+            client.wait("a", timeout_s=0.1)
+        own.pause()
+        try:
+            for _ in range(2):  # on the connections that are there, then on new ones
+                began_s = time.monotonic()
+                with pytest.raises(WaitTimeout):
+                    client.wait("a", timeout_s=0.5)
+                assert time.monotonic() - began_s < 3.5
+        finally:
+            own.resume()
 
 
 def test_a_password_that_is_wrong_is_not_waited_for(own: Valkey) -> None:

@@ -92,7 +92,7 @@ class Callbacks:
         """Send what these ids, or with none of them others, have left; gives how many there were."""
         reply: Any = self._take(keys=[CANVAS, CANVAS_DUE], args=[self._patience_ms, AT_ONCE, *ids])
         for i in range(0, len(reply), 2):
-            job_id = reply[i].decode()
+            job_id = reply[i].decode(errors="replace")  # a member by another hand must not end this thread
             try:
                 self._send(job_id, reply[i + 1])
             except AWAY:
@@ -100,8 +100,8 @@ class Callbacks:
             except Exception as error:  # noqa: BLE001 border: signatures are a stranger's; a bad one must not come back
                 log.error("callbacks_failed", id=job_id, kind=type(error).__name__, error=str(error)[:300])
             with self._client.pipeline(transaction=True) as pipe:
-                pipe.hdel(CANVAS, job_id)
-                pipe.zrem(CANVAS_DUE, job_id)
+                pipe.hdel(CANVAS, reply[i])
+                pipe.zrem(CANVAS_DUE, reply[i])
                 pipe.execute()
         return len(reply) // 2
 
