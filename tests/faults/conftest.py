@@ -87,6 +87,7 @@ def _fleet(picture_server: PictureServer, tmp_path_factory: pytest.TempPathFacto
         "loader_spares": 1,
         "torch_threads": 1,
         "grace_s": 5,
+        "retry_first_s": 0.2,
         "redis_timeout_s": 2,
         "allow_folders": folder,
         "allow_hosts": picture_server.host,

@@ -158,6 +158,7 @@ def test_a_cut_claim_loses_nothing(proxy: FaultProxy, far: redis.Redis, redis_cl
     """Jobs whose claim was cut wait in their lanes or are claimed; a claim that nobody knows of ends with its lease."""
     claims = make_claims(far, NAME, lease_s=0.0, bulk_share=0.0)
     heir, ledger = make_claims(redis_client, "heir"), make_committer(redis_client, "heir")
+    stranger = make_claims(redis_client, "stranger")
     upkeep = make_upkeep(redis_client)
     sent: list[str] = []
 
@@ -186,7 +187,7 @@ def test_a_cut_claim_loses_nothing(proxy: FaultProxy, far: redis.Redis, redis_cl
         if taken is not None or cut.side == "reply":
             assert held, f"{cut}: the server had executed it"
             send(redis_client, number)  # copies, of a producer whose own connection broke
-            assert claims.claim(2).jobs == (), f"{cut}: claimed jobs are handed out once"
+            assert stranger.claim(2).jobs == (), f"{cut}: claimed jobs are handed out once"
         upkeep.tend()
         assert where(redis_client) == (Counter(ids), {}), cut
         inherit(ids)

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import redis
-
 from shiwu.contract import ATTEMPTS, CLAIMS, DEAD_MESSAGES, DELAYED, Status
 from shiwu.message import read_message
-from tests.conftest import StartWorker
+from tests.faults.conftest import Fleet
 from tests.integration.test_service import ask
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
+from tests.support.servers import WorkerProcess
+
+LATER = '"event": "later"'
 
 
 def test_a_source_that_comes_back_and_one_that_does_not(
-    start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, http_server: PictureServer
+    fleet: Fleet, near: WorkerProcess, http_server: PictureServer
 ) -> None:
     """The first is tagged at its second attempt; the second ends as `failed`, and its message is kept."""
-    options = {"max_batch": 8, "loaders": 1, "loader_spares": 0, "torch_threads": 1}
-    worker = start_worker(redis_url=redis_url, retry_first_s=0.2, max_attempts=2, **options)
+    said, client = near.log_text().count(LATER), fleet.client
     good = Reply.picture(pictures.jpeg(pictures.picture()))
     back = http_server.serve("/back.jpg", *[Reply.error(503)] * 3, good)
     away = http_server.serve("/away.jpg", Reply.error(503))
-    tagged = ask(redis_url, back, "back")
+    tagged = ask(fleet.url, back, "back")
     assert (tagged.status, tagged.attempts) == (Status.TAGGED, 2)
-    failed = ask(redis_url, away, "away")
-    assert (failed.status, failed.attempts) == (Status.FAILED, 2)
+    failed = ask(fleet.url, away, "away")
+    assert (failed.status, failed.attempts) == (Status.FAILED, 3)
     assert failed.error is not None
     assert (failed.error.code.value, failed.error.retryable) == ("source_unavailable", True)
-    [(job_id, record)] = redis_client.hgetall(DEAD_MESSAGES).items()
+    [(job_id, record)] = client.hgetall(DEAD_MESSAGES).items()
     assert job_id == b"away"
     assert read_message(record.partition(b"|")[2]).fields["image"] == away
-    assert redis_client.hlen(ATTEMPTS) == redis_client.hlen(CLAIMS) == redis_client.zcard(DELAYED) == 0
-    assert worker.log_text().count('"event": "later"') == 2
+    assert client.hlen(ATTEMPTS) == client.hlen(CLAIMS) == client.zcard(DELAYED) == 0
+    assert near.log_text().count(LATER) == said + 3, "one for the first, two for the second"
