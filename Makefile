@@ -8,6 +8,9 @@ PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 
+# Most tests wait for servers and workers, so more of them run than there are cores. ARGS="-n 0" runs one at a time.
+SIDE_BY_SIDE := -n 3 --dist loadgroup
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
@@ -27,10 +30,10 @@ demo: $(STAMP) ## tag sample pictures with real servers and one worker on this m
 	@$(BIN)/python -m demo $(ARGS)
 
 test: $(STAMP) ## run all tests but those that need a GPU
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" $(SIDE_BY_SIDE) $(ARGS)
 
 test-fast: $(STAMP) ## the same without the tests of many rounds
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(SIDE_BY_SIDE) $(ARGS)
 
 lint: $(STAMP) ## check form, types and who imports whom
 	$(BIN)/ruff format --check .

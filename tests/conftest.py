@@ -22,6 +22,14 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "fast")
 FAILED = pytest.StashKey[bool]()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side, a file's share its servers in one process; a long one goes where there is time."""
+    for item in items:
+        alone = item.get_closest_marker("slow") is not None
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.stem))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Let fixtures know at teardown whether their test failed, so that they show their logs."""

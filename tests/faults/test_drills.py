@@ -14,7 +14,8 @@ from shiwu.contract import CLAIMS, PARKED, WORKERS
 from tests.support.servers import Valkey
 
 FIXED = 20261123
-FRESH = random.SystemRandom().randrange(10**6)
+FRESH = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6)
+"""Of this run; all its processes must name their tests alike."""
 CHEAPEST = ("duplicates", "hang", "source")
 CASES = [(name, FRESH) for name in DRILLS] + [(name, FIXED) for name in CHEAPEST]
 """What CI runs: all with a random seed, and the cheapest also with the fixed one; everybody else runs all with that."""

@@ -18,6 +18,7 @@ from shiwu import Client, Status
 from shiwu.contract import CLAIMS, LEASES, RESULT_STREAM, Lane, result_key
 from tests.integration.test_claim_properties import message
 from tests.support import pictures
+from tests.support.celery_client import celery_client
 from tests.support.processes import ROOT
 from tests.support.redis_server import RedisServer, debian_redis, valkey_binary
 from tests.support.servers import WorkerProcess
@@ -84,11 +85,6 @@ def worker(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running.wait_ready()
 
 
-def celery_app(url: str, *, has_results: bool = False) -> Celery:
-    """A producer that has none of our code."""
-    return Celery("plain", broker=url, backend=url if has_results else None, set_as_current=False)
-
-
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's result backend
 def test_everybody_does_their_work(guarded: Guarded, worker: WorkerProcess) -> None:
     """Enqueue, wait, cancel, link, follow, sweep and revoke: the server refuses nobody anything."""
@@ -114,8 +110,16 @@ def test_everybody_does_their_work(guarded: Guarded, worker: WorkerProcess) -> N
 
 def _by_celery(guarded: Guarded, admin: redis.Redis) -> None:
     """A plain Celery producer sends, a link comes out at the other end, an operator revokes."""
-    kwargs = {"image": guarded.image}
-    plain, app = celery_app(guarded.url("producer")), celery_app(guarded.url("client"), has_results=True)
+    with (
+        celery_client(guarded.url("producer"), has_results=False) as plain,
+        celery_client(guarded.url("client")) as app,
+        celery_client(guarded.url("admin"), has_results=False) as operator,
+    ):
+        _send_and_revoke(plain, app, operator, guarded.image, admin)
+
+
+def _send_and_revoke(plain: Celery, app: Celery, operator: Celery, image: str, admin: redis.Redis) -> None:
+    kwargs = {"image": image}
     plain.send_task("shiwu.tag", kwargs=kwargs, queue="shiwu.bulk", task_id="sent")
     link = app.signature("theirs.task", queue="celery", immutable=True)
     app.send_task("shiwu.tag", kwargs=kwargs, queue=LANE, task_id="linked", link=link)
@@ -129,7 +133,7 @@ def _by_celery(guarded: Guarded, admin: redis.Redis) -> None:
     plain.send_task("shiwu.tag", kwargs=kwargs, queue=LANE, task_id="later", countdown=60)
     wait_until(lambda: admin.hexists("shiwu:parked", "later"), timeout_s=10)
     wait_until(admin.pubsub_numpat, timeout_s=20, what="the worker listens to revokes")
-    celery_app(guarded.url("admin")).control.revoke("later")
+    operator.control.revoke("later")
     wait_until(lambda: admin.exists(result_key("later")), timeout_s=10, what="the answer of a revoked job")
 
 

@@ -5,7 +5,6 @@ Each canvas runs twice: with `shiwu.tag`, and with an ordinary Celery task as th
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import threading
@@ -23,6 +22,7 @@ from shiwu import Client
 from shiwu.contract import CANVAS, CANVAS_DUE, Lane
 from tests.conftest import StartWorker
 from tests.support import pictures
+from tests.support.celery_client import celery_client
 from tests.support.plain_app import NOTES
 from tests.support.processes import Process, clean_environment
 from tests.support.servers import Valkey, WorkerProcess
@@ -90,17 +90,21 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Valkey, 
         yield server, folder
 
 
+@pytest.fixture
+def app(servers: tuple[Valkey, Path]) -> Iterator[Celery]:
+    """Somebody's application on the server of both workers."""
+    with celery_client(servers[0].url) as somebody:
+        yield somebody
+
+
 @pytest.fixture(params=["shiwu.tag", "plain.tag"])
-def plain(request: pytest.FixtureRequest, servers: tuple[Valkey, Path]) -> Iterator[Plain]:
+def plain(request: pytest.FixtureRequest, servers: tuple[Valkey, Path], app: Celery) -> Iterator[Plain]:
     """The application, once for our task and once for the judge's."""
     server, folder = servers
-    app = Celery("somebody", broker=server.url, backend=server.url, set_as_current=False)
     with server.client() as client:
         client.delete(NOTES)
         good, other = ((folder / f"{name}.png").as_uri() for name in ("good", "other"))
         yield Plain(app, client, request.param, good, other, (folder / "missing.png").as_uri())
-    gc.collect()
-    app.close()
 
 
 def test_chain(plain: Plain) -> None:
@@ -185,10 +189,9 @@ def test_forget(plain: Plain) -> None:
     assert plain.app.AsyncResult(result.id).state == "PENDING"
 
 
-def test_revoke_of_a_waiting_task(servers: tuple[Valkey, Path]) -> None:
+def test_revoke_of_a_waiting_task(servers: tuple[Valkey, Path], app: Celery) -> None:
     """`AsyncResult.revoke()` on a job that waits for its time: revoked at once, as Celery says it."""
     server, folder = servers
-    app = Celery("somebody", broker=server.url, backend=server.url, set_as_current=False)
     reference = (folder / "good.png").as_uri()
     result = app.send_task("shiwu.tag", args=[reference], queue=Lane.BULK.queue, countdown=300)
     with server.client() as client:
@@ -201,13 +204,11 @@ def test_revoke_of_a_waiting_task(servers: tuple[Valkey, Path]) -> None:
         app.control.revoke(foreign)
         wait_until(lambda: client.zscore("shiwu:revoked", foreign), timeout_s=GET_S)
         assert client.exists(f"celery-task-meta-{foreign}") == 0, "a foreign task's result was touched"
-    app.close()
 
 
-def test_task_events(servers: tuple[Valkey, Path]) -> None:
+def test_task_events(servers: tuple[Valkey, Path], app: Celery) -> None:
     """With -E, Celery's own receiver sees each job received, started and ended, with its runtime."""
-    server, folder = servers
-    app = Celery("somebody", broker=server.url, backend=server.url, set_as_current=False)
+    _, folder = servers
     seen: list[dict[str, Any]] = []
     done = threading.Event()
     listening = threading.Event()
@@ -237,7 +238,6 @@ def test_task_events(servers: tuple[Valkey, Path]) -> None:
     for name, last in (("good", "task-succeeded"), ("missing", "task-failed")):
         mine = [event for event in seen if event["uuid"] == f"event-{name}"]
         assert [event["type"] for event in mine] == ["task-received", "task-started", last]
-    app.close()
 
 
 def test_callbacks_of_a_worker_that_died_are_sent_by_another(
@@ -247,25 +247,23 @@ def test_callbacks_of_a_worker_that_died_are_sent_by_another(
     from shiwu.contract import Answer, ImageInfo, Status  # noqa: PLC0415 beside their one use
     from shiwu.ledger import Entry, Ledger  # noqa: PLC0415
 
-    app = Celery("somebody", broker=redis_url, backend=redis_url, set_as_current=False)
-    signature = app.signature("shiwu.tag", args=["file:///x.png"], queue=Lane.BULK.queue)
-    result = signature.apply_async(link=app.signature("plain.note", args=["late"], queue="elsewhere"))
+    with celery_client(redis_url) as app:
+        signature = app.signature("shiwu.tag", args=["file:///x.png"], queue=Lane.BULK.queue)
+        job_id = signature.apply_async(link=app.signature("plain.note", args=["late"], queue="elsewhere")).id
     raw = redis_client.rpop(Lane.BULK.queue)
     assert isinstance(raw, bytes)
-    answer = Answer(id=result.id, status=Status.TAGGED, image=ImageInfo(reference="file:///x.png"))
+    answer = Answer(id=job_id, status=Status.TAGGED, image=ImageInfo(reference="file:///x.png"))
     dead = Ledger(redis_client, token="dead", canvas_patience_s=0.001)
-    dead.write([Entry(answer=answer, id=result.id, message=b"shiwu.bulk|" + raw, has_callbacks=True)])
+    dead.write([Entry(answer=answer, id=job_id, message=b"shiwu.bulk|" + raw, has_callbacks=True)])
     start_worker(redis_url=redis_url, allow_folders=tmp_path)
     wait_until(lambda: redis_client.llen("elsewhere") == 1, timeout_s=GET_S)
     wait_until(lambda: not redis_client.exists(CANVAS, CANVAS_DUE), timeout_s=GET_S)
-    app.close()
 
 
 @pytest.mark.parametrize("way", ["cancel", "revoke"])
-def test_a_chord_and_a_chain_end_with_a_cancelled_part(servers: tuple[Valkey, Path], way: str) -> None:
+def test_a_chord_and_a_chain_end_with_a_cancelled_part(servers: tuple[Valkey, Path], app: Celery, way: str) -> None:
     """Nobody waits for ever for a body or a follower whose task was cancelled while it waited for its time."""
     server, folder = servers
-    app = Celery("somebody", broker=server.url, backend=server.url, set_as_current=False)
     reference = (folder / "good.png").as_uri()
     tag = app.signature("shiwu.tag", args=[reference], queue=Lane.BULK.queue)
     late = tag.clone().set(countdown=300)
@@ -289,5 +287,3 @@ def test_a_chord_and_a_chain_end_with_a_cancelled_part(servers: tuple[Valkey, Pa
         wait_until(lambda: state(all_of_them.id) == "FAILURE", timeout_s=GET_S)
         wait_until(lambda: state(one_by_one.id) == "REVOKED", timeout_s=GET_S)
         assert client.hlen("shiwu:parked") == client.zcard("shiwu:delayed") == 0
-    gc.collect()
-    app.close()

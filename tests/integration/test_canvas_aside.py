@@ -6,7 +6,6 @@ The judge of what Celery does with a task that is revoked is an ordinary Celery 
 from __future__ import annotations
 
 import base64
-import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from shiwu_worker.canvas import Callbacks
 from shiwu_worker.job import Release
 from shiwu_worker.revoke import Revoker
 from tests.integration.test_claim_properties import make_claims, make_committer, make_upkeep, message
+from tests.support.celery_client import celery_client
 from tests.support.processes import Process, clean_environment
 from tests.support.servers import Valkey
 from tests.support.waiting import wait_until
@@ -54,13 +54,11 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Ending:
     with Valkey(folder=folder / "valkey") as server:
         env = clean_environment({"PLAIN_REDIS_URL": server.url})
         with Process(command, name="plain", folder=folder, env=env) as plain:
-            app = Celery("somebody", broker=server.url, backend=server.url, set_as_current=False)
-            tag = app.signature("plain.tag", args=["x"])
-            late = tag.clone().set(expires=datetime.now(UTC) - timedelta(hours=1))
-            result = chord([tag, late], app.signature("plain.gather", app=app)).apply_async()
-            found = ending(app, result.parent.results[1].id, result.id)
-            gc.collect()
-            app.close()
+            with celery_client(server.url) as app:
+                tag = app.signature("plain.tag", args=["x"])
+                late = tag.clone().set(expires=datetime.now(UTC) - timedelta(hours=1))
+                result = chord([tag, late], app.signature("plain.gather", app=app)).apply_async()
+                found = ending(app, result.parent.results[1].id, result.id)
             plain.kill()
     return found
 
@@ -68,10 +66,8 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Ending:
 @pytest.fixture
 def app(redis_url: str) -> Iterator[Celery]:
     """Somebody's application on the server of the test."""
-    somebody = Celery("somebody", broker=redis_url, backend=redis_url, set_as_current=False)
-    yield somebody
-    gc.collect()
-    somebody.close()
+    with celery_client(redis_url) as somebody:
+        yield somebody
 
 
 @pytest.fixture

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from pathlib import Path
 
 import pytest
-from celery import Celery
 from click.testing import CliRunner
 
 from shiwu.cli import main
 from shiwu_worker.config import Settings
 from tests.support import pictures
+from tests.support.celery_client import celery_client
 from tests.support.servers import S3Server, WorkerProcess
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,12 +45,8 @@ def test_the_python_blocks_run(
     exec(compile(ours, name, "exec"), {})  # noqa: S102 it is our own README
     assert "tagged" in capsys.readouterr().out
     exec(compile(late, name, "exec"), {})  # noqa: S102 it is our own README
-    app = Celery("readme", broker=shared_worker.redis_url, backend=shared_worker.redis_url)
-    names: dict[str, object] = {"app": app}
-    exec(compile(celerys, name, "exec"), names)  # noqa: S102 it is our own README
-    names.clear()
-    gc.collect()  # results say good-bye to their backend when they are collected
-    app.close()
+    with celery_client(shared_worker.redis_url) as app:
+        exec(compile(celerys, name, "exec"), {"app": app})  # noqa: S102 it is our own README
 
 
 def test_both_languages_show_the_same_code() -> None:
