@@ -92,7 +92,7 @@ BODY = json.dumps([["s3://b/k"], {}, {}]).encode()
 BOMB = json.dumps([["s3://b/k"], {"metadata": "x" * 50_000_000}, {}]).encode()
 
 
-@pytest.mark.parametrize("packed", [gzip.compress(BODY), zlib.compress(BODY)])
+@pytest.mark.parametrize("packed", [gzip.compress(BODY), zlib.compress(BODY)], ids=["gzip", "zlib"])
 def test_both_formats_that_call_themselves_gzip(packed: bytes) -> None:
     """kombu's gzip is zlib's format; other clients send the real one."""
     assert read_message(_with_body(packed, compression="application/x-gzip")).fields == {"image": "s3://b/k"}
