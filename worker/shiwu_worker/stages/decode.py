@@ -1,12 +1,13 @@
 """Bytes → RGB uint8 of the model's size.
 
 The pixels are those of the checkpoint's own processor (Pillow's resize with its filter, its crop or squash), but for
-three things a moderator needs: EXIF orientation is applied, 16-bit grey is scaled and not clipped, and transparency is
-laid on white, so that colours hidden under alpha 0 steer nothing.
+what a moderator needs: EXIF orientation is applied, deep grey is scaled and not clipped, transparency is laid on white,
+so that colours hidden under alpha 0 steer nothing, and of an animation the first frame is taken that can be seen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Callable
@@ -16,17 +17,22 @@ from typing import Final
 import numpy as np
 from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, ImageOps, UnidentifiedImageError
 
 from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import Rejected
+from shiwu_worker.headers import has_more_chunks, has_more_scans, webp_size
 from shiwu_worker.image_spec import ImageSpec
+from shiwu_worker.pixels import sample_bits, visible_rgb
 
 DRAFT_FACTOR: Final = 2
 """A JPEG may be decoded at reduced size down to this many times the model's: below JPEG's own re-save noise."""
 LEAST_DRAFT: Final = 256
 """And never below this: a small model sees every level, and a small picture is cheap anyway."""
 ORIENTATION: Final = 0x0112
+MAX_CHUNKS: Final = 20_000
+"""Chunks of a PNG, segments of a JPEG. A PNG of 20 MiB in the smallest chunks that encoders write has 2,600."""
+WARMED: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 _FAST_FILTERS: Final = {
     Image.Resampling.BOX: FilterType.box,
     Image.Resampling.BILINEAR: FilterType.bilinear,
@@ -52,6 +58,9 @@ class DecodeLimits:
     max_pixels: int
     max_side: int
     formats: tuple[str, ...]
+    max_frames: int = 5000
+    """Of one animation, where its header tells them; only the first few are ever decoded."""
+    max_scans: int = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +88,35 @@ def decode(
     """
     if not data:
         raise Rejected(ErrorCode.PICTURE_EMPTY, "expected a picture, got 0 bytes", stage=Stage.DECODE)
+    if size := webp_size(data):
+        _check_size(*size, limits)
+    if has_more_chunks(data, MAX_CHUNKS):
+        text = f"expected a PNG or JPEG of at most {MAX_CHUNKS} chunks, got more"
+        raise Rejected(ErrorCode.PICTURE_TOO_LARGE, text, stage=Stage.DECODE)
     with _open(data, limits) as image:
         name = "JPEG" if image.format == "MPO" else str(image.format)
-        _check_size(image, limits)
+        _check_size(*image.size, limits)
+        _check_parts(image, data, limits)
         width, height = image.size
         try:
+            bits = sample_bits(image)  # before EXIF: a PNG is loaded to look for it
             orientation = image.getexif().get(ORIENTATION, 1)
             sideways = orientation in {5, 6, 7, 8}
             if image.format in {"JPEG", "MPO"} and not exact:
                 edge = max(LEAST_DRAFT, DRAFT_FACTOR * max(spec.width, spec.height, spec.shortest_edge or 0))
                 image.draft("RGB", (edge, edge))
             shrink = _shrink if exact else _shrink_fast
-            pixels = _resized(_rgb(image), spec, _TURNS.get(orientation), sideways=sideways, shrink=shrink)
-        except MemoryError:
+            rgb = visible_rgb(
+                image,
+                sample_bits=bits,
+                max_pixels=limits.max_pixels,
+                check_size=lambda frame: _check_size(*frame.size, limits),
+            )
+            pixels = _resized(rgb, spec, _TURNS.get(orientation), sideways=sideways, shrink=shrink)
+        except (MemoryError, Rejected):
             raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise _too_large(error, limits) from error
         except Exception as error:  # border: a decoder raises anything on hostile bytes
             if "out of memory" in str(error):  # Pillow's codecs say it with an OSError
                 raise MemoryError(str(error)) from error
@@ -103,11 +127,26 @@ def decode(
     return pixels, DecodedInfo(name, width, height, hashlib.sha256(data).hexdigest())
 
 
+def warm() -> None:
+    """Load every decoder, so that a process which may open no file later has them all. Starts no thread."""
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # many pictures are decoded side by side, and each thread's CPU is counted
+    with contextlib.suppress(ImportError):
+        import pillow_heif  # noqa: PLC0415 an extra that need not be there
+
+        pillow_heif.register_heif_opener()
+        pillow_heif.options.DECODE_THREADS = 1
+    spec = ImageSpec(8, 8, "squash", None, Image.Resampling.BICUBIC, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    for kind in WARMED:
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(file, kind)
+        decode(file.getvalue(), spec=spec, limits=DecodeLimits(max_pixels=256, max_side=16, formats=(kind,)))
+
+
 def _open(data: bytes, limits: DecodeLimits) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=limits.formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Rejected(ErrorCode.PICTURE_TOO_LARGE, str(error), stage=Stage.DECODE) from error
+        raise _too_large(error, limits) from error
     except UnidentifiedImageError as error:
         text = f"expected {', '.join(limits.formats)}, got bytes that begin with {data[:12]!r}"
         raise Rejected(ErrorCode.NOT_A_PICTURE, text, stage=Stage.DECODE) from error
@@ -116,8 +155,12 @@ def _open(data: bytes, limits: DecodeLimits) -> Image.Image:
         raise Rejected(ErrorCode.PICTURE_BROKEN, text, stage=Stage.DECODE) from error
 
 
-def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
-    width, height = image.size
+def _too_large(error: Exception, limits: DecodeLimits) -> Rejected:
+    text = f"expected at most {limits.max_pixels} pixels ({error!s:.120})"
+    return Rejected(ErrorCode.PICTURE_TOO_LARGE, text, stage=Stage.DECODE)
+
+
+def _check_size(width: int, height: int, limits: DecodeLimits) -> None:
     if width * height > limits.max_pixels or max(width, height) > limits.max_side:
         text = (
             f"expected at most {limits.max_pixels} pixels and {limits.max_side} a side, "
@@ -126,19 +169,14 @@ def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
         raise Rejected(ErrorCode.PICTURE_TOO_LARGE, text, stage=Stage.DECODE)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """RGB without a copy where it is RGB already."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        # 16 bits of grey: Pillow's own conversion clips everything above 255 to white.
-        grey = np.asarray(image, dtype=np.int64).clip(0, 65535)
-        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info:
-        solid = image.convert("RGBA")
-        ground = Image.new("RGBA", solid.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, solid).convert("RGB")
-    return image.convert("RGB")
+def _check_parts(image: Image.Image, data: bytes, limits: DecodeLimits) -> None:
+    """Frames and scans. A GIF's frames are counted by reading all of it, and are not: none but the first are read."""
+    if image.format in {"JPEG", "MPO"} and has_more_scans(data, limits.max_scans):
+        text = f"expected a JPEG of at most {limits.max_scans} scans, got more"
+        raise Rejected(ErrorCode.PICTURE_TOO_LARGE, text, stage=Stage.DECODE)
+    if image.format in {"PNG", "WEBP", "AVIF"} and (frames := getattr(image, "n_frames", 1)) > limits.max_frames:
+        text = f"expected at most {limits.max_frames} frames, got {frames}"
+        raise Rejected(ErrorCode.PICTURE_TOO_LARGE, text, stage=Stage.DECODE)
 
 
 def _shrink(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:

@@ -1,0 +1,216 @@
+"""What a moderator must see of pictures that were made to show a machine something else."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any, Final
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from shiwu_worker.errors import Rejected
+from shiwu_worker.image_spec import ImageSpec
+from shiwu_worker.pixels import flat
+from shiwu_worker.stages.decode import DecodeLimits, decode
+from tests.support import pictures
+from tests.support.bombs import png_chunk, raw_png
+
+SPEC: Final = ImageSpec(32, 32, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
+LIMITS: Final = DecodeLimits(max_pixels=1_000_000, max_side=16_384, formats=FORMATS)
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def shown(data: bytes) -> NDArray[np.uint8]:
+    """The model's pixels."""
+    return decode(data, spec=SPEC, limits=LIMITS)[0]
+
+
+def middle(data: bytes) -> tuple[int, ...]:
+    """The colour in the middle."""
+    return tuple(int(value) for value in shown(data)[16, 16])
+
+
+def near(data: bytes, colour: tuple[int, int, int], levels: int = 6) -> bool:
+    """Whether the middle has this colour."""
+    return max(abs(a - b) for a, b in zip(middle(data), colour, strict=True)) <= levels
+
+
+def disk(hidden: tuple[int, int, int], mode: str = "RGBA") -> Image.Image:
+    """A blue square on nothing; what is under nothing has the hidden colour."""
+    image = Image.new("RGBA", (64, 64), (*hidden, 0))
+    image.paste((*BLUE, 255), (16, 16, 48, 48))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])
+def test_colours_under_alpha_0_steer_nothing(kind: str) -> None:
+    """Whatever is hidden the model gets the same pixels, bit for bit where the format is lossless."""
+    options: dict[str, Any] = {"WEBP": {"lossless": True, "exact": True}, "AVIF": {"quality": 100}}.get(kind, {})
+    one, two = (shown(pictures.saved(disk(hidden), kind, **options)) for hidden in (RED, GREEN))
+    difference = np.abs(one.astype(int) - two).max(axis=2)
+    # A lossy encoder has mixed a little of it into the visible edge; everybody sees that.
+    assert difference.max() <= (48 if kind == "AVIF" else 0)
+    assert np.median(difference) == 0
+    assert one[0, 0].min() >= 250
+
+
+@pytest.mark.parametrize("mode", ["LA", "PA", "La", "RGBa"])
+def test_every_mode_with_alpha_is_laid_on_white(mode: str) -> None:
+    """Modes that Pillow's readers of PNG, WebP and TIFF give."""
+    grey = disk(RED, "LA")
+    image = {"LA": grey, "La": grey.convert("La"), "RGBa": disk(RED, "RGBa"), "PA": disk(RED).convert("PA")}[mode]
+    assert image.mode == mode
+    rgb, is_visible = flat(image, 8)
+    assert is_visible
+    assert min(rgb.getpixel((0, 0))) >= 250  # type: ignore[type-var,arg-type]  # a colour of three
+    assert min(rgb.getpixel((32, 32))) < 100  # type: ignore[type-var,arg-type]
+
+
+def test_a_picture_that_vanishes_on_white_is_laid_on_black() -> None:
+    """White on nothing is seen by whoever has a dark page."""
+    image = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    image.paste((*WHITE, 255), (16, 16, 48, 48))
+    pixels = shown(pictures.png(image))
+    assert pixels[16, 16].min() == 255
+    assert pixels[0, 0].max() == 0
+    assert shown(pictures.png(Image.new("RGBA", (8, 8), (0, 0, 0, 0)))).min() == 255, "nothing at all stays white"
+
+
+def test_a_transparent_colour_is_no_colour() -> None:
+    """tRNS of palettes, grey and RGB, in 1, 8 and 16 bits: what browsers do not show the model does not see."""
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([*RED, *GREEN])
+    assert near(pictures.saved(palette, "PNG", transparency=0), WHITE)
+    assert near(pictures.saved(palette, "GIF", transparency=0), WHITE)
+    assert near(pictures.saved(palette, "PNG", transparency=b"\x00\xff"), WHITE)
+    assert near(pictures.saved(Image.new("L", (8, 8), 40), "PNG", transparency=40), WHITE)
+    assert near(pictures.saved(Image.new("1", (8, 8), 0), "PNG", transparency=0), WHITE)
+    assert near(pictures.saved(Image.new("RGB", (8, 8), RED), "PNG", transparency=RED), WHITE)
+    assert near(pictures.saved(Image.new("RGB", (8, 8), RED), "PNG", transparency=GREEN), RED)
+
+
+def deep_png(colour: int, samples: tuple[int, ...], transparent: tuple[int, ...] | None = None) -> bytes:
+    """A PNG of 8 × 8 and 16 bits a channel, all of one colour."""
+    import zlib  # noqa: PLC0415 here only
+
+    row = b"\0" + struct.pack(f">{len(samples)}H", *samples) * 8
+    chunks = () if transparent is None else (png_chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)),)
+    return raw_png(8, 8, *chunks, bits=16, colour=colour, rows=zlib.compress(row * 8))
+
+
+def test_sixteen_bits_are_scaled_also_where_a_colour_is_transparent() -> None:
+    """Grey, RGB and both with alpha, as PNG; the transparent colour is one of 16 bits too."""
+    assert near(deep_png(0, (0x8000,)), (128, 128, 128))
+    assert near(deep_png(2, (0xFFFF, 0x4000, 0)), (255, 64, 0))
+    assert near(deep_png(4, (0x4000, 0xFFFF)), (64, 64, 64))
+    assert near(deep_png(4, (0x4000, 0)), WHITE)
+    assert near(deep_png(6, (0xFFFF, 0, 0, 0)), WHITE)
+    assert near(deep_png(0, (0x8000,), (0x8000,)), WHITE)
+    assert near(deep_png(0, (0x8000,), (0x7FFF,)), (128, 128, 128))
+    assert near(deep_png(2, (0xFFFF, 0x4000, 0), (0xFFFF, 0x4000, 0)), WHITE)
+    assert near(deep_png(2, (0xFFFF, 0x4000, 0), (0, 0, 0)), (255, 64, 0))
+
+
+def test_deep_tiffs_are_scaled_in_either_byte_order() -> None:
+    """I;16, I;16B, I and F: a ramp stays a ramp."""
+    ramp = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(1, 256).repeat(8, axis=0)
+    little = Image.fromarray(ramp)
+    big = Image.frombytes("I;16B", little.size, ramp.astype(">u2").tobytes())
+    floats = Image.fromarray((ramp / 65535).astype(np.float32))
+    whole = Image.fromarray(ramp.astype(np.int32))
+    for image in (little, big, floats, whole):
+        row = shown(pictures.saved(image, "TIFF"))[0, :, 0].astype(int)
+        assert (row[0] < 10, row[-1] > 245, 110 < row[16] < 146) == (True, True, True), image.mode
+    broken = Image.fromarray(np.full((8, 8), np.nan, np.float32))
+    assert middle(pictures.saved(broken, "TIFF")) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("1", WHITE), ("L", (90, 90, 90)), ("P", RED), ("CMYK", (235, 0, 0))])
+def test_other_modes_keep_their_colour(mode: str, colour: tuple[int, int, int]) -> None:
+    """One bit, grey, palettes, print's colours."""
+    image = Image.new("RGB", (64, 64), colour).convert(mode)
+    assert near(pictures.saved(image, "JPEG" if mode == "CMYK" else "PNG", quality=95), colour, levels=12)
+
+
+def test_inverted_inks_with_and_without_adobes_marker() -> None:
+    """Everybody writes a CMYK JPEG's inks inverted, and viewers take them so, whether the file says it or not."""
+    data = pictures.saved(Image.new("CMYK", (64, 64), (0, 255, 255, 0)), "JPEG", quality=95)
+    at = data.index(b"\xff\xee")
+    bare = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+    assert near(data, RED, levels=12)
+    assert middle(bare) == middle(data)
+
+
+def animation(kind: str, *frames: tuple[tuple[int, ...], int], **options: Any) -> bytes:
+    """An animation of frames of one colour with their milliseconds."""
+    images = [Image.new("RGBA", (32, 32), colour if len(colour) == 4 else (*colour, 255)) for colour, _ in frames]
+    return pictures.saved(
+        images[0], kind, save_all=True, append_images=images[1:], duration=[ms for _, ms in frames], **options
+    )
+
+
+CLEAR: Final = (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "AVIF"])
+def test_the_first_frame_that_can_be_seen_is_taken(kind: str) -> None:
+    """Not one that flashes by, not one without anything on it; the first one where all last."""
+    options: dict[str, Any] = {"WEBP": {"lossless": True}, "GIF": {"disposal": 2}}.get(kind, {})
+    assert near(animation(kind, (RED, 500), (GREEN, 500), **options), RED)
+    assert near(animation(kind, (CLEAR, 500), (RED, 500), (GREEN, 500), **options), RED)
+    if kind != "AVIF":
+        flash = 10 if kind == "GIF" else 1
+        assert near(animation(kind, (GREEN, flash), (RED, 5000), **options), RED)
+        assert near(animation(kind, (GREEN, flash), (RED, flash), **options), GREEN), "none lasts: the first"
+
+
+def test_an_apngs_default_picture_is_not_what_browsers_show() -> None:
+    """It is for viewers that know no animation."""
+    assert near(animation("PNG", (GREEN, 500), (RED, 500), (BLUE, 500), default_image=True), RED)
+
+
+def test_around_a_gifs_small_first_frame_is_the_page() -> None:
+    """A screen of 100 × 100 with a frame of 4 × 4 in its corner: the rest is no colour of the palette."""
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([*RED, *BLUE])
+    data = bytearray(pictures.saved(image, "GIF"))
+    data[6:10] = struct.pack("<HH", 100, 100)
+    pixels = shown(bytes(data))
+    assert pixels[16, 16].min() >= 250
+    assert pixels[0, 0, 2] > 200 > pixels[0, 0, 0]
+
+
+def test_frames_behind_the_first_are_not_decoded() -> None:
+    """A broken end of an animation is nobody's business when its beginning is what is judged."""
+    data = animation("GIF", (RED, 500), (GREEN, 500), (BLUE, 500))
+    assert near(data[: len(data) - 20], RED)
+
+
+def test_a_jpeg_that_only_lacks_its_end_marker() -> None:
+    """All pixels are there, or it is refused: it never is answered by half a picture."""
+    data = pictures.jpeg(pictures.picture())
+    with pytest.raises(Rejected) as caught:
+        decode(data[: len(data) // 2], spec=SPEC, limits=LIMITS)
+    assert caught.value.code.value == "picture_broken"
+    assert "truncated" in str(caught.value)
+
+
+def test_many_pictures_in_one_file() -> None:
+    """MPO: the first one, as JPEG."""
+    first, second = Image.new("RGB", (64, 64), RED), Image.new("RGB", (64, 64), GREEN)
+    data = pictures.saved(first, "MPO", save_all=True, append_images=[second])
+    pixels, info = decode(data, spec=SPEC, limits=LIMITS)
+    assert info.format == "JPEG"
+    assert pixels[16, 16, 0] > 240
+
+
+def test_what_lies_behind_the_end_is_ignored() -> None:
+    """A picture that is an archive or a script as well is a picture."""
+    data = pictures.png(Image.new("RGB", (8, 8), RED)) + b"PK\x03\x04" + bytes(100)
+    assert near(data, RED)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "PNG"
