@@ -61,7 +61,7 @@ def poison_env() -> dict[str, str]:
     """The environment of a worker whose decoder breaks on marked pictures."""
     here = str(Path(__file__).parent / "poison")
     path = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": f"{here}{os.pathsep}{path}" if path else here, "DRILL_POISON": "1"}
+    return {"PYTHONPATH": f"{here}{os.pathsep}{path}" if path else here}
 
 
 def mark(field: Field, kind: str) -> str:

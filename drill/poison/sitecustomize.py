@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Any
 
-if os.environ.get("DRILL_POISON"):
+if "shiwu_worker.nursery_process" in sys.orig_argv:
     from PIL import Image
 
     STEP_BYTES = 64 << 20

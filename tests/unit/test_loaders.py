@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,7 +17,9 @@ from shiwu_worker.errors import FatalError
 from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.loader_frames import Loaded, LoaderOptions, LoadTask
 from shiwu_worker.loaders import LoaderPool
-from tests.support import pictures
+from shiwu_worker.nursery import source_environment
+from tests.support import bombs, pictures
+from tests.support.family import children, lives
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.waiting import wait_until
 
@@ -33,11 +37,14 @@ class Pool:
         spares: int = 0,
         task_timeout_s: float = 20.0,
         memory_bytes: int = 4 * 1024**3,
+        environment: dict[str, str] | None = None,
+        **options: Any,
     ) -> None:
         self.results: dict[int, Loaded] = {}
         self.fatal: list[FatalError] = []
         self._lock = threading.Lock()
-        options = LoaderOptions(
+        limits = {"max_bytes": 10_000_000, "max_pixels": 400_000_000, "max_side": 20_000, "formats": ("PNG", "JPEG")}
+        loader_options = LoaderOptions(
             spec=SPEC,
             slots=32,
             threads=4,
@@ -45,20 +52,18 @@ class Pool:
             s3_region=None,
             allow_hosts=("127.0.0.1",),
             folders=(folder,),
-            max_bytes=10_000_000,
-            max_pixels=400_000_000,
-            max_side=20_000,
-            formats=("PNG", "JPEG"),
             exact=True,
             connect_timeout_s=1.0,
             read_timeout_s=20.0,
             total_timeout_s=20.0,
             memory_bytes=memory_bytes,
+            **(limits | options),
         )
         self.pool = LoaderPool(
             processes=processes,
             spares=spares,
-            options=options,
+            options=loader_options,
+            environment=environment or {},
             task_timeout_s=task_timeout_s,
             on_loaded=self._take,
             on_fatal=self.fatal.append,
@@ -112,24 +117,97 @@ def test_pixels_arrive_in_their_slots_with_their_times(pool: Pool, good: str, tm
     assert (one.format, one.width, one.height) == ("PNG", 80, 80)
 
 
+@pytest.mark.parametrize("victim", ["loader", "cell"])
 def test_a_picture_that_ends_its_loader_twice_is_convicted_and_its_neighbours_are_not(
-    pool: Pool, good: str, http_server: PictureServer
+    pool: Pool, good: str, http_server: PictureServer, victim: str
 ) -> None:
-    """The loader is killed whenever it holds the guilty picture; everything else is answered normally."""
+    """The loader or its cell is killed whenever it holds the guilty picture; all else is answered normally."""
     guilty = http_server.serve("/guilty.png", Reply.picture(b"").late(first_pause_s=15.0))
     pool.submit(guilty, *[good] * 12)
     for hits in (1, 2):
         wait_until(lambda hits=hits: http_server.hits["/guilty.png"] >= hits, timeout_s=20)  # type: ignore[misc]
         holder = next(one for one in pool.pool._loaders if 0 in one.held)
-        os.kill(holder.process.pid, signal.SIGKILL)
+        [cell] = children(holder.process.pid)
+        os.kill(cell if victim == "cell" else holder.process.pid, signal.SIGSEGV)
+        wait_until(lambda cell=cell: not lives(cell), timeout_s=20)  # type: ignore[misc]
     pool.wait(13)
     assert pool.results[0].error is not None
     assert pool.results[0].error.code.value == "decoder_crashed"
+    assert "SIGSEGV" in pool.results[0].error.message
     assert all(pool.results[n].error is None for n in range(1, 13))
     assert pool.pool.restarts == 2
     pool.submit(good, first_ticket=20)
     pool.wait(14)
     assert not pool.fatal
+
+
+def test_a_picture_that_burns_cpu_is_answered_at_once(good: str, tmp_path: Path) -> None:
+    """Its CPU is its own, whatever the machine does beside it, so it is not tried again; its neighbours are."""
+    path = tmp_path / "scans.jpg"
+    path.write_bytes(bombs.jpeg_scans(scans=3000))
+    made = Pool(tmp_path, processes=1, cpu_s=0.5, max_scans=10_000)
+    made.pool.start(30.0)
+    try:
+        made.submit(path.as_uri(), *[good] * 12)
+        made.wait(13)
+        error = made.results[0].error
+        assert error is not None
+        assert error.code.value == "decoder_timeout"
+        wait_until(lambda: made.pool.restarts == 1, timeout_s=10)
+        assert "0.5 s of CPU" in error.message
+        assert all(made.results[number].error is None for number in range(1, 13))
+    finally:
+        made.pool.close(5.0)
+
+
+@pytest.mark.parametrize("sandbox", [True, False])
+def test_a_cell_is_bare(good: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: bool) -> None:
+    """No secret in its memory or its parents' environment, no file, limits, a filter where the setting says so."""
+    secret, password = "s3-secret-by-chance-7c1e", "redis-password-by-chance-90ab"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    monkeypatch.setenv("SHIWU_REDIS_URL", f"redis://:{password}@127.0.0.1/0")
+    made = Pool(tmp_path, processes=1, sandbox=sandbox, environment=source_environment())
+    made.pool.start(30.0)
+    try:
+        made.submit(good)
+        made.wait(1)
+        [loader] = made.pool.pids
+        [cell] = children(loader)
+        for pid in (loader, cell):
+            told = Path(f"/proc/{pid}/environ").read_bytes()
+            assert secret.encode() not in told
+            assert password.encode() not in told
+        assert not holds(cell, password.encode())
+        assert not holds(cell, secret.encode())
+        assert holds(loader, secret.encode()), "the part that fetches needs it"
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{cell}/status").read_text().splitlines())
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2" if sandbox else "0")
+        targets = {os.readlink(fd).partition(":")[0] for fd in Path(f"/proc/{cell}/fd").iterdir()}
+        assert targets == {"/dev/null", "socket"}
+        limits = Path(f"/proc/{cell}/limits").read_text()
+        for name in ("Max core file size", "Max file size"):
+            assert re.search(rf"{name} +0 +0 ", limits)
+        assert re.search(rf"Max address space +{4 * 1024**3} ", limits)
+        os.kill(loader, signal.SIGKILL)
+        wait_until(lambda: not lives(cell), timeout_s=10)
+    finally:
+        made.pool.close(5.0)
+
+
+def holds(pid: int, what: bytes) -> bool:
+    """Whether these bytes stand anywhere in the memory that this process can write."""
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            place, rights = line.split()[:2]
+            begin, end = (int(part, 16) for part in place.split("-"))
+            if rights.startswith("rw") and end - begin < 256 << 20:
+                try:
+                    memory.seek(begin)
+                    if what in memory.read(end - begin):
+                        return True
+                except OSError:
+                    continue
+    return False
 
 
 def test_a_loader_that_hangs_is_replaced(good: str, tmp_path: Path) -> None:

@@ -110,7 +110,11 @@ class Settings(BaseSettings):
     loader_spares: int = Field(2, ge=0, le=16, description="warm loaders that stand in for one that died")
     loader_threads: int = Field(8, ge=1, le=64, description="pictures that one loader fetches and decodes at a time")
     loader_memory_mb: int = Field(
-        4096, ge=1024, description="address space of one loader, its libraries and threads' stacks included"
+        4096, ge=1024, description="address space of one loader's decoder, its libraries and threads' stacks included"
+    )
+    decode_cpu_s: float = Field(10.0, ge=0.5, description="CPU that decoding one picture may take")
+    sandbox: bool = Field(
+        True, description="decode under a filter of system calls: no file, no socket, no process can be opened there"
     )
     load_timeout_s: float = Field(
         30.0, gt=0, description="fetch and decode of one picture; then its loader is replaced"
@@ -121,7 +125,11 @@ class Settings(BaseSettings):
     max_bytes: int = Field(20 * 1024 * 1024, ge=1024, description="largest picture file")
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture, width × height")
     max_side: int = Field(16_384, ge=1, description="longest side in pixels")
-    formats: Names = Field(("JPEG", "PNG", "WEBP", "GIF", "AVIF"), description="may add BMP and TIFF")
+    max_frames: int = Field(5000, ge=1, description="frames of one animation, where its header tells them")
+    max_scans: int = Field(100, ge=1, description="scans of one JPEG; honest progressive ones have about ten")
+    formats: Names = Field(
+        ("JPEG", "PNG", "WEBP", "GIF", "AVIF"), description="may add BMP, TIFF, and HEIF where pillow-heif is installed"
+    )
     exact_decode: bool = Field(
         False, description="never decode a JPEG at reduced size: slower, pixels as transformers'"
     )

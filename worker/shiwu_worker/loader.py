@@ -1,7 +1,7 @@
 """One loader process, forked by the nursery for `loaders`.
 
-Fetches and decodes in several threads and writes pixels into the slots that it is given. It never imports torch, and
-ends with its parent.
+Fetches in several threads, has its cell decode, and writes pixels into the slots that it is given. It never imports
+torch, and ends with its parent. When its cell ends it ends in the same way: who was guilty, `loaders` finds out.
 """
 
 from __future__ import annotations
@@ -13,32 +13,36 @@ import queue
 import resource
 import threading
 import time
-import warnings
 from multiprocessing.connection import Connection
+from typing import Final, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.addresses import guarded_pool
+from shiwu_worker.cell import Cell, CellGone, CpuExceeded, Decoded, start_cell
 from shiwu_worker.errors import JobError
-from shiwu_worker.loader_frames import READY, Loaded, LoaderOptions, LoadTask
-from shiwu_worker.stages.decode import DecodedInfo, DecodeLimits, decode
+from shiwu_worker.loader_frames import ENVIRONMENT, READY, READY_OPEN, Loaded, LoaderOptions, LoadTask
 from shiwu_worker.stages.fetch import Fetcher, FetchLimits, S3Options
+
+FETCH_BYTES: Final = 1 << 30
+"""Address space of a loader without its threads: its libraries, and room."""
+THREAD_BYTES: Final = 96 << 20
+"""Address space that a thread takes before it does anything: its stack and its heap."""
+OPEN_FILES: Final = 64
+FILES_A_THREAD: Final = 16
 
 
 class Loader:
     """Turns tasks into results, on several threads."""
 
-    def __init__(self, options: LoaderOptions, connection: Connection, pixels: NDArray[np.uint8]) -> None:
+    def __init__(self, options: LoaderOptions, connection: Connection, pixels: NDArray[np.uint8], cell: Cell) -> None:
         self._connection = connection
         self._pixels = pixels
+        self._cell = cell
         self._sending = threading.Lock()
-        self._spec = options.spec
-        self._limits = DecodeLimits(max_pixels=options.max_pixels, max_side=options.max_side, formats=options.formats)
-        self._exact = options.exact
-        self._memory_bytes = options.memory_bytes
+        self._cpu_s = options.cpu_s
         self._fetcher = Fetcher(
             s3=S3Options(options.s3_endpoint_url, options.s3_region),
             pool=guarded_pool(allow_hosts=options.allow_hosts, threads=options.threads),
@@ -51,13 +55,14 @@ class Loader:
             ),
             threads=options.threads,
         )
+        threading.Thread(target=self._follow, name="cell", daemon=True).start()
         self._tasks: queue.SimpleQueue[LoadTask] = queue.SimpleQueue()
         for number in range(options.threads):
-            threading.Thread(target=self._work, name=f"load-{number}", daemon=True).start()
+            threading.Thread(target=self._work, args=(number,), name=f"load-{number}", daemon=True).start()
 
     def run(self) -> None:
         """Take tasks until the parent closes the connection."""
-        self._send(READY)
+        self._send(READY_OPEN + self._cell.open_because.encode() if self._cell.open_because else READY)
         while True:
             try:
                 frame = self._connection.recv_bytes()
@@ -65,32 +70,33 @@ class Loader:
                 return
             self._tasks.put(LoadTask.model_validate_json(frame))
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         while True:
             task = self._tasks.get()
-            self._send(self._load(task).model_dump_json().encode())
+            self._send(self._load(task, number).model_dump_json().encode())
 
-    def _load(self, task: LoadTask) -> Loaded:
+    def _load(self, task: LoadTask, number: int) -> Loaded:
         started_s = fetched_s = time.monotonic()
         size: int | None = None
-        found: DecodedInfo | None = None
-        failed: ErrorInfo | None = None
-        is_short_of_memory = False
+        decoded = Decoded()
         try:
             data = self._fetcher.fetch(task.image)
             fetched_s, size = time.monotonic(), len(data)
-            pixels, found = decode(data, spec=self._spec, limits=self._limits, exact=self._exact)
-            self._pixels[task.slot] = pixels
+            decoded, pixels = self._cell.decode(data, number)
+            if decoded.info is not None:
+                self._pixels[task.slot] = pixels
         except JobError as error:
-            failed = error.info()
-        except MemoryError:
-            is_short_of_memory = True
-            text = f"expected a picture that can be decoded within {self._memory_bytes} bytes of memory"
-            failed = ErrorInfo(code=ErrorCode.PICTURE_TOO_LARGE, message=text, stage=Stage.DECODE)
+            decoded = Decoded(error=error.info())
+        except CellGone:
+            self._cell.kill()
+            threading.Event().wait()  # for the end of this process, which follows its cell
+        except CpuExceeded:
+            self._give_up(task, started_s, fetched_s, size)
         except Exception as error:  # noqa: BLE001 border: a defect here must not take the neighbours with it
             text = f"the loader failed ({type(error).__name__}: {error!s:.200})"
-            failed = ErrorInfo(code=ErrorCode.PICTURE_BROKEN, message=text, stage=Stage.DECODE)
+            decoded = Decoded(error=ErrorInfo(code=ErrorCode.PICTURE_BROKEN, message=text, stage=Stage.DECODE))
         ended_s = time.monotonic()
+        info = decoded.info
         return Loaded(
             ticket=task.ticket,
             slot=task.slot,
@@ -99,13 +105,40 @@ class Loader:
             fetched_s=fetched_s if size is not None else ended_s,
             decoded_s=ended_s,
             n_bytes=size,
-            format=found.format if found else None,
-            width=found.width if found else None,
-            height=found.height if found else None,
-            sha256=found.sha256 if found else None,
-            error=failed,
-            is_short_of_memory=is_short_of_memory,
+            format=info.format if info else None,
+            width=info.width if info else None,
+            height=info.height if info else None,
+            sha256=info.sha256 if info else None,
+            error=decoded.error,
+            is_short_of_memory=decoded.is_short_of_memory,
         )
+
+    def _give_up(self, task: LoadTask, started_s: float, fetched_s: float, size: int | None) -> NoReturn:
+        """Answer the picture that burns CPU, and end with the cell; what the neighbours lose they get again."""
+        text = f"expected a picture that is decoded within {self._cpu_s:g} s of CPU"
+        error = ErrorInfo(code=ErrorCode.DECODER_TIMEOUT, message=text, stage=Stage.DECODE)
+        result = Loaded(
+            ticket=task.ticket,
+            slot=task.slot,
+            started_s=started_s,
+            fetched_s=fetched_s,
+            decoded_s=time.monotonic(),
+            n_bytes=size,
+            error=error,
+        )
+        self._send(result.model_dump_json().encode())
+        self._sending.acquire()
+        self._cell.kill()
+        os._exit(0)
+
+    def _follow(self) -> None:
+        """End as the cell does."""
+        status = self._cell.wait()
+        self._sending.acquire()  # no frame of another thread is to be cut in its middle
+        if status < 0:
+            os.kill(os.getpid(), -status)
+            time.sleep(1.0)  # a signal that is ignored here ends nothing
+        os._exit(status if status > 0 else 1)
 
     def _send(self, frame: bytes) -> None:
         try:
@@ -117,13 +150,20 @@ class Loader:
 
 def serve(connection_fd: int, memory_fd: int) -> None:
     """Run until the worker is gone."""
-    # Odd EXIF and sizes near the limit: judged by our own rules, for all threads of this process.
-    warnings.simplefilter("ignore")
-    Image.MAX_IMAGE_PIXELS = None
     connection = Connection(connection_fd)
     options = LoaderOptions.model_validate_json(connection.recv_bytes())
-    resource.setrlimit(resource.RLIMIT_AS, (options.memory_bytes, options.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    cell = start_cell(options)
+    # Only now: the cell is to know none of it.
+    os.environ.update(ENVIRONMENT.validate_json(connection.recv_bytes()))
+    memory_bytes = FETCH_BYTES + options.threads * (THREAD_BYTES + 4 * options.max_bytes)
+    open_files = OPEN_FILES + FILES_A_THREAD * options.threads
+    for kind, limit in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, open_files),
+    ):
+        resource.setrlimit(kind, (limit, limit))
     shape = (options.slots, options.spec.height, options.spec.width, 3)
     pixels = np.frombuffer(mmap.mmap(memory_fd, math.prod(shape)), np.uint8).reshape(shape)
-    Loader(options, connection, pixels).run()
+    Loader(options, connection, pixels, cell).run()

@@ -34,7 +34,13 @@ class LoaderOptions(_Frame):
     read_timeout_s: float
     total_timeout_s: float
     memory_bytes: int
-    """Address space of one loader; beyond it an allocation fails and the picture is tried alone."""
+    """Address space of one loader's cell; beyond it an allocation fails and the picture is tried alone."""
+    max_frames: int = 5000
+    max_scans: int = 100
+    cpu_s: float = 10.0
+    """CPU that decoding one picture may take."""
+    sandbox: bool = True
+    """Whether the cell is put under a filter of system calls."""
 
 
 class LoadTask(_Frame):
@@ -65,3 +71,7 @@ class Loaded(_Frame):
 
 LOADED: Final = TypeAdapter(Loaded)
 READY: Final = b"ready"
+READY_OPEN: Final = b"ready without a filter of system calls: "
+"""Begins the frame of a loader whose cell could not be closed in; the reason follows."""
+ENVIRONMENT: Final = TypeAdapter(dict[str, str])
+"""A loader's second frame: variables that its sources need and its cell must not know."""

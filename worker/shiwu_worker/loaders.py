@@ -17,9 +17,10 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -29,7 +30,7 @@ from pydantic import ValidationError
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.loader_frames import LOADED, READY, Loaded, LoaderOptions, LoadTask
+from shiwu_worker.loader_frames import ENVIRONMENT, LOADED, READY, READY_OPEN, Loaded, LoaderOptions, LoadTask
 from shiwu_worker.nursery import Child, Nursery, NurseryError
 
 log: Any = structlog.get_logger()
@@ -59,6 +60,7 @@ class LoaderPool:
         spares: loaders beyond these: warm, to stand in for one that died and to try suspects.
         on_loaded: gets results, on the pool's thread; must not block.
         on_fatal: called when loaders can't be kept alive.
+        environment: variables that the sources need, such as S3's; loaders get no other secret.
         task_timeout_s: fetch and decode of one picture; then its loader is killed and the picture tried alone.
     """
 
@@ -71,7 +73,9 @@ class LoaderPool:
         task_timeout_s: float,
         on_loaded: Callable[[list[Loaded]], None],
         on_fatal: Callable[[FatalError], None],
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        self._environment = ENVIRONMENT.dump_json(dict(environment))
         self._processes = processes
         self._spares = spares
         self._options = options
@@ -79,11 +83,10 @@ class LoaderPool:
         self._on_loaded = on_loaded
         self._on_fatal = on_fatal
         shape = (options.slots, options.spec.height, options.spec.width, 3)
-        size = math.prod(shape)
         self._memory_fd = os.memfd_create("shiwu-pixels", os.MFD_CLOEXEC)
-        os.ftruncate(self._memory_fd, size)
-        self._memory = mmap.mmap(self._memory_fd, size)
-        self.pixels: NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8).reshape(shape)
+        os.ftruncate(self._memory_fd, math.prod(shape))
+        memory = mmap.mmap(self._memory_fd, math.prod(shape))
+        self.pixels: NDArray[np.uint8] = np.frombuffer(memory, np.uint8).reshape(shape)
         self._waiting: deque[LoadTask] = deque()
         self._suspects: deque[LoadTask] = deque()
         self._loaders: list[_Loader] = []
@@ -97,6 +100,7 @@ class LoaderPool:
         self._nursery = Nursery()
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._run, name="loaders", daemon=True)
+        self._told_open = False
         self.restarts = 0
 
     @property
@@ -162,6 +166,8 @@ class LoaderPool:
             else:
                 self._receive(key.data, done)
         for loader in [one for one in self._loaders if one.process.has_ended]:
+            if loader.connection.fileno() in self._selector.get_map():
+                self._receive(loader, done)  # its last words
             self._replace(loader, ErrorCode.DECODER_CRASHED, done)
         late_s = time.monotonic() - self._task_timeout_s
         for loader in list(self._loaders):
@@ -175,11 +181,8 @@ class LoaderPool:
         try:
             while loader.connection.poll():
                 frame = loader.connection.recv_bytes(1 << 20)
-                if frame == READY:
-                    loader.ready = True
-                    self._deaths_at_start = 0
-                    if sum(one.ready for one in self._loaders) >= self._processes:
-                        self._all_ready.set()
+                if frame.startswith(READY):
+                    self._welcome(loader, frame)
                     continue
                 result = LOADED.validate_json(frame)
                 task, _ = loader.held.pop(result.ticket, (None, 0.0))
@@ -199,6 +202,14 @@ class LoaderPool:
             log.error("loader_confused", error=str(error)[:200])
             loader.process.kill()
             loader.process.wait(5.0)
+
+    def _welcome(self, loader: _Loader, frame: bytes) -> None:
+        loader.ready, self._deaths_at_start = True, 0
+        if frame.startswith(READY_OPEN) and not self._told_open:
+            self._told_open = True
+            log.warning("sandbox_unavailable", reason=frame.removeprefix(READY_OPEN).decode(errors="replace"))
+        if sum(one.ready for one in self._loaders) >= self._processes:
+            self._all_ready.set()
 
     def _assign(self) -> None:
         ready = [loader for loader in self._loaders if loader.ready]
@@ -250,9 +261,8 @@ class LoaderPool:
             if self._deaths_at_start >= DEATHS_AT_START:
                 self._closing.set()
                 self._all_ready.set()
-                self._on_fatal(
-                    FatalError(ExitCode.LOADERS, f"loaders died {DEATHS_AT_START} times before they were ready")
-                )
+                text = f"loaders died {DEATHS_AT_START} times before they were ready"
+                self._on_fatal(FatalError(ExitCode.LOADERS, text))
                 return
             self._closing.wait(RESPAWN_S)  # one that dies at its start must not be started in a busy loop
         self.restarts += 1
@@ -264,6 +274,7 @@ class LoaderPool:
             process = self._nursery.fork(theirs.fileno(), self._memory_fd)
         connection = Connection(ours.detach())
         connection.send_bytes(self._options.model_dump_json().encode())
+        connection.send_bytes(self._environment)
         loader = _Loader(process, connection)
         self._loaders.append(loader)
         self._selector.register(connection, selectors.EVENT_READ, loader)

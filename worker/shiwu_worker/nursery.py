@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import select
 import signal
 import socket
@@ -22,6 +23,13 @@ BORN_S: Final = 60.0
 """Longest wait for a fork, the first one waits for the imports; a nursery that needs more is replaced."""
 STATUS_S: Final = 1.0
 ASK: Final = b"?"
+
+
+_PLAIN_NAMES: Final = re.compile(
+    r"PATH|HOME|USER|LOGNAME|TZ|TMPDIR|LANG|LANGUAGE|LC_\w+|VIRTUAL_ENV|PYTHON\w+|LD_LIBRARY_PATH|LD_PRELOAD|"
+    r"SSL_CERT_(FILE|DIR)|(REQUESTS|CURL)_CA_BUNDLE|RES_OPTIONS|LOCALDOMAIN|MALLOC_\w+|GLIBC_TUNABLES"
+)
+_SOURCE_NAMES: Final = re.compile(r"AWS_\w+|(HTTP|HTTPS|NO|ALL)_PROXY", re.IGNORECASE)
 
 
 class NurseryError(RuntimeError):
@@ -104,10 +112,10 @@ class Nursery:
         ours.settimeout(BORN_S)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "shiwu_worker.nursery_process", str(theirs.fileno())],
+                [sys.executable, "-m", "shiwu_worker.nursery_process", str(theirs.fileno()), str(os.getpid())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                env=plain_environment() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C is the worker's to handle
             )
         self._socket = ours
@@ -144,6 +152,16 @@ class Nursery:
         self._statuses.clear()
 
 
+def plain_environment() -> dict[str, str]:
+    """The variables without which a Python process does not start or find its files; none of them is a secret."""
+    return {name: value for name, value in os.environ.items() if _PLAIN_NAMES.fullmatch(name)}
+
+
+def source_environment() -> dict[str, str]:
+    """The variables that S3's chain of credentials may need: for the part that fetches, and for nobody else."""
+    return {name: value for name, value in os.environ.items() if _SOURCE_NAMES.fullmatch(name)}
+
+
 def _is_readable(fd: int, timeout_s: float) -> bool:
     # poll and not select: a worker may have more than 1024 files open.
     poll = select.poll()
@@ -151,6 +169,8 @@ def _is_readable(fd: int, timeout_s: float) -> bool:
     return bool(poll.poll(max(0.0, timeout_s) * 1000))
 
 
-def die_with_parent() -> None:
-    """Be killed when the thread that started this process ends."""
+def die_with_parent(parent: int) -> None:
+    """Be killed when the thread that started this process ends; end at once where that process is gone already."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

@@ -1,4 +1,4 @@
-"""The process that forks loaders: `python -m shiwu_worker.nursery_process FD`, started by `nursery` only.
+"""The process that forks loaders: `python -m shiwu_worker.nursery_process FD PARENT`, started by `nursery` only.
 
 It answers each request, which brings file descriptors along, with a child's pid and pidfd, and tells of each end.
 """
@@ -15,11 +15,15 @@ import sys
 
 from shiwu_worker.loader import serve
 from shiwu_worker.nursery import die_with_parent
+from shiwu_worker.seccomp import no_new_privileges
+from shiwu_worker.stages.decode import warm
 
 
 def _main() -> None:
     """Fork on demand and tell of ends, until the worker is gone."""
-    die_with_parent()
+    die_with_parent(int(sys.argv[2]))
+    no_new_privileges()
+    warm()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     # What is alive now stays shared with every child.
@@ -52,6 +56,7 @@ def _tell_ends(worker: socket.socket) -> None:
 
 
 def _bear(worker: socket.socket, wake: tuple[socket.socket, socket.socket], fds: list[int]) -> None:
+    own_pid = os.getpid()
     pid = os.fork()
     if pid:
         for fd in fds:
@@ -66,7 +71,7 @@ def _bear(worker: socket.socket, wake: tuple[socket.socket, socket.socket], fds:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for each in (worker, *wake):
             each.close()
-        die_with_parent()
+        die_with_parent(own_pid)
         serve(*fds)
         status = 0
     finally:

@@ -23,6 +23,7 @@ from shiwu_worker.labels import LabelBank, LabelSet, load_label_sets
 from shiwu_worker.loader_frames import Loaded, LoaderOptions, LoadTask
 from shiwu_worker.loaders import LoaderPool
 from shiwu_worker.models import model_name, model_revision
+from shiwu_worker.nursery import source_environment
 from shiwu_worker.pipeline import Stages
 from shiwu_worker.settle import Away, Settler
 from shiwu_worker.stages.batch import Batcher
@@ -87,6 +88,10 @@ def loader_options(settings: Settings, spec: ImageSpec) -> LoaderOptions:
         read_timeout_s=settings.read_timeout_s,
         total_timeout_s=settings.fetch_timeout_s,
         memory_bytes=settings.loader_memory_mb * 1024 * 1024,
+        max_frames=settings.max_frames,
+        max_scans=settings.max_scans,
+        cpu_s=settings.decode_cpu_s,
+        sandbox=settings.sandbox,
     )
 
 
@@ -134,6 +139,7 @@ def make_loaders(
         task_timeout_s=settings.load_timeout_s,
         on_loaded=on_loaded,
         on_fatal=on_fatal,
+        environment=source_environment(),
     )
 
 
