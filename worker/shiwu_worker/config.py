@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ Names = Annotated[tuple[str, ...], NoDecode]
 Paths = Annotated[tuple[Path, ...], NoDecode]
 Retries = Annotated[dict[ErrorCode, tuple[int, float, float]], NoDecode]
 LARGEST_TRIED = 64
+FORMATS = {"JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "HEIF"}
 RETRIABLE = {
     ErrorCode.SOURCE_UNAVAILABLE,
     ErrorCode.OUT_OF_MEMORY,
@@ -150,6 +152,16 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("formats")
+    @classmethod
+    def _check_formats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = tuple(name.upper() for name in value)
+        if unknown := sorted(set(names) - FORMATS):
+            raise ValueError(f"expected formats of {', '.join(sorted(FORMATS))}, got {', '.join(unknown)[:80]}")
+        if "HEIF" in names and find_spec("pillow_heif") is None:
+            raise ValueError("HEIF needs pillow-heif: install shiwu[worker,heic]")
+        return names
 
     @field_validator("retry", mode="before")
     @classmethod

@@ -1,0 +1,113 @@
+"""What is fuzzed: each target has inputs to begin with and a check that nothing but the promised errors comes out.
+
+A target more is a `Target` more in `TARGETS`.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+import numpy as np
+
+from shiwu.contract import Lane, Request, RequestError
+from shiwu.contract.request import parse_request
+from shiwu.message import build_message, read_canvas, read_message, readable_id
+from shiwu_worker.errors import Rejected
+from shiwu_worker.image_spec import ImageSpec
+from shiwu_worker.stages.decode import DecodeLimits, decode
+from tests.support import bombs, pictures
+
+SPEC: Final = ImageSpec(32, 32, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
+LIMITS: Final = DecodeLimits(max_pixels=1_000_000, max_side=16_384, formats=FORMATS)
+"""Small, so that an input takes milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One part that reads strangers' bytes."""
+
+    name: str
+    seeds: Callable[[], list[bytes]]
+    check: Callable[[bytes], None]
+    """Raises when the part did what it must not; what it promises to raise is fine."""
+
+
+def check_decode(data: bytes) -> None:
+    """Pixels of the right shape, or Rejected with a code; nothing else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            pixels, info = decode(data, spec=SPEC, limits=LIMITS)
+        except (Rejected, MemoryError):
+            return
+    assert pixels.shape == (32, 32, 3)
+    assert pixels.dtype == np.uint8
+    assert info.format in FORMATS
+    assert 0 < info.width * info.height <= LIMITS.max_pixels
+
+
+def check_message(data: bytes) -> None:
+    """A request within the contract's bounds, or RequestError with a code; nothing else."""
+    readable_id(data)
+    try:
+        envelope = read_message(data)
+        if envelope.canvas:
+            read_canvas(data)
+        request = parse_request(envelope.fields)
+    except RequestError as error:
+        _check_told(error)
+        return
+    again = build_message(request, job_id=envelope.id, lane=Lane.BULK)
+    assert parse_request(read_message(again).fields) == request
+
+
+def _check_told(error: RequestError) -> None:
+    assert error.code
+    assert len(str(error)) < 2000
+
+
+@cache
+def picture_seeds() -> list[bytes]:
+    """Every kind of good file, small, and the bombs that are small."""
+    small = pictures.picture().resize((48, 40))
+    found = [make(small) for name, make in pictures.GOOD.items() if name != "large.jpg"]
+    found += [pictures.saved(small, kind) for kind in ("BMP", "TIFF")]
+    found += [pictures.saved(small, "PNG", save_all=True, append_images=[small.rotate(90)], duration=50)]
+    found += [pictures.saved(small, "GIF", save_all=True, append_images=[small.rotate(90)], duration=50)]
+    found += [bombs.jpeg_scans(scans=20, side=64), bombs.webp_frames(3), bombs.gif_frames(3), bombs.png_line()]
+    return found
+
+
+@cache
+def message_seeds() -> list[bytes]:
+    """Messages of our client and of Celery's, with all fields and with few, and some that are none."""
+    chance = random.Random(1)
+    requests = [
+        Request(image="s3://bucket/key.jpg"),
+        Request(image="https://example.com/a.png?x=1", labels=("猫", "狗"), top_k=3, threshold=0.5, head="sigmoid"),
+        Request(image="file:///a.jpg", labels="six-zh", metadata={"a": [1, None, {"b": "ü"}]}, want=("embedding",)),
+    ]
+    found = [
+        build_message(request, job_id=f"job-{number}", lane=Lane.BULK, sent_ms=1e12, expires_ms=2e12, eta_ms=1.5e12)
+        for number, request in enumerate(requests)
+    ]
+    plain = (
+        b'{"body":"[[\\"s3://b/k\\"],{},{\\"callbacks\\":[{\\"task\\":\\"t\\"}]}]","content-type":"application/json",'
+    )
+    plain += b'"headers":{"task":"shiwu.tag","id":"a","eta":null,"expires":"2030-01-01T00:00:00"},"properties":{}}'
+    return [*found, plain, b"{}", b"[]", chance.randbytes(64), b"[" * 5000]
+
+
+TARGETS: Final = {
+    target.name: target
+    for target in (
+        Target("decode", picture_seeds, check_decode),
+        Target("message", message_seeds, check_message),
+    )
+}

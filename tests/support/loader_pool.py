@@ -1,0 +1,133 @@
+"""Real loader processes with their results, for pictures in a folder."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+from shiwu_worker.errors import FatalError
+from shiwu_worker.image_spec import ImageSpec
+from shiwu_worker.loader_frames import Loaded, LoaderOptions, LoadTask
+from shiwu_worker.loaders import LoaderPool
+from tests.support.family import children
+from tests.support.waiting import wait_until
+
+SPEC: Final = ImageSpec(64, 64, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SLOTS: Final = 32
+
+
+class Pool:
+    """A pool with its results by ticket."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        processes: int,
+        spares: int = 0,
+        task_timeout_s: float = 20.0,
+        memory_bytes: int = 4 * 1024**3,
+        environment: dict[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        self.results: dict[int, Loaded] = {}
+        self.fatal: list[FatalError] = []
+        self._lock = threading.Lock()
+        limits = {"max_bytes": 10_000_000, "max_pixels": 400_000_000, "max_side": 20_000, "formats": ("PNG", "JPEG")}
+        loader_options = LoaderOptions(
+            spec=SPEC,
+            slots=SLOTS,
+            threads=4,
+            s3_endpoint_url=None,
+            s3_region=None,
+            allow_hosts=("127.0.0.1",),
+            folders=(folder,),
+            exact=True,
+            connect_timeout_s=1.0,
+            read_timeout_s=20.0,
+            total_timeout_s=20.0,
+            memory_bytes=memory_bytes,
+            **(limits | options),
+        )
+        self.pool = LoaderPool(
+            processes=processes,
+            spares=spares,
+            options=loader_options,
+            environment=environment or {},
+            task_timeout_s=task_timeout_s,
+            on_loaded=self._take,
+            on_fatal=self.fatal.append,
+        )
+
+    def _take(self, results: list[Loaded]) -> None:
+        with self._lock:
+            for result in results:
+                assert result.ticket not in self.results, "reported twice"
+                self.results[result.ticket] = result
+
+    def submit(self, *images: str, first_ticket: int = 0) -> None:
+        """One ticket for each image, in slots of the same number."""
+        self.pool.submit(
+            [LoadTask(ticket=first_ticket + n, slot=first_ticket + n, image=i) for n, i in enumerate(images)]
+        )
+
+    def wait(self, count: int) -> None:
+        """Wait for so many results."""
+        wait_until(lambda: len(self.results) >= count, timeout_s=30)
+
+    def __enter__(self) -> Self:
+        self.pool.start(30.0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.close(5.0)
+
+    def peak_bytes(self) -> int:
+        """Most memory that one of the cells has had in RAM so far, of those that live."""
+        peaks = [0]
+        for pid in self.pool.pids:
+            for cell in children(pid):
+                found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{cell}/status").read_text())
+                peaks += [int(found[1]) * 1024] if found else []
+        return max(peaks)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of many files."""
+
+    answers: dict[str, str]
+    """Name → the format, or the code of the error."""
+    slowest: tuple[float, str]
+    """Seconds from its start, and its name."""
+    restarts: int
+    peak_bytes: int
+    took_s: float
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many got which answer."""
+        return Counter(self.answers.values())
+
+
+def load_all(paths: Sequence[Path], pool: Pool, *, timeout_s: float) -> Found:
+    """Run files through a pool whose folder they lie in, as many at a time as there are slots."""
+    began_s = time.monotonic()
+    for begin in range(0, len(paths), SLOTS):
+        portion = paths[begin : begin + SLOTS]
+        tasks = [LoadTask(ticket=begin + n, slot=n, image=path.as_uri()) for n, path in enumerate(portion)]
+        pool.pool.submit(tasks)
+        left_s = began_s + timeout_s - time.monotonic()
+        wanted = begin + len(portion)
+        wait_until(lambda wanted=wanted: len(pool.results) >= wanted or pool.fatal, timeout_s=left_s)  # type: ignore[misc]
+    found = {paths[ticket].name: one for ticket, one in pool.results.items()}
+    slowest = max(((one.decoded_s - one.fetched_s, name) for name, one in found.items()), default=(0.0, ""))
+    answers = {name: one.error.code.value if one.error else str(one.format) for name, one in found.items()}
+    took_s = time.monotonic() - began_s
+    return Found(answers, slowest, pool.pool.restarts, pool.peak_bytes(), took_s)
