@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from drill import absence, device, inputs, redis_away, soak, together, workers
+from drill import absence, device, hostile, inputs, redis_away, soak, together, workers
 from drill.field import Field, Outcome
 
 
@@ -43,6 +43,7 @@ DRILLS = {
         Drill("away", absence.away, short=(100, 1), long=(500, 1), server="loads", lasts_s=(30, 600)),
         Drill("failover", redis_away.failover, short=(300, 1), long=(1000, 5), server="sentinels"),
         Drill("poison", inputs.poison, short=(240, 1), long=(10_000, 1)),
+        Drill("hostile", hostile.hostile, short=(400, 1), long=(10_000, 1)),
         Drill("source", inputs.source, short=(60, 1), long=(2000, 1)),
         Drill("encode", device.encode, short=(400, 1), long=(10_000, 1)),
         Drill("duplicates", inputs.duplicates, short=(200, 1), long=(2000, 10)),

@@ -252,6 +252,11 @@ BOMBS: Final[dict[str, Callable[[], bytes]]] = {
     )
 }
 """name → maker."""
+HARMLESS: Final = {
+    "webp_plain": "WEBP", "png_below": "PNG", "jpeg_below": "JPEG", "avif_pixels": "AVIF", "gif_frames": "GIF",
+    "jpeg_profile": "JPEG", "png_exif": "PNG",
+}  # fmt: skip
+"""Bombs that lie within every limit: large, and decoded."""
 
 
 def all_files() -> dict[str, bytes]:

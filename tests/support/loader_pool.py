@@ -40,6 +40,7 @@ class Pool:
         self.fatal: list[FatalError] = []
         self._lock = threading.Lock()
         limits = {"max_bytes": 10_000_000, "max_pixels": 400_000_000, "max_side": 20_000, "formats": ("PNG", "JPEG")}
+        limits["exact"] = True
         loader_options = LoaderOptions(
             spec=SPEC,
             slots=SLOTS,
@@ -48,7 +49,6 @@ class Pool:
             s3_region=None,
             allow_hosts=("127.0.0.1",),
             folders=(folder,),
-            exact=True,
             connect_timeout_s=1.0,
             read_timeout_s=20.0,
             total_timeout_s=20.0,

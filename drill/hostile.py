@@ -1,0 +1,123 @@
+"""A drill with attackers among the users: what they send costs them their answer, and nobody else anything."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+from tests.support import bombs
+
+from drill.field import Field, Outcome, wrong
+from drill.inputs import mark, misjudged, poison_env
+from shiwu.contract import Answer
+
+SHARE: Final = 0.05
+LEAST: Final = 0.90
+"""Promised: good pictures a second among hostile ones, of those without."""
+ENOUGH: Final = 5000
+"""Jobs from which a rate means something; a shorter drill only tells it."""
+ALLOWED: Final = {*bombs.HARMLESS}
+"""Bombs within every limit: they are tagged like any other picture and cost what a picture of their size costs."""
+INTERNAL: Final = (
+    "http://169.254.169.254/latest/meta-data/",
+    "http://127.0.0.1:6379/",
+    "http://[::1]/",
+    "http://10.0.0.1/a.jpg",
+    "http://0x7f.1/a.jpg",
+    "file:///etc/passwd",
+)
+
+
+@dataclass
+class _Hostile:
+    """What attackers send."""
+
+    refused: list[str] = field(default_factory=list)
+    crashers: list[str] = field(default_factory=list)
+    guilty: set[str] = field(default_factory=set)
+
+
+def hostile(field: Field) -> Outcome:
+    """Five in a hundred are bombs, broken files, internal addresses or kill their decoder; the others notice little."""
+    worker = field.worker(env=poison_env(), load_timeout_s=10, decode_cpu_s=5, slots=256)
+    field.enqueue(64)
+    field.wait_answers(64)
+    truth = _labels(field, field.sent)
+    without = _rate(field, field.jobs, None)
+    bad = _prepared(field)
+    with_hostile = _rate(field, field.jobs, bad)
+    ratio = with_hostile / without
+    field.breaks = len(bad.guilty)
+    notes = (
+        f"{len(bad.guilty)} hostile; {with_hostile:.0f} good pictures a second among them, {without:.0f} without: "
+        f"{ratio:.0%}"
+    )
+    outcome = field.finish("hostile", promised_s=0, timeout_s=600, notes=notes, only=())
+    outcome = wrong(outcome, *misjudged(outcome, bad.guilty), *_mistagged(field, truth, bad.guilty))
+    if field.jobs >= ENOUGH and ratio < LEAST:
+        outcome = wrong(outcome, notes)
+    return outcome if worker.is_running else wrong(outcome, f"the worker ended with {worker.exit_code}")
+
+
+def _prepared(field: Field) -> _Hostile:
+    """Files of every kind in the drill's folder, and addresses that nobody may reach."""
+    made = _Hostile(refused=list(INTERNAL))
+    files = {name: make() for name, make in bombs.BOMBS.items() if name not in ALLOWED}
+    files |= {name: data for name, data in bombs.truncations().items() if "cut-0.5" in name or "cut-0.05" in name}
+    for name, data in files.items():
+        path = field.folder / f"hostile-{name}"
+        path.write_bytes(data)
+        made.refused.append(path.as_uri())
+    made.crashers = [mark(field, "ABORT"), mark(field, "MEMORY")]
+    return made
+
+
+def _rate(field: Field, count: int, bad: _Hostile | None) -> float:
+    """Enqueue so many, some of them hostile, and return the good ones that were answered a second."""
+    begin, guilty, began_s = len(field.sent), 0, time.monotonic()
+    turns = itertools.cycle(range(20))
+    for start in range(0, count, 200):
+        portion = min(200, count - start)
+        few = max(1, int(portion * SHARE)) if bad else 0
+        field.enqueue(portion - few)
+        if bad is None:
+            continue
+        for _ in range(few):
+            # One in twenty of them kills its decoder: one job in four hundred.
+            sources = bad.crashers if next(turns) == 0 else bad.refused
+            bad.guilty.update(field.enqueue(1, [field.chance.choice(sources)]))
+            guilty += 1
+    field.wait_answers(begin + count, timeout_s=1200)
+    return (count - guilty) / (time.monotonic() - began_s)
+
+
+def _answers(field: Field) -> dict[str, Answer]:
+    found, last = {}, "-"
+    while portion := field._entries(last):
+        for _, fields in portion:
+            found[fields[b"id"].decode()] = Answer.model_validate_json(fields[b"answer"])
+        last = f"({portion[-1][0].decode()}"
+    return found
+
+
+def _best(answer: Answer) -> tuple[str, str] | None:
+    """The picture and its best label; None where it has none."""
+    return (answer.image.reference, answer.tags[0].label) if answer.image and answer.tags else None
+
+
+def _labels(field: Field, ids: list[str]) -> set[tuple[str, str]]:
+    """Pictures and their best labels, as the worker says them when nothing disturbs it."""
+    answers = _answers(field)
+    return {best for one in ids if (best := _best(answers[one]))}
+
+
+def _mistagged(field: Field, truth: set[tuple[str, str]], guilty: set[str]) -> list[str]:
+    """Complaints about good pictures whose best label is not the one that they have alone."""
+    wrongly = [
+        job_id
+        for job_id, answer in _answers(field).items()
+        if job_id not in guilty and (best := _best(answer)) and best not in truth
+    ]
+    return [f"{len(wrongly)} good pictures have another label than alone, first {wrongly[:3]}"] if wrongly else []
