@@ -76,12 +76,12 @@ class ErrorCode(StrEnum):
     SOURCE_FORBIDDEN = "source_forbidden"  # 401, 403, or an address or folder the operator did not allow
     SOURCE_NOT_A_FILE = "source_not_a_file"  # a folder or a key prefix
     SOURCE_UNAVAILABLE = "source_unavailable"  # time-outs, 5xx, throttling, connection errors
-    PICTURE_TOO_LARGE = "picture_too_large"  # over the limit in bytes, pixels or side
+    PICTURE_TOO_LARGE = "picture_too_large"  # over a limit: bytes, pixels, side, frames, scans, memory
     PICTURE_EMPTY = "picture_empty"  # no bytes
     NOT_A_PICTURE = "not_a_picture"  # no allowed picture format begins like this
     PICTURE_BROKEN = "picture_broken"  # a picture by its head, but its pixels can't be decoded
     DECODER_CRASHED = "decoder_crashed"  # killed its loader, twice, alone
-    DECODER_TIMEOUT = "decoder_timeout"  # fetch and decode exceeded the time limit, twice
+    DECODER_TIMEOUT = "decoder_timeout"  # took too much CPU, or exceeded the time limit twice
     ENCODE_FAILED = "encode_failed"  # the model failed on this picture
     OUT_OF_MEMORY = "out_of_memory"  # the device had no room, not even for this picture alone
     EXPIRED = "expired"  # the deadline passed before the picture was encoded
