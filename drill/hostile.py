@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tests.support import bombs
+from tests.support.family import cpu_s, family
 
 from drill.field import Field, Outcome, wrong
 from drill.inputs import mark, misjudged, poison_env
-from shiwu.contract import Answer
+from shiwu.contract import DEAD, Answer
 
 SHARE: Final = 0.05
 LEAST: Final = 0.90
@@ -37,6 +38,8 @@ class _Hostile:
     refused: list[str] = field(default_factory=list)
     crashers: list[str] = field(default_factory=list)
     guilty: set[str] = field(default_factory=set)
+    aborts: set[str] = field(default_factory=set)
+    """Of these, the ones that end their decoder's process."""
 
 
 def hostile(field: Field) -> Outcome:
@@ -45,17 +48,25 @@ def hostile(field: Field) -> Outcome:
     field.enqueue(64)
     field.wait_answers(64)
     truth = _labels(field, field.sent)
+    before_s = cpu_s(family(worker.pid))
     without = _rate(field, field.jobs, None)
+    between_s = cpu_s(family(worker.pid))
     bad = _prepared(field)
     with_hostile = _rate(field, field.jobs, bad)
+    after_s = cpu_s(family(worker.pid))
     ratio = with_hostile / without
     field.breaks = len(bad.guilty)
     notes = (
         f"{len(bad.guilty)} hostile; {with_hostile:.0f} good pictures a second among them, {without:.0f} without: "
-        f"{ratio:.0%}"
+        f"{ratio:.0%}; CPU of a good picture {(after_s - between_s) / (field.jobs - len(bad.guilty)) * 1000:.1f} ms, "
+        f"{(between_s - before_s) / field.jobs * 1000:.1f} ms without"
     )
     outcome = field.finish("hostile", promised_s=0, timeout_s=600, notes=notes, only=())
     outcome = wrong(outcome, *misjudged(outcome, bad.guilty), *_mistagged(field, truth, bad.guilty))
+    crashed = {one for one in bad.aborts if outcome.untagged.get(one, "").startswith("decoder_crashed")}
+    buried = {one for one in bad.aborts if field.client.zscore(DEAD, one) is not None}
+    if crashed != bad.aborts or buried != bad.aborts:
+        outcome = wrong(outcome, f"{len(bad.aborts)} ended their decoder: {len(crashed)} told so, {len(buried)} buried")
     if field.jobs >= ENOUGH and ratio < LEAST:
         outcome = wrong(outcome, notes)
     return outcome if worker.is_running else wrong(outcome, f"the worker ended with {worker.exit_code}")
@@ -87,7 +98,11 @@ def _rate(field: Field, count: int, bad: _Hostile | None) -> float:
         for _ in range(few):
             # One in twenty of them kills its decoder: one job in four hundred.
             sources = bad.crashers if next(turns) == 0 else bad.refused
-            bad.guilty.update(field.enqueue(1, [field.chance.choice(sources)]))
+            image = sources[0] if not bad.guilty else field.chance.choice(sources)
+            [job_id] = field.enqueue(1, [image])
+            bad.guilty.add(job_id)
+            if image == bad.crashers[0]:
+                bad.aborts.add(job_id)
             guilty += 1
     field.wait_answers(begin + count, timeout_s=1200)
     return (count - guilty) / (time.monotonic() - began_s)
