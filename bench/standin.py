@@ -52,8 +52,7 @@ class StandInLoaders:
         now_s = time.monotonic()
         moments: Any = {"started_s": now_s, "fetched_s": now_s, "decoded_s": now_s}
         about: Any = {"n_bytes": 1, "format": "JPEG", "width": 1, "height": 1}
-        # Not validated: a real loader's answer is read from JSON, which costs about as much.
-        self._on_loaded([Loaded.model_construct(ticket=one.ticket, slot=one.slot, **moments, **about) for one in tasks])
+        self._on_loaded([Loaded(ticket=one.ticket, slot=one.slot, **moments, **about) for one in tasks])
 
 
 class StandInFlight:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
+import msgspec
 import redis
 from pydantic_core import from_json
 from tests.support.waiting import wait_until
@@ -107,7 +108,7 @@ def _reply(job_id: str, raw: bytes | None) -> Reply:
         id=job_id,
         is_tagged=is_tagged,
         tags=tuple((tag["label"], tag["score"]) for tag in result["tags"]) if is_tagged else (),
-        timing=Timing.model_validate(result.get("timing") or {}) if is_tagged else Timing(),
+        timing=msgspec.convert(result.get("timing") or {}, Timing) if is_tagged else Timing(),
         batch_size=result.get("batch_size") if is_tagged else None,
         dtype=(result.get("model") or {}).get("dtype", "") if is_tagged else "",
         text="" if is_tagged else str(result)[:300],

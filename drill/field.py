@@ -230,7 +230,7 @@ class Field:
         while portion := self._entries(last):
             for _, fields in portion:
                 if (job_id := fields[b"id"].decode()) in sent:
-                    answer = Answer.model_validate_json(fields[b"answer"])
+                    answer = Answer.from_json(fields[b"answer"])
                     entries[job_id] += 1
                     statuses[answer.status.value] += 1
                     rerun += answer.attempts > 1

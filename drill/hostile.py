@@ -112,7 +112,7 @@ def _answers(field: Field) -> dict[str, Answer]:
     found, last = {}, "-"
     while portion := field._entries(last):
         for _, fields in portion:
-            found[fields[b"id"].decode()] = Answer.model_validate_json(fields[b"answer"])
+            found[fields[b"id"].decode()] = Answer.from_json(fields[b"answer"])
         last = f"({portion[-1][0].decode()}"
     return found
 

@@ -91,7 +91,7 @@ def _paced(field: Field, count: int, bad: dict[str, str]) -> list[str]:
 def _p95(field: Field, *, skip: frozenset[str], begin: int = 0) -> float:
     wanted = set(field.sent[begin:]) - skip
     found: Any = field.client.xrange(RESULT_STREAM)
-    answers = [Answer.model_validate_json(fields[b"answer"]) for _, fields in found if fields[b"id"].decode() in wanted]
+    answers = [Answer.from_json(fields[b"answer"]) for _, fields in found if fields[b"id"].decode() in wanted]
     return quantiles([answer.timing.total for answer in answers], n=20)[-1]
 
 

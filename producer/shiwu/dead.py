@@ -131,7 +131,7 @@ class DeadLetters:
             if answer is not None and message is not None:
                 key, _, raw = message.partition(b"|")
                 lane = next((lane for lane in Lane if key.decode() in lane.keys), None)
-                yield DeadLetter(job_id, died_ms, TagResult.model_validate_json(answer), raw, lane)
+                yield DeadLetter(job_id, died_ms, TagResult.from_json(answer), raw, lane)
 
 
 def _portions(ids: Sequence[str]) -> Iterator[Sequence[str]]:

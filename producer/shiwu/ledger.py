@@ -7,11 +7,11 @@ appended to the results stream; a later one is discarded. Either way claim, leas
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any, Final
 
+import msgspec
 import redis
 from pydantic_core import to_json
 
@@ -52,8 +52,7 @@ class NotReplicated(redis.RedisError):
     """Fewer replicas than asked for have confirmed a write in time. It stands on the primary."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """One answer on its way to Redis."""
 
     answer: Answer

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import redis
-from pydantic_core import from_json
 
 from shiwu.contract import RESULT_STREAM, Answer, Status
 from shiwu.errors import JobFailed
 
 
-class TagResult(Answer):
+class TagResult(Answer, frozen=True):
     """An answer with the questions that one usually asks of it."""
 
     @property
@@ -36,8 +36,8 @@ class TagResult(Answer):
 
 def read_result(raw: bytes) -> TagResult:
     """Read what lies under a result key, whichever of Celery's states it has."""
-    result = from_json(raw)["result"]
-    return TagResult.model_validate(result.get("answer", result))
+    result = msgspec.json.decode(raw)["result"]
+    return msgspec.convert(result.get("answer", result), TagResult)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def follow(
     def items(entries: list[Any]) -> Iterator[StreamItem]:
         for entry_id, fields in entries:
             if fields:  # an entry that was trimmed away while pending has none
-                answer = TagResult.model_validate_json(fields[b"answer"])
+                answer = TagResult.from_json(fields[b"answer"])
                 yield StreamItem(entry_id.decode(), answer, client, group)
             else:
                 client.xack(RESULT_STREAM, group, entry_id)

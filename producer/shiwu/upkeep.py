@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 import redis
 
 from shiwu.contract import (
@@ -40,9 +41,9 @@ from shiwu.contract import (
     parse_request,
     without_query,
 )
+from shiwu.envelope import Envelope, read_message
 from shiwu.keep import USUAL, Keep, always
 from shiwu.ledger import Entry, Ledger, load_script
-from shiwu.message import Envelope, read_message
 
 SUSPECT_FROM: Final = 2
 """Attempts that ended with their worker before a job is worked on alone."""
@@ -218,7 +219,7 @@ def _expired(envelope: Envelope, key: str, raw: bytes) -> Entry:
     with contextlib.suppress(RequestError):
         request = parse_request(envelope.fields)
         image = ImageInfo(reference=without_query(request.image))
-        answer = answer.model_copy(update={"image": image, "metadata": request.metadata})
+        answer = msgspec.structs.replace(answer, image=image, metadata=request.metadata)
     return Entry(
         id=envelope.id,
         answer=answer,

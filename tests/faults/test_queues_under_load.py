@@ -26,7 +26,7 @@ PORTION: Final = 1000
 def answers(fleet: Fleet) -> list[Answer]:
     """The results stream, in its order."""
     entries: Any = fleet.client.xrange(RESULT_STREAM)
-    return [Answer.model_validate_json(fields[b"answer"]) for _, fields in entries]
+    return [Answer.from_json(fields[b"answer"]) for _, fields in entries]
 
 
 def ask_one_by_one(fleet: Fleet, client: Client, name: str) -> tuple[list[int], list[float]]:

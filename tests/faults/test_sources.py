@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shiwu.contract import ATTEMPTS, CLAIMS, DEAD_MESSAGES, DELAYED, Status
-from shiwu.message import read_message
+from shiwu.envelope import read_message
 from tests.faults.conftest import Fleet
 from tests.integration.test_service import ask
 from tests.support import pictures

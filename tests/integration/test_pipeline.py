@@ -101,7 +101,7 @@ def enqueue(client: redis.Redis, *ids: str) -> None:
 def answers(client: redis.Redis) -> dict[str, Answer]:
     """Every answer of the stream by its id; one that came twice fails."""
     entries: Any = client.xrange(RESULT_STREAM)
-    found = [Answer.model_validate_json(fields[b"answer"]) for _, fields in entries]
+    found = [Answer.from_json(fields[b"answer"]) for _, fields in entries]
     assert len({one.id for one in found}) == len(found)
     return {one.id or "": one for one in found}
 

@@ -7,6 +7,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 from celery.exceptions import TaskRevokedError
@@ -38,7 +39,7 @@ def read_answer(client: redis.Redis, job_id: str, *, timeout_s: float = 30.0) ->
     """Wait for the answer in Celery's result, whichever form it has."""
     raw = wait_until(lambda: client.get(result_key(job_id)), timeout_s=timeout_s, what=f"answer of {job_id}")
     result = json.loads(raw)["result"]
-    return Answer.model_validate(result.get("answer", result))
+    return msgspec.convert(result.get("answer", result), Answer)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def count(client: redis.Redis, ids: Sequence[str]) -> Count:
     """Hold the results stream against what was sent."""
     stream: Any = client.xrange(RESULT_STREAM)
     sent = set(ids)
-    answers = [Answer.model_validate_json(fields[b"answer"]) for _, fields in stream if fields[b"id"].decode() in sent]
+    answers = [Answer.from_json(fields[b"answer"]) for _, fields in stream if fields[b"id"].decode() in sent]
     entries = Counter(answer.id for answer in answers)
     assert client.hlen(CLAIMS) == client.zcard(LEASES) == 0, "claims are left behind"
     return Count(

@@ -89,7 +89,7 @@ def test_an_id_that_is_no_valid_key_is_refused(job_id: Any) -> None:
 def test_readers_ignore_fields_of_a_newer_version() -> None:
     """Old readers, new writers."""
     assert parse_request({"image": "s3://b/k", "new": 1}).image == "s3://b/k"
-    assert Answer.model_validate({"id": "x", "status": "tagged", "new": 1}).status is Status.TAGGED
+    assert Answer.from_json(b'{"id": "x", "status": "tagged", "new": 1}').status is Status.TAGGED
 
 
 @pytest.mark.parametrize(

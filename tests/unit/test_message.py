@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shiwu.contract import Lane, Request, RequestError, parse_request
-from shiwu.message import build_message, read_message
+from shiwu.envelope import read_message
+from shiwu.message import build_message
 from tests.unit.test_contract import REQUESTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -22,9 +22,9 @@ from kombu.exceptions import OperationalError
 from pydantic_core import from_json, to_json
 
 from shiwu.contract import CANVAS, CANVAS_DUE, TASK_NAME, Answer, RequestError, Status, result_key
+from shiwu.envelope import Canvas, read_canvas
 from shiwu.errors import JobFailed
 from shiwu.ledger import CANVAS_PATIENCE_S, load_script
-from shiwu.message import Canvas, read_canvas
 from shiwu_worker.settle import Settled
 
 log: Any = structlog.get_logger()
@@ -108,7 +108,7 @@ class Callbacks:
     def _send(self, job_id: str, record: bytes) -> None:
         length, _, rest = record.partition(b"|")
         raw_answer, message = rest[: int(length)], rest[int(length) :]
-        answer = Answer.model_validate_json(raw_answer)
+        answer = Answer.from_json(raw_answer)
         try:
             canvas = read_canvas(message.partition(b"|")[2])
         except RequestError as error:

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.errors import JobError
-from shiwu_worker.loader_frames import LoaderOptions
+from shiwu_worker.loader_frames import ENCODER, LoaderOptions
 from shiwu_worker.nursery import die_with_parent
 from shiwu_worker.seccomp import SandboxError, close_in, no_new_privileges
 from shiwu_worker.stages.decode import DecodedInfo, DecodeLimits, decode
@@ -45,10 +45,8 @@ OPEN_FILES: Final = 16
 _TICKS_A_SECOND: Final = os.sysconf("SC_CLK_TCK")
 
 
-class Hello(BaseModel):
+class Hello(msgspec.Struct, frozen=True):
     """What a thread of a cell says first."""
-
-    model_config = ConfigDict(frozen=True)
 
     thread: int
     """The kernel's id of the thread, for its CPU clock."""
@@ -56,14 +54,15 @@ class Hello(BaseModel):
     """Why there is no filter of system calls although there should be one."""
 
 
-class Decoded(BaseModel):
+class Decoded(msgspec.Struct, frozen=True):
     """What became of one picture; its pixels lie in the shared memory."""
-
-    model_config = ConfigDict(frozen=True)
 
     info: DecodedInfo | None = None
     error: ErrorInfo | None = None
     is_short_of_memory: bool = False
+
+
+_DECODED: Final = msgspec.json.Decoder(Decoded)
 
 
 class CellGone(Exception):
@@ -96,7 +95,7 @@ class Cell:
 
     def _hello(self, channel: socket.socket) -> Hello:
         channel.settimeout(BORN_S)
-        hello = Hello.model_validate_json(_received(channel))
+        hello = msgspec.json.decode(_received(channel), type=Hello)
         channel.settimeout(LOOK_S)
         self.open_because = hello.open_because
         return hello
@@ -113,8 +112,8 @@ class Cell:
         self._shared.files[begin : begin + len(data)] = data
         try:
             channel.send(len(data).to_bytes(LENGTH_BYTES, "little"))
-            decoded = Decoded.model_validate_json(self._answer(channel, number))
-        except (OSError, ValidationError) as error:
+            decoded = _DECODED.decode(self._answer(channel, number))
+        except (OSError, ValueError) as error:
             raise CellGone(type(error).__name__) from error
         if len(data) > LARGE_BYTES:
             first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -241,12 +240,12 @@ def _work(
         max_scans=options.max_scans,
     )
     begin = number * shared.file_bytes
-    channel.send(Hello(thread=threading.get_native_id(), open_because=open_because).model_dump_json().encode())
+    channel.send(ENCODER.encode(Hello(thread=threading.get_native_id(), open_because=open_because)))
     while word := channel.recv(LENGTH_BYTES):
         data = shared.files[begin : begin + int.from_bytes(word, "little")]
         decoded = _decoded(data, shared.pixels[number], options, limits)
         del data
-        channel.send(decoded.model_dump_json().encode())
+        channel.send(ENCODER.encode(decoded))
 
 
 def _decoded(data: bytes, place: NDArray[np.uint8], options: LoaderOptions, limits: DecodeLimits) -> Decoded:

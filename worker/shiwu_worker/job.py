@@ -5,8 +5,9 @@ Also the other coins that pass between the rooms: what was claimed, what is give
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from shiwu.contract import (
     Answer,
@@ -23,7 +24,7 @@ from shiwu.contract import (
     parse_request,
     without_query,
 )
-from shiwu.message import read_message
+from shiwu.envelope import read_message
 from shiwu_worker.labels import LabelSet
 from shiwu_worker.timing import Moments
 
@@ -43,8 +44,7 @@ _FAILED = {
 _ENDINGS = {ErrorCode.EXPIRED: Status.EXPIRED, ErrorCode.CANCELLED: Status.CANCELLED}
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+class Claimed(msgspec.Struct, frozen=True):
     """A message in our hands until its lease ends."""
 
     id: str
@@ -64,8 +64,7 @@ class Claimed:
     """How many workers died or hung while they held it, or lost their device with it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(msgspec.Struct, frozen=True):
     """A job to give back. `delay_s` 0 puts it at the front of its lane."""
 
     id: str
@@ -74,8 +73,7 @@ class Release:
     """Whether the try counts as an attempt."""
 
 
-@dataclass(slots=True, eq=False)
-class Job:
+class Job(msgspec.Struct, eq=False):
     """A claimed job between claim and commit. Only one stage holds it at a time."""
 
     id: str

@@ -23,7 +23,16 @@ from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.addresses import guarded_pool
 from shiwu_worker.cell import Cell, CellGone, CpuExceeded, Decoded, start_cell
 from shiwu_worker.errors import JobError
-from shiwu_worker.loader_frames import ENVIRONMENT, READY, READY_OPEN, Loaded, LoaderOptions, LoadTask
+from shiwu_worker.loader_frames import (
+    ENCODER,
+    ENVIRONMENT,
+    LOAD_TASK,
+    READY,
+    READY_OPEN,
+    Loaded,
+    LoaderOptions,
+    LoadTask,
+)
 from shiwu_worker.stages.fetch import Fetcher, FetchLimits, S3Options
 
 FETCH_BYTES: Final = 1 << 30
@@ -68,12 +77,12 @@ class Loader:
                 frame = self._connection.recv_bytes()
             except (EOFError, OSError):
                 return
-            self._tasks.put(LoadTask.model_validate_json(frame))
+            self._tasks.put(LOAD_TASK.decode(frame))
 
     def _work(self, number: int) -> None:
         while True:
             task = self._tasks.get()
-            self._send(self._load(task, number).model_dump_json().encode())
+            self._send(ENCODER.encode(self._load(task, number)))
 
     def _load(self, task: LoadTask, number: int) -> Loaded:
         started_s = fetched_s = time.monotonic()
@@ -126,7 +135,7 @@ class Loader:
             n_bytes=size,
             error=error,
         )
-        self._send(result.model_dump_json().encode())
+        self._send(ENCODER.encode(result))
         self._sending.acquire()
         self._cell.kill()
         os._exit(0)
@@ -155,7 +164,7 @@ def serve(connection_fd: int, memory_fd: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     cell = start_cell(options)
     # Only now: the cell is to know none of it.
-    os.environ.update(ENVIRONMENT.validate_json(connection.recv_bytes()))
+    os.environ.update(ENVIRONMENT.decode(connection.recv_bytes()))
     memory_bytes = FETCH_BYTES + options.threads * (THREAD_BYTES + 4 * options.max_bytes)
     open_files = OPEN_FILES + FILES_A_THREAD * options.threads
     for kind, limit in (

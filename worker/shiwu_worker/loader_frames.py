@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+import msgspec
+from pydantic import BaseModel, ConfigDict
 
 from shiwu.contract import ErrorInfo
 from shiwu_worker.image_spec import ImageSpec
 
 
-class _Frame(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class LoaderOptions(_Frame):
+class LoaderOptions(BaseModel):
     """What a loader process needs to know; its first frame."""
+
+    model_config = ConfigDict(frozen=True)
 
     spec: ImageSpec
     slots: int
@@ -43,7 +42,7 @@ class LoaderOptions(_Frame):
     """Whether the cell is put under a filter of system calls."""
 
 
-class LoadTask(_Frame):
+class LoadTask(msgspec.Struct, frozen=True):
     """One picture to load into one slot."""
 
     ticket: int
@@ -51,7 +50,7 @@ class LoadTask(_Frame):
     image: str
 
 
-class Loaded(_Frame):
+class Loaded(msgspec.Struct, frozen=True, omit_defaults=True):
     """What became of a task. Times are monotonic seconds, one clock for all processes of a machine."""
 
     ticket: int
@@ -69,9 +68,11 @@ class Loaded(_Frame):
     """It did not fit beside its neighbours; alone it may."""
 
 
-LOADED: Final = TypeAdapter(Loaded)
+ENCODER: Final = msgspec.json.Encoder()
+LOADED: Final = msgspec.json.Decoder(Loaded)
+LOAD_TASK: Final = msgspec.json.Decoder(LoadTask)
 READY: Final = b"ready"
 READY_OPEN: Final = b"ready without a filter of system calls: "
 """Begins the frame of a loader whose cell could not be closed in; the reason follows."""
-ENVIRONMENT: Final = TypeAdapter(dict[str, str])
+ENVIRONMENT: Final = msgspec.json.Decoder(dict[str, str])
 """A loader's second frame: variables that its sources need and its cell must not know."""

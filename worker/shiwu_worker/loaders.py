@@ -26,11 +26,10 @@ from typing import Any, Final
 import numpy as np
 import structlog
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.loader_frames import ENVIRONMENT, LOADED, READY, READY_OPEN, Loaded, LoaderOptions, LoadTask
+from shiwu_worker.loader_frames import ENCODER, LOADED, READY, READY_OPEN, Loaded, LoaderOptions, LoadTask
 from shiwu_worker.nursery import Child, Nursery, NurseryError
 
 log: Any = structlog.get_logger()
@@ -75,7 +74,7 @@ class LoaderPool:
         on_fatal: Callable[[FatalError], None],
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._environment = ENVIRONMENT.dump_json(dict(environment))
+        self._environment = ENCODER.encode(dict(environment))
         self._processes = processes
         self._spares = spares
         self._options = options
@@ -184,7 +183,7 @@ class LoaderPool:
                 if frame.startswith(READY):
                     self._welcome(loader, frame)
                     continue
-                result = LOADED.validate_json(frame)
+                result = LOADED.decode(frame)
                 task, _ = loader.held.pop(result.ticket, (None, 0.0))
                 # A loader that decodes hostile bytes is not trusted with the choice of a slot.
                 if task is None or task.slot != result.slot:
@@ -198,7 +197,7 @@ class LoaderPool:
             self._selector.unregister(loader.connection)
             loader.process.kill()
             loader.process.wait(5.0)
-        except (ValidationError, ValueError) as error:
+        except ValueError as error:
             log.error("loader_confused", error=str(error)[:200])
             loader.process.kill()
             loader.process.wait(5.0)
@@ -237,7 +236,7 @@ class LoaderPool:
     def _send(self, loader: _Loader, task: LoadTask) -> bool:
         loader.held[task.ticket] = (task, time.monotonic())
         try:
-            loader.connection.send_bytes(task.model_dump_json().encode())
+            loader.connection.send_bytes(ENCODER.encode(task))
         except OSError:
             return False  # it died; its tasks, this one too, are taken back when `poll` sees it
         return True

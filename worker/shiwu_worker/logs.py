@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import structlog
 
 from shiwu.contract import Answer, Status
@@ -49,7 +50,9 @@ def job_logger(*, level: str) -> Callable[[Answer, float, bool], None] | None:
     log = structlog.get_logger("shiwu.job")
 
     def write(answer: Answer, commit_s: float, again: bool) -> None:
-        fields: dict[str, Any] = {f"{k}_ms": v for k, v in answer.timing.model_dump().items() if v is not None}
+        fields: dict[str, Any] = {
+            f"{k}_ms": v for k, v in msgspec.structs.asdict(answer.timing).items() if v is not None
+        }
         if answer.error is not None:
             fields |= {"code": answer.error.code.value, "error": answer.error.message}
             fields |= {"stage": answer.error.stage.value} if answer.error.stage else {}

@@ -9,9 +9,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+import msgspec
 import structlog
 from redis import RedisError
 
@@ -29,8 +29,7 @@ MOST_AT_ONCE: Final = 512
 """A batch of settled jobs is closed when it holds this many; the last list that enters it may exceed this."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(msgspec.Struct, frozen=True):
     """A job that has its answer."""
 
     job: Job

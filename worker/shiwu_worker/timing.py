@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import msgspec
+
 from shiwu.contract import Timing
 
 Limit = Literal["arrivals", "device", "decode", "network", "messages"]
@@ -108,8 +110,7 @@ class Meter:
         return load
 
 
-@dataclass(slots=True)
-class Moments:
+class Moments(msgspec.Struct, eq=False):
     """Monotonic seconds at the borders between stages; CLOCK_MONOTONIC is one clock for all processes of a machine.
 
     A moment that was never reached stays 0, and its stage has taken no time.

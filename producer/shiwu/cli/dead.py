@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import click
+import msgspec
 from pydantic_core import to_json
 from rich.console import Console
 from rich.table import Table
@@ -143,5 +144,5 @@ def _when(ms: float) -> str:
 
 
 def _shown(letter: DeadLetter) -> dict[str, Any]:
-    answer = letter.result.model_dump(mode="json", exclude_none=True)
+    answer = msgspec.to_builtins(letter.result)
     return {"id": letter.id, "died": _when(letter.died_ms), "lane": letter.lane, "answer": answer}

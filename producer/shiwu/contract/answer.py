@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, Self
 
-from pydantic import JsonValue
+import msgspec
 
 from shiwu.contract.request import Head
-from shiwu.contract.words import CONTRACT_VERSION, ErrorCode, Lane, Stage, Status, Wire
+from shiwu.contract.words import CONTRACT_VERSION, ErrorCode, Lane, Stage, Status
+
+_ENCODER = msgspec.json.Encoder()
 
 
-# A plain dataclass, as cheap as it gets: five of them are made for every picture.
-@dataclass(frozen=True, slots=True)
-class Tag:
+class Written(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a worker writes: immutable, cheap enough for every picture, and deaf to fields of a newer version.
+
+    What is None is left out of the JSON. Other defaults come from a `default_factory`, which keeps them in it.
+    """
+
+    def to_json(self) -> bytes:
+        """Compact UTF-8 JSON without the fields that are unset."""
+        return _ENCODER.encode(self)
+
+    @classmethod
+    def from_json(cls, raw: bytes) -> Self:
+        """Read it back.
+
+        Raises:
+            ValueError: for anything else, with the path of the first field that is wrong.
+        """
+        return msgspec.json.decode(raw, type=cls)
+
+
+class Tag(Written, frozen=True):
     """One label of an answer."""
 
     label: str
@@ -22,7 +42,7 @@ class Tag:
     """Cosine of picture and label vectors, comparable across label sets of one model."""
 
 
-class Timing(Wire):
+class Timing(Written, frozen=True):
     """Milliseconds of each stage; they follow each other without gaps and add up to `total`.
 
     `queue` is the wait in the lane and is absent when the sender did not say when it enqueued. `batch` is waiting and
@@ -30,16 +50,16 @@ class Timing(Wire):
     """
 
     queue: float | None = None
-    claim: float = 0.0
-    fetch: float = 0.0
-    decode: float = 0.0
-    batch: float = 0.0
-    encode: float = 0.0
-    score: float = 0.0
-    total: float = 0.0
+    claim: float = msgspec.field(default_factory=float)
+    fetch: float = msgspec.field(default_factory=float)
+    decode: float = msgspec.field(default_factory=float)
+    batch: float = msgspec.field(default_factory=float)
+    encode: float = msgspec.field(default_factory=float)
+    score: float = msgspec.field(default_factory=float)
+    total: float = msgspec.field(default_factory=float)
 
 
-class ImageInfo(Wire):
+class ImageInfo(Written, frozen=True):
     """The picture as it was read. `reference` never has a query."""
 
     reference: str
@@ -50,16 +70,16 @@ class ImageInfo(Wire):
     sha256: str | None = None
 
 
-class LabelsInfo(Wire):
+class LabelsInfo(Written, frozen=True):
     """Which labels were compared; the digest covers words, templates and head."""
 
-    name: str | None = None
     digest: str
     count: int
     head: Head
+    name: str | None = None
 
 
-class ModelInfo(Wire):
+class ModelInfo(Written, frozen=True):
     """Which weights answered, and how they were run."""
 
     id: str
@@ -68,30 +88,30 @@ class ModelInfo(Wire):
     device: str
 
 
-class ErrorInfo(Wire):
+class ErrorInfo(Written, frozen=True):
     """Why there are no tags."""
 
     code: ErrorCode
     message: str
     stage: Stage | None = None
-    retryable: bool = False
+    retryable: bool = msgspec.field(default_factory=bool)
 
 
-class Answer(Wire):
+class Answer(Written, frozen=True):
     """The one terminal result of a job."""
 
-    version: int = CONTRACT_VERSION
     id: str
     status: Status
+    version: int = msgspec.field(default_factory=lambda: CONTRACT_VERSION)
     image: ImageInfo | None = None
     tags: tuple[Tag, ...] | None = None
     labels: LabelsInfo | None = None
     model: ModelInfo | None = None
-    timing: Timing = Timing()
+    timing: Timing = msgspec.field(default_factory=Timing)
     batch_size: int | None = None
-    attempts: int = 1
-    worker: str = ""
+    attempts: int = msgspec.field(default_factory=lambda: 1)
+    worker: str = msgspec.field(default_factory=str)
     lane: Lane | None = None
     error: ErrorInfo | None = None
-    metadata: JsonValue = None
+    metadata: Any = None
     embedding: tuple[float, ...] | None = None

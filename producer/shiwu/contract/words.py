@@ -10,6 +10,8 @@ from pydantic_core import to_json
 
 CONTRACT_VERSION: Final = 1
 TASK_NAME: Final = "shiwu.tag"
+SENT_HEADER: Final = "shiwu_sent_ms"
+"""The header in which our producers say when they enqueued, by Redis' clock."""
 
 MAX_IMAGE_CHARS: Final = 4096
 MAX_INLINE_LABELS: Final = 1000
