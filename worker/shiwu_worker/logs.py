@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import msgspec
@@ -22,12 +23,14 @@ def set_up(*, level: str, form: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     pretty = form == "console" or (form == "auto" and sys.stderr.isatty())
-    renderer: Any = structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer(ensure_ascii=False)
     ending: list[Any] = [] if pretty else [structlog.processors.format_exc_info]
+    renderer: Any = structlog.dev.ConsoleRenderer() if pretty else lambda *given: _json_line(*given).decode()
     structlog.configure(
-        processors=[*shared, *ending, renderer],
+        processors=[*shared, *ending, renderer if pretty else _json_line],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=(
+            structlog.PrintLoggerFactory(sys.stderr) if pretty else structlog.BytesLoggerFactory(sys.stderr.buffer)
+        ),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
@@ -41,6 +44,15 @@ def set_up(*, level: str, form: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(max(number, logging.WARNING))
     logging.captureWarnings(capture=True)
+
+
+def _json_line(_logger: object, _method: str, event: MutableMapping[str, Any]) -> bytes:
+    # Every picture has a line, and json's own writer takes three times as long for it.
+    try:
+        return msgspec.json.encode(event, enc_hook=repr)
+    except (TypeError, ValueError):
+        # A file name that is no UTF-8, a key that is no text: told all the same.
+        return json.dumps(event, default=repr, skipkeys=True).encode()
 
 
 def job_logger(*, level: str) -> Callable[[Answer, float, bool], None] | None:

@@ -1,0 +1,64 @@
+"""The log's lines are JSON, whatever is told."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from shiwu.contract import Answer, ErrorCode, ErrorInfo, ImageInfo, Lane, Stage, Status, Tag, Timing
+from shiwu_worker import logs
+
+
+@pytest.fixture(autouse=True)
+def _put_back() -> Iterator[None]:
+    before, handlers, level = structlog.get_config(), logging.getLogger().handlers[:], logging.getLogger().level
+    yield
+    structlog.configure(**before)
+    logging.getLogger().handlers[:] = handlers
+    logging.getLogger().setLevel(level)
+    logging.captureWarnings(capture=False)
+
+
+def test_odd_values_are_told_all_the_same(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Objects, bytes, sets, text that is no UTF-8, NaN and an error with its traceback: a line each."""
+    logs.set_up(level="info", form="json")
+    log = structlog.get_logger("odd")
+    log.info("猫", value=object(), raw=b"\xff", several={1}, number=float("nan"))
+    log.info("name", path="\udc80.jpg")
+    log.info("keys", value={(1, 2): 3})
+    try:
+        raise OSError("no")
+    except OSError:
+        log.exception("bad")
+    found = [json.loads(line) for line in capfdbinary.readouterr().err.splitlines()]
+    assert [line["event"] for line in found] == ["猫", "name", "keys", "bad"]
+    assert "OSError: no" in found[3]["exception"]
+
+
+def test_a_job_has_one_line_with_all_its_times(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Stage by stage in milliseconds; an error with its code; nothing at all below the level."""
+    logs.set_up(level="info", form="json")
+    assert logs.job_logger(level="warning") is None
+    tell = logs.job_logger(level="info")
+    assert tell is not None
+    image = ImageInfo(reference="s3://b/k")
+    timing = Timing(queue=1.5, decode=2.0, total=3.5)
+    tagged = Answer(
+        id="a", status=Status.TAGGED, lane=Lane.BULK, image=image, tags=(Tag("猫", 0.5, 0.1),), timing=timing
+    )
+    error = ErrorInfo(code=ErrorCode.PICTURE_BROKEN, message="cut", stage=Stage.DECODE)
+    tell(tagged, 0.001, False)
+    tell(Answer(id="b", status=Status.REJECTED, error=error), 0.001, True)
+    first, second = (json.loads(line) for line in capfdbinary.readouterr().err.splitlines())
+    assert (first["event"], first["top"], first["queue_ms"], first["decode_ms"], first["commit_ms"]) == (
+        "tagged",
+        "猫",
+        1.5,
+        2.0,
+        1.0,
+    )
+    assert (second["event"], second["code"], second["stage"]) == ("answered_before", "picture_broken", "decode")
