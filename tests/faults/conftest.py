@@ -86,7 +86,7 @@ def _fleet(picture_server: PictureServer, tmp_path_factory: pytest.TempPathFacto
         "loaders": 1,
         "loader_spares": 1,
         "torch_threads": 1,
-        "grace_s": 5,
+        "grace_s": 15,
         "retry_first_s": 0.2,
         "redis_timeout_s": 2,
         "allow_folders": folder,

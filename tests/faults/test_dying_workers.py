@@ -19,7 +19,7 @@ from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 
 GOOD = Reply.picture(pictures.png(pictures.picture().resize((64, 64))), content_type="image/png")
-SLOW = GOOD.late(first_pause_s=20)
+SLOW = GOOD.late(first_pause_s=60)
 
 
 def waiting(client: redis.Redis) -> int:
@@ -37,7 +37,7 @@ def test_sigterm_under_load_finishes_or_gives_back(fleet: Fleet, far: WorkerProc
     ids = fleet.send(400, prefix="term")
     wait_until(lambda: drill.answered(fleet.client) > 50, timeout_s=30)
     far.terminate()
-    assert far.wait(timeout_s=12) == 0
+    assert far.wait(timeout_s=20) == 0
     assert fleet.client.exists(CLAIMS, LEASES) == 0
     assert not far.ready_file.exists()
     fleet.wake(fleet.near)
@@ -69,7 +69,7 @@ def test_a_second_sigterm_gives_back_at_once(fleet: Fleet, far: WorkerProcess, h
     far.terminate()
     wait_until(lambda: far.log_text().count('"stopping"') > said, timeout_s=5)
     far.terminate()
-    assert far.wait(timeout_s=4) == 0, "the grace time is 5 s"
+    assert far.wait(timeout_s=10) == 0, "the grace time is 15 s"
     assert fleet.client.hlen(CLAIMS) == 0
     assert waiting(fleet.client) == 4
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from shiwu.contract import Lane, Request, RequestError
 from shiwu.contract.request import parse_request
-from shiwu.message import build_message, read_canvas, read_message, readable_id
+from shiwu.envelope import read_canvas, read_message, readable_id
+from shiwu.message import build_message
 from shiwu_worker.errors import Rejected
 from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.stages.decode import DecodeLimits, decode

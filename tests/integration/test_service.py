@@ -261,10 +261,15 @@ def test_it_is_an_ordinary_celery_worker(start_worker: StartWorker, redis_url: s
     path.write_bytes(pictures.png(pictures.picture()))
     worker = start_worker(redis_url=redis_url, by_celery=True, allow_folders=tmp_path)
     assert ask(redis_url, path.as_uri(), "by-celery").status is Status.TAGGED
-    lines = [json.loads(line) for line in worker.log_text().splitlines() if line.startswith("{")]
-    assert sum(line.get("id") == "by-celery" for line in lines) == 1, "one line per job"
+
+    def told() -> int:
+        lines = [json.loads(line) for line in worker.log_text().splitlines() if line.startswith("{")]
+        return sum(line.get("id") == "by-celery" for line in lines)
+
+    wait_until(told, timeout_s=10, what="the line of a job, which follows its answer")
     worker.terminate()
     assert worker.wait(timeout_s=15) == 0, "an idle worker has nothing to wait for"
+    assert told() == 1, "one line per job"
 
 
 def test_celerys_half_does_not_spin_where_it_is_refused(start_worker: StartWorker, valkey: Valkey) -> None:
