@@ -85,7 +85,7 @@ def read_message(raw: bytes) -> Envelope:
         eta_ms=_milliseconds(headers.eta, "eta"),
         expires_ms=_milliseconds(headers.expires, "expires"),
         ignore_result=headers.ignore_result is True,
-        canvas=tuple(name for name in CANVAS_PARTS if embed.get(name)) if embed else (),
+        canvas=tuple(name for name in CANVAS_PARTS if embed.get(name)) if embed and any(embed.values()) else (),
     )
 
 
@@ -190,6 +190,8 @@ def _decompress(data: bytes, compression: str) -> bytes:
 
 def _bind(args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Positional arguments in the order of the request's fields, as Python would bind them."""
+    if not args:
+        return kwargs
     if len(args) > len(REQUEST_FIELDS):
         raise RequestError(
             ErrorCode.INVALID_REQUEST,

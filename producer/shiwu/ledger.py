@@ -69,8 +69,11 @@ class Entry(msgspec.Struct, frozen=True):
     @property
     def kind(self) -> str:
         """The letters that the script reads."""
-        flags = (self.ignore_result, "I"), (self.is_dead, "D"), (self.has_callbacks, "C"), (self.is_aside, "A")
-        return _KINDS.get(self.answer.status, "F") + "".join(letter for is_set, letter in flags if is_set)
+        kind = _KINDS.get(self.answer.status, "F")
+        kind += "I" if self.ignore_result else ""
+        kind += "D" if self.is_dead else ""
+        kind += "C" if self.has_callbacks else ""
+        return kind + ("A" if self.is_aside else "")
 
 
 class Ledger:
