@@ -1,0 +1,98 @@
+"""The table of special addresses: what it refuses, what it lets through, and what it sees inside IPv6."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+
+import pytest
+
+from shiwu_worker import special_addresses
+from shiwu_worker.special_addresses import is_public, judged_addresses, read_table
+
+
+def listed(text: str) -> list[str]:
+    """The addresses of a text, with white space between them."""
+    return text.split()
+
+
+REFUSED = listed("""
+0.0.0.0 0.0.0.1 0.255.255.255 10.0.0.0 10.1.2.3 10.255.255.255 100.64.0.0 100.100.100.200 100.127.255.255 127.0.0.1
+127.0.0.2 127.1.2.3 127.255.255.255 168.63.129.16 169.254.0.1 169.254.169.254 169.254.170.2 169.254.170.23
+169.254.255.255 172.16.0.1 172.17.0.1 172.31.255.255 192.0.0.1 192.0.0.8 192.0.0.9 192.0.0.10 192.0.0.170
+192.0.0.171 192.0.0.192 192.0.2.1 192.31.196.1 192.52.193.1 192.88.99.1 192.88.99.2 192.168.0.1 192.168.255.255
+192.175.48.1 198.18.0.1 198.19.255.255 198.51.100.1 203.0.113.1 224.0.0.1 239.255.255.250 240.0.0.1 255.255.255.255
+:: ::1 ::2 ::127.0.0.1 ::10.0.0.1 ::169.254.169.254 ::ffff:0.0.0.0 ::ffff:127.0.0.1 ::ffff:10.0.0.1
+::ffff:100.64.0.1 ::ffff:169.254.169.254 ::ffff:192.168.1.1 ::ffff:255.255.255.255 ::ffff:0:127.0.0.1
+::ffff:0:8.8.8.8 64:ff9b::127.0.0.1 64:ff9b::10.0.0.1 64:ff9b::169.254.169.254 64:ff9b::100.100.100.200 64:ff9b:1::1
+64:ff9b:1::8.8.8.8 64:ff9b:1:a00:1:: 64:ff9b:1:ffff::10.0.0.1 100::1 100:0:0:1::1 200::1 400::1 1000::1 2001::1
+2001:0:7f00:1:: 2001:0:0a00:1::f7f7:f7f7 2001:0:808:808:0:0:80ff:fffe 2001:0:808:808:0:0:5601:5601 2001:1::1
+2001:1::2 2001:1::3 2001:2::1 2001:3::1 2001:4:112::1 2001:10::1 2001:20::1 2001:30::1 2001:1ff::1 2001:db8::1
+2001:db8:ffff::1 2002:7f00:1:: 2002:a00:1::1 2002:a9fe:a9fe:: 2002:c0a8:101::1 2002:808:808::5efe:a00:1
+2606:4700::5efe:7f00:1 2606:4700::5efe:a9fe:a9fe 2606:4700::200:5efe:a00:1 2620:4f:8000::1 3fff::1 3fff:fff::1
+4000::1 5f00::1 8000::1 c000::1 fc00::1 fd00:ec2::23 fd00:ec2::254 fdff:ffff::1 fe00::1 fe80::1 fe80::a9fe:a9fe
+febf::1 fec0::1 feff::1 ff00::1 ff02::1 ff05::2 ffff::1
+""")
+PUBLIC = listed("""
+1.0.0.1 1.1.1.1 8.8.8.8 9.255.255.255 11.0.0.0 93.184.216.34 100.63.255.255 100.128.0.0 126.255.255.255 128.0.0.0
+168.63.129.15 168.63.129.17 169.253.255.255 169.255.0.0 172.15.255.255 172.32.0.0 192.0.1.0 192.0.3.0
+192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0 198.51.99.255 198.51.101.0 203.0.112.255 203.0.114.0
+223.255.255.255 2000::1 2001:200::1 2001:4860:4860::8888 2001:db7::1 2001:db9::1 2003::1 2400:cb00::1 2606:4700::1
+2a00:1450:4001::1 3ffe::1 ::8.8.8.8 ::ffff:8.8.8.8 64:ff9b::8.8.8.8 2002:808:808::1 2001:0:808:808:0:0:f7f7:f7f7
+2606:4700::5efe:808:808 2606:4700::200:5efe:808:808
+""")
+
+
+@pytest.mark.parametrize("address", REFUSED)
+def test_what_is_not_public_is_refused(address: str) -> None:
+    """Every registered range, what lies beside them, and IPv4 addresses in every wrapping."""
+    assert not is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("address", PUBLIC)
+def test_what_is_public_is_let_through(address: str) -> None:
+    """The neighbours of every range, and public IPv4 addresses in every wrapping."""
+    assert is_public(ipaddress.ip_address(address))
+
+
+def test_every_row_refuses_its_whole_range() -> None:
+    """First and last address; wrappings are judged by what they hold."""
+    for row in read_table():
+        for address in (row.network[0], row.network[-1]):
+            assert row.judged != "refused" or not is_public(address), row
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrapped"),
+    [
+        ("2a00:64::/32", "2a00:64:{a:x}{b:02x}:{c:x}{d:02x}::"),
+        ("2a00:64:100::/40", "2a00:64:1{a:02x}:{b:02x}{c:02x}:{d:x}::"),
+        ("2a00:64:1::/48", "2a00:64:1:{a:x}{b:02x}:{c:x}:{d:02x}00::"),
+        ("2a00:64:1:100::/56", "2a00:64:1:1{a:02x}:{b:x}:{c:02x}{d:02x}::"),
+        ("2a00:64:1:1::/64", "2a00:64:1:1:{a:x}:{b:02x}{c:02x}:{d:02x}00:0"),
+        ("2a00:64:1:1::/96", "2a00:64:1:1::{a:x}{b:02x}:{c:x}{d:02x}"),
+        ("64:ff9b:1::/96", "64:ff9b:1::{a:x}{b:02x}:{c:x}{d:02x}"),
+        ("64:ff9b:1::/48", "64:ff9b:1:{a:x}{b:02x}:{c:x}:{d:02x}00::"),
+    ],
+)
+def test_the_networks_own_nat64_is_judged_by_what_lies_behind(prefix: str, wrapped: str) -> None:
+    """Every length of RFC 6052; the operator has to name the prefix."""
+    network = ipaddress.IPv6Network(prefix)
+    inner, outer = ([int(part) for part in text.split(".")] for text in ("10.0.0.1", "93.184.216.34"))
+    for parts, public in ((inner, False), (outer, True)):
+        a, b, c, d = parts
+        text = wrapped.format(a=a, b=b, c=c, d=d)
+        address = ipaddress.IPv6Address(text)
+        assert address in network
+        assert judged_addresses(address, (network,)) == (ipaddress.IPv4Address(".".join(map(str, parts))),)
+        assert is_public(address, (network,)) is public
+
+
+def test_the_table_says_how_old_it_is() -> None:
+    """Its date, and the registries that it follows."""
+    text = Path(special_addresses.__file__).with_suffix(".csv").read_text(encoding="utf-8")
+    assert re.search(r"read 20\d\d-\d\d-\d\d", text)
+    assert "iana-ipv4-special-registry" in text
+    assert "iana-ipv6-special-registry" in text
+    assert len(REFUSED) + len(PUBLIC) >= 150
