@@ -64,7 +64,8 @@ def _run(console: Console, stack: ExitStack) -> int:
     s3 = stack.enter_context(S3Server(folder=folder / "s3"))
     say(f"S3 answers on {s3.endpoint_url}")
     http = stack.enter_context(PictureServer())
-    worker = WorkerProcess(redis_url=valkey.url, folder=folder, env=s3.env, allow_hosts=http.host)
+    # Whoever looks at the demo is the operator, who may know why.
+    worker = WorkerProcess(redis_url=valkey.url, folder=folder, env=s3.env, allow_hosts=http.host, tell_refusals=True)
     stack.callback(worker.stop, timeout_s=WORKER_STOPS_S)
     worker.start()
     say(f"the worker, process {worker.pid}, loads the embedded model")

@@ -119,8 +119,8 @@ def test_a_picture_that_is_none_gets_its_code(
         ("s3://no-such-bucket/a.jpg", "source_not_found"),
         ("s3://pictures/folder/", "source_not_a_file"),
         ("file:///etc/passwd", "source_forbidden"),
-        ("http://10.0.0.1/a.jpg", "source_forbidden"),
-        ("http://[::ffff:169.254.169.254]/latest", "source_forbidden"),
+        ("http://10.0.0.1/a.jpg", "source_unavailable"),
+        ("http://[::ffff:169.254.169.254]/latest", "source_unavailable"),
     ],
 )
 def test_a_source_that_is_not_there_or_not_allowed_gets_its_code(

@@ -15,6 +15,7 @@ from shiwu_worker.errors import FatalError
 from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.loader_frames import Loaded, LoaderOptions, LoadTask
 from shiwu_worker.loaders import LoaderPool
+from shiwu_worker.reach import Reach
 from tests.support.family import children
 from tests.support.waiting import wait_until
 
@@ -47,8 +48,7 @@ class Pool:
             threads=4,
             s3_endpoint_url=None,
             s3_region=None,
-            allow_hosts=("127.0.0.1",),
-            folders=(folder,),
+            reach=Reach(allow_hosts=("127.0.0.1",), allow_folders=(folder,)),
             connect_timeout_s=1.0,
             read_timeout_s=20.0,
             total_timeout_s=20.0,

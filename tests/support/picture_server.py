@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -69,9 +70,16 @@ class Reply:
 
 
 class PictureServer:
-    """Serves the replies that `serve` was told; anything else is 404. Counts what it is asked."""
+    """Serves the replies that `serve` was told; anything else is 404. Counts what it is asked.
 
-    def __init__(self) -> None:
+    Args:
+        address: one of loopback, 127.0.0.1 to 127.255.255.254.
+        tls: speaks HTTPS with this.
+    """
+
+    def __init__(self, *, address: str = LOOPBACK, tls: ssl.SSLContext | None = None) -> None:
+        self._address = address
+        self._tls = tls
         self._replies: dict[str, list[Reply]] = {}
         self._lock = threading.Lock()
         self.hits: Counter[str] = Counter()
@@ -86,7 +94,9 @@ class PictureServer:
 
     def start(self) -> Self:
         """Listen on a free port."""
-        self._server = _Server((LOOPBACK, 0), self)
+        self._server = _Server((self._address, 0), self)
+        if self._tls is not None:
+            self._server.socket = self._tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(
             target=self._server.serve_forever,
             kwargs={"poll_interval": 0.05},
@@ -115,7 +125,7 @@ class PictureServer:
     @property
     def host(self) -> str:
         """host:port, as SHIWU_ALLOW_HOSTS takes it."""
-        return f"{LOOPBACK}:{self.port}"
+        return f"{self._address}:{self.port}"
 
     def url(self, path: str) -> str:
         """The URL of a path, which begins with a slash."""

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from shiwu_worker.addresses import guarded_pool
-from shiwu_worker.errors import JobError, Rejected, Unavailable
-from shiwu_worker.stages.fetch import Fetcher, FetchLimits, S3Options
+from shiwu_worker.errors import JobError, Rejected, Unavailable, Unreachable
+from shiwu_worker.object_store import S3Options
+from shiwu_worker.reach import Reach
+from shiwu_worker.stages.fetch import Fetcher, FetchLimits
+from shiwu_worker.web import Web
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.servers import S3Server
 
@@ -17,16 +19,13 @@ BODY = b"x" * 5000
 
 
 def make_fetcher(
-    *,
-    endpoint_url: str | None = None,
-    folders: tuple[Path, ...] = (),
-    allow_hosts: tuple[str, ...] = ("127.0.0.1",),
-    total_timeout_s: float = 2.0,
+    *, endpoint_url: str | None = None, total_timeout_s: float = 2.0, reach: Reach | None = None
 ) -> Fetcher:
-    """A fetcher with small limits."""
+    """A fetcher with small limits that may reach this machine's servers."""
     limits = FetchLimits(max_bytes=10_000, total_timeout_s=total_timeout_s, connect_timeout_s=0.5, read_timeout_s=0.5)
-    pool = guarded_pool(allow_hosts=allow_hosts, threads=2)
-    return Fetcher(s3=S3Options(endpoint_url, "us-east-1"), pool=pool, folders=folders, limits=limits, threads=2)
+    rules = reach or Reach(allow_hosts=("127.0.0.1",))
+    web = Web(rules, threads=2, connect_timeout_s=0.5, read_timeout_s=0.5)
+    return Fetcher(s3=S3Options(endpoint_url, "us-east-1"), web=web, reach=rules, limits=limits, threads=2)
 
 
 def code_of(fetcher: Fetcher, reference: str) -> tuple[type[JobError], str]:
@@ -56,7 +55,7 @@ def test_a_whole_body_over_http(http_server: PictureServer) -> None:
         (Reply.error(429), Unavailable, "source_unavailable"),
         (Reply.redirect("/again"), Rejected, "source_forbidden"),
         (Reply.redirect("file:///etc/passwd"), Rejected, "source_forbidden"),
-        (Reply.redirect("http://10.0.0.1/secret"), Rejected, "source_forbidden"),
+        (Reply.redirect("http://10.0.0.1/secret"), Unreachable, "source_unavailable"),
         (Reply.picture(b"x" * 20_000), Rejected, "picture_too_large"),
         (Reply.gzipped(BODY), Rejected, "not_a_picture"),
         (Reply.cut(BODY), Unavailable, "source_unavailable"),
@@ -81,10 +80,11 @@ def test_a_slow_drip_ends_at_the_total_deadline(http_server: PictureServer) -> N
 
 
 def test_a_refused_address_and_a_closed_port(http_server: PictureServer) -> None:
-    """Loopback is not public: refused without the operator's word; a closed port is a source that is away."""
+    """Both are told alike; only the closed port is worth another try."""
     url = http_server.serve("/a", Reply.picture(BODY))
-    assert code_of(make_fetcher(allow_hosts=()), url) == (Rejected, "source_forbidden")
+    assert code_of(make_fetcher(reach=Reach()), url) == (Unreachable, "source_unavailable")
     assert code_of(make_fetcher(), "http://127.0.0.1:1/a") == (Unavailable, "source_unavailable")
+    assert code_of(make_fetcher(reach=Reach(tells_refusals=True)), url) == (Rejected, "source_forbidden")
 
 
 def test_files_of_allowed_folders_only(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_files_of_allowed_folders_only(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "a b.png").write_bytes(BODY)
     (inside / "link.png").symlink_to(outside / "a b.png")
-    fetcher = make_fetcher(folders=(inside,))
+    fetcher = make_fetcher(reach=Reach(allow_folders=(inside,)))
     assert fetcher.fetch((inside / "a b.png").as_uri()) == BODY
     for path, code in [
         (inside / "link.png", "source_forbidden"),

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import AfterValidator, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shiwu.connection import read_sentinel_url
 from shiwu.contract import ErrorCode
 from shiwu.keep import DEAD_AGE_S, DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S, STREAM_LENGTH
 from shiwu.upkeep import MAX_LEASE_S
+from shiwu_worker.reach import HTTP_PORTS, Reach, checked, read_host, read_nat64
 
 Names = Annotated[tuple[str, ...], NoDecode]
+Hosts = Annotated[tuple[Annotated[str, AfterValidator(checked(read_host))], ...], NoDecode]
+Networks = Annotated[tuple[Annotated[str, AfterValidator(checked(ipaddress.ip_network))], ...], NoDecode]
+Prefixes = Annotated[tuple[Annotated[str, AfterValidator(checked(read_nat64))], ...], NoDecode]
+Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], NoDecode]
 Paths = Annotated[tuple[Path, ...], NoDecode]
 Retries = Annotated[dict[ErrorCode, tuple[int, float, float]], NoDecode]
 LARGEST_TRIED = 64
@@ -137,8 +143,25 @@ class Settings(BaseSettings):
     )
     s3_endpoint_url: str | None = Field(None, description="S3-compatible store; unset: AWS")
     s3_region: str | None = Field(None, description="unset: the usual AWS chain")
-    allow_hosts: Names = Field((), description="host[:port] that may be fetched although the address is not public")
+    allow_hosts: Hosts = Field((), description="host[:port] that may be fetched although the address is not public")
+    only_hosts: Hosts = Field((), description="if set, http(s):// of no other host is fetched; *.name for all below it")
+    deny_hosts: Hosts = Field((), description="host[:port] that is never fetched")
+    allow_networks: Networks = Field((), description="networks (CIDR) whose addresses count as public")
+    deny_networks: Networks = Field((), description="networks (CIDR) that are never connected to")
+    nat64_prefixes: Prefixes = Field((), description="IPv6 prefixes that this network translates to IPv4, by RFC 6052")
+    fetch_ports: Ports = Field(HTTP_PORTS, description="ports of http(s)://; others only for allow_hosts")
+    allow_buckets: Names = Field((), description="if set, s3:// of no other bucket is read; may end in *")
+    deny_buckets: Names = Field((), description="buckets that are never read; may end in *")
     allow_folders: Paths = Field((), description="folders that file:// may read; none by default")
+    deny_folders: Paths = Field((), description="folders below these that it may not")
+    proxy_url: SecretStr | None = Field(
+        None,
+        description="http(s):// goes through this proxy, which then judges the addresses of names; HTTP_PROXY and its "
+        "like are not looked at",
+    )
+    tell_refusals: bool = Field(
+        False, description="answers say that these rules refused a source; they then tell which inner hosts exist"
+    )
 
     ready_file: Path | None = Field(None, description="exists while the worker is warm and claims")
     alive_file: Path | None = Field(None, description="touched every second while the pipeline makes progress")
@@ -148,7 +171,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="info writes one line per job")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: JSON unless on a terminal")
 
-    @field_validator("formats", "allow_hosts", "allow_folders", mode="before")
+    @field_validator(
+        *("formats", "allow_hosts", "only_hosts", "deny_hosts", "allow_networks", "deny_networks", "nat64_prefixes"),
+        *("fetch_ports", "allow_buckets", "deny_buckets", "allow_folders", "deny_folders"),
+        mode="before",
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -168,12 +195,38 @@ class Settings(BaseSettings):
     def _read_retries(cls, value: object) -> object:
         return dict(_read_retry(part) for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("proxy_url")
+    @classmethod
+    def _check_proxy(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("http://", "https://")):
+            raise ValueError("expected http://[user:password@]host:port")
+        return value
+
     @field_validator("redis_url")
     @classmethod
     def _check_url(cls, value: SecretStr) -> SecretStr:
         if value.get_secret_value().startswith("sentinel:"):
             read_sentinel_url(value.get_secret_value())
         return value
+
+    @property
+    def reach(self) -> Reach:
+        """What may be reached."""
+        return Reach(
+            allow_hosts=self.allow_hosts,
+            only_hosts=self.only_hosts,
+            deny_hosts=self.deny_hosts,
+            allow_networks=self.allow_networks,
+            deny_networks=self.deny_networks,
+            nat64_prefixes=self.nat64_prefixes,
+            ports=self.fetch_ports,
+            allow_buckets=self.allow_buckets,
+            deny_buckets=self.deny_buckets,
+            allow_folders=self.allow_folders,
+            deny_folders=self.deny_folders,
+            proxy_url=self.proxy_url.get_secret_value() if self.proxy_url else None,
+            tells_refusals=self.tell_refusals,
+        )
 
     @property
     def rungs(self) -> tuple[int, ...]:

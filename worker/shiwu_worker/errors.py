@@ -2,6 +2,7 @@
 
 JobError
 ├── Rejected      the picture or the request can't be: answered at once, never retried
+│   └── Unreachable   the same, but told like a source that is away
 └── Unavailable   not now: given back with a delay, until the attempts are used up
 
 FatalError        this process can't go on: jobs are released, the process exits with `exit_code`
@@ -20,10 +21,12 @@ class JobError(Exception):
 
     retryable: ClassVar[bool] = False
 
-    def __init__(self, code: ErrorCode, message: str, *, stage: Stage | None = None) -> None:
+    def __init__(self, code: ErrorCode, message: str, *, stage: Stage | None = None, detail: str | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.stage = stage
+        self.detail = detail
+        """What only the log may say."""
 
     def info(self) -> ErrorInfo:
         """The error as it stands in the answer."""
@@ -32,6 +35,12 @@ class JobError(Exception):
 
 class Rejected(JobError):
     """Trying again would give the same error."""
+
+
+class Unreachable(Rejected):
+    """Refused by the operator's rules, or no such host. Told as a source that is away, and not tried again here."""
+
+    retryable = True
 
 
 class Unavailable(JobError):
@@ -62,6 +71,10 @@ class Trouble(Enum):
 
 class AddressRefused(Exception):
     """The guard of addresses refused a host; only the log may say why."""
+
+
+class UnknownHost(Exception):
+    """The name server knows no such name. Told like AddressRefused, or answers would say which inner names exist."""
 
 
 class ExitCode(IntEnum):

@@ -50,7 +50,7 @@ class Fates:
     def spare(self, job: Job) -> None:
         """Give a failed job another try where its class of error has one left."""
         policy = self._limits.retries.get(job.error.code) if job.error is not None else None
-        if policy is not None and job.error is not None and job.attempt < policy.attempts:
+        if policy is not None and job.error is not None and not job.is_final and job.attempt < policy.attempts:
             job.back = Release(job.id, delay_s=policy.delay_s(job.attempt), counts=True)
             code = job.error.code.value
             log.info("later", id=job.id, attempt=job.attempt, code=code, delay_s=round(job.back.delay_s, 3))

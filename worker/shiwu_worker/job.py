@@ -102,6 +102,8 @@ class Job(msgspec.Struct, eq=False):
     scored_s: float = 0.0
     """When the tags were made: the end of the time that the answer tells of."""
     error: ErrorInfo | None = None
+    is_final: bool = False
+    """No other try is to be made, whatever the error's code says."""
     status: Status = Status.TAGGED
     back: Release | None = None
     """Set when the job goes back to Redis instead of being answered."""

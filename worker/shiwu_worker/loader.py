@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
-from shiwu_worker.addresses import guarded_pool
 from shiwu_worker.cell import Cell, CellGone, CpuExceeded, Decoded, start_cell
-from shiwu_worker.errors import JobError
+from shiwu_worker.errors import JobError, Rejected
 from shiwu_worker.loader_frames import (
     ENCODER,
     ENVIRONMENT,
@@ -33,7 +32,9 @@ from shiwu_worker.loader_frames import (
     LoaderOptions,
     LoadTask,
 )
-from shiwu_worker.stages.fetch import Fetcher, FetchLimits, S3Options
+from shiwu_worker.object_store import S3Options
+from shiwu_worker.stages.fetch import Fetcher, FetchLimits
+from shiwu_worker.web import LOOKUPS_A_THREAD, Web
 
 FETCH_BYTES: Final = 1 << 30
 """Address space of a loader without its threads: its libraries, and room."""
@@ -54,8 +55,13 @@ class Loader:
         self._cpu_s = options.cpu_s
         self._fetcher = Fetcher(
             s3=S3Options(options.s3_endpoint_url, options.s3_region),
-            pool=guarded_pool(allow_hosts=options.allow_hosts, threads=options.threads),
-            folders=options.folders,
+            web=Web(
+                options.reach,
+                threads=options.threads,
+                connect_timeout_s=options.connect_timeout_s,
+                read_timeout_s=options.read_timeout_s,
+            ),
+            reach=options.reach,
             limits=FetchLimits(
                 max_bytes=options.max_bytes,
                 total_timeout_s=options.total_timeout_s,
@@ -87,7 +93,7 @@ class Loader:
     def _load(self, task: LoadTask, number: int) -> Loaded:
         started_s = fetched_s = time.monotonic()
         size: int | None = None
-        decoded = Decoded()
+        decoded, detail, is_final = Decoded(), None, False
         try:
             data = self._fetcher.fetch(task.image)
             fetched_s, size = time.monotonic(), len(data)
@@ -95,14 +101,15 @@ class Loader:
             if decoded.info is not None:
                 self._pixels[task.slot] = pixels
         except JobError as error:
-            decoded = Decoded(error=error.info())
+            decoded, detail, is_final = Decoded(error=error.info()), error.detail, isinstance(error, Rejected)
         except CellGone:
             self._cell.kill()
             threading.Event().wait()  # for the end of this process, which follows its cell
         except CpuExceeded:
             self._give_up(task, started_s, fetched_s, size)
         except Exception as error:  # noqa: BLE001 border: a defect here must not take the neighbours with it
-            text = f"the loader failed ({type(error).__name__}: {error!s:.200})"
+            # A text from the way to the source may hold the query of a URL.
+            text = f"the loader failed ({type(error).__name__}{f': {error!s:.200}' if size is not None else ''})"
             decoded = Decoded(error=ErrorInfo(code=ErrorCode.PICTURE_BROKEN, message=text, stage=Stage.DECODE))
         ended_s = time.monotonic()
         info = decoded.info
@@ -119,6 +126,8 @@ class Loader:
             height=info.height if info else None,
             sha256=info.sha256 if info else None,
             error=decoded.error,
+            detail=detail,
+            is_final=is_final,
             is_short_of_memory=decoded.is_short_of_memory,
         )
 
@@ -165,7 +174,8 @@ def serve(connection_fd: int, memory_fd: int) -> None:
     cell = start_cell(options)
     # Only now: the cell is to know none of it.
     os.environ.update(ENVIRONMENT.decode(connection.recv_bytes()))
-    memory_bytes = FETCH_BYTES + options.threads * (THREAD_BYTES + 4 * options.max_bytes)
+    # Beside each thread two that look a name up, one of them for a fetch that is over.
+    memory_bytes = FETCH_BYTES + options.threads * ((1 + LOOKUPS_A_THREAD) * THREAD_BYTES + 4 * options.max_bytes)
     open_files = OPEN_FILES + FILES_A_THREAD * options.threads
     for kind, limit in (
         (resource.RLIMIT_AS, memory_bytes),

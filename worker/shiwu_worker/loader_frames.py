@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from shiwu.contract import ErrorInfo
 from shiwu_worker.image_spec import ImageSpec
+from shiwu_worker.reach import Reach
 
 
 class LoaderOptions(BaseModel):
@@ -22,8 +22,7 @@ class LoaderOptions(BaseModel):
     threads: int
     s3_endpoint_url: str | None
     s3_region: str | None
-    allow_hosts: tuple[str, ...]
-    folders: tuple[Path, ...]
+    reach: Reach
     max_bytes: int
     max_pixels: int
     max_side: int
@@ -64,6 +63,10 @@ class Loaded(msgspec.Struct, frozen=True, omit_defaults=True):
     height: int | None = None
     sha256: str | None = None
     error: ErrorInfo | None = None
+    detail: str | None = None
+    """What only the log may say about the error."""
+    is_final: bool = False
+    """No other try is to be made, whatever the error's code says."""
     is_short_of_memory: bool = False
     """It did not fit beside its neighbours; alone it may."""
 

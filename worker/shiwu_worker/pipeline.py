@@ -155,6 +155,9 @@ class Pipeline:
                 ready.append(job)
             else:
                 job.fail(one.error)
+                job.is_final = one.is_final
+                if one.detail is not None:
+                    log.info("source_failed", id=job.id, code=one.error.code.value, detail=one.detail)
                 failed.append(job)
         if ready:
             self._do.batcher.put(ready)

@@ -75,9 +75,9 @@ class ErrorCode(StrEnum):
     UNKNOWN_LABEL_SET = "unknown_label_set"  # no label set has this name
     METADATA_TOO_LARGE = "metadata_too_large"  # over MAX_METADATA_BYTES as JSON
     SOURCE_NOT_FOUND = "source_not_found"  # 404, no such key, no such file
-    SOURCE_FORBIDDEN = "source_forbidden"  # 401, 403, or an address or folder the operator did not allow
+    SOURCE_FORBIDDEN = "source_forbidden"  # 401, 403, or a bucket or folder the operator did not allow
     SOURCE_NOT_A_FILE = "source_not_a_file"  # a folder or a key prefix
-    SOURCE_UNAVAILABLE = "source_unavailable"  # time-outs, 5xx, throttling, connection errors
+    SOURCE_UNAVAILABLE = "source_unavailable"  # time-outs, 5xx, throttling, no connection, or none allowed
     PICTURE_TOO_LARGE = "picture_too_large"  # over a limit: bytes, pixels, side, frames, scans, memory
     PICTURE_EMPTY = "picture_empty"  # no bytes
     NOT_A_PICTURE = "not_a_picture"  # no allowed picture format begins like this

@@ -12,13 +12,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Protocol
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
-import boto3
 import urllib3
-from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -28,28 +25,33 @@ from botocore.exceptions import (
 )
 
 from shiwu.contract import ErrorCode, without_query
-from shiwu_worker.errors import AddressRefused, Unavailable
-from shiwu_worker.sources import check_hop, http_error, next_hop, rejected, s3_error, unavailable
+from shiwu_worker.errors import AddressRefused, Unavailable, UnknownHost
+from shiwu_worker.folders import Folders
+from shiwu_worker.object_store import S3Options, is_bucket, new_client
+from shiwu_worker.reach import Reach, allows_bucket
+from shiwu_worker.sources import (
+    bucket_refused,
+    check_hop,
+    http_error,
+    next_hop,
+    refused,
+    rejected,
+    s3_error,
+    unavailable,
+)
 
 CHUNK: Final = 64 * 1024
 QUICK_TRIES: Final = 3
 REDIRECTS: Final = 3
+MAX_DIGITS: Final = 18
 
 
-class Pool(Protocol):
-    """The part of urllib3.PoolManager that is used here."""
+class Web(Protocol):
+    """The part of `shiwu_worker.web.Web` that is used here."""
 
-    def request(self, method: str, url: str, **options: Any) -> urllib3.BaseHTTPResponse:
-        """Send one request without redirects or retries."""
+    def open(self, url: str, *, deadline_s: float) -> urllib3.BaseHTTPResponse:
+        """Send one GET without redirects or retries."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class S3Options:
-    """Where the object store is; None means the usual AWS chain."""
-
-    endpoint_url: str | None
-    region: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +68,16 @@ class Fetcher:
     """Fetches references. Thread-safe; one for each loader process.
 
     Args:
-        pool: HTTP connections, guarded against addresses that are not public.
-        folders: what file:// may read, resolved; empty allows nothing.
+        web: HTTP connections, guarded against addresses that are not public.
+        reach: the operator's rules for buckets and folders; those for addresses are the web's.
         threads: how many fetches run at a time.
     """
 
-    def __init__(
-        self, *, s3: S3Options, pool: Pool, folders: tuple[Path, ...], limits: FetchLimits, threads: int
-    ) -> None:
+    def __init__(self, *, s3: S3Options, web: Web, reach: Reach, limits: FetchLimits, threads: int) -> None:
         self._s3_options = s3
-        self._pool = pool
-        self._folders = tuple(folder.resolve() for folder in folders)
+        self._web = web
+        self._reach = reach
+        self._folders = Folders(reach.allow_folders, reach.deny_folders)
         self._limits = limits
         self._threads = threads
         self._s3_client: Any = None
@@ -87,10 +88,11 @@ class Fetcher:
 
         Raises:
             Rejected: it is not there, not allowed, a folder, or larger than the limit.
+            Unreachable: the rules forbid it, or there is no such host.
             Unavailable: the source did not answer in time or answered that it can't now.
         """
         deadline_s = time.monotonic() + self._limits.total_timeout_s
-        scheme = urlsplit(reference).scheme
+        scheme = reference.partition(":")[0].lower()
         sources: dict[str, Callable[[str, float], bytes]] = {
             "s3": self._from_s3,
             "https": self._from_http,
@@ -115,8 +117,14 @@ class Fetcher:
         parts = urlsplit(reference)
         # Keys are taken as they stand: '?' begins the version only as '?versionId='.
         key, _, query = reference.removeprefix(f"s3://{parts.netloc}/").partition("?versionId=")
+        shown = without_query(reference)
+        if not is_bucket(parts.netloc):
+            raise rejected(ErrorCode.INVALID_REFERENCE, f"expected s3://bucket/key with a bucket's name: {shown}")
+        if not allows_bucket(self._reach, parts.netloc):
+            tells = self._reach.tells_refusals
+            raise bucket_refused(shown, detail="refused: SHIWU_ALLOW_BUCKETS, SHIWU_DENY_BUCKETS", tells=tells)
         if key.endswith("/"):
-            raise rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a key, got a prefix: {without_query(reference)}")
+            raise rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a key, got a prefix: {shown}")
         version = {"VersionId": parse_qs(f"v={query}")["v"][0]} if query else {}
         try:
             answer = self._s3().get_object(Bucket=parts.netloc, Key=key, **version)
@@ -129,7 +137,7 @@ class Fetcher:
                 ErrorCode.SOURCE_FORBIDDEN, "expected S3 credentials in the worker's environment, found none"
             ) from error
         except ParamValidationError as error:
-            text = f"expected a bucket and key that S3 accepts: {without_query(reference)}"
+            text = f"expected a bucket and key that S3 accepts: {shown}"
             raise rejected(ErrorCode.INVALID_REFERENCE, text) from error
         except (BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
             raise unavailable(f"S3 did not answer ({type(error).__name__})") from error
@@ -137,59 +145,38 @@ class Fetcher:
     def _s3(self) -> Any:
         with self._s3_lock:
             if self._s3_client is None:
-                self._s3_client = boto3.session.Session().client(
-                    "s3",
-                    endpoint_url=self._s3_options.endpoint_url,
-                    region_name=self._s3_options.region,
-                    config=Config(
-                        # Tries are ours, within one deadline; botocore's would come on top of them.
-                        retries={"mode": "standard", "total_max_attempts": 1},
-                        max_pool_connections=self._threads,
-                        connect_timeout=self._limits.connect_timeout_s,
-                        read_timeout=self._limits.read_timeout_s,
-                        tcp_keepalive=True,
-                        s3={"addressing_style": "path"} if self._s3_options.endpoint_url else {},
-                        # Stores other than AWS fail on the newer checksums.
-                        request_checksum_calculation="when_required",
-                        response_checksum_validation="when_required",
-                    ),
+                self._s3_client = new_client(
+                    self._s3_options,
+                    threads=self._threads,
+                    connect_timeout_s=self._limits.connect_timeout_s,
+                    read_timeout_s=self._limits.read_timeout_s,
                 )
             return self._s3_client
 
     # -------------------------------------------------------------------------------- http
-    def _from_http(self, url: str, deadline_s: float) -> bytes:
+    def _from_http(self, reference: str, deadline_s: float) -> bytes:
+        url, shown = reference, without_query(reference)
+        check_hop(url)
         for _ in range(REDIRECTS + 1):
-            check_hop(url)
             try:
-                answer = self._pool.request(
-                    "GET",
-                    url,
-                    preload_content=False,
-                    decode_content=False,
-                    redirect=False,
-                    retries=False,
-                    timeout=urllib3.Timeout(
-                        connect=self._limits.connect_timeout_s,
-                        read=min(self._limits.read_timeout_s, max(0.01, deadline_s - time.monotonic())),
-                    ),
-                    headers={"Accept-Encoding": "identity", "User-Agent": "shiwu", "Accept": "image/*"},
-                )
+                answer = self._web.open(url, deadline_s=deadline_s)
             except AddressRefused as error:
-                raise rejected(ErrorCode.SOURCE_FORBIDDEN, "the source is not reachable from here") from error
-            except (urllib3.exceptions.HTTPError, OSError) as error:
-                raise http_error(error, url) from error
+                raise refused(error, shown, tells=self._reach.tells_refusals) from error
+            except UnknownHost as error:
+                raise refused(error, shown, tells=False) from error
+            except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+                raise http_error(error, shown) from error
             try:
                 if answer.status in {301, 302, 303, 307, 308} and (to := answer.headers.get("Location")):
                     url = next_hop(url, to)
                     continue
-                return self._read_http(answer, url, deadline_s)
+                return self._read_http(answer, shown, deadline_s)
             finally:
                 # A body that was read to its end leaves the connection usable; any other is dropped.
                 answer.release_conn() if answer.closed else answer.close()
         raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"expected at most {REDIRECTS} redirects")
 
-    def _read_http(self, answer: urllib3.BaseHTTPResponse, url: str, deadline_s: float) -> bytes:
-        shown = without_query(url)
+    def _read_http(self, answer: urllib3.BaseHTTPResponse, shown: str, deadline_s: float) -> bytes:
         if answer.status in {404, 410}:
             raise rejected(ErrorCode.SOURCE_NOT_FOUND, f"HTTP {answer.status}: {shown}")
         if answer.status in {401, 403, 407, 451}:
@@ -198,36 +185,22 @@ class Fetcher:
             raise unavailable(f"HTTP {answer.status}: {shown}")
         if answer.status != 200:
             raise rejected(ErrorCode.SOURCE_NOT_FOUND, f"expected HTTP 200, got {answer.status}: {shown}")
-        if (encoding := answer.headers.get("Content-Encoding", "identity")) != "identity":
-            raise rejected(ErrorCode.NOT_A_PICTURE, f"expected an unencoded body, got Content-Encoding {encoding:.40}")
-        length = answer.headers.get("Content-Length", "")
+        if answer.headers.get("Content-Encoding", "identity").strip().lower() not in {"identity", ""}:
+            raise rejected(ErrorCode.NOT_A_PICTURE, f"expected a body without Content-Encoding: {shown}")
         try:
-            return self._read(lambda: answer.read1(CHUNK), int(length) if length.isdecimal() else None, deadline_s)
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise http_error(error, url) from error
+            return self._read(lambda: answer.read1(CHUNK), _length(answer), deadline_s)
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            raise http_error(error, shown) from error
 
     # -------------------------------------------------------------------------------- file
     def _from_folder(self, reference: str, deadline_s: float) -> bytes:
-        path = Path(unquote(urlsplit(reference).path))
         try:
-            real = path.resolve(strict=True)
-            if not any(real.is_relative_to(folder) for folder in self._folders):
-                raise rejected(ErrorCode.SOURCE_FORBIDDEN, "expected a file in one of SHIWU_ALLOW_FOLDERS")
-            if real.is_dir():
-                raise rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a file, got a folder: {path}")
-            if not real.is_file():
-                raise rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a regular file: {path}")
-            with real.open("rb") as file:
-                return self._read(lambda: file.read(CHUNK), real.stat().st_size, deadline_s)
+            with self._folders.open(reference) as (file, size):
+                return self._read(lambda: file.read(CHUNK), size, deadline_s)
         except (FileNotFoundError, NotADirectoryError) as error:
-            # Outside the allowed folders nobody learns what exists.
-            inside = any(path.parent.resolve().is_relative_to(folder) for folder in self._folders)
-            code = ErrorCode.SOURCE_NOT_FOUND if inside else ErrorCode.SOURCE_FORBIDDEN
-            raise rejected(
-                code, "no such file" if inside else "expected a file in one of SHIWU_ALLOW_FOLDERS"
-            ) from error
-        except (PermissionError, RuntimeError) as error:
-            raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"can't read the file ({type(error).__name__})") from error
+            raise rejected(ErrorCode.SOURCE_NOT_FOUND, "no such file") from error
+        except PermissionError as error:
+            raise rejected(ErrorCode.SOURCE_FORBIDDEN, "can't read the file (PermissionError)") from error
         except OSError as error:
             if error.errno in {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}:
                 raise rejected(ErrorCode.INVALID_REFERENCE, f"can't be a file ({error.strerror})") from error
@@ -250,3 +223,9 @@ class Fetcher:
         if length is not None and total < length:
             raise unavailable(f"expected {length} bytes, got {total}: the connection ended early")
         return b"".join(parts)
+
+
+def _length(answer: urllib3.BaseHTTPResponse) -> int | None:
+    """The told length in bytes; a number beyond all measure stays one."""
+    told = answer.headers.get("Content-Length", "")
+    return int(told[:MAX_DIGITS]) if told.isascii() and told.isdigit() else None

@@ -1,0 +1,78 @@
+"""Certificates: the name of the URL counts, whatever address was judged, and whatever the environment says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shiwu_worker.errors import Rejected, Unavailable, Unreachable
+from tests.hostile.conftest import BODY, PLAIN, World, failure
+from tests.support.certificates import Certificate
+from tests.support.picture_server import PictureServer, Reply
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the certificates lie."""
+    return tmp_path_factory.mktemp("certificates")
+
+
+@pytest.fixture(scope="module")
+def https(folder: Path) -> Iterator[PictureServer]:
+    """A server that shows a certificate for good.example."""
+    certificate = Certificate.make(folder, name="good.example")
+    with PictureServer(tls=certificate.server_context()) as server:
+        server.serve("/a", PLAIN)
+        yield server
+
+
+@pytest.fixture
+def known(https: PictureServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> PictureServer:
+    """The same, known to this machine."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / "good.example.pem"))
+    return https
+
+
+def test_the_certificates_name_is_compared(world: World, known: PictureServer) -> None:
+    """A connection to a judged address still asks for the name, and only its certificate will do."""
+    fetcher = world.fetcher(ports=(known.port,))
+    for name in ("good.example", "GOOD.example", "good.example."):
+        assert fetcher.fetch(f"https://{name}:{known.port}/a") == BODY
+    for other in ("xn--fiqs8s.example", "127.0.0.1"):
+        error = failure(fetcher, f"https://{other}:{known.port}/a")
+        assert isinstance(error, Rejected)
+        assert error.code.value == "source_forbidden"
+
+
+def test_an_unknown_certificate_is_refused(world: World, https: PictureServer) -> None:
+    """Nobody vouches for it."""
+    error = failure(world.fetcher(ports=(https.port,)), f"https://good.example:{https.port}/a")
+    assert (type(error), error.code.value) == (Rejected, "source_forbidden")
+
+
+def test_no_tls_where_tls_was_asked_for(world: World) -> None:
+    """A plain server on the port: an answer that can't be read, perhaps a better one later."""
+    assert isinstance(failure(world.fetcher(), world.url("https://good.example:OUT/a")), Unavailable)
+
+
+def test_no_step_leads_out_of_https(world: World, known: PictureServer) -> None:
+    """From http to https it may."""
+    fetcher = world.fetcher(ports=(known.port, world.outer.port))
+    for to in (world.url("http://good.example:OUT/a"), world.url("HTTP://good.example:OUT/a")):
+        known.serve("/down", Reply.redirect(to))
+        error = failure(fetcher, f"https://good.example:{known.port}/down")
+        assert (type(error), error.code.value) == (Rejected, "source_forbidden")
+    assert not world.outer.hits
+    world.outer.serve("/up", Reply.redirect(f"https://good.example:{known.port}/a"))
+    assert fetcher.fetch(world.url("http://good.example:OUT/up")) == BODY
+    known.serve("/inward", Reply.redirect(world.url("https://inner.example:IN/a")))
+    assert isinstance(failure(fetcher, f"https://good.example:{known.port}/inward"), Unreachable)
+
+
+def test_a_drip_inside_tls_ends_too(world: World, known: PictureServer) -> None:
+    """The deadline reaches through the encryption."""
+    known.serve("/drip", Reply.picture(BODY).drip(chunk_bytes=1, pause_s=0.1))
+    error = failure(world.fetcher(ports=(known.port,), total_timeout_s=0.6), f"https://good.example:{known.port}/drip")
+    assert isinstance(error, Unavailable)
