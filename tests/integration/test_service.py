@@ -126,10 +126,20 @@ def test_a_picture_that_is_none_gets_its_code(
 def test_a_source_that_is_not_there_or_not_allowed_gets_its_code(
     shared_worker: WorkerProcess, image: str, code: str
 ) -> None:
-    """Missing keys and buckets, folders, files and addresses that the operator did not allow."""
+    """Missing keys and buckets, folders, files and addresses that the operator did not allow; tried once."""
     answer = ask(shared_worker.redis_url, image, f"source-{abs(hash(image))}")
     assert answer.error is not None
-    assert answer.error.code.value == code
+    assert (answer.error.code.value, answer.attempts) == (code, 1)
+
+
+def test_the_log_says_what_the_answer_does_not(shared_worker: WorkerProcess) -> None:
+    """Why a source was refused; neither tells the query."""
+    answer = ask(shared_worker.redis_url, "http://10.0.0.9/a.jpg?token=hush", "refused-aloud")
+    assert answer.error is not None
+    assert answer.error.message == "expected a source that can be reached from the worker: http://10.0.0.9/a.jpg"
+    lines = [json.loads(line) for line in shared_worker.log_text().splitlines() if '"refused-aloud"' in line]
+    assert "refused: 10.0.0.9 is not public: private use" in [line.get("detail") for line in lines]
+    assert "hush" not in answer.to_json().decode() + shared_worker.log_text()
 
 
 BAD_FIELDS = {

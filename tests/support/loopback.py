@@ -25,7 +25,8 @@ def is_own_address(address: object) -> bool:
         return True
     host = str(address[0]).partition("%")[0]
     try:
-        return ipaddress.ip_address(host).is_loopback
+        found = ipaddress.ip_address(host)
+        return (getattr(found, "ipv4_mapped", None) or found).is_loopback
     except ValueError:
         return host in OWN_NAMES
 
