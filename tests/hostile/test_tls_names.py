@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -76,3 +81,50 @@ def test_a_drip_inside_tls_ends_too(world: World, known: PictureServer) -> None:
     known.serve("/drip", Reply.picture(BODY).drip(chunk_bytes=1, pause_s=0.1))
     error = failure(world.fetcher(ports=(known.port,), total_timeout_s=0.6), f"https://good.example:{known.port}/drip")
     assert isinstance(error, Unavailable)
+
+
+class Tunnel:
+    """A proxy that knows CONNECT only, and leads every name to one port of this machine."""
+
+    def __init__(self, to_port: int) -> None:
+        self._to_port = to_port
+        self.asked: list[bytes] = []
+
+    def __enter__(self) -> Self:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._serve, name="tunnel", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                with client, socket.create_connection(("127.0.0.1", self._to_port), timeout=5) as server:
+                    client.settimeout(5)
+                    self.asked.append(client.recv(65536).partition(b"\r\n")[0])
+                    client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                    self._pass(client, server)
+
+    @staticmethod
+    def _pass(client: socket.socket, server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                for one in select.select([client, server], [], [], 5)[0]:
+                    if not (data := one.recv(65536)):
+                        return
+                    (server if one is client else client).sendall(data)
+
+
+def test_through_a_proxy_the_name_is_still_compared(world: World, known: PictureServer) -> None:
+    """The tunnel leads anywhere; the certificate must be for the name in the URL."""
+    with Tunnel(known.port) as tunnel:
+        fetcher = world.fetcher(proxy_url=f"http://127.0.0.1:{tunnel.port}")
+        assert fetcher.fetch("https://good.example/a") == BODY
+        assert failure(fetcher, "https://other.example/a").code.value == "source_forbidden"
+        assert isinstance(failure(fetcher, "https://10.0.0.1/a"), Unreachable)
+        assert [line.split()[1] for line in tunnel.asked] == [b"good.example:443", b"other.example:443"]
