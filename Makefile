@@ -18,7 +18,7 @@ BENCH_STAMP := $(VENV)/installed-bench
 CODE := producer worker tests demo bench drill
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast hostile fuzz lint bench drill format clean
+.PHONY: help demo test test-fast hostile fuzz lint bench bench-compare drill format clean
 .DELETE_ON_ERROR:
 # Running targets side by side would mix what they print, and two of them would share the machine's cores.
 .NOTPARALLEL:
@@ -50,6 +50,9 @@ lint: $(STAMP) ## check form, types and who imports whom
 
 bench: $(BENCH_STAMP) ## measure, ARGS="service --quick": messages, service, latency, encode, decode, compare; to bench/out
 	$(BIN)/python -m bench $(ARGS)
+
+bench-compare: $(STAMP) ## ratios of your results in bench/out to those of the release in bench/released
+	$(BIN)/python -m bench compare $(ARGS)
 
 drill: $(STAMP) ## break everything for about an hour and count every answer; ARGS="--short", ARGS="kill --rounds 20"
 	$(BIN)/python -m drill $(ARGS)

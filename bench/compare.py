@@ -14,6 +14,7 @@ from rich.table import Table
 from bench.report import WIDE, number
 
 ABOUT: Final = "ratios of the results in --out to those of a release"
+RELEASED: Final = Path(__file__).parent / "released"
 TOLERANCE: Final = 0.9
 """Below this a figure counts as worse: runs of one machine differ by a few percent."""
 
@@ -38,7 +39,9 @@ class Pair:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument("released", type=Path, help="folder with a release's JSON files")
+    parser.add_argument(
+        "released", type=Path, nargs="?", default=RELEASED, help="folder with a release's JSON files; default %(default)s"
+    )
 
 
 def run(released: Path, ours: Path) -> int:
