@@ -40,7 +40,11 @@ class Pair:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument(
-        "released", type=Path, nargs="?", default=RELEASED, help="folder with a release's JSON files; default %(default)s"
+        "released",
+        type=Path,
+        nargs="?",
+        default=RELEASED,
+        help="folder with a release's JSON files; default %(default)s",
     )
 
 

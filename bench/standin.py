@@ -41,8 +41,11 @@ class StandInLoaders:
         self.pixels: NDArray[np.uint8] = np.zeros((slots, 1), np.uint8)
         self._on_loaded = on_loaded
 
-    def start(self, timeout_s: float) -> None:
+    def start(self) -> None:
         """Nothing is to be started."""
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Nor waited for."""
 
     def close(self, timeout_s: float) -> None:
         """Nor ended."""

@@ -82,7 +82,8 @@ class Pool:
         wait_until(lambda: len(self.results) >= count, timeout_s=30)
 
     def __enter__(self) -> Self:
-        self.pool.start(30.0)
+        self.pool.start()
+        self.pool.wait_ready(30.0)
         return self
 
     def __exit__(self, *_: object) -> None:

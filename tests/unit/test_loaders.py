@@ -31,7 +31,8 @@ def good(tmp_path: Path) -> str:
 def pool(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pool]:
     """A running pool."""
     made = Pool(tmp_path, processes=request.param[0], spares=request.param[1])
-    made.pool.start(30.0)
+    made.pool.start()
+    made.pool.wait_ready(30.0)
     yield made
     made.pool.close(5.0)
 
@@ -79,7 +80,8 @@ def test_a_picture_that_burns_cpu_is_answered_at_once(good: str, tmp_path: Path)
     path = tmp_path / "scans.jpg"
     path.write_bytes(bombs.jpeg_scans(scans=3000))
     made = Pool(tmp_path, processes=1, cpu_s=0.5, max_scans=10_000)
-    made.pool.start(30.0)
+    made.pool.start()
+    made.pool.wait_ready(30.0)
     try:
         made.submit(path.as_uri(), *[good] * 12)
         made.wait(13)
@@ -100,7 +102,8 @@ def test_a_cell_is_bare(good: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
     monkeypatch.setenv("SHIWU_REDIS_URL", f"redis://:{password}@127.0.0.1/0")
     made = Pool(tmp_path, processes=1, sandbox=sandbox, environment=source_environment())
-    made.pool.start(30.0)
+    made.pool.start()
+    made.pool.wait_ready(30.0)
     try:
         made.submit(good)
         made.wait(1)
@@ -146,7 +149,8 @@ def holds(pid: int, what: bytes) -> bool:
 def test_a_loader_that_hangs_is_replaced(good: str, tmp_path: Path) -> None:
     """Stopped processes exceed the time limit; what they held is tried again and answered."""
     made = Pool(tmp_path, processes=1, task_timeout_s=1.0)
-    made.pool.start(30.0)
+    made.pool.start()
+    made.pool.wait_ready(30.0)
     try:
         os.kill(made.pool.pids[0], signal.SIGSTOP)
         made.submit(good, good)
@@ -165,7 +169,8 @@ def test_what_does_not_fit_beside_its_neighbours_is_tried_alone(tmp_path: Path) 
         path = tmp_path / f"{name}.png"
         Image.new("RGB", (side, side)).save(path, compress_level=1)
         images.append(path.as_uri())
-    made.pool.start(30.0)
+    made.pool.start()
+    made.pool.wait_ready(30.0)
     try:
         made.submit(*images)
         made.wait(5)
@@ -185,7 +190,8 @@ def test_who_is_in_the_loader_that_shall_try_suspects_is_none(
     made = Pool(tmp_path, processes=2)
     body = Path(good.removeprefix("file://")).read_bytes()
     slow = [http_server.serve(f"/{n}.png", Reply.picture(body).late(first_pause_s=1.5)) for n in range(5)]
-    made.pool.start(30.0)
+    made.pool.start()
+    made.pool.wait_ready(30.0)
     try:
         made.submit(*slow)
         wait_until(lambda: len(http_server.hits) == 5, timeout_s=20)
@@ -203,7 +209,8 @@ def test_who_is_in_the_loader_that_shall_try_suspects_is_none(
 def test_closing_leaves_no_process(good: str, tmp_path: Path) -> None:
     """Also with work in hand."""
     made = Pool(tmp_path, processes=2)
-    made.pool.start(30.0)
+    made.pool.start()
+    made.pool.wait_ready(30.0)
     pids = made.pool.pids
     made.submit(*[good] * 20)
     made.pool.close(5.0)

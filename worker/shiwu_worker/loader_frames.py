@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from typing import Final
 
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
-from shiwu.contract import ErrorInfo
+from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.reach import Reach
 
@@ -79,3 +81,15 @@ READY_OPEN: Final = b"ready without a filter of system calls: "
 """Begins the frame of a loader whose cell could not be closed in; the reason follows."""
 ENVIRONMENT: Final = msgspec.json.Decoder(dict[str, str])
 """A loader's second frame: variables that its sources need and its cell must not know."""
+
+
+def convicted(task: LoadTask, code: ErrorCode, sent_s: float, status: int) -> Loaded:
+    """What became of a picture that ended its loader, or was too slow for it, a second time and alone."""
+    now_s = time.monotonic()
+    if code is ErrorCode.DECODER_TIMEOUT:
+        text = "the picture exceeded the time limit of fetch and decode twice, the second time alone"
+    else:
+        name = signal.Signals(-status).name if status < 0 else f"exit {status}"
+        text = f"the picture ended its loader twice, the second time alone ({name})"
+    error = ErrorInfo(code=code, message=text, stage=Stage.DECODE)
+    return Loaded(ticket=task.ticket, slot=task.slot, started_s=sent_s, fetched_s=sent_s, decoded_s=now_s, error=error)

@@ -12,7 +12,6 @@ import math
 import mmap
 import os
 import selectors
-import signal
 import socket
 import threading
 import time
@@ -27,9 +26,9 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from shiwu.contract import ErrorCode, ErrorInfo, Stage
+from shiwu.contract import ErrorCode
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.loader_frames import ENCODER, LOADED, READY, READY_OPEN, Loaded, LoaderOptions, LoadTask
+from shiwu_worker.loader_frames import ENCODER, LOADED, READY, READY_OPEN, Loaded, LoaderOptions, LoadTask, convicted
 from shiwu_worker.nursery import Child, Nursery, NurseryError
 
 log: Any = structlog.get_logger()
@@ -107,16 +106,19 @@ class LoaderPool:
         """Process ids of the loaders."""
         return [loader.process.pid for loader in list(self._loaders)]
 
-    def start(self, timeout_s: float) -> None:
-        """Start the processes and wait until each said that it is ready.
+    def start(self) -> None:
+        """Start the processes. They become ready beside whatever else is started."""
+        self._selector.register(self._wake_r, selectors.EVENT_READ, None)
+        # Not on the pool's thread: what that starts is killed before `close` can wait for it.
+        self._nursery.begin()
+        self._thread.start()
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until as many as are to work at a time said that they are ready.
 
         Raises:
             FatalError: with ExitCode.LOADERS when they are not ready in time.
         """
-        self._selector.register(self._wake_r, selectors.EVENT_READ, None)
-        for _ in range(self._processes + self._spares):
-            self._spawn()
-        self._thread.start()
         if not self._all_ready.wait(timeout_s) or self._closing.is_set():
             self.close(1.0)
             raise FatalError(ExitCode.LOADERS, f"expected {self._processes} loaders to be ready within {timeout_s:g} s")
@@ -149,10 +151,14 @@ class LoaderPool:
     # -------------------------------------------------------------------------------- the pool's thread
     def _run(self) -> None:
         try:
+            for _ in range(self._processes + self._spares):
+                self._spawn()
             while not self._closing.is_set():
                 self._turn()
         except Exception as error:
             log.exception("thread_failed", thread="loaders")
+            self._closing.set()
+            self._all_ready.set()
             is_ours = not isinstance(error, NurseryError | TimeoutError)
             code = ExitCode.INTERNAL if is_ours else ExitCode.LOADERS
             self._on_fatal(FatalError(code, f"{type(error).__name__}: {error}"))
@@ -252,7 +258,7 @@ class LoaderPool:
         log.warning("loader_replaced", pid=loader.process.pid, status=status, held=len(loader.held), code=code.value)
         for task, sent_s in loader.held.values():
             if task.ticket == loader.suspect:
-                done.append(_convicted(task, code, sent_s, status))
+                done.append(convicted(task, code, sent_s, status))
             else:
                 self._suspects.append(task)
         if not loader.ready:
@@ -286,14 +292,3 @@ class LoaderPool:
         with contextlib.suppress(BlockingIOError):
             while self._wake_r.recv(4096):
                 pass
-
-
-def _convicted(task: LoadTask, code: ErrorCode, sent_s: float, status: int) -> Loaded:
-    now_s = time.monotonic()
-    if code is ErrorCode.DECODER_TIMEOUT:
-        text = "the picture exceeded the time limit of fetch and decode twice, the second time alone"
-    else:
-        name = signal.Signals(-status).name if status < 0 else f"exit {status}"
-        text = f"the picture ended its loader twice, the second time alone ({name})"
-    error = ErrorInfo(code=code, message=text, stage=Stage.DECODE)
-    return Loaded(ticket=task.ticket, slot=task.slot, started_s=sent_s, fetched_s=sent_s, decoded_s=now_s, error=error)

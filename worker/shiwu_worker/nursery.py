@@ -71,12 +71,16 @@ class Child:
 
 
 class Nursery:
-    """Starts the nursery's process when it is first needed, and again when it has died. One thread uses it."""
+    """Starts the nursery's process, and again when it has died. After `begin`, one thread uses it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._statuses: dict[int, int] = {}
+
+    def begin(self) -> None:
+        """Start the process and wait for nothing. It ends with the thread that calls this."""
+        self._start()
 
     def fork(self, *fds: int) -> Child:
         """A new process that runs `loader.serve` with these file descriptors.

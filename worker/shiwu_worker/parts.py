@@ -101,7 +101,7 @@ def open_encoder(settings: Settings, folder: Path, spec: ImageSpec) -> Any:
         FatalError: with ExitCode.MODEL, whatever it was that failed.
     """
     try:
-        # Here and not above: loaders are spawned before torch comes into this process.
+        # Here and not above: loaders start meanwhile.
         from shiwu_worker.stages.encode import Encoder  # noqa: PLC0415
 
         encoder = Encoder(

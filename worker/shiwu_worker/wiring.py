@@ -95,7 +95,7 @@ def open_service(
         # Parts that answer upwards are bound late: the pipeline is made last.
         loaders = make_loaders(settings, spec, on_loaded=lambda done: pipeline.loaded(done), on_fatal=on_fatal)
         stack.callback(loaders.close, LOADERS_STOP_S)
-        loaders.start(START_S)
+        loaders.start()
         settler = Settler(
             Committer(ledger, worker=settings.worker_name),
             claims,
@@ -105,6 +105,7 @@ def open_service(
             on_fatal=on_fatal,
         )
         encoder = open_encoder(settings, folder, spec)
+        loaders.wait_ready(START_S)
         stages = make_stages(settings, claims, doorbell, loaders, encoder, settler, make_away("claim", progress))
         pipeline = Pipeline(
             stages,
@@ -122,9 +123,13 @@ def open_service(
         stack.callback(ended.close)
         once = _Once(partial(_stop, settings, health=health, claims=claims, pipeline=pipeline, settler=settler))
         stack.callback(once, settings.grace_s)
-        for part in (settler, doorbell, heartbeat, ended, pipeline):
-            part.start()
+        _start(settler, doorbell, heartbeat, ended, pipeline)
         yield Service(pipeline=pipeline, stop=once, ready_after_s=round(time.monotonic() - began_s, 3))
+
+
+def _start(*parts: Any) -> None:
+    for part in parts:
+        part.start()
 
 
 def _new_token(settings: Settings) -> str:
