@@ -10,7 +10,7 @@ import pytest
 from tests.fuzz.engine import run
 from tests.fuzz.targets import TARGETS, Target
 
-SEED = random.SystemRandom().randrange(10**6) if os.environ.get("CI") else 20261125
+SEED = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6) if os.environ.get("CI") else 20261125
 
 
 @pytest.mark.parametrize("name", TARGETS)
