@@ -119,6 +119,8 @@ def _alone(fleet: Fleet, worker: WorkerProcess) -> WorkerProcess:
     for other in (fleet.near, fleet.far):
         if other is not worker:
             fleet.rest(other)
+    # What was given back to a lane must not be taken up again.
+    fleet.client.flushall()
     fleet.wake(worker)
     wait_until(lambda: not fleet.client.exists(CLAIMS), timeout_s=20, what="no work of the test before")
     fleet.client.flushall()

@@ -19,7 +19,7 @@ from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 
 GOOD = Reply.picture(pictures.png(pictures.picture().resize((64, 64))), content_type="image/png")
-SLOW = GOOD.late(first_pause_s=60)
+SLOW = GOOD.late(first_pause_s=30)
 
 
 def waiting(client: redis.Redis) -> int:

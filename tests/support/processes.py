@@ -113,6 +113,18 @@ class Process:
     def pause(self) -> None:
         """Stop the whole group as a hang would."""
         os.killpg(self.pid, signal.SIGSTOP)
+        # The signal is sent, not obeyed, when killpg returns; a thread that runs may still send a command.
+        wait_until(self._is_stopped, timeout_s=10, what=f"{self.name} stops")
+
+    def _is_stopped(self) -> bool:
+        try:
+            states = [path.read_text().rpartition(")")[2].split()[0] for path in self._tasks()]
+        except OSError:
+            return False  # one has just ended; look again
+        return all(state in "TtZX" for state in states)
+
+    def _tasks(self) -> list[Path]:
+        return list(Path(f"/proc/{self.pid}/task").glob("*/stat"))
 
     def resume(self) -> None:
         """Let a paused group go on."""
