@@ -9,7 +9,7 @@ PIP_ARGS ?=
 ARGS ?=
 
 # Most tests wait for servers and workers, so more of them run than there are cores. ARGS="-n 0" runs one at a time.
-SIDE_BY_SIDE := -n 3 --dist loadgroup
+SIDE_BY_SIDE := -n 4 --dist loadgroup
 
 VENV := .venv
 BIN := $(VENV)/bin
