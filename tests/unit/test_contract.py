@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from shiwu.contract import (
     Answer,
+    ErrorCode,
+    ErrorInfo,
     Lane,
     Request,
     RequestError,
@@ -84,6 +86,16 @@ def test_an_id_that_is_no_valid_key_is_refused(job_id: Any) -> None:
     with pytest.raises(RequestError) as caught:
         check_id(job_id)
     assert caught.value.code.value == "invalid_id"
+
+
+@pytest.mark.parametrize(("text", "told"), [("猫", "猫"), ("a\udcff", "a\\udcff"), ("", "")])
+def test_an_error_can_always_be_written(text: str, told: str) -> None:
+    """Names of files that are no UTF-8 stand in errors, and JSON can't hold them."""
+    answer = Answer(id="x", status=Status.FAILED, error=ErrorInfo(code=ErrorCode.PICTURE_BROKEN, message=text))
+    read = Answer.from_json(answer.to_json())
+    assert read == answer
+    assert read.error is not None
+    assert read.error.message == told
 
 
 def test_readers_ignore_fields_of_a_newer_version() -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from shiwu.contract import ErrorCode
+from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.nursery import source_environment
 from tests.support import bombs, pictures
 from tests.support.family import children, lives
@@ -144,6 +149,40 @@ def holds(pid: int, what: bytes) -> bool:
                 except OSError:
                     continue
     return False
+
+
+def test_a_path_that_is_no_text_is_answered_like_any_other(good: str, tmp_path: Path) -> None:
+    """Bytes that are no UTF-8 in a reference cost the loader nothing, inside the allowed folders and outside."""
+    (tmp_path / os.fsdecode(b"\xff")).mkdir()
+    made = Pool(tmp_path, processes=1)
+    made.pool.start()
+    made.pool.wait_ready(30.0)
+    try:
+        made.submit("file:///%ff/x.png", f"{tmp_path.as_uri()}/%ff", good)
+        made.wait(3)
+        outside, folder, fine = (made.results[ticket] for ticket in range(3))
+        assert outside.error is not None
+        assert outside.error.code is ErrorCode.SOURCE_FORBIDDEN
+        assert "\\udcff" in (outside.detail or "")
+        assert folder.error is not None
+        assert folder.error.code is ErrorCode.SOURCE_NOT_A_FILE
+        assert fine.error is None
+        assert made.pool.restarts == 0
+    finally:
+        made.pool.close(5.0)
+
+
+def test_a_nursery_that_can_not_start_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for the loaders learns it long before the time is over."""
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    made = Pool(tmp_path, processes=1)
+    made.pool.start()
+    began_s = time.monotonic()
+    with pytest.raises(FatalError) as caught:
+        made.pool.wait_ready(30.0)
+    assert caught.value.exit_code is ExitCode.LOADERS
+    assert time.monotonic() - began_s < 20
+    assert [error.exit_code for error in made.fatal] == [ExitCode.LOADERS]
 
 
 def test_a_loader_that_hangs_is_replaced(good: str, tmp_path: Path) -> None:

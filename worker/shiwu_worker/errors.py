@@ -13,7 +13,7 @@ from __future__ import annotations
 from enum import Enum, IntEnum
 from typing import ClassVar
 
-from shiwu.contract import ErrorCode, ErrorInfo, Stage
+from shiwu.contract import ErrorCode, ErrorInfo, Stage, as_utf8
 
 
 class JobError(Exception):
@@ -25,7 +25,7 @@ class JobError(Exception):
         super().__init__(message)
         self.code = code
         self.stage = stage
-        self.detail = detail
+        self.detail = None if detail is None else as_utf8(detail)
         """What only the log may say."""
 
     def info(self) -> ErrorInfo:

@@ -275,9 +275,9 @@ class LoaderPool:
 
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
-        with theirs:
+        with ours, theirs:
             process = self._nursery.fork(theirs.fileno(), self._memory_fd)
-        connection = Connection(ours.detach())
+            connection = Connection(ours.detach())
         connection.send_bytes(self._options.model_dump_json().encode())
         connection.send_bytes(self._environment)
         loader = _Loader(process, connection)

@@ -72,6 +72,7 @@ from shiwu.contract.words import (
     RequestError,
     Stage,
     Status,
+    as_utf8,
 )
 
 __all__ = [
@@ -125,6 +126,7 @@ __all__ = [
     "Tag",
     "Timing",
     "Want",
+    "as_utf8",
     "check_id",
     "done_key",
     "parse_request",

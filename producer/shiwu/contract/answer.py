@@ -7,7 +7,7 @@ from typing import Any, Self
 import msgspec
 
 from shiwu.contract.request import Head
-from shiwu.contract.words import CONTRACT_VERSION, ErrorCode, Lane, Stage, Status
+from shiwu.contract.words import CONTRACT_VERSION, ErrorCode, Lane, Stage, Status, as_utf8
 
 _ENCODER = msgspec.json.Encoder()
 
@@ -95,6 +95,10 @@ class ErrorInfo(Written, frozen=True):
     message: str
     stage: Stage | None = None
     retryable: bool = msgspec.field(default_factory=bool)
+
+    def __post_init__(self) -> None:
+        """An answer that can't be written would hold its writer up for ever."""
+        msgspec.structs.force_setattr(self, "message", as_utf8(self.message))
 
 
 class Answer(Written, frozen=True):

@@ -92,6 +92,11 @@ class ErrorCode(StrEnum):
     QUEUE_FULL = "queue_full"  # told to producers only: the lane holds its limit already
 
 
+def as_utf8(text: str) -> str:
+    """The text with what UTF-8 can't write spelled out: names of files may hold such, JSON has no place for it."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
 class RequestError(ValueError):
     """A request breaks the contract. Carries the stable code; the text says what was expected and what came."""
 
