@@ -73,7 +73,7 @@ def _send(place: Place, messages: Sequence[traffic.Message], at_s: NDArray[np.fl
     late: list[float] = []
     while (sent := len(late)) < len(messages):
         if (left_s := at_s[sent] - time.monotonic()) > 0:
-            time.sleep(left_s)
+            time.sleep(left_s)  # until the next one is due: an open loop waits for no answer
         until = int(np.searchsorted(at_s, time.monotonic(), side="right"))
         traffic.send(place.client, place.lane, messages[sent:until])
         now_s = time.monotonic()

@@ -34,7 +34,7 @@ def _on_device(pictures: int) -> None:
         _own.device = os.open(DEVICE_FILE, os.O_CREAT | os.O_WRONLY)
     fcntl.flock(_own.device, fcntl.LOCK_EX)
     try:
-        time.sleep(wait_s)
+        time.sleep(wait_s)  # stands for the model
     finally:
         fcntl.flock(_own.device, fcntl.LOCK_UN)
 
@@ -57,7 +57,7 @@ def tag(image: str) -> dict[str, Any]:
 batches = make_app("batches")
 
 
-@batches.task(  # type: ignore[untyped-decorator]
+@batches.task(  # type: ignore[untyped-decorator]  # celery has no types
     name=TASK, shared=False, base=Batches, flush_every=FLUSH_EVERY, flush_interval=FLUSH_INTERVAL_S
 )
 def tag_batch(requests: list[SimpleRequest]) -> None:

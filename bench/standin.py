@@ -69,7 +69,7 @@ class StandInFlight:
     def wait(self) -> None:
         """Sleep until the device would be done."""
         if (left_s := self._until_s - time.monotonic()) > 0:
-            time.sleep(left_s)
+            time.sleep(left_s)  # stands for the model
 
 
 class StandInEncoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Final
 
 import redis
@@ -41,7 +42,7 @@ def hole(field: Field) -> Outcome:
         # What it had in hand may be answered by what the hole had swallowed; more than that needs new connections.
         more = min(base + field.jobs, field.answered() - field.answered_before + len(field.held(worker)) + 1)
         proxy.heal()
-        field.time_until(lambda more=more: field.answered() - field.answered_before >= more, timeout_s=60)  # type: ignore[misc]
+        field.time_until(partial(lambda more: field.answered() - field.answered_before >= more, more), timeout_s=60)
         field.wait_answers(base + field.jobs)
     outcome = field.finish("hole", promised_s=HEALED_S, notes=f"{field.lasts_s:g} s each")
     return outcome if worker.is_running else wrong(outcome, f"the worker ended with {worker.exit_code}")
@@ -64,7 +65,7 @@ def away(field: Field) -> Outcome:
             share = _be_away(server, worker, mood, field.lasts_s / len(MOODS))
             shares[mood] = max(share, shares.get(mood, 0.0))
             before = field.answered()
-            field.time_until(lambda before=before: field.answered() > before, timeout_s=60)  # type: ignore[misc]
+            field.time_until(partial(lambda before: field.answered() > before, before), timeout_s=60)
             field.wait_answers(base + field.jobs)
     told = ", ".join(f"{mood} {share:.1%}" for mood, share in shares.items())
     outcome = field.finish("away", promised_s=BACK_S, notes=f"{field.lasts_s:g} s in all; CPU meanwhile: {told}")

@@ -77,8 +77,8 @@ def _main() -> None:
             return stage._finite(vectors)
         return vectors
 
-    stage.Encoder.collect = faulty  # type: ignore[method-assign]
-    stage.Encoder.warm = warm  # type: ignore[method-assign]
+    stage.Encoder.collect = faulty  # type: ignore[method-assign]  # the fault is injected here
+    stage.Encoder.warm = warm  # type: ignore[method-assign]  # the same
     sys.argv = ["shiwu-worker"]
     worker.main()
 

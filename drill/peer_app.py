@@ -74,10 +74,10 @@ plain = Celery("plain", broker=URL)
 plain.conf.update(SETTINGS)
 
 
-@plain.task(name=TASK, shared=False, bind=True)  # type: ignore[untyped-decorator]
+@plain.task(name=TASK, shared=False, bind=True)  # type: ignore[untyped-decorator]  # Celery has no types
 def tag(self: Any, job_id: str) -> None:
     """One job a message; the sleep stands for the model."""
-    time.sleep(JOB_S)
+    time.sleep(JOB_S)  # stands for the model
     _record([job_id], [job_id] if _is_again(self.request.delivery_info) else [])
 
 
@@ -86,11 +86,11 @@ batches = Celery("batches", broker=URL)
 batches.conf.update(SETTINGS | {"worker_prefetch_multiplier": FLUSH_EVERY})
 
 
-@batches.task(  # type: ignore[untyped-decorator]
+@batches.task(  # type: ignore[untyped-decorator]  # Celery has no types
     name=TASK, shared=False, base=Batches, flush_every=FLUSH_EVERY, flush_interval=FLUSH_INTERVAL_S, acks_late=True
 )
 def tag_batch(requests: list[SimpleRequest]) -> None:
     """Many jobs a call; all effects of a call in one command, which leaves the fewest moments for a half batch."""
-    time.sleep(JOB_S * len(requests))
+    time.sleep(JOB_S * len(requests))  # stands for the model
     ids = [request.args[0] for request in requests]
     _record(ids, [request.args[0] for request in requests if _is_again(request.delivery_info)])

@@ -183,7 +183,7 @@ class PeerField:
         wait_until(
             lambda: int(self.client.llen(EFFECTS)) >= enough, timeout_s=60, every_s=0.002, what=f"{enough} effects"
         )
-        time.sleep(self.chance.uniform(0, UNCOUPLED_S))
+        time.sleep(self.chance.uniform(0, UNCOUPLED_S))  # a kill at no special moment
         victim.kill_group()
         killed_s = time.monotonic()
         held, queued = int(self.client.hlen("unacked")), int(self.client.llen(QUEUE))

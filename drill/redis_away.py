@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 from redis import Redis, RedisError
 from tests.support.failover import Failover
@@ -35,7 +36,7 @@ def restart(field: Field) -> Outcome:
             pause.wait(field.chance.uniform(0.0, LONGEST_AWAY_S))
         field.server.restart()
         before = field.answered()
-        field.time_until(lambda before=before: field.answered() > before, timeout_s=30)  # type: ignore[misc]
+        field.time_until(partial(lambda before: field.answered() > before, before), timeout_s=30)
         field.wait_answers(base + field.jobs)
     outcome = field.finish("redis", promised_s=GOES_ON_S)
     return outcome if worker.is_running else wrong(outcome, "the worker ended")
@@ -86,12 +87,12 @@ def failover(field: Field) -> Outcome:
             field.wait_answers(base + field.chance.randrange(1, max(2, field.jobs // 2)))
             old = servers.pause_primary() if number % 2 else servers.kill_primary()
             servers.wait_failover(old, timeout_s=60)
-            field.time_until(lambda ids=ids: _some_progress(onlooker, ids), timeout_s=60)  # type: ignore[misc]
+            field.time_until(partial(_some_progress, onlooker, ids), timeout_s=60)
             # The ledger pattern: what has no answer is enqueued again under its id, which is always safe.
             missing = _missing(onlooker, ids)
             again = [one for one in asked if one["id"] in missing]
-            wait_until(lambda again=again: _sent(producer, again), timeout_s=30, every_s=0.2)  # type: ignore[misc]
-            wait_until(lambda ids=ids: not _missing(onlooker, ids), timeout_s=120, every_s=0.25)  # type: ignore[misc]
+            wait_until(partial(_sent, producer, again), timeout_s=30, every_s=0.2)
+            wait_until(partial(lambda ids: not _missing(onlooker, ids), ids), timeout_s=120, every_s=0.25)
             servers.bring_back(old)
     outcome = field.finish("failover", promised_s=FOLLOWS_S)
     return outcome if worker.is_running else wrong(outcome, "the worker ended")

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 from tests.support.family import age_s, loaders_of
 from tests.support.processes import WorkerProcess
@@ -95,7 +96,7 @@ def rolling(field: Field) -> Outcome:
         began_s = time.monotonic()
         leaving.terminate()
         if number % 3 == 1:
-            wait_until(lambda leaving=leaving: "stopping" in leaving.log_text(), timeout_s=10)  # type: ignore[misc]
+            wait_until(partial(lambda leaving: "stopping" in leaving.log_text(), leaving), timeout_s=10)
             leaving.terminate()
         code = leaving.wait(timeout_s=GRACE_S + 20)
         field.recoveries.append(time.monotonic() - began_s)

@@ -12,6 +12,7 @@ import pytest
 import redis
 
 from tests.support.loopback import only_loopback
+from tests.support.redis_server import debian_redis
 from tests.support.servers import PictureServer, S3Server, Valkey, WorkerProcess
 from tests.support.waiting import wait_until as wait_until_true
 
@@ -20,6 +21,11 @@ hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, deran
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "fast")
 
 FAILED = pytest.StashKey[bool]()
+NEEDS_REDIS = pytest.mark.skipif(
+    debian_redis() is None and not os.environ.get("CI"),
+    reason="no redis-server on PATH: apt-get install redis-server",
+)
+"""For tests that run on Redis beside Valkey; in CI they fail without it."""
 
 
 @pytest.hookimpl(tryfirst=True)

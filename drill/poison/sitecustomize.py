@@ -19,7 +19,7 @@ if "shiwu_worker.nursery_process" in sys.orig_argv:
         if b"DRILL-ABORT" in end:
             os.abort()
         if b"DRILL-HANG" in end:
-            time.sleep(3600)
+            time.sleep(3600)  # the hang that is asked for
         if b"DRILL-MEMORY" in end:
             # Until there is no more: pages that are never touched cost address space alone. The limit of a loader must
             # come first; a picture that meets none is opened, and the drill sees that it was tagged.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shiwu.contract import CLAIMS
-from tests.conftest import StartWorker
+from tests.conftest import NEEDS_REDIS, StartWorker
 from tests.support import drill, pictures
 from tests.support.redis_server import RedisServer, debian_redis, valkey_binary
 from tests.support.waiting import wait_until
@@ -29,7 +29,7 @@ def images(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(debian_redis() is None, reason="no redis-server on PATH: apt-get install redis-server")
+@NEEDS_REDIS
 def test_sigkill_on_redis_itself(start_worker: StartWorker, images: list[str], tmp_path: Path) -> None:
     """What Valkey is used for elsewhere: a worker dies with jobs claimed, another has them within a lease and 2 s."""
     binary = debian_redis()

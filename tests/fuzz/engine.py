@@ -60,7 +60,7 @@ def run(target: Target, *, seconds: float, start: int) -> int:
             tried += 1
             try:
                 target.check(changed)
-            except BaseException:
+            except BaseException:  # whatever it raised is raised on
                 has_failed = True
                 raise
 

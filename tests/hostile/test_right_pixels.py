@@ -67,7 +67,7 @@ def test_every_mode_with_alpha_is_laid_on_white(mode: str) -> None:
     rgb, is_visible = flat(image, 8)
     assert is_visible
     assert min(rgb.getpixel((0, 0))) >= 250  # type: ignore[type-var,arg-type]  # a colour of three
-    assert min(rgb.getpixel((32, 32))) < 100  # type: ignore[type-var,arg-type]
+    assert min(rgb.getpixel((32, 32))) < 100  # type: ignore[type-var,arg-type]  # the same
 
 
 def test_a_picture_that_vanishes_on_white_is_laid_on_black() -> None:

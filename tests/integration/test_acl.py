@@ -16,6 +16,7 @@ from redis.exceptions import NoPermissionError
 
 from shiwu import Client, Status
 from shiwu.contract import CLAIMS, LEASES, RESULT_STREAM, Lane, result_key
+from tests.conftest import NEEDS_REDIS
 from tests.integration.test_claim_properties import message
 from tests.support import pictures
 from tests.support.celery_client import celery_client
@@ -51,10 +52,7 @@ class Guarded:
         return [(str(one["username"]), str(one["object"])) for one in entries]
 
 
-NO_REDIS = pytest.mark.skipif(debian_redis() is None, reason="no redis-server on PATH: apt-get install redis-server")
-
-
-@pytest.fixture(scope="module", params=["valkey", pytest.param("redis", marks=[NO_REDIS, pytest.mark.slow])])
+@pytest.fixture(scope="module", params=["valkey", pytest.param("redis", marks=[NEEDS_REDIS, pytest.mark.slow])])
 def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     """The server with the users of the file, and one picture."""
     folder = tmp_path_factory.mktemp("acl")

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,7 @@ def test_a_chord_and_a_chain_end_with_a_cancelled_part(servers: tuple[Valkey, Pa
     [header] = [one.id for one in all_of_them.parent.results if one.id != all_of_them.parent.results[0].id]
     with server.client() as client, Client(server.url) as ours:
         for job_id in (header, one_by_one.parent.id):
-            wait_until(lambda job_id=job_id: client.zscore("shiwu:delayed", job_id), timeout_s=GET_S)  # type: ignore[misc]
+            wait_until(partial(client.zscore, "shiwu:delayed", job_id), timeout_s=GET_S)
             if way == "cancel":
                 assert ours.cancel(job_id) == [job_id]
             else:

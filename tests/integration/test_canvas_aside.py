@@ -180,7 +180,7 @@ def test_others_callbacks_do_not_wait_for_an_empty_queue(app: Celery, redis_clie
     """With callbacks of our own coming without end, those that a dead worker left are sent all the same."""
     callbacks = Callbacks(app, redis_client)
     sent: list[str] = []
-    callbacks._send = lambda job_id, record: sent.append(job_id)  # type: ignore[method-assign]
+    callbacks._send = lambda job_id, record: sent.append(job_id)  # type: ignore[method-assign]  # no broker here
     redis_client.hset(CANVAS, "left", "x")
     redis_client.zadd(CANVAS_DUE, {"left": 1.0})
     callbacks.start()
@@ -200,7 +200,7 @@ def test_many_that_were_cancelled_at_once_are_not_looked_at_portion_by_portion(
     redis_client.hset(CANVAS, mapping={f"job-{n}": "x" for n in range(1500)})
     redis_client.zadd(CANVAS_DUE, {f"job-{n}": 1.0 for n in range(1500)})
     callbacks = Callbacks(app, redis_client)
-    callbacks._send = lambda job_id, record: None  # type: ignore[method-assign]
+    callbacks._send = lambda job_id, record: None  # type: ignore[method-assign]  # no broker here
     callbacks.start()
     wait_until(lambda: redis_client.hlen(CANVAS) == 0, timeout_s=30)
     callbacks.close(timeout_s=5)
@@ -219,7 +219,7 @@ def test_a_connection_that_breaks_leaves_the_callbacks_for_later(app: Celery, re
             raise faults.pop(0)
         sent.append(job_id)
 
-    callbacks._send = send  # type: ignore[method-assign]
+    callbacks._send = send  # type: ignore[method-assign]  # no broker here
     with pytest.raises(BrokenPipeError):
         callbacks._portion([])
     assert redis_client.hkeys(CANVAS) == [b"good"]

@@ -86,7 +86,7 @@ def test_filters(client: Client, redis_client: redis.Redis) -> None:
     bury(redis_client, client, "b1", code=ErrorCode.PICTURE_BROKEN, stage=Stage.DECODE)
 
     def ids(**fields: object) -> list[str]:
-        return [letter.id for letter in client.dead_letters(DeadFilter(**fields))]  # type: ignore[arg-type]
+        return [letter.id for letter in client.dead_letters(DeadFilter(**fields))]  # type: ignore[arg-type]  # fields of DeadFilter
 
     assert set(ids()) == {"a1", "a2", "b1"}
     assert ids(code="source_not_found") == ["a2"]

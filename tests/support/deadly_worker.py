@@ -22,7 +22,7 @@ def main() -> None:
             os.abort()
         return real(self, pixels, rows)
 
-    encode.Encoder.launch = deadly  # type: ignore[method-assign]
+    encode.Encoder.launch = deadly  # type: ignore[method-assign]  # the fault is injected here
     sys.argv = ["shiwu-worker"]
     worker.main()
 

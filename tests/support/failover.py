@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -73,7 +74,7 @@ class Failover:
             for process in (*self._servers.values(), *self._sentinels.values()):
                 self._stack.enter_context(process)
             for port in self._sentinels:
-                wait_until(lambda port=port: self._hurry(port), timeout_s=10, what=f"sentinel {port} answers")  # type: ignore[misc]
+                wait_until(partial(self._hurry, port), timeout_s=10, what=f"sentinel {port} answers")
             wait_until(self._is_complete, timeout_s=30, every_s=0.1, what="sentinels and replicas know each other")
         return self
 

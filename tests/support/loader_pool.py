@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -126,7 +127,7 @@ def load_all(paths: Sequence[Path], pool: Pool, *, timeout_s: float) -> Found:
         pool.pool.submit(tasks)
         left_s = began_s + timeout_s - time.monotonic()
         wanted = begin + len(portion)
-        wait_until(lambda wanted=wanted: len(pool.results) >= wanted or pool.fatal, timeout_s=left_s)  # type: ignore[misc]
+        wait_until(partial(lambda wanted: len(pool.results) >= wanted or pool.fatal, wanted), timeout_s=left_s)
     found = {paths[ticket].name: one for ticket, one in pool.results.items()}
     slowest = max(((one.decoded_s - one.fetched_s, name) for name, one in found.items()), default=(0.0, ""))
     answers = {name: one.error.code.value if one.error else str(one.format) for name, one in found.items()}

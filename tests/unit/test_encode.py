@@ -342,7 +342,7 @@ def test_the_largest_batch_is_the_one_beyond_which_nothing_is_gained(tmp_path: P
     """Rungs that bring no more pictures a second are left out, and what is left works."""
     encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8))
     took = {1: 0.1, 2: 0.12, 4: 0.235, 8: 0.47}
-    encoder._measure = lambda rung: encoder.seconds.setdefault(rung, took[rung])  # type: ignore[method-assign]
+    encoder._measure = lambda rung: encoder.seconds.setdefault(rung, took[rung])  # type: ignore[method-assign]  # a clock
     encoder.warm(choose_largest=True)
     assert encoder.rungs == (1, 2)
     assert encoder.slowest_s == 0.12

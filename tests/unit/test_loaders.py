@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,11 @@ def test_a_picture_that_ends_its_loader_twice_is_convicted_and_its_neighbours_ar
     guilty = http_server.serve("/guilty.png", Reply.picture(b"").late(first_pause_s=15.0))
     pool.submit(guilty, *[good] * 12)
     for hits in (1, 2):
-        wait_until(lambda hits=hits: http_server.hits["/guilty.png"] >= hits, timeout_s=20)  # type: ignore[misc]
+        wait_until(partial(lambda hits: http_server.hits["/guilty.png"] >= hits, hits), timeout_s=20)
         holder = next(one for one in pool.pool._loaders if 0 in one.held)
         [cell] = children(holder.process.pid)
         os.kill(cell if victim == "cell" else holder.process.pid, signal.SIGSEGV)
-        wait_until(lambda cell=cell: not lives(cell), timeout_s=20)  # type: ignore[misc]
+        wait_until(partial(lambda cell: not lives(cell), cell), timeout_s=20)
     pool.wait(13)
     assert pool.results[0].error is not None
     assert pool.results[0].error.code.value == "decoder_crashed"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from shiwu_worker.seccomp import SandboxError, filter_program
 
+HAS_FILTERS = Path("/proc/sys/kernel/seccomp/actions_avail").exists()
 INSIDE = """
 import mmap, os, socket, threading
 from shiwu_worker.image_spec import ImageSpec
@@ -64,7 +66,7 @@ os.abort()
 def test_under_the_filter_pictures_are_decoded_and_nothing_is_opened() -> None:
     """Threads, large memory and every format work; files, sockets, processes and executable memory do not."""
     done = subprocess.run([sys.executable, "-c", INSIDE], capture_output=True, text=True, timeout=120, check=False)
-    if "the kernel refused the filter" in done.stderr:
+    if "the kernel refused the filter" in done.stderr and not HAS_FILTERS:
         pytest.skip("this kernel does not allow filters of system calls")
     assert done.stdout == "held\n", done.stderr
     assert done.returncode < 0, "abort() still ends the process by its signal"

@@ -212,7 +212,7 @@ class Guard:
             sock.connect(where)
             if judged is not None and ipaddress.ip_address(sock.getpeername()[0]) != judged:
                 raise AddressRefused(f"expected the peer {judged}, got {sock.getpeername()[0]}")
-        except BaseException:
+        except BaseException:  # whatever ends it, the socket is closed
             sock.close()
             raise
         return sock

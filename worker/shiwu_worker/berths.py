@@ -126,7 +126,7 @@ class Berths:
             berth.filled[count:rung] = 0
             with self._launching:
                 self._run(berth, rung)
-        except BaseException:
+        except BaseException:  # whatever ends it, the berth is free again
             self.free(berth)
             raise
         return Flight(self, berth, count)

@@ -53,7 +53,7 @@ class EndedJobs:
                 self._listen()
             except (redis.RedisError, OSError):  # the heartbeat tells the log
                 self._closed.wait(RETRY_S)
-            except Exception as error:
+            except Exception as error:  # border: a thread that ends by a defect takes the process with it
                 log.exception("thread_failed", thread="ended")
                 self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
                 return

@@ -92,7 +92,7 @@ class Heartbeat:
     def _run(self) -> None:
         try:
             self._beat()
-        except Exception as error:
+        except Exception as error:  # border: a worker without a heartbeat must not go on
             log.exception("thread_failed", thread="heartbeat")
             self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
 

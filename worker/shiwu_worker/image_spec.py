@@ -61,5 +61,5 @@ def _spec(config: dict[str, Any], path: Path) -> ImageSpec:
         shortest_edge=edge if edge else (min(exact) if exact and crop else None),
         resample=int(config.get("resample", 3)),
         mean=mean,  # type: ignore[arg-type]  # three numbers, as every RGB checkpoint has
-        std=std,  # type: ignore[arg-type]
+        std=std,  # type: ignore[arg-type]  # the same
     )

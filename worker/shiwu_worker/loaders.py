@@ -155,7 +155,7 @@ class LoaderPool:
                 self._spawn()
             while not self._closing.is_set():
                 self._turn()
-        except Exception as error:
+        except Exception as error:  # border: a worker without loaders must not go on
             log.exception("thread_failed", thread="loaders")
             self._closing.set()
             self._all_ready.set()

@@ -273,7 +273,7 @@ class Pipeline:
             loop()
         except FatalError as error:
             self._give_up(error)
-        except Exception as error:
+        except Exception as error:  # border: half a pipeline is a black hole
             log.exception("thread_failed", thread=threading.current_thread().name)
             self._give_up(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
 

@@ -124,7 +124,7 @@ class Settler:
         try:
             while jobs := self._next():
                 self._settle(jobs)
-        except Exception as error:
+        except Exception as error:  # border: a worker that answers nothing must not go on
             log.exception("thread_failed", thread="commit")
             self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
 

@@ -113,7 +113,7 @@ class Triage:
             return True
         try:
             job.label_vectors = self._vectors_of(job.label_set)
-        except Exception as error:
+        except Exception as error:  # border: whatever the model raises is judged here
             trouble = self._trouble(error)
             if trouble is Trouble.LOST:
                 raise FatalError(ExitCode.DEVICE, f"the device failed: {error}") from error
@@ -179,7 +179,7 @@ class Triage:
         started_s = time.monotonic()
         try:
             self._score_all([job], self._encode_exact(self._pixels[[job.slot]]), started_s)
-        except Exception as error:  # border: as in `run`
+        except Exception as error:  # border: as in `_judged`
             if self._trouble(error) is Trouble.LOST:
                 raise FatalError(ExitCode.DEVICE, f"the device failed: {error}") from error
             _blame(job, error)

@@ -66,14 +66,8 @@ class _Socket(socket.socket):
         return count
 
 
-class _TlsSocket(ssl.SSLSocket):
-    header_bytes_left: int | None = None
-
-    def recv_into(self, *args: Any, **options: Any) -> int:
-        _bound(self)
-        count = super().recv_into(*args, **options)
-        self.header_bytes_left = _spend(self.header_bytes_left, count)
-        return count
+class _TlsSocket(_Socket, ssl.SSLSocket):
+    """The same inside TLS: `super` is then ssl's."""
 
 
 class Web:

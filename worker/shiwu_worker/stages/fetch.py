@@ -109,7 +109,7 @@ class Fetcher:
                 pause_s = random.uniform(0.05, 0.15) * 2**tried  # noqa: S311 jitter, no secret
                 if tried == QUICK_TRIES or time.monotonic() + pause_s >= deadline_s:
                     raise
-                time.sleep(pause_s)
+                time.sleep(pause_s)  # a thread of a loader; its process is killed, never asked to stop
         raise AssertionError("unreachable")
 
     # -------------------------------------------------------------------------------- s3
