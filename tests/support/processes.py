@@ -193,6 +193,7 @@ class WorkerProcess(Process):
         by_celery: bool = False,
         celery_args: str = "",
         module: str = "shiwu_worker",
+        args: str = "",
         env: Mapping[str, str] | None = None,
         **settings: object,
     ) -> None:
@@ -208,7 +209,7 @@ class WorkerProcess(Process):
         }
         asked = {f"SHIWU_{key.upper()}": str(value) for key, value in settings.items()}
         celery = ["celery", "-A", "shiwu_worker.app", "worker", *celery_args.split()]
-        command = celery if by_celery else [module]
+        command = celery if by_celery else [module, *args.split()]
         super().__init__(
             [sys.executable, "-m", *command],
             name=name,

@@ -1,30 +1,64 @@
-"""`shiwu-worker`: starts the Celery worker of this machine's device, or checks the settings."""
+"""`shiwu-worker`: starts a Celery worker for each card of this machine, or checks the settings."""
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 
 import click
 from pydantic import ValidationError
 
+from shiwu_worker import logs, solo
+from shiwu_worker.cards import UnknownCard
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode
+from shiwu_worker.health import Health
+from shiwu_worker.launcher import AFTER_GRACE_S, Launcher, Patience
+from shiwu_worker.places import Place, WrongPlaces, choose_places
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--check", is_flag=True, help="Print the effective settings, try Redis, S3 and the model, and exit.")
 @click.option("--tune", is_flag=True, help="Measure the model and the loaders, print and keep the settings, and exit.")
 @click.option("-E", "--task-events", is_flag=True, help="Send Celery's task events, for Flower and celery-exporter.")
+@click.option(
+    "--gpus",
+    metavar="LIST",
+    default="all",
+    show_default=True,
+    help="The cards to work on, of those that CUDA_VISIBLE_DEVICES shows: nvidia-smi's numbers, or UUIDs (GPU-…, "
+    "MIG-…) or their beginnings, separated by commas. cpu:0,cpu:1 are two workers on the CPU.",
+)
+@click.option(
+    "--per-gpu",
+    metavar="N",
+    type=click.IntRange(1, 16),
+    default=1,
+    show_default=True,
+    help="Workers on each card or MIG instance.",
+)
 @click.version_option(package_name="shiwu")
-def main(*, check: bool, tune: bool, task_events: bool) -> None:
+def main(*, check: bool, tune: bool, task_events: bool, gpus: str, per_gpu: int) -> None:
     """Tag pictures from the lanes `shiwu.interactive` and `shiwu.bulk`.
 
-    All settings are environment variables that begin with SHIWU_; --check lists them. The worker is an ordinary Celery
-    worker and can as well be started by `celery -A shiwu_worker.app worker`.
+    All settings are environment variables that begin with SHIWU_; --check lists them. With several cards, a worker is
+    started for each and again when it crashes; with one or none, this process is the worker: an ordinary Celery worker,
+    that can as well be started by `celery -A shiwu_worker.app worker`.
 
     \b
     SIGTERM or Ctrl-C   finish what is claimed within SHIWU_GRACE_S, give back the rest, exit 0
     a second one        give back at once
+
+    \b
+    exit codes
+    64 CONFIG    a setting or an option is wrong
+    65 MODEL     the model did not load or did not warm up
+    66 LOADERS   loader processes can't be kept alive
+    67 DEVICE    the card's context is corrupted
+    69 GAVE_UP   of several cards' workers one died again and again
+    70 INTERNAL  a defect of ours
+    71 OVERDUE   of several cards' workers one was killed before it had drained
     """
     if check:
         from shiwu_worker.check import run_checks  # noqa: PLC0415 the model's libraries take seconds to import
@@ -35,16 +69,36 @@ def main(*, check: bool, tune: bool, task_events: bool) -> None:
 
         sys.exit(run_tune())
     try:
-        Settings()
+        settings = Settings()
     except ValidationError as error:
         for wrong in error.errors(include_url=False, include_input=False):
             name = "_".join(str(part) for part in wrong["loc"]).upper()
             click.echo(f"SHIWU_{name}: {wrong['msg']}", err=True)
         sys.exit(int(ExitCode.CONFIG))
-    from celery.bin.celery import celery  # noqa: PLC0415 it takes a second to import
+    logs.set_up(level=settings.log_level, form=settings.log_format)
+    try:
+        places = choose_places(settings, asked=gpus, per_gpu=per_gpu)
+    except (UnknownCard, WrongPlaces) as error:
+        click.echo(str(error), err=True)
+        sys.exit(int(ExitCode.CONFIG))
+    if len(places) > 1:
+        sys.exit(_launch(settings, places, task_events=task_events))
+    for place in places:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place.environment["CUDA_VISIBLE_DEVICES"]
+        os.environ["SHIWU_DEVICE"] = place.environment["SHIWU_DEVICE"]
+    # All CPUs are its own, the far ones too: nobody else here needs them.
+    node = places[0].node if places else f"shiwu@{socket.gethostname()}"
+    solo.run(node=node, task_events=task_events)
 
-    args = ["--quiet", "--app", "shiwu_worker.app", "worker", "--loglevel=WARNING", *(["-E"] if task_events else [])]
-    celery.main(args=args, prog_name="celery")
+
+def _launch(settings: Settings, places: list[Place], *, task_events: bool) -> int:
+    drain_s = settings.grace_s + AFTER_GRACE_S
+
+    def command(place: Place) -> list[str]:
+        return solo.command(node=place.node, cpus=place.cpus, drain_s=drain_s, task_events=task_events)
+
+    health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file)
+    return Launcher(places, command=command, patience=Patience(drain_s=drain_s), health=health).run()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -21,7 +22,11 @@ class Health:
         else:
             self._ready_file.unlink(missing_ok=True)
 
-    def alive(self) -> None:
-        """Say that the pipeline makes progress."""
-        if self._alive_file is not None:
+    def alive(self, *, at_s: float | None = None) -> None:
+        """Say that the pipeline made progress, now or at this Unix time."""
+        if self._alive_file is None:
+            return
+        if at_s is None or not self._alive_file.exists():
             self._alive_file.touch()
+        if at_s is not None:
+            os.utime(self._alive_file, (at_s, at_s))

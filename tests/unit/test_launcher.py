@@ -1,0 +1,181 @@
+"""What the launcher makes of each end of a worker, with shell commands for workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from shiwu_worker.errors import ExitCode
+from shiwu_worker.health import Health
+from shiwu_worker.launcher import Launcher, Patience
+from shiwu_worker.places import Place
+from tests.support.family import lives
+from tests.support.waiting import wait_until
+
+STAY = "exec sleep 60"
+NOBODY = Health(ready_file=None, alive_file=None)
+
+
+def place(name: str, **options: Path) -> Place:
+    """A place with no more than a name."""
+    return Place(name, f"shiwu@{name}", frozenset({0}), {"PLACE": name}, **options)
+
+
+def launch(*scripts: str, drain_s: float = 10.0, **patience: float) -> int:
+    """Run one shell script for each worker until all is over; the exit code."""
+    places = [place(f"gpu{number}") for number in range(len(scripts))]
+    commands = {one.name: ["sh", "-c", script] for one, script in zip(places, scripts, strict=True)}
+    limits = Patience(drain_s=drain_s, first_pause_s=0.01, most_deaths=4, **patience)  # type: ignore[arg-type]  # floats
+    return Launcher(places, command=lambda one: commands[one.name], patience=limits, health=NOBODY).run()
+
+
+def test_an_end_by_plan_is_no_reason_to_start_again(tmp_path: Path) -> None:
+    """Exit code 0: the place stays empty; when all are empty the launcher ends with 0."""
+    assert launch(f"echo x >> {tmp_path}/a", f"echo x >> {tmp_path}/b; sleep 0.1") == ExitCode.OK
+    assert [(tmp_path / name).read_text() for name in ("a", "b")] == ["x\n", "x\n"]
+
+
+def test_wrong_settings_end_everything_at_once(tmp_path: Path) -> None:
+    """They would be as wrong for the next one."""
+    assert launch(f"echo x >> {tmp_path}/a; exit {ExitCode.CONFIG:d}", STAY) == ExitCode.CONFIG
+    assert (tmp_path / "a").read_text() == "x\n"
+
+
+@pytest.mark.parametrize("end", ["exit 67", "exit 1", "kill -KILL $$", "kill -SEGV $$"])
+def test_who_keeps_dying_is_given_up(end: str) -> None:
+    """With growing pauses, then all others are stopped and the code has a name."""
+    with capture_logs() as lines:
+        assert launch(end, STAY) == ExitCode.GAVE_UP
+    assert [line["restart_in_s"] for line in lines if line["event"] == "worker_died"] == [0.01, 0.02, 0.04]
+    assert [line["place"] for line in lines if line["event"] == "gave_up"] == ["gpu0"]
+
+
+def test_a_pause_has_a_limit() -> None:
+    """Doubling ends there."""
+    with capture_logs() as lines:
+        assert launch("exit 1", longest_pause_s=0.015) == ExitCode.GAVE_UP
+    assert [line["restart_in_s"] for line in lines if line["event"] == "worker_died"] == [0.01, 0.015, 0.015]
+
+
+def test_a_long_life_starts_a_new_count(tmp_path: Path) -> None:
+    """Ten deaths, each after a calm life, are none too many."""
+    script = f"echo x >> {tmp_path}/a; sleep 0.05; [ $(wc -l < {tmp_path}/a) -ge 10 ] || exit 67"
+    assert launch(script, calm_s=0.04) == ExitCode.OK
+    assert launch("sleep 0.05; exit 67", calm_s=5.0) == ExitCode.GAVE_UP
+
+
+def test_a_command_that_does_not_start_is_a_death() -> None:
+    """As if it had crashed."""
+    limits = Patience(drain_s=1, first_pause_s=0.01, most_deaths=3)
+    launcher = Launcher([place("gpu0")], command=lambda _: ["/no/such"], patience=limits, health=NOBODY)
+    assert launcher.run() == ExitCode.GAVE_UP
+
+
+@pytest.mark.parametrize("number", ["TERM", "INT", "HUP"])
+def test_a_signal_is_passed_on_and_the_drain_awaited(tmp_path: Path, number: str) -> None:
+    """Every worker gets SIGTERM; one that is not far enough to handle it holds nothing: 0."""
+    drains = (
+        f"trap 'sleep 0.2; echo done > {tmp_path}/a; exit 0' TERM; kill -{number} $PPID; while :; do sleep 0.02; done"
+    )
+    assert launch(drains, STAY) == ExitCode.OK
+    assert (tmp_path / "a").read_text() == "done\n"
+
+
+def test_a_worker_that_fails_while_draining_gives_its_code() -> None:
+    """Nothing is started any more, and the code is told."""
+    fails = "trap 'exit 67' TERM; kill -TERM $PPID; while :; do sleep 0.02; done"
+    assert launch(fails, STAY) == ExitCode.DEVICE
+
+
+def test_who_does_not_drain_is_killed_and_told() -> None:
+    """After the limit, and not before."""
+    started_s = time.monotonic()
+    assert launch("trap '' TERM; kill -TERM $PPID; exec sleep 60", drain_s=0.5) == ExitCode.OVERDUE
+    assert 0.5 <= time.monotonic() - started_s < 20
+
+
+def test_a_second_signal_reaches_the_workers(tmp_path: Path) -> None:
+    """It means the same as to a single worker: its second SIGTERM."""
+    script = (
+        "n=0; trap 'n=$((n+1)); [ $n = 2 ] && exit 0; kill -INT $PPID' TERM; kill -TERM $PPID;"
+        "while :; do sleep 0.02; done"
+    )
+    assert launch(script) == ExitCode.OK
+
+
+def test_the_probes_files_are_all_workers(tmp_path: Path) -> None:
+    """Ready while all are, alive as long ago as the slowest; nothing of a dead worker stays."""
+    places = [
+        place(name, ready_file=tmp_path / f"r.{name}", alive_file=tmp_path / f"a.{name}") for name in ("gpu0", "gpu1")
+    ]
+    (tmp_path / "r").touch()
+    (tmp_path / "r.gpu0").touch()
+    # gpu1 becomes ready last, then says what the launcher's own files look like, and crashes; the next one ends all.
+    script = f"""cd {tmp_path}
+    [ -e told ] && {{ ls > second; exit 64; }}
+    touch -d @1000 a.$PLACE; [ $PLACE = gpu0 ] && {{ touch r.$PLACE; exec sleep 60; }}
+    touch -d @2000 a.$PLACE
+    while [ -e r ]; do sleep 0.02; done; touch r.$PLACE
+    while [ ! -e r ]; do sleep 0.02; done
+    while [ ! -e a ]; do sleep 0.02; done
+    touch told; exit 67"""
+    health = Health(ready_file=tmp_path / "r", alive_file=tmp_path / "a")
+    limits = Patience(drain_s=5, first_pause_s=1.5)
+    code = Launcher(places, command=lambda _: ["sh", "-c", script], patience=limits, health=health).run()
+    assert code == ExitCode.CONFIG
+    assert (tmp_path / "a").stat().st_mtime == 1000
+    listed = (tmp_path / "second").read_text().split()
+    assert "r.gpu0" in listed
+    assert not {"r", "r.gpu1", "a.gpu1"} & set(listed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "second", "told"]
+
+
+CHILD = """
+import signal, sys, time
+from shiwu_worker.solo import drain_with_parent
+if sys.argv[2] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    signal.signal(signal.SIGTERM, lambda *_: (print("drained", flush=True), sys.exit(0)))
+drain_with_parent(int(sys.argv[1]), limit_s=float(sys.argv[3]))
+print("up", flush=True)
+while True:
+    time.sleep(0.05)
+"""
+PARENT = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid()), *sys.argv[2:]], start_new_session=True)
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@pytest.mark.parametrize(("kind", "limit_s"), [("hears", "60"), ("deaf", "0.5")])
+def test_a_worker_does_not_outlive_its_launcher(kind: str, limit_s: str) -> None:
+    """SIGTERM when the launcher is killed, and SIGKILL after a limit."""
+    with subprocess.Popen([sys.executable, "-c", PARENT, CHILD, kind, limit_s], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        try:
+            assert parent.stdout.readline() == b"up\n"
+            parent.kill()
+            wait_until(lambda: not lives(pid), timeout_s=10, what="the child ends")
+            assert parent.stdout.read() == (b"drained\n" if kind == "hears" else b"")
+        finally:
+            if lives(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_worker_without_its_launcher_does_not_begin() -> None:
+    """The launcher died before its worker could ask the kernel for a signal."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, "1", "hears", "60"], capture_output=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, b"")

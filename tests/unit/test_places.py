@@ -1,0 +1,102 @@
+"""Where workers are put: names, ports, files, CPUs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from shiwu_worker.cards import Card, UnknownCard
+from shiwu_worker.config import Settings
+from shiwu_worker.places import Place, WrongPlaces, choose_places, make_places, share_out
+
+HOST = socket.gethostname()
+NEAR = frozenset({0, 1, 2, 3})
+FAR = frozenset({4, 5, 6, 7})
+GPU0 = Card("gpu0", "GPU-a", 0, "GPU-a", NEAR)
+GPU1 = Card("gpu1", "GPU-b", 1, "GPU-b", FAR)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SHIWU_") or name == "CUDA_VISIBLE_DEVICES"]:
+        monkeypatch.delenv(name)
+
+
+def places(*cards: Card, environment: dict[str, str] | None = None, **settings: object) -> list[Place]:
+    """Places on a machine with eight CPUs."""
+    return make_places(
+        cards, settings=Settings.model_validate(settings), environment=environment or {}, cpus=NEAR | FAR
+    )
+
+
+def test_each_card_has_a_pinned_place() -> None:
+    """By UUID, with names that tell the card, on CPUs near it."""
+    first, second = places(GPU0, GPU1)
+    assert (first.node, second.node) == (f"shiwu@{HOST}-gpu0", f"shiwu@{HOST}-gpu1")
+    assert first.environment == {
+        "CUDA_VISIBLE_DEVICES": "GPU-a",
+        "SHIWU_DEVICE": "cuda",
+        "SHIWU_WORKER_NAME": f"{HOST}-gpu0",
+    }
+    assert (first.cpus, second.cpus) == (NEAR, FAR)
+
+
+def test_several_on_a_card_share_its_cpus() -> None:
+    """And have a number each."""
+    made = places(GPU0, GPU0, GPU1)
+    assert [place.name for place in made] == ["gpu0-0", "gpu0-1", "gpu1"]
+    assert [place.cpus for place in made] == [{0, 1}, {2, 3}, FAR]
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in made] == ["GPU-a", "GPU-a", "GPU-b"]
+
+
+def test_ports_files_and_names_do_not_clash(tmp_path: Path) -> None:
+    """A port counts up from the one that was set; 0 is none, and what is no number is the worker's to refuse."""
+    environment = {"SHIWU_HTTP_PORT": "9100"}
+    made = places(GPU0, GPU1, environment=environment, worker_name="w", ready_file=tmp_path / "r", alive_file="/a")
+    assert [place.environment["SHIWU_HTTP_PORT"] for place in made] == ["9100", "9101"]
+    assert [place.environment["SHIWU_WORKER_NAME"] for place in made] == ["w-gpu0", "w-gpu1"]
+    assert [place.ready_file for place in made] == [tmp_path / "r.gpu0", tmp_path / "r.gpu1"]
+    assert [place.environment["SHIWU_READY_FILE"] for place in made] == [str(place.ready_file) for place in made]
+    assert [place.environment["SHIWU_ALIVE_FILE"] for place in made] == ["/a.gpu0", "/a.gpu1"]
+    for port in ("0", "", "x", "-1"):
+        assert "SHIWU_HTTP_PORT" not in places(GPU0, environment={"SHIWU_HTTP_PORT": port})[0].environment
+
+
+def test_the_cpu_is_no_card() -> None:
+    """Workers on it see no card at all."""
+    made = places(Card("cpu0", None), Card("cpu1", None))
+    assert [place.node for place in made] == [f"shiwu@{HOST}-cpu0", f"shiwu@{HOST}-cpu1"]
+    assert [place.cpus for place in made] == [NEAR, FAR]
+    assert made[0].environment.items() >= {"CUDA_VISIBLE_DEVICES": "", "SHIWU_DEVICE": "cpu"}.items()
+
+
+@pytest.mark.parametrize(
+    ("near", "expected"),
+    [
+        ([{0, 1, 2}, {0, 1, 2}], [{0}, {1, 2}]),
+        ([{0, 1}, {2, 3}, {0, 1}], [{0}, {2, 3}, {1}]),
+        ([{0}, {0}], [{0}, {0}]),
+        ([], []),
+    ],
+)
+def test_cpus_are_shared_out(near: list[set[int]], expected: list[set[int]]) -> None:
+    """Evenly among those near the same; too few are everybody's."""
+    assert share_out([frozenset(cpus) for cpus in near]) == expected
+
+
+def test_a_device_that_is_set_leaves_nothing_to_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuda:1 is one worker; cards beside it are a contradiction, as is a share of no card."""
+    monkeypatch.setattr("shiwu_worker.places.find_cards", lambda *, visible: [GPU0, GPU1])
+    assert [place.name for place in choose_places(Settings(), asked="all", per_gpu=1)] == ["gpu0", "gpu1"]
+    for device in ("cuda:1", "cpu"):
+        assert choose_places(Settings(device=device), asked="all", per_gpu=1) == []
+    with pytest.raises(WrongPlaces, match="SHIWU_DEVICE=cuda:1"):
+        choose_places(Settings(device="cuda:1"), asked="0", per_gpu=1)
+    with pytest.raises(UnknownCard):
+        choose_places(Settings(device="cpu"), asked="0", per_gpu=1)
+    with pytest.raises(WrongPlaces, match="--per-gpu"):
+        choose_places(Settings(device="cpu"), asked="all", per_gpu=2)
+    assert len(choose_places(Settings(device="cpu"), asked="cpu:0", per_gpu=2)) == 2

@@ -1,0 +1,165 @@
+"""The machine's cards as NVIDIA's library (NVML) knows them; without a driver there are none."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pynvml
+import structlog
+
+log: Any = structlog.get_logger()
+MASK_BITS: Final = 64
+_NUMBER: Final = re.compile(r"\+?(\d+)")
+"""CUDA reads a number by strtoul: `1x` is 1, `x` and `-1` are none."""
+_CPU: Final = re.compile(r"cpu:(\d+)")
+
+
+class UnknownCard(ValueError):
+    """A card was asked for that this machine does not have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One card, one MIG instance of a card, or a share of the CPU."""
+
+    name: str
+    """`gpu0` with nvidia-smi's number, `gpu0-mig1`, `cpu0`."""
+    uuid: str | None
+    """`GPU-…` or `MIG-…`; None for the CPU."""
+    gpu: int = -1
+    """nvidia-smi's number of the card; -1 for the CPU."""
+    gpu_uuid: str = ""
+    near_cpus: frozenset[int] = frozenset()
+    """CPUs of its NUMA node that this process may use; empty where that is not known."""
+
+
+def find_cards(*, visible: str | None) -> list[Card]:
+    """The cards of this machine, MIG instances in place of their card, as CUDA_VISIBLE_DEVICES=`visible` leaves them.
+
+    None leaves all. Numbers are nvidia-smi's: CUDA's own where the cards are alike or CUDA_DEVICE_ORDER is PCI_BUS_ID.
+    """
+    with _nvml() as is_there:
+        cards = list(_all_cards()) if is_there else []
+    return cards if visible is None or not cards else _left_visible(cards, visible)
+
+
+def choose_cards(cards: Sequence[Card], asked: str) -> list[Card]:
+    """The cards of a list `0,GPU-…,MIG-…,cpu:0`: numbers, UUIDs or beginnings of them. `all` is every card.
+
+    Raises:
+        UnknownCard: for a word that is no card here, or one that was named already.
+    """
+    if asked.strip() == "all":
+        return list(cards)
+    found: list[Card] = []
+    for word in (part.strip() for part in asked.split(",")):
+        if cpu := _CPU.fullmatch(word):
+            named = [Card(name=f"cpu{int(cpu[1])}", uuid=None)]
+        else:
+            named = _of_number(cards, word) if word.isdecimal() else _of_uuid(cards, word)
+        if not named:
+            known = ", ".join(f"{card.gpu} ({card.uuid})" for card in cards) or "no visible card"
+            raise UnknownCard(f"expected cpu:N, all, or one of {known}, got {word!r:.80}")
+        if named[0] in found:
+            raise UnknownCard(f"expected each card once, got {word!r:.80} again")
+        found += named
+    return found
+
+
+def _left_visible(cards: Sequence[Card], visible: str) -> list[Card]:
+    """As CUDA: the first word that is no card ends the list, a card named twice leaves none."""
+    kind = next((prefix for prefix in ("GPU-", "MIG-") if visible.strip().startswith(prefix)), None)
+    found: list[Card] = []
+    for word in (part.strip() for part in visible.split(",")):
+        if kind is None:
+            number = _NUMBER.match(word)
+            named = _of_number(cards, number[1]) if number else []
+        else:
+            named = _of_uuid(cards, word) if word.startswith(kind) else []
+        if not named:
+            if word not in {"", "-1"}:
+                log.warning("cards_hidden", by=f"CUDA_VISIBLE_DEVICES={visible:.200}", no_card=word[:80])
+            break
+        if named[0] in found:
+            log.warning("cards_hidden", by=f"CUDA_VISIBLE_DEVICES={visible:.200}", twice=word[:80])
+            return []
+        found += named
+    return found
+
+
+def _of_number(cards: Sequence[Card], number: str) -> list[Card]:
+    return [card for card in cards if card.gpu == int(number)]
+
+
+def _of_uuid(cards: Sequence[Card], start: str) -> list[Card]:
+    """The one card, or all instances of the one card, whose UUID begins so."""
+    if start.startswith("MIG-"):
+        found = [card for card in cards if card.uuid is not None and card.uuid.startswith(start)]
+        return found if len(found) == 1 else []
+    found = [card for card in cards if start and card.gpu_uuid.startswith(start)]
+    return found if len({card.gpu_uuid for card in found}) == 1 else []
+
+
+def _all_cards() -> Iterator[Card]:
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            uuid = str(pynvml.nvmlDeviceGetUUID(handle))
+        except pynvml.NVMLError as error:
+            log.error("card_left_out", card=f"gpu{index}", error=str(error))  # it fell off the bus, or is not ours
+            continue
+        near = _near_cpus(handle)
+        instances = _instances(handle)
+        if instances is None:
+            yield Card(name=f"gpu{index}", uuid=uuid, gpu=index, gpu_uuid=uuid, near_cpus=near)
+        for number, instance in instances or ():
+            name = f"gpu{index}-mig{number}"
+            yield Card(name=name, uuid=instance, gpu=index, gpu_uuid=uuid, near_cpus=near)
+
+
+def _instances(handle: Any) -> list[tuple[int, str]] | None:
+    """Numbers and UUIDs of a card's MIG instances; None where the card is whole."""
+    try:
+        is_split, _ = pynvml.nvmlDeviceGetMigMode(handle)
+        most = pynvml.nvmlDeviceGetMaxMigDeviceCount(handle) if is_split else 0
+    except pynvml.NVMLError:
+        return None  # a card without MIG
+    if not is_split:
+        return None
+    found: list[tuple[int, str]] = []
+    for number in range(most):
+        with suppress(pynvml.NVMLError):  # a place without an instance
+            instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
+            found.append((number, str(pynvml.nvmlDeviceGetUUID(instance))))
+    return found
+
+
+def _near_cpus(handle: Any) -> frozenset[int]:
+    allowed = os.sched_getaffinity(0)
+    words = max(allowed) // MASK_BITS + 1
+    try:
+        masks = pynvml.nvmlDeviceGetCpuAffinityWithinScope(handle, words, pynvml.NVML_AFFINITY_SCOPE_NODE)
+    except pynvml.NVMLError:
+        return frozenset()
+    near = {word * MASK_BITS + bit for word, mask in enumerate(masks) for bit in range(MASK_BITS) if mask >> bit & 1}
+    return frozenset(near & allowed)
+
+
+@contextmanager
+def _nvml() -> Iterator[bool]:
+    """Whether the library answers, for the time of the block."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()

@@ -1,0 +1,67 @@
+"""One Celery worker in this process: the whole of `shiwu-worker` on one device, or a launcher's child.
+
+`python -m shiwu_worker.solo PARENT NODE CPUS DRAIN_S [-E]` is how the launcher starts one, and nobody else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+from typing import Final
+
+from shiwu_worker.nursery import PR_SET_PDEATHSIG
+
+EVENTS: Final = "-E"
+
+
+def command(*, node: str, cpus: frozenset[int], drain_s: float, task_events: bool) -> list[str]:
+    """The command line of a child of this process; `main` reads it."""
+    told = [str(os.getpid()), node, ",".join(map(str, sorted(cpus))), str(drain_s)]
+    return [sys.executable, "-m", "shiwu_worker.solo", *told, *([EVENTS] if task_events else [])]
+
+
+def run(*, node: str, task_events: bool) -> None:
+    """Be the Celery worker; ends the process."""
+    from celery.bin.celery import celery  # noqa: PLC0415 it takes a second to import, and the launcher needs none
+
+    args = ["--quiet", "--app", "shiwu_worker.app", "worker", "--loglevel=WARNING", "--hostname", node]
+    celery.main(args=[*args, *([EVENTS] if task_events else [])], prog_name="celery")
+
+
+def drain_with_parent(parent: int, *, limit_s: float) -> None:
+    """When the parent ends, get SIGTERM from the kernel, and SIGKILL `limit_s` later if still there.
+
+    Nobody would restart this worker any more, but it can still finish what it holds.
+    """
+    try:
+        pidfd = os.pidfd_open(parent)
+    except ProcessLookupError:
+        os._exit(0)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(0)
+
+    def wait() -> None:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll()
+        threading.Event().wait(limit_s)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
+def main() -> None:
+    """Take the place that the launcher chose, before a library counts the CPUs."""
+    parent, node, cpus, drain_s, *rest = sys.argv[1:]
+    drain_with_parent(int(parent), limit_s=float(drain_s))
+    os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
+    run(node=node, task_events=EVENTS in rest)
+
+
+if __name__ == "__main__":
+    main()
