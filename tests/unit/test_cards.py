@@ -142,8 +142,8 @@ def test_a_lost_card_is_left_out_and_told(nvml: FakeNvml) -> None:
 
 def test_near_cpus_are_those_we_may_use(nvml: FakeNvml) -> None:
     """Masks of 64 CPUs each; unknown is empty, and so is a node whose CPUs are others'."""
-    nvml.cards = [FakeCard("GPU-a", (0b11, 0b1)), FakeCard("GPU-b"), FakeCard("GPU-c", (0b1, 0))]
-    assert [card.near_cpus for card in find_cards(visible=None)] == [{1, 64}, frozenset(), frozenset()]
+    nvml.cards = [FakeCard("GPU-a", (0b1011, 0b1)), FakeCard("GPU-b"), FakeCard("GPU-c", (0b1, 0))]
+    assert [card.near_cpus for card in find_cards(visible=None)] == [{1, 3, 64}, frozenset(), frozenset()]
 
 
 @pytest.mark.parametrize(

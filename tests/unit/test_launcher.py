@@ -32,7 +32,7 @@ def launch(*scripts: str, drain_s: float = 10.0, **patience: float) -> int:
     """Run one shell script for each worker until all is over; the exit code."""
     places = [place(f"gpu{number}") for number in range(len(scripts))]
     commands = {one.name: ["sh", "-c", script] for one, script in zip(places, scripts, strict=True)}
-    limits = Patience(drain_s=drain_s, first_pause_s=0.01, most_deaths=4, **patience)  # type: ignore[arg-type]  # floats
+    limits = Patience(**{"drain_s": drain_s, "first_pause_s": 0.01, "most_deaths": 4, **patience})  # type: ignore[arg-type]  # floats
     return Launcher(places, command=lambda one: commands[one.name], patience=limits, health=NOBODY).run()
 
 
@@ -62,6 +62,15 @@ def test_a_pause_has_a_limit() -> None:
     with capture_logs() as lines:
         assert launch("exit 1", longest_pause_s=0.015) == ExitCode.GAVE_UP
     assert [line["restart_in_s"] for line in lines if line["event"] == "worker_died"] == [0.01, 0.015, 0.015]
+
+
+def test_nothing_is_started_any_more_once_the_end_has_begun(tmp_path: Path) -> None:
+    """A worker that waits for its restart is over at once."""
+    started_s = time.monotonic()
+    dies = f"echo x >> {tmp_path}/a; exit 67"
+    assert launch(dies, f"sleep 0.3; exit {ExitCode.CONFIG:d}", first_pause_s=30.0) == ExitCode.CONFIG
+    assert time.monotonic() - started_s < 20
+    assert (tmp_path / "a").read_text() == "x\n"
 
 
 def test_a_long_life_starts_a_new_count(tmp_path: Path) -> None:
@@ -120,7 +129,10 @@ def test_the_probes_files_are_all_workers(tmp_path: Path) -> None:
     # gpu1 becomes ready last, then says what the launcher's own files look like, and crashes; the next one ends all.
     script = f"""cd {tmp_path}
     [ -e told ] && {{ ls > second; exit 64; }}
-    touch -d @1000 a.$PLACE; [ $PLACE = gpu0 ] && {{ touch r.$PLACE; exec sleep 60; }}
+    touch -d @1000 a.$PLACE
+    if [ $PLACE = gpu0 ]; then
+        touch r.$PLACE; while [ ! -e told ] || [ -e r ]; do sleep 0.02; done; touch gone; exec sleep 60
+    fi
     touch -d @2000 a.$PLACE
     while [ -e r ]; do sleep 0.02; done; touch r.$PLACE
     while [ ! -e r ]; do sleep 0.02; done
@@ -132,9 +144,9 @@ def test_the_probes_files_are_all_workers(tmp_path: Path) -> None:
     assert code == ExitCode.CONFIG
     assert (tmp_path / "a").stat().st_mtime == 1000
     listed = (tmp_path / "second").read_text().split()
-    assert "r.gpu0" in listed
+    assert {"r.gpu0", "gone"} <= set(listed), "not ready while one of them waits for its restart"
     assert not {"r", "r.gpu1", "a.gpu1"} & set(listed)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "second", "told"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "gone", "second", "told"]
 
 
 CHILD = """

@@ -83,9 +83,8 @@ def main(*, check: bool, tune: bool, task_events: bool, gpus: str, per_gpu: int)
         sys.exit(int(ExitCode.CONFIG))
     if len(places) > 1:
         sys.exit(_launch(settings, places, task_events=task_events))
-    for place in places:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place.environment["CUDA_VISIBLE_DEVICES"]
-        os.environ["SHIWU_DEVICE"] = place.environment["SHIWU_DEVICE"]
+    if gpus != "all":
+        os.environ |= {name: places[0].environment[name] for name in ("CUDA_VISIBLE_DEVICES", "SHIWU_DEVICE")}
     # All CPUs are its own, the far ones too: nobody else here needs them.
     node = places[0].node if places else f"shiwu@{socket.gethostname()}"
     solo.run(node=node, task_events=task_events)
