@@ -7,9 +7,8 @@ import socket
 import sys
 
 import click
-from pydantic import ValidationError
 
-from shiwu_worker import logs, solo
+from shiwu_worker import solo
 from shiwu_worker.cards import UnknownCard
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode
@@ -68,14 +67,7 @@ def main(*, check: bool, tune: bool, task_events: bool, gpus: str, per_gpu: int)
         from shiwu_worker.tune import run_tune  # noqa: PLC0415 as above
 
         sys.exit(run_tune())
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        for wrong in error.errors(include_url=False, include_input=False):
-            name = "_".join(str(part) for part in wrong["loc"]).upper()
-            click.echo(f"SHIWU_{name}: {wrong['msg']}", err=True)
-        sys.exit(int(ExitCode.CONFIG))
-    logs.set_up(level=settings.log_level, form=settings.log_format)
+    settings = solo.begin()
     try:
         places = choose_places(settings, asked=gpus, per_gpu=per_gpu)
     except (UnknownCard, WrongPlaces) as error:

@@ -13,6 +13,11 @@ import sys
 import threading
 from typing import Final
 
+from pydantic import ValidationError
+
+from shiwu_worker import logs
+from shiwu_worker.config import Settings
+from shiwu_worker.errors import ExitCode
 from shiwu_worker.nursery import PR_SET_PDEATHSIG
 
 EVENTS: Final = "-E"
@@ -22,6 +27,19 @@ def command(*, node: str, cpus: frozenset[int], drain_s: float, task_events: boo
     """The command line of a child of this process; `main` reads it."""
     told = [str(os.getpid()), node, ",".join(map(str, sorted(cpus))), str(drain_s)]
     return [sys.executable, "-m", "shiwu_worker.solo", *told, *([EVENTS] if task_events else [])]
+
+
+def begin() -> Settings:
+    """Read the settings and set up the log, before a library warns of anything; wrong settings end the process."""
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        for wrong in error.errors(include_url=False, include_input=False):
+            name = "_".join(str(part) for part in wrong["loc"]).upper()
+            print(f"SHIWU_{name}: {wrong['msg']}", file=sys.stderr)  # noqa: T201 there is no log yet
+        sys.exit(int(ExitCode.CONFIG))
+    logs.set_up(level=settings.log_level, form=settings.log_format)
+    return settings
 
 
 def run(*, node: str, task_events: bool) -> None:
@@ -59,6 +77,7 @@ def main() -> None:
     """Take the place that the launcher chose, before a library counts the CPUs."""
     parent, node, cpus, drain_s, *rest = sys.argv[1:]
     drain_with_parent(int(parent), limit_s=float(drain_s))
+    begin()
     os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
     run(node=node, task_events=EVENTS in rest)
 
