@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 import redis
 
-from shiwu.contract import CLAIMS, COUNTERS, DEAD, DELAYED, SUSPECTS, WORKERS, Lane
+from shiwu.contract import CLAIMS, COUNTERS, DEAD, DELAYED, LOOK, SUSPECTS, WORKERS, Lane, RequestError
+from shiwu.envelope import read_message
 
 ALIVE_MS: Final = 10_000
 
@@ -63,3 +66,65 @@ def count_waiting(client: redis.Redis, lanes: Sequence[Lane]) -> dict[Lane, int]
                 pipe.llen(key)
         lengths: list[Any] = pipe.execute()
     return {lane: sum(lengths[i * 4 : i * 4 + 4]) for i, lane in enumerate(lanes)}
+
+
+class Look(msgspec.Struct, frozen=True):
+    """The queues at one moment, as all workers share it so that only one of them has to look.
+
+    Lanes are written by name; times are of Redis' clock.
+    """
+
+    at_ms: float
+    waiting: dict[Lane, int]
+    claimed: dict[Lane, int]
+    oldest_ms: dict[Lane, float]
+    """When the oldest waiting message of the lane was sent; absent where the lane is empty or no message says it."""
+    delayed: int
+    suspects: int
+    dead: int
+    answered: int
+    """Answers since the database is in use."""
+
+
+def look(client: redis.Redis, *, max_age_s: float) -> Look:
+    """What waits and is worked on, not older than `max_age_s`; of many who ask in this time one counts for all."""
+    seconds, micros = client.time()
+    now_ms = seconds * 1000 + micros / 1000
+    kept: Any = client.get(LOOK)
+    if kept is not None:
+        with contextlib.suppress(msgspec.MsgspecError):
+            known = _LOOK.decode(kept)
+            if 0 <= now_ms - known.at_ms < max_age_s * 1000:
+                return known
+    # Whoever asks beside us while we count gets what was known before, or counts too.
+    state = read_state(client)
+    seen = Look(
+        at_ms=now_ms,
+        waiting=state.waiting,
+        claimed=state.claimed,
+        oldest_ms=_oldest(client),
+        delayed=state.delayed,
+        suspects=state.suspects,
+        dead=state.dead,
+        answered=state.counters.get("answered", 0),
+    )
+    client.set(LOOK, msgspec.json.encode(seen), px=max(1, int(max_age_s * 1000)))
+    return seen
+
+
+def _oldest(client: redis.Redis) -> dict[Lane, float]:
+    keys = [(lane, key) for lane in Lane for key in lane.keys]
+    with client.pipeline(transaction=False) as pipe:
+        for _, key in keys:
+            pipe.lindex(key, -1)
+        raws: list[Any] = pipe.execute()
+    oldest: dict[Lane, float] = {}
+    for (lane, _), raw in zip(keys, raws, strict=True):
+        with contextlib.suppress(RequestError):
+            sent_ms = read_message(raw).sent_ms if raw is not None else None
+            if sent_ms is not None:
+                oldest[lane] = min(sent_ms, oldest.get(lane, sent_ms))
+    return oldest
+
+
+_LOOK: Final[msgspec.json.Decoder[Look]] = msgspec.json.Decoder(Look)

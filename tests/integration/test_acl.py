@@ -15,12 +15,12 @@ from celery import Celery, chord
 from redis.exceptions import NoPermissionError
 
 from shiwu import Client, Status
-from shiwu.contract import CLAIMS, LEASES, RESULT_STREAM, Lane, result_key
+from shiwu.contract import CLAIMS, LEASES, LOOK, RESULT_STREAM, Lane, result_key
 from tests.conftest import NEEDS_REDIS
 from tests.integration.test_claim_properties import message
 from tests.support import pictures
 from tests.support.celery_client import celery_client
-from tests.support.processes import ROOT
+from tests.support.processes import LOOPBACK, ROOT, free_ports
 from tests.support.redis_server import RedisServer, debian_redis, valkey_binary
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
@@ -77,6 +77,7 @@ def worker(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A real worker as its user, with everything switched on that speaks to Redis."""
     folder = tmp_path_factory.mktemp("acl-worker")
     options = {"allow_folders": Path(guarded.image.removeprefix("file://")).parent, "max_batch": 8, "loaders": 1}
+    options |= {"http_port": free_ports(1)[0], "http_host": LOOPBACK}
     with WorkerProcess(
         redis_url=guarded.url("worker"), folder=folder, by_celery=True, celery_args="-E", torch_threads=1, **options
     ) as running:
@@ -101,6 +102,7 @@ def test_everybody_does_their_work(guarded: Guarded, worker: WorkerProcess) -> N
                 item.ack()
         _by_celery(guarded, admin)
         _sweep(guarded, admin)
+        wait_until(lambda: admin.exists(LOOK), timeout_s=15, what="the worker's look at the lanes")
         assert guarded.refused() == []
     assert worker.is_running
     assert '"level": "error"' not in worker.log_text()

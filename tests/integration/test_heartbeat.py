@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import redis
@@ -17,7 +18,13 @@ from tests.support.waiting import wait_until
 
 
 def make_heartbeat(
-    client: redis.Redis, progress: Progress, *, held: list[str], alive: Callable[[], None], stuck_s: float
+    client: redis.Redis,
+    progress: Progress,
+    *,
+    held: list[str],
+    alive: Callable[[], None],
+    stuck_s: float,
+    **told: Callable[[Any], None],
 ) -> Heartbeat:
     """The heartbeat of a worker with a lease of 1.2 s."""
     return Heartbeat(
@@ -26,7 +33,7 @@ def make_heartbeat(
         lease_s=1.2,
         stuck_s=stuck_s,
         progress=progress,
-        signs=Signs(held=lambda: held, alive=alive, suspects=lambda: None),
+        signs=Signs(held=lambda: held, alive=alive, suspects=lambda: None, **told),
         away=Away("heartbeat"),
         on_fatal=pytest.fail,
     )
@@ -37,7 +44,11 @@ def test_a_stuck_worker_loses_its_jobs_and_says_so(redis_client: redis.Redis) ->
     redis_client.lpush("shiwu.bulk", message("job"))
     make_claims(redis_client, "w", lease_s=1.2).claim(1)
     progress, touches = Progress(), []
-    heartbeat = make_heartbeat(redis_client, progress, held=["job"], alive=lambda: touches.append(1), stuck_s=3.0)
+    counts: dict[str, list[Any]] = {"renewed": [], "reaped": [], "redis": []}
+    told = {name: each.append for name, each in counts.items()}
+    heartbeat = make_heartbeat(
+        redis_client, progress, held=["job"], alive=lambda: touches.append(1), stuck_s=3.0, **told
+    )
     with capture_logs() as logs:
         heartbeat.start()
         try:
@@ -55,6 +66,9 @@ def test_a_stuck_worker_loses_its_jobs_and_says_so(redis_client: redis.Redis) ->
             heartbeat.close()
     [line] = [line for line in logs if line["event"] == "stuck"]
     assert (line["held"], line["log_level"]) == (1, "error")
+    # It held the lease until it stuck; what it lost was not renewed.
+    assert sum(counts["renewed"]) >= 5
+    assert (counts["reaped"], set(counts["redis"])) == ([1], {True})
 
 
 def test_messages_that_nobody_claims_are_a_stuck_worker_too(redis_client: redis.Redis) -> None:

@@ -163,10 +163,19 @@ class Settings(BaseSettings):
         False, description="answers say that these rules refused a source; they then tell which inner hosts exist"
     )
 
+    http_host: str = Field("0.0.0.0", description="address of the HTTP port")  # noqa: S104 probes come from outside
+    http_port: int = Field(0, ge=0, le=65535, description="port of /livez, /readyz and /metrics; 0: none")
+    canary_s: float = Field(
+        300.0,
+        ge=0,
+        description="how often a known picture must get its known answer, or the worker ends; 0: at the start only",
+    )
     ready_file: Path | None = Field(None, description="exists while the worker is warm and claims")
     alive_file: Path | None = Field(None, description="touched every second while the pipeline makes progress")
     stuck_s: float = Field(
-        90.0, gt=0, description="with work and no progress for this long a worker counts as hung: no renewal, not alive"
+        90.0,
+        gt=0,
+        description="with work and no progress for this long a worker counts as hung: leases end, /livez is 503",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="info writes one line per job")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: JSON unless on a terminal")

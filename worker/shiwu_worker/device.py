@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +34,18 @@ def choose_dtypes(asked: str, device: torch.device) -> tuple[torch.dtype, ...]:
         has_bf16 = torch.cuda.get_device_capability(device) >= _AMPERE
         return (torch.float16, *([torch.bfloat16] if has_bf16 else []), torch.float32)
     return (torch.bfloat16, torch.float32) if device.type == "cpu" and _cpu_has_bf16() else (torch.float32,)
+
+
+def card_uuid(device: torch.device) -> str | None:
+    """The UUID of the card or MIG instance, as NVIDIA's tools write it; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    index = device.index or 0
+    # CUDA tells the card's UUID for a MIG instance.
+    if index < len(visible) and visible[index].startswith("MIG-"):
+        return visible[index]
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def device_name(device: torch.device) -> str:

@@ -85,6 +85,7 @@ class ExitCode(IntEnum):
     MODEL = 65  # the model did not load or did not warm up
     LOADERS = 66  # loader processes can't be kept alive
     DEVICE = 67  # the device context is corrupted
+    CANARY = 68  # the known picture got a wrong answer: the device computes wrong
     GAVE_UP = 69  # the launcher: a worker died again and again
     INTERNAL = 70  # a thread of the pipeline ended by a defect of ours
     OVERDUE = 71  # the launcher: a worker was killed before it had drained

@@ -41,6 +41,10 @@ class Signs:
     suspects: Callable[[], None]
     load: Callable[[], Load] | None = None
     """Where the time went since it was asked last."""
+    redis: Callable[[bool], None] = lambda _: None
+    """Told at each tick whether Redis answered."""
+    renewed: Callable[[int], None] = lambda _: None
+    reaped: Callable[[int], None] = lambda _: None
 
 
 class Heartbeat:
@@ -105,7 +109,9 @@ class Heartbeat:
                 self._tend()
                 self._tell_load()
                 self._away.back()
+                self._signs.redis(True)
             except RedisError as error:
+                self._signs.redis(False)
                 self._away.wait(error, self._closed)
             except OSError as error:
                 log.error("alive_file_failed", error=str(error)[:300])
@@ -141,8 +147,10 @@ class Heartbeat:
     def _renew(self) -> None:
         if time.monotonic() - self._renewed_s < self._renew_every_s:
             return
-        lost = self._claims.renew(self._signs.held())
+        held = self._signs.held()
+        lost = self._claims.renew(held)
         self._renewed_s = time.monotonic()
+        self._signs.renewed(len(held) - len(lost))
         if lost:
             log.warning("leases_lost", jobs=len(lost), ids=lost[:10])
 
@@ -153,6 +161,7 @@ class Heartbeat:
             is_quiet = self._progress.age_s() > self._stuck_s / 2
             self._seen = seen = self._upkeep.tend(most=TENDED_AT_ONCE, count_waiting=is_quiet)
             if seen.reaped:
+                self._signs.reaped(seen.reaped)
                 log.warning("jobs_reaped", jobs=seen.reaped)
             if seen.out_of_time:
                 log.warning("jobs_out_of_time", jobs=seen.out_of_time)

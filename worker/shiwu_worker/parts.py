@@ -13,6 +13,7 @@ from shiwu.contract import ErrorCode
 from shiwu.keep import Keep, ToldKeep
 from shiwu.ledger import Ledger
 from shiwu.upkeep import Upkeep
+from shiwu_worker.canary import Canary, known_picture
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.hands import Limits, RetryPolicy
@@ -26,7 +27,7 @@ from shiwu_worker.models import model_name, model_revision
 from shiwu_worker.nursery import source_environment
 from shiwu_worker.pipeline import Stages
 from shiwu_worker.settle import Away, Settler
-from shiwu_worker.stages.batch import Batcher
+from shiwu_worker.stages.batch import Batcher, Reason
 from shiwu_worker.stages.claim import Claims, Doorbell
 from shiwu_worker.timing import Progress
 from shiwu_worker.triage import Triage
@@ -116,11 +117,24 @@ def open_encoder(settings: Settings, folder: Path, spec: ImageSpec) -> Any:
             threads=settings.torch_threads or None,
             is_compiled=settings.compile,
             has_graphs=settings.cuda_graphs,
+            known=known_picture(spec.height, spec.width),
         )
         encoder.warm(choose_largest=not settings.max_batch, choose_threads=not settings.torch_threads)
     except Exception as error:  # border: any failure here means that this worker can't work
         raise FatalError(ExitCode.MODEL, f"{type(error).__name__}: {error}") from error
     return encoder
+
+
+def make_canary(settings: Settings, encoder: Any, spec: ImageSpec, *, on_wrong: Callable[[str], None]) -> Canary:
+    """The known picture, on the same way as jobs: gathered into a berth, launched, collected."""
+    return Canary(
+        lambda pixels: encoder.collect(encoder.launch(pixels, [0])),
+        pixels=known_picture(spec.height, spec.width),
+        reference=encoder.known_vectors[0],
+        every_s=settings.canary_s,
+        trouble=encoder.trouble,
+        on_wrong=on_wrong,
+    )
 
 
 def make_loaders(
@@ -199,13 +213,17 @@ def make_heartbeat(
         claims,
         upkeep,
         lease_s=settings.lease_s,
-        # A slow device must not pass for a hung one.
-        stuck_s=max(settings.stuck_s, SLOW_FACTOR * encoder.slowest_s),
+        stuck_s=stuck_after_s(settings, encoder),
         progress=progress,
         signs=signs,
         away=Away("heartbeat"),
         on_fatal=on_fatal,
     )
+
+
+def stuck_after_s(settings: Settings, encoder: Any) -> float:
+    """How long nothing may move while there is work. A slow device must not pass for a hung one."""
+    return max(settings.stuck_s, SLOW_FACTOR * float(encoder.slowest_s))
 
 
 def make_limits(settings: Settings, encoder: Any) -> Limits:
@@ -224,6 +242,9 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
     encoder: Any,
     settler: Settler,
     away: Away,
+    *,
+    canary: Callable[[], None],
+    on_batch: Callable[[Reason, int], None],
 ) -> Stages:
     """The verbs of the pipeline, with the default labels' vectors computed."""
     from shiwu_worker.stages.score import Scorer  # noqa: PLC0415 beside the encoder, which is imported late
@@ -240,7 +261,7 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
         )
 
     batcher: Batcher[Job] = Batcher(
-        cap=encoder.rungs[-1], bulk_share=settings.bulk_share, linger_s=settings.linger_ms / 1000
+        cap=encoder.rungs[-1], bulk_share=settings.bulk_share, linger_s=settings.linger_ms / 1000, on_leave=on_batch
     )
     scorer = Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info)
     triage = Triage(
@@ -263,4 +284,5 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
         finish=triage.finish,
         settle=settler.put,
         away=away,
+        canary=canary,
     )

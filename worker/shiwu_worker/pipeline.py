@@ -54,6 +54,8 @@ class Stages:
     """Wait for its vectors and score them: each job then has its tags, or the reason why it has none."""
     settle: Callable[[list[Job]], None]
     away: Away
+    canary: Callable[[], None] = lambda: None
+    """Between two batches: the known picture, where its time has come. Raises FatalError for a wrong answer."""
 
 
 class Pipeline:
@@ -85,6 +87,7 @@ class Pipeline:
         self._flights: queue.Queue[tuple[list[Job], Launched]] = queue.Queue(1)
         self._closing, self._ended = threading.Event(), threading.Event()
         self._is_hurried = False
+        self._came_round_s = time.monotonic()
         self._claimer, self._encoder, self._scorer = self._threads = [
             threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True)
             for name, loop in (("claim", self._claim), ("encode", self._encode), ("score", self._score))
@@ -166,6 +169,8 @@ class Pipeline:
     # -------------------------------------------------------------------------------- batch, encode
     def _encode(self) -> None:
         while not self._ended.is_set():
+            self._came_round_s = time.monotonic()
+            self._do.canary()
             batch = self._do.batcher.take(timeout_s=LOOK_S)
             now_s = time.monotonic()
             live = [job for job in batch if not job.unwanted(now_s)]
@@ -236,6 +241,10 @@ class Pipeline:
         """Ids of the jobs between claim and commit, oldest first."""
         return self._hands.ids()
 
+    def encode_age_s(self) -> float:
+        """Seconds since the thread that feeds the device came round; idle, it does so all the time."""
+        return time.monotonic() - self._came_round_s
+
     def stop(self, *, grace_s: float) -> list[Release]:
         """Claim no more, finish what is held within `grace_s`, and return what must be given back.
 
@@ -279,7 +288,8 @@ class Pipeline:
 
     def _give_up(self, error: FatalError) -> None:
         # The try of what is on the device counts: a picture that ends one worker must not end one after another.
+        # Not so where the known picture told of the device: that no job of ours is to blame is what it is for.
         for job in self._hands.jobs():
-            job.is_accused = job.is_on_device
+            job.is_accused = job.is_on_device and error.exit_code is not ExitCode.CANARY
         self._say_claiming(is_so=False)
         self._on_fatal(error)

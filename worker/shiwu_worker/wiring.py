@@ -7,25 +7,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import redis
 import structlog
 
-from shiwu.contract import Answer
 from shiwu_worker import tune
 from shiwu_worker.config import Settings
 from shiwu_worker.ended import EndedJobs
 from shiwu_worker.errors import FatalError
-from shiwu_worker.health import Health
-from shiwu_worker.heartbeat import Signs
 from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.job import Release
 from shiwu_worker.logs import job_logger
 from shiwu_worker.models import model_folder, model_revision
+from shiwu_worker.panel import Panel
 from shiwu_worker.parts import (
     connect,
     make_away,
+    make_canary,
     make_claims,
     make_heartbeat,
     make_ledger,
@@ -45,15 +45,16 @@ log: Any = structlog.get_logger()
 DOORBELL_S = 5.0
 START_S = 60.0
 LOADERS_STOP_S = 5.0
+T = TypeVar("T")
 
 
 class Service:
     """A running worker: claims from `open_service` until `stop`."""
 
-    def __init__(self, *, pipeline: Pipeline, stop: Callable[[float], None], ready_after_s: float) -> None:
+    def __init__(self, *, pipeline: Pipeline, stop: Callable[[float], None]) -> None:
         self._pipeline = pipeline
         self._stop = stop
-        self.ready_after_s = ready_after_s
+        self.ready_after_s = 0.0
 
     def stop(self, *, grace_s: float) -> None:
         """Drain within the grace time and give back what is left. The first call counts."""
@@ -80,51 +81,77 @@ def open_service(
         FatalError: when a part can't start. Nothing has been claimed then.
     """
     began_s = time.monotonic()
-    folder = model_folder(settings.model)
-    settings = tune.apply(settings, lambda: model_revision(folder))
-    token = _new_token(settings)
-    health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file)
-    health.ready(is_ready=False)
-    progress, meter = Progress(), Meter(loader_threads=settings.loader_count * settings.loader_threads)
+    progress = Progress()
+    panel = Panel(settings, progress)
     with ExitStack() as stack:
-        client = stack.enter_context(connect(settings))
-        doorbell = Doorbell(stack.enter_context(connect(settings, block_s=DOORBELL_S)), block_s=DOORBELL_S)
-        claims = make_claims(settings, client, token)
-        ledger = make_ledger(settings, client, token)
-        spec = read_image_spec(folder)
-        # Parts that answer upwards are bound late: the pipeline is made last.
-        loaders = make_loaders(settings, spec, on_loaded=lambda done: pipeline.loaded(done), on_fatal=on_fatal)
-        stack.callback(loaders.close, LOADERS_STOP_S)
-        loaders.start()
-        settler = Settler(
-            Committer(ledger, worker=settings.worker_name),
-            claims,
-            away=make_away("commit", progress),
-            on_settled=lambda jobs: pipeline.settled(jobs),
-            on_answered=_teller(job_logger(level=settings.log_level), on_answered),
-            on_fatal=on_fatal,
-        )
-        encoder = open_encoder(settings, folder, spec)
-        loaders.wait_ready(START_S)
-        stages = make_stages(settings, claims, doorbell, loaders, encoder, settler, make_away("claim", progress))
-        pipeline = Pipeline(
-            stages,
-            make_limits(settings, encoder),
-            progress=progress,
-            meter=meter,
-            on_fatal=on_fatal,
-            on_claiming=lambda is_so: health.ready(is_ready=is_so),
-        )
-        signs = Signs(held=pipeline.held, alive=health.alive, suspects=doorbell.ring, load=meter.read)
-        upkeep = make_upkeep(settings, client, ledger, token)
-        heartbeat = make_heartbeat(settings, claims, upkeep, signs, progress, encoder=encoder, on_fatal=on_fatal)
-        ended = EndedJobs(client, on_ended=pipeline.ended, on_fatal=on_fatal)
-        stack.callback(heartbeat.close)
-        stack.callback(ended.close)
-        once = _Once(partial(_stop, settings, health=health, claims=claims, pipeline=pipeline, settler=settler))
-        stack.callback(once, settings.grace_s)
-        _start(settler, doorbell, heartbeat, ended, pipeline)
-        yield Service(pipeline=pipeline, stop=once, ready_after_s=round(time.monotonic() - began_s, 3))
+        panel.open(stack)
+        folder = model_folder(settings.model)
+        settings = tune.apply(settings, lambda: model_revision(folder))
+        service = _build(stack, settings, folder, panel, progress, on_fatal=on_fatal, on_answered=on_answered)
+        service.ready_after_s = round(time.monotonic() - began_s, 3)
+        yield service
+
+
+def _build(
+    stack: ExitStack,
+    settings: Settings,
+    folder: Path,
+    panel: Panel,
+    progress: Progress,
+    *,
+    on_fatal: Callable[[FatalError], None],
+    on_answered: Callable[[Sequence[Settled]], None],
+) -> Service:
+    """Make and start the parts, each with its end on the stack."""
+    token = _new_token(settings)
+    meter = Meter(loader_threads=settings.loader_count * settings.loader_threads)
+    client = stack.enter_context(connect(settings))
+    doorbell = Doorbell(stack.enter_context(connect(settings, block_s=DOORBELL_S)), block_s=DOORBELL_S)
+    claims = make_claims(settings, client, token)
+    ledger = make_ledger(settings, client, token)
+    spec = read_image_spec(folder)
+    # Parts that answer upwards are bound late: the pipeline is made last.
+    loaders = make_loaders(settings, spec, on_loaded=lambda done: pipeline.loaded(done), on_fatal=on_fatal)
+    stack.callback(loaders.close, LOADERS_STOP_S)
+    loaders.start()
+    settler = Settler(
+        Committer(ledger, worker=settings.worker_name),
+        claims,
+        away=make_away("commit", progress),
+        on_settled=_each(lambda jobs: pipeline.settled(jobs), panel.let_go),
+        on_answered=_each(*_job_log(settings), panel.answered, on_answered),
+        on_fatal=on_fatal,
+    )
+    encoder = open_encoder(settings, folder, spec)
+    loaders.wait_ready(START_S)
+    canary = make_canary(settings, encoder, spec, on_wrong=panel.wrong)
+    canary.sing_if_due()
+    away = make_away("claim", progress)
+    stages = make_stages(
+        *(settings, claims, doorbell, loaders, encoder, settler, away),
+        canary=canary.sing_if_due,
+        on_batch=panel.batch_left,
+    )
+    pipeline = Pipeline(
+        stages,
+        make_limits(settings, encoder),
+        progress=progress,
+        meter=meter,
+        on_fatal=on_fatal,
+        on_claiming=lambda is_so: panel.claiming(is_so=is_so),
+    )
+    signs = panel.signs(pipeline, meter, suspects=doorbell.ring)
+    upkeep = make_upkeep(settings, client, ledger, token)
+    heartbeat = make_heartbeat(settings, claims, upkeep, signs, progress, encoder=encoder, on_fatal=on_fatal)
+    ended = EndedJobs(client, on_ended=pipeline.ended, on_fatal=on_fatal)
+    stack.callback(heartbeat.close)
+    stack.callback(ended.close)
+    panel.watch(stack, client, encoder, loaders)
+    once = _Once(partial(_stop, settings, panel=panel, claims=claims, pipeline=pipeline, settler=settler))
+    stack.callback(once, settings.grace_s)
+    _start(settler, doorbell, heartbeat, ended, pipeline)
+    panel.started(pipeline, encoder, loaders)
+    return Service(pipeline=pipeline, stop=once)
 
 
 def _start(*parts: Any) -> None:
@@ -138,23 +165,32 @@ def _new_token(settings: Settings) -> str:
 
 
 def _stop(
-    settings: Settings, grace_s: float, *, health: Health, claims: Claims, pipeline: Pipeline, settler: Settler
+    settings: Settings, grace_s: float, *, panel: Panel, claims: Claims, pipeline: Pipeline, settler: Settler
 ) -> None:
     """Intake first, leases last: whoever holds a job keeps its lease until it is answered or given back."""
+    panel.stopping()
     give_back(claims, pipeline.stop(grace_s=grace_s))
     settler.close(timeout_s=settings.redis_timeout_s * 2)
 
 
-def _teller(
-    log_job: Callable[[Answer, float, bool], None] | None, on_answered: Callable[[Sequence[Settled]], None]
-) -> Callable[[Sequence[Settled]], None]:
-    """One log line for each answer, then whatever the Celery side does with it."""
+def _job_log(settings: Settings) -> Iterator[Callable[[Sequence[Settled]], None]]:
+    """One log line for each answer, where the level asks for it."""
+    log_job = job_logger(level=settings.log_level)
+    if log_job is not None:
 
-    def tell(settled: Sequence[Settled]) -> None:
-        if log_job is not None:
+        def tell(settled: Sequence[Settled]) -> None:
             for one in settled:
                 log_job(one.entry.answer, one.commit_s, not one.is_first)
-        on_answered(settled)
+
+        yield tell
+
+
+def _each(*told: Callable[[T], None]) -> Callable[[T], None]:
+    """All of them, in this order."""
+
+    def tell(what: T) -> None:
+        for each in told:
+            each(what)
 
     return tell
 

@@ -43,6 +43,8 @@ LIMITS: Final = "shiwu:limits"
 """Hash: how much is kept and for how long, as the workers' operator says; see `shiwu.keep`."""
 COUNTERS: Final = "shiwu:counters"
 """Hash: totals over all workers (answered, answers_discarded, copies_dropped, reaped, results_dropped, …)."""
+LOOK: Final = "shiwu:look"
+"""String of a few seconds: how much waits and is claimed, counted by one worker for all."""
 WORKERS: Final = "shiwu:workers"
 """Sorted set: worker name → server time in ms of its last sign of life."""
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Generic, Literal, Protocol, TypeVar
 
 from shiwu.contract import Lane
 
@@ -22,6 +22,8 @@ class _HasLane(Protocol):
 
 
 T = TypeVar("T", bound=_HasLane)
+Reason = Literal["full", "free", "closing"]
+"""Why a batch left: it was full, the device was free, or the worker ends."""
 
 
 class Batcher(Generic[T]):
@@ -31,12 +33,21 @@ class Batcher(Generic[T]):
         cap: largest batch.
         bulk_share: share of a full batch that waiting bulk items get although interactive ones fill it.
         linger_s: how long a batch that is not full waits for more; 0 sends what is there.
+        on_leave: told why each batch left and its size; must not block.
     """
 
-    def __init__(self, *, cap: int, bulk_share: float, linger_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        cap: int,
+        bulk_share: float,
+        linger_s: float = 0.0,
+        on_leave: Callable[[Reason, int], None] = lambda *_: None,
+    ) -> None:
         self._cap = cap
         self._bulk_share = bulk_share
         self._linger_s = linger_s
+        self._on_leave = on_leave
         self._interactive: deque[T] = deque()
         self._bulk: deque[T] = deque()
         self._changed = threading.Condition()
@@ -62,7 +73,12 @@ class Batcher(Generic[T]):
             least = min(int(self._cap * self._bulk_share), len(self._bulk))
             urgent = min(self._cap - least, len(self._interactive))
             rest = min(self._cap - urgent, len(self._bulk))
-            return [self._interactive.popleft() for _ in range(urgent)] + [self._bulk.popleft() for _ in range(rest)]
+            size, is_full = urgent + rest, urgent + rest >= self._cap
+            reason: Reason = "full" if is_full else "closing" if self._closed else "free"
+            batch = [self._interactive.popleft() for _ in range(urgent)] + [self._bulk.popleft() for _ in range(rest)]
+        if size:
+            self._on_leave(reason, size)
+        return batch
 
     def took_off(self) -> None:
         """The device works on a batch; the next one leaves when it is full, or when this one has landed."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from shiwu.contract import Head, ModelInfo
 from shiwu_worker.berths import Berths, Flight
 from shiwu_worker.checkpoint import Texts, image_size, load_model
-from shiwu_worker.device import choose_device, choose_dtypes, device_name, trouble_of
+from shiwu_worker.device import card_uuid, choose_device, choose_dtypes, device_name, trouble_of
 from shiwu_worker.errors import NonFiniteError, Trouble
 from shiwu_worker.tower import GraphedTower, Tower, compiled_tower, eager_tower
 
@@ -47,6 +47,7 @@ class Encoder:
         threads: of torch on a CPU; None leaves torch's own choice, all cores.
         is_compiled: compile the tower (CPU); each rung costs 15 to 60 s at the start.
         has_graphs: replay CUDA graphs where the device is one.
+        known: pictures uint8 (n, h, w, 3) whose vectors are to be known from elsewhere than the device.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Encoder:
         threads: int | None = None,
         is_compiled: bool = False,
         has_graphs: bool = True,
+        known: NDArray[np.uint8] | None = None,
     ) -> None:
         self._device = choose_device(device)
         if threads and self._device.type == "cpu":
@@ -78,6 +80,8 @@ class Encoder:
         self.default_head: Head = "softmax" if bias is None else "sigmoid"
         side = image_size(model)
         self._shape = (side, side, 3)
+        self.known_vectors = None if known is None else self._on_cpu(model, known)
+        """Of `known`, float32 (n, d): in FP32 on the CPU, whatever the device is. NaN where the model gives it."""
         self._model, self._dtype = self._cast(model.to(self._device), choose_dtypes(dtype, self._device))
         self._exact: Tower | None = None
         self._texts = Texts(self._model, folder)
@@ -93,6 +97,7 @@ class Encoder:
             dtype=str(self._dtype).removeprefix("torch."),
             device=device_name(self._device),
         )
+        self.card_uuid = card_uuid(self._device)
         self.seconds: dict[int, float] = {}
         """The best forward pass of each rung, as measured while warming."""
 
@@ -119,6 +124,13 @@ class Encoder:
                 # What a cast has rounded off does not come back.
                 model = load_model(self._folder).to(self._device)
         return model.to(dtypes[-1]), dtypes[-1]
+
+    def _on_cpu(self, model: Any, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The model as it was loaded: not yet moved, not yet cast."""
+        tower = eager_tower(model, dtype=torch.float32, mean=self._mean, std=self._std, device=torch.device("cpu"))
+        with torch.inference_mode():
+            vectors: NDArray[np.float32] = tower(torch.from_numpy(pixels)).numpy()
+        return vectors
 
     def _eager(self, model: Any, dtype: torch.dtype) -> Tower:
         return eager_tower(model, dtype=dtype, mean=self._mean, std=self._std, device=self._device)

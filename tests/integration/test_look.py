@@ -1,0 +1,67 @@
+"""What all workers share of the queues: counted by one of them, as Redis has it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import redis
+
+from shiwu.contract import LOOK, Lane, Request
+from shiwu.message import build_message
+from shiwu.queues import look
+from shiwu_worker.watch import Watch
+from tests.support.waiting import wait_until
+from tests.unit.test_metrics import look as made_look
+
+
+def send(client: redis.Redis, lane: Lane, *ids: str, key: str | None = None, age_s: float = 0.0) -> None:
+    """Put jobs into a lane that were sent so long ago."""
+    for job_id in ids:
+        message = build_message(
+            Request(image="s3://b/k"), job_id=job_id, lane=lane, sent_ms=(time.time() - age_s) * 1000
+        )
+        client.lpush(key or lane.queue, message)
+
+
+def test_it_counts_what_waits_and_how_old_the_oldest_is(redis_client: redis.Redis) -> None:
+    """In all lanes and priorities; a message that nobody can read has no age."""
+    send(redis_client, Lane.BULK, "a", age_s=60)
+    send(redis_client, Lane.BULK, "b")
+    send(redis_client, Lane.BULK, "c", key=Lane.BULK.keys[1])
+    redis_client.rpush(Lane.INTERACTIVE.queue, b"no message")
+    seen = look(redis_client, max_age_s=5)
+    assert seen.waiting == {Lane.INTERACTIVE: 1, Lane.BULK: 3}
+    assert seen.claimed == dict.fromkeys(Lane, 0)
+    assert list(seen.oldest_ms) == [Lane.BULK]
+    assert 60_000 <= seen.at_ms - seen.oldest_ms[Lane.BULK] < 120_000
+
+
+def test_one_counts_for_all_until_it_is_old(redis_client: redis.Redis) -> None:
+    """A second worker gets what the first one saw; what is no look of ours is counted anew."""
+    first = look(redis_client, max_age_s=5)
+    send(redis_client, Lane.BULK, "a")
+    assert look(redis_client, max_age_s=5) == first
+    assert 0 < redis_client.pttl(LOOK) <= 5000
+    assert look(redis_client, max_age_s=0.001).waiting[Lane.BULK] == 1
+    redis_client.set(LOOK, b'{"at_ms": "soon"}')
+    assert look(redis_client, max_age_s=5).waiting[Lane.BULK] == 1
+
+
+def test_a_watch_goes_on_after_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis away, and a defect: numbers wait, the next look comes."""
+    monkeypatch.setattr("shiwu_worker.watch.EVERY_S", 0.02)
+    errors: list[Exception] = [redis.ConnectionError("away"), ValueError("a defect"), ValueError("again")]
+    seen: list[int] = []
+
+    def once_more() -> None:
+        if errors:
+            raise errors.pop(0)
+
+    watch = Watch(
+        lambda: made_look(waiting=3), on_look=lambda one, _: seen.append(one.waiting[Lane.BULK]), also=once_more
+    )
+    watch.start()
+    wait_until(lambda: seen, timeout_s=10, what="a look after three that failed")
+    watch.close()
+    assert (seen[0], errors) == (3, [])

@@ -1,0 +1,282 @@
+"""The numbers: what is counted for which job, in batches, and what it costs."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pynvml
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from shiwu.contract import Answer, ErrorCode, ErrorInfo, Lane, ModelInfo, Stage, Status, Timing
+from shiwu.ledger import Entry
+from shiwu.queues import Look
+from shiwu_worker.card_watch import CardState, CardWatch
+from shiwu_worker.config import RETRIABLE
+from shiwu_worker.histograms import Histograms
+from shiwu_worker.job import Job, Release
+from shiwu_worker.metrics import Metrics
+from shiwu_worker.settle import Settled
+from shiwu_worker.timing import Load, Moments
+from shiwu_worker.watch import Pace
+from tests.support.promtool import NEEDS_PROMTOOL, check_metrics
+
+JOB = Job(id="j", key=Lane.BULK.queue, attempt=1, raw=b"", moments=Moments(claimed_s=0.0))
+TIMES = Timing(queue=100.0, claim=1.0, fetch=20.0, decode=5.0, batch=2.0, encode=50.0, score=0.5, total=178.5)
+
+
+def settled(*, lane: Lane = Lane.BULK, is_first: bool = True, code: ErrorCode | None = None, **fields: Any) -> Settled:
+    """An answered job."""
+    error = None if code is None else ErrorInfo(code=code, message="m")
+    status = Status.TAGGED if code is None else Status.REJECTED
+    answer = Answer(**{"id": "j", "status": status, "lane": lane, "timing": TIMES, "error": error} | fields)
+    return Settled(JOB, Entry(answer=answer, id="j"), 0.002, is_first)
+
+
+def told(metrics: Metrics) -> dict[str, float]:
+    """Each sample as it stands in the text, with its value."""
+    lines = metrics.text().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def test_answers_are_counted_by_lane_status_and_code() -> None:
+    """Whatever comes together in one commit; nothing that a stranger wrote becomes a label."""
+    metrics = Metrics(retried=RETRIABLE)
+    refused = settled(lane=Lane.INTERACTIVE, code=ErrorCode.SOURCE_FORBIDDEN)
+    metrics.answered([settled(), settled(is_first=False), refused])
+    metrics.answered([])
+    seen = told(metrics)
+    assert seen['shiwu_jobs_total{code="",lane="bulk",status="tagged"}'] == 2
+    assert seen['shiwu_jobs_total{code="source_forbidden",lane="interactive",status="rejected"}'] == 1
+    assert seen["shiwu_answers_discarded_total"] == 1
+
+
+def test_every_stage_has_its_time_in_seconds() -> None:
+    """Seven words; the queue and the whole by lane."""
+    metrics = Metrics(retried=RETRIABLE)
+    metrics.answered([settled(), settled()])
+    seen = told(metrics)
+    sums = {stage: seen[f'shiwu_stage_seconds_sum{{stage="{stage.value}"}}'] for stage in Stage}
+    assert sums == pytest.approx(
+        {
+            Stage.CLAIM: 0.002,
+            Stage.FETCH: 0.04,
+            Stage.DECODE: 0.01,
+            Stage.BATCH: 0.004,
+            Stage.ENCODE: 0.1,
+            Stage.SCORE: 0.001,
+            Stage.COMMIT: 0.004,
+        }
+    )
+    assert seen['shiwu_stage_seconds_bucket{le="0.025",stage="fetch"}'] == 2
+    assert seen['shiwu_stage_seconds_bucket{le="0.01",stage="fetch"}'] == 0
+    assert seen['shiwu_queue_wait_seconds_sum{lane="bulk"}'] == pytest.approx(0.2)
+    assert seen['shiwu_answer_seconds_sum{lane="bulk"}'] == pytest.approx(2 * 0.1805)
+    assert seen['shiwu_answer_seconds_count{lane="interactive"}'] == 0
+
+
+def test_what_a_job_did_not_meet_is_not_counted() -> None:
+    """A stage that it never reached, a wait that nobody knows, a lane that no message says."""
+    metrics = Metrics(retried=RETRIABLE)
+    metrics.answered([settled(lane=None, timing=Timing(claim=1.0, total=1.0), code=ErrorCode.SOURCE_FORBIDDEN)])  # type: ignore[arg-type]  # as answers of strangers' messages are
+    seen = told(metrics)
+    assert seen['shiwu_stage_seconds_count{stage="claim"}'] == 1
+    assert seen['shiwu_stage_seconds_count{stage="encode"}'] == 0
+    assert seen['shiwu_queue_wait_seconds_count{lane="bulk"}'] == seen['shiwu_answer_seconds_count{lane="bulk"}'] == 0
+
+
+def test_series_are_there_before_their_first_event() -> None:
+    """So that "nothing was answered" is a number, and the first retry shows."""
+    seen = told(Metrics(retried=RETRIABLE))
+    assert seen['shiwu_jobs_total{code="",lane="interactive",status="tagged"}'] == 0
+    assert {name for name in seen if name.startswith("shiwu_retries_total")} == {
+        f'shiwu_retries_total{{code="{code.value}"}}' for code in RETRIABLE
+    }
+
+
+def test_the_rest_is_told_by_who_knows_it() -> None:
+    """Retries, leases, batches, limits, lanes, the card and the model."""
+    metrics = Metrics(retried=RETRIABLE)
+    again = Job(id="k", key=Lane.BULK.queue, attempt=1, raw=b"", moments=Moments(claimed_s=0.0), back=Release("k"))
+    again.error = ErrorInfo(code=ErrorCode.SOURCE_UNAVAILABLE, message="m")
+    ended = Job(id="l", key=Lane.BULK.queue, attempt=1, raw=b"", moments=Moments(claimed_s=0.0), back=Release("l"))
+    metrics.given_back([again, ended])
+    metrics.renewed(5)
+    metrics.reaped(2)
+    metrics.batch("full", 8)
+    metrics.load(Load(seconds=30.0, pictures=1, batches=1, idle=0.25, device=0.5, fetch=0.1, decode=0.2))
+    metrics.queues(look(waiting=4, oldest_age_s=3.0), {Lane.INTERACTIVE: 0.0, Lane.BULK: 8.0})
+    metrics.card(lambda: CardState(used_bytes=1, total_bytes=4, utilisation=None))
+    metrics.model(ModelInfo(id='a "model"', revision="r", dtype="float16", device="NVIDIA X"))
+    metrics.loader_restarts(lambda: 3)
+    metrics.state(is_ready=lambda: True, age_s=lambda: 1.5)
+    seen = told(metrics)
+    expected = {
+        'shiwu_retries_total{code="source_unavailable"}': 1,
+        "shiwu_leases_renewed_total": 5,
+        "shiwu_leases_reaped_total": 2,
+        'shiwu_batches_total{reason="full"}': 1,
+        'shiwu_batch_size_bucket{le="8.0"}': 1,
+        'shiwu_limit_ratio{what="device"}': 0.5,
+        'shiwu_queue_waiting{lane="bulk"}': 4,
+        'shiwu_queue_oldest_age_seconds{lane="bulk"}': 3.0,
+        'shiwu_queue_oldest_age_seconds{lane="interactive"}': 0.0,
+        'shiwu_queue_backlog_seconds{lane="bulk"}': 8.0,
+        "shiwu_dead_letters": 9,
+        "shiwu_gpu_memory_total_bytes": 4,
+        'shiwu_model_info{device="NVIDIA X",dtype="float16",model="a \\"model\\"",revision="r"}': 1,
+        "shiwu_loader_restarts_total": 3,
+        "shiwu_worker_ready": 1,
+        "shiwu_progress_age_seconds": 1.5,
+    }
+    assert {name: seen.get(name) for name in expected} == expected
+    assert "shiwu_gpu_utilisation_ratio" not in seen
+    assert not [name for name in seen if re.match(r"shiwu_.*_created", name)]
+
+
+@NEEDS_PROMTOOL
+def test_promtool_has_nothing_against_them() -> None:
+    """Names, types, units and help, before the first job."""
+    assert check_metrics(Metrics(retried=RETRIABLE).text()) == ""
+
+
+def test_counting_costs_a_job_little() -> None:
+    """Some 70 µs of CPU is what a job costs a worker in all; a commit of many is counted in one go."""
+    metrics = Metrics(retried=RETRIABLE)
+    batch = [settled() for _ in range(256)]
+    best_s = math.inf
+    for _ in range(20):
+        began_s = time.perf_counter()
+        metrics.answered(batch)
+        best_s = min(best_s, time.perf_counter() - began_s)
+    assert best_s / len(batch) < 15e-6
+
+
+def test_a_value_on_a_bound_belongs_below_it() -> None:
+    """As Prometheus' `le` says; NaN is nothing, what is beyond all bounds is in +Inf alone."""
+    histograms = Histograms("h_seconds", "t", label="x", values=("a", "b"), buckets=(1.0, 2.5))
+    histograms.observe(np.array([0, 0, 1, 1]), np.array([1.0, 9.0, np.nan, 2.0]))
+    registry = CollectorRegistry()
+    registry.register(histograms)
+    lines = [line for line in generate_latest(registry).decode().splitlines() if line[0] != "#"]
+    assert lines == [
+        'h_seconds_bucket{le="1",x="a"} 1.0',
+        'h_seconds_bucket{le="2.5",x="a"} 1.0',
+        'h_seconds_bucket{le="+Inf",x="a"} 2.0',
+        'h_seconds_count{x="a"} 2.0',
+        'h_seconds_sum{x="a"} 10.0',
+        'h_seconds_bucket{le="1",x="b"} 0.0',
+        'h_seconds_bucket{le="2.5",x="b"} 1.0',
+        'h_seconds_bucket{le="+Inf",x="b"} 1.0',
+        'h_seconds_count{x="b"} 1.0',
+        'h_seconds_sum{x="b"} 2.0',
+    ]
+
+
+def look(
+    *, at_s: float = 1000.0, waiting: int, urgent: int = 0, answered: int = 0, oldest_age_s: float | None = None
+) -> Look:
+    """The lanes at one moment."""
+    return Look(
+        at_ms=at_s * 1000,
+        waiting={Lane.INTERACTIVE: urgent, Lane.BULK: waiting},
+        claimed=dict.fromkeys(Lane, 0),
+        oldest_ms={} if oldest_age_s is None else {Lane.BULK: (at_s - oldest_age_s) * 1000},
+        delayed=0,
+        suspects=0,
+        dead=9,
+        answered=answered,
+    )
+
+
+def test_the_backlog_is_what_waits_over_the_pace_of_all() -> None:
+    """Ten a second while work waits: 100 in bulk wait for the 20 before them too."""
+    pace = Pace()
+    pace.backlog_s(look(at_s=1000, waiting=300, answered=0))
+    found = pace.backlog_s(look(at_s=1010, waiting=100, urgent=20, answered=100))
+    assert found == pytest.approx({Lane.INTERACTIVE: 2.0, Lane.BULK: 12.0})
+
+
+def test_without_a_pace_the_backlog_is_as_long_as_it_is_old() -> None:
+    """Nobody answers: it grows; and it ends with the backlog."""
+    pace = Pace()
+    assert pace.backlog_s(look(at_s=1000, waiting=5))[Lane.BULK] == 0.0
+    assert pace.backlog_s(look(at_s=1030, waiting=5))[Lane.BULK] == 30.0
+    assert pace.backlog_s(look(at_s=1040, waiting=5, oldest_age_s=200))[Lane.BULK] == 200.0
+    assert pace.backlog_s(look(at_s=1050, waiting=0))[Lane.BULK] == 0.0
+    assert pace.backlog_s(look(at_s=1060, waiting=1))[Lane.BULK] == 0.0
+
+
+def test_a_pace_of_idle_workers_is_none() -> None:
+    """What was answered while nothing waited says nothing of how fast they could be."""
+    pace = Pace()
+    pace.backlog_s(look(at_s=1000, waiting=0, answered=0))
+    pace.backlog_s(look(at_s=1030, waiting=0, answered=30))
+    assert pace.backlog_s(look(at_s=1035, waiting=100, answered=530))[Lane.BULK] == pytest.approx(1.0)
+
+
+class Driver:
+    """NVML with one card."""
+
+    NVMLError = pynvml.NVMLError
+    NVMLError_LibraryNotFound = pynvml.NVMLError_LibraryNotFound
+
+    def __init__(self) -> None:
+        self.starts = 0
+        self.fails: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        answers = {
+            "nvmlInit": lambda: None,
+            "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
+            "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(used=3, total=8),
+            "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=40),
+        }
+
+        def call(*args: Any) -> Any:
+            self.starts += name == "nvmlInit"
+            if name in self.fails:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
+            return answers[name](*args)
+
+        return call
+
+
+def test_a_card_is_looked_at_with_one_start_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does not tell is None; a card that fails has no state until it answers again."""
+    driver = Driver()
+    monkeypatch.setattr("shiwu_worker.card_watch.pynvml", driver)
+    watch = CardWatch("GPU-1")
+    assert watch.state() is None
+    watch.look()
+    assert watch.state() == CardState(used_bytes=3, total_bytes=8, utilisation=0.4)
+    driver.fails = {"nvmlDeviceGetUtilizationRates"}
+    watch.look()
+    assert watch.state() == CardState(used_bytes=3, total_bytes=8, utilisation=None)
+    driver.fails = {"nvmlDeviceGetMemoryInfo"}
+    watch.look()
+    assert watch.state() is None
+    assert driver.starts == 1
+
+
+def test_a_machine_without_a_card_is_asked_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on a CPU, nor where the driver's library is not there."""
+    driver = Driver()
+    monkeypatch.setattr("shiwu_worker.card_watch.pynvml", driver)
+    CardWatch(None).look()
+    assert driver.starts == 0
+
+    def absent() -> None:
+        driver.starts += 1
+        raise pynvml.NVMLError_LibraryNotFound
+
+    monkeypatch.setattr(driver, "nvmlInit", absent, raising=False)
+    watch = CardWatch("GPU-1")
+    watch.look()
+    watch.look()
+    assert (watch.state(), driver.starts) == (None, 1)

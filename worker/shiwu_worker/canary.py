@@ -1,0 +1,111 @@
+"""A known picture through the real encode path, at the start and every few minutes: is the device right?
+
+Memory that flips bits, a driver gone bad or weights overwritten give answers that look like answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from shiwu_worker.errors import ExitCode, FatalError, Trouble, WrongVectors
+
+log: Any = structlog.get_logger()
+LEAST_TO_REFERENCE: Final = 0.98
+"""Cosine to the reference in FP32 on the CPU, which a narrower number format may miss by a little."""
+LEAST_TO_FIRST: Final = 0.999
+"""Cosine to the answer at the start: the same program on the same device gives more than 0.99999."""
+LENGTH_SLACK: Final = 1e-3
+
+
+class Canary:
+    """Asks the encoder for the known picture. Used by one thread at a time: by who starts the worker, then by `encode`.
+
+    Args:
+        encode: pixels uint8 (1, h, w, 3) → vectors float32 (1, d), as jobs are encoded.
+        pixels: the known picture, uint8 (1, h, w, 3).
+        reference: its unit vector float32 (d,) as it was computed elsewhere than on the device.
+        every_s: 0 asks once.
+        trouble: what an error of `encode` means.
+        on_wrong: told what is wrong before the error is raised.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+        *,
+        pixels: NDArray[np.uint8],
+        reference: NDArray[np.float32],
+        every_s: float,
+        trouble: Callable[[BaseException], Trouble],
+        on_wrong: Callable[[str], None],
+    ) -> None:
+        self._encode = encode
+        self._pixels = pixels
+        self._reference = reference
+        self._every_s = every_s
+        self._trouble = trouble
+        self._on_wrong = on_wrong
+        self._first: NDArray[np.float32] | None = None
+        self._due_s = 0.0
+
+    def sing_if_due(self) -> None:
+        """Encode the picture where its time has come.
+
+        Raises:
+            FatalError: with ExitCode.CANARY for a wrong answer, with ExitCode.DEVICE when the device is lost.
+        """
+        now_s = time.monotonic()
+        if now_s < self._due_s:
+            return
+        self._due_s = now_s + self._every_s if self._every_s else float("inf")
+        try:
+            vectors = self._encode(self._pixels)
+        except WrongVectors as error:
+            self._end(str(error))
+        except Exception as error:  # border: what the device's library raises is not known
+            trouble = self._trouble(error)
+            if trouble is Trouble.LOST:
+                raise FatalError(ExitCode.DEVICE, f"the device failed on the known picture: {error}") from error
+            if trouble is Trouble.OUT_OF_MEMORY and self._first is not None:
+                log.warning("canary_skipped", reason="the device was out of memory")
+                return
+            self._end(f"{type(error).__name__}: {error!s:.200}")
+        self._judge(vectors)
+
+    def _judge(self, vectors: NDArray[np.float32]) -> None:
+        if vectors.shape != (1, len(self._reference)):
+            self._end(f"expected a vector of shape {(1, len(self._reference))}, got {vectors.shape}")
+        vector = vectors[0]
+        # Each test is put so that NaN fails it.
+        length = float(np.linalg.norm(vector))
+        if not abs(length - 1) <= LENGTH_SLACK:
+            self._end(f"expected a vector of length 1, got {length:.4g}")
+        cosine = float(vector @ self._reference)
+        if not cosine >= LEAST_TO_REFERENCE:
+            self._end(f"expected a cosine of {LEAST_TO_REFERENCE} or more to FP32 on the CPU, got {cosine:.4f}")
+        if self._first is None:
+            self._first = vector.copy()
+        cosine_to_first = float(vector @ self._first)
+        if not cosine_to_first >= LEAST_TO_FIRST:
+            self._end(f"expected a cosine of {LEAST_TO_FIRST} or more to the start's answer, got {cosine_to_first:.4f}")
+        log.debug("canary", cosine=round(cosine, 6), to_first=round(cosine_to_first, 6))
+
+    def _end(self, wrong: str) -> NoReturn:
+        self._on_wrong(wrong)
+        raise FatalError(ExitCode.CANARY, f"the known picture got a wrong answer: {wrong}")
+
+
+def known_picture(height: int, width: int) -> NDArray[np.uint8]:
+    """Pixels uint8 (1, h, w, 3), always the same: slopes of colour with a bright disc, so that every layer has work."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    disc = (y - height / 2) ** 2 + (x - width / 3) ** 2 < (min(height, width) / 4) ** 2
+    planes = (x * 255 / width, y * 255 / height, (x + y) * 255 / (width + height))
+    picture = np.stack(planes, axis=-1)
+    picture[disc] = (250, 210, 40)
+    return picture.astype(np.uint8)[np.newaxis]

@@ -1,0 +1,139 @@
+"""Everything by which a worker is watched from outside: probe files, the HTTP port, numbers, the known picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import redis
+
+from shiwu.contract import Lane
+from shiwu.queues import Look, look
+from shiwu_worker.card_watch import CardWatch
+from shiwu_worker.config import RETRIABLE, Settings
+from shiwu_worker.endpoint import Endpoint
+from shiwu_worker.health import Health
+from shiwu_worker.heartbeat import Signs
+from shiwu_worker.metrics import Metrics
+from shiwu_worker.parts import stuck_after_s
+from shiwu_worker.timing import Load, Meter, Progress
+from shiwu_worker.vitals import Body, Vitals
+from shiwu_worker.watch import EVERY_S, Watch
+
+if TYPE_CHECKING:
+    from shiwu_worker.job import Job
+    from shiwu_worker.loaders import LoaderPool
+    from shiwu_worker.pipeline import Pipeline
+    from shiwu_worker.settle import Settled
+
+_THREADS = ("claim", "encode", "score", "commit", "heartbeat", "ended")
+
+
+class Panel:
+    """One for each worker. Where no HTTP port is set nothing is counted and no queue is looked at."""
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        self._settings = settings
+        self._health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file)
+        self._health.ready(is_ready=False)
+        self._vitals = Vitals(progress, redis_timeout_s=settings.redis_timeout_s)
+        self._metrics = Metrics(retried=RETRIABLE) if settings.http_port else None
+
+    def open(self, stack: ExitStack) -> None:
+        """Answer on the HTTP port, if there is one: not ready, and no job counted, while the model loads.
+
+        Raises:
+            FatalError: when the port can't be had.
+        """
+        if self._metrics is None:
+            return
+        endpoint = Endpoint(
+            host=self._settings.http_host,
+            port=self._settings.http_port,
+            not_live=self._vitals.not_live,
+            not_ready=self._vitals.not_ready,
+            metrics=self._metrics.text,
+        )
+        self._metrics.state(is_ready=lambda: not self._vitals.not_ready(), age_s=self._vitals.stillness_s)
+        stack.callback(endpoint.close)
+        endpoint.start()
+
+    def signs(self, pipeline: Pipeline, meter: Meter, *, suspects: Callable[[], None]) -> Signs:
+        """What the heartbeat sees and tells."""
+        metrics = self._metrics
+
+        def load() -> Load:
+            seen = meter.read()
+            if metrics is not None:
+                metrics.load(seen)
+            return seen
+
+        counts: dict[str, Any] = {"renewed": metrics.renewed, "reaped": metrics.reaped} if metrics is not None else {}
+        return Signs(
+            held=pipeline.held,
+            alive=self._health.alive,
+            suspects=suspects,
+            load=load,
+            redis=lambda is_there: self._vitals.redis(is_there=is_there),
+            **counts,
+        )
+
+    def watch(self, stack: ExitStack, client: redis.Redis, encoder: Any, loaders: LoaderPool) -> None:
+        """Look at the queues and the card until the stack is closed, where there is a port to tell it on."""
+        metrics = self._metrics
+        if metrics is None:
+            return
+        card = CardWatch(encoder.card_uuid)
+        metrics.card(card.state)
+        metrics.model(encoder.info)
+        metrics.loader_restarts(lambda: loaders.restarts)
+
+        def on_look(seen: Look, backlog_s: dict[Lane, float]) -> None:
+            metrics.queues(seen, backlog_s)
+            self._vitals.waiting(sum(seen.waiting.values()))
+
+        watch = Watch(partial(look, client, max_age_s=EVERY_S), on_look=on_look, also=card.look)
+        stack.callback(watch.close)
+        watch.start()
+
+    def started(self, pipeline: Pipeline, encoder: Any, loaders: LoaderPool) -> None:
+        """All parts run: from now on their stillness counts."""
+        body = Body(
+            threads=_THREADS,
+            held=lambda: len(pipeline.held()),
+            encode_age_s=pipeline.encode_age_s,
+            loaders=lambda: loaders.pids,
+            stuck_s=stuck_after_s(self._settings, encoder),
+        )
+        self._vitals.started(body)
+
+    def claiming(self, *, is_so: bool) -> None:
+        """Claims succeed, or have ended."""
+        self._health.ready(is_ready=is_so)
+        self._vitals.claiming(is_so=is_so)
+
+    def wrong(self, what: str) -> None:
+        """The known picture got a wrong answer."""
+        self._health.ready(is_ready=False)
+        self._vitals.canary(what)
+
+    def stopping(self) -> None:
+        """The worker drains."""
+        self._vitals.stopping()
+
+    def answered(self, settled: Sequence[Settled]) -> None:
+        """Count answers."""
+        if self._metrics is not None:
+            self._metrics.answered(settled)
+
+    def let_go(self, jobs: Sequence[Job]) -> None:
+        """Count what is tried again among the jobs that left: all of them were answered, or all given back."""
+        if self._metrics is not None and jobs and jobs[0].back is not None:
+            self._metrics.given_back(jobs)
+
+    def batch_left(self, reason: str, size: int) -> None:
+        """Count a batch."""
+        if self._metrics is not None:
+            self._metrics.batch(reason, size)
