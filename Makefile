@@ -15,10 +15,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 BENCH_STAMP := $(VENV)/installed-bench
+CHART_STAMP := $(VENV)/installed-chart-tools
 CODE := producer worker tests demo bench drill
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast hostile fuzz lint bench bench-compare drill format clean
+.PHONY: help demo test test-fast hostile fuzz lint bench bench-compare drill chart-tools chart-docs format clean
 .DELETE_ON_ERROR:
 # Running targets side by side would mix what they print, and two of them would share the machine's cores.
 .NOTPARALLEL:
@@ -29,10 +30,10 @@ help: ## list the commands
 demo: $(STAMP) ## tag sample pictures with real servers and one worker on this machine
 	@$(BIN)/python -m demo $(ARGS)
 
-test: $(STAMP) ## run all tests but those that need a GPU
+test: $(STAMP) $(CHART_STAMP) ## run all tests but those that need a GPU
 	$(BIN)/python -m pytest -m "not gpu" $(SIDE_BY_SIDE) $(ARGS)
 
-test-fast: $(STAMP) ## the same without the tests of many rounds
+test-fast: $(STAMP) $(CHART_STAMP) ## the same without the tests of many rounds
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(SIDE_BY_SIDE) $(ARGS)
 
 hostile: $(STAMP) ## run other projects' broken pictures through the loaders; fetches them from PyPI and Debian
@@ -56,6 +57,11 @@ bench-compare: $(STAMP) ## ratios of your results in bench/out to those of the r
 
 drill: $(STAMP) ## break everything for about an hour and count every answer; ARGS="--short", ARGS="kill --rounds 20"
 	$(BIN)/python -m drill $(ARGS)
+
+chart-tools: $(CHART_STAMP) ## install what the chart's tests run: two versions of helm, and promtool
+
+chart-docs: $(STAMP) ## make the chart's schema and README from its values.yaml
+	$(BIN)/python -m tests.support.chart_docs
 
 format: $(STAMP) ## put the code into form
 	$(BIN)/ruff check --fix-only --quiet .
@@ -82,4 +88,9 @@ $(STAMP): pyproject.toml constraints.txt
 $(BENCH_STAMP): $(STAMP)
 	@echo "Installing what the benchmarks compare with: once."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[worker,dev,bench]'
+	@touch $@
+
+$(CHART_STAMP): $(STAMP) tests/support/chart_tools.py
+	@echo "Installing helm and promtool into $(VENV)/chart-tools: once, about 90 MB to download."
+	@$(BIN)/python -m tests.support.chart_tools
 	@touch $@

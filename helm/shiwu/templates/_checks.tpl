@@ -1,0 +1,79 @@
+{{/* Seconds a pod may take to end. */}}
+{{- define "shiwu.grace" -}}
+{{- $grace := int .Values.worker.graceS -}}
+{{- $end := default (add $grace 15) .Values.worker.terminationGracePeriodSeconds | int -}}
+{{- if lt $end (add $grace 10 | int) -}}
+{{- fail (printf "worker.terminationGracePeriodSeconds: expected at least %d (worker.graceS %d + 10 to give back what is left), got %d: Kubernetes would kill workers that still drain" (add $grace 10) $grace $end) -}}
+{{- end -}}
+{{- $end -}}
+{{- end -}}
+
+{{/* Jobs that one busy worker holds. */}}
+{{- define "shiwu.held" -}}
+{{- $worker := .Values.worker -}}
+{{- int $worker.slots | default (add (mul 3 (int $worker.maxBatch | default 64)) (mul (int $worker.loaders) (int (get $worker.settings "LOADER_THREADS") | default 8))) -}}
+{{- end -}}
+
+{{/* Wrong values that a schema can't see, one readable line each. */}}
+{{- define "shiwu.checks" -}}
+{{- $v := .Values -}}
+{{- $wrong := list -}}
+{{- if and $v.autoscaling.keda.enabled $v.autoscaling.hpa.enabled -}}
+{{- $wrong = append $wrong "autoscaling: expected keda or hpa, got both enabled: two autoscalers would fight over one Deployment" -}}
+{{- end -}}
+{{- if and $v.monitoring.podMonitor.enabled $v.monitoring.serviceMonitor.enabled -}}
+{{- $wrong = append $wrong "monitoring: expected podMonitor or serviceMonitor, got both enabled: every number would count twice" -}}
+{{- end -}}
+{{- if and $v.valkey.enabled (or $v.redis.host $v.redis.sentinel.enabled $v.redis.urlKey $v.redis.tls.enabled) -}}
+{{- $wrong = append $wrong "valkey.enabled: expected no redis.host, redis.urlKey, redis.tls and redis.sentinel beside the trial server" -}}
+{{- end -}}
+{{- if not (or $v.valkey.enabled $v.redis.host $v.redis.sentinel.enabled $v.redis.urlKey) -}}
+{{- $wrong = append $wrong "redis: expected redis.host, redis.sentinel.enabled, redis.urlKey, or valkey.enabled for a trial; got none" -}}
+{{- end -}}
+{{- if and $v.redis.sentinel.enabled (not $v.redis.sentinel.addresses) -}}
+{{- $wrong = append $wrong "redis.sentinel.addresses: expected host:port of each sentinel, got none" -}}
+{{- end -}}
+{{- if and $v.redis.sentinel.enabled $v.redis.tls.enabled -}}
+{{- $wrong = append $wrong "redis.tls: expected no TLS together with sentinel, for a sentinel:// URL can't say it; put a TLS proxy or one address before them" -}}
+{{- end -}}
+{{- if and (or $v.redis.urlKey $v.redis.sentinel.passwordKey $v.redis.username) (not $v.redis.existingSecret) (not $v.valkey.enabled) -}}
+{{- $wrong = append $wrong "redis.existingSecret: expected a Secret for redis.urlKey, redis.username or redis.sentinel.passwordKey, got none" -}}
+{{- end -}}
+{{- if and $v.autoscaling.keda.enabled $v.redis.urlKey (not (or $v.redis.host $v.redis.sentinel.enabled)) -}}
+{{- $wrong = append $wrong "autoscaling.keda: expected redis.host and redis.passwordKey beside redis.urlKey, for KEDA can't read a URL" -}}
+{{- end -}}
+{{- if and $v.autoscaling.keda.enabled (lt (int $v.autoscaling.keda.jobsPerWorker) (int (include "shiwu.held" .))) -}}
+{{- $wrong = append $wrong (printf "autoscaling.keda.jobsPerWorker: expected at least %s, which one busy worker holds by itself, got %d: workers would ask for more workers" (include "shiwu.held" .) (int $v.autoscaling.keda.jobsPerWorker)) -}}
+{{- end -}}
+{{- range $name, $scaler := dict "keda" $v.autoscaling.keda "hpa" $v.autoscaling.hpa -}}
+{{- if gt (int $scaler.minReplicas) (int $scaler.maxReplicas) -}}
+{{- $wrong = append $wrong (printf "autoscaling.%s.maxReplicas: expected at least minReplicas %d, got %d" $name (int $scaler.minReplicas) (int $scaler.maxReplicas)) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (eq $v.model.source "pvc") (not $v.model.pvc.existingClaim) -}}
+{{- $wrong = append $wrong "model.pvc.existingClaim: expected a claim for model.source pvc, got none" -}}
+{{- end -}}
+{{- if and (eq $v.model.source "download") (not $v.model.download.id) -}}
+{{- $wrong = append $wrong "model.download.id: expected a hub id for model.source download, got none" -}}
+{{- end -}}
+{{- if and (eq $v.model.source "image") (not $v.model.image.reference) -}}
+{{- $wrong = append $wrong "model.image.reference: expected an image for model.source image, got none" -}}
+{{- end -}}
+{{- if and $v.labels.sets $v.labels.existingConfigMap -}}
+{{- $wrong = append $wrong "labels: expected sets or existingConfigMap, got both" -}}
+{{- end -}}
+{{- if and $v.producer.enabled (not (or $v.producer.references $v.producer.existingConfigMap)) -}}
+{{- $wrong = append $wrong "producer.references: expected references or existingConfigMap for producer.enabled, got none" -}}
+{{- end -}}
+{{- range $name, $own := dict "REDIS_URL" "redis" "GRACE_S" "worker.graceS" "LOADERS" "worker.loaders" "SLOTS" "worker.slots" "MAX_BATCH" "worker.maxBatch" "TORCH_THREADS" "worker.torchThreads" "MODEL" "model" "LABELS_DIR" "labels" "DEFAULT_LABELS" "labels.default" "HTTP_PORT" "http.port" "HTTP_HOST" "http.port" "DEVICE" "worker.device" "S3_ENDPOINT_URL" "s3.endpointUrl" "S3_REGION" "s3.region" -}}
+{{- if hasKey $v.worker.settings $name -}}
+{{- $wrong = append $wrong (printf "worker.settings.%s: expected it as the value %s, from which more than the variable follows" $name $own) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (hasKey $v.worker.settings "LEASE_S") (lt (float64 (get $v.worker.settings "LEASE_S")) 5.0) -}}
+{{- $wrong = append $wrong "worker.settings.LEASE_S: expected at least 5 on a cluster, where a pod may stand still for seconds" -}}
+{{- end -}}
+{{- if $wrong -}}
+{{- fail (printf "\n  %s" (join "\n  " $wrong)) -}}
+{{- end -}}
+{{- end -}}

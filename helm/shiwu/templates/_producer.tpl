@@ -1,0 +1,42 @@
+{{- define "shiwu.producerPod" -}}
+{{- $root := .root -}}
+{{- $v := $root.Values -}}
+serviceAccountName: {{ include "shiwu.serviceAccount" $root }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext: {{- toYaml $v.podSecurityContext | nindent 2 }}
+{{- with $v.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+containers:
+  - name: {{ .name }}
+    image: {{ include "shiwu.image" (dict "root" $root "image" $v.sweep.image) }}
+    imagePullPolicy: {{ $v.sweep.image.pullPolicy }}
+    securityContext: {{- toYaml $v.securityContext | nindent 6 }}
+    command: [shiwu]
+    args: {{- toYaml .args | nindent 6 }}
+    env:
+      {{- include "shiwu.redisEnv" (dict "root" $root "username" .username "passwordKey" .passwordKey) | trim | nindent 6 }}
+      - {name: HOME, value: /tmp}
+    resources: {{- toYaml .resources | nindent 6 }}
+    volumeMounts:
+      - {name: tmp, mountPath: /tmp}
+      {{- with .references }}
+      - {name: references, mountPath: /etc/shiwu/references, readOnly: true}
+      {{- end }}
+      {{- include "shiwu.redisMount" $root | nindent 6 }}
+volumes:
+  - name: tmp
+    emptyDir: {sizeLimit: 64Mi}
+  {{- with .references }}
+  - name: references
+    configMap: {name: {{ . }}}
+  {{- end }}
+  {{- include "shiwu.redisVolume" $root | nindent 2 }}
+{{- end -}}

@@ -1,0 +1,59 @@
+{{- define "shiwu.redisHost" -}}
+{{- .Values.valkey.enabled | ternary (printf "%s-valkey" (include "shiwu.fullname" .)) .Values.redis.host -}}
+{{- end -}}
+
+{{- define "shiwu.redisSecret" -}}
+{{- .Values.valkey.enabled | ternary (printf "%s-valkey" (include "shiwu.fullname" .)) .Values.redis.existingSecret -}}
+{{- end -}}
+
+{{- define "shiwu.redisUrl" -}}
+{{- $redis := .root.Values.redis -}}
+{{- $login := "" -}}
+{{- if include "shiwu.redisSecret" .root -}}
+{{- $login = printf "%s:$(REDIS_PASSWORD)@" (urlquery .username) -}}
+{{- end -}}
+{{- if $redis.sentinel.enabled -}}
+sentinel://{{ $login }}{{ join "," $redis.sentinel.addresses }}/{{ $redis.sentinel.master }}/{{ $redis.database }}
+{{- if $redis.sentinel.passwordKey }}?sentinel_password=$(REDIS_SENTINEL_PASSWORD){{ end }}
+{{- else -}}
+{{ $redis.tls.enabled | ternary "rediss" "redis" }}://{{ $login }}{{ include "shiwu.redisHost" .root }}:{{ $redis.port }}/{{ $redis.database }}
+{{- if and $redis.tls.enabled $redis.tls.caSecret }}?ssl_ca_certs=/etc/shiwu/redis-ca/{{ $redis.tls.caKey }}{{ end }}
+{{- end -}}
+{{- end -}}
+
+{{/* Variables that lead to Redis: (dict "root" $ "username" … "passwordKey" …); empty ones are the workers'. */}}
+{{- define "shiwu.redisEnv" -}}
+{{- $redis := .root.Values.redis -}}
+{{- $username := default $redis.username .username -}}
+{{- $secret := include "shiwu.redisSecret" .root -}}
+{{- if and $redis.urlKey (not .root.Values.valkey.enabled) }}
+- name: SHIWU_REDIS_URL
+  valueFrom: {secretKeyRef: {name: {{ $secret }}, key: {{ default $redis.urlKey .passwordKey }}}}
+{{- else }}
+{{- if $secret }}
+- name: REDIS_PASSWORD
+  valueFrom: {secretKeyRef: {name: {{ $secret }}, key: {{ .root.Values.valkey.enabled | ternary "password" (default $redis.passwordKey .passwordKey) }}}}
+{{- end }}
+{{- if and $redis.sentinel.enabled $redis.sentinel.passwordKey }}
+- name: REDIS_SENTINEL_PASSWORD
+  valueFrom: {secretKeyRef: {name: {{ $secret }}, key: {{ $redis.sentinel.passwordKey }}}}
+{{- end }}
+- name: SHIWU_REDIS_URL
+  value: {{ include "shiwu.redisUrl" (dict "root" .root "username" (.root.Values.valkey.enabled | ternary "" $username)) | quote }}
+{{- end }}
+{{- end -}}
+
+{{- define "shiwu.redisMount" -}}
+{{- if and .Values.redis.tls.enabled .Values.redis.tls.caSecret }}
+- {name: redis-ca, mountPath: /etc/shiwu/redis-ca, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "shiwu.redisVolume" -}}
+{{- if and .Values.redis.tls.enabled .Values.redis.tls.caSecret }}
+- name: redis-ca
+  secret:
+    secretName: {{ .Values.redis.tls.caSecret }}
+    items: [{key: {{ .Values.redis.tls.caKey }}, path: {{ .Values.redis.tls.caKey }}}]
+{{- end }}
+{{- end -}}

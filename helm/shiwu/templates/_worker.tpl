@@ -1,0 +1,155 @@
+{{- define "shiwu.scaled" -}}
+{{- if or .Values.autoscaling.keda.enabled .Values.autoscaling.hpa.enabled }}yes{{ end -}}
+{{- end -}}
+
+{{- define "shiwu.modelPath" -}}
+{{- $model := .Values.model -}}
+{{- if eq $model.source "download" -}}
+/models/{{ $model.download.id | replace "/" "--" }}
+{{- else if ne $model.source "embedded" -}}
+{{- list "/models" $model.path | join "/" | trimSuffix "/" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "shiwu.workerEnv" -}}
+{{- $v := .Values -}}
+{{- include "shiwu.redisEnv" (dict "root" . "username" "" "passwordKey" "") }}
+- {name: SHIWU_HTTP_PORT, value: {{ $v.http.port | quote }}}
+- name: SHIWU_WORKER_NAME
+  valueFrom: {fieldRef: {fieldPath: metadata.name}}
+- {name: SHIWU_DEVICE, value: {{ eq $v.worker.device "gpu" | ternary "cuda" "cpu" }}}
+- {name: SHIWU_GRACE_S, value: {{ $v.worker.graceS | quote }}}
+- {name: SHIWU_LOADERS, value: {{ $v.worker.loaders | quote }}}
+{{- range $name, $value := dict "TORCH_THREADS" $v.worker.torchThreads "MAX_BATCH" $v.worker.maxBatch "SLOTS" $v.worker.slots }}
+{{- if int $value }}
+- {name: SHIWU_{{ $name }}, value: {{ int $value | quote }}}
+{{- end }}
+{{- end }}
+{{- with include "shiwu.modelPath" . }}
+- {name: SHIWU_MODEL, value: {{ . | quote }}}
+{{- end }}
+{{- if or $v.labels.sets $v.labels.existingConfigMap }}
+- {name: SHIWU_LABELS_DIR, value: /etc/shiwu/labels}
+{{- end }}
+- {name: SHIWU_DEFAULT_LABELS, value: {{ $v.labels.default | quote }}}
+{{- with $v.s3.endpointUrl }}
+- {name: SHIWU_S3_ENDPOINT_URL, value: {{ . | quote }}}
+{{- end }}
+{{- with $v.s3.region }}
+- {name: SHIWU_S3_REGION, value: {{ . | quote }}}
+{{- end }}
+{{- if $v.s3.existingSecret }}
+- name: AWS_ACCESS_KEY_ID
+  valueFrom: {secretKeyRef: {name: {{ $v.s3.existingSecret }}, key: {{ $v.s3.accessKeyIdKey }}}}
+- name: AWS_SECRET_ACCESS_KEY
+  valueFrom: {secretKeyRef: {name: {{ $v.s3.existingSecret }}, key: {{ $v.s3.secretAccessKeyKey }}}}
+{{- end }}
+- {name: AWS_EC2_METADATA_DISABLED, value: "true"}
+- {name: HF_HUB_OFFLINE, value: "1"}
+- {name: HOME, value: /tmp}
+{{- $folders := compact (list (get $v.worker.settings "ALLOW_FOLDERS") ($v.test.enabled | ternary "/etc/shiwu/test" "")) }}
+{{- if $folders }}
+- {name: SHIWU_ALLOW_FOLDERS, value: {{ join "," $folders | quote }}}
+{{- end }}
+{{- range $name, $value := omit $v.worker.settings "ALLOW_FOLDERS" }}
+{{- /* Numbers from files are floats: 50000000 must not become 5e+07. */}}
+{{- if kindIs "float64" $value }}
+{{- $value = eq $value (floor $value) | ternary (int64 $value) $value }}
+{{- end }}
+- {name: SHIWU_{{ $name }}, value: {{ toString $value | quote }}}
+{{- end }}
+{{- with $v.worker.extraEnv }}
+{{ tpl (toYaml .) $ }}
+{{- end }}
+{{- end -}}
+
+{{- define "shiwu.workerMounts" -}}
+{{- $v := .Values -}}
+- {name: tmp, mountPath: /tmp}
+- {name: shm, mountPath: /dev/shm}
+{{- if ne $v.model.source "embedded" }}
+- {name: model, mountPath: /models, readOnly: true}
+{{- end }}
+{{- if or $v.labels.sets $v.labels.existingConfigMap }}
+- {name: labels, mountPath: /etc/shiwu/labels, readOnly: true}
+{{- end }}
+{{- if $v.test.enabled }}
+- {name: test, mountPath: /etc/shiwu/test, readOnly: true}
+{{- end }}
+{{- include "shiwu.redisMount" . }}
+{{- with $v.worker.extraVolumeMounts }}
+{{ tpl (toYaml .) $ }}
+{{- end }}
+{{- end -}}
+
+{{- define "shiwu.workerVolumes" -}}
+{{- $v := .Values -}}
+- name: tmp
+  emptyDir: {sizeLimit: {{ $v.worker.tmpSize }}}
+- name: shm
+  emptyDir: {medium: Memory, sizeLimit: {{ $v.worker.shmSize }}}
+{{- if eq $v.model.source "pvc" }}
+- name: model
+  persistentVolumeClaim: {claimName: {{ $v.model.pvc.existingClaim }}, readOnly: true}
+{{- else if eq $v.model.source "image" }}
+- name: model
+  image: {reference: {{ $v.model.image.reference | quote }}, pullPolicy: {{ $v.model.image.pullPolicy }}}
+{{- else if and (eq $v.model.source "download") $v.model.download.existingClaim }}
+- name: model
+  persistentVolumeClaim: {claimName: {{ $v.model.download.existingClaim }}}
+{{- else if eq $v.model.source "download" }}
+- name: model
+  emptyDir: {sizeLimit: {{ $v.model.download.size }}}
+{{- end }}
+{{- if or $v.labels.sets $v.labels.existingConfigMap }}
+- name: labels
+  configMap: {name: {{ default (printf "%s-labels" (include "shiwu.fullname" .)) $v.labels.existingConfigMap }}}
+{{- end }}
+{{- if $v.test.enabled }}
+- name: test
+  configMap: {name: {{ include "shiwu.fullname" . }}-test}
+{{- end }}
+{{- include "shiwu.redisVolume" . }}
+{{- with $v.worker.extraVolumes }}
+{{ tpl (toYaml .) $ }}
+{{- end }}
+{{- end -}}
+
+{{/* Loads the model once; what is whole already is left alone. */}}
+{{- define "shiwu.download" -}}
+{{- $download := .Values.model.download -}}
+- name: download-model
+  image: {{ include "shiwu.image" (dict "root" . "image" .Values.worker.image) }}
+  imagePullPolicy: {{ .Values.worker.image.pullPolicy }}
+  securityContext: {{- toYaml .Values.securityContext | nindent 4 }}
+  command:
+    - python
+    - -c
+    - |
+      import os, pathlib
+      folder = pathlib.Path(os.environ["MODEL_FOLDER"])
+      mark = folder / ".whole"
+      if not (mark.exists() and mark.read_text() == os.environ["MODEL_REVISION"]):
+          from huggingface_hub import snapshot_download
+          patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+          snapshot_download(os.environ["MODEL_ID"], revision=os.environ["MODEL_REVISION"], local_dir=folder, allow_patterns=patterns)
+          mark.write_text(os.environ["MODEL_REVISION"])
+  env:
+    - {name: MODEL_ID, value: {{ $download.id | quote }}}
+    - {name: MODEL_REVISION, value: {{ $download.revision | quote }}}
+    - {name: MODEL_FOLDER, value: {{ include "shiwu.modelPath" . | quote }}}
+    - {name: HOME, value: /tmp}
+    {{- with $download.endpoint }}
+    - {name: HF_ENDPOINT, value: {{ . | quote }}}
+    {{- end }}
+    {{- with $download.tokenSecret }}
+    - name: HF_TOKEN
+      valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $download.tokenKey }}}}
+    {{- end }}
+  resources:
+    requests: {cpu: 100m, memory: 512Mi}
+    limits: {memory: 2Gi}
+  volumeMounts:
+    - {name: model, mountPath: /models}
+    - {name: tmp, mountPath: /tmp}
+{{- end -}}
