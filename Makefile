@@ -46,7 +46,7 @@ lint: $(STAMP) ## check form, types and who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy -p demo -p drill -p bench -p tests.support
+	$(BIN)/mypy -p demo -p drill -p bench -p tests.support -p tests.chart
 	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: $(BENCH_STAMP) ## measure, ARGS="service --quick": messages, service, latency, encode, decode, compare; to bench/out

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import itertools
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from shiwu.cli import main
 from shiwu.contract import CLAIMS, Lane
 from shiwu.contract.keys import SUSPECTS
 from shiwu_worker.config import Settings
 from shiwu_worker.labels import load_label_sets
+from tests.conftest import StartWorker
 from tests.support import chart_docs
 from tests.support.chart import CHART, ChartError, Helm, Manifest, of_kind, pods, tool, variables, wrongs
 from tests.support.chart_tools import HELMS
@@ -56,6 +62,7 @@ ALL_ON: dict[str, Any] = {
     "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/x"}},
     "autoscaling": {"keda": {"enabled": True, "username": "shiwu-scaler", "passwordKey": "scaler"}},
     "sweep": {"username": "shiwu-sweep", "passwordKey": "sweep"},
+    "test": {"username": "shiwu-client", "passwordKey": "client"},
     "producer": {"enabled": True, "references": ["s3://pictures/a.jpg"]},
     "networkPolicy": {"s3Peers": [{"podSelector": {}}], "metricsFrom": [{"namespaceSelector": {}}]},
     "monitoring": {
@@ -243,7 +250,9 @@ def test_every_setting_in_the_pods_exists(newest: Helm, name: str) -> None:
         for container in spec["containers"]:
             ours = {key: value for key, value in variables(container).items() if key.startswith("SHIWU_")}
             assert {key[len("SHIWU_") :].lower() for key in ours} <= set(Settings.model_fields) | ENDPOINT, where
-            plain = {key[len("SHIWU_") :].lower(): value for key, value in ours.items() if isinstance(value, str)}
+            plain: dict[str, Any] = {
+                key[len("SHIWU_") :].lower(): value for key, value in ours.items() if isinstance(value, str)
+            }
             if "redis_url" in plain:
                 plain["redis_url"] = plain["redis_url"].replace("$(REDIS_PASSWORD)", "secret")
             Settings(**plain)
@@ -327,7 +336,7 @@ def test_a_change_of_labels_restarts_the_workers(newest: Helm) -> None:
     assert checksum("狗") == checksum("狗") != checksum("马")
 
 
-def test_label_sets_are_read_by_the_worker(newest: Helm, tmp_path: Any) -> None:
+def test_label_sets_are_read_by_the_worker(newest: Helm, tmp_path: Path) -> None:
     data = of_kind(newest.render(ALL_ON), "ConfigMap", "-labels")["data"]
     for name, text in data.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -385,6 +394,35 @@ def test_the_trial_keeps_its_password(newest: Helm) -> None:
     assert auth["spec"]["secretTargetRef"][0]["name"] == secret["metadata"]["name"]
 
 
+def test_each_part_comes_to_redis_as_its_own_user(newest: Helm) -> None:
+    found = {}
+    for where, spec in pods(newest.render(ALL_ON)):
+        own = variables(spec["containers"][0])
+        user = own["SHIWU_REDIS_URL"].split("//")[1].split(":")[0]
+        found[where.rpartition("shiwu-")[2]] = (user, own["REDIS_PASSWORD"]["secretKeyRef"]["key"])
+    assert found == {
+        "worker": ("shiwu-worker", "password"),
+        "sweep": ("shiwu-sweep", "sweep"),
+        "producer": ("shiwu-worker", "password"),
+        "test-answer": ("shiwu-client", "client"),
+    }
+
+
+def test_the_test_gets_its_answer(newest: Helm, start_worker: StartWorker, redis_url: str, tmp_path: Path) -> None:
+    """The command of `helm test` and the picture of the chart, with a real worker."""
+    manifests = newest.render(PLAIN)
+    picture = of_kind(manifests, "ConfigMap", "-test")["binaryData"]["picture.jpg"]
+    (tmp_path / "picture.jpg").write_bytes(base64.b64decode(picture))
+    start_worker(redis_url=redis_url, allow_folders=tmp_path)
+    (container,) = of_kind(manifests, "Pod")["spec"]["containers"]
+    assert container["command"] == ["shiwu"]
+    args = [argument.replace("/etc/shiwu/test", str(tmp_path)) for argument in container["args"]]
+    result = CliRunner().invoke(main, ["--redis-url", redis_url, *args])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert (answer["status"], answer["tags"][0]["label"]) == ("tagged", "动物")
+
+
 def test_notes_warn(newest: Helm) -> None:
     """Of the pictogram model, of the trial server, of an S3 store that the policy may shut out."""
     values = {"valkey": {"enabled": True}, "s3": {"endpointUrl": "http://minio:9000"}}
@@ -398,7 +436,7 @@ def test_schema_and_readme_are_current() -> None:
     assert (CHART / "README.md").read_text(encoding="utf-8") == chart_docs.readme_text()
 
 
-def test_the_package_is_whole(newest: Helm, tmp_path: Any) -> None:
+def test_the_package_is_whole(newest: Helm, tmp_path: Path) -> None:
     """`helm package` takes what the templates read, and not the examples."""
     newest.run("package", str(CHART), "--destination", str(tmp_path))
     (package,) = tmp_path.glob("*.tgz")
