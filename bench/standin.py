@@ -131,11 +131,17 @@ def main() -> None:
     parser.add_argument("--cap", type=int, default=256, help="largest batch")
     parser.add_argument("--per-picture-ms", type=float, default=0.0)
     parser.add_argument("--per-batch-ms", type=float, default=0.0)
+    parser.add_argument("--grace-s", type=float, default=1.0, help="to finish what is held after SIGTERM")
     parser.add_argument("--limit-s", type=float, default=300.0)
     asked = parser.parse_args()
     logs.set_up(level="warning", form="json")
     settings = Settings(
-        redis_url=asked.redis_url, max_batch=asked.cap, slots=asked.slots, log_level="warning", lease_s=60, grace_s=1
+        redis_url=asked.redis_url,
+        max_batch=asked.cap,
+        slots=asked.slots,
+        log_level="warning",
+        lease_s=60,
+        grace_s=asked.grace_s,
     )
     failed: list[FatalError] = []
     done = threading.Event()

@@ -64,12 +64,21 @@ class StandInWorker(Answerer):
     """`bench.standin`, named in its answers."""
 
     def __init__(
-        self, *, redis_url: str, name: str, folder: Path, slots: int, cap: int, cost: tuple[float, float]
+        self,
+        *,
+        redis_url: str,
+        name: str,
+        folder: Path,
+        slots: int,
+        cap: int,
+        cost: tuple[float, float],
+        grace_s: float = 1.0,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         command = [sys.executable, "-m", "bench.standin", "--redis-url", redis_url]
         command += ["--slots", str(slots), "--cap", str(cap)]
-        command += ["--per-picture-ms", str(cost[0]), "--per-batch-ms", str(cost[1])]
-        super().__init__(command, name=name, folder=folder, env={"SHIWU_WORKER_NAME": name})
+        command += ["--per-picture-ms", str(cost[0]), "--per-batch-ms", str(cost[1]), "--grace-s", str(grace_s)]
+        super().__init__(command, name=name, folder=folder, env={"SHIWU_WORKER_NAME": name, **(env or {})})
 
     def __exit__(self, *_: object) -> None:
         self.stop(timeout_s=5)
