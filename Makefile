@@ -49,7 +49,7 @@ lint: $(STAMP) ## check form, types and who imports whom
 	$(BIN)/mypy -p demo -p drill -p bench -p tests.support -p tests.chart
 	$(BIN)/lint-imports --no-cache --no-logo
 
-bench: $(BENCH_STAMP) ## measure, ARGS="service --quick": messages, service, latency, encode, decode, compare; to bench/out
+bench: $(BENCH_STAMP) ## measure, ARGS="service --quick": messages, service, latency, encode, decode, scaling, compare
 	$(BIN)/python -m bench $(ARGS)
 
 bench-compare: $(STAMP) ## ratios of your results in bench/out to those of the release in bench/released
@@ -58,7 +58,8 @@ bench-compare: $(STAMP) ## ratios of your results in bench/out to those of the r
 drill: $(STAMP) ## break everything for about an hour and count every answer; ARGS="--short", ARGS="kill --rounds 20"
 	$(BIN)/python -m drill $(ARGS)
 
-chart-tools: $(CHART_STAMP) ## install what the chart's tests run: two versions of helm, and promtool
+chart-tools: $(STAMP) ## install what the chart's tests run: two versions of helm, and promtool
+	@$(BIN)/python -m tests.support.chart_tools
 
 chart-docs: $(STAMP) ## make the chart's schema and README from its values.yaml
 	$(BIN)/python -m tests.support.chart_docs
@@ -92,5 +93,5 @@ $(BENCH_STAMP): $(STAMP)
 
 $(CHART_STAMP): $(STAMP) tests/support/chart_tools.py
 	@echo "Installing helm and promtool into $(VENV)/chart-tools: once, about 90 MB to download."
-	@$(BIN)/python -m tests.support.chart_tools
-	@touch $@
+	@# Without a network the tests that need them are skipped, loudly; in CI they must be there.
+	@if $(BIN)/python -m tests.support.chart_tools; then touch $@; else [ -z "$$CI" ]; fi

@@ -68,6 +68,7 @@ def _special() -> dict[str, dict[str, Any]]:
         "worker.terminationGracePeriodSeconds": {"type": ["integer", "null"], "minimum": 1},
         "worker.settings": _settings(),
         "worker.strategy": _FREE,
+        "worker.pdb.unhealthyPodEvictionPolicy": {"enum": ["AlwaysAllow", "IfHealthyBudget"]},
         "worker.nodeSelector": _WORDS,
         "worker.affinity": _FREE,
         "worker.podAnnotations": _WORDS,
@@ -76,7 +77,7 @@ def _special() -> dict[str, dict[str, Any]]:
         "worker.tmpSize": _SIZE,
         "worker.probes.*": _SOME,
         "worker.pdb.maxUnavailable": {"type": ["integer", "string"]},
-        "model.source": {"enum": ["embedded", "pvc", "download", "image"]},
+        "model.source": {"enum": ["embedded", "pvc", "download", "image", "baked"]},
         "model.path": {"type": "string", "pattern": r"^([A-Za-z0-9_][A-Za-z0-9._/-]*)?$"},
         "model.download.id": {
             "type": "string",

@@ -51,10 +51,10 @@ HELMS: Final = {
 
 
 def find(name: str) -> Path | None:
-    """The program where it was installed, or for promtool also where the machine has it."""
+    """The program where it was installed, or where the machine has one of this name."""
     if (FOLDER / name).exists():
         return FOLDER / name
-    found = shutil.which(name) if name == "promtool" else None
+    found = shutil.which(name)
     return Path(found) if found else None
 
 
@@ -125,4 +125,4 @@ def install() -> list[str]:
 if __name__ == "__main__":
     problems = install()
     sys.stderr.write("".join(f"chart-tools: {problem}\n" for problem in problems))
-    sys.exit(1 if problems and os.environ.get("CI") else 0)
+    sys.exit(1 if problems else 0)

@@ -1,9 +1,11 @@
 {{/* Seconds a pod may take to end. */}}
 {{- define "shiwu.grace" -}}
 {{- $grace := int .Values.worker.graceS -}}
-{{- $end := default (add $grace 15) .Values.worker.terminationGracePeriodSeconds | int -}}
-{{- if lt $end (add $grace 10 | int) -}}
-{{- fail (printf "worker.terminationGracePeriodSeconds: expected at least %d (worker.graceS %d + 10 to give back what is left), got %d: Kubernetes would kill workers that still drain" (add $grace 10) $grace $end) -}}
+{{- $after := add (mul 2 (get .Values.worker.settings "REDIS_TIMEOUT_S" | default 5 | float64 | ceil | int)) 5 | int -}}
+{{- $least := add $grace $after | int -}}
+{{- $end := default (add $least 5) .Values.worker.terminationGracePeriodSeconds | int -}}
+{{- if lt $end $least -}}
+{{- fail (printf "worker.terminationGracePeriodSeconds: expected at least %d (worker.graceS %d + %d to write the last answers and end the loaders), got %d: Kubernetes would kill workers that still drain" $least $grace $after $end) -}}
 {{- end -}}
 {{- $end -}}
 {{- end -}}
@@ -59,15 +61,31 @@
 {{- if and (eq $v.model.source "image") (not $v.model.image.reference) -}}
 {{- $wrong = append $wrong "model.image.reference: expected an image for model.source image, got none" -}}
 {{- end -}}
+{{- if and (eq $v.model.source "baked") (not $v.model.path) -}}
+{{- $wrong = append $wrong "model.path: expected the folder below /models for model.source baked, got none" -}}
+{{- end -}}
 {{- if and $v.labels.sets $v.labels.existingConfigMap -}}
 {{- $wrong = append $wrong "labels: expected sets or existingConfigMap, got both" -}}
 {{- end -}}
 {{- if and $v.producer.enabled (not (or $v.producer.references $v.producer.existingConfigMap)) -}}
 {{- $wrong = append $wrong "producer.references: expected references or existingConfigMap for producer.enabled, got none" -}}
 {{- end -}}
-{{- range $name, $own := dict "REDIS_URL" "redis" "GRACE_S" "worker.graceS" "LOADERS" "worker.loaders" "SLOTS" "worker.slots" "MAX_BATCH" "worker.maxBatch" "TORCH_THREADS" "worker.torchThreads" "MODEL" "model" "LABELS_DIR" "labels" "DEFAULT_LABELS" "labels.default" "HTTP_PORT" "http.port" "HTTP_HOST" "http.port" "DEVICE" "worker.device" "S3_ENDPOINT_URL" "s3.endpointUrl" "S3_REGION" "s3.region" -}}
+{{- if and $v.autoscaling.keda.enabled (eq (int $v.autoscaling.keda.minReplicas) 0) (not $v.sweep.enabled) -}}
+{{- $wrong = append $wrong "sweep.enabled: expected true where autoscaling.keda.minReplicas is 0, or nobody brings delayed jobs back to a lane that KEDA counts" -}}
+{{- end -}}
+{{- if and (eq $v.model.source "download") $v.networkPolicy.enabled (not $v.networkPolicy.publicWeb) (not $v.networkPolicy.extraEgress) -}}
+{{- $wrong = append $wrong "networkPolicy: expected publicWeb, or the hub's mirror in extraEgress, for model.source download" -}}
+{{- end -}}
+{{- $variables := list -}}
+{{- range $v.worker.extraEnv -}}
+{{- $variables = append $variables .name -}}
+{{- end -}}
+{{- range $name, $own := dict "REDIS_URL" "redis" "GRACE_S" "worker.graceS" "LOADERS" "worker.loaders" "SLOTS" "worker.slots" "MAX_BATCH" "worker.maxBatch" "TORCH_THREADS" "worker.torchThreads" "MODEL" "model" "LABELS_DIR" "labels" "DEFAULT_LABELS" "labels.default" "HTTP_PORT" "http.port" "HTTP_HOST" "http.host" "DEVICE" "worker.device" "S3_ENDPOINT_URL" "s3.endpointUrl" "S3_REGION" "s3.region" -}}
 {{- if hasKey $v.worker.settings $name -}}
 {{- $wrong = append $wrong (printf "worker.settings.%s: expected it as the value %s, from which more than the variable follows" $name $own) -}}
+{{- end -}}
+{{- if has (printf "SHIWU_%s" $name) $variables -}}
+{{- $wrong = append $wrong (printf "worker.extraEnv: SHIWU_%s: expected it as the value %s, from which more than the variable follows" $name $own) -}}
 {{- end -}}
 {{- end -}}
 {{- if and (hasKey $v.worker.settings "LEASE_S") (lt (float64 (get $v.worker.settings "LEASE_S")) 5.0) -}}

@@ -19,7 +19,7 @@ containers:
     image: {{ include "shiwu.image" (dict "root" $root "image" $v.sweep.image) }}
     imagePullPolicy: {{ $v.sweep.image.pullPolicy }}
     securityContext: {{- toYaml $v.securityContext | nindent 6 }}
-    command: [shiwu]
+    command: [tini, --, shiwu]
     args: {{- toYaml .args | nindent 6 }}
     env:
       {{- include "shiwu.redisEnv" (dict "root" $root "username" .username "passwordKey" .passwordKey) | trim | nindent 6 }}

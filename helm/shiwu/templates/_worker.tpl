@@ -15,6 +15,9 @@
 {{- $v := .Values -}}
 {{- include "shiwu.redisEnv" (dict "root" . "username" "" "passwordKey" "") }}
 - {name: SHIWU_HTTP_PORT, value: {{ $v.http.port | quote }}}
+{{- if ne $v.http.host "0.0.0.0" }}
+- {name: SHIWU_HTTP_HOST, value: {{ $v.http.host | quote }}}
+{{- end }}
 - name: SHIWU_WORKER_NAME
   valueFrom: {fieldRef: {fieldPath: metadata.name}}
 - {name: SHIWU_DEVICE, value: {{ eq $v.worker.device "gpu" | ternary "cuda" "cpu" }}}
@@ -67,7 +70,7 @@
 {{- $v := .Values -}}
 - {name: tmp, mountPath: /tmp}
 - {name: shm, mountPath: /dev/shm}
-{{- if ne $v.model.source "embedded" }}
+{{- if not (has $v.model.source (list "embedded" "baked")) }}
 - {name: model, mountPath: /models, readOnly: true}
 {{- end }}
 {{- if or $v.labels.sets $v.labels.existingConfigMap }}
@@ -139,6 +142,9 @@
     - {name: MODEL_REVISION, value: {{ $download.revision | quote }}}
     - {name: MODEL_FOLDER, value: {{ include "shiwu.modelPath" . | quote }}}
     - {name: HOME, value: /tmp}
+    # The image is offline by itself; and what the hub's library keeps beside the model is not for the claim.
+    - {name: HF_HUB_OFFLINE, value: "0"}
+    - {name: HF_HOME, value: /tmp/hub}
     {{- with $download.endpoint }}
     - {name: HF_ENDPOINT, value: {{ . | quote }}}
     {{- end }}

@@ -1,0 +1,159 @@
+"""Values for the chart: those that must render, and those that must be refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from tests.support.chart import CHART
+
+PLAIN: dict[str, Any] = {"redis": {"host": "redis.pictures.svc"}}
+ALL_ON: dict[str, Any] = {
+    "redis": {
+        "host": "redis.pictures.svc",
+        "existingSecret": "shiwu-redis",
+        "username": "shiwu-worker",
+        "tls": {"enabled": True, "caSecret": "redis-ca"},
+    },
+    "imagePullSecrets": [{"name": "pull"}],
+    "commonLabels": {"team": "pictures"},
+    "extraObjects": [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "own"}, "data": {"of": "{{ .Release.Name }}"}}
+    ],
+    "worker": {
+        "args": ["-E"],
+        "torchThreads": 2,
+        "maxBatch": 32,
+        "slots": 400,
+        "settings": {"MAX_ATTEMPTS": 5, "MAX_PIXELS": 50000000, "LINGER_MS": 1.5, "SANDBOX": True, "FORMATS": "JPEG"},
+        "extraEnv": [{"name": "OTEL_SERVICE_NAME", "value": "{{ .Release.Name }}"}],
+        "envFrom": [{"secretRef": {"name": "more"}}],
+        "extraVolumes": [{"name": "cache", "emptyDir": {}}],
+        "extraVolumeMounts": [{"name": "cache", "mountPath": "/cache"}],
+        "runtimeClassName": "nvidia",
+        "priorityClassName": "high",
+        "nodeSelector": {"nvidia.com/gpu.product": "Tesla-T4"},
+        "affinity": {"podAntiAffinity": {}},
+        "podAnnotations": {"a": "b"},
+        "podLabels": {"c": "d"},
+        "image": {"digest": "sha256:" + "0" * 64},
+    },
+    "model": {"source": "download", "download": {"id": "OFA-Sys/chinese-clip-vit-base-patch16", "tokenSecret": "hub"}},
+    "labels": {"sets": {"mine": {"head": "sigmoid", "templates": ["一张{}的照片"], "labels": ["猫", "狗"]}}},
+    "s3": {"endpointUrl": "https://s3.pictures.svc", "region": "eu", "existingSecret": "s3", "podIdentity": True},
+    "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/x"}},
+    "autoscaling": {"keda": {"enabled": True, "username": "shiwu-scaler", "passwordKey": "scaler"}},
+    "sweep": {"username": "shiwu-sweep", "passwordKey": "sweep"},
+    "test": {"username": "shiwu-client", "passwordKey": "client"},
+    "producer": {"enabled": True, "references": ["s3://pictures/a.jpg"]},
+    "networkPolicy": {"s3Peers": [{"podSelector": {}}], "metricsFrom": [{"namespaceSelector": {}}]},
+    "monitoring": {
+        "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "rules": {"enabled": True},
+        "dashboards": {"enabled": True, "annotations": {"grafana_folder": "shiwu"}},
+    },
+}
+ALL_OFF: dict[str, Any] = PLAIN | {
+    "worker": {"device": "cpu", "pdb": {"enabled": False}, "topologySpreadConstraints": [], "tolerations": []},
+    "sweep": {"enabled": False},
+    "networkPolicy": {"enabled": False},
+    "serviceAccount": {"create": False},
+    "test": {"enabled": False},
+}
+SENTINEL: dict[str, Any] = {
+    "existingSecret": "shiwu-redis",
+    "sentinel": {"enabled": True, "addresses": ["a:26379", "b:26380"], "passwordKey": "sentinel"},
+}
+MATRIX: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "all-on": ALL_ON,
+    "all-off": ALL_OFF,
+    "trial": {"valkey": {"enabled": True}, "autoscaling": {"keda": {"enabled": True}}},
+    "trial-in-memory": {"valkey": {"enabled": True, "size": ""}},
+    "sentinel-keda": {"redis": SENTINEL, "autoscaling": {"keda": {"enabled": True}}},
+    "url": {"redis": {"existingSecret": "shiwu-redis", "urlKey": "url"}},
+    "hpa": PLAIN | {"autoscaling": {"hpa": {"enabled": True}}, "monitoring": {"serviceMonitor": {"enabled": True}}},
+    "pvc": PLAIN | {"model": {"source": "pvc", "path": "clip", "pvc": {"existingClaim": "models"}}},
+    "baked": PLAIN | {"model": {"source": "baked", "path": "OFA-Sys/chinese-clip-vit-base-patch16"}},
+    "image": PLAIN | {"model": {"source": "image", "image": {"reference": "registry.example/model:1"}}},
+}
+EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
+MATRIX |= {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in EXAMPLES}
+WRONG: dict[str, tuple[dict[str, Any], str | list[str]]] = {
+    "no redis": ({"redis": {"host": ""}}, "expected redis.host, redis.sentinel.enabled, redis.urlKey"),
+    "unknown key": (
+        {"worker": {"replica": 2}},
+        ["additional properties 'replica' not allowed", "Additional property replica is not allowed"],
+    ),
+    "wrong type": ({"worker": {"replicas": "two"}}, ["got string, want integer", "Expected: integer, given: string"]),
+    "unknown setting": (
+        {"worker": {"settings": {"LEASES_S": 3}}},
+        ["'LEASES_S' not allowed", "property LEASES_S is not allowed"],
+    ),
+    "a setting with a value of its own": ({"worker": {"settings": {"GRACE_S": 3}}}, "as the value worker.graceS"),
+    "grace": ({"worker": {"graceS": 60, "terminationGracePeriodSeconds": 70}}, "expected at least 75"),
+    "grace with a patient Redis": (
+        {"worker": {"terminationGracePeriodSeconds": 40, "settings": {"REDIS_TIMEOUT_S": 8.5}}},
+        "expected at least 43",
+    ),
+    "a variable with a value of its own": (
+        {"worker": {"extraEnv": [{"name": "SHIWU_GRACE_S", "value": "300"}]}},
+        "extraEnv: SHIWU_GRACE_S: expected it as the value worker.graceS",
+    ),
+    "nobody brings delayed jobs back": (
+        {"sweep": {"enabled": False}, "autoscaling": {"keda": {"enabled": True}}},
+        "sweep.enabled: expected true where autoscaling.keda.minReplicas is 0",
+    ),
+    "a download that nothing lets through": (
+        {"model": {"source": "download", "download": {"id": "a/b"}}, "networkPolicy": {"publicWeb": False}},
+        "networkPolicy: expected publicWeb",
+    ),
+    "two autoscalers": ({"autoscaling": {"keda": {"enabled": True}, "hpa": {"enabled": True}}}, "got both enabled"),
+    "two monitors": (
+        {"monitoring": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}},
+        "every number would count twice",
+    ),
+    "trial beside real": ({"valkey": {"enabled": True}}, "beside the trial server"),
+    "sentinel with TLS": ({"redis": SENTINEL | {"tls": {"enabled": True}}}, "expected no TLS together with sentinel"),
+    "no sentinels": ({"redis": {"sentinel": {"enabled": True}}}, "expected host:port of each sentinel"),
+    "user without secret": ({"redis": {"username": "shiwu-worker"}}, "redis.existingSecret: expected a Secret"),
+    "KEDA and a URL": (
+        {"redis": {"host": "", "urlKey": "url", "existingSecret": "s"}, "autoscaling": {"keda": {"enabled": True}}},
+        "KEDA can't read a URL",
+    ),
+    "workers that ask for workers": (
+        {"autoscaling": {"keda": {"enabled": True, "jobsPerWorker": 100}}},
+        "expected at least 216, which one busy worker holds",
+    ),
+    "more at least than at most": ({"autoscaling": {"keda": {"minReplicas": 5}}}, "at least minReplicas 5, got 4"),
+    "no claim": ({"model": {"source": "pvc"}}, "model.pvc.existingClaim: expected a claim"),
+    "no model": ({"model": {"source": "download"}}, "model.download.id: expected a hub id"),
+    "no model image": ({"model": {"source": "image"}}, "model.image.reference: expected an image"),
+    "no baked model": ({"model": {"source": "baked"}}, "model.path: expected the folder below /models"),
+    "unknown source": (
+        {"model": {"source": "ftp"}},
+        ["must be one of 'embedded', 'pvc'", 'must be one of the following: "embedded", "pvc"'],
+    ),
+    "labels twice": (
+        {"labels": {"sets": {"a": {"labels": ["x"]}}, "existingConfigMap": "b"}},
+        "expected sets or existingConfigMap, got both",
+    ),
+    "a label set with a typing error": (
+        {"labels": {"sets": {"a": {"label": ["x"]}}}},
+        ["missing property 'labels'", "labels is required"],
+    ),
+    "nothing to enqueue": ({"producer": {"enabled": True}}, "producer.references: expected references"),
+    "digest": ({"worker": {"image": {"digest": "latest"}}}, ["does not match pattern", "Does not match pattern"]),
+}
+
+
+def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as helm lays one file over another."""
+    result = copy.deepcopy(dict(low))
+    for key, value in high.items():
+        inner = result.get(key)
+        result[key] = merged(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+    return result

@@ -1,0 +1,55 @@
+"""What the rendered ScaledObject counts, and as whom."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+from bench.autoscaler import Rules
+from redis.exceptions import NoPermissionError, ResponseError
+
+from shiwu.contract import CANVAS_DUE, CLAIMS, Lane
+from shiwu.contract.keys import SUSPECTS
+from tests.chart.cases import ALL_ON
+from tests.support.chart import Helm, of_kind
+from tests.support.processes import ROOT
+from tests.support.servers import Valkey
+
+
+def test_keda_counts_what_waits_and_what_is_held(newest: Helm) -> None:
+    """Every key of both lanes, claims, suspects and callbacks that nobody has sent, each once in the formula."""
+    spec = of_kind(newest.render(ALL_ON), "ScaledObject")["spec"]
+    keys = [trigger["metadata"]["listName"] for trigger in spec["triggers"]]
+    assert sorted(keys) == sorted(
+        [*itertools.chain.from_iterable(lane.keys for lane in Lane), CLAIMS, SUSPECTS, CANVAS_DUE]
+    )
+    formula = spec["advanced"]["scalingModifiers"]["formula"]
+    names = [trigger["name"] for trigger in spec["triggers"]]
+    assert sorted(re.findall(r"[a-z]\w+", formula)) == sorted(names)
+    lengths = dict.fromkeys(names, 0) | {"interactive_0": 3, "bulk_9": 20, "claimed": 7, "callbacks": 1}
+    assert eval(formula, {"__builtins__": {}}, lengths) == 58  # noqa: S307 our own arithmetic
+    assert "replicas" not in of_kind(newest.render(ALL_ON), "Deployment", "worker")["spec"]
+    assert {trigger["metadata"]["username"] for trigger in spec["triggers"]} == {"shiwu-scaler"}
+
+
+def test_keda_counts_as_its_user(newest: Helm, valkey_session: Valkey, redis_client: Any) -> None:
+    """The user of docs/operations.md may run KEDA's script on each key of the ScaledObject, and sees what is there."""
+    operations = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    [rights] = re.findall(r"^    user shiwu-scaler on >… (.*)$", operations, re.M)
+    redis_client.execute_command("ACL", "SETUSER", "shiwu-scaler", "on", ">secret", *rights.split())
+    redis_client.lpush(Lane.INTERACTIVE.keys[2], "a", "b")
+    redis_client.lpush(Lane.BULK.queue, "a")
+    redis_client.hset(CLAIMS, mapping={"a": "", "b": ""})
+    redis_client.zadd(CANVAS_DUE, {"a": 1})
+    rules = Rules.read(of_kind(newest.render(ALL_ON), "ScaledObject"))
+    try:
+        with valkey_session.client(username="shiwu-scaler", password="secret") as scaler:
+            assert rules.metric(scaler) == 10 * 2 + 1 + 2 + 1
+            with pytest.raises(NoPermissionError):
+                scaler.get("shiwu:results")
+            with pytest.raises(ResponseError, match="no permissions to run the 'del' command"):
+                scaler.eval("return redis.call('DEL', KEYS[1])", 1, CLAIMS)
+    finally:
+        redis_client.execute_command("ACL", "DELUSER", "shiwu-scaler")

@@ -1,0 +1,194 @@
+"""What the rendered pods are: their way to Redis, ends, probes, label sets, models, and what they may reach."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from shiwu.cli import main
+from shiwu_worker.config import Settings
+from shiwu_worker.labels import load_label_sets
+from shiwu_worker.special_addresses import read_table
+from shiwu_worker.wiring import LOADERS_STOP_S
+from tests.chart.cases import ALL_OFF, ALL_ON, MATRIX, PLAIN, SENTINEL
+from tests.conftest import StartWorker
+from tests.support.chart import Helm, Manifest, of_kind, pods, variables
+
+
+def worker_of(manifests: list[Manifest]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(pod's spec, container) of the worker."""
+    spec = of_kind(manifests, "Deployment", "worker")["spec"]["template"]["spec"]
+    return spec, spec["containers"][0]
+
+
+@pytest.mark.parametrize(
+    ("redis", "url"),
+    [
+        ({"host": "r"}, "redis://r:6379/0"),
+        ({"host": "r", "existingSecret": "s"}, "redis://:$(REDIS_PASSWORD)@r:6379/0"),
+        (
+            {"host": "r", "existingSecret": "s", "username": "w", "tls": {"enabled": True, "caSecret": "ca"}},
+            "rediss://w:$(REDIS_PASSWORD)@r:6379/0?ssl_ca_certs=/etc/shiwu/redis-ca/ca.crt",
+        ),
+        (
+            SENTINEL,
+            "sentinel://:$(REDIS_PASSWORD)@a:26379,b:26380/mymaster/0?sentinel_password=$(REDIS_SENTINEL_PASSWORD)",
+        ),
+    ],
+)
+def test_the_way_to_redis(newest: Helm, redis: dict[str, Any], url: str) -> None:
+    found = variables(worker_of(newest.render({"redis": redis}))[1])
+    assert found["SHIWU_REDIS_URL"] == url
+    order = list(found)
+    for name in re.findall(r"\$\((\w+)\)", url):
+        assert order.index(name) < order.index("SHIWU_REDIS_URL"), "Kubernetes fills in earlier variables only"
+
+
+def test_cards_by_any_name(newest: Helm) -> None:
+    values = PLAIN | {"worker": {"gpu": {"resourceName": "nvidia.com/mig-1g.18gb"}}}
+    assert worker_of(newest.render(values))[1]["resources"]["limits"]["nvidia.com/mig-1g.18gb"] == 1
+    container = worker_of(newest.render(ALL_OFF))[1]
+    assert list(container["resources"]["limits"]) == ["memory"]
+    assert variables(container)["SHIWU_DEVICE"] == "cpu"
+
+
+def test_ends_and_probes(newest: Helm) -> None:
+    """A pod may drain; nothing but /livez ends it; it has minutes to start."""
+    spec, container = worker_of(newest.render(PLAIN | {"worker": {"graceS": 50}}))
+    drain_s = 50 + 2 * Settings().redis_timeout_s + LOADERS_STOP_S
+    assert spec["terminationGracePeriodSeconds"] == drain_s + 5
+    assert variables(container)["SHIWU_GRACE_S"] == "50"
+    probes = {name: container[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
+    assert {name: probe["httpGet"]["path"] for name, probe in probes.items()} == {
+        "startup": "/livez",
+        "readiness": "/readyz",
+        "liveness": "/livez",
+    }
+    assert {probe["httpGet"]["port"] for probe in probes.values()} == {"http"}
+    assert probes["startup"]["failureThreshold"] * probes["startup"]["periodSeconds"] >= 600
+    assert container["ports"][0]["containerPort"] == int(variables(container)["SHIWU_HTTP_PORT"])
+
+
+def test_a_cluster_with_ipv6_only(newest: Helm) -> None:
+    container = worker_of(newest.render(PLAIN | {"http": {"host": "::"}}))[1]
+    assert variables(container)["SHIWU_HTTP_HOST"] == "::"
+
+
+def test_a_change_of_labels_restarts_the_workers(newest: Helm) -> None:
+    """Their checksum is on the pods; and the rendered file is one that the worker reads."""
+
+    def checksum(word: str) -> str:
+        values = PLAIN | {"labels": {"sets": {"mine": {"labels": ["猫", word]}}}}
+        deployment = of_kind(newest.render(values), "Deployment", "worker")
+        return str(deployment["spec"]["template"]["metadata"]["annotations"]["checksum/labels"])
+
+    assert checksum("狗") == checksum("狗") != checksum("马")
+
+
+def test_label_sets_are_read_by_the_worker(newest: Helm, tmp_path: Path) -> None:
+    data = of_kind(newest.render(ALL_ON), "ConfigMap", "-labels")["data"]
+    for name, text in data.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    found = load_label_sets([tmp_path])["mine"]
+    assert (found.words, found.templates, found.head) == (("猫", "狗"), ("一张{}的照片",), "sigmoid")
+
+
+def test_strangers_addresses_stay_public(newest: Helm) -> None:
+    """What the worker refuses is shut on 80 and 443 too, but for the agent of Pod Identity when asked."""
+    policy = of_kind(newest.render(PLAIN), "NetworkPolicy", "worker")["spec"]
+    web = [rule for rule in policy["egress"] if {port["port"] for port in rule["ports"]} & {80, 443}]
+    (rule,) = web
+    blocks = [to["ipBlock"] for to in rule["to"]]
+    assert [block["cidr"] for block in blocks] == ["0.0.0.0/0", "2000::/3"]
+    whole = [ip_network(block["cidr"]) for block in blocks]
+    shut: list[Any] = [ip_network(text) for block in blocks for text in block["except"]]
+    for special in (row.network for row in read_table()):
+        # Kubernetes takes exceptions of a block only where they lie in it; the rest of IPv6 is not open at all.
+        is_open = any(special.version == block.version and special.overlaps(block) for block in whole)
+        covers = [each for each in shut if each.version == special.version and special.subnet_of(each)]
+        assert covers or not is_open, special
+    assert all(any(each.version == block.version and each.subnet_of(block) for block in whole) for each in shut)
+    with_agent = of_kind(newest.render(ALL_ON), "NetworkPolicy", "worker")["spec"]
+    assert "169.254.170.23/32" in str(with_agent)
+    assert all("ipBlock" not in str(rule) for rule in with_agent["egress"][:2])
+
+
+def test_a_downloaded_model_is_used_offline(newest: Helm) -> None:
+    """The init container writes where the worker reads, and the worker can't write there."""
+    spec, container = worker_of(newest.render(ALL_ON))
+    (init,) = spec["initContainers"]
+    assert variables(init)["MODEL_FOLDER"] == variables(container)["SHIWU_MODEL"]
+    assert variables(container)["HF_HUB_OFFLINE"] == "1"
+    assert variables(init)["HF_HUB_OFFLINE"] == "0", "the image says 1"
+    assert not variables(init)["HF_HOME"].startswith("/models")
+    (mount,) = [each for each in container["volumeMounts"] if each["name"] == "model"]
+    assert mount["readOnly"] is True
+    compile(init["command"][2], "download", "exec")
+
+
+def test_a_baked_model_is_not_hidden(newest: Helm) -> None:
+    """Nothing is mounted over the image's own folder."""
+    container = worker_of(newest.render(MATRIX["baked"]))[1]
+    assert variables(container)["SHIWU_MODEL"] == "/models/OFA-Sys/chinese-clip-vit-base-patch16"
+    assert not [mount for mount in container["volumeMounts"] if mount["mountPath"].startswith("/models")]
+
+
+def test_volumes_and_mounts_belong_together(newest: Helm) -> None:
+    for values in MATRIX.values():
+        for where, spec in pods(newest.render(values)):
+            volumes = {each["name"] for each in spec.get("volumes", [])}
+            mounted = {
+                mount["name"]
+                for container in [*spec.get("initContainers", []), *spec["containers"]]
+                for mount in container.get("volumeMounts", [])
+            }
+            claimed = {"data"} if "StatefulSet" in where else set()
+            assert mounted - claimed <= volumes, where
+            assert volumes - mounted == set(), where
+
+
+def test_the_trial_keeps_its_password(newest: Helm) -> None:
+    """Pods and KEDA read the password from the Secret that the trial server has."""
+    manifests = newest.render(MATRIX["trial"])
+    secret = of_kind(manifests, "Secret", "-valkey")
+    assert secret["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    source = variables(worker_of(manifests)[1])["REDIS_PASSWORD"]["secretKeyRef"]
+    assert source == {"name": secret["metadata"]["name"], "key": "password"}
+    auth = of_kind(manifests, "TriggerAuthentication")
+    assert auth["spec"]["secretTargetRef"][0]["name"] == secret["metadata"]["name"]
+
+
+def test_each_part_comes_to_redis_as_its_own_user(newest: Helm) -> None:
+    found = {}
+    for where, spec in pods(newest.render(ALL_ON)):
+        own = variables(spec["containers"][0])
+        user = own["SHIWU_REDIS_URL"].split("//")[1].split(":")[0]
+        found[where.rpartition("shiwu-")[2]] = (user, own["REDIS_PASSWORD"]["secretKeyRef"]["key"])
+    assert found == {
+        "worker": ("shiwu-worker", "password"),
+        "sweep": ("shiwu-sweep", "sweep"),
+        "producer": ("shiwu-worker", "password"),
+        "test-answer": ("shiwu-client", "client"),
+    }
+
+
+def test_the_test_gets_its_answer(newest: Helm, start_worker: StartWorker, redis_url: str, tmp_path: Path) -> None:
+    """The command of `helm test` and the picture of the chart, with a real worker."""
+    manifests = newest.render(PLAIN)
+    picture = of_kind(manifests, "ConfigMap", "-test")["binaryData"]["picture.jpg"]
+    (tmp_path / "picture.jpg").write_bytes(base64.b64decode(picture))
+    start_worker(redis_url=redis_url, allow_folders=tmp_path)
+    (container,) = of_kind(manifests, "Pod")["spec"]["containers"]
+    assert container["command"] == ["tini", "--", "shiwu"]
+    args = [argument.replace("/etc/shiwu/test", str(tmp_path)) for argument in container["args"]]
+    result = CliRunner().invoke(main, ["--redis-url", redis_url, *args])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert (answer["status"], answer["tags"][0]["label"]) == ("tagged", "动物")
