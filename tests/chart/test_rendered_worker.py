@@ -1,0 +1,232 @@
+"""What the chart says runs: a rendered worker's command, variables and probes, started here on a real Valkey."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from redis import Redis
+
+from shiwu import Client
+from shiwu.contract import CLAIMS, LEASES, Lane, result_key
+from shiwu_worker.config import Settings
+from tests.chart.test_monitoring import BARE, HISTOGRAMS, METRICS
+from tests.support import pictures
+from tests.support.chart import Helm, of_kind, tool
+from tests.support.family import family
+from tests.support.pod import PodProcess
+from tests.support.processes import LOOPBACK, ROOT, free_ports
+from tests.support.redis_server import RedisServer, valkey_binary
+from tests.support.stuck_worker import STUCK
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.skipif("http_port" not in Settings.model_fields, reason="the worker has no HTTP port yet")
+StartPod = Callable[..., PodProcess]
+STUCK_S = 3.0
+LATE_S = 5.0
+"""From the end of that to the verdict: the watch over the queues looks every few seconds."""
+PICTURE = "/etc/shiwu/test/picture.jpg"
+JOBS = 400
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Valkey that knows the users of docs/redis-acl.conf only."""
+    users = ROOT / "docs" / "redis-acl.conf"
+    with RedisServer(folder=tmp_path / "server", binary=valkey_binary(), config={"include": str(users)}) as started:
+        yield started
+
+
+def url(server: RedisServer, user: str) -> str:
+    """Where this user comes in."""
+    return server.url.replace("://", f"://shiwu-{user}:change-me-{user}@")
+
+
+def operator(server: RedisServer) -> Any:
+    """A client that may see all."""
+    return Redis.from_url(url(server, "admin"), socket_timeout=10)
+
+
+def values(server: RedisServer, **worker: Any) -> dict[str, Any]:
+    """The embedded model on a CPU; everything else as the chart has it."""
+    return {
+        "redis": {
+            "host": LOOPBACK,
+            "port": server.port,
+            "existingSecret": "shiwu-redis",
+            "username": "shiwu-worker",
+            "passwordKey": "worker",
+        },
+        "http": {"port": free_ports(1)[0]},
+        "labels": {"sets": {"two": {"labels": ["动物", "建筑"]}}, "default": "two"},
+        "worker": {"device": "cpu", "loaders": 1, "torchThreads": 1} | worker,
+    }
+
+
+@pytest.fixture
+def start(server: RedisServer, tmp_path: Path) -> Iterator[StartPod]:
+    """Renders with these values of `worker`, and starts its container."""
+    started: list[PodProcess] = []
+
+    def run(*, module: str | None = None, **worker: Any) -> PodProcess:
+        manifests = Helm(tool("helm4")).render(values(server, **worker))
+        spec = of_kind(manifests, "Deployment", "-worker")["spec"]["template"]["spec"]
+        secrets = {"shiwu-redis": {"worker": "change-me-worker"}}
+        pod = PodProcess(spec, manifests, folder=tmp_path, name="trial-worker-0", secrets=secrets, module=module)
+        started.append(pod)
+        return pod.start()
+
+    yield run
+    for pod in started:
+        pod.stop()
+        print(f"--- {pod.name}, exit code {pod.exit_code} ---\n{pod.log_tail(lines=60)}")  # noqa: T201 pytest shows it beside a failure
+
+
+def wait_ready(pod: PodProcess) -> None:
+    """As the kubelet: first the startup probe, then readiness."""
+    startup, readiness = pod.probe("startup"), pod.probe("readiness")
+
+    def passes() -> bool:
+        if not pod.is_running:
+            raise pod.error("expected to become ready")
+        return startup.passes()
+
+    wait_until(passes, timeout_s=min(120.0, startup.patience_s), every_s=0.1, what="the startup probe")
+    assert startup.patience_s >= 600, "a large model takes minutes"
+    wait_until(readiness.passes, timeout_s=readiness.patience_s, what="the readiness probe")
+
+
+def check_metrics(pod: PodProcess) -> None:
+    """On the probes' port: all that rules and dashboard ask for, but for the card that is not here; and well formed."""
+    with urllib.request.urlopen(f"http://{LOOPBACK}:{pod.probe('liveness').port}/metrics", timeout=5) as reply:
+        text = reply.read().decode()
+    told = {name.removesuffix("_total") for name in re.findall(r"^# TYPE (\w+)", text, re.M)}
+    asked = {
+        name.removesuffix("_total") for name in (*METRICS, *BARE, *HISTOGRAMS) if not name.startswith("shiwu_gpu_")
+    }
+    assert asked - told == set()
+    done = subprocess.run(
+        [tool("promtool"), "check", "metrics"], input=text, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_it_becomes_ready_answers_and_drains(server: RedisServer, start: StartPod) -> None:
+    """With the chart's own label set and picture, as its own Redis user; ended by SIGTERM amid a backlog."""
+    pod = start(graceS=10)
+    readiness, liveness = pod.probe("readiness"), pod.probe("liveness")
+    assert not readiness.passes(), "it can't be ready before its model is"
+    wait_ready(pod)
+    with Client(url(server, "client")) as client:
+        answer = client.wait(client.enqueue(pod.path(PICTURE).as_uri()), timeout_s=30)
+        assert answer.ok, answer
+        assert [tag.label for tag in answer.tags or ()] == ["动物", "建筑"]
+        assert answer.worker == pod.name
+        assert liveness.passes()
+        assert readiness.passes()
+        check_metrics(pod)
+
+        ids = list(client.enqueue_many([pod.path(PICTURE).as_uri()] * JOBS, lane="bulk"))
+    with operator(server) as redis:
+        wait_until(lambda: redis.exists(*map(result_key, ids)) >= 10, timeout_s=30, what="some answers")
+        ended_s = time.monotonic()
+        pod.signal(signal.SIGTERM)
+        wait_until(lambda: not readiness.passes(), timeout_s=readiness.patience_s, what="that it is not ready")
+        assert pod.wait(timeout_s=pod.grace_s) == 0
+        took_s = time.monotonic() - ended_s
+        assert took_s < pod.grace_s
+        answered = int(redis.exists(*map(result_key, ids)))
+        waiting = sum(int(redis.llen(key)) for key in Lane.BULK.keys)
+        assert answered + waiting == JOBS
+        assert (redis.hlen(CLAIMS), redis.zcard(LEASES)) == (0, 0)
+
+
+def test_it_takes_up_what_another_left(server: RedisServer, start: StartPod) -> None:
+    """A pod that is killed all the same costs its jobs a lease: the next one answers every one of them."""
+    pod = start(settings={"LEASE_S": 5})
+    wait_ready(pod)
+    with Client(url(server, "client")) as client, operator(server) as redis:
+        ids = list(client.enqueue_many([pod.path(PICTURE).as_uri()] * JOBS, lane="bulk"))
+        wait_until(lambda: redis.exists(*map(result_key, ids)) >= 10, timeout_s=30, what="some answers")
+        pod.kill()
+        assert not pod.probe("liveness").passes()
+        pod.start()
+        wait_ready(pod)
+        wait_until(lambda: redis.exists(*map(result_key, ids)) == JOBS, timeout_s=60, what="all answers")
+        assert redis.hlen(CLAIMS) == 0
+
+
+def stays_live(pod: PodProcess) -> None:
+    """With nothing to do it lives, however long."""
+    ended_s = time.monotonic() + STUCK_S + LATE_S
+    wait_until(lambda: time.monotonic() > ended_s or not pod.probe("liveness").passes(), timeout_s=60)
+    assert pod.probe("liveness").passes()
+
+
+def test_a_stopped_encode_thread_shows(server: RedisServer, start: StartPod, tmp_path: Path) -> None:
+    """On purpose, at a picture of one colour."""
+    pod = start(module="tests.support.stuck_worker", settings={"STUCK_S": STUCK_S})
+    wait_ready(pod)
+    (pod.path(PICTURE).parent / "stuck.png").write_bytes(pictures.png(Image.new("RGB", (64, 64), STUCK)))
+    with Client(url(server, "client")) as client:
+        assert client.wait(client.enqueue(pod.path(PICTURE).as_uri()), timeout_s=30).ok
+        stays_live(pod)
+        client.enqueue(pod.path(PICTURE).with_name("stuck.png").as_uri())
+    turns_503(pod)
+
+
+def test_stopped_loaders_show(server: RedisServer, start: StartPod) -> None:
+    """And once they go on, so does the worker."""
+    pod = start(settings={"STUCK_S": STUCK_S})
+    wait_ready(pod)
+    loaders = family(pod.pid)[1:]
+    assert len(loaders) >= 2, "expected a nursery and a loader"
+    try:
+        for pid in loaders:
+            os.kill(pid, signal.SIGSTOP)
+        with Client(url(server, "client")) as client:
+            job = client.enqueue(pod.path(PICTURE).as_uri())
+            turns_503(pod)
+            for pid in loaders:
+                os.kill(pid, signal.SIGCONT)
+            assert client.wait(job, timeout_s=60).ok
+    finally:
+        for pid in loaders:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    wait_until(pod.probe("liveness").passes, timeout_s=10, what="that it lives again")
+
+
+def test_a_cut_off_redis_shows_where_a_backlog_stands(server: RedisServer, start: StartPod) -> None:
+    """Not without one: a restart cures no Redis, and an idle worker has nothing to lose by waiting."""
+    pod = start(settings={"STUCK_S": STUCK_S, "REDIS_TIMEOUT_S": 1})
+    wait_ready(pod)
+    with Client(url(server, "client")) as client:
+        list(client.enqueue_many([pod.path(PICTURE).as_uri()] * 20_000, lane="bulk"))
+        with operator(server) as redis:
+            wait_until(lambda: redis.hlen(CLAIMS), timeout_s=30, what="claims")
+    server.pause()
+    try:
+        turns_503(pod, and_also_s=1.0)
+        assert pod.probe("readiness").status() == 503
+    finally:
+        server.resume()
+    wait_until(pod.probe("liveness").passes, timeout_s=30, what="that it lives again")
+    wait_until(pod.probe("readiness").passes, timeout_s=30, what="that it is ready again")
+
+
+def turns_503(pod: PodProcess, *, and_also_s: float = 0.0) -> None:
+    """Within N s: SHIWU_STUCK_S, and what the looking takes."""
+    limit_s = STUCK_S + LATE_S + and_also_s
+    liveness = pod.probe("liveness")
+    wait_until(lambda: liveness.status() == 503, timeout_s=limit_s, every_s=0.1, what="/livez turns 503")
