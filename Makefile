@@ -47,6 +47,7 @@ lint: $(STAMP) ## check form, types and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy -p demo -p drill -p bench -p tests.support -p tests.chart
+	$(BIN)/mypy docker/*.py
 	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: $(BENCH_STAMP) ## measure, ARGS="service --quick": messages, service, latency, encode, decode, scaling, compare

@@ -1,0 +1,49 @@
+# The producer's side: the command `shiwu` and `from shiwu import Client`, without torch.
+#
+#   docker build -f docker/producer.Dockerfile -t shiwu-producer .
+ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm@sha256:b18992999dbe963a45a8a4da40ac2b1975be1a776d939d098c647482bcad5cba
+
+FROM ${PYTHON_IMAGE} AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+WORKDIR /build
+COPY constraints.txt pyproject.toml ./
+COPY docker/requirements.py docker/
+RUN python3 docker/requirements.py > requirements.txt \
+ && python3 docker/requirements.py --build-system > build-requirements.txt \
+ && python3 -m venv --without-pip /opt/shiwu \
+ && python3 -m venv /opt/builder \
+ && python3 -m pip --python /opt/shiwu/bin/python install --no-cache-dir -c constraints.txt -r requirements.txt \
+ && /opt/builder/bin/pip install --no-cache-dir -c constraints.txt -r build-requirements.txt
+COPY README.md LICENSE NOTICE ./
+COPY producer producer
+# The worker's code alone, without its libraries and its model, would only mislead.
+RUN mkdir -p worker/shiwu_worker && touch worker/shiwu_worker/__init__.py \
+ && /opt/builder/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
+ && python3 -m pip --python /opt/shiwu/bin/python install --no-cache-dir --no-deps dist/*.whl
+
+FROM ${PYTHON_IMAGE}
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends tini=0.19.* \
+ && rm -rf /var/lib/apt/lists/* \
+ && groupadd --gid 10001 shiwu \
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin shiwu
+COPY --from=build /opt/shiwu /opt/shiwu
+ENV PATH=/opt/shiwu/bin:$PATH \
+    HOME=/tmp \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+WORKDIR /tmp
+ENTRYPOINT ["/usr/bin/tini", "--", "shiwu"]
+CMD ["--help"]
+ARG VERSION=0.1.0
+ARG REVISION=""
+ARG CREATED=""
+ARG SOURCE=""
+LABEL org.opencontainers.image.title="shiwu-producer" \
+      org.opencontainers.image.description="Asks shiwu's workers about pictures and reads their answers" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}" \
+      org.opencontainers.image.source="${SOURCE}"

@@ -1,0 +1,90 @@
+# The worker, for NVIDIA GPUs or for CPUs alone:
+#
+#   docker build -f docker/worker.Dockerfile -t shiwu-worker .
+#   docker build -f docker/worker.Dockerfile -t shiwu-worker-cpu --build-arg DEVICE=cpu .
+#
+# The base is plain Python, not nvidia/cuda: torch's wheels bring the CUDA libraries they were built with, exactly
+# pinned, and a CUDA base would hold cuBLAS and cuDNN a second time. The driver comes from the host.
+ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm@sha256:b18992999dbe963a45a8a4da40ac2b1975be1a776d939d098c647482bcad5cba
+
+FROM ${PYTHON_IMAGE} AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+WORKDIR /build
+COPY constraints.txt pyproject.toml ./
+COPY docker/requirements.py docker/
+RUN python3 docker/requirements.py worker > requirements.txt \
+ && python3 docker/requirements.py --build-system > build-requirements.txt \
+ && grep --max-count=1 '^torch==' constraints.txt > torch.txt \
+ && python3 -m venv --without-pip /opt/shiwu
+
+FROM build AS libraries
+# cuda: torch from the usual index, with CUDA's libraries; cpu: from torch's own index of builds without them.
+ARG DEVICE=cuda
+ARG TORCH_CPU_INDEX_URL=https://download.pytorch.org/whl/cpu
+RUN case "${DEVICE}" in \
+      cuda) set -- -c constraints.txt ;; \
+      cpu) set -- --no-deps --index-url "${TORCH_CPU_INDEX_URL}" ;; \
+      *) echo "DEVICE: expected cuda or cpu, got ${DEVICE}" >&2; exit 2 ;; \
+    esac \
+ && python3 -m pip --python /opt/shiwu/bin/python install --no-cache-dir "$@" -r torch.txt
+RUN python3 -m pip --python /opt/shiwu/bin/python install --no-cache-dir -c constraints.txt -r requirements.txt
+
+# Our own code is a layer of its own: a new version of it moves megabytes, not gigabytes.
+FROM libraries AS own
+RUN python3 -m venv /opt/builder \
+ && /opt/builder/bin/pip install --no-cache-dir -c constraints.txt -r build-requirements.txt
+COPY README.md LICENSE NOTICE ./
+COPY producer producer
+COPY worker worker
+RUN /opt/builder/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
+ && python3 -m pip --python /opt/shiwu/bin/python install --no-cache-dir --no-deps --prefix /opt/own dist/*.whl
+
+# A model of the hub, baked in: --build-arg MODEL=OFA-Sys/chinese-clip-vit-base-patch16 --build-arg MODEL_REVISION=…
+# It lies in /models/<MODEL>; run with SHIWU_MODEL=/models/<MODEL>. Without MODEL the folder is empty, for a volume.
+FROM libraries AS model
+ARG MODEL=""
+ARG MODEL_REVISION=main
+COPY docker/fetch_model.py docker/
+RUN mkdir /models \
+ && if [ -n "${MODEL}" ]; then /opt/shiwu/bin/python docker/fetch_model.py "${MODEL}" "${MODEL_REVISION}" /models; fi
+
+FROM ${PYTHON_IMAGE}
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends tini=0.19.* \
+ && rm -rf /var/lib/apt/lists/* \
+ && groupadd --gid 10001 shiwu \
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin shiwu \
+ && mkdir -p /etc/shiwu/labels
+COPY --from=libraries /opt/shiwu /opt/shiwu
+COPY --from=model /models /models
+COPY --from=own /opt/own /opt/shiwu
+# The root may be read-only: what is written at run time goes to /tmp and /dev/shm. NVIDIA_VISIBLE_DEVICES is not set
+# here, or a container that asked for no GPU would see all of them.
+ENV PATH=/opt/shiwu/bin:$PATH \
+    HOME=/tmp \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    RES_OPTIONS="timeout:2 attempts:2" \
+    HF_HOME=/models/hub \
+    HF_HUB_OFFLINE=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    SHIWU_HTTP_PORT=9808 \
+    SHIWU_LABELS_DIR=/etc/shiwu/labels
+USER 10001:10001
+WORKDIR /tmp
+EXPOSE 9808
+VOLUME ["/models"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 CMD ["python", "-c", \
+    "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"SHIWU_HTTP_PORT\"]}/readyz', timeout=4)"]
+ENTRYPOINT ["/usr/bin/tini", "--", "shiwu-worker"]
+ARG VERSION=0.1.0
+ARG REVISION=""
+ARG CREATED=""
+ARG SOURCE=""
+LABEL org.opencontainers.image.title="shiwu-worker" \
+      org.opencontainers.image.description="Tags pictures that are asked about by Celery messages on Redis" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}" \
+      org.opencontainers.image.source="${SOURCE}"
