@@ -1,6 +1,8 @@
 # The producer's side: the command `shiwu` and `from shiwu import Client`, without torch.
 #
 #   docker build -f docker/producer.Dockerfile -t shiwu-producer .
+#
+# The base is the worker's; docker/worker.Dockerfile says where its digest comes from.
 ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm@sha256:b18992999dbe963a45a8a4da40ac2b1975be1a776d939d098c647482bcad5cba
 
 FROM ${PYTHON_IMAGE} AS build
@@ -22,9 +24,11 @@ RUN mkdir -p worker/shiwu_worker && touch worker/shiwu_worker/__init__.py \
  && python3 -m pip --python /opt/shiwu/bin/python install --no-cache-dir --no-deps dist/*.whl
 
 FROM ${PYTHON_IMAGE}
+# The base's own pip goes too: nothing is installed in an image that runs.
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends tini=0.19.* \
- && rm -rf /var/lib/apt/lists/* \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log \
+    /usr/local/lib/python3*/site-packages/* \
  && groupadd --gid 10001 shiwu \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin shiwu
 COPY --from=build /opt/shiwu /opt/shiwu

@@ -1,7 +1,7 @@
 """Put the sample pictures into a bucket: `put_samples.py --endpoint-url URL --bucket NAME FOLDER`.
 
 Each goes under the name of what it shows, as samples.json in the folder says: 熊猫.jpg. Credentials by the usual AWS
-chain. The store may still be starting: for a minute it is tried again.
+chain. The store may still be starting, so it is tried again for a while.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-PATIENCE_S = 60.0
 PAUSE_S = 0.5
 
 
@@ -26,12 +25,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--endpoint-url", required=True)
     parser.add_argument("--bucket", required=True)
+    parser.add_argument("--patience-s", type=float, default=60.0, help="for how long a store that fails is tried again")
     parser.add_argument("folder", type=Path)
     asked = parser.parse_args()
-    config = Config(connect_timeout=3, read_timeout=10, s3={"addressing_style": "path"})
+    # botocore's own retries would sleep past the patience.
+    config = Config(
+        connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}
+    )
     client = boto3.client("s3", endpoint_url=asked.endpoint_url, config=config)
     samples = json.loads((asked.folder / "samples.json").read_text(encoding="utf-8"))
-    deadline_s = time.monotonic() + PATIENCE_S
+    deadline_s = time.monotonic() + asked.patience_s
     for sample in samples:
         body = (asked.folder / sample["file"]).read_bytes()
         _put(client, bucket=asked.bucket, key=f"{sample['label']}.jpg", body=body, deadline_s=deadline_s)
@@ -44,8 +47,8 @@ def _put(client: Any, *, bucket: str, key: str, body: bytes, deadline_s: float) 
             client.put_object(Bucket=bucket, Key=key, Body=body, ContentType="image/jpeg")
         except (BotoCoreError, ClientError) as error:
             if time.monotonic() > deadline_s:
-                sys.exit(f"expected to put s3://{bucket}/{key} within {PATIENCE_S:g} s, got {error}")
-            time.sleep(PAUSE_S)
+                sys.exit(f"expected to put s3://{bucket}/{key} while there was patience, got {error}")
+            time.sleep(PAUSE_S)  # the store has no way to call when it is ready
         else:
             return
 

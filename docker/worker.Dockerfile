@@ -5,6 +5,9 @@
 #
 # The base is plain Python, not nvidia/cuda: torch's wheels bring the CUDA libraries they were built with, exactly
 # pinned, and a CUDA base would hold cuBLAS and cuDNN a second time. The driver comes from the host.
+#
+# The digest is that of the index of all architectures, as `docker buildx imagetools inspect NAME:TAG` prints it. It was
+# taken from public repositories that pin the same, not from a registry: look before a release.
 ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm@sha256:b18992999dbe963a45a8a4da40ac2b1975be1a776d939d098c647482bcad5cba
 
 FROM ${PYTHON_IMAGE} AS build
@@ -39,19 +42,30 @@ COPY worker worker
 RUN /opt/builder/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
  && python3 -m pip --python /opt/shiwu/bin/python install --no-cache-dir --no-deps --prefix /opt/own dist/*.whl
 
-# A model of the hub, baked in: --build-arg MODEL=OFA-Sys/chinese-clip-vit-base-patch16 --build-arg MODEL_REVISION=…
-# It lies in /models/<MODEL>; run with SHIWU_MODEL=/models/<MODEL>. Without MODEL the folder is empty, for a volume.
+# A model of the hub, baked in into /models/<MODEL>; run with SHIWU_MODEL=/models/<MODEL>. No pickled weights, no code.
+#
+#   --build-arg MODEL=OFA-Sys/chinese-clip-vit-base-patch16 --build-arg MODEL_REVISION=<commit>
+#
+# Without MODEL the folder is empty, for a volume. It is not declared a VOLUME: every container would begin by copying
+# a model that is baked in.
 FROM libraries AS model
 ARG MODEL=""
-ARG MODEL_REVISION=main
-COPY docker/fetch_model.py docker/
+ARG MODEL_REVISION=""
 RUN mkdir /models \
- && if [ -n "${MODEL}" ]; then /opt/shiwu/bin/python docker/fetch_model.py "${MODEL}" "${MODEL_REVISION}" /models; fi
+ && if [ -n "${MODEL}" ]; then \
+      /opt/shiwu/bin/hf download "${MODEL}" --revision "${MODEL_REVISION:?expected a commit of the model}" \
+        --local-dir "/models/${MODEL}" --include "*.json" --include "*.txt" --include "*.model" \
+        --include "*.safetensors" \
+      && rm -r "/models/${MODEL}/.cache" \
+      && ls "/models/${MODEL}"/*.safetensors; \
+    fi
 
 FROM ${PYTHON_IMAGE}
+# The base's own pip goes too: nothing is installed in an image that runs.
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends tini=0.19.* \
- && rm -rf /var/lib/apt/lists/* \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log \
+    /usr/local/lib/python3*/site-packages/* \
  && groupadd --gid 10001 shiwu \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin shiwu \
  && mkdir -p /etc/shiwu/labels
@@ -73,9 +87,10 @@ ENV PATH=/opt/shiwu/bin:$PATH \
 USER 10001:10001
 WORKDIR /tmp
 EXPOSE 9808
-VOLUME ["/models"]
+# http.client and not urllib: a proxy of the environment is nothing to ask about ourselves.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 CMD ["python", "-c", \
-    "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"SHIWU_HTTP_PORT\"]}/readyz', timeout=4)"]
+    "import http.client as h, os; c = h.HTTPConnection('127.0.0.1', int(os.environ['SHIWU_HTTP_PORT']), timeout=4); \
+    c.request('GET', '/readyz'); r = c.getresponse(); print(r.read(1000).decode()); raise SystemExit(r.status != 200)"]
 ENTRYPOINT ["/usr/bin/tini", "--", "shiwu-worker"]
 ARG VERSION=0.1.0
 ARG REVISION=""

@@ -1,0 +1,199 @@
+"""What docker/compose.yaml promises, as its text says and as Docker Compose reads it; no container is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+from shiwu_worker.config import Settings
+from tests.support.dockerfiles import DOCKER, PINNED, ROOT, SECRET, read, variables
+
+COMPOSE: Final = DOCKER / "compose.yaml"
+SCRIPTS: Final = Path(sysconfig.get_path("scripts"))
+READ_BY_PRODUCERS: Final = {"SHIWU_REDIS_URL"}
+OURS: Final = ["pictures", "worker", "worker-gpu", "producer"]
+DASHBOARD: Final = ROOT / "helm/shiwu/files/dashboard.json"
+
+
+@cache
+def services() -> dict[str, dict[str, Any]]:
+    """The services as they are written, anchors resolved."""
+    content: dict[str, Any] = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))
+    found: dict[str, dict[str, Any]] = content["services"]
+    return found
+
+
+def environment(name: str) -> dict[str, Any]:
+    return dict(services()[name].get("environment") or {})
+
+
+@cache
+def compose_command() -> list[str] | None:
+    """Docker Compose itself: the plugin, or the binary of the development tools where it runs on this machine."""
+    for command in (["docker", "compose"], [str(SCRIPTS / "docker-compose")]):
+        if shutil.which(command[0]):
+            try:
+                done = subprocess.run([*command, "version"], capture_output=True, text=True, timeout=30, check=False)
+            except OSError:
+                continue
+            if done.returncode == 0 and "Compose" in done.stdout:
+                return command
+    return None
+
+
+@pytest.mark.parametrize("profiles", [(), ("gpu", "observe")], ids=["plain", "gpu+observe"])
+def test_docker_compose_reads_it(profiles: tuple[str, ...]) -> None:
+    """The specification's schema and more, by Docker Compose: it knows every key and every reference between them."""
+    command = compose_command()
+    if command is None:
+        pytest.skip("no Docker Compose runs on this machine")
+    asked = [part for profile in profiles for part in ("--profile", profile)]
+    done = subprocess.run(
+        [*command, "-f", COMPOSE, *asked, "config", "--format", "json"],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=30,
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    names = set(json.loads(done.stdout)["services"])
+    assert {"valkey", "s3", "pictures", "worker", "producer"} <= names
+    assert ("worker-gpu" in names, {"prometheus", "grafana"} <= names) == ("gpu" in profiles, "observe" in profiles)
+
+
+def test_every_image_of_others_is_pinned() -> None:
+    """By tag for people and by digest for machines; our own are built, never pulled."""
+    for name, service in services().items():
+        if name in OURS:
+            assert service["image"].endswith(":local"), name
+            assert "build" in service or service["pull_policy"] == "never", name
+        else:
+            assert PINNED.fullmatch(service["image"]), name
+
+
+def test_the_parts_are_built_from_our_dockerfiles() -> None:
+    """The same repository as context, and the device that the name says."""
+    builds = {name: service["build"] for name, service in services().items() if "build" in service}
+    assert set(builds) == {"worker", "worker-gpu", "producer"}
+    for name, build in builds.items():
+        assert (DOCKER / build["context"]).resolve() == ROOT, name
+        assert (ROOT / build["dockerfile"]).is_file(), name
+    assert builds["worker"]["args"] == {"DEVICE": "cpu"}
+    assert builds["worker-gpu"]["args"] == {"DEVICE": "cuda"}
+
+
+def test_settings_exist() -> None:
+    """Every SHIWU_ name is a setting of the worker, or one that the client reads."""
+    known = {f"SHIWU_{name.upper()}" for name in Settings.model_fields}
+    for name in services():
+        assert {key for key in environment(name) if key.startswith("SHIWU_")} <= known, name
+    assert set(environment("producer")) == READ_BY_PRODUCERS
+
+
+def test_the_queue_keeps_what_it_is_given() -> None:
+    """An AOF in a volume, and no eviction."""
+    command = " ".join(services()["valkey"]["command"])
+    assert "--appendonly yes" in command
+    assert "--maxmemory-policy noeviction" in command
+    assert services()["valkey"]["volumes"] == ["valkey:/data"]
+
+
+def test_nothing_listens_beyond_this_machine() -> None:
+    """Every published port is bound to loopback: the demo has no passwords worth the name."""
+    ports = [port for service in services().values() for port in service.get("ports", [])]
+    assert ports
+    assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
+    assert [name for name, service in services().items() if "network_mode" in service] == []
+
+
+def test_credentials_are_the_demos_own() -> None:
+    """Each can be replaced from outside, its default says what it is, and only those who need the store have it."""
+    for name in services():
+        for key, value in environment(name).items():
+            if SECRET.search(key) and not key.startswith("GF_"):
+                assert re.fullmatch(r"\$\{\w+:-shiwu-demo[\w-]*\}", value), f"{name}: {key}"
+    holders = {name for name in services() if "AWS_SECRET_ACCESS_KEY" in environment(name)}
+    assert holders == {"s3", "pictures", "worker", "worker-gpu"}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_own_containers_may_nothing(name: str) -> None:
+    """A root that is read-only, no capabilities, no way to new ones; the image's own user."""
+    service = services()[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not {"user", "privileged", "cap_add"} & set(service)
+
+
+@pytest.mark.parametrize("name", ["worker", "worker-gpu"])
+def test_a_worker_is_given_the_time_to_drain(name: str) -> None:
+    """stop_grace_period is longer than SHIWU_GRACE_S."""
+    grace_s = float(environment(name)["SHIWU_GRACE_S"])
+    assert float(services()[name]["stop_grace_period"].removesuffix("s")) >= grace_s + 5
+
+
+def test_the_gpu_is_asked_for_in_its_profile_alone() -> None:
+    """Without --profile gpu the file runs where there is none."""
+    (device,) = services()["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    assert services()["worker-gpu"]["profiles"] == ["gpu"]
+    assert [name for name, service in services().items() if "deploy" in service] == ["worker-gpu"]
+
+
+def test_what_is_mounted_exists() -> None:
+    """Docker would make an empty folder in place of a file that is missing."""
+    mounts = [one for service in services().values() for one in service.get("volumes", [])]
+    sources = [one["source"] if isinstance(one, dict) else one.partition(":")[0] for one in mounts]
+    files = [(DOCKER / source).resolve() for source in sources if source.startswith(".")]
+    assert len(files) >= 5
+    # For the integrator: the dashboard comes with the chart; take the second half of this line away then.
+    assert [place for place in files if not place.exists() and (place != DASHBOARD or (ROOT / "helm").exists())] == []
+
+
+def test_every_picture_that_is_asked_about_is_put() -> None:
+    """The producer's references are labels of the samples, in the bucket that the store makes."""
+    rows = json.loads((ROOT / "tests/support/samples/samples.json").read_text(encoding="utf-8"))
+    asked = [one for one in services()["producer"]["command"] if one.startswith("s3://")]
+    assert len(asked) >= 10
+    assert set(asked) <= {f"s3://pictures/{row['label']}.jpg" for row in rows}
+    assert "-bucket=pictures" in services()["s3"]["command"]
+    assert services()["pictures"]["entrypoint"][4:6] == ["--bucket", "pictures"]
+
+
+def test_the_store_calls_nobody() -> None:
+    """SeaweedFS sends telemetry unless it is told not to."""
+    assert "-master.telemetry=false" in services()["s3"]["command"]
+
+
+def test_prometheus_asks_the_workers() -> None:
+    """The names of the services and the port of the image."""
+    config = yaml.safe_load((DOCKER / "observe" / "prometheus.yaml").read_text(encoding="utf-8"))
+    (job,) = config["scrape_configs"]
+    (found,) = job["dns_sd_configs"]
+    assert set(found["names"]) == {"worker", "worker-gpu"}
+    assert str(found["port"]) == variables(read(DOCKER / "worker.Dockerfile"))["SHIWU_HTTP_PORT"]
+
+
+def test_grafana_reads_from_prometheus() -> None:
+    """The data source's address is the service, and the folder of dashboards is the one that is mounted."""
+    sources = yaml.safe_load((DOCKER / "observe/grafana/datasources/prometheus.yaml").read_text(encoding="utf-8"))
+    assert [one["url"] for one in sources["datasources"]] == ["http://prometheus:9090"]
+    boards = yaml.safe_load((DOCKER / "observe/grafana/dashboards/shiwu.yaml").read_text(encoding="utf-8"))
+    (folder,) = [one["options"]["path"] for one in boards["providers"]]
+    (mounted,) = [one for one in services()["grafana"]["volumes"] if isinstance(one, dict)]
+    assert Path(mounted["target"]).parent == Path(folder)
+    assert (DOCKER / mounted["source"]).resolve() == DASHBOARD
+    assert mounted["bind"] == {"create_host_path": False}
