@@ -3,10 +3,12 @@
 #   make PYTHON=python3.12 …      another Python
 #   make PIP_ARGS="…" …           arguments for pip: a mirror, or torch's own index of smaller builds for CPUs
 #   make test ARGS="-k claim"     arguments for pytest; the same for demo and bench
+#   make images DOCKER=podman     another builder
 
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+DOCKER ?= docker
 
 # Most tests wait for servers and workers, so more of them run than there are cores. ARGS="-n 0" runs one at a time.
 SIDE_BY_SIDE := -n 4 --dist loadgroup
@@ -17,9 +19,11 @@ STAMP := $(VENV)/installed
 BENCH_STAMP := $(VENV)/installed-bench
 CHART_STAMP := $(VENV)/installed-chart-tools
 CODE := producer worker tests demo bench drill
+VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+BUILD = $(DOCKER) build --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast hostile fuzz lint bench bench-compare drill chart-tools chart-docs format clean
+.PHONY: help demo test test-fast hostile fuzz lint bench bench-compare drill chart-tools chart-docs images format clean
 .DELETE_ON_ERROR:
 # Running targets side by side would mix what they print, and two of them would share the machine's cores.
 .NOTPARALLEL:
@@ -64,6 +68,11 @@ chart-tools: $(STAMP) ## install what the chart's tests run: two versions of hel
 
 chart-docs: $(STAMP) ## make the chart's schema and README from its values.yaml
 	$(BIN)/python -m tests.support.chart_docs
+
+images: ## build shiwu-producer, shiwu-worker-cpu and shiwu-worker (for NVIDIA GPUs); without Docker: docker/build-here.sh
+	$(BUILD) -f docker/producer.Dockerfile -t shiwu-producer:$(VERSION) .
+	$(BUILD) -f docker/worker.Dockerfile -t shiwu-worker-cpu:$(VERSION) --build-arg DEVICE=cpu .
+	$(BUILD) -f docker/worker.Dockerfile -t shiwu-worker:$(VERSION) .
 
 format: $(STAMP) ## put the code into form
 	$(BIN)/ruff check --fix-only --quiet .

@@ -10,17 +10,19 @@
 # taken from public repositories that pin the same, not from a registry: look before a release.
 ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm@sha256:b18992999dbe963a45a8a4da40ac2b1975be1a776d939d098c647482bcad5cba
 
-FROM ${PYTHON_IMAGE} AS build
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
-WORKDIR /build
+# What is installed, as files of its own: a change of pyproject.toml that asks for nothing new installs nothing anew.
+FROM ${PYTHON_IMAGE} AS requirements
+WORKDIR /asked
 COPY constraints.txt pyproject.toml ./
 COPY docker/requirements.py docker/
 RUN python3 docker/requirements.py worker > requirements.txt \
  && python3 docker/requirements.py --build-system > build-requirements.txt \
- && grep --max-count=1 '^torch==' constraints.txt > torch.txt \
- && python3 -m venv --without-pip /opt/shiwu
+ && grep --max-count=1 '^torch==' constraints.txt > torch.txt
 
-FROM build AS libraries
+FROM ${PYTHON_IMAGE} AS libraries
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+WORKDIR /build
+COPY --from=requirements /asked/*.txt ./
 # cuda: torch from the usual index, with CUDA's libraries; cpu: from torch's own index of builds without them.
 ARG DEVICE=cuda
 ARG TORCH_CPU_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -29,6 +31,7 @@ RUN case "${DEVICE}" in \
       cpu) set -- --no-deps --index-url "${TORCH_CPU_INDEX_URL}" ;; \
       *) echo "DEVICE: expected cuda or cpu, got ${DEVICE}" >&2; exit 2 ;; \
     esac \
+ && python3 -m venv --without-pip /opt/shiwu \
  && python3 -m pip --python /opt/shiwu/bin/python install --no-cache-dir "$@" -r torch.txt
 RUN python3 -m pip --python /opt/shiwu/bin/python install --no-cache-dir -c constraints.txt -r requirements.txt
 
@@ -36,7 +39,7 @@ RUN python3 -m pip --python /opt/shiwu/bin/python install --no-cache-dir -c cons
 FROM libraries AS own
 RUN python3 -m venv /opt/builder \
  && /opt/builder/bin/pip install --no-cache-dir -c constraints.txt -r build-requirements.txt
-COPY README.md LICENSE NOTICE ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY producer producer
 COPY worker worker
 RUN /opt/builder/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \

@@ -22,7 +22,8 @@ COMPOSE: Final = DOCKER / "compose.yaml"
 SCRIPTS: Final = Path(sysconfig.get_path("scripts"))
 READ_BY_PRODUCERS: Final = {"SHIWU_REDIS_URL"}
 OURS: Final = ["pictures", "worker", "worker-gpu", "producer"]
-DASHBOARD: Final = ROOT / "helm/shiwu/files/dashboard.json"
+OF_THE_CHART: Final = [ROOT / "helm/shiwu/files/dashboard.json", ROOT / "helm/shiwu/files/rules.yaml"]
+"""The chart's, so that both ways to run it are watched by the same."""
 
 
 @cache
@@ -159,8 +160,9 @@ def test_what_is_mounted_exists() -> None:
     sources = [one["source"] if isinstance(one, dict) else one.partition(":")[0] for one in mounts]
     files = [(DOCKER / source).resolve() for source in sources if source.startswith(".")]
     assert len(files) >= 5
-    # For the integrator: the dashboard comes with the chart; take the second half of this line away then.
-    assert [place for place in files if not place.exists() and (place != DASHBOARD or (ROOT / "helm").exists())] == []
+    # For the integrator: both come with the chart; after that `missing` is empty, and this is one line.
+    missing = [place for place in files if not place.exists()]
+    assert [place for place in missing if place not in OF_THE_CHART or (ROOT / "helm").exists()] == []
 
 
 def test_every_picture_that_is_asked_about_is_put() -> None:
@@ -185,6 +187,16 @@ def test_prometheus_asks_the_workers() -> None:
     (found,) = job["dns_sd_configs"]
     assert set(found["names"]) == {"worker", "worker-gpu"}
     assert str(found["port"]) == variables(read(DOCKER / "worker.Dockerfile"))["SHIWU_HTTP_PORT"]
+    mounted = file_mount("prometheus")
+    assert config["rule_files"] == [mounted["target"]]
+    assert (DOCKER / mounted["source"]).resolve() == OF_THE_CHART[1]
+
+
+def file_mount(name: str) -> dict[str, Any]:
+    """The one file of the chart that is mounted; a missing one is an error, no empty folder."""
+    (mounted,) = [one for one in services()[name]["volumes"] if isinstance(one, dict)]
+    assert (mounted["read_only"], mounted["bind"]) == (True, {"create_host_path": False})
+    return dict(mounted)
 
 
 def test_grafana_reads_from_prometheus() -> None:
@@ -193,7 +205,6 @@ def test_grafana_reads_from_prometheus() -> None:
     assert [one["url"] for one in sources["datasources"]] == ["http://prometheus:9090"]
     boards = yaml.safe_load((DOCKER / "observe/grafana/dashboards/shiwu.yaml").read_text(encoding="utf-8"))
     (folder,) = [one["options"]["path"] for one in boards["providers"]]
-    (mounted,) = [one for one in services()["grafana"]["volumes"] if isinstance(one, dict)]
+    mounted = file_mount("grafana")
     assert Path(mounted["target"]).parent == Path(folder)
-    assert (DOCKER / mounted["source"]).resolve() == DASHBOARD
-    assert mounted["bind"] == {"create_host_path": False}
+    assert (DOCKER / mounted["source"]).resolve() == OF_THE_CHART[0]

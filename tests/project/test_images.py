@@ -240,11 +240,13 @@ def test_the_requirements_are_those_of_pyproject() -> None:
         assert f"\n{re.split(r'[^A-Za-z0-9_.-]', line)[0].lower()}==" in f"\n{pinned}", line
 
 
-def test_the_script_that_builds_them_here_is_a_script() -> None:
-    """bash reads it, it may be run, and it builds every Dockerfile there is."""
-    script = DOCKER / "build-here.sh"
-    assert os.access(script, os.X_OK)
-    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, timeout=30, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    text = script.read_text(encoding="utf-8")
-    assert {f"docker/{path.name}" for path in DOCKERFILES} == set(re.findall(r"docker/\w+\.Dockerfile", text))
+def test_the_scripts_that_build_them_here_are_scripts() -> None:
+    """bash reads them, they may be run, and every Dockerfile is built."""
+    scripts = sorted(DOCKER.glob("*.sh"))
+    assert [script.name for script in scripts] == ["build-here.sh", "compose-here.sh"]
+    for script in scripts:
+        assert os.access(script, os.X_OK)
+        done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, timeout=30, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+    built = re.findall(r"docker/\w+\.Dockerfile", scripts[0].read_text(encoding="utf-8"))
+    assert {f"docker/{path.name}" for path in DOCKERFILES} == set(built)
