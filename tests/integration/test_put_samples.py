@@ -14,7 +14,7 @@ SAMPLES = ROOT / "tests/support/samples"
 
 
 def put_samples(*, endpoint_url: str, s3: S3Server, patience_s: float) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, DOCKER / "put_samples.py", "--endpoint-url", endpoint_url, "--bucket", s3.bucket]
+    command = [sys.executable, str(DOCKER / "put_samples.py"), "--endpoint-url", endpoint_url, "--bucket", s3.bucket]
     return subprocess.run(
         [*command, "--patience-s", str(patience_s), SAMPLES],
         env=clean_environment(
