@@ -93,7 +93,7 @@ build() { # NAME DOCKERFILE [OPTION …]
   say "built $name in $((SECONDS - began)) s, $(size "localhost/$name") with the base's $(size "$BASE")"
 }
 
-size() { b images --format '{{.Size}}' "$1"; }
+size() { b images --format '{{.Size}}' "$1" | sed -n 1p; } # an image of two names is listed twice
 
 container() { # IMAGE: makes $CONTAINER, which goes when the script ends
   CONTAINER=$(b from --pull-never "localhost/$1")
