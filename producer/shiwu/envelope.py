@@ -15,6 +15,7 @@ from shiwu.contract import MAX_MESSAGE_BYTES, REQUEST_FIELDS, TASK_NAME, ErrorCo
 T = TypeVar("T")
 LATEST_MS: Final = 1e15
 """Times beyond this, some 31,000 years, are no times."""
+MAX_ID_CHARS: Final = 255
 CANVAS_PARTS: Final = ("callbacks", "errbacks", "chain", "chord")
 _DEFLATE: Final = {"application/x-gzip", "gzip", "application/zlib", "zlib"}
 """kombu's `gzip` writes zlib's format, other clients write gzip's; both are told apart by their first bytes."""
@@ -117,6 +118,9 @@ def read_canvas(raw: bytes) -> Canvas:
         raise _malformed("expected callbacks, errbacks and chain as lists of signatures")
     if not isinstance(chord, dict | None):
         raise _malformed("expected chord as a signature")
+    names = (headers.group, headers.root_id)
+    if any(not isinstance(name, str | None) or len(name or "") > MAX_ID_CHARS for name in names):
+        raise _malformed(f"expected group and root_id as texts of at most {MAX_ID_CHARS} characters")
     index = headers.group_index
     return Canvas(
         callbacks=tuple(lists["callbacks"]),

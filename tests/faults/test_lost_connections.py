@@ -13,6 +13,7 @@ from shiwu import Client
 from shiwu.contract import CANVAS, CANVAS_DUE, RESULT_STREAM, Lane
 from shiwu.dead import DeadLetters
 from shiwu.ledger import Entry
+from shiwu_worker.callback_rules import CallbackRules
 from shiwu_worker.canvas import Callbacks
 from shiwu_worker.job import Release
 from shiwu_worker.revoke import Revoker
@@ -68,7 +69,7 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
         producer.enqueue("s3://b/k.jpg", id="late", lane=Lane.BULK, expires_s=0.001)
     client.hset(CANVAS, "linked", b"2|{}shiwu.bulk|{}")
     client.zadd(CANVAS_DUE, {"linked": 1.0})
-    callbacks = Callbacks(Celery("nobody", broker="memory://", set_as_default=False), client)
+    callbacks = Callbacks(Celery("nobody", broker="memory://", set_as_default=False), client, rules=CallbackRules())
     return {
         "claim": lambda: claims.claim(1).jobs,
         "renew": lambda: claims.renew([held.id, "lost"]) == ["lost"],

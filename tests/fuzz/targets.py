@@ -18,11 +18,13 @@ from shiwu.contract import Lane, Request, RequestError
 from shiwu.contract.request import parse_request
 from shiwu.envelope import read_canvas, read_message, readable_id
 from shiwu.message import build_message
+from shiwu_worker.callback_rules import CallbackRules
 from shiwu_worker.errors import Rejected
 from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.stages.decode import DecodeLimits, decode
 from tests.support import bombs, pictures
 
+RULES: Final = CallbackRules(tasks=("t", "app.*"))
 SPEC: Final = ImageSpec(32, 32, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 LIMITS: Final = DecodeLimits(max_pixels=1_000_000, max_side=16_384, formats=FORMATS)
@@ -59,7 +61,7 @@ def check_message(data: bytes) -> None:
     try:
         envelope = read_message(data)
         if envelope.canvas:
-            read_canvas(data)
+            RULES.judge(read_canvas(data))
         request = parse_request(envelope.fields)
     except RequestError as error:
         _check_told(error)
@@ -102,7 +104,9 @@ def message_seeds() -> list[bytes]:
         b'{"body":"[[\\"s3://b/k\\"],{},{\\"callbacks\\":[{\\"task\\":\\"t\\"}]}]","content-type":"application/json",'
     )
     plain += b'"headers":{"task":"shiwu.tag","id":"a","eta":null,"expires":"2030-01-01T00:00:00"},"properties":{}}'
-    return [*found, plain, b"{}", b"[]", chance.randbytes(64), b"[" * 5000]
+    part = '{"task":"celery.group","subtask_type":"group","kwargs":{"tasks":[{"task":"app.a","options":{"link":[]}}]}}'
+    nested = plain.replace(b'{\\"task\\":\\"t\\"}', part.replace('"', '\\"').encode())
+    return [*found, plain, nested, b"{}", b"[]", chance.randbytes(64), b"[" * 5000]
 
 
 TARGETS: Final = {

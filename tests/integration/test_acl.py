@@ -77,7 +77,7 @@ def worker(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A real worker as its user, with everything switched on that speaks to Redis."""
     folder = tmp_path_factory.mktemp("acl-worker")
     options = {"allow_folders": Path(guarded.image.removeprefix("file://")).parent, "max_batch": 8, "loaders": 1}
-    options |= {"http_port": free_ports(1)[0], "http_host": LOOPBACK}
+    options |= {"http_port": free_ports(1)[0], "http_host": LOOPBACK, "callback_tasks": "theirs.*"}
     with WorkerProcess(
         redis_url=guarded.url("worker"), folder=folder, by_celery=True, celery_args="-E", torch_threads=1, **options
     ) as running:

@@ -73,7 +73,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Valkey, 
     with (
         Valkey(folder=folder / "valkey") as server,
         WorkerProcess(
-            redis_url=server.url, folder=folder, by_celery=True, allow_folders=folder, celery_args="-E"
+            redis_url=server.url,
+            folder=folder,
+            by_celery=True,
+            allow_folders=folder,
+            callback_tasks="shiwu.tag,plain.*",
+            celery_args="-E",
         ) as worker,
         Process(
             [sys.executable, "-m", "celery", "-A", "tests.support.plain_app", "worker", "-P", "solo", "-l", "INFO"],
@@ -256,7 +261,7 @@ def test_callbacks_of_a_worker_that_died_are_sent_by_another(
     answer = Answer(id=job_id, status=Status.TAGGED, image=ImageInfo(reference="file:///x.png"))
     dead = Ledger(redis_client, token="dead", canvas_patience_s=0.001)
     dead.write([Entry(answer=answer, id=job_id, message=b"shiwu.bulk|" + raw, has_callbacks=True)])
-    start_worker(redis_url=redis_url, allow_folders=tmp_path)
+    start_worker(redis_url=redis_url, allow_folders=tmp_path, callback_tasks="plain.note", callback_queues="else*")
     wait_until(lambda: redis_client.llen("elsewhere") == 1, timeout_s=GET_S)
     wait_until(lambda: not redis_client.exists(CANVAS, CANVAS_DUE), timeout_s=GET_S)
 

@@ -19,6 +19,7 @@ from celery import Celery, chain, chord
 from shiwu import Client
 from shiwu.contract import ASIDE, CANVAS, CANVAS_DUE, DEADLINES, REVOKED, Answer, ImageInfo, Lane, Status
 from shiwu.ledger import Entry, Ledger, load_script
+from shiwu_worker.callback_rules import CallbackRules
 from shiwu_worker.canvas import Callbacks
 from shiwu_worker.job import Release
 from shiwu_worker.revoke import Revoker
@@ -35,6 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 GET_S = 30
+RULES = CallbackRules(tasks=("plain.*",))
 Ending = tuple[str, str, str]
 """States of a chord's revoked part and of its body, and the kind of the body's error."""
 
@@ -74,7 +76,7 @@ def app(redis_url: str) -> Iterator[Celery]:
 def callbacks(app: Celery, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A worker's thread that sends callbacks, and looks often."""
     monkeypatch.setattr("shiwu_worker.canvas.LOOK_EVERY_S", 0.1)
-    running = Callbacks(app, redis_client)
+    running = Callbacks(app, redis_client, rules=RULES)
     running.start()
     yield
     running.close(timeout_s=5)
@@ -178,7 +180,7 @@ def test_a_full_redis_lets_callbacks_go_and_revokes_come(valkey: Valkey) -> None
 
 def test_others_callbacks_do_not_wait_for_an_empty_queue(app: Celery, redis_client: redis.Redis) -> None:
     """With callbacks of our own coming without end, those that a dead worker left are sent all the same."""
-    callbacks = Callbacks(app, redis_client)
+    callbacks = Callbacks(app, redis_client, rules=RULES)
     sent: list[str] = []
     callbacks._send = lambda job_id, record: sent.append(job_id)  # type: ignore[method-assign]  # no broker here
     redis_client.hset(CANVAS, "left", "x")
@@ -199,7 +201,7 @@ def test_many_that_were_cancelled_at_once_are_not_looked_at_portion_by_portion(
     """A look goes on until nothing is left; at a portion for each look this would take more than a minute."""
     redis_client.hset(CANVAS, mapping={f"job-{n}": "x" for n in range(1500)})
     redis_client.zadd(CANVAS_DUE, {f"job-{n}": 1.0 for n in range(1500)})
-    callbacks = Callbacks(app, redis_client)
+    callbacks = Callbacks(app, redis_client, rules=RULES)
     callbacks._send = lambda job_id, record: None  # type: ignore[method-assign]  # no broker here
     callbacks.start()
     wait_until(lambda: redis_client.hlen(CANVAS) == 0, timeout_s=30)
@@ -210,7 +212,7 @@ def test_a_connection_that_breaks_leaves_the_callbacks_for_later(app: Celery, re
     """A plain OSError, which not every library wraps, passes by itself; what a stranger wrote wrongly does not."""
     redis_client.hset(CANVAS, mapping={"bad": "x", "good": "x"})
     redis_client.zadd(CANVAS_DUE, {"bad": 1.0, "good": 2.0})
-    callbacks = Callbacks(app, redis_client, patience_s=0.001)
+    callbacks = Callbacks(app, redis_client, rules=RULES, patience_s=0.001)
     faults: list[Exception] = [ValueError("no signature"), BrokenPipeError("gone")]
     sent: list[str] = []
 
@@ -231,7 +233,7 @@ def test_a_record_that_names_no_job_goes(app: Celery, redis_client: redis.Redis)
     """A member that is no text neither ends the thread nor comes back each time."""
     redis_client.hset(CANVAS, b"\xff\xfe", "x")
     redis_client.zadd(CANVAS_DUE, {b"\xff\xfe": 1.0})
-    assert Callbacks(app, redis_client)._portion([]) == 1
+    assert Callbacks(app, redis_client, rules=RULES)._portion([]) == 1
     assert redis_client.exists(CANVAS, CANVAS_DUE) == 0
 
 

@@ -53,6 +53,7 @@ class Works:
             claims=self.claims,
             doorbell=self.doorbell,
             resolve=lambda _: LABELS,
+            judge_callbacks=lambda _: None,
             load=self._load,
             batcher=Batcher(cap=4, bulk_share=0.1),
             launch=lambda jobs: Launched(tuple(jobs), 1.0),

@@ -1,6 +1,6 @@
 """The Celery app: an ordinary Celery worker whose boot step runs the pipeline.
 
-Celery is imported here and in the three rooms beside it: `canvas`, `task_events`, `revoke`.
+Celery is imported here and in the four rooms beside it: `canvas`, `callback_app`, `task_events`, `revoke`.
 
 `celery -A shiwu_worker.app worker` claims from the lanes with the pipeline, not with Celery's consumer. What is left of
 that consumer listens on a queue of its own that nobody writes to, so a broker blip there never touches a job.
@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import secrets
 import signal
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any, ClassVar, Final
-from urllib.parse import quote
 
 import structlog
 from celery import Celery, bootsteps
@@ -26,9 +24,9 @@ from celery.worker import state
 from celery.worker.consumer import Consumer
 from kombu import Queue
 
-from shiwu.connection import read_sentinel_url
-from shiwu.contract import TASK_NAME, Lane
+from shiwu.contract import TASK_NAME
 from shiwu_worker import logs
+from shiwu_worker.callback_app import celery_broker, make_callback_app
 from shiwu_worker.canvas import Callbacks
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import FatalError
@@ -133,7 +131,7 @@ def _celery_side(worker: Any, settings: Settings) -> Iterator[Callable[[Sequence
         client = stack.enter_context(connect(settings))
         if settings.revoke:
             worker.app.shiwu_revoker = Revoker(client, make_ledger(settings, client, f"revoke.{secrets.token_hex(4)}"))
-        callbacks = Callbacks(make_callback_app(settings), client)
+        callbacks = Callbacks(make_callback_app(settings), client, rules=settings.callback_rules)
         parts: list[Callbacks | TaskEvents] = [callbacks]
         if worker.task_events:
             parts.append(TaskEvents(worker.app, hostname=worker.hostname))
@@ -146,49 +144,6 @@ def _celery_side(worker: Any, settings: Settings) -> Iterator[Callable[[Sequence
                 part.put(settled)
 
         yield tell
-
-
-def make_callback_app(settings: Settings) -> Celery:
-    """The app that sends callbacks: to any queue, with results in our Redis."""
-    app = Celery("shiwu-callbacks", set_as_current=False)
-    broker = celery_broker(settings)
-    app.conf.update(
-        **broker,
-        result_backend=broker["broker_url"],
-        result_backend_transport_options=broker["broker_transport_options"],
-        redis_socket_timeout=settings.redis_timeout_s,
-        redis_socket_connect_timeout=settings.redis_timeout_s,
-        result_expires=settings.result_ttl_s,
-        accept_content=["json"],
-        task_serializer="json",
-        result_serializer="json",
-        task_default_queue=settings.callback_queue,
-        task_routes={TASK_NAME: {"queue": Lane.BULK.queue}},
-    )
-    return app
-
-
-def celery_broker(settings: Settings) -> dict[str, Any]:
-    """Our Redis in kombu's words."""
-    url = settings.redis_url.get_secret_value()
-    options: dict[str, Any] = {
-        "socket_timeout": settings.redis_timeout_s,
-        "socket_connect_timeout": settings.redis_timeout_s,
-        "socket_keepalive": True,
-        "health_check_interval": 30,
-        "priority_steps": [0],
-    }
-    if url.startswith("sentinel:"):
-        address = read_sentinel_url(url)
-        login = f"{quote(address.username or '')}:{quote(address.password)}@" if address.password else ""
-        hosts = (f"sentinel://{login}{host}:{port}" for host, port in address.hosts)
-        url = ";".join(f"{host}/{address.database}" for host in hosts)
-        options |= {"master_name": address.name, "sentinel_kwargs": {"password": address.sentinel_password}}
-    return {
-        "broker_url": url,
-        "broker_transport_options": options,
-        "broker_use_ssl": {"ssl_cert_reqs": ssl.CERT_REQUIRED} if url.startswith("rediss:") else None,
-    }
 
 
 def make_app(settings: Settings) -> Celery:

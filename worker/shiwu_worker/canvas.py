@@ -2,7 +2,8 @@
 
 The commit leaves the callbacks of a job in Redis, in the same step as the answer. A thread sends them by Celery's own
 functions and only then forgets them; those of a worker that died in between are sent by another. So a callback is sent
-once, or again where a worker died at that moment: never not at all.
+once, or again where a worker died at that moment: never not at all. What the operator did not allow is not sent, and
+whoever waits for what follows is told so.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import redis
@@ -21,10 +23,11 @@ from celery.exceptions import TaskRevokedError
 from kombu.exceptions import OperationalError
 from pydantic_core import from_json, to_json
 
-from shiwu.contract import CANVAS, CANVAS_DUE, TASK_NAME, Answer, RequestError, Status, result_key
+from shiwu.contract import CANVAS, CANVAS_DUE, TASK_NAME, Answer, RequestError, Status, check_id, result_key
 from shiwu.envelope import Canvas, read_canvas
 from shiwu.errors import JobFailed
 from shiwu.ledger import CANVAS_PATIENCE_S, load_script
+from shiwu_worker.callback_rules import CallbackRules
 from shiwu_worker.settle import Settled
 
 log: Any = structlog.get_logger()
@@ -38,13 +41,17 @@ class Callbacks:
     """Sends callbacks from `start` to `close`.
 
     Args:
-        app: a Celery app whose broker and result backend are our Redis.
+        app: a Celery app whose broker and result backend are our Redis; a `CallbackApp` judges what it sends itself.
+        rules: which tasks and queues callbacks may name. Jobs that were answered aside have not been judged before.
         patience_s: how long one portion is ours; then another worker may send it.
     """
 
-    def __init__(self, app: Celery, client: redis.Redis, *, patience_s: float = CANVAS_PATIENCE_S) -> None:
+    def __init__(
+        self, app: Celery, client: redis.Redis, *, rules: CallbackRules, patience_s: float = CANVAS_PATIENCE_S
+    ) -> None:
         self._app = app
         self._client = client
+        self._rules = rules
         self._patience_ms = int(patience_s * 1000)
         self._take = load_script(client, "take_callbacks")
         self._fresh: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
@@ -114,6 +121,13 @@ class Callbacks:
         except RequestError as error:
             log.error("callbacks_failed", id=job_id, kind=error.code.value, error=str(error)[:300])
             return
+        try:
+            self._rules.judge(canvas)
+        except RequestError as error:
+            log.error("callbacks_refused", id=job_id, code=error.code.value, error=str(error)[:600])
+            chord = () if canvas.chord is None else (canvas.chord,)
+            self._fail([*chord, *canvas.chain], JobFailed(f"{error.code}: {error}"), "FAILURE")
+            return
         if answer.status is Status.TAGGED:
             children = self._on_success(job_id, canvas, from_json(raw_answer))
             if children:
@@ -139,9 +153,7 @@ class Callbacks:
         error: Exception = TaskRevokedError(answer.status.value) if is_revoked else JobFailed(text)
         state = "REVOKED" if is_revoked else "FAILURE"
         backend = self._app.backend
-        for one in canvas.chain:
-            if follower := (one.get("options") or {}).get("task_id"):
-                backend.store_result(follower, error, state, request=Context(one))
+        self._fail(canvas.chain, error, state)
         # As in Celery, a task that was revoked does not call its errbacks.
         backend.mark_as_failure(
             job_id,
@@ -151,6 +163,14 @@ class Callbacks:
             call_errbacks=not is_revoked,
             state=state,
         )
+
+    def _fail(self, followers: Sequence[dict[str, Any]], error: Exception, state: str) -> None:
+        """Answer for tasks that will not run, so that nobody waits for them for ever."""
+        for one in followers[: self._rules.most]:
+            options = one.get("options")
+            with suppress(RequestError):  # the id becomes a key; what can't be one is nobody's
+                follower = check_id(options.get("task_id") if isinstance(options, dict) else None)
+                self._app.backend.store_result(follower, error, state)
 
     def _note_children(self, job_id: str, children: Sequence[Any]) -> None:
         key = result_key(job_id)

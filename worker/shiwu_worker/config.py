@@ -13,9 +13,10 @@ from pydantic import AfterValidator, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shiwu.connection import read_sentinel_url
-from shiwu.contract import ErrorCode
+from shiwu.contract import TASK_NAME, ErrorCode
 from shiwu.keep import DEAD_AGE_S, DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S, STREAM_LENGTH
 from shiwu.upkeep import MAX_LEASE_S
+from shiwu_worker.callback_rules import MOST, CallbackRules
 from shiwu_worker.reach import HTTP_PORTS, Reach, checked, read_host, read_nat64
 
 Names = Annotated[tuple[str, ...], NoDecode]
@@ -112,7 +113,14 @@ class Settings(BaseSettings):
     commit_replicas: int = Field(0, ge=0, le=10, description="replicas of Redis that must confirm each answer")
     replicas_timeout_s: float = Field(1.0, gt=0, description="time for that; then the answer is written again")
     revoke: bool = Field(True, description="listen to Celery's revoke; anybody who may PUBLISH can then cancel jobs")
-    callback_queue: str = Field("celery", description="queue of Celery callbacks (link, chain, chord) that name none")
+    callback_tasks: Names = Field(
+        (TASK_NAME,),
+        description="tasks that Celery callbacks (link, chain, chord) may call, names or patterns as app.*; others are "
+        "refused before the picture is fetched",
+    )
+    callback_queue: str = Field("celery", description="queue of callbacks that name none")
+    callback_queues: Names = Field((), description="other queues that callbacks may name; patterns as app.*")
+    callback_most: int = Field(MOST, ge=1, le=10_000, description="tasks that the callbacks of one message may lead to")
 
     loaders: int = Field(0, ge=0, le=256, description="loader processes; 0: one for each core but one, at least 1")
     loader_spares: int = Field(2, ge=0, le=16, description="warm loaders that stand in for one that died")
@@ -183,6 +191,7 @@ class Settings(BaseSettings):
     @field_validator(
         *("formats", "allow_hosts", "only_hosts", "deny_hosts", "allow_networks", "deny_networks", "nat64_prefixes"),
         *("fetch_ports", "allow_buckets", "deny_buckets", "allow_folders", "deny_folders"),
+        *("callback_tasks", "callback_queues"),
         mode="before",
     )
     @classmethod
@@ -236,6 +245,12 @@ class Settings(BaseSettings):
             proxy_url=self.proxy_url.get_secret_value() if self.proxy_url else None,
             tells_refusals=self.tell_refusals,
         )
+
+    @property
+    def callback_rules(self) -> CallbackRules:
+        """What callbacks may call."""
+        queues = (self.callback_queue, *self.callback_queues)
+        return CallbackRules(tasks=self.callback_tasks, queues=queues, most=self.callback_most)
 
     @property
     def rungs(self) -> tuple[int, ...]:

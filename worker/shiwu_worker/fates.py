@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from shiwu.contract import ErrorCode, ErrorInfo, Stage
+from shiwu.contract import ErrorCode, ErrorInfo, RequestError, Stage
 from shiwu_worker.errors import Rejected
 from shiwu_worker.job import Job, Release
 
@@ -23,15 +23,21 @@ class Fates:
 
     Args:
         resolve: a job's label set; raises Rejected where it names none that is known.
+        judge_callbacks: of a job that has some; raises RequestError where the operator did not allow them.
     """
 
-    def __init__(self, limits: Limits, resolve: Callable[[Job], LabelSet]) -> None:
+    def __init__(
+        self, limits: Limits, resolve: Callable[[Job], LabelSet], *, judge_callbacks: Callable[[Job], None]
+    ) -> None:
         self._limits = limits
         self._resolve = resolve
+        self._judge_callbacks = judge_callbacks
 
     def admits(self, job: Job, now_s: float) -> bool:
         """Whether a claimed job is to be loaded; else it has its error, or the way back that it takes."""
         if job.back is not None or job.error is not None or job.unwanted(now_s):
+            return False
+        if job.has_callbacks and not self._admits_callbacks(job):
             return False
         if job.due_s > now_s:
             job.back = Release(job.id, delay_s=job.due_s - now_s)
@@ -46,6 +52,16 @@ class Fates:
             job.fail(error.info())
             return False
         return True
+
+    def _admits_callbacks(self, job: Job) -> bool:
+        try:
+            self._judge_callbacks(job)
+        except RequestError as error:
+            job.fail(ErrorInfo(code=error.code, message=str(error), stage=Stage.CLAIM))
+        except Exception as error:  # noqa: BLE001 border: a message that ends its reader would end one worker after another
+            text = f"expected callbacks that can be read, got some that fail with {type(error).__name__}"
+            job.fail(ErrorInfo(code=ErrorCode.MALFORMED_MESSAGE, message=text, stage=Stage.CLAIM))
+        return job.error is None
 
     def spare(self, job: Job) -> None:
         """Give a failed job another try where its class of error has one left."""

@@ -10,6 +10,7 @@ import redis
 
 from shiwu.connection import connect as connect_to
 from shiwu.contract import ErrorCode
+from shiwu.envelope import read_canvas
 from shiwu.keep import Keep, ToldKeep
 from shiwu.ledger import Ledger
 from shiwu.upkeep import Upkeep
@@ -255,6 +256,9 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
     def resolve(job: Job) -> LabelSet:
         return bank.resolve(job.request.labels, job.request.head) if job.request else bank.resolve(None)
 
+    def judge_callbacks(job: Job) -> None:
+        settings.callback_rules.judge(read_canvas(job.raw))
+
     def load(tickets: Sequence[tuple[int, Job]]) -> None:
         loaders.submit(
             [LoadTask(ticket=n, slot=job.slot, image=job.request.image) for n, job in tickets if job.request]
@@ -278,6 +282,7 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
         claims=claims,
         doorbell=doorbell,
         resolve=resolve,
+        judge_callbacks=judge_callbacks,
         load=load,
         batcher=batcher,
         launch=triage.launch,

@@ -46,6 +46,7 @@ class Stages:
     claims: Claims
     doorbell: Doorbell
     resolve: Callable[[Job], LabelSet]
+    judge_callbacks: Callable[[Job], None]
     load: Callable[[Sequence[tuple[int, Job]]], None]
     batcher: Batcher[Job]
     launch: Callable[[Sequence[Job]], Launched]
@@ -77,7 +78,7 @@ class Pipeline:
         on_claiming: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self._do = stages
-        self._fates = Fates(limits, stages.resolve)
+        self._fates = Fates(limits, stages.resolve, judge_callbacks=stages.judge_callbacks)
         self._progress = progress
         self._meter = meter
         self._on_fatal = on_fatal

@@ -45,13 +45,14 @@ COUNTERS: Final = "shiwu:counters"
 """Hash: totals over all workers (answered, answers_discarded, copies_dropped, reaped, results_dropped, …)."""
 LOOK: Final = "shiwu:look"
 """String of a few seconds: how much waits and is claimed, counted by one worker for all."""
+RESULT_PREFIX: Final = "celery-task-meta-"
 WORKERS: Final = "shiwu:workers"
 """Sorted set: worker name → server time in ms of its last sign of life."""
 
 
 def result_key(job_id: str) -> str:
     """Where Celery looks for the result of a task, and the channel on which it is announced."""
-    return f"celery-task-meta-{job_id}"
+    return f"{RESULT_PREFIX}{job_id}"
 
 
 def done_key(job_id: str) -> str:

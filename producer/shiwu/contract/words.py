@@ -67,7 +67,8 @@ class ErrorCode(StrEnum):
     MALFORMED_MESSAGE = "malformed_message"  # the Celery message itself can't be read
     MESSAGE_TOO_LARGE = "message_too_large"  # over MAX_MESSAGE_BYTES, also after decompression
     UNKNOWN_TASK = "unknown_task"  # a message for another task lay in our lane
-    UNSUPPORTED_CANVAS = "unsupported_canvas"  # a callback or canvas header that this version does not run
+    UNSUPPORTED_CANVAS = "unsupported_canvas"  # callbacks of a kind that is not sent, too many, or too deep
+    CALLBACK_REFUSED = "callback_refused"  # a callback names a task or a queue that the operator did not allow
     INVALID_ID = "invalid_id"  # the job id is not a valid key
     INVALID_REQUEST = "invalid_request"  # a field has a wrong type or value
     INVALID_REFERENCE = "invalid_reference"  # `image` is no s3://, https://, http:// or file:// reference
