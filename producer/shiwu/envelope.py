@@ -16,6 +16,7 @@ T = TypeVar("T")
 LATEST_MS: Final = 1e15
 """Times beyond this, some 31,000 years, are no times."""
 MAX_ID_CHARS: Final = 255
+MAX_GROUP: Final = 2**31
 CANVAS_PARTS: Final = ("callbacks", "errbacks", "chain", "chord")
 _DEFLATE: Final = {"application/x-gzip", "gzip", "application/zlib", "zlib"}
 """kombu's `gzip` writes zlib's format, other clients write gzip's; both are told apart by their first bytes."""
@@ -128,7 +129,7 @@ def read_canvas(raw: bytes) -> Canvas:
         chain=tuple(lists["chain"]),
         chord=chord,
         group=headers.group,
-        group_index=index if isinstance(index, int) else None,
+        group_index=index if type(index) is int and 0 <= index < MAX_GROUP else None,
         root_id=headers.root_id,
     )
 

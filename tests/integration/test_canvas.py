@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import redis
@@ -293,3 +294,44 @@ def test_a_chord_and_a_chain_end_with_a_cancelled_part(servers: tuple[Valkey, Pa
         wait_until(lambda: state(all_of_them.id) == "FAILURE", timeout_s=GET_S)
         wait_until(lambda: state(one_by_one.id) == "REVOKED", timeout_s=GET_S)
         assert client.hlen("shiwu:parked") == client.zcard("shiwu:delayed") == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"countdown": 300}], ids=["now", "later"])
+@pytest.mark.parametrize(
+    ("link", "code"),
+    [
+        ({"task": "theirs.task"}, "callback_refused"),
+        ({"task": "plain.note", "options": {"queue": "shiwu:claims"}}, "callback_refused"),
+        ({"task": "plain.note", "options": {"link_error": [{"task": "celery.map"}]}}, "callback_refused"),
+        ({"task": "plain.note", "options": {"exchange": "celery.pidbox"}}, "unsupported_canvas"),
+        ({"task": ["plain.note"]}, "malformed_message"),
+    ],
+    ids=["task", "queue", "nested", "exchange", "shape"],
+)
+def test_a_job_with_callbacks_that_are_not_allowed_costs_nothing(
+    servers: tuple[Valkey, Path], app: Celery, link: dict[str, Any], code: str, options: dict[str, Any]
+) -> None:
+    """It is answered at its claim, though it were for later; nothing is fetched, and the message is a dead letter."""
+    server, folder = servers
+    follower = uuid4().hex
+    chained = [link, {"task": "plain.best", "options": {"task_id": follower}}]
+    result = app.send_task(
+        "shiwu.tag",
+        args=[(folder / "good.png").as_uri()],
+        queue=Lane.BULK.queue,
+        chain=chained,
+        link=link,
+        ignore_result=False,
+        **options,
+    )
+    with server.client() as client, Client(server.url) as ours:
+        answer = ours.wait(result.id, timeout_s=GET_S)
+        assert answer.error is not None
+        assert (answer.status, answer.error.code, answer.error.stage) == ("rejected", code, "claim")
+        assert answer.image is None or answer.image.bytes is None
+        assert answer.timing is not None
+        assert answer.timing.fetch == 0
+        assert client.hexists("shiwu:dead:messages", result.id)
+        wait_until(lambda: app.AsyncResult(follower).state == "FAILURE", timeout_s=GET_S)
+        wait_until(lambda: not client.exists(CANVAS, CANVAS_DUE), timeout_s=GET_S)
+        assert client.llen("celery") == 0

@@ -22,6 +22,7 @@ from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
 from kombu.exceptions import OperationalError
 from pydantic_core import from_json, to_json
+from redis.exceptions import ExecAbortError, OutOfMemoryError, ReadOnlyError
 
 from shiwu.contract import CANVAS, CANVAS_DUE, TASK_NAME, Answer, RequestError, Status, check_id, result_key
 from shiwu.envelope import Canvas, read_canvas
@@ -34,7 +35,9 @@ log: Any = structlog.get_logger()
 LOOK_EVERY_S: Final = 5.0
 AT_ONCE: Final = 100
 AWAY: Final = (redis.RedisError, OperationalError, OSError)
-"""What passes by itself."""
+"""What passes by itself, but for a server that answered and refused just this."""
+PASSING: Final = (ReadOnlyError, OutOfMemoryError, ExecAbortError)
+PASSING_WORDS: Final = ("BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
 
 
 class Callbacks:
@@ -102,9 +105,9 @@ class Callbacks:
             job_id = reply[i].decode(errors="replace")  # a member by another hand must not end this thread
             try:
                 self._send(job_id, reply[i + 1])
-            except AWAY:
-                raise
-            except Exception as error:  # noqa: BLE001 border: signatures are a stranger's; a bad one must not come back
+            except Exception as error:  # border: signatures are a stranger's; a bad one must not come back
+                if isinstance(error, AWAY) and _passes(error):
+                    raise
                 log.error("callbacks_failed", id=job_id, kind=type(error).__name__, error=str(error)[:300])
             with self._client.pipeline(transaction=True) as pipe:
                 pipe.hdel(CANVAS, reply[i])
@@ -177,6 +180,16 @@ class Callbacks:
         if (raw := self._client.get(key)) is not None:
             meta = from_json(raw) | {"children": children}
             self._client.set(key, to_json(meta), xx=True, keepttl=True)
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether the same may succeed later. Else it would come back for ever, and those behind it would never be sent."""
+    cause = error.__cause__ if isinstance(error, OperationalError) else error
+    if isinstance(cause, redis.DataError):
+        return False  # the client itself can't write such a value
+    if not isinstance(cause, redis.ResponseError) or isinstance(cause, PASSING):
+        return True
+    return str(cause).rpartition("caused error: ")[2].startswith(PASSING_WORDS)
 
 
 def _context(job_id: str, canvas: Canvas) -> Context:

@@ -1,0 +1,350 @@
+"""Callbacks by strangers: whatever a message says, only allowed tasks leave the worker, and only for allowed queues.
+
+A real Valkey is the judge: what lies in its lists afterwards is what was sent.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+import structlog
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shiwu.contract import CANVAS, CANVAS_DUE, RESULT_STREAM, Answer, ErrorInfo, ImageInfo, Lane, Stage, Status
+from shiwu.contract.words import ErrorCode
+from shiwu.ledger import Entry, Ledger
+from shiwu_worker.callback_app import make_callback_app
+from shiwu_worker.canvas import Callbacks
+from shiwu_worker.config import Settings
+from tests.integration.test_claim_properties import message
+
+# Celery's own use of redis; its pools are left to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+TASKS, QUEUES = ("shiwu.tag", "ok.a", "ok.b"), ("celery", "ok-queue", *Lane.BULK.keys, *Lane.INTERACTIVE.keys)
+OURS = {CANVAS, CANVAS_DUE, RESULT_STREAM, "shiwu:counters", "shiwu:dead", "shiwu:dead:answers", "shiwu:dead:messages"}
+
+
+class Stranger:
+    """Sends one message with any callbacks, has it answered, and looks at what comes of it."""
+
+    def __init__(self, client: redis.Redis, app: Any, rules: Any) -> None:
+        self._client = client
+        self._callbacks = Callbacks(app, client, rules=rules)
+        self._ledger = Ledger(client, token="w", canvas_patience_s=0.0)
+        self._number = 0
+
+    def send(self, embed: Any, *, headers: dict[str, Any] | None = None, is_tagged: bool = True) -> list[str]:
+        """The names of the tasks that are sent for these callbacks; fails where one of them is not allowed."""
+        self._number += 1
+        job_id = f"job-{self._number}"
+        raw = json.loads(message(job_id, Lane.BULK))
+        raw["headers"] |= headers or {}
+        raw["body"] = base64.b64encode(json.dumps([["s3://b/k.jpg"], {}, embed]).encode()).decode()
+        error = None if is_tagged else ErrorInfo(code=ErrorCode.SOURCE_NOT_FOUND, message="gone", stage=Stage.FETCH)
+        status = Status.TAGGED if is_tagged else Status.REJECTED
+        answer = Answer(id=job_id, status=status, image=ImageInfo(reference="s3://b/k.jpg"), error=error)
+        entry = Entry(answer=answer, id=job_id, message=b"shiwu.bulk|" + json.dumps(raw).encode(), has_callbacks=True)
+        self._ledger.write([entry])
+        assert self._callbacks._portion([]) == 1
+        return self._sent()
+
+    def _sent(self) -> list[str]:
+        names = []
+        keys: Any = self._client.keys()
+        for key in sorted(keys):
+            text = key.decode(errors="replace")
+            if self._client.type(key) == b"list":
+                assert text in QUEUES, f"something was sent to {text!r}"
+                items: Any = self._client.lrange(key, 0, -1)
+                for item in items:
+                    names += self._names(json.loads(item))
+                self._client.delete(key)
+            else:
+                known = text in {*OURS, *QUEUES} or text.startswith(("celery-task", "shiwu:done:", "_kombu.binding"))
+                assert known, f"expected no key {text!r}"
+        return names
+
+    def _names(self, sent: dict[str, Any]) -> list[str]:
+        assert sent["content-type"] == "application/json"
+        embed = json.loads(base64.b64decode(sent["body"]))[2]
+        found = [sent["headers"]["task"], *named(embed)]
+        assert set(found) <= set(TASKS), found
+        return found
+
+
+def named(value: Any) -> list[str]:
+    """Every task that is named anywhere in what a message carries on."""
+    if isinstance(value, list):
+        return [name for one in value for name in named(one)]
+    if not isinstance(value, dict):
+        return []
+    is_taken_apart = value.get("subtask_type") in {"chain", "group", "chord"}
+    own = [value["task"]] if isinstance(value.get("task"), str) and not is_taken_apart else []
+    return own + [name for one in value.values() for name in named(one)]
+
+
+@pytest.fixture
+def stranger(redis_client: redis.Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stranger]:
+    """Callbacks of a worker whose operator allows `ok.*` and one queue."""
+    monkeypatch.setenv("SHIWU_REDIS_URL", redis_url)
+    monkeypatch.setenv("SHIWU_CALLBACK_TASKS", "shiwu.tag,ok.*")
+    monkeypatch.setenv("SHIWU_CALLBACK_QUEUES", "ok-queue")
+    worker = Settings()
+    app = make_callback_app(worker)
+    yield Stranger(redis_client, app, worker.callback_rules)
+    app.close()
+
+
+def task(name: str = "ok.a", **options: Any) -> dict[str, Any]:
+    """A signature."""
+    return {"task": name, "args": [], "kwargs": {}, "options": options, "subtask_type": None, "immutable": False}
+
+
+def made(kind: str, options: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, Any]:
+    """A chain, group or chord."""
+    return task(f"celery.{kind}", **(options or {})) | {"kwargs": kwargs, "subtask_type": kind}
+
+
+EVIL = task("evil")
+INSIDE: dict[str, Callable[[Any], Any]] = {
+    "as it is": lambda one: one,
+    "link": lambda one: task(link=[one]),
+    "link_error": lambda one: task(link_error=one),
+    "chain option": lambda one: task(chain=[one]),
+    "chord option": lambda one: task(chord=one),
+    "in a chain": lambda one: made("chain", tasks=[task(), one]),
+    "in a group": lambda one: made("group", tasks=[task(), one]),
+    "in a chord": lambda one: made("chord", header=[task(), one], body=task()),
+    "body of a chord": lambda one: made("chord", header=[task(), task()], body=one),
+    "link of a chain": lambda one: made("chain", {"link": [one]}, tasks=[task(), task()]),
+    "options of a chain": lambda one: made("chain", {"options": {"link": [one]}}, tasks=[task()]),
+    "options of options": lambda one: task(options={"link": [one]}),
+}
+
+
+@pytest.mark.parametrize("is_tagged", [True, False])
+@pytest.mark.parametrize("part", ["callbacks", "errbacks", "chain", "chord"])
+@pytest.mark.parametrize("inside", INSIDE)
+def test_no_place_hides_a_task(stranger: Stranger, inside: str, part: str, *, is_tagged: bool) -> None:
+    """Not one task is sent of a message that names one that is not allowed, wherever it stands."""
+    one = INSIDE[inside](EVIL)
+    group = {"group": "g", "group_index": 0}
+    assert stranger.send({part: one if part == "chord" else [one]}, headers=group, is_tagged=is_tagged) == []
+
+
+OTHERS = [
+    task("ok.a", headers={"task": "evil"}),
+    task("ok.a", link=task(headers={"task": "evil"})),
+    task("ok.a", exchange="evil", routing_key="evil"),
+    task("ok.a", queue="ok-queue", exchange="celery.pidbox", exchange_type="fanout"),
+    task("ok.a", connection="redis://127.0.0.1:1/0"),
+    task("ok.a", serializer="pickle"),
+    task("ok.a", queue="shiwu:suspects"),
+    task("ok.a", queue="shiwu.interactive"),
+    task("ok.a", queue={"name": "evil"}),
+    task("celery.backend_cleanup"),
+    task("celery.map") | {"kwargs": {"task": EVIL, "it": [1]}, "subtask_type": "xmap"},
+    task("celery.chunks") | {"kwargs": {"task": EVIL, "it": [[1]], "n": 1}, "subtask_type": "chunks"},
+    task("celery.chain") | {"subtask_type": "no such kind"},
+    task("ok.a", link="ok.a"),
+    made("chain", tasks=[["evil"]]),
+    {"task": None},
+    "evil",
+    5,
+]
+
+
+@pytest.mark.parametrize("one", OTHERS, ids=[str(one)[:60] for one in OTHERS])
+def test_no_other_way_out(stranger: Stranger, one: Any) -> None:
+    """Headers that rename, exchanges, other servers, our keys, Celery's own tasks, and what is no signature."""
+    for part in ("callbacks", "errbacks", "chain"):
+        for is_tagged in (True, False):
+            assert stranger.send({part: [one]}, is_tagged=is_tagged) == []
+
+
+def test_what_is_allowed_is_sent(stranger: Stranger) -> None:
+    """Else the tests above would prove nothing."""
+    assert stranger.send({"callbacks": [task(), task("ok.b", queue="ok-queue")]}) == ["ok.a", "ok.b"]
+    assert stranger.send({"chain": [task("ok.b"), task()]}) == ["ok.a", "ok.b"]
+    assert stranger.send({"errbacks": [task()]}, is_tagged=False) == ["ok.a"]
+    assert stranger.send({"callbacks": [made("chord", header=[task()] * 2, body=task("ok.b"))]})[:1] == ["ok.a"]
+    assert stranger.send({"callbacks": [task("shiwu.tag", queue="shiwu.interactive")]}) == ["shiwu.tag"]
+
+
+def test_an_errback_of_celerys_own_is_not_run_here(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery calls an errback in the process that failed where it knows the task; here it knows none."""
+    assert dict(stranger._callbacks._app.tasks) == {}
+    monkeypatch.setattr("shiwu_worker.callback_rules.CallbackRules.judge", lambda *_: None)
+    for name in ("celery.accumulate", "celery.starmap", "celery.chord", "celery.chunks"):
+        assert stranger.send({"errbacks": [task(name)]}, is_tagged=False) == []
+
+
+def test_what_is_sent_is_judged_again(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The app itself refuses, should a form of Celery's slip past the reader of signatures."""
+    monkeypatch.setattr("shiwu_worker.callback_rules.CallbackRules.judge", lambda *_: None)
+    for inside in INSIDE.values():
+        for is_tagged in (True, False):
+            assert "evil" not in stranger.send({"callbacks": [inside(EVIL)]}, is_tagged=is_tagged)
+            assert "evil" not in stranger.send(
+                {"errbacks": [inside(EVIL)], "chain": [inside(EVIL)]}, is_tagged=is_tagged
+            )
+    for one in OTHERS:
+        stranger.send({"callbacks": [one]})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reply_to": "shiwu:suspects"},
+        {"task_id": "x" * 100_000},
+        {"task_id": {"a": 1}},
+        {"countdown": 1e308},
+        {"countdown": "soon"},
+        {"eta": "never", "expires": "never"},
+        {"expires": -1e9},
+        {"priority": "high"},
+        {"time_limit": "x", "soft_time_limit": []},
+        {"ignore_result": "maybe"},
+        {"retries": 1e308, "replaced_task_nesting": 10**30},
+        {"stamped_headers": ["task", "queue", "exchange"], "task": "evil"},
+        {"stamped_headers": ["a"], "a": {"task": "evil"}},
+        {"stamped_headers": 5},
+        {"group_id": "shiwu:suspects", "group_index": "x"},
+        {"chord_size": 10**30},
+        {"no_such_option": [1], "body_encoding": "x", "delivery_info": {"exchange": "evil"}, "content_type": "x"},
+    ],
+    ids=str,
+)
+def test_nonsense_harms_nobody(stranger: Stranger, options: dict[str, Any]) -> None:
+    """It is sent, or it fails; the next one is sent in any case."""
+    for embed in ({"callbacks": [task(**options)]}, {"chain": [task(**options)]}, {"chord": task(**options)}):
+        for is_tagged in (True, False):
+            stranger.send(embed, headers={"group": "g", "group_index": 0}, is_tagged=is_tagged)
+    assert stranger.send({"callbacks": [task()]}) == ["ok.a"]
+
+
+HEADERS: list[dict[str, Any]] = [
+    {"group": "x" * 1000},
+    {"group": {"a": 1}},
+    {"group": ["shiwu:suspects"], "group_index": {}},
+    {"group": "g", "group_index": False},
+    {"root_id": 5, "parent_id": []},
+    {"group": "../../shiwu:suspects\n", "group_index": 10**400},
+    {"reply_to": "shiwu:suspects", "replaced_task_nesting": 10**30, "stamped_headers": ["task"], "stamps": 5},
+    {"timelimit": ["x"], "retries": "x", "ignore_result": "x", "shadow": {"task": "evil"}},
+]
+
+
+@pytest.mark.parametrize("headers", HEADERS, ids=str)
+def test_headers_choose_no_key(stranger: Stranger, headers: dict[str, Any]) -> None:
+    """`reply_to` is read by nobody, and groups stay among Celery's own keys."""
+    for is_tagged in (True, False):
+        stranger.send({"callbacks": [task()], "chord": task()}, headers=headers, is_tagged=is_tagged)
+    assert stranger.send({"callbacks": [task()]}) == ["ok.a"]
+
+
+def test_whoever_waits_for_what_was_refused_is_told(stranger: Stranger, redis_client: redis.Redis) -> None:
+    """Followers and the body of a chord have a result; the log says which task it was."""
+    with structlog.testing.capture_logs() as logs:
+        stranger.send({"chain": [task("evil", task_id="last"), task(task_id="next")], "chord": task(task_id="body")})
+        stranger.send({"chain": [task("evil", task_id="shiwu:x\n"), task("evil", task_id="y" * 1000)]})
+    for follower in ("next", "last", "body"):
+        meta = json.loads(str(redis_client.get(f"celery-task-meta-{follower}"), "utf-8"))  # type: ignore[arg-type]
+        assert (meta["status"], meta["result"]["exc_type"]) == ("FAILURE", "JobFailed")
+        assert "callback_refused" in str(meta["result"]["exc_message"])
+    assert set(redis_client.keys("celery-task-meta-*")) == {  # type: ignore[union-attr]
+        *(f"celery-task-meta-{name}".encode() for name in ("next", "last", "body", "job-1", "job-2"))
+    }
+    first = logs[0]
+    assert (first["event"], first["id"], first["code"]) == ("callbacks_refused", "job-1", "callback_refused")
+    assert "'evil'" in first["error"]
+
+
+def test_many_and_deep_ones_cost_little(stranger: Stranger) -> None:
+    """What the message's size allows, and structures in structures within the limit, which Celery copies."""
+    began_s = time.monotonic()
+    assert stranger.send({"callbacks": [{"task": "ok.a"}] * 10_000}) == []
+    assert stranger.send({"chain": [{"task": "ok.a", "options": {"task_id": f"t{n}"}} for n in range(4000)]}) == []
+    assert stranger.send({"callbacks": [task(kwargs_="x" * 150_000)]}) == ["ok.a"]
+    for kind in ("chain", "group", "chord"):
+        one = task()
+        for _ in range(9):
+            one = (
+                made("chord", header=[one, task()], body=task()) if kind == "chord" else made(kind, tasks=[one, task()])
+            )
+        for part in ("callbacks", "errbacks", "chain"):
+            for is_tagged in (True, False):
+                stranger.send({part: [one]}, is_tagged=is_tagged)
+    assert time.monotonic() - began_s < 20
+
+
+def test_a_message_that_redis_refuses_holds_nobody_up(stranger: Stranger, redis_client: redis.Redis) -> None:
+    """Where the server answers and refuses just this, it is given up; it would come back for ever."""
+    redis_client.set("celery-taskset-meta-g.j", "no sorted set")
+    assert stranger.send({"chord": task()}, headers={"group": "g", "group_index": 0}) == []
+    redis_client.set("ok-queue", "no list")
+    assert stranger.send({"callbacks": [task(queue="ok-queue")]}) == []
+    assert not redis_client.exists(CANVAS, CANVAS_DUE)
+    assert stranger.send({"callbacks": [task()]}) == ["ok.a"]
+
+
+NAMES = st.sampled_from(["ok.a", "ok.b", "shiwu.tag", "evil", "celery.map", "celery.chord", "ok.\n", ""])
+JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=8))
+PLACES = st.sampled_from(["celery", "ok-queue", "shiwu.bulk", "shiwu:suspects", "evil", "", None])
+
+
+def signatures(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Signatures around others, with options that lead somewhere, and wrong in every field now and then."""
+    several = st.one_of(inner, st.lists(inner, max_size=3))
+    options = st.fixed_dictionaries(
+        {},
+        optional={
+            **dict.fromkeys(("link", "link_error", "chain", "chord"), several),
+            **dict.fromkeys(("queue", "exchange", "routing_key", "reply_to", "connection"), PLACES),
+            **dict.fromkeys(("task_id", "group_id", "countdown", "expires", "priority", "type", "serializer"), JUNK),
+            "headers": st.dictionaries(st.sampled_from(["task", "id", "x"]), NAMES, max_size=2),
+            "options": st.fixed_dictionaries({}, optional={"link": several, "queue": PLACES}),
+        },
+    )
+    kwargs = st.fixed_dictionaries({}, optional=dict.fromkeys(("tasks", "header", "body", "task", "it"), several))
+    kinds = st.sampled_from([None, None, None, "chain", "group", "chord", "xmap", "chunks", "x"])
+    shape = {"task": NAMES, "options": options, "kwargs": kwargs, "subtask_type": kinds}
+    return st.one_of(
+        st.fixed_dictionaries(shape | {"args": st.just([])}), st.fixed_dictionaries({}, optional=shape), JUNK
+    )
+
+
+ANY = st.recursive(st.one_of(NAMES.map(task), st.just(task())), signatures, max_leaves=6)
+EMBEDS = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("callbacks", "errbacks", "chain"), st.one_of(st.lists(ANY, max_size=3), ANY)),
+        "chord": ANY,
+    },
+)
+GROUPS = st.fixed_dictionaries(
+    {}, optional={"group": st.one_of(JUNK, st.just("g")), "group_index": JUNK, "root_id": JUNK}
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=120)
+@given(embed=EMBEDS, headers=GROUPS, is_tagged=st.booleans(), is_read=st.booleans())
+def test_no_message_whatever(
+    stranger: Stranger, embed: Any, headers: dict[str, Any], *, is_tagged: bool, is_read: bool
+) -> None:
+    """Nothing that is not allowed leaves: by the reader of signatures and the app together, and by the app alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_read:
+            patch.setattr("shiwu_worker.callback_rules.CallbackRules.judge", lambda *_: None)
+        stranger.send(embed, headers=headers, is_tagged=is_tagged)
