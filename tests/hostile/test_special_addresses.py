@@ -89,6 +89,27 @@ def test_the_networks_own_nat64_is_judged_by_what_lies_behind(prefix: str, wrapp
         assert is_public(address, (network,)) is public
 
 
+REGISTERED = listed("""
+0.0.0.0/8 0.0.0.0/32 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.0.0/29
+192.0.0.8/32 192.0.0.9/32 192.0.0.10/32 192.0.0.170/32 192.0.0.171/32 192.0.2.0/24 192.31.196.0/24 192.52.193.0/24
+192.88.99.0/24 192.88.99.2/32 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 240.0.0.0/4
+255.255.255.255/32 ::1/128 ::/128 ::ffff:0:0/96 64:ff9b::/96 64:ff9b:1::/48 100::/64 100:0:0:1::/64 2001::/23 2001::/32
+2001:1::1/128 2001:1::2/128 2001:1::3/128 2001:2::/48 2001:3::/32 2001:4:112::/48 2001:10::/28 2001:20::/28 2001:30::/28
+2001:db8::/32 2002::/16 2620:4f:8000::/48 3fff::/20 5f00::/16 fc00::/7 fe80::/10
+""")
+"""All blocks of both registries, as iana.org told them on 2026-07-18."""
+
+
+def test_the_table_is_the_registries() -> None:
+    """Every block, and no other but those that say so."""
+    rows = Path(special_addresses.__file__).with_suffix(".csv").read_text(encoding="utf-8").splitlines()
+    table = {row.split(",")[0]: row for row in rows if not row.startswith(("#", "network"))}
+    assert set(REGISTERED) <= table.keys()
+    beside = table.keys() - set(REGISTERED)
+    assert beside == {network for network, row in table.items() if "beside the registry" in row}
+    assert len(REGISTERED) == 51
+
+
 def test_the_table_says_how_old_it_is() -> None:
     """Its date, and the registries that it follows."""
     text = Path(special_addresses.__file__).with_suffix(".csv").read_text(encoding="utf-8")

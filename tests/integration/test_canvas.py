@@ -335,3 +335,19 @@ def test_a_job_with_callbacks_that_are_not_allowed_costs_nothing(
         wait_until(lambda: app.AsyncResult(follower).state == "FAILURE", timeout_s=GET_S)
         wait_until(lambda: not client.exists(CANVAS, CANVAS_DUE), timeout_s=GET_S)
         assert client.llen("celery") == 0
+
+
+def test_celerys_own_tasks_are_not_run_from_the_admin_queue(servers: tuple[Valkey, Path], app: Celery) -> None:
+    """`celery.group` would send any task; the worker does not know it, and goes on."""
+    server, folder = servers
+    evil = {"task": "theirs.task", "args": [], "kwargs": {}, "options": {"queue": "theirs"}}
+    for name in ("celery.group", "celery.chord", "celery.map"):
+        arguments = {"celery.group": ([evil], ["g", None], "g", []), "celery.chord": ([evil], evil)}
+        app.send_task(name, args=arguments.get(name, (evil, [1])), queue="shiwu.admin", ignore_result=True)
+    with server.client() as client:
+        wait_until(lambda: not client.exists("shiwu.admin"), timeout_s=GET_S)
+        result = app.send_task("shiwu.tag", args=[(folder / "good.png").as_uri()], queue=Lane.BULK.queue)
+        assert result.get(timeout=GET_S)["status"] == "tagged"
+        assert client.llen("theirs") == 0
+        told = [path.read_text() for path in folder.glob("*.log")]
+        assert sum("unregistered task" in text for text in told) == 1

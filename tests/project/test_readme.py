@@ -59,6 +59,23 @@ def test_both_languages_show_the_same_code() -> None:
     assert names(english) == names(chinese)
 
 
+def test_both_languages_have_the_same_parts() -> None:
+    """Headings, rows of tables, paragraphs, and code and commands without their comments."""
+
+    def parts(name: str) -> list[str]:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        text = re.sub(
+            r"```python\n.*?```|^    [^\n]*", lambda found: re.sub(r" +#.*", "", found[0]), text, flags=re.S | re.M
+        )
+        text = text.replace("ARGS=NAME", "ARGS=名称")
+        kept = r"```.*?```|^    .*?$|^#+(?= )|^\||(?<=\n\n)(?=[^|#` \n])"
+        return re.findall(kept, text, flags=re.S | re.M)
+
+    english, chinese = (parts(name) for name in READMES)
+    assert english == chinese
+    assert len(english) > 60
+
+
 @pytest.mark.parametrize("name", READMES)
 def test_every_named_setting_and_target_exists(name: str) -> None:
     """SHIWU_X is a setting, `make x` a target, a linked file a file."""

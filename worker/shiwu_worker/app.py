@@ -179,6 +179,10 @@ def make_app(settings: Settings) -> Celery:
         """Answered by the pipeline from the lanes; Celery itself never runs it."""
         raise RuntimeError(f"expected {image!r} in a lane of shiwu, not in Celery's own queue")
 
+    app.finalize()
+    for name in set(app.tasks) - {TASK_NAME}:
+        # `celery.group` and its like send whatever a message says.
+        app.tasks.unregister(name)
     return app
 
 
