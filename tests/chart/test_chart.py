@@ -15,9 +15,6 @@ from tests.support import chart_docs
 from tests.support.chart import CHART, ChartError, Helm, of_kind, pods, tool, variables, wrongs
 from tests.support.chart_tools import HELMS
 
-ENDPOINT = {"http_port"}
-"""The probes' port: a worker without that endpoint does not look at it."""
-
 
 def test_both_major_versions_are_here() -> None:
     assert [Helm(tool(name)).run("version", "--short").split(".")[0].strip() for name in HELMS] == ["v3", "v4"]
@@ -98,7 +95,7 @@ def test_every_setting_in_the_pods_exists(newest: Helm, name: str) -> None:
     for where, spec in pods(newest.render(MATRIX[name])):
         for container in spec["containers"]:
             ours = {key: value for key, value in variables(container).items() if key.startswith("SHIWU_")}
-            assert {key[len("SHIWU_") :].lower() for key in ours} <= set(Settings.model_fields) | ENDPOINT, where
+            assert {key[len("SHIWU_") :].lower() for key in ours} <= set(Settings.model_fields), where
             plain: dict[str, Any] = {
                 key[len("SHIWU_") :].lower(): value for key, value in ours.items() if isinstance(value, str)
             }

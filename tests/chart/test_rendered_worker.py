@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -14,23 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from redis import Redis
 
 from shiwu import Client
 from shiwu.contract import CLAIMS, LEASES, Lane, result_key
-from shiwu_worker.config import Settings
 from tests.chart.test_monitoring import BARE, HISTOGRAMS, METRICS
-from tests.support import pictures
 from tests.support.chart import Helm, of_kind, tool
 from tests.support.family import family
+from tests.support.faulty_worker import FAULT_FILE
 from tests.support.pod import PodProcess
 from tests.support.processes import LOOPBACK, ROOT, free_ports
+from tests.support.promtool import NEEDS_PROMTOOL, check_metrics
 from tests.support.redis_server import RedisServer, valkey_binary
-from tests.support.stuck_worker import STUCK
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.skipif("http_port" not in Settings.model_fields, reason="the worker has no HTTP port yet")
 StartPod = Callable[..., PodProcess]
 STUCK_S = 3.0
 LATE_S = 5.0
@@ -106,21 +102,19 @@ def wait_ready(pod: PodProcess) -> None:
     wait_until(readiness.passes, timeout_s=readiness.patience_s, what="the readiness probe")
 
 
-def check_metrics(pod: PodProcess) -> None:
+def asked_and_told(pod: PodProcess) -> None:
     """On the probes' port: all that rules and dashboard ask for, but for the card that is not here; and well formed."""
     with urllib.request.urlopen(f"http://{LOOPBACK}:{pod.probe('liveness').port}/metrics", timeout=5) as reply:
-        text = reply.read().decode()
-    told = {name.removesuffix("_total") for name in re.findall(r"^# TYPE (\w+)", text, re.M)}
+        text = reply.read()
+    told = {name.removesuffix("_total") for name in re.findall(r"^# TYPE (\w+)", text.decode(), re.M)}
     asked = {
         name.removesuffix("_total") for name in (*METRICS, *BARE, *HISTOGRAMS) if not name.startswith("shiwu_gpu_")
     }
     assert asked - told == set()
-    done = subprocess.run(
-        [tool("promtool"), "check", "metrics"], input=text, capture_output=True, text=True, timeout=30, check=False
-    )
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert check_metrics(text) == ""
 
 
+@NEEDS_PROMTOOL
 def test_it_becomes_ready_answers_and_drains(server: RedisServer, start: StartPod) -> None:
     """With the chart's own label set and picture, as its own Redis user; ended by SIGTERM amid a backlog."""
     pod = start(graceS=10)
@@ -134,7 +128,7 @@ def test_it_becomes_ready_answers_and_drains(server: RedisServer, start: StartPo
         assert answer.worker == pod.name
         assert liveness.passes()
         assert readiness.passes()
-        check_metrics(pod)
+        asked_and_told(pod)
 
         ids = list(client.enqueue_many([pod.path(PICTURE).as_uri()] * JOBS, lane="bulk"))
     with operator(server) as redis:
@@ -174,14 +168,16 @@ def stays_live(pod: PodProcess) -> None:
 
 
 def test_a_stopped_encode_thread_shows(server: RedisServer, start: StartPod, tmp_path: Path) -> None:
-    """On purpose, at a picture of one colour."""
-    pod = start(module="tests.support.stuck_worker", settings={"STUCK_S": STUCK_S})
+    """On purpose, within a batch."""
+    fault = tmp_path / "fault"
+    env = [{"name": FAULT_FILE, "value": str(fault)}]
+    pod = start(module="tests.support.faulty_worker", settings={"STUCK_S": STUCK_S}, extraEnv=env)
     wait_ready(pod)
-    (pod.path(PICTURE).parent / "stuck.png").write_bytes(pictures.png(Image.new("RGB", (64, 64), STUCK)))
     with Client(url(server, "client")) as client:
         assert client.wait(client.enqueue(pod.path(PICTURE).as_uri()), timeout_s=30).ok
         stays_live(pod)
-        client.enqueue(pod.path(PICTURE).with_name("stuck.png").as_uri())
+        fault.write_text("hang", encoding="utf-8")
+        client.enqueue(pod.path(PICTURE).as_uri())
     turns_503(pod)
 
 

@@ -22,8 +22,6 @@ COMPOSE: Final = DOCKER / "compose.yaml"
 SCRIPTS: Final = Path(sysconfig.get_path("scripts"))
 READ_BY_PRODUCERS: Final = {"SHIWU_REDIS_URL"}
 OURS: Final = ["pictures", "worker", "worker-gpu", "producer"]
-OF_THE_CHART: Final = [ROOT / "helm/shiwu/files/dashboard.json", ROOT / "helm/shiwu/files/rules.yaml"]
-"""The chart's, so that both ways to run it are watched by the same."""
 
 
 @cache
@@ -160,9 +158,7 @@ def test_what_is_mounted_exists() -> None:
     sources = [one["source"] if isinstance(one, dict) else one.partition(":")[0] for one in mounts]
     files = [(DOCKER / source).resolve() for source in sources if source.startswith(".")]
     assert len(files) >= 5
-    # For the integrator: both come with the chart; after that `missing` is empty, and this is one line.
-    missing = [place for place in files if not place.exists()]
-    assert [place for place in missing if place not in OF_THE_CHART or (ROOT / "helm").exists()] == []
+    assert [place for place in files if not place.exists()] == []
 
 
 def test_every_picture_that_is_asked_about_is_put() -> None:
@@ -189,7 +185,7 @@ def test_prometheus_asks_the_workers() -> None:
     assert str(found["port"]) == variables(read(DOCKER / "worker.Dockerfile"))["SHIWU_HTTP_PORT"]
     mounted = file_mount("prometheus")
     assert config["rule_files"] == [mounted["target"]]
-    assert (DOCKER / mounted["source"]).resolve() == OF_THE_CHART[1]
+    assert (DOCKER / mounted["source"]).resolve() == ROOT / "helm/shiwu/files/rules.yaml"
 
 
 def file_mount(name: str) -> dict[str, Any]:
@@ -207,4 +203,4 @@ def test_grafana_reads_from_prometheus() -> None:
     (folder,) = [one["options"]["path"] for one in boards["providers"]]
     mounted = file_mount("grafana")
     assert Path(mounted["target"]).parent == Path(folder)
-    assert (DOCKER / mounted["source"]).resolve() == OF_THE_CHART[0]
+    assert (DOCKER / mounted["source"]).resolve() == ROOT / "helm/shiwu/files/dashboard.json"

@@ -177,11 +177,6 @@ def test_the_context_holds_nothing_else() -> None:
     assert {line[1:] for line in lines if line[0] == "!"} == {one for path in DOCKERFILES for one in copied(path)}
 
 
-# For the integrator: SHIWU_HTTP_PORT stands in the image before the worker has that setting; a worker without it
-# ignores the variable. Take the mark away when the HTTP endpoint has landed: it is strict, but only until then.
-@pytest.mark.xfail(
-    "http_port" not in Settings.model_fields, reason="SHIWU_HTTP_PORT comes with the HTTP endpoint", strict=True
-)
 def test_settings_in_the_workers_image_exist() -> None:
     """ENV SHIWU_X is a setting."""
     found = {name for name in variables(read(WORKER)) if name.startswith("SHIWU_")}

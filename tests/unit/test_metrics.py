@@ -17,7 +17,7 @@ from shiwu.contract import Answer, ErrorCode, ErrorInfo, Lane, ModelInfo, Stage,
 from shiwu.ledger import Entry
 from shiwu.queues import Look
 from shiwu_worker.card_watch import CardState, CardWatch
-from shiwu_worker.config import RETRIABLE
+from shiwu_worker.config_lists import RETRIABLE
 from shiwu_worker.histograms import Histograms
 from shiwu_worker.job import Job, Release
 from shiwu_worker.metrics import Metrics

@@ -55,6 +55,7 @@ def main(*, check: bool, tune: bool, task_events: bool, gpus: str, per_gpu: int)
     65 MODEL     the model did not load or did not warm up
     66 LOADERS   loader processes can't be kept alive
     67 DEVICE    the card's context is corrupted
+    68 CANARY    the known picture got a wrong answer: the device computes wrong
     69 GAVE_UP   of several cards' workers one died again and again
     70 INTERNAL  a defect of ours
     71 OVERDUE   of several cards' workers one was killed before it had drained

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shiwu.connection import read_sentinel_url
-from shiwu.contract import TASK_NAME, ErrorCode
+from shiwu.contract import TASK_NAME
 from shiwu.keep import DEAD_AGE_S, DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S, STREAM_LENGTH
 from shiwu.upkeep import MAX_LEASE_S
 from shiwu_worker.callback_rules import MOST, CallbackRules
-from shiwu_worker.reach import HTTP_PORTS, Reach, checked, read_host, read_nat64
+from shiwu_worker.config_lists import Hosts, Names, Networks, Paths, Ports, Prefixes, Retries, read_retry, split
+from shiwu_worker.reach import HTTP_PORTS, Reach
 
-Names = Annotated[tuple[str, ...], NoDecode]
-Hosts = Annotated[tuple[Annotated[str, AfterValidator(checked(read_host))], ...], NoDecode]
-Networks = Annotated[tuple[Annotated[str, AfterValidator(checked(ipaddress.ip_network))], ...], NoDecode]
-Prefixes = Annotated[tuple[Annotated[str, AfterValidator(checked(read_nat64))], ...], NoDecode]
-Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], NoDecode]
-Paths = Annotated[tuple[Path, ...], NoDecode]
-Retries = Annotated[dict[ErrorCode, tuple[int, float, float]], NoDecode]
 LARGEST_TRIED = 64
 FORMATS = {"JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "HEIF"}
-RETRIABLE = {
-    ErrorCode.SOURCE_UNAVAILABLE,
-    ErrorCode.OUT_OF_MEMORY,
-    ErrorCode.DECODER_CRASHED,
-    ErrorCode.DECODER_TIMEOUT,
-    ErrorCode.ENCODE_FAILED,
-}
-"""Errors that another time or another worker may not meet; all others are facts about the picture or the request."""
 
 
 class Settings(BaseSettings):
@@ -196,7 +181,7 @@ class Settings(BaseSettings):
     )
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        return tuple(split(value)) if isinstance(value, str) else value
 
     @field_validator("formats")
     @classmethod
@@ -211,7 +196,7 @@ class Settings(BaseSettings):
     @field_validator("retry", mode="before")
     @classmethod
     def _read_retries(cls, value: object) -> object:
-        return dict(_read_retry(part) for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        return dict(map(read_retry, split(value))) if isinstance(value, str) else value
 
     @field_validator("proxy_url")
     @classmethod
@@ -280,22 +265,6 @@ class Settings(BaseSettings):
     def slots_for(self, batch: int) -> int:
         """What to claim: the batch on the device, the one copied ahead, the one being filled, and what is loading."""
         return self.slots or 3 * batch + self.loader_count * self.loader_threads
-
-
-def _read_retry(part: str) -> tuple[ErrorCode, tuple[int, float, float]]:
-    code, _, numbers = part.strip().partition("=")
-    try:
-        attempts, first_s, longest_s = numbers.split(":")
-        policy = (int(attempts), float(first_s), float(longest_s))
-        known = ErrorCode(code) in RETRIABLE
-    except ValueError:
-        raise ValueError(f"expected code=tries:first_s:longest_s, got {part.strip()!r:.80}") from None
-    if not known or policy[0] < 1 or not 0 < policy[1] <= policy[2]:
-        allowed = ", ".join(sorted(RETRIABLE))
-        raise ValueError(
-            f"expected one of {allowed} with 1 or more tries and 0 < first_s <= longest_s, got {part!r:.80}"
-        )
-    return ErrorCode(code), policy
 
 
 def shown(settings: Settings) -> dict[str, str]:

@@ -12,7 +12,8 @@ import redis
 from shiwu.contract import Lane
 from shiwu.queues import Look, look
 from shiwu_worker.card_watch import CardWatch
-from shiwu_worker.config import RETRIABLE, Settings
+from shiwu_worker.config import Settings
+from shiwu_worker.config_lists import RETRIABLE
 from shiwu_worker.endpoint import Endpoint
 from shiwu_worker.health import Health
 from shiwu_worker.heartbeat import Signs

@@ -1,0 +1,55 @@
+"""Settings that are lists: their types, and how they are read from text."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+from pydantic_settings import NoDecode
+
+from shiwu.contract import ErrorCode
+from shiwu_worker.reach import checked, read_host, read_nat64
+
+Names = Annotated[tuple[str, ...], NoDecode]
+Hosts = Annotated[tuple[Annotated[str, AfterValidator(checked(read_host))], ...], NoDecode]
+Networks = Annotated[tuple[Annotated[str, AfterValidator(checked(ipaddress.ip_network))], ...], NoDecode]
+Prefixes = Annotated[tuple[Annotated[str, AfterValidator(checked(read_nat64))], ...], NoDecode]
+Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], NoDecode]
+Paths = Annotated[tuple[Path, ...], NoDecode]
+Retries = Annotated[dict[ErrorCode, tuple[int, float, float]], NoDecode]
+RETRIABLE = {
+    ErrorCode.SOURCE_UNAVAILABLE,
+    ErrorCode.OUT_OF_MEMORY,
+    ErrorCode.DECODER_CRASHED,
+    ErrorCode.DECODER_TIMEOUT,
+    ErrorCode.ENCODE_FAILED,
+}
+"""Errors that another time or another worker may not meet; all others are facts about the picture or the request."""
+
+
+def split(text: str) -> list[str]:
+    """What stands between commas, without spaces around it."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def read_retry(part: str) -> tuple[ErrorCode, tuple[int, float, float]]:
+    """One class of error, `code=tries:first_s:longest_s`.
+
+    Raises:
+        ValueError: for another form, a code that is never tried again, or numbers out of order.
+    """
+    code, _, numbers = part.strip().partition("=")
+    try:
+        attempts, first_s, longest_s = numbers.split(":")
+        policy = (int(attempts), float(first_s), float(longest_s))
+        known = ErrorCode(code) in RETRIABLE
+    except ValueError:
+        raise ValueError(f"expected code=tries:first_s:longest_s, got {part.strip()!r:.80}") from None
+    if not known or policy[0] < 1 or not 0 < policy[1] <= policy[2]:
+        allowed = ", ".join(sorted(RETRIABLE))
+        raise ValueError(
+            f"expected one of {allowed} with 1 or more tries and 0 < first_s <= longest_s, got {part!r:.80}"
+        )
+    return ErrorCode(code), policy
