@@ -78,7 +78,8 @@ def _once(place: Place, running: Running, count: int) -> Backlog:
         listener.wait(1, timeout_s=PATIENCE_S, check=running.check, every_s=0.001)
         with watching(place.folder, prefix) as watch:
             before = running.cpu_s()
-            listener.wait(count, timeout_s=PATIENCE_S, check=running.check)
+            # Seldom: arrivals have their own clock, and each look takes a core away from the model for a moment.
+            listener.wait(count, timeout_s=PATIENCE_S, check=running.check, every_s=0.2)
             after, load = running.cpu_s(), watch.so_far()
         arrivals = [listener.arrivals[job_id] for job_id in ids]
     if left := traffic.missing(place.client, ids):
