@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import platform
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -349,6 +351,37 @@ def test_the_largest_batch_is_the_one_beyond_which_nothing_is_gained(tmp_path: P
     assert encoder.encode(noise(2)).shape == (2, 8)
     with pytest.raises(ValueError, match="expected uint8"):
         encoder.encode(noise(3))
+
+
+def test_a_size_that_was_disturbed_ends_no_search(tmp_path: Path) -> None:
+    """Another program had the cores while two of them were measured."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8, 16))
+    took = {1: 0.01, 2: 0.05, 4: 0.08, 8: 0.04, 16: 0.08}
+    encoder._measure = lambda rung: encoder.seconds.setdefault(rung, took[rung])  # type: ignore[method-assign]  # a clock
+    encoder.warm(choose_largest=True)
+    assert encoder.rungs == (1, 2, 4, 8)
+
+
+def test_no_size_takes_much_longer_than_a_second(tmp_path: Path) -> None:
+    """However much the larger ones would bring: the search ends where twice as many would take too long."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8))
+    took = {1: 0.4, 2: 0.55}
+    encoder._measure = lambda rung: encoder.seconds.setdefault(rung, took[rung])  # type: ignore[method-assign]  # a clock
+    encoder.warm(choose_largest=True)
+    assert encoder.rungs == (1, 2)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
+def test_what_a_pass_frees_is_kept_for_the_next() -> None:
+    """Few page faults: without that each pass of the embedded model, 64 pictures, meets tens of thousands."""
+    encoder = make_encoder(model_folder(None), rungs=(64,))
+    pixels = noise(64, 64)
+    for _ in range(3):
+        encoder.encode(pixels)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        encoder.encode(pixels)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 5 < 2000
 
 
 def test_a_dtype_that_says_something_else_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

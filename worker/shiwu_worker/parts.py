@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,16 @@ def open_encoder(settings: Settings, folder: Path, spec: ImageSpec) -> Any:
         FatalError: with ExitCode.MODEL, whatever it was that failed.
     """
     try:
-        # Here and not above: loaders start meanwhile.
-        from shiwu_worker.stages.encode import Encoder  # noqa: PLC0415
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            # It reads all weights, a second for a large model; torch's import takes longer.
+            revision = pool.submit(model_revision, folder)
+            # Here and not above: loaders start meanwhile.
+            from shiwu_worker.stages.encode import Encoder  # noqa: PLC0415
 
         encoder = Encoder(
             folder=folder,
             model_id=model_name(settings.model),
-            revision=model_revision(folder),
+            revision=revision.result(),
             device=settings.device,
             dtype=settings.dtype,
             rungs=settings.rungs,
