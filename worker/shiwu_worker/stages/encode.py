@@ -195,7 +195,7 @@ class Encoder:
         """The best of some runs; the first pays for whatever libraries choose once. A slow pass is measured by one."""
         pixels = np.full((rung, *self._shape), 127, np.uint8)
         took_s: list[float] = []
-        while len(took_s) < MOST_RUNS and (sum(took_s) < MEASURED_S or (len(took_s) < 2 and took_s[0] < LONGEST_S / 2)):
+        while len(took_s) < MOST_RUNS and (sum(took_s) < MEASURED_S or (len(took_s) < 2 and took_s[0] < LONGEST_S)):
             began_s = time.monotonic()
             self.encode(pixels)
             took_s.append(time.monotonic() - began_s)
