@@ -62,8 +62,12 @@ def measure(*, jobs: int, tell: Callable[[str], None]) -> None:
             ids = list(producer.enqueue_many(references, lane="bulk"))
         tell(f"waiting: {(_memory(client) - empty) / jobs:.0f} bytes a job")
         cpu_s = _cpu_s(client)
-        folders = {"SHIWU_ALLOW_FOLDERS": str(SAMPLES), "SHIWU_LOG_LEVEL": "warning"}
-        with WorkerProcess(redis_url=server.url, folder=Path(name), env=folders) as worker:
+        settings = {
+            "SHIWU_ALLOW_FOLDERS": str(SAMPLES),
+            "SHIWU_LOG_LEVEL": "warning",
+            "SHIWU_TORCH_THREADS": "0",
+        }
+        with WorkerProcess(redis_url=server.url, folder=Path(name), env=settings) as worker:
             worker.wait_ready()
             wait_until(lambda: client.xlen(RESULT_STREAM) >= jobs, timeout_s=3600, every_s=0.5)
         tell(f"server: {(_cpu_s(client) - cpu_s) / jobs * 1e6:.0f} µs of CPU a job, with an append-only file")

@@ -128,7 +128,7 @@ def has_litserve() -> bool:
 def _shiwu(place: Place) -> AbstractContextManager[Running]:
     @contextmanager
     def start() -> Iterator[Running]:
-        env = {"SHIWU_LOG_LEVEL": "warning", **place.model_env}
+        env = {"SHIWU_LOG_LEVEL": "warning", "SHIWU_TORCH_THREADS": "0", **place.model_env}
         with WorkerProcess(redis_url=place.url, folder=place.folder, name="shiwu", env=env) as worker:
             yield Running((worker.wait_ready(timeout_s=READY_S),))
 

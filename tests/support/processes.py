@@ -181,7 +181,7 @@ class WorkerProcess(Process):
     """A real `shiwu-worker`, or the same by `celery -A shiwu_worker.app worker`.
 
     `settings` are the worker's own names without prefix: `WorkerProcess(..., lease_s=2, max_batch=8)`. To let it fetch
-    from a `PictureServer`, pass `allow_hosts=server.host`.
+    from a `PictureServer`, pass `allow_hosts=server.host`. The model has one thread unless `torch_threads` is given.
     """
 
     def __init__(
@@ -206,6 +206,8 @@ class WorkerProcess(Process):
             "SHIWU_READY_FILE": str(self.ready_file),
             "SHIWU_ALIVE_FILE": str(self.alive_file),
             "SHIWU_LOG_FORMAT": "json",
+            # Others run beside it: threads that wait for each other at every step of a model take all cores doing so.
+            "SHIWU_TORCH_THREADS": "1",
         }
         asked = {f"SHIWU_{key.upper()}": str(value) for key, value in settings.items()}
         celery = ["celery", "-A", "shiwu_worker.app", "worker", *celery_args.split()]
