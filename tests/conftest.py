@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,12 @@ NEEDS_REDIS = pytest.mark.skipif(
     reason="no redis-server on PATH: apt-get install redis-server",
 )
 """For tests that run on Redis beside Valkey; in CI they fail without it."""
+
+
+def pytest_configure() -> None:
+    """A shell gives what it starts in the background SIGINT ignored, and so would all processes here have it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

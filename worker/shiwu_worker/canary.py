@@ -21,6 +21,8 @@ LEAST_TO_REFERENCE: Final = 0.98
 LEAST_TO_FIRST: Final = 0.999
 """Cosine to the answer at the start: the same program on the same device gives more than 0.99999."""
 LENGTH_SLACK: Final = 1e-3
+AGAIN_S: Final = 5.0
+"""After a time at which the device was out of memory."""
 
 
 class Canary:
@@ -72,8 +74,10 @@ class Canary:
             trouble = self._trouble(error)
             if trouble is Trouble.LOST:
                 raise FatalError(ExitCode.DEVICE, f"the device failed on the known picture: {error}") from error
-            if trouble is Trouble.OUT_OF_MEMORY and self._first is not None:
-                log.warning("canary_skipped", reason="the device was out of memory")
+            if trouble is Trouble.OUT_OF_MEMORY:
+                # Others may have the memory for a moment; that says nothing of how the device computes.
+                log.warning("canary_skipped", reason="the device was out of memory", again_in_s=AGAIN_S)
+                self._due_s = now_s + AGAIN_S
                 return
             self._end(f"{type(error).__name__}: {error!s:.200}")
         self._judge(vectors)
