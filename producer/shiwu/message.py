@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import os
 import socket
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -34,8 +35,13 @@ def build_message(
     eta_ms: float | None = None,
     priority: int = 0,
     ignore_result: bool = False,
+    trace: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The bytes to LPUSH to the lane. Times are milliseconds since 1970 by Redis' clock."""
+    """The bytes to LPUSH to the lane. Times are milliseconds since 1970 by Redis' clock.
+
+    Args:
+        trace: W3C trace context, as `trace.current_headers` gives it; a worker's span continues it.
+    """
     body = to_json(
         [
             [],
@@ -61,6 +67,7 @@ def build_message(
         "origin": _origin(),
         "ignore_result": ignore_result,
         SENT_HEADER: sent_ms,
+        **(trace or {}),
     }
     return to_json(
         {

@@ -14,6 +14,7 @@ from shiwu.errors import QueueFull
 from shiwu.ledger import wait_replicated
 from shiwu.message import build_message
 from shiwu.queues import count_waiting
+from shiwu.trace import current_headers
 
 CLOCK_S: Final = 60.0
 _STEPS: Final = (0, 3, 6, 9)
@@ -58,6 +59,7 @@ class Sender:
         now_ms = self.server_time_ms()
         answer_by_ms = _later(now_ms, terms.answer_by_s)
         expires_ms = min((ms for ms in (_later(now_ms, terms.expires_s), answer_by_ms) if ms), default=None)
+        trace = current_headers()
         messages = [
             build_message(
                 request,
@@ -67,6 +69,7 @@ class Sender:
                 expires_ms=expires_ms,
                 eta_ms=_later(now_ms, terms.countdown_s),
                 priority=terms.priority,
+                trace=trace,
             )
             for request, job_id in jobs
         ]

@@ -33,7 +33,7 @@ def free_ports(count: int) -> list[int]:
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process' environment without settings of shiwu, AWS or Celery and without proxies."""
-    dropped = ("SHIWU_", "AWS_", "CELERY_", "PYTEST_", "HF_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    dropped = ("SHIWU_", "AWS_", "CELERY_", "PYTEST_", "HF_", "OTEL_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(dropped)}
     return kept | {"AWS_EC2_METADATA_DISABLED": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | dict(extra)
 

@@ -99,7 +99,7 @@ def test_behind_a_busy_device_only_a_full_batch_leaves() -> None:
 def test_it_tells_why_each_batch_left() -> None:
     """Full, or the device was free, or the end; an empty one is none."""
     left: list[tuple[str, int]] = []
-    batcher: Batcher[Item] = Batcher(cap=4, bulk_share=0.1, on_leave=lambda *why: left.append(why))
+    batcher: Batcher[Item] = Batcher(cap=4, bulk_share=0.1, on_leave=lambda why, jobs: left.append((why, len(jobs))))
     assert batcher.take(timeout_s=0.0) == []
     batcher.put([Item(n, Lane.BULK) for n in range(6)])
     batcher.take(timeout_s=0.0)

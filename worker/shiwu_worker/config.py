@@ -16,7 +16,7 @@ from shiwu.contract import TASK_NAME
 from shiwu.keep import DEAD_AGE_S, DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S, STREAM_LENGTH
 from shiwu.upkeep import MAX_LEASE_S
 from shiwu_worker.callback_rules import MOST, CallbackRules
-from shiwu_worker.config_lists import Hosts, Names, Networks, Paths, Ports, Prefixes, Retries, read_retry, split
+from shiwu_worker.config_lists import Hosts, Names, Networks, Paths, Ports, Prefixes, Retries, Traces, read_retry, split
 from shiwu_worker.reach import HTTP_PORTS, Reach
 
 LARGEST_TRIED = 64
@@ -169,6 +169,9 @@ class Settings(BaseSettings):
         90.0,
         gt=0,
         description="with work and no progress for this long a worker counts as hung: leases end, /livez is 503",
+    )
+    traces: Traces = Field(
+        False, description="OpenTelemetry spans of jobs and batches, over OTLP/HTTP to where the OTEL_… variables say"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="info writes one line per job")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: JSON unless on a terminal")

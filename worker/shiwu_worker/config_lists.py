@@ -1,8 +1,9 @@
-"""Settings that are lists: their types, and how they are read from text."""
+"""Settings that are more than a word or a number: their types, and how they are read from text."""
 
 from __future__ import annotations
 
 import ipaddress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -12,12 +13,24 @@ from pydantic_settings import NoDecode
 from shiwu.contract import ErrorCode
 from shiwu_worker.reach import checked, read_host, read_nat64
 
+
+def _has_otel(value: bool) -> bool:
+    try:
+        is_there = not value or find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except ModuleNotFoundError:  # of a package above it
+        is_there = False
+    if not is_there:
+        raise ValueError("traces need OpenTelemetry's SDK and its exporter: install shiwu[worker,otel]")
+    return value
+
+
 Names = Annotated[tuple[str, ...], NoDecode]
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(checked(read_host))], ...], NoDecode]
 Networks = Annotated[tuple[Annotated[str, AfterValidator(checked(ipaddress.ip_network))], ...], NoDecode]
 Prefixes = Annotated[tuple[Annotated[str, AfterValidator(checked(read_nat64))], ...], NoDecode]
 Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], NoDecode]
 Paths = Annotated[tuple[Path, ...], NoDecode]
+Traces = Annotated[bool, AfterValidator(_has_otel)]
 Retries = Annotated[dict[ErrorCode, tuple[int, float, float]], NoDecode]
 RETRIABLE = {
     ErrorCode.SOURCE_UNAVAILABLE,

@@ -73,6 +73,15 @@ class Release(msgspec.Struct, frozen=True):
     """Whether the try counts as an attempt."""
 
 
+class Departure(msgspec.Struct, frozen=True):
+    """A batch that left for the device; no two are equal."""
+
+    reason: str
+    """Why it left: full, free, closing."""
+    size: int
+    left_s: float
+
+
 class Job(msgspec.Struct, eq=False):
     """A claimed job between claim and commit. Only one stage holds it at a time."""
 
@@ -99,6 +108,8 @@ class Job(msgspec.Struct, eq=False):
     tags: tuple[Tag, ...] | None = None
     embedding: tuple[float, ...] | None = None
     batch_size: int | None = None
+    departure: Departure | None = None
+    """The batch that it left with, where traces are made."""
     scored_s: float = 0.0
     """When the tags were made: the end of the time that the answer tells of."""
     error: ErrorInfo | None = None

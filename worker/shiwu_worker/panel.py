@@ -1,4 +1,4 @@
-"""Everything by which a worker is watched from outside: probe files, the HTTP port, numbers, the known picture."""
+"""All by which a worker is watched from outside: probe files, the HTTP port, numbers, traces, the known picture."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from shiwu_worker.card_watch import CardWatch
 from shiwu_worker.config import Settings
 from shiwu_worker.config_lists import RETRIABLE
 from shiwu_worker.endpoint import Endpoint
+from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.health import Health
 from shiwu_worker.heartbeat import Signs
 from shiwu_worker.metrics import Metrics
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from shiwu_worker.loaders import LoaderPool
     from shiwu_worker.pipeline import Pipeline
     from shiwu_worker.settle import Settled
+    from shiwu_worker.traces import Traces
 
 _THREADS = ("claim", "encode", "score", "commit", "heartbeat", "ended")
+TRACES_CLOSE_S = 3.0
 
 
 class Panel:
@@ -41,13 +44,16 @@ class Panel:
         self._health.ready(is_ready=False)
         self._vitals = Vitals(progress, redis_timeout_s=settings.redis_timeout_s)
         self._metrics = Metrics(retried=RETRIABLE) if settings.http_port else None
+        self._traces: Traces | None = None
 
     def open(self, stack: ExitStack) -> None:
         """Answer on the HTTP port, if there is one: not ready, and no job counted, while the model loads.
 
         Raises:
-            FatalError: when the port can't be had.
+            FatalError: when the port can't be had, or OpenTelemetry does not take its settings.
         """
+        if self._settings.traces:
+            self._traces = _open_traces(stack, worker=self._settings.worker_name)
         if self._metrics is None:
             return
         endpoint = Endpoint(
@@ -125,16 +131,33 @@ class Panel:
         self._vitals.stopping()
 
     def answered(self, settled: Sequence[Settled]) -> None:
-        """Count answers."""
+        """Count answers, and make their spans."""
         if self._metrics is not None:
             self._metrics.answered(settled)
+        if self._traces is not None:
+            self._traces.answered(settled)
 
     def let_go(self, jobs: Sequence[Job]) -> None:
         """Count what is tried again among the jobs that left: all of them were answered, or all given back."""
         if self._metrics is not None and jobs and jobs[0].back is not None:
             self._metrics.given_back(jobs)
 
-    def batch_left(self, reason: str, size: int) -> None:
-        """Count a batch."""
+    def batch_left(self, reason: str, jobs: Sequence[Job]) -> None:
+        """Count a batch, and note it for its span."""
         if self._metrics is not None:
-            self._metrics.batch(reason, size)
+            self._metrics.batch(reason, len(jobs))
+        if self._traces is not None:
+            self._traces.batch_left(reason, jobs)
+
+
+def _open_traces(stack: ExitStack, *, worker: str) -> Traces:
+    from shiwu_worker.traces import Traces, make_provider  # noqa: PLC0415 OpenTelemetry is an extra
+
+    try:
+        traces = Traces(make_provider(worker=worker))
+    except ValueError as error:
+        text = f"expected OTEL_… variables that OpenTelemetry understands: {error}"
+        raise FatalError(ExitCode.CONFIG, text) from error
+    stack.callback(traces.close, timeout_s=TRACES_CLOSE_S)
+    traces.start()
+    return traces

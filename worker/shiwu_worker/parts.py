@@ -249,7 +249,7 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
     away: Away,
     *,
     canary: Callable[[], None],
-    on_batch: Callable[[Reason, int], None],
+    on_batch: Callable[[Reason, Sequence[Job]], None],
 ) -> Stages:
     """The verbs of the pipeline, with the default labels' vectors computed."""
     from shiwu_worker.stages.score import Scorer  # noqa: PLC0415 beside the encoder, which is imported late

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Literal, Protocol, TypeVar
 
 from shiwu.contract import Lane
@@ -33,7 +33,7 @@ class Batcher(Generic[T]):
         cap: largest batch.
         bulk_share: share of a full batch that waiting bulk items get although interactive ones fill it.
         linger_s: how long a batch that is not full waits for more; 0 sends what is there.
-        on_leave: told why each batch left and its size; must not block.
+        on_leave: told why each batch left, and the batch; must not block.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Batcher(Generic[T]):
         cap: int,
         bulk_share: float,
         linger_s: float = 0.0,
-        on_leave: Callable[[Reason, int], None] = lambda *_: None,
+        on_leave: Callable[[Reason, Sequence[T]], None] = lambda *_: None,
     ) -> None:
         self._cap = cap
         self._bulk_share = bulk_share
@@ -77,7 +77,7 @@ class Batcher(Generic[T]):
             reason: Reason = "full" if is_full else "closing" if self._closed else "free"
             batch = [self._interactive.popleft() for _ in range(urgent)] + [self._bulk.popleft() for _ in range(rest)]
         if size:
-            self._on_leave(reason, size)
+            self._on_leave(reason, batch)
         return batch
 
     def took_off(self) -> None:

@@ -1,0 +1,142 @@
+"""The trace context of a message: written where the caller has a span, read whatever stands there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+from celery.signals import before_task_publish
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry import propagate
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, TraceFlags, TraceState, use_span
+
+from shiwu import Client
+from shiwu.contract import MAX_MESSAGE_BYTES, Lane, Request
+from shiwu.message import build_message
+from shiwu.trace import MAX_CHARS, current_headers, read_headers
+
+TRACE = 0x0AF7651916CD43DD8448EB211C80319C
+SPAN = 0xB7AD6B7169203331
+
+
+def span(*, is_sampled: bool = True, state: dict[str, str] | None = None) -> NonRecordingSpan:
+    """A span of somebody else's with these ids."""
+    flags = TraceFlags(TraceFlags.SAMPLED if is_sampled else TraceFlags.DEFAULT)
+    pairs = list((state or {}).items())
+    return NonRecordingSpan(SpanContext(TRACE, SPAN, is_remote=False, trace_flags=flags, trace_state=TraceState(pairs)))
+
+
+def written(asked: Span) -> str:
+    """A span's context in W3C's form."""
+    context = asked.get_span_context()
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+
+def message(trace: dict[str, str] | None) -> bytes:
+    """Ours, with these headers."""
+    return build_message(Request(image="s3://b/k"), job_id="j", lane=Lane.BULK, trace=trace)
+
+
+def sent(client: redis.Redis) -> bytes:
+    """The one message of the lanes."""
+    keys = [*Lane.BULK.keys, *Lane.INTERACTIVE.keys]
+    found: list[Any] = [raw for key in keys if (raw := client.rpop(key))]
+    assert len(found) == 1
+    return bytes(found[0])
+
+
+def test_the_callers_span_is_written() -> None:
+    """In W3C's form, with its state; what is not sampled says so."""
+    with use_span(span(state={"vendor": "x"})):
+        headers = current_headers()
+    assert headers == {
+        "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        "tracestate": "vendor=x",
+    }
+    assert read_headers(message(headers)) == headers
+    with use_span(span(is_sampled=False)):
+        assert current_headers() == {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"}
+
+
+def test_a_state_that_is_too_long_is_left_out() -> None:
+    """The trace goes on without it."""
+    with use_span(span(state={f"v{n}": "x" * 200 for n in range(3)})):
+        assert current_headers().keys() == {"traceparent"}
+
+
+def test_without_a_span_nothing_is_written() -> None:
+    """OpenTelemetry is loaded here, and no span is current."""
+    assert current_headers() == {}
+    assert "traceparent" not in json.loads(message(current_headers()))["headers"]
+
+
+def test_opentelemetry_is_not_loaded_for_it() -> None:
+    """A producer that has it installed and does not use it."""
+    code = "import sys, shiwu.trace as t; t.current_headers(); print(any(n.startswith('opentel') for n in sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert said.stdout.strip() == "False"
+
+
+def test_the_client_sends_it(redis_url: str, redis_client: redis.Redis) -> None:
+    """With a span of a real SDK around `enqueue`, and none without."""
+    tracer = TracerProvider(shutdown_on_exit=False).get_tracer("producer")
+    with Client(redis_url) as client:
+        with tracer.start_as_current_span("ask") as asked:
+            client.enqueue("s3://b/k")
+            assert read_headers(sent(redis_client)) == {"traceparent": written(asked)}
+        with tracer.start_as_current_span("ask") as asked:
+            list(client.enqueue_many(["s3://b/k"]))
+            assert read_headers(sent(redis_client)) == {"traceparent": written(asked)}
+        client.enqueue("s3://b/k")
+        assert read_headers(sent(redis_client)) == {}
+
+
+def test_celerys_instrumentation_writes_it_there_too(redis_url: str, redis_client: redis.Redis) -> None:
+    """As it does: into the headers that `before_task_publish` is given."""
+
+    def inject(headers: dict[str, Any], **_: Any) -> None:
+        propagate.inject(headers)
+
+    app = Celery("plain", broker=redis_url, set_as_current=False)
+    before_task_publish.connect(inject)
+    try:
+        with use_span(span()):
+            app.send_task("shiwu.tag", args=["s3://b/k"], queue=Lane.BULK.queue)
+    finally:
+        before_task_publish.disconnect(inject)
+        app.close()
+    assert read_headers(sent(redis_client)) == {
+        "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    }
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["traceparent", "tracestate"]), ANYTHING))
+def test_whatever_stands_there_only_short_texts_are_read(headers: dict[str, Any]) -> None:
+    """A stranger may have written anything."""
+    outer = json.loads(message(None))
+    outer["headers"] |= headers
+    read = read_headers(json.dumps(outer).encode())
+    assert read == {name: text for name, text in headers.items() if isinstance(text, str) and len(text) <= MAX_CHARS}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"null", b'{"headers":7}', b"[" * 100_000, b'{"headers":{"traceparent":"x"}}' + b" " * MAX_MESSAGE_BYTES],
+)
+def test_a_message_that_can_not_be_read_has_none(raw: bytes) -> None:
+    """Nor does it raise."""
+    assert read_headers(raw) == {}
