@@ -37,11 +37,7 @@ def build_message(
     ignore_result: bool = False,
     trace: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The bytes to LPUSH to the lane. Times are milliseconds since 1970 by Redis' clock.
-
-    Args:
-        trace: W3C trace context, as `trace.current_headers` gives it; a worker's span continues it.
-    """
+    """The bytes to LPUSH to the lane. Times are milliseconds since 1970 by Redis' clock; `trace` is W3C's context."""
     body = to_json(
         [
             [],

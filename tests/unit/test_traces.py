@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import subprocess
 import sys
 import threading
 import time
@@ -249,6 +250,15 @@ def test_the_variables_of_opentelemetry_are_heard(
     exporter.clear()
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
     assert made(exporter, [settled(job_of("a"))]) == {}
+
+
+def test_without_the_setting_nothing_of_it_is_loaded() -> None:
+    """By what a worker is wired from. What redis-py loads by itself where it finds it is not ours to say."""
+    code = "import sys; hidden = {'opentelemetry.sdk': None, 'opentelemetry.metrics': None}; sys.modules |= hidden; "
+    code += "import shiwu_worker.wiring; print(*(set(sys.modules) - hidden.keys()))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "shiwu_worker.panel" in loaded.split()
+    assert not {"opentelemetry.trace", "opentelemetry.sdk.trace", "shiwu_worker.traces"} & set(loaded.split())
 
 
 def test_the_setting_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
