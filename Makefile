@@ -23,7 +23,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 BUILD = $(DOCKER) build --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast hostile fuzz lint bench bench-compare drill chart-tools chart-docs images format clean
+.PHONY: help demo test test-long test-fast hostile fuzz lint bench bench-compare drill chart-tools chart-docs images format clean
 .DELETE_ON_ERROR:
 # Running targets side by side would mix what they print, and two of them would share the machine's cores.
 .NOTPARALLEL:
@@ -34,11 +34,14 @@ help: ## list the commands
 demo: $(STAMP) ## tag sample pictures with real servers and one worker on this machine
 	@$(BIN)/python -m demo $(ARGS)
 
-test: $(STAMP) $(CHART_STAMP) ## run all tests but those that need a GPU
-	$(BIN)/python -m pytest -m "not gpu" $(SIDE_BY_SIDE) $(ARGS)
+test: $(STAMP) $(CHART_STAMP) ## run all tests but those that need a GPU, and the long ones
+	$(BIN)/python -m pytest -m "not gpu and not long" $(SIDE_BY_SIDE) $(ARGS)
+
+test-long: $(STAMP) $(CHART_STAMP) ## run those that start several workers for what a shorter test shows in part
+	$(BIN)/python -m pytest -m "long and not gpu" $(SIDE_BY_SIDE) $(ARGS)
 
 test-fast: $(STAMP) $(CHART_STAMP) ## the same without the tests of many rounds
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(SIDE_BY_SIDE) $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow and not long" $(SIDE_BY_SIDE) $(ARGS)
 
 hostile: $(STAMP) ## run other projects' broken pictures through the loaders; fetches them from PyPI and Debian
 	$(BIN)/python -m tests.hostile $(ARGS)

@@ -39,7 +39,7 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side, a file's share its servers in one process; a long one goes where there is time."""
     for item in items:
-        alone = item.get_closest_marker("slow") is not None
+        alone = any(item.get_closest_marker(name) for name in ("slow", "long"))
         item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.stem))
 
 

@@ -145,6 +145,7 @@ def test_it_becomes_ready_answers_and_drains(server: RedisServer, start: StartPo
         assert (redis.hlen(CLAIMS), redis.zcard(LEASES)) == (0, 0)
 
 
+@pytest.mark.long
 def test_it_takes_up_what_another_left(server: RedisServer, start: StartPod) -> None:
     """A pod that is killed all the same costs its jobs a lease: the next one answers every one of them."""
     pod = start(settings={"LEASE_S": 5})
@@ -167,6 +168,7 @@ def stays_live(pod: PodProcess) -> None:
     assert pod.probe("liveness").passes()
 
 
+@pytest.mark.long
 def test_a_stopped_encode_thread_shows(server: RedisServer, start: StartPod, tmp_path: Path) -> None:
     """On purpose, within a batch."""
     fault = tmp_path / "fault"
@@ -181,6 +183,7 @@ def test_a_stopped_encode_thread_shows(server: RedisServer, start: StartPod, tmp
     turns_503(pod)
 
 
+@pytest.mark.long
 def test_stopped_loaders_show(server: RedisServer, start: StartPod) -> None:
     """And once they go on, so does the worker."""
     pod = start(settings={"STUCK_S": STUCK_S})
@@ -203,6 +206,7 @@ def test_stopped_loaders_show(server: RedisServer, start: StartPod) -> None:
     wait_until(pod.probe("liveness").passes, timeout_s=10, what="that it lives again")
 
 
+@pytest.mark.long
 def test_a_cut_off_redis_shows_where_a_backlog_stands(server: RedisServer, start: StartPod) -> None:
     """Not without one: a restart cures no Redis, and an idle worker has nothing to lose by waiting."""
     pod = start(settings={"STUCK_S": STUCK_S, "REDIS_TIMEOUT_S": 1})

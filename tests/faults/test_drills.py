@@ -16,15 +16,12 @@ from tests.support.servers import Valkey
 FIXED = 20261123
 FRESH = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6)
 """Of this run; all its processes must name their tests alike."""
-CHEAPEST = ("duplicates", "hang", "source")
-CASES = [(name, FRESH) for name in DRILLS] + [(name, FIXED) for name in CHEAPEST]
-"""What CI runs: all with a random seed, and the cheapest also with the fixed one; everybody else runs all with that."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "seed"),
-    CASES if os.environ.get("CI") else [(name, FIXED) for name in DRILLS],
+    [(name, FRESH if os.environ.get("CI") else FIXED) for name in DRILLS],
     ids=str,
 )
 def test_the_promise_holds(name: str, seed: int) -> None:

@@ -144,6 +144,7 @@ def test_sigterm_under_load_drains_both(launch: Callable[..., WorkerProcess], ou
     assert (result.reaped, result.attempts) == (0, {1: 400})
 
 
+@pytest.mark.long
 def test_a_second_signal_gives_back_at_once(
     launch: Callable[..., WorkerProcess], ours: Fleet, http_server: PictureServer
 ) -> None:
@@ -158,7 +159,7 @@ def test_a_second_signal_gives_back_at_once(
     assert not ours.client.exists(CLAIMS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_that_keeps_dying_ends_the_launcher(launch: Callable[..., WorkerProcess]) -> None:
     """By a named exit code, after growing pauses; the other has drained."""
     box = launch(ready=False)
@@ -191,6 +192,7 @@ def test_wrong_settings_are_not_tried_again(launch: Callable[..., WorkerProcess]
     assert len(events(box, "worker_started")) == 2
 
 
+@pytest.mark.long
 def test_workers_end_with_a_killed_launcher(launch: Callable[..., WorkerProcess], ours: Fleet) -> None:
     """Nobody would restart them: they drain by themselves, and lose nothing."""
     box = launch()
@@ -205,6 +207,7 @@ def test_workers_end_with_a_killed_launcher(launch: Callable[..., WorkerProcess]
     assert ours.counted(ids).reaped == 0
 
 
+@pytest.mark.long
 def test_one_card_needs_no_parent(launch: Callable[..., WorkerProcess], ours: Fleet) -> None:
     """The process is the worker: its only child is the nursery."""
     box = launch(args="--gpus cpu:0")

@@ -93,6 +93,7 @@ def test_the_producers_trace_goes_on_in_the_worker(
     assert [line for line in events(worker.log_text()) if str(line["event"]).startswith("traces_")] == []
 
 
+@pytest.mark.long
 def test_the_last_spans_are_sent_at_the_end(
     start_worker: StartWorker, redis_url: str, tmp_path: Path, picture: str, collector: Collector
 ) -> None:
@@ -130,6 +131,7 @@ def hanging() -> Iterator[dict[str, str]]:
         yield {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_EXPORTER_OTLP_TIMEOUT": "60", "OTEL_BSP_SCHEDULE_DELAY": "100"}
 
 
+@pytest.mark.long
 def test_a_collector_that_hangs_holds_nothing_up(
     start_worker: StartWorker, redis_url: str, tmp_path: Path, picture: str, hanging: dict[str, str]
 ) -> None:
