@@ -16,12 +16,17 @@ from tests.support.servers import Valkey
 FIXED = 20261123
 FRESH = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6)
 """Of this run; all its processes must name their tests alike."""
+SOME = random.Random(FRESH).sample(sorted(DRILLS), 4)
+"""What `make test` runs of them, others each time; `make test-long` runs the rest."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "seed"),
-    [(name, FRESH if os.environ.get("CI") else FIXED) for name in DRILLS],
+    [
+        pytest.param(name, FRESH if os.environ.get("CI") else FIXED, marks=[] if name in SOME else [pytest.mark.long])
+        for name in DRILLS
+    ],
     ids=str,
 )
 def test_the_promise_holds(name: str, seed: int) -> None:
