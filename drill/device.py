@@ -46,19 +46,29 @@ def _main() -> None:
     import torch  # noqa: PLC0415
 
     from shiwu_worker import __main__ as worker  # noqa: PLC0415
+    from shiwu_worker.canary import Canary  # noqa: PLC0415
     from shiwu_worker.stages import encode as stage  # noqa: PLC0415
 
     chance = random.Random(os.environ["DRILL_SEED"])
-    real, real_warm = stage.Encoder.collect, stage.Encoder.warm
+    real, real_warm, real_sing = stage.Encoder.collect, stage.Encoder.warm, Canary.sing_if_due
     ready: list[bool] = []
+    singing: list[bool] = []
 
     def warm(self: Any, **options: Any) -> None:
         real_warm(self, **options)
         ready.append(True)
 
+    def sing(self: Any) -> None:
+        singing.append(True)
+        try:
+            real_sing(self)
+        finally:
+            singing.pop()
+
     def faulty(self: Any, flight: Any) -> Any:
         vectors = real(self, flight)
-        if not ready:
+        # A fault of the known picture ends the worker, as it should; this drill is about the pictures of others.
+        if not ready or singing:
             return vectors
         kind = chance.choices([*SHARE, "none"], [*SHARE.values(), 1 - sum(SHARE.values())])[0]
         if kind == "memory":
@@ -77,6 +87,7 @@ def _main() -> None:
             return stage._finite(vectors)
         return vectors
 
+    Canary.sing_if_due = sing  # type: ignore[method-assign]  # as below
     stage.Encoder.collect = faulty  # type: ignore[method-assign]  # the fault is injected here
     stage.Encoder.warm = warm  # type: ignore[method-assign]  # the same
     sys.argv = ["shiwu-worker"]
