@@ -48,7 +48,7 @@ stand_in() { # NAME ENTRYPOINT PROGRAM …
   b commit --quiet --rm "$made" "localhost/$name" >/dev/null
 }
 
-check_health() {
+check_health() { # podman leaves that to systemd's timers, which are not here; ends with the script
   while sleep 1; do p healthcheck run shiwu-valkey-1 >/dev/null 2>&1 || true; done
 }
 

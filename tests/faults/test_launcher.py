@@ -76,7 +76,7 @@ def environment(pid: int) -> dict[str, str]:
 def answerers(client: redis.Redis) -> set[str]:
     """The workers that answered something."""
     entries = client.xrange(RESULT_STREAM)
-    return {str(Answer.from_json(fields[b"answer"]).worker) for _, fields in entries}  # type: ignore[union-attr]
+    return {str(Answer.from_json(fields[b"answer"]).worker) for _, fields in entries}  # type: ignore[union-attr]  # redis-py's sync or async
 
 
 def test_each_card_has_its_worker(launch: Callable[..., WorkerProcess], ours: Fleet) -> None:

@@ -260,10 +260,10 @@ def test_whoever_waits_for_what_was_refused_is_told(stranger: Stranger, redis_cl
         stranger.send({"chain": [task("evil", task_id="last"), task(task_id="next")], "chord": task(task_id="body")})
         stranger.send({"chain": [task("evil", task_id="shiwu:x\n"), task("evil", task_id="y" * 1000)]})
     for follower in ("next", "last", "body"):
-        meta = json.loads(str(redis_client.get(f"celery-task-meta-{follower}"), "utf-8"))  # type: ignore[arg-type]
+        meta = json.loads(str(redis_client.get(f"celery-task-meta-{follower}"), "utf-8"))  # type: ignore[arg-type]  # redis-py's
         assert (meta["status"], meta["result"]["exc_type"]) == ("FAILURE", "JobFailed")
         assert "callback_refused" in str(meta["result"]["exc_message"])
-    assert set(redis_client.keys("celery-task-meta-*")) == {  # type: ignore[union-attr]
+    assert set(redis_client.keys("celery-task-meta-*")) == {
         *(f"celery-task-meta-{name}".encode() for name in ("next", "last", "body", "job-1", "job-2"))
     }
     first = logs[0]

@@ -40,7 +40,7 @@ def main() -> None:
             vectors = np.full_like(vectors, np.nan) if kind == "nan" else np.roll(vectors, 1, axis=1)
         return vectors
 
-    encode.Encoder.launch, encode.Encoder.collect = faulty_launch, faulty_collect  # type: ignore[method-assign]  # here
+    encode.Encoder.launch, encode.Encoder.collect = faulty_launch, faulty_collect  # type: ignore[method-assign]  # the fault
     sys.argv = ["shiwu-worker"]
     worker.main()
 

@@ -159,7 +159,7 @@ else:
 drain_with_parent(int(sys.argv[1]), limit_s=float(sys.argv[3]))
 print("up", flush=True)
 while True:
-    time.sleep(0.05)
+    time.sleep(0.05)  # until a signal ends it
 """
 PARENT = """
 import os, subprocess, sys, time
