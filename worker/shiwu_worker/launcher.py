@@ -26,8 +26,8 @@ from shiwu_worker.places import Place
 log: Any = structlog.get_logger()
 TICK_S: Final = 1.0
 """How often the files for probes are renewed."""
-AFTER_GRACE_S: Final = 15.0
-"""For what a worker does after its grace time: giving back, last callbacks, closing."""
+AFTER_GRACE_S: Final = 18.0
+"""After a worker's grace time: two of Redis' time-outs to give back, 5 s for its loaders, 3 s for its traces."""
 ASKED_TO_END: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
