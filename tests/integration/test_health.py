@@ -220,7 +220,7 @@ def test_the_numbers_tell_what_was_done(watched: Watched) -> None:
     assert value(watched.port, "shiwu_worker_ready") == 1
     names = {name for name, _ in samples(watched.port) if name == "shiwu_model_info"}
     assert names == {"shiwu_model_info"}
-    assert watched.client.exists(LOOK)
+    wait_until(lambda: watched.client.exists(LOOK), timeout_s=15, what="the look that the worker shares")
 
 
 @NEEDS_PROMTOOL
