@@ -38,7 +38,7 @@ test: $(STAMP) $(CHART_STAMP) ## run all tests but those that need a GPU, and th
 	$(BIN)/python -m pytest -m "not gpu and not long" $(SIDE_BY_SIDE) $(ARGS)
 
 test-long: $(STAMP) $(CHART_STAMP) ## run those that start several workers for what a shorter test shows in part
-	$(BIN)/python -m pytest -m "long and not gpu" $(SIDE_BY_SIDE) $(ARGS)
+	$(BIN)/python -m pytest -m "long and not gpu" -n 2 --dist loadgroup $(ARGS)
 
 test-fast: $(STAMP) $(CHART_STAMP) ## the same without the tests of many rounds
 	$(BIN)/python -m pytest -m "not gpu and not slow and not long" $(SIDE_BY_SIDE) $(ARGS)

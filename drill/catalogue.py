@@ -34,7 +34,7 @@ DRILLS = {
     drill.name: drill
     for drill in (
         Drill("kill", workers.kill, short=(300, 1), long=(1000, 100)),
-        Drill("loaders", workers.kill_loaders, short=(300, 5), long=(1000, 300)),
+        Drill("loaders", workers.kill_loaders, short=(300, 5), long=(300, 300)),
         Drill("hang", workers.hang, short=(300, 1), long=(1000, 20)),
         Drill("rolling", workers.rolling, short=(200, 3), long=(1000, 10)),
         Drill("redis", redis_away.restart, short=(300, 2), long=(1000, 20), server="own"),
