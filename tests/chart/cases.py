@@ -94,10 +94,10 @@ WRONG: dict[str, tuple[dict[str, Any], str | list[str]]] = {
         ["'LEASES_S' not allowed", "property LEASES_S is not allowed"],
     ),
     "a setting with a value of its own": ({"worker": {"settings": {"GRACE_S": 3}}}, "as the value worker.graceS"),
-    "grace": ({"worker": {"graceS": 60, "terminationGracePeriodSeconds": 70}}, "expected at least 75"),
+    "grace": ({"worker": {"graceS": 60, "terminationGracePeriodSeconds": 70}}, "expected at least 78"),
     "grace with a patient Redis": (
         {"worker": {"terminationGracePeriodSeconds": 40, "settings": {"REDIS_TIMEOUT_S": 8.5}}},
-        "expected at least 43",
+        "expected at least 46",
     ),
     "a variable with a value of its own": (
         {"worker": {"extraEnv": [{"name": "SHIWU_GRACE_S", "value": "300"}]}},

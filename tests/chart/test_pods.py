@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from shiwu.cli import main
 from shiwu_worker.config import Settings
 from shiwu_worker.labels import load_label_sets
+from shiwu_worker.panel import TRACES_CLOSE_S
 from shiwu_worker.special_addresses import read_table
 from shiwu_worker.wiring import LOADERS_STOP_S
 from tests.chart.cases import ALL_OFF, ALL_ON, MATRIX, PLAIN, SENTINEL
@@ -62,7 +63,7 @@ def test_cards_by_any_name(newest: Helm) -> None:
 def test_ends_and_probes(newest: Helm) -> None:
     """A pod may drain; nothing but /livez ends it; it has minutes to start."""
     spec, container = worker_of(newest.render(PLAIN | {"worker": {"graceS": 50}}))
-    drain_s = 50 + 2 * Settings().redis_timeout_s + LOADERS_STOP_S
+    drain_s = 50 + 2 * Settings().redis_timeout_s + LOADERS_STOP_S + TRACES_CLOSE_S
     assert spec["terminationGracePeriodSeconds"] == drain_s + 5
     assert variables(container)["SHIWU_GRACE_S"] == "50"
     probes = {name: container[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}

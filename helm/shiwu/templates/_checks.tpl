@@ -1,11 +1,11 @@
 {{/* Seconds a pod may take to end. */}}
 {{- define "shiwu.grace" -}}
 {{- $grace := int .Values.worker.graceS -}}
-{{- $after := add (mul 2 (get .Values.worker.settings "REDIS_TIMEOUT_S" | default 5 | float64 | ceil | int)) 5 | int -}}
+{{- $after := add (mul 2 (get .Values.worker.settings "REDIS_TIMEOUT_S" | default 5 | float64 | ceil | int)) 8 | int -}}
 {{- $least := add $grace $after | int -}}
 {{- $end := default (add $least 5) .Values.worker.terminationGracePeriodSeconds | int -}}
 {{- if lt $end $least -}}
-{{- fail (printf "worker.terminationGracePeriodSeconds: expected at least %d (worker.graceS %d + %d to write the last answers and end the loaders), got %d: Kubernetes would kill workers that still drain" $least $grace $after $end) -}}
+{{- fail (printf "worker.terminationGracePeriodSeconds: expected at least %d (worker.graceS %d + %d to write the last answers, end the loaders and send the last traces), got %d: Kubernetes would kill workers that still drain" $least $grace $after $end) -}}
 {{- end -}}
 {{- $end -}}
 {{- end -}}
