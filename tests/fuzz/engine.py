@@ -45,7 +45,7 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
 
 
 def run(target: Target, *, seconds: float, start: int) -> int:
-    """Fuzz one target for so long; return how many inputs it took. An input that breaks it is raised, shrunk.
+    """Fuzz one target for so long; return how many inputs it took, at least one. What breaks it is raised, shrunk.
 
     Args:
         start: the seed of the first portion; the same number gives the same inputs.
@@ -55,8 +55,9 @@ def run(target: Target, *, seconds: float, start: int) -> int:
     def check(data: bytes, chance: random.Random) -> None:
         nonlocal tried, has_failed
         changed = mutated(data, chance)
-        # When the time is over the rest of the last portion is let off, unless something is being shrunk.
-        if has_failed or time.monotonic() < until_s:
+        # When the time is over the rest of the last portion is let off, unless something is being shrunk, or a slow
+        # machine has not come to the first one.
+        if has_failed or not tried or time.monotonic() < until_s:
             tried += 1
             try:
                 target.check(changed)
@@ -64,7 +65,7 @@ def run(target: Target, *, seconds: float, start: int) -> int:
                 has_failed = True
                 raise
 
-    while time.monotonic() < until_s:
+    while not tried or time.monotonic() < until_s:
         portion: Any = given(data=st.sampled_from(seeds), chance=st.randoms(use_true_random=False))(check)
         phases = [Phase.generate, Phase.shrink]
         options = settings(
