@@ -16,7 +16,7 @@ from tests.support.servers import Valkey
 FIXED = 20261123
 FRESH = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6)
 """Of this run; all its processes must name their tests alike."""
-SOME = ("kill", "redis", "poison", "encode")
+SOME = ("kill", "redis")
 """What `make test` runs of them; `make test-long` runs the rest."""
 
 
