@@ -12,7 +12,7 @@ import numpy as np
 from bench import traffic
 from bench.gpu import Load, watching
 from bench.picture_systems import Place, Running
-from bench.report import median, ratio
+from bench.report import ratio
 from bench.traffic import Reply
 from shiwu.contract import Stage
 
@@ -80,7 +80,7 @@ def _once(place: Place, running: Running, count: int) -> Backlog:
             before = running.cpu_s()
             # Seldom: arrivals have their own clock, and each look takes a core away from the model for a moment.
             listener.wait(count, timeout_s=PATIENCE_S, check=running.check, every_s=0.2)
-            after, load = running.cpu_s(), watch.so_far()
+            after, load = running.cpu_s(), watch.since()
         arrivals = [listener.arrivals[job_id] for job_id in ids]
     if left := traffic.missing(place.client, ids):
         raise RuntimeError(f"{left} of {count} jobs have no answer")
@@ -96,7 +96,7 @@ def _once(place: Place, running: Running, count: int) -> Backlog:
         per_second=rate,
         own_cpu_s=own_s,
         below_cpu_s=below_s,
-        mean_batch=_mean_batch(replies),
+        mean_batch=mean_batch(replies),
         largest_batch=max(one.batch_size or 1 for one in replies),
         dtype=replies[0].dtype,
         gpu=load,
@@ -105,20 +105,10 @@ def _once(place: Place, running: Running, count: int) -> Backlog:
     return Backlog(drained, tuple(replies))
 
 
-def _mean_batch(replies: Sequence[Reply]) -> float:
+def mean_batch(replies: Sequence[Reply]) -> float:
     """Pictures ÷ batches: a batch of n is told of by n answers."""
     return ratio(len(replies), sum(1 / (one.batch_size or 1) for one in replies))
 
 
 def _stages(replies: Sequence[Reply]) -> tuple[StageTime, ...]:
     return tuple(StageTime(name, float(np.mean([getattr(one.timing, name) for one in replies]))) for name in STAGES)
-
-
-def middle(runs: Sequence[Drained]) -> Drained:
-    """The run with the median rate; of an even number the slower one of the two in the middle."""
-    return sorted(runs, key=lambda one: one.per_second)[(len(runs) - 1) // 2]
-
-
-def median_rate(runs: Sequence[Drained]) -> float:
-    """The median of the runs' rates."""
-    return median([one.per_second for one in runs])

@@ -1,7 +1,8 @@
 """The model alone: prepared pixels through the service's own encoder in a loop, and scored, with nothing around it.
 
-`python -m bench.bare SECONDS` reads the worker's settings from its environment and prints JSON; `measure` runs that in
-a process of its own, so that it has the whole machine and leaves no threads behind.
+`python -m bench.bare` reads the worker's settings from its environment, and then lines from its input: for each, a
+number of seconds, it runs every batch size for a part of them and prints what it found as JSON. So it has no threads in
+the benchmark's process, and can take turns with a service.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import IO, Any, Final
 
 import numpy as np
 from tests.support.processes import clean_environment
@@ -25,6 +29,10 @@ from shiwu_worker.image_spec import ImageSpec, read_image_spec
 from shiwu_worker.models import model_folder
 
 LEAST_TIMES: Final = 2
+START_S: Final = 600.0
+"""A large model with many batch sizes, compiled."""
+PATIENCE: Final = 20
+"""Times as long as asked for, that it may take: its slowest batch runs twice at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +41,11 @@ class Rung:
 
     size: int
     batch_ms: float
-    """From pixels in the host's memory to vectors there, one batch alone."""
+    """From pixels in the host's memory to vectors there, one batch alone; the median."""
     per_second: float
     """Pictures a second of batches that follow each other."""
+    seconds: float
+    """That the rate was measured for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,33 +70,88 @@ class Bare:
         return self.rungs[-1]
 
 
-def measure(env: Mapping[str, str], *, largest: int, seconds: float) -> Bare:
-    """Measure every rung of the worker that this environment describes, with all cores; about so long in all.
+class Alone:
+    """The process with the model; it works while it is asked, and waits else."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._lines: SimpleQueue[str] = SimpleQueue()
+        Thread(target=self._listen, args=(process.stdout,), daemon=True).start()
+
+    def _listen(self, lines: IO[str]) -> None:
+        for line in lines:
+            self._lines.put(line)
+        self._lines.put("")
+
+    def ask(self, seconds: float) -> Bare:
+        """Run all its batch sizes, for about so many seconds together.
+
+        Raises:
+            RuntimeError: it ended, or took far longer.
+        """
+        if self._process.stdin is None or self._process.poll() is not None:
+            raise RuntimeError(f"expected the model to run, it ended with {self._process.returncode}")
+        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.flush()
+        try:
+            line = self._lines.get(timeout=START_S + PATIENCE * seconds)
+        except Empty:
+            raise RuntimeError(f"expected the model to run for {seconds:g} s, it takes far longer") from None
+        if not line:
+            raise RuntimeError(f"expected the model to run, it ended with {self._process.wait(10)}")
+        found = json.loads(line)
+        return Bare(**(found | {"rungs": tuple(Rung(**one) for one in found["rungs"])}))
+
+
+@contextmanager
+def opened(env: Mapping[str, str], *, largest: int) -> Iterator[Alone]:
+    """The model of the worker that this environment describes, with all cores. It starts at once, and is then asked.
 
     Args:
         largest: the largest batch that the worker was seen to make; the next power of two is the largest rung.
     """
     rung = 1 << (largest - 1).bit_length()
-    own = {"SHIWU_TORCH_THREADS": str(cores()), **env, "SHIWU_MAX_BATCH": str(rung)}
-    command = [sys.executable, "-m", "bench.bare", str(seconds)]
-    done = subprocess.run(
-        command, env=clean_environment(own), capture_output=True, text=True, timeout=600 + 20 * seconds, check=False
+    own = {"SHIWU_TORCH_THREADS": str(cores()), **env, "SHIWU_MAX_BATCH": str(rung), "SHIWU_LOG_LEVEL": "warning"}
+    command = [sys.executable, "-m", "bench.bare"]
+    process = subprocess.Popen(
+        command, env=clean_environment(own), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    if done.returncode:
-        raise RuntimeError(f"expected the model to run, it ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return Bare(**(found | {"rungs": tuple(Rung(**one) for one in found["rungs"])}))
+    try:
+        yield Alone(process)
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def measure(env: Mapping[str, str], *, largest: int, seconds: float) -> Bare:
+    """`opened`, asked once."""
+    with opened(env, largest=largest) as alone:
+        return alone.ask(seconds)
+
+
+def together(turns: Sequence[Bare]) -> Bare:
+    """All turns as one: rates over the sum of their seconds, medians of their medians."""
+    rungs = []
+    for its in zip(*(one.rungs for one in turns), strict=True):
+        seconds = sum(one.seconds for one in its)
+        pictures = sum(one.per_second * one.seconds for one in its)
+        rungs.append(Rung(its[0].size, median([one.batch_ms for one in its]), pictures / seconds, seconds))
+    first = turns[0]
+    return Bare(first.dtype, first.device, first.threads, first.start_s, tuple(rungs))
 
 
 def loop(encoder: Any, spec: ImageSpec, rung: int, *, seconds: float) -> Rung:
     """One batch size of a warm encoder: the median time of a batch alone, and the rate of many in a row."""
     labels = encoder.encode_texts(list(WORDS))
     batch = np.random.default_rng(0).integers(0, 256, (rung, spec.height, spec.width, 3), np.uint8)
-    alone_s = median(_times(lambda: encoder.encode(batch) @ labels.T, seconds))
     flights = deque([encoder.launch(batch)])
-    if not flights[0].is_under_way:  # a CPU: nothing overlaps, and the rate is that of a batch alone
-        encoder.collect(flights.popleft())
-        return Rung(rung, alone_s * 1000, rung / alone_s)
+    is_asynchronous = flights[0].is_under_way
+    encoder.collect(flights.popleft())
+    took_s = _times(lambda: encoder.encode(batch) @ labels.T, seconds)
+    alone_s = median(took_s)
+    if not is_asynchronous:  # a CPU: nothing overlaps, and the rate is that of batches alone
+        return Rung(rung, alone_s * 1000, rung * len(took_s) / sum(took_s), sum(took_s))
+    flights.append(encoder.launch(batch))
 
     def overlapped() -> None:
         # As the service does: the next batch is on its way to the device before this one's vectors are read.
@@ -95,9 +160,9 @@ def loop(encoder: Any, spec: ImageSpec, rung: int, *, seconds: float) -> Rung:
 
     began_s = time.monotonic()
     batches = len(_times(overlapped, seconds))
-    per_second = batches * rung / (time.monotonic() - began_s)
+    overlapped_s = time.monotonic() - began_s
     encoder.collect(flights.popleft())
-    return Rung(rung, alone_s * 1000, per_second)
+    return Rung(rung, alone_s * 1000, batches * rung / overlapped_s, overlapped_s)
 
 
 def _times(work: Callable[[], object], seconds: float) -> list[float]:
@@ -112,7 +177,7 @@ def _times(work: Callable[[], object], seconds: float) -> list[float]:
 
 
 def main() -> None:
-    """Measure as the environment says."""
+    """Load the model as the environment says, and measure whenever a line asks for it."""
     began_s = time.monotonic()
     import torch  # noqa: PLC0415 so that the start is measured with it
 
@@ -124,10 +189,11 @@ def main() -> None:
     spec = read_image_spec(folder)
     encoder = open_encoder(settings, folder, spec)
     start_s = time.monotonic() - began_s
-    seconds = float(sys.argv[1]) / len(encoder.rungs)
-    rungs = tuple(loop(encoder, spec, rung, seconds=seconds) for rung in encoder.rungs)
-    found = Bare(encoder.info.dtype, encoder.info.device, torch.get_num_threads(), start_s, rungs)
-    print(json.dumps(asdict(found)))
+    for line in sys.stdin:
+        seconds = float(line) / len(encoder.rungs)
+        rungs = tuple(loop(encoder, spec, rung, seconds=seconds) for rung in encoder.rungs)
+        found = Bare(encoder.info.dtype, encoder.info.device, torch.get_num_threads(), start_s, rungs)
+        print(json.dumps(asdict(found)), flush=True)
 
 
 if __name__ == "__main__":

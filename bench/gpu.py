@@ -30,15 +30,22 @@ class Watch:
     def __init__(self, process: Process | None) -> None:
         self._process = process
 
-    def so_far(self) -> Load:
-        """What was seen until now."""
-        if self._process is None:
-            return Load()
-        rows = [line.split(",") for line in self._process.log_text().splitlines() if line.count(",") == 1]
-        seen = [(float(busy), float(memory)) for busy, memory in rows if busy.strip().isdigit()]
+    def looks(self) -> int:
+        """How often it has looked until now: the begin of a stretch."""
+        return len(self._rows())
+
+    def since(self, looks: int = 0) -> Load:
+        """What was seen after so many looks."""
+        seen = self._rows()[looks:]
         if not seen:
             return Load()
         return Load(sum(busy for busy, _ in seen) / len(seen), max(memory for _, memory in seen))
+
+    def _rows(self) -> list[tuple[float, float]]:
+        if self._process is None:
+            return []
+        rows = [line.split(",") for line in self._process.log_text().splitlines() if line.count(",") == 1]
+        return [(float(busy), float(memory)) for busy, memory in rows if busy.strip().isdigit()]
 
 
 @contextmanager

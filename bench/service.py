@@ -1,61 +1,49 @@
 """Pictures a second of the whole service with a real model and real JPEGs, beside the bare model and two peers.
 
-In turn, on one machine: the model alone in a loop; shiwu; the script that it replaces, in a Celery task; and LitServe,
-a batching HTTP server, fed by a Celery task.
+They take turns of a few seconds: shiwu, the model alone in a loop, shiwu, the script that it replaces in a Celery task,
+shiwu, and LitServe, a batching HTTP server fed by a Celery task. shiwu's ratio to each is that of neighbouring turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Final
 
 from bench import bare, picture_setup, traffic
-from bench.backlog import Drained, StageTime, drain, median_rate, middle
-from bench.bare import Bare
+from bench.backlog import StageTime, mean_batch
+from bench.bare import Alone, Bare
 from bench.charts import Chart, Series
 from bench.gpu import Load
+from bench.parity import Parity, compare
 from bench.picture_setup import PictureOptions, open_place, read_options
-from bench.picture_systems import REFERENCE, SHIWU, Place, System
+from bench.picture_systems import SHIWU, Place
 from bench.report import Headline, Report, Table, median, number, ratio
 from bench.traffic import Reply
+from bench.turns import Ratio, Seated, Turn, paired, rate, seated
 from shiwu.contract import Lane
 
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One system, one round."""
-
-    drained: Drained
-    ready_s: float
-    """From the start of its processes until they take jobs."""
+BARE: Final = "bare model"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One system, all its rounds."""
+    """One system, all its turns."""
 
     system: str
     per_second: float
     all_per_second: tuple[float, ...]
     own_cpu_s: float
+    """CPU seconds for one picture of its own processes: for shiwu the worker's, with the model."""
     below_cpu_s: float
+    """The same of the processes that these have started: for shiwu the loaders'."""
     mean_batch: float
     gpu: Load
     ready_s: float
-    of_bare: float
-    reference_times: float
-    """How many times as many pictures a second as the reference script."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parity:
-    """shiwu's answers beside the reference script's, picture by picture."""
-
-    pictures: int
-    same_order: int
-    max_score_difference: float
+    shiwu_is: Ratio
+    """shiwu's rate ÷ this one's, of turns side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +51,10 @@ class Figures:
     """What the run found."""
 
     bare: Bare
-    """Of the round with the median rate."""
-    bare_per_second: float
+    """All its turns as one."""
     all_bare_per_second: tuple[float, ...]
+    shiwu_is: Ratio
+    """shiwu's rate ÷ that of the bare model at its best batch size."""
     rows: tuple[Row, ...]
     stages: tuple[StageTime, ...]
     parity: Parity | None
@@ -82,93 +71,108 @@ class Options:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Its own options."""
     picture_setup.add_options(parser, model="vit-b-16")
-    parser.add_argument("--rounds", type=int, help="of all in turn; the median counts; default 3")
+    parser.add_argument("--rounds", type=int, help="in which each has a turn of --seconds; default 12")
 
 
 def run(asked: argparse.Namespace) -> Report:
-    """Measure everything in turn."""
-    options = Options(read_options(asked, seconds=20.0), asked.rounds or (1 if asked.quick else 3))
-    bares: list[Bare] = []
-    runs: dict[str, list[Run]] = {system.name: [] for system in options.pictures.systems}
-    replies: dict[str, Sequence[Reply]] = {}
-    with open_place(options.pictures, Lane.BULK) as place:
-        for _ in range(options.rounds):
-            here = place
-            for system in options.pictures.systems:
-                run, replies[system.name] = _measure(here, system, options.pictures.seconds)
-                runs[system.name].append(run)
-                if system.name == SHIWU:
-                    bares.append(_alone(place, run.drained, options.pictures.seconds))
-                    here = replace(place, dtype=bares[-1].dtype)
+    """Start everybody, play all rounds, and count."""
+    options = Options(read_options(asked, seconds=5.0), asked.rounds or (2 if asked.quick else 12))
+    with ExitStack() as stack:
+        place = stack.enter_context(open_place(options.pictures, Lane.BULK))
+        shiwu = stack.enter_context(seated(place, options.pictures.systems[0]))
+        alone = stack.enter_context(bare.opened(place.model_env, largest=shiwu.felt.largest_batch))
+        dtype = alone.ask(options.pictures.seconds).dtype
+        if dtype != shiwu.felt.dtype:
+            raise RuntimeError(f"expected the model alone in {shiwu.felt.dtype} as in the service, got {dtype}")
+        their_place = replace(place, dtype=dtype)
+        peers = {one.name: stack.enter_context(seated(their_place, one)) for one in options.pictures.systems[1:]}
+        for one in (shiwu, *peers.values()):
+            one.player.turn(options.pictures.seconds)  # not counted: every stage of the way has something in hand now
+        table = _Table(shiwu, alone, peers)
+        for number_ in range(options.rounds):
+            table.play(options.pictures.seconds)
+            print(f"  round {number_ + 1} of {options.rounds}: {table.line()}", flush=True)
+        table.finish(options.pictures.seconds)
         server = traffic.server_version(place.client)
-        figures = _figures(bares, runs, _parity(place, replies))
-        return _report(options, figures, place, server=server)
+        return _report(options, table.figures(place), place, server=server)
 
 
-def _measure(place: Place, system: System, seconds: float) -> tuple[Run, Sequence[Reply]]:
-    began_s = time.monotonic()
-    with system.open(place) as running:
-        ready_s = time.monotonic() - began_s
-        backlog = drain(place, running, seconds=seconds)
-    print(f"  {system.name}: {number(backlog.drained.per_second)} pictures/s", flush=True)
-    return Run(backlog.drained, ready_s), backlog.replies
+class _Table:
+    """Who plays, and what was played. shiwu has a turn before and after each of the others."""
 
+    def __init__(self, shiwu: Seated, alone: Alone, peers: Mapping[str, Seated]) -> None:
+        self._shiwu = shiwu
+        self._alone = alone
+        self._peers = peers
+        self._ours: list[Turn] = []
+        self._bare: list[Bare] = []
+        self._theirs: dict[str, list[Turn]] = {name: [] for name in peers}
 
-def _alone(place: Place, shiwu: Drained, seconds: float) -> Bare:
-    """The bare model at the batch sizes that shiwu has just used."""
-    found = bare.measure(place.model_env, largest=shiwu.largest_batch, seconds=seconds)
-    if found.dtype != shiwu.dtype:
-        raise RuntimeError(f"expected the model alone in {shiwu.dtype} as in the service, got {found.dtype}")
-    print(f"  bare model: {number(found.best.per_second)} pictures/s, {found.dtype}", flush=True)
-    return found
+    def play(self, seconds: float) -> None:
+        """One round."""
+        self._ours.append(self._shiwu.player.turn(seconds))
+        self._bare.append(self._alone.ask(seconds))
+        for name, peer in self._peers.items():
+            self._ours.append(self._shiwu.player.turn(seconds))
+            self._theirs[name].append(peer.player.turn(seconds))
 
+    def finish(self, seconds: float) -> None:
+        """shiwu's turn after the last of the others."""
+        self._ours.append(self._shiwu.player.turn(seconds))
 
-def _figures(bares: Sequence[Bare], runs: Mapping[str, Sequence[Run]], parity: Parity | None) -> Figures:
-    rates = tuple(one.best.per_second for one in bares)
-    bare_rate = median(rates)
-    drained = {name: [one.drained for one in its] for name, its in runs.items()}
-    reference = median_rate(drained.get(REFERENCE, []))
-    rows = []
-    for name, its in drained.items():
-        mid, rate = middle(its), median_rate(its)
-        rows.append(
-            Row(
-                system=name,
-                per_second=rate,
-                all_per_second=tuple(one.per_second for one in its),
-                own_cpu_s=mid.own_cpu_s,
-                below_cpu_s=mid.below_cpu_s,
-                mean_batch=mid.mean_batch,
-                gpu=mid.gpu,
-                ready_s=median([one.ready_s for one in runs[name]]),
-                of_bare=ratio(rate, bare_rate),
-                reference_times=ratio(rate, reference),
-            )
+    def line(self) -> str:
+        """The last round."""
+        others = [f"{name} {number(rate(turns[-1:]))}" for name, turns in self._theirs.items()]
+        ours = number(rate(self._ours[-1 - len(others) :]))
+        return ", ".join([f"{SHIWU} {ours} pictures/s", f"{BARE} {number(self._bare[-1].best.per_second)}", *others])
+
+    def figures(self, place: Place) -> Figures:
+        """All rounds as one."""
+        alone = bare.together(self._bare)
+        best = [next(one for one in turn.rungs if one.size == alone.best.size) for turn in self._bare]
+        as_turns = [Turn(one.per_second * one.seconds, one.seconds) for one in best]
+        replies = {SHIWU: self._shiwu.player.replies()}
+        replies |= {name: peer.player.replies() for name, peer in self._peers.items()}
+        rows = [_row(SHIWU, self._shiwu, self._ours, replies[SHIWU], Ratio(1.0, 0.0))]
+        for place_at, (name, peer) in enumerate(self._peers.items(), 1):
+            rows.append(_row(name, peer, self._theirs[name], replies[name], self._beside(self._theirs[name], place_at)))
+        return Figures(
+            bare=alone,
+            all_bare_per_second=tuple(one.per_second for one in best),
+            shiwu_is=self._beside(as_turns, 0),
+            rows=tuple(rows),
+            stages=self._shiwu.felt.stages,  # of a turn they would hold the time in which it stood still
+            parity=compare(place, replies),
         )
-    middle_bare = sorted(bares, key=lambda one: one.best.per_second)[(len(bares) - 1) // 2]
-    return Figures(middle_bare, bare_rate, rates, tuple(rows), middle(drained[SHIWU]).stages, parity)
+
+    def _beside(self, theirs: Sequence[Turn], place_at: int) -> Ratio:
+        """shiwu's turns before and after each of theirs; `place_at` counts the others of a round from 0."""
+        each = 1 + len(self._peers)
+        starts = [each * number_ + place_at for number_ in range(len(theirs))]
+        return paired([(self._ours[at : at + 2], [turn]) for at, turn in zip(starts, theirs, strict=True)])
 
 
-def _parity(place: Place, replies: Mapping[str, Sequence[Reply]]) -> Parity | None:
-    """Both have been asked for the same pictures in the same turn."""
-    if REFERENCE not in replies:
-        return None
-    different = len(place.source.references)
-    pairs = list(zip(replies[SHIWU][:different], replies[REFERENCE][:different], strict=False))
-    differences = []
-    for ours, theirs in pairs:
-        scores = dict(theirs.tags)
-        differences += [abs(score - scores[label]) for label, score in ours.tags if label in scores]
-    same = sum([label for label, _ in a.tags] == [label for label, _ in b.tags] for a, b in pairs)
-    return Parity(len(pairs), same, max(differences))
+def _row(name: str, seat: Seated, turns: Sequence[Turn], replies: Sequence[Reply], shiwu_is: Ratio) -> Row:
+    pictures = sum(one.pictures for one in turns)
+    return Row(
+        system=name,
+        per_second=rate(turns),
+        all_per_second=tuple(rate([one]) for one in turns),
+        own_cpu_s=ratio(sum(one.own_cpu_s for one in turns), pictures),
+        below_cpu_s=ratio(sum(one.below_cpu_s for one in turns), pictures),
+        mean_batch=mean_batch(replies),
+        gpu=Load(median([one.busy_percent for one in turns]), seat.memory_mib),
+        ready_s=seat.ready_s,
+        shiwu_is=shiwu_is,
+    )
 
 
 def _report(options: Options, figures: Figures, place: Place, *, server: str) -> Report:
     asked = options.pictures
     device = f"{figures.bare.dtype} on {figures.bare.device}"
     what = f"{place.checkpoint.name}, {device}, {asked.size} JPEG from {asked.source}"
-    names = ("bare model", *(one.system for one in figures.rows))
-    rates = (figures.bare_per_second, *(one.per_second for one in figures.rows))
+    names = (BARE, *(one.system for one in figures.rows))
+    rates = (figures.bare.best.per_second, *(one.per_second for one in figures.rows))
     stages = tuple(one.stage for one in figures.stages)
     stage_ms = tuple(one.mean_ms for one in figures.stages)
     title = "Where a picture's time goes in shiwu, mean ms (claim and batch are waiting: for a loader, for the model)"
@@ -185,42 +189,31 @@ def _report(options: Options, figures: Figures, place: Place, *, server: str) ->
         server=server,
         model=place.checkpoint.name,
         has_random_weights=place.checkpoint.is_random,
-        notes=(*_parity_note(figures.parity), *picture_setup.notes(asked, place.source)),
+        notes=(*([figures.parity.text] if figures.parity else []), *picture_setup.notes(asked, place.source)),
     )
 
 
 def _headlines(figures: Figures) -> Iterator[Headline]:
     shiwu, *peers = figures.rows
-    yield Headline("bare model", figures.bare_per_second, "pictures/s", "more")
-    yield Headline("bare model, start to warm", figures.bare.start_s, "s", "less")
+    yield Headline(BARE, figures.bare.best.per_second, "pictures/s", "more")
+    yield Headline(f"{BARE}, start to warm", figures.bare.start_s, "s", "less")
     yield Headline("shiwu", shiwu.per_second, "pictures/s", "more")
     yield Headline("shiwu, start to ready", shiwu.ready_s, "s", "less")
-    yield Headline("shiwu ÷ bare model", shiwu.of_bare, "of bare", "more")
+    yield Headline(f"shiwu ÷ {BARE}", figures.shiwu_is.value, "of bare", "more")
     for one in peers:
-        yield Headline(f"shiwu ÷ {one.system}", ratio(shiwu.per_second, one.per_second), "times", "more")
-
-
-def _parity_note(parity: Parity | None) -> tuple[str, ...]:
-    if parity is None:
-        return ()
-    return (
-        f"answers against the reference script's: {parity.same_order} of {parity.pictures} in the same order, "
-        f"scores {parity.max_score_difference:.4f} apart at most",
-    )
+        yield Headline(f"shiwu ÷ {one.system}", one.shiwu_is.value, "times", "more")
 
 
 def _table(figures: Figures, what: str) -> Table:
-    head = ("system", "pictures/s", "all rounds", "÷ bare", "× reference", "own CPU ms/picture", "children's")
+    head = ("system", "pictures/s", "least and most of a turn", "shiwu is", "own CPU ms/picture", "children's")
     best = figures.bare.best
-    rounds = " ".join(number(each) for each in figures.all_bare_per_second)
-    alone = ("bare model", number(figures.bare_per_second), rounds, "1", "–", "–", "–", str(best.size), "–", "–", "–")
+    bare_row = (BARE, number(best.per_second), _range(figures.all_bare_per_second), str(figures.shiwu_is))
     rows = tuple(
         (
             one.system,
             number(one.per_second),
-            " ".join(number(each) for each in one.all_per_second),
-            f"{one.of_bare:.3f}",
-            number(one.reference_times),
+            _range(one.all_per_second),
+            "–" if one.system == SHIWU else str(one.shiwu_is),
             number(one.own_cpu_s * 1000),
             number(one.below_cpu_s * 1000),
             number(one.mean_batch),
@@ -230,4 +223,10 @@ def _table(figures: Figures, what: str) -> Table:
         )
         for one in figures.rows
     )
-    return Table(f"A backlog: {what}", (*head, "mean batch", "ready s", "GPU busy %", "GPU MiB"), (alone, *rows))
+    title = f"A backlog: {what}. Ratios are of neighbouring turns, ± their standard error"
+    columns = (*head, "mean batch", "ready s", "GPU busy %", "GPU MiB")
+    return Table(title, columns, ((*bare_row, "–", "–", str(best.size), "–", "–", "–"), *rows))
+
+
+def _range(rates: Sequence[float]) -> str:
+    return f"{number(min(rates))} to {number(max(rates))}"
