@@ -12,7 +12,7 @@ import numpy as np
 from bench import traffic
 from bench.gpu import Load, watching
 from bench.picture_systems import Place, Running
-from bench.report import ratio
+from bench.report import median, ratio
 from bench.traffic import Reply
 from shiwu.contract import Stage
 
@@ -46,6 +46,8 @@ class Drained:
     """The same of the processes that these have started: for shiwu the loaders'."""
     mean_batch: float
     largest_batch: int
+    full_batch_ms: float
+    """The forward pass of the largest batches, median, beside the loaders; NaN where a system does not tell."""
     dtype: str
     gpu: Load
     stages: tuple[StageTime, ...]
@@ -89,6 +91,8 @@ def _once(place: Place, running: Running, count: int) -> Backlog:
     first = replies[int(np.argmin(arrivals))].batch_size or 1
     counted = count - first
     own_s, below_s = (ratio(end - start, counted) for start, end in zip(before, after, strict=True))
+    largest = max(one.batch_size or 1 for one in replies)
+    full_ms = [one.timing.encode for one in replies if one.batch_size == largest and one.timing.encode]
     rate = ratio(counted, max(arrivals) - min(arrivals))
     rate = rate if counted else float("nan")
     drained = Drained(
@@ -97,10 +101,11 @@ def _once(place: Place, running: Running, count: int) -> Backlog:
         own_cpu_s=own_s,
         below_cpu_s=below_s,
         mean_batch=mean_batch(replies),
-        largest_batch=max(one.batch_size or 1 for one in replies),
+        largest_batch=largest,
+        full_batch_ms=median(full_ms),
         dtype=replies[0].dtype,
         gpu=load,
-        stages=_stages(replies),
+        stages=stage_times(replies),
     )
     return Backlog(drained, tuple(replies))
 
@@ -110,5 +115,6 @@ def mean_batch(replies: Sequence[Reply]) -> float:
     return ratio(len(replies), sum(1 / (one.batch_size or 1) for one in replies))
 
 
-def _stages(replies: Sequence[Reply]) -> tuple[StageTime, ...]:
+def stage_times(replies: Sequence[Reply]) -> tuple[StageTime, ...]:
+    """The means of these answers."""
     return tuple(StageTime(name, float(np.mean([getattr(one.timing, name) for one in replies]))) for name in STAGES)

@@ -1,7 +1,7 @@
 """From enqueue to an answer that can be read: p50, p95 and p99 in an open loop, and one at a time on an idle worker.
 
-The rates are shares of what shiwu can do, measured in the same run; each peer gets the same rates as far as it can keep
-up with them, and shares of its own capacity besides.
+The rates are shares of what shiwu can do, measured anew before each run, for a machine's speed drifts; each peer gets
+the same rates as far as it can keep up with them, and a share of its own capacity besides.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bench.charts import Chart, Series
 from bench.openloop import Idle, Spread, run_idle, run_open_loop
 from bench.picture_setup import PictureOptions, open_place, read_options
 from bench.picture_systems import SHIWU, Place, System
-from bench.report import Headline, Report, Table, number, ratio
+from bench.report import Headline, Report, Table, median, number, ratio
 from shiwu.contract import Lane
 
 JUDGED: Final = 0.8
@@ -26,6 +26,8 @@ JUDGED: Final = 0.8
 KEEPS_UP: Final = 0.95
 """A peer is not asked for more than this share of its own capacity."""
 FEWEST_IDLE: Final = 20
+AGAIN_S: Final = 6.0
+"""Of backlog, by which a capacity is measured again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +38,20 @@ class Run:
     share: float
     """Of whose capacity `of` names."""
     of: str
+    can: float
+    """The system's own capacity just before the run."""
     spread: Spread
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What one system can do, from a backlog."""
+    """What one system can do, from backlogs."""
 
     system: str
     per_second: float
+    """The median."""
+    full_batch_ms: float
+    """The forward pass of a full batch beside the loaders."""
     beyond: tuple[float, ...]
     """Rates that it was not asked for: it can't keep up with them."""
     idle: Idle
@@ -113,32 +120,43 @@ def _measure(
     """One system: what it can do, then each rate. `whole` is shiwu's capacity, None for shiwu itself."""
     with system.open(place) as running:
         drained = drain(place, running, seconds=options.pictures.seconds).drained
-        can = drained.per_second
-        print(f"  {system.name}: {number(can)} pictures/s from a backlog", flush=True)
+        print(f"  {system.name}: {number(drained.per_second)} pictures/s from a backlog", flush=True)
         idle = run_idle(place, running, count=options.idle, seed=options.seed)
-        runs, beyond = [], []
-        for share, of, rate in _rates(options, can, whole):
+        found: list[Drained] = [drained]
+        runs: list[Run] = []
+        beyond: list[float] = []
+        for share, of in _shares(options, is_peer=whole is not None):
+            if runs:
+                found.append(drain(place, running, seconds=AGAIN_S).drained)
+            can = found[-1].per_second
+            rate = share * (whole if whole is not None and of == SHIWU else can)
             if rate > KEEPS_UP * can * 1.0001:
                 beyond.append(rate)
                 continue
             seconds = min(options.longest_s, max(options.pictures.seconds, options.fewest / rate))
             spread = run_open_loop(place, running, rate=rate, seconds=seconds, seed=options.seed)
-            print(f"  {system.name}: {number(rate)}/s: p99 {number(spread.p99_ms)} ms", flush=True)
-            runs.append(Run(system.name, share, of, spread))
-    return drained, Capacity(system.name, can, tuple(beyond), idle), runs
+            print(f"  {system.name}: {number(rate)}/s of {number(can)}: p99 {number(spread.p99_ms)} ms", flush=True)
+            runs.append(Run(system.name, share, of, can, spread))
+    capacity = Capacity(
+        system=system.name,
+        per_second=median([one.per_second for one in found]),
+        full_batch_ms=median([one.full_batch_ms for one in found]),
+        beyond=tuple(beyond),
+        idle=idle,
+    )
+    return drained, capacity, runs
 
 
-def _rates(options: Options, can: float, whole: float | None) -> Iterator[tuple[float, str, float]]:
-    """Share, of whose capacity, and the rate: shiwu's own for all, and for a peer its own judged share too."""
+def _shares(options: Options, *, is_peer: bool) -> Iterator[tuple[float, str]]:
+    """Shares and of whose capacity: shiwu's for all, and for a peer its own judged share too."""
     for share in options.shares:
-        yield share, SHIWU, share * (whole or can)
-    if whole is not None:
-        yield JUDGED, "own", JUDGED * can
+        yield share, SHIWU
+    if is_peer:
+        yield JUDGED, "own"
 
 
 def _report(options: Options, figures: Figures, place: Place, *, server: str) -> Report:
     asked = options.pictures
-    full = figures.bare.full
     what = (
         f"{place.checkpoint.name}, {figures.bare.dtype} on {figures.bare.device}, {asked.size} JPEG from {asked.source}"
     )
@@ -153,7 +171,8 @@ def _report(options: Options, figures: Figures, place: Place, *, server: str) ->
     headlines = [Headline("idle, above the stages", idle.above_ms, "ms", "less")]
     if judged is not None:
         headlines.append(Headline("p99 at 80 %", judged.p99_ms, "ms", "less"))
-        headlines.append(Headline("p99 at 80 % ÷ full batch", ratio(judged.p99_ms, full.batch_ms), "times", "less"))
+        full_ms = figures.capacities[0].full_batch_ms
+        headlines.append(Headline("p99 at 80 % ÷ full batch", ratio(judged.p99_ms, full_ms), "times", "less"))
         headlines += [
             Headline(f"p99 at 80 %, {name} ÷ shiwu", ratio(theirs.p99_ms, judged.p99_ms), "times", "more")
             for name in names[1:]
@@ -181,10 +200,14 @@ def _explained(figures: Figures, judged: Spread | None) -> tuple[str, ...]:
     full = figures.bare.full
     lines = ["latency counts from the moment at which a job was to be sent; the first tenth of each run is not counted"]
     if judged is not None:
-        times = number(ratio(judged.p99_ms, full.batch_ms))
+        full_ms = figures.capacities[0].full_batch_ms
+        times = number(ratio(judged.p99_ms, full_ms))
         lines.append(
-            f"shiwu's p99 at 80 % is {times} times what a full batch of {full.size} takes ({number(full.batch_ms)} ms)"
+            f"shiwu's p99 at 80 % is {times} times what a full batch takes beside the loaders ({number(full_ms)} ms); "
+            f"the model alone, with all cores, takes {number(full.batch_ms)} ms for {full.size}"
         )
+        slowest = ", ".join(f"{one.stage} {number(one.mean_ms)}" for one in judged.slowest)
+        lines.append(f"the slowest twentieth of shiwu's answers at 80 %, mean ms: {slowest}")
     for one in figures.capacities:
         if one.beyond:
             rates = ", ".join(number(rate) for rate in one.beyond)

@@ -10,17 +10,22 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench import traffic
+from bench.backlog import StageTime, mean_batch, stage_times
 from bench.picture_systems import Place, Running
 from bench.report import median
 
 WARM_SHARE: Final = 0.1
 """The first answers of a run, while queues fill, are not counted."""
+BUILD_S: Final = 0.5
+BUILD_ONE_S: Final = 0.0001
+"""Until the first job is due: for making the messages."""
 DRAIN_S: Final = 60.0
 LATE_S: Final = 1.0
 LATE_SHARE: Final = 0.1
@@ -42,6 +47,9 @@ class Spread:
     """How late the sender itself was; its part of the latencies above."""
     kept_up: bool
     """Whether the answers ended soon after the jobs did."""
+    mean_batch: float
+    slowest: tuple[StageTime, ...]
+    """Where the time of the slowest twentieth went, as far as the system says."""
 
 
 def run_open_loop(place: Place, running: Running, *, rate: float, seconds: float, seed: int) -> Spread:
@@ -50,22 +58,35 @@ def run_open_loop(place: Place, running: Running, *, rate: float, seconds: float
     count = max(2, int(rate * seconds))
     due_s = np.cumsum(chance.exponential(1 / rate, count))
     prefix = f"l{next(_numbers)}"
-    messages = traffic.build(place.source.references, count=count, prefix=prefix, lane=place.lane)
+    began_s = time.monotonic() + BUILD_S + count * BUILD_ONE_S
+    after_s = [float(each) for each in due_s + began_s - time.monotonic()]
+    messages = traffic.build(place.source.references, count=count, prefix=prefix, lane=place.lane, after_s=after_s)
     ids = [one.id for one in messages]
     with traffic.listening(place.client) as listener:
-        began_s = time.monotonic() + 0.1
         late = _send(place, messages, due_s + began_s)
         running.check()
         listener.wait(count, timeout_s=DRAIN_S + seconds, check=running.check)
         arrivals = np.array([listener.arrivals[job_id] for job_id in ids])
-    traffic.read(place.client, ids)
     warm = int(count * WARM_SHARE)
+    replies = traffic.read(place.client, ids)[warm:]
     latencies = ((arrivals - began_s - due_s) * 1000)[warm:]
     p50, p95, p99 = (float(np.percentile(latencies, share)) for share in (50, 95, 99))
     over_s = float(arrivals.max() - began_s - due_s[-1])
     kept_up = over_s <= max(LATE_S, LATE_SHARE * float(due_s[-1]))
     late_ms = float(np.percentile(late, 99) * 1000)
-    return Spread(rate, len(latencies), p50, p95, p99, float(latencies.max()), late_ms, kept_up)
+    slow = [one for one, latency in zip(replies, latencies, strict=True) if latency >= p95]
+    return Spread(
+        rate=rate,
+        answers=len(latencies),
+        p50_ms=p50,
+        p95_ms=p95,
+        p99_ms=p99,
+        max_ms=float(latencies.max()),
+        sender_late_p99_ms=late_ms,
+        kept_up=kept_up,
+        mean_batch=mean_batch(replies),
+        slowest=(StageTime("queue", mean([one.timing.queue or 0.0 for one in slow])), *stage_times(slow)),
+    )
 
 
 def _send(place: Place, messages: Sequence[traffic.Message], at_s: NDArray[np.float64]) -> list[float]:

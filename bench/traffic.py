@@ -56,14 +56,21 @@ def server_version(client: redis.Redis) -> str:
     return f"valkey {info['valkey_version']}" if "valkey_version" in info else f"redis {info['redis_version']}"
 
 
-def build(references: Sequence[str], *, count: int, prefix: str, lane: Lane) -> list[Message]:
-    """So many jobs over these references in turn."""
+def build(
+    references: Sequence[str], *, count: int, prefix: str, lane: Lane, after_s: Sequence[float] = ()
+) -> list[Message]:
+    """So many jobs over these references in turn.
+
+    Args:
+        after_s: when each will be sent, seconds from now; by default at once.
+    """
     now_ms = time.time() * 1000
     requests = [Request(image=reference) for reference in references]
     found = []
     for number in range(count):
         job_id = f"{prefix}-{number}"
-        raw = build_message(requests[number % len(requests)], job_id=job_id, lane=lane, sent_ms=now_ms)
+        sent_ms = now_ms + 1000 * after_s[number] if after_s else now_ms
+        raw = build_message(requests[number % len(requests)], job_id=job_id, lane=lane, sent_ms=sent_ms)
         found.append(Message(job_id, raw))
     return found
 
