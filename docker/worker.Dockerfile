@@ -15,7 +15,7 @@ FROM ${PYTHON_IMAGE} AS requirements
 WORKDIR /asked
 COPY constraints.txt pyproject.toml ./
 COPY docker/requirements.py docker/
-RUN python3 docker/requirements.py worker otel > requirements.txt \
+RUN python3 docker/requirements.py worker otel obstore > requirements.txt \
  && python3 docker/requirements.py --build-system > build-requirements.txt \
  && grep --max-count=1 '^torch==' constraints.txt > torch.txt
 

@@ -23,6 +23,8 @@ class Certificate:
             [
                 *("openssl", "req", "-x509", "-nodes", "-days", "2", "-newkey", "ec"),
                 *("-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", f"/CN={name}"),
+                # rustls takes no authority's certificate for a server's.
+                *("-addext", "basicConstraints=critical,CA:FALSE"),
                 *("-addext", f"subjectAltName=DNS:{name}", "-keyout", str(made.key), "-out", str(made.path)),
             ],
             check=True,

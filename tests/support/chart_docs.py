@@ -95,6 +95,7 @@ def _special() -> dict[str, dict[str, Any]]:
         "redis.sentinel.addresses": {"type": "array", "items": {"type": "string", "pattern": "^[^:@/]+:[0-9]+$"}},
         "valkey.size": {"type": "string", "pattern": r"^([0-9.]+[KMGT]i?)?$"},
         "http.port": {"type": "integer", "minimum": 1024, "maximum": 65535},
+        "s3.client": {"enum": ["boto3", "obstore"]},
         "networkPolicy.s3Port": _PORT,
         "podSecurityContext": _FREE,
         "securityContext": _FREE,

@@ -41,14 +41,17 @@ class Pool:
         self.results: dict[int, Loaded] = {}
         self.fatal: list[FatalError] = []
         self._lock = threading.Lock()
-        limits = {"max_bytes": 10_000_000, "max_pixels": 400_000_000, "max_side": 20_000, "formats": ("PNG", "JPEG")}
-        limits["exact"] = True
+        limits: dict[str, Any] = {
+            "max_bytes": 10_000_000,
+            "max_pixels": 400_000_000,
+            "max_side": 20_000,
+            "formats": ("PNG", "JPEG"),
+        }
+        limits |= {"exact": True, "s3_endpoint_url": None, "s3_region": None}
         loader_options = LoaderOptions(
             spec=SPEC,
             slots=SLOTS,
             threads=4,
-            s3_endpoint_url=None,
-            s3_region=None,
             reach=Reach(allow_hosts=("127.0.0.1",), allow_folders=(folder,)),
             connect_timeout_s=1.0,
             read_timeout_s=20.0,

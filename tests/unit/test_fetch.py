@@ -1,4 +1,4 @@
-"""Every source, well and badly behaved: bytes, or an error that says whether trying again may help."""
+"""Every source but S3, well and badly behaved: bytes, or an error that says whether trying again may help."""
 
 from __future__ import annotations
 
@@ -13,19 +13,16 @@ from shiwu_worker.reach import Reach
 from shiwu_worker.stages.fetch import Fetcher, FetchLimits
 from shiwu_worker.web import Web
 from tests.support.picture_server import PictureServer, Reply
-from tests.support.servers import S3Server
 
 BODY = b"x" * 5000
 
 
-def make_fetcher(
-    *, endpoint_url: str | None = None, total_timeout_s: float = 2.0, reach: Reach | None = None
-) -> Fetcher:
+def make_fetcher(*, total_timeout_s: float = 2.0, reach: Reach | None = None) -> Fetcher:
     """A fetcher with small limits that may reach this machine's servers."""
     limits = FetchLimits(max_bytes=10_000, total_timeout_s=total_timeout_s, connect_timeout_s=0.5, read_timeout_s=0.5)
     rules = reach or Reach(allow_hosts=("127.0.0.1",))
     web = Web(rules, threads=2, connect_timeout_s=0.5, read_timeout_s=0.5)
-    return Fetcher(s3=S3Options(endpoint_url, "us-east-1"), web=web, reach=rules, limits=limits, threads=2)
+    return Fetcher(s3=S3Options(None, "us-east-1"), web=web, reach=rules, limits=limits, threads=2)
 
 
 def code_of(fetcher: Fetcher, reference: str) -> tuple[type[JobError], str]:
@@ -106,22 +103,3 @@ def test_files_of_allowed_folders_only(tmp_path: Path) -> None:
         (inside / ("a" * 300), "invalid_reference"),
     ]:
         assert code_of(fetcher, f"file://{path}") == (Rejected, code), path
-
-
-def test_s3_objects_versions_and_errors(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys with spaces and non-ASCII, missing keys and buckets, wrong credentials, a store that is away."""
-    for name, value in s3.env.items():
-        monkeypatch.setenv(name, value)
-    fetcher = make_fetcher(endpoint_url=s3.endpoint_url, total_timeout_s=10.0)
-    s3.put("fetch/猫 一+1.jpg", BODY)
-    assert fetcher.fetch("s3://pictures/fetch/猫 一+1.jpg") == BODY
-    s3.put("fetch/large", b"x" * 20_000)
-    assert code_of(fetcher, "s3://pictures/fetch/large") == (Rejected, "picture_too_large")
-    assert code_of(fetcher, "s3://pictures/fetch/none") == (Rejected, "source_not_found")
-    assert code_of(fetcher, "s3://no bucket!/fetch/none") == (Rejected, "invalid_reference")
-    assert code_of(fetcher, "s3://pictures/fetch/") == (Rejected, "source_not_a_file")
-    away = make_fetcher(endpoint_url="http://127.0.0.1:1", total_timeout_s=1.0)
-    assert code_of(away, "s3://pictures/x") == (Unavailable, "source_unavailable")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    wrong = make_fetcher(endpoint_url=s3.endpoint_url)
-    assert code_of(wrong, "s3://pictures/fetch/none") == (Rejected, "source_forbidden")

@@ -18,10 +18,12 @@ from PIL import Image
 from shiwu.contract import ErrorCode
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.nursery import source_environment
+from shiwu_worker.object_store import S3Client
 from tests.support import bombs, pictures
 from tests.support.family import children, lives
-from tests.support.loader_pool import Pool
+from tests.support.loader_pool import SLOTS, Pool
 from tests.support.picture_server import PictureServer, Reply
+from tests.support.stores import CLIENTS, OWN_NAMES
 from tests.support.waiting import wait_until
 
 
@@ -150,6 +152,31 @@ def holds(pid: int, what: bytes) -> bool:
                 except OSError:
                     continue
     return False
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_loader_reads_many_buckets_within_its_limits(
+    tmp_path: Path, http_server: PictureServer, client: S3Client
+) -> None:
+    """By either client of the store, each with its threads and connections; a name is looked up each time."""
+    data = pictures.png(pictures.picture().resize((80, 80)))
+    for number in range(SLOTS):
+        http_server.serve(f"/bucket-{number}/a.png", Reply.picture(data).late(first_pause_s=0.05))
+    options = {"s3_client": client, "s3_endpoint_url": f"http://localhost:{http_server.port}", "s3_region": "us-east-1"}
+    with Pool(tmp_path, processes=1, environment=OWN_NAMES, **options) as made:
+        made.submit(*(f"s3://bucket-{number}/a.png" for number in range(SLOTS)))
+        made.wait(SLOTS)
+        assert [one.error for one in made.results.values() if one.error] == []
+        assert made.pool.restarts == 0
+        [pid] = made.pool.pids
+        proc = Path(f"/proc/{pid}")
+        names = [(task / "comm").read_text().strip() for task in (proc / "task").iterdir()]
+        assert names.count("tokio-rt-worker") <= 1 + 4, "one, and look-ups"
+        [most_bytes] = re.findall(r"Max address space +(\d+)", (proc / "limits").read_text())
+        [peak_kb] = re.findall(r"VmPeak:\s+(\d+) kB", (proc / "status").read_text())
+        assert int(peak_kb) * 1024 < int(most_bytes)
+        [most_files] = re.findall(r"Max open files +(\d+)", (proc / "limits").read_text())
+        assert len(list((proc / "fd").iterdir())) < int(most_files) / 2
 
 
 def test_a_path_that_is_no_text_is_answered_like_any_other(good: str, tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import boto3
 import redis
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +18,9 @@ from shiwu_worker.config import Settings, shown
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.models import model_folder
+from shiwu_worker.object_store import S3Limits, S3Options, StoreError, StoreRefused
 from shiwu_worker.parts import connect, open_encoder, open_labels
+from shiwu_worker.stores import new_store
 
 
 def run_checks() -> int:
@@ -47,7 +48,7 @@ def run_checks() -> int:
         try:
             with redirect_stdout(sys.stderr):
                 text = check(settings)
-        except (FatalError, redis.RedisError, BotoCoreError, ClientError, OSError, ValueError) as error:
+        except (FatalError, redis.RedisError, BotoCoreError, StoreError, OSError, ValueError) as error:
             failed += 1
             console.print(f"[red]failed[/red]  {name}: ", end="")
             console.print(f"{type(error).__name__}: {error}", markup=False)
@@ -74,19 +75,17 @@ def _check_s3(settings: Settings) -> str:
         return "no credentials: s3:// references will be answered source_forbidden"
     if settings.s3_endpoint_url is None:
         return f"credentials by {credentials.method}; AWS is not asked, since no bucket is known here"
-    client = session.client(
-        "s3",
-        endpoint_url=settings.s3_endpoint_url,
-        region_name=settings.s3_region or session.region_name or "us-east-1",
-        config=Config(connect_timeout=settings.connect_timeout_s, read_timeout=5, retries={"total_max_attempts": 1}),
+    store = new_store(
+        S3Options(settings.s3_endpoint_url, settings.s3_region, settings.s3_client),
+        S3Limits(threads=1, connect_timeout_s=settings.connect_timeout_s, read_timeout_s=5, total_timeout_s=5),
     )
     try:
-        client.head_bucket(Bucket="shiwu-check")
-    except ClientError as error:
-        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        if status not in {403, 404}:
+        with store.open("shiwu-check", "shiwu-check", version=None):
+            pass
+    except StoreRefused as error:
+        if error.status not in {403, 404}:
             raise
-    return f"{settings.s3_endpoint_url} answers; credentials by {credentials.method}"
+    return f"{settings.s3_endpoint_url} answers {settings.s3_client}; credentials by {credentials.method}"
 
 
 def _check_model(settings: Settings) -> str:

@@ -16,7 +16,19 @@ from shiwu.contract import TASK_NAME
 from shiwu.keep import DEAD_AGE_S, DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S, STREAM_LENGTH
 from shiwu.upkeep import MAX_LEASE_S
 from shiwu_worker.callback_rules import MOST, CallbackRules
-from shiwu_worker.config_lists import Hosts, Names, Networks, Paths, Ports, Prefixes, Retries, Traces, read_retry, split
+from shiwu_worker.config_lists import (
+    Hosts,
+    Names,
+    Networks,
+    Paths,
+    Ports,
+    Prefixes,
+    Retries,
+    S3Client,
+    Traces,
+    read_retry,
+    split,
+)
 from shiwu_worker.reach import HTTP_PORTS, Reach
 
 LARGEST_TRIED = 64
@@ -136,6 +148,10 @@ class Settings(BaseSettings):
     )
     s3_endpoint_url: str | None = Field(None, description="S3-compatible store; unset: AWS")
     s3_region: str | None = Field(None, description="unset: the usual AWS chain")
+    s3_client: S3Client = Field(
+        "boto3",
+        description="boto3, or obstore where it is installed: less CPU for an object, but it can't ask for every key",
+    )
     allow_hosts: Hosts = Field((), description="host[:port] that may be fetched although the address is not public")
     only_hosts: Hosts = Field((), description="if set, http(s):// of no other host is fetched; *.name for all below it")
     deny_hosts: Hosts = Field((), description="host[:port] that is never fetched")

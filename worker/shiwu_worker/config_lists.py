@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic_settings import NoDecode
@@ -24,12 +24,19 @@ def _has_otel(value: bool) -> bool:
     return value
 
 
+def _has_client(value: str) -> str:
+    if value == "obstore" and find_spec("obstore") is None:
+        raise ValueError("obstore is not installed: install shiwu[worker,obstore], or take boto3")
+    return value
+
+
 Names = Annotated[tuple[str, ...], NoDecode]
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(checked(read_host))], ...], NoDecode]
 Networks = Annotated[tuple[Annotated[str, AfterValidator(checked(ipaddress.ip_network))], ...], NoDecode]
 Prefixes = Annotated[tuple[Annotated[str, AfterValidator(checked(read_nat64))], ...], NoDecode]
 Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], NoDecode]
 Paths = Annotated[tuple[Path, ...], NoDecode]
+S3Client = Annotated[Literal["boto3", "obstore"], AfterValidator(_has_client)]
 Traces = Annotated[bool, AfterValidator(_has_otel)]
 Retries = Annotated[dict[ErrorCode, tuple[int, float, float]], NoDecode]
 RETRIABLE = {

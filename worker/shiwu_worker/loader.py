@@ -32,7 +32,7 @@ from shiwu_worker.loader_frames import (
     LoaderOptions,
     LoadTask,
 )
-from shiwu_worker.object_store import S3Options
+from shiwu_worker.object_store import STORES_KEPT, S3Options
 from shiwu_worker.stages.fetch import Fetcher, FetchLimits
 from shiwu_worker.web import LOOKUPS_A_THREAD, Web
 
@@ -54,7 +54,7 @@ class Loader:
         self._sending = threading.Lock()
         self._cpu_s = options.cpu_s
         self._fetcher = Fetcher(
-            s3=S3Options(options.s3_endpoint_url, options.s3_region),
+            s3=S3Options(options.s3_endpoint_url, options.s3_region, options.s3_client),
             web=Web(
                 options.reach,
                 threads=options.threads,
@@ -166,6 +166,19 @@ class Loader:
             os._exit(0)  # the parent is gone, and nobody waits for the other threads
 
 
+def _limits(options: LoaderOptions) -> dict[int, int]:
+    # Beside each thread two that look a name up, one of them for a fetch that is over.
+    threads, files = (1 + LOOKUPS_A_THREAD) * options.threads, FILES_A_THREAD * options.threads
+    if options.s3_client == "obstore":
+        # One that moves bytes, and for each of ours one more that looks a name up; connections of each bucket's store.
+        threads, files = threads + options.threads + 1, files + STORES_KEPT * options.threads
+    return {
+        resource.RLIMIT_AS: FETCH_BYTES + threads * THREAD_BYTES + options.threads * 4 * options.max_bytes,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_NOFILE: OPEN_FILES + files,
+    }
+
+
 def serve(connection_fd: int, memory_fd: int) -> None:
     """Run until the worker is gone."""
     connection = Connection(connection_fd)
@@ -174,14 +187,7 @@ def serve(connection_fd: int, memory_fd: int) -> None:
     cell = start_cell(options)
     # Only now: the cell is to know none of it.
     os.environ.update(ENVIRONMENT.decode(connection.recv_bytes()))
-    # Beside each thread two that look a name up, one of them for a fetch that is over.
-    memory_bytes = FETCH_BYTES + options.threads * ((1 + LOOKUPS_A_THREAD) * THREAD_BYTES + 4 * options.max_bytes)
-    open_files = OPEN_FILES + FILES_A_THREAD * options.threads
-    for kind, limit in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, open_files),
-    ):
+    for kind, limit in _limits(options).items():
         resource.setrlimit(kind, (limit, limit))
     shape = (options.slots, options.spec.height, options.spec.width, 3)
     pixels = np.frombuffer(mmap.mmap(memory_fd, math.prod(shape)), np.uint8).reshape(shape)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.image_spec import ImageSpec
+from shiwu_worker.object_store import S3Client
 from shiwu_worker.reach import Reach
 
 
@@ -24,6 +25,7 @@ class LoaderOptions(BaseModel):
     threads: int
     s3_endpoint_url: str | None
     s3_region: str | None
+    s3_client: S3Client = "boto3"
     reach: Reach
     max_bytes: int
     max_pixels: int

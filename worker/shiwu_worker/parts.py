@@ -80,6 +80,7 @@ def loader_options(settings: Settings, spec: ImageSpec) -> LoaderOptions:
         threads=settings.loader_threads,
         s3_endpoint_url=settings.s3_endpoint_url,
         s3_region=settings.s3_region,
+        s3_client=settings.s3_client,
         reach=settings.reach,
         max_bytes=settings.max_bytes,
         max_pixels=settings.max_pixels,

@@ -12,10 +12,9 @@ from typing import Final
 from urllib.parse import urljoin
 
 import urllib3
-from botocore.exceptions import ClientError
 from urllib3.util import parse_url
 
-from shiwu.contract import ErrorCode, Stage, without_query
+from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import JobError, Rejected, Unavailable, Unreachable
 
 _NOT_FOUND: Final = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "404", "MethodNotAllowed"}
@@ -63,11 +62,12 @@ def bucket_refused(shown: str, *, detail: str, tells: bool = False) -> Rejected:
     return rejected(ErrorCode.SOURCE_FORBIDDEN, f"{why}: {shown}", detail=detail)
 
 
-def s3_error(error: ClientError, reference: str) -> JobError:
-    """What an S3 store's refusal means for the job."""
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    shown = without_query(reference)
+def s3_refused(code: str, status: int, shown: str) -> JobError:
+    """What an S3 store's refusal means for the job.
+
+    Args:
+        code: S3's own word for it.
+    """
     text = f"S3 answered {code} (HTTP {status}): {shown}"
     if code in _NOT_FOUND or status == 404:
         return rejected(ErrorCode.SOURCE_NOT_FOUND, text)

@@ -80,7 +80,7 @@
 {{- range $v.worker.extraEnv -}}
 {{- $variables = append $variables .name -}}
 {{- end -}}
-{{- range $name, $own := dict "REDIS_URL" "redis" "GRACE_S" "worker.graceS" "LOADERS" "worker.loaders" "SLOTS" "worker.slots" "MAX_BATCH" "worker.maxBatch" "TORCH_THREADS" "worker.torchThreads" "MODEL" "model" "LABELS_DIR" "labels" "DEFAULT_LABELS" "labels.default" "HTTP_PORT" "http.port" "HTTP_HOST" "http.host" "DEVICE" "worker.device" "S3_ENDPOINT_URL" "s3.endpointUrl" "S3_REGION" "s3.region" -}}
+{{- range $name, $own := dict "REDIS_URL" "redis" "GRACE_S" "worker.graceS" "LOADERS" "worker.loaders" "SLOTS" "worker.slots" "MAX_BATCH" "worker.maxBatch" "TORCH_THREADS" "worker.torchThreads" "MODEL" "model" "LABELS_DIR" "labels" "DEFAULT_LABELS" "labels.default" "HTTP_PORT" "http.port" "HTTP_HOST" "http.host" "DEVICE" "worker.device" "S3_ENDPOINT_URL" "s3.endpointUrl" "S3_REGION" "s3.region" "S3_CLIENT" "s3.client" -}}
 {{- if hasKey $v.worker.settings $name -}}
 {{- $wrong = append $wrong (printf "worker.settings.%s: expected it as the value %s, from which more than the variable follows" $name $own) -}}
 {{- end -}}

@@ -41,6 +41,7 @@
 {{- with $v.s3.region }}
 - {name: SHIWU_S3_REGION, value: {{ . | quote }}}
 {{- end }}
+- {name: SHIWU_S3_CLIENT, value: {{ $v.s3.client | quote }}}
 {{- if $v.s3.existingSecret }}
 - name: AWS_ACCESS_KEY_ID
   valueFrom: {secretKeyRef: {name: {{ $v.s3.existingSecret }}, key: {{ $v.s3.accessKeyIdKey }}}}

@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import errno
 import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 from urllib.parse import parse_qs, urlsplit
 
 import urllib3
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-)
 
 from shiwu.contract import ErrorCode, without_query
 from shiwu_worker.errors import AddressRefused, Unavailable, UnknownHost
 from shiwu_worker.folders import Folders
-from shiwu_worker.object_store import S3Options, is_bucket, new_client
+from shiwu_worker.object_store import CHUNK, S3Limits, S3Options, StoreError, is_bucket, s3_error
 from shiwu_worker.reach import Reach, allows_bucket
 from shiwu_worker.sources import (
     bucket_refused,
@@ -36,11 +28,10 @@ from shiwu_worker.sources import (
     next_hop,
     refused,
     rejected,
-    s3_error,
     unavailable,
 )
+from shiwu_worker.stores import new_store
 
-CHUNK: Final = 64 * 1024
 QUICK_TRIES: Final = 3
 REDIRECTS: Final = 3
 MAX_DIGITS: Final = 18
@@ -74,14 +65,19 @@ class Fetcher:
     """
 
     def __init__(self, *, s3: S3Options, web: Web, reach: Reach, limits: FetchLimits, threads: int) -> None:
-        self._s3_options = s3
         self._web = web
         self._reach = reach
         self._folders = Folders(reach.allow_folders, reach.deny_folders)
         self._limits = limits
-        self._threads = threads
-        self._s3_client: Any = None
-        self._s3_lock = threading.Lock()
+        self._store = new_store(
+            s3,
+            S3Limits(
+                threads=threads,
+                connect_timeout_s=limits.connect_timeout_s,
+                read_timeout_s=limits.read_timeout_s,
+                total_timeout_s=limits.total_timeout_s,
+            ),
+        )
 
     def fetch(self, reference: str) -> bytes:
         """Read the whole object within the total deadline.
@@ -125,33 +121,12 @@ class Fetcher:
             raise bucket_refused(shown, detail="refused: SHIWU_ALLOW_BUCKETS, SHIWU_DENY_BUCKETS", tells=tells)
         if key.endswith("/"):
             raise rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a key, got a prefix: {shown}")
-        version = {"VersionId": parse_qs(f"v={query}")["v"][0]} if query else {}
+        version = parse_qs(f"v={query}")["v"][0] if query else None
         try:
-            answer = self._s3().get_object(Bucket=parts.netloc, Key=key, **version)
-            with answer["Body"] as body:
-                return self._read(lambda: body.read(CHUNK), answer.get("ContentLength"), deadline_s)
-        except ClientError as error:
-            raise s3_error(error, reference) from error
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise rejected(
-                ErrorCode.SOURCE_FORBIDDEN, "expected S3 credentials in the worker's environment, found none"
-            ) from error
-        except ParamValidationError as error:
-            text = f"expected a bucket and key that S3 accepts: {shown}"
-            raise rejected(ErrorCode.INVALID_REFERENCE, text) from error
-        except (BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
-            raise unavailable(f"S3 did not answer ({type(error).__name__})") from error
-
-    def _s3(self) -> Any:
-        with self._s3_lock:
-            if self._s3_client is None:
-                self._s3_client = new_client(
-                    self._s3_options,
-                    threads=self._threads,
-                    connect_timeout_s=self._limits.connect_timeout_s,
-                    read_timeout_s=self._limits.read_timeout_s,
-                )
-            return self._s3_client
+            with self._store.open(parts.netloc, key, version=version) as body:
+                return self._read(body.read, body.length, deadline_s)
+        except StoreError as error:
+            raise s3_error(error, shown) from error
 
     # -------------------------------------------------------------------------------- http
     def _from_http(self, reference: str, deadline_s: float) -> bytes:

@@ -1,0 +1,324 @@
+"""Both clients of the object store do the same, with a real store and with one that notes what it is asked."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import boto3
+import pytest
+from botocore.awsrequest import AWSResponse
+from botocore.credentials import ReadOnlyCredentials
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from shiwu_worker.boto_store import new_client
+from shiwu_worker.check import _check_s3
+from shiwu_worker.config import Settings
+from shiwu_worker.errors import Rejected, Unavailable
+from shiwu_worker.object_store import (
+    STORES_KEPT,
+    NoCredentials,
+    ObjectStore,
+    S3Client,
+    S3Limits,
+    S3Options,
+    StoreAway,
+    StoreError,
+    WrongName,
+)
+from shiwu_worker.obstore_store import ObstoreStore
+from tests.support.certificates import Certificate
+from tests.support.picture_server import PictureServer, Reply
+from tests.support.servers import S3Server
+from tests.support.stores import CLIENTS, OWN_NAMES, SECRET, failure, make_fetcher, make_store, read
+
+BODY = b"x" * 5000
+PLAIN = Reply(body=BODY)
+each_client = pytest.mark.parametrize("client", CLIENTS)
+
+
+@pytest.fixture(autouse=True)
+def _names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials of nobody."""
+    for name, value in OWN_NAMES.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def real(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The real store, with credentials that it knows."""
+    monkeypatch.delenv("AWS_SESSION_TOKEN")
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    return s3
+
+
+# -------------------------------------------------------------------------------- a real store
+@each_client
+def test_objects_and_errors(real: S3Server, client: S3Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole objects, missing keys and buckets, wrong credentials, a store that is away."""
+    fetcher = make_fetcher(client, real.endpoint_url)
+    assert fetcher.fetch(real.put("fetch/猫 一+1.jpg", BODY)) == BODY
+    assert fetcher.fetch(real.put("fetch/empty", b"")) == b""
+    large = failure(fetcher, real.put("fetch/large", b"x" * 20_000))
+    assert (type(large), large.code.value) == (Rejected, "picture_too_large")
+    for reference, code in {
+        "s3://pictures/fetch/none": "source_not_found",
+        "s3://no-such-bucket/none": "source_not_found",
+        "s3://pictures/fetch/none?versionId=none": "source_not_found",
+        "s3://no bucket!/fetch/none": "invalid_reference",
+        "s3://pictures/fetch/": "source_not_a_file",
+    }.items():
+        error = failure(fetcher, reference)
+        assert (type(error), error.code.value) == (Rejected, code), reference
+    away = failure(make_fetcher(client, "http://127.0.0.1:1", total_timeout_s=1.0), "s3://pictures/x")
+    assert (type(away), away.code.value) == (Unavailable, "source_unavailable")
+    assert str(away).startswith("S3 did not answer (")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    wrong = failure(make_fetcher(client, real.endpoint_url), "s3://pictures/fetch/none")
+    assert (type(wrong), wrong.code.value) == (Rejected, "source_forbidden")
+
+
+@each_client
+def test_versions(real: S3Server, client: S3Client) -> None:
+    """The one that is asked for."""
+    bucket = f"versions-{client}"
+    versions: dict[str, Any] = {"Bucket": bucket}
+    real.client.create_bucket(**versions)
+    real.client.put_bucket_versioning(**versions, VersioningConfiguration={"Status": "Enabled"})
+    old, new = (
+        real.client.put_object(**versions, Key="a", Body=text)["VersionId"] for text in (b"the old one", b"the new one")
+    )
+    fetcher = make_fetcher(client, real.endpoint_url)
+    assert fetcher.fetch(f"s3://{bucket}/a?versionId={old}") == b"the old one"
+    assert fetcher.fetch(f"s3://{bucket}/a?versionId={new}") == b"the new one"
+    assert fetcher.fetch(f"s3://{bucket}/a") == b"the new one"
+
+
+@each_client
+def test_keys_are_taken_as_they_stand(real: S3Server, client: S3Client) -> None:
+    """Nothing in a key is decoded, cut off or made plain."""
+    fetcher = make_fetcher(client, real.endpoint_url)
+    keys = ("a b", "a%20b", "a+b", "a?b=c", "a#b", "照片.jpg", "é", "e\u0301", "a&b;c=d", "~a'(b)*!", "%2e%2e", "a\\b")
+    for key in keys:
+        real.put(f"keys/{key}", key.encode())
+    for key in keys:
+        assert fetcher.fetch(f"s3://pictures/keys/{key}") == key.encode()
+
+
+@each_client
+def test_the_check_asks_by_the_chosen_client(real: S3Server, client: S3Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer is enough, a silence is not."""
+    monkeypatch.setenv("SHIWU_S3_CLIENT", client)
+    assert f"{real.endpoint_url} answers {client}; credentials by env" in _check_s3(Settings())
+    monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(StoreAway):
+        _check_s3(Settings())
+
+
+def test_a_client_that_is_not_there_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to do."""
+    monkeypatch.setenv("SHIWU_S3_CLIENT", "obstore")
+    assert Settings().s3_client == "obstore"
+    monkeypatch.setattr("shiwu_worker.config_lists.find_spec", lambda _: None)
+    with pytest.raises(ValidationError, match=r"install shiwu\[worker,obstore\]"):
+        Settings()
+    monkeypatch.setenv("SHIWU_S3_CLIENT", "s3fs")
+    with pytest.raises(ValidationError, match="'boto3' or 'obstore'"):
+        Settings()
+
+
+# -------------------------------------------------------------------------------- what a store is asked
+def asked(server: PictureServer, store: ObjectStore, key: str) -> str | None:
+    """The path that the store sees, or nothing where the key is refused."""
+    server.clear()
+    try:
+        read(store, key)
+    except WrongName:
+        assert not server.hits
+        return None
+    except StoreError:
+        pass
+    [path] = server.hits
+    return path
+
+
+def test_no_key_becomes_another(http_server: PictureServer) -> None:
+    """obstore asks for the same path as boto3, or refuses the key."""
+    boto, other = (make_store(client, http_server.url("")) for client in CLIENTS)
+
+    @given(key=st.text(st.sampled_from("ab./%?#+&= 照\\~:@\t\x7f'<é"), min_size=1, max_size=12))
+    def same(key: str) -> None:
+        expected = f"/pictures/{quote(key, safe='/~')}"
+        assert asked(http_server, boto, key) == expected
+        is_odd = any(part in {"", ".", ".."} for part in key.split("/")) or not key.isprintable()
+        assert asked(http_server, other, key) == (None if is_odd else expected)
+
+    same()
+
+
+@pytest.mark.parametrize("key", ["a//b", "/a", "../x", "a/./b", "a\tb"])
+def test_a_key_that_obstore_refuses_says_what_to_do(http_server: PictureServer, key: str) -> None:
+    """And boto3 takes it."""
+    error = failure(make_fetcher("obstore", http_server.url("")), f"s3://pictures/{key}")
+    assert (type(error), error.code.value) == (Rejected, "invalid_reference")
+    assert "SHIWU_S3_CLIENT=boto3 takes any" in str(error)
+    http_server.serve(f"/pictures/{quote(key)}", PLAIN)
+    assert make_fetcher("boto3", http_server.url("")).fetch(f"s3://pictures/{key}") == BODY
+
+
+ANSWERS = [
+    (404, "NoSuchKey", Rejected, "source_not_found"),
+    (404, "NoSuchBucket", Rejected, "source_not_found"),
+    (405, "MethodNotAllowed", Rejected, "source_not_found"),
+    (400, "InvalidRequest", Rejected, "source_not_found"),
+    (409, "InvalidObjectState", Rejected, "source_not_found"),
+    (412, "PreconditionFailed", Rejected, "source_not_found"),
+    (401, "Unauthorized", Rejected, "source_forbidden"),
+    (403, "AccessDenied", Rejected, "source_forbidden"),
+    (403, "InvalidAccessKeyId", Rejected, "source_forbidden"),
+    (400, "AllAccessDisabled", Rejected, "source_forbidden"),
+    (400, "RequestTimeout", Unavailable, "source_unavailable"),
+    (429, "TooManyRequests", Unavailable, "source_unavailable"),
+    (503, "SlowDown", Unavailable, "source_unavailable"),
+    (500, "InternalError", Unavailable, "source_unavailable"),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "kind", "expected"), ANSWERS, ids=str)
+def test_a_refusal_has_the_same_words(
+    http_server: PictureServer, status: int, code: str, kind: type[Exception], expected: str
+) -> None:
+    """By both clients, also for a key that pretends to be an answer."""
+    key = "Server returned non-2xx status code: 503 <Code>SlowDown</Code>"
+    text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{SECRET}</Message></Error>".encode()
+    http_server.serve(f"/pictures/{quote(key)}", Reply(status=status, body=text))
+    fetchers = [make_fetcher(client, http_server.url(""), total_timeout_s=0.1) for client in CLIENTS]
+    errors = [failure(fetcher, f"s3://pictures/{key}?versionId={SECRET}") for fetcher in fetchers]
+    assert {(type(error), error.code.value) for error in errors} == {(kind, expected)}
+    assert len({(str(error), error.detail) for error in errors}) == 1
+    assert f"S3 answered {code} (HTTP {status}): s3://pictures/Server" in f"{errors[0]} {errors[0].detail}"
+
+
+@each_client
+def test_a_client_tries_once(http_server: PictureServer, client: S3Client) -> None:
+    """Tries are the fetcher's."""
+    http_server.serve("/pictures/a", Reply.error(503))
+    with pytest.raises(StoreError):
+        read(make_store(client, http_server.url("")), "a")
+    assert http_server.hits == {"/pictures/a": 1}
+
+
+# -------------------------------------------------------------------------------- what the environment says
+@each_client
+@pytest.mark.parametrize("missing", [("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("AWS_SECRET_ACCESS_KEY",)])
+def test_without_credentials_nothing_is_asked(
+    http_server: PictureServer, client: S3Client, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None, or half of them."""
+    for name in missing:
+        monkeypatch.delenv(name)
+    error = failure(make_fetcher(client, http_server.url("")), "s3://pictures/a")
+    assert (type(error), error.code.value) == (Rejected, "source_forbidden")
+    assert str(error) == str(NoCredentials())
+    assert not http_server.hits
+
+
+@each_client
+def test_endpoint_and_proxy_come_from_the_environment_as_the_aws_sdk_reads_it(
+    http_server: PictureServer, client: S3Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no setting of ours says otherwise; NO_PROXY counts."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", http_server.url(""))
+    http_server.serve("/pictures/a", PLAIN)
+    assert read(make_store(client, None), "a") == BODY
+    with PictureServer() as proxy:
+        proxy.serve("http://s3.example/pictures/a", Reply(body=b"by the proxy"))
+        monkeypatch.setenv("HTTP_PROXY", proxy.url(""))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        assert read(make_store(client, "http://s3.example"), "a") == b"by the proxy"
+        assert read(make_store(client, http_server.url("")), "a") == BODY
+
+
+@each_client
+def test_variables_of_others_change_nothing(
+    http_server: PictureServer, client: S3Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What obstore would read by itself: another store, no signature, another proxy, any certificate."""
+    with PictureServer(address="127.0.0.2") as other:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", other.url(""))
+        monkeypatch.setenv("AWS_ENDPOINT", other.url(""))
+        monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+        monkeypatch.setenv("AWS_PROXY_URL", other.url(""))
+        monkeypatch.setenv("AWS_BUCKET", "other")
+        http_server.serve("/pictures/a", PLAIN)
+        assert read(make_store(client, http_server.url("")), "a") == BODY
+        assert not other.hits
+    headers = {name.lower(): value for name, value in http_server.headers["/pictures/a"].items()}
+    assert headers["authorization"].startswith("AWS4-HMAC-SHA256 Credential=key/")
+    assert headers["x-amz-security-token"] == f"{SECRET}-token"
+
+
+@each_client
+def test_the_bundle_of_authorities_is_the_aws_sdks(
+    tmp_path: Path, client: S3Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store with a certificate of one's own is not trusted without it."""
+    certificate = Certificate.make(tmp_path, name="localhost")
+    with PictureServer(tls=certificate.server_context()) as server:
+        server.serve("/pictures/a", PLAIN)
+        url = f"https://localhost:{server.port}"
+        with pytest.raises(StoreAway):
+            read(make_store(client, url), "a")
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate.path))
+        assert read(make_store(client, url), "a") == BODY
+
+
+# -------------------------------------------------------------------------------- obstore's stores
+@pytest.mark.parametrize("region", ["eu-west-1", "cn-north-1", "us-gov-west-1"])
+@pytest.mark.parametrize("bucket", ["pictures", "with.dots", "UPPER", "under_score", "ab"])
+def test_aws_is_asked_where_boto3_asks(region: str, bucket: str) -> None:
+    """The bucket stands in front of the host where it can."""
+    options, limits = S3Options(None, region, "obstore"), S3Limits(2, 1.0, 1.0, 1.0)
+    client = new_client(boto3.session.Session(), options, limits)
+    sent: list[str] = []
+
+    def answer(request: Any, **_: object) -> AWSResponse:
+        sent.append(request.url)
+        return AWSResponse(request.url, 200, {}, io.BytesIO())
+
+    client.meta.events.register("before-send.s3", answer)
+    client.get_object(Bucket=bucket, Key="a")
+    url = urlsplit(sent[0])
+    config = ObstoreStore(options, limits)._store(bucket).config
+    in_front = config["virtual_hosted_style_request"] in {"true", True}
+    path = "/a" if in_front else f"/{bucket}/a"
+    assert (config["endpoint"], path) == (f"https://{url.hostname}", url.path)
+    assert config["region"] == region
+
+
+def test_stores_are_bounded_and_follow_credentials(http_server: PictureServer) -> None:
+    """Strangers name buckets; the ones asked for last stay. Keys that were changed are used at once."""
+    store = make_store("obstore", http_server.url(""))
+    assert isinstance(store, ObstoreStore)
+    buckets = [f"bucket-{number}" for number in range(STORES_KEPT + 4)]
+    for bucket in (*buckets, buckets[4], "last"):
+        http_server.serve(f"/{bucket}/a", PLAIN)
+        assert read(store, "a", bucket=bucket) == BODY
+    assert list(store._stores) == [*buckets[6:], buckets[4], "last"]
+
+    class Changed:
+        def get_frozen_credentials(self) -> ReadOnlyCredentials:
+            return ReadOnlyCredentials("other", "secret", None)
+
+    assert store._place
+    store._place = replace(store._place, credentials=Changed())
+    assert read(store, "a", bucket="last") == BODY
+    headers = {name.lower(): value for name, value in http_server.headers["/last/a"].items()}
+    assert "Credential=other/" in headers["authorization"]
+    assert "x-amz-security-token" not in headers
