@@ -41,6 +41,7 @@ BENCHES: Final = {
         Bench("latency", "bench.latency", "p50, p95, p99 in an open loop, and of one picture on an idle worker"),
         Bench("encode", "bench.encode", "the model alone: batch sizes, dtypes, and its share of the matrix rate"),
         Bench("scaling", "bench.scaling", "a backlog through the chart's autoscaling, from no worker to many to none"),
+        Bench("fetch", "bench.fetch", "core-milliseconds of one object from S3, by each client of the store"),
         Bench("decode", "bench.decode", "core-milliseconds of one picture, and how far its pixels are off"),
     )
 }

