@@ -94,6 +94,10 @@ class StandInEncoder:
         self._free_s = 0.0
         """When the device is done with all that it was given."""
 
+    def fit(self, waiting: int) -> int:
+        """All of them: it pads nothing."""
+        return waiting
+
     def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int]) -> StandInFlight:
         """Give the device A·n + B of work."""
         took_s = self._per_picture_s * len(rows) + self._per_batch_s

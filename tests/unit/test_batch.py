@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,10 +26,13 @@ class Item:
     puts=st.lists(st.lists(st.sampled_from(list(Lane)), max_size=20), max_size=8),
     cap=st.integers(1, 16),
     share=st.floats(0, 0.9),
+    fits=st.lists(st.integers(1, 16), min_size=17, max_size=17),
 )
-def test_every_item_leaves_once_in_its_lanes_order(puts: list[list[Lane]], cap: int, share: float) -> None:
+def test_every_item_leaves_once_in_its_lanes_order(
+    puts: list[list[Lane]], cap: int, share: float, fits: list[int]
+) -> None:
     """For any sequence of puts, takes of at most `cap` give back all items, each lane in order."""
-    batcher: Batcher[Item] = Batcher(cap=cap, bulk_share=share)
+    batcher: Batcher[Item] = Batcher(cap=cap, bulk_share=share, fit=lambda waiting: min(waiting, fits[waiting]))
     number = 0
     taken: list[Item] = []
     for lanes in puts:
@@ -53,6 +57,44 @@ def test_interactive_goes_first_and_bulk_keeps_its_share() -> None:
     batcher.put([Item(n, Lane.INTERACTIVE) for n in range(50)])
     lanes = [item.lane for item in batcher.take(timeout_s=0.0)]
     assert lanes == [Lane.INTERACTIVE] * 8 + [Lane.BULK] * 2
+
+
+@pytest.mark.parametrize("cap", [1, 2, 8])
+def test_a_share_of_small_batches_is_kept_over_many(cap: int) -> None:
+    """A tenth of one place is none, but of ten batches it is one; interactive items never run out meanwhile."""
+    batcher: Batcher[Item] = Batcher(cap=cap, bulk_share=0.1)
+    batcher.put([Item(n, Lane.BULK) for n in range(1000)])
+    batcher.put([Item(n, Lane.INTERACTIVE) for n in range(1000)])
+    lanes = [item.lane for _ in range(200 // cap) for item in batcher.take(timeout_s=0.0)]
+    assert len(lanes) == 200
+    assert 19 <= lanes.count(Lane.BULK) <= 20
+
+
+def test_no_debt_to_bulk_grows_while_none_waits() -> None:
+    """Or the first bulk items after a quiet day would push interactive ones aside."""
+    batcher: Batcher[Item] = Batcher(cap=4, bulk_share=0.5)
+    for number in range(20):
+        batcher.put([Item(number, Lane.INTERACTIVE)])
+        batcher.take(timeout_s=0.0)
+    batcher.put([Item(n, Lane.BULK) for n in range(8)])
+    batcher.put([Item(n, Lane.INTERACTIVE) for n in range(8)])
+    lanes = [item.lane for item in batcher.take(timeout_s=0.0)]
+    assert lanes.count(Lane.BULK) == 2
+
+
+def test_a_batch_takes_what_fits() -> None:
+    """What does not is first of the next one, and need not wait for company."""
+    left: list[tuple[str, int]] = []
+    batcher: Batcher[Item] = Batcher(
+        cap=8,
+        bulk_share=0.0,
+        fit=lambda waiting: 4 if waiting == 5 else waiting,
+        on_leave=lambda why, jobs: left.append((why, len(jobs))),
+    )
+    batcher.put([Item(n, Lane.BULK) for n in range(5)])
+    assert [item.number for item in batcher.take(timeout_s=0.0)] == [0, 1, 2, 3]
+    assert [item.number for item in batcher.take(timeout_s=0.0)] == [4]
+    assert left == [("free", 4), ("free", 1)]
 
 
 def test_a_lone_item_leaves_at_once() -> None:

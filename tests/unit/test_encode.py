@@ -348,6 +348,7 @@ def test_the_largest_batch_is_the_one_beyond_which_nothing_is_gained(tmp_path: P
     encoder.warm(choose_largest=True)
     assert encoder.rungs == (1, 2)
     assert encoder.slowest_s == 0.12
+    assert [encoder.fit(waiting) for waiting in range(3)] == [0, 1, 2]
     assert encoder.encode(noise(2)).shape == (2, 8)
     with pytest.raises(ValueError, match="expected uint8"):
         encoder.encode(noise(3))

@@ -270,7 +270,11 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
         )
 
     batcher: Batcher[Job] = Batcher(
-        cap=encoder.rungs[-1], bulk_share=settings.bulk_share, linger_s=settings.linger_ms / 1000, on_leave=on_batch
+        cap=encoder.rungs[-1],
+        bulk_share=settings.bulk_share,
+        linger_s=settings.linger_ms / 1000,
+        fit=encoder.fit,
+        on_leave=on_batch,
     )
     scorer = Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info)
     triage = Triage(

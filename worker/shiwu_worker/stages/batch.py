@@ -31,8 +31,9 @@ class Batcher(Generic[T]):
 
     Args:
         cap: largest batch.
-        bulk_share: share of a full batch that waiting bulk items get although interactive ones fill it.
+        bulk_share: share of the places that waiting bulk items get although interactive ones fill them.
         linger_s: how long a batch that is not full waits for more; 0 sends what is there.
+        fit: how many of so many, `cap` at most, a batch takes at a time; at least one.
         on_leave: told why each batch left, and the batch; must not block.
     """
 
@@ -42,11 +43,14 @@ class Batcher(Generic[T]):
         cap: int,
         bulk_share: float,
         linger_s: float = 0.0,
+        fit: Callable[[int], int] = lambda waiting: waiting,
         on_leave: Callable[[Reason, Sequence[T]], None] = lambda *_: None,
     ) -> None:
         self._cap = cap
         self._bulk_share = bulk_share
         self._linger_s = linger_s
+        self._fit = fit
+        self._bulk_owed = 0.0
         self._on_leave = on_leave
         self._interactive: deque[T] = deque()
         self._bulk: deque[T] = deque()
@@ -70,11 +74,14 @@ class Batcher(Generic[T]):
                 full_at = time.monotonic() + self._linger_s
                 while not self._closed and self._waiting() < self._cap and (left := full_at - time.monotonic()) > 0:
                     self._changed.wait(left)
-            least = min(int(self._cap * self._bulk_share), len(self._bulk))
-            urgent = min(self._cap - least, len(self._interactive))
-            rest = min(self._cap - urgent, len(self._bulk))
-            size, is_full = urgent + rest, urgent + rest >= self._cap
-            reason: Reason = "full" if is_full else "closing" if self._closed else "free"
+            size = self._fit(min(self._cap, self._waiting()))
+            # A share of a small batch is less than one: it grows until it is one, while bulk items wait.
+            owed = self._bulk_owed + size * self._bulk_share if self._bulk else 0.0
+            least = min(int(owed), len(self._bulk), size)
+            urgent = min(size - least, len(self._interactive))
+            rest = size - urgent
+            self._bulk_owed = max(0.0, owed - rest)
+            reason: Reason = "full" if size >= self._cap else "closing" if self._closed else "free"
             batch = [self._interactive.popleft() for _ in range(urgent)] + [self._bulk.popleft() for _ in range(rest)]
         if size:
             self._on_leave(reason, batch)

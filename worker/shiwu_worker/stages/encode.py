@@ -22,14 +22,13 @@ from shiwu_worker.berths import Berths, Flight
 from shiwu_worker.checkpoint import Texts, image_size, load_model
 from shiwu_worker.device import card_uuid, choose_device, choose_dtypes, device_name, keep_freed_memory, trouble_of
 from shiwu_worker.errors import NonFiniteError, Trouble
+from shiwu_worker.rungs import next_batches, worthwhile
 from shiwu_worker.tower import GraphedTower, Tower, compiled_tower, eager_tower
 
 log: Any = structlog.get_logger()
 LEAST_COSINE: Final = 0.999
 """Between a faster number format and FP32, for the pictures of the start-up check."""
 CHECKED: Final = 2
-GAIN: Final = 1.03
-"""A larger batch must bring this much more pictures a second, or it only makes the others wait."""
 MOST_RUNS: Final = 5
 MEASURED_S: Final = 0.2
 """A rung that has run twice and for so long has been measured: the best of its runs is free of others' noise."""
@@ -104,11 +103,16 @@ class Encoder:
         self.card_uuid = card_uuid(self._device)
         self.seconds: dict[int, float] = {}
         """The best forward pass of each rung, as measured while warming."""
+        self._next_batches: tuple[int, ...] = ()
 
     @property
     def slowest_s(self) -> float:
         """The forward pass of the largest rung, as measured while warming."""
         return max(self.seconds.values(), default=0.0)
+
+    def fit(self, waiting: int) -> int:
+        """How many of so many pictures, at most the largest rung, the next batch should take, once warm."""
+        return self._next_batches[waiting]
 
     # -------------------------------------------------------------------------------- before the first job
     def _cast(self, model: Any, dtypes: Sequence[torch.dtype]) -> tuple[Any, torch.dtype]:
@@ -172,15 +176,13 @@ class Encoder:
         for rung in self.rungs:
             took_s = self.seconds.get(rung) or self._measure(rung)
             # A rung is slow to compile, so there two in vain end the search.
-            if choose_largest and (2 * took_s > LONGEST_S or (self._is_compiled and self._worthwhile() < rung // 2)):
+            if choose_largest and (
+                2 * took_s > LONGEST_S or (self._is_compiled and worthwhile(self.seconds) < rung // 2)
+            ):
                 break
-        if choose_largest and (largest := self._worthwhile()) < self.rungs[-1]:
+        if choose_largest and (largest := worthwhile(self.seconds)) < self.rungs[-1]:
             self._keep(tuple(rung for rung in self.rungs if rung <= largest))
-
-    def _worthwhile(self) -> int:
-        """The smallest rung nearly as good as the best. All are looked at, so that a disturbed one ends no search."""
-        rates = {rung: rung / took_s for rung, took_s in self.seconds.items()}
-        return min(rung for rung, rate in rates.items() if rate * GAIN >= max(rates.values()))
+        self._next_batches = next_batches(self.seconds)
 
     def _keep(self, rungs: tuple[int, ...]) -> None:
         """Free the memory, and the graphs, of the larger ones."""

@@ -1,0 +1,55 @@
+"""Which batch sizes follow from how long each takes."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shiwu_worker.rungs import next_batches, worthwhile
+
+# As measured: the embedded model on two cores, and a shape as a GPU has it.
+BY_THE_PICTURE = {1: 5.6, 2: 7.7, 4: 11.6, 8: 19.8, 16: 37.3}
+FLAT = {1: 1.5, 2: 1.5, 4: 1.6, 8: 1.8, 16: 2.2}
+
+
+def test_where_a_batch_costs_by_the_picture_none_is_padded_much() -> None:
+    """Five are four and one, six four and two, three and seven are padded by one."""
+    sizes = next_batches(BY_THE_PICTURE)
+    assert sizes[:9] == (0, 1, 2, 3, 4, 4, 4, 7, 8)
+    assert sizes[9] == 8
+    assert sizes[12] == 8
+    assert sizes[15:] == (15, 16)
+
+
+def test_where_a_batch_costs_the_same_at_any_size_all_leave_together() -> None:
+    """Padding is free there."""
+    assert next_batches(FLAT) == tuple(range(17))
+
+
+def test_sizes_need_no_one() -> None:
+    """An operator's one size, and no smaller one: everything is padded to it."""
+    assert next_batches({4: 1.0}) == (0, 1, 2, 3, 4)
+
+
+def test_the_smallest_size_that_is_nearly_as_good_as_the_best() -> None:
+    """Less than 3 % more a second only makes the others wait."""
+    assert worthwhile({1: 0.1, 2: 0.12, 4: 0.235, 8: 0.47}) == 2
+    assert worthwhile({8: 1.0}) == 8
+
+
+@given(
+    seconds=st.dictionaries(st.sampled_from([1, 2, 3, 4, 8, 16]), st.floats(0.001, 10), min_size=1),
+    waiting=st.integers(0, 16),
+)
+def test_all_get_done_and_never_later_than_in_one_batch(seconds: dict[int, float], waiting: int) -> None:
+    """Whatever the device: the batches that follow each other take no longer than one that is padded."""
+    sizes = next_batches(seconds)
+    waiting = min(waiting, len(sizes) - 1)
+    padded_s = next(seconds[size] for size in sorted(seconds) if size >= waiting) if waiting else 0.0
+    took_s, left = 0.0, waiting
+    while left:
+        taken = sizes[left]
+        assert 0 < taken <= left
+        took_s += next(seconds[size] for size in sorted(seconds) if size >= taken)
+        left -= taken
+    assert took_s <= padded_s * (1 + 1e-9)
