@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.support.servers import Valkey
 from bench.checkpoints import NAMES, checkpoint
 from bench.machine import look
 from bench.photos import SIZE_NAMES, SIZES, SizeName, jpeg_files
-from bench.picture_systems import LitServeSettings, Place, System, has_litserve, litserve_settings, systems
+from bench.picture_systems import LitServeSettings, Place, System, has_litserve, litserve_settings, other_shiwu, systems
 from bench.sources import SOURCE_NAMES, Source, SourceName, open_source
 from shiwu.contract import Lane
 
@@ -36,20 +36,27 @@ class PictureOptions:
     """Length of one measured stretch."""
     worker_settings: tuple[str, ...]
     """NAME=VALUE of shiwu's worker; the rest are its defaults."""
+    beside: tuple[str, ...]
+    """NAME=VALUE of a second worker of shiwu's that is compared with the first; none where there are none."""
     litserve: LitServeSettings
     has_peers: bool
 
     @property
     def worker_env(self) -> dict[str, str]:
         """The worker's settings as its environment has them."""
-        pairs = (text.partition("=") for text in self.worker_settings)
-        return {f"SHIWU_{name.upper()}": value for name, _, value in pairs}
+        return _environment(self.worker_settings)
 
     @property
     def systems(self) -> tuple[System, ...]:
         """Who is compared."""
-        found = systems(self.litserve, shiwu_settings=", ".join(self.worker_settings) or "its defaults")
-        return found if self.has_peers else found[:1]
+        shiwu, *peers = systems(self.litserve, shiwu_settings=", ".join(self.worker_settings) or "its defaults")
+        other = [other_shiwu(" ".join(self.beside), _environment(self.beside))] if self.beside else []
+        return (shiwu, *other, *(peers if self.has_peers else []))
+
+
+def _environment(settings: Sequence[str]) -> dict[str, str]:
+    pairs = (text.partition("=") for text in settings)
+    return {f"SHIWU_{name.upper()}": value for name, _, value in pairs}
 
 
 def add_options(parser: argparse.ArgumentParser, *, model: str) -> None:
@@ -59,6 +66,8 @@ def add_options(parser: argparse.ArgumentParser, *, model: str) -> None:
     parser.add_argument("--size", choices=SIZE_NAMES, default="512", help="of the JPEGs; default %(default)s")
     parser.add_argument("--seconds", type=float, help="length of one measured stretch")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of shiwu's worker")
+    parser.add_argument("--beside", action="append", default=[], metavar="NAME=VALUE",
+                        help="compare a second worker of shiwu's with this setting")  # fmt: skip
     parser.add_argument("--no-peers", action="store_true", help="shiwu alone")
     parser.add_argument("--litserve-batch", type=int, help="its max_batch_size; default 8, on a GPU 64")
     parser.add_argument("--litserve-workers", type=int, help="its processes on the device; default 1, on a GPU 2")
@@ -74,6 +83,7 @@ def read_options(asked: argparse.Namespace, *, seconds: float) -> PictureOptions
         size=asked.size,
         seconds=asked.seconds or (2.0 if asked.quick else seconds),
         worker_settings=tuple(asked.set),
+        beside=tuple(asked.beside),
         litserve=litserve_settings(is_gpu=is_gpu, max_batch=asked.litserve_batch, workers=asked.litserve_workers),
         has_peers=not asked.no_peers,
     )

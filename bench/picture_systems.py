@@ -125,14 +125,16 @@ def has_litserve() -> bool:
     return importlib.util.find_spec("litserve") is not None
 
 
-def _shiwu(place: Place) -> AbstractContextManager[Running]:
-    @contextmanager
-    def start() -> Iterator[Running]:
-        env = {"SHIWU_LOG_LEVEL": "warning", "SHIWU_TORCH_THREADS": "0", **place.model_env}
-        with WorkerProcess(redis_url=place.url, folder=place.folder, name="shiwu", env=env) as worker:
-            yield Running((worker.wait_ready(timeout_s=READY_S),))
+def other_shiwu(settings: str, env: Mapping[str, str]) -> System:
+    """shiwu's worker once more, with settings of its own."""
+    return System(f"{SHIWU}, {settings}", named("shiwu"), settings, partial(_shiwu, name="other", own=env))
 
-    return start()
+
+@contextmanager
+def _shiwu(place: Place, *, name: str = SHIWU, own: Mapping[str, str] | None = None) -> Iterator[Running]:
+    env = {"SHIWU_LOG_LEVEL": "warning", "SHIWU_TORCH_THREADS": "0", **place.model_env, **(own or {})}
+    with WorkerProcess(redis_url=place.url, folder=place.folder, name=name, env=env) as worker:
+        yield Running((worker.wait_ready(timeout_s=READY_S),))
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def test_sizes_need_no_one() -> None:
 
 
 def test_the_smallest_size_that_is_nearly_as_good_as_the_best() -> None:
-    """Less than 3 % more a second only makes the others wait."""
+    """Less than 5 % more a second only makes the others wait."""
     assert worthwhile({1: 0.1, 2: 0.12, 4: 0.235, 8: 0.47}) == 2
     assert worthwhile({8: 1.0}) == 8
 

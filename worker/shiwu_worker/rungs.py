@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-GAIN: Final = 1.03
-"""A larger batch must bring this much more pictures a second, or it only makes the others wait."""
+GAIN: Final = 1.05
+"""A larger batch must bring this much more pictures a second, or it only makes the others wait. Less may be chance."""
 
 
 def worthwhile(seconds: Mapping[int, float]) -> int:
