@@ -182,7 +182,7 @@ def main() -> None:
     import torch  # noqa: PLC0415 so that the start is measured with it
 
     from shiwu_worker.config import Settings  # noqa: PLC0415
-    from shiwu_worker.parts import open_encoder  # noqa: PLC0415
+    from shiwu_worker.model_parts import open_encoder  # noqa: PLC0415
 
     settings = Settings()
     folder = model_folder(settings.model)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Final
 
 from tests.support.processes import Process, clean_environment
+from tests.support.waiting import wait_until
 
 EVERY_MS: Final = 200
+FIRST_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,4 +60,7 @@ def watching(folder: Path, name: str) -> Iterator[Watch]:
     command = [program, "--id=0", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
     process = Process([*command, f"-lms={EVERY_MS}"], name=f"gpu-{name}", folder=folder, env=clean_environment({}))
     with process:
-        yield Watch(process)
+        watch = Watch(process)
+        # What was taken before is part of the answer.
+        wait_until(lambda: watch.looks() or not process.is_running, timeout_s=FIRST_S, what="nvidia-smi")
+        yield watch

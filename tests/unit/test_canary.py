@@ -10,8 +10,8 @@ from shiwu_worker.canary import Canary, known_picture
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode, FatalError, NonFiniteError, Trouble
 from shiwu_worker.image_spec import read_image_spec
+from shiwu_worker.model_parts import make_canary, open_encoder
 from shiwu_worker.models import model_folder
-from shiwu_worker.parts import make_canary, open_encoder
 
 GOOD = np.array([0.6, 0.8, 0.0], np.float32)
 

@@ -17,9 +17,10 @@ from rich.table import Table
 from shiwu_worker.config import Settings, shown
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.image_spec import read_image_spec
+from shiwu_worker.model_parts import open_encoder
 from shiwu_worker.models import model_folder
 from shiwu_worker.object_store import S3Limits, S3Options, StoreError, StoreRefused
-from shiwu_worker.parts import connect, open_encoder, open_labels
+from shiwu_worker.parts import connect, open_labels
 from shiwu_worker.stores import new_store
 
 

@@ -26,8 +26,8 @@ from rich.table import Table
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.image_spec import ImageSpec, read_image_spec
+from shiwu_worker.model_parts import open_encoder
 from shiwu_worker.models import model_folder, model_revision
-from shiwu_worker.parts import open_encoder
 from shiwu_worker.stages.decode import DecodeLimits, decode
 
 log: Any = structlog.get_logger()

@@ -20,12 +20,12 @@ from shiwu_worker.errors import FatalError
 from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.job import Release
 from shiwu_worker.logs import job_logger
+from shiwu_worker.model_parts import make_canary, open_encoder
 from shiwu_worker.models import model_folder, model_revision
 from shiwu_worker.panel import Panel
 from shiwu_worker.parts import (
     connect,
     make_away,
-    make_canary,
     make_claims,
     make_heartbeat,
     make_ledger,
@@ -33,7 +33,6 @@ from shiwu_worker.parts import (
     make_loaders,
     make_stages,
     make_upkeep,
-    open_encoder,
 )
 from shiwu_worker.pipeline import Pipeline
 from shiwu_worker.settle import Settled, Settler
