@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shiwu.contract import Lane
+from shiwu_worker.config import Settings
+from shiwu_worker.parts import make_batcher
 from shiwu_worker.stages.batch import Batcher
 
 
@@ -95,6 +98,20 @@ def test_a_batch_takes_what_fits() -> None:
     assert [item.number for item in batcher.take(timeout_s=0.0)] == [0, 1, 2, 3]
     assert [item.number for item in batcher.take(timeout_s=0.0)] == [4]
     assert left == [("free", 4), ("free", 1)]
+
+
+def test_the_workers_batcher_takes_what_fits_its_encoder() -> None:
+    """And no more than its largest size."""
+
+    class Sized:
+        rungs = (1, 4)
+
+        def fit(self, waiting: int) -> int:
+            return 1 if waiting == 3 else waiting
+
+    batcher: Batcher[Any] = make_batcher(Settings(), Sized(), on_batch=lambda *_: None)
+    batcher.put([Item(n, Lane.INTERACTIVE) for n in range(7)])
+    assert [len(batcher.take(timeout_s=0.0)) for _ in range(3)] == [4, 1, 2]
 
 
 def test_a_lone_item_leaves_at_once() -> None:

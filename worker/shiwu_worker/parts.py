@@ -192,6 +192,19 @@ def make_limits(settings: Settings, encoder: Any) -> Limits:
     return Limits(slots=settings.slots_for(encoder.rungs[-1]), max_attempts=settings.max_attempts, retries=retries)
 
 
+def make_batcher(
+    settings: Settings, encoder: Any, *, on_batch: Callable[[Reason, Sequence[Job]], None]
+) -> Batcher[Job]:
+    """The waiting room in front of this encoder."""
+    return Batcher(
+        cap=encoder.rungs[-1],
+        bulk_share=settings.bulk_share,
+        linger_s=settings.linger_ms / 1000,
+        fit=encoder.fit,
+        on_leave=on_batch,
+    )
+
+
 def make_stages(  # noqa: PLR0917 one argument for each part of the way
     settings: Settings,
     claims: Claims,
@@ -221,13 +234,7 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
             [LoadTask(ticket=n, slot=job.slot, image=job.request.image) for n, job in tickets if job.request]
         )
 
-    batcher: Batcher[Job] = Batcher(
-        cap=encoder.rungs[-1],
-        bulk_share=settings.bulk_share,
-        linger_s=settings.linger_ms / 1000,
-        fit=encoder.fit,
-        on_leave=on_batch,
-    )
+    batcher = make_batcher(settings, encoder, on_batch=on_batch)
     scorer = Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info)
     triage = Triage(
         vectors_of=bank.vectors,
