@@ -23,7 +23,7 @@ from shiwu.message import build_message
 LEASE_S: Final = 3.0
 TAKEOVER_S: Final = 2.0
 """What the promise allows beyond a lease until a dead worker's jobs are somebody else's."""
-TIMEOUT_S: Final = 15.0
+TIMEOUT_S: Final = 30.0
 """How long a drill waits for a recovery that is late; that it is late is what the drill then tells."""
 READ_AT_ONCE: Final = 1000
 
