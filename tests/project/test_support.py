@@ -126,3 +126,10 @@ def test_a_process_is_not_started_twice(tmp_path: Path) -> None:
         with pytest.raises(ServerError, match="expected to be stopped"):
             process.start()
         assert len(set(free_ports(5))) == 5
+
+
+def test_side_by_side_the_tests_of_a_file_share_a_process(request: pytest.FixtureRequest) -> None:
+    """Else each process starts every server and worker; with pytest 9.2 the groups of xdist 3.8 get lost in silence."""
+    if not request.config.getoption("loadgroup", default=False):
+        pytest.skip("not run side by side")
+    assert request.node.nodeid.endswith("@test_support")
