@@ -123,14 +123,16 @@ def start_worker(
 ) -> Iterator[StartWorker]:
     """Starts real worker processes and stops them; shows their logs when the test fails.
 
-    `start_worker(redis_url=redis_url, env=s3.env, lease_s=2, max_batch=8)`; names are worker-0, worker-1, …
-    They may fetch from `http_server` unless `allow_hosts` says otherwise.
+    `start_worker(redis_url=redis_url, env=s3.env, lease_s=2, max_batch=2)`; names are worker-0, worker-1, …
+    They may fetch from `http_server` unless `allow_hosts` says otherwise. The largest batch is 8 unless it is given: to
+    look for it at each start takes two seconds of a core.
     """
     workers: list[WorkerProcess] = []
 
     def start(*, redis_url: str, ready: bool = True, **options: Any) -> WorkerProcess:
-        options = {"name": f"worker-{len(workers)}", "allow_hosts": picture_server.host} | options
-        worker = WorkerProcess(redis_url=redis_url, folder=tmp_path, **options)
+        name = f"worker-{len(workers)}"
+        usual: dict[str, Any] = {"name": name, "allow_hosts": picture_server.host, "max_batch": 8}
+        worker = WorkerProcess(redis_url=redis_url, folder=tmp_path, **(usual | options))
         workers.append(worker)
         worker.start()
         return worker.wait_ready() if ready else worker
@@ -154,7 +156,7 @@ def shared_worker(
     with (
         Valkey(folder=folder / "valkey") as server,
         WorkerProcess(
-            redis_url=server.url, folder=folder, name="shared", env=s3.env, allow_hosts=picture_server.host
+            redis_url=server.url, folder=folder, name="shared", env=s3.env, allow_hosts=picture_server.host, max_batch=8
         ) as worker,
     ):
         yield worker.wait_ready()
