@@ -7,6 +7,7 @@ import platform
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from shiwu_worker.models import model_folder
 from shiwu_worker.stages import encode as stage
 from shiwu_worker.stages.encode import Encoder
 from shiwu_worker.stages.score import score
+from shiwu_worker.tower import Tower
 
 SIDE = 16
 PLACES = 12  # the texts' length limit of the tiny checkpoints
@@ -117,7 +119,13 @@ def saved(model: Any, folder: Path) -> Path:
 
 
 def make_encoder(
-    folder: Path, *, dtype: str = "float32", rungs: tuple[int, ...] = (1, 2, 4), mean: float = 0.5, std: float = 0.5
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    rungs: tuple[int, ...] = (1, 2, 4),
+    mean: float = 0.5,
+    std: float = 0.5,
+    is_compiled: bool = False,
 ) -> Encoder:
     """The encoder over this folder, on the CPU."""
     return Encoder(
@@ -129,6 +137,7 @@ def make_encoder(
         rungs=rungs,
         mean=(mean,) * 3,
         std=(std,) * 3,
+        is_compiled=is_compiled,
     )
 
 
@@ -344,7 +353,7 @@ def test_the_largest_batch_is_the_one_beyond_which_nothing_is_gained(tmp_path: P
     """Rungs that bring no more pictures a second are left out, and what is left works."""
     encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8))
     took = {1: 0.1, 2: 0.12, 4: 0.235, 8: 0.47}
-    encoder._measure = lambda rung: encoder.seconds.setdefault(rung, took[rung])  # type: ignore[method-assign]  # a clock
+    encoder._time = lambda rung: took[rung]  # type: ignore[method-assign]  # a clock
     encoder.warm(choose_largest=True)
     assert encoder.rungs == (1, 2)
     assert encoder.slowest_s == 0.12
@@ -358,7 +367,7 @@ def test_a_size_that_was_disturbed_ends_no_search(tmp_path: Path) -> None:
     """Another program had the cores while two of them were measured."""
     encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8, 16))
     took = {1: 0.01, 2: 0.05, 4: 0.08, 8: 0.04, 16: 0.08}
-    encoder._measure = lambda rung: encoder.seconds.setdefault(rung, took[rung])  # type: ignore[method-assign]  # a clock
+    encoder._time = lambda rung: took[rung]  # type: ignore[method-assign]  # a clock
     encoder.warm(choose_largest=True)
     assert encoder.rungs == (1, 2, 4, 8)
 
@@ -367,9 +376,31 @@ def test_no_size_takes_much_longer_than_a_second(tmp_path: Path) -> None:
     """However much the larger ones would bring: the search ends where twice as many would take too long."""
     encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8))
     took = {1: 0.4, 2: 0.55}
-    encoder._measure = lambda rung: encoder.seconds.setdefault(rung, took[rung])  # type: ignore[method-assign]  # a clock
+    encoder._time = lambda rung: took[rung]  # type: ignore[method-assign]  # a clock
     encoder.warm(choose_largest=True)
     assert encoder.rungs == (1, 2)
+
+
+def test_the_time_to_compile_is_not_the_time_of_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size compiles once, however long that takes, also when the largest is chosen; its later passes count."""
+    clock, compiled = SimpleNamespace(now_s=0.0), list[int]()
+
+    def slow_to_compile(eager: Tower) -> Tower:
+        def run(raw: torch.Tensor) -> torch.Tensor:
+            size = len(raw)
+            clock.now_s += {1: 0.1, 2: 0.12, 4: 0.235}[size] if size in compiled else 20
+            compiled.extend([size] if size not in compiled else [])
+            return eager(raw)
+
+        return run
+
+    monkeypatch.setattr(stage, "compiled_tower", slow_to_compile)
+    monkeypatch.setattr(stage, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4), is_compiled=True)
+    encoder.warm(choose_largest=True)
+    assert encoder.rungs == (1, 2)
+    assert encoder.seconds == pytest.approx({1: 0.1, 2: 0.12})
+    assert compiled == [1, 2, 4]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiwu_worker.rungs import next_batches, worthwhile
+from shiwu_worker.rungs import ROUNDS, measure, next_batches, worthwhile
 
 # As measured: the embedded model on two cores, and a shape as a GPU has it.
 BY_THE_PICTURE = {1: 5.6, 2: 7.7, 4: 11.6, 8: 19.8, 16: 37.3}
@@ -31,10 +32,38 @@ def test_sizes_need_no_one() -> None:
     assert next_batches({4: 1.0}) == (0, 1, 2, 3, 4)
 
 
-def test_the_smallest_size_that_is_nearly_as_good_as_the_best() -> None:
-    """Less than 5 % more a second only makes the others wait."""
+def test_each_doubling_brings_more_than_its_wait_costs() -> None:
+    """Less than 3 % more a second for twice the size only makes the others wait; nor do three doublings add up."""
     assert worthwhile({1: 0.1, 2: 0.12, 4: 0.235, 8: 0.47}) == 2
+    assert worthwhile({1: 0.1, 2: 0.18, 4: 0.32, 8: 0.63}) == 4
+    assert worthwhile({8: 0.8, 16: 1.56, 32: 3.04, 64: 5.93}) == 8
     assert worthwhile({8: 1.0}) == 8
+    assert worthwhile({size: ms / 1000 for size, ms in FLAT.items()}) == 16
+
+
+def test_sizes_take_turns_while_they_are_measured() -> None:
+    """A machine that is slow from the fourth run on changes no ratio: each size had its best in the quick time."""
+    slow_from, runs = 4, list[int]()
+
+    def run(rung: int) -> float:
+        runs.append(rung)
+        return 0.01 * (1 + rung) * (1.5 if len(runs) > slow_from else 1)
+
+    seconds = measure(run, (1, 2, 4), is_enough=lambda _: False)
+    assert runs == [1, 2, 4] * (1 + ROUNDS)
+    assert seconds == pytest.approx({1: 0.02, 2: 0.03, 4: 0.05})
+
+
+def test_measuring_ends() -> None:
+    """Passes of a second are run once, the others until that has taken long enough; no size beyond enough is tried."""
+    runs: list[int] = []
+
+    def run(rung: int) -> float:
+        runs.append(rung)
+        return 0.6 * rung
+
+    measure(run, (1, 2, 4), is_enough=lambda seconds: max(seconds) == 2)
+    assert runs == [1, 2, 1, 1]
 
 
 @given(

@@ -1,22 +1,57 @@
-"""Which batch sizes a device should run, from how long each was seen to take."""
+"""Which batch sizes a device should run, from how long each is seen to take."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-GAIN: Final = 1.05
-"""A larger batch must bring this much more pictures a second, or it only makes the others wait. Less may be chance."""
+GAIN: Final = 1.03
+"""A batch twice as large must bring this much more pictures a second, or it only makes the others wait."""
+LONGEST_S: Final = 1.0
+"""A pass that takes longer is run once only, and no batch is chosen that takes much longer."""
+ROUNDS: Final = 5
+MEASURED_S: Final = 1.0
+"""Rounds end when they have taken so long together."""
+
+
+def measure(
+    run: Callable[[int], float], rungs: Sequence[int], *, is_enough: Callable[[Mapping[int, float]], bool]
+) -> dict[int, float]:
+    """Seconds of one batch of each size, from the smallest up: the best of some runs.
+
+    After the first run of each the sizes take turns: what slows the machine for a while slows all of them, and their
+    ratios hold.
+
+    Args:
+        run: runs one batch of a size, and says how many seconds it took.
+        is_enough: told what was measured so far, says that no larger size need be tried.
+    """
+    seconds: dict[int, float] = {}
+    for rung in rungs:
+        seconds[rung] = run(rung)
+        if is_enough(seconds):
+            break
+    spent_s = 0.0
+    for _ in range(ROUNDS):
+        for rung in [rung for rung, took_s in seconds.items() if took_s < LONGEST_S]:
+            took_s = run(rung)
+            seconds[rung] = min(seconds[rung], took_s)
+            spent_s += took_s
+        if spent_s >= MEASURED_S:
+            break
+    return seconds
 
 
 def worthwhile(seconds: Mapping[int, float]) -> int:
-    """The smallest size nearly as good as the best. All are looked at, so that a disturbed one ends no search.
+    """The size with the most pictures a second, where each doubling has to bring 3 % for the longer wait.
+
+    All are looked at, so that a disturbed one ends no search.
 
     Args:
         seconds: size → seconds of one batch.
     """
-    rates = {rung: rung / took_s for rung, took_s in seconds.items()}
-    return min(rung for rung, rate in rates.items() if rate * GAIN >= max(rates.values()))
+    return max(sorted(seconds), key=lambda rung: rung / seconds[rung] / GAIN ** math.log2(rung))
 
 
 def next_batches(seconds: Mapping[int, float]) -> tuple[int, ...]:

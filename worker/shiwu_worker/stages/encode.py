@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,20 +22,17 @@ from shiwu_worker.berths import Berths, Flight
 from shiwu_worker.checkpoint import Texts, image_size, load_model
 from shiwu_worker.device import card_uuid, choose_device, choose_dtypes, device_name, keep_freed_memory, trouble_of
 from shiwu_worker.errors import NonFiniteError, Trouble
-from shiwu_worker.rungs import next_batches, worthwhile
+from shiwu_worker.rungs import LONGEST_S, measure, next_batches, worthwhile
 from shiwu_worker.tower import GraphedTower, Tower, compiled_tower, eager_tower
 
 log: Any = structlog.get_logger()
 LEAST_COSINE: Final = 0.999
 """Between a faster number format and FP32, for the pictures of the start-up check."""
 CHECKED: Final = 2
-MOST_RUNS: Final = 5
-MEASURED_S: Final = 0.2
-"""A rung that has run twice and for so long has been measured: the best of its runs is free of others' noise."""
 QUICK_CORE_S: Final = 0.04
 """Core-seconds of a picture in the model; loading one takes 0.002."""
-LONGEST_S: Final = 1.0
-"""No batch is chosen whose forward pass would take longer than this."""
+TRIES: Final = 3
+"""Passes of the smallest rung that tell whether a picture is quick."""
 
 
 class Encoder:
@@ -75,6 +72,8 @@ class Encoder:
         self._folder = folder
         self._mean, self._std = tuple(mean), tuple(std)
         self._is_compiled, self._has_graphs = is_compiled, has_graphs
+        self._compiled: Tower | None = None
+        self._compiled_for = set[tuple[int, int]]()
         model = load_model(folder)
         # Before the cast: in bfloat16 a scale of 100 would be 98.9.
         self.scale = math.exp(float(model.logit_scale))
@@ -151,7 +150,7 @@ class Encoder:
         if self._stream is not None and self._has_graphs:
             tower = GraphedTower(tower, rungs=rungs, shape=self._shape, stream=self._stream)
         elif self._is_compiled:
-            tower = compiled_tower(tower)
+            tower = self._compiled = self._compiled or compiled_tower(tower)
         return Berths(
             tower, rungs=rungs, shape=self._shape, width=self._width, device=self._device, stream=self._stream
         )
@@ -166,44 +165,42 @@ class Encoder:
         Raises:
             NonFiniteError: when this dtype overflows on this model.
         """
-        self.seconds = {}
         threads = torch.get_num_threads()
         if choose_threads and self._device.type == "cpu" and threads > 1:
-            took_s = self._measure(self.rungs[0])
-            if took_s * threads < self.rungs[0] * QUICK_CORE_S:
+            least = self.rungs[0]
+            if min(self._time(least) for _ in range(TRIES)) * threads < least * QUICK_CORE_S:
                 torch.set_num_threads(threads - 1)
-                self.seconds = {}
-        for rung in self.rungs:
-            took_s = self.seconds.get(rung) or self._measure(rung)
-            # A rung is slow to compile, so there two in vain end the search.
-            if choose_largest and (
-                2 * took_s > LONGEST_S or (self._is_compiled and worthwhile(self.seconds) < rung // 2)
-            ):
-                break
-        if choose_largest and (largest := worthwhile(self.seconds)) < self.rungs[-1]:
-            self._keep(tuple(rung for rung in self.rungs if rung <= largest))
-        self._next_batches = next_batches(self.seconds)
+        seconds = measure(self._time, self.rungs, is_enough=self._is_enough if choose_largest else lambda _: False)
+        if choose_largest and (largest := worthwhile(seconds)) < self.rungs[-1]:
+            seconds = {rung: took_s for rung, took_s in seconds.items() if rung <= largest}
+            self._keep(tuple(seconds))
+        self.seconds = seconds
+        self._next_batches = next_batches(seconds)
+
+    def _is_enough(self, seconds: Mapping[int, float]) -> bool:
+        """Whether a batch twice as large would take too long; or, slow to compile, two in vain end the search."""
+        rung = max(seconds)
+        return 2 * seconds[rung] > LONGEST_S or (self._is_compiled and worthwhile(seconds) < rung // 2)
 
     def _keep(self, rungs: tuple[int, ...]) -> None:
         """Free the memory, and the graphs, of the larger ones."""
         self.rungs = rungs
-        self.seconds = {rung: self.seconds[rung] for rung in rungs}
         self._berths = self._dock(rungs)
-        if self._stream is not None or self._is_compiled:
+        if self._stream is not None:
             for rung in rungs:
-                self._measure(rung)
+                self._time(rung)
 
-    def _measure(self, rung: int) -> float:
-        """The best of some runs; the first pays for whatever libraries choose once. A slow pass is measured by one."""
+    def _time(self, rung: int) -> float:
+        """Seconds of one pass. The first of its size is not counted where it compiles."""
         pixels = np.full((rung, *self._shape), 127, np.uint8)
-        took_s: list[float] = []
-        while len(took_s) < MOST_RUNS and (sum(took_s) < MEASURED_S or (len(took_s) < 2 and took_s[0] < LONGEST_S)):
-            began_s = time.monotonic()
+        # Dynamo compiles anew for another number of threads.
+        case = (rung, torch.get_num_threads())
+        if self._is_compiled and case not in self._compiled_for:
             self.encode(pixels)
-            took_s.append(time.monotonic() - began_s)
-        best_s = min(took_s)
-        self.seconds[rung] = best_s
-        return best_s
+            self._compiled_for.add(case)
+        began_s = time.monotonic()
+        self.encode(pixels)
+        return time.monotonic() - began_s
 
     # -------------------------------------------------------------------------------- batches
     def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int] | None = None) -> Flight:
