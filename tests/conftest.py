@@ -22,6 +22,8 @@ hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, deran
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "fast")
 
 FAILED = pytest.StashKey[bool]()
+LONG = 80
+"""Characters of a parameter that are enough for a test's name."""
 NEEDS_REDIS = pytest.mark.skipif(
     debian_redis() is None and not os.environ.get("CI"),
     reason="no redis-server on PATH: apt-get install redis-server",
@@ -41,6 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         alone = any(item.get_closest_marker(name) for name in ("slow", "long"))
         item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.stem))
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Keep names short: a test's stands in the environment of what it starts, where 128 KiB are too long for Linux."""
+    return ascii(val[:LONG]) if isinstance(val, str | bytes) and len(val) > LONG else None
 
 
 @pytest.hookimpl(wrapper=True)

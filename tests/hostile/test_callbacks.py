@@ -23,6 +23,7 @@ from shiwu.ledger import Entry, Ledger
 from shiwu_worker.callback_app import make_callback_app
 from shiwu_worker.canvas import Callbacks
 from shiwu_worker.config import Settings
+from tests.conftest import LONG
 from tests.integration.test_claim_properties import message
 
 # Celery's own use of redis; its pools are left to the garbage collector.
@@ -224,7 +225,7 @@ def test_what_is_sent_is_judged_again(stranger: Stranger, monkeypatch: pytest.Mo
         {"chord_size": 10**30},
         {"no_such_option": [1], "body_encoding": "x", "delivery_info": {"exchange": "evil"}, "content_type": "x"},
     ],
-    ids=str,
+    ids=lambda options: str(options)[:LONG],
 )
 def test_nonsense_harms_nobody(stranger: Stranger, options: dict[str, Any]) -> None:
     """It is sent, or it fails; the next one is sent in any case."""
@@ -246,7 +247,7 @@ HEADERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("headers", HEADERS, ids=str)
+@pytest.mark.parametrize("headers", HEADERS, ids=lambda headers: str(headers)[:LONG])
 def test_headers_choose_no_key(stranger: Stranger, headers: dict[str, Any]) -> None:
     """`reply_to` is read by nobody, and groups stay among Celery's own keys."""
     for is_tagged in (True, False):

@@ -120,6 +120,25 @@ def test_both_formats_that_call_themselves_gzip(packed: bytes) -> None:
         (_with_body(json.dumps([["s3://b/k"], {"image": "s3://b/k"}, {}]).encode()), "invalid_request"),
         (_with_body(json.dumps([["x"] * 9, {}, {}]).encode()), "invalid_request"),
     ],
+    ids=[
+        "empty",
+        "null",
+        "no id",
+        "id with a space",
+        "another task",
+        "no body",
+        "body is no list",
+        "body of three numbers",
+        "body is no JSON",
+        "unknown compression",
+        "not compressed",
+        "expires is no time",
+        "eta is no time",
+        "bomb",
+        "too long",
+        "image given twice",
+        "nine arguments",
+    ],
 )
 def test_what_can_not_be_read_has_its_code(raw: bytes, code: str) -> None:
     """Nothing but RequestError leaves the reader."""
