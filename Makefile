@@ -11,7 +11,7 @@ ARGS ?=
 DOCKER ?= docker
 
 # Most tests wait for servers and workers, so more of them run than there are cores. ARGS="-n 0" runs one at a time.
-SIDE_BY_SIDE := -n 4 --dist loadgroup
+SIDE_BY_SIDE := -n 4 --dist loadgroup --no-loadscope-reorder
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,7 +38,7 @@ test: $(STAMP) $(CHART_STAMP) ## run all tests but those that need a GPU, and th
 	$(BIN)/python -m pytest -m "not gpu and not long" $(SIDE_BY_SIDE) $(ARGS)
 
 test-long: $(STAMP) $(CHART_STAMP) ## run those that start several workers for what a shorter test shows in part
-	$(BIN)/python -m pytest -m "long and not gpu" -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m "long and not gpu" -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-fast: $(STAMP) $(CHART_STAMP) ## the same without the tests of many rounds
 	$(BIN)/python -m pytest -m "not gpu and not slow and not long" $(SIDE_BY_SIDE) $(ARGS)
@@ -94,8 +94,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing shiwu with the model's libraries into $(VENV): once, one to ten minutes."
 	@echo "About 0.5 GB to download, or 3 GB where torch comes with CUDA."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[worker,dev]' || { \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) -c constraints.txt -e '.[worker,dev]' || { \
 	  echo "The installation failed; pip says why above. It needs a package index, or PIP_ARGS that name one."; exit 1; } >&2
+	@# With all cores, where pip would take one. Some files are no Python 3, and stay as they are.
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $@
 	@echo "Installed."
 
