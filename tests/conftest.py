@@ -37,12 +37,22 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _takes_long(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in ("slow", "long"))
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, a file's share its servers in one process; a long one goes where there is time."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests run side by side, a file's share its servers in one process; a long one goes where there is time.
+
+    A file whose long tests share its servers, too, says so itself: `pytestmark = pytest.mark.xdist_group(__name__)`.
+    """
     for item in items:
-        alone = any(item.get_closest_marker(name) for name in ("slow", "long"))
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.stem))
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.name if _takes_long(item) else item.path.stem))
+    if config.getoption("loadgroup", default=False):
+        # In random order else; but what takes long must not come last, when nothing is left to run beside it.
+        items.sort(key=lambda item: 0 if _takes_long(item) else 1 if item.path.parent.name != "unit" else 2)
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -79,6 +79,7 @@ def answerers(client: redis.Redis) -> set[str]:
     return {str(Answer.from_json(fields[b"answer"]).worker) for _, fields in entries}  # type: ignore[union-attr]  # redis-py's sync or async
 
 
+@pytest.mark.long
 def test_each_card_has_its_worker(launch: Callable[..., WorkerProcess], ours: Fleet) -> None:
     """Both answer, under their names and on their CPUs; all log lines are JSON; SIGTERM ends everything with 0."""
     box = launch(args=f"{TWO} -E", env={"SHIWU_HTTP_PORT": "0"})
@@ -185,6 +186,7 @@ def environment_of_place(pid: int) -> str | None:
         return None
 
 
+@pytest.mark.long
 def test_wrong_settings_are_not_tried_again(launch: Callable[..., WorkerProcess]) -> None:
     """What only a worker can find wrong ends all of them by its own code."""
     box = launch(ready=False, default_labels="no-such-set")

@@ -25,6 +25,7 @@ from tests.support.redis_server import RedisServer, debian_redis, valkey_binary
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.xdist_group(__name__)
 CONFIG = ROOT / "docs" / "redis-acl.conf"
 CONTROL = "/0.celery.pidbox"
 LANE = Lane.INTERACTIVE.queue

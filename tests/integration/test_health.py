@@ -243,7 +243,7 @@ def test_every_number_is_documented_and_every_documented_one_is_there(watched: W
     assert told - documented == set()
 
 
-@pytest.mark.parametrize("kind", ["wrong", "nan"])
+@pytest.mark.parametrize("kind", ["wrong", pytest.param("nan", marks=pytest.mark.long)])
 def test_a_device_that_computes_wrong_ends_its_worker(
     start_worker: StartWorker, redis_url: str, tmp_path: Path, kind: str
 ) -> None:

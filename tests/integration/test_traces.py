@@ -108,6 +108,7 @@ def test_the_last_spans_are_sent_at_the_end(
     assert collector.of_job("last") is not None
 
 
+@pytest.mark.long
 def test_without_the_setting_nothing_is_sent(
     start_worker: StartWorker, redis_url: str, tmp_path: Path, picture: str, collector: Collector
 ) -> None:
