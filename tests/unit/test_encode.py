@@ -381,6 +381,29 @@ def test_no_size_takes_much_longer_than_a_second(tmp_path: Path) -> None:
     assert encoder.rungs == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("first_s", "threads", "passes"),
+    [([0.001], 1, 1), ([0.5], 2, 1), ([0.05, 0.001], 1, 2), ([0.05] * 3, 2, 3)],
+    ids=["quick", "slow", "quick once it runs", "neither"],
+)
+def test_a_quick_model_leaves_a_core_to_the_loaders(
+    tmp_path: Path, first_s: list[float], threads: int, passes: int
+) -> None:
+    """A first pass may pay for something else; one that is slow beyond doubt is not run again to find out."""
+    before = torch.get_num_threads()
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1,))
+    took, asked = iter([*first_s, *[first_s[-1]] * 50]), list[int]()
+    encoder._time = lambda rung: (asked.append(torch.get_num_threads()), next(took))[1]  # type: ignore[method-assign]  # a clock
+    try:
+        torch.set_num_threads(2)
+        encoder.warm(choose_threads=True)
+        assert torch.get_num_threads() == threads
+        assert asked[:passes] == [2] * passes
+        assert set(asked[passes:]) == {threads}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_time_to_compile_is_not_the_time_of_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each size compiles once, however long that takes, also when the largest is chosen; its later passes count."""
     clock, compiled = SimpleNamespace(now_s=0.0), list[int]()

@@ -31,8 +31,10 @@ LEAST_COSINE: Final = 0.999
 CHECKED: Final = 2
 QUICK_CORE_S: Final = 0.04
 """Core-seconds of a picture in the model; loading one takes 0.002."""
+SLOW: Final = 5.0
+"""Times as long is slow, whatever the first pass pays for."""
 TRIES: Final = 3
-"""Passes of the smallest rung that tell whether a picture is quick."""
+"""Passes of the smallest rung that may show that a picture is quick."""
 
 
 class Encoder:
@@ -90,7 +92,10 @@ class Encoder:
         self._stream: Any = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's own
-        self._width = int(self._eager(self._model, self._dtype)(self._blank(1)).shape[1])
+        vectors: Any = self.known_vectors
+        if vectors is None:
+            vectors = self._eager(self._model, self._dtype)(self._blank(1))
+        self._width = int(vectors.shape[1])
         self.rungs = tuple(rungs)
         self._berths = self._dock(self.rungs)
         self.info = ModelInfo(
@@ -166,16 +171,23 @@ class Encoder:
             NonFiniteError: when this dtype overflows on this model.
         """
         threads = torch.get_num_threads()
-        if choose_threads and self._device.type == "cpu" and threads > 1:
-            least = self.rungs[0]
-            if min(self._time(least) for _ in range(TRIES)) * threads < least * QUICK_CORE_S:
-                torch.set_num_threads(threads - 1)
+        if choose_threads and self._device.type == "cpu" and threads > 1 and self._is_quick(threads):
+            torch.set_num_threads(threads - 1)
         seconds = measure(self._time, self.rungs, is_enough=self._is_enough if choose_largest else lambda _: False)
         if choose_largest and (largest := worthwhile(seconds)) < self.rungs[-1]:
             seconds = {rung: took_s for rung, took_s in seconds.items() if rung <= largest}
             self._keep(tuple(seconds))
         self.seconds = seconds
         self._next_batches = next_batches(seconds)
+
+    def _is_quick(self, threads: int) -> bool:
+        """Whether a picture takes the model little more than the loaders."""
+        least = self.rungs[0]
+        for _ in range(TRIES):
+            core_s = self._time(least) * threads / least
+            if core_s < QUICK_CORE_S or core_s > SLOW * QUICK_CORE_S:
+                return core_s < QUICK_CORE_S
+        return False
 
     def _is_enough(self, seconds: Mapping[int, float]) -> bool:
         """Whether a batch twice as large would take too long; or, slow to compile, two in vain end the search."""
