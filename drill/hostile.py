@@ -45,8 +45,9 @@ class _Hostile:
 def hostile(field: Field) -> Outcome:
     """Five in a hundred are bombs, broken files, internal addresses or kill their decoder; the others notice little."""
     worker = field.worker(env=poison_env(), load_timeout_s=10, decode_cpu_s=5, slots=256)
-    field.enqueue(64)
-    field.wait_answers(64)
+    for image in field.images:
+        field.enqueue(5, [image])
+    field.wait_answers(len(field.sent))
     truth = _labels(field, field.sent)
     before_s = cpu_s(family(worker.pid))
     without = _rate(field, field.jobs, None)
