@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="drill", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="DRILL", help=f"{', '.join(DRILLS)}; default: all of them")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--short", action="store_true", help="the small form that make test runs")
+    parser.add_argument("--short", action="store_true", help="the small form that the tests run")
     parser.add_argument("--jobs", type=int, help="enqueued in each round")
     parser.add_argument("--rounds", type=int)
     parser.add_argument(

@@ -17,7 +17,7 @@ class Drill:
     name: str
     run: Callable[[Field], Outcome]
     short: tuple[int, int]
-    """Jobs a round, rounds: what `make test` runs."""
+    """Jobs a round, rounds: what `make test` and `make test-long` run."""
     long: tuple[int, int]
     server: Literal["any", "own", "loads", "sentinels"] = "any"
     """Whether it may run on a Redis that was given, or breaks its own; one of them loads its data for long."""

@@ -17,7 +17,7 @@ FIXED = 20261123
 FRESH = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6)
 """Of this run; all its processes must name their tests alike."""
 SOME = ("kill",)
-"""What `make test` runs of them, beside its own tests of the rest; `make test-long` runs them all but these."""
+"""What `make test` runs of them, beside other tests of the same promises; `make test-long` runs the rest."""
 BUSY_S = 10.0
 """What a recovery may take beyond the promise here, where other tests have the cores; `make drill` holds it exactly."""
 
