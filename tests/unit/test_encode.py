@@ -372,6 +372,15 @@ def test_a_size_that_was_disturbed_ends_no_search(tmp_path: Path) -> None:
     assert encoder.rungs == (1, 2, 4, 8)
 
 
+def test_batches_follow_from_the_measured_times(tmp_path: Path) -> None:
+    """Where two and one are done before four of which one is padding, three are not taken at once."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4))
+    took = {1: 0.1, 2: 0.18, 4: 0.34}
+    encoder._time = lambda rung: took[rung]  # type: ignore[method-assign]  # a clock
+    encoder.warm(choose_largest=True)
+    assert [encoder.fit(waiting) for waiting in range(5)] == [0, 1, 2, 2, 4]
+
+
 def test_no_size_takes_much_longer_than_a_second(tmp_path: Path) -> None:
     """However much the larger ones would bring: the search ends where twice as many would take too long."""
     encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8))
@@ -392,9 +401,17 @@ def test_a_quick_model_leaves_a_core_to_the_loaders(
     """A first pass may pay for something else; one that is slow beyond doubt is not run again to find out."""
     before = torch.get_num_threads()
     encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1,))
-    took, asked = iter([*first_s, *[first_s[-1]] * 50]), list[int]()
-    encoder._time = lambda rung: (asked.append(torch.get_num_threads()), next(took))[1]  # type: ignore[method-assign]  # a clock
+    asked: list[int] = []
+
+    def clock(_: int) -> float:
+        asked.append(torch.get_num_threads())
+        return first_s[min(len(asked), len(first_s)) - 1]
+
+    encoder._time = clock  # type: ignore[method-assign]  # as above
     try:
+        assert encoder._is_quick(2) == (threads == 1)
+        assert len(asked) == passes
+        asked.clear()
         torch.set_num_threads(2)
         encoder.warm(choose_threads=True)
         assert torch.get_num_threads() == threads
@@ -406,9 +423,11 @@ def test_a_quick_model_leaves_a_core_to_the_loaders(
 
 def test_the_time_to_compile_is_not_the_time_of_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each size compiles once, however long that takes, and only its later passes count; two in vain end the search."""
-    clock, compiled = SimpleNamespace(now_s=0.0), list[int]()
+    clock, compiled, towers = SimpleNamespace(now_s=0.0), list[int](), list[Tower]()
 
     def slow_to_compile(eager: Tower) -> Tower:
+        towers.append(eager)
+
         def run(raw: torch.Tensor) -> torch.Tensor:
             size = len(raw)
             clock.now_s += {1: 0.1, 2: 0.12, 4: 0.235, 8: 0.47, 16: 0.94}[size] if size in compiled else 20
@@ -424,6 +443,7 @@ def test_the_time_to_compile_is_not_the_time_of_a_pass(tmp_path: Path, monkeypat
     assert encoder.rungs == (1, 2)
     assert encoder.seconds == pytest.approx({1: 0.1, 2: 0.12})
     assert compiled == [1, 2, 4, 8]
+    assert len(towers) == 1
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
