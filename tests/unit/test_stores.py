@@ -198,7 +198,7 @@ def test_a_refusal_has_the_same_words(
     key = "Server returned non-2xx status code: 503 <Code>SlowDown</Code>"
     text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{SECRET}</Message></Error>".encode()
     http_server.serve(f"/pictures/{quote(key)}", Reply(status=status, body=text))
-    fetchers = [make_fetcher(client, http_server.url(""), total_timeout_s=0.1) for client in CLIENTS]
+    fetchers = [make_fetcher(client, http_server.url("")) for client in CLIENTS]
     errors = [failure(fetcher, f"s3://pictures/{key}?versionId={SECRET}") for fetcher in fetchers]
     assert {(type(error), error.code.value) for error in errors} == {(kind, expected)}
     assert len({(str(error), error.detail) for error in errors}) == 1
