@@ -287,7 +287,7 @@ def test_a_cut_commit_that_is_tried_again_counts_once(
 @pytest.mark.parametrize("what", ["claim", "renew", "commit"])
 def test_a_black_hole_is_a_time_out_and_then_over(proxy: FaultProxy, redis_client: redis.Redis, what: str) -> None:
     """Silence is an error within the client's own time; when the route is back the same call succeeds."""
-    with far_client(proxy, timeout_s=0.3) as far:
+    with far_client(proxy, timeout_s=1) as far:
         claims, ledger = make_claims(far, NAME, lease_s=0.0), make_committer(far, NAME)
         assert claims.claim(2).jobs == (), "expected an empty server; this opens the connection"
         ids = send(redis_client, 0)
@@ -302,7 +302,7 @@ def test_a_black_hole_is_a_time_out_and_then_over(proxy: FaultProxy, redis_clien
         started_s = time.monotonic()
         with pytest.raises(redis.TimeoutError):
             calls[what]()
-        assert 0.2 < time.monotonic() - started_s < 2.0
+        assert 0.9 < time.monotonic() - started_s < 20
         proxy.heal()
         settled(redis_client)
         if what == "claim":
@@ -311,6 +311,16 @@ def test_a_black_hole_is_a_time_out_and_then_over(proxy: FaultProxy, redis_clien
             make_upkeep(redis_client).tend()
         assert calls[what]() == expected[what]
         assert answered(redis_client) == Counter(ids if what == "commit" else [])
+
+
+def _least_ping_s(far: redis.Redis) -> float:
+    """A busy machine can make any one of them slow."""
+    times = []
+    for _ in range(5):
+        started_s = time.monotonic()
+        assert far.ping()
+        times.append(time.monotonic() - started_s)
+    return min(times)
 
 
 def test_the_proxy_refuses_delays_and_heals(proxy: FaultProxy, far: redis.Redis) -> None:
@@ -323,11 +333,7 @@ def test_the_proxy_refuses_delays_and_heals(proxy: FaultProxy, far: redis.Redis)
     proxy.heal()
     assert far.ping()
     proxy.delay(0.2)
-    started_s = time.monotonic()
-    assert far.ping()
-    assert time.monotonic() - started_s >= 0.2
+    assert _least_ping_s(far) >= 0.2
     proxy.heal()
-    started_s = time.monotonic()
-    assert far.ping()
-    assert time.monotonic() - started_s < 0.2
+    assert _least_ping_s(far) < 0.2
     assert proxy.cuts == 0

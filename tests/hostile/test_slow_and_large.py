@@ -82,10 +82,10 @@ def test_an_answer_that_is_none_is_a_source_that_is_away(
 ) -> None:
     """Soon, and no line of any library tells the query."""
     with RawServer(script) as server:
-        fetcher = world.fetcher(ports=(server.port,))
+        fetcher = world.fetcher(ports=(server.port,), total_timeout_s=30.0, read_timeout_s=30.0)
         began_s = time.monotonic()
         error = failure(fetcher, f"http://good.example:{server.port}/a?{SECRET}")
-        assert time.monotonic() - began_s < 4
+        assert time.monotonic() - began_s < 20
     assert isinstance(error, Unavailable)
     assert SECRET not in caplog.text
 

@@ -215,10 +215,10 @@ def test_what_does_not_fit_is_dropped_and_said_once() -> None:
         began_s = time.monotonic()
         for n in range(50):
             traces.answered([settled(job_of(f"{n}-{k}")) for k in range(2)])
-        assert time.monotonic() - began_s < 5.0
+        assert time.monotonic() - began_s < 20
         began_s = time.monotonic()
         traces.close(timeout_s=0.2)
-        assert time.monotonic() - began_s < 5.0
+        assert time.monotonic() - began_s < 20
         exporter.go.set()
         traces._thread.join(CLOSE_S)
     assert not traces._thread.is_alive()
