@@ -33,7 +33,8 @@ def test_client_kill_in_the_middle_runs_nothing_again(fleet: Fleet, near: Worker
         wait_until(lambda n=number: drill.answered(fleet.client) > 80 * n, timeout_s=30, every_s=0.002)
         killed = fleet.client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         killed += fleet.client.execute_command("CLIENT", "KILL", "TYPE", "pubsub", "SKIPME", "yes")
-        assert killed >= 4, "claim, commit, heartbeat, listener"
+        # A quick worker answers so many before all its connections are back.
+        assert killed >= (4 if number == 1 else 2), "claim and commit; the first time heartbeat and listener, too"
     result = fleet.counted(ids)
     assert (result.attempts, result.statuses) == ({1: 400}, {"tagged": 400})
     assert (result.reaped, result.discarded) == (0, 0)

@@ -13,6 +13,8 @@ from tests.support.picture_server import Reply
 from tests.support.raw_server import RawServer, Script, says
 
 TOTAL_S = 0.6
+BUSY_S = 10.0
+"""What a busy machine may add; without a deadline these servers take for ever."""
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 SLOW = {
@@ -38,7 +40,7 @@ def test_a_drip_ends_at_the_total_deadline(world: World, script: Script) -> None
         fetcher = world.fetcher(total_timeout_s=TOTAL_S, ports=(server.port,))
         began_s = time.monotonic()
         error = failure(fetcher, f"http://good.example:{server.port}/a?{SECRET}")
-        assert time.monotonic() - began_s < TOTAL_S + 1.0
+        assert time.monotonic() - began_s < TOTAL_S + BUSY_S
     assert isinstance(error, Unavailable) or "redirects" in str(error)
 
 
@@ -49,7 +51,7 @@ def test_a_server_that_says_nothing_is_left(world: World, scheme: str) -> None:
         fetcher = world.fetcher(total_timeout_s=TOTAL_S, ports=(server.port,))
         began_s = time.monotonic()
         assert isinstance(failure(fetcher, f"{scheme}://good.example:{server.port}/a"), Unavailable)
-        assert time.monotonic() - began_s < TOTAL_S + 1.0
+        assert time.monotonic() - began_s < TOTAL_S + BUSY_S
 
 
 def test_a_name_server_that_says_nothing_is_left(world: World) -> None:
@@ -57,7 +59,7 @@ def test_a_name_server_that_says_nothing_is_left(world: World) -> None:
     began_s = time.monotonic()
     error = failure(world.fetcher(total_timeout_s=TOTAL_S), world.url("http://slow.example:OUT/a"))
     assert isinstance(error, Unavailable)
-    assert time.monotonic() - began_s < TOTAL_S + 1.0
+    assert time.monotonic() - began_s < TOTAL_S + BUSY_S
 
 
 LARGE = {

@@ -17,11 +17,11 @@ from tests.support.picture_server import PictureServer, Reply
 BODY = b"x" * 5000
 
 
-def make_fetcher(*, total_timeout_s: float = 2.0, reach: Reach | None = None) -> Fetcher:
+def make_fetcher(*, total_timeout_s: float = 10.0, reach: Reach | None = None) -> Fetcher:
     """A fetcher with small limits that may reach this machine's servers."""
-    limits = FetchLimits(max_bytes=10_000, total_timeout_s=total_timeout_s, connect_timeout_s=0.5, read_timeout_s=0.5)
+    limits = FetchLimits(max_bytes=10_000, total_timeout_s=total_timeout_s, connect_timeout_s=5.0, read_timeout_s=2.0)
     rules = reach or Reach(allow_hosts=("127.0.0.1",))
-    web = Web(rules, threads=2, connect_timeout_s=0.5, read_timeout_s=0.5)
+    web = Web(rules, threads=2, connect_timeout_s=5.0, read_timeout_s=2.0)
     return Fetcher(s3=S3Options(None, "us-east-1"), web=web, reach=rules, limits=limits, threads=2)
 
 
