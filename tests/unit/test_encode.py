@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -446,19 +444,6 @@ def test_the_time_to_compile_is_not_the_time_of_a_pass(tmp_path: Path, monkeypat
     assert len(towers) == 1
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
-def test_what_a_pass_frees_is_kept_for_the_next() -> None:
-    """Few page faults: without that each pass of the embedded model, 64 pictures, meets tens of thousands."""
-    encoder = make_encoder(model_folder(None), rungs=(64,))
-    pixels = noise(64, 64)
-    for _ in range(3):
-        encoder.encode(pixels)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        encoder.encode(pixels)
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 5 < 2000
-
-
 def test_a_dtype_that_says_something_else_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where bfloat16 is further from FP32 than a cosine of 0.999, the next format stands in, with unrounded weights."""
     folder = saved(make_model("clip"), tmp_path)
@@ -481,3 +466,24 @@ def test_batches_may_be_launched_ahead(tmp_path: Path) -> None:
     np.testing.assert_allclose(encoder.collect(first), expected[[4, 0]], atol=1e-5)
     with pytest.raises(RuntimeError, match="one collect"):
         first.collect()
+
+
+def test_a_batch_that_is_divided_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that is not quick; a picture gets the same vector wherever in a batch of a size it lies."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        whole, divided = (make_encoder(model_folder(None), rungs=(1, 2, 4)) for _ in range(2))
+        whole.warm()
+        monkeypatch.setattr(stage, "QUICK_CORE_S", 0.0)
+        divided.warm(choose_threads=True)
+        assert torch.get_num_threads() == 2, "expected a model that is not quick to keep all cores"
+        crews = [one._crew for one in (whole, divided)]
+        assert [crew is not None and crew.parts_of(4) for crew in crews] == [1, 2]
+        pixels = noise(4, 64)
+        vectors = divided.encode(pixels)
+        np.testing.assert_allclose(vectors, whole.encode(pixels), atol=1e-5)
+        np.testing.assert_array_equal(vectors[[2, 3, 0, 1]], divided.encode(pixels[[2, 3, 0, 1]]))
+        np.testing.assert_array_equal(vectors[::-1], divided.encode(pixels[::-1].copy()))
+    finally:
+        torch.set_num_threads(before)

@@ -1,6 +1,7 @@
 """Where batches cross between host and device: pinned memory, a copy stream, and the wait for a result.
 
-The host fills one berth while the device works from another. On a CPU the same code runs at once, without streams.
+The host fills one berth while the device works from another. On a CPU the same code runs without streams, on one
+of several cores by a crew of threads.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shiwu_worker.crew import Crew, Work
 from shiwu_worker.tower import Tower
 
 BERTHS: Final = 3
@@ -46,6 +48,7 @@ class Flight:
 
         Raises:
             RuntimeError: what the device says of this batch or of one before it.
+            Exception: on a CPU, whatever the model raises.
         """
         berth, self._berth = self._berth, None
         if berth is None:
@@ -53,6 +56,8 @@ class Flight:
         try:
             if self._berths.is_asynchronous:
                 berth.done.synchronize()
+            if berth.work is not None:
+                berth.work.wait()
             return berth.vectors[: self._count].numpy().copy()
         finally:
             self._berths.free(berth)
@@ -69,6 +74,8 @@ class _Berth:
         self.vectors = torch.zeros((pictures, width), dtype=torch.float32, pin_memory=is_cuda)
         self.copied: Any = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]  # torch's own
         self.done: Any = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]  # torch's own
+        self.work: Work | None = None
+        """What a crew may still be at."""
 
 
 class Berths:
@@ -79,15 +86,17 @@ class Berths:
         shape: of one picture, (h, w, 3).
         width: of a vector.
         stream: what the tower runs on; None where the device is a CPU.
+        crew: runs the tower on a CPU of several cores.
     """
 
     def __init__(
         self, tower: Tower, *, rungs: Sequence[int], shape: tuple[int, int, int], width: int, device: torch.device,
-        stream: Any,
+        stream: Any, crew: Crew | None = None,
     ) -> None:  # fmt: skip
         self._tower = tower
         self._rungs = tuple(rungs)
         self._stream = stream
+        self._crew = crew
         self._copy_stream: Any = None
         if stream is not None:
             self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
@@ -107,6 +116,8 @@ class Berths:
 
     def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int] | None) -> Flight:
         """Gather rows of `pixels` (all of them for None), pad to the next rung and start the tower.
+
+        On a CPU it returns when a thread of the crew is idle, which can begin another batch, or this one is done.
 
         Raises:
             RuntimeError: what the device says; or no berth came free.
@@ -137,6 +148,10 @@ class Berths:
                 berth.on_device[:rung].copy_(berth.staged[:rung], non_blocking=True)
                 berth.copied.record()
             self._stream.wait_event(berth.copied)
+        berth.work = None
+        if self._crew is not None:
+            berth.work = self._crew.start(self._tower, berth.on_device[:rung], berth.vectors[:rung])
+            return
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext(), torch.inference_mode():
             berth.vectors[:rung].copy_(self._tower(berth.on_device[:rung]), non_blocking=True)
             if self._stream is not None:

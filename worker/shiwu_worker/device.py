@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 from typing import Final
@@ -12,11 +11,6 @@ import torch
 from shiwu_worker.errors import Trouble
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h."""
-_KEPT_BYTES: Final = 1 << 30
-_MAPPED_BYTES: Final = 32 << 20
-"""The most that mallopt takes; larger blocks are still mapped for each use."""
 _AMPERE: Final = (8, 0)
 """The first compute capability whose tensor cores take bfloat16."""
 
@@ -52,18 +46,6 @@ def card_uuid(device: torch.device) -> str | None:
     if index < len(visible) and visible[index].startswith("MIG-"):
         return visible[index]
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a forward pass on the CPU frees, for the next pass, which needs the same.
-
-    Left alone it gives large blocks back to the kernel, and gets them again page by page: 4,000 to 40,000 faults for
-    each pass of ViT-B/16. See `man mallopt`. With another malloc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
-        mallopt(_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
 def device_name(device: torch.device) -> str:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from shiwu_worker import logs
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode
+from shiwu_worker.malloc import use_one_arena
 from shiwu_worker.nursery import PR_SET_PDEATHSIG
 
 EVENTS: Final = "-E"
@@ -30,7 +31,7 @@ def command(*, node: str, cpus: frozenset[int], drain_s: float, task_events: boo
 
 
 def begin() -> Settings:
-    """Read the settings and set up the log, before a library warns of anything; wrong settings end the process."""
+    """Read the settings, set up log and memory, before a library warns or starts threads; wrong settings end it all."""
     try:
         settings = Settings()
     except ValidationError as error:
@@ -39,6 +40,7 @@ def begin() -> Settings:
             print(f"SHIWU_{name}: {wrong['msg']}", file=sys.stderr)  # noqa: T201 there is no log yet
         sys.exit(int(ExitCode.CONFIG))
     logs.set_up(level=settings.log_level, form=settings.log_format)
+    use_one_arena()
     return settings
 
 
@@ -76,8 +78,8 @@ def drain_with_parent(parent: int, *, limit_s: float) -> None:
 def main() -> None:
     """Take the place that the launcher chose, before a library counts the CPUs."""
     parent, node, cpus, drain_s, *rest = sys.argv[1:]
-    drain_with_parent(int(parent), limit_s=float(drain_s))
     begin()
+    drain_with_parent(int(parent), limit_s=float(drain_s))
     os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
     run(node=node, task_events=EVENTS in rest)
 

@@ -20,6 +20,7 @@ from shiwu_worker.errors import FatalError
 from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.job import Release
 from shiwu_worker.logs import job_logger
+from shiwu_worker.malloc import use_one_arena
 from shiwu_worker.model_parts import make_canary, open_encoder
 from shiwu_worker.models import model_folder, model_revision
 from shiwu_worker.panel import Panel
@@ -80,6 +81,7 @@ def open_service(
         FatalError: when a part can't start. Nothing has been claimed then.
     """
     began_s = time.monotonic()
+    use_one_arena()  # again: Celery's own command may have started this process
     progress = Progress()
     panel = Panel(settings, progress)
     with ExitStack() as stack:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import structlog
@@ -20,12 +20,15 @@ from numpy.typing import NDArray
 from shiwu.contract import Head, ModelInfo
 from shiwu_worker.berths import Berths, Flight
 from shiwu_worker.checkpoint import Texts, image_size, load_model
-from shiwu_worker.device import card_uuid, choose_device, choose_dtypes, device_name, keep_freed_memory, trouble_of
+from shiwu_worker.crew import Crew
+from shiwu_worker.device import card_uuid, choose_device, choose_dtypes, device_name, trouble_of
 from shiwu_worker.errors import NonFiniteError, Trouble
+from shiwu_worker.malloc import keep_freed_memory
 from shiwu_worker.rungs import LONGEST_S, measure, next_batches, worthwhile
 from shiwu_worker.tower import GraphedTower, Tower, compiled_tower, eager_tower
 
 log: Any = structlog.get_logger()
+T = TypeVar("T")
 LEAST_COSINE: Final = 0.999
 """Between a faster number format and FP32, for the pictures of the start-up check."""
 CHECKED: Final = 2
@@ -75,26 +78,13 @@ class Encoder:
         self._mean, self._std = tuple(mean), tuple(std)
         self._is_compiled, self._has_graphs = is_compiled, has_graphs
         self._compiled: Tower | None = None
-        model = load_model(folder)
-        # Before the cast: in bfloat16 a scale of 100 would be 98.9.
-        self.scale = math.exp(float(model.logit_scale))
-        bias = getattr(model, "logit_bias", None)
-        self.bias = None if bias is None else float(bias)
-        self.default_head: Head = "softmax" if bias is None else "sigmoid"
-        side = image_size(model)
-        self._shape = (side, side, 3)
-        self.known_vectors = None if known is None else self._on_cpu(model, known)
-        """Of `known`, float32 (n, d): in FP32 on the CPU, whatever the device is. NaN where the model gives it."""
-        self._model, self._dtype = self._cast(model.to(self._device), choose_dtypes(dtype, self._device))
+        self._crew = self._make_crew()
+        self._by_captain(lambda: self._open(dtype, known))
         self._exact: Tower | None = None
         self._texts = Texts(self._model, folder)
         self._stream: Any = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's own
-        vectors: Any = self.known_vectors
-        if vectors is None:
-            vectors = self._eager(self._model, self._dtype)(self._blank(1))
-        self._width = int(vectors.shape[1])
         self.rungs = tuple(rungs)
         self._berths = self._dock(self.rungs)
         self.info = ModelInfo(
@@ -118,6 +108,31 @@ class Encoder:
         return self._next_batches[waiting]
 
     # -------------------------------------------------------------------------------- before the first job
+    def _open(self, dtype: str, known: NDArray[np.uint8] | None) -> None:
+        model = load_model(self._folder)
+        # Before the cast: in bfloat16 a scale of 100 would be 98.9.
+        self.scale = math.exp(float(model.logit_scale))
+        bias = getattr(model, "logit_bias", None)
+        self.bias = None if bias is None else float(bias)
+        self.default_head: Head = "softmax" if bias is None else "sigmoid"
+        side = image_size(model)
+        self._shape = (side, side, 3)
+        self.known_vectors = None if known is None else self._on_cpu(model, known)
+        """Of `known`, float32 (n, d): in FP32 on the CPU, whatever the device is. NaN where the model gives it."""
+        self._model, self._dtype = self._cast(model.to(self._device), choose_dtypes(dtype, self._device))
+        vectors: Any = self.known_vectors
+        if vectors is None:
+            vectors = self._eager(self._model, self._dtype)(self._blank(1))
+        self._width = int(vectors.shape[1])
+
+    def _make_crew(self, *, is_divided: bool = False) -> Crew | None:
+        threads = torch.get_num_threads()
+        return Crew(threads, is_divided=is_divided) if self._device.type == "cpu" and threads > 1 else None
+
+    def _by_captain(self, work: Callable[[], T]) -> T:
+        """What takes all cores of a CPU is done by one thread, always the same."""
+        return work() if self._crew is None else self._crew.call(work)
+
     def _cast(self, model: Any, dtypes: Sequence[torch.dtype]) -> tuple[Any, torch.dtype]:
         """The first format in which the model still says what it says in FP32."""
         if len(dtypes) == 1:
@@ -155,9 +170,12 @@ class Encoder:
             tower = GraphedTower(tower, rungs=rungs, shape=self._shape, stream=self._stream)
         elif self._is_compiled:
             tower = self._compiled = self._compiled or compiled_tower(tower)
-        return Berths(
-            tower, rungs=rungs, shape=self._shape, width=self._width, device=self._device, stream=self._stream
-        )
+        return self._by_captain(
+            lambda: Berths(
+                tower, rungs=rungs, shape=self._shape, width=self._width, device=self._device, stream=self._stream,
+                crew=self._crew,
+            )
+        )  # fmt: skip
 
     def warm(self, *, choose_largest: bool = False, choose_threads: bool = False) -> None:
         """Run every rung, so that no job pays for first calls, and measure them.
@@ -165,19 +183,28 @@ class Encoder:
         Args:
             choose_largest: keep only the rungs up to the one beyond which batches bring no more pictures a second.
             choose_threads: on a CPU leave a core to the loaders where a picture takes the model little more than them.
+                Where it takes more, batches are divided among the threads.
 
         Raises:
             NonFiniteError: when this dtype overflows on this model.
         """
-        threads = torch.get_num_threads()
-        if choose_threads and self._device.type == "cpu" and threads > 1 and self._is_quick(threads):
-            torch.set_num_threads(threads - 1)
+        if self._crew is not None:
+            self._choose_crew(choose_threads=choose_threads)
         seconds = measure(self._time, self.rungs, is_enough=self._is_enough if choose_largest else lambda _: False)
         if choose_largest and (largest := worthwhile(seconds)) < self.rungs[-1]:
             seconds = {rung: took_s for rung, took_s in seconds.items() if rung <= largest}
             self._keep(tuple(seconds))
         self.seconds = seconds
         self._next_batches = next_batches(seconds)
+
+    def _choose_crew(self, *, choose_threads: bool) -> None:
+        threads = torch.get_num_threads()
+        is_quick = self._is_quick(threads)
+        if is_quick and choose_threads:
+            torch.set_num_threads(threads - 1)
+        # A compiled tower has its number of threads built in, and a quick one mostly waits for Python's lock.
+        self._crew = self._make_crew(is_divided=not is_quick and not self._is_compiled)
+        self._berths = self._dock(self.rungs)
 
     def _is_quick(self, threads: int) -> bool:
         """Whether a picture takes the model little more than the loaders."""
@@ -212,7 +239,9 @@ class Encoder:
 
     # -------------------------------------------------------------------------------- batches
     def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int] | None = None) -> Flight:
-        """Start a batch: rows of `pixels` uint8 (slots, h, w, 3), or all of it. On a CPU it is done on return.
+        """Start a batch: rows of `pixels` uint8 (slots, h, w, 3), or all of it.
+
+        On a CPU it returns when a core is idle, which can begin another batch, or this one is done.
 
         Raises:
             ValueError: for a wrong shape or more pictures than the largest rung.
@@ -240,17 +269,20 @@ class Encoder:
 
         The first call loads the checkpoint again; its weights then stay on the device beside the others.
         """
+        return _finite(self._by_captain(lambda: self._exactly(np.ascontiguousarray(pixels))))
+
+    def _exactly(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         if self._exact is None:
             is_exact = self._dtype is torch.float32
             model = self._model if is_exact else load_model(self._folder).to(self._device)
             self._exact = self._eager(model, torch.float32)
         with torch.inference_mode():
-            raw = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
-            return _finite(self._exact(raw).cpu().numpy())
+            vectors: NDArray[np.float32] = self._exact(torch.from_numpy(pixels).to(self._device)).cpu().numpy()
+        return vectors
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """m texts → unit vectors float32 (m, d). Texts longer than the model's limit are cut, as the tokenizer does."""
-        return _finite(self._texts.encode(texts))
+        return _finite(self._by_captain(lambda: self._texts.encode(texts)))
 
     def trouble(self, error: BaseException) -> Trouble:
         """What an error of `encode` means for its batch."""
