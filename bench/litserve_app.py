@@ -11,7 +11,9 @@ from bench.celery_app import TASK, make_app
 from bench.sources import fetch
 
 URL: Final = os.environ["BENCH_LITSERVE_URL"]
-pool: Final = urllib3.PoolManager(maxsize=int(os.environ["BENCH_CONCURRENCY"]), retries=False, timeout=600)
+# The server closes a connection that was idle for some seconds, which it is while others have their turn.
+AGAIN: Final = urllib3.Retry(connect=0, read=3, status=0, redirect=0, allowed_methods=None)
+pool: Final = urllib3.PoolManager(maxsize=int(os.environ["BENCH_CONCURRENCY"]), retries=AGAIN, timeout=600)
 app = make_app("litserve")
 
 
