@@ -241,8 +241,9 @@ def test_earlier_batches_leave_nothing_behind() -> None:
     np.testing.assert_array_equal(kept, copy)
 
 
-def test_warm_runs_every_rung(tmp_path: Path) -> None:
+def test_warm_runs_every_rung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After warming, the model has seen each fixed shape."""
+    monkeypatch.setattr(stage, "QUICK_CORE_S", math.inf)  # whole batches, also on a busy machine
     encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8))
     seen: list[int] = []
     hook = encoder._model.vision_model.register_forward_pre_hook(
@@ -474,6 +475,7 @@ def test_a_batch_that_is_divided_says_the_same(monkeypatch: pytest.MonkeyPatch) 
     torch.set_num_threads(2)
     try:
         whole, divided = (make_encoder(model_folder(None), rungs=(1, 2, 4)) for _ in range(2))
+        monkeypatch.setattr(stage, "QUICK_CORE_S", math.inf)
         whole.warm()
         monkeypatch.setattr(stage, "QUICK_CORE_S", 0.0)
         divided.warm(choose_threads=True)

@@ -29,6 +29,7 @@ from shiwu_worker.config_lists import (
     read_retry,
     split,
 )
+from shiwu_worker.cores import usable_cores
 from shiwu_worker.reach import HTTP_PORTS, Reach
 
 LARGEST_TRIED = 64
@@ -59,7 +60,10 @@ class Settings(BaseSettings):
         "auto", description="auto: float16 on CUDA, bfloat16 on CPUs that have it, else float32"
     )
     torch_threads: int = Field(
-        0, ge=0, description="threads of the model on a CPU; 0: all cores, or one less where a picture is quick"
+        0,
+        ge=0,
+        description="threads of the model on a CPU; 0: all cores that affinity and cgroup allow, or one less where a "
+        "picture is quick",
     )
     compile: bool = Field(
         False,
@@ -274,7 +278,7 @@ class Settings(BaseSettings):
     @property
     def loader_count(self) -> int:
         """Loader processes to start."""
-        return self.loaders or max(1, len(os.sched_getaffinity(0)) - 1)
+        return self.loaders or max(1, usable_cores() - 1)
 
     @property
     def slot_count(self) -> int:

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shiwu_worker.config import Settings
+from shiwu_worker.cores import usable_cores
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.image_spec import ImageSpec, read_image_spec
 from shiwu_worker.model_parts import open_encoder
@@ -51,7 +52,7 @@ class Tuned(BaseModel):
 
 def key_of(settings: Settings, revision: str) -> tuple[str, ...]:
     """All that a tuning depends on. Read without torch: loaders start before it is loaded."""
-    cores = str(len(os.sched_getaffinity(0)))
+    cores = str(usable_cores())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     where = (socket.gethostname(), cores, settings.device, visible)
     return (*where, revision, settings.dtype, str(settings.compile), version("torch"), version("transformers"))
@@ -111,7 +112,7 @@ def choose(settings: Settings, encoder: Any, decode_s: float, revision: str) -> 
     import torch  # noqa: PLC0415 the rest of this room is asked for before torch may be loaded
 
     rate = max(rung / seconds for rung, seconds in encoder.seconds.items())
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     wanted = math.ceil(rate * decode_s / BUSY)
     return Tuned(
         key=key_of(settings, revision),

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from shiwu.contract import Head, ModelInfo
 from shiwu_worker.berths import Berths, Flight
 from shiwu_worker.checkpoint import Texts, image_size, load_model
+from shiwu_worker.cores import usable_cores
 from shiwu_worker.crew import Crew
 from shiwu_worker.device import card_uuid, choose_device, choose_dtypes, device_name, trouble_of
 from shiwu_worker.errors import NonFiniteError, Trouble
@@ -47,7 +48,7 @@ class Encoder:
         folder: the checkpoint, in transformers' format.
         rungs: batch sizes, ascending; the last is the largest batch.
         mean, std: of the checkpoint's processor, for pixels of 0 to 1.
-        threads: of torch on a CPU; None leaves torch's own choice, all cores.
+        threads: of torch on a CPU; None: torch's own choice, at most the cores that may be used.
         is_compiled: compile the tower (CPU); each rung costs 15 to 60 s at the start.
         has_graphs: replay CUDA graphs where the device is one.
         known: pictures uint8 (n, h, w, 3) whose vectors are to be known from elsewhere than the device.
@@ -72,8 +73,7 @@ class Encoder:
         self._device = choose_device(device)
         if self._device.type == "cpu":
             keep_freed_memory()
-            if threads:
-                torch.set_num_threads(threads)
+            torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
         self._folder = folder
         self._mean, self._std = tuple(mean), tuple(std)
         self._is_compiled, self._has_graphs = is_compiled, has_graphs
