@@ -56,7 +56,7 @@ def test_a_whole_body_over_http(http_server: PictureServer) -> None:
         (Reply.picture(b"x" * 20_000), Rejected, "picture_too_large"),
         (Reply.gzipped(BODY), Rejected, "not_a_picture"),
         (Reply.cut(BODY), Unavailable, "source_unavailable"),
-        (Reply.picture(BODY).late(first_pause_s=1.0), Unavailable, "source_unavailable"),
+        (Reply.picture(BODY).late(first_pause_s=30.0), Unavailable, "source_unavailable"),
     ],
     ids=lambda value: getattr(value, "__name__", None) or (value if isinstance(value, str) else None),
 )
