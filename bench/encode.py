@@ -11,7 +11,9 @@ import inspect
 import re
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -119,7 +121,8 @@ def run(asked: argparse.Namespace) -> Report:
     )
     torch.set_num_threads(options.threads)
     model = checkpoint(options.model)
-    matrix = tuple(_matrix_rate(device, dtype) for dtype in options.dtypes)
+    with ThreadPoolExecutor(1) as pool:  # a thread that ends: its team of OpenMP's would slow the model's
+        matrix = tuple(pool.map(partial(_matrix_rate, device), options.dtypes))
     ways: list[Way] = []
     truth: Any = None
     for rate in matrix:
