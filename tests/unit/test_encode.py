@@ -124,6 +124,7 @@ def make_encoder(
     mean: float = 0.5,
     std: float = 0.5,
     is_compiled: bool = False,
+    threads: int | None = None,
 ) -> Encoder:
     """The encoder over this folder, on the CPU."""
     return Encoder(
@@ -135,6 +136,7 @@ def make_encoder(
         rungs=rungs,
         mean=(mean,) * 3,
         std=(std,) * 3,
+        threads=threads,
         is_compiled=is_compiled,
     )
 
@@ -487,5 +489,19 @@ def test_a_batch_that_is_divided_says_the_same(monkeypatch: pytest.MonkeyPatch) 
         np.testing.assert_allclose(vectors, whole.encode(pixels), atol=1e-5)
         np.testing.assert_array_equal(vectors[[2, 3, 0, 1]], divided.encode(pixels[[2, 3, 0, 1]]))
         np.testing.assert_array_equal(vectors[::-1], divided.encode(pixels[::-1].copy()))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_more_threads_than_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container sees all cores of its node; what is asked for by name is taken as it is."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr(stage, "usable_cores", lambda: 1)
+        make_encoder(model_folder(None))
+        assert torch.get_num_threads() == 1
+        make_encoder(model_folder(None), threads=3)
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

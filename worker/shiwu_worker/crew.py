@@ -53,11 +53,11 @@ class Crew:
 
     def __init__(self, threads: int, *, is_divided: bool = False) -> None:
         self.threads = threads
-        self._parts = _start("crew", 1, count=threads if is_divided and threads <= MOST_DIVIDED else 0)
+        self.is_divided = is_divided and threads <= MOST_DIVIDED
+        self._parts = _start("crew", 1, count=threads if self.is_divided else 0)
         self._idle = threading.Semaphore(threads)
         self._orders = _start("captain", threads, count=1)
-        torch.set_num_threads(threads)
-        self.is_divided = is_divided and threads <= MOST_DIVIDED
+        torch.set_num_threads(threads)  # what was set last is also the number of all threads to come
         weakref.finalize(self, _dismiss, self._parts, threads)
         weakref.finalize(self, _dismiss, self._orders, 1)
 

@@ -180,10 +180,11 @@ class Encoder:
     def warm(self, *, choose_largest: bool = False, choose_threads: bool = False) -> None:
         """Run every rung, so that no job pays for first calls, and measure them.
 
+        On a CPU batches are divided among the threads from then on, where a picture takes the model long.
+
         Args:
             choose_largest: keep only the rungs up to the one beyond which batches bring no more pictures a second.
             choose_threads: on a CPU leave a core to the loaders where a picture takes the model little more than them.
-                Where it takes more, batches are divided among the threads.
 
         Raises:
             NonFiniteError: when this dtype overflows on this model.
