@@ -401,6 +401,7 @@ def test_a_quick_model_leaves_a_core_to_the_loaders(
 ) -> None:
     """A first pass may pay for something else; one that is slow beyond doubt is not run again to find out."""
     before = torch.get_num_threads()
+    torch.set_num_threads(2)  # other tests may have left one, and with one there is nothing to choose
     encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1,))
     asked: list[int] = []
 
@@ -413,7 +414,6 @@ def test_a_quick_model_leaves_a_core_to_the_loaders(
         assert encoder._is_quick(2) == (threads == 1)
         assert len(asked) == passes
         asked.clear()
-        torch.set_num_threads(2)
         encoder.warm(choose_threads=True)
         assert torch.get_num_threads() == threads
         assert asked[:passes] == [2] * passes
