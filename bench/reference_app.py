@@ -15,13 +15,13 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from bench.celery_app import TASK, TOP, WORDS, make_app
-from bench.machine import cores
 from bench.sources import fetch
+from shiwu_worker.cores import usable_cores
 
 FOLDER: Final = os.environ["BENCH_MODEL"]
 DEVICE: Final = "cuda" if torch.cuda.is_available() else "cpu"
 
-torch.set_num_threads(cores())
+torch.set_num_threads(usable_cores())
 # FP32, as the published checkpoint is stored; the embedded one is stored in FP16, in which a CPU is slow.
 model: Any = AutoModel.from_pretrained(FOLDER, local_files_only=True, dtype=torch.float32).to(DEVICE).eval()
 processor: Any = AutoProcessor.from_pretrained(FOLDER, local_files_only=True)

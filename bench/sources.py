@@ -20,7 +20,7 @@ from tests.support.processes import LOOPBACK, Process, clean_environment, free_p
 from tests.support.servers import S3Server
 from tests.support.waiting import wait_until
 
-from bench.machine import cores
+from shiwu_worker.cores import usable_cores
 
 SourceName = Literal["s3", "http", "file"]
 SOURCE_NAMES: Final = get_args(SourceName)
@@ -59,7 +59,7 @@ def open_source(name: SourceName, files: Sequence[Path], *, folder: Path) -> Ite
 @contextmanager
 def _web(pictures: Path, folder: Path) -> Iterator[str]:
     [port] = free_ports(1)
-    processes = max(1, cores() // 4)
+    processes = max(1, usable_cores() // 4)
     ready = folder / "web"
     command = [sys.executable, "-m", "bench.web", str(pictures), str(port), str(processes), str(ready)]
     with Process(command, name="web", folder=folder, env=clean_environment({})) as server:

@@ -118,10 +118,15 @@ def test_no_more_than_its_threads_at_a_time() -> None:
 def test_an_error_comes_out_when_all_parts_are_done(rows: int) -> None:
     """The one that was raised; the crew goes on."""
     crew = Crew(2, is_divided=True)
+    failed = threading.Event()
 
     def tower(raw: torch.Tensor) -> torch.Tensor:
         if raw[0, 0] == 0:
+            failed.set()
             raise MemoryError("no room")
+        failed.wait(30)
+        for _ in range(200):  # the other part is over long before this one
+            torch.ones(1000, 1000).sum()
         return raw * 2
 
     raw = torch.arange(2.0 * rows).view(rows, 2)

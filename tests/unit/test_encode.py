@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from shiwu_worker.models import model_folder
 from shiwu_worker.stages import encode as stage
 from shiwu_worker.stages.encode import Encoder
 from shiwu_worker.stages.score import score
-from shiwu_worker.tower import Tower
+from shiwu_worker.tower import Tower, eager_tower
 
 SIDE = 16
 PLACES = 12  # the texts' length limit of the tiny checkpoints
@@ -503,5 +504,49 @@ def test_no_more_threads_than_cores_that_may_be_used(monkeypatch: pytest.MonkeyP
         assert torch.get_num_threads() == 1
         make_encoder(model_folder(None), threads=3)
         assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_takes_all_cores_is_one_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, buffers, texts, whole batches and FP32: more than one team of OpenMP's would make all of them slow."""
+    before = torch.get_num_threads()
+    seen: dict[str, set[str]] = {}
+
+    def noted(what: str, work: Any) -> Any:
+        def run(*args: Any, **named: Any) -> Any:
+            seen.setdefault(what, set()).add(threading.current_thread().name)
+            return work(*args, **named)
+
+        return run
+
+    monkeypatch.setattr(stage, "load_model", noted("weights", stage.load_model))
+    monkeypatch.setattr(stage, "Berths", noted("buffers", stage.Berths))
+    monkeypatch.setattr(stage, "eager_tower", lambda *args, **named: noted("tower", eager_tower(*args, **named)))
+    try:
+        encoder = make_encoder(saved(make_model("clip"), tmp_path), dtype="bfloat16", threads=2)
+        encoder.warm()
+        monkeypatch.setattr(encoder._texts, "encode", noted("texts", encoder._texts.encode))
+        encoder.encode_texts(["a"])
+        encoder.encode_exact(noise(1))
+        encoder.encode(noise(1))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {what: {"captain-0"} for what in ("weights", "buffers", "tower", "texts")}
+
+
+@pytest.mark.parametrize(("is_compiled", "parts"), [(False, 2), (True, 1)])
+def test_a_compiled_tower_is_not_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_compiled: bool, parts: int
+) -> None:
+    """Its number of threads is built in."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(stage, "QUICK_CORE_S", 0.0)
+    monkeypatch.setattr(stage, "compiled_tower", lambda eager: eager)
+    try:
+        encoder = make_encoder(saved(make_model("clip"), tmp_path), threads=2, is_compiled=is_compiled)
+        encoder.warm()
+        assert encoder._crew is not None
+        assert encoder._crew.parts_of(4) == parts
     finally:
         torch.set_num_threads(before)

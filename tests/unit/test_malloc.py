@@ -53,6 +53,19 @@ for number in range(8):
 print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 4)
 """
 
+ARENAS = """
+import ctypes, threading
+{begin}
+threads = [threading.Thread(target=lambda: bytearray(100_000)) for _ in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+out = libc.fopen(b"/dev/stdout", b"w")
+libc.malloc_info(0, ctypes.c_void_p(out))
+libc.fflush(ctypes.c_void_p(out))
+"""
+
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
 
 
@@ -70,3 +83,11 @@ def test_threads_keep_what_they_free() -> None:
 def test_what_a_pass_frees_is_kept_for_the_next() -> None:
     """Without that each pass of the embedded model, 64 pictures, meets tens of thousands of faults."""
     assert printed(ENCODER) < 2000
+
+
+@pytest.mark.parametrize(("begin", "is_one"), [("from shiwu_worker import solo; solo.begin()", True), ("", False)])
+def test_a_worker_begins_with_one_arena(begin: str, *, is_one: bool) -> None:
+    """Before its first thread, so that none has one of its own."""
+    command = [sys.executable, "-c", ARENAS.format(begin=begin)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout.count("<heap nr=") == 1) == is_one
