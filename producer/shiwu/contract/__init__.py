@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from shiwu.contract.answer import (
     Answer,
+    AnswerWarning,
     ErrorInfo,
     ImageInfo,
     LabelsInfo,
@@ -74,6 +75,7 @@ from shiwu.contract.words import (
     RequestError,
     Stage,
     Status,
+    WarningCode,
     as_utf8,
 )
 
@@ -113,6 +115,7 @@ __all__ = [
     "TASK_NAME",
     "WORKERS",
     "Answer",
+    "AnswerWarning",
     "ErrorCode",
     "ErrorInfo",
     "Head",
@@ -130,6 +133,7 @@ __all__ = [
     "Tag",
     "Timing",
     "Want",
+    "WarningCode",
     "as_utf8",
     "check_id",
     "done_key",

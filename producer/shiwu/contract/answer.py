@@ -7,7 +7,7 @@ from typing import Any, Self
 import msgspec
 
 from shiwu.contract.request import Head
-from shiwu.contract.words import CONTRACT_VERSION, ErrorCode, Lane, Stage, Status, as_utf8
+from shiwu.contract.words import CONTRACT_VERSION, ErrorCode, Lane, Stage, Status, WarningCode, as_utf8
 
 _ENCODER = msgspec.json.Encoder()
 
@@ -101,6 +101,17 @@ class ErrorInfo(Written, frozen=True):
         msgspec.structs.force_setattr(self, "message", as_utf8(self.message))
 
 
+class AnswerWarning(Written, frozen=True):
+    """A reason to read the tags of an answer with care; the answer is valid."""
+
+    code: WarningCode
+    message: str
+
+    def __post_init__(self) -> None:
+        """Spell out what UTF-8 cannot write, because the answer must always be writable."""
+        msgspec.structs.force_setattr(self, "message", as_utf8(self.message))
+
+
 class Answer(Written, frozen=True):
     """The one terminal result of a job."""
 
@@ -119,3 +130,5 @@ class Answer(Written, frozen=True):
     error: ErrorInfo | None = None
     metadata: Any = None
     embedding: tuple[float, ...] | None = None
+    warnings: tuple[AnswerWarning, ...] | None = None
+    """Reasons to read the tags with care; None where there are none."""

@@ -78,10 +78,17 @@ class ErrorCode(StrEnum):
     SOURCE_NOT_FOUND = "source_not_found"  # 404, no such key, no such file
     SOURCE_FORBIDDEN = "source_forbidden"  # 401, 403, or a bucket or folder the operator did not allow
     SOURCE_NOT_A_FILE = "source_not_a_file"  # a folder or a key prefix
-    SOURCE_UNAVAILABLE = "source_unavailable"  # time-outs, 5xx, throttling, no connection, or none allowed
+    SOURCE_UNAVAILABLE = "source_unavailable"  # time-outs, 5xx, no connection, or none allowed
+    SOURCE_THROTTLED = "source_throttled"  # the source asks for fewer requests (429, 503 SlowDown)
+    SOURCE_ARCHIVED = "source_archived"  # the object is in an archive and must be restored before it can be read
+    SOURCE_CREDENTIALS = "source_credentials"  # the store refuses the worker's credentials or settings
+    SOURCE_CLOCK_SKEW = "source_clock_skew"  # the store says that the worker's clock is wrong
+    SOURCE_ERROR = "source_error"  # a reply or an error of the source that the worker does not know
     PICTURE_TOO_LARGE = "picture_too_large"  # over a limit: bytes, pixels, side, frames, scans, memory
     PICTURE_EMPTY = "picture_empty"  # no bytes
-    NOT_A_PICTURE = "not_a_picture"  # no allowed picture format begins like this
+    NOT_A_PICTURE = "not_a_picture"  # no image format begins like this
+    PICTURE_UNSUPPORTED = "picture_unsupported"  # a known image format, or a variant of one, that is not accepted
+    PICTURE_INVISIBLE = "picture_invisible"  # every pixel is transparent
     PICTURE_BROKEN = "picture_broken"  # a picture by its head, but its pixels can't be decoded
     DECODER_CRASHED = "decoder_crashed"  # killed its loader, twice, alone
     DECODER_TIMEOUT = "decoder_timeout"  # took too much CPU, or exceeded the time limit twice
@@ -90,7 +97,18 @@ class ErrorCode(StrEnum):
     EXPIRED = "expired"  # the deadline passed before the picture was encoded
     CANCELLED = "cancelled"  # somebody who may do so cancelled the job
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # its workers died or gave it back too often
+    ALREADY_ANSWERED = "already_answered"  # the id was answered before, and the answer is no longer kept
     QUEUE_FULL = "queue_full"  # told to producers only: the lane holds its limit already
+
+
+class WarningCode(StrEnum):
+    """Stable reasons to read an answer's tags with care. A code is never renamed and never changes its meaning."""
+
+    UNKNOWN_FIELD = "unknown_field"  # the message has a field that this worker does not know
+    LABELS_UNREADABLE = "labels_unreadable"  # the model's tokenizer knows no part of these labels
+    LABELS_ALIKE = "labels_alike"  # the model can't tell these labels apart
+    SINGLE_LABEL = "single_label"  # softmax over one label is always 1
+    EMBEDDED_MODEL = "embedded_model"  # the embedded model answered, which knows only what its model card lists
 
 
 def as_utf8(text: str) -> str:
