@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from shiwu_worker.label_checks import LabelTokens
+
 TEXTS_AT_ONCE: Final = 128
+RARE_LETTER: Final = "\U00010900"
+"""A letter of Phoenician, which the vocabularies of dual encoders lack."""
 
 
 def load_model(folder: Path) -> Any:
@@ -56,24 +60,37 @@ class Texts:
         config = model.config.text_config
         self._is_siglip = config.model_type.startswith("siglip")
         self._length = min(self._tokenizer.model_max_length, _text_length(config))
+        self._empty_ids = self._find_empty_ids()
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """m texts → float32 (m, d). Texts longer than the model's limit are cut, as the tokenizer does."""
         parts = [self._encode_some(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
         return np.concatenate(parts)
 
+    def label_tokens(self, labels: Sequence[str]) -> list[LabelTokens]:
+        """What the tokenizer makes of each label, cut as `encode` cuts it."""
+        all_ids = self._tokenize(labels, padding=False)["input_ids"] if labels else []
+        return [LabelTokens(tuple(ids), is_readable=not self._empty_ids.issuperset(ids)) for ids in all_ids]
+
     def _encode_some(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        # SigLIP was trained with lower case and full padding.
-        tokens = self._tokenizer(
-            [text.lower() for text in texts] if self._is_siglip else list(texts),
-            padding="max_length" if self._is_siglip else True,
-            truncation=True,
-            max_length=self._length,
-            return_tensors="pt",
-        ).to(self._model.device)
+        # SigLIP was trained with full padding.
+        padding = "max_length" if self._is_siglip else True
+        tokens = self._tokenize(texts, padding=padding, return_tensors="pt").to(self._model.device)
         with torch.inference_mode():
             vectors: NDArray[np.float32] = unit_vectors(self._model.get_text_features(**tokens)).cpu().numpy()
         return vectors
+
+    def _find_empty_ids(self) -> set[int]:
+        """Ids of tokens that tell the model nothing about a label."""
+        # A tokenizer may not list its unknown token as special, so a rare letter shows it. SentencePiece writes the
+        # space before a word as a token of its own.
+        probed = self._tokenize([RARE_LETTER])["input_ids"][0]
+        return {*self._tokenizer.all_special_ids, *probed, self._tokenizer.convert_tokens_to_ids("▁")}
+
+    def _tokenize(self, texts: Sequence[str], **options: Any) -> Any:
+        # SigLIP was trained with lower case.
+        read = [text.lower() for text in texts] if self._is_siglip else list(texts)
+        return self._tokenizer(read, truncation=True, max_length=self._length, **options)
 
 
 def _text_length(config: Any) -> int:

@@ -24,6 +24,7 @@ from shiwu_worker.cores import usable_cores
 from shiwu_worker.crew import Crew
 from shiwu_worker.device import card_uuid, choose_device, choose_dtypes, device_name, trouble_of
 from shiwu_worker.errors import NonFiniteError, Trouble
+from shiwu_worker.label_checks import LabelTokens
 from shiwu_worker.malloc import keep_freed_memory
 from shiwu_worker.rungs import LONGEST_S, measure, next_batches, worthwhile
 from shiwu_worker.tower import GraphedTower, Tower, compiled_tower, eager_tower
@@ -284,6 +285,10 @@ class Encoder:
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """m texts → unit vectors float32 (m, d). Texts longer than the model's limit are cut, as the tokenizer does."""
         return _finite(self._by_captain(lambda: self._texts.encode(texts)))
+
+    def label_tokens(self, labels: Sequence[str]) -> list[LabelTokens]:
+        """What the tokenizer makes of each label; tells which ones the model cannot read."""
+        return self._texts.label_tokens(labels)
 
     def trouble(self, error: BaseException) -> Trouble:
         """What an error of `encode` means for its batch."""
