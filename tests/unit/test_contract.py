@@ -9,15 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shiwu.contract import (
+    CODES,
+    RETRIABLE,
+    RETRIED,
     Answer,
     ErrorCode,
     ErrorInfo,
     Lane,
     Request,
     RequestError,
+    Retry,
     Status,
     check_id,
+    error_codes,
     parse_request,
+    status_of,
     without_query,
 )
 
@@ -96,6 +102,35 @@ def test_an_error_can_always_be_written(text: str, told: str) -> None:
     assert read == answer
     assert read.error is not None
     assert read.error.message == told
+
+
+def test_every_error_code_has_one_row() -> None:
+    """Status, fault, retry, meaning and remedy: a code without a row would get a status that nobody chose."""
+    assert set(CODES) == set(ErrorCode)
+    for code, info in CODES.items():
+        assert info.meaning.endswith("."), code
+        assert info.remedy.endswith("."), code
+        assert (info.status is Status.FAILED) or info.retry is Retry.NEVER, code
+    assert {code for code, info in CODES.items() if info.status is None} == {ErrorCode.QUEUE_FULL}
+
+
+def test_a_code_without_a_row_is_never_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown error is the service's own fault."""
+    monkeypatch.setattr(error_codes, "CODES", {})
+    assert {status_of(code) for code in ErrorCode} == {Status.FAILED}
+
+
+def test_retried_codes_follow_the_table() -> None:
+    """What SHIWU_RETRY may name, and what is retried without it."""
+    assert {code.value for code in RETRIED} == {
+        "source_unavailable",
+        "source_throttled",
+        "source_credentials",
+        "source_clock_skew",
+        "source_error",
+        "out_of_memory",
+    }
+    assert {code.value for code in RETRIABLE - RETRIED} == {"decoder_crashed", "decoder_timeout", "encode_failed"}
 
 
 def test_readers_ignore_fields_of_a_newer_version() -> None:

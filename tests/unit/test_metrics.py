@@ -13,11 +13,10 @@ import pynvml
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from shiwu.contract import Answer, ErrorCode, ErrorInfo, Lane, ModelInfo, Stage, Status, Timing
+from shiwu.contract import RETRIABLE, Answer, ErrorCode, ErrorInfo, Lane, ModelInfo, Stage, Status, Timing
 from shiwu.ledger import Entry
 from shiwu.queues import Look
 from shiwu_worker.card_watch import CardState, CardWatch
-from shiwu_worker.config_lists import RETRIABLE
 from shiwu_worker.histograms import Histograms
 from shiwu_worker.job import Job, Release
 from shiwu_worker.metrics import Metrics

@@ -99,8 +99,8 @@ class Settings(BaseSettings):
     retry_longest_s: float = Field(60.0, gt=0, description="longest such delay")
     retry: Retries = Field(
         {},
-        description="tries and pauses of one class of error, code=tries:first_s:longest_s, …; of source_unavailable, "
-        "out_of_memory, decoder_crashed, decoder_timeout, encode_failed; the first two are tried again by default",
+        description="tries and pauses of one class of error, code=tries:first_s:longest_s, …; docs/errors.md tells "
+        "which codes are retried by default and which only if they are named here",
     )
     grace_s: float = Field(20.0, ge=0, description="time to finish what is held after SIGTERM")
 

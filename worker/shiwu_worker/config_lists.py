@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic_settings import NoDecode
 
-from shiwu.contract import ErrorCode
+from shiwu.contract import RETRIABLE, ErrorCode
 from shiwu_worker.reach import checked, read_host, read_nat64
 
 
@@ -39,14 +39,6 @@ Paths = Annotated[tuple[Path, ...], NoDecode]
 S3Client = Annotated[Literal["boto3", "obstore"], AfterValidator(_has_client)]
 Traces = Annotated[bool, AfterValidator(_has_otel)]
 Retries = Annotated[dict[ErrorCode, tuple[int, float, float]], NoDecode]
-RETRIABLE = {
-    ErrorCode.SOURCE_UNAVAILABLE,
-    ErrorCode.OUT_OF_MEMORY,
-    ErrorCode.DECODER_CRASHED,
-    ErrorCode.DECODER_TIMEOUT,
-    ErrorCode.ENCODE_FAILED,
-}
-"""Errors that another time or another worker may not meet; all others are facts about the picture or the request."""
 
 
 def split(text: str) -> list[str]:

@@ -22,6 +22,7 @@ from shiwu.contract import (
     Status,
     Tag,
     parse_request,
+    status_of,
     without_query,
 )
 from shiwu.envelope import read_message
@@ -33,15 +34,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _INTERACTIVE = frozenset(Lane.INTERACTIVE.keys)
-_FAILED = {
-    ErrorCode.DECODER_CRASHED,
-    ErrorCode.DECODER_TIMEOUT,
-    ErrorCode.ENCODE_FAILED,
-    ErrorCode.OUT_OF_MEMORY,
-    ErrorCode.SOURCE_UNAVAILABLE,
-    ErrorCode.ATTEMPTS_EXHAUSTED,
-}
-_ENDINGS = {ErrorCode.EXPIRED: Status.EXPIRED, ErrorCode.CANCELLED: Status.CANCELLED}
 
 
 class Claimed(msgspec.Struct, frozen=True):
@@ -127,7 +119,7 @@ class Job(msgspec.Struct, eq=False):
     def fail(self, error: ErrorInfo) -> None:
         """End without tags; the status follows from the code."""
         self.error = error
-        self.status = _ENDINGS.get(error.code) or (Status.FAILED if error.code in _FAILED else Status.REJECTED)
+        self.status = status_of(error.code)
 
     def unwanted(self, now_s: float) -> bool:
         """Whether nobody waits for the tags any more: it was answered aside, or its deadline has passed."""

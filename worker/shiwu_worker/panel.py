@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
-from shiwu.contract import Lane
+from shiwu.contract import RETRIABLE, Lane
 from shiwu.queues import Look, look
 from shiwu_worker.card_watch import CardWatch
 from shiwu_worker.config import Settings
-from shiwu_worker.config_lists import RETRIABLE
 from shiwu_worker.endpoint import Endpoint
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.health import Health

@@ -9,7 +9,7 @@ from typing import Any
 import redis
 
 from shiwu.connection import connect as connect_to
-from shiwu.contract import ErrorCode
+from shiwu.contract import RETRIED
 from shiwu.envelope import read_canvas
 from shiwu.keep import Keep, ToldKeep
 from shiwu.ledger import Ledger
@@ -187,7 +187,7 @@ def stuck_after_s(settings: Settings, encoder: Any) -> float:
 def make_limits(settings: Settings, encoder: Any) -> Limits:
     """What the pipeline may hold, and how patient it is."""
     usual = RetryPolicy(settings.max_attempts, settings.retry_first_s, settings.retry_longest_s)
-    retries = {ErrorCode.SOURCE_UNAVAILABLE: usual, ErrorCode.OUT_OF_MEMORY: usual}
+    retries = dict.fromkeys(RETRIED, usual)
     retries |= {code: RetryPolicy(*policy) for code, policy in settings.retry.items()}
     return Limits(slots=settings.slots_for(encoder.rungs[-1]), max_attempts=settings.max_attempts, retries=retries)
 
