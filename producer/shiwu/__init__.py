@@ -6,7 +6,7 @@
         job_id = client.enqueue("s3://pictures/cat.jpg", labels="six-zh")
         print(client.wait(job_id, timeout_s=30).best)
 
-Names are loaded when first asked for, so that the worker's `import shiwu.contract` stays light.
+All names but the errors are loaded when they are first used, so that `import shiwu.contract` stays light.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Imported now because Celery's `AsyncResult.get()` finds `JobFailed` only in a module that is already loaded; else it
+# raises a class of its own that `except shiwu.JobFailed` does not catch.
+from shiwu.errors import ForeignResult, JobFailed, QueueFull, ShiwuError, WaitTimeout
+
 if TYPE_CHECKING:
     from shiwu.client import Client
     from shiwu.contract import Answer, Lane, RequestError, Status
     from shiwu.dead import DeadFilter, DeadLetter
-    from shiwu.errors import JobFailed, QueueFull, ShiwuError, WaitTimeout
     from shiwu.ledger import NotReplicated
     from shiwu.queues import QueueState
     from shiwu.results import StreamItem, TagResult
@@ -33,10 +36,6 @@ _HOMES = {
     "Lane": "contract",
     "RequestError": "contract",
     "Status": "contract",
-    "JobFailed": "errors",
-    "QueueFull": "errors",
-    "ShiwuError": "errors",
-    "WaitTimeout": "errors",
     "StreamItem": "results",
     "TagResult": "results",
 }
@@ -46,6 +45,7 @@ __all__ = [
     "Client",
     "DeadFilter",
     "DeadLetter",
+    "ForeignResult",
     "JobFailed",
     "Lane",
     "NotReplicated",

@@ -1,10 +1,14 @@
-"""What a producer may have to handle. Every error has a stable `code`."""
+"""What a producer may have to handle. Every error has a stable `code`.
+
+`import shiwu` loads this module, so it imports nothing that takes time.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from shiwu.contract import Answer, RequestError
+if TYPE_CHECKING:
+    from shiwu.contract import Answer, RequestError
 
 
 class ShiwuError(Exception):
@@ -25,6 +29,12 @@ class WaitTimeout(ShiwuError, TimeoutError):
     code = "wait_timeout"
 
 
+class ForeignResult(ShiwuError):
+    """The result under this id was not written by shiwu: another Celery task has the id."""
+
+    code = "foreign_result"
+
+
 class JobFailed(ShiwuError):
     """The job ended without tags. Celery rebuilds this error from its text, so `answer` may be missing."""
 
@@ -35,4 +45,12 @@ class JobFailed(ShiwuError):
         self.answer = answer
 
 
-__all__ = ["JobFailed", "QueueFull", "RequestError", "ShiwuError", "WaitTimeout"]
+__all__ = ["ForeignResult", "JobFailed", "QueueFull", "RequestError", "ShiwuError", "WaitTimeout"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RequestError":
+        from shiwu.contract import RequestError  # noqa: PLC0415 the contract takes a quarter of a second to import
+
+        return RequestError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

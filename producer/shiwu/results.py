@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import redis
 
-from shiwu.contract import RESULT_STREAM, Answer, Status
-from shiwu.errors import JobFailed
+from shiwu.contract import RESULT_STREAM, Answer, ErrorCode, ErrorInfo, Status
+from shiwu.errors import ForeignResult, JobFailed
 
 
 class TagResult(Answer, frozen=True):
@@ -35,9 +35,49 @@ class TagResult(Answer, frozen=True):
 
 
 def read_result(raw: bytes) -> TagResult:
-    """Read what lies under a result key, whichever of Celery's states it has."""
-    result = msgspec.json.decode(raw)["result"]
-    return msgspec.convert(result.get("answer", result), TagResult)
+    """Read what lies under a result key, whichever of Celery's states it has.
+
+    Raises:
+        ForeignResult: shiwu did not write it.
+    """
+    try:
+        meta = msgspec.json.decode(raw, type=_Meta)
+    except msgspec.MsgspecError as error:
+        raise ForeignResult(f"expected a result in Celery's JSON form, got {raw[:80]!r} ({error})") from None
+    result = meta.result
+    if isinstance(result, dict):
+        if isinstance(answer := result.get("answer", result), dict) and {"id", "status", "version"} <= answer.keys():
+            return msgspec.convert(answer, TagResult)
+        if follower := _follower(meta, result):
+            return follower
+    raise ForeignResult(
+        f"expected an answer of shiwu under the id {meta.task_id}, got the result of another Celery task in the state "
+        f"{meta.status}; read it by that task's own AsyncResult"
+    )
+
+
+class _Meta(msgspec.Struct):
+    """What Celery's JSON results have in common."""
+
+    status: str
+    task_id: str
+    result: Any = None
+
+
+def _follower(meta: _Meta, result: dict[str, Any]) -> TagResult | None:
+    """The answer of a job that never ran because a job before it in its chain ended without tags."""
+    said = result.get("exc_message")
+    text = ", ".join(map(str, said)) if isinstance(said, list | tuple) else str(said)
+    kind = (meta.status, result.get("exc_module"), result.get("exc_type"))
+    if kind == ("REVOKED", "celery.exceptions", "TaskRevokedError"):
+        status = Status.EXPIRED if text == Status.EXPIRED else Status.CANCELLED
+        code = ErrorCode(status)
+    elif kind == ("FAILURE", JobFailed.__module__, JobFailed.__name__):
+        status, code = Status.FAILED, ErrorCode.CHAIN_FAILED
+    else:
+        return None
+    error = ErrorInfo(code=code, message=f"a job before this one in its chain ended without tags: {text}")
+    return TagResult(id=meta.task_id, status=status, attempts=0, error=error)
 
 
 @dataclass(frozen=True)

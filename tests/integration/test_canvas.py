@@ -21,7 +21,7 @@ from celery import Celery, chain, chord, group
 from celery.exceptions import TaskRevokedError
 
 from shiwu import Client
-from shiwu.contract import CANVAS, CANVAS_DUE, Lane
+from shiwu.contract import CANVAS, CANVAS_DUE, ErrorCode, Lane
 from tests.conftest import StartWorker
 from tests.support import pictures
 from tests.support.celery_client import celery_client
@@ -179,6 +179,12 @@ def test_a_chain_fails_with_its_first(plain: Plain) -> None:
     with pytest.raises(Exception, match="source_not_found"):
         result.get(timeout=GET_S)
     wait_until(lambda: result.state == "FAILURE", timeout_s=GET_S)
+    if plain.task == "shiwu.tag":
+        with Client(plain.app.conf.broker_url) as client:
+            follower = client.wait(result.id, timeout_s=GET_S)
+        assert follower.error is not None
+        assert follower.error.code is ErrorCode.CHAIN_FAILED
+        assert "source_not_found" in follower.error.message
 
 
 def test_ignore_result_still_calls_links(plain: Plain) -> None:

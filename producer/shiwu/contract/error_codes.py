@@ -224,6 +224,12 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
         ErrorCode.CANCELLED: CodeInfo(
             Status.CANCELLED, Fault.CALLER, Retry.NEVER, "A client or Celery's revoke cancelled the job.", "Nothing."
         ),
+        ErrorCode.CHAIN_FAILED: _failed(
+            "A job before this one in its Celery chain ended without tags, so this job never ran.",
+            "Read the error of that job, which stands in the message.",
+            retry=Retry.NEVER,
+            fault=Fault.CALLER,
+        ),
         ErrorCode.ALREADY_ANSWERED: _rejected(
             Fault.REQUEST,
             "A job with this id was answered before, and its answer is no longer kept.",

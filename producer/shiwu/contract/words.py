@@ -97,6 +97,7 @@ class ErrorCode(StrEnum):
     EXPIRED = "expired"  # the deadline passed before the picture was encoded
     CANCELLED = "cancelled"  # somebody who may do so cancelled the job
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # its workers died or gave it back too often
+    CHAIN_FAILED = "chain_failed"  # told to producers only: a job before it in a Celery chain ended without tags
     ALREADY_ANSWERED = "already_answered"  # the id was answered before, and the answer is no longer kept
     QUEUE_FULL = "queue_full"  # told to producers only: the lane holds its limit already
 
