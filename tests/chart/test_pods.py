@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from shiwu.cli import main
 from shiwu_worker.config import Settings
-from shiwu_worker.labels import load_label_sets
+from shiwu_worker.label_files import load_label_sets
 from shiwu_worker.panel import TRACES_CLOSE_S
 from shiwu_worker.special_addresses import read_table
 from shiwu_worker.wiring import LOADERS_STOP_S

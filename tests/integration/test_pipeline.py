@@ -14,7 +14,7 @@ from shiwu.ledger import NotReplicated
 from shiwu_worker.errors import FatalError
 from shiwu_worker.hands import Limits
 from shiwu_worker.job import Job
-from shiwu_worker.labels import inline_label_set
+from shiwu_worker.label_set import LabelSet
 from shiwu_worker.loader_frames import Loaded
 from shiwu_worker.pipeline import Pipeline, Stages
 from shiwu_worker.settle import Away, Settler
@@ -27,7 +27,7 @@ from tests.integration.test_claim_properties import make_claims, make_committer,
 from tests.support.waiting import wait_until
 
 SLOTS = 8
-LABELS = inline_label_set(("a", "b"), head="softmax")
+LABELS = LabelSet(None, ("a", "b"))
 
 
 class Works:

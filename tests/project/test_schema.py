@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from shiwu.contract import Answer, ErrorCode, ErrorInfo, Request, Status, Tag
+from shiwu.contract import Answer, ErrorCode, ErrorInfo, Request, RequestError, Status, Tag, parse_request
 from shiwu.schema import schemas
 
 FOLDER = Path(__file__).parents[2] / "docs" / "schema"
@@ -33,3 +33,37 @@ def test_what_we_write_passes_the_schema() -> None:
     jsonschema.validate(
         json.loads(request.to_json()), json.loads((FOLDER / "request.schema.json").read_text(encoding="utf-8"))
     )
+
+
+@pytest.mark.parametrize("labels", ["six-zh", "人物", "ψυχή-2.1_b", "々x", ["猫\u200d", "two words"], "x" * 64])
+def test_schema_and_code_accept_the_same_labels(labels: object) -> None:
+    """A producer in another language can check its messages with the schema."""
+    jsonschema.validate({"image": "s3://b/k", "labels": labels}, json.loads(schemas()["request.schema.json"]))
+    assert parse_request({"image": "s3://b/k", "labels": labels}).labels
+
+
+REFUSED = [
+    "",
+    "-a",
+    ".a",
+    "a b",
+    "a\tb",
+    "a\u202eb",
+    "猫，狗",
+    "猫,狗",
+    "a/b",
+    "“a”",
+    "　a",
+    "x" * 65,
+    ["a\nb"],
+    ["a\u2028b"],
+]
+
+
+@pytest.mark.parametrize("labels", REFUSED)
+def test_schema_and_code_refuse_the_same_labels(labels: object) -> None:
+    """Names without spaces and punctuation, labels without control characters."""
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"image": "s3://b/k", "labels": labels}, json.loads(schemas()["request.schema.json"]))
+    with pytest.raises(RequestError):
+        parse_request({"image": "s3://b/k", "labels": labels})

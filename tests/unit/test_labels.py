@@ -1,32 +1,47 @@
-"""Label sets: files with errors that name them, vectors computed once, the right head."""
+"""The label bank: what a request means, vectors computed once, and no label set that is taken for another."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import shiwu_worker
+from shiwu.contract import ErrorCode, Lane, ModelInfo, RequestError, parse_request
 from shiwu_worker.errors import Rejected
-from shiwu_worker.labels import LabelBank, LabelSet, load_label_sets
+from shiwu_worker.job import Job
+from shiwu_worker.label_files import load_label_sets
+from shiwu_worker.label_set import LabelSet
+from shiwu_worker.labels import LabelBank
+from shiwu_worker.stages.score import Scorer
+from shiwu_worker.timing import Moments
 
 EMBEDDED = Path(shiwu_worker.__file__).parent / "label_sets"
 
 
 class Texts:
-    """A text encoder that counts its calls."""
+    """A text encoder that gives every text a vector of its own, and counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Unit vectors that depend on the text."""
+        """Unit vectors made of each text's hash."""
         self.calls += 1
-        raw = np.array([[len(text), ord(text[0]), 1.0] for text in texts], np.float32)
-        return raw / np.linalg.norm(raw, axis=1, keepdims=True)
+        return np.stack([vector_of(text) for text in texts])
+
+
+def vector_of(text: str) -> NDArray[np.float32]:
+    """A unit vector that no other text has."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    raw = np.frombuffer(digest, np.uint8).astype(np.float64) - 127.5
+    return (raw / np.linalg.norm(raw)).astype(np.float32)
 
 
 def make_bank(texts: Texts, *, max_cached: int = 2) -> LabelBank:
@@ -46,15 +61,25 @@ def test_vectors_are_averaged_over_templates_and_kept() -> None:
     """Unit vectors; the second use computes nothing; the least recently used set goes first."""
     texts = Texts()
     bank = make_bank(texts)
-    found = bank.vectors(LabelSet("x", ("猫", "小狗"), ("{}", "一张{}的图片")))
-    assert np.linalg.norm(found, axis=1) == pytest.approx(1.0)
+    first = bank.encoded(LabelSet("x", ("猫", "小狗"), ("{}", "一张{}的图片")))
+    assert np.linalg.norm(first.vectors, axis=1) == pytest.approx(1.0)
     calls = texts.calls
-    bank.vectors(LabelSet("other name", ("猫", "小狗"), ("{}", "一张{}的图片"), "sigmoid"))
+    other = bank.encoded(LabelSet("other name", ("猫", "小狗"), ("{}", "一张{}的图片"), "sigmoid"))
+    assert other.vectors is first.vectors
     assert texts.calls == calls
     for words in (("a",), ("b",)):
-        bank.vectors(LabelSet(None, words))
-    bank.vectors(LabelSet("x", ("猫", "小狗"), ("{}", "一张{}的图片")))
+        bank.encoded(LabelSet(None, words))
+    del first, other
+    bank.encoded(LabelSet("x", ("猫", "小狗"), ("{}", "一张{}的图片")))
     assert texts.calls > calls + 2
+
+
+def test_equal_label_sets_share_one_object() -> None:
+    """Jobs with the same inline labels are scored together, whichever message they came in."""
+    bank = make_bank(Texts())
+    asked = [parse_request({"image": "s3://b/k", "labels": ["猫", "狗"]}).labels for _ in range(2)]
+    assert asked[0] is not asked[1]
+    assert bank.encoded(bank.resolve(asked[0])) is bank.encoded(bank.resolve(asked[1]))
 
 
 def test_what_a_request_means() -> None:
@@ -64,28 +89,94 @@ def test_what_a_request_means() -> None:
     assert bank.resolve("pictogram-zh").name == "pictogram-zh"
     assert bank.resolve(("猫",)).words == ("猫",)
     chosen = bank.resolve("six-zh", "sigmoid")
-    assert (chosen.head, chosen.vectors_key) == ("sigmoid", bank.resolve(None).vectors_key)
+    assert (chosen.head, chosen.words) == ("sigmoid", bank.resolve(None).words)
     assert chosen.info.digest != bank.resolve(None).info.digest
     with pytest.raises(Rejected, match="expected one of pictogram-zh, six-zh"):
         bank.resolve("none")
 
 
-@pytest.mark.parametrize(
-    ("text", "wrong"),
-    [
-        ("name: a\nlabels: []", "labels"),
-        ("name: a\nlabels: [x, x]", "once"),
-        ("name: a\nlabels: [x]\ntemplates: ['no place']", "exactly one"),
-        ("name: a\nlabels: [x]\nlabel: y", "label"),
-        ("labels: [x]", "name"),
-        ("name: a\nlabels: [x]\nhead: relu", "head"),
-        ("[", "YAML"),
-        ("", "file"),
-    ],
+# Texts that are easily taken for others once they are joined, quoted or cut.
+JOINTS = st.sampled_from(
+    ["\n", "\0", "\x1f", ",", "，", " ", "|", '"', "\\", "\\n", "{}", "[", "]", '","', "猫", "狗", ""]
 )
-def test_a_wrong_file_is_named(tmp_path: Path, text: str, wrong: str) -> None:
-    """The error says which file, and what in it."""
-    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"mine\.yaml") as caught:
-        load_label_sets([tmp_path])
-    assert wrong in str(caught.value)
+WORDS = st.one_of(st.lists(JOINTS, min_size=1, max_size=4).map("".join), st.text(max_size=4))
+WORD_LISTS = st.lists(WORDS, min_size=1, max_size=4, unique=True).map(tuple)
+SETS = st.builds(LabelSet, st.none(), WORD_LISTS, st.sampled_from([("{}",), ("{}\n",), ("{}", "{}{"), ("{},",)]))
+CLOSE_SETS = st.lists(SETS, min_size=1, max_size=6)
+SCORER = Scorer(scale=20.0, bias=None, model=ModelInfo(id="m", revision="r", dtype="float32", device="cpu"))
+
+
+def regrouped(label_set: LabelSet) -> LabelSet:
+    """Other labels that give the same text when they are joined by line breaks."""
+    return LabelSet(None, tuple("\n".join(label_set.words).split("\n")), label_set.templates)
+
+
+def expected_vectors(label_set: LabelSet) -> NDArray[np.float64]:
+    """The vectors of the labels by the definition."""
+    total = sum(
+        np.stack([vector_of(template.replace("{}", word)) for word in label_set.words]).astype(np.float64)
+        for template in label_set.templates
+    )
+    vectors: NDArray[np.float64] = total / np.linalg.norm(total, axis=1, keepdims=True)
+    return vectors
+
+
+@given(CLOSE_SETS, st.integers(1, 3))
+def test_no_label_set_gets_the_tags_of_another(sets: list[LabelSet], max_cached: int) -> None:
+    """Whatever texts are asked for together and one after the other, each job has its own words and cosines."""
+    bank = LabelBank(sets={}, default="", encode_texts=Texts(), max_cached=max_cached)
+    asked = [one for label_set in sets for one in (label_set, regrouped(label_set))] * 2
+    image = vector_of("the image")
+    jobs = [
+        Job(
+            id=f"j{number}",
+            key=Lane.BULK.queue,
+            attempt=1,
+            raw=b"",
+            moments=Moments(claimed_s=0.0),
+            request=parse_request({"image": "s3://b/k.jpg", "top_k": 1000}),
+            label_set=label_set,
+            labels=bank.encoded(label_set),
+        )
+        for number, label_set in enumerate(asked)
+    ]
+    SCORER.score(jobs, np.stack([image] * len(jobs)))
+    for job, label_set in zip(jobs, asked, strict=True):
+        cosines = expected_vectors(label_set) @ image
+        assert job.tags is not None
+        assert sorted(tag.label for tag in job.tags) == sorted(label_set.words)
+        found = {tag.label: tag.cosine for tag in job.tags}
+        expected = dict(zip(label_set.words, cosines.tolist(), strict=True))
+        if len(expected) == len(label_set.words):
+            assert found == pytest.approx(expected, abs=2e-6)
+
+
+@given(st.lists(SETS, min_size=2, max_size=6))
+def test_different_label_sets_have_different_digests(sets: list[LabelSet]) -> None:
+    """An answer's digest stands for the labels, the templates and the head, however the texts could be joined."""
+    asked = {one for label_set in sets for one in (label_set, regrouped(label_set))}
+    assert len({label_set.info.digest for label_set in asked}) == len(asked)
+
+
+CONTROLS = [*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+
+
+@pytest.mark.parametrize("code", [*CONTROLS, 0xD800, 0xDFFF])
+def test_control_characters_in_labels_are_refused(code: int) -> None:
+    """In a message they are `invalid_labels`, wherever the label stands in the list."""
+    with pytest.raises(RequestError) as caught:
+        parse_request({"image": "s3://b/k", "labels": ["猫", f"狗{chr(code)}鸟"]})
+    assert caught.value.code is ErrorCode.INVALID_LABELS
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=8))
+def test_labels_that_pass_can_be_written_and_printed(label: str) -> None:
+    """What the door lets through has no character that breaks a line or turns a terminal's text around."""
+    try:
+        request = parse_request({"image": "s3://b/k", "labels": [label]})
+    except RequestError:
+        return
+    assert isinstance(request.labels, tuple)
+    assert request.labels[0] == label.strip()
+    assert not {ord(char) for char in request.labels[0]} & set(CONTROLS)
+    assert request.to_json()

@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from shiwu_worker.image_spec import ImageSpec, read_image_spec
-from shiwu_worker.labels import LabelBank, load_label_sets
+from shiwu_worker.label_files import load_label_sets
+from shiwu_worker.labels import LabelBank
 from shiwu_worker.models import model_folder
 from shiwu_worker.stages.decode import DecodeLimits, decode
 from shiwu_worker.stages.encode import Encoder
@@ -73,7 +74,7 @@ def test_scores_are_the_reference_scripts(
         pixels, _ = decode(sample.data, spec=spec, limits=LIMITS, exact=exact)
         vectors = encoder.encode(pixels[None])
         probabilities, cosines = score(
-            vectors, bank.vectors(bank.resolve(None)), head="softmax", scale=encoder.scale, bias=encoder.bias
+            vectors, bank.encoded(bank.resolve(None)).vectors, head="softmax", scale=encoder.scale, bias=encoder.bias
         )
         [tags] = top_tags(probabilities, cosines, WORDS, top_k=[6], threshold=[0.0])
         with Image.open(io.BytesIO(sample.data)) as image:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from shiwu.contract import Head, Lane, ModelInfo, parse_request
 from shiwu_worker.job import Job
-from shiwu_worker.labels import LabelSet
+from shiwu_worker.label_set import LabelSet
+from shiwu_worker.labels import EncodedLabels, TextVectors
 from shiwu_worker.stages.score import Scorer, score, top_tags
 from shiwu_worker.timing import Moments
 
@@ -75,7 +76,12 @@ def test_the_threshold_is_a_least_score() -> None:
     assert tags([0.25, 0.5, 0.25], threshold=0.75) == []
 
 
-def make_job(number: int, label_set: LabelSet, words: NDArray[np.float32], **fields: Any) -> Job:
+def encoded(label_set: LabelSet, *, seed: int) -> EncodedLabels:
+    """The label set with random vectors."""
+    return EncodedLabels(label_set, TextVectors(units(len(label_set.words), seed=seed)))
+
+
+def make_job(number: int, labels: EncodedLabels, **fields: Any) -> Job:
     """A job that is ready for its tags, with the vectors of its words."""
     return Job(
         id=f"j{number}",
@@ -84,8 +90,8 @@ def make_job(number: int, label_set: LabelSet, words: NDArray[np.float32], **fie
         raw=b"",
         moments=Moments(claimed_s=0.0),
         request=parse_request({"image": "s3://b/k.jpg", **fields}),
-        label_set=label_set,
-        label_vectors=words,
+        label_set=labels.label_set,
+        labels=labels,
     )
 
 
@@ -94,12 +100,13 @@ SCORER = Scorer(scale=20.0, bias=None, model=MODEL)
 
 def test_a_mixed_batch_gives_each_job_its_own_answer() -> None:
     """Jobs of two label sets and two heads in one batch score as each would alone."""
-    left, right = LabelSet("left", ("a", "b", "c")), LabelSet("right", ("x", "y"), head="sigmoid")
-    words, vectors = (units(3, seed=1), units(2, seed=2)), units(6)
-    mixed = [make_job(n, (left, right)[n % 2], words[n % 2], want=["tags", "embedding"]) for n in range(6)]
+    left = encoded(LabelSet("left", ("a", "b", "c")), seed=1)
+    right = encoded(LabelSet("right", ("x", "y"), head="sigmoid"), seed=2)
+    vectors = units(6)
+    mixed = [make_job(n, (left, right)[n % 2], want=["tags", "embedding"]) for n in range(6)]
     SCORER.score(mixed, vectors)
     for row, job in enumerate(mixed):
-        alone = make_job(row, (left, right)[row % 2], words[row % 2], want=["tags", "embedding"])
+        alone = make_job(row, (left, right)[row % 2], want=["tags", "embedding"])
         SCORER.score([alone], vectors[row : row + 1])
         assert job.tags is not None
         assert alone.tags is not None
@@ -111,11 +118,11 @@ def test_a_mixed_batch_gives_each_job_its_own_answer() -> None:
 
 def test_a_job_gets_what_it_wants() -> None:
     """top_k and threshold are the request's, and an embedding is given only when asked for."""
-    labels = LabelSet("left", ("a", "b", "c"))
+    labels = encoded(LabelSet("left", ("a", "b", "c")), seed=1)
     jobs = [
-        make_job(0, labels, units(3, seed=1), top_k=1),
-        make_job(1, labels, units(3, seed=1), want=["embedding"]),
-        make_job(2, labels, units(3, seed=1), threshold=1.0),
+        make_job(0, labels, top_k=1),
+        make_job(1, labels, want=["embedding"]),
+        make_job(2, labels, threshold=1.0),
     ]
     SCORER.score(jobs, units(3))
     assert [None if job.tags is None else len(job.tags) for job in jobs] == [1, None, 0]
@@ -124,6 +131,6 @@ def test_a_job_gets_what_it_wants() -> None:
 
 def test_vectors_and_jobs_must_match() -> None:
     """One vector too few would give jobs their neighbours' tags: it is an error."""
-    labels = LabelSet("left", ("a", "b", "c"))
+    labels = encoded(LabelSet("left", ("a", "b", "c")), seed=1)
     with pytest.raises(ValueError, match="expected 2 vectors"):
-        SCORER.score([make_job(n, labels, units(3)) for n in range(2)], units(1))
+        SCORER.score([make_job(n, labels) for n in range(2)], units(1))

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from shiwu.contract import ErrorCode, Lane
 from shiwu_worker.errors import ExitCode, FatalError, NonFiniteError, Trouble, WrongVectors
 from shiwu_worker.job import Job
-from shiwu_worker.labels import LabelSet
+from shiwu_worker.label_set import LabelSet
+from shiwu_worker.labels import EncodedLabels, TextVectors
 from shiwu_worker.timing import Moments
 from shiwu_worker.triage import Triage
 from tests.unit.test_encode import make_encoder, make_model, noise, saved
@@ -76,11 +77,11 @@ class Device:
         for job, vector in zip(jobs, vectors, strict=True):
             self.scored[job.id] = float(vector[0])
 
-    def vectors_of(self, label_set: LabelSet) -> Vectors:
+    def encode_labels(self, label_set: LabelSet) -> EncodedLabels:
         """Label vectors; the words `bad` overflow."""
         if "bad" in label_set.words:
             raise NonFiniteError("NaN in the words", (7,))
-        return np.ones((len(label_set.words), 1), np.float32)
+        return EncodedLabels(label_set, TextVectors(np.ones((len(label_set.words), 1), np.float32)))
 
     def trouble(self, error: BaseException) -> Trouble:
         """As the encoder judges."""
@@ -91,7 +92,7 @@ class Device:
     def run(self) -> None:
         """One batch of all."""
         triage = Triage(
-            vectors_of=self.vectors_of,
+            encode_labels=self.encode_labels,
             pixels=self.pixels,
             launch=self.launch,
             collect=self.collect,

@@ -95,7 +95,7 @@ def _check_model(settings: Settings) -> str:
     encoder = open_encoder(settings, folder, spec)
     bank = open_labels(settings, encoder)
     default = bank.resolve(None)
-    bank.vectors(default)
+    bank.encoded(default)
     info = encoder.info
     return (
         f"{info.id} ({info.revision}) in {info.dtype} on {info.device}, {spec.width}×{spec.height}, "

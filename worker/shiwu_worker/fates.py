@@ -13,7 +13,7 @@ from shiwu_worker.job import Job, Release
 
 if TYPE_CHECKING:
     from shiwu_worker.hands import Limits
-    from shiwu_worker.labels import LabelSet
+    from shiwu_worker.label_set import LabelSet
 
 log: Any = structlog.get_logger()
 

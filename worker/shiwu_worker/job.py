@@ -26,12 +26,11 @@ from shiwu.contract import (
     without_query,
 )
 from shiwu.envelope import read_message
-from shiwu_worker.labels import LabelSet
+from shiwu_worker.label_set import LabelSet
 from shiwu_worker.timing import Moments
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from shiwu_worker.labels import EncodedLabels
 
 _INTERACTIVE = frozenset(Lane.INTERACTIVE.keys)
 
@@ -94,8 +93,9 @@ class Job(msgspec.Struct, eq=False):
     slot: int = -1
     image: ImageInfo | None = None
     label_set: LabelSet | None = None
-    label_vectors: NDArray[np.float32] | None = None
-    """Unit vectors (m, d) of the label set's words, from when the job is on its way to the device."""
+    """As the request names it, from when the job is admitted."""
+    labels: EncodedLabels | None = None
+    """The label set with its vectors, from when the job is on its way to the device."""
     model: ModelInfo | None = None
     tags: tuple[Tag, ...] | None = None
     embedding: tuple[float, ...] | None = None

@@ -2,113 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, get_args
+from weakref import WeakValueDictionary
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from shiwu.contract import ErrorCode, Head, Label, LabelSetName, LabelsInfo, Stage
+from shiwu.contract import ErrorCode, Head, Stage
 from shiwu_worker.errors import Rejected
+from shiwu_worker.label_set import LabelSet
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MAX_FILE_LABELS = 100_000
+
+@dataclass(frozen=True, eq=False)
+class TextVectors:
+    """What the model makes of labels in templates; sets that differ in their name or head share it."""
+
+    vectors: NDArray[np.float32]
+    """Unit vectors (m, d)."""
 
 
-@dataclass(frozen=True)
-class LabelSet:
-    """Words to compare pictures with, and how their scores are made."""
+@dataclass(frozen=True, eq=False, slots=True)
+class EncodedLabels:
+    """A label set with all that scoring needs. Jobs with equal label sets share one object."""
 
-    name: str | None
-    words: tuple[str, ...]
-    templates: tuple[str, ...] = ("{}",)
-    head: Head = "softmax"
+    label_set: LabelSet
+    texts: TextVectors
 
-    @cached_property
-    def vectors_key(self) -> str:
-        """Names the text vectors: the head does not change them."""
-        return _digest("\n".join(self.templates), "\n".join(self.words))
-
-    @cached_property
-    def info(self) -> LabelsInfo:
-        """What an answer says of the labels."""
-        return LabelsInfo(
-            name=self.name,
-            digest=_digest(self.vectors_key, self.head),
-            count=len(self.words),
-            head=self.head,
-        )
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def inline_label_set(words: tuple[str, ...], *, head: Head) -> LabelSet:
-    """The labels of one request, taken as they are."""
-    return LabelSet(name=None, words=words, head=head)
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    name: LabelSetName
-    labels: list[Label] = Field(min_length=1, max_length=MAX_FILE_LABELS)
-    templates: list[str] = Field(default=["{}"], min_length=1, max_length=200)
-    head: Head = "softmax"
-    description: str = ""
-
-    @field_validator("templates")
-    @classmethod
-    def _has_place(cls, templates: list[str]) -> list[str]:
-        if any(template.count("{}") != 1 for template in templates):
-            raise ValueError("expected exactly one {} in every template")
-        return templates
-
-    @field_validator("labels")
-    @classmethod
-    def _once(cls, labels: list[str]) -> list[str]:
-        if twice := sorted(word for word, times in Counter(labels).items() if times > 1):
-            raise ValueError(f"expected every label once, got {', '.join(twice[:5])} again")
-        return labels
-
-
-def load_label_sets(folders: Sequence[Path]) -> dict[str, LabelSet]:
-    """Read every *.yaml of the folders; a later folder replaces sets of the same name.
-
-    Raises:
-        ValueError: names the file and what is wrong in it.
-    """
-    sets: dict[str, LabelSet] = {}
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: expected a folder of label sets")
-        for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
-            try:
-                read = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise ValueError(f"{path}: expected readable YAML ({error})") from error
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                where = ".".join(str(part) for part in first["loc"])
-                raise ValueError(f"{path}: {where or 'file'}: {first['msg']}") from error
-            sets[read.name] = LabelSet(read.name, tuple(read.labels), tuple(read.templates), read.head)
-    return sets
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """Unit vectors (m, d) of the labels."""
+        return self.texts.vectors
 
 
 class LabelBank:
     """Label sets and their vectors.
 
     Args:
-        encode_texts: (m texts) → float32 (m, d) unit vectors; called on the thread that calls `vectors`.
+        encode_texts: (m texts) → float32 (m, d) unit vectors; called on the thread that calls `encoded`.
         max_cached: label sets whose vectors are kept; the least recently used one goes first.
     """
 
@@ -121,12 +56,16 @@ class LabelBank:
         max_cached: int,
         inline_head: Head = "softmax",
     ) -> None:
-        self._sets = dict(sets)
+        self._sets = {(name, head): replace(one, head=head) for name, one in sets.items() for head in get_args(Head)}
+        self._heads = {name: one.head for name, one in sets.items()}
         self._default = default
         self._encode_texts = encode_texts
         self._max_cached = max_cached
         self._inline_head = inline_head
-        self._vectors: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+        # The keys are whole values: with a digest or joined texts as a key, two label sets could share one entry, and
+        # one producer would then get the labels of another.
+        self._encoded: OrderedDict[LabelSet, EncodedLabels] = OrderedDict()
+        self._texts: WeakValueDictionary[tuple[tuple[str, ...], tuple[str, ...]], TextVectors] = WeakValueDictionary()
 
     def resolve(self, labels: str | tuple[str, ...] | None, head: Head | None = None) -> LabelSet:
         """The labels that a request means. Thread-safe.
@@ -135,34 +74,38 @@ class LabelBank:
             Rejected: unknown_label_set.
         """
         if isinstance(labels, tuple):
-            return inline_label_set(labels, head=head or self._inline_head)
+            return LabelSet(name=None, words=labels, head=head or self._inline_head)
         name = labels or self._default
-        found = self._sets.get(name)
-        if found is None:
-            known = ", ".join(sorted(self._sets))
+        if name not in self._heads:
+            known = ", ".join(sorted(self._heads))
             raise Rejected(
                 ErrorCode.UNKNOWN_LABEL_SET,
                 f"labels: expected one of {known}, got {name!r}",
                 stage=Stage.CLAIM,
             )
-        if head is None or head == found.head:
+        return self._sets[name, head or self._heads[name]]
+
+    def encoded(self, label_set: LabelSet) -> EncodedLabels:
+        """The label set with its vectors, which are computed the first time. One thread only."""
+        found = self._encoded.get(label_set)
+        if found is not None:
+            self._encoded.move_to_end(label_set)
             return found
-        return LabelSet(found.name, found.words, found.templates, head)
+        key = (label_set.templates, label_set.words)
+        texts = self._texts.get(key)
+        if texts is None:
+            texts = self._texts[key] = TextVectors(self._encode(label_set))
+        made = self._encoded[label_set] = EncodedLabels(label_set, texts)
+        while len(self._encoded) > self._max_cached:
+            self._encoded.popitem(last=False)
+        return made
 
-    def vectors(self, label_set: LabelSet) -> NDArray[np.float32]:
-        """Unit vectors (m, d) of the words: templates averaged, then renormalised. One thread only.
+    def _encode(self, label_set: LabelSet) -> NDArray[np.float32]:
+        """Unit vectors of the labels: averaged over the templates, then renormalised.
 
-        Averaging over templates is the zero-shot recipe of CLIP (Radford et al. 2021, section 3.1.4).
+        This is the zero-shot recipe of CLIP (Radford et al. 2021, section 3.1.4).
         """
-        key = label_set.vectors_key
-        if key in self._vectors:
-            self._vectors.move_to_end(key)
-            return self._vectors[key]
         total: Any = 0.0
         for template in label_set.templates:
             total = total + self._encode_texts([template.replace("{}", word) for word in label_set.words])
-        vectors = np.asarray(total / np.linalg.norm(total, axis=1, keepdims=True), dtype=np.float32)
-        self._vectors[key] = vectors
-        while len(self._vectors) > self._max_cached:
-            self._vectors.popitem(last=False)
-        return vectors
+        return np.asarray(total / np.linalg.norm(total, axis=1, keepdims=True), dtype=np.float32)

@@ -20,7 +20,9 @@ from shiwu_worker.hands import Limits, RetryPolicy
 from shiwu_worker.heartbeat import Heartbeat, Signs
 from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.job import Job
-from shiwu_worker.labels import LabelBank, LabelSet, load_label_sets
+from shiwu_worker.label_files import load_label_sets
+from shiwu_worker.label_set import LabelSet
+from shiwu_worker.labels import LabelBank
 from shiwu_worker.loader_frames import Loaded, LoaderOptions, LoadTask
 from shiwu_worker.loaders import LoaderPool
 from shiwu_worker.nursery import source_environment
@@ -221,7 +223,7 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
     from shiwu_worker.stages.score import Scorer  # noqa: PLC0415 beside the encoder, which is imported late
 
     bank = open_labels(settings, encoder)
-    bank.vectors(bank.resolve(None))
+    bank.encoded(bank.resolve(None))
 
     def resolve(job: Job) -> LabelSet:
         return bank.resolve(job.request.labels, job.request.head) if job.request else bank.resolve(None)
@@ -237,7 +239,7 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
     batcher = make_batcher(settings, encoder, on_batch=on_batch)
     scorer = Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info)
     triage = Triage(
-        vectors_of=bank.vectors,
+        encode_labels=bank.encoded,
         pixels=loaders.pixels,
         launch=encoder.launch,
         collect=encoder.collect,

@@ -24,7 +24,7 @@ from shiwu_worker.job import Job, Release, open_job
 from shiwu_worker.timing import Meter, Progress
 
 if TYPE_CHECKING:
-    from shiwu_worker.labels import LabelSet
+    from shiwu_worker.label_set import LabelSet
     from shiwu_worker.loader_frames import Loaded
     from shiwu_worker.settle import Away
     from shiwu_worker.stages.batch import Batcher

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from shiwu_worker.berths import Flight
     from shiwu_worker.job import Job
-    from shiwu_worker.labels import LabelSet
+    from shiwu_worker.label_set import LabelSet
+    from shiwu_worker.labels import EncodedLabels
 
 log: Any = structlog.get_logger()
 
@@ -52,7 +53,7 @@ class Triage:
     """Gives every job of a batch its tags or the reason why it has none. One thread uses it.
 
     Args:
-        vectors_of: label set → unit vectors of its words; new words pass the text tower.
+        encode_labels: label set → the set with its vectors; new labels pass the text tower.
         pixels: uint8 (slots, h, w, 3), where the loaders write.
         launch: rows of `pixels` → a batch on the device; `collect` gives its unit vectors.
         encode_exact: pixels → unit vectors in FP32, at once.
@@ -64,7 +65,7 @@ class Triage:
     def __init__(
         self,
         *,
-        vectors_of: Callable[[LabelSet], NDArray[float32]],
+        encode_labels: Callable[[LabelSet], EncodedLabels],
         pixels: NDArray[uint8],
         launch: Callable[[NDArray[uint8], Sequence[int]], Flight],
         collect: Callable[[Flight], NDArray[float32]],
@@ -73,7 +74,7 @@ class Triage:
         trouble: Callable[[BaseException], Trouble],
         lower_cap: Callable[[int], None],
     ) -> None:
-        self._vectors_of = vectors_of
+        self._encode_labels = encode_labels
         self._pixels = pixels
         self._launch = launch
         self._collect = collect
@@ -112,7 +113,8 @@ class Triage:
         if job.label_set is None:
             return True
         try:
-            job.label_vectors = self._vectors_of(job.label_set)
+            job.labels = self._encode_labels(job.label_set)
+            job.label_set = job.labels.label_set
         except Exception as error:  # border: whatever the model raises is judged here
             trouble = self._trouble(error)
             if trouble is Trouble.LOST:

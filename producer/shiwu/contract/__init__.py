@@ -58,8 +58,10 @@ from shiwu.contract.request import (
     Request,
     Want,
     check_id,
+    labels_error,
     parse_request,
 )
+from shiwu.contract.text import control_character
 from shiwu.contract.words import (
     CONTRACT_VERSION,
     ID_PATTERN,
@@ -144,7 +146,9 @@ __all__ = [
     "WarningCode",
     "as_utf8",
     "check_id",
+    "control_character",
     "done_key",
+    "labels_error",
     "parse_request",
     "reference_error",
     "result_key",

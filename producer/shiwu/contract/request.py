@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
@@ -12,9 +14,10 @@ from pydantic import (
     StringConstraints,
     ValidationError,
 )
-from pydantic_core import PydanticCustomError, to_json
+from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 
 from shiwu.contract.references import reference_error
+from shiwu.contract.text import NAME_PATTERN, NO_CONTROLS_PATTERN, control_character
 from shiwu.contract.words import (
     ID_PATTERN,
     MAX_INLINE_LABELS,
@@ -36,9 +39,21 @@ def _check_reference(image: str) -> str:
 
 
 def _check_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(labels)) != len(labels):
-        raise PydanticCustomError("invalid_labels", "expected every label once")
+    if reason := labels_error(labels):
+        raise PydanticCustomError("invalid_labels", "{reason}", {"reason": reason})
     return labels
+
+
+def labels_error(labels: Sequence[str]) -> str | None:
+    """Why these texts, each of the right length, are no labels of one set, or None."""
+    if len(set(labels)) != len(labels):
+        twice = next(label for label, times in Counter(labels).items() if times > 1)
+        return f"expected every label once, got {twice!r} again"
+    # One search for all: most sets hold no such character.
+    if control_character("".join(labels)):
+        label, found = next((label, found) for label in labels if (found := control_character(label)))
+        return f"expected labels without control characters, got {found} in {label!r}"
+    return None
 
 
 def _check_metadata(metadata: JsonValue) -> JsonValue:
@@ -52,8 +67,13 @@ def _check_metadata(metadata: JsonValue) -> JsonValue:
     return metadata
 
 
-LabelSetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-Label = Annotated[str, StringConstraints(min_length=1, max_length=MAX_LABEL_CHARS, strip_whitespace=True)]
+LabelSetName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+Label = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=MAX_LABEL_CHARS, strip_whitespace=True),
+    Field(json_schema_extra={"pattern": NO_CONTROLS_PATTERN}),
+]
+"""Surrounding white space is removed. The set of labels is searched for control characters as a whole."""
 InlineLabels = Annotated[
     tuple[Label, ...], Field(min_length=1, max_length=MAX_INLINE_LABELS), AfterValidator(_check_labels)
 ]
@@ -99,17 +119,31 @@ def check_id(job_id: object) -> str:
 
 
 def _request_error(error: ValidationError) -> RequestError:
-    first = error.errors(include_url=False, include_input=False)[0]
+    first, *others = error.errors(include_url=False)
     field = str(first["loc"][0]) if first["loc"] else "request"
-    message = f"{field}: {first['msg']}"
-    if first["type"] in {"invalid_reference", "invalid_labels", "metadata_too_large"}:
-        return RequestError(ErrorCode(first["type"]), message)
     if field == "labels":
-        return RequestError(
-            ErrorCode.INVALID_LABELS,
-            f"labels: expected the name of a label set or 1 to {MAX_INLINE_LABELS} different words "
-            f"of 1 to {MAX_LABEL_CHARS} characters ({first['msg']})",
-        )
+        return _labels_error([first, *(one for one in others if one["loc"][0] == field)])
+    message = f"{field}: {first['msg']}"
+    if first["type"] in {"invalid_reference", "metadata_too_large"}:
+        return RequestError(ErrorCode(first["type"]), message)
     if field == "image":
         return RequestError(ErrorCode.INVALID_REFERENCE, message)
     return RequestError(ErrorCode.INVALID_REQUEST, message)
+
+
+def _labels_error(errors: Sequence[ErrorDetails]) -> RequestError:
+    """Each form of `labels`, name or list, has its own errors: tell those of the form that was meant."""
+    expected = (
+        f"expected the name of a label set or a list of 1 to {MAX_INLINE_LABELS} different labels "
+        f"of 1 to {MAX_LABEL_CHARS} characters"
+    )
+    for one in errors:
+        if one["type"] == "invalid_labels":
+            return RequestError(ErrorCode.INVALID_LABELS, f"labels: {one['msg']}")
+        if one["type"] == "string_pattern_mismatch":
+            name = f"{one['input']!r:.80}"
+            why = f"got {name}: a name has 1 to 64 letters and digits, and after the first _ . -"
+            return RequestError(ErrorCode.INVALID_LABELS, f"labels: {expected}, {why}")
+    wrong = next((one for one in errors if isinstance(one["loc"][-1], int)), errors[-1])
+    which = f"label {wrong['loc'][-1] + 1}: " if isinstance(wrong["loc"][-1], int) else ""
+    return RequestError(ErrorCode.INVALID_LABELS, f"labels: {expected} ({which}{wrong['msg']})")

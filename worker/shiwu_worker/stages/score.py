@@ -15,6 +15,7 @@ from shiwu_worker.job import Job
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from shiwu_worker.labels import EncodedLabels
 
 DIGITS = 6
 
@@ -79,18 +80,17 @@ class Scorer:
         """Row i of `vectors` (n, d) belongs to `jobs[i]`."""
         if len(jobs) != len(vectors):
             raise WrongVectors(f"expected {len(jobs)} vectors, one for each job, got {len(vectors)}")
-        groups: dict[str, list[int]] = defaultdict(list)
+        # Encoded labels are equal only to themselves: no name or digest can make two label sets one group.
+        groups: dict[EncodedLabels, list[int]] = defaultdict(list)
         for row, job in enumerate(jobs):
-            if job.label_set is not None and job.label_vectors is not None:
-                groups[job.label_set.info.digest].append(row)
-        for rows in groups.values():
-            self._score_group([jobs[row] for row in rows], vectors[rows])
+            if job.labels is not None:
+                groups[job.labels].append(row)
+        for labels, rows in groups.items():
+            self._score_group([jobs[row] for row in rows], vectors[rows], labels)
 
-    def _score_group(self, jobs: Sequence[Job], vectors: NDArray[np.float32]) -> None:
-        label_set, labels = jobs[0].label_set, jobs[0].label_vectors
-        if label_set is None or labels is None:
-            return
-        probabilities, cosines = score(vectors, labels, head=label_set.head, scale=self._scale, bias=self._bias)
+    def _score_group(self, jobs: Sequence[Job], vectors: NDArray[np.float32], labels: EncodedLabels) -> None:
+        label_set = labels.label_set
+        probabilities, cosines = score(vectors, labels.vectors, head=label_set.head, scale=self._scale, bias=self._bias)
         asked = [job.request for job in jobs]
         tags = top_tags(
             probabilities,
