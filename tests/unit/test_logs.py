@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -62,3 +63,21 @@ def test_a_job_has_one_line_with_all_its_times(capfdbinary: pytest.CaptureFixtur
         1.0,
     )
     assert (second["event"], second["code"], second["stage"]) == ("answered_before", "picture_broken", "decode")
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_a_log_obeys_nothing_it_is_told(form: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Controls and direction marks of references and messages are spelled out, by every logger, in both forms."""
+    logs.set_up(level="info", form=form)
+    log = structlog.get_logger("odd")
+    odd = "[/red]\x1b[2J\x9b31m\u202egpj\n猫"
+    log.info("failed", image=odd, error=f"no {odd}", ids=[odd], nested={"a": odd})
+    logging.getLogger("celery").error("unknown message %s", odd)
+    written = capfd.readouterr().err
+    own = re.sub(r"\x1b\[\d*m", "", written) if form == "console" else written
+    assert not {"\x1b", "\x9b", "\u202e"} & set(own)
+    assert len(own.splitlines()) == 2
+    assert own.count("猫") == 5
+    if form == "json":
+        first, second = map(json.loads, own.splitlines())
+        assert (first["image"], first["ids"], second["event"]) == (odd, [odd], f"unknown message {odd}")

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from shiwu.contract import Answer, Status
+from shiwu.contract import Answer, Status, printable
 
 
 def set_up(*, level: str, form: str) -> None:
@@ -23,7 +23,7 @@ def set_up(*, level: str, form: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     pretty = form == "console" or (form == "auto" and sys.stderr.isatty())
-    ending: list[Any] = [] if pretty else [structlog.processors.format_exc_info]
+    ending: list[Any] = [_spell_controls] if pretty else [structlog.processors.format_exc_info]
     renderer: Any = structlog.dev.ConsoleRenderer() if pretty else lambda *given: _json_line(*given).decode()
     structlog.configure(
         processors=[*shared, *ending, renderer if pretty else _json_line],
@@ -46,14 +46,24 @@ def set_up(*, level: str, form: str) -> None:
     logging.captureWarnings(capture=True)
 
 
+def _spell_controls(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Spell out control characters for the terminal; the renderer itself writes other types than text by repr."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = printable(value)
+    return event
+
+
 def _json_line(_logger: object, _method: str, event: MutableMapping[str, Any]) -> bytes:
     # Every picture has a line, and json's own writer takes three times as long for it.
     try:
         # With a space after each colon and comma, as everybody's filters expect it.
-        return msgspec.json.format(msgspec.json.encode(event, enc_hook=repr), indent=0)
+        line = msgspec.json.format(msgspec.json.encode(event, enc_hook=repr), indent=0)
     except (TypeError, ValueError):
         # A file name that is no UTF-8, a key that is no text: told all the same.
         return json.dumps(event, default=repr, skipkeys=True).encode()
+    text = line.decode()
+    return line if text.isprintable() else printable(text).encode()
 
 
 def job_logger(*, level: str) -> Callable[[Answer, float, bool], None] | None:

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final
 
 import click
+import redis
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from shiwu.cli.base import Exit, end, main
+from shiwu.cli.hints import notes_of
+from shiwu.cli.terminal import Row, echo_data, echo_json, print_rows
 from shiwu.client import Client
-from shiwu.contract import without_query
+from shiwu.contract import ErrorCode, RequestError, without_query
+from shiwu.queues import ALIVE_MS
 from shiwu.results import TagResult
 
-BAR_FROM = 500
+BAR_FROM: Final = 500
 """Work on fewer pictures needs no progress bar."""
+LOOK_FOR_WORKERS_S: Final = 3.0
+"""Without an answer for so long, `shiwu tag` looks whether there is a worker at all."""
+HEADINGS: Final = ("picture", "tags", "queue", "fetch", "decode", "batch", "encode", "total ms")
 
 
 def _asking(command: Any) -> Any:
     for option in (
-        click.option("--labels", help="Name of a label set, or words separated by commas."),
+        click.option(
+            "--labels", help="Name of a label set, or words separated by commas; a single word with a comma: 猫,"
+        ),
+        click.option("--label", "words", multiple=True, metavar="WORD", help="One word of your own; may be repeated."),
         click.option("--top-k", default=5, show_default=True, help="How many labels."),
         click.option("--threshold", default=0.0, show_default=True, help="Lowest score to show, 0 to 1."),
         click.option("--head", type=click.Choice(["softmax", "sigmoid"]), help="Default: the label set's own."),
@@ -32,11 +43,26 @@ def _asking(command: Any) -> Any:
     return command
 
 
-def _fields(labels: str | None, top_k: int, threshold: float, head: str | None) -> dict[str, Any]:
-    words: Any = labels
-    if labels and "," in labels.replace("，", ","):
-        words = [word for word in labels.replace("，", ",").split(",") if word.strip()]
-    return {"labels": words, "top_k": top_k, "threshold": threshold, "head": head}
+def _labels(labels: str | None, words: Sequence[str]) -> str | list[str] | None:
+    """The name of a label set, or words."""
+    if labels is not None and words:
+        raise click.UsageError("expected --labels or --label, got both")
+    if words:
+        return list(words)
+    listed = (labels or "").replace("，", ",")
+    return [word for word in listed.split(",") if word.strip()] if "," in listed else labels
+
+
+@contextlib.contextmanager
+def _explained(labels: str | list[str] | None) -> Iterator[None]:
+    """Add to the refusal of a name what a single word needs."""
+    try:
+        yield
+    except RequestError as error:
+        if error.code is ErrorCode.INVALID_LABELS and isinstance(labels, str):
+            text = f"{error}; {labels!r} was read as the name of a label set: for a word use --label {labels}"
+            raise RequestError(error.code, text) from None
+        raise
 
 
 @main.command()
@@ -51,9 +77,12 @@ def tag(
     /,
     *,
     references: tuple[str, ...],
+    labels: str | None,
+    words: tuple[str, ...],
     lane: str,
     expires_s: float | None,
     timeout_s: float,
+    threshold: float,
     as_json: bool,
     **fields: Any,
 ) -> None:
@@ -61,14 +90,24 @@ def tag(
 
     REF is s3://bucket/key, https://…, http://… or file:///… (where the worker allows the folder).
     """
-    ids = list(client.enqueue_many(references, lane=lane, expires_s=expires_s, **_fields(**fields)))
+    fields["labels"] = _labels(labels, words)
+    # The table also names the best label where none reaches the threshold, so the worker is asked for all of them.
+    fields["threshold"] = threshold if as_json or not 0 <= threshold <= 1 else 0.0
+    with _explained(fields["labels"]):
+        ids = list(client.enqueue_many(references, lane=lane, expires_s=expires_s, **fields))
     found: dict[str, TagResult] = {}
-    for job_id, result in _with_bar(client.as_answered(ids, timeout_s=timeout_s), len(ids), "answers"):
+    for job_id, result in _with_bar(_answers(client, ids, timeout_s=timeout_s), len(ids), "answers"):
         found[job_id] = result
         if as_json:
-            click.echo(result.to_json())
+            echo_json(result.to_json())
     if not as_json:
-        _show([(ref, found.get(job_id)) for ref, job_id in zip(references, ids, strict=True)])
+        shown = [(ref, found.get(job_id)) for ref, job_id in zip(references, ids, strict=True)]
+        print_rows(
+            HEADINGS,
+            [_row(ref, result, threshold) for ref, result in shown],
+            text_columns=(0, 1),
+            optional=(5, 2, 3, 4, 6),
+        )
     if len(found) < len(ids):
         end(
             f"wait_timeout: {len(ids) - len(found)} of {len(ids)} answers did not come in {timeout_s:g} s", Exit.TIMEOUT
@@ -76,54 +115,99 @@ def tag(
     sys.exit(Exit.OK if all(result.ok for result in found.values()) else Exit.NOT_TAGGED)
 
 
-def _show(rows: Iterable[tuple[str, TagResult | None]]) -> None:
-    table = Table("picture", "tags", "queue", "fetch", "decode", "batch", "encode", "total ms", box=None)
-    for reference, result in rows:
-        shown = without_query(reference)
-        if result is None:
-            table.add_row(shown, "[yellow]no answer yet[/yellow]")
-            continue
-        if result.ok:
-            tags = "  ".join(f"{tag.label} {tag.score:.3f}" for tag in result.tags or ())
-        else:
-            tags = f"[red]{result.error.code if result.error else result.status}[/red]"
-        timing = result.timing
-        times = (timing.queue, timing.fetch, timing.decode, timing.batch, timing.encode, timing.total)
-        table.add_row(shown, tags, *["–" if time is None else f"{time:.1f}" for time in times])
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+def _answers(client: Client, ids: Sequence[str], *, timeout_s: float) -> Iterator[tuple[str, TagResult]]:
+    """Answers as they come; where some are late and no worker runs, say so on standard error."""
+    began_s = time.monotonic()
+    missing = dict.fromkeys(ids)
+    for job_id, result in client.as_answered(ids, timeout_s=min(timeout_s, LOOK_FOR_WORKERS_S)):
+        del missing[job_id]
+        yield job_id, result
+    left_s = timeout_s - (time.monotonic() - began_s)
+    if not missing or left_s <= 0:
+        return
+    with contextlib.suppress(redis.RedisError):  # the wait goes on while Redis is away
+        if not client.queue_state().workers:
+            click.echo(
+                f"shiwu: no worker has been seen for {ALIVE_MS / 1000:g} s; start one with `shiwu-worker` on the same "
+                f"Redis. Still waiting, up to {left_s:.0f} s.",
+                err=True,
+            )
+    left_s = timeout_s - (time.monotonic() - began_s)
+    yield from client.as_answered(missing, timeout_s=max(0.0, left_s))
+
+
+def _row(reference: str, result: TagResult | None, threshold: float) -> Row:
+    """One picture: its tags or the code of its error, and its times."""
+    picture = without_query(reference)
+    if result is None:
+        return Row([picture, "no answer yet", *["–"] * (len(HEADINGS) - 2)])
+    timing = result.timing
+    times = [
+        "–" if time_ms is None else f"{time_ms:.1f}"
+        for time_ms in (timing.queue, timing.fetch, timing.decode, timing.batch, timing.encode, timing.total)
+    ]
+    if not result.ok:
+        code = str(result.error.code) if result.error else str(result.status)
+        return Row([picture, code, *times], notes=notes_of(result.error), red=1)
+    tags = [f"{tag.label} {tag.score:.3f}" for tag in result.tags or ()]
+    kept = [text for text, tag in zip(tags, result.tags or (), strict=True) if tag.score >= threshold]
+    notes = [] if kept or not tags else [f"no tag reached the threshold of {threshold:g}; the best one is {tags[0]}"]
+    notes += [f"warning: {warning.message}" for warning in result.warnings or ()]
+    return Row([picture, "  ".join(kept) or "–", *times], notes=notes)
 
 
 @main.command()
 @click.argument("references", nargs=-1, metavar="REF…|-")
 @_asking
 @click.option("--lane", type=click.Choice(["interactive", "bulk"]), default="bulk", show_default=True)
-@click.option("--from-file", type=click.File(encoding="utf-8"), help="One reference a line.")
+@click.option("--from-file", type=click.File("rb"), help="One reference a line, in UTF-8.")
 @click.pass_obj
 def enqueue(
-    client: Client, /, *, references: tuple[str, ...], lane: str, expires_s: float | None, from_file: Any, **fields: Any
+    client: Client,
+    /,
+    *,
+    references: tuple[str, ...],
+    labels: str | None,
+    words: tuple[str, ...],
+    lane: str,
+    expires_s: float | None,
+    from_file: Any,
+    **fields: Any,
 ) -> None:
     """Ask about pictures and print the job ids, without waiting.
 
     `-` reads references from standard input, one a line; empty lines and lines that begin with # are skipped.
     """
-    source = sys.stdin if references == ("-",) else from_file
-    if source is None and not references:
-        raise click.UsageError("expected references, - or --from-file")
-    asked = _lines(source) if source is not None else iter(references)
-    ids = client.enqueue_many(asked, lane=lane, expires_s=expires_s, **_fields(**fields))
-    for job_id in _with_bar(ids, None if source is not None else len(references), "enqueued"):
-        click.echo(job_id)
+    if bool(references) == (from_file is not None):
+        raise click.UsageError("expected references, - or --from-file, and only one of them")
+    if references == ("-",):
+        if sys.stdin is None:
+            raise click.UsageError("expected references on standard input, but it is closed")
+        from_file = sys.stdin.buffer
+    asked = _lines(from_file) if from_file is not None else iter(references)
+    fields["labels"] = _labels(labels, words)
+    with _explained(fields["labels"]):
+        ids = client.enqueue_many(asked, lane=lane, expires_s=expires_s, **fields)
+        for job_id in _with_bar(ids, None if from_file is not None else len(references), "enqueued"):
+            echo_data(job_id)
 
 
-def _lines(source: Iterable[str]) -> Iterator[str]:
-    for line in source:
-        if (text := line.strip()) and not text.startswith("#"):
+def _lines(source: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(source, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise RequestError(
+                ErrorCode.INVALID_REFERENCE, f"line {number}: expected UTF-8 ({error.reason}); save the list as UTF-8"
+            ) from None
+        if text and not text.startswith("#"):
             yield text
 
 
 def _with_bar(items: Iterable[Any], total: int | None, what: str) -> Iterator[Any]:
     """A progress bar on the terminal for long work; nothing where standard error is a file."""
-    shown = sys.stderr.isatty() and (total is None or total >= BAR_FROM)
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    shown = is_terminal and (total is None or total >= BAR_FROM)
     with Progress(console=Console(stderr=True), transient=True, disable=not shown) as progress:
         yield from progress.track(items, total=total, description=what)
 
@@ -135,4 +219,4 @@ def _with_bar(items: Iterable[Any], total: int | None, what: str) -> Iterator[An
 def cancel(client: Client, /, *, ids: tuple[str, ...], reason: str) -> None:
     """Answer jobs `cancelled` now, so that nobody works on them; print those that had no answer before."""
     for job_id in client.cancel(ids, reason=reason):
-        click.echo(job_id)
+        echo_data(job_id)

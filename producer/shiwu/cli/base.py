@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from enum import IntEnum
 from typing import Any, NoReturn
@@ -10,7 +12,7 @@ import click
 import redis
 
 from shiwu.client import Client
-from shiwu.contract import RequestError
+from shiwu.contract import RequestError, printable
 from shiwu.errors import QueueFull
 
 
@@ -22,26 +24,44 @@ class Exit(IntEnum):
     USAGE = 2
     TIMEOUT = 3
     QUEUE = 4
+    INTERRUPTED = 130
+    CLOSED_PIPE = 141
 
 
 class Commands(click.Group):
     """Turns the errors of all commands into one line and an exit code."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command from the command line, on a terminal of any encoding."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except RequestError as error:
             end(f"{error.code}: {error}", Exit.USAGE)
         except QueueFull as error:
             end(f"{error.code}: {error}", Exit.QUEUE)
         except redis.RedisError as error:
             end(f"redis: {str(error).rstrip(chr(46))}; is SHIWU_REDIS_URL (or --redis-url) right?", Exit.QUEUE)
+        except KeyboardInterrupt:
+            end("interrupted; what was enqueued goes on", Exit.INTERRUPTED)
+        except BrokenPipeError:
+            # The interpreter flushes standard output once more when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(int(Exit.CLOSED_PIPE))
+        return result
 
 
 def end(message: str, code: Exit) -> NoReturn:
     """Say why in one line, and leave."""
-    click.echo(f"shiwu: {message}", err=True)
+    click.echo(f"shiwu: {printable(message)}", err=True)
     sys.exit(int(code))
 
 
@@ -64,6 +84,6 @@ def main(ctx: click.Context, redis_url: str | None) -> None:
 
     \b
     Exit codes: 0 all well, 1 a picture was not tagged, 2 wrong usage, 3 no answer in time,
-    4 Redis not reachable or the queue is full.
+    4 Redis not reachable or the queue is full, 130 interrupted by Ctrl-C, 141 the reader of a pipe left.
     """
     ctx.obj = ctx.with_resource(Client(redis_url))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -11,14 +10,16 @@ from typing import Any
 import click
 import msgspec
 from pydantic_core import to_json
-from rich.console import Console
-from rich.table import Table
 
 from shiwu.cli.base import Exit, end, main
+from shiwu.cli.hints import notes_of
+from shiwu.cli.terminal import Row, echo_data, echo_json, print_rows
 from shiwu.client import Client
 from shiwu.contract import ErrorCode, Stage
 from shiwu.dead import DeadFilter, DeadLetter
 
+LONGEST_WHOLE_ID = 40
+HEADINGS = ("id", "died", "code", "stage", "attempts", "worker", "picture")
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -74,23 +75,30 @@ def dead() -> None:
 @click.pass_obj
 def list_(client: Client, /, *, limit: int, as_json: bool, **fields: Any) -> None:
     """Show dead letters, newest first."""
-    table = Table("id", "died", "code", "stage", "attempts", "worker", "picture", box=None)
+    rows = []
     for letter in client.dead_letters(DeadFilter(**fields), limit=limit):
         if as_json:
-            click.echo(to_json(_shown(letter)))
-            continue
-        result, error = letter.result, letter.result.error
-        table.add_row(
-            letter.id,
-            _when(letter.died_ms),
-            error.code.value if error else result.status.value,
-            error.stage.value if error and error.stage else "",
-            str(result.attempts),
-            result.worker,
-            result.image.reference if result.image else "",
-        )
+            echo_json(to_json(_shown(letter)))
+        else:
+            rows.append(_row(letter))
     if not as_json:
-        Console(width=None if sys.stdout.isatty() else 160).print(table)
+        has_long_id = any(len(row.cells[0]) > LONGEST_WHOLE_ID for row in rows)
+        # An id stays in one piece, so that it can be copied.
+        print_rows(HEADINGS, rows, text_columns=(0, 6) if has_long_id else (6,), optional=(5, 4, 3, 1))
+
+
+def _row(letter: DeadLetter) -> Row:
+    result, error = letter.result, letter.result.error
+    cells = (
+        letter.id,
+        _when(letter.died_ms),
+        str(error.code) if error else str(result.status),
+        str(error.stage) if error and error.stage else "",
+        str(result.attempts),
+        result.worker,
+        result.image.reference if result.image else "",
+    )
+    return Row(cells, notes=notes_of(error), red=2)
 
 
 @dead.command()
@@ -101,7 +109,7 @@ def show(client: Client, /, *, job_id: str) -> None:
     letter = client.dead_letter(job_id)
     if letter is None:
         end(f"expected a dead letter with the id {job_id}, there is none", Exit.NOT_TAGGED)
-    click.echo(to_json(_shown(letter) | {"message": letter.message.decode(errors="replace")}, indent=2))
+    echo_json(to_json(_shown(letter) | {"message": letter.message.decode(errors="replace")}, indent=2))
 
 
 @dead.command()
@@ -117,7 +125,7 @@ def requeue(
     """Send letters to their lane again, with their ids and a fresh count of attempts; print those that went."""
     chosen = _chosen(client, ids, every, limit, fields)
     for job_id in chosen if dry_run else client.requeue(chosen):
-        click.echo(job_id)
+        echo_data(job_id)
 
 
 @dead.command()
@@ -134,7 +142,7 @@ def drop(
     chosen = _chosen(client, ids, every, limit, fields)
     if dry_run:
         for job_id in chosen:
-            click.echo(job_id)
+            echo_data(job_id)
     else:
         click.echo(f"dropped {client.drop(chosen)}")
 

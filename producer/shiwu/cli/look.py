@@ -6,12 +6,12 @@ import sys
 
 import click
 from pydantic_core import to_json
-from rich.console import Console
 from rich.table import Table
 
 from shiwu.cli.base import Exit, main
+from shiwu.cli.terminal import echo_json, make_console
 from shiwu.client import Client
-from shiwu.contract import Lane
+from shiwu.contract import Lane, printable
 
 
 @main.command()
@@ -24,7 +24,7 @@ def results(client: Client, /, *, group: str, consumer: str | None, follow: bool
     block_s = 2.0 if follow else 0.05
     try:
         for item in client.results(group=group, consumer=consumer, block_s=block_s, stop_when_idle=not follow):
-            click.echo(item.result.to_json())
+            echo_json(item.result.to_json())
             item.ack()
     except KeyboardInterrupt:
         sys.exit(Exit.OK)
@@ -37,16 +37,18 @@ def status(client: Client, /, *, as_json: bool) -> None:
     """Show what waits, what is claimed, and which workers live."""
     state = client.queue_state()
     if as_json:
-        click.echo(to_json(state))
+        echo_json(to_json(state))
         return
     table = Table("lane", "waiting", "claimed", box=None)
     for lane in Lane:
         table.add_row(lane.value, str(state.waiting[lane]), str(state.claimed[lane]))
-    console = Console()
+    console = make_console()
     console.print(table)
     console.print(
         f"delayed {state.delayed}, suspects {state.suspects}, dead letters {state.dead}, workers {len(state.workers)}",
         end="",
     )
-    console.print(f": {', '.join(state.workers)}" if state.workers else " (none gave a sign of life in 10 s)")
-    console.print(", ".join(f"{name} {number}" for name, number in state.counters.items()))
+    console.print(
+        f": {', '.join(map(printable, state.workers))}" if state.workers else " (none gave a sign of life in 10 s)"
+    )
+    console.print(", ".join(f"{printable(name)} {number}" for name, number in state.counters.items()))

@@ -45,6 +45,7 @@ from shiwu.contract.keys import (
     done_key,
     result_key,
 )
+from shiwu.contract.printable import printable, printable_json
 from shiwu.contract.references import (
     reference_error,
     without_query,
@@ -150,6 +151,8 @@ __all__ = [
     "done_key",
     "labels_error",
     "parse_request",
+    "printable",
+    "printable_json",
     "reference_error",
     "result_key",
     "status_of",

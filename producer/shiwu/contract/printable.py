@@ -1,0 +1,40 @@
+"""Text that people read in a terminal or a log, made safe: control characters are spelled out."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_UNPRINTABLE: Final = re.compile(
+    "["
+    "\x00-\x1f\x7f-\x9f"  # C0 and C1 controls: a terminal obeys them
+    "\xad\u061c\u180e\u200b\u200e\u200f"  # soft hyphen, zero-width space, direction marks
+    "\u2028-\u202e\u2060-\u206f"  # line separators, direction overrides and isolates, invisible operators
+    "\ufeff\ufff9-\ufffb"  # byte-order mark, interlinear annotation
+    "\ud800-\udfff"  # lone surrogates: no encoding can write them
+    "\U000e0000-\U000e007f"  # invisible tags
+    "]"
+)
+"""Joiners (U+200C, U+200D) stay: emoji and several scripts need them, and they hide and reorder nothing."""
+
+
+def printable(text: str) -> str:
+    r"""The text with every character that a terminal obeys or hides written as `\uXXXX`.
+
+    All user-supplied text (references, labels, ids, messages) passes through here before a terminal or a log shows it.
+    The form is JSON's own, so JSON without line breaks keeps its meaning.
+    """
+    return text if text.isprintable() else _UNPRINTABLE.sub(_spell, text)
+
+
+def printable_json(raw: bytes) -> str:
+    """JSON for a terminal: like `printable`, but line breaks between fields stay."""
+    return "\n".join(map(printable, raw.decode().split("\n")))
+
+
+def _spell(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    if number < 0x10000:
+        return f"\\u{number:04x}"
+    number -= 0x10000
+    return f"\\u{0xD800 + (number >> 10):04x}\\u{0xDC00 + (number & 0x3FF):04x}"

@@ -1,0 +1,213 @@
+"""What `shiwu` shows to a person or a pipe, with a real Redis and, where answers are needed, a real worker."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import redis
+from click.testing import CliRunner, Result
+
+from shiwu.cli import ask, main
+from shiwu.contract import WORKERS, Answer, ErrorCode, ErrorInfo, ImageInfo, Lane, Stage, Status
+from shiwu.ledger import Entry, Ledger
+from tests.integration.test_claim_properties import make_claims, message
+from tests.support import pictures
+from tests.support.processes import clean_environment
+from tests.support.servers import S3Server, WorkerProcess
+
+SHIWU = [sys.executable, "-m", "shiwu.cli"]
+ODD = "s3://pictures/[red]x[/red][/nope]:cat:\u202egpj.exe"
+
+
+def call(redis_url: str, *args: str, **options: Any) -> Result:
+    """The command in this process."""
+    return CliRunner().invoke(main, ["--redis-url", redis_url, *args], **options)
+
+
+def bury(client: redis.Redis, job_id: str, *, reference: str, text: str, worker: str = "w") -> None:
+    """Leave a dead letter."""
+    client.rpush(Lane.BULK.queue, message(job_id, Lane.BULK))
+    [claimed] = make_claims(client, "w").claim(1).jobs
+    error = ErrorInfo(code=ErrorCode.SOURCE_NOT_FOUND, message=text, stage=Stage.FETCH)
+    image = ImageInfo(reference=reference)
+    answer = Answer(id=job_id, status=Status.REJECTED, image=image, error=error, worker=worker)
+    record = claimed.key.encode() + b"|" + claimed.raw
+    Ledger(client, token="w").write([Entry(answer=answer, id=claimed.id, message=record, is_dead=True)])
+
+
+def test_tag_shows_reasons_and_hints(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """Below each row without tags; markup, emoji codes and direction marks of a reference are shown, not obeyed."""
+    s3.put("cli/broken.jpg", b"no image")
+    found = call(shared_worker.redis_url, "tag", ODD, "s3://pictures/cli/broken.jpg")
+    assert found.exit_code == 1, found.output
+    lines = [line.rstrip() for line in found.output.splitlines()]
+    assert lines[1].startswith(r"s3://pictures/[red]x[/red][/nope]:cat:\u202egpj.exe  source_not_found ")
+    assert lines[2].startswith("    S3 answered NoSuchKey")
+    assert lines[3].startswith("    hint: check the bucket and the key")
+    assert " not_a_picture " in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (["--labels", "猫"], 2, "for a word use --label 猫"),
+        (["--labels", "cats"], 1, "--labels WORD,"),
+        (["--label", "猫", "--labels", "six-zh"], 2, "expected --labels or --label, got both"),
+        (["--labels", "熊猫,"], 0, "熊猫 1.000"),
+        (["--label", "熊猫", "--label", "汽车"], 0, "熊猫 "),
+        (["--label", "奶牛", "--label", "熊猫", "--threshold", "1"], 0, "no tag reached the threshold of 1; the best"),
+        (["--label", "奶牛", "--threshold", "2"], 2, "threshold"),
+    ],
+)
+def test_tag_reads_labels_and_thresholds(
+    shared_worker: WorkerProcess, s3: S3Server, args: list[str], code: int, text: str
+) -> None:
+    """A single word is found, or told how to be written; a threshold that leaves nothing names the best label."""
+    good = s3.put("cli/panda.jpg", pictures.jpeg(pictures.picture("熊猫")))
+    found = call(shared_worker.redis_url, "tag", good, *args)
+    assert found.exit_code == code, found.output
+    assert text in found.output
+
+
+def test_tag_json_obeys_the_threshold(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """What is printed as JSON is the answer as it was asked for."""
+    good = s3.put("cli/panda.jpg", pictures.jpeg(pictures.picture("熊猫")))
+    found = call(
+        shared_worker.redis_url, "tag", good, "--label", "奶牛", "--label", "熊猫", "--threshold", "1", "--json"
+    )
+    assert '"tags":[]' in found.output
+
+
+@pytest.mark.parametrize(("has_worker", "is_told"), [(False, True), (True, False)])
+def test_tag_without_a_worker_says_so(
+    redis_url: str, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch, has_worker: bool, is_told: bool
+) -> None:
+    """On standard error, long before the time is over; the exit code stays the one of a time-out."""
+    monkeypatch.setattr(ask, "LOOK_FOR_WORKERS_S", 0.1)
+    if has_worker:
+        redis_client.zadd(WORKERS, {"w": time.time() * 1000})
+    found = call(redis_url, "tag", "s3://b/k", "--timeout", "0.3")
+    assert found.exit_code == 3
+    assert ("no worker has been seen for 10 s" in found.stderr) is is_told
+    assert "no answer yet" in found.stdout
+
+
+def test_dead_list_shows_odd_letters(redis_url: str, redis_client: redis.Redis) -> None:
+    """Other people's text in every column."""
+    bury(redis_client, "j1", reference=ODD, text="no \x1b[2J such [/b] key", worker="[/w]")
+    found = call(redis_url, "dead", "list")
+    assert found.exit_code == 0, found.output
+    assert r"s3://pictures/[red]x[/red][/nope]:cat:\u202egpj.exe" in found.output
+    assert r"no \u001b[2J such [/b] key" in found.output
+    assert "hint: check the bucket" in found.output
+    assert "[/w]" in found.output
+
+
+def on_a_terminal(args: list[str], *, columns: int) -> str:
+    """What the command writes to a terminal of this width."""
+    master, slave = pty.openpty()
+    with os.fdopen(master, "rb", buffering=0) as read:
+        env = clean_environment({"NO_COLOR": "1", "TERM": "xterm", "COLUMNS": str(columns)})
+        with subprocess.Popen([*SHIWU, *args], stdin=slave, stdout=slave, stderr=slave, env=env) as process:
+            os.close(slave)
+            found = b""
+            while True:
+                try:
+                    part = read.read(4096)
+                except OSError:  # Linux' way to say that the other side is closed
+                    break
+                if not part:
+                    break
+                found += part
+            assert process.wait(20) == 0, found
+    return found.decode()
+
+
+def test_a_narrow_terminal_gets_what_fits(redis_url: str, redis_client: redis.Redis) -> None:
+    """Whole ids, fewer columns, no colour where NO_COLOR is set, and JSON without raw controls."""
+    job_id = "0b791c43-1e3c-4e64-8cb6-2d8ac3c07d14"
+    bury(redis_client, job_id, reference="s3://b/" + "long" * 20 + "\x9b31m", text="gone")
+    shown = on_a_terminal(["--redis-url", redis_url, "dead", "list"], columns=80)
+    assert set(re.findall(r"\x1b\[[0-9;]*m", shown)) <= {"\x1b[1m", "\x1b[0m"}, "bold is no colour"
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
+    assert lines[1].startswith(f"{job_id}  source_not_found  s3://b/long")
+    assert all(len(line) <= 80 for line in lines)
+    shown = on_a_terminal(["--redis-url", redis_url, "dead", "list", "--json"], columns=80)
+    assert r"\u009b31m" in shown
+    assert "\x9b" not in shown
+
+
+def _run(args: list[str], *, redis_url: str, **options: Any) -> subprocess.Popen[bytes]:
+    env = clean_environment({"SHIWU_REDIS_URL": redis_url} | options.pop("env", {}))
+    return subprocess.Popen([*SHIWU, *args], env=env, stderr=subprocess.PIPE, **options)
+
+
+def test_ctrl_c_ends_a_wait_without_a_traceback(
+    redis_url: str, redis_client: redis.Redis, wait_until: Callable[..., Any]
+) -> None:
+    """With the code that shells use, which is not the one of a picture without tags."""
+    with _run(["tag", "s3://b/k"], redis_url=redis_url, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: redis_client.llen(Lane.INTERACTIVE.queue), timeout_s=20)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert told.decode().splitlines() == ["shiwu: interrupted; what was enqueued goes on"]
+
+
+def test_a_closed_pipe_ends_without_a_traceback(redis_url: str, redis_client: redis.Redis) -> None:
+    """As `shiwu dead list | head -1` closes it."""
+    for number in range(3):
+        bury(redis_client, f"j{number}", reference="s3://b/k", text="x" * 50_000)
+    read, write = os.pipe()
+    os.close(read)
+    for args in (["dead", "list"], ["dead", "list", "--json"]):
+        with _run(args, redis_url=redis_url, stdout=write) as process:
+            _, told = process.communicate(timeout=20)
+        assert (process.returncode, told) == (141, b"")
+    os.close(write)
+
+
+def test_other_encodings_and_no_streams(redis_url: str, redis_client: redis.Redis) -> None:
+    """A locale that cannot write Chinese, and standard output or input that is closed."""
+    bury(redis_client, "j1", reference="s3://b/熊猫", text="没有")
+    options: dict[str, Any] = {"redis_url": redis_url, "env": {"PYTHONIOENCODING": "ascii"}}
+    with _run(["dead", "list"], stdout=subprocess.PIPE, **options) as process:
+        shown, told = process.communicate(timeout=20)
+    assert (process.returncode, told) == (0, b"")
+    assert rb"s3://b/\u718a\u732b" in shown
+    for shell, code, text in (("dead list >&-", 0, b""), ("status >&-", 0, b""), ("enqueue - <&-", 2, b"it is closed")):
+        command = ["sh", "-c", f"{' '.join(SHIWU)} --redis-url {redis_url} {shell}"]
+        done = subprocess.run(command, env=clean_environment({}), capture_output=True, check=False, timeout=30)
+        assert done.returncode == code, done.stderr
+        assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "given", "text"),
+    [
+        (["-"], b"s3://b/1\n\xe9\n", "line 2: expected UTF-8"),
+        (["s3://b/1", "--from-file", "-"], b"", "only one of them"),
+        ([], b"", "only one of them"),
+    ],
+)
+def test_enqueue_refuses_what_it_would_ignore(redis_url: str, args: list[str], given: bytes, text: str) -> None:
+    """References beside a file, and lines that are no UTF-8, with the line's number."""
+    found = call(redis_url, "enqueue", *args, input=given)
+    assert found.exit_code == 2
+    assert text in found.output
+
+
+def test_enqueue_reads_a_list_with_a_bom(redis_url: str, redis_client: redis.Redis) -> None:
+    """As editors on Windows save it."""
+    found = call(redis_url, "enqueue", "-", input=b"\xef\xbb\xbfs3://b/1\r\n# mine\r\n\r\ns3://b/2\r\n")
+    assert found.exit_code == 0, found.output
+    assert redis_client.llen(Lane.BULK.queue) == 2
