@@ -52,7 +52,7 @@ def test_tag_shows_reasons_and_hints(shared_worker: WorkerProcess, s3: S3Server)
     lines = [line.rstrip() for line in found.output.splitlines()]
     assert lines[1].startswith(r"s3://pictures/[red]x[/red][/nope]:cat:\u202egpj.exe  source_not_found ")
     assert lines[2].startswith("    S3 answered NoSuchKey")
-    assert lines[3].startswith("    hint: check the bucket and the key")
+    assert lines[3].startswith("    hint: Correct the reference")
     assert " not_a_picture " in lines[4]
 
 
@@ -108,7 +108,7 @@ def test_dead_list_shows_odd_letters(redis_url: str, redis_client: redis.Redis) 
     assert found.exit_code == 0, found.output
     assert r"s3://pictures/[red]x[/red][/nope]:cat:\u202egpj.exe" in found.output
     assert r"no \u001b[2J such [/b] key" in found.output
-    assert "hint: check the bucket" in found.output
+    assert "hint: Correct the ref" in found.output
     assert "[/w]" in found.output
 
 

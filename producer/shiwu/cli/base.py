@@ -13,7 +13,7 @@ import redis
 
 from shiwu.client import Client
 from shiwu.contract import RequestError, printable
-from shiwu.errors import QueueFull
+from shiwu.errors import ShiwuError
 
 
 class Exit(IntEnum):
@@ -46,7 +46,7 @@ class Commands(click.Group):
                 sys.stdout.flush()
         except RequestError as error:
             end(f"{error.code}: {error}", Exit.USAGE)
-        except QueueFull as error:
+        except ShiwuError as error:
             end(f"{error.code}: {error}", Exit.QUEUE)
         except redis.RedisError as error:
             end(f"redis: {str(error).rstrip(chr(46))}; is SHIWU_REDIS_URL (or --redis-url) right?", Exit.QUEUE)
