@@ -30,6 +30,8 @@ class QueueState:
     """Workers that gave a sign of life in the last ten seconds."""
     counters: dict[str, int]
     """Totals since the database is in use: answered, answers_discarded, copies_dropped, reaped, results_dropped, …"""
+    oldest_age_s: dict[Lane, float]
+    """Age of the oldest waiting message; absent where none waits, or none says when it was sent."""
 
 
 def read_state(client: redis.Redis) -> QueueState:
@@ -40,8 +42,9 @@ def read_state(client: redis.Redis) -> QueueState:
         key = record.split(b"|", 3)[2].decode(errors="replace")
         claimed[next((lane for lane in Lane if key in lane.keys), Lane.BULK)] += 1
     seconds, micros = client.time()
+    now_ms = seconds * 1000 + micros / 1000
     with client.pipeline(transaction=False) as pipe:
-        pipe.zrangebyscore(WORKERS, seconds * 1000 + micros / 1000 - ALIVE_MS, "+inf")
+        pipe.zrangebyscore(WORKERS, now_ms - ALIVE_MS, "+inf")
         pipe.zcard(DELAYED)
         pipe.llen(SUSPECTS)
         pipe.zcard(DEAD)
@@ -55,6 +58,7 @@ def read_state(client: redis.Redis) -> QueueState:
         dead=dead,
         workers=tuple(name.decode(errors="replace") for name in alive),
         counters={name.decode(): int(value) for name, value in sorted(counters.items())},
+        oldest_age_s={lane: max(0.0, now_ms - sent_ms) / 1000 for lane, sent_ms in _oldest(client).items()},
     )
 
 
@@ -102,7 +106,7 @@ def look(client: redis.Redis, *, max_age_s: float) -> Look:
         at_ms=now_ms,
         waiting=state.waiting,
         claimed=state.claimed,
-        oldest_ms=_oldest(client),
+        oldest_ms={lane: now_ms - age_s * 1000 for lane, age_s in state.oldest_age_s.items()},
         delayed=state.delayed,
         suspects=state.suspects,
         dead=state.dead,
@@ -117,9 +121,12 @@ def _oldest(client: redis.Redis) -> dict[Lane, float]:
     with client.pipeline(transaction=False) as pipe:
         for _, key in keys:
             pipe.lindex(key, -1)
-        raws: list[Any] = pipe.execute()
+        raws: list[Any] = pipe.execute(raise_on_error=False)
     oldest: dict[Lane, float] = {}
     for (lane, _), raw in zip(keys, raws, strict=True):
+        # An ACL user without LINDEX, as the sweep had in version 0.1, can read everything but the age.
+        if isinstance(raw, redis.ResponseError):
+            continue
         with contextlib.suppress(RequestError):
             sent_ms = read_message(raw).sent_ms if raw is not None else None
             if sent_ms is not None:

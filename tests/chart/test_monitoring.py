@@ -13,7 +13,9 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from shiwu.cli import main
 from shiwu.contract import Stage
 from tests.support.chart import CHART, Helm, of_kind, tool
 from tests.support.processes import ROOT
@@ -42,6 +44,11 @@ BARE = [
     "shiwu_gpu_utilisation_ratio",
     "shiwu_worker_ready",
     "shiwu_progress_age_seconds",
+    "shiwu_redis_up",
+    "shiwu_workers",
+    "shiwu_workers_expected",
+    "shiwu_sweep_last_round_timestamp_seconds",
+    "shiwu_results_dropped_total",
 ]
 HISTOGRAMS = {
     "shiwu_stage_seconds": {"stage"},
@@ -136,17 +143,28 @@ def test_rules_fire_as_meant(tmp_path: Path) -> None:
 
 
 def test_every_alert_is_tested_and_has_a_runbook() -> None:
-    """A heading of its own in docs/operations.md, to which it points."""
+    """An entry in docs/runbook.md, to which it points: impact, three commands, what to do, when it is over."""
     tested = (Path(__file__).parent / "rules_test.yaml").read_text(encoding="utf-8")
-    operations = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    runbook = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+    entries = dict(re.findall(r"^### (Shiwu\w+)\n(.*?)(?=^### |\Z)", runbook, re.M | re.S))
+    assert list(entries) == [rule["alert"] for rule in RULES]
     for rule in RULES:
         name = rule["alert"]
         assert f"alertname: {name}\n" in tested, name
-        assert f"\n### {name}\n" in operations, name
-        assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{name.lower()}"
+        assert all(f"**{part}" in entries[name] for part in ("Impact.", "Look.", "Do.", "Over when")), name
+        assert len(re.findall(r"^    \S", entries[name], re.M)) == 3, name
+        assert rule["annotations"]["runbook_url"] == f"docs/runbook.md#{name.lower()}"
         assert rule["labels"]["severity"] in {"warning", "critical"}
-    headings = re.findall(r"^### (Shiwu\w+)$", operations, re.M)
-    assert headings == [rule["alert"] for rule in RULES]
+
+
+def test_runbook_commands_are_accepted() -> None:
+    """Each `shiwu …` command of the runbook has these options."""
+    runbook = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    shiwu ([^\n|]+)|`shiwu (dead [^`]+)`", runbook, re.M)
+    assert len(commands) > 5
+    for indented, quoted in commands:
+        result = CliRunner().invoke(main, [*(indented or quoted).replace("CODE", "source_error").split(), "--help"])
+        assert result.exit_code == 0, (indented or quoted, result.output)
 
 
 def test_the_dashboard_answers_its_four_questions() -> None:
@@ -160,17 +178,58 @@ def test_the_dashboard_answers_its_four_questions() -> None:
     assert len(set(cells)) == len(cells)
 
 
-def test_the_chart_carries_both() -> None:
-    """As the files are, with the runbooks' address changed where asked."""
-    values = {
-        "redis": {"host": "r"},
-        "monitoring": {
-            "rules": {"enabled": True, "runbookUrl": "https://example.org/runbook"},
-            "dashboards": {"enabled": True},
-        },
-    }
-    manifests = Helm(tool("helm4")).render(values)
+RUNBOOK = {"rules": {"enabled": True, "runbookUrl": "https://example.org/runbook"}, "dashboards": {"enabled": True}}
+
+
+def rendered_rules(monitoring: dict[str, Any], **values: Any) -> list[dict[str, Any]]:
+    """The alert rules of a release."""
+    manifests = Helm(tool("helm4")).render({"redis": {"host": "r"}, "monitoring": monitoring, **values})
+    rules: list[dict[str, Any]] = of_kind(manifests, "PrometheusRule")["spec"]["groups"][0]["rules"]
+    return rules
+
+
+def test_the_chart_carries_rules_and_dashboard() -> None:
+    """As the files are, with the runbook's address changed where asked."""
+    manifests = Helm(tool("helm4")).render({"redis": {"host": "r"}, "monitoring": RUNBOOK})
     rules = of_kind(manifests, "PrometheusRule")["spec"]["groups"][0]["rules"]
     assert [(rule["alert"], rule["expr"]) for rule in rules] == [(rule["alert"], rule["expr"]) for rule in RULES]
-    assert all(rule["annotations"]["runbook_url"].startswith("https://example.org/runbook#") for rule in rules)
+    for rule in rules:
+        assert rule["annotations"]["runbook_url"] == f"https://example.org/runbook#{rule['alert'].lower()}"
     assert json.loads(of_kind(manifests, "ConfigMap", "-dashboard")["data"]["shiwu.json"]) == DASHBOARD
+
+
+def test_alerts_have_no_link_without_an_address() -> None:
+    """A relative link leads nowhere from a pager."""
+    rules = rendered_rules({"rules": {"enabled": True}})
+    assert len(rules) == len(RULES)
+    assert all(set(rule["annotations"]) == {"summary"} for rule in rules)
+
+
+@pytest.mark.parametrize("sweep", [{"enabled": False}, {"metrics": {"enabled": False}}])
+def test_no_alert_on_a_sweep_that_is_not_wanted(sweep: dict[str, Any]) -> None:
+    """It would ring forever."""
+    alerts = {rule["alert"] for rule in rendered_rules(RUNBOOK, sweep=sweep)}
+    assert {rule["alert"] for rule in RULES} - alerts == {"ShiwuSweepGone"}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, "1"),
+        ({"worker": {"replicas": 3}}, "3"),
+        ({"autoscaling": {"keda": {"enabled": True, "minReplicas": 0}}}, "0"),
+        ({"autoscaling": {"hpa": {"enabled": True, "minReplicas": 2}}}, "2"),
+    ],
+)
+def test_the_sweep_expects_the_workers_that_always_run(values: dict[str, Any], expected: str) -> None:
+    """The alert ShiwuNoWorkers compares with this number."""
+    monitoring = {"podMonitor": {"enabled": True}}
+    manifests = Helm(tool("helm4")).render({"redis": {"host": "r"}, "monitoring": monitoring, **values})
+    pod = of_kind(manifests, "Deployment", "-sweep")["spec"]["template"]
+    [container] = pod["spec"]["containers"]
+    arguments = container["args"]
+    assert arguments[arguments.index("--expect-workers") + 1] == expected
+    assert arguments[arguments.index("--metrics-port") + 1] == str(container["ports"][0]["containerPort"])
+    monitor = of_kind(manifests, "PodMonitor", "-sweep")["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert monitor["podMetricsEndpoints"][0]["port"] == container["ports"][0]["name"]

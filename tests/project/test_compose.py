@@ -21,7 +21,7 @@ from tests.support.dockerfiles import DOCKER, PINNED, ROOT, SECRET, read, variab
 COMPOSE: Final = DOCKER / "compose.yaml"
 SCRIPTS: Final = Path(sysconfig.get_path("scripts"))
 READ_BY_PRODUCERS: Final = {"SHIWU_REDIS_URL"}
-OURS: Final = ["pictures", "worker", "worker-gpu", "producer"]
+OURS: Final = ["pictures", "worker", "worker-gpu", "producer", "sweep"]
 
 
 @cache
@@ -69,7 +69,10 @@ def test_docker_compose_reads_it(profiles: tuple[str, ...]) -> None:
     assert done.stderr == ""
     names = set(json.loads(done.stdout)["services"])
     assert {"valkey", "s3", "pictures", "worker", "producer"} <= names
-    assert ("worker-gpu" in names, {"prometheus", "grafana"} <= names) == ("gpu" in profiles, "observe" in profiles)
+    assert ("worker-gpu" in names, {"prometheus", "grafana", "sweep"} <= names) == (
+        "gpu" in profiles,
+        "observe" in profiles,
+    )
 
 
 def test_every_image_of_others_is_pinned() -> None:
@@ -85,7 +88,7 @@ def test_every_image_of_others_is_pinned() -> None:
 def test_the_parts_are_built_from_our_dockerfiles() -> None:
     """The same repository as context, and the device that the name says."""
     builds = {name: service["build"] for name, service in services().items() if "build" in service}
-    assert set(builds) == {"worker", "worker-gpu", "producer"}
+    assert set(builds) == {"worker", "worker-gpu", "producer", "sweep"}
     for name, build in builds.items():
         assert (DOCKER / build["context"]).resolve() == ROOT, name
         assert (ROOT / build["dockerfile"]).is_file(), name
@@ -176,12 +179,13 @@ def test_the_store_calls_nobody() -> None:
     assert "-master.telemetry=false" in services()["s3"]["command"]
 
 
-def test_prometheus_asks_the_workers() -> None:
-    """The names of the services and the port of the image."""
+def test_prometheus_scrapes_workers_and_sweep() -> None:
+    """The names of the services, the port of the image and of the sweep."""
     config = yaml.safe_load((DOCKER / "observe" / "prometheus.yaml").read_text(encoding="utf-8"))
     (job,) = config["scrape_configs"]
     (found,) = job["dns_sd_configs"]
-    assert set(found["names"]) == {"worker", "worker-gpu"}
+    assert set(found["names"]) == {"worker", "worker-gpu", "sweep"}
+    assert f"--metrics-port={found['port']}" in services()["sweep"]["command"]
     assert str(found["port"]) == variables(read(DOCKER / "worker.Dockerfile"))["SHIWU_HTTP_PORT"]
     mounted = file_mount("prometheus")
     assert config["rule_files"] == [mounted["target"]]

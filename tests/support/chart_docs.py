@@ -106,6 +106,7 @@ def _special() -> dict[str, dict[str, Any]]:
         "autoscaling.keda.fallback.failures": _SOME,
         "autoscaling.hpa.minReplicas": _SOME,
         "sweep.everyS": _SECONDS,
+        "sweep.metrics.port": _PORT,
         "*.nodeSelector": _WORDS,
         "producer.lane": {"enum": ["interactive", "bulk"]},
         "producer.references": {

@@ -26,6 +26,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from shiwu.contract import ErrorCode, Lane, ModelInfo, Stage, Status
+from shiwu.queue_metrics import QueueCollector, QueueNumbers
 from shiwu_worker.histograms import LONG_SECONDS, SECONDS, Histograms
 
 if TYPE_CHECKING:
@@ -91,7 +92,12 @@ class Metrics:
         self._limits = Gauge(
             "shiwu_limit_ratio", "Share of the last half minute: what the worker waited for.", ["what"], **every
         )
-        self._add_queues(registry)
+        self._queues = QueueCollector()
+        registry.register(self._queues)
+        self._redis_up: float | None = None
+        registry.register(
+            _Asked(GaugeMetricFamily, "shiwu_redis_up", "1 while Redis answers this process.", lambda: self._redis_up)
+        )
         lanes: Any = {"label": "lane", "values": _LANES, "buckets": LONG_SECONDS}
         self._stages = Histograms(
             "shiwu_stage_seconds", "Time of a job in each stage.", label="stage", values=_STAGES, buckets=SECONDS
@@ -110,17 +116,6 @@ class Metrics:
             self._retries.labels(code.value)
         for reason in BATCH_REASONS:
             self._batches.labels(reason)
-
-    def _add_queues(self, registry: CollectorRegistry) -> None:
-        every: Any = {"registry": registry}
-        self._waiting = Gauge("shiwu_queue_waiting", "Messages in the lane, of all workers.", ["lane"], **every)
-        self._claimed = Gauge("shiwu_queue_claimed", "Jobs that a worker holds, of all workers.", ["lane"], **every)
-        self._oldest = Gauge("shiwu_queue_oldest_age_seconds", "Age of the oldest message.", ["lane"], **every)
-        self._backlog = Gauge(
-            "shiwu_queue_backlog_seconds", "Time to empty the lane at the pace of all workers.", ["lane"], **every
-        )
-        self._delayed = Gauge("shiwu_queue_delayed", "Jobs that wait to be tried again.", **every)
-        self._dead = Gauge("shiwu_dead_letters", "Dead letters that are kept.", **every)
 
     # -------------------------------------------------------------------------------- jobs
     def answered(self, settled: Sequence[Settled]) -> None:
@@ -172,15 +167,23 @@ class Metrics:
             self._limits.labels(what).set(getattr(load, what))
 
     def queues(self, seen: Look, backlog_s: dict[Lane, float]) -> None:
-        """What waits."""
-        for lane in Lane:
-            self._waiting.labels(lane.value).set(seen.waiting[lane])
-            self._claimed.labels(lane.value).set(seen.claimed[lane])
-            sent_ms = seen.oldest_ms.get(lane, seen.at_ms)
-            self._oldest.labels(lane.value).set(max(0.0, seen.at_ms - sent_ms) / 1000)
-            self._backlog.labels(lane.value).set(backlog_s[lane])
-        self._delayed.set(seen.delayed)
-        self._dead.set(seen.dead)
+        """Record the state of the queues, which also shows that Redis answers."""
+        self._queues.update(
+            QueueNumbers(
+                waiting=seen.waiting,
+                claimed=seen.claimed,
+                oldest_age_s={lane: max(0.0, seen.at_ms - sent_ms) / 1000 for lane, sent_ms in seen.oldest_ms.items()},
+                delayed=seen.delayed,
+                dead=seen.dead,
+                backlog_s=backlog_s,
+            )
+        )
+        self._redis_up = 1.0
+
+    def redis_unreachable(self) -> None:
+        """Redis did not answer: the state of the queues is unknown until it does."""
+        self._queues.forget()
+        self._redis_up = 0.0
 
     def model(self, info: ModelInfo) -> None:
         """What this worker runs."""

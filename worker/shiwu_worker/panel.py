@@ -100,7 +100,12 @@ class Panel:
             metrics.queues(seen, backlog_s)
             self._vitals.waiting(sum(seen.waiting.values()))
 
-        watch = Watch(partial(look, client, max_age_s=EVERY_S), on_look=on_look, also=card.look)
+        watch = Watch(
+            partial(look, client, max_age_s=EVERY_S),
+            on_look=on_look,
+            on_away=metrics.redis_unreachable,
+            also=card.look,
+        )
         stack.callback(watch.close)
         watch.start()
 

@@ -59,6 +59,7 @@ class Watch:
     Args:
         look: the queues, not older than `EVERY_S`.
         on_look: told them, with the seconds of backlog in each lane.
+        on_away: called each time Redis did not answer.
         also: called each time, for what else is worth a look.
     """
 
@@ -67,10 +68,12 @@ class Watch:
         look: Callable[[], Look],
         *,
         on_look: Callable[[Look, dict[Lane, float]], None],
+        on_away: Callable[[], None] = lambda: None,
         also: Callable[[], None] = lambda: None,
     ) -> None:
         self._look = look
         self._on_look = on_look
+        self._on_away = on_away
         self._also = also
         self._pace = Pace()
         self._has_failed = False
@@ -95,7 +98,7 @@ class Watch:
                 self._on_look(seen, self._pace.backlog_s(seen))
                 self._has_failed = False
             except (RedisError, OSError):
-                pass  # the heartbeat tells the log that Redis is away
+                self._on_away()  # the heartbeat logs that Redis is away
             except Exception as error:  # border: numbers are not worth a worker
                 if not self._has_failed:
                     log.exception("watch_failed", error=str(error)[:300])

@@ -1,3 +1,14 @@
+{{/* Workers that run at all times: what the alert ShiwuNoWorkers expects. */}}
+{{- define "shiwu.expectedWorkers" -}}
+{{- if .Values.autoscaling.keda.enabled -}}
+{{- .Values.autoscaling.keda.minReplicas -}}
+{{- else if .Values.autoscaling.hpa.enabled -}}
+{{- .Values.autoscaling.hpa.minReplicas -}}
+{{- else -}}
+{{- .Values.worker.replicas -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "shiwu.producerPod" -}}
 {{- $root := .root -}}
 {{- $v := $root.Values -}}
@@ -21,6 +32,9 @@ containers:
     securityContext: {{- toYaml $v.securityContext | nindent 6 }}
     command: [tini, --, shiwu]
     args: {{- toYaml .args | nindent 6 }}
+    {{- with .port }}
+    ports: [{name: http, containerPort: {{ . }}, protocol: TCP}]
+    {{- end }}
     env:
       {{- include "shiwu.redisEnv" (dict "root" $root "username" .username "passwordKey" .passwordKey) | trim | nindent 6 }}
       - {name: HOME, value: /tmp}

@@ -39,9 +39,11 @@ def status(client: Client, /, *, as_json: bool) -> None:
     if as_json:
         echo_json(to_json(state))
         return
-    table = Table("lane", "waiting", "claimed", box=None)
+    table = Table("lane", "waiting", "claimed", "oldest", box=None)
     for lane in Lane:
-        table.add_row(lane.value, str(state.waiting[lane]), str(state.claimed[lane]))
+        age_s = state.oldest_age_s.get(lane)
+        oldest = "" if age_s is None else f"{age_s:.1f} s"
+        table.add_row(lane.value, str(state.waiting[lane]), str(state.claimed[lane]), oldest)
     console = make_console()
     console.print(table)
     console.print(
