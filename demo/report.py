@@ -86,11 +86,11 @@ def _outcome(verdict: Verdict) -> Text:
     if answer.tags:
         tags = [(f"{tag.label}:{tag.score * 100:.0f}", tag.label == verdict.entry.label) for tag in answer.tags[:3]]
         return Text(" ").join(Text(text, style="green" if known else "") for text, known in tags)
-    code = answer.error.code.value if answer.error else "no error code"
+    code = str(answer.error.code) if answer.error else "no error code"
     if verdict.is_expected:
-        return Text(f"{answer.status.value}: {code}", style="yellow")
+        return Text(f"{answer.status}: {code}", style="yellow")
     message = answer.error.message if answer.error else ""
-    return Text(f"{answer.status.value}: {code} {message}, not expected", style="bold red")
+    return Text(f"{answer.status}: {code} {message}, not expected", style="bold red")
 
 
 def show_summary(console: Console, verdicts: list[Verdict], *, took_s: float) -> None:

@@ -232,7 +232,7 @@ class Field:
                 if (job_id := fields[b"id"].decode()) in sent:
                     answer = Answer.from_json(fields[b"answer"])
                     entries[job_id] += 1
-                    statuses[answer.status.value] += 1
+                    statuses[str(answer.status)] += 1
                     rerun += answer.attempts > 1
                     if answer.status is not Status.TAGGED:
                         untagged[job_id] = f"{answer.error.code}: {answer.error.message}" if answer.error else "?"

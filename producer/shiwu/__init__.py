@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from shiwu.dead import DeadFilter, DeadLetter
     from shiwu.ledger import NotReplicated
     from shiwu.queues import QueueState
-    from shiwu.results import StreamItem, TagResult
+    from shiwu.results import StreamItem, TagResult, UnreadableItem
 
 _HOMES = {
     "Client": "client",
@@ -38,6 +38,7 @@ _HOMES = {
     "Status": "contract",
     "StreamItem": "results",
     "TagResult": "results",
+    "UnreadableItem": "results",
 }
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "Status",
     "StreamItem",
     "TagResult",
+    "UnreadableItem",
     "WaitTimeout",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Self
 from uuid import uuid4
@@ -27,7 +27,7 @@ from shiwu.errors import WaitTimeout
 from shiwu.keep import OperatorsKeep
 from shiwu.ledger import Entry, Ledger
 from shiwu.queues import QueueState, read_state
-from shiwu.results import StreamItem, TagResult, follow, read_result
+from shiwu.results import StreamItem, TagResult, UnreadableItem, follow, log_unreadable, read_result
 from shiwu.sender import Sender, Terms
 from shiwu.upkeep import Swept, Upkeep
 from shiwu.waiting import as_answered
@@ -58,6 +58,8 @@ class Client:
         self._letters = DeadLetters(self._redis)
         self._upkeep = Upkeep(self._redis, self._ledger, token=token, keep=keep)
         self._timeout_s = timeout_s
+        self.unreadable_items = 0
+        """Entries of the results stream that `results` has skipped because this version cannot read them."""
 
     def __enter__(self) -> Self:
         return self
@@ -219,12 +221,22 @@ class Client:
         block_s: float = 2.0,
         reclaim_idle_s: float = 60.0,
         stop_when_idle: bool = False,
+        on_unreadable: Callable[[UnreadableItem], None] = log_unreadable,
     ) -> Iterator[StreamItem]:
         """Yield every answer of the stream to one consumer of the group; call `.ack()` on each when it took effect.
 
         What a consumer held for `reclaim_idle_s` without acknowledging goes to another: an answer may therefore come
         twice, with the same id. A group sees the stream from its beginning.
+
+        Args:
+            on_unreadable: called once with each entry that this version of the client cannot read; the default writes
+                a warning to the logger `shiwu`. The entry is skipped, counted in `unreadable_items`, and stays pending.
         """
+
+        def count(item: UnreadableItem) -> None:
+            self.unreadable_items += 1
+            on_unreadable(item)
+
         return follow(
             self._redis,
             group=group,
@@ -233,6 +245,7 @@ class Client:
             block_s=min(block_s, self._timeout_s / 2),
             reclaim_idle_s=reclaim_idle_s,
             stop_when_idle=stop_when_idle,
+            on_unreadable=count,
         )
 
     # -------------------------------------------------------------------------------- dead letters, queues

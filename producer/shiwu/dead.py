@@ -19,7 +19,7 @@ from shiwu.contract import (
     result_key,
 )
 from shiwu.ledger import load_script
-from shiwu.results import TagResult
+from shiwu.results import TagResult, read_answer
 
 PORTION: Final = 500
 
@@ -131,7 +131,7 @@ class DeadLetters:
             if answer is not None and message is not None:
                 key, _, raw = message.partition(b"|")
                 lane = next((lane for lane in Lane if key.decode() in lane.keys), None)
-                yield DeadLetter(job_id, died_ms, TagResult.from_json(answer), raw, lane)
+                yield DeadLetter(job_id, died_ms, read_answer(answer, job_id=job_id), raw, lane)
 
 
 def _portions(ids: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -41,7 +41,7 @@ from shiwu.keep import USUAL, Keep, always
 MAX_COMMIT: Final = 5000
 """Lua's stack holds about 8,000 values, and a commit unpacks one for each job."""
 CANVAS_PATIENCE_S: Final = 30.0
-_KINDS: Final = {Status.TAGGED: "S", Status.EXPIRED: "R", Status.CANCELLED: "R"}
+_KINDS: Final[dict[str, str]] = {Status.TAGGED: "S", Status.EXPIRED: "R", Status.CANCELLED: "R"}
 _KEYS: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, RESULT_STREAM, DEAD, DEAD_ANSWERS, DEAD_MESSAGES, COUNTERS),
     *(DEADLINES, CANVAS, CANVAS_DUE, DELAYED, PARKED),
@@ -157,11 +157,11 @@ def exception_form(answer: Answer) -> dict[str, Any]:
     if answer.status in {Status.EXPIRED, Status.CANCELLED}:
         return {
             "exc_type": "TaskRevokedError",
-            "exc_message": [answer.status.value],
+            "exc_message": [str(answer.status)],
             "exc_module": "celery.exceptions",
         }
     error = answer.error
-    message = f"{error.code}: {error.message}" if error else answer.status.value
+    message = f"{error.code}: {error.message}" if error else str(answer.status)
     return {"exc_type": "JobFailed", "exc_message": [message], "exc_module": "shiwu.errors"}
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import redis
 
 from shiwu.contract import RESULT_STREAM, Answer, ErrorCode, ErrorInfo, Status
 from shiwu.errors import ForeignResult, JobFailed
+
+MAX_REPORTED: Final = 10_000
+"""Entries that cannot be read and are remembered, so that each is reported once."""
 
 
 class TagResult(Answer, frozen=True):
@@ -30,7 +35,7 @@ class TagResult(Answer, frozen=True):
         """Return itself when the picture was tagged, else raise JobFailed with the code and the reason."""
         if self.ok:
             return self
-        why = f"{self.error.code}: {self.error.message}" if self.error else self.status.value
+        why = f"{self.error.code}: {self.error.message}" if self.error else str(self.status)
         raise JobFailed(why, self)
 
 
@@ -47,13 +52,33 @@ def read_result(raw: bytes) -> TagResult:
     result = meta.result
     if isinstance(result, dict):
         if isinstance(answer := result.get("answer", result), dict) and {"id", "status", "version"} <= answer.keys():
-            return msgspec.convert(answer, TagResult)
+            return _read_fields(answer, job_id=meta.task_id)
         if follower := _follower(meta, result):
             return follower
     raise ForeignResult(
         f"expected an answer of shiwu under the id {meta.task_id}, got the result of another Celery task in the state "
         f"{meta.status}; read it by that task's own AsyncResult"
     )
+
+
+def read_answer(raw: bytes, *, job_id: str) -> TagResult:
+    """Read an answer as JSON; one that this version cannot read gives a result with the code `answer_unreadable`."""
+    try:
+        return TagResult.from_json(raw)
+    except ValueError as error:
+        return _unreadable(job_id, error)
+
+
+def _read_fields(answer: dict[str, Any], *, job_id: str) -> TagResult:
+    try:
+        return msgspec.convert(answer, TagResult)
+    except ValueError as error:
+        return _unreadable(job_id, error)
+
+
+def _unreadable(job_id: str, error: ValueError) -> TagResult:
+    text = f"expected an answer that this version of the client can read ({error!s:.200}); upgrade the client"
+    return TagResult(id=job_id, status=Status.FAILED, error=ErrorInfo(code=ErrorCode.ANSWER_UNREADABLE, message=text))
 
 
 class _Meta(msgspec.Struct):
@@ -94,6 +119,31 @@ class StreamItem:
         self._client.xack(RESULT_STREAM, self._group, self.entry_id)
 
 
+@dataclass(frozen=True)
+class UnreadableItem:
+    """An entry of the results stream that this version of the client cannot read.
+
+    It stays pending, so that the group gets it again after the client was upgraded; `ack` gives it up.
+    """
+
+    entry_id: str
+    fields: Mapping[bytes, bytes]
+    reason: str
+    _client: redis.Redis
+    _group: str
+
+    def ack(self) -> None:
+        """Give the entry up: it is not delivered to this group again."""
+        self._client.xack(RESULT_STREAM, self._group, self.entry_id)
+
+
+def log_unreadable(item: UnreadableItem) -> None:
+    """Write a warning to the logger `shiwu`."""
+    logging.getLogger("shiwu").warning(
+        "entry %s of %s was skipped and stays pending: %s", item.entry_id, RESULT_STREAM, item.reason
+    )
+
+
 def follow(
     client: redis.Redis,
     *,
@@ -103,22 +153,20 @@ def follow(
     block_s: float,
     reclaim_idle_s: float,
     stop_when_idle: bool,
+    on_unreadable: Callable[[UnreadableItem], None],
 ) -> Iterator[StreamItem]:
-    """Yield entries: first what this consumer had not acknowledged, then new ones and those of dead consumers."""
+    """Yield entries: first what this consumer had not acknowledged, then new ones and those of dead consumers.
+
+    Args:
+        on_unreadable: told once of each entry that cannot be read; such entries are skipped.
+    """
     try:
         client.xgroup_create(RESULT_STREAM, group, id="0", mkstream=True)
     except redis.ResponseError as error:
         if "BUSYGROUP" not in str(error):
             raise
 
-    def items(entries: list[Any]) -> Iterator[StreamItem]:
-        for entry_id, fields in entries:
-            if fields:  # an entry that was trimmed away while pending has none
-                answer = TagResult.from_json(fields[b"answer"])
-                yield StreamItem(entry_id.decode(), answer, client, group)
-            else:
-                client.xack(RESULT_STREAM, group, entry_id)
-
+    items = _Items(client, group, on_unreadable).of
     own = "0"
     while own:
         reply: Any = client.xreadgroup(group, consumer, {RESULT_STREAM: own}, count=batch)
@@ -131,11 +179,53 @@ def follow(
             RESULT_STREAM, group, consumer, min_idle_time=int(reclaim_idle_s * 1000), start_id=cursor, count=batch
         )
         cursor = claimed[0].decode()
-        yield from items(claimed[1])
+        reclaimed = items(claimed[1])
+        yield from reclaimed
         fresh: Any = client.xreadgroup(
             group, consumer, {RESULT_STREAM: ">"}, count=batch, block=max(1, int(block_s * 1000))
         )
         entries = fresh[0][1] if fresh else []
         yield from items(entries)
-        if stop_when_idle and not entries and not claimed[1]:
+        if stop_when_idle and not entries and not reclaimed:
             return
+
+
+class _Items:
+    """Turns entries into items, and reports each entry that cannot be read once."""
+
+    def __init__(self, client: redis.Redis, group: str, on_unreadable: Callable[[UnreadableItem], None]) -> None:
+        self._client = client
+        self._group = group
+        self._on_unreadable = on_unreadable
+        self._reported: OrderedDict[bytes, None] = OrderedDict()
+
+    def of(self, entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[StreamItem]:
+        """The entries that can be read."""
+        items = []
+        for entry_id, fields in entries:
+            if not fields:  # an entry that was trimmed away while pending has none
+                self._client.xack(RESULT_STREAM, self._group, entry_id)
+                continue
+            try:
+                items.append(StreamItem(entry_id.decode(), _read_entry(fields), self._client, self._group))
+            except ValueError as error:
+                self._report(entry_id, fields, str(error)[:300])
+        return items
+
+    def _report(self, entry_id: bytes, fields: dict[bytes, bytes], reason: str) -> None:
+        if entry_id not in self._reported:
+            self._on_unreadable(UnreadableItem(entry_id.decode(), fields, reason, self._client, self._group))
+        self._reported[entry_id] = None
+        while len(self._reported) > MAX_REPORTED:
+            self._reported.popitem(last=False)
+
+
+def _read_entry(fields: Mapping[bytes, bytes]) -> TagResult:
+    """Read an entry of the results stream.
+
+    Raises:
+        ValueError: it has no answer, or one that this version cannot read.
+    """
+    if (raw := fields.get(b"answer")) is None:
+        raise ValueError("expected a field `answer`, got none")
+    return TagResult.from_json(raw)

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import redis
 
-from shiwu.contract import result_key
+from shiwu.contract import RESULT_PREFIX, result_key
 from shiwu.results import TagResult, read_result
 
 LOOK_EVERY_S: Final = 2.0
@@ -54,10 +54,10 @@ def _listen(client: redis.Redis, missing: dict[str, None], *, until_s: float) ->
             while missing and (left_s := min(look_s, until_s) - time.monotonic()) > 0:
                 message = pubsub.get_message(timeout=left_s)
                 if message is not None:
-                    result = read_result(message["data"])
-                    if result.id in missing:
-                        del missing[result.id]
-                        yield result.id, result
+                    job_id = message["channel"].decode().removeprefix(RESULT_PREFIX)
+                    if job_id in missing:
+                        del missing[job_id]
+                        yield job_id, read_result(message["data"])
             if time.monotonic() >= until_s:
                 return
 

@@ -86,6 +86,6 @@ def count(client: redis.Redis, ids: Sequence[str]) -> Count:
         lost=len(sent - entries.keys()),
         reaped=int(client.hget(COUNTERS, "reaped") or 0),
         discarded=int(client.hget(COUNTERS, "answers_discarded") or 0),
-        statuses=dict(Counter(answer.status.value for answer in answers)),
+        statuses=dict(Counter(str(answer.status) for answer in answers)),
         attempts=dict(Counter(answer.attempts for answer in answers)),
     )

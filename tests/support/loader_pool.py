@@ -133,6 +133,6 @@ def load_all(paths: Sequence[Path], pool: Pool, *, timeout_s: float) -> Found:
         wait_until(partial(lambda wanted: len(pool.results) >= wanted or pool.fatal, wanted), timeout_s=left_s)
     found = {paths[ticket].name: one for ticket, one in pool.results.items()}
     slowest = max(((one.decoded_s - one.fetched_s, name) for name, one in found.items()), default=(0.0, ""))
-    answers = {name: one.error.code.value if one.error else str(one.format) for name, one in found.items()}
+    answers = {name: str(one.error.code) if one.error else str(one.format) for name, one in found.items()}
     took_s = time.monotonic() - began_s
     return Found(answers, slowest, pool.pool.restarts, pool.peak_bytes(), took_s)

@@ -152,8 +152,8 @@ class Callbacks:
     def _on_failure(self, job_id: str, canvas: Canvas, answer: Answer) -> None:
         """The same after it has raised. Our own result is there already; what follows in a chain fails with us."""
         is_revoked = answer.status in {Status.EXPIRED, Status.CANCELLED}
-        text = f"{answer.error.code}: {answer.error.message}" if answer.error else answer.status.value
-        error: Exception = TaskRevokedError(answer.status.value) if is_revoked else JobFailed(text)
+        text = f"{answer.error.code}: {answer.error.message}" if answer.error else str(answer.status)
+        error: Exception = TaskRevokedError(str(answer.status)) if is_revoked else JobFailed(text)
         state = "REVOKED" if is_revoked else "FAILURE"
         backend = self._app.backend
         self._fail(canvas.chain, error, state)

@@ -68,5 +68,5 @@ class Fates:
         policy = self._limits.retries.get(job.error.code) if job.error is not None else None
         if policy is not None and job.error is not None and not job.is_final and job.attempt < policy.attempts:
             job.back = Release(job.id, delay_s=policy.delay_s(job.attempt), counts=True)
-            code = job.error.code.value
+            code = str(job.error.code)
             log.info("later", id=job.id, attempt=job.attempt, code=code, delay_s=round(job.back.delay_s, 3))

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from shiwu.contract import ErrorCode
-
 if TYPE_CHECKING:
     from shiwu_worker.job import Job
 
@@ -40,7 +38,7 @@ class Limits:
     slots: int
     max_attempts: int
     """How many workers a job may end before it is given up."""
-    retries: Mapping[ErrorCode, RetryPolicy] = field(default_factory=dict)
+    retries: Mapping[str, RetryPolicy] = field(default_factory=dict)
     """Classes of errors that are tried again; all others are answered at once."""
 
 

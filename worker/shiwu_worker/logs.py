@@ -77,12 +77,12 @@ def job_logger(*, level: str) -> Callable[[Answer, float, bool], None] | None:
             f"{k}_ms": v for k, v in msgspec.structs.asdict(answer.timing).items() if v is not None
         }
         if answer.error is not None:
-            fields |= {"code": answer.error.code.value, "error": answer.error.message}
-            fields |= {"stage": answer.error.stage.value} if answer.error.stage else {}
+            fields |= {"code": str(answer.error.code), "error": answer.error.message}
+            fields |= {"stage": str(answer.error.stage)} if answer.error.stage else {}
         log.info(
-            "answered_before" if again else answer.status.value,
+            "answered_before" if again else str(answer.status),
             id=answer.id,
-            lane=answer.lane.value if answer.lane else None,
+            lane=str(answer.lane) if answer.lane else None,
             attempt=answer.attempts,
             image=answer.image.reference if answer.image else None,
             top=answer.tags[0].label if answer.status is Status.TAGGED and answer.tags else None,

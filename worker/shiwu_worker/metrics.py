@@ -139,13 +139,13 @@ class Metrics:
         # Last, and first in the text: a page that tells of a job tells of its times too.
         outcomes = Tally((one.lane, one.status, one.error.code if one.error is not None else None) for one in answers)
         for (lane, status, code), count in outcomes.items():
-            self._jobs.labels(lane or "", status.value, code or "").inc(count)
+            self._jobs.labels(lane or "", str(status), code or "").inc(count)
 
     def given_back(self, jobs: Sequence[Job]) -> None:
         """Record the jobs among these that failed and are tried again."""
         for job in jobs:
             if job.back is not None and job.error is not None:
-                self._retries.labels(job.error.code.value).inc()
+                self._retries.labels(str(job.error.code)).inc()
 
     def batch(self, reason: str, size: int) -> None:
         """Record a batch: `full`, `free` (the device was) or `closing`."""

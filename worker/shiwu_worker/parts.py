@@ -189,7 +189,7 @@ def stuck_after_s(settings: Settings, encoder: Any) -> float:
 def make_limits(settings: Settings, encoder: Any) -> Limits:
     """What the pipeline may hold, and how patient it is."""
     usual = RetryPolicy(settings.max_attempts, settings.retry_first_s, settings.retry_longest_s)
-    retries = dict.fromkeys(RETRIED, usual)
+    retries: dict[str, RetryPolicy] = dict.fromkeys(RETRIED, usual)
     retries |= {code: RetryPolicy(*policy) for code, policy in settings.retry.items()}
     return Limits(slots=settings.slots_for(encoder.rungs[-1]), max_attempts=settings.max_attempts, retries=retries)
 

@@ -161,7 +161,7 @@ class Pipeline:
                 job.fail(one.error)
                 job.is_final = one.is_final
                 if one.detail is not None:
-                    log.info("source_failed", id=job.id, code=one.error.code.value, detail=one.detail)
+                    log.info("source_failed", id=job.id, code=str(one.error.code), detail=one.detail)
                 failed.append(job)
         if ready:
             self._do.batcher.put(ready)

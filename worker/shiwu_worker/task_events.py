@@ -137,5 +137,5 @@ def events_of(settled: Sequence[Settled]) -> Iterator[tuple[str, dict[str, Any]]
             fields = {"uuid": job.id, "result": result, "runtime": runtime, "timestamp": ended}
             yield "task-succeeded", fields
         else:
-            text = f"{answer.error.code}: {answer.error.message}" if answer.error else answer.status.value
+            text = f"{answer.error.code}: {answer.error.message}" if answer.error else str(answer.status)
             yield "task-failed", {"uuid": job.id, "exception": text, "traceback": None, "timestamp": ended}

@@ -210,7 +210,7 @@ def _told(one: Settled) -> dict[str, Any]:
     answer: Answer = one.entry.answer
     times = {f"shiwu.{name}_ms": ms for name, ms in msgspec.structs.asdict(answer.timing).items() if ms is not None}
     told: dict[str, Any] = {
-        "shiwu.status": answer.status.value,
+        "shiwu.status": str(answer.status),
         "shiwu.attempts": answer.attempts,
         "shiwu.discarded": not one.is_first,
         **times,
@@ -221,7 +221,7 @@ def _told(one: Settled) -> dict[str, Any]:
     if answer.batch_size is not None:
         told["shiwu.batch_size"] = answer.batch_size
     if answer.error is not None:
-        told |= {"error.type": answer.error.code.value, "shiwu.error.code": answer.error.code.value}
+        told |= {"error.type": str(answer.error.code), "shiwu.error.code": str(answer.error.code)}
         if answer.error.stage is not None:
-            told["shiwu.error.stage"] = answer.error.stage.value
+            told["shiwu.error.stage"] = str(answer.error.stage)
     return told

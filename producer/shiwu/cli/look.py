@@ -12,6 +12,7 @@ from shiwu.cli.base import Exit, main
 from shiwu.cli.terminal import echo_json, make_console
 from shiwu.client import Client
 from shiwu.contract import Lane, printable
+from shiwu.results import UnreadableItem
 
 
 @main.command()
@@ -23,11 +24,21 @@ def results(client: Client, /, *, group: str, consumer: str | None, follow: bool
     """Print answers of all jobs as JSON lines, and acknowledge each one that was printed."""
     block_s = 2.0 if follow else 0.05
     try:
-        for item in client.results(group=group, consumer=consumer, block_s=block_s, stop_when_idle=not follow):
+        for item in client.results(
+            group=group,
+            consumer=consumer,
+            block_s=block_s,
+            stop_when_idle=not follow,
+            on_unreadable=_show_unreadable,
+        ):
             echo_json(item.result.to_json())
             item.ack()
     except KeyboardInterrupt:
         sys.exit(Exit.OK)
+
+
+def _show_unreadable(item: UnreadableItem) -> None:
+    click.echo(f"shiwu: entry {item.entry_id} was skipped and stays pending: {printable(item.reason)}", err=True)
 
 
 @main.command()

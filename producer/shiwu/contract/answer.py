@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Annotated, Any, Self, get_args
 
 import msgspec
 
 from shiwu.contract.request import Head
-from shiwu.contract.words import CONTRACT_VERSION, ErrorCode, Lane, Stage, Status, WarningCode, as_utf8
+from shiwu.contract.words import CONTRACT_VERSION, ErrorCode, Lane, Stage, Status, WarningCode, as_utf8, known_word
 
 _ENCODER = msgspec.json.Encoder()
+
+
+def _open(words: Iterable[str]) -> msgspec.Meta:
+    return msgspec.Meta(
+        description="One of the examples, or a word of a newer version, which a reader must accept.",
+        examples=[str(word) for word in words],
+    )
+
+
+# Workers are upgraded before their consumers, so a reader meets words that it does not know. They pass as plain
+# strings; known words are members of their enum. The type is `str`: msgspec decodes no union of an enum and `str`.
+StatusWord = Annotated[str, _open(Status)]
+ErrorWord = Annotated[str, _open(ErrorCode)]
+StageWord = Annotated[str, _open(Stage)]
+LaneWord = Annotated[str, _open(Lane)]
+WarningWord = Annotated[str, _open(WarningCode)]
+HeadWord = Annotated[str, _open(get_args(Head))]
 
 
 class Written(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -75,7 +93,7 @@ class LabelsInfo(Written, frozen=True):
 
     digest: str
     count: int
-    head: Head
+    head: HeadWord
     name: str | None = None
 
 
@@ -91,32 +109,38 @@ class ModelInfo(Written, frozen=True):
 class ErrorInfo(Written, frozen=True):
     """Why there are no tags."""
 
-    code: ErrorCode
+    code: ErrorWord
     message: str
-    stage: Stage | None = None
+    stage: StageWord | None = None
     retryable: bool = msgspec.field(default_factory=bool)
 
     def __post_init__(self) -> None:
-        """An answer that can't be written would hold its writer up for ever."""
+        """Spell out what UTF-8 cannot write, because the answer must always be writable; recognise known words."""
         msgspec.structs.force_setattr(self, "message", as_utf8(self.message))
+        if type(self.code) is str:
+            msgspec.structs.force_setattr(self, "code", known_word(ErrorCode, self.code))
+        if type(self.stage) is str:
+            msgspec.structs.force_setattr(self, "stage", known_word(Stage, self.stage))
 
 
 class AnswerWarning(Written, frozen=True):
     """A reason to read the tags of an answer with care; the answer is valid."""
 
-    code: WarningCode
+    code: WarningWord
     message: str
 
     def __post_init__(self) -> None:
-        """Spell out what UTF-8 cannot write, because the answer must always be writable."""
+        """Spell out what UTF-8 cannot write, because the answer must always be writable; recognise known words."""
         msgspec.structs.force_setattr(self, "message", as_utf8(self.message))
+        if type(self.code) is str:
+            msgspec.structs.force_setattr(self, "code", known_word(WarningCode, self.code))
 
 
 class Answer(Written, frozen=True):
     """The one terminal result of a job."""
 
     id: str
-    status: Status
+    status: StatusWord
     version: int = msgspec.field(default_factory=lambda: CONTRACT_VERSION)
     image: ImageInfo | None = None
     tags: tuple[Tag, ...] | None = None
@@ -126,9 +150,16 @@ class Answer(Written, frozen=True):
     batch_size: int | None = None
     attempts: int = msgspec.field(default_factory=lambda: 1)
     worker: str = msgspec.field(default_factory=str)
-    lane: Lane | None = None
+    lane: LaneWord | None = None
     error: ErrorInfo | None = None
     metadata: Any = None
     embedding: tuple[float, ...] | None = None
     warnings: tuple[AnswerWarning, ...] | None = None
     """Reasons to read the tags with care; None where there are none."""
+
+    def __post_init__(self) -> None:
+        """Recognise known words in what was read."""
+        if type(self.status) is str:
+            msgspec.structs.force_setattr(self, "status", known_word(Status, self.status))
+        if type(self.lane) is str:
+            msgspec.structs.force_setattr(self, "lane", known_word(Lane, self.lane))

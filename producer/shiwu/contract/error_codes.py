@@ -242,13 +242,20 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
             "The lane holds as many messages as the producer allows; nothing was enqueued.",
             "Enqueue later, or add workers.",
         ),
+        ErrorCode.ANSWER_UNREADABLE: CodeInfo(
+            None,
+            Fault.SERVICE,
+            Retry.NEVER,
+            "What lies under the id is not an answer that this version of the client can read.",
+            "Upgrade the client, or look whether another task used the same id.",
+        ),
     }
 )
 
 
-def status_of(code: ErrorCode) -> Status:
+def status_of(code: str) -> Status:
     """The status of an answer with this error; `failed`, the service's own fault, where the table has no row."""
-    info = CODES.get(code)
+    info = CODES.get(code)  # type: ignore[call-overload]  # a word that is no code has no row
     return (info.status if info is not None else None) or Status.FAILED
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_json
@@ -100,6 +100,7 @@ class ErrorCode(StrEnum):
     CHAIN_FAILED = "chain_failed"  # told to producers only: a job before it in a Celery chain ended without tags
     ALREADY_ANSWERED = "already_answered"  # the id was answered before, and the answer is no longer kept
     QUEUE_FULL = "queue_full"  # told to producers only: the lane holds its limit already
+    ANSWER_UNREADABLE = "answer_unreadable"  # told to readers only: what lies under the id is no answer that they know
 
 
 class WarningCode(StrEnum):
@@ -110,6 +111,13 @@ class WarningCode(StrEnum):
     LABELS_ALIKE = "labels_alike"  # the model can't tell these labels apart
     SINGLE_LABEL = "single_label"  # softmax over one label is always 1
     EMBEDDED_MODEL = "embedded_model"  # the embedded model answered, which knows only what its model card lists
+
+
+def known_word(kind: type[StrEnum], word: str) -> str:
+    """The member of `kind` with this value, or the word itself where `kind` has none: a newer version may write it."""
+    members: dict[Any, Any] = kind._value2member_map_
+    found: str = members.get(word, word)
+    return found
 
 
 def as_utf8(text: str) -> str:
