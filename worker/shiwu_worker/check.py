@@ -20,7 +20,7 @@ from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.model_parts import open_encoder
 from shiwu_worker.models import model_folder
 from shiwu_worker.object_store import S3Limits, S3Options, StoreError, StoreRefused
-from shiwu_worker.parts import connect, open_labels
+from shiwu_worker.parts import connect, open_labels, read_label_sets
 from shiwu_worker.stores import new_store
 
 
@@ -93,7 +93,7 @@ def _check_model(settings: Settings) -> str:
     folder = model_folder(settings.model)
     spec = read_image_spec(folder)
     encoder = open_encoder(settings, folder, spec)
-    bank = open_labels(settings, encoder)
+    bank = open_labels(settings, encoder, read_label_sets(settings))
     default = bank.resolve(None)
     bank.encoded(default)
     info = encoder.info

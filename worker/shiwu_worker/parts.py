@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ def connect(settings: Settings, *, block_s: float = 0.0) -> redis.Redis:
     )
 
 
-def open_labels(settings: Settings, encoder: Any) -> LabelBank:
-    """The label sets of the package and of the operator.
+def read_label_sets(settings: Settings) -> dict[str, LabelSet]:
+    """The label sets of the package and of the operator, read from their files. Needs no model.
 
     Raises:
         FatalError: with ExitCode.CONFIG when a file is wrong or the default set is missing.
@@ -62,6 +62,11 @@ def open_labels(settings: Settings, encoder: Any) -> LabelBank:
         raise FatalError(
             ExitCode.CONFIG, f"SHIWU_DEFAULT_LABELS: expected one of {known}, got {settings.default_labels!r}"
         )
+    return sets
+
+
+def open_labels(settings: Settings, encoder: Any, sets: Mapping[str, LabelSet]) -> LabelBank:
+    """These label sets, for this model."""
     return LabelBank(
         sets=sets,
         default=settings.default_labels,
@@ -209,6 +214,7 @@ def make_batcher(
 
 def make_stages(  # noqa: PLR0917 one argument for each part of the way
     settings: Settings,
+    label_sets: Mapping[str, LabelSet],
     claims: Claims,
     doorbell: Doorbell,
     loaders: LoaderPool,
@@ -222,7 +228,7 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
     """The verbs of the pipeline, with the default labels' vectors computed."""
     from shiwu_worker.stages.score import Scorer  # noqa: PLC0415 beside the encoder, which is imported late
 
-    bank = open_labels(settings, encoder)
+    bank = open_labels(settings, encoder, label_sets)
     bank.encoded(bank.resolve(None))
 
     def resolve(job: Job) -> LabelSet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from shiwu_worker.ended import EndedJobs
 from shiwu_worker.errors import FatalError
 from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.job import Release
+from shiwu_worker.label_set import LabelSet
 from shiwu_worker.logs import job_logger
 from shiwu_worker.malloc import use_one_arena
 from shiwu_worker.model_parts import make_canary, open_encoder
@@ -34,6 +35,7 @@ from shiwu_worker.parts import (
     make_loaders,
     make_stages,
     make_upkeep,
+    read_label_sets,
 )
 from shiwu_worker.pipeline import Pipeline
 from shiwu_worker.settle import Settled, Settler
@@ -86,9 +88,16 @@ def open_service(
     panel = Panel(settings, progress)
     with ExitStack() as stack:
         panel.open(stack)
+        # Before the model: a wrong file is told within a second.
+        label_sets = read_label_sets(settings)
         folder = model_folder(settings.model)
         settings = tune.apply(settings, lambda: model_revision(folder))
-        service = _build(stack, settings, folder, panel, progress, on_fatal=on_fatal, on_answered=on_answered)
+        service = _build(
+            *(stack, settings, folder, panel, progress),
+            label_sets=label_sets,
+            on_fatal=on_fatal,
+            on_answered=on_answered,
+        )
         service.ready_after_s = round(time.monotonic() - began_s, 3)
         yield service
 
@@ -100,6 +109,7 @@ def _build(
     panel: Panel,
     progress: Progress,
     *,
+    label_sets: Mapping[str, LabelSet],
     on_fatal: Callable[[FatalError], None],
     on_answered: Callable[[Sequence[Settled]], None],
 ) -> Service:
@@ -127,9 +137,8 @@ def _build(
     loaders.wait_ready(START_S)
     canary = make_canary(settings, encoder, spec, on_wrong=panel.wrong)
     canary.sing_if_due()
-    away = make_away("claim", progress)
     stages = make_stages(
-        *(settings, claims, doorbell, loaders, encoder, settler, away),
+        *(settings, label_sets, claims, doorbell, loaders, encoder, settler, make_away("claim", progress)),
         canary=canary.sing_if_due,
         on_batch=panel.batch_left,
     )
@@ -145,8 +154,8 @@ def _build(
     upkeep = make_upkeep(settings, client, ledger, token)
     heartbeat = make_heartbeat(settings, claims, upkeep, signs, progress, encoder=encoder, on_fatal=on_fatal)
     ended = EndedJobs(client, on_ended=pipeline.ended, on_fatal=on_fatal)
-    stack.callback(heartbeat.close)
-    stack.callback(ended.close)
+    for part in (heartbeat, ended):
+        stack.callback(part.close)
     panel.watch(stack, client, encoder, loaders)
     once = _Once(partial(_stop, settings, panel=panel, claims=claims, pipeline=pipeline, settler=settler))
     stack.callback(once, settings.grace_s)

@@ -1,0 +1,40 @@
+"""What the worker looks at before the model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shiwu_worker import wiring
+from shiwu_worker.config import Settings
+from shiwu_worker.errors import ExitCode, FatalError
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("name: x\nlabels: []", {}, "labels"),
+        ("labels: [猫", {}, "YAML"),
+        ("name: x\nlabels: [猫, 狗]", {"default_labels": "y"}, "SHIWU_DEFAULT_LABELS"),
+    ],
+)
+def test_label_errors_come_before_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, options: dict[str, Any], expected: str
+) -> None:
+    """With the exit code for settings, and neither a model nor a loader has been started."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("expected the labels first")
+
+    for name in ("model_folder", "open_encoder", "make_loaders", "connect"):
+        monkeypatch.setattr(wiring, name, fail)
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    settings = Settings(labels_dir=tmp_path, **options)
+    with (
+        pytest.raises(FatalError, match=expected) as caught,
+        wiring.open_service(settings, on_fatal=lambda _: None),
+    ):
+        pass
+    assert caught.value.exit_code is ExitCode.CONFIG
