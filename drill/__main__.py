@@ -18,7 +18,7 @@ from redis import RedisError
 from rich.console import Console
 from rich.table import Table
 from tests.support.failover import Failover
-from tests.support.redis_server import RedisServer, debian_redis, valkey_binary
+from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
 from tests.support.servers import Valkey
 
 from drill.catalogue import DRILLS, Drill
@@ -129,16 +129,14 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, help="length of `together`, `soak`, `away`, of each black hole in `hole`"
     )
-    parser.add_argument("--redis-server", action="store_true", help="start this machine's redis-server, not Valkey")
+    parser.add_argument("--redis-server", action="store_true", help="start a Redis (6.2) instead of Valkey")
     parser.add_argument("--redis-url", help="a Redis of yours (staging!) instead of an own one")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     asked = parser.parse_args()
     unknown = set(asked.names) - DRILLS.keys()
     if unknown:
         parser.error(f"expected drills of {', '.join(DRILLS)}, got {', '.join(sorted(unknown))}")
-    binary = debian_redis() if asked.redis_server else None
-    if asked.redis_server and binary is None:
-        parser.error("expected the program redis-server on PATH; on Debian: apt-get install redis-server")
+    binary = redis_binary() if asked.redis_server else None
     chosen = [DRILLS[name] for name in asked.names or DRILLS]
     if asked.redis_url:
         chosen = [drill for drill in chosen if drill.server == "any"]

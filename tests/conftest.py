@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,6 @@ import pytest
 import redis
 
 from tests.support.loopback import only_loopback
-from tests.support.redis_server import debian_redis
 from tests.support.servers import PictureServer, S3Server, Valkey, WorkerProcess
 from tests.support.waiting import wait_until as wait_until_true
 
@@ -24,17 +24,14 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "fast")
 FAILED = pytest.StashKey[bool]()
 LONG = 80
 """Characters of a parameter that are enough for a test's name."""
-NEEDS_REDIS = pytest.mark.skipif(
-    debian_redis() is None and not os.environ.get("CI"),
-    reason="no redis-server on PATH: apt-get install redis-server",
-)
-"""For tests that run on Redis beside Valkey; in CI they fail without it."""
 
 
 def pytest_configure() -> None:
-    """A shell gives what it starts in the background SIGINT ignored, and so would all processes here have it."""
+    """Undo what `nohup` and a shell's `&` ignore: every process that a test starts would inherit it."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _takes_long(item: pytest.Item) -> bool:
@@ -66,6 +63,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     item.stash[FAILED] = item.stash.get(FAILED, False) or report.failed  # type: ignore[attr-defined]  # a TestReport
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say in one line what was not tested on this machine, and why."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", ())
+        if isinstance(report.longrepr, tuple)
+    )
+    if reasons:
+        skipped = "; ".join(f"{count} because: {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"NOT TESTED HERE: {skipped}", yellow=True)
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from shiwu.contract import CLAIMS
-from tests.conftest import NEEDS_REDIS, StartWorker
+from tests.conftest import StartWorker
 from tests.support import drill, pictures
-from tests.support.redis_server import RedisServer, debian_redis, valkey_binary
+from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
 from tests.support.waiting import wait_until
 
 LEASE_S = 2
@@ -29,12 +29,9 @@ def images(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@NEEDS_REDIS
 def test_sigkill_on_redis_itself(start_worker: StartWorker, images: list[str], tmp_path: Path) -> None:
     """What Valkey is used for elsewhere: a worker dies with jobs claimed, another has them within a lease and 2 s."""
-    binary = debian_redis()
-    assert binary is not None
-    with RedisServer(folder=tmp_path / "redis", binary=binary) as server, server.client() as client:
+    with RedisServer(folder=tmp_path / "redis", binary=redis_binary()) as server, server.client() as client:
         options = FEW | {"redis_url": server.url, "allow_folders": tmp_path}
         victim, heir = start_worker(ready=False, **options), start_worker(ready=False, **options)
         for worker in (victim, heir):

