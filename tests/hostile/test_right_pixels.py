@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +22,7 @@ from tests.support.bombs import png_chunk, raw_png
 SPEC: Final = ImageSpec(32, 32, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 LIMITS: Final = DecodeLimits(max_pixels=1_000_000, max_side=16_384, formats=FORMATS)
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
 
 def shown(data: bytes) -> NDArray[np.uint8]:
@@ -77,29 +78,34 @@ def test_a_picture_that_vanishes_on_white_is_laid_on_black() -> None:
     pixels = shown(pictures.png(image))
     assert pixels[16, 16].min() == 255
     assert pixels[0, 0].max() == 0
-    assert shown(pictures.png(Image.new("RGBA", (8, 8), (0, 0, 0, 0)))).min() == 255, "nothing at all stays white"
+
+
+def dotted(mode: str, colour: object, dot: object) -> Image.Image:
+    """An image of one colour with one pixel of another in its corner."""
+    image = Image.new(mode, (32, 32), colour)  # type: ignore[arg-type]  # a colour of the mode
+    image.putpixel((0, 0), dot)  # type: ignore[arg-type]  # the same
+    return image
 
 
 def test_a_transparent_colour_is_no_colour() -> None:
     """tRNS of palettes, grey and RGB, in 1, 8 and 16 bits: what browsers do not show the model does not see."""
-    palette = Image.new("P", (8, 8), 0)
+    palette = dotted("P", 0, 1)
     palette.putpalette([*RED, *GREEN])
     assert near(pictures.saved(palette, "PNG", transparency=0), WHITE)
     assert near(pictures.saved(palette, "GIF", transparency=0), WHITE)
     assert near(pictures.saved(palette, "PNG", transparency=b"\x00\xff"), WHITE)
-    assert near(pictures.saved(Image.new("L", (8, 8), 40), "PNG", transparency=40), WHITE)
-    assert near(pictures.saved(Image.new("1", (8, 8), 0), "PNG", transparency=0), WHITE)
-    assert near(pictures.saved(Image.new("RGB", (8, 8), RED), "PNG", transparency=RED), WHITE)
-    assert near(pictures.saved(Image.new("RGB", (8, 8), RED), "PNG", transparency=GREEN), RED)
+    assert near(pictures.saved(dotted("L", 40, 0), "PNG", transparency=40), WHITE)
+    assert near(pictures.saved(dotted("1", 1, 0), "PNG", transparency=1), WHITE)
+    assert near(pictures.saved(dotted("RGB", RED, BLUE), "PNG", transparency=RED), WHITE)
+    assert near(pictures.saved(dotted("RGB", RED, BLUE), "PNG", transparency=GREEN), RED)
 
 
 def deep_png(colour: int, samples: tuple[int, ...], transparent: tuple[int, ...] | None = None) -> bytes:
-    """A PNG of 8 × 8 and 16 bits a channel, all of one colour."""
-    import zlib  # noqa: PLC0415 here only
-
+    """A PNG of 8 × 8 and 16 bits a channel, all of one colour but for the first pixel, which is opaque white."""
     row = b"\0" + struct.pack(f">{len(samples)}H", *samples) * 8
+    first = b"\0" + b"\xff" * 2 * len(samples) + row[1 + 2 * len(samples) :]
     chunks = () if transparent is None else (png_chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)),)
-    return raw_png(8, 8, *chunks, bits=16, colour=colour, rows=zlib.compress(row * 8))
+    return raw_png(8, 8, *chunks, bits=16, colour=colour, rows=zlib.compress(first + row * 7))
 
 
 def test_sixteen_bits_are_scaled_also_where_a_colour_is_transparent() -> None:
@@ -107,12 +113,13 @@ def test_sixteen_bits_are_scaled_also_where_a_colour_is_transparent() -> None:
     assert near(deep_png(0, (0x8000,)), (128, 128, 128))
     assert near(deep_png(2, (0xFFFF, 0x4000, 0)), (255, 64, 0))
     assert near(deep_png(4, (0x4000, 0xFFFF)), (64, 64, 64))
-    assert near(deep_png(4, (0x4000, 0)), WHITE)
-    assert near(deep_png(6, (0xFFFF, 0, 0, 0)), WHITE)
     assert near(deep_png(0, (0x8000,), (0x8000,)), WHITE)
     assert near(deep_png(0, (0x8000,), (0x7FFF,)), (128, 128, 128))
-    assert near(deep_png(2, (0xFFFF, 0x4000, 0), (0xFFFF, 0x4000, 0)), WHITE)
     assert near(deep_png(2, (0xFFFF, 0x4000, 0), (0, 0, 0)), (255, 64, 0))
+    # The one visible pixel is white, so the image is laid on black.
+    assert near(deep_png(4, (0x4000, 0)), BLACK)
+    assert near(deep_png(6, (0xFFFF, 0, 0, 0)), BLACK)
+    assert near(deep_png(2, (0xFFFF, 0x4000, 0), (0xFFFF, 0x4000, 0)), BLACK)
 
 
 def test_deep_tiffs_are_scaled_in_either_byte_order() -> None:
@@ -162,10 +169,66 @@ def test_the_first_frame_that_can_be_seen_is_taken(kind: str) -> None:
     options: dict[str, Any] = {"WEBP": {"lossless": True}, "GIF": {"disposal": 2}}.get(kind, {})
     assert near(animation(kind, (RED, 500), (GREEN, 500), **options), RED)
     assert near(animation(kind, (CLEAR, 500), (RED, 500), (GREEN, 500), **options), RED)
-    if kind != "AVIF":
-        flash = 10 if kind == "GIF" else 1
-        assert near(animation(kind, (GREEN, flash), (RED, 5000), **options), RED)
-        assert near(animation(kind, (GREEN, flash), (RED, flash), **options), GREEN), "none lasts: the first"
+    if kind in {"PNG", "WEBP"}:  # a GIF's delays are multiples of 10 ms, and Pillow writes an AVIF's as it likes
+        assert near(animation(kind, (GREEN, 15), (RED, 5000), **options), RED)
+        assert near(animation(kind, (GREEN, 15), (RED, 15), **options), GREEN), "none lasts: the first"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
+@pytest.mark.parametrize("delay_ms", [0, 10])
+def test_frames_without_a_delay_are_seen(kind: str, delay_ms: int) -> None:
+    """Browsers show a frame with a delay of 10 ms or less for 100 ms, so it is judged like any other."""
+    options: dict[str, Any] = {"WEBP": {"lossless": True}, "GIF": {"disposal": 2}}.get(kind, {})
+    data = animation(kind, (RED, delay_ms), (GREEN, 5000), (BLUE, 5000), **options)
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        assert image.info.get("duration", 0) == delay_ms, "expected a file that really has this delay"
+    assert near(data, RED)
+    data = animation(kind, (CLEAR, 500), (RED, delay_ms), (GREEN, 5000), **options)
+    assert near(data, RED)
+
+
+def deep_invisible_png() -> bytes:
+    """16 bits of grey, all of them the transparent one."""
+    row = b"\0" + struct.pack(">H", 0x8000) * 8
+    return raw_png(8, 8, png_chunk(b"tRNS", struct.pack(">H", 0x8000)), bits=16, colour=0, rows=zlib.compress(row * 8))
+
+
+INVISIBLE: Final = {
+    "RGBA PNG": lambda: pictures.png(Image.new("RGBA", (8, 8), (255, 0, 0, 0))),
+    "grey PNG with alpha": lambda: pictures.png(Image.new("LA", (8, 8), (9, 0))),
+    "palette PNG": lambda: pictures.saved(Image.new("P", (8, 8), 0), "PNG", transparency=0),
+    "RGB PNG": lambda: pictures.saved(Image.new("RGB", (8, 8), RED), "PNG", transparency=RED),
+    "PNG of 16 bits": deep_invisible_png,
+    "WebP": lambda: pictures.saved(Image.new("RGBA", (8, 8), (255, 0, 0, 0)), "WEBP"),
+    "GIF": lambda: pictures.saved(Image.new("P", (8, 8), 0), "GIF", transparency=0),
+    "AVIF": lambda: pictures.saved(Image.new("RGBA", (8, 8), (255, 0, 0, 0)), "AVIF"),
+    "TIFF": lambda: pictures.saved(Image.new("RGBA", (8, 8), (255, 0, 0, 0)), "TIFF"),
+    "animated PNG": lambda: animation("PNG", *[((n, 0, 0, 0), 100) for n in range(20)]),
+    "animated WebP": lambda: animation("WEBP", *[((n, 0, 0, 0), 100) for n in range(3)], lossless=True, exact=True),
+}
+
+
+@pytest.mark.parametrize("name", INVISIBLE)
+def test_an_invisible_image_is_refused(name: str) -> None:
+    """Its tags would be those of a white page, which nobody sees."""
+    with pytest.raises(Rejected, match=r"expected an image in which something can be seen, got an? ") as caught:
+        shown(INVISIBLE[name]())
+    assert caught.value.code.value == "picture_invisible"
+
+
+@pytest.mark.parametrize("is_opaque", [True, False])
+def test_a_bmp_whose_alpha_is_0_everywhere_is_opaque(is_opaque: bool) -> None:
+    """Many programs write 0 into the fourth byte; one pixel with alpha makes it an alpha channel."""
+    pixels = bytearray(bytes((0, 0, 255, 0)) * 64)
+    if not is_opaque:
+        pixels[3] = 255
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 124, 8, 8, 1, 32, 3, 256, 2835, 2835, 0, 0) + masks + bytes(68)
+    data = b"BM" + struct.pack("<IHHI", 14 + 124 + 256, 0, 0, 14 + 124) + header + bytes(pixels)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.mode == "RGBA"
+    assert near(data, RED if is_opaque else WHITE)
 
 
 def test_an_apngs_default_picture_is_not_what_browsers_show() -> None:

@@ -8,10 +8,16 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
+from shiwu.contract import ErrorCode, Stage
+from shiwu_worker.errors import Rejected
+
 FRAMES_TRIED: Final = 16
 """How many frames at the beginning of an animation are looked at; those behind them are never decoded."""
 LEAST_MS: Final = 20
 """A frame that is shown for less is over before anybody has seen it."""
+SHORT_DELAY_MS: Final = 10
+"""Browsers show a frame with a delay of 0 to 10 ms for `BROWSER_DELAY_MS`."""
+BROWSER_DELAY_MS: Final = 100
 ANIMATED: Final = {"GIF", "PNG", "WEBP", "AVIF"}
 _ALMOST_WHITE: Final = 250
 _ALPHA_MODES: Final = {"RGBA", "LA", "PA", "La", "RGBa"}
@@ -30,14 +36,18 @@ def visible_rgb(
         sample_bits: what `sample_bits` said before anything was loaded.
 
     Raises:
+        Rejected: picture_invisible, when every pixel of every frame that was tried is transparent.
         Exception: what Pillow raises, and what `check_size` does: a frame may be larger than the header said.
     """
     if image.format not in ANIMATED or not getattr(image, "is_animated", False):
-        return flat(image, sample_bits)[0]
+        rgb, is_visible = flat(image, sample_bits)
+        if not is_visible:
+            raise _invisible("an image in which every pixel is transparent")
+        return rgb
     begin = 1 if getattr(image, "default_image", False) else 0
     tries = max(1, min(FRAMES_TRIED, 2 * max_pixels // (image.width * image.height)))
     seen: Image.Image | None = None
-    first: Image.Image | None = None
+    tried = 0
     for number in range(begin, begin + tries):
         try:
             image.seek(number)
@@ -45,12 +55,25 @@ def visible_rgb(
             break
         check_size(image)
         rgb, is_visible = flat(image, sample_bits)
-        if is_visible and image.info.get("duration", 0) >= LEAST_MS:
+        tried += 1
+        if is_visible and shown_ms(image) >= LEAST_MS:
             return rgb
-        rgb = rgb.copy() if rgb is image else rgb  # the next frame is drawn over this one
-        first = first or rgb
-        seen = seen or (rgb if is_visible else None)
-    return seen or first or flat(image, sample_bits)[0]
+        if is_visible and seen is None:
+            seen = rgb.copy() if rgb is image else rgb  # the next frame is drawn over this one
+    if seen is None:
+        raise _invisible(f"an animation in whose first {tried} frames every pixel is transparent")
+    return seen
+
+
+def shown_ms(image: Image.Image) -> float:
+    """How long browsers show the current frame: they take a delay of 10 ms or less, or none, for 100 ms."""
+    delay_ms = float(image.info.get("duration", 0))
+    return delay_ms if delay_ms > SHORT_DELAY_MS else BROWSER_DELAY_MS
+
+
+def _invisible(got: str) -> Rejected:
+    text = f"expected an image in which something can be seen, got {got}"
+    return Rejected(ErrorCode.PICTURE_INVISIBLE, text, stage=Stage.DECODE)
 
 
 def flat(image: Image.Image, bits: int) -> tuple[Image.Image, bool]:
@@ -58,13 +81,16 @@ def flat(image: Image.Image, bits: int) -> tuple[Image.Image, bool]:
     uncovered = _uncovered(image)
     image.load()
     if image.mode.startswith(("I", "F")):
-        return _from_deep_grey(image), True
+        return _from_deep_grey(image)
     if image.mode == "LAB":
         raise ValueError("expected grey, a palette, RGB or CMYK, got LAB")
     if uncovered is None and image.mode not in _ALPHA_MODES and "transparency" not in image.info:
         return image if image.mode == "RGB" else image.convert("RGB"), True
     if image.mode == "La":
         image = image.convert("LA")
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema()[1] == 0:
+        # Many programs leave the fourth byte of a 32-bit BMP at 0; viewers show such a file as opaque.
+        return image.convert("RGB"), True
     transparent = image.info.get("transparency")
     if bits > 8 and isinstance(transparent, tuple):
         # Pillow has reduced the pixels to 8 bits, and left this as it was.
@@ -109,8 +135,11 @@ def sample_bits(image: Image.Image) -> int:
     return 16 if isinstance(rawmode, str) and ";16" in rawmode else 8
 
 
-def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """16 bits of grey, 32, or numbers with a point: Pillow's own conversion clips everything above 255 to white."""
+def _from_deep_grey(image: Image.Image) -> tuple[Image.Image, bool]:
+    """16 or 32 bits of grey, or floats, as RGB, and whether anything is visible.
+
+    Pillow's own conversion clips everything above 255 to white.
+    """
     values = np.asarray(image)
     if values.dtype.kind == "f":
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
@@ -122,6 +151,9 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
         grey = values.clip(0, None) >> (8 if values.max() < 1 << 16 else 23)
     grey = grey.astype(np.uint8)
     transparent = image.info.get("transparency")
+    is_visible = True
     if isinstance(transparent, int):
-        grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+        hidden = values == transparent
+        grey[hidden] = 255
+        is_visible = not bool(hidden.all())
+    return Image.fromarray(grey).convert("RGB"), is_visible
