@@ -8,26 +8,68 @@ import pytest
 
 from shiwu_worker.label_files import load_label_sets
 
+WRONG = [
+    ("name: a\nlabels: []", "labels"),
+    ("name: a\nlabels: [x, x]", "once"),
+    ('name: a\nlabels: ["x\\ny"]', "U+000A"),
+    ('name: a\nlabels: ["x\\u202ey"]', "U+202E"),
+    ('name: a\nlabels: [x]\ntemplates: ["{}\\n"]', "U+000A"),
+    ("name: a\nlabels: [x]\ntemplates: ['no place']", "exactly one"),
+    ("name: a\nlabels: [x]\nlabel: y", "expected keys of name, labels"),
+    ("labels: [x]", "name"),
+    ("name: two words\nlabels: [x]", "name"),
+    ("name: a\nlabels: [x]\nhead: relu", "head"),
+    ("[", "YAML"),
+    ("", "file"),
+    ("name: a\nlabels: [x]\nlabels: [y]", "line 3: expected every key once, got 'labels' again"),
+    ("name: a\nlabels: [猫，狗]", "write [猫, 狗]"),
+    ("name: a\nlabels: [猫、狗, 鸟]", "got '、' in '猫、狗'"),
+    ("name: a\nlabels:\n- yes\n", "line 3: expected a text, got 'yes', which YAML reads as bool"),
+    ("name: a\nlabels:\n- 猫\n- no\n", 'write it in quotes: "no"'),
+    ("name: a\nlabels:\n- 123\n", "got '123', which YAML reads as int"),
+    ("name: a\nlabels:\n- 1.50\n", 'write it in quotes: "1.50"'),
+    ("name: a\nlabels:\n- 2024-01-02\n", "got '2024-01-02'"),
+    ("name: a\nlabels:\n- null\n", "got 'null'"),
+    ("name: a\nlabels:\n-\n", "expected a text, got ''"),
+    ("name: 2024\nlabels: [x]", "got '2024'"),
+    ("name: a\nlabels:\n- 猫: 狗\n", "number 1"),
+    ("name: a\nlabels:\n- " + "x" * 101, "labels number 1: String should have at most 100 characters"),
+]
 
-@pytest.mark.parametrize(
-    ("text", "wrong"),
-    [
-        ("name: a\nlabels: []", "labels"),
-        ("name: a\nlabels: [x, x]", "once"),
-        ('name: a\nlabels: ["x\\ny"]', "U+000A"),
-        ('name: a\nlabels: ["x\\u202ey"]', "U+202E"),
-        ('name: a\nlabels: [x]\ntemplates: ["{}\\n"]', "U+000A"),
-        ("name: a\nlabels: [x]\ntemplates: ['no place']", "exactly one"),
-        ("name: a\nlabels: [x]\nlabel: y", "label"),
-        ("labels: [x]", "name"),
-        ("name: a\nlabels: [x]\nhead: relu", "head"),
-        ("[", "YAML"),
-        ("", "file"),
-    ],
-)
+
+@pytest.mark.parametrize(("text", "wrong"), WRONG)
 def test_a_wrong_file_is_named(tmp_path: Path, text: str, wrong: str) -> None:
     """The error says which file, and what in it."""
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"mine\.yaml") as caught:
         load_label_sets([tmp_path])
     assert wrong in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "big5"])
+def test_file_in_another_encoding_is_told_to_be_utf8(tmp_path: Path, encoding: str) -> None:
+    """Editors on Windows save Chinese text as GBK, or as UTF-16 where they call it Unicode."""
+    (tmp_path / "mine.yaml").write_text("name: a\nlabels: [動物]\n", encoding=encoding)
+    with pytest.raises(ValueError, match=r"mine\.yaml: line \d: expected UTF-8, .*save the file as UTF-8"):
+        load_label_sets([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "mine.yml", "mine.YAML", "Mine.Yml"])
+def test_files_are_read_whatever_the_case_of_their_suffix(tmp_path: Path, name: str) -> None:
+    """With a byte order mark and a Chinese name, as an editor may write them; quoted texts are taken as they are."""
+    text = 'name: 颜色\nlabels: [红, "no", "红，绿", "1"]\n'
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    (tmp_path / "notes.txt").write_text("no label set")
+    assert load_label_sets([tmp_path])["颜色"].words == ("红", "no", "红，绿", "1")
+
+
+def test_two_files_of_a_folder_with_one_name_are_refused(tmp_path: Path) -> None:
+    """The later one would win without a word; in another folder it replaces the set on purpose."""
+    first, second = tmp_path / "1", tmp_path / "2"
+    for folder, file, labels in ((first, "a.yaml", "[x]"), (second, "b.yaml", "[y]")):
+        folder.mkdir()
+        (folder / file).write_text(f"name: mine\nlabels: {labels}\n")
+    assert load_label_sets([first, second])["mine"].words == ("y",)
+    (first / "c.yml").write_text("name: mine\nlabels: [z]\n")
+    with pytest.raises(ValueError, match=r"c\.yml: name: .* 'mine', the name in .*a\.yaml"):
+        load_label_sets([first, second])

@@ -1,10 +1,10 @@
-"""Reads label sets from files."""
+"""Reads label sets from YAML files, and says what to write instead where a file is wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -13,6 +13,9 @@ from shiwu.contract import Head, Label, LabelSetName, control_character, labels_
 from shiwu_worker.label_set import LabelSet
 
 MAX_FILE_LABELS: Final = 100_000
+SUFFIXES: Final = {".yaml", ".yml"}
+TEXT_TAG: Final = "tag:yaml.org,2002:str"
+WIDE_COMMAS: Final = "，、"
 
 
 class _File(BaseModel):
@@ -43,23 +46,104 @@ class _File(BaseModel):
 
 
 def load_label_sets(folders: Sequence[Path]) -> dict[str, LabelSet]:
-    """Read every *.yaml of the folders; a later folder replaces sets of the same name.
+    """Read every YAML file of the folders; a later folder replaces sets of the same name.
 
     Raises:
-        ValueError: names the file and what is wrong in it.
+        ValueError: names the file and what is wrong in it, or two files of one folder with the same name of a set.
     """
     sets: dict[str, LabelSet] = {}
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: expected a folder of label sets")
-        for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
-            try:
-                read = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise ValueError(f"{path}: expected readable YAML ({error})") from error
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                where = ".".join(str(part) for part in first["loc"])
-                raise ValueError(f"{path}: {where or 'file'}: {first['msg']}") from error
-            sets[read.name] = LabelSet(read.name, tuple(read.labels), tuple(read.templates), read.head)
+        files: dict[str, Path] = {}
+        for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
+            one = _read_file(path)
+            if other := files.get(one.name):
+                raise ValueError(f"{path}: name: expected a name of its own, got {one.name!r}, the name in {other}")
+            files[one.name] = path
+            sets[one.name] = LabelSet(one.name, tuple(one.labels), tuple(one.templates), one.head)
     return sets
+
+
+def _read_file(path: Path) -> _File:
+    try:
+        return _File.model_validate(_read_yaml(path.read_text(encoding="utf-8-sig")))
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}: line {line}: expected UTF-8, got other bytes; save the file as UTF-8") from error
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_first_error(error)}") from error
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: expected readable YAML ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = [f"number {part + 1}" if isinstance(part, int) else part for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(_File.model_fields)
+        return f"expected keys of {known}, got {where[0]!r}"
+    return f"{' '.join(where) or 'file'}: {first['msg']}"
+
+
+# ------------------------------------------------------------------------------------ YAML that means something else
+def _read_yaml(text: str) -> Any:
+    """The file's content.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+        ValueError: it is YAML that most probably means something else than its author does.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        for wrong, why in _surprises(node):
+            raise ValueError(f"line {wrong.start_mark.line + 1}: {why}")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _surprises(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
+    if isinstance(node, yaml.MappingNode):
+        yield from _repeated_keys(node)
+        for key, value in node.value:
+            yield from _surprises(value)
+            if key.value in {"name", "description"}:
+                yield from _other_than_text(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _surprises(item)
+            yield from _other_than_text(item)
+            if node.flow_style and _is_plain(item) and (found := set(WIDE_COMMAS) & set(item.value)):
+                yield (
+                    item,
+                    f"expected commas between the items of [ ], got {found.pop()!r} in {item.value!r:.80}; write "
+                    "[猫, 狗], or quote an item that holds such a comma",
+                )
+
+
+def _repeated_keys(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, str]]:
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                yield key, f"expected every key once, got {key.value!r} again"
+            seen.add(key.value)
+
+
+def _other_than_text(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
+    """YAML reads `no` as false and 123 as a number, and a label is a text."""
+    if isinstance(node, yaml.ScalarNode) and node.tag != TEXT_TAG:
+        kind = node.tag.rpartition(":")[2]
+        quoted = f'"{node.value:.80}"'
+        yield node, f"expected a text, got {node.value!r:.80}, which YAML reads as {kind}; write it in quotes: {quoted}"
+
+
+def _is_plain(node: yaml.Node) -> bool:
+    """Whether it is a text without quotes."""
+    return isinstance(node, yaml.ScalarNode) and node.style is None
