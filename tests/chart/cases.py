@@ -42,7 +42,18 @@ ALL_ON: dict[str, Any] = {
         "image": {"digest": "sha256:" + "0" * 64},
     },
     "model": {"source": "download", "download": {"id": "OFA-Sys/chinese-clip-vit-base-patch16", "tokenSecret": "hub"}},
-    "labels": {"sets": {"mine": {"head": "sigmoid", "templates": ["一张{}的照片"], "labels": ["猫", "狗"]}}},
+    "labels": {
+        "sets": {
+            "mine": {
+                "head": "sigmoid",
+                "scale": 100,
+                "bias": -28.5,
+                "templates": ["一张{}的照片"],
+                "labels": ["猫", {"label": "狗", "min_cosine": 0.25}],
+            },
+            "颜色": {"labels": ["红", "绿"]},
+        }
+    },
     "s3": {
         "endpointUrl": "https://s3.pictures.svc",
         "region": "eu",

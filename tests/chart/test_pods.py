@@ -97,8 +97,12 @@ def test_label_sets_are_read_by_the_worker(newest: Helm, tmp_path: Path) -> None
     data = of_kind(newest.render(ALL_ON), "ConfigMap", "-labels")["data"]
     for name, text in data.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    found = load_label_sets([tmp_path])["mine"]
+    sets = load_label_sets([tmp_path])
+    found = sets["mine"]
     assert (found.words, found.templates, found.head) == (("猫", "狗"), ("一张{}的照片",), "sigmoid")
+    assert (found.scale, found.bias, found.min_cosines) == (100, -28.5, (-1, 0.25))
+    assert sets["颜色"].words == ("红", "绿")
+    assert all(re.fullmatch(r"[-._a-zA-Z0-9]+", name) for name in data), "Kubernetes takes no other keys"
 
 
 def test_strangers_addresses_stay_public(newest: Helm) -> None:

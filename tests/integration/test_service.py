@@ -12,7 +12,18 @@ import pytest
 import redis
 from celery.exceptions import TaskRevokedError
 
-from shiwu.contract import DEAD, DEAD_MESSAGES, RESULT_STREAM, Answer, Lane, Request, Stage, Status, result_key
+from shiwu.contract import (
+    DEAD,
+    DEAD_MESSAGES,
+    RESULT_STREAM,
+    Answer,
+    ErrorCode,
+    Lane,
+    Request,
+    Stage,
+    Status,
+    result_key,
+)
 from shiwu.message import build_message
 from tests.conftest import StartWorker
 from tests.support import pictures
@@ -222,21 +233,35 @@ def test_odd_messages_are_buried_and_the_worker_goes_on(shared_worker: WorkerPro
     assert answer.status is Status.TAGGED
 
 
-def test_inline_labels_embedding_and_sigmoid(shared_worker: WorkerProcess, s3: S3Server) -> None:
-    """Words of the request's own, the raw vector, and the other head."""
+def test_inline_labels_embedding_and_least_cosine(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """Labels of the request's own, the raw vector, and only labels that are near enough."""
     reference = s3.put("inline", pictures.jpeg(pictures.picture("熊猫")))
-    answer = ask(
-        shared_worker.redis_url,
-        reference,
-        "inline",
-        labels=("熊猫", "汽车"),
-        head="sigmoid",
-        want=("tags", "embedding"),
-    )
+    ways: dict[str, Any] = {"labels": ("汽车", "熊猫"), "want": ("tags", "embedding")}
+    answer = ask(shared_worker.redis_url, reference, "inline", **ways)
     assert answer.tags is not None
     assert answer.embedding is not None
-    assert answer.tags[0].label == "熊猫"
+    assert [tag.label for tag in answer.tags] == ["熊猫", "汽车"]
     assert sum(x * x for x in answer.embedding) == pytest.approx(1.0, abs=1e-3)
+    bound = (answer.tags[0].cosine + answer.tags[1].cosine) / 2
+    answer = ask(shared_worker.redis_url, reference, "inline-near", min_cosine=bound, **ways)
+    assert answer.tags is not None
+    assert [tag.label for tag in answer.tags] == ["熊猫"]
+
+
+def test_labels_that_cannot_give_an_answer_are_refused(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """Sigmoid with a model that has no bias, and labels with a line break."""
+    reference = s3.put("refused", pictures.jpeg(pictures.picture("熊猫")))
+    answer = ask(shared_worker.redis_url, reference, "no-bias", labels=("熊猫", "汽车"), head="sigmoid")
+    assert answer.error is not None
+    assert (answer.error.code, answer.status) == (ErrorCode.INVALID_REQUEST, Status.REJECTED)
+    assert "min_cosine" in answer.error.message
+    unchecked = Request.model_construct(image=reference, labels=("熊猫\n汽车",))
+    with redis.Redis.from_url(shared_worker.redis_url) as client:
+        client.lpush(Lane.BULK.queue, build_message(unchecked, job_id="line-break", lane=Lane.BULK))
+        answer = read_answer(client, "line-break")
+    assert answer.error is not None
+    assert (answer.error.code, answer.status) == (ErrorCode.INVALID_LABELS, Status.REJECTED)
+    assert "U+000A" in answer.error.message
 
 
 def test_an_idle_worker_is_quick_and_quiet(start_worker: StartWorker, redis_url: str, tmp_path: Any) -> None:

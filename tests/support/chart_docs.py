@@ -21,14 +21,25 @@ _PORT: Final = {"type": "integer", "minimum": 1, "maximum": 65535}
 _FREE: Final = {"type": "object"}
 _WORDS: Final = {"type": "object", "additionalProperties": {"type": "string"}}
 _STRINGS: Final = {"type": "array", "items": {"type": "string", "minLength": 1}}
+_COSINE: Final = {"type": "number", "minimum": -1, "maximum": 1}
+_LABEL: Final = {
+    "type": ["string", "object"],
+    "minLength": 1,
+    "additionalProperties": False,
+    "required": ["label"],
+    "properties": {"label": {"type": "string", "minLength": 1}, "min_cosine": _COSINE},
+}
 _LABEL_SET: Final = {
     "type": "object",
     "additionalProperties": False,
     "required": ["labels"],
     "properties": {
-        "labels": {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "uniqueItems": True},
+        "labels": {"type": "array", "items": _LABEL, "minItems": 1, "uniqueItems": True},
         "templates": {"type": "array", "items": {"type": "string", "pattern": r"\{\}"}, "minItems": 1},
         "head": {"enum": ["softmax", "sigmoid"]},
+        "scale": {"type": "number", "exclusiveMinimum": 0},
+        "bias": {"type": "number"},
+        "min_cosine": _COSINE,
         "description": {"type": "string"},
     },
 }
@@ -87,7 +98,8 @@ def _special() -> dict[str, dict[str, Any]]:
         "labels": {},
         "labels.sets": {
             "type": "object",
-            "propertyNames": {"pattern": "^[a-z0-9]([a-z0-9-]{0,62})$"},
+            # Go's syntax: helm checks it.
+            "propertyNames": {"pattern": r"^[\p{L}\p{N}][\p{L}\p{M}\p{N}_.-]{0,63}$"},
             "additionalProperties": _LABEL_SET,
         },
         "redis.port": _PORT,

@@ -32,8 +32,15 @@ WRONG = [
     ("name: a\nlabels:\n- null\n", "got 'null'"),
     ("name: a\nlabels:\n-\n", "expected a text, got ''"),
     ("name: 2024\nlabels: [x]", "got '2024'"),
-    ("name: a\nlabels:\n- 猫: 狗\n", "number 1"),
-    ("name: a\nlabels:\n- " + "x" * 101, "labels number 1: String should have at most 100 characters"),
+    ("name: a\nlabels:\n- 猫: 狗\n", "labels number 1: expected keys of label, min_cosine, got '猫'"),
+    ("name: a\nlabels:\n- {label: 123}\n", "got '123', which YAML reads as int"),
+    ("name: a\nlabels:\n- {min_cosine: 0.2}\n", "labels number 1 label"),
+    ("name: a\nlabels: [x, {label: x}]", "once"),
+    ("name: a\nlabels: [{label: x, min_cosine: 2}]", "labels number 1 min_cosine"),
+    ("name: a\nlabels: [x]\nmin_cosine: -1.5", "min_cosine"),
+    ("name: a\nlabels: [x]\nscale: 0", "scale"),
+    ("name: a\nlabels: [x]\nbias: .nan", "bias"),
+    ("name: a\nlabels:\n- " + "x" * 101, "labels number 1 label: String should have at most 100 characters"),
 ]
 
 
@@ -44,6 +51,18 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, wrong: str) -> None:
     with pytest.raises(ValueError, match=r"mine\.yaml") as caught:
         load_label_sets([tmp_path])
     assert wrong in str(caught.value)
+
+
+def test_labels_may_have_least_cosines_of_their_own(tmp_path: Path) -> None:
+    """The set's bound is that of labels without one; where there is none, any cosine will do."""
+    text = "name: a\nscale: 80\nbias: -12.5\nmin_cosine: 0.2\nlabels: [猫, {label: 狗, min_cosine: 0.3}]\n"
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "b.yaml").write_text("name: b\nlabels: [{label: 猫}, {label: 狗, min_cosine: 0.3}]\n", encoding="utf-8")
+    (tmp_path / "c.yaml").write_text("name: c\nlabels: [猫, 狗]\n", encoding="utf-8")
+    sets = load_label_sets([tmp_path])
+    assert [sets[name].min_cosines for name in "abc"] == [(0.2, 0.3), (-1.0, 0.3), None]
+    assert (sets["a"].scale, sets["a"].bias, sets["a"].words) == (80.0, -12.5, ("猫", "狗"))
+    assert len({one.info.digest for one in sets.values()}) == 3
 
 
 @pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "big5"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from numpy.typing import NDArray
 
 import shiwu_worker
 from shiwu.contract import ErrorCode, Lane, ModelInfo, RequestError, parse_request
-from shiwu_worker.errors import Rejected
+from shiwu_worker.config import Settings
+from shiwu_worker.errors import ExitCode, FatalError, Rejected
 from shiwu_worker.job import Job
 from shiwu_worker.label_files import load_label_sets
 from shiwu_worker.label_set import LabelSet
 from shiwu_worker.labels import LabelBank
+from shiwu_worker.parts import open_labels, read_label_sets
 from shiwu_worker.stages.score import Scorer
 from shiwu_worker.timing import Moments
 
@@ -46,7 +49,9 @@ def vector_of(text: str) -> NDArray[np.float32]:
 
 def make_bank(texts: Texts, *, max_cached: int = 2) -> LabelBank:
     """A bank with the embedded sets."""
-    return LabelBank(sets=load_label_sets([EMBEDDED]), default="six-zh", encode_texts=texts, max_cached=max_cached)
+    return LabelBank(
+        sets=load_label_sets([EMBEDDED]), default="six-zh", encode_texts=texts, max_cached=max_cached, has_bias=True
+    )
 
 
 def test_the_embedded_sets() -> None:
@@ -95,6 +100,33 @@ def test_what_a_request_means() -> None:
         bank.resolve("none")
 
 
+def test_sigmoid_needs_a_bias() -> None:
+    """Of the model or of the label set: without one every score is near 1, which says nothing."""
+    calibrated = LabelSet("mine", ("猫",), bias=-10.0)
+    sets = {"mine": calibrated, "plain": LabelSet("plain", ("猫",))}
+    bank = LabelBank(sets=sets, default="plain", encode_texts=Texts(), max_cached=2, has_bias=False)
+    assert bank.resolve("mine", "sigmoid").head == "sigmoid"
+    for labels in ("plain", ("猫", "狗"), None):
+        with pytest.raises(Rejected, match=r"sigmoid, which needs a bias.*min_cosine") as caught:
+            bank.resolve(labels, "sigmoid")
+        assert caught.value.code is ErrorCode.INVALID_REQUEST
+    wrong = {"plain": LabelSet("plain", ("猫",), head="sigmoid")}
+    with pytest.raises(ValueError, match=r"label set plain: head: .*sigmoid"):
+        LabelBank(sets=wrong, default="plain", encode_texts=Texts(), max_cached=2, has_bias=False)
+
+
+def test_worker_with_sigmoid_and_no_bias_ends_with_config(tmp_path: Path) -> None:
+    """As for other label sets that cannot work, the exit code is 64 and the text names the set."""
+    (tmp_path / "mine.yaml").write_text("name: mine\nhead: sigmoid\nlabels: [猫]\n", encoding="utf-8")
+    encoder = SimpleNamespace(encode_texts=Texts(), bias=None, default_head="softmax")
+    settings = Settings(labels_dir=tmp_path)
+    with pytest.raises(FatalError, match="label set mine") as caught:
+        open_labels(settings, encoder, read_label_sets(settings))
+    assert caught.value.exit_code is ExitCode.CONFIG
+    encoder.bias = -12.0
+    assert open_labels(settings, encoder, read_label_sets(settings)).resolve("mine").head == "sigmoid"
+
+
 # Texts that are easily taken for others once they are joined, quoted or cut.
 JOINTS = st.sampled_from(
     ["\n", "\0", "\x1f", ",", "，", " ", "|", '"', "\\", "\\n", "{}", "[", "]", '","', "猫", "狗", ""]
@@ -124,7 +156,7 @@ def expected_vectors(label_set: LabelSet) -> NDArray[np.float64]:
 @given(CLOSE_SETS, st.integers(1, 3))
 def test_no_label_set_gets_the_tags_of_another(sets: list[LabelSet], max_cached: int) -> None:
     """Whatever texts are asked for together and one after the other, each job has its own words and cosines."""
-    bank = LabelBank(sets={}, default="", encode_texts=Texts(), max_cached=max_cached)
+    bank = LabelBank(sets={}, default="", encode_texts=Texts(), max_cached=max_cached, has_bias=False)
     asked = [one for label_set in sets for one in (label_set, regrouped(label_set))] * 2
     image = vector_of("the image")
     jobs = [

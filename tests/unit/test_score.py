@@ -54,11 +54,15 @@ def test_no_scale_overflows(scale: float, bias: float | None, seed: int, head: H
         assert probabilities.sum(axis=1) == pytest.approx(1.0, abs=1e-5)
 
 
-def tags(values: list[float], *, top_k: int = 10, threshold: float = 0.0) -> list[tuple[str, float]]:
-    """The tags of these probabilities over the words a, b, c, …"""
+def tags(
+    values: list[float], *, top_k: int = 10, threshold: float = 0.0, min_cosines: list[float] | None = None
+) -> list[tuple[str, float]]:
+    """The tags of these probabilities over the words a, b, c, …; the cosines are half of them."""
     row = np.array(values, np.float32)
     words = "abcdefgh"[: len(values)]
-    [found] = top_tags(row[None], row[None] * np.float32(0.5), words, top_k=[top_k], threshold=[threshold])
+    least = None if min_cosines is None else np.array([min_cosines])
+    options: Any = {"top_k": [top_k], "threshold": [threshold], "min_cosines": least}
+    [found] = top_tags(row[None], row[None] * np.float32(0.5), words, **options)
     assert [tag.cosine for tag in found] == pytest.approx([tag.score / 2 for tag in found], abs=1e-6)
     return [(tag.label, tag.score) for tag in found]
 
@@ -74,6 +78,25 @@ def test_the_threshold_is_a_least_score() -> None:
     assert tags([0.25, 0.5, 0.25], threshold=0.25) == [("b", 0.5), ("a", 0.25), ("c", 0.25)]
     assert tags([0.25, 0.5, 0.25], threshold=0.5) == [("b", 0.5)]
     assert tags([0.25, 0.5, 0.25], threshold=0.75) == []
+
+
+def test_labels_have_their_own_least_cosines() -> None:
+    """A label under its bound makes room for the next one; the score's threshold holds as well."""
+    values = [0.25, 0.5, 0.375, 0.125]
+    assert tags(values, min_cosines=[-1, 0.3, -1, -1], top_k=2) == [("c", 0.375), ("a", 0.25)]
+    assert tags(values, min_cosines=[-1, 0.25, 0.2, -1], threshold=0.25) == [("b", 0.5), ("a", 0.25)]
+    assert tags(values, min_cosines=[1, 1, 1, 1]) == []
+
+
+def test_labels_are_ordered_by_cosine_where_all_scores_are_one() -> None:
+    """A sigmoid without a bias rounds every score to 1; the first labels of the list must not win for that."""
+    vectors, labels = units(1), units(12, seed=1)
+    labels[7] = vectors[0]
+    probabilities, cosines = score(np.abs(vectors), np.abs(labels), head="sigmoid", scale=100.0, bias=None)
+    assert (probabilities == 1).all()
+    [found] = top_tags(probabilities, cosines, "abcdefghijkl", top_k=[12], threshold=[0.0])
+    assert found[0].label == "h"
+    assert [tag.cosine for tag in found] == sorted((tag.cosine for tag in found), reverse=True)
 
 
 def encoded(label_set: LabelSet, *, seed: int) -> EncodedLabels:
@@ -127,6 +150,39 @@ def test_a_job_gets_what_it_wants() -> None:
     SCORER.score(jobs, units(3))
     assert [None if job.tags is None else len(job.tags) for job in jobs] == [1, None, 0]
     assert [job.embedding is None for job in jobs] == [True, False, True]
+
+
+def cosines_of(job: Job) -> dict[str, float]:
+    """The tags of a job."""
+    assert job.tags is not None
+    return {tag.label: tag.cosine for tag in job.tags}
+
+
+def test_a_request_replaces_the_least_cosines_of_its_set() -> None:
+    """Jobs of one batch with their own bound and with that of their label set."""
+    vectors = np.repeat(units(1), 3, axis=0)
+    free = make_job(0, encoded(LabelSet("left", tuple("abcd")), seed=1), top_k=9)
+    SCORER.score([free], vectors[:1])
+    [(_, first), (second, second_cosine), (third, third_cosine), _] = cosines_of(free).items()
+    least = tuple((third_cosine + 0.001) if label == third else -1.0 for label in "abcd")
+    labels = encoded(LabelSet("left", tuple("abcd"), min_cosines=least), seed=1)
+    asked = [{}, {"min_cosine": second_cosine - 0.001}, {"min_cosine": -1}]
+    jobs = [make_job(number, labels, top_k=9, **fields) for number, fields in enumerate(asked)]
+    SCORER.score(jobs, vectors)
+    assert [third in cosines_of(job) for job in jobs] == [False, False, True]
+    assert [len(cosines_of(job)) for job in jobs] == [3, 2, 4]
+    assert max(cosines_of(jobs[1]).values()) == pytest.approx(first)
+    assert second in cosines_of(jobs[1])
+
+
+def test_a_set_brings_its_own_scale_and_bias() -> None:
+    """Its scores are sigmoid(scale · cosine + bias) with its own numbers, with a model that has no bias."""
+    labels = encoded(LabelSet("left", ("a", "b"), head="sigmoid", scale=10.0, bias=-2.0), seed=1)
+    job = make_job(0, labels)
+    SCORER.score([job], units(1))
+    assert job.tags is not None
+    for tag in job.tags:
+        assert tag.score == pytest.approx(1 / (1 + np.exp(2 - 10 * tag.cosine)), abs=1e-5)
 
 
 def test_vectors_and_jobs_must_match() -> None:

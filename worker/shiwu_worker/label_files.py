@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -13,19 +13,46 @@ from shiwu.contract import Head, Label, LabelSetName, control_character, labels_
 from shiwu_worker.label_set import LabelSet
 
 MAX_FILE_LABELS: Final = 100_000
+MAX_LOGIT: Final = 1000.0
 SUFFIXES: Final = {".yaml", ".yml"}
 TEXT_TAG: Final = "tag:yaml.org,2002:str"
 WIDE_COMMAS: Final = "，、"
+
+
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+
+
+class _Item(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    label: Label
+    min_cosine: Cosine | None = None
 
 
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: LabelSetName
-    labels: list[Label] = Field(min_length=1, max_length=MAX_FILE_LABELS)
+    labels: list[_Item] = Field(min_length=1, max_length=MAX_FILE_LABELS)
     templates: list[str] = Field(default=["{}"], min_length=1, max_length=200)
     head: Head = "softmax"
+    scale: float | None = Field(default=None, gt=0, le=MAX_LOGIT)
+    bias: float | None = Field(default=None, ge=-MAX_LOGIT, le=MAX_LOGIT)
+    min_cosine: Cosine | None = None
     description: str = ""
+
+    def label_set(self) -> LabelSet:
+        """What the file says."""
+        least = [self.min_cosine if item.min_cosine is None else item.min_cosine for item in self.labels]
+        return LabelSet(
+            name=self.name,
+            words=tuple(item.label for item in self.labels),
+            templates=tuple(self.templates),
+            head=self.head,
+            scale=self.scale,
+            bias=self.bias,
+            min_cosines=None if set(least) == {None} else tuple(-1.0 if one is None else one for one in least),
+        )
 
     @field_validator("templates")
     @classmethod
@@ -37,10 +64,17 @@ class _File(BaseModel):
                 raise ValueError(f"expected templates without control characters, got {found} in {template!r:.80}")
         return templates
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _as_items(cls, labels: object) -> object:
+        return (
+            [{"label": one} if isinstance(one, str) else one for one in labels] if isinstance(labels, list) else labels
+        )
+
     @field_validator("labels")
     @classmethod
-    def _check_labels(cls, labels: list[str]) -> list[str]:
-        if reason := labels_error(labels):
+    def _check_labels(cls, labels: list[_Item]) -> list[_Item]:
+        if reason := labels_error([item.label for item in labels]):
             raise ValueError(reason)
         return labels
 
@@ -61,7 +95,7 @@ def load_label_sets(folders: Sequence[Path]) -> dict[str, LabelSet]:
             if other := files.get(one.name):
                 raise ValueError(f"{path}: name: expected a name of its own, got {one.name!r}, the name in {other}")
             files[one.name] = path
-            sets[one.name] = LabelSet(one.name, tuple(one.labels), tuple(one.templates), one.head)
+            sets[one.name] = one.label_set()
     return sets
 
 
@@ -80,11 +114,13 @@ def _read_file(path: Path) -> _File:
 
 
 def _first_error(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+    # A key with a typing error makes two errors: it is unknown, and the right one is missing.
+    first = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
     where = [f"number {part + 1}" if isinstance(part, int) else part for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        known = ", ".join(_File.model_fields)
-        return f"expected keys of {known}, got {where[0]!r}"
+        *where, key = where
+        known = ", ".join((_Item if where else _File).model_fields)
+        return f"{' '.join(where) or 'file'}: expected keys of {known}, got {key!r:.80}"
     return f"{' '.join(where) or 'file'}: {first['msg']}"
 
 
@@ -113,7 +149,7 @@ def _surprises(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
         yield from _repeated_keys(node)
         for key, value in node.value:
             yield from _surprises(value)
-            if key.value in {"name", "description"}:
+            if key.value in {"name", "description", "label"}:
                 yield from _other_than_text(value)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:

@@ -23,6 +23,12 @@ class LabelSet:
     words: tuple[str, ...]
     templates: tuple[str, ...] = ("{}",)
     head: Head = "softmax"
+    scale: float | None = None
+    """Factor of the cosine, in place of the model's."""
+    bias: float | None = None
+    """Added to the scaled cosine, in place of the model's. With a bias a set may use sigmoid with any model."""
+    min_cosines: tuple[float, ...] | None = None
+    """The least cosine of a tag, label by label; a request may bring its own."""
 
     def __hash__(self) -> int:
         """Computed once: every job looks its set up, and a set may hold many labels."""
@@ -30,7 +36,7 @@ class LabelSet:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.name, self.words, self.templates, self.head))
+        return hash((self.name, self.words, self.templates, self.head, self.scale, self.bias, self.min_cosines))
 
     @cached_property
     def info(self) -> LabelsInfo:
@@ -39,5 +45,7 @@ class LabelSet:
 
     def _digest(self) -> str:
         # JSON tells ["a\nb"] from ["a", "b"]; texts that are merely joined would have one digest.
-        fields = {"labels": self.words, "templates": self.templates, "head": self.head}
+        fields: dict[str, object] = {"labels": self.words, "templates": self.templates, "head": self.head}
+        more = {"scale": self.scale, "bias": self.bias, "min_cosines": self.min_cosines}
+        fields |= {name: value for name, value in more.items() if value is not None}
         return hashlib.sha256(to_json(fields)).hexdigest()[:DIGEST_CHARS]

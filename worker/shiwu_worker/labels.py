@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, get_args
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final, get_args
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -17,6 +18,11 @@ from shiwu_worker.label_set import LabelSet
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+SIGMOID_LACKS_BIAS: Final = (
+    "expected softmax, got sigmoid, which needs a bias, and this model has none: every score would be near 1. "
+    "Use softmax and set min_cosine as the threshold, or give the label set a bias"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class TextVectors:
@@ -26,7 +32,7 @@ class TextVectors:
     """Unit vectors (m, d)."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class EncodedLabels:
     """A label set with all that scoring needs. Jobs with equal label sets share one object."""
 
@@ -38,6 +44,12 @@ class EncodedLabels:
         """Unit vectors (m, d) of the labels."""
         return self.texts.vectors
 
+    @cached_property
+    def min_cosines(self) -> NDArray[np.float64] | None:
+        """The least cosine of a tag, (1, m), or None where the label set has no bound."""
+        least = self.label_set.min_cosines
+        return None if least is None else np.array([least], np.float64)
+
 
 class LabelBank:
     """Label sets and their vectors.
@@ -45,6 +57,10 @@ class LabelBank:
     Args:
         encode_texts: (m texts) → float32 (m, d) unit vectors; called on the thread that calls `encoded`.
         max_cached: label sets whose vectors are kept; the least recently used one goes first.
+        has_bias: whether the model has one; without it only label sets with a bias of their own may use sigmoid.
+
+    Raises:
+        ValueError: a label set uses sigmoid without a bias.
     """
 
     def __init__(
@@ -54,8 +70,13 @@ class LabelBank:
         default: str,
         encode_texts: Callable[[Sequence[str]], NDArray[np.float32]],
         max_cached: int,
+        has_bias: bool,
         inline_head: Head = "softmax",
     ) -> None:
+        self._has_bias = has_bias
+        for name, one in sets.items():
+            if self._lacks_bias(one):
+                raise ValueError(f"label set {name}: head: {SIGMOID_LACKS_BIAS}")
         self._sets = {(name, head): replace(one, head=head) for name, one in sets.items() for head in get_args(Head)}
         self._heads = {name: one.head for name, one in sets.items()}
         self._default = default
@@ -71,8 +92,17 @@ class LabelBank:
         """The labels that a request means. Thread-safe.
 
         Raises:
-            Rejected: unknown_label_set.
+            Rejected: unknown_label_set, or invalid_request for sigmoid without a bias.
         """
+        found = self._find(labels, head)
+        if self._lacks_bias(found):
+            raise Rejected(ErrorCode.INVALID_REQUEST, f"head: {SIGMOID_LACKS_BIAS}", stage=Stage.CLAIM)
+        return found
+
+    def _lacks_bias(self, label_set: LabelSet) -> bool:
+        return label_set.head == "sigmoid" and label_set.bias is None and not self._has_bias
+
+    def _find(self, labels: str | tuple[str, ...] | None, head: Head | None) -> LabelSet:
         if isinstance(labels, tuple):
             return LabelSet(name=None, words=labels, head=head or self._inline_head)
         name = labels or self._default

@@ -66,14 +66,22 @@ def read_label_sets(settings: Settings) -> dict[str, LabelSet]:
 
 
 def open_labels(settings: Settings, encoder: Any, sets: Mapping[str, LabelSet]) -> LabelBank:
-    """These label sets, for this model."""
-    return LabelBank(
-        sets=sets,
-        default=settings.default_labels,
-        encode_texts=encoder.encode_texts,
-        max_cached=settings.label_cache,
-        inline_head=encoder.default_head,
-    )
+    """These label sets, for this model.
+
+    Raises:
+        FatalError: with ExitCode.CONFIG when a set does not suit the model.
+    """
+    try:
+        return LabelBank(
+            sets=sets,
+            default=settings.default_labels,
+            encode_texts=encoder.encode_texts,
+            max_cached=settings.label_cache,
+            has_bias=encoder.bias is not None,
+            inline_head=encoder.default_head,
+        )
+    except ValueError as error:
+        raise FatalError(ExitCode.CONFIG, str(error)) from error
 
 
 def loader_options(settings: Settings, spec: ImageSpec) -> LoaderOptions:

@@ -36,6 +36,7 @@ def _asking(command: Any) -> Any:
         click.option("--label", "words", multiple=True, metavar="WORD", help="One word of your own; may be repeated."),
         click.option("--top-k", default=5, show_default=True, help="How many labels."),
         click.option("--threshold", default=0.0, show_default=True, help="Lowest score to show, 0 to 1."),
+        click.option("--min-cosine", type=float, help="Lowest cosine to show, -1 to 1."),
         click.option("--head", type=click.Choice(["softmax", "sigmoid"]), help="Default: the label set's own."),
         click.option("--expires", "expires_s", type=float, help="Seconds after which nobody wants the answer."),
     ):

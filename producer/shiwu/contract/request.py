@@ -91,6 +91,8 @@ class Request(Wire):
     head: Head | None = None
     metadata: Annotated[JsonValue, AfterValidator(_check_metadata)] = None
     want: Annotated[tuple[Want, ...], Field(min_length=1, max_length=2)] = ("tags",)
+    min_cosine: Annotated[float, Field(ge=-1.0, le=1.0)] | None = None
+    """The least cosine of a tag, in place of the label set's own bounds."""
 
 
 REQUEST_FIELDS: Final = tuple(Request.model_fields)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shiwu.contract import Head, ModelInfo, Tag
+from shiwu.contract import Head, ModelInfo, Request, Tag
 from shiwu_worker.errors import WrongVectors
 from shiwu_worker.job import Job
 
@@ -46,19 +46,30 @@ def top_tags(
     *,
     top_k: Sequence[int],
     threshold: Sequence[float],
+    min_cosines: NDArray[np.float64] | None = None,
 ) -> list[tuple[Tag, ...]]:
-    """The best labels of each picture, (n, m) in, best first; equal scores keep the label set's order.
+    """The best labels of each image, (n, m) in, nearest first; equal cosines keep the label set's order.
 
-    All pictures at once: numpy's price is one of calls, and most label sets are small.
+    Ordered by cosine and not by score: a sigmoid may round the scores of all labels to 1.
+
+    Args:
+        threshold: the least score of a tag, for each image.
+        min_cosines: the least cosine of a tag, (n, m) or (1, m).
     """
-    best = np.argsort(-probabilities, axis=1, kind="stable")[:, : max(top_k, default=0)]
-    exact = np.take_along_axis(probabilities, best, axis=1)
-    scores = exact.astype(np.float64).round(DIGITS).tolist()
+    # All images in one call each: a numpy call costs more than its arithmetic on a small label set.
+    keys, counts = -cosines, np.full(len(cosines), cosines.shape[1])
+    if min_cosines is not None or any(threshold):
+        kept = probabilities >= np.asarray(threshold, np.float64)[:, None]
+        if min_cosines is not None:
+            kept &= cosines >= min_cosines
+        keys, counts = np.where(kept, keys, np.inf), kept.sum(axis=1)
+    best = np.argsort(keys, axis=1, kind="stable")[:, : max(top_k, default=0)]
+    scores = np.take_along_axis(probabilities, best, axis=1).astype(np.float64).round(DIGITS).tolist()
     nearness = np.take_along_axis(cosines, best, axis=1).astype(np.float64).round(DIGITS).tolist()
-    kept = np.minimum((exact >= np.asarray(threshold, np.float64)[:, None]).sum(axis=1), top_k).tolist()
+    lengths = np.minimum(counts, top_k).tolist()
     return [
         tuple(map(Tag, [words[i] for i in row[:count]], score, cosine))
-        for row, score, cosine, count in zip(best.tolist(), scores, nearness, kept, strict=True)
+        for row, score, cosine, count in zip(best.tolist(), scores, nearness, lengths, strict=True)
     ]
 
 
@@ -90,7 +101,13 @@ class Scorer:
 
     def _score_group(self, jobs: Sequence[Job], vectors: NDArray[np.float32], labels: EncodedLabels) -> None:
         label_set = labels.label_set
-        probabilities, cosines = score(vectors, labels.vectors, head=label_set.head, scale=self._scale, bias=self._bias)
+        probabilities, cosines = score(
+            vectors,
+            labels.vectors,
+            head=label_set.head,
+            scale=self._scale if label_set.scale is None else label_set.scale,
+            bias=self._bias if label_set.bias is None else label_set.bias,
+        )
         asked = [job.request for job in jobs]
         tags = top_tags(
             probabilities,
@@ -98,6 +115,7 @@ class Scorer:
             label_set.words,
             top_k=[one.top_k if one else 0 for one in asked],
             threshold=[one.threshold if one else 0.0 for one in asked],
+            min_cosines=_min_cosines(asked, labels),
         )
         for i, (job, request) in enumerate(zip(jobs, asked, strict=True)):
             job.model = self._model
@@ -105,3 +123,18 @@ class Scorer:
                 job.tags = tags[i]
             if request is not None and "embedding" in request.want:
                 job.embedding = tuple(vectors[i].astype(np.float64).round(DIGITS).tolist())
+
+
+def _min_cosines(asked: Sequence[Request | None], labels: EncodedLabels) -> NDArray[np.float64] | None:
+    """The least cosines (n, m) or (1, m) of these requests, or None where there is no bound."""
+    own = [one.min_cosine if one else None for one in asked]
+    if all(one is None for one in own):
+        return labels.min_cosines
+    # A request's own bound takes the place of the label set's.
+    bounds = np.full((len(asked), len(labels.vectors)), -np.inf)
+    if labels.min_cosines is not None:
+        bounds[:] = labels.min_cosines
+    for row, one in enumerate(own):
+        if one is not None:
+            bounds[row] = one
+    return bounds
