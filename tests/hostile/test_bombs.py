@@ -11,7 +11,7 @@ import pytest
 from tests.support import bombs, pictures
 from tests.support.loader_pool import Pool, load_all
 
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "HEIF")
 MEMORY_BYTES: Final = 2 * 1024**3
 LIMITS: Final = {
     "max_bytes": 20 * 1024 * 1024,
@@ -26,7 +26,7 @@ REFUSED: Final = {
     "webp_pixels": "picture_too_large", "webp_frames": "picture_too_large", "png_pixels": "picture_too_large",
     "png_line": "picture_too_large", "png_apng_count": "picture_too_large", "png_chunks": "picture_too_large",
     "jpeg_scans": "picture_too_large", "jpeg_pixels": "picture_too_large", "jpeg_segments": "picture_too_large",
-    "gif_pixels": "picture_too_large", "gif_grows": "picture_too_large", "tiff_tags": "not_a_picture",
+    "gif_pixels": "picture_too_large", "gif_grows": "picture_too_large", "tiff_tags": "picture_broken",
     "png_no_pixels": "picture_broken", "png_text": "picture_broken", "png_many_texts": "picture_broken",
     "png_profile": "picture_broken",
 }  # fmt: skip
@@ -60,7 +60,7 @@ def test_broken_files_of_every_kind_are_answered(tmp_path: Path, seed: int) -> N
         found = load_all([tmp_path / name for name in files], pool, timeout_s=100)
     assert found.answers.keys() == files.keys()
     assert found.restarts == 0
-    codes = {"not_a_picture", "picture_broken", "picture_too_large"}
+    codes = {"not_a_picture", "picture_broken", "picture_too_large", "picture_unsupported", "picture_invisible"}
     assert found.counts.keys() <= {*FORMATS, *codes}
     cut = {name: answer for name, answer in found.answers.items() if name.startswith(("cut-0.5", "cut-0.05"))}
     assert {name for name, answer in cut.items() if answer not in codes} == set(), "half a picture is never tagged"
@@ -71,6 +71,7 @@ def test_what_is_allowed_beside_the_bombs_still_works(tmp_path: Path) -> None:
     good = pictures.variants() | {
         "progressive-12mp.jpg": pictures.progressive_jpeg(pictures.picture().resize((4000, 3000))),
         "text.png": bombs.png_with_text(),
+        "plain.heic": pictures.heic(pictures.picture()),
     }
     for name, data in good.items():
         (tmp_path / name).write_bytes(data)

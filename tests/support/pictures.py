@@ -125,6 +125,14 @@ def avif(image: Image.Image) -> bytes:
     return saved(image, "AVIF", quality=80, speed=9)
 
 
+def heic(image: Image.Image) -> bytes:
+    """A HEIC, which operators must allow."""
+    import pillow_heif  # noqa: PLC0415 few tests need it
+
+    pillow_heif.register_heif_opener()
+    return saved(image, "HEIF", quality=80)
+
+
 def truncated(image: Image.Image) -> bytes:
     """The first two thirds of a JPEG."""
     data = jpeg(image)

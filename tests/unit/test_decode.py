@@ -89,12 +89,12 @@ def test_every_variant_is_decoded_or_has_its_code() -> None:
     [
         (b"", LIMITS, "picture_empty"),
         (b"<html>", LIMITS, "not_a_picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", LIMITS, "not_a_picture"),
-        (b"\x89PNG\r\n\x1a\n", LIMITS, "not_a_picture"),
-        (b"\xff\xd8\xff", LIMITS, "not_a_picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", LIMITS, "picture_unsupported"),
+        (b"\x89PNG\r\n\x1a\n", LIMITS, "picture_broken"),
+        (b"\xff\xd8\xff", LIMITS, "picture_broken"),
         (pictures.png(Image.new("L", (200, 200))), DecodeLimits(10_000, 16_384, ("PNG",)), "picture_too_large"),
         (pictures.png(Image.new("L", (200, 2))), DecodeLimits(10_000, 100, ("PNG",)), "picture_too_large"),
-        (pictures.png(Image.new("L", (9, 9))), DecodeLimits(10_000, 100, ("JPEG",)), "not_a_picture"),
+        (pictures.png(Image.new("L", (9, 9))), DecodeLimits(10_000, 100, ("JPEG",)), "picture_unsupported"),
     ],
 )
 def test_what_is_no_picture_has_its_code(data: bytes, limits: DecodeLimits, code: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +16,7 @@ from shiwu.keep import DEAD_AGE_S, DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S, STREAM
 from shiwu.upkeep import MAX_LEASE_S
 from shiwu_worker.callback_rules import MOST, CallbackRules
 from shiwu_worker.config_lists import (
+    Formats,
     Hosts,
     Names,
     Networks,
@@ -33,7 +33,6 @@ from shiwu_worker.cores import usable_cores
 from shiwu_worker.reach import HTTP_PORTS, Reach
 
 LARGEST_TRIED = 64
-FORMATS = {"JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "HEIF"}
 
 
 class Settings(BaseSettings):
@@ -141,11 +140,12 @@ class Settings(BaseSettings):
     read_timeout_s: float = Field(10.0, gt=0, description="one silence of a server")
     max_bytes: int = Field(20 * 1024 * 1024, ge=1024, description="largest picture file")
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture, width × height")
-    max_side: int = Field(16_384, ge=1, description="longest side in pixels")
+    max_side: int = Field(65_535, ge=1, description="longest side in pixels; max_pixels is what bounds memory and time")
     max_frames: int = Field(5000, ge=1, description="frames of one animation, where its header tells them")
     max_scans: int = Field(100, ge=1, description="scans of one JPEG; honest progressive ones have about ten")
-    formats: Names = Field(
-        ("JPEG", "PNG", "WEBP", "GIF", "AVIF"), description="may add BMP, TIFF, and HEIF where pillow-heif is installed"
+    formats: Formats = Field(
+        ("JPEG", "PNG", "WEBP", "GIF", "AVIF"),
+        description="may add BMP, TIFF, and HEIF (HEIC) where pillow-heif is installed",
     )
     exact_decode: bool = Field(
         False, description="never decode a JPEG at reduced size: slower, pixels as transformers'"
@@ -205,16 +205,6 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(split(value)) if isinstance(value, str) else value
-
-    @field_validator("formats")
-    @classmethod
-    def _check_formats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        names = tuple(name.upper() for name in value)
-        if unknown := sorted(set(names) - FORMATS):
-            raise ValueError(f"expected formats of {', '.join(sorted(FORMATS))}, got {', '.join(unknown)[:80]}")
-        if "HEIF" in names and find_spec("pillow_heif") is None:
-            raise ValueError("HEIF needs pillow-heif: install shiwu[worker,heic]")
-        return names
 
     @field_validator("retry", mode="before")
     @classmethod

@@ -30,7 +30,23 @@ def _has_client(value: str) -> str:
     return value
 
 
+FORMATS = {"JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "HEIF"}
+"""Formats that the operator may allow, by Pillow's names."""
+FORMAT_ALIASES = {"JPG": "JPEG", "JPE": "JPEG", "JFIF": "JPEG", "TIF": "TIFF", "HEIC": "HEIF", "APNG": "PNG"}
+"""Endings of file names that people write for them."""
+
+
+def _known_formats(value: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(FORMAT_ALIASES.get(name.upper(), name.upper()) for name in value))
+    if unknown := sorted(set(names) - FORMATS):
+        raise ValueError(f"expected formats of {', '.join(sorted(FORMATS))}, got {', '.join(unknown)[:80]}")
+    if "HEIF" in names and find_spec("pillow_heif") is None:
+        raise ValueError("HEIF (HEIC) needs pillow-heif: install shiwu[worker,heic]")
+    return names
+
+
 Names = Annotated[tuple[str, ...], NoDecode]
+Formats = Annotated[tuple[str, ...], NoDecode, AfterValidator(_known_formats)]
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(checked(read_host))], ...], NoDecode]
 Networks = Annotated[tuple[Annotated[str, AfterValidator(checked(ipaddress.ip_network))], ...], NoDecode]
 Prefixes = Annotated[tuple[Annotated[str, AfterValidator(checked(read_nat64))], ...], NoDecode]

@@ -22,6 +22,7 @@ from PIL import AvifImagePlugin, Image, ImageOps, UnidentifiedImageError
 from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import Rejected
 from shiwu_worker.headers import has_more_chunks, has_more_scans, webp_size
+from shiwu_worker.image_formats import identify, listed, refusal
 from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.pixels import sample_bits, visible_rgb
 
@@ -83,18 +84,17 @@ def decode(
             transformers' processor.
 
     Raises:
-        Rejected: picture_empty, not_a_picture, picture_too_large or picture_broken.
+        Rejected: picture_empty, not_a_picture, picture_unsupported, picture_too_large, picture_broken or
+            picture_invisible.
         MemoryError: it does not fit; perhaps beside its neighbours only.
     """
-    if not data:
-        raise Rejected(ErrorCode.PICTURE_EMPTY, "expected a picture, got 0 bytes", stage=Stage.DECODE)
+    name = _checked_format(data, limits)
     if size := webp_size(data):
         _check_size(*size, limits)
     if has_more_chunks(data, MAX_CHUNKS):
         text = f"expected a PNG or JPEG of at most {MAX_CHUNKS} chunks, got more"
         raise Rejected(ErrorCode.PICTURE_TOO_LARGE, text, stage=Stage.DECODE)
-    with _open(data, limits) as image:
-        name = "JPEG" if image.format == "MPO" else str(image.format)
+    with _open(data, name, limits) as image:
         _check_size(*image.size, limits)
         _check_parts(image, data, limits)
         width, height = image.size
@@ -142,16 +142,28 @@ def warm() -> None:
         decode(file.getvalue(), spec=spec, limits=DecodeLimits(max_pixels=256, max_side=16, formats=(kind,)))
 
 
-def _open(data: bytes, limits: DecodeLimits) -> Image.Image:
+def _checked_format(data: bytes, limits: DecodeLimits) -> str:
+    """The format of these bytes; a Rejected for what is none, or is one that the operator does not accept."""
+    if not data:
+        raise Rejected(ErrorCode.PICTURE_EMPTY, "expected an image, got 0 bytes", stage=Stage.DECODE)
+    found = identify(data)
+    if found is None or not found.is_image:
+        got = found.name if found else f"bytes that begin with {data[:12]!r}"
+        text = f"expected {listed(limits.formats)}, got {got}"
+        raise Rejected(ErrorCode.NOT_A_PICTURE, text, stage=Stage.DECODE)
+    if found.name not in limits.formats:
+        raise Rejected(ErrorCode.PICTURE_UNSUPPORTED, refusal(found, limits.formats), stage=Stage.DECODE)
+    return found.name
+
+
+def _open(data: bytes, name: str, limits: DecodeLimits) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data), formats=limits.formats)
+        return Image.open(io.BytesIO(data), formats=(name,))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(error, limits) from error
-    except UnidentifiedImageError as error:
-        text = f"expected {', '.join(limits.formats)}, got bytes that begin with {data[:12]!r}"
-        raise Rejected(ErrorCode.NOT_A_PICTURE, text, stage=Stage.DECODE) from error
     except Exception as error:  # border: a parser raises anything on hostile bytes
-        text = f"expected a picture's header ({type(error).__name__}: {error!s:.120})"
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({type(error).__name__}: {error!s:.120})"
+        text = f"expected a whole {name} image, got one whose header cannot be read{reason}"
         raise Rejected(ErrorCode.PICTURE_BROKEN, text, stage=Stage.DECODE) from error
 
 
