@@ -23,7 +23,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 BUILD = $(DOCKER) build --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-fast hostile fuzz lint bench bench-compare drill chart-tools chart-docs images format clean
+.PHONY: help demo test test-long test-fast hostile fuzz lint bench bench-compare drill chart-tools chart-docs error-docs images format clean
 .DELETE_ON_ERROR:
 # Running targets side by side would mix what they print, and two of them would share the machine's cores.
 .NOTPARALLEL:
@@ -71,6 +71,9 @@ chart-tools: $(STAMP) ## install what the chart's tests run: two versions of hel
 
 chart-docs: $(STAMP) ## make the chart's schema and README from its values.yaml
 	$(BIN)/python -m tests.support.chart_docs
+
+error-docs: $(STAMP) ## write docs/errors.md from the tables of errors in the code
+	$(BIN)/python -m shiwu_worker.error_docs docs/errors.md
 
 images: ## build shiwu-producer, shiwu-worker-cpu and shiwu-worker (for NVIDIA GPUs); without Docker: docker/build-here.sh
 	$(BUILD) -f docker/producer.Dockerfile -t shiwu-producer:$(VERSION) .

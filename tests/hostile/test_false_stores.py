@@ -101,7 +101,8 @@ def test_a_store_sends_nobody_elsewhere(http_server: PictureServer, client: S3Cl
 
 @each_client
 def test_a_bucket_in_another_region_is_a_refusal(http_server: PictureServer, client: S3Client) -> None:
-    """A redirect that says no place."""
+    """A redirect that says no place: the worker's region is wrong, not the image. The store is asked once."""
     http_server.serve("/pictures/a", Reply(status=301, body=b"<Error><Code>PermanentRedirect</Code></Error>"))
     error = failure(make_fetcher(client, http_server.url("")), "s3://pictures/a")
-    assert (type(error), error.code.value) == (Rejected, "source_not_found")
+    assert (type(error), error.code.value) == (Unavailable, "source_credentials")
+    assert http_server.hits == {"/pictures/a": 1}

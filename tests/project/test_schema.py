@@ -1,4 +1,4 @@
-"""The published JSON Schema is the code's, and real messages pass it."""
+"""The published JSON Schema and the page of errors are the code's, and real messages pass the schema."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from shiwu.contract import Answer, ErrorCode, ErrorInfo, Request, RequestError, Status, Tag, parse_request
 from shiwu.schema import schemas
+from shiwu_worker.error_docs import page
 
 FOLDER = Path(__file__).parents[2] / "docs" / "schema"
 
@@ -18,6 +19,11 @@ FOLDER = Path(__file__).parents[2] / "docs" / "schema"
 def test_the_schema_files_are_current(name: str) -> None:
     """`python -m shiwu.schema docs/schema` was run after the last change."""
     assert (FOLDER / name).read_text(encoding="utf-8") == schemas()[name]
+
+
+def test_the_page_of_errors_is_current() -> None:
+    """`make error-docs` was run after the last change of a table."""
+    assert (FOLDER.parent / "errors.md").read_text(encoding="utf-8") == page()
 
 
 def test_what_we_write_passes_the_schema() -> None:

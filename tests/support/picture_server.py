@@ -75,10 +75,14 @@ class PictureServer:
     Args:
         address: one of loopback, 127.0.0.1 to 127.255.255.254.
         tls: speaks HTTPS with this.
+        posts: the reply to every POST.
     """
 
-    def __init__(self, *, address: str = LOOPBACK, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, *, address: str = LOOPBACK, tls: ssl.SSLContext | None = None, posts: Reply | None = None
+    ) -> None:
         self._address = address
+        self.posts = posts or Reply.error(405)
         self._tls = tls
         self._replies: dict[str, list[Reply]] = {}
         self._lock = threading.Lock()
@@ -196,6 +200,10 @@ class _Handler(BaseHTTPRequestHandler):
             pictures.done()
 
     do_HEAD = do_GET  # noqa: N815 the name is the base class's
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        self._send(self.server.pictures.posts)
 
     def _send(self, reply: Reply) -> None:
         stopped = self.server.pictures.stopped

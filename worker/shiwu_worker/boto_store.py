@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 import boto3
-import urllib3
+import botocore.session
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-)
+from botocore.credentials import ReadOnlyCredentials
+from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
 
+from shiwu.contract import ErrorCode
+from shiwu_worker.error_table import UNKNOWN, exception_row
+from shiwu_worker.errors import JobError
 from shiwu_worker.object_store import (
     CHUNK,
     Body,
@@ -25,69 +25,185 @@ from shiwu_worker.object_store import (
     S3Limits,
     S3Options,
     StoreAway,
+    StoreError,
     StoreRefused,
     WrongName,
+    WrongSettings,
+    is_aws,
 )
+
+ASK_CHAIN_AGAIN_S: Final = 10.0
+"""How long the AWS chain is left alone after it had no credentials: a look at a machine's metadata takes seconds."""
+_OPERATIONS: Final = frozenset({"GetObject", "HeadBucket", "ListBuckets", "CreateSession"})
+"""What the store itself is asked; any other operation is of a service that gives out credentials."""
 
 
 class BotoStore:
     """An `ObjectStore`; the client is made when the first object is asked for."""
 
     def __init__(self, options: S3Options, limits: S3Limits) -> None:
-        self._options = options
-        self._limits = limits
-        self._client: Any = None
-        self._lock = threading.Lock()
+        self._clients = Clients(options, limits)
 
     @contextmanager
     def open(self, bucket: str, key: str, *, version: str | None) -> Iterator[Body]:
         """Ask for one object."""
         more = {} if version is None else {"VersionId": version}
-        with as_store_errors():
-            answer = self._made().get_object(Bucket=bucket, Key=key, **more)
+        with as_store_errors(has_version=version is not None):
+            answer = _get(self._clients.get().client, Bucket=bucket, Key=key, **more)
             with answer["Body"] as body:
                 # read1, or a piece would be waited for until it is whole, however slowly it comes.
                 yield Body(lambda: body.read1(CHUNK), answer.get("ContentLength"))
 
-    def _made(self) -> Any:
+
+def _get(client: Any, **asked: str) -> Any:
+    try:
+        return client.get_object(**asked)
+    except UnicodeError:
+        raise
+    except ValueError as error:  # botocore could not read a header of the reply: a date, a length
+        raise StoreAway(f"malformed reply, {type(error).__name__}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """All that a request needs."""
+
+    session: botocore.session.Session
+    client: Any
+    credentials: ReadOnlyCredentials
+
+
+class Clients:
+    """Makes the client once the AWS chain has credentials, and keeps these fresh; thread-safe.
+
+    A client that was made without credentials would never get any, so it is not kept.
+    """
+
+    def __init__(self, options: S3Options, limits: S3Limits) -> None:
+        self._options = options
+        self._limits = limits
+        self._made: tuple[botocore.session.Session, Any] | None = None
+        self._without_until_s = 0.0
+        self._lock = threading.Lock()
+
+    def get(self) -> Access:
+        """The client and the credentials of this moment.
+
+        Raises:
+            NoCredentials: the chain has none now.
+            WrongSettings: no client can be made, or the chain fails.
+        """
         with self._lock:
-            if self._client is None:
-                self._client = new_client(boto3.session.Session(), self._options, self._limits)
-            return self._client
+            if self._made is None:
+                if time.monotonic() < self._without_until_s:
+                    raise NoCredentials
+                inner = botocore.session.Session()
+                try:
+                    _credentials(inner)
+                except NoCredentials:
+                    self._without_until_s = time.monotonic() + ASK_CHAIN_AGAIN_S
+                    raise
+                session = boto3.session.Session(botocore_session=inner)
+                self._made = inner, new_client(session, self._options, self._limits)
+            inner, client = self._made
+        # Here and not in the request: what fails in a service that gives out credentials says nothing about the object.
+        return Access(inner, client, _credentials(inner))
+
+
+def _credentials(session: botocore.session.Session) -> ReadOnlyCredentials:
+    try:
+        found = session.get_credentials()
+        if found is None:
+            raise NoCredentials
+        return found.get_frozen_credentials()
+    except StoreError:
+        raise
+    except PartialCredentialsError as error:
+        raise NoCredentials from error
+    except ClientError as error:
+        raise _by_other_service(error) from error
+    except Exception as error:  # border: the chain runs programs and asks services, and none of it is about the object
+        raise WrongSettings(type(error).__name__) from error
+
+
+def _by_other_service(error: ClientError) -> WrongSettings:
+    told: Mapping[str, Any] = error.response
+    return WrongSettings(f"{error.operation_name} answered {told.get('Error', {}).get('Code', 'no code'):.64}")
 
 
 def new_client(session: boto3.session.Session, options: S3Options, limits: S3Limits) -> Any:
-    """A boto3 client that never tries twice by itself; thread-safe."""
-    return session.client(
-        "s3",
-        endpoint_url=options.endpoint_url,
-        region_name=options.region,
-        config=Config(
-            # Tries are ours, within one deadline; botocore's would come on top of them.
-            retries={"mode": "standard", "total_max_attempts": 1},
-            max_pool_connections=limits.threads,
-            connect_timeout=limits.connect_timeout_s,
-            read_timeout=limits.read_timeout_s,
-            tcp_keepalive=True,
-            s3={"addressing_style": "path"} if options.endpoint_url else {},
-            # Stores other than AWS fail on the newer checksums.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        ),
-    )
+    """A boto3 client that never tries twice by itself; thread-safe.
+
+    Raises:
+        WrongSettings: the endpoint is no URL.
+    """
+    try:
+        client = session.client(
+            "s3",
+            endpoint_url=options.endpoint_url,
+            region_name=options.region,
+            config=Config(
+                # Tries are ours, within one deadline; botocore's would come on top of them.
+                retries={"mode": "standard", "total_max_attempts": 1},
+                max_pool_connections=limits.threads,
+                connect_timeout=limits.connect_timeout_s,
+                read_timeout=limits.read_timeout_s,
+                tcp_keepalive=True,
+                s3={"addressing_style": "path"} if options.endpoint_url else {},
+                # Stores other than AWS fail on the newer checksums.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+    except ValueError as error:
+        raise WrongSettings("the endpoint is no http(s)://host[:port]") from error
+    if not is_aws(client.meta.endpoint_url):
+        client.meta.events.register("before-parameter-build.s3", _follow_no_redirect)
+    return client
+
+
+def _follow_no_redirect(context: dict[str, Any], **_: object) -> None:
+    # A bucket of AWS may be in another region. Any other store has one endpoint, and botocore would ask it for the
+    # bucket's region dozens of times.
+    context.setdefault("s3_redirect", {})["redirected"] = True
 
 
 @contextmanager
-def as_store_errors() -> Iterator[None]:
-    """Say in the words of `object_store` what botocore says in its own."""
+def as_store_errors(*, has_version: bool = False) -> Iterator[None]:
+    """Say in the words of `object_store` what botocore says in its own. What the table does not know goes on as it is.
+
+    Args:
+        has_version: the object is asked for by version.
+    """
     try:
         yield
+    except (StoreError, JobError):
+        raise
     except ClientError as error:
-        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        raise StoreRefused(str(error.response.get("Error", {}).get("Code", "")), status) from error
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        raise NoCredentials from error
-    except ParamValidationError as error:
-        raise WrongName("expected a bucket and key that S3 accepts") from error
-    except (BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
-        raise StoreAway(type(error).__name__) from error
+        raise _refused(error, has_version=has_version) from error
+    except Exception as error:
+        if (made := _known(error)) is None:
+            raise
+        raise made from error
+
+
+def _refused(error: ClientError, *, has_version: bool) -> StoreError:
+    told: Mapping[str, Any] = error.response
+    code = str(told.get("Error", {}).get("Code", ""))
+    if error.operation_name not in _OPERATIONS:
+        return _by_other_service(error)
+    status = int(told.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return StoreRefused(code, status, has_version=has_version)
+
+
+def _known(error: Exception) -> StoreError | None:
+    found = exception_row(error)
+    if found is UNKNOWN:
+        return None
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return NoCredentials()
+    if found.code is ErrorCode.SOURCE_CREDENTIALS:
+        return WrongSettings(type(error).__name__)
+    if found.code is ErrorCode.INVALID_REFERENCE:
+        return WrongName("expected a bucket and key that S3 accepts")
+    return StoreAway(type(error).__name__)

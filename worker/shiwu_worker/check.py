@@ -73,7 +73,7 @@ def _check_s3(settings: Settings) -> str:
     session = boto3.session.Session()
     credentials = session.get_credentials()
     if credentials is None:
-        return "no credentials: s3:// references will be answered source_forbidden"
+        return "no credentials: s3:// references will be answered source_credentials"
     if settings.s3_endpoint_url is None:
         return f"credentials by {credentials.method}; AWS is not asked, since no bucket is known here"
     store = new_store(

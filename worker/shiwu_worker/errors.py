@@ -48,6 +48,19 @@ class Unavailable(JobError):
 
     retryable = True
 
+    def __init__(
+        self,
+        code: ErrorCode,
+        message: str,
+        *,
+        stage: Stage | None = None,
+        detail: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(code, message, stage=stage, detail=detail)
+        self.retry_after_s = retry_after_s
+        """The pause that the source asks for; None where it asks for none."""
+
 
 class WrongVectors(ValueError):
     """The model's answer for a batch can't be used as it is. `rows` names the guilty ones where that is known."""

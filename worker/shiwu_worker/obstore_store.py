@@ -13,17 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-import boto3
-import botocore.session
 import obstore
 from botocore.credentials import ReadOnlyCredentials
 from botocore.utils import get_environ_proxies
 from obstore.exceptions import (
     AlreadyExistsError,
-    BaseError,
+    InvalidPathError,
     NotModifiedError,
     PermissionDeniedError,
     PreconditionError,
@@ -31,17 +29,20 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store
 
-from shiwu_worker.boto_store import as_store_errors, new_client
+from shiwu_worker.boto_store import Access, Clients, as_store_errors
+from shiwu_worker.error_table import UNKNOWN, obstore_row
+from shiwu_worker.errors import JobError
 from shiwu_worker.object_store import (
     STORES_KEPT,
     Body,
-    NoCredentials,
     S3Limits,
     S3Options,
     StoreAway,
+    StoreDefect,
     StoreError,
     StoreRefused,
     WrongName,
+    is_aws,
 )
 
 if TYPE_CHECKING:
@@ -58,11 +59,10 @@ STATUSES: Final[dict[type[Exception], int]] = {
     NotModifiedError: 304,
 }
 _STATUS: Final = re.compile(r"Server returned non-2xx status code: (\d{3})")
-_CODE: Final = re.compile(r"<Code>(\w{1,64})</Code>")
-_KIND: Final = re.compile(r"HttpError \{\s*kind: (\w+)")
-# What botocore too would write in front of a host, and of which hosts.
+_CODE: Final = re.compile(r"<Code>\s*([\w.]{1,64})\s*</Code>", re.ASCII)
+_KIND: Final = re.compile(r"HttpError \{\s*kind: (\w+)|source: (Header) \{")
+# What botocore too would write in front of a host.
 _LABEL: Final = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
-_AWS: Final = (".amazonaws.com", ".amazonaws.com.cn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,6 @@ class _Place:
 
     url: str
     region: str
-    credentials: Any
     authorities: bytes | None
 
 
@@ -83,6 +82,7 @@ class ObstoreStore:
         os.environ.setdefault("TOKIO_WORKER_THREADS", "1")
         self._options = options
         self._limits = limits
+        self._clients = Clients(options, limits)
         self._place: _Place | None = None
         self._stores: OrderedDict[str, tuple[ReadOnlyCredentials, S3Store]] = OrderedDict()
         self._lock = threading.Lock()
@@ -93,46 +93,36 @@ class ObstoreStore:
         store = self._store(bucket)
         if key.startswith("/") or key.endswith("/"):  # or it would ask for the key without it
             raise _wrong_key()
-        try:
-            found = obstore.get(store, key, options=None if version is None else {"version": version})
-        except ValueError as error:
-            raise _wrong_key() from error
-        except (BaseError, OSError) as error:
-            raise _store_error(error, key) from error
-        # Small pieces, so that whoever reads sees the clock however slowly they come.
-        pieces = found.stream(min_chunk_size=1)
-        try:
+        with _as_store_errors(key, has_version=version is not None):
+            try:
+                found = obstore.get(store, key, options=None if version is None else {"version": version})
+            except (ValueError, InvalidPathError) as error:
+                raise _wrong_key() from error
+            # Small pieces, so that whoever reads sees the clock however slowly they come.
+            pieces = found.stream(min_chunk_size=1)
             yield Body(lambda: next(pieces, b""), found.meta["size"])
-        except (BaseError, OSError) as error:
-            raise _store_error(error, key) from error
 
     def _store(self, bucket: str) -> S3Store:
         with self._lock, as_store_errors():
+            access = self._clients.get()
             if self._place is None:
-                self._place = _find(self._options, self._limits)
-            if self._place.credentials is None:
-                raise NoCredentials
-            credentials = self._place.credentials.get_frozen_credentials()
+                self._place = _find(access)
             known, store = self._stores.get(bucket, (None, None))
-            if store is None or known != credentials:
-                store = _new_store(bucket, self._place, credentials, self._options, self._limits)
-                self._stores[bucket] = (credentials, store)
+            if store is None or known != access.credentials:
+                store = _new_store(bucket, self._place, access.credentials, self._options, self._limits)
+                self._stores[bucket] = (access.credentials, store)
             self._stores.move_to_end(bucket)
             if len(self._stores) > STORES_KEPT:
                 self._stores.popitem(last=False)
             return store
 
 
-def _find(options: S3Options, limits: S3Limits) -> _Place:
-    inner = botocore.session.Session()
-    session = boto3.session.Session(botocore_session=inner)
-    client = new_client(session, options, limits)
-    bundle = inner.get_config_variable("ca_bundle")
-    region = client.meta.region_name
+def _find(access: Access) -> _Place:
+    bundle = access.session.get_config_variable("ca_bundle")
+    region = access.client.meta.region_name
     return _Place(
-        url=client.meta.endpoint_url,
+        url=access.client.meta.endpoint_url,
         region="us-east-1" if region == "aws-global" else region,
-        credentials=session.get_credentials(),
         authorities=Path(bundle).read_bytes() if bundle else None,
     )
 
@@ -149,8 +139,7 @@ def _new_store(
         }
 
     url = place.url
-    is_aws = options.endpoint_url is None and (urlsplit(url).hostname or "").endswith(_AWS)
-    has_host = is_aws and _LABEL.fullmatch(bucket) is not None
+    has_host = options.endpoint_url is None and is_aws(url) and _LABEL.fullmatch(bucket) is not None
     if has_host:
         url = url.replace("://", f"://{bucket}.", 1)
     return S3Store(
@@ -201,7 +190,19 @@ def _wrong_key() -> WrongName:
     )
 
 
-def _store_error(error: Exception, key: str) -> StoreError:
+@contextmanager
+def _as_store_errors(key: str, *, has_version: bool) -> Iterator[None]:
+    try:
+        yield
+    except (StoreError, JobError):
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception, and would end the thread
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise _store_error(error, key, has_version=has_version) from error
+        raise
+
+
+def _store_error(error: BaseException, key: str, *, has_version: bool) -> StoreError:
     """Its text holds addresses, and, in errors that have a type of their own, the key as the producer wrote it."""
     text = str(error)
     status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), None)
@@ -213,6 +214,9 @@ def _store_error(error: Exception, key: str) -> StoreError:
         status = 301
     if status is not None:
         code = _CODE.search(text)
-        return StoreRefused(code[1] if code else str(status), status)
-    kind = _KIND.search(text)
-    return StoreAway(f"{type(error).__name__}{f', {kind[1]}' if kind else ''}")
+        return StoreRefused(code[1] if code else "", status, has_version=has_version)
+    seen = _KIND.search(text)
+    kind = seen and (seen[1] or seen[2])
+    why = f"{type(error).__name__}{f', {kind}' if kind else ''}"
+    is_cut = isinstance(error, OSError)
+    return StoreAway(why) if is_cut or obstore_row(kind) is not UNKNOWN else StoreDefect(why)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from redis import RedisError
 
-from shiwu.contract import ImageInfo, without_query
+from shiwu.contract import ErrorInfo, ImageInfo, log_level_of, without_query
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.fates import Fates
 from shiwu_worker.hands import Hands, Limits
@@ -160,8 +160,7 @@ class Pipeline:
             else:
                 job.fail(one.error)
                 job.is_final = one.is_final
-                if one.detail is not None:
-                    log.info("source_failed", id=job.id, code=str(one.error.code), detail=one.detail)
+                _log_failure(job, one.error, one.detail)
                 failed.append(job)
         if ready:
             self._do.batcher.put(ready)
@@ -294,3 +293,9 @@ class Pipeline:
             job.is_accused = job.is_on_device and error.exit_code is not ExitCode.CANARY
         self._say_claiming(is_so=False)
         self._on_fatal(error)
+
+
+def _log_failure(job: Job, error: ErrorInfo, detail: str | None) -> None:
+    level = log_level_of(error.code)
+    if detail is not None or level != "info":
+        getattr(log, level)("source_failed", id=job.id, code=str(error.code), detail=detail or error.message)

@@ -1,13 +1,13 @@
-"""What a source's refusals mean: facts that no other try changes, or absences that may pass.
+"""Makes the job's error out of what a source replied or how the fetch failed, as the table of errors says.
 
-What a producer is told does not say whether the worker's rules refused a source, or no connection came about: whoever
-may ask could otherwise map the network that the worker stands in. `detail` says it, to the log only.
+An answer does not say whether the worker's rules refused a source or no connection came about, because producers could
+otherwise map the network of the worker. `detail` says it, in the log only.
 """
 
 from __future__ import annotations
 
 import re
-import ssl
+import traceback
 from typing import Final
 from urllib.parse import urljoin
 
@@ -15,18 +15,26 @@ import urllib3
 from urllib3.util import parse_url
 
 from shiwu.contract import ErrorCode, Stage
+from shiwu_worker.error_table import UNKNOWN, Row, exception_row, http_row
 from shiwu_worker.errors import JobError, Rejected, Unavailable, Unreachable
 
-_NOT_FOUND: Final = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "404", "MethodNotAllowed"}
-_FORBIDDEN: Final = {
-    "AccessDenied",
-    "403",
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "AllAccessDisabled",
-    "401",
-}
 _NO_CONNECTION: Final = (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError)
+_FRAMES_TOLD: Final = 3
+_CAUSE_CHARS: Final = 200
+
+
+def job_error(found: Row, message: str, *, detail: str | None = None, retry_after_s: float | None = None) -> JobError:
+    """The error of a job that met what this row of the table is about.
+
+    Args:
+        detail: what only the log may say.
+        retry_after_s: the pause that the source asks for.
+    """
+    code = found.error_code
+    if found.is_final:
+        kind = Unreachable if code is ErrorCode.SOURCE_UNAVAILABLE else Rejected
+        return kind(code, message, stage=Stage.FETCH, detail=detail)
+    return Unavailable(code, message, stage=Stage.FETCH, detail=detail, retry_after_s=retry_after_s)
 
 
 def rejected(code: ErrorCode, message: str, *, detail: str | None = None) -> Rejected:
@@ -44,7 +52,7 @@ def not_connected(shown: str) -> str:
     return f"expected a source that can be reached from the worker: {shown}"
 
 
-def refused(error: Exception, shown: str, *, tells: bool) -> Rejected:
+def refused(error: Exception, shown: str, *, tells: bool) -> JobError:
     """A source that the rules forbid, or whose name does not exist.
 
     Args:
@@ -52,8 +60,7 @@ def refused(error: Exception, shown: str, *, tells: bool) -> Rejected:
     """
     if tells:
         return rejected(ErrorCode.SOURCE_FORBIDDEN, f"refused by the worker's rules: {error}", detail=str(error))
-    code = ErrorCode.SOURCE_UNAVAILABLE
-    return Unreachable(code, not_connected(shown), stage=Stage.FETCH, detail=f"refused: {error}")
+    return job_error(exception_row(error), not_connected(shown), detail=f"refused: {error}")
 
 
 def bucket_refused(shown: str, *, detail: str, tells: bool = False) -> Rejected:
@@ -62,20 +69,25 @@ def bucket_refused(shown: str, *, detail: str, tells: bool = False) -> Rejected:
     return rejected(ErrorCode.SOURCE_FORBIDDEN, f"{why}: {shown}", detail=detail)
 
 
-def s3_refused(code: str, status: int, shown: str) -> JobError:
-    """What an S3 store's refusal means for the job.
+def unknown_error(error: BaseException, shown: str) -> JobError:
+    """An error that no row of the table names: the service's own fault, with its cause for the log."""
+    text = f"the fetch failed by an error that this worker does not know ({type(error).__name__}): {shown}"
+    return job_error(UNKNOWN, text, detail=_cause(error))
 
-    Args:
-        code: S3's own word for it.
-    """
-    text = f"S3 answered {code} (HTTP {status}): {shown}"
-    if code in _NOT_FOUND or status == 404:
-        return rejected(ErrorCode.SOURCE_NOT_FOUND, text)
-    if code in _FORBIDDEN or status in {401, 403}:
-        return bucket_refused(shown, detail=text)
-    if status >= 500 or code in {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException"} or status == 429:
-        return unavailable(text)
-    return rejected(ErrorCode.SOURCE_NOT_FOUND, text)
+
+def _cause(error: BaseException) -> str:
+    """The class, the text and the last places of an error, without what may hold a URL's query or user name."""
+    text = str(error)
+    if any(sign in text for sign in "?@") or "://" in text:
+        text = "(its text holds an address and is left out)"
+    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES_TOLD:]
+    places = " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames[::-1])
+    return f"{type(error).__name__}: {text[:_CAUSE_CHARS]} at {places or 'no place'}"
+
+
+def bad_status(status: int, shown: str, *, retry_after_s: float | None = None) -> JobError:
+    """What an HTTP status means that brings no image."""
+    return job_error(http_row(status), f"HTTP {status}: {shown}", retry_after_s=retry_after_s)
 
 
 def check_hop(url: str) -> None:
@@ -136,13 +148,14 @@ def http_error(error: Exception, shown: str) -> JobError:
     Args:
         shown: the producer's own reference: where a redirect led is not told.
     """
-    if isinstance(error, urllib3.exceptions.LocationParseError | UnicodeError):
-        return rejected(ErrorCode.INVALID_REFERENCE, f"expected a URL, got {shown}")
+    found = exception_row(error)
+    if found is UNKNOWN:
+        return unknown_error(error, shown)
+    if found.code is ErrorCode.INVALID_REFERENCE:
+        return job_error(found, f"expected a URL, got {shown}")
     if isinstance(error, _NO_CONNECTION):
-        return unavailable(not_connected(shown), detail=f"{type(error).__name__}: {error.__cause__}")
-    if isinstance(error, urllib3.exceptions.SSLError) and isinstance(
-        error.args[0] if error.args else None, ssl.SSLCertVerificationError
-    ):
+        return job_error(found, not_connected(shown), detail=f"{type(error).__name__}: {error.__cause__}")
+    if found.code is ErrorCode.SOURCE_FORBIDDEN:
         text = f"expected a certificate that this worker accepts: {shown}"
-        return rejected(ErrorCode.SOURCE_FORBIDDEN, text, detail=str(error.args[0]))
-    return unavailable(f"the connection failed ({type(error).__name__}): {shown}")
+        return job_error(found, text, detail=str(error.args[0]) if error.args else None)
+    return job_error(found, f"the connection failed ({type(error).__name__}): {shown}")

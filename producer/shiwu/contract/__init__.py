@@ -17,7 +17,17 @@ from shiwu.contract.answer import (
     Tag,
     Timing,
 )
-from shiwu.contract.error_codes import CODES, RETRIABLE, RETRIED, CodeInfo, Fault, LogLevel, Retry, status_of
+from shiwu.contract.error_codes import (
+    CODES,
+    RETRIABLE,
+    RETRIED,
+    CodeInfo,
+    Fault,
+    LogLevel,
+    Retry,
+    log_level_of,
+    status_of,
+)
 from shiwu.contract.keys import (
     ASIDE,
     ATTEMPTS,
@@ -150,6 +160,7 @@ __all__ = [
     "control_character",
     "done_key",
     "labels_error",
+    "log_level_of",
     "parse_request",
     "printable",
     "printable_json",

@@ -253,10 +253,23 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
 )
 
 
+_WORDS: Final = frozenset(ErrorCode)
+
+
+def _info(code: str) -> CodeInfo | None:
+    return CODES.get(ErrorCode(code)) if code in _WORDS else None
+
+
 def status_of(code: str) -> Status:
     """The status of an answer with this error; `failed`, the service's own fault, where the table has no row."""
-    info = CODES.get(code)  # type: ignore[call-overload]  # a word that is no code has no row
+    info = _info(code)
     return (info.status if info is not None else None) or Status.FAILED
+
+
+def log_level_of(code: str) -> LogLevel:
+    """The level of the worker's log line about a job with this error; `error` where the table has no row."""
+    info = _info(code)
+    return info.log_level if info is not None else "error"
 
 
 RETRIABLE: Final = frozenset(code for code, info in CODES.items() if info.retry is not Retry.NEVER)

@@ -6,7 +6,6 @@ tries happen here; slow ones are the pipeline's, through Redis.
 
 from __future__ import annotations
 
-import errno
 import random
 import time
 from collections.abc import Callable
@@ -17,24 +16,30 @@ from urllib.parse import parse_qs, urlsplit
 import urllib3
 
 from shiwu.contract import ErrorCode, without_query
-from shiwu_worker.errors import AddressRefused, Unavailable, UnknownHost
+from shiwu_worker.error_table import file_row
+from shiwu_worker.errors import AddressRefused, JobError, Unavailable, UnknownHost
 from shiwu_worker.folders import Folders
 from shiwu_worker.object_store import CHUNK, S3Limits, S3Options, StoreError, is_bucket, s3_error
 from shiwu_worker.reach import Reach, allows_bucket
 from shiwu_worker.sources import (
+    bad_status,
     bucket_refused,
     check_hop,
     http_error,
+    job_error,
     next_hop,
     refused,
     rejected,
     unavailable,
+    unknown_error,
 )
 from shiwu_worker.stores import new_store
 
 QUICK_TRIES: Final = 3
 REDIRECTS: Final = 3
 MAX_DIGITS: Final = 18
+WHOLE: Final = frozenset({200, 203})
+"""Statuses whose body is the whole file; 203 says that a proxy on the way changed something."""
 
 
 class Web(Protocol):
@@ -101,11 +106,16 @@ class Fetcher:
         for tried in range(1, QUICK_TRIES + 1):
             try:
                 return source(reference, deadline_s)
-            except Unavailable:
+            except Unavailable as error:
                 pause_s = random.uniform(0.05, 0.15) * 2**tried  # noqa: S311 jitter, no secret
-                if tried == QUICK_TRIES or time.monotonic() + pause_s >= deadline_s:
+                is_quick = error.code is ErrorCode.SOURCE_UNAVAILABLE and error.retry_after_s is None
+                if not is_quick or tried == QUICK_TRIES or time.monotonic() + pause_s >= deadline_s:
                     raise
                 time.sleep(pause_s)  # a thread of a loader; its process is killed, never asked to stop
+            except JobError:
+                raise
+            except Exception as error:  # border: an error that nobody foresaw is the worker's, not the image's
+                raise unknown_error(error, without_query(reference)) from error
         raise AssertionError("unreachable")
 
     # -------------------------------------------------------------------------------- s3
@@ -139,7 +149,7 @@ class Fetcher:
                 raise refused(error, shown, tells=self._reach.tells_refusals) from error
             except UnknownHost as error:
                 raise refused(error, shown, tells=False) from error
-            except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
                 raise http_error(error, shown) from error
             try:
                 if answer.status in {301, 302, 303, 307, 308} and (to := answer.headers.get("Location")):
@@ -152,19 +162,13 @@ class Fetcher:
         raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"expected at most {REDIRECTS} redirects")
 
     def _read_http(self, answer: urllib3.BaseHTTPResponse, shown: str, deadline_s: float) -> bytes:
-        if answer.status in {404, 410}:
-            raise rejected(ErrorCode.SOURCE_NOT_FOUND, f"HTTP {answer.status}: {shown}")
-        if answer.status in {401, 403, 407, 451}:
-            raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"HTTP {answer.status}: {shown}")
-        if answer.status in {408, 425, 429} or answer.status >= 500:
-            raise unavailable(f"HTTP {answer.status}: {shown}")
-        if answer.status != 200:
-            raise rejected(ErrorCode.SOURCE_NOT_FOUND, f"expected HTTP 200, got {answer.status}: {shown}")
+        if answer.status not in WHOLE:
+            raise bad_status(answer.status, shown)
         if answer.headers.get("Content-Encoding", "identity").strip().lower() not in {"identity", ""}:
             raise rejected(ErrorCode.NOT_A_PICTURE, f"expected a body without Content-Encoding: {shown}")
         try:
             return self._read(lambda: answer.read1(CHUNK), _length(answer), deadline_s)
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        except (urllib3.exceptions.HTTPError, OSError) as error:
             raise http_error(error, shown) from error
 
     # -------------------------------------------------------------------------------- file
@@ -172,14 +176,10 @@ class Fetcher:
         try:
             with self._folders.open(reference) as (file, size):
                 return self._read(lambda: file.read(CHUNK), size, deadline_s)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise rejected(ErrorCode.SOURCE_NOT_FOUND, "no such file") from error
-        except PermissionError as error:
-            raise rejected(ErrorCode.SOURCE_FORBIDDEN, "can't read the file (PermissionError)") from error
         except OSError as error:
-            if error.errno in {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}:
-                raise rejected(ErrorCode.INVALID_REFERENCE, f"can't be a file ({error.strerror})") from error
-            raise unavailable(f"can't read the file ({type(error).__name__})") from error
+            raise job_error(
+                file_row(error), f"can't read the file ({type(error).__name__}, {error.strerror})"
+            ) from error
 
     def _read(self, read_some: Callable[[], bytes], length: int | None, deadline_s: float) -> bytes:
         """Read to the end, but never more than the limit and never past the deadline."""

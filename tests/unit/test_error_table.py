@@ -1,0 +1,224 @@
+"""The table of replies and errors: every row is fed to the code that reads it, and what no row names is retried."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+from itertools import chain
+from typing import Any, Final
+
+import pytest
+from botocore.retries.standard import ThrottledRetryableChecker
+from obstore.exceptions import GenericError
+
+from shiwu.contract import CODES, ErrorCode, Stage
+from shiwu_worker.boto_store import as_store_errors
+from shiwu_worker.error_table import TABLE, UNKNOWN, Kind, Row, exception_row, file_row, obstore_row, s3_row
+from shiwu_worker.errors import JobError, Rejected, Unavailable
+from shiwu_worker.object_store import ObjectStore, StoreError, s3_error
+from shiwu_worker.obstore_store import _store_error
+from shiwu_worker.sources import http_error
+from tests.support.picture_server import PictureServer, Reply
+from tests.support.stores import CLIENTS, OWN_NAMES, make_fetcher, make_store, read
+from tests.unit.test_fetch import make_fetcher as make_web_fetcher
+
+BODY: Final = b"x" * 100
+STATUS_OF_CODE: Final = {"NoSuchKey": 404, "NoSuchBucket": 404, "NoSuchVersion": 404, "SlowDown": 503, "Redirect": 307}
+"""Other codes are served with 400, which by itself means nothing that the worker knows."""
+
+
+def keys(kind: Kind) -> list[Any]:
+    """Each key of a table with its row, as parameters of a test."""
+    return [pytest.param(key, one, id=key) for one in TABLE[kind] for key in one.keys]
+
+
+@pytest.fixture(autouse=True)
+def _names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials that no store knows; one try for each fetch."""
+    for name, value in OWN_NAMES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("shiwu_worker.stages.fetch.QUICK_TRIES", 1)
+
+
+def agrees(error: JobError, one: Row) -> bool:
+    """Whether the error of the job is what the row says."""
+    kind = Rejected if one.is_final else Unavailable
+    return error.code is one.code and isinstance(error, kind) and error.stage is Stage.FETCH
+
+
+# -------------------------------------------------------------------------------- the table itself
+def test_every_key_stands_in_one_row() -> None:
+    """A key twice would mean what the later row says; a status that is no number would mean nothing."""
+    for kind, rows in TABLE.items():
+        found = list(chain.from_iterable(one.keys for one in rows))
+        assert len(found) == len(set(found)), kind
+        if kind in {Kind.HTTP_STATUS, Kind.S3_STATUS}:
+            assert all(key in {"3xx", "5xx"} or 100 <= int(key) < 600 for key in found)
+
+
+def test_rows_agree_with_the_table_of_codes() -> None:
+    """Fault and level are the code's; only one row is final although its code is retried."""
+    for one in chain.from_iterable(TABLE.values()):
+        info = CODES[one.error_code]
+        assert (one.fault, one.log_level) == (info.fault, info.log_level)
+    assert (UNKNOWN.code, UNKNOWN.is_final, UNKNOWN.log_level) == (ErrorCode.SOURCE_ERROR, False, "error")
+
+
+def test_only_what_says_so_is_not_found() -> None:
+    """404, 410 and S3's three codes; a marker of a deletion where a version is asked for; a file that is not there."""
+    found = {
+        key for rows in TABLE.values() for one in rows if one.code is ErrorCode.SOURCE_NOT_FOUND for key in one.keys
+    }
+    assert found == {
+        *("404", "410", "NoSuchKey", "NoSuchBucket", "NoSuchVersion"),
+        *("MethodNotAllowed", "ENOENT", "ENOTDIR"),
+    }
+
+
+def test_all_throttling_codes_of_botocore_are_known() -> None:
+    """What botocore itself would slow down for."""
+    for code in ThrottledRetryableChecker._THROTTLED_ERROR_CODES:
+        assert s3_row(code, 400, has_version=False).code is ErrorCode.SOURCE_THROTTLED, code
+
+
+# -------------------------------------------------------------------------------- S3, by both clients
+def refusals(
+    server: PictureServer, stores: list[ObjectStore], status: int, body: bytes, *, version: str | None = None
+) -> list[JobError]:
+    """What each client makes of this reply."""
+    server.serve("/pictures/a", Reply(status=status, body=body))
+    found = []
+    for store in stores:
+        with pytest.raises(StoreError) as caught:
+            read(store, "a", version=version)
+        found.append(s3_error(caught.value, "s3://pictures/a"))
+    # obstore does not tell the number of a redirect.
+    words = {(str(one), one.detail) if status >= 400 else () for one in found}
+    assert len(words) == len({(type(one), one.code) for one in found}) == 1, found
+    return found
+
+
+@pytest.fixture
+def stores(http_server: PictureServer) -> list[ObjectStore]:
+    """Both clients of one store that says what it is told to."""
+    return [make_store(client, http_server.url("")) for client in CLIENTS]
+
+
+def said(code: str) -> bytes:
+    """An error of S3."""
+    return f"<?xml version='1.0'?>\n<Error><Code>{code}</Code><Message>m</Message></Error>".encode()
+
+
+@pytest.mark.parametrize("kind", [Kind.S3_CODE, Kind.S3_CODE_WITH_VERSION])
+def test_every_s3_code_has_its_verdict(http_server: PictureServer, stores: list[ObjectStore], kind: Kind) -> None:
+    """By both clients alike."""
+    version = "v" if kind is Kind.S3_CODE_WITH_VERSION else None
+    for one in TABLE[kind]:
+        for code in one.keys:
+            status = STATUS_OF_CODE.get(code, 400)
+            if status in {301, 307}:
+                continue  # with a Location or without one, that is a status: below
+            for error in refusals(http_server, stores, status, said(code), version=version):
+                assert agrees(error, one), (code, error)
+
+
+def test_every_status_of_a_store_has_its_verdict(http_server: PictureServer, stores: list[ObjectStore]) -> None:
+    """Without a body, with a page of HTML, and with a code that nobody knows."""
+    for status in (300, 301, 304, 307, *range(400, 432), 451, *range(500, 512), 529):
+        expected = s3_row("", status, has_version=False)
+        for body in (b"", b"<html><body>no</body></html>", said("NewCode")) if status >= 400 else (b"",):
+            for error in refusals(http_server, stores, status, body):
+                assert agrees(error, expected), (status, body, error)
+
+
+@pytest.mark.parametrize("code", ["NewCode", "InvalidRequest", "MethodNotAllowed", "InvalidArgument", "x" * 100])
+def test_an_unknown_s3_code_is_retried(http_server: PictureServer, stores: list[ObjectStore], code: str) -> None:
+    """It is the service's own fault, and the log gets it."""
+    for error in refusals(http_server, stores, 400, said(code)):
+        assert agrees(error, UNKNOWN)
+        assert error.detail is not None
+        assert "S3 answered" in error.detail
+
+
+# -------------------------------------------------------------------------------- HTTP
+@pytest.mark.parametrize("hundred", [2, 3, 4, 5])
+def test_every_http_status_has_its_verdict(http_server: PictureServer, hundred: int) -> None:
+    """By its own row, else by its hundred, else unknown."""
+    rows = {key: one for one in TABLE[Kind.HTTP_STATUS] for key in one.keys}
+    web = make_web_fetcher()
+    for status in set(range(100 * hundred, 100 * hundred + 100)) - {200, 203, 206}:
+        expected = rows.get(str(status)) or rows.get(f"{hundred}xx") or UNKNOWN
+        url = http_server.serve("/a", Reply(status=status, body=b"" if status in {204, 205, 304} else BODY))
+        with pytest.raises(JobError) as caught:
+            web.fetch(url)
+        assert agrees(caught.value, expected), caught.value
+        assert f"HTTP {status}" in str(caught.value)
+
+
+# -------------------------------------------------------------------------------- exceptions
+@pytest.mark.parametrize(("name", "one"), keys(Kind.EXCEPTION))
+def test_every_exception_exists_and_has_its_verdict(name: str, one: Row) -> None:
+    """A name that no library has would be a row without effect. Classes below it mean the same."""
+    module, _, attribute = name.rpartition(".")
+    cls = getattr(importlib.import_module(module), attribute)
+    error = cls.__new__(cls)
+    assert exception_row(error) is one
+    if module == "botocore.exceptions":
+        with pytest.raises(StoreError) as caught, as_store_errors():
+            raise error
+        assert agrees(s3_error(caught.value, "s3://b/k"), one)
+    elif module != "shiwu_worker.errors":
+        assert agrees(http_error(error, "https://h/p"), one)
+
+
+@pytest.mark.parametrize("error", [KeyError("v"), RuntimeError("x"), MemoryError(), ValueError("odd")], ids=repr)
+def test_an_unknown_exception_is_retried_and_told(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """It never says something about the image; the log gets its class and place, and no query."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    fetcher = make_fetcher("boto3", "http://127.0.0.1:1")
+    monkeypatch.setattr(fetcher._store, "open", fail)
+    with pytest.raises(JobError) as caught:
+        fetcher.fetch("s3://b/k")
+    assert agrees(caught.value, UNKNOWN)
+    assert caught.value.detail is not None
+    assert f"{type(error).__name__}: " in caught.value.detail
+    assert "in fail" not in str(caught.value)
+    assert "test_error_table.py" in caught.value.detail
+
+
+def test_the_cause_for_the_log_holds_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of libraries hold whole URLs."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("https://user:hush@h/p?X-Amz-Signature=hush")
+
+    fetcher = make_web_fetcher()
+    monkeypatch.setattr(fetcher._web, "open", fail)
+    with pytest.raises(JobError) as caught:
+        fetcher.fetch("https://h/p?X-Amz-Signature=hush")
+    assert "hush" not in f"{caught.value} {caught.value.detail}"
+
+
+@pytest.mark.parametrize(("kind", "one"), keys(Kind.OBSTORE))
+def test_every_kind_of_obstore_has_its_verdict(kind: str, one: Row) -> None:
+    """As the text of its errors tells it."""
+    text = f"source: {kind} {{" if kind == "Header" else f"HttpError {{\n kind: {kind},"
+    assert obstore_row(kind) is one
+    assert agrees(s3_error(_store_error(GenericError(text), "k", has_version=False), "s3://b/k"), one)
+
+
+def test_an_unknown_error_of_obstore_is_retried() -> None:
+    """No reply and no kind: the client's own defect."""
+    assert agrees(s3_error(_store_error(GenericError("odd"), "k", has_version=False), "s3://b/k"), UNKNOWN)
+
+
+def test_every_errno_of_a_file_has_its_verdict() -> None:
+    """Those that are named, and all others."""
+    named = {key: one for one in TABLE[Kind.FILE] for key in one.keys}
+    for number, name in errno.errorcode.items():
+        assert file_row(OSError(number, os.strerror(number))) is named.get(name, named["any other"])
+    assert all(key in errno.errorcode.values() for key in named if key != "any other")

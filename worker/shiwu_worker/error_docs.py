@@ -1,0 +1,79 @@
+"""Writes the page about errors from the tables in the code: `python -m shiwu_worker.error_docs docs/errors.md`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from shiwu.contract import CODES, Fault
+from shiwu_worker.error_table import TABLE, UNKNOWN, Row
+
+_HEAD = """\
+# Error codes
+
+<!-- Written by `make error-docs` from the tables in the code. Do not edit. -->
+
+Every answer without tags has an `error` with a stable `code`. This page lists all codes, and says which replies and
+errors of a source lead to which code. The worker reads the same tables.
+
+- [Codes](#codes): meaning, status of the answer, retries, what to do
+- [Replies and errors of sources](#replies-and-errors-of-sources): S3, HTTP, files
+
+## Codes
+
+A *retried* job goes back to its lane with a growing delay, and is answered when its attempts are used up:
+`SHIWU_MAX_ATTEMPTS`, or what `SHIWU_RETRY` says for its code. A job that ends without tags is kept as a dead letter
+unless it expired or was cancelled; `shiwu dead requeue --code CODE` sends it again.
+"""
+_SOURCES = """
+## Replies and errors of sources
+
+What no row names is `{unknown}`: {fault}. The job is retried, and the worker's log line `source_failed` (level
+`{level}`) has the cause. Lines about other codes have the level that their row says.
+
+Statuses 200 and 203 bring the image.
+"""
+_FAULTS = {
+    Fault.REQUEST: "the request",
+    Fault.IMAGE: "the image",
+    Fault.SOURCE: "the source",
+    Fault.SERVICE: "the service",
+    Fault.CALLER: "nobody: the caller's wish",
+}
+
+
+def page() -> str:
+    """The page as Markdown."""
+    unknown = {"unknown": UNKNOWN.error_code, "fault": "the service's own fault", "level": UNKNOWN.log_level}
+    parts = [_HEAD, _codes(), _SOURCES.format(**unknown)]
+    for kind, rows in TABLE.items():
+        parts += [f"\n### {kind.value}\n\n", *_rows(rows)]
+    return "".join(parts)
+
+
+def _codes() -> str:
+    lines = ["| code | status | at fault | retried | meaning | what to do |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| `{code}` | {info.status or 'raised by the client'} | {_FAULTS[info.fault]} | {info.retry} | {info.meaning} "
+        f"| {info.remedy} |"
+        for code, info in CODES.items()
+    ]
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def _rows(rows: Iterable[Row]) -> Iterator[str]:
+    yield "| what came | what it means | code | retried | at fault | log |\n|---|---|---|---|---|---|\n"
+    for one in rows:
+        keys = ", ".join(f"`{key}`" for key in sorted(one.keys))
+        retried = "no" if one.is_final else "yes"
+        yield f"| {keys} | {one.means} | `{one.error_code}` | {retried} | {_FAULTS[one.fault]} | {one.log_level} |\n"
+
+
+def main() -> None:
+    """Write the file that is given."""
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
