@@ -29,6 +29,7 @@ from shiwu.contract import COUNTERS, Head, ModelInfo
 from shiwu_worker import logs, wiring
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import FatalError, Trouble
+from shiwu_worker.label_checks import LabelTokens
 from shiwu_worker.loader_frames import Loaded, LoadTask
 
 WIDTH: Final = 8
@@ -120,6 +121,10 @@ class StandInEncoder:
         chance = np.random.default_rng(len(texts)).standard_normal((len(texts), WIDTH), np.float32)
         unit: NDArray[np.float32] = chance / np.linalg.norm(chance, axis=1, keepdims=True)
         return unit
+
+    def label_tokens(self, labels: Sequence[str]) -> list[LabelTokens]:
+        """Different tokens for different words."""
+        return [LabelTokens((number,), is_readable=True) for number in range(len(labels))]
 
     def trouble(self, error: BaseException) -> Trouble:
         """It has none."""

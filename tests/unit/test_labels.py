@@ -9,23 +9,29 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import shiwu_worker
-from shiwu.contract import ErrorCode, Lane, ModelInfo, RequestError, parse_request
+from shiwu.contract import ErrorCode, Head, Lane, ModelInfo, RequestError, WarningCode, parse_request
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode, FatalError, Rejected
 from shiwu_worker.job import Job
+from shiwu_worker.label_checks import LabelFindings, LabelTokens
 from shiwu_worker.label_files import load_label_sets
 from shiwu_worker.label_set import LabelSet
+from shiwu_worker.label_warnings import label_warnings
 from shiwu_worker.labels import LabelBank
 from shiwu_worker.parts import open_labels, read_label_sets
 from shiwu_worker.stages.score import Scorer
 from shiwu_worker.timing import Moments
 
 EMBEDDED = Path(shiwu_worker.__file__).parent / "label_sets"
+
+
+MODEL = ModelInfo(id="m", revision="r", dtype="float32", device="cpu")
 
 
 class Texts:
@@ -39,6 +45,10 @@ class Texts:
         self.calls += 1
         return np.stack([vector_of(text) for text in texts])
 
+    def tokens(self, labels: Sequence[str]) -> list[LabelTokens]:
+        """A token for each letter; labels of question marks are not readable."""
+        return [LabelTokens(tuple(map(ord, label)), is_readable=set(label) != {"?"}) for label in labels]
+
 
 def vector_of(text: str) -> NDArray[np.float32]:
     """A unit vector that no other text has."""
@@ -50,7 +60,12 @@ def vector_of(text: str) -> NDArray[np.float32]:
 def make_bank(texts: Texts, *, max_cached: int = 2) -> LabelBank:
     """A bank with the embedded sets."""
     return LabelBank(
-        sets=load_label_sets([EMBEDDED]), default="six-zh", encode_texts=texts, max_cached=max_cached, has_bias=True
+        sets=load_label_sets([EMBEDDED]),
+        default="six-zh",
+        encode_texts=texts,
+        label_tokens=texts.tokens,
+        max_cached=max_cached,
+        has_bias=True,
     )
 
 
@@ -104,7 +119,9 @@ def test_sigmoid_needs_a_bias() -> None:
     """Of the model or of the label set: without one every score is near 1, which says nothing."""
     calibrated = LabelSet("mine", ("猫",), bias=-10.0)
     sets = {"mine": calibrated, "plain": LabelSet("plain", ("猫",))}
-    bank = LabelBank(sets=sets, default="plain", encode_texts=Texts(), max_cached=2, has_bias=False)
+    bank = LabelBank(
+        sets=sets, default="plain", encode_texts=Texts(), label_tokens=Texts().tokens, max_cached=2, has_bias=False
+    )
     assert bank.resolve("mine", "sigmoid").head == "sigmoid"
     for labels in ("plain", ("猫", "狗"), None):
         with pytest.raises(Rejected, match=r"sigmoid, which needs a bias.*min_cosine") as caught:
@@ -112,19 +129,62 @@ def test_sigmoid_needs_a_bias() -> None:
         assert caught.value.code is ErrorCode.INVALID_REQUEST
     wrong = {"plain": LabelSet("plain", ("猫",), head="sigmoid")}
     with pytest.raises(ValueError, match=r"label set plain: head: .*sigmoid"):
-        LabelBank(sets=wrong, default="plain", encode_texts=Texts(), max_cached=2, has_bias=False)
+        LabelBank(
+            sets=wrong, default="plain", encode_texts=Texts(), label_tokens=Texts().tokens, max_cached=2, has_bias=False
+        )
 
 
 def test_worker_with_sigmoid_and_no_bias_ends_with_config(tmp_path: Path) -> None:
     """As for other label sets that cannot work, the exit code is 64 and the text names the set."""
     (tmp_path / "mine.yaml").write_text("name: mine\nhead: sigmoid\nlabels: [猫]\n", encoding="utf-8")
-    encoder = SimpleNamespace(encode_texts=Texts(), bias=None, default_head="softmax")
+    encoder = SimpleNamespace(
+        encode_texts=Texts(), label_tokens=Texts().tokens, bias=None, default_head="softmax", info=MODEL
+    )
     settings = Settings(labels_dir=tmp_path)
     with pytest.raises(FatalError, match="label set mine") as caught:
         open_labels(settings, encoder, read_label_sets(settings))
     assert caught.value.exit_code is ExitCode.CONFIG
     encoder.bias = -12.0
     assert open_labels(settings, encoder, read_label_sets(settings)).resolve("mine").head == "sigmoid"
+
+
+def warned(bank: LabelBank, *labels: str, head: Head | None = None) -> list[WarningCode | str]:
+    """The codes of the warnings for inline labels."""
+    return [one.code for one in bank.encoded(bank.resolve(labels, head)).warnings]
+
+
+def test_labels_give_their_warnings() -> None:
+    """Unreadable, alike and single labels, each by its own code; usual labels give none."""
+    bank = make_bank(Texts(), max_cached=9)
+    assert warned(bank, "猫", "狗") == []
+    assert warned(bank, "猫", "??", "???") == [WarningCode.LABELS_UNREADABLE]
+    assert warned(bank, "猫") == [WarningCode.SINGLE_LABEL]
+    assert warned(bank, "猫", head="sigmoid") == []
+    # The fake model cuts "ab" as tokenizers cut at their limit.
+    bank._label_tokens = lambda labels: [LabelTokens((ord(label[0]),), is_readable=True) for label in labels]
+    assert warned(bank, "ab", "ac", "d") == [WarningCode.LABELS_ALIKE]
+
+
+def test_a_warning_names_a_few_labels_and_stays_short() -> None:
+    """It stands in every answer, so neither many nor long labels make it long."""
+    many = tuple(f"{number}{'x' * 99}" for number in range(9))
+    found = LabelFindings(unreadable=many, alike=(("猫", "猫咪"), many))
+    one, two = label_warnings(LabelSet(None, ("猫", "狗")), found)
+    assert one.message.startswith(f"the model cannot read 9 of 2 labels: 0{'x' * 59}…, 1")
+    assert two.message.startswith("the model cannot tell these labels apart: 猫 = 猫咪; 0x")
+    assert max(len(one.message), len(two.message)) < 400
+
+
+def test_warnings_are_made_and_logged_once_for_a_label_set() -> None:
+    """Every answer carries them; the log has one line, with all codes and the labels."""
+    bank = make_bank(Texts())
+    with structlog.testing.capture_logs() as logged:
+        first = bank.encoded(bank.resolve(("??",)))
+        assert bank.encoded(bank.resolve(("??",))).warnings is first.warnings
+    (line,) = logged
+    assert (line["event"], line["log_level"]) == ("labels_questionable", "warning")
+    assert line["codes"] == ["labels_unreadable", "single_label"]
+    assert "??" in line["text"]
 
 
 # Texts that are easily taken for others once they are joined, quoted or cut.
@@ -135,7 +195,7 @@ WORDS = st.one_of(st.lists(JOINTS, min_size=1, max_size=4).map("".join), st.text
 WORD_LISTS = st.lists(WORDS, min_size=1, max_size=4, unique=True).map(tuple)
 SETS = st.builds(LabelSet, st.none(), WORD_LISTS, st.sampled_from([("{}",), ("{}\n",), ("{}", "{}{"), ("{},",)]))
 CLOSE_SETS = st.lists(SETS, min_size=1, max_size=6)
-SCORER = Scorer(scale=20.0, bias=None, model=ModelInfo(id="m", revision="r", dtype="float32", device="cpu"))
+SCORER = Scorer(scale=20.0, bias=None, model=MODEL)
 
 
 def regrouped(label_set: LabelSet) -> LabelSet:
@@ -156,7 +216,9 @@ def expected_vectors(label_set: LabelSet) -> NDArray[np.float64]:
 @given(CLOSE_SETS, st.integers(1, 3))
 def test_no_label_set_gets_the_tags_of_another(sets: list[LabelSet], max_cached: int) -> None:
     """Whatever texts are asked for together and one after the other, each job has its own words and cosines."""
-    bank = LabelBank(sets={}, default="", encode_texts=Texts(), max_cached=max_cached, has_bias=False)
+    bank = LabelBank(
+        sets={}, default="", encode_texts=Texts(), label_tokens=Texts().tokens, max_cached=max_cached, has_bias=False
+    )
     asked = [one for label_set in sets for one in (label_set, regrouped(label_set))] * 2
     image = vector_of("the image")
     jobs = [

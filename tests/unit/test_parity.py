@@ -69,7 +69,14 @@ def test_scores_are_the_reference_scripts(
     """Thirty pictures, six labels: same order on the exact path, and scores within the promised bound."""
     encoder = make_encoder(spec, dtype)
     sets = load_label_sets([Path(FOLDER).parent / "label_sets"])
-    bank = LabelBank(sets=sets, default="six-zh", encode_texts=encoder.encode_texts, max_cached=2, has_bias=False)
+    bank = LabelBank(
+        sets=sets,
+        default="six-zh",
+        encode_texts=encoder.encode_texts,
+        label_tokens=encoder.label_tokens,
+        max_cached=2,
+        has_bias=False,
+    )
     for sample in pictures.samples():
         pixels, _ = decode(sample.data, spec=spec, limits=LIMITS, exact=exact)
         vectors = encoder.encode(pixels[None])

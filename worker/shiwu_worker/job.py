@@ -11,6 +11,7 @@ import msgspec
 
 from shiwu.contract import (
     Answer,
+    AnswerWarning,
     ErrorCode,
     ErrorInfo,
     ImageInfo,
@@ -21,6 +22,7 @@ from shiwu.contract import (
     Stage,
     Status,
     Tag,
+    field_warnings,
     parse_request,
     status_of,
     without_query,
@@ -110,6 +112,8 @@ class Job(msgspec.Struct, eq=False):
     status: Status = Status.TAGGED
     back: Release | None = None
     """Set when the job goes back to Redis instead of being answered."""
+    warnings: tuple[AnswerWarning, ...] = ()
+    """What the message itself gives reason to warn of."""
     is_on_device: bool = False
     is_accused: bool = False
     """It was on the device when the worker had to end; perhaps it is guilty."""
@@ -165,7 +169,13 @@ class Job(msgspec.Struct, eq=False):
             error=self.error,
             metadata=self.request.metadata if self.request else None,
             embedding=self.embedding,
+            warnings=self._all_warnings() or None,
         )
+
+    def _all_warnings(self) -> tuple[AnswerWarning, ...]:
+        if self.labels is None or self.status is not Status.TAGGED:
+            return self.warnings
+        return self.warnings + self.labels.warnings
 
 
 def open_job(claimed: Claimed) -> Job:
@@ -184,6 +194,7 @@ def open_job(claimed: Claimed) -> Job:
         if envelope.sent_ms is not None:
             job.moments.queue_ms = max(0.0, round(claimed.claimed_ms - envelope.sent_ms, 3))
         job.has_callbacks = bool(envelope.canvas)
+        job.warnings = field_warnings(envelope.fields)
         # Server times become local ones by the moment of the claim, which both clocks saw.
         offset_s = claimed.claimed_s - claimed.claimed_ms / 1000
         if envelope.expires_ms is not None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, get_args
 from weakref import WeakValueDictionary
 
 import numpy as np
+import structlog
 
-from shiwu.contract import ErrorCode, Head, Stage
+from shiwu.contract import AnswerWarning, ErrorCode, Head, Stage
 from shiwu_worker.errors import Rejected
+from shiwu_worker.label_checks import LabelFindings, LabelTokens, check_labels
 from shiwu_worker.label_set import LabelSet
+from shiwu_worker.label_warnings import label_warnings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+log: Any = structlog.get_logger()
 SIGMOID_LACKS_BIAS: Final = (
     "expected softmax, got sigmoid, which needs a bias, and this model has none: every score would be near 1. "
     "Use softmax and set min_cosine as the threshold, or give the label set a bias"
@@ -30,6 +34,7 @@ class TextVectors:
 
     vectors: NDArray[np.float32]
     """Unit vectors (m, d)."""
+    findings: LabelFindings = field(default_factory=LabelFindings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +43,8 @@ class EncodedLabels:
 
     label_set: LabelSet
     texts: TextVectors
+    warnings: tuple[AnswerWarning, ...] = ()
+    """What every answer with tags of this label set warns of."""
 
     @property
     def vectors(self) -> NDArray[np.float32]:
@@ -57,6 +64,8 @@ class LabelBank:
     Args:
         encode_texts: (m texts) → float32 (m, d) unit vectors; called on the thread that calls `encoded`.
         max_cached: label sets whose vectors are kept; the least recently used one goes first.
+        label_tokens: what the model's tokenizer makes of labels, for warnings about labels that it cannot read.
+        usual_warnings: of every answer, whatever its labels are.
         has_bias: whether the model has one; without it only label sets with a bias of their own may use sigmoid.
 
     Raises:
@@ -69,8 +78,10 @@ class LabelBank:
         sets: Mapping[str, LabelSet],
         default: str,
         encode_texts: Callable[[Sequence[str]], NDArray[np.float32]],
+        label_tokens: Callable[[Sequence[str]], Sequence[LabelTokens]],
         max_cached: int,
         has_bias: bool,
+        usual_warnings: tuple[AnswerWarning, ...] = (),
         inline_head: Head = "softmax",
     ) -> None:
         self._has_bias = has_bias
@@ -81,6 +92,8 @@ class LabelBank:
         self._heads = {name: one.head for name, one in sets.items()}
         self._default = default
         self._encode_texts = encode_texts
+        self._label_tokens = label_tokens
+        self._usual_warnings = usual_warnings
         self._max_cached = max_cached
         self._inline_head = inline_head
         # The keys are whole values: with a digest or joined texts as a key, two label sets could share one entry, and
@@ -124,18 +137,27 @@ class LabelBank:
         key = (label_set.templates, label_set.words)
         texts = self._texts.get(key)
         if texts is None:
-            texts = self._texts[key] = TextVectors(self._encode(label_set))
-        made = self._encoded[label_set] = EncodedLabels(label_set, texts)
+            texts = self._texts[key] = self._encode(label_set)
+        warnings = label_warnings(label_set, texts.findings)
+        if warnings:
+            codes = [str(one.code) for one in warnings]
+            text = "; ".join(one.message for one in warnings)
+            log.warning(
+                "labels_questionable", name=label_set.name, digest=label_set.info.digest, codes=codes, text=text
+            )
+        made = self._encoded[label_set] = EncodedLabels(label_set, texts, self._usual_warnings + warnings)
         while len(self._encoded) > self._max_cached:
             self._encoded.popitem(last=False)
         return made
 
-    def _encode(self, label_set: LabelSet) -> NDArray[np.float32]:
-        """Unit vectors of the labels: averaged over the templates, then renormalised.
+    def _encode(self, label_set: LabelSet) -> TextVectors:
+        """Vectors of the labels, averaged over the templates and then renormalised, and what is wrong with the labels.
 
         This is the zero-shot recipe of CLIP (Radford et al. 2021, section 3.1.4).
         """
         total: Any = 0.0
         for template in label_set.templates:
             total = total + self._encode_texts([template.replace("{}", word) for word in label_set.words])
-        return np.asarray(total / np.linalg.norm(total, axis=1, keepdims=True), dtype=np.float32)
+        vectors = np.asarray(total / np.linalg.norm(total, axis=1, keepdims=True), dtype=np.float32)
+        words = label_set.words
+        return TextVectors(vectors, check_labels(words, tokens=self._label_tokens(words), vectors=vectors))

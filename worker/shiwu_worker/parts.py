@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
+import structlog
 
 from shiwu.connection import connect as connect_to
 from shiwu.contract import RETRIED
@@ -22,9 +23,11 @@ from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.job import Job
 from shiwu_worker.label_files import load_label_sets
 from shiwu_worker.label_set import LabelSet
+from shiwu_worker.label_warnings import EMBEDDED_MODEL
 from shiwu_worker.labels import LabelBank
 from shiwu_worker.loader_frames import Loaded, LoaderOptions, LoadTask
 from shiwu_worker.loaders import LoaderPool
+from shiwu_worker.models import EMBEDDED
 from shiwu_worker.nursery import source_environment
 from shiwu_worker.pipeline import Stages
 from shiwu_worker.settle import Away, Settler
@@ -33,6 +36,7 @@ from shiwu_worker.stages.claim import Claims, Doorbell
 from shiwu_worker.timing import Progress
 from shiwu_worker.triage import Triage
 
+log: Any = structlog.get_logger()
 SLOW_FACTOR = 10
 
 
@@ -65,6 +69,11 @@ def read_label_sets(settings: Settings) -> dict[str, LabelSet]:
     return sets
 
 
+def is_embedded(settings: Settings, encoder: Any) -> bool:
+    """Whether the package's own model answers."""
+    return settings.model is None and encoder.info.id == EMBEDDED
+
+
 def open_labels(settings: Settings, encoder: Any, sets: Mapping[str, LabelSet]) -> LabelBank:
     """These label sets, for this model.
 
@@ -76,6 +85,8 @@ def open_labels(settings: Settings, encoder: Any, sets: Mapping[str, LabelSet]) 
             sets=sets,
             default=settings.default_labels,
             encode_texts=encoder.encode_texts,
+            label_tokens=encoder.label_tokens,
+            usual_warnings=(EMBEDDED_MODEL,) if is_embedded(settings, encoder) else (),
             max_cached=settings.label_cache,
             has_bias=encoder.bias is not None,
             inline_head=encoder.default_head,
@@ -238,6 +249,8 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
 
     bank = open_labels(settings, encoder, label_sets)
     bank.encoded(bank.resolve(None))
+    if is_embedded(settings, encoder):
+        log.warning("embedded_model", meaning=EMBEDDED_MODEL.message)
 
     def resolve(job: Job) -> LabelSet:
         return bank.resolve(job.request.labels, job.request.head) if job.request else bank.resolve(None)

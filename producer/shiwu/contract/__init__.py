@@ -73,6 +73,7 @@ from shiwu.contract.request import (
     parse_request,
 )
 from shiwu.contract.text import control_character
+from shiwu.contract.unknown_fields import field_warnings, unknown_names
 from shiwu.contract.words import (
     CONTRACT_VERSION,
     ID_PATTERN,
@@ -159,6 +160,7 @@ __all__ = [
     "check_id",
     "control_character",
     "done_key",
+    "field_warnings",
     "labels_error",
     "log_level_of",
     "parse_request",
@@ -167,5 +169,6 @@ __all__ = [
     "reference_error",
     "result_key",
     "status_of",
+    "unknown_names",
     "without_query",
 ]
