@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from shiwu.client import Client
     from shiwu.contract import Answer, Lane, RequestError, Status
     from shiwu.dead import DeadFilter, DeadLetter
-    from shiwu.ledger import NotReplicated
     from shiwu.queues import QueueState
+    from shiwu.redis_errors import NotReplicated
     from shiwu.results import StreamItem, TagResult, UnreadableItem
 
 _HOMES = {
     "Client": "client",
     "DeadFilter": "dead",
     "DeadLetter": "dead",
-    "NotReplicated": "ledger",
+    "NotReplicated": "redis_errors",
     "QueueState": "queues",
     "Answer": "contract",
     "Lane": "contract",

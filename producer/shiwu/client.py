@@ -39,15 +39,15 @@ class Client:
     """Enqueues pictures and reads answers. Thread-safe; every wait on Redis is bounded.
 
     Args:
-        redis_url: `redis://`, `rediss://` or `sentinel://host:port,host:port/name/0`; default `SHIWU_REDIS_URL`, else
-            redis://127.0.0.1:6379/0.
+        redis_url: `redis://`, `rediss://`, `valkey://`, `valkeys://`, `unix:///path` or
+            `sentinel://host:port,host:port/name/0`; default `SHIWU_REDIS_URL`, else redis://127.0.0.1:6379/0.
         max_waiting: a lane that holds this many refuses more with QueueFull. Looked up before each portion, so
             several producers at once may pass it by a portion each.
         timeout_s: how long one command may take. Waiting for an answer ends at most so much later than asked.
     """
 
     def __init__(self, redis_url: str | None = None, *, max_waiting: int = 100_000, timeout_s: float = 5.0) -> None:
-        url = redis_url or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
+        url = os.environ.get("SHIWU_REDIS_URL", DEFAULT_URL) if redis_url is None else redis_url
         self._redis = connect(url, timeout_s=timeout_s, retries=3)
         # Who waits tries again anyhow; further tries beneath would pass its deadline where Redis hangs.
         self._once = connect(url, timeout_s=timeout_s)

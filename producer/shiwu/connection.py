@@ -1,68 +1,20 @@
-"""One way to Redis for producers, workers and the sweep: a plain server, TLS, or the primary that sentinels name."""
+"""Redis clients for producers, workers and the sweep, each with a bounded pool and a bound on every wait."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from queue import Empty
 from typing import Any, Final
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis
 from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.connection import BlockingConnectionPool, SSLConnection, UnixDomainSocketConnection
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import Sentinel, SentinelConnectionPool
 
-SENTINEL_PORT: Final = 26379
+from shiwu.redis_errors import ConnectionsBusy, NotOneServer
+from shiwu.redis_url import RedisAddress, read_redis_url
 
-
-@dataclass(frozen=True, slots=True)
-class SentinelAddress:
-    """`sentinel://[user:password@]host:port,host:port/name[/database][?sentinel_password=…]`, read.
-
-    User and password are the Redis servers'; sentinels have a password of their own.
-    """
-
-    hosts: tuple[tuple[str, int], ...]
-    name: str
-    database: int
-    username: str | None
-    password: str | None
-    sentinel_password: str | None
-
-
-def read_sentinel_url(url: str) -> SentinelAddress:
-    """Read a sentinel URL.
-
-    Raises:
-        ValueError: says what form was expected. The URL is not in the text, for it may hold a password.
-    """
-    expected = "expected sentinel://[user:password@]host:port,host:port/master-name[/database]"
-    parts = urlsplit(url)
-    login, _, hosts = parts.netloc.rpartition("@")
-    username, _, password = login.partition(":")
-    path = parts.path.strip("/").split("/")
-    if parts.scheme != "sentinel" or not hosts or not path[0] or len(path) > 2:
-        raise ValueError(expected)
-    try:
-        database = int(path[1]) if len(path) == 2 else 0
-        addresses = tuple(_address(host) for host in hosts.split(","))
-    except ValueError:
-        raise ValueError(expected) from None
-    own = parse_qs(parts.query).get("sentinel_password")
-    return SentinelAddress(
-        hosts=addresses,
-        name=path[0],
-        database=database,
-        username=unquote(username) or None,
-        password=unquote(password) or None,
-        sentinel_password=own[0] if own else None,
-    )
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":") if not text.endswith("]") and ":" in text else (text, "", SENTINEL_PORT)
-    if not host:
-        raise ValueError("expected a host")
-    return host.strip("[]"), int(port)
+MAX_CONNECTIONS: Final = 16
 
 
 class _Primary(redis.Redis):
@@ -79,33 +31,99 @@ class _Primary(redis.Redis):
             raise
 
 
+class _Pool(BlockingConnectionPool):
+    """A pool whose callers wait for a connection, for a bounded time, and are told what to change."""
+
+    def get_connection(self, command_name: str | None = None, *keys: Any, **options: Any) -> Any:
+        try:
+            return super().get_connection()  # type: ignore[no-untyped-call]  # redis' own
+        except redis.ConnectionError as error:
+            if not isinstance(error.__context__, Empty):
+                raise
+            raise ConnectionsBusy(
+                f"expected one of {self.max_connections} connections to Redis to become free within "
+                f"{self.timeout:g} s, all stayed in use; raise max_connections of Client, or use fewer threads"
+            ) from None
+
+
+class _SentinelPool(SentinelConnectionPool, _Pool):
+    """The same, with connections to the primary that the sentinels name."""
+
+
 def connect(
-    url: str, *, timeout_s: float, block_s: float = 0.0, retries: int = 0, client_name: str | None = None
+    url: str | RedisAddress,
+    *,
+    timeout_s: float,
+    block_s: float = 0.0,
+    retries: int = 0,
+    client_name: str | None = None,
+    max_connections: int = MAX_CONNECTIONS,
 ) -> redis.Redis:
-    """A client whose every wait is bounded.
+    """A client whose every wait is bounded. It owns its connections; `close` ends them.
 
     Args:
+        timeout_s: how long one command, one connection attempt, or the wait for a free connection may take.
         block_s: how long the longest blocking command of this client asks the server to wait.
         retries: how often a command is tried again at once after a lost connection. A worker takes 0: who knows the
             job's fate decides that there.
+        max_connections: how many connections it opens at most; threads beyond that wait for each other.
+
+    Raises:
+        RedisUrlError: the URL cannot work.
     """
+    address = read_redis_url(url) if isinstance(url, str) else url
     retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), retries) if retries else Retry(NoBackoff(), 0)
-    options: dict[str, Any] = {
-        "socket_timeout": timeout_s + block_s,
-        "socket_connect_timeout": timeout_s,
-        "socket_keepalive": True,
-        "health_check_interval": 0 if block_s else 30,
-        "retry": retry,
-        "client_name": client_name,
-    }
-    if not url.startswith("sentinel:"):
-        return _Primary.from_url(url, **options)
-    address = read_sentinel_url(url)
     waits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": retry}
+    options: dict[str, Any] = {
+        **waits,
+        "socket_timeout": timeout_s + block_s,
+        "health_check_interval": 0 if block_s else 30,
+        "client_name": client_name,
+        "db": address.database,
+        "username": address.username,
+        "password": address.password,
+        "redis_connect_func": _greet,
+        "max_connections": max_connections,
+        "timeout": timeout_s,
+        **_place(address),
+    }
+    if not address.primary:
+        return _Primary.from_pool(_Pool(**options))  # type: ignore[no-untyped-call]  # redis' own
     sentinel = Sentinel(  # type: ignore[no-untyped-call]  # redis' own
-        list(address.hosts), sentinel_kwargs=waits | {"password": address.sentinel_password}
+        list(address.hosts), sentinel_kwargs=waits | sentinel_login(address)
     )
     primary: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]  # redis' own
-        address.name, _Primary, **options, db=address.database, username=address.username, password=address.password
+        address.primary, _Primary, connection_pool_class=_SentinelPool, **options
     )
     return primary
+
+
+def sentinel_login(address: RedisAddress) -> dict[str, Any]:
+    """redis-py's arguments to log in at the sentinels themselves."""
+    return {"username": address.sentinel_username, "password": address.sentinel_password}
+
+
+def _place(address: RedisAddress) -> dict[str, Any]:
+    """redis-py's arguments that say where the server is, and the kind of connection to it."""
+    if address.socket_path:
+        return {"connection_class": UnixDomainSocketConnection, "path": address.socket_path}
+    if address.primary:
+        return {"socket_keepalive": True}
+    host, port = address.hosts[0]
+    place: dict[str, Any] = {"host": host, "port": port, "socket_keepalive": True}
+    return place if address.tls is None else {**place, "connection_class": SSLConnection, **address.tls}
+
+
+def _greet(connection: Any) -> None:
+    """Log in, and refuse at once what is no plain server, before a command fails for a reason that does not tell.
+
+    Raises:
+        NotOneServer: the server says in its greeting that it is part of a cluster, or a sentinel.
+    """
+    # Without redis-py's check of its health: that sends a PING first, and calls this again where a login is missing.
+    connection.on_connect_check_health(check_health=False)
+    # Only the newer protocol has a greeting; without one a command will tell.
+    greeting = getattr(connection, "handshake_metadata", None) or {}
+    mode = greeting.get(b"mode") or greeting.get("mode") or b"standalone"
+    if (name := mode.decode() if isinstance(mode, bytes) else str(mode)) != "standalone":
+        raise NotOneServer(name)

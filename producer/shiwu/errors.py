@@ -17,6 +17,12 @@ class ShiwuError(Exception):
     code: ClassVar[str] = "error"
 
 
+class RedisUrlError(ShiwuError, ValueError):
+    """The Redis URL cannot work. The text says what was expected, and never repeats the URL."""
+
+    code = "invalid_redis_url"
+
+
 class QueueFull(ShiwuError):
     """The lane holds its limit already; nothing of this call's last portion was enqueued."""
 
@@ -45,7 +51,7 @@ class JobFailed(ShiwuError):
         self.answer = answer
 
 
-__all__ = ["ForeignResult", "JobFailed", "QueueFull", "RequestError", "ShiwuError", "WaitTimeout"]
+__all__ = ["ForeignResult", "JobFailed", "QueueFull", "RedisUrlError", "RequestError", "ShiwuError", "WaitTimeout"]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,6 +37,7 @@ from shiwu.contract import (
     result_key,
 )
 from shiwu.keep import USUAL, Keep, always
+from shiwu.redis_errors import NotReplicated
 
 MAX_COMMIT: Final = 5000
 """Lua's stack holds about 8,000 values, and a commit unpacks one for each job."""
@@ -46,10 +47,6 @@ _KEYS: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, RESULT_STREAM, DEAD, DEAD_ANSWERS, DEAD_MESSAGES, COUNTERS),
     *(DEADLINES, CANVAS, CANVAS_DUE, DELAYED, PARKED),
 )
-
-
-class NotReplicated(redis.RedisError):
-    """Fewer replicas than asked for have confirmed a write in time. It stands on the primary."""
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -13,20 +13,19 @@ from typing import Any, Final
 import redis
 
 from shiwu.contract import RESULT_PREFIX, result_key
+from shiwu.redis_errors import info_of
 from shiwu.results import TagResult, read_result
 
 LOOK_EVERY_S: Final = 2.0
 AWAY_S: Final = 0.25
 AT_ONCE: Final = 500
-_AWAY: Final = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, OSError)
-_REFUSED: Final = (redis.AuthenticationError, redis.exceptions.AuthorizationError)
 
 
 def as_answered(client: redis.Redis, ids: Sequence[str], *, timeout_s: float) -> Iterator[tuple[str, TagResult]]:
     """Yield (id, answer) as they come; end when all have come or the time is over.
 
     Raises:
-        redis.RedisError: Redis refuses us; that it is away is waited for.
+        redis.RedisError: an error that does not pass by itself (`shiwu.redis_errors`); all others are waited for.
     """
     missing = dict.fromkeys(ids)
     until_s = time.monotonic() + timeout_s
@@ -34,9 +33,9 @@ def as_answered(client: redis.Redis, ids: Sequence[str], *, timeout_s: float) ->
     while missing:
         try:
             yield from _listen(client, missing, until_s=until_s)
-        except _REFUSED:
-            raise
-        except _AWAY:
+        except (redis.RedisError, OSError) as error:
+            if not info_of(error).passes:
+                raise
             pause.wait(max(0.0, min(AWAY_S, until_s - time.monotonic())))
         if time.monotonic() >= until_s:
             return

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from shiwu.cli import main
+from shiwu.redis_url import read_redis_url
 from shiwu_worker.config import Settings
 from shiwu_worker.label_files import load_label_sets
 from shiwu_worker.panel import TRACES_CLOSE_S
@@ -44,9 +45,14 @@ def worker_of(manifests: list[Manifest]) -> tuple[dict[str, Any], dict[str, Any]
         ),
     ],
 )
-def test_the_way_to_redis(newest: Helm, redis: dict[str, Any], url: str) -> None:
+def test_the_way_to_redis(newest: Helm, redis: dict[str, Any], url: str, tmp_path: Path) -> None:
     found = variables(worker_of(newest.render({"redis": redis}))[1])
     assert found["SHIWU_REDIS_URL"] == url
+    (tmp_path / "ca.crt").touch()
+    filled = re.sub(r"\$\((\w+)\)", "p%40ss", url).replace("/etc/shiwu/redis-ca", str(tmp_path))
+    address = read_redis_url(filled)
+    assert (address.password == "p@ss") == ("existingSecret" in redis)
+    assert (address.tls is not None, bool(address.primary)) == ("tls" in redis, "sentinel" in redis)
     order = list(found)
     for name in re.findall(r"\$\((\w+)\)", url):
         assert order.index(name) < order.index("SHIWU_REDIS_URL"), "Kubernetes fills in earlier variables only"

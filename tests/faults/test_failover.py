@@ -14,7 +14,7 @@ from redis import RedisError
 from shiwu import Client
 from shiwu.connection import connect
 from shiwu.contract import RESULT_STREAM
-from shiwu.ledger import NotReplicated
+from shiwu.redis_errors import NotReplicated
 from tests.conftest import StartWorker
 from tests.support import drill, pictures
 from tests.support.failover import Failover

@@ -18,6 +18,7 @@ from tests.support.servers import Valkey, WorkerProcess
 from tests.support.waiting import wait_until
 
 AWAY = '"event": "redis_away"'
+REFUSED = '"event": "redis_refused"'
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,15 @@ def test_a_demoted_server_is_left(valkey: Valkey, near: redis.Redis) -> None:
 
 
 def test_a_password_that_is_changed_and_changed_back(moody: Moody) -> None:
-    """NOAUTH is no reason to die or to spin."""
+    """NOAUTH while it works: no reason to end or to spin, and told as what it is, with what to do."""
     near, worker = moody.client, moody.worker
-    said = worker.log_text().count(AWAY)
+    said = worker.log_text().count(REFUSED)
     near.config_set("requirepass", "secret")
     near.execute_command("AUTH", "secret")
     near.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     near.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
-    wait_until(lambda: worker.log_text().count(AWAY) > said, timeout_s=20)
+    wait_until(lambda: worker.log_text().count(REFUSED) > said, timeout_s=20)
+    assert '"code": "redis_login"' in worker.log_text()
     before = int(near.info("stats")["total_connections_received"])
     near.blpop(["nothing"], timeout=3)
     tries = int(near.info("stats")["total_connections_received"]) - before

@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from shiwu.contract import ATTEMPTS, CLAIMS, RESULT_STREAM, Answer, Lane
-from shiwu.ledger import NotReplicated
+from shiwu.redis_errors import NotReplicated
 from shiwu_worker.errors import FatalError
 from shiwu_worker.hands import Limits
 from shiwu_worker.job import Job

@@ -26,8 +26,9 @@ from kombu import Queue
 
 from shiwu.contract import TASK_NAME
 from shiwu_worker import logs
-from shiwu_worker.callback_app import celery_broker, make_callback_app
+from shiwu_worker.callback_app import make_callback_app
 from shiwu_worker.canvas import Callbacks
+from shiwu_worker.celery_redis import broker_config
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import FatalError
 from shiwu_worker.parts import connect, make_ledger
@@ -150,7 +151,7 @@ def make_app(settings: Settings) -> Celery:
     """The app with settings that can't take the pipeline down."""
     app = Celery("shiwu")
     app.conf.update(
-        **celery_broker(settings),
+        **broker_config(settings.redis_address, timeout_s=settings.redis_timeout_s),
         accept_content=["json"],
         task_serializer="json",
         result_serializer="json",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ssl
 from typing import Any, Final
-from urllib.parse import quote
 
 from celery import Celery
 from kombu import Producer
 
-from shiwu.connection import read_sentinel_url
 from shiwu.contract import TASK_NAME, Lane
 from shiwu_worker.callback_rules import CallbackRules
+from shiwu_worker.celery_redis import backend_config, broker_config
 from shiwu_worker.config import Settings
 
 PASSED: Final = frozenset(
@@ -50,14 +48,11 @@ class CallbackApp(Celery):  # type: ignore[misc]  # celery has no types
 
 def make_callback_app(settings: Settings) -> Celery:
     """The app that sends callbacks, with results in our Redis."""
-    broker = celery_broker(settings)
+    address = settings.redis_address
     return CallbackApp(
         settings.callback_rules,
-        **broker,
-        result_backend=broker["broker_url"],
-        result_backend_transport_options=broker["broker_transport_options"],
-        redis_socket_timeout=settings.redis_timeout_s,
-        redis_socket_connect_timeout=settings.redis_timeout_s,
+        **broker_config(address, timeout_s=settings.redis_timeout_s),
+        **backend_config(address, timeout_s=settings.redis_timeout_s),
         result_expires=settings.result_ttl_s,
         accept_content=["json"],
         task_serializer="json",
@@ -65,26 +60,3 @@ def make_callback_app(settings: Settings) -> Celery:
         task_default_queue=settings.callback_queue,
         task_routes={TASK_NAME: {"queue": Lane.BULK.queue}},
     )
-
-
-def celery_broker(settings: Settings) -> dict[str, Any]:
-    """Our Redis in kombu's words."""
-    url = settings.redis_url.get_secret_value()
-    options: dict[str, Any] = {
-        "socket_timeout": settings.redis_timeout_s,
-        "socket_connect_timeout": settings.redis_timeout_s,
-        "socket_keepalive": True,
-        "health_check_interval": 30,
-        "priority_steps": [0],
-    }
-    if url.startswith("sentinel:"):
-        address = read_sentinel_url(url)
-        login = f"{quote(address.username or '')}:{quote(address.password)}@" if address.password else ""
-        hosts = (f"sentinel://{login}{host}:{port}" for host, port in address.hosts)
-        url = ";".join(f"{host}/{address.database}" for host in hosts)
-        options |= {"master_name": address.name, "sentinel_kwargs": {"password": address.sentinel_password}}
-    return {
-        "broker_url": url,
-        "broker_transport_options": options,
-        "broker_use_ssl": {"ssl_cert_reqs": ssl.CERT_REQUIRED} if url.startswith("rediss:") else None,
-    }

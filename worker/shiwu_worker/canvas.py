@@ -22,12 +22,12 @@ from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
 from kombu.exceptions import OperationalError
 from pydantic_core import from_json, to_json
-from redis.exceptions import ExecAbortError, OutOfMemoryError, ReadOnlyError
 
 from shiwu.contract import CANVAS, CANVAS_DUE, TASK_NAME, Answer, RequestError, Status, check_id, result_key
 from shiwu.envelope import Canvas, read_canvas
 from shiwu.errors import JobFailed
 from shiwu.ledger import CANVAS_PATIENCE_S, load_script
+from shiwu.redis_errors import info_of
 from shiwu_worker.callback_rules import CallbackRules
 from shiwu_worker.settle import Settled
 
@@ -35,9 +35,7 @@ log: Any = structlog.get_logger()
 LOOK_EVERY_S: Final = 5.0
 AT_ONCE: Final = 100
 AWAY: Final = (redis.RedisError, OperationalError, OSError)
-"""What passes by itself, but for a server that answered and refused just this."""
-PASSING: Final = (ReadOnlyError, OutOfMemoryError, ExecAbortError)
-PASSING_WORDS: Final = ("BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
+"""What Redis, or the way to it, raises."""
 
 
 class Callbacks:
@@ -187,9 +185,7 @@ def _passes(error: BaseException) -> bool:
     cause = error.__cause__ if isinstance(error, OperationalError) else error
     if isinstance(cause, redis.DataError):
         return False  # the client itself can't write such a value
-    if not isinstance(cause, redis.ResponseError) or isinstance(cause, PASSING):
-        return True
-    return str(cause).rpartition("caused error: ")[2].startswith(PASSING_WORDS)
+    return cause is None or not info_of(cause).is_about_command
 
 
 def _context(job_id: str, canvas: Canvas) -> Context:

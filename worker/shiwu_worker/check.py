@@ -10,10 +10,13 @@ from typing import Any
 import boto3
 import redis
 from botocore.exceptions import BotoCoreError
+from kombu.exceptions import OperationalError
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from shiwu.redis_errors import explain
+from shiwu_worker.callback_app import make_callback_app
 from shiwu_worker.config import Settings, shown
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.image_spec import read_image_spec
@@ -41,6 +44,7 @@ def run_checks() -> int:
     console.print(table)
     checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("redis", _check_redis),
+        ("callbacks", _check_callbacks),
         ("s3", _check_s3),
         ("model and labels", _check_model),
     ]
@@ -52,10 +56,14 @@ def run_checks() -> int:
         except (FatalError, redis.RedisError, BotoCoreError, StoreError, OSError, ValueError) as error:
             failed += 1
             console.print(f"[red]failed[/red]  {name}: ", end="")
-            console.print(f"{type(error).__name__}: {error}", markup=False)
+            console.print(_told(error), markup=False)
         else:
             console.print(f"[green]ok[/green]      {name}: {text}")
     return int(ExitCode.CONFIG) if failed else 0
+
+
+def _told(error: Exception) -> str:
+    return explain(error) if isinstance(error, redis.RedisError) else f"{type(error).__name__}: {error}"
 
 
 def _check_redis(settings: Settings) -> str:
@@ -67,6 +75,24 @@ def _check_redis(settings: Settings) -> str:
         policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "?")
         note = "" if policy == "noeviction" else f"; maxmemory-policy {policy} can lose jobs: expected noeviction"
         return f"version {version}{note}"
+
+
+def _check_callbacks(settings: Settings) -> str:
+    """Celery's own connections to the same Redis: those that send callbacks and keep their results."""
+    app = make_callback_app(settings)
+    try:
+        with (
+            app.connection_for_write() as connection,
+            connection.channel() as channel,
+            channel.conn_or_acquire() as one,
+        ):
+            one.ping()
+        app.backend.client.ping()
+    except OperationalError as error:
+        raise error.__cause__ or error from None
+    finally:
+        app.close()
+    return "Celery reaches the same Redis, for callbacks and their results"
 
 
 def _check_s3(settings: Settings) -> str:

@@ -10,9 +10,9 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shiwu.connection import read_sentinel_url
 from shiwu.contract import TASK_NAME
 from shiwu.keep import DEAD_AGE_S, DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S, STREAM_LENGTH
+from shiwu.redis_url import RedisAddress, read_redis_url
 from shiwu.upkeep import MAX_LEASE_S
 from shiwu_worker.callback_rules import MOST, CallbackRules
 from shiwu_worker.config_lists import (
@@ -42,8 +42,8 @@ class Settings(BaseSettings):
 
     redis_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
-        description="broker and results, one database, so that commit is one step: redis://, rediss:// or "
-        "sentinel://host:port,host:port/name/0",
+        description="broker and results, one database, so that commit is one step: redis://, rediss://, valkey://, "
+        "valkeys://, unix:///path or sentinel://host:port,host:port/name/0",
     )
     redis_timeout_s: float = Field(5.0, gt=0, description="socket and connect time-out; no wait on Redis is longer")
     worker_name: str = Field(
@@ -221,9 +221,13 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _check_url(cls, value: SecretStr) -> SecretStr:
-        if value.get_secret_value().startswith("sentinel:"):
-            read_sentinel_url(value.get_secret_value())
+        read_redis_url(value.get_secret_value())
         return value
+
+    @property
+    def redis_address(self) -> RedisAddress:
+        """Where Redis is; every client of it takes its arguments from here."""
+        return read_redis_url(self.redis_url.get_secret_value())
 
     @property
     def reach(self) -> Reach:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from shiwu.contract import CODES, Fault
+from shiwu.redis_errors import REDIS_ERRORS, RedisFault, signs_of
 from shiwu_worker.error_table import TABLE, UNKNOWN, Row
 
 _HEAD = """\
@@ -19,6 +20,7 @@ errors of a source lead to which code. The worker reads the same tables.
 
 - [Codes](#codes): meaning, status of the answer, retries, what to do
 - [Replies and errors of sources](#replies-and-errors-of-sources): S3, HTTP, files
+- [Errors of Redis](#errors-of-redis)
 
 ## Codes
 
@@ -34,6 +36,24 @@ What no row names is `{unknown}`: {fault}. The job is retried, and the worker's 
 
 Statuses 200 and 203 bring the image.
 """
+_REDIS = """
+## Errors of Redis
+
+Clients, workers and the command line read this table. What *passes* is waited for: a worker keeps its answers and
+claims nothing meanwhile (log event `redis_away`), and `Client.wait` goes on to its deadline. What does not pass ends a
+process that has not worked yet with exit code 64 where *at fault* says "the settings"; a worker that has worked keeps
+what it holds, tries again, and logs `redis_refused` every 30 s. Callbacks that meet an error of one command are given
+up.
+
+| code | passes | at fault | about one command | what leads to it | meaning | what to do |
+|---|---|---|---|---|---|---|
+"""
+_REDIS_FAULTS = {
+    RedisFault.SERVER: "the server or the network",
+    RedisFault.SETTINGS: "the settings",
+    RedisFault.DATA: "another writer",
+    RedisFault.SERVICE: "the service",
+}
 _FAULTS = {
     Fault.REQUEST: "the request",
     Fault.IMAGE: "the image",
@@ -49,7 +69,15 @@ def page() -> str:
     parts = [_HEAD, _codes(), _SOURCES.format(**unknown)]
     for kind, rows in TABLE.items():
         parts += [f"\n### {kind.value}\n\n", *_rows(rows)]
-    return "".join(parts)
+    return "".join([*parts, _REDIS, *_redis_rows()])
+
+
+def _redis_rows() -> Iterator[str]:
+    for code, info in REDIS_ERRORS.items():
+        signs = ", ".join(signs_of(code))
+        passes, one = ("yes" if flag else "no" for flag in (info.passes, info.is_about_command))
+        fault = _REDIS_FAULTS[info.fault]
+        yield f"| `{code}` | {passes} | {fault} | {one} | {signs} | {info.meaning} | {info.remedy} |\n"
 
 
 def _codes() -> str:

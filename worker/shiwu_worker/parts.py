@@ -14,6 +14,7 @@ from shiwu.contract import RETRIED
 from shiwu.envelope import read_canvas
 from shiwu.keep import Keep, ToldKeep
 from shiwu.ledger import Ledger
+from shiwu.redis_errors import classify, explain, info_of
 from shiwu.upkeep import Upkeep
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode, FatalError
@@ -43,11 +44,26 @@ SLOW_FACTOR = 10
 def connect(settings: Settings, *, block_s: float = 0.0) -> redis.Redis:
     """A client whose every wait is bounded. It never tries twice by itself: that is decided where the job's fate is."""
     return connect_to(
-        settings.redis_url.get_secret_value(),
+        settings.redis_address,
         timeout_s=settings.redis_timeout_s,
         block_s=block_s,
         client_name=f"shiwu-{settings.worker_name}".replace(" ", "-"),
     )
+
+
+def check_redis(settings: Settings) -> None:
+    """Ask Redis once, before anything is loaded.
+
+    Raises:
+        FatalError: with ExitCode.CONFIG when its answer can never become another; while it is away the worker starts.
+    """
+    with connect(settings) as client:
+        try:
+            client.ping()
+        except redis.RedisError as error:
+            if info_of(error).ends_start:
+                raise FatalError(ExitCode.CONFIG, f"SHIWU_REDIS_URL: {explain(error)}") from error
+            log.error("redis_away", where="start", code=classify(error).value, error=str(error)[:300])
 
 
 def read_label_sets(settings: Settings) -> dict[str, LabelSet]:

@@ -17,6 +17,7 @@ import structlog
 from redis import RedisError
 
 from shiwu.contract import ErrorInfo, ImageInfo, log_level_of, without_query
+from shiwu.redis_errors import explain, info_of
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.fates import Fates
 from shiwu_worker.hands import Hands, Limits
@@ -84,6 +85,7 @@ class Pipeline:
         self._on_fatal = on_fatal
         self._on_claiming = on_claiming
         self._is_claiming = False
+        self._has_claimed = False
         self._hands = Hands(slots=limits.slots)
         self._flights: queue.Queue[tuple[list[Job], Launched]] = queue.Queue(1)
         self._closing, self._ended = threading.Event(), threading.Event()
@@ -105,8 +107,11 @@ class Pipeline:
                 taken = self._do.claims.claim(room, held=self._hands)
             except RedisError as error:
                 self._say_claiming(is_so=False)
+                if not self._has_claimed and info_of(error).ends_start:
+                    raise FatalError(ExitCode.CONFIG, f"SHIWU_REDIS_URL: {explain(error)}") from error
                 self._do.away.wait(error, self._closing)
                 continue
+            self._has_claimed = True
             self._do.away.back()
             self._say_claiming(is_so=not self._closing.is_set())
             if not self._hands:

@@ -27,6 +27,7 @@ from shiwu.contract import (
     check_id,
 )
 from shiwu.ledger import Entry, Ledger, load_script
+from shiwu.redis_errors import classify
 
 log: Any = structlog.get_logger()
 REMEMBERED_S: Final = 10_800.0
@@ -94,8 +95,8 @@ def _revoke(state: Any, task_id: str | Sequence[str] = (), **_: Any) -> dict[str
     try:
         now = revoker.revoke(ids)
     except redis.RedisError as error:
-        log.error("not_revoked", jobs=len(ids), error=str(error)[:300])
-        return {"error": "redis is away; revoke again"}
+        log.error("not_revoked", jobs=len(ids), code=classify(error).value, error=str(error)[:300])
+        return {"error": f"{classify(error)}: not revoked; revoke again"}
     log.info("revoked", jobs=len(ids), answered_now=now, ids=ids[:10])
     return {"ok": f"{len(ids)} revoked"}
 

@@ -15,6 +15,7 @@ import msgspec
 import structlog
 from redis import RedisError
 
+from shiwu.redis_errors import REDIS_ERRORS, RedisCode, classify
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.job import Job
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 log: Any = structlog.get_logger()
 T = TypeVar("T")
+SAY_AGAIN_S: Final = 30.0
 MOST_AT_ONCE: Final = 512
 """A batch of settled jobs is closed when it holds this many; the last list that enters it may exceed this."""
 
@@ -40,7 +42,10 @@ class Settled(msgspec.Struct, frozen=True):
 
 
 class Away:
-    """Pauses between tries while Redis is away: growing, bounded, and said once in the log.
+    """Pauses between tries while Redis is away: growing, bounded, and said in the log.
+
+    What passes by itself is said once, as `redis_away`. What does not, such as a password that has changed, is said
+    again and again as `redis_refused`, with what to do: the worker keeps what it holds and goes on trying.
 
     Args:
         on_wait: called at each pause with the error; Redis' absence is no hang of ours.
@@ -60,15 +65,34 @@ class Away:
         self._longest_s = longest_s
         self._pause_s = 0.0
         self._since_s = 0.0
+        self._said: RedisCode | None = None
+        self._said_s = 0.0
 
     def wait(self, error: RedisError, stop: threading.Event) -> None:
         """Pause before the next try, or until `stop` is set."""
         if not self._pause_s:
             self._since_s = time.monotonic()
-            log.error("redis_away", where=self._where, kind=type(error).__name__, error=str(error)[:300])
+            self._said = None
+        self._say(error)
         self._on_wait(error)
         self._pause_s = min(self._longest_s, self._pause_s * 2 or self._first_s)
         stop.wait(self._pause_s)
+
+    def _say(self, error: RedisError) -> None:
+        code, now_s = classify(error), time.monotonic()
+        info = REDIS_ERRORS[code]
+        if code is self._said and (info.passes or now_s - self._said_s < SAY_AGAIN_S):
+            return
+        self._said, self._said_s = code, now_s
+        log.error(
+            "redis_away" if info.passes else "redis_refused",
+            where=self._where,
+            code=code.value,
+            kind=type(error).__name__,
+            error=str(error)[:300],
+            meaning=info.meaning,
+            remedy=info.remedy,
+        )
 
     def back(self) -> None:
         """Say that a try succeeded."""

@@ -26,6 +26,7 @@ from shiwu_worker.model_parts import make_canary, open_encoder
 from shiwu_worker.models import model_folder, model_revision
 from shiwu_worker.panel import Panel
 from shiwu_worker.parts import (
+    check_redis,
     connect,
     make_away,
     make_claims,
@@ -88,6 +89,7 @@ def open_service(
     panel = Panel(settings, progress)
     with ExitStack() as stack:
         panel.open(stack)
+        check_redis(settings)
         # Before the model: a wrong file is told within a second.
         label_sets = read_label_sets(settings)
         folder = model_folder(settings.model)

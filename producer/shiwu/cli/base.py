@@ -13,7 +13,8 @@ import redis
 
 from shiwu.client import Client
 from shiwu.contract import RequestError, printable
-from shiwu.errors import ShiwuError
+from shiwu.errors import RedisUrlError, ShiwuError
+from shiwu.redis_errors import explain, info_of
 
 
 class Exit(IntEnum):
@@ -24,6 +25,7 @@ class Exit(IntEnum):
     USAGE = 2
     TIMEOUT = 3
     QUEUE = 4
+    CONFIG = 64
     INTERRUPTED = 130
     CLOSED_PIPE = 141
 
@@ -46,10 +48,12 @@ class Commands(click.Group):
                 sys.stdout.flush()
         except RequestError as error:
             end(f"{error.code}: {error}", Exit.USAGE)
+        except RedisUrlError as error:
+            end(f"{error.code}: SHIWU_REDIS_URL or --redis-url: {error}", Exit.CONFIG)
+        except redis.RedisError as error:
+            end(explain(error), Exit.CONFIG if info_of(error).ends_start else Exit.QUEUE)
         except ShiwuError as error:
             end(f"{error.code}: {error}", Exit.QUEUE)
-        except redis.RedisError as error:
-            end(f"redis: {str(error).rstrip(chr(46))}; is SHIWU_REDIS_URL (or --redis-url) right?", Exit.QUEUE)
         except KeyboardInterrupt:
             end("interrupted; what was enqueued goes on", Exit.INTERRUPTED)
         except BrokenPipeError:
@@ -84,6 +88,7 @@ def main(ctx: click.Context, redis_url: str | None) -> None:
 
     \b
     Exit codes: 0 all well, 1 a picture was not tagged, 2 wrong usage, 3 no answer in time,
-    4 Redis not reachable or the queue is full, 130 interrupted by Ctrl-C, 141 the reader of a pipe left.
+    4 Redis not reachable or the queue is full, 64 the Redis URL or what listens there can never work,
+    130 interrupted by Ctrl-C, 141 the reader of a pipe left.
     """
     ctx.obj = ctx.with_resource(Client(redis_url))

@@ -15,6 +15,8 @@ from pydantic_core import to_json
 
 from shiwu.cli.base import Exit, end, main
 from shiwu.client import Client
+from shiwu.contract import printable
+from shiwu.redis_errors import explain, info_of
 
 if TYPE_CHECKING:
     from shiwu.cli.sweep_metrics import SweepMetrics
@@ -77,16 +79,22 @@ class _Sweeper:
         self._metrics = metrics
         self._print_every_s = print_every_s
         self._printed_s = self._counted_s = -math.inf
-        self._is_redis_away = False
+        self._is_redis_away = self._has_swept = False
 
     def try_sweep(self) -> None:
-        """One round; says once, on stderr, that Redis does not answer."""
+        """One round; says once, on stderr, that Redis does not answer.
+
+        Raises:
+            redis.RedisError: in the first round, when what Redis answers can never become another.
+        """
         try:
             self.sweep()
             self._is_redis_away = False
         except redis.RedisError as error:
+            if info_of(error).ends_start and not self._has_swept:
+                raise
             if not self._is_redis_away:
-                click.echo(f"shiwu: redis: {error}; trying again", err=True)
+                click.echo(f"shiwu: {printable(explain(error))}; trying again", err=True)
             self._is_redis_away = True
             if self._metrics is not None:
                 self._metrics.redis_unreachable()
@@ -99,6 +107,7 @@ class _Sweeper:
         """
         now_s = time.monotonic()
         swept = self._client.sweep()
+        self._has_swept = True
         is_printed |= swept.did_something or self._is_redis_away or now_s - self._printed_s >= self._print_every_s
         is_exported = self._metrics is not None and now_s - self._counted_s >= COUNT_EVERY_S
         if is_printed or is_exported:

@@ -1,38 +1,12 @@
-"""Redis addresses: what a sentinel URL says, and what a wrong one is told without its password."""
+"""Tries and pauses by class of error."""
 
 from __future__ import annotations
 
 import pytest
 
-from shiwu.connection import SentinelAddress, read_sentinel_url
 from shiwu.contract import ErrorCode
 from shiwu_worker.config import Settings
 from shiwu_worker.hands import RetryPolicy
-
-
-def test_a_sentinel_url() -> None:
-    """Hosts with and without ports, a login for the servers, another password for the sentinels."""
-    url = "sentinel://user:p%40ss@a:1,b,[::1]:3/primary/2?sentinel_password=other"
-    assert read_sentinel_url(url) == SentinelAddress(
-        hosts=(("a", 1), ("b", 26379), ("::1", 3)),
-        name="primary",
-        database=2,
-        username="user",
-        password="p@ss",
-        sentinel_password="other",
-    )
-    assert read_sentinel_url("sentinel://a/primary").database == 0
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["sentinel://:secret@a:1", "sentinel://:secret@/primary", "sentinel://:secret@a:x/p", "sentinel://a/p/secret"],
-)
-def test_a_wrong_one_is_told_the_form_and_not_the_password(url: str) -> None:
-    """The text may land in a log."""
-    with pytest.raises(ValueError, match="master-name") as caught:
-        read_sentinel_url(url)
-    assert "secret" not in str(caught.value)
 
 
 def test_retries_by_class_of_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,299 @@
+"""What each error of Redis means: whether it can pass by itself, whose it is, what to do.
+
+`REDIS_ERRORS` has one row for every `RedisCode`. Clients, workers and the command line decide by it, and a part of
+`docs/errors.md` is written from it.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final, Literal
+
+import redis
+from redis import exceptions
+from redis.sentinel import MasterNotFoundError
+
+from shiwu.errors import ShiwuError
+
+LogLevel = Literal["info", "warning", "error"]
+
+
+class RedisCode(StrEnum):
+    """Stable words for what Redis, or the way to it, answers."""
+
+    AWAY = "redis_away"
+    LOADING = "redis_loading"
+    BUSY = "redis_busy"
+    READ_ONLY = "redis_read_only"
+    FULL = "redis_full"
+    NOT_SAVED = "redis_not_saved"
+    NOT_REPLICATED = "redis_not_replicated"
+    CONNECTIONS = "redis_connections"
+    LOGIN = "redis_login"
+    PERMISSION = "redis_permission"
+    CLUSTER = "redis_cluster"
+    SENTINEL = "redis_sentinel"
+    DATABASE = "redis_database"
+    TLS = "redis_tls"
+    PROTOCOL = "redis_protocol"
+    UNSUPPORTED = "redis_unsupported"
+    WRONG_TYPE = "redis_wrong_type"
+    UNKNOWN = "redis_error"
+
+
+class RedisFault(StrEnum):
+    """What has to change before a command can succeed."""
+
+    SERVER = "server"  # the state of Redis or of the network
+    SETTINGS = "settings"  # the URL, the login, or what the operator runs under that address
+    DATA = "data"  # a key that something else has written
+    SERVICE = "service"  # shiwu itself
+
+
+@dataclass(frozen=True, slots=True)
+class RedisErrorInfo:
+    """The meaning of one code."""
+
+    fault: RedisFault
+    passes: bool
+    """Whether the same command may succeed later without anybody changing a setting: then it is tried again."""
+    meaning: str
+    remedy: str
+    log_level: LogLevel = "error"
+    is_about_command: bool = False
+    """Whether other commands may succeed all the same: what was refused is given up, and holds up nothing else."""
+
+    @property
+    def ends_start(self) -> bool:
+        """Whether a process that has not worked yet ends with exit code 64 instead of trying again."""
+        return not self.passes and self.fault is RedisFault.SETTINGS
+
+
+class NotOneServer(ShiwuError, redis.RedisError):
+    """The address is no plain Redis server: a node of a cluster, or a sentinel."""
+
+    code = "not_one_server"
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(f"expected one Redis or Valkey server, got a server in {mode} mode")
+        self.mode = mode
+
+
+class NotReplicated(redis.RedisError):
+    """Fewer replicas than asked for have confirmed a write in time. It stands on the primary."""
+
+
+class ConnectionsBusy(ShiwuError, exceptions.MaxConnectionsError):
+    """All connections of this client stayed in use for as long as one command may take."""
+
+    code = "connections_busy"
+
+
+def _server(meaning: str, remedy: str) -> RedisErrorInfo:
+    return RedisErrorInfo(RedisFault.SERVER, passes=True, meaning=meaning, remedy=remedy)
+
+
+def _settings(meaning: str, remedy: str, *, is_about_command: bool = False) -> RedisErrorInfo:
+    return RedisErrorInfo(
+        RedisFault.SETTINGS, passes=False, meaning=meaning, remedy=remedy, is_about_command=is_about_command
+    )
+
+
+REDIS_ERRORS: Final[Mapping[RedisCode, RedisErrorInfo]] = MappingProxyType(
+    {
+        RedisCode.AWAY: _server(
+            "Redis did not answer, or the connection was lost.",
+            "Check that Redis runs, the host and port in the Redis URL, and redis:// against rediss://.",
+        ),
+        RedisCode.LOADING: _server("Redis has just started and reads its data.", "Wait."),
+        RedisCode.BUSY: _server(
+            "Redis runs a script or a function that takes long.", "Find the script, or wait until it ends."
+        ),
+        RedisCode.READ_ONLY: _server(
+            "The server is a replica, as after a failover, or its primary is gone.",
+            "Wait for the failover; if it lasts, give the primary's address, or sentinel://.",
+        ),
+        RedisCode.FULL: _server(
+            "Redis has reached maxmemory and refuses writes.",
+            "Give it more memory; keep maxmemory-policy noeviction.",
+        ),
+        RedisCode.NOT_SAVED: _server(
+            "Redis refuses writes because its last save to disk failed.", "Read the log of Redis; free its disk."
+        ),
+        RedisCode.NOT_REPLICATED: _server(
+            "Fewer replicas are connected, or have confirmed a write, than were asked for.",
+            "Look after the replicas; the same write may be repeated.",
+        ),
+        RedisCode.CONNECTIONS: _server(
+            "All connections that the client may open, or that Redis accepts, are in use.",
+            "Raise max_connections of Client, or maxclients of Redis, or use fewer threads.",
+        ),
+        RedisCode.LOGIN: _settings(
+            "Redis refuses the user name or the password, or wants one.",
+            "Correct the login, or sentinel_password, in the Redis URL; write %40 for @, %2F for /, %3A for : in it.",
+        ),
+        RedisCode.PERMISSION: _settings(
+            "The Redis user may not run a command, use a key or use a channel that shiwu needs.",
+            "Give the user the rights of docs/redis-acl.conf; `ACL LOG` names what was refused.",
+            is_about_command=True,
+        ),
+        RedisCode.CLUSTER: _settings(
+            "The server is a node of a Redis Cluster, and shiwu's scripts need all keys on one server.",
+            "Give the address of one Redis or Valkey without cluster mode, with replicas and sentinels if you like.",
+        ),
+        RedisCode.SENTINEL: _settings(
+            "The server is a sentinel, which holds no data.",
+            "Write sentinel://host:26379,host:26379/master-name/0 instead of redis://.",
+        ),
+        RedisCode.DATABASE: _settings(
+            "Redis has no database with this number.",
+            "Take a smaller number in the Redis URL, or raise `databases` of Redis.",
+        ),
+        RedisCode.TLS: _settings(
+            "The TLS handshake failed: a certificate is not trusted or not for this host, or one side speaks no TLS.",
+            "Check rediss:// against redis://, the port, ssl_ca_certs and the host name in the certificate.",
+        ),
+        RedisCode.PROTOCOL: _settings(
+            "What listens at the address does not speak the Redis protocol.",
+            "Check the host and port in the Redis URL.",
+        ),
+        RedisCode.UNSUPPORTED: _settings(
+            "The server does not know a command that shiwu needs.",
+            "Use Redis 6.2 or newer, or Valkey, and rename or disable none of the commands in docs/redis-acl.conf.",
+        ),
+        RedisCode.WRONG_TYPE: RedisErrorInfo(
+            RedisFault.DATA,
+            passes=False,
+            meaning="A key of shiwu holds a value of a foreign type, which something else has written.",
+            remedy="Find the key in the message, move or delete it, and close it to others by an ACL.",
+            is_about_command=True,
+        ),
+        RedisCode.UNKNOWN: RedisErrorInfo(
+            RedisFault.SERVICE,
+            passes=False,
+            meaning="Redis answered with an error that shiwu does not know.",
+            remedy="Report it with the message and the version of Redis.",
+            is_about_command=True,
+        ),
+    }
+)
+
+_WORDS: Final[Mapping[str, RedisCode]] = {
+    "NOAUTH": RedisCode.LOGIN,
+    "WRONGPASS": RedisCode.LOGIN,
+    "NOPERM": RedisCode.PERMISSION,
+    "MOVED": RedisCode.CLUSTER,
+    "ASK": RedisCode.CLUSTER,
+    "CROSSSLOT": RedisCode.CLUSTER,
+    "CLUSTERDOWN": RedisCode.CLUSTER,
+    "TRYAGAIN": RedisCode.CLUSTER,
+    "LOADING": RedisCode.LOADING,
+    "BUSY": RedisCode.BUSY,
+    "READONLY": RedisCode.READ_ONLY,
+    "MASTERDOWN": RedisCode.READ_ONLY,
+    "OOM": RedisCode.FULL,
+    "MISCONF": RedisCode.NOT_SAVED,
+    "NOREPLICAS": RedisCode.NOT_REPLICATED,
+    "WRONGTYPE": RedisCode.WRONG_TYPE,
+    "DB index is out of range": RedisCode.DATABASE,
+    "invalid DB index": RedisCode.DATABASE,
+    "SELECT is not allowed in cluster mode": RedisCode.CLUSTER,
+    "max number of clients reached": RedisCode.CONNECTIONS,
+    "unknown command": RedisCode.UNSUPPORTED,
+    "Transaction discarded": RedisCode.BUSY,
+}
+"""What the server says → code. Inside a script's error of Redis 6.2 the word is not the first one."""
+_WORD: Final = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in _WORDS))
+_TYPES: Final[tuple[tuple[type[Exception], RedisCode], ...]] = (
+    (NotReplicated, RedisCode.NOT_REPLICATED),
+    (exceptions.MaxConnectionsError, RedisCode.CONNECTIONS),
+    (exceptions.AuthenticationError, RedisCode.LOGIN),
+    (exceptions.AuthorizationError, RedisCode.PERMISSION),
+    (exceptions.NoPermissionError, RedisCode.PERMISSION),
+    (exceptions.AuthenticationWrongNumberOfArgsError, RedisCode.LOGIN),
+    (exceptions.MasterDownError, RedisCode.READ_ONLY),
+    (exceptions.ClusterDownError, RedisCode.CLUSTER),
+    (exceptions.ClusterCrossSlotError, RedisCode.CLUSTER),
+    (exceptions.TryAgainError, RedisCode.CLUSTER),
+    (exceptions.AskError, RedisCode.CLUSTER),
+    (exceptions.BusyLoadingError, RedisCode.LOADING),
+    (exceptions.ReadOnlyError, RedisCode.READ_ONLY),
+    (exceptions.OutOfMemoryError, RedisCode.FULL),
+    (exceptions.InvalidResponse, RedisCode.PROTOCOL),
+)
+"""redis-py takes the first word out of the text where it has a type for it."""
+
+
+def classify(error: BaseException) -> RedisCode:
+    """The code of an error that redis-py, or the socket under it, has raised."""
+    if isinstance(error, NotOneServer):
+        return RedisCode.SENTINEL if error.mode == "sentinel" else RedisCode.CLUSTER
+    if isinstance(error, MasterNotFoundError) and "AuthenticationError" in str(error):
+        return RedisCode.LOGIN  # at the sentinels
+    for kind, code in _TYPES:
+        if isinstance(error, kind):
+            return code
+    if isinstance(error, redis.ResponseError):
+        # The text of an error in a pipeline begins with the command, whose words a producer may have chosen.
+        found = _WORD.search(str(error).rpartition("caused error: ")[2])
+        return _WORDS[found[0]] if found else RedisCode.UNKNOWN
+    if isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
+        return _classify_connection(error)
+    return RedisCode.UNKNOWN
+
+
+def _classify_connection(error: BaseException) -> RedisCode:
+    if "max number of clients reached" in str(error):
+        return RedisCode.CONNECTIONS
+    return RedisCode.TLS if any(map(_is_handshake, _causes(error))) else RedisCode.AWAY
+
+
+def info_of(error: BaseException) -> RedisErrorInfo:
+    """The row of an error."""
+    return REDIS_ERRORS[classify(error)]
+
+
+_SIGNS: Final[Mapping[RedisCode, str]] = {
+    RedisCode.AWAY: "connection errors and time-outs",
+    RedisCode.CLUSTER: "`cluster` in the greeting",
+    RedisCode.SENTINEL: "`sentinel` in the greeting",
+    RedisCode.TLS: "`SSLError` in the handshake",
+    RedisCode.UNKNOWN: "any other reply",
+}
+
+
+def signs_of(code: RedisCode) -> list[str]:
+    """What leads to a code, as Markdown: words of Redis' replies, and classes of redis-py."""
+    words = [word for word, its in _WORDS.items() if its is code]
+    words += [kind.__name__ for kind, its in _TYPES if its is code]
+    return [f"`{word}`" for word in words] + ([_SIGNS[code]] if code in _SIGNS else [])
+
+
+def explain(error: BaseException) -> str:
+    """One sentence for the operator: the code, what it means, what to do, and what Redis said."""
+    code = classify(error)
+    info = REDIS_ERRORS[code]
+    # Behind the colon stand the sentinels with all their arguments.
+    text = str(error).partition(" : ")[0] if isinstance(error, MasterNotFoundError) else str(error)
+    said = " ".join(text.split()).rstrip(".")
+    return f"{code}: {info.meaning} {info.remedy} (Redis said: {said:.300})"
+
+
+def _is_handshake(error: BaseException) -> bool:
+    """Whether TLS itself was refused; a connection that ends in the middle of it is none such."""
+    return isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it."""
+    seen: BaseException | None = error
+    for _ in range(10):
+        if seen is None:
+            return
+        yield seen
+        seen = seen.__cause__ or seen.__context__

@@ -1,0 +1,322 @@
+"""What real servers say, and which row of the table of Redis errors it is."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import redis
+from click.testing import CliRunner
+
+from shiwu.cli import main
+from shiwu.connection import connect
+from shiwu.ledger import wait_replicated
+from shiwu.redis_errors import REDIS_ERRORS, RedisCode, RedisFault, classify, explain, info_of
+from tests.conftest import StartWorker
+from tests.support.certificates import Certificate
+from tests.support.processes import LOOPBACK, Process, clean_environment, free_ports
+from tests.support.raw_server import RawServer
+from tests.support.redis_server import RedisServer, valkey_binary
+from tests.support.tls_front import TlsFront
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.xdist_group(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Servers for one test, which may spoil them."""
+
+    folder: Path
+    stack: ExitStack
+
+    def server(self, **config: str) -> RedisServer:
+        """A server with these settings; `_` stands for `-`."""
+        settings = {name.replace("_", "-"): value for name, value in config.items()}
+        return self.stack.enter_context(
+            RedisServer(folder=self.folder / "server", binary=valkey_binary(), config=settings)
+        )
+
+    def client(self, url: str, **options: Any) -> redis.Redis:
+        """A client as all of ours are."""
+        return self.stack.enter_context(connect(url, **({"timeout_s": 2.0} | options)))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """Everything is stopped in the end."""
+    with ExitStack() as stack:
+        yield Place(tmp_path, stack)
+
+
+def away(place: Place) -> None:
+    place.client(f"redis://{LOOPBACK}:{free_ports(1)[0]}").ping()
+
+
+def loading(place: Place) -> None:
+    server = place.server(save='""', enable_debug_command="yes")
+    place.client(server.url).execute_command("DEBUG", "POPULATE", "20000")
+    place.client(server.url).save()
+    server.stop()
+    server.config |= {"key-load-delay": "1000", "loading-process-events-interval-bytes": "1024"}
+    server.start(is_loading_enough=True)
+    place.client(server.url).get("x")
+
+
+def busy(place: Place) -> None:
+    server = place.server(busy_reply_threshold="10")
+    endless = server.client()
+    thread = Thread(target=refusal, args=[lambda: endless.eval("while true do end", 0)])
+    thread.start()
+    place.stack.callback(endless.close)
+    place.stack.callback(thread.join)
+    place.stack.callback(place.stack.enter_context(server.client()).script_kill)
+    wait_until(lambda: refusal(place.client(server.url).ping), timeout_s=10)
+    place.client(server.url).get("x")
+
+
+def refusal(do: Callable[[], object]) -> redis.RedisError | None:
+    """What Redis refuses with."""
+    try:
+        do()
+    except redis.RedisError as error:
+        return error
+    return None
+
+
+def read_only(place: Place) -> None:
+    client = place.client(place.server().url)
+    client.replicaof(LOOPBACK, 1)
+    client.set("x", 1)
+
+
+def full(place: Place) -> None:
+    client = place.client(place.server(maxmemory="1").url)
+    client.eval("return redis.call('SET', 'x', 'y')", 0)
+
+
+def not_saved(place: Place) -> None:
+    client = place.client(place.server(save="1 1").url)
+    shutil.rmtree(place.folder / "server")
+    client.set("x", 1)
+    wait_until(lambda: refusal(lambda: client.set("x", 1)), timeout_s=20)
+    client.set("x", 1)
+
+
+def not_replicated(place: Place) -> None:
+    place.client(place.server(min_replicas_to_write="1").url).set("x", 1)
+
+
+def not_confirmed(place: Place) -> None:
+    with place.client(place.server().url).client() as one:  # type: ignore[no-untyped-call]  # redis' own
+        wait_replicated(one, replicas=1, timeout_s=0.1)
+
+
+def pool_is_empty(place: Place) -> None:
+    client = place.client(place.server().url, timeout_s=0.2, max_connections=1)
+    with client.pubsub() as pubsub:  # type: ignore[no-untyped-call]  # redis' own
+        pubsub.subscribe("x")
+        client.ping()
+
+
+def server_is_full(place: Place) -> None:
+    server = place.server()
+    place.client(server.url).config_set("maxclients", 1)
+    place.client(server.url).ping()
+
+
+def no_login(place: Place) -> None:
+    server = place.server()
+    with server.client() as client:
+        client.config_set("requirepass", "secret")
+    place.client(server.url).ping()
+
+
+def wrong_login(place: Place) -> None:
+    place.client(place.server().url.replace("://", "://nobody:wrong@")).ping()
+
+
+def permission(place: Place) -> None:
+    server = place.server()
+    with server.client() as client:
+        client.acl_setuser("low", enabled=True, nopass=True, commands=["+ping", "+select", "+client"])
+    place.client(server.url.replace("://", "://low:x@")).get("x")
+
+
+def cluster(place: Place) -> None:
+    place.client(place.server(cluster_enabled="yes").url).ping()
+
+
+def moved(place: Place) -> None:
+    # Behind our own greeting, as a proxy without one would show it.
+    client = place.server(cluster_enabled="yes").client()
+    place.stack.callback(client.close)
+    client.get("x")
+
+
+def sentinel(place: Place) -> None:
+    [port] = free_ports(1)
+    config = place.folder / "sentinel.conf"
+    config.write_text(f"port {port}\nbind {LOOPBACK}\n")
+    command = [str(valkey_binary()), str(config), "--sentinel"]
+    place.stack.enter_context(Process(command, name="sentinel", folder=place.folder, env=clean_environment({})))
+    wait_until(lambda: socket.socket().connect_ex((LOOPBACK, port)) == 0, timeout_s=10)
+    place.client(f"redis://{LOOPBACK}:{port}").get("x")
+
+
+def database(place: Place) -> None:
+    place.client(place.server().url[:-1] + "99").ping()
+
+
+def tls(place: Place) -> None:
+    context = Certificate.make(place.folder, name="localhost").server_context()
+    front = place.stack.enter_context(TlsFront(place.server().port, context))
+    place.client(f"rediss://localhost:{front.port}").ping()
+
+
+def protocol(place: Place) -> None:
+    server = place.stack.enter_context(RawServer(lambda: [b"HTTP/1.1 400 Bad Request\r\n\r\n"]))
+    place.client(f"redis://{LOOPBACK}:{server.port}").ping()
+
+
+def unsupported(place: Place) -> None:
+    place.client(place.server(rename_command='EVALSHA ""').url).evalsha("0" * 40, 0)
+
+
+def wrong_type(place: Place) -> None:
+    client = place.client(place.server().url)
+    client.set("x", 1)
+    client.eval("return redis.call('HLEN', KEYS[1])", 1, "x")
+
+
+def unknown(place: Place) -> None:
+    client = place.client(place.server().url)
+    client.set("x", "a")
+    client.incr("x")
+
+
+CASES: list[tuple[Callable[[Place], None], RedisCode]] = [
+    (away, RedisCode.AWAY),
+    (loading, RedisCode.LOADING),
+    (busy, RedisCode.BUSY),
+    (read_only, RedisCode.READ_ONLY),
+    (full, RedisCode.FULL),
+    (not_saved, RedisCode.NOT_SAVED),
+    (not_replicated, RedisCode.NOT_REPLICATED),
+    (not_confirmed, RedisCode.NOT_REPLICATED),
+    (pool_is_empty, RedisCode.CONNECTIONS),
+    (server_is_full, RedisCode.CONNECTIONS),
+    (no_login, RedisCode.LOGIN),
+    (wrong_login, RedisCode.LOGIN),
+    (permission, RedisCode.PERMISSION),
+    (cluster, RedisCode.CLUSTER),
+    (moved, RedisCode.CLUSTER),
+    (sentinel, RedisCode.SENTINEL),
+    (database, RedisCode.DATABASE),
+    (tls, RedisCode.TLS),
+    (protocol, RedisCode.PROTOCOL),
+    (unsupported, RedisCode.UNSUPPORTED),
+    (wrong_type, RedisCode.WRONG_TYPE),
+    (unknown, RedisCode.UNKNOWN),
+]
+
+
+@pytest.mark.parametrize(("provoke", "code"), CASES, ids=[provoke.__name__ for provoke, _ in CASES])
+def test_redis_error_has_its_code(place: Place, provoke: Callable[[Place], None], code: RedisCode) -> None:
+    """As a real server, or the way to it, brings it about; the sentence names the code and what to do."""
+    with pytest.raises((redis.RedisError, OSError)) as caught:
+        provoke(place)
+    assert classify(caught.value) is code
+    assert explain(caught.value).startswith(f"{code.value}: {REDIS_ERRORS[code].meaning}")
+
+
+def test_every_redis_code_has_a_row_and_a_case() -> None:
+    """No row that nothing has shown to be right; a start ends only by what the operator must change."""
+    assert set(REDIS_ERRORS) == {code for _, code in CASES} == set(RedisCode)
+    for info in REDIS_ERRORS.values():
+        assert info.meaning.endswith(".")
+        assert info.remedy.endswith(".")
+        assert info.passes == (info.fault is RedisFault.SERVER)
+        assert info.ends_start == (info.fault is RedisFault.SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        # Redis 6.2, inside a script.
+        (
+            "Error running script (call to f_1): @user_script:12: WRONGTYPE Operation against a key",
+            RedisCode.WRONG_TYPE,
+        ),
+        ("Command # 1 (LPUSH NOAUTH x) of pipeline caused error: value is not an integer", RedisCode.UNKNOWN),
+        ("Command # 1 (LPUSH a x) of pipeline caused error: OOM command not allowed", RedisCode.FULL),
+        ("EXECABORT Transaction discarded because of previous errors.", RedisCode.BUSY),
+        ("MASTERDOWN Link with MASTER is down", RedisCode.READ_ONLY),
+        ("SELECT is not allowed in cluster mode", RedisCode.CLUSTER),
+    ],
+)
+def test_error_text_has_its_code(text: str, code: RedisCode) -> None:
+    """The word that says it is not always the first one, and a command's own words say nothing."""
+    assert classify(redis.ResponseError(text)) is code
+
+
+@pytest.mark.parametrize(
+    ("url", "exit_code", "words"),
+    [
+        ("", 64, "invalid_redis_url"),
+        ("amqp://host", 64, "got amqp://"),
+        ("redis://127.0.0.1?socket_timeout=3", 64, "SHIWU_REDIS_TIMEOUT_S"),
+        ("redis://127.0.0.1:1", 4, "redis_away"),
+    ],
+)
+@pytest.mark.parametrize("command", ["status", "sweep"])
+def test_cli_says_in_one_line_what_is_wrong(url: str, exit_code: int, words: str, command: str) -> None:
+    """No traceback; 64 where nothing but another setting helps, 4 where Redis may come."""
+    arguments = [command] if command == "status" else [command, "--once"]
+    result = CliRunner().invoke(main, arguments, env={"SHIWU_REDIS_URL": url})
+    assert result.exit_code == exit_code, result.output
+    assert words in result.output
+    assert result.output.count("\n") == 1
+
+
+def test_cli_ends_with_64_where_redis_refuses_for_good(place: Place) -> None:
+    """A wrong password, also for the command that otherwise goes on while Redis is away."""
+    url = place.server().url.replace("://", "://nobody:wrong@")
+    for arguments in (["status"], ["sweep"], ["results"]):
+        result = CliRunner().invoke(main, ["--redis-url", url, *arguments])
+        assert (result.exit_code, result.output.count("redis_login")) == (64, 1), result.output
+
+
+def test_info_of_a_socket_error_is_away() -> None:
+    """Threads of a client meet such, too."""
+    assert info_of(OSError("gone")).passes
+
+
+def test_worker_ends_with_64_before_it_loads_a_model(place: Place, start_worker: StartWorker) -> None:
+    """Said once, in one line, where nothing but another setting helps."""
+    worker = start_worker(redis_url=place.server().url[:-1] + "99", ready=False, model="/no/such/model")
+    assert worker.wait(timeout_s=60) == 64
+    text = worker.log_text()
+    assert text.count("redis_database") == 1
+    assert "Traceback" not in text
+
+
+def test_worker_ends_with_64_when_redis_comes_and_refuses(place: Place, start_worker: StartWorker) -> None:
+    """A worker that starts before its Redis waits for it; that the login is wrong, it learns only then."""
+    server = place.server(requirepass="secret")
+    url = server.url.replace("://", "://:wrong@")
+    server.stop()
+    worker = start_worker(redis_url=url, ready=False, redis_timeout_s=1)
+    wait_until(lambda: '"where": "claim"' in worker.log_text(), timeout_s=60)
+    assert '"where": "start"' in worker.log_text()
+    server.start()
+    assert worker.wait(timeout_s=30) == 64
+    assert "redis_login" in worker.log_text()
+    assert "Traceback" not in worker.log_text()

@@ -1,0 +1,151 @@
+"""SHIWU_REDIS_URL: every accepted form and what it says, and every refused one with words and without its password."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shiwu import Client
+from shiwu.errors import RedisUrlError
+from shiwu.redis_url import RedisAddress, read_redis_url
+from shiwu_worker.celery_redis import celery_url
+from shiwu_worker.config import Settings
+
+CHECKED = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    ("redis://host", {"hosts": (("host", 6379),)}),
+    ("valkey://host:7000/3", {"hosts": (("host", 7000),), "database": 3}),
+    (" redis://host/\n", {"hosts": (("host", 6379),)}),
+    ("REDIS://host?db=3", {"hosts": (("host", 6379),), "database": 3}),
+    ("redis:///2", {"hosts": (("localhost", 6379),), "database": 2}),
+    ("redis://[::1]:7000/0", {"hosts": (("::1", 7000),)}),
+    ("redis://:p%40%2Fs%25@host", {"hosts": (("host", 6379),), "password": "p@/s%"}),
+    ("redis://user:pa:ss@host", {"hosts": (("host", 6379),), "username": "user", "password": "pa:ss"}),
+    ("redis://user:p@ss@host", {"hosts": (("host", 6379),), "username": "user", "password": "p@ss"}),
+    ("rediss://host/0", {"hosts": (("host", 6379),), "tls": CHECKED}),
+    ("valkeys://host/0", {"hosts": (("host", 6379),), "tls": CHECKED}),
+    (
+        "rediss://host?ssl_cert_reqs=CERT_NONE&ssl_check_hostname=False",
+        {"hosts": (("host", 6379),), "tls": {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}},
+    ),
+    ("rediss://host?ssl_cert_reqs=required", {"hosts": (("host", 6379),), "tls": CHECKED}),
+    (
+        "rediss://host?ssl_cert_reqs=Optional&ssl_min_version=1.3",
+        {
+            "hosts": (("host", 6379),),
+            "tls": {"ssl_cert_reqs": ssl.CERT_OPTIONAL, "ssl_min_version": ssl.TLSVersion.TLSv1_3},
+        },
+    ),
+    ("unix:///run/redis.sock", {"socket_path": "/run/redis.sock"}),
+    (
+        "unix://u:p@/run/a%20b.sock?db=4",
+        {"socket_path": "/run/a b.sock", "database": 4, "username": "u", "password": "p"},
+    ),
+    ("redis+socket:///run/redis.sock?virtual_host=4", {"socket_path": "/run/redis.sock", "database": 4}),
+    (
+        "sentinel://user:p%40ss@a:1,b,[::1]:3/primary/2?sentinel_password=other",
+        {
+            "hosts": (("a", 1), ("b", 26379), ("::1", 3)),
+            "primary": "primary",
+            "database": 2,
+            "username": "user",
+            "password": "p@ss",
+            "sentinel_password": "other",
+        },
+    ),
+    ("sentinel://a/primary", {"hosts": (("a", 26379),), "primary": "primary"}),
+    (
+        "sentinel://a/primary?sentinel_username=s&sentinel_password=p",
+        {"hosts": (("a", 26379),), "primary": "primary", "sentinel_username": "s", "sentinel_password": "p"},
+    ),
+]
+REFUSED = [
+    ("", "empty"),
+    ("  ", "empty"),
+    ("host:6379", "without ://"),
+    ("amqp://:secret@host//", "got amqp://"),
+    ("http://:secret@host", "got http://"),
+    ("redis-cluster://:secret@host", "got redis-cluster://"),
+    ("redis://:secret@host/99999999999", "number of a database"),
+    ("redis://:secret@host/main", "number of a database"),
+    ("redis://:secret@host/-1", "number of a database"),
+    ("redis://:secret@host/0/1", "number of a database"),
+    ("redis://:secret@host/0?db=3", "another in the query"),
+    ("redis://:secret@host:port", "port"),
+    ("redis://:secret@host:70000", "port"),
+    ("redis://:secret@[::1/0", "IPv6"),
+    ("redis://:secret@::1:6379/0", "IPv6"),
+    ("redis://:secret@a,b/0", "sentinel://"),
+    ("redis://:secret@a;redis://b", "number of a database|sentinel://"),
+    ("redis://:sec#ret@host/0", "%23"),
+    ("redis://:secret@ho\nst/0", "one line"),
+    ("redis://:secret@host?protocol=3", "protocol: .*leave it out"),
+    ("redis://:secret@host?socket_timeout=3", "SHIWU_REDIS_TIMEOUT_S"),
+    ("redis://:secret@host?max_connections=3", "max_connections of Client"),
+    ("redis://:secret@host?colour=3", "colour: .*does not know"),
+    ("redis://:secret@host?db=1&db=2", "once"),
+    ("redis://:secret@host?ssl_cert_reqs=none", "ssl_cert_reqs: expected rediss://"),
+    ("sentinel://:secret@a/p?ssl_ca_certs=/x", "ssl_ca_certs: expected rediss://"),
+    ("rediss://:secret@host?ssl_cert_reqs=sometimes", "ssl_cert_reqs: expected one of none"),
+    ("rediss://:secret@host?ssl_check_hostname=perhaps", "ssl_check_hostname: expected one of true"),
+    ("rediss://:secret@host?ssl_ca_certs=/no/such/file", "ssl_ca_certs: expected a file"),
+    ("rediss://:secret@host?ssl_keyfile=/no/such/file", "ssl_keyfile: expected a file"),
+    ("unix://:secret@host/path", "unix:///path"),
+    ("unix://", "unix:///path"),
+    ("sentinel://:secret@a:1", "master-name"),
+    ("sentinel://:secret@/primary", "master-name"),
+    ("sentinel://:secret@a:x/p", "port"),
+    ("sentinel://a/p/secret", "number of a database"),
+    ("sentinel://:secret@a/p/0/1", "master-name"),
+]
+
+
+@pytest.mark.parametrize(("url", "expected"), FORMS, ids=[url for url, _ in FORMS])
+def test_redis_url_is_read(url: str, expected: dict[str, Any]) -> None:
+    """Parts are decoded once; what is missing has its usual value; a server's certificate is checked by default."""
+    assert read_redis_url(url) == RedisAddress(**expected)
+
+
+def test_redis_url_with_tls_files_is_read(tmp_path: Path) -> None:
+    """Paths are percent-decoded, and the files must exist."""
+    (tmp_path / "c a.pem").write_text("x")
+    address = read_redis_url(f"rediss://host/0?ssl_ca_certs={tmp_path}/c%20a.pem&ssl_ca_path={tmp_path}&ssl_password=s")
+    assert address.tls == {
+        **CHECKED,
+        "ssl_ca_certs": f"{tmp_path}/c a.pem",
+        "ssl_ca_path": str(tmp_path),
+        "ssl_password": "s",
+    }
+
+
+@pytest.mark.parametrize(("url", "words"), REFUSED, ids=[repr(url) for url, _ in REFUSED])
+def test_wrong_redis_url_is_refused_by_all(url: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser, the worker's settings and the client say the same; the text may land in a log."""
+    monkeypatch.setenv("SHIWU_REDIS_URL", url)
+    for read in (lambda: read_redis_url(url), lambda: Client(url), Client, Settings):
+        with pytest.raises(ValueError, match=words) as caught:
+            read()
+        assert "secret" not in str(caught.value)
+        assert "sec#ret" not in str(caught.value)
+    with pytest.raises(RedisUrlError):
+        Client(url)
+
+
+@pytest.mark.parametrize("url", [url for url, _ in FORMS if "ssl_" not in url])
+def test_celery_url_says_the_same(url: str) -> None:
+    """What Celery gets is read back as the same address by the same parser, host by host."""
+    address = read_redis_url(url)
+    for given, host in zip(celery_url(address).split(";"), address.hosts or [None], strict=True):
+        back = read_redis_url(given.replace("sentinel://", "redis://"))
+        assert (back.hosts, back.socket_path) == ((host,) if host else (), address.socket_path)
+        assert (back.database, back.username, back.password) == (address.database, address.username, address.password)
+        assert (back.tls is None) == (address.tls is None)
+
+
+def test_address_shows_no_password() -> None:
+    """Its text may land in a log or a traceback."""
+    address = read_redis_url("sentinel://user:secret@a/p?sentinel_password=secret2")
+    assert "secret" not in repr(address)
