@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 
+from shiwu.contract import ErrorCode
 from shiwu_worker.errors import JobError, Rejected, Unavailable, Unreachable
 from shiwu_worker.object_store import S3Options
 from shiwu_worker.reach import Reach
 from shiwu_worker.stages.fetch import Fetcher, FetchLimits
 from shiwu_worker.web import Web
 from tests.support.picture_server import PictureServer, Reply
+from tests.support.raw_server import RawServer, says
 
 BODY = b"x" * 5000
 
@@ -67,6 +71,67 @@ def test_a_bad_http_source_has_its_code(
     """Statuses, redirects that lead nowhere or where they must not, too many bytes, encodings, early ends, silence."""
     url = http_server.serve("/again", reply) + "?secret=1"
     assert code_of(make_fetcher(), url) == (kind, code)
+
+
+PNG = b"\x89PNG\r\n\x1a\n" + BODY
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    ["", "identity", "identity, identity", "aws-chunked", "utf-8", "UTF-8", "none", "binary", "8bit", "gzip", "br"],
+)
+def test_a_plain_body_is_taken_whatever_its_encoding_says(http_server: PictureServer, encoding: str) -> None:
+    """The bytes decide: they begin like an image."""
+    url = http_server.serve("/a", Reply(body=PNG, headers={"Content-Encoding": encoding}))
+    assert make_fetcher().fetch(url) == PNG
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "name"),
+    [
+        (gzip.compress(PNG), "", "gzip"),
+        (gzip.compress(PNG), "aws-chunked,gzip", "gzip"),
+        (zlib.compress(PNG), "deflate", "deflate"),
+        (b"\x0b\x02\x80brotli", "br", "br"),
+        (b"\x28\xb5\x2f\xfd" + BODY, "utf-8", "zstd"),
+    ],
+)
+def test_a_packed_body_is_refused_by_its_name(
+    http_server: PictureServer, tmp_path: Path, body: bytes, encoding: str, name: str
+) -> None:
+    """With what to do; what the bytes tell is told of files and objects too."""
+    url = http_server.serve("/a", Reply(body=body, headers={"Content-Encoding": encoding}))
+    with pytest.raises(Rejected, match=f"packed with {name}; store or serve it unpacked") as caught:
+        make_fetcher().fetch(url)
+    assert caught.value.code is ErrorCode.NOT_A_PICTURE
+    if name in {"gzip", "zstd"}:
+        (tmp_path / "a").write_bytes(body)
+        with pytest.raises(Rejected, match=f"packed with {name}"):
+            make_fetcher(reach=Reach(allow_folders=(tmp_path,))).fetch((tmp_path / "a").as_uri())
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
+REPLIES = {
+    "early hints": (b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + OK, b"abc"),
+    "several": (b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n" * 5 + OK, b"abc"),
+    "too many": (b"HTTP/1.1 102 Processing\r\n\r\n" * 20 + OK, ErrorCode.SOURCE_UNAVAILABLE),
+    "another protocol": (b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + OK, ErrorCode.SOURCE_ERROR),
+    "by a proxy": (OK.replace(b"200 OK", b"203 Non-Authoritative Information"), b"abc"),
+    "all as a part": (OK.replace(b"200 OK", b"206 Partial\r\nContent-Range: bytes 0-2/3"), b"abc"),
+    "its first part": (OK.replace(b"200 OK", b"206 Partial\r\nContent-Range: bytes 0-2/9"), ErrorCode.SOURCE_ERROR),
+    "some part": (OK.replace(b"200 OK", b"206 Partial"), ErrorCode.SOURCE_ERROR),
+}
+
+
+@pytest.mark.parametrize(("reply", "expected"), REPLIES.values(), ids=REPLIES)
+def test_statuses_around_200_bring_the_whole_body_or_an_error(reply: bytes, expected: bytes | ErrorCode) -> None:
+    """Interim replies are read past; of an image there is all or nothing."""
+    with RawServer(says(reply)) as server:
+        fetcher = make_fetcher(reach=Reach(allow_hosts=("127.0.0.1",)))
+        if isinstance(expected, bytes):
+            assert fetcher.fetch(f"http://127.0.0.1:{server.port}/a") == expected
+        else:
+            assert code_of(fetcher, f"http://127.0.0.1:{server.port}/a") == (Unavailable, expected.value)
 
 
 def test_a_slow_drip_ends_at_the_total_deadline(http_server: PictureServer) -> None:

@@ -34,6 +34,7 @@ from shiwu_worker.object_store import (
 from shiwu_worker.obstore_store import ObstoreStore
 from tests.support.certificates import Certificate
 from tests.support.picture_server import PictureServer, Reply
+from tests.support.raw_server import RawServer, says
 from tests.support.servers import S3Server
 from tests.support.stores import CLIENTS, OWN_NAMES, SECRET, failure, make_fetcher, make_store, read
 
@@ -204,6 +205,41 @@ def test_a_client_tries_once(http_server: PictureServer, client: S3Client) -> No
     with pytest.raises(StoreError):
         read(make_store(client, http_server.url("")), "a")
     assert http_server.hits == {"/pictures/a": 1}
+
+
+INTERIM = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
+OBJECT = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
+
+
+@each_client
+def test_interim_replies_of_a_store_are_read_past(client: S3Client) -> None:
+    """To botocore they are the reply, of an object without bytes."""
+    with RawServer(says(INTERIM + OBJECT)) as server:
+        assert read(make_store(client, f"http://127.0.0.1:{server.port}"), "a") == b"abc"
+
+
+@each_client
+def test_another_protocol_is_no_object(client: S3Client) -> None:
+    """Status 101 ends the talk in HTTP."""
+    with RawServer(says(b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + OBJECT)) as server:
+        error = failure(make_fetcher(client, f"http://127.0.0.1:{server.port}"), "s3://pictures/a")
+    assert (type(error), error.code.value) == (Unavailable, "source_error")
+
+
+@pytest.mark.parametrize("head", [b"206 Partial\r\nContent-Range: bytes 0-2/9", b"206 Partial", b"204 No Content"])
+def test_a_part_of_an_object_is_not_taken_for_it(head: bytes) -> None:
+    """By boto3; obstore does not tell the status."""
+    with RawServer(says(OBJECT.replace(b"200 OK", head))) as server, pytest.raises(StoreAway):
+        read(make_store("boto3", f"http://127.0.0.1:{server.port}"), "a")
+
+
+@each_client
+def test_headers_that_cannot_be_read_are_half_a_reply(client: S3Client) -> None:
+    """A date or a length that is none."""
+    for header in (b"Last-Modified: yesterday", b"Content-Length: some"):
+        reply = OBJECT.replace(b"Content-Length: 3", header)
+        with RawServer(says(reply)) as server, pytest.raises(StoreAway):
+            read(make_store(client, f"http://127.0.0.1:{server.port}"), "a")
 
 
 # -------------------------------------------------------------------------------- what the environment says

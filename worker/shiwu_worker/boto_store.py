@@ -11,6 +11,12 @@ from typing import Any, Final
 
 import boto3
 import botocore.session
+from botocore.awsrequest import (
+    AWSHTTPConnection,
+    AWSHTTPConnectionPool,
+    AWSHTTPSConnection,
+    AWSHTTPSConnectionPool,
+)
 from botocore.config import Config
 from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
@@ -18,6 +24,7 @@ from botocore.exceptions import ClientError, NoCredentialsError, PartialCredenti
 from shiwu.contract import ErrorCode
 from shiwu_worker.error_table import UNKNOWN, exception_row
 from shiwu_worker.errors import JobError
+from shiwu_worker.http_replies import NO_BODY, FinalReply, is_whole
 from shiwu_worker.object_store import (
     CHUNK,
     Body,
@@ -51,6 +58,7 @@ class BotoStore:
         with as_store_errors(has_version=version is not None):
             answer = _get(self._clients.get().client, Bucket=bucket, Key=key, **more)
             with answer["Body"] as body:
+                _check_whole(answer)
                 # read1, or a piece would be waited for until it is whole, however slowly it comes.
                 yield Body(lambda: body.read1(CHUNK), answer.get("ContentLength"))
 
@@ -71,6 +79,14 @@ class Access:
     session: botocore.session.Session
     client: Any
     credentials: ReadOnlyCredentials
+
+
+def _check_whole(answer: Mapping[str, Any]) -> None:
+    status = int(answer["ResponseMetadata"]["HTTPStatusCode"])
+    if status < 200:
+        raise StoreRefused("", status)
+    if status in NO_BODY or not is_whole(status, answer.get("ContentRange")):
+        raise StoreAway(f"HTTP {status} without the whole object")
 
 
 class Clients:
@@ -157,9 +173,33 @@ def new_client(session: boto3.session.Session, options: S3Options, limits: S3Lim
         )
     except ValueError as error:
         raise WrongSettings("the endpoint is no http(s)://host[:port]") from error
+    _read_past_interim(client)
     if not is_aws(client.meta.endpoint_url):
         client.meta.events.register("before-parameter-build.s3", _follow_no_redirect)
     return client
+
+
+class _Plain(AWSHTTPConnection):
+    response_class = FinalReply  # type: ignore[assignment]  # the stubs name the class that botocore puts in for Expect
+
+
+class _Tls(AWSHTTPSConnection):
+    response_class = FinalReply  # type: ignore[assignment]  # as above
+
+
+class _PlainPool(AWSHTTPConnectionPool):
+    ConnectionCls = _Plain
+
+
+class _TlsPool(AWSHTTPSConnectionPool):
+    ConnectionCls = _Tls
+
+
+def _read_past_interim(client: Any) -> None:
+    """Have the client's connections read past 1xx, which botocore takes for an object without bytes."""
+    session = client._endpoint.http_session
+    session._pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
+    session._manager.pool_classes_by_scheme = session._pool_classes_by_scheme
 
 
 def _follow_no_redirect(context: dict[str, Any], **_: object) -> None:

@@ -34,7 +34,7 @@ _SOURCES = """
 What no row names is `{unknown}`: {fault}. The job is retried, and the worker's log line `source_failed` (level
 `{level}`) has the cause. Lines about other codes have the level that their row says.
 
-Statuses 200 and 203 bring the image.
+Statuses 200 and 203, and 206 with the whole body, bring the image. Interim replies (1xx) are read past.
 """
 _REDIS = """
 ## Errors of Redis

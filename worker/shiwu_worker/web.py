@@ -22,6 +22,7 @@ from urllib3.util import Timeout, make_headers, parse_url
 from urllib3.util.ssl_ import create_urllib3_context
 
 from shiwu_worker.addresses import Guard, Resolve, ask_resolver
+from shiwu_worker.http_replies import FinalReply
 from shiwu_worker.reach import Reach
 
 MAX_HEADER_BYTES: Final = 64 * 1024
@@ -142,6 +143,8 @@ def _manager(proxy_url: str | None, *, threads: int) -> urllib3.PoolManager:
 
 def _pool_classes(guard: Guard) -> dict[str, Any]:
     class Plain(HTTPConnection):
+        response_class = FinalReply
+
         def _new_conn(self) -> socket.socket:
             return _connect(guard, self)
 
@@ -149,6 +152,8 @@ def _pool_classes(guard: Guard) -> dict[str, Any]:
             return _with_bounded_headers(self.sock, super().getresponse)
 
     class Tls(HTTPSConnection):
+        response_class = FinalReply
+
         def _new_conn(self) -> socket.socket:
             return _connect(guard, self)
 

@@ -19,6 +19,7 @@ from shiwu.contract import ErrorCode, without_query
 from shiwu_worker.error_table import file_row
 from shiwu_worker.errors import AddressRefused, JobError, Unavailable, UnknownHost
 from shiwu_worker.folders import Folders
+from shiwu_worker.http_replies import is_whole, packed_by
 from shiwu_worker.object_store import CHUNK, S3Limits, S3Options, StoreError, is_bucket, s3_error
 from shiwu_worker.reach import Reach, allows_bucket
 from shiwu_worker.sources import (
@@ -38,8 +39,6 @@ from shiwu_worker.stores import new_store
 QUICK_TRIES: Final = 3
 REDIRECTS: Final = 3
 MAX_DIGITS: Final = 18
-WHOLE: Final = frozenset({200, 203})
-"""Statuses whose body is the whole file; 203 says that a proxy on the way changed something."""
 
 
 class Web(Protocol):
@@ -134,7 +133,7 @@ class Fetcher:
         version = parse_qs(f"v={query}")["v"][0] if query else None
         try:
             with self._store.open(parts.netloc, key, version=version) as body:
-                return self._read(body.read, body.length, deadline_s)
+                return _plain(self._read(body.read, body.length, deadline_s), shown)
         except StoreError as error:
             raise s3_error(error, shown) from error
 
@@ -162,20 +161,19 @@ class Fetcher:
         raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"expected at most {REDIRECTS} redirects")
 
     def _read_http(self, answer: urllib3.BaseHTTPResponse, shown: str, deadline_s: float) -> bytes:
-        if answer.status not in WHOLE:
+        if not is_whole(answer.status, answer.headers.get("Content-Range")):
             raise bad_status(answer.status, shown)
-        if answer.headers.get("Content-Encoding", "identity").strip().lower() not in {"identity", ""}:
-            raise rejected(ErrorCode.NOT_A_PICTURE, f"expected a body without Content-Encoding: {shown}")
         try:
-            return self._read(lambda: answer.read1(CHUNK), _length(answer), deadline_s)
+            data = self._read(lambda: answer.read1(CHUNK), _length(answer), deadline_s)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise http_error(error, shown) from error
+        return _plain(data, shown, content_encoding=answer.headers.get("Content-Encoding"))
 
     # -------------------------------------------------------------------------------- file
     def _from_folder(self, reference: str, deadline_s: float) -> bytes:
         try:
             with self._folders.open(reference) as (file, size):
-                return self._read(lambda: file.read(CHUNK), size, deadline_s)
+                return _plain(self._read(lambda: file.read(CHUNK), size, deadline_s), reference)
         except OSError as error:
             raise job_error(
                 file_row(error), f"can't read the file ({type(error).__name__}, {error.strerror})"
@@ -198,6 +196,18 @@ class Fetcher:
         if length is not None and total < length:
             raise unavailable(f"expected {length} bytes, got {total}: the connection ended early")
         return b"".join(parts)
+
+
+def _plain(data: bytes, shown: str, *, content_encoding: str | None = None) -> bytes:
+    """The bytes, unless they are packed: this process, which holds the credentials, unpacks nothing.
+
+    Raises:
+        Rejected: not_a_picture, with the name of the packing.
+    """
+    if packing := packed_by(data, content_encoding):
+        text = f"expected the plain bytes of an image, got bytes packed with {packing}; store or serve it unpacked"
+        raise rejected(ErrorCode.NOT_A_PICTURE, f"{text}: {shown}")
+    return data
 
 
 def _length(answer: urllib3.BaseHTTPResponse) -> int | None:
