@@ -5,14 +5,19 @@ from __future__ import annotations
 import gzip
 import time
 import zlib
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from shiwu.contract import ErrorCode
 from shiwu_worker.errors import JobError, Rejected, Unavailable, Unreachable
+from shiwu_worker.http_replies import retry_after_s
 from shiwu_worker.object_store import S3Options
 from shiwu_worker.reach import Reach
+from shiwu_worker.source_pauses import MAX_SOURCES, SourcePauses
 from shiwu_worker.stages.fetch import Fetcher, FetchLimits
 from shiwu_worker.web import Web
 from tests.support.picture_server import PictureServer, Reply
@@ -95,6 +100,7 @@ def test_a_plain_body_is_taken_whatever_its_encoding_says(http_server: PictureSe
         (b"\x0b\x02\x80brotli", "br", "br"),
         (b"\x28\xb5\x2f\xfd" + BODY, "utf-8", "zstd"),
     ],
+    ids=["gzip", "gzip and a header", "deflate", "br", "zstd"],
 )
 def test_a_packed_body_is_refused_by_its_name(
     http_server: PictureServer, tmp_path: Path, body: bytes, encoding: str, name: str
@@ -132,6 +138,81 @@ def test_statuses_around_200_bring_the_whole_body_or_an_error(reply: bytes, expe
             assert fetcher.fetch(f"http://127.0.0.1:{server.port}/a") == expected
         else:
             assert code_of(fetcher, f"http://127.0.0.1:{server.port}/a") == (Unavailable, expected.value)
+
+
+AT = "Fri, 01 Jan 2027 00:00:00 GMT"
+AFTER = [
+    ({"Retry-After": "20"}, 20.0),
+    ({"Retry-After": " 0 "}, 0.0),
+    ({"Retry-After": "9" * 400}, float("9" * 18)),
+    ({"Retry-After": "Fri, 01 Jan 2027 00:01:30 GMT", "Date": AT}, 90.0),
+    ({"Retry-After": "Thu, 31 Dec 2026 00:00:00 GMT", "Date": AT}, 0.0),
+    ({"Retry-After": "Friday, 01-Jan-27 00:01:30 GMT", "Date": AT}, 90.0),
+    ({"Retry-After": "soon"}, None),
+    ({"Retry-After": "-5"}, None),
+    ({"Retry-After": "\u0663"}, None),
+    ({}, None),
+]
+
+
+@pytest.mark.parametrize(("headers", "pause_s"), AFTER, ids=str)
+def test_a_pause_is_read_as_seconds_or_as_a_moment(headers: dict[str, str], pause_s: float | None) -> None:
+    """A moment by the server's own clock, where it tells that."""
+    assert retry_after_s(headers) == pause_s
+
+
+def test_a_moment_without_a_date_is_read_by_the_clock_of_the_worker() -> None:
+    """Servers without a clock send no Date."""
+    pause_s = retry_after_s({"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)})
+    assert pause_s is not None
+    assert 20 < pause_s <= 30
+
+
+@pytest.mark.parametrize(("status", "code"), [(429, "source_throttled"), (503, "source_unavailable")])
+def test_a_source_that_asks_for_a_pause_is_asked_once(http_server: PictureServer, status: int, code: str) -> None:
+    """No quick tries, and no other job of that host asks it before the pause is over; that is no attempt of theirs."""
+    url = http_server.serve("/busy", Reply(status=status, headers={"Retry-After": "20"}))
+    other = http_server.serve("/other", Reply.picture(BODY))
+    fetcher = make_fetcher()
+    for reference, is_untried in ((url, False), (url, True), (other, True)):
+        with pytest.raises(Unavailable) as caught:
+            fetcher.fetch(reference)
+        assert (caught.value.code.value, caught.value.is_untried) == (code, is_untried)
+        assert caught.value.retry_after_s is not None
+        assert 10 < caught.value.retry_after_s <= 20
+    assert http_server.hits == {"/busy": 1}
+
+
+def test_a_pause_that_is_over_is_forgotten(http_server: PictureServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that is too long counts as the longest."""
+    url = http_server.serve("/a", Reply(status=429, headers={"Retry-After": "9999999"}), Reply.picture(BODY))
+    fetcher = make_fetcher()
+    assert code_of(fetcher, url) == (Unavailable, "source_throttled")
+    assert code_of(fetcher, url) == (Unavailable, "source_throttled")
+    now_s = time.monotonic() + 301  # the longest pause, and some
+    monkeypatch.setattr("shiwu_worker.source_pauses.time", SimpleNamespace(monotonic=lambda: now_s))
+    assert fetcher.fetch(url) == BODY
+
+
+def test_a_throttling_source_gets_no_quick_tries(http_server: PictureServer) -> None:
+    """Also without Retry-After; a source that fails gets three."""
+    throttling = http_server.serve("/throttling", Reply.error(429))
+    failing = http_server.serve("/failing", Reply.error(500))
+    fetcher = make_fetcher()
+    assert code_of(fetcher, throttling) == (Unavailable, "source_throttled")
+    assert code_of(fetcher, failing) == (Unavailable, "source_unavailable")
+    assert http_server.hits == {"/throttling": 1, "/failing": 3}
+
+
+def test_sources_that_asked_for_a_pause_are_bounded() -> None:
+    """Producers name them."""
+    pauses = SourcePauses(longest_s=60.0)
+    reply = Unavailable(ErrorCode.SOURCE_THROTTLED, "busy", retry_after_s=50.0)
+    for number in range(MAX_SOURCES + 1):
+        pauses.note(f"h{number}:80", reply)
+    pauses.check("h0:80")
+    with pytest.raises(Unavailable):
+        pauses.check("h1:80")
 
 
 def test_a_slow_drip_ends_at_the_total_deadline(http_server: PictureServer) -> None:

@@ -207,6 +207,22 @@ def test_a_client_tries_once(http_server: PictureServer, client: S3Client) -> No
     assert http_server.hits == {"/pictures/a": 1}
 
 
+def test_a_store_that_asks_for_a_pause_is_asked_once(http_server: PictureServer) -> None:
+    """By boto3; obstore does not tell the headers of an error. The pause is the bucket's."""
+    busy = Reply(status=503, headers={"Retry-After": "20"}, body=b"<Error><Code>SlowDown</Code></Error>")
+    http_server.serve("/pictures/a", busy)
+    http_server.serve("/other/a", PLAIN)
+    fetcher = make_fetcher("boto3", http_server.url(""))
+    for reference in ("s3://pictures/a", "s3://pictures/b"):
+        error = failure(fetcher, reference)
+        assert isinstance(error, Unavailable)
+        assert error.code.value == "source_throttled"
+        assert error.retry_after_s is not None
+        assert 10 < error.retry_after_s <= 20
+    assert http_server.hits == {"/pictures/a": 1}
+    assert fetcher.fetch("s3://other/a") == BODY
+
+
 INTERIM = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
 OBJECT = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
 

@@ -24,7 +24,7 @@ from botocore.exceptions import ClientError, NoCredentialsError, PartialCredenti
 from shiwu.contract import ErrorCode
 from shiwu_worker.error_table import UNKNOWN, exception_row
 from shiwu_worker.errors import JobError
-from shiwu_worker.http_replies import NO_BODY, FinalReply, is_whole
+from shiwu_worker.http_replies import NO_BODY, FinalReply, is_whole, retry_after_s
 from shiwu_worker.object_store import (
     CHUNK,
     Body,
@@ -232,8 +232,11 @@ def _refused(error: ClientError, *, has_version: bool) -> StoreError:
     code = str(told.get("Error", {}).get("Code", ""))
     if error.operation_name not in _OPERATIONS:
         return _by_other_service(error)
-    status = int(told.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    return StoreRefused(code, status, has_version=has_version)
+    about: Mapping[str, Any] = told.get("ResponseMetadata", {})
+    headers = {"Retry-After": about.get("HTTPHeaders", {}).get("retry-after", "")}
+    headers["Date"] = about.get("HTTPHeaders", {}).get("date", "")
+    pause_s = retry_after_s(headers)
+    return StoreRefused(code, int(about.get("HTTPStatusCode", 0)), has_version=has_version, retry_after_s=pause_s)
 
 
 def _known(error: Exception) -> StoreError | None:

@@ -96,6 +96,9 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, ge=1, description="tries of one job, over crashes and retries")
     retry_first_s: float = Field(2.0, gt=0, description="delay after the first failed fetch; doubles, with jitter")
     retry_longest_s: float = Field(60.0, gt=0, description="longest such delay")
+    retry_after_longest_s: float = Field(
+        300.0, ge=0, description="longest pause that a source may ask for (Retry-After); longer ones count as this"
+    )
     retry: Retries = Field(
         {},
         description="tries and pauses of one class of error, code=tries:first_s:longest_s, …; docs/errors.md tells "

@@ -35,6 +35,10 @@ What no row names is `{unknown}`: {fault}. The job is retried, and the worker's 
 `{level}`) has the cause. Lines about other codes have the level that their row says.
 
 Statuses 200 and 203, and 206 with the whole body, bring the image. Interim replies (1xx) are read past.
+
+`Retry-After` (seconds or a date) of a retried reply is honoured up to `SHIWU_RETRY_AFTER_LONGEST_S`: no quick try, the
+job comes back after it at the earliest, and until then each loader process leaves that host or bucket alone. A job
+that is given back for that reason without a request keeps its attempts. obstore does not tell the header.
 """
 _REDIS = """
 ## Errors of Redis

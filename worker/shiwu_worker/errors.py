@@ -56,10 +56,13 @@ class Unavailable(JobError):
         stage: Stage | None = None,
         detail: str | None = None,
         retry_after_s: float | None = None,
+        is_untried: bool = False,
     ) -> None:
         super().__init__(code, message, stage=stage, detail=detail)
         self.retry_after_s = retry_after_s
         """The pause that the source asks for; None where it asks for none."""
+        self.is_untried = is_untried
+        """The source was not asked, because a pause that it asked for was not over: no attempt of this job."""
 
 
 class WrongVectors(ValueError):

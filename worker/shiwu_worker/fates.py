@@ -66,7 +66,11 @@ class Fates:
     def spare(self, job: Job) -> None:
         """Give a failed job another try where its class of error has one left."""
         policy = self._limits.retries.get(job.error.code) if job.error is not None else None
-        if policy is not None and job.error is not None and not job.is_final and job.attempt < policy.attempts:
-            job.back = Release(job.id, delay_s=policy.delay_s(job.attempt), counts=True)
+        if policy is None or job.error is None or job.is_final:
+            return
+        if job.is_untried or job.attempt < policy.attempts:
+            asked_s = min(job.retry_after_s or 0.0, self._limits.longest_pause_s)
+            delay_s = asked_s + policy.delay_s(job.attempt)
+            job.back = Release(job.id, delay_s=delay_s, counts=not job.is_untried)
             code = str(job.error.code)
             log.info("later", id=job.id, attempt=job.attempt, code=code, delay_s=round(job.back.delay_s, 3))

@@ -40,6 +40,8 @@ class Limits:
     """How many workers a job may end before it is given up."""
     retries: Mapping[str, RetryPolicy] = field(default_factory=dict)
     """Classes of errors that are tried again; all others are answered at once."""
+    longest_pause_s: float = 300.0
+    """Longest pause that a source may ask for; longer ones count as this."""
 
 
 class Hands:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import http.client
 import re
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
 from typing import Final
 
 MAX_INTERIM: Final = 16
@@ -15,6 +18,8 @@ WHOLE: Final = frozenset({200, 203})
 """Statuses whose body is the whole file; 203 says that a proxy on the way changed something."""
 NO_BODY: Final = frozenset({204, 205})
 PARTIAL: Final = 206
+MAX_DIGITS: Final = 18
+"""Of numbers in headers: more are cut off, and the rest is beyond all measure anyway."""
 _RANGE: Final = re.compile(r"bytes 0-(\d{1,18})/(\d{1,18})")
 
 
@@ -42,6 +47,28 @@ def packed_by(data: bytes, content_encoding: str | None) -> str | None:
     told = (part.strip().lower() for part in (content_encoding or "").split(","))
     coding = next((part for part in told if part in _CODINGS), None)
     return None if coding is None or _IMAGES.match(data) else coding
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """The pause that a reply asks for in seconds, None where it asks for none or in a form that is not known.
+
+    A moment is compared with the server's own clock where the reply tells it.
+    """
+    told = (headers.get("Retry-After") or "").strip()
+    if told.isascii() and told.isdigit():
+        return float(told[:MAX_DIGITS])
+    until_s = _moment_s(told)
+    if until_s is None:
+        return None
+    now_s = _moment_s(headers.get("Date") or "")
+    return max(0.0, until_s - (time.time() if now_s is None else now_s))
+
+
+def _moment_s(text: str) -> float | None:
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 class FinalReply(http.client.HTTPResponse):

@@ -109,6 +109,10 @@ class Job(msgspec.Struct, eq=False):
     error: ErrorInfo | None = None
     is_final: bool = False
     """No other try is to be made, whatever the error's code says."""
+    retry_after_s: float | None = None
+    """The pause that the source of its image asks for."""
+    is_untried: bool = False
+    """Its source was not asked, because a pause was not over: this was no attempt."""
     status: Status = Status.TAGGED
     back: Release | None = None
     """Set when the job goes back to Redis instead of being answered."""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.cell import Cell, CellGone, CpuExceeded, Decoded, start_cell
-from shiwu_worker.errors import JobError, Rejected
+from shiwu_worker.errors import JobError, Rejected, Unavailable
 from shiwu_worker.loader_frames import (
     ENCODER,
     ENVIRONMENT,
@@ -67,6 +67,7 @@ class Loader:
                 total_timeout_s=options.total_timeout_s,
                 connect_timeout_s=options.connect_timeout_s,
                 read_timeout_s=options.read_timeout_s,
+                longest_pause_s=options.longest_pause_s,
             ),
             threads=options.threads,
         )
@@ -93,7 +94,7 @@ class Loader:
     def _load(self, task: LoadTask, number: int) -> Loaded:
         started_s = fetched_s = time.monotonic()
         size: int | None = None
-        decoded, detail, is_final = Decoded(), None, False
+        decoded, failed = Decoded(), None
         try:
             data = self._fetcher.fetch(task.image)
             fetched_s, size = time.monotonic(), len(data)
@@ -101,7 +102,7 @@ class Loader:
             if decoded.info is not None:
                 self._pixels[task.slot] = pixels
         except JobError as error:
-            decoded, detail, is_final = Decoded(error=error.info()), error.detail, isinstance(error, Rejected)
+            decoded, failed = Decoded(error=error.info()), error
         except CellGone:
             self._cell.kill()
             threading.Event().wait()  # for the end of this process, which follows its cell
@@ -129,8 +130,10 @@ class Loader:
             height=info.height if info else None,
             sha256=info.sha256 if info else None,
             error=decoded.error,
-            detail=detail,
-            is_final=is_final,
+            detail=failed.detail if failed else None,
+            is_final=isinstance(failed, Rejected),
+            retry_after_s=failed.retry_after_s if isinstance(failed, Unavailable) else None,
+            is_untried=isinstance(failed, Unavailable) and failed.is_untried,
             is_short_of_memory=decoded.is_short_of_memory,
         )
 

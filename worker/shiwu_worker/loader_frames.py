@@ -35,6 +35,8 @@ class LoaderOptions(BaseModel):
     connect_timeout_s: float
     read_timeout_s: float
     total_timeout_s: float
+    longest_pause_s: float = 300.0
+    """Longest pause that a source may ask for; longer ones count as this."""
     memory_bytes: int
     """Address space of one loader's cell; beyond it an allocation fails and the picture is tried alone."""
     max_frames: int = 5000
@@ -71,6 +73,10 @@ class Loaded(msgspec.Struct, frozen=True, omit_defaults=True):
     """What only the log may say about the error."""
     is_final: bool = False
     """No other try is to be made, whatever the error's code says."""
+    retry_after_s: float | None = None
+    """The pause that the source asks for."""
+    is_untried: bool = False
+    """The source was not asked, so this was no attempt."""
     is_short_of_memory: bool = False
     """It did not fit beside its neighbours; alone it may."""
 

@@ -129,6 +129,7 @@ def loader_options(settings: Settings, spec: ImageSpec) -> LoaderOptions:
         connect_timeout_s=settings.connect_timeout_s,
         read_timeout_s=settings.read_timeout_s,
         total_timeout_s=settings.fetch_timeout_s,
+        longest_pause_s=settings.retry_after_longest_s,
         memory_bytes=settings.loader_memory_mb * 1024 * 1024,
         max_frames=settings.max_frames,
         max_scans=settings.max_scans,
@@ -231,7 +232,12 @@ def make_limits(settings: Settings, encoder: Any) -> Limits:
     usual = RetryPolicy(settings.max_attempts, settings.retry_first_s, settings.retry_longest_s)
     retries: dict[str, RetryPolicy] = dict.fromkeys(RETRIED, usual)
     retries |= {code: RetryPolicy(*policy) for code, policy in settings.retry.items()}
-    return Limits(slots=settings.slots_for(encoder.rungs[-1]), max_attempts=settings.max_attempts, retries=retries)
+    return Limits(
+        slots=settings.slots_for(encoder.rungs[-1]),
+        max_attempts=settings.max_attempts,
+        retries=retries,
+        longest_pause_s=settings.retry_after_longest_s,
+    )
 
 
 def make_batcher(

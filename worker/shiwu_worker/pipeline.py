@@ -165,6 +165,7 @@ class Pipeline:
             else:
                 job.fail(one.error)
                 job.is_final = one.is_final
+                job.retry_after_s, job.is_untried = one.retry_after_s, one.is_untried
                 _log_failure(job, one.error, one.detail)
                 failed.append(job)
         if ready:

@@ -14,14 +14,16 @@ from typing import Final, Protocol
 from urllib.parse import parse_qs, urlsplit
 
 import urllib3
+from urllib3.util import parse_url
 
 from shiwu.contract import ErrorCode, without_query
 from shiwu_worker.error_table import file_row
 from shiwu_worker.errors import AddressRefused, JobError, Unavailable, UnknownHost
 from shiwu_worker.folders import Folders
-from shiwu_worker.http_replies import is_whole, packed_by
+from shiwu_worker.http_replies import MAX_DIGITS, is_whole, packed_by, retry_after_s
 from shiwu_worker.object_store import CHUNK, S3Limits, S3Options, StoreError, is_bucket, s3_error
 from shiwu_worker.reach import Reach, allows_bucket
+from shiwu_worker.source_pauses import SourcePauses
 from shiwu_worker.sources import (
     bad_status,
     bucket_refused,
@@ -38,7 +40,6 @@ from shiwu_worker.stores import new_store
 
 QUICK_TRIES: Final = 3
 REDIRECTS: Final = 3
-MAX_DIGITS: Final = 18
 
 
 class Web(Protocol):
@@ -57,6 +58,8 @@ class FetchLimits:
     total_timeout_s: float
     connect_timeout_s: float
     read_timeout_s: float
+    longest_pause_s: float = 300.0
+    """Longest pause that a source may ask for; longer ones count as this."""
 
 
 class Fetcher:
@@ -73,6 +76,7 @@ class Fetcher:
         self._reach = reach
         self._folders = Folders(reach.allow_folders, reach.deny_folders)
         self._limits = limits
+        self._pauses = SourcePauses(longest_s=limits.longest_pause_s)
         self._store = new_store(
             s3,
             S3Limits(
@@ -130,39 +134,51 @@ class Fetcher:
             raise bucket_refused(shown, detail="refused: SHIWU_ALLOW_BUCKETS, SHIWU_DENY_BUCKETS", tells=tells)
         if key.endswith("/"):
             raise rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a key, got a prefix: {shown}")
+        bucket = f"s3://{parts.netloc}"
+        self._pauses.check(bucket)
         version = parse_qs(f"v={query}")["v"][0] if query else None
         try:
             with self._store.open(parts.netloc, key, version=version) as body:
                 return _plain(self._read(body.read, body.length, deadline_s), shown)
         except StoreError as error:
-            raise s3_error(error, shown) from error
+            raise self._noted(bucket, s3_error(error, shown)) from error
+
+    def _noted(self, source: str, error: JobError) -> JobError:
+        if isinstance(error, Unavailable):
+            self._pauses.note(source, error)
+        return error
 
     # -------------------------------------------------------------------------------- http
     def _from_http(self, reference: str, deadline_s: float) -> bytes:
         url, shown = reference, without_query(reference)
         check_hop(url)
         for _ in range(REDIRECTS + 1):
-            try:
-                answer = self._web.open(url, deadline_s=deadline_s)
-            except AddressRefused as error:
-                raise refused(error, shown, tells=self._reach.tells_refusals) from error
-            except UnknownHost as error:
-                raise refused(error, shown, tells=False) from error
-            except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
-                raise http_error(error, shown) from error
+            answer = self._ask(url, shown, deadline_s)
             try:
                 if answer.status in {301, 302, 303, 307, 308} and (to := answer.headers.get("Location")):
                     url = next_hop(url, to)
                     continue
+                if not is_whole(answer.status, answer.headers.get("Content-Range")):
+                    pause_s = retry_after_s(answer.headers)
+                    raise self._noted(_host(url), bad_status(answer.status, shown, retry_after_s=pause_s))
                 return self._read_http(answer, shown, deadline_s)
             finally:
                 # A body that was read to its end leaves the connection usable; any other is dropped.
                 answer.release_conn() if answer.closed else answer.close()
         raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"expected at most {REDIRECTS} redirects")
 
+    def _ask(self, url: str, shown: str, deadline_s: float) -> urllib3.BaseHTTPResponse:
+        self._pauses.check(_host(url))
+        try:
+            return self._web.open(url, deadline_s=deadline_s)
+        except AddressRefused as error:
+            raise refused(error, shown, tells=self._reach.tells_refusals) from error
+        except UnknownHost as error:
+            raise refused(error, shown, tells=False) from error
+        except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
+            raise http_error(error, shown) from error
+
     def _read_http(self, answer: urllib3.BaseHTTPResponse, shown: str, deadline_s: float) -> bytes:
-        if not is_whole(answer.status, answer.headers.get("Content-Range")):
-            raise bad_status(answer.status, shown)
         try:
             data = self._read(lambda: answer.read1(CHUNK), _length(answer), deadline_s)
         except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -196,6 +212,11 @@ class Fetcher:
         if length is not None and total < length:
             raise unavailable(f"expected {length} bytes, got {total}: the connection ended early")
         return b"".join(parts)
+
+
+def _host(url: str) -> str:
+    parts = parse_url(url)
+    return f"{parts.host}:{parts.port or parts.scheme}"
 
 
 def _plain(data: bytes, shown: str, *, content_encoding: str | None = None) -> bytes:

@@ -1,0 +1,52 @@
+"""Remembers which sources asked for a pause (Retry-After), so that other jobs do not ask them before it is over."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from typing import Final
+
+from shiwu.contract import ErrorCode, Stage
+from shiwu_worker.errors import Unavailable
+
+MAX_SOURCES: Final = 1024
+"""Sources that are remembered: producers name them. The ones that asked first are forgotten first."""
+
+
+class SourcePauses:
+    """Pauses of hosts and buckets, of one loader process. Thread-safe.
+
+    Args:
+        longest_s: longest pause; longer ones count as this.
+    """
+
+    def __init__(self, *, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._until: OrderedDict[str, tuple[float, ErrorCode]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, source: str) -> None:
+        """Refuse a source whose pause is not over.
+
+        Raises:
+            Unavailable: with the code of the reply that asked for the pause, and with what is left of it.
+        """
+        with self._lock:
+            until_s, code = self._until.get(source, (0.0, ErrorCode.SOURCE_THROTTLED))
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                self._until.pop(source, None)
+                return
+        text = f"not asked: the source asked for a pause that lasts {left_s:.1f} s more"
+        raise Unavailable(code, text, stage=Stage.FETCH, retry_after_s=left_s, is_untried=True)
+
+    def note(self, source: str, reply: Unavailable) -> None:
+        """Remember the pause that a reply asks for, if it asks for one."""
+        if not reply.retry_after_s or reply.is_untried:
+            return
+        with self._lock:
+            self._until[source] = (time.monotonic() + min(reply.retry_after_s, self._longest_s), reply.code)
+            self._until.move_to_end(source)
+            if len(self._until) > MAX_SOURCES:
+                self._until.popitem(last=False)
