@@ -182,7 +182,13 @@ def shared_worker(
     with (
         Valkey(folder=folder / "valkey") as server,
         WorkerProcess(
-            redis_url=server.url, folder=folder, name="shared", env=s3.env, allow_hosts=picture_server.host, max_batch=8
+            redis_url=server.url,
+            folder=folder,
+            name="shared",
+            env=s3.env,
+            allow_hosts=picture_server.host,
+            max_batch=8,
+            retry="unknown_label_set=2:0.1:0.1",
         ) as worker,
     ):
         yield worker.wait_ready()

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
 
-from shiwu.contract import ATTEMPTS, CLAIMS, RESULT_STREAM, Answer, Lane
+from shiwu.contract import ATTEMPTS, CLAIMS, RESULT_STREAM, Answer, ErrorCode, Lane, Stage, Status
 from shiwu.redis_errors import NotReplicated
-from shiwu_worker.errors import FatalError
-from shiwu_worker.hands import Limits
+from shiwu_worker.config import Settings
+from shiwu_worker.errors import FatalError, Rejected
+from shiwu_worker.hands import Limits, RetryPolicy
 from shiwu_worker.job import Job
 from shiwu_worker.label_set import LabelSet
 from shiwu_worker.loader_frames import Loaded
+from shiwu_worker.parts import make_limits
 from shiwu_worker.pipeline import Pipeline, Stages
 from shiwu_worker.settle import Away, Settler
 from shiwu_worker.stages.batch import Batcher
@@ -33,7 +37,8 @@ LABELS = LabelSet(None, ("a", "b"))
 class Works:
     """A pipeline whose loaders take no time. `encode` may be replaced."""
 
-    def __init__(self, client: redis.Redis, *, claims: Claims | None = None) -> None:
+    def __init__(self, client: redis.Redis, *, claims: Claims | None = None, limits: Limits | None = None) -> None:
+        self.resolve: Callable[[Job], LabelSet] = lambda _: LABELS
         self.encode: Callable[[Sequence[Job]], None] = lambda _: None
         self.fatal: list[FatalError] = []
         self.claiming: list[bool] = []
@@ -52,7 +57,7 @@ class Works:
         stages = Stages(
             claims=self.claims,
             doorbell=self.doorbell,
-            resolve=lambda _: LABELS,
+            resolve=lambda job: self.resolve(job),  # noqa: PLW0108 bound late
             judge_callbacks=lambda _: None,
             load=self._load,
             batcher=Batcher(cap=4, bulk_share=0.1),
@@ -63,7 +68,7 @@ class Works:
         )
         self.pipeline = Pipeline(
             stages,
-            Limits(slots=SLOTS, max_attempts=3),
+            limits or Limits(slots=SLOTS, max_attempts=3),
             progress=self.progress,
             meter=Meter(loader_threads=1),
             on_fatal=self.fatal.append,
@@ -221,3 +226,44 @@ def test_what_a_lost_reply_had_claimed_goes_back_at_once(redis_client: redis.Red
     again = claims.claim(5, held=kept).jobs
     assert [(job.id, job.attempt, job.deaths) for job in again] == [("b", 1, 0), ("a", 1, 0)]
     assert redis_client.hlen(CLAIMS) == 3
+
+
+def test_a_job_with_an_unknown_label_set_waits_for_a_worker_that_knows_it(redis_client: redis.Redis) -> None:
+    """During a rollout: the job is given back a few times, then it is tagged or, by its name alone, rejected."""
+    claims: Counter[str] = Counter()
+
+    def resolve(job: Job) -> LabelSet:
+        claims[job.id] += 1
+        if job.id == "new" and claims[job.id] == 3:
+            return LABELS
+        raise Rejected(ErrorCode.UNKNOWN_LABEL_SET, "no such label set", stage=Stage.CLAIM)
+
+    policy = make_limits(Settings(), SimpleNamespace(rungs=(1,))).retries[ErrorCode.UNKNOWN_LABEL_SET]
+    assert (policy.attempts, policy.first_s) == (4, Settings().retry_first_s)
+    quick = {ErrorCode.UNKNOWN_LABEL_SET: RetryPolicy(policy.attempts, 0.01, 0.01)}
+    works = Works(redis_client, limits=Limits(slots=SLOTS, max_attempts=3, retries=quick))
+    works.resolve = resolve
+    upkeep = make_upkeep(redis_client)
+    works.start()
+    try:
+        enqueue(redis_client, "new", "wrong")
+
+        def has_answers() -> bool:
+            upkeep.tend()
+            works.doorbell.ring()
+            return len(answers(redis_client)) == 2
+
+        wait_until(has_answers, timeout_s=20, what="two answers")
+    finally:
+        works.stop()
+    found = answers(redis_client)
+    assert (found["new"].status, found["new"].attempts) == (Status.TAGGED, 3)
+    assert (found["wrong"].status, found["wrong"].attempts) == (Status.REJECTED, 4)
+    assert found["wrong"].error is not None
+    assert found["wrong"].error.code is ErrorCode.UNKNOWN_LABEL_SET
+
+
+def test_an_operator_may_have_unknown_label_sets_rejected_immediately() -> None:
+    """SHIWU_RETRY with one try."""
+    settings = Settings(retry="unknown_label_set=1:1:1")  # type: ignore[arg-type]  # as the environment says it
+    assert make_limits(settings, SimpleNamespace(rungs=(1,))).retries[ErrorCode.UNKNOWN_LABEL_SET].attempts == 1

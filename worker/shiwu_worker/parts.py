@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import redis
 import structlog
 
 from shiwu.connection import connect as connect_to
-from shiwu.contract import RETRIED
+from shiwu.contract import RETRIED, ErrorCode
 from shiwu.envelope import read_canvas
 from shiwu.keep import Keep, ToldKeep
 from shiwu.ledger import Ledger
@@ -39,6 +40,8 @@ from shiwu_worker.triage import Triage
 
 log: Any = structlog.get_logger()
 SLOW_FACTOR = 10
+LABEL_SET_TRIES = 4
+"""Claims of a job whose label set is unknown: three times it is given back, since another worker may know the set."""
 
 
 def connect(settings: Settings, *, block_s: float = 0.0) -> redis.Redis:
@@ -231,6 +234,7 @@ def make_limits(settings: Settings, encoder: Any) -> Limits:
     """What the pipeline may hold, and how patient it is."""
     usual = RetryPolicy(settings.max_attempts, settings.retry_first_s, settings.retry_longest_s)
     retries: dict[str, RetryPolicy] = dict.fromkeys(RETRIED, usual)
+    retries[ErrorCode.UNKNOWN_LABEL_SET] = replace(usual, attempts=LABEL_SET_TRIES)
     retries |= {code: RetryPolicy(*policy) for code, policy in settings.retry.items()}
     return Limits(
         slots=settings.slots_for(encoder.rungs[-1]),

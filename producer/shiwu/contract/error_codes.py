@@ -102,12 +102,14 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
         ),
         ErrorCode.INVALID_LABELS: _rejected(
             Fault.REQUEST,
-            "A label is empty, too long or repeated, or there are too many labels.",
+            "A label is empty, too long or repeated, has a control character, or there are too many labels.",
             "Correct the labels, or name a label set.",
         ),
-        ErrorCode.UNKNOWN_LABEL_SET: _rejected(
+        ErrorCode.UNKNOWN_LABEL_SET: CodeInfo(
+            Status.REJECTED,
             Fault.REQUEST,
-            "The worker has no label set with this name.",
+            Retry.DEFAULT,  # while label sets are rolled out, another worker may have it
+            "The workers that claimed the job, up to four times, have no label set with this name.",
             "Deploy the label set (`SHIWU_LABELS_DIR`) before its producers, or correct the name.",
         ),
         ErrorCode.METADATA_TOO_LARGE: _rejected(
