@@ -15,7 +15,7 @@ from shiwu.contract import Answer, Status, Timing
 STAGES = ("queue", "claim", "fetch", "decode", "batch", "encode", "score", "total")
 NEXT = (
     ("export SHIWU_REDIS_URL=redis://127.0.0.1:6379/0", "a Redis or Valkey of yours"),
-    (".venv/bin/shiwu-worker --check", "every setting, and whether Redis and the model answer"),
+    (".venv/bin/shiwu-worker --check", "whether Redis, the labels, S3 and the model answer"),
     (".venv/bin/shiwu-worker", "the worker; Ctrl-C drains it"),
     (".venv/bin/shiwu --help", "ask, wait and look from the command line"),
     ("make test, make bench", "the tests, the measurements"),

@@ -59,8 +59,8 @@ def test_tag_shows_reasons_and_hints(shared_worker: WorkerProcess, s3: S3Server)
 @pytest.mark.parametrize(
     ("args", "code", "text"),
     [
-        (["--labels", "猫"], 2, "for a word use --label 猫"),
-        (["--labels", "cats"], 1, "--labels WORD,"),
+        (["--labels", "two words"], 2, "for a word use --label 'two words'"),
+        (["--labels", "猫"], 1, "--labels WORD,"),
         (["--label", "猫", "--labels", "six-zh"], 2, "expected --labels or --label, got both"),
         (["--labels", "熊猫,"], 0, "熊猫 1.000"),
         (["--label", "熊猫", "--label", "汽车"], 0, "熊猫 "),

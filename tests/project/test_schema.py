@@ -1,4 +1,4 @@
-"""The published JSON Schema and the page of errors are the code's, and real messages pass the schema."""
+"""The pages that are made from the code are up to date, and real messages pass the JSON Schema."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from shiwu.contract import Answer, ErrorCode, ErrorInfo, Request, RequestError, Status, Tag, parse_request
 from shiwu.schema import schemas
+from shiwu_worker.config_reference import settings_page
 from shiwu_worker.error_docs import page
 
 FOLDER = Path(__file__).parents[2] / "docs" / "schema"
@@ -24,6 +25,11 @@ def test_the_schema_files_are_current(name: str) -> None:
 def test_the_page_of_errors_is_current() -> None:
     """`make error-docs` was run after the last change of a table."""
     assert (FOLDER.parent / "errors.md").read_text(encoding="utf-8") == page()
+
+
+def test_the_page_of_settings_is_current() -> None:
+    """`make docs` was run after the last change of a setting."""
+    assert (FOLDER.parent / "settings.md").read_text(encoding="utf-8") == settings_page()
 
 
 def test_what_we_write_passes_the_schema() -> None:

@@ -57,3 +57,40 @@ def test_decoding_is_measured() -> None:
     """Some milliseconds of a core."""
     spec = ImageSpec(224, 224, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert 0.0001 < tune.decode_core_s(spec) < 0.5
+
+
+def run_tune(monkeypatch: pytest.MonkeyPatch, **options: str) -> tuple[int, list[str]]:
+    """`shiwu-worker --tune` of a machine that is measured already; its exit code, and what came before measuring."""
+    measured: list[str] = []
+    info = SimpleNamespace(id="m", dtype="float32", device="cpu")
+    encoder = SimpleNamespace(seconds={1: 0.02, 4: 0.04}, rungs=(1, 4), info=info)
+    for name, value in options.items():
+        monkeypatch.setenv(f"SHIWU_{name.upper()}", value)
+    monkeypatch.setattr(tune, "open_encoder", lambda *_: measured.append("measured") or encoder)
+    monkeypatch.setattr(tune, "decode_core_s", lambda _: 0.002)
+    return tune.run_tune(), measured
+
+
+def test_tune_says_first_that_nothing_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And prints the settings as lines of an environment."""
+    assert run_tune(monkeypatch) == (0, ["measured"])
+    told = capsys.readouterr()
+    assert "SHIWU_TUNE_FILE is not set: the result is printed, and no file keeps it." in told.err
+    lines = told.out.splitlines()
+    assert "SHIWU_MAX_BATCH=4" in lines
+    assert (
+        lines[-1] == "set these in the environment of the workers of this machine, or run --tune with SHIWU_TUNE_FILE"
+    )
+
+
+def test_tune_refuses_a_file_before_it_measures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A folder that is missing; where the file can be written, it is."""
+    assert run_tune(monkeypatch, tune_file=str(tmp_path / "none" / "tune.json")) == (64, [])
+    assert "SHIWU_TUNE_FILE: expected a file in a folder that exists" in capsys.readouterr().err
+    path = tmp_path / "tune.json"
+    assert run_tune(monkeypatch, tune_file=str(path)) == (0, ["measured"])
+    assert tune.Tuned.model_validate_json(path.read_bytes()).max_batch == 4

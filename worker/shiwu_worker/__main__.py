@@ -18,7 +18,10 @@ from shiwu_worker.places import Place, WrongPlaces, choose_places
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--check", is_flag=True, help="Print the effective settings, try Redis, S3 and the model, and exit.")
+@click.option(
+    "--check", is_flag=True, help="Try Redis, the label files, S3 and the model, print the changed settings, and exit."
+)
+@click.option("--all", "show_all", is_flag=True, help="With --check: print all settings with unit, default and reason.")
 @click.option("--tune", is_flag=True, help="Measure the model and the loaders, print and keep the settings, and exit.")
 @click.option("-E", "--task-events", is_flag=True, help="Send Celery's task events, for Flower and celery-exporter.")
 @click.option(
@@ -38,12 +41,12 @@ from shiwu_worker.places import Place, WrongPlaces, choose_places
     help="Workers on each card or MIG instance.",
 )
 @click.version_option(package_name="shiwu")
-def main(*, check: bool, tune: bool, task_events: bool, gpus: str, per_gpu: int) -> None:
+def main(*, check: bool, show_all: bool, tune: bool, task_events: bool, gpus: str, per_gpu: int) -> None:
     """Tag pictures from the lanes `shiwu.interactive` and `shiwu.bulk`.
 
-    All settings are environment variables that begin with SHIWU_; --check lists them. With several cards, a worker is
-    started for each and again when it crashes; with one or none, this process is the worker: an ordinary Celery worker,
-    that can as well be started by `celery -A shiwu_worker.app worker`.
+    All settings are environment variables that begin with SHIWU_; --check --all lists them. With several cards, a
+    worker is started for each and again when it crashes; with one or none, this process is the worker: an ordinary
+    Celery worker, that can as well be started by `celery -A shiwu_worker.app worker`.
 
     \b
     SIGTERM or Ctrl-C   finish what is claimed within SHIWU_GRACE_S, give back the rest, exit 0
@@ -60,10 +63,12 @@ def main(*, check: bool, tune: bool, task_events: bool, gpus: str, per_gpu: int)
     70 INTERNAL  a defect of ours
     71 OVERDUE   of several cards' workers one was killed before it had drained
     """
+    if show_all and not check:
+        raise click.UsageError("expected --all with --check")
     if check:
         from shiwu_worker.check import run_checks  # noqa: PLC0415 the model's libraries take seconds to import
 
-        sys.exit(run_checks())
+        sys.exit(run_checks(show_all=show_all))
     if tune:
         from shiwu_worker.tune import run_tune  # noqa: PLC0415 as above
 

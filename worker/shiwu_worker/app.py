@@ -30,6 +30,7 @@ from shiwu_worker.callback_app import make_callback_app
 from shiwu_worker.canvas import Callbacks
 from shiwu_worker.celery_redis import broker_config
 from shiwu_worker.config import Settings
+from shiwu_worker.config_errors import load_settings_or_exit, report_unknown_names
 from shiwu_worker.errors import FatalError
 from shiwu_worker.parts import connect, make_ledger
 from shiwu_worker.revoke import Revoker
@@ -91,10 +92,12 @@ class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has
         self._stack = ExitStack()
         self._service: Service | None = None
         self._fatal: FatalError | None = None
+        self._grace_s = 0.0
 
     def start(self, worker: Any) -> None:
         """Load, warm up, start claiming. A failure here ends the process with the error's exit code."""
-        settings = Settings()
+        settings = _settings()
+        self._grace_s = settings.grace_s
         try:
             tell = self._stack.enter_context(_celery_side(worker, settings))
             self._service = self._stack.enter_context(open_service(settings, on_fatal=self._end, on_answered=tell))
@@ -111,7 +114,7 @@ class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: service.hurry())
         log.info("stopping", reason=self._fatal.exit_code.name if self._fatal else "asked to")
-        service.stop(grace_s=0.0 if self._fatal else Settings().grace_s)
+        service.stop(grace_s=0.0 if self._fatal else self._grace_s)
         self._stack.close()
         log.info("stopped")
 
@@ -189,13 +192,20 @@ def make_app(settings: Settings) -> Celery:
 
 @setup_logging.connect  # type: ignore[untyped-decorator]  # celery has no types
 def _logs(**_: Any) -> None:
-    settings = Settings()
+    settings = _settings()
     logs.set_up(level=settings.log_level, form=settings.log_format)
+    report_unknown_names()
+
+
+@lru_cache(maxsize=1)
+def _settings() -> Settings:
+    """The settings, read once: what is wrong with them later must not keep a worker from ending well."""
+    return load_settings_or_exit()
 
 
 @lru_cache(maxsize=1)
 def _app() -> Celery:
-    return make_app(Settings())
+    return make_app(_settings())
 
 
 def __getattr__(name: str) -> Celery:

@@ -1,23 +1,30 @@
-"""`shiwu-worker --check`: the effective settings, and a try of Redis, S3, the label sets and the model."""
+"""`shiwu-worker --check`: tries Redis, the label files, S3 and the model, and prints the settings."""
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 import boto3
+import click
 import redis
 from botocore.exceptions import BotoCoreError
 from kombu.exceptions import OperationalError
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from shiwu.contract import printable
 from shiwu.redis_errors import explain
 from shiwu_worker.callback_app import make_callback_app
-from shiwu_worker.config import Settings, shown
+from shiwu_worker.config import Settings
+from shiwu_worker.config_errors import SettingsError, exit_with, load_settings, unknown_names
+from shiwu_worker.config_reference import all_settings, changed_settings, value_text
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.model_parts import open_encoder
@@ -26,55 +33,157 @@ from shiwu_worker.object_store import S3Limits, S3Options, StoreError, StoreRefu
 from shiwu_worker.parts import connect, open_labels, read_label_sets
 from shiwu_worker.stores import new_store
 
+PIPE_COLUMNS: Final = 160
+OLDEST_REDIS: Final = (6, 2)
+EXPECTED: Final = (FatalError, redis.RedisError, BotoCoreError, StoreError, OSError, ValueError)
+"""What a check fails with when something outside the worker is wrong."""
+_STYLES: Final = {"ok": "green", "warning": "yellow", "failed": "red"}
 
-def run_checks() -> int:
-    """Print settings and checks; return 0 when a worker with these settings can work."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a check found: facts, and reasons to change something although the worker can run."""
+
+    text: str
+    warnings: tuple[str, ...] = ()
+
+
+def run_checks(*, show_all: bool) -> int:
+    """Print a line for each check, then the settings; return the exit code that a worker would end with.
+
+    Args:
+        show_all: print every setting, by topic, with unit and default; otherwise those that are not the default.
+    """
+    is_terminal = sys.stdout.isatty()
+    console = Console(markup=False, emoji=False, highlight=False, width=None if is_terminal else PIPE_COLUMNS)
     try:
-        settings = Settings()
-    except ValidationError as error:
-        for wrong in error.errors(include_url=False, include_input=False):
-            console.print(f"SHIWU_{'_'.join(str(part) for part in wrong['loc']).upper()}: {wrong['msg']}", markup=False)
-        return int(ExitCode.CONFIG)
-    table = Table("setting", "value", "what it is", title="Effective settings", title_justify="left")
-    values = shown(settings)
-    for name, field in Settings.model_fields.items():
-        marked = "" if name not in settings.model_fields_set else "bold"
-        table.add_row(f"SHIWU_{name.upper()}", values[name], field.description, style=marked)
-    console.print(table)
-    checks: list[tuple[str, Callable[[Settings], str]]] = [
+        settings = load_settings()
+    except SettingsError as error:
+        exit_with(error)
+    unknown = [str(one) for one in unknown_names(os.environ)]
+    checks: list[tuple[str, Callable[[Settings], Report | str]]] = [
+        ("settings", lambda _: Report(f"{len(changed_settings(settings))} differ from their defaults", (*unknown,))),
         ("redis", _check_redis),
         ("callbacks", _check_callbacks),
+        ("labels", _check_labels),
         ("s3", _check_s3),
-        ("model and labels", _check_model),
+        ("model", _check_model),
     ]
-    failed = 0
-    for name, check in checks:
-        try:
-            with redirect_stdout(sys.stderr):
-                text = check(settings)
-        except (FatalError, redis.RedisError, BotoCoreError, StoreError, OSError, ValueError) as error:
-            failed += 1
-            console.print(f"[red]failed[/red]  {name}: ", end="")
-            console.print(_told(error), markup=False)
-        else:
-            console.print(f"[green]ok[/green]      {name}: {text}")
-    return int(ExitCode.CONFIG) if failed else 0
+    codes = [_run(name, check, settings, console) for name, check in checks]
+    if show_all:
+        _print_all(settings, console)
+    else:
+        _print_changed(settings, console)
+    return next((code for code in codes if code), 0)
+
+
+def _run(name: str, check: Callable[[Settings], Report | str], settings: Settings, console: Console) -> int:
+    """Run one check, print what it found, and return the exit code of its failure or 0."""
+    if sys.stderr.isatty():
+        click.echo(f"checking {name} …", err=True)
+    try:
+        with redirect_stdout(sys.stderr):
+            found = check(settings)
+    except EXPECTED as error:
+        _print_line(console, "failed", name, _told(error))
+        return int(error.exit_code if isinstance(error, FatalError) else ExitCode.CONFIG)
+    except Exception as error:  # noqa: BLE001 border: the other checks still have something to say
+        traceback.print_exc()
+        _print_line(console, "failed", name, f"{type(error).__name__}: {error} (a defect of shiwu: please report it)")
+        return int(ExitCode.INTERNAL)
+    report = found if isinstance(found, Report) else Report(found)
+    _print_line(console, "ok", name, report.text)
+    for warning in report.warnings:
+        _print_line(console, "warning", name, warning)
+    return 0
 
 
 def _told(error: Exception) -> str:
-    return explain(error) if isinstance(error, redis.RedisError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, redis.RedisError):
+        return explain(error)
+    return str(error) if isinstance(error, FatalError) else f"{type(error).__name__}: {error}"
 
 
-def _check_redis(settings: Settings) -> str:
+def _print_line(console: Console, level: str, name: str, text: str) -> None:
+    console.print(Text(f"{level:<8}", style=_STYLES[level]), Text(f"{name}: {printable(text)}"), soft_wrap=True)
+
+
+def _print_changed(settings: Settings, console: Console) -> None:
+    changed = changed_settings(settings)
+    title = "Settings that differ from their defaults" if changed else "All settings have their defaults"
+    console.print(f"\n{title} (--check --all prints all):")
+    for one in changed:
+        value = printable(value_text(getattr(settings, one.field)))
+        console.print(f"  {one.name}={value}  (default: {one.default})", soft_wrap=True)
+
+
+def _print_all(settings: Settings, console: Console) -> None:
+    changed = {one.field for one in changed_settings(settings)}
+    topic = ""
+    table = Table()
+    for one in all_settings():
+        if one.topic != topic:
+            if topic:
+                console.print(table)
+            topic = one.topic
+            table = Table("", "setting", "value", "unit or values", "default", "what it is", title=f"\n{topic}")
+            table.title_justify = "left"
+        mark, style = ("*", "bold") if one.field in changed else ("", "")
+        value = printable(value_text(getattr(settings, one.field)))
+        table.add_row(mark, one.name, value, one.unit, one.default, one.reason, style=style)
+    console.print(table)
+    console.print("* differs from its default")
+
+
+def _check_redis(settings: Settings) -> Report:
+    """Whether Redis answers, is new enough, takes writes, and keeps what it is given."""
     with connect(settings) as client:
-        info: Any = client.info("server")
-        version = str(info.get("valkey_version") or info["redis_version"])
-        if tuple(int(part) for part in str(info["redis_version"]).split(".")[:2]) < (6, 2):
-            raise FatalError(ExitCode.CONFIG, f"expected Redis 6.2 or newer, or Valkey, got {version}")
-        policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "?")
-        note = "" if policy == "noeviction" else f"; maxmemory-policy {policy} can lose jobs: expected noeviction"
-        return f"version {version}{note}"
+        client.ping()
+        try:
+            info: Any = client.info("everything")
+        except redis.ResponseError as error:
+            text = f"answers at {value_text(settings.redis_url)}"
+            note = f"version and memory settings are not known, because INFO is refused ({error})"
+            return Report(text, (note,))
+    product = "Valkey" if "valkey_version" in info else "Redis"
+    number = str(info.get("valkey_version") or info.get("redis_version"))
+    if tuple(int(part) for part in str(info.get("redis_version", "0.0")).split(".")[:2]) < OLDEST_REDIS:
+        raise FatalError(ExitCode.CONFIG, f"expected Redis 6.2 or newer, or Valkey, got {product} {number}")
+    if info.get("role", "master") != "master":
+        raise FatalError(ExitCode.CONFIG, "expected a primary that takes writes, got a replica; use its primary's URL")
+    policy = str(info.get("maxmemory_policy", "unknown"))
+    if policy.startswith("allkeys"):
+        raise FatalError(
+            ExitCode.CONFIG,
+            f"expected maxmemory-policy noeviction, got {policy}: it deletes waiting jobs when the memory is full",
+        )
+    return Report(
+        f"{product} {number} at {value_text(settings.redis_url)}, maxmemory-policy {policy}, "
+        f"maxmemory {info.get('maxmemory_human', 'unknown') if info.get('maxmemory') else 'unlimited'}",
+        tuple(_redis_warnings(info, policy)),
+    )
+
+
+def _redis_warnings(info: dict[str, Any], policy: str) -> list[str]:
+    warnings = []
+    if policy != "noeviction":
+        warnings.append(
+            f"maxmemory-policy {policy} deletes answers and done marks when the memory is full; expected noeviction"
+        )
+    if not info.get("aof_enabled"):
+        warnings.append(
+            "the append-only file is off: jobs and answers since the last snapshot are lost when the server crashes; "
+            "set appendonly yes"
+        )
+    return warnings
+
+
+def _check_labels(settings: Settings) -> str:
+    sets = read_label_sets(settings)
+    default = sets[settings.default_labels]
+    return (
+        f"{len(sets)} label sets ({', '.join(sorted(sets)):.200}); default {default.name} ({len(default.words)} words)"
+    )
 
 
 def _check_callbacks(settings: Settings) -> str:
@@ -116,14 +225,14 @@ def _check_s3(settings: Settings) -> str:
 
 
 def _check_model(settings: Settings) -> str:
+    sets = read_label_sets(settings)
     folder = model_folder(settings.model)
     spec = read_image_spec(folder)
     encoder = open_encoder(settings, folder, spec)
-    bank = open_labels(settings, encoder, read_label_sets(settings))
-    default = bank.resolve(None)
-    bank.encoded(default)
+    bank = open_labels(settings, encoder, sets)
+    bank.encoded(bank.resolve(None))
     info = encoder.info
     return (
         f"{info.id} ({info.revision}) in {info.dtype} on {info.device}, {spec.width}×{spec.height}, "
-        f"batches of {', '.join(map(str, encoder.rungs))}; default labels {default.name} ({len(default.words)} words)"
+        f"batches of {', '.join(map(str, encoder.rungs))}"
     )

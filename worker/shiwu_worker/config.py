@@ -1,13 +1,13 @@
-"""Every knob of the worker: its environment name, unit, default and reason. `shiwu-worker --check` prints them."""
+"""Every knob of the worker: its environment name, unit, default and reason. `docs/settings.md` lists them."""
 
 from __future__ import annotations
 
 import os
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shiwu.contract import TASK_NAME
@@ -16,16 +16,19 @@ from shiwu.redis_url import RedisAddress, read_redis_url
 from shiwu.upkeep import MAX_LEASE_S
 from shiwu_worker.callback_rules import MOST, CallbackRules
 from shiwu_worker.config_lists import (
+    Device,
     Formats,
     Hosts,
     Names,
     Networks,
+    OutputFile,
     Paths,
     Ports,
     Prefixes,
     Retries,
     S3Client,
     Traces,
+    check_duration,
     read_retry,
     split,
 )
@@ -38,7 +41,9 @@ LARGEST_TRIED = 64
 class Settings(BaseSettings):
     """Read once at start from `SHIWU_*`; nobody below `wiring` sees it. Lists are separated by commas."""
 
-    model_config = SettingsConfigDict(env_prefix="SHIWU_", frozen=True, extra="ignore", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix="SHIWU_", frozen=True, extra="ignore", hide_input_in_errors=True, allow_inf_nan=False
+    )
 
     redis_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
@@ -54,7 +59,7 @@ class Settings(BaseSettings):
     model: str | None = Field(
         None, description="folder or hub id of a dual encoder; unset: the embedded pictogram model"
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float16 on CUDA, bfloat16 on CPUs that have it, else float32"
     )
@@ -186,8 +191,8 @@ class Settings(BaseSettings):
         ge=0,
         description="how often a known picture must get its known answer, or the worker ends; 0: at the start only",
     )
-    ready_file: Path | None = Field(None, description="exists while the worker is warm and claims")
-    alive_file: Path | None = Field(None, description="touched every second while the pipeline makes progress")
+    ready_file: OutputFile | None = Field(None, description="exists while the worker is warm and claims")
+    alive_file: OutputFile | None = Field(None, description="touched every second while the pipeline makes progress")
     stuck_s: float = Field(
         90.0,
         gt=0,
@@ -198,6 +203,24 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="info writes one line per job")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: JSON unless on a terminal")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Strip spaces and line ends; a variable without other characters counts as not set."""
+        stripped = {name: value.strip() if isinstance(value, str) else value for name, value in values.items()}
+        return {name: value for name, value in stripped.items() if value != ""}
+
+    @field_validator("dtype", "s3_client", "log_level", "log_format", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("*")
+    @classmethod
+    def _check_duration(cls, value: Any, info: ValidationInfo) -> Any:
+        check_duration(info.field_name or "", value)
+        return value
 
     @field_validator(
         *("formats", "allow_hosts", "only_hosts", "deny_hosts", "allow_networks", "deny_networks", "nat64_prefixes"),
@@ -285,12 +308,3 @@ class Settings(BaseSettings):
     def slots_for(self, batch: int) -> int:
         """What to claim: the batch on the device, the one copied ahead, the one being filled, and what is loading."""
         return self.slots or 3 * batch + self.loader_count * self.loader_threads
-
-
-def shown(settings: Settings) -> dict[str, str]:
-    """The effective settings for people, without passwords."""
-    values = {name: str(getattr(settings, name)) for name in Settings.model_fields}
-    url = settings.redis_url.get_secret_value()
-    scheme, _, rest = url.rpartition("://")
-    values["redis_url"] = f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
-    return values

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic_settings import NoDecode
@@ -45,10 +47,57 @@ def _known_formats(value: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _read_network(text: str) -> object:
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ValueError(f"expected a network as 10.0.0.0/8 or fd00::/8, got {text!r:.80} ({error})") from None
+
+
+_DEVICE: Final = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+MAX_DURATION_S: Final = 10 * 365 * 86400
+"""Ten years. Clocks, sockets and Redis refuse durations of some hundred years."""
+
+
+def _check_device(value: str) -> str:
+    if not _DEVICE.fullmatch(value.lower()):
+        raise ValueError(f"expected auto, cpu, cuda or cuda:N, got {value!r:.80}")
+    return value.lower()
+
+
+def check_output_file(path: Path) -> Path:
+    """A file that the worker can make, or can write to.
+
+    Raises:
+        ValueError: says what is in the way.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise ValueError(f"expected a file, got the folder {path}")
+    if not folder.is_dir():
+        raise ValueError(f"expected a file in a folder that exists, got {path}; make the folder {folder}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"expected a file that this user may write, got {path}")
+    return path
+
+
+def check_duration(name: str, value: object) -> None:
+    """Refuse a duration that no clock can count.
+
+    Raises:
+        ValueError: it is longer than ten years.
+    """
+    per_s = {"s": 1, "ms": 1000}.get(name.rpartition("_")[2])
+    if per_s is not None and isinstance(value, int | float) and value > MAX_DURATION_S * per_s:
+        raise ValueError(f"expected at most ten years, got {value:g}")
+
+
+Device = Annotated[str, AfterValidator(_check_device)]
+OutputFile = Annotated[Path, AfterValidator(check_output_file)]
 Names = Annotated[tuple[str, ...], NoDecode]
 Formats = Annotated[tuple[str, ...], NoDecode, AfterValidator(_known_formats)]
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(checked(read_host))], ...], NoDecode]
-Networks = Annotated[tuple[Annotated[str, AfterValidator(checked(ipaddress.ip_network))], ...], NoDecode]
+Networks = Annotated[tuple[Annotated[str, AfterValidator(checked(_read_network))], ...], NoDecode]
 Prefixes = Annotated[tuple[Annotated[str, AfterValidator(checked(read_nat64))], ...], NoDecode]
 Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], NoDecode]
 Paths = Annotated[tuple[Path, ...], NoDecode]
@@ -75,7 +124,7 @@ def read_retry(part: str) -> tuple[ErrorCode, tuple[int, float, float]]:
         known = ErrorCode(code) in RETRIABLE
     except ValueError:
         raise ValueError(f"expected code=tries:first_s:longest_s, got {part.strip()!r:.80}") from None
-    if not known or policy[0] < 1 or not 0 < policy[1] <= policy[2]:
+    if not known or policy[0] < 1 or not 0 < policy[1] <= policy[2] <= MAX_DURATION_S:
         allowed = ", ".join(sorted(RETRIABLE))
         raise ValueError(
             f"expected one of {allowed} with 1 or more tries and 0 < first_s <= longest_s, got {part!r:.80}"

@@ -113,7 +113,10 @@ def read_nat64(prefix: str) -> ipaddress.IPv6Network:
     Raises:
         ValueError: it is no IPv6 network of a length that RFC 6052 knows.
     """
-    network = ipaddress.IPv6Network(prefix)
+    try:
+        network = ipaddress.IPv6Network(prefix)
+    except ValueError as error:
+        raise ValueError(f"expected an IPv6 prefix as 64:ff9b:1::/48, got {prefix!r:.80} ({error})") from None
     if network.prefixlen not in NAT64_BITS:
         raise ValueError(f"expected a prefix of 32, 40, 48, 56, 64 or 96 bits, got {prefix!r:.80}")
     return network

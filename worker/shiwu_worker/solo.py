@@ -13,11 +13,9 @@ import sys
 import threading
 from typing import Final
 
-from pydantic import ValidationError
-
 from shiwu_worker import logs
 from shiwu_worker.config import Settings
-from shiwu_worker.errors import ExitCode
+from shiwu_worker.config_errors import load_settings_or_exit, report_unknown_names
 from shiwu_worker.malloc import use_one_arena
 from shiwu_worker.nursery import PR_SET_PDEATHSIG
 
@@ -31,15 +29,13 @@ def command(*, node: str, cpus: frozenset[int], drain_s: float, task_events: boo
 
 
 def begin() -> Settings:
-    """Read the settings, set up log and memory, before a library warns or starts threads; wrong settings end it all."""
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        for wrong in error.errors(include_url=False, include_input=False):
-            name = "_".join(str(part) for part in wrong["loc"]).upper()
-            print(f"SHIWU_{name}: {wrong['msg']}", file=sys.stderr)  # noqa: T201 there is no log yet
-        sys.exit(int(ExitCode.CONFIG))
+    """Read the settings and set up log and memory, before a library warns or starts threads.
+
+    Wrong settings end the process with the exit code for settings.
+    """
+    settings = load_settings_or_exit()
     logs.set_up(level=settings.log_level, form=settings.log_format)
+    report_unknown_names()
     use_one_arena()
     return settings
 

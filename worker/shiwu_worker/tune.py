@@ -16,6 +16,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, Final
 
+import click
 import numpy as np
 import structlog
 from PIL import Image
@@ -24,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from shiwu_worker.config import Settings
+from shiwu_worker.config_errors import load_settings_or_exit
+from shiwu_worker.config_lists import check_output_file
 from shiwu_worker.cores import usable_cores
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.image_spec import ImageSpec, read_image_spec
@@ -79,18 +82,17 @@ def apply(settings: Settings, revision: Callable[[], str]) -> Settings:
 
 
 def run_tune() -> int:
-    """Measure, print, and write the file where one is named."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    """Measure, print, and write the file where one is named; say first whether the result will be kept."""
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
+    settings = load_settings_or_exit()
     try:
-        settings = Settings()
+        told = _where_kept(settings)
+        click.echo(f"{told} Measuring takes 10 to 60 s; let the machine be idle meanwhile.", err=True)
         folder = model_folder(settings.model)
         spec = read_image_spec(folder)
         encoder = open_encoder(settings, folder, spec)
-    except ValidationError as error:
-        console.print(str(error), markup=False)
-        return int(ExitCode.CONFIG)
     except FatalError as error:
-        console.print(f"{error.exit_code.name}: {error}", markup=False)
+        click.echo(f"{error.exit_code.name}: {error}", err=True)
         return int(error.exit_code)
     table = Table("batch", "ms", "pictures/s", title=f"{encoder.info.id}, {encoder.info.dtype}, {encoder.info.device}")
     for rung, seconds in encoder.seconds.items():
@@ -98,13 +100,30 @@ def run_tune() -> int:
     console.print(table)
     decode_s = decode_core_s(spec)
     found = choose(settings, encoder, decode_s, model_revision(folder))
-    console.print(f"decoding a {SIDE} px JPEG takes {decode_s * 1000:.2f} core-ms", markup=False)
+    console.print(f"decoding a {SIDE} px JPEG takes {decode_s * 1000:.2f} core-ms")
     for name in KNOBS:
-        console.print(f"SHIWU_{name.upper()}={getattr(found, name)}", markup=False)
+        console.print(f"SHIWU_{name.upper()}={getattr(found, name)}")
     if settings.tune_file is not None:
         settings.tune_file.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        console.print(f"written to {settings.tune_file}: workers with the same SHIWU_TUNE_FILE take it", markup=False)
+        console.print(f"written to {settings.tune_file}: workers with the same SHIWU_TUNE_FILE take it", soft_wrap=True)
+    else:
+        console.print("set these in the environment of the workers of this machine, or run --tune with SHIWU_TUNE_FILE")
     return 0
+
+
+def _where_kept(settings: Settings) -> str:
+    """What will become of the result.
+
+    Raises:
+        FatalError: the file cannot be written, which is better known before measuring.
+    """
+    if settings.tune_file is None:
+        return "SHIWU_TUNE_FILE is not set: the result is printed, and no file keeps it."
+    try:
+        check_output_file(settings.tune_file)
+    except ValueError as error:
+        raise FatalError(ExitCode.CONFIG, f"SHIWU_TUNE_FILE: {error}") from error
+    return f"The result will be kept in {settings.tune_file}."
 
 
 def choose(settings: Settings, encoder: Any, decode_s: float, revision: str) -> Tuned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,7 +62,9 @@ def _explained(labels: str | list[str] | None) -> Iterator[None]:
         yield
     except RequestError as error:
         if error.code is ErrorCode.INVALID_LABELS and isinstance(labels, str):
-            text = f"{error}; {labels!r} was read as the name of a label set: for a word use --label {labels}"
+            text = (
+                f"{error}; {labels!r} was read as the name of a label set: for a word use --label {shlex.quote(labels)}"
+            )
             raise RequestError(error.code, text) from None
         raise
 
@@ -152,7 +155,10 @@ def _row(reference: str, result: TagResult | None, threshold: float) -> Row:
         return Row([picture, code, *times], notes=notes_of(result.error), red=1)
     tags = [f"{tag.label} {tag.score:.3f}" for tag in result.tags or ()]
     kept = [text for text, tag in zip(tags, result.tags or (), strict=True) if tag.score >= threshold]
-    notes = [] if kept or not tags else [f"no tag reached the threshold of {threshold:g}; the best one is {tags[0]}"]
+    notes = []
+    if not kept:
+        best = f"of {threshold:g}; the best one is {tags[0]}" if tags else "of its label set"
+        notes = [f"no tag reached the threshold {best}"]
     notes += [f"warning: {warning.message}" for warning in result.warnings or ()]
     return Row([picture, "  ".join(kept) or "–", *times], notes=notes)
 

@@ -1,0 +1,152 @@
+"""`shiwu-worker --check`: what it says of Redis, the label files and the settings, and its exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from click.testing import CliRunner, Result
+
+from shiwu_worker import check
+from shiwu_worker.__main__ import main
+from shiwu_worker.check import Report
+from shiwu_worker.errors import ExitCode, FatalError
+from tests.support.servers import S3Server
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, redis_url: str) -> None:
+    """This Redis, no bucket, and a model that needs no loading."""
+    monkeypatch.setenv("SHIWU_REDIS_URL", redis_url)
+    monkeypatch.setattr(check, "_check_s3", lambda _: "not asked")
+    monkeypatch.setattr(check, "_check_model", lambda _: "loaded")
+
+
+@pytest.fixture
+def config(redis_client: redis.Redis) -> Iterator[redis.Redis]:
+    """The server, whose memory policy and append-only file are put back."""
+    names = ("maxmemory-policy", "maxmemory", "appendonly")
+    before: dict[str, Any] = {name: redis_client.config_get(name)[name] for name in names}
+    yield redis_client
+    for name, value in before.items():
+        redis_client.config_set(name, value)
+
+
+def run(*args: str) -> Result:
+    """The command in this process."""
+    return CliRunner().invoke(main, ["--check", *args], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "text"),
+    [
+        ({"maxmemory-policy": "noeviction", "maxmemory": "100mb"}, 0, "maxmemory-policy noeviction, maxmemory 100"),
+        ({"maxmemory-policy": "volatile-lru"}, 0, "warning  redis: maxmemory-policy volatile-lru deletes answers"),
+        ({"maxmemory-policy": "allkeys-lru"}, 64, "failed   redis: expected maxmemory-policy noeviction"),
+        ({"maxmemory-policy": "noeviction", "appendonly": "no"}, 0, "warning  redis: the append-only file is off"),
+    ],
+)
+def test_check_judges_the_memory_settings(config: redis.Redis, settings: dict[str, str], code: int, text: str) -> None:
+    """A policy that deletes jobs is an error; one that deletes answers, and no append-only file, are warnings."""
+    for name, value in settings.items():
+        config.config_set(name, value)
+    found = run()
+    assert found.exit_code == code, found.output
+    assert text in found.stdout
+    assert ("append-only" in found.stdout) == (settings.get("appendonly") == "no" or code == 0)
+
+
+def test_check_without_info_says_what_it_does_not_know(
+    redis_client: redis.Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user of docs/redis-acl.conf may not run INFO and can work."""
+    redis_client.acl_setuser(
+        "check-user", enabled=True, passwords=["+pw"], keys=["*"], commands=["+ping", "+client|setname", "+select"]
+    )
+    monkeypatch.setenv("SHIWU_REDIS_URL", redis_url.replace("://", "://check-user:pw@"))
+    try:
+        found = run()
+    finally:
+        redis_client.acl_deluser("check-user")
+    assert found.exit_code == 0, found.output
+    assert "warning  redis: version and memory settings are not known" in found.stdout
+    assert "pw@" not in found.output
+
+
+def test_check_prints_results_first_and_changed_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All settings by --all only, with unit and default, those that were changed marked."""
+    monkeypatch.setenv("SHIWU_LEASE_S", "7")
+    monkeypatch.setenv("SHIWU_FROM_THE_FUTURE", "[/red]\x1b[2J")
+    short = run()
+    lines = short.stdout.splitlines()
+    assert [line.split()[1] for line in lines[:6] if line.split()[0] == "ok"][:2] == ["settings:", "redis:"]
+    assert "warning  settings: SHIWU_FROM_THE_FUTURE is not a setting of this version" in short.stdout
+    assert "  SHIWU_LEASE_S=7  (default: 15)" in lines
+    assert "SHIWU_GRACE_S" not in short.stdout
+    long = run("--all").stdout
+    [row] = [line for line in long.splitlines() if "SHIWU_LEASE_S" in line]
+    assert [cell.strip() for cell in row.split("│")[1:6]] == ["*", "SHIWU_LEASE_S", "7", "seconds, ≥ 1, ≤ 600", "15"]
+    assert "SHIWU_GRACE_S" in long
+    assert long.index("model: loaded") < long.index("SHIWU_LEASE_S")
+
+
+def test_check_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each check says its own; the exit code is that of the first failure, as a worker's would be."""
+    monkeypatch.setenv("SHIWU_REDIS_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("SHIWU_LABELS_DIR", str(tmp_path))
+    (tmp_path / "x.yaml").write_text("labels: [", encoding="utf-8")
+
+    def fail(_: object) -> str:
+        raise FatalError(ExitCode.MODEL, "no such model")
+
+    monkeypatch.setattr(check, "_check_model", fail)
+    found = run()
+    assert found.exit_code == ExitCode.CONFIG
+    failed = [line.split()[1] for line in found.stdout.splitlines() if line.startswith("failed")]
+    assert failed == ["redis:", "callbacks:", "labels:", "model:"]
+    assert "Traceback" not in found.output
+    monkeypatch.setattr(check, "_check_redis", lambda _: Report("fine"))
+    monkeypatch.setattr(check, "_check_callbacks", lambda _: "fine")
+    monkeypatch.delenv("SHIWU_LABELS_DIR")
+    assert run().exit_code == ExitCode.MODEL
+
+
+def test_check_tells_its_own_defects_from_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a traceback on standard error, and the exit code for a defect."""
+
+    def fail(_: object) -> str:
+        raise KeyError("x")
+
+    monkeypatch.setattr(check, "_check_model", fail)
+    found = run()
+    assert found.exit_code == ExitCode.INTERNAL
+    assert "failed   model: KeyError: 'x' (a defect of shiwu: please report it)" in found.stdout
+    assert "Traceback" in found.stderr
+
+
+def test_all_needs_check() -> None:
+    """Alone it would start a worker."""
+    found = CliRunner().invoke(main, ["--all"])
+    assert (found.exit_code, "expected --all with --check" in found.output) == (2, True)
+
+
+def test_the_real_check_of_everything(monkeypatch: pytest.MonkeyPatch, s3: S3Server, redis_client: redis.Redis) -> None:
+    """The embedded model, the embedded labels and a real store."""
+    monkeypatch.undo()
+    for name, value in (s3.env | {"SHIWU_MAX_BATCH": "1", "SHIWU_TORCH_THREADS": "1"}).items():
+        monkeypatch.setenv(name, value)
+    kwargs = redis_client.connection_pool.connection_kwargs
+    monkeypatch.setenv("SHIWU_REDIS_URL", f"redis://{kwargs['host']}:{kwargs['port']}/0")
+    found = run()
+    assert found.exit_code == 0, found.output
+    assert [line.split()[1] for line in found.stdout.splitlines() if line.startswith("ok")] == [
+        "settings:",
+        "redis:",
+        "callbacks:",
+        "labels:",
+        "s3:",
+        "model:",
+    ]
