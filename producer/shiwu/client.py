@@ -16,6 +16,7 @@ from shiwu.contract import (
     ErrorCode,
     ErrorInfo,
     Lane,
+    RequestError,
     Stage,
     Status,
     check_id,
@@ -24,11 +25,12 @@ from shiwu.contract import (
 )
 from shiwu.dead import DeadFilter, DeadLetter, DeadLetters
 from shiwu.errors import WaitTimeout
+from shiwu.items import check_images, check_shared_fields, read_item
 from shiwu.keep import OperatorsKeep
 from shiwu.ledger import Entry, Ledger
 from shiwu.queues import QueueState, read_state
 from shiwu.results import StreamItem, TagResult, UnreadableItem, follow, log_unreadable, read_result
-from shiwu.sender import Sender, Terms
+from shiwu.sender import Sender, Terms, read_lane
 from shiwu.upkeep import Swept, Upkeep
 from shiwu.waiting import as_answered
 
@@ -103,7 +105,7 @@ class Client:
             replicas: how many replicas of Redis must confirm that they have it.
 
         Raises:
-            RequestError: a field breaks the contract; nothing was sent.
+            RequestError: an argument breaks the contract or would have no effect; nothing was sent.
             QueueFull: the lane holds its limit.
             NotReplicated: it is enqueued, but would be lost with the primary now; enqueue the same id again.
             redis.RedisError: Redis did not take it; whether it arrived is not known after a time-out.
@@ -118,7 +120,7 @@ class Client:
             "want": want,
             "metadata": metadata,
         }
-        terms = Terms(Lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
+        terms = Terms(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
         return self._send([(fields, id)], terms)[0]
 
     def enqueue_many(
@@ -128,6 +130,7 @@ class Client:
         lane: Lane | str = Lane.BULK,
         expires_s: float | None = None,
         answer_by_s: float | None = None,
+        countdown_s: float | None = None,
         priority: int = 0,
         replicas: int = 0,
         batch_size: int = 500,
@@ -137,16 +140,23 @@ class Client:
 
         An item is a reference, or a mapping of the request's fields and perhaps `id`; `fields` are defaults for all.
         Nothing is sent until the result is iterated. After an error, what was yielded has been enqueued.
+
+        Raises:
+            TypeError: an argument is unknown, or `images` is a single reference.
+            RequestError: an argument, or later a field of an item, breaks the contract or would have no effect.
         """
-        source = iter(images)
-        terms = Terms(Lane(lane), expires_s, answer_by_s, None, priority, replicas)
+        check_images(images)
+        check_shared_fields(fields)
+        if batch_size < 1:
+            raise RequestError(ErrorCode.INVALID_REQUEST, f"batch_size: expected 1 or more, got {batch_size}")
+        terms = Terms(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
+        return self._enqueue_portions(iter(images), fields, terms, batch_size=batch_size)
+
+    def _enqueue_portions(
+        self, source: Iterator[str | Mapping[str, Any]], shared: Mapping[str, Any], terms: Terms, *, batch_size: int
+    ) -> Iterator[str]:
         while portion := list(islice(source, batch_size)):
-            asked = []
-            for item in portion:
-                own = {"image": item} if isinstance(item, str) else dict(item)
-                job_id = own.pop("id", None)
-                asked.append((fields | own, job_id))
-            yield from self._send(asked, terms)
+            yield from self._send([read_item(item, shared) for item in portion], terms)
 
     def _send(self, asked: Sequence[tuple[dict[str, Any], str | None]], terms: Terms) -> list[str]:
         jobs = [(parse_request(fields), check_id(job_id or str(uuid4()))) for fields, job_id in asked]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Final
 
 import redis
 
-from shiwu.contract import DEADLINES, Lane, Request
+from shiwu.contract import DEADLINES, ErrorCode, Lane, Request, RequestError
 from shiwu.errors import QueueFull
 from shiwu.ledger import wait_replicated
 from shiwu.message import build_message
@@ -17,6 +18,8 @@ from shiwu.queues import count_waiting
 from shiwu.trace import current_headers
 
 CLOCK_S: Final = 60.0
+MAX_TIME_S: Final = 10 * 365 * 86_400.0
+MAX_PRIORITY: Final = 9
 _STEPS: Final = (0, 3, 6, 9)
 
 
@@ -30,6 +33,36 @@ class Terms:
     countdown_s: float | None = None
     priority: int = 0
     replicas: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what would have no effect, or only one that no caller wants."""
+        for name in ("expires_s", "answer_by_s", "countdown_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MAX_TIME_S:
+                raise _refused(name, f"seconds from now, 0 to {MAX_TIME_S:.0f}, or None", value)
+        ends_s = min((end for end in (self.expires_s, self.answer_by_s) if end is not None), default=math.inf)
+        if self.countdown_s is not None and self.countdown_s >= ends_s:
+            raise _refused("countdown_s", f"less than the {ends_s:g} s after which the job expires", self.countdown_s)
+        if not 0 <= self.priority <= MAX_PRIORITY:
+            raise _refused("priority", f"0 (most urgent) to {MAX_PRIORITY}", self.priority)
+        if self.replicas < 0:
+            raise _refused("replicas", "0 or more", self.replicas)
+
+
+def read_lane(lane: Lane | str) -> Lane:
+    """The lane of this name.
+
+    Raises:
+        RequestError: there is none.
+    """
+    try:
+        return Lane(lane)
+    except ValueError:
+        raise _refused("lane", " or ".join(Lane), lane) from None
+
+
+def _refused(name: str, expected: str, value: object) -> RequestError:
+    return RequestError(ErrorCode.INVALID_REQUEST, f"{name}: expected {expected}, got {value!r:.80}")
 
 
 class Sender:

@@ -1,0 +1,103 @@
+"""What the client is given works or is refused with words; nothing is accepted and ignored. Redis is never asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from shiwu import Client, RequestError
+from shiwu.sender import Sender, Terms
+
+IMAGE = "s3://b/k"
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Terms]]:
+    """What would have been sent: ids and terms of each portion."""
+    calls: list[tuple[list[str], Terms]] = []
+
+    def send(_: Sender, jobs: Any, terms: Terms) -> list[str]:
+        ids = [job_id for _, job_id in jobs]
+        calls.append((ids, terms))
+        return ids
+
+    monkeypatch.setattr(Sender, "send", send)
+    return calls
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    """A client whose Redis is not there."""
+    with Client("redis://127.0.0.1:1/0") as made:
+        yield made
+
+
+WRONG_CALLS = [
+    ({"label": ["猫"]}, TypeError, r"'label' \(did you mean 'labels'\?\)"),
+    ({"countdown": 5}, TypeError, "'countdown'.*'countdown_s'"),
+    ({"topk": 5}, TypeError, "'top_k'"),
+    ({"id": "x"}, TypeError, "id: expected in each item"),
+    ({"batch_size": 0}, RequestError, "batch_size: expected 1 or more"),
+    ({"lane": "bluk"}, RequestError, "lane: expected interactive or bulk, got 'bluk'"),
+    ({"expires_s": -1}, RequestError, "expires_s: expected seconds from now"),
+    ({"answer_by_s": float("nan")}, RequestError, "answer_by_s: expected seconds"),
+    ({"countdown_s": 1e12}, RequestError, "countdown_s: expected seconds"),
+    ({"countdown_s": 60, "expires_s": 60}, RequestError, "countdown_s: expected less than the 60 s"),
+    ({"countdown_s": 60, "answer_by_s": 30, "expires_s": 90}, RequestError, "less than the 30 s"),
+    ({"priority": 10}, RequestError, "priority: expected 0"),
+    ({"replicas": -1}, RequestError, "replicas: expected 0 or more"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), WRONG_CALLS)
+def test_arguments_without_effect_are_refused_by_the_call(
+    client: Client, sent: list[Any], arguments: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    """By `enqueue_many` itself, before its result is iterated; `enqueue` and `tag` refuse them too."""
+    with pytest.raises(error, match=words):
+        client.enqueue_many([IMAGE], **arguments)
+    if not arguments.keys() & {"id", "batch_size"}:
+        with pytest.raises(error):
+            client.enqueue(IMAGE, **arguments)
+        with pytest.raises(error):
+            client.tag(IMAGE, timeout_s=0.1, **arguments)
+    assert sent == []
+
+
+WRONG_ITEMS = [
+    ({"label": ["猫"]}, r"'label' \(did you mean 'labels'\?\)"),
+    ({"url": IMAGE}, "'url'"),
+    ({"lane": "bulk"}, "lane: expected as an argument of enqueue_many"),
+    ({"expires_s": 5}, "expires_s: expected as an argument of enqueue_many"),
+    ({"priority": 3}, "priority: expected as an argument of enqueue_many"),
+    ({"countdown_s": 3}, "countdown_s: expected as an argument of enqueue_many"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), WRONG_ITEMS)
+def test_fields_of_an_item_without_effect_are_refused(
+    client: Client, sent: list[Any], fields: dict[str, Any], words: str
+) -> None:
+    """With the whole portion of the item, so that nothing of it is sent."""
+    with pytest.raises(RequestError, match=words) as caught:
+        list(client.enqueue_many([IMAGE, {"image": IMAGE, **fields}]))
+    assert caught.value.code.value == "invalid_request"
+    assert sent == []
+
+
+@pytest.mark.parametrize("images", [IMAGE, b"s3://b/k", {"image": IMAGE}])
+def test_one_image_where_many_are_expected_is_refused(client: Client, images: Any) -> None:
+    """The letters of a reference are no references."""
+    with pytest.raises(TypeError, match="use enqueue or"):
+        client.enqueue_many(images)
+
+
+def test_all_arguments_reach_the_messages(client: Client, sent: list[tuple[list[str], Terms]]) -> None:
+    """Also a countdown for many, and the fields and ids of items."""
+    items = [{"image": IMAGE, "id": "a", "labels": ["猫"]}, IMAGE]
+    ids = list(client.enqueue_many(items, countdown_s=5, expires_s=9, priority=3, top_k=2, min_cosine=0.1))
+    ((sent_ids, terms),) = sent
+    assert (ids, ids[0]) == (sent_ids, "a")
+    assert (terms.countdown_s, terms.expires_s, terms.priority) == (5, 9, 3)
