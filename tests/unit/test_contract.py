@@ -19,10 +19,13 @@ from shiwu.contract import (
     Request,
     RequestError,
     Retry,
+    S3Reference,
     Status,
     check_id,
     error_codes,
     parse_request,
+    reference_error,
+    split_s3,
     status_of,
     without_query,
 )
@@ -63,6 +66,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": "file://host/x"}, "invalid_reference"),
     ({"image": "s3://b/k\n"}, "invalid_reference"),
     ({"image": "s3://b/" + "k" * 5000}, "invalid_reference"),
+    ({"image": "s3://b/k?versionId=&x=1"}, "invalid_reference"),
+    ({"image": "s3://b/?versionId=1"}, "invalid_reference"),
+    ({"image": "s3://b?x/k"}, "invalid_reference"),
+    ({"image": "s3:b/k"}, "invalid_reference"),
+    ({"image": "s3://b/"}, "invalid_reference"),
+    ({"image": "file:a"}, "invalid_reference"),
+    ({"image": "file://"}, "invalid_reference"),
     ({"image": 7}, "invalid_reference"),
     ({"image": "s3://b/k", "labels": []}, "invalid_labels"),
     ({"image": "s3://b/k", "labels": ["a", "a"]}, "invalid_labels"),
@@ -146,14 +156,83 @@ def test_readers_ignore_fields_of_a_newer_version() -> None:
     ("reference", "shown"),
     [
         ("https://h/p?X-Amz-Signature=secret#f", "https://h/p"),
+        ("HTTPS://h/p#secret", "HTTPS://h/p"),
+        ("https://h?secret", "https://h"),
         ("https://u:secret@h/p", "https://h/p"),
-        ("s3://b/k?versionId=1", "s3://b/k"),
         ("http://[bad?secret", "http://[bad"),
+        ("http:?secret", "http:"),
+        ("https://h/@user/p", "https://h/@user/p"),
+        ("s3://b/k?versionId=1", "s3://b/k?versionId=1"),
+        ("s3://b/h#1.jpg", "s3://b/h#1.jpg"),
+        ("S3://b/q?x=1.jpg", "S3://b/q?x=1.jpg"),
+        ("s3://b/user@host.jpg", "s3://b/user@host.jpg"),
+        ("file:///a/b#1?.jpg", "file:///a/b#1?.jpg"),
     ],
 )
-def test_references_are_shown_without_secrets(reference: str, shown: str) -> None:
-    """Logs, answers and errors never hold queries or user info."""
+def test_references_are_shown_as_sent_but_without_secrets(reference: str, shown: str) -> None:
+    """Logs and answers never hold the query or the user of a URL; in keys and paths `?` and `#` are characters."""
     assert without_query(reference) == shown
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "https://user:hush@[bad/",
+        "https://user:hush@h/p",
+        "https://user:hu/hush@h/p",
+        "https://user:hush/p",
+        "https://user:hu?hush@h/p",
+        "https:/user:hush@h/p",
+        "https:user:hush@h/p",
+        "HTTPS://user:hush@[bad/",
+        "https://hush\uff0f@h/p",
+        "https://user:hush\uff20h:x/p",
+        "//user:hush@h/p",
+        "user:hush@h/p",
+        "ftp://user:hush@h/p",
+        "https://[bad/p?sig=hush",
+        "https://h:x/p#hush",
+        "s3://key:hush@bucket/k",
+    ],
+)
+def test_a_wrong_reference_is_told_without_its_password(image: str) -> None:
+    """The text goes into answers, streams and logs."""
+    error = reference_error(image)
+    assert error is not None
+    assert "hush" not in error
+    with pytest.raises(RequestError) as caught:
+        parse_request({"image": image})
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("reference", "bucket", "key", "version"),
+    [
+        ("s3://b/k", "b", "k", None),
+        ("S3://b/K", "b", "K", None),
+        ("s3://b/h#1.jpg", "b", "h#1.jpg", None),
+        ("s3://b/?x", "b", "?x", None),
+        ("s3://b/q?x=1&y=2", "b", "q?x=1&y=2", None),
+        ("s3://b//k", "b", "/k", None),
+        ("s3://b/folder/", "b", "folder/", None),
+        ("s3://b/k?versionId=v", "b", "k", "v"),
+        ("s3://b/k?versionId=v&x=1", "b", "k", "v"),
+        ("s3://b/k?versionId=a+b/c", "b", "k", "a+b/c"),
+        ("s3://b/k?versionId=a%2Bb", "b", "k", "a+b"),
+        ("s3://b/k?versionId=", "b", "k", None),
+        ("s3://b/k?x?versionId=v", "b", "k?x", "v"),
+    ],
+)
+def test_an_s3_reference_has_three_parts(reference: str, bucket: str, key: str, version: str | None) -> None:
+    """A key as it stands; the version ends at `&`, and `+` in it is no space."""
+    assert reference_error(reference) is None
+    assert split_s3(reference) == S3Reference(bucket, key, version)
+
+
+@pytest.mark.parametrize("image", ["FILE:///a/b", "file://LOCALHOST/a/b", "HTTPS://h/p", "Http://h/p", "S3://b/k"])
+def test_schemes_may_be_written_in_capitals(image: str) -> None:
+    """As in any URL."""
+    assert reference_error(image) is None
 
 
 def test_the_lanes_keys_are_kombus() -> None:

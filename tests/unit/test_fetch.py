@@ -49,6 +49,7 @@ def test_a_whole_body_over_http(http_server: PictureServer) -> None:
     fetcher = make_fetcher()
     assert fetcher.fetch(moved) == BODY
     assert fetcher.fetch(http_server.url("/a.png") + "?secret=1") == BODY
+    assert fetcher.fetch(http_server.url("/a.png").replace("http:", "HTTP:")) == BODY
 
 
 @pytest.mark.parametrize(
@@ -248,5 +249,10 @@ def test_files_of_allowed_folders_only(tmp_path: Path) -> None:
         (inside / "none.png", "source_not_found"),
         (inside, "source_not_a_file"),
         (inside / ("a" * 300), "invalid_reference"),
+        (inside / "a b.png?x", "source_not_found"),
+        (inside / "a b.png#x", "source_not_found"),
     ]:
         assert code_of(fetcher, f"file://{path}") == (Rejected, code), path
+    for name in ("a?x", "a#1.png", "a%41"):
+        (inside / name).write_bytes(name.encode())
+        assert fetcher.fetch(f"FILE://{inside}/{name.replace('%', '%25')}") == name.encode()

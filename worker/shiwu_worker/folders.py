@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
 
-from shiwu.contract import ErrorCode
+from shiwu.contract import ErrorCode, file_path
 from shiwu_worker.errors import Rejected
 from shiwu_worker.sources import rejected
 
@@ -35,7 +35,7 @@ class Folders:
             Rejected: it is not in an allowed folder, not there, or no regular file.
             OSError: it can't be read.
         """
-        raw = unquote_to_bytes(urlsplit(reference).path)
+        raw = unquote_to_bytes(file_path(reference))
         if any(byte < 0x20 or byte == 0x7F for byte in raw):
             raise rejected(ErrorCode.INVALID_REFERENCE, "expected a path without control characters")
         path = os.fsdecode(raw)

@@ -57,7 +57,11 @@ from shiwu.contract.keys import (
 )
 from shiwu.contract.printable import printable, printable_json
 from shiwu.contract.references import (
+    S3Reference,
+    file_path,
     reference_error,
+    scheme_of,
+    split_s3,
     without_query,
 )
 from shiwu.contract.request import (
@@ -150,6 +154,7 @@ __all__ = [
     "Request",
     "RequestError",
     "Retry",
+    "S3Reference",
     "Stage",
     "Status",
     "Tag",
@@ -161,6 +166,7 @@ __all__ = [
     "control_character",
     "done_key",
     "field_warnings",
+    "file_path",
     "labels_error",
     "log_level_of",
     "parse_request",
@@ -168,6 +174,8 @@ __all__ = [
     "printable_json",
     "reference_error",
     "result_key",
+    "scheme_of",
+    "split_s3",
     "status_of",
     "unknown_names",
     "without_query",

@@ -78,7 +78,7 @@ class Timing(Written, frozen=True):
 
 
 class ImageInfo(Written, frozen=True):
-    """The picture as it was read. `reference` never has a query."""
+    """The image as it was read. `reference` is as it was sent, but http(s) URLs have no query and no user name."""
 
     reference: str
     format: str | None = None

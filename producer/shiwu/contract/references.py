@@ -1,13 +1,68 @@
-"""References to pictures: what is one, and how it is shown."""
+"""References to images: what is one, what its parts are, and how it is shown."""
 
 from __future__ import annotations
 
 import re
-from urllib.parse import urlsplit
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import unquote, urlsplit
 
 from shiwu.contract.words import MAX_IMAGE_CHARS
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+_BUCKET: Final = re.compile(r"[^/?#@:\\ ]+")
+_URL: Final = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:[/\\]*)(?P<authority>[^/\\?#]*)(?P<path>[^?#]*)", re.DOTALL
+)
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]*")
+_VERSION: Final = "?versionId="
+_HTTP: Final = frozenset({"http", "https"})
+_SHOWN_CHARS: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class S3Reference:
+    """The parts of s3://bucket/key or s3://bucket/key?versionId=version."""
+
+    bucket: str
+    key: str
+    version: str | None
+
+
+def scheme_of(image: str) -> str:
+    """The scheme of a reference in lower case, empty where it has none."""
+    scheme, colon, _ = image.partition(":")
+    return scheme.lower() if colon else ""
+
+
+def split_s3(image: str) -> S3Reference:
+    """The parts of an s3:// reference. A key is taken as it stands: `?`, `#` and `%` are characters of it.
+
+    Raises:
+        ValueError: it has no bucket, no key, or no version behind `?versionId=`.
+    """
+    bucket, _, rest = image[len("s3://") :].partition("/")
+    if image[:5].lower() != "s3://" or not _BUCKET.fullmatch(bucket):
+        raise ValueError("s3://bucket/key with a bucket and a key")
+    key, _, told = rest.partition(_VERSION)
+    if not key.strip("/"):
+        raise ValueError("s3://bucket/key with a bucket and a key")
+    version, _, more = told.partition("&")
+    if more and not version:
+        raise ValueError("a version after ?versionId=")
+    return S3Reference(bucket, key, unquote(version) or None)
+
+
+def file_path(image: str) -> str:
+    """The path of a file:// reference, still with its percent signs. `?` and `#` are characters of it.
+
+    Raises:
+        ValueError: it is on another host, or not absolute.
+    """
+    host, slash, path = image[len("file://") :].partition("/")
+    if image[:7].lower() != "file://" or host.lower() not in {"", "localhost"} or not slash:
+        raise ValueError("file:///absolute/path")
+    return f"/{path}"
 
 
 def reference_error(image: str) -> str | None:
@@ -16,39 +71,55 @@ def reference_error(image: str) -> str | None:
         return f"expected at most {MAX_IMAGE_CHARS} characters, got {len(image)}"
     if _CONTROL.search(image):
         return "expected no control characters"
+    scheme = scheme_of(image)
+    try:
+        if scheme == "s3":
+            split_s3(image)
+        elif scheme == "file":
+            file_path(image)
+        elif scheme in _HTTP:
+            return _url_error(image)
+        else:
+            raise ValueError("s3://bucket/key, https://host/path, http:// or file://")
+    except ValueError as error:
+        return f"expected {error}, got {_hint(image)}"
+    return None
+
+
+def _url_error(image: str) -> str | None:
     try:
         parts = urlsplit(image)
-        if parts.scheme == "s3":
-            ok, expected = (
-                bool(parts.netloc and parts.path.strip("/")),
-                "s3://bucket/key with a bucket and a key",
-            )
-        elif parts.scheme in {"http", "https"}:
-            if "@" in parts.netloc:
-                return "expected a URL without user name and password"
-            ok, expected = (
-                bool(parts.hostname) and parts.port != 0,
-                f"{parts.scheme}://host/path with a host name",
-            )
-        elif parts.scheme == "file":
-            ok, expected = (
-                parts.netloc in {"", "localhost"} and parts.path.startswith("/"),
-                "file:///absolute/path",
-            )
-        else:
-            ok, expected = False, "s3://bucket/key, https://host/path, http:// or file://"
-    except ValueError as error:
-        ok, expected = False, f"a URL ({error})"
-    return None if ok else f"expected {expected}, got {without_query(image)[:200]!r}"
+        has_user = "@" in parts.netloc
+        ok = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # its text holds parts of the URL, perhaps of a password
+        has_user, ok = False, False
+    if has_user:
+        return "expected a URL without user name and password"
+    if ok:
+        return None
+    form = f"{scheme_of(image)}://host[:port]/path with a host name and a port from 1 to 65535"
+    return f"expected {form}, got {_hint(image)}"
+
+
+def _hint(image: str) -> str:
+    """What may be told of a text that is no reference: nothing that may be a password or a signature."""
+    scheme = scheme_of(image)
+    found = _URL.match(image)
+    # A password without its "@", or with another sign for it, looks like a port.
+    is_odd = scheme in _HTTP and (found is None or not _HOST.fullmatch(found["authority"]))
+    if "@" in image or is_odd:
+        return f"'{scheme}://…'" if scheme in {*_HTTP, "s3", "file"} else "a text with '@'"
+    return repr(re.split(r"[?#]", image, maxsplit=1)[0][:_SHOWN_CHARS])
 
 
 def without_query(image: str) -> str:
-    """The reference fit for logs and answers: no query, no fragment, no user info (they may hold signatures)."""
-    if not ("?" in image or "#" in image or "@" in image):
+    """The reference as logs and answers show it: as it was sent, but http(s) URLs without what may be secret.
+
+    These lose query, fragment, user name and password. In other references `?` and `#` belong to the name.
+    """
+    if scheme_of(image) not in _HTTP:
         return image
-    try:
-        parts = urlsplit(image)
-    except ValueError:
-        return image.partition("?")[0]
-    netloc = parts.netloc.rpartition("@")[2]
-    return parts._replace(query="", fragment="", netloc=netloc).geturl()
+    found = _URL.match(image)
+    if found is None:
+        return f"{scheme_of(image)}:…"
+    return found["scheme"] + found["authority"].rpartition("@")[2] + found["path"]

@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
-from urllib.parse import parse_qs, urlsplit
 
 import urllib3
 from urllib3.util import parse_url
 
-from shiwu.contract import ErrorCode, without_query
+from shiwu.contract import ErrorCode, scheme_of, split_s3, without_query
 from shiwu_worker.error_table import file_row
 from shiwu_worker.errors import AddressRefused, JobError, Unavailable, UnknownHost
 from shiwu_worker.folders import Folders
@@ -96,7 +95,7 @@ class Fetcher:
             Unavailable: the source did not answer in time or answered that it can't now.
         """
         deadline_s = time.monotonic() + self._limits.total_timeout_s
-        scheme = reference.partition(":")[0].lower()
+        scheme = scheme_of(reference)
         sources: dict[str, Callable[[str, float], bytes]] = {
             "s3": self._from_s3,
             "https": self._from_http,
@@ -123,25 +122,25 @@ class Fetcher:
 
     # -------------------------------------------------------------------------------- s3
     def _from_s3(self, reference: str, deadline_s: float) -> bytes:
-        parts = urlsplit(reference)
-        # Keys are taken as they stand: '?' begins the version only as '?versionId='.
-        key, _, query = reference.removeprefix(f"s3://{parts.netloc}/").partition("?versionId=")
+        try:
+            parts = split_s3(reference)
+        except ValueError as error:
+            raise rejected(ErrorCode.INVALID_REFERENCE, f"expected {error}") from error
         shown = without_query(reference)
-        if not is_bucket(parts.netloc):
+        if not is_bucket(parts.bucket):
             raise rejected(ErrorCode.INVALID_REFERENCE, f"expected s3://bucket/key with a bucket's name: {shown}")
-        if not allows_bucket(self._reach, parts.netloc):
+        if not allows_bucket(self._reach, parts.bucket):
             tells = self._reach.tells_refusals
             raise bucket_refused(shown, detail="refused: SHIWU_ALLOW_BUCKETS, SHIWU_DENY_BUCKETS", tells=tells)
-        if key.endswith("/"):
+        if parts.key.endswith("/"):
             raise rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a key, got a prefix: {shown}")
-        bucket = f"s3://{parts.netloc}"
-        self._pauses.check(bucket)
-        version = parse_qs(f"v={query}")["v"][0] if query else None
+        source = f"s3://{parts.bucket}"
+        self._pauses.check(source)
         try:
-            with self._store.open(parts.netloc, key, version=version) as body:
+            with self._store.open(parts.bucket, parts.key, version=parts.version) as body:
                 return _plain(self._read(body.read, body.length, deadline_s), shown)
         except StoreError as error:
-            raise self._noted(bucket, s3_error(error, shown)) from error
+            raise self._noted(source, s3_error(error, shown)) from error
 
     def _noted(self, source: str, error: JobError) -> JobError:
         if isinstance(error, Unavailable):
