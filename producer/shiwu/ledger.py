@@ -32,9 +32,14 @@ from shiwu.contract import (
     PARKED,
     RESULT_STREAM,
     Answer,
+    ErrorCode,
+    ErrorInfo,
+    Stage,
     Status,
     done_key,
+    is_digest,
     result_key,
+    status_of,
 )
 from shiwu.keep import USUAL, Keep, always
 from shiwu.redis_errors import NotReplicated
@@ -47,6 +52,7 @@ _KEYS: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, RESULT_STREAM, DEAD, DEAD_ANSWERS, DEAD_MESSAGES, COUNTERS),
     *(DEADLINES, CANVAS, CANVAS_DUE, DELAYED, PARKED),
 )
+_NO_ID: Final = "\0"
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -54,7 +60,9 @@ class Entry(msgspec.Struct, frozen=True):
 
     answer: Answer
     id: str
-    """The job id, or `~` and a digest where the message has no valid one."""
+    """The job id, or `~` and a digest where the message has none."""
+    claim: str = ""
+    """The name of the claim, where it is another one: a digest, because only the worker could find the id."""
     ignore_result: bool = False
     message: bytes = b""
     """`lane key|message bytes`, where the job becomes a dead letter or has callbacks."""
@@ -70,6 +78,7 @@ class Entry(msgspec.Struct, frozen=True):
         kind += "I" if self.ignore_result else ""
         kind += "D" if self.is_dead else ""
         kind += "C" if self.has_callbacks else ""
+        kind += "N" if self.id.startswith("~") and not self.claim and is_digest(self.id) else ""
         return kind + ("A" if self.is_aside else "")
 
 
@@ -118,6 +127,7 @@ class Ledger:
         for entry in entries:
             mark = f"{token or self._token}:{entry.answer.attempts}"
             args += [entry.id, entry.kind, entry.answer.to_json(), failure_head(entry.answer), entry.message, mark]
+            args.append(entry.claim)
         if not self._replicas:
             again: list[bytes] = self._script(keys=_KEYS, args=args)
         else:
@@ -160,6 +170,22 @@ def exception_form(answer: Answer) -> dict[str, Any]:
     error = answer.error
     message = f"{error.code}: {error.message}" if error else str(answer.status)
     return {"exc_type": "JobFailed", "exc_message": [message], "exc_module": "shiwu.errors"}
+
+
+def answered_before(worker: str) -> bytes:
+    """Celery's result for a copy of a job whose answer is no longer kept, with a zero byte in each place of the id."""
+    text = "the id was answered before, and its answer is no longer kept; send each job with an id of its own"
+    error = ErrorInfo(code=ErrorCode.ALREADY_ANSWERED, message=text, stage=Stage.CLAIM)
+    answer = Answer(id=_NO_ID, status=status_of(error.code), attempts=0, worker=worker, error=error)
+    meta: dict[str, Any] = {
+        "status": "FAILURE",
+        "result": exception_form(answer) | {"answer": msgspec.to_builtins(answer)},
+        "traceback": None,
+        "children": [],
+        "date_done": datetime.now(UTC).isoformat(),
+        "task_id": _NO_ID,
+    }
+    return to_json(meta).replace(to_json(_NO_ID), b"\0")
 
 
 def load_script(client: redis.Redis, name: str) -> Any:

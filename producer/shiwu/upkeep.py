@@ -204,8 +204,8 @@ class Upkeep:
 
 def _valid_id(member: bytes) -> str:
     """The job id, or empty where there is none."""
-    with contextlib.suppress(RequestError):
-        return check_id(member.decode(errors="replace"))
+    with contextlib.suppress(RequestError, UnicodeDecodeError):
+        return check_id(member.decode())
     return ""
 
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from shiwu.contract import Lane, Request, RequestError
 from shiwu.contract.request import parse_request
-from shiwu.envelope import read_canvas, read_message, readable_id
+from shiwu.envelope import read_canvas, read_message
 from shiwu.message import build_message
+from shiwu.message_ids import find_id
 from shiwu_worker.callback_rules import CallbackRules
 from shiwu_worker.errors import Rejected
 from shiwu_worker.image_spec import ImageSpec
@@ -57,7 +58,7 @@ def check_decode(data: bytes) -> None:
 
 def check_message(data: bytes) -> None:
     """A request within the contract's bounds, or RequestError with a code; nothing else."""
-    readable_id(data)
+    find_id(data)
     try:
         envelope = read_message(data)
         if envelope.canvas:

@@ -259,7 +259,7 @@ def test_whoever_waits_for_what_was_refused_is_told(stranger: Stranger, redis_cl
     """Followers and the body of a chord have a result; the log says which task it was."""
     with structlog.testing.capture_logs() as logs:
         stranger.send({"chain": [task("evil", task_id="last"), task(task_id="next")], "chord": task(task_id="body")})
-        stranger.send({"chain": [task("evil", task_id="shiwu:x\n"), task("evil", task_id="y" * 1000)]})
+        stranger.send({"chain": [task("evil", task_id="~" + "0a" * 20), task("evil", task_id="y" * 1000)]})
     for follower in ("next", "last", "body"):
         meta = json.loads(str(redis_client.get(f"celery-task-meta-{follower}"), "utf-8"))  # type: ignore[arg-type]  # redis-py's
         assert (meta["status"], meta["result"]["exc_type"]) == ("FAILURE", "JobFailed")

@@ -65,7 +65,7 @@ class Callbacks:
 
     def put(self, settled: Sequence[Settled]) -> None:
         """Take jobs that have their answers. Never blocks."""
-        if ids := [one.job.id for one in settled if one.job.has_callbacks and one.is_first]:
+        if ids := [one.entry.id for one in settled if one.job.has_callbacks and one.is_first]:
             self._fresh.put(ids)
 
     def close(self, *, timeout_s: float) -> None:

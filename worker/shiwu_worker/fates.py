@@ -73,4 +73,4 @@ class Fates:
             delay_s = asked_s + policy.delay_s(job.attempt)
             job.back = Release(job.id, delay_s=delay_s, counts=not job.is_untried)
             code = str(job.error.code)
-            log.info("later", id=job.id, attempt=job.attempt, code=code, delay_s=round(job.back.delay_s, 3))
+            log.info("later", id=job.told_id, attempt=job.attempt, code=code, delay_s=round(job.back.delay_s, 3))

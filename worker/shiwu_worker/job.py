@@ -5,6 +5,7 @@ Also the other coins that pass between the rooms: what was claimed, what is give
 
 from __future__ import annotations
 
+from datetime import UTC, tzinfo
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,11 +24,13 @@ from shiwu.contract import (
     Status,
     Tag,
     field_warnings,
+    is_digest,
     parse_request,
     status_of,
     without_query,
 )
 from shiwu.envelope import read_message
+from shiwu.message_ids import find_id
 from shiwu_worker.label_set import LabelSet
 from shiwu_worker.timing import Moments
 
@@ -79,10 +82,13 @@ class Job(msgspec.Struct, eq=False):
     """A claimed job between claim and commit. Only one stage holds it at a time."""
 
     id: str
+    """Names the claim: the job id, or a digest of a message whose id the claim could not find."""
     key: str
     attempt: int
     raw: bytes
     moments: Moments
+    answer_id: str = ""
+    """The job id, where the claim is named otherwise."""
     deaths: int = 0
     request: Request | None = None
     ignore_result: bool = False
@@ -149,6 +155,11 @@ class Job(msgspec.Struct, eq=False):
         return True
 
     @property
+    def told_id(self) -> str:
+        """The id under which the caller looks for the answer."""
+        return self.answer_id or self.id
+
+    @property
     def lane(self) -> Lane:
         """The lane that its message lay in."""
         return Lane.INTERACTIVE if self.key in _INTERACTIVE else Lane.BULK
@@ -159,7 +170,7 @@ class Job(msgspec.Struct, eq=False):
         if image is None and self.request is not None:
             image = ImageInfo(reference=without_query(self.request.image))
         return Answer(
-            id=self.id,
+            id=self.told_id,
             status=self.status,
             image=image,
             tags=self.tags,
@@ -182,8 +193,12 @@ class Job(msgspec.Struct, eq=False):
         return self.warnings + self.labels.warnings
 
 
-def open_job(claimed: Claimed) -> Job:
-    """Read a claimed message. A message that breaks the contract gives a job that has already failed."""
+def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:
+    """Read a claimed message. A message that breaks the contract gives a job that has already failed.
+
+    Args:
+        zone: time zone of an eta or expires that names none.
+    """
     job = Job(
         id=claimed.id,
         key=claimed.key,
@@ -193,7 +208,9 @@ def open_job(claimed: Claimed) -> Job:
         moments=Moments(claimed_s=claimed.claimed_s),
     )
     try:
-        envelope = read_message(claimed.raw)
+        if is_digest(claimed.id):
+            job.answer_id = find_id(claimed.raw) or ""
+        envelope = read_message(claimed.raw, zone=zone)
         job.ignore_result = envelope.ignore_result
         if envelope.sent_ms is not None:
             job.moments.queue_ms = max(0.0, round(claimed.claimed_ms - envelope.sent_ms, 3))

@@ -162,7 +162,14 @@ def make_loaders(
 
 def make_claims(settings: Settings, client: redis.Redis, token: str) -> Claims:
     """This worker's claims."""
-    return Claims(client, token=token, lease_s=settings.lease_s, bulk_share=settings.bulk_share)
+    return Claims(
+        client,
+        token=token,
+        lease_s=settings.lease_s,
+        bulk_share=settings.bulk_share,
+        worker=settings.worker_name,
+        result_ttl_s=settings.result_ttl_s,
+    )
 
 
 def make_ledger(settings: Settings, client: redis.Redis, token: str) -> Ledger:

@@ -304,4 +304,4 @@ class Pipeline:
 def _log_failure(job: Job, error: ErrorInfo, detail: str | None) -> None:
     level = log_level_of(error.code)
     if detail is not None or level != "info":
-        getattr(log, level)("source_failed", id=job.id, code=str(error.code), detail=detail or error.message)
+        getattr(log, level)("source_failed", id=job.told_id, code=str(error.code), detail=detail or error.message)

@@ -111,14 +111,14 @@ def events_of(settled: Sequence[Settled]) -> Iterator[tuple[str, dict[str, Any]]
         yield (
             "task-received",
             {
-                "uuid": job.id,
+                "uuid": answer.id,
                 "name": TASK_NAME,
                 "args": "()",
                 "kwargs": kwargs,
                 "retries": job.attempt - 1,
                 "eta": None,
                 "expires": None,
-                "root_id": job.id,
+                "root_id": answer.id,
                 "parent_id": None,
                 "timestamp": claimed,
             },
@@ -127,15 +127,15 @@ def events_of(settled: Sequence[Settled]) -> Iterator[tuple[str, dict[str, Any]]
             is_expired = answer.status is Status.EXPIRED
             yield (
                 "task-revoked",
-                {"uuid": job.id, "terminated": False, "signum": None, "expired": is_expired, "timestamp": ended},
+                {"uuid": answer.id, "terminated": False, "signum": None, "expired": is_expired, "timestamp": ended},
             )
             continue
-        yield "task-started", {"uuid": job.id, "timestamp": claimed}
+        yield "task-started", {"uuid": answer.id, "timestamp": claimed}
         runtime = ended - claimed
         if answer.status is Status.TAGGED:
             result = ", ".join(tag.label for tag in answer.tags or ())
-            fields = {"uuid": job.id, "result": result, "runtime": runtime, "timestamp": ended}
+            fields = {"uuid": answer.id, "result": result, "runtime": runtime, "timestamp": ended}
             yield "task-succeeded", fields
         else:
             text = f"{answer.error.code}: {answer.error.message}" if answer.error else str(answer.status)
-            yield "task-failed", {"uuid": job.id, "exception": text, "traceback": None, "timestamp": ended}
+            yield "task-failed", {"uuid": answer.id, "exception": text, "traceback": None, "timestamp": ended}

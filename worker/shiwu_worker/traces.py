@@ -173,7 +173,7 @@ class Traces:
                 "messaging.operation.name": "process",
                 "messaging.operation.type": "process",
                 "messaging.destination.name": job.lane.queue,
-                "messaging.message.id": job.id,
+                "messaging.message.id": job.told_id,
             },
             start_time=clock.ns(job.moments.claimed_s),
         )

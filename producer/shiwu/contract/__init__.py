@@ -28,6 +28,7 @@ from shiwu.contract.error_codes import (
     log_level_of,
     status_of,
 )
+from shiwu.contract.ids import MAX_ID_BYTES, check_id, id_text, is_digest
 from shiwu.contract.keys import (
     ASIDE,
     ATTEMPTS,
@@ -72,7 +73,6 @@ from shiwu.contract.request import (
     LabelSetName,
     Request,
     Want,
-    check_id,
     labels_error,
     parse_request,
 )
@@ -80,7 +80,6 @@ from shiwu.contract.text import control_character
 from shiwu.contract.unknown_fields import field_warnings, unknown_names
 from shiwu.contract.words import (
     CONTRACT_VERSION,
-    ID_PATTERN,
     MAX_IMAGE_CHARS,
     MAX_INLINE_LABELS,
     MAX_LABEL_CHARS,
@@ -113,11 +112,11 @@ __all__ = [
     "DEAD_MESSAGES",
     "DELAYED",
     "ENDED",
-    "ID_PATTERN",
     "LAST_CLAIM",
     "LEASES",
     "LIMITS",
     "LOOK",
+    "MAX_ID_BYTES",
     "MAX_IMAGE_CHARS",
     "MAX_INLINE_LABELS",
     "MAX_LABEL_CHARS",
@@ -167,6 +166,8 @@ __all__ = [
     "done_key",
     "field_warnings",
     "file_path",
+    "id_text",
+    "is_digest",
     "labels_error",
     "log_level_of",
     "parse_request",

@@ -65,7 +65,7 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
         ErrorCode.MALFORMED_MESSAGE: _rejected(
             Fault.REQUEST,
             "The Celery message cannot be read.",
-            "Send it with `shiwu.Client` or Celery 4 or newer, task protocol 2.",
+            "Send it with `shiwu.Client` or a Celery client, as JSON.",
         ),
         ErrorCode.MESSAGE_TOO_LARGE: _rejected(
             Fault.REQUEST,
@@ -88,7 +88,9 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
             "Add the task to `SHIWU_CALLBACK_TASKS` and the queue to `SHIWU_CALLBACK_QUEUES`.",
         ),
         ErrorCode.INVALID_ID: _rejected(
-            Fault.REQUEST, "The job id cannot be a Redis key.", "Send a shorter id, or let the client choose it."
+            Fault.REQUEST,
+            "The job id has more than 255 bytes, or the form of a digest.",
+            "Send a shorter id, or let the client choose it.",
         ),
         ErrorCode.INVALID_REQUEST: _rejected(
             Fault.REQUEST,

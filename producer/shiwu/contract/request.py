@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
@@ -19,7 +18,6 @@ from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 from shiwu.contract.references import reference_error
 from shiwu.contract.text import NAME_PATTERN, NO_CONTROLS_PATTERN, control_character
 from shiwu.contract.words import (
-    ID_PATTERN,
     MAX_INLINE_LABELS,
     MAX_LABEL_CHARS,
     MAX_METADATA_BYTES,
@@ -28,8 +26,6 @@ from shiwu.contract.words import (
     RequestError,
     Wire,
 )
-
-_ID = re.compile(ID_PATTERN)
 
 
 def _check_reference(image: str) -> str:
@@ -108,16 +104,6 @@ def parse_request(fields: dict[str, Any]) -> Request:
         return Request.model_validate(fields)
     except ValidationError as error:
         raise _request_error(error) from None
-
-
-def check_id(job_id: object) -> str:
-    """Return the id if it is a valid key, or raise RequestError(invalid_id)."""
-    if isinstance(job_id, str) and _ID.fullmatch(job_id):
-        return job_id
-    raise RequestError(
-        ErrorCode.INVALID_ID,
-        f"expected an id of 1 to 128 letters, digits or _ . : - that begins with a letter or digit, got {job_id!r:.80}",
-    )
 
 
 def _request_error(error: ValidationError) -> RequestError:

@@ -19,7 +19,6 @@ MAX_LABEL_CHARS: Final = 100
 MAX_METADATA_BYTES: Final = 4096
 MAX_TOP_K: Final = 1000
 MAX_MESSAGE_BYTES: Final = 256 * 1024
-ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$"
 
 
 class Stage(StrEnum):
@@ -69,7 +68,7 @@ class ErrorCode(StrEnum):
     UNKNOWN_TASK = "unknown_task"  # a message for another task lay in our lane
     UNSUPPORTED_CANVAS = "unsupported_canvas"  # callbacks of a kind that is not sent, too many, or too deep
     CALLBACK_REFUSED = "callback_refused"  # a callback names a task or a queue that the operator did not allow
-    INVALID_ID = "invalid_id"  # the job id is not a valid key
+    INVALID_ID = "invalid_id"  # the job id is longer than MAX_ID_BYTES, or has the form of a digest
     INVALID_REQUEST = "invalid_request"  # a field has a wrong type or value
     INVALID_REFERENCE = "invalid_reference"  # `image` is no s3://, https://, http:// or file:// reference
     INVALID_LABELS = "invalid_labels"  # a word is empty, too long, repeated, or there are too many

@@ -3,10 +3,11 @@
 --       delayed, parked
 -- ARGV  result ttl in s, mark ttl in s, most dead letters, date, prefix of marks, prefix of results, channel of ended jobs,
 --       patience with canvas in ms, prefix of answers given aside, then for each job: id, kind, answer, start of Celery's
---       result for a failure, `lane key|raw message` where kind asks for it, mark
+--       result for a failure, `lane key|raw message` where kind asks for it, mark, name of the claim where it is not the id
 -- kind  S success, F failure, R revoked; then any of I no result is wanted, D is kept as a dead letter,
 --       C has callbacks to send, A answered by somebody who does not hold it: its message is looked for among the claimed and
---       the delayed, and where it lies in a lane it is met at its claim
+--       the delayed, and where it lies in a lane it is met at its claim, N the message has no id, so that nobody can look
+--       for its answer
 -- Reply the ids that had been answered before, but not by an earlier try of this commit
 local claims, leases, attempts, results = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local dead, dead_answers, dead_messages, counters = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
@@ -14,7 +15,7 @@ local deadlines, canvas, canvas_due = KEYS[9], KEYS[10], KEYS[11]
 local result_ttl, done_ttl, most_dead, date = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local done_prefix, result_prefix, ended, patience_ms = ARGV[5], ARGV[6], ARGV[7], tonumber(ARGV[8])
 local delayed, parked, aside_prefix = KEYS[12], KEYS[13], ARGV[9]
-local FIRST, STEP = 10, 6
+local FIRST, STEP = 10, 7
 local READABLE_BYTES = 4 * 1024 * 1024
 local STATES = { S = 'SUCCESS', F = 'FAILURE', R = 'REVOKED' }
 
@@ -40,15 +41,32 @@ local function wants_no_result(message)
   return ok and type(read) == 'table' and type(read.headers) == 'table' and read.headers.ignore_result == true
 end
 
-local ids, found = {}, {}
+local function store_result(id, kind, head, answer)
+  local key, result = result_prefix .. id, head == '' and answer or head .. ',"answer":' .. answer .. '}'
+  -- An id may hold any character. The answer begins with it as JSON: where it stands there as it is, it needs no escapes.
+  local quoted = '"' .. id .. '"'
+  if string.sub(answer, 7, 8 + #id) ~= quoted then quoted = cjson.encode(id) end
+  local meta = '{"status":"' .. STATES[string.sub(kind, 1, 1)] .. '","result":' .. result
+    .. ',"traceback":null,"children":[],"date_done":"' .. date .. '","task_id":' .. quoted .. '}'
+  redis.call('SET', key, meta, 'EX', result_ttl)
+  redis.call('PUBLISH', key, meta)
+end
+
+local ids, found, claimed = {}, {}, nil
 for i = FIRST, #ARGV, STEP do
   ids[#ids + 1] = ARGV[i]
+  if ARGV[i + 6] ~= '' then
+    claimed = claimed or {}
+    claimed[#ids] = ARGV[i + 6]
+  end
   if string.find(ARGV[i + 1], 'A', 2, true) then found[ARGV[i]] = message_of(ARGV[i]) end
 end
 -- First what frees memory: a server that is full denies a script that begins with a write that needs some.
-redis.call('HDEL', claims, unpack(ids))
-redis.call('ZREM', leases, unpack(ids))
-redis.call('HDEL', attempts, unpack(ids))
+for n, id in ipairs(claimed and ids or {}) do claimed[n] = claimed[n] or id end
+claimed = claimed or ids
+redis.call('HDEL', claims, unpack(claimed))
+redis.call('ZREM', leases, unpack(claimed))
+redis.call('HDEL', attempts, unpack(claimed))
 for id in pairs(found) do
   redis.call('HDEL', parked, id)
   redis.call('ZREM', delayed, id)
@@ -65,15 +83,11 @@ for i = FIRST, #ARGV, STEP do
       redis.call('HSET', dead_answers, id, answer)
       redis.call('HSET', dead_messages, id, raw)
     end
-    if string.sub(id, 1, 1) ~= '~' then
+    if not string.find(kind, 'N', 2, true) then
       local is_aside = string.find(kind, 'A', 2, true)
       if is_aside and not found[id] then redis.call('SET', aside_prefix .. id, answer, 'EX', done_ttl) end
       if not string.find(kind, 'I', 2, true) and not wants_no_result(found[id]) then
-        local result = head == '' and answer or head .. ',"answer":' .. answer .. '}'
-        local meta = '{"status":"' .. STATES[string.sub(kind, 1, 1)] .. '","result":' .. result
-          .. ',"traceback":null,"children":[],"date_done":"' .. date .. '","task_id":"' .. id .. '"}'
-        redis.call('SET', result_prefix .. id, meta, 'EX', result_ttl)
-        redis.call('PUBLISH', result_prefix .. id, meta)
+        store_result(id, kind, head, answer)
       end
       if string.find(kind, 'C', 2, true) or found[id] then
         redis.call('HSET', canvas, id, #answer .. '|' .. answer .. (found[id] or raw))
@@ -86,6 +100,10 @@ for i = FIRST, #ARGV, STEP do
   elseif redis.call('GET', done_prefix .. id) ~= mark then
     -- Our own mark means that an earlier try of this very commit had arrived and only its reply was lost.
     again[#again + 1] = id
+    -- The claim of this message could not see that its id was answered. Its caller must find an answer all the same.
+    if ARGV[i + 6] ~= '' and not string.find(kind, 'I', 2, true) and redis.pcall('GET', result_prefix .. id) == false then
+      store_result(id, kind, head, answer)
+    end
   end
 end
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final
 
+import msgspec
 import redis
 
 from shiwu.contract import (
@@ -31,7 +32,10 @@ from shiwu.contract import (
     SUSPECTS_TAKER,
     Lane,
     done_key,
+    result_key,
 )
+from shiwu.keep import RESULT_TTL_S
+from shiwu.ledger import answered_before
 from shiwu.upkeep import SUSPECT_FROM
 from shiwu_worker.job import Claimed, Release
 
@@ -57,10 +61,23 @@ class Claims:
         client: a client with socket time-outs and without `decode_responses`.
         token: unique to this worker's life; only who holds a job's token may renew or release it.
         bulk_share: share of the places that bulk gets although interactive jobs wait, 0 to 1.
+        worker: name of the worker, for answers to copies of jobs whose answer is gone.
+        result_ttl_s: how long such an answer is kept.
     """
 
-    def __init__(self, client: redis.Redis, *, token: str, lease_s: float, bulk_share: float) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        *,
+        token: str,
+        lease_s: float,
+        bulk_share: float,
+        worker: str = "",
+        result_ttl_s: int = RESULT_TTL_S,
+    ) -> None:
         self._token = token
+        self._worker = worker
+        self._result_ttl_s = result_ttl_s
         self._lease_ms = int(lease_s * 1000)
         self._bulk_share = bulk_share
         self._bulk_owed = 0.0
@@ -75,6 +92,8 @@ class Claims:
     def claim(self, limit: int, *, held: Collection[str] = ()) -> Taken:
         """Take up to `limit` jobs, interactive first. Copies of answered or claimed jobs are dropped on the way.
 
+        The kept answer of a copy is announced again; where none is kept, the copy is answered `already_answered`.
+
         Args:
             held: ids that this worker holds. What a claim took whose reply was lost is none of them, and goes back.
         """
@@ -87,9 +106,10 @@ class Claims:
         bulk_owed = min(self._bulk_owed + fair, max(2.0, 2 * fair))
         keys = [CLAIMS, LEASES, ATTEMPTS, COUNTERS, SUSPECTS, SUSPECTS_TAKER, REVOKED, self._last_claim]
         keys += [CANVAS, CANVAS_DUE, *_LANE_KEYS]
-        args = [self._token, limit, int(bulk_owed), self._lease_ms, done_key(""), int(holds_nothing)]
+        args: list[Any] = [self._token, limit, int(bulk_owed), self._lease_ms, done_key(""), int(holds_nothing)]
         self._is_reply_lost = True
-        reply: list[Any] = self._claim(keys=keys, args=[*args, int(self._is_suspects_turn), ASIDE])
+        args += [int(self._is_suspects_turn), ASIDE, result_key(""), self._result_ttl_s, answered_before(self._worker)]
+        reply: list[Any] = self._claim(keys=keys, args=args)
         self._is_reply_lost = False
         claimed_s = time.monotonic()
         claimed_ms = float(reply[0])
@@ -115,7 +135,7 @@ class Claims:
     def _give_back_unheard(self, held: Collection[str]) -> None:
         """Without this they would wait until a lease ends that nobody renews, and count as jobs of a dead worker."""
         last: Any = self._client.get(self._last_claim)
-        ids = last.decode(errors="replace").split(" ") if last else []
+        ids = msgspec.json.decode(last, type=list[str]) if last else []
         self.release([Release(job_id) for job_id in reversed(ids) if job_id not in held])
 
     def renew(self, ids: Sequence[str]) -> list[str]:

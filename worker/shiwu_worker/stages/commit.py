@@ -41,7 +41,8 @@ class Committer:
         is_dead = job.status in _KEPT
         return Entry(
             answer=job.answer(worker=self._worker, until_s=until_s),
-            id=job.id,
+            id=job.told_id,
+            claim=job.id if job.answer_id else "",
             ignore_result=job.ignore_result,
             message=job.key.encode() + b"|" + job.raw if is_dead or job.has_callbacks else b"",
             is_dead=is_dead,

@@ -4,7 +4,8 @@
 -- KEYS  claims, leases, attempts, counters, suspects, taker of suspects, revoked ids, our last claim, canvas, canvas due,
 --       then 4 keys of each lane, interactive first
 -- ARGV  token, limit, least number to take from bulk, lease in ms, prefix of the marks of answered ids, '1' if we hold nothing,
---       '1' if it is a suspect's turn, prefix of answers given aside
+--       '1' if it is a suspect's turn, prefix of answers given aside, prefix of results, how long a result is kept in s,
+--       result of a job whose id was answered before: Celery's JSON with a zero byte in each place of the id
 -- Reply server time in ms, 1 if we take suspects now, then for each job: id, attempt, deaths, number of its lane key (1 to 8),
 --       message, 1 if Celery's revoke named it
 local claims, leases, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -12,8 +13,12 @@ local suspects, taker, revoked, last_claim = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local token, limit, bulk_least = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local lease_ms, done_prefix, holds_nothing = tonumber(ARGV[4]), ARGV[5], ARGV[6] == '1'
 local canvas, canvas_due, aside_prefix = KEYS[9], KEYS[10], ARGV[8]
+local result_prefix, result_ttl, answered_before = ARGV[9], ARGV[10], ARGV[11]
 local FIRST, BULK, LAST = 11, 15, 18
-local READABLE_BYTES = 4 * 1024 * 1024
+local READABLE_BYTES = 256 * 1024
+local BODY_BYTES = 8 * 1024
+local MAX_ID_BYTES = 255
+local MAX_WHOLE = 2 ^ 53
 
 -- A wrong type must stop the script before anything is popped: Redis does not undo a script.
 redis.call('HLEN', claims)
@@ -31,31 +36,101 @@ redis.call('ZREM', leases, '')
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- '~' can't begin a valid id, so a message without one still has a place among the claims.
-local function identity(raw)
-  if #raw <= READABLE_BYTES then
-    local ok, message = pcall(cjson.decode, raw)
-    if ok and type(message) == 'table' and type(message.headers) == 'table' then
-      local id = message.headers.id
-      if type(id) == 'string' and #id <= 128 and string.find(id, '^%w[%w_.:-]*$') then
-        return id
-      end
-    end
+local DIGITS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
+local digit_of
+
+-- The text, or nil where it is not base64.
+local function decode_base64(text)
+  local out, n, byte, char, floor = {}, 0, string.byte, string.char, math.floor
+  if not digit_of then
+    digit_of = {}
+    for i = 1, #DIGITS do digit_of[byte(DIGITS, i)] = i - 1 end
   end
-  return '~' .. redis.sha1hex(raw)
+  for i = 1, #text, 4 do
+    local a, b, c, d = byte(text, i, i + 3)
+    a, b, c, d = digit_of[a], digit_of[b], digit_of[c], digit_of[d]
+    if not (a and b) then return nil end
+    local bits = a * 262144 + b * 4096 + (c or 0) * 64 + (d or 0)
+    n = n + 1
+    out[n] = string.sub(char(floor(bits / 65536), floor(bits / 256) % 256, bits % 256), 1, d and 3 or c and 2 or 1)
+  end
+  return table.concat(out)
 end
 
-local ids, raws, from, done_keys = {}, {}, {}, {}
+local UTF_8 = {
+  '[\194-\223][\128-\191]', '\224[\160-\191][\128-\191]', '[\225-\236\238\239][\128-\191][\128-\191]',
+  '\237[\128-\159][\128-\191]', '\240[\144-\191][\128-\191][\128-\191]',
+  '[\241-\243][\128-\191][\128-\191][\128-\191]', '\244[\128-\143][\128-\191][\128-\191]',
+}
+local function is_utf8(text)
+  for _, sequence in ipairs(UTF_8) do text = string.gsub(text, sequence, '?') end
+  return not string.find(text, '[\128-\255]')
+end
+
+local function as_table(value) return type(value) == 'table' and value or {} end
+local function is_absent(id) return id == '' or (type(id) ~= 'string' and type(id) ~= 'number') end
+
+-- The id in a body of task protocol 1, nil where the body has none; and whether that is known.
+local function id_in_body(message)
+  local body, is_base64 = message.body, as_table(message.properties).body_encoding == 'base64'
+  if type(body) ~= 'string' then return nil, true end
+  if as_table(message.headers).compression then return nil, false end
+  local head = string.sub(body, 1, 16)
+  if is_base64 then head = decode_base64(head) or '' end
+  if not string.find(head, '^%s*{') then return nil, true end
+  if #body > BODY_BYTES then return nil, false end
+  local is_read, fields = pcall(cjson.decode, is_base64 and decode_base64(body) or body)
+  return as_table(is_read and fields).id, is_read
+end
+
+-- The id as it stands in keys, or nil for one that can't.
+local function usable(id)
+  if type(id) == 'number' then
+    return id == math.floor(id) and id > -MAX_WHOLE and id < MAX_WHOLE and string.format('%d', id) or nil
+  end
+  if #id > MAX_ID_BYTES or (#id == 41 and string.find(id, '^~[0-9a-f]+$')) then return nil end
+  return (not string.find(id, '[\128-\255]') or is_utf8(id)) and id or nil
+end
+
+-- The id of a message where it has other characters than usual, or stands elsewhere than in the headers.
+local function unusual_id(message)
+  local id, is_known = as_table(message.headers).id, true
+  if is_absent(id) then
+    id, is_known = id_in_body(message)
+    if is_absent(id) then id = as_table(message.properties).correlation_id end
+  end
+  return is_known and not is_absent(id) and usable(id) or nil
+end
+
+-- Where the message's client looks for the answer: as `shiwu.envelope` reads it. A message whose id is not found here has a
+-- place among the claims under its digest; its worker looks for the id again and stores the answer there.
+-- Also returns whether nobody looks for a result.
+local function identity(raw)
+  local is_read, message = false, nil
+  if #raw <= READABLE_BYTES then is_read, message = pcall(cjson.decode, raw) end
+  if is_read and type(message) == 'table' then
+    local headers = message.headers
+    local id = type(headers) == 'table' and headers.id
+    if type(id) ~= 'string' or #id > MAX_ID_BYTES or not string.find(id, '^%w[%w_.:-]*$') then
+      id = unusual_id(message)
+    end
+    if id then return id, as_table(headers).ignore_result == true end
+  end
+  return '~' .. redis.sha1hex(raw), true
+end
+
+local ids, raws, from, done_keys, is_unheard = {}, {}, {}, {}, {}
 local seen, dropped = {}, 0
 
 local function note(raw, k)
-  local id = identity(raw)
+  local id, has_no_waiter = identity(raw)
   if seen[id] then
     dropped = dropped + 1
   else
     seen[id] = true
     ids[#ids + 1], raws[#raws + 1], from[#from + 1] = id, raw, k
     done_keys[#done_keys + 1] = done_prefix .. id
+    if has_no_waiter then is_unheard[#ids] = true end
   end
 end
 
@@ -72,6 +147,18 @@ local function take(first, last, want)
     end
   end
   return got
+end
+
+-- Somebody may wait for the answer of a copy. The kept one is announced again; where it is gone the caller is told so.
+local function answer_copy(id)
+  local key = result_prefix .. id
+  local result = redis.pcall('GET', key)
+  if type(result) == 'table' then return end
+  if not result then
+    result = string.gsub(answered_before, '%z', function() return cjson.encode(id) end)
+    redis.call('SET', key, result, 'EX', result_ttl)
+  end
+  redis.call('PUBLISH', key, result)
 end
 
 local alone, is_suspect = 0, false
@@ -109,6 +196,7 @@ if #ids > 0 then
       dropped = dropped + 1
       if answered[i] then
         redis.call('HDEL', attempts, id)
+        if not is_unheard[i] then answer_copy(id) end
         -- Whoever answered it did not have its message, which may carry callbacks.
         local answer = redis.pcall('GET', aside_prefix .. id)
         if type(answer) == 'string' then
@@ -135,7 +223,7 @@ if #ids > 0 then
   if #records > 0 then
     redis.call('HSET', claims, unpack(records))
     redis.call('ZADD', leases, unpack(terms))
-    redis.call('SET', last_claim, table.concat(ids, ' '), 'PX', math.max(1, lease_ms))
+    redis.call('SET', last_claim, cjson.encode(ids), 'PX', math.max(1, lease_ms))
   end
 end
 if dropped > 0 then redis.call('HINCRBY', counters, 'copies_dropped', dropped) end

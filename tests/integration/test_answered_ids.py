@@ -1,0 +1,125 @@
+"""A job whose id was answered before: whoever sends it again gets the kept answer, or is told that it is gone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import redis
+
+from shiwu import Client, JobFailed
+from shiwu.contract import COUNTERS, RESULT_STREAM, Answer, ErrorCode, Lane, Request, Status, done_key, result_key
+from shiwu.ledger import Entry
+from shiwu.message import build_message
+from shiwu_worker.stages.claim import Claims
+from tests.compat.shapes import ODD_IDS, protocol_2
+from tests.integration.test_claim_properties import answer, make_committer
+from tests.support.celery_client import celery_client
+from tests.support.waiting import wait_until
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+ID = 'job "7"\n'
+
+
+@pytest.fixture
+def claims(redis_client: redis.Redis) -> Claims:
+    """A worker's claims."""
+    return Claims(redis_client, token="w", lease_s=60, bulk_share=0.1, worker="worker-7", result_ttl_s=60)
+
+
+@pytest.fixture
+def answered(redis_client: redis.Redis, claims: Claims) -> Iterator[redis.Redis]:
+    """A Redis where a job was sent and answered."""
+    redis_client.lpush("shiwu.bulk", protocol_2(ID, "s3://b/k"))
+    [job] = claims.claim(1).jobs
+    make_committer(redis_client, "w").write([answer(job)])
+    yield redis_client
+    assert redis_client.xlen(RESULT_STREAM) == 1, "a copy makes no second entry in the results stream"
+
+
+def test_copy_gets_the_kept_answer_announced_again(answered: redis.Redis, claims: Claims) -> None:
+    """Clients that send one id several times on purpose all end with the same answer."""
+    before = answered.get(result_key(ID))
+    with answered.pubsub(ignore_subscribe_messages=True) as listener:  # type: ignore[no-untyped-call]  # redis' own
+        listener.subscribe(result_key(ID))
+        wait_until(lambda: listener.get_message(timeout=0.1) or listener.subscribed, timeout_s=5)
+        answered.lpush("shiwu.bulk", protocol_2(ID, "s3://b/k"))
+        assert claims.claim(1).jobs == ()
+        message = wait_until(lambda: listener.get_message(timeout=0.1), timeout_s=5)
+    assert message["data"] == before == answered.get(result_key(ID))
+
+
+def test_enqueue_of_a_forgotten_answer_ends_the_wait(answered: redis.Redis, claims: Claims, redis_url: str) -> None:
+    """The mark lives, the answer does not: `wait` and Celery's `get` end with `already_answered`."""
+    with Client(redis_url) as client, ThreadPoolExecutor(1) as pool, celery_client(redis_url) as app:
+        app.AsyncResult(ID).forget()
+        assert client.answer(ID) is None
+        client.enqueue("s3://b/k", id=ID)
+        waiting = pool.submit(client.wait, ID, timeout_s=30)
+        wait_until(lambda: answered.pubsub_numsub(result_key(ID))[0][1] == 1, timeout_s=10)
+        assert claims.claim(1).jobs == ()
+        result = waiting.result(timeout=10)
+        with pytest.raises(JobFailed, match="already_answered"):
+            app.AsyncResult(ID).get(timeout=10)
+    assert result.error is not None
+    assert (result.id, result.status, result.worker) == (ID, Status.REJECTED, "worker-7")
+    assert result.error.code is ErrorCode.ALREADY_ANSWERED
+    assert 0 < answered.ttl(result_key(ID)) <= 60
+    assert answered.ttl(done_key(ID)) > 60, "the mark is as it was"
+    meta: Any = json.loads(answered.get(result_key(ID)) or b"")
+    assert (meta["status"], meta["task_id"]) == ("FAILURE", ID)
+
+
+def test_copy_that_wants_no_result_gets_none(answered: redis.Redis, claims: Claims) -> None:
+    """Nobody looks for it."""
+    answered.delete(result_key(ID))
+    answered.lpush("shiwu.bulk", protocol_2(ID, "s3://b/k", headers={"ignore_result": True}))
+    assert claims.claim(1).jobs == ()
+    assert answered.get(result_key(ID)) is None
+    assert answered.hget(COUNTERS, "copies_dropped") == b"1"
+
+
+def test_copy_of_a_claimed_job_waits_for_its_answer(redis_client: redis.Redis, claims: Claims) -> None:
+    """It is dropped, and nothing is told before there is an answer."""
+    message = build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK)
+    redis_client.lpush("shiwu.bulk", message, message)
+    [job] = claims.claim(1).jobs
+    assert claims.claim(1).jobs == ()
+    assert redis_client.get(result_key("x")) is None
+    make_committer(redis_client, "w").write([answer(job)])
+    assert json.loads(redis_client.get(result_key("x")) or b"")["status"] == "SUCCESS"
+
+
+def test_a_result_key_of_a_wrong_type_stays(answered: redis.Redis, claims: Claims) -> None:
+    """Somebody else wrote there; the claim goes on."""
+    answered.delete(result_key(ID))
+    answered.lpush(result_key(ID), "theirs")
+    answered.lpush("shiwu.bulk", protocol_2(ID, "s3://b/k"), protocol_2("next", "s3://b/k"))
+    assert [job.id for job in claims.claim(2).jobs] == ["next"]
+    assert answered.lrange(result_key(ID), 0, -1) == [b"theirs"]
+
+
+def test_refusal_reaches_the_caller_of_an_answered_id(answered: redis.Redis) -> None:
+    """Only the worker could read the id, so the commit meets the mark; the caller must find the refusal."""
+    refused = Answer(id=ID, status=Status.REJECTED)
+    answered.delete(result_key(ID))
+    entry = Entry(id=ID, claim="~" + "0a" * 20, answer=refused, message=b"shiwu.bulk|{}", is_dead=True)
+    assert make_committer(answered, "other").write([entry]) == {ID}
+    assert json.loads(answered.get(result_key(ID)) or b"")["status"] == "FAILURE"
+    answered.set(result_key(ID), "kept")
+    make_committer(answered, "another").write([entry])
+    assert answered.get(result_key(ID)) == b"kept"
+
+
+def test_lost_reply_gives_back_jobs_with_odd_ids(redis_client: redis.Redis, claims: Claims) -> None:
+    """What a claim took whose reply was lost goes back, whatever characters the ids hold."""
+    redis_client.lpush("shiwu.bulk", *[protocol_2(job_id, "s3://b/k") for job_id in ODD_IDS])
+    assert [job.id for job in claims.claim(100).jobs] == list(ODD_IDS)
+    claims._is_reply_lost = True
+    assert [job.id for job in claims.claim(100).jobs] == list(ODD_IDS)
