@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from shiwu_worker import checkpoint as checkpoints
+from shiwu_worker.checkpoint_files import WrongCheckpoint
 from shiwu_worker.device import choose_device, choose_dtypes
 from shiwu_worker.errors import NonFiniteError
 from shiwu_worker.models import model_folder
@@ -48,7 +49,7 @@ VISION = {
     "patch_size": 8,
 }
 TEXT = {
-    "vocab_size": 40,
+    "vocab_size": 35,
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 1,
@@ -304,7 +305,8 @@ def test_wrong_pixels_are_refused(tmp_path: Path, pixels: NDArray[Any]) -> None:
 def test_a_model_that_is_no_dual_encoder_is_refused(tmp_path: Path) -> None:
     """A text model loads in transformers, but can't tag pictures."""
     BertModel(BertConfig(**{**TEXT, "num_hidden_layers": 1})).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"expected a dual encoder.*got BertModel"):
+    save_tokenizer(tmp_path)
+    with pytest.raises(WrongCheckpoint, match=r"expected a dual encoder.*got BertModel"):
         make_encoder(tmp_path)
 
 
@@ -315,7 +317,7 @@ def test_a_checkpoint_with_missing_weights_is_refused(tmp_path: Path) -> None:
     weights.pop("visual_projection.weight")
     model.save_pretrained(tmp_path, state_dict=weights)
     save_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match=r"expected a whole checkpoint.*visual_projection"):
+    with pytest.raises(WrongCheckpoint, match=r"expected all weights of CLIPModel.*visual_projection"):
         make_encoder(tmp_path)
 
 

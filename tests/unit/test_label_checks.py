@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from shiwu_worker.checkpoint import Texts, load_model
+from shiwu_worker.checkpoint_files import read_checkpoint
 from shiwu_worker.label_checks import LabelFindings, LabelTokens, check_labels
 from shiwu_worker.models import model_folder
 from tests.unit.test_encode import PLACES, make_encoder, make_model, saved
@@ -89,6 +90,7 @@ def words_of(texts: Texts, labels: Sequence[str]) -> LabelFindings:
 def test_embedded_model_reads_its_own_words_only() -> None:
     """The README's default labels are fine; an English word and an emoji are not."""
     folder = model_folder(None)
-    texts = Texts(load_model(folder), folder)
+    checkpoint = read_checkpoint(folder)
+    texts = Texts(load_model(checkpoint), checkpoint)
     assert words_of(texts, ["动物", "人物", "交通工具", "食物", "建筑", "植物"]) == LabelFindings()
     assert words_of(texts, ["熊猫", "zzz", "🦄"]).unreadable == ("zzz", "🦄")

@@ -2,39 +2,133 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from shiwu_worker.checkpoint_files import Checkpoint, WrongCheckpoint, first_line
 from shiwu_worker.label_checks import LabelTokens
 
+log: Any = structlog.get_logger()
 TEXTS_AT_ONCE: Final = 128
+EMBEDDINGS_MULTIPLE: Final = 64
 RARE_LETTER: Final = "\U00010900"
 """A letter of Phoenician, which the vocabularies of dual encoders lack."""
 
 
-def load_model(folder: Path) -> Any:
-    """The model in FP32 on the CPU, for inference.
+def load_model(checkpoint: Checkpoint) -> Any:
+    """The model in FP32 on the CPU, for inference; an adapter is merged into it.
 
     Raises:
-        ValueError: when it is no dual encoder, or weights are missing: transformers would make random ones up.
+        WrongCheckpoint: when it is no dual encoder, its weights do not fit its configuration, or an adapter does not
+            fit the model. transformers itself would make missing weights up at random.
     """
     with _quiet():
-        model, loading = AutoModel.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
+        try:
+            model, loading = AutoModel.from_pretrained(
+                checkpoint.base,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=checkpoint.is_safetensors,
+                weights_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        except Exception as error:  # border: three libraries read these files, each with errors of its own
+            names = ", ".join(path.name for path in checkpoint.weights[:3])
+            raise WrongCheckpoint(f"{checkpoint.base}: {names} cannot be loaded ({first_line(error)})") from error
     if not (hasattr(model, "logit_scale") and hasattr(model, "get_image_features")):
-        raise ValueError(f"{folder}: expected a dual encoder of pictures and texts, got {type(model).__name__}")
+        text = f"expected a dual encoder of images and texts, got {type(model).__name__}"
+        raise WrongCheckpoint(f"{checkpoint.config}: {text}")
     if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"{folder}: expected a whole checkpoint, got none of {len(missing)} weights: {missing[:3]}")
+        text = f"expected all weights of {type(model).__name__}, got none of {len(missing)}: {', '.join(missing[:3])}"
+        raise WrongCheckpoint(f"{checkpoint.base}: {text}")
+    # Checkpoints of 2022 hold these numbers as weights, and models count them up by themselves.
+    unused = sorted(key for key in loading["unexpected_keys"] if not key.endswith("position_ids"))
+    if unused:
+        log.warning("weights_unused", model=str(checkpoint.base), count=len(unused), first=unused[:3])
+    if checkpoint.adapter:
+        model = _merged(model, checkpoint)
     return model.eval().requires_grad_(False)
+
+
+def _merged(model: Any, checkpoint: Checkpoint) -> Any:
+    """The model with a LoRA adapter merged into its weights, as peft itself does."""
+    try:
+        with warnings.catch_warnings():
+            # What peft would warn of is an error here, and what it asks of transformers is not the operator's matter.
+            warnings.simplefilter("ignore")
+            return _merge(model, checkpoint)
+    except WrongCheckpoint:
+        raise
+    except Exception as error:  # border: peft raises anything for an adapter that does not fit
+        text = f"cannot be merged into {checkpoint.base} ({first_line(error)})"
+        raise WrongCheckpoint(f"{checkpoint.adapter[1]}: {text}") from error
+
+
+def _merge(model: Any, checkpoint: Checkpoint) -> Any:
+    from peft import PeftConfig, PeftModel  # noqa: PLC0415 an extra that few need
+
+    config_path, weights_path = checkpoint.adapter
+    config = PeftConfig.from_pretrained(str(checkpoint.folder))
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA" or getattr(config, "alora_invocation_tokens", None):
+        raise WrongCheckpoint(
+            f"{config_path}: expected a LoRA adapter, got {kind}; merge it where it was trained and name the folder"
+        )
+    config.inference_mode = True
+    adapted = PeftModel(model, config)
+    result = adapted.load_adapter(str(checkpoint.folder), "default", torch_device="cpu")
+    if wrong := sorted([*result.missing_keys, *result.unexpected_keys]):
+        raise WrongCheckpoint(
+            f"{weights_path}: expected an adapter of {type(model).__name__} in {checkpoint.base}, got weights that do "
+            f"not fit: {', '.join(wrong[:3])}"
+        )
+    return adapted.merge_and_unload(safe_merge=True)
+
+
+def open_tokenizer(checkpoint: Checkpoint, *, vocab_size: int) -> Any:
+    """The checkpoint's own tokenizer.
+
+    Raises:
+        WrongCheckpoint: it cannot be read, or its vocabulary is not the model's.
+    """
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.tokenizer, config=_config(checkpoint), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # border: each tokenizer's library has errors of its own
+            names = ", ".join(path.name for path in checkpoint.tokenizer_files)
+            text = f"the tokenizer ({names}) cannot be read ({first_line(error)}); download these files again"
+            raise WrongCheckpoint(f"{checkpoint.tokenizer}: {text}") from error
+    found, base = len(tokenizer), int(tokenizer.vocab_size)
+    # Embeddings are sometimes rounded up to a multiple of 64.
+    is_padded = vocab_size % EMBEDDINGS_MULTIPLE == 0 and vocab_size - found < EMBEDDINGS_MULTIPLE
+    if (found < vocab_size and not is_padded) or base > vocab_size:
+        names = ", ".join(path.name for path in checkpoint.tokenizer_files)
+        raise WrongCheckpoint(
+            f"{checkpoint.tokenizer}: expected the vocabulary of {vocab_size} tokens that the model has, got {found} "
+            f"from {names}; files are missing, cut off or another model's, so download them again"
+        )
+    return tokenizer
+
+
+def vocabulary_size(checkpoint: Checkpoint) -> int:
+    """How many tokens the model's text tower knows, by its configuration."""
+    return int(_config(checkpoint).text_config.vocab_size)
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    return AutoConfig.from_pretrained(checkpoint.base, local_files_only=True, trust_remote_code=False)
 
 
 def image_size(model: Any) -> int:
@@ -53,10 +147,9 @@ def unit_vectors(output: Any) -> torch.Tensor:
 class Texts:
     """Texts → unit vectors, by the checkpoint's own tokenizer. `model` lies on its device already."""
 
-    def __init__(self, model: Any, folder: Path) -> None:
+    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
         self._model = model
-        with _quiet():
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._tokenizer = open_tokenizer(checkpoint, vocab_size=model.config.text_config.vocab_size)
         config = model.config.text_config
         self._is_siglip = config.model_type.startswith("siglip")
         self._length = min(self._tokenizer.model_max_length, _text_length(config))

@@ -36,12 +36,15 @@ def open_encoder(settings: Settings, folder: Path, spec: ImageSpec) -> Any:
             rungs=settings.rungs,
             mean=spec.mean,
             std=spec.std,
+            rescale=spec.rescale,
             threads=settings.torch_threads or None,
             is_compiled=settings.compile,
             has_graphs=settings.cuda_graphs,
             known=known_picture(spec.height, spec.width),
         )
         encoder.warm(choose_largest=not settings.max_batch, choose_threads=not settings.torch_threads)
+    except FatalError:
+        raise
     except Exception as error:  # border: any failure here means that this worker can't work
         raise FatalError(ExitCode.MODEL, f"{type(error).__name__}: {error}") from error
     return encoder

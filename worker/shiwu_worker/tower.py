@@ -21,13 +21,19 @@ WARM_RUNS: Final = 3
 
 
 def eager_tower(
-    model: Any, *, dtype: torch.dtype, mean: Sequence[float], std: Sequence[float], device: torch.device
+    model: Any,
+    *,
+    dtype: torch.dtype,
+    mean: Sequence[float],
+    std: Sequence[float],
+    rescale: float = 1 / 255,
+    device: torch.device,
 ) -> Tower:
     """uint8 (n, h, w, 3) → float32 (n, d), normalised on the device. Call it in inference mode.
 
-    (x / 255 - mean) / std is one multiplication and one addition in FP32; after the projection all is FP32 again.
+    (x · rescale - mean) / std is one multiplication and one addition in FP32; after the projection all is FP32 again.
     """
-    gain = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, 3, 1, 1)
+    gain = torch.tensor([rescale / s for s in std], device=device).view(1, 3, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, 3, 1, 1)
 
     def run(raw: torch.Tensor) -> torch.Tensor:

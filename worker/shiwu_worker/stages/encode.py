@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from shiwu.contract import Head, ModelInfo
 from shiwu_worker.berths import Berths, Flight
 from shiwu_worker.checkpoint import Texts, image_size, load_model
+from shiwu_worker.checkpoint_files import WrongCheckpoint, read_checkpoint
 from shiwu_worker.cores import usable_cores
 from shiwu_worker.crew import Crew
 from shiwu_worker.device import card_uuid, choose_device, choose_dtypes, device_name, trouble_of
@@ -48,7 +49,7 @@ class Encoder:
     Args:
         folder: the checkpoint, in transformers' format.
         rungs: batch sizes, ascending; the last is the largest batch.
-        mean, std: of the checkpoint's processor, for pixels of 0 to 1.
+        mean, std, rescale: of the checkpoint's processor: (x · rescale - mean) / std for x of 0 to 255.
         threads: of torch on a CPU; None: torch's own choice, at most the cores that may be used.
         is_compiled: compile the tower (CPU); each rung costs 15 to 60 s at the start.
         has_graphs: replay CUDA graphs where the device is one.
@@ -66,6 +67,7 @@ class Encoder:
         rungs: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
         mean: Sequence[float],
         std: Sequence[float],
+        rescale: float = 1 / 255,
         threads: int | None = None,
         is_compiled: bool = False,
         has_graphs: bool = True,
@@ -75,14 +77,14 @@ class Encoder:
         if self._device.type == "cpu":
             keep_freed_memory()
             torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
-        self._folder = folder
-        self._mean, self._std = tuple(mean), tuple(std)
+        self._checkpoint = read_checkpoint(folder)
+        self._pixels: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std), "rescale": rescale}
         self._is_compiled, self._has_graphs = is_compiled, has_graphs
         self._compiled: Tower | None = None
         self._crew = self._make_crew()
         self._by_captain(lambda: self._open(dtype, known))
         self._exact: Tower | None = None
-        self._texts = Texts(self._model, folder)
+        self._texts = Texts(self._model, self._checkpoint)
         self._stream: Any = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's own
@@ -110,7 +112,7 @@ class Encoder:
 
     # -------------------------------------------------------------------------------- before the first job
     def _open(self, dtype: str, known: NDArray[np.uint8] | None) -> None:
-        model = load_model(self._folder)
+        model = load_model(self._checkpoint)
         # Before the cast: in bfloat16 a scale of 100 would be 98.9.
         self.scale = math.exp(float(model.logit_scale))
         bias = getattr(model, "logit_bias", None)
@@ -118,6 +120,11 @@ class Encoder:
         self.default_head: Head = "softmax" if bias is None else "sigmoid"
         side = image_size(model)
         self._shape = (side, side, 3)
+        if known is not None and known.shape[1:] != self._shape:
+            raise WrongCheckpoint(
+                f"{self._checkpoint.config}: the model takes images of {side}×{side}, and the image processor makes "
+                f"{known.shape[2]}×{known.shape[1]}; take both from the same model"
+            )
         self.known_vectors = None if known is None else self._on_cpu(model, known)
         """Of `known`, float32 (n, d): in FP32 on the CPU, whatever the device is. NaN where the model gives it."""
         self._model, self._dtype = self._cast(model.to(self._device), choose_dtypes(dtype, self._device))
@@ -149,18 +156,18 @@ class Encoder:
                     return model, dtype
                 log.warning("dtype_refused", dtype=str(dtype), cosine=cosine, expected=LEAST_COSINE)
                 # What a cast has rounded off does not come back.
-                model = load_model(self._folder).to(self._device)
+                model = load_model(self._checkpoint).to(self._device)
         return model.to(dtypes[-1]), dtypes[-1]
 
     def _on_cpu(self, model: Any, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The model as it was loaded: not yet moved, not yet cast."""
-        tower = eager_tower(model, dtype=torch.float32, mean=self._mean, std=self._std, device=torch.device("cpu"))
+        tower = eager_tower(model, dtype=torch.float32, device=torch.device("cpu"), **self._pixels)
         with torch.inference_mode():
             vectors: NDArray[np.float32] = tower(torch.from_numpy(pixels)).numpy()
         return vectors
 
     def _eager(self, model: Any, dtype: torch.dtype) -> Tower:
-        return eager_tower(model, dtype=dtype, mean=self._mean, std=self._std, device=self._device)
+        return eager_tower(model, dtype=dtype, device=self._device, **self._pixels)
 
     def _blank(self, count: int) -> torch.Tensor:
         return torch.full((count, *self._shape), 127, dtype=torch.uint8, device=self._device)
@@ -276,7 +283,7 @@ class Encoder:
     def _exactly(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         if self._exact is None:
             is_exact = self._dtype is torch.float32
-            model = self._model if is_exact else load_model(self._folder).to(self._device)
+            model = self._model if is_exact else load_model(self._checkpoint).to(self._device)
             self._exact = self._eager(model, torch.float32)
         with torch.inference_mode():
             vectors: NDArray[np.float32] = self._exact(torch.from_numpy(pixels).to(self._device)).cpu().numpy()
