@@ -35,6 +35,7 @@ from shiwu.upkeep import Swept, Upkeep
 from shiwu.waiting import as_answered
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
+MAX_CONNECTIONS = 64
 
 
 class Client:
@@ -46,13 +47,27 @@ class Client:
         max_waiting: a lane that holds this many refuses more with QueueFull. Looked up before each portion, so
             several producers at once may pass it by a portion each.
         timeout_s: how long one command may take. Waiting for an answer ends at most so much later than asked.
+        max_connections: connections for commands, as many again for reading answers, and as many again that listen
+            for announced answers. They are opened as threads need them. Any number of threads may share a client:
+            those beyond wait for a connection, for `timeout_s` at most, or look for their answers instead of listening.
+
+    Raises:
+        RedisUrlError: the URL cannot work.
     """
 
-    def __init__(self, redis_url: str | None = None, *, max_waiting: int = 100_000, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        redis_url: str | None = None,
+        *,
+        max_waiting: int = 100_000,
+        timeout_s: float = 5.0,
+        max_connections: int = MAX_CONNECTIONS,
+    ) -> None:
         url = os.environ.get("SHIWU_REDIS_URL", DEFAULT_URL) if redis_url is None else redis_url
-        self._redis = connect(url, timeout_s=timeout_s, retries=3)
+        self._redis = connect(url, timeout_s=timeout_s, retries=3, max_connections=max_connections)
         # Who waits tries again anyhow; further tries beneath would pass its deadline where Redis hangs.
-        self._once = connect(url, timeout_s=timeout_s)
+        self._once = connect(url, timeout_s=timeout_s, max_connections=max_connections)
+        self._listener = connect(url, timeout_s=timeout_s, max_connections=max_connections, pool_wait_s=0.0)
         self._sender = Sender(self._redis, max_waiting=max_waiting, timeout_s=timeout_s)
         token = f"client.{secrets.token_hex(4)}"
         keep = OperatorsKeep(self._redis)
@@ -73,6 +88,7 @@ class Client:
         """Close the connections."""
         self._redis.close()
         self._once.close()
+        self._listener.close()
 
     # -------------------------------------------------------------------------------- asking
     def enqueue(
@@ -213,7 +229,7 @@ class Client:
 
         While Redis is away it goes on waiting; what was announced meanwhile is found under its key.
         """
-        return as_answered(self._once, list(dict.fromkeys(job_ids)), timeout_s=timeout_s)
+        return as_answered(self._once, self._listener, list(dict.fromkeys(job_ids)), timeout_s=timeout_s)
 
     def tag(self, image: str, *, timeout_s: float = 60.0, **fields: Any) -> TagResult:
         """Enqueue one picture and wait for its tags.

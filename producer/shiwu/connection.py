@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from queue import Empty
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from shiwu.redis_errors import ConnectionsBusy, NotOneServer
 from shiwu.redis_url import RedisAddress, read_redis_url
 
 MAX_CONNECTIONS: Final = 16
+"""Of a client whose caller does not say how many threads use it."""
 
 
 class _Primary(redis.Redis):
@@ -58,15 +60,18 @@ def connect(
     retries: int = 0,
     client_name: str | None = None,
     max_connections: int = MAX_CONNECTIONS,
+    pool_wait_s: float | None = None,
 ) -> redis.Redis:
     """A client whose every wait is bounded. It owns its connections; `close` ends them.
 
     Args:
-        timeout_s: how long one command, one connection attempt, or the wait for a free connection may take.
+        timeout_s: how long one command or one connection attempt may take.
         block_s: how long the longest blocking command of this client asks the server to wait.
         retries: how often a command is tried again at once after a lost connection. A worker takes 0: who knows the
             job's fate decides that there.
-        max_connections: how many connections it opens at most; threads beyond that wait for each other.
+        max_connections: how many connections it opens at most; threads beyond that wait for each other. No code may
+            ask for a connection while it holds another of the same client, or such threads wait for each other in vain.
+        pool_wait_s: how long to wait for a free connection; default `timeout_s`.
 
     Raises:
         RedisUrlError: the URL cannot work.
@@ -84,7 +89,7 @@ def connect(
         "password": address.password,
         "redis_connect_func": _greet,
         "max_connections": max_connections,
-        "timeout": timeout_s,
+        "timeout": timeout_s if pool_wait_s is None else pool_wait_s,
         **_place(address),
     }
     if not address.primary:
@@ -96,6 +101,37 @@ def connect(
         address.primary, _Primary, connection_pool_class=_SentinelPool, **options
     )
     return primary
+
+
+def call_held(one: redis.Redis, *commands: Sequence[Any]) -> list[Any]:
+    """Run commands in one transaction, or one command by itself, on the very connection that this client holds.
+
+    A pipeline of the client would take another connection, and a command that is tried again might get a new one: what
+    `WAIT` says is about the writes of its own connection only.
+
+    Args:
+        one: what `Redis.client()` gives.
+
+    Raises:
+        redis.RedisError: that the commands were not executed is not known after a time-out or a lost connection.
+    """
+    connection: Any = one.connection
+    sent = list(commands) if len(commands) == 1 else [("MULTI",), *commands, ("EXEC",)]
+    connection.send_packed_command(connection.pack_commands(sent), check_health=False)
+    refused: redis.ResponseError | None = None
+    replies: list[Any] = []
+    for _ in sent:
+        try:
+            replies.append(connection.read_response())
+        except redis.ResponseError as error:
+            refused = refused or error
+    results = replies[-1:] if len(commands) == 1 else replies[-1] if replies else []
+    if refused is not None:
+        raise refused
+    for result in results:
+        if isinstance(result, redis.ResponseError):
+            raise result
+    return list(results)
 
 
 def sentinel_login(address: RedisAddress) -> dict[str, Any]:

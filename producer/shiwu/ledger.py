@@ -15,6 +15,7 @@ import msgspec
 import redis
 from pydantic_core import to_json
 
+from shiwu.connection import call_held
 from shiwu.contract import (
     ASIDE,
     ATTEMPTS,
@@ -144,7 +145,7 @@ def wait_replicated(one: redis.Redis, *, replicas: int, timeout_s: float) -> Non
     Raises:
         NotReplicated: too few of them confirmed it in time.
     """
-    reached: Any = one.wait(replicas, int(timeout_s * 1000))
+    [reached] = call_held(one, ("WAIT", replicas, int(timeout_s * 1000)))
     if reached < replicas:
         raise NotReplicated(
             f"expected {replicas} replicas to confirm within {timeout_s:g} s, {reached} did; the write stands on the "

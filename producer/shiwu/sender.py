@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import redis
 
+from shiwu.connection import call_held
 from shiwu.contract import DEADLINES, ErrorCode, Lane, Request, RequestError
 from shiwu.errors import QueueFull
 from shiwu.ledger import wait_replicated
@@ -107,16 +108,26 @@ class Sender:
             for request, job_id in jobs
         ]
         step = max((i for i, lowest in enumerate(_STEPS) if lowest <= terms.priority), default=0)
-        # One connection for all: WAIT speaks of the writes of its own.
-        with self._redis.client() as one:  # type: ignore[no-untyped-call]  # redis' own
-            with one.pipeline(transaction=True) as pipe:
-                if answer_by_ms is not None:
-                    pipe.zadd(DEADLINES, {job_id: answer_by_ms for _, job_id in jobs})
-                pipe.lpush(lane.keys[step], *messages)
-                pipe.execute()
-            if terms.replicas:
-                wait_replicated(one, replicas=terms.replicas, timeout_s=self._timeout_s / 2)
+        deadlines = {} if answer_by_ms is None else {job_id: answer_by_ms for _, job_id in jobs}
+        self._write(lane.keys[step], messages, deadlines, replicas=terms.replicas)
         return [job_id for _, job_id in jobs]
+
+    def _write(self, key: str, messages: Sequence[bytes], deadlines: Mapping[str, float], *, replicas: int) -> None:
+        if not replicas:
+            with self._redis.pipeline(transaction=True) as pipe:
+                if deadlines:
+                    pipe.zadd(DEADLINES, deadlines)
+                pipe.lpush(key, *messages)
+                pipe.execute()
+            return
+        commands: list[Sequence[Any]] = [("LPUSH", key, *messages)]
+        if deadlines:
+            members = [part for job_id, by_ms in deadlines.items() for part in (by_ms, job_id)]
+            commands.insert(0, ("ZADD", DEADLINES, *members))
+        # On one connection, because WAIT is about the writes of its own.
+        with self._redis.client() as one:  # type: ignore[no-untyped-call]  # redis' own
+            call_held(one, *commands)
+            wait_replicated(one, replicas=replicas, timeout_s=self._timeout_s / 2)
 
     def server_time_ms(self) -> float:
         """Redis' clock, in ms since 1970: the only one that all sides share. Looked up once a minute."""

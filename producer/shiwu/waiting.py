@@ -13,16 +13,24 @@ from typing import Any, Final
 import redis
 
 from shiwu.contract import RESULT_PREFIX, result_key
-from shiwu.redis_errors import info_of
+from shiwu.redis_errors import ConnectionsBusy, info_of
 from shiwu.results import TagResult, read_result
 
 LOOK_EVERY_S: Final = 2.0
+POLL_S: Final = 0.25
 AWAY_S: Final = 0.25
 AT_ONCE: Final = 500
 
 
-def as_answered(client: redis.Redis, ids: Sequence[str], *, timeout_s: float) -> Iterator[tuple[str, TagResult]]:
+def as_answered(
+    client: redis.Redis, listener: redis.Redis, ids: Sequence[str], *, timeout_s: float
+) -> Iterator[tuple[str, TagResult]]:
     """Yield (id, answer) as they come; end when all have come or the time is over.
+
+    Args:
+        client: looks at keys; it holds a connection for one command.
+        listener: subscribes; it holds a connection for as long as this waits. Where it has none left, this looks at
+            the keys more often instead, so that any number of threads may wait.
 
     Raises:
         redis.RedisError: an error that does not pass by itself (`shiwu.redis_errors`); all others are waited for.
@@ -32,7 +40,7 @@ def as_answered(client: redis.Redis, ids: Sequence[str], *, timeout_s: float) ->
     pause = threading.Event()
     while missing:
         try:
-            yield from _listen(client, missing, until_s=until_s)
+            yield from _wait_once(client, listener, missing, until_s=until_s)
         except (redis.RedisError, OSError) as error:
             if not info_of(error).passes:
                 raise
@@ -41,12 +49,21 @@ def as_answered(client: redis.Redis, ids: Sequence[str], *, timeout_s: float) ->
             return
 
 
-def _listen(client: redis.Redis, missing: dict[str, None], *, until_s: float) -> Iterator[tuple[str, TagResult]]:
-    """Take found answers out of `missing`, until there is none left or the time is over."""
-    with client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]  # redis' own
+def _wait_once(
+    client: redis.Redis, listener: redis.Redis, missing: dict[str, None], *, until_s: float
+) -> Iterator[tuple[str, TagResult]]:
+    """Take found answers out of `missing`, until there is none left, the time is over, or Redis fails."""
+    with listener.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]  # redis' own
         # Subscribe first and look afterwards: an answer between the two is then seen at least once.
-        for portion in _portions(list(missing)):
-            pubsub.subscribe(*[result_key(job_id) for job_id in portion])
+        portions = _portions(list(missing))
+        try:
+            pubsub.subscribe(*map(result_key, next(portions)))
+        except ConnectionsBusy:
+            yield from _look(client, missing)
+            threading.Event().wait(max(0.0, min(POLL_S, until_s - time.monotonic())))
+            return
+        for portion in portions:
+            pubsub.subscribe(*map(result_key, portion))
         while missing:
             yield from _look(client, missing)
             look_s = time.monotonic() + LOOK_EVERY_S

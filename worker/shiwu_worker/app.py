@@ -32,7 +32,7 @@ from shiwu_worker.celery_redis import broker_config
 from shiwu_worker.config import Settings
 from shiwu_worker.config_errors import load_settings_or_exit, report_unknown_names
 from shiwu_worker.errors import FatalError
-from shiwu_worker.parts import connect, make_ledger
+from shiwu_worker.parts import CELERY_CONNECTIONS, connect, make_ledger
 from shiwu_worker.revoke import Revoker
 from shiwu_worker.settle import Settled
 from shiwu_worker.task_events import TaskEvents
@@ -132,7 +132,7 @@ class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has
 def _celery_side(worker: Any, settings: Settings) -> Iterator[Callable[[Sequence[Settled]], None]]:
     """What Celery's users expect of an answered job: its callbacks, and events where the worker runs with `-E`."""
     with ExitStack() as stack:
-        client = stack.enter_context(connect(settings))
+        client = stack.enter_context(connect(settings, connections=CELERY_CONNECTIONS))
         if settings.revoke:
             worker.app.shiwu_revoker = Revoker(client, make_ledger(settings, client, f"revoke.{secrets.token_hex(4)}"))
         callbacks = Callbacks(make_callback_app(settings), client, rules=settings.callback_rules)

@@ -137,7 +137,7 @@ def _print_all(settings: Settings, console: Console) -> None:
 
 def _check_redis(settings: Settings) -> Report:
     """Whether Redis answers, is new enough, takes writes, and keeps what it is given."""
-    with connect(settings) as client:
+    with connect(settings, connections=1) as client:
         client.ping()
         try:
             info: Any = client.info("everything")

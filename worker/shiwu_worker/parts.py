@@ -11,7 +11,7 @@ import redis
 import structlog
 
 from shiwu.connection import connect as connect_to
-from shiwu.contract import RETRIED, ErrorCode
+from shiwu.contract import RETRIED, ErrorCode, Lane
 from shiwu.envelope import read_canvas
 from shiwu.keep import Keep, ToldKeep
 from shiwu.ledger import Ledger
@@ -42,14 +42,25 @@ log: Any = structlog.get_logger()
 SLOW_FACTOR = 10
 LABEL_SET_TRIES = 4
 """Claims of a job whose label set is unknown: three times it is given back, since another worker may know the set."""
+PIPELINE_CONNECTIONS = 8
+"""Threads claim, commit, heartbeat, ended (which listens) and watch, the one that stops the worker, and two spare."""
+DOORBELL_CONNECTIONS = len(Lane.INTERACTIVE.keys) + len(Lane.BULK.keys)
+"""Each of them waits in a blocking command for messages of one lane key."""
+CELERY_CONNECTIONS = 4
+"""The thread that sends callbacks, Celery's own that hears revokes, and two spare."""
 
 
-def connect(settings: Settings, *, block_s: float = 0.0) -> redis.Redis:
-    """A client whose every wait is bounded. It never tries twice by itself: that is decided where the job's fate is."""
+def connect(settings: Settings, *, connections: int, block_s: float = 0.0) -> redis.Redis:
+    """A client whose every wait is bounded. It never tries twice by itself: that is decided where the job's fate is.
+
+    Args:
+        connections: one for each thread that uses it, so that no thread ever waits for another one's command.
+    """
     return connect_to(
         settings.redis_address,
         timeout_s=settings.redis_timeout_s,
         block_s=block_s,
+        max_connections=connections,
         client_name=f"shiwu-{settings.worker_name}".replace(" ", "-"),
     )
 
@@ -60,7 +71,7 @@ def check_redis(settings: Settings) -> None:
     Raises:
         FatalError: with ExitCode.CONFIG when its answer can never become another; while it is away the worker starts.
     """
-    with connect(settings) as client:
+    with connect(settings, connections=1) as client:
         try:
             client.ping()
         except redis.RedisError as error:

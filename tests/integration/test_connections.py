@@ -1,0 +1,183 @@
+"""One client in many threads, green threads, forked processes and asyncio; its connections are bounded."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+
+from shiwu import Client
+from shiwu.connection import call_held, connect
+from shiwu.redis_errors import NotReplicated
+from tests.integration.test_claim_properties import answer, make_claims, make_committer
+from tests.support.processes import LOOPBACK, Process, clean_environment
+from tests.support.redis_server import RedisServer, valkey_binary
+from tests.support.waiting import wait_until
+
+THREADS = 150
+GEVENT = """
+from gevent import monkey
+monkey.patch_all()
+import sys
+import gevent
+from shiwu import Client
+
+with Client(sys.argv[1], max_connections=20) as client:
+    def ask(number):
+        job_id = client.enqueue("s3://b/k", id=f"green-{number}")
+        return client.wait(job_id, timeout_s=60).ok
+    tasks = [gevent.spawn(ask, number) for number in range(150)]
+    gevent.joinall(tasks, raise_error=True)
+    print(sum(task.value for task in tasks))
+"""
+FORK = """
+import os, sys, threading
+from shiwu import Client
+
+with Client(sys.argv[1]) as client:
+    client.enqueue("s3://b/k", id="before")
+    assert client.wait("before", timeout_s=60).ok
+    answers = []
+    listening = threading.Thread(target=lambda: answers.append(client.wait("after", timeout_s=60)))
+    listening.start()
+    mine = client._redis.client_id()
+    child = os.fork()
+    if child == 0:
+        done = client.enqueue("s3://b/k", id="child") and client.wait("child", timeout_s=60).ok
+        os._exit(0 if done and client._redis.client_id() != mine else 1)
+    _, status = os.waitpid(child, 0)
+    assert client._redis.client_id() == mine, "the child has closed a connection of its parent"
+    client.enqueue("s3://b/k", id="after")
+    listening.join()
+    print(int(status == 0 and answers[0].ok))
+"""
+ASYNCIO = """
+import asyncio, sys
+from shiwu import Client
+
+async def main(client):
+    def ask(number):
+        return client.wait(client.enqueue("s3://b/k", id=f"async-{number}"), timeout_s=60).ok
+    print(sum(await asyncio.gather(*[asyncio.to_thread(ask, number) for number in range(150)])))
+
+with Client(sys.argv[1], max_connections=4) as client:
+    asyncio.run(main(client))
+"""
+
+
+@contextmanager
+def answering(client: redis.Redis) -> Iterator[None]:
+    """Whatever is enqueued meanwhile is answered, as by a worker."""
+    stopped = threading.Event()
+    claims, ledger = make_claims(client, "w"), make_committer(client, "w")
+
+    def work() -> None:
+        while not stopped.wait(0.02):
+            ledger.write([answer(job) for job in claims.claim(1000).jobs])
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            yield
+        finally:
+            stopped.set()
+        working.result(timeout=10)
+
+
+@pytest.mark.parametrize("max_connections", [64, 8])
+def test_client_serves_more_threads_than_connections(
+    redis_url: str, redis_client: redis.Redis, max_connections: int
+) -> None:
+    """150 threads enqueue, wait and look at the queues; those that find no connection wait for one, or look again."""
+    before = len(redis_client.client_list())
+    most = 0
+    begin = threading.Barrier(THREADS)
+
+    def ask(client: Client, number: int) -> bool:
+        begin.wait(30)
+        job_id = client.enqueue("s3://b/k", id=f"job-{number}")
+        client.queue_state()
+        return client.wait(job_id, timeout_s=60).ok
+
+    with (
+        Client(redis_url, max_connections=max_connections) as client,
+        ThreadPoolExecutor(THREADS) as pool,
+        answering(redis_client),
+    ):
+        tasks = [pool.submit(ask, client, number) for number in range(THREADS)]
+        while not all(task.done() for task in tasks):
+            most = max(most, len(redis_client.client_list()) - before)
+        assert [task.result() for task in tasks] == [True] * THREADS
+    own = 2  # of this test's client, for its two threads
+    assert most <= 3 * max_connections + own
+
+
+@pytest.mark.parametrize(
+    ("code", "count"), [(GEVENT, THREADS), (FORK, 1), (ASYNCIO, THREADS)], ids=["gevent", "fork", "asyncio"]
+)
+def test_client_works_under(redis_url: str, redis_client: redis.Redis, tmp_path: Path, code: str, count: int) -> None:
+    """Green threads wait for each other as threads do, a forked child opens its own connections."""
+    command = [sys.executable, "-c", code, redis_url]
+    process = Process(command, name="script", folder=tmp_path, env=clean_environment({}))
+    with answering(redis_client), process:
+        assert process.wait(timeout_s=90) == 0, process.log_text()
+    assert process.log_text() == f"{count}\n"
+
+
+@pytest.fixture
+def replicated(tmp_path: Path) -> Iterator[tuple[RedisServer, RedisServer]]:
+    """A primary and its replica."""
+    with RedisServer(folder=tmp_path / "primary", binary=valkey_binary()) as primary:
+        config = {"replicaof": f"{LOOPBACK} {primary.port}"}
+        with RedisServer(folder=tmp_path / "replica", binary=valkey_binary(), config=config) as replica:
+            with replica.client() as client:
+                wait_until(lambda: client.info("replication")["master_link_status"] == "up", timeout_s=20)
+            yield primary, replica
+
+
+def test_enqueue_is_confirmed_by_the_connection_that_wrote(replicated: tuple[RedisServer, RedisServer]) -> None:
+    """A replica that hangs with its connection open confirms nothing, and the caller is told."""
+    primary, replica = replicated
+    with Client(primary.url, timeout_s=2) as client:
+        client.enqueue("s3://b/k", id="one", answer_by_s=60, replicas=1)
+        replica.pause()
+        try:
+            with pytest.raises(NotReplicated):
+                client.enqueue("s3://b/k", id="two", answer_by_s=60, replicas=1)
+        finally:
+            replica.resume()
+        client.enqueue("s3://b/k", id="two", answer_by_s=60, replicas=1)
+        assert sum(client.queue_state().waiting.values()) == 3
+
+
+def test_held_transaction_is_whole_or_refused(redis_url: str, redis_client: redis.Redis) -> None:
+    """A command that cannot be queued, or fails, raises, and leaves the connection in order."""
+    redis_client.set("text", "x")
+    with connect(redis_url, timeout_s=5) as client, client.client() as one:  # type: ignore[no-untyped-call]  # redis' own
+        assert call_held(one, ("SET", "a", 1), ("GET", "a")) == [b"OK", b"1"]
+        with pytest.raises(redis.ResponseError):
+            call_held(one, ("SET", "b", 1), ("NO-SUCH-COMMAND",))
+        assert redis_client.get("b") is None
+        with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+            call_held(one, ("SET", "b", 1), ("LPUSH", "text", 1))
+        assert call_held(one, ("GET", "a")) == [b"1"]
+
+
+def test_wait_needs_no_connection_that_others_hold(redis_url: str, redis_client: redis.Redis) -> None:
+    """One waits for an answer that does not come, and holds the only connection that listens; another is answered."""
+    with Client(redis_url, max_connections=1) as client, ThreadPoolExecutor(2) as pool:
+        held = pool.submit(lambda: list(client.as_answered(["never"], timeout_s=30)))
+        wait_until(lambda: redis_client.pubsub_numsub("celery-task-meta-never")[0][1] == 1, timeout_s=10)
+        client.enqueue("s3://b/k", id="job")
+        waiting = pool.submit(client.wait, "job", timeout_s=20)
+        with answering(redis_client):
+            assert waiting.result(timeout=10).ok
+        assert not held.done()
+        client.cancel("never")
+        held.result(timeout=10)
