@@ -207,9 +207,12 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _drop_empty(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Strip spaces and line ends; a variable without other characters counts as not set."""
+        """Strip spaces and line ends; a variable without other characters counts as not set.
+
+        But for the Redis URL: one that was left empty by mistake would lead to a server that nobody chose.
+        """
         stripped = {name: value.strip() if isinstance(value, str) else value for name, value in values.items()}
-        return {name: value for name, value in stripped.items() if value != ""}
+        return {name: value for name, value in stripped.items() if value != "" or name == "redis_url"}
 
     @field_validator("dtype", "s3_client", "log_level", "log_format", mode="before")
     @classmethod
