@@ -65,6 +65,11 @@ def connect(settings: Settings, *, connections: int, block_s: float = 0.0) -> re
     )
 
 
+def connect_doorbell(settings: Settings, *, block_s: float) -> redis.Redis:
+    """The client of the threads that wait for messages, each in a command that blocks for `block_s`."""
+    return connect(settings, connections=DOORBELL_CONNECTIONS, block_s=block_s)
+
+
 def check_redis(settings: Settings) -> None:
     """Ask Redis once, before anything is loaded.
 

@@ -26,10 +26,10 @@ from shiwu_worker.model_parts import make_canary, open_encoder
 from shiwu_worker.models import model_folder, model_revision
 from shiwu_worker.panel import Panel
 from shiwu_worker.parts import (
-    DOORBELL_CONNECTIONS,
     PIPELINE_CONNECTIONS,
     check_redis,
     connect,
+    connect_doorbell,
     make_away,
     make_claims,
     make_heartbeat,
@@ -121,8 +121,7 @@ def _build(
     token = _new_token(settings)
     meter = Meter(loader_threads=settings.loader_count * settings.loader_threads)
     client = stack.enter_context(connect(settings, connections=PIPELINE_CONNECTIONS))
-    bell_client = connect(settings, connections=DOORBELL_CONNECTIONS, block_s=DOORBELL_S)
-    doorbell = Doorbell(stack.enter_context(bell_client), block_s=DOORBELL_S)
+    doorbell = Doorbell(stack.enter_context(connect_doorbell(settings, block_s=DOORBELL_S)), block_s=DOORBELL_S)
     claims = make_claims(settings, client, token)
     ledger = make_ledger(settings, client, token)
     spec = read_image_spec(folder)
