@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from shiwu_worker.image_spec import ImageSpec, read_image_spec
 from shiwu_worker.label_files import load_label_sets
 from shiwu_worker.labels import LabelBank
 from shiwu_worker.models import model_folder
+from shiwu_worker.resize import model_pixels
 from shiwu_worker.stages.decode import DecodeLimits, decode
 from shiwu_worker.stages.encode import Encoder
 from shiwu_worker.stages.score import score, top_tags
@@ -102,6 +106,60 @@ def test_pixels_are_the_processors(spec: ImageSpec, reference: Any, size: tuple[
     mean, std = np.array(spec.mean).reshape(3, 1, 1), np.array(spec.std).reshape(3, 1, 1)
     levels = np.rint((theirs * std + mean) * 255)
     assert np.abs(ours.transpose(2, 0, 1).astype(int) - levels).max() <= 1
+
+
+MOST_RESIZED = 2_000_000
+"""Pixels of the largest image that transformers is made to resize here before it crops."""
+UNDONE = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+"""Orientation → Pillow's number of the transposition that stores an upright image so."""
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
+    """Width, height, shortest edge, crop width and height; with extreme aspect ratios, and crops beyond the edge."""
+    edge = draw(st.integers(1, 48))
+    short = draw(st.one_of(st.integers(1, 3), st.integers(1, 120)))
+    longest = max(short, min(4000, MOST_RESIZED * short // edge**2))
+    long = draw(st.one_of(st.integers(short, min(longest, short + 3)), st.integers(short, longest)))
+    width, height = (short, long) if draw(st.booleans()) else (long, short)
+    crop = st.integers(1, 56)
+    return width, height, edge, draw(crop), draw(crop)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=shapes(), resample=st.sampled_from([1, 2, 3, 4, 5]), orientation=st.integers(1, 8), seed=st.integers(0, 2**32)
+)
+def test_a_crop_is_the_processors(
+    shape: tuple[int, int, int, int, int], resample: int, orientation: int, seed: int
+) -> None:
+    """Crop before resize gives what resize before crop does, for noise of every shape and orientation.
+
+    To the bit on the exact path, and within a level where the shape is extreme.
+    """
+    width, height, edge, crop_width, crop_height = shape
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    spec = ImageSpec(crop_width, crop_height, "crop", edge, resample, (0.5,) * 3, (0.5,) * 3)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": edge},
+        crop_size={"height": crop_height, "width": crop_width},
+        resample=resample,
+        do_rescale=False,
+        do_normalize=False,
+    )
+    is_extreme = max(width, height) > 4 * min(width, height)
+    for exact, low, high, levels in ((True, 0, 255, 1 if is_extreme else 0), (False, 88, 168, 2)):
+        # SIMD keeps what is below 0 and above 255 between its passes, where Pillow cuts it off: noise of less contrast.
+        # A box filter jumps where its edge lies on a pixel's, so there the last digit of a float decides.
+        if resample == Image.Resampling.BOX and (is_extreme or not exact):
+            continue
+        upright = Image.fromarray((noise * ((high - low) / 255) + low).astype(np.uint8))
+        stored = upright.transpose(Image.Transpose(UNDONE[orientation])) if orientation > 1 else upright
+        extent = (float(stored.width), float(stored.height))
+        ours = model_pixels(stored, spec, extent=extent, orientation=orientation, size=upright.size, exact=exact)
+        theirs = processor(images=upright, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        assert ours.shape == theirs.shape
+        assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= levels, "exact" if exact else "fast"
 
 
 def test_a_picture_scores_the_same_whatever_its_neighbours(spec: ImageSpec) -> None:

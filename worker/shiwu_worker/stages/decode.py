@@ -10,46 +10,31 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, Image, ImageOps, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import Rejected
+from shiwu_worker.exif import exif_orientation
 from shiwu_worker.headers import has_more_chunks, has_more_scans, webp_size
 from shiwu_worker.image_formats import identify, listed, refusal
 from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.pixels import sample_bits, visible_rgb
+from shiwu_worker.resize import SIDEWAYS, model_pixels
 
 DRAFT_FACTOR: Final = 2
 """A JPEG may be decoded at reduced size down to this many times the model's: below JPEG's own re-save noise."""
 LEAST_DRAFT: Final = 256
 """And never below this: a small model sees every level, and a small picture is cheap anyway."""
-ORIENTATION: Final = 0x0112
 MAX_CHUNKS: Final = 20_000
 """Chunks of a PNG, segments of a JPEG. A PNG of 20 MiB in the smallest chunks that encoders write has 2,600."""
+_TURNED_BY_EXIF: Final = {"JPEG", "PNG", "WEBP", "AVIF"}
+"""Pillow puts the orientation of an AVIF, which stands in boxes of its own, into the EXIF data."""
 WARMED: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
-_FAST_FILTERS: Final = {
-    Image.Resampling.BOX: FilterType.box,
-    Image.Resampling.BILINEAR: FilterType.bilinear,
-    Image.Resampling.BICUBIC: FilterType.catmull_rom,  # Pillow's bicubic has a = -0.5, which is Catmull-Rom's
-    Image.Resampling.LANCZOS: FilterType.lanczos3,
-}
-Shrink = Callable[[Image.Image, tuple[int, int], int], Image.Image]
-_TURNS: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,22 +82,21 @@ def decode(
     with _open(data, name, limits) as image:
         _check_size(*image.size, limits)
         _check_parts(image, data, limits)
-        width, height = image.size
         try:
-            bits = sample_bits(image)  # before EXIF: a PNG is loaded to look for it
-            orientation = image.getexif().get(ORIENTATION, 1)
-            sideways = orientation in {5, 6, 7, 8}
-            if image.format in {"JPEG", "MPO"} and not exact:
-                edge = max(LEAST_DRAFT, DRAFT_FACTOR * max(spec.width, spec.height, spec.shortest_edge or 0))
-                image.draft("RGB", (edge, edge))
-            shrink = _shrink if exact else _shrink_fast
+            size, extent = image.size, None
+            if name == "JPEG" and not exact:
+                extent = _drafted(image, spec)
             rgb = visible_rgb(
                 image,
-                sample_bits=bits,
+                sample_bits=sample_bits(image),
                 max_pixels=limits.max_pixels,
                 check_size=lambda frame: _check_size(*frame.size, limits),
             )
-            pixels = _resized(rgb, spec, _TURNS.get(orientation), sideways=sideways, shrink=shrink)
+            size = size if extent else rgb.size  # a frame of a GIF may be larger than its screen
+            orientation = _orientation(image, name)
+            if orientation in SIDEWAYS:
+                size = size[1], size[0]
+            pixels = model_pixels(rgb, spec, extent=extent or rgb.size, orientation=orientation, size=size, exact=exact)
         except (MemoryError, Rejected):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -122,9 +106,20 @@ def decode(
                 raise MemoryError(str(error)) from error
             text = f"expected a whole {name} picture ({type(error).__name__}: {error!s:.120})"
             raise Rejected(ErrorCode.PICTURE_BROKEN, text, stage=Stage.DECODE) from error
-    if sideways:
-        width, height = height, width
-    return pixels, DecodedInfo(name, width, height, hashlib.sha256(data).hexdigest())
+    return pixels, DecodedInfo(name, *size, hashlib.sha256(data).hexdigest())
+
+
+def _drafted(image: Image.Image, spec: ImageSpec) -> tuple[float, float] | None:
+    """Have a large JPEG decoded at reduced size; where its content then ends, or None where the size stays."""
+    edge = max(LEAST_DRAFT, DRAFT_FACTOR * max(spec.width, spec.height, spec.shortest_edge or 0))
+    drafted = image.draft("RGB", (edge, edge))
+    return drafted[1][2:] if drafted else None
+
+
+def _orientation(image: Image.Image, name: str) -> int:
+    """How the loaded pixels have to be turned. The readers of TIFF and HEIF have turned them already."""
+    exif = image.info.get("exif") if name in _TURNED_BY_EXIF else None
+    return exif_orientation(exif) if isinstance(exif, bytes) else 1
 
 
 def warm() -> None:
@@ -189,42 +184,3 @@ def _check_parts(image: Image.Image, data: bytes, limits: DecodeLimits) -> None:
     if image.format in {"PNG", "WEBP", "AVIF"} and (frames := getattr(image, "n_frames", 1)) > limits.max_frames:
         text = f"expected at most {limits.max_frames} frames, got {frames}"
         raise Rejected(ErrorCode.PICTURE_TOO_LARGE, text, stage=Stage.DECODE)
-
-
-def _shrink(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
-    """Pillow's own resize: the judge."""
-    return image.resize(size, Image.Resampling(resample)) if image.size != size else image
-
-
-def _shrink_fast(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
-    """The same kernels with SIMD, five to eight times as fast; on photographs a level beside Pillow's, five at most."""
-    filter_ = _FAST_FILTERS.get(Image.Resampling(resample))
-    if filter_ is None or image.size == size:
-        return _shrink(image, size, resample)
-    image.load()
-    small = Image.new("RGB", size)
-    options = ResizeOptions(resize_alg=ResizeAlg.convolution(filter_), use_alpha=False)
-    Resizer().resize_pil(image, small, options)
-    return small
-
-
-def _resized(
-    image: Image.Image, spec: ImageSpec, turn: Image.Transpose | None, *, sideways: bool, shrink: Shrink
-) -> NDArray[np.uint8]:
-    """Resize first and turn afterwards: the turn is then free, and a squash is the same either way."""
-    if spec.resize == "squash":
-        target = (spec.height, spec.width) if sideways else (spec.width, spec.height)
-        small = shrink(image, target, spec.resample)
-        upright = small if turn is None else small.transpose(turn)
-        return np.asarray(upright, dtype=np.uint8)
-    upright = image if turn is None else image.transpose(turn)
-    edge = spec.shortest_edge or min(spec.width, spec.height)
-    width, height = upright.size
-    short, long = min(width, height), max(width, height)
-    longer = int(edge * long / short)  # cut off, as transformers' get_resize_output_image_size does
-    small = shrink(upright, (edge, longer) if width <= height else (longer, edge), spec.resample)
-    top, left = (small.height - spec.height) // 2, (small.width - spec.width) // 2
-    box = (left, top, left + spec.width, top + spec.height)
-    if left < 0 or top < 0:
-        return np.asarray(ImageOps.pad(small, (spec.width, spec.height)), dtype=np.uint8)
-    return np.asarray(small.crop(box), dtype=np.uint8)
