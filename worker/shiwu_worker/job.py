@@ -166,6 +166,9 @@ class Job(msgspec.Struct, eq=False):
 
     def answer(self, *, worker: str, until_s: float) -> Answer:
         """The terminal result, with the time of every stage so far."""
+        warnings = self.warnings
+        if self.labels is not None and self.status is Status.TAGGED:
+            warnings += self.labels.warnings
         image = self.image
         if image is None and self.request is not None:
             image = ImageInfo(reference=without_query(self.request.image))
@@ -184,13 +187,8 @@ class Job(msgspec.Struct, eq=False):
             error=self.error,
             metadata=self.request.metadata if self.request else None,
             embedding=self.embedding,
-            warnings=self._all_warnings() or None,
+            warnings=warnings or None,
         )
-
-    def _all_warnings(self) -> tuple[AnswerWarning, ...]:
-        if self.labels is None or self.status is not Status.TAGGED:
-            return self.warnings
-        return self.warnings + self.labels.warnings
 
 
 def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:

@@ -85,12 +85,15 @@ class LabelBank:
         inline_head: Head = "softmax",
     ) -> None:
         self._has_bias = has_bias
+        self._names = sorted(sets)
+        self._by_request: dict[tuple[str | None, Head | None], LabelSet] = {}
+        """Named label sets that requests may use, by name (None: the default) and head (None: the set's own)."""
         for name, one in sets.items():
             if self._lacks_bias(one):
                 raise ValueError(f"label set {name}: head: {SIGMOID_LACKS_BIAS}")
-        self._sets = {(name, head): replace(one, head=head) for name, one in sets.items() for head in get_args(Head)}
-        self._heads = {name: one.head for name, one in sets.items()}
-        self._default = default
+            self._add(name, one)
+            if name == default:
+                self._add(None, one)
         self._encode_texts = encode_texts
         self._label_tokens = label_tokens
         self._usual_warnings = usual_warnings
@@ -99,7 +102,19 @@ class LabelBank:
         # The keys are whole values: with a digest or joined texts as a key, two label sets could share one entry, and
         # one producer would then get the labels of another.
         self._encoded: OrderedDict[LabelSet, EncodedLabels] = OrderedDict()
+        self._last: EncodedLabels | None = None
+        """The one asked for last: most jobs of a batch have the same label set."""
         self._texts: WeakValueDictionary[tuple[tuple[str, ...], tuple[str, ...]], TextVectors] = WeakValueDictionary()
+
+    def _add(self, name: str | None, label_set: LabelSet) -> None:
+        self._by_request[name, None] = label_set
+        for head in get_args(Head):
+            with_head = label_set if head == label_set.head else replace(label_set, head=head)
+            if not self._lacks_bias(with_head):
+                self._by_request[name, head] = with_head
+
+    def _lacks_bias(self, label_set: LabelSet) -> bool:
+        return label_set.head == "sigmoid" and label_set.bias is None and not self._has_bias
 
     def resolve(self, labels: str | tuple[str, ...] | None, head: Head | None = None) -> LabelSet:
         """The labels that a request means. Thread-safe.
@@ -107,33 +122,29 @@ class LabelBank:
         Raises:
             Rejected: unknown_label_set, or invalid_request for sigmoid without a bias.
         """
-        found = self._find(labels, head)
-        if self._lacks_bias(found):
-            raise Rejected(ErrorCode.INVALID_REQUEST, f"head: {SIGMOID_LACKS_BIAS}", stage=Stage.CLAIM)
-        return found
-
-    def _lacks_bias(self, label_set: LabelSet) -> bool:
-        return label_set.head == "sigmoid" and label_set.bias is None and not self._has_bias
-
-    def _find(self, labels: str | tuple[str, ...] | None, head: Head | None) -> LabelSet:
         if isinstance(labels, tuple):
-            return LabelSet(name=None, words=labels, head=head or self._inline_head)
-        name = labels or self._default
-        if name not in self._heads:
-            known = ", ".join(sorted(self._heads))
-            raise Rejected(
-                ErrorCode.UNKNOWN_LABEL_SET,
-                f"labels: expected one of {known}, got {name!r}",
-                stage=Stage.CLAIM,
-            )
-        return self._sets[name, head or self._heads[name]]
+            found = LabelSet(name=None, words=labels, head=head or self._inline_head)
+            if not self._lacks_bias(found):
+                return found
+        elif (named := self._by_request.get((labels, head))) is not None:
+            return named
+        elif labels is not None and labels not in self._names:
+            text = f"labels: expected one of {', '.join(self._names)}, got {labels!r}"
+            raise Rejected(ErrorCode.UNKNOWN_LABEL_SET, text, stage=Stage.CLAIM)
+        raise Rejected(ErrorCode.INVALID_REQUEST, f"head: {SIGMOID_LACKS_BIAS}", stage=Stage.CLAIM)
 
     def encoded(self, label_set: LabelSet) -> EncodedLabels:
         """The label set with its vectors, which are computed the first time. One thread only."""
+        if self._last is not None and self._last.label_set is label_set:
+            return self._last
         found = self._encoded.get(label_set)
-        if found is not None:
-            self._encoded.move_to_end(label_set)
-            return found
+        if found is None:
+            found = self._add_encoded(label_set)
+        self._encoded.move_to_end(label_set)
+        self._last = found
+        return found
+
+    def _add_encoded(self, label_set: LabelSet) -> EncodedLabels:
         key = (label_set.templates, label_set.words)
         texts = self._texts.get(key)
         if texts is None:

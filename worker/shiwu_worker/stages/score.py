@@ -128,7 +128,7 @@ class Scorer:
 def _min_cosines(asked: Sequence[Request | None], labels: EncodedLabels) -> NDArray[np.float64] | None:
     """The least cosines (n, m) or (1, m) of these requests, or None where there is no bound."""
     own = [one.min_cosine if one else None for one in asked]
-    if all(one is None for one in own):
+    if own.count(None) == len(own):
         return labels.min_cosines
     # A request's own bound takes the place of the label set's.
     bounds = np.full((len(asked), len(labels.vectors)), -np.inf)
