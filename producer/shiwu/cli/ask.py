@@ -105,10 +105,11 @@ def tag(
         if as_json:
             echo_json(result.to_json())
     if not as_json:
+        warned: set[str] = set()
         shown = [(ref, found.get(job_id)) for ref, job_id in zip(references, ids, strict=True)]
         print_rows(
             HEADINGS,
-            [_row(ref, result, threshold) for ref, result in shown],
+            [_row(ref, result, threshold, warned=warned) for ref, result in shown],
             text_columns=(0, 1),
             optional=(5, 2, 3, 4, 6),
         )
@@ -140,8 +141,12 @@ def _answers(client: Client, ids: Sequence[str], *, timeout_s: float) -> Iterato
     yield from client.as_answered(missing, timeout_s=max(0.0, left_s))
 
 
-def _row(reference: str, result: TagResult | None, threshold: float) -> Row:
-    """One picture: its tags or the code of its error, and its times."""
+def _row(reference: str, result: TagResult | None, threshold: float, *, warned: set[str]) -> Row:
+    """One picture: its tags or the code of its error, and its times.
+
+    Args:
+        warned: warnings that rows above have shown; most of them hold for all pictures of a call.
+    """
     picture = without_query(reference)
     if result is None:
         return Row([picture, "no answer yet", *["–"] * (len(HEADINGS) - 2)])
@@ -157,9 +162,11 @@ def _row(reference: str, result: TagResult | None, threshold: float) -> Row:
     kept = [text for text, tag in zip(tags, result.tags or (), strict=True) if tag.score >= threshold]
     notes = []
     if not kept:
-        best = f"of {threshold:g}; the best one is {tags[0]}" if tags else "of its label set"
+        best = f"of {threshold:g}; the best one is {tags[0]}" if tags else "of the request or its label set"
         notes = [f"no tag reached the threshold {best}"]
-    notes += [f"warning: {warning.message}" for warning in result.warnings or ()]
+    new = [warning.message for warning in result.warnings or () if warning.message not in warned]
+    warned.update(new)
+    notes += [f"warning: {message}" for message in new]
     return Row([picture, "  ".join(kept) or "–", *times], notes=notes)
 
 
