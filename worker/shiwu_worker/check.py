@@ -30,7 +30,7 @@ from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.model_parts import open_encoder
 from shiwu_worker.models import model_folder
 from shiwu_worker.object_store import S3Limits, S3Options, StoreError, StoreRefused
-from shiwu_worker.parts import connect, open_labels, read_label_sets
+from shiwu_worker.parts import connect, encode_default_labels, open_labels, read_label_sets
 from shiwu_worker.stores import new_store
 
 PIPE_COLUMNS: Final = 160
@@ -230,7 +230,7 @@ def _check_model(settings: Settings) -> str:
     spec = read_image_spec(folder)
     encoder = open_encoder(settings, folder, spec)
     bank = open_labels(settings, encoder, sets)
-    bank.encoded(bank.resolve(None))
+    encode_default_labels(bank)
     info = encoder.info
     return (
         f"{info.id} ({info.revision}) in {info.dtype} on {info.device}, {spec.width}×{spec.height}, "

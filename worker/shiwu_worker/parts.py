@@ -11,7 +11,7 @@ import redis
 import structlog
 
 from shiwu.connection import connect as connect_to
-from shiwu.contract import RETRIED, ErrorCode, Lane
+from shiwu.contract import RETRIED, ErrorCode, Lane, WarningCode
 from shiwu.envelope import read_canvas
 from shiwu.keep import Keep, ToldKeep
 from shiwu.ledger import Ledger
@@ -128,6 +128,23 @@ def open_labels(settings: Settings, encoder: Any, sets: Mapping[str, LabelSet]) 
         )
     except ValueError as error:
         raise FatalError(ExitCode.CONFIG, str(error)) from error
+
+
+def encode_default_labels(bank: LabelBank) -> None:
+    """Compute the vectors of the default labels.
+
+    Raises:
+        FatalError: with ExitCode.MODEL when the model cannot read some of them or cannot tell them apart.
+    """
+    encoded = bank.encoded(bank.resolve(None))
+    wrong = [one for one in encoded.warnings if one.code in {WarningCode.LABELS_UNREADABLE, WarningCode.LABELS_ALIKE}]
+    if wrong:
+        reasons = "; ".join(one.message for one in wrong)
+        raise FatalError(
+            ExitCode.MODEL,
+            f"SHIWU_DEFAULT_LABELS {encoded.label_set.name}: {reasons}. Check that the tokenizer's files are those of "
+            "this model, or name a label set in words that the model knows",
+        )
 
 
 def loader_options(settings: Settings, spec: ImageSpec) -> LoaderOptions:
@@ -297,7 +314,7 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
     from shiwu_worker.stages.score import Scorer  # noqa: PLC0415 beside the encoder, which is imported late
 
     bank = open_labels(settings, encoder, label_sets)
-    bank.encoded(bank.resolve(None))
+    encode_default_labels(bank)
     if is_embedded(settings, encoder):
         log.warning("embedded_model", meaning=EMBEDDED_MODEL.message)
 
