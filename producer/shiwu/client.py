@@ -20,6 +20,7 @@ from shiwu.contract import (
     Stage,
     Status,
     check_id,
+    moment,
     parse_request,
     result_key,
 )
@@ -187,7 +188,8 @@ class Client:
         ids = [check_id(job_id) for job_id in ([job_ids] if isinstance(job_ids, str) else job_ids)]
         cancelled: list[str] = []
         for portion in _portions(ids, 500):
-            entries = [_cancelled(job_id, reason) for job_id in portion]
+            now_ms = self.server_time_ms()
+            entries = [_cancelled(job_id, reason, now_ms=now_ms) for job_id in portion]
             again = self._ledger.write(entries, token=f"cancel.{secrets.token_hex(4)}")
             cancelled += [job_id for job_id in portion if job_id not in again]
         return cancelled
@@ -305,10 +307,11 @@ class Client:
         return read_state(self._redis)
 
 
-def _cancelled(job_id: str, reason: str) -> Entry:
+def _cancelled(job_id: str, reason: str, *, now_ms: float) -> Entry:
     text = f"cancelled by its producer{': ' if reason else ''}{reason:.200}"
     error = ErrorInfo(code=ErrorCode.CANCELLED, message=text, stage=Stage.CLAIM)
-    return Entry(id=job_id, answer=Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error), is_aside=True)
+    answer = Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error, answered_at=moment(now_ms))
+    return Entry(id=job_id, answer=answer, is_aside=True)
 
 
 def _portions(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -29,6 +29,7 @@ from shiwu.contract import (
     DEADLINES,
     DELAYED,
     ENDED,
+    HISTORY,
     LEASES,
     PARKED,
     RESULT_STREAM,
@@ -39,6 +40,7 @@ from shiwu.contract import (
     Status,
     done_key,
     is_digest,
+    moment,
     result_key,
     status_of,
 )
@@ -79,6 +81,7 @@ class Entry(msgspec.Struct, frozen=True):
         kind += "I" if self.ignore_result else ""
         kind += "D" if self.is_dead else ""
         kind += "C" if self.has_callbacks else ""
+        kind += "H" if self.answer.history else ""
         kind += "N" if self.id.startswith("~") and not self.claim and is_digest(self.id) else ""
         return kind + ("A" if self.is_aside else "")
 
@@ -109,7 +112,7 @@ class Ledger:
         self._replicas_timeout_s = replicas_timeout_s
         self._script = load_script(client, "commit")
         self._keep = always(keep)
-        self._rest = [done_key(""), result_key(""), ENDED, int(canvas_patience_s * 1000), ASIDE]
+        self._rest = [done_key(""), result_key(""), ENDED, int(canvas_patience_s * 1000), ASIDE, HISTORY]
 
     def write(self, entries: Sequence[Entry], *, token: str | None = None) -> set[str]:
         """Answer at most MAX_COMMIT jobs; return the ids that somebody had answered before.
@@ -173,17 +176,18 @@ def exception_form(answer: Answer) -> dict[str, Any]:
     return {"exc_type": "JobFailed", "exc_message": [message], "exc_module": "shiwu.errors"}
 
 
-def answered_before(worker: str) -> bytes:
+def answered_before(worker: str, *, now_ms: float) -> bytes:
     """Celery's result for a copy of a job whose answer is no longer kept, with a zero byte in each place of the id."""
+    now = moment(now_ms)
     text = "the id was answered before, and its answer is no longer kept; send each job with an id of its own"
     error = ErrorInfo(code=ErrorCode.ALREADY_ANSWERED, message=text, stage=Stage.CLAIM)
-    answer = Answer(id=_NO_ID, status=status_of(error.code), attempts=0, worker=worker, error=error)
+    answer = Answer(id=_NO_ID, status=status_of(error.code), attempts=0, worker=worker, error=error, answered_at=now)
     meta: dict[str, Any] = {
         "status": "FAILURE",
         "result": exception_form(answer) | {"answer": msgspec.to_builtins(answer)},
         "traceback": None,
         "children": [],
-        "date_done": datetime.now(UTC).isoformat(),
+        "date_done": now.isoformat(),
         "task_id": _NO_ID,
     }
     return to_json(meta).replace(to_json(_NO_ID), b"\0")

@@ -23,6 +23,7 @@ from shiwu.contract import (
     DEAD_MESSAGES,
     DEADLINES,
     DELAYED,
+    HISTORY,
     LEASES,
     PARKED,
     RESULT_STREAM,
@@ -38,6 +39,7 @@ from shiwu.contract import (
     Stage,
     Status,
     check_id,
+    moment,
     parse_request,
     without_query,
 )
@@ -51,6 +53,8 @@ MAX_LEASE_S: Final = 600.0
 """No lease reaches further into the future, not even after the server's clock was set back."""
 TRIMMED_AT_ONCE: Final = 5000
 TAKEN_FOR_S: Final = 15.0
+HISTORY_TTL_S: Final = 7 * 86_400
+"""How long the earlier tries of a job that came back are kept for its next claim."""
 PORTION: Final = 500
 _LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
 _TENDED: Final = (
@@ -123,11 +127,11 @@ class Upkeep:
 
     def tend(self, *, most: int = 500, count_waiting: bool = False) -> Tended:
         """One portion of everything that is due."""
-        limits = (SUSPECT_FROM, int(MAX_LEASE_S * 1000), self._keep().dead_age_s * 1000)
+        limits = (SUSPECT_FROM, int(MAX_LEASE_S * 1000), self._keep().dead_age_s * 1000, HISTORY, HISTORY_TTL_S)
         reply: Any = self._tend(keys=_TENDED, args=[self._name, most, int(count_waiting), *limits])
-        reaped, promoted, suspects, waiting, stream_length, late = reply
+        reaped, promoted, suspects, waiting, stream_length, late, now_ms = reply
         if late:
-            self._end_late(late)
+            self._end_late(late, now_ms=now_ms)
         return Tended(
             reaped=reaped,
             promoted=promoted,
@@ -137,10 +141,10 @@ class Upkeep:
             out_of_time=len(late),
         )
 
-    def _end_late(self, late: Sequence[bytes]) -> None:
+    def _end_late(self, late: Sequence[bytes], *, now_ms: float) -> None:
         ids = {member: _valid_id(member) for member in late}
         text = "no answer came by the time that the producer gave (answer_by)"
-        self._ledger.write([_out_of_time(job_id, text) for job_id in ids.values() if job_id])
+        self._ledger.write([_out_of_time(job_id, text, now_ms=now_ms) for job_id in ids.values() if job_id])
         if strange := [member for member, job_id in ids.items() if not job_id]:
             self._client.zrem(DEADLINES, *strange)  # by another hand; it would come back each second
 
@@ -180,7 +184,11 @@ class Upkeep:
                 for envelope, raw in late:
                     args += [envelope.id, raw]
                 taken = set(self._take_late(keys=[CLAIMS, LEASES, key], args=args))
-                entries = [_expired(envelope, key, raw) for envelope, raw in late if envelope.id.encode() in taken]
+                entries = [
+                    _expired(envelope, key, raw, now_ms=now_ms)
+                    for envelope, raw in late
+                    if envelope.id.encode() in taken
+                ]
                 expired += len(entries) - len(self._ledger.write(entries, token=f"{self._token}.lane"))
         return expired
 
@@ -209,13 +217,15 @@ def _valid_id(member: bytes) -> str:
     return ""
 
 
-def _out_of_time(job_id: str, text: str) -> Entry:
+def _out_of_time(job_id: str, text: str, *, now_ms: float) -> Entry:
     error = ErrorInfo(code=ErrorCode.EXPIRED, message=text, stage=Stage.CLAIM)
-    return Entry(id=job_id, answer=Answer(id=job_id, status=Status.EXPIRED, attempts=0, error=error), is_aside=True)
+    answer = Answer(id=job_id, status=Status.EXPIRED, attempts=0, error=error, answered_at=moment(now_ms))
+    return Entry(id=job_id, answer=answer, is_aside=True)
 
 
-def _expired(envelope: Envelope, key: str, raw: bytes) -> Entry:
-    answer = _out_of_time(envelope.id, "the deadline passed while the job waited and no worker ran").answer
+def _expired(envelope: Envelope, key: str, raw: bytes, *, now_ms: float) -> Entry:
+    text = "the deadline passed while the job waited and no worker ran"
+    answer = _out_of_time(envelope.id, text, now_ms=now_ms).answer
     with contextlib.suppress(RequestError):
         request = parse_request(envelope.fields)
         image = ImageInfo(reference=without_query(request.image))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from shiwu.contract import ErrorCode, ErrorInfo, RequestError, Stage
+from shiwu.contract import ErrorCode, ErrorInfo, RequestError, Stage, without_query
 from shiwu_worker.errors import Rejected
 from shiwu_worker.job import Job, Release
 
@@ -71,6 +71,15 @@ class Fates:
         if job.is_untried or job.attempt < policy.attempts:
             asked_s = min(job.retry_after_s or 0.0, self._limits.longest_pause_s)
             delay_s = asked_s + policy.delay_s(job.attempt)
-            job.back = Release(job.id, delay_s=delay_s, counts=not job.is_untried)
-            code = str(job.error.code)
-            log.info("later", id=job.told_id, attempt=job.attempt, code=code, delay_s=round(job.back.delay_s, 3))
+            ending = f"{job.error.code}|{job.error.stage or ''}"
+            job.back = Release(job.id, delay_s=delay_s, counts=not job.is_untried, ending=ending)
+            log.info(
+                "later",
+                id=job.told_id,
+                attempt=job.attempt,
+                image=without_query(job.request.image) if job.request else None,
+                code=str(job.error.code),
+                stage=str(job.error.stage) if job.error.stage else None,
+                error=job.error.message,
+                delay_s=round(delay_s, 3),
+            )

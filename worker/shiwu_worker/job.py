@@ -5,7 +5,7 @@ Also the other coins that pass between the rooms: what was claimed, what is give
 
 from __future__ import annotations
 
-from datetime import UTC, tzinfo
+from datetime import UTC, datetime, tzinfo
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,6 +13,7 @@ import msgspec
 from shiwu.contract import (
     Answer,
     AnswerWarning,
+    Attempt,
     ErrorCode,
     ErrorInfo,
     ImageInfo,
@@ -25,12 +26,14 @@ from shiwu.contract import (
     Tag,
     field_warnings,
     is_digest,
+    moment,
     parse_request,
     status_of,
     without_query,
 )
-from shiwu.envelope import read_message
+from shiwu.envelope import Envelope, read_message
 from shiwu.message_ids import find_id
+from shiwu_worker.history import back_in_lane_ms, read_history
 from shiwu_worker.label_set import LabelSet
 from shiwu_worker.timing import Moments
 
@@ -58,6 +61,8 @@ class Claimed(msgspec.Struct, frozen=True):
     """Whether Celery's revoke named it while it waited."""
     deaths: int = 0
     """How many workers died or hung while they held it, or lost their device with it."""
+    history: bytes = b""
+    """Earlier tries, as `history.read_history` reads them."""
 
 
 class Release(msgspec.Struct, frozen=True):
@@ -67,6 +72,8 @@ class Release(msgspec.Struct, frozen=True):
     delay_s: float = 0.0
     counts: bool = False
     """Whether the try counts as an attempt."""
+    ending: str = ""
+    """`code|stage` of what ended this try, for the job's history; empty where it was none."""
 
 
 class Departure(msgspec.Struct, frozen=True):
@@ -127,6 +134,8 @@ class Job(msgspec.Struct, eq=False):
     is_on_device: bool = False
     is_accused: bool = False
     """It was on the device when the worker had to end; perhaps it is guilty."""
+    history: tuple[Attempt, ...] = ()
+    """Earlier tries, the oldest first."""
     is_ended: bool = False
     """Somebody else has answered it: its producer cancelled, or its time was over."""
 
@@ -188,7 +197,29 @@ class Job(msgspec.Struct, eq=False):
             metadata=self.request.metadata if self.request else None,
             embedding=self.embedding,
             warnings=warnings or None,
+            answered_at=self._server_time(until_s),
+            history=self.history or None,
         )
+
+    def _server_time(self, at_s: float) -> datetime:
+        """A moment of this machine's monotonic clock, by Redis' clock."""
+        moments = self.moments
+        if not moments.claimed_ms:
+            return datetime.now(UTC)
+        return moment(moments.claimed_ms + (at_s - moments.claimed_s) * 1000)
+
+
+def _note_wait(job: Job, envelope: Envelope) -> None:
+    """Divide the time from enqueue to claim: earlier tries, pauses and a countdown, then the wait in the lane."""
+    moments, sent_ms = job.moments, envelope.sent_ms
+    in_lane_ms = sent_ms or 0.0
+    if job.history or envelope.eta_ms is not None:
+        eta_ms = envelope.eta_ms or 0.0
+        in_lane_ms = min(max(in_lane_ms, eta_ms, back_in_lane_ms(job.history)), moments.claimed_ms)
+        if sent_ms is not None and in_lane_ms > sent_ms:
+            moments.earlier_ms = round(in_lane_ms - sent_ms, 3)
+    if in_lane_ms:
+        moments.queue_ms = max(0.0, round(moments.claimed_ms - in_lane_ms, 3))
 
 
 def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:
@@ -203,15 +234,16 @@ def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:
         attempt=claimed.attempt,
         deaths=claimed.deaths,
         raw=claimed.raw,
-        moments=Moments(claimed_s=claimed.claimed_s),
+        moments=Moments(claimed_s=claimed.claimed_s, claimed_ms=claimed.claimed_ms),
     )
+    if claimed.history:
+        job.history = read_history(claimed.history)
     try:
         if is_digest(claimed.id):
             job.answer_id = find_id(claimed.raw) or ""
         envelope = read_message(claimed.raw, zone=zone)
         job.ignore_result = envelope.ignore_result
-        if envelope.sent_ms is not None:
-            job.moments.queue_ms = max(0.0, round(claimed.claimed_ms - envelope.sent_ms, 3))
+        _note_wait(job, envelope)
         job.has_callbacks = bool(envelope.canvas)
         job.warnings = field_warnings(envelope.fields)
         # Server times become local ones by the moment of the claim, which both clocks saw.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from redis import RedisError
 
-from shiwu.contract import ErrorInfo, ImageInfo, log_level_of, without_query
+from shiwu.contract import AttemptEnd, ErrorInfo, ImageInfo, log_level_of, without_query
 from shiwu.redis_errors import explain, info_of
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.fates import Fates
@@ -265,7 +265,7 @@ class Pipeline:
         if self._claimer.is_alive():
             self._claimer.join(timeout=CLAIM_ENDS_S)
         self._hands.wait_empty(until_s=until_s, is_hurried=lambda: self._is_hurried)
-        left = [Release(job.id, counts=job.is_accused) for job in reversed(self._hands.jobs())]
+        left = [_release_of(job) for job in reversed(self._hands.jobs())]
         self._ended.set()
         self._do.batcher.close()
         for thread in self._threads:
@@ -305,3 +305,9 @@ def _log_failure(job: Job, error: ErrorInfo, detail: str | None) -> None:
     level = log_level_of(error.code)
     if detail is not None or level != "info":
         getattr(log, level)("source_failed", id=job.told_id, code=str(error.code), detail=detail or error.message)
+
+
+def _release_of(job: Job) -> Release:
+    """How a job goes back that this worker does not finish."""
+    ending = AttemptEnd.WORKER_LOST if job.is_accused else AttemptEnd.WORKER_STOPPED
+    return Release(job.id, counts=job.is_accused, ending=f"{ending}|")

@@ -25,6 +25,7 @@ from shiwu.contract import (
     Stage,
     Status,
     check_id,
+    moment,
 )
 from shiwu.ledger import Entry, Ledger, load_script
 from shiwu.redis_errors import classify
@@ -68,6 +69,7 @@ class Revoker:
     """Carries a revoke out: known jobs are answered at once, the others when they are claimed."""
 
     def __init__(self, client: redis.Redis, ledger: Ledger) -> None:
+        self._client = client
         self._ledger = ledger
         self._script = load_script(client, "revoke")
 
@@ -80,7 +82,11 @@ class Revoker:
         ours: list[bytes] = self._script(
             keys=[CLAIMS, PARKED, REVOKED], args=[int(REMEMBERED_S * 1000), MOST_REMEMBERED, *ids]
         )
-        again = self._ledger.write([_revoked(job_id.decode()) for job_id in ours])
+        if not ours:
+            return 0
+        seconds, micros = self._client.time()
+        now_ms = seconds * 1000 + micros / 1000
+        again = self._ledger.write([_revoked(job_id.decode(), now_ms=now_ms) for job_id in ours])
         return len(ours) - len(again)
 
 
@@ -101,6 +107,7 @@ def _revoke(state: Any, task_id: str | Sequence[str] = (), **_: Any) -> dict[str
     return {"ok": f"{len(ids)} revoked"}
 
 
-def _revoked(job_id: str) -> Entry:
+def _revoked(job_id: str, *, now_ms: float) -> Entry:
     error = ErrorInfo(code=ErrorCode.CANCELLED, message="revoked by Celery's remote control", stage=Stage.CLAIM)
-    return Entry(id=job_id, answer=Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error), is_aside=True)
+    answer = Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error, answered_at=moment(now_ms))
+    return Entry(id=job_id, answer=answer, is_aside=True)

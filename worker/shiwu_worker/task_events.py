@@ -106,7 +106,7 @@ def events_of(settled: Sequence[Settled]) -> Iterator[tuple[str, dict[str, Any]]
             continue
         job, answer = one.job, one.entry.answer
         claimed = wall_s - (now_s - job.moments.claimed_s)
-        ended = claimed + (answer.timing.total - (answer.timing.queue or 0.0)) / 1000
+        ended = claimed + (answer.timing.total - (answer.timing.earlier or 0.0) - (answer.timing.queue or 0.0)) / 1000
         kwargs = repr({"image": answer.image.reference}) if answer.image else "{}"
         yield (
             "task-received",

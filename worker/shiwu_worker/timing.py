@@ -117,7 +117,11 @@ class Moments(msgspec.Struct, eq=False):
     """
 
     claimed_s: float
+    claimed_ms: float = 0.0
+    """The same moment by Redis' clock, in ms since 1970; 0 where it is not known."""
     queue_ms: float | None = None
+    earlier_ms: float | None = None
+    """From the enqueue until the job was in its lane for the last time, where that is later."""
     fetch_from_s: float = 0.0
     decode_from_s: float = 0.0
     batch_from_s: float = 0.0
@@ -145,7 +149,7 @@ class Moments(msgspec.Struct, eq=False):
             else:
                 stages.append(0)
         claim, fetch, decode, batch, encode, score = stages
-        total = sum(stages) + int((self.queue_ms or 0.0) * 1000 + 0.5)
+        total = sum(stages) + int(((self.queue_ms or 0.0) + (self.earlier_ms or 0.0)) * 1000 + 0.5)
         return Timing(
             queue=self.queue_ms,
             claim=claim / 1000,
@@ -154,5 +158,6 @@ class Moments(msgspec.Struct, eq=False):
             batch=batch / 1000,
             encode=encode / 1000,
             score=score / 1000,
+            earlier=self.earlier_ms,
             total=total / 1000,
         )

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Annotated, Any, Self, get_args
 
 import msgspec
 
 from shiwu.contract.request import Head
-from shiwu.contract.words import CONTRACT_VERSION, ErrorCode, Lane, Stage, Status, WarningCode, as_utf8, known_word
+from shiwu.contract.words import (
+    CONTRACT_VERSION,
+    AttemptEnd,
+    ErrorCode,
+    Lane,
+    Stage,
+    Status,
+    WarningCode,
+    as_utf8,
+    known_word,
+)
 
 _ENCODER = msgspec.json.Encoder()
 
@@ -26,8 +37,14 @@ StatusWord = Annotated[str, _open(Status)]
 ErrorWord = Annotated[str, _open(ErrorCode)]
 StageWord = Annotated[str, _open(Stage)]
 LaneWord = Annotated[str, _open(Lane)]
+AttemptWord = Annotated[str, _open((*AttemptEnd, *ErrorCode))]
 WarningWord = Annotated[str, _open(WarningCode)]
 HeadWord = Annotated[str, _open(get_args(Head))]
+
+
+def moment(ms: float) -> datetime:
+    """A time of Redis' clock, to the millisecond, as answers tell it."""
+    return datetime.fromtimestamp(int(ms) / 1000, UTC)
 
 
 class Written(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -61,10 +78,12 @@ class Tag(Written, frozen=True):
 
 
 class Timing(Written, frozen=True):
-    """Milliseconds of each stage; they follow each other without gaps and add up to `total`.
+    """Milliseconds of each stage of the last attempt; with `earlier` and `queue` they add up to `total`.
 
-    `queue` is the wait in the lane and is absent when the sender did not say when it enqueued. `batch` is waiting and
-    `encode` is the whole forward pass: neither is divided by the batch size. Commit lies after the answer.
+    `queue` is the wait in the lane before the last attempt; it is absent when the sender did not say when it enqueued.
+    `earlier` is the time between that moment and the wait: earlier attempts and their pauses, or a countdown. `batch`
+    is waiting and `encode` is the whole forward pass: neither is divided by the batch size. Commit lies after the
+    answer.
     """
 
     queue: float | None = None
@@ -74,6 +93,7 @@ class Timing(Written, frozen=True):
     batch: float = msgspec.field(default_factory=float)
     encode: float = msgspec.field(default_factory=float)
     score: float = msgspec.field(default_factory=float)
+    earlier: float | None = None
     total: float = msgspec.field(default_factory=float)
 
 
@@ -136,6 +156,28 @@ class AnswerWarning(Written, frozen=True):
             msgspec.structs.force_setattr(self, "code", known_word(WarningCode, self.code))
 
 
+class Attempt(Written, frozen=True):
+    """An earlier try of a job that came back to its lane."""
+
+    attempt: int
+    code: AttemptWord
+    """An error code, or how the worker ended; see `history` of the answer."""
+    at: datetime
+    """When it ended, by Redis' clock, in UTC."""
+    stage: StageWord | None = None
+    worker: str = msgspec.field(default_factory=str)
+    pause: float | None = None
+    """Milliseconds until the job was in its lane again, where the worker asked for a pause."""
+
+    def __post_init__(self) -> None:
+        """Recognise known words in what was read."""
+        if type(self.code) is str:
+            code = known_word(AttemptEnd, known_word(ErrorCode, self.code))
+            msgspec.structs.force_setattr(self, "code", code)
+        if type(self.stage) is str:
+            msgspec.structs.force_setattr(self, "stage", known_word(Stage, self.stage))
+
+
 class Answer(Written, frozen=True):
     """The one terminal result of a job."""
 
@@ -156,6 +198,10 @@ class Answer(Written, frozen=True):
     embedding: tuple[float, ...] | None = None
     warnings: tuple[AnswerWarning, ...] | None = None
     """Reasons to read the tags with care; None where there are none."""
+    answered_at: datetime | None = None
+    """When the answer was made, by Redis' clock, in UTC (RFC 3339)."""
+    history: tuple[Attempt, ...] | None = None
+    """Earlier tries, the last ten of them, the oldest first; None where there are none."""
 
     def __post_init__(self) -> None:
         """Recognise known words in what was read."""

@@ -102,6 +102,13 @@ class ErrorCode(StrEnum):
     ANSWER_UNREADABLE = "answer_unreadable"  # told to readers only: what lies under the id is no answer that they know
 
 
+class AttemptEnd(StrEnum):
+    """How an earlier attempt of a job ended, where not by an error code."""
+
+    WORKER_LOST = "worker_lost"  # its worker crashed, hung or lost its device
+    WORKER_STOPPED = "worker_stopped"  # its worker was asked to end, and gave the job back
+
+
 class WarningCode(StrEnum):
     """Stable reasons to read an answer's tags with care. A code is never renamed and never changes its meaning."""
 

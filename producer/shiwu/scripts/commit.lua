@@ -2,20 +2,20 @@
 -- KEYS  claims, leases, attempts, results stream, dead, dead answers, dead messages, counters, deadlines, canvas, canvas due,
 --       delayed, parked
 -- ARGV  result ttl in s, mark ttl in s, most dead letters, date, prefix of marks, prefix of results, channel of ended jobs,
---       patience with canvas in ms, prefix of answers given aside, then for each job: id, kind, answer, start of Celery's
+--       patience with canvas in ms, prefix of answers given aside, prefix of histories, then for each job: id, kind, answer, start of Celery's
 --       result for a failure, `lane key|raw message` where kind asks for it, mark, name of the claim where it is not the id
 -- kind  S success, F failure, R revoked; then any of I no result is wanted, D is kept as a dead letter,
 --       C has callbacks to send, A answered by somebody who does not hold it: its message is looked for among the claimed and
 --       the delayed, and where it lies in a lane it is met at its claim, N the message has no id, so that nobody can look
---       for its answer
+--       for its answer, H it has a history of earlier tries, which the answer tells
 -- Reply the ids that had been answered before, but not by an earlier try of this commit
 local claims, leases, attempts, results = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local dead, dead_answers, dead_messages, counters = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local deadlines, canvas, canvas_due = KEYS[9], KEYS[10], KEYS[11]
 local result_ttl, done_ttl, most_dead, date = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local done_prefix, result_prefix, ended, patience_ms = ARGV[5], ARGV[6], ARGV[7], tonumber(ARGV[8])
-local delayed, parked, aside_prefix = KEYS[12], KEYS[13], ARGV[9]
-local FIRST, STEP = 10, 7
+local delayed, parked, aside_prefix, history_prefix = KEYS[12], KEYS[13], ARGV[9], ARGV[10]
+local FIRST, STEP = 11, 7
 local READABLE_BYTES = 4 * 1024 * 1024
 local STATES = { S = 'SUCCESS', F = 'FAILURE', R = 'REVOKED' }
 
@@ -52,14 +52,18 @@ local function store_result(id, kind, head, answer)
   redis.call('PUBLISH', key, meta)
 end
 
-local ids, found, claimed = {}, {}, nil
+local ids, found, claimed, histories = {}, {}, nil, {}
 for i = FIRST, #ARGV, STEP do
-  ids[#ids + 1] = ARGV[i]
-  if ARGV[i + 6] ~= '' then
+  local id, kind, claim = ARGV[i], ARGV[i + 1], ARGV[i + 6]
+  ids[#ids + 1] = id
+  if claim ~= '' then
     claimed = claimed or {}
-    claimed[#ids] = ARGV[i + 6]
+    claimed[#ids] = claim
   end
-  if string.find(ARGV[i + 1], 'A', 2, true) then found[ARGV[i]] = message_of(ARGV[i]) end
+  if kind ~= 'S' then
+    if string.find(kind, 'A', 2, true) then found[id] = message_of(id) end
+    if string.find(kind, '[AH]', 2) then histories[#histories + 1] = history_prefix .. (claim ~= '' and claim or id) end
+  end
 end
 -- First what frees memory: a server that is full denies a script that begins with a write that needs some.
 for n, id in ipairs(claimed and ids or {}) do claimed[n] = claimed[n] or id end
@@ -67,6 +71,7 @@ claimed = claimed or ids
 redis.call('HDEL', claims, unpack(claimed))
 redis.call('ZREM', leases, unpack(claimed))
 redis.call('HDEL', attempts, unpack(claimed))
+if #histories > 0 then redis.call('DEL', unpack(histories)) end
 for id in pairs(found) do
   redis.call('HDEL', parked, id)
   redis.call('ZREM', delayed, id)

@@ -24,6 +24,7 @@ from shiwu.contract import (
     CLAIMS,
     COUNTERS,
     DELAYED,
+    HISTORY,
     LAST_CLAIM,
     LEASES,
     PARKED,
@@ -36,7 +37,7 @@ from shiwu.contract import (
 )
 from shiwu.keep import RESULT_TTL_S
 from shiwu.ledger import answered_before
-from shiwu.upkeep import SUSPECT_FROM
+from shiwu.upkeep import HISTORY_TTL_S, SUSPECT_FROM
 from shiwu_worker.job import Claimed, Release
 
 MAX_CLAIM: Final = 1000
@@ -83,6 +84,7 @@ class Claims:
         self._bulk_owed = 0.0
         self._is_suspects_turn = True
         self._is_reply_lost = False
+        self._ahead_ms: float | None = None
         self._client = client
         self._last_claim = f"{LAST_CLAIM}{token}"
         self._claim = _script(client, "claim")
@@ -108,11 +110,13 @@ class Claims:
         keys += [CANVAS, CANVAS_DUE, *_LANE_KEYS]
         args: list[Any] = [self._token, limit, int(bulk_owed), self._lease_ms, done_key(""), int(holds_nothing)]
         self._is_reply_lost = True
-        args += [int(self._is_suspects_turn), ASIDE, result_key(""), self._result_ttl_s, answered_before(self._worker)]
+        args += [int(self._is_suspects_turn), ASIDE, result_key(""), self._result_ttl_s]
+        args += [answered_before(self._worker, now_ms=self._server_time_ms()), HISTORY]
         reply: list[Any] = self._claim(keys=keys, args=args)
         self._is_reply_lost = False
         claimed_s = time.monotonic()
         claimed_ms = float(reply[0])
+        self._ahead_ms = claimed_ms - claimed_s * 1000
         jobs = tuple(
             Claimed(
                 id=reply[i].decode(),
@@ -123,14 +127,19 @@ class Claims:
                 claimed_ms=claimed_ms,
                 claimed_s=claimed_s,
                 is_revoked=reply[i + 5] == 1,
+                history=reply[i + 6],
             )
-            for i in range(2, len(reply), 6)
+            for i in range(2, len(reply), 7)
         )
         if is_alone := bool(reply[1]):
             self._is_suspects_turn = self._is_suspects_turn != holds_nothing
         if jobs:
             self._bulk_owed = max(0.0, bulk_owed - sum(job.key in _BULK for job in jobs))
         return Taken(jobs, alone=is_alone)
+
+    def _server_time_ms(self) -> float:
+        """The server's clock as the last claim showed it, or this machine's before the first."""
+        return time.time() * 1000 if self._ahead_ms is None else time.monotonic() * 1000 + self._ahead_ms
 
     def _give_back_unheard(self, held: Collection[str]) -> None:
         """Without this they would wait until a lease ends that nobody renews, and count as jobs of a dead worker."""
@@ -149,9 +158,9 @@ class Claims:
         """Give jobs back; return how many were still ours. The last one given comes first in its lane."""
         if not releases:
             return 0
-        args: list[Any] = [self._token, SUSPECT_FROM]
+        args: list[Any] = [self._token, SUSPECT_FROM, HISTORY, HISTORY_TTL_S]
         for item in releases:
-            args += [item.id, int(item.delay_s * 1000), int(item.counts)]
+            args += [item.id, int(item.delay_s * 1000), int(item.counts), item.ending]
         released: int = self._release(keys=[CLAIMS, LEASES, ATTEMPTS, DELAYED, PARKED, SUSPECTS], args=args)
         return released
 

@@ -5,15 +5,16 @@
 --       then 4 keys of each lane, interactive first
 -- ARGV  token, limit, least number to take from bulk, lease in ms, prefix of the marks of answered ids, '1' if we hold nothing,
 --       '1' if it is a suspect's turn, prefix of answers given aside, prefix of results, how long a result is kept in s,
---       result of a job whose id was answered before: Celery's JSON with a zero byte in each place of the id
+--       result of a job whose id was answered before: Celery's JSON with a zero byte in each place of the id,
+--       prefix of histories
 -- Reply server time in ms, 1 if we take suspects now, then for each job: id, attempt, deaths, number of its lane key (1 to 8),
---       message, 1 if Celery's revoke named it
+--       message, 1 if Celery's revoke named it, history of earlier tries or ''
 local claims, leases, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local suspects, taker, revoked, last_claim = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local token, limit, bulk_least = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local lease_ms, done_prefix, holds_nothing = tonumber(ARGV[4]), ARGV[5], ARGV[6] == '1'
 local canvas, canvas_due, aside_prefix = KEYS[9], KEYS[10], ARGV[8]
-local result_prefix, result_ttl, answered_before = ARGV[9], ARGV[10], ARGV[11]
+local result_prefix, result_ttl, answered_before, history_prefix = ARGV[9], ARGV[10], ARGV[11], ARGV[12]
 local FIRST, BULK, LAST = 11, 15, 18
 local READABLE_BYTES = 256 * 1024
 local BODY_BYTES = 8 * 1024
@@ -218,6 +219,8 @@ if #ids > 0 then
       reply[#reply + 1] = from[i] - FIRST + 1
       reply[#reply + 1] = raws[i]
       reply[#reply + 1] = unwanted[i] and 1 or 0
+      local history = tried[i] and redis.pcall('GET', history_prefix .. id)
+      reply[#reply + 1] = type(history) == 'string' and history or ''
     end
   end
   if #records > 0 then
