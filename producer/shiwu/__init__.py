@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from shiwu.dead import DeadFilter, DeadLetter
     from shiwu.queues import QueueState
     from shiwu.redis_errors import NotReplicated
-    from shiwu.results import StreamItem, TagResult, UnreadableItem
+    from shiwu.results import TagResult
+    from shiwu.stream import StreamItem, UnreadableItem
 
 _HOMES = {
     "Client": "client",
@@ -36,9 +37,9 @@ _HOMES = {
     "Lane": "contract",
     "RequestError": "contract",
     "Status": "contract",
-    "StreamItem": "results",
+    "StreamItem": "stream",
     "TagResult": "results",
-    "UnreadableItem": "results",
+    "UnreadableItem": "stream",
 }
 
 __all__ = [

@@ -30,8 +30,9 @@ from shiwu.items import check_images, check_shared_fields, read_item
 from shiwu.keep import OperatorsKeep
 from shiwu.ledger import Entry, Ledger
 from shiwu.queues import QueueState, read_state
-from shiwu.results import StreamItem, TagResult, UnreadableItem, follow, log_unreadable, read_result
+from shiwu.results import TagResult, read_result
 from shiwu.sender import Sender, Terms, read_lane
+from shiwu.stream import StreamItem, StreamOptions, UnreadableItem, follow, log_unreadable
 from shiwu.upkeep import Swept, Upkeep
 from shiwu.waiting import as_answered
 
@@ -251,14 +252,24 @@ class Client:
         block_s: float = 2.0,
         reclaim_idle_s: float = 60.0,
         stop_when_idle: bool = False,
+        away_s: float | None = None,
         on_unreadable: Callable[[UnreadableItem], None] = log_unreadable,
     ) -> Iterator[StreamItem]:
         """Yield every answer of the stream to one consumer of the group; call `.ack()` on each when it took effect.
 
-        What a consumer held for `reclaim_idle_s` without acknowledging goes to another: an answer may therefore come
-        twice, with the same id. A group sees the stream from its beginning.
+        Each answer goes to one consumer of the group. What a consumer was given and has not acknowledged after
+        `reclaim_idle_s` goes to another, so an answer may come twice, with the same id. A group sees the stream from
+        its beginning; one that was deleted is made anew.
 
         Args:
+            consumer: a name that no other loop uses at the same time. A loop that begins with the name of one that
+                crashed gets its unacknowledged answers at once. Default: a new name for each loop, which is removed at
+                the end of the loop; then such answers come after `reclaim_idle_s`.
+            reclaim_idle_s: longer than the work on one answer takes, and the same for all consumers of the group.
+            stop_when_idle: end when all answers were delivered, and those that other consumers held when this one had
+                nothing more to read are acknowledged or were taken over.
+            away_s: how long Redis may be away before its error is raised; None: wait for ever. The logger `shiwu` tells
+                that it is away.
             on_unreadable: called once with each entry that this version of the client cannot read; the default writes
                 a warning to the logger `shiwu`. The entry is skipped, counted in `unreadable_items`, and stays pending.
         """
@@ -267,16 +278,18 @@ class Client:
             self.unreadable_items += 1
             on_unreadable(item)
 
-        return follow(
-            self._redis,
+        options = StreamOptions(
             group=group,
-            consumer=consumer or f"{socket.gethostname()}-{os.getpid()}",
+            consumer=consumer or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
+            is_temporary=consumer is None,
             batch=batch,
             block_s=min(block_s, self._timeout_s / 2),
             reclaim_idle_s=reclaim_idle_s,
             stop_when_idle=stop_when_idle,
+            away_s=away_s,
             on_unreadable=count,
         )
+        return follow(self._once, self._redis, options)
 
     # -------------------------------------------------------------------------------- dead letters, queues
     def dead_letters(self, where: DeadFilter | None = None, *, limit: int | None = None) -> Iterator[DeadLetter]:

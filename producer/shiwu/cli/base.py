@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from enum import IntEnum
@@ -63,6 +64,14 @@ class Commands(click.Group):
         return result
 
 
+class _Echo(logging.Handler):
+    """Writes what the library logs to standard error, as the commands' own messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message."""
+        click.echo(f"shiwu: {printable(record.getMessage())}", err=True)
+
+
 def end(message: str, code: Exit) -> NoReturn:
     """Say why in one line, and leave."""
     click.echo(f"shiwu: {printable(message)}", err=True)
@@ -91,4 +100,7 @@ def main(ctx: click.Context, redis_url: str | None) -> None:
     4 Redis not reachable or the queue is full, 64 the Redis URL or what listens there can never work,
     130 interrupted by Ctrl-C, 141 the reader of a pipe left.
     """
+    log = logging.getLogger("shiwu")
+    log.addHandler(echo := _Echo())
+    ctx.call_on_close(lambda: log.removeHandler(echo))
     ctx.obj = ctx.with_resource(Client(redis_url))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Final
 
 import click
 from pydantic_core import to_json
@@ -12,27 +13,39 @@ from shiwu.cli.base import Exit, main
 from shiwu.cli.terminal import echo_json, make_console
 from shiwu.client import Client
 from shiwu.contract import Lane, printable
-from shiwu.results import UnreadableItem
+from shiwu.stream import UnreadableItem
+
+DRAIN_AWAY_S: Final = 5.0
+ACK_AWAY_S: Final = 3600.0
+"""How long to try to acknowledge an answer that was printed, before it has to be printed again."""
 
 
 @main.command()
 @click.option("--group", default="shiwu-cli", show_default=True, help="Consumer group; each group gets every answer.")
-@click.option("--consumer", help="This consumer's name; default host and process.")
+@click.option(
+    "--consumer", help="This consumer's name; with that of one that crashed, its unacknowledged answers come at once."
+)
 @click.option("--follow", is_flag=True, help="Wait for more instead of ending when the stream is read.")
 @click.pass_obj
 def results(client: Client, /, *, group: str, consumer: str | None, follow: bool) -> None:
-    """Print answers of all jobs as JSON lines, and acknowledge each one that was printed."""
+    """Print answers of all jobs as JSON lines, and acknowledge each one that was printed.
+
+    Without --follow it ends when all answers are printed, and waits for those that a crashed consumer of the group
+    holds until they are taken over, a minute after that consumer was last active.
+    """
     block_s = 2.0 if follow else 0.05
+    away_s = None if follow else DRAIN_AWAY_S
     try:
         for item in client.results(
             group=group,
             consumer=consumer,
             block_s=block_s,
             stop_when_idle=not follow,
+            away_s=away_s,
             on_unreadable=_show_unreadable,
         ):
             echo_json(item.result.to_json())
-            item.ack()
+            item.ack(away_s=ACK_AWAY_S if follow else DRAIN_AWAY_S)
     except KeyboardInterrupt:
         sys.exit(Exit.OK)
 

@@ -1,0 +1,274 @@
+"""Consumers of the results stream: what is delivered is delivered once, and nothing is left behind."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from click.testing import CliRunner
+
+from shiwu import Client, StreamItem
+from shiwu.cli import main
+from shiwu.contract import RESULT_STREAM, Answer, Status
+from shiwu.ledger import Entry, Ledger
+from tests.support.fault_proxy import FaultProxy
+from tests.support.servers import Valkey
+from tests.support.waiting import wait_until
+
+Fill = Callable[..., list[str]]
+
+
+def fill(client: redis.Redis, count: int, *, prefix: str = "job") -> list[str]:
+    """So many answers in the stream."""
+    ids = [f"{prefix}-{number}" for number in range(count)]
+    entries = [Entry(id=job_id, answer=Answer(id=job_id, status=Status.TAGGED)) for job_id in ids]
+    Ledger(client, token="w").write(entries)
+    return ids
+
+
+def drain(client: Client, **options: Any) -> list[str]:
+    """Read until nothing is left, acknowledge all, and give the ids in order."""
+    seen = []
+    for item in client.results(**({"group": "g", "block_s": 0.05, "stop_when_idle": True} | options)):
+        seen.append(item.result.id)
+        item.ack()
+    return seen
+
+
+def consumers(client: redis.Redis) -> dict[str, int]:
+    """Name and number of pending entries of each consumer of the group."""
+    found: Any = client.xinfo_consumers(RESULT_STREAM, "g")
+    return {one["name"].decode(): one["pending"] for one in found}
+
+
+class Consumer:
+    """A loop in a thread of its own, that collects ids."""
+
+    def __init__(self, client: Client, **options: Any) -> None:
+        self.seen: list[str] = []
+        self._loop = client.results(**({"group": "g", "block_s": 0.2} | options))
+        self._pool = ThreadPoolExecutor(1)
+        self._stopped = threading.Event()
+        self.task = self._pool.submit(self._run)
+
+    def _run(self) -> None:
+        with closing(self._loop) as loop:  # type: ignore[type-var]  # it is a generator
+            for item in loop:
+                self.seen.append(item.result.id)
+                item.ack(away_s=30)
+                if item.result.id == "end-0":
+                    return
+
+    def wait(self, client: redis.Redis) -> list[str]:
+        """Give it a last answer, and wait until it has that."""
+        fill(client, 1, prefix="end")
+        self.task.result(timeout=30)
+        self._pool.shutdown()
+        return self.seen[:-1]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Valkey]:
+    """A server that a test may stop."""
+    with Valkey(folder=tmp_path / "own", config={"appendonly": "yes", "appendfsync": "always"}) as server:
+        yield server
+
+
+def test_results_go_on_when_redis_comes_back(own: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    """The loop waits, and goes on where it was; the logger tells both."""
+    with Client(own.url, timeout_s=1) as client:
+        consumer = Consumer(client)
+        with own.client() as near:
+            first = fill(near, 50, prefix="first")
+        wait_until(lambda: len(consumer.seen) == 50, timeout_s=20)
+        own.kill()
+        wait_until(lambda: "redis_away" in caplog.text, timeout_s=20)
+        own.restart()
+        with own.client() as near:
+            second = fill(near, 50, prefix="second")
+            assert consumer.wait(near) == first + second
+    assert "Redis answers again" in caplog.text
+
+
+def test_results_raise_when_redis_is_away_too_long(own: Valkey) -> None:
+    """As long as the caller bears it; an error that does not pass is raised at once."""
+    with Client(own.url, timeout_s=1) as client:
+        own.kill()
+        with pytest.raises(redis.ConnectionError):
+            drain(client, away_s=0.5)
+        own.restart()
+        with own.client() as near:
+            near.set(RESULT_STREAM, "a foreign type")
+        with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+            drain(client)
+
+
+@pytest.mark.parametrize("cut_bytes", [0, 4000])
+def test_results_of_a_lost_reply_come_again(redis_url: str, redis_client: redis.Redis, cut_bytes: int) -> None:
+    """What the server has delivered and the client has not got is read again, at once and in order."""
+    ids = fill(redis_client, 60)
+    with FaultProxy(redis_url) as proxy, Client(proxy.url, timeout_s=5) as client:
+        loop = client.results(group="g", block_s=0.05, batch=20, stop_when_idle=True)
+        seen = []
+        for item in loop:
+            seen.append(item.result.id)
+            if len(seen) == 20:
+                proxy.cut_reply_after(cut_bytes + 100)  # the next portion, behind what the acknowledgement says
+            item.ack(away_s=10)
+    assert proxy.cuts == 1
+    assert seen == ids
+    assert redis_client.xpending(RESULT_STREAM, "g")["pending"] == 0
+
+
+def test_results_go_on_when_the_stream_is_deleted(redis_url: str, redis_client: redis.Redis) -> None:
+    """While the loop blocks, and while it works on a portion; the group is made anew."""
+    with Client(redis_url) as client:
+        consumer = Consumer(client, block_s=2.0)
+        first = fill(redis_client, 5, prefix="first")
+        wait_until(lambda: len(consumer.seen) == 5, timeout_s=20)
+        redis_client.delete(RESULT_STREAM)
+        second = fill(redis_client, 5, prefix="second")
+        assert consumer.wait(redis_client) == first + second
+        third = fill(redis_client, 5, prefix="third")
+        with closing(client.results(group="h", reclaim_idle_s=0.0)) as loop:  # type: ignore[type-var]  # a generator
+            seen = [next(loop).result.id]
+            redis_client.delete(RESULT_STREAM)
+            seen += [next(loop).result.id for _ in range(len(second) + len(third))]
+        assert seen[-len(third) :] == third, "what was read before is delivered, with or without the stream"
+
+
+def test_consumers_without_names_get_each_answer_once(redis_url: str, redis_client: redis.Redis) -> None:
+    """Two threads of one client; their work on a portion takes longer than the time after which it is taken over."""
+    ids = fill(redis_client, 200)
+    pause = threading.Event()
+
+    def work(client: Client, each_s: float) -> list[str]:
+        seen = []
+        for item in client.results(group="g", block_s=0.05, reclaim_idle_s=0.5, stop_when_idle=True):
+            seen.append(item.result.id)
+            pause.wait(each_s)
+            item.ack()
+        return seen
+
+    with Client(redis_url) as client, ThreadPoolExecutor(2) as pool:
+        found = [task.result(timeout=60) for task in [pool.submit(work, client, each_s) for each_s in (0.003, 0.03)]]
+    assert sorted(found[0] + found[1]) == sorted(ids)
+    assert all(found), "both had work"
+    assert consumers(redis_client) == {}, "each has left"
+
+
+def test_answers_of_a_slow_consumer_go_to_another(redis_url: str, redis_client: redis.Redis) -> None:
+    """It works on one for too long: the others of its portion are taken over, and it does not work on them, too."""
+    ids = fill(redis_client, 10)
+    with Client(redis_url) as client:
+        with closing(client.results(group="g", consumer="slow", reclaim_idle_s=0.3, block_s=0.05)) as slow:  # type: ignore[type-var]
+            first = next(slow)
+            # It holds ten, and does not come back for the second.
+            wait_until(lambda: redis_client.xpending_range(RESULT_STREAM, "g", "-", "+", 10, idle=300), timeout_s=10)
+            taken = drain(client, reclaim_idle_s=0.3)
+            assert set(ids[1:]) <= set(taken)
+            more = fill(redis_client, 1, prefix="more")
+            assert next(slow).result.id == more[0]
+        assert first.result.id == ids[0]
+
+
+def test_answers_not_asked_for_come_at_once_to_another(redis_url: str, redis_client: redis.Redis) -> None:
+    """A loop that is left gives up the rest of its portion; what it gave out and was not acknowledged stays with it."""
+    ids = fill(redis_client, 10)
+    with Client(redis_url) as client:
+        with closing(client.results(group="g", consumer="left")) as left:  # type: ignore[type-var]  # a generator
+            next(left)
+        assert consumers(redis_client) == {"left": 10}
+        seen = []
+        for item in client.results(group="g", consumer="next"):
+            seen.append(item.result.id)
+            item.ack()
+            if len(seen) == 9:
+                break
+    assert seen == ids[1:]
+    assert consumers(redis_client) == {"left": 1, "next": 0}
+
+
+def test_stop_when_idle_waits_for_what_a_crashed_consumer_holds(
+    redis_url: str, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """96 of 100 are pending under its name: the loop says so, and ends when it has taken them over."""
+    ids = fill(redis_client, 100)
+    redis_client.xgroup_create(RESULT_STREAM, "g", id="0")
+    [[_, entries]] = redis_client.xreadgroup("g", "crashed", {RESULT_STREAM: ">"}, count=100)
+    redis_client.xack(RESULT_STREAM, "g", *[entry_id for entry_id, _ in entries[:4]])
+    with Client(redis_url) as client, caplog.at_level(logging.WARNING, logger="shiwu"):
+        assert drain(client, reclaim_idle_s=1.0) == ids[4:]
+    assert caplog.text.count("crashed") == 1
+
+
+def test_stop_when_idle_ends_when_others_have_acknowledged(redis_url: str, redis_client: redis.Redis) -> None:
+    """It waits for what was pending, not for what others are given later, and takes nothing from who is alive."""
+    fill(redis_client, 3)
+    with (
+        Client(redis_url) as client,
+        ThreadPoolExecutor(1) as pool,
+        closing(client.results(group="g", consumer="other", block_s=0.05)) as other,  # type: ignore[type-var]
+    ):
+        held = [next(other) for _ in range(3)]
+        draining = pool.submit(drain, client)
+        with pytest.raises(TimeoutError):
+            draining.result(timeout=0.7)
+        for item in held:
+            item.ack()
+        assert draining.result(timeout=10) == []
+
+
+def test_consumers_that_hold_nothing_are_removed_in_time(
+    redis_url: str, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of processes that ended long ago; never one that holds entries."""
+    monkeypatch.setattr("shiwu.stream.FORGET_CONSUMER_S", 0.0)
+    fill(redis_client, 2)
+    redis_client.xgroup_create(RESULT_STREAM, "g", id="0")
+    redis_client.xreadgroup("g", "holds", {RESULT_STREAM: ">"}, count=1)
+    redis_client.xgroup_createconsumer(RESULT_STREAM, "g", "empty")
+    with Client(redis_url) as client:
+        loop: Iterator[StreamItem] = client.results(group="g", consumer="new", reclaim_idle_s=0.0)
+        next(loop).ack()
+        assert set(consumers(redis_client)) == {"holds", "new"}
+
+
+def test_results_work_with_the_rights_of_an_older_acl(
+    redis_url: str, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the new commands the loop reads as before, and says which right is missing."""
+    fill(redis_client, 30)
+    rights = ["+ping", "+select", "+client", "+xgroup|create", "+xreadgroup", "+xautoclaim", "+xack"]
+    redis_client.acl_setuser("old", enabled=True, nopass=True, keys=[RESULT_STREAM], commands=rights)
+    try:
+        with Client(redis_url.replace("://", "://old:x@")) as client:
+            assert len(drain(client, reclaim_idle_s=0.0001)) == 30
+    finally:
+        redis_client.acl_deluser("old")
+    assert "redis_permission" in caplog.text
+
+
+def test_cli_says_that_it_waits_for_another_consumer(redis_url: str, redis_client: redis.Redis) -> None:
+    """On standard error, so that the JSON lines stay clean."""
+    fill(redis_client, 2)
+    redis_client.xgroup_create(RESULT_STREAM, "g", id="0")
+    [[_, entries]] = redis_client.xreadgroup("g", "crashed", {RESULT_STREAM: ">"}, count=1)
+    redis_client.config_resetstat()
+    with ThreadPoolExecutor(1) as pool:
+        runner = CliRunner()
+        running = pool.submit(runner.invoke, main, ["--redis-url", redis_url, "results", "--group", "g"])
+        wait_until(lambda: redis_client.info("commandstats").get("cmdstat_xpending"), timeout_s=10)
+        redis_client.xack(RESULT_STREAM, "g", entries[0][0])
+        result = running.result(timeout=20)
+    assert result.exit_code == 0
+    assert result.stdout.count("\n") == 1
+    assert "shiwu: waiting for answers" in result.stderr
+    assert "crashed" in result.stderr
