@@ -1,6 +1,6 @@
 """The Celery app: an ordinary Celery worker whose boot step runs the pipeline.
 
-Celery is imported here and in the four rooms beside it: `canvas`, `callback_app`, `task_events`, `revoke`.
+Celery is imported here and in the modules around it: `canvas`, `callback_app`, `task_events`, `revoke`, `stop_signals`.
 
 `celery -A shiwu_worker.app worker` claims from the lanes with the pipeline, not with Celery's consumer. What is left of
 that consumer listens on a queue of its own that nobody writes to, so a broker blip there never touches a job.
@@ -9,7 +9,6 @@ that consumer listens on a queue of its own that nobody writes to, so a broker b
 from __future__ import annotations
 
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from shiwu_worker.errors import FatalError
 from shiwu_worker.parts import CELERY_CONNECTIONS, connect, make_ledger
 from shiwu_worker.revoke import Revoker
 from shiwu_worker.settle import Settled
+from shiwu_worker.stop_signals import StopSignals
 from shiwu_worker.task_events import TaskEvents
 from shiwu_worker.wiring import Service, open_service
 
@@ -90,30 +90,39 @@ class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has
 
     def __init__(self, worker: Any, **_: Any) -> None:
         self._stack = ExitStack()
+        self._signals = StopSignals(worker.hostname)
         self._service: Service | None = None
         self._fatal: FatalError | None = None
         self._grace_s = 0.0
 
     def start(self, worker: Any) -> None:
-        """Load, warm up, start claiming. A failure here ends the process with the error's exit code."""
+        """Load, warm up, start claiming.
+
+        A failure here ends the process with the error's exit code, a signal with 0.
+        """
         settings = _settings()
         self._grace_s = settings.grace_s
-        try:
-            tell = self._stack.enter_context(_celery_side(worker, settings))
-            self._service = self._stack.enter_context(open_service(settings, on_fatal=self._end, on_answered=tell))
-        except FatalError as error:
-            log.error("not_started", exit_code=int(error.exit_code), reason=error.exit_code.name, error=str(error))
-            raise SystemExit(int(error.exit_code)) from error
-        log.info("ready", worker=settings.worker_name, after_s=self._service.ready_after_s)
+        self._signals.install()
+        with ExitStack() as stack:
+            try:
+                tell = stack.enter_context(_celery_side(worker, settings))
+                service = stack.enter_context(open_service(settings, on_fatal=self._end, on_answered=tell))
+            except FatalError as error:
+                log.error("not_started", exit_code=int(error.exit_code), reason=error.exit_code.name, error=str(error))
+                raise SystemExit(int(error.exit_code)) from error
+            except SystemExit:
+                log.info("stopped", reason="asked to", during="start")
+                raise
+            self._service, self._stack = service, stack.pop_all()
+            self._signals.started(service.hurry)
 
     def stop(self, worker: Any) -> None:
         """Drain within the grace time; a second signal gives everything back at once."""
         service, self._service = self._service, None
         if service is None:
             return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: service.hurry())
-        log.info("stopping", reason=self._fatal.exit_code.name if self._fatal else "asked to")
+        asked = "asked to" if self._signals.count else "Celery's loop ended"
+        log.info("stopping", reason=self._fatal.exit_code.name if self._fatal else asked)
         service.stop(grace_s=0.0 if self._fatal else self._grace_s)
         self._stack.close()
         log.info("stopped")

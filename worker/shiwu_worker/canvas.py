@@ -57,6 +57,8 @@ class Callbacks:
         self._take = load_script(client, "take_callbacks")
         self._fresh: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
         self._closed = threading.Event()
+        self._under_way = 0
+        """Jobs of the portion that is being sent."""
         self._thread = threading.Thread(target=self._run, name="callbacks", daemon=True)
 
     def start(self) -> None:
@@ -93,12 +95,16 @@ class Callbacks:
                     if self._portion([]) == AT_ONCE:
                         look_s = 0.0  # thousands of jobs cancelled at once leave more than one portion
             except AWAY as error:
-                # They stay in Redis, and somebody finds them when the patience is over.
-                log.warning("callbacks_postponed", jobs=len(ids), error=str(error)[:300])
+                # They stay in Redis, and a worker finds them when the patience is over. Where none are concerned, other
+                # threads have logged that Redis is away.
+                if jobs := max(len(ids), self._under_way):
+                    log.warning("callbacks_postponed", jobs=jobs, error=str(error)[:300])
 
     def _portion(self, ids: Sequence[str]) -> int:
         """Send what these ids, or with none of them others, have left; gives how many there were."""
+        self._under_way = 0
         reply: Any = self._take(keys=[CANVAS, CANVAS_DUE], args=[self._patience_ms, AT_ONCE, *ids])
+        self._under_way = len(reply) // 2
         for i in range(0, len(reply), 2):
             job_id = reply[i].decode(errors="replace")  # a member by another hand must not end this thread
             try:

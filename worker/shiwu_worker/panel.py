@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import redis
+import structlog
 
 from shiwu.contract import RETRIABLE, Lane
 from shiwu.queues import Look, look
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from shiwu_worker.settle import Settled
     from shiwu_worker.traces import Traces
 
+log: Any = structlog.get_logger()
 _THREADS = ("claim", "encode", "score", "commit", "heartbeat", "ended")
 TRACES_CLOSE_S = 3.0
 
@@ -44,6 +47,8 @@ class Panel:
         self._vitals = Vitals(progress, redis_timeout_s=settings.redis_timeout_s)
         self._metrics = Metrics(retried=RETRIABLE) if settings.http_port else None
         self._traces: Traces | None = None
+        self._began_s = time.monotonic()
+        self._has_claimed = False
 
     def open(self, stack: ExitStack) -> None:
         """Answer on the HTTP port, if there is one: not ready, and no job counted, while the model loads.
@@ -121,7 +126,11 @@ class Panel:
         self._vitals.started(body)
 
     def claiming(self, *, is_so: bool) -> None:
-        """Claims succeed, or have ended."""
+        """Claims succeed, or have ended. The first that succeeds makes the worker ready, and the log says so."""
+        if is_so and not self._has_claimed:
+            self._has_claimed = True
+            after_s = round(time.monotonic() - self._began_s, 3)
+            log.info("ready", worker=self._settings.worker_name, after_s=after_s)
         self._health.ready(is_ready=is_so)
         self._vitals.claiming(is_so=is_so)
 

@@ -11,14 +11,19 @@ import select
 import signal
 import sys
 import threading
-from typing import Final
+import warnings
+from typing import Any, Final
+
+import structlog
 
 from shiwu_worker import logs
 from shiwu_worker.config import Settings
 from shiwu_worker.config_errors import load_settings_or_exit, report_unknown_names
+from shiwu_worker.errors import ExitCode
 from shiwu_worker.malloc import use_one_arena
 from shiwu_worker.nursery import PR_SET_PDEATHSIG
 
+log: Any = structlog.get_logger()
 EVENTS: Final = "-E"
 
 
@@ -42,6 +47,13 @@ def begin() -> Settings:
 
 def run(*, node: str, task_events: bool) -> None:
     """Be the Celery worker; ends the process."""
+    # Until the worker has handlers of its own. As the first process of a container it would ignore SIGTERM otherwise.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(int(ExitCode.OK)))
+    if os.geteuid() == 0:
+        # In place of Celery's warning, which has nine lines and names an option that this command does not have.
+        warnings.filterwarnings("ignore", message=".*running the worker with superuser privileges", append=False)
+        log.warning("running_as_root", meaning="the worker needs no rights of root; start it as another user")
     from celery.bin.celery import celery  # noqa: PLC0415 it takes a second to import, and the launcher needs none
 
     args = ["--quiet", "--app", "shiwu_worker.app", "worker", "--loglevel=WARNING", "--hostname", node]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -59,7 +58,6 @@ class Service:
     def __init__(self, *, pipeline: Pipeline, stop: Callable[[float], None]) -> None:
         self._pipeline = pipeline
         self._stop = stop
-        self.ready_after_s = 0.0
 
     def stop(self, *, grace_s: float) -> None:
         """Drain within the grace time and give back what is left. The first call counts."""
@@ -85,7 +83,6 @@ def open_service(
     Raises:
         FatalError: when a part can't start. Nothing has been claimed then.
     """
-    began_s = time.monotonic()
     use_one_arena()  # again: Celery's own command may have started this process
     progress = Progress()
     panel = Panel(settings, progress)
@@ -96,14 +93,12 @@ def open_service(
         label_sets = read_label_sets(settings)
         folder = model_folder(settings.model)
         settings = tune.apply(settings, lambda: model_revision(folder))
-        service = _build(
+        yield _build(
             *(stack, settings, folder, panel, progress),
             label_sets=label_sets,
             on_fatal=on_fatal,
             on_answered=on_answered,
         )
-        service.ready_after_s = round(time.monotonic() - began_s, 3)
-        yield service
 
 
 def _build(
