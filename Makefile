@@ -23,7 +23,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 BUILD = $(DOCKER) build --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-fast hostile fuzz lint bench bench-compare drill chart-tools docs chart-docs error-docs images format clean
+.PHONY: help demo test test-long test-fast hostile fuzz lint bench bench-compare drill chart-tools docs chart-docs images format clean
 .DELETE_ON_ERROR:
 # Running targets side by side would mix what they print, and two of them would share the machine's cores.
 .NOTPARALLEL:
@@ -69,11 +69,9 @@ drill: $(STAMP) ## break everything for about an hour and count every answer; AR
 chart-tools: $(STAMP) ## install what the chart's tests run: two versions of helm, and promtool
 	@$(BIN)/python -m tests.support.chart_tools
 
-docs: error-docs ## write all that is made from the code: pages of settings and errors, JSON Schema
+docs: $(STAMP) ## write all that is made from the code: pages of settings and errors, JSON Schema
 	$(BIN)/python -m shiwu_worker.config_reference docs/settings.md
 	$(BIN)/python -m shiwu.schema docs/schema
-
-error-docs: $(STAMP) ## write docs/errors.md from the tables of errors in the code
 	$(BIN)/python -m shiwu_worker.error_docs docs/errors.md
 
 chart-docs: $(STAMP) ## make the chart's schema and README from its values.yaml

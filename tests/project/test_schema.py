@@ -23,7 +23,7 @@ def test_the_schema_files_are_current(name: str) -> None:
 
 
 def test_the_page_of_errors_is_current() -> None:
-    """`make error-docs` was run after the last change of a table."""
+    """`make docs` was run after the last change of a table."""
     assert (FOLDER.parent / "errors.md").read_text(encoding="utf-8") == page()
 
 

@@ -27,7 +27,7 @@ OWN_NAMES: Final = {
 
 
 def make_fetcher(
-    client: S3Client, endpoint_url: str | None, *, total_timeout_s: float = 5.0, read_timeout_s: float = 2.0
+    client: S3Client, endpoint_url: str | None, *, total_timeout_s: float = 20.0, read_timeout_s: float = 2.0
 ) -> Fetcher:
     """A fetcher of objects of at most 10,000 bytes."""
     limits = FetchLimits(10_000, total_timeout_s, connect_timeout_s=1.0, read_timeout_s=read_timeout_s)
@@ -35,10 +35,25 @@ def make_fetcher(
     return Fetcher(s3=S3Options(endpoint_url, "us-east-1", client), web=web, reach=Reach(), limits=limits, threads=2)
 
 
-def make_store(client: S3Client, endpoint_url: str | None) -> ObjectStore:
+def make_store(
+    client: S3Client,
+    endpoint_url: str | None,
+    *,
+    is_anonymous: bool = False,
+    requester_pays: bool = False,
+    user_agent: str = "shiwu",
+) -> ObjectStore:
     """The client alone."""
+    options = S3Options(
+        endpoint_url,
+        "us-east-1",
+        client,
+        is_anonymous=is_anonymous,
+        requester_pays=requester_pays,
+        user_agent=user_agent,
+    )
     limits = S3Limits(threads=2, connect_timeout_s=1.0, read_timeout_s=2.0, total_timeout_s=5.0)
-    return new_store(S3Options(endpoint_url, "us-east-1", client), limits)
+    return new_store(options, limits)
 
 
 def read(store: ObjectStore, key: str, *, bucket: str = "pictures", version: str | None = None) -> bytes:

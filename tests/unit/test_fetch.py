@@ -26,11 +26,19 @@ from tests.support.raw_server import RawServer, says
 BODY = b"x" * 5000
 
 
-def make_fetcher(*, total_timeout_s: float = 10.0, reach: Reach | None = None) -> Fetcher:
+def make_fetcher(
+    *, total_timeout_s: float = 10.0, reach: Reach | None = None, max_redirects: int = 3, user_agent: str = "shiwu"
+) -> Fetcher:
     """A fetcher with small limits that may reach this machine's servers."""
-    limits = FetchLimits(max_bytes=10_000, total_timeout_s=total_timeout_s, connect_timeout_s=5.0, read_timeout_s=2.0)
+    limits = FetchLimits(
+        max_bytes=10_000,
+        total_timeout_s=total_timeout_s,
+        connect_timeout_s=5.0,
+        read_timeout_s=2.0,
+        max_redirects=max_redirects,
+    )
     rules = reach or Reach(allow_hosts=("127.0.0.1",))
-    web = Web(rules, threads=2, connect_timeout_s=5.0, read_timeout_s=2.0)
+    web = Web(rules, threads=2, connect_timeout_s=5.0, read_timeout_s=2.0, user_agent=user_agent)
     return Fetcher(s3=S3Options(None, "us-east-1"), web=web, reach=rules, limits=limits, threads=2)
 
 
@@ -214,6 +222,32 @@ def test_sources_that_asked_for_a_pause_are_bounded() -> None:
     pauses.check("h0:80")
     with pytest.raises(Unavailable):
         pauses.check("h1:80")
+
+
+@pytest.mark.parametrize("most", [0, 1, 5])
+def test_redirects_are_followed_up_to_the_limit(http_server: PictureServer, most: int) -> None:
+    """And no further; none at all with 0."""
+    for number in range(1, 7):
+        http_server.serve(f"/{number}", Reply.redirect(f"/{number - 1}"))
+    http_server.serve("/0", Reply.picture(BODY))
+    fetcher = make_fetcher(max_redirects=most)
+    assert fetcher.fetch(http_server.url(f"/{most}")) == BODY
+    assert code_of(fetcher, http_server.url(f"/{most + 1}")) == (Rejected, "source_forbidden")
+
+
+@pytest.mark.parametrize("most", [1, 20])
+def test_every_redirect_is_checked_like_the_reference(http_server: PictureServer, most: int) -> None:
+    """Whatever their number: an inner address behind the last of them is refused."""
+    url = http_server.serve("/a", Reply.redirect("http://10.0.0.1/a"))
+    assert code_of(make_fetcher(max_redirects=most), url) == (Unreachable, "source_unavailable")
+
+
+def test_requests_to_web_servers_name_their_sender(http_server: PictureServer) -> None:
+    """As the operator says; also after a redirect."""
+    http_server.serve("/a", Reply.picture(BODY))
+    url = http_server.serve("/moved", Reply.redirect("/a"))
+    assert make_fetcher(user_agent="our tagger/1.0").fetch(url) == BODY
+    assert {headers["User-Agent"] for headers in http_server.headers.values()} == {"our tagger/1.0"}
 
 
 def test_a_slow_drip_ends_at_the_total_deadline(http_server: PictureServer) -> None:

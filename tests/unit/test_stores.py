@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from shiwu_worker.boto_store import Access, new_client
-from shiwu_worker.check import _check_s3
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import Rejected, Unavailable
 from shiwu_worker.object_store import (
@@ -30,8 +29,10 @@ from shiwu_worker.object_store import (
     StoreAway,
     StoreError,
     WrongName,
+    is_at,
 )
 from shiwu_worker.obstore_store import ObstoreStore
+from shiwu_worker.reach import Reach, allows_bucket
 from tests.support.certificates import Certificate
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.raw_server import RawServer, says
@@ -40,6 +41,8 @@ from tests.support.stores import CLIENTS, OWN_NAMES, SECRET, failure, make_fetch
 
 BODY = b"x" * 5000
 PLAIN = Reply(body=BODY)
+
+
 each_client = pytest.mark.parametrize("client", CLIENTS)
 
 
@@ -113,16 +116,6 @@ def test_keys_are_taken_as_they_stand(real: S3Server, client: S3Client) -> None:
     assert fetcher.fetch("S3://pictures/keys/a#b") == b"a#b"
     missing = failure(fetcher, "s3://pictures/keys/none?x=1#2")
     assert "s3://pictures/keys/none?x=1#2" in str(missing)
-
-
-@each_client
-def test_the_check_asks_by_the_chosen_client(real: S3Server, client: S3Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer is enough, a silence is not."""
-    monkeypatch.setenv("SHIWU_S3_CLIENT", client)
-    assert f"{real.endpoint_url} answers {client}; credentials by env" in _check_s3(Settings())
-    monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", "http://127.0.0.1:1")
-    with pytest.raises(StoreAway):
-        _check_s3(Settings())
 
 
 def test_a_client_that_is_not_there_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +252,107 @@ def test_headers_that_cannot_be_read_are_half_a_reply(client: S3Client) -> None:
         reply = OBJECT.replace(b"Content-Length: 3", header)
         with RawServer(says(reply)) as server, pytest.raises(StoreAway):
             read(make_store(client, f"http://127.0.0.1:{server.port}"), "a")
+
+
+SPECIAL = ("x--evil--x-s3", "x--use1-az4--xa-s3", "x" * 20 + "--op-s3", "-".join("x" * 20) + "o0evil" + "--op-s3")
+
+
+@each_client
+@pytest.mark.parametrize("bucket", SPECIAL)
+def test_a_bucket_that_chooses_an_endpoint_is_refused(
+    http_server: PictureServer, client: S3Client, bucket: str
+) -> None:
+    """Unless the operator allows names with that ending; then no request leaves the endpoint all the same."""
+    refused = failure(make_fetcher(client, http_server.url("")), f"s3://{bucket}/k")
+    assert (type(refused), refused.code.value) == (Rejected, "source_forbidden")
+    named = Reach(allow_buckets=("x*",))
+    assert not allows_bucket(named, bucket)
+    assert allows_bucket(Reach(allow_buckets=(f"*--{bucket.rpartition('--')[2]}",)), bucket)
+    assert not http_server.hits
+
+
+def test_no_request_of_boto3_leaves_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 Express would ask a host below the endpoint, with the session's token; an alias of Outposts would ask AWS."""
+    asked_urls: list[str] = []
+
+    def send(self: object, request: Any) -> None:
+        asked_urls.append(request.url)
+        raise OSError("not sent in tests")
+
+    monkeypatch.setattr("botocore.httpsession.URLLib3Session.send", send)
+    own, aws = "http://store.example:9000", None
+    outpost = "test-accessp-" + "o0b1d075431d83bebde8xz5w8ijx1qzlbp3i3kuse10" + "--op-s3"
+    for endpoint, bucket in ((own, "x--use1-az4--x-s3"), (own, "x--use1-az4--xa-s3"), (own, outpost)):
+        with pytest.raises(StoreError):
+            read(make_store("boto3", endpoint), "k", bucket=bucket)
+    assert not [url for url in asked_urls if not url.startswith(f"{own}/")]
+    asked_urls.clear()
+    for bucket in ("pictures", "x--use1-az4--x-s3"):
+        with pytest.raises(StoreError):
+            read(make_store("boto3", aws), "k", bucket=bucket)
+    assert [url.partition("//")[2].partition("/")[0] for url in asked_urls] == [
+        "pictures.s3.amazonaws.com",
+        "x--use1-az4--x-s3.s3express-use1-az4.us-east-1.amazonaws.com",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint", "is_same"),
+    [
+        ("http://h:9000/b/k", "http://h:9000", True),
+        ("http://H:9000/b/k", "http://h:9000/base", True),
+        ("http://h/b/k", "http://u:p@h:80", True),
+        ("http://b.h:9000/k", "http://h:9000", False),
+        ("http://h:9001/b/k", "http://h:9000", False),
+        ("https://h:9000/b/k", "http://h:9000", False),
+        ("https://b.s3.eu-west-1.amazonaws.com/k", "https://s3.us-east-1.amazonaws.com", True),
+        ("https://b.s3.cn-north-1.amazonaws.com.cn/k", "https://s3.us-east-1.amazonaws.com", False),
+        ("https://evilamazonaws.com/k", "https://s3.us-east-1.amazonaws.com", False),
+        ("https://s3.amazonaws.com/k", "https://h", False),
+    ],
+)
+def test_an_endpoint_is_compared_by_host_and_port(url: str, endpoint: str, is_same: bool) -> None:
+    """All of one AWS partition counts as one."""
+    assert is_at(url, endpoint) is is_same
+
+
+@each_client
+def test_anonymous_requests_have_no_signature(
+    http_server: PictureServer, client: S3Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With credentials around or without any."""
+    http_server.serve("/pictures/a", PLAIN)
+    for _ in range(2):
+        store = make_store(client, http_server.url(""), is_anonymous=True)
+        assert read(store, "a") == BODY
+        assert not {"authorization", "x-amz-security-token"} & sent_headers(http_server).keys()
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+
+
+@each_client
+def test_the_requester_pays_only_where_the_operator_says_so(http_server: PictureServer, client: S3Client) -> None:
+    """The header goes into the signature."""
+    http_server.serve("/pictures/a", PLAIN)
+    read(make_store(client, http_server.url("")), "a")
+    assert "x-amz-request-payer" not in sent_headers(http_server)
+    read(make_store(client, http_server.url(""), requester_pays=True), "a")
+    assert sent_headers(http_server)["x-amz-request-payer"] == "requester"
+    assert "x-amz-request-payer" in sent_headers(http_server)["authorization"]
+
+
+@each_client
+def test_requests_to_a_store_name_their_sender(http_server: PictureServer, client: S3Client) -> None:
+    """As the operator says; boto3 adds the version of botocore."""
+    http_server.serve("/pictures/a", PLAIN)
+    read(make_store(client, http_server.url(""), user_agent="our tagger/1.0 (ops@example.org)"), "a")
+    told = sent_headers(http_server)["user-agent"].partition(" Botocore/")[0]
+    assert told == "our tagger/1.0 (ops@example.org)"
+
+
+def sent_headers(server: PictureServer) -> dict[str, str]:
+    """The headers of the last request, by names in lower case."""
+    return {name.lower(): value for name, value in server.headers["/pictures/a"].items()}
 
 
 # -------------------------------------------------------------------------------- what the environment says

@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import boto3
 import botocore.session
+from botocore import UNSIGNED
 from botocore.awsrequest import (
     AWSHTTPConnection,
     AWSHTTPConnectionPool,
@@ -36,6 +38,7 @@ from shiwu_worker.object_store import (
     StoreRefused,
     WrongName,
     WrongSettings,
+    is_at,
     is_aws,
 )
 
@@ -49,12 +52,15 @@ class BotoStore:
     """An `ObjectStore`; the client is made when the first object is asked for."""
 
     def __init__(self, options: S3Options, limits: S3Limits) -> None:
+        self._options = options
         self._clients = Clients(options, limits)
 
     @contextmanager
     def open(self, bucket: str, key: str, *, version: str | None) -> Iterator[Body]:
         """Ask for one object."""
         more = {} if version is None else {"VersionId": version}
+        if self._options.requester_pays:
+            more["RequestPayer"] = "requester"
         with as_store_errors(has_version=version is not None):
             answer = _get(self._clients.get().client, Bucket=bucket, Key=key, **more)
             with answer["Body"] as body:
@@ -78,7 +84,8 @@ class Access:
 
     session: botocore.session.Session
     client: Any
-    credentials: ReadOnlyCredentials
+    credentials: ReadOnlyCredentials | None
+    """None: the store is asked without a signature."""
 
 
 def _check_whole(answer: Mapping[str, Any]) -> None:
@@ -115,7 +122,7 @@ class Clients:
                     raise NoCredentials
                 inner = botocore.session.Session()
                 try:
-                    _credentials(inner)
+                    self._credentials(inner)
                 except NoCredentials:
                     self._without_until_s = time.monotonic() + ASK_CHAIN_AGAIN_S
                     raise
@@ -123,7 +130,10 @@ class Clients:
                 self._made = inner, new_client(session, self._options, self._limits)
             inner, client = self._made
         # Here and not in the request: what fails in a service that gives out credentials says nothing about the object.
-        return Access(inner, client, _credentials(inner))
+        return Access(inner, client, self._credentials(inner))
+
+    def _credentials(self, session: botocore.session.Session) -> ReadOnlyCredentials | None:
+        return None if self._options.is_anonymous else _credentials(session)
 
 
 def _credentials(session: botocore.session.Session) -> ReadOnlyCredentials:
@@ -161,6 +171,8 @@ def new_client(session: boto3.session.Session, options: S3Options, limits: S3Lim
             config=Config(
                 # Tries are ours, within one deadline; botocore's would come on top of them.
                 retries={"mode": "standard", "total_max_attempts": 1},
+                user_agent=options.user_agent,
+                signature_version=UNSIGNED if options.is_anonymous else None,
                 max_pool_connections=limits.threads,
                 connect_timeout=limits.connect_timeout_s,
                 read_timeout=limits.read_timeout_s,
@@ -174,9 +186,17 @@ def new_client(session: boto3.session.Session, options: S3Options, limits: S3Lim
     except ValueError as error:
         raise WrongSettings("the endpoint is no http(s)://host[:port]") from error
     _read_past_interim(client)
-    if not is_aws(client.meta.endpoint_url):
+    endpoint = client.meta.endpoint_url
+    if not is_aws(endpoint):
         client.meta.events.register("before-parameter-build.s3", _follow_no_redirect)
+    client.meta.events.register_first("before-send.s3", partial(_check_host, endpoint))
     return client
+
+
+def _check_host(endpoint: str, request: Any, **_: object) -> None:
+    """Refuse a request that would leave the endpoint: some names of buckets make botocore choose another one."""
+    if not is_at(request.url, endpoint):
+        raise WrongName("expected a bucket of the configured endpoint, got a name that chooses another one")
 
 
 class _Plain(AWSHTTPConnection):

@@ -10,7 +10,6 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Final
 
-import boto3
 import click
 import redis
 from botocore.exceptions import BotoCoreError
@@ -29,9 +28,9 @@ from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.model_parts import open_encoder
 from shiwu_worker.models import model_folder
-from shiwu_worker.object_store import S3Limits, S3Options, StoreError, StoreRefused
+from shiwu_worker.object_store import StoreError
 from shiwu_worker.parts import connect, encode_default_labels, open_labels, read_label_sets
-from shiwu_worker.stores import new_store
+from shiwu_worker.s3_check import check_s3
 
 PIPE_COLUMNS: Final = 160
 OLDEST_REDIS: Final = (6, 2)
@@ -204,24 +203,8 @@ def _check_callbacks(settings: Settings) -> str:
     return "Celery reaches the same Redis, for callbacks and their results"
 
 
-def _check_s3(settings: Settings) -> str:
-    session = boto3.session.Session()
-    credentials = session.get_credentials()
-    if credentials is None:
-        return "no credentials: s3:// references will be answered source_credentials"
-    if settings.s3_endpoint_url is None:
-        return f"credentials by {credentials.method}; AWS is not asked, since no bucket is known here"
-    store = new_store(
-        S3Options(settings.s3_endpoint_url, settings.s3_region, settings.s3_client),
-        S3Limits(threads=1, connect_timeout_s=settings.connect_timeout_s, read_timeout_s=5, total_timeout_s=5),
-    )
-    try:
-        with store.open("shiwu-check", "shiwu-check", version=None):
-            pass
-    except StoreRefused as error:
-        if error.status not in {403, 404}:
-            raise
-    return f"{settings.s3_endpoint_url} answers {settings.s3_client}; credentials by {credentials.method}"
+def _check_s3(settings: Settings) -> Report:
+    return Report(*check_s3(settings))
 
 
 def _check_model(settings: Settings) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from shiwu.upkeep import MAX_LEASE_S
 from shiwu_worker.callback_rules import MOST, CallbackRules
 from shiwu_worker.config_lists import (
     Device,
+    Endpoint,
     Formats,
     Hosts,
     Names,
@@ -25,9 +27,11 @@ from shiwu_worker.config_lists import (
     Paths,
     Ports,
     Prefixes,
+    Region,
     Retries,
     S3Client,
     Traces,
+    UserAgent,
     check_duration,
     read_retry,
     split,
@@ -146,6 +150,12 @@ class Settings(BaseSettings):
     fetch_timeout_s: float = Field(15.0, gt=0, description="whole fetch of one picture, with its quick retries")
     connect_timeout_s: float = Field(3.0, gt=0, description="one connection attempt")
     read_timeout_s: float = Field(10.0, gt=0, description="one silence of a server")
+    max_redirects: int = Field(
+        3, ge=0, le=20, description="redirects of one http(s):// reference; each of them is checked like the reference"
+    )
+    user_agent: UserAgent | None = Field(
+        None, description="User-Agent of requests to web servers and stores; unset: shiwu/ and the version"
+    )
     max_bytes: int = Field(20 * 1024 * 1024, ge=1024, description="largest picture file")
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture, width × height")
     max_side: int = Field(65_535, ge=1, description="longest side in pixels; max_pixels is what bounds memory and time")
@@ -158,11 +168,19 @@ class Settings(BaseSettings):
     exact_decode: bool = Field(
         False, description="never decode a JPEG at reduced size: slower, pixels as transformers'"
     )
-    s3_endpoint_url: str | None = Field(None, description="S3-compatible store; unset: AWS")
-    s3_region: str | None = Field(None, description="unset: the usual AWS chain")
+    s3_endpoint_url: Endpoint | None = Field(
+        None, description="S3-compatible store, http(s)://host[:port]; unset: what the AWS chain says, else AWS"
+    )
+    s3_region: Region | None = Field(None, description="unset: the usual AWS chain")
     s3_client: S3Client = Field(
         "boto3",
         description="boto3, or obstore where it is installed: less CPU for an object, but it can't ask for every key",
+    )
+    s3_anonymous: bool = Field(
+        False, description="ask the store without credentials and signatures, which reads public buckets only"
+    )
+    s3_requester_pays: bool = Field(
+        False, description="the worker's account pays for requests and traffic of buckets that ask for that"
     )
     allow_hosts: Hosts = Field((), description="host[:port] that may be fetched although the address is not public")
     only_hosts: Hosts = Field((), description="if set, http(s):// of no other host is fetched; *.name for all below it")
@@ -171,7 +189,11 @@ class Settings(BaseSettings):
     deny_networks: Networks = Field((), description="networks (CIDR) that are never connected to")
     nat64_prefixes: Prefixes = Field((), description="IPv6 prefixes that this network translates to IPv4, by RFC 6052")
     fetch_ports: Ports = Field(HTTP_PORTS, description="ports of http(s)://; others only for allow_hosts")
-    allow_buckets: Names = Field((), description="if set, s3:// of no other bucket is read; may end in *")
+    allow_buckets: Names = Field(
+        (),
+        description="if set, s3:// of no other bucket is read; may end in *. Names that make the AWS SDK leave the "
+        "endpoint (ending in --x-s3, --xa-s3, --op-s3) are read only if an entry ends in the same way",
+    )
     deny_buckets: Names = Field((), description="buckets that are never read; may end in *")
     allow_folders: Paths = Field((), description="folders that file:// may read; none by default")
     deny_folders: Paths = Field((), description="folders below these that it may not")
@@ -257,6 +279,11 @@ class Settings(BaseSettings):
     def redis_address(self) -> RedisAddress:
         """Where Redis is; every client of it takes its arguments from here."""
         return read_redis_url(self.redis_url.get_secret_value())
+
+    @property
+    def user_agent_text(self) -> str:
+        """What requests to sources name as their sender."""
+        return self.user_agent or f"shiwu/{version('shiwu')}"
 
     @property
     def reach(self) -> Reach:

@@ -8,6 +8,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 from pydantic_settings import NoDecode
@@ -55,6 +56,7 @@ def _read_network(text: str) -> object:
 
 
 _DEVICE: Final = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+MAX_USER_AGENT_CHARS: Final = 256
 MAX_DURATION_S: Final = 10 * 365 * 86400
 """Ten years. Clocks, sockets and Redis refuse durations of some hundred years."""
 
@@ -92,6 +94,34 @@ def check_duration(name: str, value: object) -> None:
         raise ValueError(f"expected at most ten years, got {value:g}")
 
 
+_REGION: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+
+
+def _check_endpoint(value: str) -> str:
+    """The URL of a store; its text is not told, because it may hold a password."""
+    try:
+        parts = urlsplit(value)
+        ok = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        ok = ok and not (parts.query or parts.fragment or " " in value) and value.isprintable()
+    except ValueError:
+        ok = False
+    if not ok:
+        raise ValueError("expected http://host[:port] or https://host[:port], got something else")
+    return value
+
+
+def _check_region(value: str) -> str:
+    if not _REGION.fullmatch(value):
+        raise ValueError(f"expected the name of a region as eu-west-1, got {value!r:.80}")
+    return value
+
+
+def _check_user_agent(value: str) -> str:
+    if not value.isascii() or not value.isprintable() or len(value) > MAX_USER_AGENT_CHARS:
+        raise ValueError(f"expected at most {MAX_USER_AGENT_CHARS} printable ASCII characters")
+    return value
+
+
 Device = Annotated[str, AfterValidator(_check_device)]
 OutputFile = Annotated[Path, AfterValidator(check_output_file)]
 Names = Annotated[tuple[str, ...], NoDecode]
@@ -101,6 +131,9 @@ Networks = Annotated[tuple[Annotated[str, AfterValidator(checked(_read_network))
 Prefixes = Annotated[tuple[Annotated[str, AfterValidator(checked(read_nat64))], ...], NoDecode]
 Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], NoDecode]
 Paths = Annotated[tuple[Path, ...], NoDecode]
+Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
+Region = Annotated[str, AfterValidator(_check_region)]
+UserAgent = Annotated[str, AfterValidator(_check_user_agent)]
 S3Client = Annotated[Literal["boto3", "obstore"], AfterValidator(_has_client)]
 Traces = Annotated[bool, AfterValidator(_has_otel)]
 Retries = Annotated[dict[ErrorCode, tuple[int, float, float]], NoDecode]

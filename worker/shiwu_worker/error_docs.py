@@ -13,7 +13,7 @@ from shiwu_worker.error_table import TABLE, UNKNOWN, Row
 _HEAD = """\
 # Error codes
 
-<!-- Written by `make error-docs` from the tables in the code. Do not edit. -->
+<!-- Written by `make docs` from the tables in the code. Do not edit. -->
 
 Every answer without tags has an `error` with a stable `code`. This page lists all codes, and says which replies and
 errors of a source lead to which code. The worker reads the same tables.

@@ -54,12 +54,20 @@ class Loader:
         self._sending = threading.Lock()
         self._cpu_s = options.cpu_s
         self._fetcher = Fetcher(
-            s3=S3Options(options.s3_endpoint_url, options.s3_region, options.s3_client),
+            s3=S3Options(
+                options.s3_endpoint_url,
+                options.s3_region,
+                options.s3_client,
+                is_anonymous=options.s3_anonymous,
+                requester_pays=options.s3_requester_pays,
+                user_agent=options.user_agent,
+            ),
             web=Web(
                 options.reach,
                 threads=options.threads,
                 connect_timeout_s=options.connect_timeout_s,
                 read_timeout_s=options.read_timeout_s,
+                user_agent=options.user_agent,
             ),
             reach=options.reach,
             limits=FetchLimits(
@@ -68,6 +76,7 @@ class Loader:
                 connect_timeout_s=options.connect_timeout_s,
                 read_timeout_s=options.read_timeout_s,
                 longest_pause_s=options.longest_pause_s,
+                max_redirects=options.max_redirects,
             ),
             threads=options.threads,
         )

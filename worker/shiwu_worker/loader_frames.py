@@ -26,6 +26,10 @@ class LoaderOptions(BaseModel):
     s3_endpoint_url: str | None
     s3_region: str | None
     s3_client: S3Client = "boto3"
+    s3_anonymous: bool = False
+    s3_requester_pays: bool = False
+    user_agent: str = "shiwu"
+    max_redirects: int = 3
     reach: Reach
     max_bytes: int
     max_pixels: int

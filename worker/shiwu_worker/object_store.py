@@ -31,6 +31,10 @@ class S3Options:
     endpoint_url: str | None
     region: str | None
     client: S3Client = "boto3"
+    is_anonymous: bool = False
+    """Neither credentials nor signatures."""
+    requester_pays: bool = False
+    user_agent: str = "shiwu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,23 @@ class ObjectStore(Protocol):
 
 def is_aws(url: str) -> bool:
     """Whether an endpoint is one of AWS, and not a store of the operator's own."""
-    return (urlsplit(url).hostname or "").endswith(_AWS)
+    return _aws_ending(url) is not None
+
+
+def is_at(url: str, endpoint: str) -> bool:
+    """Whether a request goes to this endpoint. The hosts of one AWS partition, of all regions and buckets, are one."""
+    asked, own = urlsplit(url), urlsplit(endpoint)
+    if asked.scheme != own.scheme:
+        return False
+    if is_aws(endpoint):
+        return _aws_ending(url) == _aws_ending(endpoint)
+    usual_port = 443 if own.scheme == "https" else 80
+    return (asked.hostname, asked.port or usual_port) == (own.hostname, own.port or usual_port)
+
+
+def _aws_ending(url: str) -> str | None:
+    host = (urlsplit(url).hostname or "").lower()
+    return next((ending for ending in _AWS if host.endswith(ending)), None)
 
 
 def is_bucket(name: str) -> bool:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
@@ -84,7 +85,7 @@ class ObstoreStore:
         self._limits = limits
         self._clients = Clients(options, limits)
         self._place: _Place | None = None
-        self._stores: OrderedDict[str, tuple[ReadOnlyCredentials, S3Store]] = OrderedDict()
+        self._stores: OrderedDict[str, tuple[ReadOnlyCredentials | None, S3Store]] = OrderedDict()
         self._lock = threading.Lock()
 
     @contextmanager
@@ -128,16 +129,8 @@ def _find(access: Access) -> _Place:
 
 
 def _new_store(
-    bucket: str, place: _Place, credentials: ReadOnlyCredentials, options: S3Options, limits: S3Limits
+    bucket: str, place: _Place, credentials: ReadOnlyCredentials | None, options: S3Options, limits: S3Limits
 ) -> S3Store:
-    def told() -> S3Credential:
-        return {
-            "access_key_id": credentials.access_key or "",
-            "secret_access_key": credentials.secret_key or "",
-            "token": credentials.token,
-            "expires_at": None,
-        }
-
     url = place.url
     has_host = options.endpoint_url is None and is_aws(url) and _LABEL.fullmatch(bucket) is not None
     if has_host:
@@ -149,34 +142,45 @@ def _new_store(
         aws_endpoint_url_s3=url,
         region=place.region,
         virtual_hosted_style_request=has_host,
-        skip_signature=False,
-        credential_provider=told,
-        client_options=_client_options(url, place, limits),
+        skip_signature=credentials is None,
+        request_payer=options.requester_pays,
+        credential_provider=None if credentials is None else partial(_told, credentials),
+        client_options=_client_options(url, place, options, limits),
         retry_config={"max_retries": 0},
     )
 
 
-def _client_options(url: str, place: _Place, limits: S3Limits) -> ClientConfig:
+def _told(credentials: ReadOnlyCredentials) -> S3Credential:
+    return {
+        "access_key_id": credentials.access_key or "",
+        "secret_access_key": credentials.secret_key or "",
+        "token": credentials.token,
+        "expires_at": None,
+    }
+
+
+def _client_options(url: str, place: _Place, options: S3Options, limits: S3Limits) -> ClientConfig:
     parts = urlsplit(url)
     proxy = get_environ_proxies(url).get(parts.scheme)
-    options: ClientConfig = {
+    config: ClientConfig = {
         "allow_http": parts.scheme == "http",
         "allow_invalid_certificates": False,
         "connect_timeout": _ms(limits.connect_timeout_s),
         "read_timeout": _ms(limits.read_timeout_s),
         "timeout": _ms(limits.total_timeout_s),
         "pool_max_idle_per_host": str(limits.threads),
+        "user_agent": options.user_agent,
     }
     if proxy:
-        options["proxy_url"] = proxy if "://" in proxy else f"http://{proxy}"
-        options["proxy_excludes"] = ""
+        config["proxy_url"] = proxy if "://" in proxy else f"http://{proxy}"
+        config["proxy_excludes"] = ""
     else:
         # It follows redirects, with the session's token, and can't be told not to: this ends them at the first step.
-        options["proxy_url"] = NOWHERE
-        options["proxy_excludes"] = parts.hostname or ""
+        config["proxy_url"] = NOWHERE
+        config["proxy_excludes"] = parts.hostname or ""
     if place.authorities is not None:
-        options["root_certificate"] = place.authorities
-    return options
+        config["root_certificate"] = place.authorities
+    return config
 
 
 def _ms(seconds: float) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Final
 
 HTTP_PORTS: Final = (80, 443)
+OTHER_ENDPOINTS: Final = ("--x-s3", "--xa-s3", "--op-s3")
+"""Endings of bucket names for which the AWS SDK leaves the endpoint that is configured: S3 Express, Outposts."""
 NAT64_BITS: Final = frozenset({32, 40, 48, 56, 64, 96})
 
 
@@ -123,7 +125,14 @@ def read_nat64(prefix: str) -> ipaddress.IPv6Network:
 
 
 def allows_bucket(reach: Reach, bucket: str) -> bool:
-    """Whether the operator lets this bucket be read."""
+    """Whether the operator lets this bucket be read.
+
+    A name that chooses another endpoint is read only where an entry of the list ends in the same way: `pictures*` does
+    not allow `pictures--x-s3`.
+    """
     if any(fnmatchcase(bucket, pattern) for pattern in reach.deny_buckets):
         return False
-    return not reach.allow_buckets or any(fnmatchcase(bucket, pattern) for pattern in reach.allow_buckets)
+    allowed = [pattern for pattern in reach.allow_buckets if fnmatchcase(bucket, pattern)]
+    if bucket.endswith(OTHER_ENDPOINTS):
+        return any(pattern.endswith(OTHER_ENDPOINTS) for pattern in allowed)
+    return bool(allowed) or not reach.allow_buckets

@@ -30,7 +30,7 @@ MAX_HEADER_BYTES: Final = 64 * 1024
 LOOKUPS_A_THREAD: Final = 2
 HOSTS_KEPT: Final = 8
 """Hosts with idle connections: these are open files, and a stranger names the hosts."""
-HEADERS: Final = {"Accept-Encoding": "identity", "User-Agent": "shiwu", "Accept": "image/*"}
+HEADERS: Final = {"Accept-Encoding": "identity", "Accept": "image/*"}
 
 
 class _Clock(threading.local):
@@ -77,6 +77,7 @@ class Web:
     Args:
         reach: the operator's rules.
         threads: connections kept for each host.
+        user_agent: what requests name as their sender.
         resolve: asked once for each connection.
     """
 
@@ -87,6 +88,7 @@ class Web:
         threads: int,
         connect_timeout_s: float,
         read_timeout_s: float,
+        user_agent: str = "shiwu",
         resolve: Resolve = ask_resolver,
     ) -> None:
         # Its warnings print whole URLs, with their queries.
@@ -94,6 +96,7 @@ class Web:
         self._guard = Guard(reach, resolve=resolve, lookups=LOOKUPS_A_THREAD * threads, make_socket=_Socket)
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
+        self._headers = {**HEADERS, "User-Agent": user_agent}
         self._has_proxy = reach.proxy_url is not None
         self._manager = _manager(reach.proxy_url, threads=threads)
         self._manager.pool_classes_by_scheme = _pool_classes(self._guard)
@@ -126,7 +129,7 @@ class Web:
                 connect=min(self._connect_timeout_s, left_s),
                 read=min(self._read_timeout_s, left_s),
             ),
-            headers=HEADERS,
+            headers=self._headers,
         )
 
 

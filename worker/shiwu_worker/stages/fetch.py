@@ -38,7 +38,6 @@ from shiwu_worker.sources import (
 from shiwu_worker.stores import new_store
 
 QUICK_TRIES: Final = 3
-REDIRECTS: Final = 3
 
 
 class Web(Protocol):
@@ -59,6 +58,7 @@ class FetchLimits:
     read_timeout_s: float
     longest_pause_s: float = 300.0
     """Longest pause that a source may ask for; longer ones count as this."""
+    max_redirects: int = 3
 
 
 class Fetcher:
@@ -151,7 +151,7 @@ class Fetcher:
     def _from_http(self, reference: str, deadline_s: float) -> bytes:
         url, shown = reference, without_query(reference)
         check_hop(url)
-        for _ in range(REDIRECTS + 1):
+        for _ in range(self._limits.max_redirects + 1):
             answer = self._ask(url, shown, deadline_s)
             try:
                 if answer.status in {301, 302, 303, 307, 308} and (to := answer.headers.get("Location")):
@@ -164,7 +164,7 @@ class Fetcher:
             finally:
                 # A body that was read to its end leaves the connection usable; any other is dropped.
                 answer.release_conn() if answer.closed else answer.close()
-        raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"expected at most {REDIRECTS} redirects")
+        raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"expected at most {self._limits.max_redirects} redirects")
 
     def _ask(self, url: str, shown: str, deadline_s: float) -> urllib3.BaseHTTPResponse:
         self._pauses.check(_host(url))

@@ -1,0 +1,150 @@
+"""`shiwu-worker --check` and the settings of S3: what is proved, what is not, and what is refused at the start."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import pytest
+from pydantic import ValidationError
+
+from shiwu_worker.config import Settings
+from shiwu_worker.object_store import S3Client, StoreAway, StoreRefused
+from shiwu_worker.s3_check import check_s3
+from tests.support.picture_server import PictureServer, Reply
+from tests.support.servers import S3Server
+from tests.support.stores import CLIENTS, OWN_NAMES, SECRET
+
+each_client = pytest.mark.parametrize("client", CLIENTS)
+
+
+def said(code: str) -> bytes:
+    """An error of S3."""
+    return f"<Error><Code>{code}</Code></Error>".encode()
+
+
+@pytest.fixture(autouse=True)
+def _names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials that no store knows."""
+    for name, value in OWN_NAMES.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def real(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The real store, with credentials that it knows."""
+    monkeypatch.delenv("AWS_SESSION_TOKEN")
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    return s3
+
+
+DENIED = Reply(status=403, body=said("AccessDenied"))
+UNPROVED = {
+    "no right to list": ("", "/", DENIED, "accepted", "may not list buckets"),
+    "no listing": ("", "/", Reply.error(501), "not proved", "does not list buckets"),
+    "no word": ("", "/", Reply.error(403), "not proved", "does not list buckets"),
+    "no right to read": ("b", "/b/shiwu-check", DENIED, "was asked", "not proved that objects of b"),
+}
+
+
+@each_client
+def test_the_check_tries_the_credentials(real: S3Server, client: S3Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the client that the worker uses: with the bucket that the operator named, else by listing buckets."""
+    monkeypatch.setenv("SHIWU_S3_CLIENT", client)
+    text, warnings = check_s3(Settings())
+    assert text.startswith(f"{real.endpoint_url} answers {client}; credentials by env; the credentials were accepted")
+    assert not warnings
+    monkeypatch.setenv("SHIWU_ALLOW_BUCKETS", "shiwu-*,pictures")
+    assert check_s3(Settings()) == (
+        f"{real.endpoint_url} answers {client}; credentials by env; bucket pictures answers",
+        (),
+    )
+    monkeypatch.setenv("SHIWU_ALLOW_BUCKETS", "no-such-bucket")
+    with pytest.raises(StoreRefused, match="NoSuchBucket"):
+        check_s3(Settings())
+    for buckets in ("", "pictures"):
+        monkeypatch.setenv("SHIWU_ALLOW_BUCKETS", buckets)
+        for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
+            with monkeypatch.context() as wrong:
+                wrong.setenv(name, "wrong")
+                with pytest.raises(StoreRefused, match=r"SignatureDoesNotMatch|InvalidAccessKeyId"):
+                    check_s3(Settings())
+    monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(StoreAway):
+        check_s3(Settings())
+
+
+@each_client
+@pytest.mark.parametrize("case", UNPROVED.values(), ids=UNPROVED)
+def test_the_check_says_what_it_could_not_prove(
+    http_server: PictureServer,
+    client: S3Client,
+    case: tuple[str, str, Reply, str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Least privileges are no error."""
+    buckets, path, reply, text, warning = case
+    http_server.serve(path, reply)
+    monkeypatch.setenv("SHIWU_S3_CLIENT", client)
+    monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", http_server.url(""))
+    monkeypatch.setenv("SHIWU_ALLOW_BUCKETS", buckets)
+    found, [told] = check_s3(Settings())
+    assert text in found
+    assert warning in told
+
+
+def test_the_check_without_credentials_asks_nothing(
+    http_server: PictureServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the store is to be asked without them."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", http_server.url(""))
+    assert "will be answered source_credentials" in check_s3(Settings())[0]
+    assert not http_server.hits
+    monkeypatch.setenv("SHIWU_S3_ANONYMOUS", "1")
+    text, [warning] = check_s3(Settings())
+    assert "without credentials (SHIWU_S3_ANONYMOUS)" in text
+    assert "not proved" in warning
+    assert http_server.hits == {"/shiwu-check/shiwu-check": 1}
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["minio:9000", "127.0.0.1:9000", "ftp://h", "http://", "http://[bad", "http://h:x", "http://h:0", "http://h?x"],
+)
+def test_an_endpoint_that_is_no_url_is_refused_at_the_start(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail for every image."""
+    monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", url)
+    with pytest.raises(ValidationError, match=r"expected http://host\[:port\]"):
+        Settings()
+
+
+def test_a_password_in_the_endpoint_is_not_told(http_server: PictureServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no effect: credentials come by the AWS chain."""
+    monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", f"http://key:{SECRET}@[bad")
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert SECRET not in str(caught.value)
+    http_server.serve("/", DENIED)
+    monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", f"http://key:{SECRET}@{http_server.host}")
+    assert check_s3(Settings())[0].startswith(f"http://{http_server.host} answers boto3")
+    monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", "https://h/storage/v1/s3")
+    assert Settings().s3_endpoint_url == "https://h/storage/v1/s3"
+
+
+@pytest.mark.parametrize("region", ["eu west", "a/b", "-eu", "x" * 64])
+def test_a_region_that_is_no_name_is_refused_at_the_start(region: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It becomes a part of a host name."""
+    monkeypatch.setenv("SHIWU_S3_REGION", region)
+    with pytest.raises(ValidationError, match="expected the name of a region"):
+        Settings()
+
+
+@pytest.mark.parametrize("text", ["a\r\nX: y", "猫", "x" * 257])
+def test_a_user_agent_that_is_no_header_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unset it names shiwu and its version."""
+    assert Settings().user_agent_text == f"shiwu/{version('shiwu')}"
+    monkeypatch.setenv("SHIWU_USER_AGENT", text)
+    with pytest.raises(ValidationError, match="printable ASCII"):
+        Settings()
