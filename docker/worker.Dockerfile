@@ -45,23 +45,25 @@ COPY worker worker
 RUN /opt/builder/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
  && python3 -m pip --python /opt/shiwu/bin/python install --no-cache-dir --no-deps --prefix /opt/own dist/*.whl
 
-# A model of the hub, baked in into /models/<MODEL>; run with SHIWU_MODEL=/models/<MODEL>. No pickled weights, no code.
+# A model of the hub, baked in into /models/<MODEL>; run with SHIWU_MODEL=/models/<MODEL>.
 #
 #   --build-arg MODEL=OFA-Sys/chinese-clip-vit-base-patch16 --build-arg MODEL_REVISION=<commit>
+#
+# The worker's own command downloads and checks it, so that a build ends with an error where a file is missing. All
+# files get one time, so that a new version of our code leaves the layer of the same model as it was.
 #
 # Without MODEL the folder is empty, for a volume. It is not declared a VOLUME: every container would begin by copying
 # a model that is baked in.
 FROM libraries AS model
 ARG MODEL=""
 ARG MODEL_REVISION=""
+COPY --from=own /opt/own /opt/shiwu
 RUN mkdir /models \
  && if [ -n "${MODEL}" ]; then \
-      /opt/shiwu/bin/hf download "${MODEL}" --revision "${MODEL_REVISION:?expected a commit of the model}" \
-        --local-dir "/models/${MODEL}" --include "*.json" --include "*.txt" --include "*.model" \
-        --include "*.safetensors" \
-      && rm -r "/models/${MODEL}/.cache" \
-      && ls "/models/${MODEL}"/*.safetensors; \
-    fi
+      SHIWU_MODEL="${MODEL}@${MODEL_REVISION:?expected a commit of the model}" \
+        /opt/shiwu/bin/shiwu-worker --fetch-model "/models/${MODEL}"; \
+    fi \
+ && find /models -exec touch --date=@0 {} +
 
 FROM ${PYTHON_IMAGE}
 # The base's own pip goes too: nothing is installed in an image that runs.

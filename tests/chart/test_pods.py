@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import subprocess
+import sys
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from click.testing import CliRunner
 from shiwu.cli import main
 from shiwu.redis_url import read_redis_url
 from shiwu_worker.config import Settings
+from shiwu_worker.errors import ExitCode
 from shiwu_worker.label_files import load_label_sets
 from shiwu_worker.panel import TRACES_CLOSE_S
 from shiwu_worker.special_addresses import read_table
@@ -22,6 +25,9 @@ from shiwu_worker.wiring import LOADERS_STOP_S
 from tests.chart.cases import ALL_OFF, ALL_ON, MATRIX, PLAIN, SENTINEL
 from tests.conftest import StartWorker
 from tests.support.chart import Helm, Manifest, of_kind, pods, variables
+from tests.support.checkpoints import quiet_transformers, write_2022
+from tests.support.hub_server import HubServer
+from tests.support.processes import clean_environment
 
 
 def worker_of(manifests: list[Manifest]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -135,13 +141,44 @@ def test_a_downloaded_model_is_used_offline(newest: Helm) -> None:
     """The init container writes where the worker reads, and the worker can't write there."""
     spec, container = worker_of(newest.render(ALL_ON))
     (init,) = spec["initContainers"]
-    assert variables(init)["MODEL_FOLDER"] == variables(container)["SHIWU_MODEL"]
+    assert init["command"][-1] == variables(container)["SHIWU_MODEL"]
     assert variables(container)["HF_HUB_OFFLINE"] == "1"
     assert variables(init)["HF_HUB_OFFLINE"] == "0", "the image says 1"
     assert not variables(init)["HF_HOME"].startswith("/models")
     (mount,) = [each for each in container["volumeMounts"] if each["name"] == "model"]
     assert mount["readOnly"] is True
-    compile(init["command"][2], "download", "exec")
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_download_without_weights_fails_the_pod(newest: Helm, tmp_path: Path, *, is_whole: bool) -> None:
+    """The init container's own command and environment, at a hub whose repository is whole or lacks the weights."""
+    spec, _ = worker_of(newest.render(ALL_ON))
+    (init,) = spec["initContainers"]
+    with quiet_transformers():
+        folder = write_2022(tmp_path / "published")
+    if not is_whole:
+        (folder / "pytorch_model.bin").unlink()
+    own = variables(init)
+    hub_id, _, revision = own["SHIWU_MODEL"].partition("@")
+    hub = HubServer().start()
+    try:
+        hub.add(hub_id, folder, ref=revision)
+        assert init["command"][:3] == ["tini", "--", "shiwu-worker"]
+        target = tmp_path / init["command"][-1].lstrip("/")
+        env = {name: value for name, value in own.items() if isinstance(value, str)}
+        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-m", "shiwu_worker", init["command"][3], str(target)],
+            env=clean_environment(env),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        hub.stop()
+    assert done.returncode == (0 if is_whole else ExitCode.MODEL), done.stderr
+    assert (target / ".whole").exists() == is_whole
 
 
 def test_a_baked_model_is_not_hidden(newest: Helm) -> None:

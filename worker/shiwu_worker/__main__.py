@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import click
 
@@ -23,6 +25,18 @@ from shiwu_worker.places import Place, WrongPlaces, choose_places
 )
 @click.option("--all", "show_all", is_flag=True, help="With --check: print all settings with unit, default and reason.")
 @click.option("--tune", is_flag=True, help="Measure the model and the loaders, print and keep the settings, and exit.")
+@click.option(
+    "--fetch-model",
+    metavar="FOLDER",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Download the hub id in SHIWU_MODEL into this folder unless it is complete there, check it, and exit.",
+)
+@click.option(
+    "--convert",
+    metavar="FOLDER",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write the model in SHIWU_MODEL into this new folder with safetensors, an adapter merged, and exit.",
+)
 @click.option("-E", "--task-events", is_flag=True, help="Send Celery's task events, for Flower and celery-exporter.")
 @click.option(
     "--gpus",
@@ -41,7 +55,17 @@ from shiwu_worker.places import Place, WrongPlaces, choose_places
     help="Workers on each card or MIG instance.",
 )
 @click.version_option(package_name="shiwu")
-def main(*, check: bool, show_all: bool, tune: bool, task_events: bool, gpus: str, per_gpu: int) -> None:
+def main(
+    *,
+    check: bool,
+    show_all: bool,
+    tune: bool,
+    fetch_model: Path | None,
+    convert: Path | None,
+    task_events: bool,
+    gpus: str,
+    per_gpu: int,
+) -> None:
     """Tag pictures from the lanes `shiwu.interactive` and `shiwu.bulk`.
 
     All settings are environment variables that begin with SHIWU_; --check --all lists them. With several cards, a
@@ -65,14 +89,37 @@ def main(*, check: bool, show_all: bool, tune: bool, task_events: bool, gpus: st
     """
     if show_all and not check:
         raise click.UsageError("expected --all with --check")
+    command = _other_command(check=check, show_all=show_all, tune=tune, fetch_model=fetch_model, convert=convert)
+    if command is not None:
+        sys.exit(command())
+    _work(task_events=task_events, gpus=gpus, per_gpu=per_gpu)
+
+
+def _other_command(
+    *, check: bool, show_all: bool, tune: bool, fetch_model: Path | None, convert: Path | None
+) -> Callable[[], int] | None:
+    """What was asked for in place of a worker; each command imports the model's libraries, which takes seconds."""
     if check:
-        from shiwu_worker.check import run_checks  # noqa: PLC0415 the model's libraries take seconds to import
+        from shiwu_worker.check import run_checks  # noqa: PLC0415 as the docstring says
 
-        sys.exit(run_checks(show_all=show_all))
+        return lambda: run_checks(show_all=show_all)
     if tune:
-        from shiwu_worker.tune import run_tune  # noqa: PLC0415 as above
+        from shiwu_worker.tune import run_tune  # noqa: PLC0415 as the docstring says
 
-        sys.exit(run_tune())
+        return run_tune
+    if fetch_model:
+        from shiwu_worker.model_commands import run_fetch  # noqa: PLC0415 as the docstring says
+
+        return lambda: run_fetch(fetch_model)
+    if convert:
+        from shiwu_worker.model_commands import run_convert  # noqa: PLC0415 as the docstring says
+
+        return lambda: run_convert(convert)
+    return None
+
+
+def _work(*, task_events: bool, gpus: str, per_gpu: int) -> None:
+    """Be a worker, or launch one for each card."""
     settings = solo.begin()
     try:
         places = choose_places(settings, asked=gpus, per_gpu=per_gpu)

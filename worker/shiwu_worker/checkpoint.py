@@ -31,7 +31,7 @@ def load_model(checkpoint: Checkpoint) -> Any:
         WrongCheckpoint: when it is no dual encoder, its weights do not fit its configuration, or an adapter does not
             fit the model. transformers itself would make missing weights up at random.
     """
-    with _quiet():
+    with quiet_transformers():
         try:
             model, loading = AutoModel.from_pretrained(
                 checkpoint.base,
@@ -101,7 +101,7 @@ def open_tokenizer(checkpoint: Checkpoint, *, vocab_size: int) -> Any:
     Raises:
         WrongCheckpoint: it cannot be read, or its vocabulary is not the model's.
     """
-    with _quiet():
+    with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 checkpoint.tokenizer, config=_config(checkpoint), local_files_only=True, trust_remote_code=False
@@ -193,7 +193,7 @@ def _text_length(config: Any) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without transformers' progress bars and remarks, and with the process's own settings again afterwards."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

@@ -23,11 +23,17 @@ EMBEDDED: Final = "pictogram-zh"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+def split_hub_id(model: str) -> tuple[str, str | None]:
+    """`ID@REVISION` → id and revision, which is None for the main branch."""
+    hub_id, _, revision = model.partition("@")
+    return hub_id, revision or None
+
+
 def model_name(model: str | None) -> str:
     """What answers call the model: the hub id without its revision, the folder's name, or `pictogram-zh`."""
     if model is None:
         return EMBEDDED
-    return Path(model).resolve().name if Path(model).is_dir() else model.partition("@")[0]
+    return Path(model).resolve().name if Path(model).is_dir() else split_hub_id(model)[0]
 
 
 def model_folder(model: str | None) -> Path:
@@ -88,8 +94,8 @@ def _own_folder(model: str) -> Path | None:
 
 def _hub_folder(model: str) -> Path:
     """The folder of a hub's model in the cache, downloaded where files of it are missing."""
-    hub_id, _, revision = model.partition("@")
-    cached = cached_snapshot(hub_id, revision or None)
+    hub_id, revision = split_hub_id(model)
+    cached = cached_snapshot(hub_id, revision)
     if cached is not None:
         try:
             read_checkpoint(cached)
@@ -105,7 +111,7 @@ def _hub_folder(model: str) -> Path:
             f"SHIWU_MODEL: expected a folder or a hub id that can be loaded, got {model!r}: no such folder, not in the "
             f"hub's cache ({hub.cache_folder()}), and HF_HUB_OFFLINE is set; unset it for one start, or name a folder"
         )
-    folder = hub.download(hub_id, revision or None)
+    folder = hub.download(hub_id, revision)
     _fetch_base(folder)
     read_checkpoint(folder)
     return folder

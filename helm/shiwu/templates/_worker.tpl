@@ -119,29 +119,16 @@
 {{- end }}
 {{- end -}}
 
-{{/* Loads the model once; what is whole already is left alone. */}}
+{{/* Downloads the model once and checks it as the worker does; what is complete already is left alone. */}}
 {{- define "shiwu.download" -}}
 {{- $download := .Values.model.download -}}
 - name: download-model
   image: {{ include "shiwu.image" (dict "root" . "image" .Values.worker.image) }}
   imagePullPolicy: {{ .Values.worker.image.pullPolicy }}
   securityContext: {{- toYaml .Values.securityContext | nindent 4 }}
-  command:
-    - python
-    - -c
-    - |
-      import os, pathlib
-      folder = pathlib.Path(os.environ["MODEL_FOLDER"])
-      mark = folder / ".whole"
-      if not (mark.exists() and mark.read_text() == os.environ["MODEL_REVISION"]):
-          from huggingface_hub import snapshot_download
-          patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
-          snapshot_download(os.environ["MODEL_ID"], revision=os.environ["MODEL_REVISION"], local_dir=folder, allow_patterns=patterns)
-          mark.write_text(os.environ["MODEL_REVISION"])
+  command: [tini, --, shiwu-worker, --fetch-model, {{ include "shiwu.modelPath" . | quote }}]
   env:
-    - {name: MODEL_ID, value: {{ $download.id | quote }}}
-    - {name: MODEL_REVISION, value: {{ $download.revision | quote }}}
-    - {name: MODEL_FOLDER, value: {{ include "shiwu.modelPath" . | quote }}}
+    - {name: SHIWU_MODEL, value: {{ printf "%s@%s" $download.id $download.revision | quote }}}
     - {name: HOME, value: /tmp}
     # The image is offline by itself; and what the hub's library keeps beside the model is not for the claim.
     - {name: HF_HUB_OFFLINE, value: "0"}
