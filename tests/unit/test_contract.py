@@ -146,6 +146,7 @@ def test_retried_codes_follow_the_table() -> None:
         "source_credentials",
         "source_clock_skew",
         "source_error",
+        "internal_error",
         "out_of_memory",
         "unknown_label_set",
     }

@@ -6,19 +6,25 @@ import errno
 import importlib
 import os
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any, Final
 
+import numpy as np
 import pytest
 from botocore.retries.standard import ThrottledRetryableChecker
 from obstore.exceptions import GenericError
 
-from shiwu.contract import CODES, ErrorCode, Stage
+from shiwu.contract import CODES, ErrorCode, Stage, log_level_of
 from shiwu_worker.boto_store import as_store_errors
+from shiwu_worker.cell import _decoded
 from shiwu_worker.error_table import TABLE, UNKNOWN, Kind, Row, exception_row, file_row, obstore_row, s3_row
 from shiwu_worker.errors import JobError, Rejected, Unavailable
+from shiwu_worker.loader import Loader
+from shiwu_worker.loader_frames import LoadTask
 from shiwu_worker.object_store import ObjectStore, StoreError, s3_error
 from shiwu_worker.obstore_store import _store_error
 from shiwu_worker.sources import http_error
+from shiwu_worker.stages.decode import DecodeLimits
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.stores import CLIENTS, OWN_NAMES, make_fetcher, make_store, read
 from tests.unit.test_fetch import make_fetcher as make_web_fetcher
@@ -222,3 +228,29 @@ def test_every_errno_of_a_file_has_its_verdict() -> None:
     for number, name in errno.errorcode.items():
         assert file_row(OSError(number, os.strerror(number))) is named.get(name, named["any other"])
     assert all(key in errno.errorcode.values() for key in named if key != "any other")
+
+
+# -------------------------------------------------------------------------------- behind the fetch
+def unforeseen(*_: object, **__: object) -> Any:
+    """A part that fails in a way that no code foresees."""
+    raise RuntimeError("unforeseen")
+
+
+def test_an_unknown_error_of_the_decoder_is_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hostile bytes make a codec raise is told before; anything else says nothing about the image."""
+    monkeypatch.setattr("shiwu_worker.cell.decode", unforeseen)
+    options: Any = SimpleNamespace(spec=None, exact=False, memory_bytes=1)
+    found = _decoded(b"x", np.zeros((1, 1, 3), np.uint8), options, DecodeLimits(max_pixels=1, max_side=1, formats=()))
+    assert found.error is not None
+    assert (found.error.code, found.error.retryable) == (ErrorCode.INTERNAL_ERROR, True)
+
+
+@pytest.mark.parametrize("stage", [Stage.FETCH, Stage.DECODE])
+def test_an_unknown_error_of_the_loader_is_the_workers(stage: Stage) -> None:
+    """Whatever part of it failed."""
+    loader: Any = Loader.__new__(Loader)
+    loader._fetcher = SimpleNamespace(fetch=unforeseen if stage is Stage.FETCH else lambda _: b"x")
+    loader._cell = SimpleNamespace(decode=unforeseen)
+    result = loader._load(LoadTask(ticket=1, slot=0, image="https://h/p?hush"), 0)
+    assert (result.error.code, result.error.stage, result.is_final) == (ErrorCode.INTERNAL_ERROR, stage, False)
+    assert log_level_of(result.error.code) == "error"

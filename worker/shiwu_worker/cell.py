@@ -260,5 +260,7 @@ def _decoded(data: bytes, place: NDArray[np.uint8], options: LoaderOptions, limi
         error_info = ErrorInfo(code=ErrorCode.PICTURE_TOO_LARGE, message=text, stage=Stage.DECODE)
         return Decoded(error=error_info, is_short_of_memory=True)
     except Exception as error:  # noqa: BLE001 border: a defect here must not take the neighbours with it
+        # What hostile bytes make a decoder raise, `decode` has told as picture_broken; this is a defect of the worker.
         text = f"the decoder failed ({type(error).__name__}: {error!s:.200})"
-        return Decoded(error=ErrorInfo(code=ErrorCode.PICTURE_BROKEN, message=text, stage=Stage.DECODE))
+        unknown = ErrorInfo(code=ErrorCode.INTERNAL_ERROR, message=text, stage=Stage.DECODE, retryable=True)
+        return Decoded(error=unknown)

@@ -120,10 +120,9 @@ class Loader:
         except Exception as error:  # noqa: BLE001 border: a defect here must not take the neighbours with it
             # A text from the way to the source may hold the query of a URL.
             text = f"the loader failed ({type(error).__name__}{f': {error!s:.200}' if size is not None else ''})"
-            code, stage = (
-                (ErrorCode.SOURCE_ERROR, Stage.FETCH) if size is None else (ErrorCode.PICTURE_BROKEN, Stage.DECODE)
-            )
-            decoded = Decoded(error=ErrorInfo(code=code, message=text, stage=stage))
+            stage = Stage.FETCH if size is None else Stage.DECODE
+            unknown = ErrorInfo(code=ErrorCode.INTERNAL_ERROR, message=text, stage=stage, retryable=True)
+            decoded = Decoded(error=unknown)
         ended_s = time.monotonic()
         info = decoded.info
         return Loaded(

@@ -212,6 +212,12 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
             "Free memory on the device, or use a smaller model; requeue the dead letters.",
             retry=Retry.DEFAULT,
         ),
+        ErrorCode.INTERNAL_ERROR: _failed(
+            "The worker met an error that it does not know. Nothing is said about the image.",
+            "Read the worker's log line `source_failed`, report the defect, and requeue after an upgrade.",
+            retry=Retry.DEFAULT,
+            log_level="error",
+        ),
         ErrorCode.ATTEMPTS_EXHAUSTED: _failed(
             "Workers crashed, hung or lost their device too often while they held the job.",
             "Read the logs of these workers, then requeue or drop the dead letter.",

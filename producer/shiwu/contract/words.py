@@ -95,6 +95,7 @@ class ErrorCode(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"  # the device had no room, not even for this picture alone
     EXPIRED = "expired"  # the deadline passed before the picture was encoded
     CANCELLED = "cancelled"  # somebody who may do so cancelled the job
+    INTERNAL_ERROR = "internal_error"  # the worker met an error that it does not know: never a fact about the image
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # its workers died or gave it back too often
     CHAIN_FAILED = "chain_failed"  # told to producers only: a job before it in a Celery chain ended without tags
     ALREADY_ANSWERED = "already_answered"  # the id was answered before, and the answer is no longer kept
