@@ -7,7 +7,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, Self
+from typing import Any, Literal, Self
 from uuid import uuid4
 
 from shiwu.connection import connect
@@ -16,6 +16,7 @@ from shiwu.contract import (
     ErrorCode,
     ErrorInfo,
     Lane,
+    Request,
     RequestError,
     Stage,
     Status,
@@ -26,7 +27,7 @@ from shiwu.contract import (
 )
 from shiwu.dead import DeadFilter, DeadLetter, DeadLetters
 from shiwu.errors import WaitTimeout
-from shiwu.items import check_images, check_shared_fields, read_item
+from shiwu.items import check_images, check_shared_fields, read_item, request_id
 from shiwu.keep import OperatorsKeep
 from shiwu.ledger import Entry, Ledger
 from shiwu.queues import QueueState, read_state
@@ -139,7 +140,7 @@ class Client:
             "metadata": metadata,
         }
         terms = Terms(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
-        return self._send([(fields, id)], terms)[0]
+        return self._send([(fields, id)], terms, make_id=_random_id)[0]
 
     def enqueue_many(
         self,
@@ -152,12 +153,22 @@ class Client:
         priority: int = 0,
         replicas: int = 0,
         batch_size: int = 500,
+        max_waiting: int | None = None,
+        wait_s: float = 0.0,
+        id_from: Literal["reference"] | None = None,
         **fields: Any,
     ) -> Iterator[str]:
         """Enqueue many pictures in pipelined portions; yield the ids as their portion has arrived.
 
         An item is a reference, or a mapping of the request's fields and perhaps `id`; `fields` are defaults for all.
         Nothing is sent until the result is iterated. After an error, what was yielded has been enqueued.
+
+        Args:
+            max_waiting: how many messages the lane may hold; default: the client's.
+            wait_s: how long each portion may wait for room in the lane, or for Redis to come back; the logger `shiwu`
+                tells that it waits. After that QueueFull, or Redis' error, is raised.
+            id_from: "reference" makes the ids of items without one from the reference and what is asked about it, so
+                that a second call with the same items adds no jobs while the ids count as answered.
 
         Raises:
             TypeError: an argument is unknown, or `images` is a single reference.
@@ -167,17 +178,34 @@ class Client:
         check_shared_fields(fields)
         if batch_size < 1:
             raise RequestError(ErrorCode.INVALID_REQUEST, f"batch_size: expected 1 or more, got {batch_size}")
-        terms = Terms(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
-        return self._enqueue_portions(iter(images), fields, terms, batch_size=batch_size)
+        if id_from not in {None, "reference"}:
+            raise RequestError(ErrorCode.INVALID_REQUEST, f"id_from: expected 'reference' or None, got {id_from!r}")
+        terms = Terms(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas, max_waiting, wait_s)
+        make_id = request_id if id_from else _random_id
+        size = min(batch_size, self._sender.room(terms))
+        return self._enqueue_portions(iter(images), fields, terms, batch_size=size, make_id=make_id)
 
     def _enqueue_portions(
-        self, source: Iterator[str | Mapping[str, Any]], shared: Mapping[str, Any], terms: Terms, *, batch_size: int
+        self,
+        source: Iterator[str | Mapping[str, Any]],
+        shared: Mapping[str, Any],
+        terms: Terms,
+        *,
+        batch_size: int,
+        make_id: Callable[[Request], str],
     ) -> Iterator[str]:
         while portion := list(islice(source, batch_size)):
-            yield from self._send([read_item(item, shared) for item in portion], terms)
+            yield from self._send([read_item(item, shared) for item in portion], terms, make_id=make_id)
 
-    def _send(self, asked: Sequence[tuple[dict[str, Any], str | None]], terms: Terms) -> list[str]:
-        jobs = [(parse_request(fields), check_id(job_id or str(uuid4()))) for fields, job_id in asked]
+    def _send(
+        self,
+        asked: Sequence[tuple[dict[str, Any], str | None]],
+        terms: Terms,
+        *,
+        make_id: Callable[[Request], str],
+    ) -> list[str]:
+        requests = [(parse_request(fields), job_id) for fields, job_id in asked]
+        jobs = [(request, check_id(job_id or make_id(request))) for request, job_id in requests]
         return self._sender.send(jobs, terms)
 
     def cancel(self, job_ids: str | Iterable[str], *, reason: str = "") -> list[str]:
@@ -318,6 +346,10 @@ class Client:
     def queue_state(self) -> QueueState:
         """What waits and what is claimed, lane by lane."""
         return read_state(self._redis)
+
+
+def _random_id(_: Request) -> str:
+    return str(uuid4())
 
 
 def _cancelled(job_id: str, reason: str, *, now_ms: float) -> Entry:

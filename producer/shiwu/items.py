@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any, Final
 
-from shiwu.contract import REQUEST_FIELDS, ErrorCode, RequestError, unknown_names
+from pydantic_core import to_json
 
-OF_THE_CALL: Final = ("lane", "expires_s", "answer_by_s", "countdown_s", "priority", "replicas")
+from shiwu.contract import REQUEST_FIELDS, ErrorCode, Request, RequestError, unknown_names
+
+OF_THE_CALL: Final = (
+    *("lane", "expires_s", "answer_by_s", "countdown_s", "priority", "replicas"),
+    *("batch_size", "max_waiting", "wait_s", "id_from"),
+)
 """They hold for all items of a call, which are sent together."""
 _OF_AN_ITEM: Final = (*REQUEST_FIELDS, "id")
 
@@ -30,8 +36,17 @@ def check_shared_fields(fields: Mapping[str, Any]) -> None:
     """
     if "id" in fields:
         raise TypeError("id: expected in each item, got one for all items, of which only one would be answered")
-    if unknown := unknown_names(fields, known=(*REQUEST_FIELDS, *OF_THE_CALL, "batch_size")):
+    if unknown := unknown_names(fields, known=(*REQUEST_FIELDS, *OF_THE_CALL)):
         raise TypeError(f"enqueue_many got unknown arguments: {unknown}")
+
+
+def request_id(request: Request) -> str:
+    """An id that is made of what is asked: the same reference with the same labels and options gives the same id.
+
+    Who knows the request knows the id, so it protects nothing.
+    """
+    asked = request.model_dump(exclude_defaults=True, mode="json")
+    return f"ref-{hashlib.sha256(to_json(asked)).hexdigest()[:40]}"
 
 
 def read_item(item: str | Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, Final
 
 import redis
@@ -16,9 +18,14 @@ from shiwu.errors import QueueFull
 from shiwu.ledger import wait_replicated
 from shiwu.message import build_message
 from shiwu.queues import count_waiting
+from shiwu.redis_errors import NotReplicated, explain, info_of
 from shiwu.trace import current_headers
 
 CLOCK_S: Final = 60.0
+FIRST_PAUSE_S: Final = 0.1
+LONGEST_PAUSE_S: Final = 2.0
+TELL_EVERY_S: Final = 30.0
+log: Final = logging.getLogger("shiwu")
 MAX_TIME_S: Final = 10 * 365 * 86_400.0
 MAX_PRIORITY: Final = 9
 _STEPS: Final = (0, 3, 6, 9)
@@ -34,6 +41,10 @@ class Terms:
     countdown_s: float | None = None
     priority: int = 0
     replicas: int = 0
+    max_waiting: int | None = None
+    """How many messages the lane may hold; None: what the client allows."""
+    wait_s: float = 0.0
+    """How long a portion may wait for room in the lane, or for Redis."""
 
     def __post_init__(self) -> None:
         """Refuse what would have no effect, or only one that no caller wants."""
@@ -48,6 +59,10 @@ class Terms:
             raise _refused("priority", f"0 (most urgent) to {MAX_PRIORITY}", self.priority)
         if self.replicas < 0:
             raise _refused("replicas", "0 or more", self.replicas)
+        if self.max_waiting is not None and self.max_waiting < 1:
+            raise _refused("max_waiting", "1 or more", self.max_waiting)
+        if not self.wait_s >= 0:
+            raise _refused("wait_s", "0 seconds or more", self.wait_s)
 
 
 def read_lane(lane: Lane | str) -> Lane:
@@ -79,15 +94,42 @@ class Sender:
     def send(self, jobs: Sequence[tuple[Request, str]], terms: Terms) -> list[str]:
         """Put (request, id) pairs into their lane in one step; return the ids.
 
+        While the lane is full or Redis is away they are sent again for `terms.wait_s`. Since they keep their ids, a
+        message that had arrived after all is a copy, which is answered once.
+
         Raises:
             QueueFull: the lane holds its limit.
             NotReplicated: they are in the lane, but too few replicas know it yet.
+            redis.RedisError: Redis did not take them; whether they arrived is not known after a time-out.
         """
-        lane = terms.lane
+        began_s = time.monotonic()
+        told_s = -math.inf
+        pause_s = 0.0
+        while True:
+            try:
+                return self._send(jobs, terms)
+            except (QueueFull, redis.RedisError) as error:
+                can_pass = isinstance(error, QueueFull) or info_of(error).passes
+                now_s = time.monotonic()
+                if not can_pass or isinstance(error, NotReplicated) or now_s - began_s >= terms.wait_s:
+                    raise
+                if now_s - told_s >= TELL_EVERY_S:
+                    told_s = now_s
+                    text = str(error) if isinstance(error, QueueFull) else explain(error)
+                    log.warning("%s; waiting (%.0f s so far)", text, now_s - began_s)
+            pause_s = min(LONGEST_PAUSE_S, pause_s * 2 or FIRST_PAUSE_S)
+            Event().wait(pause_s)
+
+    def room(self, terms: Terms) -> int:
+        """How many messages the lane may hold, and so the largest portion that can ever be sent."""
+        return self._max_waiting if terms.max_waiting is None else terms.max_waiting
+
+    def _send(self, jobs: Sequence[tuple[Request, str]], terms: Terms) -> list[str]:
+        lane, limit = terms.lane, self.room(terms)
         waiting = count_waiting(self._redis, [lane])[lane]
-        if waiting + len(jobs) > self._max_waiting:
+        if waiting + len(jobs) > limit:
             raise QueueFull(
-                f"expected room for {len(jobs)} in lane {lane}, which holds {waiting} of {self._max_waiting}; "
+                f"expected room for {len(jobs)} in lane {lane}, which holds {waiting} of {limit}; "
                 "try later, or raise max_waiting"
             )
         now_ms = self.server_time_ms()

@@ -57,7 +57,7 @@ def test_a_bad_request_sends_nothing(redis_url: str) -> None:
         with pytest.raises(RequestError):
             list(client.enqueue_many(["s3://b/k", "no scheme"]))
         with pytest.raises(RequestError):
-            client.enqueue("s3://b/k", id="not valid")
+            client.enqueue("s3://b/k", id="x" * 256)
         assert sum(client.queue_state().waiting.values()) == 0
 
 

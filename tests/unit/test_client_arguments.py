@@ -40,6 +40,9 @@ WRONG_CALLS = [
     ({"topk": 5}, TypeError, "'top_k'"),
     ({"id": "x"}, TypeError, "id: expected in each item"),
     ({"batch_size": 0}, RequestError, "batch_size: expected 1 or more"),
+    ({"max_waiting": 0}, RequestError, "max_waiting: expected 1 or more"),
+    ({"wait_s": float("nan")}, RequestError, "wait_s: expected 0 seconds or more"),
+    ({"id_from": "image"}, RequestError, "id_from: expected 'reference'"),
     ({"lane": "bluk"}, RequestError, "lane: expected interactive or bulk, got 'bluk'"),
     ({"expires_s": -1}, RequestError, "expires_s: expected seconds from now"),
     ({"answer_by_s": float("nan")}, RequestError, "answer_by_s: expected seconds"),
@@ -58,7 +61,7 @@ def test_arguments_without_effect_are_refused_by_the_call(
     """By `enqueue_many` itself, before its result is iterated; `enqueue` and `tag` refuse them too."""
     with pytest.raises(error, match=words):
         client.enqueue_many([IMAGE], **arguments)
-    if not arguments.keys() & {"id", "batch_size"}:
+    if not arguments.keys() & {"id", "batch_size", "max_waiting", "wait_s", "id_from"}:
         with pytest.raises(error):
             client.enqueue(IMAGE, **arguments)
         with pytest.raises(error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import sys
 import time
@@ -19,6 +20,7 @@ from shiwu.cli.hints import notes_of
 from shiwu.cli.terminal import Row, echo_data, echo_json, print_rows
 from shiwu.client import Client
 from shiwu.contract import ErrorCode, RequestError, without_query
+from shiwu.errors import ShiwuError
 from shiwu.queues import ALIVE_MS
 from shiwu.results import TagResult
 
@@ -175,6 +177,20 @@ def _row(reference: str, result: TagResult | None, threshold: float, *, warned: 
 @_asking
 @click.option("--lane", type=click.Choice(["interactive", "bulk"]), default="bulk", show_default=True)
 @click.option("--from-file", type=click.File("rb"), help="One reference a line, in UTF-8.")
+@click.option(
+    "--id-from",
+    type=click.Choice(["reference"]),
+    help="Make ids from the reference and the options above: a second run adds no jobs. Default: random ids.",
+)
+@click.option(
+    "--limit",
+    "max_waiting",
+    type=click.IntRange(min=1),
+    default=100_000,
+    show_default=True,
+    help="How many messages the lane may hold.",
+)
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait while the lane is full or Redis is away.")
 @click.pass_obj
 def enqueue(
     client: Client,
@@ -186,11 +202,15 @@ def enqueue(
     lane: str,
     expires_s: float | None,
     from_file: Any,
+    wait: bool,
     **fields: Any,
 ) -> None:
-    """Ask about pictures and print the job ids, without waiting.
+    """Ask about pictures and print the job ids, without waiting for answers.
 
-    `-` reads references from standard input, one a line; empty lines and lines that begin with # are skipped.
+    `-` reads references from standard input, one a line; empty lines and lines that begin with # are skipped. A line
+    may begin with an id of your own and a tab. The same id is one job, however often it is enqueued.
+
+    Where the lane is full it waits for room. Ctrl-C ends it, and says how much was enqueued.
     """
     if bool(references) == (from_file is not None):
         raise click.UsageError("expected references, - or --from-file, and only one of them")
@@ -201,12 +221,32 @@ def enqueue(
     asked = _lines(from_file) if from_file is not None else iter(references)
     fields["labels"] = _labels(labels, words)
     with _explained(fields["labels"]):
-        ids = client.enqueue_many(asked, lane=lane, expires_s=expires_s, **fields)
-        for job_id in _with_bar(ids, None if from_file is not None else len(references), "enqueued"):
+        client.server_time_ms()  # a wrong address is told now, not waited for
+        wait_s = math.inf if wait else 0.0
+        ids = client.enqueue_many(asked, lane=lane, expires_s=expires_s, wait_s=wait_s, **fields)
+        _print_ids(_with_bar(ids, None if from_file is not None else len(references), "enqueued"))
+
+
+def _print_ids(ids: Iterable[str]) -> None:
+    count = 0
+    try:
+        for job_id in ids:
             echo_data(job_id)
+            count += 1
+    except KeyboardInterrupt:
+        end(
+            f"interrupted; {count} ids were printed, and one portion more may have been enqueued. With ids of your own "
+            "or --id-from reference a second run enqueues nothing twice",
+            Exit.INTERRUPTED,
+        )
+    except (RequestError, ShiwuError, redis.RedisError):
+        if count:
+            click.echo(f"shiwu: {count} ids were printed before this error", err=True)
+        raise
 
 
-def _lines(source: Iterable[bytes]) -> Iterator[str]:
+def _lines(source: Iterable[bytes]) -> Iterator[str | dict[str, str]]:
+    """References, and those with ids, of a file."""
     for number, line in enumerate(source, start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -214,8 +254,10 @@ def _lines(source: Iterable[bytes]) -> Iterator[str]:
             raise RequestError(
                 ErrorCode.INVALID_REFERENCE, f"line {number}: expected UTF-8 ({error.reason}); save the list as UTF-8"
             ) from None
-        if text and not text.startswith("#"):
-            yield text
+        if not text or text.startswith("#"):
+            continue
+        job_id, tab, reference = text.partition("\t")
+        yield {"id": job_id, "image": reference.strip()} if tab else text
 
 
 def _with_bar(items: Iterable[Any], total: int | None, what: str) -> Iterator[Any]:
