@@ -219,6 +219,14 @@ def test_revoke_of_a_waiting_task(servers: tuple[Valkey, Path], app: Celery) -> 
         assert client.exists(f"celery-task-meta-{foreign}") == 0, "a foreign task's result was touched"
 
 
+def test_one_revoke_names_thousands(servers: tuple[Valkey, Path], app: Celery) -> None:
+    """No id of the broadcast is left out, whatever their number."""
+    ids = [f"thousands-{number}" for number in range(2500)]
+    with servers[0].client() as client:
+        app.control.revoke([*ids, "~" + "0" * 40])
+        wait_until(lambda: None not in client.zmscore("shiwu:revoked", ids), timeout_s=GET_S)
+
+
 def test_task_events(servers: tuple[Valkey, Path], app: Celery) -> None:
     """With -E, Celery's own receiver sees each job received, started and ended, with its runtime."""
     _, folder = servers

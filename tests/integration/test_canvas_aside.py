@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import redis
+import structlog
 from celery import Celery, chain, chord
 
 from shiwu import Client
 from shiwu.contract import ASIDE, CANVAS, CANVAS_DUE, DEADLINES, REVOKED, Answer, ImageInfo, Lane, Status
+from shiwu.errors import JobFailed
 from shiwu.ledger import Entry, Ledger, load_script
 from shiwu_worker.callback_rules import CallbackRules
 from shiwu_worker.canvas import Callbacks
@@ -174,7 +176,7 @@ def test_a_full_redis_lets_callbacks_go_and_revokes_come(valkey: Valkey) -> None
         client.config_set("maxmemory-policy", "noeviction")
         client.config_set("maxmemory", 1)
         assert take(keys=[CANVAS, CANVAS_DUE], args=[1000, 10]) == [b"job", b"2|{}shiwu.bulk|x"]
-        assert revoke(keys=["shiwu:claims", "shiwu:parked", "shiwu:revoked"], args=[1000, 10, "other"]) == []
+        assert revoke(keys=["shiwu:claims", "shiwu:parked", "shiwu:revoked"], args=[1000, 10, "other"]) == [0]
         client.config_set("maxmemory", 0)
 
 
@@ -227,6 +229,17 @@ def test_a_connection_that_breaks_leaves_the_callbacks_for_later(app: Celery, re
     assert redis_client.hkeys(CANVAS) == [b"good"]
     wait_until(lambda: callbacks._portion([]) == 1, timeout_s=5)
     assert sent == ["good"]
+
+
+def test_followers_beyond_the_limit_are_told(app: Celery, redis_client: redis.Redis) -> None:
+    """A chain that is longer than the operator allows: the first ones get an answer, the log counts the others."""
+    rules = CallbackRules(tasks=("plain.*",), most=2)
+    callbacks = Callbacks(app, redis_client, rules=rules)
+    chain_ = [{"task": "plain.best", "options": {"task_id": f"follower-{number}"}} for number in range(5)]
+    with structlog.testing.capture_logs() as said:
+        callbacks._fail(chain_, JobFailed("no"), "FAILURE")
+    assert [(one["event"], one["jobs"]) for one in said] == [("followers_not_answered", 3)]
+    assert app.AsyncResult("follower-1").state == "FAILURE"
 
 
 def test_a_record_that_names_no_job_goes(app: Celery, redis_client: redis.Redis) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import redis
+import structlog
 from click.testing import CliRunner
 
 from shiwu import Client, Status
@@ -79,6 +80,18 @@ def test_revoke_of_a_job_that_lies_in_a_lane(client: Client, redis_client: redis
     assert revoker.revoke(["waiting"]) == 1
     assert client.wait("waiting", timeout_s=1).status is Status.CANCELLED
     assert not redis_client.exists(done_key("foreign"))
+
+
+def test_revokes_beyond_those_remembered_are_told(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest are forgotten, as Celery does, and the log says how many."""
+    monkeypatch.setattr("shiwu_worker.revoke.MOST_REMEMBERED", 10)
+    revoker = Revoker(redis_client, make_committer(redis_client, "revoke"))
+    with structlog.testing.capture_logs() as said:
+        revoker.revoke([f"old-{number}" for number in range(10)])
+        assert said == []
+        revoker.revoke([f"new-{number}" for number in range(4)])
+    assert [(one["event"], one["jobs"]) for one in said] == [("revokes_forgotten", 4)]
+    assert redis_client.zcard(REVOKED) == 10
 
 
 def test_answer_by_holds_without_any_worker(client: Client, redis_client: redis.Redis, redis_url: str) -> None:

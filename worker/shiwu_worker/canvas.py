@@ -173,6 +173,10 @@ class Callbacks:
 
     def _fail(self, followers: Sequence[dict[str, Any]], error: Exception, state: str) -> None:
         """Answer for tasks that will not run, so that nobody waits for them for ever."""
+        if (left := len(followers) - self._rules.most) > 0:
+            log.error(
+                "followers_not_answered", jobs=left, meaning="their chain is longer than SHIWU_CALLBACK_MOST allows"
+            )
         for one in followers[: self._rules.most]:
             options = one.get("options")
             with suppress(RequestError):  # the id becomes a key; what can't be one is nobody's

@@ -34,7 +34,9 @@ log: Any = structlog.get_logger()
 REMEMBERED_S: Final = 10_800.0
 """As long as Celery remembers a revoke."""
 MOST_REMEMBERED: Final = 50_000
+"""As many as Celery remembers."""
 MOST_AT_ONCE: Final = 1000
+"""Ids in one script; more are revoked by another."""
 
 
 class RevokeBox(Pidbox):  # type: ignore[misc]  # celery has no types
@@ -74,14 +76,24 @@ class Revoker:
         self._script = load_script(client, "revoke")
 
     def revoke(self, ids: Sequence[str]) -> int:
-        """Return how many were answered now.
+        """Return how many were answered now. Any number of ids is revoked, portion by portion.
 
         Raises:
             redis.RedisError: and then it may be asked again.
         """
-        ours: list[bytes] = self._script(
+        return sum(self._revoke(ids[start : start + MOST_AT_ONCE]) for start in range(0, len(ids), MOST_AT_ONCE))
+
+    def _revoke(self, ids: Sequence[str]) -> int:
+        forgotten, *ours = self._script(
             keys=[CLAIMS, PARKED, REVOKED], args=[int(REMEMBERED_S * 1000), MOST_REMEMBERED, *ids]
         )
+        if forgotten:
+            log.error(
+                "revokes_forgotten",
+                jobs=forgotten,
+                limit=MOST_REMEMBERED,
+                meaning="more ids were revoked than are remembered; jobs of the oldest ones run if they wait in a lane",
+            )
         if not ours:
             return 0
         seconds, micros = self._client.time()
@@ -94,10 +106,13 @@ def _revoke(state: Any, task_id: str | Sequence[str] = (), **_: Any) -> dict[str
     revoker: Revoker | None = state.app.shiwu_revoker
     if revoker is None:
         return {"error": "not ready yet; revoke again"}
+    asked = [task_id] if isinstance(task_id, str) else list(task_id)
     ids = []
-    for job_id in [task_id] if isinstance(task_id, str) else list(task_id)[:MOST_AT_ONCE]:
+    for job_id in asked:
         with contextlib.suppress(RequestError):
             ids.append(check_id(job_id))
+    if len(ids) < len(asked):
+        log.warning("revokes_ignored", jobs=len(asked) - len(ids), meaning="what was named cannot be the id of a job")
     try:
         now = revoker.revoke(ids)
     except redis.RedisError as error:
