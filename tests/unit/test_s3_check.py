@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from shiwu_worker.config import Settings
-from shiwu_worker.object_store import S3Client, StoreAway, StoreRefused
+from shiwu_worker.object_store import NoCredentials, S3Client, StoreAway, StoreRefused
 from shiwu_worker.s3_check import check_s3
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.servers import S3Server
@@ -101,6 +101,10 @@ def test_the_check_without_credentials_asks_nothing(
         monkeypatch.delenv(name)
     monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", http_server.url(""))
     assert "will be answered source_credentials" in check_s3(Settings())[0]
+    with monkeypatch.context() as half:
+        half.setenv("AWS_ACCESS_KEY_ID", "key")
+        with pytest.raises(NoCredentials):
+            check_s3(Settings())
     assert not http_server.hits
     monkeypatch.setenv("SHIWU_S3_ANONYMOUS", "1")
     text, [warning] = check_s3(Settings())

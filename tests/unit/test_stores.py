@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -403,6 +405,44 @@ def test_an_error_of_another_service_is_no_refusal(
     assert (type(error), error.code.value) == (Unavailable, "source_credentials")
     assert "AssumeRoleWithWebIdentity answered AccessDenied" in str(error)
     assert not http_server.hits
+
+
+@each_client
+def test_a_silent_service_of_credentials_is_left(
+    tmp_path: Path, client: S3Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soon, and once for all threads: otherwise the time limit of fetch and decode would blame the images."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name)
+    (tmp_path / "token").write_text("a token")
+    monkeypatch.setattr("shiwu_worker.boto_store.CHAIN_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("shiwu_worker.boto_store.ASK_CHAIN_AGAIN_S", 60.0)
+    with RawServer(says(b""), pause_s=300) as sts:
+        monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/r")
+        monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{sts.port}")
+        fetcher = make_fetcher(client, "http://127.0.0.1:1")
+        with ThreadPoolExecutor(4) as threads:
+            errors = list(threads.map(lambda _: failure(fetcher, "s3://pictures/a"), range(4)))
+        assert {(type(error), error.code.value) for error in errors} == {(Unavailable, "source_credentials")}
+        assert sts.connections == 1
+
+
+@pytest.mark.parametrize("kind", ["get", "stream"])
+def test_a_panic_of_obstore_is_an_error_of_one_job(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no Exception, and would end the thread of the loader."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_: object, **__: object) -> Any:
+        raise PanicException("called `Result::unwrap()` on an `Err` value")
+
+    broken = SimpleNamespace(stream=panic, meta={"size": 1})
+    monkeypatch.setattr("obstore.get", panic if kind == "get" else lambda *_, **__: broken)
+    error = failure(make_fetcher("obstore", "http://127.0.0.1:1"), "s3://pictures/a")
+    assert (type(error), error.code.value) == (Unavailable, "source_error")
+    assert "PanicException" in str(error)
 
 
 @each_client

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,8 +42,11 @@ from shiwu_worker.object_store import (
     is_aws,
 )
 
-ASK_CHAIN_AGAIN_S: Final = 10.0
-"""How long the AWS chain is left alone after it had no credentials: a look at a machine's metadata takes seconds."""
+ASK_CHAIN_AGAIN_S: Final = 2.0
+"""How long the AWS chain is left alone after it failed: it asks services, and each thread would wait for them."""
+CHAIN_TIMEOUT_S: Final = 3.0
+"""One connection to a service that gives out credentials, and one silence of it. botocore would wait for minutes, and
+the time limit of fetch and decode would blame the image."""
 _OPERATIONS: Final = frozenset({"GetObject", "HeadBucket", "ListBuckets", "CreateSession"})
 """What the store itself is asked; any other operation is of a service that gives out credentials."""
 
@@ -106,7 +109,8 @@ class Clients:
         self._options = options
         self._limits = limits
         self._made: tuple[botocore.session.Session, Any] | None = None
-        self._without_until_s = 0.0
+        self._failed: tuple[float, Callable[[], StoreError]] | None = None
+        """Until when the AWS chain is left alone, and the error that is raised meanwhile."""
         self._lock = threading.Lock()
 
     def get(self) -> Access:
@@ -117,23 +121,44 @@ class Clients:
             WrongSettings: no client can be made, or the chain fails.
         """
         with self._lock:
+            self._check_failed()
             if self._made is None:
-                if time.monotonic() < self._without_until_s:
-                    raise NoCredentials
-                inner = botocore.session.Session()
-                try:
-                    self._credentials(inner)
-                except NoCredentials:
-                    self._without_until_s = time.monotonic() + ASK_CHAIN_AGAIN_S
-                    raise
-                session = boto3.session.Session(botocore_session=inner)
-                self._made = inner, new_client(session, self._options, self._limits)
+                self._made = self._make()
             inner, client = self._made
+        self._check_failed()
         # Here and not in the request: what fails in a service that gives out credentials says nothing about the object.
         return Access(inner, client, self._credentials(inner))
 
+    def _make(self) -> tuple[botocore.session.Session, Any]:
+        inner = botocore.session.Session()
+        # Of the clients that ask services for credentials; the store's own client says otherwise.
+        inner.set_default_client_config(
+            Config(
+                connect_timeout=CHAIN_TIMEOUT_S,
+                read_timeout=CHAIN_TIMEOUT_S,
+                retries={"mode": "standard", "total_max_attempts": 1},
+            )
+        )
+        self._credentials(inner)
+        session = boto3.session.Session(botocore_session=inner)
+        return inner, new_client(session, self._options, self._limits)
+
+    def _check_failed(self) -> None:
+        failed = self._failed
+        if failed is not None and time.monotonic() < failed[0]:
+            raise failed[1]()
+
     def _credentials(self, session: botocore.session.Session) -> ReadOnlyCredentials | None:
-        return None if self._options.is_anonymous else _credentials(session)
+        if self._options.is_anonymous:
+            return None
+        try:
+            return _credentials(session)
+        except WrongSettings as error:
+            self._failed = time.monotonic() + ASK_CHAIN_AGAIN_S, partial(WrongSettings, error.why)
+            raise
+        except NoCredentials:
+            self._failed = time.monotonic() + ASK_CHAIN_AGAIN_S, NoCredentials
+            raise
 
 
 def _credentials(session: botocore.session.Session) -> ReadOnlyCredentials:

@@ -104,6 +104,7 @@ class WrongSettings(StoreError):
 
     def __init__(self, why: str) -> None:
         super().__init__(f"expected S3 settings and credentials that work ({why})", NO_CREDENTIALS)
+        self.why = why
 
 
 class WrongName(StoreError):

@@ -9,13 +9,10 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-import boto3
-from botocore.exceptions import BotoCoreError
-
 from shiwu.contract import ErrorCode
-from shiwu_worker.boto_store import as_store_errors, new_client
+from shiwu_worker.boto_store import Clients, as_store_errors
 from shiwu_worker.config import Settings
-from shiwu_worker.object_store import S3Limits, S3Options, StoreRefused, WrongSettings, is_aws
+from shiwu_worker.object_store import NoCredentials, S3Limits, S3Options, StoreRefused, is_aws
 from shiwu_worker.stores import new_store
 
 PROBE: Final = "shiwu-check"
@@ -44,20 +41,17 @@ def check_s3(settings: Settings) -> tuple[str, tuple[str, ...]]:
     Raises:
         StoreError: the store does not answer, or refuses the credentials.
     """
-    try:
-        session = boto3.session.Session()
-        credentials = session.get_credentials()
-    except BotoCoreError as error:
-        raise WrongSettings(type(error).__name__) from error
-    if settings.s3_anonymous:
-        how = "without credentials (SHIWU_S3_ANONYMOUS)"
-    elif credentials is None:
-        return "no credentials: s3:// references will be answered source_credentials", ()
-    else:
-        how = f"credentials by {credentials.method}"
     options, limits = s3_options(settings), _limits(settings)
-    client = new_client(session, options, limits)
-    endpoint = client.meta.endpoint_url
+    try:
+        access = Clients(options, limits).get()
+    except NoCredentials as error:
+        if error.__cause__ is not None:  # half of them
+            raise
+        return "no credentials: s3:// references will be answered source_credentials", ()
+    how = "without credentials (SHIWU_S3_ANONYMOUS)"
+    if (credentials := access.session.get_credentials()) is not None and not settings.s3_anonymous:
+        how = f"credentials by {credentials.method}"
+    endpoint = access.client.meta.endpoint_url
     bucket = next((name for name in settings.allow_buckets if "*" not in name), None)
     if bucket is not None:
         proved, warnings = _ask_object(options, limits, bucket)
@@ -66,7 +60,7 @@ def check_s3(settings: Settings) -> tuple[str, tuple[str, ...]]:
             _reach(options, limits)
         proved, warnings = ("", (f"not proved that objects can be read: {HINT}",))
         if not settings.s3_anonymous:
-            proved, warnings = _list_buckets(client)
+            proved, warnings = _list_buckets(access.client)
     where = re.sub(r"//[^/]*@", "//", endpoint)
     said = filter(
         None, (f"{where} answers {settings.s3_client}" if bucket or not is_aws(endpoint) else where, how, proved)
