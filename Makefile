@@ -23,7 +23,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 BUILD = $(DOCKER) build --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-fast hostile fuzz lint bench bench-compare drill chart-tools docs chart-docs images format clean
+.PHONY: help demo test test-long test-fast test-matrix hostile fuzz lint bench bench-compare drill chart-tools docs chart-docs images format clean
 .DELETE_ON_ERROR:
 # Running targets side by side would mix what they print, and two of them would share the machine's cores.
 .NOTPARALLEL:
@@ -42,6 +42,9 @@ test-long: $(STAMP) $(CHART_STAMP) ## run those that start several workers for w
 
 test-fast: $(STAMP) $(CHART_STAMP) ## the same without the tests of many rounds
 	$(BIN)/python -m pytest -m "not gpu and not slow and not long" $(SIDE_BY_SIDE) $(ARGS)
+
+test-matrix: $(STAMP) $(CHART_STAMP) ## run the unit, contract and canvas tests with the lowest and the highest versions that pyproject.toml allows
+	$(BIN)/python -m tests.matrix $(ARGS)
 
 hostile: $(STAMP) ## run other projects' broken pictures through the loaders; fetches them from PyPI and Debian
 	$(BIN)/python -m tests.hostile $(ARGS)
@@ -87,7 +90,7 @@ format: $(STAMP) ## put the code into form
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and everything that was made
-	rm -rf $(VENV) dist build bench/out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-matrix dist build bench/out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

@@ -1,0 +1,1 @@
+"""Runs tests with the lowest and the highest versions that pyproject.toml allows, and with other Pythons."""
