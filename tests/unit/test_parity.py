@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,24 @@ def test_a_crop_is_the_processors(
         theirs = processor(images=upright, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         assert ours.shape == theirs.shape
         assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= levels, "exact" if exact else "fast"
+
+
+FATAL = """
+from PIL import Image
+from shiwu_worker.resize import resize_fast
+for image, size, box in (
+    ((3312, 1), (35, 7), (1653.4285714285713, 0.0, 1658.4285714285713, 1.0)),
+    ((1, 3312), (7, 35), (0.0, 1653.4285714285713, 1.0, 1658.4285714285713)),
+    ((913, 1), (45, 11), (454.45454545454544, 0.0, 458.54545454545456, 1.0)),
+    ((2136, 3), (35, 7), (1060.2857142857142, 0.0, 1075.2857142857142, 3.0)),
+):
+    assert resize_fast(Image.new("RGB", image, "white"), size, box, 3).getextrema() == ((255, 255),) * 3
+"""
+
+
+def test_boxes_that_crash_a_resize_of_both_axes() -> None:
+    """fast_image_resize 6.1 reads outside these images where it resizes both axes in one call."""
+    subprocess.run([sys.executable, "-c", FATAL], timeout=60, check=True)
 
 
 def test_a_picture_scores_the_same_whatever_its_neighbours(spec: ImageSpec) -> None:

@@ -197,8 +197,43 @@ def resize_fast(image: Image.Image, size: tuple[int, int], box: Box, resample: i
     if filter_ is None:
         return image.resize(size, Image.Resampling(resample), box=box)
     image.load()
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    if left == 0 and top == 0:
+        return _resize_fast_pass(image, size, box, filter_)
+    return _resize_fast_in_two_passes(image, size, box, filter_)
+
+
+def _resize_fast_in_two_passes(image: Image.Image, size: tuple[int, int], box: Box, filter_: FilterType) -> Image.Image:
+    """Resize one axis and then the other, the one first that leaves fewer pixels.
+
+    fast_image_resize 6.1 reads outside the image for some boxes where it resizes both axes in one call: it begins the
+    second pass at the first pixel's window, and the window of the second pixel may begin one pixel earlier.
+    """
+    left, top, right, bottom = box
+    first_column, last_column = _window(left, right, size[0], image.width)
+    first_row, last_row = _window(top, bottom, size[1], image.height)
+    if size[0] * (last_row - first_row) <= size[1] * (last_column - first_column):
+        rows = (size[0], last_row - first_row)
+        narrow = _resize_fast_pass(image, rows, (left, first_row, right, last_row), filter_)
+        return _resize_fast_pass(narrow, size, (0, top - first_row, size[0], bottom - first_row), filter_)
+    columns = (last_column - first_column, size[1])
+    low = _resize_fast_pass(image, columns, (first_column, top, last_column, bottom), filter_)
+    return _resize_fast_pass(low, size, (left - first_column, 0, right - first_column, size[1]), filter_)
+
+
+def _window(start: float, stop: float, count: int, length: int) -> tuple[int, int]:
+    """Pixels of an axis that the filter needs to resize a stretch of it to `count` pixels."""
+    margin = math.ceil(_WIDEST_FILTER * max(1.0, (stop - start) / count)) + 1
+    return max(0, math.floor(start) - margin), min(length, math.ceil(stop) + margin)
+
+
+def _resize_fast_pass(image: Image.Image, size: tuple[int, int], box: Box, filter_: FilterType) -> Image.Image:
+    left, top, right, bottom = box
     small = Image.new("RGB", size)
-    crop = CropBox(left, top, min(right, image.width) - left, min(bottom, image.height) - top)
-    options = ResizeOptions(resize_alg=ResizeAlg.convolution(filter_), use_alpha=False, crop_box=crop)
+    options = ResizeOptions(
+        resize_alg=ResizeAlg.convolution(filter_),
+        use_alpha=False,
+        crop_box=CropBox(left, top, right - left, bottom - top),
+    )
     Resizer().resize_pil(image, small, options)
     return small
