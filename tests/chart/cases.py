@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -101,6 +99,14 @@ EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 MATRIX |= {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in EXAMPLES}
 WRONG: dict[str, tuple[dict[str, Any], str | list[str]]] = {
     "no redis": ({"redis": {"host": ""}}, "expected redis.host, redis.sentinel.enabled, redis.urlKey"),
+    "no image of the worker": (
+        {"worker": {"device": "cpu", "image": {"repository": ""}}},
+        "such as registry.example/shiwu-worker-cpu, got none: no registry has images of shiwu",
+    ),
+    "no image of the sweep": (
+        {"sweep": {"image": {"repository": ""}}},
+        "sweep.image.repository: expected the producer's image as your cluster pulls it",
+    ),
     "unknown key": (
         {"worker": {"replica": 2}},
         ["additional properties 'replica' not allowed", "Additional property replica is not allowed"],
@@ -165,12 +171,3 @@ WRONG: dict[str, tuple[dict[str, Any], str | list[str]]] = {
     "nothing to enqueue": ({"producer": {"enabled": True}}, "producer.references: expected references"),
     "digest": ({"worker": {"image": {"digest": "latest"}}}, ["does not match pattern", "Does not match pattern"]),
 }
-
-
-def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as helm lays one file over another."""
-    result = copy.deepcopy(dict(low))
-    for key, value in high.items():
-        inner = result.get(key)
-        result[key] = merged(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
-    return result

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from shiwu_worker.config import Settings
-from tests.chart.cases import ALL_ON, MATRIX, PLAIN, WRONG, merged
+from tests.chart.cases import ALL_ON, MATRIX, PLAIN, WRONG
 from tests.support import chart_docs
-from tests.support.chart import CHART, ChartError, Helm, of_kind, pods, tool, variables, wrongs
+from tests.support.chart import CHART, ChartError, Helm, merged, of_kind, pods, tool, variables, wrongs
 from tests.support.chart_tools import HELMS
 
 
@@ -90,8 +90,10 @@ def test_pods_are_locked_down(newest: Helm, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_every_setting_in_the_pods_exists(newest: Helm, name: str) -> None:
+def test_every_setting_in_the_pods_exists(newest: Helm, name: str, tmp_path: Path) -> None:
     """And is taken by the worker with the value that the chart gives it."""
+    mounted = tmp_path / "ca.crt"
+    mounted.touch()
     for where, spec in pods(newest.render(MATRIX[name])):
         for container in spec["containers"]:
             ours = {key: value for key, value in variables(container).items() if key.startswith("SHIWU_")}
@@ -101,6 +103,7 @@ def test_every_setting_in_the_pods_exists(newest: Helm, name: str) -> None:
             }
             if "redis_url" in plain:
                 plain["redis_url"] = plain["redis_url"].replace("$(REDIS_PASSWORD)", "secret")
+                plain["redis_url"] = plain["redis_url"].replace("/etc/shiwu/redis-ca/ca.crt", str(mounted))
             Settings(**plain)
 
 

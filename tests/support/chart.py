@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -33,6 +34,11 @@ CUSTOM: Final[Mapping[str, Any]] = {
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Manifest = dict[str, Any]
+IMAGES: Final = {
+    "worker": {"image": {"repository": "shiwu-worker"}},
+    "sweep": {"image": {"repository": "shiwu-producer"}},
+}
+"""The chart has no default for them."""
 
 
 class ChartError(RuntimeError):
@@ -48,13 +54,16 @@ class Helm:
     def run(self, *args: str, values: Mapping[str, Any] | None = None) -> str:
         """What a command prints.
 
+        Args:
+            values: of the chart, over the names of its images.
+
         Raises:
             ChartError: when it fails.
         """
         command = [str(self.path), *args, *(["--values", "-"] if values is not None else [])]
         done = subprocess.run(
             command,
-            input=json.dumps(values) if values is not None else None,
+            input=json.dumps(merged(IMAGES, values)) if values is not None else None,
             capture_output=True,
             text=True,
             timeout=60,
@@ -75,6 +84,15 @@ class Helm:
 @lru_cache(maxsize=256)
 def _rendered(helm: Helm, values: str) -> str:
     return helm.run("template", "trial", str(CHART), "--namespace", "pictures", values=json.loads(values))
+
+
+def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as helm merges them."""
+    result = copy.deepcopy(dict(low))
+    for key, value in high.items():
+        inner = result.get(key)
+        result[key] = merged(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+    return result
 
 
 def tool(name: str) -> Path:
