@@ -21,7 +21,7 @@ from shiwu.contract import Lane
 
 DIFFERENT: Final[dict[SizeName, int]] = {"512": 64, "2mp": 24, "12mp": 8}
 """So many different pictures, asked for in turn."""
-NO_LITSERVE: Final = "LitServe is not installed: pip install 'shiwu[worker,dev,bench]'"
+NO_LITSERVE: Final = "LitServe is not installed: pip install '.[worker,dev,bench]'"
 
 
 @dataclass(frozen=True, slots=True)

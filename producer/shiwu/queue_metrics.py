@@ -1,6 +1,6 @@
 """Prometheus metrics of the queues, which workers and `shiwu sweep` export under the same names.
 
-Importing this module needs prometheus-client: the extra `shiwu[metrics]`, or `shiwu[worker]`.
+Importing this module needs prometheus-client: the extra `metrics` or `worker`.
 """
 
 from __future__ import annotations

@@ -127,10 +127,13 @@ def test_check_tells_its_own_defects_from_wrong_settings(monkeypatch: pytest.Mon
     assert "Traceback" in found.stderr
 
 
-def test_all_needs_check() -> None:
-    """Alone it would start a worker."""
-    found = CliRunner().invoke(main, ["--all"])
-    assert (found.exit_code, "expected --all with --check" in found.output) == (2, True)
+@pytest.mark.parametrize(
+    ("args", "text"), [(["--all"], "expected --all with --check"), (["--check", "--tune"], "expected only one of")]
+)
+def test_options_that_contradict_are_refused(args: list[str], text: str) -> None:
+    """Instead of a worker that starts, or an option without effect."""
+    found = CliRunner().invoke(main, args)
+    assert (found.exit_code, text in found.output) == (2, True)
 
 
 def test_the_real_check_of_everything(monkeypatch: pytest.MonkeyPatch, s3: S3Server, redis_client: redis.Redis) -> None:

@@ -101,4 +101,4 @@ def test_sweep_without_prometheus_client_says_what_to_install(redis_url: str, tm
     command = [sys.executable, "-c", blocker, "--redis-url", redis_url, "sweep", "--metrics-port", "9"]
     with Process(command, name="sweep", folder=tmp_path, env=clean_environment({})) as process:
         assert process.wait(timeout_s=20) == 2
-        assert "pip install 'shiwu[metrics]'" in process.log_tail(lines=5)
+        assert "pip install '.[metrics]'" in process.log_tail(lines=5)

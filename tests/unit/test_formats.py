@@ -42,7 +42,7 @@ def test_heif_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_lists, "find_spec", lambda name: None)
     for name in ("HEIF", "heic"):
         monkeypatch.setenv("SHIWU_FORMATS", f"JPEG,{name}")
-        with pytest.raises(ValidationError, match=r"install shiwu\[worker,heic\]"):
+        with pytest.raises(ValidationError, match=r"pip install '\.\[worker,heic\]'"):
             Settings()
 
 
@@ -53,7 +53,10 @@ def ftyp(major: bytes, *compatible: bytes) -> bytes:
 
 
 UNSUPPORTED: Final = {
-    "HEIF by its brand": (ftyp(b"heic", b"mif1", b"heic"), r"HEIF \(HEIC\): install shiwu\[heic\] and add HEIF to"),
+    "HEIF by its brand": (
+        ftyp(b"heic", b"mif1", b"heic"),
+        r"HEIF \(HEIC\): install pillow-heif for the worker and add HEIF to",
+    ),
     "HEIF by a later brand": (ftyp(b"mif1", b"mif1", b"heix"), r"HEIF \(HEIC\): install"),
     "TIFF": (pictures.saved(Image.new("L", (8, 8)), "TIFF"), r"TIFF: add TIFF to SHIWU_FORMATS, or convert it"),
     "BigTIFF": (b"II+\0\x08\0\0\0" + bytes(8), r"TIFF: add TIFF"),

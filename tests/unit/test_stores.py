@@ -125,7 +125,7 @@ def test_a_client_that_is_not_there_is_told_at_the_start(monkeypatch: pytest.Mon
     monkeypatch.setenv("SHIWU_S3_CLIENT", "obstore")
     assert Settings().s3_client == "obstore"
     monkeypatch.setattr("shiwu_worker.config_lists.find_spec", lambda _: None)
-    with pytest.raises(ValidationError, match=r"install shiwu\[worker,obstore\]"):
+    with pytest.raises(ValidationError, match=r"pip install '\.\[worker,obstore\]'"):
         Settings()
     monkeypatch.setenv("SHIWU_S3_CLIENT", "s3fs")
     with pytest.raises(ValidationError, match="'boto3' or 'obstore'"):

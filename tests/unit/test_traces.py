@@ -273,5 +273,5 @@ def test_the_setting_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         return None if name.startswith("opentelemetry.exporter") else found(name, *args)
 
     monkeypatch.setattr(importlib.machinery.PathFinder, "find_spec", staticmethod(hidden))
-    with pytest.raises(ValidationError, match=r"install shiwu\[worker,otel\]"):
+    with pytest.raises(ValidationError, match=r"pip install '\.\[worker,otel\]'"):
         Settings()

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import click
 
-from shiwu_worker import solo
-from shiwu_worker.cards import UnknownCard
-from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.health import Health
-from shiwu_worker.launcher import AFTER_GRACE_S, Launcher, Patience
-from shiwu_worker.places import Place, WrongPlaces, choose_places
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -89,13 +83,18 @@ def main(
     """
     if show_all and not check:
         raise click.UsageError("expected --all with --check")
-    command = _other_command(check=check, show_all=show_all, tune=tune, fetch_model=fetch_model, convert=convert)
-    if command is not None:
-        sys.exit(command())
-    _work(task_events=task_events, gpus=gpus, per_gpu=per_gpu)
+    if sum(map(bool, (check, tune, fetch_model, convert))) > 1:
+        raise click.UsageError("expected only one of --check, --tune, --fetch-model and --convert")
+    with _worker_libraries():
+        command = _command(check=check, show_all=show_all, tune=tune, fetch_model=fetch_model, convert=convert)
+        if command is None:
+            from shiwu_worker.start import start_workers  # noqa: PLC0415 --help needs none of its libraries
+
+            command = partial(start_workers, gpus=gpus, per_gpu=per_gpu, task_events=task_events)
+    sys.exit(command())
 
 
-def _other_command(
+def _command(
     *, check: bool, show_all: bool, tune: bool, fetch_model: Path | None, convert: Path | None
 ) -> Callable[[], int] | None:
     """What was asked for in place of a worker; each command imports the model's libraries, which takes seconds."""
@@ -118,31 +117,20 @@ def _other_command(
     return None
 
 
-def _work(*, task_events: bool, gpus: str, per_gpu: int) -> None:
-    """Be a worker, or launch one for each card."""
-    settings = solo.begin()
+@contextmanager
+def _worker_libraries() -> Iterator[None]:
+    """End the process in words where only the producer's side is installed."""
     try:
-        places = choose_places(settings, asked=gpus, per_gpu=per_gpu)
-    except (UnknownCard, WrongPlaces) as error:
-        click.echo(str(error), err=True)
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "shiwu").partition(".")[0] in {"shiwu", "shiwu_worker"}:
+            raise  # a defect, and no missing library
+        click.echo(
+            f"shiwu-worker: expected the worker's libraries, but {error.name} is not installed (only the producer's "
+            "side of shiwu is): run `pip install '.[worker]'` in a clone of shiwu",
+            err=True,
+        )
         sys.exit(int(ExitCode.CONFIG))
-    if len(places) > 1:
-        sys.exit(_launch(settings, places, task_events=task_events))
-    if gpus != "all":
-        os.environ |= {name: places[0].environment[name] for name in ("CUDA_VISIBLE_DEVICES", "SHIWU_DEVICE")}
-    # All CPUs are its own, the far ones too: nobody else here needs them.
-    node = places[0].node if places else f"shiwu@{socket.gethostname()}"
-    solo.run(node=node, task_events=task_events)
-
-
-def _launch(settings: Settings, places: list[Place], *, task_events: bool) -> int:
-    drain_s = settings.grace_s + AFTER_GRACE_S
-
-    def command(place: Place) -> list[str]:
-        return solo.command(node=place.node, cpus=place.cpus, drain_s=drain_s, task_events=task_events)
-
-    health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file)
-    return Launcher(places, command=command, patience=Patience(drain_s=drain_s), health=health).run()
 
 
 if __name__ == "__main__":

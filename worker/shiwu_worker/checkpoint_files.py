@@ -194,7 +194,7 @@ def _read_adapter(folder: Path) -> Checkpoint:
     _check_weights(weights)
     if find_spec("peft") is None:
         raise WrongCheckpoint(
-            f"{folder}: a PEFT adapter needs the package peft: pip install 'shiwu[worker,peft]', or merge it once "
+            f"{folder}: a PEFT adapter needs the package peft: pip install '.[worker,peft]', or merge it once "
             "where peft is installed (merge_and_unload and save_pretrained) and name the merged folder"
         )
     name, revision = adapter_base(folder)

@@ -23,13 +23,17 @@ def _has_otel(value: bool) -> bool:
     except ModuleNotFoundError:  # of a package above it
         is_there = False
     if not is_there:
-        raise ValueError("traces need OpenTelemetry's SDK and its exporter: install shiwu[worker,otel]")
+        raise ValueError(
+            "traces need OpenTelemetry's SDK and its exporter: run pip install '.[worker,otel]' in a clone of shiwu"
+        )
     return value
 
 
 def _has_client(value: str) -> str:
     if value == "obstore" and find_spec("obstore") is None:
-        raise ValueError("obstore is not installed: install shiwu[worker,obstore], or take boto3")
+        raise ValueError(
+            "obstore is not installed: run pip install '.[worker,obstore]' in a clone of shiwu, or take boto3"
+        )
     return value
 
 
@@ -44,7 +48,7 @@ def _known_formats(value: tuple[str, ...]) -> tuple[str, ...]:
     if unknown := sorted(set(names) - FORMATS):
         raise ValueError(f"expected formats of {', '.join(sorted(FORMATS))}, got {', '.join(unknown)[:80]}")
     if "HEIF" in names and find_spec("pillow_heif") is None:
-        raise ValueError("HEIF (HEIC) needs pillow-heif: install shiwu[worker,heic]")
+        raise ValueError("HEIF (HEIC) needs pillow-heif: run pip install '.[worker,heic]' in a clone of shiwu")
     return names
 
 

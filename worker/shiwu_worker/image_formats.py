@@ -20,7 +20,7 @@ class FileFormat:
 
 
 READABLE: Final = {"JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "HEIF"}
-"""Formats for which the worker has a decoder, HEIF with the extra `shiwu[heic]`."""
+"""Formats for which the worker has a decoder, HEIF with the extra `heic`."""
 _PREFIXES: Final = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -132,7 +132,7 @@ def refusal(found: FileFormat, accepted: tuple[str, ...]) -> str:
     """Why an image of a known format is not accepted, and what the operator or the producer can do about it."""
     text = f"expected {listed(accepted)}, got {found.name}"
     if found.name == "HEIF":
-        return f"{text} (HEIC): install shiwu[heic] and add HEIF to SHIWU_FORMATS, or convert it to JPEG"
+        return f"{text} (HEIC): install pillow-heif for the worker and add HEIF to SHIWU_FORMATS, or convert it to JPEG"
     if found.name in READABLE:
         return f"{text}: add {found.name} to SHIWU_FORMATS, or convert it to PNG or JPEG"
     return f"{text}, which the worker cannot read: convert it to PNG or JPEG"

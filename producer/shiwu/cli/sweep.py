@@ -126,7 +126,10 @@ def _open_metrics(stack: ExitStack, *, host: str, port: int, expected_workers: i
     try:
         from shiwu.cli.sweep_metrics import SweepMetrics, serve  # noqa: PLC0415 prometheus-client is an extra
     except ModuleNotFoundError as error:
-        end(f"--metrics-port needs prometheus-client ({error}); install it: pip install 'shiwu[metrics]'", Exit.USAGE)
+        end(
+            f"--metrics-port needs prometheus-client ({error}); run pip install '.[metrics]' in a clone of shiwu",
+            Exit.USAGE,
+        )
     metrics = SweepMetrics(expected_workers=expected_workers)
     try:
         stack.enter_context(serve(metrics, host=host, port=port))

@@ -1,6 +1,6 @@
 """Prometheus metrics of `shiwu sweep`: what is known of the queues where no worker runs.
 
-Importing this module needs prometheus-client, the extra `shiwu[metrics]`.
+Importing this module needs prometheus-client, the extra `metrics`.
 """
 
 from __future__ import annotations
