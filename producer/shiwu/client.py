@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, tzinfo
 from itertools import islice
 from typing import Any, Literal, Self
 from uuid import uuid4
@@ -339,9 +340,13 @@ class Client:
         """Forget dead letters; return how many there were. Their answers stay."""
         return self._letters.drop(job_ids)
 
-    def sweep(self) -> Swept:
-        """One round of what workers do for all jobs; for places where no worker may run. See `shiwu sweep`."""
-        return self._upkeep.sweep()
+    def sweep(self, *, zone: tzinfo = UTC) -> Swept:
+        """One round of what workers do for all jobs; for places where no worker may run. See `shiwu sweep`.
+
+        Args:
+            zone: time zone of an `expires` that names none, as the workers' `SHIWU_TIMEZONE`.
+        """
+        return self._upkeep.sweep(zone=zone)
 
     def queue_state(self) -> QueueState:
         """What waits and what is claimed, lane by lane."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, tzinfo
 from typing import Any, Final
 
 import msgspec
@@ -148,8 +149,12 @@ class Upkeep:
         if strange := [member for member, job_id in ids.items() if not job_id]:
             self._client.zrem(DEADLINES, *strange)  # by another hand; it would come back each second
 
-    def sweep(self) -> Swept:
-        """A whole round: everything that is due, portion by portion, and the waiting messages that have expired."""
+    def sweep(self, *, zone: tzinfo = UTC) -> Swept:
+        """A whole round: everything that is due, portion by portion, and the waiting messages that have expired.
+
+        Args:
+            zone: time zone of an `expires` that names none.
+        """
         rounds = [self.tend(most=PORTION)]
         while max(rounds[-1].reaped, rounds[-1].promoted, rounds[-1].out_of_time) == PORTION:
             rounds.append(self.tend(most=PORTION))
@@ -157,7 +162,7 @@ class Upkeep:
             reaped=sum(one.reaped for one in rounds),
             promoted=sum(one.promoted for one in rounds),
             out_of_time=sum(one.out_of_time for one in rounds),
-            expired=self.expire_waiting(portion=PORTION),
+            expired=self.expire_waiting(portion=PORTION, zone=zone),
             results_dropped=self.trim_if_long(rounds[-1]),
         )
 
@@ -170,7 +175,7 @@ class Upkeep:
         """The same where the last round found the stream too long; costs nothing otherwise."""
         return self.trim() if seen.stream_length > self._keep().stream_length else {}
 
-    def expire_waiting(self, *, portion: int = 500, most: int = 20_000) -> int:
+    def expire_waiting(self, *, portion: int = 500, most: int = 20_000, zone: tzinfo = UTC) -> int:
         """Answer the waiting messages whose `expires` has passed; looks at the oldest `most` of each lane.
 
         A worker does this at its claims; here it is done for those who wait while there is none.
@@ -179,7 +184,7 @@ class Upkeep:
         now_ms = seconds * 1000 + micros / 1000
         expired = 0
         for key in _LANE_KEYS:
-            for late in self._late_in(key, now_ms=now_ms, portion=portion, most=most):
+            for late in self._late_in(key, now_ms=now_ms, portion=portion, most=most, zone=zone):
                 args: list[Any] = [self._token, int(TAKEN_FOR_S * 1000)]
                 for envelope, raw in late:
                     args += [envelope.id, raw]
@@ -192,14 +197,16 @@ class Upkeep:
                 expired += len(entries) - len(self._ledger.write(entries, token=f"{self._token}.lane"))
         return expired
 
-    def _late_in(self, key: str, *, now_ms: float, portion: int, most: int) -> Iterator[list[tuple[Envelope, bytes]]]:
+    def _late_in(
+        self, key: str, *, now_ms: float, portion: int, most: int, zone: tzinfo
+    ) -> Iterator[list[tuple[Envelope, bytes]]]:
         """Portions of a lane's expired messages, oldest first."""
         for start in range(1, most, portion):
             raws: Any = self._client.lrange(key, -(start + portion - 1), -start)
             late = []
             for raw in raws:
                 try:
-                    envelope = read_message(raw)
+                    envelope = read_message(raw, zone=zone)
                 except RequestError:
                     continue  # a worker buries it
                 if envelope.expires_ms is not None and envelope.expires_ms <= now_ms:

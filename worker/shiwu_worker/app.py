@@ -1,6 +1,7 @@
 """The Celery app: an ordinary Celery worker whose boot step runs the pipeline.
 
-Celery is imported here and in the modules around it: `canvas`, `callback_app`, `task_events`, `revoke`, `stop_signals`.
+Celery is imported here and in the modules around it: `canvas`, `callback_app`, `task_events`, `revoke`, `control`,
+`lane_worker`, `stop_signals`.
 
 `celery -A shiwu_worker.app worker` claims from the lanes with the pipeline, not with Celery's consumer. What is left of
 that consumer listens on a queue of its own that nobody writes to, so a broker blip there never touches a job.
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Final
 
 import structlog
@@ -23,7 +24,7 @@ from celery.worker import state
 from celery.worker.consumer import Consumer
 from kombu import Queue
 
-from shiwu.contract import TASK_NAME
+from shiwu.contract import TASK_NAME, Lane
 from shiwu_worker import logs
 from shiwu_worker.callback_app import make_callback_app
 from shiwu_worker.canvas import Callbacks
@@ -31,6 +32,8 @@ from shiwu_worker.celery_redis import broker_config
 from shiwu_worker.config import Settings
 from shiwu_worker.config_errors import load_settings_or_exit, report_unknown_names
 from shiwu_worker.errors import FatalError
+from shiwu_worker.lane_worker import ADMIN_QUEUE
+from shiwu_worker.log_output import open_standard_streams
 from shiwu_worker.parts import CELERY_CONNECTIONS, connect, make_ledger
 from shiwu_worker.revoke import Revoker
 from shiwu_worker.settle import Settled
@@ -39,7 +42,6 @@ from shiwu_worker.task_events import TaskEvents
 from shiwu_worker.wiring import Service, open_service
 
 log: Any = structlog.get_logger()
-ADMIN_QUEUE: Final = "shiwu.admin"
 CLOSE_S: Final = 5.0
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 2.0
@@ -48,7 +50,7 @@ CALM_S: Final = 10.0
 
 
 class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
-    """Celery's consumer without the parts by which workers talk to each other, and deaf to all commands but revoke."""
+    """Celery's consumer without the parts by which workers talk to each other; it knows three control commands."""
 
     class Blueprint(Consumer.Blueprint):  # type: ignore[misc]  # celery has no types
         """The usual steps but gossip, mingle and heartbeats: each can block a worker when the broker is away."""
@@ -57,7 +59,7 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
             step
             for step in Consumer.Blueprint.default_steps
             if step.rsplit(":", 1)[-1] not in {"Gossip", "Mingle", "Heart", "Control"}
-        ] + ["shiwu_worker.revoke:RevokeStep"]
+        ] + ["shiwu_worker.control:ControlStep"]
 
     _pause_s = 0.0
     _lost_s = 0.0
@@ -100,7 +102,7 @@ class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has
 
         A failure here ends the process with the error's exit code, a signal with 0.
         """
-        settings = _settings()
+        settings = _settings().model_copy(update={"lanes": worker.app.conf.shiwu_lanes})
         self._grace_s = settings.grace_s
         self._signals.install()
         with ExitStack() as stack:
@@ -153,15 +155,25 @@ def _celery_side(worker: Any, settings: Settings) -> Iterator[Callable[[Sequence
             stack.callback(part.close, timeout_s=CLOSE_S)
 
         def tell(settled: Sequence[Settled]) -> None:
+            state.total_count[TASK_NAME] += len(settled)
             for part in parts:
                 part.put(settled)
 
         yield tell
 
 
+class LaneCelery(Celery):  # type: ignore[misc]  # celery has no types
+    """An app whose worker reads `-Q` as lanes."""
+
+    @cached_property
+    def Worker(self) -> Any:  # noqa: N802 Celery's name
+        """The class that the command `worker` starts."""
+        return self.subclass_with_self("shiwu_worker.lane_worker:LaneWorker")
+
+
 def make_app(settings: Settings) -> Celery:
     """The app with settings that can't take the pipeline down."""
-    app = Celery("shiwu")
+    app = LaneCelery("shiwu")
     app.conf.update(
         **broker_config(settings.redis_address, timeout_s=settings.redis_timeout_s),
         accept_content=["json"],
@@ -174,6 +186,8 @@ def make_app(settings: Settings) -> Celery:
         task_default_queue=ADMIN_QUEUE,
         task_queues=[Queue(ADMIN_QUEUE)],
         task_create_missing_queues=False,
+        # Who calls `shiwu.tag` by this app waits for it; Celery's own queue is read by nobody.
+        task_routes={TASK_NAME: {"queue": Lane.INTERACTIVE.queue}},
         worker_consumer="shiwu_worker.app:AdminConsumer",
         worker_pool="solo",
         worker_concurrency=1,
@@ -184,6 +198,10 @@ def make_app(settings: Settings) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
     )
     app.conf.shiwu_revoke = settings.revoke
+    app.conf.shiwu_lanes = settings.lanes
+    # As aliases: `celery purge` then spares the lanes, whose jobs would be lost without an answer.
+    app.shiwu_queues = [Queue(lane.queue, alias=lane.queue) for lane in Lane]
+    app.amqp.queues.aliases.update({queue.name: queue for queue in app.shiwu_queues})
     app.shiwu_revoker = None
     app.steps["worker"].add(PipelineStep)
 
@@ -200,9 +218,9 @@ def make_app(settings: Settings) -> Celery:
 
 
 @setup_logging.connect  # type: ignore[untyped-decorator]  # celery has no types
-def _logs(**_: Any) -> None:
+def _logs(logfile: str | None = None, **_: Any) -> None:
     settings = _settings()
-    logs.set_up(level=settings.log_level, form=settings.log_format)
+    logs.set_up(level=settings.log_level, form=settings.log_format, log_file=logfile)
     report_unknown_names()
 
 
@@ -220,5 +238,6 @@ def _app() -> Celery:
 def __getattr__(name: str) -> Celery:
     """`shiwu_worker.app.app`, where `celery -A` looks for it; the settings are read when it is first asked for."""
     if name == "app":
+        open_standard_streams()
         return _app()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import tzinfo
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+from zoneinfo import ZoneInfo
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shiwu.contract import TASK_NAME
+from shiwu.contract import TASK_NAME, Lane
 from shiwu.keep import DEAD_AGE_S, DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S, STREAM_LENGTH
 from shiwu.redis_url import RedisAddress, read_redis_url
 from shiwu.upkeep import MAX_LEASE_S
@@ -21,6 +23,7 @@ from shiwu_worker.config_lists import (
     Endpoint,
     Formats,
     Hosts,
+    Lanes,
     Names,
     Networks,
     OutputFile,
@@ -30,6 +33,7 @@ from shiwu_worker.config_lists import (
     Region,
     Retries,
     S3Client,
+    Timezone,
     Traces,
     UserAgent,
     check_duration,
@@ -97,6 +101,10 @@ class Settings(BaseSettings):
     slots: int = Field(
         0, ge=0, le=4096, description="pictures claimed and not yet encoded; 0: three batches + what is loading"
     )
+    lanes: Lanes = Field(
+        tuple(Lane),
+        description="lanes that this worker serves: interactive, bulk or both; -Q shiwu.interactive says the same",
+    )
     bulk_share: float = Field(0.1, ge=0, le=0.9, description="share that bulk keeps while interactive jobs wait")
 
     lease_s: float = Field(
@@ -115,6 +123,9 @@ class Settings(BaseSettings):
     )
     grace_s: float = Field(20.0, ge=0, description="time to finish what is held after SIGTERM")
 
+    timezone: Timezone = Field(
+        "UTC", description="time zone of an eta or expires that names none, as Celery's setting of this name"
+    )
     result_ttl_s: int = Field(RESULT_TTL_S, ge=60, description="how long an answer can be read under its key")
     done_ttl_s: int = Field(
         DONE_TTL_S, ge=60, description="how long an id counts as answered; longer than result_ttl_s"
@@ -250,7 +261,7 @@ class Settings(BaseSettings):
     @field_validator(
         *("formats", "allow_hosts", "only_hosts", "deny_hosts", "allow_networks", "deny_networks", "nat64_prefixes"),
         *("fetch_ports", "allow_buckets", "deny_buckets", "allow_folders", "deny_folders"),
-        *("callback_tasks", "callback_queues"),
+        *("callback_tasks", "callback_queues", "lanes"),
         mode="before",
     )
     @classmethod
@@ -284,6 +295,11 @@ class Settings(BaseSettings):
     def user_agent_text(self) -> str:
         """What requests to sources name as their sender."""
         return self.user_agent or f"shiwu/{version('shiwu')}"
+
+    @property
+    def zone(self) -> tzinfo:
+        """The time zone of times that name none."""
+        return ZoneInfo(self.timezone)
 
     @property
     def reach(self) -> Reach:

@@ -9,11 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
-from shiwu.contract import RETRIABLE, ErrorCode
+from shiwu.contract import RETRIABLE, ErrorCode, Lane
 from shiwu_worker.reach import checked, read_host, read_nat64
 
 
@@ -126,9 +127,37 @@ def _check_user_agent(value: str) -> str:
     return value
 
 
+def read_lane(text: object) -> Lane:
+    """A lane by its name, or by the name of its queue.
+
+    Raises:
+        ValueError: for any other text.
+    """
+    for lane in Lane:
+        if text in {lane, lane.queue}:
+            return lane
+    raise ValueError(f"expected lanes of {', '.join(Lane)}, got {text!r:.80}")
+
+
+def _some_lanes(value: tuple[Lane, ...]) -> tuple[Lane, ...]:
+    if not value:
+        raise ValueError(f"expected one lane at least, of {', '.join(Lane)}")
+    return tuple(lane for lane in Lane if lane in value)
+
+
+def _known_zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(f"expected a time zone as UTC or Asia/Shanghai, got {name!r:.80}") from None
+    return name
+
+
 Device = Annotated[str, AfterValidator(_check_device)]
 OutputFile = Annotated[Path, AfterValidator(check_output_file)]
 Names = Annotated[tuple[str, ...], NoDecode]
+Lanes = Annotated[tuple[Annotated[Lane, BeforeValidator(read_lane)], ...], NoDecode, AfterValidator(_some_lanes)]
+Timezone = Annotated[str, AfterValidator(_known_zone)]
 Formats = Annotated[tuple[str, ...], NoDecode, AfterValidator(_known_formats)]
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(checked(read_host))], ...], NoDecode]
 Networks = Annotated[tuple[Annotated[str, AfterValidator(checked(_read_network))], ...], NoDecode]

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, tzinfo
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Limits:
     """Classes of errors that are tried again; all others are answered at once."""
     longest_pause_s: float = 300.0
     """Longest pause that a source may ask for; longer ones count as this."""
+    zone: tzinfo = UTC
+    """Time zone of an eta or expires that names none."""
 
 
 class Hands:

@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable, MutableMapping
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import structlog
 
 from shiwu.contract import Answer, Status, printable
+from shiwu_worker.log_output import LogOutput, open_standard_streams
 
 
-def set_up(*, level: str, form: str) -> None:
-    """Configure structlog and the standard library's root logger, which celery, kombu and urllib3 write to."""
+def set_up(*, level: str, form: str, log_file: str | None = None) -> None:
+    """Configure structlog and the standard library's root logger, which celery, kombu and urllib3 write to.
+
+    Args:
+        log_file: a file to append to (Celery's --logfile); None is standard error.
+    """
+    open_standard_streams()
+    output = LogOutput(log_file)
     number = getattr(logging, level.upper())
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    pretty = form == "console" or (form == "auto" and sys.stderr.isatty())
+    pretty = form == "console" or (form == "auto" and output.isatty())
     ending: list[Any] = [_spell_controls] if pretty else [structlog.processors.format_exc_info]
     renderer: Any = structlog.dev.ConsoleRenderer() if pretty else lambda *given: _json_line(*given).decode()
     structlog.configure(
         processors=[*shared, *ending, renderer if pretty else _json_line],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=(
-            structlog.PrintLoggerFactory(sys.stderr) if pretty else structlog.BytesLoggerFactory(sys.stderr.buffer)
-        ),
+        logger_factory=_factory(output, is_text=pretty),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = logging.StreamHandler(cast("Any", output))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *ending, renderer],
@@ -44,6 +48,11 @@ def set_up(*, level: str, form: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(max(number, logging.WARNING))
     logging.captureWarnings(capture=True)
+
+
+def _factory(output: LogOutput, *, is_text: bool) -> Any:
+    file: Any = output
+    return structlog.PrintLoggerFactory(file) if is_text else structlog.BytesLoggerFactory(file)
 
 
 def _spell_controls(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -103,7 +103,7 @@ class Panel:
 
         def on_look(seen: Look, backlog_s: dict[Lane, float]) -> None:
             metrics.queues(seen, backlog_s)
-            self._vitals.waiting(sum(seen.waiting.values()))
+            self._vitals.waiting(sum(seen.waiting.get(lane, 0) for lane in self._settings.lanes))
 
         watch = Watch(
             partial(look, client, max_age_s=EVERY_S),

@@ -204,6 +204,7 @@ def make_claims(settings: Settings, client: redis.Redis, token: str) -> Claims:
         token=token,
         lease_s=settings.lease_s,
         bulk_share=settings.bulk_share,
+        lanes=settings.lanes,
         worker=settings.worker_name,
         result_ttl_s=settings.result_ttl_s,
     )
@@ -283,6 +284,7 @@ def make_limits(settings: Settings, encoder: Any) -> Limits:
     return Limits(
         slots=settings.slots_for(encoder.rungs[-1]),
         max_attempts=settings.max_attempts,
+        zone=settings.zone,
         retries=retries,
         longest_pause_s=settings.retry_after_longest_s,
     )

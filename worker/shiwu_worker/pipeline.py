@@ -86,6 +86,7 @@ class Pipeline:
         self._on_claiming = on_claiming
         self._is_claiming = False
         self._has_claimed = False
+        self._zone = limits.zone
         self._hands = Hands(slots=limits.slots)
         self._flights: queue.Queue[tuple[list[Job], Launched]] = queue.Queue(1)
         self._closing, self._ended = threading.Event(), threading.Event()
@@ -119,7 +120,7 @@ class Pipeline:
                 self._progress.mark()
             alone = taken.alone
             if taken.jobs:
-                self._admit([open_job(one) for one in taken.jobs])
+                self._admit([open_job(one, zone=self._zone) for one in taken.jobs])
             elif not alone:
                 idle_from_s = time.monotonic()
                 self._do.doorbell.wait(IDLE_S)

@@ -1,7 +1,4 @@
-"""Celery's remote control, of which nothing is left but `revoke`.
-
-The other commands of the channel (shutdown, pool_restart, …) could stop a worker with one PUBLISH; they are not heard.
-"""
+"""Celery's revoke: the jobs that a broadcast names are cancelled."""
 
 from __future__ import annotations
 
@@ -11,8 +8,6 @@ from typing import Any, Final
 
 import redis
 import structlog
-from celery.worker.consumer.control import Control
-from celery.worker.pidbox import Pidbox
 
 from shiwu.contract import (
     CLAIMS,
@@ -37,34 +32,6 @@ MOST_REMEMBERED: Final = 50_000
 """As many as Celery remembers."""
 MOST_AT_ONCE: Final = 1000
 """Ids in one script; more are revoked by another."""
-
-
-class RevokeBox(Pidbox):  # type: ignore[misc]  # celery has no types
-    """A mailbox that knows one command."""
-
-    def __init__(self, consumer: Any) -> None:
-        super().__init__(consumer)
-        self.node.handlers = {"revoke": _revoke}
-
-    def on_message(self, body: Any, message: Any) -> None:
-        """Obey a revoke; be deaf to everything else."""
-        if isinstance(body, dict) and body.get("method") == "revoke":
-            super().on_message(body, message)
-
-
-class RevokeStep(Control):  # type: ignore[misc]  # celery has no types
-    """Stands where Celery's consumer has its remote control."""
-
-    name = "Control"
-
-    def __init__(self, consumer: Any, **kwargs: Any) -> None:
-        super().__init__(consumer, **kwargs)
-        self.box = RevokeBox(consumer)
-        self.start, self.stop, self.shutdown = self.box.start, self.box.stop, self.box.shutdown
-
-    def include_if(self, consumer: Any) -> bool:
-        """Whether the operator listens to revokes."""
-        return bool(consumer.app.conf.shiwu_revoke)
 
 
 class Revoker:
@@ -102,7 +69,8 @@ class Revoker:
         return len(ours) - len(again)
 
 
-def _revoke(state: Any, task_id: str | Sequence[str] = (), **_: Any) -> dict[str, str]:
+def revoke_command(state: Any, task_id: str | Sequence[str] = (), **_: Any) -> dict[str, str]:
+    """Carry out the command as Celery's `Panel` would; the reply tells whether it was."""
     revoker: Revoker | None = state.app.shiwu_revoker
     if revoker is None:
         return {"error": "not ready yet; revoke again"}

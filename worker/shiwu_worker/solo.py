@@ -20,6 +20,7 @@ from shiwu_worker import logs
 from shiwu_worker.config import Settings
 from shiwu_worker.config_errors import load_settings_or_exit, report_unknown_names
 from shiwu_worker.errors import ExitCode
+from shiwu_worker.log_output import open_standard_streams
 from shiwu_worker.malloc import use_one_arena
 from shiwu_worker.nursery import PR_SET_PDEATHSIG
 
@@ -38,6 +39,7 @@ def begin() -> Settings:
 
     Wrong settings end the process with the exit code for settings.
     """
+    open_standard_streams()
     settings = load_settings_or_exit()
     logs.set_up(level=settings.log_level, form=settings.log_format)
     report_unknown_names()

@@ -116,7 +116,7 @@ def _build(
     token = _new_token(settings)
     meter = Meter(loader_threads=settings.loader_count * settings.loader_threads)
     client = stack.enter_context(connect(settings, connections=PIPELINE_CONNECTIONS))
-    doorbell = Doorbell(stack.enter_context(connect_doorbell(settings, block_s=DOORBELL_S)), block_s=DOORBELL_S)
+    doorbell = _make_doorbell(stack, settings)
     claims = make_claims(settings, client, token)
     ledger = make_ledger(settings, client, token)
     spec = read_image_spec(folder)
@@ -161,6 +161,11 @@ def _build(
     _start(settler, doorbell, heartbeat, ended, pipeline)
     panel.started(pipeline, encoder, loaders)
     return Service(pipeline=pipeline, stop=once)
+
+
+def _make_doorbell(stack: ExitStack, settings: Settings) -> Doorbell:
+    client = stack.enter_context(connect_doorbell(settings, block_s=DOORBELL_S))
+    return Doorbell(client, block_s=DOORBELL_S, lanes=settings.lanes)
 
 
 def _start(*parts: Any) -> None:

@@ -7,7 +7,8 @@ import signal
 import threading
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import click
 import redis
@@ -25,6 +26,19 @@ COUNT_EVERY_S: Final = 5.0
 """How old the queues' numbers may be where they are exported."""
 
 
+class Zone(click.ParamType[ZoneInfo]):
+    """A time zone by its name."""
+
+    name = "zone"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ZoneInfo:
+        """The zone."""
+        try:
+            return ZoneInfo(str(value))
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            self.fail(f"expected a time zone as UTC or Asia/Shanghai, got {value!r:.80}", param, ctx)
+
+
 @main.command()
 @click.option("--every", "every_s", default=1.0, show_default=True, help="Seconds between two rounds.")
 @click.option("--tell-every", "tell_s", default=10.0, show_default=True, help="Seconds between two lines of numbers.")
@@ -38,6 +52,16 @@ COUNT_EVERY_S: Final = 5.0
     type=click.IntRange(min=0),
     help="Workers that should run at all times, for the alert ShiwuNoWorkers.",
 )
+@click.option(
+    "--timezone",
+    "zone",
+    type=Zone(),
+    default="UTC",
+    show_default=True,
+    envvar="SHIWU_TIMEZONE",
+    show_envvar=True,
+    help="Time zone of an `expires` that names none.",
+)
 @click.pass_obj
 def sweep(
     client: Client,
@@ -49,6 +73,7 @@ def sweep(
     metrics_port: int | None,
     metrics_host: str,
     expect_workers: int,
+    zone: ZoneInfo,
 ) -> None:
     """Requeue jobs of crashed workers, answer what ran out of time, and print the queues' numbers as JSON lines.
 
@@ -59,7 +84,7 @@ def sweep(
         metrics = None
         if metrics_port is not None:
             metrics = _open_metrics(stack, host=metrics_host, port=metrics_port, expected_workers=expect_workers)
-        sweeper = _Sweeper(client, metrics=metrics, print_every_s=tell_s)
+        sweeper = _Sweeper(client, metrics=metrics, print_every_s=tell_s, zone=zone)
         if once:
             sweeper.sweep(is_printed=True)
             return
@@ -74,8 +99,9 @@ def sweep(
 class _Sweeper:
     """Sweeps, and tells the terminal and Prometheus what it saw."""
 
-    def __init__(self, client: Client, *, metrics: SweepMetrics | None, print_every_s: float) -> None:
+    def __init__(self, client: Client, *, metrics: SweepMetrics | None, print_every_s: float, zone: ZoneInfo) -> None:
         self._client = client
+        self._zone = zone
         self._metrics = metrics
         self._print_every_s = print_every_s
         self._printed_s = self._counted_s = -math.inf
@@ -106,7 +132,7 @@ class _Sweeper:
             redis.RedisError: Redis does not answer, or refuses.
         """
         now_s = time.monotonic()
-        swept = self._client.sweep()
+        swept = self._client.sweep(zone=self._zone)
         self._has_swept = True
         is_printed |= swept.did_something or self._is_redis_away or now_s - self._printed_s >= self._print_every_s
         is_exported = self._metrics is not None and now_s - self._counted_s >= COUNT_EVERY_S

@@ -62,6 +62,7 @@ class Claims:
         client: a client with socket time-outs and without `decode_responses`.
         token: unique to this worker's life; only who holds a job's token may renew or release it.
         bulk_share: share of the places that bulk gets although interactive jobs wait, 0 to 1.
+        lanes: the lanes that are served; jobs that are tried alone are taken from all.
         worker: name of the worker, for answers to copies of jobs whose answer is gone.
         result_ttl_s: how long such an answer is kept.
     """
@@ -73,10 +74,12 @@ class Claims:
         token: str,
         lease_s: float,
         bulk_share: float,
+        lanes: Collection[Lane] = tuple(Lane),
         worker: str = "",
         result_ttl_s: int = RESULT_TTL_S,
     ) -> None:
         self._token = token
+        self._served = [int(lane in lanes) for lane in (Lane.INTERACTIVE, Lane.BULK)]
         self._worker = worker
         self._result_ttl_s = result_ttl_s
         self._lease_ms = int(lease_s * 1000)
@@ -111,7 +114,7 @@ class Claims:
         args: list[Any] = [self._token, limit, int(bulk_owed), self._lease_ms, done_key(""), int(holds_nothing)]
         self._is_reply_lost = True
         args += [int(self._is_suspects_turn), ASIDE, result_key(""), self._result_ttl_s]
-        args += [answered_before(self._worker, now_ms=self._server_time_ms()), HISTORY]
+        args += [answered_before(self._worker, now_ms=self._server_time_ms()), HISTORY, *self._served]
         reply: list[Any] = self._claim(keys=keys, args=args)
         self._is_reply_lost = False
         claimed_s = time.monotonic()
@@ -172,7 +175,7 @@ class Doorbell:
     one key, so each of the lanes' keys has a thread of its own; they rest while the worker is busy.
     """
 
-    def __init__(self, client: redis.Redis, *, block_s: float = 5.0) -> None:
+    def __init__(self, client: redis.Redis, *, block_s: float = 5.0, lanes: Collection[Lane] = tuple(Lane)) -> None:
         self._client = client
         self._block_s = block_s
         self._idle = threading.Event()
@@ -180,7 +183,7 @@ class Doorbell:
         self._closed = threading.Event()
         self._threads = [
             threading.Thread(target=self._watch, args=(key,), name=f"doorbell-{i}", daemon=True)
-            for i, key in enumerate(_LANE_KEYS)
+            for i, key in enumerate(key for lane in Lane if lane in lanes for key in lane.keys)
         ]
 
     def start(self) -> None:

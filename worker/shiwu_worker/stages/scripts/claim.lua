@@ -6,7 +6,7 @@
 -- ARGV  token, limit, least number to take from bulk, lease in ms, prefix of the marks of answered ids, '1' if we hold nothing,
 --       '1' if it is a suspect's turn, prefix of answers given aside, prefix of results, how long a result is kept in s,
 --       result of a job whose id was answered before: Celery's JSON with a zero byte in each place of the id,
---       prefix of histories
+--       prefix of histories, '1' if interactive is served, '1' if bulk is
 -- Reply server time in ms, 1 if we take suspects now, then for each job: id, attempt, deaths, number of its lane key (1 to 8),
 --       message, 1 if Celery's revoke named it, history of earlier tries or ''
 local claims, leases, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -15,6 +15,7 @@ local token, limit, bulk_least = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local lease_ms, done_prefix, holds_nothing = tonumber(ARGV[4]), ARGV[5], ARGV[6] == '1'
 local canvas, canvas_due, aside_prefix = KEYS[9], KEYS[10], ARGV[8]
 local result_prefix, result_ttl, answered_before, history_prefix = ARGV[9], ARGV[10], ARGV[11], ARGV[12]
+local serves_interactive, serves_bulk = ARGV[13] == '1', ARGV[14] == '1'
 local FIRST, BULK, LAST = 11, 15, 18
 local READABLE_BYTES = 256 * 1024
 local BODY_BYTES = 8 * 1024
@@ -180,9 +181,10 @@ if redis.call('LLEN', suspects) > 0 then
   end
 end
 if alone == 0 or (holds_nothing and not is_suspect) then
-  local got = take(BULK, LAST, math.min(bulk_least, limit))
-  got = got + take(FIRST, BULK - 1, limit - got)
-  take(BULK, LAST, limit - got)
+  local got = 0
+  if serves_bulk then got = take(BULK, LAST, serves_interactive and math.min(bulk_least, limit) or limit) end
+  if serves_interactive then got = got + take(FIRST, BULK - 1, limit - got) end
+  if serves_bulk then take(BULK, LAST, limit - got) end
 end
 
 local reply = { tostring(now), alone }

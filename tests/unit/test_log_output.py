@@ -1,0 +1,73 @@
+"""Log lines: a stream that is closed, full or has no reader costs no job, and a file may be moved."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shiwu_worker import log_output
+from shiwu_worker.log_output import LogOutput
+from tests.support.processes import clean_environment
+
+WRITE = """
+import os, sys
+from shiwu_worker import logs
+import structlog
+logs.set_up(level="info", form="{form}")
+held = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
+for number in range(3):
+    structlog.get_logger().info("said", number=number)
+os.write({tell}, (str(min(held) > 2) + " " + str(sys.stderr is not None)).encode())
+"""
+
+
+@pytest.mark.parametrize("form", ["json", "console", "auto"])
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2>&- 1>&-", "0<&- 1>&- 2>&-"])
+def test_standard_error_that_cannot_be_written(redirection: str, form: str, tmp_path: Path) -> None:
+    """Logging goes on, and no file that is opened later gets the number of standard error."""
+    read, write = os.pipe()
+    code = WRITE.format(form=form, tell=write)
+    command = ["sh", "-c", f'exec "$0" "$@" {redirection}', sys.executable, "-c", code]
+    try:
+        done = subprocess.run(
+            command, env=clean_environment({}), pass_fds=(write,), timeout=60, check=False, cwd=tmp_path
+        )
+    finally:
+        os.close(write)
+    with os.fdopen(read) as told:
+        assert (done.returncode, told.read()) == (0, "True True")
+
+
+def test_lines_that_were_lost_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first line that can be written again says how many are missing."""
+    monkeypatch.setattr(log_output, "LOOK_EVERY_S", 0.0)
+    path = tmp_path / "folder" / "log"
+    output = LogOutput(str(path))
+    output.write(b"one\n")
+    output.write("two\n")
+    path.parent.mkdir()
+    output.write("three \udcff\n")
+    output.write("four\n")
+    output.close()
+    lines = path.read_text().splitlines()
+    assert lines == [
+        '{"event": "log_lines_lost", "level": "warning", "lines": 2}',
+        "three \\udcff",
+        "four",
+    ]
+
+
+def test_file_that_was_moved_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Lines follow the name, not the file."""
+    monkeypatch.setattr(log_output, "LOOK_EVERY_S", 0.0)
+    path = tmp_path / "log"
+    output = LogOutput(str(path))
+    output.write(b"old\n")
+    path.rename(tmp_path / "moved")
+    output.write(b"new\n")
+    output.close()
+    assert (path.read_bytes(), (tmp_path / "moved").read_bytes()) == (b"new\n", b"old\n")
