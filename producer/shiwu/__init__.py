@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shiwu.queues import QueueState
     from shiwu.redis_errors import NotReplicated
     from shiwu.results import TagResult
-    from shiwu.stream import StreamItem, UnreadableItem
+    from shiwu.stream_items import StreamItem, UnreadableItem
 
 _HOMES = {
     "Client": "client",
@@ -37,9 +37,9 @@ _HOMES = {
     "Lane": "contract",
     "RequestError": "contract",
     "Status": "contract",
-    "StreamItem": "stream",
+    "StreamItem": "stream_items",
     "TagResult": "results",
-    "UnreadableItem": "stream",
+    "UnreadableItem": "stream_items",
 }
 
 __all__ = [

@@ -34,7 +34,8 @@ from shiwu.ledger import Entry, Ledger
 from shiwu.queues import QueueState, read_state
 from shiwu.results import TagResult, read_result
 from shiwu.sender import Sender, Terms, read_lane
-from shiwu.stream import StreamItem, StreamOptions, UnreadableItem, follow, log_unreadable
+from shiwu.stream import StreamOptions, follow
+from shiwu.stream_items import StreamItem, UnreadableItem, log_unreadable
 from shiwu.upkeep import Swept, Upkeep
 from shiwu.waiting import as_answered
 

@@ -6,10 +6,8 @@ What a consumer was given and has not worked on yet counts as idle only from the
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event
@@ -20,13 +18,10 @@ from redis.exceptions import NoPermissionError
 
 from shiwu.contract import RESULT_STREAM
 from shiwu.ledger import load_script
-from shiwu.redis_errors import explain, info_of
-from shiwu.results import TagResult
+from shiwu.redis_errors import explain
+from shiwu.stream_items import EntryReader, Outage, StreamItem, UnreadableItem, log
 
-MAX_REPORTED: Final = 10_000
-"""Entries that cannot be read and are remembered, so that each is reported once."""
-FIRST_PAUSE_S: Final = 0.1
-LONGEST_PAUSE_S: Final = 2.0
+GONE_PAUSE_S: Final = 0.1
 HOLD_SHARE: Final = 0.1
 """Entries are held again when they were last held longer ago than this share of `reclaim_idle_s`."""
 GIVEN_UP_MS: Final = 10 * 86_400_000
@@ -35,59 +30,6 @@ FORGET_CONSUMER_S: Final = 3600.0
 TIDY_EVERY_S: Final = 600.0
 LEAST_WAIT_S: Final = 0.5
 """How long one read blocks while entries that others hold are waited for."""
-log: Final = logging.getLogger("shiwu")
-
-
-@dataclass(frozen=True)
-class StreamItem:
-    """One entry of the results stream. It stays with this consumer until `ack`."""
-
-    entry_id: str
-    result: TagResult
-    _client: redis.Redis
-    _group: str
-
-    def ack(self, *, away_s: float = 0.0) -> None:
-        """Say that the answer has had its effect; it is not delivered to this group again.
-
-        Args:
-            away_s: how long to try again while Redis is away.
-
-        Raises:
-            redis.RedisError: Redis did not take it; the answer will be delivered again.
-        """
-        outage = _Outage(away_s=away_s)
-        while True:
-            try:
-                self._client.xack(RESULT_STREAM, self._group, self.entry_id)
-            except (redis.RedisError, OSError) as error:
-                outage.wait(error)
-            else:
-                outage.end()
-                return
-
-
-@dataclass(frozen=True)
-class UnreadableItem:
-    """An entry of the results stream that this version of the client cannot read.
-
-    It stays pending, so that the group gets it again after the client was upgraded; `ack` gives it up.
-    """
-
-    entry_id: str
-    fields: Mapping[bytes, bytes]
-    reason: str
-    _client: redis.Redis
-    _group: str
-
-    def ack(self) -> None:
-        """Give the entry up: it is not delivered to this group again."""
-        self._client.xack(RESULT_STREAM, self._group, self.entry_id)
-
-
-def log_unreadable(item: UnreadableItem) -> None:
-    """Write a warning to the logger `shiwu`."""
-    log.warning("entry %s of %s was skipped and stays pending: %s", item.entry_id, RESULT_STREAM, item.reason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +56,8 @@ def follow(client: redis.Redis, acks: redis.Redis, options: StreamOptions) -> It
         client: reads; it must not try again by itself, since a second read would deliver other entries.
         acks: what items acknowledge with.
     """
-    reader = _Reader(client, _Items(acks, options), options)
-    outage = _Outage(away_s=options.away_s)
+    reader = _Reader(client, EntryReader(acks, group=options.group, on_unreadable=options.on_unreadable), options)
+    outage = Outage(away_s=options.away_s)
     portion: list[StreamItem] = []
     try:
         while True:
@@ -123,6 +65,7 @@ def follow(client: redis.Redis, acks: redis.Redis, options: StreamOptions) -> It
                 portion = portion or reader.read()
                 if portion := reader.hold(portion):
                     item = portion.pop(0)
+                    reader.handed_out(item)
                 elif reader.is_at_end:
                     return
                 else:
@@ -141,7 +84,7 @@ def follow(client: redis.Redis, acks: redis.Redis, options: StreamOptions) -> It
 class _Reader:
     """Reads one consumer's entries. After an error the same may be asked again: nothing that was delivered is lost."""
 
-    def __init__(self, client: redis.Redis, items: _Items, options: StreamOptions) -> None:
+    def __init__(self, client: redis.Redis, items: EntryReader, options: StreamOptions) -> None:
         self._client = client
         self._items = items
         self._options = options
@@ -150,6 +93,7 @@ class _Reader:
         self._refused: set[str] = set()
         self._tidied_s = float("-inf")
         self._held_s = 0.0
+        self._handed_out: set[str] = set()
         self._forget()
 
     def _forget(self) -> None:
@@ -193,7 +137,7 @@ class _Reader:
             count=options.batch,
         )
         self._cursor = reply[0].decode()
-        found = self._take(reply[1])
+        found = [item for item in self._take(reply[1]) if item.entry_id not in self._handed_out]
         self._has_claimed = bool(found) or self._cursor != "0-0"
         return found
 
@@ -249,6 +193,11 @@ class _Reader:
         return not holders
 
     # -------------------------------------------------------------------------------- holding
+    def handed_out(self, item: StreamItem) -> None:
+        """Note an item that the loop got. One that ends when it is idle gets each once, or it might never end."""
+        if self._options.stop_when_idle:
+            self._handed_out.add(item.entry_id)
+
     def hold(self, portion: list[StreamItem]) -> list[StreamItem]:
         """What of a portion is still this consumer's; its idle time begins anew, unless it began just now."""
         if time.monotonic() - self._held_s <= self._options.reclaim_idle_s * HOLD_SHARE or not portion:
@@ -302,7 +251,7 @@ class _Reader:
             self._forget()
             # What was read before is nobody else's any more, and is still delivered.
             self._held_s = float("inf")
-            Event().wait(FIRST_PAUSE_S)
+            Event().wait(GONE_PAUSE_S)
         elif self._own_after is None:
             # The reply that was lost may have delivered entries, all of them newer than what came before.
             self._own_after = f"{self._newest[0]}-{self._newest[1]}"
@@ -317,83 +266,6 @@ class _Reader:
                 self._permitted("drop_consumers", lambda: self._drop_consumers(self._options.consumer, idle_ms=0))
 
 
-class _Items:
-    """Turns entries into items, and reports each entry that cannot be read once."""
-
-    def __init__(self, client: redis.Redis, options: StreamOptions) -> None:
-        self._client = client
-        self._group = options.group
-        self._on_unreadable = options.on_unreadable
-        self._reported: OrderedDict[bytes, None] = OrderedDict()
-
-    def of(self, entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[StreamItem]:
-        """The entries that can be read."""
-        items = []
-        for entry_id, fields in entries:
-            if not fields:  # an entry that was trimmed away while pending has none
-                self._client.xack(RESULT_STREAM, self._group, entry_id)
-                continue
-            try:
-                items.append(StreamItem(entry_id.decode(), _read_entry(fields), self._client, self._group))
-            except ValueError as error:
-                self._report(entry_id, fields, str(error)[:300])
-        return items
-
-    def _report(self, entry_id: bytes, fields: dict[bytes, bytes], reason: str) -> None:
-        if entry_id not in self._reported:
-            self._on_unreadable(UnreadableItem(entry_id.decode(), fields, reason, self._client, self._group))
-        self._reported[entry_id] = None
-        while len(self._reported) > MAX_REPORTED:
-            self._reported.popitem(last=False)
-
-
-class _Outage:
-    """Pauses while Redis is away, growing and bounded, and says so once to the logger `shiwu`."""
-
-    def __init__(self, *, away_s: float | None) -> None:
-        self._away_s = away_s
-        self._since_s: float | None = None
-        self._pause_s = 0.0
-
-    @property
-    def is_on(self) -> bool:
-        """Whether Redis has not answered since the last error."""
-        return self._since_s is not None
-
-    def wait(self, error: Exception) -> None:
-        """Pause before the next try.
-
-        Raises:
-            redis.RedisError: the error, when it does not pass by itself, or has lasted for too long.
-        """
-        now_s = time.monotonic()
-        since_s = now_s if self._since_s is None else self._since_s
-        if not info_of(error).passes or (self._away_s is not None and now_s - since_s >= self._away_s):
-            raise error
-        if self._since_s is None:
-            log.warning("%s; trying again", explain(error))
-        self._since_s = since_s
-        self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2 or FIRST_PAUSE_S)
-        Event().wait(self._pause_s)
-
-    def end(self) -> None:
-        """Redis has answered."""
-        if self._since_s is not None:
-            log.warning("Redis answers again, after %.1f s", time.monotonic() - self._since_s)
-        self._since_s, self._pause_s = None, 0.0
-
-
 def _order(entry_id: bytes) -> tuple[int, int]:
     milliseconds, _, number = entry_id.partition(b"-")
     return int(milliseconds), int(number)
-
-
-def _read_entry(fields: Mapping[bytes, bytes]) -> TagResult:
-    """Read an entry of the results stream.
-
-    Raises:
-        ValueError: it has no answer, or one that this version cannot read.
-    """
-    if (raw := fields.get(b"answer")) is None:
-        raise ValueError("expected a field `answer`, got none")
-    return TagResult.from_json(raw)

@@ -82,7 +82,20 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
         "take_late": lambda: wait_until(upkeep.expire_waiting, timeout_s=5),
         "trim": lambda: upkeep.trim() == {} and client.xlen(RESULT_STREAM) == 1,
         "take_callbacks": lambda: callbacks._portion([]) == 2 and not client.exists(CANVAS),
+        # The first answer is held again before it is handed out; the consumer is removed at the end of its loop.
+        "hold_entries": lambda: consume(url) == 1,
+        "drop_consumers": lambda: consume(url) == 0 and client.xinfo_consumers(RESULT_STREAM, "g") == [],
     }
+
+
+def consume(url: str) -> int:
+    """Read all answers by a consumer of its own; how many there were."""
+    with Client(url) as client:
+        seen = 0
+        for item in client.results(group="g", block_s=0.05, reclaim_idle_s=0.0, stop_when_idle=True):
+            item.ack()
+            seen += 1
+        return seen
 
 
 def test_every_script_is_sent_again(redis_url: str, redis_client: redis.Redis) -> None:

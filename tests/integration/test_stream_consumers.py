@@ -209,6 +209,17 @@ def test_stop_when_idle_waits_for_what_a_crashed_consumer_holds(
     assert caplog.text.count("crashed") == 1
 
 
+def test_stop_when_idle_ends_without_acknowledgements(redis_url: str, redis_client: redis.Redis) -> None:
+    """A loop that acknowledges afterwards gets each answer once, however long it takes."""
+    ids = fill(redis_client, 30)
+    with Client(redis_url) as client:
+        seen = list(client.results(group="g", block_s=0.05, batch=10, reclaim_idle_s=0.0, stop_when_idle=True))
+        assert [item.result.id for item in seen] == ids
+        for item in seen:
+            item.ack()
+    assert redis_client.xpending(RESULT_STREAM, "g")["pending"] == 0
+
+
 def test_stop_when_idle_ends_when_others_have_acknowledged(redis_url: str, redis_client: redis.Redis) -> None:
     """It waits for what was pending, not for what others are given later, and takes nothing from who is alive."""
     fill(redis_client, 3)

@@ -13,7 +13,7 @@ from shiwu.cli.base import Exit, main
 from shiwu.cli.terminal import echo_json, make_console
 from shiwu.client import Client
 from shiwu.contract import Lane, printable
-from shiwu.stream import UnreadableItem
+from shiwu.stream_items import UnreadableItem
 
 DRAIN_AWAY_S: Final = 5.0
 ACK_AWAY_S: Final = 3600.0
