@@ -24,7 +24,7 @@ _SPAN = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-class Span(click.ParamType[float]):
+class Span(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
     """A length of time: 90s, 15m, 6h, 2d."""
 
     name = "span"

@@ -26,7 +26,7 @@ COUNT_EVERY_S: Final = 5.0
 """How old the queues' numbers may be where they are exported."""
 
 
-class Zone(click.ParamType[ZoneInfo]):
+class Zone(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
     """A time zone by its name."""
 
     name = "zone"
