@@ -37,7 +37,7 @@ def test_a_source_that_comes_back_and_one_that_does_not(
 
 
 def test_a_pause_that_a_source_asks_for_is_kept(fleet: Fleet, near: WorkerProcess, http_server: PictureServer) -> None:
-    """The job comes back after it, not before; nobody asks in between."""
+    """The job comes back after it, not before, and the worker does not ask in between."""
     good = Reply.picture(pictures.jpeg(pictures.picture()))
     busy = http_server.serve("/busy.jpg", Reply(status=429, headers={"Retry-After": "3"}), good)
     began_s = time.monotonic()

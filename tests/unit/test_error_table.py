@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import threading
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any, Final
@@ -13,16 +14,21 @@ import numpy as np
 import pytest
 from botocore.retries.standard import ThrottledRetryableChecker
 from obstore.exceptions import GenericError
+from PIL import Image
 
 from shiwu.contract import CODES, ErrorCode, Stage, log_level_of
 from shiwu_worker.boto_store import as_store_errors
 from shiwu_worker.cell import _decoded
+from shiwu_worker.config import Settings
 from shiwu_worker.error_table import TABLE, UNKNOWN, Kind, Row, exception_row, file_row, obstore_row, s3_row
 from shiwu_worker.errors import JobError, Rejected, Unavailable
+from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.loader import Loader
-from shiwu_worker.loader_frames import LoadTask
-from shiwu_worker.object_store import ObjectStore, StoreError, s3_error
+from shiwu_worker.loader_frames import LoaderOptions, LoadTask
+from shiwu_worker.object_store import ObjectStore, S3Options, StoreError, s3_error
 from shiwu_worker.obstore_store import _store_error
+from shiwu_worker.parts import loader_options
+from shiwu_worker.s3_check import s3_options
 from shiwu_worker.sources import http_error
 from shiwu_worker.stages.decode import DecodeLimits
 from tests.support.picture_server import PictureServer, Reply
@@ -130,7 +136,7 @@ def test_every_s3_code_has_its_verdict(http_server: PictureServer, stores: list[
 
 
 def test_every_status_of_a_store_has_its_verdict(http_server: PictureServer, stores: list[ObjectStore]) -> None:
-    """Without a body, with a page of HTML, and with a code that nobody knows."""
+    """Without a body, with a page of HTML, and with a code that no table has."""
     for status in (300, 301, 304, 307, *range(400, 432), 451, *range(500, 512), 529):
         expected = s3_row("", status, has_version=False)
         for body in (b"", b"<html><body>no</body></html>", said("NewCode")) if status >= 400 else (b"",):
@@ -254,3 +260,27 @@ def test_an_unknown_error_of_the_loader_is_the_workers(stage: Stage) -> None:
     result = loader._load(LoadTask(ticket=1, slot=0, image="https://h/p?hush"), 0)
     assert (result.error.code, result.error.stage, result.is_final) == (ErrorCode.INTERNAL_ERROR, stage, False)
     assert log_level_of(result.error.code) == "error"
+
+
+def test_the_settings_of_fetching_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the frame that a loader process gets."""
+    for name, value in {
+        "SHIWU_LOADER_THREADS": "1",
+        "SHIWU_MAX_REDIRECTS": "7",
+        "SHIWU_RETRY_AFTER_LONGEST_S": "40",
+        "SHIWU_USER_AGENT": "tagger/1",
+        "SHIWU_S3_ANONYMOUS": "1",
+        "SHIWU_S3_REQUESTER_PAYS": "1",
+        "SHIWU_S3_ENDPOINT_URL": "http://h:9000",
+    }.items():
+        monkeypatch.setenv(name, value)
+    spec = ImageSpec(8, 8, "squash", None, Image.Resampling.BICUBIC, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    frame = loader_options(Settings(), spec).model_dump_json()
+    waits: Any = SimpleNamespace(wait=threading.Event().wait)
+    fetcher: Any = Loader(
+        LoaderOptions.model_validate_json(frame), waits, np.zeros((1, 8, 8, 3), np.uint8), waits
+    )._fetcher
+    assert (fetcher._limits.max_redirects, fetcher._limits.longest_pause_s) == (7, 40.0)
+    assert fetcher._web._headers["User-Agent"] == "tagger/1"
+    expected = S3Options("http://h:9000", None, is_anonymous=True, requester_pays=True, user_agent="tagger/1")
+    assert fetcher._store._options == expected == s3_options(Settings())

@@ -234,7 +234,7 @@ def test_interim_replies_of_a_store_are_read_past(client: S3Client) -> None:
 
 @each_client
 def test_another_protocol_is_no_object(client: S3Client) -> None:
-    """Status 101 ends the talk in HTTP."""
+    """After status 101 the connection no longer carries HTTP."""
     with RawServer(says(b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + OBJECT)) as server:
         error = failure(make_fetcher(client, f"http://127.0.0.1:{server.port}"), "s3://pictures/a")
     assert (type(error), error.code.value) == (Unavailable, "source_error")

@@ -173,7 +173,7 @@ def _credentials(session: botocore.session.Session) -> ReadOnlyCredentials:
         raise NoCredentials from error
     except ClientError as error:
         raise _by_other_service(error) from error
-    except Exception as error:  # border: the chain runs programs and asks services, and none of it is about the object
+    except Exception as error:  # boundary: the chain runs programs and asks services; none is about the object
         raise WrongSettings(type(error).__name__) from error
 
 
@@ -194,7 +194,7 @@ def new_client(session: boto3.session.Session, options: S3Options, limits: S3Lim
             endpoint_url=options.endpoint_url,
             region_name=options.region,
             config=Config(
-                # Tries are ours, within one deadline; botocore's would come on top of them.
+                # The fetcher retries, within one deadline; botocore's tries would come on top.
                 retries={"mode": "standard", "total_max_attempts": 1},
                 user_agent=options.user_agent,
                 signature_version=UNSIGNED if options.is_anonymous else None,

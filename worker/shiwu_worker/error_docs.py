@@ -63,7 +63,7 @@ _FAULTS = {
     Fault.IMAGE: "the image",
     Fault.SOURCE: "the source",
     Fault.SERVICE: "the service",
-    Fault.CALLER: "nobody: the caller's wish",
+    Fault.CALLER: "none: the caller's wish",
 }
 
 

@@ -99,7 +99,7 @@ class ObstoreStore:
                 found = obstore.get(store, key, options=None if version is None else {"version": version})
             except (ValueError, InvalidPathError) as error:
                 raise _wrong_key() from error
-            # Small pieces, so that whoever reads sees the clock however slowly they come.
+            # Small pieces, so that the reader can check the deadline however slowly they come.
             pieces = found.stream(min_chunk_size=1)
             yield Body(lambda: next(pieces, b""), found.meta["size"])
 

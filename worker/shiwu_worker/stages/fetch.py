@@ -116,7 +116,7 @@ class Fetcher:
                 time.sleep(pause_s)  # a thread of a loader; its process is killed, never asked to stop
             except JobError:
                 raise
-            except Exception as error:  # border: an error that nobody foresaw is the worker's, not the image's
+            except Exception as error:  # boundary: an unknown error is the worker's, not the image's
                 raise unknown_error(error, without_query(reference)) from error
         raise AssertionError("unreachable")
 
