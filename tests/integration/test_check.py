@@ -13,7 +13,9 @@ from click.testing import CliRunner, Result
 from shiwu_worker import check
 from shiwu_worker.__main__ import main
 from shiwu_worker.check import Report
+from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.parts import connect
 from tests.support.servers import S3Server
 
 
@@ -79,11 +81,13 @@ def test_check_without_info_says_what_it_does_not_know(
 def test_check_prints_results_first_and_changed_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """All settings by --all only, with unit and default, those that were changed marked."""
     monkeypatch.setenv("SHIWU_LEASE_S", "7")
+    monkeypatch.setenv("SHIWU_ALLOW_FOLDERS", "/no/such/folder")
     monkeypatch.setenv("SHIWU_FROM_THE_FUTURE", "[/red]\x1b[2J")
     short = run()
     lines = short.stdout.splitlines()
     assert [line.split()[1] for line in lines[:6] if line.split()[0] == "ok"][:2] == ["settings:", "redis:"]
     assert "warning  settings: SHIWU_FROM_THE_FUTURE is not a setting of this version" in short.stdout
+    assert "warning  settings: SHIWU_ALLOW_FOLDERS: /no/such/folder is no folder here" in lines
     assert "  SHIWU_LEASE_S=7  (default: 15)" in lines
     assert "SHIWU_GRACE_S" not in short.stdout
     long = run("--all").stdout
@@ -153,3 +157,10 @@ def test_the_real_check_of_everything(monkeypatch: pytest.MonkeyPatch, s3: S3Ser
         "s3:",
         "model:",
     ]
+
+
+def test_any_worker_name_is_a_client_of_redis(redis_url: str) -> None:
+    """Redis refuses client names with spaces or letters beyond ASCII, and the worker would never claim."""
+    settings = Settings(redis_url=redis_url, worker_name="工人 a|b")
+    with connect(settings, connections=1) as client:
+        assert client.client_getname() == "shiwu----a|b"

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from shiwu_worker import checkpoint as checkpoints
 from shiwu_worker.checkpoint_files import WrongCheckpoint
 from shiwu_worker.device import choose_device, choose_dtypes
-from shiwu_worker.errors import NonFiniteError
+from shiwu_worker.errors import ExitCode, FatalError, NonFiniteError
 from shiwu_worker.models import model_folder
 from shiwu_worker.stages import encode as stage
 from shiwu_worker.stages.encode import Encoder
@@ -343,6 +343,29 @@ def test_threads_are_set_only_when_given(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("asked", "build", "found", "text"),
+    [
+        ("cuda", None, 0, "is a build for CPUs; install one with CUDA"),
+        ("cuda", "13.0", 0, "torch finds 0 with CUDA_VISIBLE_DEVICES=GPU-x"),
+        ("cuda:2", "13.0", 2, "torch finds 2 with"),
+    ],
+)
+def test_gpu_that_is_not_there_is_told_in_words(
+    monkeypatch: pytest.MonkeyPatch, asked: str, build: str | None, found: int, text: str
+) -> None:
+    """With the setting, the reason and the exit code for models, after which a launcher tries again."""
+    monkeypatch.setattr("torch.version.cuda", build)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: found > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: found)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-x")
+    with pytest.raises(FatalError, match=f"SHIWU_DEVICE: expected a GPU .*, got {asked}: .*{text}") as told:
+        choose_device(asked)
+    assert told.value.exit_code is ExitCode.MODEL
+    if found:
+        assert choose_device("cuda:1") == torch.device("cuda", 1)
 
 
 def test_what_auto_chooses() -> None:

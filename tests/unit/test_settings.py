@@ -93,6 +93,9 @@ WRONG = [
     ("S3_ENDPOINT", "http://x", "did you mean SHIWU_S3_ENDPOINT_URL?"),
     ("REDIS_URI", "redis://u:secret@x", "did you mean SHIWU_REDIS_URL?"),
     ("REDIS_URL", "sentinel://u:secret@", "SHIWU_REDIS_URL: expected sentinel://"),
+    ("PROXY_URL", "http://", "SHIWU_PROXY_URL: expected http://"),
+    ("WORKER_NAME", "a\nb", "SHIWU_WORKER_NAME: expected at most 255 bytes without control characters"),
+    ("WORKER_NAME", "猫" * 86, "SHIWU_WORKER_NAME: expected at most 255 bytes"),
     ("PROXY_URL", "u:secret@proxy", "SHIWU_PROXY_URL: expected http://"),
 ]
 

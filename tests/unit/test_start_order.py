@@ -18,6 +18,7 @@ from shiwu_worker.errors import ExitCode, FatalError
         ("name: x\nlabels: []", {}, "labels"),
         ("labels: [猫", {}, "YAML"),
         ("name: x\nlabels: [猫, 狗]", {"default_labels": "y"}, "SHIWU_DEFAULT_LABELS"),
+        ("", {"labels_dir": Path("/no/such")}, "SHIWU_LABELS_DIR: expected a folder of label sets, got /no/such"),
     ],
 )
 def test_label_errors_come_before_the_model(
@@ -31,7 +32,7 @@ def test_label_errors_come_before_the_model(
     for name in ("model_folder", "open_encoder", "make_loaders", "connect"):
         monkeypatch.setattr(wiring, name, fail)
     (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
-    settings = Settings(labels_dir=tmp_path, **options)
+    settings = Settings(**({"labels_dir": tmp_path} | options))
     with (
         pytest.raises(FatalError, match=expected) as caught,
         wiring.open_service(settings, on_fatal=lambda _: None),

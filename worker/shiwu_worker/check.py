@@ -59,9 +59,10 @@ def run_checks(*, show_all: bool) -> int:
         settings = load_settings()
     except SettingsError as error:
         exit_with(error)
-    unknown = [str(one) for one in unknown_names(os.environ)]
+    noted = [str(one) for one in unknown_names(os.environ)]
+    noted += [f"SHIWU_ALLOW_FOLDERS: {path} is no folder here" for path in settings.allow_folders if not path.is_dir()]
     checks: list[tuple[str, Callable[[Settings], Report | str]]] = [
-        ("settings", lambda _: Report(f"{len(changed_settings(settings))} differ from their defaults", (*unknown,))),
+        ("settings", lambda _: Report(f"{len(changed_settings(settings))} differ from their defaults", (*noted,))),
         ("redis", _check_redis),
         ("callbacks", _check_callbacks),
         ("labels", _check_labels),

@@ -36,7 +36,9 @@ from shiwu_worker.config_lists import (
     Timezone,
     Traces,
     UserAgent,
+    WorkerName,
     check_duration,
+    check_proxy,
     read_retry,
     split,
 )
@@ -59,7 +61,7 @@ class Settings(BaseSettings):
         "valkeys://, unix:///path or sentinel://host:port,host:port/name/0",
     )
     redis_timeout_s: float = Field(5.0, gt=0, description="socket and connect time-out; no wait on Redis is longer")
-    worker_name: str = Field(
+    worker_name: WorkerName = Field(
         default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}",
         description="stands in answers and logs",
     )
@@ -276,8 +278,8 @@ class Settings(BaseSettings):
     @field_validator("proxy_url")
     @classmethod
     def _check_proxy(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not value.get_secret_value().startswith(("http://", "https://")):
-            raise ValueError("expected http://[user:password@]host:port")
+        if value is not None:
+            check_proxy(value.get_secret_value())
         return value
 
     @field_validator("redis_url")

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
-from shiwu.contract import RETRIABLE, ErrorCode, Lane
+from shiwu.contract import RETRIABLE, ErrorCode, Lane, printable
 from shiwu_worker.reach import checked, read_host, read_nat64
 
 
@@ -62,6 +62,7 @@ def _read_network(text: str) -> object:
 
 _DEVICE: Final = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 MAX_USER_AGENT_CHARS: Final = 256
+MAX_NAME_BYTES: Final = 255
 MAX_DURATION_S: Final = 10 * 365 * 86400
 """Ten years. Clocks, sockets and Redis refuse durations of some hundred years."""
 
@@ -86,6 +87,27 @@ def check_output_file(path: Path) -> Path:
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise ValueError(f"expected a file that this user may write, got {path}")
     return path
+
+
+def _check_worker_name(value: str) -> str:
+    if printable(value) != value or len(value.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"expected at most {MAX_NAME_BYTES} bytes without control characters, got {value!r:.80}")
+    return value
+
+
+def check_proxy(url: str) -> None:
+    """Refuse what is no address of a proxy. The URL is not in the message, because it may hold a password.
+
+    Raises:
+        ValueError: says what was expected.
+    """
+    try:
+        parts = urlsplit(url)
+        is_right = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_right = False
+    if not is_right:
+        raise ValueError("expected http://[user:password@]host:port")
 
 
 def check_duration(name: str, value: object) -> None:
@@ -154,6 +176,7 @@ def _known_zone(name: str) -> str:
 
 
 Device = Annotated[str, AfterValidator(_check_device)]
+WorkerName = Annotated[str, AfterValidator(_check_worker_name)]
 OutputFile = Annotated[Path, AfterValidator(check_output_file)]
 Names = Annotated[tuple[str, ...], NoDecode]
 Lanes = Annotated[tuple[Annotated[Lane, BeforeValidator(read_lane)], ...], NoDecode, AfterValidator(_some_lanes)]

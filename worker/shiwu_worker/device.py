@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from shiwu_worker.errors import Trouble
+from shiwu_worker.errors import ExitCode, FatalError, Trouble
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _AMPERE: Final = (8, 0)
@@ -16,10 +16,29 @@ _AMPERE: Final = (8, 0)
 
 
 def choose_device(asked: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU."""
+    """`auto` is the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        FatalError: with ExitCode.MODEL where torch cannot use the device that was asked for.
+    """
     if asked == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return torch.device(asked)
+    device = torch.device(asked)
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= usable:
+        raise FatalError(
+            ExitCode.MODEL, f"SHIWU_DEVICE: expected a GPU that torch can use, got {asked}: {_missing(usable)}"
+        )
+    return device
+
+
+def _missing(usable: int) -> str:
+    """Why torch cannot use a GPU, and what to do."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build for CPUs; install one with CUDA, or set SHIWU_DEVICE=cpu"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    limit = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible:.80}"
+    return f"torch finds {usable}{limit}; check nvidia-smi and the driver, or set SHIWU_DEVICE=cpu"
 
 
 def choose_dtypes(asked: str, device: torch.device) -> tuple[torch.dtype, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,7 @@ def connect(settings: Settings, *, connections: int, block_s: float = 0.0) -> re
         timeout_s=settings.redis_timeout_s,
         block_s=block_s,
         max_connections=connections,
-        client_name=f"shiwu-{settings.worker_name}".replace(" ", "-"),
+        client_name=re.sub(r"[^!-~]", "-", f"shiwu-{settings.worker_name}"),  # Redis refuses other characters
     )
 
 
@@ -91,6 +92,9 @@ def read_label_sets(settings: Settings) -> dict[str, LabelSet]:
     Raises:
         FatalError: with ExitCode.CONFIG when a file is wrong or the default set is missing.
     """
+    if settings.labels_dir is not None and not settings.labels_dir.is_dir():
+        text = f"SHIWU_LABELS_DIR: expected a folder of label sets, got {settings.labels_dir}"
+        raise FatalError(ExitCode.CONFIG, text)
     folders = [Path(__file__).parent / "label_sets", *([settings.labels_dir] if settings.labels_dir else [])]
     try:
         sets = load_label_sets(folders)
