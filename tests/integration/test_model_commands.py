@@ -93,6 +93,7 @@ def test_fetched_folder_is_checked_and_marked(hub: HubServer, published: Path, t
     assert str(target) in said
     whole = {"config.json", "preprocessor_config.json", "vocab.txt", "pytorch_model.bin", MARK}
     assert {path.name for path in target.iterdir()} == whole
+    assert all(path.stat().st_mode & 0o044 for path in target.iterdir()), "the worker is often another user"
     assert model_revision(target) == model_revision(published)
     hub.asked.clear()
     assert "complete already" in fetch_model(f"{ID}@{commit}", target)
@@ -182,6 +183,7 @@ def test_converted_checkpoint_gives_the_same_vectors(tmp_path: Path, kind: str) 
     assert f"revision {model_revision(target)}" in said
     assert read_checkpoint(target).is_safetensors
     assert not list(target.glob("*.bin*"))
+    assert {path.stat().st_mode & 0o777 for path in target.iterdir()} == {0o644}, "the worker is often another user"
     assert {"README.md", "config.json", "vocab.txt", "preprocessor_config.json"} <= {
         path.name for path in target.iterdir()
     }

@@ -25,6 +25,7 @@ from shiwu_worker.models import content_revision, model_folder, split_hub_id
 
 MARK: Final = ".whole"
 """Holds `id@revision` once the folder is complete. The chart's first version wrote the revision alone."""
+READABLE_BY_ALL: Final = 0o644
 PAPERS: Final = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 
@@ -153,6 +154,9 @@ def _write(source: Checkpoint, part: Path) -> None:
     for name in PAPERS:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, part / name)
+    for path in part.iterdir():
+        # safetensors writes files that their owner alone may read, and a worker often runs as another user.
+        path.chmod(READABLE_BY_ALL)
 
 
 def _compare(source: Checkpoint, made: Checkpoint) -> None:
