@@ -33,7 +33,11 @@ from tests.support.hub_server import HubServer
 from tests.unit.test_checkpoint import adapted
 
 ID = "OFA-Sys/chinese-clip-tiny"
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+# As in tests/unit/test_checkpoint.py.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -58,8 +58,11 @@ VISION = {
 TEXT = {key: VISION[key] for key in list(VISION)[:4]} | {"max_position_embeddings": 12}
 
 
-# peft still asks for attributes that transformers will drop.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+# peft still asks for attributes that transformers will drop; transformers 5.5 for a way of tokenizers to read a file.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -194,8 +194,8 @@ def _read_adapter(folder: Path) -> Checkpoint:
     _check_weights(weights)
     if find_spec("peft") is None:
         raise WrongCheckpoint(
-            f"{folder}: a PEFT adapter needs the package peft: pip install '.[worker,peft]', or merge it once "
-            "where peft is installed (merge_and_unload and save_pretrained) and name the merged folder"
+            f"{folder}: an adapter needs the package peft in the worker's environment (pip install peft); or merge it "
+            "once where peft is installed, with shiwu-worker --convert"
         )
     name, revision = adapter_base(folder)
     base_folder = Path(name) if Path(name).is_dir() else cached_snapshot(name, revision)

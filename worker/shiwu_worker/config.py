@@ -67,7 +67,9 @@ class Settings(BaseSettings):
     )
 
     model: str | None = Field(
-        None, description="folder or hub id of a dual encoder; unset: the embedded pictogram model"
+        None,
+        description="folder or hub id of a dual encoder, ID@REVISION for one revision; unset: the embedded pictogram "
+        "model",
     )
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
