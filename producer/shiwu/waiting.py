@@ -5,6 +5,7 @@ An announcement may be lost with a connection; the key stays. So whoever waits l
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Final
 
 import redis
 
-from shiwu.contract import RESULT_PREFIX, result_key
+from shiwu.contract import RESULT_PREFIX, ErrorCode, RequestError, result_key
 from shiwu.redis_errors import ConnectionsBusy, info_of
 from shiwu.results import TagResult, read_result
 
@@ -33,8 +34,11 @@ def as_answered(
             the keys more often instead, so that any number of threads may wait.
 
     Raises:
+        RequestError: `timeout_s` is nan, which would never be over.
         redis.RedisError: an error that does not pass by itself (`shiwu.redis_errors`); all others are waited for.
     """
+    if math.isnan(timeout_s):
+        raise RequestError(ErrorCode.INVALID_REQUEST, "timeout_s: expected a number of seconds, got nan")
     missing = dict.fromkeys(ids)
     until_s = time.monotonic() + timeout_s
     pause = threading.Event()

@@ -16,6 +16,7 @@ import pytest
 import redis
 from click.testing import CliRunner, Result
 
+from shiwu import Client, RequestError
 from shiwu.cli import ask, main
 from shiwu.contract import WORKERS, Answer, ErrorCode, ErrorInfo, ImageInfo, Lane, Stage, Status
 from shiwu.ledger import Entry, Ledger
@@ -189,6 +190,45 @@ def test_other_encodings_and_no_streams(redis_url: str, redis_client: redis.Redi
         done = subprocess.run(command, env=clean_environment({}), capture_output=True, check=False, timeout=30)
         assert done.returncode == code, done.stderr
         assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["tag", "s3://b/k", "--timeout", "nan"],
+        ["tag", "s3://b/k", "--timeout", "inf"],
+        ["tag", "s3://b/k", "--timeout", "-1"],
+        ["enqueue", "s3://b/k", "--expires", "soon"],
+        ["sweep", "--every", "0"],
+        ["sweep", "--once", "--tell-every", "nan"],
+        ["dead", "list", "--limit", "0"],
+        ["dead", "drop", "--all", "--limit", "-1"],
+        ["tag", "s3://b/k", "--threshold", "nan"],
+        ["tag", "s3://b/k", "--labels", ""],
+    ],
+    ids=" ".join,
+)
+def test_a_number_that_means_nothing_is_refused(redis_url: str, redis_client: redis.Redis, args: list[str]) -> None:
+    """Instead of a wait without end, a busy loop, or an option without effect."""
+    found = call(redis_url, *args)
+    assert found.exit_code == 2, found.output
+    assert args[-2].removeprefix("--").replace("-every", "") in found.output.replace("_", "-")
+    assert "Traceback" not in found.output
+    assert redis_client.llen(Lane.INTERACTIVE.queue) == 0
+
+
+def test_a_wait_for_nan_seconds_is_refused(redis_url: str) -> None:
+    """It would never be over."""
+    with Client(redis_url) as client, pytest.raises(RequestError, match="timeout_s"):
+        client.wait("x", timeout_s=float("nan"))
+
+
+def test_requeue_names_the_ids_without_a_letter(redis_url: str, redis_client: redis.Redis) -> None:
+    """On standard error, with exit code 1; the others are sent again."""
+    bury(redis_client, "j1", reference="s3://b/k", text="gone")
+    found = call(redis_url, "dead", "requeue", "j1", "typo")
+    assert (found.exit_code, found.stdout) == (1, "j1\n")
+    assert "1 of 2 ids have no dead letter, first typo" in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from rich.progress import Progress
 
 from shiwu.cli.base import Exit, end, main
 from shiwu.cli.hints import notes_of
+from shiwu.cli.params import Seconds
 from shiwu.cli.terminal import Row, echo_data, echo_json, print_rows
 from shiwu.client import Client
 from shiwu.contract import ErrorCode, RequestError, without_query
@@ -41,7 +42,7 @@ def _asking(command: Any) -> Any:
         click.option("--threshold", default=0.0, show_default=True, help="Lowest score to show, 0 to 1."),
         click.option("--min-cosine", type=float, help="Lowest cosine to show, -1 to 1."),
         click.option("--head", type=click.Choice(["softmax", "sigmoid"]), help="Default: the label set's own."),
-        click.option("--expires", "expires_s", type=float, help="Seconds after which nobody wants the answer."),
+        click.option("--expires", "expires_s", type=Seconds(), help="Seconds after which nobody wants the answer."),
     ):
         command = option(command)
     return command
@@ -63,7 +64,7 @@ def _explained(labels: str | list[str] | None) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        if error.code is ErrorCode.INVALID_LABELS and isinstance(labels, str):
+        if error.code is ErrorCode.INVALID_LABELS and isinstance(labels, str) and labels.strip():
             text = (
                 f"{error}; {labels!r} was read as the name of a label set: for a word use --label {shlex.quote(labels)}"
             )
@@ -75,7 +76,9 @@ def _explained(labels: str | list[str] | None) -> Iterator[None]:
 @click.argument("references", nargs=-1, required=True, metavar="REF…")
 @_asking
 @click.option("--lane", type=click.Choice(["interactive", "bulk"]), default="interactive", show_default=True)
-@click.option("--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds to wait for all answers.")
+@click.option(
+    "--timeout", "timeout_s", type=Seconds(), default=60.0, show_default=True, help="Seconds to wait for all answers."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON answer a line, as they come.")
 @click.pass_obj
 def tag(

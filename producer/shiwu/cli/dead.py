@@ -70,7 +70,7 @@ def dead() -> None:
 
 @dead.command("list")
 @_filtering
-@click.option("--limit", type=int, default=50, show_default=True, help="The newest so many.")
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="The newest so many.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.pass_obj
 def list_(client: Client, /, *, limit: int, as_json: bool, **fields: Any) -> None:
@@ -116,7 +116,7 @@ def show(client: Client, /, *, job_id: str) -> None:
 @click.argument("ids", nargs=-1, metavar="ID…")
 @_filtering
 @click.option("--all", "every", is_flag=True, help="Every letter.")
-@click.option("--limit", type=int, help="The newest so many.")
+@click.option("--limit", type=click.IntRange(min=1), help="The newest so many.")
 @click.option("--dry-run", is_flag=True, help="Only print the ids.")
 @click.pass_obj
 def requeue(
@@ -124,15 +124,18 @@ def requeue(
 ) -> None:
     """Send letters to their lane again, with their ids and a fresh count of attempts; print those that went."""
     chosen = _chosen(client, ids, every, limit, fields)
-    for job_id in chosen if dry_run else client.requeue(chosen):
+    sent = chosen if dry_run else client.requeue(chosen)
+    for job_id in sent:
         echo_data(job_id)
+    if ids and (missing := [job_id for job_id in ids if job_id not in set(sent)]):
+        end(f"{len(missing)} of {len(ids)} ids have no dead letter, first {missing[0]}", Exit.NOT_TAGGED)
 
 
 @dead.command()
 @click.argument("ids", nargs=-1, metavar="ID…")
 @_filtering
 @click.option("--all", "every", is_flag=True, help="Every letter.")
-@click.option("--limit", type=int, help="The newest so many.")
+@click.option("--limit", type=click.IntRange(min=1), help="The newest so many.")
 @click.option("--dry-run", is_flag=True, help="Only print the ids.")
 @click.pass_obj
 def drop(

@@ -15,6 +15,7 @@ import redis
 from pydantic_core import to_json
 
 from shiwu.cli.base import Exit, end, main
+from shiwu.cli.params import Seconds
 from shiwu.client import Client
 from shiwu.contract import printable
 from shiwu.redis_errors import explain, info_of
@@ -40,8 +41,17 @@ class Zone(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 
 
 @main.command()
-@click.option("--every", "every_s", default=1.0, show_default=True, help="Seconds between two rounds.")
-@click.option("--tell-every", "tell_s", default=10.0, show_default=True, help="Seconds between two lines of numbers.")
+@click.option(
+    "--every", "every_s", type=Seconds(least_s=0.1), default=1.0, show_default=True, help="Seconds between two rounds."
+)
+@click.option(
+    "--tell-every",
+    "tell_s",
+    type=Seconds(),
+    default=10.0,
+    show_default=True,
+    help="Seconds between two lines of numbers.",
+)
 @click.option("--once", is_flag=True, help="One round, one line, and exit.")
 @click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics on this port.")
 @click.option("--metrics-host", default="0.0.0.0", show_default=True, help="Address of that port.")  # noqa: S104 Prometheus scrapes it from outside

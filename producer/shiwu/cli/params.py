@@ -1,0 +1,27 @@
+"""Types of options that several commands have."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
+    """A number of seconds that a clock can count: neither nan, which never ends, nor inf."""
+
+    name = "seconds"
+
+    def __init__(self, *, least_s: float = 0.0) -> None:
+        self._least_s = least_s
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The seconds."""
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not (math.isfinite(seconds) and seconds >= self._least_s):
+            self.fail(f"expected a number of seconds from {self._least_s:g} on, got {value!r:.80}", param, ctx)
+        return seconds
