@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, Literal, Self
 from uuid import uuid4
 
+from shiwu.arguments import read_id, read_ids, read_seconds, read_text, read_whole, refused
 from shiwu.connection import connect
 from shiwu.contract import (
     Answer,
@@ -18,7 +19,6 @@ from shiwu.contract import (
     ErrorInfo,
     Lane,
     Request,
-    RequestError,
     Stage,
     Status,
     check_id,
@@ -41,6 +41,8 @@ from shiwu.waiting import as_answered
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 MAX_CONNECTIONS = 64
+MAX_URL_CHARS = 10_000
+MAX_REASON_CHARS = 100_000
 
 
 class Client:
@@ -69,6 +71,10 @@ class Client:
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         url = os.environ.get("SHIWU_REDIS_URL", DEFAULT_URL) if redis_url is None else redis_url
+        read_text("redis_url", url, most=MAX_URL_CHARS)
+        read_whole("max_waiting", max_waiting, least=1)
+        timeout_s = read_seconds("timeout_s", timeout_s, least=0.001)
+        max_connections = read_whole("max_connections", max_connections, least=1)
         self._redis = connect(url, timeout_s=timeout_s, retries=3, max_connections=max_connections)
         # Who waits tries again anyhow; further tries beneath would pass its deadline where Redis hangs.
         self._once = connect(url, timeout_s=timeout_s, max_connections=max_connections)
@@ -178,10 +184,9 @@ class Client:
         """
         check_images(images)
         check_shared_fields(fields)
-        if batch_size < 1:
-            raise RequestError(ErrorCode.INVALID_REQUEST, f"batch_size: expected 1 or more, got {batch_size}")
-        if id_from not in {None, "reference"}:
-            raise RequestError(ErrorCode.INVALID_REQUEST, f"id_from: expected 'reference' or None, got {id_from!r}")
+        read_whole("batch_size", batch_size, least=1)
+        if id_from is not None and id_from != "reference":
+            raise refused("id_from", "'reference' or None", id_from)
         terms = Terms(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas, max_waiting, wait_s)
         make_id = request_id if id_from else _random_id
         size = min(batch_size, self._sender.room(terms))
@@ -207,7 +212,7 @@ class Client:
         make_id: Callable[[Request], str],
     ) -> list[str]:
         requests = [(parse_request(fields), job_id) for fields, job_id in asked]
-        jobs = [(request, check_id(job_id or make_id(request))) for request, job_id in requests]
+        jobs = [(request, check_id(make_id(request) if job_id is None else job_id)) for request, job_id in requests]
         return self._sender.send(jobs, terms)
 
     def cancel(self, job_ids: str | Iterable[str], *, reason: str = "") -> list[str]:
@@ -216,7 +221,8 @@ class Client:
         A job that waits is never worked on; one that a worker holds is left before it is encoded, or its tags are
         discarded. An id that was never enqueued is answered too, and stays so when it is enqueued later.
         """
-        ids = [check_id(job_id) for job_id in ([job_ids] if isinstance(job_ids, str) else job_ids)]
+        ids = [check_id(job_id) for job_id in read_ids("job_ids", job_ids)]
+        read_text("reason", reason, most=MAX_REASON_CHARS)
         cancelled: list[str] = []
         for portion in _portions(ids, 500):
             now_ms = self.server_time_ms()
@@ -232,7 +238,7 @@ class Client:
     # -------------------------------------------------------------------------------- answers
     def answer(self, job_id: str) -> TagResult | None:
         """The answer if it is there, whatever its status."""
-        raw: Any = self._redis.get(result_key(job_id))
+        raw: Any = self._redis.get(result_key(read_id(job_id)))
         return None if raw is None else read_result(raw)
 
     def wait(self, job_id: str, *, timeout_s: float) -> TagResult:
@@ -241,15 +247,15 @@ class Client:
         Raises:
             WaitTimeout: there is none yet; the job goes on.
         """
-        return self.wait_many([job_id], timeout_s=timeout_s)[job_id]
+        return self.wait_many([read_id(job_id)], timeout_s=timeout_s)[job_id]
 
-    def wait_many(self, job_ids: Iterable[str], *, timeout_s: float) -> dict[str, TagResult]:
+    def wait_many(self, job_ids: str | Iterable[str], *, timeout_s: float) -> dict[str, TagResult]:
         """Wait for all of these answers, in the order asked.
 
         Raises:
             WaitTimeout: says how many are missing.
         """
-        ids = list(dict.fromkeys(job_ids))
+        ids = list(dict.fromkeys(read_ids("job_ids", job_ids)))
         found = dict(self.as_answered(ids, timeout_s=timeout_s))
         if missing := [job_id for job_id in ids if job_id not in found]:
             raise WaitTimeout(
@@ -257,12 +263,14 @@ class Client:
             )
         return {job_id: found[job_id] for job_id in ids}
 
-    def as_answered(self, job_ids: Iterable[str], *, timeout_s: float) -> Iterator[tuple[str, TagResult]]:
+    def as_answered(self, job_ids: str | Iterable[str], *, timeout_s: float) -> Iterator[tuple[str, TagResult]]:
         """Yield (id, answer) as they come; end when all have come or the time is over.
 
         While Redis is away it goes on waiting; what was announced meanwhile is found under its key.
         """
-        return as_answered(self._once, self._listener, list(dict.fromkeys(job_ids)), timeout_s=timeout_s)
+        ids = list(dict.fromkeys(read_ids("job_ids", job_ids)))
+        read_seconds("timeout_s", timeout_s)
+        return as_answered(self._once, self._listener, ids, timeout_s=timeout_s)
 
     def tag(self, image: str, *, timeout_s: float = 60.0, **fields: Any) -> TagResult:
         """Enqueue one picture and wait for its tags.
@@ -271,6 +279,7 @@ class Client:
             JobFailed: it ended without tags.
             WaitTimeout: no answer in time.
         """
+        read_seconds("timeout_s", timeout_s)
         return self.wait(self.enqueue(image, **fields), timeout_s=timeout_s).raise_for_status()
 
     def results(
@@ -304,19 +313,24 @@ class Client:
                 a warning to the logger `shiwu`. The entry is skipped, counted in `unreadable_items`, and stays pending.
         """
 
+        if not callable(on_unreadable):
+            raise refused("on_unreadable", "a function that takes an UnreadableItem", on_unreadable)
+
         def count(item: UnreadableItem) -> None:
             self.unreadable_items += 1
             on_unreadable(item)
 
+        own_name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        name = own_name if consumer is None else read_text("consumer", consumer, least=1)
         options = StreamOptions(
-            group=group,
-            consumer=consumer or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
+            group=read_text("group", group, least=1),
+            consumer=name,
             is_temporary=consumer is None,
-            batch=batch,
-            block_s=min(block_s, self._timeout_s / 2),
-            reclaim_idle_s=reclaim_idle_s,
+            batch=read_whole("batch", batch, least=1),
+            block_s=min(read_seconds("block_s", block_s), self._timeout_s / 2),
+            reclaim_idle_s=read_seconds("reclaim_idle_s", reclaim_idle_s),
             stop_when_idle=stop_when_idle,
-            away_s=away_s,
+            away_s=None if away_s is None else read_seconds("away_s", away_s),
             on_unreadable=count,
         )
         return follow(self._once, self._redis, options)
@@ -324,22 +338,24 @@ class Client:
     # -------------------------------------------------------------------------------- dead letters, queues
     def dead_letters(self, where: DeadFilter | None = None, *, limit: int | None = None) -> Iterator[DeadLetter]:
         """Yield jobs that ended without tags, newest first, with the message and the answer of each."""
-        return self._letters.read(where, limit=limit)
+        if where is not None and not isinstance(where, DeadFilter):
+            raise refused("where", "a DeadFilter", where)
+        return self._letters.read(where, limit=None if limit is None else read_whole("limit", limit))
 
     def dead_letter(self, job_id: str) -> DeadLetter | None:
         """One dead letter, or None."""
-        return self._letters.show(job_id)
+        return self._letters.show(read_id(job_id))
 
-    def requeue(self, job_ids: Iterable[str]) -> list[str]:
+    def requeue(self, job_ids: str | Iterable[str]) -> list[str]:
         """Send dead letters to their lane again, under their old ids; return which went.
 
         Attempts are counted anew, and the old answer is forgotten: who waits for the id waits for the new one.
         """
-        return self._letters.requeue(job_ids)
+        return self._letters.requeue(read_ids("job_ids", job_ids))
 
-    def drop(self, job_ids: Iterable[str]) -> int:
+    def drop(self, job_ids: str | Iterable[str]) -> int:
         """Forget dead letters; return how many there were. Their answers stay."""
-        return self._letters.drop(job_ids)
+        return self._letters.drop(read_ids("job_ids", job_ids))
 
     def sweep(self, *, zone: tzinfo = UTC) -> Swept:
         """One round of what workers do for all jobs; for places where no worker may run. See `shiwu sweep`.
@@ -347,6 +363,8 @@ class Client:
         Args:
             zone: time zone of an `expires` that names none, as the workers' `SHIWU_TIMEZONE`.
         """
+        if not isinstance(zone, tzinfo):
+            raise refused("zone", "a tzinfo as ZoneInfo('Asia/Shanghai')", zone)
         return self._upkeep.sweep(zone=zone)
 
     def queue_state(self) -> QueueState:

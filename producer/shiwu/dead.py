@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import redis
 
+from shiwu.arguments import read_seconds
 from shiwu.contract import (
     ATTEMPTS,
     COUNTERS,
@@ -51,6 +52,12 @@ class DeadFilter:
     """Part of the picture's reference."""
     older_s: float | None = None
     newer_s: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse ages that are none."""
+        for name in ("older_s", "newer_s"):
+            if (value := getattr(self, name)) is not None:
+                read_seconds(name, value)
 
     def admits(self, letter: DeadLetter) -> bool:
         """Whether a letter passes, but for its age."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from pydantic_core import to_json
 
+from shiwu.arguments import refused
 from shiwu.contract import REQUEST_FIELDS, ErrorCode, Request, RequestError, unknown_names
 
 OF_THE_CALL: Final = (
@@ -26,6 +27,8 @@ def check_images(images: object) -> None:
     """
     if isinstance(images, str | bytes | Mapping):
         raise TypeError(f"images: expected several references, got one {type(images).__name__}; use enqueue or [image]")
+    if not isinstance(images, Iterable):
+        raise TypeError(f"images: expected references, or mappings of a request's fields, got {images!r:.80}")
 
 
 def check_shared_fields(fields: Mapping[str, Any]) -> None:
@@ -55,6 +58,8 @@ def read_item(item: str | Mapping[str, Any], shared: Mapping[str, Any]) -> tuple
     Raises:
         RequestError: invalid_request, for names that would have no effect.
     """
+    if not isinstance(item, str | Mapping):
+        raise refused("images", "references, or mappings of a request's fields", item)
     own = {"image": item} if isinstance(item, str) else dict(item)
     if misplaced := [name for name in OF_THE_CALL if name in own]:
         raise RequestError(

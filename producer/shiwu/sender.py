@@ -12,8 +12,9 @@ from typing import Any, Final
 
 import redis
 
+from shiwu.arguments import read_seconds, read_whole, refused
 from shiwu.connection import call_held
-from shiwu.contract import DEADLINES, ErrorCode, Lane, Request, RequestError
+from shiwu.contract import DEADLINES, Lane, Request
 from shiwu.errors import QueueFull
 from shiwu.ledger import wait_replicated
 from shiwu.message import build_message
@@ -26,7 +27,6 @@ FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 2.0
 TELL_EVERY_S: Final = 30.0
 log: Final = logging.getLogger("shiwu")
-MAX_TIME_S: Final = 10 * 365 * 86_400.0
 MAX_PRIORITY: Final = 9
 _STEPS: Final = (0, 3, 6, 9)
 
@@ -49,20 +49,17 @@ class Terms:
     def __post_init__(self) -> None:
         """Refuse what would have no effect, or only one that no caller wants."""
         for name in ("expires_s", "answer_by_s", "countdown_s"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= MAX_TIME_S:
-                raise _refused(name, f"seconds from now, 0 to {MAX_TIME_S:.0f}, or None", value)
+            if (value := getattr(self, name)) is not None:
+                read_seconds(name, value)
         ends_s = min((end for end in (self.expires_s, self.answer_by_s) if end is not None), default=math.inf)
         if self.countdown_s is not None and self.countdown_s >= ends_s:
-            raise _refused("countdown_s", f"less than the {ends_s:g} s after which the job expires", self.countdown_s)
-        if not 0 <= self.priority <= MAX_PRIORITY:
-            raise _refused("priority", f"0 (most urgent) to {MAX_PRIORITY}", self.priority)
-        if self.replicas < 0:
-            raise _refused("replicas", "0 or more", self.replicas)
-        if self.max_waiting is not None and self.max_waiting < 1:
-            raise _refused("max_waiting", "1 or more", self.max_waiting)
-        if not self.wait_s >= 0:
-            raise _refused("wait_s", "0 seconds or more", self.wait_s)
+            raise refused("countdown_s", f"less than the {ends_s:g} s after which the job expires", self.countdown_s)
+        read_whole("priority", self.priority, most=MAX_PRIORITY)
+        read_whole("replicas", self.replicas)
+        if self.max_waiting is not None:
+            read_whole("max_waiting", self.max_waiting, least=1)
+        if self.wait_s != math.inf:
+            read_seconds("wait_s", self.wait_s)
 
 
 def read_lane(lane: Lane | str) -> Lane:
@@ -73,12 +70,8 @@ def read_lane(lane: Lane | str) -> Lane:
     """
     try:
         return Lane(lane)
-    except ValueError:
-        raise _refused("lane", " or ".join(Lane), lane) from None
-
-
-def _refused(name: str, expected: str, value: object) -> RequestError:
-    return RequestError(ErrorCode.INVALID_REQUEST, f"{name}: expected {expected}, got {value!r:.80}")
+    except (ValueError, TypeError):
+        raise refused("lane", " or ".join(Lane), lane) from None
 
 
 class Sender:

@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 from shiwu.contract.words import MAX_IMAGE_CHARS
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _BUCKET: Final = re.compile(r"[^/?#@:\\ ]+")
 _URL: Final = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:[/\\]*)(?P<authority>[^/\\?#]*)(?P<path>[^?#]*)", re.DOTALL
@@ -71,6 +72,8 @@ def reference_error(image: str) -> str | None:
         return f"expected at most {MAX_IMAGE_CHARS} characters, got {len(image)}"
     if _CONTROL.search(image):
         return "expected no control characters"
+    if _SURROGATE.search(image):
+        return "expected text that UTF-8 can write, got a lone surrogate"
     scheme = scheme_of(image)
     try:
         if scheme == "s3":

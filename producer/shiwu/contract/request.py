@@ -53,7 +53,10 @@ def labels_error(labels: Sequence[str]) -> str | None:
 
 
 def _check_metadata(metadata: JsonValue) -> JsonValue:
-    size = len(to_json(metadata))
+    try:
+        size = len(to_json(metadata))
+    except ValueError:
+        raise PydanticCustomError("no_utf8", "expected texts that UTF-8 can write, got a lone surrogate") from None
     if size > MAX_METADATA_BYTES:
         raise PydanticCustomError(
             "metadata_too_large",
