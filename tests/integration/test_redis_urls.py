@@ -181,7 +181,6 @@ def test_worker_over_tls_sends_callbacks_and_hears_revokes(
         result = chain(sign, follower).apply_async()
         assert client.wait(result.id, timeout_s=30).ok
         later = client.enqueue(image, countdown_s=600)
-        with connect(near_url, timeout_s=5) as near:
-            wait_until(lambda: client.queue_state().delayed == 1 and near.pubsub_numpat(), timeout_s=30)
+        wait_until(lambda: client.queue_state().delayed == 1, timeout_s=10)
         app.control.revoke(later)
         assert client.wait(later, timeout_s=10).status == "cancelled"

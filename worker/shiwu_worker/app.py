@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar, Final
 
 import structlog
@@ -45,6 +45,7 @@ log: Any = structlog.get_logger()
 CLOSE_S: Final = 5.0
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 2.0
+RECONNECT_S: Final = {"interval_start": 0.5, "interval_step": 0.5, "interval_max": 5.0}
 CALM_S: Final = 10.0
 """A connection that lasted so long was a good one."""
 
@@ -63,6 +64,15 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
 
     _pause_s = 0.0
     _lost_s = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Another step names mingle as one that it needs, which brings it back; disabled it does nothing.
+        super().__init__(*args, **{**kwargs, "without_mingle": True})
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Try every few seconds: Celery's pauses grow to half a minute, in which nobody's revoke would be heard."""
+        conn.ensure_connection = partial(conn.ensure_connection, **RECONNECT_S)
+        return super().ensure_connected(conn)
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
         """Pause before the next try: a server that takes connections and refuses a command would be asked for ever."""
@@ -108,7 +118,9 @@ class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has
         with ExitStack() as stack:
             try:
                 tell = stack.enter_context(_celery_side(worker, settings))
-                service = stack.enter_context(open_service(settings, on_fatal=self._end, on_answered=tell))
+                service = stack.enter_context(
+                    open_service(settings, on_fatal=self._end, on_answered=tell, is_ready_when_hearing=settings.revoke)
+                )
             except FatalError as error:
                 log.error("not_started", exit_code=int(error.exit_code), reason=error.exit_code.name, error=str(error))
                 raise SystemExit(int(error.exit_code)) from error
@@ -116,6 +128,7 @@ class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has
                 log.info("stopped", reason="asked to", during="start")
                 raise
             self._service, self._stack = service, stack.pop_all()
+            worker.app.shiwu_on_hearing = service.hearing
             self._signals.started(service.hurry)
 
     def stop(self, worker: Any) -> None:
@@ -203,6 +216,7 @@ def make_app(settings: Settings) -> Celery:
     app.shiwu_queues = [Queue(lane.queue, alias=lane.queue) for lane in Lane]
     app.amqp.queues.aliases.update({queue.name: queue for queue in app.shiwu_queues})
     app.shiwu_revoker = None
+    app.shiwu_on_hearing = lambda *, is_so: None
     app.steps["worker"].add(PipelineStep)
 
     @app.task(name=TASK_NAME)  # type: ignore[untyped-decorator]  # celery has no types

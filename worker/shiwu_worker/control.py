@@ -10,6 +10,7 @@ import re
 import time
 from importlib.metadata import version
 from typing import Any, Final
+from uuid import uuid4
 
 from celery.worker.consumer.control import Control
 from celery.worker.pidbox import Pidbox
@@ -23,18 +24,66 @@ _REPLY_KEY: Final = re.compile(r"[0-9a-f-]{32,36}")
 _STARTED_S: Final = time.monotonic()
 
 
+HELLO: Final = "shiwu_hello"
+"""A command that a worker broadcasts to itself. When it arrives the worker hears what others broadcast, too."""
+HELLO_EVERY_S: Final = 0.25
+
+
 class ControlBox(Pidbox):  # type: ignore[misc]  # celery has no types
-    """A mailbox that knows three commands."""
+    """A mailbox that knows three commands, and tells the app when it hears broadcasts and when it does not.
+
+    A connection is made before Celery's loop subscribes on it; what is broadcast in between is lost.
+    """
 
     def __init__(self, consumer: Any) -> None:
         super().__init__(consumer)
+        self._hello = ""
+        self._timer: Any = None
         self.node.handlers = {"ping": _ping, "stats": _stats}
         if consumer.app.conf.shiwu_revoke:
             self.node.handlers["revoke"] = revoke_command
 
+    def start(self, c: Any) -> None:
+        """Listen, and find out when the server has subscribed this worker."""
+        super().start(c)
+        self._hello = uuid4().hex
+        if c.hub is None:
+            c.app.shiwu_on_hearing(is_so=True)
+        else:
+            self._timer = c.hub.call_repeatedly(HELLO_EVERY_S, self._say_hello)
+
+    def stop(self, c: Any) -> None:
+        """Listen no more."""
+        self._hello = ""
+        self._stop_timer()
+        c.app.shiwu_on_hearing(is_so=False)
+        super().stop(c)
+
+    def _say_hello(self) -> None:
+        self.c.app.control.broadcast(
+            HELLO,
+            arguments={"token": self._hello},
+            destination=[self.hostname],
+            connection=self.c.connection,
+            channel=self.node.channel,
+        )
+
+    def _stop_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def _hear_hello(self, body: dict[str, Any]) -> None:
+        told = body.get("arguments")
+        if self._hello and isinstance(told, dict) and told.get("token") == self._hello:
+            self._stop_timer()
+            self.c.app.shiwu_on_hearing(is_so=True)
+
     def on_message(self, body: Any, message: Any) -> None:
         """Obey a known command whose reply goes to Celery's `inspect`, or to nobody."""
-        if isinstance(body, dict) and body.get("method") in self.node.handlers and _is_reply_allowed(body):
+        if isinstance(body, dict) and body.get("method") == HELLO:
+            self._hear_hello(body)
+        elif isinstance(body, dict) and body.get("method") in self.node.handlers and _is_reply_allowed(body):
             super().on_message(body, message)
 
 

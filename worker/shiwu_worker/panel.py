@@ -21,6 +21,7 @@ from shiwu_worker.health import Health
 from shiwu_worker.heartbeat import Signs
 from shiwu_worker.metrics import Metrics
 from shiwu_worker.parts import stuck_after_s
+from shiwu_worker.readiness import Readiness
 from shiwu_worker.timing import Load, Meter, Progress
 from shiwu_worker.vitals import Body, Vitals
 from shiwu_worker.watch import EVERY_S, Watch
@@ -35,20 +36,25 @@ if TYPE_CHECKING:
 log: Any = structlog.get_logger()
 _THREADS = ("claim", "encode", "score", "commit", "heartbeat", "ended")
 TRACES_CLOSE_S = 3.0
+HEARING_LIMIT_S = 15.0
+"""Longer than Celery's half takes to connect again; a Redis user without its rights must not keep a worker unready."""
 
 
 class Panel:
     """One for each worker. Where no HTTP port is set nothing is counted and no queue is looked at."""
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
+    def __init__(self, settings: Settings, progress: Progress, *, is_ready_when_hearing: bool = False) -> None:
         self._settings = settings
         self._health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file)
         self._health.ready(is_ready=False)
-        self._vitals = Vitals(progress, redis_timeout_s=settings.redis_timeout_s)
+        self._readiness = Readiness(
+            on_change=self._on_ready, hearing_limit_s=HEARING_LIMIT_S if is_ready_when_hearing else 0.0
+        )
+        self._vitals = Vitals(progress, redis_timeout_s=settings.redis_timeout_s, is_deaf=self._readiness.is_deaf)
         self._metrics = Metrics(retried=RETRIABLE) if settings.http_port else None
         self._traces: Traces | None = None
         self._began_s = time.monotonic()
-        self._has_claimed = False
+        self._has_been_ready = False
 
     def open(self, stack: ExitStack) -> None:
         """Answer on the HTTP port, if there is one: not ready, and no job counted, while the model loads.
@@ -87,7 +93,7 @@ class Panel:
             alive=self._health.alive,
             suspects=suspects,
             load=load,
-            redis=lambda is_there: self._vitals.redis(is_there=is_there),
+            redis=self._on_redis,
             **counts,
         )
 
@@ -126,13 +132,26 @@ class Panel:
         self._vitals.started(body)
 
     def claiming(self, *, is_so: bool) -> None:
-        """Claims succeed, or have ended. The first that succeeds makes the worker ready, and the log says so."""
-        if is_so and not self._has_claimed:
-            self._has_claimed = True
+        """Claims succeed, or have ended."""
+        self._vitals.claiming(is_so=is_so)
+        self._readiness.claiming(is_so=is_so)
+
+    def hearing(self, *, is_so: bool) -> None:
+        """What is broadcast to workers is heard, or not."""
+        self._readiness.hearing(is_so=is_so)
+
+    def _on_redis(self, is_there: bool) -> None:
+        """Redis answered the heartbeat, or not; once a second, so that a limit of time is noticed."""
+        self._vitals.redis(is_there=is_there)
+        self._readiness.look()
+
+    def _on_ready(self, is_ready: bool) -> None:
+        """Tell the probes, and the log the first time."""
+        if is_ready and not self._has_been_ready:
+            self._has_been_ready = True
             after_s = round(time.monotonic() - self._began_s, 3)
             log.info("ready", worker=self._settings.worker_name, after_s=after_s)
-        self._health.ready(is_ready=is_so)
-        self._vitals.claiming(is_so=is_so)
+        self._health.ready(is_ready=is_ready)
 
     def wrong(self, what: str) -> None:
         """The known picture got a wrong answer."""

@@ -47,9 +47,13 @@ class Vitals:
     Args:
         progress: of the pipeline. Redis' absence counts there as no hang; here it does, while work is known to wait.
         redis_timeout_s: of one command.
+        is_deaf: whether the worker claims, and does not hear Celery's broadcasts yet.
     """
 
-    def __init__(self, progress: Progress, *, redis_timeout_s: float) -> None:
+    def __init__(
+        self, progress: Progress, *, redis_timeout_s: float, is_deaf: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._is_deaf = is_deaf
         self._progress = progress
         self._redis_slack_s = redis_timeout_s + READY_SLACK_S
         self._began_s = time.monotonic()
@@ -128,6 +132,8 @@ class Vitals:
             reasons.append(f"Redis has not answered for {self._away_s():.0f} s")
         if not self._is_claiming:
             reasons.append("no claim has succeeded yet, or the last one failed")
+        elif self._is_deaf():
+            reasons.append("Celery's broadcasts are not heard yet: a revoke would be lost")
         return reasons
 
     def stillness_s(self) -> float:

@@ -55,9 +55,14 @@ T = TypeVar("T")
 class Service:
     """A running worker: claims from `open_service` until `stop`."""
 
-    def __init__(self, *, pipeline: Pipeline, stop: Callable[[float], None]) -> None:
+    def __init__(self, *, pipeline: Pipeline, stop: Callable[[float], None], panel: Panel) -> None:
         self._pipeline = pipeline
         self._stop = stop
+        self._panel = panel
+
+    def hearing(self, *, is_so: bool) -> None:
+        """Celery's half hears what is broadcast to workers, or does so no longer."""
+        self._panel.hearing(is_so=is_so)
 
     def stop(self, *, grace_s: float) -> None:
         """Drain within the grace time and give back what is left. The first call counts."""
@@ -74,18 +79,20 @@ def open_service(
     *,
     on_fatal: Callable[[FatalError], None],
     on_answered: Callable[[Sequence[Settled]], None] = lambda _: None,
+    is_ready_when_hearing: bool = False,
 ) -> Iterator[Service]:
     """Load the model, start all parts, claim; on leaving, stop in the direction of the data.
 
     Args:
         on_answered: told each answer that was written; must not raise and not block.
+        is_ready_when_hearing: the worker is ready only when `Service.hearing` was told so, too.
 
     Raises:
         FatalError: when a part can't start. Nothing has been claimed then.
     """
     use_one_arena()  # again: Celery's own command may have started this process
     progress = Progress()
-    panel = Panel(settings, progress)
+    panel = Panel(settings, progress, is_ready_when_hearing=is_ready_when_hearing)
     with ExitStack() as stack:
         panel.open(stack)
         check_redis(settings)
@@ -160,7 +167,7 @@ def _build(
     stack.callback(once, settings.grace_s)
     _start(settler, doorbell, heartbeat, ended, pipeline)
     panel.started(pipeline, encoder, loaders)
-    return Service(pipeline=pipeline, stop=once)
+    return Service(pipeline=pipeline, stop=once, panel=panel)
 
 
 def _make_doorbell(stack: ExitStack, settings: Settings) -> Doorbell:
