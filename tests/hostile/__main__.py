@@ -23,7 +23,7 @@ from tests.support import bombs
 from tests.support.loader_pool import Found, Pool, load_all
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "HEIF")
 DEBIAN: Final = ("libpng1.6", "libheif", "tiff", "giflib", "exiv2")
 NAMES: Final = re.compile(
     r"\.(jpe?g|jpe|jfif|mpo|a?png|webp|gif|avif|heic|heif|tiff?|bmp|dib|ico|crash|poc|bin)$|crash|oom|timeout|poc|fuzz",
@@ -63,7 +63,7 @@ def main() -> None:
 
 def run(name: str, paths: list[Path], folder: Path) -> bool:
     """Run one corpus, print what was found, and whether it was as promised."""
-    options = {"max_bytes": MAX_BYTES, "max_pixels": bombs.MAX_PIXELS, "max_side": 16_384, "formats": FORMATS}
+    options = {"max_bytes": MAX_BYTES, "max_pixels": bombs.MAX_PIXELS, "max_side": 65_535, "formats": FORMATS}
     with Pool(
         folder, processes=2, spares=1, memory_bytes=MEMORY_BYTES, task_timeout_s=LOAD_S, exact=False, **options
     ) as pool:

@@ -253,13 +253,12 @@ def test_frames_behind_the_first_are_not_decoded() -> None:
     assert near(data[: len(data) - 20], RED)
 
 
-def test_a_jpeg_that_only_lacks_its_end_marker() -> None:
-    """All pixels are there, or it is refused: it never is answered by half a picture."""
+def test_half_a_jpeg_is_refused() -> None:
+    """An image is never answered by half of it."""
     data = pictures.jpeg(pictures.picture())
-    with pytest.raises(Rejected) as caught:
+    with pytest.raises(Rejected, match="ends before its last row") as caught:
         decode(data[: len(data) // 2], spec=SPEC, limits=LIMITS)
     assert caught.value.code.value == "picture_broken"
-    assert "truncated" in str(caught.value)
 
 
 def test_many_pictures_in_one_file() -> None:

@@ -62,6 +62,11 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def as_file(data: bytes) -> io.BytesIO:
+    """The bytes as an open file."""
+    return io.BytesIO(data)
+
+
 def jpeg(image: Image.Image) -> bytes:
     """A baseline JPEG."""
     return saved(image, "JPEG", quality=92)

@@ -123,9 +123,7 @@ def test_a_broken_header_is_not_told_as_a_wrong_format() -> None:
     """Text and code agree: the file is of an accepted format, and broken."""
     for name in LIMITS.formats:
         data = pictures.saved(Image.new("RGB", (64, 48)), name)[:20]
-        with pytest.raises(
-            Rejected, match=rf"expected a whole {name} image, got one whose header cannot be read"
-        ) as it:
+        with pytest.raises(Rejected, match=rf"expected a whole {name} image, got one ") as it:
             decode(data, spec=SPEC, limits=LIMITS)
         assert it.value.code.value == "picture_broken"
 

@@ -25,7 +25,12 @@ _OPAQUE: Final = 255
 
 
 def visible_rgb(
-    image: Image.Image, *, sample_bits: int, max_pixels: int, check_size: Callable[[Image.Image], None]
+    image: Image.Image,
+    *,
+    load: Callable[[Image.Image], object],
+    sample_bits: int,
+    max_pixels: int,
+    check_size: Callable[[Image.Image], None],
 ) -> Image.Image:
     """The picture as RGB; of an animation the first frame that is not wholly transparent and lasts.
 
@@ -33,14 +38,15 @@ def visible_rgb(
     animation, is not what browsers show. At most twice `max_pixels` are decoded.
 
     Args:
+        load: decodes the current frame.
         sample_bits: what `sample_bits` said before anything was loaded.
 
     Raises:
         Rejected: picture_invisible, when every pixel of every frame that was tried is transparent.
-        Exception: what Pillow raises, and what `check_size` does: a frame may be larger than the header said.
+        Exception: what `load` raises, and what `check_size` does: a frame may be larger than the header said.
     """
     if image.format not in ANIMATED or not getattr(image, "is_animated", False):
-        rgb, is_visible = flat(image, sample_bits)
+        rgb, is_visible = flat(image, sample_bits, load)
         if not is_visible:
             raise _invisible("an image in which every pixel is transparent")
         return rgb
@@ -54,7 +60,7 @@ def visible_rgb(
         except EOFError:
             break
         check_size(image)
-        rgb, is_visible = flat(image, sample_bits)
+        rgb, is_visible = flat(image, sample_bits, load)
         tried += 1
         if is_visible and shown_ms(image) >= LEAST_MS:
             return rgb
@@ -76,10 +82,12 @@ def _invisible(got: str) -> Rejected:
     return Rejected(ErrorCode.PICTURE_INVISIBLE, text, stage=Stage.DECODE)
 
 
-def flat(image: Image.Image, bits: int) -> tuple[Image.Image, bool]:
+def flat(
+    image: Image.Image, bits: int, load: Callable[[Image.Image], object] = Image.Image.load
+) -> tuple[Image.Image, bool]:
     """The current frame as RGB, without a copy where it is that already, and whether there is anything on it."""
     uncovered = _uncovered(image)
-    image.load()
+    load(image)
     if image.mode.startswith(("I", "F")):
         return _from_deep_grey(image)
     if image.mode == "LAB":

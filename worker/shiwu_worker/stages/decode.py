@@ -20,20 +20,20 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import Rejected
 from shiwu_worker.exif import exif_orientation
-from shiwu_worker.headers import has_more_chunks, has_more_scans, webp_size
+from shiwu_worker.image_errors import broken, too_large, unsupported
 from shiwu_worker.image_formats import identify, listed, refusal
+from shiwu_worker.image_readers import OpenedImage, open_image
 from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.pixels import sample_bits, visible_rgb
 from shiwu_worker.resize import SIDEWAYS, model_pixels
+from shiwu_worker.webp_stream import webp_size
 
 DRAFT_FACTOR: Final = 2
 """A JPEG may be decoded at reduced size down to this many times the model's: below JPEG's own re-save noise."""
 LEAST_DRAFT: Final = 256
 """And never below this: a small model sees every level, and a small picture is cheap anyway."""
-MAX_CHUNKS: Final = 20_000
+MAX_PARTS: Final = 20_000
 """Chunks of a PNG, segments of a JPEG. A PNG of 20 MiB in the smallest chunks that encoders write has 2,600."""
-_TURNED_BY_EXIF: Final = {"JPEG", "PNG", "WEBP", "AVIF"}
-"""Pillow puts the orientation of an AVIF, which stands in boxes of its own, into the EXIF data."""
 WARMED: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 
 
@@ -76,36 +76,34 @@ def decode(
     name = _checked_format(data, limits)
     if size := webp_size(data):
         _check_size(*size, limits)
-    if has_more_chunks(data, MAX_CHUNKS):
-        text = f"expected a PNG or JPEG of at most {MAX_CHUNKS} chunks, got more"
-        raise Rejected(ErrorCode.PICTURE_TOO_LARGE, text, stage=Stage.DECODE)
-    with _open(data, name, limits) as image:
+    opened = _opened(data, name, limits)
+    with opened.image as image:
         _check_size(*image.size, limits)
-        _check_parts(image, data, limits)
+        _check_frames(image, name, limits)
         try:
             size, extent = image.size, None
             if name == "JPEG" and not exact:
                 extent = _drafted(image, spec)
             rgb = visible_rgb(
                 image,
+                load=opened.load,
                 sample_bits=sample_bits(image),
                 max_pixels=limits.max_pixels,
                 check_size=lambda frame: _check_size(*frame.size, limits),
             )
             size = size if extent else rgb.size  # a frame of a GIF may be larger than its screen
-            orientation = _orientation(image, name)
+            orientation = exif_orientation(opened.exif)
             if orientation in SIDEWAYS:
                 size = size[1], size[0]
             pixels = model_pixels(rgb, spec, extent=extent or rgb.size, orientation=orientation, size=size, exact=exact)
         except (MemoryError, Rejected):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise _too_large(error, limits) from error
+            raise _too_many_pixels(error, limits) from error
         except Exception as error:  # border: a decoder raises anything on hostile bytes
             if "out of memory" in str(error):  # Pillow's codecs say it with an OSError
                 raise MemoryError(str(error)) from error
-            text = f"expected a whole {name} picture ({type(error).__name__}: {error!s:.120})"
-            raise Rejected(ErrorCode.PICTURE_BROKEN, text, stage=Stage.DECODE) from error
+            raise broken(f"expected a whole {name} image ({type(error).__name__}: {error!s:.120})") from error
     return pixels, DecodedInfo(name, *size, hashlib.sha256(data).hexdigest())
 
 
@@ -114,12 +112,6 @@ def _drafted(image: Image.Image, spec: ImageSpec) -> tuple[float, float] | None:
     edge = max(LEAST_DRAFT, DRAFT_FACTOR * max(spec.width, spec.height, spec.shortest_edge or 0))
     drafted = image.draft("RGB", (edge, edge))
     return drafted[1][2:] if drafted else None
-
-
-def _orientation(image: Image.Image, name: str) -> int:
-    """How the loaded pixels have to be turned. The readers of TIFF and HEIF have turned them already."""
-    exif = image.info.get("exif") if name in _TURNED_BY_EXIF else None
-    return exif_orientation(exif) if isinstance(exif, bytes) else 1
 
 
 def warm() -> None:
@@ -147,40 +139,35 @@ def _checked_format(data: bytes, limits: DecodeLimits) -> str:
         text = f"expected {listed(limits.formats)}, got {got}"
         raise Rejected(ErrorCode.NOT_A_PICTURE, text, stage=Stage.DECODE)
     if found.name not in limits.formats:
-        raise Rejected(ErrorCode.PICTURE_UNSUPPORTED, refusal(found, limits.formats), stage=Stage.DECODE)
+        raise unsupported(refusal(found, limits.formats))
     return found.name
 
 
-def _open(data: bytes, name: str, limits: DecodeLimits) -> Image.Image:
+def _opened(data: bytes, name: str, limits: DecodeLimits) -> OpenedImage:
     try:
-        return Image.open(io.BytesIO(data), formats=(name,))
+        return open_image(data, name, max_parts=MAX_PARTS, max_scans=limits.max_scans)
+    except (MemoryError, Rejected):
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(error, limits) from error
+        raise _too_many_pixels(error, limits) from error
     except Exception as error:  # border: a parser raises anything on hostile bytes
         reason = "" if isinstance(error, UnidentifiedImageError) else f" ({type(error).__name__}: {error!s:.120})"
-        text = f"expected a whole {name} image, got one whose header cannot be read{reason}"
-        raise Rejected(ErrorCode.PICTURE_BROKEN, text, stage=Stage.DECODE) from error
+        raise broken(f"expected a whole {name} image, got one whose header cannot be read{reason}") from error
 
 
-def _too_large(error: Exception, limits: DecodeLimits) -> Rejected:
-    text = f"expected at most {limits.max_pixels} pixels ({error!s:.120})"
-    return Rejected(ErrorCode.PICTURE_TOO_LARGE, text, stage=Stage.DECODE)
+def _too_many_pixels(error: Exception, limits: DecodeLimits) -> Rejected:
+    return too_large(f"expected at most {limits.max_pixels} pixels ({error!s:.120})")
 
 
 def _check_size(width: int, height: int, limits: DecodeLimits) -> None:
     if width * height > limits.max_pixels or max(width, height) > limits.max_side:
-        text = (
+        raise too_large(
             f"expected at most {limits.max_pixels} pixels and {limits.max_side} a side, "
             f"got {width} × {height} = {width * height} pixels"
         )
-        raise Rejected(ErrorCode.PICTURE_TOO_LARGE, text, stage=Stage.DECODE)
 
 
-def _check_parts(image: Image.Image, data: bytes, limits: DecodeLimits) -> None:
-    """Frames and scans. A GIF's frames are counted by reading all of it, and are not: none but the first are read."""
-    if image.format in {"JPEG", "MPO"} and has_more_scans(data, limits.max_scans):
-        text = f"expected a JPEG of at most {limits.max_scans} scans, got more"
-        raise Rejected(ErrorCode.PICTURE_TOO_LARGE, text, stage=Stage.DECODE)
-    if image.format in {"PNG", "WEBP", "AVIF"} and (frames := getattr(image, "n_frames", 1)) > limits.max_frames:
-        text = f"expected at most {limits.max_frames} frames, got {frames}"
-        raise Rejected(ErrorCode.PICTURE_TOO_LARGE, text, stage=Stage.DECODE)
+def _check_frames(image: Image.Image, name: str, limits: DecodeLimits) -> None:
+    """A GIF's frames are counted by reading all of it, and are not: none but the first are read."""
+    if name in {"PNG", "WEBP", "AVIF"} and (frames := getattr(image, "n_frames", 1)) > limits.max_frames:
+        raise too_large(f"expected at most {limits.max_frames} frames, got {frames}")
