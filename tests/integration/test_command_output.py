@@ -251,3 +251,11 @@ def test_enqueue_reads_a_list_with_a_bom(redis_url: str, redis_client: redis.Red
     found = call(redis_url, "enqueue", "-", input=b"\xef\xbb\xbfs3://b/1\r\n# mine\r\n\r\ns3://b/2\r\n")
     assert found.exit_code == 0, found.output
     assert redis_client.llen(Lane.BULK.queue) == 2
+
+
+def test_status_shows_odd_worker_names(redis_url: str, redis_client: redis.Redis) -> None:
+    """Markup and controls in a name, which another program may have written, are shown and not obeyed."""
+    redis_client.zadd(WORKERS, {"[/red]w\x1b[2J": time.time() * 1000})
+    found = call(redis_url, "status")
+    assert found.exit_code == 0, found.output
+    assert r"[/red]w\u001b[2J" in found.output
