@@ -7,7 +7,7 @@ one script, and an answer counts once whoever gives it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, tzinfo
 from typing import Any, Final
@@ -57,6 +57,8 @@ TAKEN_FOR_S: Final = 15.0
 HISTORY_TTL_S: Final = 7 * 86_400
 """How long the earlier tries of a job that came back are kept for its next claim."""
 PORTION: Final = 500
+LOOKED_AT: Final = 20_000
+"""Messages of each lane key that one sweep looks at for their `expires`."""
 _LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
 _TENDED: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, DELAYED, PARKED, COUNTERS, WORKERS, SUSPECTS, DEADLINES),
@@ -93,6 +95,8 @@ class Swept:
     """Waiting messages whose `expires` had passed."""
     results_dropped: dict[str, int]
     """Consumer group → unacknowledged answers that the stream no longer holds."""
+    not_looked_at: int = 0
+    """Waiting messages of long lanes that the next rounds look at."""
 
     @property
     def did_something(self) -> bool:
@@ -125,6 +129,8 @@ class Upkeep:
         self._tend = load_script(client, "tend")
         self._trim = load_script(client, "trim")
         self._take_late = load_script(client, "take_late")
+        self._kept: dict[str, int] = {}
+        """Lane key → messages at its head that the last sweep looked at and left."""
 
     def tend(self, *, most: int = 500, count_waiting: bool = False) -> Tended:
         """One portion of everything that is due."""
@@ -158,11 +164,13 @@ class Upkeep:
         rounds = [self.tend(most=PORTION)]
         while max(rounds[-1].reaped, rounds[-1].promoted, rounds[-1].out_of_time) == PORTION:
             rounds.append(self.tend(most=PORTION))
+        expired, unseen = self._expire_waiting(portion=PORTION, most=LOOKED_AT, zone=zone)
         return Swept(
             reaped=sum(one.reaped for one in rounds),
             promoted=sum(one.promoted for one in rounds),
             out_of_time=sum(one.out_of_time for one in rounds),
-            expired=self.expire_waiting(portion=PORTION, zone=zone),
+            expired=expired,
+            not_looked_at=unseen,
             results_dropped=self.trim_if_long(rounds[-1]),
         )
 
@@ -175,46 +183,60 @@ class Upkeep:
         """The same where the last round found the stream too long; costs nothing otherwise."""
         return self.trim() if seen.stream_length > self._keep().stream_length else {}
 
-    def expire_waiting(self, *, portion: int = 500, most: int = 20_000, zone: tzinfo = UTC) -> int:
-        """Answer the waiting messages whose `expires` has passed; looks at the oldest `most` of each lane.
+    def expire_waiting(self, *, portion: int = PORTION, most: int = LOOKED_AT, zone: tzinfo = UTC) -> int:
+        """Answer waiting messages whose `expires` has passed; return how many.
 
-        A worker does this at its claims; here it is done for those who wait while there is none.
+        A worker does this at its claims; here it is done for those who wait while there is none. It looks at `most`
+        messages of each lane key, oldest first, and goes on from there in the next round.
         """
+        return self._expire_waiting(portion=portion, most=most, zone=zone)[0]
+
+    def _expire_waiting(self, *, portion: int, most: int, zone: tzinfo) -> tuple[int, int]:
+        """How many were answered, and how many messages were not looked at."""
         seconds, micros = self._client.time()
         now_ms = seconds * 1000 + micros / 1000
-        expired = 0
+        expired = unseen = 0
         for key in _LANE_KEYS:
-            for late in self._late_in(key, now_ms=now_ms, portion=portion, most=most, zone=zone):
-                args: list[Any] = [self._token, int(TAKEN_FOR_S * 1000)]
-                for envelope, raw in late:
-                    args += [envelope.id, raw]
-                taken = set(self._take_late(keys=[CLAIMS, LEASES, key], args=args))
-                entries = [
-                    _expired(envelope, key, raw, now_ms=now_ms)
-                    for envelope, raw in late
-                    if envelope.id.encode() in taken
-                ]
-                expired += len(entries) - len(self._ledger.write(entries, token=f"{self._token}.lane"))
-        return expired
+            begin = kept = self._kept.get(key, 0)
+            seen = stayed = 0
+            is_at_end = False
+            while seen < most and not is_at_end:
+                raws: Any = self._client.lrange(key, -(kept + portion), -(kept + 1))
+                taken, answered = self._end_expired(key, raws, now_ms=now_ms, zone=zone)
+                expired += answered
+                seen += len(raws)
+                stayed += len(raws) - taken
+                # What was taken is gone, and what follows has moved up.
+                kept += len(raws) - taken
+                if len(raws) < portion:
+                    # Where the lane has become shorter than the last round left it, this round begins at its head.
+                    is_at_end = seen > 0 or begin == 0
+                    begin, kept = (begin, 0) if is_at_end else (0, 0)
+            self._kept[key] = kept
+            if begin or not is_at_end:
+                unseen += max(0, self._client.llen(key) - stayed)
+        return expired, unseen
 
-    def _late_in(
-        self, key: str, *, now_ms: float, portion: int, most: int, zone: tzinfo
-    ) -> Iterator[list[tuple[Envelope, bytes]]]:
-        """Portions of a lane's expired messages, oldest first."""
-        for start in range(1, most, portion):
-            raws: Any = self._client.lrange(key, -(start + portion - 1), -start)
-            late = []
-            for raw in raws:
-                try:
-                    envelope = read_message(raw, zone=zone)
-                except RequestError:
-                    continue  # a worker buries it
-                if envelope.expires_ms is not None and envelope.expires_ms <= now_ms:
-                    late.append((envelope, raw))
-            if late:
-                yield late
-            if len(raws) < portion:
-                return
+    def _end_expired(self, key: str, raws: Sequence[bytes], *, now_ms: float, zone: tzinfo) -> tuple[int, int]:
+        """Answer the expired ones of a portion; how many were taken out of the lane, and how many answers are new."""
+        late = []
+        for raw in raws:
+            try:
+                envelope = read_message(raw, zone=zone)
+            except RequestError:
+                continue  # a worker buries it
+            if envelope.expires_ms is not None and envelope.expires_ms <= now_ms:
+                late.append((envelope, raw))
+        if not late:
+            return 0, 0
+        args: list[Any] = [self._token, int(TAKEN_FOR_S * 1000)]
+        for envelope, raw in late:
+            args += [envelope.id, raw]
+        taken = set(self._take_late(keys=[CLAIMS, LEASES, key], args=args))
+        entries = [
+            _expired(envelope, key, raw, now_ms=now_ms) for envelope, raw in late if envelope.id.encode() in taken
+        ]
+        return len(taken), len(entries) - len(self._ledger.write(entries, token=f"{self._token}.lane"))
 
 
 def _valid_id(member: bytes) -> str:

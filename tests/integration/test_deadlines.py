@@ -148,3 +148,28 @@ def test_the_sweep_command_does_a_round(client: Client, redis_client: redis.Redi
     assert told["swept"]["reaped"] == 1
     assert told["queues"]["waiting"]["interactive"] == 1
     assert [job.attempt for job in make_claims(redis_client, "w").claim(1).jobs] == [2]
+
+
+def test_one_sweep_ends_all_expired_messages(client: Client, redis_client: redis.Redis) -> None:
+    """Those that it takes out of the lane make the others move up; none is passed over."""
+    images = [f"s3://b/{number}" for number in range(3000)]
+    list(client.enqueue_many(images, expires_s=0.0))
+    client.enqueue("s3://b/k.jpg", lane="bulk", id="stays")
+    wait_until(lambda: client.sweep().expired == 3000, timeout_s=10)
+    assert redis_client.llen(Lane.BULK.queue) == 1
+
+
+def test_sweeps_look_at_long_lanes_in_turn(
+    client: Client, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round has a limit, and says how much it left; the next one goes on from there."""
+    monkeypatch.setattr("shiwu.upkeep.PORTION", 10)
+    monkeypatch.setattr("shiwu.upkeep.LOOKED_AT", 20)
+    list(client.enqueue_many([f"s3://b/{number}" for number in range(50)]))
+    client.enqueue("s3://b/k.jpg", lane="bulk", id="late", expires_s=0.0)
+    list(client.enqueue_many([f"s3://b/{number}" for number in range(9)]))
+    rounds = [client.sweep() for _ in range(3)]
+    assert [(one.expired, one.not_looked_at) for one in rounds] == [(0, 40), (0, 40), (1, 40)]
+    assert client.wait("late", timeout_s=1).status is Status.EXPIRED
+    make_claims(redis_client, "w").claim(30)
+    assert [client.sweep().not_looked_at for _ in range(3)] == [9, 20, 9]
