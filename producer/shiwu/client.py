@@ -34,6 +34,7 @@ from shiwu.ledger import Entry, Ledger
 from shiwu.queues import QueueState, read_state
 from shiwu.results import TagResult, read_result
 from shiwu.sender import Sender, Terms, read_lane
+from shiwu.stray_lanes import StrayLanes, find_stray_lanes
 from shiwu.stream import StreamOptions, follow
 from shiwu.stream_items import StreamItem, UnreadableItem, log_unreadable
 from shiwu.upkeep import Swept, Upkeep
@@ -370,6 +371,10 @@ class Client:
     def queue_state(self) -> QueueState:
         """What waits and what is claimed, lane by lane."""
         return read_state(self._redis)
+
+    def stray_lanes(self) -> StrayLanes:
+        """Lists that look like lanes and that no worker reads; searches for two seconds at most."""
+        return find_stray_lanes(self._redis)
 
 
 def _random_id(_: Request) -> str:

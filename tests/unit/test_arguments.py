@@ -88,6 +88,7 @@ ODD: dict[str, dict[str, list[Any]]] = {
     "sweep": {"zone": ["UTC", None, 5]},
     "server_time_ms": {},
     "queue_state": {},
+    "stray_lanes": {},
     "close": {},
 }
 GIVEN: dict[str, dict[str, Any]] = {

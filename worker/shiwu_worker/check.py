@@ -20,6 +20,7 @@ from rich.text import Text
 
 from shiwu.contract import printable
 from shiwu.redis_errors import explain
+from shiwu.stray_lanes import find_stray_lanes
 from shiwu_worker.callback_app import make_callback_app
 from shiwu_worker.config import Settings
 from shiwu_worker.config_errors import SettingsError, exit_with, load_settings, unknown_names
@@ -137,14 +138,18 @@ def _print_all(settings: Settings, console: Console) -> None:
 
 def _check_redis(settings: Settings) -> Report:
     """Whether Redis answers, is new enough, takes writes, and keeps what it is given."""
-    with connect(settings, connections=1) as client:
+    with connect(settings, connections=2) as client:
         client.ping()
+        stray = [
+            f"{one} and no worker reads them: a client's global_keyprefix, sep, priority_steps or database differs"
+            for one in find_stray_lanes(client).found
+        ]
         try:
             info: Any = client.info("everything")
         except redis.ResponseError as error:
             text = f"answers at {value_text(settings.redis_url)}"
             note = f"version and memory settings are not known, because INFO is refused ({error})"
-            return Report(text, (note,))
+            return Report(text, (note, *stray))
     product = "Valkey" if "valkey_version" in info else "Redis"
     number = str(info.get("valkey_version") or info.get("redis_version"))
     if tuple(int(part) for part in str(info.get("redis_version", "0.0")).split(".")[:2]) < OLDEST_REDIS:
@@ -160,7 +165,7 @@ def _check_redis(settings: Settings) -> Report:
     return Report(
         f"{product} {number} at {value_text(settings.redis_url)}, maxmemory-policy {policy}, "
         f"maxmemory {info.get('maxmemory_human', 'unknown') if info.get('maxmemory') else 'unlimited'}",
-        tuple(_redis_warnings(info, policy)),
+        (*_redis_warnings(info, policy), *stray),
     )
 
 

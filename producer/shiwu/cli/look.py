@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Final
 
 import click
 from pydantic_core import to_json
 from rich.table import Table
+from rich.text import Text
 
 from shiwu.cli.base import Exit, main
 from shiwu.cli.terminal import echo_json, make_console
@@ -59,9 +61,9 @@ def _show_unreadable(item: UnreadableItem) -> None:
 @click.pass_obj
 def status(client: Client, /, *, as_json: bool) -> None:
     """Show what waits, what is claimed, and which workers live."""
-    state = client.queue_state()
+    state, stray = client.queue_state(), client.stray_lanes()
     if as_json:
-        echo_json(to_json(state))
+        echo_json(to_json(asdict(state) | {"stray_lanes": stray.found}))
         return
     table = Table("lane", "waiting", "claimed", "oldest", box=None)
     for lane in Lane:
@@ -78,3 +80,7 @@ def status(client: Client, /, *, as_json: bool) -> None:
         f": {', '.join(map(printable, state.workers))}" if state.workers else " (none gave a sign of life in 10 s)"
     )
     console.print(", ".join(f"{printable(name)} {number}" for name, number in state.counters.items()))
+    for one in stray.found:
+        console.print(Text("not read by any worker:", style="yellow"), printable(str(one)), soft_wrap=True)
+    if stray.found:
+        console.print("a client's global_keyprefix, sep, priority_steps or database differs: docs/clients.md")
