@@ -156,6 +156,20 @@ def test_half_a_model_in_the_cache_is_completed(hub: HubServer, ask: Asker, publ
     assert hub.downloaded() == {"pytorch_model.bin"}
 
 
+def test_damaged_copy_in_the_cache_is_told_how_to_remove(hub: HubServer, ask: Asker, published: Path) -> None:
+    """The hub's library takes a file of the cache for whole; the remedy does what it says."""
+    hub.add(ID, published)
+    (first,) = ask(ID)
+    weights = (Path(first["folder"]) / "pytorch_model.bin").resolve()
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (damaged,) = ask(ID)
+    assert damaged["code"] == 65
+    copy = Path(first["folder"]).parent.parent
+    assert f"pytorch_model.bin again. If {hub.url} has it whole, remove the copy here, {copy}," in damaged["text"]
+    shutil.rmtree(copy)
+    assert ask(ID) == [first]
+
+
 def test_mirror_may_send_large_files_itself(hub: HubServer, ask: Asker, published: Path) -> None:
     """No redirection to another host."""
     hub.has_cdn = False

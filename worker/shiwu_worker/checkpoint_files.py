@@ -198,7 +198,7 @@ def _read_adapter(folder: Path) -> Checkpoint:
             "once where peft is installed, with shiwu-worker --convert"
         )
     name, revision = adapter_base(folder)
-    base_folder = Path(name) if Path(name).is_dir() else cached_snapshot(name, revision)
+    base_folder = Path(name) if os.path.isdir(name) else cached_snapshot(name, revision)
     if base_folder is None:
         raise IncompleteCheckpoint(
             f"{folder / ADAPTER_CONFIG}: its base model {name!r} is neither a folder here nor in the hub's cache; "

@@ -36,6 +36,13 @@ def cache_folder() -> str:
     return str(constants.HF_HUB_CACHE)
 
 
+def endpoint() -> str:
+    """The hub that is asked."""
+    from huggingface_hub import constants  # noqa: PLC0415 as above
+
+    return str(constants.ENDPOINT)
+
+
 def download(hub_id: str, revision: str | None, *, into: Path | None = None) -> Path:
     """Download the files of a checkpoint that are not there yet, and return their folder.
 
@@ -87,10 +94,10 @@ def _download(hub_id: str, revision: str | None, into: Path | None) -> tuple[Pat
 @contextmanager
 def _told(hub_id: str, revision: str | None) -> Iterator[None]:
     """Turn the hub library's errors into one sentence with the remedy."""
-    from huggingface_hub import constants, errors  # noqa: PLC0415 as above
+    from huggingface_hub import errors  # noqa: PLC0415 as above
 
     asked = f"{hub_id}@{revision}" if revision else hub_id
-    hub = constants.ENDPOINT
+    hub = endpoint()
     try:
         yield
     except WrongCheckpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Final
@@ -33,7 +34,7 @@ def model_name(model: str | None) -> str:
     """What answers call the model: the hub id without its revision, the folder's name, or `pictogram-zh`."""
     if model is None:
         return EMBEDDED
-    return Path(model).resolve().name if Path(model).is_dir() else split_hub_id(model)[0]
+    return Path(model).resolve().name if os.path.isdir(model) else split_hub_id(model)[0]
 
 
 def model_folder(model: str | None) -> Path:
@@ -113,7 +114,12 @@ def _hub_folder(model: str) -> Path:
         )
     folder = hub.download(hub_id, revision)
     _fetch_base(folder)
-    read_checkpoint(folder)
+    try:
+        read_checkpoint(folder)
+    except IncompleteCheckpoint as error:
+        # What lies in the cache already is not downloaded again, even if it is damaged.
+        text = f"SHIWU_MODEL: {model!r} is incomplete: {error}. If {hub.endpoint()} has it whole, remove the copy here"
+        raise WrongCheckpoint(f"{text}, {folder.parent.parent}, and start again") from error
     return folder
 
 
@@ -122,7 +128,7 @@ def _fetch_base(folder: Path) -> None:
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     name, revision = adapter_base(folder)
-    if Path(name).is_dir() or hub.is_offline() or Path(name).is_absolute():
+    if os.path.isdir(name) or os.path.isabs(name) or hub.is_offline():
         return
     cached = cached_snapshot(name, revision)
     try:
