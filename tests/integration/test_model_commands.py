@@ -127,6 +127,21 @@ def test_another_revision_is_fetched_over_the_first(hub: HubServer, published: P
     assert model_revision(target) == model_revision(hub.models[ID].commits[new]) != first
 
 
+def test_revisions_are_not_mixed_in_one_folder(hub: HubServer, published: Path, tmp_path: Path) -> None:
+    """What an earlier revision left does not stand in for what the next one lacks, and its mark goes first."""
+    hub.add(ID, published)
+    other = tmp_path / "other"
+    shutil.copytree(published, other)
+    (other / "vocab.txt").unlink()
+    hub.add(ID, other, ref="v2")
+    target = tmp_path / "m"
+    fetch_model(ID, target)
+    with pytest.raises(WrongCheckpoint, match="the tokenizer's vocabulary"):
+        fetch_model(f"{ID}@v2", target)
+    assert not (target / MARK).exists()
+    assert not (target / "vocab.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -88,7 +88,17 @@ def _download(hub_id: str, revision: str | None, into: Path | None) -> tuple[Pat
     weights = weights_to_fetch(names, folder) or tuple(name for name in ADAPTER_WEIGHTS if name in names)[:1]
     if weights:
         snapshot_download(hub_id, revision=commit, allow_patterns=list(weights), local_dir=into)
+    if into is not None:
+        _remove_leftovers(into, names)
     return folder, commit
+
+
+def _remove_leftovers(folder: Path, names: set[str]) -> None:
+    """Remove what an earlier revision left: two revisions would make one checkpoint that was never published."""
+    for path in folder.iterdir():
+        is_part = path.name in SMALL_FILES or path.suffix in {".safetensors", ".bin"}
+        if is_part and path.name not in names and path.is_file():
+            path.unlink()
 
 
 @contextmanager
