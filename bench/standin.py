@@ -77,27 +77,44 @@ class StandInFlight:
             time.sleep(left_s)  # stands for the model
 
 
+class StandInSizes:
+    """The batch sizes of the stand-in: always as many as there are."""
+
+    slowest_s = 0.0
+
+    def __init__(self, largest: int) -> None:
+        self.largest = self.wanted = largest
+
+    def take(self, waiting: int) -> int:
+        """All of them: it pads nothing."""
+        return min(waiting, self.largest)
+
+    def lower(self, largest: int) -> None:
+        """Make smaller batches from now on."""
+        self.largest = self.wanted = largest
+
+
 class StandInEncoder:
     """A model that sleeps: as long as a GPU of this speed takes, one batch after the other, and none of the CPU."""
 
     scale = 14.3
     bias = None
     default_head: Head = "softmax"
-    slowest_s = 0.0
+    threads = 1
     card_uuid = None
     known_vectors: Final = np.full((1, WIDTH), WIDTH**-0.5, np.float32)
     info = ModelInfo(id="stand-in", revision="0", dtype="none", device="none")
 
     def __init__(self, *, rungs: Sequence[int], per_picture_ms: float, per_batch_ms: float) -> None:
         self.rungs = tuple(rungs)
+        self.sizes = StandInSizes(self.rungs[-1])
         self._per_picture_s = per_picture_ms / 1000
         self._per_batch_s = per_batch_ms / 1000
         self._free_s = 0.0
         """When the device is done with all that it was given."""
 
-    def fit(self, waiting: int) -> int:
-        """All of them: it pads nothing."""
-        return waiting
+    def learn(self, flight: StandInFlight, *, host_s: float) -> None:
+        """Nothing: its sizes stay."""
 
     def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int]) -> StandInFlight:
         """Give the device A·n + B of work."""

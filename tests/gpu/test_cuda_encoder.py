@@ -62,11 +62,17 @@ def test_a_picture_has_the_same_bits_whatever_its_neighbours() -> None:
         np.testing.assert_array_equal(encoder.encode(pixels[order]), vectors[order])
 
 
-def test_the_largest_batch_is_found_and_the_rest_is_freed() -> None:
-    """After choosing, every rung that is left has its graph and its time."""
+def test_every_size_is_captured_and_measured_before_the_first_job() -> None:
+    """Which of them is used is learned later; a batch then says how long the device worked on it."""
     encoder = make(rungs=(1, 2, 4, 8, 16, 32, 64))
     encoder.warm(choose_largest=True)
-    assert encoder.seconds.keys() == set(encoder.rungs)
+    assert encoder.rungs == encoder.measured == (1, 2, 4, 8, 16, 32, 64)
     assert isinstance(encoder._berths._tower, GraphedTower)
     assert encoder._berths._tower.rungs == encoder.rungs
     assert encoder.info.dtype == "float16"
+    assert encoder.sizes.largest > 1
+    flight = encoder.launch(noise(64))
+    encoder.collect(flight)
+    assert flight.spent is not None
+    assert 0 < flight.spent.cost == flight.spent.seconds < 1
+    encoder.learn(flight)

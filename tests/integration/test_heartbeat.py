@@ -31,7 +31,7 @@ def make_heartbeat(
         make_claims(client, "w", lease_s=1.2),
         make_upkeep(client, "w"),
         lease_s=1.2,
-        stuck_s=stuck_s,
+        stuck_s=lambda: stuck_s,
         progress=progress,
         signs=Signs(held=lambda: held, alive=alive, suspects=lambda: None, **told),
         away=Away("heartbeat"),

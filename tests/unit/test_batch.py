@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,16 +103,33 @@ def test_a_batch_takes_what_fits() -> None:
 
 def test_the_workers_batcher_takes_what_fits_its_encoder() -> None:
     """And no more than its largest size."""
-
-    class Sized:
-        rungs = (1, 4)
-
-        def fit(self, waiting: int) -> int:
-            return 1 if waiting == 3 else waiting
-
-    batcher: Batcher[Any] = make_batcher(Settings(), Sized(), on_batch=lambda *_: None)
+    sizes = SimpleNamespace(wanted=4, take=lambda waiting: 1 if waiting == 3 else min(4, waiting))
+    batcher: Batcher[Any] = make_batcher(
+        Settings(), SimpleNamespace(rungs=(1, 4, 64), sizes=sizes), on_batch=lambda *_: None
+    )
     batcher.put([Item(n, Lane.INTERACTIVE) for n in range(7)])
     assert [len(batcher.take(timeout_s=0.0)) for _ in range(3)] == [4, 1, 2]
+
+
+def test_a_full_batch_may_become_another_number() -> None:
+    """Behind a busy device a batch leaves when it is as full as it should be now; its reason follows that too."""
+    left: list[tuple[str, int]] = []
+    full = [2]
+    batcher: Batcher[Item] = Batcher(
+        cap=8,
+        bulk_share=0.0,
+        full=lambda: full[0],
+        fit=lambda waiting: min(waiting, full[0]),
+        on_leave=lambda why, jobs: left.append((why, len(jobs))),
+    )
+    batcher.took_off()
+    batcher.put([Item(n, Lane.BULK) for n in range(6)])
+    assert len(batcher.take(timeout_s=0.01)) == 2
+    full[0] = 5
+    assert batcher.take(timeout_s=0.01) == []
+    batcher.put([Item(6, Lane.BULK)])
+    assert len(batcher.take(timeout_s=0.01)) == 5
+    assert left == [("full", 2), ("full", 5)]
 
 
 def test_a_lone_item_leaves_at_once() -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiwu_worker.crew import MOST_DIVIDED, Crew
+from shiwu_worker.crew import Crew
+from shiwu_worker.model_threads import MOST_DIVIDED
 from tests.support.waiting import wait_until
 
 
@@ -142,15 +144,46 @@ def test_an_error_comes_out_when_all_parts_are_done(rows: int) -> None:
         crew.call(lambda: 1 / 0)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: Crew(2, is_divided=True), lambda: Crew(MOST_DIVIDED + 1, is_divided=True)], ids=["few", "many"]
-)
-def test_its_threads_end_with_it(make: Callable[[], Crew]) -> None:
-    """Many threads would wait for Python's lock: there the captain does it all."""
+def test_fewer_threads_work_on_a_batch_when_asked_to() -> None:
+    """The captain's, from its next batch on, and all of them again; a batch says how many there were."""
+    crew, seen = Crew(3), list[int]()
+
+    def tower(raw: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return raw
+
+    for count in (3, 1, 3):
+        crew.omp_threads = count
+        spent = crew.start(tower, torch.zeros(2, 2), torch.zeros(2, 2)).wait()
+        assert spent.omp_threads == count
+    assert seen == [3, 1, 3]
+
+
+@pytest.mark.parametrize("is_divided", [True, False])
+def test_a_batch_says_what_it_took(*, is_divided: bool) -> None:
+    """CPU of the threads that ran it, by which waiting costs nothing, and time from its first part on."""
+
+    def tower(raw: torch.Tensor) -> torch.Tensor:
+        until_s = time.thread_time() + 0.05
+        while time.thread_time() < until_s:
+            pass
+        threading.Event().wait(0.2)
+        return raw
+
+    spent = Crew(2, is_divided=is_divided).start(tower, torch.zeros(2, 2), torch.zeros(2, 2)).wait()
+    # Each part for itself; or the time of the one who leads, for each of those who work with it.
+    assert 0.1 <= spent.cost < 0.18
+    assert spent.seconds >= 0.25
+    assert spent.omp_threads == (0 if is_divided else 2)
+
+
+@pytest.mark.parametrize(("threads", "is_divided", "count"), [(2, True, 3), (2, False, 1), (1, True, 1)])
+def test_its_threads_end_with_it(threads: int, count: int, *, is_divided: bool) -> None:
+    """One for each part where batches are divided, and the captain."""
     gc.collect()
     wait_until(lambda: not names(), timeout_s=30, what="the end of other tests' crews")
-    crew = make()
-    assert len(names()) == (3 if crew.threads == 2 else 1)
+    crew = Crew(threads, is_divided=is_divided)
+    assert len(names()) == count
     crew.start(doubled, torch.zeros(8, 2), torch.zeros(8, 2)).wait()
     del crew
     gc.collect()

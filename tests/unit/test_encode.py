@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,9 +29,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from shiwu_worker import checkpoint as checkpoints
+from shiwu_worker import crew, model_threads
 from shiwu_worker.checkpoint_files import WrongCheckpoint
+from shiwu_worker.crew import Crew, Spent
 from shiwu_worker.device import choose_device, choose_dtypes
 from shiwu_worker.errors import ExitCode, FatalError, NonFiniteError
+from shiwu_worker.model_threads import LOOK_S
 from shiwu_worker.models import model_folder
 from shiwu_worker.stages import encode as stage
 from shiwu_worker.stages.encode import Encoder
@@ -245,18 +249,27 @@ def test_earlier_batches_leave_nothing_behind() -> None:
     np.testing.assert_array_equal(kept, copy)
 
 
-def test_warm_runs_every_rung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After warming, the model has seen each fixed shape."""
-    monkeypatch.setattr(stage, "QUICK_CORE_S", math.inf)  # whole batches, also on a busy machine
-    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8))
+def test_the_start_measures_two_sizes(tmp_path: Path) -> None:
+    """The smallest and a larger one that is quick, each twice; what the others cost is learned later."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8), threads=1)
     seen: list[int] = []
     hook = encoder._model.vision_model.register_forward_pre_hook(
         lambda _module, _args, named: seen.append(len(named["pixel_values"])), with_kwargs=True
     )
-    encoder.warm()
+    encoder.warm(choose_largest=True)
     hook.remove()
-    assert set(seen) == {1, 2, 4, 8}
-    assert encoder.seconds.keys() == {1, 2, 4, 8}
+    assert encoder.measured == (1, 8)
+    assert seen == [1, 1, 1, 1, 8, 8]
+    seconds = encoder.sizes.seconds()
+    assert seconds.keys() == {1, 2, 4, 8}
+    assert all(0 < took_s < 1 for took_s in seconds.values())
+
+
+def test_a_thorough_start_measures_all_sizes(tmp_path: Path) -> None:
+    """As `--tune` does."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8))
+    encoder.warm(choose_largest=True, is_thorough=True)
+    assert encoder.measured == (1, 2, 4, 8)
 
 
 def overflowing(folder: Path) -> Path:
@@ -376,74 +389,100 @@ def test_what_auto_chooses() -> None:
     assert choose_dtypes("float32", torch.device("cuda")) == (torch.float32,)
 
 
-def test_the_largest_batch_is_the_one_beyond_which_nothing_is_gained(tmp_path: Path) -> None:
-    """Rungs that bring no more pictures a second are left out, and what is left works."""
-    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8))
-    took = {1: 0.1, 2: 0.12, 4: 0.235, 8: 0.47}
-    encoder._time = lambda rung: took[rung]  # type: ignore[method-assign]  # a clock
+def costing(encoder: Encoder, costs: Mapping[int, float]) -> None:
+    """Let each pass of a size cost so much."""
+    encoder._time = lambda rung: costs[rung]  # type: ignore[method-assign]  # a clock
+
+
+def test_a_start_begins_with_the_size_beyond_which_nothing_is_gained(tmp_path: Path) -> None:
+    """Larger ones are left for later; an operator's largest batch is begun with."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8), threads=1)
+    costing(encoder, {1: 0.1, 2: 0.12, 4: 0.238, 8: 0.48})
+    encoder.warm(choose_largest=True, is_thorough=True)
+    assert (encoder.rungs, encoder.sizes.largest) == ((1, 2, 4, 8), 2)
+    assert encoder.sizes.slowest_s == pytest.approx(0.12)
+    assert [encoder.sizes.take(waiting) for waiting in range(3)] == [0, 1, 2]
+    assert encoder.encode(noise(8)).shape == (8, 8)
+    costing(encoder, {1: 0.1, 2: 0.5, 4: 1.2, 8: 3.0})
+    encoder.warm(is_thorough=True)
+    assert encoder.sizes.largest == 8
+
+
+def test_a_slow_model_is_measured_by_one_image(tmp_path: Path) -> None:
+    """Of two, one takes half a second; what they take together is a guess, and no size begins above a second."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8), threads=1)
+    costing(encoder, {1: 0.4})
     encoder.warm(choose_largest=True)
-    assert encoder.rungs == (1, 2)
-    assert encoder.slowest_s == 0.12
-    assert [encoder.fit(waiting) for waiting in range(3)] == [0, 1, 2]
-    assert encoder.encode(noise(2)).shape == (2, 8)
-    with pytest.raises(ValueError, match="expected uint8"):
-        encoder.encode(noise(3))
+    assert encoder.measured == (1,)
+    assert encoder.sizes.largest == 2
 
 
-def test_a_size_that_was_disturbed_ends_no_search(tmp_path: Path) -> None:
-    """Another program had the cores while two of them were measured."""
-    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8, 16))
-    took = {1: 0.01, 2: 0.05, 4: 0.08, 8: 0.04, 16: 0.08}
-    encoder._time = lambda rung: took[rung]  # type: ignore[method-assign]  # a clock
-    encoder.warm(choose_largest=True)
-    assert encoder.rungs == (1, 2, 4, 8)
+def spend(encoder: Encoder, count: int, cost_s: float, **more: Any) -> None:
+    """Run a batch of jobs for which the model takes so much CPU, as the scoring thread would."""
+    flight = encoder.launch(noise(count))
+    encoder.collect(flight)
+    flight.spent = Spent(cost=cost_s, seconds=cost_s, **more)
+    encoder.learn(flight)
 
 
-def test_batches_follow_from_the_measured_times(tmp_path: Path) -> None:
-    """Where two and one are done before four of which one is padding, three are not taken at once."""
-    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4))
-    took = {1: 0.1, 2: 0.18, 4: 0.34}
-    encoder._time = lambda rung: took[rung]  # type: ignore[method-assign]  # a clock
-    encoder.warm(choose_largest=True)
-    assert [encoder.fit(waiting) for waiting in range(5)] == [0, 1, 2, 2, 4]
+def test_batches_of_jobs_teach_which_size_is_best(tmp_path: Path) -> None:
+    """Where a wrong start said one image at a time; the first batch of a size, which pays for more, says nothing."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8), threads=1)
+    costing(encoder, {1: 0.01, 2: 0.1, 4: 0.2, 8: 0.4})
+    encoder.warm(choose_largest=True, is_thorough=True)
+    encoder._run_before.clear()
+    assert encoder.sizes.largest == 1
+    first: dict[int, float] = {}
+    for _ in range(200):
+        count = encoder.sizes.take(8)
+        spend(encoder, count, 0.009 + 0.001 * count if count in first else first.setdefault(count, 5.0))
+    assert encoder.sizes.largest == 8
 
 
-def test_no_size_takes_much_longer_than_a_second(tmp_path: Path) -> None:
-    """However much the larger ones would bring: the search ends where twice as many would take too long."""
-    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8))
-    took = {1: 0.4, 2: 0.55}
-    encoder._time = lambda rung: took[rung]  # type: ignore[method-assign]  # a clock
-    encoder.warm(choose_largest=True)
-    assert encoder.rungs == (1, 2)
-
-
-@pytest.mark.parametrize(
-    ("first_s", "threads", "passes"),
-    [([0.001], 1, 1), ([0.5], 2, 1), ([0.05, 0.001], 1, 2), ([0.05] * 3, 2, 3)],
-    ids=["quick", "slow", "quick once it runs", "neither"],
-)
-def test_a_quick_model_leaves_a_core_to_the_loaders(
-    tmp_path: Path, first_s: list[float], threads: int, passes: int
-) -> None:
-    """A first pass may pay for something else; one that is slow beyond doubt is not run again to find out."""
+def test_threads_follow_the_cores_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator who takes a core away from a container need not start it anew; images keep their vectors."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)  # other tests may have left one, and with one there is nothing to choose
-    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1,))
-    asked: list[int] = []
-
-    def clock(_: int) -> float:
-        asked.append(torch.get_num_threads())
-        return first_s[min(len(asked), len(first_s)) - 1]
-
-    encoder._time = clock  # type: ignore[method-assign]  # as above
+    cores = [2]
+    monkeypatch.setattr(stage, "usable_cores", lambda: cores[0])
+    monkeypatch.setattr(model_threads, "QUICK_CORE_S", 0.0)
     try:
-        assert encoder._is_quick(2) == (threads == 1)
-        assert len(asked) == passes
-        asked.clear()
-        encoder.warm(choose_threads=True)
-        assert torch.get_num_threads() == threads
-        assert asked[:passes] == [2] * passes
-        assert set(asked[passes:]) == {threads}
+        torch.set_num_threads(2)
+        encoder = make_encoder(saved(make_model("clip"), tmp_path))
+        encoder.warm()
+        assert encoder._threads is not None
+        assert (encoder.threads, encoder._berths.parts_of(4)) == (2, 2)
+        expected = encoder.encode(noise(4))
+        for count, parts in ((1, 1), (2, 2)):
+            cores[0] = count
+            encoder._threads._looked_s -= LOOK_S
+            np.testing.assert_allclose(encoder.encode(noise(4)), expected, atol=1e-5)
+            assert (encoder.threads, encoder._berths.parts_of(4)) == (count, parts)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_quick_model_leaves_a_core_to_the_loaders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the CPU of one image and not by the clock, which other programs lengthen; what is asked for is taken."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(stage, "usable_cores", lambda: 2)
+    folder = saved(make_model("clip"), tmp_path)
+
+    class Slow(Crew):
+        """Whose every batch is held up."""
+
+        def start(self, *args: Any) -> Any:
+            time.sleep(0.1)
+            return super().start(*args)
+
+    monkeypatch.setattr(stage, "Crew", Slow)
+    try:
+        for asked, border_s, threads in ((None, 0.04, 1), (None, 0.0, 2), (2, 0.04, 2)):
+            torch.set_num_threads(2)
+            monkeypatch.setattr(model_threads, "QUICK_CORE_S", border_s)
+            encoder = make_encoder(folder, rungs=(1, 2), threads=asked)
+            encoder.warm()
+            assert encoder.threads == threads
+            assert encoder._berths.parts_of(2) == (2 if border_s == 0 else 1)
     finally:
         torch.set_num_threads(before)
 
@@ -464,11 +503,14 @@ def test_the_time_to_compile_is_not_the_time_of_a_pass(tmp_path: Path, monkeypat
         return run
 
     monkeypatch.setattr(stage, "compiled_tower", slow_to_compile)
-    monkeypatch.setattr(stage, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
-    encoder = make_encoder(saved(make_model("clip"), tmp_path), rungs=(1, 2, 4, 8, 16), is_compiled=True)
+    monkeypatch.setattr(crew, "time", SimpleNamespace(monotonic=lambda: clock.now_s, thread_time=lambda: clock.now_s))
+    folder = saved(make_model("clip"), tmp_path)
+    encoder = make_encoder(folder, rungs=(1, 2, 4, 8, 16), is_compiled=True, threads=1)
     encoder.warm(choose_largest=True)
-    assert encoder.rungs == (1, 2)
-    assert encoder.seconds == pytest.approx({1: 0.1, 2: 0.12})
+    assert encoder.rungs == encoder.measured == (1, 2, 4, 8)
+    assert encoder.sizes.largest == 2
+    # By one thread: the clock is its CPU, too.
+    assert encoder.sizes.seconds() == pytest.approx({1: 0.1, 2: 0.12, 4: 0.235, 8: 0.47})
     assert compiled == [1, 2, 4, 8]
     assert len(towers) == 1
 
@@ -503,10 +545,10 @@ def test_a_batch_that_is_divided_says_the_same(monkeypatch: pytest.MonkeyPatch) 
     torch.set_num_threads(2)
     try:
         whole, divided = (make_encoder(model_folder(None), rungs=(1, 2, 4)) for _ in range(2))
-        monkeypatch.setattr(stage, "QUICK_CORE_S", math.inf)
+        monkeypatch.setattr(model_threads, "QUICK_CORE_S", math.inf)
         whole.warm()
-        monkeypatch.setattr(stage, "QUICK_CORE_S", 0.0)
-        divided.warm(choose_threads=True)
+        monkeypatch.setattr(model_threads, "QUICK_CORE_S", 0.0)
+        divided.warm()
         assert torch.get_num_threads() == 2, "expected a model that is not quick to keep all cores"
         crews = [one._crew for one in (whole, divided)]
         assert [crew is not None and crew.parts_of(4) for crew in crews] == [1, 2]
@@ -566,7 +608,7 @@ def test_a_compiled_tower_is_not_divided(
 ) -> None:
     """Its number of threads is built in."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(stage, "QUICK_CORE_S", 0.0)
+    monkeypatch.setattr(model_threads, "QUICK_CORE_S", 0.0)
     monkeypatch.setattr(stage, "compiled_tower", lambda eager: eager)
     try:
         encoder = make_encoder(saved(make_model("clip"), tmp_path), threads=2, is_compiled=is_compiled)

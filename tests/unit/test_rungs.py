@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiwu_worker.rungs import ROUNDS, measure, next_batches, worthwhile
+from shiwu_worker.rungs import ROUNDS, measure, next_batches
 
 # As measured: the embedded model on two cores, and a shape as a GPU has it.
 BY_THE_PICTURE = {1: 5.6, 2: 7.7, 4: 11.6, 8: 19.8, 16: 37.3}
@@ -30,15 +30,6 @@ def test_where_a_batch_costs_the_same_at_any_size_all_leave_together() -> None:
 def test_sizes_need_no_one() -> None:
     """An operator's one size, and no smaller one: everything is padded to it."""
     assert next_batches({4: 1.0}) == (0, 1, 2, 3, 4)
-
-
-def test_each_doubling_brings_more_than_its_wait_costs() -> None:
-    """Less than 3 % more a second for twice the size only makes the others wait; nor do three doublings add up."""
-    assert worthwhile({1: 0.1, 2: 0.12, 4: 0.235, 8: 0.47}) == 2
-    assert worthwhile({1: 0.1, 2: 0.18, 4: 0.32, 8: 0.63}) == 4
-    assert worthwhile({8: 0.8, 16: 1.56, 32: 3.04, 64: 5.93}) == 8
-    assert worthwhile({8: 1.0}) == 8
-    assert worthwhile({size: ms / 1000 for size, ms in FLAT.items()}) == 16
 
 
 def test_sizes_take_turns_while_they_are_measured() -> None:

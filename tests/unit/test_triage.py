@@ -43,6 +43,7 @@ class Device:
         self.exact: list[int] = []
         self.caps: list[int] = []
         self.scored: dict[str, float] = {}
+        self.learned: list[Any] = []
 
     def launch(self, pixels: Pixels, rows: Sequence[int]) -> Any:
         """A batch takes off: nothing is done yet."""
@@ -89,6 +90,11 @@ class Device:
             return Trouble.OUT_OF_MEMORY
         return Trouble.LOST if "CUDA error" in str(error) else Trouble.OTHER
 
+    def learn(self, flight: Any, *, host_s: float) -> None:
+        """A batch went well."""
+        assert host_s >= 0
+        self.learned.append(flight)
+
     def run(self) -> None:
         """One batch of all."""
         triage = Triage(
@@ -100,6 +106,7 @@ class Device:
             score=self.score,
             trouble=self.trouble,
             lower_cap=self.caps.append,
+            learn=self.learn,
         )
         triage.finish(triage.launch(self.jobs))
 
@@ -119,6 +126,18 @@ def test_out_of_memory_halves_and_is_remembered() -> None:
     assert device.failed() == {}
     assert device.sizes == [16, 8, 4, 4, 8, 4, 4]
     assert min(device.caps) == 4
+
+
+def test_only_a_batch_that_went_well_says_what_it_took() -> None:
+    """What failed and was done in other ways has a time of its own."""
+    device = Device(8)
+    device.run()
+    assert [len(flight) for flight in device.learned] == [8]
+    for wrong in ("nan", "guilty"):
+        device = Device(8)
+        setattr(device, wrong, {3})
+        device.run()
+        assert device.learned == []
 
 
 def test_no_room_for_one_alone_is_not_the_pictures_fault() -> None:

@@ -12,9 +12,15 @@ from shiwu_worker.config import Settings
 from shiwu_worker.image_spec import ImageSpec
 
 
+def measured(seconds: dict[int, float], *, largest: int) -> SimpleNamespace:
+    """A model whose batches take so long, which has measured all of them."""
+    sizes = SimpleNamespace(largest=largest, seconds=lambda: seconds)
+    return SimpleNamespace(sizes=sizes, measured=tuple(seconds), threads=2)
+
+
 def tuned(settings: Settings, **changes: object) -> tune.Tuned:
     """What a machine that takes 100 pictures a second in batches of 4 would find."""
-    encoder = SimpleNamespace(seconds={1: 0.02, 4: 0.04}, rungs=(1, 4))
+    encoder = measured({1: 0.02, 4: 0.04}, largest=4)
     return tune.choose(settings, encoder, 0.002, "rev").model_copy(update=changes)
 
 
@@ -46,8 +52,8 @@ def test_loaders_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quick model needs more of them, and the worker keeps a core."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     settings = Settings()
-    quick = SimpleNamespace(seconds={64: 0.01}, rungs=(64,))
-    slow = SimpleNamespace(seconds={1: 0.2}, rungs=(1,))
+    quick = measured({64: 0.01}, largest=64)
+    slow = measured({1: 0.2}, largest=1)
     assert tune.choose(settings, quick, 0.0015, "rev").loaders == 12
     assert tune.choose(settings, slow, 0.0015, "rev").loaders == 1
     assert tune.choose(settings, quick, 0.1, "rev").loaders == 15
@@ -61,14 +67,14 @@ def test_decoding_is_measured() -> None:
 
 def run_tune(monkeypatch: pytest.MonkeyPatch, **options: str) -> tuple[int, list[str]]:
     """`shiwu-worker --tune` of a machine that is measured already; its exit code, and what came before measuring."""
-    measured: list[str] = []
-    info = SimpleNamespace(id="m", dtype="float32", device="cpu")
-    encoder = SimpleNamespace(seconds={1: 0.02, 4: 0.04}, rungs=(1, 4), info=info)
+    done: list[str] = []
+    encoder = measured({1: 0.02, 4: 0.04}, largest=4)
+    encoder.info = SimpleNamespace(id="m", dtype="float32", device="cpu")
     for name, value in options.items():
         monkeypatch.setenv(f"SHIWU_{name.upper()}", value)
-    monkeypatch.setattr(tune, "open_encoder", lambda *_: measured.append("measured") or encoder)
+    monkeypatch.setattr(tune, "open_encoder", lambda *_, is_thorough: done.append("measured") or encoder)
     monkeypatch.setattr(tune, "decode_core_s", lambda _: 0.002)
-    return tune.run_tune(), measured
+    return tune.run_tune(), done
 
 
 def test_tune_says_first_that_nothing_is_kept(

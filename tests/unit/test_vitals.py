@@ -57,7 +57,7 @@ class Worker:
                 held=lambda: self.held,
                 encode_age_s=lambda: self.encode_age_s,
                 loaders=lambda: self.loaders,
-                stuck_s=STUCK_S,
+                stuck_s=lambda: STUCK_S,
             )
         )
         self.vitals.claiming(is_so=True)

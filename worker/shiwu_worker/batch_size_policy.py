@@ -139,6 +139,11 @@ class BatchSizePolicy:
         with self._lock:
             return self._seconds(self._choice.current)
 
+    def cost_of(self, size: int) -> float:
+        """The cost of such a batch, to be compared with that of other sizes only."""
+        with self._lock:
+            return size * math.exp(self._choice.costs.log_cost(size))
+
     def _next_try(self, waiting: int) -> int | None:
         """The size that the next batch is to try, where enough images wait for it."""
         now_s = self._clock()
@@ -172,6 +177,17 @@ class BatchSizePolicy:
             told = self._settle(change, now_s)
         if told is not None:
             self._on_change(told)
+
+    def skip(self, size: int) -> None:
+        """A batch of this size was run that says nothing: it was the first one, which pays for more than itself."""
+        with self._lock:
+            if self._trying is not None and self._trying.size == size:
+                self._trying.is_running = False
+
+    def forget(self) -> None:
+        """The model runs in another way now: what was learned is a first guess again."""
+        with self._lock:
+            self._choice.costs.forget(GUESSED_SD)
 
     def lower(self, largest: int) -> None:
         """There was no memory for more than so many: make no larger batches for a while."""

@@ -1,7 +1,7 @@
 """Where batches cross between host and device: pinned memory, a copy stream, and the wait for a result.
 
-The host fills one berth while the device works from another. On a CPU the same code runs without streams, on one
-of several cores by a crew of threads.
+The host fills one berth while the device works from another. On a CPU the same code runs without streams, by a crew of
+threads.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shiwu_worker.crew import Crew, Work
+from shiwu_worker.crew import Crew, Spent, Work
 from shiwu_worker.tower import Tower
 
 BERTHS: Final = 3
@@ -28,10 +27,14 @@ FREE_S: Final = 120.0
 class Flight:
     """A batch that the device works on, from `Berths.launch` to `collect`."""
 
-    def __init__(self, berths: Berths, berth: _Berth, count: int) -> None:
+    def __init__(self, berths: Berths, berth: _Berth, *, count: int, rung: int) -> None:
         self._berths = berths
         self._berth: _Berth | None = berth
         self._count = count
+        self.rung = rung
+        """The size that was run: `count`, or more where it was padded."""
+        self.spent: Spent | None = None
+        """What it took, once it was collected."""
         self.is_under_way = berths.is_asynchronous
         """Whether the device still worked when this was launched."""
 
@@ -54,10 +57,12 @@ class Flight:
         if berth is None:
             raise RuntimeError("expected one collect for each launch")
         try:
-            if self._berths.is_asynchronous:
-                berth.done.synchronize()
             if berth.work is not None:
-                berth.work.wait()
+                self.spent = berth.work.wait()
+            else:
+                berth.done.synchronize()
+                seconds = berth.begun.elapsed_time(berth.done) / 1000
+                self.spent = Spent(cost=seconds, seconds=seconds)
             return berth.vectors[: self._count].numpy().copy()
         finally:
             self._berths.free(berth)
@@ -72,10 +77,15 @@ class _Berth:
         self.filled: NDArray[np.uint8] = self.staged.numpy()
         self.on_device = torch.empty_like(self.staged, device=device) if is_cuda else self.staged
         self.vectors = torch.zeros((pictures, width), dtype=torch.float32, pin_memory=is_cuda)
-        self.copied: Any = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]  # torch's own
-        self.done: Any = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]  # torch's own
+        self.copied: Any = _event(is_timed=False) if is_cuda else None
+        self.begun: Any = _event(is_timed=True) if is_cuda else None
+        self.done: Any = _event(is_timed=True) if is_cuda else None
         self.work: Work | None = None
         """What a crew may still be at."""
+
+
+def _event(*, is_timed: bool) -> Any:
+    return torch.cuda.Event(enable_timing=is_timed)  # type: ignore[no-untyped-call]  # torch's own
 
 
 class Berths:
@@ -86,7 +96,7 @@ class Berths:
         shape: of one picture, (h, w, 3).
         width: of a vector.
         stream: what the tower runs on; None where the device is a CPU.
-        crew: runs the tower on a CPU of several cores.
+        crew: runs the tower on a CPU; another one may take its place between two launches.
     """
 
     def __init__(
@@ -96,7 +106,7 @@ class Berths:
         self._tower = tower
         self._rungs = tuple(rungs)
         self._stream = stream
-        self._crew = crew
+        self.crew = crew
         self._copy_stream: Any = None
         if stream is not None:
             self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
@@ -114,6 +124,14 @@ class Berths:
         """Take back a berth whose result was read."""
         self._free.put_nowait(berth)
 
+    def rung_of(self, count: int) -> int:
+        """The size at which so many pictures are run."""
+        return next(size for size in self._rungs if size >= count)
+
+    def parts_of(self, rung: int) -> int:
+        """Into how many parts such a batch is divided; 1 where it is run as a whole."""
+        return 1 if self.crew is None else self.crew.parts_of(rung)
+
     def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int] | None) -> Flight:
         """Gather rows of `pixels` (all of them for None), pad to the next rung and start the tower.
 
@@ -123,7 +141,7 @@ class Berths:
             RuntimeError: what the device says; or no berth came free.
         """
         count = len(pixels) if rows is None else len(rows)
-        rung = next(size for size in self._rungs if size >= count)
+        rung = self.rung_of(count)
         try:
             berth = self._free.get(timeout=FREE_S)
         except queue.Empty:
@@ -140,7 +158,7 @@ class Berths:
         except BaseException:  # whatever ends it, the berth is free again
             self.free(berth)
             raise
-        return Flight(self, berth, count)
+        return Flight(self, berth, count=count, rung=rung)
 
     def _run(self, berth: _Berth, rung: int) -> None:
         if self._stream is not None:
@@ -148,11 +166,10 @@ class Berths:
                 berth.on_device[:rung].copy_(berth.staged[:rung], non_blocking=True)
                 berth.copied.record()
             self._stream.wait_event(berth.copied)
-        berth.work = None
-        if self._crew is not None:
-            berth.work = self._crew.start(self._tower, berth.on_device[:rung], berth.vectors[:rung])
+        if self.crew is not None:
+            berth.work = self.crew.start(self._tower, berth.on_device[:rung], berth.vectors[:rung])
             return
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext(), torch.inference_mode():
+        with torch.cuda.stream(self._stream), torch.inference_mode():
+            berth.begun.record()
             berth.vectors[:rung].copy_(self._tower(berth.on_device[:rung]), non_blocking=True)
-            if self._stream is not None:
-                berth.done.record()
+            berth.done.record()

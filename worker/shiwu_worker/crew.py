@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar
 
@@ -24,36 +26,66 @@ from shiwu_worker.tower import Tower
 
 T = TypeVar("T")
 START_S: Final = 60.0
-MOST_DIVIDED: Final = 8
-"""Each part takes Python's lock for some 5 ms of a pass: with more threads than that they would wait for each other."""
 _Task = Callable[[], None]
 _Tasks = queue.SimpleQueue[_Task | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a batch took.
+
+    Args:
+        cost: seconds of the device; on a CPU core-seconds of the threads that ran the model, which other programs
+            lengthen by far less than the time of the clock.
+        seconds: of the clock, from the moment at which its first part began.
+        omp_threads: with which it was run as a whole; 0 where it was divided.
+    """
+
+    cost: float
+    seconds: float
+    omp_threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One run of the tower: by so many threads of OpenMP, with that CPU of the one that leads them."""
+
+    omp_threads: int
+    cpu_s: float
+    began_s: float
+    ended_s: float
 
 
 class Work:
     """The parts of one batch."""
 
-    def __init__(self, parts: Sequence[Future[None]]) -> None:
+    def __init__(self, parts: Sequence[Future[_Pass]]) -> None:
         self._parts = tuple(parts)
 
-    def wait(self) -> None:
+    def wait(self) -> Spent:
         """Until all are done; raises what went wrong in one of them."""
         wait(self._parts)  # for all, whatever happened: they write where another batch will lie
-        for part in self._parts:
-            part.result()
+        passes = [part.result() for part in self._parts]
+        return Spent(
+            cost=sum(one.omp_threads * one.cpu_s for one in passes),
+            seconds=max(one.ended_s for one in passes) - min(one.began_s for one in passes),
+            omp_threads=passes[0].omp_threads if len(passes) == 1 else 0,
+        )
 
 
 class Crew:
     """A captain, and threads for the parts of batches. They end with it, and hold up no end of the process.
 
     Args:
-        threads: how many, two at least; also the number of torch's threads from now on.
+        threads: how many; also the number of torch's threads from now on.
         is_divided: divide batches where they can be; otherwise the captain does all of them.
     """
 
     def __init__(self, threads: int, *, is_divided: bool = False) -> None:
         self.threads = threads
-        self.is_divided = is_divided and threads <= MOST_DIVIDED
+        self.is_divided = is_divided and threads > 1
+        self.omp_threads = threads
+        """Of the captain, from its next batch on: all, or fewer where other programs take the cores."""
         self._parts = _start("crew", 1, count=threads if self.is_divided else 0)
         self._idle = threading.Semaphore(threads)
         self._orders = _start("captain", threads, count=1)
@@ -83,22 +115,26 @@ class Crew:
         """
         parts = self.parts_of(len(raw))
         if parts == 1:
-            done = _put(self._orders, partial(_run, tower, raw, vectors))
+            done = _put(self._orders, partial(_run, tower, raw, vectors, self.omp_threads))
             wait([done])
             return Work([done])
         work = []
         for its in zip(raw.chunk(parts), vectors.chunk(parts), strict=True):
             self._idle.acquire()
-            done = _put(self._parts, partial(_run, tower, *its))
+            done = _put(self._parts, partial(_run, tower, *its, 1))
             done.add_done_callback(lambda _: self._idle.release())
             work.append(done)
         with self._idle:
             return Work(work)
 
 
-def _run(tower: Tower, raw: torch.Tensor, vectors: torch.Tensor) -> None:
+def _run(tower: Tower, raw: torch.Tensor, vectors: torch.Tensor, omp_threads: int) -> _Pass:
+    if torch.get_num_threads() != omp_threads:
+        torch.set_num_threads(omp_threads)  # of this thread
+    began_s, cpu_from_s = time.monotonic(), time.thread_time()
     with torch.inference_mode():
         vectors.copy_(tower(raw))
+    return _Pass(omp_threads, time.thread_time() - cpu_from_s, began_s, time.monotonic())
 
 
 def _put(tasks: _Tasks, work: Callable[[], T]) -> Future[T]:

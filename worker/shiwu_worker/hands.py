@@ -37,6 +37,7 @@ class Limits:
     """What a pipeline may hold, and how patient it is."""
 
     slots: int
+    """Images whose pixels there is room for."""
     max_attempts: int
     """How many workers a job may end before it is given up."""
     retries: Mapping[str, RetryPolicy] = field(default_factory=dict)
@@ -45,13 +46,16 @@ class Limits:
     """Longest pause that a source may ask for; longer ones count as this."""
     zone: tzinfo = UTC
     """Time zone of an eta or expires that names none."""
+    wanted: Callable[[], int] | None = None
+    """How many of the slots the batches of now need; None: all. What is not needed waits in Redis for any worker."""
 
 
 class Hands:
     """Thread-safe. Used as a collection it holds the ids of the jobs."""
 
-    def __init__(self, *, slots: int) -> None:
+    def __init__(self, *, slots: int, wanted: Callable[[], int] | None = None) -> None:
         self._slots = slots
+        self._wanted = wanted or (lambda: slots)
         self._jobs: dict[str, Job] = {}
         self._free = list(range(slots))
         self._loading: dict[int, Job] = {}
@@ -121,14 +125,17 @@ class Hands:
         Args:
             is_alone: wait until nothing is held: a suspect is worked on with no neighbours.
         """
-        least = max(1, self._slots // 4)
+
+        def wanted() -> int:
+            return min(self._slots, self._wanted())
 
         def room() -> int:
-            return min(len(self._free), HELD_FACTOR * self._slots - len(self._jobs))
+            used = self._slots - len(self._free)
+            return min(wanted() - used, HELD_FACTOR * wanted() - len(self._jobs))
 
         with self._changed:
             self._changed.wait_for(
-                lambda: is_closing() or not self._jobs or (room() >= least and not is_alone), timeout_s
+                lambda: is_closing() or not self._jobs or (room() >= max(1, wanted() // 4) and not is_alone), timeout_s
             )
             return 0 if is_closing() or (is_alone and self._jobs) else max(0, room())
 

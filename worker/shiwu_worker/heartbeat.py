@@ -62,7 +62,7 @@ class Heartbeat:
         upkeep: Upkeep,
         *,
         lease_s: float,
-        stuck_s: float,
+        stuck_s: Callable[[], float],
         progress: Progress,
         signs: Signs,
         away: Away,
@@ -119,11 +119,11 @@ class Heartbeat:
 
     def _is_stuck(self) -> bool:
         """Whether there is work and nothing moves; says so in the log, again and again."""
-        idle_s = self._progress.age_s()
+        idle_s, stuck_s = self._progress.age_s(), self._stuck_s()
         held, waiting = len(self._signs.held()), self._seen.waiting
-        if idle_s <= self._stuck_s or not (held or waiting):
+        if idle_s <= stuck_s or not (held or waiting):
             return False
-        if time.monotonic() - self._said_stuck_s >= self._stuck_s:
+        if time.monotonic() - self._said_stuck_s >= stuck_s:
             self._said_stuck_s = time.monotonic()
             log.error(
                 "stuck",
@@ -158,7 +158,7 @@ class Heartbeat:
         """Portion by portion, so that no script holds the server for long, until nothing is left."""
         while True:
             # An idle worker claims in vain every few seconds, which is progress: the lanes matter when even that ends.
-            is_quiet = self._progress.age_s() > self._stuck_s / 2
+            is_quiet = self._progress.age_s() > self._stuck_s() / 2
             self._seen = seen = self._upkeep.tend(most=TENDED_AT_ONCE, count_waiting=is_quiet)
             if seen.reaped:
                 self._signs.reaped(seen.reaped)

@@ -191,6 +191,15 @@ class Metrics:
         gauge = Gauge("shiwu_model_info", "The model of this worker; always 1.", labels, registry=self.registry)
         gauge.labels(info.id, info.revision, info.dtype, info.device).set(1)
 
+    def sizes(self, *, largest: Callable[[], int], threads: Callable[[], int]) -> None:
+        """Ask these for the largest batch, and for the model's threads on a CPU, as they are now."""
+        batch = Gauge(
+            "shiwu_batch_size_largest", "Largest batch, as the worker chooses it now.", registry=self.registry
+        )
+        batch.set_function(largest)
+        cpu = Gauge("shiwu_model_threads", "Threads of the model on a CPU; 1 on a GPU.", registry=self.registry)
+        cpu.set_function(threads)
+
     def card(self, look: Callable[[], CardState | None]) -> None:
         """Ask this for the card's state at each scrape; None gives no series."""
 

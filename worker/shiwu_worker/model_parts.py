@@ -14,8 +14,11 @@ from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.models import model_name, model_revision
 
 
-def open_encoder(settings: Settings, folder: Path, spec: ImageSpec) -> Any:
+def open_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorough: bool = False) -> Any:
     """The model, loaded and warm.
+
+    Args:
+        is_thorough: measure all batch sizes.
 
     Raises:
         FatalError: with ExitCode.MODEL, whatever it was that failed.
@@ -42,7 +45,7 @@ def open_encoder(settings: Settings, folder: Path, spec: ImageSpec) -> Any:
             has_graphs=settings.cuda_graphs,
             known=known_picture(spec.height, spec.width),
         )
-        encoder.warm(choose_largest=not settings.max_batch, choose_threads=not settings.torch_threads)
+        encoder.warm(choose_largest=not settings.max_batch, is_thorough=is_thorough)
     except FatalError:
         raise
     except Exception as error:  # border: any failure here means that this worker can't work

@@ -105,6 +105,7 @@ class Panel:
         card = CardWatch(encoder.card_uuid)
         metrics.card(card.state)
         metrics.model(encoder.info)
+        metrics.sizes(largest=lambda: encoder.sizes.largest, threads=lambda: encoder.threads)
         metrics.loader_restarts(lambda: loaders.restarts)
 
         def on_look(seen: Look, backlog_s: dict[Lane, float]) -> None:
@@ -127,7 +128,7 @@ class Panel:
             held=lambda: len(pipeline.held()),
             encode_age_s=pipeline.encode_age_s,
             loaders=lambda: loaders.pids,
-            stuck_s=stuck_after_s(self._settings, encoder),
+            stuck_s=lambda: stuck_after_s(self._settings, encoder),
         )
         self._vitals.started(body)
 

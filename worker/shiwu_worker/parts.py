@@ -266,7 +266,7 @@ def make_heartbeat(
         claims,
         upkeep,
         lease_s=settings.lease_s,
-        stuck_s=stuck_after_s(settings, encoder),
+        stuck_s=lambda: stuck_after_s(settings, encoder),
         progress=progress,
         signs=signs,
         away=Away("heartbeat"),
@@ -276,7 +276,7 @@ def make_heartbeat(
 
 def stuck_after_s(settings: Settings, encoder: Any) -> float:
     """How long nothing may move while there is work. A slow device must not pass for a hung one."""
-    return max(settings.stuck_s, SLOW_FACTOR * float(encoder.slowest_s))
+    return max(settings.stuck_s, SLOW_FACTOR * float(encoder.sizes.slowest_s))
 
 
 def make_limits(settings: Settings, encoder: Any) -> Limits:
@@ -286,7 +286,8 @@ def make_limits(settings: Settings, encoder: Any) -> Limits:
     retries[ErrorCode.UNKNOWN_LABEL_SET] = replace(usual, attempts=LABEL_SET_TRIES)
     retries |= {code: RetryPolicy(*policy) for code, policy in settings.retry.items()}
     return Limits(
-        slots=settings.slots_for(encoder.rungs[-1]),
+        slots=settings.slot_count,
+        wanted=lambda: settings.slots_for(encoder.sizes.wanted),
         max_attempts=settings.max_attempts,
         zone=settings.zone,
         retries=retries,
@@ -302,7 +303,8 @@ def make_batcher(
         cap=encoder.rungs[-1],
         bulk_share=settings.bulk_share,
         linger_s=settings.linger_ms / 1000,
-        fit=encoder.fit,
+        full=lambda: encoder.sizes.wanted,
+        fit=encoder.sizes.take,
         on_leave=on_batch,
     )
 
@@ -349,7 +351,8 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
         encode_exact=encoder.encode_exact,
         score=scorer.score,
         trouble=encoder.trouble,
-        lower_cap=batcher.lower_cap,
+        lower_cap=encoder.sizes.lower,
+        learn=encoder.learn,
     )
     return Stages(
         claims=claims,

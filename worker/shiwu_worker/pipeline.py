@@ -87,7 +87,7 @@ class Pipeline:
         self._is_claiming = False
         self._has_claimed = False
         self._zone = limits.zone
-        self._hands = Hands(slots=limits.slots)
+        self._hands = Hands(slots=limits.slots, wanted=limits.wanted)
         self._flights: queue.Queue[tuple[list[Job], Launched]] = queue.Queue(1)
         self._closing, self._ended = threading.Event(), threading.Event()
         self._is_hurried = False

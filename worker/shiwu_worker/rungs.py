@@ -1,15 +1,12 @@
-"""Which batch sizes a device should run, from how long each is seen to take."""
+"""Times of batch sizes where all are measured before the first image, and how waiting images are cut into batches."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-GAIN: Final = 1.03
-"""A batch twice as large must bring this much more pictures a second, or it only makes the others wait."""
 LONGEST_S: Final = 1.0
-"""A pass that takes longer is run once only, and no batch is chosen that takes much longer."""
+"""A pass that takes longer is run once only."""
 ROUNDS: Final = 5
 MEASURED_S: Final = 1.0
 """Rounds end when they have taken so long together."""
@@ -41,17 +38,6 @@ def measure(
         if spent_s >= MEASURED_S:
             break
     return seconds
-
-
-def worthwhile(seconds: Mapping[int, float]) -> int:
-    """The size with the most pictures a second, where each doubling has to bring 3 % for the longer wait.
-
-    All are looked at, so that a disturbed one ends no search.
-
-    Args:
-        seconds: size → seconds of one batch.
-    """
-    return max(sorted(seconds), key=lambda rung: rung / seconds[rung] / GAIN ** math.log2(rung))
 
 
 def next_batches(seconds: Mapping[int, float]) -> tuple[int, ...]:

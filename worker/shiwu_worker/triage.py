@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from shiwu_worker.labels import EncodedLabels
 
 log: Any = structlog.get_logger()
+
+
+class Learn(Protocol):
+    """Told a batch that was collected, and the CPU of the host that it took beside the model."""
+
+    def __call__(self, flight: Flight, *, host_s: float) -> None:
+        """Learn from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,7 @@ class Triage:
         score: gives jobs their tags; raises WrongVectors for a wrong number of vectors.
         trouble: what an error of the device means.
         lower_cap: told the largest batch that may still fit.
+        learn: told each batch that went well, and the CPU that scoring it took.
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class Triage:
         score: Callable[[Sequence[Job], NDArray[float32]], None],
         trouble: Callable[[BaseException], Trouble],
         lower_cap: Callable[[int], None],
+        learn: Learn = lambda *_, **__: None,
     ) -> None:
         self._encode_labels = encode_labels
         self._pixels = pixels
@@ -82,6 +91,7 @@ class Triage:
         self._score = score
         self._trouble = trouble
         self._lower_cap = lower_cap
+        self._learn = learn
 
     def launch(self, jobs: Sequence[Job]) -> Launched:
         """Start a batch, without the jobs whose labels fail. An error waits for `finish`.
@@ -105,8 +115,12 @@ class Triage:
         Raises:
             FatalError: with ExitCode.DEVICE, when no later batch can succeed in this process.
         """
-        if launched.jobs:
-            self._judged(launched.jobs, lambda: self._fast_vectors(launched), launched.started_s)
+        if not launched.jobs:
+            return
+        cpu_from_s = time.thread_time()
+        is_well = self._judged(launched.jobs, lambda: self._fast_vectors(launched), launched.started_s)
+        if is_well and launched.flight is not None:
+            self._learn(launched.flight, host_s=time.thread_time() - cpu_from_s)
 
     def _has_labels(self, job: Job) -> bool:
         """Look the label vectors up, or fail the job alone: words that fail are not the pictures' fault."""
@@ -136,7 +150,8 @@ class Triage:
             slots = [job.slot for job in jobs]
             self._judged(jobs, lambda: self._collect(self._launch(self._pixels, slots)), time.monotonic())
 
-    def _judged(self, jobs: Sequence[Job], vectors: Callable[[], NDArray[float32]], started_s: float) -> None:
+    def _judged(self, jobs: Sequence[Job], vectors: Callable[[], NDArray[float32]], started_s: float) -> bool:
+        """Score a batch, whatever its errors ask for; whether there were none."""
         try:
             self._score_all(jobs, vectors(), started_s)
         except WrongVectors as error:
@@ -148,6 +163,9 @@ class Triage:
             self._again([job for job in jobs if job.id not in guilty])
         except Exception as error:  # noqa: BLE001 border: whatever the model or the device raises is judged here
             self._judge(error, jobs)
+        else:
+            return True
+        return False
 
     def _score_all(self, jobs: Sequence[Job], vectors: NDArray[float32], started_s: float) -> None:
         encoded_s = time.monotonic()

@@ -90,12 +90,12 @@ def run_tune() -> int:
         click.echo(f"{told} Measuring takes 10 to 60 s; let the machine be idle meanwhile.", err=True)
         folder = model_folder(settings.model)
         spec = read_image_spec(folder)
-        encoder = open_encoder(settings, folder, spec)
+        encoder = open_encoder(settings, folder, spec, is_thorough=True)
     except FatalError as error:
         click.echo(f"{error.exit_code.name}: {error}", err=True)
         return int(error.exit_code)
     table = Table("batch", "ms", "pictures/s", title=f"{encoder.info.id}, {encoder.info.dtype}, {encoder.info.device}")
-    for rung, seconds in encoder.seconds.items():
+    for rung, seconds in _measured_s(encoder).items():
         table.add_row(str(rung), f"{seconds * 1000:.1f}", f"{rung / seconds:.1f}")
     console.print(table)
     decode_s = decode_core_s(spec)
@@ -128,17 +128,20 @@ def _where_kept(settings: Settings) -> str:
 
 def choose(settings: Settings, encoder: Any, decode_s: float, revision: str) -> Tuned:
     """As many loaders as keep the model busy with pictures of this size, and a core for the worker itself."""
-    import torch  # noqa: PLC0415 the rest of this room is asked for before torch may be loaded
-
-    rate = max(rung / seconds for rung, seconds in encoder.seconds.items())
+    rate = max(rung / seconds for rung, seconds in _measured_s(encoder).items())
     cores = usable_cores()
     wanted = math.ceil(rate * decode_s / BUSY)
     return Tuned(
         key=key_of(settings, revision),
-        max_batch=encoder.rungs[-1],
-        torch_threads=torch.get_num_threads(),
+        max_batch=encoder.sizes.largest,
+        torch_threads=encoder.threads,
         loaders=settings.loaders or min(max(1, wanted), max(1, cores - 1)),
     )
+
+
+def _measured_s(encoder: Any) -> dict[int, float]:
+    """Seconds of one batch of each size that was measured."""
+    return {size: seconds for size, seconds in encoder.sizes.seconds().items() if size in encoder.measured}
 
 
 def decode_core_s(spec: ImageSpec) -> float:

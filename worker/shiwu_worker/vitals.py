@@ -38,7 +38,7 @@ class Body:
     held: Callable[[], int]
     encode_age_s: Callable[[], float]
     loaders: Callable[[], Collection[int]]
-    stuck_s: float
+    stuck_s: Callable[[], float]
 
 
 class Vitals:
@@ -105,17 +105,17 @@ class Vitals:
         body = self._body
         if body is None:
             return [f"starting for {time.monotonic() - self._began_s:.0f} s"]
-        reasons = []
+        reasons, stuck_s = [], body.stuck_s()
         if missing := sorted(set(body.threads) - {thread.name for thread in threading.enumerate()}):
             reasons.append(f"threads have ended: {', '.join(missing)}")
-        if (age_s := body.encode_age_s()) > body.stuck_s:
+        if (age_s := body.encode_age_s()) > stuck_s:
             reasons.append(f"the encode thread has been busy with one batch for {age_s:.0f} s")
-        if (gone_s := self._loaders_gone_s(body)) > min(LOADERS_GONE_S, body.stuck_s):
+        if (gone_s := self._loaders_gone_s(body)) > min(LOADERS_GONE_S, stuck_s):
             reasons.append(f"no loader process has run for {gone_s:.0f} s")
         if work := self._work(body):
-            if (idle_s := self._progress.age_s()) > body.stuck_s:
+            if (idle_s := self._progress.age_s()) > stuck_s:
                 reasons.append(f"nothing was claimed, encoded or answered for {idle_s:.0f} s {work}")
-            if (away_s := self._away_s()) > body.stuck_s:
+            if (away_s := self._away_s()) > stuck_s:
                 reasons.append(f"Redis has not answered for {away_s:.0f} s {work}")
         return reasons
 

@@ -30,9 +30,10 @@ class Batcher(Generic[T]):
     """A two-lane waiting room. Thread-safe; holds no more than its users have claimed.
 
     Args:
-        cap: largest batch.
+        cap: no batch is larger.
         bulk_share: share of the places that waiting bulk items get although interactive ones fill them.
         linger_s: how long a batch that is not full waits for more; 0 sends what is there.
+        full: so many, `cap` at most, make a full batch now; None: `cap`.
         fit: how many of so many, `cap` at most, a batch takes at a time; at least one.
         on_leave: told why each batch left, and the batch; must not block.
     """
@@ -43,12 +44,14 @@ class Batcher(Generic[T]):
         cap: int,
         bulk_share: float,
         linger_s: float = 0.0,
+        full: Callable[[], int] | None = None,
         fit: Callable[[int], int] = lambda waiting: waiting,
         on_leave: Callable[[Reason, Sequence[T]], None] = lambda *_: None,
     ) -> None:
         self._cap = cap
         self._bulk_share = bulk_share
         self._linger_s = linger_s
+        self._full = full or (lambda: cap)
         self._fit = fit
         self._bulk_owed = 0.0
         self._on_leave = on_leave
@@ -72,8 +75,9 @@ class Batcher(Generic[T]):
                 return []
             if self._linger_s and self._waiting():
                 full_at = time.monotonic() + self._linger_s
-                while not self._closed and self._waiting() < self._cap and (left := full_at - time.monotonic()) > 0:
+                while not self._closed and self._waiting() < self._full() and (left := full_at - time.monotonic()) > 0:
                     self._changed.wait(left)
+            full = self._full()
             size = self._fit(min(self._cap, self._waiting()))
             # A share of a small batch is less than one: it grows until it is one, while bulk items wait.
             owed = self._bulk_owed + size * self._bulk_share if self._bulk else 0.0
@@ -81,7 +85,7 @@ class Batcher(Generic[T]):
             urgent = min(size - least, len(self._interactive))
             rest = size - urgent
             self._bulk_owed = max(0.0, owed - rest)
-            reason: Reason = "full" if size >= self._cap else "closing" if self._closed else "free"
+            reason: Reason = "full" if size >= full else "closing" if self._closed else "free"
             batch = [self._interactive.popleft() for _ in range(urgent)] + [self._bulk.popleft() for _ in range(rest)]
         if size:
             self._on_leave(reason, batch)
@@ -97,11 +101,6 @@ class Batcher(Generic[T]):
         with self._changed:
             self._aloft -= 1
             self._changed.notify_all()
-
-    def lower_cap(self, cap: int) -> None:
-        """Make no batch larger than this from now on; a cap that is lower already stays."""
-        with self._changed:
-            self._cap = max(1, min(self._cap, cap))
 
     def drain(self) -> list[T]:
         """Take everything that waits, of any number, without waiting."""
@@ -119,7 +118,7 @@ class Batcher(Generic[T]):
 
     def _may_leave(self) -> bool:
         waiting = self._waiting()
-        return self._closed or waiting >= self._cap or (waiting > 0 and not self._aloft)
+        return self._closed or waiting >= self._full() or (waiting > 0 and not self._aloft)
 
     def _waiting(self) -> int:
         return len(self._interactive) + len(self._bulk)

@@ -1,13 +1,13 @@
 """Batch → unit vectors, with any dual encoder of transformers.
 
-Batches have a few fixed sizes ("rungs"), padded up: each is warmed before the worker is ready, and in a fixed shape a
-picture gets the same vector whatever its neighbours are. After the projection everything is FP32.
+Batches have a few fixed sizes ("rungs"), padded up: in a fixed shape a picture gets the same vector whatever its
+neighbours are. After the projection everything is FP32. Which of the sizes are used, and how many threads on a CPU, is
+guessed at the start and learned from then on.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from shiwu.contract import Head, ModelInfo
+from shiwu_worker.batch_size_policy import LONGEST_S, BatchSizeChange, BatchSizePolicy, first_choice
 from shiwu_worker.berths import Berths, Flight
 from shiwu_worker.checkpoint import Texts, image_size, load_model
 from shiwu_worker.checkpoint_files import WrongCheckpoint, read_checkpoint
@@ -27,7 +28,8 @@ from shiwu_worker.device import card_uuid, choose_device, choose_dtypes, device_
 from shiwu_worker.errors import NonFiniteError, Trouble
 from shiwu_worker.label_checks import LabelTokens
 from shiwu_worker.malloc import keep_freed_memory
-from shiwu_worker.rungs import LONGEST_S, measure, next_batches, worthwhile
+from shiwu_worker.model_threads import ThreadChange, ThreadPolicy
+from shiwu_worker.rungs import measure
 from shiwu_worker.tower import GraphedTower, Tower, compiled_tower, eager_tower
 
 log: Any = structlog.get_logger()
@@ -35,12 +37,13 @@ T = TypeVar("T")
 LEAST_COSINE: Final = 0.999
 """Between a faster number format and FP32, for the pictures of the start-up check."""
 CHECKED: Final = 2
-QUICK_CORE_S: Final = 0.04
-"""Core-seconds of a picture in the model; loading one takes 0.002."""
-SLOW: Final = 5.0
-"""Times as long is slow, whatever the first pass pays for."""
-TRIES: Final = 3
-"""Passes of the smallest rung that may show that a picture is quick."""
+START_CORE_S: Final = 0.4
+"""Core-seconds that a batch may take by which the start guesses what larger ones cost."""
+PASSES: Final = 2
+"""Of each size that the start measures; the first one pays for more than itself."""
+MEASURED_ONCE_SD: Final = 0.1
+MEASURED_WELL_SD: Final = 0.03
+"""Standard deviations of the logarithm of a cost that was measured in one pass, or in several that took turns."""
 
 
 class Encoder:
@@ -48,9 +51,9 @@ class Encoder:
 
     Args:
         folder: the checkpoint, in transformers' format.
-        rungs: batch sizes, ascending; the last is the largest batch.
+        rungs: batch sizes, ascending; no batch is larger than the last one.
         mean, std, rescale: of the checkpoint's processor: (x · rescale - mean) / std for x of 0 to 255.
-        threads: of torch on a CPU; None: torch's own choice, at most the cores that may be used.
+        threads: of torch on a CPU; None: torch's own choice, as many as cores may be used at most, now and later.
         is_compiled: compile the tower (CPU); each rung costs 15 to 60 s at the start.
         has_graphs: replay CUDA graphs where the device is one.
         known: pictures uint8 (n, h, w, 3) whose vectors are to be known from elsewhere than the device.
@@ -76,12 +79,15 @@ class Encoder:
         self._device = choose_device(device)
         if self._device.type == "cpu":
             keep_freed_memory()
-            torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
+            # Where torch takes fewer than there are cores, by its own choice or OMP_NUM_THREADS, it stays at these.
+            self._most_threads = own if (own := torch.get_num_threads()) < usable_cores() else None
+            torch.set_num_threads(threads or min(own, usable_cores()))
+        self._asked_threads = threads
         self._checkpoint = read_checkpoint(folder)
         self._pixels: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std), "rescale": rescale}
         self._is_compiled, self._has_graphs = is_compiled, has_graphs
         self._compiled: Tower | None = None
-        self._crew = self._make_crew()
+        self._crew = Crew(torch.get_num_threads()) if self._device.type == "cpu" else None
         self._by_captain(lambda: self._open(dtype, known))
         self._exact: Tower | None = None
         self._texts = Texts(self._model, self._checkpoint)
@@ -97,18 +103,18 @@ class Encoder:
             device=device_name(self._device),
         )
         self.card_uuid = card_uuid(self._device)
-        self.seconds: dict[int, float] = {}
-        """The best forward pass of each rung, as measured while warming."""
-        self._next_batches: tuple[int, ...] = ()
+        self.sizes = self._learn_sizes({rungs[0]: 1.0})
+        """How large batches are; a mere guess until the model is warm."""
+        self._threads: ThreadPolicy | None = None
+        self._run_before: set[int] = set()
+        """Sizes that have been run, and no longer pay for a first time."""
+        self.measured: tuple[int, ...] = ()
+        """Sizes that were measured at the start."""
 
     @property
-    def slowest_s(self) -> float:
-        """The forward pass of the largest rung, as measured while warming."""
-        return max(self.seconds.values(), default=0.0)
-
-    def fit(self, waiting: int) -> int:
-        """How many of so many pictures, at most the largest rung, the next batch should take, once warm."""
-        return self._next_batches[waiting]
+    def threads(self) -> int:
+        """Threads that the model has on a CPU now; 1 elsewhere."""
+        return 1 if self._crew is None else self._crew.threads
 
     # -------------------------------------------------------------------------------- before the first job
     def _open(self, dtype: str, known: NDArray[np.uint8] | None) -> None:
@@ -132,10 +138,6 @@ class Encoder:
         if vectors is None:
             vectors = self._eager(self._model, self._dtype)(self._blank(1))
         self._width = int(vectors.shape[1])
-
-    def _make_crew(self, *, is_divided: bool = False) -> Crew | None:
-        threads = torch.get_num_threads()
-        return Crew(threads, is_divided=is_divided) if self._device.type == "cpu" and threads > 1 else None
 
     def _by_captain(self, work: Callable[[], T]) -> T:
         """What takes all cores of a CPU is done by one thread, always the same."""
@@ -177,7 +179,7 @@ class Encoder:
         if self._stream is not None and self._has_graphs:
             tower = GraphedTower(tower, rungs=rungs, shape=self._shape, stream=self._stream)
         elif self._is_compiled:
-            tower = self._compiled = self._compiled or compiled_tower(tower)
+            tower = compiled_tower(tower)
         return self._by_captain(
             lambda: Berths(
                 tower, rungs=rungs, shape=self._shape, width=self._width, device=self._device, stream=self._stream,
@@ -185,66 +187,94 @@ class Encoder:
             )
         )  # fmt: skip
 
-    def warm(self, *, choose_largest: bool = False, choose_threads: bool = False) -> None:
-        """Run every rung, so that no job pays for first calls, and measure them.
+    def warm(self, *, choose_largest: bool = False, is_thorough: bool = False) -> None:
+        """Measure as much as a first guess of batch sizes and threads needs; the rest is learned from batches of jobs.
 
-        On a CPU batches are divided among the threads from then on, where a picture takes the model long.
+        A size that is compiled, or captured as a CUDA graph, is run here: no job shall wait for that.
 
         Args:
-            choose_largest: keep only the rungs up to the one beyond which batches bring no more pictures a second.
-            choose_threads: on a CPU leave a core to the loaders where a picture takes the model little more than them.
+            choose_largest: begin with the size beyond which batches bring no more pictures a second, and learn; else
+                begin with the largest, also where its batches take long.
+            is_thorough: measure all sizes, as well as it can be done.
 
         Raises:
             NonFiniteError: when this dtype overflows on this model.
         """
         if self._crew is not None:
-            self._choose_crew(choose_threads=choose_threads)
-        seconds = measure(self._time, self.rungs, is_enough=self._is_enough if choose_largest else lambda _: False)
-        if choose_largest and (largest := worthwhile(seconds)) < self.rungs[-1]:
-            seconds = {rung: took_s for rung, took_s in seconds.items() if rung <= largest}
-            self._keep(tuple(seconds))
-        self.seconds = seconds
-        self._next_batches = next_batches(seconds)
+            self._arrange_threads(self._crew)
+        if is_thorough or self._is_compiled or self._stream is not None:
+            costs = measure(self._time, self.rungs, is_enough=self._is_enough if choose_largest else lambda _: False)
+            sd = MEASURED_WELL_SD
+        else:
+            costs, sd = self._look_at_two(), MEASURED_ONCE_SD
+        if self._is_compiled:
+            self.rungs = tuple(costs)
+        self.measured = tuple(costs)
+        self.sizes = self._learn_sizes(costs, sd=sd, choose_largest=choose_largest)
 
-    def _choose_crew(self, *, choose_threads: bool) -> None:
-        threads = torch.get_num_threads()
-        is_quick = self._is_quick(threads)
-        if is_quick and choose_threads:
-            torch.set_num_threads(threads - 1)
-        # A compiled tower has its number of threads built in, and a quick one mostly waits for Python's lock.
-        self._crew = self._make_crew(is_divided=not is_quick and not self._is_compiled)
-        self._berths = self._dock(self.rungs)
+    def _arrange_threads(self, crew: Crew) -> None:
+        """Decide by the CPU of one thread, which is the same whatever else runs on the machine."""
+        tower, raw = self._eager(self._model, self._dtype), self._blank(self.rungs[0])
+        vectors = torch.empty((self.rungs[0], self._width))
+        crew.omp_threads = 1
+        core_s = min(crew.start(tower, raw, vectors).wait().cost for _ in range(PASSES)) / self.rungs[0]
+        self._threads = ThreadPolicy(
+            core_s=core_s,
+            cores=usable_cores,
+            fixed=self._asked_threads,
+            most=self._most_threads,
+            is_compiled=self._is_compiled,
+            on_change=_log_threads,
+        )
+        self._follow(self._threads)
 
-    def _is_quick(self, threads: int) -> bool:
-        """Whether a picture takes the model little more than the loaders."""
-        least = self.rungs[0]
-        for _ in range(TRIES):
-            core_s = self._time(least) * threads / least
-            if core_s < QUICK_CORE_S or core_s > SLOW * QUICK_CORE_S:
-                return core_s < QUICK_CORE_S
-        return False
+    def _follow(self, policy: ThreadPolicy) -> bool:
+        """Take a crew of as many threads as the policy says; whether there had to be another one."""
+        wanted, crew = policy.look(), self._crew
+        if crew is not None and (crew.threads, crew.is_divided) == (wanted.threads, wanted.is_divided):
+            return False
+        self._crew = self._berths.crew = Crew(wanted.threads, is_divided=wanted.is_divided)
+        return True
 
-    def _is_enough(self, seconds: Mapping[int, float]) -> bool:
+    def _look_at_two(self) -> dict[int, float]:
+        """The cost of the smallest batch, and of a larger one that takes less than half a second of a core."""
+        smallest = self.rungs[0]
+        costs = {smallest: min(self._time(smallest) for _ in range(PASSES))}
+        largest = max(
+            rung for rung in self.rungs if rung == smallest or rung * costs[smallest] / smallest <= START_CORE_S
+        )
+        if largest != smallest:
+            costs[largest] = min(self._time(largest) for _ in range(PASSES))
+        self._run_before.update(costs)
+        return costs
+
+    def _is_enough(self, costs: Mapping[int, float]) -> bool:
         """Whether a batch twice as large would take too long; or, slow to compile, two in vain end the search."""
-        rung = max(seconds)
-        return 2 * seconds[rung] > LONGEST_S or (self._is_compiled and worthwhile(seconds) < rung // 2)
+        rung = max(costs)
+        per_image = {size: cost / size for size, cost in costs.items()}
+        return 2 * costs[rung] / self.threads > LONGEST_S or (self._is_compiled and first_choice(per_image) < rung // 2)
 
-    def _keep(self, rungs: tuple[int, ...]) -> None:
-        """Free the memory, and the graphs, of the larger ones."""
-        self.rungs = rungs
-        self._berths = self._dock(rungs)
-        if self._stream is not None:
-            for rung in rungs:
-                self._time(rung)
+    def _learn_sizes(
+        self, costs: Mapping[int, float], *, sd: float = MEASURED_ONCE_SD, choose_largest: bool = True
+    ) -> BatchSizePolicy:
+        return BatchSizePolicy(
+            self.rungs,
+            costs,
+            measured_sd=sd,
+            cost_per_s=self.threads,
+            first=None if choose_largest else self.rungs[-1],
+            longest_s=LONGEST_S if choose_largest else math.inf,
+            on_change=_log_size,
+        )
 
     def _time(self, rung: int) -> float:
-        """Seconds of one pass; where it may compile, at a first run or for another number of threads, of the next."""
+        """The cost of one pass; where it may compile, at a first run or for another number of threads, of the next."""
         pixels = np.full((rung, *self._shape), 127, np.uint8)
         if self._is_compiled:
             self.encode(pixels)
-        began_s = time.monotonic()
-        self.encode(pixels)
-        return time.monotonic() - began_s
+        flight = self.launch(pixels)
+        self.collect(flight)
+        return flight.spent.cost if flight.spent is not None else 0.0
 
     # -------------------------------------------------------------------------------- batches
     def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int] | None = None) -> Flight:
@@ -259,7 +289,15 @@ class Encoder:
         if pixels.shape[1:] != self._shape or pixels.dtype != np.uint8 or not 0 < count <= self.rungs[-1]:
             expected = f"uint8 (1 to {self.rungs[-1]}, {', '.join(map(str, self._shape))})"
             raise ValueError(f"expected {expected}, got {pixels.dtype} {(count, *pixels.shape[1:])}")
+        if self._threads is not None:
+            self._prepare(self._threads, self._berths.rung_of(count))
         return self._berths.launch(pixels, rows)
+
+    def _prepare(self, policy: ThreadPolicy, rung: int) -> None:
+        if self._follow(policy):
+            self.sizes.forget()
+        if self._crew is not None and self._berths.parts_of(rung) == 1:
+            self._crew.omp_threads = policy.next_together(self.sizes.cost_of(rung))
 
     def collect(self, flight: Flight) -> NDArray[np.float32]:
         """The unit vectors float32 (n, d) of a batch that was launched.
@@ -268,6 +306,30 @@ class Encoder:
             NonFiniteError: names the rows that are not finite.
         """
         return _finite(flight.collect())
+
+    def learn(self, flight: Flight, *, host_s: float = 0.0) -> None:
+        """Let a batch of jobs that was collected teach how large batches should be, and how many threads work on them.
+
+        Args:
+            host_s: CPU that was spent on the batch as such, beside the model's.
+        """
+        spent, rung = flight.spent, flight.rung
+        if spent is None:
+            return
+        if self._crew is not None and rung not in self._run_before:
+            self._run_before.add(rung)
+            self.sizes.skip(rung)
+            return
+        usual = 0
+        if self._threads is not None:
+            work, smallest = self.sizes.cost_of(rung), self.rungs[0]
+            is_exact = spent.omp_threads < 2  # threads that work together also wait together, awake
+            core_s = spent.cost / work * self.sizes.cost_of(smallest) / smallest if is_exact else None
+            self._threads.record(core_s=core_s, together=spent.omp_threads, work=work, seconds=spent.seconds)
+            usual = self._threads.together
+        if spent.omp_threads in {0, usual}:
+            cost = spent.cost + host_s if self._crew is not None else spent.cost
+            self.sizes.record(rung, cost=cost, seconds=spent.seconds)
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pictures uint8 (n, h, w, 3) → unit vectors float32 (n, d); raises what `launch` and `collect` raise."""
@@ -308,3 +370,14 @@ def _finite(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         rows = tuple(bad.tolist())
         raise NonFiniteError(f"expected finite vectors, got NaN or infinity in rows {list(rows)[:20]}", rows)
     return vectors
+
+
+def _log_size(change: BatchSizeChange) -> None:
+    about = {"from": change.before, "to": change.now}
+    log.info("batch_size_changed", **about, reason=change.reason, images_per_s=change.images_per_s)
+
+
+def _log_threads(change: ThreadChange) -> None:
+    about = {"from": change.before.threads, "to": change.now.threads}
+    about |= {"together_from": change.together_before, "together_to": change.together}
+    log.info("model_threads_changed", **about, divided=change.now.is_divided, reason=change.reason)
