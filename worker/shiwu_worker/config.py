@@ -78,8 +78,8 @@ class Settings(BaseSettings):
     torch_threads: int = Field(
         0,
         ge=0,
-        description="threads of the model on a CPU; 0: all cores that affinity and cgroup allow, or one less where a "
-        "picture is quick",
+        description="threads of the model on a CPU, for as long as the worker runs; 0: the cores that affinity and "
+        "cgroup allow, counted every 5 s, or one less where an image is quick",
     )
     compile: bool = Field(
         False,
@@ -94,8 +94,9 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=512,
-        description="largest batch; sizes are the powers of two up to it. 0: found at the start, the largest up to 64 "
-        "that still brings more pictures a second and ends within a second",
+        description="no batch is larger; sizes are the powers of two up to it. The worker begins with this size and "
+        "makes smaller batches where they bring as many images a second. 0: up to 64, learned, and none takes much "
+        "more than a second",
     )
     tune_file: Path | None = Field(
         None,
