@@ -135,7 +135,7 @@ def test_a_star_opens_neither_celerys_tasks_nor_our_keys() -> None:
 
 
 def test_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default `shiwu.tag` alone; lists by commas; empty for nothing."""
+    """By default, and where the variable is empty, `shiwu.tag` alone; lists by commas; a word for nothing."""
     assert Settings().callback_rules == CallbackRules()
     monkeypatch.setenv("SHIWU_CALLBACK_TASKS", "app.*, other.task")
     monkeypatch.setenv("SHIWU_CALLBACK_QUEUE", "usual")
@@ -144,4 +144,6 @@ def test_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = CallbackRules(tasks=("app.*", "other.task"), queues=("usual", "app-*"), most=7)
     assert Settings().callback_rules == expected
     monkeypatch.setenv("SHIWU_CALLBACK_TASKS", "")
+    assert Settings().callback_rules.allows_task("shiwu.tag")
+    monkeypatch.setenv("SHIWU_CALLBACK_TASKS", " None ")
     assert not Settings().callback_rules.allows_task("shiwu.tag")

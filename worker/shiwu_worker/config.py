@@ -143,8 +143,8 @@ class Settings(BaseSettings):
     revoke: bool = Field(True, description="listen to Celery's revoke; anybody who may PUBLISH can then cancel jobs")
     callback_tasks: Names = Field(
         (TASK_NAME,),
-        description="tasks that Celery callbacks (link, chain, chord) may call, names or patterns as app.*; others are "
-        "refused before the picture is fetched",
+        description="tasks that Celery callbacks (link, chain, chord) may call, names or patterns as app.*, or none; "
+        "others are refused before the picture is fetched",
     )
     callback_queue: str = Field("celery", description="queue of callbacks that name none")
     callback_queues: Names = Field((), description="other queues that callbacks may name; patterns as app.*")
@@ -204,7 +204,7 @@ class Settings(BaseSettings):
     allow_networks: Networks = Field((), description="networks (CIDR) whose addresses count as public")
     deny_networks: Networks = Field((), description="networks (CIDR) that are never connected to")
     nat64_prefixes: Prefixes = Field((), description="IPv6 prefixes that this network translates to IPv4, by RFC 6052")
-    fetch_ports: Ports = Field(HTTP_PORTS, description="ports of http(s)://; others only for allow_hosts")
+    fetch_ports: Ports = Field(HTTP_PORTS, description="ports of http(s)://, or none; others only for allow_hosts")
     allow_buckets: Names = Field(
         (),
         description="if set, s3:// of no other bucket is read; may end in *. Names that make the AWS SDK leave the "
@@ -270,8 +270,12 @@ class Settings(BaseSettings):
         mode="before",
     )
     @classmethod
-    def _split(cls, value: object) -> object:
-        return tuple(split(value)) if isinstance(value, str) else value
+    def _split(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, str):
+            return value
+        # An empty variable means the default, so that these two need a word for an empty list.
+        is_none = info.field_name in {"callback_tasks", "fetch_ports"} and value.lower() == "none"
+        return () if is_none else tuple(split(value))
 
     @field_validator("retry", mode="before")
     @classmethod

@@ -116,7 +116,7 @@ def settings_page() -> str:
         "",
         "`shiwu-worker --check` tries Redis, the label files, S3 and the model with these settings and prints those",
         "that differ from their defaults; `shiwu-worker --check --all` prints all. The client and `shiwu` read",
-        "`SHIWU_REDIS_URL` only.",
+        "`SHIWU_REDIS_URL` only, and `shiwu sweep` also `SHIWU_TIMEZONE`.",
         "",
         "This page is written by `make docs` from `worker/shiwu_worker/config.py`.",
     ]
