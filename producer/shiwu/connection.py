@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from queue import Empty
 from typing import Any, Final
 
@@ -50,6 +51,15 @@ class _Pool(BlockingConnectionPool):
 
 class _SentinelPool(SentinelConnectionPool, _Pool):
     """The same, with connections to the primary that the sentinels name."""
+
+    def disconnect(self, inuse_connections: bool = True) -> None:
+        """Close all connections, or those that no caller uses, which older versions of the pool cannot tell apart."""
+        if inuse_connections:
+            super().disconnect()
+            return
+        for connection in list(self.pool.queue):
+            if connection is not None:
+                connection.disconnect()
 
 
 def connect(
@@ -158,8 +168,21 @@ def _greet(connection: Any) -> None:
     """
     # Without redis-py's check of its health: that sends a PING first, and calls this again where a login is missing.
     connection.on_connect_check_health(check_health=False)
-    # Only the newer protocol has a greeting; without one a command will tell.
-    greeting = getattr(connection, "handshake_metadata", None) or {}
-    mode = greeting.get(b"mode") or greeting.get("mode") or b"standalone"
-    if (name := mode.decode() if isinstance(mode, bytes) else str(mode)) != "standalone":
-        raise NotOneServer(name)
+    mode = _greeting(connection).get(b"mode", b"standalone").decode()
+    if mode != "standalone":
+        raise NotOneServer(mode)
+
+
+def _greeting(connection: Any) -> dict[bytes, Any]:
+    """What the server said of itself; empty where something before it does not pass that on.
+
+    redis-py before version 8 logs in without it, and it has to be asked for.
+    """
+    told = connection.handshake_metadata
+    if told is None:
+        connection.send_command("HELLO", check_health=False)
+        with suppress(redis.ResponseError):
+            told = connection.read_response()
+    if isinstance(told, list):
+        told = dict(zip(told[::2], told[1::2], strict=True))
+    return told if isinstance(told, dict) else {}

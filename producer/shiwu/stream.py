@@ -21,6 +21,7 @@ from shiwu.ledger import load_script
 from shiwu.redis_errors import explain
 from shiwu.stream_items import EntryReader, Outage, StreamItem, UnreadableItem, log
 
+GONE: Final = ("NOGROUP", "UNBLOCKED")
 GONE_PAUSE_S: Final = 0.1
 HOLD_SHARE: Final = 0.1
 """Entries are held again when they were last held longer ago than this share of `reclaim_idle_s`."""
@@ -245,7 +246,8 @@ class _Reader:
 
     def failed(self, error: Exception) -> bool:
         """Prepare for the next try; whether it may follow at once."""
-        is_gone = isinstance(error, redis.ResponseError) and str(error).startswith(("NOGROUP", "UNBLOCKED"))
+        # In the error of a script, Redis 6.2 has the word behind its own.
+        is_gone = isinstance(error, redis.ResponseError) and any(word in str(error) for word in GONE)
         if is_gone:
             log.warning("the group %s of %s is gone; it is made anew", self._options.group, RESULT_STREAM)
             self._forget()

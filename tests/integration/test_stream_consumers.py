@@ -19,6 +19,7 @@ from shiwu.cli import main
 from shiwu.contract import RESULT_STREAM, Answer, Status
 from shiwu.ledger import Entry, Ledger
 from tests.support.fault_proxy import FaultProxy
+from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
 from tests.support.servers import Valkey
 from tests.support.waiting import wait_until
 
@@ -127,9 +128,17 @@ def test_results_of_a_lost_reply_come_again(redis_url: str, redis_client: redis.
     assert redis_client.xpending(RESULT_STREAM, "g")["pending"] == 0
 
 
-def test_results_go_on_when_the_stream_is_deleted(redis_url: str, redis_client: redis.Redis) -> None:
+@pytest.fixture(scope="module", params=["valkey", "redis"])
+def any_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """The newest server and the oldest one that is supported, whose errors have other texts."""
+    binary = valkey_binary() if request.param == "valkey" else redis_binary()
+    with RedisServer(folder=tmp_path_factory.mktemp(request.param), binary=binary) as server:
+        yield server
+
+
+def test_results_go_on_when_the_stream_is_deleted(any_server: RedisServer) -> None:
     """While the loop blocks, and while it works on a portion; the group is made anew."""
-    with Client(redis_url) as client:
+    with any_server.client() as redis_client, Client(any_server.url) as client:
         consumer = Consumer(client, block_s=2.0)
         first = fill(redis_client, 5, prefix="first")
         wait_until(lambda: len(consumer.seen) == 5, timeout_s=20)
