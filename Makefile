@@ -72,7 +72,7 @@ drill: $(STAMP) ## break everything for about an hour and count every answer; AR
 chart-tools: $(STAMP) ## install what the chart's tests run: two versions of helm, and promtool
 	@$(BIN)/python -m tests.support.chart_tools
 
-docs: $(STAMP) ## write all that is made from the code: pages of settings and errors, JSON Schema
+docs: $(STAMP) chart-docs ## write all that is made from the code: pages of settings and errors, JSON Schema
 	$(BIN)/python -m shiwu_worker.config_reference docs/settings.md
 	$(BIN)/python -m shiwu.schema docs/schema
 	$(BIN)/python -m shiwu_worker.error_docs docs/errors.md
