@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 # Imported now because Celery's `AsyncResult.get()` finds `JobFailed` only in a module that is already loaded; else it
 # raises a class of its own that `except shiwu.JobFailed` does not catch.
-from shiwu.errors import ForeignResult, JobFailed, QueueFull, ShiwuError, WaitTimeout
+from shiwu.errors import ForeignResult, JobFailed, QueueFull, RedisUrlError, ShiwuError, WaitTimeout
 
 if TYPE_CHECKING:
     from shiwu.client import Client
     from shiwu.contract import Answer, Lane, RequestError, Status
     from shiwu.dead import DeadFilter, DeadLetter
     from shiwu.queues import QueueState
-    from shiwu.redis_errors import NotReplicated
+    from shiwu.redis_errors import ConnectionsBusy, NotReplicated
     from shiwu.results import TagResult
     from shiwu.stream_items import StreamItem, UnreadableItem
 
@@ -31,6 +31,7 @@ _HOMES = {
     "Client": "client",
     "DeadFilter": "dead",
     "DeadLetter": "dead",
+    "ConnectionsBusy": "redis_errors",
     "NotReplicated": "redis_errors",
     "QueueState": "queues",
     "Answer": "contract",
@@ -45,6 +46,7 @@ _HOMES = {
 __all__ = [
     "Answer",
     "Client",
+    "ConnectionsBusy",
     "DeadFilter",
     "DeadLetter",
     "ForeignResult",
@@ -53,6 +55,7 @@ __all__ = [
     "NotReplicated",
     "QueueFull",
     "QueueState",
+    "RedisUrlError",
     "RequestError",
     "ShiwuError",
     "Status",

@@ -303,8 +303,8 @@ class Client:
 
         Args:
             consumer: a name that no other loop uses at the same time. A loop that begins with the name of one that
-                crashed gets its unacknowledged answers at once. Default: a new name for each loop, which is removed at
-                the end of the loop; then such answers come after `reclaim_idle_s`.
+                crashed gets its unacknowledged answers immediately. Default: a new name for each loop, which is removed
+                at the end of the loop; then such answers come after `reclaim_idle_s`.
             reclaim_idle_s: longer than the work on one answer takes, and the same for all consumers of the group.
             stop_when_idle: end when all answers were delivered, and those that other consumers held when this one had
                 nothing more to read are acknowledged or were taken over.

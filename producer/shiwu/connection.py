@@ -161,7 +161,7 @@ def _place(address: RedisAddress) -> dict[str, Any]:
 
 
 def _greet(connection: Any) -> None:
-    """Log in, and refuse at once what is no plain server, before a command fails for a reason that does not tell.
+    """Log in, and refuse what is no plain server before a command fails with an error that does not tell the reason.
 
     Raises:
         NotOneServer: the server says in its greeting that it is part of a cluster, or a sentinel.

@@ -61,7 +61,7 @@ class RedisErrorInfo:
 
     fault: RedisFault
     passes: bool
-    """Whether the same command may succeed later without anybody changing a setting: then it is tried again."""
+    """Whether the same command may succeed later although no setting is changed: then it is tried again."""
     meaning: str
     remedy: str
     log_level: LogLevel = "error"

@@ -33,7 +33,7 @@ _REFUSED: Final = {
     "client_name": "shiwu names its connections itself",
     "health_check_interval": "shiwu sets it itself",
     "retry_on_timeout": "shiwu decides itself what it tries again",
-    "socket_keepalive": "shiwu always keeps connections alive",
+    "socket_keepalive": "shiwu always sends TCP keepalives",
 }
 """Options that other libraries know and that shiwu cannot leave to the URL, with the reason."""
 
@@ -91,7 +91,7 @@ def read_redis_url(url: str) -> RedisAddress:
 
 
 class _Options:
-    """The query of a URL: each option is taken once, and what nobody took is refused."""
+    """The query of a URL: each option is read once, and an option that was not read is refused."""
 
     def __init__(self, query: str) -> None:
         pairs = parse_qsl(query, keep_blank_values=True)

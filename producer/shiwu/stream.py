@@ -26,7 +26,7 @@ GONE_PAUSE_S: Final = 0.1
 HOLD_SHARE: Final = 0.1
 """Entries are held again when they were last held longer ago than this share of `reclaim_idle_s`."""
 GIVEN_UP_MS: Final = 10 * 86_400_000
-"""Idle time of an entry that its consumer gives up: longer than anybody waits before taking it over."""
+"""Idle time of an entry that its consumer gives up: longer than any consumer waits before it takes the entry over."""
 FORGET_CONSUMER_S: Final = 3600.0
 TIDY_EVERY_S: Final = 600.0
 LEAST_WAIT_S: Final = 0.5
@@ -245,13 +245,13 @@ class _Reader:
         return self._drop(keys=[RESULT_STREAM], args=[self._options.group, name, idle_ms])
 
     def failed(self, error: Exception) -> bool:
-        """Prepare for the next try; whether it may follow at once."""
+        """Prepare for the next try; whether it may follow without a pause."""
         # In the error of a script, Redis 6.2 has the word behind its own.
         is_gone = isinstance(error, redis.ResponseError) and any(word in str(error) for word in GONE)
         if is_gone:
             log.warning("the group %s of %s is gone; it is made anew", self._options.group, RESULT_STREAM)
             self._forget()
-            # What was read before is nobody else's any more, and is still delivered.
+            # No other consumer can get what was read before, so it is still delivered.
             self._held_s = float("inf")
             Event().wait(GONE_PAUSE_S)
         elif self._own_after is None:

@@ -45,7 +45,7 @@ class Place:
         )
 
     def client(self, url: str, **options: Any) -> redis.Redis:
-        """A client as all of ours are."""
+        """A client as shiwu makes them."""
         return self.stack.enter_context(connect(url, **({"timeout_s": 2.0} | options)))
 
 

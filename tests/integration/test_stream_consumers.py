@@ -99,7 +99,7 @@ def test_results_go_on_when_redis_comes_back(own: Valkey, caplog: pytest.LogCapt
 
 
 def test_results_raise_when_redis_is_away_too_long(own: Valkey) -> None:
-    """As long as the caller bears it; an error that does not pass is raised at once."""
+    """As long as the caller bears it; an error that does not pass is raised immediately."""
     with Client(own.url, timeout_s=1) as client:
         own.kill()
         with pytest.raises(redis.ConnectionError):
@@ -113,7 +113,7 @@ def test_results_raise_when_redis_is_away_too_long(own: Valkey) -> None:
 
 @pytest.mark.parametrize("cut_bytes", [0, 4000])
 def test_results_of_a_lost_reply_come_again(redis_url: str, redis_client: redis.Redis, cut_bytes: int) -> None:
-    """What the server has delivered and the client has not got is read again, at once and in order."""
+    """What the server has delivered and the client has not got is read again, immediately and in order."""
     ids = fill(redis_client, 60)
     with FaultProxy(redis_url) as proxy, Client(proxy.url, timeout_s=5) as client:
         loop = client.results(group="g", block_s=0.05, batch=20, stop_when_idle=True)
@@ -230,7 +230,7 @@ def test_stop_when_idle_ends_without_acknowledgements(redis_url: str, redis_clie
 
 
 def test_stop_when_idle_ends_when_others_have_acknowledged(redis_url: str, redis_client: redis.Redis) -> None:
-    """It waits for what was pending, not for what others are given later, and takes nothing from who is alive."""
+    """It waits for what was pending, not for what others are given later, and takes nothing from them."""
     fill(redis_client, 3)
     with (
         Client(redis_url) as client,

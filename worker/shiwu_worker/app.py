@@ -70,7 +70,7 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
         super().__init__(*args, **{**kwargs, "without_mingle": True})
 
     def ensure_connected(self, conn: Any) -> Any:
-        """Try every few seconds: Celery's pauses grow to half a minute, in which nobody's revoke would be heard."""
+        """Try every few seconds: Celery's pauses grow to half a minute, in which every revoke would be lost."""
         conn.ensure_connection = partial(conn.ensure_connection, **RECONNECT_S)
         return super().ensure_connected(conn)
 

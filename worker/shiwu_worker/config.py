@@ -247,7 +247,7 @@ class Settings(BaseSettings):
     def _drop_empty(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip spaces and line ends; a variable without other characters counts as not set.
 
-        But for the Redis URL: one that was left empty by mistake would lead to a server that nobody chose.
+        But for the Redis URL: one that was left empty by mistake would lead to the server on this machine.
         """
         stripped = {name: value.strip() if isinstance(value, str) else value for name, value in values.items()}
         return {name: value for name, value in stripped.items() if value != "" or name == "redis_url"}

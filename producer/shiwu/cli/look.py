@@ -25,7 +25,8 @@ ACK_AWAY_S: Final = 3600.0
 @main.command()
 @click.option("--group", default="shiwu-cli", show_default=True, help="Consumer group; each group gets every answer.")
 @click.option(
-    "--consumer", help="This consumer's name; with that of one that crashed, its unacknowledged answers come at once."
+    "--consumer",
+    help="This consumer's name; with that of one that crashed, its unacknowledged answers come immediately.",
 )
 @click.option("--follow", is_flag=True, help="Wait for more instead of ending when the stream is read.")
 @click.pass_obj

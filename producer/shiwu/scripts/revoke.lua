@@ -1,7 +1,7 @@
 -- Celery's revoke names ids of anybody's tasks. Those that are known to be ours are the caller's to answer; the others are
 -- remembered for a while, in case they wait in a lane, and answered when they are claimed.
 -- KEYS  claims, parked, revoked      ARGV  how long in ms, most to remember, ids...
--- Reply how many remembered ids were forgotten because there are too many, then the ids known to be ours
+-- Reply how many remembered ids were forgotten because there are too many, then the ids known to be jobs of shiwu
 local claims, parked, revoked = KEYS[1], KEYS[2], KEYS[3]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
