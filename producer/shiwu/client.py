@@ -14,15 +14,9 @@ from uuid import uuid4
 from shiwu.arguments import read_id, read_ids, read_seconds, read_text, read_whole, refused
 from shiwu.connection import connect
 from shiwu.contract import (
-    Answer,
-    ErrorCode,
-    ErrorInfo,
     Lane,
     Request,
-    Stage,
-    Status,
     check_id,
-    moment,
     parse_request,
     result_key,
 )
@@ -30,7 +24,8 @@ from shiwu.dead import DeadFilter, DeadLetter, DeadLetters
 from shiwu.errors import WaitTimeout
 from shiwu.items import check_images, check_shared_fields, read_item, request_id
 from shiwu.keep import OperatorsKeep
-from shiwu.ledger import Entry, Ledger
+from shiwu.known_labels import KnownLabels, LabelNotes
+from shiwu.ledger import Ledger, cancelled_entry
 from shiwu.queues import QueueState, read_state
 from shiwu.results import TagResult, read_result
 from shiwu.sender import Sender, Terms, read_lane
@@ -86,6 +81,7 @@ class Client:
         self._ledger = Ledger(self._redis, token=token, keep=keep)
         self._letters = DeadLetters(self._redis)
         self._upkeep = Upkeep(self._redis, self._ledger, token=token, keep=keep)
+        self._notes = LabelNotes(self._redis)
         self._timeout_s = timeout_s
         self.unreadable_items = 0
         """Entries of the results stream that `results` has skipped because this version cannot read them."""
@@ -227,7 +223,7 @@ class Client:
         cancelled: list[str] = []
         for portion in _portions(ids, 500):
             now_ms = self.server_time_ms()
-            entries = [_cancelled(job_id, reason, now_ms=now_ms) for job_id in portion]
+            entries = [cancelled_entry(job_id, reason, now_ms=now_ms) for job_id in portion]
             again = self._ledger.write(entries, token=f"cancel.{secrets.token_hex(4)}")
             cancelled += [job_id for job_id in portion if job_id not in again]
         return cancelled
@@ -372,6 +368,13 @@ class Client:
         """What waits and what is claimed, lane by lane."""
         return read_state(self._redis)
 
+    def known_labels(self, digest: str) -> KnownLabels | None:
+        """The labels behind `labels.digest` of an answer, or None where no worker has noted them.
+
+        Workers note each set that they answer with; of those that requests brought along the last thousand are kept.
+        """
+        return self._notes.find(read_text("digest", digest, least=1, most=200))
+
     def stray_lanes(self) -> StrayLanes:
         """Lists that look like lanes and that no worker reads; searches for two seconds at most."""
         return find_stray_lanes(self._redis)
@@ -379,13 +382,6 @@ class Client:
 
 def _random_id(_: Request) -> str:
     return str(uuid4())
-
-
-def _cancelled(job_id: str, reason: str, *, now_ms: float) -> Entry:
-    text = f"cancelled by its producer{': ' if reason else ''}{reason:.200}"
-    error = ErrorInfo(code=ErrorCode.CANCELLED, message=text, stage=Stage.CLAIM)
-    answer = Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error, answered_at=moment(now_ms))
-    return Entry(id=job_id, answer=answer, is_aside=True)
 
 
 def _portions(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:

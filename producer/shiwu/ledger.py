@@ -176,6 +176,14 @@ def exception_form(answer: Answer) -> dict[str, Any]:
     return {"exc_type": "JobFailed", "exc_message": [message], "exc_module": "shiwu.errors"}
 
 
+def cancelled_entry(job_id: str, reason: str, *, now_ms: float) -> Entry:
+    """The answer of a job that its producer cancels."""
+    text = f"cancelled by its producer{': ' if reason else ''}{reason:.200}"
+    error = ErrorInfo(code=ErrorCode.CANCELLED, message=text, stage=Stage.CLAIM)
+    answer = Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error, answered_at=moment(now_ms))
+    return Entry(id=job_id, answer=answer, is_aside=True)
+
+
 def answered_before(worker: str, *, now_ms: float) -> bytes:
     """Celery's result for a copy of a job whose answer is no longer kept, with a zero byte in each place of the id."""
     now = moment(now_ms)

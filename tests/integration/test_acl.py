@@ -205,7 +205,10 @@ SCRIPTS = {
     "client": ["producer/shiwu/scripts/commit.lua"],
     "sweep": [f"producer/shiwu/scripts/{name}.lua" for name in ("commit", "tend", "trim", "take_late")],
     "worker": [
-        *(f"producer/shiwu/scripts/{name}.lua" for name in ("commit", "tend", "trim", "revoke", "take_callbacks")),
+        *(
+            f"producer/shiwu/scripts/{name}.lua"
+            for name in ("commit", "tend", "trim", "revoke", "take_callbacks", "note_labels")
+        ),
         *(f"worker/shiwu_worker/stages/scripts/{name}.lua" for name in ("claim", "renew", "release")),
     ],
 }

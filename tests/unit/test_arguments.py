@@ -89,6 +89,7 @@ ODD: dict[str, dict[str, list[Any]]] = {
     "server_time_ms": {},
     "queue_state": {},
     "stray_lanes": {},
+    "known_labels": {"digest": ["", *TEXT]},
     "close": {},
 }
 GIVEN: dict[str, dict[str, Any]] = {

@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 import redis
 import structlog
 
+from shiwu.known_labels import LabelNotes
 from shiwu_worker import tune
 from shiwu_worker.config import Settings
 from shiwu_worker.ended import EndedJobs
 from shiwu_worker.errors import FatalError
 from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.job import Release
+from shiwu_worker.label_notes import LabelNoter
 from shiwu_worker.label_set import LabelSet
 from shiwu_worker.logs import job_logger
 from shiwu_worker.malloc import use_one_arena
@@ -136,7 +138,7 @@ def _build(
         claims,
         away=make_away("commit", progress),
         on_settled=_each(lambda jobs: pipeline.settled(jobs), panel.let_go),
-        on_answered=_each(*_job_log(settings), panel.answered, on_answered),
+        on_answered=_each(*_job_log(settings), panel.answered, LabelNoter(LabelNotes(client)).answered, on_answered),
         on_fatal=on_fatal,
     )
     encoder = open_encoder(settings, folder, spec)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shiwu.cli import ask, dead, look, sweep
+from shiwu.cli import ask, dead, labels, look, sweep
 from shiwu.cli.base import main
 
-__all__ = ["ask", "dead", "look", "main", "sweep"]
+__all__ = ["ask", "dead", "labels", "look", "main", "sweep"]

@@ -91,6 +91,7 @@ def main(ctx: click.Context, redis_url: str | None) -> None:
     shiwu enqueue --lane bulk - < references.txt             ask about many, do not wait
     shiwu results --group archive --follow                   read every answer, as JSON lines
     shiwu status                                             what waits, what runs
+    shiwu labels DIGEST                                      the labels behind an answer's digest
     shiwu cancel ID…                                         nobody wants these any more
     shiwu dead list                                          what ended without tags, and why
     shiwu sweep                                              look after waiting jobs where no worker runs

@@ -1,0 +1,99 @@
+"""The labels behind a digest: noted by the worker that answers, bounded, and told by client and command line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import redis
+from click.testing import CliRunner
+
+from shiwu import Client
+from shiwu.cli import main
+from shiwu.contract import LABELS, LABELS_OF_REQUESTS
+from shiwu.known_labels import MAX_OF_REQUESTS, KnownLabels, LabelNotes
+from shiwu_worker.job import Job
+from shiwu_worker.label_notes import MAX_REMEMBERED, LabelNoter
+from shiwu_worker.label_set import LabelSet
+from shiwu_worker.settle import Settled
+from shiwu_worker.timing import Moments
+from tests.integration.test_claim_properties import message
+from tests.support import pictures
+from tests.support.servers import S3Server, WorkerProcess
+from tests.support.waiting import wait_until
+
+
+def settled(label_set: LabelSet | None) -> Settled:
+    """An answered job with this label set."""
+    job = Job(id="x", key="shiwu.bulk", attempt=1, raw=message("x"), moments=Moments(0.0), label_set=label_set)
+    entry: Any = None
+    return Settled(job, entry, commit_s=0.0, is_first=True)
+
+
+def test_digest_of_an_answer_tells_its_labels(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """Words of a request, and a set by its name with its templates."""
+    reference = s3.put("known-labels", pictures.jpeg(pictures.picture("熊猫")))
+    base = ["--redis-url", shared_worker.redis_url, "labels"]
+    with Client(shared_worker.redis_url) as client:
+        own = client.tag(reference, labels=["熊猫", "汽车"])
+        named = client.tag(reference, labels="six-zh")
+        assert own.labels is not None
+        assert named.labels is not None
+        digest = own.labels.digest
+        known = wait_until(lambda: client.known_labels(digest), timeout_s=10, what="the note, which follows the answer")
+        assert (known.labels, known.name, known.head) == (("熊猫", "汽车"), None, own.labels.head)
+        by_name = wait_until(lambda: client.known_labels(str(named.labels and named.labels.digest)), timeout_s=10)
+        assert (by_name.name, len(by_name.labels)) == ("six-zh", named.labels.count)
+        assert client.known_labels("0" * 32) is None
+    told = CliRunner().invoke(main, [*base, digest])
+    assert (told.exit_code, told.output) == (0, "熊猫\n汽车\n")
+    as_json = json.loads(CliRunner().invoke(main, [*base, digest, "--json"]).output)
+    assert as_json["labels"] == ["熊猫", "汽车"]
+    unknown = CliRunner().invoke(main, [*base, "nothing"])
+    assert unknown.exit_code == 1
+    assert "expected the digest" in unknown.output
+
+
+def test_notes_of_requests_are_bounded(redis_client: redis.Redis) -> None:
+    """In number and in bytes; sets with a name stay."""
+    notes = LabelNotes(redis_client)
+    notes.note([KnownLabels(digest="named", labels=("a",), name="own")])
+    for start in range(0, MAX_OF_REQUESTS + 50, 50):
+        notes.note([KnownLabels(digest=f"d{n}", labels=(f"label {n}",)) for n in range(start, start + 50)])
+    notes.note(
+        [KnownLabels(digest="d1049", labels=("label 1049",)), KnownLabels(digest="long", labels=("x" * 20_000,))]
+    )
+    assert redis_client.hlen(LABELS) == MAX_OF_REQUESTS + 1
+    assert redis_client.llen(LABELS_OF_REQUESTS) == MAX_OF_REQUESTS
+    assert notes.find("named") is not None
+    assert (notes.find("d49"), notes.find("long")) == (None, None)
+    newest = notes.find("d1049")
+    assert newest is not None
+    assert newest.labels == ("label 1049",)
+
+
+def test_note_of_another_kind_is_no_label_set(redis_client: redis.Redis) -> None:
+    """What cannot be read is not known."""
+    redis_client.hset(LABELS, "odd", "not json")
+    assert LabelNotes(redis_client).find("odd") is None
+
+
+def test_set_is_noted_once_and_errors_cost_nothing(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for many answers with one set; a Redis that refuses is asked again an hour later."""
+    notes = LabelNotes(redis_client)
+    calls: list[int] = []
+    write = notes.note
+    monkeypatch.setattr(notes, "note", lambda sets: (calls.append(len(sets)), write(sets)))
+    noter = LabelNoter(notes)
+    first, second = LabelSet(None, ("a",)), LabelSet(None, ("b",))
+    noter.answered([settled(first), settled(None), settled(first), settled(second), settled(LabelSet(None, ("a",)))])
+    noter.answered([settled(second)])
+    assert calls == [2]
+    redis_client.delete(LABELS)
+    redis_client.set(LABELS, "a text")
+    noter.answered([settled(LabelSet(None, ("c",)))])
+    noter.answered([settled(LabelSet(None, ("c",)))])
+    assert calls == [2, 1]
+    noter.answered([settled(LabelSet(None, (str(n),))) for n in range(MAX_REMEMBERED + 10)])
+    assert len(noter._noted_s) == MAX_REMEMBERED
