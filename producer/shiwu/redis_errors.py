@@ -285,8 +285,9 @@ def explain(error: BaseException) -> str:
 
 
 def _is_handshake(error: BaseException) -> bool:
-    """Whether TLS itself was refused; a connection that ends in the middle of it is none such."""
-    return isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    """Whether TLS itself was refused; a connection that ends or breaks in the middle of it is not."""
+    broken = ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError | ssl.SSLWantReadError
+    return isinstance(error, ssl.SSLError) and not isinstance(error, broken)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

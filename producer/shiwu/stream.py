@@ -63,20 +63,18 @@ def follow(client: redis.Redis, acks: redis.Redis, options: StreamOptions) -> It
     try:
         while True:
             try:
-                portion = portion or reader.read()
-                if portion := reader.hold(portion):
-                    item = portion.pop(0)
-                    reader.handed_out(item)
-                elif reader.is_at_end:
-                    return
-                else:
-                    continue
+                portion = reader.hold(portion or reader.read())
             except (redis.RedisError, OSError) as error:
                 if not reader.failed(error):
                     outage.wait(error)
                 continue
             outage.end()
-            yield item
+            if portion:
+                item = portion.pop(0)
+                reader.handed_out(item)
+                yield item
+            elif reader.is_at_end:
+                return
     finally:
         if not outage.is_on:
             reader.leave(portion)
@@ -119,8 +117,9 @@ class _Reader:
         self._held_s = time.monotonic()
         if self._own_after is not None:
             entries = self._read_group(self._own_after)
+            found = self._take(entries)
             self._own_after = entries[-1][0].decode() if entries else None
-            return self._take(entries)
+            return found
         # In turn: entries of crashed consumers, then new ones.
         self._is_claiming = not self._is_claiming
         if not self._is_claiming:
@@ -163,8 +162,9 @@ class _Reader:
         return entries
 
     def _take(self, entries: Sequence[Any]) -> list[StreamItem]:
+        found = self._items.of(entries)
         self._newest = max([self._newest, *(_order(entry_id) for entry_id, _ in entries)])
-        return self._items.of(entries)
+        return found
 
     def _others_hold_nothing(self) -> bool:
         """Whether no other consumer holds an entry that was pending when this one had nothing more to read.

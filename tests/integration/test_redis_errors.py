@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -294,9 +295,13 @@ def test_cli_ends_with_64_where_redis_refuses_for_good(place: Place) -> None:
         assert (result.exit_code, result.output.count("redis_login")) == (64, 1), result.output
 
 
-def test_info_of_a_socket_error_is_away() -> None:
-    """Threads of a client meet such, too."""
-    assert info_of(OSError("gone")).passes
+@pytest.mark.parametrize("cause", [OSError("gone"), ssl.SSLEOFError("end"), ssl.SSLSyscallError("I/O"), TimeoutError()])
+def test_broken_connection_passes(cause: OSError) -> None:
+    """With TLS, too: what ends in the middle says nothing of certificates."""
+    error = redis.ConnectionError("lost")
+    error.__cause__ = cause
+    assert info_of(error).passes
+    assert info_of(cause).passes
 
 
 def test_worker_ends_with_64_before_it_loads_a_model(place: Place, start_worker: StartWorker) -> None:
