@@ -50,6 +50,13 @@ BARE = [
     "shiwu_sweep_last_round_timestamp_seconds",
     "shiwu_results_dropped_total",
 ]
+OF_THE_SWEEP = {
+    "shiwu_workers",
+    "shiwu_workers_expected",
+    "shiwu_sweep_last_round_timestamp_seconds",
+    "shiwu_results_dropped_total",
+}
+"""Metrics that a worker does not export."""
 HISTOGRAMS = {
     "shiwu_stage_seconds": {"stage"},
     "shiwu_queue_wait_seconds": {"lane"},
