@@ -41,7 +41,9 @@ LEAST_HOLE, LARGEST_PADDING = 64, 256
 scan, between these."""
 LONG_RUN, LONG_RUN_PADDING = 512, 8
 """Where so many zeros end a scan they are no padding at all: all but a few bytes of them must be needed."""
-_FIRST_BLOCK_BYTES: Final = 1 << 16
+_ENDS_SCAN: Final = np.array([byte not in {0, *range(0xD0, 0xD8), 0xFF} for byte in range(256)])
+"""Which bytes behind 0xff end a scan's data: not those of stuffed data, of restart markers, and of fill bytes."""
+_FIRST_BLOCK_BYTES: Final = 1 << 18
 _MAX_BLOCK_BYTES: Final = 1 << 20
 
 
@@ -142,7 +144,7 @@ def _segments(data: bytes, at: int) -> Iterator[tuple[int, int, int]]:
 
 
 class _Markers:
-    """Finds the places at which a scan's data may end: 0xff, neither stuffed nor a restart marker."""
+    """Finds the places at which a scan's data may end."""
 
     def __init__(self, data: bytes) -> None:
         self._bytes = np.frombuffer(data, np.uint8)
@@ -162,9 +164,7 @@ class _Markers:
                 return None
             block = self._bytes[self._searched : self._searched + self._block_bytes + 1]
             places = np.flatnonzero(block[:-1] == 0xFF)
-            following = block[places + 1]
-            is_end = (following != 0) & (following != 0xFF) & ((following < 0xD0) | (following > 0xD7))
-            self._places = (self._searched + places[is_end]).tolist()
+            self._places = (self._searched + places[_ENDS_SCAN.take(block.take(places + 1))]).tolist()
             self._searched += len(block) - 1
             self._block_bytes = min(2 * self._block_bytes, _MAX_BLOCK_BYTES)
 
