@@ -181,13 +181,15 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
         ErrorCode.PICTURE_UNSUPPORTED: _rejected(
             Fault.IMAGE,
             "The image has a format, or a variant of one, that this worker does not accept.",
-            "Convert the image, or add its format to `SHIWU_FORMATS`.",
+            "Convert the image, or add its format to `SHIWU_FORMATS`; HEIC also needs the extra `shiwu[heic]`.",
         ),
         ErrorCode.PICTURE_INVISIBLE: _rejected(
             Fault.IMAGE, "Every pixel of the image is transparent.", "Send an image that shows something."
         ),
         ErrorCode.PICTURE_BROKEN: _rejected(
-            Fault.IMAGE, "The bytes begin like an image, but its pixels cannot be decoded.", "Upload the image again."
+            Fault.IMAGE,
+            "The bytes begin like an image, but its pixels cannot be decoded, or some are missing.",
+            "Upload the image again.",
         ),
         ErrorCode.DECODER_CRASHED: _failed(
             "The image crashed its decoder process twice, the second time alone.",
