@@ -78,12 +78,17 @@ class Entry(msgspec.Struct, frozen=True):
     def kind(self) -> str:
         """The letters that the script reads."""
         kind = _KINDS.get(self.answer.status, "F")
-        kind += "I" if self.ignore_result else ""
-        kind += "D" if self.is_dead else ""
-        kind += "C" if self.has_callbacks else ""
-        kind += "H" if self.answer.history else ""
-        kind += "N" if self.id.startswith("~") and not self.claim and is_digest(self.id) else ""
-        return kind + ("A" if self.is_aside else "")
+        if self.ignore_result:
+            kind += "I"
+        if self.is_dead:
+            kind += "D"
+        if self.has_callbacks:
+            kind += "C"
+        if self.answer.history:
+            kind += "H"
+        if not self.claim and self.id.startswith("~") and is_digest(self.id):
+            kind += "N"
+        return kind + "A" if self.is_aside else kind
 
 
 class Ledger:
@@ -130,8 +135,8 @@ class Ledger:
         args: list[Any] = [*limits, datetime.now(UTC).isoformat(), *self._rest]
         for entry in entries:
             mark = f"{token or self._token}:{entry.answer.attempts}"
-            args += [entry.id, entry.kind, entry.answer.to_json(), failure_head(entry.answer), entry.message, mark]
-            args.append(entry.claim)
+            answer = entry.answer
+            args += [entry.id, entry.kind, answer.to_json(), failure_head(answer), entry.message, mark, entry.claim]
         if not self._replicas:
             again: list[bytes] = self._script(keys=_KEYS, args=args)
         else:

@@ -13,6 +13,10 @@ from shiwu.errors import ForeignResult, JobFailed
 class TagResult(Answer, frozen=True):
     """An answer with the questions that one usually asks of it."""
 
+    def __post_init__(self) -> None:
+        """Recognise known words in what was read."""
+        self.recognise_words()
+
     @property
     def ok(self) -> bool:
         """Whether the picture was tagged."""

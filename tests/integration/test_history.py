@@ -13,9 +13,10 @@ import redis
 
 from shiwu import Client
 from shiwu.contract import ATTEMPTS, HISTORY, LEASES, AttemptEnd, ErrorCode, Lane, Request, Stage, Status
-from shiwu.ledger import Entry
+from shiwu.ledger import Ledger
 from shiwu.message import build_message
 from shiwu_worker.job import Job, Release, open_job
+from shiwu_worker.stages.commit import Committer
 from tests.integration.test_claim_properties import make_claims, make_committer, make_upkeep
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
@@ -55,7 +56,8 @@ def claim(client: redis.Redis, name: str = "worker-1.0a0a", *, lease_s: float = 
 
 def answered(job: Job) -> Any:
     """The answer of the job, as JSON."""
-    return json.loads(job.answer(worker="last", until_s=time.monotonic()).to_json())
+    [entry] = Committer(Ledger(redis.Redis(), token="w"), worker="last").finish([job], now_s=time.monotonic())
+    return json.loads(entry.answer.to_json())
 
 
 def test_first_try_has_no_history(client: redis.Redis) -> None:
@@ -149,8 +151,9 @@ def test_history_ends_with_the_answer(client: redis.Redis, redis_url: str, how: 
     assert client.exists(f"{HISTORY}job") == 1
     if how == "answered":
         wait_until(lambda: make_upkeep(client).tend().promoted == 1, timeout_s=5)
-        answer = claim(client).answer(worker="w", until_s=time.monotonic())
-        make_committer(client, "w").write([Entry(id="job", answer=answer)])
+        now_s = time.monotonic()
+        ledger = make_committer(client, "w")
+        ledger.write(Committer(ledger, worker="w").finish([claim(client)], now_s=now_s))
     else:
         with Client(redis_url) as ours:
             assert ours.cancel("job") == ["job"]

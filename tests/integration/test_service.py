@@ -26,6 +26,7 @@ from shiwu.contract import (
     result_key,
 )
 from shiwu.message import build_message
+from shiwu.results import TagResult
 from tests.conftest import StartWorker
 from tests.support import pictures
 from tests.support.celery_client import celery_client
@@ -51,7 +52,7 @@ def read_answer(client: redis.Redis, job_id: str, *, timeout_s: float = 30.0) ->
     """Wait for the answer in Celery's result, whichever form it has."""
     raw = wait_until(lambda: client.get(result_key(job_id)), timeout_s=timeout_s, what=f"answer of {job_id}")
     result = json.loads(raw)["result"]
-    return msgspec.convert(result.get("answer", result), Answer)
+    return msgspec.convert(result.get("answer", result), TagResult)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ class Job(msgspec.Struct, eq=False):
         """The lane that its message lay in."""
         return Lane.INTERACTIVE if self.key in _INTERACTIVE else Lane.BULK
 
-    def answer(self, *, worker: str, until_s: float) -> Answer:
+    def answer(self, *, worker: str, until_s: float, answered_at: datetime | None = None) -> Answer:
         """The terminal result, with the time of every stage so far."""
         warnings = self.warnings
         if self.labels is not None and self.status is Status.TAGGED:
@@ -182,7 +182,7 @@ class Job(msgspec.Struct, eq=False):
         if image is None and self.request is not None:
             image = ImageInfo(reference=without_query(self.request.image))
         return Answer(
-            id=self.told_id,
+            id=self.answer_id or self.id,
             status=self.status,
             image=image,
             tags=self.tags,
@@ -197,29 +197,26 @@ class Job(msgspec.Struct, eq=False):
             metadata=self.request.metadata if self.request else None,
             embedding=self.embedding,
             warnings=warnings or None,
-            answered_at=self._server_time(until_s),
+            answered_at=answered_at,
             history=self.history or None,
         )
 
-    def _server_time(self, at_s: float) -> datetime:
-        """A moment of this machine's monotonic clock, by Redis' clock."""
+    def server_time(self, at_s: float) -> datetime:
+        """A moment of this machine's monotonic clock, by Redis' clock as the claim of this job showed it."""
         moments = self.moments
         if not moments.claimed_ms:
             return datetime.now(UTC)
         return moment(moments.claimed_ms + (at_s - moments.claimed_s) * 1000)
 
 
-def _note_wait(job: Job, envelope: Envelope) -> None:
+def _note_returns(job: Job, envelope: Envelope) -> None:
     """Divide the time from enqueue to claim: earlier tries, pauses and a countdown, then the wait in the lane."""
     moments, sent_ms = job.moments, envelope.sent_ms
-    in_lane_ms = sent_ms or 0.0
-    if job.history or envelope.eta_ms is not None:
-        eta_ms = envelope.eta_ms or 0.0
-        in_lane_ms = min(max(in_lane_ms, eta_ms, back_in_lane_ms(job.history)), moments.claimed_ms)
-        if sent_ms is not None and in_lane_ms > sent_ms:
-            moments.earlier_ms = round(in_lane_ms - sent_ms, 3)
-    if in_lane_ms:
-        moments.queue_ms = max(0.0, round(moments.claimed_ms - in_lane_ms, 3))
+    returned_ms = max(sent_ms or 0.0, envelope.eta_ms or 0.0, back_in_lane_ms(job.history))
+    in_lane_ms = min(returned_ms, moments.claimed_ms)
+    moments.queue_ms = round(moments.claimed_ms - in_lane_ms, 3)
+    if sent_ms is not None and in_lane_ms > sent_ms:
+        moments.earlier_ms = round(in_lane_ms - sent_ms, 3)
 
 
 def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:
@@ -239,11 +236,14 @@ def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:
     if claimed.history:
         job.history = read_history(claimed.history)
     try:
-        if is_digest(claimed.id):
+        if claimed.id.startswith("~") and is_digest(claimed.id):
             job.answer_id = find_id(claimed.raw) or ""
         envelope = read_message(claimed.raw, zone=zone)
         job.ignore_result = envelope.ignore_result
-        _note_wait(job, envelope)
+        if job.history or envelope.eta_ms is not None:
+            _note_returns(job, envelope)
+        elif envelope.sent_ms is not None:
+            job.moments.queue_ms = max(0.0, round(claimed.claimed_ms - envelope.sent_ms, 3))
         job.has_callbacks = bool(envelope.canvas)
         job.warnings = field_warnings(envelope.fields)
         # Server times become local ones by the moment of the claim, which both clocks saw.

@@ -43,8 +43,8 @@ HeadWord = Annotated[str, _open(get_args(Head))]
 
 
 def moment(ms: float) -> datetime:
-    """A time of Redis' clock, to the millisecond, as answers tell it."""
-    return datetime.fromtimestamp(int(ms) / 1000, UTC)
+    """A time of Redis' clock, as answers tell it."""
+    return datetime.fromtimestamp(ms / 1000, UTC)
 
 
 class Written(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -199,12 +199,26 @@ class Answer(Written, frozen=True):
     warnings: tuple[AnswerWarning, ...] | None = None
     """Reasons to read the tags with care; None where there are none."""
     answered_at: datetime | None = None
-    """When the answer was made, by Redis' clock, in UTC (RFC 3339)."""
+    """When the answer was on its way to Redis, by Redis' clock, in UTC (RFC 3339)."""
     history: tuple[Attempt, ...] | None = None
     """Earlier tries, the last ten of them, the oldest first; None where there are none."""
 
-    def __post_init__(self) -> None:
-        """Recognise known words in what was read."""
+    @classmethod
+    def from_json(cls, raw: bytes) -> Self:
+        """Read it back; known words are members of their enums.
+
+        Raises:
+            ValueError: for anything else, with the path of the first field that is wrong.
+        """
+        answer = super().from_json(raw)
+        answer.recognise_words()
+        return answer
+
+    def recognise_words(self) -> None:
+        """Make known words members of their enums, after the answer was read.
+
+        Not done for each answer that is made: a worker makes thousands a second, of words that it knows.
+        """
         if type(self.status) is str:
             msgspec.structs.force_setattr(self, "status", known_word(Status, self.status))
         if type(self.lane) is str:

@@ -11,6 +11,8 @@ from shiwu.contract.words import MAX_IMAGE_CHARS
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_PLAIN_S3: Final = re.compile(r"s3://[a-z0-9.-]+/[A-Za-z0-9._-][A-Za-z0-9._/-]*")
+"""Most references: all that is checked below holds for them."""
 _BUCKET: Final = re.compile(r"[^/?#@:\\ ]+")
 _URL: Final = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:[/\\]*)(?P<authority>[^/\\?#]*)(?P<path>[^?#]*)", re.DOTALL
@@ -66,14 +68,22 @@ def file_path(image: str) -> str:
     return f"/{path}"
 
 
+def _unwritable(image: str) -> str | None:
+    if _CONTROL.search(image):
+        return "expected no control characters"
+    if not image.isascii() and _SURROGATE.search(image):
+        return "expected text that UTF-8 can write, got a lone surrogate"
+    return None
+
+
 def reference_error(image: str) -> str | None:
     """Why `image` is no usable reference, or None. Looks at the text only, never at the network."""
     if len(image) > MAX_IMAGE_CHARS:
         return f"expected at most {MAX_IMAGE_CHARS} characters, got {len(image)}"
-    if _CONTROL.search(image):
-        return "expected no control characters"
-    if _SURROGATE.search(image):
-        return "expected text that UTF-8 can write, got a lone surrogate"
+    if _PLAIN_S3.fullmatch(image):
+        return None
+    if unwritable := _unwritable(image):
+        return unwritable
     scheme = scheme_of(image)
     try:
         if scheme == "s3":

@@ -6,6 +6,7 @@ The step itself is the ledger's: producers that cancel and the sweep take the sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 
 from shiwu.contract import Status
 from shiwu.ledger import Entry, Ledger
@@ -27,7 +28,10 @@ class Committer:
 
     def finish(self, jobs: Sequence[Job], *, now_s: float) -> list[Entry]:
         """The answers of these jobs; times end when the tags were made, or at `now_s`."""
-        return [self._entry(job, job.scored_s or now_s) for job in jobs]
+        if not jobs:
+            return []
+        answered_at = jobs[0].server_time(now_s)
+        return [self._entry(job, job.scored_s or now_s, answered_at) for job in jobs]
 
     def commit(self, entries: Sequence[Entry]) -> set[str]:
         """Write answers; return the ids that somebody had answered before.
@@ -37,11 +41,11 @@ class Committer:
         """
         return self._ledger.write(entries)
 
-    def _entry(self, job: Job, until_s: float) -> Entry:
+    def _entry(self, job: Job, until_s: float, answered_at: datetime) -> Entry:
         is_dead = job.status in _KEPT
         return Entry(
-            answer=job.answer(worker=self._worker, until_s=until_s),
-            id=job.told_id,
+            answer=job.answer(worker=self._worker, until_s=until_s, answered_at=answered_at),
+            id=job.answer_id or job.id,
             claim=job.id if job.answer_id else "",
             ignore_result=job.ignore_result,
             message=job.key.encode() + b"|" + job.raw if is_dead or job.has_callbacks else b"",
