@@ -38,6 +38,7 @@ BENCHES: Final = {
     for bench in (
         Bench("messages", "bench.messages", "jobs a second from claim to commit, beside Celery and celery-batches"),
         Bench("service", "bench.service", "pictures a second of the whole service, beside the bare model and peers"),
+        Bench("start", "bench.start", "pictures a second after a start on a busy machine, beside a quiet start"),
         Bench("latency", "bench.latency", "p50, p95, p99 in an open loop, and of one picture on an idle worker"),
         Bench("encode", "bench.encode", "the model alone: batch sizes, dtypes, and its share of the matrix rate"),
         Bench("scaling", "bench.scaling", "a backlog through the chart's autoscaling, from no worker to many to none"),

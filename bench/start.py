@@ -1,0 +1,255 @@
+"""Pictures a second of workers that were started on a quiet machine, and on one that other programs kept busy.
+
+Each round starts one of each; the programs that keep the machine busy end when their worker is ready. Both workers then
+take turns of a few seconds, each from the first second of its own life on, so that the ratio of neighbouring turns says
+what the start is still worth after so many seconds of work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Final
+
+from tests.support.servers import Valkey
+
+from bench import picture_setup, traffic
+from bench.backlog import mean_batch
+from bench.charts import Chart, Series
+from bench.gpu import watching
+from bench.picture_setup import PictureOptions, open_place, read_options
+from bench.picture_systems import Place, Running, System
+from bench.report import Headline, Report, Table, median, number, ratio
+from bench.turns import Player, Ratio, Turn, paired, rate
+from shiwu.contract import Lane
+from shiwu_worker.cores import usable_cores
+
+QUIET: Final = "quiet start"
+BUSY: Final = "busy start"
+MOST_PER_S: Final = 1000.0
+"""Pictures a second that no worker does here: so many wait that it never runs dry."""
+WITHIN_S: Final = 10.0
+"""After so many seconds of work a busy start should be made good."""
+BURN: Final = "while True: pass"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """All workers with one kind of start."""
+
+    start: str
+    ready_s: tuple[float, ...]
+    """From the start of the process until it takes jobs, in each round."""
+    start_cpu_s: tuple[float, ...]
+    """CPU that the worker's own process took for it."""
+    per_second: tuple[float, ...]
+    """Pictures a second in each window of its life, over all rounds."""
+    own_cpu_s: float
+    """CPU seconds for one picture of the worker's process, with the model."""
+    mean_batch: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the run found."""
+
+    rows: tuple[Row, ...]
+    busy_is: tuple[Ratio, ...]
+    """Busy start ÷ quiet start, in each window of their lives."""
+    until_s: tuple[float, ...]
+    """Seconds of work at the end of each window."""
+    load: tuple[float, ...]
+    """Load average over a minute, before each round."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How it was run."""
+
+    pictures: PictureOptions
+    rounds: int
+    turns: int
+    burners: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Life:
+    """One worker, and what it has done."""
+
+    player: Player
+    ready_s: float
+    start_cpu_s: float
+    turns: list[Turn]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Its own options."""
+    picture_setup.add_options(parser, model="embedded")
+    parser.add_argument("--rounds", type=int, help="each with a quiet and a busy start; default 4")
+    parser.add_argument("--turns", type=int, help="of each worker, of --seconds; default 4")
+    parser.add_argument("--burners", type=int, default=usable_cores(), help="programs that use a core; default: cores")
+
+
+def run(asked: argparse.Namespace) -> Report:
+    """Start, take turns, and count."""
+    turns, rounds = (asked.turns or (2 if asked.quick else 4)), (asked.rounds or (2 if asked.quick else 4))
+    options = Options(read_options(asked, seconds=5.0), rounds, turns, asked.burners)
+    lives: dict[str, list[_Life]] = {QUIET: [], BUSY: []}
+    batches: dict[str, list[float]] = {QUIET: [], BUSY: []}
+    load: list[float] = []
+    with ExitStack() as stack:
+        place = stack.enter_context(open_place(options.pictures, Lane.BULK))
+        server = traffic.server_version(place.client)
+        for round_ in range(rounds):
+            load.append(os.getloadavg()[0])
+            _play(options, place, lives, batches, round_)
+            print(f"  round {round_ + 1} of {rounds}: {_line(lives)}", flush=True)
+        figures = _figures(options, lives, batches, load)
+        return _report(options, figures, place, server=server)
+
+
+def _play(
+    options: Options, place: Place, lives: dict[str, list[_Life]], batches: dict[str, list[float]], round_: int
+) -> None:
+    """One round: both start, in turn one or the other first, and then take turns."""
+    system = options.pictures.systems[0]
+    order = (QUIET, BUSY) if round_ % 2 == 0 else (BUSY, QUIET)
+    with ExitStack() as stack:
+        for kind in order:
+            burners = options.burners if kind == BUSY else 0
+            lives[kind].append(stack.enter_context(_living(place, system, f"{round_}-{kind}", burners=burners)))
+        for turn in range(options.turns):
+            for kind in order if turn % 2 == 0 else reversed(order):
+                life = lives[kind][-1]
+                life.turns.append(life.player.turn(options.pictures.seconds))
+        for kind in order:
+            batches[kind].append(mean_batch(lives[kind][-1].player.replies()))
+
+
+@contextmanager
+def _living(place: Place, system: System, name: str, *, burners: int) -> Iterator[_Life]:
+    """Start a worker with a server of its own, and stop it in its tracks as soon as it is ready."""
+    folder = place.folder / name.replace(" ", "-")
+    folder.mkdir()
+    with (
+        watching(folder, "gpu") as watch,
+        Valkey(folder=folder / "valkey") as server,
+        server.client(socket_timeout=60) as client,
+    ):
+        own = replace(place, url=server.url, client=client, folder=folder)
+        with ExitStack() as stack:
+            with _burning(burners):
+                began_s = time.monotonic()
+                running = stack.enter_context(system.open(own))
+                ready_s = time.monotonic() - began_s
+            start_cpu_s = _own_cpu_s(running)
+            listener = stack.enter_context(traffic.listening(client))
+            player = Player(own, running, listener, watch, per_second=MOST_PER_S)
+            player.pause()
+            try:
+                yield _Life(player, ready_s, start_cpu_s, [])
+            finally:
+                player.resume()  # what stands still does not end
+
+
+@contextmanager
+def _burning(count: int) -> Iterator[None]:
+    """So many programs that each use all of a core that they get."""
+    burners = [subprocess.Popen([sys.executable, "-c", BURN]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for one in burners:
+            one.kill()
+            one.wait(10)
+
+
+def _own_cpu_s(running: Running) -> float:
+    return running.cpu_s()[0]
+
+
+def _line(lives: dict[str, list[_Life]]) -> str:
+    """The last round."""
+    parts = []
+    for kind, those in lives.items():
+        rates = ", ".join(number(rate([turn])) for turn in those[-1].turns)
+        parts.append(f"{kind} ready {number(those[-1].ready_s)} s, pictures/s {rates}")
+    return "; ".join(parts)
+
+
+def _figures(
+    options: Options, lives: dict[str, list[_Life]], batches: dict[str, list[float]], load: Sequence[float]
+) -> Figures:
+    windows = range(options.turns)
+    rows = []
+    for kind, those in lives.items():
+        turns = [turn for one in those for turn in one.turns]
+        rows.append(
+            Row(
+                start=kind,
+                ready_s=tuple(one.ready_s for one in those),
+                start_cpu_s=tuple(one.start_cpu_s for one in those),
+                per_second=tuple(rate([one.turns[window] for one in those]) for window in windows),
+                own_cpu_s=ratio(sum(turn.own_cpu_s for turn in turns), sum(turn.pictures for turn in turns)),
+                mean_batch=median(batches[kind]),
+            )
+        )
+    pairs = list(zip(lives[BUSY], lives[QUIET], strict=True))
+    return Figures(
+        rows=tuple(rows),
+        busy_is=tuple(
+            paired([([busy.turns[window]], [quiet.turns[window]]) for busy, quiet in pairs]) for window in windows
+        ),
+        until_s=tuple(options.pictures.seconds * (window + 1) for window in windows),
+        load=tuple(load),
+    )
+
+
+def _report(options: Options, figures: Figures, place: Place, *, server: str) -> Report:
+    asked = options.pictures
+    what = (
+        f"{place.checkpoint.name}, {asked.size} JPEG from {asked.source}, {options.burners} programs beside the start"
+    )
+    ends = [f"until {until_s:g} s" for until_s in figures.until_s]
+    head = ("", "ready s", "CPU s of it", *ends, "own CPU ms/picture", "mean batch")
+    rows = tuple(
+        (
+            one.start,
+            number(median(one.ready_s)),
+            number(median(one.start_cpu_s)),
+            *(number(each) for each in one.per_second),
+            number(one.own_cpu_s * 1000),
+            number(one.mean_batch),
+        )
+        for one in figures.rows
+    )
+    ratios = ("busy ÷ quiet", "", "", *(str(one) for one in figures.busy_is), "", "")
+    lines = tuple(Series(one.start, one.per_second) for one in figures.rows)
+    return Report(
+        name="start",
+        headlines=tuple(_headlines(figures)),
+        tables=(Table(f"Pictures/s by seconds of work: {what}", head, (*rows, ratios)),),
+        charts=(Chart(what, figures.until_s, lines, "pictures/s", "seconds of work", kind="lines"),),
+        figures=figures,
+        settings=options,
+        server=server,
+        model=place.checkpoint.name,
+        has_random_weights=place.checkpoint.is_random,
+        notes=(f"load average before the rounds: {', '.join(number(one) for one in figures.load)}",),
+    )
+
+
+def _headlines(figures: Figures) -> Iterator[Headline]:
+    quiet, busy = figures.rows
+    for one in (quiet, busy):
+        yield Headline(f"{one.start} to ready", median(one.ready_s), "s", "less")
+    yield Headline("CPU of a start", median((*quiet.start_cpu_s, *busy.start_cpu_s)), "s", "less")
+    within = max(place for place, until_s in enumerate(figures.until_s) if until_s <= WITHIN_S or place == 0)
+    yield Headline(f"{BUSY} ÷ {QUIET}, within {WITHIN_S:g} s", figures.busy_is[within].value, "of quiet", "more")
+    yield Headline(f"{BUSY} ÷ {QUIET}, at the end", figures.busy_is[-1].value, "of quiet", "more")
