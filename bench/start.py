@@ -62,6 +62,8 @@ class Figures:
     rows: tuple[Row, ...]
     busy_is: tuple[Ratio, ...]
     """Busy start ÷ quiet start, in each window of their lives."""
+    cpu_busy_is: float
+    """CPU of the worker for a picture, quiet start ÷ busy start: other work on the machine changes it by far less."""
     until_s: tuple[float, ...]
     """Seconds of work at the end of each window."""
     load: tuple[float, ...]
@@ -206,6 +208,7 @@ def _figures(
         busy_is=tuple(
             paired([([busy.turns[window]], [quiet.turns[window]]) for busy, quiet in pairs]) for window in windows
         ),
+        cpu_busy_is=ratio(rows[0].own_cpu_s, rows[1].own_cpu_s),
         until_s=tuple(options.pictures.seconds * (window + 1) for window in windows),
         load=tuple(load),
     )
@@ -229,7 +232,7 @@ def _report(options: Options, figures: Figures, place: Place, *, server: str) ->
         )
         for one in figures.rows
     )
-    ratios = ("busy ÷ quiet", "", "", *(str(one) for one in figures.busy_is), "", "")
+    ratios = ("busy ÷ quiet", "", "", *(str(one) for one in figures.busy_is), number(figures.cpu_busy_is), "")
     lines = tuple(Series(one.start, one.per_second) for one in figures.rows)
     return Report(
         name="start",
@@ -252,4 +255,5 @@ def _headlines(figures: Figures) -> Iterator[Headline]:
     yield Headline("CPU of a start", median((*quiet.start_cpu_s, *busy.start_cpu_s)), "s", "less")
     within = max(place for place, until_s in enumerate(figures.until_s) if until_s <= WITHIN_S or place == 0)
     yield Headline(f"{BUSY} ÷ {QUIET}, within {WITHIN_S:g} s", figures.busy_is[within].value, "of quiet", "more")
+    yield Headline(f"{BUSY} ÷ {QUIET}, pictures for a second of CPU", figures.cpu_busy_is, "of quiet", "more")
     yield Headline(f"{BUSY} ÷ {QUIET}, at the end", figures.busy_is[-1].value, "of quiet", "more")

@@ -200,20 +200,19 @@ class Encoder:
         Raises:
             NonFiniteError: when this dtype overflows on this model.
         """
-        if self._crew is not None:
-            self._arrange_threads(self._crew)
+        core_s = 0.0 if self._crew is None else self._arrange_threads(self._crew)
         if is_thorough or self._is_compiled or self._stream is not None:
             costs = measure(self._time, self.rungs, is_enough=self._is_enough if choose_largest else lambda _: False)
             sd = MEASURED_WELL_SD
         else:
-            costs, sd = self._look_at_two(), MEASURED_ONCE_SD
+            costs, sd = self._look_at_two(core_s), MEASURED_ONCE_SD
         if self._is_compiled:
             self.rungs = tuple(costs)
         self.measured = tuple(costs)
         self.sizes = self._learn_sizes(costs, sd=sd, choose_largest=choose_largest)
 
-    def _arrange_threads(self, crew: Crew) -> None:
-        """Decide by the CPU of one thread, which is the same whatever else runs on the machine."""
+    def _arrange_threads(self, crew: Crew) -> float:
+        """Decide by the CPU that an image takes one thread, which is the same whatever else runs; return it."""
         tower, raw = self._eager(self._model, self._dtype), self._blank(self.rungs[0])
         vectors = torch.empty((self.rungs[0], self._width))
         crew.omp_threads = 1
@@ -227,6 +226,7 @@ class Encoder:
             on_change=_log_threads,
         )
         self._follow(self._threads)
+        return core_s
 
     def _follow(self, policy: ThreadPolicy) -> bool:
         """Take a crew of as many threads as the policy says; whether there had to be another one."""
@@ -236,15 +236,14 @@ class Encoder:
         self._crew = self._berths.crew = Crew(wanted.threads, is_divided=wanted.is_divided)
         return True
 
-    def _look_at_two(self) -> dict[int, float]:
-        """The cost of the smallest batch, and of a larger one that takes less than half a second of a core."""
+    def _look_at_two(self, core_s: float) -> dict[int, float]:
+        """The cost of the smallest batch, whose images take `core_s` each, and of a larger one that is still quick."""
         smallest = self.rungs[0]
-        costs = {smallest: min(self._time(smallest) for _ in range(PASSES))}
-        largest = max(
-            rung for rung in self.rungs if rung == smallest or rung * costs[smallest] / smallest <= START_CORE_S
-        )
+        costs = {smallest: core_s * smallest}
+        largest = max(rung for rung in self.rungs if rung == smallest or rung * core_s <= START_CORE_S)
+        took = [self._time(largest) for _ in range(PASSES)]
         if largest != smallest:
-            costs[largest] = min(self._time(largest) for _ in range(PASSES))
+            costs[largest] = min(took)
         self._run_before.update(costs)
         return costs
 
