@@ -23,11 +23,13 @@ from shiwu_worker.callback_rules import CallbackRules
 from shiwu_worker.errors import Rejected
 from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.stages.decode import DecodeLimits, decode
+from tests.compat.shapes import shapes
 from tests.support import bombs, pictures
 
 RULES: Final = CallbackRules(tasks=("t", "app.*"))
 SPEC: Final = ImageSpec(32, 32, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
+LONGEST_SEED: Final = 10_000
 LIMITS: Final = DecodeLimits(max_pixels=1_000_000, max_side=16_384, formats=FORMATS)
 """Small, so that an input takes milliseconds."""
 
@@ -107,7 +109,8 @@ def message_seeds() -> list[bytes]:
     plain += b'"headers":{"task":"shiwu.tag","id":"a","eta":null,"expires":"2030-01-01T00:00:00"},"properties":{}}'
     part = '{"task":"celery.group","subtask_type":"group","kwargs":{"tasks":[{"task":"app.a","options":{"link":[]}}]}}'
     nested = plain.replace(b'{\\"task\\":\\"t\\"}', part.replace('"', '\\"').encode())
-    return [*found, plain, nested, b"{}", b"[]", chance.randbytes(64), b"[" * 5000]
+    odd = [raw for raw, _, _ in shapes("s3://b/k").values() if len(raw) < LONGEST_SEED]
+    return [*found, *odd, plain, nested, b"{}", b"[]", chance.randbytes(64), b"[" * 5000]
 
 
 TARGETS: Final = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +13,13 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiwu.contract import CLAIMS, LEASES, RequestError, is_digest
+from shiwu.contract import ATTEMPTS, CLAIMS, LEASES, RequestError, done_key, is_digest, result_key
 from shiwu.envelope import read_message
 from shiwu.message_ids import find_id
 from shiwu_worker.job import open_job
+from shiwu_worker.stages.commit import Committer
 from tests.compat.shapes import ODD_IDS, protocol_1, protocol_2, shapes
-from tests.integration.test_claim_properties import make_claims
+from tests.integration.test_claim_properties import make_claims, make_committer
 
 IMAGE = "s3://b/k"
 SHAPES = shapes(IMAGE)
@@ -130,3 +132,16 @@ def test_copies_of_a_protocol_1_message_are_one_job(client: redis.Redis) -> None
         "shiwu.bulk", protocol_1("same", IMAGE), protocol_2("same", IMAGE), protocol_1("same", IMAGE, retries=1)
     )
     assert [job.id for job in make_claims(client, "w").claim(10).jobs] == ["same"]
+
+
+@pytest.mark.parametrize("name", sorted(BY_WORKER))
+def test_answer_ends_the_claim_that_has_another_name(client: redis.Redis, name: str) -> None:
+    """The claim is named by a digest, the answer by the id: neither claim nor lease is left behind."""
+    raw, expected, _ = SHAPES[name]
+    claimed = claim(client, raw)
+    client.delete(done_key(expected))
+    client.hset(ATTEMPTS, claimed.id, "1:0")
+    committer = Committer(make_committer(client, "w"), worker="w")
+    committer.commit(committer.finish([open_job(claimed)], now_s=time.monotonic()))
+    assert (client.hlen(CLAIMS), client.zcard(LEASES), client.hexists(ATTEMPTS, claimed.id)) == (0, 0, False)
+    assert client.exists(result_key(expected), done_key(expected)) == 2
