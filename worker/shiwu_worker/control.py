@@ -21,7 +21,6 @@ from shiwu_worker.revoke import revoke_command
 REPLY_EXCHANGE: Final = "reply.celery.pidbox"
 """Where Celery's `inspect` listens. A reply to any other exchange could write into a queue of somebody's choice."""
 _REPLY_KEY: Final = re.compile(r"[0-9a-f-]{32,36}")
-_STARTED_S: Final = time.monotonic()
 
 
 HELLO: Final = "shiwu_hello"
@@ -39,7 +38,8 @@ class ControlBox(Pidbox):  # type: ignore[misc]  # celery has no types
         super().__init__(consumer)
         self._hello = ""
         self._timer: Any = None
-        self.node.handlers = {"ping": _ping, "stats": _stats}
+        self._started_s = time.monotonic()
+        self.node.handlers = {"ping": _ping, "stats": self._stats}
         if consumer.app.conf.shiwu_revoke:
             self.node.handlers["revoke"] = revoke_command
 
@@ -86,6 +86,18 @@ class ControlBox(Pidbox):  # type: ignore[misc]  # celery has no types
         elif isinstance(body, dict) and body.get("method") in self.node.handlers and _is_reply_allowed(body):
             super().on_message(body, message)
 
+    def _stats(self, state: Any, **_: Any) -> dict[str, Any]:
+        """What `celery inspect stats` and Flower show of a worker."""
+        return {
+            "total": dict(total_count),
+            "pid": os.getpid(),
+            "clock": str(state.app.clock),
+            "uptime": round(time.monotonic() - self._started_s),
+            "pool": {"implementation": "shiwu_worker.pipeline", "max-concurrency": 1, "processes": [os.getpid()]},
+            "prefetch_count": 0,
+            "shiwu": {"version": version("shiwu"), "lanes": [lane.queue for lane in state.app.conf.shiwu_lanes]},
+        }
+
 
 class ControlStep(Control):  # type: ignore[misc]  # celery has no types
     """Takes the place of the remote control in Celery's consumer."""
@@ -117,16 +129,3 @@ def _is_reply_allowed(body: dict[str, Any]) -> bool:
 
 def _ping(_state: Any, **_: Any) -> dict[str, str]:
     return {"ok": "pong"}
-
-
-def _stats(state: Any, **_: Any) -> dict[str, Any]:
-    """What `celery inspect stats` and Flower show of a worker."""
-    return {
-        "total": dict(total_count),
-        "pid": os.getpid(),
-        "clock": str(state.app.clock),
-        "uptime": round(time.monotonic() - _STARTED_S),
-        "pool": {"implementation": "shiwu_worker.pipeline", "max-concurrency": 1, "processes": [os.getpid()]},
-        "prefetch_count": 0,
-        "shiwu": {"version": version("shiwu"), "lanes": [lane.queue for lane in state.app.conf.shiwu_lanes]},
-    }
