@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, Final
 
 from PIL import Image
@@ -20,6 +22,19 @@ UNCOMPRESSED: Final = {"BMP", "BMP, palette", "TIFF"}
 """Zeros are black pixels here, so nothing tells that a file is damaged."""
 
 
+ARITHMETIC_JPEG: Final = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRTc4UG1RV19iZ2hnPk1xeXBk"
+    "eFxlZ2P/yQALCAAwAEABAREA/8wABgAQEAX/2gAIAQEAAD8A0hX1MWyls+dD9qrdQeqqAap3r5eR4fgsdFxBJCTCB9W/YL11VzSHYVgun8M8mTab"
+    "AEQ/eUXXvW65PUXT+ygsidTRGAdVpAwzuoaBJ7cIkHMRH8j/AMkbCQ8N2HdxK6In2h9o2LskHAOTYJC9Zxa49i8Z4sxjWXxZr9MurftQjgo0He2t"
+    "tPgF0KRIaf8AIvqlUSmafug+II7YnHRmlzGo5Iakm9EG3rdcwDRaZwiL/gN2hiY62qgCmr0+lbDe8QL4eOucQXaeudYR9irXvxbtVstCf4ebIrEm"
+    "Sy+ftzZ3Z9CmhKpOfkzcd0dN+/SwQq71VWEXlM9InFQCT/8AIwKrG4Ry2RILdj60/sPnaorhuDdLtP4D6J5e9WhYSJc57j+Xzz0YESktEkveb4S1"
+    "l+Js/R0sYd8dw1iyKuRBDv2PCXEQIe5AXW7icdEJF3EAE9u0DcueUlNIoZ/+gH8Aa1giSvQkMOcP/VS/3LXliACuhmjaN4enkHfiSapWhk05TZbQ"
+    "HRlKnLlIxHwY2GxGKGT8hhg6ax0J5JwmM0XYzg428h6UJLzCS80ArM+uuMzoabTU9MfynBqWLsPrUjbcJzJaZDNuGivE3r/yikfwFkgJWqjRoqfX"
+    "mlakx0dKA7C6NChw+VGO2sh5pEX8AdLEVOULsA1OWcdHMhjCo6wOKcneIAMo/9k="
+)
+"""The picture in grey, 64 × 48, in arithmetic codes, which Pillow reads and does not write."""
+
+
 def kind_of(name: str) -> str:
     """Pillow's name of the format of a whole image's name."""
     return name.partition(",")[0]
@@ -30,6 +45,7 @@ def photo() -> Image.Image:
     return pictures.picture().resize((300, 260))
 
 
+@cache
 def whole_images() -> dict[str, bytes]:
     """Every variant of every format that keeps its pixels in another way."""
     pillow, image = pictures.saved, photo()
@@ -125,6 +141,7 @@ def with_chunk(data: bytes, kind: bytes, body: bytes, *, checksum: int | None = 
     return data[:33] + chunk + data[33:]
 
 
+@cache
 def damaged_beside_pixels() -> dict[str, bytes]:
     """Whole images with damaged, odd or very large metadata: every pixel is there."""
     jpeg, png = pictures.saved(photo(), "JPEG"), pictures.saved(photo(), "PNG")

@@ -1,4 +1,4 @@
-"""Shorthands for what the readers of image formats raise."""
+"""What the readers of image formats raise, and how a lack of memory is told from damage."""
 
 from __future__ import annotations
 
@@ -19,3 +19,14 @@ def too_large(text: str) -> Rejected:
 def unsupported(text: str) -> Rejected:
     """The image is of a format, or of a variant of one, that is not accepted."""
     return Rejected(ErrorCode.PICTURE_UNSUPPORTED, text, stage=Stage.DECODE)
+
+
+def require_memory(count: int) -> None:
+    """Ask for so many bytes and give them back.
+
+    Decoders tell of a failed allocation as they tell of damaged data, so after such an error this decides which it was.
+
+    Raises:
+        MemoryError: they cannot be had now.
+    """
+    bytearray(count)

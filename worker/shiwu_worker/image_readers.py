@@ -12,7 +12,8 @@ from PIL import Image, ImageFile
 
 from shiwu_worker.image_errors import broken
 from shiwu_worker.isobmff import has_holes, without_exif
-from shiwu_worker.jpeg_stream import load_jpeg, open_jpeg, read_header, read_scans
+from shiwu_worker.jpeg_decoder import load_jpeg, open_jpeg
+from shiwu_worker.jpeg_segments import read_header, read_scans
 from shiwu_worker.png_stream import load_png, open_png, read_png
 from shiwu_worker.webp_stream import load_webp, without_damaged_end
 

@@ -15,6 +15,7 @@ from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resize
 from numpy.typing import NDArray
 from PIL import Image
 
+from shiwu_worker.image_errors import require_memory
 from shiwu_worker.image_spec import ImageSpec
 
 Box = tuple[float, float, float, float]
@@ -27,6 +28,7 @@ _FAST_FILTERS: Final = {
 }
 _WIDEST_FILTER: Final = 3
 """Pixels on each side of its centre that the widest filter reaches when it does not shrink."""
+_FILTER_BYTES: Final = 2 << 20
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -229,6 +231,8 @@ def _window(start: float, stop: float, count: int, length: int) -> tuple[int, in
 
 def _resize_fast_pass(image: Image.Image, size: tuple[int, int], box: Box, filter_: FilterType) -> Image.Image:
     left, top, right, bottom = box
+    # The resizer ends the process when it gets no memory for its filter and for what lies between its passes.
+    require_memory(_FILTER_BYTES + 4 * max(size[0] * image.height, image.width * size[1]))
     small = Image.new("RGB", size)
     options = ResizeOptions(
         resize_alg=ResizeAlg.convolution(filter_),

@@ -9,8 +9,10 @@ from typing import Final
 
 from PIL import Image
 
-from shiwu_worker.image_errors import broken
+from shiwu_worker.image_errors import broken, require_memory
 
+CANVAS_BYTES: Final = 16
+"""For each pixel: two canvases of libwebp, its own buffers, and Pillow's image."""
 HOLE_BYTES: Final = 64
 """Zeros at the end of the image data, of which it is then asked whether the decoder needs them."""
 SPARE_BYTES: Final = 32
@@ -85,6 +87,8 @@ def _is_decodable(data: bytes) -> bool:
         with Image.open(io.BytesIO(data), formats=("WEBP",)) as image:
             image.load()
     except (OSError, EOFError, ValueError):
+        width, height = webp_size(data) or (0, 0)
+        require_memory(CANVAS_BYTES * width * height)
         return False
     return True
 

@@ -20,7 +20,7 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import Rejected
 from shiwu_worker.exif import exif_orientation
-from shiwu_worker.image_errors import broken, too_large, unsupported
+from shiwu_worker.image_errors import broken, require_memory, too_large, unsupported
 from shiwu_worker.image_formats import identify, listed, refusal
 from shiwu_worker.image_readers import OpenedImage, open_image
 from shiwu_worker.image_spec import ImageSpec
@@ -32,6 +32,8 @@ DRAFT_FACTOR: Final = 2
 """A JPEG may be decoded at reduced size down to this many times the model's: below JPEG's own re-save noise."""
 LEAST_DRAFT: Final = 256
 """And never below this: a small model sees every level, and a small picture is cheap anyway."""
+BYTES_A_PIXEL: Final = 16
+"""Memory that a decoder may need. When it fails and so much cannot be had, it was short of memory."""
 MAX_PARTS: Final = 20_000
 """Chunks of a PNG, segments of a JPEG. A PNG of 20 MiB in the smallest chunks that encoders write has 2,600."""
 WARMED: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
@@ -74,14 +76,16 @@ def decode(
         MemoryError: it does not fit; perhaps beside its neighbours only.
     """
     name = _checked_format(data, limits)
-    if size := webp_size(data):
+    size = webp_size(data)
+    if size:
         _check_size(*size, limits)
-    opened = _opened(data, name, limits)
+    opened = _opened(data, name, limits, size or (0, 0))
     with opened.image as image:
         _check_size(*image.size, limits)
         _check_frames(image, name, limits)
+        size, extent = image.size, None
+        pixels_told = image.width * image.height
         try:
-            size, extent = image.size, None
             if name == "JPEG" and not exact:
                 extent = _drafted(image, spec)
             rgb = visible_rgb(
@@ -101,8 +105,7 @@ def decode(
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _too_many_pixels(error, limits) from error
         except Exception as error:  # border: a decoder raises anything on hostile bytes
-            if "out of memory" in str(error):  # Pillow's codecs say it with an OSError
-                raise MemoryError(str(error)) from error
+            require_memory(BYTES_A_PIXEL * pixels_told)
             raise broken(f"expected a whole {name} image ({type(error).__name__}: {error!s:.120})") from error
     return pixels, DecodedInfo(name, *size, hashlib.sha256(data).hexdigest())
 
@@ -143,7 +146,7 @@ def _checked_format(data: bytes, limits: DecodeLimits) -> str:
     return found.name
 
 
-def _opened(data: bytes, name: str, limits: DecodeLimits) -> OpenedImage:
+def _opened(data: bytes, name: str, limits: DecodeLimits, size: tuple[int, int]) -> OpenedImage:
     try:
         return open_image(data, name, max_parts=MAX_PARTS, max_scans=limits.max_scans)
     except (MemoryError, Rejected):
@@ -151,6 +154,7 @@ def _opened(data: bytes, name: str, limits: DecodeLimits) -> OpenedImage:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_many_pixels(error, limits) from error
     except Exception as error:  # border: a parser raises anything on hostile bytes
+        require_memory(BYTES_A_PIXEL * size[0] * size[1])
         reason = "" if isinstance(error, UnidentifiedImageError) else f" ({type(error).__name__}: {error!s:.120})"
         raise broken(f"expected a whole {name} image, got one whose header cannot be read{reason}") from error
 
