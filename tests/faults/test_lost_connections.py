@@ -12,6 +12,7 @@ from celery import Celery
 from shiwu import Client
 from shiwu.contract import CANVAS, CANVAS_DUE, RESULT_STREAM, Lane
 from shiwu.dead import DeadLetters
+from shiwu.known_labels import KnownLabels, LabelNotes
 from shiwu.ledger import Entry
 from shiwu_worker.callback_rules import CallbackRules
 from shiwu_worker.canvas import Callbacks
@@ -80,12 +81,20 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
         "requeue": lambda: DeadLetters(client).requeue([failed.id]),
         "tend": lambda: upkeep.tend(count_waiting=True).waiting,
         "take_late": lambda: wait_until(upkeep.expire_waiting, timeout_s=5),
+        "note_labels": lambda: note_labels(client),
         "trim": lambda: upkeep.trim() == {} and client.xlen(RESULT_STREAM) == 1,
         "take_callbacks": lambda: callbacks._portion([]) == 2 and not client.exists(CANVAS),
         # The first answer is held again before it is handed out; the consumer is removed at the end of its loop.
         "hold_entries": lambda: consume(url) == 1,
         "drop_consumers": lambda: consume(url) == 0 and client.xinfo_consumers(RESULT_STREAM, "g") == [],
     }
+
+
+def note_labels(client: redis.Redis) -> bool:
+    """Store a label set; whether it is found by its digest."""
+    notes, known = LabelNotes(client), KnownLabels(digest="d", labels=("猫",))
+    notes.note([known])
+    return notes.find("d") == known
 
 
 def consume(url: str) -> int:

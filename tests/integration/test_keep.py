@@ -56,7 +56,7 @@ def test_limits_that_make_no_sense_are_passed_over(redis_client: redis.Redis) ->
 
 def test_a_deadline_that_names_no_job_goes(redis_client: redis.Redis) -> None:
     """A member that is no id neither ends whoever tends nor comes back each second, and is answered by nobody."""
-    redis_client.zadd(DEADLINES, {b"\xff\xfe": 1.0, b"no id": 1.0, b"job": 1.0})
+    redis_client.zadd(DEADLINES, {b"\xff\xfe": 1.0, b"i" * 256: 1.0, b"": 1.0, b"job": 1.0})
     upkeep = Upkeep(redis_client, Ledger(redis_client, token="s"), token="s")
     upkeep.tend()
     assert redis_client.zcard(DEADLINES) == 0
