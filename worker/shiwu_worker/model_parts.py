@@ -10,6 +10,7 @@ from typing import Any
 from shiwu_worker.canary import Canary, known_picture
 from shiwu_worker.config import Settings
 from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.garbage import freeze_imported
 from shiwu_worker.image_spec import ImageSpec
 from shiwu_worker.models import model_name, model_revision
 
@@ -30,6 +31,7 @@ def open_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorou
             # Here and not above: loaders start meanwhile.
             from shiwu_worker.stages.encode import Encoder  # noqa: PLC0415
 
+        freeze_imported()
         encoder = Encoder(
             folder=folder,
             model_id=model_name(settings.model),

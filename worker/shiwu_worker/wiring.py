@@ -17,6 +17,7 @@ from shiwu_worker import tune
 from shiwu_worker.config import Settings
 from shiwu_worker.ended import EndedJobs
 from shiwu_worker.errors import FatalError
+from shiwu_worker.garbage import freeze_started
 from shiwu_worker.image_spec import read_image_spec
 from shiwu_worker.job import Release
 from shiwu_worker.label_notes import LabelNoter
@@ -167,7 +168,7 @@ def _build(
     panel.watch(stack, client, encoder, loaders)
     once = _Once(partial(_stop, settings, panel=panel, claims=claims, pipeline=pipeline, settler=settler))
     stack.callback(once, settings.grace_s)
-    _start(settler, doorbell, heartbeat, ended, pipeline)
+    _start(stack, settler, doorbell, heartbeat, ended, pipeline)
     panel.started(pipeline, encoder, loaders)
     return Service(pipeline=pipeline, stop=once, panel=panel)
 
@@ -177,7 +178,8 @@ def _make_doorbell(stack: ExitStack, settings: Settings) -> Doorbell:
     return Doorbell(client, block_s=DOORBELL_S, lanes=settings.lanes)
 
 
-def _start(*parts: Any) -> None:
+def _start(stack: ExitStack, *parts: Any) -> None:
+    freeze_started(stack)
     for part in parts:
         part.start()
 
