@@ -67,13 +67,13 @@ def test_both_languages_have_the_same_parts() -> None:
         text = re.sub(
             r"```python\n.*?```|^    [^\n]*", lambda found: re.sub(r" +#.*", "", found[0]), text, flags=re.S | re.M
         )
-        text = text.replace("ARGS=NAME", "ARGS=名称")
+        text = re.sub(r"```mermaid\n.*?```", lambda found: re.sub(r'"[^"]*"', '""', found[0]), text, flags=re.S)
         kept = r"```.*?```|^    .*?$|^#+(?= )|^\||(?<=\n\n)(?=[^|#` \n])"
         return re.findall(kept, text, flags=re.S | re.M)
 
     english, chinese = (parts(name) for name in READMES)
     assert english == chinese
-    assert len(english) > 60
+    assert len(english) > 50
 
 
 @pytest.mark.parametrize("name", READMES)
