@@ -1,0 +1,76 @@
+"""The hand-written pages: links lead somewhere, and lines fit on a screen."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GENERATED = {"docs/settings.md", "docs/errors.md"}
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md"))]
+WRITTEN = [page for page in PAGES if str(page.relative_to(ROOT)) not in GENERATED]
+MAX_COLUMNS = 120
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_DEFINITION = re.compile(r"^\[[^\]]+\]: (\S+)$", re.M)
+
+
+def name(page: Path) -> str:
+    """The path of a page as tests print it."""
+    return str(page.relative_to(ROOT))
+
+
+def prose(page: Path) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a page without fenced and indented code."""
+    fenced = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif not fenced and not line.startswith("    "):
+            yield number, line
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that forges give to the headings of a page."""
+    found: set[str] = set()
+    for _, line in prose(page):
+        if heading := re.match(r"#+ (.*)", line):
+            text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading[1]).strip().lower()
+            anchor = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+            numbered = (f"{anchor}-{number}" for number in range(1, 100))
+            found.add(anchor if anchor not in found else next(one for one in numbered if one not in found))
+    return found
+
+
+def columns(line: str) -> int:
+    """The width of a line on a terminal: East Asian characters take two columns."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_between_pages_resolve(page: Path) -> None:
+    """Every linked file exists, and every anchor is a heading of its page."""
+    text = "\n".join(line for _, line in prose(page))
+    broken = []
+    for link in [*_LINK.findall(text), *_DEFINITION.findall(text)]:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name)
+def test_lines_of_prose_fit_in_120_columns(page: Path) -> None:
+    """Tables, code and lines that hold a long address are exempt."""
+    long = [
+        f"{name(page)}:{number}: {columns(line)} columns"
+        for number, line in prose(page)
+        if columns(line) > MAX_COLUMNS and not line.startswith("|") and not re.search(r"https?://\S{60}", line)
+    ]
+    assert long == []
