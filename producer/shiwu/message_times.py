@@ -42,5 +42,7 @@ def absolute_ms(value: Any, name: str, *, zone: tzinfo = UTC) -> float | None:
 
 def number_ms(value: object) -> float | None:
     """A number of a header, or None where it is no time: no infinity, and no integer that no float can hold."""
+    if type(value) is float and -LATEST_MS < value < LATEST_MS:
+        return value
     is_time = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LATEST_MS
     return float(value) if is_time else None  # type: ignore[arg-type]  # narrowed above

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from shiwu.contract import (
+    CONTRACT_VERSION,
     Answer,
     AnswerWarning,
     Attempt,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 _INTERACTIVE = frozenset(Lane.INTERACTIVE.keys)
 
 
-class Claimed(msgspec.Struct, frozen=True):
+class Claimed(msgspec.Struct, frozen=True, gc=False):
     """A message in our hands until its lease ends."""
 
     id: str
@@ -65,7 +66,7 @@ class Claimed(msgspec.Struct, frozen=True):
     """Earlier tries, as `history.read_history` reads them."""
 
 
-class Release(msgspec.Struct, frozen=True):
+class Release(msgspec.Struct, frozen=True, gc=False):
     """A job to give back. `delay_s` 0 puts it at the front of its lane."""
 
     id: str
@@ -76,7 +77,7 @@ class Release(msgspec.Struct, frozen=True):
     """`code|stage` of what ended this try, for the job's history; empty where it was none."""
 
 
-class Departure(msgspec.Struct, frozen=True):
+class Departure(msgspec.Struct, frozen=True, gc=False):
     """A batch that left for the device; no two are equal."""
 
     reason: str
@@ -181,12 +182,14 @@ class Job(msgspec.Struct, eq=False):
         image = self.image
         if image is None and self.request is not None:
             image = ImageInfo(reference=without_query(self.request.image))
+        # Some by position: for more than 15 keyword arguments CPython makes a dict, which doubles the time of the call.
         return Answer(
-            id=self.answer_id or self.id,
-            status=self.status,
-            image=image,
-            tags=self.tags,
-            labels=self.label_set.info if self.label_set else None,
+            self.answer_id or self.id,
+            self.status,
+            CONTRACT_VERSION,
+            image,
+            self.tags,
+            self.label_set.info if self.label_set else None,
             model=self.model,
             timing=self.moments.timing(until_s),
             batch_size=self.batch_size,
@@ -243,7 +246,8 @@ def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:
         if job.history or envelope.eta_ms is not None:
             _note_returns(job, envelope)
         elif envelope.sent_ms is not None:
-            job.moments.queue_ms = max(0.0, round(claimed.claimed_ms - envelope.sent_ms, 3))
+            # Not by `round`, which writes and reads the number.
+            job.moments.queue_ms = max(0, int((claimed.claimed_ms - envelope.sent_ms) * 1000 + 0.5)) / 1000
         job.has_callbacks = bool(envelope.canvas)
         job.warnings = field_warnings(envelope.fields)
         # Server times become local ones by the moment of the claim, which both clocks saw.

@@ -110,7 +110,7 @@ class Meter:
         return load
 
 
-class Moments(msgspec.Struct, eq=False):
+class Moments(msgspec.Struct, eq=False, gc=False):
     """Monotonic seconds at the borders between stages; CLOCK_MONOTONIC is one clock for all processes of a machine.
 
     A moment that was never reached stays 0, and its stage has taken no time.

@@ -50,7 +50,8 @@ def moment(ms: float) -> datetime:
 class Written(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a worker writes: immutable, cheap enough for every picture, and deaf to fields of a newer version.
 
-    What is None is left out of the JSON. Other defaults come from a `default_factory`, which keeps them in it.
+    What is None is left out of the JSON. Other defaults come from a `default_factory`, which keeps them in it. Parts
+    that hold only texts and numbers have `gc=False`: they cannot be in a cycle, and a worker makes ten for each job.
     """
 
     def to_json(self) -> bytes:
@@ -67,7 +68,7 @@ class Written(msgspec.Struct, frozen=True, omit_defaults=True):
         return msgspec.json.decode(raw, type=cls)
 
 
-class Tag(Written, frozen=True):
+class Tag(Written, frozen=True, gc=False):
     """One label of an answer."""
 
     label: str
@@ -77,7 +78,7 @@ class Tag(Written, frozen=True):
     """Cosine of picture and label vectors, comparable across label sets of one model."""
 
 
-class Timing(Written, frozen=True):
+class Timing(Written, frozen=True, gc=False):
     """Milliseconds of each stage of the last attempt; with `earlier` and `queue` they add up to `total`.
 
     `queue` is the wait in the lane before the last attempt; it is absent when the sender did not say when it enqueued.
@@ -97,7 +98,7 @@ class Timing(Written, frozen=True):
     total: float = msgspec.field(default_factory=float)
 
 
-class ImageInfo(Written, frozen=True):
+class ImageInfo(Written, frozen=True, gc=False):
     """The image as it was read. `reference` is as it was sent, but http(s) URLs have no query and no user name."""
 
     reference: str
@@ -108,7 +109,7 @@ class ImageInfo(Written, frozen=True):
     sha256: str | None = None
 
 
-class LabelsInfo(Written, frozen=True):
+class LabelsInfo(Written, frozen=True, gc=False):
     """Which labels were compared; the digest covers words, templates and head."""
 
     digest: str
@@ -117,7 +118,7 @@ class LabelsInfo(Written, frozen=True):
     name: str | None = None
 
 
-class ModelInfo(Written, frozen=True):
+class ModelInfo(Written, frozen=True, gc=False):
     """Which weights answered, and how they were run."""
 
     id: str
@@ -126,7 +127,7 @@ class ModelInfo(Written, frozen=True):
     device: str
 
 
-class ErrorInfo(Written, frozen=True):
+class ErrorInfo(Written, frozen=True, gc=False):
     """Why there are no tags."""
 
     code: ErrorWord
@@ -143,7 +144,7 @@ class ErrorInfo(Written, frozen=True):
             msgspec.structs.force_setattr(self, "stage", known_word(Stage, self.stage))
 
 
-class AnswerWarning(Written, frozen=True):
+class AnswerWarning(Written, frozen=True, gc=False):
     """A reason to read the tags of an answer with care; the answer is valid."""
 
     code: WarningWord

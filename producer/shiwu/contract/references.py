@@ -130,7 +130,7 @@ def without_query(image: str) -> str:
 
     These lose query, fragment, user name and password. In other references `?` and `#` belong to the name.
     """
-    if scheme_of(image) not in _HTTP:
+    if image.startswith("s3://") or scheme_of(image) not in _HTTP:
         return image
     found = _URL.match(image)
     if found is None:
