@@ -108,10 +108,11 @@ class AdaptiveChoice:
         near = [arm for arm in others if units[arm] <= NEAR * units[self.current] or self.costs.is_known(arm)]
         hopeful = sorted((arm for arm in near if self._may_win(arm)), key=self._at_best)
         due = sorted((arm for arm in others if self._is_due(arm, now_s)), key=lambda arm: self._rounds[arm][0])
-        # Tries that should cost nothing need no credit. Of the others the longest due goes first, and its price is
-        # saved up, or cheap ones would always spend what a dear one needs.
-        free = [arm for arm in hopeful if self._less(arm, self.current) <= 0]
-        paid = due[:1] or hopeful
+        # The longest due goes first, and a hopeful one instead while there is no credit for it: hope ends with a few
+        # tries. Other due ones wait, or cheap ones would always spend what a dear one needs. Tries that should cost
+        # nothing need no credit, for without them a debt of a worker with quick batches keeps it where it is.
+        free = [arm for arm in dict.fromkeys((*hopeful, *due)) if self._less(arm, self.current) <= 0]
+        paid = [*due[:1], *hopeful]
         can_pay = [arm for arm in paid if self._waste_s(arm, unit_s * units[arm]) <= self._credit_s]
         arm = next(iter((*can_pay, *free)), None)
         if arm is not None:
