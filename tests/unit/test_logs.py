@@ -81,3 +81,31 @@ def test_a_log_obeys_nothing_it_is_told(form: str, capfd: pytest.CaptureFixture[
     if form == "json":
         first, second = map(json.loads, own.splitlines())
         assert (first["image"], first["ids"], second["event"]) == (odd, [odd], f"unknown message {odd}")
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+@pytest.mark.parametrize("odd", ["\x1b[2J", "\x7f", "\x9b31m", "\u202e猫"])
+def test_line_of_a_job_obeys_nothing_it_is_told(form: str, odd: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also where the line is written without structlog."""
+    logs.set_up(level="info", form=form)
+    tell = logs.job_logger(level="info")
+    assert tell is not None
+    image = ImageInfo(reference=f"s3://b/{odd}")
+    tell(Answer(id="a", status=Status.EXPIRED, image=image), 0.0012, False)
+    written = capfd.readouterr().err
+    own = re.sub(r"\x1b\[\d*m", "", written) if form == "console" else written
+    assert own.count("\n") == 1
+    assert own.strip("\n").isprintable()
+    assert "expired" in own
+
+
+def test_line_of_a_job_has_the_form_of_all_lines(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    logs.set_up(level="info", form="json")
+    tell = logs.job_logger(level="info")
+    assert tell is not None
+    tell(Answer(id="a", status=Status.EXPIRED), 0.0012, False)
+    structlog.get_logger("x").info("other")
+    first, second = (json.loads(line) for line in capfdbinary.readouterr().err.splitlines())
+    assert first["commit_ms"] == 1.2
+    assert [*first][-3:] == [*second] == ["event", "level", "timestamp"]
+    assert re.sub(r"\d", "0", first["timestamp"]) == re.sub(r"\d", "0", second["timestamp"])
