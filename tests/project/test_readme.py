@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,12 @@ def test_the_help_of_every_command_is_there() -> None:
         result = CliRunner().invoke(main, [*command, "--help"])
         assert result.exit_code == 0
         assert "Usage" in result.output
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_a_readme_is_short_and_narrow(name: str) -> None:
+    """Fewer than 150 lines of at most 120 columns, tables and code included; Chinese characters take two columns."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 150
+    wide = [line for line in lines if sum(1 + (unicodedata.east_asian_width(one) in "WF") for one in line) > 120]
+    assert wide == []
