@@ -73,9 +73,9 @@ chart-tools: $(STAMP) ## install what the chart's tests run: two versions of hel
 	@$(BIN)/python -m tests.support.chart_tools
 
 docs: $(STAMP) chart-docs ## write all that is made from the code: pages of settings and errors, JSON Schema
-	$(BIN)/python -m shiwu_worker.config_reference docs/settings.md
+	$(BIN)/python -m shiwu_worker.config.reference docs/settings.md
 	$(BIN)/python -m shiwu.schema docs/schema
-	$(BIN)/python -m shiwu_worker.error_docs docs/errors.md
+	$(BIN)/python -m shiwu_worker.commands.error_docs docs/errors.md
 
 chart-docs: $(STAMP) ## make the chart's schema and README from its values.yaml
 	$(BIN)/python -m tests.support.chart_docs

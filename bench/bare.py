@@ -24,9 +24,9 @@ from tests.support.processes import clean_environment
 
 from bench.celery_app import WORDS
 from bench.report import median
-from shiwu_worker.cores import usable_cores
-from shiwu_worker.image_spec import ImageSpec, read_image_spec
-from shiwu_worker.models import model_folder
+from shiwu_worker.checkpoints.model_files import model_folder
+from shiwu_worker.runtime.cpus import usable_cores
+from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
 
 LEAST_TIMES: Final = 2
 START_S: Final = 600.0
@@ -180,8 +180,8 @@ def main() -> None:
     began_s = time.monotonic()
     import torch  # noqa: PLC0415 so that the start is measured with it
 
-    from shiwu_worker.config import Settings  # noqa: PLC0415
-    from shiwu_worker.model_parts import open_encoder  # noqa: PLC0415
+    from shiwu_worker.config.settings import Settings  # noqa: PLC0415
+    from shiwu_worker.service.model import open_encoder  # noqa: PLC0415
 
     settings = Settings()
     folder = model_folder(settings.model)

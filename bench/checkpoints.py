@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.cache import made_once
-from shiwu_worker.models import EMBEDDED, model_folder, model_name
+from shiwu_worker.checkpoints.model_files import EMBEDDED, model_folder, model_name
 
 NAMES: Final = ("embedded", "vit-b-16", "vit-l-14")
 RECIPE: Final = 2

@@ -24,10 +24,10 @@ from bench.bare import Rung
 from bench.charts import Chart, Series
 from bench.checkpoints import NAMES, Checkpoint, checkpoint
 from bench.report import Headline, Report, Table, number, ratio
-from shiwu_worker.cores import usable_cores
-from shiwu_worker.device import choose_device, choose_dtypes
-from shiwu_worker.image_spec import ImageSpec, read_image_spec
-from shiwu_worker.stages.encode import Encoder
+from shiwu_worker.runtime.cpus import usable_cores
+from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
+from shiwu_worker.stages.encode.device import choose_device, choose_dtypes
+from shiwu_worker.stages.encode.encoder import Encoder
 
 MATRIX: Final = {"cpu": 2048, "cuda": 8192}
 """Rows and columns: large enough that the rate is the device's best."""

@@ -17,10 +17,10 @@ from bench.machine import named
 from bench.photos import jpeg_files
 from bench.report import Headline, Report, Table, median, number, ratio
 from bench.sources import open_source
-from shiwu_worker.object_store import S3Client, S3Options
-from shiwu_worker.reach import Reach
-from shiwu_worker.stages.fetch import Fetcher, FetchLimits
-from shiwu_worker.web import Web
+from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
+from shiwu_worker.stages.fetch.http import Web
+from shiwu_worker.stages.fetch.s3.base import S3Client, S3Options
 
 CLIENTS: Final[tuple[S3Client, ...]] = ("boto3", "obstore")
 THREADS: Final = (1, 4)

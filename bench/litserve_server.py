@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from bench.celery_app import TOP, WORDS
-from shiwu_worker.cores import usable_cores
+from shiwu_worker.runtime.cpus import usable_cores
 
 Picture = Annotated[bytes, Body(media_type="application/octet-stream")]
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-from shiwu_worker.cores import usable_cores
+from shiwu_worker.runtime.cpus import usable_cores
 
 PACKAGES: Final = (
     *("torch", "transformers", "numpy", "pillow", "cykooz-resizer", "boto3", "obstore", "urllib3"),

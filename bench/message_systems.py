@@ -15,7 +15,7 @@ from bench.celery_app import SETTINGS_TEXT
 from bench.machine import named
 from bench.workers import Answerer, CeleryWorker, StandInWorker
 from shiwu.contract import Lane
-from shiwu_worker.cores import usable_cores
+from shiwu_worker.runtime.cpus import usable_cores
 
 SHIWU: Final = "shiwu"
 SLOTS: Final = 1024

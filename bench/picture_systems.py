@@ -23,7 +23,7 @@ from bench.machine import named
 from bench.sources import Source
 from bench.workers import CeleryWorker
 from shiwu.contract import Lane
-from shiwu_worker.cores import usable_cores
+from shiwu_worker.runtime.cpus import usable_cores
 
 SHIWU: Final = "shiwu"
 REFERENCE: Final = "reference script"

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoProcessor
 
 from bench.celery_app import TASK, TOP, WORDS, make_app
 from bench.sources import fetch
-from shiwu_worker.cores import usable_cores
+from shiwu_worker.runtime.cpus import usable_cores
 
 FOLDER: Final = os.environ["BENCH_MODEL"]
 DEVICE: Final = "cuda" if torch.cuda.is_available() else "cpu"

@@ -27,8 +27,8 @@ from bench.pods import Pods
 from bench.report import Report
 from bench.scaling_report import Figures, Options, Sample, make_report, windows_of
 from bench.workers import StandInWorker
+from shiwu.broker.queue_stats import count_waiting
 from shiwu.contract import CLAIMS, RESULT_STREAM, Lane
-from shiwu.queues import count_waiting
 
 TICK_S: Final = 0.05
 REFERENCE: Final = ("s3://pictures/cat.jpg",)

@@ -20,7 +20,7 @@ from tests.support.processes import LOOPBACK, Process, clean_environment, free_p
 from tests.support.servers import S3Server
 from tests.support.waiting import wait_until
 
-from shiwu_worker.cores import usable_cores
+from shiwu_worker.runtime.cpus import usable_cores
 
 SourceName = Literal["s3", "http", "file"]
 SOURCE_NAMES: Final = get_args(SourceName)

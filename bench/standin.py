@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 from tests.support.waiting import wait_until
 
 from shiwu.contract import COUNTERS, Head, ModelInfo
-from shiwu_worker import logs, wiring
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import FatalError, Trouble
-from shiwu_worker.label_checks import LabelTokens
-from shiwu_worker.loader_frames import Loaded, LoadTask
+from shiwu_worker.jobs.label_checks import LabelTokens
+from shiwu_worker.loaders.protocol import Loaded, LoadTask
+from shiwu_worker.service import bootstrap as wiring
+from shiwu_worker.telemetry import logs
 
 WIDTH: Final = 8
 """Numbers in a stand-in's vector."""

@@ -28,7 +28,7 @@ from bench.picture_systems import Place, Running, System
 from bench.report import Headline, Report, Table, median, number, ratio
 from bench.turns import Player, Ratio, Turn, paired, rate
 from shiwu.contract import Lane
-from shiwu_worker.cores import usable_cores
+from shiwu_worker.runtime.cpus import usable_cores
 
 QUIET: Final = "quiet start"
 BUSY: Final = "busy start"

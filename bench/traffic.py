@@ -18,8 +18,8 @@ import redis
 from pydantic_core import from_json
 from tests.support.waiting import wait_until
 
+from shiwu.broker.message_writer import build_message
 from shiwu.contract import Lane, Request, Timing, result_key
-from shiwu.message import build_message
 
 AT_ONCE: Final = 1000
 """Messages or keys in one command."""

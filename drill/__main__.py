@@ -23,9 +23,9 @@ from tests.support.servers import Valkey
 
 from drill.catalogue import DRILLS, Drill
 from drill.field import Field, Outcome
-from shiwu.connection import connect
+from shiwu.broker.connection import connect
+from shiwu.broker.queue_stats import read_state
 from shiwu.contract import CLAIMS, PARKED, SUSPECTS, WORKERS, Lane
-from shiwu.queues import read_state
 
 
 def run(

@@ -46,8 +46,8 @@ def _main() -> None:
     import torch  # noqa: PLC0415
 
     from shiwu_worker import __main__ as worker  # noqa: PLC0415
-    from shiwu_worker.canary import Canary  # noqa: PLC0415
-    from shiwu_worker.stages import encode as stage  # noqa: PLC0415
+    from shiwu_worker.health.canary import Canary  # noqa: PLC0415
+    from shiwu_worker.stages.encode import encoder as stage  # noqa: PLC0415
 
     chance = random.Random(os.environ["DRILL_SEED"])
     real, real_warm, real_sing = stage.Encoder.collect, stage.Encoder.warm, Canary.sing_if_due

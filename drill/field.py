@@ -16,9 +16,9 @@ from tests.support import pictures
 from tests.support.processes import WorkerProcess
 from tests.support.waiting import wait_until
 
-from shiwu.connection import connect
+from shiwu.broker.connection import connect
+from shiwu.broker.message_writer import build_message
 from shiwu.contract import CLAIMS, COUNTERS, LEASES, RESULT_STREAM, Answer, Lane, Request, Status, result_key
-from shiwu.message import build_message
 
 LEASE_S: Final = 3.0
 TAKEOVER_S: Final = 2.0

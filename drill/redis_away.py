@@ -13,7 +13,7 @@ from tests.support.waiting import wait_until
 
 from drill.field import Field, Outcome, wrong
 from shiwu import Client
-from shiwu.connection import connect
+from shiwu.broker.connection import connect
 from shiwu.contract import result_key
 
 GOES_ON_S = 3.0

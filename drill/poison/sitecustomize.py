@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-if "shiwu_worker.nursery_process" in sys.orig_argv:
+if "shiwu_worker.loaders.fork_server_main" in sys.orig_argv:
     from PIL import Image
 
     STEP_BYTES = 64 << 20

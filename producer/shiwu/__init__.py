@@ -19,28 +19,28 @@ from typing import TYPE_CHECKING, Any
 from shiwu.errors import ForeignResult, JobFailed, QueueFull, RedisUrlError, ShiwuError, WaitTimeout
 
 if TYPE_CHECKING:
-    from shiwu.client import Client
+    from shiwu.broker.queue_stats import QueueState
+    from shiwu.broker.redis_errors import ConnectionsBusy, NotReplicated
+    from shiwu.client.client import Client
+    from shiwu.client.dead_letters import DeadFilter, DeadLetter
+    from shiwu.client.results import TagResult
+    from shiwu.client.stream_items import StreamItem, UnreadableItem
     from shiwu.contract import Answer, Lane, RequestError, Status
-    from shiwu.dead import DeadFilter, DeadLetter
-    from shiwu.queues import QueueState
-    from shiwu.redis_errors import ConnectionsBusy, NotReplicated
-    from shiwu.results import TagResult
-    from shiwu.stream_items import StreamItem, UnreadableItem
 
 _HOMES = {
-    "Client": "client",
-    "DeadFilter": "dead",
-    "DeadLetter": "dead",
-    "ConnectionsBusy": "redis_errors",
-    "NotReplicated": "redis_errors",
-    "QueueState": "queues",
+    "Client": "client.client",
+    "DeadFilter": "client.dead_letters",
+    "DeadLetter": "client.dead_letters",
+    "ConnectionsBusy": "broker.redis_errors",
+    "NotReplicated": "broker.redis_errors",
+    "QueueState": "broker.queue_stats",
     "Answer": "contract",
     "Lane": "contract",
     "RequestError": "contract",
     "Status": "contract",
-    "StreamItem": "stream_items",
-    "TagResult": "results",
-    "UnreadableItem": "stream_items",
+    "StreamItem": "client.stream_items",
+    "TagResult": "client.results",
+    "UnreadableItem": "client.stream_items",
 }
 
 __all__ = [

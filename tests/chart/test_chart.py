@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
 from tests.chart.cases import ALL_ON, MATRIX, PLAIN, WRONG
 from tests.support import chart_docs
 from tests.support.chart import CHART, ChartError, Helm, merged, of_kind, pods, tool, variables, wrongs

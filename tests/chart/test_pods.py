@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from shiwu.broker.redis_url import read_redis_url
 from shiwu.cli import main
-from shiwu.redis_url import read_redis_url
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.label_files import load_label_sets
-from shiwu_worker.panel import TRACES_CLOSE_S
-from shiwu_worker.special_addresses import read_table
-from shiwu_worker.wiring import LOADERS_STOP_S
+from shiwu_worker.policy.ip_ranges import read_table
+from shiwu_worker.service.bootstrap import LOADERS_STOP_S
+from shiwu_worker.service.observability import TRACES_CLOSE_S
+from shiwu_worker.stages.score.label_files import load_label_sets
 from tests.chart.cases import ALL_OFF, ALL_ON, MATRIX, PLAIN, SENTINEL
 from tests.conftest import StartWorker
 from tests.support.chart import Helm, Manifest, of_kind, pods, variables

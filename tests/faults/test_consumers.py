@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import redis
 
+from shiwu.broker.answers import Entry
 from shiwu.contract import RESULT_STREAM, Answer, Status
-from shiwu.ledger import Entry
 from tests.integration.test_claim_properties import make_committer
 from tests.support.processes import Process, clean_environment
 from tests.support.waiting import wait_until

@@ -13,8 +13,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from shiwu.broker.answers import Entry
 from shiwu.contract import CLAIMS, COUNTERS, DELAYED, LEASES, PARKED, RESULT_STREAM, SUSPECTS, Lane
-from shiwu.ledger import Entry
 from tests.integration.test_claim_properties import (
     LANES,
     answer,

@@ -12,9 +12,9 @@ import redis
 from redis import RedisError
 
 from shiwu import Client
-from shiwu.connection import connect
+from shiwu.broker.connection import connect
+from shiwu.broker.redis_errors import NotReplicated
 from shiwu.contract import RESULT_STREAM
-from shiwu.redis_errors import NotReplicated
 from tests.conftest import StartWorker
 from tests.support import drill, pictures
 from tests.support.failover import Failover

@@ -10,14 +10,14 @@ import redis
 from celery import Celery
 
 from shiwu import Client
+from shiwu.broker.answers import Entry
+from shiwu.broker.known_labels import KnownLabels, LabelNotes
+from shiwu.client.dead_letters import DeadLetters
 from shiwu.contract import CANVAS, CANVAS_DUE, RESULT_STREAM, Lane
-from shiwu.dead import DeadLetters
-from shiwu.known_labels import KnownLabels, LabelNotes
-from shiwu.ledger import Entry
-from shiwu_worker.callback_rules import CallbackRules
-from shiwu_worker.canvas import Callbacks
-from shiwu_worker.job import Release
-from shiwu_worker.revoke import Revoker
+from shiwu_worker.celery_worker.callbacks import Callbacks
+from shiwu_worker.celery_worker.revoke import Revoker
+from shiwu_worker.jobs.job import Release
+from shiwu_worker.policy.callback_rules import CallbackRules
 from tests.faults.conftest import Fleet
 from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
 from tests.support import drill
@@ -110,7 +110,7 @@ def consume(url: str) -> int:
 def test_every_script_is_sent_again(redis_url: str, redis_client: redis.Redis) -> None:
     """SCRIPT FLUSH, or a replica that never knew a script, costs one more round trip; no script is forgotten here."""
     uses = make_uses(redis_client, redis_url)
-    folders = [files(package).joinpath("scripts") for package in ("shiwu", "shiwu_worker.stages")]
+    folders = [files(package).joinpath("scripts") for package in ("shiwu.broker", "shiwu_worker.stages.claim")]
     names = [path.name for folder in folders for path in folder.iterdir()]
     assert {f"{name}.lua" for name in uses} == set(names)
     for name, use in uses.items():

@@ -6,8 +6,8 @@ import time
 from typing import Any, Final
 
 from shiwu import Client, Status
+from shiwu.broker.message_writer import build_message
 from shiwu.contract import COUNTERS, RESULT_STREAM, Answer, Lane, Request, Stage
-from shiwu.message import build_message
 from tests.faults.conftest import BATCH, BULK_SHARE, LEASE_S, Fleet
 from tests.integration.test_claim_properties import make_claims
 from tests.support import drill, pictures

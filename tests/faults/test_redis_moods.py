@@ -9,9 +9,9 @@ import pytest
 import redis
 
 from shiwu import Client
-from shiwu.connection import connect
+from shiwu.broker.connection import connect
 from shiwu.contract import CLAIMS, LEASES, RESULT_STREAM
-from shiwu_worker.job import Release
+from shiwu_worker.jobs.job import Release
 from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
 from tests.support import drill, pictures
 from tests.support.servers import Valkey, WorkerProcess

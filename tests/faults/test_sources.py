@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
+from shiwu.broker.message_reader import read_message
 from shiwu.contract import ATTEMPTS, CLAIMS, DEAD_MESSAGES, DELAYED, Status
-from shiwu.envelope import read_message
 from tests.faults.conftest import Fleet
 from tests.integration.test_service import ask
 from tests.support import pictures

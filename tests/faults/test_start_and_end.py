@@ -60,4 +60,4 @@ def test_a_signal_ends_the_start(
 def _has_loaders(pid: int) -> bool:
     """The loaders are started before torch is imported, which takes longer than the signal."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-    return any(b"nursery_process" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+    return any(b"fork_server_main" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)

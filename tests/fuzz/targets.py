@@ -14,15 +14,15 @@ from typing import Final
 
 import numpy as np
 
+from shiwu.broker.message_ids import find_id
+from shiwu.broker.message_reader import read_canvas, read_message
+from shiwu.broker.message_writer import build_message
 from shiwu.contract import Lane, Request, RequestError
 from shiwu.contract.request import parse_request
-from shiwu.envelope import read_canvas, read_message
-from shiwu.message import build_message
-from shiwu.message_ids import find_id
-from shiwu_worker.callback_rules import CallbackRules
 from shiwu_worker.errors import Rejected
-from shiwu_worker.image_spec import ImageSpec
-from shiwu_worker.stages.decode import DecodeLimits, decode
+from shiwu_worker.policy.callback_rules import CallbackRules
+from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
+from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.compat.shapes import shapes
 from tests.support import bombs, pictures
 

@@ -23,17 +23,17 @@ from pydantic_core import PydanticUndefined
 
 import shiwu
 from shiwu import contract, errors
+from shiwu.broker.maintenance import Swept
+from shiwu.broker.queue_stats import Look, QueueState
+from shiwu.broker.retention import Keep
 from shiwu.cli import main as shiwu_command
 from shiwu.cli.base import Exit
 from shiwu.contract import keys
-from shiwu.keep import Keep
-from shiwu.queues import Look, QueueState
-from shiwu.upkeep import Swept
 from shiwu_worker.__main__ import main as worker_command
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.config.tuned import Tuned
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.timing import Load
-from shiwu_worker.tune import Tuned
+from shiwu_worker.runtime.progress import Load
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SURFACE: Final = Path(__file__).with_name("surface.json")

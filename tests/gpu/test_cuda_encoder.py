@@ -7,10 +7,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from shiwu_worker.image_spec import read_image_spec
-from shiwu_worker.models import model_folder
-from shiwu_worker.stages.encode import Encoder
-from shiwu_worker.tower import GraphedTower
+from shiwu_worker.checkpoints.model_files import model_folder
+from shiwu_worker.stages.decode.image_spec import read_image_spec
+from shiwu_worker.stages.encode.encoder import Encoder
+from shiwu_worker.stages.encode.towers import GraphedTower
 
 FOLDER = model_folder(None)
 SPEC = read_image_spec(FOLDER)

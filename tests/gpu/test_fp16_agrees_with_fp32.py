@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from shiwu_worker.image_spec import read_image_spec
-from shiwu_worker.models import model_folder
-from shiwu_worker.stages.encode import Encoder
+from shiwu_worker.checkpoints.model_files import model_folder
+from shiwu_worker.stages.decode.image_spec import read_image_spec
+from shiwu_worker.stages.encode.encoder import Encoder
 
 
 @pytest.mark.gpu

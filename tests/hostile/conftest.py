@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from shiwu_worker.addresses import Found
 from shiwu_worker.errors import JobError
-from shiwu_worker.object_store import S3Options
-from shiwu_worker.reach import Reach
-from shiwu_worker.stages.fetch import Fetcher, FetchLimits
-from shiwu_worker.web import Web
+from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.stages.fetch.address_guard import Found
+from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
+from shiwu_worker.stages.fetch.http import Web
+from shiwu_worker.stages.fetch.s3.base import S3Options
 from tests.support.picture_server import PictureServer, Reply
 
 OUTER, INNER = "127.0.0.1", "127.0.0.2"

@@ -17,12 +17,12 @@ import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shiwu.broker.answers import Entry, Ledger
 from shiwu.contract import CANVAS, CANVAS_DUE, RESULT_STREAM, Answer, ErrorInfo, ImageInfo, Lane, Stage, Status
-from shiwu.contract.words import ErrorCode
-from shiwu.ledger import Entry, Ledger
-from shiwu_worker.callback_app import make_callback_app
-from shiwu_worker.canvas import Callbacks
-from shiwu_worker.config import Settings
+from shiwu.contract.vocabulary import ErrorCode
+from shiwu_worker.celery_worker.callback_app import make_callback_app
+from shiwu_worker.celery_worker.callbacks import Callbacks
+from shiwu_worker.config.settings import Settings
 from tests.conftest import LONG
 from tests.integration.test_claim_properties import message
 
@@ -186,14 +186,14 @@ def test_what_is_allowed_is_sent(stranger: Stranger) -> None:
 def test_an_errback_of_celerys_own_is_not_run_here(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Celery calls an errback in the process that failed where it knows the task; here it knows none."""
     assert dict(stranger._callbacks._app.tasks) == {}
-    monkeypatch.setattr("shiwu_worker.callback_rules.CallbackRules.judge", lambda *_: None)
+    monkeypatch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.judge", lambda *_: None)
     for name in ("celery.accumulate", "celery.starmap", "celery.chord", "celery.chunks"):
         assert stranger.send({"errbacks": [task(name)]}, is_tagged=False) == []
 
 
 def test_what_is_sent_is_judged_again(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The app itself refuses, should a form of Celery's slip past the reader of signatures."""
-    monkeypatch.setattr("shiwu_worker.callback_rules.CallbackRules.judge", lambda *_: None)
+    monkeypatch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.judge", lambda *_: None)
     for inside in INSIDE.values():
         for is_tagged in (True, False):
             assert "evil" not in stranger.send({"callbacks": [inside(EVIL)]}, is_tagged=is_tagged)
@@ -347,5 +347,5 @@ def test_no_message_whatever(
     """Nothing that is not allowed leaves: by the reader of signatures and the app together, and by the app alone."""
     with pytest.MonkeyPatch.context() as patch:
         if not is_read:
-            patch.setattr("shiwu_worker.callback_rules.CallbackRules.judge", lambda *_: None)
+            patch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.judge", lambda *_: None)
         stranger.send(embed, headers=headers, is_tagged=is_tagged)

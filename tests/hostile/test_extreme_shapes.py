@@ -11,8 +11,8 @@ from typing import Final
 MEASURE: Final = """
 import io, json, os, sys
 from PIL import Image
-from shiwu_worker.image_spec import ImageSpec
-from shiwu_worker.stages.decode import DecodeLimits, decode, warm
+from shiwu_worker.stages.decode.image_spec import ImageSpec
+from shiwu_worker.stages.decode.decoder import DecodeLimits, decode, warm
 
 warm()
 limits = DecodeLimits(max_pixels=50_000_000, max_side=65_535, formats=("JPEG", "PNG"))

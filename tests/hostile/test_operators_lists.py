@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import Rejected, Unavailable, Unreachable
-from shiwu_worker.folders import Folders
-from shiwu_worker.reach import HostList, Reach, allows_bucket
+from shiwu_worker.policy.access_rules import HostList, Reach, allows_bucket
+from shiwu_worker.stages.fetch.local_files import Folders
 from tests.hostile.conftest import BODY, PLAIN, SECRET, World, failure
 from tests.support.picture_server import PictureServer
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shiwu_worker.errors import Rejected
-from shiwu_worker.image_spec import ImageSpec
-from shiwu_worker.pixels import flat
-from shiwu_worker.stages.decode import DecodeLimits, decode
+from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
+from shiwu_worker.stages.decode.flatten import flat
+from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.support import pictures
 from tests.support.bombs import png_chunk, raw_png
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shiwu_worker import special_addresses
-from shiwu_worker.special_addresses import is_public, judged_addresses, read_table
+from shiwu_worker.policy import ip_ranges as special_addresses
+from shiwu_worker.policy.ip_ranges import is_public, judged_addresses, read_table
 
 
 def listed(text: str) -> list[str]:

@@ -11,10 +11,10 @@ import pytest
 import redis
 
 from shiwu import Client, JobFailed
+from shiwu.broker.answers import Entry
+from shiwu.broker.message_writer import build_message
 from shiwu.contract import COUNTERS, RESULT_STREAM, Answer, ErrorCode, Lane, Request, Status, done_key, result_key
-from shiwu.ledger import Entry
-from shiwu.message import build_message
-from shiwu_worker.stages.claim import Claims
+from shiwu_worker.stages.claim.lease_queue import Claims
 from tests.compat.shapes import ODD_IDS, protocol_2
 from tests.integration.test_claim_properties import answer, make_committer
 from tests.support.celery_client import celery_client

@@ -265,8 +265,8 @@ def test_callbacks_of_a_worker_that_died_are_sent_by_another(
     start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
     """An answer whose callbacks nobody sent lies in Redis; the next worker finds and sends them."""
+    from shiwu.broker.answers import Entry, Ledger  # noqa: PLC0415
     from shiwu.contract import Answer, ImageInfo, Status  # noqa: PLC0415 beside their one use
-    from shiwu.ledger import Entry, Ledger  # noqa: PLC0415
 
     with celery_client(redis_url) as app:
         signature = app.signature("shiwu.tag", args=["file:///x.png"], queue=Lane.BULK.queue)

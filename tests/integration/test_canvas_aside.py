@@ -18,13 +18,13 @@ import structlog
 from celery import Celery, chain, chord
 
 from shiwu import Client
+from shiwu.broker.answers import Entry, Ledger, load_script
 from shiwu.contract import ASIDE, CANVAS, CANVAS_DUE, DEADLINES, REVOKED, Answer, ImageInfo, Lane, Status
 from shiwu.errors import JobFailed
-from shiwu.ledger import Entry, Ledger, load_script
-from shiwu_worker.callback_rules import CallbackRules
-from shiwu_worker.canvas import Callbacks
-from shiwu_worker.job import Release
-from shiwu_worker.revoke import Revoker
+from shiwu_worker.celery_worker.callbacks import Callbacks
+from shiwu_worker.celery_worker.revoke import Revoker
+from shiwu_worker.jobs.job import Release
+from shiwu_worker.policy.callback_rules import CallbackRules
 from tests.integration.test_claim_properties import make_claims, make_committer, make_upkeep, message
 from tests.support.celery_client import celery_client
 from tests.support.processes import Process, clean_environment
@@ -77,7 +77,7 @@ def app(redis_url: str) -> Iterator[Celery]:
 @pytest.fixture
 def callbacks(app: Celery, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A worker's thread that sends callbacks, and looks often."""
-    monkeypatch.setattr("shiwu_worker.canvas.LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr("shiwu_worker.celery_worker.callbacks.LOOK_EVERY_S", 0.1)
     running = Callbacks(app, redis_client, rules=RULES)
     running.start()
     yield

@@ -16,11 +16,11 @@ import redis
 from celery import Celery
 
 from shiwu import Client
+from shiwu.broker.message_writer import build_message
 from shiwu.contract import Lane, Request, result_key
-from shiwu.message import build_message
-from shiwu_worker.app import make_app
-from shiwu_worker.config import Settings
-from shiwu_worker.lane_worker import ADMIN_QUEUE, choose_lanes
+from shiwu_worker.celery_worker.lane_worker import ADMIN_QUEUE, choose_lanes
+from shiwu_worker.celery_worker.worker_app import make_app
+from shiwu_worker.config.settings import Settings
 from tests.support import pictures
 from tests.support.celery_client import celery_client
 from tests.support.processes import clean_environment

@@ -10,12 +10,13 @@ import pytest
 import redis
 from click.testing import CliRunner, Result
 
-from shiwu_worker import check
 from shiwu_worker.__main__ import main
-from shiwu_worker.check import Report
-from shiwu_worker.config import Settings
+from shiwu_worker.celery_worker import callback_app
+from shiwu_worker.commands import check
+from shiwu_worker.commands.check import Report
+from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.parts import connect
+from shiwu_worker.service.factories import connect
 from tests.support.servers import S3Server
 
 
@@ -113,7 +114,7 @@ def test_check_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert failed == ["redis:", "callbacks:", "labels:", "model:"]
     assert "Traceback" not in found.output
     monkeypatch.setattr(check, "_check_redis", lambda _: Report("fine"))
-    monkeypatch.setattr(check, "_check_callbacks", lambda _: "fine")
+    monkeypatch.setattr(callback_app, "check_callbacks", lambda _: "fine")
     monkeypatch.delenv("SHIWU_LABELS_DIR")
     assert run().exit_code == ExitCode.MODEL
 

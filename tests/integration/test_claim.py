@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from shiwu.contract import ATTEMPTS, CLAIMS, DELAYED, LEASES, Lane, done_key
-from shiwu_worker.job import Release
+from shiwu_worker.jobs.job import Release
 from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
 from tests.support.waiting import wait_until
 

@@ -10,6 +10,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from shiwu.broker.answers import Entry, Ledger
+from shiwu.broker.maintenance import Upkeep
+from shiwu.broker.message_writer import build_message
+from shiwu.broker.retention import Keep
+from shiwu.client.dead_letters import DeadLetters
 from shiwu.contract import (
     CLAIMS,
     DEADLINES,
@@ -25,13 +30,8 @@ from shiwu.contract import (
     Status,
     done_key,
 )
-from shiwu.dead import DeadLetters
-from shiwu.keep import Keep
-from shiwu.ledger import Entry, Ledger
-from shiwu.message import build_message
-from shiwu.upkeep import Upkeep
-from shiwu_worker.job import Claimed, Release
-from shiwu_worker.stages.claim import Claims
+from shiwu_worker.jobs.job import Claimed, Release
+from shiwu_worker.stages.claim.lease_queue import Claims
 
 REQUEST = Request(image="s3://pictures/cat.jpg")
 LANES = [(lane, key) for lane in Lane for key in lane.keys]

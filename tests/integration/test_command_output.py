@@ -17,9 +17,9 @@ import redis
 from click.testing import CliRunner, Result
 
 from shiwu import Client, RequestError
+from shiwu.broker.answers import Entry, Ledger
 from shiwu.cli import ask, main
 from shiwu.contract import WORKERS, Answer, ErrorCode, ErrorInfo, ImageInfo, Lane, Stage, Status
-from shiwu.ledger import Entry, Ledger
 from tests.integration.test_claim_properties import make_claims, message
 from tests.support import pictures
 from tests.support.processes import clean_environment

@@ -13,8 +13,8 @@ import pytest
 import redis
 
 from shiwu import Client
-from shiwu.connection import call_held, connect
-from shiwu.redis_errors import NotReplicated
+from shiwu.broker.connection import call_held, connect
+from shiwu.broker.redis_errors import NotReplicated
 from tests.integration.test_claim_properties import answer, make_claims, make_committer
 from tests.support.processes import LOOPBACK, Process, clean_environment
 from tests.support.redis_server import RedisServer, valkey_binary
@@ -114,7 +114,7 @@ def test_client_serves_more_threads_than_connections(
         while not all(task.done() for task in tasks):
             most = max(most, len(redis_client.client_list()) - before)
         assert [task.result() for task in tasks] == [True] * THREADS
-    own = 2  # of this test's client, for its two threads
+    own = 3  # of this test's client, for its two threads, and one whose end the server has not seen yet
     assert most <= 3 * max_connections + own
 
 

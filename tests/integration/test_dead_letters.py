@@ -10,6 +10,8 @@ import redis
 from click.testing import CliRunner
 
 from shiwu import Client, DeadFilter
+from shiwu.broker.answers import Entry, Ledger
+from shiwu.broker.retention import Keep
 from shiwu.cli import main
 from shiwu.contract import (
     DEAD,
@@ -24,8 +26,6 @@ from shiwu.contract import (
     Status,
     result_key,
 )
-from shiwu.keep import Keep
-from shiwu.ledger import Entry, Ledger
 from tests.conftest import StartWorker
 from tests.integration.test_claim_properties import make_claims, make_upkeep
 from tests.support import pictures

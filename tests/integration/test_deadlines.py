@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from shiwu import Client, Status
 from shiwu.cli import main
 from shiwu.contract import CLAIMS, DEADLINES, LEASES, RESULT_STREAM, REVOKED, ErrorCode, Lane, done_key
-from shiwu_worker.revoke import Revoker
+from shiwu_worker.celery_worker.revoke import Revoker
 from tests.conftest import StartWorker
 from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep
 from tests.support import pictures
@@ -84,7 +84,7 @@ def test_revoke_of_a_job_that_lies_in_a_lane(client: Client, redis_client: redis
 
 def test_revokes_beyond_those_remembered_are_told(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest are forgotten, as Celery does, and the log says how many."""
-    monkeypatch.setattr("shiwu_worker.revoke.MOST_REMEMBERED", 10)
+    monkeypatch.setattr("shiwu_worker.celery_worker.revoke.MOST_REMEMBERED", 10)
     revoker = Revoker(redis_client, make_committer(redis_client, "revoke"))
     with structlog.testing.capture_logs() as said:
         revoker.revoke([f"old-{number}" for number in range(10)])
@@ -163,8 +163,8 @@ def test_sweeps_look_at_long_lanes_in_turn(
     client: Client, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A round has a limit, and says how much it left; the next one goes on from there."""
-    monkeypatch.setattr("shiwu.upkeep.PORTION", 10)
-    monkeypatch.setattr("shiwu.upkeep.LOOKED_AT", 20)
+    monkeypatch.setattr("shiwu.broker.maintenance.PORTION", 10)
+    monkeypatch.setattr("shiwu.broker.maintenance.LOOKED_AT", 20)
     list(client.enqueue_many([f"s3://b/{number}" for number in range(50)]))
     client.enqueue("s3://b/k.jpg", lane="bulk", id="late", expires_s=0.0)
     list(client.enqueue_many([f"s3://b/{number}" for number in range(9)]))

@@ -8,7 +8,8 @@ import sys
 import weakref
 from contextlib import ExitStack
 
-from shiwu_worker.garbage import freeze_imported, freeze_started
+from shiwu_worker.runtime.garbage import freeze_imported, freeze_started
+
 from tests.support.processes import clean_environment
 
 SERVICE = """

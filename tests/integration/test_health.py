@@ -15,8 +15,8 @@ import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
+from shiwu.broker.message_writer import build_message
 from shiwu.contract import CLAIMS, LOOK, Lane, Request
-from shiwu.message import build_message
 from shiwu_worker.errors import ExitCode
 from tests.conftest import FAILED, StartWorker
 from tests.integration.test_service import read_answer

@@ -10,9 +10,9 @@ import redis
 from structlog.testing import capture_logs
 
 from shiwu.contract import CLAIMS, WORKERS
-from shiwu_worker.heartbeat import Heartbeat, Signs
-from shiwu_worker.settle import Away
-from shiwu_worker.timing import Progress
+from shiwu_worker.pipeline.heartbeat import Heartbeat, Signs
+from shiwu_worker.runtime.backoff import Away
+from shiwu_worker.runtime.progress import Progress
 from tests.integration.test_claim_properties import make_claims, make_upkeep, message
 from tests.support.waiting import wait_until
 

@@ -12,10 +12,10 @@ import pytest
 import redis
 
 from shiwu import Client
+from shiwu.broker.answers import Ledger
+from shiwu.broker.message_writer import build_message
 from shiwu.contract import ATTEMPTS, HISTORY, LEASES, AttemptEnd, ErrorCode, Lane, Request, Stage, Status
-from shiwu.ledger import Ledger
-from shiwu.message import build_message
-from shiwu_worker.job import Job, Release, open_job
+from shiwu_worker.jobs.job import Job, Release, open_job
 from shiwu_worker.stages.commit import Committer
 from tests.integration.test_claim_properties import make_claims, make_committer, make_upkeep
 from tests.support import pictures

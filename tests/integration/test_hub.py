@@ -21,7 +21,7 @@ ID = "OFA-Sys/chinese-clip-tiny"
 ASK = """
 import json, sys
 from shiwu_worker.errors import FatalError
-from shiwu_worker.models import model_folder, model_revision
+from shiwu_worker.checkpoints.model_files import model_folder, model_revision
 for model in sys.argv[1:]:
     try:
         folder = model_folder(model)

@@ -7,10 +7,10 @@ from typing import Any
 import redis
 
 from shiwu import Client
+from shiwu.broker.answers import Entry, Ledger
+from shiwu.broker.maintenance import Upkeep
+from shiwu.broker.retention import Keep, OperatorsKeep, ToldKeep
 from shiwu.contract import DEAD, DEADLINES, LIMITS, RESULT_STREAM, WORKERS, Answer, Status, result_key
-from shiwu.keep import Keep, OperatorsKeep, ToldKeep
-from shiwu.ledger import Entry, Ledger
-from shiwu.upkeep import Upkeep
 from tests.support.servers import Valkey
 
 

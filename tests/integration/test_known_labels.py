@@ -10,14 +10,14 @@ import redis
 from click.testing import CliRunner
 
 from shiwu import Client
+from shiwu.broker.known_labels import MAX_OF_REQUESTS, KnownLabels, LabelNotes
 from shiwu.cli import main
 from shiwu.contract import LABELS, LABELS_OF_REQUESTS
-from shiwu.known_labels import MAX_OF_REQUESTS, KnownLabels, LabelNotes
-from shiwu_worker.job import Job
-from shiwu_worker.label_notes import MAX_REMEMBERED, LabelNoter
-from shiwu_worker.label_set import LabelSet
-from shiwu_worker.settle import Settled
-from shiwu_worker.timing import Moments
+from shiwu_worker.jobs.job import Job
+from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.jobs.outcome import Settled
+from shiwu_worker.jobs.timestamps import Moments
+from shiwu_worker.service.label_notes import MAX_REMEMBERED, LabelNoter
 from tests.integration.test_claim_properties import message
 from tests.support import pictures
 from tests.support.servers import S3Server, WorkerProcess

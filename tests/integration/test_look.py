@@ -7,10 +7,10 @@ import time
 import pytest
 import redis
 
+from shiwu.broker.message_writer import build_message
+from shiwu.broker.queue_stats import look
 from shiwu.contract import LOOK, Lane, Request
-from shiwu.message import build_message
-from shiwu.queues import look
-from shiwu_worker.watch import Watch
+from shiwu_worker.telemetry.queue_monitor import Watch
 from tests.support.waiting import wait_until
 from tests.unit.test_metrics import look as made_look
 
@@ -43,14 +43,14 @@ def test_one_counts_for_all_until_it_is_old(redis_client: redis.Redis) -> None:
     send(redis_client, Lane.BULK, "a")
     assert look(redis_client, max_age_s=5) == first
     assert 0 < redis_client.pttl(LOOK) <= 5000
-    assert look(redis_client, max_age_s=0.001).waiting[Lane.BULK] == 1
+    assert look(redis_client, max_age_s=0.0).waiting[Lane.BULK] == 1
     redis_client.set(LOOK, b'{"at_ms": "soon"}')
     assert look(redis_client, max_age_s=5).waiting[Lane.BULK] == 1
 
 
 def test_a_watch_goes_on_after_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis away, and a defect: numbers wait, the next look comes."""
-    monkeypatch.setattr("shiwu_worker.watch.EVERY_S", 0.02)
+    monkeypatch.setattr("shiwu_worker.telemetry.queue_monitor.EVERY_S", 0.02)
     errors: list[Exception] = [redis.ConnectionError("away"), ValueError("a defect"), ValueError("again")]
     seen: list[int] = []
 

@@ -13,10 +13,10 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shiwu.broker.message_ids import find_id
+from shiwu.broker.message_reader import read_message
 from shiwu.contract import ATTEMPTS, CLAIMS, LEASES, RequestError, done_key, is_digest, result_key
-from shiwu.envelope import read_message
-from shiwu.message_ids import find_id
-from shiwu_worker.job import open_job
+from shiwu_worker.jobs.job import open_job
 from shiwu_worker.stages.commit import Committer
 from tests.compat.shapes import ODD_IDS, protocol_1, protocol_2, shapes
 from tests.integration.test_claim_properties import make_claims, make_committer

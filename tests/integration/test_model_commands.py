@@ -13,13 +13,14 @@ import torch
 from huggingface_hub import constants
 from safetensors import safe_open
 
-from shiwu_worker import checkpoint_files, model_commands
-from shiwu_worker.checkpoint_files import WrongCheckpoint, read_checkpoint
+from shiwu_worker.checkpoints import checkpoint_files
+from shiwu_worker.checkpoints.checkpoint_files import WrongCheckpoint, read_checkpoint
+from shiwu_worker.checkpoints.model_files import model_revision
+from shiwu_worker.commands import model_commands
+from shiwu_worker.commands.model_commands import MARK, convert_model, fetch_model
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.image_spec import read_image_spec
-from shiwu_worker.model_commands import MARK, convert_model, fetch_model
-from shiwu_worker.models import model_revision
-from shiwu_worker.stages.encode import Encoder
+from shiwu_worker.stages.decode.image_spec import read_image_spec
+from shiwu_worker.stages.encode.encoder import Encoder
 from tests.support.checkpoints import (
     SIDE,
     quiet_transformers,

@@ -11,22 +11,24 @@ from typing import Any
 import pytest
 import redis
 
+from shiwu.broker.redis_errors import NotReplicated
 from shiwu.contract import ATTEMPTS, CLAIMS, RESULT_STREAM, Answer, ErrorCode, Lane, Stage, Status
-from shiwu.redis_errors import NotReplicated
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import FatalError, Rejected
-from shiwu_worker.hands import Limits, RetryPolicy
-from shiwu_worker.job import Job
-from shiwu_worker.label_set import LabelSet
-from shiwu_worker.loader_frames import Loaded
-from shiwu_worker.parts import make_limits
-from shiwu_worker.pipeline import Pipeline, Stages
-from shiwu_worker.settle import Away, Settler
+from shiwu_worker.jobs.job import Job
+from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.loaders.protocol import Loaded
+from shiwu_worker.pipeline.batch_executor import Launched
+from shiwu_worker.pipeline.pipeline import Pipeline, Stages
+from shiwu_worker.pipeline.settle import Settler
+from shiwu_worker.policy.retry import Limits, RetryPolicy
+from shiwu_worker.runtime.backoff import Away
+from shiwu_worker.runtime.progress import Meter, Progress
+from shiwu_worker.service.factories import make_limits
 from shiwu_worker.stages.batch import Batcher
-from shiwu_worker.stages.claim import Claims, Doorbell
+from shiwu_worker.stages.claim.lease_queue import Claims
+from shiwu_worker.stages.claim.notifier import Doorbell
 from shiwu_worker.stages.commit import Committer
-from shiwu_worker.timing import Meter, Progress
-from shiwu_worker.triage import Launched
 from tests.integration.test_claim_properties import make_claims, make_committer, make_upkeep, message
 from tests.support.waiting import wait_until
 

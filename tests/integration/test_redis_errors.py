@@ -16,10 +16,10 @@ import pytest
 import redis
 from click.testing import CliRunner
 
+from shiwu.broker.answers import wait_replicated
+from shiwu.broker.connection import connect
+from shiwu.broker.redis_errors import REDIS_ERRORS, RedisCode, RedisFault, classify, explain, info_of
 from shiwu.cli import main
-from shiwu.connection import connect
-from shiwu.ledger import wait_replicated
-from shiwu.redis_errors import REDIS_ERRORS, RedisCode, RedisFault, classify, explain, info_of
 from tests.conftest import StartWorker
 from tests.support.certificates import Certificate
 from tests.support.processes import LOOPBACK, Process, clean_environment, free_ports

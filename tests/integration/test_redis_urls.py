@@ -13,12 +13,12 @@ import redis
 from celery import chain
 
 from shiwu import Client
-from shiwu.connection import connect
-from shiwu.redis_errors import RedisCode, classify
-from shiwu.redis_url import read_redis_url
-from shiwu_worker.app import make_app
-from shiwu_worker.callback_app import make_callback_app
-from shiwu_worker.config import Settings
+from shiwu.broker.connection import connect
+from shiwu.broker.redis_errors import RedisCode, classify
+from shiwu.broker.redis_url import read_redis_url
+from shiwu_worker.celery_worker.callback_app import make_callback_app
+from shiwu_worker.celery_worker.worker_app import make_app
+from shiwu_worker.config.settings import Settings
 from tests.conftest import StartWorker
 from tests.support import pictures
 from tests.support.celery_client import celery_client

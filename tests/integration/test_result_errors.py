@@ -11,8 +11,8 @@ import pytest
 import redis
 
 from shiwu import Client, ForeignResult
+from shiwu.broker.answers import Entry, Ledger
 from shiwu.contract import Answer, ErrorCode, ErrorInfo, Status, result_key
-from shiwu.ledger import Entry, Ledger
 from tests.support.processes import clean_environment
 
 CATCH = """

@@ -12,6 +12,8 @@ import pytest
 import redis
 from celery.exceptions import TaskRevokedError
 
+from shiwu.broker.message_writer import build_message
+from shiwu.client.results import TagResult
 from shiwu.contract import (
     DEAD,
     DEAD_MESSAGES,
@@ -25,8 +27,6 @@ from shiwu.contract import (
     WarningCode,
     result_key,
 )
-from shiwu.message import build_message
-from shiwu.results import TagResult
 from tests.conftest import StartWorker
 from tests.support import pictures
 from tests.support.celery_client import celery_client

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from shiwu import Client
 from shiwu.cli import main
 from shiwu.contract import WORKERS, Lane
-from shiwu_worker import check
-from shiwu_worker.config import Settings
+from shiwu_worker.commands import check
+from shiwu_worker.config.settings import Settings
 from tests.support.servers import Valkey
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import redis
 
+from shiwu.broker.answers import Entry
 from shiwu.contract import COUNTERS, RESULT_STREAM, Answer, Status
-from shiwu.ledger import Entry
 from tests.integration.test_claim_properties import make_committer, make_upkeep
 
 LENGTH = 1000

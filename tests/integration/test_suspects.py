@@ -5,7 +5,7 @@ from __future__ import annotations
 import redis
 
 from shiwu.contract import ATTEMPTS, CLAIMS, SUSPECTS, SUSPECTS_TAKER, Lane
-from shiwu_worker.job import Release
+from shiwu_worker.jobs.job import Release
 from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
 
 INNOCENT = [f"job-{n}" for n in range(5)]

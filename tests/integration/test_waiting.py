@@ -12,9 +12,9 @@ import pytest
 import redis
 
 from shiwu import Client
+from shiwu.broker.answers import Entry, Ledger
 from shiwu.contract import Answer, Status, result_key
 from shiwu.errors import WaitTimeout
-from shiwu.ledger import Entry, Ledger
 from tests.support.servers import Valkey
 from tests.support.waiting import wait_until
 

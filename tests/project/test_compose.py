@@ -15,7 +15,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
 from tests.support.dockerfiles import DOCKER, PINNED, ROOT, SECRET, read, variables
 
 COMPOSE: Final = DOCKER / "compose.yaml"

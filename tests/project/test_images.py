@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import pytest
 
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
 from tests.support.dockerfiles import (
     DOCKER,
     PINNED,

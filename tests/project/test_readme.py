@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from shiwu.cli import main
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
 from tests.support import pictures
 from tests.support.celery_client import celery_client
 from tests.support.servers import S3Server, WorkerProcess

@@ -10,8 +10,8 @@ import pytest
 
 from shiwu.contract import Answer, ErrorCode, ErrorInfo, Request, RequestError, Status, Tag, parse_request
 from shiwu.schema import schemas
-from shiwu_worker.config_reference import settings_page
-from shiwu_worker.error_docs import page
+from shiwu_worker.commands.error_docs import page
+from shiwu_worker.config.reference import settings_page
 
 FOLDER = Path(__file__).parents[2] / "docs" / "schema"
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import yaml
 
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
 from tests.support.processes import ROOT
 
 CHART: Final = ROOT / "helm" / "shiwu"

@@ -10,8 +10,8 @@ from typing import Any
 
 import redis
 
+from shiwu.broker.message_writer import build_message
 from shiwu.contract import CLAIMS, COUNTERS, LEASES, RESULT_STREAM, Answer, Lane, Request, result_key
-from shiwu.message import build_message
 from tests.support.waiting import wait_until
 
 

@@ -20,7 +20,7 @@ def main() -> None:
     import numpy as np  # noqa: PLC0415 in the worker's process only
 
     from shiwu_worker import __main__ as worker  # noqa: PLC0415
-    from shiwu_worker.stages import encode  # noqa: PLC0415
+    from shiwu_worker.stages.encode import encoder as encode  # noqa: PLC0415
 
     path = Path(os.environ[FAULT_FILE])
     launch, collect = encode.Encoder.launch, encode.Encoder.collect

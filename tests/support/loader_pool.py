@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from shiwu_worker.errors import FatalError
-from shiwu_worker.image_spec import ImageSpec
-from shiwu_worker.loader_frames import Loaded, LoaderOptions, LoadTask
-from shiwu_worker.loaders import LoaderPool
-from shiwu_worker.reach import Reach
+from shiwu_worker.loaders.pool import LoaderPool
+from shiwu_worker.loaders.protocol import Loaded, LoaderOptions, LoadTask
+from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.support.family import children
 from tests.support.waiting import wait_until
 

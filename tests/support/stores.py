@@ -7,11 +7,11 @@ from typing import Final
 import pytest
 
 from shiwu_worker.errors import JobError
-from shiwu_worker.object_store import ObjectStore, S3Client, S3Limits, S3Options
-from shiwu_worker.reach import Reach
-from shiwu_worker.stages.fetch import Fetcher, FetchLimits
-from shiwu_worker.stores import new_store
-from shiwu_worker.web import Web
+from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
+from shiwu_worker.stages.fetch.http import Web
+from shiwu_worker.stages.fetch.s3.base import ObjectStore, S3Client, S3Limits, S3Options
+from shiwu_worker.stages.fetch.s3.factory import new_store
 
 CLIENTS: Final[tuple[S3Client, ...]] = ("boto3", "obstore")
 SECRET: Final = "hush"

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from shiwu_worker.addresses import Found, Guard, Resolve
 from shiwu_worker.errors import AddressRefused
-from shiwu_worker.reach import Reach
-from shiwu_worker.special_addresses import is_public
+from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.policy.ip_ranges import is_public
+from shiwu_worker.stages.fetch.address_guard import Found, Guard, Resolve
 
 BLOCKED = [
     "0.0.0.0",

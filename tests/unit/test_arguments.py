@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shiwu import Client, DeadFilter, RequestError
-from shiwu.redis_url import RedisUrlError
+from shiwu.broker.redis_url import RedisUrlError
 from tests.support.processes import LOOPBACK
 
 NAN, INF = float("nan"), float("inf")

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shiwu.contract import Lane
-from shiwu_worker.config import Settings
-from shiwu_worker.parts import make_batcher
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.service.factories import make_batcher
 from shiwu_worker.stages.batch import Batcher
 
 

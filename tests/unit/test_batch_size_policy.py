@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shiwu_worker.adaptive_choice import CREDIT_S, WASTED
-from shiwu_worker.batch_size_policy import (
+from shiwu_worker.stages.encode.tuning.adaptive_choice import CREDIT_S, WASTED
+from shiwu_worker.stages.encode.tuning.batch_size_policy import (
     LONGEST_S,
     MEMORY_S,
     TOLD_EVERY_S,

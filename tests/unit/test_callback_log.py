@@ -11,10 +11,10 @@ import redis
 import structlog
 from celery import Celery
 
-from shiwu_worker import canvas
-from shiwu_worker.callback_rules import CallbackRules
-from shiwu_worker.canvas import Callbacks
-from shiwu_worker.settle import Settled
+from shiwu_worker.celery_worker import callbacks as canvas
+from shiwu_worker.celery_worker.callbacks import Callbacks
+from shiwu_worker.jobs.outcome import Settled
+from shiwu_worker.policy.callback_rules import CallbackRules
 
 
 def test_callbacks_are_postponed_only_where_there_are_some(

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from shiwu.broker.message_reader import Canvas
 from shiwu.contract import RequestError
-from shiwu.envelope import Canvas
-from shiwu_worker.callback_rules import MAX_DEPTH, PROTOCOL, STEERING, CallbackRules
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.policy.callback_rules import MAX_DEPTH, PROTOCOL, STEERING, CallbackRules
 
 RULES = CallbackRules(tasks=("shiwu.tag", "app.*"), queues=("celery", "app-*"), most=20)
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from shiwu_worker.canary import Canary, known_picture
-from shiwu_worker.config import Settings
+from shiwu_worker.checkpoints.model_files import model_folder
+from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError, NonFiniteError, Trouble
-from shiwu_worker.image_spec import read_image_spec
-from shiwu_worker.model_parts import make_canary, open_encoder
-from shiwu_worker.models import model_folder
+from shiwu_worker.health.canary import Canary, known_picture
+from shiwu_worker.service.model import make_canary, open_encoder
+from shiwu_worker.stages.decode.image_spec import read_image_spec
 
 GOOD = np.array([0.6, 0.8, 0.0], np.float32)
 
@@ -99,7 +99,7 @@ def _turned(angle: float) -> NDArray[np.float32]:
 
 def test_what_the_device_raises_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost: the device's own exit code. Short of memory: no sign, also at the start. Anything else: wrong."""
-    monkeypatch.setattr("shiwu_worker.canary.AGAIN_S", 0.0)
+    monkeypatch.setattr("shiwu_worker.health.canary.AGAIN_S", 0.0)
     device = Device()
     canary = device.canary()
     device.error, device.trouble = RuntimeError("CUDA error"), Trouble.LOST

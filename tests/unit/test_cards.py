@@ -11,7 +11,7 @@ import pynvml
 import pytest
 import structlog
 
-from shiwu_worker.cards import Card, UnknownCard, choose_cards, find_cards
+from shiwu_worker.launcher.gpus import Card, UnknownCard, choose_cards, find_cards
 
 
 @dataclass

@@ -27,12 +27,12 @@ from transformers import (
     SiglipTokenizer,
 )
 
-from shiwu_worker.checkpoint import Texts, load_model, open_tokenizer, vocabulary_size
-from shiwu_worker.checkpoint_files import WrongCheckpoint, read_checkpoint
-from shiwu_worker.config import Settings
+from shiwu_worker.checkpoints.checkpoint_files import WrongCheckpoint, read_checkpoint
+from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.image_spec import read_image_spec
-from shiwu_worker.model_parts import open_encoder
+from shiwu_worker.service.model import open_encoder
+from shiwu_worker.stages.decode.image_spec import read_image_spec
+from shiwu_worker.stages.encode.checkpoint import Texts, load_model, open_tokenizer, vocabulary_size
 from tests.support.checkpoints import (
     SIDE,
     VOCABULARY,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from shiwu_worker import checkpoint_files
-from shiwu_worker.checkpoint_files import IncompleteCheckpoint, WrongCheckpoint, read_checkpoint
+from shiwu_worker.checkpoints import checkpoint_files
+from shiwu_worker.checkpoints.checkpoint_files import IncompleteCheckpoint, WrongCheckpoint, read_checkpoint
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.image_spec import read_image_spec
+from shiwu_worker.stages.decode.image_spec import read_image_spec
 from tests.support.checkpoints import (
     change_json,
     quiet_transformers,

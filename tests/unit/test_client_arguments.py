@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shiwu import Client, RequestError
-from shiwu.sender import Sender, Terms
+from shiwu.client.sender import Sender, Terms
 
 IMAGE = "s3://b/k"
 

@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from shiwu_worker.__main__ import main
-from shiwu_worker.cards import Card
 from shiwu_worker.errors import ExitCode
+from shiwu_worker.launcher.gpus import Card
 
 NAMES = ("CUDA_VISIBLE_DEVICES", "SHIWU_DEVICE")
 
@@ -21,14 +21,16 @@ def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "")  # so that it is put back whatever is set here
         monkeypatch.delenv(name)
     cards = [Card("gpu0", "GPU-a", 0, "GPU-a"), Card("gpu1", "GPU-b", 1, "GPU-b")]
-    monkeypatch.setattr("shiwu_worker.places.find_cards", lambda *, visible: cards if visible is None else cards[:1])
-    monkeypatch.setattr("shiwu_worker.logs.set_up", lambda **_: None)
+    monkeypatch.setattr(
+        "shiwu_worker.launcher.placement.find_cards", lambda *, visible: cards if visible is None else cards[:1]
+    )
+    monkeypatch.setattr("shiwu_worker.telemetry.logs.set_up", lambda **_: None)
 
     def run(*, node: str, task_events: bool) -> None:
         told = [os.environ.get(name, "-") for name in NAMES]
         print(node.rpartition("-")[2], *told, task_events)  # noqa: T201 the test reads it
 
-    monkeypatch.setattr("shiwu_worker.solo.run", run)
+    monkeypatch.setattr("shiwu_worker.celery_worker.process.run", run)
 
 
 def call(*args: str) -> Result:

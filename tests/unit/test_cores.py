@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shiwu_worker.cores import usable_cores
+from shiwu_worker.runtime.cpus import usable_cores
 
 CASES: Mapping[str, tuple[str, Mapping[str, str], int]] = {
     "no cgroups": ("", {}, 64),

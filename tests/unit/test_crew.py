@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiwu_worker.crew import Crew
-from shiwu_worker.model_threads import MOST_DIVIDED
+from shiwu_worker.stages.encode.cpu_pool import Crew
+from shiwu_worker.stages.encode.tuning.thread_policy import MOST_DIVIDED
 from tests.support.waiting import wait_until
 
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shiwu_worker.errors import Rejected
-from shiwu_worker.image_spec import ImageSpec
-from shiwu_worker.isobmff import items
-from shiwu_worker.stages.decode import DecodeLimits, decode, warm
-from shiwu_worker.webp_stream import webp_size
+from shiwu_worker.stages.decode.decoder import DecodeLimits, decode, warm
+from shiwu_worker.stages.decode.formats.isobmff import items
+from shiwu_worker.stages.decode.formats.webp_stream import webp_size
+from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.support import bombs, damage, pictures
 
 SPEC: Final = ImageSpec(64, 64, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from shiwu_worker.errors import Rejected
-from shiwu_worker.exif import exif_orientation
-from shiwu_worker.image_spec import ImageSpec
-from shiwu_worker.stages.decode import DecodeLimits, decode, warm
+from shiwu_worker.stages.decode.decoder import DecodeLimits, decode, warm
+from shiwu_worker.stages.decode.exif import exif_orientation
+from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.support import pictures
 
 SPEC = ImageSpec(64, 64, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -28,18 +28,19 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from shiwu_worker import checkpoint as checkpoints
-from shiwu_worker import crew, model_threads
-from shiwu_worker.checkpoint_files import WrongCheckpoint
-from shiwu_worker.crew import Crew, Spent
-from shiwu_worker.device import choose_device, choose_dtypes
+from shiwu_worker.checkpoints.checkpoint_files import WrongCheckpoint
+from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.errors import ExitCode, FatalError, NonFiniteError
-from shiwu_worker.model_threads import LOOK_S
-from shiwu_worker.models import model_folder
-from shiwu_worker.stages import encode as stage
-from shiwu_worker.stages.encode import Encoder
-from shiwu_worker.stages.score import score
-from shiwu_worker.tower import Tower, eager_tower
+from shiwu_worker.stages.encode import checkpoint as checkpoints
+from shiwu_worker.stages.encode import cpu_pool as crew
+from shiwu_worker.stages.encode import encoder as stage
+from shiwu_worker.stages.encode.cpu_pool import Crew, Spent
+from shiwu_worker.stages.encode.device import choose_device, choose_dtypes
+from shiwu_worker.stages.encode.encoder import Encoder
+from shiwu_worker.stages.encode.towers import Tower, eager_tower
+from shiwu_worker.stages.encode.tuning import thread_policy as model_threads
+from shiwu_worker.stages.encode.tuning.thread_policy import LOOK_S
+from shiwu_worker.stages.score.scorer import score
 
 SIDE = 16
 PLACES = 12  # the texts' length limit of the tiny checkpoints

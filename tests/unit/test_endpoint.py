@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from shiwu_worker import endpoint as room
-from shiwu_worker.endpoint import MOST_CONNECTIONS, Endpoint
 from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.health import http_server as room
+from shiwu_worker.health.http_server import MOST_CONNECTIONS, Endpoint
 from tests.support.waiting import wait_until
 
 

@@ -19,20 +19,29 @@ from obstore.exceptions import GenericError
 from PIL import Image
 
 from shiwu.contract import CODES, ErrorCode, Stage, log_level_of
-from shiwu_worker.boto_store import as_store_errors
-from shiwu_worker.cell import _decoded
-from shiwu_worker.config import Settings
-from shiwu_worker.error_table import TABLE, UNKNOWN, Kind, Row, exception_row, file_row, obstore_row, s3_row
+from shiwu_worker.commands.s3_check import s3_options
+from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import JobError, Rejected, Unavailable
-from shiwu_worker.image_spec import ImageSpec
-from shiwu_worker.loader import Loader
-from shiwu_worker.loader_frames import LoaderOptions, LoadTask
-from shiwu_worker.object_store import ObjectStore, S3Options, StoreError, s3_error
-from shiwu_worker.obstore_store import _store_error
-from shiwu_worker.parts import loader_options
-from shiwu_worker.s3_check import s3_options
-from shiwu_worker.sources import http_error
-from shiwu_worker.stages.decode import DecodeLimits
+from shiwu_worker.loaders.process import Loader
+from shiwu_worker.loaders.protocol import LoaderOptions, LoadTask
+from shiwu_worker.loaders.sandbox import _decoded
+from shiwu_worker.service.factories import loader_options
+from shiwu_worker.stages.decode.decoder import DecodeLimits
+from shiwu_worker.stages.decode.image_spec import ImageSpec
+from shiwu_worker.stages.fetch.error_table import (
+    TABLE,
+    UNKNOWN,
+    Kind,
+    Row,
+    exception_row,
+    file_row,
+    obstore_row,
+    s3_row,
+)
+from shiwu_worker.stages.fetch.fetch_errors import http_error
+from shiwu_worker.stages.fetch.s3.base import ObjectStore, S3Options, StoreError, s3_error
+from shiwu_worker.stages.fetch.s3.boto import as_store_errors
+from shiwu_worker.stages.fetch.s3.obstore import _store_error
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.processes import ROOT
 from tests.support.stores import CLIENTS, OWN_NAMES, make_fetcher, make_store, read
@@ -53,7 +62,7 @@ def _names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Credentials that no store knows; one try for each fetch."""
     for name, value in OWN_NAMES.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("shiwu_worker.stages.fetch.QUICK_TRIES", 1)
+    monkeypatch.setattr("shiwu_worker.stages.fetch.fetcher.QUICK_TRIES", 1)
 
 
 def agrees(error: JobError, one: Row) -> bool:
@@ -256,7 +265,7 @@ def unforeseen(*_: object, **__: object) -> Any:
 
 def test_an_unknown_error_of_the_decoder_is_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What hostile bytes make a codec raise is told before; anything else says nothing about the image."""
-    monkeypatch.setattr("shiwu_worker.cell.decode", unforeseen)
+    monkeypatch.setattr("shiwu_worker.loaders.sandbox.decode", unforeseen)
     options: Any = SimpleNamespace(spec=None, exact=False, memory_bytes=1)
     found = _decoded(b"x", np.zeros((1, 1, 3), np.uint8), options, DecodeLimits(max_pixels=1, max_side=1, formats=()))
     assert found.error is not None

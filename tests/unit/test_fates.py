@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from shiwu.contract import ErrorCode, ErrorInfo
-from shiwu_worker.fates import Fates
-from shiwu_worker.hands import Limits, RetryPolicy
-from shiwu_worker.job import Job
-from shiwu_worker.timing import Moments
+from shiwu_worker.jobs.job import Job
+from shiwu_worker.jobs.timestamps import Moments
+from shiwu_worker.pipeline.admission import Fates
+from shiwu_worker.policy.retry import Limits, RetryPolicy
 
 
 def failed(attempt: int, *, retry_after_s: float | None, is_untried: bool = False) -> Job:

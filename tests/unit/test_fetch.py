@@ -14,12 +14,12 @@ import pytest
 
 from shiwu.contract import ErrorCode
 from shiwu_worker.errors import JobError, Rejected, Unavailable, Unreachable
-from shiwu_worker.http_replies import retry_after_s
-from shiwu_worker.object_store import S3Options
-from shiwu_worker.reach import Reach
-from shiwu_worker.source_pauses import MAX_SOURCES, SourcePauses
-from shiwu_worker.stages.fetch import Fetcher, FetchLimits
-from shiwu_worker.web import Web
+from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
+from shiwu_worker.stages.fetch.http import Web
+from shiwu_worker.stages.fetch.http_replies import retry_after_s
+from shiwu_worker.stages.fetch.s3.base import S3Options
+from shiwu_worker.stages.fetch.source_pauses import MAX_SOURCES, SourcePauses
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.raw_server import RawServer, says
 
@@ -199,7 +199,7 @@ def test_a_pause_that_is_over_is_forgotten(http_server: PictureServer, monkeypat
     assert code_of(fetcher, url) == (Unavailable, "source_throttled")
     assert code_of(fetcher, url) == (Unavailable, "source_throttled")
     now_s = time.monotonic() + 301  # the longest pause, and some
-    monkeypatch.setattr("shiwu_worker.source_pauses.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("shiwu_worker.stages.fetch.source_pauses.time", SimpleNamespace(monotonic=lambda: now_s))
     assert fetcher.fetch(url) == BODY
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shiwu.contract import ErrorCode, Lane, WarningCode
-from shiwu_worker.job import Claimed, Job, open_job
+from shiwu_worker.jobs.job import Claimed, Job, open_job
 
 
 def opened(*args: Any, **kwargs: Any) -> Job:

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from shiwu_worker import config_lists
-from shiwu_worker.config import Settings
+from shiwu_worker.config import types as config_lists
+from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import Rejected
-from shiwu_worker.image_formats import READABLE, identify
-from shiwu_worker.image_spec import ImageSpec
-from shiwu_worker.stages.decode import DecodeLimits, decode, warm
+from shiwu_worker.stages.decode.decoder import DecodeLimits, decode, warm
+from shiwu_worker.stages.decode.image_formats import READABLE, identify
+from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.support import pictures
 
 SPEC: Final = ImageSpec(32, 32, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from shiwu_worker.hands import HELD_FACTOR, Hands
+from shiwu_worker.pipeline.in_flight import HELD_FACTOR, Hands
 
 
 def jobs(count: int, *, first: int = 0) -> list[Any]:

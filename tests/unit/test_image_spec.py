@@ -15,10 +15,10 @@ import transformers
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
 
-from shiwu_worker.checkpoint_files import WrongCheckpoint
-from shiwu_worker.image_spec import DEFAULTS, ImageSpec, read_image_spec
-from shiwu_worker.stages.decode import DecodeLimits, decode
-from shiwu_worker.tower import eager_tower
+from shiwu_worker.checkpoints.checkpoint_files import WrongCheckpoint
+from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
+from shiwu_worker.stages.decode.image_spec import DEFAULTS, ImageSpec, read_image_spec
+from shiwu_worker.stages.encode.towers import eager_tower
 from tests.support import pictures
 from tests.support.checkpoints import CONFIG_2022, quiet_transformers, write_json, write_safetensors
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from shiwu_worker.checkpoint import Texts, load_model
-from shiwu_worker.checkpoint_files import read_checkpoint
-from shiwu_worker.label_checks import LabelFindings, LabelTokens, check_labels
-from shiwu_worker.models import model_folder
+from shiwu_worker.checkpoints.checkpoint_files import read_checkpoint
+from shiwu_worker.checkpoints.model_files import model_folder
+from shiwu_worker.jobs.label_checks import LabelFindings, LabelTokens, check_labels
+from shiwu_worker.stages.encode.checkpoint import Texts, load_model
 from tests.unit.test_encode import PLACES, make_encoder, make_model, saved
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shiwu_worker.label_files import load_label_sets
+from shiwu_worker.stages.score.label_files import load_label_sets
 
 WRONG = [
     ("name: a\nlabels: []", "labels"),

@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 
 import shiwu_worker
 from shiwu.contract import ErrorCode, Head, Lane, ModelInfo, RequestError, WarningCode, parse_request
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError, Rejected
-from shiwu_worker.job import Job
-from shiwu_worker.label_checks import LabelFindings, LabelTokens
-from shiwu_worker.label_files import load_label_sets
-from shiwu_worker.label_set import LabelSet
-from shiwu_worker.label_warnings import label_warnings
-from shiwu_worker.labels import LabelBank
-from shiwu_worker.parts import open_labels, read_label_sets
-from shiwu_worker.stages.score import Scorer
-from shiwu_worker.timing import Moments
+from shiwu_worker.jobs.job import Job
+from shiwu_worker.jobs.label_checks import LabelFindings, LabelTokens
+from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.jobs.timestamps import Moments
+from shiwu_worker.service.factories import open_labels, read_label_sets
+from shiwu_worker.stages.score.label_bank import LabelBank
+from shiwu_worker.stages.score.label_files import load_label_sets
+from shiwu_worker.stages.score.label_warnings import label_warnings
+from shiwu_worker.stages.score.scorer import Scorer
 
-EMBEDDED = Path(shiwu_worker.__file__).parent / "label_sets"
+EMBEDDED = Path(shiwu_worker.__file__).parent / "data/label_sets"
 
 
 MODEL = ModelInfo(id="m", revision="r", dtype="float32", device="cpu")

@@ -13,9 +13,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.health import Health
-from shiwu_worker.launcher import Launcher, Patience
-from shiwu_worker.places import Place
+from shiwu_worker.health.probe_files import Health
+from shiwu_worker.launcher.placement import Place
+from shiwu_worker.launcher.supervisor import Launcher, Patience
 from tests.support.family import lives
 from tests.support.waiting import wait_until
 
@@ -151,7 +151,7 @@ def test_the_probes_files_are_all_workers(tmp_path: Path) -> None:
 
 CHILD = """
 import signal, sys, time
-from shiwu_worker.solo import drain_with_parent
+from shiwu_worker.celery_worker.process import drain_with_parent
 if sys.argv[2] == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 else:

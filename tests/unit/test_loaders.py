@@ -17,8 +17,8 @@ from PIL import Image
 
 from shiwu.contract import ErrorCode
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.nursery import source_environment
-from shiwu_worker.object_store import S3Client
+from shiwu_worker.runtime.process import source_environment
+from shiwu_worker.stages.fetch.s3.base import S3Client
 from tests.support import bombs, pictures
 from tests.support.family import children, lives
 from tests.support.loader_pool import SLOTS, Pool

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from shiwu_worker import log_output
-from shiwu_worker.log_output import LogOutput
+from shiwu_worker.telemetry import log_output
+from shiwu_worker.telemetry.log_output import LogOutput
 from tests.support.processes import clean_environment
 
 WRITE = """
 import os, sys
-from shiwu_worker import logs
+from shiwu_worker.telemetry import logs
 import structlog
 logs.set_up(level="info", form="{form}")
 held = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]

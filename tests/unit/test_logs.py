@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from shiwu.contract import Answer, ErrorCode, ErrorInfo, ImageInfo, Lane, Stage, Status, Tag, Timing
-from shiwu_worker import logs
+from shiwu_worker.telemetry import logs
 
 
 @pytest.fixture(autouse=True)

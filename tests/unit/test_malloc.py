@@ -10,7 +10,7 @@ import pytest
 
 PASSES = """
 import resource, statistics, threading, torch
-from shiwu_worker.malloc import keep_freed_memory, use_one_arena
+from shiwu_worker.runtime.malloc import keep_freed_memory, use_one_arena
 use_one_arena()
 keep_freed_memory()
 torch.set_num_threads(1)
@@ -37,10 +37,10 @@ print(statistics.median(counted))
 ENCODER = """
 import resource
 import numpy as np
-from shiwu_worker.malloc import use_one_arena
+from shiwu_worker.runtime.malloc import use_one_arena
 use_one_arena()
-from shiwu_worker.models import model_folder
-from shiwu_worker.stages.encode import Encoder
+from shiwu_worker.checkpoints.model_files import model_folder
+from shiwu_worker.stages.encode.encoder import Encoder
 encoder = Encoder(
     folder=model_folder(None), model_id="m", revision="r", mean=(0.5,) * 3, std=(0.5,) * 3, rungs=(64,),
     device="cpu", dtype="float32",
@@ -85,7 +85,9 @@ def test_what_a_pass_frees_is_kept_for_the_next() -> None:
     assert printed(ENCODER) < 2000
 
 
-@pytest.mark.parametrize(("begin", "is_one"), [("from shiwu_worker import solo; solo.begin()", True), ("", False)])
+@pytest.mark.parametrize(
+    ("begin", "is_one"), [("from shiwu_worker.celery_worker import process; process.begin()", True), ("", False)]
+)
 def test_a_worker_begins_with_one_arena(begin: str, *, is_one: bool) -> None:
     """Before its first thread, so that none has one of its own."""
     command = [sys.executable, "-c", ARENAS.format(begin=begin)]

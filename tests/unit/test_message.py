@@ -16,9 +16,9 @@ from celery import Celery
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shiwu.broker.message_reader import read_message
+from shiwu.broker.message_writer import build_message
 from shiwu.contract import Lane, Request, RequestError, parse_request
-from shiwu.envelope import read_message
-from shiwu.message import build_message
 from tests.unit.test_contract import REQUESTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -13,16 +13,17 @@ import pynvml
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from shiwu.broker.answers import Entry
+from shiwu.broker.queue_stats import Look
 from shiwu.contract import RETRIABLE, Answer, ErrorCode, ErrorInfo, Lane, ModelInfo, Stage, Status, Timing
-from shiwu.ledger import Entry
-from shiwu.queues import Look
-from shiwu_worker.card_watch import CardState, CardWatch
-from shiwu_worker.histograms import Histograms
-from shiwu_worker.job import Job, Release
-from shiwu_worker.metrics import Metrics
-from shiwu_worker.settle import Settled
-from shiwu_worker.timing import Load, Moments
-from shiwu_worker.watch import Pace
+from shiwu_worker.jobs.job import Job, Release
+from shiwu_worker.jobs.outcome import Settled
+from shiwu_worker.jobs.timestamps import Moments
+from shiwu_worker.runtime.progress import Load
+from shiwu_worker.telemetry.gpu_monitor import CardState, CardWatch
+from shiwu_worker.telemetry.histograms import Histograms
+from shiwu_worker.telemetry.metrics import Metrics
+from shiwu_worker.telemetry.queue_monitor import Pace
 from tests.support.promtool import NEEDS_PROMTOOL, check_metrics
 
 JOB = Job(id="j", key=Lane.BULK.queue, attempt=1, raw=b"", moments=Moments(claimed_s=0.0))
@@ -249,7 +250,7 @@ class Driver:
 def test_a_card_is_looked_at_with_one_start_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it does not tell is None; a card that fails has no state until it answers again."""
     driver = Driver()
-    monkeypatch.setattr("shiwu_worker.card_watch.pynvml", driver)
+    monkeypatch.setattr("shiwu_worker.telemetry.gpu_monitor.pynvml", driver)
     watch = CardWatch("GPU-1")
     assert watch.state() is None
     watch.look()
@@ -266,7 +267,7 @@ def test_a_card_is_looked_at_with_one_start_of_the_library(monkeypatch: pytest.M
 def test_a_machine_without_a_card_is_asked_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither on a CPU, nor where the driver's library is not there."""
     driver = Driver()
-    monkeypatch.setattr("shiwu_worker.card_watch.pynvml", driver)
+    monkeypatch.setattr("shiwu_worker.telemetry.gpu_monitor.pynvml", driver)
     CardWatch(None).look()
     assert driver.starts == 0
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from shiwu_worker.model_threads import (
+from shiwu_worker.stages.encode.tuning.thread_policy import (
     LOOK_S,
     MOST_DIVIDED,
     QUICK_CORE_S,

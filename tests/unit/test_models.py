@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from shiwu_worker import models
-from shiwu_worker.checkpoint_files import WrongCheckpoint, read_checkpoint
+from shiwu_worker.checkpoints import model_files as models
+from shiwu_worker.checkpoints.checkpoint_files import WrongCheckpoint, read_checkpoint
+from shiwu_worker.checkpoints.model_files import content_revision, model_folder, model_name, model_revision
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.models import content_revision, model_folder, model_name, model_revision
 from tests.support.checkpoints import change_json, quiet_transformers, write_2022, write_safetensors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -18,14 +18,14 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from shiwu_worker.image_spec import ImageSpec, read_image_spec
-from shiwu_worker.label_files import load_label_sets
-from shiwu_worker.labels import LabelBank
-from shiwu_worker.models import model_folder
-from shiwu_worker.resize import model_pixels
-from shiwu_worker.stages.decode import DecodeLimits, decode
-from shiwu_worker.stages.encode import Encoder
-from shiwu_worker.stages.score import score, top_tags
+from shiwu_worker.checkpoints.model_files import model_folder
+from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
+from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
+from shiwu_worker.stages.decode.resize import model_pixels
+from shiwu_worker.stages.encode.encoder import Encoder
+from shiwu_worker.stages.score.label_bank import LabelBank
+from shiwu_worker.stages.score.label_files import load_label_sets
+from shiwu_worker.stages.score.scorer import score, top_tags
 from tests.support import pictures
 
 LIMITS = DecodeLimits(max_pixels=50_000_000, max_side=16_384, formats=("JPEG", "PNG", "WEBP", "GIF", "AVIF"))
@@ -166,7 +166,7 @@ def test_a_crop_is_the_processors(
 
 FATAL = """
 from PIL import Image
-from shiwu_worker.resize import resize_fast
+from shiwu_worker.stages.decode.resize import resize_fast
 for image, size, box in (
     ((3312, 1), (35, 7), (1653.4285714285713, 0.0, 1658.4285714285713, 1.0)),
     ((1, 3312), (7, 35), (0.0, 1653.4285714285713, 1.0, 1658.4285714285713)),

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from shiwu_worker.cards import Card, UnknownCard
-from shiwu_worker.config import Settings
-from shiwu_worker.places import Place, WrongPlaces, choose_places, make_places, share_out
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.launcher.gpus import Card, UnknownCard
+from shiwu_worker.launcher.placement import Place, WrongPlaces, choose_places, make_places, share_out
 
 HOST = socket.gethostname()
 NEAR = frozenset({0, 1, 2, 3})
@@ -89,7 +89,7 @@ def test_cpus_are_shared_out(near: list[set[int]], expected: list[set[int]]) -> 
 
 def test_a_device_that_is_set_leaves_nothing_to_find(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuda:1 is one worker; cards beside it are a contradiction, as is a share of no card."""
-    monkeypatch.setattr("shiwu_worker.places.find_cards", lambda *, visible: [GPU0, GPU1])
+    monkeypatch.setattr("shiwu_worker.launcher.placement.find_cards", lambda *, visible: [GPU0, GPU1])
     assert [place.name for place in choose_places(Settings(), asked="all", per_gpu=1)] == ["gpu0", "gpu1"]
     for device in ("cuda:1", "cpu"):
         assert choose_places(Settings(device=device), asked="all", per_gpu=1) == []

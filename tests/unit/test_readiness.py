@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import structlog
 
-from shiwu_worker.app import AdminConsumer, make_app
-from shiwu_worker.config import Settings
-from shiwu_worker.readiness import Readiness
+from shiwu_worker.celery_worker.worker_app import AdminConsumer, make_app
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.health.readiness import Readiness
 from tests.unit.test_vitals import Clock
 
 
@@ -17,7 +17,7 @@ from tests.unit.test_vitals import Clock
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Time that passes when it is told to."""
     made = Clock()
-    monkeypatch.setattr("shiwu_worker.readiness.time", made)
+    monkeypatch.setattr("shiwu_worker.health.readiness.time", made)
     return made
 
 

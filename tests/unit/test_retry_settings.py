@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from shiwu.contract import ErrorCode
-from shiwu_worker.config import Settings
-from shiwu_worker.hands import RetryPolicy
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.policy.retry import RetryPolicy
 
 
 def test_retries_by_class_of_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiwu_worker.rungs import ROUNDS, measure, next_batches
+from shiwu_worker.stages.encode.batch_sizes import ROUNDS, measure, next_batches
 
 # As measured: the embedded model on two cores, and a shape as a GPU has it.
 BY_THE_PICTURE = {1: 5.6, 2: 7.7, 4: 11.6, 8: 19.8, 16: 37.3}

@@ -7,9 +7,9 @@ from importlib.metadata import version
 import pytest
 from pydantic import ValidationError
 
-from shiwu_worker.config import Settings
-from shiwu_worker.object_store import NoCredentials, S3Client, StoreAway, StoreRefused
-from shiwu_worker.s3_check import check_s3
+from shiwu_worker.commands.s3_check import check_s3
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.stages.fetch.s3.base import NoCredentials, S3Client, StoreAway, StoreRefused
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.servers import S3Server
 from tests.support.stores import CLIENTS, OWN_NAMES, SECRET

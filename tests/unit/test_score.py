@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shiwu.contract import Head, Lane, ModelInfo, parse_request
-from shiwu_worker.job import Job
-from shiwu_worker.label_set import LabelSet
-from shiwu_worker.labels import EncodedLabels, TextVectors
-from shiwu_worker.stages.score import Scorer, score, top_tags
-from shiwu_worker.timing import Moments
+from shiwu_worker.jobs.job import Job
+from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.jobs.label_vectors import EncodedLabels, TextVectors
+from shiwu_worker.jobs.timestamps import Moments
+from shiwu_worker.stages.score.scorer import Scorer, score, top_tags
 
 MODEL = ModelInfo(id="m", revision="r", dtype="float32", device="cpu")
 

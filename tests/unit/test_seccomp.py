@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from shiwu_worker.seccomp import SandboxError, filter_program
+from shiwu_worker.loaders.seccomp import SandboxError, filter_program
 
 HAS_FILTERS = Path("/proc/sys/kernel/seccomp/actions_avail").exists()
 INSIDE = """
 import mmap, os, socket, threading
-from shiwu_worker.image_spec import ImageSpec
-from shiwu_worker.seccomp import close_in
-from shiwu_worker.stages.decode import DecodeLimits, decode, warm
+from shiwu_worker.stages.decode.image_spec import ImageSpec
+from shiwu_worker.loaders.seccomp import close_in
+from shiwu_worker.stages.decode.decoder import DecodeLimits, decode, warm
 from tests.support import pictures
 
 warm()

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import structlog
 
-from shiwu_worker import config_errors
-from shiwu_worker.config import Settings
-from shiwu_worker.config_errors import (
+from shiwu_worker.config import errors as config_errors
+from shiwu_worker.config.errors import (
     SettingsError,
     load_settings,
     load_settings_or_exit,
     report_unknown_names,
     unknown_names,
 )
-from shiwu_worker.config_reference import TOPICS, all_settings, changed_settings, value_text
+from shiwu_worker.config.reference import TOPICS, all_settings, changed_settings, value_text
+from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
 from tests.support.processes import ROOT, clean_environment
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from shiwu_worker import wiring
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.service import bootstrap as wiring
 
 
 @pytest.mark.parametrize(

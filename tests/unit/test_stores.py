@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from shiwu_worker.boto_store import Access, new_client
-from shiwu_worker.config import Settings
+from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import Rejected, Unavailable
-from shiwu_worker.object_store import (
+from shiwu_worker.policy.access_rules import Reach, allows_bucket
+from shiwu_worker.stages.fetch.s3.base import (
     STORES_KEPT,
     NoCredentials,
     ObjectStore,
@@ -33,8 +33,8 @@ from shiwu_worker.object_store import (
     WrongName,
     is_at,
 )
-from shiwu_worker.obstore_store import ObstoreStore
-from shiwu_worker.reach import Reach, allows_bucket
+from shiwu_worker.stages.fetch.s3.boto import Access, new_client
+from shiwu_worker.stages.fetch.s3.obstore import ObstoreStore
 from tests.support.certificates import Certificate
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.raw_server import RawServer, says
@@ -124,7 +124,7 @@ def test_a_client_that_is_not_there_is_told_at_the_start(monkeypatch: pytest.Mon
     """With what to do."""
     monkeypatch.setenv("SHIWU_S3_CLIENT", "obstore")
     assert Settings().s3_client == "obstore"
-    monkeypatch.setattr("shiwu_worker.config_lists.find_spec", lambda _: None)
+    monkeypatch.setattr("shiwu_worker.config.types.find_spec", lambda _: None)
     with pytest.raises(ValidationError, match=r"pip install '\.\[worker,obstore\]'"):
         Settings()
     monkeypatch.setenv("SHIWU_S3_CLIENT", "s3fs")
@@ -377,7 +377,7 @@ def test_credentials_that_come_later_are_used(
     http_server: PictureServer, client: S3Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine's metadata may be late: a client that was made without credentials is not kept."""
-    monkeypatch.setattr("shiwu_worker.boto_store.ASK_CHAIN_AGAIN_S", 0.0)
+    monkeypatch.setattr("shiwu_worker.stages.fetch.s3.boto.ASK_CHAIN_AGAIN_S", 0.0)
     http_server.serve("/pictures/a", PLAIN)
     store = make_store(client, http_server.url(""))
     with monkeypatch.context() as bare:
@@ -415,8 +415,8 @@ def test_a_silent_service_of_credentials_is_left(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name)
     (tmp_path / "token").write_text("a token")
-    monkeypatch.setattr("shiwu_worker.boto_store.CHAIN_TIMEOUT_S", 0.5)
-    monkeypatch.setattr("shiwu_worker.boto_store.ASK_CHAIN_AGAIN_S", 60.0)
+    monkeypatch.setattr("shiwu_worker.stages.fetch.s3.boto.CHAIN_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("shiwu_worker.stages.fetch.s3.boto.ASK_CHAIN_AGAIN_S", 60.0)
     with RawServer(says(b""), pause_s=300) as sts:
         monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/r")
         monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiwu_worker.timing import Load, Meter, Moments
+from shiwu_worker.jobs.timestamps import Moments
+from shiwu_worker.runtime.progress import Load, Meter
 
 NAMES = ["fetch_from_s", "decode_from_s", "batch_from_s", "encode_from_s", "score_from_s"]
 

@@ -18,9 +18,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, TraceFlags, TraceState, use_span
 
 from shiwu import Client
+from shiwu.broker.message_writer import build_message
+from shiwu.broker.trace_headers import MAX_CHARS, current_headers, read_headers
 from shiwu.contract import MAX_MESSAGE_BYTES, Lane, Request
-from shiwu.message import build_message
-from shiwu.trace import MAX_CHARS, current_headers, read_headers
 
 TRACE = 0x0AF7651916CD43DD8448EB211C80319C
 SPAN = 0xB7AD6B7169203331
@@ -79,7 +79,10 @@ def test_without_a_span_nothing_is_written() -> None:
 
 def test_opentelemetry_is_not_loaded_for_it() -> None:
     """A producer that has it installed and does not use it."""
-    code = "import sys, shiwu.trace as t; t.current_headers(); print(any(n.startswith('opentel') for n in sys.modules))"
+    code = (
+        "import sys, shiwu.broker.trace_headers as t; t.current_headers(); "
+        "print(any(name.startswith('opentel') for name in sys.modules))"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert said.stdout.strip() == "False"
 

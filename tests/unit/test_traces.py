@@ -20,14 +20,14 @@ from opentelemetry.trace import SpanKind, StatusCode
 from pydantic import ValidationError
 from structlog.testing import capture_logs
 
+from shiwu.broker.answers import Entry
+from shiwu.broker.message_writer import build_message
 from shiwu.contract import Answer, ErrorCode, ErrorInfo, ImageInfo, Lane, ModelInfo, Request, Stage, Status, Timing
-from shiwu.ledger import Entry
-from shiwu.message import build_message
-from shiwu_worker.config import Settings
-from shiwu_worker.job import Job
-from shiwu_worker.settle import Settled
-from shiwu_worker.timing import Moments
-from shiwu_worker.traces import Traces, make_provider
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.jobs.job import Job
+from shiwu_worker.jobs.outcome import Settled
+from shiwu_worker.jobs.timestamps import Moments
+from shiwu_worker.telemetry.tracing import Traces, make_provider
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 TIMES = Timing(queue=100.0, claim=1.0, fetch=20.0, decode=5.0, batch=2.0, encode=50.0, score=0.5, total=178.5)
@@ -255,10 +255,12 @@ def test_the_variables_of_opentelemetry_are_heard(
 def test_without_the_setting_nothing_of_it_is_loaded() -> None:
     """By what a worker is wired from. What redis-py loads by itself where it finds it is not ours to say."""
     code = "import sys; hidden = {'opentelemetry.sdk': None, 'opentelemetry.metrics': None}; sys.modules |= hidden; "
-    code += "import shiwu_worker.wiring; print(*(set(sys.modules) - hidden.keys()))"
+    code += "import shiwu_worker.service.bootstrap; print(*(set(sys.modules) - hidden.keys()))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
-    assert "shiwu_worker.panel" in loaded.split()
-    assert not {"opentelemetry.trace", "opentelemetry.sdk.trace", "shiwu_worker.traces"} & set(loaded.split())
+    assert "shiwu_worker.service.observability" in loaded.split()
+    assert not {"opentelemetry.trace", "opentelemetry.sdk.trace", "shiwu_worker.telemetry.tracing"} & set(
+        loaded.split()
+    )
 
 
 def test_the_setting_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from shiwu.contract import ErrorCode, Lane
 from shiwu_worker.errors import ExitCode, FatalError, NonFiniteError, Trouble, WrongVectors
-from shiwu_worker.job import Job
-from shiwu_worker.label_set import LabelSet
-from shiwu_worker.labels import EncodedLabels, TextVectors
-from shiwu_worker.timing import Moments
-from shiwu_worker.triage import Triage
+from shiwu_worker.jobs.job import Job
+from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.jobs.label_vectors import EncodedLabels, TextVectors
+from shiwu_worker.jobs.timestamps import Moments
+from shiwu_worker.pipeline.batch_executor import Triage
 from tests.unit.test_encode import make_encoder, make_model, noise, saved
 
 Pixels = NDArray[np.uint8]

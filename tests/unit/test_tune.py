@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from shiwu_worker import tune
-from shiwu_worker.config import Settings
-from shiwu_worker.image_spec import ImageSpec
+from shiwu_worker.commands import tune
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.config.tuned import Tuned, apply_tuning
+from shiwu_worker.stages.decode.image_spec import ImageSpec
 
 
 def measured(seconds: dict[int, float], *, largest: int) -> SimpleNamespace:
@@ -18,7 +19,7 @@ def measured(seconds: dict[int, float], *, largest: int) -> SimpleNamespace:
     return SimpleNamespace(sizes=sizes, measured=tuple(seconds), threads=2)
 
 
-def tuned(settings: Settings, **changes: object) -> tune.Tuned:
+def tuned(settings: Settings, **changes: object) -> Tuned:
     """What a machine that takes 100 pictures a second in batches of 4 would find."""
     encoder = measured({1: 0.02, 4: 0.04}, largest=4)
     return tune.choose(settings, encoder, 0.002, "rev").model_copy(update=changes)
@@ -28,9 +29,9 @@ def test_a_tuning_fills_what_nobody_has_set(tmp_path: Path) -> None:
     """The file's values stand in for zeros; what the operator says stays."""
     path = tmp_path / "tune.json"
     settings = Settings(tune_file=path, loaders=7)
-    assert tune.apply(settings, lambda: "rev") == settings, "no file yet"
+    assert apply_tuning(settings, lambda: "rev") == settings, "no file yet"
     path.write_text(tuned(settings, torch_threads=3).model_dump_json())
-    found = tune.apply(settings, lambda: "rev")
+    found = apply_tuning(settings, lambda: "rev")
     assert (found.max_batch, found.torch_threads, found.loaders) == (4, 3, 7)
 
 
@@ -43,9 +44,9 @@ def test_a_file_that_says_nothing_here_is_passed_over(tmp_path: Path, text: str)
     path = tmp_path / "tune.json"
     path.write_text(text)
     settings = Settings(tune_file=path)
-    assert tune.apply(settings, lambda: "rev") == settings
+    assert apply_tuning(settings, lambda: "rev") == settings
     path.write_text(tuned(settings).model_dump_json())
-    assert tune.apply(settings, lambda: "another model") == settings
+    assert apply_tuning(settings, lambda: "another model") == settings
 
 
 def test_loaders_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,4 +100,4 @@ def test_tune_refuses_a_file_before_it_measures(
     assert "SHIWU_TUNE_FILE: expected a file in a folder that exists" in capsys.readouterr().err
     path = tmp_path / "tune.json"
     assert run_tune(monkeypatch, tune_file=str(path)) == (0, ["measured"])
-    assert tune.Tuned.model_validate_json(path.read_bytes()).max_batch == 4
+    assert Tuned.model_validate_json(path.read_bytes()).max_batch == 4

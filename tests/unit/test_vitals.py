@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from shiwu_worker import vitals as room
-from shiwu_worker.timing import Progress
-from shiwu_worker.vitals import Body, Vitals
+from shiwu_worker.health import monitor as room
+from shiwu_worker.health.monitor import Body, Vitals
+from shiwu_worker.runtime.progress import Progress
 from tests.support.waiting import wait_until
 
 STUCK_S = 90.0
@@ -34,8 +34,8 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """For the vitals and the progress they look at."""
     made = Clock()
-    monkeypatch.setattr("shiwu_worker.vitals.time", made)
-    monkeypatch.setattr("shiwu_worker.timing.time", made)
+    monkeypatch.setattr("shiwu_worker.health.monitor.time", made)
+    monkeypatch.setattr("shiwu_worker.runtime.progress.time", made)
     return made
 
 

@@ -88,9 +88,7 @@ def main(
     with _worker_libraries():
         command = _command(check=check, show_all=show_all, tune=tune, fetch_model=fetch_model, convert=convert)
         if command is None:
-            from shiwu_worker.start import start_workers  # noqa: PLC0415 --help needs none of its libraries
-
-            command = partial(start_workers, gpus=gpus, per_gpu=per_gpu, task_events=task_events)
+            command = _worker_command(gpus=gpus, per_gpu=per_gpu, task_events=task_events)
     sys.exit(command())
 
 
@@ -99,22 +97,37 @@ def _command(
 ) -> Callable[[], int] | None:
     """What was asked for in place of a worker; each command imports the model's libraries, which takes seconds."""
     if check:
-        from shiwu_worker.check import run_checks  # noqa: PLC0415 as the docstring says
+        from shiwu_worker.celery_worker.callback_app import check_callbacks  # noqa: PLC0415 as the docstring says
+        from shiwu_worker.commands.check import run_checks  # noqa: PLC0415 as the docstring says
 
-        return lambda: run_checks(show_all=show_all)
+        return lambda: run_checks(show_all=show_all, check_callbacks=check_callbacks)
     if tune:
-        from shiwu_worker.tune import run_tune  # noqa: PLC0415 as the docstring says
+        from shiwu_worker.commands.tune import run_tune  # noqa: PLC0415 as the docstring says
 
         return run_tune
     if fetch_model:
-        from shiwu_worker.model_commands import run_fetch  # noqa: PLC0415 as the docstring says
+        from shiwu_worker.commands.model_commands import run_fetch  # noqa: PLC0415 as the docstring says
 
         return lambda: run_fetch(fetch_model)
     if convert:
-        from shiwu_worker.model_commands import run_convert  # noqa: PLC0415 as the docstring says
+        from shiwu_worker.commands.model_commands import run_convert  # noqa: PLC0415 as the docstring says
 
         return lambda: run_convert(convert)
     return None
+
+
+def _worker_command(*, gpus: str, per_gpu: int, task_events: bool) -> Callable[[], int]:
+    """Starts the workers; --help needs none of the libraries that this imports."""
+    from shiwu_worker.celery_worker import process  # noqa: PLC0415 as the docstring says
+    from shiwu_worker.launcher.start import start_workers  # noqa: PLC0415 as the docstring says
+
+    return lambda: start_workers(
+        process.begin(),
+        gpus=gpus,
+        per_gpu=per_gpu,
+        run=partial(process.run, task_events=task_events),
+        command=partial(process.command, task_events=task_events),
+    )
 
 
 @contextmanager

@@ -15,15 +15,15 @@ import redis
 from rich.console import Console
 from rich.progress import Progress
 
+from shiwu.broker.queue_stats import ALIVE_MS
 from shiwu.cli.base import Exit, end, main
 from shiwu.cli.hints import notes_of
 from shiwu.cli.params import Seconds
 from shiwu.cli.terminal import Row, echo_data, echo_json, print_rows
-from shiwu.client import Client
+from shiwu.client.client import Client
+from shiwu.client.results import TagResult
 from shiwu.contract import ErrorCode, RequestError, without_query
 from shiwu.errors import ShiwuError
-from shiwu.queues import ALIVE_MS
-from shiwu.results import TagResult
 
 BAR_FROM: Final = 500
 """Work on fewer pictures needs no progress bar."""

@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 import click
 import redis
 
-from shiwu.client import Client
+from shiwu.broker.redis_errors import explain, info_of
+from shiwu.client.client import Client
 from shiwu.contract import RequestError, printable
 from shiwu.errors import RedisUrlError, ShiwuError
-from shiwu.redis_errors import explain, info_of
 
 
 class Exit(IntEnum):

@@ -14,9 +14,9 @@ from pydantic_core import to_json
 from shiwu.cli.base import Exit, end, main
 from shiwu.cli.hints import notes_of
 from shiwu.cli.terminal import Row, echo_data, echo_json, print_rows
-from shiwu.client import Client
+from shiwu.client.client import Client
+from shiwu.client.dead_letters import DeadFilter, DeadLetter
 from shiwu.contract import ErrorCode, Stage
-from shiwu.dead import DeadFilter, DeadLetter
 
 LONGEST_WHOLE_ID = 40
 HEADINGS = ("id", "died", "code", "stage", "attempts", "worker", "picture")

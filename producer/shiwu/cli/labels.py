@@ -7,7 +7,7 @@ import msgspec
 
 from shiwu.cli.base import Exit, end, main
 from shiwu.cli.terminal import echo_data, echo_json
-from shiwu.client import Client
+from shiwu.client.client import Client
 
 
 @main.command()

@@ -14,11 +14,11 @@ import click
 import redis
 from pydantic_core import to_json
 
+from shiwu.broker.redis_errors import explain, info_of
 from shiwu.cli.base import Exit, end, main
 from shiwu.cli.params import Seconds
-from shiwu.client import Client
+from shiwu.client.client import Client
 from shiwu.contract import printable
-from shiwu.redis_errors import explain, info_of
 
 if TYPE_CHECKING:
     from shiwu.cli.sweep_metrics import SweepMetrics

@@ -18,8 +18,8 @@ from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from shiwu.queue_metrics import QueueCollector, QueueNumbers
-from shiwu.queues import QueueState
+from shiwu.broker.queue_metrics import QueueCollector, QueueNumbers
+from shiwu.broker.queue_stats import QueueState
 
 CONNECTIONS: Final = 8
 READ_TIMEOUT_S: Final = 5.0

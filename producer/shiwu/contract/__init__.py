@@ -83,7 +83,7 @@ from shiwu.contract.request import (
 )
 from shiwu.contract.text import control_character
 from shiwu.contract.unknown_fields import field_warnings, unknown_names
-from shiwu.contract.words import (
+from shiwu.contract.vocabulary import (
     CONTRACT_VERSION,
     MAX_IMAGE_CHARS,
     MAX_INLINE_LABELS,

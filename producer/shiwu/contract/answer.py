@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self, get_args
 import msgspec
 
 from shiwu.contract.request import Head
-from shiwu.contract.words import (
+from shiwu.contract.vocabulary import (
     CONTRACT_VERSION,
     AttemptEnd,
     ErrorCode,

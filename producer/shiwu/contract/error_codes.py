@@ -11,7 +11,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final, Literal
 
-from shiwu.contract.words import ErrorCode, Status
+from shiwu.contract.vocabulary import ErrorCode, Status
 
 LogLevel = Literal["info", "warning", "error"]
 

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Final
 
-from shiwu.contract.words import ErrorCode, RequestError
+from shiwu.contract.vocabulary import ErrorCode, RequestError
 
 MAX_ID_BYTES: Final = 255
 """Length of a short string in AMQP, which bounds the ids of all Celery clients."""

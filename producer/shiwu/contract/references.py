@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from shiwu.contract.words import MAX_IMAGE_CHARS
+from shiwu.contract.vocabulary import MAX_IMAGE_CHARS
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 
 from shiwu.contract.references import reference_error
 from shiwu.contract.text import NAME_PATTERN, NO_CONTROLS_PATTERN, control_character
-from shiwu.contract.words import (
+from shiwu.contract.vocabulary import (
     MAX_INLINE_LABELS,
     MAX_LABEL_CHARS,
     MAX_METADATA_BYTES,

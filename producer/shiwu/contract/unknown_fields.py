@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from shiwu.contract.answer import AnswerWarning
 from shiwu.contract.request import REQUEST_FIELDS
-from shiwu.contract.words import WarningCode
+from shiwu.contract.vocabulary import WarningCode
 
 MAX_NAMES: Final = 5
 """How many names a text shows; a message may hold any number of them."""

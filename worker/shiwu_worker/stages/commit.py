@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
+from shiwu.broker.answers import Entry, Ledger
 from shiwu.contract import Status
-from shiwu.ledger import Entry, Ledger
-from shiwu_worker.job import Job
+from shiwu_worker.jobs.job import Job
 
 _KEPT = {Status.REJECTED, Status.FAILED}
 

@@ -1,0 +1,1 @@
+"""Everything that both sides exchange with Redis: connections, messages, answers, retention, maintenance, queues."""

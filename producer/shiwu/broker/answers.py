@@ -1,0 +1,212 @@
+"""The one way an answer comes into Redis, whoever gives it: a worker, a cancelling producer, the sweep.
+
+One script for a whole batch: the first answer of an id is stored in Celery's result format, published to waiters and
+appended to the results stream; a later one is discarded. Either way claim, lease and attempts are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from typing import Any, Final
+
+import msgspec
+import redis
+from pydantic_core import to_json
+
+from shiwu.broker.connection import call_held
+from shiwu.broker.redis_errors import NotReplicated
+from shiwu.broker.retention import USUAL, Keep, always
+from shiwu.contract import (
+    ASIDE,
+    ATTEMPTS,
+    CANVAS,
+    CANVAS_DUE,
+    CLAIMS,
+    COUNTERS,
+    DEAD,
+    DEAD_ANSWERS,
+    DEAD_MESSAGES,
+    DEADLINES,
+    DELAYED,
+    ENDED,
+    HISTORY,
+    LEASES,
+    PARKED,
+    RESULT_STREAM,
+    Answer,
+    ErrorCode,
+    ErrorInfo,
+    Stage,
+    Status,
+    done_key,
+    is_digest,
+    moment,
+    result_key,
+    status_of,
+)
+
+MAX_COMMIT: Final = 5000
+"""Lua's stack holds about 8,000 values, and a commit unpacks one for each job."""
+CANVAS_PATIENCE_S: Final = 30.0
+_KINDS: Final[dict[str, str]] = {Status.TAGGED: "S", Status.EXPIRED: "R", Status.CANCELLED: "R"}
+_KEYS: Final = (
+    *(CLAIMS, LEASES, ATTEMPTS, RESULT_STREAM, DEAD, DEAD_ANSWERS, DEAD_MESSAGES, COUNTERS),
+    *(DEADLINES, CANVAS, CANVAS_DUE, DELAYED, PARKED),
+)
+_NO_ID: Final = "\0"
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One answer on its way to Redis."""
+
+    answer: Answer
+    id: str
+    """The job id, or `~` and a digest where the message has none."""
+    claim: str = ""
+    """The name of the claim, where it is another one: a digest, because only the worker could find the id."""
+    ignore_result: bool = False
+    message: bytes = b""
+    """`lane key|message bytes`, where the job becomes a dead letter or has callbacks."""
+    is_dead: bool = False
+    has_callbacks: bool = False
+    is_aside: bool = False
+    """Given by somebody who does not hold the job; a worker that holds it is told."""
+
+    @property
+    def kind(self) -> str:
+        """The letters that the script reads."""
+        kind = _KINDS.get(self.answer.status, "F")
+        if self.ignore_result:
+            kind += "I"
+        if self.is_dead:
+            kind += "D"
+        if self.has_callbacks:
+            kind += "C"
+        if self.answer.history:
+            kind += "H"
+        if not self.claim and self.id.startswith("~") and is_digest(self.id):
+            kind += "N"
+        return kind + "A" if self.is_aside else kind
+
+
+class Ledger:
+    """Writes answers. Thread-safe; raises redis.RedisError, after which the same answers may be written again.
+
+    Args:
+        token: unique to this writer's life; by it a write that is tried again knows its own answers.
+        keep: how long answers, marks of answered ids and dead letters are kept, or who knows it.
+        canvas_patience_s: how long the callbacks of an answer are its worker's to send; then they are anybody's.
+        replicas: how many replicas must confirm each write, within `replicas_timeout_s`.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        *,
+        token: str,
+        keep: Keep | Callable[[], Keep] = USUAL,
+        canvas_patience_s: float = CANVAS_PATIENCE_S,
+        replicas: int = 0,
+        replicas_timeout_s: float = 1.0,
+    ) -> None:
+        self._client = client
+        self._token = token
+        self._replicas = replicas
+        self._replicas_timeout_s = replicas_timeout_s
+        self._script = load_script(client, "commit")
+        self._keep = always(keep)
+        self._rest = [done_key(""), result_key(""), ENDED, int(canvas_patience_s * 1000), ASIDE, HISTORY]
+
+    def write(self, entries: Sequence[Entry], *, token: str | None = None) -> set[str]:
+        """Answer at most MAX_COMMIT jobs; return the ids that somebody had answered before.
+
+        Args:
+            token: of this one write, where its writer may answer an id twice and shall be told.
+
+        Raises:
+            NotReplicated: the answers stand on the primary only.
+        """
+        if not entries:
+            return set()
+        keep = self._keep()
+        limits = (keep.result_ttl_s, max(keep.done_ttl_s, keep.result_ttl_s), keep.dead_length)
+        args: list[Any] = [*limits, datetime.now(UTC).isoformat(), *self._rest]
+        for entry in entries:
+            mark = f"{token or self._token}:{entry.answer.attempts}"
+            answer = entry.answer
+            args += [entry.id, entry.kind, answer.to_json(), failure_head(answer), entry.message, mark, entry.claim]
+        if not self._replicas:
+            again: list[bytes] = self._script(keys=_KEYS, args=args)
+        else:
+            # WAIT speaks of the writes of its own connection.
+            with self._client.client() as one:  # type: ignore[no-untyped-call]  # redis' own
+                again = self._script(keys=_KEYS, args=args, client=one)
+                wait_replicated(one, replicas=self._replicas, timeout_s=self._replicas_timeout_s)
+        return {job_id.decode() for job_id in again}
+
+
+def wait_replicated(one: redis.Redis, *, replicas: int, timeout_s: float) -> None:
+    """Wait until the replicas have what this connection wrote.
+
+    Raises:
+        NotReplicated: too few of them confirmed it in time.
+    """
+    [reached] = call_held(one, ("WAIT", replicas, int(timeout_s * 1000)))
+    if reached < replicas:
+        raise NotReplicated(
+            f"expected {replicas} replicas to confirm within {timeout_s:g} s, {reached} did; the write stands on the "
+            "primary, and writing the same id again is safe"
+        )
+
+
+def failure_head(answer: Answer) -> bytes:
+    """Celery's exception form without its closing brace, so that the server can put the answer in once."""
+    if answer.status is Status.TAGGED:
+        return b""
+    return to_json(exception_form(answer))[:-1]
+
+
+def exception_form(answer: Answer) -> dict[str, Any]:
+    """How Celery's JSON results write the exception that `AsyncResult.get()` raises."""
+    if answer.status in {Status.EXPIRED, Status.CANCELLED}:
+        return {
+            "exc_type": "TaskRevokedError",
+            "exc_message": [str(answer.status)],
+            "exc_module": "celery.exceptions",
+        }
+    error = answer.error
+    message = f"{error.code}: {error.message}" if error else str(answer.status)
+    return {"exc_type": "JobFailed", "exc_message": [message], "exc_module": "shiwu.errors"}
+
+
+def cancelled_entry(job_id: str, reason: str, *, now_ms: float) -> Entry:
+    """The answer of a job that its producer cancels."""
+    text = f"cancelled by its producer{': ' if reason else ''}{reason:.200}"
+    error = ErrorInfo(code=ErrorCode.CANCELLED, message=text, stage=Stage.CLAIM)
+    answer = Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error, answered_at=moment(now_ms))
+    return Entry(id=job_id, answer=answer, is_aside=True)
+
+
+def answered_before(worker: str, *, now_ms: float) -> bytes:
+    """Celery's result for a copy of a job whose answer is no longer kept, with a zero byte in each place of the id."""
+    now = moment(now_ms)
+    text = "the id was answered before, and its answer is no longer kept; send each job with an id of its own"
+    error = ErrorInfo(code=ErrorCode.ALREADY_ANSWERED, message=text, stage=Stage.CLAIM)
+    answer = Answer(id=_NO_ID, status=status_of(error.code), attempts=0, worker=worker, error=error, answered_at=now)
+    meta: dict[str, Any] = {
+        "status": "FAILURE",
+        "result": exception_form(answer) | {"answer": msgspec.to_builtins(answer)},
+        "traceback": None,
+        "children": [],
+        "date_done": now.isoformat(),
+        "task_id": _NO_ID,
+    }
+    return to_json(meta).replace(to_json(_NO_ID), b"\0")
+
+
+def load_script(client: redis.Redis, name: str) -> Any:
+    """A script of this package, sent again by itself when the server has forgotten it."""
+    source = files("shiwu.broker").joinpath(f"scripts/{name}.lua").read_text(encoding="utf-8")
+    return client.register_script(source)

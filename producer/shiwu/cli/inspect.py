@@ -1,0 +1,87 @@
+"""Read answers, see the queues."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Final
+
+import click
+from pydantic_core import to_json
+from rich.table import Table
+from rich.text import Text
+
+from shiwu.cli.base import Exit, main
+from shiwu.cli.terminal import echo_json, make_console
+from shiwu.client.client import Client
+from shiwu.client.stream_items import UnreadableItem
+from shiwu.contract import Lane, printable
+
+DRAIN_AWAY_S: Final = 5.0
+ACK_AWAY_S: Final = 3600.0
+"""How long to try to acknowledge an answer that was printed, before it has to be printed again."""
+
+
+@main.command()
+@click.option("--group", default="shiwu-cli", show_default=True, help="Consumer group; each group gets every answer.")
+@click.option(
+    "--consumer",
+    help="This consumer's name; with that of one that crashed, its unacknowledged answers come immediately.",
+)
+@click.option("--follow", is_flag=True, help="Wait for more instead of ending when the stream is read.")
+@click.pass_obj
+def results(client: Client, /, *, group: str, consumer: str | None, follow: bool) -> None:
+    """Print answers of all jobs as JSON lines, and acknowledge each one that was printed.
+
+    Without --follow it ends when all answers are printed, and waits for those that a crashed consumer of the group
+    holds until they are taken over, a minute after that consumer was last active.
+    """
+    block_s = 2.0 if follow else 0.05
+    away_s = None if follow else DRAIN_AWAY_S
+    try:
+        for item in client.results(
+            group=group,
+            consumer=consumer,
+            block_s=block_s,
+            stop_when_idle=not follow,
+            away_s=away_s,
+            on_unreadable=_show_unreadable,
+        ):
+            echo_json(item.result.to_json())
+            item.ack(away_s=ACK_AWAY_S if follow else DRAIN_AWAY_S)
+    except KeyboardInterrupt:
+        sys.exit(Exit.OK)
+
+
+def _show_unreadable(item: UnreadableItem) -> None:
+    click.echo(f"shiwu: entry {item.entry_id} was skipped and stays pending: {printable(item.reason)}", err=True)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def status(client: Client, /, *, as_json: bool) -> None:
+    """Show what waits, what is claimed, and which workers live."""
+    state, stray = client.queue_state(), client.stray_lanes()
+    if as_json:
+        echo_json(to_json(asdict(state) | {"stray_lanes": stray.found}))
+        return
+    table = Table("lane", "waiting", "claimed", "oldest", box=None)
+    for lane in Lane:
+        age_s = state.oldest_age_s.get(lane)
+        oldest = "" if age_s is None else f"{age_s:.1f} s"
+        table.add_row(lane.value, str(state.waiting[lane]), str(state.claimed[lane]), oldest)
+    console = make_console()
+    console.print(table)
+    console.print(
+        f"delayed {state.delayed}, suspects {state.suspects}, dead letters {state.dead}, workers {len(state.workers)}",
+        end="",
+    )
+    console.print(
+        f": {', '.join(map(printable, state.workers))}" if state.workers else " (none gave a sign of life in 10 s)"
+    )
+    console.print(", ".join(f"{printable(name)} {number}" for name, number in state.counters.items()))
+    for one in stray.found:
+        console.print(Text("not read by any worker:", style="yellow"), printable(str(one)), soft_wrap=True)
+    if stray.found:
+        console.print("a client's global_keyprefix, sep, priority_steps or database differs: docs/clients.md")

@@ -1,0 +1,146 @@
+"""Dead letters: every job that ended without tags, with its message, until somebody requeues or drops it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import redis
+
+from shiwu.broker.answers import load_script
+from shiwu.client.arguments import read_seconds
+from shiwu.client.results import TagResult, read_answer
+from shiwu.contract import (
+    ATTEMPTS,
+    COUNTERS,
+    DEAD,
+    DEAD_ANSWERS,
+    DEAD_MESSAGES,
+    Lane,
+    done_key,
+    result_key,
+)
+
+PORTION: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A job that ended without tags by our fault or its input's."""
+
+    id: str
+    """The job id, or `~` and a digest where the message has none."""
+    died_ms: float
+    """Server time in ms since 1970."""
+    result: TagResult
+    """Its answer: status, error with code and stage, attempts, worker, times."""
+    message: bytes
+    """The bytes as they were sent."""
+    lane: Lane | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeadFilter:
+    """Which dead letters are meant; what is None does not matter."""
+
+    code: str | None = None
+    stage: str | None = None
+    status: str | None = None
+    worker: str | None = None
+    image: str | None = None
+    """Part of the picture's reference."""
+    older_s: float | None = None
+    newer_s: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse ages that are none."""
+        for name in ("older_s", "newer_s"):
+            if (value := getattr(self, name)) is not None:
+                read_seconds(name, value)
+
+    def admits(self, letter: DeadLetter) -> bool:
+        """Whether a letter passes, but for its age."""
+        result = letter.result
+        error = result.error
+        return (
+            (self.code is None or (error is not None and error.code == self.code))
+            and (self.stage is None or (error is not None and error.stage == self.stage))
+            and (self.status is None or result.status == self.status)
+            and (self.worker is None or result.worker == self.worker)
+            and (self.image is None or (result.image is not None and self.image in result.image.reference))
+        )
+
+
+class DeadLetters:
+    """The dead letters of one Redis. Raises redis.RedisError."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self._requeue = load_script(client, "requeue")
+
+    def read(self, where: DeadFilter | None = None, *, limit: int | None = None) -> Iterator[DeadLetter]:
+        """Yield letters, newest first. One that dies or leaves meanwhile may be missed."""
+        where = where or DeadFilter()
+        seconds, micros = self._client.time()
+        now_ms = seconds * 1000 + micros / 1000
+        newest = now_ms - where.older_s * 1000 if where.older_s is not None else "+inf"
+        oldest = now_ms - where.newer_s * 1000 if where.newer_s is not None else "-inf"
+        found: Any = self._client.zrevrangebyscore(DEAD, newest, oldest, withscores=True)
+        shown = 0
+        for start in range(0, len(found), PORTION):
+            for letter in self._load(found[start : start + PORTION]):
+                if limit is not None and shown >= limit:
+                    return
+                if where.admits(letter):
+                    shown += 1
+                    yield letter
+
+    def show(self, job_id: str) -> DeadLetter | None:
+        """One letter, or None."""
+        died_ms = self._client.zscore(DEAD, job_id)
+        letters = [] if died_ms is None else list(self._load([(job_id.encode(), died_ms)]))
+        return letters[0] if letters else None
+
+    def requeue(self, job_ids: Iterable[str]) -> list[str]:
+        """Send letters to the back of their lane, with a fresh attempt count and their old ids; return which went.
+
+        One whose `expires` has passed is answered `expired`. Their old answers are forgotten: who waits for the
+        id waits for the new one, and the results stream gets a second entry for it.
+        """
+        back: list[str] = []
+        for portion in _portions(list(job_ids)):
+            reply: Any = self._requeue(
+                keys=[DEAD, DEAD_ANSWERS, DEAD_MESSAGES, ATTEMPTS, COUNTERS],
+                args=[done_key(""), result_key(""), *portion],
+            )
+            back += [job_id.decode() for job_id in reply]
+        return back
+
+    def drop(self, job_ids: Iterable[str]) -> int:
+        """Forget letters; return how many there were. Their answers stay where they are."""
+        dropped = 0
+        for portion in _portions(list(job_ids)):
+            with self._client.pipeline(transaction=True) as pipe:
+                pipe.zrem(DEAD, *portion)
+                pipe.hdel(DEAD_ANSWERS, *portion)
+                pipe.hdel(DEAD_MESSAGES, *portion)
+                dropped += pipe.execute()[0]
+        return dropped
+
+    def _load(self, found: Sequence[tuple[bytes, float]]) -> Iterator[DeadLetter]:
+        ids: list[str] = [job_id.decode() for job_id, _ in found]
+        with self._client.pipeline(transaction=True) as pipe:
+            pipe.hmget(DEAD_ANSWERS, ids)
+            pipe.hmget(DEAD_MESSAGES, ids)
+            answers, messages = pipe.execute()
+        for (_, died_ms), job_id, answer, message in zip(found, ids, answers, messages, strict=True):
+            if answer is not None and message is not None:
+                key, _, raw = message.partition(b"|")
+                lane = next((lane for lane in Lane if key.decode() in lane.keys), None)
+                yield DeadLetter(job_id, died_ms, read_answer(answer, job_id=job_id), raw, lane)
+
+
+def _portions(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(ids), PORTION):
+        yield ids[start : start + PORTION]

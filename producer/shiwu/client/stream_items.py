@@ -1,0 +1,152 @@
+"""What a loop over the results stream gets, and how it waits while Redis is away."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from threading import Event
+from typing import Final
+
+import redis
+
+from shiwu.broker.redis_errors import explain, info_of
+from shiwu.client.results import TagResult
+from shiwu.contract import RESULT_STREAM
+
+MAX_REPORTED: Final = 10_000
+"""Entries that cannot be read and are remembered, so that each is reported once."""
+FIRST_PAUSE_S: Final = 0.1
+LONGEST_PAUSE_S: Final = 2.0
+log: Final = logging.getLogger("shiwu")
+
+
+@dataclass(frozen=True)
+class StreamItem:
+    """One entry of the results stream. It stays with this consumer until `ack`."""
+
+    entry_id: str
+    result: TagResult
+    _client: redis.Redis
+    _group: str
+
+    def ack(self, *, away_s: float = 0.0) -> None:
+        """Say that the answer has had its effect; it is not delivered to this group again.
+
+        Args:
+            away_s: how long to try again while Redis is away.
+
+        Raises:
+            redis.RedisError: Redis did not take it; the answer will be delivered again.
+        """
+        outage = Outage(away_s=away_s)
+        while True:
+            try:
+                self._client.xack(RESULT_STREAM, self._group, self.entry_id)
+            except (redis.RedisError, OSError) as error:
+                outage.wait(error)
+            else:
+                outage.end()
+                return
+
+
+@dataclass(frozen=True)
+class UnreadableItem:
+    """An entry of the results stream that this version of the client cannot read.
+
+    It stays pending, so that the group gets it again after the client was upgraded; `ack` gives it up.
+    """
+
+    entry_id: str
+    fields: Mapping[bytes, bytes]
+    reason: str
+    _client: redis.Redis
+    _group: str
+
+    def ack(self) -> None:
+        """Give the entry up: it is not delivered to this group again."""
+        self._client.xack(RESULT_STREAM, self._group, self.entry_id)
+
+
+def log_unreadable(item: UnreadableItem) -> None:
+    """Write a warning to the logger `shiwu`."""
+    log.warning("entry %s of %s was skipped and stays pending: %s", item.entry_id, RESULT_STREAM, item.reason)
+
+
+class EntryReader:
+    """Turns entries into items, and reports each entry that cannot be read once."""
+
+    def __init__(self, client: redis.Redis, *, group: str, on_unreadable: Callable[[UnreadableItem], None]) -> None:
+        self._client = client
+        self._group = group
+        self._on_unreadable = on_unreadable
+        self._reported: OrderedDict[bytes, None] = OrderedDict()
+
+    def of(self, entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[StreamItem]:
+        """The entries that can be read."""
+        items = []
+        for entry_id, fields in entries:
+            if not fields:  # an entry that was trimmed away while pending has none
+                self._client.xack(RESULT_STREAM, self._group, entry_id)
+                continue
+            try:
+                items.append(StreamItem(entry_id.decode(), _read_entry(fields), self._client, self._group))
+            except ValueError as error:
+                self._report(entry_id, fields, str(error)[:300])
+        return items
+
+    def _report(self, entry_id: bytes, fields: dict[bytes, bytes], reason: str) -> None:
+        if entry_id not in self._reported:
+            self._on_unreadable(UnreadableItem(entry_id.decode(), fields, reason, self._client, self._group))
+        self._reported[entry_id] = None
+        while len(self._reported) > MAX_REPORTED:
+            self._reported.popitem(last=False)
+
+
+class Outage:
+    """Pauses while Redis is away, growing and bounded, and says so once to the logger `shiwu`."""
+
+    def __init__(self, *, away_s: float | None) -> None:
+        self._away_s = away_s
+        self._since_s: float | None = None
+        self._pause_s = 0.0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether Redis has not answered since the last error."""
+        return self._since_s is not None
+
+    def wait(self, error: Exception) -> None:
+        """Pause before the next try.
+
+        Raises:
+            redis.RedisError: the error, when it does not pass by itself, or has lasted for too long.
+        """
+        now_s = time.monotonic()
+        since_s = now_s if self._since_s is None else self._since_s
+        if not info_of(error).passes or (self._away_s is not None and now_s - since_s >= self._away_s):
+            raise error
+        if self._since_s is None:
+            log.warning("%s; trying again", explain(error))
+        self._since_s = since_s
+        self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2 or FIRST_PAUSE_S)
+        Event().wait(self._pause_s)
+
+    def end(self) -> None:
+        """Redis has answered."""
+        if self._since_s is not None:
+            log.warning("Redis answers again, after %.1f s", time.monotonic() - self._since_s)
+        self._since_s, self._pause_s = None, 0.0
+
+
+def _read_entry(fields: Mapping[bytes, bytes]) -> TagResult:
+    """Read an entry of the results stream.
+
+    Raises:
+        ValueError: it has no answer, or one that this version cannot read.
+    """
+    if (raw := fields.get(b"answer")) is None:
+        raise ValueError("expected a field `answer`, got none")
+    return TagResult.from_json(raw)

@@ -1,0 +1,85 @@
+"""The Celery app that sends callbacks: what it is asked to send is judged once more, and it runs no task itself."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from celery import Celery
+from kombu import Producer
+from kombu.exceptions import OperationalError
+
+from shiwu.contract import TASK_NAME, Lane
+from shiwu_worker.celery_worker.celery_redis import backend_config, broker_config
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.policy.callback_rules import CallbackRules
+
+PASSED: Final = frozenset(
+    {"countdown", "eta", "expires", "task_id", "root_id", "parent_id", "group_id", "group_index", "retries", "priority"}
+    | {"link", "link_error", "chain", "chord", "add_to_parent", "reply_to", "time_limit", "soft_time_limit", "shadow"}
+    | {"replaced_task_nesting", "queue", "ignore_result", "compression", "stamped_headers", "headers"}
+)
+"""What a signature says of how it is sent. All else could lead it elsewhere, or into another form than JSON."""
+
+
+class CallbackApp(Celery):  # type: ignore[misc]  # celery has no types
+    """Every message that leaves it comes through `send_task`."""
+
+    def __init__(self, rules: CallbackRules, **config: Any) -> None:
+        super().__init__("shiwu-callbacks", set_as_current=False)
+        self.conf.update(config)
+        self._rules = rules
+        self.finalize()
+        # An errback whose task is known here is called, in this process and with what a stranger wrote.
+        self.tasks.clear()
+
+    def send_task(self, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Send one task.
+
+        Raises:
+            RequestError: the operator did not allow it, or what it carries on.
+        """
+        self._rules.judge_sent(name, options)
+        kept = {key: value for key, value in options.items() if key in PASSED}
+        if isinstance(producer := options.get("producer"), Producer):
+            kept["producer"] = producer
+        stamps = kept.get("stamped_headers") or []
+        kept |= {stamp: options[stamp] for stamp in stamps if stamp not in kept and stamp in options}
+        return super().send_task(name, args, kwargs, **kept)
+
+
+def make_callback_app(settings: Settings) -> Celery:
+    """The app that sends callbacks, with results in our Redis."""
+    address = settings.redis_address
+    return CallbackApp(
+        settings.callback_rules,
+        **broker_config(address, timeout_s=settings.redis_timeout_s),
+        **backend_config(address, timeout_s=settings.redis_timeout_s),
+        result_expires=settings.result_ttl_s,
+        accept_content=["json"],
+        task_serializer="json",
+        result_serializer="json",
+        task_default_queue=settings.callback_queue,
+        task_routes={TASK_NAME: {"queue": Lane.BULK.queue}},
+    )
+
+
+def check_callbacks(settings: Settings) -> str:
+    """Ping Redis through Celery's own connections: those that send callbacks and keep their results.
+
+    Raises:
+        redis.RedisError: Celery does not reach it.
+    """
+    app = make_callback_app(settings)
+    try:
+        with (
+            app.connection_for_write() as connection,
+            connection.channel() as channel,
+            channel.conn_or_acquire() as one,
+        ):
+            one.ping()
+        app.backend.client.ping()
+    except OperationalError as error:
+        raise error.__cause__ or error from None
+    finally:
+        app.close()
+    return "Celery reaches the same Redis, for callbacks and their results"

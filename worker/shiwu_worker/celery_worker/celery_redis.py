@@ -1,0 +1,73 @@
+"""The Redis address in Celery's words: kombu's transport for the broker, and the result backend.
+
+`shiwu.broker.redis_url` has read the URL; nothing here reads it again. What redis-py takes as arguments, kombu takes
+as a URL and a dict of TLS arguments, and the backend as another of each.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+from urllib.parse import quote
+
+from shiwu.broker.connection import sentinel_login
+from shiwu.broker.redis_url import RedisAddress
+
+BROKER_CONNECTIONS: Final = 10
+"""A channel takes one that waits for messages, one that listens to the control channel, and one that publishes."""
+BACKEND_CONNECTIONS: Final = 10
+"""One thread sends callbacks; a chord's counter and its results are read one after another."""
+HEALTH_CHECK_S: Final = 30
+
+
+def broker_config(address: RedisAddress, *, timeout_s: float) -> dict[str, Any]:
+    """Celery's settings for its broker."""
+    options: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "socket_keepalive": True,
+        "health_check_interval": HEALTH_CHECK_S,
+        "max_connections": BROKER_CONNECTIONS,
+        "priority_steps": [0],
+    }
+    return {
+        "broker_url": celery_url(address),
+        "broker_transport_options": options | _sentinels(address),
+        "broker_use_ssl": None if address.tls is None else dict(address.tls),
+    }
+
+
+def backend_config(address: RedisAddress, *, timeout_s: float) -> dict[str, Any]:
+    """Celery's settings for its result backend."""
+    return {
+        "result_backend": celery_url(address),
+        "result_backend_transport_options": _sentinels(address),
+        "redis_backend_use_ssl": None if address.tls is None else dict(address.tls),
+        "redis_socket_timeout": timeout_s,
+        "redis_socket_connect_timeout": timeout_s,
+        # A socket of this machine has no such thing, and its connection does not take the argument.
+        "redis_socket_keepalive": not address.socket_path,
+        "redis_backend_health_check_interval": HEALTH_CHECK_S,
+        "redis_max_connections": BACKEND_CONNECTIONS,
+    }
+
+
+def celery_url(address: RedisAddress) -> str:
+    """The URL of the address in the form that both kombu and Celery read, every part percent-encoded."""
+    login = ""
+    if address.username or address.password:
+        login = f"{_quoted(address.username)}:{_quoted(address.password)}@"
+    if address.socket_path:
+        return f"redis+socket://{login}{quote(address.socket_path)}?virtual_host={address.database}"
+    scheme = "sentinel" if address.primary else "redis" if address.tls is None else "rediss"
+    hosts = [f"[{host}]:{port}" if ":" in host else f"{_quoted(host)}:{port}" for host, port in address.hosts]
+    return ";".join(f"{scheme}://{login}{host}/{address.database}" for host in hosts)
+
+
+def _sentinels(address: RedisAddress) -> dict[str, Any]:
+    if not address.primary:
+        return {}
+    return {"master_name": address.primary, "sentinel_kwargs": sentinel_login(address)}
+
+
+def _quoted(text: str | None) -> str:
+    return quote(text or "", safe="")

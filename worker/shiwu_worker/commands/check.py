@@ -1,0 +1,208 @@
+"""`shiwu-worker --check`: tries Redis, the label files, S3 and the model, and prints the settings."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any, Final
+
+import click
+import redis
+from botocore.exceptions import BotoCoreError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from shiwu.broker.redis_errors import explain
+from shiwu.broker.stray_lanes import find_stray_lanes
+from shiwu.contract import printable
+from shiwu_worker.checkpoints.model_files import model_folder
+from shiwu_worker.commands.s3_check import check_s3
+from shiwu_worker.config.errors import SettingsError, exit_with, load_settings, unknown_names
+from shiwu_worker.config.reference import all_settings, changed_settings, value_text
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.service.factories import connect, encode_default_labels, open_labels, read_label_sets
+from shiwu_worker.service.model import open_encoder
+from shiwu_worker.stages.decode.image_spec import read_image_spec
+from shiwu_worker.stages.fetch.s3.base import StoreError
+
+PIPE_COLUMNS: Final = 160
+OLDEST_REDIS: Final = (6, 2)
+EXPECTED: Final = (FatalError, redis.RedisError, BotoCoreError, StoreError, OSError, ValueError)
+"""What a check fails with when something outside the worker is wrong."""
+_STYLES: Final = {"ok": "green", "warning": "yellow", "failed": "red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a check found: facts, and reasons to change something although the worker can run."""
+
+    text: str
+    warnings: tuple[str, ...] = ()
+
+
+def run_checks(*, show_all: bool, check_callbacks: Callable[[Settings], str]) -> int:
+    """Print a line for each check, then the settings; return the exit code that a worker would end with.
+
+    Args:
+        show_all: print every setting, by topic, with unit and default; otherwise those that are not the default.
+        check_callbacks: tries Celery's own connections, which this package does not import.
+    """
+    is_terminal = sys.stdout.isatty()
+    console = Console(markup=False, emoji=False, highlight=False, width=None if is_terminal else PIPE_COLUMNS)
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        exit_with(error)
+    noted = [str(one) for one in unknown_names(os.environ)]
+    noted += [f"SHIWU_ALLOW_FOLDERS: {path} is no folder here" for path in settings.allow_folders if not path.is_dir()]
+    checks: list[tuple[str, Callable[[Settings], Report | str]]] = [
+        ("settings", lambda _: Report(f"{len(changed_settings(settings))} differ from their defaults", (*noted,))),
+        ("redis", _check_redis),
+        ("callbacks", check_callbacks),
+        ("labels", _check_labels),
+        ("s3", _check_s3),
+        ("model", _check_model),
+    ]
+    codes = [_run(name, check, settings, console) for name, check in checks]
+    if show_all:
+        _print_all(settings, console)
+    else:
+        _print_changed(settings, console)
+    return next((code for code in codes if code), 0)
+
+
+def _run(name: str, check: Callable[[Settings], Report | str], settings: Settings, console: Console) -> int:
+    """Run one check, print what it found, and return the exit code of its failure or 0."""
+    if sys.stderr.isatty():
+        click.echo(f"checking {name} …", err=True)
+    try:
+        with redirect_stdout(sys.stderr):
+            found = check(settings)
+    except EXPECTED as error:
+        _print_line(console, "failed", name, _told(error))
+        return int(error.exit_code if isinstance(error, FatalError) else ExitCode.CONFIG)
+    except Exception as error:  # noqa: BLE001 border: the other checks still have something to say
+        traceback.print_exc()
+        _print_line(console, "failed", name, f"{type(error).__name__}: {error} (a defect of shiwu: please report it)")
+        return int(ExitCode.INTERNAL)
+    report = found if isinstance(found, Report) else Report(found)
+    _print_line(console, "ok", name, report.text)
+    for warning in report.warnings:
+        _print_line(console, "warning", name, warning)
+    return 0
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, redis.RedisError):
+        return explain(error)
+    return str(error) if isinstance(error, FatalError) else f"{type(error).__name__}: {error}"
+
+
+def _print_line(console: Console, level: str, name: str, text: str) -> None:
+    console.print(Text(f"{level:<8}", style=_STYLES[level]), Text(f"{name}: {printable(text)}"), soft_wrap=True)
+
+
+def _print_changed(settings: Settings, console: Console) -> None:
+    changed = changed_settings(settings)
+    title = "Settings that differ from their defaults" if changed else "All settings have their defaults"
+    console.print(f"\n{title} (--check --all prints all):")
+    for one in changed:
+        value = printable(value_text(getattr(settings, one.field)))
+        console.print(f"  {one.name}={value}  (default: {one.default})", soft_wrap=True)
+
+
+def _print_all(settings: Settings, console: Console) -> None:
+    changed = {one.field for one in changed_settings(settings)}
+    topic = ""
+    table = Table()
+    for one in all_settings():
+        if one.topic != topic:
+            if topic:
+                console.print(table)
+            topic = one.topic
+            table = Table("", "setting", "value", "unit or values", "default", "what it is", title=f"\n{topic}")
+            table.title_justify = "left"
+        mark, style = ("*", "bold") if one.field in changed else ("", "")
+        value = printable(value_text(getattr(settings, one.field)))
+        table.add_row(mark, one.name, value, one.unit, one.default, one.reason, style=style)
+    console.print(table)
+    console.print("* differs from its default")
+
+
+def _check_redis(settings: Settings) -> Report:
+    """Whether Redis answers, is new enough, takes writes, and keeps what it is given."""
+    with connect(settings, connections=2) as client:
+        client.ping()
+        stray = [
+            f"{one} and no worker reads them: a client's global_keyprefix, sep, priority_steps or database differs"
+            for one in find_stray_lanes(client).found
+        ]
+        try:
+            info: Any = client.info("everything")
+        except redis.ResponseError as error:
+            text = f"answers at {value_text(settings.redis_url)}"
+            note = f"version and memory settings are not known, because INFO is refused ({error})"
+            return Report(text, (note, *stray))
+    product = "Valkey" if "valkey_version" in info else "Redis"
+    number = str(info.get("valkey_version") or info.get("redis_version"))
+    if tuple(int(part) for part in str(info.get("redis_version", "0.0")).split(".")[:2]) < OLDEST_REDIS:
+        raise FatalError(ExitCode.CONFIG, f"expected Redis 6.2 or newer, or Valkey, got {product} {number}")
+    if info.get("role", "master") != "master":
+        raise FatalError(ExitCode.CONFIG, "expected a primary that takes writes, got a replica; use its primary's URL")
+    policy = str(info.get("maxmemory_policy", "unknown"))
+    if policy.startswith("allkeys"):
+        raise FatalError(
+            ExitCode.CONFIG,
+            f"expected maxmemory-policy noeviction, got {policy}: it deletes waiting jobs when the memory is full",
+        )
+    return Report(
+        f"{product} {number} at {value_text(settings.redis_url)}, maxmemory-policy {policy}, "
+        f"maxmemory {info.get('maxmemory_human', 'unknown') if info.get('maxmemory') else 'unlimited'}",
+        (*_redis_warnings(info, policy), *stray),
+    )
+
+
+def _redis_warnings(info: dict[str, Any], policy: str) -> list[str]:
+    warnings = []
+    if policy != "noeviction":
+        warnings.append(
+            f"maxmemory-policy {policy} deletes answers and done marks when the memory is full; expected noeviction"
+        )
+    if not info.get("aof_enabled"):
+        warnings.append(
+            "the append-only file is off: jobs and answers since the last snapshot are lost when the server crashes; "
+            "set appendonly yes"
+        )
+    return warnings
+
+
+def _check_labels(settings: Settings) -> str:
+    sets = read_label_sets(settings)
+    default = sets[settings.default_labels]
+    return (
+        f"{len(sets)} label sets ({', '.join(sorted(sets)):.200}); default {default.name} ({len(default.words)} words)"
+    )
+
+
+def _check_s3(settings: Settings) -> Report:
+    return Report(*check_s3(settings))
+
+
+def _check_model(settings: Settings) -> str:
+    sets = read_label_sets(settings)
+    folder = model_folder(settings.model)
+    spec = read_image_spec(folder)
+    encoder = open_encoder(settings, folder, spec)
+    bank = open_labels(settings, encoder, sets)
+    encode_default_labels(bank)
+    info = encoder.info
+    return (
+        f"{info.id} ({info.revision}) in {info.dtype} on {info.device}, {spec.width}×{spec.height}, "
+        f"batches of {', '.join(map(str, encoder.rungs))}"
+    )

@@ -1,0 +1,112 @@
+"""Tries the object store and the worker's credentials, for `shiwu-worker --check`.
+
+A store checks the signature of a request before it looks for the object. So a reply about the object, or about missing
+rights, proves the credentials; a reply about the signature, the key or the clock disproves them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from shiwu.contract import ErrorCode
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.stages.fetch.s3.base import NoCredentials, S3Limits, S3Options, StoreRefused, is_aws
+from shiwu_worker.stages.fetch.s3.boto import Clients, as_store_errors
+from shiwu_worker.stages.fetch.s3.factory import new_store
+
+PROBE: Final = "shiwu-check"
+"""A key, and a bucket, that need not exist."""
+TIMEOUT_S: Final = 5.0
+HINT: Final = "name a bucket in SHIWU_ALLOW_BUCKETS to have it tried"
+_ABOUT_THE_OBJECT: Final = frozenset({ErrorCode.SOURCE_NOT_FOUND, ErrorCode.SOURCE_FORBIDDEN})
+_NO_LISTING: Final = frozenset({405, 501})
+
+
+def s3_options(settings: Settings) -> S3Options:
+    """Where the object store is, and how it is asked."""
+    return S3Options(
+        settings.s3_endpoint_url,
+        settings.s3_region,
+        settings.s3_client,
+        is_anonymous=settings.s3_anonymous,
+        requester_pays=settings.s3_requester_pays,
+        user_agent=settings.user_agent_text,
+    )
+
+
+def check_s3(settings: Settings) -> tuple[str, tuple[str, ...]]:
+    """What was proved, and warnings of what was not.
+
+    Raises:
+        StoreError: the store does not answer, or refuses the credentials.
+    """
+    options, limits = s3_options(settings), _limits(settings)
+    try:
+        access = Clients(options, limits).get()
+    except NoCredentials as error:
+        if error.__cause__ is not None:  # half of them
+            raise
+        return "no credentials: s3:// references will be answered source_credentials", ()
+    how = "without credentials (SHIWU_S3_ANONYMOUS)"
+    if (credentials := access.session.get_credentials()) is not None and not settings.s3_anonymous:
+        how = f"credentials by {credentials.method}"
+    endpoint = access.client.meta.endpoint_url
+    bucket = next((name for name in settings.allow_buckets if "*" not in name), None)
+    if bucket is not None:
+        proved, warnings = _ask_object(options, limits, bucket)
+    else:
+        if not is_aws(endpoint):
+            _reach(options, limits)
+        proved, warnings = ("", (f"not proved that objects can be read: {HINT}",))
+        if not settings.s3_anonymous:
+            proved, warnings = _list_buckets(access.client)
+    where = re.sub(r"//[^/]*@", "//", endpoint)
+    said = filter(
+        None, (f"{where} answers {settings.s3_client}" if bucket or not is_aws(endpoint) else where, how, proved)
+    )
+    return "; ".join(said), warnings
+
+
+def _limits(settings: Settings) -> S3Limits:
+    connect_s = min(settings.connect_timeout_s, TIMEOUT_S)
+    return S3Limits(threads=1, connect_timeout_s=connect_s, read_timeout_s=TIMEOUT_S, total_timeout_s=2 * TIMEOUT_S)
+
+
+def _reach(options: S3Options, limits: S3Limits) -> None:
+    """Ask an own store for a bucket that need not exist, by the client that the worker uses."""
+    try:
+        with new_store(options, limits).open(PROBE, PROBE, version=None):
+            pass
+    except StoreRefused as error:
+        if error.row.code not in _ABOUT_THE_OBJECT:
+            raise
+
+
+def _ask_object(options: S3Options, limits: S3Limits, bucket: str) -> tuple[str, tuple[str, ...]]:
+    """Ask a bucket that the operator named for an object that need not exist."""
+    try:
+        with new_store(options, limits).open(bucket, PROBE, version=None):
+            return f"objects of {bucket} can be read", ()
+    except StoreRefused as error:
+        if error.row.code not in _ABOUT_THE_OBJECT or error.code == "NoSuchBucket":
+            raise
+        if error.row.code is ErrorCode.SOURCE_NOT_FOUND:
+            return f"bucket {bucket} answers", ()
+        # Stores say this too where the object does not exist and listing is not allowed.
+        return f"bucket {bucket} was asked", (f"not proved that objects of {bucket} can be read ({error.code})",)
+
+
+def _list_buckets(client: Any) -> tuple[str, tuple[str, ...]]:
+    """Ask for something that needs a valid signature and no name of a bucket."""
+    try:
+        with as_store_errors():
+            count = len(client.list_buckets().get("Buckets") or ())
+    except StoreRefused as error:
+        if error.status in _NO_LISTING or error.code == "403":
+            return "the credentials were not proved", (f"the store does not list buckets ({error}); {HINT}",)
+        if error.row.code is not ErrorCode.SOURCE_FORBIDDEN:
+            raise
+        why = f"they may not list buckets ({error.code}); {HINT}"
+        return "the credentials were accepted", (f"not proved that objects can be read: {why}",)
+    return f"the credentials were accepted, and see {count} buckets", ()

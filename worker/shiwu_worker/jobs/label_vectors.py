@@ -1,0 +1,46 @@
+"""Label sets with the text vectors of their labels, as scoring needs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shiwu.contract import AnswerWarning
+from shiwu_worker.jobs.label_checks import LabelFindings
+from shiwu_worker.jobs.label_set import LabelSet
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class TextVectors:
+    """What the model makes of labels in templates; sets that differ in their name or head share it."""
+
+    vectors: NDArray[np.float32]
+    """Unit vectors (m, d)."""
+    findings: LabelFindings = field(default_factory=LabelFindings)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedLabels:
+    """A label set with all that scoring needs. Jobs with equal label sets share one object."""
+
+    label_set: LabelSet
+    texts: TextVectors
+    warnings: tuple[AnswerWarning, ...] = ()
+    """What every answer with tags of this label set warns of."""
+
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """Unit vectors (m, d) of the labels."""
+        return self.texts.vectors
+
+    @cached_property
+    def min_cosines(self) -> NDArray[np.float64] | None:
+        """The least cosine of a tag, (1, m), or None where the label set has no bound."""
+        least = self.label_set.min_cosines
+        return None if least is None else np.array([least], np.float64)

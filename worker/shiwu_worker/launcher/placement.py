@@ -1,0 +1,113 @@
+"""Where workers of one machine stand: a card, CPUs near it, and an environment of their own for each."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.launcher.gpus import Card, choose_cards, find_cards
+
+HTTP_PORT: Final = "SHIWU_HTTP_PORT"
+
+
+class WrongPlaces(ValueError):
+    """What was asked for does not fit together; the text says what was expected."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one worker of several works."""
+
+    name: str
+    """`gpu0`, or `gpu0-1` for the second worker on it."""
+    node: str
+    """Celery's node name."""
+    cpus: frozenset[int]
+    environment: Mapping[str, str]
+    """What differs from the launcher's own environment."""
+    ready_file: Path | None = None
+    alive_file: Path | None = None
+
+
+def choose_places(settings: Settings, *, asked: str, per_gpu: int) -> list[Place]:
+    """A place for each worker of this machine; without a card none.
+
+    Args:
+        settings: of all workers.
+        asked: `all`, or the cards by number, UUID or `cpu:N`.
+        per_gpu: workers on each card.
+
+    Raises:
+        UnknownCard: for a card that is not here.
+        WrongPlaces: where settings and options contradict each other.
+    """
+    is_free = settings.device in {"auto", "cuda"}
+    if asked != "all" and not is_free and settings.device != "cpu":
+        raise WrongPlaces(f"expected --gpus with SHIWU_DEVICE=auto, got SHIWU_DEVICE={settings.device}")
+    # A device that is set leaves nothing to find.
+    found = find_cards(visible=os.environ.get("CUDA_VISIBLE_DEVICES")) if is_free else []
+    cards = choose_cards(found, asked)
+    if per_gpu > 1 and not cards:
+        raise WrongPlaces("expected --per-gpu only where a card is visible, or with --gpus cpu:0")
+    return make_places(
+        [card for card in cards for _ in range(per_gpu)],
+        settings=settings,
+        environment=os.environ,
+        cpus=frozenset(os.sched_getaffinity(0)),
+    )
+
+
+def make_places(
+    cards: Sequence[Card], *, settings: Settings, environment: Mapping[str, str], cpus: frozenset[int]
+) -> list[Place]:
+    """A place for each of these cards; one that comes again is shared.
+
+    Args:
+        cards: one for each worker.
+        settings: of all workers.
+        environment: the launcher's own.
+        cpus: that may be used; shared out where a card does not know which are near.
+    """
+    shares = share_out([card.near_cpus or cpus for card in cards])
+    host = socket.gethostname()
+    places = []
+    for index, (card, share) in enumerate(zip(cards, shares, strict=True)):
+        before = cards[:index].count(card)
+        name = f"{card.name}-{before}" if cards.count(card) > 1 else card.name
+        ready, alive = (_beside(path, name) for path in (settings.ready_file, settings.alive_file))
+        is_named = "worker_name" in settings.model_fields_set
+        own = {
+            "CUDA_VISIBLE_DEVICES": card.uuid or "",
+            "SHIWU_DEVICE": "cuda" if card.uuid else "cpu",
+            "SHIWU_WORKER_NAME": f"{settings.worker_name if is_named else host}-{name}",
+        }
+        if (port := environment.get(HTTP_PORT, "0").strip()).isdecimal() and int(port):
+            own[HTTP_PORT] = str(int(port) + index)
+        own |= {"SHIWU_READY_FILE": str(ready)} if ready else {}
+        own |= {"SHIWU_ALIVE_FILE": str(alive)} if alive else {}
+        places.append(Place(name, f"shiwu@{host}-{name}", share, own, ready, alive))
+    return places
+
+
+def share_out(near: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+    """Divide each set of CPUs evenly among the workers that are near it; where there are too few, all get all."""
+    groups: dict[frozenset[int], list[int]] = defaultdict(list)
+    for worker, cpus in enumerate(near):
+        groups[cpus].append(worker)
+    shares = list(near)
+    for cpus, workers in groups.items():
+        ordered = sorted(cpus)
+        for nth, worker in enumerate(workers):
+            part = ordered[nth * len(ordered) // len(workers) : (nth + 1) * len(ordered) // len(workers)]
+            shares[worker] = frozenset(part) if len(ordered) >= len(workers) else cpus
+    return shares
+
+
+def _beside(path: Path | None, name: str) -> Path | None:
+    return path.with_name(f"{path.name}.{name}") if path else None

@@ -1,0 +1,65 @@
+"""Starts the worker in this process, or a launcher that starts one for each of several GPUs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import Protocol
+
+import click
+
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.errors import ExitCode
+from shiwu_worker.health.probe_files import Health
+from shiwu_worker.launcher.gpus import UnknownCard
+from shiwu_worker.launcher.placement import Place, WrongPlaces, choose_places
+from shiwu_worker.launcher.supervisor import AFTER_GRACE_S, Launcher, Patience
+
+
+class RunWorker(Protocol):
+    """Runs the worker in this process, and ends the process."""
+
+    def __call__(self, *, node: str) -> None:
+        """Run it under this Celery node name."""
+
+
+class WorkerCommand(Protocol):
+    """The command line of a worker process that this process starts."""
+
+    def __call__(self, *, node: str, cpus: frozenset[int], drain_s: float) -> list[str]:
+        """The program and its arguments."""
+
+
+def start_workers(settings: Settings, *, gpus: str, per_gpu: int, run: RunWorker, command: WorkerCommand) -> int:
+    """Work until the workers have ended; the exit code of the launcher. A single worker ends the process by itself.
+
+    Args:
+        gpus: `all`, or the GPUs by number, UUID or `cpu:N`.
+        per_gpu: workers on each GPU.
+        run: runs the worker in this process, where one is enough.
+        command: starts one of several workers.
+    """
+    try:
+        places = choose_places(settings, asked=gpus, per_gpu=per_gpu)
+    except (UnknownCard, WrongPlaces) as error:
+        click.echo(str(error), err=True)
+        return int(ExitCode.CONFIG)
+    if len(places) > 1:
+        return _launch(settings, places, command)
+    if gpus != "all":
+        os.environ |= {name: places[0].environment[name] for name in ("CUDA_VISIBLE_DEVICES", "SHIWU_DEVICE")}
+    # The only worker takes all CPUs, also those that are far from its GPU.
+    run(node=places[0].node if places else f"shiwu@{socket.gethostname()}")
+    return int(ExitCode.OK)
+
+
+def _launch(settings: Settings, places: Sequence[Place], command: WorkerCommand) -> int:
+    drain_s = settings.grace_s + AFTER_GRACE_S
+    health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file)
+    return Launcher(
+        places,
+        command=lambda place: command(node=place.node, cpus=place.cpus, drain_s=drain_s),
+        patience=Patience(drain_s=drain_s),
+        health=health,
+    ).run()

@@ -1,0 +1,272 @@
+"""Starts one pinned worker process for each place, restarts those that crash, and ends when they have ended.
+
+It loads neither torch nor Celery and touches no job. Its workers write to the same stdout and stderr, untouched. When
+it is killed its workers drain by themselves (`solo.drain_with_parent`): nobody would restart them any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+
+from shiwu_worker.errors import ExitCode
+from shiwu_worker.health.probe_files import Health
+from shiwu_worker.launcher.placement import Place
+
+log: Any = structlog.get_logger()
+TICK_S: Final = 1.0
+"""How often the files for probes are renewed."""
+AFTER_GRACE_S: Final = 18.0
+"""After a worker's grace time: two of Redis' time-outs to give back, 5 s for its loaders, 3 s for its traces."""
+ASKED_TO_END: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How often a worker may die, and how long each thing may take."""
+
+    first_pause_s: float = 1.0
+    """Before the first restart; doubles with each death in a row."""
+    longest_pause_s: float = 60.0
+    most_deaths: int = 6
+    """So many deaths in a row are too many."""
+    calm_s: float = 300.0
+    """A worker that lived so long starts a new row."""
+    drain_s: float
+    """From the first signal until workers are killed."""
+
+
+class Worker:
+    """One place and the process that works there."""
+
+    def __init__(self, place: Place, command: Sequence[str]) -> None:
+        self.place = place
+        self.due_s: float | None = 0.0
+        """When to start it, by the monotonic clock; None: it runs, or is not to be started."""
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_s = 0.0
+        self._deaths = 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a process whose end was not told yet."""
+        return self._process is not None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing runs here and nothing will."""
+        return self._process is None and self.due_s is None
+
+    def start(self) -> None:
+        """Start the process, in a session of its own: Ctrl-C is the launcher's to pass on."""
+        self._forget_files()
+        self.due_s = None
+        self._started_s = time.monotonic()
+        environment = os.environ | dict(self.place.environment)
+        self._process = subprocess.Popen(
+            self._command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        cpus = len(self.place.cpus)
+        log.info("worker_started", place=self.place.name, pid=self._process.pid, node=self.place.node, cpus=cpus)
+
+    def ended(self) -> int | None:
+        """The exit status of a process that has just ended, negative for a signal; else None."""
+        status = None if self._process is None else self._process.poll()
+        if status is not None:
+            self._process = None
+            self._forget_files()
+        return status
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process where it runs."""
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def died(self, patience: Patience) -> float | None:
+        """Count a death; the seconds to wait before the next start, or None where there were too many."""
+        lived_s = time.monotonic() - self._started_s
+        self._deaths = 1 if lived_s >= patience.calm_s else self._deaths + 1
+        if self._deaths >= patience.most_deaths:
+            return None
+        pause_s = min(patience.longest_pause_s, patience.first_pause_s * 2.0 ** (self._deaths - 1))
+        self.due_s = time.monotonic() + pause_s
+        return pause_s
+
+    def _forget_files(self) -> None:
+        for path in (self.place.ready_file, self.place.alive_file):
+            if path is not None:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+
+class Launcher:
+    """Keeps the workers of one machine.
+
+    Args:
+        places: where they work.
+        command: the command line of a worker.
+        patience: with workers that die or don't end.
+        health: the files that probes look at; ready while all workers are, alive as long as the slowest is.
+    """
+
+    def __init__(
+        self, places: Sequence[Place], *, command: Callable[[Place], list[str]], patience: Patience, health: Health
+    ) -> None:
+        self._workers = [Worker(place, command(place)) for place in places]
+        self._patience = patience
+        self._health = health
+        self._is_ready: bool | None = None
+        self._code: int | None = None
+        """The exit code, once the end has begun."""
+        self._until_s = float("inf")
+
+    def run(self) -> int:
+        """Work until all workers have ended and none is to be started again; the exit code."""
+        with _signals() as wait:
+            while self._step():
+                for number in wait(self._pause_s()):
+                    self._on_signal(number)
+        log.info("launcher_ended", exit_code=self._code or 0)
+        return self._code or 0
+
+    def _step(self) -> bool:
+        """Do what is due; whether there is anything left to wait for."""
+        for worker in self._workers:
+            if (status := worker.ended()) is not None:
+                self._on_end(worker, status)
+            if worker.due_s is not None and worker.due_s <= time.monotonic():
+                self._start(worker)
+        self._tell_health()
+        if all(worker.is_over for worker in self._workers):
+            return False
+        if time.monotonic() >= self._until_s:
+            self._kill()
+        return True
+
+    def _start(self, worker: Worker) -> None:
+        try:
+            worker.start()
+        except OSError as error:  # no process or no memory now
+            log.error("worker_not_started", place=worker.place.name, error=str(error))
+            self._on_crash(worker, reason="not started")
+
+    def _on_end(self, worker: Worker, status: int) -> None:
+        reason = _reason(status)
+        if self._code is not None:
+            log.info("worker_ended", place=worker.place.name, status=status, reason=reason)
+            # SIGTERM ends a worker that is not far enough to handle it; it holds nothing yet.
+            if status not in {0, -signal.SIGTERM}:
+                self._code = self._code or (status if status > 0 else ExitCode.OVERDUE)
+        elif status == ExitCode.OK:
+            log.info("worker_ended", place=worker.place.name, status=status, reason=reason)
+        elif status == ExitCode.CONFIG:
+            log.error("worker_ended", place=worker.place.name, status=status, reason=reason)
+            self._end(ExitCode.CONFIG)  # the next one would read the same settings
+        else:
+            self._on_crash(worker, reason=reason)
+
+    def _on_crash(self, worker: Worker, *, reason: str) -> None:
+        pause_s = worker.died(self._patience)
+        if pause_s is not None:
+            log.error("worker_died", place=worker.place.name, reason=reason, restart_in_s=pause_s)
+            return
+        worker.due_s = None
+        log.error("gave_up", place=worker.place.name, reason=reason, deaths=self._patience.most_deaths)
+        self._end(ExitCode.GAVE_UP)
+
+    def _on_signal(self, number: int) -> None:
+        if number not in ASKED_TO_END:
+            return
+        if self._code is None:
+            self._end(ExitCode.OK)
+            return
+        # A worker gives back at once then.
+        self._until_s = min(self._until_s, time.monotonic() + AFTER_GRACE_S)
+        self._signal_all(signal.SIGTERM)
+
+    def _end(self, code: ExitCode) -> None:
+        """Start nothing more, and ask all workers to drain."""
+        if self._code is not None:
+            return
+        log.info("launcher_stopping", exit_code=int(code), reason=code.name if code else "asked to")
+        self._code = int(code)
+        self._until_s = time.monotonic() + self._patience.drain_s
+        for worker in self._workers:
+            worker.due_s = None
+        self._signal_all(signal.SIGTERM)
+
+    def _signal_all(self, number: int) -> None:
+        for worker in self._workers:
+            worker.signal(number)
+
+    def _kill(self) -> None:
+        late = [worker.place.name for worker in self._workers if worker.is_running]
+        log.error("workers_overdue", places=late, after_s=self._patience.drain_s)
+        self._code = self._code or int(ExitCode.OVERDUE)
+        self._until_s = time.monotonic() + AFTER_GRACE_S
+        self._signal_all(signal.SIGKILL)
+
+    def _pause_s(self) -> float:
+        """Until something is due; an end of a worker or a signal comes through the wait itself."""
+        dues = [worker.due_s for worker in self._workers if worker.due_s is not None]
+        return max(0.0, min([time.monotonic() + TICK_S, self._until_s, *dues]) - time.monotonic())
+
+    def _tell_health(self) -> None:
+        running = [worker for worker in self._workers if worker.is_running]
+        is_whole = bool(running) and all(worker.is_running or worker.is_over for worker in self._workers)
+        try:
+            ready = [worker.place.ready_file is not None and worker.place.ready_file.exists() for worker in running]
+            is_ready = is_whole and all(ready)
+            if is_ready != self._is_ready:
+                self._health.ready(is_ready=is_ready)
+                self._is_ready = is_ready
+            touched_s = []
+            for worker in running:
+                with contextlib.suppress(FileNotFoundError):  # it is starting
+                    if worker.place.alive_file is not None:
+                        touched_s.append(worker.place.alive_file.stat().st_mtime)
+            if touched_s:
+                self._health.alive(at_s=min(touched_s))
+        except OSError as error:
+            log.error("probe_files_failed", error=str(error)[:300])
+
+
+def _reason(status: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-status).name if status < 0 else ExitCode(status).name
+    return f"status {status}"
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[float], bytes]]:
+    """A wait with a limit in seconds, that ends early for signals and returns their numbers."""
+    theirs, ours = socket.socketpair()
+    with theirs, ours:
+        theirs.setblocking(False)
+        ours.setblocking(False)
+        before_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        # What nohup has the process ignore stays ignored.
+        heard = [number for number in ASKED_TO_END if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, lambda *_: None) for number in (*heard, signal.SIGCHLD)}
+
+        def wait(limit_s: float) -> bytes:
+            readable, _, _ = select.select([ours], [], [], limit_s)
+            return ours.recv(4096) if readable else b""
+
+        try:
+            yield wait
+        finally:
+            signal.set_wakeup_fd(before_fd)
+            for number, handler in before.items():
+                signal.signal(number, handler)

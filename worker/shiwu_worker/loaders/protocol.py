@@ -1,0 +1,107 @@
+"""What a loader process and its worker say to each other: JSON frames, never pickle."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import Final
+
+import msgspec
+from pydantic import BaseModel, ConfigDict
+
+from shiwu.contract import ErrorCode, ErrorInfo, Stage
+from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.stages.decode.image_spec import ImageSpec
+from shiwu_worker.stages.fetch.s3.base import S3Client
+
+
+class LoaderOptions(BaseModel):
+    """What a loader process needs to know; its first frame."""
+
+    model_config = ConfigDict(frozen=True)
+
+    spec: ImageSpec
+    slots: int
+    threads: int
+    s3_endpoint_url: str | None
+    s3_region: str | None
+    s3_client: S3Client = "boto3"
+    s3_anonymous: bool = False
+    s3_requester_pays: bool = False
+    user_agent: str = "shiwu"
+    max_redirects: int = 3
+    reach: Reach
+    max_bytes: int
+    max_pixels: int
+    max_side: int
+    formats: tuple[str, ...]
+    exact: bool
+    connect_timeout_s: float
+    read_timeout_s: float
+    total_timeout_s: float
+    longest_pause_s: float = 300.0
+    """Longest pause that a source may ask for; longer ones count as this."""
+    memory_bytes: int
+    """Address space of one loader's cell; beyond it an allocation fails and the picture is tried alone."""
+    max_frames: int = 5000
+    max_scans: int = 100
+    cpu_s: float = 10.0
+    """CPU that decoding one picture may take."""
+    sandbox: bool = True
+    """Whether the cell is put under a filter of system calls."""
+
+
+class LoadTask(msgspec.Struct, frozen=True):
+    """One picture to load into one slot."""
+
+    ticket: int
+    slot: int
+    image: str
+
+
+class Loaded(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of a task. Times are monotonic seconds, one clock for all processes of a machine."""
+
+    ticket: int
+    slot: int
+    started_s: float
+    fetched_s: float
+    decoded_s: float
+    n_bytes: int | None = None
+    format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    sha256: str | None = None
+    error: ErrorInfo | None = None
+    detail: str | None = None
+    """What only the log may say about the error."""
+    is_final: bool = False
+    """No other try is to be made, whatever the error's code says."""
+    retry_after_s: float | None = None
+    """The pause that the source asks for."""
+    is_untried: bool = False
+    """The source was not asked, so this was no attempt."""
+    is_short_of_memory: bool = False
+    """It did not fit beside its neighbours; alone it may."""
+
+
+ENCODER: Final = msgspec.json.Encoder()
+LOADED: Final = msgspec.json.Decoder(Loaded)
+LOAD_TASK: Final = msgspec.json.Decoder(LoadTask)
+READY: Final = b"ready"
+READY_OPEN: Final = b"ready without a filter of system calls: "
+"""Begins the frame of a loader whose cell could not be closed in; the reason follows."""
+ENVIRONMENT: Final = msgspec.json.Decoder(dict[str, str])
+"""A loader's second frame: variables that its sources need and its cell must not know."""
+
+
+def convicted(task: LoadTask, code: ErrorCode, sent_s: float, status: int) -> Loaded:
+    """What became of a picture that ended its loader, or was too slow for it, a second time and alone."""
+    now_s = time.monotonic()
+    if code is ErrorCode.DECODER_TIMEOUT:
+        text = "the picture exceeded the time limit of fetch and decode twice, the second time alone"
+    else:
+        name = signal.Signals(-status).name if status < 0 else f"exit {status}"
+        text = f"the picture ended its loader twice, the second time alone ({name})"
+    error = ErrorInfo(code=code, message=text, stage=Stage.DECODE)
+    return Loaded(ticket=task.ticket, slot=task.slot, started_s=sent_s, fetched_s=sent_s, decoded_s=now_s, error=error)

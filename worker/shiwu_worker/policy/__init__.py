@@ -1,0 +1,1 @@
+"""What the operator allows, as pure functions: addresses, buckets, folders, callback tasks, retries."""

@@ -1,0 +1,1 @@
+"""Helpers about this process and its machine: threads, pauses, progress, CPUs, memory allocator."""

@@ -1,0 +1,243 @@
+"""Builds every part, sink first, on one ExitStack; closing then follows the data. Only it knows all rooms."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import redis
+import structlog
+
+from shiwu.broker.known_labels import LabelNotes
+from shiwu_worker.checkpoints.model_files import model_folder, model_revision
+from shiwu_worker.config.settings import Settings
+from shiwu_worker.config.tuned import apply_tuning
+from shiwu_worker.errors import FatalError
+from shiwu_worker.jobs.job import Release
+from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.jobs.outcome import Settled
+from shiwu_worker.pipeline.cancellations import EndedJobs
+from shiwu_worker.pipeline.pipeline import Pipeline
+from shiwu_worker.pipeline.settle import Settler
+from shiwu_worker.runtime.garbage import freeze_started
+from shiwu_worker.runtime.malloc import use_one_arena
+from shiwu_worker.runtime.progress import Meter, Progress
+from shiwu_worker.service.factories import (
+    PIPELINE_CONNECTIONS,
+    check_redis,
+    connect,
+    connect_doorbell,
+    make_away,
+    make_claims,
+    make_heartbeat,
+    make_ledger,
+    make_limits,
+    make_loaders,
+    make_stages,
+    make_upkeep,
+    read_label_sets,
+)
+from shiwu_worker.service.label_notes import LabelNoter
+from shiwu_worker.service.model import make_canary, open_encoder
+from shiwu_worker.service.observability import Panel
+from shiwu_worker.stages.claim.lease_queue import Claims
+from shiwu_worker.stages.claim.notifier import Doorbell
+from shiwu_worker.stages.commit import Committer
+from shiwu_worker.stages.decode.image_spec import read_image_spec
+from shiwu_worker.telemetry.logs import job_logger
+
+log: Any = structlog.get_logger()
+DOORBELL_S = 5.0
+START_S = 60.0
+LOADERS_STOP_S = 5.0
+T = TypeVar("T")
+
+
+class Service:
+    """A running worker: claims from `open_service` until `stop`."""
+
+    def __init__(self, *, pipeline: Pipeline, stop: Callable[[float], None], panel: Panel) -> None:
+        self._pipeline = pipeline
+        self._stop = stop
+        self._panel = panel
+
+    def hearing(self, *, is_so: bool) -> None:
+        """Celery's half hears what is broadcast to workers, or does so no longer."""
+        self._panel.hearing(is_so=is_so)
+
+    def stop(self, *, grace_s: float) -> None:
+        """Drain within the grace time and give back what is left. The first call counts."""
+        self._stop(grace_s)
+
+    def hurry(self) -> None:
+        """Give back at once; for a second signal."""
+        self._pipeline.hurry()
+
+
+@contextmanager
+def open_service(
+    settings: Settings,
+    *,
+    on_fatal: Callable[[FatalError], None],
+    on_answered: Callable[[Sequence[Settled]], None] = lambda _: None,
+    is_ready_when_hearing: bool = False,
+) -> Iterator[Service]:
+    """Load the model, start all parts, claim; on leaving, stop in the direction of the data.
+
+    Args:
+        on_answered: told each answer that was written; must not raise and not block.
+        is_ready_when_hearing: the worker is ready only when `Service.hearing` was told so, too.
+
+    Raises:
+        FatalError: when a part can't start. Nothing has been claimed then.
+    """
+    use_one_arena()  # again: Celery's own command may have started this process
+    progress = Progress()
+    panel = Panel(settings, progress, is_ready_when_hearing=is_ready_when_hearing)
+    with ExitStack() as stack:
+        panel.open(stack)
+        check_redis(settings)
+        # Before the model: a wrong file is told within a second.
+        label_sets = read_label_sets(settings)
+        folder = model_folder(settings.model)
+        settings = apply_tuning(settings, lambda: model_revision(folder))
+        yield _build(
+            *(stack, settings, folder, panel, progress),
+            label_sets=label_sets,
+            on_fatal=on_fatal,
+            on_answered=on_answered,
+        )
+
+
+def _build(
+    stack: ExitStack,
+    settings: Settings,
+    folder: Path,
+    panel: Panel,
+    progress: Progress,
+    *,
+    label_sets: Mapping[str, LabelSet],
+    on_fatal: Callable[[FatalError], None],
+    on_answered: Callable[[Sequence[Settled]], None],
+) -> Service:
+    """Make and start the parts, each with its end on the stack."""
+    token = _new_token(settings)
+    meter = Meter(loader_threads=settings.loader_count * settings.loader_threads)
+    client = stack.enter_context(connect(settings, connections=PIPELINE_CONNECTIONS))
+    doorbell = _make_doorbell(stack, settings)
+    claims = make_claims(settings, client, token)
+    ledger = make_ledger(settings, client, token)
+    spec = read_image_spec(folder)
+    # Parts that answer upwards are bound late: the pipeline is made last.
+    loaders = make_loaders(settings, spec, on_loaded=lambda done: pipeline.loaded(done), on_fatal=on_fatal)
+    stack.callback(loaders.close, LOADERS_STOP_S)
+    loaders.start()
+    settler = Settler(
+        Committer(ledger, worker=settings.worker_name),
+        claims,
+        away=make_away("commit", progress),
+        on_settled=_each(lambda jobs: pipeline.settled(jobs), panel.let_go),
+        on_answered=_each(*_job_log(settings), panel.answered, LabelNoter(LabelNotes(client)).answered, on_answered),
+        on_fatal=on_fatal,
+    )
+    encoder = open_encoder(settings, folder, spec)
+    loaders.wait_ready(START_S)
+    canary = make_canary(settings, encoder, spec, on_wrong=panel.wrong)
+    canary.sing_if_due()
+    stages = make_stages(
+        *(settings, label_sets, claims, doorbell, loaders, encoder, settler, make_away("claim", progress)),
+        canary=canary.sing_if_due,
+        on_batch=panel.batch_left,
+    )
+    pipeline = Pipeline(
+        stages,
+        make_limits(settings, encoder),
+        progress=progress,
+        meter=meter,
+        on_fatal=on_fatal,
+        on_claiming=lambda is_so: panel.claiming(is_so=is_so),
+    )
+    signs = panel.signs(pipeline, meter, suspects=doorbell.ring)
+    upkeep = make_upkeep(settings, client, ledger, token)
+    heartbeat = make_heartbeat(settings, claims, upkeep, signs, progress, encoder=encoder, on_fatal=on_fatal)
+    ended = EndedJobs(client, on_ended=pipeline.ended, on_fatal=on_fatal)
+    for part in (heartbeat, ended):
+        stack.callback(part.close)
+    panel.watch(stack, client, encoder, loaders)
+    once = _Once(partial(_stop, settings, panel=panel, claims=claims, pipeline=pipeline, settler=settler))
+    stack.callback(once, settings.grace_s)
+    _start(stack, settler, doorbell, heartbeat, ended, pipeline)
+    panel.started(pipeline, encoder, loaders)
+    return Service(pipeline=pipeline, stop=once, panel=panel)
+
+
+def _make_doorbell(stack: ExitStack, settings: Settings) -> Doorbell:
+    client = stack.enter_context(connect_doorbell(settings, block_s=DOORBELL_S))
+    return Doorbell(client, block_s=DOORBELL_S, lanes=settings.lanes)
+
+
+def _start(stack: ExitStack, *parts: Any) -> None:
+    freeze_started(stack)
+    for part in parts:
+        part.start()
+
+
+def _new_token(settings: Settings) -> str:
+    """The name lets an operator see who holds a claim; '|' parts the fields of a claim's record."""
+    return f"{settings.worker_name.replace('|', '-')}.{secrets.token_hex(4)}"
+
+
+def _stop(
+    settings: Settings, grace_s: float, *, panel: Panel, claims: Claims, pipeline: Pipeline, settler: Settler
+) -> None:
+    """Intake first, leases last: whoever holds a job keeps its lease until it is answered or given back."""
+    panel.stopping()
+    give_back(claims, pipeline.stop(grace_s=grace_s))
+    settler.close(timeout_s=settings.redis_timeout_s * 2)
+
+
+def _job_log(settings: Settings) -> Iterator[Callable[[Sequence[Settled]], None]]:
+    """One log line for each answer, where the level asks for it."""
+    log_job = job_logger(level=settings.log_level)
+    if log_job is not None:
+
+        def tell(settled: Sequence[Settled]) -> None:
+            for one in settled:
+                log_job(one.entry.answer, one.commit_s, not one.is_first)
+
+        yield tell
+
+
+def _each(*told: Callable[[T], None]) -> Callable[[T], None]:
+    """All of them, in this order."""
+
+    def tell(what: T) -> None:
+        for each in told:
+            each(what)
+
+    return tell
+
+
+def give_back(claims: Claims, left: Sequence[Release]) -> None:
+    """Return jobs to the front of their lanes; where Redis is away, their leases will."""
+    try:
+        if left:
+            log.info("gave_back", jobs=claims.release(left))
+    except redis.RedisError as error:
+        log.error("not_given_back", jobs=len(left), error=str(error)[:300])
+
+
+class _Once:
+    """A stop that two paths may ask for and one call carries out."""
+
+    def __init__(self, stop: Callable[[float], None]) -> None:
+        self._stop: Callable[[float], None] | None = stop
+
+    def __call__(self, grace_s: float) -> None:
+        stop, self._stop = self._stop, None
+        if stop is not None:
+            stop(grace_s)

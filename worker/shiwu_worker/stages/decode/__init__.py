@@ -1,0 +1,1 @@
+"""Decode: turns bytes into the RGB pixels that the model takes. Front door: `decoder`, `image_spec`."""

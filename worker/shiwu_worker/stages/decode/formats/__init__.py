@@ -1,0 +1,1 @@
+"""Strict readers of single image formats. Used by `image_readers` only."""

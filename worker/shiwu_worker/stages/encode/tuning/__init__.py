@@ -1,0 +1,1 @@
+"""Batch sizes and CPU threads, learned from real batches. Used by the encode stage only."""

@@ -1,0 +1,203 @@
+"""HTTP connections that reach what the guard lets them, and end at one deadline whatever the server does.
+
+A time-out of urllib3 bounds one silence. A server that sends a byte now and then is never silent, so the sockets here
+know the deadline of the whole fetch, and how many bytes of headers may still come.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import ssl
+import threading
+import time
+from functools import lru_cache
+from typing import Any, Final
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.util import Timeout, make_headers, parse_url
+from urllib3.util.ssl_ import create_urllib3_context
+
+from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.stages.fetch.address_guard import Guard, Resolve, ask_resolver
+from shiwu_worker.stages.fetch.http_replies import FinalReply
+
+MAX_HEADER_BYTES: Final = 64 * 1024
+"""Of one answer with its status line and those before it (1xx); Python bounds their number by 100."""
+LOOKUPS_A_THREAD: Final = 2
+HOSTS_KEPT: Final = 8
+"""Hosts with idle connections: these are open files, and a stranger names the hosts."""
+HEADERS: Final = {"Accept-Encoding": "identity", "Accept": "image/*"}
+
+
+class _Clock(threading.local):
+    """The deadline of what this thread fetches, a moment of the monotonic clock."""
+
+    deadline_s = math.inf
+
+
+_clock: Final = _Clock()
+
+
+def _bound(sock: socket.socket) -> None:
+    left_s = _clock.deadline_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError("the time for the whole fetch is over")
+    timeout_s = sock.gettimeout()
+    if timeout_s is None or timeout_s > left_s:
+        sock.settimeout(left_s)
+
+
+def _spend(left: int | None, count: int) -> int | None:
+    if left is not None and count > left:
+        raise OSError(f"expected at most {MAX_HEADER_BYTES} bytes of headers, got more")
+    return None if left is None else left - count
+
+
+class _Socket(socket.socket):
+    header_bytes_left: int | None = None
+
+    def recv_into(self, *args: Any, **options: Any) -> int:
+        _bound(self)
+        count = super().recv_into(*args, **options)
+        self.header_bytes_left = _spend(self.header_bytes_left, count)
+        return count
+
+
+class _TlsSocket(_Socket, ssl.SSLSocket):
+    """The same inside TLS: `super` is then ssl's."""
+
+
+class Web:
+    """Sends requests and follows nothing by itself; thread-safe.
+
+    Args:
+        reach: the operator's rules.
+        threads: connections kept for each host.
+        user_agent: what requests name as their sender.
+        resolve: asked once for each connection.
+    """
+
+    def __init__(
+        self,
+        reach: Reach,
+        *,
+        threads: int,
+        connect_timeout_s: float,
+        read_timeout_s: float,
+        user_agent: str = "shiwu",
+        resolve: Resolve = ask_resolver,
+    ) -> None:
+        # Its warnings print whole URLs, with their queries.
+        logging.getLogger("urllib3").setLevel(logging.CRITICAL)
+        self._guard = Guard(reach, resolve=resolve, lookups=LOOKUPS_A_THREAD * threads, make_socket=_Socket)
+        self._connect_timeout_s = connect_timeout_s
+        self._read_timeout_s = read_timeout_s
+        self._headers = {**HEADERS, "User-Agent": user_agent}
+        self._has_proxy = reach.proxy_url is not None
+        self._manager = _manager(reach.proxy_url, threads=threads)
+        self._manager.pool_classes_by_scheme = _pool_classes(self._guard)
+
+    def open(self, url: str, *, deadline_s: float) -> urllib3.BaseHTTPResponse:
+        """Send one GET; the body, not yet read, is to be read by the same thread.
+
+        Args:
+            deadline_s: moment of the monotonic clock by which all has ended, the body's last byte too.
+
+        Raises:
+            AddressRefused: the guard does not let it there.
+            UnknownHost: there is no such name.
+            urllib3.exceptions.HTTPError: no connection, or no answer that can be read.
+            OSError: the same.
+        """
+        _clock.deadline_s = deadline_s
+        if self._has_proxy:
+            parts = parse_url(url)
+            self._guard.judge_name(parts.host or "", parts.port or (443 if parts.scheme == "https" else 80))
+        left_s = max(0.001, deadline_s - time.monotonic())
+        return self._manager.request(
+            "GET",
+            url,
+            preload_content=False,
+            decode_content=False,
+            redirect=False,
+            retries=False,
+            timeout=Timeout(
+                connect=min(self._connect_timeout_s, left_s),
+                read=min(self._read_timeout_s, left_s),
+            ),
+            headers=self._headers,
+        )
+
+
+def _manager(proxy_url: str | None, *, threads: int) -> urllib3.PoolManager:
+    options: dict[str, Any] = {"num_pools": HOSTS_KEPT, "maxsize": threads, "block": False}
+    if proxy_url is None:
+        # Proxies of the environment are not looked at.
+        return urllib3.PoolManager(**options)
+    auth = parse_url(proxy_url).auth
+    return urllib3.ProxyManager(
+        proxy_url, proxy_headers=make_headers(proxy_basic_auth=auth) if auth else None, **options
+    )
+
+
+def _pool_classes(guard: Guard) -> dict[str, Any]:
+    class Plain(HTTPConnection):
+        response_class = FinalReply
+
+        def _new_conn(self) -> socket.socket:
+            return _connect(guard, self)
+
+        def getresponse(self) -> Any:
+            return _with_bounded_headers(self.sock, super().getresponse)
+
+    class Tls(HTTPSConnection):
+        response_class = FinalReply
+
+        def _new_conn(self) -> socket.socket:
+            return _connect(guard, self)
+
+        def getresponse(self) -> Any:
+            return _with_bounded_headers(self.sock, super().getresponse)
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    @lru_cache(maxsize=1)
+    def context() -> ssl.SSLContext:
+        # One for all connections: reading the machine's authorities takes longer than a handshake.
+        made = create_urllib3_context()
+        made.sslsocket_class = _TlsSocket
+        made.load_default_certs()
+        return made
+
+    class TlsPool(HTTPSConnectionPool):
+        ConnectionCls = Tls
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options, ssl_context=context())
+
+    return {"http": PlainPool, "https": TlsPool}
+
+
+def _with_bounded_headers(sock: Any, read: Any) -> Any:
+    sock.header_bytes_left = MAX_HEADER_BYTES
+    try:
+        return read()
+    finally:
+        sock.header_bytes_left = None
+
+
+def _connect(guard: Guard, connection: Any) -> socket.socket:
+    timeout_s = float(connection.timeout)
+    try:
+        if connection.proxy is not None:
+            return guard.connect_trusted(connection.host, connection.port, timeout_s=timeout_s)
+        return guard.connect(connection.host, connection.port, timeout_s=timeout_s, deadline_s=_clock.deadline_s)
+    except TimeoutError as error:
+        raise urllib3.exceptions.ConnectTimeoutError(connection, f"connect timed out ({error})") from error
+    except OSError as error:
+        raise urllib3.exceptions.NewConnectionError(connection, f"can't connect ({error})") from error

@@ -1,0 +1,297 @@
+"""The object store by boto3."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import boto3
+import botocore.session
+from botocore import UNSIGNED
+from botocore.awsrequest import (
+    AWSHTTPConnection,
+    AWSHTTPConnectionPool,
+    AWSHTTPSConnection,
+    AWSHTTPSConnectionPool,
+)
+from botocore.config import Config
+from botocore.credentials import ReadOnlyCredentials
+from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+
+from shiwu.contract import ErrorCode
+from shiwu_worker.errors import JobError
+from shiwu_worker.stages.fetch.error_table import UNKNOWN, exception_row
+from shiwu_worker.stages.fetch.http_replies import NO_BODY, FinalReply, is_whole, retry_after_s
+from shiwu_worker.stages.fetch.s3.base import (
+    CHUNK,
+    Body,
+    NoCredentials,
+    S3Limits,
+    S3Options,
+    StoreAway,
+    StoreError,
+    StoreRefused,
+    WrongName,
+    WrongSettings,
+    is_at,
+    is_aws,
+)
+
+ASK_CHAIN_AGAIN_S: Final = 2.0
+"""How long the AWS chain is left alone after it failed: it asks services, and each thread would wait for them."""
+CHAIN_TIMEOUT_S: Final = 3.0
+"""One connection to a service that gives out credentials, and one silence of it. botocore would wait for minutes, and
+the time limit of fetch and decode would blame the image."""
+_OPERATIONS: Final = frozenset({"GetObject", "HeadBucket", "ListBuckets", "CreateSession"})
+"""What the store itself is asked; any other operation is of a service that gives out credentials."""
+
+
+class BotoStore:
+    """An `ObjectStore`; the client is made when the first object is asked for."""
+
+    def __init__(self, options: S3Options, limits: S3Limits) -> None:
+        self._options = options
+        self._clients = Clients(options, limits)
+
+    @contextmanager
+    def open(self, bucket: str, key: str, *, version: str | None) -> Iterator[Body]:
+        """Ask for one object."""
+        more = {} if version is None else {"VersionId": version}
+        if self._options.requester_pays:
+            more["RequestPayer"] = "requester"
+        with as_store_errors(has_version=version is not None):
+            answer = _get(self._clients.get().client, Bucket=bucket, Key=key, **more)
+            with answer["Body"] as body:
+                _check_whole(answer)
+                # read1, or a piece would be waited for until it is whole, however slowly it comes.
+                yield Body(lambda: body.read1(CHUNK), answer.get("ContentLength"))
+
+
+def _get(client: Any, **asked: str) -> Any:
+    try:
+        return client.get_object(**asked)
+    except UnicodeError:
+        raise
+    except ValueError as error:  # botocore could not read a header of the reply: a date, a length
+        raise StoreAway(f"malformed reply, {type(error).__name__}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """All that a request needs."""
+
+    session: botocore.session.Session
+    client: Any
+    credentials: ReadOnlyCredentials | None
+    """None: the store is asked without a signature."""
+
+
+def _check_whole(answer: Mapping[str, Any]) -> None:
+    status = int(answer["ResponseMetadata"]["HTTPStatusCode"])
+    if status < 200:
+        raise StoreRefused("", status)
+    if status in NO_BODY or not is_whole(status, answer.get("ContentRange")):
+        raise StoreAway(f"HTTP {status} without the whole object")
+
+
+class Clients:
+    """Makes the client once the AWS chain has credentials, and keeps these fresh; thread-safe.
+
+    A client that was made without credentials would never get any, so it is not kept.
+    """
+
+    def __init__(self, options: S3Options, limits: S3Limits) -> None:
+        self._options = options
+        self._limits = limits
+        self._made: tuple[botocore.session.Session, Any] | None = None
+        self._failed: tuple[float, Callable[[], StoreError]] | None = None
+        """Until when the AWS chain is left alone, and the error that is raised meanwhile."""
+        self._lock = threading.Lock()
+
+    def get(self) -> Access:
+        """The client and the credentials of this moment.
+
+        Raises:
+            NoCredentials: the chain has none now.
+            WrongSettings: no client can be made, or the chain fails.
+        """
+        with self._lock:
+            self._check_failed()
+            if self._made is None:
+                self._made = self._make()
+            inner, client = self._made
+        self._check_failed()
+        # Here and not in the request: what fails in a service that gives out credentials says nothing about the object.
+        return Access(inner, client, self._credentials(inner))
+
+    def _make(self) -> tuple[botocore.session.Session, Any]:
+        inner = botocore.session.Session()
+        # Of the clients that ask services for credentials; the store's own client says otherwise.
+        inner.set_default_client_config(
+            Config(
+                connect_timeout=CHAIN_TIMEOUT_S,
+                read_timeout=CHAIN_TIMEOUT_S,
+                retries={"mode": "standard", "total_max_attempts": 1},
+            )
+        )
+        self._credentials(inner)
+        session = boto3.session.Session(botocore_session=inner)
+        return inner, new_client(session, self._options, self._limits)
+
+    def _check_failed(self) -> None:
+        failed = self._failed
+        if failed is not None and time.monotonic() < failed[0]:
+            raise failed[1]()
+
+    def _credentials(self, session: botocore.session.Session) -> ReadOnlyCredentials | None:
+        if self._options.is_anonymous:
+            return None
+        try:
+            return _credentials(session)
+        except WrongSettings as error:
+            self._failed = time.monotonic() + ASK_CHAIN_AGAIN_S, partial(WrongSettings, error.why)
+            raise
+        except NoCredentials:
+            self._failed = time.monotonic() + ASK_CHAIN_AGAIN_S, NoCredentials
+            raise
+
+
+def _credentials(session: botocore.session.Session) -> ReadOnlyCredentials:
+    try:
+        found = session.get_credentials()
+        if found is None:
+            raise NoCredentials
+        return found.get_frozen_credentials()
+    except StoreError:
+        raise
+    except PartialCredentialsError as error:
+        raise NoCredentials from error
+    except ClientError as error:
+        raise _by_other_service(error) from error
+    except Exception as error:  # boundary: the chain runs programs and asks services; none is about the object
+        raise WrongSettings(type(error).__name__) from error
+
+
+def _by_other_service(error: ClientError) -> WrongSettings:
+    told: Mapping[str, Any] = error.response
+    return WrongSettings(f"{error.operation_name} answered {told.get('Error', {}).get('Code', 'no code'):.64}")
+
+
+def new_client(session: boto3.session.Session, options: S3Options, limits: S3Limits) -> Any:
+    """A boto3 client that never tries twice by itself; thread-safe.
+
+    Raises:
+        WrongSettings: the endpoint is no URL.
+    """
+    try:
+        client = session.client(
+            "s3",
+            endpoint_url=options.endpoint_url,
+            region_name=options.region,
+            config=Config(
+                # The fetcher retries, within one deadline; botocore's tries would come on top.
+                retries={"mode": "standard", "total_max_attempts": 1},
+                user_agent=options.user_agent,
+                signature_version=UNSIGNED if options.is_anonymous else None,
+                max_pool_connections=limits.threads,
+                connect_timeout=limits.connect_timeout_s,
+                read_timeout=limits.read_timeout_s,
+                tcp_keepalive=True,
+                s3={"addressing_style": "path"} if options.endpoint_url else {},
+                # Stores other than AWS fail on the newer checksums.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+    except ValueError as error:
+        raise WrongSettings("the endpoint is no http(s)://host[:port]") from error
+    _read_past_interim(client)
+    endpoint = client.meta.endpoint_url
+    if not is_aws(endpoint):
+        client.meta.events.register("before-parameter-build.s3", _follow_no_redirect)
+    client.meta.events.register_first("before-send.s3", partial(_check_host, endpoint))
+    return client
+
+
+def _check_host(endpoint: str, request: Any, **_: object) -> None:
+    """Refuse a request that would leave the endpoint: some names of buckets make botocore choose another one."""
+    if not is_at(request.url, endpoint):
+        raise WrongName("expected a bucket of the configured endpoint, got a name that chooses another one")
+
+
+class _Plain(AWSHTTPConnection):
+    response_class = FinalReply  # type: ignore[assignment]  # the stubs name the class that botocore puts in for Expect
+
+
+class _Tls(AWSHTTPSConnection):
+    response_class = FinalReply  # type: ignore[assignment]  # as above
+
+
+class _PlainPool(AWSHTTPConnectionPool):
+    ConnectionCls = _Plain
+
+
+class _TlsPool(AWSHTTPSConnectionPool):
+    ConnectionCls = _Tls
+
+
+def _read_past_interim(client: Any) -> None:
+    """Have the client's connections read past 1xx, which botocore takes for an object without bytes."""
+    session = client._endpoint.http_session
+    session._pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
+    session._manager.pool_classes_by_scheme = session._pool_classes_by_scheme
+
+
+def _follow_no_redirect(context: dict[str, Any], **_: object) -> None:
+    # A bucket of AWS may be in another region. Any other store has one endpoint, and botocore would ask it for the
+    # bucket's region dozens of times.
+    context.setdefault("s3_redirect", {})["redirected"] = True
+
+
+@contextmanager
+def as_store_errors(*, has_version: bool = False) -> Iterator[None]:
+    """Say in the words of `object_store` what botocore says in its own. What the table does not know goes on as it is.
+
+    Args:
+        has_version: the object is asked for by version.
+    """
+    try:
+        yield
+    except (StoreError, JobError):
+        raise
+    except ClientError as error:
+        raise _refused(error, has_version=has_version) from error
+    except Exception as error:
+        if (made := _known(error)) is None:
+            raise
+        raise made from error
+
+
+def _refused(error: ClientError, *, has_version: bool) -> StoreError:
+    told: Mapping[str, Any] = error.response
+    code = str(told.get("Error", {}).get("Code", ""))
+    if error.operation_name not in _OPERATIONS:
+        return _by_other_service(error)
+    about: Mapping[str, Any] = told.get("ResponseMetadata", {})
+    headers = {"Retry-After": about.get("HTTPHeaders", {}).get("retry-after", "")}
+    headers["Date"] = about.get("HTTPHeaders", {}).get("date", "")
+    pause_s = retry_after_s(headers)
+    return StoreRefused(code, int(about.get("HTTPStatusCode", 0)), has_version=has_version, retry_after_s=pause_s)
+
+
+def _known(error: Exception) -> StoreError | None:
+    found = exception_row(error)
+    if found is UNKNOWN:
+        return None
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return NoCredentials()
+    if found.code is ErrorCode.SOURCE_CREDENTIALS:
+        return WrongSettings(type(error).__name__)
+    if found.code is ErrorCode.INVALID_REFERENCE:
+        return WrongName("expected a bucket and key that S3 accepts")
+    return StoreAway(type(error).__name__)

@@ -1,0 +1,226 @@
+"""The object store by obstore, which is Rust's object_store.
+
+Where the store is and with which credentials it is asked, botocore says, as for boto3.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+import obstore
+from botocore.credentials import ReadOnlyCredentials
+from botocore.utils import get_environ_proxies
+from obstore.exceptions import (
+    AlreadyExistsError,
+    InvalidPathError,
+    NotModifiedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import S3Store
+
+from shiwu_worker.errors import JobError
+from shiwu_worker.stages.fetch.error_table import UNKNOWN, obstore_row
+from shiwu_worker.stages.fetch.s3.base import (
+    STORES_KEPT,
+    Body,
+    S3Limits,
+    S3Options,
+    StoreAway,
+    StoreDefect,
+    StoreError,
+    StoreRefused,
+    WrongName,
+    is_aws,
+)
+from shiwu_worker.stages.fetch.s3.boto import Access, Clients, as_store_errors
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, S3Credential
+
+NOWHERE: Final = "http://127.0.0.1:0"
+"""A proxy that nobody can be."""
+STATUSES: Final[dict[type[Exception], int]] = {
+    FileNotFoundError: 404,
+    PermissionDeniedError: 403,
+    UnauthenticatedError: 401,
+    PreconditionError: 412,
+    AlreadyExistsError: 409,
+    NotModifiedError: 304,
+}
+_STATUS: Final = re.compile(r"Server returned non-2xx status code: (\d{3})")
+_CODE: Final = re.compile(r"<Code>\s*([\w.]{1,64})\s*</Code>", re.ASCII)
+_KIND: Final = re.compile(r"HttpError \{\s*kind: (\w+)|source: (Header) \{")
+# What botocore too would write in front of a host.
+_LABEL: Final = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What botocore found out."""
+
+    url: str
+    region: str
+    authorities: bytes | None
+
+
+class ObstoreStore:
+    """An `ObjectStore`. Nothing of obstore's may run before the process has forked for the last time."""
+
+    def __init__(self, options: S3Options, limits: S3Limits) -> None:
+        # It only moves bytes; without this there is one for each core of the machine. Read when the first one starts.
+        os.environ.setdefault("TOKIO_WORKER_THREADS", "1")
+        self._options = options
+        self._limits = limits
+        self._clients = Clients(options, limits)
+        self._place: _Place | None = None
+        self._stores: OrderedDict[str, tuple[ReadOnlyCredentials | None, S3Store]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def open(self, bucket: str, key: str, *, version: str | None) -> Iterator[Body]:
+        """Ask for one object."""
+        store = self._store(bucket)
+        if key.startswith("/") or key.endswith("/"):  # or it would ask for the key without it
+            raise _wrong_key()
+        with _as_store_errors(key, has_version=version is not None):
+            try:
+                found = obstore.get(store, key, options=None if version is None else {"version": version})
+            except (ValueError, InvalidPathError) as error:
+                raise _wrong_key() from error
+            # Small pieces, so that the reader can check the deadline however slowly they come.
+            pieces = found.stream(min_chunk_size=1)
+            yield Body(lambda: next(pieces, b""), found.meta["size"])
+
+    def _store(self, bucket: str) -> S3Store:
+        with self._lock, as_store_errors():
+            access = self._clients.get()
+            if self._place is None:
+                self._place = _find(access)
+            known, store = self._stores.get(bucket, (None, None))
+            if store is None or known != access.credentials:
+                store = _new_store(bucket, self._place, access.credentials, self._options, self._limits)
+                self._stores[bucket] = (access.credentials, store)
+            self._stores.move_to_end(bucket)
+            if len(self._stores) > STORES_KEPT:
+                self._stores.popitem(last=False)
+            return store
+
+
+def _find(access: Access) -> _Place:
+    bundle = access.session.get_config_variable("ca_bundle")
+    region = access.client.meta.region_name
+    return _Place(
+        url=access.client.meta.endpoint_url,
+        region="us-east-1" if region == "aws-global" else region,
+        authorities=Path(bundle).read_bytes() if bundle else None,
+    )
+
+
+def _new_store(
+    bucket: str, place: _Place, credentials: ReadOnlyCredentials | None, options: S3Options, limits: S3Limits
+) -> S3Store:
+    url = place.url
+    has_host = options.endpoint_url is None and is_aws(url) and _LABEL.fullmatch(bucket) is not None
+    if has_host:
+        url = url.replace("://", f"://{bucket}.", 1)
+    return S3Store(
+        bucket,
+        # Each of them said, or obstore would read variables that boto3 does not know.
+        endpoint=url,
+        aws_endpoint_url_s3=url,
+        region=place.region,
+        virtual_hosted_style_request=has_host,
+        skip_signature=credentials is None,
+        request_payer=options.requester_pays,
+        credential_provider=None if credentials is None else partial(_told, credentials),
+        client_options=_client_options(url, place, options, limits),
+        retry_config={"max_retries": 0},
+    )
+
+
+def _told(credentials: ReadOnlyCredentials) -> S3Credential:
+    return {
+        "access_key_id": credentials.access_key or "",
+        "secret_access_key": credentials.secret_key or "",
+        "token": credentials.token,
+        "expires_at": None,
+    }
+
+
+def _client_options(url: str, place: _Place, options: S3Options, limits: S3Limits) -> ClientConfig:
+    parts = urlsplit(url)
+    proxy = get_environ_proxies(url).get(parts.scheme)
+    config: ClientConfig = {
+        "allow_http": parts.scheme == "http",
+        "allow_invalid_certificates": False,
+        "connect_timeout": _ms(limits.connect_timeout_s),
+        "read_timeout": _ms(limits.read_timeout_s),
+        "timeout": _ms(limits.total_timeout_s),
+        "pool_max_idle_per_host": str(limits.threads),
+        "user_agent": options.user_agent,
+    }
+    if proxy:
+        config["proxy_url"] = proxy if "://" in proxy else f"http://{proxy}"
+        config["proxy_excludes"] = ""
+    else:
+        # It follows redirects, with the session's token, and can't be told not to: this ends them at the first step.
+        config["proxy_url"] = NOWHERE
+        config["proxy_excludes"] = parts.hostname or ""
+    if place.authorities is not None:
+        config["root_certificate"] = place.authorities
+    return config
+
+
+def _ms(seconds: float) -> str:
+    return f"{max(1, round(seconds * 1000))}ms"
+
+
+def _wrong_key() -> WrongName:
+    return WrongName(
+        "expected a key that obstore can ask for: no empty, '.' or '..' part between slashes, no control character "
+        "(SHIWU_S3_CLIENT=boto3 takes any)"
+    )
+
+
+@contextmanager
+def _as_store_errors(key: str, *, has_version: bool) -> Iterator[None]:
+    try:
+        yield
+    except (StoreError, JobError):
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception, and would end the thread
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise _store_error(error, key, has_version=has_version) from error
+        raise
+
+
+def _store_error(error: BaseException, key: str, *, has_version: bool) -> StoreError:
+    """Its text holds addresses, and, in errors that have a type of their own, the key as the producer wrote it."""
+    text = str(error)
+    status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), None)
+    if status is not None:
+        text = text.partition(key)[2]
+    elif found := _STATUS.search(text):
+        status, text = int(found[1]), text[found.end() :]
+    elif "Received redirect without LOCATION" in text:
+        status = 301
+    if status is not None:
+        code = _CODE.search(text)
+        return StoreRefused(code[1] if code else "", status, has_version=has_version)
+    seen = _KIND.search(text)
+    kind = seen and (seen[1] or seen[2])
+    why = f"{type(error).__name__}{f', {kind}' if kind else ''}"
+    is_cut = isinstance(error, OSError)
+    return StoreAway(why) if is_cut or obstore_row(kind) is not UNKNOWN else StoreDefect(why)

@@ -1,0 +1,1 @@
+"""Score: compares image vectors with label vectors. Front door: `scorer`, `label_bank`, `label_files`."""

@@ -1,0 +1,144 @@
+"""Label sets by name, and their text vectors, computed once and kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, get_args
+from weakref import WeakValueDictionary
+
+import numpy as np
+import structlog
+
+from shiwu.contract import AnswerWarning, ErrorCode, Head, Stage
+from shiwu_worker.errors import Rejected
+from shiwu_worker.jobs.label_checks import LabelTokens, check_labels
+from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.jobs.label_vectors import EncodedLabels, TextVectors
+from shiwu_worker.stages.score.label_warnings import label_warnings
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log: Any = structlog.get_logger()
+SIGMOID_LACKS_BIAS: Final = (
+    "expected softmax, got sigmoid, which needs a bias, and this model has none: every score would be near 1. "
+    "Use softmax and set min_cosine as the threshold, or give the label set a bias"
+)
+
+
+class LabelBank:
+    """Label sets and their vectors.
+
+    Args:
+        encode_texts: (m texts) → float32 (m, d) unit vectors; called on the thread that calls `encoded`.
+        max_cached: label sets whose vectors are kept; the least recently used one goes first.
+        label_tokens: what the model's tokenizer makes of labels, for warnings about labels that it cannot read.
+        usual_warnings: of every answer, whatever its labels are.
+        has_bias: whether the model has one; without it only label sets with a bias of their own may use sigmoid.
+
+    Raises:
+        ValueError: a label set uses sigmoid without a bias.
+    """
+
+    def __init__(
+        self,
+        *,
+        sets: Mapping[str, LabelSet],
+        default: str,
+        encode_texts: Callable[[Sequence[str]], NDArray[np.float32]],
+        label_tokens: Callable[[Sequence[str]], Sequence[LabelTokens]],
+        max_cached: int,
+        has_bias: bool,
+        usual_warnings: tuple[AnswerWarning, ...] = (),
+        inline_head: Head = "softmax",
+    ) -> None:
+        self._has_bias = has_bias
+        self._names = sorted(sets)
+        self._by_request: dict[tuple[str | None, Head | None], LabelSet] = {}
+        """Named label sets that requests may use, by name (None: the default) and head (None: the set's own)."""
+        for name, one in sets.items():
+            if self._lacks_bias(one):
+                raise ValueError(f"label set {name}: head: {SIGMOID_LACKS_BIAS}")
+            self._add(name, one)
+            if name == default:
+                self._add(None, one)
+        self._encode_texts = encode_texts
+        self._label_tokens = label_tokens
+        self._usual_warnings = usual_warnings
+        self._max_cached = max_cached
+        self._inline_head = inline_head
+        # The keys are whole values: with a digest or joined texts as a key, two label sets could share one entry, and
+        # one producer would then get the labels of another.
+        self._encoded: OrderedDict[LabelSet, EncodedLabels] = OrderedDict()
+        self._last: EncodedLabels | None = None
+        """The one asked for last: most jobs of a batch have the same label set."""
+        self._texts: WeakValueDictionary[tuple[tuple[str, ...], tuple[str, ...]], TextVectors] = WeakValueDictionary()
+
+    def _add(self, name: str | None, label_set: LabelSet) -> None:
+        self._by_request[name, None] = label_set
+        for head in get_args(Head):
+            with_head = label_set if head == label_set.head else replace(label_set, head=head)
+            if not self._lacks_bias(with_head):
+                self._by_request[name, head] = with_head
+
+    def _lacks_bias(self, label_set: LabelSet) -> bool:
+        return label_set.head == "sigmoid" and label_set.bias is None and not self._has_bias
+
+    def resolve(self, labels: str | tuple[str, ...] | None, head: Head | None = None) -> LabelSet:
+        """The labels that a request means. Thread-safe.
+
+        Raises:
+            Rejected: unknown_label_set, or invalid_request for sigmoid without a bias.
+        """
+        if isinstance(labels, tuple):
+            found = LabelSet(name=None, words=labels, head=head or self._inline_head)
+            if not self._lacks_bias(found):
+                return found
+        elif (named := self._by_request.get((labels, head))) is not None:
+            return named
+        elif labels is not None and labels not in self._names:
+            text = f"labels: expected one of {', '.join(self._names)}, got {labels!r}"
+            raise Rejected(ErrorCode.UNKNOWN_LABEL_SET, text, stage=Stage.CLAIM)
+        raise Rejected(ErrorCode.INVALID_REQUEST, f"head: {SIGMOID_LACKS_BIAS}", stage=Stage.CLAIM)
+
+    def encoded(self, label_set: LabelSet) -> EncodedLabels:
+        """The label set with its vectors, which are computed the first time. One thread only."""
+        if self._last is not None and self._last.label_set is label_set:
+            return self._last
+        found = self._encoded.get(label_set)
+        if found is None:
+            found = self._add_encoded(label_set)
+        self._encoded.move_to_end(label_set)
+        self._last = found
+        return found
+
+    def _add_encoded(self, label_set: LabelSet) -> EncodedLabels:
+        key = (label_set.templates, label_set.words)
+        texts = self._texts.get(key)
+        if texts is None:
+            texts = self._texts[key] = self._encode(label_set)
+        warnings = label_warnings(label_set, texts.findings)
+        if warnings:
+            codes = [str(one.code) for one in warnings]
+            text = "; ".join(one.message for one in warnings)
+            log.warning(
+                "labels_questionable", name=label_set.name, digest=label_set.info.digest, codes=codes, text=text
+            )
+        made = self._encoded[label_set] = EncodedLabels(label_set, texts, self._usual_warnings + warnings)
+        while len(self._encoded) > self._max_cached:
+            self._encoded.popitem(last=False)
+        return made
+
+    def _encode(self, label_set: LabelSet) -> TextVectors:
+        """Vectors of the labels, averaged over the templates and then renormalised, and what is wrong with the labels.
+
+        This is the zero-shot recipe of CLIP (Radford et al. 2021, section 3.1.4).
+        """
+        total: Any = 0.0
+        for template in label_set.templates:
+            total = total + self._encode_texts([template.replace("{}", word) for word in label_set.words])
+        vectors = np.asarray(total / np.linalg.norm(total, axis=1, keepdims=True), dtype=np.float32)
+        words = label_set.words
+        return TextVectors(vectors, check_labels(words, tokens=self._label_tokens(words), vectors=vectors))

@@ -1,0 +1,185 @@
+"""Reads label sets from YAML files, and says what to write instead where a file is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from shiwu.contract import Head, Label, LabelSetName, control_character, labels_error
+from shiwu_worker.jobs.label_set import LabelSet
+
+MAX_FILE_LABELS: Final = 100_000
+MAX_LOGIT: Final = 1000.0
+SUFFIXES: Final = {".yaml", ".yml"}
+TEXT_TAG: Final = "tag:yaml.org,2002:str"
+WIDE_COMMAS: Final = "，、"
+
+
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+
+
+class _Item(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    label: Label
+    min_cosine: Cosine | None = None
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: LabelSetName
+    labels: list[_Item] = Field(min_length=1, max_length=MAX_FILE_LABELS)
+    templates: list[str] = Field(default=["{}"], min_length=1, max_length=200)
+    head: Head = "softmax"
+    scale: float | None = Field(default=None, gt=0, le=MAX_LOGIT)
+    bias: float | None = Field(default=None, ge=-MAX_LOGIT, le=MAX_LOGIT)
+    min_cosine: Cosine | None = None
+    description: str = ""
+
+    def label_set(self) -> LabelSet:
+        """What the file says."""
+        least = [self.min_cosine if item.min_cosine is None else item.min_cosine for item in self.labels]
+        return LabelSet(
+            name=self.name,
+            words=tuple(item.label for item in self.labels),
+            templates=tuple(self.templates),
+            head=self.head,
+            scale=self.scale,
+            bias=self.bias,
+            min_cosines=None if set(least) == {None} else tuple(-1.0 if one is None else one for one in least),
+        )
+
+    @field_validator("templates")
+    @classmethod
+    def _check_templates(cls, templates: list[str]) -> list[str]:
+        for template in templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"expected exactly one {{}} in every template, got {template!r:.80}")
+            if found := control_character(template):
+                raise ValueError(f"expected templates without control characters, got {found} in {template!r:.80}")
+        return templates
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _as_items(cls, labels: object) -> object:
+        return (
+            [{"label": one} if isinstance(one, str) else one for one in labels] if isinstance(labels, list) else labels
+        )
+
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, labels: list[_Item]) -> list[_Item]:
+        if reason := labels_error([item.label for item in labels]):
+            raise ValueError(reason)
+        return labels
+
+
+def load_label_sets(folders: Sequence[Path]) -> dict[str, LabelSet]:
+    """Read every YAML file of the folders; a later folder replaces sets of the same name.
+
+    Raises:
+        ValueError: names the file and what is wrong in it, or two files of one folder with the same name of a set.
+    """
+    sets: dict[str, LabelSet] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: expected a folder of label sets")
+        files: dict[str, Path] = {}
+        for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
+            one = _read_file(path)
+            if other := files.get(one.name):
+                raise ValueError(f"{path}: name: expected a name of its own, got {one.name!r}, the name in {other}")
+            files[one.name] = path
+            sets[one.name] = one.label_set()
+    return sets
+
+
+def _read_file(path: Path) -> _File:
+    try:
+        return _File.model_validate(_read_yaml(path.read_text(encoding="utf-8-sig")))
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}: line {line}: expected UTF-8, got other bytes; save the file as UTF-8") from error
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_first_error(error)}") from error
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: expected readable YAML ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _first_error(error: ValidationError) -> str:
+    # A key with a typing error makes two errors: it is unknown, and the right one is missing.
+    first = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+    where = [f"number {part + 1}" if isinstance(part, int) else part for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        *where, key = where
+        known = ", ".join((_Item if where else _File).model_fields)
+        return f"{' '.join(where) or 'file'}: expected keys of {known}, got {key!r:.80}"
+    return f"{' '.join(where) or 'file'}: {first['msg']}"
+
+
+# ------------------------------------------------------------------------------------ YAML that means something else
+def _read_yaml(text: str) -> Any:
+    """The file's content.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+        ValueError: it is YAML that most probably means something else than its author does.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        for wrong, why in _surprises(node):
+            raise ValueError(f"line {wrong.start_mark.line + 1}: {why}")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _surprises(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
+    if isinstance(node, yaml.MappingNode):
+        yield from _repeated_keys(node)
+        for key, value in node.value:
+            yield from _surprises(value)
+            if key.value in {"name", "description", "label"}:
+                yield from _other_than_text(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _surprises(item)
+            yield from _other_than_text(item)
+            if node.flow_style and _is_plain(item) and (found := set(WIDE_COMMAS) & set(item.value)):
+                yield (
+                    item,
+                    f"expected commas between the items of [ ], got {found.pop()!r} in {item.value!r:.80}; write "
+                    "[猫, 狗], or quote an item that holds such a comma",
+                )
+
+
+def _repeated_keys(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, str]]:
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                yield key, f"expected every key once, got {key.value!r} again"
+            seen.add(key.value)
+
+
+def _other_than_text(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
+    """YAML reads `no` as false and 123 as a number, and a label is a text."""
+    if isinstance(node, yaml.ScalarNode) and node.tag != TEXT_TAG:
+        kind = node.tag.rpartition(":")[2]
+        quoted = f'"{node.value:.80}"'
+        yield node, f"expected a text, got {node.value!r:.80}, which YAML reads as {kind}; write it in quotes: {quoted}"
+
+
+def _is_plain(node: yaml.Node) -> bool:
+    """Whether it is a text without quotes."""
+    return isinstance(node, yaml.ScalarNode) and node.style is None

@@ -1,0 +1,47 @@
+"""Warnings of an answer that follow from its label set and its model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from shiwu.contract import AnswerWarning, WarningCode
+from shiwu_worker.jobs.label_checks import LabelFindings
+from shiwu_worker.jobs.label_set import LabelSet
+
+MAX_EXAMPLES: Final = 3
+"""Labels or groups that a warning names: it stands in every answer."""
+MAX_SHOWN_CHARS: Final = 60
+EMBEDDED_MODEL: Final = AnswerWarning(
+    code=WarningCode.EMBEDDED_MODEL,
+    message="the embedded model knows emoji-like pictograms and the words of the label set pictogram-zh, not "
+    "photographs; set SHIWU_MODEL for photographs",
+)
+SINGLE_LABEL: Final = AnswerWarning(
+    code=WarningCode.SINGLE_LABEL,
+    message="the softmax score of a single label is always 1; add other labels, or judge by the cosine",
+)
+
+
+def label_warnings(label_set: LabelSet, findings: LabelFindings) -> tuple[AnswerWarning, ...]:
+    """The reasons to read tags of this label set with care."""
+    return tuple(_warnings(label_set, findings))
+
+
+def _warnings(label_set: LabelSet, findings: LabelFindings) -> Iterator[AnswerWarning]:
+    if findings.unreadable:
+        count = f"{len(findings.unreadable)} of {len(label_set.words)} labels"
+        text = f"the model cannot read {count}: {_some(findings.unreadable, ', ')}; their scores have no meaning"
+        yield AnswerWarning(code=WarningCode.LABELS_UNREADABLE, message=text)
+    if findings.alike:
+        groups = [_some(group, " = ") for group in findings.alike[: MAX_EXAMPLES + 1]]
+        text = f"the model cannot tell these labels apart: {_some(groups, '; ')}"
+        yield AnswerWarning(code=WarningCode.LABELS_ALIKE, message=text)
+    if len(label_set.words) == 1 and label_set.head == "softmax":
+        yield SINGLE_LABEL
+
+
+def _some(texts: Sequence[str], separator: str) -> str:
+    """The first texts, each cut to a readable length."""
+    shown = [text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…" for text in texts[:MAX_EXAMPLES]]
+    return separator.join([*shown, "…"] if len(texts) > MAX_EXAMPLES else shown)

@@ -1,0 +1,1 @@
+"""What the worker tells operators: metrics, traces, logs, and the watches of queues and GPU."""
