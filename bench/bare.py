@@ -181,12 +181,12 @@ def main() -> None:
     import torch  # noqa: PLC0415 so that the start is measured with it
 
     from shiwu_worker.config.settings import Settings  # noqa: PLC0415
-    from shiwu_worker.service.model import open_encoder  # noqa: PLC0415
+    from shiwu_worker.service.model import load_encoder  # noqa: PLC0415
 
     settings = Settings()
     folder = model_folder(settings.model)
     spec = read_image_spec(folder)
-    encoder = open_encoder(settings, folder, spec)
+    encoder = load_encoder(settings, folder, spec)
     start_s = time.monotonic() - began_s
     for line in sys.stdin:
         seconds = float(line) / len(encoder.rungs)

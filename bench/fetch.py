@@ -17,9 +17,9 @@ from bench.machine import named
 from bench.photos import jpeg_files
 from bench.report import Headline, Report, Table, median, number, ratio
 from bench.sources import open_source
-from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
-from shiwu_worker.stages.fetch.http import Web
+from shiwu_worker.stages.fetch.http import HttpClient
 from shiwu_worker.stages.fetch.s3.base import S3Client, S3Options
 
 CLIENTS: Final[tuple[S3Client, ...]] = ("boto3", "obstore")
@@ -98,9 +98,9 @@ def _costs(references: Sequence[str], rounds: int) -> Iterator[Cost]:
 
 
 def _fetcher(client: S3Client, threads: int) -> Fetcher:
-    web = Web(Reach(), threads=threads, connect_timeout_s=1.0, read_timeout_s=1.0)
+    web = HttpClient(AccessRules(), threads=threads, connect_timeout_s=1.0, read_timeout_s=1.0)
     s3 = S3Options(os.environ["SHIWU_S3_ENDPOINT_URL"], None, client)
-    return Fetcher(s3=s3, web=web, reach=Reach(), limits=LIMITS, threads=threads)
+    return Fetcher(s3=s3, web=web, reach=AccessRules(), limits=LIMITS, threads=threads)
 
 
 def _cost(fetcher: Fetcher, references: Sequence[str], threads: int) -> tuple[float, float]:

@@ -32,7 +32,7 @@ RAMP_S: Final = 1.0
 SPARE_S: Final = 2.0
 JOIN_S: Final = 15.0
 """The backlog lasts so long while the late one starts."""
-LOOK_S: Final = 1.0
+POLL_INTERVAL_S: Final = 1.0
 """The late one is judged by its first second."""
 
 
@@ -197,10 +197,10 @@ def _join_once(spot: Spot, options: Options, count: int) -> tuple[int, int]:
             late.wait_ready()
             # The file's own time: we may have been late to look. Valkey's clock, in the stream's ids, is the same one.
             ready_ms = int(late.ready_file.stat().st_mtime * 1000)
-            _wait_moment(time.monotonic() + LOOK_S + 0.1)
+            _wait_moment(time.monotonic() + POLL_INTERVAL_S + 0.1)
             if not spot.client.llen(Lane.BULK.queue):
                 raise RuntimeError("the backlog was too short for the late one's start")
-            entries: Any = spot.client.xrange(RESULT_STREAM, ready_ms, ready_ms + int(LOOK_S * 1000) - 1)
+            entries: Any = spot.client.xrange(RESULT_STREAM, ready_ms, ready_ms + int(POLL_INTERVAL_S * 1000) - 1)
     names = [from_json(fields[b"answer"])["worker"] for _, fields in entries]
     return names.count(late.name), len(names)
 

@@ -32,7 +32,7 @@ from shiwu.contract import CLAIMS, RESULT_STREAM, Lane
 
 TICK_S: Final = 0.05
 REFERENCE: Final = ("s3://pictures/cat.jpg",)
-AT_ONCE: Final = 5000
+CHUNK_SIZE: Final = 5000
 
 
 def add_options(parser: argparse._ArgumentGroup) -> None:
@@ -229,7 +229,7 @@ def _entries(client: redis.Redis) -> Counter[str]:
     """How often each id stands in the results stream."""
     found: Counter[str] = Counter()
     after = "-"
-    while entries := client.xrange(RESULT_STREAM, after, count=AT_ONCE):
+    while entries := client.xrange(RESULT_STREAM, after, count=CHUNK_SIZE):
         page: Any = entries
         found.update(fields[b"id"].decode() for _, fields in page)
         after = f"({page[-1][0].decode()}"

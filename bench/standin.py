@@ -27,9 +27,9 @@ from tests.support.waiting import wait_until
 
 from shiwu.contract import COUNTERS, Head, ModelInfo
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.errors import FatalError, Trouble
+from shiwu_worker.errors import DeviceErrorKind, FatalError
 from shiwu_worker.jobs.label_checks import LabelTokens
-from shiwu_worker.loaders.protocol import Loaded, LoadTask
+from shiwu_worker.loaders.protocol import LoadResult, LoadTask
 from shiwu_worker.service import bootstrap as wiring
 from shiwu_worker.telemetry import logs
 
@@ -43,7 +43,7 @@ class StandInLoaders:
     pids: Final = (os.getpid(),)
     restarts: Final = 0
 
-    def __init__(self, *, slots: int, on_loaded: Callable[[list[Loaded]], None]) -> None:
+    def __init__(self, *, slots: int, on_loaded: Callable[[list[LoadResult]], None]) -> None:
         self.pixels: NDArray[np.uint8] = np.zeros((slots, 1), np.uint8)
         self._on_loaded = on_loaded
 
@@ -61,7 +61,7 @@ class StandInLoaders:
         now_s = time.monotonic()
         moments: Any = {"started_s": now_s, "fetched_s": now_s, "decoded_s": now_s}
         about: Any = {"n_bytes": 1, "format": "JPEG", "width": 1, "height": 1}
-        self._on_loaded([Loaded(ticket=one.ticket, slot=one.slot, **moments, **about) for one in tasks])
+        self._on_loaded([LoadResult(ticket=one.ticket, slot=one.slot, **moments, **about) for one in tasks])
 
 
 class StandInFlight:
@@ -144,9 +144,9 @@ class StandInEncoder:
         """Different tokens for different words."""
         return [LabelTokens((number,), is_readable=True) for number in range(len(labels))]
 
-    def trouble(self, error: BaseException) -> Trouble:
+    def trouble(self, error: BaseException) -> DeviceErrorKind:
         """It has none."""
-        return Trouble.OTHER
+        return DeviceErrorKind.OTHER
 
 
 def main() -> None:
@@ -178,7 +178,7 @@ def main() -> None:
         failed.append(error)
         done.set()
 
-    def make_loaders(settings: Settings, _: Any, *, on_loaded: Callable[[list[Loaded]], None], **__: Any) -> Any:
+    def make_loaders(settings: Settings, _: Any, *, on_loaded: Callable[[list[LoadResult]], None], **__: Any) -> Any:
         return StandInLoaders(slots=settings.slot_count, on_loaded=on_loaded)
 
     def open_encoder(settings: Settings, *_: Any) -> Any:

@@ -21,7 +21,7 @@ from tests.support.waiting import wait_until
 from shiwu.broker.message_writer import build_message
 from shiwu.contract import Lane, Request, Timing, result_key
 
-AT_ONCE: Final = 1000
+CHUNK_SIZE: Final = 1000
 """Messages or keys in one command."""
 HEAR_S: Final = 0.2
 _PREFIX: Final = result_key("")
@@ -77,13 +77,13 @@ def build(
 
 def send(client: redis.Redis, lane: Lane, messages: Sequence[Message]) -> None:
     """Put them into the lane as fast as Redis takes them."""
-    for start in range(0, len(messages), AT_ONCE):
-        client.lpush(lane.queue, *[one.raw for one in messages[start : start + AT_ONCE]])
+    for start in range(0, len(messages), CHUNK_SIZE):
+        client.lpush(lane.queue, *[one.raw for one in messages[start : start + CHUNK_SIZE]])
 
 
 def missing(client: redis.Redis, ids: Sequence[str]) -> int:
     """How many of these ids have no answer that can be read, counted id by id."""
-    parts = (ids[start : start + AT_ONCE] for start in range(0, len(ids), AT_ONCE))
+    parts = (ids[start : start + CHUNK_SIZE] for start in range(0, len(ids), CHUNK_SIZE))
     return len(ids) - sum(int(client.exists(*[result_key(one) for one in part])) for part in parts)
 
 
@@ -94,8 +94,8 @@ def read(client: redis.Redis, ids: Sequence[str]) -> list[Reply]:
         RuntimeError: one is missing, or ended without tags.
     """
     raws: list[Any] = []
-    for start in range(0, len(ids), AT_ONCE):
-        raws += client.mget([result_key(one) for one in ids[start : start + AT_ONCE]])
+    for start in range(0, len(ids), CHUNK_SIZE):
+        raws += client.mget([result_key(one) for one in ids[start : start + CHUNK_SIZE]])
     replies = [_reply(job_id, raw) for job_id, raw in zip(ids, raws, strict=True)]
     wrong = [one for one in replies if not one.is_tagged]
     if wrong:

@@ -25,7 +25,7 @@ from drill.catalogue import DRILLS, Drill
 from drill.field import Field, Outcome
 from shiwu.broker.connection import connect
 from shiwu.broker.queue_stats import read_state
-from shiwu.contract import CLAIMS, PARKED, SUSPECTS, WORKERS, Lane
+from shiwu.contract import CLAIMS, DELAYED_MESSAGES, QUARANTINE, WORKERS, Lane
 
 
 def run(
@@ -79,8 +79,8 @@ def own_server(drill: Drill, folder: Path, binary: Path | None) -> Any:
 def held_by(url: str) -> dict[str, int]:
     """What a Redis holds that a drill would mix with its own: waiting, claimed and delayed jobs, living workers."""
     with connect(url, timeout_s=5.0, retries=0) as client:
-        lengths = {key: int(client.llen(key)) for key in (*(key for lane in Lane for key in lane.keys), SUSPECTS)}
-        lengths |= {key: int(client.hlen(key)) for key in (CLAIMS, PARKED)}
+        lengths = {key: int(client.llen(key)) for key in (*(key for lane in Lane for key in lane.keys), QUARANTINE)}
+        lengths |= {key: int(client.hlen(key)) for key in (CLAIMS, DELAYED_MESSAGES)}
         lengths[WORKERS] = len(read_state(client).workers)
     return {key: length for key, length in lengths.items() if length}
 

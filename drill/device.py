@@ -50,7 +50,7 @@ def _main() -> None:
     from shiwu_worker.stages.encode import encoder as stage  # noqa: PLC0415
 
     chance = random.Random(os.environ["DRILL_SEED"])
-    real, real_warm, real_sing = stage.Encoder.collect, stage.Encoder.warm, Canary.sing_if_due
+    real, real_warm, real_sing = stage.Encoder.collect, stage.Encoder.warm, Canary.check_if_due
     ready: list[bool] = []
     singing: list[bool] = []
 
@@ -87,7 +87,7 @@ def _main() -> None:
             return stage._finite(vectors)
         return vectors
 
-    Canary.sing_if_due = sing  # type: ignore[method-assign]  # as below
+    Canary.check_if_due = sing  # type: ignore[method-assign]  # as below
     stage.Encoder.collect = faulty  # type: ignore[method-assign]  # the fault is injected here
     stage.Encoder.warm = warm  # type: ignore[method-assign]  # the same
     sys.argv = ["shiwu-worker"]

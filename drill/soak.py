@@ -14,7 +14,7 @@ from drill.field import Field, Outcome, wrong
 GROWTH: Final = 1.10
 """Most that the worker's memory may be at the end of what it was after the first jobs."""
 EVERY_S: Final = 0.25
-PORTION: Final = 10
+CHUNK_SIZE: Final = 10
 BLIP: Final = 0.1
 """Share of the portions with which a fault comes."""
 
@@ -27,7 +27,7 @@ def soak(field: Field) -> Outcome:
     pause, sizes, blips = threading.Event(), list[int](), 0
     until_s = time.monotonic() + field.lasts_s
     while time.monotonic() < until_s and worker.is_running:
-        field.enqueue(PORTION)
+        field.enqueue(CHUNK_SIZE)
         pause.wait(EVERY_S)
         sizes.append(rss_bytes(worker.pid))
         if field.chance.random() < BLIP:

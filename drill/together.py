@@ -22,7 +22,7 @@ from drill.device import DEVICE_LOST
 from drill.field import Field, Outcome, wrong
 from drill.inputs import KINDS, mark, misjudged, moody, poison_env
 from drill.workers import PROMISED_S
-from shiwu.contract import SUSPECTS_TAKER
+from shiwu.contract import QUARANTINE_OWNER
 
 ROLES: Final = ("plain", "faulty", "far")
 """The workers: an ordinary one, one whose encoder fails now and then, one behind a proxy that cuts its connections."""
@@ -75,7 +75,7 @@ class _Stage:
         Not the one that takes the suspects: these have lost two workers, and with the third they are given up, as
         promised.
         """
-        taker = str(self.field.client.get(SUSPECTS_TAKER))
+        taker = str(self.field.client.get(QUARANTINE_OWNER))
         return self.field.chance.choice([role for role in ROLES if f"'{self.workers[role].name}." not in taker])
 
 

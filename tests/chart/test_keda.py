@@ -11,7 +11,7 @@ from bench.autoscaler import Rules
 from redis.exceptions import NoPermissionError, ResponseError
 
 from shiwu.contract import CANVAS_DUE, CLAIMS, Lane
-from shiwu.contract.keys import SUSPECTS
+from shiwu.contract.keys import QUARANTINE
 from tests.chart.cases import ALL_ON
 from tests.support.chart import Helm, of_kind
 from tests.support.processes import ROOT
@@ -23,7 +23,7 @@ def test_keda_counts_what_waits_and_what_is_held(newest: Helm) -> None:
     spec = of_kind(newest.render(ALL_ON), "ScaledObject")["spec"]
     keys = [trigger["metadata"]["listName"] for trigger in spec["triggers"]]
     assert sorted(keys) == sorted(
-        [*itertools.chain.from_iterable(lane.keys for lane in Lane), CLAIMS, SUSPECTS, CANVAS_DUE]
+        [*itertools.chain.from_iterable(lane.keys for lane in Lane), CLAIMS, QUARANTINE, CANVAS_DUE]
     )
     formula = spec["advanced"]["scalingModifiers"]["formula"]
     names = [trigger["name"] for trigger in spec["triggers"]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from shiwu.broker.answers import Entry
+from shiwu.broker.answers import AnswerEntry
 from shiwu.contract import RESULT_STREAM, Answer, Status
 from tests.integration.test_claim_properties import make_committer
 from tests.support.processes import Process, clean_environment
@@ -58,7 +58,7 @@ def answered(client: redis.Redis, count: int) -> list[str]:
     """So many answers in the stream."""
     ids = [f"job-{number}" for number in range(count)]
     answers = [Answer(id=job_id, status=Status.TAGGED, attempts=1) for job_id in ids]
-    make_committer(client, "w").write([Entry(id=one.id, answer=one) for one in answers])
+    make_committer(client, "w").write([AnswerEntry(id=one.id, answer=one) for one in answers])
     return ids
 
 

@@ -13,8 +13,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from shiwu.broker.answers import Entry
-from shiwu.contract import CLAIMS, COUNTERS, DELAYED, LEASES, PARKED, RESULT_STREAM, SUSPECTS, Lane
+from shiwu.broker.answers import AnswerEntry
+from shiwu.contract import CLAIMS, COUNTERS, DELAYED, DELAYED_MESSAGES, LEASES, QUARANTINE, RESULT_STREAM, Lane
 from tests.integration.test_claim_properties import (
     LANES,
     answer,
@@ -119,10 +119,10 @@ def where(near: redis.Redis) -> tuple[Counter[str], dict[str, str]]:
     with near.pipeline() as pipe:
         for _, key in LANES:
             pipe.lrange(key, 0, -1)
-        pipe.lrange(SUSPECTS, 0, -1)
+        pipe.lrange(QUARANTINE, 0, -1)
         pipe.hgetall(CLAIMS)
         pipe.zrange(LEASES, 0, -1)
-        pipe.hkeys(PARKED)
+        pipe.hkeys(DELAYED_MESSAGES)
         pipe.zrange(DELAYED, 0, -1)
         *lanes, suspects, claims, leased, parked, delayed = pipe.execute()
     assert not parked
@@ -233,7 +233,7 @@ def cut_commits(
     """
     claims, ledger, rival = make_claims(near, NAME), make_committer(far, NAME), make_committer(near, "rival")
 
-    def claimed(number: int) -> list[Entry]:
+    def claimed(number: int) -> list[AnswerEntry]:
         ids = send(near, number)
         jobs = claims.claim(2).jobs
         assert [job.id for job in jobs] == ids

@@ -10,7 +10,7 @@ import pytest
 from drill.__main__ import held_by, main, run
 from drill.catalogue import DRILLS
 
-from shiwu.contract import CLAIMS, PARKED, WORKERS
+from shiwu.contract import CLAIMS, DELAYED_MESSAGES, WORKERS
 from tests.support.servers import Valkey
 
 FIXED = 20261123
@@ -46,11 +46,11 @@ def test_a_redis_with_jobs_is_refused(
         assert held_by(valkey.url) == {}
         client.lpush("shiwu.bulk", "a", "b")
         client.hset(CLAIMS, "job", "token|1|shiwu.bulk|x")
-        client.hset(PARKED, "other", "shiwu.bulk|x")
+        client.hset(DELAYED_MESSAGES, "other", "shiwu.bulk|x")
         client.zadd(WORKERS, {"theirs": client.time()[0] * 1000})
         monkeypatch.setattr("sys.argv", ["drill", "kill", "--redis-url", valkey.url])
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 2
-        assert f"it holds shiwu.bulk 2, {CLAIMS} 1, {PARKED} 1, {WORKERS} 1" in capsys.readouterr().err
+        assert f"it holds shiwu.bulk 2, {CLAIMS} 1, {DELAYED_MESSAGES} 1, {WORKERS} 1" in capsys.readouterr().err
         assert client.dbsize() == 4

@@ -21,7 +21,7 @@ from tests.support.failover import Failover
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 
-PORTION = 30
+CHUNK_SIZE = 30
 FOLLOWS_S = 30.0
 """Sentinels agree, a replica becomes primary, the other one follows it, and only then a write is confirmed."""
 
@@ -47,7 +47,7 @@ def counted(client: redis.Redis) -> list[str]:
 
 def send(producer: Client, image: str, name: str) -> list[str]:
     """A portion of jobs that one replica must confirm; their ids, of which some may not have been confirmed."""
-    asked = [{"image": image, "id": f"{name}-{number}"} for number in range(PORTION)]
+    asked = [{"image": image, "id": f"{name}-{number}"} for number in range(CHUNK_SIZE)]
     list(producer.enqueue_many(asked, replicas=1))
     return [one["id"] for one in asked]
 

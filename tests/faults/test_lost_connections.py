@@ -10,11 +10,11 @@ import redis
 from celery import Celery
 
 from shiwu import Client
-from shiwu.broker.answers import Entry
-from shiwu.broker.known_labels import KnownLabels, LabelNotes
+from shiwu.broker.answers import AnswerEntry
+from shiwu.broker.known_labels import KnownLabels, KnownLabelStore
 from shiwu.client.dead_letters import DeadLetters
 from shiwu.contract import CANVAS, CANVAS_DUE, RESULT_STREAM, Lane
-from shiwu_worker.celery_worker.callbacks import Callbacks
+from shiwu_worker.celery_worker.callbacks import CallbackSender
 from shiwu_worker.celery_worker.revoke import Revoker
 from shiwu_worker.jobs.job import Release
 from shiwu_worker.policy.callback_rules import CallbackRules
@@ -66,12 +66,14 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
     claims, ledger, upkeep = make_claims(client, "w"), make_committer(client, "w"), make_upkeep(client, stream_length=1)
     client.lpush(Lane.BULK.queue, *[message(f"job-{n}", Lane.BULK) for n in range(5)])
     held, failed = claims.claim(2).jobs
-    dead = Entry(id=failed.id, answer=answer(failed).answer, message=b"shiwu.bulk|" + failed.raw, is_dead=True)
+    dead = AnswerEntry(id=failed.id, answer=answer(failed).answer, message=b"shiwu.bulk|" + failed.raw, is_dead=True)
     with Client(url) as producer:
         producer.enqueue("s3://b/k.jpg", id="late", lane=Lane.BULK, expires_s=0.001)
     client.hset(CANVAS, "linked", b"2|{}shiwu.bulk|{}")
     client.zadd(CANVAS_DUE, {"linked": 1.0})
-    callbacks = Callbacks(Celery("nobody", broker="memory://", set_as_default=False), client, rules=CallbackRules())
+    callbacks = CallbackSender(
+        Celery("nobody", broker="memory://", set_as_default=False), client, rules=CallbackRules()
+    )
     return {
         "claim": lambda: claims.claim(1).jobs,
         "renew": lambda: claims.renew([held.id, "lost"]) == ["lost"],
@@ -92,7 +94,7 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
 
 def note_labels(client: redis.Redis) -> bool:
     """Store a label set; whether it is found by its digest."""
-    notes, known = LabelNotes(client), KnownLabels(digest="d", labels=("猫",))
+    notes, known = KnownLabelStore(client), KnownLabels(digest="d", labels=("猫",))
     notes.note([known])
     return notes.find("d") == known
 

@@ -20,7 +20,7 @@ ASKED: Final = 12
 IN_HAND: Final = 2 * BATCH + 8
 """Pictures that a worker of the fleet holds: the batch in flight, the next one, and what is being loaded."""
 DEAD: Final = 10_000
-PORTION: Final = 1000
+CHUNK_SIZE: Final = 1000
 
 
 def answers(fleet: Fleet) -> list[Answer]:
@@ -103,9 +103,9 @@ def test_ten_thousand_leases_of_the_dead(fleet: Fleet, near: WorkerProcess) -> N
         for n in range(DEAD)
     ]
     dead = make_claims(fleet.client, "dead", lease_s=LEASE_S)
-    for start in range(0, DEAD, PORTION):
-        fleet.client.lpush(Lane.BULK.queue, *raws[start : start + PORTION])
-        assert len(dead.claim(PORTION).jobs) == PORTION
+    for start in range(0, DEAD, CHUNK_SIZE):
+        fleet.client.lpush(Lane.BULK.queue, *raws[start : start + CHUNK_SIZE])
+        assert len(dead.claim(CHUNK_SIZE).jobs) == CHUNK_SIZE
     began_s = time.monotonic()
     ids = fleet.send(200, prefix="living", lanes=(Lane.INTERACTIVE,))
     fleet.wake(near)

@@ -23,9 +23,9 @@ from pydantic_core import PydanticUndefined
 
 import shiwu
 from shiwu import contract, errors
-from shiwu.broker.maintenance import Swept
-from shiwu.broker.queue_stats import Look, QueueState
-from shiwu.broker.retention import Keep
+from shiwu.broker.maintenance import SweepReport
+from shiwu.broker.queue_stats import QueueSnapshot, QueueState
+from shiwu.broker.retention import Retention
 from shiwu.cli import main as shiwu_command
 from shiwu.cli.base import Exit
 from shiwu.contract import keys
@@ -33,7 +33,7 @@ from shiwu_worker.__main__ import main as worker_command
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.config.tuned import Tuned
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.runtime.progress import Load
+from shiwu_worker.runtime.progress import LoadReport
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SURFACE: Final = Path(__file__).with_name("surface.json")
@@ -60,12 +60,12 @@ def surface() -> dict[str, Any]:
         "contract_names": sorted(name for name in contract.__all__ if not name.isupper()),
         "error_names": sorted(name for name in vars(errors) if isinstance(getattr(errors, name), type)),
         "dumped_fields": {
-            "shiwu:limits": _fields(Keep),
-            "shiwu:look": _fields(Look),
+            "shiwu:limits": _fields(Retention),
+            "shiwu:look": _fields(QueueSnapshot),
             "shiwu status": _fields(QueueState),
-            "shiwu sweep": _fields(Swept),
+            "shiwu sweep": _fields(SweepReport),
             "tune file": _fields(Tuned),
-            "load line": _fields(Load),
+            "load line": _fields(LoadReport),
         },
         "helm_values": sorted(_paths(yaml.safe_load((ROOT / "helm/shiwu/values.yaml").read_text(encoding="utf-8")))),
     }

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from shiwu_worker.errors import JobError
-from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.stages.fetch.address_guard import Found
 from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
-from shiwu_worker.stages.fetch.http import Web
+from shiwu_worker.stages.fetch.http import HttpClient
 from shiwu_worker.stages.fetch.s3.base import S3Options
 from tests.support.picture_server import PictureServer, Reply
 
@@ -73,16 +73,16 @@ class World:
     names: Names = field(default_factory=Names)
 
     @property
-    def reach(self) -> Reach:
+    def reach(self) -> AccessRules:
         """The outer address counts as public, and the servers' ports are allowed."""
-        return Reach(allow_networks=(f"{OUTER}/32",), ports=(80, 443, self.outer.port, self.inner.port))
+        return AccessRules(allow_networks=(f"{OUTER}/32",), ports=(80, 443, self.outer.port, self.inner.port))
 
     def fetcher(
         self, *, total_timeout_s: float = 5.0, read_timeout_s: float = 2.0, max_bytes: int = 10_000, **rules: object
     ) -> Fetcher:
         """A fetcher; `rules` change the reach."""
         reach = replace(self.reach, **rules)  # type: ignore[arg-type]  # fields of Reach
-        web = Web(reach, threads=2, connect_timeout_s=1.0, read_timeout_s=read_timeout_s, resolve=self.names)
+        web = HttpClient(reach, threads=2, connect_timeout_s=1.0, read_timeout_s=read_timeout_s, resolve=self.names)
         limits = FetchLimits(max_bytes, total_timeout_s, connect_timeout_s=1.0, read_timeout_s=read_timeout_s)
         return Fetcher(s3=S3Options(None, "us-east-1"), web=web, reach=reach, limits=limits, threads=2)
 

@@ -17,11 +17,11 @@ import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shiwu.broker.answers import Entry, Ledger
+from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.contract import CANVAS, CANVAS_DUE, RESULT_STREAM, Answer, ErrorInfo, ImageInfo, Lane, Stage, Status
 from shiwu.contract.vocabulary import ErrorCode
 from shiwu_worker.celery_worker.callback_app import make_callback_app
-from shiwu_worker.celery_worker.callbacks import Callbacks
+from shiwu_worker.celery_worker.callbacks import CallbackSender
 from shiwu_worker.config.settings import Settings
 from tests.conftest import LONG
 from tests.integration.test_claim_properties import message
@@ -41,8 +41,8 @@ class Stranger:
 
     def __init__(self, client: redis.Redis, app: Any, rules: Any) -> None:
         self._client = client
-        self._callbacks = Callbacks(app, client, rules=rules)
-        self._ledger = Ledger(client, token="w", canvas_patience_s=0.0)
+        self._callbacks = CallbackSender(app, client, rules=rules)
+        self._ledger = AnswerStore(client, token="w", canvas_patience_s=0.0)
         self._number = 0
 
     def send(self, embed: Any, *, headers: dict[str, Any] | None = None, is_tagged: bool = True) -> list[str]:
@@ -55,7 +55,9 @@ class Stranger:
         error = None if is_tagged else ErrorInfo(code=ErrorCode.SOURCE_NOT_FOUND, message="gone", stage=Stage.FETCH)
         status = Status.TAGGED if is_tagged else Status.REJECTED
         answer = Answer(id=job_id, status=status, image=ImageInfo(reference="s3://b/k.jpg"), error=error)
-        entry = Entry(answer=answer, id=job_id, message=b"shiwu.bulk|" + json.dumps(raw).encode(), has_callbacks=True)
+        entry = AnswerEntry(
+            answer=answer, id=job_id, message=b"shiwu.bulk|" + json.dumps(raw).encode(), has_callbacks=True
+        )
         self._ledger.write([entry])
         assert self._callbacks._portion([]) == 1
         return self._sent()

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import Rejected, Unavailable, Unreachable
-from shiwu_worker.policy.access_rules import HostList, Reach, allows_bucket
-from shiwu_worker.stages.fetch.local_files import Folders
+from shiwu_worker.policy.access_rules import AccessRules, HostList, allows_bucket
+from shiwu_worker.stages.fetch.local_files import LocalFiles
 from tests.hostile.conftest import BODY, PLAIN, SECRET, World, failure
 from tests.support.picture_server import PictureServer
 
@@ -103,7 +103,7 @@ def test_settings_become_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setenv(f"SHIWU_{name}", value)
     settings = Settings()
-    assert settings.reach == Reach(
+    assert settings.reach == AccessRules(
         allow_hosts=("minio:9000", "[::1]:80"),
         deny_networks=("203.0.113.0/24",),
         ports=(80, 443, 8080),
@@ -159,7 +159,7 @@ def test_the_configured_proxy_gets_what_the_rules_let_through(world: World) -> N
 )
 def test_buckets(allow: tuple[str, ...], deny: tuple[str, ...], bucket: str, is_allowed: bool) -> None:
     """By name, or by how the name begins."""
-    assert allows_bucket(Reach(allow_buckets=allow, deny_buckets=deny), bucket) is is_allowed
+    assert allows_bucket(AccessRules(allow_buckets=allow, deny_buckets=deny), bucket) is is_allowed
 
 
 def test_a_denied_bucket_is_told_like_one_that_the_store_refuses(world: World) -> None:
@@ -251,7 +251,7 @@ def test_a_link_that_turns_while_it_is_judged_leads_nowhere(rooms: tuple[Path, P
     turning.symlink_to(inside / "a")
     thread = threading.Thread(target=turn, daemon=True)
     thread.start()
-    folders, read, refused = Folders((inside,)), 0, 0
+    folders, read, refused = LocalFiles((inside,)), 0, 0
     try:
         while read + refused < 2000:
             try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shiwu_worker.policy import ip_ranges as special_addresses
-from shiwu_worker.policy.ip_ranges import is_public, judged_addresses, read_table
+from shiwu_worker.policy.ip_ranges import effective_addresses, is_public, read_table
 
 
 def listed(text: str) -> list[str]:
@@ -85,7 +85,7 @@ def test_the_networks_own_nat64_is_judged_by_what_lies_behind(prefix: str, wrapp
         text = wrapped.format(a=a, b=b, c=c, d=d)
         address = ipaddress.IPv6Address(text)
         assert address in network
-        assert judged_addresses(address, (network,)) == (ipaddress.IPv4Address(".".join(map(str, parts))),)
+        assert effective_addresses(address, (network,)) == (ipaddress.IPv4Address(".".join(map(str, parts))),)
         assert is_public(address, (network,)) is public
 
 

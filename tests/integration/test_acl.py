@@ -15,7 +15,7 @@ from celery import Celery, chord
 from redis.exceptions import NoPermissionError
 
 from shiwu import Client, Status
-from shiwu.contract import CLAIMS, LEASES, LOOK, RESULT_STREAM, Lane, result_key
+from shiwu.contract import CLAIMS, LEASES, QUEUE_SNAPSHOT, RESULT_STREAM, Lane, result_key
 from tests.integration.test_claim_properties import message
 from tests.support import pictures
 from tests.support.celery_client import celery_client
@@ -105,7 +105,7 @@ def test_everybody_does_their_work(guarded: Guarded, worker: WorkerProcess) -> N
                 item.ack()
         _by_celery(guarded, admin)
         _sweep(guarded, admin)
-        wait_until(lambda: admin.exists(LOOK), timeout_s=15, what="the worker's look at the lanes")
+        wait_until(lambda: admin.exists(QUEUE_SNAPSHOT), timeout_s=15, what="the worker's look at the lanes")
         assert guarded.refused() == []
     assert worker.is_running
     assert '"level": "error"' not in worker.log_text()

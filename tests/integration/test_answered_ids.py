@@ -11,10 +11,10 @@ import pytest
 import redis
 
 from shiwu import Client, JobFailed
-from shiwu.broker.answers import Entry
+from shiwu.broker.answers import AnswerEntry
 from shiwu.broker.message_writer import build_message
 from shiwu.contract import COUNTERS, RESULT_STREAM, Answer, ErrorCode, Lane, Request, Status, done_key, result_key
-from shiwu_worker.stages.claim.lease_queue import Claims
+from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 from tests.compat.shapes import ODD_IDS, protocol_2
 from tests.integration.test_claim_properties import answer, make_committer
 from tests.support.celery_client import celery_client
@@ -28,13 +28,13 @@ ID = 'job "7"\n'
 
 
 @pytest.fixture
-def claims(redis_client: redis.Redis) -> Claims:
+def claims(redis_client: redis.Redis) -> LeaseQueue:
     """A worker's claims."""
-    return Claims(redis_client, token="w", lease_s=60, bulk_share=0.1, worker="worker-7", result_ttl_s=60)
+    return LeaseQueue(redis_client, token="w", lease_s=60, bulk_share=0.1, worker="worker-7", result_ttl_s=60)
 
 
 @pytest.fixture
-def answered(redis_client: redis.Redis, claims: Claims) -> Iterator[redis.Redis]:
+def answered(redis_client: redis.Redis, claims: LeaseQueue) -> Iterator[redis.Redis]:
     """A Redis where a job was sent and answered."""
     redis_client.lpush("shiwu.bulk", protocol_2(ID, "s3://b/k"))
     [job] = claims.claim(1).jobs
@@ -43,7 +43,7 @@ def answered(redis_client: redis.Redis, claims: Claims) -> Iterator[redis.Redis]
     assert redis_client.xlen(RESULT_STREAM) == 1, "a copy makes no second entry in the results stream"
 
 
-def test_copy_gets_the_kept_answer_announced_again(answered: redis.Redis, claims: Claims) -> None:
+def test_copy_gets_the_kept_answer_announced_again(answered: redis.Redis, claims: LeaseQueue) -> None:
     """Clients that send one id several times on purpose all end with the same answer."""
     before = answered.get(result_key(ID))
     with answered.pubsub(ignore_subscribe_messages=True) as listener:  # type: ignore[no-untyped-call]  # redis' own
@@ -55,7 +55,7 @@ def test_copy_gets_the_kept_answer_announced_again(answered: redis.Redis, claims
     assert message["data"] == before == answered.get(result_key(ID))
 
 
-def test_enqueue_of_a_forgotten_answer_ends_the_wait(answered: redis.Redis, claims: Claims, redis_url: str) -> None:
+def test_enqueue_of_a_forgotten_answer_ends_the_wait(answered: redis.Redis, claims: LeaseQueue, redis_url: str) -> None:
     """The mark lives, the answer does not: `wait` and Celery's `get` end with `already_answered`."""
     with Client(redis_url) as client, ThreadPoolExecutor(1) as pool, celery_client(redis_url) as app:
         app.AsyncResult(ID).forget()
@@ -76,7 +76,7 @@ def test_enqueue_of_a_forgotten_answer_ends_the_wait(answered: redis.Redis, clai
     assert (meta["status"], meta["task_id"]) == ("FAILURE", ID)
 
 
-def test_copy_that_wants_no_result_gets_none(answered: redis.Redis, claims: Claims) -> None:
+def test_copy_that_wants_no_result_gets_none(answered: redis.Redis, claims: LeaseQueue) -> None:
     """Nobody looks for it."""
     answered.delete(result_key(ID))
     answered.lpush("shiwu.bulk", protocol_2(ID, "s3://b/k", headers={"ignore_result": True}))
@@ -85,7 +85,7 @@ def test_copy_that_wants_no_result_gets_none(answered: redis.Redis, claims: Clai
     assert answered.hget(COUNTERS, "copies_dropped") == b"1"
 
 
-def test_copy_of_a_claimed_job_waits_for_its_answer(redis_client: redis.Redis, claims: Claims) -> None:
+def test_copy_of_a_claimed_job_waits_for_its_answer(redis_client: redis.Redis, claims: LeaseQueue) -> None:
     """It is dropped, and nothing is told before there is an answer."""
     message = build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK)
     redis_client.lpush("shiwu.bulk", message, message)
@@ -96,7 +96,7 @@ def test_copy_of_a_claimed_job_waits_for_its_answer(redis_client: redis.Redis, c
     assert json.loads(redis_client.get(result_key("x")) or b"")["status"] == "SUCCESS"
 
 
-def test_a_result_key_of_a_wrong_type_stays(answered: redis.Redis, claims: Claims) -> None:
+def test_a_result_key_of_a_wrong_type_stays(answered: redis.Redis, claims: LeaseQueue) -> None:
     """Somebody else wrote there; the claim goes on."""
     answered.delete(result_key(ID))
     answered.lpush(result_key(ID), "theirs")
@@ -109,7 +109,7 @@ def test_refusal_reaches_the_caller_of_an_answered_id(answered: redis.Redis) -> 
     """Only the worker could read the id, so the commit meets the mark; the caller must find the refusal."""
     refused = Answer(id=ID, status=Status.REJECTED)
     answered.delete(result_key(ID))
-    entry = Entry(id=ID, claim="~" + "0a" * 20, answer=refused, message=b"shiwu.bulk|{}", is_dead=True)
+    entry = AnswerEntry(id=ID, claim="~" + "0a" * 20, answer=refused, message=b"shiwu.bulk|{}", is_dead=True)
     assert make_committer(answered, "other").write([entry]) == {ID}
     assert json.loads(answered.get(result_key(ID)) or b"")["status"] == "FAILURE"
     answered.set(result_key(ID), "kept")
@@ -117,7 +117,7 @@ def test_refusal_reaches_the_caller_of_an_answered_id(answered: redis.Redis) -> 
     assert answered.get(result_key(ID)) == b"kept"
 
 
-def test_lost_reply_gives_back_jobs_with_odd_ids(redis_client: redis.Redis, claims: Claims) -> None:
+def test_lost_reply_gives_back_jobs_with_odd_ids(redis_client: redis.Redis, claims: LeaseQueue) -> None:
     """What a claim took whose reply was lost goes back, whatever characters the ids hold."""
     redis_client.lpush("shiwu.bulk", *[protocol_2(job_id, "s3://b/k") for job_id in ODD_IDS])
     assert [job.id for job in claims.claim(100).jobs] == list(ODD_IDS)

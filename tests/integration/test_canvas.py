@@ -265,7 +265,7 @@ def test_callbacks_of_a_worker_that_died_are_sent_by_another(
     start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
     """An answer whose callbacks nobody sent lies in Redis; the next worker finds and sends them."""
-    from shiwu.broker.answers import Entry, Ledger  # noqa: PLC0415
+    from shiwu.broker.answers import AnswerEntry, AnswerStore  # noqa: PLC0415
     from shiwu.contract import Answer, ImageInfo, Status  # noqa: PLC0415 beside their one use
 
     with celery_client(redis_url) as app:
@@ -274,8 +274,8 @@ def test_callbacks_of_a_worker_that_died_are_sent_by_another(
     raw = redis_client.rpop(Lane.BULK.queue)
     assert isinstance(raw, bytes)
     answer = Answer(id=job_id, status=Status.TAGGED, image=ImageInfo(reference="file:///x.png"))
-    dead = Ledger(redis_client, token="dead", canvas_patience_s=0.001)
-    dead.write([Entry(answer=answer, id=job_id, message=b"shiwu.bulk|" + raw, has_callbacks=True)])
+    dead = AnswerStore(redis_client, token="dead", canvas_patience_s=0.001)
+    dead.write([AnswerEntry(answer=answer, id=job_id, message=b"shiwu.bulk|" + raw, has_callbacks=True)])
     start_worker(redis_url=redis_url, allow_folders=tmp_path, callback_tasks="plain.note", callback_queues="else*")
     wait_until(lambda: redis_client.llen("elsewhere") == 1, timeout_s=GET_S)
     wait_until(lambda: not redis_client.exists(CANVAS, CANVAS_DUE), timeout_s=GET_S)

@@ -18,10 +18,20 @@ import structlog
 from celery import Celery, chain, chord
 
 from shiwu import Client
-from shiwu.broker.answers import Entry, Ledger, load_script
-from shiwu.contract import ASIDE, CANVAS, CANVAS_DUE, DEADLINES, REVOKED, Answer, ImageInfo, Lane, Status
+from shiwu.broker.answers import AnswerEntry, AnswerStore, load_script
+from shiwu.contract import (
+    CANVAS,
+    CANVAS_DUE,
+    DEADLINES,
+    PENDING_CALLBACK_ANSWER,
+    REVOKED,
+    Answer,
+    ImageInfo,
+    Lane,
+    Status,
+)
 from shiwu.errors import JobFailed
-from shiwu_worker.celery_worker.callbacks import Callbacks
+from shiwu_worker.celery_worker.callbacks import CallbackSender
 from shiwu_worker.celery_worker.revoke import Revoker
 from shiwu_worker.jobs.job import Release
 from shiwu_worker.policy.callback_rules import CallbackRules
@@ -78,7 +88,7 @@ def app(redis_url: str) -> Iterator[Celery]:
 def callbacks(app: Celery, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A worker's thread that sends callbacks, and looks often."""
     monkeypatch.setattr("shiwu_worker.celery_worker.callbacks.LOOK_EVERY_S", 0.1)
-    running = Callbacks(app, redis_client, rules=RULES)
+    running = CallbackSender(app, redis_client, rules=RULES)
     running.start()
     yield
     running.close(timeout_s=5)
@@ -122,14 +132,14 @@ def test_a_chord_and_a_chain_end_as_celerys_do(
     if where == "delayed":
         assert claims.release([Release(job_id, delay_s=300) for job_id in ended]) == 2
     record = Answer(id=tagged, status=Status.TAGGED, image=ImageInfo(reference="s3://b/k.jpg"))
-    entry = Entry(answer=record, id=tagged, message=b"shiwu.bulk|" + jobs[0].raw, has_callbacks=True)
-    Ledger(redis_client, token="w", canvas_patience_s=0.0).write([entry])
+    entry = AnswerEntry(answer=record, id=tagged, message=b"shiwu.bulk|" + jobs[0].raw, has_callbacks=True)
+    AnswerStore(redis_client, token="w", canvas_patience_s=0.0).write([entry])
     end_aside(redis_client, redis_url, way, ended)
     assert claims.claim(5).jobs == ()
     assert ending(app, part, whole.id) == judged
     wait_until(lambda: app.AsyncResult(line.id).state == "REVOKED", timeout_s=GET_S)
     wait_until(lambda: not redis_client.exists(CANVAS, CANVAS_DUE), timeout_s=GET_S)
-    assert not redis_client.keys(f"{ASIDE}*")
+    assert not redis_client.keys(f"{PENDING_CALLBACK_ANSWER}*")
 
 
 def linked(job_id: str, *, ignore_result: bool = False) -> bytes:
@@ -182,7 +192,7 @@ def test_a_full_redis_lets_callbacks_go_and_revokes_come(valkey: Valkey) -> None
 
 def test_others_callbacks_do_not_wait_for_an_empty_queue(app: Celery, redis_client: redis.Redis) -> None:
     """With callbacks of our own coming without end, those that a dead worker left are sent all the same."""
-    callbacks = Callbacks(app, redis_client, rules=RULES)
+    callbacks = CallbackSender(app, redis_client, rules=RULES)
     sent: list[str] = []
     callbacks._send = lambda job_id, record: sent.append(job_id)  # type: ignore[method-assign]  # no broker here
     redis_client.hset(CANVAS, "left", "x")
@@ -203,7 +213,7 @@ def test_many_that_were_cancelled_at_once_are_not_looked_at_portion_by_portion(
     """A look goes on until nothing is left; at a portion for each look this would take more than a minute."""
     redis_client.hset(CANVAS, mapping={f"job-{n}": "x" for n in range(1500)})
     redis_client.zadd(CANVAS_DUE, {f"job-{n}": 1.0 for n in range(1500)})
-    callbacks = Callbacks(app, redis_client, rules=RULES)
+    callbacks = CallbackSender(app, redis_client, rules=RULES)
     callbacks._send = lambda job_id, record: None  # type: ignore[method-assign]  # no broker here
     callbacks.start()
     wait_until(lambda: redis_client.hlen(CANVAS) == 0, timeout_s=30)
@@ -214,7 +224,7 @@ def test_a_connection_that_breaks_leaves_the_callbacks_for_later(app: Celery, re
     """A plain OSError, which not every library wraps, passes by itself; what a stranger wrote wrongly does not."""
     redis_client.hset(CANVAS, mapping={"bad": "x", "good": "x"})
     redis_client.zadd(CANVAS_DUE, {"bad": 1.0, "good": 2.0})
-    callbacks = Callbacks(app, redis_client, rules=RULES, patience_s=0.001)
+    callbacks = CallbackSender(app, redis_client, rules=RULES, patience_s=0.001)
     faults: list[Exception] = [ValueError("no signature"), BrokenPipeError("gone")]
     sent: list[str] = []
 
@@ -234,7 +244,7 @@ def test_a_connection_that_breaks_leaves_the_callbacks_for_later(app: Celery, re
 def test_followers_beyond_the_limit_are_told(app: Celery, redis_client: redis.Redis) -> None:
     """A chain that is longer than the operator allows: the first ones get an answer, the log counts the others."""
     rules = CallbackRules(tasks=("plain.*",), most=2)
-    callbacks = Callbacks(app, redis_client, rules=rules)
+    callbacks = CallbackSender(app, redis_client, rules=rules)
     chain_ = [{"task": "plain.best", "options": {"task_id": f"follower-{number}"}} for number in range(5)]
     with structlog.testing.capture_logs() as said:
         callbacks._fail(chain_, JobFailed("no"), "FAILURE")
@@ -246,7 +256,7 @@ def test_a_record_that_names_no_job_goes(app: Celery, redis_client: redis.Redis)
     """A member that is no text neither ends the thread nor comes back each time."""
     redis_client.hset(CANVAS, b"\xff\xfe", "x")
     redis_client.zadd(CANVAS_DUE, {b"\xff\xfe": 1.0})
-    assert Callbacks(app, redis_client, rules=RULES)._portion([]) == 1
+    assert CallbackSender(app, redis_client, rules=RULES)._portion([]) == 1
     assert redis_client.exists(CANVAS, CANVAS_DUE) == 0
 
 

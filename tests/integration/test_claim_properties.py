@@ -10,20 +10,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from shiwu.broker.answers import Entry, Ledger
-from shiwu.broker.maintenance import Upkeep
+from shiwu.broker.answers import AnswerEntry, AnswerStore
+from shiwu.broker.maintenance import Maintenance
 from shiwu.broker.message_writer import build_message
-from shiwu.broker.retention import Keep
+from shiwu.broker.retention import Retention
 from shiwu.client.dead_letters import DeadLetters
 from shiwu.contract import (
     CLAIMS,
     DEADLINES,
     DELAYED,
+    DELAYED_MESSAGES,
     LEASES,
-    PARKED,
+    QUARANTINE,
+    QUARANTINE_OWNER,
     RESULT_STREAM,
-    SUSPECTS,
-    SUSPECTS_TAKER,
     Answer,
     Lane,
     Request,
@@ -31,7 +31,7 @@ from shiwu.contract import (
     done_key,
 )
 from shiwu_worker.jobs.job import Claimed, Release
-from shiwu_worker.stages.claim.lease_queue import Claims
+from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 
 REQUEST = Request(image="s3://pictures/cat.jpg")
 LANES = [(lane, key) for lane in Lane for key in lane.keys]
@@ -42,25 +42,27 @@ def message(job_id: str, lane: Lane = Lane.INTERACTIVE) -> bytes:
     return build_message(REQUEST, job_id=job_id, lane=lane)
 
 
-def make_claims(client: redis.Redis, name: str, *, lease_s: float = 60.0, bulk_share: float = 0.1) -> Claims:
+def make_claims(client: redis.Redis, name: str, *, lease_s: float = 60.0, bulk_share: float = 0.1) -> LeaseQueue:
     """One worker's claims."""
-    return Claims(client, token=name, lease_s=lease_s, bulk_share=bulk_share)
+    return LeaseQueue(client, token=name, lease_s=lease_s, bulk_share=bulk_share)
 
 
-def make_committer(client: redis.Redis, name: str) -> Ledger:
+def make_committer(client: redis.Redis, name: str) -> AnswerStore:
     """One worker's writer of answers."""
-    return Ledger(client, token=name, keep=Keep(result_ttl_s=60, done_ttl_s=120, dead_length=1000))
+    return AnswerStore(client, token=name, keep=Retention(result_ttl_s=60, done_ttl_s=120, dead_length=1000))
 
 
-def make_upkeep(client: redis.Redis, name: str = "", *, stream_length: int = 100_000) -> Upkeep:
+def make_upkeep(client: redis.Redis, name: str = "", *, stream_length: int = 100_000) -> Maintenance:
     """One who tends."""
     token = name or "sweep"
-    return Upkeep(client, make_committer(client, token), name=name, token=token, keep=Keep(stream_length=stream_length))
+    return Maintenance(
+        client, make_committer(client, token), name=name, token=token, keep=Retention(stream_length=stream_length)
+    )
 
 
-def answer(job: Claimed) -> Entry:
+def answer(job: Claimed) -> AnswerEntry:
     """The job's answer."""
-    return Entry(id=job.id, answer=Answer(id=job.id, status=Status.TAGGED, attempts=job.attempt))
+    return AnswerEntry(id=job.id, answer=Answer(id=job.id, status=Status.TAGGED, attempts=job.attempt))
 
 
 class Fleet(RuleBasedStateMachine):
@@ -109,7 +111,7 @@ class Fleet(RuleBasedStateMachine):
             job = self.hands[who].pop()
             failed = Answer(id=job.id, status=Status.FAILED, attempts=job.attempt)
             message = job.key.encode() + b"|" + job.raw
-            self.committers[who].write([Entry(answer=failed, id=job.id, message=message, is_dead=True)])
+            self.committers[who].write([AnswerEntry(answer=failed, id=job.id, message=message, is_dead=True)])
 
     @rule(number=st.integers(0, 30))
     def requeue(self, number: int) -> None:
@@ -122,7 +124,7 @@ class Fleet(RuleBasedStateMachine):
         job_id = f"job-{number}"
         if job_id in self.sent:
             cancelled = Answer(id=job_id, status=Status.CANCELLED, attempts=0)
-            self.committers["steady"].write([Entry(answer=cancelled, id=job_id, is_aside=True)], token="producer")
+            self.committers["steady"].write([AnswerEntry(answer=cancelled, id=job_id, is_aside=True)], token="producer")
 
     @rule(number=st.integers(0, 30))
     def run_out_of_time(self, number: int) -> None:
@@ -151,11 +153,11 @@ class Fleet(RuleBasedStateMachine):
     def nothing_is_lost(self) -> None:
         """Every id is in a lane, claimed under a lease, delayed, or answered."""
         raws = [raw for _, key in LANES for raw in self.client.lrange(key, 0, -1)]
-        raws += [entry.partition(b"|")[2] for entry in self.client.lrange(SUSPECTS, 0, -1)]
+        raws += [entry.partition(b"|")[2] for entry in self.client.lrange(QUARANTINE, 0, -1)]
         in_lanes = {json.loads(raw)["headers"]["id"] for raw in raws}
         claimed = {key.decode() for key in self.client.hkeys(CLAIMS)}
         leased = {key.decode() for key in self.client.zrange(LEASES, 0, -1)}
-        parked = {key.decode() for key in self.client.hkeys(PARKED)}
+        parked = {key.decode() for key in self.client.hkeys(DELAYED_MESSAGES)}
         delayed = {key.decode() for key in self.client.zrange(DELAYED, 0, -1)}
         assert claimed == leased
         assert parked == delayed
@@ -169,7 +171,7 @@ class Fleet(RuleBasedStateMachine):
             self.workers[name].release([Release(job.id) for job in self.hands[name]])
         for _ in range(200):
             tended = make_upkeep(self.client).tend()
-            self.client.delete(SUSPECTS_TAKER)  # the lease of a taker who died ends
+            self.client.delete(QUARANTINE_OWNER)  # the lease of a taker who died ends
             jobs = last.claim(50).jobs
             make_committer(self.client, "last").write([answer(job) for job in jobs])
             if not jobs and not tended.waiting and not self.client.zcard(LEASES) and not self.client.zcard(DELAYED):

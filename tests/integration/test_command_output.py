@@ -17,7 +17,7 @@ import redis
 from click.testing import CliRunner, Result
 
 from shiwu import Client, RequestError
-from shiwu.broker.answers import Entry, Ledger
+from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.cli import ask, main
 from shiwu.contract import WORKERS, Answer, ErrorCode, ErrorInfo, ImageInfo, Lane, Stage, Status
 from tests.integration.test_claim_properties import make_claims, message
@@ -42,7 +42,7 @@ def bury(client: redis.Redis, job_id: str, *, reference: str, text: str, worker:
     image = ImageInfo(reference=reference)
     answer = Answer(id=job_id, status=Status.REJECTED, image=image, error=error, worker=worker)
     record = claimed.key.encode() + b"|" + claimed.raw
-    Ledger(client, token="w").write([Entry(answer=answer, id=claimed.id, message=record, is_dead=True)])
+    AnswerStore(client, token="w").write([AnswerEntry(answer=answer, id=claimed.id, message=record, is_dead=True)])
 
 
 def test_tag_shows_reasons_and_hints(shared_worker: WorkerProcess, s3: S3Server) -> None:

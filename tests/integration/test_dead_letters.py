@@ -10,8 +10,8 @@ import redis
 from click.testing import CliRunner
 
 from shiwu import Client, DeadFilter
-from shiwu.broker.answers import Entry, Ledger
-from shiwu.broker.retention import Keep
+from shiwu.broker.answers import AnswerEntry, AnswerStore
+from shiwu.broker.retention import Retention
 from shiwu.cli import main
 from shiwu.contract import (
     DEAD,
@@ -62,8 +62,8 @@ def bury(
         worker="w",
     )
     message = claimed.key.encode() + b"|" + claimed.raw
-    entry = Entry(answer=answer, id=job_id, message=message, is_dead=True)
-    Ledger(redis_client, token="w", keep=Keep(dead_length=dead_length)).write([entry])
+    entry = AnswerEntry(answer=answer, id=job_id, message=message, is_dead=True)
+    AnswerStore(redis_client, token="w", keep=Retention(dead_length=dead_length)).write([entry])
 
 
 def test_a_letter_keeps_everything(client: Client, redis_client: redis.Redis) -> None:
@@ -107,8 +107,8 @@ def test_a_requeue_is_a_new_life_with_the_old_id(client: Client, redis_client: r
     assert client.requeue(["one"]) == []
     [claimed] = make_claims(redis_client, "w2").claim(5).jobs
     assert (claimed.id, claimed.attempt, claimed.key) == ("one", 1, Lane.BULK.queue)
-    tagged = Entry(answer=Answer(id="one", status=Status.TAGGED, attempts=1), id="one")
-    assert Ledger(redis_client, token="w2").write([tagged]) == set()
+    tagged = AnswerEntry(answer=Answer(id="one", status=Status.TAGGED, attempts=1), id="one")
+    assert AnswerStore(redis_client, token="w2").write([tagged]) == set()
     assert client.wait("one", timeout_s=5).ok
     assert redis_client.exists(DEAD, DEAD_ANSWERS, DEAD_MESSAGES) == 0
 

@@ -9,7 +9,6 @@ import weakref
 from contextlib import ExitStack
 
 from shiwu_worker.runtime.garbage import freeze_imported, freeze_started
-
 from tests.support.processes import clean_environment
 
 SERVICE = """

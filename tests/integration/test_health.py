@@ -16,7 +16,7 @@ import redis
 from prometheus_client.parser import text_string_to_metric_families
 
 from shiwu.broker.message_writer import build_message
-from shiwu.contract import CLAIMS, LOOK, Lane, Request
+from shiwu.contract import CLAIMS, QUEUE_SNAPSHOT, Lane, Request
 from shiwu_worker.errors import ExitCode
 from tests.conftest import FAILED, StartWorker
 from tests.integration.test_service import read_answer
@@ -220,7 +220,7 @@ def test_the_numbers_tell_what_was_done(watched: Watched) -> None:
     assert value(watched.port, "shiwu_worker_ready") == 1
     names = {name for name, _ in samples(watched.port) if name == "shiwu_model_info"}
     assert names == {"shiwu_model_info"}
-    wait_until(lambda: watched.client.exists(LOOK), timeout_s=15, what="the look that the worker shares")
+    wait_until(lambda: watched.client.exists(QUEUE_SNAPSHOT), timeout_s=15, what="the look that the worker shares")
 
 
 @NEEDS_PROMTOOL

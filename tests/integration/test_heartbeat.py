@@ -10,8 +10,8 @@ import redis
 from structlog.testing import capture_logs
 
 from shiwu.contract import CLAIMS, WORKERS
-from shiwu_worker.pipeline.heartbeat import Heartbeat, Signs
-from shiwu_worker.runtime.backoff import Away
+from shiwu_worker.pipeline.heartbeat import Heartbeat, HeartbeatHooks
+from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.progress import Progress
 from tests.integration.test_claim_properties import make_claims, make_upkeep, message
 from tests.support.waiting import wait_until
@@ -33,8 +33,8 @@ def make_heartbeat(
         lease_s=1.2,
         stuck_s=lambda: stuck_s,
         progress=progress,
-        signs=Signs(held=lambda: held, alive=alive, suspects=lambda: None, **told),
-        away=Away("heartbeat"),
+        signs=HeartbeatHooks(held=lambda: held, alive=alive, suspects=lambda: None, **told),
+        away=RedisBackoff("heartbeat"),
         on_fatal=pytest.fail,
     )
 

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from shiwu import Client
-from shiwu.broker.answers import Ledger
+from shiwu.broker.answers import AnswerStore
 from shiwu.broker.message_writer import build_message
 from shiwu.contract import ATTEMPTS, HISTORY, LEASES, AttemptEnd, ErrorCode, Lane, Request, Stage, Status
 from shiwu_worker.jobs.job import Job, Release, open_job
@@ -56,7 +56,7 @@ def claim(client: redis.Redis, name: str = "worker-1.0a0a", *, lease_s: float = 
 
 def answered(job: Job) -> Any:
     """The answer of the job, as JSON."""
-    [entry] = Committer(Ledger(redis.Redis(), token="w"), worker="last").finish([job], now_s=time.monotonic())
+    [entry] = Committer(AnswerStore(redis.Redis(), token="w"), worker="last").finish([job], now_s=time.monotonic())
     return json.loads(entry.answer.to_json())
 
 

@@ -7,18 +7,18 @@ from typing import Any
 import redis
 
 from shiwu import Client
-from shiwu.broker.answers import Entry, Ledger
-from shiwu.broker.maintenance import Upkeep
-from shiwu.broker.retention import Keep, OperatorsKeep, ToldKeep
-from shiwu.contract import DEAD, DEADLINES, LIMITS, RESULT_STREAM, WORKERS, Answer, Status, result_key
+from shiwu.broker.answers import AnswerEntry, AnswerStore
+from shiwu.broker.maintenance import Maintenance
+from shiwu.broker.retention import PublishedRetention, Retention, RetentionPublisher
+from shiwu.contract import DEAD, DEADLINES, RESULT_STREAM, RETENTION, WORKERS, Answer, Status, result_key
 from tests.support.servers import Valkey
 
 
 def bury(client: redis.Redis, count: int) -> None:
     """Dead letters, each with its place in the stream."""
     answers = [Answer(id=f"d{n}", status=Status.FAILED, attempts=1) for n in range(count)]
-    entries = [Entry(answer=one, id=one.id or "", message=b"shiwu.bulk|x", is_dead=True) for one in answers]
-    Ledger(client, token="w", keep=Keep(dead_length=10**6)).write(entries)
+    entries = [AnswerEntry(answer=one, id=one.id or "", message=b"shiwu.bulk|x", is_dead=True) for one in answers]
+    AnswerStore(client, token="w", keep=Retention(dead_length=10**6)).write(entries)
 
 
 def test_where_nobody_says_anything_nothing_goes(redis_url: str, redis_client: redis.Redis) -> None:
@@ -33,12 +33,16 @@ def test_where_nobody_says_anything_nothing_goes(redis_url: str, redis_client: r
 
 def test_a_workers_limits_are_everybodys(redis_url: str, redis_client: redis.Redis) -> None:
     """A worker tells them; a sweep and a cancelling producer then keep as much, and as long."""
-    keep = Keep(result_ttl_s=500, done_ttl_s=600, dead_length=7, stream_length=20)
-    worker = Upkeep(
-        redis_client, Ledger(redis_client, token="w"), name="w", token="w", keep=ToldKeep(redis_client, keep)
+    keep = Retention(result_ttl_s=500, done_ttl_s=600, dead_length=7, stream_length=20)
+    worker = Maintenance(
+        redis_client,
+        AnswerStore(redis_client, token="w"),
+        name="w",
+        token="w",
+        keep=RetentionPublisher(redis_client, keep),
     )
     worker.tend()
-    assert OperatorsKeep(redis_client)() == keep
+    assert PublishedRetention(redis_client)() == keep
     bury(redis_client, 30)
     with Client(redis_url) as client:
         client.cancel("j")
@@ -50,14 +54,14 @@ def test_a_workers_limits_are_everybodys(redis_url: str, redis_client: redis.Red
 
 def test_limits_that_make_no_sense_are_passed_over(redis_client: redis.Redis) -> None:
     """Of another version, or by another hand."""
-    redis_client.hset(LIMITS, mapping={"dead_length": "many", "stream_length": "55", b"\xff": "1", "new": "2"})
-    assert OperatorsKeep(redis_client)().stream_length == 55
+    redis_client.hset(RETENTION, mapping={"dead_length": "many", "stream_length": "55", b"\xff": "1", "new": "2"})
+    assert PublishedRetention(redis_client)().stream_length == 55
 
 
 def test_a_deadline_that_names_no_job_goes(redis_client: redis.Redis) -> None:
     """A member that is no id neither ends whoever tends nor comes back each second, and is answered by nobody."""
     redis_client.zadd(DEADLINES, {b"\xff\xfe": 1.0, b"i" * 256: 1.0, b"": 1.0, b"job": 1.0})
-    upkeep = Upkeep(redis_client, Ledger(redis_client, token="s"), token="s")
+    upkeep = Maintenance(redis_client, AnswerStore(redis_client, token="s"), token="s")
     upkeep.tend()
     assert redis_client.zcard(DEADLINES) == 0
     entries: Any = redis_client.xrange(RESULT_STREAM)
@@ -69,10 +73,12 @@ def test_limits_that_may_not_be_written_or_read_hold_nobody_up(valkey: Valkey) -
     with valkey.client() as near, Client(valkey.url) as client:
         near.config_set("maxmemory-policy", "noeviction")
         near.config_set("maxmemory", 1)
-        worker = Upkeep(near, Ledger(near, token="w"), name="", token="w", keep=ToldKeep(near, Keep()))
+        worker = Maintenance(
+            near, AnswerStore(near, token="w"), name="", token="w", keep=RetentionPublisher(near, Retention())
+        )
         assert worker.tend().reaped == 0
         near.config_set("maxmemory", 0)
-        near.set(LIMITS, "of a wrong type")
+        near.set(RETENTION, "of a wrong type")
         assert client.cancel("j") == ["j"]
 
 
@@ -83,5 +89,5 @@ def test_names_that_are_no_text_are_shown(redis_url: str, redis_client: redis.Re
     bury(redis_client, 30)
     with Client(redis_url) as client:
         assert client.queue_state().workers == ("\ufffd",)
-    keep = Keep(stream_length=20)
-    assert Upkeep(redis_client, Ledger(redis_client, token="s"), keep=keep).trim() == {"\ufffd": 10}
+    keep = Retention(stream_length=20)
+    assert Maintenance(redis_client, AnswerStore(redis_client, token="s"), keep=keep).trim() == {"\ufffd": 10}

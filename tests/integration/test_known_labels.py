@@ -10,13 +10,13 @@ import redis
 from click.testing import CliRunner
 
 from shiwu import Client
-from shiwu.broker.known_labels import MAX_OF_REQUESTS, KnownLabels, LabelNotes
+from shiwu.broker.known_labels import MAX_OF_REQUESTS, KnownLabels, KnownLabelStore
 from shiwu.cli import main
 from shiwu.contract import LABELS, LABELS_OF_REQUESTS
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_set import LabelSet
-from shiwu_worker.jobs.outcome import Settled
-from shiwu_worker.jobs.timestamps import Moments
+from shiwu_worker.jobs.outcome import CommittedJob
+from shiwu_worker.jobs.timestamps import StageTimestamps
 from shiwu_worker.service.label_notes import MAX_REMEMBERED, LabelNoter
 from tests.integration.test_claim_properties import message
 from tests.support import pictures
@@ -24,11 +24,11 @@ from tests.support.servers import S3Server, WorkerProcess
 from tests.support.waiting import wait_until
 
 
-def settled(label_set: LabelSet | None) -> Settled:
+def settled(label_set: LabelSet | None) -> CommittedJob:
     """An answered job with this label set."""
-    job = Job(id="x", key="shiwu.bulk", attempt=1, raw=message("x"), moments=Moments(0.0), label_set=label_set)
+    job = Job(id="x", key="shiwu.bulk", attempt=1, raw=message("x"), moments=StageTimestamps(0.0), label_set=label_set)
     entry: Any = None
-    return Settled(job, entry, commit_s=0.0, is_first=True)
+    return CommittedJob(job, entry, commit_s=0.0, is_first=True)
 
 
 def test_digest_of_an_answer_tells_its_labels(shared_worker: WorkerProcess, s3: S3Server) -> None:
@@ -57,7 +57,7 @@ def test_digest_of_an_answer_tells_its_labels(shared_worker: WorkerProcess, s3: 
 
 def test_notes_of_requests_are_bounded(redis_client: redis.Redis) -> None:
     """In number and in bytes; sets with a name stay."""
-    notes = LabelNotes(redis_client)
+    notes = KnownLabelStore(redis_client)
     notes.note([KnownLabels(digest="named", labels=("a",), name="own")])
     for start in range(0, MAX_OF_REQUESTS + 50, 50):
         notes.note([KnownLabels(digest=f"d{n}", labels=(f"label {n}",)) for n in range(start, start + 50)])
@@ -76,12 +76,12 @@ def test_notes_of_requests_are_bounded(redis_client: redis.Redis) -> None:
 def test_note_of_another_kind_is_no_label_set(redis_client: redis.Redis) -> None:
     """What cannot be read is not known."""
     redis_client.hset(LABELS, "odd", "not json")
-    assert LabelNotes(redis_client).find("odd") is None
+    assert KnownLabelStore(redis_client).find("odd") is None
 
 
 def test_set_is_noted_once_and_errors_cost_nothing(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """One call for many answers with one set; a Redis that refuses is asked again an hour later."""
-    notes = LabelNotes(redis_client)
+    notes = KnownLabelStore(redis_client)
     calls: list[int] = []
     write = notes.note
     monkeypatch.setattr(notes, "note", lambda sets: (calls.append(len(sets)), write(sets)))

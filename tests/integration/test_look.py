@@ -8,11 +8,11 @@ import pytest
 import redis
 
 from shiwu.broker.message_writer import build_message
-from shiwu.broker.queue_stats import look
-from shiwu.contract import LOOK, Lane, Request
-from shiwu_worker.telemetry.queue_monitor import Watch
+from shiwu.broker.queue_stats import shared_snapshot
+from shiwu.contract import QUEUE_SNAPSHOT, Lane, Request
+from shiwu_worker.telemetry.queue_monitor import QueueMonitor
 from tests.support.waiting import wait_until
-from tests.unit.test_metrics import look as made_look
+from tests.unit.test_metrics import shared_snapshot as made_look
 
 
 def send(client: redis.Redis, lane: Lane, *ids: str, key: str | None = None, age_s: float = 0.0) -> None:
@@ -30,7 +30,7 @@ def test_it_counts_what_waits_and_how_old_the_oldest_is(redis_client: redis.Redi
     send(redis_client, Lane.BULK, "b")
     send(redis_client, Lane.BULK, "c", key=Lane.BULK.keys[1])
     redis_client.rpush(Lane.INTERACTIVE.queue, b"no message")
-    seen = look(redis_client, max_age_s=5)
+    seen = shared_snapshot(redis_client, max_age_s=5)
     assert seen.waiting == {Lane.INTERACTIVE: 1, Lane.BULK: 3}
     assert seen.claimed == dict.fromkeys(Lane, 0)
     assert list(seen.oldest_ms) == [Lane.BULK]
@@ -39,13 +39,13 @@ def test_it_counts_what_waits_and_how_old_the_oldest_is(redis_client: redis.Redi
 
 def test_one_counts_for_all_until_it_is_old(redis_client: redis.Redis) -> None:
     """A second worker gets what the first one saw; what is no look of ours is counted anew."""
-    first = look(redis_client, max_age_s=5)
+    first = shared_snapshot(redis_client, max_age_s=5)
     send(redis_client, Lane.BULK, "a")
-    assert look(redis_client, max_age_s=5) == first
-    assert 0 < redis_client.pttl(LOOK) <= 5000
-    assert look(redis_client, max_age_s=0.0).waiting[Lane.BULK] == 1
-    redis_client.set(LOOK, b'{"at_ms": "soon"}')
-    assert look(redis_client, max_age_s=5).waiting[Lane.BULK] == 1
+    assert shared_snapshot(redis_client, max_age_s=5) == first
+    assert 0 < redis_client.pttl(QUEUE_SNAPSHOT) <= 5000
+    assert shared_snapshot(redis_client, max_age_s=0.0).waiting[Lane.BULK] == 1
+    redis_client.set(QUEUE_SNAPSHOT, b'{"at_ms": "soon"}')
+    assert shared_snapshot(redis_client, max_age_s=5).waiting[Lane.BULK] == 1
 
 
 def test_a_watch_goes_on_after_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_a_watch_goes_on_after_what_fails(monkeypatch: pytest.MonkeyPatch) -> No
         if errors:
             raise errors.pop(0)
 
-    watch = Watch(
+    watch = QueueMonitor(
         lambda: made_look(waiting=3), on_look=lambda one, _: seen.append(one.waiting[Lane.BULK]), also=once_more
     )
     watch.start()

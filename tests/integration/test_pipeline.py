@@ -17,17 +17,17 @@ from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import FatalError, Rejected
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_set import LabelSet
-from shiwu_worker.loaders.protocol import Loaded
-from shiwu_worker.pipeline.batch_executor import Launched
+from shiwu_worker.loaders.protocol import LoadResult
+from shiwu_worker.pipeline.batch_executor import LaunchedBatch
 from shiwu_worker.pipeline.pipeline import Pipeline, Stages
 from shiwu_worker.pipeline.settle import Settler
-from shiwu_worker.policy.retry import Limits, RetryPolicy
-from shiwu_worker.runtime.backoff import Away
-from shiwu_worker.runtime.progress import Meter, Progress
+from shiwu_worker.policy.retry import PipelineLimits, RetryPolicy
+from shiwu_worker.runtime.backoff import RedisBackoff
+from shiwu_worker.runtime.progress import LoadMeter, Progress
 from shiwu_worker.service.factories import make_limits
 from shiwu_worker.stages.batch import Batcher
-from shiwu_worker.stages.claim.lease_queue import Claims
-from shiwu_worker.stages.claim.notifier import Doorbell
+from shiwu_worker.stages.claim.lease_queue import LeaseQueue
+from shiwu_worker.stages.claim.notifier import LaneNotifier
 from shiwu_worker.stages.commit import Committer
 from tests.integration.test_claim_properties import make_claims, make_committer, make_upkeep, message
 from tests.support.waiting import wait_until
@@ -39,7 +39,9 @@ LABELS = LabelSet(None, ("a", "b"))
 class Works:
     """A pipeline whose loaders take no time. `encode` may be replaced."""
 
-    def __init__(self, client: redis.Redis, *, claims: Claims | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self, client: redis.Redis, *, claims: LeaseQueue | None = None, limits: PipelineLimits | None = None
+    ) -> None:
         self.resolve: Callable[[Job], LabelSet] = lambda _: LABELS
         self.encode: Callable[[Sequence[Job]], None] = lambda _: None
         self.fatal: list[FatalError] = []
@@ -47,11 +49,11 @@ class Works:
         self.progress = Progress()
         self.claims = claims or make_claims(client, "w", lease_s=30)
         self.committer = Committer(make_committer(client, "w"), worker="w")
-        self.doorbell = Doorbell(client, block_s=1.0)
+        self.doorbell = LaneNotifier(client, block_s=1.0)
         self.settler = Settler(
             self.committer,
             self.claims,
-            away=Away("commit", longest_s=0.1),
+            away=RedisBackoff("commit", longest_s=0.1),
             on_settled=lambda jobs: self.pipeline.settled(jobs),  # noqa: PLW0108 bound late
             on_answered=None,
             on_fatal=self.fatal.append,
@@ -63,16 +65,16 @@ class Works:
             judge_callbacks=lambda _: None,
             load=self._load,
             batcher=Batcher(cap=4, bulk_share=0.1),
-            launch=lambda jobs: Launched(tuple(jobs), 1.0),
+            launch=lambda jobs: LaunchedBatch(tuple(jobs), 1.0),
             finish=lambda launched: self.encode(launched.jobs),
             settle=self.settler.put,
-            away=Away("claim", longest_s=0.1),
+            away=RedisBackoff("claim", longest_s=0.1),
         )
         self.pipeline = Pipeline(
             stages,
-            limits or Limits(slots=SLOTS, max_attempts=3),
+            limits or PipelineLimits(slots=SLOTS, max_attempts=3),
             progress=self.progress,
-            meter=Meter(loader_threads=1),
+            meter=LoadMeter(loader_threads=1),
             on_fatal=self.fatal.append,
             on_claiming=self.claiming.append,
         )
@@ -80,7 +82,7 @@ class Works:
     def _load(self, tickets: Sequence[tuple[int, Job]]) -> None:
         for ticket, job in tickets:
             times = {"started_s": 1.0, "fetched_s": 1.0, "decoded_s": 1.0}
-            self.pipeline.loaded([Loaded(ticket=ticket, slot=job.slot, **times)])
+            self.pipeline.loaded([LoadResult(ticket=ticket, slot=job.slot, **times)])
 
     def start(self) -> None:
         """Start everything."""
@@ -243,7 +245,7 @@ def test_a_job_with_an_unknown_label_set_waits_for_a_worker_that_knows_it(redis_
     policy = make_limits(Settings(), SimpleNamespace(rungs=(1,))).retries[ErrorCode.UNKNOWN_LABEL_SET]
     assert (policy.attempts, policy.first_s) == (4, Settings().retry_first_s)
     quick = {ErrorCode.UNKNOWN_LABEL_SET: RetryPolicy(policy.attempts, 0.01, 0.01)}
-    works = Works(redis_client, limits=Limits(slots=SLOTS, max_attempts=3, retries=quick))
+    works = Works(redis_client, limits=PipelineLimits(slots=SLOTS, max_attempts=3, retries=quick))
     works.resolve = resolve
     upkeep = make_upkeep(redis_client)
     works.start()

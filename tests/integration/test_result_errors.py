@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from shiwu import Client, ForeignResult
-from shiwu.broker.answers import Entry, Ledger
+from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.contract import Answer, ErrorCode, ErrorInfo, Status, result_key
 from tests.support.processes import clean_environment
 
@@ -41,7 +41,7 @@ def test_celery_get_raises_shiwu_job_failed(redis_url: str, redis_client: redis.
     """In a process that has imported only `shiwu`; Celery looks for the class in the modules that are loaded."""
     error = ErrorInfo(code=ErrorCode.SOURCE_NOT_FOUND, message="no such key")
     answer = Answer(id="job", status=Status.REJECTED, error=error)
-    Ledger(redis_client, token="w").write([Entry(id="job", answer=answer)])
+    AnswerStore(redis_client, token="w").write([AnswerEntry(id="job", answer=answer)])
     command = [sys.executable, "-c", CATCH, redis_url]
     done = subprocess.run(command, env=clean_environment({}), capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "shiwu.errors source_not_found: no such key\n"), done.stderr

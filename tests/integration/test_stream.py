@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import redis
 
-from shiwu.broker.answers import Entry
+from shiwu.broker.answers import AnswerEntry
 from shiwu.contract import COUNTERS, RESULT_STREAM, Answer, Status
 from tests.integration.test_claim_properties import make_committer, make_upkeep
 
@@ -14,7 +14,7 @@ LENGTH = 1000
 def fill(client: redis.Redis, count: int, *, prefix: str = "j") -> None:
     """So many answers."""
     entries = [
-        Entry(answer=Answer(id=f"{prefix}{n}", status=Status.TAGGED), id=f"{prefix}{n}", ignore_result=True)
+        AnswerEntry(answer=Answer(id=f"{prefix}{n}", status=Status.TAGGED), id=f"{prefix}{n}", ignore_result=True)
         for n in range(count)
     ]
     make_committer(client, "w").write(entries)

@@ -15,7 +15,7 @@ import redis
 from click.testing import CliRunner
 
 from shiwu import Client, StreamItem
-from shiwu.broker.answers import Entry, Ledger
+from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.cli import main
 from shiwu.contract import RESULT_STREAM, Answer, Status
 from tests.support.fault_proxy import FaultProxy
@@ -29,8 +29,8 @@ Fill = Callable[..., list[str]]
 def fill(client: redis.Redis, count: int, *, prefix: str = "job") -> list[str]:
     """So many answers in the stream."""
     ids = [f"{prefix}-{number}" for number in range(count)]
-    entries = [Entry(id=job_id, answer=Answer(id=job_id, status=Status.TAGGED)) for job_id in ids]
-    Ledger(client, token="w").write(entries)
+    entries = [AnswerEntry(id=job_id, answer=Answer(id=job_id, status=Status.TAGGED)) for job_id in ids]
+    AnswerStore(client, token="w").write(entries)
     return ids
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import redis
 
-from shiwu.contract import ATTEMPTS, CLAIMS, SUSPECTS, SUSPECTS_TAKER, Lane
+from shiwu.contract import ATTEMPTS, CLAIMS, QUARANTINE, QUARANTINE_OWNER, Lane
 from shiwu_worker.jobs.job import Release
 from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
 
@@ -23,10 +23,10 @@ def test_the_guilty_convicts_itself_and_nobody_else(redis_client: redis.Redis) -
     for job_id in [*INNOCENT[:3], "guilty", *INNOCENT[3:]]:
         redis_client.lpush(Lane.BULK.queue, message(job_id, Lane.BULK))
     assert [die(redis_client, "first"), die(redis_client, "second")] == [6, 6]
-    assert redis_client.llen(SUSPECTS) == 6
+    assert redis_client.llen(QUARANTINE) == 6
     deaths, answered = 0, []
     for number in range(20):
-        redis_client.delete(SUSPECTS_TAKER)  # the lease of a taker that died has ended
+        redis_client.delete(QUARANTINE_OWNER)  # the lease of a taker that died has ended
         claims = make_claims(redis_client, f"w{number}", lease_s=0.0)
         taken = claims.claim(100)
         if not taken.jobs:
@@ -40,7 +40,7 @@ def test_the_guilty_convicts_itself_and_nobody_else(redis_client: redis.Redis) -
             answered.append((job.id, job.attempt))
     assert deaths == 1, "it died a third time, alone"
     assert sorted(answered) == sorted([*[(job_id, 3) for job_id in INNOCENT], ("guilty", 4)])
-    assert redis_client.exists(SUSPECTS, CLAIMS, ATTEMPTS) == 0
+    assert redis_client.exists(QUARANTINE, CLAIMS, ATTEMPTS) == 0
 
 
 def test_who_was_on_a_lost_device_twice_is_a_suspect(redis_client: redis.Redis) -> None:
@@ -50,7 +50,7 @@ def test_who_was_on_a_lost_device_twice_is_a_suspect(redis_client: redis.Redis) 
         claims = make_claims(redis_client, worker)
         assert len(claims.claim(5).jobs) == 1
         assert claims.release([Release("job", counts=True)]) == 1
-        assert (redis_client.llen(Lane.BULK.queue), redis_client.llen(SUSPECTS)) == places
+        assert (redis_client.llen(Lane.BULK.queue), redis_client.llen(QUARANTINE)) == places
     [job] = make_claims(redis_client, "third").claim(5).jobs
     assert job.attempt == 3
 
@@ -61,7 +61,7 @@ def test_one_worker_takes_them_and_the_others_go_on(redis_client: redis.Redis) -
     die(redis_client, "first")
     die(redis_client, "second")
     redis_client.lpush(Lane.BULK.queue, message("usual", Lane.BULK))
-    redis_client.delete(SUSPECTS_TAKER)
+    redis_client.delete(QUARANTINE_OWNER)
     taker, other = make_claims(redis_client, "taker"), make_claims(redis_client, "other")
     busy = taker.claim(10, held=["another"])
     assert (busy.jobs, busy.alone) == ((), True)

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from shiwu import Client
-from shiwu.broker.answers import Entry, Ledger
+from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.contract import Answer, Status, result_key
 from shiwu.errors import WaitTimeout
 from tests.support.servers import Valkey
@@ -29,7 +29,7 @@ def own(tmp_path: Path) -> Iterator[Valkey]:
 def tagged(client: redis.Redis, job_id: str) -> None:
     """A worker answers."""
     answer = Answer(id=job_id, status=Status.TAGGED, attempts=1)
-    Ledger(client, token="w").write([Entry(answer=answer, id=job_id)])
+    AnswerStore(client, token="w").write([AnswerEntry(answer=answer, id=job_id)])
 
 
 def test_an_answer_whose_announcement_was_lost(redis_url: str, redis_client: redis.Redis) -> None:

@@ -14,8 +14,8 @@ from typing import Any, Final, Self
 
 from shiwu_worker.errors import FatalError
 from shiwu_worker.loaders.pool import LoaderPool
-from shiwu_worker.loaders.protocol import Loaded, LoaderOptions, LoadTask
-from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.loaders.protocol import LoaderOptions, LoadResult, LoadTask
+from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.support.family import children
 from tests.support.waiting import wait_until
@@ -38,7 +38,7 @@ class Pool:
         environment: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
-        self.results: dict[int, Loaded] = {}
+        self.results: dict[int, LoadResult] = {}
         self.fatal: list[FatalError] = []
         self._lock = threading.Lock()
         limits: dict[str, Any] = {
@@ -52,7 +52,7 @@ class Pool:
             spec=SPEC,
             slots=SLOTS,
             threads=4,
-            reach=Reach(allow_hosts=("127.0.0.1",), allow_folders=(folder,)),
+            reach=AccessRules(allow_hosts=("127.0.0.1",), allow_folders=(folder,)),
             connect_timeout_s=1.0,
             read_timeout_s=20.0,
             total_timeout_s=20.0,
@@ -69,7 +69,7 @@ class Pool:
             on_fatal=self.fatal.append,
         )
 
-    def _take(self, results: list[Loaded]) -> None:
+    def _take(self, results: list[LoadResult]) -> None:
         with self._lock:
             for result in results:
                 assert result.ticket not in self.results, "reported twice"

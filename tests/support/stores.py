@@ -7,9 +7,9 @@ from typing import Final
 import pytest
 
 from shiwu_worker.errors import JobError
-from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
-from shiwu_worker.stages.fetch.http import Web
+from shiwu_worker.stages.fetch.http import HttpClient
 from shiwu_worker.stages.fetch.s3.base import ObjectStore, S3Client, S3Limits, S3Options
 from shiwu_worker.stages.fetch.s3.factory import new_store
 
@@ -31,8 +31,10 @@ def make_fetcher(
 ) -> Fetcher:
     """A fetcher of objects of at most 10,000 bytes."""
     limits = FetchLimits(10_000, total_timeout_s, connect_timeout_s=1.0, read_timeout_s=read_timeout_s)
-    web = Web(Reach(), threads=1, connect_timeout_s=1.0, read_timeout_s=1.0)
-    return Fetcher(s3=S3Options(endpoint_url, "us-east-1", client), web=web, reach=Reach(), limits=limits, threads=2)
+    web = HttpClient(AccessRules(), threads=1, connect_timeout_s=1.0, read_timeout_s=1.0)
+    return Fetcher(
+        s3=S3Options(endpoint_url, "us-east-1", client), web=web, reach=AccessRules(), limits=limits, threads=2
+    )
 
 
 def make_store(

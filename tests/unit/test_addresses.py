@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import pytest
 
 from shiwu_worker.errors import AddressRefused
-from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.policy.ip_ranges import is_public
-from shiwu_worker.stages.fetch.address_guard import Found, Guard, Resolve
+from shiwu_worker.stages.fetch.address_guard import AddressGuard, Found, Resolve
 
 BLOCKED = [
     "0.0.0.0",
@@ -78,7 +78,7 @@ def test_ordinary_addresses_are_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
 
 
-def connect(guard: Guard, host: str, port: int) -> socket.socket:
+def connect(guard: AddressGuard, host: str, port: int) -> socket.socket:
     """Connect with short time limits."""
     return guard.connect(host, port, timeout_s=5.0, deadline_s=time.monotonic() + 10)
 
@@ -95,22 +95,22 @@ def answers(*addresses: str) -> Resolve:
 def test_one_bad_answer_refuses_the_name() -> None:
     """A name with a public and an internal address is refused before any connection."""
     with pytest.raises(AddressRefused):
-        connect(Guard(Reach(), resolve=answers("8.8.8.8", "127.0.0.1")), "mixed.example", 80)
+        connect(AddressGuard(AccessRules(), resolve=answers("8.8.8.8", "127.0.0.1")), "mixed.example", 80)
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.1", "2130706433", "0x7f.1", "0177.0.0.1", "0", "[::1]"])
 def test_spellings_of_loopback_are_refused(host: str) -> None:
     """Odd spellings as such, a name for what it resolves to."""
     with pytest.raises(AddressRefused):
-        connect(Guard(Reach()), host, 80)
+        connect(AddressGuard(AccessRules()), host, 80)
 
 
 def test_ports_and_the_operators_exceptions() -> None:
     """Only 80 and 443, except for hosts that the operator named, with their port or for any."""
     with pytest.raises(AddressRefused, match="port"):
-        connect(Guard(Reach()), "127.0.0.1", 8080)
+        connect(AddressGuard(AccessRules()), "127.0.0.1", 8080)
     with pytest.raises(AddressRefused):
-        connect(Guard(Reach(allow_hosts=("127.0.0.1:8081",))), "127.0.0.1", 8080)
+        connect(AddressGuard(AccessRules(allow_hosts=("127.0.0.1:8081",))), "127.0.0.1", 8080)
     for entry in ("127.0.0.1:1", "127.0.0.1"):
         with pytest.raises(ConnectionRefusedError):
-            connect(Guard(Reach(allow_hosts=(entry,))), "127.0.0.1", 1)
+            connect(AddressGuard(AccessRules(allow_hosts=(entry,))), "127.0.0.1", 1)

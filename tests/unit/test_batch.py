@@ -122,7 +122,7 @@ def test_a_full_batch_may_become_another_number() -> None:
         fit=lambda waiting: min(waiting, full[0]),
         on_leave=lambda why, jobs: left.append((why, len(jobs))),
     )
-    batcher.took_off()
+    batcher.batch_started()
     batcher.put([Item(n, Lane.BULK) for n in range(6)])
     assert len(batcher.take(timeout_s=0.01)) == 2
     full[0] = 5
@@ -163,13 +163,13 @@ def test_close_wakes_whoever_waits() -> None:
 def test_behind_a_busy_device_only_a_full_batch_leaves() -> None:
     """While a batch is on the device what is ready waits for company; when it has landed all of it leaves."""
     batcher: Batcher[Item] = Batcher(cap=3, bulk_share=0.0)
-    batcher.took_off()
+    batcher.batch_started()
     batcher.put([Item(n, Lane.BULK) for n in range(2)])
     assert batcher.take(timeout_s=0.01) == []
     batcher.put([Item(2, Lane.BULK), Item(3, Lane.BULK)])
     assert len(batcher.take(timeout_s=0.01)) == 3
     assert batcher.take(timeout_s=0.01) == []
-    batcher.landed()
+    batcher.batch_done()
     assert len(batcher.take(timeout_s=0.01)) == 1
 
 
@@ -181,7 +181,7 @@ def test_it_tells_why_each_batch_left() -> None:
     batcher.put([Item(n, Lane.BULK) for n in range(6)])
     batcher.take(timeout_s=0.0)
     batcher.take(timeout_s=0.0)
-    batcher.took_off()
+    batcher.batch_started()
     batcher.put([Item(9, Lane.BULK)])
     assert batcher.take(timeout_s=0.0) == []
     batcher.close()

@@ -12,8 +12,8 @@ import structlog
 from celery import Celery
 
 from shiwu_worker.celery_worker import callbacks as canvas
-from shiwu_worker.celery_worker.callbacks import Callbacks
-from shiwu_worker.jobs.outcome import Settled
+from shiwu_worker.celery_worker.callbacks import CallbackSender
+from shiwu_worker.jobs.outcome import CommittedJob
 from shiwu_worker.policy.callback_rules import CallbackRules
 
 
@@ -30,13 +30,13 @@ def test_callbacks_are_postponed_only_where_there_are_some(
 
     with structlog.testing.capture_logs() as logged:
         monkeypatch.setattr(canvas, "log", structlog.get_logger())
-        callbacks = Callbacks(Celery("x", set_as_current=False), redis.Redis(port=1), rules=CallbackRules())
+        callbacks = CallbackSender(Celery("x", set_as_current=False), redis.Redis(port=1), rules=CallbackRules())
         callbacks._take = away
         callbacks.start()
         wait_until(lambda: len(asked) >= 3, timeout_s=5)
         assert logged == []
         job = SimpleNamespace(id="a", has_callbacks=True)
-        callbacks.put([cast("Settled", SimpleNamespace(job=job, entry=job, is_first=True))])
+        callbacks.put([cast("CommittedJob", SimpleNamespace(job=job, entry=job, is_first=True))])
         wait_until(lambda: ["a"] in asked, timeout_s=5)
         callbacks.close(timeout_s=5)
     [line] = [line for line in logged if line["event"] == "callbacks_postponed"]

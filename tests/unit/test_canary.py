@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.errors import ExitCode, FatalError, NonFiniteError, Trouble
+from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, NonFiniteError
 from shiwu_worker.health.canary import Canary, known_picture
-from shiwu_worker.service.model import make_canary, open_encoder
+from shiwu_worker.service.model import load_encoder, make_canary
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 
 GOOD = np.array([0.6, 0.8, 0.0], np.float32)
@@ -22,7 +22,7 @@ class Device:
     def __init__(self) -> None:
         self.vector: NDArray[np.float32] = GOOD
         self.error: Exception | None = None
-        self.trouble = Trouble.OTHER
+        self.trouble = DeviceErrorKind.OTHER
         self.asked = 0
         self.said: list[str] = []
 
@@ -51,7 +51,7 @@ def test_the_right_answer_is_asked_for_again_when_its_time_has_come() -> None:
     often, once, later = device.canary(), device.canary(every_s=0), device.canary(every_s=1000)
     for _ in range(3):
         for canary in (often, once, later):
-            canary.sing_if_due()
+            canary.check_if_due()
     assert (device.asked, device.said) == (5, [])
 
 
@@ -71,10 +71,10 @@ def test_a_wrong_answer_ends_the_worker(vector: list[float], why: str) -> None:
         device = Device()
         canary = device.canary()
         if is_late:
-            canary.sing_if_due()
+            canary.check_if_due()
         device.vector = np.array(vector, np.float32)
         with pytest.raises(FatalError, match=why) as caught:
-            canary.sing_if_due()
+            canary.check_if_due()
         assert caught.value.exit_code is ExitCode.CANARY
         assert len(device.said) == 1
 
@@ -84,11 +84,11 @@ def test_a_device_that_drifts_is_wrong_before_it_is_far_from_the_reference() -> 
     device = Device()
     canary = device.canary()
     device.vector = _turned(0.15)
-    canary.sing_if_due()
-    canary.sing_if_due()
+    canary.check_if_due()
+    canary.check_if_due()
     device.vector = _turned(0.10)
     with pytest.raises(FatalError, match="start's answer"):
-        canary.sing_if_due()
+        canary.check_if_due()
 
 
 def _turned(angle: float) -> NDArray[np.float32]:
@@ -102,20 +102,20 @@ def test_what_the_device_raises_is_told_apart(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("shiwu_worker.health.canary.AGAIN_S", 0.0)
     device = Device()
     canary = device.canary()
-    device.error, device.trouble = RuntimeError("CUDA error"), Trouble.LOST
+    device.error, device.trouble = RuntimeError("CUDA error"), DeviceErrorKind.LOST
     with pytest.raises(FatalError) as caught:
-        canary.sing_if_due()
+        canary.check_if_due()
     assert (caught.value.exit_code, device.said) == (ExitCode.DEVICE, [])
-    device.trouble = Trouble.OUT_OF_MEMORY
-    canary.sing_if_due()
+    device.trouble = DeviceErrorKind.OUT_OF_MEMORY
+    canary.check_if_due()
     device.error = None
-    canary.sing_if_due()
+    canary.check_if_due()
     device.error = RuntimeError("out of memory")
-    canary.sing_if_due()
+    canary.check_if_due()
     assert device.said == []
     device.error = NonFiniteError("expected finite vectors", (0,))
     with pytest.raises(FatalError, match="expected finite vectors"):
-        canary.sing_if_due()
+        canary.check_if_due()
 
 
 def test_the_picture_is_known() -> None:
@@ -132,9 +132,9 @@ def test_a_real_encoder_answers_as_fp32_on_the_cpu_does(dtype: str) -> None:
     folder = model_folder(None)
     spec = read_image_spec(folder)
     settings = Settings(dtype=dtype, max_batch=1, torch_threads=1)
-    encoder = open_encoder(settings, folder, spec)
+    encoder = load_encoder(settings, folder, spec)
     said: list[str] = []
-    make_canary(settings, encoder, spec, on_wrong=said.append).sing_if_due()
+    make_canary(settings, encoder, spec, on_wrong=said.append).check_if_due()
     assert said == []
     noise = np.random.default_rng(0).integers(0, 256, (1, spec.height, spec.width, 3), np.uint8)
     assert float(encoder.encode(noise)[0] @ encoder.known_vectors[0]) < 0.98

@@ -11,7 +11,7 @@ import pynvml
 import pytest
 import structlog
 
-from shiwu_worker.launcher.gpus import Card, UnknownCard, choose_cards, find_cards
+from shiwu_worker.launcher.gpus import Gpu, UnknownGpu, choose_cards, find_cards
 
 
 @dataclass
@@ -105,7 +105,7 @@ def four(nvml: FakeNvml) -> FakeNvml:
 ALL = ["gpu0", "gpu1", "gpu2-mig0", "gpu2-mig2", "gpu3"]
 
 
-def names(cards: list[Card]) -> list[str]:
+def names(cards: list[Gpu]) -> list[str]:
     """Their names, in order."""
     return [card.name for card in cards]
 
@@ -212,7 +212,7 @@ def test_the_chosen_cards(asked: str, expected: list[str]) -> None:
 @pytest.mark.usefixtures("four")
 def test_a_wrong_choice_is_an_error(asked: str) -> None:
     """Unlike CUDA's list: who types it wants to know."""
-    with pytest.raises(UnknownCard, match="expected"):
+    with pytest.raises(UnknownGpu, match="expected"):
         choose_cards(find_cards(visible=None), asked)
 
 
@@ -221,5 +221,5 @@ def test_hidden_cards_cannot_be_chosen() -> None:
     """The numbers stay nvidia-smi's."""
     cards = find_cards(visible="1,3")
     assert names(choose_cards(cards, "3")) == ["gpu3"]
-    with pytest.raises(UnknownCard, match=r"1 \(GPU-aa22\), 3 \(GPU-bb44\), got '0'"):
+    with pytest.raises(UnknownGpu, match=r"1 \(GPU-aa22\), 3 \(GPU-bb44\), got '0'"):
         choose_cards(cards, "0")

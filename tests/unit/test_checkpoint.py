@@ -30,9 +30,9 @@ from transformers import (
 from shiwu_worker.checkpoints.checkpoint_files import WrongCheckpoint, read_checkpoint
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.service.model import open_encoder
+from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
-from shiwu_worker.stages.encode.checkpoint import Texts, load_model, open_tokenizer, vocabulary_size
+from shiwu_worker.stages.encode.checkpoint import TextEncoder, load_model, open_tokenizer, vocabulary_size
 from tests.support.checkpoints import (
     SIDE,
     VOCABULARY,
@@ -77,11 +77,11 @@ def folder(tmp_path: Path) -> Path:
     return write_2022(tmp_path / "m")
 
 
-def load(folder: Path) -> tuple[Any, Texts]:
+def load(folder: Path) -> tuple[Any, TextEncoder]:
     """The model and its texts."""
     checkpoint = read_checkpoint(folder)
     model = load_model(checkpoint)
-    return model, Texts(model, checkpoint)
+    return model, TextEncoder(model, checkpoint)
 
 
 # ------------------------------------------------------------------------------------ weights
@@ -315,7 +315,7 @@ def test_encoder_tells_when_sizes_do_not_fit(folder: Path) -> None:
     with pytest.raises(
         WrongCheckpoint, match=rf"images of {SIDE}×{SIDE}, and the image processor makes 64×64"
     ) as caught:
-        open_encoder(Settings(model=str(folder), device="cpu", max_batch=1), folder, read_image_spec(folder))
+        load_encoder(Settings(model=str(folder), device="cpu", max_batch=1), folder, read_image_spec(folder))
     assert caught.value.exit_code is ExitCode.MODEL
 
 
@@ -325,7 +325,7 @@ def test_encoder_does_what_the_processor_says(tmp_path: Path, change: dict[str, 
     folder = write_safetensors(tmp_path / "m")
     change_json(folder / "preprocessor_config.json", **change)
     spec = read_image_spec(folder)
-    encoder = open_encoder(Settings(model=str(folder), device="cpu", dtype="float32", max_batch=1), folder, spec)
+    encoder = load_encoder(Settings(model=str(folder), device="cpu", dtype="float32", max_batch=1), folder, spec)
     image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     config = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     vectors = []

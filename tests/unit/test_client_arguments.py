@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from shiwu import Client, RequestError
-from shiwu.client.sender import Sender, Terms
+from shiwu.client.sender import Sender, SendOptions
 
 IMAGE = "s3://b/k"
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Terms]]:
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], SendOptions]]:
     """What would have been sent: ids and terms of each portion."""
-    calls: list[tuple[list[str], Terms]] = []
+    calls: list[tuple[list[str], SendOptions]] = []
 
-    def send(_: Sender, jobs: Any, terms: Terms) -> list[str]:
+    def send(_: Sender, jobs: Any, terms: SendOptions) -> list[str]:
         ids = [job_id for _, job_id in jobs]
         calls.append((ids, terms))
         return ids
@@ -97,7 +97,7 @@ def test_one_image_where_many_are_expected_is_refused(client: Client, images: An
         client.enqueue_many(images)
 
 
-def test_all_arguments_reach_the_messages(client: Client, sent: list[tuple[list[str], Terms]]) -> None:
+def test_all_arguments_reach_the_messages(client: Client, sent: list[tuple[list[str], SendOptions]]) -> None:
     """Also a countdown for many, and the fields and ids of items."""
     items = [{"image": IMAGE, "id": "a", "labels": ["猫"]}, IMAGE]
     ids = list(client.enqueue_many(items, countdown_s=5, expires_s=9, priority=3, top_k=2, min_cosine=0.1))

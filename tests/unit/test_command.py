@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from shiwu_worker.__main__ import main
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.launcher.gpus import Card
+from shiwu_worker.launcher.gpus import Gpu
 
 NAMES = ("CUDA_VISIBLE_DEVICES", "SHIWU_DEVICE")
 
@@ -20,7 +20,7 @@ def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("SHIWU_")] + list(NAMES):
         monkeypatch.setenv(name, "")  # so that it is put back whatever is set here
         monkeypatch.delenv(name)
-    cards = [Card("gpu0", "GPU-a", 0, "GPU-a"), Card("gpu1", "GPU-b", 1, "GPU-b")]
+    cards = [Gpu("gpu0", "GPU-a", 0, "GPU-a"), Gpu("gpu1", "GPU-b", 1, "GPU-b")]
     monkeypatch.setattr(
         "shiwu_worker.launcher.placement.find_cards", lambda *, visible: cards if visible is None else cards[:1]
     )

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiwu_worker.stages.encode.cpu_pool import Crew
+from shiwu_worker.stages.encode.cpu_pool import CpuInferencePool
 from shiwu_worker.stages.encode.tuning.thread_policy import MOST_DIVIDED
 from tests.support.waiting import wait_until
 
@@ -37,7 +37,7 @@ def names() -> list[str]:
 @given(rung=st.integers(1, 512), threads=st.integers(2, MOST_DIVIDED))
 def test_parts_are_of_one_size_and_use_most_threads(rung: int, threads: int) -> None:
     """As many as there can be; one where half of the threads would be idle."""
-    crew = Crew.__new__(Crew)
+    crew = CpuInferencePool.__new__(CpuInferencePool)
     crew.threads, crew.is_divided = threads, True
     parts = crew.parts_of(rung)
     assert rung % parts == 0
@@ -48,7 +48,7 @@ def test_parts_are_of_one_size_and_use_most_threads(rung: int, threads: int) -> 
 
 def test_each_thread_has_its_own_number_of_cores() -> None:
     """The captain all of them, the others one, from their first operator on; threads to come what was asked for."""
-    crew = Crew(3, is_divided=True)
+    crew = CpuInferencePool(3, is_divided=True)
     seen: list[tuple[str, int]] = []
 
     def tower(raw: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_each_thread_has_its_own_number_of_cores() -> None:
 @pytest.mark.parametrize("is_divided", [True, False])
 def test_rows_come_back_in_their_order(*, is_divided: bool) -> None:
     """Many batches, one after the other and of all sizes."""
-    crew = Crew(2, is_divided=is_divided)
+    crew = CpuInferencePool(2, is_divided=is_divided)
     raws = [torch.arange(2.0 * size).view(size, 2) for size in (1, 2, 4, 8, 3, 6)]
     works = [(crew.start(doubled, raw, vectors := torch.zeros_like(raw)), raw, vectors) for raw in raws]
     for work, raw, vectors in works:
@@ -79,7 +79,7 @@ def test_rows_come_back_in_their_order(*, is_divided: bool) -> None:
 
 def test_another_batch_begins_beside_a_part_that_is_held_up() -> None:
     """`start` returns when a thread is idle, and what that one does waits for nobody."""
-    crew = Crew(2, is_divided=True)
+    crew = CpuInferencePool(2, is_divided=True)
     go = threading.Event()
 
     def tower(raw: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ def test_another_batch_begins_beside_a_part_that_is_held_up() -> None:
 
 def test_no_more_than_its_threads_at_a_time() -> None:
     """With all of them busy `start` waits."""
-    crew = Crew(2, is_divided=True)
+    crew = CpuInferencePool(2, is_divided=True)
     go, running = threading.Event(), threading.Semaphore(0)
 
     def tower(raw: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ def test_no_more_than_its_threads_at_a_time() -> None:
 @pytest.mark.parametrize("rows", [4, 1])
 def test_an_error_comes_out_when_all_parts_are_done(rows: int) -> None:
     """The one that was raised; the crew goes on."""
-    crew = Crew(2, is_divided=True)
+    crew = CpuInferencePool(2, is_divided=True)
     failed = threading.Event()
 
     def tower(raw: torch.Tensor) -> torch.Tensor:
@@ -146,7 +146,7 @@ def test_an_error_comes_out_when_all_parts_are_done(rows: int) -> None:
 
 def test_fewer_threads_work_on_a_batch_when_asked_to() -> None:
     """The captain's, from its next batch on, and all of them again; a batch says how many there were."""
-    crew, seen = Crew(3), list[int]()
+    crew, seen = CpuInferencePool(3), list[int]()
 
     def tower(raw: torch.Tensor) -> torch.Tensor:
         seen.append(torch.get_num_threads())
@@ -170,7 +170,7 @@ def test_a_batch_says_what_it_took(*, is_divided: bool) -> None:
         threading.Event().wait(0.2)
         return raw
 
-    spent = Crew(2, is_divided=is_divided).start(tower, torch.zeros(2, 2), torch.zeros(2, 2)).wait()
+    spent = CpuInferencePool(2, is_divided=is_divided).start(tower, torch.zeros(2, 2), torch.zeros(2, 2)).wait()
     # Each part for itself; or the time of the one who leads, for each of those who work with it.
     assert 0.1 <= spent.cost < 0.18
     assert spent.seconds >= 0.25
@@ -182,7 +182,7 @@ def test_its_threads_end_with_it(threads: int, count: int, *, is_divided: bool) 
     """One for each part where batches are divided, and the captain."""
     gc.collect()
     wait_until(lambda: not names(), timeout_s=30, what="the end of other tests' crews")
-    crew = Crew(threads, is_divided=is_divided)
+    crew = CpuInferencePool(threads, is_divided=is_divided)
     assert len(names()) == count
     crew.start(doubled, torch.zeros(8, 2), torch.zeros(8, 2)).wait()
     del crew

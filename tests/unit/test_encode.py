@@ -34,12 +34,12 @@ from shiwu_worker.errors import ExitCode, FatalError, NonFiniteError
 from shiwu_worker.stages.encode import checkpoint as checkpoints
 from shiwu_worker.stages.encode import cpu_pool as crew
 from shiwu_worker.stages.encode import encoder as stage
-from shiwu_worker.stages.encode.cpu_pool import Crew, Spent
+from shiwu_worker.stages.encode.cpu_pool import CpuInferencePool, Spent
 from shiwu_worker.stages.encode.device import choose_device, choose_dtypes
 from shiwu_worker.stages.encode.encoder import Encoder
 from shiwu_worker.stages.encode.towers import Tower, eager_tower
 from shiwu_worker.stages.encode.tuning import thread_policy as model_threads
-from shiwu_worker.stages.encode.tuning.thread_policy import LOOK_S
+from shiwu_worker.stages.encode.tuning.thread_policy import POLL_INTERVAL_S
 from shiwu_worker.stages.score.scorer import score
 
 SIDE = 16
@@ -456,7 +456,7 @@ def test_threads_follow_the_cores_while_it_runs(tmp_path: Path, monkeypatch: pyt
         expected = encoder.encode(noise(4))
         for count, parts in ((1, 1), (2, 2)):
             cores[0] = count
-            encoder._threads._looked_s -= LOOK_S
+            encoder._threads._looked_s -= POLL_INTERVAL_S
             np.testing.assert_allclose(encoder.encode(noise(4)), expected, atol=1e-5)
             assert (encoder.threads, encoder._berths.parts_of(4)) == (count, parts)
     finally:
@@ -469,7 +469,7 @@ def test_a_quick_model_leaves_a_core_to_the_loaders(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(stage, "usable_cores", lambda: 2)
     folder = saved(make_model("clip"), tmp_path)
 
-    class Slow(Crew):
+    class Slow(CpuInferencePool):
         """Whose every batch is held up."""
 
         def start(self, *args: Any) -> Any:

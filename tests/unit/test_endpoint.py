@@ -11,7 +11,7 @@ import pytest
 
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.health import http_server as room
-from shiwu_worker.health.http_server import MOST_CONNECTIONS, Endpoint
+from shiwu_worker.health.http_server import MOST_CONNECTIONS, HealthServer
 from tests.support.waiting import wait_until
 
 
@@ -36,9 +36,9 @@ def told() -> Told:
 
 
 @pytest.fixture
-def served(told: Told) -> Iterator[Endpoint]:
+def served(told: Told) -> Iterator[HealthServer]:
     """On a port of its own."""
-    made = Endpoint(
+    made = HealthServer(
         host="127.0.0.1", port=0, not_live=lambda: told.live, not_ready=lambda: told.ready, metrics=told.metrics
     )
     made.start()
@@ -46,7 +46,7 @@ def served(told: Told) -> Iterator[Endpoint]:
     made.close()
 
 
-def ask(served: Endpoint, path: str, method: str = "GET") -> tuple[int, str, str]:
+def ask(served: HealthServer, path: str, method: str = "GET") -> tuple[int, str, str]:
     """Status, content type and body."""
     client = http.client.HTTPConnection("127.0.0.1", served.port, timeout=5)
     try:
@@ -57,7 +57,7 @@ def ask(served: Endpoint, path: str, method: str = "GET") -> tuple[int, str, str
         client.close()
 
 
-def dial(served: Endpoint) -> socket.socket:
+def dial(served: HealthServer) -> socket.socket:
     """A connection that says nothing yet."""
     return socket.create_connection(("127.0.0.1", served.port), timeout=5)
 
@@ -71,7 +71,7 @@ def is_cut(client: socket.socket) -> bool:
         return True
 
 
-def test_verdicts_are_told_with_their_reasons(served: Endpoint, told: Told) -> None:
+def test_verdicts_are_told_with_their_reasons(served: HealthServer, told: Told) -> None:
     """200 when there is no reason against it, 503 with one a line."""
     assert ask(served, "/livez") == (200, room.PLAIN, "ok\n")
     told.live, told.ready = ["hung"], ["hung", "draining"]
@@ -79,7 +79,7 @@ def test_verdicts_are_told_with_their_reasons(served: Endpoint, told: Told) -> N
     assert ask(served, "/readyz?verbose")[::2] == (503, "hung\ndraining\n")
 
 
-def test_numbers_are_gathered_once_for_all_who_ask_too_often(served: Endpoint, told: Told) -> None:
+def test_numbers_are_gathered_once_for_all_who_ask_too_often(served: HealthServer, told: Told) -> None:
     """Prometheus' content type; a second scrape at once gets the same page."""
     status, kind, body = ask(served, "/metrics")
     assert (status, body) == (200, "a 1\n")
@@ -88,7 +88,7 @@ def test_numbers_are_gathered_once_for_all_who_ask_too_often(served: Endpoint, t
     assert told.gathered == 1
 
 
-def test_other_paths_and_methods_are_refused(served: Endpoint) -> None:
+def test_other_paths_and_methods_are_refused(served: HealthServer) -> None:
     """Nothing can be sent, and nothing else is there."""
     assert ask(served, "/")[0] == 404
     assert ask(served, "/metrics/../livez")[0] == 404
@@ -96,7 +96,7 @@ def test_other_paths_and_methods_are_refused(served: Endpoint) -> None:
     assert ask(served, "/livez", method="POST")[0] == 501
 
 
-def test_a_request_is_short(served: Endpoint) -> None:
+def test_a_request_is_short(served: HealthServer) -> None:
     """Neither a long path nor many headers are read to their end; what fills the limit may be half a request."""
     full = b"GET /livez HTTP/1.1\r\n" + b"X: " + b"y" * 8000 + b"\r\nY: "
     with dial(served) as client:
@@ -113,7 +113,7 @@ def test_a_request_is_short(served: Endpoint) -> None:
     assert ask(served, "/livez")[0] == 200
 
 
-def test_who_says_nothing_or_little_is_cut(served: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_says_nothing_or_little_is_cut(served: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a client that sends a byte now and then, which no time-out of a single read would end."""
     monkeypatch.setattr(room, "CONNECTION_S", 0.5)
     with dial(served) as silent, dial(served) as dripping:
@@ -129,7 +129,7 @@ def test_who_says_nothing_or_little_is_cut(served: Endpoint, monkeypatch: pytest
         assert is_cut(silent)
 
 
-def test_who_sits_there_is_cut_for_a_new_probe(served: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_sits_there_is_cut_for_a_new_probe(served: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """All places taken by the silent: the next one is answered all the same, and no more threads stay than places."""
     # Nothing but the new one may end them here.
     monkeypatch.setattr(room, "CONNECTION_S", 60.0)
@@ -152,7 +152,7 @@ def test_who_sits_there_is_cut_for_a_new_probe(served: Endpoint, monkeypatch: py
             client.close()
 
 
-def test_a_defect_in_a_verdict_is_no_good_verdict(served: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_in_a_verdict_is_no_good_verdict(served: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prober is hung up on, and the next request is answered."""
 
     def fail(_: str) -> tuple[int, str, bytes]:
@@ -165,9 +165,9 @@ def test_a_defect_in_a_verdict_is_no_good_verdict(served: Endpoint, monkeypatch:
     assert ask(served, "/livez")[0] == 200
 
 
-def test_a_port_that_is_taken_is_a_wrong_setting(served: Endpoint) -> None:
+def test_a_port_that_is_taken_is_a_wrong_setting(served: HealthServer) -> None:
     """With the setting's name, and the exit code for it."""
-    second = Endpoint(host="127.0.0.1", port=served.port, not_live=list, not_ready=list, metrics=bytes)
+    second = HealthServer(host="127.0.0.1", port=served.port, not_live=list, not_ready=list, metrics=bytes)
     with pytest.raises(FatalError, match="SHIWU_HTTP_PORT") as caught:
         second.start()
     assert caught.value.exit_code is ExitCode.CONFIG

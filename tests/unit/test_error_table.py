@@ -22,7 +22,7 @@ from shiwu.contract import CODES, ErrorCode, Stage, log_level_of
 from shiwu_worker.commands.s3_check import s3_options
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import JobError, Rejected, Unavailable
-from shiwu_worker.loaders.process import Loader
+from shiwu_worker.loaders.process import LoaderProcess
 from shiwu_worker.loaders.protocol import LoaderOptions, LoadTask
 from shiwu_worker.loaders.sandbox import _decoded
 from shiwu_worker.service.factories import loader_options
@@ -275,7 +275,7 @@ def test_an_unknown_error_of_the_decoder_is_the_workers(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("stage", [Stage.FETCH, Stage.DECODE])
 def test_an_unknown_error_of_the_loader_is_the_workers(stage: Stage) -> None:
     """Whatever part of it failed."""
-    loader: Any = Loader.__new__(Loader)
+    loader: Any = LoaderProcess.__new__(LoaderProcess)
     loader._fetcher = SimpleNamespace(fetch=unforeseen if stage is Stage.FETCH else lambda _: b"x")
     loader._cell = SimpleNamespace(decode=unforeseen)
     result = loader._load(LoadTask(ticket=1, slot=0, image="https://h/p?hush"), 0)
@@ -298,7 +298,7 @@ def test_the_settings_of_fetching_reach_the_loader(monkeypatch: pytest.MonkeyPat
     spec = ImageSpec(8, 8, "squash", None, Image.Resampling.BICUBIC, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     frame = loader_options(Settings(), spec).model_dump_json()
     waits: Any = SimpleNamespace(wait=threading.Event().wait)
-    fetcher: Any = Loader(
+    fetcher: Any = LoaderProcess(
         LoaderOptions.model_validate_json(frame), waits, np.zeros((1, 8, 8, 3), np.uint8), waits
     )._fetcher
     assert (fetcher._limits.max_redirects, fetcher._limits.longest_pause_s) == (7, 40.0)

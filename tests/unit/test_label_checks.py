@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from shiwu_worker.checkpoints.checkpoint_files import read_checkpoint
 from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.jobs.label_checks import LabelFindings, LabelTokens, check_labels
-from shiwu_worker.stages.encode.checkpoint import Texts, load_model
+from shiwu_worker.stages.encode.checkpoint import TextEncoder, load_model
 from tests.unit.test_encode import PLACES, make_encoder, make_model, saved
 
 
@@ -82,7 +82,7 @@ def test_encoder_says_which_labels_it_can_read(kind: str, tmp_path: Path) -> Non
     assert encoder.label_tokens([]) == []
 
 
-def words_of(texts: Texts, labels: Sequence[str]) -> LabelFindings:
+def words_of(texts: TextEncoder, labels: Sequence[str]) -> LabelFindings:
     """The findings of the embedded model."""
     return check_labels(labels, tokens=texts.label_tokens(labels), vectors=texts.encode(labels))
 
@@ -91,6 +91,6 @@ def test_embedded_model_reads_its_own_words_only() -> None:
     """The README's default labels are fine; an English word and an emoji are not."""
     folder = model_folder(None)
     checkpoint = read_checkpoint(folder)
-    texts = Texts(load_model(checkpoint), checkpoint)
+    texts = TextEncoder(load_model(checkpoint), checkpoint)
     assert words_of(texts, ["动物", "人物", "交通工具", "食物", "建筑", "植物"]) == LabelFindings()
     assert words_of(texts, ["熊猫", "zzz", "🦄"]).unreadable == ("zzz", "🦄")

@@ -21,8 +21,8 @@ from shiwu_worker.errors import ExitCode, FatalError, Rejected
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_checks import LabelFindings, LabelTokens
 from shiwu_worker.jobs.label_set import LabelSet
-from shiwu_worker.jobs.timestamps import Moments
-from shiwu_worker.service.factories import open_labels, read_label_sets
+from shiwu_worker.jobs.timestamps import StageTimestamps
+from shiwu_worker.service.factories import load_label_bank, read_label_sets
 from shiwu_worker.stages.score.label_bank import LabelBank
 from shiwu_worker.stages.score.label_files import load_label_sets
 from shiwu_worker.stages.score.label_warnings import label_warnings
@@ -142,10 +142,10 @@ def test_worker_with_sigmoid_and_no_bias_ends_with_config(tmp_path: Path) -> Non
     )
     settings = Settings(labels_dir=tmp_path)
     with pytest.raises(FatalError, match="label set mine") as caught:
-        open_labels(settings, encoder, read_label_sets(settings))
+        load_label_bank(settings, encoder, read_label_sets(settings))
     assert caught.value.exit_code is ExitCode.CONFIG
     encoder.bias = -12.0
-    assert open_labels(settings, encoder, read_label_sets(settings)).resolve("mine").head == "sigmoid"
+    assert load_label_bank(settings, encoder, read_label_sets(settings)).resolve("mine").head == "sigmoid"
 
 
 def warned(bank: LabelBank, *labels: str, head: Head | None = None) -> list[WarningCode | str]:
@@ -227,7 +227,7 @@ def test_no_label_set_gets_the_tags_of_another(sets: list[LabelSet], max_cached:
             key=Lane.BULK.queue,
             attempt=1,
             raw=b"",
-            moments=Moments(claimed_s=0.0),
+            moments=StageTimestamps(claimed_s=0.0),
             request=parse_request({"image": "s3://b/k.jpg", "top_k": 1000}),
             label_set=label_set,
             labels=bank.encoded(label_set),

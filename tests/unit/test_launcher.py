@@ -13,27 +13,27 @@ import pytest
 from structlog.testing import capture_logs
 
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.health.probe_files import Health
-from shiwu_worker.launcher.placement import Place
-from shiwu_worker.launcher.supervisor import Launcher, Patience
+from shiwu_worker.health.probe_files import ProbeFiles
+from shiwu_worker.launcher.placement import Placement
+from shiwu_worker.launcher.supervisor import RestartPolicy, Supervisor
 from tests.support.family import lives
 from tests.support.waiting import wait_until
 
 STAY = "exec sleep 60"
-NOBODY = Health(ready_file=None, alive_file=None)
+NOBODY = ProbeFiles(ready_file=None, alive_file=None)
 
 
-def place(name: str, **options: Path) -> Place:
+def place(name: str, **options: Path) -> Placement:
     """A place with no more than a name."""
-    return Place(name, f"shiwu@{name}", frozenset({0}), {"PLACE": name}, **options)
+    return Placement(name, f"shiwu@{name}", frozenset({0}), {"PLACE": name}, **options)
 
 
 def launch(*scripts: str, drain_s: float = 10.0, **patience: float) -> int:
     """Run one shell script for each worker until all is over; the exit code."""
     places = [place(f"gpu{number}") for number in range(len(scripts))]
     commands = {one.name: ["sh", "-c", script] for one, script in zip(places, scripts, strict=True)}
-    limits = Patience(**{"drain_s": drain_s, "first_pause_s": 0.01, "most_deaths": 4, **patience})  # type: ignore[arg-type]  # floats
-    return Launcher(places, command=lambda one: commands[one.name], patience=limits, health=NOBODY).run()
+    limits = RestartPolicy(**{"drain_s": drain_s, "first_pause_s": 0.01, "most_deaths": 4, **patience})  # type: ignore[arg-type]  # floats
+    return Supervisor(places, command=lambda one: commands[one.name], patience=limits, health=NOBODY).run()
 
 
 def test_an_end_by_plan_is_no_reason_to_start_again(tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_a_long_life_starts_a_new_count(tmp_path: Path) -> None:
 
 def test_a_command_that_does_not_start_is_a_death() -> None:
     """As if it had crashed."""
-    limits = Patience(drain_s=1, first_pause_s=0.01, most_deaths=3)
-    launcher = Launcher([place("gpu0")], command=lambda _: ["/no/such"], patience=limits, health=NOBODY)
+    limits = RestartPolicy(drain_s=1, first_pause_s=0.01, most_deaths=3)
+    launcher = Supervisor([place("gpu0")], command=lambda _: ["/no/such"], patience=limits, health=NOBODY)
     assert launcher.run() == ExitCode.GAVE_UP
 
 
@@ -138,9 +138,9 @@ def test_the_probes_files_are_all_workers(tmp_path: Path) -> None:
     while [ ! -e r ]; do sleep 0.02; done
     while [ ! -e a ]; do sleep 0.02; done
     touch told; exit 67"""
-    health = Health(ready_file=tmp_path / "r", alive_file=tmp_path / "a")
-    limits = Patience(drain_s=5, first_pause_s=1.5)
-    code = Launcher(places, command=lambda _: ["sh", "-c", script], patience=limits, health=health).run()
+    health = ProbeFiles(ready_file=tmp_path / "r", alive_file=tmp_path / "a")
+    limits = RestartPolicy(drain_s=5, first_pause_s=1.5)
+    code = Supervisor(places, command=lambda _: ["sh", "-c", script], patience=limits, health=health).run()
     assert code == ExitCode.CONFIG
     assert (tmp_path / "a").stat().st_mtime == 1000
     listed = (tmp_path / "second").read_text().split()

@@ -13,29 +13,31 @@ import pynvml
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from shiwu.broker.answers import Entry
-from shiwu.broker.queue_stats import Look
+from shiwu.broker.answers import AnswerEntry
+from shiwu.broker.queue_stats import QueueSnapshot
 from shiwu.contract import RETRIABLE, Answer, ErrorCode, ErrorInfo, Lane, ModelInfo, Stage, Status, Timing
 from shiwu_worker.jobs.job import Job, Release
-from shiwu_worker.jobs.outcome import Settled
-from shiwu_worker.jobs.timestamps import Moments
-from shiwu_worker.runtime.progress import Load
-from shiwu_worker.telemetry.gpu_monitor import CardState, CardWatch
-from shiwu_worker.telemetry.histograms import Histograms
+from shiwu_worker.jobs.outcome import CommittedJob
+from shiwu_worker.jobs.timestamps import StageTimestamps
+from shiwu_worker.runtime.progress import LoadReport
+from shiwu_worker.telemetry.gpu_monitor import GpuMonitor, GpuState
+from shiwu_worker.telemetry.histograms import BatchHistogram
 from shiwu_worker.telemetry.metrics import Metrics
-from shiwu_worker.telemetry.queue_monitor import Pace
+from shiwu_worker.telemetry.queue_monitor import BacklogEstimator
 from tests.support.promtool import NEEDS_PROMTOOL, check_metrics
 
-JOB = Job(id="j", key=Lane.BULK.queue, attempt=1, raw=b"", moments=Moments(claimed_s=0.0))
+JOB = Job(id="j", key=Lane.BULK.queue, attempt=1, raw=b"", moments=StageTimestamps(claimed_s=0.0))
 TIMES = Timing(queue=100.0, claim=1.0, fetch=20.0, decode=5.0, batch=2.0, encode=50.0, score=0.5, total=178.5)
 
 
-def settled(*, lane: Lane = Lane.BULK, is_first: bool = True, code: ErrorCode | None = None, **fields: Any) -> Settled:
+def settled(
+    *, lane: Lane = Lane.BULK, is_first: bool = True, code: ErrorCode | None = None, **fields: Any
+) -> CommittedJob:
     """An answered job."""
     error = None if code is None else ErrorInfo(code=code, message="m")
     status = Status.TAGGED if code is None else Status.REJECTED
     answer = Answer(**{"id": "j", "status": status, "lane": lane, "timing": TIMES, "error": error} | fields)
-    return Settled(JOB, Entry(answer=answer, id="j"), 0.002, is_first)
+    return CommittedJob(JOB, AnswerEntry(answer=answer, id="j"), 0.002, is_first)
 
 
 def told(metrics: Metrics) -> dict[str, float]:
@@ -102,16 +104,20 @@ def test_series_are_there_before_their_first_event() -> None:
 def test_the_rest_is_told_by_who_knows_it() -> None:
     """Retries, leases, batches, limits, lanes, the card and the model."""
     metrics = Metrics(retried=RETRIABLE)
-    again = Job(id="k", key=Lane.BULK.queue, attempt=1, raw=b"", moments=Moments(claimed_s=0.0), back=Release("k"))
+    again = Job(
+        id="k", key=Lane.BULK.queue, attempt=1, raw=b"", moments=StageTimestamps(claimed_s=0.0), back=Release("k")
+    )
     again.error = ErrorInfo(code=ErrorCode.SOURCE_UNAVAILABLE, message="m")
-    ended = Job(id="l", key=Lane.BULK.queue, attempt=1, raw=b"", moments=Moments(claimed_s=0.0), back=Release("l"))
+    ended = Job(
+        id="l", key=Lane.BULK.queue, attempt=1, raw=b"", moments=StageTimestamps(claimed_s=0.0), back=Release("l")
+    )
     metrics.given_back([again, ended])
     metrics.renewed(5)
     metrics.reaped(2)
     metrics.batch("full", 8)
-    metrics.load(Load(seconds=30.0, pictures=1, batches=1, idle=0.25, device=0.5, fetch=0.1, decode=0.2))
+    metrics.load(LoadReport(seconds=30.0, pictures=1, batches=1, idle=0.25, device=0.5, fetch=0.1, decode=0.2))
     metrics.queues(look(waiting=4, oldest_age_s=3.0), {Lane.INTERACTIVE: 0.0, Lane.BULK: 8.0})
-    metrics.card(lambda: CardState(used_bytes=1, total_bytes=4, utilisation=None))
+    metrics.card(lambda: GpuState(used_bytes=1, total_bytes=4, utilisation=None))
     metrics.model(ModelInfo(id='a "model"', revision="r", dtype="float16", device="NVIDIA X"))
     metrics.loader_restarts(lambda: 3)
     metrics.state(is_ready=lambda: True, age_s=lambda: 1.5)
@@ -159,7 +165,7 @@ def test_counting_costs_a_job_little() -> None:
 
 def test_a_value_on_a_bound_belongs_below_it() -> None:
     """As Prometheus' `le` says; NaN is nothing, what is beyond all bounds is in +Inf alone."""
-    histograms = Histograms("h_seconds", "t", label="x", values=("a", "b"), buckets=(1.0, 2.5))
+    histograms = BatchHistogram("h_seconds", "t", label="x", values=("a", "b"), buckets=(1.0, 2.5))
     histograms.observe(np.array([0, 0, 1, 1]), np.array([1.0, 9.0, np.nan, 2.0]))
     registry = CollectorRegistry()
     registry.register(histograms)
@@ -180,9 +186,9 @@ def test_a_value_on_a_bound_belongs_below_it() -> None:
 
 def look(
     *, at_s: float = 1000.0, waiting: int, urgent: int = 0, answered: int = 0, oldest_age_s: float | None = None
-) -> Look:
+) -> QueueSnapshot:
     """The lanes at one moment."""
-    return Look(
+    return QueueSnapshot(
         at_ms=at_s * 1000,
         waiting={Lane.INTERACTIVE: urgent, Lane.BULK: waiting},
         claimed=dict.fromkeys(Lane, 0),
@@ -196,7 +202,7 @@ def look(
 
 def test_the_backlog_is_what_waits_over_the_pace_of_all() -> None:
     """Ten a second while work waits: 100 in bulk wait for the 20 before them too."""
-    pace = Pace()
+    pace = BacklogEstimator()
     pace.backlog_s(look(at_s=1000, waiting=300, answered=0))
     found = pace.backlog_s(look(at_s=1010, waiting=100, urgent=20, answered=100))
     assert found == pytest.approx({Lane.INTERACTIVE: 2.0, Lane.BULK: 12.0})
@@ -204,7 +210,7 @@ def test_the_backlog_is_what_waits_over_the_pace_of_all() -> None:
 
 def test_without_a_pace_the_backlog_is_as_long_as_it_is_old() -> None:
     """Nobody answers: it grows; and it ends with the backlog."""
-    pace = Pace()
+    pace = BacklogEstimator()
     assert pace.backlog_s(look(at_s=1000, waiting=5))[Lane.BULK] == 0.0
     assert pace.backlog_s(look(at_s=1030, waiting=5))[Lane.BULK] == 30.0
     assert pace.backlog_s(look(at_s=1040, waiting=5, oldest_age_s=200))[Lane.BULK] == 200.0
@@ -214,7 +220,7 @@ def test_without_a_pace_the_backlog_is_as_long_as_it_is_old() -> None:
 
 def test_a_pace_of_idle_workers_is_none() -> None:
     """What was answered while nothing waited says nothing of how fast they could be."""
-    pace = Pace()
+    pace = BacklogEstimator()
     pace.backlog_s(look(at_s=1000, waiting=0, answered=0))
     pace.backlog_s(look(at_s=1030, waiting=0, answered=30))
     assert pace.backlog_s(look(at_s=1035, waiting=100, answered=530))[Lane.BULK] == pytest.approx(1.0)
@@ -251,13 +257,13 @@ def test_a_card_is_looked_at_with_one_start_of_the_library(monkeypatch: pytest.M
     """What it does not tell is None; a card that fails has no state until it answers again."""
     driver = Driver()
     monkeypatch.setattr("shiwu_worker.telemetry.gpu_monitor.pynvml", driver)
-    watch = CardWatch("GPU-1")
+    watch = GpuMonitor("GPU-1")
     assert watch.state() is None
     watch.look()
-    assert watch.state() == CardState(used_bytes=3, total_bytes=8, utilisation=0.4)
+    assert watch.state() == GpuState(used_bytes=3, total_bytes=8, utilisation=0.4)
     driver.fails = {"nvmlDeviceGetUtilizationRates"}
     watch.look()
-    assert watch.state() == CardState(used_bytes=3, total_bytes=8, utilisation=None)
+    assert watch.state() == GpuState(used_bytes=3, total_bytes=8, utilisation=None)
     driver.fails = {"nvmlDeviceGetMemoryInfo"}
     watch.look()
     assert watch.state() is None
@@ -268,7 +274,7 @@ def test_a_machine_without_a_card_is_asked_nothing_twice(monkeypatch: pytest.Mon
     """Neither on a CPU, nor where the driver's library is not there."""
     driver = Driver()
     monkeypatch.setattr("shiwu_worker.telemetry.gpu_monitor.pynvml", driver)
-    CardWatch(None).look()
+    GpuMonitor(None).look()
     assert driver.starts == 0
 
     def absent() -> None:
@@ -276,7 +282,7 @@ def test_a_machine_without_a_card_is_asked_nothing_twice(monkeypatch: pytest.Mon
         raise pynvml.NVMLError_LibraryNotFound
 
     monkeypatch.setattr(driver, "nvmlInit", absent, raising=False)
-    watch = CardWatch("GPU-1")
+    watch = GpuMonitor("GPU-1")
     watch.look()
     watch.look()
     assert (watch.state(), driver.starts) == (None, 1)

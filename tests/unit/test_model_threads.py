@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from shiwu_worker.stages.encode.tuning.thread_policy import (
-    LOOK_S,
     MOST_DIVIDED,
+    POLL_INTERVAL_S,
     QUICK_CORE_S,
     Arrangement,
     ThreadChange,
@@ -83,7 +83,7 @@ def test_threads_follow_cores_that_come_and_go() -> None:
     for cores, threads in ((2, 2), (2, 2), (1, 1), (4, 4)):
         before = policy.arrangement.threads
         machine.cores = cores
-        machine.now_s += LOOK_S - 1
+        machine.now_s += POLL_INTERVAL_S - 1
         assert policy.look().threads == before
         machine.now_s += 1
         assert policy.look().threads == threads
@@ -100,7 +100,7 @@ def test_threads_that_are_said_or_built_in_stay(options: dict[str, object]) -> N
     machine = Machine(4)
     policy = machine.policy(SLOW_S, **options)
     machine.cores = 2
-    machine.now_s += LOOK_S
+    machine.now_s += POLL_INTERVAL_S
     assert policy.look().threads == 4
     machine.is_busy = True
     machine.run(policy, batches=50)
@@ -116,7 +116,7 @@ def test_what_images_really_cost_decides_in_the_end() -> None:
     def cost(core_s: float) -> bool:
         for _ in range(100):
             policy.record(core_s=core_s)
-        machine.now_s += LOOK_S
+        machine.now_s += POLL_INTERVAL_S
         return policy.look().is_divided
 
     assert cost(QUICK_CORE_S * 0.9)

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.launcher.gpus import Card, UnknownCard
-from shiwu_worker.launcher.placement import Place, WrongPlaces, choose_places, make_places, share_out
+from shiwu_worker.launcher.gpus import Gpu, UnknownGpu
+from shiwu_worker.launcher.placement import Placement, PlacementError, make_places, plan_placements, share_out
 
 HOST = socket.gethostname()
 NEAR = frozenset({0, 1, 2, 3})
 FAR = frozenset({4, 5, 6, 7})
-GPU0 = Card("gpu0", "GPU-a", 0, "GPU-a", NEAR)
-GPU1 = Card("gpu1", "GPU-b", 1, "GPU-b", FAR)
+GPU0 = Gpu("gpu0", "GPU-a", 0, "GPU-a", NEAR)
+GPU1 = Gpu("gpu1", "GPU-b", 1, "GPU-b", FAR)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def places(*cards: Card, environment: dict[str, str] | None = None, **settings: object) -> list[Place]:
+def places(*cards: Gpu, environment: dict[str, str] | None = None, **settings: object) -> list[Placement]:
     """Places on a machine with eight CPUs."""
     return make_places(
         cards, settings=Settings.model_validate(settings), environment=environment or {}, cpus=NEAR | FAR
@@ -67,7 +67,7 @@ def test_ports_files_and_names_do_not_clash(tmp_path: Path) -> None:
 
 def test_the_cpu_is_no_card() -> None:
     """Workers on it see no card at all."""
-    made = places(Card("cpu0", None), Card("cpu1", None))
+    made = places(Gpu("cpu0", None), Gpu("cpu1", None))
     assert [place.node for place in made] == [f"shiwu@{HOST}-cpu0", f"shiwu@{HOST}-cpu1"]
     assert [place.cpus for place in made] == [NEAR, FAR]
     assert made[0].environment.items() >= {"CUDA_VISIBLE_DEVICES": "", "SHIWU_DEVICE": "cpu"}.items()
@@ -90,13 +90,13 @@ def test_cpus_are_shared_out(near: list[set[int]], expected: list[set[int]]) -> 
 def test_a_device_that_is_set_leaves_nothing_to_find(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuda:1 is one worker; cards beside it are a contradiction, as is a share of no card."""
     monkeypatch.setattr("shiwu_worker.launcher.placement.find_cards", lambda *, visible: [GPU0, GPU1])
-    assert [place.name for place in choose_places(Settings(), asked="all", per_gpu=1)] == ["gpu0", "gpu1"]
+    assert [place.name for place in plan_placements(Settings(), asked="all", per_gpu=1)] == ["gpu0", "gpu1"]
     for device in ("cuda:1", "cpu"):
-        assert choose_places(Settings(device=device), asked="all", per_gpu=1) == []
-    with pytest.raises(WrongPlaces, match="SHIWU_DEVICE=cuda:1"):
-        choose_places(Settings(device="cuda:1"), asked="0", per_gpu=1)
-    with pytest.raises(UnknownCard):
-        choose_places(Settings(device="cpu"), asked="0", per_gpu=1)
-    with pytest.raises(WrongPlaces, match="--per-gpu"):
-        choose_places(Settings(device="cpu"), asked="all", per_gpu=2)
-    assert len(choose_places(Settings(device="cpu"), asked="cpu:0", per_gpu=2)) == 2
+        assert plan_placements(Settings(device=device), asked="all", per_gpu=1) == []
+    with pytest.raises(PlacementError, match="SHIWU_DEVICE=cuda:1"):
+        plan_placements(Settings(device="cuda:1"), asked="0", per_gpu=1)
+    with pytest.raises(UnknownGpu):
+        plan_placements(Settings(device="cpu"), asked="0", per_gpu=1)
+    with pytest.raises(PlacementError, match="--per-gpu"):
+        plan_placements(Settings(device="cpu"), asked="all", per_gpu=2)
+    assert len(plan_placements(Settings(device="cpu"), asked="cpu:0", per_gpu=2)) == 2

@@ -25,16 +25,16 @@ def test_worker_is_ready_when_it_claims_and_hears(clock: Clock) -> None:
     """Both, in any order; each of them can be lost again."""
     told: list[bool] = []
     readiness = Readiness(on_change=told.append, hearing_limit_s=15.0)
-    readiness.claiming(is_so=True)
+    readiness.claiming(active=True)
     assert (told, readiness.is_deaf()) == ([], True)
-    readiness.hearing(is_so=True)
+    readiness.hearing(active=True)
     assert (told, readiness.is_deaf()) == ([True], False)
-    readiness.hearing(is_so=False)
+    readiness.hearing(active=False)
     assert told == [True, False]
-    readiness.hearing(is_so=True)
-    readiness.claiming(is_so=False)
+    readiness.hearing(active=True)
+    readiness.claiming(active=False)
     assert (told, readiness.is_deaf()) == ([True, False, True, False], False)
-    readiness.claiming(is_so=True)
+    readiness.claiming(active=True)
     assert told[-1]
 
 
@@ -42,11 +42,11 @@ def test_worker_that_never_hears_is_ready_in_the_end(clock: Clock) -> None:
     """The limit runs while it claims: a Redis that was away for long gives Celery's half its time again."""
     told: list[bool] = []
     readiness = Readiness(on_change=told.append, hearing_limit_s=15.0)
-    readiness.claiming(is_so=True)
+    readiness.claiming(active=True)
     clock.now_s += 14
-    readiness.claiming(is_so=False)
+    readiness.claiming(active=False)
     clock.now_s += 100
-    readiness.claiming(is_so=True)
+    readiness.claiming(active=True)
     clock.now_s += 14
     readiness.look()
     assert told == []
@@ -62,7 +62,7 @@ def test_worker_without_revokes_is_ready_when_it_claims() -> None:
     """Where the operator does not listen to them, there is nothing to wait for."""
     told: list[bool] = []
     readiness = Readiness(on_change=told.append, hearing_limit_s=0.0)
-    readiness.claiming(is_so=True)
+    readiness.claiming(active=True)
     assert told == [True]
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from shiwu_worker.commands.s3_check import check_s3
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.stages.fetch.s3.base import NoCredentials, S3Client, StoreAway, StoreRefused
+from shiwu_worker.stages.fetch.s3.base import NoCredentials, S3Client, StoreRefused, StoreUnavailable
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.servers import S3Server
 from tests.support.stores import CLIENTS, OWN_NAMES, SECRET
@@ -70,7 +70,7 @@ def test_the_check_tries_the_credentials(real: S3Server, client: S3Client, monke
                 with pytest.raises(StoreRefused, match=r"SignatureDoesNotMatch|InvalidAccessKeyId"):
                     check_s3(Settings())
     monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", "http://127.0.0.1:1")
-    with pytest.raises(StoreAway):
+    with pytest.raises(StoreUnavailable):
         check_s3(Settings())
 
 

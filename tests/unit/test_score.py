@@ -15,7 +15,7 @@ from shiwu.contract import Head, Lane, ModelInfo, parse_request
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.label_vectors import EncodedLabels, TextVectors
-from shiwu_worker.jobs.timestamps import Moments
+from shiwu_worker.jobs.timestamps import StageTimestamps
 from shiwu_worker.stages.score.scorer import Scorer, score, top_tags
 
 MODEL = ModelInfo(id="m", revision="r", dtype="float32", device="cpu")
@@ -111,7 +111,7 @@ def make_job(number: int, labels: EncodedLabels, **fields: Any) -> Job:
         key=Lane.BULK.queue,
         attempt=1,
         raw=b"",
-        moments=Moments(claimed_s=0.0),
+        moments=StageTimestamps(claimed_s=0.0),
         request=parse_request({"image": "s3://b/k.jpg", **fields}),
         label_set=labels.label_set,
         labels=labels,

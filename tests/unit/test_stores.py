@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import Rejected, Unavailable
-from shiwu_worker.policy.access_rules import Reach, allows_bucket
+from shiwu_worker.policy.access_rules import AccessRules, allows_bucket
 from shiwu_worker.stages.fetch.s3.base import (
     STORES_KEPT,
     NoCredentials,
@@ -28,8 +28,8 @@ from shiwu_worker.stages.fetch.s3.base import (
     S3Client,
     S3Limits,
     S3Options,
-    StoreAway,
     StoreError,
+    StoreUnavailable,
     WrongName,
     is_at,
 )
@@ -243,7 +243,7 @@ def test_another_protocol_is_no_object(client: S3Client) -> None:
 @pytest.mark.parametrize("head", [b"206 Partial\r\nContent-Range: bytes 0-2/9", b"206 Partial", b"204 No Content"])
 def test_a_part_of_an_object_is_not_taken_for_it(head: bytes) -> None:
     """By boto3; obstore does not tell the status."""
-    with RawServer(says(OBJECT.replace(b"200 OK", head))) as server, pytest.raises(StoreAway):
+    with RawServer(says(OBJECT.replace(b"200 OK", head))) as server, pytest.raises(StoreUnavailable):
         read(make_store("boto3", f"http://127.0.0.1:{server.port}"), "a")
 
 
@@ -252,7 +252,7 @@ def test_headers_that_cannot_be_read_are_half_a_reply(client: S3Client) -> None:
     """A date or a length that is none."""
     for header in (b"Last-Modified: yesterday", b"Content-Length: some"):
         reply = OBJECT.replace(b"Content-Length: 3", header)
-        with RawServer(says(reply)) as server, pytest.raises(StoreAway):
+        with RawServer(says(reply)) as server, pytest.raises(StoreUnavailable):
             read(make_store(client, f"http://127.0.0.1:{server.port}"), "a")
 
 
@@ -267,9 +267,9 @@ def test_a_bucket_that_chooses_an_endpoint_is_refused(
     """Unless the operator allows names with that ending; then no request leaves the endpoint all the same."""
     refused = failure(make_fetcher(client, http_server.url("")), f"s3://{bucket}/k")
     assert (type(refused), refused.code.value) == (Rejected, "source_forbidden")
-    named = Reach(allow_buckets=("x*",))
+    named = AccessRules(allow_buckets=("x*",))
     assert not allows_bucket(named, bucket)
-    assert allows_bucket(Reach(allow_buckets=(f"*--{bucket.rpartition('--')[2]}",)), bucket)
+    assert allows_bucket(AccessRules(allow_buckets=(f"*--{bucket.rpartition('--')[2]}",)), bucket)
     assert not http_server.hits
 
 
@@ -489,7 +489,7 @@ def test_the_bundle_of_authorities_is_the_aws_sdks(
     with PictureServer(tls=certificate.server_context()) as server:
         server.serve("/pictures/a", PLAIN)
         url = f"https://localhost:{server.port}"
-        with pytest.raises(StoreAway):
+        with pytest.raises(StoreUnavailable):
             read(make_store(client, url), "a")
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate.path))
         assert read(make_store(client, url), "a") == BODY

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiwu_worker.jobs.timestamps import Moments
-from shiwu_worker.runtime.progress import Load, Meter
+from shiwu_worker.jobs.timestamps import StageTimestamps
+from shiwu_worker.runtime.progress import LoadMeter, LoadReport
 
 NAMES = ["fetch_from_s", "decode_from_s", "batch_from_s", "encode_from_s", "score_from_s"]
 
@@ -17,7 +17,7 @@ NAMES = ["fetch_from_s", "decode_from_s", "batch_from_s", "encode_from_s", "scor
 )
 def test_the_parts_add_up_to_the_total(steps: list[float], reached: int, queue_ms: float | None) -> None:
     """A job that ended in any stage: the parts are not negative, the sum is the total, later stages took nothing."""
-    moments = Moments(claimed_s=1000.0, queue_ms=queue_ms)
+    moments = StageTimestamps(claimed_s=1000.0, queue_ms=queue_ms)
     now_s = 1000.0
     for name, step in zip(NAMES[:reached], steps, strict=False):
         now_s += step
@@ -43,13 +43,13 @@ def test_the_parts_add_up_to_the_total(steps: list[float], reached: int, queue_m
 )
 def test_a_load_says_what_limits(idle: float, device: float, fetch: float, decode: float, limit: str) -> None:
     """The one whose time is used up."""
-    load = Load(seconds=30, pictures=9, batches=3, idle=idle, device=device, fetch=fetch, decode=decode)
+    load = LoadReport(seconds=30, pictures=9, batches=3, idle=idle, device=device, fetch=fetch, decode=decode)
     assert load.limit == limit
 
 
 def test_the_meter_starts_anew_with_each_read() -> None:
     """Shares are of the time since the last read, and never above one."""
-    meter = Meter(loader_threads=2)
+    meter = LoadMeter(loader_threads=2)
     meter.encoded(pictures=3, seconds=100.0)
     meter.loaded(fetch_s=50.0, decode_s=0.0)
     first, second = meter.read(), meter.read()

@@ -20,13 +20,13 @@ from opentelemetry.trace import SpanKind, StatusCode
 from pydantic import ValidationError
 from structlog.testing import capture_logs
 
-from shiwu.broker.answers import Entry
+from shiwu.broker.answers import AnswerEntry
 from shiwu.broker.message_writer import build_message
 from shiwu.contract import Answer, ErrorCode, ErrorInfo, ImageInfo, Lane, ModelInfo, Request, Stage, Status, Timing
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.jobs.job import Job
-from shiwu_worker.jobs.outcome import Settled
-from shiwu_worker.jobs.timestamps import Moments
+from shiwu_worker.jobs.outcome import CommittedJob
+from shiwu_worker.jobs.timestamps import StageTimestamps
 from shiwu_worker.telemetry.tracing import Traces, make_provider
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -58,20 +58,20 @@ def job_of(name: str, *, trace: str | None = None, **fields: Any) -> Job:
     """A job as its answer finds it."""
     headers = None if trace is None else {"traceparent": trace}
     raw = build_message(Request(image="s3://b/k"), job_id=name, lane=Lane.BULK, trace=headers)
-    moments = Moments(claimed_s=time.monotonic() - 0.5)
+    moments = StageTimestamps(claimed_s=time.monotonic() - 0.5)
     return Job(id=name, key=Lane.BULK.queue, attempt=1, raw=raw, moments=moments, **fields)
 
 
-def settled(job: Job, *, code: ErrorCode | None = None, is_first: bool = True, **fields: Any) -> Settled:
+def settled(job: Job, *, code: ErrorCode | None = None, is_first: bool = True, **fields: Any) -> CommittedJob:
     """The same, answered."""
     error = None if code is None else ErrorInfo(code=code, message="expected a picture", stage=Stage.DECODE)
     status = Status.TAGGED if code is None else Status.REJECTED
     image = ImageInfo(reference="https://host/a.jpg")
     told = {"id": job.id, "status": status, "timing": TIMES, "error": error, "image": image, "model": MODEL} | fields
-    return Settled(job, Entry(answer=Answer(**told), id=job.id), 0.002, is_first)
+    return CommittedJob(job, AnswerEntry(answer=Answer(**told), id=job.id), 0.002, is_first)
 
 
-def made(exporter: InMemorySpanExporter, *lists: list[Settled]) -> dict[str, ReadableSpan]:
+def made(exporter: InMemorySpanExporter, *lists: list[CommittedJob]) -> dict[str, ReadableSpan]:
     """The spans of these answers by job id, or by the batch's reason."""
     traces = traces_of(exporter)
     traces.start()

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from shiwu.contract import ErrorCode, Lane
-from shiwu_worker.errors import ExitCode, FatalError, NonFiniteError, Trouble, WrongVectors
+from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, NonFiniteError, WrongVectors
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.label_vectors import EncodedLabels, TextVectors
-from shiwu_worker.jobs.timestamps import Moments
-from shiwu_worker.pipeline.batch_executor import Triage
+from shiwu_worker.jobs.timestamps import StageTimestamps
+from shiwu_worker.pipeline.batch_executor import BatchExecutor
 from tests.unit.test_encode import make_encoder, make_model, noise, saved
 
 Pixels = NDArray[np.uint8]
@@ -30,7 +30,7 @@ class Device:
     def __init__(self, count: int) -> None:
         self.pixels: Pixels = np.arange(count, dtype=np.uint8).reshape(count, 1)
         self.jobs = [
-            Job(id=f"j{n}", key=Lane.BULK.queue, attempt=1, raw=b"", moments=Moments(claimed_s=0.0), slot=n)
+            Job(id=f"j{n}", key=Lane.BULK.queue, attempt=1, raw=b"", moments=StageTimestamps(claimed_s=0.0), slot=n)
             for n in range(count)
         ]
         self.room = count
@@ -84,11 +84,11 @@ class Device:
             raise NonFiniteError("NaN in the words", (7,))
         return EncodedLabels(label_set, TextVectors(np.ones((len(label_set.words), 1), np.float32)))
 
-    def trouble(self, error: BaseException) -> Trouble:
+    def trouble(self, error: BaseException) -> DeviceErrorKind:
         """As the encoder judges."""
         if isinstance(error, torch.OutOfMemoryError):
-            return Trouble.OUT_OF_MEMORY
-        return Trouble.LOST if "CUDA error" in str(error) else Trouble.OTHER
+            return DeviceErrorKind.OUT_OF_MEMORY
+        return DeviceErrorKind.LOST if "CUDA error" in str(error) else DeviceErrorKind.OTHER
 
     def learn(self, flight: Any, *, host_s: float) -> None:
         """A batch went well."""
@@ -97,7 +97,7 @@ class Device:
 
     def run(self) -> None:
         """One batch of all."""
-        triage = Triage(
+        triage = BatchExecutor(
             encode_labels=self.encode_labels,
             pixels=self.pixels,
             launch=self.launch,
@@ -202,10 +202,10 @@ def test_words_that_fail_end_their_own_jobs_only() -> None:
 def test_errors_of_the_device_are_judged(tmp_path: Path) -> None:
     """Out of memory, a lost context, and everything else."""
     encoder = make_encoder(saved(make_model("clip"), tmp_path))
-    assert encoder.trouble(torch.OutOfMemoryError("CUDA out of memory")) is Trouble.OUT_OF_MEMORY
-    assert encoder.trouble(RuntimeError("[enforce fail] not enough memory: you tried")) is Trouble.OUT_OF_MEMORY
-    assert encoder.trouble(RuntimeError("CUDA error: an illegal memory access")) is Trouble.LOST
-    assert encoder.trouble(ValueError("shape")) is Trouble.OTHER
+    assert encoder.trouble(torch.OutOfMemoryError("CUDA out of memory")) is DeviceErrorKind.OUT_OF_MEMORY
+    assert encoder.trouble(RuntimeError("[enforce fail] not enough memory: you tried")) is DeviceErrorKind.OUT_OF_MEMORY
+    assert encoder.trouble(RuntimeError("CUDA error: an illegal memory access")) is DeviceErrorKind.LOST
+    assert encoder.trouble(ValueError("shape")) is DeviceErrorKind.OTHER
 
 
 def test_the_exact_path_is_the_checkpoint_in_fp32(tmp_path: Path) -> None:

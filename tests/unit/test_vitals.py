@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from shiwu_worker.health import monitor as room
-from shiwu_worker.health.monitor import Body, Vitals
+from shiwu_worker.health.monitor import HealthMonitor, LivenessSources
 from shiwu_worker.runtime.progress import Progress
 from tests.support.waiting import wait_until
 
@@ -44,15 +44,15 @@ class Worker:
 
     def __init__(self) -> None:
         self.progress = Progress()
-        self.vitals = Vitals(self.progress, redis_timeout_s=5.0)
+        self.vitals = HealthMonitor(self.progress, redis_timeout_s=5.0)
         self.held = 0
         self.encode_age_s = 0.0
         self.loaders = [os.getpid()]
 
-    def start(self, *, threads: tuple[str, ...] = ("MainThread",)) -> Vitals:
+    def start(self, *, threads: tuple[str, ...] = ("MainThread",)) -> HealthMonitor:
         """It runs and claims."""
         self.vitals.started(
-            Body(
+            LivenessSources(
                 threads=threads,
                 held=lambda: self.held,
                 encode_age_s=lambda: self.encode_age_s,
@@ -60,7 +60,7 @@ class Worker:
                 stuck_s=lambda: STUCK_S,
             )
         )
-        self.vitals.claiming(is_so=True)
+        self.vitals.claiming(active=True)
         return self.vitals
 
 
@@ -78,7 +78,7 @@ def test_stillness_counts_only_with_work(clock: Clock) -> None:
     worker = Worker()
     vitals = worker.start()
     clock.now_s += STUCK_S + 1
-    vitals.redis(is_there=True)
+    vitals.redis(available=True)
     assert (vitals.not_live(), vitals.stillness_s()) == ([], 0.0)
     worker.held = 3
     assert vitals.not_live() == ["nothing was claimed, encoded or answered for 91 s with 3 jobs held and 0 waiting"]
@@ -95,7 +95,7 @@ def test_redis_away_is_unready_at_once_and_not_alive_with_a_backlog(clock: Clock
     """The pipeline counts waiting for Redis as progress; the probes do not where work was known to wait."""
     worker = Worker()
     vitals = worker.start()
-    vitals.redis(is_there=False)
+    vitals.redis(available=False)
     assert vitals.not_ready() == ["Redis has not answered for 0 s"]
     clock.now_s += STUCK_S + 1
     worker.progress.mark()
@@ -103,7 +103,7 @@ def test_redis_away_is_unready_at_once_and_not_alive_with_a_backlog(clock: Clock
     vitals.waiting(2)
     assert vitals.not_live() == ["Redis has not answered for 91 s with 0 jobs held and 2 waiting"]
     assert vitals.stillness_s() == STUCK_S + 1
-    vitals.redis(is_there=True)
+    vitals.redis(available=True)
     assert (vitals.not_live(), vitals.not_ready()) == ([], [])
 
 
@@ -156,7 +156,7 @@ def test_loaders_that_are_stopped_or_dead_do_not_run(
     end(child)
     wait_until(lambda: not room._runs(child.pid), timeout_s=5, what="the end of the child")
     clock.now_s += room.LOADERS_GONE_S
-    vitals.redis(is_there=True)
+    vitals.redis(available=True)
     assert vitals.not_live() == []
     clock.now_s += 1
     assert vitals.not_live() == ["no loader process has run for 6 s"]
@@ -167,9 +167,9 @@ def test_loaders_that_are_stopped_or_dead_do_not_run(
 def test_claims_that_fail_and_a_wrong_canary_are_not_ready_but_live() -> None:
     """What a restart need not cure."""
     vitals = Worker().start()
-    vitals.claiming(is_so=False)
+    vitals.claiming(active=False)
     assert vitals.not_ready() == ["no claim has succeeded yet, or the last one failed"]
-    vitals.claiming(is_so=True)
+    vitals.claiming(active=True)
     vitals.canary("expected a vector of length 1, got nan")
     assert vitals.not_ready() == ["the known picture got a wrong answer: expected a vector of length 1, got nan"]
     assert vitals.not_live() == []

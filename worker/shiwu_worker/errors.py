@@ -77,7 +77,7 @@ class NonFiniteError(WrongVectors):
     """The model gave NaN or infinity."""
 
 
-class Trouble(Enum):
+class DeviceErrorKind(Enum):
     """What an error of the device means for the batch that met it."""
 
     OUT_OF_MEMORY = "out_of_memory"  # a smaller batch may fit

@@ -17,9 +17,9 @@ from pydantic_core import to_json
 
 from shiwu.broker.connection import call_held
 from shiwu.broker.redis_errors import NotReplicated
-from shiwu.broker.retention import USUAL, Keep, always
+from shiwu.broker.retention import USUAL, Retention, always
 from shiwu.contract import (
-    ASIDE,
+    ANSWERED_CHANNEL,
     ATTEMPTS,
     CANVAS,
     CANVAS_DUE,
@@ -30,10 +30,10 @@ from shiwu.contract import (
     DEAD_MESSAGES,
     DEADLINES,
     DELAYED,
-    ENDED,
+    DELAYED_MESSAGES,
     HISTORY,
     LEASES,
-    PARKED,
+    PENDING_CALLBACK_ANSWER,
     RESULT_STREAM,
     Answer,
     ErrorCode,
@@ -53,12 +53,12 @@ CANVAS_PATIENCE_S: Final = 30.0
 _KINDS: Final[dict[str, str]] = {Status.TAGGED: "S", Status.EXPIRED: "R", Status.CANCELLED: "R"}
 _KEYS: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, RESULT_STREAM, DEAD, DEAD_ANSWERS, DEAD_MESSAGES, COUNTERS),
-    *(DEADLINES, CANVAS, CANVAS_DUE, DELAYED, PARKED),
+    *(DEADLINES, CANVAS, CANVAS_DUE, DELAYED, DELAYED_MESSAGES),
 )
 _NO_ID: Final = "\0"
 
 
-class Entry(msgspec.Struct, frozen=True):
+class AnswerEntry(msgspec.Struct, frozen=True):
     """One answer on its way to Redis."""
 
     answer: Answer
@@ -91,7 +91,7 @@ class Entry(msgspec.Struct, frozen=True):
         return kind + "A" if self.is_aside else kind
 
 
-class Ledger:
+class AnswerStore:
     """Writes answers. Thread-safe; raises redis.RedisError, after which the same answers may be written again.
 
     Args:
@@ -106,7 +106,7 @@ class Ledger:
         client: redis.Redis,
         *,
         token: str,
-        keep: Keep | Callable[[], Keep] = USUAL,
+        keep: Retention | Callable[[], Retention] = USUAL,
         canvas_patience_s: float = CANVAS_PATIENCE_S,
         replicas: int = 0,
         replicas_timeout_s: float = 1.0,
@@ -117,9 +117,16 @@ class Ledger:
         self._replicas_timeout_s = replicas_timeout_s
         self._script = load_script(client, "commit")
         self._keep = always(keep)
-        self._rest = [done_key(""), result_key(""), ENDED, int(canvas_patience_s * 1000), ASIDE, HISTORY]
+        self._rest = [
+            done_key(""),
+            result_key(""),
+            ANSWERED_CHANNEL,
+            int(canvas_patience_s * 1000),
+            PENDING_CALLBACK_ANSWER,
+            HISTORY,
+        ]
 
-    def write(self, entries: Sequence[Entry], *, token: str | None = None) -> set[str]:
+    def write(self, entries: Sequence[AnswerEntry], *, token: str | None = None) -> set[str]:
         """Answer at most MAX_COMMIT jobs; return the ids that somebody had answered before.
 
         Args:
@@ -181,12 +188,12 @@ def exception_form(answer: Answer) -> dict[str, Any]:
     return {"exc_type": "JobFailed", "exc_message": [message], "exc_module": "shiwu.errors"}
 
 
-def cancelled_entry(job_id: str, reason: str, *, now_ms: float) -> Entry:
+def cancelled_entry(job_id: str, reason: str, *, now_ms: float) -> AnswerEntry:
     """The answer of a job that its producer cancels."""
     text = f"cancelled by its producer{': ' if reason else ''}{reason:.200}"
     error = ErrorInfo(code=ErrorCode.CANCELLED, message=text, stage=Stage.CLAIM)
     answer = Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error, answered_at=moment(now_ms))
-    return Entry(id=job_id, answer=answer, is_aside=True)
+    return AnswerEntry(id=job_id, answer=answer, is_aside=True)
 
 
 def answered_before(worker: str, *, now_ms: float) -> bytes:

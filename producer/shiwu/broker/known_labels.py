@@ -30,7 +30,7 @@ class KnownLabels(msgspec.Struct, frozen=True, omit_defaults=True):
     min_cosines: tuple[float, ...] | None = None
 
 
-class LabelNotes:
+class KnownLabelStore:
     """Notes label sets, and finds them again. Thread-safe; raises redis.RedisError."""
 
     def __init__(self, client: redis.Redis) -> None:

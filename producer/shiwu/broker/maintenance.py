@@ -15,9 +15,9 @@ from typing import Any, Final
 import msgspec
 import redis
 
-from shiwu.broker.answers import Entry, Ledger, load_script
+from shiwu.broker.answers import AnswerEntry, AnswerStore, load_script
 from shiwu.broker.message_reader import Envelope, read_message
-from shiwu.broker.retention import USUAL, Keep, always
+from shiwu.broker.retention import USUAL, Retention, always
 from shiwu.contract import (
     ATTEMPTS,
     CLAIMS,
@@ -27,12 +27,12 @@ from shiwu.contract import (
     DEAD_MESSAGES,
     DEADLINES,
     DELAYED,
+    DELAYED_MESSAGES,
     HISTORY,
     LEASES,
-    PARKED,
+    QUARANTINE,
     RESULT_STREAM,
     REVOKED,
-    SUSPECTS,
     WORKERS,
     Answer,
     ErrorCode,
@@ -48,7 +48,7 @@ from shiwu.contract import (
     without_query,
 )
 
-SUSPECT_FROM: Final = 2
+QUARANTINE_AFTER_DEATHS: Final = 2
 """Attempts that ended with their worker before a job is worked on alone."""
 MAX_LEASE_S: Final = 600.0
 """No lease reaches further into the future, not even after the server's clock was set back."""
@@ -56,19 +56,19 @@ TRIMMED_AT_ONCE: Final = 5000
 TAKEN_FOR_S: Final = 15.0
 HISTORY_TTL_S: Final = 7 * 86_400
 """How long the earlier tries of a job that came back are kept for its next claim."""
-PORTION: Final = 500
+CHUNK_SIZE: Final = 500
 LOOKED_AT: Final = 20_000
 """Messages of each lane key that one sweep looks at for their `expires`."""
 _LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
 _TENDED: Final = (
-    *(CLAIMS, LEASES, ATTEMPTS, DELAYED, PARKED, COUNTERS, WORKERS, SUSPECTS, DEADLINES),
+    *(CLAIMS, LEASES, ATTEMPTS, DELAYED, DELAYED_MESSAGES, COUNTERS, WORKERS, QUARANTINE, DEADLINES),
     *(DEAD, DEAD_ANSWERS, DEAD_MESSAGES, RESULT_STREAM, REVOKED),
     *_LANE_KEYS,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Tended:
+class MaintenanceReport:
     """What one round did and saw."""
 
     reaped: int = 0
@@ -85,7 +85,7 @@ class Tended:
 
 
 @dataclass(frozen=True, slots=True)
-class Swept:
+class SweepReport:
     """What a sweep did."""
 
     reaped: int
@@ -104,7 +104,7 @@ class Swept:
         return bool(self.reaped or self.promoted or self.out_of_time or self.expired or self.results_dropped)
 
 
-class Upkeep:
+class Maintenance:
     """One who tends. Thread-safe; raises redis.RedisError.
 
     Args:
@@ -115,11 +115,11 @@ class Upkeep:
     def __init__(
         self,
         client: redis.Redis,
-        ledger: Ledger,
+        ledger: AnswerStore,
         *,
         name: str = "",
         token: str = "",
-        keep: Keep | Callable[[], Keep] = USUAL,
+        keep: Retention | Callable[[], Retention] = USUAL,
     ) -> None:
         self._client = client
         self._ledger = ledger
@@ -132,14 +132,20 @@ class Upkeep:
         self._kept: dict[str, int] = {}
         """Lane key → messages at its head that the last sweep looked at and left."""
 
-    def tend(self, *, most: int = 500, count_waiting: bool = False) -> Tended:
+    def tend(self, *, most: int = 500, count_waiting: bool = False) -> MaintenanceReport:
         """One portion of everything that is due."""
-        limits = (SUSPECT_FROM, int(MAX_LEASE_S * 1000), self._keep().dead_age_s * 1000, HISTORY, HISTORY_TTL_S)
+        limits = (
+            QUARANTINE_AFTER_DEATHS,
+            int(MAX_LEASE_S * 1000),
+            self._keep().dead_age_s * 1000,
+            HISTORY,
+            HISTORY_TTL_S,
+        )
         reply: Any = self._tend(keys=_TENDED, args=[self._name, most, int(count_waiting), *limits])
         reaped, promoted, suspects, waiting, stream_length, late, now_ms = reply
         if late:
             self._end_late(late, now_ms=now_ms)
-        return Tended(
+        return MaintenanceReport(
             reaped=reaped,
             promoted=promoted,
             suspects=suspects,
@@ -155,17 +161,17 @@ class Upkeep:
         if strange := [member for member, job_id in ids.items() if not job_id]:
             self._client.zrem(DEADLINES, *strange)  # by another hand; it would come back each second
 
-    def sweep(self, *, zone: tzinfo = UTC) -> Swept:
+    def sweep(self, *, zone: tzinfo = UTC) -> SweepReport:
         """A whole round: everything that is due, portion by portion, and the waiting messages that have expired.
 
         Args:
             zone: time zone of an `expires` that names none.
         """
-        rounds = [self.tend(most=PORTION)]
-        while max(rounds[-1].reaped, rounds[-1].promoted, rounds[-1].out_of_time) == PORTION:
-            rounds.append(self.tend(most=PORTION))
-        expired, unseen = self._expire_waiting(portion=PORTION, most=LOOKED_AT, zone=zone)
-        return Swept(
+        rounds = [self.tend(most=CHUNK_SIZE)]
+        while max(rounds[-1].reaped, rounds[-1].promoted, rounds[-1].out_of_time) == CHUNK_SIZE:
+            rounds.append(self.tend(most=CHUNK_SIZE))
+        expired, unseen = self._expire_waiting(portion=CHUNK_SIZE, most=LOOKED_AT, zone=zone)
+        return SweepReport(
             reaped=sum(one.reaped for one in rounds),
             promoted=sum(one.promoted for one in rounds),
             out_of_time=sum(one.out_of_time for one in rounds),
@@ -179,11 +185,11 @@ class Upkeep:
         reply: Any = self._trim(keys=[RESULT_STREAM, COUNTERS], args=[self._keep().stream_length, TRIMMED_AT_ONCE])
         return {reply[i].decode(errors="replace"): reply[i + 1] for i in range(1, len(reply), 2)}
 
-    def trim_if_long(self, seen: Tended) -> dict[str, int]:
+    def trim_if_long(self, seen: MaintenanceReport) -> dict[str, int]:
         """The same where the last round found the stream too long; costs nothing otherwise."""
         return self.trim() if seen.stream_length > self._keep().stream_length else {}
 
-    def expire_waiting(self, *, portion: int = PORTION, most: int = LOOKED_AT, zone: tzinfo = UTC) -> int:
+    def expire_waiting(self, *, portion: int = CHUNK_SIZE, most: int = LOOKED_AT, zone: tzinfo = UTC) -> int:
         """Answer waiting messages whose `expires` has passed; return how many.
 
         A worker does this at its claims; here it is done for those who wait while there is none. It looks at `most`
@@ -246,20 +252,20 @@ def _valid_id(member: bytes) -> str:
     return ""
 
 
-def _out_of_time(job_id: str, text: str, *, now_ms: float) -> Entry:
+def _out_of_time(job_id: str, text: str, *, now_ms: float) -> AnswerEntry:
     error = ErrorInfo(code=ErrorCode.EXPIRED, message=text, stage=Stage.CLAIM)
     answer = Answer(id=job_id, status=Status.EXPIRED, attempts=0, error=error, answered_at=moment(now_ms))
-    return Entry(id=job_id, answer=answer, is_aside=True)
+    return AnswerEntry(id=job_id, answer=answer, is_aside=True)
 
 
-def _expired(envelope: Envelope, key: str, raw: bytes, *, now_ms: float) -> Entry:
+def _expired(envelope: Envelope, key: str, raw: bytes, *, now_ms: float) -> AnswerEntry:
     text = "the deadline passed while the job waited and no worker ran"
     answer = _out_of_time(envelope.id, text, now_ms=now_ms).answer
     with contextlib.suppress(RequestError):
         request = parse_request(envelope.fields)
         image = ImageInfo(reference=without_query(request.image))
         answer = msgspec.structs.replace(answer, image=image, metadata=request.metadata)
-    return Entry(
+    return AnswerEntry(
         id=envelope.id,
         answer=answer,
         ignore_result=envelope.ignore_result,

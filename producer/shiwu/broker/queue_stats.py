@@ -11,7 +11,7 @@ import msgspec
 import redis
 
 from shiwu.broker.message_reader import read_message
-from shiwu.contract import CLAIMS, COUNTERS, DEAD, DELAYED, LOOK, SUSPECTS, WORKERS, Lane, RequestError
+from shiwu.contract import CLAIMS, COUNTERS, DEAD, DELAYED, QUARANTINE, QUEUE_SNAPSHOT, WORKERS, Lane, RequestError
 
 ALIVE_MS: Final = 10_000
 
@@ -46,7 +46,7 @@ def read_state(client: redis.Redis) -> QueueState:
     with client.pipeline(transaction=False) as pipe:
         pipe.zrangebyscore(WORKERS, now_ms - ALIVE_MS, "+inf")
         pipe.zcard(DELAYED)
-        pipe.llen(SUSPECTS)
+        pipe.llen(QUARANTINE)
         pipe.zcard(DEAD)
         pipe.hgetall(COUNTERS)
         alive, delayed, suspects, dead, counters = pipe.execute()
@@ -72,7 +72,7 @@ def count_waiting(client: redis.Redis, lanes: Sequence[Lane]) -> dict[Lane, int]
     return {lane: sum(lengths[i * 4 : i * 4 + 4]) for i, lane in enumerate(lanes)}
 
 
-class Look(msgspec.Struct, frozen=True):
+class QueueSnapshot(msgspec.Struct, frozen=True):
     """The queues at one moment, as all workers share it so that only one of them has to look.
 
     Lanes are written by name; times are of Redis' clock.
@@ -90,11 +90,11 @@ class Look(msgspec.Struct, frozen=True):
     """Answers since the database is in use."""
 
 
-def look(client: redis.Redis, *, max_age_s: float) -> Look:
+def shared_snapshot(client: redis.Redis, *, max_age_s: float) -> QueueSnapshot:
     """What waits and is worked on, not older than `max_age_s`; of many who ask in this time one counts for all."""
     seconds, micros = client.time()
     now_ms = seconds * 1000 + micros / 1000
-    kept: Any = client.get(LOOK)
+    kept: Any = client.get(QUEUE_SNAPSHOT)
     if kept is not None:
         with contextlib.suppress(msgspec.MsgspecError):
             known = _LOOK.decode(kept)
@@ -102,7 +102,7 @@ def look(client: redis.Redis, *, max_age_s: float) -> Look:
                 return known
     # Whoever asks beside us while we count gets what was known before, or counts too.
     state = read_state(client)
-    seen = Look(
+    seen = QueueSnapshot(
         at_ms=now_ms,
         waiting=state.waiting,
         claimed=state.claimed,
@@ -112,7 +112,7 @@ def look(client: redis.Redis, *, max_age_s: float) -> Look:
         dead=state.dead,
         answered=state.counters.get("answered", 0),
     )
-    client.set(LOOK, msgspec.json.encode(seen), px=max(1, int(max_age_s * 1000)))
+    client.set(QUEUE_SNAPSHOT, msgspec.json.encode(seen), px=max(1, int(max_age_s * 1000)))
     return seen
 
 
@@ -134,4 +134,4 @@ def _oldest(client: redis.Redis) -> dict[Lane, float]:
     return oldest
 
 
-_LOOK: Final[msgspec.json.Decoder[Look]] = msgspec.json.Decoder(Look)
+_LOOK: Final[msgspec.json.Decoder[QueueSnapshot]] = msgspec.json.Decoder(QueueSnapshot)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import redis
 
-from shiwu.contract import LIMITS
+from shiwu.contract import RETENTION
 
 RESULT_TTL_S: Final = 86_400
 DONE_TTL_S: Final = 2 * 86_400
@@ -26,7 +26,7 @@ _ALL: Final = 10**12
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
+class Retention:
     """Times in seconds; lengths in entries."""
 
     result_ttl_s: int = RESULT_TTL_S
@@ -38,20 +38,20 @@ class Keep:
     stream_length: int = STREAM_LENGTH
 
 
-USUAL: Final = Keep()
-UNKNOWN: Final = Keep(dead_length=_ALL, dead_age_s=_ALL // 100, stream_length=_ALL)
+USUAL: Final = Retention()
+UNKNOWN: Final = Retention(dead_length=_ALL, dead_age_s=_ALL // 100, stream_length=_ALL)
 """Where no worker has left its limits: the usual times, and nothing is thrown away."""
 
 
-def always(keep: Keep | Callable[[], Keep]) -> Callable[[], Keep]:
+def always(keep: Retention | Callable[[], Retention]) -> Callable[[], Retention]:
     """Who knows the limits, also where they were given."""
-    if not isinstance(keep, Keep):
+    if not isinstance(keep, Retention):
         return keep
-    known: Keep = keep
+    known: Retention = keep
     return lambda: known
 
 
-class OperatorsKeep:
+class PublishedRetention:
     """What the workers have left in Redis, looked up once a minute. Raises redis.RedisError when Redis is away.
 
     Where it may not be read (an ACL without that key), what is known stays.
@@ -62,7 +62,7 @@ class OperatorsKeep:
         self._known = UNKNOWN
         self._read_s = -READ_EVERY_S
 
-    def __call__(self) -> Keep:
+    def __call__(self) -> Retention:
         """The limits now."""
         if time.monotonic() - self._read_s >= READ_EVERY_S:
             with contextlib.suppress(redis.ResponseError):
@@ -70,27 +70,27 @@ class OperatorsKeep:
             self._read_s = time.monotonic()
         return self._known
 
-    def _read(self) -> Keep:
-        found: Any = self._client.hgetall(LIMITS)
+    def _read(self) -> Retention:
+        found: Any = self._client.hgetall(RETENTION)
         values = {name.decode(errors="replace"): value for name, value in found.items()}
-        known = {one.name: int(values[one.name]) for one in fields(Keep) if values.get(one.name, b"").isdigit()}
-        return Keep(**(asdict(UNKNOWN) | known))
+        known = {one.name: int(values[one.name]) for one in fields(Retention) if values.get(one.name, b"").isdigit()}
+        return Retention(**(asdict(UNKNOWN) | known))
 
 
-class ToldKeep:
+class RetentionPublisher:
     """A worker's own limits, told to all others through Redis once a minute. Raises redis.RedisError if it is away."""
 
-    def __init__(self, client: redis.Redis, keep: Keep) -> None:
+    def __init__(self, client: redis.Redis, keep: Retention) -> None:
         self._client = client
         self._keep = keep
         self._told_s = -READ_EVERY_S
 
-    def __call__(self) -> Keep:
+    def __call__(self) -> Retention:
         """The limits; they are told on the way."""
         if time.monotonic() - self._told_s >= READ_EVERY_S:
             mapping: dict[Any, Any] = asdict(self._keep)
             # A full server refuses this write, and must not thereby end the upkeep that frees memory.
             with contextlib.suppress(redis.ResponseError):
-                self._client.hset(LIMITS, mapping=mapping)
+                self._client.hset(RETENTION, mapping=mapping)
             self._told_s = time.monotonic()
         return self._keep

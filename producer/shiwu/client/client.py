@@ -11,18 +11,18 @@ from itertools import islice
 from typing import Any, Literal, Self
 from uuid import uuid4
 
-from shiwu.broker.answers import Ledger, cancelled_entry
+from shiwu.broker.answers import AnswerStore, cancelled_entry
 from shiwu.broker.connection import connect
-from shiwu.broker.known_labels import KnownLabels, LabelNotes
-from shiwu.broker.maintenance import Swept, Upkeep
+from shiwu.broker.known_labels import KnownLabels, KnownLabelStore
+from shiwu.broker.maintenance import Maintenance, SweepReport
 from shiwu.broker.queue_stats import QueueState, read_state
-from shiwu.broker.retention import OperatorsKeep
+from shiwu.broker.retention import PublishedRetention
 from shiwu.broker.stray_lanes import StrayLanes, find_stray_lanes
 from shiwu.client.arguments import read_id, read_ids, read_seconds, read_text, read_whole, refused
 from shiwu.client.dead_letters import DeadFilter, DeadLetter, DeadLetters
 from shiwu.client.items import check_images, check_shared_fields, read_item, request_id
 from shiwu.client.results import TagResult, read_result
-from shiwu.client.sender import Sender, Terms, read_lane
+from shiwu.client.sender import Sender, SendOptions, read_lane
 from shiwu.client.stream import StreamOptions, follow
 from shiwu.client.stream_items import StreamItem, UnreadableItem, log_unreadable
 from shiwu.client.waiter import as_answered
@@ -77,11 +77,11 @@ class Client:
         self._listener = connect(url, timeout_s=timeout_s, max_connections=max_connections, pool_wait_s=0.0)
         self._sender = Sender(self._redis, max_waiting=max_waiting, timeout_s=timeout_s)
         token = f"client.{secrets.token_hex(4)}"
-        keep = OperatorsKeep(self._redis)
-        self._ledger = Ledger(self._redis, token=token, keep=keep)
+        keep = PublishedRetention(self._redis)
+        self._ledger = AnswerStore(self._redis, token=token, keep=keep)
         self._letters = DeadLetters(self._redis)
-        self._upkeep = Upkeep(self._redis, self._ledger, token=token, keep=keep)
-        self._notes = LabelNotes(self._redis)
+        self._upkeep = Maintenance(self._redis, self._ledger, token=token, keep=keep)
+        self._notes = KnownLabelStore(self._redis)
         self._timeout_s = timeout_s
         self.unreadable_items = 0
         """Entries of the results stream that `results` has skipped because this version cannot read them."""
@@ -144,7 +144,7 @@ class Client:
             "want": want,
             "metadata": metadata,
         }
-        terms = Terms(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
+        terms = SendOptions(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
         return self._send([(fields, id)], terms, make_id=_random_id)[0]
 
     def enqueue_many(
@@ -184,7 +184,9 @@ class Client:
         read_whole("batch_size", batch_size, least=1)
         if id_from is not None and id_from != "reference":
             raise refused("id_from", "'reference' or None", id_from)
-        terms = Terms(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas, max_waiting, wait_s)
+        terms = SendOptions(
+            read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas, max_waiting, wait_s
+        )
         make_id = request_id if id_from else _random_id
         size = min(batch_size, self._sender.room(terms))
         return self._enqueue_portions(iter(images), fields, terms, batch_size=size, make_id=make_id)
@@ -193,7 +195,7 @@ class Client:
         self,
         source: Iterator[str | Mapping[str, Any]],
         shared: Mapping[str, Any],
-        terms: Terms,
+        terms: SendOptions,
         *,
         batch_size: int,
         make_id: Callable[[Request], str],
@@ -204,7 +206,7 @@ class Client:
     def _send(
         self,
         asked: Sequence[tuple[dict[str, Any], str | None]],
-        terms: Terms,
+        terms: SendOptions,
         *,
         make_id: Callable[[Request], str],
     ) -> list[str]:
@@ -354,7 +356,7 @@ class Client:
         """Forget dead letters; return how many there were. Their answers stay."""
         return self._letters.drop(read_ids("job_ids", job_ids))
 
-    def sweep(self, *, zone: tzinfo = UTC) -> Swept:
+    def sweep(self, *, zone: tzinfo = UTC) -> SweepReport:
         """One round of what workers do for all jobs; for places where no worker may run. See `shiwu sweep`.
 
         Args:

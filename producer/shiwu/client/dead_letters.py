@@ -22,7 +22,7 @@ from shiwu.contract import (
     result_key,
 )
 
-PORTION: Final = 500
+CHUNK_SIZE: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,8 @@ class DeadLetters:
         oldest = now_ms - where.newer_s * 1000 if where.newer_s is not None else "-inf"
         found: Any = self._client.zrevrangebyscore(DEAD, newest, oldest, withscores=True)
         shown = 0
-        for start in range(0, len(found), PORTION):
-            for letter in self._load(found[start : start + PORTION]):
+        for start in range(0, len(found), CHUNK_SIZE):
+            for letter in self._load(found[start : start + CHUNK_SIZE]):
                 if limit is not None and shown >= limit:
                     return
                 if where.admits(letter):
@@ -142,5 +142,5 @@ class DeadLetters:
 
 
 def _portions(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(ids), PORTION):
-        yield ids[start : start + PORTION]
+    for start in range(0, len(ids), CHUNK_SIZE):
+        yield ids[start : start + CHUNK_SIZE]

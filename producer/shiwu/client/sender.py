@@ -32,7 +32,7 @@ _STEPS: Final = (0, 3, 6, 9)
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class SendOptions:
     """How jobs are sent, all times in seconds from now."""
 
     lane: Lane
@@ -84,7 +84,7 @@ class Sender:
         self._offset_ms = 0.0
         self._offset_until_s = 0.0
 
-    def send(self, jobs: Sequence[tuple[Request, str]], terms: Terms) -> list[str]:
+    def send(self, jobs: Sequence[tuple[Request, str]], terms: SendOptions) -> list[str]:
         """Put (request, id) pairs into their lane in one step; return the ids.
 
         While the lane is full or Redis is away they are sent again for `terms.wait_s`. Since they keep their ids, a
@@ -113,11 +113,11 @@ class Sender:
             pause_s = min(LONGEST_PAUSE_S, pause_s * 2 or FIRST_PAUSE_S)
             Event().wait(pause_s)
 
-    def room(self, terms: Terms) -> int:
+    def room(self, terms: SendOptions) -> int:
         """How many messages the lane may hold, and so the largest portion that can ever be sent."""
         return self._max_waiting if terms.max_waiting is None else terms.max_waiting
 
-    def _send(self, jobs: Sequence[tuple[Request, str]], terms: Terms) -> list[str]:
+    def _send(self, jobs: Sequence[tuple[Request, str]], terms: SendOptions) -> list[str]:
         lane, limit = terms.lane, self.room(terms)
         waiting = count_waiting(self._redis, [lane])[lane]
         if waiting + len(jobs) > limit:

@@ -20,7 +20,7 @@ from shiwu.contract import RESULT_PREFIX, ErrorCode, RequestError, result_key
 LOOK_EVERY_S: Final = 2.0
 POLL_S: Final = 0.25
 AWAY_S: Final = 0.25
-AT_ONCE: Final = 500
+CHUNK_SIZE: Final = 500
 
 
 def as_answered(
@@ -92,5 +92,5 @@ def _look(client: redis.Redis, missing: dict[str, None]) -> Iterator[tuple[str, 
 
 
 def _portions(items: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(items), AT_ONCE):
-        yield items[start : start + AT_ONCE]
+    for start in range(0, len(items), CHUNK_SIZE):
+        yield items[start : start + CHUNK_SIZE]

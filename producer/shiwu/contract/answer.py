@@ -47,7 +47,7 @@ def moment(ms: float) -> datetime:
     return datetime.fromtimestamp(ms / 1000, UTC)
 
 
-class Written(msgspec.Struct, frozen=True, omit_defaults=True):
+class AnswerModel(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a worker writes: immutable, cheap enough for every picture, and deaf to fields of a newer version.
 
     What is None is left out of the JSON. Other defaults come from a `default_factory`, which keeps them in it. Parts
@@ -68,7 +68,7 @@ class Written(msgspec.Struct, frozen=True, omit_defaults=True):
         return msgspec.json.decode(raw, type=cls)
 
 
-class Tag(Written, frozen=True, gc=False):
+class Tag(AnswerModel, frozen=True, gc=False):
     """One label of an answer."""
 
     label: str
@@ -78,7 +78,7 @@ class Tag(Written, frozen=True, gc=False):
     """Cosine of picture and label vectors, comparable across label sets of one model."""
 
 
-class Timing(Written, frozen=True, gc=False):
+class Timing(AnswerModel, frozen=True, gc=False):
     """Milliseconds of each stage of the last attempt; with `earlier` and `queue` they add up to `total`.
 
     `queue` is the wait in the lane before the last attempt; it is absent when the sender did not say when it enqueued.
@@ -98,7 +98,7 @@ class Timing(Written, frozen=True, gc=False):
     total: float = msgspec.field(default_factory=float)
 
 
-class ImageInfo(Written, frozen=True, gc=False):
+class ImageInfo(AnswerModel, frozen=True, gc=False):
     """The image as it was read. `reference` is as it was sent, but http(s) URLs have no query and no user name."""
 
     reference: str
@@ -109,7 +109,7 @@ class ImageInfo(Written, frozen=True, gc=False):
     sha256: str | None = None
 
 
-class LabelsInfo(Written, frozen=True, gc=False):
+class LabelsInfo(AnswerModel, frozen=True, gc=False):
     """Which labels were compared; the digest covers words, templates and head."""
 
     digest: str
@@ -118,7 +118,7 @@ class LabelsInfo(Written, frozen=True, gc=False):
     name: str | None = None
 
 
-class ModelInfo(Written, frozen=True, gc=False):
+class ModelInfo(AnswerModel, frozen=True, gc=False):
     """Which weights answered, and how they were run."""
 
     id: str
@@ -127,7 +127,7 @@ class ModelInfo(Written, frozen=True, gc=False):
     device: str
 
 
-class ErrorInfo(Written, frozen=True, gc=False):
+class ErrorInfo(AnswerModel, frozen=True, gc=False):
     """Why there are no tags."""
 
     code: ErrorWord
@@ -144,7 +144,7 @@ class ErrorInfo(Written, frozen=True, gc=False):
             msgspec.structs.force_setattr(self, "stage", known_word(Stage, self.stage))
 
 
-class AnswerWarning(Written, frozen=True, gc=False):
+class AnswerWarning(AnswerModel, frozen=True, gc=False):
     """A reason to read the tags of an answer with care; the answer is valid."""
 
     code: WarningWord
@@ -157,7 +157,7 @@ class AnswerWarning(Written, frozen=True, gc=False):
             msgspec.structs.force_setattr(self, "code", known_word(WarningCode, self.code))
 
 
-class Attempt(Written, frozen=True):
+class Attempt(AnswerModel, frozen=True):
     """An earlier try of a job that came back to its lane."""
 
     attempt: int
@@ -179,7 +179,7 @@ class Attempt(Written, frozen=True):
             msgspec.structs.force_setattr(self, "stage", known_word(Stage, self.stage))
 
 
-class Answer(Written, frozen=True):
+class Answer(AnswerModel, frozen=True):
     """The one terminal result of a job."""
 
     id: str

@@ -24,7 +24,7 @@ from shiwu.contract.vocabulary import (
     MAX_TOP_K,
     ErrorCode,
     RequestError,
-    Wire,
+    RequestModel,
 )
 
 
@@ -80,7 +80,7 @@ Head = Literal["softmax", "sigmoid"]
 Want = Literal["tags", "embedding"]
 
 
-class Request(Wire):
+class Request(RequestModel):
     """What a producer asks about one picture."""
 
     image: Annotated[str, AfterValidator(_check_reference)]

@@ -140,7 +140,7 @@ class RequestError(ValueError):
         self.code = code
 
 
-class Wire(BaseModel):
+class RequestModel(BaseModel):
     """What crosses the wire: immutable, and deaf to fields of a newer version."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")

@@ -28,17 +28,17 @@ from shiwu.broker.message_reader import Canvas, read_canvas
 from shiwu.broker.redis_errors import info_of
 from shiwu.contract import CANVAS, CANVAS_DUE, TASK_NAME, Answer, RequestError, Status, check_id, result_key
 from shiwu.errors import JobFailed
-from shiwu_worker.jobs.outcome import Settled
+from shiwu_worker.jobs.outcome import CommittedJob
 from shiwu_worker.policy.callback_rules import CallbackRules
 
 log: Any = structlog.get_logger()
 LOOK_EVERY_S: Final = 5.0
-AT_ONCE: Final = 100
+CHUNK_SIZE: Final = 100
 AWAY: Final = (redis.RedisError, OperationalError, OSError)
 """What Redis, or the way to it, raises."""
 
 
-class Callbacks:
+class CallbackSender:
     """Sends callbacks from `start` to `close`.
 
     Args:
@@ -65,7 +65,7 @@ class Callbacks:
         """Start the thread."""
         self._thread.start()
 
-    def put(self, settled: Sequence[Settled]) -> None:
+    def put(self, settled: Sequence[CommittedJob]) -> None:
         """Take jobs that have their answers. Never blocks."""
         if ids := [one.entry.id for one in settled if one.job.has_callbacks and one.is_first]:
             self._fresh.put(ids)
@@ -87,12 +87,12 @@ class Callbacks:
             if not ids and self._closed.is_set():
                 return
             try:
-                for start in range(0, len(ids), AT_ONCE):
-                    self._portion(ids[start : start + AT_ONCE])
+                for start in range(0, len(ids), CHUNK_SIZE):
+                    self._portion(ids[start : start + CHUNK_SIZE])
                 # By the clock, however much there is of our own: others' callbacks wait for nobody else.
                 if time.monotonic() >= look_s:
                     look_s = time.monotonic() + LOOK_EVERY_S
-                    if self._portion([]) == AT_ONCE:
+                    if self._portion([]) == CHUNK_SIZE:
                         look_s = 0.0  # thousands of jobs cancelled at once leave more than one portion
             except AWAY as error:
                 # They stay in Redis, and a worker finds them when the patience is over. Where none are concerned, other
@@ -103,7 +103,7 @@ class Callbacks:
     def _portion(self, ids: Sequence[str]) -> int:
         """Send what these ids, or with none of them others, have left; gives how many there were."""
         self._under_way = 0
-        reply: Any = self._take(keys=[CANVAS, CANVAS_DUE], args=[self._patience_ms, AT_ONCE, *ids])
+        reply: Any = self._take(keys=[CANVAS, CANVAS_DUE], args=[self._patience_ms, CHUNK_SIZE, *ids])
         self._under_way = len(reply) // 2
         for i in range(0, len(reply), 2):
             job_id = reply[i].decode(errors="replace")  # a member by another hand must not end this thread

@@ -9,11 +9,11 @@ from typing import Any, Final
 import redis
 import structlog
 
-from shiwu.broker.answers import Entry, Ledger, load_script
+from shiwu.broker.answers import AnswerEntry, AnswerStore, load_script
 from shiwu.broker.redis_errors import classify
 from shiwu.contract import (
     CLAIMS,
-    PARKED,
+    DELAYED_MESSAGES,
     REVOKED,
     Answer,
     ErrorCode,
@@ -30,14 +30,14 @@ REMEMBERED_S: Final = 10_800.0
 """As long as Celery remembers a revoke."""
 MOST_REMEMBERED: Final = 50_000
 """As many as Celery remembers."""
-MOST_AT_ONCE: Final = 1000
+BATCH_LIMIT: Final = 1000
 """Ids in one script; more are revoked by another."""
 
 
 class Revoker:
     """Carries a revoke out: known jobs are answered at once, the others when they are claimed."""
 
-    def __init__(self, client: redis.Redis, ledger: Ledger) -> None:
+    def __init__(self, client: redis.Redis, ledger: AnswerStore) -> None:
         self._client = client
         self._ledger = ledger
         self._script = load_script(client, "revoke")
@@ -48,11 +48,11 @@ class Revoker:
         Raises:
             redis.RedisError: and then it may be asked again.
         """
-        return sum(self._revoke(ids[start : start + MOST_AT_ONCE]) for start in range(0, len(ids), MOST_AT_ONCE))
+        return sum(self._revoke(ids[start : start + BATCH_LIMIT]) for start in range(0, len(ids), BATCH_LIMIT))
 
     def _revoke(self, ids: Sequence[str]) -> int:
         forgotten, *ours = self._script(
-            keys=[CLAIMS, PARKED, REVOKED], args=[int(REMEMBERED_S * 1000), MOST_REMEMBERED, *ids]
+            keys=[CLAIMS, DELAYED_MESSAGES, REVOKED], args=[int(REMEMBERED_S * 1000), MOST_REMEMBERED, *ids]
         )
         if forgotten:
             log.error(
@@ -70,7 +70,7 @@ class Revoker:
 
 
 def revoke_command(state: Any, task_id: str | Sequence[str] = (), **_: Any) -> dict[str, str]:
-    """Carry out the command as Celery's `Panel` would; the reply tells whether it was."""
+    """Carry out the command as Celery's `Observability` would; the reply tells whether it was."""
     revoker: Revoker | None = state.app.shiwu_revoker
     if revoker is None:
         return {"error": "not ready yet; revoke again"}
@@ -90,7 +90,7 @@ def revoke_command(state: Any, task_id: str | Sequence[str] = (), **_: Any) -> d
     return {"ok": f"{len(ids)} revoked"}
 
 
-def _revoked(job_id: str, *, now_ms: float) -> Entry:
+def _revoked(job_id: str, *, now_ms: float) -> AnswerEntry:
     error = ErrorInfo(code=ErrorCode.CANCELLED, message="revoked by Celery's remote control", stage=Stage.CLAIM)
     answer = Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error, answered_at=moment(now_ms))
-    return Entry(id=job_id, answer=answer, is_aside=True)
+    return AnswerEntry(id=job_id, answer=answer, is_aside=True)

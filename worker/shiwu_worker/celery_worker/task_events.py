@@ -18,7 +18,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from shiwu.contract import TASK_NAME, Status
-from shiwu_worker.jobs.outcome import Settled
+from shiwu_worker.jobs.outcome import CommittedJob
 
 log: Any = structlog.get_logger()
 BEAT_S: Final = 2.0
@@ -26,13 +26,13 @@ MOST_WAITING: Final = 1000
 """Batches of answers; more are dropped, for events are a view and not the ledger."""
 
 
-class TaskEvents:
+class TaskEventSender:
     """Sends events from `start` to `close`, over a connection of its own."""
 
     def __init__(self, app: Celery, *, hostname: str) -> None:
         self._app = app
         self._hostname = hostname
-        self._waiting: queue.Queue[Sequence[Settled]] = queue.Queue(MOST_WAITING)
+        self._waiting: queue.Queue[Sequence[CommittedJob]] = queue.Queue(MOST_WAITING)
         self._processed = 0
         self._dropped = 0
         self._closed = threading.Event()
@@ -42,7 +42,7 @@ class TaskEvents:
         """Start the thread."""
         self._thread.start()
 
-    def put(self, settled: Sequence[Settled]) -> None:
+    def put(self, settled: Sequence[CommittedJob]) -> None:
         """Take answers. Never blocks."""
         try:
             self._waiting.put_nowait(settled)
@@ -98,7 +98,7 @@ class TaskEvents:
         }
 
 
-def events_of(settled: Sequence[Settled]) -> Iterator[tuple[str, dict[str, Any]]]:
+def events_of(settled: Sequence[CommittedJob]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(kind, fields) of Celery's events for these answers, in the order in which they happened."""
     now_s, wall_s = time.monotonic(), time.time()
     for one in settled:

@@ -25,17 +25,17 @@ from kombu import Queue
 
 from shiwu.contract import TASK_NAME, Lane
 from shiwu_worker.celery_worker.callback_app import make_callback_app
-from shiwu_worker.celery_worker.callbacks import Callbacks
+from shiwu_worker.celery_worker.callbacks import CallbackSender
 from shiwu_worker.celery_worker.celery_redis import broker_config
 from shiwu_worker.celery_worker.lane_worker import ADMIN_QUEUE
 from shiwu_worker.celery_worker.revoke import Revoker
 from shiwu_worker.celery_worker.stop_signals import StopSignals
-from shiwu_worker.celery_worker.task_events import TaskEvents
+from shiwu_worker.celery_worker.task_events import TaskEventSender
 from shiwu_worker.config.errors import load_settings_or_exit, report_unknown_names
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import FatalError
-from shiwu_worker.jobs.outcome import Settled
-from shiwu_worker.service.bootstrap import Service, open_service
+from shiwu_worker.jobs.outcome import CommittedJob
+from shiwu_worker.service.bootstrap import WorkerService, open_service
 from shiwu_worker.service.factories import CELERY_CONNECTIONS, connect, make_ledger
 from shiwu_worker.telemetry import logs
 from shiwu_worker.telemetry.log_output import open_standard_streams
@@ -91,7 +91,7 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
         threading.Event().wait(self._pause_s)
 
 
-class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
+class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
     """Opens the service before Celery says ready, and drains it on shutdown.
 
     A worker boot step and not a signal handler: Celery swallows what a handler raises, and would claim to be ready.
@@ -102,7 +102,7 @@ class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has
     def __init__(self, worker: Any, **_: Any) -> None:
         self._stack = ExitStack()
         self._signals = StopSignals(worker.hostname)
-        self._service: Service | None = None
+        self._service: WorkerService | None = None
         self._fatal: FatalError | None = None
         self._grace_s = 0.0
 
@@ -152,21 +152,21 @@ class PipelineStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has
 
 
 @contextmanager
-def _celery_side(worker: Any, settings: Settings) -> Iterator[Callable[[Sequence[Settled]], None]]:
+def _celery_side(worker: Any, settings: Settings) -> Iterator[Callable[[Sequence[CommittedJob]], None]]:
     """What Celery's users expect of an answered job: its callbacks, and events where the worker runs with `-E`."""
     with ExitStack() as stack:
         client = stack.enter_context(connect(settings, connections=CELERY_CONNECTIONS))
         if settings.revoke:
             worker.app.shiwu_revoker = Revoker(client, make_ledger(settings, client, f"revoke.{secrets.token_hex(4)}"))
-        callbacks = Callbacks(make_callback_app(settings), client, rules=settings.callback_rules)
-        parts: list[Callbacks | TaskEvents] = [callbacks]
+        callbacks = CallbackSender(make_callback_app(settings), client, rules=settings.callback_rules)
+        parts: list[CallbackSender | TaskEventSender] = [callbacks]
         if worker.task_events:
-            parts.append(TaskEvents(worker.app, hostname=worker.hostname))
+            parts.append(TaskEventSender(worker.app, hostname=worker.hostname))
         for part in parts:
             part.start()
             stack.callback(part.close, timeout_s=CLOSE_S)
 
-        def tell(settled: Sequence[Settled]) -> None:
+        def tell(settled: Sequence[CommittedJob]) -> None:
             state.total_count[TASK_NAME] += len(settled)
             for part in parts:
                 part.put(settled)
@@ -215,8 +215,8 @@ def make_app(settings: Settings) -> Celery:
     app.shiwu_queues = [Queue(lane.queue, alias=lane.queue) for lane in Lane]
     app.amqp.queues.aliases.update({queue.name: queue for queue in app.shiwu_queues})
     app.shiwu_revoker = None
-    app.shiwu_on_hearing = lambda *, is_so: None
-    app.steps["worker"].add(PipelineStep)
+    app.shiwu_on_hearing = lambda *, active: None
+    app.steps["worker"].add(PipelineBootStep)
 
     @app.task(name=TASK_NAME)  # type: ignore[untyped-decorator]  # celery has no types
     def tag(image: str, **_: Any) -> None:

@@ -26,8 +26,8 @@ from shiwu_worker.config.errors import SettingsError, exit_with, load_settings, 
 from shiwu_worker.config.reference import all_settings, changed_settings, value_text
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.service.factories import connect, encode_default_labels, open_labels, read_label_sets
-from shiwu_worker.service.model import open_encoder
+from shiwu_worker.service.factories import connect, encode_default_labels, load_label_bank, read_label_sets
+from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 from shiwu_worker.stages.fetch.s3.base import StoreError
 
@@ -198,8 +198,8 @@ def _check_model(settings: Settings) -> str:
     sets = read_label_sets(settings)
     folder = model_folder(settings.model)
     spec = read_image_spec(folder)
-    encoder = open_encoder(settings, folder, spec)
-    bank = open_labels(settings, encoder, sets)
+    encoder = load_encoder(settings, folder, spec)
+    bank = load_label_bank(settings, encoder, sets)
     encode_default_labels(bank)
     info = encoder.info
     return (

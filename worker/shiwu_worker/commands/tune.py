@@ -26,7 +26,7 @@ from shiwu_worker.config.tuned import KNOBS, Tuned, key_of
 from shiwu_worker.config.types import check_output_file
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.runtime.cpus import usable_cores
-from shiwu_worker.service.model import open_encoder
+from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
 from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
 
@@ -46,7 +46,7 @@ def run_tune() -> int:
         click.echo(f"{told} Measuring takes 10 to 60 s; let the machine be idle meanwhile.", err=True)
         folder = model_folder(settings.model)
         spec = read_image_spec(folder)
-        encoder = open_encoder(settings, folder, spec, is_thorough=True)
+        encoder = load_encoder(settings, folder, spec, is_thorough=True)
     except FatalError as error:
         click.echo(f"{error.exit_code.name}: {error}", err=True)
         return int(error.exit_code)

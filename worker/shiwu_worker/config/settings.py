@@ -41,7 +41,7 @@ from shiwu_worker.config.types import (
     read_retry,
     split,
 )
-from shiwu_worker.policy.access_rules import HTTP_PORTS, Reach
+from shiwu_worker.policy.access_rules import HTTP_PORTS, AccessRules
 from shiwu_worker.policy.callback_rules import MOST, CallbackRules
 from shiwu_worker.runtime.cpus import usable_cores
 
@@ -311,9 +311,9 @@ class Settings(BaseSettings):
         return ZoneInfo(self.timezone)
 
     @property
-    def reach(self) -> Reach:
+    def reach(self) -> AccessRules:
         """What may be reached."""
-        return Reach(
+        return AccessRules(
             allow_hosts=self.allow_hosts,
             only_hosts=self.only_hosts,
             deny_hosts=self.deny_hosts,

@@ -20,10 +20,10 @@ from shiwu_worker.policy.access_rules import checked, read_host, read_nat64
 
 def _has_otel(value: bool) -> bool:
     try:
-        is_there = not value or find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+        available = not value or find_spec("opentelemetry.exporter.otlp.proto.http") is not None
     except ModuleNotFoundError:  # of a package above it
-        is_there = False
-    if not is_there:
+        available = False
+    if not available:
         raise ValueError(
             "traces need OpenTelemetry's SDK and its exporter: run pip install '.[worker,otel]' in a clone of shiwu"
         )

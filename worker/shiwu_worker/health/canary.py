@@ -13,7 +13,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from shiwu_worker.errors import ExitCode, FatalError, Trouble, WrongVectors
+from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, WrongVectors
 
 log: Any = structlog.get_logger()
 LEAST_TO_REFERENCE: Final = 0.98
@@ -44,7 +44,7 @@ class Canary:
         pixels: NDArray[np.uint8],
         reference: NDArray[np.float32],
         every_s: float,
-        trouble: Callable[[BaseException], Trouble],
+        trouble: Callable[[BaseException], DeviceErrorKind],
         on_wrong: Callable[[str], None],
     ) -> None:
         self._encode = encode
@@ -56,7 +56,7 @@ class Canary:
         self._first: NDArray[np.float32] | None = None
         self._due_s = 0.0
 
-    def sing_if_due(self) -> None:
+    def check_if_due(self) -> None:
         """Encode the picture where its time has come.
 
         Raises:
@@ -72,9 +72,9 @@ class Canary:
             self._end(str(error))
         except Exception as error:  # border: what the device's library raises is not known
             trouble = self._trouble(error)
-            if trouble is Trouble.LOST:
+            if trouble is DeviceErrorKind.LOST:
                 raise FatalError(ExitCode.DEVICE, f"the device failed on the known picture: {error}") from error
-            if trouble is Trouble.OUT_OF_MEMORY:
+            if trouble is DeviceErrorKind.OUT_OF_MEMORY:
                 # Others may have the memory for a moment; that says nothing of how the device computes.
                 log.warning("canary_skipped", reason="the device was out of memory", again_in_s=AGAIN_S)
                 self._due_s = now_s + AGAIN_S

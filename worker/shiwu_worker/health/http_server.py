@@ -27,11 +27,11 @@ CONNECTION_S: Final = 5.0
 """A connection is cut after so long, whatever it was doing."""
 FRESH_S: Final = 0.5
 """Numbers so young are sent again instead of being gathered anew: who asks too often must not slow the worker."""
-LOOK_S: Final = 0.25
+POLL_INTERVAL_S: Final = 0.25
 PLAIN: Final = "text/plain; charset=utf-8"
 
 
-class Endpoint:
+class HealthServer:
     """Serves from `start` to `close`.
 
     Args:
@@ -67,7 +67,7 @@ class Endpoint:
         except OSError as error:
             text = f"SHIWU_HTTP_HOST, SHIWU_HTTP_PORT: expected a free address, {host}:{port} gave: {error}"
             raise FatalError(ExitCode.CONFIG, text) from error
-        self._thread = threading.Thread(target=server.serve_forever, args=(LOOK_S,), name="http", daemon=True)
+        self._thread = threading.Thread(target=server.serve_forever, args=(POLL_INTERVAL_S,), name="http", daemon=True)
         self._thread.start()
 
     @property
@@ -82,7 +82,7 @@ class Endpoint:
             return
         server.shutdown()
         server.server_close()
-        self._thread.join(timeout=4 * LOOK_S)
+        self._thread.join(timeout=4 * POLL_INTERVAL_S)
 
     def page(self, path: str) -> tuple[int, str, bytes]:
         """Status, content type and body of a path."""

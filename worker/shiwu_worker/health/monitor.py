@@ -23,7 +23,7 @@ STILL: Final = frozenset("TtZXx")
 
 
 @dataclass(frozen=True, slots=True)
-class Body:
+class LivenessSources:
     """What a worker that has started must have.
 
     Args:
@@ -41,7 +41,7 @@ class Body:
     stuck_s: Callable[[], float]
 
 
-class Vitals:
+class HealthMonitor:
     """Collects signs from all parts. Thread-safe: each sign is one assignment.
 
     Args:
@@ -57,7 +57,7 @@ class Vitals:
         self._progress = progress
         self._redis_slack_s = redis_timeout_s + READY_SLACK_S
         self._began_s = time.monotonic()
-        self._body: Body | None = None
+        self._body: LivenessSources | None = None
         self._waiting = 0
         self._redis_s = time.monotonic()
         self._is_redis_away = False
@@ -67,7 +67,7 @@ class Vitals:
         """When a loader was last seen to run, by whoever asked."""
 
     # -------------------------------------------------------------------------------- signs
-    def started(self, body: Body) -> None:
+    def started(self, body: LivenessSources) -> None:
         """All parts run."""
         self._redis_s = self._loaders_s = time.monotonic()
         self._body = body
@@ -76,14 +76,14 @@ class Vitals:
         """The worker drains; from now on its end is bounded by the grace time and not by us."""
         self._is_stopping = True
 
-    def claiming(self, *, is_so: bool) -> None:
+    def claiming(self, *, active: bool) -> None:
         """Claims succeed, or have ended."""
-        self._is_claiming = is_so
+        self._is_claiming = active
 
-    def redis(self, *, is_there: bool) -> None:
+    def redis(self, *, available: bool) -> None:
         """Redis answered the heartbeat, or did not."""
-        self._is_redis_away = not is_there
-        if is_there:
+        self._is_redis_away = not available
+        if available:
             self._redis_s = time.monotonic()
 
     def waiting(self, messages: int) -> None:
@@ -144,14 +144,14 @@ class Vitals:
         away_s = self._away_s()
         return max(self._progress.age_s(), away_s if away_s > self._redis_slack_s else 0.0)
 
-    def _work(self, body: Body) -> str:
+    def _work(self, body: LivenessSources) -> str:
         held, waiting = body.held(), self._waiting
         return f"with {held} jobs held and {waiting} waiting" if held or waiting else ""
 
     def _away_s(self) -> float:
         return time.monotonic() - self._redis_s
 
-    def _loaders_gone_s(self, body: Body) -> float:
+    def _loaders_gone_s(self, body: LivenessSources) -> float:
         now_s = time.monotonic()
         if any(_runs(pid) for pid in body.loaders()):
             self._loaders_s = now_s

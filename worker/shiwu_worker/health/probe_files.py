@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-class Health:
+class ProbeFiles:
     """Writes the files; a path of None writes nothing."""
 
     def __init__(self, *, ready_file: Path | None, alive_file: Path | None) -> None:

@@ -27,16 +27,16 @@ class Readiness:
         self._is_claiming = self._is_hearing = self._is_ready = False
         self._deaf_from_s: float | None = None
 
-    def claiming(self, *, is_so: bool) -> None:
+    def claiming(self, *, active: bool) -> None:
         """Claims succeed, or have ended."""
         with self._lock:
-            self._is_claiming = is_so
+            self._is_claiming = active
             self._update()
 
-    def hearing(self, *, is_so: bool) -> None:
+    def hearing(self, *, active: bool) -> None:
         """Broadcasts are heard, or not."""
         with self._lock:
-            self._is_hearing = is_so
+            self._is_hearing = active
             self._update()
 
     def look(self) -> None:

@@ -36,7 +36,7 @@ from shiwu.contract import (
 )
 from shiwu_worker.jobs.history import back_in_lane_ms, read_history
 from shiwu_worker.jobs.label_set import LabelSet
-from shiwu_worker.jobs.timestamps import Moments
+from shiwu_worker.jobs.timestamps import StageTimestamps
 
 if TYPE_CHECKING:
     from shiwu_worker.jobs.label_vectors import EncodedLabels
@@ -94,7 +94,7 @@ class Job(msgspec.Struct, eq=False):
     key: str
     attempt: int
     raw: bytes
-    moments: Moments
+    moments: StageTimestamps
     answer_id: str = ""
     """The job id, where the claim is named otherwise."""
     deaths: int = 0
@@ -234,7 +234,7 @@ def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:
         attempt=claimed.attempt,
         deaths=claimed.deaths,
         raw=claimed.raw,
-        moments=Moments(claimed_s=claimed.claimed_s, claimed_ms=claimed.claimed_ms),
+        moments=StageTimestamps(claimed_s=claimed.claimed_s, claimed_ms=claimed.claimed_ms),
     )
     if claimed.history:
         job.history = read_history(claimed.history)

@@ -9,14 +9,14 @@ import msgspec
 from shiwu_worker.jobs.job import Job
 
 if TYPE_CHECKING:
-    from shiwu.broker.answers import Entry
+    from shiwu.broker.answers import AnswerEntry
 
 
-class Settled(msgspec.Struct, frozen=True):
+class CommittedJob(msgspec.Struct, frozen=True):
     """A job that has its answer."""
 
     job: Job
-    entry: Entry
+    entry: AnswerEntry
     commit_s: float
     is_first: bool
     """Whether ours is the answer; else somebody had answered before, and ours was discarded."""

@@ -7,7 +7,7 @@ import msgspec
 from shiwu.contract import Timing
 
 
-class Moments(msgspec.Struct, eq=False, gc=False):
+class StageTimestamps(msgspec.Struct, eq=False, gc=False):
     """Monotonic seconds at the borders between stages; CLOCK_MONOTONIC is one clock for all processes of a machine.
 
     A moment that was never reached stays 0, and its stage has taken no time.

@@ -19,12 +19,12 @@ _NUMBER: Final = re.compile(r"\+?(\d+)")
 _CPU: Final = re.compile(r"cpu:(\d+)")
 
 
-class UnknownCard(ValueError):
+class UnknownGpu(ValueError):
     """A card was asked for that this machine does not have."""
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class Gpu:
     """One card, one MIG instance of a card, or a share of the CPU."""
 
     name: str
@@ -38,17 +38,17 @@ class Card:
     """CPUs of its NUMA node that this process may use; empty where that is not known."""
 
 
-def find_cards(*, visible: str | None) -> list[Card]:
+def find_cards(*, visible: str | None) -> list[Gpu]:
     """The cards of this machine, MIG instances in place of their card, as CUDA_VISIBLE_DEVICES=`visible` leaves them.
 
     None leaves all. Numbers are nvidia-smi's: CUDA's own where the cards are alike or CUDA_DEVICE_ORDER is PCI_BUS_ID.
     """
-    with _nvml() as is_there:
-        cards = list(_all_cards()) if is_there else []
+    with _nvml() as available:
+        cards = list(_all_cards()) if available else []
     return cards if visible is None or not cards else _left_visible(cards, visible)
 
 
-def choose_cards(cards: Sequence[Card], asked: str) -> list[Card]:
+def choose_cards(cards: Sequence[Gpu], asked: str) -> list[Gpu]:
     """The cards of a list `0,GPU-…,MIG-…,cpu:0`: numbers, UUIDs or beginnings of them. `all` is every card.
 
     Raises:
@@ -56,25 +56,25 @@ def choose_cards(cards: Sequence[Card], asked: str) -> list[Card]:
     """
     if asked.strip() == "all":
         return list(cards)
-    found: list[Card] = []
+    found: list[Gpu] = []
     for word in (part.strip() for part in asked.split(",")):
         if cpu := _CPU.fullmatch(word):
-            named = [Card(name=f"cpu{int(cpu[1])}", uuid=None)]
+            named = [Gpu(name=f"cpu{int(cpu[1])}", uuid=None)]
         else:
             named = _of_number(cards, word) if word.isdecimal() else _of_uuid(cards, word)
         if not named:
             known = ", ".join(f"{card.gpu} ({card.uuid})" for card in cards) or "no visible card"
-            raise UnknownCard(f"expected cpu:N, all, or one of {known}, got {word!r:.80}")
+            raise UnknownGpu(f"expected cpu:N, all, or one of {known}, got {word!r:.80}")
         if named[0] in found:
-            raise UnknownCard(f"expected each card once, got {word!r:.80} again")
+            raise UnknownGpu(f"expected each card once, got {word!r:.80} again")
         found += named
     return found
 
 
-def _left_visible(cards: Sequence[Card], visible: str) -> list[Card]:
+def _left_visible(cards: Sequence[Gpu], visible: str) -> list[Gpu]:
     """As CUDA: the first word that is no card ends the list, a card named twice leaves none."""
     kind = next((prefix for prefix in ("GPU-", "MIG-") if visible.strip().startswith(prefix)), None)
-    found: list[Card] = []
+    found: list[Gpu] = []
     for word in (part.strip() for part in visible.split(",")):
         if kind is None:
             number = _NUMBER.match(word)
@@ -92,11 +92,11 @@ def _left_visible(cards: Sequence[Card], visible: str) -> list[Card]:
     return found
 
 
-def _of_number(cards: Sequence[Card], number: str) -> list[Card]:
+def _of_number(cards: Sequence[Gpu], number: str) -> list[Gpu]:
     return [card for card in cards if card.gpu == int(number)]
 
 
-def _of_uuid(cards: Sequence[Card], start: str) -> list[Card]:
+def _of_uuid(cards: Sequence[Gpu], start: str) -> list[Gpu]:
     """The one card, or all instances of the one card, whose UUID begins so."""
     if start.startswith("MIG-"):
         found = [card for card in cards if card.uuid is not None and card.uuid.startswith(start)]
@@ -105,7 +105,7 @@ def _of_uuid(cards: Sequence[Card], start: str) -> list[Card]:
     return found if len({card.gpu_uuid for card in found}) == 1 else []
 
 
-def _all_cards() -> Iterator[Card]:
+def _all_cards() -> Iterator[Gpu]:
     for index in range(pynvml.nvmlDeviceGetCount()):
         try:
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -116,10 +116,10 @@ def _all_cards() -> Iterator[Card]:
         near = _near_cpus(handle)
         instances = _instances(handle)
         if instances is None:
-            yield Card(name=f"gpu{index}", uuid=uuid, gpu=index, gpu_uuid=uuid, near_cpus=near)
+            yield Gpu(name=f"gpu{index}", uuid=uuid, gpu=index, gpu_uuid=uuid, near_cpus=near)
         for number, instance in instances or ():
             name = f"gpu{index}-mig{number}"
-            yield Card(name=name, uuid=instance, gpu=index, gpu_uuid=uuid, near_cpus=near)
+            yield Gpu(name=name, uuid=instance, gpu=index, gpu_uuid=uuid, near_cpus=near)
 
 
 def _instances(handle: Any) -> list[tuple[int, str]] | None:

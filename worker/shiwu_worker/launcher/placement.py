@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Final
 
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.launcher.gpus import Card, choose_cards, find_cards
+from shiwu_worker.launcher.gpus import Gpu, choose_cards, find_cards
 
 HTTP_PORT: Final = "SHIWU_HTTP_PORT"
 
 
-class WrongPlaces(ValueError):
+class PlacementError(ValueError):
     """What was asked for does not fit together; the text says what was expected."""
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where one worker of several works."""
 
     name: str
@@ -35,7 +35,7 @@ class Place:
     alive_file: Path | None = None
 
 
-def choose_places(settings: Settings, *, asked: str, per_gpu: int) -> list[Place]:
+def plan_placements(settings: Settings, *, asked: str, per_gpu: int) -> list[Placement]:
     """A place for each worker of this machine; without a card none.
 
     Args:
@@ -49,12 +49,12 @@ def choose_places(settings: Settings, *, asked: str, per_gpu: int) -> list[Place
     """
     is_free = settings.device in {"auto", "cuda"}
     if asked != "all" and not is_free and settings.device != "cpu":
-        raise WrongPlaces(f"expected --gpus with SHIWU_DEVICE=auto, got SHIWU_DEVICE={settings.device}")
+        raise PlacementError(f"expected --gpus with SHIWU_DEVICE=auto, got SHIWU_DEVICE={settings.device}")
     # A device that is set leaves nothing to find.
     found = find_cards(visible=os.environ.get("CUDA_VISIBLE_DEVICES")) if is_free else []
     cards = choose_cards(found, asked)
     if per_gpu > 1 and not cards:
-        raise WrongPlaces("expected --per-gpu only where a card is visible, or with --gpus cpu:0")
+        raise PlacementError("expected --per-gpu only where a card is visible, or with --gpus cpu:0")
     return make_places(
         [card for card in cards for _ in range(per_gpu)],
         settings=settings,
@@ -64,8 +64,8 @@ def choose_places(settings: Settings, *, asked: str, per_gpu: int) -> list[Place
 
 
 def make_places(
-    cards: Sequence[Card], *, settings: Settings, environment: Mapping[str, str], cpus: frozenset[int]
-) -> list[Place]:
+    cards: Sequence[Gpu], *, settings: Settings, environment: Mapping[str, str], cpus: frozenset[int]
+) -> list[Placement]:
     """A place for each of these cards; one that comes again is shared.
 
     Args:
@@ -91,7 +91,7 @@ def make_places(
             own[HTTP_PORT] = str(int(port) + index)
         own |= {"SHIWU_READY_FILE": str(ready)} if ready else {}
         own |= {"SHIWU_ALIVE_FILE": str(alive)} if alive else {}
-        places.append(Place(name, f"shiwu@{host}-{name}", share, own, ready, alive))
+        places.append(Placement(name, f"shiwu@{host}-{name}", share, own, ready, alive))
     return places
 
 

@@ -11,10 +11,10 @@ import click
 
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.health.probe_files import Health
-from shiwu_worker.launcher.gpus import UnknownCard
-from shiwu_worker.launcher.placement import Place, WrongPlaces, choose_places
-from shiwu_worker.launcher.supervisor import AFTER_GRACE_S, Launcher, Patience
+from shiwu_worker.health.probe_files import ProbeFiles
+from shiwu_worker.launcher.gpus import UnknownGpu
+from shiwu_worker.launcher.placement import Placement, PlacementError, plan_placements
+from shiwu_worker.launcher.supervisor import AFTER_GRACE_S, RestartPolicy, Supervisor
 
 
 class RunWorker(Protocol):
@@ -41,8 +41,8 @@ def start_workers(settings: Settings, *, gpus: str, per_gpu: int, run: RunWorker
         command: starts one of several workers.
     """
     try:
-        places = choose_places(settings, asked=gpus, per_gpu=per_gpu)
-    except (UnknownCard, WrongPlaces) as error:
+        places = plan_placements(settings, asked=gpus, per_gpu=per_gpu)
+    except (UnknownGpu, PlacementError) as error:
         click.echo(str(error), err=True)
         return int(ExitCode.CONFIG)
     if len(places) > 1:
@@ -54,12 +54,12 @@ def start_workers(settings: Settings, *, gpus: str, per_gpu: int, run: RunWorker
     return int(ExitCode.OK)
 
 
-def _launch(settings: Settings, places: Sequence[Place], command: WorkerCommand) -> int:
+def _launch(settings: Settings, places: Sequence[Placement], command: WorkerCommand) -> int:
     drain_s = settings.grace_s + AFTER_GRACE_S
-    health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file)
-    return Launcher(
+    health = ProbeFiles(ready_file=settings.ready_file, alive_file=settings.alive_file)
+    return Supervisor(
         places,
         command=lambda place: command(node=place.node, cpus=place.cpus, drain_s=drain_s),
-        patience=Patience(drain_s=drain_s),
+        patience=RestartPolicy(drain_s=drain_s),
         health=health,
     ).run()

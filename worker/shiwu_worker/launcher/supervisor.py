@@ -20,8 +20,8 @@ from typing import Any, Final
 import structlog
 
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.health.probe_files import Health
-from shiwu_worker.launcher.placement import Place
+from shiwu_worker.health.probe_files import ProbeFiles
+from shiwu_worker.launcher.placement import Placement
 
 log: Any = structlog.get_logger()
 TICK_S: Final = 1.0
@@ -32,7 +32,7 @@ ASKED_TO_END: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class RestartPolicy:
     """How often a worker may die, and how long each thing may take."""
 
     first_pause_s: float = 1.0
@@ -46,10 +46,10 @@ class Patience:
     """From the first signal until workers are killed."""
 
 
-class Worker:
+class WorkerProcess:
     """One place and the process that works there."""
 
-    def __init__(self, place: Place, command: Sequence[str]) -> None:
+    def __init__(self, place: Placement, command: Sequence[str]) -> None:
         self.place = place
         self.due_s: float | None = 0.0
         """When to start it, by the monotonic clock; None: it runs, or is not to be started."""
@@ -93,7 +93,7 @@ class Worker:
         if self._process is not None:
             self._process.send_signal(number)
 
-    def died(self, patience: Patience) -> float | None:
+    def died(self, patience: RestartPolicy) -> float | None:
         """Count a death; the seconds to wait before the next start, or None where there were too many."""
         lived_s = time.monotonic() - self._started_s
         self._deaths = 1 if lived_s >= patience.calm_s else self._deaths + 1
@@ -110,7 +110,7 @@ class Worker:
                     path.unlink(missing_ok=True)
 
 
-class Launcher:
+class Supervisor:
     """Keeps the workers of one machine.
 
     Args:
@@ -121,9 +121,14 @@ class Launcher:
     """
 
     def __init__(
-        self, places: Sequence[Place], *, command: Callable[[Place], list[str]], patience: Patience, health: Health
+        self,
+        places: Sequence[Placement],
+        *,
+        command: Callable[[Placement], list[str]],
+        patience: RestartPolicy,
+        health: ProbeFiles,
     ) -> None:
-        self._workers = [Worker(place, command(place)) for place in places]
+        self._workers = [WorkerProcess(place, command(place)) for place in places]
         self._patience = patience
         self._health = health
         self._is_ready: bool | None = None
@@ -154,14 +159,14 @@ class Launcher:
             self._kill()
         return True
 
-    def _start(self, worker: Worker) -> None:
+    def _start(self, worker: WorkerProcess) -> None:
         try:
             worker.start()
         except OSError as error:  # no process or no memory now
             log.error("worker_not_started", place=worker.place.name, error=str(error))
             self._on_crash(worker, reason="not started")
 
-    def _on_end(self, worker: Worker, status: int) -> None:
+    def _on_end(self, worker: WorkerProcess, status: int) -> None:
         reason = _reason(status)
         if self._code is not None:
             log.info("worker_ended", place=worker.place.name, status=status, reason=reason)
@@ -176,7 +181,7 @@ class Launcher:
         else:
             self._on_crash(worker, reason=reason)
 
-    def _on_crash(self, worker: Worker, *, reason: str) -> None:
+    def _on_crash(self, worker: WorkerProcess, *, reason: str) -> None:
         pause_s = worker.died(self._patience)
         if pause_s is not None:
             log.error("worker_died", place=worker.place.name, reason=reason, restart_in_s=pause_s)

@@ -18,20 +18,20 @@ from typing import Final
 
 from shiwu_worker.runtime.process import _PLAIN_NAMES
 
-BORN_S: Final = 60.0
+FORK_TIMEOUT_S: Final = 60.0
 """Longest wait for a fork, the first one waits for the imports; a nursery that needs more is replaced."""
 STATUS_S: Final = 1.0
 ASK: Final = b"?"
 
 
-class NurseryError(RuntimeError):
+class ForkServerError(RuntimeError):
     """The nursery is gone or hangs."""
 
 
-class Child:
+class ForkedProcess:
     """One forked process, seen from the worker. The pidfd stays the same process' for ever, unlike a pid."""
 
-    def __init__(self, pid: int, pidfd: int, nursery: Nursery) -> None:
+    def __init__(self, pid: int, pidfd: int, nursery: ForkServer) -> None:
         self.pid = pid
         self._pidfd = pidfd
         self._nursery = nursery
@@ -62,7 +62,7 @@ class Child:
         return self._status
 
 
-class Nursery:
+class ForkServer:
     """Starts the nursery's process, and again when it has died. After `begin`, one thread uses it."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Nursery:
         """Start the process and wait for nothing. It ends with the thread that calls this."""
         self._start()
 
-    def fork(self, *fds: int) -> Child:
+    def fork(self, *fds: int) -> ForkedProcess:
         """A new process that runs `loader.serve` with these file descriptors.
 
         Raises:
@@ -82,11 +82,11 @@ class Nursery:
         """
         try:
             return self._fork(fds)
-        except NurseryError:
+        except ForkServerError:
             self.close()
             return self._fork(fds)
 
-    def _fork(self, fds: tuple[int, ...]) -> Child:
+    def _fork(self, fds: tuple[int, ...]) -> ForkedProcess:
         ours = self._socket
         if ours is None or self._process is None or self._process.poll() is not None:
             ours = self._start()
@@ -95,17 +95,17 @@ class Nursery:
             while True:
                 frame, pidfds, _, _ = socket.recv_fds(ours, 64, 1)
                 if not frame:
-                    raise NurseryError("expected a child, the nursery has ended")
+                    raise ForkServerError("expected a child, the nursery has ended")
                 if pidfds:
-                    return Child(int(frame), pidfds[0], self)
+                    return ForkedProcess(int(frame), pidfds[0], self)
                 self._note(frame)
         except OSError as error:
-            raise NurseryError(f"expected a child ({type(error).__name__})") from error
+            raise ForkServerError(f"expected a child ({type(error).__name__})") from error
 
     def _start(self) -> socket.socket:
         self.close()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.settimeout(BORN_S)
+        ours.settimeout(FORK_TIMEOUT_S)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "shiwu_worker.loaders.fork_server_main", str(theirs.fileno()), str(os.getpid())],

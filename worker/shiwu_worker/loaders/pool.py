@@ -28,8 +28,17 @@ from numpy.typing import NDArray
 
 from shiwu.contract import ErrorCode
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.loaders.fork_server import Child, Nursery, NurseryError
-from shiwu_worker.loaders.protocol import ENCODER, LOADED, READY, READY_OPEN, Loaded, LoaderOptions, LoadTask, convicted
+from shiwu_worker.loaders.fork_server import ForkedProcess, ForkServer, ForkServerError
+from shiwu_worker.loaders.protocol import (
+    ENCODER,
+    LOADED,
+    READY,
+    READY_OPEN,
+    LoaderOptions,
+    LoadResult,
+    LoadTask,
+    failed_twice_result,
+)
 
 log: Any = structlog.get_logger()
 DEATHS_AT_START: Final = 5
@@ -40,7 +49,7 @@ RESPAWN_S: Final = 0.2
 class _Loader:
     """One process and what it holds."""
 
-    process: Child
+    process: ForkedProcess
     connection: Connection
     ready: bool = False
     held: dict[int, tuple[LoadTask, float]] = field(default_factory=dict)
@@ -69,7 +78,7 @@ class LoaderPool:
         spares: int = 0,
         options: LoaderOptions,
         task_timeout_s: float,
-        on_loaded: Callable[[list[Loaded]], None],
+        on_loaded: Callable[[list[LoadResult]], None],
         on_fatal: Callable[[FatalError], None],
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
@@ -95,7 +104,7 @@ class LoaderPool:
         self._closing = threading.Event()
         self._all_ready = threading.Event()
         self._deaths_at_start = 0
-        self._nursery = Nursery()
+        self._nursery = ForkServer()
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._run, name="loaders", daemon=True)
         self._told_open = False
@@ -159,12 +168,12 @@ class LoaderPool:
             log.exception("thread_failed", thread="loaders")
             self._closing.set()
             self._all_ready.set()
-            is_ours = not isinstance(error, NurseryError | TimeoutError)
+            is_ours = not isinstance(error, ForkServerError | TimeoutError)
             code = ExitCode.INTERNAL if is_ours else ExitCode.LOADERS
             self._on_fatal(FatalError(code, f"{type(error).__name__}: {error}"))
 
     def _turn(self) -> None:
-        done: list[Loaded] = []
+        done: list[LoadResult] = []
         for key, _ in self._selector.select(timeout=0.25):
             if key.data is None:
                 self._drain_wake()
@@ -182,7 +191,7 @@ class LoaderPool:
             self._on_loaded(done)
         self._assign()
 
-    def _receive(self, loader: _Loader, done: list[Loaded]) -> None:
+    def _receive(self, loader: _Loader, done: list[LoadResult]) -> None:
         try:
             while loader.connection.poll():
                 frame = loader.connection.recv_bytes(1 << 20)
@@ -247,7 +256,7 @@ class LoaderPool:
             return False  # it died; its tasks, this one too, are taken back when `poll` sees it
         return True
 
-    def _replace(self, loader: _Loader, code: ErrorCode, done: list[Loaded]) -> None:
+    def _replace(self, loader: _Loader, code: ErrorCode, done: list[LoadResult]) -> None:
         """Bury a loader, judge what it held, and start another."""
         loader.process.kill()
         status = loader.process.wait(5.0)
@@ -258,7 +267,7 @@ class LoaderPool:
         log.warning("loader_replaced", pid=loader.process.pid, status=status, held=len(loader.held), code=code.value)
         for task, sent_s in loader.held.values():
             if task.ticket == loader.suspect:
-                done.append(convicted(task, code, sent_s, status))
+                done.append(failed_twice_result(task, code, sent_s, status))
             else:
                 self._suspects.append(task)
         if not loader.ready:

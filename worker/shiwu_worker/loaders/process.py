@@ -27,13 +27,13 @@ from shiwu_worker.loaders.protocol import (
     LOAD_TASK,
     READY,
     READY_OPEN,
-    Loaded,
     LoaderOptions,
+    LoadResult,
     LoadTask,
 )
-from shiwu_worker.loaders.sandbox import Cell, CellGone, CpuExceeded, Decoded, start_cell
+from shiwu_worker.loaders.sandbox import CpuExceeded, Decoded, DecodeSandbox, SandboxExited, start_cell
 from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
-from shiwu_worker.stages.fetch.http import LOOKUPS_A_THREAD, Web
+from shiwu_worker.stages.fetch.http import LOOKUPS_A_THREAD, HttpClient
 from shiwu_worker.stages.fetch.s3.base import STORES_KEPT, S3Options
 
 FETCH_BYTES: Final = 1 << 30
@@ -44,10 +44,12 @@ OPEN_FILES: Final = 64
 FILES_A_THREAD: Final = 16
 
 
-class Loader:
+class LoaderProcess:
     """Turns tasks into results, on several threads."""
 
-    def __init__(self, options: LoaderOptions, connection: Connection, pixels: NDArray[np.uint8], cell: Cell) -> None:
+    def __init__(
+        self, options: LoaderOptions, connection: Connection, pixels: NDArray[np.uint8], cell: DecodeSandbox
+    ) -> None:
         self._connection = connection
         self._pixels = pixels
         self._cell = cell
@@ -62,7 +64,7 @@ class Loader:
                 requester_pays=options.s3_requester_pays,
                 user_agent=options.user_agent,
             ),
-            web=Web(
+            web=HttpClient(
                 options.reach,
                 threads=options.threads,
                 connect_timeout_s=options.connect_timeout_s,
@@ -100,7 +102,7 @@ class Loader:
             task = self._tasks.get()
             self._send(ENCODER.encode(self._load(task, number)))
 
-    def _load(self, task: LoadTask, number: int) -> Loaded:
+    def _load(self, task: LoadTask, number: int) -> LoadResult:
         started_s = fetched_s = time.monotonic()
         size: int | None = None
         decoded, failed = Decoded(), None
@@ -112,7 +114,7 @@ class Loader:
                 self._pixels[task.slot] = pixels
         except JobError as error:
             decoded, failed = Decoded(error=error.info()), error
-        except CellGone:
+        except SandboxExited:
             self._cell.kill()
             threading.Event().wait()  # for the end of this process, which follows its cell
         except CpuExceeded:
@@ -125,7 +127,7 @@ class Loader:
             decoded = Decoded(error=unknown)
         ended_s = time.monotonic()
         info = decoded.info
-        return Loaded(
+        return LoadResult(
             ticket=task.ticket,
             slot=task.slot,
             started_s=started_s,
@@ -149,7 +151,7 @@ class Loader:
         """Answer the picture that burns CPU, and end with the cell; what the neighbours lose they get again."""
         text = f"expected a picture that is decoded within {self._cpu_s:g} s of CPU"
         error = ErrorInfo(code=ErrorCode.DECODER_TIMEOUT, message=text, stage=Stage.DECODE)
-        result = Loaded(
+        result = LoadResult(
             ticket=task.ticket,
             slot=task.slot,
             started_s=started_s,
@@ -205,4 +207,4 @@ def serve(connection_fd: int, memory_fd: int) -> None:
         resource.setrlimit(kind, (limit, limit))
     shape = (options.slots, options.spec.height, options.spec.width, 3)
     pixels = np.frombuffer(mmap.mmap(memory_fd, math.prod(shape)), np.uint8).reshape(shape)
-    Loader(options, connection, pixels, cell).run()
+    LoaderProcess(options, connection, pixels, cell).run()

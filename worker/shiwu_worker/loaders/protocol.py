@@ -10,7 +10,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
-from shiwu_worker.policy.access_rules import Reach
+from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 from shiwu_worker.stages.fetch.s3.base import S3Client
 
@@ -30,7 +30,7 @@ class LoaderOptions(BaseModel):
     s3_requester_pays: bool = False
     user_agent: str = "shiwu"
     max_redirects: int = 3
-    reach: Reach
+    reach: AccessRules
     max_bytes: int
     max_pixels: int
     max_side: int
@@ -59,7 +59,7 @@ class LoadTask(msgspec.Struct, frozen=True):
     image: str
 
 
-class Loaded(msgspec.Struct, frozen=True, omit_defaults=True):
+class LoadResult(msgspec.Struct, frozen=True, omit_defaults=True):
     """What became of a task. Times are monotonic seconds, one clock for all processes of a machine."""
 
     ticket: int
@@ -86,7 +86,7 @@ class Loaded(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 ENCODER: Final = msgspec.json.Encoder()
-LOADED: Final = msgspec.json.Decoder(Loaded)
+LOADED: Final = msgspec.json.Decoder(LoadResult)
 LOAD_TASK: Final = msgspec.json.Decoder(LoadTask)
 READY: Final = b"ready"
 READY_OPEN: Final = b"ready without a filter of system calls: "
@@ -95,7 +95,7 @@ ENVIRONMENT: Final = msgspec.json.Decoder(dict[str, str])
 """A loader's second frame: variables that its sources need and its cell must not know."""
 
 
-def convicted(task: LoadTask, code: ErrorCode, sent_s: float, status: int) -> Loaded:
+def failed_twice_result(task: LoadTask, code: ErrorCode, sent_s: float, status: int) -> LoadResult:
     """What became of a picture that ended its loader, or was too slow for it, a second time and alone."""
     now_s = time.monotonic()
     if code is ErrorCode.DECODER_TIMEOUT:
@@ -104,4 +104,6 @@ def convicted(task: LoadTask, code: ErrorCode, sent_s: float, status: int) -> Lo
         name = signal.Signals(-status).name if status < 0 else f"exit {status}"
         text = f"the picture ended its loader twice, the second time alone ({name})"
     error = ErrorInfo(code=code, message=text, stage=Stage.DECODE)
-    return Loaded(ticket=task.ticket, slot=task.slot, started_s=sent_s, fetched_s=sent_s, decoded_s=now_s, error=error)
+    return LoadResult(
+        ticket=task.ticket, slot=task.slot, started_s=sent_s, fetched_s=sent_s, decoded_s=now_s, error=error
+    )

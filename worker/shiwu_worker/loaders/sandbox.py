@@ -29,14 +29,14 @@ from PIL import Image
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.errors import JobError
 from shiwu_worker.loaders.protocol import ENCODER, LoaderOptions
-from shiwu_worker.loaders.seccomp import SandboxError, close_in, no_new_privileges
+from shiwu_worker.loaders.seccomp import SandboxError, install_filter, no_new_privileges
 from shiwu_worker.runtime.process import die_with_parent
 from shiwu_worker.stages.decode.decoder import DecodedInfo, DecodeLimits, decode
 
 FRAME_BYTES: Final = 16 * 1024
 LENGTH_BYTES: Final = 8
 BORN_S: Final = 30.0
-LOOK_S: Final = 0.25
+POLL_INTERVAL_S: Final = 0.25
 """How often the CPU of a picture that takes long is looked at."""
 LARGE_BYTES: Final = 1 << 20
 """Shared memory of files beyond this is given back at once."""
@@ -65,7 +65,7 @@ class Decoded(msgspec.Struct, frozen=True):
 _DECODED: Final = msgspec.json.Decoder(Decoded)
 
 
-class CellGone(Exception):
+class SandboxExited(Exception):
     """The cell has ended or can't be understood."""
 
 
@@ -82,7 +82,7 @@ class _Shared:
     file_bytes: int
 
 
-class Cell:
+class DecodeSandbox:
     """The loader's end. One of its threads uses each channel."""
 
     def __init__(self, pid: int, sockets: Sequence[socket.socket], shared: _Shared, options: LoaderOptions) -> None:
@@ -96,7 +96,7 @@ class Cell:
     def _hello(self, channel: socket.socket) -> Hello:
         channel.settimeout(BORN_S)
         hello = msgspec.json.decode(_received(channel), type=Hello)
-        channel.settimeout(LOOK_S)
+        channel.settimeout(POLL_INTERVAL_S)
         self.open_because = hello.open_because
         return hello
 
@@ -114,7 +114,7 @@ class Cell:
             channel.send(len(data).to_bytes(LENGTH_BYTES, "little"))
             decoded = _DECODED.decode(self._answer(channel, number))
         except (OSError, ValueError) as error:
-            raise CellGone(type(error).__name__) from error
+            raise SandboxExited(type(error).__name__) from error
         if len(data) > LARGE_BYTES:
             first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
             self._shared.files.madvise(mmap.MADV_REMOVE, first, begin + self._shared.file_bytes - first)
@@ -129,7 +129,7 @@ class Cell:
                 used_s = self._used_s(number)
                 first_s = used_s if first_s is None else first_s
                 # Before the first look it can have used no more than the time until then.
-                if used_s - first_s + LOOK_S > self._cpu_s:
+                if used_s - first_s + POLL_INTERVAL_S > self._cpu_s:
                     raise CpuExceeded from None
 
     def _used_s(self, number: int) -> float:
@@ -150,7 +150,7 @@ class Cell:
         return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
 
 
-def start_cell(options: LoaderOptions) -> Cell:
+def start_cell(options: LoaderOptions) -> DecodeSandbox:
     """Fork a cell. Call it before this process has threads or secrets: the cell inherits what is there.
 
     Raises:
@@ -168,13 +168,13 @@ def start_cell(options: LoaderOptions) -> Cell:
         _live([theirs for _, theirs in pairs], shared, options, parent)
     for _, theirs in pairs:
         theirs.close()
-    return Cell(pid, [ours for ours, _ in pairs], shared, options)
+    return DecodeSandbox(pid, [ours for ours, _ in pairs], shared, options)
 
 
 def _received(channel: socket.socket) -> bytes:
     frame = channel.recv(FRAME_BYTES)
     if not frame:
-        raise CellGone("it closed its socket")
+        raise SandboxExited("it closed its socket")
     return frame
 
 
@@ -193,7 +193,7 @@ def _live(channels: Sequence[socket.socket], shared: _Shared, options: LoaderOpt
         because: str | None = None
         if options.sandbox:
             try:
-                close_in()
+                install_filter()
             except SandboxError as error:
                 because = str(error)
         threads = [

@@ -119,7 +119,7 @@ def no_new_privileges() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def close_in() -> None:
+def install_filter() -> None:
     """Put this thread, and those that it starts from now on, under the filter, and see that it holds.
 
     Raises:

@@ -13,12 +13,12 @@ from shiwu_worker.jobs.job import Job, Release
 
 if TYPE_CHECKING:
     from shiwu_worker.jobs.label_set import LabelSet
-    from shiwu_worker.policy.retry import Limits
+    from shiwu_worker.policy.retry import PipelineLimits
 
 log: Any = structlog.get_logger()
 
 
-class Fates:
+class Admission:
     """Decides by what a job carries with it and by the operator's limits; carries nothing out.
 
     Args:
@@ -27,7 +27,7 @@ class Fates:
     """
 
     def __init__(
-        self, limits: Limits, resolve: Callable[[Job], LabelSet], *, judge_callbacks: Callable[[Job], None]
+        self, limits: PipelineLimits, resolve: Callable[[Job], LabelSet], *, judge_callbacks: Callable[[Job], None]
     ) -> None:
         self._limits = limits
         self._resolve = resolve

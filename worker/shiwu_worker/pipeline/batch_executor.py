@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
-from shiwu_worker.errors import ExitCode, FatalError, Trouble, WrongVectors
+from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, WrongVectors
 
 if TYPE_CHECKING:
     from numpy import float32, uint8
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shiwu_worker.jobs.job import Job
     from shiwu_worker.jobs.label_set import LabelSet
     from shiwu_worker.jobs.label_vectors import EncodedLabels
-    from shiwu_worker.stages.encode.encoder import Flight
+    from shiwu_worker.stages.encode.encoder import InFlightBatch
 
 log: Any = structlog.get_logger()
 
@@ -31,17 +31,17 @@ log: Any = structlog.get_logger()
 class Learn(Protocol):
     """Told a batch that was collected, and the CPU of the host that it took beside the model."""
 
-    def __call__(self, flight: Flight, *, host_s: float) -> None:
+    def __call__(self, flight: InFlightBatch, *, host_s: float) -> None:
         """Learn from it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Launched:
+class LaunchedBatch:
     """A batch on its way through the device: its jobs in the order of its rows, and what the device holds of it."""
 
     jobs: tuple[Job, ...]
     started_s: float
-    flight: Flight | None = None
+    flight: InFlightBatch | None = None
     error: Exception | None = None
     """Why it did not take off."""
 
@@ -56,7 +56,7 @@ class Launched:
             self.flight.wait()
 
 
-class Triage:
+class BatchExecutor:
     """Gives every job of a batch its tags or the reason why it has none. One thread uses it.
 
     Args:
@@ -75,11 +75,11 @@ class Triage:
         *,
         encode_labels: Callable[[LabelSet], EncodedLabels],
         pixels: NDArray[uint8],
-        launch: Callable[[NDArray[uint8], Sequence[int]], Flight],
-        collect: Callable[[Flight], NDArray[float32]],
+        launch: Callable[[NDArray[uint8], Sequence[int]], InFlightBatch],
+        collect: Callable[[InFlightBatch], NDArray[float32]],
         encode_exact: Callable[[NDArray[uint8]], NDArray[float32]],
         score: Callable[[Sequence[Job], NDArray[float32]], None],
-        trouble: Callable[[BaseException], Trouble],
+        trouble: Callable[[BaseException], DeviceErrorKind],
         lower_cap: Callable[[int], None],
         learn: Learn = lambda *_, **__: None,
     ) -> None:
@@ -93,7 +93,7 @@ class Triage:
         self._lower_cap = lower_cap
         self._learn = learn
 
-    def launch(self, jobs: Sequence[Job]) -> Launched:
+    def launch(self, jobs: Sequence[Job]) -> LaunchedBatch:
         """Start a batch, without the jobs whose labels fail. An error waits for `finish`.
 
         Raises:
@@ -102,14 +102,14 @@ class Triage:
         live = tuple(job for job in jobs if self._has_labels(job))
         started_s = time.monotonic()
         if not live:
-            return Launched((), started_s)
+            return LaunchedBatch((), started_s)
         try:
             flight = self._launch(self._pixels, [job.slot for job in live])
         except Exception as error:  # noqa: BLE001 border: `finish` judges it
-            return Launched(live, started_s, error=error)
-        return Launched(live, started_s, flight)
+            return LaunchedBatch(live, started_s, error=error)
+        return LaunchedBatch(live, started_s, flight)
 
-    def finish(self, launched: Launched) -> None:
+    def finish(self, launched: LaunchedBatch) -> None:
         """Wait for the vectors and score them; whatever goes wrong, each job gets its tags or its own error.
 
         Raises:
@@ -131,16 +131,16 @@ class Triage:
             job.label_set = job.labels.label_set
         except Exception as error:  # border: whatever the model raises is judged here
             trouble = self._trouble(error)
-            if trouble is Trouble.LOST:
+            if trouble is DeviceErrorKind.LOST:
                 raise FatalError(ExitCode.DEVICE, f"the device failed: {error}") from error
-            is_memory = trouble is Trouble.OUT_OF_MEMORY
+            is_memory = trouble is DeviceErrorKind.OUT_OF_MEMORY
             code = ErrorCode.OUT_OF_MEMORY if is_memory else ErrorCode.ENCODE_FAILED
             text = f"the model failed on these labels ({type(error).__name__}: {error!s:.200})"
             job.fail(ErrorInfo(code=code, message=text, stage=Stage.SCORE, retryable=is_memory))
             return False
         return True
 
-    def _fast_vectors(self, launched: Launched) -> NDArray[float32]:
+    def _fast_vectors(self, launched: LaunchedBatch) -> NDArray[float32]:
         if launched.flight is None:
             raise launched.error or RuntimeError("expected a batch that took off, or the reason why it did not")
         return self._collect(launched.flight)
@@ -179,17 +179,17 @@ class Triage:
 
     def _judge(self, error: Exception, jobs: Sequence[Job]) -> None:
         trouble = self._trouble(error)
-        if trouble is Trouble.LOST:
+        if trouble is DeviceErrorKind.LOST:
             raise FatalError(ExitCode.DEVICE, f"the device failed: {error}") from error
         log.warning("batch_failed", size=len(jobs), error=str(error)[:300], kind=type(error).__name__)
         half = len(jobs) // 2
-        if trouble is Trouble.OUT_OF_MEMORY and half:
+        if trouble is DeviceErrorKind.OUT_OF_MEMORY and half:
             self._lower_cap(half)
             log.warning("batches_smaller", largest=half, reason="the device ran out of memory")
         if half:
             self._again(jobs[:half])
             self._again(jobs[half:])
-        elif trouble is Trouble.OUT_OF_MEMORY:
+        elif trouble is DeviceErrorKind.OUT_OF_MEMORY:
             text = "the device ran out of memory with this picture alone; something else uses it, or it is too small"
             jobs[0].fail(ErrorInfo(code=ErrorCode.OUT_OF_MEMORY, message=text, stage=Stage.ENCODE, retryable=True))
         else:
@@ -200,7 +200,7 @@ class Triage:
         try:
             self._score_all([job], self._encode_exact(self._pixels[[job.slot]]), started_s)
         except Exception as error:  # border: as in `_judged`
-            if self._trouble(error) is Trouble.LOST:
+            if self._trouble(error) is DeviceErrorKind.LOST:
                 raise FatalError(ExitCode.DEVICE, f"the device failed: {error}") from error
             _blame(job, error)
 

@@ -12,16 +12,16 @@ from typing import Any, Final
 import redis
 import structlog
 
-from shiwu.contract import ENDED
+from shiwu.contract import ANSWERED_CHANNEL
 from shiwu_worker.errors import ExitCode, FatalError
 
 log: Any = structlog.get_logger()
 HEARD_AT_ONCE: Final = 500
 RETRY_S: Final = 1.0
-LOOK_S: Final = 0.25
+POLL_INTERVAL_S: Final = 0.25
 
 
-class EndedJobs:
+class CancellationListener:
     """Listens from `start` to `close`.
 
     Args:
@@ -45,7 +45,7 @@ class EndedJobs:
     def close(self) -> None:
         """Stop."""
         self._closed.set()
-        self._thread.join(timeout=4 * LOOK_S)
+        self._thread.join(timeout=4 * POLL_INTERVAL_S)
 
     def _run(self) -> None:
         while not self._closed.is_set():
@@ -60,9 +60,9 @@ class EndedJobs:
 
     def _listen(self) -> None:
         with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]  # redis' own
-            pubsub.subscribe(ENDED)
+            pubsub.subscribe(ANSWERED_CHANNEL)
             while not self._closed.is_set():
-                message = pubsub.get_message(timeout=LOOK_S)
+                message = pubsub.get_message(timeout=POLL_INTERVAL_S)
                 ids: list[str] = []
                 while message is not None and len(ids) < HEARD_AT_ONCE:
                     ids.append(message["data"].decode(errors="replace"))

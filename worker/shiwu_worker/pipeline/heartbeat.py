@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from redis import RedisError
 
-from shiwu.broker.maintenance import Tended, Upkeep
+from shiwu.broker.maintenance import Maintenance, MaintenanceReport
 from shiwu_worker.errors import ExitCode, FatalError
 
 if TYPE_CHECKING:
-    from shiwu_worker.runtime.backoff import Away
-    from shiwu_worker.runtime.progress import Load, Progress
-    from shiwu_worker.stages.claim.lease_queue import Claims
+    from shiwu_worker.runtime.backoff import RedisBackoff
+    from shiwu_worker.runtime.progress import LoadReport, Progress
+    from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 
 log: Any = structlog.get_logger()
 TICK_S: Final = 1.0
-TENDED_AT_ONCE: Final = 500
+CHUNK_SIZE: Final = 500
 LOAD_EVERY_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Signs:
+class HeartbeatHooks:
     """Where the heartbeat looks, and whom it tells.
 
     `held` gives the ids whose leases are ours to renew, `alive` touches the file that probes look at, `suspects` wakes
@@ -39,7 +39,7 @@ class Signs:
     held: Callable[[], Sequence[str]]
     alive: Callable[[], None]
     suspects: Callable[[], None]
-    load: Callable[[], Load] | None = None
+    load: Callable[[], LoadReport] | None = None
     """Where the time went since it was asked last."""
     redis: Callable[[bool], None] = lambda _: None
     """Told at each tick whether Redis answered."""
@@ -58,14 +58,14 @@ class Heartbeat:
 
     def __init__(
         self,
-        claims: Claims,
-        upkeep: Upkeep,
+        claims: LeaseQueue,
+        upkeep: Maintenance,
         *,
         lease_s: float,
         stuck_s: Callable[[], float],
         progress: Progress,
-        signs: Signs,
-        away: Away,
+        signs: HeartbeatHooks,
+        away: RedisBackoff,
         on_fatal: Callable[[FatalError], None],
     ) -> None:
         self._claims = claims
@@ -80,7 +80,7 @@ class Heartbeat:
         self._away = away
         self._on_fatal = on_fatal
         self._tick_s = min(TICK_S, lease_s / 6)
-        self._seen = Tended()
+        self._seen = MaintenanceReport()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -159,7 +159,7 @@ class Heartbeat:
         while True:
             # An idle worker claims in vain every few seconds, which is progress: the lanes matter when even that ends.
             is_quiet = self._progress.age_s() > self._stuck_s() / 2
-            self._seen = seen = self._upkeep.tend(most=TENDED_AT_ONCE, count_waiting=is_quiet)
+            self._seen = seen = self._upkeep.tend(most=CHUNK_SIZE, count_waiting=is_quiet)
             if seen.reaped:
                 self._signs.reaped(seen.reaped)
                 log.warning("jobs_reaped", jobs=seen.reaped)
@@ -167,7 +167,7 @@ class Heartbeat:
                 log.warning("jobs_out_of_time", jobs=seen.out_of_time)
             if seen.suspects:
                 self._signs.suspects()
-            if max(seen.reaped, seen.promoted, seen.out_of_time) < TENDED_AT_ONCE:
+            if max(seen.reaped, seen.promoted, seen.out_of_time) < CHUNK_SIZE:
                 break
         for group, lost in self._upkeep.trim_if_long(seen).items():
             log.warning(

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from shiwu_worker.jobs.job import Job
 
-LOOK_S: Final = 0.1
+POLL_INTERVAL_S: Final = 0.1
 HELD_FACTOR: Final = 3
 """Jobs between claim and commit are at most this many times the slots."""
 
 
-class Hands:
+class InFlightJobs:
     """Thread-safe. Used as a collection it holds the ids of the jobs."""
 
     def __init__(self, *, slots: int, wanted: Callable[[], int] | None = None) -> None:
@@ -75,7 +75,7 @@ class Hands:
                 if (job := self._jobs.get(job_id)) is not None:
                     job.is_ended = True
 
-    def let_go(self, jobs: Sequence[Job]) -> None:
+    def remove(self, jobs: Sequence[Job]) -> None:
         """Forget jobs: Redis has their answers, or has them back. Another life of the same id stays."""
         with self._changed:
             for job in jobs:
@@ -110,7 +110,7 @@ class Hands:
         with self._changed:
             # Short waits: a signal handler may not notify, it could interrupt the very thread that holds the lock.
             while self._jobs and not is_hurried() and time.monotonic() < until_s:
-                self._changed.wait(LOOK_S)
+                self._changed.wait(POLL_INTERVAL_S)
 
     def wake(self) -> None:
         """Let whoever waits look again."""

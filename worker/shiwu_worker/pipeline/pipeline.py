@@ -20,23 +20,23 @@ from shiwu.broker.redis_errors import explain, info_of
 from shiwu.contract import AttemptEnd, ErrorInfo, ImageInfo, log_level_of, without_query
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.job import Job, Release, open_job
-from shiwu_worker.pipeline.admission import Fates
-from shiwu_worker.pipeline.in_flight import Hands
-from shiwu_worker.policy.retry import Limits
-from shiwu_worker.runtime.progress import Meter, Progress
+from shiwu_worker.pipeline.admission import Admission
+from shiwu_worker.pipeline.in_flight import InFlightJobs
+from shiwu_worker.policy.retry import PipelineLimits
+from shiwu_worker.runtime.progress import LoadMeter, Progress
 
 if TYPE_CHECKING:
     from shiwu_worker.jobs.label_set import LabelSet
-    from shiwu_worker.loaders.protocol import Loaded
-    from shiwu_worker.pipeline.batch_executor import Launched
-    from shiwu_worker.runtime.backoff import Away
+    from shiwu_worker.loaders.protocol import LoadResult
+    from shiwu_worker.pipeline.batch_executor import LaunchedBatch
+    from shiwu_worker.runtime.backoff import RedisBackoff
     from shiwu_worker.stages.batch import Batcher
-    from shiwu_worker.stages.claim.lease_queue import Claims
-    from shiwu_worker.stages.claim.notifier import Doorbell
+    from shiwu_worker.stages.claim.lease_queue import LeaseQueue
+    from shiwu_worker.stages.claim.notifier import LaneNotifier
 
 log: Any = structlog.get_logger()
 IDLE_S: Final = 5.0
-LOOK_S: Final = 0.5
+POLL_INTERVAL_S: Final = 0.5
 CLAIM_ENDS_S: Final = 10.0
 THREADS_END_S: Final = 5.0
 ONCE_MORE_S: Final = 0.1
@@ -46,18 +46,18 @@ ONCE_MORE_S: Final = 0.1
 class Stages:
     """The verbs of the way."""
 
-    claims: Claims
-    doorbell: Doorbell
+    claims: LeaseQueue
+    doorbell: LaneNotifier
     resolve: Callable[[Job], LabelSet]
     judge_callbacks: Callable[[Job], None]
     load: Callable[[Sequence[tuple[int, Job]]], None]
     batcher: Batcher[Job]
-    launch: Callable[[Sequence[Job]], Launched]
+    launch: Callable[[Sequence[Job]], LaunchedBatch]
     """Start a batch on the device."""
-    finish: Callable[[Launched], None]
+    finish: Callable[[LaunchedBatch], None]
     """Wait for its vectors and score them: each job then has its tags, or the reason why it has none."""
     settle: Callable[[list[Job]], None]
-    away: Away
+    away: RedisBackoff
     canary: Callable[[], None] = lambda: None
     """Between two batches: the known picture, where its time has come. Raises FatalError for a wrong answer."""
 
@@ -73,15 +73,15 @@ class Pipeline:
     def __init__(
         self,
         stages: Stages,
-        limits: Limits,
+        limits: PipelineLimits,
         *,
         progress: Progress,
-        meter: Meter,
+        meter: LoadMeter,
         on_fatal: Callable[[FatalError], None],
         on_claiming: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self._do = stages
-        self._fates = Fates(limits, stages.resolve, judge_callbacks=stages.judge_callbacks)
+        self._fates = Admission(limits, stages.resolve, judge_callbacks=stages.judge_callbacks)
         self._progress = progress
         self._meter = meter
         self._on_fatal = on_fatal
@@ -89,8 +89,8 @@ class Pipeline:
         self._is_claiming = False
         self._has_claimed = False
         self._zone = limits.zone
-        self._hands = Hands(slots=limits.slots, wanted=limits.wanted)
-        self._flights: queue.Queue[tuple[list[Job], Launched]] = queue.Queue(1)
+        self._hands = InFlightJobs(slots=limits.slots, wanted=limits.wanted)
+        self._flights: queue.Queue[tuple[list[Job], LaunchedBatch]] = queue.Queue(1)
         self._closing, self._ended = threading.Event(), threading.Event()
         self._is_hurried = False
         self._came_round_s = time.monotonic()
@@ -109,14 +109,14 @@ class Pipeline:
             try:
                 taken = self._do.claims.claim(room, held=self._hands)
             except RedisError as error:
-                self._say_claiming(is_so=False)
+                self._say_claiming(active=False)
                 if not self._has_claimed and info_of(error).ends_start:
                     raise FatalError(ExitCode.CONFIG, f"SHIWU_REDIS_URL: {explain(error)}") from error
                 self._do.away.wait(error, self._closing)
                 continue
             self._has_claimed = True
             self._do.away.back()
-            self._say_claiming(is_so=not self._closing.is_set())
+            self._say_claiming(active=not self._closing.is_set())
             if not self._hands:
                 # Claims say nothing of the other threads: with jobs in hand only these moving on is progress.
                 self._progress.mark()
@@ -142,7 +142,7 @@ class Pipeline:
             self._do.load(tickets)
 
     # -------------------------------------------------------------------------------- fetch, decode
-    def loaded(self, results: Sequence[Loaded]) -> None:
+    def loaded(self, results: Sequence[LoadResult]) -> None:
         """Take what the loaders made: pixels in the job's slot, or the reason why there are none. Never blocks."""
         self._meter.loaded(
             fetch_s=sum(one.fetched_s - one.started_s for one in results),
@@ -180,7 +180,7 @@ class Pipeline:
         while not self._ended.is_set():
             self._came_round_s = time.monotonic()
             self._do.canary()
-            batch = self._do.batcher.take(timeout_s=LOOK_S)
+            batch = self._do.batcher.take(timeout_s=POLL_INTERVAL_S)
             now_s = time.monotonic()
             live = [job for job in batch if not job.unwanted(now_s)]
             if batch:
@@ -188,14 +188,14 @@ class Pipeline:
                     job.is_on_device = True
                 launched = self._do.launch(live)
                 if launched.is_under_way:
-                    self._do.batcher.took_off()
+                    self._do.batcher.batch_started()
                 self._hand_over(batch, launched)
 
-    def _hand_over(self, batch: list[Job], launched: Launched) -> None:
+    def _hand_over(self, batch: list[Job], launched: LaunchedBatch) -> None:
         # One waits here, one in the queue, one is scored: no more are on their way at a time.
         while not self._ended.is_set():
             try:
-                self._flights.put((batch, launched), timeout=LOOK_S)
+                self._flights.put((batch, launched), timeout=POLL_INTERVAL_S)
             except queue.Full:
                 continue
             return
@@ -205,12 +205,12 @@ class Pipeline:
         landed_s = 0.0
         while not (self._ended.is_set() and self._flights.empty()):
             try:
-                batch, launched = self._flights.get(timeout=LOOK_S)
+                batch, launched = self._flights.get(timeout=POLL_INTERVAL_S)
             except queue.Empty:
                 continue
             if launched.is_under_way:
                 launched.wait()
-                self._do.batcher.landed()
+                self._do.batcher.batch_done()
             self._do.finish(launched)
             if launched.jobs:
                 # Batches overlap on their way; the device works on one at a time.
@@ -238,7 +238,7 @@ class Pipeline:
     def settled(self, jobs: Sequence[Job]) -> None:
         """Forget jobs that are out of our hands: Redis has their answers, or has them back."""
         self._progress.mark()
-        self._hands.let_go(jobs)
+        self._hands.remove(jobs)
 
     # -------------------------------------------------------------------------------- from start to stop
     def start(self) -> None:
@@ -260,7 +260,7 @@ class Pipeline:
         The oldest job comes last, so that giving them back to the front of a lane in this order keeps the order.
         """
         self._closing.set()
-        self._say_claiming(is_so=False)
+        self._say_claiming(active=False)
         self._do.doorbell.close()
         until_s = time.monotonic() + grace_s
         self._hands.wake()
@@ -280,10 +280,10 @@ class Pipeline:
         """End a running `stop` at once, whatever is left of its grace. Safe to call from a signal handler."""
         self._is_hurried = True
 
-    def _say_claiming(self, *, is_so: bool) -> None:
-        if is_so != self._is_claiming:
-            self._is_claiming = is_so
-            self._on_claiming(is_so)
+    def _say_claiming(self, *, active: bool) -> None:
+        if active != self._is_claiming:
+            self._is_claiming = active
+            self._on_claiming(active)
 
     def _guard(self, loop: Callable[[], None]) -> None:
         """A thread that ends by an error takes the process with it: half a pipeline is a black hole."""
@@ -300,7 +300,7 @@ class Pipeline:
         # Not so where the known picture told of the device: that no job of ours is to blame is what it is for.
         for job in self._hands.jobs():
             job.is_accused = job.is_on_device and error.exit_code is not ExitCode.CANARY
-        self._say_claiming(is_so=False)
+        self._say_claiming(active=False)
         self._on_fatal(error)
 
 

@@ -16,16 +16,16 @@ from redis import RedisError
 
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.job import Job
-from shiwu_worker.jobs.outcome import Settled
-from shiwu_worker.runtime.backoff import Away
+from shiwu_worker.jobs.outcome import CommittedJob
+from shiwu_worker.runtime.backoff import RedisBackoff
 
 if TYPE_CHECKING:
-    from shiwu_worker.stages.claim.lease_queue import Claims
+    from shiwu_worker.stages.claim.lease_queue import LeaseQueue
     from shiwu_worker.stages.commit import Committer
 
 log: Any = structlog.get_logger()
 T = TypeVar("T")
-MOST_AT_ONCE: Final = 512
+BATCH_LIMIT: Final = 512
 """A batch of settled jobs is closed when it holds this many; the last list that enters it may exceed this."""
 
 
@@ -41,11 +41,11 @@ class Settler:
     def __init__(
         self,
         committer: Committer,
-        claims: Claims,
+        claims: LeaseQueue,
         *,
-        away: Away,
+        away: RedisBackoff,
         on_settled: Callable[[Sequence[Job]], None],
-        on_answered: Callable[[Sequence[Settled]], None] | None,
+        on_answered: Callable[[Sequence[CommittedJob]], None] | None,
         on_fatal: Callable[[FatalError], None],
     ) -> None:
         self._committer = committer
@@ -83,7 +83,7 @@ class Settler:
     def _next(self) -> list[Job]:
         """What waits, oldest first; empty when there is nothing more to come."""
         jobs: list[Job] = []
-        while len(jobs) < MOST_AT_ONCE:
+        while len(jobs) < BATCH_LIMIT:
             try:
                 jobs += self._waiting.get_nowait() if jobs else self._waiting.get(timeout=0.25)
             except queue.Empty:
@@ -101,7 +101,7 @@ class Settler:
                 self._on_settled(answered)
                 if self._on_answered is not None:
                     pairs = zip(answered, entries, strict=True)
-                    self._on_answered([Settled(job, one, commit_s, one.id not in again) for job, one in pairs])
+                    self._on_answered([CommittedJob(job, one, commit_s, one.id not in again) for job, one in pairs])
         # Apart from the answers, which a server that refuses the one may take.
         if back := [job for job in jobs if job.back is not None]:
             releases = [job.back for job in back if job.back is not None]

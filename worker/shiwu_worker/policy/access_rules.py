@@ -16,7 +16,7 @@ NAT64_BITS: Final = frozenset({32, 40, 48, 56, 64, 96})
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
+class AccessRules:
     """The operator's lists, each empty by default.
 
     Hosts are `name`, `*.name` (what lies below it) or an address, with or without `:port`; networks are CIDR; buckets
@@ -124,7 +124,7 @@ def read_nat64(prefix: str) -> ipaddress.IPv6Network:
     return network
 
 
-def allows_bucket(reach: Reach, bucket: str) -> bool:
+def allows_bucket(reach: AccessRules, bucket: str) -> bool:
     """Whether the operator lets this bucket be read.
 
     A name that chooses another endpoint is read only where an entry of the list ends in the same way: `pictures*` does

@@ -23,7 +23,7 @@ _U_OCTET: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Special:
+class SpecialRange:
     """One row of the table."""
 
     network: IPNetwork
@@ -32,11 +32,11 @@ class Special:
     """`refused`, or the form in which an IPv4 address lies in it: low, 6to4, teredo."""
 
 
-def read_table() -> tuple[Special, ...]:
+def read_table() -> tuple[SpecialRange, ...]:
     """The table, most specific networks first."""
     lines = Path(__file__).with_suffix(".csv").read_text(encoding="utf-8").splitlines()
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
-    table = [Special(ipaddress.ip_network(row["network"]), row["name"], row["judged"]) for row in rows]
+    table = [SpecialRange(ipaddress.ip_network(row["network"]), row["name"], row["judged"]) for row in rows]
     return tuple(sorted(table, key=lambda row: row.network.prefixlen, reverse=True))
 
 
@@ -55,7 +55,7 @@ def special_use(address: IPAddress) -> str | None:
     return None
 
 
-def judged_addresses(address: IPAddress, nat64: tuple[ipaddress.IPv6Network, ...] = ()) -> tuple[IPAddress, ...]:
+def effective_addresses(address: IPAddress, nat64: tuple[ipaddress.IPv6Network, ...] = ()) -> tuple[IPAddress, ...]:
     """The addresses at which a packet to `address` may end; all of them must be public.
 
     Args:
@@ -85,11 +85,11 @@ def judged_addresses(address: IPAddress, nat64: tuple[ipaddress.IPv6Network, ...
 
 def is_public(address: IPAddress, nat64: tuple[ipaddress.IPv6Network, ...] = ()) -> bool:
     """Whether the address may be fetched from without the operator's word."""
-    return all(special_use(one) is None for one in judged_addresses(address, nat64))
+    return all(special_use(one) is None for one in effective_addresses(address, nat64))
 
 
 @lru_cache(maxsize=4096)
-def _row_of(address: IPAddress) -> Special | None:
+def _row_of(address: IPAddress) -> SpecialRange | None:
     return next((row for row in _TABLE if row.network.version == address.version and address in row.network), None)
 
 

@@ -26,7 +26,7 @@ class RetryPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class PipelineLimits:
     """What a pipeline may hold, and how patient it is."""
 
     slots: int

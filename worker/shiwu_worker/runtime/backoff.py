@@ -17,7 +17,7 @@ log: Any = structlog.get_logger()
 SAY_AGAIN_S: Final = 30.0
 
 
-class Away:
+class RedisBackoff:
     """Pauses between tries while Redis is away: growing, bounded, and said in the log.
 
     What passes by itself is said once, as `redis_away`. What does not, such as a password that has changed, is said

@@ -29,7 +29,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class LoadReport:
     """Where a worker's time went lately. Shares are 0 to 1: of the wall time, or of all the loaders' threads."""
 
     seconds: float
@@ -53,8 +53,8 @@ class Load:
         return "messages"
 
 
-class Meter:
-    """Adds up what `Load` tells. Thread-safe.
+class LoadMeter:
+    """Adds up what `LoadReport` tells. Thread-safe.
 
     Args:
         loader_threads: pictures that may be fetched or decoded at a time, in all loaders.
@@ -88,12 +88,12 @@ class Meter:
             self._batches += 1
             self._device_s += seconds
 
-    def read(self) -> Load:
+    def read(self) -> LoadReport:
         """The time since the last read."""
         with self._lock:
             seconds = max(1e-9, time.monotonic() - self._since_s)
             threads_s = seconds * self._loader_threads
-            load = Load(
+            load = LoadReport(
                 seconds=round(seconds, 1),
                 pictures=self._pictures,
                 batches=self._batches,

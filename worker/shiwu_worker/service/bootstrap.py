@@ -12,20 +12,20 @@ from typing import Any, TypeVar
 import redis
 import structlog
 
-from shiwu.broker.known_labels import LabelNotes
+from shiwu.broker.known_labels import KnownLabelStore
 from shiwu_worker.checkpoints.model_files import model_folder, model_revision
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.config.tuned import apply_tuning
 from shiwu_worker.errors import FatalError
 from shiwu_worker.jobs.job import Release
 from shiwu_worker.jobs.label_set import LabelSet
-from shiwu_worker.jobs.outcome import Settled
-from shiwu_worker.pipeline.cancellations import EndedJobs
+from shiwu_worker.jobs.outcome import CommittedJob
+from shiwu_worker.pipeline.cancellations import CancellationListener
 from shiwu_worker.pipeline.pipeline import Pipeline
 from shiwu_worker.pipeline.settle import Settler
 from shiwu_worker.runtime.garbage import freeze_started
 from shiwu_worker.runtime.malloc import use_one_arena
-from shiwu_worker.runtime.progress import Meter, Progress
+from shiwu_worker.runtime.progress import LoadMeter, Progress
 from shiwu_worker.service.factories import (
     PIPELINE_CONNECTIONS,
     check_redis,
@@ -42,10 +42,10 @@ from shiwu_worker.service.factories import (
     read_label_sets,
 )
 from shiwu_worker.service.label_notes import LabelNoter
-from shiwu_worker.service.model import make_canary, open_encoder
-from shiwu_worker.service.observability import Panel
-from shiwu_worker.stages.claim.lease_queue import Claims
-from shiwu_worker.stages.claim.notifier import Doorbell
+from shiwu_worker.service.model import load_encoder, make_canary
+from shiwu_worker.service.observability import Observability
+from shiwu_worker.stages.claim.lease_queue import LeaseQueue
+from shiwu_worker.stages.claim.notifier import LaneNotifier
 from shiwu_worker.stages.commit import Committer
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 from shiwu_worker.telemetry.logs import job_logger
@@ -57,17 +57,17 @@ LOADERS_STOP_S = 5.0
 T = TypeVar("T")
 
 
-class Service:
+class WorkerService:
     """A running worker: claims from `open_service` until `stop`."""
 
-    def __init__(self, *, pipeline: Pipeline, stop: Callable[[float], None], panel: Panel) -> None:
+    def __init__(self, *, pipeline: Pipeline, stop: Callable[[float], None], panel: Observability) -> None:
         self._pipeline = pipeline
         self._stop = stop
         self._panel = panel
 
-    def hearing(self, *, is_so: bool) -> None:
+    def hearing(self, *, active: bool) -> None:
         """Celery's half hears what is broadcast to workers, or does so no longer."""
-        self._panel.hearing(is_so=is_so)
+        self._panel.hearing(active=active)
 
     def stop(self, *, grace_s: float) -> None:
         """Drain within the grace time and give back what is left. The first call counts."""
@@ -83,21 +83,21 @@ def open_service(
     settings: Settings,
     *,
     on_fatal: Callable[[FatalError], None],
-    on_answered: Callable[[Sequence[Settled]], None] = lambda _: None,
+    on_answered: Callable[[Sequence[CommittedJob]], None] = lambda _: None,
     is_ready_when_hearing: bool = False,
-) -> Iterator[Service]:
+) -> Iterator[WorkerService]:
     """Load the model, start all parts, claim; on leaving, stop in the direction of the data.
 
     Args:
         on_answered: told each answer that was written; must not raise and not block.
-        is_ready_when_hearing: the worker is ready only when `Service.hearing` was told so, too.
+        is_ready_when_hearing: the worker is ready only when `WorkerService.hearing` was told so, too.
 
     Raises:
         FatalError: when a part can't start. Nothing has been claimed then.
     """
     use_one_arena()  # again: Celery's own command may have started this process
     progress = Progress()
-    panel = Panel(settings, progress, is_ready_when_hearing=is_ready_when_hearing)
+    panel = Observability(settings, progress, is_ready_when_hearing=is_ready_when_hearing)
     with ExitStack() as stack:
         panel.open(stack)
         check_redis(settings)
@@ -117,16 +117,16 @@ def _build(
     stack: ExitStack,
     settings: Settings,
     folder: Path,
-    panel: Panel,
+    panel: Observability,
     progress: Progress,
     *,
     label_sets: Mapping[str, LabelSet],
     on_fatal: Callable[[FatalError], None],
-    on_answered: Callable[[Sequence[Settled]], None],
-) -> Service:
+    on_answered: Callable[[Sequence[CommittedJob]], None],
+) -> WorkerService:
     """Make and start the parts, each with its end on the stack."""
     token = _new_token(settings)
-    meter = Meter(loader_threads=settings.loader_count * settings.loader_threads)
+    meter = LoadMeter(loader_threads=settings.loader_count * settings.loader_threads)
     client = stack.enter_context(connect(settings, connections=PIPELINE_CONNECTIONS))
     doorbell = _make_doorbell(stack, settings)
     claims = make_claims(settings, client, token)
@@ -140,17 +140,19 @@ def _build(
         Committer(ledger, worker=settings.worker_name),
         claims,
         away=make_away("commit", progress),
-        on_settled=_each(lambda jobs: pipeline.settled(jobs), panel.let_go),
-        on_answered=_each(*_job_log(settings), panel.answered, LabelNoter(LabelNotes(client)).answered, on_answered),
+        on_settled=_each(lambda jobs: pipeline.settled(jobs), panel.remove),
+        on_answered=_each(
+            *_job_log(settings), panel.answered, LabelNoter(KnownLabelStore(client)).answered, on_answered
+        ),
         on_fatal=on_fatal,
     )
-    encoder = open_encoder(settings, folder, spec)
+    encoder = load_encoder(settings, folder, spec)
     loaders.wait_ready(START_S)
     canary = make_canary(settings, encoder, spec, on_wrong=panel.wrong)
-    canary.sing_if_due()
+    canary.check_if_due()
     stages = make_stages(
         *(settings, label_sets, claims, doorbell, loaders, encoder, settler, make_away("claim", progress)),
-        canary=canary.sing_if_due,
+        canary=canary.check_if_due,
         on_batch=panel.batch_left,
     )
     pipeline = Pipeline(
@@ -159,12 +161,12 @@ def _build(
         progress=progress,
         meter=meter,
         on_fatal=on_fatal,
-        on_claiming=lambda is_so: panel.claiming(is_so=is_so),
+        on_claiming=lambda active: panel.claiming(active=active),
     )
     signs = panel.signs(pipeline, meter, suspects=doorbell.ring)
     upkeep = make_upkeep(settings, client, ledger, token)
     heartbeat = make_heartbeat(settings, claims, upkeep, signs, progress, encoder=encoder, on_fatal=on_fatal)
-    ended = EndedJobs(client, on_ended=pipeline.ended, on_fatal=on_fatal)
+    ended = CancellationListener(client, on_ended=pipeline.ended, on_fatal=on_fatal)
     for part in (heartbeat, ended):
         stack.callback(part.close)
     panel.watch(stack, client, encoder, loaders)
@@ -172,12 +174,12 @@ def _build(
     stack.callback(once, settings.grace_s)
     _start(stack, settler, doorbell, heartbeat, ended, pipeline)
     panel.started(pipeline, encoder, loaders)
-    return Service(pipeline=pipeline, stop=once, panel=panel)
+    return WorkerService(pipeline=pipeline, stop=once, panel=panel)
 
 
-def _make_doorbell(stack: ExitStack, settings: Settings) -> Doorbell:
+def _make_doorbell(stack: ExitStack, settings: Settings) -> LaneNotifier:
     client = stack.enter_context(connect_doorbell(settings, block_s=DOORBELL_S))
-    return Doorbell(client, block_s=DOORBELL_S, lanes=settings.lanes)
+    return LaneNotifier(client, block_s=DOORBELL_S, lanes=settings.lanes)
 
 
 def _start(stack: ExitStack, *parts: Any) -> None:
@@ -192,7 +194,13 @@ def _new_token(settings: Settings) -> str:
 
 
 def _stop(
-    settings: Settings, grace_s: float, *, panel: Panel, claims: Claims, pipeline: Pipeline, settler: Settler
+    settings: Settings,
+    grace_s: float,
+    *,
+    panel: Observability,
+    claims: LeaseQueue,
+    pipeline: Pipeline,
+    settler: Settler,
 ) -> None:
     """Intake first, leases last: whoever holds a job keeps its lease until it is answered or given back."""
     panel.stopping()
@@ -200,12 +208,12 @@ def _stop(
     settler.close(timeout_s=settings.redis_timeout_s * 2)
 
 
-def _job_log(settings: Settings) -> Iterator[Callable[[Sequence[Settled]], None]]:
+def _job_log(settings: Settings) -> Iterator[Callable[[Sequence[CommittedJob]], None]]:
     """One log line for each answer, where the level asks for it."""
     log_job = job_logger(level=settings.log_level)
     if log_job is not None:
 
-        def tell(settled: Sequence[Settled]) -> None:
+        def tell(settled: Sequence[CommittedJob]) -> None:
             for one in settled:
                 log_job(one.entry.answer, one.commit_s, not one.is_first)
 
@@ -222,7 +230,7 @@ def _each(*told: Callable[[T], None]) -> Callable[[T], None]:
     return tell
 
 
-def give_back(claims: Claims, left: Sequence[Release]) -> None:
+def give_back(claims: LeaseQueue, left: Sequence[Release]) -> None:
     """Return jobs to the front of their lanes; where Redis is away, their leases will."""
     try:
         if left:

@@ -11,12 +11,12 @@ from typing import Any
 import redis
 import structlog
 
-from shiwu.broker.answers import Ledger
+from shiwu.broker.answers import AnswerStore
 from shiwu.broker.connection import connect as connect_to
-from shiwu.broker.maintenance import Upkeep
+from shiwu.broker.maintenance import Maintenance
 from shiwu.broker.message_reader import read_canvas
 from shiwu.broker.redis_errors import classify, explain, info_of
-from shiwu.broker.retention import Keep, ToldKeep
+from shiwu.broker.retention import Retention, RetentionPublisher
 from shiwu.contract import RETRIED, ErrorCode, Lane, WarningCode
 from shiwu_worker.checkpoints.model_files import EMBEDDED
 from shiwu_worker.config.settings import Settings
@@ -24,18 +24,18 @@ from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.loaders.pool import LoaderPool
-from shiwu_worker.loaders.protocol import Loaded, LoaderOptions, LoadTask
-from shiwu_worker.pipeline.batch_executor import Triage
-from shiwu_worker.pipeline.heartbeat import Heartbeat, Signs
+from shiwu_worker.loaders.protocol import LoaderOptions, LoadResult, LoadTask
+from shiwu_worker.pipeline.batch_executor import BatchExecutor
+from shiwu_worker.pipeline.heartbeat import Heartbeat, HeartbeatHooks
 from shiwu_worker.pipeline.pipeline import Stages
 from shiwu_worker.pipeline.settle import Settler
-from shiwu_worker.policy.retry import Limits, RetryPolicy
-from shiwu_worker.runtime.backoff import Away
+from shiwu_worker.policy.retry import PipelineLimits, RetryPolicy
+from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.process import source_environment
 from shiwu_worker.runtime.progress import Progress
 from shiwu_worker.stages.batch import Batcher, Reason
-from shiwu_worker.stages.claim.lease_queue import Claims
-from shiwu_worker.stages.claim.notifier import Doorbell
+from shiwu_worker.stages.claim.lease_queue import LeaseQueue
+from shiwu_worker.stages.claim.notifier import LaneNotifier
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 from shiwu_worker.stages.score.label_bank import LabelBank
 from shiwu_worker.stages.score.label_files import load_label_sets
@@ -115,7 +115,7 @@ def is_embedded(settings: Settings, encoder: Any) -> bool:
     return settings.model is None and encoder.info.id == EMBEDDED
 
 
-def open_labels(settings: Settings, encoder: Any, sets: Mapping[str, LabelSet]) -> LabelBank:
+def load_label_bank(settings: Settings, encoder: Any, sets: Mapping[str, LabelSet]) -> LabelBank:
     """These label sets, for this model.
 
     Raises:
@@ -188,7 +188,7 @@ def make_loaders(
     settings: Settings,
     spec: ImageSpec,
     *,
-    on_loaded: Callable[[list[Loaded]], None],
+    on_loaded: Callable[[list[LoadResult]], None],
     on_fatal: Callable[[FatalError], None],
 ) -> LoaderPool:
     """The loader processes, not yet started."""
@@ -203,9 +203,9 @@ def make_loaders(
     )
 
 
-def make_claims(settings: Settings, client: redis.Redis, token: str) -> Claims:
+def make_claims(settings: Settings, client: redis.Redis, token: str) -> LeaseQueue:
     """This worker's claims."""
-    return Claims(
+    return LeaseQueue(
         client,
         token=token,
         lease_s=settings.lease_s,
@@ -216,9 +216,9 @@ def make_claims(settings: Settings, client: redis.Redis, token: str) -> Claims:
     )
 
 
-def make_ledger(settings: Settings, client: redis.Redis, token: str) -> Ledger:
+def make_ledger(settings: Settings, client: redis.Redis, token: str) -> AnswerStore:
     """The writer of answers."""
-    return Ledger(
+    return AnswerStore(
         client,
         token=token,
         keep=_keep(settings),
@@ -227,19 +227,19 @@ def make_ledger(settings: Settings, client: redis.Redis, token: str) -> Ledger:
     )
 
 
-def make_upkeep(settings: Settings, client: redis.Redis, ledger: Ledger, token: str) -> Upkeep:
+def make_upkeep(settings: Settings, client: redis.Redis, ledger: AnswerStore, token: str) -> Maintenance:
     """What every worker does for all."""
-    return Upkeep(
+    return Maintenance(
         client,
         ledger,
         name=settings.worker_name,
         token=token,
-        keep=ToldKeep(client, _keep(settings)),
+        keep=RetentionPublisher(client, _keep(settings)),
     )
 
 
-def _keep(settings: Settings) -> Keep:
-    return Keep(
+def _keep(settings: Settings) -> Retention:
+    return Retention(
         result_ttl_s=settings.result_ttl_s,
         done_ttl_s=max(settings.done_ttl_s, settings.result_ttl_s),
         dead_length=settings.dead_length,
@@ -248,16 +248,16 @@ def _keep(settings: Settings) -> Keep:
     )
 
 
-def make_away(where: str, progress: Progress) -> Away:
+def make_away(where: str, progress: Progress) -> RedisBackoff:
     """Pauses of one thread while Redis is away; that it is away is no hang of the pipeline."""
-    return Away(where, on_wait=lambda _: progress.mark())
+    return RedisBackoff(where, on_wait=lambda _: progress.mark())
 
 
 def make_heartbeat(
     settings: Settings,
-    claims: Claims,
-    upkeep: Upkeep,
-    signs: Signs,
+    claims: LeaseQueue,
+    upkeep: Maintenance,
+    signs: HeartbeatHooks,
     progress: Progress,
     *,
     encoder: Any,
@@ -271,7 +271,7 @@ def make_heartbeat(
         stuck_s=lambda: stuck_after_s(settings, encoder),
         progress=progress,
         signs=signs,
-        away=Away("heartbeat"),
+        away=RedisBackoff("heartbeat"),
         on_fatal=on_fatal,
     )
 
@@ -281,13 +281,13 @@ def stuck_after_s(settings: Settings, encoder: Any) -> float:
     return max(settings.stuck_s, SLOW_FACTOR * float(encoder.sizes.slowest_s))
 
 
-def make_limits(settings: Settings, encoder: Any) -> Limits:
+def make_limits(settings: Settings, encoder: Any) -> PipelineLimits:
     """What the pipeline may hold, and how patient it is."""
     usual = RetryPolicy(settings.max_attempts, settings.retry_first_s, settings.retry_longest_s)
     retries: dict[str, RetryPolicy] = dict.fromkeys(RETRIED, usual)
     retries[ErrorCode.UNKNOWN_LABEL_SET] = replace(usual, attempts=LABEL_SET_TRIES)
     retries |= {code: RetryPolicy(*policy) for code, policy in settings.retry.items()}
-    return Limits(
+    return PipelineLimits(
         slots=settings.slot_count,
         wanted=lambda: settings.slots_for(encoder.sizes.wanted),
         max_attempts=settings.max_attempts,
@@ -314,12 +314,12 @@ def make_batcher(
 def make_stages(  # noqa: PLR0917 one argument for each part of the way
     settings: Settings,
     label_sets: Mapping[str, LabelSet],
-    claims: Claims,
-    doorbell: Doorbell,
+    claims: LeaseQueue,
+    doorbell: LaneNotifier,
     loaders: LoaderPool,
     encoder: Any,
     settler: Settler,
-    away: Away,
+    away: RedisBackoff,
     *,
     canary: Callable[[], None],
     on_batch: Callable[[Reason, Sequence[Job]], None],
@@ -327,7 +327,7 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
     """The verbs of the pipeline, with the default labels' vectors computed."""
     from shiwu_worker.stages.score.scorer import Scorer  # noqa: PLC0415 beside the encoder, which is imported late
 
-    bank = open_labels(settings, encoder, label_sets)
+    bank = load_label_bank(settings, encoder, label_sets)
     encode_default_labels(bank)
     if is_embedded(settings, encoder):
         log.warning("embedded_model", meaning=EMBEDDED_MODEL.message)
@@ -345,7 +345,7 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
 
     batcher = make_batcher(settings, encoder, on_batch=on_batch)
     scorer = Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info)
-    triage = Triage(
+    triage = BatchExecutor(
         encode_labels=bank.encoded,
         pixels=loaders.pixels,
         launch=encoder.launch,

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 import redis
 import structlog
 
-from shiwu.broker.known_labels import KnownLabels, LabelNotes
+from shiwu.broker.known_labels import KnownLabels, KnownLabelStore
 
 if TYPE_CHECKING:
     from shiwu_worker.jobs.label_set import LabelSet
-    from shiwu_worker.jobs.outcome import Settled
+    from shiwu_worker.jobs.outcome import CommittedJob
 
 log: Any = structlog.get_logger()
 NOTED_AGAIN_S: Final = 3600.0
@@ -25,11 +25,11 @@ MAX_REMEMBERED: Final = 4096
 class LabelNoter:
     """Told of each answer; the thread that commits calls it. Never raises: notes are help for people."""
 
-    def __init__(self, notes: LabelNotes) -> None:
+    def __init__(self, notes: KnownLabelStore) -> None:
         self._notes = notes
         self._noted_s: OrderedDict[str, float] = OrderedDict()
 
-    def answered(self, settled: Sequence[Settled]) -> None:
+    def answered(self, settled: Sequence[CommittedJob]) -> None:
         """Note the label sets that are new, with one call."""
         now_s = time.monotonic()
         fresh: dict[str, LabelSet] = {}

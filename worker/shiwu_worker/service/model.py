@@ -15,7 +15,7 @@ from shiwu_worker.runtime.garbage import freeze_imported
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 
 
-def open_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorough: bool = False) -> Any:
+def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorough: bool = False) -> Any:
     """The model, loaded and warm.
 
     Args:

@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Any
 import redis
 import structlog
 
-from shiwu.broker.queue_stats import Look, look
+from shiwu.broker.queue_stats import QueueSnapshot, shared_snapshot
 from shiwu.contract import RETRIABLE, Lane
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.health.http_server import Endpoint
-from shiwu_worker.health.monitor import Body, Vitals
-from shiwu_worker.health.probe_files import Health
+from shiwu_worker.health.http_server import HealthServer
+from shiwu_worker.health.monitor import HealthMonitor, LivenessSources
+from shiwu_worker.health.probe_files import ProbeFiles
 from shiwu_worker.health.readiness import Readiness
-from shiwu_worker.pipeline.heartbeat import Signs
-from shiwu_worker.runtime.progress import Load, Meter, Progress
+from shiwu_worker.pipeline.heartbeat import HeartbeatHooks
+from shiwu_worker.runtime.progress import LoadMeter, LoadReport, Progress
 from shiwu_worker.service.factories import stuck_after_s
-from shiwu_worker.telemetry.gpu_monitor import CardWatch
+from shiwu_worker.telemetry.gpu_monitor import GpuMonitor
 from shiwu_worker.telemetry.metrics import Metrics
-from shiwu_worker.telemetry.queue_monitor import EVERY_S, Watch
+from shiwu_worker.telemetry.queue_monitor import EVERY_S, QueueMonitor
 
 if TYPE_CHECKING:
     from shiwu_worker.jobs.job import Job
-    from shiwu_worker.jobs.outcome import Settled
+    from shiwu_worker.jobs.outcome import CommittedJob
     from shiwu_worker.loaders.pool import LoaderPool
     from shiwu_worker.pipeline.pipeline import Pipeline
     from shiwu_worker.telemetry.tracing import Traces
@@ -40,17 +40,19 @@ HEARING_LIMIT_S = 15.0
 """Longer than Celery's half takes to connect again; a Redis user without its rights must not keep a worker unready."""
 
 
-class Panel:
+class Observability:
     """One for each worker. Where no HTTP port is set nothing is counted and no queue is looked at."""
 
     def __init__(self, settings: Settings, progress: Progress, *, is_ready_when_hearing: bool = False) -> None:
         self._settings = settings
-        self._health = Health(ready_file=settings.ready_file, alive_file=settings.alive_file)
+        self._health = ProbeFiles(ready_file=settings.ready_file, alive_file=settings.alive_file)
         self._health.ready(is_ready=False)
         self._readiness = Readiness(
             on_change=self._on_ready, hearing_limit_s=HEARING_LIMIT_S if is_ready_when_hearing else 0.0
         )
-        self._vitals = Vitals(progress, redis_timeout_s=settings.redis_timeout_s, is_deaf=self._readiness.is_deaf)
+        self._vitals = HealthMonitor(
+            progress, redis_timeout_s=settings.redis_timeout_s, is_deaf=self._readiness.is_deaf
+        )
         self._metrics = Metrics(retried=RETRIABLE) if settings.http_port else None
         self._traces: Traces | None = None
         self._began_s = time.monotonic()
@@ -66,7 +68,7 @@ class Panel:
             self._traces = _open_traces(stack, worker=self._settings.worker_name)
         if self._metrics is None:
             return
-        endpoint = Endpoint(
+        endpoint = HealthServer(
             host=self._settings.http_host,
             port=self._settings.http_port,
             not_live=self._vitals.not_live,
@@ -77,18 +79,18 @@ class Panel:
         stack.callback(endpoint.close)
         endpoint.start()
 
-    def signs(self, pipeline: Pipeline, meter: Meter, *, suspects: Callable[[], None]) -> Signs:
+    def signs(self, pipeline: Pipeline, meter: LoadMeter, *, suspects: Callable[[], None]) -> HeartbeatHooks:
         """What the heartbeat sees and tells."""
         metrics = self._metrics
 
-        def load() -> Load:
+        def load() -> LoadReport:
             seen = meter.read()
             if metrics is not None:
                 metrics.load(seen)
             return seen
 
         counts: dict[str, Any] = {"renewed": metrics.renewed, "reaped": metrics.reaped} if metrics is not None else {}
-        return Signs(
+        return HeartbeatHooks(
             held=pipeline.held,
             alive=self._health.alive,
             suspects=suspects,
@@ -102,18 +104,18 @@ class Panel:
         metrics = self._metrics
         if metrics is None:
             return
-        card = CardWatch(encoder.card_uuid)
+        card = GpuMonitor(encoder.card_uuid)
         metrics.card(card.state)
         metrics.model(encoder.info)
         metrics.sizes(largest=lambda: encoder.sizes.largest, threads=lambda: encoder.threads)
         metrics.loader_restarts(lambda: loaders.restarts)
 
-        def on_look(seen: Look, backlog_s: dict[Lane, float]) -> None:
+        def on_look(seen: QueueSnapshot, backlog_s: dict[Lane, float]) -> None:
             metrics.queues(seen, backlog_s)
             self._vitals.waiting(sum(seen.waiting.get(lane, 0) for lane in self._settings.lanes))
 
-        watch = Watch(
-            partial(look, client, max_age_s=EVERY_S),
+        watch = QueueMonitor(
+            partial(shared_snapshot, client, max_age_s=EVERY_S),
             on_look=on_look,
             on_away=metrics.redis_unreachable,
             also=card.look,
@@ -123,7 +125,7 @@ class Panel:
 
     def started(self, pipeline: Pipeline, encoder: Any, loaders: LoaderPool) -> None:
         """All parts run: from now on their stillness counts."""
-        body = Body(
+        body = LivenessSources(
             threads=_THREADS,
             held=lambda: len(pipeline.held()),
             encode_age_s=pipeline.encode_age_s,
@@ -132,18 +134,18 @@ class Panel:
         )
         self._vitals.started(body)
 
-    def claiming(self, *, is_so: bool) -> None:
+    def claiming(self, *, active: bool) -> None:
         """Claims succeed, or have ended."""
-        self._vitals.claiming(is_so=is_so)
-        self._readiness.claiming(is_so=is_so)
+        self._vitals.claiming(active=active)
+        self._readiness.claiming(active=active)
 
-    def hearing(self, *, is_so: bool) -> None:
+    def hearing(self, *, active: bool) -> None:
         """What is broadcast to workers is heard, or not."""
-        self._readiness.hearing(is_so=is_so)
+        self._readiness.hearing(active=active)
 
-    def _on_redis(self, is_there: bool) -> None:
+    def _on_redis(self, available: bool) -> None:
         """Redis answered the heartbeat, or not; once a second, so that a limit of time is noticed."""
-        self._vitals.redis(is_there=is_there)
+        self._vitals.redis(available=available)
         self._readiness.look()
 
     def _on_ready(self, is_ready: bool) -> None:
@@ -163,14 +165,14 @@ class Panel:
         """The worker drains."""
         self._vitals.stopping()
 
-    def answered(self, settled: Sequence[Settled]) -> None:
+    def answered(self, settled: Sequence[CommittedJob]) -> None:
         """Count answers, and make their spans."""
         if self._metrics is not None:
             self._metrics.answered(settled)
         if self._traces is not None:
             self._traces.answered(settled)
 
-    def let_go(self, jobs: Sequence[Job]) -> None:
+    def remove(self, jobs: Sequence[Job]) -> None:
         """Count what is tried again among the jobs that left: all of them were answered, or all given back."""
         if self._metrics is not None and jobs and jobs[0].back is not None:
             self._metrics.given_back(jobs)

@@ -59,7 +59,7 @@ class Batcher(Generic[T]):
         self._bulk: deque[T] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._aloft = 0
+        self._on_device = 0
 
     def put(self, items: Iterable[T]) -> None:
         """Add items that are ready for the device."""
@@ -91,15 +91,15 @@ class Batcher(Generic[T]):
             self._on_leave(reason, batch)
         return batch
 
-    def took_off(self) -> None:
+    def batch_started(self) -> None:
         """The device works on a batch; the next one leaves when it is full, or when this one has landed."""
         with self._changed:
-            self._aloft += 1
+            self._on_device += 1
 
-    def landed(self) -> None:
+    def batch_done(self) -> None:
         """The device is done with a batch."""
         with self._changed:
-            self._aloft -= 1
+            self._on_device -= 1
             self._changed.notify_all()
 
     def drain(self) -> list[T]:
@@ -118,7 +118,7 @@ class Batcher(Generic[T]):
 
     def _may_leave(self) -> bool:
         waiting = self._waiting()
-        return self._closed or waiting >= self._full() or (waiting > 0 and not self._aloft)
+        return self._closed or waiting >= self._full() or (waiting > 0 and not self._on_device)
 
     def _waiting(self) -> int:
         return len(self._interactive) + len(self._bulk)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from shiwu.broker.answers import Entry, Ledger
+from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.contract import Status
 from shiwu_worker.jobs.job import Job
 
@@ -22,18 +22,18 @@ class Committer:
         worker: stands in every answer.
     """
 
-    def __init__(self, ledger: Ledger, *, worker: str) -> None:
+    def __init__(self, ledger: AnswerStore, *, worker: str) -> None:
         self._ledger = ledger
         self._worker = worker
 
-    def finish(self, jobs: Sequence[Job], *, now_s: float) -> list[Entry]:
+    def finish(self, jobs: Sequence[Job], *, now_s: float) -> list[AnswerEntry]:
         """The answers of these jobs; times end when the tags were made, or at `now_s`."""
         if not jobs:
             return []
         answered_at = jobs[0].server_time(now_s)
         return [self._entry(job, job.scored_s or now_s, answered_at) for job in jobs]
 
-    def commit(self, entries: Sequence[Entry]) -> set[str]:
+    def commit(self, entries: Sequence[AnswerEntry]) -> set[str]:
         """Write answers; return the ids that somebody had answered before.
 
         Raises:
@@ -41,9 +41,9 @@ class Committer:
         """
         return self._ledger.write(entries)
 
-    def _entry(self, job: Job, until_s: float, answered_at: datetime) -> Entry:
+    def _entry(self, job: Job, until_s: float, answered_at: datetime) -> AnswerEntry:
         is_dead = job.status in _KEPT
-        return Entry(
+        return AnswerEntry(
             answer=job.answer(worker=self._worker, until_s=until_s, answered_at=answered_at),
             id=job.answer_id or job.id,
             claim=job.id if job.answer_id else "",

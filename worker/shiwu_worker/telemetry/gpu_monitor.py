@@ -12,7 +12,7 @@ log: Any = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class CardState:
+class GpuState:
     """One look. `used_bytes` is of all processes; `utilisation`, 0 to 1, is None where it is not told (MIG)."""
 
     used_bytes: int
@@ -20,7 +20,7 @@ class CardState:
     utilisation: float | None
 
 
-class CardWatch:
+class GpuMonitor:
     """Keeps the state of one card, as of the last `look`.
 
     Args:
@@ -30,7 +30,7 @@ class CardWatch:
     def __init__(self, uuid: str | None) -> None:
         self._uuid = uuid
         self._is_open = False
-        self._state: CardState | None = None
+        self._state: GpuState | None = None
 
     def look(self) -> None:
         """Ask the driver. Where it does not answer there is no state, and it is asked again at the next look."""
@@ -48,16 +48,16 @@ class CardWatch:
         except pynvml.NVMLError:
             self._state = None
 
-    def state(self) -> CardState | None:
+    def state(self) -> GpuState | None:
         """What it said; None where there is no card or no answer."""
         return self._state
 
 
-def _state(uuid: str) -> CardState:
+def _state(uuid: str) -> GpuState:
     handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     try:
         utilisation = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
     except pynvml.NVMLError:
         utilisation = None
-    return CardState(used_bytes=int(memory.used), total_bytes=int(memory.total), utilisation=utilisation)
+    return GpuState(used_bytes=int(memory.used), total_bytes=int(memory.total), utilisation=utilisation)

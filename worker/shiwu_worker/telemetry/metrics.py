@@ -26,14 +26,14 @@ from prometheus_client.registry import Collector
 
 from shiwu.broker.queue_metrics import QueueCollector, QueueNumbers
 from shiwu.contract import ErrorCode, Lane, ModelInfo, Stage, Status
-from shiwu_worker.telemetry.histograms import LONG_SECONDS, SECONDS, Histograms
+from shiwu_worker.telemetry.histograms import LONG_SECONDS, SECONDS, BatchHistogram
 
 if TYPE_CHECKING:
-    from shiwu.broker.queue_stats import Look
+    from shiwu.broker.queue_stats import QueueSnapshot
     from shiwu_worker.jobs.job import Job
-    from shiwu_worker.jobs.outcome import Settled
-    from shiwu_worker.runtime.progress import Load
-    from shiwu_worker.telemetry.gpu_monitor import CardState
+    from shiwu_worker.jobs.outcome import CommittedJob
+    from shiwu_worker.runtime.progress import LoadReport
+    from shiwu_worker.telemetry.gpu_monitor import GpuState
 
 BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BATCH_REASONS: Final = ("full", "free", "closing")
@@ -44,7 +44,7 @@ _TIMED: Final = len(_STAGES) - 1
 """Stages that the answer tells of: all but the last, commit."""
 
 
-class _Asked(Collector):
+class _CallbackMetric(Collector):
     """One number that somebody else knows; there is no series while they know none."""
 
     def __init__(
@@ -94,14 +94,16 @@ class Metrics:
         registry.register(self._queues)
         self._redis_up: float | None = None
         registry.register(
-            _Asked(GaugeMetricFamily, "shiwu_redis_up", "1 while Redis answers this process.", lambda: self._redis_up)
+            _CallbackMetric(
+                GaugeMetricFamily, "shiwu_redis_up", "1 while Redis answers this process.", lambda: self._redis_up
+            )
         )
         lanes: Any = {"label": "lane", "values": _LANES, "buckets": LONG_SECONDS}
-        self._stages = Histograms(
+        self._stages = BatchHistogram(
             "shiwu_stage_seconds", "Time of a job in each stage.", label="stage", values=_STAGES, buckets=SECONDS
         )
-        self._waits = Histograms("shiwu_queue_wait_seconds", "Time of a job in its lane.", **lanes)
-        self._answers = Histograms("shiwu_answer_seconds", "From enqueueing to the answer.", **lanes)
+        self._waits = BatchHistogram("shiwu_queue_wait_seconds", "Time of a job in its lane.", **lanes)
+        self._answers = BatchHistogram("shiwu_answer_seconds", "From enqueueing to the answer.", **lanes)
         for each in (self._stages, self._waits, self._answers):
             registry.register(each)
         self._show_zeros(retried)
@@ -116,7 +118,7 @@ class Metrics:
             self._batches.labels(reason)
 
     # -------------------------------------------------------------------------------- jobs
-    def answered(self, settled: Sequence[Settled]) -> None:
+    def answered(self, settled: Sequence[CommittedJob]) -> None:
         """Record answers, a whole commit at a time."""
         if not settled:
             return
@@ -159,12 +161,12 @@ class Metrics:
         """This worker took jobs back from the dead."""
         self._reaped.inc(jobs)
 
-    def load(self, load: Load) -> None:
+    def load(self, load: LoadReport) -> None:
         """Where the time went lately."""
         for what in LIMITS:
             self._limits.labels(what).set(getattr(load, what))
 
-    def queues(self, seen: Look, backlog_s: dict[Lane, float]) -> None:
+    def queues(self, seen: QueueSnapshot, backlog_s: dict[Lane, float]) -> None:
         """Record the state of the queues, which also shows that Redis answers."""
         self._queues.update(
             QueueNumbers(
@@ -198,7 +200,7 @@ class Metrics:
         cpu = Gauge("shiwu_model_threads", "Threads of the model on a CPU; 1 on a GPU.", registry=self.registry)
         cpu.set_function(threads)
 
-    def card(self, look: Callable[[], CardState | None]) -> None:
+    def card(self, look: Callable[[], GpuState | None]) -> None:
         """Ask this for the card's state at each scrape; None gives no series."""
 
         def field(name: str) -> Callable[[], float | None]:
@@ -209,11 +211,13 @@ class Metrics:
             ("shiwu_gpu_memory_total_bytes", "Memory of the card.", field("total_bytes")),
             ("shiwu_gpu_utilisation_ratio", "Share of the time in which the card was busy.", field("utilisation")),
         ):
-            self.registry.register(_Asked(GaugeMetricFamily, name, text, read))
+            self.registry.register(_CallbackMetric(GaugeMetricFamily, name, text, read))
 
     def loader_restarts(self, read: Callable[[], int]) -> None:
         """Ask this for how many loaders were replaced."""
-        asked = _Asked(CounterMetricFamily, "shiwu_loader_restarts", "Loader processes that were replaced.", read)
+        asked = _CallbackMetric(
+            CounterMetricFamily, "shiwu_loader_restarts", "Loader processes that were replaced.", read
+        )
         self.registry.register(asked)
 
     def state(self, *, is_ready: Callable[[], bool], age_s: Callable[[], float]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import structlog
 from redis import RedisError
 
-from shiwu.broker.queue_stats import Look
+from shiwu.broker.queue_stats import QueueSnapshot
 from shiwu.contract import Lane
 
 log: Any = structlog.get_logger()
@@ -20,14 +20,14 @@ EVERY_S: Final = 5.0
 PACE_OVER_S: Final = 60.0
 
 
-class Pace:
+class BacklogEstimator:
     """How many jobs all workers answer in a second while work waits, and how long what waits will take them."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque(maxlen=int(PACE_OVER_S / EVERY_S) + 1)
         self._since_ms: dict[Lane, float] = {}
 
-    def backlog_s(self, seen: Look) -> dict[Lane, float]:
+    def backlog_s(self, seen: QueueSnapshot) -> dict[Lane, float]:
         """Seconds until each lane is empty. Interactive goes first, so bulk waits for both.
 
         A pace counts only while something waits: workers that idle could do more. Before there is one, and where nobody
@@ -53,7 +53,7 @@ class Pace:
         return found
 
 
-class Watch:
+class QueueMonitor:
     """A thread, from `start` to `close`; whatever fails here costs numbers and no job.
 
     Args:
@@ -65,9 +65,9 @@ class Watch:
 
     def __init__(
         self,
-        look: Callable[[], Look],
+        look: Callable[[], QueueSnapshot],
         *,
-        on_look: Callable[[Look, dict[Lane, float]], None],
+        on_look: Callable[[QueueSnapshot, dict[Lane, float]], None],
         on_away: Callable[[], None] = lambda: None,
         also: Callable[[], None] = lambda: None,
     ) -> None:
@@ -75,7 +75,7 @@ class Watch:
         self._on_look = on_look
         self._on_away = on_away
         self._also = also
-        self._pace = Pace()
+        self._pace = BacklogEstimator()
         self._has_failed = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)

@@ -29,7 +29,7 @@ from shiwu.contract import TASK_NAME, Answer, Status
 from shiwu_worker.jobs.job import Departure, Job
 
 if TYPE_CHECKING:
-    from shiwu_worker.jobs.outcome import Settled
+    from shiwu_worker.jobs.outcome import CommittedJob
 
 log: Any = structlog.get_logger()
 MOST_WAITING: Final = 4096
@@ -37,7 +37,7 @@ MOST_WAITING: Final = 4096
 MOST_LINKS: Final = 512
 """The largest batch that the settings allow; OpenTelemetry's own limit is 128."""
 SAY_EVERY_S: Final = 60.0
-LOOK_S: Final = 1.0
+POLL_INTERVAL_S: Final = 1.0
 _FAILED: Final = {Status.REJECTED, Status.FAILED}
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 
@@ -79,7 +79,7 @@ class Traces:
         self._provider = provider
         self._tracer = provider.get_tracer("shiwu_worker", version("shiwu"))
         self._most_waiting = most_waiting
-        self._waiting: deque[tuple[_Clock, Sequence[Settled]]] = deque()
+        self._waiting: deque[tuple[_Clock, Sequence[CommittedJob]]] = deque()
         self._jobs_waiting = 0
         self._dropped = 0
         self._said_s: float | None = None
@@ -98,7 +98,7 @@ class Traces:
         for job in jobs:
             job.departure = departure
 
-    def answered(self, settled: Sequence[Settled]) -> None:
+    def answered(self, settled: Sequence[CommittedJob]) -> None:
         """Take jobs that have just been answered, all those of a batch at once. Never blocks for long."""
         with self._changed:
             if self._jobs_waiting + len(settled) > self._most_waiting:
@@ -121,7 +121,7 @@ class Traces:
         is_closed = False
         while not is_closed:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._is_closed, LOOK_S)
+                self._changed.wait_for(lambda: self._waiting or self._is_closed, POLL_INTERVAL_S)
                 taken = self._waiting.popleft() if self._waiting else None
                 if taken is not None:
                     self._jobs_waiting -= len(taken[1])
@@ -132,7 +132,7 @@ class Traces:
         # Up to its own 30 s where nobody takes the spans; `close` does not wait that long.
         self._provider.shutdown()
 
-    def _guarded(self, clock: _Clock, settled: Sequence[Settled]) -> None:
+    def _guarded(self, clock: _Clock, settled: Sequence[CommittedJob]) -> None:
         try:
             self._make(clock, settled)
         except Exception:  # border: traces are a view; a defect in them must not cost a job
@@ -148,9 +148,9 @@ class Traces:
                 dropped, self._dropped = self._dropped, 0
             log.warning("traces_dropped", jobs=dropped)
 
-    def _make(self, clock: _Clock, settled: Sequence[Settled]) -> None:
+    def _make(self, clock: _Clock, settled: Sequence[CommittedJob]) -> None:
         spans: list[Span] = []
-        batches: dict[Departure, list[tuple[Settled, Span]]] = {}
+        batches: dict[Departure, list[tuple[CommittedJob, Span]]] = {}
         for one in settled:
             span = self._job_span(clock, one)
             spans.append(span)
@@ -161,7 +161,7 @@ class Traces:
         for span in spans:
             span.end(clock.ns(clock.now_s))
 
-    def _job_span(self, clock: _Clock, one: Settled) -> Span:
+    def _job_span(self, clock: _Clock, one: CommittedJob) -> Span:
         """The span of a job, not ended yet: from its claim, and the child of whatever its message names."""
         job, answer = one.job, one.entry.answer
         span = self._tracer.start_span(
@@ -183,7 +183,7 @@ class Traces:
                 span.set_status(StatusCode.ERROR, answer.error.message if answer.error else None)
         return span
 
-    def _batch_span(self, clock: _Clock, departure: Departure, members: Sequence[tuple[Settled, Span]]) -> None:
+    def _batch_span(self, clock: _Clock, departure: Departure, members: Sequence[tuple[CommittedJob, Span]]) -> None:
         """A root span, from when the batch left until its last job was scored."""
         span = self._tracer.start_span(
             "shiwu.batch",
@@ -205,7 +205,7 @@ class Traces:
         span.end(clock.ns(max(scored_s, default=clock.now_s)))
 
 
-def _told(one: Settled) -> dict[str, Any]:
+def _told(one: CommittedJob) -> dict[str, Any]:
     """What the job's log line says, in attributes."""
     answer: Answer = one.entry.answer
     times = {f"shiwu.{name}_ms": ms for name, ms in msgspec.structs.asdict(answer.timing).items() if ms is not None}

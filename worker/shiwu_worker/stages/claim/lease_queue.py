@@ -16,23 +16,23 @@ import msgspec
 import redis
 
 from shiwu.broker.answers import answered_before
-from shiwu.broker.maintenance import HISTORY_TTL_S, SUSPECT_FROM
+from shiwu.broker.maintenance import HISTORY_TTL_S, QUARANTINE_AFTER_DEATHS
 from shiwu.broker.retention import RESULT_TTL_S
 from shiwu.contract import (
-    ASIDE,
     ATTEMPTS,
     CANVAS,
     CANVAS_DUE,
     CLAIMS,
     COUNTERS,
     DELAYED,
+    DELAYED_MESSAGES,
     HISTORY,
     LAST_CLAIM,
     LEASES,
-    PARKED,
+    PENDING_CALLBACK_ANSWER,
+    QUARANTINE,
+    QUARANTINE_OWNER,
     REVOKED,
-    SUSPECTS,
-    SUSPECTS_TAKER,
     Lane,
     done_key,
     result_key,
@@ -46,7 +46,7 @@ _BULK: Final = frozenset(Lane.BULK.keys)
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class ClaimResult:
     """What one claim brought."""
 
     jobs: tuple[Claimed, ...]
@@ -54,7 +54,7 @@ class Taken:
     """Suspects wait and are ours to take: one at a time, while we hold nothing else."""
 
 
-class Claims:
+class LeaseQueue:
     """The claims of one worker. Thread-safe; every method is one round trip and raises redis.RedisError.
 
     Args:
@@ -93,7 +93,7 @@ class Claims:
         self._renew = _script(client, "renew")
         self._release = _script(client, "release")
 
-    def claim(self, limit: int, *, held: Collection[str] = ()) -> Taken:
+    def claim(self, limit: int, *, held: Collection[str] = ()) -> ClaimResult:
         """Take up to `limit` jobs, interactive first. Copies of answered or claimed jobs are dropped on the way.
 
         The kept answer of a copy is announced again; where none is kept, the copy is answered `already_answered`.
@@ -102,17 +102,17 @@ class Claims:
             held: ids that this worker holds. What a claim took whose reply was lost is none of them, and goes back.
         """
         if self._is_reply_lost:
-            self._give_back_unheard(held)
+            self._release_lost_reply(held)
         holds_nothing = not held
         limit = min(limit, MAX_CLAIM)
         # A debt from times without bulk must not later shut interactive jobs out: two claims' worth at most.
         fair = limit * self._bulk_share
         bulk_owed = min(self._bulk_owed + fair, max(2.0, 2 * fair))
-        keys = [CLAIMS, LEASES, ATTEMPTS, COUNTERS, SUSPECTS, SUSPECTS_TAKER, REVOKED, self._last_claim]
+        keys = [CLAIMS, LEASES, ATTEMPTS, COUNTERS, QUARANTINE, QUARANTINE_OWNER, REVOKED, self._last_claim]
         keys += [CANVAS, CANVAS_DUE, *_LANE_KEYS]
         args: list[Any] = [self._token, limit, int(bulk_owed), self._lease_ms, done_key(""), int(holds_nothing)]
         self._is_reply_lost = True
-        args += [int(self._is_suspects_turn), ASIDE, result_key(""), self._result_ttl_s]
+        args += [int(self._is_suspects_turn), PENDING_CALLBACK_ANSWER, result_key(""), self._result_ttl_s]
         args += [answered_before(self._worker, now_ms=self._server_time_ms()), HISTORY, *self._served]
         reply: list[Any] = self._claim(keys=keys, args=args)
         self._is_reply_lost = False
@@ -137,13 +137,13 @@ class Claims:
             self._is_suspects_turn = self._is_suspects_turn != holds_nothing
         if jobs:
             self._bulk_owed = max(0.0, bulk_owed - sum(job.key in _BULK for job in jobs))
-        return Taken(jobs, alone=is_alone)
+        return ClaimResult(jobs, alone=is_alone)
 
     def _server_time_ms(self) -> float:
         """The server's clock as the last claim showed it, or this machine's before the first."""
         return time.time() * 1000 if self._ahead_ms is None else time.monotonic() * 1000 + self._ahead_ms
 
-    def _give_back_unheard(self, held: Collection[str]) -> None:
+    def _release_lost_reply(self, held: Collection[str]) -> None:
         """Without this they would wait until a lease ends that nobody renews, and count as jobs of a dead worker."""
         last: Any = self._client.get(self._last_claim)
         ids = msgspec.json.decode(last, type=list[str]) if last else []
@@ -160,10 +160,10 @@ class Claims:
         """Give jobs back; return how many were still ours. The last one given comes first in its lane."""
         if not releases:
             return 0
-        args: list[Any] = [self._token, SUSPECT_FROM, HISTORY, HISTORY_TTL_S]
+        args: list[Any] = [self._token, QUARANTINE_AFTER_DEATHS, HISTORY, HISTORY_TTL_S]
         for item in releases:
             args += [item.id, int(item.delay_s * 1000), int(item.counts), item.ending]
-        released: int = self._release(keys=[CLAIMS, LEASES, ATTEMPTS, DELAYED, PARKED, SUSPECTS], args=args)
+        released: int = self._release(keys=[CLAIMS, LEASES, ATTEMPTS, DELAYED, DELAYED_MESSAGES, QUARANTINE], args=args)
         return released
 
 

@@ -12,7 +12,7 @@ from shiwu.contract import (
 )
 
 
-class Doorbell:
+class LaneNotifier:
     """Wakes an idle worker when a message enters an empty lane.
 
     `BLMOVE key key RIGHT RIGHT` waits without taking anything: it moves the oldest message to where it was. It watches

@@ -20,7 +20,7 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import Rejected
 from shiwu_worker.stages.decode.exif import exif_orientation
-from shiwu_worker.stages.decode.flatten import sample_bits, visible_rgb
+from shiwu_worker.stages.decode.flatten import flatten_to_rgb, sample_bits
 from shiwu_worker.stages.decode.formats.webp_stream import webp_size
 from shiwu_worker.stages.decode.image_errors import broken, require_memory, too_large, unsupported
 from shiwu_worker.stages.decode.image_formats import identify, listed, refusal
@@ -88,7 +88,7 @@ def decode(
         try:
             if name == "JPEG" and not exact:
                 extent = _drafted(image, spec)
-            rgb = visible_rgb(
+            rgb = flatten_to_rgb(
                 image,
                 load=opened.load,
                 sample_bits=sample_bits(image),

@@ -24,7 +24,7 @@ _ALPHA_MODES: Final = {"RGBA", "LA", "PA", "La", "RGBa"}
 _OPAQUE: Final = 255
 
 
-def visible_rgb(
+def flatten_to_rgb(
     image: Image.Image,
     *,
     load: Callable[[Image.Image], object],

@@ -144,7 +144,7 @@ def unit_vectors(output: Any) -> torch.Tensor:
     return torch.nn.functional.normalize(tensor.float(), dim=-1)
 
 
-class Texts:
+class TextEncoder:
     """Texts → unit vectors, by the checkpoint's own tokenizer. `model` lies on its device already."""
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:

@@ -73,7 +73,7 @@ class Work:
         )
 
 
-class Crew:
+class CpuInferencePool:
     """A captain, and threads for the parts of batches. They end with it, and hold up no end of the process.
 
     Args:

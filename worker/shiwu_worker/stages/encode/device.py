@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from shiwu_worker.errors import ExitCode, FatalError, Trouble
+from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _AMPERE: Final = (8, 0)
@@ -72,15 +72,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def trouble_of(error: BaseException) -> Trouble:
+def trouble_of(error: BaseException) -> DeviceErrorKind:
     """What an error of a forward pass means for its batch."""
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()  # nothing happens where CUDA is not in use
-        return Trouble.OUT_OF_MEMORY
+        return DeviceErrorKind.OUT_OF_MEMORY
     if isinstance(error, MemoryError) or "not enough memory" in str(error):
-        return Trouble.OUT_OF_MEMORY
+        return DeviceErrorKind.OUT_OF_MEMORY
     is_lost = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
-    return Trouble.LOST if is_lost else Trouble.OTHER
+    return DeviceErrorKind.LOST if is_lost else DeviceErrorKind.OTHER
 
 
 def _cpu_has_bf16() -> bool:

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from shiwu.contract import Head, ModelInfo
 from shiwu_worker.checkpoints.checkpoint_files import WrongCheckpoint, read_checkpoint
-from shiwu_worker.errors import NonFiniteError, Trouble
+from shiwu_worker.errors import DeviceErrorKind, NonFiniteError
 from shiwu_worker.jobs.label_checks import LabelTokens
 from shiwu_worker.runtime.cpus import usable_cores
 from shiwu_worker.runtime.malloc import keep_freed_memory
 from shiwu_worker.stages.encode.batch_sizes import measure
-from shiwu_worker.stages.encode.checkpoint import Texts, image_size, load_model
-from shiwu_worker.stages.encode.cpu_pool import Crew
+from shiwu_worker.stages.encode.checkpoint import TextEncoder, image_size, load_model
+from shiwu_worker.stages.encode.cpu_pool import CpuInferencePool
 from shiwu_worker.stages.encode.device import card_uuid, choose_device, choose_dtypes, device_name, trouble_of
-from shiwu_worker.stages.encode.staging import Berths, Flight
+from shiwu_worker.stages.encode.staging import InFlightBatch, StagingRing
 from shiwu_worker.stages.encode.towers import GraphedTower, Tower, compiled_tower, eager_tower
 from shiwu_worker.stages.encode.tuning.batch_size_policy import (
     LONGEST_S,
@@ -37,7 +37,7 @@ from shiwu_worker.stages.encode.tuning.batch_size_policy import (
 )
 from shiwu_worker.stages.encode.tuning.thread_policy import ThreadChange, ThreadPolicy
 
-__all__ = ["Encoder", "Flight"]
+__all__ = ["Encoder", "InFlightBatch"]
 
 log: Any = structlog.get_logger()
 T = TypeVar("T")
@@ -94,15 +94,15 @@ class Encoder:
         self._pixels: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std), "rescale": rescale}
         self._is_compiled, self._has_graphs = is_compiled, has_graphs
         self._compiled: Tower | None = None
-        self._crew = Crew(torch.get_num_threads()) if self._device.type == "cpu" else None
-        self._by_captain(lambda: self._open(dtype, known))
+        self._crew = CpuInferencePool(torch.get_num_threads()) if self._device.type == "cpu" else None
+        self._run_exclusive(lambda: self._open(dtype, known))
         self._exact: Tower | None = None
-        self._texts = Texts(self._model, self._checkpoint)
+        self._texts = TextEncoder(self._model, self._checkpoint)
         self._stream: Any = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's own
         self.rungs = tuple(rungs)
-        self._berths = self._dock(self.rungs)
+        self._berths = self._make_stager(self.rungs)
         self.info = ModelInfo(
             id=model_id,
             revision=revision,
@@ -146,7 +146,7 @@ class Encoder:
             vectors = self._eager(self._model, self._dtype)(self._blank(1))
         self._width = int(vectors.shape[1])
 
-    def _by_captain(self, work: Callable[[], T]) -> T:
+    def _run_exclusive(self, work: Callable[[], T]) -> T:
         """What takes all cores of a CPU is done by one thread, always the same."""
         return work() if self._crew is None else self._crew.call(work)
 
@@ -181,14 +181,14 @@ class Encoder:
     def _blank(self, count: int) -> torch.Tensor:
         return torch.full((count, *self._shape), 127, dtype=torch.uint8, device=self._device)
 
-    def _dock(self, rungs: Sequence[int]) -> Berths:
+    def _make_stager(self, rungs: Sequence[int]) -> StagingRing:
         tower = self._eager(self._model, self._dtype)
         if self._stream is not None and self._has_graphs:
             tower = GraphedTower(tower, rungs=rungs, shape=self._shape, stream=self._stream)
         elif self._is_compiled:
             tower = compiled_tower(tower)
-        return self._by_captain(
-            lambda: Berths(
+        return self._run_exclusive(
+            lambda: StagingRing(
                 tower, rungs=rungs, shape=self._shape, width=self._width, device=self._device, stream=self._stream,
                 crew=self._crew,
             )
@@ -218,7 +218,7 @@ class Encoder:
         self.measured = tuple(costs)
         self.sizes = self._learn_sizes(costs, sd=sd, choose_largest=choose_largest)
 
-    def _arrange_threads(self, crew: Crew) -> float:
+    def _arrange_threads(self, crew: CpuInferencePool) -> float:
         """Decide by the CPU that an image takes one thread, which is the same whatever else runs; return it."""
         tower, raw = self._eager(self._model, self._dtype), self._blank(self.rungs[0])
         vectors = torch.empty((self.rungs[0], self._width))
@@ -240,7 +240,7 @@ class Encoder:
         wanted, crew = policy.look(), self._crew
         if crew is not None and (crew.threads, crew.is_divided) == (wanted.threads, wanted.is_divided):
             return False
-        self._crew = self._berths.crew = Crew(wanted.threads, is_divided=wanted.is_divided)
+        self._crew = self._berths.crew = CpuInferencePool(wanted.threads, is_divided=wanted.is_divided)
         return True
 
     def _look_at_two(self, core_s: float) -> dict[int, float]:
@@ -283,7 +283,7 @@ class Encoder:
         return flight.spent.cost if flight.spent is not None else 0.0
 
     # -------------------------------------------------------------------------------- batches
-    def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int] | None = None) -> Flight:
+    def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int] | None = None) -> InFlightBatch:
         """Start a batch: rows of `pixels` uint8 (slots, h, w, 3), or all of it.
 
         On a CPU it returns when a core is idle, which can begin another batch, or this one is done.
@@ -305,7 +305,7 @@ class Encoder:
         if self._crew is not None and self._berths.parts_of(rung) == 1:
             self._crew.omp_threads = policy.next_together(self.sizes.cost_of(rung))
 
-    def collect(self, flight: Flight) -> NDArray[np.float32]:
+    def collect(self, flight: InFlightBatch) -> NDArray[np.float32]:
         """The unit vectors float32 (n, d) of a batch that was launched.
 
         Raises:
@@ -313,7 +313,7 @@ class Encoder:
         """
         return _finite(flight.collect())
 
-    def learn(self, flight: Flight, *, host_s: float = 0.0) -> None:
+    def learn(self, flight: InFlightBatch, *, host_s: float = 0.0) -> None:
         """Let a batch of jobs that was collected teach how large batches should be, and how many threads work on them.
 
         Args:
@@ -346,7 +346,7 @@ class Encoder:
 
         The first call loads the checkpoint again; its weights then stay on the device beside the others.
         """
-        return _finite(self._by_captain(lambda: self._exactly(np.ascontiguousarray(pixels))))
+        return _finite(self._run_exclusive(lambda: self._exactly(np.ascontiguousarray(pixels))))
 
     def _exactly(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         if self._exact is None:
@@ -359,13 +359,13 @@ class Encoder:
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """m texts → unit vectors float32 (m, d). Texts longer than the model's limit are cut, as the tokenizer does."""
-        return _finite(self._by_captain(lambda: self._texts.encode(texts)))
+        return _finite(self._run_exclusive(lambda: self._texts.encode(texts)))
 
     def label_tokens(self, labels: Sequence[str]) -> list[LabelTokens]:
         """What the tokenizer makes of each label; tells which ones the model cannot read."""
         return self._texts.label_tokens(labels)
 
-    def trouble(self, error: BaseException) -> Trouble:
+    def trouble(self, error: BaseException) -> DeviceErrorKind:
         """What an error of `encode` means for its batch."""
         return trouble_of(error)
 

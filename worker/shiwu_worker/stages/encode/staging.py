@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shiwu_worker.stages.encode.cpu_pool import Crew, Spent, Work
+from shiwu_worker.stages.encode.cpu_pool import CpuInferencePool, Spent, Work
 from shiwu_worker.stages.encode.towers import Tower
 
 BERTHS: Final = 3
@@ -24,12 +24,12 @@ FREE_S: Final = 120.0
 """Longest wait for a free berth; beyond it whoever reads the results has died."""
 
 
-class Flight:
-    """A batch that the device works on, from `Berths.launch` to `collect`."""
+class InFlightBatch:
+    """A batch that the device works on, from `StagingRing.launch` to `collect`."""
 
-    def __init__(self, berths: Berths, berth: _Berth, *, count: int, rung: int) -> None:
+    def __init__(self, berths: StagingRing, berth: _StagingBuffer, *, count: int, rung: int) -> None:
         self._berths = berths
-        self._berth: _Berth | None = berth
+        self._berth: _StagingBuffer | None = berth
         self._count = count
         self.rung = rung
         """The size that was run: `count`, or more where it was padded."""
@@ -68,7 +68,7 @@ class Flight:
             self._berths.free(berth)
 
 
-class _Berth:
+class _StagingBuffer:
     """Buffers of one batch on both sides. `filled` is a view of `staged`."""
 
     def __init__(self, *, pictures: int, shape: tuple[int, int, int], width: int, device: torch.device) -> None:
@@ -88,7 +88,7 @@ def _event(*, is_timed: bool) -> Any:
     return torch.cuda.Event(enable_timing=is_timed)  # type: ignore[no-untyped-call]  # torch's own
 
 
-class Berths:
+class StagingRing:
     """A ring of berths in front of one tower. Thread-safe: one launch at a time, collects beside it.
 
     Args:
@@ -101,7 +101,7 @@ class Berths:
 
     def __init__(
         self, tower: Tower, *, rungs: Sequence[int], shape: tuple[int, int, int], width: int, device: torch.device,
-        stream: Any, crew: Crew | None = None,
+        stream: Any, crew: CpuInferencePool | None = None,
     ) -> None:  # fmt: skip
         self._tower = tower
         self._rungs = tuple(rungs)
@@ -111,16 +111,16 @@ class Berths:
         if stream is not None:
             self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
         self._launching = threading.Lock()
-        self._free: queue.Queue[_Berth] = queue.Queue(BERTHS)
+        self._free: queue.Queue[_StagingBuffer] = queue.Queue(BERTHS)
         for _ in range(BERTHS):
-            self._free.put(_Berth(pictures=self._rungs[-1], shape=shape, width=width, device=device))
+            self._free.put(_StagingBuffer(pictures=self._rungs[-1], shape=shape, width=width, device=device))
 
     @property
     def is_asynchronous(self) -> bool:
         """Whether `launch` returns while the device works."""
         return self._stream is not None
 
-    def free(self, berth: _Berth) -> None:
+    def free(self, berth: _StagingBuffer) -> None:
         """Take back a berth whose result was read."""
         self._free.put_nowait(berth)
 
@@ -132,7 +132,7 @@ class Berths:
         """Into how many parts such a batch is divided; 1 where it is run as a whole."""
         return 1 if self.crew is None else self.crew.parts_of(rung)
 
-    def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int] | None) -> Flight:
+    def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int] | None) -> InFlightBatch:
         """Gather rows of `pixels` (all of them for None), pad to the next rung and start the tower.
 
         On a CPU it returns when a thread of the crew is idle, which can begin another batch, or this one is done.
@@ -158,9 +158,9 @@ class Berths:
         except BaseException:  # whatever ends it, the berth is free again
             self.free(berth)
             raise
-        return Flight(self, berth, count=count, rung=rung)
+        return InFlightBatch(self, berth, count=count, rung=rung)
 
-    def _run(self, berth: _Berth, rung: int) -> None:
+    def _run(self, berth: _StagingBuffer, rung: int) -> None:
         if self._stream is not None:
             with torch.cuda.stream(self._copy_stream):
                 berth.on_device[:rung].copy_(berth.staged[:rung], non_blocking=True)

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from shiwu_worker.errors import AddressRefused, UnknownHost
-from shiwu_worker.policy.access_rules import HostList, Reach, plain_host, read_nat64
-from shiwu_worker.policy.ip_ranges import IPAddress, judged_addresses, special_use
+from shiwu_worker.policy.access_rules import AccessRules, HostList, plain_host, read_nat64
+from shiwu_worker.policy.ip_ranges import IPAddress, effective_addresses, special_use
 
 ADDRESSES_TRIED: Final = 4
 LOOKUPS: Final = 16
@@ -78,7 +78,7 @@ class Lookup:
         return found
 
 
-class Guard:
+class AddressGuard:
     """Judges and connects; thread-safe.
 
     Args:
@@ -90,7 +90,7 @@ class Guard:
 
     def __init__(
         self,
-        reach: Reach,
+        reach: AccessRules,
         *,
         resolve: Resolve = ask_resolver,
         lookups: int = LOOKUPS,
@@ -139,7 +139,7 @@ class Guard:
         """
         if address.version == 6 and address.scope_id is not None:
             raise AddressRefused(f"{address} has a zone")
-        ends = judged_addresses(address, self._nat64)
+        ends = effective_addresses(address, self._nat64)
         for one in (address, *ends):
             if _is_in(one, self._deny_networks):
                 raise AddressRefused(f"{address} is in SHIWU_DENY_NETWORKS")

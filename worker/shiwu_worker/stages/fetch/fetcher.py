@@ -17,7 +17,7 @@ from urllib3.util import parse_url
 
 from shiwu.contract import ErrorCode, scheme_of, split_s3, without_query
 from shiwu_worker.errors import AddressRefused, JobError, Unavailable, UnknownHost
-from shiwu_worker.policy.access_rules import Reach, allows_bucket
+from shiwu_worker.policy.access_rules import AccessRules, allows_bucket
 from shiwu_worker.stages.fetch.error_table import file_row
 from shiwu_worker.stages.fetch.fetch_errors import (
     bad_status,
@@ -32,7 +32,7 @@ from shiwu_worker.stages.fetch.fetch_errors import (
     unknown_error,
 )
 from shiwu_worker.stages.fetch.http_replies import MAX_DIGITS, is_whole, packed_by, retry_after_s
-from shiwu_worker.stages.fetch.local_files import Folders
+from shiwu_worker.stages.fetch.local_files import LocalFiles
 from shiwu_worker.stages.fetch.s3.base import CHUNK, S3Limits, S3Options, StoreError, is_bucket, s3_error
 from shiwu_worker.stages.fetch.s3.factory import new_store
 from shiwu_worker.stages.fetch.source_pauses import SourcePauses
@@ -41,7 +41,7 @@ QUICK_TRIES: Final = 3
 
 
 class Web(Protocol):
-    """The part of `shiwu_worker.stages.fetch.http.Web` that is used here."""
+    """The part of `shiwu_worker.stages.fetch.http.HttpClient` that is used here."""
 
     def open(self, url: str, *, deadline_s: float) -> urllib3.BaseHTTPResponse:
         """Send one GET without redirects or retries."""
@@ -70,10 +70,10 @@ class Fetcher:
         threads: how many fetches run at a time.
     """
 
-    def __init__(self, *, s3: S3Options, web: Web, reach: Reach, limits: FetchLimits, threads: int) -> None:
+    def __init__(self, *, s3: S3Options, web: Web, reach: AccessRules, limits: FetchLimits, threads: int) -> None:
         self._web = web
         self._reach = reach
-        self._folders = Folders(reach.allow_folders, reach.deny_folders)
+        self._folders = LocalFiles(reach.allow_folders, reach.deny_folders)
         self._limits = limits
         self._pauses = SourcePauses(longest_s=limits.longest_pause_s)
         self._store = new_store(

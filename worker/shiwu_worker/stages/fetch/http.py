@@ -21,8 +21,8 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util import Timeout, make_headers, parse_url
 from urllib3.util.ssl_ import create_urllib3_context
 
-from shiwu_worker.policy.access_rules import Reach
-from shiwu_worker.stages.fetch.address_guard import Guard, Resolve, ask_resolver
+from shiwu_worker.policy.access_rules import AccessRules
+from shiwu_worker.stages.fetch.address_guard import AddressGuard, Resolve, ask_resolver
 from shiwu_worker.stages.fetch.http_replies import FinalReply
 
 MAX_HEADER_BYTES: Final = 64 * 1024
@@ -71,7 +71,7 @@ class _TlsSocket(_Socket, ssl.SSLSocket):
     """The same inside TLS: `super` is then ssl's."""
 
 
-class Web:
+class HttpClient:
     """Sends requests and follows nothing by itself; thread-safe.
 
     Args:
@@ -83,7 +83,7 @@ class Web:
 
     def __init__(
         self,
-        reach: Reach,
+        reach: AccessRules,
         *,
         threads: int,
         connect_timeout_s: float,
@@ -93,7 +93,7 @@ class Web:
     ) -> None:
         # Its warnings print whole URLs, with their queries.
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)
-        self._guard = Guard(reach, resolve=resolve, lookups=LOOKUPS_A_THREAD * threads, make_socket=_Socket)
+        self._guard = AddressGuard(reach, resolve=resolve, lookups=LOOKUPS_A_THREAD * threads, make_socket=_Socket)
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._headers = {**HEADERS, "User-Agent": user_agent}
@@ -144,7 +144,7 @@ def _manager(proxy_url: str | None, *, threads: int) -> urllib3.PoolManager:
     )
 
 
-def _pool_classes(guard: Guard) -> dict[str, Any]:
+def _pool_classes(guard: AddressGuard) -> dict[str, Any]:
     class Plain(HTTPConnection):
         response_class = FinalReply
 
@@ -191,7 +191,7 @@ def _with_bounded_headers(sock: Any, read: Any) -> Any:
         sock.header_bytes_left = None
 
 
-def _connect(guard: Guard, connection: Any) -> socket.socket:
+def _connect(guard: AddressGuard, connection: Any) -> socket.socket:
     timeout_s = float(connection.timeout)
     try:
         if connection.proxy is not None:

@@ -15,7 +15,7 @@ from shiwu_worker.errors import Rejected
 from shiwu_worker.stages.fetch.fetch_errors import rejected
 
 
-class Folders:
+class LocalFiles:
     """Opens file:// references.
 
     Args:

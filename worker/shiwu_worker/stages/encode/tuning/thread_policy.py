@@ -23,7 +23,7 @@ BORDER: Final = 1.25
 """A model that is quick is so until an image takes so many times as long, and the other way round."""
 MOST_DIVIDED: Final = 8
 """Each part of a batch takes Python's lock for some 5 ms of a pass: more threads than that wait for each other."""
-LOOK_S: Final = 5.0
+POLL_INTERVAL_S: Final = 5.0
 COST_GAIN: Final = 0.1
 """What one batch counts for the core-seconds of an image."""
 SERIAL: Final = 0.2
@@ -134,7 +134,7 @@ class ThreadPolicy:
         told = None
         with self._lock:
             now_s = self._clock()
-            if now_s - self._looked_s >= LOOK_S and not self._is_compiled:
+            if now_s - self._looked_s >= POLL_INTERVAL_S and not self._is_compiled:
                 self._looked_s = now_s
                 told = self._think()
         if told is not None:

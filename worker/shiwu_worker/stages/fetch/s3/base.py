@@ -48,7 +48,7 @@ class S3Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Body:
+class ObjectBody:
     """An object that is about to be read."""
 
     read: Callable[[], bytes]
@@ -85,7 +85,7 @@ class StoreRefused(StoreError):
         super().__init__(f"S3 answered {self.code} (HTTP {status})", found)
 
 
-class StoreAway(StoreError):
+class StoreUnavailable(StoreError):
     """No reply, or half of one."""
 
     def __init__(self, why: str) -> None:
@@ -124,7 +124,7 @@ class StoreDefect(StoreError):
 class ObjectStore(Protocol):
     """One client of the store. Thread-safe, and tries once: tries are the fetcher's, within one deadline."""
 
-    def open(self, bucket: str, key: str, *, version: str | None) -> AbstractContextManager[Body]:
+    def open(self, bucket: str, key: str, *, version: str | None) -> AbstractContextManager[ObjectBody]:
         """Ask for one object; its body is read inside the block, by the same thread.
 
         Raises:

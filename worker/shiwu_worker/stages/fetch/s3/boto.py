@@ -29,13 +29,13 @@ from shiwu_worker.stages.fetch.error_table import UNKNOWN, exception_row
 from shiwu_worker.stages.fetch.http_replies import NO_BODY, FinalReply, is_whole, retry_after_s
 from shiwu_worker.stages.fetch.s3.base import (
     CHUNK,
-    Body,
     NoCredentials,
+    ObjectBody,
     S3Limits,
     S3Options,
-    StoreAway,
     StoreError,
     StoreRefused,
+    StoreUnavailable,
     WrongName,
     WrongSettings,
     is_at,
@@ -59,7 +59,7 @@ class BotoStore:
         self._clients = Clients(options, limits)
 
     @contextmanager
-    def open(self, bucket: str, key: str, *, version: str | None) -> Iterator[Body]:
+    def open(self, bucket: str, key: str, *, version: str | None) -> Iterator[ObjectBody]:
         """Ask for one object."""
         more = {} if version is None else {"VersionId": version}
         if self._options.requester_pays:
@@ -69,7 +69,7 @@ class BotoStore:
             with answer["Body"] as body:
                 _check_whole(answer)
                 # read1, or a piece would be waited for until it is whole, however slowly it comes.
-                yield Body(lambda: body.read1(CHUNK), answer.get("ContentLength"))
+                yield ObjectBody(lambda: body.read1(CHUNK), answer.get("ContentLength"))
 
 
 def _get(client: Any, **asked: str) -> Any:
@@ -78,7 +78,7 @@ def _get(client: Any, **asked: str) -> Any:
     except UnicodeError:
         raise
     except ValueError as error:  # botocore could not read a header of the reply: a date, a length
-        raise StoreAway(f"malformed reply, {type(error).__name__}") from error
+        raise StoreUnavailable(f"malformed reply, {type(error).__name__}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def _check_whole(answer: Mapping[str, Any]) -> None:
     if status < 200:
         raise StoreRefused("", status)
     if status in NO_BODY or not is_whole(status, answer.get("ContentRange")):
-        raise StoreAway(f"HTTP {status} without the whole object")
+        raise StoreUnavailable(f"HTTP {status} without the whole object")
 
 
 class Clients:
@@ -294,4 +294,4 @@ def _known(error: Exception) -> StoreError | None:
         return WrongSettings(type(error).__name__)
     if found.code is ErrorCode.INVALID_REFERENCE:
         return WrongName("expected a bucket and key that S3 accepts")
-    return StoreAway(type(error).__name__)
+    return StoreUnavailable(type(error).__name__)

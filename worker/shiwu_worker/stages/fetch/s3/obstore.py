@@ -34,13 +34,13 @@ from shiwu_worker.errors import JobError
 from shiwu_worker.stages.fetch.error_table import UNKNOWN, obstore_row
 from shiwu_worker.stages.fetch.s3.base import (
     STORES_KEPT,
-    Body,
+    ObjectBody,
     S3Limits,
     S3Options,
-    StoreAway,
     StoreDefect,
     StoreError,
     StoreRefused,
+    StoreUnavailable,
     WrongName,
     is_aws,
 )
@@ -89,7 +89,7 @@ class ObstoreStore:
         self._lock = threading.Lock()
 
     @contextmanager
-    def open(self, bucket: str, key: str, *, version: str | None) -> Iterator[Body]:
+    def open(self, bucket: str, key: str, *, version: str | None) -> Iterator[ObjectBody]:
         """Ask for one object."""
         store = self._store(bucket)
         if key.startswith("/") or key.endswith("/"):  # or it would ask for the key without it
@@ -101,7 +101,7 @@ class ObstoreStore:
                 raise _wrong_key() from error
             # Small pieces, so that the reader can check the deadline however slowly they come.
             pieces = found.stream(min_chunk_size=1)
-            yield Body(lambda: next(pieces, b""), found.meta["size"])
+            yield ObjectBody(lambda: next(pieces, b""), found.meta["size"])
 
     def _store(self, bucket: str) -> S3Store:
         with self._lock, as_store_errors():
@@ -223,4 +223,4 @@ def _store_error(error: BaseException, key: str, *, has_version: bool) -> StoreE
     kind = seen and (seen[1] or seen[2])
     why = f"{type(error).__name__}{f', {kind}' if kind else ''}"
     is_cut = isinstance(error, OSError)
-    return StoreAway(why) if is_cut or obstore_row(kind) is not UNKNOWN else StoreDefect(why)
+    return StoreUnavailable(why) if is_cut or obstore_row(kind) is not UNKNOWN else StoreDefect(why)
