@@ -100,7 +100,7 @@ def _costs(references: Sequence[str], rounds: int) -> Iterator[Cost]:
 def _fetcher(client: S3Client, threads: int) -> Fetcher:
     web = HttpClient(AccessRules(), threads=threads, connect_timeout_s=1.0, read_timeout_s=1.0)
     s3 = S3Options(os.environ["SHIWU_S3_ENDPOINT_URL"], None, client)
-    return Fetcher(s3=s3, web=web, reach=AccessRules(), limits=LIMITS, threads=threads)
+    return Fetcher(s3=s3, http_client=web, access=AccessRules(), limits=LIMITS, threads=threads)
 
 
 def _cost(fetcher: Fetcher, references: Sequence[str], threads: int) -> tuple[float, float]:

@@ -167,7 +167,7 @@ def _report(options: Options, figures: Figures, place: Place, *, server: str) ->
     )
     loads = tuple(f"{share:.0%}" for share in options.shares)
     idle = figures.capacities[0].idle
-    judged = _judged(figures, SHIWU)
+    judged = _checked(figures, SHIWU)
     headlines = [Headline("idle, above the stages", idle.above_ms, "ms", "less")]
     if judged is not None:
         headlines.append(Headline("p99 at 80 %", judged.p99_ms, "ms", "less"))
@@ -176,7 +176,7 @@ def _report(options: Options, figures: Figures, place: Place, *, server: str) ->
         headlines += [
             Headline(f"p99 at 80 %, {name} ÷ shiwu", ratio(theirs.p99_ms, judged.p99_ms), "times", "more")
             for name in names[1:]
-            if (theirs := _judged(figures, name)) is not None
+            if (theirs := _checked(figures, name)) is not None
         ]
     return Report(
         name="latency",
@@ -217,7 +217,7 @@ def _explained(figures: Figures, judged: Spread | None) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _judged(figures: Figures, system: str) -> Spread | None:
+def _checked(figures: Figures, system: str) -> Spread | None:
     """The run at four fifths of a system's own capacity."""
     of = SHIWU if system == SHIWU else "own"
     found = [one.spread for one in figures.runs if (one.system, one.of, one.share) == (system, of, JUDGED)]

@@ -102,7 +102,7 @@ class StandInEncoder:
     bias = None
     default_head: Head = "softmax"
     threads = 1
-    card_uuid = None
+    gpu_uuid = None
     known_vectors: Final = np.full((1, WIDTH), WIDTH**-0.5, np.float32)
     info = ModelInfo(id="stand-in", revision="0", dtype="none", device="none")
 
@@ -144,7 +144,7 @@ class StandInEncoder:
         """Different tokens for different words."""
         return [LabelTokens((number,), is_readable=True) for number in range(len(labels))]
 
-    def trouble(self, error: BaseException) -> DeviceErrorKind:
+    def error_kind(self, error: BaseException) -> DeviceErrorKind:
         """It has none."""
         return DeviceErrorKind.OTHER
 
@@ -181,12 +181,12 @@ def main() -> None:
     def make_loaders(settings: Settings, _: Any, *, on_loaded: Callable[[list[LoadResult]], None], **__: Any) -> Any:
         return StandInLoaders(slots=settings.slot_count, on_loaded=on_loaded)
 
-    def open_encoder(settings: Settings, *_: Any) -> Any:
+    def load_encoder(settings: Settings, *_: Any) -> Any:
         costs = {"per_picture_ms": asked.per_picture_ms, "per_batch_ms": asked.per_batch_ms}
         return StandInEncoder(rungs=settings.rungs, **costs)
 
     with (
-        patch.multiple(wiring, make_loaders=make_loaders, open_encoder=open_encoder),
+        patch.multiple(wiring, make_loaders=make_loaders, load_encoder=load_encoder),
         wiring.open_service(settings, on_fatal=on_fatal),
     ):
         if asked.jobs:

@@ -11,7 +11,7 @@ if "shiwu_worker.loaders.fork_server_main" in sys.orig_argv:
     from PIL import Image
 
     STEP_BYTES = 64 << 20
-    MOST_BYTES = 6 << 30
+    MAX_BYTES = 6 << 30
     _open = Image.open
 
     def _poisoned(file: Any, *args: Any, **kwargs: Any) -> Any:
@@ -23,7 +23,7 @@ if "shiwu_worker.loaders.fork_server_main" in sys.orig_argv:
         if b"DRILL-MEMORY" in end:
             # Until there is no more: pages that are never touched cost address space alone. The limit of a loader must
             # come first; a picture that meets none is opened, and the drill sees that it was tagged.
-            hoard = [bytes(STEP_BYTES) for _ in range(MOST_BYTES // STEP_BYTES)]
+            hoard = [bytes(STEP_BYTES) for _ in range(MAX_BYTES // STEP_BYTES)]
             hoard.clear()
         return _open(file, *args, **kwargs)
 

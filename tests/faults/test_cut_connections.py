@@ -18,9 +18,9 @@ from shiwu.contract import CLAIMS, COUNTERS, DELAYED, DELAYED_MESSAGES, LEASES, 
 from tests.integration.test_claim_properties import (
     LANES,
     answer,
-    make_claims,
     make_committer,
-    make_upkeep,
+    make_lease_queue,
+    make_maintenance,
     message,
 )
 from tests.support.fault_proxy import FaultProxy, Side
@@ -156,10 +156,10 @@ def counted(near: redis.Redis) -> int:
 @pytest.mark.slow
 def test_a_cut_claim_loses_nothing(proxy: FaultProxy, far: redis.Redis, redis_client: redis.Redis) -> None:
     """Jobs whose claim was cut wait in their lanes or are claimed; a claim that nobody knows of ends with its lease."""
-    claims = make_claims(far, NAME, lease_s=0.0, bulk_share=0.0)
-    heir, ledger = make_claims(redis_client, "heir"), make_committer(redis_client, "heir")
-    stranger = make_claims(redis_client, "stranger")
-    upkeep = make_upkeep(redis_client)
+    claims = make_lease_queue(far, NAME, lease_s=0.0, bulk_share=0.0)
+    heir, ledger = make_lease_queue(redis_client, "heir"), make_committer(redis_client, "heir")
+    stranger = make_lease_queue(redis_client, "stranger")
+    upkeep = make_maintenance(redis_client)
     sent: list[str] = []
 
     def inherit(ids: list[str]) -> None:
@@ -176,7 +176,7 @@ def test_a_cut_claim_loses_nothing(proxy: FaultProxy, far: redis.Redis, redis_cl
     inherit(ids)
     for number, cut in enumerate(found, start=1):
         # A new one each time: after a lost reply a worker first asks what it had claimed.
-        claims = make_claims(far, NAME, lease_s=0.0, bulk_share=0.0)
+        claims = make_lease_queue(far, NAME, lease_s=0.0, bulk_share=0.0)
         ids = send(redis_client, number)
         taken = call_cut(proxy, far, redis_client, cut, lambda: claims.claim(2))  # noqa: B023 called at once
         if taken is not None:
@@ -199,7 +199,7 @@ def test_a_cut_renewal_that_is_tried_again_holds(
     proxy: FaultProxy, far: redis.Redis, redis_client: redis.Redis
 ) -> None:
     """Leases hold after the second try, and who lost a job is told then."""
-    claims = make_claims(far, NAME, lease_s=60.0)
+    claims = make_lease_queue(far, NAME, lease_s=60.0)
     ids = send(redis_client, 0)
     asked = [*ids, "job-of-another"]
     assert {job.id for job in claims.claim(2).jobs} == set(ids)
@@ -213,7 +213,7 @@ def test_a_cut_renewal_that_is_tried_again_holds(
             lost = until_success(lambda: claims.renew(asked))
         assert lost == ["job-of-another"], cut
         assert leases_hold(redis_client, ids), cut
-        assert make_upkeep(redis_client).tend().reaped == 0, cut
+        assert make_maintenance(redis_client).tend().reaped == 0, cut
         assert where(redis_client) == (Counter(), dict.fromkeys(ids, NAME)), cut
 
 
@@ -231,7 +231,7 @@ def cut_commits(
 
     A rival has answered the first of the two already.
     """
-    claims, ledger, rival = make_claims(near, NAME), make_committer(far, NAME), make_committer(near, "rival")
+    claims, ledger, rival = make_lease_queue(near, NAME), make_committer(far, NAME), make_committer(near, "rival")
 
     def claimed(number: int) -> list[AnswerEntry]:
         ids = send(near, number)
@@ -288,7 +288,7 @@ def test_a_cut_commit_that_is_tried_again_counts_once(
 def test_a_black_hole_is_a_time_out_and_then_over(proxy: FaultProxy, redis_client: redis.Redis, what: str) -> None:
     """Silence is an error within the client's own time; when the route is back the same call succeeds."""
     with far_client(proxy, timeout_s=1) as far:
-        claims, ledger = make_claims(far, NAME, lease_s=0.0), make_committer(far, NAME)
+        claims, ledger = make_lease_queue(far, NAME, lease_s=0.0), make_committer(far, NAME)
         assert claims.claim(2).jobs == (), "expected an empty server; this opens the connection"
         ids = send(redis_client, 0)
         jobs = claims.claim(2).jobs if what != "claim" else ()
@@ -308,7 +308,7 @@ def test_a_black_hole_is_a_time_out_and_then_over(proxy: FaultProxy, redis_clien
         if what == "claim":
             # The swallowed claim has arrived after all, and nobody knows of it until its lease ends.
             assert where(redis_client) == (Counter(), dict.fromkeys(ids, NAME))
-            make_upkeep(redis_client).tend()
+            make_maintenance(redis_client).tend()
         assert calls[what]() == expected[what]
         assert answered(redis_client) == Counter(ids if what == "commit" else [])
 

@@ -174,7 +174,7 @@ def test_a_worker_that_keeps_dying_ends_the_launcher(launch: Callable[..., Worke
     wait_until(victim, timeout_s=90, every_s=0.1, what="the launcher gives up")
     assert box.exit_code == ExitCode.GAVE_UP
     assert [line["restart_in_s"] for line in events(box, "worker_died")] == [1.0, 2.0, 4.0, 8.0, 16.0]
-    assert [line["place"] for line in events(box, "gave_up")] == ["cpu0"]
+    assert [line["placement"] for line in events(box, "gave_up")] == ["cpu0"]
     assert len(events(box, "ready")) == len(events(box, "stopped")) == 1
 
 

@@ -19,7 +19,7 @@ from shiwu_worker.celery_worker.revoke import Revoker
 from shiwu_worker.jobs.job import Release
 from shiwu_worker.policy.callback_rules import CallbackRules
 from tests.faults.conftest import Fleet
-from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
+from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue, make_maintenance, message
 from tests.support import drill
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
@@ -63,7 +63,11 @@ def test_script_flush_during_the_work(fleet: Fleet, near: WorkerProcess) -> None
 
 def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
     """Script → a call that uses it and says something true; in this order they find what they need."""
-    claims, ledger, upkeep = make_claims(client, "w"), make_committer(client, "w"), make_upkeep(client, stream_length=1)
+    claims, ledger, upkeep = (
+        make_lease_queue(client, "w"),
+        make_committer(client, "w"),
+        make_maintenance(client, stream_length=1),
+    )
     client.lpush(Lane.BULK.queue, *[message(f"job-{n}", Lane.BULK) for n in range(5)])
     held, failed = claims.claim(2).jobs
     dead = AnswerEntry(id=failed.id, answer=answer(failed).answer, message=b"shiwu.bulk|" + failed.raw, is_dead=True)

@@ -9,7 +9,7 @@ from shiwu import Client, Status
 from shiwu.broker.message_writer import build_message
 from shiwu.contract import COUNTERS, RESULT_STREAM, Answer, Lane, Request, Stage
 from tests.faults.conftest import BATCH, BULK_SHARE, LEASE_S, Fleet
-from tests.integration.test_claim_properties import make_claims
+from tests.integration.test_claim_properties import make_lease_queue
 from tests.support import drill, pictures
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.servers import WorkerProcess
@@ -102,7 +102,7 @@ def test_ten_thousand_leases_of_the_dead(fleet: Fleet, near: WorkerProcess) -> N
         build_message(Request(image=fleet.images[0]), job_id=f"dead-{n}", lane=Lane.BULK, sent_ms=1.0, expires_ms=2.0)
         for n in range(DEAD)
     ]
-    dead = make_claims(fleet.client, "dead", lease_s=LEASE_S)
+    dead = make_lease_queue(fleet.client, "dead", lease_s=LEASE_S)
     for start in range(0, DEAD, CHUNK_SIZE):
         fleet.client.lpush(Lane.BULK.queue, *raws[start : start + CHUNK_SIZE])
         assert len(dead.claim(CHUNK_SIZE).jobs) == CHUNK_SIZE

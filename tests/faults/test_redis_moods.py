@@ -12,7 +12,7 @@ from shiwu import Client
 from shiwu.broker.connection import connect
 from shiwu.contract import CLAIMS, LEASES, RESULT_STREAM
 from shiwu_worker.jobs.job import Release
-from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
+from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue, make_maintenance, message
 from tests.support import drill, pictures
 from tests.support.servers import Valkey, WorkerProcess
 from tests.support.waiting import wait_until
@@ -68,7 +68,7 @@ def all_answered_once(client: redis.Redis, ids: list[str]) -> None:
 def test_a_full_server_takes_answers_and_refuses_new_jobs(valkey: Valkey, near: redis.Redis) -> None:
     """`OOM command not allowed`: producers are told; claims, renewals, retries and commits go on."""
     near.lpush("shiwu.bulk", *[message(f"job-{n}") for n in range(50)])
-    claims, ledger = make_claims(near, "w"), make_committer(near, "w")
+    claims, ledger = make_lease_queue(near, "w"), make_committer(near, "w")
     near.config_set("maxmemory", 1_000_000)
     near.config_set("maxmemory-policy", "noeviction")
     with pytest.raises(redis.OutOfMemoryError), Client(valkey.url) as client:
@@ -77,7 +77,7 @@ def test_a_full_server_takes_answers_and_refuses_new_jobs(valkey: Valkey, near: 
     assert len(jobs) == 50
     assert claims.renew([job.id for job in jobs]) == []
     assert claims.release([Release(jobs[0].id, delay_s=0.001, counts=True)]) == 1
-    wait_until(lambda: make_upkeep(near).tend().promoted, timeout_s=10)
+    wait_until(lambda: make_maintenance(near).tend().promoted, timeout_s=10)
     assert [job.id for job in claims.claim(50, held=[job.id for job in jobs[1:]]).jobs] == [jobs[0].id]
     assert ledger.write([answer(job) for job in jobs]) == set()
     near.config_set("maxmemory", 0)
@@ -102,7 +102,7 @@ def test_a_demoted_server_is_left(valkey: Valkey, near: redis.Redis) -> None:
     with connect(valkey.url, timeout_s=2) as client:
         first = client.client_id()
         near.execute_command("REPLICAOF", "127.0.0.1", 1)
-        for write in (lambda: client.set("a", "b"), lambda: make_claims(client, "w").claim(1)):
+        for write in (lambda: client.set("a", "b"), lambda: make_lease_queue(client, "w").claim(1)):
             before = client.client_id()
             with pytest.raises(redis.ReadOnlyError):
                 write()
@@ -135,9 +135,9 @@ def test_a_password_that_is_changed_and_changed_back(moody: Moody) -> None:
 def test_a_clock_that_was_set_back_leaves_no_lease_without_end(redis_client: redis.Redis) -> None:
     """A lease that ends a day from now is cut to the longest that anybody may ask for."""
     redis_client.lpush("shiwu.bulk", message("job"))
-    [job] = make_claims(redis_client, "dead").claim(1).jobs
+    [job] = make_lease_queue(redis_client, "dead").claim(1).jobs
     redis_client.zadd(LEASES, {"job": job.claimed_ms + 86_400_000})
-    make_upkeep(redis_client).tend()
+    make_maintenance(redis_client).tend()
     score = redis_client.zscore(LEASES, "job")
     assert score is not None
     assert 590_000 < score - job.claimed_ms < 610_000
@@ -146,10 +146,10 @@ def test_a_clock_that_was_set_back_leaves_no_lease_without_end(redis_client: red
 def test_a_clock_that_jumped_forward_runs_jobs_again_and_answers_once(redis_client: redis.Redis) -> None:
     """All leases end at once: somebody else works on the job too, and the second answer is discarded."""
     redis_client.lpush("shiwu.bulk", message("job"))
-    [first] = make_claims(redis_client, "a").claim(1).jobs
+    [first] = make_lease_queue(redis_client, "a").claim(1).jobs
     redis_client.zadd(LEASES, {"job": 1.0})
-    assert make_upkeep(redis_client).tend().reaped == 1
-    [second] = make_claims(redis_client, "b").claim(1).jobs
+    assert make_maintenance(redis_client).tend().reaped == 1
+    [second] = make_lease_queue(redis_client, "b").claim(1).jobs
     assert make_committer(redis_client, "a").write([answer(first)]) == set()
     assert make_committer(redis_client, "b").write([answer(second)]) == {"job"}
     assert redis_client.xlen(RESULT_STREAM) == 1

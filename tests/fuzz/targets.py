@@ -64,7 +64,7 @@ def check_message(data: bytes) -> None:
     try:
         envelope = read_message(data)
         if envelope.canvas:
-            RULES.judge(read_canvas(data))
+            RULES.check(read_canvas(data))
         request = parse_request(envelope.fields)
     except RequestError as error:
         _check_told(error)

@@ -142,7 +142,7 @@ def test_a_peer_that_is_not_the_judged_one_is_refused(world: World) -> None:
         def getpeername(self) -> tuple[str, int]:
             return INNER, 80
 
-    guard = AddressGuard(world.reach, resolve=world.names, make_socket=Elsewhere)
+    guard = AddressGuard(world.access, resolve=world.names, make_socket=Elsewhere)
     with pytest.raises(AddressRefused, match="peer"):
         guard.connect("good.example", world.outer.port, timeout_s=1, deadline_s=time.monotonic() + 2)
 
@@ -150,7 +150,7 @@ def test_a_peer_that_is_not_the_judged_one_is_refused(world: World) -> None:
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700::1", "[2a00:1450::1]", "::ffff:8.8.8.8"])
 def test_public_addresses_would_be_connected_to(address: str) -> None:
     """Judged only: tests reach nobody."""
-    assert not AddressGuard(AccessRules()).judge_name(address, 443)
+    assert not AddressGuard(AccessRules()).check_name(address, 443)
 
 
 REDIRECTS_REFUSED = [

@@ -42,7 +42,7 @@ class Stranger:
     def __init__(self, client: redis.Redis, app: Any, rules: Any) -> None:
         self._client = client
         self._callbacks = CallbackSender(app, client, rules=rules)
-        self._ledger = AnswerStore(client, token="w", canvas_patience_s=0.0)
+        self._answer_store = AnswerStore(client, token="w", canvas_patience_s=0.0)
         self._number = 0
 
     def send(self, embed: Any, *, headers: dict[str, Any] | None = None, is_tagged: bool = True) -> list[str]:
@@ -58,7 +58,7 @@ class Stranger:
         entry = AnswerEntry(
             answer=answer, id=job_id, message=b"shiwu.bulk|" + json.dumps(raw).encode(), has_callbacks=True
         )
-        self._ledger.write([entry])
+        self._answer_store.write([entry])
         assert self._callbacks._portion([]) == 1
         return self._sent()
 
@@ -188,14 +188,14 @@ def test_what_is_allowed_is_sent(stranger: Stranger) -> None:
 def test_an_errback_of_celerys_own_is_not_run_here(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Celery calls an errback in the process that failed where it knows the task; here it knows none."""
     assert dict(stranger._callbacks._app.tasks) == {}
-    monkeypatch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.judge", lambda *_: None)
+    monkeypatch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.check", lambda *_: None)
     for name in ("celery.accumulate", "celery.starmap", "celery.chord", "celery.chunks"):
         assert stranger.send({"errbacks": [task(name)]}, is_tagged=False) == []
 
 
 def test_what_is_sent_is_judged_again(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The app itself refuses, should a form of Celery's slip past the reader of signatures."""
-    monkeypatch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.judge", lambda *_: None)
+    monkeypatch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.check", lambda *_: None)
     for inside in INSIDE.values():
         for is_tagged in (True, False):
             assert "evil" not in stranger.send({"callbacks": [inside(EVIL)]}, is_tagged=is_tagged)
@@ -349,5 +349,5 @@ def test_no_message_whatever(
     """Nothing that is not allowed leaves: by the reader of signatures and the app together, and by the app alone."""
     with pytest.MonkeyPatch.context() as patch:
         if not is_read:
-            patch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.judge", lambda *_: None)
+            patch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.check", lambda *_: None)
         stranger.send(embed, headers=headers, is_tagged=is_tagged)

@@ -103,7 +103,7 @@ def test_settings_become_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setenv(f"SHIWU_{name}", value)
     settings = Settings()
-    assert settings.reach == AccessRules(
+    assert settings.access == AccessRules(
         allow_hosts=("minio:9000", "[::1]:80"),
         deny_networks=("203.0.113.0/24",),
         ports=(80, 443, 8080),

@@ -35,7 +35,7 @@ from shiwu_worker.celery_worker.callbacks import CallbackSender
 from shiwu_worker.celery_worker.revoke import Revoker
 from shiwu_worker.jobs.job import Release
 from shiwu_worker.policy.callback_rules import CallbackRules
-from tests.integration.test_claim_properties import make_claims, make_committer, make_upkeep, message
+from tests.integration.test_claim_properties import make_committer, make_lease_queue, make_maintenance, message
 from tests.support.celery_client import celery_client
 from tests.support.processes import Process, clean_environment
 from tests.support.servers import Valkey
@@ -103,7 +103,7 @@ def end_aside(client: redis.Redis, url: str, way: str, ids: list[str]) -> None:
         assert Revoker(client, make_committer(client, "revoke")).revoke(ids) == len(ids)
     else:
         client.zadd(DEADLINES, dict.fromkeys(ids, 1.0))
-        assert make_upkeep(client).tend().out_of_time == len(ids)
+        assert make_maintenance(client).tend().out_of_time == len(ids)
 
 
 @pytest.mark.usefixtures("callbacks")
@@ -126,7 +126,7 @@ def test_a_chord_and_a_chain_end_as_celerys_do(
     line = chain(tag.clone(), app.signature("plain.best", app=app)).apply_async()
     tagged, part = [one.id for one in whole.parent.results]
     ended = [part, line.parent.id]
-    claims = make_claims(redis_client, "w")
+    claims = make_lease_queue(redis_client, "w")
     jobs = claims.claim(1 if where == "lane" else 3).jobs
     assert jobs[0].id == tagged
     if where == "delayed":
@@ -156,7 +156,7 @@ def linked(job_id: str, *, ignore_result: bool = False) -> bytes:
 def test_an_answer_given_aside_keeps_the_callbacks(redis_client: redis.Redis, redis_url: str, where: str) -> None:
     """Wherever the message is, its callbacks are to be sent by the next worker that looks, once."""
     raw = linked("job", ignore_result=where == "claimed")
-    claims = make_claims(redis_client, "w")
+    claims = make_lease_queue(redis_client, "w")
     if where != "nowhere":
         redis_client.lpush(Lane.BULK.queue, raw)
     if where in {"claimed", "delayed"}:
@@ -268,6 +268,6 @@ def test_a_canvas_of_a_wrong_type_stops_the_claim_before_it_pops(redis_client: r
     for key in (CANVAS, CANVAS_DUE, REVOKED):
         redis_client.set(key, "oops")
         with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
-            make_claims(redis_client, "w").claim(5)
+            make_lease_queue(redis_client, "w").claim(5)
         redis_client.delete(key)
     assert redis_client.llen(Lane.BULK.queue) == 1

@@ -10,7 +10,7 @@ import redis
 
 from shiwu.contract import ATTEMPTS, CLAIMS, DELAYED, LEASES, Lane, done_key
 from shiwu_worker.jobs.job import Release
-from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
+from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
 
 
@@ -24,7 +24,7 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 def test_a_claim_is_recorded_under_a_lease(client: redis.Redis) -> None:
     """A popped message is at once among the claims, with a lease of the asked length."""
     client.lpush("shiwu.interactive", message("one"))
-    [job] = make_claims(client, "w", lease_s=15).claim(10).jobs
+    [job] = make_lease_queue(client, "w", lease_s=15).claim(10).jobs
     assert (job.id, job.attempt, job.key, job.raw) == ("one", 1, Lane.INTERACTIVE.queue, message_of(client, "one"))
     assert client.zscore(LEASES, "one") == pytest.approx(job.claimed_ms + 15_000, abs=2)
     assert client.llen("shiwu.interactive") == 0
@@ -42,7 +42,7 @@ def test_interactive_goes_first_and_urgent_before_less_urgent(client: redis.Redi
     keys = [*Lane.INTERACTIVE.keys, *Lane.BULK.keys]
     for number, key in reversed(list(enumerate(keys))):
         client.lpush(key, message(f"{number}-a"), message(f"{number}-b"))
-    jobs = make_claims(client, "w", bulk_share=0.0).claim(100).jobs
+    jobs = make_lease_queue(client, "w", bulk_share=0.0).claim(100).jobs
     assert [job.id for job in jobs] == [f"{number}-{x}" for number in range(8) for x in "ab"]
 
 
@@ -50,7 +50,7 @@ def test_bulk_keeps_its_share_while_interactive_waits(client: redis.Redis) -> No
     """With a share of 0.1 a tenth of many small claims is bulk, although interactive never runs dry."""
     client.lpush("shiwu.interactive", *[message(f"i{n}") for n in range(400)])
     client.lpush("shiwu.bulk", *[message(f"b{n}", Lane.BULK) for n in range(400)])
-    claims = make_claims(client, "w", bulk_share=0.1)
+    claims = make_lease_queue(client, "w", bulk_share=0.1)
     jobs = [job for _ in range(100) for job in claims.claim(3).jobs]
     assert sum(job.key in Lane.BULK.keys for job in jobs) in range(27, 34)
 
@@ -58,16 +58,16 @@ def test_bulk_keeps_its_share_while_interactive_waits(client: redis.Redis) -> No
 def test_a_dead_workers_job_comes_back_first_with_its_attempt_counted(client: redis.Redis) -> None:
     """Any worker reaps an ended lease; the job is next in its lane and its attempt is 2."""
     client.lpush("shiwu.bulk", message("old", Lane.BULK), message("new", Lane.BULK))
-    make_claims(client, "dead", lease_s=0.05).claim(1)
-    other = make_claims(client, "alive")
-    wait_until(lambda: make_upkeep(client).tend().reaped == 1, timeout_s=5)
+    make_lease_queue(client, "dead", lease_s=0.05).claim(1)
+    other = make_lease_queue(client, "alive")
+    wait_until(lambda: make_maintenance(client).tend().reaped == 1, timeout_s=5)
     assert [(job.id, job.attempt) for job in other.claim(2).jobs] == [("old", 2), ("new", 1)]
 
 
 def test_a_living_workers_lease_is_renewed(client: redis.Redis) -> None:
     """A renewed lease does not end; renewing tells what is no longer ours."""
     client.lpush("shiwu.bulk", message("mine"), message("lost"))
-    mine, other = make_claims(client, "mine", lease_s=30), make_claims(client, "other")
+    mine, other = make_lease_queue(client, "mine", lease_s=30), make_lease_queue(client, "other")
     mine.claim(2)
     before = client.zscore(LEASES, "mine")
     make_committer(client, "other").write([])
@@ -80,7 +80,7 @@ def test_a_living_workers_lease_is_renewed(client: redis.Redis) -> None:
 def test_copies_of_an_id_are_dropped_at_claim(client: redis.Redis) -> None:
     """Two copies in one claim, a copy of a claimed job and a copy of an answered one: one job in all."""
     client.lpush("shiwu.bulk", message("same"), message("same"))
-    claims = make_claims(client, "w")
+    claims = make_lease_queue(client, "w")
     [job] = claims.claim(10).jobs
     client.lpush("shiwu.interactive", message("same"))
     assert claims.claim(10).jobs == ()
@@ -93,7 +93,7 @@ def test_copies_of_an_id_are_dropped_at_claim(client: redis.Redis) -> None:
 def test_the_mark_outlives_a_deleted_answer(client: redis.Redis) -> None:
     """A consumer that deletes the answer does not open the id for a second one."""
     client.lpush("shiwu.bulk", message("x"))
-    claims = make_claims(client, "w")
+    claims = make_lease_queue(client, "w")
     committer = make_committer(client, "w")
     [job] = claims.claim(1).jobs
     committer.write([answer(job)])
@@ -106,7 +106,7 @@ def test_the_mark_outlives_a_deleted_answer(client: redis.Redis) -> None:
 def test_a_commit_tried_again_knows_its_own_answer(client: redis.Redis) -> None:
     """The same commit twice (its first reply was lost) is no duplicate, and appends to the stream once."""
     client.lpush("shiwu.bulk", message("x"))
-    [job] = make_claims(client, "w").claim(1).jobs
+    [job] = make_lease_queue(client, "w").claim(1).jobs
     committer = make_committer(client, "w")
     assert committer.write([answer(job)]) == set()
     assert committer.write([answer(job)]) == set()
@@ -116,12 +116,12 @@ def test_a_commit_tried_again_knows_its_own_answer(client: redis.Redis) -> None:
 def test_a_delayed_job_returns_when_its_time_has_come(client: redis.Redis) -> None:
     """A delayed job is not in the lane, and comes back with its bytes and its attempts."""
     client.lpush("shiwu.bulk", message("later", Lane.BULK))
-    claims = make_claims(client, "w")
+    claims = make_lease_queue(client, "w")
     [job] = claims.claim(1).jobs
     assert claims.release([Release("later", delay_s=0.2, counts=True)]) == 1
     assert claims.claim(1).jobs == ()
-    assert make_upkeep(client).tend().promoted == 0
-    wait_until(lambda: make_upkeep(client).tend().promoted == 1, timeout_s=5)
+    assert make_maintenance(client).tend().promoted == 0
+    wait_until(lambda: make_maintenance(client).tend().promoted == 1, timeout_s=5)
     [again] = claims.claim(1).jobs
     assert (again.raw, again.attempt) == (job.raw, 2)
     assert client.zcard(DELAYED) == 0
@@ -130,7 +130,7 @@ def test_a_delayed_job_returns_when_its_time_has_come(client: redis.Redis) -> No
 def test_a_release_that_does_not_count_keeps_the_attempt(client: redis.Redis) -> None:
     """Jobs given back by a shutdown have not been tried."""
     client.lpush("shiwu.bulk", message("x"))
-    claims = make_claims(client, "w")
+    claims = make_lease_queue(client, "w")
     claims.claim(1)
     claims.release([Release("x")])
     assert [job.attempt for job in claims.claim(1).jobs] == [1]
@@ -159,7 +159,7 @@ def test_a_release_that_does_not_count_keeps_the_attempt(client: redis.Redis) ->
 def test_a_message_without_an_id_is_claimed_by_its_digest(client: redis.Redis, raw: bytes) -> None:
     """Whatever lies in a lane is claimed, comes back unchanged, and can be answered."""
     client.lpush("shiwu.bulk", raw)
-    claims = make_claims(client, "w")
+    claims = make_lease_queue(client, "w")
     [job] = claims.claim(1).jobs
     assert job.id.startswith("~")
     claims.release([Release(job.id)])
@@ -171,7 +171,7 @@ def test_a_lane_key_of_a_wrong_type_holds_nobody_up(client: redis.Redis) -> None
     """A string where a list should be is passed over; the other keys are served."""
     client.set("shiwu.interactive", "oops")
     client.lpush("shiwu.bulk", message("x"))
-    assert [job.id for job in make_claims(client, "w").claim(5).jobs] == ["x"]
+    assert [job.id for job in make_lease_queue(client, "w").claim(5).jobs] == ["x"]
 
 
 def test_wrong_types_in_our_own_keys_stop_the_claim_before_it_pops(client: redis.Redis) -> None:
@@ -179,13 +179,13 @@ def test_wrong_types_in_our_own_keys_stop_the_claim_before_it_pops(client: redis
     client.set(CLAIMS, "oops")
     client.lpush("shiwu.bulk", message("x"))
     with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
-        make_claims(client, "w").claim(5)
+        make_lease_queue(client, "w").claim(5)
     assert client.llen("shiwu.bulk") == 1
 
 
 def test_scripts_survive_a_flushed_script_cache(client: redis.Redis) -> None:
     """SCRIPT FLUSH (or a fresh replica) costs one more round trip and nothing else."""
-    claims = make_claims(client, "w")
+    claims = make_lease_queue(client, "w")
     claims.claim(1)
     client.script_flush()
     client.lpush("shiwu.bulk", message("x"))
@@ -195,7 +195,7 @@ def test_scripts_survive_a_flushed_script_cache(client: redis.Redis) -> None:
 def test_the_result_is_celerys_json(client: redis.Redis) -> None:
     """The stored value is what Celery's Redis backend writes."""
     client.lpush("shiwu.bulk", message("x"))
-    [job] = make_claims(client, "w").claim(1).jobs
+    [job] = make_lease_queue(client, "w").claim(1).jobs
     make_committer(client, "w").write([answer(job)])
     meta = json.loads(client.get("celery-task-meta-x") or b"")
     assert meta["status"] == "SUCCESS"

@@ -42,7 +42,7 @@ def message(job_id: str, lane: Lane = Lane.INTERACTIVE) -> bytes:
     return build_message(REQUEST, job_id=job_id, lane=lane)
 
 
-def make_claims(client: redis.Redis, name: str, *, lease_s: float = 60.0, bulk_share: float = 0.1) -> LeaseQueue:
+def make_lease_queue(client: redis.Redis, name: str, *, lease_s: float = 60.0, bulk_share: float = 0.1) -> LeaseQueue:
     """One worker's claims."""
     return LeaseQueue(client, token=name, lease_s=lease_s, bulk_share=bulk_share)
 
@@ -52,7 +52,7 @@ def make_committer(client: redis.Redis, name: str) -> AnswerStore:
     return AnswerStore(client, token=name, keep=Retention(result_ttl_s=60, done_ttl_s=120, dead_length=1000))
 
 
-def make_upkeep(client: redis.Redis, name: str = "", *, stream_length: int = 100_000) -> Maintenance:
+def make_maintenance(client: redis.Redis, name: str = "", *, stream_length: int = 100_000) -> Maintenance:
     """One who tends."""
     token = name or "sweep"
     return Maintenance(
@@ -74,11 +74,11 @@ class Fleet(RuleBasedStateMachine):
         super().__init__()
         self.client.flushall()
         self.workers = {
-            "steady": make_claims(self.client, "steady"),
-            "dying": make_claims(self.client, "dying", lease_s=0.0),
+            "steady": make_lease_queue(self.client, "steady"),
+            "dying": make_lease_queue(self.client, "dying", lease_s=0.0),
         }
         self.committers = {name: make_committer(self.client, name) for name in self.workers}
-        self.hands: dict[str, list[Claimed]] = {name: [] for name in self.workers}
+        self.in_flight: dict[str, list[Claimed]] = {name: [] for name in self.workers}
         self.sent: set[str] = set()
         self.requeued: list[str] = []
         self.letters = DeadLetters(self.client)
@@ -93,22 +93,22 @@ class Fleet(RuleBasedStateMachine):
     @rule(who=st.sampled_from(["steady", "dying"]), limit=st.integers(1, 8))
     def claim(self, who: str, limit: int) -> None:
         """Take some jobs."""
-        jobs = self.workers[who].claim(limit, held=[job.id for job in self.hands[who]]).jobs
+        jobs = self.workers[who].claim(limit, held=[job.id for job in self.in_flight[who]]).jobs
         assert len(jobs) <= limit
-        self.hands[who] += jobs
+        self.in_flight[who] += jobs
 
     @rule(who=st.sampled_from(["steady", "dying"]), share=st.floats(0, 1))
     def commit(self, who: str, share: float) -> None:
         """Answer some of what this worker believes to hold."""
-        count = int(len(self.hands[who]) * share)
-        done, self.hands[who] = self.hands[who][:count], self.hands[who][count:]
+        count = int(len(self.in_flight[who]) * share)
+        done, self.in_flight[who] = self.in_flight[who][:count], self.in_flight[who][count:]
         self.committers[who].write([answer(job) for job in done])
 
     @rule(who=st.sampled_from(["steady", "dying"]))
     def bury(self, who: str) -> None:
         """End one job without tags."""
-        if self.hands[who]:
-            job = self.hands[who].pop()
+        if self.in_flight[who]:
+            job = self.in_flight[who].pop()
             failed = Answer(id=job.id, status=Status.FAILED, attempts=job.attempt)
             message = job.key.encode() + b"|" + job.raw
             self.committers[who].write([AnswerEntry(answer=failed, id=job.id, message=message, is_dead=True)])
@@ -135,19 +135,19 @@ class Fleet(RuleBasedStateMachine):
     @rule(who=st.sampled_from(["steady", "dying"]), delay_s=st.sampled_from([0.0, 0.001]), counts=st.booleans())
     def release(self, who: str, delay_s: float, counts: bool) -> None:
         """Give everything back."""
-        self.workers[who].release([Release(job.id, delay_s=delay_s, counts=counts) for job in self.hands[who]])
-        self.hands[who] = []
+        self.workers[who].release([Release(job.id, delay_s=delay_s, counts=counts) for job in self.in_flight[who]])
+        self.in_flight[who] = []
 
     @rule()
     def renew(self) -> None:
         """The steady worker renews what it believes to hold; what it lost it is told."""
-        lost = self.workers["steady"].renew([job.id for job in self.hands["steady"]])
-        assert set(lost) <= {job.id for job in self.hands["steady"]}
+        lost = self.workers["steady"].renew([job.id for job in self.in_flight["steady"]])
+        assert set(lost) <= {job.id for job in self.in_flight["steady"]}
 
     @rule()
     def tend(self) -> None:
         """Reap what the dying worker held; bring back what was delayed."""
-        make_upkeep(self.client).tend()
+        make_maintenance(self.client).tend()
 
     @invariant()
     def nothing_is_lost(self) -> None:
@@ -166,11 +166,11 @@ class Fleet(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """A last worker answers what is left; then each id that was sent has exactly one answer."""
-        last = make_claims(self.client, "last")
+        last = make_lease_queue(self.client, "last")
         for name in self.workers:
-            self.workers[name].release([Release(job.id) for job in self.hands[name]])
+            self.workers[name].release([Release(job.id) for job in self.in_flight[name]])
         for _ in range(200):
-            tended = make_upkeep(self.client).tend()
+            tended = make_maintenance(self.client).tend()
             self.client.delete(QUARANTINE_OWNER)  # the lease of a taker who died ends
             jobs = last.claim(50).jobs
             make_committer(self.client, "last").write([answer(job) for job in jobs])

@@ -11,14 +11,14 @@ from click.testing import CliRunner
 from shiwu import Client, JobFailed, QueueFull, RequestError, WaitTimeout
 from shiwu.cli import main
 from shiwu.contract import Lane
-from tests.integration.test_claim_properties import answer, make_claims, make_committer
+from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue
 from tests.support import pictures
 from tests.support.servers import S3Server, WorkerProcess
 
 
 def finish(client: redis.Redis, *, count: int = 1000, worker: str = "w") -> None:
     """Answer what waits, as a worker would."""
-    jobs = make_claims(client, worker).claim(count).jobs
+    jobs = make_lease_queue(client, worker).claim(count).jobs
     make_committer(client, worker).write([answer(job) for job in jobs])
 
 
@@ -44,7 +44,7 @@ def test_many_in_portions_and_a_full_queue(redis_url: str, redis_client: redis.R
         with pytest.raises(QueueFull, match="holds 1000 of 1000"):
             client.enqueue("s3://b/k", lane="bulk")
         client.enqueue("s3://b/k", lane="interactive")
-        make_claims(redis_client, "w").claim(10)
+        make_lease_queue(redis_client, "w").claim(10)
         state = client.queue_state()
         assert sum(state.claimed.values()) == 10
         finish(redis_client, worker="v")

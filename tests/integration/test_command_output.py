@@ -20,7 +20,7 @@ from shiwu import Client, RequestError
 from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.cli import ask, main
 from shiwu.contract import WORKERS, Answer, ErrorCode, ErrorInfo, ImageInfo, Lane, Stage, Status
-from tests.integration.test_claim_properties import make_claims, message
+from tests.integration.test_claim_properties import make_lease_queue, message
 from tests.support import pictures
 from tests.support.processes import clean_environment
 from tests.support.servers import S3Server, WorkerProcess
@@ -37,7 +37,7 @@ def call(redis_url: str, *args: str, **options: Any) -> Result:
 def bury(client: redis.Redis, job_id: str, *, reference: str, text: str, worker: str = "w") -> None:
     """Leave a dead letter."""
     client.rpush(Lane.BULK.queue, message(job_id, Lane.BULK))
-    [claimed] = make_claims(client, "w").claim(1).jobs
+    [claimed] = make_lease_queue(client, "w").claim(1).jobs
     error = ErrorInfo(code=ErrorCode.SOURCE_NOT_FOUND, message=text, stage=Stage.FETCH)
     image = ImageInfo(reference=reference)
     answer = Answer(id=job_id, status=Status.REJECTED, image=image, error=error, worker=worker)

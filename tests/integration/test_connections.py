@@ -15,7 +15,7 @@ import redis
 from shiwu import Client
 from shiwu.broker.connection import call_held, connect
 from shiwu.broker.redis_errors import NotReplicated
-from tests.integration.test_claim_properties import answer, make_claims, make_committer
+from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue
 from tests.support.processes import LOOPBACK, Process, clean_environment
 from tests.support.redis_server import RedisServer, valkey_binary
 from tests.support.waiting import wait_until
@@ -75,7 +75,7 @@ with Client(sys.argv[1], max_connections=4) as client:
 def answering(client: redis.Redis) -> Iterator[None]:
     """Whatever is enqueued meanwhile is answered, as by a worker."""
     stopped = threading.Event()
-    claims, ledger = make_claims(client, "w"), make_committer(client, "w")
+    claims, ledger = make_lease_queue(client, "w"), make_committer(client, "w")
 
     def work() -> None:
         while not stopped.wait(0.02):

@@ -27,7 +27,7 @@ from shiwu.contract import (
     result_key,
 )
 from tests.conftest import StartWorker
-from tests.integration.test_claim_properties import make_claims, make_upkeep
+from tests.integration.test_claim_properties import make_lease_queue, make_maintenance
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.waiting import wait_until
@@ -51,7 +51,7 @@ def bury(
 ) -> None:
     """Enqueue a job, claim it and end it without tags."""
     client.enqueue(f"s3://pictures/{job_id}.jpg", id=job_id, lane="bulk")
-    [claimed] = make_claims(redis_client, "w").claim(1).jobs
+    [claimed] = make_lease_queue(redis_client, "w").claim(1).jobs
     status = Status.FAILED if code is ErrorCode.SOURCE_UNAVAILABLE else Status.REJECTED
     answer = Answer(
         id=job_id,
@@ -105,7 +105,7 @@ def test_a_requeue_is_a_new_life_with_the_old_id(client: Client, redis_client: r
     assert client.requeue(["one", "never-was"]) == ["one"]
     assert client.answer("one") is None
     assert client.requeue(["one"]) == []
-    [claimed] = make_claims(redis_client, "w2").claim(5).jobs
+    [claimed] = make_lease_queue(redis_client, "w2").claim(5).jobs
     assert (claimed.id, claimed.attempt, claimed.key) == ("one", 1, Lane.BULK.queue)
     tagged = AnswerEntry(answer=Answer(id="one", status=Status.TAGGED, attempts=1), id="one")
     assert AnswerStore(redis_client, token="w2").write([tagged]) == set()
@@ -128,7 +128,7 @@ def test_number_and_age_are_bounded(client: Client, redis_client: redis.Redis) -
     assert {letter.id for letter in client.dead_letters()} == {f"j{n}" for n in range(3, 8)}
     assert client.queue_state().counters["dead_dropped"] == 3
     redis_client.zadd(DEAD, {"j3": 1.0})
-    make_upkeep(redis_client).tend()
+    make_maintenance(redis_client).tend()
     assert {letter.id for letter in client.dead_letters()} == {f"j{n}" for n in range(4, 8)}
     assert redis_client.hlen(DEAD_ANSWERS) == redis_client.hlen(DEAD_MESSAGES) == 4
 

@@ -15,7 +15,7 @@ from shiwu.cli import main
 from shiwu.contract import CLAIMS, DEADLINES, LEASES, RESULT_STREAM, REVOKED, ErrorCode, Lane, done_key
 from shiwu_worker.celery_worker.revoke import Revoker
 from tests.conftest import StartWorker
-from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep
+from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue, make_maintenance
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.waiting import wait_until
@@ -36,13 +36,13 @@ def test_a_cancelled_job_is_answered_at_once_and_never_claimed(client: Client, r
     assert (result.status, result.error and result.error.code) == (Status.CANCELLED, ErrorCode.CANCELLED)
     assert "upload was deleted" in (result.error.message if result.error else "")
     assert client.cancel("one") == []
-    assert make_claims(redis_client, "w").claim(5).jobs == ()
+    assert make_lease_queue(redis_client, "w").claim(5).jobs == ()
 
 
 def test_a_cancel_wins_over_a_worker_that_holds_the_job(client: Client, redis_client: redis.Redis) -> None:
     """Its late answer is discarded and counted."""
     client.enqueue("s3://b/k.jpg", id="one")
-    [job] = make_claims(redis_client, "w").claim(5).jobs
+    [job] = make_lease_queue(redis_client, "w").claim(5).jobs
     assert client.cancel("one") == ["one"]
     assert redis_client.hlen(CLAIMS) == redis_client.zcard(LEASES) == 0
     assert make_committer(redis_client, "w").write([answer(job)]) == {"one"}
@@ -74,7 +74,7 @@ def test_revoke_of_a_job_that_lies_in_a_lane(client: Client, redis_client: redis
     client.enqueue("s3://b/k.jpg", id="later", countdown_s=300)
     revoker = Revoker(redis_client, make_committer(redis_client, "revoke"))
     assert revoker.revoke(["waiting", "foreign"]) == 0
-    taken = {job.id: job.is_revoked for job in make_claims(redis_client, "w").claim(5).jobs}
+    taken = {job.id: job.is_revoked for job in make_lease_queue(redis_client, "w").claim(5).jobs}
     assert taken == {"waiting": True, "later": False}
     assert redis_client.zcard(REVOKED) == 2
     assert revoker.revoke(["waiting"]) == 1
@@ -109,7 +109,7 @@ def test_answer_by_holds_without_any_worker(client: Client, redis_client: redis.
     assert client.wait("due", timeout_s=1).status is Status.EXPIRED
     assert client.answer("patient") is None
     assert redis_client.zrange(DEADLINES, 0, -1) == [b"patient"]
-    assert [job.id for job in make_claims(redis_client, "w").claim(5).jobs] == ["patient"]
+    assert [job.id for job in make_lease_queue(redis_client, "w").claim(5).jobs] == ["patient"]
 
 
 def test_answer_by_holds_while_a_worker_is_busy(
@@ -129,25 +129,25 @@ def test_expired_messages_are_answered_where_no_worker_runs(client: Client, redi
     for number in range(30):
         expires_s = 0.001 if number % 3 == 0 else None
         client.enqueue("s3://b/k.jpg", id=f"j{number}", lane="bulk", expires_s=expires_s, metadata=number)
-    wait_until(lambda: make_upkeep(redis_client).expire_waiting(portion=7) == 0, timeout_s=5)
+    wait_until(lambda: make_maintenance(redis_client).expire_waiting(portion=7) == 0, timeout_s=5)
     expired = [client.wait(f"j{n}", timeout_s=1) for n in range(0, 30, 3)]
     assert {result.status for result in expired} == {Status.EXPIRED}
     assert [result.metadata for result in expired] == list(range(0, 30, 3))
     assert redis_client.hlen(CLAIMS) == 0
-    left = [job.id for job in make_claims(redis_client, "w").claim(50).jobs]
+    left = [job.id for job in make_lease_queue(redis_client, "w").claim(50).jobs]
     assert left == [f"j{n}" for n in range(30) if n % 3]
 
 
 def test_the_sweep_command_does_a_round(client: Client, redis_client: redis.Redis, redis_url: str) -> None:
     """Jobs of a dead worker go back, and the numbers are printed as JSON."""
     client.enqueue("s3://b/k.jpg", id="one")
-    make_claims(redis_client, "dead", lease_s=0.0).claim(1)
+    make_lease_queue(redis_client, "dead", lease_s=0.0).claim(1)
     result = CliRunner().invoke(main, ["--redis-url", redis_url, "sweep", "--once"])
     assert result.exit_code == 0, result.output
     told = json.loads(result.output)
     assert told["swept"]["reaped"] == 1
     assert told["queues"]["waiting"]["interactive"] == 1
-    assert [job.attempt for job in make_claims(redis_client, "w").claim(1).jobs] == [2]
+    assert [job.attempt for job in make_lease_queue(redis_client, "w").claim(1).jobs] == [2]
 
 
 def test_one_sweep_ends_all_expired_messages(client: Client, redis_client: redis.Redis) -> None:
@@ -171,5 +171,5 @@ def test_sweeps_look_at_long_lanes_in_turn(
     rounds = [client.sweep() for _ in range(3)]
     assert [(one.expired, one.not_looked_at) for one in rounds] == [(0, 40), (0, 40), (1, 40)]
     assert client.wait("late", timeout_s=1).status is Status.EXPIRED
-    make_claims(redis_client, "w").claim(30)
+    make_lease_queue(redis_client, "w").claim(30)
     assert [client.sweep().not_looked_at for _ in range(3)] == [9, 20, 9]

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from shiwu import Client, QueueFull
 from shiwu.cli import main
 from shiwu.contract import RESULT_STREAM, Lane
-from tests.integration.test_claim_properties import answer, make_claims, make_committer
+from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue
 from tests.support.fault_proxy import FaultProxy
 from tests.support.processes import clean_environment
 from tests.support.waiting import wait_until
@@ -30,7 +30,7 @@ def run(url: str, *options: str, text: str = REFERENCES) -> Result:
 
 def take(client: redis.Redis) -> int:
     """Answer what waits; how many there were."""
-    jobs = make_claims(client, "w").claim(1000).jobs
+    jobs = make_lease_queue(client, "w").claim(1000).jobs
     make_committer(client, "w").write([answer(job) for job in jobs])
     return len(jobs)
 

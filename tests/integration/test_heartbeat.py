@@ -13,7 +13,7 @@ from shiwu.contract import CLAIMS, WORKERS
 from shiwu_worker.pipeline.heartbeat import Heartbeat, HeartbeatHooks
 from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.progress import Progress
-from tests.integration.test_claim_properties import make_claims, make_upkeep, message
+from tests.integration.test_claim_properties import make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
 
 
@@ -28,13 +28,13 @@ def make_heartbeat(
 ) -> Heartbeat:
     """The heartbeat of a worker with a lease of 1.2 s."""
     return Heartbeat(
-        make_claims(client, "w", lease_s=1.2),
-        make_upkeep(client, "w"),
+        make_lease_queue(client, "w", lease_s=1.2),
+        make_maintenance(client, "w"),
         lease_s=1.2,
         stuck_s=lambda: stuck_s,
         progress=progress,
-        signs=HeartbeatHooks(held=lambda: held, alive=alive, suspects=lambda: None, **told),
-        away=RedisBackoff("heartbeat"),
+        hooks=HeartbeatHooks(held=lambda: held, alive=alive, suspects=lambda: None, **told),
+        backoff=RedisBackoff("heartbeat"),
         on_fatal=pytest.fail,
     )
 
@@ -42,7 +42,7 @@ def make_heartbeat(
 def test_a_stuck_worker_loses_its_jobs_and_says_so(redis_client: redis.Redis) -> None:
     """Renewed while there is progress; after that the lease ends, the job goes back, the alive file is not touched."""
     redis_client.lpush("shiwu.bulk", message("job"))
-    make_claims(redis_client, "w", lease_s=1.2).claim(1)
+    make_lease_queue(redis_client, "w", lease_s=1.2).claim(1)
     progress, touches = Progress(), []
     counts: dict[str, list[Any]] = {"renewed": [], "reaped": [], "redis": []}
     told = {name: each.append for name, each in counts.items()}

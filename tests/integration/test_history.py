@@ -17,7 +17,7 @@ from shiwu.broker.message_writer import build_message
 from shiwu.contract import ATTEMPTS, HISTORY, LEASES, AttemptEnd, ErrorCode, Lane, Request, Stage, Status
 from shiwu_worker.jobs.job import Job, Release, open_job
 from shiwu_worker.stages.commit import Committer
-from tests.integration.test_claim_properties import make_claims, make_committer, make_upkeep
+from tests.integration.test_claim_properties import make_committer, make_lease_queue, make_maintenance
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.servers import WorkerProcess
@@ -50,7 +50,7 @@ def send(client: redis.Redis, **options: Any) -> None:
 
 def claim(client: redis.Redis, name: str = "worker-1.0a0a", *, lease_s: float = 60.0) -> Job:
     """Claim the job as a worker does."""
-    [claimed] = make_claims(client, name, lease_s=lease_s).claim(1).jobs
+    [claimed] = make_lease_queue(client, name, lease_s=lease_s).claim(1).jobs
     return open_job(claimed)
 
 
@@ -80,8 +80,8 @@ def test_retry_is_listed_with_code_time_and_pause(client: redis.Redis) -> None:
     claim(client)
     released_ms = now_ms(client)
     ending = f"{ErrorCode.SOURCE_UNAVAILABLE}|{Stage.FETCH}"
-    make_claims(client, "worker-1.0a0a").release([Release("job", delay_s=0.3, counts=True, ending=ending)])
-    wait_until(lambda: make_upkeep(client).tend().promoted == 1, timeout_s=5)
+    make_lease_queue(client, "worker-1.0a0a").release([Release("job", delay_s=0.3, counts=True, ending=ending)])
+    wait_until(lambda: make_maintenance(client).tend().promoted == 1, timeout_s=5)
     job = claim(client, "worker-2.0b0b")
     answer = answered(job)
     [tried] = answer["history"]
@@ -107,7 +107,7 @@ def test_crash_of_a_worker_is_listed(client: redis.Redis) -> None:
     """Whoever takes the job back says whose it was."""
     send(client)
     claim(client, "my.host|1.0a0a".replace("|", "-"), lease_s=0.05)
-    wait_until(lambda: make_upkeep(client).tend().reaped == 1, timeout_s=5)
+    wait_until(lambda: make_maintenance(client).tend().reaped == 1, timeout_s=5)
     job = claim(client)
     [tried] = job.history
     assert (tried.attempt, tried.code, tried.stage, tried.worker, tried.pause) == (
@@ -123,7 +123,7 @@ def test_stop_of_a_worker_is_listed_and_no_attempt(client: redis.Redis) -> None:
     send(client)
     claim(client)
     ending = f"{AttemptEnd.WORKER_STOPPED}|"
-    make_claims(client, "worker-1.0a0a").release([Release("job", ending=ending)])
+    make_lease_queue(client, "worker-1.0a0a").release([Release("job", ending=ending)])
     job = claim(client)
     assert (job.attempt, [(one.attempt, one.code) for one in job.history]) == (1, [(1, "worker_stopped")])
     assert (job.moments.queue_ms or 0.0) < 5000
@@ -135,8 +135,8 @@ def test_last_ten_tries_are_kept(client: redis.Redis) -> None:
     for _ in range(12):
         claim(client)
         release = Release("job", delay_s=0.001, counts=True, ending="source_error|fetch")
-        make_claims(client, "worker-1.0a0a").release([release])
-        wait_until(lambda: make_upkeep(client).tend().promoted == 1, timeout_s=5)
+        make_lease_queue(client, "worker-1.0a0a").release([release])
+        wait_until(lambda: make_maintenance(client).tend().promoted == 1, timeout_s=5)
     assert [one.attempt for one in claim(client).history] == list(range(3, 13))
     assert 0 < client.ttl(f"{HISTORY}job") <= 7 * 86_400
 
@@ -147,10 +147,10 @@ def test_history_ends_with_the_answer(client: redis.Redis, redis_url: str, how: 
     send(client)
     claim(client)
     release = Release("job", delay_s=0.001 if how == "answered" else 60.0, counts=True, ending="source_error|fetch")
-    make_claims(client, "worker-1.0a0a").release([release])
+    make_lease_queue(client, "worker-1.0a0a").release([release])
     assert client.exists(f"{HISTORY}job") == 1
     if how == "answered":
-        wait_until(lambda: make_upkeep(client).tend().promoted == 1, timeout_s=5)
+        wait_until(lambda: make_maintenance(client).tend().promoted == 1, timeout_s=5)
         now_s = time.monotonic()
         ledger = make_committer(client, "w")
         ledger.write(Committer(ledger, worker="w").finish([claim(client)], now_s=now_s))
@@ -186,7 +186,7 @@ def test_history_of_another_kind_is_passed_over(client: redis.Redis) -> None:
     send(client)
     job = claim(client)
     assert job.history == ()
-    make_claims(client, "worker-1.0a0a").release([Release("job", counts=True, ending="source_error|fetch")])
+    make_lease_queue(client, "worker-1.0a0a").release([Release("job", counts=True, ending="source_error|fetch")])
     assert [one.attempt for one in claim(client).history] == [2]
 
 

@@ -19,7 +19,7 @@ from shiwu.contract import ATTEMPTS, CLAIMS, LEASES, RequestError, done_key, is_
 from shiwu_worker.jobs.job import open_job
 from shiwu_worker.stages.commit import Committer
 from tests.compat.shapes import ODD_IDS, protocol_1, protocol_2, shapes
-from tests.integration.test_claim_properties import make_claims, make_committer
+from tests.integration.test_claim_properties import make_committer, make_lease_queue
 
 IMAGE = "s3://b/k"
 SHAPES = shapes(IMAGE)
@@ -43,7 +43,7 @@ def claim(client: redis.Redis, raw: bytes) -> Any:
     """Claim this one message, and leave nothing behind."""
     client.delete(CLAIMS, LEASES, "shiwu.bulk")
     client.lpush("shiwu.bulk", raw)
-    [claimed] = make_claims(client, "w").claim(1).jobs
+    [claimed] = make_lease_queue(client, "w").claim(1).jobs
     return claimed
 
 
@@ -53,7 +53,7 @@ def test_answer_goes_under_the_id_of_the_caller(client: redis.Redis, name: str) 
     raw, expected, outcome = SHAPES[name]
     claimed = claim(client, raw)
     job = open_job(claimed)
-    assert job.told_id == expected
+    assert job.log_id == expected
     assert (str(job.error.code) if job.error else "tagged") == outcome
     assert is_digest(claimed.id) == (name in BY_WORKER)
     assert find_id(raw) == expected, "the worker's reader finds every id, also those that the claim finds"
@@ -115,7 +115,7 @@ def messages(draw: st.DrawFn) -> bytes:
 def test_claim_script_and_reader_find_the_same_id(client: redis.Redis, raw: bytes) -> None:
     """A sweep answers by the reader's id what a worker answers by the script's."""
     claimed = claim(client, raw)
-    told = open_job(claimed).told_id
+    told = open_job(claimed).log_id
     try:
         read = read_message(raw).id
     except RequestError:
@@ -131,7 +131,7 @@ def test_copies_of_a_protocol_1_message_are_one_job(client: redis.Redis) -> None
     client.lpush(
         "shiwu.bulk", protocol_1("same", IMAGE), protocol_2("same", IMAGE), protocol_1("same", IMAGE, retries=1)
     )
-    assert [job.id for job in make_claims(client, "w").claim(10).jobs] == ["same"]
+    assert [job.id for job in make_lease_queue(client, "w").claim(10).jobs] == ["same"]
 
 
 @pytest.mark.parametrize("name", sorted(BY_WORKER))

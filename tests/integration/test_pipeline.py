@@ -29,7 +29,7 @@ from shiwu_worker.stages.batch import Batcher
 from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 from shiwu_worker.stages.claim.notifier import LaneNotifier
 from shiwu_worker.stages.commit import Committer
-from tests.integration.test_claim_properties import make_claims, make_committer, make_upkeep, message
+from tests.integration.test_claim_properties import make_committer, make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
 
 SLOTS = 8
@@ -47,28 +47,28 @@ class Works:
         self.fatal: list[FatalError] = []
         self.claiming: list[bool] = []
         self.progress = Progress()
-        self.claims = claims or make_claims(client, "w", lease_s=30)
+        self.lease_queue = claims or make_lease_queue(client, "w", lease_s=30)
         self.committer = Committer(make_committer(client, "w"), worker="w")
-        self.doorbell = LaneNotifier(client, block_s=1.0)
+        self.notifier = LaneNotifier(client, block_s=1.0)
         self.settler = Settler(
             self.committer,
-            self.claims,
-            away=RedisBackoff("commit", longest_s=0.1),
+            self.lease_queue,
+            backoff=RedisBackoff("commit", longest_s=0.1),
             on_settled=lambda jobs: self.pipeline.settled(jobs),  # noqa: PLW0108 bound late
             on_answered=None,
             on_fatal=self.fatal.append,
         )
         stages = Stages(
-            claims=self.claims,
-            doorbell=self.doorbell,
+            lease_queue=self.lease_queue,
+            notifier=self.notifier,
             resolve=lambda job: self.resolve(job),  # noqa: PLW0108 bound late
-            judge_callbacks=lambda _: None,
+            check_callbacks=lambda _: None,
             load=self._load,
             batcher=Batcher(cap=4, bulk_share=0.1),
             launch=lambda jobs: LaunchedBatch(tuple(jobs), 1.0),
             finish=lambda launched: self.encode(launched.jobs),
             settle=self.settler.put,
-            away=RedisBackoff("claim", longest_s=0.1),
+            backoff=RedisBackoff("claim", longest_s=0.1),
         )
         self.pipeline = Pipeline(
             stages,
@@ -86,12 +86,12 @@ class Works:
 
     def start(self) -> None:
         """Start everything."""
-        for part in (self.settler, self.doorbell, self.pipeline):
+        for part in (self.settler, self.notifier, self.pipeline):
             part.start()
 
     def stop(self) -> None:
         """Stop everything."""
-        self.claims.release(self.pipeline.stop(grace_s=0.0))
+        self.lease_queue.release(self.pipeline.stop(grace_s=0.0))
         self.settler.close(timeout_s=5.0)
 
 
@@ -168,7 +168,7 @@ def test_an_unexpected_end_of_the_encode_thread_accuses_its_batch(works: Works, 
     enqueue(redis_client, "a")
     works.start()
     wait_until(lambda: works.fatal, timeout_s=10)
-    works.claims.release(works.pipeline.stop(grace_s=0.0))
+    works.lease_queue.release(works.pipeline.stop(grace_s=0.0))
     assert redis_client.hget(ATTEMPTS, "a") == b"1:1"
     assert works.claiming == [True, False]
 
@@ -190,7 +190,7 @@ def test_a_job_that_comes_back_before_it_is_settled_here(
     works: Works, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its first life is still being given back when a claim brings it again: it is not left to a lease."""
-    release, seen = works.claims.release, threading.Event()
+    release, seen = works.lease_queue.release, threading.Event()
 
     def slow_release(releases: Any) -> int:
         count = release(releases)
@@ -206,13 +206,13 @@ def test_a_job_that_comes_back_before_it_is_settled_here(
             for job in jobs:
                 job.unwanted(0.0)
 
-    monkeypatch.setattr(works.claims, "release", slow_release)
+    monkeypatch.setattr(works.lease_queue, "release", slow_release)
     works.encode = encode
     works.start()
     enqueue(redis_client, "a")
 
     def both_answered() -> bool:
-        make_upkeep(redis_client).tend()  # as heartbeats do: it brings back what was delayed
+        make_maintenance(redis_client).tend()  # as heartbeats do: it brings back what was delayed
         return {"a", "bell"} <= answers(redis_client).keys()
 
     wait_until(both_answered, timeout_s=20)
@@ -221,7 +221,7 @@ def test_a_job_that_comes_back_before_it_is_settled_here(
 
 def test_what_a_lost_reply_had_claimed_goes_back_at_once(redis_client: redis.Redis) -> None:
     """The worker lives and knows nothing of these jobs: they are not left to their lease, and no death is counted."""
-    claims = make_claims(redis_client, "w", lease_s=30)
+    claims = make_lease_queue(redis_client, "w", lease_s=30)
     enqueue(redis_client, "kept")
     kept = [job.id for job in claims.claim(5).jobs]
     enqueue(redis_client, "b", "a")
@@ -247,14 +247,14 @@ def test_a_job_with_an_unknown_label_set_waits_for_a_worker_that_knows_it(redis_
     quick = {ErrorCode.UNKNOWN_LABEL_SET: RetryPolicy(policy.attempts, 0.01, 0.01)}
     works = Works(redis_client, limits=PipelineLimits(slots=SLOTS, max_attempts=3, retries=quick))
     works.resolve = resolve
-    upkeep = make_upkeep(redis_client)
+    upkeep = make_maintenance(redis_client)
     works.start()
     try:
         enqueue(redis_client, "new", "wrong")
 
         def has_answers() -> bool:
             upkeep.tend()
-            works.doorbell.ring()
+            works.notifier.ring()
             return len(answers(redis_client)) == 2
 
         wait_until(has_answers, timeout_s=20, what="two answers")

@@ -6,7 +6,7 @@ import redis
 
 from shiwu.broker.answers import AnswerEntry
 from shiwu.contract import COUNTERS, RESULT_STREAM, Answer, Status
-from tests.integration.test_claim_properties import make_committer, make_upkeep
+from tests.integration.test_claim_properties import make_committer, make_maintenance
 
 LENGTH = 1000
 
@@ -23,7 +23,7 @@ def fill(client: redis.Redis, count: int, *, prefix: str = "j") -> None:
 def test_without_groups_the_oldest_go_in_silence(redis_client: redis.Redis) -> None:
     """Nobody waits for them."""
     fill(redis_client, LENGTH + 300)
-    assert make_upkeep(redis_client, stream_length=LENGTH).trim() == {}
+    assert make_maintenance(redis_client, stream_length=LENGTH).trim() == {}
     assert redis_client.xlen(RESULT_STREAM) == LENGTH
     assert redis_client.hget(COUNTERS, "results_dropped") is None
 
@@ -39,7 +39,7 @@ def test_what_a_group_has_not_acknowledged_is_told(redis_client: redis.Redis) ->
     redis_client.xreadgroup("slow", "c", {RESULT_STREAM: ">"}, count=100)
     [[_, seen]] = redis_client.xreadgroup("stuck", "c", {RESULT_STREAM: ">"}, count=1300)
     redis_client.xack(RESULT_STREAM, "stuck", *[entry_id for entry_id, _ in seen[::2]])
-    upkeep = make_upkeep(redis_client, stream_length=LENGTH)
+    upkeep = make_maintenance(redis_client, stream_length=LENGTH)
     assert upkeep.trim() == {"slow": 300, "stuck": 150}
     assert redis_client.xlen(RESULT_STREAM) == LENGTH
     assert redis_client.hget(COUNTERS, "results_dropped") == b"450"
@@ -49,5 +49,5 @@ def test_what_a_group_has_not_acknowledged_is_told(redis_client: redis.Redis) ->
 def test_a_short_stream_is_left_alone(redis_client: redis.Redis) -> None:
     """Nothing is dropped before the limit."""
     fill(redis_client, 10)
-    assert make_upkeep(redis_client, stream_length=LENGTH).trim() == {}
+    assert make_maintenance(redis_client, stream_length=LENGTH).trim() == {}
     assert redis_client.xlen(RESULT_STREAM) == 10

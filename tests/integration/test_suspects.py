@@ -6,15 +6,15 @@ import redis
 
 from shiwu.contract import ATTEMPTS, CLAIMS, QUARANTINE, QUARANTINE_OWNER, Lane
 from shiwu_worker.jobs.job import Release
-from tests.integration.test_claim_properties import answer, make_claims, make_committer, make_upkeep, message
+from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue, make_maintenance, message
 
 INNOCENT = [f"job-{n}" for n in range(5)]
 
 
 def die(client: redis.Redis, name: str) -> int:
     """A worker claims everything and dies; its leases end at once. How many jobs it held."""
-    jobs = make_claims(client, name, lease_s=0.0).claim(100).jobs
-    make_upkeep(client).tend()
+    jobs = make_lease_queue(client, name, lease_s=0.0).claim(100).jobs
+    make_maintenance(client).tend()
     return len(jobs)
 
 
@@ -27,14 +27,14 @@ def test_the_guilty_convicts_itself_and_nobody_else(redis_client: redis.Redis) -
     deaths, answered = 0, []
     for number in range(20):
         redis_client.delete(QUARANTINE_OWNER)  # the lease of a taker that died has ended
-        claims = make_claims(redis_client, f"w{number}", lease_s=0.0)
+        claims = make_lease_queue(redis_client, f"w{number}", lease_s=0.0)
         taken = claims.claim(100)
         if not taken.jobs:
             break
         [job] = taken.jobs
         if job.id == "guilty" and job.attempt <= 3:
             deaths += 1
-            make_upkeep(redis_client).tend()
+            make_maintenance(redis_client).tend()
         else:
             make_committer(redis_client, f"w{number}").write([answer(job)])
             answered.append((job.id, job.attempt))
@@ -47,11 +47,11 @@ def test_who_was_on_a_lost_device_twice_is_a_suspect(redis_client: redis.Redis) 
     """A worker that gives back in good order accuses what was on the device; the second time it is tried alone."""
     redis_client.lpush(Lane.BULK.queue, message("job", Lane.BULK))
     for worker, places in (("first", (1, 0)), ("second", (0, 1))):
-        claims = make_claims(redis_client, worker)
+        claims = make_lease_queue(redis_client, worker)
         assert len(claims.claim(5).jobs) == 1
         assert claims.release([Release("job", counts=True)]) == 1
         assert (redis_client.llen(Lane.BULK.queue), redis_client.llen(QUARANTINE)) == places
-    [job] = make_claims(redis_client, "third").claim(5).jobs
+    [job] = make_lease_queue(redis_client, "third").claim(5).jobs
     assert job.attempt == 3
 
 
@@ -62,7 +62,7 @@ def test_one_worker_takes_them_and_the_others_go_on(redis_client: redis.Redis) -
     die(redis_client, "second")
     redis_client.lpush(Lane.BULK.queue, message("usual", Lane.BULK))
     redis_client.delete(QUARANTINE_OWNER)
-    taker, other = make_claims(redis_client, "taker"), make_claims(redis_client, "other")
+    taker, other = make_lease_queue(redis_client, "taker"), make_lease_queue(redis_client, "other")
     busy = taker.claim(10, held=["another"])
     assert (busy.jobs, busy.alone) == ((), True)
     usual = other.claim(10)

@@ -29,7 +29,7 @@ def family(pid: int) -> list[int]:
 
 def loaders_of(pid: int) -> list[int]:
     """Process ids of a worker's loaders: the children of its children."""
-    return [loader for nursery in children(pid) for loader in children(nursery)]
+    return [loader for fork_server in children(pid) for loader in children(fork_server)]
 
 
 def _stat(pid: int) -> list[str]:

@@ -27,7 +27,7 @@ class _Link:
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.ends: dict[Side, Ends] = {"request": (client, server), "reply": (server, client)}
         self.pending: dict[Side, deque[tuple[float, bytes]]] = {"request": deque(), "reply": deque()}
-        self.is_ended = False
+        self.is_answered_elsewhere = False
 
     def write(self, side: Side, now_s: float) -> None:
         """Send what may pass by now; who does not take it for long loses the connection."""
@@ -41,7 +41,7 @@ class _Link:
 
     def end(self, side: Side) -> None:
         """Read no more; of this side what is pending still passes, of the other nothing."""
-        self.is_ended = True
+        self.is_answered_elsewhere = True
         self.pending["reply" if side == "request" else "request"].clear()
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class FaultProxy:
                     self._step(ready, time.monotonic())
                     self._rounds += 1
                     self._changed.notify_all()
-                    live = [] if self._is_holding else [link for link in self._links if not link.is_ended]
+                    live = [] if self._is_holding else [link for link in self._links if not link.is_answered_elsewhere]
                     awaited = [end for link in live for end in link.ends["request"]]
                     awaited += [self._listener] if self._listener else []
                 ready, _, _ = select.select(awaited, [], [], TICK_S)
@@ -152,10 +152,10 @@ class FaultProxy:
             self._accept(self._listener.accept()[0])
         for link in [] if self._is_holding else list(self._links):
             for side in link.ends:
-                if link.ends[side][0] in ready and not link.is_ended:
+                if link.ends[side][0] in ready and not link.is_answered_elsewhere:
                     self._read(link, side, now_s)
                 link.write(side, now_s)
-            if link.is_ended and not any(link.pending.values()):
+            if link.is_answered_elsewhere and not any(link.pending.values()):
                 self._links.remove(link)
                 link.close()
 

@@ -52,7 +52,7 @@ class Pool:
             spec=SPEC,
             slots=SLOTS,
             threads=4,
-            reach=AccessRules(allow_hosts=("127.0.0.1",), allow_folders=(folder,)),
+            access=AccessRules(allow_hosts=("127.0.0.1",), allow_folders=(folder,)),
             connect_timeout_s=1.0,
             read_timeout_s=20.0,
             total_timeout_s=20.0,

@@ -33,7 +33,7 @@ def make_fetcher(
     limits = FetchLimits(10_000, total_timeout_s, connect_timeout_s=1.0, read_timeout_s=read_timeout_s)
     web = HttpClient(AccessRules(), threads=1, connect_timeout_s=1.0, read_timeout_s=1.0)
     return Fetcher(
-        s3=S3Options(endpoint_url, "us-east-1", client), web=web, reach=AccessRules(), limits=limits, threads=2
+        s3=S3Options(endpoint_url, "us-east-1", client), http_client=web, access=AccessRules(), limits=limits, threads=2
     )
 
 

@@ -15,7 +15,7 @@ from shiwu_worker.stages.encode.tuning.adaptive_choice import CREDIT_S, WASTED
 from shiwu_worker.stages.encode.tuning.batch_size_policy import (
     LONGEST_S,
     MEMORY_S,
-    TOLD_EVERY_S,
+    REPORT_EVERY_S,
     BatchSizeChange,
     BatchSizePolicy,
     first_choice,
@@ -337,7 +337,7 @@ def test_changes_are_told_now_and_then_only() -> None:
     clock.now_s += 1
     policy.lower(4)
     assert [(one.before, one.now) for one in told] == [(64, 16)]
-    clock.now_s += TOLD_EVERY_S
+    clock.now_s += REPORT_EVERY_S
     policy.record(4, cost=0.01, seconds=0.01)
     assert [(one.before, one.now) for one in told] == [(64, 16), (16, 4)]
 

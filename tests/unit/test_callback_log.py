@@ -21,7 +21,7 @@ def test_callbacks_are_postponed_only_where_there_are_some(
     monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., Any]
 ) -> None:
     """A look for other workers' callbacks that finds no Redis says nothing; a job of this worker is counted."""
-    monkeypatch.setattr(canvas, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(canvas, "POLL_EVERY_S", 0.01)
     asked: list[list[str]] = []
 
     def away(*, keys: list[str], args: list[Any]) -> None:

@@ -89,7 +89,7 @@ MALFORMED = [
 @pytest.mark.parametrize("one", ALLOWED)
 def test_what_is_allowed(one: Canvas) -> None:
     """Every shape that Celery writes."""
-    RULES.judge(one)
+    RULES.check(one)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_is_allowed(one: Canvas) -> None:
 def test_what_is_not(one: Canvas, code: str) -> None:
     """Each with its code; the text is short, whatever came."""
     with pytest.raises(RequestError) as caught:
-        RULES.judge(one)
+        RULES.check(one)
     assert caught.value.code == code
     assert len(str(caught.value)) < 500
 
@@ -111,9 +111,9 @@ def test_what_is_not(one: Canvas, code: str) -> None:
 def test_the_refusal_says_the_name_and_the_setting() -> None:
     """Who reads it knows what to change."""
     with pytest.raises(RequestError, match=r"SHIWU_CALLBACK_TASKS.*'reports\.add'"):
-        RULES.judge(canvas(task("reports.add")))
+        RULES.check(canvas(task("reports.add")))
     with pytest.raises(RequestError, match=r"SHIWU_CALLBACK_QUEUES.*'reports'"):
-        RULES.judge(canvas(task(queue="reports")))
+        RULES.check(canvas(task(queue="reports")))
 
 
 def test_a_star_opens_neither_celerys_tasks_nor_our_keys() -> None:

@@ -22,7 +22,7 @@ class Device:
     def __init__(self) -> None:
         self.vector: NDArray[np.float32] = GOOD
         self.error: Exception | None = None
-        self.trouble = DeviceErrorKind.OTHER
+        self.error_kind = DeviceErrorKind.OTHER
         self.asked = 0
         self.said: list[str] = []
 
@@ -40,7 +40,7 @@ class Device:
             pixels=known_picture(4, 4),
             reference=GOOD,
             every_s=every_s,
-            trouble=lambda _: self.trouble,
+            error_kind=lambda _: self.error_kind,
             on_wrong=self.said.append,
         )
 
@@ -102,11 +102,11 @@ def test_what_the_device_raises_is_told_apart(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("shiwu_worker.health.canary.AGAIN_S", 0.0)
     device = Device()
     canary = device.canary()
-    device.error, device.trouble = RuntimeError("CUDA error"), DeviceErrorKind.LOST
+    device.error, device.error_kind = RuntimeError("CUDA error"), DeviceErrorKind.LOST
     with pytest.raises(FatalError) as caught:
         canary.check_if_due()
     assert (caught.value.exit_code, device.said) == (ExitCode.DEVICE, [])
-    device.trouble = DeviceErrorKind.OUT_OF_MEMORY
+    device.error_kind = DeviceErrorKind.OUT_OF_MEMORY
     canary.check_if_due()
     device.error = None
     canary.check_if_due()

@@ -11,7 +11,7 @@ import pynvml
 import pytest
 import structlog
 
-from shiwu_worker.launcher.gpus import Gpu, UnknownGpu, choose_cards, find_cards
+from shiwu_worker.launcher.gpus import Gpu, UnknownGpu, choose_gpus, find_gpus
 
 
 @dataclass
@@ -29,7 +29,7 @@ class FakeCard:
 class FakeNvml:
     """The functions of nvidia-ml-py that we call: same names, arguments, kinds of results and errors."""
 
-    cards: list[FakeCard] = field(default_factory=list)
+    gpus: list[FakeCard] = field(default_factory=list)
     has_driver: bool = True
     opened: int = 0
 
@@ -43,12 +43,12 @@ class FakeNvml:
 
     def nvmlDeviceGetCount(self) -> int:
         assert self.opened == 1
-        return len(self.cards)
+        return len(self.gpus)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeCard:
-        if self.cards[index].is_lost:
+        if self.gpus[index].is_lost:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
-        return self.cards[index]
+        return self.gpus[index]
 
     def nvmlDeviceGetUUID(self, handle: FakeCard | str) -> str:
         return handle if isinstance(handle, str) else handle.uuid
@@ -93,7 +93,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 @pytest.fixture
 def four(nvml: FakeNvml) -> FakeNvml:
     """Two whole cards, one with two MIG instances, and one that could be split and is not."""
-    nvml.cards = [
+    nvml.gpus = [
         FakeCard("GPU-aa11"),
         FakeCard("GPU-aa22"),
         FakeCard("GPU-bb33", instances=["MIG-c1", None, "MIG-c2"]),
@@ -112,15 +112,15 @@ def names(cards: list[Gpu]) -> list[str]:
 
 def test_a_machine_without_driver_or_card_has_none(nvml: FakeNvml) -> None:
     """Neither is an error."""
-    assert find_cards(visible=None) == []
+    assert find_gpus(visible=None) == []
     nvml.has_driver = False
-    assert find_cards(visible=None) == []
-    assert find_cards(visible="0") == []
+    assert find_gpus(visible=None) == []
+    assert find_gpus(visible="0") == []
 
 
 def test_cards_and_instances_are_found(four: FakeNvml) -> None:
     """Instances stand in place of their card; the driver is left as it was."""
-    cards = find_cards(visible=None)
+    cards = find_gpus(visible=None)
     assert names(cards) == ALL
     assert [card.uuid for card in cards] == ["GPU-aa11", "GPU-aa22", "MIG-c1", "MIG-c2", "GPU-bb44"]
     assert four.opened == 0
@@ -128,22 +128,22 @@ def test_cards_and_instances_are_found(four: FakeNvml) -> None:
 
 def test_a_card_in_mig_mode_without_instances_is_no_card(nvml: FakeNvml) -> None:
     """CUDA shows nothing of it either."""
-    nvml.cards = [FakeCard("GPU-a", instances=[None, None])]
-    assert find_cards(visible=None) == []
+    nvml.gpus = [FakeCard("GPU-a", instances=[None, None])]
+    assert find_gpus(visible=None) == []
 
 
 def test_a_lost_card_is_left_out_and_told(nvml: FakeNvml) -> None:
     """The others keep their numbers."""
-    nvml.cards = [FakeCard("GPU-a", is_lost=True), FakeCard("GPU-b")]
+    nvml.gpus = [FakeCard("GPU-a", is_lost=True), FakeCard("GPU-b")]
     with structlog.testing.capture_logs() as lines:
-        assert names(find_cards(visible=None)) == ["gpu1"]
-    assert [(line["event"], line["card"]) for line in lines] == [("card_left_out", "gpu0")]
+        assert names(find_gpus(visible=None)) == ["gpu1"]
+    assert [(line["event"], line["gpu"]) for line in lines] == [("card_left_out", "gpu0")]
 
 
 def test_near_cpus_are_those_we_may_use(nvml: FakeNvml) -> None:
     """Masks of 64 CPUs each; unknown is empty, and so is a node whose CPUs are others'."""
-    nvml.cards = [FakeCard("GPU-a", (0b1011, 0b1)), FakeCard("GPU-b"), FakeCard("GPU-c", (0b1, 0))]
-    assert [card.near_cpus for card in find_cards(visible=None)] == [{1, 3, 64}, frozenset(), frozenset()]
+    nvml.gpus = [FakeCard("GPU-a", (0b1011, 0b1)), FakeCard("GPU-b"), FakeCard("GPU-c", (0b1, 0))]
+    assert [card.near_cpus for card in find_gpus(visible=None)] == [{1, 3, 64}, frozenset(), frozenset()]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_near_cpus_are_those_we_may_use(nvml: FakeNvml) -> None:
 @pytest.mark.usefixtures("four")
 def test_what_cuda_hides_is_hidden(visible: str, expected: list[str]) -> None:
     """The first word that is no card ends the list, a card named twice leaves none."""
-    assert names(find_cards(visible=visible)) == expected
+    assert names(find_gpus(visible=visible)) == expected
 
 
 @pytest.mark.parametrize(("visible", "told"), [("0,4", 1), ("0,0", 1), ("", 0), ("-1", 0), ("0,1", 0)])
@@ -186,7 +186,7 @@ def test_what_cuda_hides_is_hidden(visible: str, expected: list[str]) -> None:
 def test_a_list_that_hides_by_mistake_is_told(visible: str, told: int) -> None:
     """But not one that says none."""
     with structlog.testing.capture_logs() as lines:
-        find_cards(visible=visible)
+        find_gpus(visible=visible)
     assert [line["event"] for line in lines] == ["cards_hidden"] * told
 
 
@@ -203,7 +203,7 @@ def test_a_list_that_hides_by_mistake_is_told(visible: str, told: int) -> None:
 @pytest.mark.usefixtures("four")
 def test_the_chosen_cards(asked: str, expected: list[str]) -> None:
     """By number, UUID or the beginning of one, in the order asked for."""
-    assert names(choose_cards(find_cards(visible=None), asked)) == expected
+    assert names(choose_gpus(find_gpus(visible=None), asked)) == expected
 
 
 @pytest.mark.parametrize(
@@ -213,13 +213,13 @@ def test_the_chosen_cards(asked: str, expected: list[str]) -> None:
 def test_a_wrong_choice_is_an_error(asked: str) -> None:
     """Unlike CUDA's list: who types it wants to know."""
     with pytest.raises(UnknownGpu, match="expected"):
-        choose_cards(find_cards(visible=None), asked)
+        choose_gpus(find_gpus(visible=None), asked)
 
 
 @pytest.mark.usefixtures("four")
 def test_hidden_cards_cannot_be_chosen() -> None:
     """The numbers stay nvidia-smi's."""
-    cards = find_cards(visible="1,3")
-    assert names(choose_cards(cards, "3")) == ["gpu3"]
+    cards = find_gpus(visible="1,3")
+    assert names(choose_gpus(cards, "3")) == ["gpu3"]
     with pytest.raises(UnknownGpu, match=r"1 \(GPU-aa22\), 3 \(GPU-bb44\), got '0'"):
-        choose_cards(cards, "0")
+        choose_gpus(cards, "0")

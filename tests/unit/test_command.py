@@ -22,7 +22,7 @@ def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     cards = [Gpu("gpu0", "GPU-a", 0, "GPU-a"), Gpu("gpu1", "GPU-b", 1, "GPU-b")]
     monkeypatch.setattr(
-        "shiwu_worker.launcher.placement.find_cards", lambda *, visible: cards if visible is None else cards[:1]
+        "shiwu_worker.launcher.placement.find_gpus", lambda *, visible: cards if visible is None else cards[:1]
     )
     monkeypatch.setattr("shiwu_worker.telemetry.logs.set_up", lambda **_: None)
 

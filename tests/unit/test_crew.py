@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shiwu_worker.stages.encode.cpu_pool import CpuInferencePool
-from shiwu_worker.stages.encode.tuning.thread_policy import MOST_DIVIDED
+from shiwu_worker.stages.encode.tuning.thread_policy import MAX_DIVIDED
 from tests.support.waiting import wait_until
 
 
@@ -34,7 +34,7 @@ def names() -> list[str]:
     return [one.name for one in threading.enumerate() if one.name.startswith(("captain", "crew"))]
 
 
-@given(rung=st.integers(1, 512), threads=st.integers(2, MOST_DIVIDED))
+@given(rung=st.integers(1, 512), threads=st.integers(2, MAX_DIVIDED))
 def test_parts_are_of_one_size_and_use_most_threads(rung: int, threads: int) -> None:
     """As many as there can be; one where half of the threads would be idle."""
     crew = CpuInferencePool.__new__(CpuInferencePool)

@@ -476,7 +476,7 @@ def test_a_quick_model_leaves_a_core_to_the_loaders(tmp_path: Path, monkeypatch:
             time.sleep(0.1)
             return super().start(*args)
 
-    monkeypatch.setattr(stage, "Crew", Slow)
+    monkeypatch.setattr(stage, "CpuInferencePool", Slow)
     try:
         for asked, border_s, threads in ((None, 0.04, 1), (None, 0.0, 2), (2, 0.04, 2)):
             torch.set_num_threads(2)
@@ -522,7 +522,7 @@ def test_a_dtype_that_says_something_else_is_not_taken(tmp_path: Path, monkeypat
     folder = saved(make_model("clip"), tmp_path)
     monkeypatch.setattr(stage, "choose_dtypes", lambda *_: (torch.bfloat16, torch.float32))
     assert make_encoder(folder, dtype="auto").info.dtype == "bfloat16"
-    monkeypatch.setattr(stage, "LEAST_COSINE", 1.01)
+    monkeypatch.setattr(stage, "MIN_COSINE", 1.01)
     encoder = make_encoder(folder, dtype="auto")
     assert encoder.info.dtype == "float32"
     np.testing.assert_array_equal(encoder.encode(noise(2)), make_encoder(folder, dtype="float32").encode(noise(2)))
@@ -552,7 +552,7 @@ def test_a_batch_that_is_divided_says_the_same(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(model_threads, "QUICK_CORE_S", 0.0)
         divided.warm()
         assert torch.get_num_threads() == 2, "expected a model that is not quick to keep all cores"
-        crews = [one._crew for one in (whole, divided)]
+        crews = [one._cpu_pool for one in (whole, divided)]
         assert [crew is not None and crew.parts_of(4) for crew in crews] == [1, 2]
         pixels = noise(4, 64)
         vectors = divided.encode(pixels)
@@ -592,7 +592,7 @@ def test_what_takes_all_cores_is_one_threads(tmp_path: Path, monkeypatch: pytest
         return run
 
     monkeypatch.setattr(stage, "load_model", noted("weights", stage.load_model))
-    monkeypatch.setattr(stage, "Berths", noted("buffers", stage.Berths))
+    monkeypatch.setattr(stage, "StagingRing", noted("buffers", stage.StagingRing))
     monkeypatch.setattr(stage, "eager_tower", lambda *args, **named: noted("tower", eager_tower(*args, **named)))
     try:
         encoder = make_encoder(saved(make_model("clip"), tmp_path), dtype="bfloat16", threads=2)
@@ -617,7 +617,7 @@ def test_a_compiled_tower_is_not_divided(
     try:
         encoder = make_encoder(saved(make_model("clip"), tmp_path), threads=2, is_compiled=is_compiled)
         encoder.warm()
-        assert encoder._crew is not None
-        assert encoder._crew.parts_of(4) == parts
+        assert encoder._cpu_pool is not None
+        assert encoder._cpu_pool.parts_of(4) == parts
     finally:
         torch.set_num_threads(before)

@@ -11,7 +11,7 @@ import pytest
 
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.health import http_server as room
-from shiwu_worker.health.http_server import MOST_CONNECTIONS, HealthServer
+from shiwu_worker.health.http_server import MAX_CONNECTIONS, HealthServer
 from tests.support.waiting import wait_until
 
 
@@ -100,7 +100,7 @@ def test_a_request_is_short(served: HealthServer) -> None:
     """Neither a long path nor many headers are read to their end; what fills the limit may be half a request."""
     full = b"GET /livez HTTP/1.1\r\n" + b"X: " + b"y" * 8000 + b"\r\nY: "
     with dial(served) as client:
-        client.sendall(full.ljust(room.MOST_BYTES - 4, b"z") + b"\r\n\r\n")
+        client.sendall(full.ljust(room.MAX_BYTES - 4, b"z") + b"\r\n\r\n")
         assert b" 431 " in client.recv(1000)
     for request in (b"GET /" + b"a" * 20_000, b"GET /livez HTTP/1.1\r\n" + b"X: y\r\n" * 4_000 + b"\r\n"):
         with dial(served) as client:
@@ -136,7 +136,7 @@ def test_who_sits_there_is_cut_for_a_new_probe(served: HealthServer, monkeypatch
     monkeypatch.setattr(room._Handler, "timeout", 60.0)
     # Of other servers in this process, which are none of ours.
     others = set(threading.enumerate())
-    silent = [dial(served) for _ in range(MOST_CONNECTIONS + 5)]
+    silent = [dial(served) for _ in range(MAX_CONNECTIONS + 5)]
     try:
         assert ask(served, "/livez")[0] == 200
         assert is_cut(silent[0])
@@ -146,7 +146,7 @@ def test_who_sits_there_is_cut_for_a_new_probe(served: HealthServer, monkeypatch
             return sum("process_request_thread" in one.name for one in threads)
 
         # Those that were cut need a moment to end.
-        wait_until(lambda: serving() <= MOST_CONNECTIONS, timeout_s=10, what="no more threads than places")
+        wait_until(lambda: serving() <= MAX_CONNECTIONS, timeout_s=10, what="no more threads than places")
     finally:
         for client in silent:
             client.close()

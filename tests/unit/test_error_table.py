@@ -230,7 +230,7 @@ def test_the_cause_for_the_log_holds_no_address(monkeypatch: pytest.MonkeyPatch)
         raise KeyError("https://user:hush@h/p?X-Amz-Signature=hush")
 
     fetcher = make_web_fetcher()
-    monkeypatch.setattr(fetcher._web, "open", fail)
+    monkeypatch.setattr(fetcher._http_client, "open", fail)
     with pytest.raises(JobError) as caught:
         fetcher.fetch("https://h/p?X-Amz-Signature=hush")
     assert "hush" not in f"{caught.value} {caught.value.detail}"
@@ -277,7 +277,7 @@ def test_an_unknown_error_of_the_loader_is_the_workers(stage: Stage) -> None:
     """Whatever part of it failed."""
     loader: Any = LoaderProcess.__new__(LoaderProcess)
     loader._fetcher = SimpleNamespace(fetch=unforeseen if stage is Stage.FETCH else lambda _: b"x")
-    loader._cell = SimpleNamespace(decode=unforeseen)
+    loader._sandbox = SimpleNamespace(decode=unforeseen)
     result = loader._load(LoadTask(ticket=1, slot=0, image="https://h/p?hush"), 0)
     assert (result.error.code, result.error.stage, result.is_final) == (ErrorCode.INTERNAL_ERROR, stage, False)
     assert log_level_of(result.error.code) == "error"
@@ -302,6 +302,6 @@ def test_the_settings_of_fetching_reach_the_loader(monkeypatch: pytest.MonkeyPat
         LoaderOptions.model_validate_json(frame), waits, np.zeros((1, 8, 8, 3), np.uint8), waits
     )._fetcher
     assert (fetcher._limits.max_redirects, fetcher._limits.longest_pause_s) == (7, 40.0)
-    assert fetcher._web._headers["User-Agent"] == "tagger/1"
+    assert fetcher._http_client._headers["User-Agent"] == "tagger/1"
     expected = S3Options("http://h:9000", None, is_anonymous=True, requester_pays=True, user_agent="tagger/1")
     assert fetcher._store._options == expected == s3_options(Settings())

@@ -25,17 +25,17 @@ def test_a_job_comes_back_after_the_pause_that_its_source_asks_for() -> None:
     limits = PipelineLimits(
         slots=8, max_attempts=3, retries={ErrorCode.SOURCE_THROTTLED: policy}, longest_pause_s=300.0
     )
-    fates = Admission(limits, pytest.fail, judge_callbacks=pytest.fail)
+    admission = Admission(limits, pytest.fail, check_callbacks=pytest.fail)
     for job, least_s, counts in (
         (failed(1, retry_after_s=20.0), 20.0, True),
         (failed(2, retry_after_s=1e9), 300.0, True),
         (failed(3, retry_after_s=20.0, is_untried=True), 20.0, False),
         (failed(1, retry_after_s=None), 0.0, True),
     ):
-        fates.spare(job)
+        admission.spare(job)
         assert job.back is not None
         assert least_s < job.back.delay_s <= least_s + 8.0
         assert job.back.counts is counts
     last = failed(3, retry_after_s=20.0)
-    fates.spare(last)
+    admission.spare(last)
     assert last.back is None

@@ -29,7 +29,7 @@ BODY = b"x" * 5000
 def make_fetcher(
     *,
     total_timeout_s: float = 10.0,
-    reach: AccessRules | None = None,
+    access: AccessRules | None = None,
     max_redirects: int = 3,
     user_agent: str = "shiwu",
 ) -> Fetcher:
@@ -41,9 +41,9 @@ def make_fetcher(
         read_timeout_s=2.0,
         max_redirects=max_redirects,
     )
-    rules = reach or AccessRules(allow_hosts=("127.0.0.1",))
+    rules = access or AccessRules(allow_hosts=("127.0.0.1",))
     web = HttpClient(rules, threads=2, connect_timeout_s=5.0, read_timeout_s=2.0, user_agent=user_agent)
-    return Fetcher(s3=S3Options(None, "us-east-1"), web=web, reach=rules, limits=limits, threads=2)
+    return Fetcher(s3=S3Options(None, "us-east-1"), http_client=web, access=rules, limits=limits, threads=2)
 
 
 def code_of(fetcher: Fetcher, reference: str) -> tuple[type[JobError], str]:
@@ -126,7 +126,7 @@ def test_a_packed_body_is_refused_by_its_name(
     if name in {"gzip", "zstd"}:
         (tmp_path / "a").write_bytes(body)
         with pytest.raises(Rejected, match=f"packed with {name}"):
-            make_fetcher(reach=AccessRules(allow_folders=(tmp_path,))).fetch((tmp_path / "a").as_uri())
+            make_fetcher(access=AccessRules(allow_folders=(tmp_path,))).fetch((tmp_path / "a").as_uri())
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
@@ -146,7 +146,7 @@ REPLIES = {
 def test_statuses_around_200_bring_the_whole_body_or_an_error(reply: bytes, expected: bytes | ErrorCode) -> None:
     """Interim replies are read past; of an image there is all or nothing."""
     with RawServer(says(reply)) as server:
-        fetcher = make_fetcher(reach=AccessRules(allow_hosts=("127.0.0.1",)))
+        fetcher = make_fetcher(access=AccessRules(allow_hosts=("127.0.0.1",)))
         if isinstance(expected, bytes):
             assert fetcher.fetch(f"http://127.0.0.1:{server.port}/a") == expected
         else:
@@ -265,9 +265,9 @@ def test_a_slow_drip_ends_at_the_total_deadline(http_server: PictureServer) -> N
 def test_a_refused_address_and_a_closed_port(http_server: PictureServer) -> None:
     """Both are told alike; only the closed port is worth another try."""
     url = http_server.serve("/a", Reply.picture(BODY))
-    assert code_of(make_fetcher(reach=AccessRules()), url) == (Unreachable, "source_unavailable")
+    assert code_of(make_fetcher(access=AccessRules()), url) == (Unreachable, "source_unavailable")
     assert code_of(make_fetcher(), "http://127.0.0.1:1/a") == (Unavailable, "source_unavailable")
-    assert code_of(make_fetcher(reach=AccessRules(tells_refusals=True)), url) == (Rejected, "source_forbidden")
+    assert code_of(make_fetcher(access=AccessRules(tells_refusals=True)), url) == (Rejected, "source_forbidden")
 
 
 def test_files_of_allowed_folders_only(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_files_of_allowed_folders_only(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "a b.png").write_bytes(BODY)
     (inside / "link.png").symlink_to(outside / "a b.png")
-    fetcher = make_fetcher(reach=AccessRules(allow_folders=(inside,)))
+    fetcher = make_fetcher(access=AccessRules(allow_folders=(inside,)))
     assert fetcher.fetch((inside / "a b.png").as_uri()) == BODY
     for path, code in [
         (inside / "link.png", "source_forbidden"),

@@ -54,7 +54,7 @@ def test_who_keeps_dying_is_given_up(end: str) -> None:
     with capture_logs() as lines:
         assert launch(end, STAY) == ExitCode.GAVE_UP
     assert [line["restart_in_s"] for line in lines if line["event"] == "worker_died"] == [0.01, 0.02, 0.04]
-    assert [line["place"] for line in lines if line["event"] == "gave_up"] == ["gpu0"]
+    assert [line["placement"] for line in lines if line["event"] == "gave_up"] == ["gpu0"]
 
 
 def test_a_pause_has_a_limit() -> None:

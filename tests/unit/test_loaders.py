@@ -172,9 +172,9 @@ def test_a_loader_reads_many_buckets_within_its_limits(
         proc = Path(f"/proc/{pid}")
         names = [(task / "comm").read_text().strip() for task in (proc / "task").iterdir()]
         assert names.count("tokio-rt-worker") <= 1 + 4, "one, and look-ups"
-        [most_bytes] = re.findall(r"Max address space +(\d+)", (proc / "limits").read_text())
+        [max_bytes] = re.findall(r"Max address space +(\d+)", (proc / "limits").read_text())
         [peak_kb] = re.findall(r"VmPeak:\s+(\d+) kB", (proc / "status").read_text())
-        assert int(peak_kb) * 1024 < int(most_bytes)
+        assert int(peak_kb) * 1024 < int(max_bytes)
         [most_files] = re.findall(r"Max open files +(\d+)", (proc / "limits").read_text())
         assert len(list((proc / "fd").iterdir())) < int(most_files) / 2
 

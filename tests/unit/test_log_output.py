@@ -44,7 +44,7 @@ def test_standard_error_that_cannot_be_written(redirection: str, form: str, tmp_
 
 def test_lines_that_were_lost_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The first line that can be written again says how many are missing."""
-    monkeypatch.setattr(log_output, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(log_output, "POLL_EVERY_S", 0.0)
     path = tmp_path / "folder" / "log"
     output = LogOutput(str(path))
     output.write(b"one\n")
@@ -63,7 +63,7 @@ def test_lines_that_were_lost_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_file_that_was_moved_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Lines follow the name, not the file."""
-    monkeypatch.setattr(log_output, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(log_output, "POLL_EVERY_S", 0.0)
     path = tmp_path / "log"
     output = LogOutput(str(path))
     output.write(b"old\n")

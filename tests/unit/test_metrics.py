@@ -117,7 +117,7 @@ def test_the_rest_is_told_by_who_knows_it() -> None:
     metrics.batch("full", 8)
     metrics.load(LoadReport(seconds=30.0, pictures=1, batches=1, idle=0.25, device=0.5, fetch=0.1, decode=0.2))
     metrics.queues(look(waiting=4, oldest_age_s=3.0), {Lane.INTERACTIVE: 0.0, Lane.BULK: 8.0})
-    metrics.card(lambda: GpuState(used_bytes=1, total_bytes=4, utilisation=None))
+    metrics.gpu(lambda: GpuState(used_bytes=1, total_bytes=4, utilisation=None))
     metrics.model(ModelInfo(id='a "model"', revision="r", dtype="float16", device="NVIDIA X"))
     metrics.loader_restarts(lambda: 3)
     metrics.state(is_ready=lambda: True, age_s=lambda: 1.5)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from shiwu_worker.stages.encode.tuning.thread_policy import (
-    MOST_DIVIDED,
+    MAX_DIVIDED,
     POLL_INTERVAL_S,
     QUICK_CORE_S,
     Arrangement,
@@ -57,7 +57,7 @@ class Machine:
     [
         (SLOW_S, 4, {}, Arrangement(4, is_divided=True)),
         (SLOW_S, 1, {}, Arrangement(1, is_divided=False)),
-        (SLOW_S, MOST_DIVIDED + 1, {}, Arrangement(MOST_DIVIDED + 1, is_divided=False)),
+        (SLOW_S, MAX_DIVIDED + 1, {}, Arrangement(MAX_DIVIDED + 1, is_divided=False)),
         (SLOW_S, 4, {"is_compiled": True}, Arrangement(4, is_divided=False)),
         (SLOW_S, 4, {"fixed": 3}, Arrangement(3, is_divided=True)),
         (SLOW_S, 8, {"most": 4}, Arrangement(4, is_divided=True)),

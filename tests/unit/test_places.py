@@ -10,7 +10,7 @@ import pytest
 
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.launcher.gpus import Gpu, UnknownGpu
-from shiwu_worker.launcher.placement import Placement, PlacementError, make_places, plan_placements, share_out
+from shiwu_worker.launcher.placement import Placement, PlacementError, make_placements, plan_placements, share_out
 
 HOST = socket.gethostname()
 NEAR = frozenset({0, 1, 2, 3})
@@ -27,7 +27,7 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def places(*cards: Gpu, environment: dict[str, str] | None = None, **settings: object) -> list[Placement]:
     """Places on a machine with eight CPUs."""
-    return make_places(
+    return make_placements(
         cards, settings=Settings.model_validate(settings), environment=environment or {}, cpus=NEAR | FAR
     )
 
@@ -89,7 +89,7 @@ def test_cpus_are_shared_out(near: list[set[int]], expected: list[set[int]]) -> 
 
 def test_a_device_that_is_set_leaves_nothing_to_find(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuda:1 is one worker; cards beside it are a contradiction, as is a share of no card."""
-    monkeypatch.setattr("shiwu_worker.launcher.placement.find_cards", lambda *, visible: [GPU0, GPU1])
+    monkeypatch.setattr("shiwu_worker.launcher.placement.find_gpus", lambda *, visible: [GPU0, GPU1])
     assert [place.name for place in plan_placements(Settings(), asked="all", per_gpu=1)] == ["gpu0", "gpu1"]
     for device in ("cuda:1", "cpu"):
         assert plan_placements(Settings(device=device), asked="all", per_gpu=1) == []

@@ -15,13 +15,13 @@ HAS_FILTERS = Path("/proc/sys/kernel/seccomp/actions_avail").exists()
 INSIDE = """
 import mmap, os, socket, threading
 from shiwu_worker.stages.decode.image_spec import ImageSpec
-from shiwu_worker.loaders.seccomp import close_in
+from shiwu_worker.loaders.seccomp import install_filter
 from shiwu_worker.stages.decode.decoder import DecodeLimits, decode, warm
 from tests.support import pictures
 
 warm()
 variants = pictures.variants()
-close_in()
+install_filter()
 spec = ImageSpec(64, 64, "squash", None, 3, (0.5,) * 3, (0.5,) * 3)
 limits = DecodeLimits(50_000_000, 16_384, ("JPEG", "PNG", "WEBP", "GIF", "AVIF"))
 done = []

@@ -29,7 +29,7 @@ def test_label_errors_come_before_the_model(
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("expected the labels first")
 
-    for name in ("model_folder", "open_encoder", "make_loaders", "connect"):
+    for name in ("model_folder", "load_encoder", "make_loaders", "connect"):
         monkeypatch.setattr(wiring, name, fail)
     (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
     settings = Settings(**({"labels_dir": tmp_path} | options))

@@ -84,7 +84,7 @@ class Device:
             raise NonFiniteError("NaN in the words", (7,))
         return EncodedLabels(label_set, TextVectors(np.ones((len(label_set.words), 1), np.float32)))
 
-    def trouble(self, error: BaseException) -> DeviceErrorKind:
+    def error_kind(self, error: BaseException) -> DeviceErrorKind:
         """As the encoder judges."""
         if isinstance(error, torch.OutOfMemoryError):
             return DeviceErrorKind.OUT_OF_MEMORY
@@ -104,7 +104,7 @@ class Device:
             collect=self.collect,
             encode_exact=self.encode_exact,
             score=self.score,
-            trouble=self.trouble,
+            error_kind=self.error_kind,
             lower_cap=self.caps.append,
             learn=self.learn,
         )
@@ -202,10 +202,12 @@ def test_words_that_fail_end_their_own_jobs_only() -> None:
 def test_errors_of_the_device_are_judged(tmp_path: Path) -> None:
     """Out of memory, a lost context, and everything else."""
     encoder = make_encoder(saved(make_model("clip"), tmp_path))
-    assert encoder.trouble(torch.OutOfMemoryError("CUDA out of memory")) is DeviceErrorKind.OUT_OF_MEMORY
-    assert encoder.trouble(RuntimeError("[enforce fail] not enough memory: you tried")) is DeviceErrorKind.OUT_OF_MEMORY
-    assert encoder.trouble(RuntimeError("CUDA error: an illegal memory access")) is DeviceErrorKind.LOST
-    assert encoder.trouble(ValueError("shape")) is DeviceErrorKind.OTHER
+    assert encoder.error_kind(torch.OutOfMemoryError("CUDA out of memory")) is DeviceErrorKind.OUT_OF_MEMORY
+    assert (
+        encoder.error_kind(RuntimeError("[enforce fail] not enough memory: you tried")) is DeviceErrorKind.OUT_OF_MEMORY
+    )
+    assert encoder.error_kind(RuntimeError("CUDA error: an illegal memory access")) is DeviceErrorKind.LOST
+    assert encoder.error_kind(ValueError("shape")) is DeviceErrorKind.OTHER
 
 
 def test_the_exact_path_is_the_checkpoint_in_fp32(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def run_tune(monkeypatch: pytest.MonkeyPatch, **options: str) -> tuple[int, list
     encoder.info = SimpleNamespace(id="m", dtype="float32", device="cpu")
     for name, value in options.items():
         monkeypatch.setenv(f"SHIWU_{name.upper()}", value)
-    monkeypatch.setattr(tune, "open_encoder", lambda *_, is_thorough: done.append("measured") or encoder)
+    monkeypatch.setattr(tune, "load_encoder", lambda *_, is_thorough: done.append("measured") or encoder)
     monkeypatch.setattr(tune, "decode_core_s", lambda _: 0.002)
     return tune.run_tune(), done
 

@@ -44,14 +44,14 @@ class Worker:
 
     def __init__(self) -> None:
         self.progress = Progress()
-        self.vitals = HealthMonitor(self.progress, redis_timeout_s=5.0)
+        self.monitor = HealthMonitor(self.progress, redis_timeout_s=5.0)
         self.held = 0
         self.encode_age_s = 0.0
         self.loaders = [os.getpid()]
 
     def start(self, *, threads: tuple[str, ...] = ("MainThread",)) -> HealthMonitor:
         """It runs and claims."""
-        self.vitals.started(
+        self.monitor.started(
             LivenessSources(
                 threads=threads,
                 held=lambda: self.held,
@@ -60,68 +60,68 @@ class Worker:
                 stuck_s=lambda: STUCK_S,
             )
         )
-        self.vitals.claiming(active=True)
-        return self.vitals
+        self.monitor.claiming(active=True)
+        return self.monitor
 
 
 def test_it_is_neither_alive_nor_ready_before_all_parts_run(clock: Clock) -> None:
     """With how long it has been starting, for whoever asks why."""
     worker = Worker()
     clock.now_s += 12
-    assert worker.vitals.not_live() == worker.vitals.not_ready() == ["starting for 12 s"]
-    vitals = worker.start()
-    assert (vitals.not_live(), vitals.not_ready()) == ([], [])
+    assert worker.monitor.not_live() == worker.monitor.not_ready() == ["starting for 12 s"]
+    monitor = worker.start()
+    assert (monitor.not_live(), monitor.not_ready()) == ([], [])
 
 
 def test_stillness_counts_only_with_work(clock: Clock) -> None:
     """Jobs in hand or messages in the lanes, and nothing moves."""
     worker = Worker()
-    vitals = worker.start()
+    monitor = worker.start()
     clock.now_s += STUCK_S + 1
-    vitals.redis(available=True)
-    assert (vitals.not_live(), vitals.stillness_s()) == ([], 0.0)
+    monitor.redis(available=True)
+    assert (monitor.not_live(), monitor.stillness_s()) == ([], 0.0)
     worker.held = 3
-    assert vitals.not_live() == ["nothing was claimed, encoded or answered for 91 s with 3 jobs held and 0 waiting"]
-    assert vitals.stillness_s() == STUCK_S + 1
+    assert monitor.not_live() == ["nothing was claimed, encoded or answered for 91 s with 3 jobs held and 0 waiting"]
+    assert monitor.stillness_s() == STUCK_S + 1
     worker.held = 0
-    vitals.waiting(7)
-    assert vitals.not_live() == ["nothing was claimed, encoded or answered for 91 s with 0 jobs held and 7 waiting"]
-    assert vitals.not_ready() == vitals.not_live()
+    monitor.waiting(7)
+    assert monitor.not_live() == ["nothing was claimed, encoded or answered for 91 s with 0 jobs held and 7 waiting"]
+    assert monitor.not_ready() == monitor.not_live()
     worker.progress.mark()
-    assert (vitals.not_live(), vitals.stillness_s()) == ([], 0.0)
+    assert (monitor.not_live(), monitor.stillness_s()) == ([], 0.0)
 
 
 def test_redis_away_is_unready_at_once_and_not_alive_with_a_backlog(clock: Clock) -> None:
     """The pipeline counts waiting for Redis as progress; the probes do not where work was known to wait."""
     worker = Worker()
-    vitals = worker.start()
-    vitals.redis(available=False)
-    assert vitals.not_ready() == ["Redis has not answered for 0 s"]
+    monitor = worker.start()
+    monitor.redis(available=False)
+    assert monitor.not_ready() == ["Redis has not answered for 0 s"]
     clock.now_s += STUCK_S + 1
     worker.progress.mark()
-    assert vitals.not_live() == []
-    vitals.waiting(2)
-    assert vitals.not_live() == ["Redis has not answered for 91 s with 0 jobs held and 2 waiting"]
-    assert vitals.stillness_s() == STUCK_S + 1
-    vitals.redis(available=True)
-    assert (vitals.not_live(), vitals.not_ready()) == ([], [])
+    assert monitor.not_live() == []
+    monitor.waiting(2)
+    assert monitor.not_live() == ["Redis has not answered for 91 s with 0 jobs held and 2 waiting"]
+    assert monitor.stillness_s() == STUCK_S + 1
+    monitor.redis(available=True)
+    assert (monitor.not_live(), monitor.not_ready()) == ([], [])
 
 
 def test_a_heartbeat_that_says_nothing_is_redis_away(clock: Clock) -> None:
     """One command may wait for its time-out; then silence is absence."""
-    vitals = Worker().start()
+    monitor = Worker().start()
     clock.now_s += 7
-    assert vitals.not_ready() == []
+    assert monitor.not_ready() == []
     clock.now_s += 2
-    assert vitals.not_ready() == ["Redis has not answered for 9 s"]
+    assert monitor.not_ready() == ["Redis has not answered for 9 s"]
 
 
 def test_an_encode_thread_that_does_not_come_round_is_seen_without_work() -> None:
     """A device that hangs on the known picture holds no job."""
     worker = Worker()
-    vitals = worker.start()
+    monitor = worker.start()
     worker.encode_age_s = 100.0
-    assert vitals.not_live() == ["the encode thread has been busy with one batch for 100 s"]
+    assert monitor.not_live() == ["the encode thread has been busy with one batch for 100 s"]
 
 
 def test_a_thread_that_has_ended_is_named() -> None:
@@ -129,11 +129,11 @@ def test_a_thread_that_has_ended_is_named() -> None:
     end = threading.Event()
     thread = threading.Thread(target=end.wait, name="encode-of-a-test")
     thread.start()
-    vitals = Worker().start(threads=("MainThread", "encode-of-a-test"))
-    assert vitals.not_live() == []
+    monitor = Worker().start(threads=("MainThread", "encode-of-a-test"))
+    assert monitor.not_live() == []
     end.set()
     thread.join(5)
-    assert vitals.not_live() == ["threads have ended: encode-of-a-test"]
+    assert monitor.not_live() == ["threads have ended: encode-of-a-test"]
 
 
 @pytest.fixture
@@ -151,35 +151,35 @@ def test_loaders_that_are_stopped_or_dead_do_not_run(
     """All of them, and for longer than replacing one takes. A zombie is dead."""
     worker = Worker()
     worker.loaders = [child.pid, 2**22 + 1]
-    vitals = worker.start()
-    assert vitals.not_live() == []
+    monitor = worker.start()
+    assert monitor.not_live() == []
     end(child)
     wait_until(lambda: not room._runs(child.pid), timeout_s=5, what="the end of the child")
     clock.now_s += room.LOADERS_GONE_S
-    vitals.redis(available=True)
-    assert vitals.not_live() == []
+    monitor.redis(available=True)
+    assert monitor.not_live() == []
     clock.now_s += 1
-    assert vitals.not_live() == ["no loader process has run for 6 s"]
+    assert monitor.not_live() == ["no loader process has run for 6 s"]
     worker.loaders.append(os.getpid())
-    assert vitals.not_live() == []
+    assert monitor.not_live() == []
 
 
 def test_claims_that_fail_and_a_wrong_canary_are_not_ready_but_live() -> None:
     """What a restart need not cure."""
-    vitals = Worker().start()
-    vitals.claiming(active=False)
-    assert vitals.not_ready() == ["no claim has succeeded yet, or the last one failed"]
-    vitals.claiming(active=True)
-    vitals.canary("expected a vector of length 1, got nan")
-    assert vitals.not_ready() == ["the known picture got a wrong answer: expected a vector of length 1, got nan"]
-    assert vitals.not_live() == []
+    monitor = Worker().start()
+    monitor.claiming(active=False)
+    assert monitor.not_ready() == ["no claim has succeeded yet, or the last one failed"]
+    monitor.claiming(active=True)
+    monitor.canary("expected a vector of length 1, got nan")
+    assert monitor.not_ready() == ["the known picture got a wrong answer: expected a vector of length 1, got nan"]
+    assert monitor.not_live() == []
 
 
 def test_who_drains_lives_and_takes_nothing(clock: Clock) -> None:
     """However long it holds its last job: the grace time bounds that."""
     worker = Worker()
-    vitals = worker.start()
+    monitor = worker.start()
     worker.held = 1
-    vitals.stopping()
+    monitor.stopping()
     clock.now_s += 1000
-    assert (vitals.not_live(), vitals.not_ready(), vitals.stillness_s()) == ([], ["draining"], 0.0)
+    assert (monitor.not_live(), monitor.not_ready(), monitor.stillness_s()) == ([], ["draining"], 0.0)

@@ -100,7 +100,7 @@ def connect(
         "redis_connect_func": _greet,
         "max_connections": max_connections,
         "timeout": timeout_s if pool_wait_s is None else pool_wait_s,
-        **_place(address),
+        **_placement(address),
     }
     if not address.primary:
         return _Primary.from_pool(_Pool(**options))  # type: ignore[no-untyped-call]  # redis' own
@@ -149,15 +149,15 @@ def sentinel_login(address: RedisAddress) -> dict[str, Any]:
     return {"username": address.sentinel_username, "password": address.sentinel_password}
 
 
-def _place(address: RedisAddress) -> dict[str, Any]:
+def _placement(address: RedisAddress) -> dict[str, Any]:
     """redis-py's arguments that say where the server is, and the kind of connection to it."""
     if address.socket_path:
         return {"connection_class": UnixDomainSocketConnection, "path": address.socket_path}
     if address.primary:
         return {"socket_keepalive": True}
     host, port = address.hosts[0]
-    place: dict[str, Any] = {"host": host, "port": port, "socket_keepalive": True}
-    return place if address.tls is None else {**place, "connection_class": SSLConnection, **address.tls}
+    placement: dict[str, Any] = {"host": host, "port": port, "socket_keepalive": True}
+    return placement if address.tls is None else {**placement, "connection_class": SSLConnection, **address.tls}
 
 
 def _greet(connection: Any) -> None:

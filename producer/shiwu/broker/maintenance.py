@@ -115,18 +115,18 @@ class Maintenance:
     def __init__(
         self,
         client: redis.Redis,
-        ledger: AnswerStore,
+        answer_store: AnswerStore,
         *,
         name: str = "",
         token: str = "",
         keep: Retention | Callable[[], Retention] = USUAL,
     ) -> None:
         self._client = client
-        self._ledger = ledger
+        self._answer_store = answer_store
         self._name = name
         self._token = token
         self._keep = always(keep)
-        self._tend = load_script(client, "tend")
+        self._run_maintenance = load_script(client, "tend")
         self._trim = load_script(client, "trim")
         self._take_late = load_script(client, "take_late")
         self._kept: dict[str, int] = {}
@@ -141,7 +141,7 @@ class Maintenance:
             HISTORY,
             HISTORY_TTL_S,
         )
-        reply: Any = self._tend(keys=_TENDED, args=[self._name, most, int(count_waiting), *limits])
+        reply: Any = self._run_maintenance(keys=_TENDED, args=[self._name, most, int(count_waiting), *limits])
         reaped, promoted, suspects, waiting, stream_length, late, now_ms = reply
         if late:
             self._end_late(late, now_ms=now_ms)
@@ -157,7 +157,7 @@ class Maintenance:
     def _end_late(self, late: Sequence[bytes], *, now_ms: float) -> None:
         ids = {member: _valid_id(member) for member in late}
         text = "no answer came by the time that the producer gave (answer_by)"
-        self._ledger.write([_out_of_time(job_id, text, now_ms=now_ms) for job_id in ids.values() if job_id])
+        self._answer_store.write([_out_of_time(job_id, text, now_ms=now_ms) for job_id in ids.values() if job_id])
         if strange := [member for member, job_id in ids.items() if not job_id]:
             self._client.zrem(DEADLINES, *strange)  # by another hand; it would come back each second
 
@@ -242,7 +242,7 @@ class Maintenance:
         entries = [
             _expired(envelope, key, raw, now_ms=now_ms) for envelope, raw in late if envelope.id.encode() in taken
         ]
-        return len(taken), len(entries) - len(self._ledger.write(entries, token=f"{self._token}.lane"))
+        return len(taken), len(entries) - len(self._answer_store.write(entries, token=f"{self._token}.lane"))
 
 
 def _valid_id(member: bytes) -> str:

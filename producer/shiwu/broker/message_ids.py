@@ -15,7 +15,7 @@ from typing import Any, Final
 from shiwu.contract import id_text
 
 MAX_JSON_BYTES: Final = 4 * 1024 * 1024
-MAX_TOLD_ID_BYTES: Final = 4096
+MAX_LOGGED_ID_BYTES: Final = 4096
 HEAD_CHARS: Final = 64 * 1024
 """Base64 of a long body that is decoded to find its id; a multiple of 4."""
 _BODY = re.compile(r'"body"\s*:\s*"')
@@ -45,7 +45,7 @@ def find_id(raw: bytes) -> str | None:
     if found is None:
         found = id_text(properties.get("correlation_id"))
     told = _SURROGATE.sub("\ufffd", found or "")
-    return told if 1 <= len(told.encode()) <= MAX_TOLD_ID_BYTES else None
+    return told if 1 <= len(told.encode()) <= MAX_LOGGED_ID_BYTES else None
 
 
 def _without_body(text: str) -> tuple[str, str | None]:

@@ -78,9 +78,9 @@ class Client:
         self._sender = Sender(self._redis, max_waiting=max_waiting, timeout_s=timeout_s)
         token = f"client.{secrets.token_hex(4)}"
         keep = PublishedRetention(self._redis)
-        self._ledger = AnswerStore(self._redis, token=token, keep=keep)
+        self._answer_store = AnswerStore(self._redis, token=token, keep=keep)
         self._letters = DeadLetters(self._redis)
-        self._upkeep = Maintenance(self._redis, self._ledger, token=token, keep=keep)
+        self._maintenance = Maintenance(self._redis, self._answer_store, token=token, keep=keep)
         self._notes = KnownLabelStore(self._redis)
         self._timeout_s = timeout_s
         self.unreadable_items = 0
@@ -226,7 +226,7 @@ class Client:
         for portion in _portions(ids, 500):
             now_ms = self.server_time_ms()
             entries = [cancelled_entry(job_id, reason, now_ms=now_ms) for job_id in portion]
-            again = self._ledger.write(entries, token=f"cancel.{secrets.token_hex(4)}")
+            again = self._answer_store.write(entries, token=f"cancel.{secrets.token_hex(4)}")
             cancelled += [job_id for job_id in portion if job_id not in again]
         return cancelled
 
@@ -364,7 +364,7 @@ class Client:
         """
         if not isinstance(zone, tzinfo):
             raise refused("zone", "a tzinfo as ZoneInfo('Asia/Shanghai')", zone)
-        return self._upkeep.sweep(zone=zone)
+        return self._maintenance.sweep(zone=zone)
 
     def queue_state(self) -> QueueState:
         """What waits and what is claimed, lane by lane."""

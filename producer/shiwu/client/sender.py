@@ -25,7 +25,7 @@ from shiwu.errors import QueueFull
 CLOCK_S: Final = 60.0
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 2.0
-TELL_EVERY_S: Final = 30.0
+REPORT_EVERY_S: Final = 30.0
 log: Final = logging.getLogger("shiwu")
 MAX_PRIORITY: Final = 9
 _STEPS: Final = (0, 3, 6, 9)
@@ -106,7 +106,7 @@ class Sender:
                 now_s = time.monotonic()
                 if not can_pass or isinstance(error, NotReplicated) or now_s - began_s >= terms.wait_s:
                     raise
-                if now_s - told_s >= TELL_EVERY_S:
+                if now_s - told_s >= REPORT_EVERY_S:
                     told_s = now_s
                     text = str(error) if isinstance(error, QueueFull) else explain(error)
                     log.warning("%s; waiting (%.0f s so far)", text, now_s - began_s)

@@ -29,7 +29,7 @@ GIVEN_UP_MS: Final = 10 * 86_400_000
 """Idle time of an entry that its consumer gives up: longer than any consumer waits before it takes the entry over."""
 FORGET_CONSUMER_S: Final = 3600.0
 TIDY_EVERY_S: Final = 600.0
-LEAST_WAIT_S: Final = 0.5
+MIN_WAIT_S: Final = 0.5
 """How long one read blocks while entries that others hold are waited for."""
 
 
@@ -142,7 +142,7 @@ class _Reader:
         return found
 
     def _read_new(self) -> list[StreamItem]:
-        block_s = self._options.block_s if self._wait_until is None else max(self._options.block_s, LEAST_WAIT_S)
+        block_s = self._options.block_s if self._wait_until is None else max(self._options.block_s, MIN_WAIT_S)
         entries = self._read_group(">", block_s=block_s)
         found = self._take(entries)
         if self._options.stop_when_idle and not entries and not self._has_claimed:

@@ -17,7 +17,7 @@ from shiwu.broker.redis_errors import ConnectionsBusy, info_of
 from shiwu.client.results import TagResult, read_result
 from shiwu.contract import RESULT_PREFIX, ErrorCode, RequestError, result_key
 
-LOOK_EVERY_S: Final = 2.0
+POLL_EVERY_S: Final = 2.0
 POLL_S: Final = 0.25
 AWAY_S: Final = 0.25
 CHUNK_SIZE: Final = 500
@@ -70,7 +70,7 @@ def _wait_once(
             pubsub.subscribe(*map(result_key, portion))
         while missing:
             yield from _look(client, missing)
-            look_s = time.monotonic() + LOOK_EVERY_S
+            look_s = time.monotonic() + POLL_EVERY_S
             while missing and (left_s := min(look_s, until_s) - time.monotonic()) > 0:
                 message = pubsub.get_message(timeout=left_s)
                 if message is not None:

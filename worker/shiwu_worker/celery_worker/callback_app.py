@@ -38,7 +38,7 @@ class CallbackApp(Celery):  # type: ignore[misc]  # celery has no types
         Raises:
             RequestError: the operator did not allow it, or what it carries on.
         """
-        self._rules.judge_sent(name, options)
+        self._rules.check_sent(name, options)
         kept = {key: value for key, value in options.items() if key in PASSED}
         if isinstance(producer := options.get("producer"), Producer):
             kept["producer"] = producer

@@ -32,7 +32,7 @@ from shiwu_worker.jobs.outcome import CommittedJob
 from shiwu_worker.policy.callback_rules import CallbackRules
 
 log: Any = structlog.get_logger()
-LOOK_EVERY_S: Final = 5.0
+POLL_EVERY_S: Final = 5.0
 CHUNK_SIZE: Final = 100
 AWAY: Final = (redis.RedisError, OperationalError, OSError)
 """What Redis, or the way to it, raises."""
@@ -77,7 +77,7 @@ class CallbackSender:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        look_s = time.monotonic() + LOOK_EVERY_S
+        look_s = time.monotonic() + POLL_EVERY_S
         while True:
             try:
                 left_s = max(0.0, look_s - time.monotonic())
@@ -91,7 +91,7 @@ class CallbackSender:
                     self._portion(ids[start : start + CHUNK_SIZE])
                 # By the clock, however much there is of our own: others' callbacks wait for nobody else.
                 if time.monotonic() >= look_s:
-                    look_s = time.monotonic() + LOOK_EVERY_S
+                    look_s = time.monotonic() + POLL_EVERY_S
                     if self._portion([]) == CHUNK_SIZE:
                         look_s = 0.0  # thousands of jobs cancelled at once leave more than one portion
             except AWAY as error:
@@ -129,7 +129,7 @@ class CallbackSender:
             log.error("callbacks_failed", id=job_id, kind=error.code.value, error=str(error)[:300])
             return
         try:
-            self._rules.judge(canvas)
+            self._rules.check(canvas)
         except RequestError as error:
             log.error("callbacks_refused", id=job_id, code=error.code.value, error=str(error)[:600])
             chord = () if canvas.chord is None else (canvas.chord,)

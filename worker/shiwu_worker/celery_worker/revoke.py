@@ -28,7 +28,7 @@ from shiwu.contract import (
 log: Any = structlog.get_logger()
 REMEMBERED_S: Final = 10_800.0
 """As long as Celery remembers a revoke."""
-MOST_REMEMBERED: Final = 50_000
+MAX_REMEMBERED: Final = 50_000
 """As many as Celery remembers."""
 BATCH_LIMIT: Final = 1000
 """Ids in one script; more are revoked by another."""
@@ -37,9 +37,9 @@ BATCH_LIMIT: Final = 1000
 class Revoker:
     """Carries a revoke out: known jobs are answered at once, the others when they are claimed."""
 
-    def __init__(self, client: redis.Redis, ledger: AnswerStore) -> None:
+    def __init__(self, client: redis.Redis, answer_store: AnswerStore) -> None:
         self._client = client
-        self._ledger = ledger
+        self._answer_store = answer_store
         self._script = load_script(client, "revoke")
 
     def revoke(self, ids: Sequence[str]) -> int:
@@ -52,20 +52,20 @@ class Revoker:
 
     def _revoke(self, ids: Sequence[str]) -> int:
         forgotten, *ours = self._script(
-            keys=[CLAIMS, DELAYED_MESSAGES, REVOKED], args=[int(REMEMBERED_S * 1000), MOST_REMEMBERED, *ids]
+            keys=[CLAIMS, DELAYED_MESSAGES, REVOKED], args=[int(REMEMBERED_S * 1000), MAX_REMEMBERED, *ids]
         )
         if forgotten:
             log.error(
                 "revokes_forgotten",
                 jobs=forgotten,
-                limit=MOST_REMEMBERED,
+                limit=MAX_REMEMBERED,
                 meaning="more ids were revoked than are remembered; jobs of the oldest ones run if they wait in a lane",
             )
         if not ours:
             return 0
         seconds, micros = self._client.time()
         now_ms = seconds * 1000 + micros / 1000
-        again = self._ledger.write([_revoked(job_id.decode(), now_ms=now_ms) for job_id in ours])
+        again = self._answer_store.write([_revoked(job_id.decode(), now_ms=now_ms) for job_id in ours])
         return len(ours) - len(again)
 
 

@@ -22,7 +22,7 @@ from shiwu_worker.jobs.outcome import CommittedJob
 
 log: Any = structlog.get_logger()
 BEAT_S: Final = 2.0
-MOST_WAITING: Final = 1000
+MAX_WAITING: Final = 1000
 """Batches of answers; more are dropped, for events are a view and not the ledger."""
 
 
@@ -32,7 +32,7 @@ class TaskEventSender:
     def __init__(self, app: Celery, *, hostname: str) -> None:
         self._app = app
         self._hostname = hostname
-        self._waiting: queue.Queue[Sequence[CommittedJob]] = queue.Queue(MOST_WAITING)
+        self._waiting: queue.Queue[Sequence[CommittedJob]] = queue.Queue(MAX_WAITING)
         self._processed = 0
         self._dropped = 0
         self._closed = threading.Event()

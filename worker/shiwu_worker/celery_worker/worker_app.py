@@ -36,7 +36,7 @@ from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import FatalError
 from shiwu_worker.jobs.outcome import CommittedJob
 from shiwu_worker.service.bootstrap import WorkerService, open_service
-from shiwu_worker.service.factories import CELERY_CONNECTIONS, connect, make_ledger
+from shiwu_worker.service.factories import CELERY_CONNECTIONS, connect, make_answer_store
 from shiwu_worker.telemetry import logs
 from shiwu_worker.telemetry.log_output import open_standard_streams
 
@@ -157,7 +157,9 @@ def _celery_side(worker: Any, settings: Settings) -> Iterator[Callable[[Sequence
     with ExitStack() as stack:
         client = stack.enter_context(connect(settings, connections=CELERY_CONNECTIONS))
         if settings.revoke:
-            worker.app.shiwu_revoker = Revoker(client, make_ledger(settings, client, f"revoke.{secrets.token_hex(4)}"))
+            worker.app.shiwu_revoker = Revoker(
+                client, make_answer_store(settings, client, f"revoke.{secrets.token_hex(4)}")
+            )
         callbacks = CallbackSender(make_callback_app(settings), client, rules=settings.callback_rules)
         parts: list[CallbackSender | TaskEventSender] = [callbacks]
         if worker.task_events:

@@ -81,10 +81,10 @@ def page() -> str:
 
 def _redis_rows() -> Iterator[str]:
     for code, info in REDIS_ERRORS.items():
-        signs = ", ".join(signs_of(code))
+        hooks = ", ".join(signs_of(code))
         passes, one = ("yes" if flag else "no" for flag in (info.passes, info.is_about_command))
         fault = _REDIS_FAULTS[info.fault]
-        yield f"| `{code}` | {passes} | {fault} | {one} | {signs} | {info.meaning} | {info.remedy} |\n"
+        yield f"| `{code}` | {passes} | {fault} | {one} | {hooks} | {info.meaning} | {info.remedy} |\n"
 
 
 def _codes() -> str:

@@ -57,7 +57,7 @@ def check_s3(settings: Settings) -> tuple[str, tuple[str, ...]]:
         proved, warnings = _ask_object(options, limits, bucket)
     else:
         if not is_aws(endpoint):
-            _reach(options, limits)
+            _access(options, limits)
         proved, warnings = ("", (f"not proved that objects can be read: {HINT}",))
         if not settings.s3_anonymous:
             proved, warnings = _list_buckets(access.client)
@@ -73,7 +73,7 @@ def _limits(settings: Settings) -> S3Limits:
     return S3Limits(threads=1, connect_timeout_s=connect_s, read_timeout_s=TIMEOUT_S, total_timeout_s=2 * TIMEOUT_S)
 
 
-def _reach(options: S3Options, limits: S3Limits) -> None:
+def _access(options: S3Options, limits: S3Limits) -> None:
     """Ask an own store for a bucket that need not exist, by the client that the worker uses."""
     try:
         with new_store(options, limits).open(PROBE, PROBE, version=None):

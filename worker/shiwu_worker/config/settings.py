@@ -311,7 +311,7 @@ class Settings(BaseSettings):
         return ZoneInfo(self.timezone)
 
     @property
-    def reach(self) -> AccessRules:
+    def access(self) -> AccessRules:
         """What may be reached."""
         return AccessRules(
             allow_hosts=self.allow_hosts,

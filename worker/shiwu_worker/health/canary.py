@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, WrongVectors
 
 log: Any = structlog.get_logger()
-LEAST_TO_REFERENCE: Final = 0.98
+MIN_COSINE_TO_REFERENCE: Final = 0.98
 """Cosine to the reference in FP32 on the CPU, which a narrower number format may miss by a little."""
-LEAST_TO_FIRST: Final = 0.999
+MIN_COSINE_TO_FIRST: Final = 0.999
 """Cosine to the answer at the start: the same program on the same device gives more than 0.99999."""
 LENGTH_SLACK: Final = 1e-3
 AGAIN_S: Final = 5.0
@@ -44,14 +44,14 @@ class Canary:
         pixels: NDArray[np.uint8],
         reference: NDArray[np.float32],
         every_s: float,
-        trouble: Callable[[BaseException], DeviceErrorKind],
+        error_kind: Callable[[BaseException], DeviceErrorKind],
         on_wrong: Callable[[str], None],
     ) -> None:
         self._encode = encode
         self._pixels = pixels
         self._reference = reference
         self._every_s = every_s
-        self._trouble = trouble
+        self._error_kind = error_kind
         self._on_wrong = on_wrong
         self._first: NDArray[np.float32] | None = None
         self._due_s = 0.0
@@ -71,18 +71,18 @@ class Canary:
         except WrongVectors as error:
             self._end(str(error))
         except Exception as error:  # border: what the device's library raises is not known
-            trouble = self._trouble(error)
-            if trouble is DeviceErrorKind.LOST:
+            error_kind = self._error_kind(error)
+            if error_kind is DeviceErrorKind.LOST:
                 raise FatalError(ExitCode.DEVICE, f"the device failed on the known picture: {error}") from error
-            if trouble is DeviceErrorKind.OUT_OF_MEMORY:
+            if error_kind is DeviceErrorKind.OUT_OF_MEMORY:
                 # Others may have the memory for a moment; that says nothing of how the device computes.
                 log.warning("canary_skipped", reason="the device was out of memory", again_in_s=AGAIN_S)
                 self._due_s = now_s + AGAIN_S
                 return
             self._end(f"{type(error).__name__}: {error!s:.200}")
-        self._judge(vectors)
+        self._check(vectors)
 
-    def _judge(self, vectors: NDArray[np.float32]) -> None:
+    def _check(self, vectors: NDArray[np.float32]) -> None:
         if vectors.shape != (1, len(self._reference)):
             self._end(f"expected a vector of shape {(1, len(self._reference))}, got {vectors.shape}")
         vector = vectors[0]
@@ -91,13 +91,15 @@ class Canary:
         if not abs(length - 1) <= LENGTH_SLACK:
             self._end(f"expected a vector of length 1, got {length:.4g}")
         cosine = float(vector @ self._reference)
-        if not cosine >= LEAST_TO_REFERENCE:
-            self._end(f"expected a cosine of {LEAST_TO_REFERENCE} or more to FP32 on the CPU, got {cosine:.4f}")
+        if not cosine >= MIN_COSINE_TO_REFERENCE:
+            self._end(f"expected a cosine of {MIN_COSINE_TO_REFERENCE} or more to FP32 on the CPU, got {cosine:.4f}")
         if self._first is None:
             self._first = vector.copy()
         cosine_to_first = float(vector @ self._first)
-        if not cosine_to_first >= LEAST_TO_FIRST:
-            self._end(f"expected a cosine of {LEAST_TO_FIRST} or more to the start's answer, got {cosine_to_first:.4f}")
+        if not cosine_to_first >= MIN_COSINE_TO_FIRST:
+            self._end(
+                f"expected a cosine of {MIN_COSINE_TO_FIRST} or more to the start's answer, got {cosine_to_first:.4f}"
+            )
         log.debug("canary", cosine=round(cosine, 6), to_first=round(cosine_to_first, 6))
 
     def _end(self, wrong: str) -> NoReturn:

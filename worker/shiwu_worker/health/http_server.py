@@ -21,8 +21,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from shiwu_worker.errors import ExitCode, FatalError
 
 log: Any = structlog.get_logger()
-MOST_CONNECTIONS: Final = 32
-MOST_BYTES: Final = 8 * 1024
+MAX_CONNECTIONS: Final = 32
+MAX_BYTES: Final = 8 * 1024
 CONNECTION_S: Final = 5.0
 """A connection is cut after so long, whatever it was doing."""
 FRESH_S: Final = 0.5
@@ -117,7 +117,7 @@ class _Server(ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = MOST_CONNECTIONS
+    request_queue_size = MAX_CONNECTIONS
 
     def __init__(self, address: tuple[str, int], page: Callable[[str], tuple[int, str, bytes]]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
@@ -136,7 +136,7 @@ class _Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer on a thread of its own."""
         with self._lock:
-            if len(self._open) >= MOST_CONNECTIONS:
+            if len(self._open) >= MAX_CONNECTIONS:
                 oldest = next(iter(self._open))
                 del self._open[oldest]
                 _cut(oldest)
@@ -172,9 +172,9 @@ def _cut(request: socket.socket) -> None:
 class _Bounded(io.RawIOBase):
     """What a client sends, up to a number of bytes; then it is as if it had hung up."""
 
-    def __init__(self, connection: socket.socket, most_bytes: int) -> None:
+    def __init__(self, connection: socket.socket, max_bytes: int) -> None:
         self._connection = connection
-        self.left = most_bytes
+        self.left = max_bytes
 
     def readable(self) -> bool:
         return True
@@ -196,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Bound what is read."""
         super().setup()
         self.rfile.close()
-        self._head = _Bounded(self.connection, MOST_BYTES)
+        self._head = _Bounded(self.connection, MAX_BYTES)
         self.rfile = io.BufferedReader(self._head)
 
     def do_GET(self) -> None:

@@ -137,7 +137,7 @@ class Job(msgspec.Struct, eq=False):
     """It was on the device when the worker had to end; perhaps it is guilty."""
     history: tuple[Attempt, ...] = ()
     """Earlier tries, the oldest first."""
-    is_ended: bool = False
+    is_answered_elsewhere: bool = False
     """Somebody else has answered it: its producer cancelled, or its time was over."""
 
     def fail(self, error: ErrorInfo) -> None:
@@ -147,9 +147,9 @@ class Job(msgspec.Struct, eq=False):
 
     def unwanted(self, now_s: float) -> bool:
         """Whether nobody waits for the tags any more: it was answered aside, or its deadline has passed."""
-        if self.is_ended:
+        if self.is_answered_elsewhere:
             self.back = Release(self.id)
-        return self.is_ended or self.expired(now_s)
+        return self.is_answered_elsewhere or self.expired(now_s)
 
     def expired(self, now_s: float) -> bool:
         """Whether the deadline has passed; if so the job ends as `expired`."""
@@ -165,7 +165,7 @@ class Job(msgspec.Struct, eq=False):
         return True
 
     @property
-    def told_id(self) -> str:
+    def log_id(self) -> str:
         """The id under which the caller looks for the answer."""
         return self.answer_id or self.id
 

@@ -38,32 +38,32 @@ class Gpu:
     """CPUs of its NUMA node that this process may use; empty where that is not known."""
 
 
-def find_cards(*, visible: str | None) -> list[Gpu]:
+def find_gpus(*, visible: str | None) -> list[Gpu]:
     """The cards of this machine, MIG instances in place of their card, as CUDA_VISIBLE_DEVICES=`visible` leaves them.
 
     None leaves all. Numbers are nvidia-smi's: CUDA's own where the cards are alike or CUDA_DEVICE_ORDER is PCI_BUS_ID.
     """
     with _nvml() as available:
-        cards = list(_all_cards()) if available else []
-    return cards if visible is None or not cards else _left_visible(cards, visible)
+        gpus = list(_all_gpus()) if available else []
+    return gpus if visible is None or not gpus else _left_visible(gpus, visible)
 
 
-def choose_cards(cards: Sequence[Gpu], asked: str) -> list[Gpu]:
+def choose_gpus(gpus: Sequence[Gpu], asked: str) -> list[Gpu]:
     """The cards of a list `0,GPU-…,MIG-…,cpu:0`: numbers, UUIDs or beginnings of them. `all` is every card.
 
     Raises:
         UnknownCard: for a word that is no card here, or one that was named already.
     """
     if asked.strip() == "all":
-        return list(cards)
+        return list(gpus)
     found: list[Gpu] = []
     for word in (part.strip() for part in asked.split(",")):
         if cpu := _CPU.fullmatch(word):
             named = [Gpu(name=f"cpu{int(cpu[1])}", uuid=None)]
         else:
-            named = _of_number(cards, word) if word.isdecimal() else _of_uuid(cards, word)
+            named = _of_number(gpus, word) if word.isdecimal() else _of_uuid(gpus, word)
         if not named:
-            known = ", ".join(f"{card.gpu} ({card.uuid})" for card in cards) or "no visible card"
+            known = ", ".join(f"{gpu.gpu} ({gpu.uuid})" for gpu in gpus) or "no visible card"
             raise UnknownGpu(f"expected cpu:N, all, or one of {known}, got {word!r:.80}")
         if named[0] in found:
             raise UnknownGpu(f"expected each card once, got {word!r:.80} again")
@@ -71,19 +71,19 @@ def choose_cards(cards: Sequence[Gpu], asked: str) -> list[Gpu]:
     return found
 
 
-def _left_visible(cards: Sequence[Gpu], visible: str) -> list[Gpu]:
+def _left_visible(gpus: Sequence[Gpu], visible: str) -> list[Gpu]:
     """As CUDA: the first word that is no card ends the list, a card named twice leaves none."""
     kind = next((prefix for prefix in ("GPU-", "MIG-") if visible.strip().startswith(prefix)), None)
     found: list[Gpu] = []
     for word in (part.strip() for part in visible.split(",")):
         if kind is None:
             number = _NUMBER.match(word)
-            named = _of_number(cards, number[1]) if number else []
+            named = _of_number(gpus, number[1]) if number else []
         else:
-            named = _of_uuid(cards, word) if word.startswith(kind) else []
+            named = _of_uuid(gpus, word) if word.startswith(kind) else []
         if not named:
             if word not in {"", "-1"}:
-                log.warning("cards_hidden", by=f"CUDA_VISIBLE_DEVICES={visible:.200}", no_card=word[:80])
+                log.warning("cards_hidden", by=f"CUDA_VISIBLE_DEVICES={visible:.200}", no_gpu=word[:80])
             break
         if named[0] in found:
             log.warning("cards_hidden", by=f"CUDA_VISIBLE_DEVICES={visible:.200}", twice=word[:80])
@@ -92,26 +92,26 @@ def _left_visible(cards: Sequence[Gpu], visible: str) -> list[Gpu]:
     return found
 
 
-def _of_number(cards: Sequence[Gpu], number: str) -> list[Gpu]:
-    return [card for card in cards if card.gpu == int(number)]
+def _of_number(gpus: Sequence[Gpu], number: str) -> list[Gpu]:
+    return [gpu for gpu in gpus if gpu.gpu == int(number)]
 
 
-def _of_uuid(cards: Sequence[Gpu], start: str) -> list[Gpu]:
+def _of_uuid(gpus: Sequence[Gpu], start: str) -> list[Gpu]:
     """The one card, or all instances of the one card, whose UUID begins so."""
     if start.startswith("MIG-"):
-        found = [card for card in cards if card.uuid is not None and card.uuid.startswith(start)]
+        found = [gpu for gpu in gpus if gpu.uuid is not None and gpu.uuid.startswith(start)]
         return found if len(found) == 1 else []
-    found = [card for card in cards if start and card.gpu_uuid.startswith(start)]
-    return found if len({card.gpu_uuid for card in found}) == 1 else []
+    found = [gpu for gpu in gpus if start and gpu.gpu_uuid.startswith(start)]
+    return found if len({gpu.gpu_uuid for gpu in found}) == 1 else []
 
 
-def _all_cards() -> Iterator[Gpu]:
+def _all_gpus() -> Iterator[Gpu]:
     for index in range(pynvml.nvmlDeviceGetCount()):
         try:
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             uuid = str(pynvml.nvmlDeviceGetUUID(handle))
         except pynvml.NVMLError as error:
-            log.error("card_left_out", card=f"gpu{index}", error=str(error))  # it fell off the bus, or is not ours
+            log.error("card_left_out", gpu=f"gpu{index}", error=str(error))  # it fell off the bus, or is not ours
             continue
         near = _near_cpus(handle)
         instances = _instances(handle)

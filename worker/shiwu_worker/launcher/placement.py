@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.launcher.gpus import Gpu, choose_cards, find_cards
+from shiwu_worker.launcher.gpus import Gpu, choose_gpus, find_gpus
 
 HTTP_PORT: Final = "SHIWU_HTTP_PORT"
 
@@ -51,20 +51,20 @@ def plan_placements(settings: Settings, *, asked: str, per_gpu: int) -> list[Pla
     if asked != "all" and not is_free and settings.device != "cpu":
         raise PlacementError(f"expected --gpus with SHIWU_DEVICE=auto, got SHIWU_DEVICE={settings.device}")
     # A device that is set leaves nothing to find.
-    found = find_cards(visible=os.environ.get("CUDA_VISIBLE_DEVICES")) if is_free else []
-    cards = choose_cards(found, asked)
-    if per_gpu > 1 and not cards:
+    found = find_gpus(visible=os.environ.get("CUDA_VISIBLE_DEVICES")) if is_free else []
+    gpus = choose_gpus(found, asked)
+    if per_gpu > 1 and not gpus:
         raise PlacementError("expected --per-gpu only where a card is visible, or with --gpus cpu:0")
-    return make_places(
-        [card for card in cards for _ in range(per_gpu)],
+    return make_placements(
+        [gpu for gpu in gpus for _ in range(per_gpu)],
         settings=settings,
         environment=os.environ,
         cpus=frozenset(os.sched_getaffinity(0)),
     )
 
 
-def make_places(
-    cards: Sequence[Gpu], *, settings: Settings, environment: Mapping[str, str], cpus: frozenset[int]
+def make_placements(
+    gpus: Sequence[Gpu], *, settings: Settings, environment: Mapping[str, str], cpus: frozenset[int]
 ) -> list[Placement]:
     """A place for each of these cards; one that comes again is shared.
 
@@ -74,25 +74,25 @@ def make_places(
         environment: the launcher's own.
         cpus: that may be used; shared out where a card does not know which are near.
     """
-    shares = share_out([card.near_cpus or cpus for card in cards])
+    shares = share_out([gpu.near_cpus or cpus for gpu in gpus])
     host = socket.gethostname()
-    places = []
-    for index, (card, share) in enumerate(zip(cards, shares, strict=True)):
-        before = cards[:index].count(card)
-        name = f"{card.name}-{before}" if cards.count(card) > 1 else card.name
+    placements = []
+    for index, (gpu, share) in enumerate(zip(gpus, shares, strict=True)):
+        before = gpus[:index].count(gpu)
+        name = f"{gpu.name}-{before}" if gpus.count(gpu) > 1 else gpu.name
         ready, alive = (_beside(path, name) for path in (settings.ready_file, settings.alive_file))
         is_named = "worker_name" in settings.model_fields_set
         own = {
-            "CUDA_VISIBLE_DEVICES": card.uuid or "",
-            "SHIWU_DEVICE": "cuda" if card.uuid else "cpu",
+            "CUDA_VISIBLE_DEVICES": gpu.uuid or "",
+            "SHIWU_DEVICE": "cuda" if gpu.uuid else "cpu",
             "SHIWU_WORKER_NAME": f"{settings.worker_name if is_named else host}-{name}",
         }
         if (port := environment.get(HTTP_PORT, "0").strip()).isdecimal() and int(port):
             own[HTTP_PORT] = str(int(port) + index)
         own |= {"SHIWU_READY_FILE": str(ready)} if ready else {}
         own |= {"SHIWU_ALIVE_FILE": str(alive)} if alive else {}
-        places.append(Placement(name, f"shiwu@{host}-{name}", share, own, ready, alive))
-    return places
+        placements.append(Placement(name, f"shiwu@{host}-{name}", share, own, ready, alive))
+    return placements
 
 
 def share_out(near: Sequence[frozenset[int]]) -> list[frozenset[int]]:

@@ -41,25 +41,25 @@ def start_workers(settings: Settings, *, gpus: str, per_gpu: int, run: RunWorker
         command: starts one of several workers.
     """
     try:
-        places = plan_placements(settings, asked=gpus, per_gpu=per_gpu)
+        placements = plan_placements(settings, asked=gpus, per_gpu=per_gpu)
     except (UnknownGpu, PlacementError) as error:
         click.echo(str(error), err=True)
         return int(ExitCode.CONFIG)
-    if len(places) > 1:
-        return _launch(settings, places, command)
+    if len(placements) > 1:
+        return _launch(settings, placements, command)
     if gpus != "all":
-        os.environ |= {name: places[0].environment[name] for name in ("CUDA_VISIBLE_DEVICES", "SHIWU_DEVICE")}
+        os.environ |= {name: placements[0].environment[name] for name in ("CUDA_VISIBLE_DEVICES", "SHIWU_DEVICE")}
     # The only worker takes all CPUs, also those that are far from its GPU.
-    run(node=places[0].node if places else f"shiwu@{socket.gethostname()}")
+    run(node=placements[0].node if placements else f"shiwu@{socket.gethostname()}")
     return int(ExitCode.OK)
 
 
-def _launch(settings: Settings, places: Sequence[Placement], command: WorkerCommand) -> int:
+def _launch(settings: Settings, placements: Sequence[Placement], command: WorkerCommand) -> int:
     drain_s = settings.grace_s + AFTER_GRACE_S
     health = ProbeFiles(ready_file=settings.ready_file, alive_file=settings.alive_file)
     return Supervisor(
-        places,
-        command=lambda place: command(node=place.node, cpus=place.cpus, drain_s=drain_s),
+        placements,
+        command=lambda placement: command(node=placement.node, cpus=placement.cpus, drain_s=drain_s),
         patience=RestartPolicy(drain_s=drain_s),
         health=health,
     ).run()

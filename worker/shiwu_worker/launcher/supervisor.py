@@ -49,8 +49,8 @@ class RestartPolicy:
 class WorkerProcess:
     """One place and the process that works there."""
 
-    def __init__(self, place: Placement, command: Sequence[str]) -> None:
-        self.place = place
+    def __init__(self, placement: Placement, command: Sequence[str]) -> None:
+        self.placement = placement
         self.due_s: float | None = 0.0
         """When to start it, by the monotonic clock; None: it runs, or is not to be started."""
         self._command = command
@@ -73,12 +73,14 @@ class WorkerProcess:
         self._forget_files()
         self.due_s = None
         self._started_s = time.monotonic()
-        environment = os.environ | dict(self.place.environment)
+        environment = os.environ | dict(self.placement.environment)
         self._process = subprocess.Popen(
             self._command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
-        cpus = len(self.place.cpus)
-        log.info("worker_started", place=self.place.name, pid=self._process.pid, node=self.place.node, cpus=cpus)
+        cpus = len(self.placement.cpus)
+        log.info(
+            "worker_started", placement=self.placement.name, pid=self._process.pid, node=self.placement.node, cpus=cpus
+        )
 
     def ended(self) -> int | None:
         """The exit status of a process that has just ended, negative for a signal; else None."""
@@ -104,7 +106,7 @@ class WorkerProcess:
         return pause_s
 
     def _forget_files(self) -> None:
-        for path in (self.place.ready_file, self.place.alive_file):
+        for path in (self.placement.ready_file, self.placement.alive_file):
             if path is not None:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
@@ -122,13 +124,13 @@ class Supervisor:
 
     def __init__(
         self,
-        places: Sequence[Placement],
+        placements: Sequence[Placement],
         *,
         command: Callable[[Placement], list[str]],
         patience: RestartPolicy,
         health: ProbeFiles,
     ) -> None:
-        self._workers = [WorkerProcess(place, command(place)) for place in places]
+        self._workers = [WorkerProcess(placement, command(placement)) for placement in placements]
         self._patience = patience
         self._health = health
         self._is_ready: bool | None = None
@@ -163,20 +165,20 @@ class Supervisor:
         try:
             worker.start()
         except OSError as error:  # no process or no memory now
-            log.error("worker_not_started", place=worker.place.name, error=str(error))
+            log.error("worker_not_started", placement=worker.placement.name, error=str(error))
             self._on_crash(worker, reason="not started")
 
     def _on_end(self, worker: WorkerProcess, status: int) -> None:
         reason = _reason(status)
         if self._code is not None:
-            log.info("worker_ended", place=worker.place.name, status=status, reason=reason)
+            log.info("worker_ended", placement=worker.placement.name, status=status, reason=reason)
             # SIGTERM ends a worker that is not far enough to handle it; it holds nothing yet.
             if status not in {0, -signal.SIGTERM}:
                 self._code = self._code or (status if status > 0 else ExitCode.OVERDUE)
         elif status == ExitCode.OK:
-            log.info("worker_ended", place=worker.place.name, status=status, reason=reason)
+            log.info("worker_ended", placement=worker.placement.name, status=status, reason=reason)
         elif status == ExitCode.CONFIG:
-            log.error("worker_ended", place=worker.place.name, status=status, reason=reason)
+            log.error("worker_ended", placement=worker.placement.name, status=status, reason=reason)
             self._end(ExitCode.CONFIG)  # the next one would read the same settings
         else:
             self._on_crash(worker, reason=reason)
@@ -184,10 +186,10 @@ class Supervisor:
     def _on_crash(self, worker: WorkerProcess, *, reason: str) -> None:
         pause_s = worker.died(self._patience)
         if pause_s is not None:
-            log.error("worker_died", place=worker.place.name, reason=reason, restart_in_s=pause_s)
+            log.error("worker_died", placement=worker.placement.name, reason=reason, restart_in_s=pause_s)
             return
         worker.due_s = None
-        log.error("gave_up", place=worker.place.name, reason=reason, deaths=self._patience.most_deaths)
+        log.error("gave_up", placement=worker.placement.name, reason=reason, deaths=self._patience.most_deaths)
         self._end(ExitCode.GAVE_UP)
 
     def _on_signal(self, number: int) -> None:
@@ -216,8 +218,8 @@ class Supervisor:
             worker.signal(number)
 
     def _kill(self) -> None:
-        late = [worker.place.name for worker in self._workers if worker.is_running]
-        log.error("workers_overdue", places=late, after_s=self._patience.drain_s)
+        late = [worker.placement.name for worker in self._workers if worker.is_running]
+        log.error("workers_overdue", placements=late, after_s=self._patience.drain_s)
         self._code = self._code or int(ExitCode.OVERDUE)
         self._until_s = time.monotonic() + AFTER_GRACE_S
         self._signal_all(signal.SIGKILL)
@@ -231,7 +233,9 @@ class Supervisor:
         running = [worker for worker in self._workers if worker.is_running]
         is_whole = bool(running) and all(worker.is_running or worker.is_over for worker in self._workers)
         try:
-            ready = [worker.place.ready_file is not None and worker.place.ready_file.exists() for worker in running]
+            ready = [
+                worker.placement.ready_file is not None and worker.placement.ready_file.exists() for worker in running
+            ]
             is_ready = is_whole and all(ready)
             if is_ready != self._is_ready:
                 self._health.ready(is_ready=is_ready)
@@ -239,8 +243,8 @@ class Supervisor:
             touched_s = []
             for worker in running:
                 with contextlib.suppress(FileNotFoundError):  # it is starting
-                    if worker.place.alive_file is not None:
-                        touched_s.append(worker.place.alive_file.stat().st_mtime)
+                    if worker.placement.alive_file is not None:
+                        touched_s.append(worker.placement.alive_file.stat().st_mtime)
             if touched_s:
                 self._health.alive(at_s=min(touched_s))
         except OSError as error:

@@ -31,10 +31,10 @@ class ForkServerError(RuntimeError):
 class ForkedProcess:
     """One forked process, seen from the worker. The pidfd stays the same process' for ever, unlike a pid."""
 
-    def __init__(self, pid: int, pidfd: int, nursery: ForkServer) -> None:
+    def __init__(self, pid: int, pidfd: int, fork_server: ForkServer) -> None:
         self.pid = pid
         self._pidfd = pidfd
-        self._nursery = nursery
+        self._fork_server = fork_server
         self._status: int | None = None
 
     @property
@@ -58,7 +58,7 @@ class ForkedProcess:
             if not _is_readable(self._pidfd, timeout_s):
                 raise TimeoutError(f"expected process {self.pid} to end within {timeout_s:g} s")
             os.close(self._pidfd)
-            self._status = self._nursery.status_of(self.pid)
+            self._status = self._fork_server.status_of(self.pid)
         return self._status
 
 
@@ -78,7 +78,7 @@ class ForkServer:
         """A new process that runs `loader.serve` with these file descriptors.
 
         Raises:
-            NurseryError: after a second try.
+            ForkServerError: after a second try.
         """
         try:
             return self._fork(fds)

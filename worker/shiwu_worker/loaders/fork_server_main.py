@@ -45,7 +45,7 @@ def _main() -> None:
             frame, fds, _, _ = socket.recv_fds(worker, 16, 8)
             if not frame:
                 return
-            _bear(worker, (wake_r, wake_w), fds)
+            _fork_child(worker, (wake_r, wake_w), fds)
 
 
 def _tell_ends(worker: socket.socket) -> None:
@@ -55,7 +55,7 @@ def _tell_ends(worker: socket.socket) -> None:
             worker.send(f"{pid} {os.waitstatus_to_exitcode(status)}".encode())
 
 
-def _bear(worker: socket.socket, wake: tuple[socket.socket, socket.socket], fds: list[int]) -> None:
+def _fork_child(worker: socket.socket, wake: tuple[socket.socket, socket.socket], fds: list[int]) -> None:
     own_pid = os.getpid()
     pid = os.fork()
     if pid:

@@ -95,7 +95,7 @@ class LoaderPool:
         memory = mmap.mmap(self._memory_fd, math.prod(shape))
         self.pixels: NDArray[np.uint8] = np.frombuffer(memory, np.uint8).reshape(shape)
         self._waiting: deque[LoadTask] = deque()
-        self._suspects: deque[LoadTask] = deque()
+        self._quarantine: deque[LoadTask] = deque()
         self._loaders: list[_Loader] = []
         self._lock = threading.Lock()
         self._wake_r, self._wake_w = socket.socketpair()
@@ -104,7 +104,7 @@ class LoaderPool:
         self._closing = threading.Event()
         self._all_ready = threading.Event()
         self._deaths_at_start = 0
-        self._nursery = ForkServer()
+        self._fork_server = ForkServer()
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._run, name="loaders", daemon=True)
         self._told_open = False
@@ -119,7 +119,7 @@ class LoaderPool:
         """Start the processes. They become ready beside whatever else is started."""
         self._selector.register(self._wake_r, selectors.EVENT_READ, None)
         # Not on the pool's thread: what that starts is killed before `close` can wait for it.
-        self._nursery.begin()
+        self._fork_server.begin()
         self._thread.start()
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -149,7 +149,7 @@ class LoaderPool:
             loader.process.kill()
             loader.process.wait(timeout_s)
         self._loaders.clear()
-        self._nursery.close()
+        self._fork_server.close()
         self._selector.close()
         self._wake_r.close()
         self._wake_w.close()
@@ -204,7 +204,7 @@ class LoaderPool:
                 if task is None or task.slot != result.slot:
                     raise ValueError(f"unexpected ticket {result.ticket} or slot {result.slot}")
                 if result.is_short_of_memory and loader.suspect != result.ticket:
-                    self._suspects.append(task)
+                    self._quarantine.append(task)
                     continue
                 done.append(result)
         except (EOFError, OSError):
@@ -230,14 +230,14 @@ class LoaderPool:
         # With spares, suspects wait for one that is ready; without, a usual loader runs empty for them.
         free = len(ready) - self._processes if self._spares else 1
         usual = [one for one in ready if not one.alone]
-        if self._suspects and usual and sum(one.alone for one in self._loaders) < free:
+        if self._quarantine and usual and sum(one.alone for one in self._loaders) < free:
             # What it still holds are no suspects; they end first.
             min(usual, key=lambda one: len(one.held)).alone = True
         at_work = [one for one in ready if not one.alone][: self._processes]
         for loader in ready:
             if loader.alone and not loader.held:
-                if self._suspects:
-                    suspect = self._suspects.popleft()
+                if self._quarantine:
+                    suspect = self._quarantine.popleft()
                     loader.suspect = suspect.ticket
                     self._send(loader, suspect)
                 else:
@@ -269,7 +269,7 @@ class LoaderPool:
             if task.ticket == loader.suspect:
                 done.append(failed_twice_result(task, code, sent_s, status))
             else:
-                self._suspects.append(task)
+                self._quarantine.append(task)
         if not loader.ready:
             self._deaths_at_start += 1
             if self._deaths_at_start >= DEATHS_AT_START:
@@ -285,7 +285,7 @@ class LoaderPool:
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            process = self._nursery.fork(theirs.fileno(), self._memory_fd)
+            process = self._fork_server.fork(theirs.fileno(), self._memory_fd)
             connection = Connection(ours.detach())
         connection.send_bytes(self._options.model_dump_json().encode())
         connection.send_bytes(self._environment)

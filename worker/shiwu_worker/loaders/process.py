@@ -31,7 +31,7 @@ from shiwu_worker.loaders.protocol import (
     LoadResult,
     LoadTask,
 )
-from shiwu_worker.loaders.sandbox import CpuExceeded, Decoded, DecodeSandbox, SandboxExited, start_cell
+from shiwu_worker.loaders.sandbox import CpuExceeded, Decoded, DecodeSandbox, SandboxExited, start_sandbox
 from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
 from shiwu_worker.stages.fetch.http import LOOKUPS_A_THREAD, HttpClient
 from shiwu_worker.stages.fetch.s3.base import STORES_KEPT, S3Options
@@ -52,7 +52,7 @@ class LoaderProcess:
     ) -> None:
         self._connection = connection
         self._pixels = pixels
-        self._cell = cell
+        self._sandbox = cell
         self._sending = threading.Lock()
         self._cpu_s = options.cpu_s
         self._fetcher = Fetcher(
@@ -64,14 +64,14 @@ class LoaderProcess:
                 requester_pays=options.s3_requester_pays,
                 user_agent=options.user_agent,
             ),
-            web=HttpClient(
-                options.reach,
+            http_client=HttpClient(
+                options.access,
                 threads=options.threads,
                 connect_timeout_s=options.connect_timeout_s,
                 read_timeout_s=options.read_timeout_s,
                 user_agent=options.user_agent,
             ),
-            reach=options.reach,
+            access=options.access,
             limits=FetchLimits(
                 max_bytes=options.max_bytes,
                 total_timeout_s=options.total_timeout_s,
@@ -89,7 +89,7 @@ class LoaderProcess:
 
     def run(self) -> None:
         """Take tasks until the parent closes the connection."""
-        self._send(READY_OPEN + self._cell.open_because.encode() if self._cell.open_because else READY)
+        self._send(READY_OPEN + self._sandbox.open_because.encode() if self._sandbox.open_because else READY)
         while True:
             try:
                 frame = self._connection.recv_bytes()
@@ -109,13 +109,13 @@ class LoaderProcess:
         try:
             data = self._fetcher.fetch(task.image)
             fetched_s, size = time.monotonic(), len(data)
-            decoded, pixels = self._cell.decode(data, number)
+            decoded, pixels = self._sandbox.decode(data, number)
             if decoded.info is not None:
                 self._pixels[task.slot] = pixels
         except JobError as error:
             decoded, failed = Decoded(error=error.info()), error
         except SandboxExited:
-            self._cell.kill()
+            self._sandbox.kill()
             threading.Event().wait()  # for the end of this process, which follows its cell
         except CpuExceeded:
             self._give_up(task, started_s, fetched_s, size)
@@ -162,12 +162,12 @@ class LoaderProcess:
         )
         self._send(ENCODER.encode(result))
         self._sending.acquire()
-        self._cell.kill()
+        self._sandbox.kill()
         os._exit(0)
 
     def _follow(self) -> None:
         """End as the cell does."""
-        status = self._cell.wait()
+        status = self._sandbox.wait()
         self._sending.acquire()  # no frame of another thread is to be cut in its middle
         if status < 0:
             os.kill(os.getpid(), -status)
@@ -200,7 +200,7 @@ def serve(connection_fd: int, memory_fd: int) -> None:
     connection = Connection(connection_fd)
     options = LoaderOptions.model_validate_json(connection.recv_bytes())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    cell = start_cell(options)
+    cell = start_sandbox(options)
     # Only now: the cell is to know none of it.
     os.environ.update(ENVIRONMENT.decode(connection.recv_bytes()))
     for kind, limit in _limits(options).items():

@@ -30,7 +30,7 @@ class LoaderOptions(BaseModel):
     s3_requester_pays: bool = False
     user_agent: str = "shiwu"
     max_redirects: int = 3
-    reach: AccessRules
+    access: AccessRules
     max_bytes: int
     max_pixels: int
     max_side: int

@@ -150,7 +150,7 @@ class DecodeSandbox:
         return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
 
 
-def start_cell(options: LoaderOptions) -> DecodeSandbox:
+def start_sandbox(options: LoaderOptions) -> DecodeSandbox:
     """Fork a cell. Call it before this process has threads or secrets: the cell inherits what is there.
 
     Raises:
@@ -248,10 +248,10 @@ def _work(
         channel.send(ENCODER.encode(decoded))
 
 
-def _decoded(data: bytes, place: NDArray[np.uint8], options: LoaderOptions, limits: DecodeLimits) -> Decoded:
+def _decoded(data: bytes, placement: NDArray[np.uint8], options: LoaderOptions, limits: DecodeLimits) -> Decoded:
     try:
         pixels, info = decode(data, spec=options.spec, limits=limits, exact=options.exact)
-        place[...] = pixels
+        placement[...] = pixels
         return Decoded(info=info)
     except JobError as error:
         return Decoded(error=error.info())

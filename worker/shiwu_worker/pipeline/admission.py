@@ -27,11 +27,11 @@ class Admission:
     """
 
     def __init__(
-        self, limits: PipelineLimits, resolve: Callable[[Job], LabelSet], *, judge_callbacks: Callable[[Job], None]
+        self, limits: PipelineLimits, resolve: Callable[[Job], LabelSet], *, check_callbacks: Callable[[Job], None]
     ) -> None:
         self._limits = limits
         self._resolve = resolve
-        self._judge_callbacks = judge_callbacks
+        self._check_callbacks = check_callbacks
 
     def admits(self, job: Job, now_s: float) -> bool:
         """Whether a claimed job is to be loaded; else it has its error, or the way back that it takes."""
@@ -55,7 +55,7 @@ class Admission:
 
     def _admits_callbacks(self, job: Job) -> bool:
         try:
-            self._judge_callbacks(job)
+            self._check_callbacks(job)
         except RequestError as error:
             job.fail(ErrorInfo(code=error.code, message=str(error), stage=Stage.CLAIM))
         except Exception as error:  # noqa: BLE001 border: a message that ends its reader would end one worker after another
@@ -75,7 +75,7 @@ class Admission:
             job.back = Release(job.id, delay_s=delay_s, counts=not job.is_untried, ending=ending)
             log.info(
                 "later",
-                id=job.told_id,
+                id=job.log_id,
                 attempt=job.attempt,
                 image=without_query(job.request.image) if job.request else None,
                 code=str(job.error.code),

@@ -79,7 +79,7 @@ class BatchExecutor:
         collect: Callable[[InFlightBatch], NDArray[float32]],
         encode_exact: Callable[[NDArray[uint8]], NDArray[float32]],
         score: Callable[[Sequence[Job], NDArray[float32]], None],
-        trouble: Callable[[BaseException], DeviceErrorKind],
+        error_kind: Callable[[BaseException], DeviceErrorKind],
         lower_cap: Callable[[int], None],
         learn: Learn = lambda *_, **__: None,
     ) -> None:
@@ -89,7 +89,7 @@ class BatchExecutor:
         self._collect = collect
         self._encode_exact = encode_exact
         self._score = score
-        self._trouble = trouble
+        self._error_kind = error_kind
         self._lower_cap = lower_cap
         self._learn = learn
 
@@ -118,7 +118,7 @@ class BatchExecutor:
         if not launched.jobs:
             return
         cpu_from_s = time.thread_time()
-        is_well = self._judged(launched.jobs, lambda: self._fast_vectors(launched), launched.started_s)
+        is_well = self._checked(launched.jobs, lambda: self._fast_vectors(launched), launched.started_s)
         if is_well and launched.flight is not None:
             self._learn(launched.flight, host_s=time.thread_time() - cpu_from_s)
 
@@ -130,10 +130,10 @@ class BatchExecutor:
             job.labels = self._encode_labels(job.label_set)
             job.label_set = job.labels.label_set
         except Exception as error:  # border: whatever the model raises is judged here
-            trouble = self._trouble(error)
-            if trouble is DeviceErrorKind.LOST:
+            error_kind = self._error_kind(error)
+            if error_kind is DeviceErrorKind.LOST:
                 raise FatalError(ExitCode.DEVICE, f"the device failed: {error}") from error
-            is_memory = trouble is DeviceErrorKind.OUT_OF_MEMORY
+            is_memory = error_kind is DeviceErrorKind.OUT_OF_MEMORY
             code = ErrorCode.OUT_OF_MEMORY if is_memory else ErrorCode.ENCODE_FAILED
             text = f"the model failed on these labels ({type(error).__name__}: {error!s:.200})"
             job.fail(ErrorInfo(code=code, message=text, stage=Stage.SCORE, retryable=is_memory))
@@ -148,9 +148,9 @@ class BatchExecutor:
     def _again(self, jobs: Sequence[Job]) -> None:
         if jobs:
             slots = [job.slot for job in jobs]
-            self._judged(jobs, lambda: self._collect(self._launch(self._pixels, slots)), time.monotonic())
+            self._checked(jobs, lambda: self._collect(self._launch(self._pixels, slots)), time.monotonic())
 
-    def _judged(self, jobs: Sequence[Job], vectors: Callable[[], NDArray[float32]], started_s: float) -> bool:
+    def _checked(self, jobs: Sequence[Job], vectors: Callable[[], NDArray[float32]], started_s: float) -> bool:
         """Score a batch, whatever its errors ask for; whether there were none."""
         try:
             self._score_all(jobs, vectors(), started_s)
@@ -162,7 +162,7 @@ class BatchExecutor:
                     self._alone(job)
             self._again([job for job in jobs if job.id not in guilty])
         except Exception as error:  # noqa: BLE001 border: whatever the model or the device raises is judged here
-            self._judge(error, jobs)
+            self._check(error, jobs)
         else:
             return True
         return False
@@ -177,19 +177,19 @@ class BatchExecutor:
         for job in jobs:
             job.scored_s = scored_s
 
-    def _judge(self, error: Exception, jobs: Sequence[Job]) -> None:
-        trouble = self._trouble(error)
-        if trouble is DeviceErrorKind.LOST:
+    def _check(self, error: Exception, jobs: Sequence[Job]) -> None:
+        error_kind = self._error_kind(error)
+        if error_kind is DeviceErrorKind.LOST:
             raise FatalError(ExitCode.DEVICE, f"the device failed: {error}") from error
         log.warning("batch_failed", size=len(jobs), error=str(error)[:300], kind=type(error).__name__)
         half = len(jobs) // 2
-        if trouble is DeviceErrorKind.OUT_OF_MEMORY and half:
+        if error_kind is DeviceErrorKind.OUT_OF_MEMORY and half:
             self._lower_cap(half)
             log.warning("batches_smaller", largest=half, reason="the device ran out of memory")
         if half:
             self._again(jobs[:half])
             self._again(jobs[half:])
-        elif trouble is DeviceErrorKind.OUT_OF_MEMORY:
+        elif error_kind is DeviceErrorKind.OUT_OF_MEMORY:
             text = "the device ran out of memory with this picture alone; something else uses it, or it is too small"
             jobs[0].fail(ErrorInfo(code=ErrorCode.OUT_OF_MEMORY, message=text, stage=Stage.ENCODE, retryable=True))
         else:
@@ -200,7 +200,7 @@ class BatchExecutor:
         try:
             self._score_all([job], self._encode_exact(self._pixels[[job.slot]]), started_s)
         except Exception as error:  # border: as in `_judged`
-            if self._trouble(error) is DeviceErrorKind.LOST:
+            if self._error_kind(error) is DeviceErrorKind.LOST:
                 raise FatalError(ExitCode.DEVICE, f"the device failed: {error}") from error
             _blame(job, error)
 

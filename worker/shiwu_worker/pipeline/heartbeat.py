@@ -58,26 +58,26 @@ class Heartbeat:
 
     def __init__(
         self,
-        claims: LeaseQueue,
-        upkeep: Maintenance,
+        lease_queue: LeaseQueue,
+        maintenance: Maintenance,
         *,
         lease_s: float,
         stuck_s: Callable[[], float],
         progress: Progress,
-        signs: HeartbeatHooks,
-        away: RedisBackoff,
+        hooks: HeartbeatHooks,
+        backoff: RedisBackoff,
         on_fatal: Callable[[FatalError], None],
     ) -> None:
-        self._claims = claims
-        self._upkeep = upkeep
+        self._lease_queue = lease_queue
+        self._maintenance = maintenance
         self._renew_every_s = lease_s / 3
         self._renewed_s = time.monotonic()
         self._stuck_s = stuck_s
         self._said_stuck_s = 0.0
         self._told_load_s = time.monotonic()
         self._progress = progress
-        self._signs = signs
-        self._away = away
+        self._hooks = hooks
+        self._backoff = backoff
         self._on_fatal = on_fatal
         self._tick_s = min(TICK_S, lease_s / 6)
         self._seen = MaintenanceReport()
@@ -104,15 +104,15 @@ class Heartbeat:
         while not self._closed.is_set():
             try:
                 if not self._is_stuck():
-                    self._signs.alive()
+                    self._hooks.alive()
                     self._renew()
-                self._tend()
+                self._run_maintenance()
                 self._tell_load()
-                self._away.back()
-                self._signs.redis(True)
+                self._backoff.back()
+                self._hooks.redis(True)
             except RedisError as error:
-                self._signs.redis(False)
-                self._away.wait(error, self._closed)
+                self._hooks.redis(False)
+                self._backoff.wait(error, self._closed)
             except OSError as error:
                 log.error("alive_file_failed", error=str(error)[:300])
             self._closed.wait(self._tick_s)
@@ -120,7 +120,7 @@ class Heartbeat:
     def _is_stuck(self) -> bool:
         """Whether there is work and nothing moves; says so in the log, again and again."""
         idle_s, stuck_s = self._progress.age_s(), self._stuck_s()
-        held, waiting = len(self._signs.held()), self._seen.waiting
+        held, waiting = len(self._hooks.held()), self._seen.waiting
         if idle_s <= stuck_s or not (held or waiting):
             return False
         if time.monotonic() - self._said_stuck_s >= stuck_s:
@@ -136,10 +136,10 @@ class Heartbeat:
 
     def _tell_load(self) -> None:
         """Say now and then what limits this worker, where it has worked at all."""
-        if self._signs.load is None or time.monotonic() - self._told_load_s < LOAD_EVERY_S:
+        if self._hooks.load is None or time.monotonic() - self._told_load_s < LOAD_EVERY_S:
             return
         self._told_load_s = time.monotonic()
-        load = self._signs.load()
+        load = self._hooks.load()
         if load.pictures:
             rate, batch = load.pictures / load.seconds, load.pictures / load.batches
             log.info("load", limit=load.limit, pictures_per_s=round(rate, 1), batch=round(batch, 1), **asdict(load))
@@ -147,29 +147,29 @@ class Heartbeat:
     def _renew(self) -> None:
         if time.monotonic() - self._renewed_s < self._renew_every_s:
             return
-        held = self._signs.held()
-        lost = self._claims.renew(held)
+        held = self._hooks.held()
+        lost = self._lease_queue.renew(held)
         self._renewed_s = time.monotonic()
-        self._signs.renewed(len(held) - len(lost))
+        self._hooks.renewed(len(held) - len(lost))
         if lost:
             log.warning("leases_lost", jobs=len(lost), ids=lost[:10])
 
-    def _tend(self) -> None:
+    def _run_maintenance(self) -> None:
         """Portion by portion, so that no script holds the server for long, until nothing is left."""
         while True:
             # An idle worker claims in vain every few seconds, which is progress: the lanes matter when even that ends.
             is_quiet = self._progress.age_s() > self._stuck_s() / 2
-            self._seen = seen = self._upkeep.tend(most=CHUNK_SIZE, count_waiting=is_quiet)
+            self._seen = seen = self._maintenance.tend(most=CHUNK_SIZE, count_waiting=is_quiet)
             if seen.reaped:
-                self._signs.reaped(seen.reaped)
+                self._hooks.reaped(seen.reaped)
                 log.warning("jobs_reaped", jobs=seen.reaped)
             if seen.out_of_time:
                 log.warning("jobs_out_of_time", jobs=seen.out_of_time)
             if seen.suspects:
-                self._signs.suspects()
+                self._hooks.suspects()
             if max(seen.reaped, seen.promoted, seen.out_of_time) < CHUNK_SIZE:
                 break
-        for group, lost in self._upkeep.trim_if_long(seen).items():
+        for group, lost in self._maintenance.trim_if_long(seen).items():
             log.warning(
                 "results_dropped", group=group, entries=lost, meaning="this consumer group had not acknowledged them"
             )

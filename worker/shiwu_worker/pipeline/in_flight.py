@@ -73,7 +73,7 @@ class InFlightJobs:
         with self._changed:
             for job_id in ids:
                 if (job := self._jobs.get(job_id)) is not None:
-                    job.is_ended = True
+                    job.is_answered_elsewhere = True
 
     def remove(self, jobs: Sequence[Job]) -> None:
         """Forget jobs: Redis has their answers, or has them back. Another life of the same id stays."""

@@ -1,7 +1,7 @@
 """The way of a picture: claim → fetch → decode → batch → encode → score → commit.
 
 Read `Pipeline` from top to bottom: its methods stand in the order in which a job meets them. The stages are handed in
-by `wiring`; this room knows their verbs, not their libraries. `_hands` knows every job between claim and commit.
+by `wiring`; this room knows their verbs, not their libraries. `_in_flight` knows every job between claim and commit.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ ONCE_MORE_S: Final = 0.1
 class Stages:
     """The verbs of the way."""
 
-    claims: LeaseQueue
-    doorbell: LaneNotifier
+    lease_queue: LeaseQueue
+    notifier: LaneNotifier
     resolve: Callable[[Job], LabelSet]
-    judge_callbacks: Callable[[Job], None]
+    check_callbacks: Callable[[Job], None]
     load: Callable[[Sequence[tuple[int, Job]]], None]
     batcher: Batcher[Job]
     launch: Callable[[Sequence[Job]], LaunchedBatch]
@@ -57,7 +57,7 @@ class Stages:
     finish: Callable[[LaunchedBatch], None]
     """Wait for its vectors and score them: each job then has its tags, or the reason why it has none."""
     settle: Callable[[list[Job]], None]
-    away: RedisBackoff
+    backoff: RedisBackoff
     canary: Callable[[], None] = lambda: None
     """Between two batches: the known picture, where its time has come. Raises FatalError for a wrong answer."""
 
@@ -81,7 +81,7 @@ class Pipeline:
         on_claiming: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self._do = stages
-        self._fates = Admission(limits, stages.resolve, judge_callbacks=stages.judge_callbacks)
+        self._admission = Admission(limits, stages.resolve, check_callbacks=stages.check_callbacks)
         self._progress = progress
         self._meter = meter
         self._on_fatal = on_fatal
@@ -89,7 +89,7 @@ class Pipeline:
         self._is_claiming = False
         self._has_claimed = False
         self._zone = limits.zone
-        self._hands = InFlightJobs(slots=limits.slots, wanted=limits.wanted)
+        self._in_flight = InFlightJobs(slots=limits.slots, wanted=limits.wanted)
         self._flights: queue.Queue[tuple[list[Job], LaunchedBatch]] = queue.Queue(1)
         self._closing, self._ended = threading.Event(), threading.Event()
         self._is_hurried = False
@@ -103,21 +103,21 @@ class Pipeline:
     def _claim(self) -> None:
         alone = False
         while not self._closing.is_set():
-            room = self._hands.wait_room(is_alone=alone, is_closing=self._closing.is_set, timeout_s=IDLE_S)
+            room = self._in_flight.wait_room(is_alone=alone, is_closing=self._closing.is_set, timeout_s=IDLE_S)
             if not room:
                 continue
             try:
-                taken = self._do.claims.claim(room, held=self._hands)
+                taken = self._do.lease_queue.claim(room, held=self._in_flight)
             except RedisError as error:
                 self._say_claiming(active=False)
                 if not self._has_claimed and info_of(error).ends_start:
                     raise FatalError(ExitCode.CONFIG, f"SHIWU_REDIS_URL: {explain(error)}") from error
-                self._do.away.wait(error, self._closing)
+                self._do.backoff.wait(error, self._closing)
                 continue
             self._has_claimed = True
-            self._do.away.back()
+            self._do.backoff.back()
             self._say_claiming(active=not self._closing.is_set())
-            if not self._hands:
+            if not self._in_flight:
                 # Claims say nothing of the other threads: with jobs in hand only these moving on is progress.
                 self._progress.mark()
             alone = taken.alone
@@ -125,18 +125,18 @@ class Pipeline:
                 self._admit([open_job(one, zone=self._zone) for one in taken.jobs])
             elif not alone:
                 idle_from_s = time.monotonic()
-                self._do.doorbell.wait(IDLE_S)
-                if not self._hands:
+                self._do.notifier.wait(IDLE_S)
+                if not self._in_flight:
                     self._meter.idle(time.monotonic() - idle_from_s)
 
     def _admit(self, jobs: list[Job]) -> None:
         """Send each new job to the loaders with a slot of its own, unless its fate is already known."""
         now_s = time.monotonic()
         for job in jobs:
-            if job.id in self._hands:
+            if job.id in self._in_flight:
                 # It came back to its lane and to us while its former life here is being settled.
                 job.back = Release(job.id, delay_s=ONCE_MORE_S)
-        tickets = self._hands.take(jobs, [job for job in jobs if self._fates.admits(job, now_s)])
+        tickets = self._in_flight.take(jobs, [job for job in jobs if self._admission.admits(job, now_s)])
         self._settle([job for job in jobs if job.slot < 0])
         if tickets:
             self._do.load(tickets)
@@ -149,7 +149,7 @@ class Pipeline:
             decode_s=sum(one.decoded_s - one.fetched_s for one in results),
         )
         ready, failed = [], []
-        jobs = self._hands.loaded([one.ticket for one in results])
+        jobs = self._in_flight.loaded([one.ticket for one in results])
         for one, job in zip(results, jobs, strict=True):
             if job is None or job.request is None:
                 continue
@@ -227,18 +227,18 @@ class Pipeline:
         """Free the slots of jobs whose fate is known, and hand them on to be answered or given back. Never blocks."""
         if jobs:
             for job in jobs:
-                self._fates.spare(job)
-            self._hands.free_slots(jobs)
+                self._admission.spare(job)
+            self._in_flight.free_slots(jobs)
             self._do.settle(jobs)
 
     def ended(self, ids: Sequence[str]) -> None:
         """Leave these jobs where they are held: somebody has answered them."""
-        self._hands.end(ids)
+        self._in_flight.end(ids)
 
     def settled(self, jobs: Sequence[Job]) -> None:
         """Forget jobs that are out of our hands: Redis has their answers, or has them back."""
         self._progress.mark()
-        self._hands.remove(jobs)
+        self._in_flight.remove(jobs)
 
     # -------------------------------------------------------------------------------- from start to stop
     def start(self) -> None:
@@ -248,7 +248,7 @@ class Pipeline:
 
     def held(self) -> list[str]:
         """Ids of the jobs between claim and commit, oldest first."""
-        return self._hands.ids()
+        return self._in_flight.ids()
 
     def encode_age_s(self) -> float:
         """Seconds since the thread that feeds the device came round; idle, it does so all the time."""
@@ -261,14 +261,14 @@ class Pipeline:
         """
         self._closing.set()
         self._say_claiming(active=False)
-        self._do.doorbell.close()
+        self._do.notifier.close()
         until_s = time.monotonic() + grace_s
-        self._hands.wake()
+        self._in_flight.wake()
         # A claim that is under way brings more jobs; only after it is known what is held.
         if self._claimer.is_alive():
             self._claimer.join(timeout=CLAIM_ENDS_S)
-        self._hands.wait_empty(until_s=until_s, is_hurried=lambda: self._is_hurried)
-        left = [_release_of(job) for job in reversed(self._hands.jobs())]
+        self._in_flight.wait_empty(until_s=until_s, is_hurried=lambda: self._is_hurried)
+        left = [_release_of(job) for job in reversed(self._in_flight.jobs())]
         self._ended.set()
         self._do.batcher.close()
         for thread in self._threads:
@@ -298,7 +298,7 @@ class Pipeline:
     def _give_up(self, error: FatalError) -> None:
         # The try of what is on the device counts: a picture that ends one worker must not end one after another.
         # Not so where the known picture told of the device: that no job of ours is to blame is what it is for.
-        for job in self._hands.jobs():
+        for job in self._in_flight.jobs():
             job.is_accused = job.is_on_device and error.exit_code is not ExitCode.CANARY
         self._say_claiming(active=False)
         self._on_fatal(error)
@@ -307,7 +307,7 @@ class Pipeline:
 def _log_failure(job: Job, error: ErrorInfo, detail: str | None) -> None:
     level = log_level_of(error.code)
     if detail is not None or level != "info":
-        getattr(log, level)("source_failed", id=job.told_id, code=str(error.code), detail=detail or error.message)
+        getattr(log, level)("source_failed", id=job.log_id, code=str(error.code), detail=detail or error.message)
 
 
 def _release_of(job: Job) -> Release:

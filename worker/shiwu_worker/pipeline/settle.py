@@ -41,16 +41,16 @@ class Settler:
     def __init__(
         self,
         committer: Committer,
-        claims: LeaseQueue,
+        lease_queue: LeaseQueue,
         *,
-        away: RedisBackoff,
+        backoff: RedisBackoff,
         on_settled: Callable[[Sequence[Job]], None],
         on_answered: Callable[[Sequence[CommittedJob]], None] | None,
         on_fatal: Callable[[FatalError], None],
     ) -> None:
         self._committer = committer
-        self._claims = claims
-        self._away = away
+        self._lease_queue = lease_queue
+        self._backoff = backoff
         self._on_settled = on_settled
         self._on_answered = on_answered
         self._on_fatal = on_fatal
@@ -105,7 +105,7 @@ class Settler:
         # Apart from the answers, which a server that refuses the one may take.
         if back := [job for job in jobs if job.back is not None]:
             releases = [job.back for job in back if job.back is not None]
-            if self._until_done(lambda: self._claims.release(releases), jobs=len(back)) is not None:
+            if self._until_done(lambda: self._lease_queue.release(releases), jobs=len(back)) is not None:
                 self._on_settled(back)
 
     def _until_done(self, write: Callable[[], T], *, jobs: int) -> tuple[T, float] | None:
@@ -119,7 +119,7 @@ class Settler:
                     # The leases of these jobs end with us, and another worker answers them.
                     log.error("not_written", jobs=jobs, error=str(error)[:300])
                     return None
-                self._away.wait(error, self._ended)
+                self._backoff.wait(error, self._ended)
             else:
-                self._away.back()
+                self._backoff.back()
                 return said, time.monotonic() - started_s

@@ -124,15 +124,15 @@ def read_nat64(prefix: str) -> ipaddress.IPv6Network:
     return network
 
 
-def allows_bucket(reach: AccessRules, bucket: str) -> bool:
+def allows_bucket(access: AccessRules, bucket: str) -> bool:
     """Whether the operator lets this bucket be read.
 
     A name that chooses another endpoint is read only where an entry of the list ends in the same way: `pictures*` does
     not allow `pictures--x-s3`.
     """
-    if any(fnmatchcase(bucket, pattern) for pattern in reach.deny_buckets):
+    if any(fnmatchcase(bucket, pattern) for pattern in access.deny_buckets):
         return False
-    allowed = [pattern for pattern in reach.allow_buckets if fnmatchcase(bucket, pattern)]
+    allowed = [pattern for pattern in access.allow_buckets if fnmatchcase(bucket, pattern)]
     if bucket.endswith(OTHER_ENDPOINTS):
         return any(pattern.endswith(OTHER_ENDPOINTS) for pattern in allowed)
-    return bool(allowed) or not reach.allow_buckets
+    return bool(allowed) or not access.allow_buckets

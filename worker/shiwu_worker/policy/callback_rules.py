@@ -53,7 +53,7 @@ class CallbackRules:
     queues: tuple[str, ...] = ("celery",)
     most: int = MOST
 
-    def judge(self, canvas: Canvas) -> None:
+    def check(self, canvas: Canvas) -> None:
         """Judge the callbacks of a message.
 
         Raises:
@@ -61,15 +61,15 @@ class CallbackRules:
                 much, too deep or of a kind that is not sent from here, malformed_message for what is no signature.
         """
         chord = () if canvas.chord is None else (canvas.chord,)
-        self._judge_all([*canvas.callbacks, *canvas.errbacks, *canvas.chain, *chord])
+        self._check_all([*canvas.callbacks, *canvas.errbacks, *canvas.chain, *chord])
 
-    def judge_sent(self, name: object, options: Mapping[str, Any]) -> None:
-        """Judge one message on its way out, with what it carries on; raises as `judge`."""
-        _judge_form(options)
-        self._judge_task(name, options.get("queue"))
-        self._judge_all(_carried(options))
+    def check_sent(self, name: object, options: Mapping[str, Any]) -> None:
+        """Judge one message on its way out, with what it carries on; raises as `check`."""
+        _check_form(options)
+        self._check_task(name, options.get("queue"))
+        self._check_all(_carried(options))
 
-    def _judge_all(self, signatures: Iterable[object]) -> None:
+    def _check_all(self, signatures: Iterable[object]) -> None:
         waiting = [(one, 1) for one in signatures]
         seen = 0
         while waiting:
@@ -79,9 +79,9 @@ class CallbackRules:
                 raise _unsupported(
                     f"expected callbacks of at most {self.most} tasks (SHIWU_CALLBACK_MOST), nested {MAX_DEPTH} deep"
                 )
-            waiting += [(inner, depth + 1) for inner in self._judge_one(one)]
+            waiting += [(inner, depth + 1) for inner in self._check_one(one)]
 
-    def _judge_one(self, one: object) -> list[object]:
+    def _check_one(self, one: object) -> list[object]:
         """Judge a signature without what it holds; gives that."""
         if not isinstance(one, Mapping) or not isinstance(one.get("task"), str):
             raise _malformed("expected callbacks as signatures with a task's name")
@@ -90,28 +90,28 @@ class CallbackRules:
             raise _malformed("expected a signature's options and kwargs as mappings")
         if steering := sorted(STEERING & options.keys()):
             raise _unsupported(f"expected callbacks that name a queue at most, got the option {steering[0]!r}")
-        _judge_form(options)
+        _check_form(options)
         inner = _carried(options)
         if not kind:
-            self._judge_task(one["task"], options.get("queue"))
+            self._check_task(one["task"], options.get("queue"))
         elif isinstance(kind, str) and kind in STRUCTURES:
-            self._judge_queue(options.get("queue"), is_lane_allowed=True)
+            self._check_queue(options.get("queue"), is_lane_allowed=True)
             for part in STRUCTURES[kind]:
                 inner += _listed(kwargs.get(part), part)
         else:
             raise _unsupported(f"expected tasks, chains, groups and chords as callbacks, got {kind!r:.80}")
         return inner
 
-    def _judge_task(self, name: object, queue: object) -> None:
+    def _check_task(self, name: object, queue: object) -> None:
         if not isinstance(name, str) or not self.allows_task(name):
             raise RequestError(
                 ErrorCode.CALLBACK_REFUSED,
                 "expected callbacks of tasks that the worker's operator allows in SHIWU_CALLBACK_TASKS, "
                 f"got {name!r:.300}",
             )
-        self._judge_queue(queue, is_lane_allowed=name == TASK_NAME)
+        self._check_queue(queue, is_lane_allowed=name == TASK_NAME)
 
-    def _judge_queue(self, queue: object, *, is_lane_allowed: bool) -> None:
+    def _check_queue(self, queue: object, *, is_lane_allowed: bool) -> None:
         if queue is None or (is_lane_allowed and isinstance(queue, str) and queue in _LANES):
             return
         if not isinstance(queue, str) or not self.allows_queue(queue):
@@ -133,7 +133,7 @@ class CallbackRules:
         return _is_name(name) and not name.startswith(_OURS) and any(fnmatchcase(name, one) for one in self.queues)
 
 
-def _judge_form(options: Mapping[str, Any]) -> None:
+def _check_form(options: Mapping[str, Any]) -> None:
     serializer = options.get("serializer")
     if serializer is not None and serializer != "json":
         raise _unsupported(f"expected callbacks as JSON, got the serializer {serializer!r:.80}")

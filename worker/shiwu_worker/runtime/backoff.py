@@ -14,7 +14,7 @@ from shiwu.broker.redis_errors import REDIS_ERRORS, RedisCode, classify
 
 log: Any = structlog.get_logger()
 
-SAY_AGAIN_S: Final = 30.0
+LOG_AGAIN_S: Final = 30.0
 
 
 class RedisBackoff:
@@ -57,7 +57,7 @@ class RedisBackoff:
     def _say(self, error: RedisError) -> None:
         code, now_s = classify(error), time.monotonic()
         info = REDIS_ERRORS[code]
-        if code is self._said and (info.passes or now_s - self._said_s < SAY_AGAIN_S):
+        if code is self._said and (info.passes or now_s - self._said_s < LOG_AGAIN_S):
             return
         self._said, self._said_s = code, now_s
         log.error(

@@ -20,6 +20,8 @@ from shiwu_worker.errors import FatalError
 from shiwu_worker.jobs.job import Release
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.outcome import CommittedJob
+from shiwu_worker.loaders.pool import LoaderPool
+from shiwu_worker.loaders.protocol import LoadResult
 from shiwu_worker.pipeline.cancellations import CancellationListener
 from shiwu_worker.pipeline.pipeline import Pipeline
 from shiwu_worker.pipeline.settle import Settler
@@ -30,15 +32,15 @@ from shiwu_worker.service.factories import (
     PIPELINE_CONNECTIONS,
     check_redis,
     connect,
-    connect_doorbell,
-    make_away,
-    make_claims,
+    connect_notifier,
+    make_answer_store,
+    make_backoff,
     make_heartbeat,
-    make_ledger,
+    make_lease_queue,
     make_limits,
     make_loaders,
+    make_maintenance,
     make_stages,
-    make_upkeep,
     read_label_sets,
 )
 from shiwu_worker.service.label_notes import LabelNoter
@@ -47,11 +49,11 @@ from shiwu_worker.service.observability import Observability
 from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 from shiwu_worker.stages.claim.notifier import LaneNotifier
 from shiwu_worker.stages.commit import Committer
-from shiwu_worker.stages.decode.image_spec import read_image_spec
+from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
 from shiwu_worker.telemetry.logs import job_logger
 
 log: Any = structlog.get_logger()
-DOORBELL_S = 5.0
+NOTIFIER_BLOCK_S = 5.0
 START_S = 60.0
 LOADERS_STOP_S = 5.0
 T = TypeVar("T")
@@ -60,14 +62,14 @@ T = TypeVar("T")
 class WorkerService:
     """A running worker: claims from `open_service` until `stop`."""
 
-    def __init__(self, *, pipeline: Pipeline, stop: Callable[[float], None], panel: Observability) -> None:
+    def __init__(self, *, pipeline: Pipeline, stop: Callable[[float], None], observability: Observability) -> None:
         self._pipeline = pipeline
         self._stop = stop
-        self._panel = panel
+        self._observability = observability
 
     def hearing(self, *, active: bool) -> None:
         """Celery's half hears what is broadcast to workers, or does so no longer."""
-        self._panel.hearing(active=active)
+        self._observability.hearing(active=active)
 
     def stop(self, *, grace_s: float) -> None:
         """Drain within the grace time and give back what is left. The first call counts."""
@@ -97,16 +99,16 @@ def open_service(
     """
     use_one_arena()  # again: Celery's own command may have started this process
     progress = Progress()
-    panel = Observability(settings, progress, is_ready_when_hearing=is_ready_when_hearing)
+    observability = Observability(settings, progress, is_ready_when_hearing=is_ready_when_hearing)
     with ExitStack() as stack:
-        panel.open(stack)
+        observability.open(stack)
         check_redis(settings)
         # Before the model: a wrong file is told within a second.
         label_sets = read_label_sets(settings)
         folder = model_folder(settings.model)
         settings = apply_tuning(settings, lambda: model_revision(folder))
         yield _build(
-            *(stack, settings, folder, panel, progress),
+            *(stack, settings, folder, observability, progress),
             label_sets=label_sets,
             on_fatal=on_fatal,
             on_answered=on_answered,
@@ -117,7 +119,7 @@ def _build(
     stack: ExitStack,
     settings: Settings,
     folder: Path,
-    panel: Observability,
+    observability: Observability,
     progress: Progress,
     *,
     label_sets: Mapping[str, LabelSet],
@@ -128,32 +130,30 @@ def _build(
     token = _new_token(settings)
     meter = LoadMeter(loader_threads=settings.loader_count * settings.loader_threads)
     client = stack.enter_context(connect(settings, connections=PIPELINE_CONNECTIONS))
-    doorbell = _make_doorbell(stack, settings)
-    claims = make_claims(settings, client, token)
-    ledger = make_ledger(settings, client, token)
+    notifier = _make_notifier(stack, settings)
+    lease_queue = make_lease_queue(settings, client, token)
+    answer_store = make_answer_store(settings, client, token)
     spec = read_image_spec(folder)
     # Parts that answer upwards are bound late: the pipeline is made last.
-    loaders = make_loaders(settings, spec, on_loaded=lambda done: pipeline.loaded(done), on_fatal=on_fatal)
-    stack.callback(loaders.close, LOADERS_STOP_S)
-    loaders.start()
+    loaders = _start_loaders(stack, settings, spec, on_loaded=lambda done: pipeline.loaded(done), on_fatal=on_fatal)
     settler = Settler(
-        Committer(ledger, worker=settings.worker_name),
-        claims,
-        away=make_away("commit", progress),
-        on_settled=_each(lambda jobs: pipeline.settled(jobs), panel.remove),
+        Committer(answer_store, worker=settings.worker_name),
+        lease_queue,
+        backoff=make_backoff("commit", progress),
+        on_settled=_each(lambda jobs: pipeline.settled(jobs), observability.remove),
         on_answered=_each(
-            *_job_log(settings), panel.answered, LabelNoter(KnownLabelStore(client)).answered, on_answered
+            *_job_log(settings), observability.answered, LabelNoter(KnownLabelStore(client)).answered, on_answered
         ),
         on_fatal=on_fatal,
     )
     encoder = load_encoder(settings, folder, spec)
     loaders.wait_ready(START_S)
-    canary = make_canary(settings, encoder, spec, on_wrong=panel.wrong)
+    canary = make_canary(settings, encoder, spec, on_wrong=observability.wrong)
     canary.check_if_due()
     stages = make_stages(
-        *(settings, label_sets, claims, doorbell, loaders, encoder, settler, make_away("claim", progress)),
+        *(settings, label_sets, lease_queue, notifier, loaders, encoder, settler, make_backoff("claim", progress)),
         canary=canary.check_if_due,
-        on_batch=panel.batch_left,
+        on_batch=observability.batch_left,
     )
     pipeline = Pipeline(
         stages,
@@ -161,25 +161,40 @@ def _build(
         progress=progress,
         meter=meter,
         on_fatal=on_fatal,
-        on_claiming=lambda active: panel.claiming(active=active),
+        on_claiming=lambda active: observability.claiming(active=active),
     )
-    signs = panel.signs(pipeline, meter, suspects=doorbell.ring)
-    upkeep = make_upkeep(settings, client, ledger, token)
-    heartbeat = make_heartbeat(settings, claims, upkeep, signs, progress, encoder=encoder, on_fatal=on_fatal)
+    hooks = observability.hooks(pipeline, meter, suspects=notifier.ring)
+    maintenance = make_maintenance(settings, client, answer_store, token)
+    heartbeat = make_heartbeat(settings, lease_queue, maintenance, hooks, progress, encoder=encoder, on_fatal=on_fatal)
+    stack.callback(heartbeat.close)
     ended = CancellationListener(client, on_ended=pipeline.ended, on_fatal=on_fatal)
-    for part in (heartbeat, ended):
-        stack.callback(part.close)
-    panel.watch(stack, client, encoder, loaders)
-    once = _Once(partial(_stop, settings, panel=panel, claims=claims, pipeline=pipeline, settler=settler))
+    stack.callback(ended.close)
+    observability.watch(stack, client, encoder, loaders)
+    once = _Once(partial(_stop, settings, observability, lease_queue, pipeline, settler))
     stack.callback(once, settings.grace_s)
-    _start(stack, settler, doorbell, heartbeat, ended, pipeline)
-    panel.started(pipeline, encoder, loaders)
-    return WorkerService(pipeline=pipeline, stop=once, panel=panel)
+    _start(stack, settler, notifier, heartbeat, ended, pipeline)
+    observability.started(pipeline, encoder, loaders)
+    return WorkerService(pipeline=pipeline, stop=once, observability=observability)
 
 
-def _make_doorbell(stack: ExitStack, settings: Settings) -> LaneNotifier:
-    client = stack.enter_context(connect_doorbell(settings, block_s=DOORBELL_S))
-    return LaneNotifier(client, block_s=DOORBELL_S, lanes=settings.lanes)
+def _make_notifier(stack: ExitStack, settings: Settings) -> LaneNotifier:
+    client = stack.enter_context(connect_notifier(settings, block_s=NOTIFIER_BLOCK_S))
+    return LaneNotifier(client, block_s=NOTIFIER_BLOCK_S, lanes=settings.lanes)
+
+
+def _start_loaders(
+    stack: ExitStack,
+    settings: Settings,
+    spec: ImageSpec,
+    *,
+    on_loaded: Callable[[list[LoadResult]], None],
+    on_fatal: Callable[[FatalError], None],
+) -> LoaderPool:
+    """The loader processes, which import their libraries while this process imports the model's."""
+    loaders = make_loaders(settings, spec, on_loaded=on_loaded, on_fatal=on_fatal)
+    stack.callback(loaders.close, LOADERS_STOP_S)
+    loaders.start()
+    return loaders
 
 
 def _start(stack: ExitStack, *parts: Any) -> None:
@@ -193,18 +208,17 @@ def _new_token(settings: Settings) -> str:
     return f"{settings.worker_name.replace('|', '-')}.{secrets.token_hex(4)}"
 
 
-def _stop(
+def _stop(  # noqa: PLR0917 what it stops, in order
     settings: Settings,
-    grace_s: float,
-    *,
-    panel: Observability,
-    claims: LeaseQueue,
+    observability: Observability,
+    lease_queue: LeaseQueue,
     pipeline: Pipeline,
     settler: Settler,
+    grace_s: float,
 ) -> None:
     """Intake first, leases last: whoever holds a job keeps its lease until it is answered or given back."""
-    panel.stopping()
-    give_back(claims, pipeline.stop(grace_s=grace_s))
+    observability.stopping()
+    give_back(lease_queue, pipeline.stop(grace_s=grace_s))
     settler.close(timeout_s=settings.redis_timeout_s * 2)
 
 
@@ -230,11 +244,11 @@ def _each(*told: Callable[[T], None]) -> Callable[[T], None]:
     return tell
 
 
-def give_back(claims: LeaseQueue, left: Sequence[Release]) -> None:
+def give_back(lease_queue: LeaseQueue, left: Sequence[Release]) -> None:
     """Return jobs to the front of their lanes; where Redis is away, their leases will."""
     try:
         if left:
-            log.info("gave_back", jobs=claims.release(left))
+            log.info("gave_back", jobs=lease_queue.release(left))
     except redis.RedisError as error:
         log.error("not_given_back", jobs=len(left), error=str(error)[:300])
 

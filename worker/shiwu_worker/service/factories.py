@@ -47,7 +47,7 @@ LABEL_SET_TRIES = 4
 """Claims of a job whose label set is unknown: three times it is given back, since another worker may know the set."""
 PIPELINE_CONNECTIONS = 8
 """Threads claim, commit, heartbeat, ended (which listens) and watch, the one that stops the worker, and two spare."""
-DOORBELL_CONNECTIONS = len(Lane.INTERACTIVE.keys) + len(Lane.BULK.keys)
+NOTIFIER_CONNECTIONS = len(Lane.INTERACTIVE.keys) + len(Lane.BULK.keys)
 """Each of them waits in a blocking command for messages of one lane key."""
 CELERY_CONNECTIONS = 4
 """The thread that sends callbacks, Celery's own that hears revokes, and two spare."""
@@ -68,9 +68,9 @@ def connect(settings: Settings, *, connections: int, block_s: float = 0.0) -> re
     )
 
 
-def connect_doorbell(settings: Settings, *, block_s: float) -> redis.Redis:
+def connect_notifier(settings: Settings, *, block_s: float) -> redis.Redis:
     """The client of the threads that wait for messages, each in a command that blocks for `block_s`."""
-    return connect(settings, connections=DOORBELL_CONNECTIONS, block_s=block_s)
+    return connect(settings, connections=NOTIFIER_CONNECTIONS, block_s=block_s)
 
 
 def check_redis(settings: Settings) -> None:
@@ -166,7 +166,7 @@ def loader_options(settings: Settings, spec: ImageSpec) -> LoaderOptions:
         s3_requester_pays=settings.s3_requester_pays,
         user_agent=settings.user_agent_text,
         max_redirects=settings.max_redirects,
-        reach=settings.reach,
+        access=settings.access,
         max_bytes=settings.max_bytes,
         max_pixels=settings.max_pixels,
         max_side=settings.max_side,
@@ -203,7 +203,7 @@ def make_loaders(
     )
 
 
-def make_claims(settings: Settings, client: redis.Redis, token: str) -> LeaseQueue:
+def make_lease_queue(settings: Settings, client: redis.Redis, token: str) -> LeaseQueue:
     """This worker's claims."""
     return LeaseQueue(
         client,
@@ -216,7 +216,7 @@ def make_claims(settings: Settings, client: redis.Redis, token: str) -> LeaseQue
     )
 
 
-def make_ledger(settings: Settings, client: redis.Redis, token: str) -> AnswerStore:
+def make_answer_store(settings: Settings, client: redis.Redis, token: str) -> AnswerStore:
     """The writer of answers."""
     return AnswerStore(
         client,
@@ -227,11 +227,11 @@ def make_ledger(settings: Settings, client: redis.Redis, token: str) -> AnswerSt
     )
 
 
-def make_upkeep(settings: Settings, client: redis.Redis, ledger: AnswerStore, token: str) -> Maintenance:
+def make_maintenance(settings: Settings, client: redis.Redis, answer_store: AnswerStore, token: str) -> Maintenance:
     """What every worker does for all."""
     return Maintenance(
         client,
-        ledger,
+        answer_store,
         name=settings.worker_name,
         token=token,
         keep=RetentionPublisher(client, _keep(settings)),
@@ -248,16 +248,16 @@ def _keep(settings: Settings) -> Retention:
     )
 
 
-def make_away(where: str, progress: Progress) -> RedisBackoff:
+def make_backoff(where: str, progress: Progress) -> RedisBackoff:
     """Pauses of one thread while Redis is away; that it is away is no hang of the pipeline."""
     return RedisBackoff(where, on_wait=lambda _: progress.mark())
 
 
 def make_heartbeat(
     settings: Settings,
-    claims: LeaseQueue,
-    upkeep: Maintenance,
-    signs: HeartbeatHooks,
+    lease_queue: LeaseQueue,
+    maintenance: Maintenance,
+    hooks: HeartbeatHooks,
     progress: Progress,
     *,
     encoder: Any,
@@ -265,13 +265,13 @@ def make_heartbeat(
 ) -> Heartbeat:
     """The thread that keeps leases alive."""
     return Heartbeat(
-        claims,
-        upkeep,
+        lease_queue,
+        maintenance,
         lease_s=settings.lease_s,
         stuck_s=lambda: stuck_after_s(settings, encoder),
         progress=progress,
-        signs=signs,
-        away=RedisBackoff("heartbeat"),
+        hooks=hooks,
+        backoff=RedisBackoff("heartbeat"),
         on_fatal=on_fatal,
     )
 
@@ -314,12 +314,12 @@ def make_batcher(
 def make_stages(  # noqa: PLR0917 one argument for each part of the way
     settings: Settings,
     label_sets: Mapping[str, LabelSet],
-    claims: LeaseQueue,
-    doorbell: LaneNotifier,
+    lease_queue: LeaseQueue,
+    notifier: LaneNotifier,
     loaders: LoaderPool,
     encoder: Any,
     settler: Settler,
-    away: RedisBackoff,
+    backoff: RedisBackoff,
     *,
     canary: Callable[[], None],
     on_batch: Callable[[Reason, Sequence[Job]], None],
@@ -335,8 +335,8 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
     def resolve(job: Job) -> LabelSet:
         return bank.resolve(job.request.labels, job.request.head) if job.request else bank.resolve(None)
 
-    def judge_callbacks(job: Job) -> None:
-        settings.callback_rules.judge(read_canvas(job.raw))
+    def check_callbacks(job: Job) -> None:
+        settings.callback_rules.check(read_canvas(job.raw))
 
     def load(tickets: Sequence[tuple[int, Job]]) -> None:
         loaders.submit(
@@ -352,20 +352,20 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
         collect=encoder.collect,
         encode_exact=encoder.encode_exact,
         score=scorer.score,
-        trouble=encoder.trouble,
+        error_kind=encoder.error_kind,
         lower_cap=encoder.sizes.lower,
         learn=encoder.learn,
     )
     return Stages(
-        claims=claims,
-        doorbell=doorbell,
+        lease_queue=lease_queue,
+        notifier=notifier,
         resolve=resolve,
-        judge_callbacks=judge_callbacks,
+        check_callbacks=check_callbacks,
         load=load,
         batcher=batcher,
         launch=triage.launch,
         finish=triage.finish,
         settle=settler.put,
-        away=away,
+        backoff=backoff,
         canary=canary,
     )

@@ -62,6 +62,6 @@ def make_canary(settings: Settings, encoder: Any, spec: ImageSpec, *, on_wrong: 
         pixels=known_picture(spec.height, spec.width),
         reference=encoder.known_vectors[0],
         every_s=settings.canary_s,
-        trouble=encoder.trouble,
+        error_kind=encoder.error_kind,
         on_wrong=on_wrong,
     )

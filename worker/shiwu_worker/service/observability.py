@@ -50,7 +50,7 @@ class Observability:
         self._readiness = Readiness(
             on_change=self._on_ready, hearing_limit_s=HEARING_LIMIT_S if is_ready_when_hearing else 0.0
         )
-        self._vitals = HealthMonitor(
+        self._monitor = HealthMonitor(
             progress, redis_timeout_s=settings.redis_timeout_s, is_deaf=self._readiness.is_deaf
         )
         self._metrics = Metrics(retried=RETRIABLE) if settings.http_port else None
@@ -71,15 +71,15 @@ class Observability:
         endpoint = HealthServer(
             host=self._settings.http_host,
             port=self._settings.http_port,
-            not_live=self._vitals.not_live,
-            not_ready=self._vitals.not_ready,
+            not_live=self._monitor.not_live,
+            not_ready=self._monitor.not_ready,
             metrics=self._metrics.text,
         )
-        self._metrics.state(is_ready=lambda: not self._vitals.not_ready(), age_s=self._vitals.stillness_s)
+        self._metrics.state(is_ready=lambda: not self._monitor.not_ready(), age_s=self._monitor.stillness_s)
         stack.callback(endpoint.close)
         endpoint.start()
 
-    def signs(self, pipeline: Pipeline, meter: LoadMeter, *, suspects: Callable[[], None]) -> HeartbeatHooks:
+    def hooks(self, pipeline: Pipeline, meter: LoadMeter, *, suspects: Callable[[], None]) -> HeartbeatHooks:
         """What the heartbeat sees and tells."""
         metrics = self._metrics
 
@@ -104,21 +104,21 @@ class Observability:
         metrics = self._metrics
         if metrics is None:
             return
-        card = GpuMonitor(encoder.card_uuid)
-        metrics.card(card.state)
+        gpu = GpuMonitor(encoder.gpu_uuid)
+        metrics.gpu(gpu.state)
         metrics.model(encoder.info)
         metrics.sizes(largest=lambda: encoder.sizes.largest, threads=lambda: encoder.threads)
         metrics.loader_restarts(lambda: loaders.restarts)
 
         def on_look(seen: QueueSnapshot, backlog_s: dict[Lane, float]) -> None:
             metrics.queues(seen, backlog_s)
-            self._vitals.waiting(sum(seen.waiting.get(lane, 0) for lane in self._settings.lanes))
+            self._monitor.waiting(sum(seen.waiting.get(lane, 0) for lane in self._settings.lanes))
 
         watch = QueueMonitor(
             partial(shared_snapshot, client, max_age_s=EVERY_S),
             on_look=on_look,
             on_away=metrics.redis_unreachable,
-            also=card.look,
+            also=gpu.look,
         )
         stack.callback(watch.close)
         watch.start()
@@ -132,11 +132,11 @@ class Observability:
             loaders=lambda: loaders.pids,
             stuck_s=lambda: stuck_after_s(self._settings, encoder),
         )
-        self._vitals.started(body)
+        self._monitor.started(body)
 
     def claiming(self, *, active: bool) -> None:
         """Claims succeed, or have ended."""
-        self._vitals.claiming(active=active)
+        self._monitor.claiming(active=active)
         self._readiness.claiming(active=active)
 
     def hearing(self, *, active: bool) -> None:
@@ -145,7 +145,7 @@ class Observability:
 
     def _on_redis(self, available: bool) -> None:
         """Redis answered the heartbeat, or not; once a second, so that a limit of time is noticed."""
-        self._vitals.redis(available=available)
+        self._monitor.redis(available=available)
         self._readiness.look()
 
     def _on_ready(self, is_ready: bool) -> None:
@@ -159,11 +159,11 @@ class Observability:
     def wrong(self, what: str) -> None:
         """The known picture got a wrong answer."""
         self._health.ready(is_ready=False)
-        self._vitals.canary(what)
+        self._monitor.canary(what)
 
     def stopping(self) -> None:
         """The worker drains."""
-        self._vitals.stopping()
+        self._monitor.stopping()
 
     def answered(self, settled: Sequence[CommittedJob]) -> None:
         """Count answers, and make their spans."""

@@ -22,8 +22,8 @@ class Committer:
         worker: stands in every answer.
     """
 
-    def __init__(self, ledger: AnswerStore, *, worker: str) -> None:
-        self._ledger = ledger
+    def __init__(self, answer_store: AnswerStore, *, worker: str) -> None:
+        self._answer_store = answer_store
         self._worker = worker
 
     def finish(self, jobs: Sequence[Job], *, now_s: float) -> list[AnswerEntry]:
@@ -39,7 +39,7 @@ class Committer:
         Raises:
             redis.RedisError: and then the same answers may be written again.
         """
-        return self._ledger.write(entries)
+        return self._answer_store.write(entries)
 
     def _entry(self, job: Job, until_s: float, answered_at: datetime) -> AnswerEntry:
         is_dead = job.status in _KEPT

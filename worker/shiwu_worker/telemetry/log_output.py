@@ -8,7 +8,7 @@ import threading
 import time
 from typing import BinaryIO, Final
 
-LOOK_EVERY_S: Final = 1.0
+POLL_EVERY_S: Final = 1.0
 
 
 def open_standard_streams() -> None:
@@ -70,7 +70,7 @@ class LogOutput:
     def _open(self) -> BinaryIO:
         """The file, opened anew where another has its name."""
         now_s = time.monotonic()
-        if self._file is not None and now_s - self._looked_s < LOOK_EVERY_S:
+        if self._file is not None and now_s - self._looked_s < POLL_EVERY_S:
             return self._file
         self._looked_s = now_s
         if self._file is None or not self._is_current(self._file):

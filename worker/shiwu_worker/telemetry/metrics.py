@@ -200,7 +200,7 @@ class Metrics:
         cpu = Gauge("shiwu_model_threads", "Threads of the model on a CPU; 1 on a GPU.", registry=self.registry)
         cpu.set_function(threads)
 
-    def card(self, look: Callable[[], GpuState | None]) -> None:
+    def gpu(self, look: Callable[[], GpuState | None]) -> None:
         """Ask this for the card's state at each scrape; None gives no series."""
 
         def field(name: str) -> Callable[[], float | None]:

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from shiwu_worker.jobs.outcome import CommittedJob
 
 log: Any = structlog.get_logger()
-MOST_WAITING: Final = 4096
+MAX_WAITING: Final = 4096
 """Jobs whose spans are not made yet; more are dropped, for traces are a view and not the ledger."""
-MOST_LINKS: Final = 512
+MAX_LINKS: Final = 512
 """The largest batch that the settings allow; OpenTelemetry's own limit is 128."""
-SAY_EVERY_S: Final = 60.0
+LOG_EVERY_S: Final = 60.0
 POLL_INTERVAL_S: Final = 1.0
 _FAILED: Final = {Status.REJECTED, Status.FAILED}
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
@@ -55,7 +55,7 @@ def make_provider(*, worker: str, processor: SpanProcessor | None = None) -> Tra
     own = {"service.name": "shiwu-worker", "service.version": version("shiwu"), "service.instance.id": worker}
     told = OTELResourceDetector().detect().attributes
     resource = Resource.create({name: value for name, value in own.items() if name not in told})
-    limits = None if "OTEL_SPAN_LINK_COUNT_LIMIT" in os.environ else SpanLimits(max_links=MOST_LINKS)
+    limits = None if "OTEL_SPAN_LINK_COUNT_LIMIT" in os.environ else SpanLimits(max_links=MAX_LINKS)
     provider = TracerProvider(resource=resource, span_limits=limits, shutdown_on_exit=False)
     provider.add_span_processor(processor or BatchSpanProcessor(OTLPSpanExporter()))
     return provider
@@ -75,7 +75,7 @@ class _Clock:
 class Traces:
     """Makes spans from `start` to `close`."""
 
-    def __init__(self, provider: TracerProvider, *, most_waiting: int = MOST_WAITING) -> None:
+    def __init__(self, provider: TracerProvider, *, most_waiting: int = MAX_WAITING) -> None:
         self._provider = provider
         self._tracer = provider.get_tracer("shiwu_worker", version("shiwu"))
         self._most_waiting = most_waiting
@@ -142,7 +142,7 @@ class Traces:
 
     def _say_dropped(self, *, is_last: bool) -> None:
         now_s = time.monotonic()
-        if self._dropped and (is_last or self._said_s is None or now_s - self._said_s >= SAY_EVERY_S):
+        if self._dropped and (is_last or self._said_s is None or now_s - self._said_s >= LOG_EVERY_S):
             self._said_s = now_s
             with self._changed:
                 dropped, self._dropped = self._dropped, 0
@@ -173,7 +173,7 @@ class Traces:
                 "messaging.operation.name": "process",
                 "messaging.operation.type": "process",
                 "messaging.destination.name": job.lane.queue,
-                "messaging.message.id": job.told_id,
+                "messaging.message.id": job.log_id,
             },
             start_time=clock.ns(job.moments.claimed_s),
         )

@@ -30,7 +30,7 @@ from shiwu_worker.stages.decode.resize import SIDEWAYS, model_pixels
 
 DRAFT_FACTOR: Final = 2
 """A JPEG may be decoded at reduced size down to this many times the model's: below JPEG's own re-save noise."""
-LEAST_DRAFT: Final = 256
+MIN_DRAFT: Final = 256
 """And never below this: a small model sees every level, and a small picture is cheap anyway."""
 BYTES_A_PIXEL: Final = 16
 """Memory that a decoder may need. When it fails and so much cannot be had, it was short of memory."""
@@ -112,7 +112,7 @@ def decode(
 
 def _drafted(image: Image.Image, spec: ImageSpec) -> tuple[float, float] | None:
     """Have a large JPEG decoded at reduced size; where its content then ends, or None where the size stays."""
-    edge = max(LEAST_DRAFT, DRAFT_FACTOR * max(spec.width, spec.height, spec.shortest_edge or 0))
+    edge = max(MIN_DRAFT, DRAFT_FACTOR * max(spec.width, spec.height, spec.shortest_edge or 0))
     drafted = image.draft("RGB", (edge, edge))
     return drafted[1][2:] if drafted else None
 

@@ -13,7 +13,7 @@ from shiwu_worker.errors import Rejected
 
 FRAMES_TRIED: Final = 16
 """How many frames at the beginning of an animation are looked at; those behind them are never decoded."""
-LEAST_MS: Final = 20
+MIN_MS: Final = 20
 """A frame that is shown for less is over before anybody has seen it."""
 SHORT_DELAY_MS: Final = 10
 """Browsers show a frame with a delay of 0 to 10 ms for `BROWSER_DELAY_MS`."""
@@ -62,7 +62,7 @@ def flatten_to_rgb(
         check_size(image)
         rgb, is_visible = flat(image, sample_bits, load)
         tried += 1
-        if is_visible and shown_ms(image) >= LEAST_MS:
+        if is_visible and shown_ms(image) >= MIN_MS:
             return rgb
         if is_visible and seen is None:
             seen = rgb.copy() if rgb is image else rgb  # the next frame is drawn over this one

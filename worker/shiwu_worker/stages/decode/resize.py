@@ -177,8 +177,8 @@ class _Stretch:
         margin = math.ceil(_WIDEST_FILTER * max(1.0, scale)) + 1
 
         def lost(pixel: int, begin: int) -> float:
-            place = pixel * scale - begin
-            return abs(float(np.float32(place)) - place)
+            placement = pixel * scale - begin
+            return abs(float(np.float32(placement)) - placement)
 
         def begin_of(pixel: int) -> int:
             return max(0, math.floor(pixel * scale) - margin)

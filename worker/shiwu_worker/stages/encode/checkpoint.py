@@ -188,8 +188,8 @@ class TextEncoder:
 
 def _text_length(config: Any) -> int:
     # RoBERTa's position numbers begin after the padding index, which takes two places away.
-    places: int = config.max_position_embeddings
-    return places - 2 if "roberta" in config.model_type or config.model_type.startswith("altclip") else places
+    placements: int = config.max_position_embeddings
+    return placements - 2 if "roberta" in config.model_type or config.model_type.startswith("altclip") else placements
 
 
 @contextmanager

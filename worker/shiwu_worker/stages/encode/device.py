@@ -55,7 +55,7 @@ def choose_dtypes(asked: str, device: torch.device) -> tuple[torch.dtype, ...]:
     return (torch.bfloat16, torch.float32) if device.type == "cpu" and _cpu_has_bf16() else (torch.float32,)
 
 
-def card_uuid(device: torch.device) -> str | None:
+def gpu_uuid(device: torch.device) -> str | None:
     """The UUID of the card or MIG instance, as NVIDIA's tools write it; None for a CPU."""
     if device.type != "cuda":
         return None
@@ -72,7 +72,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def trouble_of(error: BaseException) -> DeviceErrorKind:
+def error_kind_of(error: BaseException) -> DeviceErrorKind:
     """What an error of a forward pass means for its batch."""
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()  # nothing happens where CUDA is not in use

@@ -26,7 +26,7 @@ from shiwu_worker.runtime.malloc import keep_freed_memory
 from shiwu_worker.stages.encode.batch_sizes import measure
 from shiwu_worker.stages.encode.checkpoint import TextEncoder, image_size, load_model
 from shiwu_worker.stages.encode.cpu_pool import CpuInferencePool
-from shiwu_worker.stages.encode.device import card_uuid, choose_device, choose_dtypes, device_name, trouble_of
+from shiwu_worker.stages.encode.device import choose_device, choose_dtypes, device_name, error_kind_of, gpu_uuid
 from shiwu_worker.stages.encode.staging import InFlightBatch, StagingRing
 from shiwu_worker.stages.encode.towers import GraphedTower, Tower, compiled_tower, eager_tower
 from shiwu_worker.stages.encode.tuning.batch_size_policy import (
@@ -41,7 +41,7 @@ __all__ = ["Encoder", "InFlightBatch"]
 
 log: Any = structlog.get_logger()
 T = TypeVar("T")
-LEAST_COSINE: Final = 0.999
+MIN_COSINE: Final = 0.999
 """Between a faster number format and FP32, for the pictures of the start-up check."""
 CHECKED: Final = 2
 START_CORE_S: Final = 0.4
@@ -94,7 +94,7 @@ class Encoder:
         self._pixels: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std), "rescale": rescale}
         self._is_compiled, self._has_graphs = is_compiled, has_graphs
         self._compiled: Tower | None = None
-        self._crew = CpuInferencePool(torch.get_num_threads()) if self._device.type == "cpu" else None
+        self._cpu_pool = CpuInferencePool(torch.get_num_threads()) if self._device.type == "cpu" else None
         self._run_exclusive(lambda: self._open(dtype, known))
         self._exact: Tower | None = None
         self._texts = TextEncoder(self._model, self._checkpoint)
@@ -109,7 +109,7 @@ class Encoder:
             dtype=str(self._dtype).removeprefix("torch."),
             device=device_name(self._device),
         )
-        self.card_uuid = card_uuid(self._device)
+        self.gpu_uuid = gpu_uuid(self._device)
         self.sizes = self._learn_sizes({rungs[0]: 1.0})
         """How large batches are; a mere guess until the model is warm."""
         self._threads: ThreadPolicy | None = None
@@ -121,7 +121,7 @@ class Encoder:
     @property
     def threads(self) -> int:
         """Threads that the model has on a CPU now; 1 elsewhere."""
-        return 1 if self._crew is None else self._crew.threads
+        return 1 if self._cpu_pool is None else self._cpu_pool.threads
 
     # -------------------------------------------------------------------------------- before the first job
     def _open(self, dtype: str, known: NDArray[np.uint8] | None) -> None:
@@ -148,7 +148,7 @@ class Encoder:
 
     def _run_exclusive(self, work: Callable[[], T]) -> T:
         """What takes all cores of a CPU is done by one thread, always the same."""
-        return work() if self._crew is None else self._crew.call(work)
+        return work() if self._cpu_pool is None else self._cpu_pool.call(work)
 
     def _cast(self, model: Any, dtypes: Sequence[torch.dtype]) -> tuple[Any, torch.dtype]:
         """The first format in which the model still says what it says in FP32."""
@@ -161,9 +161,9 @@ class Encoder:
             for dtype in dtypes[:-1]:
                 vectors = self._eager(model.to(dtype), dtype)(raw)
                 cosine = float((vectors * expected).sum(dim=1).min())
-                if cosine >= LEAST_COSINE:
+                if cosine >= MIN_COSINE:
                     return model, dtype
-                log.warning("dtype_refused", dtype=str(dtype), cosine=cosine, expected=LEAST_COSINE)
+                log.warning("dtype_refused", dtype=str(dtype), cosine=cosine, expected=MIN_COSINE)
                 # What a cast has rounded off does not come back.
                 model = load_model(self._checkpoint).to(self._device)
         return model.to(dtypes[-1]), dtypes[-1]
@@ -190,7 +190,7 @@ class Encoder:
         return self._run_exclusive(
             lambda: StagingRing(
                 tower, rungs=rungs, shape=self._shape, width=self._width, device=self._device, stream=self._stream,
-                crew=self._crew,
+                cpu_pool=self._cpu_pool,
             )
         )  # fmt: skip
 
@@ -207,7 +207,7 @@ class Encoder:
         Raises:
             NonFiniteError: when this dtype overflows on this model.
         """
-        core_s = 0.0 if self._crew is None else self._arrange_threads(self._crew)
+        core_s = 0.0 if self._cpu_pool is None else self._arrange_threads(self._cpu_pool)
         if is_thorough or self._is_compiled or self._stream is not None:
             costs = measure(self._time, self.rungs, is_enough=self._is_enough if choose_largest else lambda _: False)
             sd = MEASURED_WELL_SD
@@ -218,12 +218,12 @@ class Encoder:
         self.measured = tuple(costs)
         self.sizes = self._learn_sizes(costs, sd=sd, choose_largest=choose_largest)
 
-    def _arrange_threads(self, crew: CpuInferencePool) -> float:
+    def _arrange_threads(self, cpu_pool: CpuInferencePool) -> float:
         """Decide by the CPU that an image takes one thread, which is the same whatever else runs; return it."""
         tower, raw = self._eager(self._model, self._dtype), self._blank(self.rungs[0])
         vectors = torch.empty((self.rungs[0], self._width))
-        crew.omp_threads = 1
-        core_s = min(crew.start(tower, raw, vectors).wait().cost for _ in range(PASSES)) / self.rungs[0]
+        cpu_pool.omp_threads = 1
+        core_s = min(cpu_pool.start(tower, raw, vectors).wait().cost for _ in range(PASSES)) / self.rungs[0]
         self._threads = ThreadPolicy(
             core_s=core_s,
             cores=usable_cores,
@@ -237,10 +237,10 @@ class Encoder:
 
     def _follow(self, policy: ThreadPolicy) -> bool:
         """Take a crew of as many threads as the policy says; whether there had to be another one."""
-        wanted, crew = policy.look(), self._crew
-        if crew is not None and (crew.threads, crew.is_divided) == (wanted.threads, wanted.is_divided):
+        wanted, cpu_pool = policy.look(), self._cpu_pool
+        if cpu_pool is not None and (cpu_pool.threads, cpu_pool.is_divided) == (wanted.threads, wanted.is_divided):
             return False
-        self._crew = self._berths.crew = CpuInferencePool(wanted.threads, is_divided=wanted.is_divided)
+        self._cpu_pool = self._berths.cpu_pool = CpuInferencePool(wanted.threads, is_divided=wanted.is_divided)
         return True
 
     def _look_at_two(self, core_s: float) -> dict[int, float]:
@@ -302,8 +302,8 @@ class Encoder:
     def _prepare(self, policy: ThreadPolicy, rung: int) -> None:
         if self._follow(policy):
             self.sizes.forget()
-        if self._crew is not None and self._berths.parts_of(rung) == 1:
-            self._crew.omp_threads = policy.next_together(self.sizes.cost_of(rung))
+        if self._cpu_pool is not None and self._berths.parts_of(rung) == 1:
+            self._cpu_pool.omp_threads = policy.next_together(self.sizes.cost_of(rung))
 
     def collect(self, flight: InFlightBatch) -> NDArray[np.float32]:
         """The unit vectors float32 (n, d) of a batch that was launched.
@@ -322,7 +322,7 @@ class Encoder:
         spent, rung = flight.spent, flight.rung
         if spent is None:
             return
-        if self._crew is not None and rung not in self._run_before:
+        if self._cpu_pool is not None and rung not in self._run_before:
             self._run_before.add(rung)
             self.sizes.skip(rung)
             return
@@ -334,7 +334,7 @@ class Encoder:
             self._threads.record(core_s=core_s, together=spent.omp_threads, work=work, seconds=spent.seconds)
             usual = self._threads.together
         if spent.omp_threads in {0, usual}:
-            cost = spent.cost + host_s if self._crew is not None else spent.cost
+            cost = spent.cost + host_s if self._cpu_pool is not None else spent.cost
             self.sizes.record(rung, cost=cost, seconds=spent.seconds)
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -365,9 +365,9 @@ class Encoder:
         """What the tokenizer makes of each label; tells which ones the model cannot read."""
         return self._texts.label_tokens(labels)
 
-    def trouble(self, error: BaseException) -> DeviceErrorKind:
+    def error_kind(self, error: BaseException) -> DeviceErrorKind:
         """What an error of `encode` means for its batch."""
-        return trouble_of(error)
+        return error_kind_of(error)
 
 
 def _finite(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

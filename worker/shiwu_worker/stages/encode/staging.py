@@ -101,12 +101,12 @@ class StagingRing:
 
     def __init__(
         self, tower: Tower, *, rungs: Sequence[int], shape: tuple[int, int, int], width: int, device: torch.device,
-        stream: Any, crew: CpuInferencePool | None = None,
+        stream: Any, cpu_pool: CpuInferencePool | None = None,
     ) -> None:  # fmt: skip
         self._tower = tower
         self._rungs = tuple(rungs)
         self._stream = stream
-        self.crew = crew
+        self.cpu_pool = cpu_pool
         self._copy_stream: Any = None
         if stream is not None:
             self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
@@ -130,7 +130,7 @@ class StagingRing:
 
     def parts_of(self, rung: int) -> int:
         """Into how many parts such a batch is divided; 1 where it is run as a whole."""
-        return 1 if self.crew is None else self.crew.parts_of(rung)
+        return 1 if self.cpu_pool is None else self.cpu_pool.parts_of(rung)
 
     def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int] | None) -> InFlightBatch:
         """Gather rows of `pixels` (all of them for None), pad to the next rung and start the tower.
@@ -166,8 +166,8 @@ class StagingRing:
                 berth.on_device[:rung].copy_(berth.staged[:rung], non_blocking=True)
                 berth.copied.record()
             self._stream.wait_event(berth.copied)
-        if self.crew is not None:
-            berth.work = self.crew.start(self._tower, berth.on_device[:rung], berth.vectors[:rung])
+        if self.cpu_pool is not None:
+            berth.work = self.cpu_pool.start(self._tower, berth.on_device[:rung], berth.vectors[:rung])
             return
         with torch.cuda.stream(self._stream), torch.inference_mode():
             berth.begun.record()

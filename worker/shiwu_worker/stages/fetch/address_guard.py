@@ -90,25 +90,25 @@ class AddressGuard:
 
     def __init__(
         self,
-        reach: AccessRules,
+        access: AccessRules,
         *,
         resolve: Resolve = ask_resolver,
         lookups: int = LOOKUPS,
         make_socket: Callable[..., socket.socket] = socket.socket,
     ) -> None:
         self._allow, self._only, self._deny = (
-            HostList(entries) for entries in (reach.allow_hosts, reach.only_hosts, reach.deny_hosts)
+            HostList(entries) for entries in (access.allow_hosts, access.only_hosts, access.deny_hosts)
         )
         self._allow_networks, self._deny_networks = (
             tuple(ipaddress.ip_network(entry) for entry in entries)
-            for entries in (reach.allow_networks, reach.deny_networks)
+            for entries in (access.allow_networks, access.deny_networks)
         )
-        self._nat64 = tuple(read_nat64(entry) for entry in reach.nat64_prefixes)
-        self._ports = frozenset(reach.ports)
+        self._nat64 = tuple(read_nat64(entry) for entry in access.nat64_prefixes)
+        self._ports = frozenset(access.ports)
         self._lookup = Lookup(resolve, at_most=lookups)
         self._make_socket = make_socket
 
-    def judge_name(self, host: str, port: int) -> bool:
+    def check_name(self, host: str, port: int) -> bool:
         """Judge a host as it is written; return whether the operator trusts it whatever its addresses are.
 
         Raises:
@@ -128,10 +128,10 @@ class AddressGuard:
             if not _NAME.fullmatch(name) or _LOOKS_NUMERIC.fullmatch(name.rpartition(".")[2]):
                 raise AddressRefused(f"{name!r:.80} is neither a name nor an address in its usual spelling") from None
         else:
-            self.judge_address(literal, trusted=trusted)
+            self.check_address(literal, trusted=trusted)
         return trusted
 
-    def judge_address(self, address: IPAddress, *, trusted: bool = False) -> None:
+    def check_address(self, address: IPAddress, *, trusted: bool = False) -> None:
         """Judge one address.
 
         Raises:
@@ -161,14 +161,14 @@ class AddressGuard:
             UnknownHost: there is no such name.
             OSError: no address answered.
         """
-        trusted = self.judge_name(host, port)
+        trusted = self.check_name(host, port)
         try:
             found = self._lookup(plain_host(host), port, timeout_s=deadline_s - time.monotonic())
         except socket.gaierror as error:
             if error.errno in _NO_SUCH_NAME:
                 raise UnknownHost(f"no such name: {host}") from error
             raise
-        judged = [(self._judge_answer(host, one, trusted=trusted), one) for one in found]
+        judged = [(self._check_answer(host, one, trusted=trusted), one) for one in found]
         last: OSError = OSError(f"no address of {host} answered")
         for address, (family, where) in judged[:ADDRESSES_TRIED]:
             left_s = deadline_s - time.monotonic()
@@ -194,10 +194,10 @@ class AddressGuard:
                 last = error
         raise last
 
-    def _judge_answer(self, host: str, found: Found, *, trusted: bool) -> IPAddress:
+    def _check_answer(self, host: str, found: Found, *, trusted: bool) -> IPAddress:
         try:
             address = ipaddress.ip_address(found[1][0])
-            self.judge_address(address, trusted=trusted)
+            self.check_address(address, trusted=trusted)
         except (ValueError, TypeError, IndexError):
             raise AddressRefused(f"{host} resolves to {found[1]!r:.80}, which is no address") from None
         except AddressRefused as error:

@@ -81,8 +81,10 @@ def _cause(error: BaseException) -> str:
     if any(sign in text for sign in "?@") or "://" in text:
         text = "(its text holds an address and is left out)"
     frames = traceback.extract_tb(error.__traceback__)[-_FRAMES_TOLD:]
-    places = " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames[::-1])
-    return f"{type(error).__name__}: {text[:_CAUSE_CHARS]} at {places or 'no place'}"
+    placements = " < ".join(
+        f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames[::-1]
+    )
+    return f"{type(error).__name__}: {text[:_CAUSE_CHARS]} at {placements or 'no placement'}"
 
 
 def bad_status(status: int, shown: str, *, retry_after_s: float | None = None) -> JobError:

@@ -70,10 +70,12 @@ class Fetcher:
         threads: how many fetches run at a time.
     """
 
-    def __init__(self, *, s3: S3Options, web: Web, reach: AccessRules, limits: FetchLimits, threads: int) -> None:
-        self._web = web
-        self._reach = reach
-        self._folders = LocalFiles(reach.allow_folders, reach.deny_folders)
+    def __init__(
+        self, *, s3: S3Options, http_client: Web, access: AccessRules, limits: FetchLimits, threads: int
+    ) -> None:
+        self._http_client = http_client
+        self._access = access
+        self._folders = LocalFiles(access.allow_folders, access.deny_folders)
         self._limits = limits
         self._pauses = SourcePauses(longest_s=limits.longest_pause_s)
         self._store = new_store(
@@ -129,8 +131,8 @@ class Fetcher:
         shown = without_query(reference)
         if not is_bucket(parts.bucket):
             raise rejected(ErrorCode.INVALID_REFERENCE, f"expected s3://bucket/key with a bucket's name: {shown}")
-        if not allows_bucket(self._reach, parts.bucket):
-            tells = self._reach.tells_refusals
+        if not allows_bucket(self._access, parts.bucket):
+            tells = self._access.tells_refusals
             raise bucket_refused(shown, detail="refused: SHIWU_ALLOW_BUCKETS, SHIWU_DENY_BUCKETS", tells=tells)
         if parts.key.endswith("/"):
             raise rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a key, got a prefix: {shown}")
@@ -169,9 +171,9 @@ class Fetcher:
     def _ask(self, url: str, shown: str, deadline_s: float) -> urllib3.BaseHTTPResponse:
         self._pauses.check(_host(url))
         try:
-            return self._web.open(url, deadline_s=deadline_s)
+            return self._http_client.open(url, deadline_s=deadline_s)
         except AddressRefused as error:
-            raise refused(error, shown, tells=self._reach.tells_refusals) from error
+            raise refused(error, shown, tells=self._access.tells_refusals) from error
         except UnknownHost as error:
             raise refused(error, shown, tells=False) from error
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:

@@ -83,7 +83,7 @@ class HttpClient:
 
     def __init__(
         self,
-        reach: AccessRules,
+        access: AccessRules,
         *,
         threads: int,
         connect_timeout_s: float,
@@ -93,12 +93,12 @@ class HttpClient:
     ) -> None:
         # Its warnings print whole URLs, with their queries.
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)
-        self._guard = AddressGuard(reach, resolve=resolve, lookups=LOOKUPS_A_THREAD * threads, make_socket=_Socket)
+        self._guard = AddressGuard(access, resolve=resolve, lookups=LOOKUPS_A_THREAD * threads, make_socket=_Socket)
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._headers = {**HEADERS, "User-Agent": user_agent}
-        self._has_proxy = reach.proxy_url is not None
-        self._manager = _manager(reach.proxy_url, threads=threads)
+        self._has_proxy = access.proxy_url is not None
+        self._manager = _manager(access.proxy_url, threads=threads)
         self._manager.pool_classes_by_scheme = _pool_classes(self._guard)
 
     def open(self, url: str, *, deadline_s: float) -> urllib3.BaseHTTPResponse:
@@ -116,7 +116,7 @@ class HttpClient:
         _clock.deadline_s = deadline_s
         if self._has_proxy:
             parts = parse_url(url)
-            self._guard.judge_name(parts.host or "", parts.port or (443 if parts.scheme == "https" else 80))
+            self._guard.check_name(parts.host or "", parts.port or (443 if parts.scheme == "https" else 80))
         left_s = max(0.001, deadline_s - time.monotonic())
         return self._manager.request(
             "GET",

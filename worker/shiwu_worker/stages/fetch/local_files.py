@@ -40,13 +40,13 @@ class LocalFiles:
             raise rejected(ErrorCode.INVALID_REFERENCE, "expected a path without control characters")
         path = os.fsdecode(raw)
         # Judged before anything is touched, with one answer for all that lies outside: nobody learns what exists there.
-        self._judge(os.path.realpath(path), path)
+        self._check(os.path.realpath(path), path)
         # A handle that can't be read from, so opening has no effect on pipes and devices. What it is a handle of
         # stays the same, whatever happens to the names in the meantime.
         handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             own_name = f"/proc/self/fd/{handle}"
-            self._judge(os.readlink(own_name), path)
+            self._check(os.readlink(own_name), path)
             mode = os.fstat(handle).st_mode
             if not stat.S_ISREG(mode):
                 kind = "a folder" if stat.S_ISDIR(mode) else "neither a file nor a folder"
@@ -56,10 +56,10 @@ class LocalFiles:
         finally:
             os.close(handle)
 
-    def _judge(self, real: str, path: str) -> None:
-        place = Path(real)
-        is_allowed = any(place.is_relative_to(folder) for folder in self._allow)
-        if not is_allowed or any(place.is_relative_to(folder) for folder in self._deny):
+    def _check(self, real: str, path: str) -> None:
+        placement = Path(real)
+        is_allowed = any(placement.is_relative_to(folder) for folder in self._allow)
+        if not is_allowed or any(placement.is_relative_to(folder) for folder in self._deny):
             raise _outside(f"{path} is {real}")
 
 

@@ -24,7 +24,7 @@ SMALL_BYTES: Final = 1024
 """A few bytes may be all of a small image, which is therefore decoded with either filler: it must not be seen."""
 _ARITHMETIC_FILLER: Final = bytes(64)
 """The same for arithmetic codes, whose encoders leave zeros at the end out."""
-LEAST_HOLE: Final = 64
+MIN_HOLE: Final = 64
 """So many zeros at the end of a scan that no pixel needs are a hole in the file and no padding: a sixteenth of the
 scan, between this and `LARGEST_PADDING`."""
 LONG_RUN, LONG_RUN_PADDING = 512, 8
@@ -128,7 +128,7 @@ def _spare_zeros(data: bytes, begin: int, end: int) -> int:
     """How many zeros at the end of a scan may not all be spare; 0 where there are not so many."""
     if data.endswith(bytes(LONG_RUN), begin, end):
         return LONG_RUN_PADDING
-    count = min(max((end - begin) // 16, LEAST_HOLE), LARGEST_PADDING)
+    count = min(max((end - begin) // 16, MIN_HOLE), LARGEST_PADDING)
     return count if data.endswith(bytes(count), begin, end) else 0
 
 
@@ -187,7 +187,7 @@ def _load_scans(image: ImageFile.ImageFile, data: bytes, header: JpegHeader, sca
 
 def _check_arithmetic(data: bytes, end: int) -> None:
     """Arithmetic codes are never short of data, but their encoders leave zeros at the end out."""
-    if data.endswith(bytes(LEAST_HOLE), 0, end):
+    if data.endswith(bytes(MIN_HOLE), 0, end):
         raise broken("expected a whole JPEG image, got one with a damaged end")
 
 

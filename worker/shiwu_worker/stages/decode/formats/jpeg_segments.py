@@ -132,7 +132,7 @@ class Markers:
 
     def __init__(self, data: bytes) -> None:
         self._bytes = np.frombuffer(data, np.uint8)
-        self._places: list[int] = []
+        self._placements: list[int] = []
         self._searched = 0
         """Places before this are known, from the last question on."""
         self._block_bytes = _FIRST_BLOCK_BYTES
@@ -141,14 +141,14 @@ class Markers:
         """The first such place from here on. Questions must ask for later and later places."""
         self._searched = max(self._searched, at)
         while True:
-            number = bisect_left(self._places, at)
-            if number < len(self._places):
-                return self._places[number]
+            number = bisect_left(self._placements, at)
+            if number < len(self._placements):
+                return self._placements[number]
             if self._searched + 1 >= len(self._bytes):
                 return None
             block = self._bytes[self._searched : self._searched + self._block_bytes + 1]
-            places = np.flatnonzero(block[:-1] == 0xFF)
-            self._places = (self._searched + places[_ENDS_SCAN.take(block.take(places + 1))]).tolist()
+            placements = np.flatnonzero(block[:-1] == 0xFF)
+            self._placements = (self._searched + placements[_ENDS_SCAN.take(block.take(placements + 1))]).tolist()
             self._searched += len(block) - 1
             self._block_bytes = min(2 * self._block_bytes, _MAX_BLOCK_BYTES)
 
@@ -178,13 +178,13 @@ def read_scans(data: bytes, header: JpegHeader, *, max_scans: int, max_segments:
         marker_at = markers.first_from(at)
         end = len(data) if marker_at is None else marker_at
         scans.append(Scan(at, end, marker_at is not None, restarts))
-        at, is_ended, last_end = -1, marker_at is None, end
+        at, is_answered_elsewhere, last_end = -1, marker_at is None, end
         for marker, begin, segment_end in _segments(data, end):
             segments += 1
             if begin - 2 - last_end > LARGEST_PADDING:
                 break
             last_end = segment_end
-            is_ended |= marker == _EOI
+            is_answered_elsewhere |= marker == _EOI
             if marker == _DRI:
                 restarts = data[begin + 2 : begin + 4] != b"\0\0"
             elif marker == _SOS and segment_end <= len(data):
@@ -192,7 +192,7 @@ def read_scans(data: bytes, header: JpegHeader, *, max_scans: int, max_segments:
                 seen |= _first_components(b"\xff" + data[begin - 1 : segment_end])
             if segments > max_segments:
                 raise too_large(f"expected a JPEG of at most {max_segments} segments between its scans, got more")
-        if at < 0 and not is_ended:
+        if at < 0 and not is_answered_elsewhere:
             raise broken("expected a whole JPEG image, got one that ends between two scans")
         if at >= 0 and len(scans) == max_scans:
             raise too_large(f"expected a JPEG of at most {max_scans} scans, got more")

@@ -84,14 +84,14 @@ def read_png(data: bytes, *, max_chunks: int) -> PngStream:
             without a header, or when the file's end is missing and image data has a wrong checksum.
     """
     chunks: list[_Chunk] = []
-    exif, colour, is_ended = b"", -1, False
+    exif, colour, is_answered_elsewhere = b"", -1, False
     for number, chunk in enumerate(_chunks(data)):
         if number >= max_chunks:
             raise too_large(f"expected a PNG of at most {max_chunks} chunks, got more")
         kind = chunk.kind
         if kind in _IMAGE or kind in _ANIMATION:
             chunks.append(chunk)
-            is_ended |= kind == b"IEND"
+            is_answered_elsewhere |= kind == b"IEND"
             colour = data[chunk.begin + 9] if kind == b"IHDR" and chunk.end <= len(data) else colour
         elif kind == b"tRNS" and chunk.is_intact(data):
             if chunk.end - chunk.begin >= _TRANSPARENCY.get(colour, 1 << 32):
@@ -102,7 +102,7 @@ def read_png(data: bytes, *, max_chunks: int) -> PngStream:
         raise broken("expected a whole PNG image, got one without a header")
     if not chunks[0].is_intact(data):
         raise broken("expected a whole PNG image, got one with a damaged header")
-    _check_data(data, chunks, is_ended=is_ended)
+    _check_data(data, chunks, is_answered_elsewhere=is_answered_elsewhere)
     return PngStream(data, tuple(_without_broken_animation(data, chunks)), exif)
 
 
@@ -120,10 +120,10 @@ def _chunks(data: bytes) -> Iterator[_Chunk]:
         at = end + 4
 
 
-def _check_data(data: bytes, chunks: list[_Chunk], *, is_ended: bool) -> None:
+def _check_data(data: bytes, chunks: list[_Chunk], *, is_answered_elsewhere: bool) -> None:
     """Checksums of image data cost, so they are looked at where something else is wrong already."""
     parts = [chunk for chunk in chunks if chunk.kind in _DATA and chunk.end + 4 <= len(data)]
-    if parts and is_ended:
+    if parts and is_answered_elsewhere:
         last = parts[-1]
         is_zeroed = bytes(4) in (data[last.end - 4 : last.end], data[last.end : last.end + 4])
         parts = [last] if is_zeroed else []

@@ -23,7 +23,7 @@ WASTED: Final = 0.02
 """Share of the time worked that tries of other ways may waste."""
 CREDIT_S: Final = 0.25
 """What they may waste before any work was done."""
-MOST_CREDIT_S: Final = 5.0
+MAX_CREDIT_S: Final = 5.0
 EARLY: Final = 64
 """Measurements during which every second one may be a try."""
 LATER_EVERY: Final = 4
@@ -43,7 +43,7 @@ ROUND_GROWTH: Final = 1.3
 LAST_ROUND: Final = 64
 STALE_S: Final = 600.0
 """The same in seconds, for a worker with little to do."""
-MOST_WASTE: Final = 0.3
+MAX_WASTE: Final = 0.3
 """A try is expected to take so much longer than the current way at most, however dear it looked: that may have been a
 disturbance. What a try really wasted is counted when it is done, and no other one begins before it is made good."""
 
@@ -137,7 +137,7 @@ class AdaptiveChoice:
     def _waste_s(self, arm: int, seconds: float) -> float:
         """How much longer a try is expected to take than the same work by the current arm, which takes `seconds`."""
         more = self.costs.log_cost(arm) - self.costs.log_cost(self.current) + self.costs.sd(arm, self.current)
-        return seconds * min(MOST_WASTE, math.expm1(max(0.0, more)))
+        return seconds * min(MAX_WASTE, math.expm1(max(0.0, more)))
 
     def record(self, arm: int, cost: float, *, seconds: float, now_s: float, wasted_s: float = 0.0) -> Change | None:
         """Learn from work that was done.
@@ -149,7 +149,7 @@ class AdaptiveChoice:
         """
         self._records += 1
         self.costs.observe(arm, cost, now_s)
-        self._credit_s = min(MOST_CREDIT_S, self._credit_s + WASTED * seconds) - wasted_s
+        self._credit_s = min(MAX_CREDIT_S, self._credit_s + WASTED * seconds) - wasted_s
         return self._choose()
 
     def _less(self, arm: int, other: int) -> float:

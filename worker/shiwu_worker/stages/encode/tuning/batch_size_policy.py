@@ -27,7 +27,7 @@ FIXED_PART: Final = 0.25
 """Share of the smallest batch's cost that is the batch's and not its image's, where no other batch was measured."""
 TIME_GAIN: Final = 0.2
 """What one batch counts for how quick the machine is now."""
-MOST_SLOWER: Final = math.log(2)
+MAX_SLOWER: Final = math.log(2)
 """What one batch may say about that at most: it may have been disturbed."""
 TRY_WAITS_S: Final = 10.0
 """How long a try waits for enough images, and for its result."""
@@ -37,7 +37,7 @@ MEMORY_S: Final = 300.0
 ABOUT: Final = 1.03
 """The first choice may cost so many times as much as the best guess, for the lower latency."""
 LONGEST_MEMORY_S: Final = 6 * 3600.0
-TOLD_EVERY_S: Final = 10.0
+REPORT_EVERY_S: Final = 10.0
 PLAN_SHIFT: Final = 0.02
 """How waiting images are cut into batches is computed again when the cost of a size has changed by so much."""
 
@@ -172,7 +172,7 @@ class BatchSizePolicy:
                 self._trying = None
                 wasted_s = max(0.0, seconds - size * self._seconds(self._choice.current) / self._choice.current)
             slower = math.log(seconds / size) - self._choice.costs.log_cost(size) - self._slowness
-            self._slowness += TIME_GAIN * max(-MOST_SLOWER, min(MOST_SLOWER, slower))
+            self._slowness += TIME_GAIN * max(-MAX_SLOWER, min(MAX_SLOWER, slower))
             change = self._choice.record(size, cost / size, seconds=seconds, now_s=now_s, wasted_s=wasted_s)
             told = self._settle(change, now_s)
         if told is not None:
@@ -208,7 +208,7 @@ class BatchSizePolicy:
             self._reason = "out_of_memory" if is_short else "too_long"
         self._renew_plan()
         now, said = self._choice.current, self._told
-        if now == said or now_s - self._told_s < TOLD_EVERY_S:
+        if now == said or now_s - self._told_s < REPORT_EVERY_S:
             return None
         self._told, self._told_s = now, now_s
         return BatchSizeChange(said, now, self._reason, images_per_s=round(now / self._seconds(now), 1))

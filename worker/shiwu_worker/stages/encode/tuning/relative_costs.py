@@ -20,7 +20,7 @@ NEAR_S: Final = 5.0
 """Measurements further apart are no neighbours."""
 NOISE_SD: Final = 0.3
 """Standard deviation of the logarithm of one measurement, until it is known."""
-LEAST_NOISE_SD: Final = 0.01
+MIN_NOISE_SD: Final = 0.01
 NOISE_GAIN: Final = 0.05
 """What one more difference between measurements of the same way counts for the noise, once there were many."""
 MEDIAN_NOISE: Final = 1.5
@@ -113,7 +113,7 @@ class RelativeCosts:
         gain = max(NOISE_GAIN, 1 / (3 + self._repeated))
         seen = min(difference * difference / 2, OUTLIER**2 * self._noise_variance)
         self._noise_variance += gain * (seen - self._noise_variance)
-        self._noise_variance = max(LEAST_NOISE_SD**2, self._noise_variance)
+        self._noise_variance = max(MIN_NOISE_SD**2, self._noise_variance)
 
     def _compare(self, measured: _Measurement) -> None:
         """Learn from this measurement and its neighbours of that other arm which was measured most often."""

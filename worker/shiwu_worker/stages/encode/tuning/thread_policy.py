@@ -21,7 +21,7 @@ QUICK_CORE_S: Final = 0.04
 """Core-seconds of an image in the model; loading one takes 0.002."""
 BORDER: Final = 1.25
 """A model that is quick is so until an image takes so many times as long, and the other way round."""
-MOST_DIVIDED: Final = 8
+MAX_DIVIDED: Final = 8
 """Each part of a batch takes Python's lock for some 5 ms of a pass: more threads than that wait for each other."""
 POLL_INTERVAL_S: Final = 5.0
 COST_GAIN: Final = 0.1
@@ -107,7 +107,7 @@ class ThreadPolicy:
             # The loaders take nearly as much as the model: they get a core.
             threads -= 1
         threads = max(1, threads)
-        may_divide = 1 < threads <= MOST_DIVIDED and not self._is_compiled
+        may_divide = 1 < threads <= MAX_DIVIDED and not self._is_compiled
         return Arrangement(threads, is_divided=may_divide and not self._is_quick)
 
     def _learn_anew(self, first: int) -> None:

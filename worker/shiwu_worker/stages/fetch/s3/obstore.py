@@ -84,7 +84,7 @@ class ObstoreStore:
         self._options = options
         self._limits = limits
         self._clients = Clients(options, limits)
-        self._place: _Place | None = None
+        self._placement: _Place | None = None
         self._stores: OrderedDict[str, tuple[ReadOnlyCredentials | None, S3Store]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -106,11 +106,11 @@ class ObstoreStore:
     def _store(self, bucket: str) -> S3Store:
         with self._lock, as_store_errors():
             access = self._clients.get()
-            if self._place is None:
-                self._place = _find(access)
+            if self._placement is None:
+                self._placement = _find(access)
             known, store = self._stores.get(bucket, (None, None))
             if store is None or known != access.credentials:
-                store = _new_store(bucket, self._place, access.credentials, self._options, self._limits)
+                store = _new_store(bucket, self._placement, access.credentials, self._options, self._limits)
                 self._stores[bucket] = (access.credentials, store)
             self._stores.move_to_end(bucket)
             if len(self._stores) > STORES_KEPT:
@@ -129,9 +129,9 @@ def _find(access: Access) -> _Place:
 
 
 def _new_store(
-    bucket: str, place: _Place, credentials: ReadOnlyCredentials | None, options: S3Options, limits: S3Limits
+    bucket: str, placement: _Place, credentials: ReadOnlyCredentials | None, options: S3Options, limits: S3Limits
 ) -> S3Store:
-    url = place.url
+    url = placement.url
     has_host = options.endpoint_url is None and is_aws(url) and _LABEL.fullmatch(bucket) is not None
     if has_host:
         url = url.replace("://", f"://{bucket}.", 1)
@@ -140,12 +140,12 @@ def _new_store(
         # Each of them said, or obstore would read variables that boto3 does not know.
         endpoint=url,
         aws_endpoint_url_s3=url,
-        region=place.region,
+        region=placement.region,
         virtual_hosted_style_request=has_host,
         skip_signature=credentials is None,
         request_payer=options.requester_pays,
         credential_provider=None if credentials is None else partial(_told, credentials),
-        client_options=_client_options(url, place, options, limits),
+        client_options=_client_options(url, placement, options, limits),
         retry_config={"max_retries": 0},
     )
 
@@ -159,7 +159,7 @@ def _told(credentials: ReadOnlyCredentials) -> S3Credential:
     }
 
 
-def _client_options(url: str, place: _Place, options: S3Options, limits: S3Limits) -> ClientConfig:
+def _client_options(url: str, placement: _Place, options: S3Options, limits: S3Limits) -> ClientConfig:
     parts = urlsplit(url)
     proxy = get_environ_proxies(url).get(parts.scheme)
     config: ClientConfig = {
@@ -178,8 +178,8 @@ def _client_options(url: str, place: _Place, options: S3Options, limits: S3Limit
         # It follows redirects, with the session's token, and can't be told not to: this ends them at the first step.
         config["proxy_url"] = NOWHERE
         config["proxy_excludes"] = parts.hostname or ""
-    if place.authorities is not None:
-        config["root_certificate"] = place.authorities
+    if placement.authorities is not None:
+        config["root_certificate"] = placement.authorities
     return config
 
 
