@@ -11,8 +11,8 @@ import redis
 
 from shiwu.broker.answers import AnswerEntry
 from shiwu.contract import RESULT_STREAM, Answer, Status
-from tests.integration.test_claim_properties import make_committer
 from tests.support.processes import Process, clean_environment
+from tests.support.redis_parts import make_committer
 from tests.support.waiting import wait_until
 
 CONSUMER = """

@@ -15,15 +15,9 @@ from redis.retry import Retry
 
 from shiwu.broker.answers import AnswerEntry
 from shiwu.contract import CLAIMS, COUNTERS, DELAYED, DELAYED_MESSAGES, LEASES, QUARANTINE, RESULT_STREAM, Lane
-from tests.integration.test_claim_properties import (
-    LANES,
-    answer,
-    make_committer,
-    make_lease_queue,
-    make_maintenance,
-    message,
-)
+from tests.integration.test_claim_properties import LANES
 from tests.support.fault_proxy import FaultProxy, Side
+from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
 
 T = TypeVar("T")

@@ -19,8 +19,8 @@ from shiwu_worker.celery_worker.revoke import Revoker
 from shiwu_worker.jobs.job import Release
 from shiwu_worker.policy.callback_rules import CallbackRules
 from tests.faults.conftest import Fleet
-from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue, make_maintenance, message
 from tests.support import drill
+from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 

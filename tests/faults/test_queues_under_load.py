@@ -9,9 +9,9 @@ from shiwu import Client, Status
 from shiwu.broker.message_writer import build_message
 from shiwu.contract import COUNTERS, RESULT_STREAM, Answer, Lane, Request, Stage
 from tests.faults.conftest import BATCH, BULK_SHARE, LEASE_S, Fleet
-from tests.integration.test_claim_properties import make_lease_queue
 from tests.support import drill, pictures
 from tests.support.picture_server import PictureServer, Reply
+from tests.support.redis_parts import make_lease_queue
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 

@@ -7,8 +7,8 @@ import time
 from shiwu.broker.message_reader import read_message
 from shiwu.contract import ATTEMPTS, CLAIMS, DEAD_MESSAGES, DELAYED, Status
 from tests.faults.conftest import Fleet
-from tests.integration.test_service import ask
 from tests.support import pictures
+from tests.support.ask import ask
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.servers import WorkerProcess
 

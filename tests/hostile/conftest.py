@@ -73,18 +73,18 @@ class World:
     names: Names = field(default_factory=Names)
 
     @property
-    def reach(self) -> AccessRules:
+    def access(self) -> AccessRules:
         """The outer address counts as public, and the servers' ports are allowed."""
         return AccessRules(allow_networks=(f"{OUTER}/32",), ports=(80, 443, self.outer.port, self.inner.port))
 
     def fetcher(
         self, *, total_timeout_s: float = 5.0, read_timeout_s: float = 2.0, max_bytes: int = 10_000, **rules: object
     ) -> Fetcher:
-        """A fetcher; `rules` change the reach."""
-        reach = replace(self.access, **rules)  # type: ignore[arg-type]  # fields of Reach
-        web = HttpClient(reach, threads=2, connect_timeout_s=1.0, read_timeout_s=read_timeout_s, resolve=self.names)
+        """A fetcher; `rules` change the access rules."""
+        access = replace(self.access, **rules)  # type: ignore[arg-type]  # fields of AccessRules
+        web = HttpClient(access, threads=2, connect_timeout_s=1.0, read_timeout_s=read_timeout_s, resolve=self.names)
         limits = FetchLimits(max_bytes, total_timeout_s, connect_timeout_s=1.0, read_timeout_s=read_timeout_s)
-        return Fetcher(s3=S3Options(None, "us-east-1"), http_client=web, access=reach, limits=limits, threads=2)
+        return Fetcher(s3=S3Options(None, "us-east-1"), http_client=web, access=access, limits=limits, threads=2)
 
     def url(self, text: str) -> str:
         """A URL with :IN and :OUT replaced by the ports of the servers."""

@@ -24,7 +24,7 @@ from shiwu_worker.celery_worker.callback_app import make_callback_app
 from shiwu_worker.celery_worker.callbacks import CallbackSender
 from shiwu_worker.config.settings import Settings
 from tests.conftest import LONG
-from tests.integration.test_claim_properties import message
+from tests.support.redis_parts import message
 
 # Celery's own use of redis; its pools are left to the garbage collector.
 pytestmark = [

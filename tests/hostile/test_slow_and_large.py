@@ -9,28 +9,13 @@ import pytest
 
 from shiwu_worker.errors import Rejected, Unavailable
 from tests.hostile.conftest import BODY, PLAIN, SECRET, World, failure
+from tests.support.http_texts import CHUNKED, OK, SLOW
 from tests.support.picture_server import Reply
 from tests.support.raw_server import RawServer, Script, says
 
 TOTAL_S = 0.6
 BUSY_S = 10.0
 """What a busy machine may add; without a deadline these servers take for ever."""
-OK = b"HTTP/1.1 200 OK\r\n"
-CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
-SLOW = {
-    "status line": says(b"HTTP/1.1 ", then=b"2"),
-    "header": says(OK + b"X: ", then=b"x"),
-    "headers": says(OK, then=b"X: y\r\n"),
-    "answers before the answer": says(then=b"HTTP/1.1 100 Continue\r\n\r\n"),
-    "body": says(OK + b"Content-Length: 5000\r\n\r\n", then=b"x"),
-    "body without length": says(OK + b"\r\n", then=b"x"),
-    "size of a chunk": says(CHUNKED, then=b"0"),
-    "chunk": says(CHUNKED + b"ff\r\n", then=b"x"),
-    "small chunks": says(CHUNKED, then=b"1\r\nx\r\n"),
-    "extension of a chunk": says(CHUNKED + b"5;", then=b"x"),
-    "trailers": says(CHUNKED + b"0\r\n", then=b"X: y\r\n"),
-    "body of a redirect": says(OK.replace(b"200", b"302") + b"Location: /\r\nContent-Length: 9999\r\n\r\n", then=b"x"),
-}
 
 
 @pytest.mark.parametrize("script", SLOW.values(), ids=SLOW)

@@ -16,10 +16,10 @@ from redis.exceptions import NoPermissionError
 
 from shiwu import Client, Status
 from shiwu.contract import CLAIMS, LEASES, QUEUE_SNAPSHOT, RESULT_STREAM, Lane, result_key
-from tests.integration.test_claim_properties import message
 from tests.support import pictures
 from tests.support.celery_client import celery_client
 from tests.support.processes import LOOPBACK, ROOT, free_ports
+from tests.support.redis_parts import message
 from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until

@@ -16,8 +16,8 @@ from shiwu.broker.message_writer import build_message
 from shiwu.contract import COUNTERS, RESULT_STREAM, Answer, ErrorCode, Lane, Request, Status, done_key, result_key
 from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 from tests.compat.shapes import ODD_IDS, protocol_2
-from tests.integration.test_claim_properties import answer, make_committer
 from tests.support.celery_client import celery_client
+from tests.support.redis_parts import answer, make_committer
 from tests.support.waiting import wait_until
 
 pytestmark = [

@@ -10,7 +10,7 @@ import redis
 
 from shiwu.contract import ATTEMPTS, CLAIMS, DELAYED, LEASES, Lane, done_key
 from shiwu_worker.jobs.job import Release
-from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
 
 

@@ -10,10 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from shiwu.broker.answers import AnswerEntry, AnswerStore
-from shiwu.broker.maintenance import Maintenance
-from shiwu.broker.message_writer import build_message
-from shiwu.broker.retention import Retention
+from shiwu.broker.answers import AnswerEntry
 from shiwu.client.dead_letters import DeadLetters
 from shiwu.contract import (
     CLAIMS,
@@ -26,43 +23,13 @@ from shiwu.contract import (
     RESULT_STREAM,
     Answer,
     Lane,
-    Request,
     Status,
     done_key,
 )
 from shiwu_worker.jobs.job import Claimed, Release
-from shiwu_worker.stages.claim.lease_queue import LeaseQueue
+from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
 
-REQUEST = Request(image="s3://pictures/cat.jpg")
 LANES = [(lane, key) for lane in Lane for key in lane.keys]
-
-
-def message(job_id: str, lane: Lane = Lane.INTERACTIVE) -> bytes:
-    """A message of our own client."""
-    return build_message(REQUEST, job_id=job_id, lane=lane)
-
-
-def make_lease_queue(client: redis.Redis, name: str, *, lease_s: float = 60.0, bulk_share: float = 0.1) -> LeaseQueue:
-    """One worker's claims."""
-    return LeaseQueue(client, token=name, lease_s=lease_s, bulk_share=bulk_share)
-
-
-def make_committer(client: redis.Redis, name: str) -> AnswerStore:
-    """One worker's writer of answers."""
-    return AnswerStore(client, token=name, keep=Retention(result_ttl_s=60, done_ttl_s=120, dead_length=1000))
-
-
-def make_maintenance(client: redis.Redis, name: str = "", *, stream_length: int = 100_000) -> Maintenance:
-    """One who tends."""
-    token = name or "sweep"
-    return Maintenance(
-        client, make_committer(client, token), name=name, token=token, keep=Retention(stream_length=stream_length)
-    )
-
-
-def answer(job: Claimed) -> AnswerEntry:
-    """The job's answer."""
-    return AnswerEntry(id=job.id, answer=Answer(id=job.id, status=Status.TAGGED, attempts=job.attempt))
 
 
 class Fleet(RuleBasedStateMachine):

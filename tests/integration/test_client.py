@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from shiwu import Client, JobFailed, QueueFull, RequestError, WaitTimeout
 from shiwu.cli import main
 from shiwu.contract import Lane
-from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue
 from tests.support import pictures
+from tests.support.redis_parts import answer, make_committer, make_lease_queue
 from tests.support.servers import S3Server, WorkerProcess
 
 

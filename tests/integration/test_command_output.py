@@ -20,9 +20,9 @@ from shiwu import Client, RequestError
 from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.cli import ask, main
 from shiwu.contract import WORKERS, Answer, ErrorCode, ErrorInfo, ImageInfo, Lane, Stage, Status
-from tests.integration.test_claim_properties import make_lease_queue, message
 from tests.support import pictures
 from tests.support.processes import clean_environment
+from tests.support.redis_parts import make_lease_queue, message
 from tests.support.servers import S3Server, WorkerProcess
 
 SHIWU = [sys.executable, "-m", "shiwu.cli"]

@@ -15,8 +15,8 @@ import redis
 from shiwu import Client
 from shiwu.broker.connection import call_held, connect
 from shiwu.broker.redis_errors import NotReplicated
-from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue
 from tests.support.processes import LOOPBACK, Process, clean_environment
+from tests.support.redis_parts import answer, make_committer, make_lease_queue
 from tests.support.redis_server import RedisServer, valkey_binary
 from tests.support.waiting import wait_until
 

@@ -27,9 +27,9 @@ from shiwu.contract import (
     result_key,
 )
 from tests.conftest import StartWorker
-from tests.integration.test_claim_properties import make_lease_queue, make_maintenance
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
+from tests.support.redis_parts import make_lease_queue, make_maintenance
 from tests.support.waiting import wait_until
 
 

@@ -15,9 +15,9 @@ from shiwu.cli import main
 from shiwu.contract import CLAIMS, DEADLINES, LEASES, RESULT_STREAM, REVOKED, ErrorCode, Lane, done_key
 from shiwu_worker.celery_worker.revoke import Revoker
 from tests.conftest import StartWorker
-from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue, make_maintenance
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
+from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance
 from tests.support.waiting import wait_until
 
 
@@ -84,7 +84,7 @@ def test_revoke_of_a_job_that_lies_in_a_lane(client: Client, redis_client: redis
 
 def test_revokes_beyond_those_remembered_are_told(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest are forgotten, as Celery does, and the log says how many."""
-    monkeypatch.setattr("shiwu_worker.celery_worker.revoke.MOST_REMEMBERED", 10)
+    monkeypatch.setattr("shiwu_worker.celery_worker.revoke.MAX_REMEMBERED", 10)
     revoker = Revoker(redis_client, make_committer(redis_client, "revoke"))
     with structlog.testing.capture_logs() as said:
         revoker.revoke([f"old-{number}" for number in range(10)])
@@ -163,7 +163,7 @@ def test_sweeps_look_at_long_lanes_in_turn(
     client: Client, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A round has a limit, and says how much it left; the next one goes on from there."""
-    monkeypatch.setattr("shiwu.broker.maintenance.PORTION", 10)
+    monkeypatch.setattr("shiwu.broker.maintenance.CHUNK_SIZE", 10)
     monkeypatch.setattr("shiwu.broker.maintenance.LOOKED_AT", 20)
     list(client.enqueue_many([f"s3://b/{number}" for number in range(50)]))
     client.enqueue("s3://b/k.jpg", lane="bulk", id="late", expires_s=0.0)

@@ -15,9 +15,9 @@ from click.testing import CliRunner, Result
 from shiwu import Client, QueueFull
 from shiwu.cli import main
 from shiwu.contract import RESULT_STREAM, Lane
-from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue
 from tests.support.fault_proxy import FaultProxy
 from tests.support.processes import clean_environment
+from tests.support.redis_parts import answer, make_committer, make_lease_queue
 from tests.support.waiting import wait_until
 
 REFERENCES = "".join(f"s3://b/{number}\n" for number in range(25))

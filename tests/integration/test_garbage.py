@@ -13,10 +13,11 @@ from tests.support.processes import clean_environment
 
 SERVICE = """
 import gc
-from shiwu_worker import logs, wiring
-from shiwu_worker.config import Settings
+from shiwu_worker.service import bootstrap
+from shiwu_worker.telemetry import logs
+from shiwu_worker.config.settings import Settings
 logs.set_up(level="warning", form="json")
-with wiring.open_service(Settings(), on_fatal=print):
+with bootstrap.open_service(Settings(), on_fatal=print):
     print(gc.get_freeze_count(), len(gc.get_objects()))
 print(gc.get_freeze_count(), 0)
 """

@@ -19,8 +19,8 @@ from shiwu.broker.message_writer import build_message
 from shiwu.contract import CLAIMS, QUEUE_SNAPSHOT, Lane, Request
 from shiwu_worker.errors import ExitCode
 from tests.conftest import FAILED, StartWorker
-from tests.integration.test_service import read_answer
 from tests.support import pictures
+from tests.support.ask import read_answer
 from tests.support.family import family
 from tests.support.fault_proxy import FaultProxy
 from tests.support.faulty_worker import FAULT_FILE

@@ -13,7 +13,7 @@ from shiwu.contract import CLAIMS, WORKERS
 from shiwu_worker.pipeline.heartbeat import Heartbeat, HeartbeatHooks
 from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.progress import Progress
-from tests.integration.test_claim_properties import make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
 
 

@@ -17,9 +17,9 @@ from shiwu.broker.message_writer import build_message
 from shiwu.contract import ATTEMPTS, HISTORY, LEASES, AttemptEnd, ErrorCode, Lane, Request, Stage, Status
 from shiwu_worker.jobs.job import Job, Release, open_job
 from shiwu_worker.stages.commit import Committer
-from tests.integration.test_claim_properties import make_committer, make_lease_queue, make_maintenance
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
+from tests.support.redis_parts import make_committer, make_lease_queue, make_maintenance
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 

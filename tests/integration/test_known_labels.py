@@ -18,8 +18,8 @@ from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.outcome import CommittedJob
 from shiwu_worker.jobs.timestamps import StageTimestamps
 from shiwu_worker.service.label_notes import MAX_REMEMBERED, LabelNoter
-from tests.integration.test_claim_properties import message
 from tests.support import pictures
+from tests.support.redis_parts import message
 from tests.support.servers import S3Server, WorkerProcess
 from tests.support.waiting import wait_until
 

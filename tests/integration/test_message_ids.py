@@ -19,7 +19,7 @@ from shiwu.contract import ATTEMPTS, CLAIMS, LEASES, RequestError, done_key, is_
 from shiwu_worker.jobs.job import open_job
 from shiwu_worker.stages.commit import Committer
 from tests.compat.shapes import ODD_IDS, protocol_1, protocol_2, shapes
-from tests.integration.test_claim_properties import make_committer, make_lease_queue
+from tests.support.redis_parts import make_committer, make_lease_queue
 
 IMAGE = "s3://b/k"
 SHAPES = shapes(IMAGE)

@@ -21,6 +21,7 @@ from shiwu_worker.commands.model_commands import MARK, convert_model, fetch_mode
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 from shiwu_worker.stages.encode.encoder import Encoder
+from tests.support.adapters import adapted
 from tests.support.checkpoints import (
     SIDE,
     quiet_transformers,
@@ -31,10 +32,9 @@ from tests.support.checkpoints import (
     write_safetensors,
 )
 from tests.support.hub_server import HubServer
-from tests.unit.test_checkpoint import adapted
 
 ID = "OFA-Sys/chinese-clip-tiny"
-# As in tests/unit/test_checkpoint.py.
+# As in tests/unit/stages/test_checkpoint.py.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning"),

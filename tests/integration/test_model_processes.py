@@ -15,8 +15,8 @@ import redis
 from shiwu.contract import Answer, Status
 from shiwu_worker.errors import ExitCode
 from tests.conftest import StartWorker
-from tests.integration.test_service import ask
 from tests.support import pictures
+from tests.support.ask import ask
 from tests.support.checkpoints import VOCABULARY, quiet_transformers, write_2022
 from tests.support.hub_server import HubServer
 from tests.support.processes import clean_environment

@@ -29,7 +29,7 @@ from shiwu_worker.stages.batch import Batcher
 from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 from shiwu_worker.stages.claim.notifier import LaneNotifier
 from shiwu_worker.stages.commit import Committer
-from tests.integration.test_claim_properties import make_committer, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import make_committer, make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
 
 SLOTS = 8

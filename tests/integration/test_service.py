@@ -7,18 +7,15 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import msgspec
 import pytest
 import redis
 from celery.exceptions import TaskRevokedError
 
 from shiwu.broker.message_writer import build_message
-from shiwu.client.results import TagResult
 from shiwu.contract import (
     DEAD,
     DEAD_MESSAGES,
     RESULT_STREAM,
-    Answer,
     ErrorCode,
     Lane,
     Request,
@@ -29,6 +26,7 @@ from shiwu.contract import (
 )
 from tests.conftest import StartWorker
 from tests.support import pictures
+from tests.support.ask import ask, read_answer
 from tests.support.celery_client import celery_client
 from tests.support.servers import PictureServer, S3Server, Valkey, WorkerProcess
 from tests.support.waiting import wait_until
@@ -38,21 +36,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-
-def ask(url: str, image: str, job_id: str, **fields: Any) -> Answer:
-    """Enqueue as our client does and wait for the answer under its key."""
-    with redis.Redis.from_url(url) as client:
-        message = build_message(Request(image=image, **fields), job_id=job_id, lane=Lane.INTERACTIVE)
-        client.lpush(Lane.INTERACTIVE.queue, message)
-        return read_answer(client, job_id)
-
-
-def read_answer(client: redis.Redis, job_id: str, *, timeout_s: float = 30.0) -> Answer:
-    """Wait for the answer in Celery's result, whichever form it has."""
-    raw = wait_until(lambda: client.get(result_key(job_id)), timeout_s=timeout_s, what=f"answer of {job_id}")
-    result = json.loads(raw)["result"]
-    return msgspec.convert(result.get("answer", result), TagResult)
 
 
 @pytest.mark.parametrize(

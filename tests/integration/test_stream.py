@@ -6,7 +6,7 @@ import redis
 
 from shiwu.broker.answers import AnswerEntry
 from shiwu.contract import COUNTERS, RESULT_STREAM, Answer, Status
-from tests.integration.test_claim_properties import make_committer, make_maintenance
+from tests.support.redis_parts import make_committer, make_maintenance
 
 LENGTH = 1000
 

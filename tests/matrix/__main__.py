@@ -32,8 +32,8 @@ NO_TEST_TOOLS: Final = frozenset({"import-linter", "mypy", "ruff", "boto3-stubs"
 SHOWN: Final = ("celery", "kombu", "redis", "pydantic", "msgspec", "pillow", "transformers", "numpy", "boto3")
 TESTS: Final = (
     "tests/unit",
-    "tests/integration/test_canvas.py",
-    "tests/integration/test_canvas_aside.py",
+    "tests/integration/test_callbacks.py",
+    "tests/integration/test_pending_callbacks.py",
     "tests/integration/test_claim.py",
     "tests/integration/test_client.py",
     "tests/integration/test_dead_letters.py",

@@ -14,20 +14,10 @@ import pytest
 from shiwu_worker.health import monitor as room
 from shiwu_worker.health.monitor import HealthMonitor, LivenessSources
 from shiwu_worker.runtime.progress import Progress
+from tests.support.clock import Clock
 from tests.support.waiting import wait_until
 
 STUCK_S = 90.0
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def monotonic(self) -> float:
-        """Now."""
-        return self.now_s
 
 
 @pytest.fixture

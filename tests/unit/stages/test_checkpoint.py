@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft import LoraModel, PeftModel
 from peft.tuners.lora import LoraLayer
 from structlog.testing import capture_logs
 from transformers import (
@@ -32,7 +32,8 @@ from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
 from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
-from shiwu_worker.stages.encode.checkpoint import TextEncoder, load_model, open_tokenizer, vocabulary_size
+from shiwu_worker.stages.encode.checkpoint import open_tokenizer, vocabulary_size
+from tests.support.adapters import adapted, load
 from tests.support.checkpoints import (
     SIDE,
     VOCABULARY,
@@ -75,13 +76,6 @@ def _silence() -> Iterator[None]:
 def folder(tmp_path: Path) -> Path:
     """The layout of December 2022."""
     return write_2022(tmp_path / "m")
-
-
-def load(folder: Path) -> tuple[Any, TextEncoder]:
-    """The model and its texts."""
-    checkpoint = read_checkpoint(folder)
-    model = load_model(checkpoint)
-    return model, TextEncoder(model, checkpoint)
 
 
 # ------------------------------------------------------------------------------------ weights
@@ -240,20 +234,6 @@ LORAS: dict[str, dict[str, Any]] = {
     "rank-stabilized": {"target_modules": "all-linear", "use_rslora": True},
     "with a whole module": {"target_modules": ["value"], "modules_to_save": ["visual_projection"]},
 }
-
-
-def adapted(base: Path, folder: Path, **options: Any) -> Any:
-    """A LoRA adapter as training leaves it, its weights no longer zero; returns peft's own model."""
-    model, _ = load(base)
-    wrapped: Any = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, task_type="FEATURE_EXTRACTION", **options))
-    torch.manual_seed(3)
-    for name, weight in wrapped.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
-            weight.data.add_(torch.randn_like(weight) * 0.5)
-    wrapped.base_model.config._name_or_path = str(base)
-    wrapped.peft_config["default"].base_model_name_or_path = str(base)
-    wrapped.save_pretrained(folder)
-    return wrapped.eval()
 
 
 @pytest.mark.parametrize("options", LORAS.values(), ids=LORAS)

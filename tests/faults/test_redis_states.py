@@ -12,8 +12,8 @@ from shiwu import Client
 from shiwu.broker.connection import connect
 from shiwu.contract import CLAIMS, LEASES, RESULT_STREAM
 from shiwu_worker.jobs.job import Release
-from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue, make_maintenance, message
 from tests.support import drill, pictures
+from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
 from tests.support.servers import Valkey, WorkerProcess
 from tests.support.waiting import wait_until
 

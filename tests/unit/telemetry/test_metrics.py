@@ -14,7 +14,6 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from shiwu.broker.answers import AnswerEntry
-from shiwu.broker.queue_stats import QueueSnapshot
 from shiwu.contract import RETRIABLE, Answer, ErrorCode, ErrorInfo, Lane, ModelInfo, Stage, Status, Timing
 from shiwu_worker.jobs.job import Job, Release
 from shiwu_worker.jobs.outcome import CommittedJob
@@ -25,6 +24,7 @@ from shiwu_worker.telemetry.histograms import BatchHistogram
 from shiwu_worker.telemetry.metrics import Metrics
 from shiwu_worker.telemetry.queue_monitor import BacklogEstimator
 from tests.support.promtool import NEEDS_PROMTOOL, check_metrics
+from tests.support.snapshots import make_snapshot
 
 JOB = Job(id="j", key=Lane.BULK.queue, attempt=1, raw=b"", moments=StageTimestamps(claimed_s=0.0))
 TIMES = Timing(queue=100.0, claim=1.0, fetch=20.0, decode=5.0, batch=2.0, encode=50.0, score=0.5, total=178.5)
@@ -116,7 +116,7 @@ def test_the_rest_is_told_by_who_knows_it() -> None:
     metrics.reaped(2)
     metrics.batch("full", 8)
     metrics.load(LoadReport(seconds=30.0, pictures=1, batches=1, idle=0.25, device=0.5, fetch=0.1, decode=0.2))
-    metrics.queues(look(waiting=4, oldest_age_s=3.0), {Lane.INTERACTIVE: 0.0, Lane.BULK: 8.0})
+    metrics.queues(make_snapshot(waiting=4, oldest_age_s=3.0), {Lane.INTERACTIVE: 0.0, Lane.BULK: 8.0})
     metrics.gpu(lambda: GpuState(used_bytes=1, total_bytes=4, utilisation=None))
     metrics.model(ModelInfo(id='a "model"', revision="r", dtype="float16", device="NVIDIA X"))
     metrics.loader_restarts(lambda: 3)
@@ -184,46 +184,30 @@ def test_a_value_on_a_bound_belongs_below_it() -> None:
     ]
 
 
-def look(
-    *, at_s: float = 1000.0, waiting: int, urgent: int = 0, answered: int = 0, oldest_age_s: float | None = None
-) -> QueueSnapshot:
-    """The lanes at one moment."""
-    return QueueSnapshot(
-        at_ms=at_s * 1000,
-        waiting={Lane.INTERACTIVE: urgent, Lane.BULK: waiting},
-        claimed=dict.fromkeys(Lane, 0),
-        oldest_ms={} if oldest_age_s is None else {Lane.BULK: (at_s - oldest_age_s) * 1000},
-        delayed=0,
-        suspects=0,
-        dead=9,
-        answered=answered,
-    )
-
-
 def test_the_backlog_is_what_waits_over_the_pace_of_all() -> None:
     """Ten a second while work waits: 100 in bulk wait for the 20 before them too."""
     pace = BacklogEstimator()
-    pace.backlog_s(look(at_s=1000, waiting=300, answered=0))
-    found = pace.backlog_s(look(at_s=1010, waiting=100, urgent=20, answered=100))
+    pace.backlog_s(make_snapshot(at_s=1000, waiting=300, answered=0))
+    found = pace.backlog_s(make_snapshot(at_s=1010, waiting=100, urgent=20, answered=100))
     assert found == pytest.approx({Lane.INTERACTIVE: 2.0, Lane.BULK: 12.0})
 
 
 def test_without_a_pace_the_backlog_is_as_long_as_it_is_old() -> None:
     """Nobody answers: it grows; and it ends with the backlog."""
     pace = BacklogEstimator()
-    assert pace.backlog_s(look(at_s=1000, waiting=5))[Lane.BULK] == 0.0
-    assert pace.backlog_s(look(at_s=1030, waiting=5))[Lane.BULK] == 30.0
-    assert pace.backlog_s(look(at_s=1040, waiting=5, oldest_age_s=200))[Lane.BULK] == 200.0
-    assert pace.backlog_s(look(at_s=1050, waiting=0))[Lane.BULK] == 0.0
-    assert pace.backlog_s(look(at_s=1060, waiting=1))[Lane.BULK] == 0.0
+    assert pace.backlog_s(make_snapshot(at_s=1000, waiting=5))[Lane.BULK] == 0.0
+    assert pace.backlog_s(make_snapshot(at_s=1030, waiting=5))[Lane.BULK] == 30.0
+    assert pace.backlog_s(make_snapshot(at_s=1040, waiting=5, oldest_age_s=200))[Lane.BULK] == 200.0
+    assert pace.backlog_s(make_snapshot(at_s=1050, waiting=0))[Lane.BULK] == 0.0
+    assert pace.backlog_s(make_snapshot(at_s=1060, waiting=1))[Lane.BULK] == 0.0
 
 
 def test_a_pace_of_idle_workers_is_none() -> None:
     """What was answered while nothing waited says nothing of how fast they could be."""
     pace = BacklogEstimator()
-    pace.backlog_s(look(at_s=1000, waiting=0, answered=0))
-    pace.backlog_s(look(at_s=1030, waiting=0, answered=30))
-    assert pace.backlog_s(look(at_s=1035, waiting=100, answered=530))[Lane.BULK] == pytest.approx(1.0)
+    pace.backlog_s(make_snapshot(at_s=1000, waiting=0, answered=0))
+    pace.backlog_s(make_snapshot(at_s=1030, waiting=0, answered=30))
+    assert pace.backlog_s(make_snapshot(at_s=1035, waiting=100, answered=530))[Lane.BULK] == pytest.approx(1.0)
 
 
 class Driver:

@@ -15,35 +15,14 @@ import pytest
 from shiwu.contract import ErrorCode
 from shiwu_worker.errors import JobError, Rejected, Unavailable, Unreachable
 from shiwu_worker.policy.access_rules import AccessRules
-from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
-from shiwu_worker.stages.fetch.http import HttpClient
+from shiwu_worker.stages.fetch.fetcher import Fetcher
 from shiwu_worker.stages.fetch.http_replies import retry_after_s
-from shiwu_worker.stages.fetch.s3.base import S3Options
 from shiwu_worker.stages.fetch.source_pauses import MAX_SOURCES, SourcePauses
+from tests.support.fetchers import make_fetcher
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.raw_server import RawServer, says
 
 BODY = b"x" * 5000
-
-
-def make_fetcher(
-    *,
-    total_timeout_s: float = 10.0,
-    access: AccessRules | None = None,
-    max_redirects: int = 3,
-    user_agent: str = "shiwu",
-) -> Fetcher:
-    """A fetcher with small limits that may reach this machine's servers."""
-    limits = FetchLimits(
-        max_bytes=10_000,
-        total_timeout_s=total_timeout_s,
-        connect_timeout_s=5.0,
-        read_timeout_s=2.0,
-        max_redirects=max_redirects,
-    )
-    rules = access or AccessRules(allow_hosts=("127.0.0.1",))
-    web = HttpClient(rules, threads=2, connect_timeout_s=5.0, read_timeout_s=2.0, user_agent=user_agent)
-    return Fetcher(s3=S3Options(None, "us-east-1"), http_client=web, access=rules, limits=limits, threads=2)
 
 
 def code_of(fetcher: Fetcher, reference: str) -> tuple[type[JobError], str]:

@@ -18,7 +18,7 @@ from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.label_vectors import EncodedLabels, TextVectors
 from shiwu_worker.jobs.timestamps import StageTimestamps
 from shiwu_worker.pipeline.batch_executor import BatchExecutor
-from tests.unit.test_encode import make_encoder, make_model, noise, saved
+from tests.support.encoders import make_encoder, make_model, noise, saved
 
 Pixels = NDArray[np.uint8]
 Vectors = NDArray[np.float32]

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from shiwu.broker.message_reader import read_message
 from shiwu.broker.message_writer import build_message
 from shiwu.contract import Lane, Request, RequestError, parse_request
-from tests.unit.test_contract import REQUESTS
+from tests.support.requests import REQUESTS
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def send(redis_url: str, **options: Any) -> bytes:

@@ -10,7 +10,7 @@ import structlog
 from shiwu_worker.celery_worker.worker_app import AdminConsumer, make_app
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.health.readiness import Readiness
-from tests.unit.test_vitals import Clock
+from tests.support.clock import Clock
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import redis
 
 from shiwu.contract import ATTEMPTS, CLAIMS, QUARANTINE, QUARANTINE_OWNER, Lane
 from shiwu_worker.jobs.job import Release
-from tests.integration.test_claim_properties import answer, make_committer, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
 
 INNOCENT = [f"job-{n}" for n in range(5)]
 

@@ -42,10 +42,10 @@ from shiwu_worker.stages.fetch.fetch_errors import http_error
 from shiwu_worker.stages.fetch.s3.base import ObjectStore, S3Options, StoreError, s3_error
 from shiwu_worker.stages.fetch.s3.boto import as_store_errors
 from shiwu_worker.stages.fetch.s3.obstore import _store_error
+from tests.support.fetchers import make_fetcher as make_web_fetcher
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.processes import ROOT
 from tests.support.stores import CLIENTS, OWN_NAMES, make_fetcher, make_store, read
-from tests.unit.test_fetch import make_fetcher as make_web_fetcher
 
 BODY: Final = b"x" * 100
 STATUS_OF_CODE: Final = {"NoSuchKey": 404, "NoSuchBucket": 404, "NoSuchVersion": 404, "SlowDown": 503, "Redirect": 307}

@@ -35,9 +35,9 @@ from shiwu_worker.celery_worker.callbacks import CallbackSender
 from shiwu_worker.celery_worker.revoke import Revoker
 from shiwu_worker.jobs.job import Release
 from shiwu_worker.policy.callback_rules import CallbackRules
-from tests.integration.test_claim_properties import make_committer, make_lease_queue, make_maintenance, message
 from tests.support.celery_client import celery_client
 from tests.support.processes import Process, clean_environment
+from tests.support.redis_parts import make_committer, make_lease_queue, make_maintenance, message
 from tests.support.servers import Valkey
 from tests.support.waiting import wait_until
 
@@ -87,7 +87,7 @@ def app(redis_url: str) -> Iterator[Celery]:
 @pytest.fixture
 def callbacks(app: Celery, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A worker's thread that sends callbacks, and looks often."""
-    monkeypatch.setattr("shiwu_worker.celery_worker.callbacks.LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr("shiwu_worker.celery_worker.callbacks.POLL_EVERY_S", 0.1)
     running = CallbackSender(app, redis_client, rules=RULES)
     running.start()
     yield

@@ -13,7 +13,7 @@ from shiwu_worker.checkpoints.checkpoint_files import read_checkpoint
 from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.jobs.label_checks import LabelFindings, LabelTokens, check_labels
 from shiwu_worker.stages.encode.checkpoint import TextEncoder, load_model
-from tests.unit.test_encode import PLACES, make_encoder, make_model, saved
+from tests.support.encoders import PLACES, make_encoder, make_model, saved
 
 
 def random_units(count: int, width: int = 16) -> NDArray[np.float32]:

@@ -11,8 +11,8 @@ from shiwu.broker.message_writer import build_message
 from shiwu.broker.queue_stats import shared_snapshot
 from shiwu.contract import QUEUE_SNAPSHOT, Lane, Request
 from shiwu_worker.telemetry.queue_monitor import QueueMonitor
+from tests.support.snapshots import make_snapshot
 from tests.support.waiting import wait_until
-from tests.unit.test_metrics import shared_snapshot as made_look
 
 
 def send(client: redis.Redis, lane: Lane, *ids: str, key: str | None = None, age_s: float = 0.0) -> None:
@@ -59,7 +59,7 @@ def test_a_watch_goes_on_after_what_fails(monkeypatch: pytest.MonkeyPatch) -> No
             raise errors.pop(0)
 
     watch = QueueMonitor(
-        lambda: made_look(waiting=3), on_look=lambda one, _: seen.append(one.waiting[Lane.BULK]), also=once_more
+        lambda: make_snapshot(waiting=3), on_look=lambda one, _: seen.append(one.waiting[Lane.BULK]), also=once_more
     )
     watch.start()
     wait_until(lambda: seen, timeout_s=10, what="a look after three that failed")

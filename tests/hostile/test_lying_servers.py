@@ -9,7 +9,7 @@ import pytest
 from shiwu_worker.errors import Rejected, Unavailable
 from shiwu_worker.stages.fetch.s3.base import S3Client
 from tests.hostile.conftest import INNER
-from tests.hostile.test_slow_and_large import CHUNKED, OK, SLOW
+from tests.support.http_texts import CHUNKED, OK, SLOW
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.raw_server import RawServer, Script, says
 from tests.support.stores import CLIENTS, OWN_NAMES, failure, make_fetcher

@@ -1,0 +1,28 @@
+"""Fetchers that may reach servers of this machine."""
+
+from __future__ import annotations
+
+from shiwu_worker.policy.access_rules import AccessRules
+from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
+from shiwu_worker.stages.fetch.http import HttpClient
+from shiwu_worker.stages.fetch.s3.base import S3Options
+
+
+def make_fetcher(
+    *,
+    total_timeout_s: float = 10.0,
+    access: AccessRules | None = None,
+    max_redirects: int = 3,
+    user_agent: str = "shiwu",
+) -> Fetcher:
+    """A fetcher with small limits that may reach this machine's servers."""
+    limits = FetchLimits(
+        max_bytes=10_000,
+        total_timeout_s=total_timeout_s,
+        connect_timeout_s=5.0,
+        read_timeout_s=2.0,
+        max_redirects=max_redirects,
+    )
+    rules = access or AccessRules(allow_hosts=("127.0.0.1",))
+    web = HttpClient(rules, threads=2, connect_timeout_s=5.0, read_timeout_s=2.0, user_agent=user_agent)
+    return Fetcher(s3=S3Options(None, "us-east-1"), http_client=web, access=rules, limits=limits, threads=2)
