@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,75 @@ _NODE = re.compile(r"\b([a-z]+) ?(?:\[\(|\[)")
 _ARROW = re.compile(r"^\s*([a-z]+) (?:-->|--|-\.) ?(?:\".*?\" ?(?:-->|\.->) )?([a-z]+)\s*$")
 
 
+def listed() -> set[str]:
+    """The paths in the tree of the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    found: set[str] = set()
+    parents: list[str] = []
+    for line in text.split("```text\n")[1].split("```")[0].splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]  # no line is empty
+        parents = [*parents[: len(indent) // 2], name.rstrip("/")]
+        found.add("/".join(parents))
+    return found
+
+
+def modules(folder: Path) -> set[str]:
+    """The packages and modules of a folder, as the tree lists them."""
+    return {
+        str(path.relative_to(ROOT))
+        for path in folder.iterdir()
+        if (path.is_dir() and path.name != "__pycache__") or (path.suffix == ".py" and path.name != "__init__.py")
+    }
+
+
+def test_the_tree_is_the_real_one() -> None:
+    """Packages and modules at the roots of both sides, and the seven stages."""
+    roots = [ROOT / "producer" / "shiwu", ROOT / "worker" / "shiwu_worker", ROOT / "worker" / "shiwu_worker" / "stages"]
+    real = {str(root.relative_to(ROOT)) for root in roots}.union(*map(modules, roots))
+    assert listed() == real
+
+
+def front_doors() -> dict[str, set[str]]:
+    """The table of front doors: package, modules."""
+    table = PAGE.read_text(encoding="utf-8").split("| package | front door |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+) \|$", table, re.M)
+    return {package: set(re.findall(r"`(.+?)`", modules)) for package, modules in rows}
+
+
+def test_front_doors_exist() -> None:
+    """Each module of the table is a module of its package."""
+    doors = front_doors()
+    names = [f"{package}.{door}".replace(".", "/") for package, modules in doors.items() for door in modules]
+    assert len(names) > 20
+    assert [name for name in names if not (ROOT / "worker" / "shiwu_worker" / f"{name}.py").is_file()] == []
+
+
+def test_front_doors_are_those_of_the_import_contracts() -> None:
+    """Where import-linter protects a package, its contract names the same modules."""
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    names = [contract["name"] for contract in config["contracts"]]
+    told = [
+        found.groups() for name in names if (found := re.match(r"The front door of the (\w+)( stage)?: (.+)", name))
+    ]
+    contracts = {f"stages.{package}" if stage else package: set(doors.split(", ")) for package, stage, doors in told}
+    assert len(contracts) > 4
+    assert {package: front_doors()[package] for package in contracts} == contracts
+
+
 def mermaid(kind: str) -> str:
     """The one diagram of this kind on the page."""
     text = PAGE.read_text(encoding="utf-8")
     (found,) = [block for block in re.findall(r"```mermaid\n(.*?)```", text, re.S) if block.startswith(kind)]
     return str(found)
+
+
+def test_owners_of_threads_exist() -> None:
+    """Each class in the table of threads is a class of the worker."""
+    table = PAGE.read_text(encoding="utf-8").split("| thread | owner |")[1].split("\n\n")[0]
+    owners = set(re.findall(r"`([A-Z]\w+)`", "\n".join(line.split("|")[2] for line in table.splitlines()[2:])))
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "worker").rglob("*.py"))
+    assert len(owners) > 8
+    assert [owner for owner in sorted(owners) if not re.search(rf"^class {owner}\b", sources, re.M)] == []
 
 
 def key_names() -> set[str]:

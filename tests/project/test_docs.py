@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+WORKER = ROOT / "worker" / "shiwu_worker"
 GENERATED = {"docs/settings.md", "docs/errors.md"}
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "helm" / "shiwu" / "README.md"]
 WRITTEN = [page for page in PAGES if str(page.relative_to(ROOT)) not in GENERATED]
 MAX_COLUMNS = 120
+OUTPUT = {"bench/out"}
+"""Folders that commands make."""
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _DEFINITION = re.compile(r"^\[[^\]]+\]: (\S+)$", re.M)
 
@@ -74,3 +77,17 @@ def test_lines_of_prose_fit_in_120_columns(page: Path) -> None:
         if columns(line) > MAX_COLUMNS and not line.startswith("|") and not re.search(r"https?://\S{60}", line)
     ]
     assert long == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_named_files_exist(page: Path) -> None:
+    """A path in backticks that begins with a folder of the project, or with a package of the worker."""
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    packages = {path.name for path in WORKER.iterdir() if path.is_dir()}
+    missing = []
+    for path in re.findall(r"`([\w.-]+(?:/[\w.-]+)+/?)`", "\n".join(line for _, line in prose(page))):
+        first = path.split("/")[0]
+        root = ROOT if first in folders else WORKER if first in packages else None
+        if root is not None and path not in OUTPUT and not (root / path).exists():
+            missing.append(path)
+    assert missing == []
