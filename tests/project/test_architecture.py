@@ -64,10 +64,10 @@ def test_front_doors_are_those_of_the_import_contracts() -> None:
     """Where import-linter protects a package, its contract names the same modules."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     names = [contract["name"] for contract in config["contracts"]]
-    told = [
+    matches = [
         found.groups() for name in names if (found := re.match(r"The front door of the (\w+)( stage)?: (.+)", name))
     ]
-    contracts = {f"stages.{package}" if stage else package: set(doors.split(", ")) for package, stage, doors in told}
+    contracts = {f"stages.{package}" if stage else package: set(doors.split(", ")) for package, stage, doors in matches}
     assert len(contracts) > 4
     assert {package: front_doors()[package] for package in contracts} == contracts
 
