@@ -26,4 +26,4 @@ def test_ready_worker_hears_revokes_after_an_outage(tmp_path: Path, start_worker
                 wait_until(lambda job_id=revoked: client.zscore("shiwu:revoked", job_id), timeout_s=5)  # type: ignore[misc]
             server.kill()
             wait_until(lambda: not worker.is_ready, timeout_s=15)
-        assert "revokes_not_heard" not in worker.log_text()
+        assert "revokes_not_received" not in worker.log_text()

@@ -120,13 +120,13 @@ def test_a_killed_worker_is_started_again(launch: Callable[..., WorkerProcess], 
     wait_until(lambda: len(answerers(ours.client)) == 2, timeout_s=30)
     first, second = children(box.pid)
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: events(box, "worker_died"), timeout_s=5, what="the launcher notices")
+    wait_until(lambda: events(box, "worker_crashed"), timeout_s=5, what="the launcher notices")
     wait_until(lambda: not box.ready_file.exists(), timeout_s=5, what="not ready without it")
     more = ours.send(100, prefix="meanwhile")
     box.wait_ready()
     ours.counted([*ids, *more])
     assert second in children(box.pid)
-    assert [line["reason"] for line in events(box, "worker_died")] == ["SIGKILL"]
+    assert [line["reason"] for line in events(box, "worker_crashed")] == ["SIGKILL"]
     again = ours.send(200, prefix="again")
     ours.counted(again)
     assert len(events(box, "ready")) == 3
@@ -173,8 +173,8 @@ def test_a_worker_that_keeps_dying_ends_the_launcher(launch: Callable[..., Worke
 
     wait_until(victim, timeout_s=90, every_s=0.1, what="the launcher gives up")
     assert box.exit_code == ExitCode.GAVE_UP
-    assert [line["restart_in_s"] for line in events(box, "worker_died")] == [1.0, 2.0, 4.0, 8.0, 16.0]
-    assert [line["placement"] for line in events(box, "gave_up")] == ["cpu0"]
+    assert [line["restart_in_s"] for line in events(box, "worker_crashed")] == [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert [line["worker"] for line in events(box, "restarts_exhausted")] == ["cpu0"]
     assert len(events(box, "ready")) == len(events(box, "stopped")) == 1
 
 

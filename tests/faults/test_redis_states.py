@@ -17,7 +17,7 @@ from tests.support.redis_parts import answer, make_committer, make_lease_queue, 
 from tests.support.servers import Valkey, WorkerProcess
 from tests.support.waiting import wait_until
 
-AWAY = '"event": "redis_away"'
+AWAY = '"event": "redis_unavailable"'
 REFUSED = '"event": "redis_refused"'
 
 

@@ -12,7 +12,7 @@ from tests.support.ask import ask
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.servers import WorkerProcess
 
-LATER = '"event": "later"'
+LATER = '"event": "job_retried"'
 
 
 def test_a_source_that_comes_back_and_one_that_does_not(

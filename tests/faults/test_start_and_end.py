@@ -30,12 +30,12 @@ def test_a_worker_is_ready_when_redis_is_there(
     worker = start_worker(redis_url=url, ready=False)
     wait_until(lambda: '"where": "claim"' in worker.log_text(), timeout_s=90)
     before = [event for event in events(worker) if event not in {"running_as_root", "embedded_model"}]
-    assert before[0] == "redis_away"
+    assert before[0] == "redis_unavailable"
     assert not {"ready", "callbacks_postponed"} & set(before)
     valkey.start()
     worker.wait_ready()
     wait_until(lambda: "ready" in events(worker), timeout_s=5)
-    assert events(worker).index("redis_back") < events(worker).index("ready")
+    assert events(worker).index("redis_available") < events(worker).index("ready")
     worker.signal(signal.SIGINT)
     assert worker.wait(timeout_s=30) == 0
     assert [event for event in events(worker) if event.startswith("stop")] == ["stopping", "stopped"]

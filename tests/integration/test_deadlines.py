@@ -90,7 +90,7 @@ def test_revokes_beyond_those_remembered_are_told(redis_client: redis.Redis, mon
         revoker.revoke([f"old-{number}" for number in range(10)])
         assert said == []
         revoker.revoke([f"new-{number}" for number in range(4)])
-    assert [(one["event"], one["jobs"]) for one in said] == [("revokes_forgotten", 4)]
+    assert [(one["event"], one["jobs"]) for one in said] == [("revokes_dropped", 4)]
     assert redis_client.zcard(REVOKED) == 10
 
 

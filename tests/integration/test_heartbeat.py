@@ -54,7 +54,7 @@ def test_a_stuck_worker_loses_its_jobs_and_says_so(redis_client: redis.Redis) ->
         try:
             wait_until(lambda: len(touches) >= 3, timeout_s=10)
             assert redis_client.hexists(CLAIMS, "job"), "a lease of 1.2 s was not renewed"
-            wait_until(lambda: any(line["event"] == "stuck" for line in logs), timeout_s=10)
+            wait_until(lambda: any(line["event"] == "worker_stuck" for line in logs), timeout_s=10)
             wait_until(lambda: not redis_client.hexists(CLAIMS, "job"), timeout_s=10)
             seen = len(touches)
             before = redis_client.zscore(WORKERS, "w")
@@ -64,7 +64,7 @@ def test_a_stuck_worker_loses_its_jobs_and_says_so(redis_client: redis.Redis) ->
             wait_until(lambda: len(touches) > seen, timeout_s=10)
         finally:
             heartbeat.close()
-    [line] = [line for line in logs if line["event"] == "stuck"]
+    [line] = [line for line in logs if line["event"] == "worker_stuck"]
     assert (line["held"], line["log_level"]) == (1, "error")
     # It held the lease until it stuck; what it lost was not renewed.
     assert sum(counts["renewed"]) >= 5
@@ -79,10 +79,10 @@ def test_messages_that_nobody_claims_are_a_stuck_worker_too(redis_client: redis.
     with capture_logs() as logs:
         heartbeat.start()
         try:
-            wait_until(lambda: any(line["event"] == "stuck" for line in logs), timeout_s=10)
+            wait_until(lambda: any(line["event"] == "worker_stuck" for line in logs), timeout_s=10)
         finally:
             heartbeat.close()
-    [line] = [line for line in logs if line["event"] == "stuck"]
+    [line] = [line for line in logs if line["event"] == "worker_stuck"]
     assert (line["held"], line["waiting"]) == (0, 1)
 
 

@@ -206,6 +206,6 @@ def test_worker_tells_its_retries(shared_worker: WorkerProcess, http_server: Pic
     assert result.answered_at is not None
     assert result.answered_at > tried.at
     lines = [json.loads(line) for line in shared_worker.log_text().splitlines() if '"history-retry"' in line]
-    [later] = [line for line in lines if line["event"] == "later"]
+    [later] = [line for line in lines if line["event"] == "job_retried"]
     assert (later["image"], later["code"], later["stage"]) == (url, "source_unavailable", "fetch")
     assert "503" in later["error"]

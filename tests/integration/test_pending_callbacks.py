@@ -248,7 +248,7 @@ def test_followers_beyond_the_limit_are_told(app: Celery, redis_client: redis.Re
     chain_ = [{"task": "plain.best", "options": {"task_id": f"follower-{number}"}} for number in range(5)]
     with structlog.testing.capture_logs() as said:
         callbacks._fail(chain_, JobFailed("no"), "FAILURE")
-    assert [(one["event"], one["jobs"]) for one in said] == [("followers_not_answered", 3)]
+    assert [(one["event"], one["jobs"]) for one in said] == [("chain_tasks_not_answered", 3)]
     assert app.AsyncResult("follower-1").state == "FAILURE"
 
 

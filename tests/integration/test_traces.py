@@ -145,7 +145,7 @@ def test_a_collector_that_hangs_holds_nothing_up(
     worker.terminate()
     assert worker.wait(timeout_s=25) == 0
     took_s = time.monotonic() - began_s
-    left = [line for line in events(worker.log_text()) if line["event"] == "traces_left"]
+    left = [line for line in events(worker.log_text()) if line["event"] == "traces_unsent"]
     assert len(left) == 1
     assert took_s < CLOSE_S + 7.0, "without traces an idle worker ends within a few seconds"
 

@@ -30,4 +30,4 @@ def test_surface_has_no_unrecorded_part(now: dict[str, object]) -> None:
 def test_log_events_are_found_in_both_sides() -> None:
     """The scan of the sources sees the events of real files."""
     found = {event for path in sources() for event in log_events(path)}
-    assert {"ready", "redis_away"} <= found
+    assert {"ready", "redis_unavailable"} <= found

@@ -55,7 +55,7 @@ def test_worker_that_never_hears_is_ready_in_the_end(clock: Clock) -> None:
         readiness.look()
         readiness.look()
     assert told == [True]
-    assert [one["event"] for one in said] == ["revokes_not_heard"]
+    assert [one["event"] for one in said] == ["revokes_not_received"]
 
 
 def test_worker_without_revokes_is_ready_when_it_claims() -> None:

@@ -137,7 +137,7 @@ def test_a_lost_card_is_left_out_and_told(nvml: FakeNvml) -> None:
     nvml.gpus = [FakeCard("GPU-a", is_lost=True), FakeCard("GPU-b")]
     with structlog.testing.capture_logs() as lines:
         assert names(find_gpus(visible=None)) == ["gpu1"]
-    assert [(line["event"], line["gpu"]) for line in lines] == [("card_left_out", "gpu0")]
+    assert [(line["event"], line["gpu"]) for line in lines] == [("gpu_skipped", "gpu0")]
 
 
 def test_near_cpus_are_those_we_may_use(nvml: FakeNvml) -> None:
@@ -187,7 +187,7 @@ def test_a_list_that_hides_by_mistake_is_told(visible: str, told: int) -> None:
     """But not one that says none."""
     with structlog.testing.capture_logs() as lines:
         find_gpus(visible=visible)
-    assert [line["event"] for line in lines] == ["cards_hidden"] * told
+    assert [line["event"] for line in lines] == ["gpus_hidden"] * told
 
 
 @pytest.mark.parametrize(

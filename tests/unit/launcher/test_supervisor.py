@@ -53,15 +53,15 @@ def test_who_keeps_dying_is_given_up(end: str) -> None:
     """With growing pauses, then all others are stopped and the code has a name."""
     with capture_logs() as lines:
         assert launch(end, STAY) == ExitCode.GAVE_UP
-    assert [line["restart_in_s"] for line in lines if line["event"] == "worker_died"] == [0.01, 0.02, 0.04]
-    assert [line["placement"] for line in lines if line["event"] == "gave_up"] == ["gpu0"]
+    assert [line["restart_in_s"] for line in lines if line["event"] == "worker_crashed"] == [0.01, 0.02, 0.04]
+    assert [line["worker"] for line in lines if line["event"] == "restarts_exhausted"] == ["gpu0"]
 
 
 def test_a_pause_has_a_limit() -> None:
     """Doubling ends there."""
     with capture_logs() as lines:
         assert launch("exit 1", longest_pause_s=0.015) == ExitCode.GAVE_UP
-    assert [line["restart_in_s"] for line in lines if line["event"] == "worker_died"] == [0.01, 0.015, 0.015]
+    assert [line["restart_in_s"] for line in lines if line["event"] == "worker_crashed"] == [0.01, 0.015, 0.015]
 
 
 def test_nothing_is_started_any_more_once_the_end_has_begun(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_dropped_and_said_once() -> None:
         traces._thread.join(CLOSE_S)
     assert not traces._thread.is_alive()
     told = [line for line in logs if line["event"] == "traces_dropped"]
-    assert [line["event"] for line in logs if line["event"] == "traces_left"] == ["traces_left"]
+    assert [line["event"] for line in logs if line["event"] == "traces_unsent"] == ["traces_unsent"]
     assert sum(line["jobs"] for line in told) + exporter.taken == 100
     assert exporter.taken <= 14
     assert len(told) <= 2

@@ -175,7 +175,7 @@ class CallbackSender:
         """Answer for tasks that will not run, so that nobody waits for them for ever."""
         if (left := len(followers) - self._rules.most) > 0:
             log.error(
-                "followers_not_answered", jobs=left, meaning="their chain is longer than SHIWU_CALLBACK_MOST allows"
+                "chain_tasks_not_answered", jobs=left, meaning="their chain is longer than SHIWU_CALLBACK_MOST allows"
             )
         for one in followers[: self._rules.most]:
             options = one.get("options")

@@ -56,7 +56,7 @@ class Revoker:
         )
         if forgotten:
             log.error(
-                "revokes_forgotten",
+                "revokes_dropped",
                 jobs=forgotten,
                 limit=MAX_REMEMBERED,
                 meaning="more ids were revoked than are remembered; jobs of the oldest ones run if they wait in a lane",
@@ -84,7 +84,7 @@ def revoke_command(state: Any, task_id: str | Sequence[str] = (), **_: Any) -> d
     try:
         now = revoker.revoke(ids)
     except redis.RedisError as error:
-        log.error("not_revoked", jobs=len(ids), code=classify(error).value, error=str(error)[:300])
+        log.error("revoke_failed", jobs=len(ids), code=classify(error).value, error=str(error)[:300])
         return {"error": f"{classify(error)}: not revoked; revoke again"}
     log.info("revoked", jobs=len(ids), answered_now=now, ids=ids[:10])
     return {"ok": f"{len(ids)} revoked"}

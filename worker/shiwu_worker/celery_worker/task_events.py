@@ -60,7 +60,7 @@ class TaskEventSender:
                 with self._app.connection_for_write() as connection:
                     self._connected(connection)
             except (OperationalError, OSError, *self._app.connection_for_write().connection_errors) as error:
-                log.warning("events_away", error=str(error)[:300])
+                log.warning("events_unavailable", error=str(error)[:300])
                 self._closed.wait(BEAT_S)
             except Exception:  # border: events are a view; a defect in them must not cost a job
                 log.exception("events_failed")

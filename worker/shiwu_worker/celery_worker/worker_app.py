@@ -121,7 +121,7 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
                     open_service(settings, on_fatal=self._end, on_answered=tell, is_ready_when_hearing=settings.revoke)
                 )
             except FatalError as error:
-                log.error("not_started", exit_code=int(error.exit_code), reason=error.exit_code.name, error=str(error))
+                log.error("start_failed", exit_code=int(error.exit_code), reason=error.exit_code.name, error=str(error))
                 raise SystemExit(int(error.exit_code)) from error
             except SystemExit:
                 log.info("stopped", reason="asked to", during="start")

@@ -74,7 +74,7 @@ def _download_with_retries(hub_id: str, revision: str | None, into: Path | None)
         except (OSError, ValueError, WrongCheckpoint):  # an answer of the hub, or a fault of this machine
             raise
         except Exception as error:  # noqa: BLE001 border: whatever the HTTP library of the hub's library raises
-            log.warning("model_download_broke", model=hub_id, error=first_line(error))
+            log.warning("model_download_interrupted", model=hub_id, error=first_line(error))
             time.sleep(PAUSE_S)
     return _download(hub_id, revision, into)
 

@@ -50,9 +50,9 @@ def apply_tuning(settings: Settings, revision: Callable[[], str]) -> Settings:
     try:
         tuned = Tuned.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        log.warning("tune_file_unread", path=str(path), kind=type(error).__name__)
+        log.warning("tune_file_unreadable", path=str(path), kind=type(error).__name__)
         return settings
     if tuned.key != key_of(settings, revision()):
-        log.warning("tune_file_of_others", path=str(path), meaning="another machine, model or version; tune again")
+        log.warning("tune_file_mismatch", path=str(path), meaning="another machine, model or version; tune again")
         return settings
     return settings.model_copy(update={name: getattr(tuned, name) for name in KNOBS if not getattr(settings, name)})

@@ -63,7 +63,7 @@ class Readiness:
         is_over = now_s - self._deaf_from_s >= self._limit_s
         if is_over and self._limit_s and not self._is_ready:
             log.error(
-                "revokes_not_heard",
+                "revokes_not_received",
                 for_s=self._limit_s,
                 meaning="Celery's revoke does not reach this worker; see what its connection to the broker says",
             )

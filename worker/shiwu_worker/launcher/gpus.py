@@ -83,10 +83,10 @@ def _left_visible(gpus: Sequence[Gpu], visible: str) -> list[Gpu]:
             named = _of_uuid(gpus, word) if word.startswith(kind) else []
         if not named:
             if word not in {"", "-1"}:
-                log.warning("cards_hidden", by=f"CUDA_VISIBLE_DEVICES={visible:.200}", no_gpu=word[:80])
+                log.warning("gpus_hidden", by=f"CUDA_VISIBLE_DEVICES={visible:.200}", no_gpu=word[:80])
             break
         if named[0] in found:
-            log.warning("cards_hidden", by=f"CUDA_VISIBLE_DEVICES={visible:.200}", twice=word[:80])
+            log.warning("gpus_hidden", by=f"CUDA_VISIBLE_DEVICES={visible:.200}", twice=word[:80])
             return []
         found += named
     return found
@@ -111,7 +111,7 @@ def _all_gpus() -> Iterator[Gpu]:
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             uuid = str(pynvml.nvmlDeviceGetUUID(handle))
         except pynvml.NVMLError as error:
-            log.error("card_left_out", gpu=f"gpu{index}", error=str(error))  # it fell off the bus, or is not ours
+            log.error("gpu_skipped", gpu=f"gpu{index}", error=str(error))  # it fell off the bus, or is not ours
             continue
         near = _near_cpus(handle)
         instances = _instances(handle)

@@ -79,7 +79,7 @@ class WorkerProcess:
         )
         cpus = len(self.placement.cpus)
         log.info(
-            "worker_started", placement=self.placement.name, pid=self._process.pid, node=self.placement.node, cpus=cpus
+            "worker_started", worker=self.placement.name, pid=self._process.pid, node=self.placement.node, cpus=cpus
         )
 
     def ended(self) -> int | None:
@@ -165,20 +165,20 @@ class Supervisor:
         try:
             worker.start()
         except OSError as error:  # no process or no memory now
-            log.error("worker_not_started", placement=worker.placement.name, error=str(error))
+            log.error("worker_not_started", worker=worker.placement.name, error=str(error))
             self._on_crash(worker, reason="not started")
 
     def _on_end(self, worker: WorkerProcess, status: int) -> None:
         reason = _reason(status)
         if self._code is not None:
-            log.info("worker_ended", placement=worker.placement.name, status=status, reason=reason)
+            log.info("worker_ended", worker=worker.placement.name, status=status, reason=reason)
             # SIGTERM ends a worker that is not far enough to handle it; it holds nothing yet.
             if status not in {0, -signal.SIGTERM}:
                 self._code = self._code or (status if status > 0 else ExitCode.OVERDUE)
         elif status == ExitCode.OK:
-            log.info("worker_ended", placement=worker.placement.name, status=status, reason=reason)
+            log.info("worker_ended", worker=worker.placement.name, status=status, reason=reason)
         elif status == ExitCode.CONFIG:
-            log.error("worker_ended", placement=worker.placement.name, status=status, reason=reason)
+            log.error("worker_ended", worker=worker.placement.name, status=status, reason=reason)
             self._end(ExitCode.CONFIG)  # the next one would read the same settings
         else:
             self._on_crash(worker, reason=reason)
@@ -186,10 +186,10 @@ class Supervisor:
     def _on_crash(self, worker: WorkerProcess, *, reason: str) -> None:
         pause_s = worker.died(self._patience)
         if pause_s is not None:
-            log.error("worker_died", placement=worker.placement.name, reason=reason, restart_in_s=pause_s)
+            log.error("worker_crashed", worker=worker.placement.name, reason=reason, restart_in_s=pause_s)
             return
         worker.due_s = None
-        log.error("gave_up", placement=worker.placement.name, reason=reason, deaths=self._patience.most_deaths)
+        log.error("restarts_exhausted", worker=worker.placement.name, reason=reason, crashes=self._patience.most_deaths)
         self._end(ExitCode.GAVE_UP)
 
     def _on_signal(self, number: int) -> None:
@@ -219,7 +219,7 @@ class Supervisor:
 
     def _kill(self) -> None:
         late = [worker.placement.name for worker in self._workers if worker.is_running]
-        log.error("workers_overdue", placements=late, after_s=self._patience.drain_s)
+        log.error("workers_overdue", workers=late, after_s=self._patience.drain_s)
         self._code = self._code or int(ExitCode.OVERDUE)
         self._until_s = time.monotonic() + AFTER_GRACE_S
         self._signal_all(signal.SIGKILL)

@@ -213,7 +213,7 @@ class LoaderPool:
             loader.process.kill()
             loader.process.wait(5.0)
         except ValueError as error:
-            log.error("loader_confused", error=str(error)[:200])
+            log.error("loader_protocol_error", error=str(error)[:200])
             loader.process.kill()
             loader.process.wait(5.0)
 

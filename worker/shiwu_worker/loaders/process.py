@@ -82,7 +82,7 @@ class LoaderProcess:
             ),
             threads=options.threads,
         )
-        threading.Thread(target=self._follow, name="cell", daemon=True).start()
+        threading.Thread(target=self._follow, name="sandbox", daemon=True).start()
         self._tasks: queue.SimpleQueue[LoadTask] = queue.SimpleQueue()
         for number in range(options.threads):
             threading.Thread(target=self._work, args=(number,), name=f"load-{number}", daemon=True).start()

@@ -74,7 +74,7 @@ class Admission:
             ending = f"{job.error.code}|{job.error.stage or ''}"
             job.back = Release(job.id, delay_s=delay_s, counts=not job.is_untried, ending=ending)
             log.info(
-                "later",
+                "job_retried",
                 id=job.log_id,
                 attempt=job.attempt,
                 image=without_query(job.request.image) if job.request else None,

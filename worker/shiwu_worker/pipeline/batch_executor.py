@@ -155,7 +155,7 @@ class BatchExecutor:
         try:
             self._score_all(jobs, vectors(), started_s)
         except WrongVectors as error:
-            log.warning("batch_wrong", size=len(jobs), error=str(error)[:300])
+            log.warning("batch_vectors_invalid", size=len(jobs), error=str(error)[:300])
             guilty = {jobs[row].id for row in error.rows} or {job.id for job in jobs}
             for job in jobs:
                 if job.id in guilty:
@@ -185,7 +185,7 @@ class BatchExecutor:
         half = len(jobs) // 2
         if error_kind is DeviceErrorKind.OUT_OF_MEMORY and half:
             self._lower_cap(half)
-            log.warning("batches_smaller", largest=half, reason="the device ran out of memory")
+            log.warning("batch_size_lowered", largest=half, reason="the device ran out of memory")
         if half:
             self._again(jobs[:half])
             self._again(jobs[half:])

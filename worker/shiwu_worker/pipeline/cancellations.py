@@ -36,7 +36,7 @@ class CancellationListener:
         self._on_ended = on_ended
         self._on_fatal = on_fatal
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="ended", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="cancellations", daemon=True)
 
     def start(self) -> None:
         """Start listening."""
@@ -54,7 +54,7 @@ class CancellationListener:
             except (redis.RedisError, OSError):  # the heartbeat tells the log
                 self._closed.wait(RETRY_S)
             except Exception as error:  # border: a thread that ends by a defect takes the process with it
-                log.exception("thread_failed", thread="ended")
+                log.exception("thread_failed", thread="cancellations")
                 self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
                 return
 

@@ -126,7 +126,7 @@ class Heartbeat:
         if time.monotonic() - self._said_stuck_s >= stuck_s:
             self._said_stuck_s = time.monotonic()
             log.error(
-                "stuck",
+                "worker_stuck",
                 since_s=round(idle_s, 1),
                 held=held,
                 waiting=waiting,

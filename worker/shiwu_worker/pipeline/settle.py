@@ -117,7 +117,7 @@ class Settler:
             except RedisError as error:
                 if self._ended.is_set():
                     # The leases of these jobs end with us, and another worker answers them.
-                    log.error("not_written", jobs=jobs, error=str(error)[:300])
+                    log.error("answers_not_committed", jobs=jobs, error=str(error)[:300])
                     return None
                 self._backoff.wait(error, self._ended)
             else:

@@ -20,7 +20,7 @@ LOG_AGAIN_S: Final = 30.0
 class RedisBackoff:
     """Pauses between tries while Redis is away: growing, bounded, and said in the log.
 
-    What passes by itself is said once, as `redis_away`. What does not, such as a password that has changed, is said
+    What passes by itself is said once, as `redis_unavailable`. What does not, such as a password that has changed, is said
     again and again as `redis_refused`, with what to do: the worker keeps what it holds and goes on trying.
 
     Args:
@@ -61,7 +61,7 @@ class RedisBackoff:
             return
         self._said, self._said_s = code, now_s
         log.error(
-            "redis_away" if info.passes else "redis_refused",
+            "redis_unavailable" if info.passes else "redis_refused",
             where=self._where,
             code=code.value,
             kind=type(error).__name__,
@@ -73,5 +73,5 @@ class RedisBackoff:
     def back(self) -> None:
         """Say that a try succeeded."""
         if self._pause_s:
-            log.info("redis_back", where=self._where, away_s=round(time.monotonic() - self._since_s, 3))
+            log.info("redis_available", where=self._where, after_s=round(time.monotonic() - self._since_s, 3))
             self._pause_s = 0.0

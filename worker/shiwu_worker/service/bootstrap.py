@@ -248,9 +248,9 @@ def give_back(lease_queue: LeaseQueue, left: Sequence[Release]) -> None:
     """Return jobs to the front of their lanes; where Redis is away, their leases will."""
     try:
         if left:
-            log.info("gave_back", jobs=lease_queue.release(left))
+            log.info("jobs_released", jobs=lease_queue.release(left))
     except redis.RedisError as error:
-        log.error("not_given_back", jobs=len(left), error=str(error)[:300])
+        log.error("release_failed", jobs=len(left), error=str(error)[:300])
 
 
 class _Once:

@@ -85,7 +85,7 @@ def check_redis(settings: Settings) -> None:
         except redis.RedisError as error:
             if info_of(error).ends_start:
                 raise FatalError(ExitCode.CONFIG, f"SHIWU_REDIS_URL: {explain(error)}") from error
-            log.error("redis_away", where="start", code=classify(error).value, error=str(error)[:300])
+            log.error("redis_unavailable", where="start", code=classify(error).value, error=str(error)[:300])
 
 
 def read_label_sets(settings: Settings) -> dict[str, LabelSet]:

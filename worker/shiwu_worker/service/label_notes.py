@@ -46,7 +46,7 @@ class LabelNoter:
         try:
             self._notes.note([_known(digest, label_set) for digest, label_set in fresh.items()])
         except redis.RedisError as error:
-            log.warning("labels_not_noted", sets=len(fresh), error=str(error)[:300])
+            log.warning("label_sets_not_recorded", sets=len(fresh), error=str(error)[:300])
         # Also after an error: the next answer must not wait for a Redis that refuses notes.
         for digest in fresh:
             self._noted_s[digest] = now_s

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from shiwu_worker.telemetry.tracing import Traces
 
 log: Any = structlog.get_logger()
-_THREADS = ("claim", "encode", "score", "commit", "heartbeat", "ended")
+_THREADS = ("claim", "encode", "score", "commit", "heartbeat", "cancellations")
 TRACES_CLOSE_S = 3.0
 HEARING_LIMIT_S = 15.0
 """Longer than Celery's half takes to connect again; a Redis user without its rights must not keep a worker unready."""

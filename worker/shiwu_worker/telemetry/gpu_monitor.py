@@ -43,7 +43,9 @@ class GpuMonitor:
                 self._is_open = True
             self._state = _state(self._uuid)
         except pynvml.NVMLError_LibraryNotFound:
-            log.warning("no_nvml", meaning="GPU memory and utilisation are not told: expected libnvidia-ml.so.1")
+            log.warning(
+                "nvml_unavailable", meaning="GPU memory and utilisation are not told: expected libnvidia-ml.so.1"
+            )
             self._uuid = None
         except pynvml.NVMLError:
             self._state = None

@@ -78,7 +78,7 @@ class QueueMonitor:
         self._pace = BacklogEstimator()
         self._has_failed = False
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="queue-monitor", daemon=True)
 
     def start(self) -> None:
         """Start looking."""
@@ -101,7 +101,7 @@ class QueueMonitor:
                 self._on_away()  # the heartbeat logs that Redis is away
             except Exception as error:  # border: numbers are not worth a worker
                 if not self._has_failed:
-                    log.exception("watch_failed", error=str(error)[:300])
+                    log.exception("queue_monitor_failed", error=str(error)[:300])
                 self._has_failed = True
             # Not all workers at the same moment: the first one's look serves the others.
             self._closed.wait(max(0.1, EVERY_S * random.uniform(0.8, 1.0) - (time.monotonic() - began_s)))  # noqa: S311 no secret

@@ -115,7 +115,7 @@ class Traces:
             self._changed.notify()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            log.warning("traces_left", jobs=self._jobs_waiting, waited_s=timeout_s)
+            log.warning("traces_unsent", jobs=self._jobs_waiting, waited_s=timeout_s)
 
     def _run(self) -> None:
         is_closed = False

@@ -26,7 +26,7 @@ class LaneNotifier:
         self._rung = threading.Event()
         self._closed = threading.Event()
         self._threads = [
-            threading.Thread(target=self._watch, args=(key,), name=f"doorbell-{i}", daemon=True)
+            threading.Thread(target=self._watch, args=(key,), name=f"lane-notifier-{i}", daemon=True)
             for i, key in enumerate(key for lane in Lane if lane in lanes for key in lane.keys)
         ]
 

@@ -73,7 +73,9 @@ class GraphedTower:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                log.warning("graph_not_captured", rung=rung, error=str(error)[:300], meaning="this size runs eager")
+                log.warning(
+                    "graph_not_captured", batch_size=rung, error=str(error)[:300], meaning="this size runs eager"
+                )
 
     @property
     def rungs(self) -> tuple[int, ...]:
