@@ -47,10 +47,10 @@ _REDIS = """
 ## Errors of Redis
 
 Clients, workers and the command line read this table. What *passes* is waited for: a worker keeps its answers and
-claims nothing meanwhile (log event `redis_unavailable`), and `Client.wait` goes on to its deadline. What does not pass ends a
-process that has not worked yet with exit code 64 where *at fault* says "the settings"; a worker that has worked keeps
-what it holds, tries again, and logs `redis_refused` every 30 s. Callbacks that meet an error of one command are given
-up.
+claims nothing meanwhile (log event `redis_unavailable`), and `Client.wait` goes on to its deadline. What does not pass
+ends a process that has not worked yet with exit code 64 where *at fault* says "the settings". A worker that has worked
+keeps what it holds, tries again, and logs `redis_refused` every 30 s. Callbacks that meet an error of one command are
+given up.
 
 | code | passes | at fault | about one command | what leads to it | meaning | what to do |
 |---|---|---|---|---|---|---|

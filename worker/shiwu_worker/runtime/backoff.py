@@ -20,8 +20,8 @@ LOG_AGAIN_S: Final = 30.0
 class RedisBackoff:
     """Pauses between tries while Redis is away: growing, bounded, and said in the log.
 
-    What passes by itself is said once, as `redis_unavailable`. What does not, such as a password that has changed, is said
-    again and again as `redis_refused`, with what to do: the worker keeps what it holds and goes on trying.
+    An error that passes by itself is logged once, as `redis_unavailable`. One that does not, such as a changed
+    password, is logged repeatedly as `redis_refused` with the remedy; the worker keeps its jobs and goes on trying.
 
     Args:
         on_wait: called at each pause with the error; Redis' absence is no hang of ours.
