@@ -166,7 +166,7 @@ def test_a_cut_claim_loses_nothing(proxy: FaultProxy, far: redis.Redis, redis_cl
     claims.claim(2)  # loads the script
     ids = send(redis_client, 0)
     found = measure(proxy, lambda: claims.claim(2))
-    assert upkeep.tend().reaped == 2
+    assert upkeep.run_once().reaped == 2
     inherit(ids)
     for number, cut in enumerate(found, start=1):
         # A new one each time: after a lost reply a worker first asks what it had claimed.
@@ -182,7 +182,7 @@ def test_a_cut_claim_loses_nothing(proxy: FaultProxy, far: redis.Redis, redis_cl
             assert held, f"{cut}: the server had executed it"
             send(redis_client, number)  # copies, of a producer whose own connection broke
             assert stranger.claim(2).jobs == (), f"{cut}: claimed jobs are handed out once"
-        upkeep.tend()
+        upkeep.run_once()
         assert where(redis_client) == (Counter(ids), {}), cut
         inherit(ids)
     assert answered(redis_client) == Counter(sent)
@@ -207,7 +207,7 @@ def test_a_cut_renewal_that_is_tried_again_holds(
             lost = until_success(lambda: claims.renew(asked))
         assert lost == ["job-of-another"], cut
         assert leases_hold(redis_client, ids), cut
-        assert make_maintenance(redis_client).tend().reaped == 0, cut
+        assert make_maintenance(redis_client).run_once().reaped == 0, cut
         assert where(redis_client) == (Counter(), dict.fromkeys(ids, NAME)), cut
 
 
@@ -302,7 +302,7 @@ def test_a_black_hole_is_a_time_out_and_then_over(proxy: FaultProxy, redis_clien
         if what == "claim":
             # The swallowed claim has arrived after all, and nobody knows of it until its lease ends.
             assert where(redis_client) == (Counter(), dict.fromkeys(ids, NAME))
-            make_maintenance(redis_client).tend()
+            make_maintenance(redis_client).run_once()
         assert calls[what]() == expected[what]
         assert answered(redis_client) == Counter(ids if what == "commit" else [])
 

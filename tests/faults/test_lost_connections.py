@@ -85,7 +85,7 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
         "release": lambda: claims.release([Release(failed.id)]),
         "commit": lambda: ledger.write([answer(held), dead]) == {held.id},
         "requeue": lambda: DeadLetters(client).requeue([failed.id]),
-        "tend": lambda: upkeep.tend(count_waiting=True).waiting,
+        "maintain": lambda: upkeep.run_once(count_waiting=True).waiting,
         "take_late": lambda: wait_until(upkeep.expire_waiting, timeout_s=5),
         "note_labels": lambda: note_labels(client),
         "trim": lambda: upkeep.trim() == {} and client.xlen(RESULT_STREAM) == 1,

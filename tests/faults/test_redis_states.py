@@ -77,7 +77,7 @@ def test_a_full_server_takes_answers_and_refuses_new_jobs(valkey: Valkey, near: 
     assert len(jobs) == 50
     assert claims.renew([job.id for job in jobs]) == []
     assert claims.release([Release(jobs[0].id, delay_s=0.001, counts=True)]) == 1
-    wait_until(lambda: make_maintenance(near).tend().promoted, timeout_s=10)
+    wait_until(lambda: make_maintenance(near).run_once().promoted, timeout_s=10)
     assert [job.id for job in claims.claim(50, held=[job.id for job in jobs[1:]]).jobs] == [jobs[0].id]
     assert ledger.write([answer(job) for job in jobs]) == set()
     near.config_set("maxmemory", 0)
@@ -137,7 +137,7 @@ def test_a_clock_that_was_set_back_leaves_no_lease_without_end(redis_client: red
     redis_client.lpush("shiwu.bulk", message("job"))
     [job] = make_lease_queue(redis_client, "dead").claim(1).jobs
     redis_client.zadd(LEASES, {"job": job.claimed_ms + 86_400_000})
-    make_maintenance(redis_client).tend()
+    make_maintenance(redis_client).run_once()
     score = redis_client.zscore(LEASES, "job")
     assert score is not None
     assert 590_000 < score - job.claimed_ms < 610_000
@@ -148,7 +148,7 @@ def test_a_clock_that_jumped_forward_runs_jobs_again_and_answers_once(redis_clie
     redis_client.lpush("shiwu.bulk", message("job"))
     [first] = make_lease_queue(redis_client, "a").claim(1).jobs
     redis_client.zadd(LEASES, {"job": 1.0})
-    assert make_maintenance(redis_client).tend().reaped == 1
+    assert make_maintenance(redis_client).run_once().reaped == 1
     [second] = make_lease_queue(redis_client, "b").claim(1).jobs
     assert make_committer(redis_client, "a").write([answer(first)]) == set()
     assert make_committer(redis_client, "b").write([answer(second)]) == {"job"}

@@ -203,11 +203,11 @@ def test_nobody_comes_in_without_a_name(guarded: Guarded) -> None:
 
 SCRIPTS = {
     "client": ["producer/shiwu/broker/scripts/commit.lua"],
-    "sweep": [f"producer/shiwu/broker/scripts/{name}.lua" for name in ("commit", "tend", "trim", "take_late")],
+    "sweep": [f"producer/shiwu/broker/scripts/{name}.lua" for name in ("commit", "maintain", "trim", "take_late")],
     "worker": [
         *(
             f"producer/shiwu/broker/scripts/{name}.lua"
-            for name in ("commit", "tend", "trim", "revoke", "take_callbacks", "note_labels")
+            for name in ("commit", "maintain", "trim", "revoke", "take_callbacks", "note_labels")
         ),
         *(f"worker/shiwu_worker/stages/claim/scripts/{name}.lua" for name in ("claim", "renew", "release")),
     ],

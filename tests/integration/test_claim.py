@@ -60,7 +60,7 @@ def test_a_dead_workers_job_comes_back_first_with_its_attempt_counted(client: re
     client.lpush("shiwu.bulk", message("old", Lane.BULK), message("new", Lane.BULK))
     make_lease_queue(client, "dead", lease_s=0.05).claim(1)
     other = make_lease_queue(client, "alive")
-    wait_until(lambda: make_maintenance(client).tend().reaped == 1, timeout_s=5)
+    wait_until(lambda: make_maintenance(client).run_once().reaped == 1, timeout_s=5)
     assert [(job.id, job.attempt) for job in other.claim(2).jobs] == [("old", 2), ("new", 1)]
 
 
@@ -120,8 +120,8 @@ def test_a_delayed_job_returns_when_its_time_has_come(client: redis.Redis) -> No
     [job] = claims.claim(1).jobs
     assert claims.release([Release("later", delay_s=0.2, counts=True)]) == 1
     assert claims.claim(1).jobs == ()
-    assert make_maintenance(client).tend().promoted == 0
-    wait_until(lambda: make_maintenance(client).tend().promoted == 1, timeout_s=5)
+    assert make_maintenance(client).run_once().promoted == 0
+    wait_until(lambda: make_maintenance(client).run_once().promoted == 1, timeout_s=5)
     [again] = claims.claim(1).jobs
     assert (again.raw, again.attempt) == (job.raw, 2)
     assert client.zcard(DELAYED) == 0

@@ -114,7 +114,7 @@ class Fleet(RuleBasedStateMachine):
     @rule()
     def tend(self) -> None:
         """Reap what the dying worker held; bring back what was delayed."""
-        make_maintenance(self.client).tend()
+        make_maintenance(self.client).run_once()
 
     @invariant()
     def nothing_is_lost(self) -> None:
@@ -137,7 +137,7 @@ class Fleet(RuleBasedStateMachine):
         for name in self.workers:
             self.workers[name].release([Release(job.id) for job in self.in_flight[name]])
         for _ in range(200):
-            tended = make_maintenance(self.client).tend()
+            tended = make_maintenance(self.client).run_once()
             self.client.delete(QUARANTINE_OWNER)  # the lease of a taker who died ends
             jobs = last.claim(50).jobs
             make_committer(self.client, "last").write([answer(job) for job in jobs])

@@ -63,7 +63,7 @@ def bury(
     )
     message = claimed.key.encode() + b"|" + claimed.raw
     entry = AnswerEntry(answer=answer, id=job_id, message=message, is_dead=True)
-    AnswerStore(redis_client, token="w", keep=Retention(dead_length=dead_length)).write([entry])
+    AnswerStore(redis_client, token="w", retention=lambda: Retention(dead_length=dead_length)).write([entry])
 
 
 def test_a_letter_keeps_everything(client: Client, redis_client: redis.Redis) -> None:
@@ -128,7 +128,7 @@ def test_number_and_age_are_bounded(client: Client, redis_client: redis.Redis) -
     assert {letter.id for letter in client.dead_letters()} == {f"j{n}" for n in range(3, 8)}
     assert client.queue_state().counters["dead_dropped"] == 3
     redis_client.zadd(DEAD, {"j3": 1.0})
-    make_maintenance(redis_client).tend()
+    make_maintenance(redis_client).run_once()
     assert {letter.id for letter in client.dead_letters()} == {f"j{n}" for n in range(4, 8)}
     assert redis_client.hlen(DEAD_ANSWERS) == redis_client.hlen(DEAD_MESSAGES) == 4
 

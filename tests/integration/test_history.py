@@ -81,7 +81,7 @@ def test_retry_is_listed_with_code_time_and_pause(client: redis.Redis) -> None:
     released_ms = now_ms(client)
     ending = f"{ErrorCode.SOURCE_UNAVAILABLE}|{Stage.FETCH}"
     make_lease_queue(client, "worker-1.0a0a").release([Release("job", delay_s=0.3, counts=True, ending=ending)])
-    wait_until(lambda: make_maintenance(client).tend().promoted == 1, timeout_s=5)
+    wait_until(lambda: make_maintenance(client).run_once().promoted == 1, timeout_s=5)
     job = claim(client, "worker-2.0b0b")
     answer = answered(job)
     [tried] = answer["history"]
@@ -107,7 +107,7 @@ def test_crash_of_a_worker_is_listed(client: redis.Redis) -> None:
     """Whoever takes the job back says whose it was."""
     send(client)
     claim(client, "my.host|1.0a0a".replace("|", "-"), lease_s=0.05)
-    wait_until(lambda: make_maintenance(client).tend().reaped == 1, timeout_s=5)
+    wait_until(lambda: make_maintenance(client).run_once().reaped == 1, timeout_s=5)
     job = claim(client)
     [tried] = job.history
     assert (tried.attempt, tried.code, tried.stage, tried.worker, tried.pause) == (
@@ -136,7 +136,7 @@ def test_last_ten_tries_are_kept(client: redis.Redis) -> None:
         claim(client)
         release = Release("job", delay_s=0.001, counts=True, ending="source_error|fetch")
         make_lease_queue(client, "worker-1.0a0a").release([release])
-        wait_until(lambda: make_maintenance(client).tend().promoted == 1, timeout_s=5)
+        wait_until(lambda: make_maintenance(client).run_once().promoted == 1, timeout_s=5)
     assert [one.attempt for one in claim(client).history] == list(range(3, 13))
     assert 0 < client.ttl(f"{HISTORY}job") <= 7 * 86_400
 
@@ -150,7 +150,7 @@ def test_history_ends_with_the_answer(client: redis.Redis, redis_url: str, how: 
     make_lease_queue(client, "worker-1.0a0a").release([release])
     assert client.exists(f"{HISTORY}job") == 1
     if how == "answered":
-        wait_until(lambda: make_maintenance(client).tend().promoted == 1, timeout_s=5)
+        wait_until(lambda: make_maintenance(client).run_once().promoted == 1, timeout_s=5)
         now_s = time.monotonic()
         ledger = make_committer(client, "w")
         ledger.write(Committer(ledger, worker="w").finish([claim(client)], now_s=now_s))

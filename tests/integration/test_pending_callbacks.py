@@ -18,7 +18,8 @@ import structlog
 from celery import Celery, chain, chord
 
 from shiwu import Client
-from shiwu.broker.answers import AnswerEntry, AnswerStore, load_script
+from shiwu.broker.answers import AnswerEntry, AnswerStore
+from shiwu.broker.script_loader import load_script
 from shiwu.contract import (
     CANVAS,
     CANVAS_DUE,
@@ -103,7 +104,7 @@ def end_aside(client: redis.Redis, url: str, way: str, ids: list[str]) -> None:
         assert Revoker(client, make_committer(client, "revoke")).revoke(ids) == len(ids)
     else:
         client.zadd(DEADLINES, dict.fromkeys(ids, 1.0))
-        assert make_maintenance(client).tend().out_of_time == len(ids)
+        assert make_maintenance(client).run_once().out_of_time == len(ids)
 
 
 @pytest.mark.usefixtures("callbacks")

@@ -212,7 +212,7 @@ def test_a_job_that_comes_back_before_it_is_settled_here(
     enqueue(redis_client, "a")
 
     def both_answered() -> bool:
-        make_maintenance(redis_client).tend()  # as heartbeats do: it brings back what was delayed
+        make_maintenance(redis_client).run_once()  # as heartbeats do: it brings back what was delayed
         return {"a", "bell"} <= answers(redis_client).keys()
 
     wait_until(both_answered, timeout_s=20)
@@ -253,7 +253,7 @@ def test_a_job_with_an_unknown_label_set_waits_for_a_worker_that_knows_it(redis_
         enqueue(redis_client, "new", "wrong")
 
         def has_answers() -> bool:
-            upkeep.tend()
+            upkeep.run_once()
             works.notifier.ring()
             return len(answers(redis_client)) == 2
 

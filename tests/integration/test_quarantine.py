@@ -14,7 +14,7 @@ INNOCENT = [f"job-{n}" for n in range(5)]
 def die(client: redis.Redis, name: str) -> int:
     """A worker claims everything and dies; its leases end at once. How many jobs it held."""
     jobs = make_lease_queue(client, name, lease_s=0.0).claim(100).jobs
-    make_maintenance(client).tend()
+    make_maintenance(client).run_once()
     return len(jobs)
 
 
@@ -34,7 +34,7 @@ def test_the_guilty_convicts_itself_and_nobody_else(redis_client: redis.Redis) -
         [job] = taken.jobs
         if job.id == "guilty" and job.attempt <= 3:
             deaths += 1
-            make_maintenance(redis_client).tend()
+            make_maintenance(redis_client).run_once()
         else:
             make_committer(redis_client, f"w{number}").write([answer(job)])
             answered.append((job.id, job.attempt))

@@ -1,4 +1,4 @@
-"""A producer that cancels and a sweep throw nothing away that the operator wants kept."""
+"""A cancelling producer and a sweep keep what the operator of the workers wants kept."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from shiwu.contract import DEAD, DEADLINES, RESULT_STREAM, RETENTION, WORKERS, A
 from tests.support.servers import Valkey
 
 
-def bury(client: redis.Redis, count: int) -> None:
-    """Dead letters, each with its place in the stream."""
+def write_dead_letters(client: redis.Redis, count: int) -> None:
+    """Write so many dead letters, each with an entry in the results stream."""
     answers = [Answer(id=f"d{n}", status=Status.FAILED, attempts=1) for n in range(count)]
-    entries = [AnswerEntry(answer=one, id=one.id or "", message=b"shiwu.bulk|x", is_dead=True) for one in answers]
-    AnswerStore(client, token="w", keep=Retention(dead_length=10**6)).write(entries)
+    entries = [AnswerEntry(answer=answer, id=answer.id, message=b"shiwu.bulk|x", is_dead=True) for answer in answers]
+    AnswerStore(client, token="w", retention=lambda: Retention(dead_length=10**6)).write(entries)
 
 
-def test_where_nobody_says_anything_nothing_goes(redis_url: str, redis_client: redis.Redis) -> None:
-    """No worker has ever run here: the sweep does its other work."""
-    bury(redis_client, 30)
+def test_sweep_without_published_limits_drops_nothing(redis_url: str, redis_client: redis.Redis) -> None:
+    """Where no worker has published limits, the sweep does its other work only."""
+    write_dead_letters(redis_client, 30)
     redis_client.zadd(DEAD, dict.fromkeys([f"d{n}" for n in range(30)], 1.0))  # very old
     with Client(redis_url) as client:
         client.sweep()
@@ -31,19 +31,19 @@ def test_where_nobody_says_anything_nothing_goes(redis_url: str, redis_client: r
     assert (redis_client.zcard(DEAD), redis_client.xlen(RESULT_STREAM)) == (30, 31)
 
 
-def test_a_workers_limits_are_everybodys(redis_url: str, redis_client: redis.Redis) -> None:
-    """A worker tells them; a sweep and a cancelling producer then keep as much, and as long."""
-    keep = Retention(result_ttl_s=500, done_ttl_s=600, dead_length=7, stream_length=20)
+def test_limits_of_a_worker_apply_to_sweep_and_cancel(redis_url: str, redis_client: redis.Redis) -> None:
+    """A worker publishes its limits; a sweep and a cancelling producer read them from Redis."""
+    retention = Retention(result_ttl_s=500, done_ttl_s=600, dead_length=7, stream_length=20)
     worker = Maintenance(
         redis_client,
         AnswerStore(redis_client, token="w"),
         name="w",
         token="w",
-        keep=RetentionPublisher(redis_client, keep),
+        retention=RetentionPublisher(redis_client, retention),
     )
-    worker.tend()
-    assert PublishedRetention(redis_client)() == keep
-    bury(redis_client, 30)
+    worker.run_once()
+    assert PublishedRetention(redis_client)() == retention
+    write_dead_letters(redis_client, 30)
     with Client(redis_url) as client:
         client.cancel("j")
         assert redis_client.zcard(DEAD) == 7
@@ -52,42 +52,42 @@ def test_a_workers_limits_are_everybodys(redis_url: str, redis_client: redis.Red
         assert redis_client.xlen(RESULT_STREAM) == 20
 
 
-def test_limits_that_make_no_sense_are_passed_over(redis_client: redis.Redis) -> None:
-    """Of another version, or by another hand."""
+def test_unreadable_published_limits_are_ignored(redis_client: redis.Redis) -> None:
+    """A field that another version or another program wrote does not hide the others."""
     redis_client.hset(RETENTION, mapping={"dead_length": "many", "stream_length": "55", b"\xff": "1", "new": "2"})
     assert PublishedRetention(redis_client)().stream_length == 55
 
 
-def test_a_deadline_that_names_no_job_goes(redis_client: redis.Redis) -> None:
-    """A member that is no id neither ends whoever tends nor comes back each second, and is answered by nobody."""
+def test_deadline_without_a_valid_id_is_removed(redis_client: redis.Redis) -> None:
+    """A member that is no job id neither ends maintenance nor returns each second, and gets no answer."""
     redis_client.zadd(DEADLINES, {b"\xff\xfe": 1.0, b"i" * 256: 1.0, b"": 1.0, b"job": 1.0})
-    upkeep = Maintenance(redis_client, AnswerStore(redis_client, token="s"), token="s")
-    upkeep.tend()
+    maintenance = Maintenance(redis_client, AnswerStore(redis_client, token="s"), token="s")
+    maintenance.run_once()
     assert redis_client.zcard(DEADLINES) == 0
     entries: Any = redis_client.xrange(RESULT_STREAM)
     assert [fields[b"id"] for _, fields in entries] == [b"job"]
 
 
-def test_limits_that_may_not_be_written_or_read_hold_nobody_up(valkey: Valkey) -> None:
-    """A full server, and an ACL from before there was such a key: upkeep and cancels go on."""
-    with valkey.client() as near, Client(valkey.url) as client:
-        near.config_set("maxmemory-policy", "noeviction")
-        near.config_set("maxmemory", 1)
-        worker = Maintenance(
-            near, AnswerStore(near, token="w"), name="", token="w", keep=RetentionPublisher(near, Retention())
-        )
-        assert worker.tend().reaped == 0
-        near.config_set("maxmemory", 0)
-        near.set(RETENTION, "of a wrong type")
+def test_limits_without_access_do_not_stop_other_work(valkey: Valkey) -> None:
+    """On a full server, or with an ACL that lacks the key, maintenance and cancels go on."""
+    with valkey.client() as server, Client(valkey.url) as client:
+        server.config_set("maxmemory-policy", "noeviction")
+        server.config_set("maxmemory", 1)
+        publisher = RetentionPublisher(server, Retention())
+        worker = Maintenance(server, AnswerStore(server, token="w"), token="w", retention=publisher)
+        assert worker.run_once().reaped == 0
+        server.config_set("maxmemory", 0)
+        server.set(RETENTION, "of a wrong type")
         assert client.cancel("j") == ["j"]
 
 
-def test_names_that_are_no_text_are_shown(redis_url: str, redis_client: redis.Redis) -> None:
-    """A worker's or a group's name may be anything."""
+def test_worker_and_group_names_may_be_any_bytes(redis_url: str, redis_client: redis.Redis) -> None:
+    """Names that are no UTF-8 are shown with replacement characters."""
     redis_client.zadd(WORKERS, {b"\xff": 1e15})
     redis_client.xgroup_create(RESULT_STREAM, b"\xfe", id="0", mkstream=True)
-    bury(redis_client, 30)
+    write_dead_letters(redis_client, 30)
     with Client(redis_url) as client:
         assert client.queue_state().workers == ("\ufffd",)
-    keep = Retention(stream_length=20)
-    assert Maintenance(redis_client, AnswerStore(redis_client, token="s"), keep=keep).trim() == {"\ufffd": 10}
+    store = AnswerStore(redis_client, token="s")
+    maintenance = Maintenance(redis_client, store, retention=lambda: Retention(stream_length=20))
+    assert maintenance.trim() == {"\ufffd": 10}

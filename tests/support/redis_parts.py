@@ -32,14 +32,20 @@ def make_lease_queue(client: redis.Redis, name: str, *, lease_s: float = 60.0, b
 
 def make_committer(client: redis.Redis, name: str) -> AnswerStore:
     """One worker's writer of answers."""
-    return AnswerStore(client, token=name, keep=Retention(result_ttl_s=60, done_ttl_s=120, dead_length=1000))
+    return AnswerStore(
+        client, token=name, retention=lambda: Retention(result_ttl_s=60, done_ttl_s=120, dead_length=1000)
+    )
 
 
 def make_maintenance(client: redis.Redis, name: str = "", *, stream_length: int = 100_000) -> Maintenance:
     """One who tends."""
     token = name or "sweep"
     return Maintenance(
-        client, make_committer(client, token), name=name, token=token, keep=Retention(stream_length=stream_length)
+        client,
+        make_committer(client, token),
+        name=name,
+        token=token,
+        retention=lambda: Retention(stream_length=stream_length),
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.resources import files
 from typing import Any, Final
 
 import msgspec
@@ -17,7 +16,8 @@ from pydantic_core import to_json
 
 from shiwu.broker.connection import call_held
 from shiwu.broker.redis_errors import NotReplicated
-from shiwu.broker.retention import USUAL, Retention, always
+from shiwu.broker.retention import DEFAULT_RETENTION, Retention
+from shiwu.broker.script_loader import load_script
 from shiwu.contract import (
     ANSWERED_CHANNEL,
     ATTEMPTS,
@@ -106,7 +106,7 @@ class AnswerStore:
         client: redis.Redis,
         *,
         token: str,
-        keep: Retention | Callable[[], Retention] = USUAL,
+        retention: Callable[[], Retention] = lambda: DEFAULT_RETENTION,
         canvas_patience_s: float = CANVAS_PATIENCE_S,
         replicas: int = 0,
         replicas_timeout_s: float = 1.0,
@@ -116,7 +116,7 @@ class AnswerStore:
         self._replicas = replicas
         self._replicas_timeout_s = replicas_timeout_s
         self._script = load_script(client, "commit")
-        self._keep = always(keep)
+        self._retention = retention
         self._rest = [
             done_key(""),
             result_key(""),
@@ -137,8 +137,12 @@ class AnswerStore:
         """
         if not entries:
             return set()
-        keep = self._keep()
-        limits = (keep.result_ttl_s, max(keep.done_ttl_s, keep.result_ttl_s), keep.dead_length)
+        retention = self._retention()
+        limits = (
+            retention.result_ttl_s,
+            max(retention.done_ttl_s, retention.result_ttl_s),
+            retention.dead_length,
+        )
         args: list[Any] = [*limits, datetime.now(UTC).isoformat(), *self._rest]
         for entry in entries:
             mark = f"{token or self._token}:{entry.answer.attempts}"
@@ -211,9 +215,3 @@ def answered_before(worker: str, *, now_ms: float) -> bytes:
         "task_id": _NO_ID,
     }
     return to_json(meta).replace(to_json(_NO_ID), b"\0")
-
-
-def load_script(client: redis.Redis, name: str) -> Any:
-    """A script of this package, sent again by itself when the server has forgotten it."""
-    source = files("shiwu.broker").joinpath(f"scripts/{name}.lua").read_text(encoding="utf-8")
-    return client.register_script(source)

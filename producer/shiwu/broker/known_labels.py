@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 import redis
 
-from shiwu.broker.answers import load_script
+from shiwu.broker.script_loader import load_script
 from shiwu.contract import LABELS, LABELS_OF_REQUESTS
 
 MAX_OF_REQUESTS: Final = 1000

@@ -15,9 +15,11 @@ from typing import Any, Final
 import msgspec
 import redis
 
-from shiwu.broker.answers import AnswerEntry, AnswerStore, load_script
+from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.broker.message_reader import Envelope, read_message
-from shiwu.broker.retention import USUAL, Retention, always
+from shiwu.broker.retention import DEFAULT_RETENTION, Retention
+from shiwu.broker.script_loader import load_script
+from shiwu.broker.server_clock import server_time_ms
 from shiwu.contract import (
     ATTEMPTS,
     CLAIMS,
@@ -60,7 +62,7 @@ CHUNK_SIZE: Final = 500
 LOOKED_AT: Final = 20_000
 """Messages of each lane key that one sweep looks at for their `expires`."""
 _LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
-_TENDED: Final = (
+_MAINTENANCE_KEYS: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, DELAYED, DELAYED_MESSAGES, COUNTERS, WORKERS, QUARANTINE, DEADLINES),
     *(DEAD, DEAD_ANSWERS, DEAD_MESSAGES, RESULT_STREAM, REVOKED),
     *_LANE_KEYS,
@@ -119,29 +121,29 @@ class Maintenance:
         *,
         name: str = "",
         token: str = "",
-        keep: Retention | Callable[[], Retention] = USUAL,
+        retention: Callable[[], Retention] = lambda: DEFAULT_RETENTION,
     ) -> None:
         self._client = client
         self._answer_store = answer_store
         self._name = name
         self._token = token
-        self._keep = always(keep)
-        self._run_maintenance = load_script(client, "tend")
+        self._retention = retention
+        self._maintain = load_script(client, "maintain")
         self._trim = load_script(client, "trim")
         self._take_late = load_script(client, "take_late")
         self._kept: dict[str, int] = {}
         """Lane key → messages at its head that the last sweep looked at and left."""
 
-    def tend(self, *, most: int = 500, count_waiting: bool = False) -> MaintenanceReport:
+    def run_once(self, *, limit: int = CHUNK_SIZE, count_waiting: bool = False) -> MaintenanceReport:
         """One portion of everything that is due."""
         limits = (
             QUARANTINE_AFTER_DEATHS,
             int(MAX_LEASE_S * 1000),
-            self._keep().dead_age_s * 1000,
+            self._retention().dead_age_s * 1000,
             HISTORY,
             HISTORY_TTL_S,
         )
-        reply: Any = self._run_maintenance(keys=_TENDED, args=[self._name, most, int(count_waiting), *limits])
+        reply: Any = self._maintain(keys=_MAINTENANCE_KEYS, args=[self._name, limit, int(count_waiting), *limits])
         reaped, promoted, suspects, waiting, stream_length, late, now_ms = reply
         if late:
             self._end_late(late, now_ms=now_ms)
@@ -167,9 +169,9 @@ class Maintenance:
         Args:
             zone: time zone of an `expires` that names none.
         """
-        rounds = [self.tend(most=CHUNK_SIZE)]
+        rounds = [self.run_once()]
         while max(rounds[-1].reaped, rounds[-1].promoted, rounds[-1].out_of_time) == CHUNK_SIZE:
-            rounds.append(self.tend(most=CHUNK_SIZE))
+            rounds.append(self.run_once())
         expired, unseen = self._expire_waiting(portion=CHUNK_SIZE, most=LOOKED_AT, zone=zone)
         return SweepReport(
             reaped=sum(one.reaped for one in rounds),
@@ -182,12 +184,12 @@ class Maintenance:
 
     def trim(self) -> dict[str, int]:
         """Shorten the results stream; return for each consumer group how many unacknowledged answers it lost."""
-        reply: Any = self._trim(keys=[RESULT_STREAM, COUNTERS], args=[self._keep().stream_length, TRIMMED_AT_ONCE])
+        reply: Any = self._trim(keys=[RESULT_STREAM, COUNTERS], args=[self._retention().stream_length, TRIMMED_AT_ONCE])
         return {reply[i].decode(errors="replace"): reply[i + 1] for i in range(1, len(reply), 2)}
 
     def trim_if_long(self, seen: MaintenanceReport) -> dict[str, int]:
         """The same where the last round found the stream too long; costs nothing otherwise."""
-        return self.trim() if seen.stream_length > self._keep().stream_length else {}
+        return self.trim() if seen.stream_length > self._retention().stream_length else {}
 
     def expire_waiting(self, *, portion: int = CHUNK_SIZE, most: int = LOOKED_AT, zone: tzinfo = UTC) -> int:
         """Answer waiting messages whose `expires` has passed; return how many.
@@ -199,8 +201,7 @@ class Maintenance:
 
     def _expire_waiting(self, *, portion: int, most: int, zone: tzinfo) -> tuple[int, int]:
         """How many were answered, and how many messages were not looked at."""
-        seconds, micros = self._client.time()
-        now_ms = seconds * 1000 + micros / 1000
+        now_ms = server_time_ms(self._client)
         expired = unseen = 0
         for key in _LANE_KEYS:
             begin = kept = self._kept.get(key, 0)

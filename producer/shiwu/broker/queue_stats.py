@@ -11,6 +11,7 @@ import msgspec
 import redis
 
 from shiwu.broker.message_reader import read_message
+from shiwu.broker.server_clock import server_time_ms
 from shiwu.contract import CLAIMS, COUNTERS, DEAD, DELAYED, QUARANTINE, QUEUE_SNAPSHOT, WORKERS, Lane, RequestError
 
 ALIVE_MS: Final = 10_000
@@ -41,8 +42,7 @@ def read_state(client: redis.Redis) -> QueueState:
     for _, record in client.hscan_iter(CLAIMS, count=1000):
         key = record.split(b"|", 3)[2].decode(errors="replace")
         claimed[next((lane for lane in Lane if key in lane.keys), Lane.BULK)] += 1
-    seconds, micros = client.time()
-    now_ms = seconds * 1000 + micros / 1000
+    now_ms = server_time_ms(client)
     with client.pipeline(transaction=False) as pipe:
         pipe.zrangebyscore(WORKERS, now_ms - ALIVE_MS, "+inf")
         pipe.zcard(DELAYED)
@@ -92,8 +92,7 @@ class QueueSnapshot(msgspec.Struct, frozen=True):
 
 def shared_snapshot(client: redis.Redis, *, max_age_s: float) -> QueueSnapshot:
     """What waits and is worked on, not older than `max_age_s`; of many who ask in this time one counts for all."""
-    seconds, micros = client.time()
-    now_ms = seconds * 1000 + micros / 1000
+    now_ms = server_time_ms(client)
     kept: Any = client.get(QUEUE_SNAPSHOT)
     if kept is not None:
         with contextlib.suppress(msgspec.MsgspecError):

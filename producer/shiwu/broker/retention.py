@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
@@ -21,7 +20,7 @@ DONE_TTL_S: Final = 2 * 86_400
 DEAD_LENGTH: Final = 10_000
 DEAD_AGE_S: Final = 14 * 86_400
 STREAM_LENGTH: Final = 100_000
-READ_EVERY_S: Final = 60.0
+REFRESH_S: Final = 60.0
 _ALL: Final = 10**12
 
 
@@ -38,17 +37,9 @@ class Retention:
     stream_length: int = STREAM_LENGTH
 
 
-USUAL: Final = Retention()
-UNKNOWN: Final = Retention(dead_length=_ALL, dead_age_s=_ALL // 100, stream_length=_ALL)
+DEFAULT_RETENTION: Final = Retention()
+KEEP_ALL: Final = Retention(dead_length=_ALL, dead_age_s=_ALL // 100, stream_length=_ALL)
 """Where no worker has left its limits: the usual times, and nothing is thrown away."""
-
-
-def always(keep: Retention | Callable[[], Retention]) -> Callable[[], Retention]:
-    """Who knows the limits, also where they were given."""
-    if not isinstance(keep, Retention):
-        return keep
-    known: Retention = keep
-    return lambda: known
 
 
 class PublishedRetention:
@@ -59,12 +50,12 @@ class PublishedRetention:
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
-        self._known = UNKNOWN
-        self._read_s = -READ_EVERY_S
+        self._known = KEEP_ALL
+        self._read_s = -REFRESH_S
 
     def __call__(self) -> Retention:
         """The limits now."""
-        if time.monotonic() - self._read_s >= READ_EVERY_S:
+        if time.monotonic() - self._read_s >= REFRESH_S:
             with contextlib.suppress(redis.ResponseError):
                 self._known = self._read()
             self._read_s = time.monotonic()
@@ -74,7 +65,7 @@ class PublishedRetention:
         found: Any = self._client.hgetall(RETENTION)
         values = {name.decode(errors="replace"): value for name, value in found.items()}
         known = {one.name: int(values[one.name]) for one in fields(Retention) if values.get(one.name, b"").isdigit()}
-        return Retention(**(asdict(UNKNOWN) | known))
+        return Retention(**(asdict(KEEP_ALL) | known))
 
 
 class RetentionPublisher:
@@ -83,11 +74,11 @@ class RetentionPublisher:
     def __init__(self, client: redis.Redis, keep: Retention) -> None:
         self._client = client
         self._keep = keep
-        self._told_s = -READ_EVERY_S
+        self._told_s = -REFRESH_S
 
     def __call__(self) -> Retention:
         """The limits; they are told on the way."""
-        if time.monotonic() - self._told_s >= READ_EVERY_S:
+        if time.monotonic() - self._told_s >= REFRESH_S:
             mapping: dict[Any, Any] = asdict(self._keep)
             # A full server refuses this write, and must not thereby end the upkeep that frees memory.
             with contextlib.suppress(redis.ResponseError):

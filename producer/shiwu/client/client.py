@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from uuid import uuid4
 
 from shiwu.broker.answers import AnswerStore, cancelled_entry
+from shiwu.broker.chunks import chunks
 from shiwu.broker.connection import connect
 from shiwu.broker.known_labels import KnownLabels, KnownLabelStore
 from shiwu.broker.maintenance import Maintenance, SweepReport
@@ -38,6 +39,7 @@ from shiwu.errors import WaitTimeout
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 MAX_CONNECTIONS = 64
 MAX_URL_CHARS = 10_000
+CANCEL_CHUNK_SIZE = 500
 MAX_REASON_CHARS = 100_000
 
 
@@ -77,10 +79,10 @@ class Client:
         self._listener = connect(url, timeout_s=timeout_s, max_connections=max_connections, pool_wait_s=0.0)
         self._sender = Sender(self._redis, max_waiting=max_waiting, timeout_s=timeout_s)
         token = f"client.{secrets.token_hex(4)}"
-        keep = PublishedRetention(self._redis)
-        self._answer_store = AnswerStore(self._redis, token=token, keep=keep)
+        retention = PublishedRetention(self._redis)
+        self._answer_store = AnswerStore(self._redis, token=token, retention=retention)
         self._letters = DeadLetters(self._redis)
-        self._maintenance = Maintenance(self._redis, self._answer_store, token=token, keep=keep)
+        self._maintenance = Maintenance(self._redis, self._answer_store, token=token, retention=retention)
         self._notes = KnownLabelStore(self._redis)
         self._timeout_s = timeout_s
         self.unreadable_items = 0
@@ -223,7 +225,7 @@ class Client:
         ids = [check_id(job_id) for job_id in read_ids("job_ids", job_ids)]
         read_text("reason", reason, most=MAX_REASON_CHARS)
         cancelled: list[str] = []
-        for portion in _portions(ids, 500):
+        for portion in chunks(ids, CANCEL_CHUNK_SIZE):
             now_ms = self.server_time_ms()
             entries = [cancelled_entry(job_id, reason, now_ms=now_ms) for job_id in portion]
             again = self._answer_store.write(entries, token=f"cancel.{secrets.token_hex(4)}")
@@ -384,8 +386,3 @@ class Client:
 
 def _random_id(_: Request) -> str:
     return str(uuid4())
-
-
-def _portions(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -8,7 +8,9 @@ from typing import Any, Final
 
 import redis
 
-from shiwu.broker.answers import load_script
+from shiwu.broker.chunks import chunks
+from shiwu.broker.script_loader import load_script
+from shiwu.broker.server_clock import server_time_ms
 from shiwu.client.arguments import read_seconds
 from shiwu.client.results import TagResult, read_answer
 from shiwu.contract import (
@@ -82,14 +84,13 @@ class DeadLetters:
     def read(self, where: DeadFilter | None = None, *, limit: int | None = None) -> Iterator[DeadLetter]:
         """Yield letters, newest first. One that dies or leaves meanwhile may be missed."""
         where = where or DeadFilter()
-        seconds, micros = self._client.time()
-        now_ms = seconds * 1000 + micros / 1000
+        now_ms = server_time_ms(self._client)
         newest = now_ms - where.older_s * 1000 if where.older_s is not None else "+inf"
         oldest = now_ms - where.newer_s * 1000 if where.newer_s is not None else "-inf"
         found: Any = self._client.zrevrangebyscore(DEAD, newest, oldest, withscores=True)
         shown = 0
-        for start in range(0, len(found), CHUNK_SIZE):
-            for letter in self._load(found[start : start + CHUNK_SIZE]):
+        for portion in chunks(found, CHUNK_SIZE):
+            for letter in self._load(portion):
                 if limit is not None and shown >= limit:
                     return
                 if where.admits(letter):
@@ -109,7 +110,7 @@ class DeadLetters:
         id waits for the new one, and the results stream gets a second entry for it.
         """
         back: list[str] = []
-        for portion in _portions(list(job_ids)):
+        for portion in chunks(list(job_ids), CHUNK_SIZE):
             reply: Any = self._requeue(
                 keys=[DEAD, DEAD_ANSWERS, DEAD_MESSAGES, ATTEMPTS, COUNTERS],
                 args=[done_key(""), result_key(""), *portion],
@@ -120,7 +121,7 @@ class DeadLetters:
     def drop(self, job_ids: Iterable[str]) -> int:
         """Forget letters; return how many there were. Their answers stay where they are."""
         dropped = 0
-        for portion in _portions(list(job_ids)):
+        for portion in chunks(list(job_ids), CHUNK_SIZE):
             with self._client.pipeline(transaction=True) as pipe:
                 pipe.zrem(DEAD, *portion)
                 pipe.hdel(DEAD_ANSWERS, *portion)
@@ -139,8 +140,3 @@ class DeadLetters:
                 key, _, raw = message.partition(b"|")
                 lane = next((lane for lane in Lane if key.decode() in lane.keys), None)
                 yield DeadLetter(job_id, died_ms, read_answer(answer, job_id=job_id), raw, lane)
-
-
-def _portions(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(ids), CHUNK_SIZE):
-        yield ids[start : start + CHUNK_SIZE]

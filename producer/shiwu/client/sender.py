@@ -17,6 +17,7 @@ from shiwu.broker.connection import call_held
 from shiwu.broker.message_writer import build_message
 from shiwu.broker.queue_stats import count_waiting
 from shiwu.broker.redis_errors import NotReplicated, explain, info_of
+from shiwu.broker.server_clock import server_time_ms
 from shiwu.broker.trace_headers import current_headers
 from shiwu.client.arguments import read_seconds, read_whole, refused
 from shiwu.contract import DEADLINES, Lane, Request
@@ -168,10 +169,10 @@ class Sender:
         """Redis' clock, in ms since 1970: the only one that all sides share. Looked up once a minute."""
         if time.monotonic() >= self._offset_until_s:
             before_s = time.monotonic()
-            reply: Any = self._redis.time()
+            server_ms = server_time_ms(self._redis)
             after_s = time.monotonic()
             # The reply was made about half way between the two readings.
-            self._offset_ms = reply[0] * 1000 + reply[1] / 1000 - (before_s + after_s) / 2 * 1000
+            self._offset_ms = server_ms - (before_s + after_s) / 2 * 1000
             self._offset_until_s = after_s + CLOCK_S
         return time.monotonic() * 1000 + self._offset_ms
 

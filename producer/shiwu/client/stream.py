@@ -16,8 +16,8 @@ from typing import Any, Final
 import redis
 from redis.exceptions import NoPermissionError
 
-from shiwu.broker.answers import load_script
 from shiwu.broker.redis_errors import explain
+from shiwu.broker.script_loader import load_script
 from shiwu.client.stream_items import EntryReader, Outage, StreamItem, UnreadableItem, log
 from shiwu.contract import RESULT_STREAM
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import redis
 
+from shiwu.broker.chunks import chunks
 from shiwu.broker.redis_errors import ConnectionsBusy, info_of
 from shiwu.client.results import TagResult, read_result
 from shiwu.contract import RESULT_PREFIX, ErrorCode, RequestError, result_key
@@ -59,7 +60,7 @@ def _wait_once(
     """Take found answers out of `missing`, until there is none left, the time is over, or Redis fails."""
     with listener.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]  # redis' own
         # Subscribe first and look afterwards: an answer between the two is then seen at least once.
-        portions = _portions(list(missing))
+        portions = chunks(list(missing), CHUNK_SIZE)
         try:
             pubsub.subscribe(*map(result_key, next(portions)))
         except ConnectionsBusy:
@@ -83,14 +84,9 @@ def _wait_once(
 
 
 def _look(client: redis.Redis, missing: dict[str, None]) -> Iterator[tuple[str, TagResult]]:
-    for portion in _portions(list(missing)):
+    for portion in chunks(list(missing), CHUNK_SIZE):
         replies: Any = client.mget([result_key(job_id) for job_id in portion])
         for job_id, raw in zip(portion, replies, strict=True):
             if raw is not None:
                 del missing[job_id]
                 yield job_id, read_result(raw)
-
-
-def _portions(items: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(items), CHUNK_SIZE):
-        yield items[start : start + CHUNK_SIZE]

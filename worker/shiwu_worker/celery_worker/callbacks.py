@@ -23,9 +23,11 @@ from celery.exceptions import TaskRevokedError
 from kombu.exceptions import OperationalError
 from pydantic_core import from_json, to_json
 
-from shiwu.broker.answers import CANVAS_PATIENCE_S, load_script
+from shiwu.broker.answers import CANVAS_PATIENCE_S
+from shiwu.broker.chunks import chunks
 from shiwu.broker.message_reader import Canvas, read_canvas
 from shiwu.broker.redis_errors import info_of
+from shiwu.broker.script_loader import load_script
 from shiwu.contract import CANVAS, CANVAS_DUE, TASK_NAME, Answer, RequestError, Status, check_id, result_key
 from shiwu.errors import JobFailed
 from shiwu_worker.jobs.outcome import CommittedJob
@@ -87,8 +89,8 @@ class CallbackSender:
             if not ids and self._closed.is_set():
                 return
             try:
-                for start in range(0, len(ids), CHUNK_SIZE):
-                    self._portion(ids[start : start + CHUNK_SIZE])
+                for portion in chunks(ids, CHUNK_SIZE):
+                    self._portion(portion)
                 # By the clock, however much there is of our own: others' callbacks wait for nobody else.
                 if time.monotonic() >= look_s:
                     look_s = time.monotonic() + POLL_EVERY_S

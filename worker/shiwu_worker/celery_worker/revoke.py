@@ -9,8 +9,11 @@ from typing import Any, Final
 import redis
 import structlog
 
-from shiwu.broker.answers import AnswerEntry, AnswerStore, load_script
+from shiwu.broker.answers import AnswerEntry, AnswerStore
+from shiwu.broker.chunks import chunks
 from shiwu.broker.redis_errors import classify
+from shiwu.broker.script_loader import load_script
+from shiwu.broker.server_clock import server_time_ms
 from shiwu.contract import (
     CLAIMS,
     DELAYED_MESSAGES,
@@ -48,7 +51,7 @@ class Revoker:
         Raises:
             redis.RedisError: and then it may be asked again.
         """
-        return sum(self._revoke(ids[start : start + BATCH_LIMIT]) for start in range(0, len(ids), BATCH_LIMIT))
+        return sum(self._revoke(portion) for portion in chunks(ids, BATCH_LIMIT))
 
     def _revoke(self, ids: Sequence[str]) -> int:
         forgotten, *ours = self._script(
@@ -63,8 +66,7 @@ class Revoker:
             )
         if not ours:
             return 0
-        seconds, micros = self._client.time()
-        now_ms = seconds * 1000 + micros / 1000
+        now_ms = server_time_ms(self._client)
         again = self._answer_store.write([_revoked(job_id.decode(), now_ms=now_ms) for job_id in ours])
         return len(ours) - len(again)
 

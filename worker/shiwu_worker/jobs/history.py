@@ -1,4 +1,4 @@
-"""Earlier tries of a job, as the scripts `release` and `tend` record them for the worker that claims it next."""
+"""Earlier tries of a job, as the scripts `release` and `maintain` record them for the worker that claims it next."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ class Heartbeat:
         while True:
             # An idle worker claims in vain every few seconds, which is progress: the lanes matter when even that ends.
             is_quiet = self._progress.age_s() > self._stuck_s() / 2
-            self._seen = seen = self._maintenance.tend(most=CHUNK_SIZE, count_waiting=is_quiet)
+            self._seen = seen = self._maintenance.run_once(limit=CHUNK_SIZE, count_waiting=is_quiet)
             if seen.reaped:
                 self._hooks.reaped(seen.reaped)
                 log.warning("jobs_reaped", jobs=seen.reaped)

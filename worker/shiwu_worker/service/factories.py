@@ -218,10 +218,11 @@ def make_lease_queue(settings: Settings, client: redis.Redis, token: str) -> Lea
 
 def make_answer_store(settings: Settings, client: redis.Redis, token: str) -> AnswerStore:
     """The writer of answers."""
+    retention = _retention(settings)
     return AnswerStore(
         client,
         token=token,
-        keep=_keep(settings),
+        retention=lambda: retention,
         replicas=settings.commit_replicas,
         replicas_timeout_s=settings.replicas_timeout_s,
     )
@@ -234,11 +235,11 @@ def make_maintenance(settings: Settings, client: redis.Redis, answer_store: Answ
         answer_store,
         name=settings.worker_name,
         token=token,
-        keep=RetentionPublisher(client, _keep(settings)),
+        retention=RetentionPublisher(client, _retention(settings)),
     )
 
 
-def _keep(settings: Settings) -> Retention:
+def _retention(settings: Settings) -> Retention:
     return Retention(
         result_ttl_s=settings.result_ttl_s,
         done_ttl_s=max(settings.done_ttl_s, settings.result_ttl_s),

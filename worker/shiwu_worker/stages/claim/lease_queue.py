@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any, Final
 
 import msgspec
@@ -18,6 +17,7 @@ import redis
 from shiwu.broker.answers import answered_before
 from shiwu.broker.maintenance import HISTORY_TTL_S, QUARANTINE_AFTER_DEATHS
 from shiwu.broker.retention import RESULT_TTL_S
+from shiwu.broker.script_loader import load_script
 from shiwu.contract import (
     ATTEMPTS,
     CANVAS,
@@ -41,6 +41,7 @@ from shiwu_worker.jobs.job import Claimed, Release
 
 MAX_CLAIM: Final = 1000
 """Lua's stack holds about 8,000 values, and a claim unpacks two for each job."""
+_PACKAGE: Final = "shiwu_worker.stages.claim"
 _LANE_KEYS: Final = (*Lane.INTERACTIVE.keys, *Lane.BULK.keys)
 _BULK: Final = frozenset(Lane.BULK.keys)
 
@@ -89,9 +90,9 @@ class LeaseQueue:
         self._ahead_ms: float | None = None
         self._client = client
         self._last_claim = f"{LAST_CLAIM}{token}"
-        self._claim = _script(client, "claim")
-        self._renew = _script(client, "renew")
-        self._release = _script(client, "release")
+        self._claim = load_script(client, "claim", package=_PACKAGE)
+        self._renew = load_script(client, "renew", package=_PACKAGE)
+        self._release = load_script(client, "release", package=_PACKAGE)
 
     def claim(self, limit: int, *, held: Collection[str] = ()) -> ClaimResult:
         """Take up to `limit` jobs, interactive first. Copies of answered or claimed jobs are dropped on the way.
@@ -165,8 +166,3 @@ class LeaseQueue:
             args += [item.id, int(item.delay_s * 1000), int(item.counts), item.ending]
         released: int = self._release(keys=[CLAIMS, LEASES, ATTEMPTS, DELAYED, DELAYED_MESSAGES, QUARANTINE], args=args)
         return released
-
-
-def _script(client: redis.Redis, name: str) -> Any:
-    source = files("shiwu_worker.stages.claim").joinpath(f"scripts/{name}.lua").read_text(encoding="utf-8")
-    return client.register_script(source)
