@@ -225,7 +225,7 @@ def test_a_connection_that_breaks_leaves_the_callbacks_for_later(app: Celery, re
     """A plain OSError, which not every library wraps, passes by itself; what a stranger wrote wrongly does not."""
     redis_client.hset(CANVAS, mapping={"bad": "x", "good": "x"})
     redis_client.zadd(CANVAS_DUE, {"bad": 1.0, "good": 2.0})
-    callbacks = CallbackSender(app, redis_client, rules=RULES, patience_s=0.001)
+    callbacks = CallbackSender(app, redis_client, rules=RULES, retry_after_s=0.001)
     faults: list[Exception] = [ValueError("no signature"), BrokenPipeError("gone")]
     sent: list[str] = []
 
@@ -244,7 +244,7 @@ def test_a_connection_that_breaks_leaves_the_callbacks_for_later(app: Celery, re
 
 def test_followers_beyond_the_limit_are_told(app: Celery, redis_client: redis.Redis) -> None:
     """A chain that is longer than the operator allows: the first ones get an answer, the log counts the others."""
-    rules = CallbackRules(tasks=("plain.*",), most=2)
+    rules = CallbackRules(tasks=("plain.*",), max_tasks=2)
     callbacks = CallbackSender(app, redis_client, rules=rules)
     chain_ = [{"task": "plain.best", "options": {"task_id": f"follower-{number}"}} for number in range(5)]
     with structlog.testing.capture_logs() as said:

@@ -50,7 +50,7 @@ def test_one_counts_for_all_until_it_is_old(redis_client: redis.Redis) -> None:
 
 def test_a_watch_goes_on_after_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis away, and a defect: numbers wait, the next look comes."""
-    monkeypatch.setattr("shiwu_worker.telemetry.queue_monitor.EVERY_S", 0.02)
+    monkeypatch.setattr("shiwu_worker.telemetry.queue_monitor.SNAPSHOT_EVERY_S", 0.02)
     errors: list[Exception] = [redis.ConnectionError("away"), ValueError("a defect"), ValueError("again")]
     seen: list[int] = []
 
@@ -59,7 +59,9 @@ def test_a_watch_goes_on_after_what_fails(monkeypatch: pytest.MonkeyPatch) -> No
             raise errors.pop(0)
 
     watch = QueueMonitor(
-        lambda: make_snapshot(waiting=3), on_look=lambda one, _: seen.append(one.waiting[Lane.BULK]), also=once_more
+        lambda: make_snapshot(waiting=3),
+        on_snapshot=lambda one, _: seen.append(one.waiting[Lane.BULK]),
+        before_each=once_more,
     )
     watch.start()
     wait_until(lambda: seen, timeout_s=10, what="a look after three that failed")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, NonFiniteError
-from shiwu_worker.health.canary import Canary, known_picture
+from shiwu_worker.health.canary import Canary, known_image
 from shiwu_worker.service.model import load_encoder, make_canary
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 
@@ -37,7 +37,7 @@ class Device:
         """One that is due each time, unless told otherwise."""
         return Canary(
             self.encode,
-            pixels=known_picture(4, 4),
+            pixels=known_image(4, 4),
             reference=GOOD,
             every_s=every_s,
             error_kind=lambda _: self.error_kind,
@@ -99,7 +99,7 @@ def _turned(angle: float) -> NDArray[np.float32]:
 
 def test_what_the_device_raises_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost: the device's own exit code. Short of memory: no sign, also at the start. Anything else: wrong."""
-    monkeypatch.setattr("shiwu_worker.health.canary.AGAIN_S", 0.0)
+    monkeypatch.setattr("shiwu_worker.health.canary.OUT_OF_MEMORY_PAUSE_S", 0.0)
     device = Device()
     canary = device.canary()
     device.error, device.error_kind = RuntimeError("CUDA error"), DeviceErrorKind.LOST
@@ -120,9 +120,9 @@ def test_what_the_device_raises_is_told_apart(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_picture_is_known() -> None:
     """Always the same, with every level of every colour near."""
-    picture = known_picture(224, 224)
+    picture = known_image(224, 224)
     assert (picture.shape, picture.dtype) == ((1, 224, 224, 3), np.uint8)
-    np.testing.assert_array_equal(picture, known_picture(224, 224))
+    np.testing.assert_array_equal(picture, known_image(224, 224))
     assert all(len(np.unique(picture[..., plane])) > 200 for plane in range(3))
 
 

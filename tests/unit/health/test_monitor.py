@@ -69,16 +69,16 @@ def test_stillness_counts_only_with_work(clock: Clock) -> None:
     monitor = worker.start()
     clock.now_s += STUCK_S + 1
     monitor.redis(available=True)
-    assert (monitor.not_live(), monitor.stillness_s()) == ([], 0.0)
+    assert (monitor.not_live(), monitor.stalled_s()) == ([], 0.0)
     worker.held = 3
     assert monitor.not_live() == ["nothing was claimed, encoded or answered for 91 s with 3 jobs held and 0 waiting"]
-    assert monitor.stillness_s() == STUCK_S + 1
+    assert monitor.stalled_s() == STUCK_S + 1
     worker.held = 0
     monitor.waiting(7)
     assert monitor.not_live() == ["nothing was claimed, encoded or answered for 91 s with 0 jobs held and 7 waiting"]
     assert monitor.not_ready() == monitor.not_live()
     worker.progress.mark()
-    assert (monitor.not_live(), monitor.stillness_s()) == ([], 0.0)
+    assert (monitor.not_live(), monitor.stalled_s()) == ([], 0.0)
 
 
 def test_redis_away_is_unready_at_once_and_not_alive_with_a_backlog(clock: Clock) -> None:
@@ -92,7 +92,7 @@ def test_redis_away_is_unready_at_once_and_not_alive_with_a_backlog(clock: Clock
     assert monitor.not_live() == []
     monitor.waiting(2)
     assert monitor.not_live() == ["Redis has not answered for 91 s with 0 jobs held and 2 waiting"]
-    assert monitor.stillness_s() == STUCK_S + 1
+    assert monitor.stalled_s() == STUCK_S + 1
     monitor.redis(available=True)
     assert (monitor.not_live(), monitor.not_ready()) == ([], [])
 
@@ -172,4 +172,4 @@ def test_who_drains_lives_and_takes_nothing(clock: Clock) -> None:
     worker.held = 1
     monitor.stopping()
     clock.now_s += 1000
-    assert (monitor.not_live(), monitor.not_ready(), monitor.stillness_s()) == ([], ["draining"], 0.0)
+    assert (monitor.not_live(), monitor.not_ready(), monitor.stalled_s()) == ([], ["draining"], 0.0)

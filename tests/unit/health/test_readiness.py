@@ -24,16 +24,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_worker_is_ready_when_it_claims_and_hears(clock: Clock) -> None:
     """Both, in any order; each of them can be lost again."""
     told: list[bool] = []
-    readiness = Readiness(on_change=told.append, hearing_limit_s=15.0)
+    readiness = Readiness(on_change=told.append, revoke_wait_s=15.0)
     readiness.claiming(active=True)
-    assert (told, readiness.is_deaf()) == ([], True)
-    readiness.hearing(active=True)
-    assert (told, readiness.is_deaf()) == ([True], False)
-    readiness.hearing(active=False)
+    assert (told, readiness.is_waiting_for_revokes()) == ([], True)
+    readiness.receiving_revokes(active=True)
+    assert (told, readiness.is_waiting_for_revokes()) == ([True], False)
+    readiness.receiving_revokes(active=False)
     assert told == [True, False]
-    readiness.hearing(active=True)
+    readiness.receiving_revokes(active=True)
     readiness.claiming(active=False)
-    assert (told, readiness.is_deaf()) == ([True, False, True, False], False)
+    assert (told, readiness.is_waiting_for_revokes()) == ([True, False, True, False], False)
     readiness.claiming(active=True)
     assert told[-1]
 
@@ -41,19 +41,19 @@ def test_worker_is_ready_when_it_claims_and_hears(clock: Clock) -> None:
 def test_worker_that_never_hears_is_ready_in_the_end(clock: Clock) -> None:
     """The limit runs while it claims: a Redis that was away for long gives Celery's half its time again."""
     told: list[bool] = []
-    readiness = Readiness(on_change=told.append, hearing_limit_s=15.0)
+    readiness = Readiness(on_change=told.append, revoke_wait_s=15.0)
     readiness.claiming(active=True)
     clock.now_s += 14
     readiness.claiming(active=False)
     clock.now_s += 100
     readiness.claiming(active=True)
     clock.now_s += 14
-    readiness.look()
+    readiness.check_limit()
     assert told == []
     clock.now_s += 2
     with structlog.testing.capture_logs() as said:
-        readiness.look()
-        readiness.look()
+        readiness.check_limit()
+        readiness.check_limit()
     assert told == [True]
     assert [one["event"] for one in said] == ["revokes_not_received"]
 
@@ -61,7 +61,7 @@ def test_worker_that_never_hears_is_ready_in_the_end(clock: Clock) -> None:
 def test_worker_without_revokes_is_ready_when_it_claims() -> None:
     """Where the operator does not listen to them, there is nothing to wait for."""
     told: list[bool] = []
-    readiness = Readiness(on_change=told.append, hearing_limit_s=0.0)
+    readiness = Readiness(on_change=told.append, revoke_wait_s=0.0)
     readiness.claiming(active=True)
     assert told == [True]
 

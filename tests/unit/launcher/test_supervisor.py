@@ -20,7 +20,7 @@ from tests.support.family import lives
 from tests.support.waiting import wait_until
 
 STAY = "exec sleep 60"
-NOBODY = ProbeFiles(ready_file=None, alive_file=None)
+NO_FILES = ProbeFiles(ready_file=None, alive_file=None)
 
 
 def place(name: str, **options: Path) -> Placement:
@@ -28,12 +28,12 @@ def place(name: str, **options: Path) -> Placement:
     return Placement(name, f"shiwu@{name}", frozenset({0}), {"PLACE": name}, **options)
 
 
-def launch(*scripts: str, drain_s: float = 10.0, **patience: float) -> int:
+def launch(*scripts: str, drain_s: float = 10.0, **limits_s: float) -> int:
     """Run one shell script for each worker until all is over; the exit code."""
     places = [place(f"gpu{number}") for number in range(len(scripts))]
     commands = {one.name: ["sh", "-c", script] for one, script in zip(places, scripts, strict=True)}
-    limits = RestartPolicy(**{"drain_s": drain_s, "first_pause_s": 0.01, "most_deaths": 4, **patience})  # type: ignore[arg-type]  # floats
-    return Supervisor(places, command=lambda one: commands[one.name], patience=limits, health=NOBODY).run()
+    limits = RestartPolicy(**{"drain_s": drain_s, "first_pause_s": 0.01, "max_crashes": 4, **limits_s})  # type: ignore[arg-type]  # floats
+    return Supervisor(places, command=lambda one: commands[one.name], restart_policy=limits, probe_files=NO_FILES).run()
 
 
 def test_an_end_by_plan_is_no_reason_to_start_again(tmp_path: Path) -> None:
@@ -76,14 +76,14 @@ def test_nothing_is_started_any_more_once_the_end_has_begun(tmp_path: Path) -> N
 def test_a_long_life_starts_a_new_count(tmp_path: Path) -> None:
     """Ten deaths, each after a calm life, are none too many."""
     script = f"echo x >> {tmp_path}/a; sleep 0.05; [ $(wc -l < {tmp_path}/a) -ge 10 ] || exit 67"
-    assert launch(script, calm_s=0.04) == ExitCode.OK
-    assert launch("sleep 0.05; exit 67", calm_s=5.0) == ExitCode.GAVE_UP
+    assert launch(script, stable_after_s=0.04) == ExitCode.OK
+    assert launch("sleep 0.05; exit 67", stable_after_s=5.0) == ExitCode.GAVE_UP
 
 
 def test_a_command_that_does_not_start_is_a_death() -> None:
     """As if it had crashed."""
-    limits = RestartPolicy(drain_s=1, first_pause_s=0.01, most_deaths=3)
-    launcher = Supervisor([place("gpu0")], command=lambda _: ["/no/such"], patience=limits, health=NOBODY)
+    limits = RestartPolicy(drain_s=1, first_pause_s=0.01, max_crashes=3)
+    launcher = Supervisor([place("gpu0")], command=lambda _: ["/no/such"], restart_policy=limits, probe_files=NO_FILES)
     assert launcher.run() == ExitCode.GAVE_UP
 
 
@@ -138,9 +138,11 @@ def test_the_probes_files_are_all_workers(tmp_path: Path) -> None:
     while [ ! -e r ]; do sleep 0.02; done
     while [ ! -e a ]; do sleep 0.02; done
     touch told; exit 67"""
-    health = ProbeFiles(ready_file=tmp_path / "r", alive_file=tmp_path / "a")
+    probe_files = ProbeFiles(ready_file=tmp_path / "r", alive_file=tmp_path / "a")
     limits = RestartPolicy(drain_s=5, first_pause_s=1.5)
-    code = Supervisor(places, command=lambda _: ["sh", "-c", script], patience=limits, health=health).run()
+    code = Supervisor(
+        places, command=lambda _: ["sh", "-c", script], restart_policy=limits, probe_files=probe_files
+    ).run()
     assert code == ExitCode.CONFIG
     assert (tmp_path / "a").stat().st_mtime == 1000
     listed = (tmp_path / "second").read_text().split()

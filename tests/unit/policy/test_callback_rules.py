@@ -11,7 +11,7 @@ from shiwu.contract import RequestError
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.policy.callback_rules import MAX_DEPTH, PROTOCOL, STEERING, CallbackRules
 
-RULES = CallbackRules(tasks=("shiwu.tag", "app.*"), queues=("celery", "app-*"), most=20)
+RULES = CallbackRules(tasks=("shiwu.tag", "app.*"), queues=("celery", "app-*"), max_tasks=20)
 
 
 def task(name: str = "app.a", **options: Any) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def test_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHIWU_CALLBACK_QUEUE", "usual")
     monkeypatch.setenv("SHIWU_CALLBACK_QUEUES", "app-*")
     monkeypatch.setenv("SHIWU_CALLBACK_MOST", "7")
-    expected = CallbackRules(tasks=("app.*", "other.task"), queues=("usual", "app-*"), most=7)
+    expected = CallbackRules(tasks=("app.*", "other.task"), queues=("usual", "app-*"), max_tasks=7)
     assert Settings().callback_rules == expected
     monkeypatch.setenv("SHIWU_CALLBACK_TASKS", "")
     assert Settings().callback_rules.allows_task("shiwu.tag")

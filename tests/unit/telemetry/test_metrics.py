@@ -111,7 +111,7 @@ def test_the_rest_is_told_by_who_knows_it() -> None:
     ended = Job(
         id="l", key=Lane.BULK.queue, attempt=1, raw=b"", moments=StageTimestamps(claimed_s=0.0), back=Release("l")
     )
-    metrics.given_back([again, ended])
+    metrics.retried([again, ended])
     metrics.renewed(5)
     metrics.reaped(2)
     metrics.batch("full", 8)
@@ -241,16 +241,16 @@ def test_a_card_is_looked_at_with_one_start_of_the_library(monkeypatch: pytest.M
     """What it does not tell is None; a card that fails has no state until it answers again."""
     driver = Driver()
     monkeypatch.setattr("shiwu_worker.telemetry.gpu_monitor.pynvml", driver)
-    watch = GpuMonitor("GPU-1")
-    assert watch.state() is None
-    watch.look()
-    assert watch.state() == GpuState(used_bytes=3, total_bytes=8, utilisation=0.4)
+    monitor = GpuMonitor("GPU-1")
+    assert monitor.state() is None
+    monitor.update()
+    assert monitor.state() == GpuState(used_bytes=3, total_bytes=8, utilisation=0.4)
     driver.fails = {"nvmlDeviceGetUtilizationRates"}
-    watch.look()
-    assert watch.state() == GpuState(used_bytes=3, total_bytes=8, utilisation=None)
+    monitor.update()
+    assert monitor.state() == GpuState(used_bytes=3, total_bytes=8, utilisation=None)
     driver.fails = {"nvmlDeviceGetMemoryInfo"}
-    watch.look()
-    assert watch.state() is None
+    monitor.update()
+    assert monitor.state() is None
     assert driver.starts == 1
 
 
@@ -258,7 +258,7 @@ def test_a_machine_without_a_card_is_asked_nothing_twice(monkeypatch: pytest.Mon
     """Neither on a CPU, nor where the driver's library is not there."""
     driver = Driver()
     monkeypatch.setattr("shiwu_worker.telemetry.gpu_monitor.pynvml", driver)
-    GpuMonitor(None).look()
+    GpuMonitor(None).update()
     assert driver.starts == 0
 
     def absent() -> None:
@@ -266,7 +266,7 @@ def test_a_machine_without_a_card_is_asked_nothing_twice(monkeypatch: pytest.Mon
         raise pynvml.NVMLError_LibraryNotFound
 
     monkeypatch.setattr(driver, "nvmlInit", absent, raising=False)
-    watch = GpuMonitor("GPU-1")
-    watch.look()
-    watch.look()
-    assert (watch.state(), driver.starts) == (None, 1)
+    monitor = GpuMonitor("GPU-1")
+    monitor.update()
+    monitor.update()
+    assert (monitor.state(), driver.starts) == (None, 1)

@@ -36,7 +36,7 @@ from shiwu_worker.policy.callback_rules import CallbackRules
 log: Any = structlog.get_logger()
 POLL_EVERY_S: Final = 5.0
 CHUNK_SIZE: Final = 100
-AWAY: Final = (redis.RedisError, OperationalError, OSError)
+UNAVAILABLE_ERRORS: Final = (redis.RedisError, OperationalError, OSError)
 """What Redis, or the way to it, raises."""
 
 
@@ -46,16 +46,16 @@ class CallbackSender:
     Args:
         app: a Celery app whose broker and result backend are our Redis; a `CallbackApp` judges what it sends itself.
         rules: which tasks and queues callbacks may name. Jobs that were answered aside have not been judged before.
-        patience_s: how long one portion is ours; then another worker may send it.
+        retry_after_s: how long one portion is ours; then another worker may send it.
     """
 
     def __init__(
-        self, app: Celery, client: redis.Redis, *, rules: CallbackRules, patience_s: float = CANVAS_PATIENCE_S
+        self, app: Celery, client: redis.Redis, *, rules: CallbackRules, retry_after_s: float = CANVAS_PATIENCE_S
     ) -> None:
         self._app = app
         self._client = client
         self._rules = rules
-        self._patience_ms = int(patience_s * 1000)
+        self._retry_after_ms = int(retry_after_s * 1000)
         self._take = load_script(client, "take_callbacks")
         self._fresh: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -96,7 +96,7 @@ class CallbackSender:
                     look_s = time.monotonic() + POLL_EVERY_S
                     if self._portion([]) == CHUNK_SIZE:
                         look_s = 0.0  # thousands of jobs cancelled at once leave more than one portion
-            except AWAY as error:
+            except UNAVAILABLE_ERRORS as error:
                 # They stay in Redis, and a worker finds them when the patience is over. Where none are concerned, other
                 # threads have logged that Redis is away.
                 if jobs := max(len(ids), self._under_way):
@@ -105,14 +105,14 @@ class CallbackSender:
     def _portion(self, ids: Sequence[str]) -> int:
         """Send what these ids, or with none of them others, have left; gives how many there were."""
         self._under_way = 0
-        reply: Any = self._take(keys=[CANVAS, CANVAS_DUE], args=[self._patience_ms, CHUNK_SIZE, *ids])
+        reply: Any = self._take(keys=[CANVAS, CANVAS_DUE], args=[self._retry_after_ms, CHUNK_SIZE, *ids])
         self._under_way = len(reply) // 2
         for i in range(0, len(reply), 2):
             job_id = reply[i].decode(errors="replace")  # a member by another hand must not end this thread
             try:
                 self._send(job_id, reply[i + 1])
             except Exception as error:  # border: signatures are a stranger's; a bad one must not come back
-                if isinstance(error, AWAY) and _passes(error):
+                if isinstance(error, UNAVAILABLE_ERRORS) and _passes(error):
                     raise
                 log.error("callbacks_failed", id=job_id, kind=type(error).__name__, error=str(error)[:300])
             with self._client.pipeline(transaction=True) as pipe:
@@ -175,11 +175,11 @@ class CallbackSender:
 
     def _fail(self, followers: Sequence[dict[str, Any]], error: Exception, state: str) -> None:
         """Answer for tasks that will not run, so that nobody waits for them for ever."""
-        if (left := len(followers) - self._rules.most) > 0:
+        if (left := len(followers) - self._rules.max_tasks) > 0:
             log.error(
                 "chain_tasks_not_answered", jobs=left, meaning="their chain is longer than SHIWU_CALLBACK_MOST allows"
             )
-        for one in followers[: self._rules.most]:
+        for one in followers[: self._rules.max_tasks]:
             options = one.get("options")
             with suppress(RequestError):  # the id becomes a key; what can't be one is nobody's
                 follower = check_id(options.get("task_id") if isinstance(options, dict) else None)

@@ -48,7 +48,7 @@ class ControlBox(Pidbox):  # type: ignore[misc]  # celery has no types
         super().start(c)
         self._hello = uuid4().hex
         if c.hub is None:
-            c.app.shiwu_on_hearing(active=True)
+            c.app.shiwu_on_receiving_revokes(active=True)
         else:
             self._timer = c.hub.call_repeatedly(HELLO_EVERY_S, self._say_hello)
 
@@ -56,7 +56,7 @@ class ControlBox(Pidbox):  # type: ignore[misc]  # celery has no types
         """Listen no more."""
         self._hello = ""
         self._stop_timer()
-        c.app.shiwu_on_hearing(active=False)
+        c.app.shiwu_on_receiving_revokes(active=False)
         super().stop(c)
 
     def _say_hello(self) -> None:
@@ -77,7 +77,7 @@ class ControlBox(Pidbox):  # type: ignore[misc]  # celery has no types
         told = body.get("arguments")
         if self._hello and isinstance(told, dict) and told.get("token") == self._hello:
             self._stop_timer()
-            self.c.app.shiwu_on_hearing(active=True)
+            self.c.app.shiwu_on_receiving_revokes(active=True)
 
     def on_message(self, body: Any, message: Any) -> None:
         """Obey a known command whose reply goes to Celery's `inspect`, or to nobody."""

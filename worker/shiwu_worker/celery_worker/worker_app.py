@@ -118,7 +118,7 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
             try:
                 tell = stack.enter_context(_celery_side(worker, settings))
                 service = stack.enter_context(
-                    open_service(settings, on_fatal=self._end, on_answered=tell, is_ready_when_hearing=settings.revoke)
+                    open_service(settings, on_fatal=self._end, on_answered=tell, waits_for_revokes=settings.revoke)
                 )
             except FatalError as error:
                 log.error("start_failed", exit_code=int(error.exit_code), reason=error.exit_code.name, error=str(error))
@@ -127,7 +127,7 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
                 log.info("stopped", reason="asked to", during="start")
                 raise
             self._service, self._stack = service, stack.pop_all()
-            worker.app.shiwu_on_hearing = service.hearing
+            worker.app.shiwu_on_receiving_revokes = service.receiving_revokes
             self._signals.started(service.hurry)
 
     def stop(self, worker: Any) -> None:
@@ -217,7 +217,7 @@ def make_app(settings: Settings) -> Celery:
     app.shiwu_queues = [Queue(lane.queue, alias=lane.queue) for lane in Lane]
     app.amqp.queues.aliases.update({queue.name: queue for queue in app.shiwu_queues})
     app.shiwu_revoker = None
-    app.shiwu_on_hearing = lambda *, active: None
+    app.shiwu_on_receiving_revokes = lambda *, active: None
     app.steps["worker"].add(PipelineBootStep)
 
     @app.task(name=TASK_NAME)  # type: ignore[untyped-decorator]  # celery has no types

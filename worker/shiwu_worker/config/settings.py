@@ -42,10 +42,10 @@ from shiwu_worker.config.types import (
     split,
 )
 from shiwu_worker.policy.access_rules import HTTP_PORTS, AccessRules
-from shiwu_worker.policy.callback_rules import MOST, CallbackRules
+from shiwu_worker.policy.callback_rules import MAX_TASKS, CallbackRules
 from shiwu_worker.runtime.cpus import usable_cores
 
-LARGEST_TRIED = 64
+DEFAULT_BATCH_CAP = 64
 
 
 class Settings(BaseSettings):
@@ -148,7 +148,9 @@ class Settings(BaseSettings):
     )
     callback_queue: str = Field("celery", description="queue of callbacks that name none")
     callback_queues: Names = Field((), description="other queues that callbacks may name; patterns as app.*")
-    callback_most: int = Field(MOST, ge=1, le=10_000, description="tasks that the callbacks of one message may lead to")
+    callback_most: int = Field(
+        MAX_TASKS, ge=1, le=10_000, description="tasks that the callbacks of one message may lead to"
+    )
 
     loaders: int = Field(0, ge=0, le=256, description="loader processes; 0: one for each core but one, at least 1")
     loader_spares: int = Field(2, ge=0, le=16, description="warm loaders that stand in for one that died")
@@ -333,7 +335,7 @@ class Settings(BaseSettings):
     def callback_rules(self) -> CallbackRules:
         """What callbacks may call."""
         queues = (self.callback_queue, *self.callback_queues)
-        return CallbackRules(tasks=self.callback_tasks, queues=queues, most=self.callback_most)
+        return CallbackRules(tasks=self.callback_tasks, queues=queues, max_tasks=self.callback_most)
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -348,7 +350,7 @@ class Settings(BaseSettings):
     @property
     def batch_cap(self) -> int:
         """The largest batch that may be: asked for, or tried at the start."""
-        return self.max_batch or LARGEST_TRIED
+        return self.max_batch or DEFAULT_BATCH_CAP
 
     @property
     def loader_count(self) -> int:

@@ -21,7 +21,7 @@ MIN_COSINE_TO_REFERENCE: Final = 0.98
 MIN_COSINE_TO_FIRST: Final = 0.999
 """Cosine to the answer at the start: the same program on the same device gives more than 0.99999."""
 LENGTH_SLACK: Final = 1e-3
-AGAIN_S: Final = 5.0
+OUT_OF_MEMORY_PAUSE_S: Final = 5.0
 """After a time at which the device was out of memory."""
 
 
@@ -69,45 +69,45 @@ class Canary:
         try:
             vectors = self._encode(self._pixels)
         except WrongVectors as error:
-            self._end(str(error))
+            self._fail(str(error))
         except Exception as error:  # border: what the device's library raises is not known
             error_kind = self._error_kind(error)
             if error_kind is DeviceErrorKind.LOST:
                 raise FatalError(ExitCode.DEVICE, f"the device failed on the known picture: {error}") from error
             if error_kind is DeviceErrorKind.OUT_OF_MEMORY:
                 # Others may have the memory for a moment; that says nothing of how the device computes.
-                log.warning("canary_skipped", reason="the device was out of memory", again_in_s=AGAIN_S)
-                self._due_s = now_s + AGAIN_S
+                log.warning("canary_skipped", reason="the device was out of memory", retry_in_s=OUT_OF_MEMORY_PAUSE_S)
+                self._due_s = now_s + OUT_OF_MEMORY_PAUSE_S
                 return
-            self._end(f"{type(error).__name__}: {error!s:.200}")
+            self._fail(f"{type(error).__name__}: {error!s:.200}")
         self._check(vectors)
 
     def _check(self, vectors: NDArray[np.float32]) -> None:
         if vectors.shape != (1, len(self._reference)):
-            self._end(f"expected a vector of shape {(1, len(self._reference))}, got {vectors.shape}")
+            self._fail(f"expected a vector of shape {(1, len(self._reference))}, got {vectors.shape}")
         vector = vectors[0]
         # Each test is put so that NaN fails it.
         length = float(np.linalg.norm(vector))
         if not abs(length - 1) <= LENGTH_SLACK:
-            self._end(f"expected a vector of length 1, got {length:.4g}")
+            self._fail(f"expected a vector of length 1, got {length:.4g}")
         cosine = float(vector @ self._reference)
         if not cosine >= MIN_COSINE_TO_REFERENCE:
-            self._end(f"expected a cosine of {MIN_COSINE_TO_REFERENCE} or more to FP32 on the CPU, got {cosine:.4f}")
+            self._fail(f"expected a cosine of {MIN_COSINE_TO_REFERENCE} or more to FP32 on the CPU, got {cosine:.4f}")
         if self._first is None:
             self._first = vector.copy()
         cosine_to_first = float(vector @ self._first)
         if not cosine_to_first >= MIN_COSINE_TO_FIRST:
-            self._end(
+            self._fail(
                 f"expected a cosine of {MIN_COSINE_TO_FIRST} or more to the start's answer, got {cosine_to_first:.4f}"
             )
         log.debug("canary", cosine=round(cosine, 6), to_first=round(cosine_to_first, 6))
 
-    def _end(self, wrong: str) -> NoReturn:
+    def _fail(self, wrong: str) -> NoReturn:
         self._on_wrong(wrong)
         raise FatalError(ExitCode.CANARY, f"the known picture got a wrong answer: {wrong}")
 
 
-def known_picture(height: int, width: int) -> NDArray[np.uint8]:
+def known_image(height: int, width: int) -> NDArray[np.uint8]:
     """Pixels uint8 (1, h, w, 3), always the same: slopes of colour with a bright disc, so that every layer has work."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     disc = (y - height / 2) ** 2 + (x - width / 3) ** 2 < (min(height, width) / 4) ** 2

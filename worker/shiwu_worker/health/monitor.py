@@ -47,13 +47,13 @@ class HealthMonitor:
     Args:
         progress: of the pipeline. Redis' absence counts there as no hang; here it does, while work is known to wait.
         redis_timeout_s: of one command.
-        is_deaf: whether the worker claims, and does not hear Celery's broadcasts yet.
+        is_waiting_for_revokes: whether the worker claims, and does not hear Celery's broadcasts yet.
     """
 
     def __init__(
-        self, progress: Progress, *, redis_timeout_s: float, is_deaf: Callable[[], bool] = lambda: False
+        self, progress: Progress, *, redis_timeout_s: float, is_waiting_for_revokes: Callable[[], bool] = lambda: False
     ) -> None:
-        self._is_deaf = is_deaf
+        self._is_waiting_for_revokes = is_waiting_for_revokes
         self._progress = progress
         self._redis_slack_s = redis_timeout_s + READY_SLACK_S
         self._began_s = time.monotonic()
@@ -132,11 +132,11 @@ class HealthMonitor:
             reasons.append(f"Redis has not answered for {self._away_s():.0f} s")
         if not self._is_claiming:
             reasons.append("no claim has succeeded yet, or the last one failed")
-        elif self._is_deaf():
+        elif self._is_waiting_for_revokes():
             reasons.append("Celery's broadcasts are not heard yet: a revoke would be lost")
         return reasons
 
-    def stillness_s(self) -> float:
+    def stalled_s(self) -> float:
         """For how long there has been work and nothing has moved; 0 without work, at the start and in the end."""
         body = self._body
         if body is None or self._is_stopping or not self._work(body):

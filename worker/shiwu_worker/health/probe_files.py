@@ -13,7 +13,7 @@ class ProbeFiles:
         self._ready_file = ready_file
         self._alive_file = alive_file
 
-    def ready(self, *, is_ready: bool) -> None:
+    def set_ready(self, *, is_ready: bool) -> None:
         """Say whether this worker is warm and claims."""
         if self._ready_file is None:
             return
@@ -22,7 +22,7 @@ class ProbeFiles:
         else:
             self._ready_file.unlink(missing_ok=True)
 
-    def alive(self, *, at_s: float | None = None) -> None:
+    def touch_alive(self, *, at_s: float | None = None) -> None:
         """Say that the pipeline made progress, now or at this Unix time."""
         if self._alive_file is None:
             return

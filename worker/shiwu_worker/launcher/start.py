@@ -56,10 +56,10 @@ def start_workers(settings: Settings, *, gpus: str, per_gpu: int, run: RunWorker
 
 def _launch(settings: Settings, placements: Sequence[Placement], command: WorkerCommand) -> int:
     drain_s = settings.grace_s + AFTER_GRACE_S
-    health = ProbeFiles(ready_file=settings.ready_file, alive_file=settings.alive_file)
+    probe_files = ProbeFiles(ready_file=settings.ready_file, alive_file=settings.alive_file)
     return Supervisor(
         placements,
         command=lambda placement: command(node=placement.node, cpus=placement.cpus, drain_s=drain_s),
-        patience=RestartPolicy(drain_s=drain_s),
-        health=health,
+        restart_policy=RestartPolicy(drain_s=drain_s),
+        probe_files=probe_files,
     ).run()

@@ -28,7 +28,7 @@ TICK_S: Final = 1.0
 """How often the files for probes are renewed."""
 AFTER_GRACE_S: Final = 18.0
 """After a worker's grace time: two of Redis' time-outs to give back, 5 s for its loaders, 3 s for its traces."""
-ASKED_TO_END: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ class RestartPolicy:
     first_pause_s: float = 1.0
     """Before the first restart; doubles with each death in a row."""
     longest_pause_s: float = 60.0
-    most_deaths: int = 6
+    max_crashes: int = 6
     """So many deaths in a row are too many."""
-    calm_s: float = 300.0
+    stable_after_s: float = 300.0
     """A worker that lived so long starts a new row."""
     drain_s: float
     """From the first signal until workers are killed."""
@@ -51,12 +51,12 @@ class WorkerProcess:
 
     def __init__(self, placement: Placement, command: Sequence[str]) -> None:
         self.placement = placement
-        self.due_s: float | None = 0.0
+        self.start_due_s: float | None = 0.0
         """When to start it, by the monotonic clock; None: it runs, or is not to be started."""
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._started_s = 0.0
-        self._deaths = 0
+        self._crashes = 0
 
     @property
     def is_running(self) -> bool:
@@ -66,12 +66,12 @@ class WorkerProcess:
     @property
     def is_over(self) -> bool:
         """Whether nothing runs here and nothing will."""
-        return self._process is None and self.due_s is None
+        return self._process is None and self.start_due_s is None
 
     def start(self) -> None:
         """Start the process, in a session of its own: Ctrl-C is the launcher's to pass on."""
-        self._forget_files()
-        self.due_s = None
+        self._remove_files()
+        self.start_due_s = None
         self._started_s = time.monotonic()
         environment = os.environ | dict(self.placement.environment)
         self._process = subprocess.Popen(
@@ -87,7 +87,7 @@ class WorkerProcess:
         status = None if self._process is None else self._process.poll()
         if status is not None:
             self._process = None
-            self._forget_files()
+            self._remove_files()
         return status
 
     def signal(self, number: int) -> None:
@@ -95,17 +95,17 @@ class WorkerProcess:
         if self._process is not None:
             self._process.send_signal(number)
 
-    def died(self, patience: RestartPolicy) -> float | None:
+    def count_crash(self, restart_policy: RestartPolicy) -> float | None:
         """Count a death; the seconds to wait before the next start, or None where there were too many."""
-        lived_s = time.monotonic() - self._started_s
-        self._deaths = 1 if lived_s >= patience.calm_s else self._deaths + 1
-        if self._deaths >= patience.most_deaths:
+        ran_s = time.monotonic() - self._started_s
+        self._crashes = 1 if ran_s >= restart_policy.stable_after_s else self._crashes + 1
+        if self._crashes >= restart_policy.max_crashes:
             return None
-        pause_s = min(patience.longest_pause_s, patience.first_pause_s * 2.0 ** (self._deaths - 1))
-        self.due_s = time.monotonic() + pause_s
+        pause_s = min(restart_policy.longest_pause_s, restart_policy.first_pause_s * 2.0 ** (self._crashes - 1))
+        self.start_due_s = time.monotonic() + pause_s
         return pause_s
 
-    def _forget_files(self) -> None:
+    def _remove_files(self) -> None:
         for path in (self.placement.ready_file, self.placement.alive_file):
             if path is not None:
                 with contextlib.suppress(OSError):
@@ -118,8 +118,8 @@ class Supervisor:
     Args:
         places: where they work.
         command: the command line of a worker.
-        patience: with workers that die or don't end.
-        health: the files that probes look at; ready while all workers are, alive as long as the slowest is.
+        restart_policy: with workers that die or don't end.
+        probe_files: the files that probes look at; ready while all workers are, alive as long as the slowest is.
     """
 
     def __init__(
@@ -127,16 +127,16 @@ class Supervisor:
         placements: Sequence[Placement],
         *,
         command: Callable[[Placement], list[str]],
-        patience: RestartPolicy,
-        health: ProbeFiles,
+        restart_policy: RestartPolicy,
+        probe_files: ProbeFiles,
     ) -> None:
         self._workers = [WorkerProcess(placement, command(placement)) for placement in placements]
-        self._patience = patience
-        self._health = health
+        self._restart_policy = restart_policy
+        self._probe_files = probe_files
         self._is_ready: bool | None = None
         self._code: int | None = None
         """The exit code, once the end has begun."""
-        self._until_s = float("inf")
+        self._kill_at_s = float("inf")
 
     def run(self) -> int:
         """Work until all workers have ended and none is to be started again; the exit code."""
@@ -152,12 +152,12 @@ class Supervisor:
         for worker in self._workers:
             if (status := worker.ended()) is not None:
                 self._on_end(worker, status)
-            if worker.due_s is not None and worker.due_s <= time.monotonic():
+            if worker.start_due_s is not None and worker.start_due_s <= time.monotonic():
                 self._start(worker)
-        self._tell_health()
+        self._update_probe_files()
         if all(worker.is_over for worker in self._workers):
             return False
-        if time.monotonic() >= self._until_s:
+        if time.monotonic() >= self._kill_at_s:
             self._kill()
         return True
 
@@ -184,22 +184,24 @@ class Supervisor:
             self._on_crash(worker, reason=reason)
 
     def _on_crash(self, worker: WorkerProcess, *, reason: str) -> None:
-        pause_s = worker.died(self._patience)
+        pause_s = worker.count_crash(self._restart_policy)
         if pause_s is not None:
             log.error("worker_crashed", worker=worker.placement.name, reason=reason, restart_in_s=pause_s)
             return
-        worker.due_s = None
-        log.error("restarts_exhausted", worker=worker.placement.name, reason=reason, crashes=self._patience.most_deaths)
+        worker.start_due_s = None
+        log.error(
+            "restarts_exhausted", worker=worker.placement.name, reason=reason, crashes=self._restart_policy.max_crashes
+        )
         self._end(ExitCode.GAVE_UP)
 
     def _on_signal(self, number: int) -> None:
-        if number not in ASKED_TO_END:
+        if number not in STOP_SIGNALS:
             return
         if self._code is None:
             self._end(ExitCode.OK)
             return
         # A worker gives back at once then.
-        self._until_s = min(self._until_s, time.monotonic() + AFTER_GRACE_S)
+        self._kill_at_s = min(self._kill_at_s, time.monotonic() + AFTER_GRACE_S)
         self._signal_all(signal.SIGTERM)
 
     def _end(self, code: ExitCode) -> None:
@@ -208,9 +210,9 @@ class Supervisor:
             return
         log.info("launcher_stopping", exit_code=int(code), reason=code.name if code else "asked to")
         self._code = int(code)
-        self._until_s = time.monotonic() + self._patience.drain_s
+        self._kill_at_s = time.monotonic() + self._restart_policy.drain_s
         for worker in self._workers:
-            worker.due_s = None
+            worker.start_due_s = None
         self._signal_all(signal.SIGTERM)
 
     def _signal_all(self, number: int) -> None:
@@ -219,17 +221,17 @@ class Supervisor:
 
     def _kill(self) -> None:
         late = [worker.placement.name for worker in self._workers if worker.is_running]
-        log.error("workers_overdue", workers=late, after_s=self._patience.drain_s)
+        log.error("workers_overdue", workers=late, after_s=self._restart_policy.drain_s)
         self._code = self._code or int(ExitCode.OVERDUE)
-        self._until_s = time.monotonic() + AFTER_GRACE_S
+        self._kill_at_s = time.monotonic() + AFTER_GRACE_S
         self._signal_all(signal.SIGKILL)
 
     def _pause_s(self) -> float:
         """Until something is due; an end of a worker or a signal comes through the wait itself."""
-        dues = [worker.due_s for worker in self._workers if worker.due_s is not None]
-        return max(0.0, min([time.monotonic() + TICK_S, self._until_s, *dues]) - time.monotonic())
+        dues = [worker.start_due_s for worker in self._workers if worker.start_due_s is not None]
+        return max(0.0, min([time.monotonic() + TICK_S, self._kill_at_s, *dues]) - time.monotonic())
 
-    def _tell_health(self) -> None:
+    def _update_probe_files(self) -> None:
         running = [worker for worker in self._workers if worker.is_running]
         is_whole = bool(running) and all(worker.is_running or worker.is_over for worker in self._workers)
         try:
@@ -238,7 +240,7 @@ class Supervisor:
             ]
             is_ready = is_whole and all(ready)
             if is_ready != self._is_ready:
-                self._health.ready(is_ready=is_ready)
+                self._probe_files.set_ready(is_ready=is_ready)
                 self._is_ready = is_ready
             touched_s = []
             for worker in running:
@@ -246,7 +248,7 @@ class Supervisor:
                     if worker.placement.alive_file is not None:
                         touched_s.append(worker.placement.alive_file.stat().st_mtime)
             if touched_s:
-                self._health.alive(at_s=min(touched_s))
+                self._probe_files.touch_alive(at_s=min(touched_s))
         except OSError as error:
             log.error("probe_files_failed", error=str(error)[:300])
 
@@ -260,18 +262,18 @@ def _reason(status: int) -> str:
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[float], bytes]]:
     """A wait with a limit in seconds, that ends early for signals and returns their numbers."""
-    theirs, ours = socket.socketpair()
-    with theirs, ours:
-        theirs.setblocking(False)
-        ours.setblocking(False)
-        before_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    write_end, read_end = socket.socketpair()
+    with write_end, read_end:
+        write_end.setblocking(False)
+        read_end.setblocking(False)
+        before_fd = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
         # What nohup has the process ignore stays ignored.
-        heard = [number for number in ASKED_TO_END if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, lambda *_: None) for number in (*heard, signal.SIGCHLD)}
+        handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, lambda *_: None) for number in (*handled, signal.SIGCHLD)}
 
         def wait(limit_s: float) -> bytes:
-            readable, _, _ = select.select([ours], [], [], limit_s)
-            return ours.recv(4096) if readable else b""
+            readable, _, _ = select.select([read_end], [], [], limit_s)
+            return read_end.recv(4096) if readable else b""
 
         try:
             yield wait

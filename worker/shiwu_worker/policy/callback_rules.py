@@ -16,7 +16,7 @@ from shiwu.contract import RESULT_PREFIX, TASK_NAME, ErrorCode, Lane, RequestErr
 
 BUILT_IN: Final = "celery."
 """Celery's own tasks: `celery.map` calls any other by name. A pattern means them only where it begins so itself."""
-MOST: Final = 100
+MAX_TASKS: Final = 100
 MAX_DEPTH: Final = 10
 MAX_NAME_CHARS: Final = 255
 STRUCTURES: Final = {"chain": ("tasks",), "group": ("tasks",), "chord": ("header", "body")}
@@ -46,12 +46,12 @@ class CallbackRules:
     Args:
         tasks: names or patterns (`reports.*`) of tasks.
         queues: names or patterns of queues, beside the lanes for `shiwu.tag` itself.
-        most: tasks that one message may lead to.
+        max_tasks: tasks that one message may lead to.
     """
 
     tasks: tuple[str, ...] = (TASK_NAME,)
     queues: tuple[str, ...] = ("celery",)
-    most: int = MOST
+    max_tasks: int = MAX_TASKS
 
     def check(self, canvas: Canvas) -> None:
         """Judge the callbacks of a message.
@@ -75,9 +75,10 @@ class CallbackRules:
         while waiting:
             one, depth = waiting.pop()
             seen += 1
-            if seen > self.most or depth > MAX_DEPTH:
+            if seen > self.max_tasks or depth > MAX_DEPTH:
                 raise _unsupported(
-                    f"expected callbacks of at most {self.most} tasks (SHIWU_CALLBACK_MOST), nested {MAX_DEPTH} deep"
+                    f"expected callbacks of at most {self.max_tasks} tasks (SHIWU_CALLBACK_MOST), nested at most "
+                    f"{MAX_DEPTH} deep"
                 )
             waiting += [(inner, depth + 1) for inner in self._check_one(one)]
 

@@ -67,9 +67,9 @@ class WorkerService:
         self._stop = stop
         self._observability = observability
 
-    def hearing(self, *, active: bool) -> None:
+    def receiving_revokes(self, *, active: bool) -> None:
         """Celery's half hears what is broadcast to workers, or does so no longer."""
-        self._observability.hearing(active=active)
+        self._observability.receiving_revokes(active=active)
 
     def stop(self, *, grace_s: float) -> None:
         """Drain within the grace time and give back what is left. The first call counts."""
@@ -86,20 +86,20 @@ def open_service(
     *,
     on_fatal: Callable[[FatalError], None],
     on_answered: Callable[[Sequence[CommittedJob]], None] = lambda _: None,
-    is_ready_when_hearing: bool = False,
+    waits_for_revokes: bool = False,
 ) -> Iterator[WorkerService]:
     """Load the model, start all parts, claim; on leaving, stop in the direction of the data.
 
     Args:
         on_answered: told each answer that was written; must not raise and not block.
-        is_ready_when_hearing: the worker is ready only when `WorkerService.hearing` was told so, too.
+        waits_for_revokes: the worker is ready only when `WorkerService.receiving_revokes` was told so, too.
 
     Raises:
         FatalError: when a part can't start. Nothing has been claimed then.
     """
     use_one_arena()  # again: Celery's own command may have started this process
     progress = Progress()
-    observability = Observability(settings, progress, is_ready_when_hearing=is_ready_when_hearing)
+    observability = Observability(settings, progress, waits_for_revokes=waits_for_revokes)
     with ExitStack() as stack:
         observability.open(stack)
         check_redis(settings)

@@ -10,7 +10,7 @@ from typing import Any
 from shiwu_worker.checkpoints.model_files import model_name, model_revision
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.health.canary import Canary, known_picture
+from shiwu_worker.health.canary import Canary, known_image
 from shiwu_worker.runtime.garbage import freeze_imported
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 
@@ -45,7 +45,7 @@ def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorou
             threads=settings.torch_threads or None,
             is_compiled=settings.compile,
             has_graphs=settings.cuda_graphs,
-            known=known_picture(spec.height, spec.width),
+            known=known_image(spec.height, spec.width),
         )
         encoder.warm(choose_largest=not settings.max_batch, is_thorough=is_thorough)
     except FatalError:
@@ -59,7 +59,7 @@ def make_canary(settings: Settings, encoder: Any, spec: ImageSpec, *, on_wrong: 
     """The known picture, on the same way as jobs: gathered into a berth, launched, collected."""
     return Canary(
         lambda pixels: encoder.collect(encoder.launch(pixels, [0])),
-        pixels=known_picture(spec.height, spec.width),
+        pixels=known_image(spec.height, spec.width),
         reference=encoder.known_vectors[0],
         every_s=settings.canary_s,
         error_kind=encoder.error_kind,

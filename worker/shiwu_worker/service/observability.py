@@ -24,7 +24,7 @@ from shiwu_worker.runtime.progress import LoadMeter, LoadReport, Progress
 from shiwu_worker.service.factories import stuck_after_s
 from shiwu_worker.telemetry.gpu_monitor import GpuMonitor
 from shiwu_worker.telemetry.metrics import Metrics
-from shiwu_worker.telemetry.queue_monitor import EVERY_S, QueueMonitor
+from shiwu_worker.telemetry.queue_monitor import SNAPSHOT_EVERY_S, QueueMonitor
 
 if TYPE_CHECKING:
     from shiwu_worker.jobs.job import Job
@@ -36,22 +36,22 @@ if TYPE_CHECKING:
 log: Any = structlog.get_logger()
 _THREADS = ("claim", "encode", "score", "commit", "heartbeat", "cancellations")
 TRACES_CLOSE_S = 3.0
-HEARING_LIMIT_S = 15.0
+REVOKE_WAIT_S = 15.0
 """Longer than Celery's half takes to connect again; a Redis user without its rights must not keep a worker unready."""
 
 
 class Observability:
     """One for each worker. Where no HTTP port is set nothing is counted and no queue is looked at."""
 
-    def __init__(self, settings: Settings, progress: Progress, *, is_ready_when_hearing: bool = False) -> None:
+    def __init__(self, settings: Settings, progress: Progress, *, waits_for_revokes: bool = False) -> None:
         self._settings = settings
-        self._health = ProbeFiles(ready_file=settings.ready_file, alive_file=settings.alive_file)
-        self._health.ready(is_ready=False)
-        self._readiness = Readiness(
-            on_change=self._on_ready, hearing_limit_s=HEARING_LIMIT_S if is_ready_when_hearing else 0.0
-        )
+        self._probe_files = ProbeFiles(ready_file=settings.ready_file, alive_file=settings.alive_file)
+        self._probe_files.set_ready(is_ready=False)
+        self._readiness = Readiness(on_change=self._on_ready, revoke_wait_s=REVOKE_WAIT_S if waits_for_revokes else 0.0)
         self._monitor = HealthMonitor(
-            progress, redis_timeout_s=settings.redis_timeout_s, is_deaf=self._readiness.is_deaf
+            progress,
+            redis_timeout_s=settings.redis_timeout_s,
+            is_waiting_for_revokes=self._readiness.is_waiting_for_revokes,
         )
         self._metrics = Metrics(retried=RETRIABLE) if settings.http_port else None
         self._traces: Traces | None = None
@@ -75,7 +75,7 @@ class Observability:
             not_ready=self._monitor.not_ready,
             metrics=self._metrics.text,
         )
-        self._metrics.state(is_ready=lambda: not self._monitor.not_ready(), age_s=self._monitor.stillness_s)
+        self._metrics.state(is_ready=lambda: not self._monitor.not_ready(), age_s=self._monitor.stalled_s)
         stack.callback(endpoint.close)
         endpoint.start()
 
@@ -92,7 +92,7 @@ class Observability:
         counts: dict[str, Any] = {"renewed": metrics.renewed, "reaped": metrics.reaped} if metrics is not None else {}
         return HeartbeatHooks(
             held=pipeline.held,
-            alive=self._health.alive,
+            alive=self._probe_files.touch_alive,
             suspects=suspects,
             load=load,
             redis=self._on_redis,
@@ -110,15 +110,15 @@ class Observability:
         metrics.sizes(largest=lambda: encoder.sizes.largest, threads=lambda: encoder.threads)
         metrics.loader_restarts(lambda: loaders.restarts)
 
-        def on_look(seen: QueueSnapshot, backlog_s: dict[Lane, float]) -> None:
+        def on_snapshot(seen: QueueSnapshot, backlog_s: dict[Lane, float]) -> None:
             metrics.queues(seen, backlog_s)
             self._monitor.waiting(sum(seen.waiting.get(lane, 0) for lane in self._settings.lanes))
 
         watch = QueueMonitor(
-            partial(shared_snapshot, client, max_age_s=EVERY_S),
-            on_look=on_look,
-            on_away=metrics.redis_unreachable,
-            also=gpu.look,
+            partial(shared_snapshot, client, max_age_s=SNAPSHOT_EVERY_S),
+            on_snapshot=on_snapshot,
+            on_redis_unavailable=metrics.redis_unreachable,
+            before_each=gpu.update,
         )
         stack.callback(watch.close)
         watch.start()
@@ -139,14 +139,14 @@ class Observability:
         self._monitor.claiming(active=active)
         self._readiness.claiming(active=active)
 
-    def hearing(self, *, active: bool) -> None:
+    def receiving_revokes(self, *, active: bool) -> None:
         """What is broadcast to workers is heard, or not."""
-        self._readiness.hearing(active=active)
+        self._readiness.receiving_revokes(active=active)
 
     def _on_redis(self, available: bool) -> None:
         """Redis answered the heartbeat, or not; once a second, so that a limit of time is noticed."""
         self._monitor.redis(available=available)
-        self._readiness.look()
+        self._readiness.check_limit()
 
     def _on_ready(self, is_ready: bool) -> None:
         """Tell the probes, and the log the first time."""
@@ -154,11 +154,11 @@ class Observability:
             self._has_been_ready = True
             after_s = round(time.monotonic() - self._began_s, 3)
             log.info("ready", worker=self._settings.worker_name, after_s=after_s)
-        self._health.ready(is_ready=is_ready)
+        self._probe_files.set_ready(is_ready=is_ready)
 
     def wrong(self, what: str) -> None:
         """The known picture got a wrong answer."""
-        self._health.ready(is_ready=False)
+        self._probe_files.set_ready(is_ready=False)
         self._monitor.canary(what)
 
     def stopping(self) -> None:
@@ -175,7 +175,7 @@ class Observability:
     def remove(self, jobs: Sequence[Job]) -> None:
         """Count what is tried again among the jobs that left: all of them were answered, or all given back."""
         if self._metrics is not None and jobs and jobs[0].back is not None:
-            self._metrics.given_back(jobs)
+            self._metrics.retried(jobs)
 
     def batch_left(self, reason: str, jobs: Sequence[Job]) -> None:
         """Count a batch, and note it for its span."""

@@ -32,7 +32,7 @@ class GpuMonitor:
         self._is_open = False
         self._state: GpuState | None = None
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Ask the driver. Where it does not answer there is no state, and it is asked again at the next look."""
         if self._uuid is None:
             return

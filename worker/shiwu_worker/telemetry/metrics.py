@@ -141,7 +141,7 @@ class Metrics:
         for (lane, status, code), count in outcomes.items():
             self._jobs.labels(lane or "", str(status), code or "").inc(count)
 
-    def given_back(self, jobs: Sequence[Job]) -> None:
+    def retried(self, jobs: Sequence[Job]) -> None:
         """Record the jobs among these that failed and are tried again."""
         for job in jobs:
             if job.back is not None and job.error is not None:

@@ -16,15 +16,15 @@ from shiwu.broker.queue_stats import QueueSnapshot
 from shiwu.contract import Lane
 
 log: Any = structlog.get_logger()
-EVERY_S: Final = 5.0
-PACE_OVER_S: Final = 60.0
+SNAPSHOT_EVERY_S: Final = 5.0
+RATE_WINDOW_S: Final = 60.0
 
 
 class BacklogEstimator:
     """How many jobs all workers answer in a second while work waits, and how long what waits will take them."""
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, int]] = deque(maxlen=int(PACE_OVER_S / EVERY_S) + 1)
+        self._seen: deque[tuple[float, int]] = deque(maxlen=int(RATE_WINDOW_S / SNAPSHOT_EVERY_S) + 1)
         self._since_ms: dict[Lane, float] = {}
 
     def backlog_s(self, seen: QueueSnapshot) -> dict[Lane, float]:
@@ -57,25 +57,25 @@ class QueueMonitor:
     """A thread, from `start` to `close`; whatever fails here costs numbers and no job.
 
     Args:
-        look: the queues, not older than `EVERY_S`.
-        on_look: told them, with the seconds of backlog in each lane.
-        on_away: called each time Redis did not answer.
-        also: called each time, for what else is worth a look.
+        snapshot: the queues, not older than `SNAPSHOT_EVERY_S`.
+        on_snapshot: told them, with the seconds of backlog in each lane.
+        on_redis_unavailable: called each time Redis did not answer.
+        before_each: called each time, for what else is worth a look.
     """
 
     def __init__(
         self,
-        look: Callable[[], QueueSnapshot],
+        snapshot: Callable[[], QueueSnapshot],
         *,
-        on_look: Callable[[QueueSnapshot, dict[Lane, float]], None],
-        on_away: Callable[[], None] = lambda: None,
-        also: Callable[[], None] = lambda: None,
+        on_snapshot: Callable[[QueueSnapshot, dict[Lane, float]], None],
+        on_redis_unavailable: Callable[[], None] = lambda: None,
+        before_each: Callable[[], None] = lambda: None,
     ) -> None:
-        self._look = look
-        self._on_look = on_look
-        self._on_away = on_away
-        self._also = also
-        self._pace = BacklogEstimator()
+        self._snapshot = snapshot
+        self._on_snapshot = on_snapshot
+        self._on_redis_unavailable = on_redis_unavailable
+        self._before_each = before_each
+        self._backlog = BacklogEstimator()
         self._has_failed = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="queue-monitor", daemon=True)
@@ -93,15 +93,15 @@ class QueueMonitor:
         while not self._closed.is_set():
             began_s = time.monotonic()
             try:
-                self._also()
-                seen = self._look()
-                self._on_look(seen, self._pace.backlog_s(seen))
+                self._before_each()
+                seen = self._snapshot()
+                self._on_snapshot(seen, self._backlog.backlog_s(seen))
                 self._has_failed = False
             except (RedisError, OSError):
-                self._on_away()  # the heartbeat logs that Redis is away
+                self._on_redis_unavailable()  # the heartbeat logs that Redis is away
             except Exception as error:  # border: numbers are not worth a worker
                 if not self._has_failed:
                     log.exception("queue_monitor_failed", error=str(error)[:300])
                 self._has_failed = True
             # Not all workers at the same moment: the first one's look serves the others.
-            self._closed.wait(max(0.1, EVERY_S * random.uniform(0.8, 1.0) - (time.monotonic() - began_s)))  # noqa: S311 no secret
+            self._closed.wait(max(0.1, SNAPSHOT_EVERY_S * random.uniform(0.8, 1.0) - (time.monotonic() - began_s)))  # noqa: S311 no secret
