@@ -189,8 +189,8 @@ def main() -> None:
     encoder = load_encoder(settings, folder, spec)
     start_s = time.monotonic() - began_s
     for line in sys.stdin:
-        seconds = float(line) / len(encoder.rungs)
-        rungs = tuple(loop(encoder, spec, rung, seconds=seconds) for rung in encoder.rungs)
+        seconds = float(line) / len(encoder.batch_sizes)
+        rungs = tuple(loop(encoder, spec, rung, seconds=seconds) for rung in encoder.batch_sizes)
         found = Bare(encoder.info.dtype, encoder.info.device, torch.get_num_threads(), start_s, rungs)
         print(json.dumps(asdict(found)), flush=True)
 

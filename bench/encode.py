@@ -27,7 +27,7 @@ from bench.report import Headline, Report, Table, number, ratio
 from shiwu_worker.runtime.cpus import usable_cores
 from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
 from shiwu_worker.stages.encode.device import choose_device, choose_dtypes
-from shiwu_worker.stages.encode.encoder import Encoder
+from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
 
 MATRIX: Final = {"cpu": 2048, "cuda": 8192}
 """Rows and columns: large enough that the rate is the device's best."""
@@ -97,8 +97,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def modes(device: str) -> dict[str, dict[str, bool]]:
-    """The encoder's switches: name → what the constructor gets. CUDA graphs need CUDA."""
-    parameters = inspect.signature(Encoder.__init__).parameters.values()
+    """The encoder's switches: name → what the options get. CUDA graphs need CUDA."""
+    parameters = inspect.signature(EncoderOptions).parameters.values()
     switches = [one.name for one in parameters if isinstance(one.default, bool) or one.annotation in {"bool", bool}]
     off = dict.fromkeys(switches, False)
     usable = [name for name in switches if device == "cuda" or "graph" not in name]
@@ -172,16 +172,18 @@ def _measure(model: Checkpoint, options: Options, mode: str, rate: MatrixRate, *
 def _open(model: Checkpoint, options: Options, mode: str, dtype: str, spec: ImageSpec) -> Encoder:
     given: Any = modes(options.device.partition(":")[0])[mode]
     encoder = Encoder(
-        folder=model.folder,
-        model_id=model.name,
-        revision="bench",
-        device=options.device,
-        dtype=dtype,
-        rungs=options.rungs,
-        mean=spec.mean,
-        std=spec.std,
-        threads=options.threads,
-        **given,
+        EncoderOptions(
+            folder=model.folder,
+            model_id=model.name,
+            revision="bench",
+            device=options.device,
+            dtype=dtype,
+            batch_sizes=options.rungs,
+            mean=spec.mean,
+            std=spec.std,
+            threads=options.threads,
+            **given,
+        )
     )
     encoder.warm()
     return encoder

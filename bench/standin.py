@@ -106,9 +106,9 @@ class StandInEncoder:
     known_vectors: Final = np.full((1, WIDTH), WIDTH**-0.5, np.float32)
     info = ModelInfo(id="stand-in", revision="0", dtype="none", device="none")
 
-    def __init__(self, *, rungs: Sequence[int], per_picture_ms: float, per_batch_ms: float) -> None:
-        self.rungs = tuple(rungs)
-        self.sizes = StandInSizes(self.rungs[-1])
+    def __init__(self, *, batch_sizes: Sequence[int], per_picture_ms: float, per_batch_ms: float) -> None:
+        self.batch_sizes = tuple(batch_sizes)
+        self.size_policy = StandInSizes(self.batch_sizes[-1])
         self._per_picture_s = per_picture_ms / 1000
         self._per_batch_s = per_batch_ms / 1000
         self._free_s = 0.0
@@ -183,7 +183,7 @@ def main() -> None:
 
     def load_encoder(settings: Settings, *_: Any) -> Any:
         costs = {"per_picture_ms": asked.per_picture_ms, "per_batch_ms": asked.per_batch_ms}
-        return StandInEncoder(rungs=settings.rungs, **costs)
+        return StandInEncoder(batch_sizes=settings.batch_sizes, **costs)
 
     with (
         patch.multiple(wiring, make_loaders=make_loaders, load_encoder=load_encoder),

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
-from shiwu_worker.stages.encode.encoder import Encoder
+from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
 from shiwu_worker.stages.encode.towers import GraphedTower
 
 FOLDER = model_folder(None)
@@ -18,10 +18,10 @@ pytestmark = pytest.mark.gpu
 
 
 def make(**options: object) -> Encoder:
-    """An encoder on the first device."""
-    assert torch.cuda.is_available(), "these tests are deselected where there is no device"
+    """An encoder on the first GPU."""
+    assert torch.cuda.is_available(), "these tests are deselected where there is no GPU"
     common = {"model_id": "m", "revision": "r", "device": "cuda", "mean": SPEC.mean, "std": SPEC.std}
-    return Encoder(folder=FOLDER, **(common | options))  # type: ignore[arg-type]  # the options of Encoder
+    return Encoder(EncoderOptions(folder=FOLDER, **(common | options)))  # type: ignore[arg-type]  # typed by name
 
 
 def noise(count: int) -> NDArray[np.uint8]:
@@ -32,16 +32,19 @@ def noise(count: int) -> NDArray[np.uint8]:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_graph_gives_what_an_eager_pass_gives(dtype: str) -> None:
     """In every rung, also for counts that are padded."""
-    graphed, eager = make(dtype=dtype, rungs=(1, 4, 16)), make(dtype=dtype, rungs=(1, 4, 16), has_graphs=False)
-    assert isinstance(graphed._berths._tower, GraphedTower)
-    assert graphed._berths._tower.rungs == (1, 4, 16)
+    graphed, eager = (
+        make(dtype=dtype, batch_sizes=(1, 4, 16)),
+        make(dtype=dtype, batch_sizes=(1, 4, 16), has_graphs=False),
+    )
+    assert isinstance(graphed._staging._tower, GraphedTower)
+    assert graphed._staging._tower.captured_sizes == (1, 4, 16)
     for count in (1, 3, 4, 9, 16):
         np.testing.assert_allclose(graphed.encode(noise(count)), eager.encode(noise(count)), atol=2e-3)
 
 
 def test_batches_launched_ahead_keep_their_own_vectors() -> None:
     """Three on their way at a time, collected in any order; the pixels may change once they are launched."""
-    encoder = make(rungs=(4,))
+    encoder = make(batch_sizes=(4,))
     pixels = noise(12)
     expected = [encoder.encode(pixels[i : i + 4]) for i in (0, 4, 8)]
     flights = [encoder.launch(pixels, list(range(i, i + 4))) for i in (0, 4, 8)]
@@ -54,7 +57,7 @@ def test_batches_launched_ahead_keep_their_own_vectors() -> None:
 
 def test_a_picture_has_the_same_bits_whatever_its_neighbours() -> None:
     """In one rung, replayed a hundred times."""
-    encoder = make(rungs=(8,))
+    encoder = make(batch_sizes=(8,))
     pixels = noise(8)
     vectors = encoder.encode(pixels)
     for seed in range(100):
@@ -64,13 +67,13 @@ def test_a_picture_has_the_same_bits_whatever_its_neighbours() -> None:
 
 def test_every_size_is_captured_and_measured_before_the_first_job() -> None:
     """Which of them is used is learned later; a batch then says how long the device worked on it."""
-    encoder = make(rungs=(1, 2, 4, 8, 16, 32, 64))
+    encoder = make(batch_sizes=(1, 2, 4, 8, 16, 32, 64))
     encoder.warm(choose_largest=True)
-    assert encoder.rungs == encoder.measured == (1, 2, 4, 8, 16, 32, 64)
-    assert isinstance(encoder._berths._tower, GraphedTower)
-    assert encoder._berths._tower.rungs == encoder.rungs
+    assert encoder.batch_sizes == encoder.timed_sizes == (1, 2, 4, 8, 16, 32, 64)
+    assert isinstance(encoder._staging._tower, GraphedTower)
+    assert encoder._staging._tower.captured_sizes == encoder.batch_sizes
     assert encoder.info.dtype == "float16"
-    assert encoder.sizes.largest > 1
+    assert encoder.size_policy.largest > 1
     flight = encoder.launch(noise(64))
     encoder.collect(flight)
     assert flight.spent is not None

@@ -8,19 +8,29 @@ import torch
 
 from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
-from shiwu_worker.stages.encode.encoder import Encoder
+from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
 
 
 @pytest.mark.gpu
 def test_fp16_vectors_agree_with_fp32() -> None:
-    """Cosine of at least 0.999 for random pictures in every rung."""
-    assert torch.cuda.is_available(), "this test is deselected where there is no device"
+    """Cosine of at least 0.999 for random images in every batch size."""
+    assert torch.cuda.is_available(), "this test is deselected where there is no GPU"
     folder = model_folder(None)
     spec = read_image_spec(folder)
     half, full = (
-        Encoder(folder=folder, model_id="m", revision="r", device="cuda", dtype=dtype, mean=spec.mean, std=spec.std)
+        Encoder(
+            EncoderOptions(
+                folder=folder,
+                model_id="m",
+                revision="r",
+                device="cuda",
+                dtype=dtype,
+                mean=spec.mean,
+                std=spec.std,
+            )
+        )
         for dtype in ("float16", "float32")
     )
-    for rung in half.rungs:
-        batch = np.random.default_rng(rung).integers(0, 256, (rung, spec.height, spec.width, 3), np.uint8)
+    for size in half.batch_sizes:
+        batch = np.random.default_rng(size).integers(0, 256, (size, spec.height, spec.width, 3), np.uint8)
         assert (half.encode(batch) * full.encode(batch)).sum(axis=1).min() >= 0.999

@@ -20,7 +20,7 @@ from shiwu_worker.commands import model_commands
 from shiwu_worker.commands.model_commands import MARK, convert_model, fetch_model
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.stages.decode.image_spec import read_image_spec
-from shiwu_worker.stages.encode.encoder import Encoder
+from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
 from tests.support.adapters import adapted
 from tests.support.checkpoints import (
     SIDE,
@@ -75,16 +75,17 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 def vectors(folder: Path) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
     """Of two images and two texts, as the worker computes them."""
     spec = read_image_spec(folder)
-    encoder = Encoder(
+    options = EncoderOptions(
         folder=folder,
         model_id="m",
         revision="r",
         device="cpu",
         dtype="float32",
-        rungs=(2,),
+        batch_sizes=(2,),
         mean=spec.mean,
         std=spec.std,
     )
+    encoder = Encoder(options)
     pixels = np.random.default_rng(2).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
     return [encoder.encode(pixels), encoder.encode_texts(["熊猫", "一张狗的照片"])]
 

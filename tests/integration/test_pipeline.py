@@ -64,7 +64,7 @@ class Works:
             resolve=lambda job: self.resolve(job),  # noqa: PLW0108 bound late
             check_callbacks=lambda _: None,
             load=self._load,
-            batcher=Batcher(cap=4, bulk_share=0.1),
+            batcher=Batcher(max_size=4, bulk_share=0.1),
             launch=lambda jobs: LaunchedBatch(tuple(jobs), 1.0),
             finish=lambda launched: self.encode(launched.jobs),
             settle=self.settler.put,
@@ -242,7 +242,7 @@ def test_a_job_with_an_unknown_label_set_waits_for_a_worker_that_knows_it(redis_
             return LABELS
         raise Rejected(ErrorCode.UNKNOWN_LABEL_SET, "no such label set", stage=Stage.CLAIM)
 
-    policy = make_limits(Settings(), SimpleNamespace(rungs=(1,))).retries[ErrorCode.UNKNOWN_LABEL_SET]
+    policy = make_limits(Settings(), SimpleNamespace(batch_sizes=(1,))).retries[ErrorCode.UNKNOWN_LABEL_SET]
     assert (policy.attempts, policy.first_s) == (4, Settings().retry_first_s)
     quick = {ErrorCode.UNKNOWN_LABEL_SET: RetryPolicy(policy.attempts, 0.01, 0.01)}
     works = Works(redis_client, limits=PipelineLimits(slots=SLOTS, max_attempts=3, retries=quick))
@@ -270,4 +270,4 @@ def test_a_job_with_an_unknown_label_set_waits_for_a_worker_that_knows_it(redis_
 def test_an_operator_may_have_unknown_label_sets_rejected_immediately() -> None:
     """SHIWU_RETRY with one try."""
     settings = Settings(retry="unknown_label_set=1:1:1")  # type: ignore[arg-type]  # as the environment says it
-    assert make_limits(settings, SimpleNamespace(rungs=(1,))).retries[ErrorCode.UNKNOWN_LABEL_SET].attempts == 1
+    assert make_limits(settings, SimpleNamespace(batch_sizes=(1,))).retries[ErrorCode.UNKNOWN_LABEL_SET].attempts == 1

@@ -20,7 +20,7 @@ from transformers import (
     SiglipModel,
 )
 
-from shiwu_worker.stages.encode.encoder import Encoder
+from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
 
 SIDE = 16
 PLACES = 12  # the texts' length limit of the tiny checkpoints
@@ -74,25 +74,26 @@ def make_encoder(
     folder: Path,
     *,
     dtype: str = "float32",
-    rungs: tuple[int, ...] = (1, 2, 4),
+    batch_sizes: tuple[int, ...] = (1, 2, 4),
     mean: float = 0.5,
     std: float = 0.5,
     is_compiled: bool = False,
     threads: int | None = None,
 ) -> Encoder:
     """The encoder over this folder, on the CPU."""
-    return Encoder(
+    options = EncoderOptions(
         folder=folder,
         model_id="tiny",
         revision="r",
         device="cpu",
         dtype=dtype,
-        rungs=rungs,
+        batch_sizes=batch_sizes,
         mean=(mean,) * 3,
         std=(std,) * 3,
         threads=threads,
         is_compiled=is_compiled,
     )
+    return Encoder(options)
 
 
 def noise(count: int, side: int = SIDE) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""The batcher: nothing lost, nothing twice, order kept, never over the cap, no waiting when there is work."""
+"""The batcher: no item lost or doubled, order kept, no batch too large, no waiting when there is work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shiwu_worker.stages.batch import Batcher
 
 @dataclass(frozen=True)
 class Item:
-    """Something that waits."""
+    """An item that waits."""
 
     number: int
     lane: Lane
@@ -28,22 +28,24 @@ class Item:
 
 @given(
     puts=st.lists(st.lists(st.sampled_from(list(Lane)), max_size=20), max_size=8),
-    cap=st.integers(1, 16),
+    max_size=st.integers(1, 16),
     share=st.floats(0, 0.9),
     fits=st.lists(st.integers(1, 16), min_size=17, max_size=17),
 )
-def test_every_item_leaves_once_in_its_lanes_order(
-    puts: list[list[Lane]], cap: int, share: float, fits: list[int]
+def test_every_item_leaves_once_in_the_order_of_its_lane(
+    puts: list[list[Lane]], max_size: int, share: float, fits: list[int]
 ) -> None:
-    """For any sequence of puts, takes of at most `cap` give back all items, each lane in order."""
-    batcher: Batcher[Item] = Batcher(cap=cap, bulk_share=share, fit=lambda waiting: min(waiting, fits[waiting]))
+    """For any sequence of puts, takes of at most `max_size` return all items, each lane in order."""
+    batcher: Batcher[Item] = Batcher(
+        max_size=max_size, bulk_share=share, fit=lambda waiting: min(waiting, fits[waiting])
+    )
     number = 0
     taken: list[Item] = []
     for lanes in puts:
         batcher.put([Item(number + n, lane) for n, lane in enumerate(lanes)])
         number += len(lanes)
         batch = batcher.take(timeout_s=0.0)
-        assert len(batch) <= cap
+        assert len(batch) <= max_size
         assert batch or not len(batcher)
         taken += batch
     while batch := batcher.take(timeout_s=0.0):
@@ -56,27 +58,27 @@ def test_every_item_leaves_once_in_its_lanes_order(
 
 def test_interactive_goes_first_and_bulk_keeps_its_share() -> None:
     """A full batch of waiting interactive items still holds the share of bulk."""
-    batcher: Batcher[Item] = Batcher(cap=10, bulk_share=0.2)
+    batcher: Batcher[Item] = Batcher(max_size=10, bulk_share=0.2)
     batcher.put([Item(n, Lane.BULK) for n in range(50)])
     batcher.put([Item(n, Lane.INTERACTIVE) for n in range(50)])
     lanes = [item.lane for item in batcher.take(timeout_s=0.0)]
     assert lanes == [Lane.INTERACTIVE] * 8 + [Lane.BULK] * 2
 
 
-@pytest.mark.parametrize("cap", [1, 2, 8])
-def test_a_share_of_small_batches_is_kept_over_many(cap: int) -> None:
-    """A tenth of one place is none, but of ten batches it is one; interactive items never run out meanwhile."""
-    batcher: Batcher[Item] = Batcher(cap=cap, bulk_share=0.1)
+@pytest.mark.parametrize("max_size", [1, 2, 8])
+def test_bulk_share_adds_up_over_small_batches(max_size: int) -> None:
+    """A tenth of a batch of one is none, but of ten batches it is one, also while interactive items wait."""
+    batcher: Batcher[Item] = Batcher(max_size=max_size, bulk_share=0.1)
     batcher.put([Item(n, Lane.BULK) for n in range(1000)])
     batcher.put([Item(n, Lane.INTERACTIVE) for n in range(1000)])
-    lanes = [item.lane for _ in range(200 // cap) for item in batcher.take(timeout_s=0.0)]
+    lanes = [item.lane for _ in range(200 // max_size) for item in batcher.take(timeout_s=0.0)]
     assert len(lanes) == 200
     assert 19 <= lanes.count(Lane.BULK) <= 20
 
 
-def test_no_debt_to_bulk_grows_while_none_waits() -> None:
-    """Or the first bulk items after a quiet day would push interactive ones aside."""
-    batcher: Batcher[Item] = Batcher(cap=4, bulk_share=0.5)
+def test_bulk_share_does_not_grow_while_no_bulk_waits() -> None:
+    """Otherwise the first bulk items after a quiet day would delay interactive ones."""
+    batcher: Batcher[Item] = Batcher(max_size=4, bulk_share=0.5)
     for number in range(20):
         batcher.put([Item(number, Lane.INTERACTIVE)])
         batcher.take(timeout_s=0.0)
@@ -86,14 +88,14 @@ def test_no_debt_to_bulk_grows_while_none_waits() -> None:
     assert lanes.count(Lane.BULK) == 2
 
 
-def test_a_batch_takes_what_fits() -> None:
-    """What does not is first of the next one, and need not wait for company."""
+def test_batch_takes_what_fits() -> None:
+    """The rest is first in the next batch, which does not wait for more."""
     left: list[tuple[str, int]] = []
     batcher: Batcher[Item] = Batcher(
-        cap=8,
+        max_size=8,
         bulk_share=0.0,
         fit=lambda waiting: 4 if waiting == 5 else waiting,
-        on_leave=lambda why, jobs: left.append((why, len(jobs))),
+        on_leave=lambda reason, jobs: left.append((reason, len(jobs))),
     )
     batcher.put([Item(n, Lane.BULK) for n in range(5)])
     assert [item.number for item in batcher.take(timeout_s=0.0)] == [0, 1, 2, 3]
@@ -101,26 +103,26 @@ def test_a_batch_takes_what_fits() -> None:
     assert left == [("free", 4), ("free", 1)]
 
 
-def test_the_workers_batcher_takes_what_fits_its_encoder() -> None:
-    """And no more than its largest size."""
+def test_batcher_of_a_worker_takes_what_fits_its_encoder() -> None:
+    """It takes no more than the largest size of the encoder."""
     sizes = SimpleNamespace(wanted=4, take=lambda waiting: 1 if waiting == 3 else min(4, waiting))
     batcher: Batcher[Any] = make_batcher(
-        Settings(), SimpleNamespace(rungs=(1, 4, 64), sizes=sizes), on_batch=lambda *_: None
+        Settings(), SimpleNamespace(batch_sizes=(1, 4, 64), size_policy=sizes), on_batch=lambda *_: None
     )
     batcher.put([Item(n, Lane.INTERACTIVE) for n in range(7)])
     assert [len(batcher.take(timeout_s=0.0)) for _ in range(3)] == [4, 1, 2]
 
 
-def test_a_full_batch_may_become_another_number() -> None:
-    """Behind a busy device a batch leaves when it is as full as it should be now; its reason follows that too."""
+def test_size_of_a_full_batch_may_change() -> None:
+    """While the device is busy a batch leaves at the size that counts as full now; its reason follows it too."""
     left: list[tuple[str, int]] = []
     full = [2]
     batcher: Batcher[Item] = Batcher(
-        cap=8,
+        max_size=8,
         bulk_share=0.0,
-        full=lambda: full[0],
+        full_size=lambda: full[0],
         fit=lambda waiting: min(waiting, full[0]),
-        on_leave=lambda why, jobs: left.append((why, len(jobs))),
+        on_leave=lambda reason, jobs: left.append((reason, len(jobs))),
     )
     batcher.batch_started()
     batcher.put([Item(n, Lane.BULK) for n in range(6)])
@@ -132,18 +134,18 @@ def test_a_full_batch_may_become_another_number() -> None:
     assert left == [("full", 2), ("full", 5)]
 
 
-def test_a_lone_item_leaves_at_once() -> None:
-    """Without linger nothing waits for company."""
-    batcher: Batcher[Item] = Batcher(cap=64, bulk_share=0.1)
+def test_single_item_leaves_immediately() -> None:
+    """Without linger no item waits for others."""
+    batcher: Batcher[Item] = Batcher(max_size=64, bulk_share=0.1)
     batcher.put([Item(0, Lane.BULK)])
     began_s = time.monotonic()
     assert len(batcher.take(timeout_s=30.0)) == 1
     assert time.monotonic() - began_s < 20
 
 
-def test_linger_waits_for_a_full_batch_and_no_longer() -> None:
+def test_linger_ends_when_the_batch_is_full() -> None:
     """A batch that becomes full leaves before the linger is over."""
-    batcher: Batcher[Item] = Batcher(cap=2, bulk_share=0.0, linger_s=30.0)
+    batcher: Batcher[Item] = Batcher(max_size=2, bulk_share=0.0, linger_s=30.0)
     batcher.put([Item(0, Lane.BULK)])
     timer = threading.Timer(0.05, lambda: batcher.put([Item(1, Lane.BULK)]))
     timer.start()
@@ -151,18 +153,18 @@ def test_linger_waits_for_a_full_batch_and_no_longer() -> None:
     timer.join()
 
 
-def test_close_wakes_whoever_waits() -> None:
-    """An encode thread ends at once when the pipeline does."""
-    batcher: Batcher[Item] = Batcher(cap=2, bulk_share=0.0)
+def test_close_wakes_a_waiting_take() -> None:
+    """The encode thread ends immediately when the pipeline stops."""
+    batcher: Batcher[Item] = Batcher(max_size=2, bulk_share=0.0)
     timer = threading.Timer(0.05, batcher.close)
     timer.start()
     assert batcher.take(timeout_s=30.0) == []
     timer.join()
 
 
-def test_behind_a_busy_device_only_a_full_batch_leaves() -> None:
-    """While a batch is on the device what is ready waits for company; when it has landed all of it leaves."""
-    batcher: Batcher[Item] = Batcher(cap=3, bulk_share=0.0)
+def test_busy_device_gets_only_full_batches() -> None:
+    """While a batch is on the device, ready items wait for a full batch; when it is done all of them leave."""
+    batcher: Batcher[Item] = Batcher(max_size=3, bulk_share=0.0)
     batcher.batch_started()
     batcher.put([Item(n, Lane.BULK) for n in range(2)])
     assert batcher.take(timeout_s=0.01) == []
@@ -173,10 +175,12 @@ def test_behind_a_busy_device_only_a_full_batch_leaves() -> None:
     assert len(batcher.take(timeout_s=0.01)) == 1
 
 
-def test_it_tells_why_each_batch_left() -> None:
-    """Full, or the device was free, or the end; an empty one is none."""
+def test_reason_of_each_batch_is_reported() -> None:
+    """Full, the device was free, or closing; an empty batch is not reported."""
     left: list[tuple[str, int]] = []
-    batcher: Batcher[Item] = Batcher(cap=4, bulk_share=0.1, on_leave=lambda why, jobs: left.append((why, len(jobs))))
+    batcher: Batcher[Item] = Batcher(
+        max_size=4, bulk_share=0.1, on_leave=lambda reason, jobs: left.append((reason, len(jobs)))
+    )
     assert batcher.take(timeout_s=0.0) == []
     batcher.put([Item(n, Lane.BULK) for n in range(6)])
     batcher.take(timeout_s=0.0)

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shiwu_worker.stages.encode.tuning.adaptive_choice import CREDIT_S, WASTED
+from shiwu_worker.stages.encode.tuning.adaptive_choice import CREDIT_S, WASTE_SHARE
 from shiwu_worker.stages.encode.tuning.batch_size_policy import (
-    LONGEST_S,
-    MEMORY_S,
+    MAX_BATCH_S,
+    MEMORY_PAUSE_S,
     REPORT_EVERY_S,
     BatchSizeChange,
     BatchSizePolicy,
-    first_choice,
     guess_costs,
+    largest_useful,
 )
 
 Curve = Mapping[int, float]
@@ -88,7 +88,7 @@ def simulate(device: Device, *, batches: int = 800, skipped: int = 200, first: i
     policy = BatchSizePolicy(SIZES, measured, measured_sd=0.1, clock=lambda: device.now_s)
     # The first guess is not what is tested: begin at the size that a wrong one would give.
     policy._choice.current = first
-    allowed = [size for size in SIZES if size == 1 or device.curve[size] / 1000 <= LONGEST_S]
+    allowed = [size for size in SIZES if size == 1 or device.curve[size] / 1000 <= MAX_BATCH_S]
     fixed_s = dict.fromkeys(allowed, 0.0)
     spent_s = wasted_s = 0.0
     changes, before = 0, policy.largest
@@ -195,7 +195,7 @@ def test_a_bad_size_is_left_as_far_as_tries_are_paid(
     curve = make_curve(per_image)
     run = simulate(Device(curve, noise=noise, seed=seed), first=first, batches=700)
     longest_try_s = max(curve.values()) / 1000
-    assert run.wasted_s <= CREDIT_S + 1.2 * (WASTED * run.seconds + 2 * longest_try_s)
+    assert run.wasted_s <= CREDIT_S + 1.2 * (WASTE_SHARE * run.seconds + 2 * longest_try_s)
     chosen, best = run.policy.largest, min(per_image)
     if curve[chosen] / chosen > 1.1 * best:
         better = [size for size in SIZES if curve[size] / size <= 1.1 * best]
@@ -281,7 +281,7 @@ def test_a_larger_size_is_tried_only_with_enough_images() -> None:
     policy = make_policy(measured={1: 0.005}, clock=clock)
     policy._choice.current = 1
     policy._choice.allow(SIZES)
-    policy._renew_plan()
+    policy._update_plan()
     for _ in range(3):
         assert policy.take(1) == 1
         clock.now_s += 0.005
@@ -315,7 +315,7 @@ def test_a_size_without_memory_is_tried_again_later() -> None:
     assert policy.largest == policy.take(200) == 16
     policy.lower(8)
     assert policy.largest == 8
-    for wait_s in (MEMORY_S, 2 * MEMORY_S):
+    for wait_s in (MEMORY_PAUSE_S, 2 * MEMORY_PAUSE_S):
         clock.now_s += wait_s - 1
         policy.record(8, cost=0.02, seconds=0.02)
         assert policy.largest == 8
@@ -351,4 +351,4 @@ def test_costs_of_other_sizes_are_guessed_from_those_measured() -> None:
     disturbed = guess_costs(SIZES, {1: 50.0, 16: 20.0})
     assert all(cost > 0 for cost in disturbed.values())
     assert min(disturbed, key=lambda size: disturbed[size]) == 64
-    assert first_choice({1: 1.2, 2: 1.02, 4: 1.0}) == 2
+    assert largest_useful({1: 1.2, 2: 1.02, 4: 1.0}) == 2

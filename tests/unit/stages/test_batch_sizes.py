@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiwu_worker.stages.encode.batch_sizes import ROUNDS, measure, next_batches
+from shiwu_worker.stages.encode.batch_sizes import MAX_ROUNDS, plan_batches, time_batch_sizes
 
 # As measured: the embedded model on two cores, and a shape as a GPU has it.
 BY_THE_PICTURE = {1: 5.6, 2: 7.7, 4: 11.6, 8: 19.8, 16: 37.3}
@@ -15,7 +15,7 @@ FLAT = {1: 1.5, 2: 1.5, 4: 1.6, 8: 1.8, 16: 2.2}
 
 def test_where_a_batch_costs_by_the_picture_none_is_padded_much() -> None:
     """Five are four and one, six four and two, three and seven are padded by one."""
-    sizes = next_batches(BY_THE_PICTURE)
+    sizes = plan_batches(BY_THE_PICTURE)
     assert sizes[:9] == (0, 1, 2, 3, 4, 4, 4, 7, 8)
     assert sizes[9] == 8
     assert sizes[12] == 8
@@ -24,12 +24,12 @@ def test_where_a_batch_costs_by_the_picture_none_is_padded_much() -> None:
 
 def test_where_a_batch_costs_the_same_at_any_size_all_leave_together() -> None:
     """Padding is free there."""
-    assert next_batches(FLAT) == tuple(range(17))
+    assert plan_batches(FLAT) == tuple(range(17))
 
 
 def test_sizes_need_no_one() -> None:
     """An operator's one size, and no smaller one: everything is padded to it."""
-    assert next_batches({4: 1.0}) == (0, 1, 2, 3, 4)
+    assert plan_batches({4: 1.0}) == (0, 1, 2, 3, 4)
 
 
 def test_sizes_take_turns_while_they_are_measured() -> None:
@@ -40,8 +40,8 @@ def test_sizes_take_turns_while_they_are_measured() -> None:
         runs.append(rung)
         return 0.01 * (1 + rung) * (1.5 if len(runs) > slow_from else 1)
 
-    seconds = measure(run, (1, 2, 4), is_enough=lambda _: False)
-    assert runs == [1, 2, 4] * (1 + ROUNDS)
+    seconds = time_batch_sizes(run, (1, 2, 4), is_enough=lambda _: False)
+    assert runs == [1, 2, 4] * (1 + MAX_ROUNDS)
     assert seconds == pytest.approx({1: 0.02, 2: 0.03, 4: 0.05})
 
 
@@ -53,7 +53,7 @@ def test_measuring_ends() -> None:
         runs.append(rung)
         return 0.6 * rung
 
-    measure(run, (1, 2, 4), is_enough=lambda seconds: max(seconds) == 2)
+    time_batch_sizes(run, (1, 2, 4), is_enough=lambda seconds: max(seconds) == 2)
     assert runs == [1, 2, 1, 1]
 
 
@@ -63,7 +63,7 @@ def test_measuring_ends() -> None:
 )
 def test_all_get_done_and_never_later_than_in_one_batch(seconds: dict[int, float], waiting: int) -> None:
     """Whatever the device: the batches that follow each other take no longer than one that is padded."""
-    sizes = next_batches(seconds)
+    sizes = plan_batches(seconds)
     waiting = min(waiting, len(sizes) - 1)
     padded_s = next(seconds[size] for size in sorted(seconds) if size >= waiting) if waiting else 0.0
     took_s, left = 0.0, waiting

@@ -22,7 +22,7 @@ from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
 from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
 from shiwu_worker.stages.decode.resize import model_pixels
-from shiwu_worker.stages.encode.encoder import Encoder
+from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
 from shiwu_worker.stages.score.label_bank import LabelBank
 from shiwu_worker.stages.score.label_files import load_label_sets
 from shiwu_worker.stages.score.scorer import score, top_tags
@@ -51,9 +51,17 @@ def reference() -> Any:
 
 def make_encoder(spec: ImageSpec, dtype: str) -> Encoder:
     """The service's encoder over the same folder."""
-    return Encoder(
-        folder=FOLDER, model_id="m", revision="r", device="cpu", dtype=dtype, mean=spec.mean, std=spec.std, rungs=(1, 4)
+    options = EncoderOptions(
+        folder=FOLDER,
+        model_id="m",
+        revision="r",
+        device="cpu",
+        dtype=dtype,
+        mean=spec.mean,
+        std=spec.std,
+        batch_sizes=(1, 4),
     )
+    return Encoder(options)
 
 
 def reference_scores(reference: Any, image: Image.Image) -> list[float]:

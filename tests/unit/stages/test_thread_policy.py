@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from shiwu_worker.stages.encode.tuning.thread_policy import (
-    MAX_DIVIDED,
+    FAST_MODEL_CORE_S,
+    MAX_SPLIT_THREADS,
     POLL_INTERVAL_S,
-    QUICK_CORE_S,
     Arrangement,
     ThreadChange,
     ThreadPolicy,
@@ -55,16 +55,16 @@ class Machine:
 @pytest.mark.parametrize(
     ("core_s", "cores", "options", "expected"),
     [
-        (SLOW_S, 4, {}, Arrangement(4, is_divided=True)),
-        (SLOW_S, 1, {}, Arrangement(1, is_divided=False)),
-        (SLOW_S, MAX_DIVIDED + 1, {}, Arrangement(MAX_DIVIDED + 1, is_divided=False)),
-        (SLOW_S, 4, {"is_compiled": True}, Arrangement(4, is_divided=False)),
-        (SLOW_S, 4, {"fixed": 3}, Arrangement(3, is_divided=True)),
-        (SLOW_S, 8, {"most": 4}, Arrangement(4, is_divided=True)),
-        (QUICK_S, 4, {}, Arrangement(3, is_divided=False)),
-        (QUICK_S, 2, {}, Arrangement(1, is_divided=False)),
-        (QUICK_S, 1, {}, Arrangement(1, is_divided=False)),
-        (QUICK_S, 4, {"fixed": 4}, Arrangement(4, is_divided=False)),
+        (SLOW_S, 4, {}, Arrangement(4, splits_batches=True)),
+        (SLOW_S, 1, {}, Arrangement(1, splits_batches=False)),
+        (SLOW_S, MAX_SPLIT_THREADS + 1, {}, Arrangement(MAX_SPLIT_THREADS + 1, splits_batches=False)),
+        (SLOW_S, 4, {"is_compiled": True}, Arrangement(4, splits_batches=False)),
+        (SLOW_S, 4, {"fixed": 3}, Arrangement(3, splits_batches=True)),
+        (SLOW_S, 8, {"max_threads": 4}, Arrangement(4, splits_batches=True)),
+        (QUICK_S, 4, {}, Arrangement(3, splits_batches=False)),
+        (QUICK_S, 2, {}, Arrangement(1, splits_batches=False)),
+        (QUICK_S, 1, {}, Arrangement(1, splits_batches=False)),
+        (QUICK_S, 4, {"fixed": 4}, Arrangement(4, splits_batches=False)),
     ],
 )
 def test_threads_follow_from_cores_and_cost(
@@ -72,7 +72,7 @@ def test_threads_follow_from_cores_and_cost(
 ) -> None:
     """A slow model takes all cores, a quick one leaves one to the loaders; what the operator said stays."""
     policy = Machine(cores).policy(core_s, **options)
-    assert policy.look() == policy.arrangement == expected
+    assert policy.update() == policy.arrangement == expected
     assert policy.together == expected.threads
 
 
@@ -84,9 +84,9 @@ def test_threads_follow_cores_that_come_and_go() -> None:
         before = policy.arrangement.threads
         machine.cores = cores
         machine.now_s += POLL_INTERVAL_S - 1
-        assert policy.look().threads == before
+        assert policy.update().threads == before
         machine.now_s += 1
-        assert policy.look().threads == threads
+        assert policy.update().threads == threads
     assert [(one.before.threads, one.now.threads, one.reason) for one in machine.told] == [
         (4, 2, "cores"),
         (2, 1, "cores"),
@@ -101,7 +101,7 @@ def test_threads_that_are_said_or_built_in_stay(options: dict[str, object]) -> N
     policy = machine.policy(SLOW_S, **options)
     machine.cores = 2
     machine.now_s += POLL_INTERVAL_S
-    assert policy.look().threads == 4
+    assert policy.update().threads == 4
     machine.is_busy = True
     machine.run(policy, batches=50)
     assert policy.together == policy.next_together(1.0) == 4
@@ -117,12 +117,12 @@ def test_what_images_really_cost_decides_in_the_end() -> None:
         for _ in range(100):
             policy.record(core_s=core_s)
         machine.now_s += POLL_INTERVAL_S
-        return policy.look().is_divided
+        return policy.update().splits_batches
 
-    assert cost(QUICK_CORE_S * 0.9)
-    assert not cost(QUICK_CORE_S * 0.7)
-    assert not cost(QUICK_CORE_S * 1.1)
-    assert cost(QUICK_CORE_S * 1.4)
+    assert cost(FAST_MODEL_CORE_S * 0.9)
+    assert not cost(FAST_MODEL_CORE_S * 0.7)
+    assert not cost(FAST_MODEL_CORE_S * 1.1)
+    assert cost(FAST_MODEL_CORE_S * 1.4)
     assert [one.reason for one in machine.told] == ["cost_of_an_image"] * 2
 
 

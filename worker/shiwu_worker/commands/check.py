@@ -204,5 +204,5 @@ def _check_model(settings: Settings) -> str:
     info = encoder.info
     return (
         f"{info.id} ({info.revision}) in {info.dtype} on {info.device}, {spec.width}×{spec.height}, "
-        f"batches of {', '.join(map(str, encoder.rungs))}"
+        f"batches of {', '.join(map(str, encoder.batch_sizes))}"
     )

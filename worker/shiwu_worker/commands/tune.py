@@ -89,7 +89,7 @@ def choose(settings: Settings, encoder: Any, decode_s: float, revision: str) -> 
     wanted = math.ceil(rate * decode_s / BUSY)
     return Tuned(
         key=key_of(settings, revision),
-        max_batch=encoder.sizes.largest,
+        max_batch=encoder.size_policy.largest,
         torch_threads=encoder.threads,
         loaders=settings.loaders or min(max(1, wanted), max(1, cores - 1)),
     )
@@ -97,7 +97,7 @@ def choose(settings: Settings, encoder: Any, decode_s: float, revision: str) -> 
 
 def _measured_s(encoder: Any) -> dict[int, float]:
     """Seconds of one batch of each size that was measured."""
-    return {size: seconds for size, seconds in encoder.sizes.seconds().items() if size in encoder.measured}
+    return {size: seconds for size, seconds in encoder.size_policy.seconds().items() if size in encoder.timed_sizes}
 
 
 def decode_core_s(spec: ImageSpec) -> float:

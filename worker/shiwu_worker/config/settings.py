@@ -338,8 +338,8 @@ class Settings(BaseSettings):
         return CallbackRules(tasks=self.callback_tasks, queues=queues, max_tasks=self.callback_most)
 
     @property
-    def rungs(self) -> tuple[int, ...]:
-        """Batch sizes that are run: powers of two below the largest batch, and that batch."""
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Allowed batch sizes: powers of two below the largest batch, and that batch."""
         sizes = []
         size = 1
         while size < self.batch_cap:

@@ -279,7 +279,7 @@ def make_heartbeat(
 
 def stuck_after_s(settings: Settings, encoder: Any) -> float:
     """How long nothing may move while there is work. A slow device must not pass for a hung one."""
-    return max(settings.stuck_s, SLOW_FACTOR * float(encoder.sizes.slowest_s))
+    return max(settings.stuck_s, SLOW_FACTOR * float(encoder.size_policy.slowest_s))
 
 
 def make_limits(settings: Settings, encoder: Any) -> PipelineLimits:
@@ -290,7 +290,7 @@ def make_limits(settings: Settings, encoder: Any) -> PipelineLimits:
     retries |= {code: RetryPolicy(*policy) for code, policy in settings.retry.items()}
     return PipelineLimits(
         slots=settings.slot_count,
-        wanted=lambda: settings.slots_for(encoder.sizes.wanted),
+        wanted=lambda: settings.slots_for(encoder.size_policy.wanted),
         max_attempts=settings.max_attempts,
         zone=settings.zone,
         retries=retries,
@@ -301,13 +301,13 @@ def make_limits(settings: Settings, encoder: Any) -> PipelineLimits:
 def make_batcher(
     settings: Settings, encoder: Any, *, on_batch: Callable[[Reason, Sequence[Job]], None]
 ) -> Batcher[Job]:
-    """The waiting room in front of this encoder."""
+    """The batcher in front of this encoder."""
     return Batcher(
-        cap=encoder.rungs[-1],
+        max_size=encoder.batch_sizes[-1],
         bulk_share=settings.bulk_share,
         linger_s=settings.linger_ms / 1000,
-        full=lambda: encoder.sizes.wanted,
-        fit=encoder.sizes.take,
+        full_size=lambda: encoder.size_policy.wanted,
+        fit=encoder.size_policy.take,
         on_leave=on_batch,
     )
 
@@ -354,7 +354,7 @@ def make_stages(  # noqa: PLR0917 one argument for each part of the way
         encode_exact=encoder.encode_exact,
         score=scorer.score,
         error_kind=encoder.error_kind,
-        lower_cap=encoder.sizes.lower,
+        lower_cap=encoder.size_policy.lower,
         learn=encoder.learn,
     )
     return Stages(

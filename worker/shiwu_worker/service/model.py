@@ -29,24 +29,25 @@ def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorou
             # It reads all weights, a second for a large model; torch's import takes longer.
             revision = pool.submit(model_revision, folder)
             # Here and not above: loaders start meanwhile.
-            from shiwu_worker.stages.encode.encoder import Encoder  # noqa: PLC0415
+            from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions  # noqa: PLC0415
 
         freeze_imported()
-        encoder = Encoder(
+        options = EncoderOptions(
             folder=folder,
             model_id=model_name(settings.model),
             revision=revision.result(),
             device=settings.device,
             dtype=settings.dtype,
-            rungs=settings.rungs,
+            batch_sizes=settings.batch_sizes,
             mean=spec.mean,
             std=spec.std,
             rescale=spec.rescale,
             threads=settings.torch_threads or None,
             is_compiled=settings.compile,
             has_graphs=settings.cuda_graphs,
-            known=known_image(spec.height, spec.width),
+            known_images=known_image(spec.height, spec.width),
         )
+        encoder = Encoder(options)
         encoder.warm(choose_largest=not settings.max_batch, is_thorough=is_thorough)
     except FatalError:
         raise

@@ -107,7 +107,7 @@ class Observability:
         gpu = GpuMonitor(encoder.gpu_uuid)
         metrics.gpu(gpu.state)
         metrics.model(encoder.info)
-        metrics.sizes(largest=lambda: encoder.sizes.largest, threads=lambda: encoder.threads)
+        metrics.sizes(largest=lambda: encoder.size_policy.largest, threads=lambda: encoder.threads)
         metrics.loader_restarts(lambda: loaders.restarts)
 
         def on_snapshot(seen: QueueSnapshot, backlog_s: dict[Lane, float]) -> None:

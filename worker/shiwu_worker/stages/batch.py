@@ -1,8 +1,8 @@
-"""Waiting pictures → one batch.
+"""Waiting images → one batch.
 
-There is no timer: when the device is free the next batch is whatever is ready, up to the cap, so batches grow by
-themselves behind a busy device and a lone picture never waits for company. A batch that is full leaves at once, so that
-the device finds it when it ends the one before.
+There is no timer. When the device is free, the next batch takes what is ready, up to the largest batch size. Batches so
+grow while the device is busy, and a single image never waits for others. A full batch leaves immediately, so that the
+device finds it when the batch before is done.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ class _HasLane(Protocol):
 
 T = TypeVar("T", bound=_HasLane)
 Reason = Literal["full", "free", "closing"]
-"""Why a batch left: it was full, the device was free, or the worker ends."""
+"""Why a batch left: it was full, the device was free, or the worker is stopping."""
 
 
 class Batcher(Generic[T]):
-    """A two-lane waiting room. Thread-safe; holds no more than its users have claimed.
+    """Collects items of two lanes into batches. Thread-safe; holds no more items than the worker has claimed.
 
     Args:
-        cap: no batch is larger.
-        bulk_share: share of the places that waiting bulk items get although interactive ones fill them.
-        linger_s: how long a batch that is not full waits for more; 0 sends what is there.
-        full: so many, `cap` at most, make a full batch now; None: `cap`.
-        fit: how many of so many, `cap` at most, a batch takes at a time; at least one.
-        on_leave: told why each batch left, and the batch; must not block.
+        max_size: largest batch size.
+        bulk_share: share of a batch that waiting bulk items get even if interactive items could fill it.
+        linger_s: how long a batch that is not full waits for more items; 0 sends what is there.
+        full_size: returns how many items make a full batch now, up to `max_size`; None for `max_size`.
+        fit: returns how many of the waiting items, up to `max_size`, the next batch takes; at least one.
+        on_leave: called with the reason and the batch when a batch leaves; must not block.
     """
 
     def __init__(
         self,
         *,
-        cap: int,
+        max_size: int,
         bulk_share: float,
         linger_s: float = 0.0,
-        full: Callable[[], int] | None = None,
+        full_size: Callable[[], int] | None = None,
         fit: Callable[[int], int] = lambda waiting: waiting,
         on_leave: Callable[[Reason, Sequence[T]], None] = lambda *_: None,
     ) -> None:
-        self._cap = cap
+        self._max_size = max_size
         self._bulk_share = bulk_share
         self._linger_s = linger_s
-        self._full = full or (lambda: cap)
+        self._full_size = full_size or (lambda: max_size)
         self._fit = fit
         self._bulk_owed = 0.0
         self._on_leave = on_leave
@@ -69,30 +69,25 @@ class Batcher(Generic[T]):
             self._changed.notify()
 
     def take(self, timeout_s: float) -> list[T]:
-        """The next batch: interactive first, oldest first in each lane; empty when none came in time or on close."""
+        """The next batch: interactive first, oldest first in each lane; empty after the timeout or on close."""
         with self._changed:
             if not self._changed.wait_for(self._may_leave, timeout_s):
                 return []
             if self._linger_s and self._waiting():
                 full_at = time.monotonic() + self._linger_s
-                while not self._closed and self._waiting() < self._full() and (left := full_at - time.monotonic()) > 0:
+                while (
+                    not self._closed
+                    and self._waiting() < self._full_size()
+                    and (left := full_at - time.monotonic()) > 0
+                ):
                     self._changed.wait(left)
-            full = self._full()
-            size = self._fit(min(self._cap, self._waiting()))
-            # A share of a small batch is less than one: it grows until it is one, while bulk items wait.
-            owed = self._bulk_owed + size * self._bulk_share if self._bulk else 0.0
-            least = min(int(owed), len(self._bulk), size)
-            urgent = min(size - least, len(self._interactive))
-            rest = size - urgent
-            self._bulk_owed = max(0.0, owed - rest)
-            reason: Reason = "full" if size >= full else "closing" if self._closed else "free"
-            batch = [self._interactive.popleft() for _ in range(urgent)] + [self._bulk.popleft() for _ in range(rest)]
-        if size:
+            reason, batch = self._pop_batch()
+        if batch:
             self._on_leave(reason, batch)
         return batch
 
     def batch_started(self) -> None:
-        """The device works on a batch; the next one leaves when it is full, or when this one has landed."""
+        """The device begins a batch; the next one leaves when it is full, or when this one is done."""
         with self._changed:
             self._on_device += 1
 
@@ -102,23 +97,29 @@ class Batcher(Generic[T]):
             self._on_device -= 1
             self._changed.notify_all()
 
-    def drain(self) -> list[T]:
-        """Take everything that waits, of any number, without waiting."""
-        with self._changed:
-            items = [*self._interactive, *self._bulk]
-            self._interactive.clear()
-            self._bulk.clear()
-            return items
-
     def close(self) -> None:
-        """Wake whoever waits; what is inside can still be taken."""
+        """Wake the waiting threads; the items that wait can still be taken."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
+    def _pop_batch(self) -> tuple[Reason, list[T]]:
+        """Remove the next batch from the lanes. The caller holds the lock."""
+        full_size = self._full_size()
+        size = self._fit(min(self._max_size, self._waiting()))
+        # The bulk share of a small batch is less than one image, so it adds up over batches while bulk items wait.
+        bulk_owed = self._bulk_owed + size * self._bulk_share if self._bulk else 0.0
+        min_bulk = min(int(bulk_owed), len(self._bulk), size)
+        interactive_count = min(size - min_bulk, len(self._interactive))
+        bulk_count = size - interactive_count
+        self._bulk_owed = max(0.0, bulk_owed - bulk_count)
+        reason: Reason = "full" if size >= full_size else "closing" if self._closed else "free"
+        batch = [self._interactive.popleft() for _ in range(interactive_count)]
+        return reason, batch + [self._bulk.popleft() for _ in range(bulk_count)]
+
     def _may_leave(self) -> bool:
         waiting = self._waiting()
-        return self._closed or waiting >= self._full() or (waiting > 0 and not self._on_device)
+        return self._closed or waiting >= self._full_size() or (waiting > 0 and not self._on_device)
 
     def _waiting(self) -> int:
         return len(self._interactive) + len(self._bulk)

@@ -1,4 +1,4 @@
-"""A dual encoder of transformers on disk → its model and its texts' vectors. No device is chosen here."""
+"""Loads a dual encoder of transformers from disk: its model, its tokenizer and its text vectors. Chooses no device."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import numpy as np
 import structlog
 import torch
 from numpy.typing import NDArray
+from structlog.typing import FilteringBoundLogger
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from shiwu_worker.checkpoints.checkpoint_files import Checkpoint, WrongCheckpoint, first_line
 from shiwu_worker.jobs.label_checks import LabelTokens
 
-log: Any = structlog.get_logger()
-TEXTS_AT_ONCE: Final = 128
+log: FilteringBoundLogger = structlog.get_logger()
+MAX_TEXTS_PER_BATCH: Final = 128
 EMBEDDINGS_MULTIPLE: Final = 64
 RARE_LETTER: Final = "\U00010900"
-"""A letter of Phoenician, which the vocabularies of dual encoders lack."""
+"""A Phoenician letter, which no vocabulary of a dual encoder contains."""
 
 
 def load_model(checkpoint: Checkpoint) -> Any:
@@ -29,7 +30,7 @@ def load_model(checkpoint: Checkpoint) -> Any:
 
     Raises:
         WrongCheckpoint: when it is no dual encoder, its weights do not fit its configuration, or an adapter does not
-            fit the model. transformers itself would make missing weights up at random.
+            fit the model. transformers itself would fill missing weights at random.
     """
     with quiet_transformers():
         try:
@@ -42,7 +43,7 @@ def load_model(checkpoint: Checkpoint) -> Any:
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-        except Exception as error:  # border: three libraries read these files, each with errors of its own
+        except Exception as error:  # border: three libraries read these files, and each raises its own errors
             names = ", ".join(path.name for path in checkpoint.weights[:3])
             raise WrongCheckpoint(f"{checkpoint.base}: {names} cannot be loaded ({first_line(error)})") from error
     if not (hasattr(model, "logit_scale") and hasattr(model, "get_image_features")):
@@ -51,7 +52,7 @@ def load_model(checkpoint: Checkpoint) -> Any:
     if missing := sorted(loading["missing_keys"]):
         text = f"expected all weights of {type(model).__name__}, got none of {len(missing)}: {', '.join(missing[:3])}"
         raise WrongCheckpoint(f"{checkpoint.base}: {text}")
-    # Checkpoints of 2022 hold these numbers as weights, and models count them up by themselves.
+    # Checkpoints of 2022 store position ids as weights; models compute them.
     unused = sorted(key for key in loading["unexpected_keys"] if not key.endswith("position_ids"))
     if unused:
         log.warning("weights_unused", model=str(checkpoint.base), count=len(unused), first=unused[:3])
@@ -64,18 +65,18 @@ def _merged(model: Any, checkpoint: Checkpoint) -> Any:
     """The model with a LoRA adapter merged into its weights, as peft itself does."""
     try:
         with warnings.catch_warnings():
-            # What peft would warn of is an error here, and what it asks of transformers is not the operator's matter.
+            # What peft warns of is an error here, and its deprecation warnings are of no use to the operator.
             warnings.simplefilter("ignore")
             return _merge(model, checkpoint)
     except WrongCheckpoint:
         raise
-    except Exception as error:  # border: peft raises anything for an adapter that does not fit
+    except Exception as error:  # border: peft raises many kinds of errors for an adapter that does not fit
         text = f"cannot be merged into {checkpoint.base} ({first_line(error)})"
         raise WrongCheckpoint(f"{checkpoint.adapter[1]}: {text}") from error
 
 
 def _merge(model: Any, checkpoint: Checkpoint) -> Any:
-    from peft import PeftConfig, PeftModel  # noqa: PLC0415 an extra that few need
+    from peft import PeftConfig, PeftModel  # noqa: PLC0415 an optional dependency
 
     config_path, weights_path = checkpoint.adapter
     config = PeftConfig.from_pretrained(str(checkpoint.folder))
@@ -99,14 +100,14 @@ def open_tokenizer(checkpoint: Checkpoint, *, vocab_size: int) -> Any:
     """The checkpoint's own tokenizer.
 
     Raises:
-        WrongCheckpoint: it cannot be read, or its vocabulary is not the model's.
+        WrongCheckpoint: when it cannot be read, or its vocabulary is not the model's.
     """
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 checkpoint.tokenizer, config=_config(checkpoint), local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # border: each tokenizer's library has errors of its own
+        except Exception as error:  # border: each tokenizer library raises its own errors
             names = ", ".join(path.name for path in checkpoint.tokenizer_files)
             text = f"the tokenizer ({names}) cannot be read ({first_line(error)}); download these files again"
             raise WrongCheckpoint(f"{checkpoint.tokenizer}: {text}") from error
@@ -123,7 +124,7 @@ def open_tokenizer(checkpoint: Checkpoint, *, vocab_size: int) -> Any:
 
 
 def vocabulary_size(checkpoint: Checkpoint) -> int:
-    """How many tokens the model's text tower knows, by its configuration."""
+    """The number of tokens of the model's text tower, from its configuration."""
     return int(_config(checkpoint).text_config.vocab_size)
 
 
@@ -132,20 +133,20 @@ def _config(checkpoint: Checkpoint) -> Any:
 
 
 def image_size(model: Any) -> int:
-    """The side of the pictures that the model takes, in pixels."""
+    """The side of the square images that the model takes, in pixels."""
     size = model.config.vision_config.image_size
     return int(size[0] if isinstance(size, list | tuple) else size)
 
 
 def unit_vectors(output: Any) -> torch.Tensor:
-    """What `get_image_features` and `get_text_features` answer → unit vectors in FP32."""
-    # transformers 5 answers an object whose pooler_output is projected; before it was the tensor itself.
+    """Turns what `get_image_features` and `get_text_features` return into unit vectors in FP32."""
+    # transformers 5 returns an object whose pooler_output is projected; older versions return the tensor itself.
     tensor: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
     return torch.nn.functional.normalize(tensor.float(), dim=-1)
 
 
 class TextEncoder:
-    """Texts → unit vectors, by the checkpoint's own tokenizer. `model` lies on its device already."""
+    """Texts → unit vectors, with the checkpoint's own tokenizer. `model` is already on its device."""
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
         self._model = model
@@ -156,16 +157,18 @@ class TextEncoder:
         self._empty_ids = self._find_empty_ids()
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """m texts → float32 (m, d). Texts longer than the model's limit are cut, as the tokenizer does."""
-        parts = [self._encode_some(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
+        """m texts → float32 (m, d). The tokenizer cuts texts to the model's limit."""
+        parts = [
+            self._encode_batch(texts[i : i + MAX_TEXTS_PER_BATCH]) for i in range(0, len(texts), MAX_TEXTS_PER_BATCH)
+        ]
         return np.concatenate(parts)
 
     def label_tokens(self, labels: Sequence[str]) -> list[LabelTokens]:
-        """What the tokenizer makes of each label, cut as `encode` cuts it."""
+        """The tokens of each label, cut as `encode` cuts it."""
         all_ids = self._tokenize(labels, padding=False)["input_ids"] if labels else []
         return [LabelTokens(tuple(ids), is_readable=not self._empty_ids.issuperset(ids)) for ids in all_ids]
 
-    def _encode_some(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def _encode_batch(self, texts: Sequence[str]) -> NDArray[np.float32]:
         # SigLIP was trained with full padding.
         padding = "max_length" if self._is_siglip else True
         tokens = self._tokenize(texts, padding=padding, return_tensors="pt").to(self._model.device)
@@ -174,9 +177,9 @@ class TextEncoder:
         return vectors
 
     def _find_empty_ids(self) -> set[int]:
-        """Ids of tokens that tell the model nothing about a label."""
+        """Ids of tokens that carry no information about a label."""
         # A tokenizer may not list its unknown token as special, so a rare letter shows it. SentencePiece writes the
-        # space before a word as a token of its own.
+        # space before a word as a separate token.
         probed = self._tokenize([RARE_LETTER])["input_ids"][0]
         return {*self._tokenizer.all_special_ids, *probed, self._tokenizer.convert_tokens_to_ids("▁")}
 
@@ -187,14 +190,14 @@ class TextEncoder:
 
 
 def _text_length(config: Any) -> int:
-    # RoBERTa's position numbers begin after the padding index, which takes two places away.
-    placements: int = config.max_position_embeddings
-    return placements - 2 if "roberta" in config.model_type or config.model_type.startswith("altclip") else placements
+    # RoBERTa's position numbers begin after the padding index, which leaves two positions fewer.
+    positions: int = config.max_position_embeddings
+    return positions - 2 if "roberta" in config.model_type or config.model_type.startswith("altclip") else positions
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars and remarks, and with the process's own settings again afterwards."""
+    """Switches off the progress bars and log messages of transformers; restores the settings afterwards."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

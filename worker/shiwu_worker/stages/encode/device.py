@@ -1,4 +1,4 @@
-"""Which device and number format a model runs in, and what an error of the device means."""
+"""Chooses the device and the number formats of a model, and tells what an error of the device means."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _AMPERE: Final = (8, 0)
 
 
 def choose_device(asked: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU.
+    """The device to use; `auto` is the first GPU if there is one, otherwise the CPU.
 
     Raises:
-        FatalError: with ExitCode.MODEL where torch cannot use the device that was asked for.
+        FatalError: with ExitCode.MODEL, when torch cannot use the device that was asked for.
     """
     if asked == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -42,10 +42,10 @@ def _missing(usable: int) -> str:
 
 
 def choose_dtypes(asked: str, device: torch.device) -> tuple[torch.dtype, ...]:
-    """The formats to try, best first; a later one stands in where the model does not fit into the one before.
+    """The formats to try, best first; a later one is used if the model overflows in the ones before.
 
-    `auto` is float16 on CUDA, then bfloat16 where the card is good at it; bfloat16 on CPUs that compute in it, for
-    float16 is several times slower there than float32. A format that was asked for has no stand-in.
+    `auto` is float16 on a GPU, then bfloat16 if the GPU has tensor cores for it. On a CPU it is bfloat16 if the CPU
+    computes in it; float16 is several times slower there than float32. A format that was asked for has no alternative.
     """
     if asked != "auto":
         return (_DTYPES[asked],)
@@ -56,26 +56,26 @@ def choose_dtypes(asked: str, device: torch.device) -> tuple[torch.dtype, ...]:
 
 
 def gpu_uuid(device: torch.device) -> str | None:
-    """The UUID of the card or MIG instance, as NVIDIA's tools write it; None for a CPU."""
+    """The UUID of the GPU or MIG instance, as NVIDIA's tools write it; None for a CPU."""
     if device.type != "cuda":
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     index = device.index or 0
-    # CUDA tells the card's UUID for a MIG instance.
+    # For a MIG instance CUDA reports the UUID of the whole GPU.
     if index < len(visible) and visible[index].startswith("MIG-"):
         return visible[index]
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def device_name(device: torch.device) -> str:
-    """What answers call it: the card's name, or `cpu`."""
+    """The device's name in answers: the name of the GPU, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def error_kind_of(error: BaseException) -> DeviceErrorKind:
     """What an error of a forward pass means for its batch."""
     if isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()  # nothing happens where CUDA is not in use
+        torch.cuda.empty_cache()  # has no effect if CUDA is not in use
         return DeviceErrorKind.OUT_OF_MEMORY
     if isinstance(error, MemoryError) or "not enough memory" in str(error):
         return DeviceErrorKind.OUT_OF_MEMORY

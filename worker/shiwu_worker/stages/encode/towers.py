@@ -1,6 +1,6 @@
-"""The image tower at fixed batch sizes: uint8 pictures on the device → unit vectors on the device.
+"""The image tower at fixed batch sizes: uint8 images on the device → unit vectors on the device.
 
-Three ways to run the same arithmetic: eager, compiled (CPU), or one CUDA graph for each size, replayed without Python
+Three ways to run the same arithmetic: eager, compiled (CPU), or one CUDA graph per batch size, replayed without Python
 between its kernels.
 """
 
@@ -11,13 +11,15 @@ from typing import Any, Final
 
 import structlog
 import torch
+from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.stages.encode.checkpoint import unit_vectors
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 Tower = Callable[[torch.Tensor], torch.Tensor]
 WARM_RUNS: Final = 3
-"""Libraries choose their kernels in the first runs; a graph must not capture that."""
+"""Runs before a graph is captured: libraries choose their kernels in the first runs, which a graph must not record."""
+MAX_COMPILED_SIZES: Final = 16
 
 
 def eager_tower(
@@ -31,7 +33,7 @@ def eager_tower(
 ) -> Tower:
     """uint8 (n, h, w, 3) → float32 (n, d), normalised on the device. Call it in inference mode.
 
-    (x · rescale - mean) / std is one multiplication and one addition in FP32; after the projection all is FP32 again.
+    (x · rescale - mean) / std is one multiplication and one addition in FP32. After the projection all is FP32 again.
     """
     gain = torch.tensor([rescale / s for s in std], device=device).view(1, 3, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, 3, 1, 1)
@@ -44,46 +46,47 @@ def eager_tower(
 
 
 def compiled_tower(eager: Tower) -> Tower:
-    """Compiled by inductor with frozen weights: each size takes it 15 to 60 s at its first run."""
-    from torch._inductor import config  # noqa: PLC0415 it takes a second to import
+    """Compiled by inductor with frozen weights; the first run of each batch size takes 15 to 60 s."""
+    from torch._inductor import config  # noqa: PLC0415 the import takes a second
 
     config.freezing = True
-    # One size is one program; past dynamo's limit of 8 sizes it would silently run eager.
-    torch._dynamo.config.recompile_limit = 16
+    # Each size is one program; above dynamo's default limit of 8 further sizes would silently run eager.
+    torch._dynamo.config.recompile_limit = MAX_COMPILED_SIZES
     compiled: Tower = torch.compile(eager, dynamic=False)
     return compiled
 
 
 class GraphedTower:
-    """One CUDA graph for each batch size, in one pool of memory. A size that can't be captured runs eager.
+    """One CUDA graph per batch size, all in one memory pool. A size that cannot be captured runs eager.
 
-    Not thread-safe, and its output is overwritten by the next run of the same size: copy it on the same stream.
+    Not thread-safe. The next run of the same size overwrites the output, so the caller copies it on the same stream.
     """
 
-    def __init__(self, eager: Tower, *, rungs: Sequence[int], shape: tuple[int, int, int], stream: Any) -> None:
+    def __init__(
+        self, eager: Tower, *, batch_sizes: Sequence[int], shape: tuple[int, int, int], stream: torch.cuda.Stream
+    ) -> None:
         self._eager = eager
         self._stream = stream
-        self._input = torch.zeros((max(rungs), *shape), dtype=torch.uint8, device=stream.device)
-        self._graphs: dict[int, tuple[Any, torch.Tensor]] = {}
+        self._input = torch.zeros((max(batch_sizes), *shape), dtype=torch.uint8, device=stream.device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
-        # Largest first: the smaller ones then live in its memory.
-        for rung in sorted(rungs, reverse=True):
+        # Largest first: the smaller ones then fit into its memory.
+        for size in sorted(batch_sizes, reverse=True):
             try:
-                self._graphs[rung] = self._capture(rung, pool)
+                self._graphs[size] = self._capture(size, pool)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                log.warning(
-                    "graph_not_captured", batch_size=rung, error=str(error)[:300], meaning="this size runs eager"
-                )
+                text = str(error)[:300]
+                log.warning("graph_not_captured", batch_size=size, error=text, meaning="this batch size runs eager")
 
     @property
-    def rungs(self) -> tuple[int, ...]:
-        """The sizes that have a graph."""
+    def captured_sizes(self) -> tuple[int, ...]:
+        """The batch sizes that have a graph."""
         return tuple(sorted(self._graphs))
 
-    def _capture(self, rung: int, pool: Any) -> tuple[Any, torch.Tensor]:
-        raw = self._input[:rung]
+    def _capture(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        raw = self._input[:size]
         with torch.cuda.stream(self._stream), torch.inference_mode():
             for _ in range(WARM_RUNS):
                 self._eager(raw)
@@ -95,10 +98,10 @@ class GraphedTower:
 
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
         """Run on the current stream, which must be the stream of the capture."""
-        rung = len(raw)
-        if rung not in self._graphs:
+        size = len(raw)
+        if size not in self._graphs:
             return self._eager(raw)
-        graph, vectors = self._graphs[rung]
-        self._input[:rung].copy_(raw, non_blocking=True)
+        graph, vectors = self._graphs[size]
+        self._input[:size].copy_(raw, non_blocking=True)
         graph.replay()
         return vectors

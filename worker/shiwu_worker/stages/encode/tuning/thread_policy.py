@@ -1,9 +1,9 @@
-"""How a model uses the cores of a CPU: how many threads, and whether each works on a part of a batch.
+"""Chooses how a model uses the cores of a CPU: how many threads, and whether each works on a part of a batch.
 
-It follows from the cores that the process may use, which are counted again every few seconds, and from the core-seconds
-that an image takes, which other programs do not change. How many threads work together on a batch that is not divided
-is learned from the time that such batches take: where other programs use the cores, all threads wait at each step for
-the one that is held up, and one thread alone is quicker.
+The choice follows from the cores that the process may use, counted again every few seconds, and from the core-seconds
+of an image, which other programs do not change. How many threads work together on an unsplit batch is learned from the
+time of such batches. When other programs use the cores, all threads wait at each step for the slowest, and one thread
+alone can be faster.
 """
 
 from __future__ import annotations
@@ -17,63 +17,62 @@ from typing import Final, Literal
 
 from shiwu_worker.stages.encode.tuning.adaptive_choice import AdaptiveChoice
 
-QUICK_CORE_S: Final = 0.04
-"""Core-seconds of an image in the model; loading one takes 0.002."""
-BORDER: Final = 1.25
-"""A model that is quick is so until an image takes so many times as long, and the other way round."""
-MAX_DIVIDED: Final = 8
-"""Each part of a batch takes Python's lock for some 5 ms of a pass: more threads than that wait for each other."""
+FAST_MODEL_CORE_S: Final = 0.04
+"""A model that takes fewer core-seconds for an image is fast; loading an image takes 0.002."""
+FAST_MODEL_HYSTERESIS: Final = 1.25
+"""A fast model counts as fast until an image takes this many times as long, and the other way round."""
+MAX_SPLIT_THREADS: Final = 8
+"""Each part of a batch holds Python's lock for about 5 ms of a pass, so more threads would wait for each other."""
 POLL_INTERVAL_S: Final = 5.0
 COST_GAIN: Final = 0.1
-"""What one batch counts for the core-seconds of an image."""
-SERIAL: Final = 0.2
-"""Share of a batch that threads can't do together, as a first guess."""
+"""Weight of one batch in the estimate of the core-seconds of an image."""
+SERIAL_SHARE: Final = 0.2
+"""First estimate of the share of a batch that threads cannot do in parallel."""
 GUESSED_SD: Final = 1.0
-"""Standard deviation of the logarithm of that guess."""
+"""Standard deviation of the logarithm of that estimate."""
 PACE_GAIN: Final = 0.3
 USUAL_PACE_GAIN: Final = 0.02
-OTHER_PACE: Final = math.log(2)
-"""Where batches take twice or half as long as before, the cores are shared in another way: all is learned anew."""
-ANEW_S: Final = 30.0
-"""That happens no more often."""
-
-TRY_ENDS_S: Final = 10.0
-"""A batch that was to be tried and is not recorded by then has failed, or was none of the jobs'."""
+PACE_JUMP: Final = math.log(2)
+"""Log change of the time of a batch after which all is learned again, because the cores are shared differently."""
+MIN_RELEARN_INTERVAL_S: Final = 30.0
+"""Least time between two such restarts."""
+TRY_TIMEOUT_S: Final = 10.0
+"""A tried batch that is not recorded by then has failed, or was not a batch of jobs."""
 
 Reason = Literal["cores", "cost_of_an_image", "faster"]
 
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """Threads of a model."""
+    """The threads of a model."""
 
     threads: int
-    is_divided: bool
-    """Whether each of them works on a part of a batch, where the batch can be divided."""
+    splits_batches: bool
+    """Whether each thread works on a part of a batch, if its size allows it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ThreadChange:
-    """The model's threads are others now."""
+    """The threads of the model have changed."""
 
     before: Arrangement
     now: Arrangement
     together_before: int
     together: int
-    """Threads that work together on a batch that is not divided."""
+    """Threads that work together on an unsplit batch."""
     reason: Reason
 
 
 class ThreadPolicy:
-    """Thread-safe; nothing in it waits.
+    """Chooses threads from the usable cores and from the batches that were run. Thread-safe; no method waits.
 
     Args:
-        core_s: of one image in the smallest batch, as measured before the first one.
-        cores: how many this process may use now.
-        fixed: threads that the operator asked for; None: as many as follow from the cores.
-        most: threads at most, whatever the cores.
-        is_compiled: such a model can't be divided, and its number of threads is built in.
-        on_change: told that threads have changed; must not block.
+        core_s: core-seconds of one image in the smallest batch, as measured at the start.
+        cores: returns how many cores this process may use now.
+        fixed: threads that the operator asked for; None lets the cores decide.
+        max_threads: most threads, however many cores there are; None for no limit.
+        is_compiled: the model is compiled: it runs unsplit, with the number of threads it was compiled for.
+        on_change: called when the threads have changed; must not block.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class ThreadPolicy:
         core_s: float,
         cores: Callable[[], int],
         fixed: int | None = None,
-        most: int | None = None,
+        max_threads: int | None = None,
         is_compiled: bool = False,
         on_change: Callable[[ThreadChange], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
@@ -90,79 +89,81 @@ class ThreadPolicy:
         self._core_s = core_s
         self._count_cores = cores
         self._fixed = fixed
-        self._most = most
+        self._max_threads = max_threads
         self._is_compiled = is_compiled
         self._on_change = on_change
         self._clock = clock
         self._lock = threading.Lock()
-        self._is_quick = core_s < QUICK_CORE_S
+        self._is_fast = core_s < FAST_MODEL_CORE_S
         self._cores = cores()
-        self._looked_s = clock()
+        self._updated_s = clock()
         self.arrangement = self._arrange()
-        self._learn_anew(self.arrangement.threads)
+        self._restart_learning(self.arrangement.threads)
 
     def _arrange(self) -> Arrangement:
-        threads = self._fixed or min(self._cores, self._most or self._cores)
-        if self._is_quick and not self._fixed:
-            # The loaders take nearly as much as the model: they get a core.
+        threads = self._fixed or min(self._cores, self._max_threads or self._cores)
+        if self._is_fast and not self._fixed:
+            # The loaders take nearly as much CPU as a fast model, so they get a core.
             threads -= 1
         threads = max(1, threads)
-        may_divide = 1 < threads <= MAX_DIVIDED and not self._is_compiled
-        return Arrangement(threads, is_divided=may_divide and not self._is_quick)
+        may_split = 1 < threads <= MAX_SPLIT_THREADS and not self._is_compiled
+        return Arrangement(threads, splits_batches=may_split and not self._is_fast)
 
-    def _learn_anew(self, first: int) -> None:
-        """Begin with so many threads together, and know nothing of other numbers."""
+    def _restart_learning(self, first: int) -> None:
+        """Forget what was learned and begin with `first` threads that work together."""
         threads = self.arrangement.threads
         self._together: AdaptiveChoice | None = None
         self._trying: int | None = None
         self._tried_s = -math.inf
-        self._anew_s = self._clock()
+        self._restarted_s = self._clock()
         self._pace = self._usual_pace = math.nan
-        """Logarithm of the seconds that a unit of work took lately, and over a longer time."""
+        """Logarithm of the seconds that a unit of work took recently, and over a longer time."""
         if threads > 1 and not self._fixed and not self._is_compiled:
             counts = {1 << power for power in range(threads.bit_length()) if 1 << power < threads} | {threads}
-            guesses = {count: (SERIAL + (1 - SERIAL) / count, GUESSED_SD) for count in counts}
+            guesses = {count: (SERIAL_SHARE + (1 - SERIAL_SHARE) / count, GUESSED_SD) for count in counts}
             self._together = AdaptiveChoice(guesses, first=first)
 
     @property
     def together(self) -> int:
-        """How many threads work together on a batch that is not divided, but for tries of other numbers."""
+        """How many threads work together on an unsplit batch, apart from tries of other numbers."""
         return self.arrangement.threads if self._together is None else self._together.current
 
-    def look(self) -> Arrangement:
-        """The arrangement for now; every few seconds it is thought over."""
-        told = None
+    def update(self) -> Arrangement:
+        """The current arrangement; recomputed every few seconds."""
+        change = None
         with self._lock:
             now_s = self._clock()
-            if now_s - self._looked_s >= POLL_INTERVAL_S and not self._is_compiled:
-                self._looked_s = now_s
-                told = self._think()
-        if told is not None:
-            self._on_change(told)
+            if now_s - self._updated_s >= POLL_INTERVAL_S and not self._is_compiled:
+                self._updated_s = now_s
+                change = self._rearrange()
+        if change is not None:
+            self._on_change(change)
         return self.arrangement
 
-    def _think(self) -> ThreadChange | None:
-        before, together, was_quick = self.arrangement, self.together, self._is_quick
+    def _rearrange(self) -> ThreadChange | None:
+        before, together, was_fast = self.arrangement, self.together, self._is_fast
         self._cores = self._count_cores()
-        self._is_quick = self._core_s < QUICK_CORE_S * (BORDER if was_quick else 1 / BORDER)
+        self._is_fast = self._core_s < FAST_MODEL_CORE_S * (
+            FAST_MODEL_HYSTERESIS if was_fast else 1 / FAST_MODEL_HYSTERESIS
+        )
         self.arrangement = self._arrange()
         if self.arrangement == before:
             return None
-        self._learn_anew(self.arrangement.threads)
-        reason: Reason = "cores" if self._is_quick == was_quick else "cost_of_an_image"
+        self._restart_learning(self.arrangement.threads)
+        reason: Reason = "cores" if self._is_fast == was_fast else "cost_of_an_image"
         return ThreadChange(before, self.arrangement, together, self.together, reason)
 
     def next_together(self, work: float) -> int:
-        """How many threads are to work on the next batch, which is not divided.
+        """How many threads work on the next batch, which is not split.
 
         Args:
-            work: how much there is in it, in a unit that is the same for all batches.
+            work: the amount of work in the batch, in a unit that is the same for all batches.
         """
         with self._lock:
             if self._together is None:
                 return self.arrangement.threads
             now_s = self._clock()
-            if now_s - self._tried_s <= TRY_ENDS_S or math.isnan(self._pace):
+            if now_s - self._tried_s <= TRY_TIMEOUT_S or math.isnan(self._pace):
                 return self._together.current
             units = dict.fromkeys(self._together.allowed, work)
             self._trying = self._together.next_try(now_s, unit_s=math.exp(self._pace), units=units)
@@ -177,18 +178,18 @@ class ThreadPolicy:
         """Learn from a batch.
 
         Args:
-            core_s: of an image, as it would be in the smallest batch; None where it is not known.
-            together: threads that worked on the batch as a whole; 0: it was divided.
-            seconds: that it took.
+            core_s: core-seconds of an image, as in the smallest batch; None if not known.
+            together: threads that worked on the batch as a whole; 0 if it was split.
+            seconds: how long the batch took.
         """
-        told = None
+        change = None
         with self._lock:
             if core_s is not None:
                 self._core_s += COST_GAIN * (core_s - self._core_s)
             if self._together is not None and together in self._together.allowed:
-                told = self._record_together(self._together, together, work=work, seconds=seconds)
-        if told is not None:
-            self._on_change(told)
+                change = self._record_together(self._together, together, work=work, seconds=seconds)
+        if change is not None:
+            self._on_change(change)
 
     def _record_together(
         self, choice: AdaptiveChoice, count: int, *, work: float, seconds: float
@@ -203,8 +204,8 @@ class ThreadPolicy:
         else:
             self._pace += PACE_GAIN * (pace - self._pace)
             self._usual_pace += USUAL_PACE_GAIN * (pace - self._usual_pace)
-            if abs(self._pace - self._usual_pace) > OTHER_PACE and now_s - self._anew_s > ANEW_S:
-                self._learn_anew(choice.current)
+            if abs(self._pace - self._usual_pace) > PACE_JUMP and now_s - self._restarted_s > MIN_RELEARN_INTERVAL_S:
+                self._restart_learning(choice.current)
                 return None
         change = choice.record(count, seconds / work, seconds=seconds, now_s=now_s, wasted_s=wasted_s)
         if change is None:

@@ -1,0 +1,149 @@
+"""The model on its device: which checkpoint, in which number format, and its image tower in that format or in FP32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+from structlog.typing import FilteringBoundLogger
+
+from shiwu.contract import Head
+from shiwu_worker.checkpoints.checkpoint_files import Checkpoint, WrongCheckpoint
+from shiwu_worker.stages.encode.checkpoint import image_size, load_model
+from shiwu_worker.stages.encode.device import choose_dtypes
+from shiwu_worker.stages.encode.towers import Tower, eager_tower
+
+log: FilteringBoundLogger = structlog.get_logger()
+MIN_COSINE: Final = 0.999
+"""Smallest cosine between the vectors of a faster number format and those of FP32, for the format to be used."""
+COMPARED_IMAGES: Final = 2
+"""Random images whose vectors are compared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderOptions:
+    """What an encoder is built from.
+
+    Args:
+        folder: the checkpoint, in the format of transformers.
+        model_id, revision: the names of the model in answers.
+        mean, std, rescale: of the checkpoint's image processor: (x · rescale - mean) / std for x of 0 to 255.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        batch_sizes: allowed batch sizes, ascending; no batch is larger than the last one.
+        threads: threads of torch on a CPU; None lets torch choose, up to the number of usable cores.
+        is_compiled: compile the image tower (CPU); each batch size takes 15 to 60 s at the start.
+        has_graphs: replay CUDA graphs if the device is a GPU.
+        known_images: uint8 (n, h, w, 3); their reference vectors are computed on the CPU.
+    """
+
+    folder: Path
+    model_id: str
+    revision: str
+    mean: Sequence[float]
+    std: Sequence[float]
+    rescale: float = 1 / 255
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
+    threads: int | None = None
+    is_compiled: bool = False
+    has_graphs: bool = True
+    known_images: NDArray[np.uint8] | None = None
+
+
+class DeviceModel:
+    """A dual encoder on its device, in the best number format that agrees with FP32.
+
+    Building it and every forward pass use all cores of a CPU, so the caller runs both on the exclusive thread.
+
+    Raises:
+        WrongCheckpoint: when the weights cannot be loaded, or take images of another size than the image processor
+            makes.
+    """
+
+    def __init__(self, options: EncoderOptions, checkpoint: Checkpoint, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        self._device = device
+        self._mean, self._std, self._rescale = tuple(options.mean), tuple(options.std), options.rescale
+        self._fp32_tower: Tower | None = None
+        module = load_model(checkpoint)
+        # Read before the cast: in bfloat16 a scale of 100 would be 98.9.
+        self.scale = math.exp(float(module.logit_scale))
+        bias = getattr(module, "logit_bias", None)
+        self.bias = None if bias is None else float(bias)
+        self.default_head: Head = "softmax" if bias is None else "sigmoid"
+        side = image_size(module)
+        self.image_shape = (side, side, 3)
+        known = options.known_images
+        if known is not None and known.shape[1:] != self.image_shape:
+            raise WrongCheckpoint(
+                f"{checkpoint.config}: the model takes images of {side}×{side}, and the image processor makes "
+                f"{known.shape[2]}×{known.shape[1]}; take both from the same model"
+            )
+        self.known_vectors = None if known is None else self._encode_on_cpu(module, known)
+        """Of the known images, float32 (n, d), in FP32 on the CPU whatever the device is; NaN if the model gives it."""
+        self.module, self.dtype = self._cast(module.to(device), choose_dtypes(options.dtype, device))
+        """The model of transformers, and its number format."""
+        sample: torch.Tensor | NDArray[np.float32] | None = self.known_vectors
+        if sample is None:
+            sample = self.eager_tower()(self.blank_images(1))
+        self.vector_width = int(sample.shape[1])
+
+    def eager_tower(self) -> Tower:
+        """The image tower in the chosen number format, run by torch operator by operator."""
+        return self._tower(self.module, self.dtype, self._device)
+
+    def blank_images(self, count: int) -> torch.Tensor:
+        """Grey images uint8 (count, h, w, 3) on the device."""
+        return torch.full((count, *self.image_shape), 127, dtype=torch.uint8, device=self._device)
+
+    def encode_fp32(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Images uint8 (n, h, w, 3) → vectors float32 (n, d), in FP32 whatever the number format is.
+
+        The first call loads the checkpoint again if the format is another one; these weights then stay on the device.
+        """
+        if self._fp32_tower is None:
+            is_fp32 = self.dtype is torch.float32
+            module = self.module if is_fp32 else load_model(self._checkpoint).to(self._device)
+            self._fp32_tower = self._tower(module, torch.float32, self._device)
+        with torch.inference_mode():
+            raw = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+            vectors: NDArray[np.float32] = self._fp32_tower(raw).cpu().numpy()
+        return vectors
+
+    def _tower(self, module: Any, dtype: torch.dtype, device: torch.device) -> Tower:
+        return eager_tower(module, dtype=dtype, device=device, mean=self._mean, std=self._std, rescale=self._rescale)
+
+    def _encode_on_cpu(self, module: Any, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Vectors of the model as it was loaded: not yet moved to the device, not yet cast."""
+        tower = self._tower(module, torch.float32, torch.device("cpu"))
+        with torch.inference_mode():
+            vectors: NDArray[np.float32] = tower(torch.from_numpy(pixels)).numpy()
+        return vectors
+
+    def _cast(self, module: Any, dtypes: Sequence[torch.dtype]) -> tuple[Any, torch.dtype]:
+        """Cast to the first format whose vectors agree with those of FP32; the last format is not compared."""
+        *compared, last = dtypes
+        if not compared:
+            return module.to(last), last
+        shape = (COMPARED_IMAGES, *self.image_shape)
+        raw = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8)).to(self._device)
+        with torch.inference_mode():
+            expected = self._tower(module, torch.float32, self._device)(raw)
+            for dtype in compared:
+                vectors = self._tower(module.to(dtype), dtype, self._device)(raw)
+                cosine = float((vectors * expected).sum(dim=1).min())
+                if cosine >= MIN_COSINE:
+                    return module, dtype
+                log.warning("dtype_refused", dtype=str(dtype), cosine=cosine, expected=MIN_COSINE)
+                # A cast rounds the weights, so the next format starts from unrounded ones.
+                module = load_model(self._checkpoint).to(self._device)
+        return module.to(last), last
