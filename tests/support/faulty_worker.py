@@ -34,8 +34,8 @@ def main() -> None:
             pause.wait(0.05)
         return launch(self, pixels, rows)
 
-    def faulty_collect(self: Any, flight: Any) -> Any:
-        vectors = collect(self, flight)
+    def faulty_collect(self: Any, batch: Any) -> Any:
+        vectors = collect(self, batch)
         if (kind := fault()) in {"wrong", "nan"}:
             vectors = np.full_like(vectors, np.nan) if kind == "nan" else np.roll(vectors, 1, axis=1)
         return vectors
