@@ -65,8 +65,8 @@ def _main() -> None:
         finally:
             singing.pop()
 
-    def faulty(self: Any, flight: Any) -> Any:
-        vectors = real(self, flight)
+    def faulty(self: Any, batch: Any) -> Any:
+        vectors = real(self, batch)
         # A fault of the known picture ends the worker, as it should; this drill is about the pictures of others.
         if not ready or singing:
             return vectors
