@@ -260,7 +260,7 @@ def test_a_device_that_computes_wrong_ends_its_worker(
     fault.write_text(kind, encoding="utf-8")
     assert worker.wait(timeout_s=20) == ExitCode.CANARY == 68
     assert not worker.ready_file.exists()
-    assert "the known picture got a wrong answer" in worker.log_text()
+    assert "the health-check image got a wrong result" in worker.log_text()
 
 
 def test_from_the_first_moment_to_the_last(

@@ -1,4 +1,5 @@
-"""shiwu's worker: it claims jobs from Redis, tags their pictures on one device, and answers each once.
+"""shiwu's worker: claims jobs from Redis, tags their images on one device, and answers each job once.
 
-The way of a picture stands in `pipeline`; `wiring` builds the parts; `app` is the Celery worker around them.
+`pipeline/pipeline.py` has the steps of a job in their order, `service/bootstrap.py` builds the parts, and
+`celery_worker` is the Celery worker around them. `docs/architecture.md` lists the packages and their front doors.
 """

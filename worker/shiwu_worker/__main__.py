@@ -1,4 +1,4 @@
-"""`shiwu-worker`: starts a Celery worker for each card of this machine, or checks the settings."""
+"""`shiwu-worker`: starts a Celery worker for each GPU of this machine, or runs a command such as --check."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from shiwu_worker.errors import ExitCode
 @click.option(
     "--check", is_flag=True, help="Try Redis, the label files, S3 and the model, print the changed settings, and exit."
 )
-@click.option("--all", "show_all", is_flag=True, help="With --check: print all settings with unit, default and reason.")
-@click.option("--tune", is_flag=True, help="Measure the model and the loaders, print and keep the settings, and exit.")
+@click.option("--all", "show_all", is_flag=True, help="With --check: print all settings with their descriptions.")
+@click.option("--tune", is_flag=True, help="Measure model and loaders, print and save the best settings, and exit.")
 @click.option(
     "--fetch-model",
     metavar="FOLDER",
@@ -29,7 +29,7 @@ from shiwu_worker.errors import ExitCode
     "--convert",
     metavar="FOLDER",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Write the model in SHIWU_MODEL into this new folder with safetensors, an adapter merged, and exit.",
+    help="Write the model in SHIWU_MODEL into this new folder as safetensors, with its adapter merged, and exit.",
 )
 @click.option("-E", "--task-events", is_flag=True, help="Send Celery's task events, for Flower and celery-exporter.")
 @click.option(
@@ -37,8 +37,8 @@ from shiwu_worker.errors import ExitCode
     metavar="LIST",
     default="all",
     show_default=True,
-    help="The cards to work on, of those that CUDA_VISIBLE_DEVICES shows: nvidia-smi's numbers, or UUIDs (GPU-…, "
-    "MIG-…) or their beginnings, separated by commas. cpu:0,cpu:1 are two workers on the CPU.",
+    help="The GPUs to use, of those that CUDA_VISIBLE_DEVICES shows: numbers of nvidia-smi, UUIDs (GPU-…, MIG-…) or "
+    "prefixes of UUIDs, separated by commas. cpu:0,cpu:1 starts two workers on the CPU.",
 )
 @click.option(
     "--per-gpu",
@@ -46,7 +46,7 @@ from shiwu_worker.errors import ExitCode
     type=click.IntRange(1, 16),
     default=1,
     show_default=True,
-    help="Workers on each card or MIG instance.",
+    help="Workers on each GPU or MIG instance.",
 )
 @click.version_option(package_name="shiwu")
 def main(
@@ -60,26 +60,26 @@ def main(
     gpus: str,
     per_gpu: int,
 ) -> None:
-    """Tag pictures from the lanes `shiwu.interactive` and `shiwu.bulk`.
+    """Tag images from the lanes `shiwu.interactive` and `shiwu.bulk`.
 
-    All settings are environment variables that begin with SHIWU_; --check --all lists them. With several cards, a
-    worker is started for each and again when it crashes; with one or none, this process is the worker: an ordinary
-    Celery worker, that can as well be started by `celery -A shiwu_worker.app worker`.
+    All settings are environment variables that begin with SHIWU_; --check --all lists them. With several GPUs, a
+    launcher starts one worker for each and restarts a worker that crashes. With one GPU or none, this process is the
+    worker: an ordinary Celery worker, which `celery -A shiwu_worker.app worker` starts too.
 
     \b
-    SIGTERM or Ctrl-C   finish what is claimed within SHIWU_GRACE_S, give back the rest, exit 0
-    a second one        give back at once
+    SIGTERM or Ctrl-C   finish claimed jobs within SHIWU_GRACE_S, release the rest, exit 0
+    a second signal     release all jobs immediately
 
     \b
     exit codes
     64 CONFIG    a setting or an option is wrong
     65 MODEL     the model did not load or did not warm up
-    66 LOADERS   loader processes can't be kept alive
-    67 DEVICE    the card's context is corrupted
-    68 CANARY    the known picture got a wrong answer: the device computes wrong
-    69 GAVE_UP   of several cards' workers one died again and again
-    70 INTERNAL  a defect of ours
-    71 OVERDUE   of several cards' workers one was killed before it had drained
+    66 LOADERS   the loader processes crash repeatedly
+    67 DEVICE    the context of the GPU is corrupted
+    68 CANARY    the health-check image got a wrong result: the device computes wrong
+    69 GAVE_UP   several GPUs: the worker of one GPU crashed too often
+    70 INTERNAL  a defect of shiwu
+    71 OVERDUE   several GPUs: a worker was killed before it had drained
     """
     if show_all and not check:
         raise click.UsageError("expected --all with --check")
@@ -95,7 +95,7 @@ def main(
 def _command(
     *, check: bool, show_all: bool, tune: bool, fetch_model: Path | None, convert: Path | None
 ) -> Callable[[], int] | None:
-    """What was asked for in place of a worker; each command imports the model's libraries, which takes seconds."""
+    """Return the command that replaces the worker, or None. Imports are local, because each takes seconds."""
     if check:
         from shiwu_worker.celery_worker.callback_app import check_callbacks  # noqa: PLC0415 as the docstring says
         from shiwu_worker.commands.check import run_checks  # noqa: PLC0415 as the docstring says
@@ -117,7 +117,7 @@ def _command(
 
 
 def _worker_command(*, gpus: str, per_gpu: int, task_events: bool) -> Callable[[], int]:
-    """Starts the workers; --help needs none of the libraries that this imports."""
+    """Return the call that starts the workers. Imports are local, because --help needs none of them."""
     from shiwu_worker.celery_worker import process  # noqa: PLC0415 as the docstring says
     from shiwu_worker.launcher.start import start_workers  # noqa: PLC0415 as the docstring says
 
@@ -132,12 +132,12 @@ def _worker_command(*, gpus: str, per_gpu: int, task_events: bool) -> Callable[[
 
 @contextmanager
 def _worker_libraries() -> Iterator[None]:
-    """End the process in words where only the producer's side is installed."""
+    """End the process with an explanation if only the producer's side is installed."""
     try:
         yield
     except ModuleNotFoundError as error:
         if (error.name or "shiwu").partition(".")[0] in {"shiwu", "shiwu_worker"}:
-            raise  # a defect, and no missing library
+            raise  # a defect of shiwu, not a missing library
         click.echo(
             f"shiwu-worker: expected the worker's libraries, but {error.name} is not installed (only the producer's "
             "side of shiwu is): run `pip install '.[worker]'` in a clone of shiwu",

@@ -1,4 +1,4 @@
-"""What `celery -A shiwu_worker.app worker` loads: `app`, made when it is first asked for."""
+"""The module that `celery -A shiwu_worker.app worker` loads; it makes `app` on first access."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Celery:
-    """`shiwu_worker.app.app`; the settings are read now, so that importing this module reads none."""
+    """Return `shiwu_worker.app.app`. The settings are read here, so that importing this module reads none."""
     if name == "app":
         from shiwu_worker.celery_worker.worker_app import load_app  # noqa: PLC0415 as the docstring says
 

@@ -1,11 +1,11 @@
-"""The tree of fates: what an error says about the job it happened to.
+"""Exception hierarchy: which errors reject a job, which retry it, which stop the process.
 
 JobError
-├── Rejected      the picture or the request can't be: answered at once, never retried
-│   └── Unreachable   the same, but told like a source that is away
-└── Unavailable   not now: given back with a delay, until the attempts are used up
+├── Rejected          the image or the request cannot be processed: answered immediately, never retried
+│   └── Unreachable   a rejection that the caller sees as an unavailable source
+└── Unavailable       may succeed later: released with a delay until the attempts are used up
 
-FatalError        this process can't go on: jobs are released, the process exits with `exit_code`
+FatalError            the process cannot continue: it releases its jobs and exits with `exit_code`
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shiwu.contract import ErrorCode, ErrorInfo, Stage, as_utf8
 
 
 class JobError(Exception):
-    """One job went wrong; the text says what was expected, what came and what to do."""
+    """One job failed. The text says what was expected, what came and what to do."""
 
     retryable: ClassVar[bool] = False
 
@@ -26,25 +26,25 @@ class JobError(Exception):
         self.code = code
         self.stage = stage
         self.detail = None if detail is None else as_utf8(detail)
-        """What only the log may say."""
+        """Facts for the log that the caller must not see; None without any."""
 
     def info(self) -> ErrorInfo:
-        """The error as it stands in the answer."""
+        """Return the error in the form that the answer has."""
         return ErrorInfo(code=self.code, message=str(self), stage=self.stage, retryable=self.retryable)
 
 
 class Rejected(JobError):
-    """Trying again would give the same error."""
+    """Another attempt would give the same error."""
 
 
 class Unreachable(Rejected):
-    """Refused by the operator's rules, or no such host. Told as a source that is away, and not tried again here."""
+    """The operator's rules refuse the source, or its host does not exist. The caller sees an unavailable source."""
 
     retryable = True
 
 
 class Unavailable(JobError):
-    """Trying again later may succeed."""
+    """A later attempt may succeed."""
 
     retryable = True
 
@@ -60,13 +60,13 @@ class Unavailable(JobError):
     ) -> None:
         super().__init__(code, message, stage=stage, detail=detail)
         self.retry_after_s = retry_after_s
-        """The pause that the source asks for; None where it asks for none."""
+        """The pause that the source asks for (`Retry-After`); None if it asks for none."""
         self.is_untried = is_untried
-        """The source was not asked, because a pause that it asked for was not over: no attempt of this job."""
+        """Whether no request was made, because an earlier pause of the source is not over. Such a try is no attempt."""
 
 
 class WrongVectors(ValueError):
-    """The model's answer for a batch can't be used as it is. `rows` names the guilty ones where that is known."""
+    """The vectors of a batch are unusable. `rows` holds the indices of the wrong ones; empty if they are unknown."""
 
     def __init__(self, message: str, rows: tuple[int, ...] = ()) -> None:
         super().__init__(message)
@@ -74,41 +74,41 @@ class WrongVectors(ValueError):
 
 
 class NonFiniteError(WrongVectors):
-    """The model gave NaN or infinity."""
+    """The model returned NaN or infinity."""
 
 
 class DeviceErrorKind(Enum):
-    """What an error of the device means for the batch that met it."""
+    """What an error of the device means for the batch that was running."""
 
     OUT_OF_MEMORY = "out_of_memory"  # a smaller batch may fit
-    LOST = "lost"  # the device's context is corrupted: nothing can succeed in this process any more
+    LOST = "lost"  # the device's context is corrupted: every later call of this process fails
     OTHER = "other"
 
 
 class AddressRefused(Exception):
-    """The guard of addresses refused a host; only the log may say why."""
+    """The address guard refused a host. The reason is for the log only."""
 
 
 class UnknownHost(Exception):
-    """The name server knows no such name. Told like AddressRefused, or answers would say which inner names exist."""
+    """The name does not exist. Callers see the same as for AddressRefused, or answers would reveal internal names."""
 
 
 class ExitCode(IntEnum):
-    """Why a worker process ended. Named, so that an operator need not guess."""
+    """Why a worker process ended; docs/operations.md explains each code."""
 
     OK = 0
     CONFIG = 64  # a setting is missing or wrong
     MODEL = 65  # the model did not load or did not warm up
-    LOADERS = 66  # loader processes can't be kept alive
+    LOADERS = 66  # the loader processes crash repeatedly
     DEVICE = 67  # the device context is corrupted
-    CANARY = 68  # the known picture got a wrong answer: the device computes wrong
-    GAVE_UP = 69  # the launcher: a worker died again and again
-    INTERNAL = 70  # a thread of the pipeline ended by a defect of ours
-    OVERDUE = 71  # the launcher: a worker was killed before it had drained
+    CANARY = 68  # the canary failed: the device computes wrong results
+    GAVE_UP = 69  # launcher: a worker crashed too often
+    INTERNAL = 70  # a pipeline thread ended by a defect of shiwu
+    OVERDUE = 71  # launcher: a worker was killed before it had drained
 
 
 class FatalError(Exception):
-    """The process can't go on. It releases its jobs and exits with `exit_code`."""
+    """The process cannot continue. It releases its jobs and exits with `exit_code`."""
 
     def __init__(self, exit_code: ExitCode, message: str) -> None:
         super().__init__(message)

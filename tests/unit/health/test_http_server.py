@@ -1,4 +1,4 @@
-"""The HTTP port: what it answers, and what a client can't do to it."""
+"""The HTTP server: its answers, and its limits on what a client can do."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import pytest
 
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.health import http_server as room
+from shiwu_worker.health import http_server
 from shiwu_worker.health.http_server import MAX_CONNECTIONS, HealthServer
 from tests.support.waiting import wait_until
 
 
-class Told:
-    """What the endpoint is told, and how often it asked for numbers."""
+class Sources:
+    """What the server reads, and how often it gathered the metrics."""
 
     def __init__(self) -> None:
         self.live: list[str] = []
@@ -24,22 +24,26 @@ class Told:
         self.gathered = 0
 
     def metrics(self) -> bytes:
-        """A page."""
+        """Return the page of metrics."""
         self.gathered += 1
         return b"a 1\n"
 
 
 @pytest.fixture
-def told() -> Told:
-    """All is well."""
-    return Told()
+def sources() -> Sources:
+    """A worker that is live and ready."""
+    return Sources()
 
 
 @pytest.fixture
-def served(told: Told) -> Iterator[HealthServer]:
-    """On a port of its own."""
+def served(sources: Sources) -> Iterator[HealthServer]:
+    """A running server on a free port."""
     made = HealthServer(
-        host="127.0.0.1", port=0, not_live=lambda: told.live, not_ready=lambda: told.ready, metrics=told.metrics
+        host="127.0.0.1",
+        port=0,
+        not_live=lambda: sources.live,
+        not_ready=lambda: sources.ready,
+        metrics=sources.metrics,
     )
     made.start()
     yield made
@@ -57,13 +61,13 @@ def ask(served: HealthServer, path: str, method: str = "GET") -> tuple[int, str,
         client.close()
 
 
-def dial(served: HealthServer) -> socket.socket:
-    """A connection that says nothing yet."""
+def connect(served: HealthServer) -> socket.socket:
+    """A connection on which nothing was sent yet."""
     return socket.create_connection(("127.0.0.1", served.port), timeout=5)
 
 
-def is_cut(client: socket.socket) -> bool:
-    """Whether the server has ended the connection without an answer."""
+def is_closed(client: socket.socket) -> bool:
+    """Whether the server closed the connection without an answer."""
     client.settimeout(5)
     try:
         return client.recv(100) == b""
@@ -71,52 +75,52 @@ def is_cut(client: socket.socket) -> bool:
         return True
 
 
-def test_verdicts_are_told_with_their_reasons(served: HealthServer, told: Told) -> None:
-    """200 when there is no reason against it, 503 with one a line."""
-    assert ask(served, "/livez") == (200, room.PLAIN, "ok\n")
-    told.live, told.ready = ["hung"], ["hung", "draining"]
-    assert ask(served, "/livez") == (503, room.PLAIN, "hung\n")
+def test_probe_with_reasons_is_503_with_a_line_each(served: HealthServer, sources: Sources) -> None:
+    """200 without a reason."""
+    assert ask(served, "/livez") == (200, http_server.PLAIN, "ok\n")
+    sources.live, sources.ready = ["hung"], ["hung", "draining"]
+    assert ask(served, "/livez") == (503, http_server.PLAIN, "hung\n")
     assert ask(served, "/readyz?verbose")[::2] == (503, "hung\ndraining\n")
 
 
-def test_numbers_are_gathered_once_for_all_who_ask_too_often(served: HealthServer, told: Told) -> None:
-    """Prometheus' content type; a second scrape at once gets the same page."""
+def test_metrics_scraped_twice_are_gathered_once(served: HealthServer, sources: Sources) -> None:
+    """With Prometheus' content type; a second scrape right after the first gets the same page."""
     status, kind, body = ask(served, "/metrics")
     assert (status, body) == (200, "a 1\n")
     assert kind.startswith("text/plain; version=0.0.4")
     assert ask(served, "/metrics")[2] == "a 1\n"
-    assert told.gathered == 1
+    assert sources.gathered == 1
 
 
 def test_other_paths_and_methods_are_refused(served: HealthServer) -> None:
-    """Nothing can be sent, and nothing else is there."""
+    """Clients cannot send a body, and there are no other pages."""
     assert ask(served, "/")[0] == 404
     assert ask(served, "/metrics/../livez")[0] == 404
-    assert ask(served, "/livez", method="HEAD") == (200, room.PLAIN, "")
+    assert ask(served, "/livez", method="HEAD") == (200, http_server.PLAIN, "")
     assert ask(served, "/livez", method="POST")[0] == 501
 
 
-def test_a_request_is_short(served: HealthServer) -> None:
-    """Neither a long path nor many headers are read to their end; what fills the limit may be half a request."""
+def test_request_over_the_limit_is_refused(served: HealthServer) -> None:
+    """Neither a long path nor many headers are read completely; a request that fills the limit gets a 431."""
     full = b"GET /livez HTTP/1.1\r\n" + b"X: " + b"y" * 8000 + b"\r\nY: "
-    with dial(served) as client:
-        client.sendall(full.ljust(room.MAX_BYTES - 4, b"z") + b"\r\n\r\n")
+    with connect(served) as client:
+        client.sendall(full.ljust(http_server.MAX_REQUEST_BYTES - 4, b"z") + b"\r\n\r\n")
         assert b" 431 " in client.recv(1000)
     for request in (b"GET /" + b"a" * 20_000, b"GET /livez HTTP/1.1\r\n" + b"X: y\r\n" * 4_000 + b"\r\n"):
-        with dial(served) as client:
+        with connect(served) as client:
             try:
                 client.sendall(request)
-                said = client.recv(1000)
-            except ConnectionError:  # it hung up while we still sent
-                said = b""
-            assert b" 200 " not in said
+                reply = client.recv(1000)
+            except ConnectionError:  # it closed the connection while the client still sent
+                reply = b""
+            assert b" 200 " not in reply
     assert ask(served, "/livez")[0] == 200
 
 
-def test_who_says_nothing_or_little_is_cut(served: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also a client that sends a byte now and then, which no time-out of a single read would end."""
-    monkeypatch.setattr(room, "CONNECTION_S", 0.5)
-    with dial(served) as silent, dial(served) as dripping:
+def test_slow_client_is_disconnected(served: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that sends a byte now and then, so that no single read times out."""
+    monkeypatch.setattr(http_server, "MAX_CONNECTION_S", 0.5)
+    with connect(served) as silent, connect(served) as dripping:
 
         def has_ended() -> bool:
             try:
@@ -125,35 +129,35 @@ def test_who_says_nothing_or_little_is_cut(served: HealthServer, monkeypatch: py
                 return True
             return False
 
-        wait_until(has_ended, timeout_s=5, every_s=0.1, what="the end of one who drips")
-        assert is_cut(silent)
+        wait_until(has_ended, timeout_s=5, every_s=0.1, what="the end of the slow connection")
+        assert is_closed(silent)
 
 
-def test_who_sits_there_is_cut_for_a_new_probe(served: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All places taken by the silent: the next one is answered all the same, and no more threads stay than places."""
-    # Nothing but the new one may end them here.
-    monkeypatch.setattr(room, "CONNECTION_S", 60.0)
-    monkeypatch.setattr(room._Handler, "timeout", 60.0)
-    # Of other servers in this process, which are none of ours.
+def test_new_probe_replaces_an_idle_connection(served: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all connections idle the next request is still answered, and the number of threads stays limited."""
+    # So that only the new request ends them here.
+    monkeypatch.setattr(http_server, "MAX_CONNECTION_S", 60.0)
+    monkeypatch.setattr(http_server._Handler, "timeout", 60.0)
+    # Threads of other servers in this process.
     others = set(threading.enumerate())
-    silent = [dial(served) for _ in range(MAX_CONNECTIONS + 5)]
+    silent = [connect(served) for _ in range(MAX_CONNECTIONS + 5)]
     try:
         assert ask(served, "/livez")[0] == 200
-        assert is_cut(silent[0])
+        assert is_closed(silent[0])
 
         def serving() -> int:
             threads = set(threading.enumerate()) - others
             return sum("process_request_thread" in one.name for one in threads)
 
-        # Those that were cut need a moment to end.
-        wait_until(lambda: serving() <= MAX_CONNECTIONS, timeout_s=10, what="no more threads than places")
+        # Threads of closed connections need a moment to end.
+        wait_until(lambda: serving() <= MAX_CONNECTIONS, timeout_s=10, what="no more threads than connections")
     finally:
         for client in silent:
             client.close()
 
 
-def test_a_defect_in_a_verdict_is_no_good_verdict(served: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prober is hung up on, and the next request is answered."""
+def test_defect_in_a_probe_is_no_success(served: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is closed without an answer, and the next request is answered."""
 
     def fail(_: str) -> tuple[int, str, bytes]:
         raise RuntimeError("a defect")
@@ -165,8 +169,8 @@ def test_a_defect_in_a_verdict_is_no_good_verdict(served: HealthServer, monkeypa
     assert ask(served, "/livez")[0] == 200
 
 
-def test_a_port_that_is_taken_is_a_wrong_setting(served: HealthServer) -> None:
-    """With the setting's name, and the exit code for it."""
+def test_port_in_use_is_a_configuration_error(served: HealthServer) -> None:
+    """With the name of the setting and exit code 64."""
     second = HealthServer(host="127.0.0.1", port=served.port, not_live=list, not_ready=list, metrics=bytes)
     with pytest.raises(FatalError, match="SHIWU_HTTP_PORT") as caught:
         second.start()

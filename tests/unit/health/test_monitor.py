@@ -1,4 +1,4 @@
-"""What the probes are told, for each sign that can be missing."""
+"""The reasons of the probes, for each part that can fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from shiwu_worker.health import monitor as room
+from shiwu_worker.health import monitor as monitor_module
 from shiwu_worker.health.monitor import HealthMonitor, LivenessSources
 from shiwu_worker.runtime.progress import Progress
 from tests.support.clock import Clock
@@ -22,7 +22,7 @@ STUCK_S = 90.0
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """For the vitals and the progress they look at."""
+    """The clock of the monitor and of the progress that it reads."""
     made = Clock()
     monkeypatch.setattr("shiwu_worker.health.monitor.time", made)
     monkeypatch.setattr("shiwu_worker.runtime.progress.time", made)
@@ -30,7 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Worker:
-    """All that the vitals look at, well at first."""
+    """The sources that the monitor reads; healthy at first."""
 
     def __init__(self) -> None:
         self.progress = Progress()
@@ -40,7 +40,7 @@ class Worker:
         self.loaders = [os.getpid()]
 
     def start(self, *, threads: tuple[str, ...] = ("MainThread",)) -> HealthMonitor:
-        """It runs and claims."""
+        """Report that it runs and claims."""
         self.monitor.started(
             LivenessSources(
                 threads=threads,
@@ -54,8 +54,8 @@ class Worker:
         return self.monitor
 
 
-def test_it_is_neither_alive_nor_ready_before_all_parts_run(clock: Clock) -> None:
-    """With how long it has been starting, for whoever asks why."""
+def test_starting_worker_is_neither_live_nor_ready(clock: Clock) -> None:
+    """The reason says for how long it has been starting."""
     worker = Worker()
     clock.now_s += 12
     assert worker.monitor.not_live() == worker.monitor.not_ready() == ["starting for 12 s"]
@@ -63,8 +63,8 @@ def test_it_is_neither_alive_nor_ready_before_all_parts_run(clock: Clock) -> Non
     assert (monitor.not_live(), monitor.not_ready()) == ([], [])
 
 
-def test_stillness_counts_only_with_work(clock: Clock) -> None:
-    """Jobs in hand or messages in the lanes, and nothing moves."""
+def test_worker_without_progress_is_not_live_only_with_work(clock: Clock) -> None:
+    """Work is a job in flight or a message in a lane."""
     worker = Worker()
     monitor = worker.start()
     clock.now_s += STUCK_S + 1
@@ -81,8 +81,8 @@ def test_stillness_counts_only_with_work(clock: Clock) -> None:
     assert (monitor.not_live(), monitor.stalled_s()) == ([], 0.0)
 
 
-def test_redis_away_is_unready_at_once_and_not_alive_with_a_backlog(clock: Clock) -> None:
-    """The pipeline counts waiting for Redis as progress; the probes do not where work was known to wait."""
+def test_redis_outage_is_not_live_only_with_a_backlog(clock: Clock) -> None:
+    """The pipeline counts waiting for Redis as progress; the probes do not if work waits."""
     worker = Worker()
     monitor = worker.start()
     monitor.redis(available=False)
@@ -97,8 +97,8 @@ def test_redis_away_is_unready_at_once_and_not_alive_with_a_backlog(clock: Clock
     assert (monitor.not_live(), monitor.not_ready()) == ([], [])
 
 
-def test_a_heartbeat_that_says_nothing_is_redis_away(clock: Clock) -> None:
-    """One command may wait for its time-out; then silence is absence."""
+def test_silent_heartbeat_counts_as_redis_outage(clock: Clock) -> None:
+    """Only after the time-out of one command."""
     monitor = Worker().start()
     clock.now_s += 7
     assert monitor.not_ready() == []
@@ -106,16 +106,16 @@ def test_a_heartbeat_that_says_nothing_is_redis_away(clock: Clock) -> None:
     assert monitor.not_ready() == ["Redis has not answered for 9 s"]
 
 
-def test_an_encode_thread_that_does_not_come_round_is_seen_without_work() -> None:
-    """A device that hangs on the known picture holds no job."""
+def test_hanging_encode_thread_is_not_live_without_work() -> None:
+    """A device that hangs on the health-check image holds no job."""
     worker = Worker()
     monitor = worker.start()
     worker.encode_age_s = 100.0
     assert monitor.not_live() == ["the encode thread has been busy with one batch for 100 s"]
 
 
-def test_a_thread_that_has_ended_is_named() -> None:
-    """By its name."""
+def test_ended_thread_is_named() -> None:
+    """In the reason of /livez."""
     end = threading.Event()
     thread = threading.Thread(target=end.wait, name="encode-of-a-test")
     thread.start()
@@ -135,17 +135,17 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.parametrize("end", [lambda child: child.send_signal(signal.SIGSTOP), lambda child: child.kill()])
-def test_loaders_that_are_stopped_or_dead_do_not_run(
+def test_stopped_or_exited_loaders_are_not_live(
     clock: Clock, child: subprocess.Popen[bytes], end: Callable[[subprocess.Popen[bytes]], None]
 ) -> None:
-    """All of them, and for longer than replacing one takes. A zombie is dead."""
+    """Only if it is true of all, for longer than a restart takes. A zombie has exited."""
     worker = Worker()
     worker.loaders = [child.pid, 2**22 + 1]
     monitor = worker.start()
     assert monitor.not_live() == []
     end(child)
-    wait_until(lambda: not room._runs(child.pid), timeout_s=5, what="the end of the child")
-    clock.now_s += room.LOADERS_GONE_S
+    wait_until(lambda: not monitor_module._runs(child.pid), timeout_s=5, what="the end of the child")
+    clock.now_s += monitor_module.MAX_WITHOUT_LOADERS_S
     monitor.redis(available=True)
     assert monitor.not_live() == []
     clock.now_s += 1
@@ -154,19 +154,19 @@ def test_loaders_that_are_stopped_or_dead_do_not_run(
     assert monitor.not_live() == []
 
 
-def test_claims_that_fail_and_a_wrong_canary_are_not_ready_but_live() -> None:
-    """What a restart need not cure."""
+def test_failing_claims_and_wrong_canary_stay_live() -> None:
+    """They are not ready; a restart may not help."""
     monitor = Worker().start()
     monitor.claiming(active=False)
     assert monitor.not_ready() == ["no claim has succeeded yet, or the last one failed"]
     monitor.claiming(active=True)
     monitor.canary("expected a vector of length 1, got nan")
-    assert monitor.not_ready() == ["the known picture got a wrong answer: expected a vector of length 1, got nan"]
+    assert monitor.not_ready() == ["the health-check image got a wrong result: expected a vector of length 1, got nan"]
     assert monitor.not_live() == []
 
 
-def test_who_drains_lives_and_takes_nothing(clock: Clock) -> None:
-    """However long it holds its last job: the grace time bounds that."""
+def test_draining_worker_is_live_and_not_ready(clock: Clock) -> None:
+    """For however long it holds its last job: the grace time limits that."""
     worker = Worker()
     monitor = worker.start()
     worker.held = 1

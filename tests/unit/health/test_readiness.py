@@ -1,4 +1,4 @@
-"""When a worker is ready, and which parts Celery's consumer is made of."""
+"""When a worker is ready, and which steps Celery's consumer has."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from tests.support.clock import Clock
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Time that passes when it is told to."""
+    """A clock that the test advances."""
     made = Clock()
     monkeypatch.setattr("shiwu_worker.health.readiness.time", made)
     return made
 
 
-def test_worker_is_ready_when_it_claims_and_hears(clock: Clock) -> None:
-    """Both, in any order; each of them can be lost again."""
-    told: list[bool] = []
-    readiness = Readiness(on_change=told.append, revoke_wait_s=15.0)
+def test_worker_that_claims_and_receives_revokes_is_ready(clock: Clock) -> None:
+    """In any order; losing either makes it not ready."""
+    states: list[bool] = []
+    readiness = Readiness(on_change=states.append, revoke_wait_s=15.0)
     readiness.claiming(active=True)
-    assert (told, readiness.is_waiting_for_revokes()) == ([], True)
+    assert (states, readiness.is_waiting_for_revokes()) == ([], True)
     readiness.receiving_revokes(active=True)
-    assert (told, readiness.is_waiting_for_revokes()) == ([True], False)
+    assert (states, readiness.is_waiting_for_revokes()) == ([True], False)
     readiness.receiving_revokes(active=False)
-    assert told == [True, False]
+    assert states == [True, False]
     readiness.receiving_revokes(active=True)
     readiness.claiming(active=False)
-    assert (told, readiness.is_waiting_for_revokes()) == ([True, False, True, False], False)
+    assert (states, readiness.is_waiting_for_revokes()) == ([True, False, True, False], False)
     readiness.claiming(active=True)
-    assert told[-1]
+    assert states[-1]
 
 
-def test_worker_that_never_hears_is_ready_in_the_end(clock: Clock) -> None:
-    """The limit runs while it claims: a Redis that was away for long gives Celery's half its time again."""
-    told: list[bool] = []
-    readiness = Readiness(on_change=told.append, revoke_wait_s=15.0)
+def test_worker_without_broadcasts_is_ready_after_the_limit(clock: Clock) -> None:
+    """The limit starts anew when claims succeed again, so that Celery has time to reconnect."""
+    states: list[bool] = []
+    readiness = Readiness(on_change=states.append, revoke_wait_s=15.0)
     readiness.claiming(active=True)
     clock.now_s += 14
     readiness.claiming(active=False)
@@ -49,25 +49,25 @@ def test_worker_that_never_hears_is_ready_in_the_end(clock: Clock) -> None:
     readiness.claiming(active=True)
     clock.now_s += 14
     readiness.check_limit()
-    assert told == []
+    assert states == []
     clock.now_s += 2
-    with structlog.testing.capture_logs() as said:
+    with structlog.testing.capture_logs() as logged:
         readiness.check_limit()
         readiness.check_limit()
-    assert told == [True]
-    assert [one["event"] for one in said] == ["revokes_not_received"]
+    assert states == [True]
+    assert [line["event"] for line in logged] == ["revokes_not_received"]
 
 
-def test_worker_without_revokes_is_ready_when_it_claims() -> None:
-    """Where the operator does not listen to them, there is nothing to wait for."""
-    told: list[bool] = []
-    readiness = Readiness(on_change=told.append, revoke_wait_s=0.0)
+def test_worker_with_revokes_off_is_ready_when_it_claims() -> None:
+    """With SHIWU_REVOKE=0 there is nothing to wait for."""
+    states: list[bool] = []
+    readiness = Readiness(on_change=states.append, revoke_wait_s=0.0)
     readiness.claiming(active=True)
-    assert told == [True]
+    assert states == [True]
 
 
 def test_consumer_has_no_mingle_gossip_or_heart() -> None:
-    """Parts by which workers talk to each other; one of them came back as a dependency of another step."""
+    """Steps by which workers exchange state; one of them is also a dependency of another step."""
     app = make_app(Settings())
     pool, controller = SimpleNamespace(is_green=False), SimpleNamespace(use_eventloop=False)
     consumer = AdminConsumer(lambda *_: None, app=app, hostname="worker@host", pool=pool, controller=controller)

@@ -1,40 +1,41 @@
-"""A known picture through the real encode path, at the start and every few minutes: is the device right?
+"""The canary: encodes a known image at the start and every few minutes, and checks the vector.
 
-Memory that flips bits, a driver gone bad or weights overwritten give answers that look like answers.
+Flipped bits in device memory, a faulty driver or overwritten weights give wrong vectors without an error.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
+from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, WrongVectors
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 MIN_COSINE_TO_REFERENCE: Final = 0.98
-"""Cosine to the reference in FP32 on the CPU, which a narrower number format may miss by a little."""
+"""Lowest cosine to the reference in FP32 on the CPU; narrower number formats differ from it slightly."""
 MIN_COSINE_TO_FIRST: Final = 0.999
-"""Cosine to the answer at the start: the same program on the same device gives more than 0.99999."""
-LENGTH_SLACK: Final = 1e-3
+"""Lowest cosine to the vector at the start; the same program on the same device gives more than 0.99999."""
+MAX_LENGTH_ERROR: Final = 1e-3
 OUT_OF_MEMORY_PAUSE_S: Final = 5.0
-"""After a time at which the device was out of memory."""
+"""Pause before the next try after the device was out of memory."""
 
 
 class Canary:
-    """Asks the encoder for the known picture. Used by one thread at a time: by who starts the worker, then by `encode`.
+    """Encodes the known image and checks its vector. One thread at a time: the starting thread, then `encode`.
 
     Args:
-        encode: pixels uint8 (1, h, w, 3) → vectors float32 (1, d), as jobs are encoded.
-        pixels: the known picture, uint8 (1, h, w, 3).
-        reference: its unit vector float32 (d,) as it was computed elsewhere than on the device.
-        every_s: 0 asks once.
-        trouble: what an error of `encode` means.
-        on_wrong: told what is wrong before the error is raised.
+        encode: pixels uint8 (1, h, w, 3) → vectors float32 (1, d), on the path that jobs take.
+        pixels: the known image, uint8 (1, h, w, 3).
+        reference: its unit vector float32 (d,), computed in FP32 on the CPU.
+        every_s: interval of the checks; 0 checks once.
+        error_kind: what an error of `encode` means.
+        on_wrong: called with the reason before the error is raised.
     """
 
     def __init__(
@@ -57,10 +58,10 @@ class Canary:
         self._due_s = 0.0
 
     def check_if_due(self) -> None:
-        """Encode the picture where its time has come.
+        """Encode and check the known image if the interval has elapsed.
 
         Raises:
-            FatalError: with ExitCode.CANARY for a wrong answer, with ExitCode.DEVICE when the device is lost.
+            FatalError: with ExitCode.CANARY for a wrong vector, with ExitCode.DEVICE if the device is lost.
         """
         now_s = time.monotonic()
         if now_s < self._due_s:
@@ -70,12 +71,12 @@ class Canary:
             vectors = self._encode(self._pixels)
         except WrongVectors as error:
             self._fail(str(error))
-        except Exception as error:  # border: what the device's library raises is not known
+        except Exception as error:  # border: the device's library may raise anything
             error_kind = self._error_kind(error)
             if error_kind is DeviceErrorKind.LOST:
-                raise FatalError(ExitCode.DEVICE, f"the device failed on the known picture: {error}") from error
+                raise FatalError(ExitCode.DEVICE, f"the device failed on the health-check image: {error}") from error
             if error_kind is DeviceErrorKind.OUT_OF_MEMORY:
-                # Others may have the memory for a moment; that says nothing of how the device computes.
+                # Another process may hold the memory for a moment; that does not mean that the device computes wrong.
                 log.warning("canary_skipped", reason="the device was out of memory", retry_in_s=OUT_OF_MEMORY_PAUSE_S)
                 self._due_s = now_s + OUT_OF_MEMORY_PAUSE_S
                 return
@@ -86,9 +87,9 @@ class Canary:
         if vectors.shape != (1, len(self._reference)):
             self._fail(f"expected a vector of shape {(1, len(self._reference))}, got {vectors.shape}")
         vector = vectors[0]
-        # Each test is put so that NaN fails it.
+        # NaN fails every one of these comparisons.
         length = float(np.linalg.norm(vector))
-        if not abs(length - 1) <= LENGTH_SLACK:
+        if not abs(length - 1) <= MAX_LENGTH_ERROR:
             self._fail(f"expected a vector of length 1, got {length:.4g}")
         cosine = float(vector @ self._reference)
         if not cosine >= MIN_COSINE_TO_REFERENCE:
@@ -98,20 +99,20 @@ class Canary:
         cosine_to_first = float(vector @ self._first)
         if not cosine_to_first >= MIN_COSINE_TO_FIRST:
             self._fail(
-                f"expected a cosine of {MIN_COSINE_TO_FIRST} or more to the start's answer, got {cosine_to_first:.4f}"
+                f"expected a cosine of {MIN_COSINE_TO_FIRST} or more to the first vector, got {cosine_to_first:.4f}"
             )
         log.debug("canary", cosine=round(cosine, 6), to_first=round(cosine_to_first, 6))
 
     def _fail(self, wrong: str) -> NoReturn:
         self._on_wrong(wrong)
-        raise FatalError(ExitCode.CANARY, f"the known picture got a wrong answer: {wrong}")
+        raise FatalError(ExitCode.CANARY, f"the health-check image got a wrong result: {wrong}")
 
 
 def known_image(height: int, width: int) -> NDArray[np.uint8]:
-    """Pixels uint8 (1, h, w, 3), always the same: slopes of colour with a bright disc, so that every layer has work."""
+    """Return the pixels uint8 (1, h, w, 3) of the known image: colour gradients with a bright disc, always the same."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     disc = (y - height / 2) ** 2 + (x - width / 3) ** 2 < (min(height, width) / 4) ** 2
     planes = (x * 255 / width, y * 255 / height, (x + y) * 255 / (width + height))
-    picture = np.stack(planes, axis=-1)
-    picture[disc] = (250, 210, 40)
-    return picture.astype(np.uint8)[np.newaxis]
+    image = np.stack(planes, axis=-1)
+    image[disc] = (250, 210, 40)
+    return image.astype(np.uint8)[np.newaxis]

@@ -1,6 +1,7 @@
-"""The HTTP port: /livez, /readyz, /metrics.
+"""HTTP server for /livez, /readyz and /metrics.
 
-For probes and scrapers only: one GET for each connection, with a limit on all that a stranger could make long.
+Serves probes and scrapers only: one GET for each connection. Size and duration of requests are limited, because the
+port may be reachable by others.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from typing import Any, Final
 
 import structlog
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.errors import ExitCode, FatalError
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 MAX_CONNECTIONS: Final = 32
-MAX_BYTES: Final = 8 * 1024
-CONNECTION_S: Final = 5.0
-"""A connection is cut after so long, whatever it was doing."""
-FRESH_S: Final = 0.5
-"""Numbers so young are sent again instead of being gathered anew: who asks too often must not slow the worker."""
+MAX_REQUEST_BYTES: Final = 8 * 1024
+MAX_CONNECTION_S: Final = 5.0
+"""A connection is closed after this time, whatever its state."""
+METRICS_CACHE_S: Final = 0.5
+"""Metrics younger than this are sent again instead of being gathered, so that frequent scrapes cost little."""
 POLL_INTERVAL_S: Final = 0.25
 PLAIN: Final = "text/plain; charset=utf-8"
 
@@ -35,9 +37,10 @@ class HealthServer:
     """Serves from `start` to `close`.
 
     Args:
-        port: 0 lets the system choose; see `port` after the start.
-        not_live, not_ready: reasons, empty when all is well.
-        metrics: the text of /metrics.
+        port: 0 lets the operating system choose; the property `port` has it after the start.
+        not_live: returns the reasons why the worker is not live; empty if it is.
+        not_ready: returns the reasons why the worker is not ready; empty if it is.
+        metrics: returns the body of /metrics.
     """
 
     def __init__(
@@ -50,16 +53,16 @@ class HealthServer:
         metrics: Callable[[], bytes],
     ) -> None:
         self._address = (host, port)
-        self._verdicts = {"/livez": not_live, "/readyz": not_ready}
-        self._metrics = _Fresh(metrics)
+        self._probes = {"/livez": not_live, "/readyz": not_ready}
+        self._metrics = _CachedText(metrics)
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Listen and answer.
+        """Listen and serve.
 
         Raises:
-            FatalError: with ExitCode.CONFIG when the address can't be had.
+            FatalError: with ExitCode.CONFIG if the address is not available.
         """
         host, port = self._address
         try:
@@ -72,7 +75,7 @@ class HealthServer:
 
     @property
     def port(self) -> int:
-        """Where it listens; 0 before the start."""
+        """The port that it listens on; 0 before the start."""
         return self._server.server_port if self._server is not None else 0
 
     def close(self) -> None:
@@ -85,19 +88,19 @@ class HealthServer:
         self._thread.join(timeout=4 * POLL_INTERVAL_S)
 
     def page(self, path: str) -> tuple[int, str, bytes]:
-        """Status, content type and body of a path."""
+        """Return status, content type and body of a path."""
         if path == "/metrics":
             return 200, CONTENT_TYPE, self._metrics.text()
-        verdict = self._verdicts.get(path)
-        if verdict is None:
+        reasons_of = self._probes.get(path)
+        if reasons_of is None:
             return 404, PLAIN, b"expected /livez, /readyz or /metrics\n"
-        if reasons := verdict():
+        if reasons := reasons_of():
             return 503, PLAIN, "".join(f"{reason}\n" for reason in reasons).encode()
         return 200, PLAIN, b"ok\n"
 
 
-class _Fresh:
-    """A text that is made anew when it is older than FRESH_S, by one thread at a time."""
+class _CachedText:
+    """A text that is made again once it is older than METRICS_CACHE_S, by one thread at a time."""
 
     def __init__(self, make: Callable[[], bytes]) -> None:
         self._make = make
@@ -107,13 +110,13 @@ class _Fresh:
 
     def text(self) -> bytes:
         with self._lock:
-            if time.monotonic() - self._made_s > FRESH_S:
+            if time.monotonic() - self._made_s > METRICS_CACHE_S:
                 self._text, self._made_s = self._make(), time.monotonic()
             return self._text
 
 
 class _Server(ThreadingHTTPServer):
-    """One thread a connection. Of too many the oldest is cut: a probe is new, who sits there is not."""
+    """One thread for each connection. Over the limit it closes the oldest connection: probes are new and short."""
 
     daemon_threads = True
     block_on_close = False
@@ -127,50 +130,50 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        """Bind without the base class' look-up of this host's name, which may wait for a name server."""
+        """Bind without the look-up of this host's name in the base class, which may block on a name server."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = "shiwu", self.server_address[1]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer on a thread of its own."""
+        """Serve the request on its own thread."""
         with self._lock:
             if len(self._open) >= MAX_CONNECTIONS:
                 oldest = next(iter(self._open))
                 del self._open[oldest]
-                _cut(oldest)
+                _shut_down(oldest)
             self._open[request] = time.monotonic()
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection that was answered."""
+        """Close a connection whose request was answered."""
         with self._lock:
             self._open.pop(request, None)
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Cut those that take too long; called a few times a second."""
-        late_s = time.monotonic() - CONNECTION_S
+        """Close the connections that take too long. The base class calls this a few times a second."""
+        late_s = time.monotonic() - MAX_CONNECTION_S
         with self._lock:
             for request, since_s in self._open.items():
                 if since_s < late_s:
-                    _cut(request)
+                    _shut_down(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say what went wrong on our side; not that a client went away."""
+        """Log defects of this server; not that a client closed its connection."""
         if not isinstance(sys.exception(), OSError):
             log.exception("http_failed")
 
 
-def _cut(request: socket.socket) -> None:
-    """End a connection under the thread that serves it, which then closes it."""
-    with contextlib.suppress(OSError):  # it has just ended by itself
+def _shut_down(request: socket.socket) -> None:
+    """Shut a connection down; the thread that serves it gets an error and closes it."""
+    with contextlib.suppress(OSError):  # the client has just closed it
         request.shutdown(socket.SHUT_RDWR)
 
 
-class _Bounded(io.RawIOBase):
-    """What a client sends, up to a number of bytes; then it is as if it had hung up."""
+class _LimitedReader(io.RawIOBase):
+    """The bytes that a client sends, up to a limit; past it a reader sees the end of the stream."""
 
     def __init__(self, connection: socket.socket, max_bytes: int) -> None:
         self._connection = connection
@@ -186,21 +189,21 @@ class _Bounded(io.RawIOBase):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers one GET or HEAD."""
+    """Answers one GET or HEAD request."""
 
     server: _Server
     server_version, sys_version = "shiwu", ""
-    timeout = CONNECTION_S
+    timeout = MAX_CONNECTION_S
 
     def setup(self) -> None:
-        """Bound what is read."""
+        """Limit the bytes that are read."""
         super().setup()
         self.rfile.close()
-        self._head = _Bounded(self.connection, MAX_BYTES)
+        self._head = _LimitedReader(self.connection, MAX_REQUEST_BYTES)
         self.rfile = io.BufferedReader(self._head)
 
     def do_GET(self) -> None:
-        """One of the pages."""
+        """Send a page."""
         if not self._head.left:
             self.send_error(431)
             return
@@ -213,11 +216,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_HEAD(self) -> None:
-        """The same without its body."""
+        """Send the headers of a page."""
         self.do_GET()
 
     def log_message(self, *_: object) -> None:
-        """Nothing: a line for each probe would hide all others."""
+        """Log nothing: a line for each probe would hide the others."""
 
 
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4

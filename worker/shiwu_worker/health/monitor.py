@@ -1,6 +1,7 @@
-"""What the probes are told: whether this worker lives, and whether it is ready, with the reasons where not.
+"""Liveness and readiness of this worker, with the reasons if it is not live or not ready.
 
-Live is a question of progress and not of running: what a restart may cure. Ready is what a restart need not cure.
+A worker is not live if a restart may help: it has work and makes no progress, or a part of it has ended. It is not
+ready if a job would not be answered now, which a restart may not change.
 """
 
 from __future__ import annotations
@@ -14,24 +15,24 @@ from typing import Final
 
 from shiwu_worker.runtime.progress import Progress
 
-READY_SLACK_S: Final = 3.0
-"""Redis counts as reachable for so long beyond its time-out after it last answered; the heartbeat asks each second."""
-LOADERS_GONE_S: Final = 5.0
-"""Loaders that end are replaced well within it."""
-STILL: Final = frozenset("TtZXx")
-"""States of a process that is stopped, traced or dead, in /proc."""
+REDIS_EXTRA_S: Final = 3.0
+"""Redis counts as available for its time-out plus this after its last reply; the heartbeat calls it each second."""
+MAX_WITHOUT_LOADERS_S: Final = 5.0
+"""Longest time without a running loader; a crashed loader is replaced well within it."""
+NOT_RUNNING: Final = frozenset("TtZXx")
+"""States in /proc of a process that is stopped, traced, or has exited."""
 
 
 @dataclass(frozen=True, slots=True)
 class LivenessSources:
-    """What a worker that has started must have.
+    """What the monitor reads from a worker that has started.
 
     Args:
-        threads: names of those that must live.
-        held: how many jobs it holds.
-        encode_age_s: seconds since the thread that feeds the device came round, with work or without.
-        loaders: process ids of its loaders.
-        stuck_s: with work and without progress for this long it counts as hung.
+        threads: names of the threads that must run.
+        held: how many jobs the worker holds.
+        encode_age_s: seconds since the encode thread last completed its loop, with or without a batch.
+        loaders: process ids of the loaders.
+        stuck_s: after this time with work and without progress the worker counts as stuck.
     """
 
     threads: Collection[str]
@@ -42,12 +43,12 @@ class LivenessSources:
 
 
 class HealthMonitor:
-    """Collects signs from all parts. Thread-safe: each sign is one assignment.
+    """Collects the state of all parts. Thread-safe: each report is one assignment.
 
     Args:
-        progress: of the pipeline. Redis' absence counts there as no hang; here it does, while work is known to wait.
-        redis_timeout_s: of one command.
-        is_waiting_for_revokes: whether the worker claims, and does not hear Celery's broadcasts yet.
+        progress: of the pipeline. It does not count time without Redis as stuck; the monitor does if work waits.
+        redis_timeout_s: time-out of one Redis command.
+        is_waiting_for_revokes: whether the worker claims and does not receive Celery's broadcasts yet.
     """
 
     def __init__(
@@ -55,114 +56,114 @@ class HealthMonitor:
     ) -> None:
         self._is_waiting_for_revokes = is_waiting_for_revokes
         self._progress = progress
-        self._redis_slack_s = redis_timeout_s + READY_SLACK_S
+        self._redis_slack_s = redis_timeout_s + REDIS_EXTRA_S
         self._began_s = time.monotonic()
-        self._body: LivenessSources | None = None
+        self._sources: LivenessSources | None = None
         self._waiting = 0
         self._redis_s = time.monotonic()
-        self._is_redis_away = False
+        self._is_redis_unavailable = False
         self._is_claiming = self._is_stopping = False
         self._canary = ""
         self._loaders_s = 0.0
-        """When a loader was last seen to run, by whoever asked."""
+        """When the last probe that found a running loader was."""
 
-    # -------------------------------------------------------------------------------- signs
-    def started(self, body: LivenessSources) -> None:
-        """All parts run."""
+    # -------------------------------------------------------------------------------- reports
+    def started(self, sources: LivenessSources) -> None:
+        """Report that all parts run."""
         self._redis_s = self._loaders_s = time.monotonic()
-        self._body = body
+        self._sources = sources
 
     def stopping(self) -> None:
-        """The worker drains; from now on its end is bounded by the grace time and not by us."""
+        """Report that the worker drains. From now on the grace time limits it, and it counts as live."""
         self._is_stopping = True
 
     def claiming(self, *, active: bool) -> None:
-        """Claims succeed, or have ended."""
+        """Report that claims succeed, or no longer do."""
         self._is_claiming = active
 
     def redis(self, *, available: bool) -> None:
-        """Redis answered the heartbeat, or did not."""
-        self._is_redis_away = not available
+        """Report that Redis answered the heartbeat, or did not."""
+        self._is_redis_unavailable = not available
         if available:
             self._redis_s = time.monotonic()
 
     def waiting(self, messages: int) -> None:
-        """So many messages were in the lanes when somebody looked last."""
+        """Report how many messages the last queue snapshot found in the lanes."""
         self._waiting = messages
 
     def canary(self, wrong: str) -> None:
-        """What is wrong with the answer to the known picture."""
+        """Report what is wrong with the vector of the health-check image."""
         self._canary = wrong
 
-    # -------------------------------------------------------------------------------- verdicts
+    # -------------------------------------------------------------------------------- probes
     def not_live(self) -> list[str]:
-        """Why an orchestrator should start this worker anew; empty while it lives or drains.
+        """Return why an orchestrator should restart this worker; empty while it is live or drains.
 
-        One that starts does not live yet: a start-up probe says how long that may take.
+        A worker that starts is not live yet; a start-up probe limits how long that may take.
         """
         if self._is_stopping:
             return []
-        body = self._body
-        if body is None:
+        sources = self._sources
+        if sources is None:
             return [f"starting for {time.monotonic() - self._began_s:.0f} s"]
-        reasons, stuck_s = [], body.stuck_s()
-        if missing := sorted(set(body.threads) - {thread.name for thread in threading.enumerate()}):
+        reasons, stuck_s = [], sources.stuck_s()
+        if missing := sorted(set(sources.threads) - {thread.name for thread in threading.enumerate()}):
             reasons.append(f"threads have ended: {', '.join(missing)}")
-        if (age_s := body.encode_age_s()) > stuck_s:
+        if (age_s := sources.encode_age_s()) > stuck_s:
             reasons.append(f"the encode thread has been busy with one batch for {age_s:.0f} s")
-        if (gone_s := self._loaders_gone_s(body)) > min(LOADERS_GONE_S, stuck_s):
-            reasons.append(f"no loader process has run for {gone_s:.0f} s")
-        if work := self._work(body):
+        if (absent_s := self._without_loaders_s(sources)) > min(MAX_WITHOUT_LOADERS_S, stuck_s):
+            reasons.append(f"no loader process has run for {absent_s:.0f} s")
+        if work := self._work(sources):
             if (idle_s := self._progress.age_s()) > stuck_s:
                 reasons.append(f"nothing was claimed, encoded or answered for {idle_s:.0f} s {work}")
-            if (away_s := self._away_s()) > stuck_s:
-                reasons.append(f"Redis has not answered for {away_s:.0f} s {work}")
+            if (silent_s := self._redis_silent_s()) > stuck_s:
+                reasons.append(f"Redis has not answered for {silent_s:.0f} s {work}")
         return reasons
 
     def not_ready(self) -> list[str]:
-        """Why this worker takes no jobs now; empty when it is warm, right, and claims."""
-        # First, and also in the end that it leads to: this is what an operator must see.
-        wrong = [f"the known picture got a wrong answer: {self._canary}"] if self._canary else []
+        """Return why a job would not be answered now; empty if the worker is ready."""
+        # First, and also while the worker drains because of it: the operator must see this reason.
+        wrong = [f"the health-check image got a wrong result: {self._canary}"] if self._canary else []
         if self._is_stopping:
             return [*wrong, "draining"]
         reasons = [*wrong, *self.not_live()]
-        if self._body is None:
+        if self._sources is None:
             return reasons
-        if self._is_redis_away or self._away_s() > self._redis_slack_s:
-            reasons.append(f"Redis has not answered for {self._away_s():.0f} s")
+        if self._is_redis_unavailable or self._redis_silent_s() > self._redis_slack_s:
+            reasons.append(f"Redis has not answered for {self._redis_silent_s():.0f} s")
         if not self._is_claiming:
             reasons.append("no claim has succeeded yet, or the last one failed")
         elif self._is_waiting_for_revokes():
-            reasons.append("Celery's broadcasts are not heard yet: a revoke would be lost")
+            reasons.append("Celery's broadcasts are not received yet: a revoke would be lost")
         return reasons
 
     def stalled_s(self) -> float:
-        """For how long there has been work and nothing has moved; 0 without work, at the start and in the end."""
-        body = self._body
-        if body is None or self._is_stopping or not self._work(body):
+        """Return for how long there has been work without progress; 0 without work, while starting and draining."""
+        sources = self._sources
+        if sources is None or self._is_stopping or not self._work(sources):
             return 0.0
-        away_s = self._away_s()
-        return max(self._progress.age_s(), away_s if away_s > self._redis_slack_s else 0.0)
+        silent_s = self._redis_silent_s()
+        return max(self._progress.age_s(), silent_s if silent_s > self._redis_slack_s else 0.0)
 
-    def _work(self, body: LivenessSources) -> str:
-        held, waiting = body.held(), self._waiting
+    def _work(self, sources: LivenessSources) -> str:
+        held, waiting = sources.held(), self._waiting
         return f"with {held} jobs held and {waiting} waiting" if held or waiting else ""
 
-    def _away_s(self) -> float:
+    def _redis_silent_s(self) -> float:
         return time.monotonic() - self._redis_s
 
-    def _loaders_gone_s(self, body: LivenessSources) -> float:
+    def _without_loaders_s(self, sources: LivenessSources) -> float:
         now_s = time.monotonic()
-        if any(_runs(pid) for pid in body.loaders()):
+        if any(_runs(pid) for pid in sources.loaders()):
             self._loaders_s = now_s
         return now_s - self._loaders_s
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process is there and not stopped."""
+    """Return whether a process exists and is not stopped."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    # The name before the state may hold blanks and brackets.
-    return stat.rpartition(")")[2].split()[0] not in STILL
+    # The process name stands before the state, and may contain spaces and brackets.
+    return stat.rpartition(")")[2].split()[0] not in NOT_RUNNING

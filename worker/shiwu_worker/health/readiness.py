@@ -1,62 +1,63 @@
-"""When a worker is ready: its claims succeed, and what Celery's clients broadcast to workers reaches it."""
+"""Readiness of a worker: its claims succeed, and it receives the broadcasts of Celery's clients."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import structlog
+from structlog.typing import FilteringBoundLogger
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 
 
 class Readiness:
-    """Thread-safe; `on_change` is called under its lock, by the thread that brings the change about.
+    """Combines claims and broadcasts into one state. Thread-safe.
 
     Args:
-        revoke_wait_s: a worker that claims and hears no broadcasts is ready all the same after so long, and the log
-            says what it misses. 0: hearing does not matter.
+        on_change: called with the new state under the lock, by the thread that causes the change.
+        revoke_wait_s: after this time a worker that claims and receives no broadcasts is ready nevertheless, and the
+            log says so. 0: broadcasts are ignored.
     """
 
     def __init__(self, *, on_change: Callable[[bool], None], revoke_wait_s: float) -> None:
         self._on_change = on_change
         self._limit_s = revoke_wait_s
         self._lock = threading.Lock()
-        self._is_claiming = self._is_receiving = self._is_ready = False
+        self._is_claiming = self._is_receiving_revokes = self._is_ready = False
         self._waiting_since_s: float | None = None
 
     def claiming(self, *, active: bool) -> None:
-        """Claims succeed, or have ended."""
+        """Report that claims succeed, or no longer do."""
         with self._lock:
             self._is_claiming = active
             self._update()
 
     def receiving_revokes(self, *, active: bool) -> None:
-        """Broadcasts are heard, or not."""
+        """Report that broadcasts are received, or no longer are."""
         with self._lock:
-            self._is_receiving = active
+            self._is_receiving_revokes = active
             self._update()
 
     def check_limit(self) -> None:
-        """Notice that the limit has passed."""
+        """Become ready if `revoke_wait_s` has passed. Called once a second."""
         with self._lock:
             self._update()
 
     def is_waiting_for_revokes(self) -> bool:
-        """Whether the worker is not ready because it does not hear broadcasts yet."""
+        """Return whether the worker claims and only waits for broadcasts."""
         return self._is_claiming and not self._is_ready
 
     def _update(self) -> None:
-        is_ready = self._is_claiming and (self._is_receiving or self._is_given_up())
-        if not self._is_claiming or self._is_receiving:
+        is_ready = self._is_claiming and (self._is_receiving_revokes or self._is_wait_over())
+        if not self._is_claiming or self._is_receiving_revokes:
             self._waiting_since_s = None
         if is_ready != self._is_ready:
             self._is_ready = is_ready
             self._on_change(is_ready)
 
-    def _is_given_up(self) -> bool:
+    def _is_wait_over(self) -> bool:
         now_s = time.monotonic()
         if self._waiting_since_s is None:
             self._waiting_since_s = now_s
@@ -65,6 +66,6 @@ class Readiness:
             log.error(
                 "revokes_not_received",
                 for_s=self._limit_s,
-                meaning="Celery's revoke does not reach this worker; see what its connection to the broker says",
+                meaning="Celery's revoke does not reach this worker; check the log of its connection to the broker",
             )
         return is_over
