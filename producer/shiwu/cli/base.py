@@ -90,6 +90,7 @@ def main(ctx: click.Context, redis_url: str | None) -> None:
     shiwu tag s3://pictures/a.jpg --labels 猫,狗,其他         with words of your own
     shiwu enqueue --lane bulk - < references.txt             ask about many, do not wait
     shiwu results --group archive --follow                   read every answer, as JSON lines
+    shiwu gallery --jsonl answers.jsonl -o page.html         images, tags and times as one HTML page
     shiwu status                                             what waits, what runs
     shiwu labels DIGEST                                      the labels behind an answer's digest
     shiwu cancel ID…                                         nobody wants these any more
