@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 FOLDER: Final = ROOT / ".venv-matrix"
-EXTRAS: Final = ("worker", "otel", "obstore")
+EXTRAS: Final = ("worker", "gallery", "otel", "obstore")
 HEAVY: Final = frozenset({"torch", "transformers"})
 PINNED: Final = frozenset({"torch"})
 NO_TEST_TOOLS: Final = frozenset({"import-linter", "mypy", "ruff", "boto3-stubs", "types-pyyaml", "matplotlib"})
