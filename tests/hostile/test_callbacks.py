@@ -42,7 +42,7 @@ class Stranger:
     def __init__(self, client: redis.Redis, app: Any, rules: Any) -> None:
         self._client = client
         self._callbacks = CallbackSender(app, client, rules=rules)
-        self._answer_store = AnswerStore(client, token="w", canvas_patience_s=0.0)
+        self._answer_store = AnswerStore(client, token="w", callbacks_reserved_s=0.0)
         self._number = 0
 
     def send(self, embed: Any, *, headers: dict[str, Any] | None = None, is_tagged: bool = True) -> list[str]:

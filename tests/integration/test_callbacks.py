@@ -274,7 +274,7 @@ def test_callbacks_of_a_worker_that_died_are_sent_by_another(
     raw = redis_client.rpop(Lane.BULK.queue)
     assert isinstance(raw, bytes)
     answer = Answer(id=job_id, status=Status.TAGGED, image=ImageInfo(reference="file:///x.png"))
-    dead = AnswerStore(redis_client, token="dead", canvas_patience_s=0.001)
+    dead = AnswerStore(redis_client, token="dead", callbacks_reserved_s=0.001)
     dead.write([AnswerEntry(answer=answer, id=job_id, message=b"shiwu.bulk|" + raw, has_callbacks=True)])
     start_worker(redis_url=redis_url, allow_folders=tmp_path, callback_tasks="plain.note", callback_queues="else*")
     wait_until(lambda: redis_client.llen("elsewhere") == 1, timeout_s=GET_S)

@@ -91,7 +91,9 @@ class Fleet(RuleBasedStateMachine):
         job_id = f"job-{number}"
         if job_id in self.sent:
             cancelled = Answer(id=job_id, status=Status.CANCELLED, attempts=0)
-            self.committers["steady"].write([AnswerEntry(answer=cancelled, id=job_id, is_aside=True)], token="producer")
+            self.committers["steady"].write(
+                [AnswerEntry(answer=cancelled, id=job_id, is_from_outside=True)], token="producer"
+            )
 
     @rule(number=st.integers(0, 30))
     def run_out_of_time(self, number: int) -> None:

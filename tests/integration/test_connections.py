@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from shiwu import Client
-from shiwu.broker.connection import call_held, connect
+from shiwu.broker.connection import connect, run_on_connection
 from shiwu.broker.redis_errors import NotReplicated
 from tests.support.processes import LOOPBACK, Process, clean_environment
 from tests.support.redis_parts import answer, make_committer, make_lease_queue
@@ -160,13 +160,13 @@ def test_held_transaction_is_whole_or_refused(redis_url: str, redis_client: redi
     """A command that cannot be queued, or fails, raises, and leaves the connection in order."""
     redis_client.set("text", "x")
     with connect(redis_url, timeout_s=5) as client, client.client() as one:  # type: ignore[no-untyped-call]  # redis' own
-        assert call_held(one, ("SET", "a", 1), ("GET", "a")) == [b"OK", b"1"]
+        assert run_on_connection(one, ("SET", "a", 1), ("GET", "a")) == [b"OK", b"1"]
         with pytest.raises(redis.ResponseError):
-            call_held(one, ("SET", "b", 1), ("NO-SUCH-COMMAND",))
+            run_on_connection(one, ("SET", "b", 1), ("NO-SUCH-COMMAND",))
         assert redis_client.get("b") is None
         with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
-            call_held(one, ("SET", "b", 1), ("LPUSH", "text", 1))
-        assert call_held(one, ("GET", "a")) == [b"1"]
+            run_on_connection(one, ("SET", "b", 1), ("LPUSH", "text", 1))
+        assert run_on_connection(one, ("GET", "a")) == [b"1"]
 
 
 def test_wait_needs_no_connection_that_others_hold(redis_url: str, redis_client: redis.Redis) -> None:

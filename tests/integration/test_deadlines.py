@@ -164,7 +164,7 @@ def test_sweeps_look_at_long_lanes_in_turn(
 ) -> None:
     """A round has a limit, and says how much it left; the next one goes on from there."""
     monkeypatch.setattr("shiwu.broker.maintenance.CHUNK_SIZE", 10)
-    monkeypatch.setattr("shiwu.broker.maintenance.LOOKED_AT", 20)
+    monkeypatch.setattr("shiwu.broker.maintenance.MAX_CHECKED", 20)
     list(client.enqueue_many([f"s3://b/{number}" for number in range(50)]))
     client.enqueue("s3://b/k.jpg", lane="bulk", id="late", expires_s=0.0)
     list(client.enqueue_many([f"s3://b/{number}" for number in range(9)]))

@@ -10,7 +10,7 @@ import redis
 from click.testing import CliRunner
 
 from shiwu import Client
-from shiwu.broker.known_labels import MAX_OF_REQUESTS, KnownLabels, KnownLabelStore
+from shiwu.broker.known_labels import MAX_REQUEST_SETS, KnownLabels, KnownLabelStore
 from shiwu.cli import main
 from shiwu.contract import LABELS, LABELS_OF_REQUESTS
 from shiwu_worker.jobs.job import Job
@@ -59,13 +59,13 @@ def test_notes_of_requests_are_bounded(redis_client: redis.Redis) -> None:
     """In number and in bytes; sets with a name stay."""
     notes = KnownLabelStore(redis_client)
     notes.note([KnownLabels(digest="named", labels=("a",), name="own")])
-    for start in range(0, MAX_OF_REQUESTS + 50, 50):
+    for start in range(0, MAX_REQUEST_SETS + 50, 50):
         notes.note([KnownLabels(digest=f"d{n}", labels=(f"label {n}",)) for n in range(start, start + 50)])
     notes.note(
         [KnownLabels(digest="d1049", labels=("label 1049",)), KnownLabels(digest="long", labels=("x" * 20_000,))]
     )
-    assert redis_client.hlen(LABELS) == MAX_OF_REQUESTS + 1
-    assert redis_client.llen(LABELS_OF_REQUESTS) == MAX_OF_REQUESTS
+    assert redis_client.hlen(LABELS) == MAX_REQUEST_SETS + 1
+    assert redis_client.llen(LABELS_OF_REQUESTS) == MAX_REQUEST_SETS
     assert notes.find("named") is not None
     assert (notes.find("d49"), notes.find("long")) == (None, None)
     newest = notes.find("d1049")

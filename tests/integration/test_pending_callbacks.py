@@ -134,7 +134,7 @@ def test_a_chord_and_a_chain_end_as_celerys_do(
         assert claims.release([Release(job_id, delay_s=300) for job_id in ended]) == 2
     record = Answer(id=tagged, status=Status.TAGGED, image=ImageInfo(reference="s3://b/k.jpg"))
     entry = AnswerEntry(answer=record, id=tagged, message=b"shiwu.bulk|" + jobs[0].raw, has_callbacks=True)
-    AnswerStore(redis_client, token="w", canvas_patience_s=0.0).write([entry])
+    AnswerStore(redis_client, token="w", callbacks_reserved_s=0.0).write([entry])
     end_aside(redis_client, redis_url, way, ended)
     assert claims.claim(5).jobs == ()
     assert ending(app, part, whole.id) == judged

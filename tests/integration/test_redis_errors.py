@@ -204,7 +204,7 @@ def unknown(place: Place) -> None:
 
 
 CASES: list[tuple[Callable[[Place], None], RedisCode]] = [
-    (away, RedisCode.AWAY),
+    (away, RedisCode.UNAVAILABLE),
     (loading, RedisCode.LOADING),
     (busy, RedisCode.BUSY),
     (read_only, RedisCode.READ_ONLY),

@@ -1,1 +1,1 @@
-"""Everything that both sides exchange with Redis: connections, messages, answers, retention, maintenance, queues."""
+"""The queue on Redis: connections, messages, answers, retention, maintenance and queue sizes."""

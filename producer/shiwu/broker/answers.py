@@ -1,7 +1,7 @@
-"""The one way an answer comes into Redis, whoever gives it: a worker, a cancelling producer, the sweep.
+"""Writes answers to Redis. Workers, cancelling clients and the sweep all use `AnswerStore`.
 
-One script for a whole batch: the first answer of an id is stored in Celery's result format, published to waiters and
-appended to the results stream; a later one is discarded. Either way claim, lease and attempts are dropped.
+One script writes a whole batch. The first answer of an id is stored in Celery's result format, published to waiters and
+appended to the results stream; later answers are discarded. Either way, claim, lease and attempts are removed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 import redis
 from pydantic_core import to_json
 
-from shiwu.broker.connection import call_held
+from shiwu.broker.connection import run_on_connection
 from shiwu.broker.redis_errors import NotReplicated
 from shiwu.broker.retention import DEFAULT_RETENTION, Retention
 from shiwu.broker.script_loader import load_script
@@ -48,9 +48,10 @@ from shiwu.contract import (
 )
 
 MAX_COMMIT: Final = 5000
-"""Lua's stack holds about 8,000 values, and a commit unpacks one for each job."""
-CANVAS_PATIENCE_S: Final = 30.0
-_KINDS: Final[dict[str, str]] = {Status.TAGGED: "S", Status.EXPIRED: "R", Status.CANCELLED: "R"}
+"""Answers in one `write`. Lua's stack holds about 8,000 values, and the script unpacks one for each answer."""
+CALLBACKS_RESERVED_S: Final = 30.0
+"""How long only the worker that answered a job sends its callbacks; afterwards any worker may send them."""
+_STATE_LETTERS: Final[dict[str, str]] = {Status.TAGGED: "S", Status.EXPIRED: "R", Status.CANCELLED: "R"}
 _KEYS: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, RESULT_STREAM, DEAD, DEAD_ANSWERS, DEAD_MESSAGES, COUNTERS),
     *(DEADLINES, CANVAS, CANVAS_DUE, DELAYED, DELAYED_MESSAGES),
@@ -65,19 +66,19 @@ class AnswerEntry(msgspec.Struct, frozen=True):
     id: str
     """The job id, or `~` and a digest where the message has none."""
     claim: str = ""
-    """The name of the claim, where it is another one: a digest, because only the worker could find the id."""
+    """The name of the claim where it differs from the id: a digest, where only the worker could find the id."""
     ignore_result: bool = False
     message: bytes = b""
-    """`lane key|message bytes`, where the job becomes a dead letter or has callbacks."""
+    """`lane key|message bytes` of a job that becomes a dead letter or has callbacks; otherwise empty."""
     is_dead: bool = False
     has_callbacks: bool = False
-    is_aside: bool = False
-    """Given by somebody who does not hold the job; a worker that holds it is told."""
+    is_from_outside: bool = False
+    """The writer does not hold the job, as a cancelling client. A worker that holds the job is notified."""
 
     @property
     def kind(self) -> str:
-        """The letters that the script reads."""
-        kind = _KINDS.get(self.answer.status, "F")
+        """Letters for `commit.lua`: one for the state, then one for each flag."""
+        kind = _STATE_LETTERS.get(self.answer.status, "F")
         if self.ignore_result:
             kind += "I"
         if self.is_dead:
@@ -88,17 +89,17 @@ class AnswerEntry(msgspec.Struct, frozen=True):
             kind += "H"
         if not self.claim and self.id.startswith("~") and is_digest(self.id):
             kind += "N"
-        return kind + "A" if self.is_aside else kind
+        return kind + "A" if self.is_from_outside else kind
 
 
 class AnswerStore:
-    """Writes answers. Thread-safe; raises redis.RedisError, after which the same answers may be written again.
+    """Writes answers. Thread-safe. After a redis.RedisError the same answers may be written again.
 
     Args:
-        token: unique to this writer's life; by it a write that is tried again knows its own answers.
-        keep: how long answers, marks of answered ids and dead letters are kept, or who knows it.
-        canvas_patience_s: how long the callbacks of an answer are its worker's to send; then they are anybody's.
-        replicas: how many replicas must confirm each write, within `replicas_timeout_s`.
+        token: unique to one run of this writer; a repeated write recognises its own answers by it.
+        retention: called at each write; how long answers, marks of answered ids and dead letters are kept.
+        callbacks_reserved_s: how long only the writer's worker sends the callbacks of an answer.
+        replicas: how many replicas must confirm each write within `replicas_timeout_s`.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class AnswerStore:
         *,
         token: str,
         retention: Callable[[], Retention] = lambda: DEFAULT_RETENTION,
-        canvas_patience_s: float = CANVAS_PATIENCE_S,
+        callbacks_reserved_s: float = CALLBACKS_RESERVED_S,
         replicas: int = 0,
         replicas_timeout_s: float = 1.0,
     ) -> None:
@@ -117,23 +118,25 @@ class AnswerStore:
         self._replicas_timeout_s = replicas_timeout_s
         self._script = load_script(client, "commit")
         self._retention = retention
-        self._rest = [
+        self._script_args = [
             done_key(""),
             result_key(""),
             ANSWERED_CHANNEL,
-            int(canvas_patience_s * 1000),
+            int(callbacks_reserved_s * 1000),
             PENDING_CALLBACK_ANSWER,
             HISTORY,
         ]
 
     def write(self, entries: Sequence[AnswerEntry], *, token: str | None = None) -> set[str]:
-        """Answer at most MAX_COMMIT jobs; return the ids that somebody had answered before.
+        """Write up to MAX_COMMIT answers; return the ids that another writer answered before.
 
         Args:
-            token: of this one write, where its writer may answer an id twice and shall be told.
+            token: replaces the store's token in this write, so that an id that the same store answered before is
+                returned too.
 
         Raises:
-            NotReplicated: the answers stand on the primary only.
+            NotReplicated: the answers are stored on the primary only.
+            redis.RedisError: Redis is unavailable or refuses the write.
         """
         if not entries:
             return set()
@@ -143,7 +146,7 @@ class AnswerStore:
             max(retention.done_ttl_s, retention.result_ttl_s),
             retention.dead_length,
         )
-        args: list[Any] = [*limits, datetime.now(UTC).isoformat(), *self._rest]
+        args: list[Any] = [*limits, datetime.now(UTC).isoformat(), *self._script_args]
         for entry in entries:
             mark = f"{token or self._token}:{entry.answer.attempts}"
             answer = entry.answer
@@ -151,20 +154,23 @@ class AnswerStore:
         if not self._replicas:
             again: list[bytes] = self._script(keys=_KEYS, args=args)
         else:
-            # WAIT speaks of the writes of its own connection.
-            with self._client.client() as one:  # type: ignore[no-untyped-call]  # redis' own
-                again = self._script(keys=_KEYS, args=args, client=one)
-                wait_replicated(one, replicas=self._replicas, timeout_s=self._replicas_timeout_s)
+            # WAIT counts only the writes of its own connection.
+            with self._client.client() as connected:  # type: ignore[no-untyped-call]  # redis' own
+                again = self._script(keys=_KEYS, args=args, client=connected)
+                wait_replicated(connected, replicas=self._replicas, timeout_s=self._replicas_timeout_s)
         return {job_id.decode() for job_id in again}
 
 
-def wait_replicated(one: redis.Redis, *, replicas: int, timeout_s: float) -> None:
-    """Wait until the replicas have what this connection wrote.
+def wait_replicated(connected: redis.Redis, *, replicas: int, timeout_s: float) -> None:
+    """Wait until so many replicas have confirmed what this connection wrote.
+
+    Args:
+        connected: a client that holds one connection, from `Redis.client()`.
 
     Raises:
-        NotReplicated: too few of them confirmed it in time.
+        NotReplicated: too few replicas confirmed it within `timeout_s`.
     """
-    [reached] = call_held(one, ("WAIT", replicas, int(timeout_s * 1000)))
+    [reached] = run_on_connection(connected, ("WAIT", replicas, int(timeout_s * 1000)))
     if reached < replicas:
         raise NotReplicated(
             f"expected {replicas} replicas to confirm within {timeout_s:g} s, {reached} did; the write stands on the "
@@ -173,14 +179,14 @@ def wait_replicated(one: redis.Redis, *, replicas: int, timeout_s: float) -> Non
 
 
 def failure_head(answer: Answer) -> bytes:
-    """Celery's exception form without its closing brace, so that the server can put the answer in once."""
+    """Celery's form of an exception without its closing brace, so that the script can append the answer."""
     if answer.status is Status.TAGGED:
         return b""
     return to_json(exception_form(answer))[:-1]
 
 
 def exception_form(answer: Answer) -> dict[str, Any]:
-    """How Celery's JSON results write the exception that `AsyncResult.get()` raises."""
+    """The exception that `AsyncResult.get()` raises, in the form of Celery's JSON results."""
     if answer.status in {Status.EXPIRED, Status.CANCELLED}:
         return {
             "exc_type": "TaskRevokedError",
@@ -193,15 +199,15 @@ def exception_form(answer: Answer) -> dict[str, Any]:
 
 
 def cancelled_entry(job_id: str, reason: str, *, now_ms: float) -> AnswerEntry:
-    """The answer of a job that its producer cancels."""
+    """The answer for a job that a producer cancels."""
     text = f"cancelled by its producer{': ' if reason else ''}{reason:.200}"
     error = ErrorInfo(code=ErrorCode.CANCELLED, message=text, stage=Stage.CLAIM)
     answer = Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error, answered_at=moment(now_ms))
-    return AnswerEntry(id=job_id, answer=answer, is_aside=True)
+    return AnswerEntry(id=job_id, answer=answer, is_from_outside=True)
 
 
 def answered_before(worker: str, *, now_ms: float) -> bytes:
-    """Celery's result for a copy of a job whose answer is no longer kept, with a zero byte in each place of the id."""
+    """Celery's result for a duplicate whose answer is no longer kept. A zero byte stands in each place of the id."""
     now = moment(now_ms)
     text = "the id was answered before, and its answer is no longer kept; send each job with an id of its own"
     error = ErrorInfo(code=ErrorCode.ALREADY_ANSWERED, message=text, stage=Stage.CLAIM)

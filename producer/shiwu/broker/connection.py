@@ -1,4 +1,4 @@
-"""Redis clients for producers, workers and the sweep, each with a bounded pool and a bound on every wait."""
+"""Opens Redis clients with a limited connection pool and a limit on every wait."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from shiwu.broker.redis_errors import ConnectionsBusy, NotOneServer
 from shiwu.broker.redis_url import RedisAddress, read_redis_url
 
 MAX_CONNECTIONS: Final = 16
-"""Of a client whose caller does not say how many threads use it."""
+"""Default size of a connection pool."""
 
 
 class _Primary(redis.Redis):
-    """A client that leaves a server which became a replica: its next connection resolves the name anew.
+    """A client that disconnects from a server that has become a replica. Its next connection resolves the name again.
 
-    That is how managed services move a primary; sentinels are asked at each new connection.
+    Managed services move a primary by changing its DNS name; sentinels are asked at each new connection.
     """
 
     def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
@@ -35,7 +35,7 @@ class _Primary(redis.Redis):
 
 
 class _Pool(BlockingConnectionPool):
-    """A pool whose callers wait for a connection, for a bounded time, and are told what to change."""
+    """A pool whose callers wait for a free connection for a limited time; the error says what to change."""
 
     def get_connection(self, command_name: str | None = None, *keys: Any, **options: Any) -> Any:
         try:
@@ -50,10 +50,10 @@ class _Pool(BlockingConnectionPool):
 
 
 class _SentinelPool(SentinelConnectionPool, _Pool):
-    """The same, with connections to the primary that the sentinels name."""
+    """A pool of connections to the primary that the sentinels name."""
 
     def disconnect(self, inuse_connections: bool = True) -> None:
-        """Close all connections, or those that no caller uses, which older versions of the pool cannot tell apart."""
+        """Close all connections, or only idle ones, which older versions of redis-py do not distinguish."""
         if inuse_connections:
             super().disconnect()
             return
@@ -72,15 +72,15 @@ def connect(
     max_connections: int = MAX_CONNECTIONS,
     pool_wait_s: float | None = None,
 ) -> redis.Redis:
-    """A client whose every wait is bounded. It owns its connections; `close` ends them.
+    """Open a client that owns its connections and limits every wait. Nothing is sent yet; `close` ends it.
 
     Args:
         timeout_s: how long one command or one connection attempt may take.
         block_s: how long the longest blocking command of this client asks the server to wait.
-        retries: how often a command is tried again at once after a lost connection. A worker takes 0: who knows the
-            job's fate decides that there.
-        max_connections: how many connections it opens at most; threads beyond that wait for each other. No code may
-            ask for a connection while it holds another of the same client, or such threads wait for each other in vain.
+        retries: how often a command is repeated after a lost connection. Workers use 0, because the caller of the
+            command decides whether to repeat it.
+        max_connections: threads beyond this number wait for a free connection. Code that holds a connection must not
+            ask the same client for another one, because such threads could block each other until the time-out.
         pool_wait_s: how long to wait for a free connection; default `timeout_s`.
 
     Raises:
@@ -113,19 +113,19 @@ def connect(
     return primary
 
 
-def call_held(one: redis.Redis, *commands: Sequence[Any]) -> list[Any]:
-    """Run commands in one transaction, or one command by itself, on the very connection that this client holds.
+def run_on_connection(connected: redis.Redis, *commands: Sequence[Any]) -> list[Any]:
+    """Run one command, or several in a transaction, on the connection that this client holds.
 
-    A pipeline of the client would take another connection, and a command that is tried again might get a new one: what
-    `WAIT` says is about the writes of its own connection only.
+    A pipeline would take another connection, and a repeated command might get a new one. `WAIT` needs the connection of
+    the writes that it counts.
 
     Args:
-        one: what `Redis.client()` gives.
+        connected: a client that holds one connection, from `Redis.client()`.
 
     Raises:
-        redis.RedisError: that the commands were not executed is not known after a time-out or a lost connection.
+        redis.RedisError: after a time-out or a lost connection the commands may have been executed.
     """
-    connection: Any = one.connection
+    connection: Any = connected.connection
     sent = list(commands) if len(commands) == 1 else [("MULTI",), *commands, ("EXEC",)]
     connection.send_packed_command(connection.pack_commands(sent), check_health=False)
     refused: redis.ResponseError | None = None
@@ -145,12 +145,12 @@ def call_held(one: redis.Redis, *commands: Sequence[Any]) -> list[Any]:
 
 
 def sentinel_login(address: RedisAddress) -> dict[str, Any]:
-    """redis-py's arguments to log in at the sentinels themselves."""
+    """redis-py's arguments for the login at the sentinels."""
     return {"username": address.sentinel_username, "password": address.sentinel_password}
 
 
 def _placement(address: RedisAddress) -> dict[str, Any]:
-    """redis-py's arguments that say where the server is, and the kind of connection to it."""
+    """redis-py's arguments for the location of the server and the kind of connection."""
     if address.socket_path:
         return {"connection_class": UnixDomainSocketConnection, "path": address.socket_path}
     if address.primary:
@@ -161,12 +161,12 @@ def _placement(address: RedisAddress) -> dict[str, Any]:
 
 
 def _greet(connection: Any) -> None:
-    """Log in, and refuse what is no plain server before a command fails with an error that does not tell the reason.
+    """Log in, and refuse a cluster node or a sentinel before a command fails there with an unclear error.
 
     Raises:
-        NotOneServer: the server says in its greeting that it is part of a cluster, or a sentinel.
+        NotOneServer: the greeting of the server names cluster or sentinel mode.
     """
-    # Without redis-py's check of its health: that sends a PING first, and calls this again where a login is missing.
+    # redis-py's health check would send a PING first, and call this function again where a login is missing.
     connection.on_connect_check_health(check_health=False)
     mode = _greeting(connection).get(b"mode", b"standalone").decode()
     if mode != "standalone":
@@ -174,15 +174,15 @@ def _greet(connection: Any) -> None:
 
 
 def _greeting(connection: Any) -> dict[bytes, Any]:
-    """What the server said of itself; empty where something before it does not pass that on.
+    """The server's reply to HELLO; empty where a proxy does not pass it on.
 
-    redis-py before version 8 logs in without it, and it has to be asked for.
+    redis-py before version 8 logs in without HELLO, so it is sent here.
     """
-    told = connection.handshake_metadata
-    if told is None:
+    greeting = connection.handshake_metadata
+    if greeting is None:
         connection.send_command("HELLO", check_health=False)
         with suppress(redis.ResponseError):
-            told = connection.read_response()
-    if isinstance(told, list):
-        told = dict(zip(told[::2], told[1::2], strict=True))
-    return told if isinstance(told, dict) else {}
+            greeting = connection.read_response()
+    if isinstance(greeting, list):
+        greeting = dict(zip(greeting[::2], greeting[1::2], strict=True))
+    return greeting if isinstance(greeting, dict) else {}

@@ -1,4 +1,4 @@
-"""The labels behind a digest: workers note each set that they answer with, and anybody may ask for it."""
+"""Stores label sets by digest, so that a client can look up the labels behind the digest of an answer."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import redis
 from shiwu.broker.script_loader import load_script
 from shiwu.contract import LABELS, LABELS_OF_REQUESTS
 
-MAX_OF_REQUESTS: Final = 1000
+MAX_REQUEST_SETS: Final = 1000
+"""Label sets of single requests that are kept; the oldest are removed."""
 MAX_REQUEST_BYTES: Final = 16 * 1024
 MAX_NAMED_BYTES: Final = 1024 * 1024
 
 
 class KnownLabels(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A label set, as the worker had it that answered with its digest."""
+    """A label set as the worker used it for an answer with this digest."""
 
     digest: str
     labels: tuple[str, ...]
     name: str | None = None
-    """None for labels that a request brought along."""
+    """None for labels that came with a request."""
     templates: tuple[str, ...] = ("{}",)
     head: str = "softmax"
     scale: float | None = None
@@ -31,25 +32,25 @@ class KnownLabels(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class KnownLabelStore:
-    """Notes label sets, and finds them again. Thread-safe; raises redis.RedisError."""
+    """Stores and finds label sets. Thread-safe; each method is one round trip and may raise redis.RedisError."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
         self._script = load_script(client, "note_labels")
 
     def note(self, sets: Sequence[KnownLabels]) -> None:
-        """Keep these sets, but for those whose JSON is too long."""
+        """Store these sets, except for those whose JSON is too long."""
         args: list[Any] = []
-        for one in sets:
-            text = msgspec.json.encode(one)
-            is_of_request = one.name is None
+        for label_set in sets:
+            text = msgspec.json.encode(label_set)
+            is_of_request = label_set.name is None
             if len(text) <= (MAX_REQUEST_BYTES if is_of_request else MAX_NAMED_BYTES):
-                args += [one.digest, text, int(is_of_request)]
+                args += [label_set.digest, text, int(is_of_request)]
         if args:
-            self._script(keys=[LABELS, LABELS_OF_REQUESTS], args=[MAX_OF_REQUESTS, *args])
+            self._script(keys=[LABELS, LABELS_OF_REQUESTS], args=[MAX_REQUEST_SETS, *args])
 
     def find(self, digest: str) -> KnownLabels | None:
-        """The set with this digest, or None where no worker has noted it or it is no longer kept."""
+        """The set with this digest, or None where no worker has stored it or it is no longer kept."""
         text: Any = self._client.hget(LABELS, digest)
         if text is None:
             return None

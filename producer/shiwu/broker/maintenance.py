@@ -1,7 +1,7 @@
-"""What anybody can do for all jobs: bring back those of dead workers, answer those that ran out of time.
+"""Maintenance of the queue: requeues jobs whose lease expired, answers jobs out of time, trims the results stream.
 
-Every worker does it once a second, and `shiwu sweep` does it where no worker runs. Many may do it at once: each step is
-one script, and an answer counts once whoever gives it.
+Every worker runs it once a second, and `shiwu sweep` runs it where no worker may be running. Any number of processes
+may run it at the same time: each step is one script, and only the first answer of a job counts.
 """
 
 from __future__ import annotations
@@ -51,16 +51,18 @@ from shiwu.contract import (
 )
 
 QUARANTINE_AFTER_DEATHS: Final = 2
-"""Attempts that ended with their worker before a job is worked on alone."""
+"""Worker deaths after which a job is put into quarantine."""
 MAX_LEASE_S: Final = 600.0
-"""No lease reaches further into the future, not even after the server's clock was set back."""
-TRIMMED_AT_ONCE: Final = 5000
-TAKEN_FOR_S: Final = 15.0
+"""The longest lease. Longer ones are shortened, as after the server's clock was set back."""
+MAX_TRIM: Final = 5000
+"""Entries that one call removes from the results stream."""
+EXPIRY_LEASE_S: Final = 15.0
+"""Lease of an expired message between its removal from the lane and its answer."""
 HISTORY_TTL_S: Final = 7 * 86_400
-"""How long the earlier tries of a job that came back are kept for its next claim."""
+"""How long the history of a job that returned to its lane is kept for its next claim."""
 CHUNK_SIZE: Final = 500
-LOOKED_AT: Final = 20_000
-"""Messages of each lane key that one sweep looks at for their `expires`."""
+MAX_CHECKED: Final = 20_000
+"""Messages of each lane key whose `expires` one sweep checks."""
 _LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
 _MAINTENANCE_KEYS: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, DELAYED, DELAYED_MESSAGES, COUNTERS, WORKERS, QUARANTINE, DEADLINES),
@@ -71,47 +73,51 @@ _MAINTENANCE_KEYS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class MaintenanceReport:
-    """What one round did and saw."""
+    """What one round of maintenance did, and the queue sizes that it counted."""
 
     reaped: int = 0
-    """Jobs taken back from workers whose leases ended."""
+    """Jobs requeued because their lease expired."""
     promoted: int = 0
-    """Jobs whose delay is over."""
-    suspects: int = 0
-    """Jobs that wait to be worked on alone."""
+    """Jobs returned to their lane because their delay was over."""
+    quarantined: int = 0
+    """Jobs that wait in quarantine."""
     waiting: int = 0
-    """Messages in all lanes, suspects included; of the lanes only where it was asked for."""
+    """Messages in quarantine, and in all lanes if `count_waiting` was set."""
     stream_length: int = 0
     out_of_time: int = 0
-    """Jobs answered `expired` because their waiter's time was over."""
+    """Jobs answered `expired` because the time of `answer_by_s` was over."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
-    """What a sweep did."""
+    """What one sweep did."""
 
     reaped: int
+    """Jobs requeued because their lease expired."""
     promoted: int
+    """Jobs returned to their lane because their delay was over."""
     out_of_time: int
+    """Jobs answered `expired` because the time of `answer_by_s` was over."""
     expired: int
-    """Waiting messages whose `expires` had passed."""
+    """Waiting messages answered `expired` because their `expires` had passed."""
     results_dropped: dict[str, int]
-    """Consumer group → unacknowledged answers that the stream no longer holds."""
+    """Consumer group → unacknowledged answers that were trimmed from the stream."""
     not_looked_at: int = 0
-    """Waiting messages of long lanes that the next rounds look at."""
+    """Waiting messages of long lanes that later sweeps check."""
 
     @property
     def did_something(self) -> bool:
-        """Whether anything was due."""
+        """Whether the sweep changed anything."""
         return bool(self.reaped or self.promoted or self.out_of_time or self.expired or self.results_dropped)
 
 
 class Maintenance:
-    """One who tends. Thread-safe; raises redis.RedisError.
+    """Does maintenance. Thread-safe; every method may raise redis.RedisError, after which it may be called again.
 
     Args:
-        name: shown among the workers; empty for who is none.
-        keep: how many answers the results stream keeps, and how long dead letters; or who knows it.
+        name: the worker's name, whose heartbeat each round records; empty for a process that is not a worker.
+        token: unique to one run of the process; marks the answers that it writes.
+        retention: called in each round; how many answers the results stream keeps, and how long dead letters are kept.
     """
 
     def __init__(
@@ -131,11 +137,15 @@ class Maintenance:
         self._maintain = load_script(client, "maintain")
         self._trim = load_script(client, "trim")
         self._take_late = load_script(client, "take_late")
-        self._kept: dict[str, int] = {}
-        """Lane key → messages at its head that the last sweep looked at and left."""
+        self._checked: dict[str, int] = {}
+        """Lane key → messages at its head that the last sweep checked and left in place."""
 
     def run_once(self, *, limit: int = CHUNK_SIZE, count_waiting: bool = False) -> MaintenanceReport:
-        """One portion of everything that is due."""
+        """Do what is due, up to `limit` jobs of each kind.
+
+        Args:
+            count_waiting: also count the messages in all lanes.
+        """
         limits = (
             QUARANTINE_AFTER_DEATHS,
             int(MAX_LEASE_S * 1000),
@@ -144,99 +154,99 @@ class Maintenance:
             HISTORY_TTL_S,
         )
         reply: Any = self._maintain(keys=_MAINTENANCE_KEYS, args=[self._name, limit, int(count_waiting), *limits])
-        reaped, promoted, suspects, waiting, stream_length, late, now_ms = reply
+        reaped, promoted, quarantined, waiting, stream_length, late, now_ms = reply
         if late:
-            self._end_late(late, now_ms=now_ms)
+            self._answer_late(late, now_ms=now_ms)
         return MaintenanceReport(
             reaped=reaped,
             promoted=promoted,
-            suspects=suspects,
+            quarantined=quarantined,
             waiting=waiting,
             stream_length=stream_length,
             out_of_time=len(late),
         )
 
-    def _end_late(self, late: Sequence[bytes], *, now_ms: float) -> None:
+    def _answer_late(self, late: Sequence[bytes], *, now_ms: float) -> None:
         ids = {member: _valid_id(member) for member in late}
         text = "no answer came by the time that the producer gave (answer_by)"
         self._answer_store.write([_out_of_time(job_id, text, now_ms=now_ms) for job_id in ids.values() if job_id])
-        if strange := [member for member, job_id in ids.items() if not job_id]:
-            self._client.zrem(DEADLINES, *strange)  # by another hand; it would come back each second
+        if invalid := [member for member, job_id in ids.items() if not job_id]:
+            self._client.zrem(DEADLINES, *invalid)  # another program wrote them; they would be due every second
 
     def sweep(self, *, zone: tzinfo = UTC) -> SweepReport:
-        """A whole round: everything that is due, portion by portion, and the waiting messages that have expired.
+        """Do everything that is due, and answer waiting messages whose `expires` has passed.
 
         Args:
-            zone: time zone of an `expires` that names none.
+            zone: time zone of an `expires` without one.
         """
-        rounds = [self.run_once()]
+        rounds = [self.run_once(limit=CHUNK_SIZE)]
         while max(rounds[-1].reaped, rounds[-1].promoted, rounds[-1].out_of_time) == CHUNK_SIZE:
-            rounds.append(self.run_once())
-        expired, unseen = self._expire_waiting(portion=CHUNK_SIZE, most=LOOKED_AT, zone=zone)
+            rounds.append(self.run_once(limit=CHUNK_SIZE))
+        expired, unchecked = self._expire_waiting(portion=CHUNK_SIZE, limit=MAX_CHECKED, zone=zone)
         return SweepReport(
-            reaped=sum(one.reaped for one in rounds),
-            promoted=sum(one.promoted for one in rounds),
-            out_of_time=sum(one.out_of_time for one in rounds),
+            reaped=sum(report.reaped for report in rounds),
+            promoted=sum(report.promoted for report in rounds),
+            out_of_time=sum(report.out_of_time for report in rounds),
             expired=expired,
-            not_looked_at=unseen,
+            not_looked_at=unchecked,
             results_dropped=self.trim_if_long(rounds[-1]),
         )
 
     def trim(self) -> dict[str, int]:
-        """Shorten the results stream; return for each consumer group how many unacknowledged answers it lost."""
-        reply: Any = self._trim(keys=[RESULT_STREAM, COUNTERS], args=[self._retention().stream_length, TRIMMED_AT_ONCE])
+        """Trim the results stream; return how many unacknowledged answers each consumer group lost."""
+        reply: Any = self._trim(keys=[RESULT_STREAM, COUNTERS], args=[self._retention().stream_length, MAX_TRIM])
         return {reply[i].decode(errors="replace"): reply[i + 1] for i in range(1, len(reply), 2)}
 
-    def trim_if_long(self, seen: MaintenanceReport) -> dict[str, int]:
-        """The same where the last round found the stream too long; costs nothing otherwise."""
-        return self.trim() if seen.stream_length > self._retention().stream_length else {}
+    def trim_if_long(self, report: MaintenanceReport) -> dict[str, int]:
+        """Trim the results stream if this report found it too long; otherwise without a round trip."""
+        return self.trim() if report.stream_length > self._retention().stream_length else {}
 
-    def expire_waiting(self, *, portion: int = CHUNK_SIZE, most: int = LOOKED_AT, zone: tzinfo = UTC) -> int:
+    def expire_waiting(self, *, portion: int = CHUNK_SIZE, limit: int = MAX_CHECKED, zone: tzinfo = UTC) -> int:
         """Answer waiting messages whose `expires` has passed; return how many.
 
-        A worker does this at its claims; here it is done for those who wait while there is none. It looks at `most`
-        messages of each lane key, oldest first, and goes on from there in the next round.
+        Workers do this when they claim; this method does it while no worker runs. It checks `limit` messages of each
+        lane key, oldest first, and continues from there at the next call.
         """
-        return self._expire_waiting(portion=portion, most=most, zone=zone)[0]
+        return self._expire_waiting(portion=portion, limit=limit, zone=zone)[0]
 
-    def _expire_waiting(self, *, portion: int, most: int, zone: tzinfo) -> tuple[int, int]:
-        """How many were answered, and how many messages were not looked at."""
+    def _expire_waiting(self, *, portion: int, limit: int, zone: tzinfo) -> tuple[int, int]:
+        """How many messages were answered, and how many were not checked."""
         now_ms = server_time_ms(self._client)
-        expired = unseen = 0
+        expired = unchecked = 0
         for key in _LANE_KEYS:
-            begin = kept = self._kept.get(key, 0)
-            seen = stayed = 0
+            begin = offset = self._checked.get(key, 0)
+            checked = left = 0
             is_at_end = False
-            while seen < most and not is_at_end:
-                raws: Any = self._client.lrange(key, -(kept + portion), -(kept + 1))
-                taken, answered = self._end_expired(key, raws, now_ms=now_ms, zone=zone)
+            while checked < limit and not is_at_end:
+                raws: Any = self._client.lrange(key, -(offset + portion), -(offset + 1))
+                taken, answered = self._answer_expired(key, raws, now_ms=now_ms, zone=zone)
                 expired += answered
-                seen += len(raws)
-                stayed += len(raws) - taken
-                # What was taken is gone, and what follows has moved up.
-                kept += len(raws) - taken
+                checked += len(raws)
+                left += len(raws) - taken
+                # Messages that were taken are gone from the list, so those behind them have moved up.
+                offset += len(raws) - taken
                 if len(raws) < portion:
-                    # Where the lane has become shorter than the last round left it, this round begins at its head.
-                    is_at_end = seen > 0 or begin == 0
-                    begin, kept = (begin, 0) if is_at_end else (0, 0)
-            self._kept[key] = kept
+                    # A lane that has become shorter than the stored offset is checked again from its head.
+                    is_at_end = checked > 0 or begin == 0
+                    begin, offset = (begin, 0) if is_at_end else (0, 0)
+            self._checked[key] = offset
             if begin or not is_at_end:
-                unseen += max(0, self._client.llen(key) - stayed)
-        return expired, unseen
+                unchecked += max(0, self._client.llen(key) - left)
+        return expired, unchecked
 
-    def _end_expired(self, key: str, raws: Sequence[bytes], *, now_ms: float, zone: tzinfo) -> tuple[int, int]:
-        """Answer the expired ones of a portion; how many were taken out of the lane, and how many answers are new."""
+    def _answer_expired(self, key: str, raws: Sequence[bytes], *, now_ms: float, zone: tzinfo) -> tuple[int, int]:
+        """Answer the expired messages; how many were removed from the lane, and how many answers are new."""
         late = []
         for raw in raws:
             try:
                 envelope = read_message(raw, zone=zone)
             except RequestError:
-                continue  # a worker buries it
+                continue  # a worker answers it with this error
             if envelope.expires_ms is not None and envelope.expires_ms <= now_ms:
                 late.append((envelope, raw))
         if not late:
             return 0, 0
-        args: list[Any] = [self._token, int(TAKEN_FOR_S * 1000)]
+        args: list[Any] = [self._token, int(EXPIRY_LEASE_S * 1000)]
         for envelope, raw in late:
             args += [envelope.id, raw]
         taken = set(self._take_late(keys=[CLAIMS, LEASES, key], args=args))
@@ -247,7 +257,7 @@ class Maintenance:
 
 
 def _valid_id(member: bytes) -> str:
-    """The job id, or empty where there is none."""
+    """The job id, or empty if this is no valid id."""
     with contextlib.suppress(RequestError, UnicodeDecodeError):
         return check_id(member.decode())
     return ""
@@ -256,7 +266,7 @@ def _valid_id(member: bytes) -> str:
 def _out_of_time(job_id: str, text: str, *, now_ms: float) -> AnswerEntry:
     error = ErrorInfo(code=ErrorCode.EXPIRED, message=text, stage=Stage.CLAIM)
     answer = Answer(id=job_id, status=Status.EXPIRED, attempts=0, error=error, answered_at=moment(now_ms))
-    return AnswerEntry(id=job_id, answer=answer, is_aside=True)
+    return AnswerEntry(id=job_id, answer=answer, is_from_outside=True)
 
 
 def _expired(envelope: Envelope, key: str, raw: bytes, *, now_ms: float) -> AnswerEntry:

@@ -1,7 +1,7 @@
-"""Finds the id of a message that the worker can only refuse, so that the refusal is stored where its caller looks.
+"""Finds the id of a message that the worker refuses, so that its caller finds the answer.
 
-`claim.lua` reads the ids of messages that can be worked on. This reader takes whatever is left: messages of any size,
-ids of any length, JSON that only lenient readers accept.
+`claim.lua` reads the ids of regular messages. This module reads all others: messages of any size, ids of any length,
+and JSON that only lenient parsers accept.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from shiwu.contract import id_text
 MAX_JSON_BYTES: Final = 4 * 1024 * 1024
 MAX_LOGGED_ID_BYTES: Final = 4096
 HEAD_CHARS: Final = 64 * 1024
-"""Base64 of a long body that is decoded to find its id; a multiple of 4."""
+"""How much of a long base64 body is decoded to find its id; a multiple of 4."""
 _BODY = re.compile(r'"body"\s*:\s*"')
 _BODY_END = re.compile(r'(?<!\\)"')
 _ID_FIRST = re.compile(r'\s*\{\s*(?:"task"\s*:\s*"[^"\\]*"\s*,\s*)?"id"\s*:\s*("(?:[^"\\]|\\.)*"|-?\d+)')
-"""The id of a body that was cut: Celery, gocelery, celery.node and celery-php write it first, or behind the task."""
+"""The id in the first part of a body: Celery, gocelery, celery.node and celery-php write it first or after the task."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def find_id(raw: bytes) -> str | None:
-    """The id that the sender of this message looks for, or None where it has none.
+    """The id under which the sender of this message looks for its answer, or None where it has none.
 
     A lone surrogate, which no Redis key can hold, is replaced by U+FFFD, as JavaScript does.
     """
@@ -44,14 +44,14 @@ def find_id(raw: bytes) -> str | None:
         found = _body_id(body, is_base64=properties.get("body_encoding") == "base64")
     if found is None:
         found = id_text(properties.get("correlation_id"))
-    told = _SURROGATE.sub("\ufffd", found or "")
-    return told if 1 <= len(told.encode()) <= MAX_LOGGED_ID_BYTES else None
+    job_id = _SURROGATE.sub("\ufffd", found or "")
+    return job_id if 1 <= len(job_id.encode()) <= MAX_LOGGED_ID_BYTES else None
 
 
 def _without_body(text: str) -> tuple[str, str | None]:
     """The message with an empty body, and the body, still escaped.
 
-    A body is base64, or JSON whose last character is a bracket, so its end is the first quote without a backslash.
+    The body ends at the first quote without a backslash, because it is base64 or JSON that ends with a bracket.
     """
     begin = _BODY.search(text)
     end = _BODY_END.search(text, begin.end()) if begin else None
@@ -70,7 +70,7 @@ def _body_id(body: str, *, is_base64: bool) -> str | None:
 
 
 def _unescaped(head: str) -> str:
-    """The beginning of a JSON text, as it was before it became a string; an escape may be cut at the end."""
+    """The beginning of a JSON text without its string escapes; an escape at the end may be cut."""
     for cut in range(6):
         if read := _parse(f'{{"head":"{head[: len(head) - cut]}"}}'):
             return str(read["head"])
@@ -85,7 +85,7 @@ def _plain(body: str) -> str:
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    """A JSON object, or None. Python's own reader takes lone surrogates, NaN and Infinity."""
+    """A JSON object, or None. Python's own parser accepts lone surrogates, NaN and Infinity."""
     try:
         read = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Reads the messages of Celery clients in kombu's envelope, task protocols 1 and 2. Their writer is `message`."""
+"""Reads messages of Celery clients in kombu's envelope, task protocols 1 and 2. `message_writer` writes them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ CANVAS_PARTS: Final = ("callbacks", "errbacks", "chain", "chord")
 JSON: Final = "application/json"
 UTF_8: Final = {"", "utf-8", "utf8", "us-ascii", "ascii"}
 _DEFLATE: Final = {"application/x-gzip", "gzip", "application/zlib", "zlib"}
-"""kombu's `gzip` writes zlib's format, other clients write gzip's; both are told apart by their first bytes."""
+"""kombu's `gzip` writes the zlib format, other clients write gzip; zlib distinguishes them by their first bytes."""
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """A message of a lane, read but not yet judged by the contract."""
+    """A parsed message whose request fields are not validated yet. Times are in ms since 1970."""
 
     id: str
     fields: dict[str, Any]
@@ -45,7 +45,7 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 class _Headers(msgspec.Struct, frozen=True):
-    """What is read of a message's headers; a client may have written anything there.
+    """The headers that are read. Fields have the type `Any`, because a client may write any JSON there.
 
     Messages of task protocol 1 have the same fields in their body.
     """
@@ -75,17 +75,17 @@ class _Outer(msgspec.Struct, frozen=True, rename={"content_type": "content-type"
 
 
 _Body = tuple[list[Any] | None, dict[str, Any] | list[Any] | None, dict[str, Any] | list[Any] | None]
-_Read = tuple[list[Any], dict[str, Any], dict[str, Any]]
+_CheckedBody = tuple[list[Any], dict[str, Any], dict[str, Any]]
 _OUTER: Final[msgspec.json.Decoder[_Outer]] = msgspec.json.Decoder(_Outer)
 _BODY: Final[msgspec.json.Decoder[_Body]] = msgspec.json.Decoder(_Body)
 _FIELDS: Final[msgspec.json.Decoder[dict[str, Any]]] = msgspec.json.Decoder(dict[str, Any])
 
 
 def read_message(raw: bytes, *, zone: tzinfo = UTC) -> Envelope:
-    """Read a message of any Celery client: arguments by position or keyword, gzip or zlib bodies, eta and expires.
+    """Parse a message of any Celery client: arguments by position or keyword, gzip or zlib bodies, eta and expires.
 
     Args:
-        zone: time zone of an eta or expires that names none.
+        zone: time zone of an eta or expires without one.
 
     Raises:
         RequestError: malformed_message, message_too_large, unknown_task or invalid_id.
@@ -117,12 +117,12 @@ def read_message(raw: bytes, *, zone: tzinfo = UTC) -> Envelope:
 
 
 class Canvas(msgspec.Struct, frozen=True):
-    """What Celery shall do when the job has ended, as the message's signatures say it."""
+    """The callbacks of a message, as Celery signatures: what Celery runs after the job."""
 
     callbacks: tuple[dict[str, Any], ...]
     errbacks: tuple[dict[str, Any], ...]
     chain: tuple[dict[str, Any], ...]
-    """What follows, last first, as Celery writes it."""
+    """The following tasks, last first, as Celery writes them."""
     chord: dict[str, Any] | None
     group: str | None
     group_index: int | None
@@ -130,15 +130,15 @@ class Canvas(msgspec.Struct, frozen=True):
 
 
 def read_canvas(raw: bytes) -> Canvas:
-    """The callbacks of a message that `read_message` has accepted.
+    """The callbacks of a message that `read_message` accepts.
 
     Raises:
-        RequestError: malformed_message, when they are no signatures.
+        RequestError: malformed_message, where they are not signatures.
     """
     headers, (_, _, embed) = _complete(_read_outer(raw))
     lists = {name: embed.get(name) or [] for name in ("callbacks", "errbacks", "chain")}
     chord = embed.get("chord")
-    if not all(isinstance(one, list) and all(isinstance(item, dict) for item in one) for one in lists.values()):
+    if not all(isinstance(part, list) and all(isinstance(item, dict) for item in part) for part in lists.values()):
         raise _malformed("expected callbacks, errbacks and chain as lists of signatures")
     if not isinstance(chord, dict | None):
         raise _malformed("expected chord as a signature")
@@ -159,10 +159,10 @@ def read_canvas(raw: bytes) -> Canvas:
 
 # ------------------------------------------------------------------------------------ the envelope
 def _decode(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
-    """Read JSON, and what Python's own writer takes for JSON: NaN, Infinity, numbers that no double holds.
+    """Parse JSON, also with NaN, Infinity and large integers, which Python's json module writes.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: it is not JSON, or does not match the type of the decoder.
     """
     try:
         return decoder.decode(data)
@@ -181,16 +181,17 @@ def _read_outer(raw: bytes) -> _Outer:
 
 
 def _without_empty_lists(outer: Any) -> Any:
-    """PHP writes an empty object as an empty list, and other clients as null."""
+    """The object without empty lists and nulls: PHP writes an empty object as a list, and other clients as null."""
     if isinstance(outer, dict):
         return {name: value for name, value in outer.items() if value not in ([], None)}
     return outer
 
 
-def _complete(outer: _Outer) -> tuple[_Headers, _Read]:
-    """Headers and body, wherever the client wrote the name of the task and the id.
+def _complete(outer: _Outer) -> tuple[_Headers, _CheckedBody]:
+    """Headers and body, with task name and id from wherever the client wrote them.
 
-    In task protocol 1 they are in the body. An id that is in neither place is the correlation id, as in `claim.lua`.
+    In task protocol 1 they are in the body. Where neither place has an id, the correlation id is the id, as in
+    `claim.lua`.
     """
     headers, data = outer.headers, _body_bytes(outer)
     if data.lstrip()[:1] == b"{":
@@ -218,7 +219,7 @@ def _checked_id(value: object) -> str:
 
 # ------------------------------------------------------------------------------------ the body
 def _body_bytes(outer: _Outer) -> bytes:
-    """The body as JSON text, unpacked."""
+    """The body as JSON text, decompressed."""
     if outer.content_type != JSON:
         _check_content_type(outer.content_type)
     is_base64 = outer.properties is not None and outer.properties.body_encoding == "base64"
@@ -229,14 +230,14 @@ def _body_bytes(outer: _Outer) -> bytes:
     return _decompress(data, str(outer.headers.compression)) if outer.headers.compression else data
 
 
-def _check_content_type(told: object) -> None:
-    kind, *parameters = str(told).lower().split(";")
+def _check_content_type(content_type: object) -> None:
+    kind, *parameters = str(content_type).lower().split(";")
     charset = next((text.split("=")[1].strip(' "') for text in parameters if text.strip().startswith("charset=")), "")
     if kind.strip() != JSON or charset not in UTF_8:
-        raise _malformed(f"expected content-type {JSON} in UTF-8, got {told!r:.80}")
+        raise _malformed(f"expected content-type {JSON} in UTF-8, got {content_type!r:.80}")
 
 
-def _read_body(data: bytes) -> _Read:
+def _read_body(data: bytes) -> _CheckedBody:
     try:
         args, kwargs, embed = _decode(_BODY, data)
     except ValueError as error:
@@ -248,8 +249,8 @@ def _read_body(data: bytes) -> _Read:
     return _checked_body(args, kwargs, embed)
 
 
-def _checked_body(args: Any, kwargs: Any, embed: Any) -> _Read:
-    """The parts of a body; null and, as PHP writes it, an empty list stand for an empty object."""
+def _checked_body(args: Any, kwargs: Any, embed: Any) -> _CheckedBody:
+    """The parts of a body. Null and an empty list, which PHP writes, stand for an empty object."""
     args, kwargs, embed = args or [], kwargs or {}, embed or {}
     if not (isinstance(args, list) and isinstance(kwargs, dict) and isinstance(embed, dict)):
         kinds = ", ".join(type(part).__name__ for part in (args, kwargs, embed))
@@ -280,7 +281,7 @@ def _decompress(data: bytes, compression: str) -> bytes:
 
 
 def _bind(args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Positional arguments in the order of the request's fields, as Python would bind them."""
+    """Bind positional arguments to the request's fields in their order, as Python does."""
     if not args:
         return kwargs
     if len(args) > len(REQUEST_FIELDS):

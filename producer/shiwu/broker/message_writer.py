@@ -1,7 +1,7 @@
-"""Celery's message on Redis (protocol 2 inside kombu's envelope), written for producers. Its reader is `envelope`.
+"""Writes Celery messages: task protocol 2 in kombu's envelope. `message_reader` reads them.
 
-The format is described in https://docs.celeryq.dev/en/stable/internals/protocol.html; a test holds what is written here
-against Celery's own. Celery is not imported, so that a producer stays light.
+The format is described in https://docs.celeryq.dev/en/stable/internals/protocol.html, and a test compares it with
+Celery's own messages. Celery is not imported, so that producers do not need it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def build_message(
     ignore_result: bool = False,
     trace: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The bytes to LPUSH to the lane. Times are milliseconds since 1970 by Redis' clock; `trace` is W3C's context."""
+    """The bytes to LPUSH to the lane. Times are in ms since 1970 by Redis' clock; `trace` has W3C trace headers."""
     body = to_json(
         [
             [],

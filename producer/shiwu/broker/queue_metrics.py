@@ -27,7 +27,7 @@ _PLAIN_GAUGES = (
 
 @dataclass(frozen=True, slots=True)
 class QueueNumbers:
-    """The queues at one moment."""
+    """Sizes of the queues at one moment."""
 
     waiting: Mapping[Lane, int]
     claimed: Mapping[Lane, int]
@@ -39,10 +39,9 @@ class QueueNumbers:
 
 
 class QueueCollector(Collector):
-    """Exports the newest numbers of the queues. Thread-safe: `update` and `forget` replace one reference.
+    """Exports the newest queue sizes. Thread-safe: `update` and `forget` replace one reference.
 
-    There are no series while the numbers are unknown, because a number that no longer changes would hide that Redis is
-    away.
+    It exports no series while the sizes are unknown, because a constant value would hide that Redis is unavailable.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How much waits and how much is worked on, as Redis knows it."""
+"""Counts what waits and what is claimed, and shares the counts between workers as a queue snapshot."""
 
 from __future__ import annotations
 
@@ -14,29 +14,34 @@ from shiwu.broker.message_reader import read_message
 from shiwu.broker.server_clock import server_time_ms
 from shiwu.contract import CLAIMS, COUNTERS, DEAD, DELAYED, QUARANTINE, QUEUE_SNAPSHOT, WORKERS, Lane, RequestError
 
-ALIVE_MS: Final = 10_000
+WORKER_TIMEOUT_MS: Final = 10_000
+"""A worker without a heartbeat for this long is not listed."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """How much waits, how much is being worked on."""
+    """Sizes of the queues, the workers that run, and totals since the database is in use."""
 
     waiting: dict[Lane, int]
+    """Messages in each lane."""
     claimed: dict[Lane, int]
+    """Jobs that a worker holds, by the lane that they came from."""
     delayed: int
+    """Jobs that wait for a retry or a countdown."""
     suspects: int
-    """Jobs whose workers died twice; they are worked on one at a time."""
+    """Jobs in quarantine: workers died twice while they held them, so they run one at a time."""
     dead: int
+    """Dead letters."""
     workers: tuple[str, ...]
-    """Workers that gave a sign of life in the last ten seconds."""
+    """Names of workers with a heartbeat in the last ten seconds."""
     counters: dict[str, int]
-    """Totals since the database is in use: answered, answers_discarded, copies_dropped, reaped, results_dropped, …"""
+    """Name → total since the database is in use: answered, answers_discarded, copies_dropped, reaped, …"""
     oldest_age_s: dict[Lane, float]
-    """Age of the oldest waiting message; absent where none waits, or none says when it was sent."""
+    """Seconds since the oldest waiting message was sent; absent where none waits or none has a time of sending."""
 
 
 def read_state(client: redis.Redis) -> QueueState:
-    """What waits and what is claimed, lane by lane."""
+    """Count the queues now; several round trips, which grow with the number of claimed jobs."""
     waiting = count_waiting(client, list(Lane))
     claimed = dict.fromkeys(Lane, 0)
     for _, record in client.hscan_iter(CLAIMS, count=1000):
@@ -44,26 +49,26 @@ def read_state(client: redis.Redis) -> QueueState:
         claimed[next((lane for lane in Lane if key in lane.keys), Lane.BULK)] += 1
     now_ms = server_time_ms(client)
     with client.pipeline(transaction=False) as pipe:
-        pipe.zrangebyscore(WORKERS, now_ms - ALIVE_MS, "+inf")
+        pipe.zrangebyscore(WORKERS, now_ms - WORKER_TIMEOUT_MS, "+inf")
         pipe.zcard(DELAYED)
         pipe.llen(QUARANTINE)
         pipe.zcard(DEAD)
         pipe.hgetall(COUNTERS)
-        alive, delayed, suspects, dead, counters = pipe.execute()
+        workers, delayed, quarantined, dead, counters = pipe.execute()
     return QueueState(
         waiting=waiting,
         claimed=claimed,
         delayed=delayed,
-        suspects=suspects,
+        suspects=quarantined,
         dead=dead,
-        workers=tuple(name.decode(errors="replace") for name in alive),
+        workers=tuple(name.decode(errors="replace") for name in workers),
         counters={name.decode(): int(value) for name, value in sorted(counters.items())},
         oldest_age_s={lane: max(0.0, now_ms - sent_ms) / 1000 for lane, sent_ms in _oldest(client).items()},
     )
 
 
 def count_waiting(client: redis.Redis, lanes: Sequence[Lane]) -> dict[Lane, int]:
-    """Messages in each lane, whatever their priority."""
+    """Messages of all priorities in each lane; one round trip."""
     with client.pipeline(transaction=False) as pipe:
         for lane in lanes:
             for key in lane.keys:
@@ -73,35 +78,35 @@ def count_waiting(client: redis.Redis, lanes: Sequence[Lane]) -> dict[Lane, int]
 
 
 class QueueSnapshot(msgspec.Struct, frozen=True):
-    """The queues at one moment, as all workers share it so that only one of them has to look.
+    """Sizes of the queues at one moment. One worker counts them, and the others read its snapshot from Redis.
 
-    Lanes are written by name; times are of Redis' clock.
+    Times are in ms since 1970 by Redis' clock.
     """
 
     at_ms: float
     waiting: dict[Lane, int]
     claimed: dict[Lane, int]
     oldest_ms: dict[Lane, float]
-    """When the oldest waiting message of the lane was sent; absent where the lane is empty or no message says it."""
+    """When the oldest waiting message was sent; absent where the lane is empty or no message has a time of sending."""
     delayed: int
     suspects: int
     dead: int
     answered: int
-    """Answers since the database is in use."""
+    """Total of answers since the database is in use."""
 
 
 def shared_snapshot(client: redis.Redis, *, max_age_s: float) -> QueueSnapshot:
-    """What waits and is worked on, not older than `max_age_s`; of many who ask in this time one counts for all."""
+    """The newest snapshot in Redis, or a new one where that is older than `max_age_s`."""
     now_ms = server_time_ms(client)
     kept: Any = client.get(QUEUE_SNAPSHOT)
     if kept is not None:
         with contextlib.suppress(msgspec.MsgspecError):
-            known = _LOOK.decode(kept)
+            known = _SNAPSHOT.decode(kept)
             if 0 <= now_ms - known.at_ms < max_age_s * 1000:
                 return known
-    # Whoever asks beside us while we count gets what was known before, or counts too.
+    # Without a lock: a worker that asks during the count gets the old snapshot or counts too.
     state = read_state(client)
-    seen = QueueSnapshot(
+    snapshot = QueueSnapshot(
         at_ms=now_ms,
         waiting=state.waiting,
         claimed=state.claimed,
@@ -111,8 +116,8 @@ def shared_snapshot(client: redis.Redis, *, max_age_s: float) -> QueueSnapshot:
         dead=state.dead,
         answered=state.counters.get("answered", 0),
     )
-    client.set(QUEUE_SNAPSHOT, msgspec.json.encode(seen), px=max(1, int(max_age_s * 1000)))
-    return seen
+    client.set(QUEUE_SNAPSHOT, msgspec.json.encode(snapshot), px=max(1, int(max_age_s * 1000)))
+    return snapshot
 
 
 def _oldest(client: redis.Redis) -> dict[Lane, float]:
@@ -123,7 +128,7 @@ def _oldest(client: redis.Redis) -> dict[Lane, float]:
         raws: list[Any] = pipe.execute(raise_on_error=False)
     oldest: dict[Lane, float] = {}
     for (lane, _), raw in zip(keys, raws, strict=True):
-        # An ACL user without LINDEX, as the sweep had in version 0.1, can read everything but the age.
+        # The ACL of version 0.1 had no LINDEX for the sweep: then only the age is missing.
         if isinstance(raw, redis.ResponseError):
             continue
         with contextlib.suppress(RequestError):
@@ -133,4 +138,4 @@ def _oldest(client: redis.Redis) -> dict[Lane, float]:
     return oldest
 
 
-_LOOK: Final[msgspec.json.Decoder[QueueSnapshot]] = msgspec.json.Decoder(QueueSnapshot)
+_SNAPSHOT: Final[msgspec.json.Decoder[QueueSnapshot]] = msgspec.json.Decoder(QueueSnapshot)

@@ -1,7 +1,7 @@
-"""What each error of Redis means: whether it can pass by itself, whose it is, what to do.
+"""What each error of Redis means: whether a retry can help, what has to change, and what to do.
 
-`REDIS_ERRORS` has one row for every `RedisCode`. Clients, workers and the command line decide by it, and a part of
-`docs/errors.md` is written from it.
+`REDIS_ERRORS` has one row for every `RedisCode`. Clients, workers and the command line decide by it, and part of
+`docs/errors.md` is generated from it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ LogLevel = Literal["info", "warning", "error"]
 
 
 class RedisCode(StrEnum):
-    """Stable words for what Redis, or the way to it, answers."""
+    """Stable codes for errors of Redis and of the connection to it."""
 
-    AWAY = "redis_away"
+    UNAVAILABLE = "redis_away"
     LOADING = "redis_loading"
     BUSY = "redis_busy"
     READ_ONLY = "redis_read_only"
@@ -51,7 +51,7 @@ class RedisFault(StrEnum):
 
     SERVER = "server"  # the state of Redis or of the network
     SETTINGS = "settings"  # the URL, the login, or what the operator runs under that address
-    DATA = "data"  # a key that something else has written
+    DATA = "data"  # a key that another program has written
     SERVICE = "service"  # shiwu itself
 
 
@@ -61,21 +61,21 @@ class RedisErrorInfo:
 
     fault: RedisFault
     passes: bool
-    """Whether the same command may succeed later although no setting is changed: then it is tried again."""
+    """Whether the same command may succeed later without a change of settings; then it is retried."""
     meaning: str
     remedy: str
     log_level: LogLevel = "error"
     is_about_command: bool = False
-    """Whether other commands may succeed all the same: what was refused is given up, and holds up nothing else."""
+    """Whether only this command is refused and others may succeed; then the caller skips what it wanted to do."""
 
     @property
     def ends_start(self) -> bool:
-        """Whether a process that has not worked yet ends with exit code 64 instead of trying again."""
+        """Whether a process that gets this error at its start exits with code 64 instead of retrying."""
         return not self.passes and self.fault is RedisFault.SETTINGS
 
 
 class NotOneServer(ShiwuError, redis.RedisError):
-    """The address is no plain Redis server: a node of a cluster, or a sentinel."""
+    """The address belongs to a cluster node or a sentinel, not to one Redis server; change the Redis URL."""
 
     code = "not_one_server"
 
@@ -85,11 +85,18 @@ class NotOneServer(ShiwuError, redis.RedisError):
 
 
 class NotReplicated(redis.RedisError):
-    """Fewer replicas than asked for have confirmed a write in time. It stands on the primary."""
+    """Fewer replicas than requested have confirmed a write in time.
+
+    The write is on the primary; a failover now may lose it. The same write may be repeated: jobs and answers keep their
+    ids.
+    """
 
 
 class ConnectionsBusy(ShiwuError, exceptions.MaxConnectionsError):
-    """All connections of this client stayed in use for as long as one command may take."""
+    """All connections of this client stayed in use for the time that one command may take.
+
+    Nothing was sent. Raise `max_connections` of `Client`, or use fewer threads.
+    """
 
     code = "connections_busy"
 
@@ -106,14 +113,12 @@ def _settings(meaning: str, remedy: str, *, is_about_command: bool = False) -> R
 
 REDIS_ERRORS: Final[Mapping[RedisCode, RedisErrorInfo]] = MappingProxyType(
     {
-        RedisCode.AWAY: _server(
+        RedisCode.UNAVAILABLE: _server(
             "Redis did not answer, or the connection was lost.",
             "Check that Redis runs, the host and port in the Redis URL, and redis:// against rediss://.",
         ),
-        RedisCode.LOADING: _server("Redis has just started and reads its data.", "Wait."),
-        RedisCode.BUSY: _server(
-            "Redis runs a script or a function that takes long.", "Find the script, or wait until it ends."
-        ),
+        RedisCode.LOADING: _server("Redis has just started and loads its data.", "Wait."),
+        RedisCode.BUSY: _server("Redis runs a long script or function.", "Find the script, or wait until it ends."),
         RedisCode.READ_ONLY: _server(
             "The server is a replica, as after a failover, or its primary is gone.",
             "Wait for the failover; if it lasts, give the primary's address, or sentinel://.",
@@ -126,15 +131,15 @@ REDIS_ERRORS: Final[Mapping[RedisCode, RedisErrorInfo]] = MappingProxyType(
             "Redis refuses writes because its last save to disk failed.", "Read the log of Redis; free its disk."
         ),
         RedisCode.NOT_REPLICATED: _server(
-            "Fewer replicas are connected, or have confirmed a write, than were asked for.",
-            "Look after the replicas; the same write may be repeated.",
+            "Fewer replicas are connected, or have confirmed a write, than requested.",
+            "Check the replicas; the same write may be repeated.",
         ),
         RedisCode.CONNECTIONS: _server(
             "All connections that the client may open, or that Redis accepts, are in use.",
             "Raise max_connections of Client, or maxclients of Redis, or use fewer threads.",
         ),
         RedisCode.LOGIN: _settings(
-            "Redis refuses the user name or the password, or wants one.",
+            "Redis refuses the user name or the password, or requires them.",
             "Correct the login, or sentinel_password, in the Redis URL; write %40 for @, %2F for /, %3A for : in it.",
         ),
         RedisCode.PERMISSION: _settings(
@@ -144,22 +149,22 @@ REDIS_ERRORS: Final[Mapping[RedisCode, RedisErrorInfo]] = MappingProxyType(
         ),
         RedisCode.CLUSTER: _settings(
             "The server is a node of a Redis Cluster, and shiwu's scripts need all keys on one server.",
-            "Give the address of one Redis or Valkey without cluster mode, with replicas and sentinels if you like.",
+            "Give the address of one Redis or Valkey without cluster mode, with replicas and sentinels if needed.",
         ),
         RedisCode.SENTINEL: _settings(
             "The server is a sentinel, which holds no data.",
-            "Write sentinel://host:26379,host:26379/master-name/0 instead of redis://.",
+            "Use sentinel://host:26379,host:26379/master-name/0 instead of redis://.",
         ),
         RedisCode.DATABASE: _settings(
             "Redis has no database with this number.",
-            "Take a smaller number in the Redis URL, or raise `databases` of Redis.",
+            "Use a smaller number in the Redis URL, or raise `databases` of Redis.",
         ),
         RedisCode.TLS: _settings(
-            "The TLS handshake failed: a certificate is not trusted or not for this host, or one side speaks no TLS.",
+            "The TLS handshake failed: a certificate is not trusted or not for this host, or one side has no TLS.",
             "Check rediss:// against redis://, the port, ssl_ca_certs and the host name in the certificate.",
         ),
         RedisCode.PROTOCOL: _settings(
-            "What listens at the address does not speak the Redis protocol.",
+            "The program at this address does not use the Redis protocol.",
             "Check the host and port in the Redis URL.",
         ),
         RedisCode.UNSUPPORTED: _settings(
@@ -169,8 +174,8 @@ REDIS_ERRORS: Final[Mapping[RedisCode, RedisErrorInfo]] = MappingProxyType(
         RedisCode.WRONG_TYPE: RedisErrorInfo(
             RedisFault.DATA,
             passes=False,
-            meaning="A key of shiwu holds a value of a foreign type, which something else has written.",
-            remedy="Find the key in the message, move or delete it, and close it to others by an ACL.",
+            meaning="A key of shiwu has a value of another type, which another program has written.",
+            remedy="Find the key in the message, move or delete it, and protect it from others by an ACL.",
             is_about_command=True,
         ),
         RedisCode.UNKNOWN: RedisErrorInfo(
@@ -207,7 +212,7 @@ _WORDS: Final[Mapping[str, RedisCode]] = {
     "unknown command": RedisCode.UNSUPPORTED,
     "Transaction discarded": RedisCode.BUSY,
 }
-"""What the server says → code. Inside a script's error of Redis 6.2 the word is not the first one."""
+"""Word in the server's reply → code. Redis 6.2 puts its own words before it in the error of a script."""
 _WORD: Final = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in _WORDS))
 _TYPES: Final[tuple[tuple[type[Exception], RedisCode], ...]] = (
     (NotReplicated, RedisCode.NOT_REPLICATED),
@@ -226,11 +231,11 @@ _TYPES: Final[tuple[tuple[type[Exception], RedisCode], ...]] = (
     (exceptions.OutOfMemoryError, RedisCode.FULL),
     (exceptions.InvalidResponse, RedisCode.PROTOCOL),
 )
-"""redis-py takes the first word out of the text where it has a type for it."""
+"""redis-py removes the first word of the text where it has a type for it."""
 
 
 def classify(error: BaseException) -> RedisCode:
-    """The code of an error that redis-py, or the socket under it, has raised."""
+    """The code of an error that redis-py or its socket has raised."""
     if isinstance(error, NotOneServer):
         return RedisCode.SENTINEL if error.mode == "sentinel" else RedisCode.CLUSTER
     if isinstance(error, MasterNotFoundError) and "AuthenticationError" in str(error):
@@ -250,16 +255,16 @@ def classify(error: BaseException) -> RedisCode:
 def _classify_connection(error: BaseException) -> RedisCode:
     if "max number of clients reached" in str(error):
         return RedisCode.CONNECTIONS
-    return RedisCode.TLS if any(map(_is_handshake, _causes(error))) else RedisCode.AWAY
+    return RedisCode.TLS if any(map(_is_handshake, _causes(error))) else RedisCode.UNAVAILABLE
 
 
 def info_of(error: BaseException) -> RedisErrorInfo:
-    """The row of an error."""
+    """The row of `REDIS_ERRORS` for this error."""
     return REDIS_ERRORS[classify(error)]
 
 
-_SIGNS: Final[Mapping[RedisCode, str]] = {
-    RedisCode.AWAY: "connection errors and time-outs",
+_OTHER_MARKERS: Final[Mapping[RedisCode, str]] = {
+    RedisCode.UNAVAILABLE: "connection errors and time-outs",
     RedisCode.CLUSTER: "`cluster` in the greeting",
     RedisCode.SENTINEL: "`sentinel` in the greeting",
     RedisCode.TLS: "`SSLError` in the handshake",
@@ -267,34 +272,34 @@ _SIGNS: Final[Mapping[RedisCode, str]] = {
 }
 
 
-def signs_of(code: RedisCode) -> list[str]:
-    """What leads to a code, as Markdown: words of Redis' replies, and classes of redis-py."""
-    words = [word for word, its in _WORDS.items() if its is code]
-    words += [kind.__name__ for kind, its in _TYPES if its is code]
-    return [f"`{word}`" for word in words] + ([_SIGNS[code]] if code in _SIGNS else [])
+def markers_of(code: RedisCode) -> list[str]:
+    """What leads to a code, as Markdown: words in Redis' replies, and classes of redis-py."""
+    words = [word for word, known in _WORDS.items() if known is code]
+    words += [kind.__name__ for kind, known in _TYPES if known is code]
+    return [f"`{word}`" for word in words] + ([_OTHER_MARKERS[code]] if code in _OTHER_MARKERS else [])
 
 
 def explain(error: BaseException) -> str:
-    """One sentence for the operator: the code, what it means, what to do, and what Redis said."""
+    """Text for the operator: the code, what it means, what to do, and the reply of Redis."""
     code = classify(error)
     info = REDIS_ERRORS[code]
-    # Behind the colon stand the sentinels with all their arguments.
+    # After the colon come the sentinels with all their arguments.
     text = str(error).partition(" : ")[0] if isinstance(error, MasterNotFoundError) else str(error)
-    said = " ".join(text.split()).rstrip(".")
-    return f"{code}: {info.meaning} {info.remedy} (Redis said: {said:.300})"
+    reply = " ".join(text.split()).rstrip(".")
+    return f"{code}: {info.meaning} {info.remedy} (Redis said: {reply:.300})"
 
 
 def _is_handshake(error: BaseException) -> bool:
-    """Whether TLS itself was refused; a connection that ends or breaks in the middle of it is not."""
+    """Whether the TLS handshake failed; a connection that was lost during the handshake does not count."""
     broken = ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError | ssl.SSLWantReadError
     return isinstance(error, ssl.SSLError) and not isinstance(error, broken)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it."""
-    seen: BaseException | None = error
+    """The error and its causes, up to ten."""
+    cause: BaseException | None = error
     for _ in range(10):
-        if seen is None:
+        if cause is None:
             return
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+        yield cause
+        cause = cause.__cause__ or cause.__context__

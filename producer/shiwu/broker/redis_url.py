@@ -1,8 +1,8 @@
-"""The one parser of SHIWU_REDIS_URL. Clients, Celery's broker and Celery's result backend take their arguments from it.
+"""Parses the Redis URL for clients, Celery's broker and Celery's result backend.
 
 - `redis://[user:password@]host[:port][/database]`, also `valkey://`: one server.
-- `rediss://…`, also `valkeys://`: the same over TLS, with the options `ssl_…`.
-- `unix://[user:password@]/path/to/socket[?db=1]`, also `redis+socket:///path?virtual_host=1`: one on this machine.
+- `rediss://…`, also `valkeys://`: one server over TLS, with the options `ssl_…`.
+- `unix://[user:password@]/path/to/socket[?db=1]`, also `redis+socket:///path?virtual_host=1`: a server on this machine.
 - `sentinel://[user:password@]host[:port],host[:port]/name[/database][?sentinel_password=…]`: the primary of that name.
 """
 
@@ -35,15 +35,15 @@ _REFUSED: Final = {
     "retry_on_timeout": "shiwu decides itself what it tries again",
     "socket_keepalive": "shiwu always sends TCP keepalives",
 }
-"""Options that other libraries know and that shiwu cannot leave to the URL, with the reason."""
+"""Option of other libraries → why a URL for shiwu must not have it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisAddress:
-    """Where Redis is, and how to log in there."""
+    """Host, database and login of Redis."""
 
     hosts: tuple[tuple[str, int], ...] = ()
-    """The server, or the sentinels; empty for a socket."""
+    """Host and port of the server or of each sentinel; empty for a Unix socket."""
     socket_path: str = ""
     database: int = 0
     username: str | None = None
@@ -51,16 +51,16 @@ class RedisAddress:
     tls: Mapping[str, Any] | None = field(default=None, repr=False)
     """redis-py's arguments `ssl_…`, `ssl_cert_reqs` always among them; None without TLS."""
     primary: str = ""
-    """The name by which the sentinels know the primary; empty without sentinels."""
+    """The name of the primary at the sentinels; empty without sentinels."""
     sentinel_username: str | None = None
     sentinel_password: str | None = field(default=None, repr=False)
 
 
 def read_redis_url(url: str) -> RedisAddress:
-    """Read a Redis URL.
+    """Parse a Redis URL.
 
     Raises:
-        RedisUrlError: says what form was expected. The URL is not in the text, because it may hold a password.
+        RedisUrlError: the text says what was expected. It does not quote the URL, which may contain a password.
     """
     url = url.strip()
     if not url:
@@ -91,7 +91,7 @@ def read_redis_url(url: str) -> RedisAddress:
 
 
 class _Options:
-    """The query of a URL: each option is read once, and an option that was not read is refused."""
+    """The query of a URL. `take` removes an option, and `refuse_rest` refuses what is left."""
 
     def __init__(self, query: str) -> None:
         pairs = parse_qsl(query, keep_blank_values=True)
@@ -100,7 +100,7 @@ class _Options:
             raise RedisUrlError("expected every option of the query once")
 
     def take(self, *names: str) -> str | None:
-        """The value of an option that has several names; None where it is missing or empty."""
+        """The value of an option with one or more names; None where it is missing or empty."""
         found = [self._left.pop(name) for name in names if name in self._left]
         if len(set(found)) > 1:
             raise RedisUrlError(f"expected one of {' and '.join(names)}, got both")
@@ -156,7 +156,7 @@ def _read_sentinel(parts: SplitResult, options: _Options) -> RedisAddress:
 
 
 def _login(netloc: str) -> tuple[str | None, str | None, str]:
-    """User, password, and what follows them."""
+    """User name, password, and the hosts after them."""
     login, _, hosts = netloc.rpartition("@")
     username, _, password = login.partition(":")
     return unquote(username) or None, unquote(password) or None, hosts
@@ -171,13 +171,13 @@ def _host(text: str, *, default_port: int) -> tuple[str, int]:
 
 
 def _database(*texts: str | None) -> int:
-    """The number of the database; the path and the query may both say it."""
-    said = {unquote(text) for text in texts if text}
-    if len(said) > 1:
+    """The number of the database, which the path, the query or both may give."""
+    numbers = {unquote(text) for text in texts if text}
+    if len(numbers) > 1:
         raise RedisUrlError("expected one number of a database, got one in the path and another in the query")
-    text = said.pop() if said else "0"
+    text = numbers.pop() if numbers else "0"
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
-        raise RedisUrlError("expected the number of a database behind the host, as in redis://host/0")
+        raise RedisUrlError("expected the number of a database after the host, as in redis://host/0")
     return int(text)
 
 
@@ -217,7 +217,7 @@ _TLS_OPTIONS: Final[Mapping[str, Callable[[str, str], Any]]] = {
 
 
 def _read_tls(options: _Options) -> Mapping[str, Any]:
-    """redis-py's arguments. The server's certificate is checked unless the URL says otherwise."""
+    """redis-py's arguments for TLS. The server's certificate is checked unless the URL disables it."""
     found: dict[str, Any] = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
     for name, read in _TLS_OPTIONS.items():
         if (text := options.take(name)) is not None:

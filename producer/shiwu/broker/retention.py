@@ -1,7 +1,7 @@
-"""How much is kept, and for how long: the operator's word, given to the workers and left in Redis for everybody else.
+"""Retention: how much is kept and for how long. Workers publish their settings in Redis for clients and sweeps.
 
-A producer that cancels and a sweep write answers and trim as well; with limits of their own they would throw away what
-the operator wants kept.
+A cancelling client and a sweep write answers and trim as well. With limits of their own they would drop what the
+operator of the workers wants to keep.
 """
 
 from __future__ import annotations
@@ -21,31 +21,35 @@ DEAD_LENGTH: Final = 10_000
 DEAD_AGE_S: Final = 14 * 86_400
 STREAM_LENGTH: Final = 100_000
 REFRESH_S: Final = 60.0
-_ALL: Final = 10**12
+_UNLIMITED: Final = 10**12
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Times in seconds; lengths in entries."""
+    """How much is kept and for how long: times in seconds, lengths in entries."""
 
     result_ttl_s: int = RESULT_TTL_S
-    """An answer can be read under its key."""
+    """How long an answer can be read under its key."""
     done_ttl_s: int = DONE_TTL_S
-    """An id counts as answered; longer than any redelivery can take."""
+    """How long an id counts as answered, so that duplicates are recognised; at least `result_ttl_s`."""
     dead_length: int = DEAD_LENGTH
+    """How many dead letters are kept; the oldest are dropped."""
     dead_age_s: int = DEAD_AGE_S
+    """How long a dead letter is kept."""
     stream_length: int = STREAM_LENGTH
+    """How many answers the results stream keeps."""
 
 
 DEFAULT_RETENTION: Final = Retention()
-KEEP_ALL: Final = Retention(dead_length=_ALL, dead_age_s=_ALL // 100, stream_length=_ALL)
-"""Where no worker has left its limits: the usual times, and nothing is thrown away."""
+KEEP_ALL: Final = Retention(dead_length=_UNLIMITED, dead_age_s=_UNLIMITED // 100, stream_length=_UNLIMITED)
+"""Used while no worker has published its limits: the default times, and nothing is dropped."""
 
 
 class PublishedRetention:
-    """What the workers have left in Redis, looked up once a minute. Raises redis.RedisError when Redis is away.
+    """The limits that workers have published in Redis, read once a minute. Call it to get them.
 
-    Where it may not be read (an ACL without that key), what is known stays.
+    The last known limits stay in use where the user of Redis may not read the key. Raises redis.RedisError while Redis
+    is unavailable.
     """
 
     def __init__(self, client: redis.Redis) -> None:
@@ -54,7 +58,7 @@ class PublishedRetention:
         self._read_s = -REFRESH_S
 
     def __call__(self) -> Retention:
-        """The limits now."""
+        """The published limits, at most a minute old."""
         if time.monotonic() - self._read_s >= REFRESH_S:
             with contextlib.suppress(redis.ResponseError):
                 self._known = self._read()
@@ -64,24 +68,29 @@ class PublishedRetention:
     def _read(self) -> Retention:
         found: Any = self._client.hgetall(RETENTION)
         values = {name.decode(errors="replace"): value for name, value in found.items()}
-        known = {one.name: int(values[one.name]) for one in fields(Retention) if values.get(one.name, b"").isdigit()}
+        known = {
+            field.name: int(values[field.name]) for field in fields(Retention) if values.get(field.name, b"").isdigit()
+        }
         return Retention(**(asdict(KEEP_ALL) | known))
 
 
 class RetentionPublisher:
-    """A worker's own limits, told to all others through Redis once a minute. Raises redis.RedisError if it is away."""
+    """Publishes a worker's limits in Redis once a minute. Call it to get them.
 
-    def __init__(self, client: redis.Redis, keep: Retention) -> None:
+    Raises redis.RedisError while Redis is unavailable.
+    """
+
+    def __init__(self, client: redis.Redis, retention: Retention) -> None:
         self._client = client
-        self._keep = keep
-        self._told_s = -REFRESH_S
+        self._retention = retention
+        self._published_s = -REFRESH_S
 
     def __call__(self) -> Retention:
-        """The limits; they are told on the way."""
-        if time.monotonic() - self._told_s >= REFRESH_S:
-            mapping: dict[Any, Any] = asdict(self._keep)
-            # A full server refuses this write, and must not thereby end the upkeep that frees memory.
+        """The limits; publishes them if that is due."""
+        if time.monotonic() - self._published_s >= REFRESH_S:
+            mapping: dict[Any, Any] = asdict(self._retention)
+            # A full server refuses this write, which must not end the maintenance that frees memory.
             with contextlib.suppress(redis.ResponseError):
                 self._client.hset(RETENTION, mapping=mapping)
-            self._told_s = time.monotonic()
-        return self._keep
+            self._published_s = time.monotonic()
+        return self._retention

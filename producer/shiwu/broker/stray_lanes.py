@@ -1,7 +1,7 @@
-"""Finds lists that look like lanes and that no worker reads, because a client has other transport options.
+"""Finds lists that look like lanes and that no worker reads.
 
-A `global_keyprefix`, another `sep`, other `priority_steps` or another database number lead there, and the messages wait
-without end.
+A client with a `global_keyprefix`, another `sep`, other `priority_steps` or another database number writes to such
+lists, and its messages wait forever.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any, Final
 
 import redis
 
-from shiwu.broker.connection import call_held
+from shiwu.broker.connection import run_on_connection
 from shiwu.contract import WORKERS, Lane
 
 MAX_FOUND: Final = 20
-SCANNED_AT_ONCE: Final = 1000
+"""Lists that one search returns."""
+SCAN_COUNT: Final = 1000
+"""Keys that Redis examines in one SCAN."""
 _LANE_KEYS: Final = frozenset(key for lane in Lane for key in lane.keys)
 
 
@@ -35,18 +37,21 @@ class StrayLane:
 
 @dataclass(frozen=True, slots=True)
 class StrayLanes:
-    """What a search found."""
+    """The result of one search."""
 
     found: tuple[StrayLane, ...] = ()
     is_complete: bool = True
-    """False where the time was over, or the user of Redis may not search."""
+    """False where the time limit ended the search, or the user of Redis may not search."""
 
 
 def find_stray_lanes(client: redis.Redis, *, limit_s: float = 2.0) -> StrayLanes:
-    """Search the names of all keys of this database, and the lanes of others where no worker runs.
+    """Search the keys of this database, and the lanes of other databases where no worker runs.
+
+    Args:
+        limit_s: the search of the keys ends after this time.
 
     Raises:
-        redis.RedisError: Redis is away; that it refuses a command makes the search incomplete.
+        redis.RedisError: Redis is unavailable. A refused command only makes the search incomplete.
     """
     until_s = time.monotonic() + limit_s
     found: list[StrayLane] = []
@@ -70,10 +75,10 @@ def find_stray_lanes(client: redis.Redis, *, limit_s: float = 2.0) -> StrayLanes
 
 
 def _names_like_lanes(client: redis.Redis) -> Iterator[bytes | None]:
-    """Names of lists that hold the name of a lane and are none; None after each step of the search."""
+    """Yield names of lists that contain the name of a lane but are no lane; None after each step of the search."""
     cursor = 0
     while True:
-        reply: Any = client.scan(cursor, match="*shiwu.*", count=SCANNED_AT_ONCE, _type="list")
+        reply: Any = client.scan(cursor, match="*shiwu.*", count=SCAN_COUNT, _type="list")
         cursor, names = reply
         for name in names:
             text = name.decode(errors="replace")
@@ -92,10 +97,10 @@ def _in_other_databases(client: redis.Redis, *, own: int) -> list[StrayLane]:
     for database in others:
         if database == own:
             continue
-        with client.client() as one:  # type: ignore[no-untyped-call]  # redis' own
-            # Back to the own database in the same step, because the connection returns to its pool.
-            asked = (("ZCARD", WORKERS), *(("LLEN", key) for key in keys))
-            _, workers, *lengths, _ = call_held(one, ("SELECT", database), *asked, ("SELECT", own))
+        with client.client() as connected:  # type: ignore[no-untyped-call]  # redis' own
+            # Select the own database again in the same step, because the connection returns to its pool.
+            counts = (("ZCARD", WORKERS), *(("LLEN", key) for key in keys))
+            _, workers, *lengths, _ = run_on_connection(connected, ("SELECT", database), *counts, ("SELECT", own))
         if not workers:
             found += [StrayLane(key, database, n) for key, n in zip(keys, lengths, strict=True) if n]
     return found

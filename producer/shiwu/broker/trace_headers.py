@@ -1,4 +1,4 @@
-"""W3C trace context in a message's headers, where OpenTelemetry's instrumentation of Celery writes it too."""
+"""W3C trace context in message headers, in the same place as OpenTelemetry's instrumentation of Celery."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from shiwu.contract import MAX_MESSAGE_BYTES
 
 MAX_CHARS: Final = 512
-"""A longer value is left out; the recommendation asks nobody to carry more of a tracestate."""
+"""A longer value is left out; the W3C recommendation requires no more of a tracestate."""
 
 
 class _Headers(msgspec.Struct, frozen=True):
@@ -26,13 +26,13 @@ _OUTER: Final[msgspec.json.Decoder[_Outer]] = msgspec.json.Decoder(_Outer)
 
 
 def current_headers() -> dict[str, str]:
-    """`traceparent`, and perhaps `tracestate`, of the caller's span; empty where there is none.
+    """`traceparent` and, if set, `tracestate` of the caller's span; empty where there is no span.
 
-    OpenTelemetry is never loaded by us: a caller with a span has loaded it, and without it there is no span to find.
+    This never loads OpenTelemetry: a caller with a span has loaded it already.
     """
     if "opentelemetry.trace" not in sys.modules:
         return {}
-    # An import and not what `sys.modules` holds: another thread may be in the midst of importing it.
+    # An import instead of `sys.modules`, because another thread may still be importing the module.
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 
     headers: dict[str, str] = {}
@@ -41,7 +41,7 @@ def current_headers() -> dict[str, str]:
 
 
 def read_headers(raw: bytes) -> dict[str, str]:
-    """The same of a message, valid or not; empty for one without them and for one that can't be read."""
+    """`traceparent` and `tracestate` of a message; empty where it has none or cannot be read."""
     if len(raw) > MAX_MESSAGE_BYTES:
         return {}
     try:

@@ -15,7 +15,7 @@ import redis
 from rich.console import Console
 from rich.progress import Progress
 
-from shiwu.broker.queue_stats import ALIVE_MS
+from shiwu.broker.queue_stats import WORKER_TIMEOUT_MS
 from shiwu.cli.base import Exit, end, main
 from shiwu.cli.hints import notes_of
 from shiwu.cli.params import Seconds
@@ -138,8 +138,8 @@ def _answers(client: Client, ids: Sequence[str], *, timeout_s: float) -> Iterato
     with contextlib.suppress(redis.RedisError):  # the wait goes on while Redis is away
         if not client.queue_state().workers:
             click.echo(
-                f"shiwu: no worker has been seen for {ALIVE_MS / 1000:g} s; start one with `shiwu-worker` on the same "
-                f"Redis. Still waiting, up to {left_s:.0f} s.",
+                f"shiwu: no worker has been seen for {WORKER_TIMEOUT_MS / 1000:g} s; start one with `shiwu-worker` on "
+                f"the same Redis. Still waiting, up to {left_s:.0f} s.",
                 err=True,
             )
     left_s = timeout_s - (time.monotonic() - began_s)

@@ -13,7 +13,7 @@ from typing import Any, Final
 import redis
 
 from shiwu.broker.answers import wait_replicated
-from shiwu.broker.connection import call_held
+from shiwu.broker.connection import run_on_connection
 from shiwu.broker.message_writer import build_message
 from shiwu.broker.queue_stats import count_waiting
 from shiwu.broker.redis_errors import NotReplicated, explain, info_of
@@ -162,7 +162,7 @@ class Sender:
             commands.insert(0, ("ZADD", DEADLINES, *members))
         # On one connection, because WAIT is about the writes of its own.
         with self._redis.client() as one:  # type: ignore[no-untyped-call]  # redis' own
-            call_held(one, *commands)
+            run_on_connection(one, *commands)
             wait_replicated(one, replicas=replicas, timeout_s=self._timeout_s / 2)
 
     def server_time_ms(self) -> float:

@@ -1,8 +1,7 @@
-"""The language both sides speak: request, answer, timing, error codes, lanes and key names.
+"""What producers and workers agree on: request, answer, timing, error codes, lanes and key names.
 
-Everything that crosses Redis is defined here and nowhere else. Readers ignore fields they do not know, so an old worker
-can serve a new producer; fields are added, never renamed. The JSON Schema files in `docs/schema/` are generated from
-these classes.
+Defines everything that crosses Redis. Readers ignore unknown fields, so an old worker can serve a new producer; fields
+are added and never renamed. The JSON Schema files in `docs/schema/` are generated from these classes.
 """
 
 from __future__ import annotations

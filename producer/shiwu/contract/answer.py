@@ -1,4 +1,4 @@
-"""The one terminal result of a job, with the time of every stage."""
+"""The answer: the one terminal record of a job, with the time of every stage."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _open(words: Iterable[str]) -> msgspec.Meta:
     )
 
 
-# Workers are upgraded before their consumers, so a reader meets words that it does not know. They pass as plain
-# strings; known words are members of their enum. The type is `str`: msgspec decodes no union of an enum and `str`.
+# Workers are upgraded before consumers, so a reader meets unknown words. They pass as plain strings; known words become
+# members of their enum. The type is `str` because msgspec cannot decode a union of an enum and `str`.
 StatusWord = Annotated[str, _open(Status)]
 ErrorWord = Annotated[str, _open(ErrorCode)]
 StageWord = Annotated[str, _open(Stage)]
@@ -43,15 +43,16 @@ HeadWord = Annotated[str, _open(get_args(Head))]
 
 
 def moment(ms: float) -> datetime:
-    """A time of Redis' clock, as answers tell it."""
+    """A time of Redis' clock, in milliseconds since 1970, as a `datetime` in UTC."""
     return datetime.fromtimestamp(ms / 1000, UTC)
 
 
 class AnswerModel(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a worker writes: immutable, cheap enough for every picture, and deaf to fields of a newer version.
+    """Base of everything a worker writes: immutable, and cheap to create. Unknown fields of newer versions are ignored.
 
-    What is None is left out of the JSON. Other defaults come from a `default_factory`, which keeps them in it. Parts
-    that hold only texts and numbers have `gc=False`: they cannot be in a cycle, and a worker makes ten for each job.
+    Fields that are None are left out of the JSON. Other defaults come from a `default_factory`, so that they are
+    written. Parts that hold only texts and numbers have `gc=False`: they cannot form a cycle, and a worker creates ten
+    for each job.
     """
 
     def to_json(self) -> bytes:
@@ -60,31 +61,31 @@ class AnswerModel(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @classmethod
     def from_json(cls, raw: bytes) -> Self:
-        """Read it back.
+        """Read what `to_json` wrote.
 
         Raises:
-            ValueError: for anything else, with the path of the first field that is wrong.
+            ValueError: the JSON does not match; names the path of the first wrong field.
         """
         return msgspec.json.decode(raw, type=cls)
 
 
 class Tag(AnswerModel, frozen=True, gc=False):
-    """One label of an answer."""
+    """One label that an image got, with its score."""
 
     label: str
     score: float
-    """Softmax or sigmoid of the scaled cosine; softmax is relative to the label set."""
+    """Softmax or sigmoid of the scaled cosine, 0 to 1. A softmax score depends on the other labels of the set."""
     cosine: float
-    """Cosine of picture and label vectors, comparable across label sets of one model."""
+    """Cosine of the image and label vectors, -1 to 1; comparable across label sets of one model."""
 
 
 class Timing(AnswerModel, frozen=True, gc=False):
     """Milliseconds of each stage of the last attempt; with `earlier` and `queue` they add up to `total`.
 
-    `queue` is the wait in the lane before the last attempt; it is absent when the sender did not say when it enqueued.
-    `earlier` is the time between that moment and the wait: earlier attempts and their pauses, or a countdown. `batch`
-    is waiting and `encode` is the whole forward pass: neither is divided by the batch size. Commit lies after the
-    answer.
+    `queue` is the wait in the lane before the last attempt; it is absent where the message has no time of sending.
+    `earlier` is the time from sending to that wait: earlier attempts and their pauses, or a countdown. `batch` is the
+    wait for the device, and `encode` is the whole forward pass; neither is divided by the batch size. The commit stage
+    comes after the answer is made and is not included.
     """
 
     queue: float | None = None
@@ -99,7 +100,10 @@ class Timing(AnswerModel, frozen=True, gc=False):
 
 
 class ImageInfo(AnswerModel, frozen=True, gc=False):
-    """The image as it was read. `reference` is as it was sent, but http(s) URLs have no query and no user name."""
+    """The image as it was read. `reference` is as it was sent, but http(s) URLs have no query and no user name.
+
+    `bytes` is the size of the file, `width` and `height` are in pixels, and `sha256` is hexadecimal.
+    """
 
     reference: str
     format: str | None = None
@@ -110,7 +114,7 @@ class ImageInfo(AnswerModel, frozen=True, gc=False):
 
 
 class LabelsInfo(AnswerModel, frozen=True, gc=False):
-    """Which labels were compared; the digest covers words, templates and head."""
+    """The label set that the image was compared with. The digest covers labels, templates and head."""
 
     digest: str
     count: int
@@ -119,7 +123,7 @@ class LabelsInfo(AnswerModel, frozen=True, gc=False):
 
 
 class ModelInfo(AnswerModel, frozen=True, gc=False):
-    """Which weights answered, and how they were run."""
+    """The model that encoded the image, and how it ran."""
 
     id: str
     revision: str
@@ -128,7 +132,7 @@ class ModelInfo(AnswerModel, frozen=True, gc=False):
 
 
 class ErrorInfo(AnswerModel, frozen=True, gc=False):
-    """Why there are no tags."""
+    """Why a job has no tags. `code` is stable; `message` is for people and may change between versions."""
 
     code: ErrorWord
     message: str
@@ -136,7 +140,7 @@ class ErrorInfo(AnswerModel, frozen=True, gc=False):
     retryable: bool = msgspec.field(default_factory=bool)
 
     def __post_init__(self) -> None:
-        """Spell out what UTF-8 cannot write, because the answer must always be writable; recognise known words."""
+        """Escape lone surrogates, which UTF-8 cannot encode, and convert known words to members of their enums."""
         msgspec.structs.force_setattr(self, "message", as_utf8(self.message))
         if type(self.code) is str:
             msgspec.structs.force_setattr(self, "code", known_word(ErrorCode, self.code))
@@ -151,27 +155,27 @@ class AnswerWarning(AnswerModel, frozen=True, gc=False):
     message: str
 
     def __post_init__(self) -> None:
-        """Spell out what UTF-8 cannot write, because the answer must always be writable; recognise known words."""
+        """Escape lone surrogates, which UTF-8 cannot encode, and convert known words to members of their enums."""
         msgspec.structs.force_setattr(self, "message", as_utf8(self.message))
         if type(self.code) is str:
             msgspec.structs.force_setattr(self, "code", known_word(WarningCode, self.code))
 
 
 class Attempt(AnswerModel, frozen=True):
-    """An earlier try of a job that came back to its lane."""
+    """An earlier attempt of a job that returned to its lane."""
 
     attempt: int
     code: AttemptWord
-    """An error code, or how the worker ended; see `history` of the answer."""
+    """An error code, or how the worker ended (`AttemptEnd`)."""
     at: datetime
-    """When it ended, by Redis' clock, in UTC."""
+    """When the attempt ended, by Redis' clock, in UTC."""
     stage: StageWord | None = None
     worker: str = msgspec.field(default_factory=str)
     pause: float | None = None
-    """Milliseconds until the job was in its lane again, where the worker asked for a pause."""
+    """Milliseconds until the job returned to its lane; None where the worker asked for no pause."""
 
     def __post_init__(self) -> None:
-        """Recognise known words in what was read."""
+        """Convert known words to members of their enums."""
         if type(self.code) is str:
             code = known_word(AttemptEnd, known_word(ErrorCode, self.code))
             msgspec.structs.force_setattr(self, "code", code)
@@ -180,7 +184,10 @@ class Attempt(AnswerModel, frozen=True):
 
 
 class Answer(AnswerModel, frozen=True):
-    """The one terminal result of a job."""
+    """The one terminal record of a job: status, tags or error, and times.
+
+    Exactly one of `tags` and `error` is set, except that a request which wants only an embedding gets no tags.
+    """
 
     id: str
     status: StatusWord
@@ -200,25 +207,25 @@ class Answer(AnswerModel, frozen=True):
     warnings: tuple[AnswerWarning, ...] | None = None
     """Reasons to read the tags with care; None where there are none."""
     answered_at: datetime | None = None
-    """When the answer was on its way to Redis, by Redis' clock, in UTC (RFC 3339)."""
+    """When the answer was sent to Redis, by Redis' clock, in UTC (RFC 3339)."""
     history: tuple[Attempt, ...] | None = None
-    """Earlier tries, the last ten of them, the oldest first; None where there are none."""
+    """The last ten earlier attempts, oldest first; None where there are none."""
 
     @classmethod
     def from_json(cls, raw: bytes) -> Self:
-        """Read it back; known words are members of their enums.
+        """Read what `to_json` wrote, and convert known words to members of their enums.
 
         Raises:
-            ValueError: for anything else, with the path of the first field that is wrong.
+            ValueError: the JSON does not match; names the path of the first wrong field.
         """
         answer = super().from_json(raw)
         answer.recognise_words()
         return answer
 
     def recognise_words(self) -> None:
-        """Make known words members of their enums, after the answer was read.
+        """Convert known words to members of their enums, after the answer was read.
 
-        Not done for each answer that is made: a worker makes thousands a second, of words that it knows.
+        `__post_init__` does not do it, because a worker creates thousands of answers a second, all with enum members.
         """
         if type(self.status) is str:
             msgspec.structs.force_setattr(self, "status", known_word(Status, self.status))

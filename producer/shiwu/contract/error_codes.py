@@ -1,6 +1,6 @@
-"""What each error code means: the status of the answer, whose fault it is, whether the worker retries, what to do.
+"""What each error code means: status of the answer, fault, whether the worker retries, and what to do.
 
-`CODES` has one row for every `ErrorCode`; a test holds it complete, and `docs/errors.md` is written from it.
+`CODES` has one row for every `ErrorCode`. `docs/errors.md` is generated from it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Fault(StrEnum):
 class Retry(StrEnum):
     """Whether a worker tries a job with this error again."""
 
-    NEVER = "never"  # another try gives the same error
+    NEVER = "never"  # another attempt gives the same error
     IF_SET = "if SHIWU_RETRY names it"
-    DEFAULT = "yes"  # up to SHIWU_MAX_ATTEMPTS, or as SHIWU_RETRY says
+    DEFAULT = "yes"  # up to SHIWU_MAX_ATTEMPTS, or as SHIWU_RETRY sets it
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +215,7 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
             retry=Retry.DEFAULT,
         ),
         ErrorCode.INTERNAL_ERROR: _failed(
-            "The worker met an error that it does not know. Nothing is said about the image.",
+            "The worker met an error that it does not know. This says nothing about the image.",
             "Read the worker's log line `source_failed`, report the defect, and requeue after an upgrade.",
             retry=Retry.DEFAULT,
             log_level="error",
@@ -238,7 +238,7 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
         ),
         ErrorCode.CHAIN_FAILED: _failed(
             "A job before this one in its Celery chain ended without tags, so this job never ran.",
-            "Read the error of that job, which stands in the message.",
+            "Read the error of that job, which the message quotes.",
             retry=Retry.NEVER,
             fault=Fault.CALLER,
         ),
@@ -258,8 +258,8 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
             None,
             Fault.SERVICE,
             Retry.NEVER,
-            "What lies under the id is not an answer that this version of the client can read.",
-            "Upgrade the client, or look whether another task used the same id.",
+            "The result stored under the id is not an answer that this version of the client can read.",
+            "Upgrade the client, or check whether another task used the same id.",
         ),
     }
 )
@@ -268,19 +268,19 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
 _WORDS: Final = frozenset(ErrorCode)
 
 
-def _info(code: str) -> CodeInfo | None:
+def _info_of(code: str) -> CodeInfo | None:
     return CODES.get(ErrorCode(code)) if code in _WORDS else None
 
 
 def status_of(code: str) -> Status:
     """The status of an answer with this error; `failed`, the service's own fault, where the table has no row."""
-    info = _info(code)
+    info = _info_of(code)
     return (info.status if info is not None else None) or Status.FAILED
 
 
 def log_level_of(code: str) -> LogLevel:
     """The level of the worker's log line about a job with this error; `error` where the table has no row."""
-    info = _info(code)
+    info = _info_of(code)
     return info.log_level if info is not None else "error"
 
 

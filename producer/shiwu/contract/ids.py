@@ -1,4 +1,4 @@
-"""Job ids. Whatever Celery takes for a task id is a job id, because its caller looks for the answer under it."""
+"""Checks job ids. Every valid Celery task id is a valid job id, because its caller looks for the answer under it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Final
 from shiwu.contract.vocabulary import ErrorCode, RequestError
 
 MAX_ID_BYTES: Final = 255
-"""Length of a short string in AMQP, which bounds the ids of all Celery clients."""
+"""Length of a short string in AMQP, which limits the ids of all Celery clients."""
 _DIGEST = re.compile(r"~[0-9a-f]{40}")
 
 
 def check_id(job_id: object) -> str:
-    """Return the id, or raise RequestError(invalid_id).
+    """Return the id if it is valid: a text of 1 to 255 bytes in UTF-8.
 
-    An id is any text of 1 to 255 bytes as UTF-8, but for `~` with 40 hexadecimal digits: that is the name of a message
-    without an id.
+    `~` with 40 hexadecimal digits is refused: workers name messages without an id so.
+
+    Raises:
+        RequestError: invalid_id.
     """
     if type(job_id) is str and 1 <= len(job_id) <= MAX_ID_BYTES and job_id.isascii() and job_id[0] != "~":
         return job_id
@@ -34,14 +36,14 @@ def check_id(job_id: object) -> str:
 
 
 def is_digest(job_id: str) -> bool:
-    """Whether this is the name that the worker gives to a message without a readable id: `~` and its SHA-1."""
+    """Whether this is the name of a message without a readable id: `~` and the SHA-1 of the message."""
     return job_id.startswith("~") and _DIGEST.fullmatch(job_id) is not None
 
 
 def id_text(value: object) -> str | None:
-    """The id that a client means by this JSON value: a text, or a number as most languages write it.
+    """The id that this JSON value stands for: a text, or the digits of a number.
 
-    None for all other values, also for the empty text: Celery then makes an id itself.
+    None for every other value, and for the empty text.
     """
     if isinstance(value, str):
         return value or None

@@ -1,4 +1,4 @@
-"""Text that people read in a terminal or a log, made safe: control characters are spelled out."""
+"""Escapes control characters in text that people read in a terminal or a log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNPRINTABLE: Final = re.compile(
     "\U000e0000-\U000e007f"  # invisible tags
     "]"
 )
-"""Joiners (U+200C, U+200D) stay: emoji and several scripts need them, and they hide and reorder nothing."""
+"""Joiners (U+200C, U+200D) stay: emoji and several scripts need them, and they neither hide nor reorder text."""
 
 
 def printable(text: str) -> str:
@@ -24,15 +24,15 @@ def printable(text: str) -> str:
     All user-supplied text (references, labels, ids, messages) passes through here before a terminal or a log shows it.
     The form is JSON's own, so JSON without line breaks keeps its meaning.
     """
-    return text if text.isprintable() else _UNPRINTABLE.sub(_spell, text)
+    return text if text.isprintable() else _UNPRINTABLE.sub(_escape, text)
 
 
 def printable_json(raw: bytes) -> str:
-    """JSON for a terminal: like `printable`, but line breaks between fields stay."""
+    """JSON for a terminal: escaped like `printable`, but line breaks between fields stay."""
     return "\n".join(map(printable, raw.decode().split("\n")))
 
 
-def _spell(found: re.Match[str]) -> str:
+def _escape(found: re.Match[str]) -> str:
     number = ord(found[0])
     if number < 0x10000:
         return f"\\u{number:04x}"

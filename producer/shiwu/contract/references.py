@@ -1,4 +1,4 @@
-"""References to images: what is one, what its parts are, and how it is shown."""
+"""References to images: parses and checks them, and removes secrets before they are shown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shiwu.contract.vocabulary import MAX_IMAGE_CHARS
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _PLAIN_S3: Final = re.compile(r"s3://[a-z0-9.-]+/[A-Za-z0-9._-][A-Za-z0-9._/-]*")
-"""Most references: all that is checked below holds for them."""
+"""Matches most references; everything checked below holds for them."""
 _BUCKET: Final = re.compile(r"[^/?#@:\\ ]+")
 _URL: Final = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:[/\\]*)(?P<authority>[^/\\?#]*)(?P<path>[^?#]*)", re.DOTALL
@@ -39,25 +39,25 @@ def scheme_of(image: str) -> str:
 
 
 def split_s3(image: str) -> S3Reference:
-    """The parts of an s3:// reference. A key is taken as it stands: `?`, `#` and `%` are characters of it.
+    """The parts of an s3:// reference. The key is used as it is: `?`, `#` and `%` are characters of it.
 
     Raises:
-        ValueError: it has no bucket, no key, or no version behind `?versionId=`.
+        ValueError: there is no bucket, no key, or no version after `?versionId=`; the text says what was expected.
     """
     bucket, _, rest = image[len("s3://") :].partition("/")
     if image[:5].lower() != "s3://" or not _BUCKET.fullmatch(bucket):
         raise ValueError("s3://bucket/key with a bucket and a key")
-    key, _, told = rest.partition(_VERSION)
+    key, _, query = rest.partition(_VERSION)
     if not key.strip("/"):
         raise ValueError("s3://bucket/key with a bucket and a key")
-    version, _, more = told.partition("&")
+    version, _, more = query.partition("&")
     if more and not version:
         raise ValueError("a version after ?versionId=")
     return S3Reference(bucket, key, unquote(version) or None)
 
 
 def file_path(image: str) -> str:
-    """The path of a file:// reference, still with its percent signs. `?` and `#` are characters of it.
+    """The path of a file:// reference, not percent-decoded. `?` and `#` are characters of it.
 
     Raises:
         ValueError: it is on another host, or not absolute.
@@ -68,7 +68,7 @@ def file_path(image: str) -> str:
     return f"/{path}"
 
 
-def _unwritable(image: str) -> str | None:
+def _encoding_error(image: str) -> str | None:
     if _CONTROL.search(image):
         return "expected no control characters"
     if not image.isascii() and _SURROGATE.search(image):
@@ -77,13 +77,13 @@ def _unwritable(image: str) -> str | None:
 
 
 def reference_error(image: str) -> str | None:
-    """Why `image` is no usable reference, or None. Looks at the text only, never at the network."""
+    """Why `image` is not a valid reference, or None. Checks the text only, without any network access."""
     if len(image) > MAX_IMAGE_CHARS:
         return f"expected at most {MAX_IMAGE_CHARS} characters, got {len(image)}"
     if _PLAIN_S3.fullmatch(image):
         return None
-    if unwritable := _unwritable(image):
-        return unwritable
+    if error := _encoding_error(image):
+        return error
     scheme = scheme_of(image)
     try:
         if scheme == "s3":
@@ -104,7 +104,7 @@ def _url_error(image: str) -> str | None:
         parts = urlsplit(image)
         has_user = "@" in parts.netloc
         ok = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # its text holds parts of the URL, perhaps of a password
+    except ValueError:  # its text would quote parts of the URL, perhaps of a password
         has_user, ok = False, False
     if has_user:
         return "expected a URL without user name and password"
@@ -115,10 +115,10 @@ def _url_error(image: str) -> str | None:
 
 
 def _hint(image: str) -> str:
-    """What may be told of a text that is no reference: nothing that may be a password or a signature."""
+    """What an error may quote of an invalid reference: nothing that may be a password or a signature."""
     scheme = scheme_of(image)
     found = _URL.match(image)
-    # A password without its "@", or with another sign for it, looks like a port.
+    # A password without its "@", or with another character in its place, looks like a port.
     is_odd = scheme in _HTTP and (found is None or not _HOST.fullmatch(found["authority"]))
     if "@" in image or is_odd:
         return f"'{scheme}://…'" if scheme in {*_HTTP, "s3", "file"} else "a text with '@'"
@@ -126,9 +126,9 @@ def _hint(image: str) -> str:
 
 
 def without_query(image: str) -> str:
-    """The reference as logs and answers show it: as it was sent, but http(s) URLs without what may be secret.
+    """The reference as logs and answers show it: http(s) URLs lose query, fragment, user name and password.
 
-    These lose query, fragment, user name and password. In other references `?` and `#` belong to the name.
+    Other references are unchanged: there `?` and `#` belong to the name.
     """
     if image.startswith("s3://") or scheme_of(image) not in _HTTP:
         return image

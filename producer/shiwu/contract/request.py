@@ -1,4 +1,4 @@
-"""What a producer asks about one picture."""
+"""The request: which image to tag, with which labels and options."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def _check_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def labels_error(labels: Sequence[str]) -> str | None:
-    """Why these texts, each of the right length, are no labels of one set, or None."""
+    """Why these texts cannot be the labels of one set, or None. Their lengths are checked elsewhere."""
     if len(set(labels)) != len(labels):
         twice = next(label for label, times in Counter(labels).items() if times > 1)
         return f"expected every label once, got {twice!r} again"
-    # One search for all: most sets hold no such character.
+    # One search over all labels, because most sets have no such character.
     if control_character("".join(labels)):
         label, found = next((label, found) for label in labels if (found := control_character(label)))
         return f"expected labels without control characters, got {found} in {label!r}"
@@ -72,7 +72,7 @@ Label = Annotated[
     StringConstraints(min_length=1, max_length=MAX_LABEL_CHARS, strip_whitespace=True),
     Field(json_schema_extra={"pattern": NO_CONTROLS_PATTERN}),
 ]
-"""Surrounding white space is removed. The set of labels is searched for control characters as a whole."""
+"""Surrounding white space is removed. `_check_labels` searches the whole set for control characters."""
 InlineLabels = Annotated[
     tuple[Label, ...], Field(min_length=1, max_length=MAX_INLINE_LABELS), AfterValidator(_check_labels)
 ]
@@ -81,7 +81,7 @@ Want = Literal["tags", "embedding"]
 
 
 class Request(RequestModel):
-    """What a producer asks about one picture."""
+    """One image to tag, with labels and options. Immutable; `parse_request` checks every field."""
 
     image: Annotated[str, AfterValidator(_check_reference)]
     labels: LabelSetName | InlineLabels | None = None
@@ -91,7 +91,7 @@ class Request(RequestModel):
     metadata: Annotated[JsonValue, AfterValidator(_check_metadata)] = None
     want: Annotated[tuple[Want, ...], Field(min_length=1, max_length=2)] = ("tags",)
     min_cosine: Annotated[float, Field(ge=-1.0, le=1.0)] | None = None
-    """The least cosine of a tag, in place of the label set's own bounds."""
+    """The lowest cosine of a tag, -1 to 1; replaces the limits of the label set."""
 
 
 REQUEST_FIELDS: Final = tuple(Request.model_fields)
@@ -101,7 +101,7 @@ def parse_request(fields: dict[str, Any]) -> Request:
     """Read the keyword arguments of a `shiwu.tag` message.
 
     Raises:
-        RequestError: with the code of the first field that breaks the contract.
+        RequestError: has the code of the first field that breaks the contract.
     """
     try:
         return Request.model_validate(fields)
@@ -113,7 +113,7 @@ def _request_error(error: ValidationError) -> RequestError:
     first, *others = error.errors(include_url=False)
     field = str(first["loc"][0]) if first["loc"] else "request"
     if field == "labels":
-        return _labels_error([first, *(one for one in others if one["loc"][0] == field)])
+        return _labels_error([first, *(other for other in others if other["loc"][0] == field)])
     message = f"{field}: {first['msg']}"
     if first["type"] in {"invalid_reference", "metadata_too_large"}:
         return RequestError(ErrorCode(first["type"]), message)
@@ -123,18 +123,18 @@ def _request_error(error: ValidationError) -> RequestError:
 
 
 def _labels_error(errors: Sequence[ErrorDetails]) -> RequestError:
-    """Each form of `labels`, name or list, has its own errors: tell those of the form that was meant."""
+    """`labels` may be a name or a list, and each form has its own errors: report those of the form that was sent."""
     expected = (
         f"expected the name of a label set or a list of 1 to {MAX_INLINE_LABELS} different labels "
         f"of 1 to {MAX_LABEL_CHARS} characters"
     )
-    for one in errors:
-        if one["type"] == "invalid_labels":
-            return RequestError(ErrorCode.INVALID_LABELS, f"labels: {one['msg']}")
-        if one["type"] == "string_pattern_mismatch":
-            name = f"{one['input']!r:.80}"
+    for error in errors:
+        if error["type"] == "invalid_labels":
+            return RequestError(ErrorCode.INVALID_LABELS, f"labels: {error['msg']}")
+        if error["type"] == "string_pattern_mismatch":
+            name = f"{error['input']!r:.80}"
             why = f"got {name}: a name has 1 to 64 letters and digits, and after the first _ . -"
             return RequestError(ErrorCode.INVALID_LABELS, f"labels: {expected}, {why}")
-    wrong = next((one for one in errors if isinstance(one["loc"][-1], int)), errors[-1])
+    wrong = next((error for error in errors if isinstance(error["loc"][-1], int)), errors[-1])
     which = f"label {wrong['loc'][-1] + 1}: " if isinstance(wrong["loc"][-1], int) else ""
     return RequestError(ErrorCode.INVALID_LABELS, f"labels: {expected} ({which}{wrong['msg']})")

@@ -1,4 +1,4 @@
-"""Which characters a text of a message may hold."""
+"""Which characters the texts of a message may contain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CONTROL_RANGES: Final = (
     r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # they change the direction of the text around them
 )
 NO_CONTROLS_PATTERN: Final = f"^[^{_CONTROL_RANGES}]*$"
-"""In the syntax that JSON Schema, Python and Rust share."""
+"""Written in the syntax that JSON Schema, Python and Rust share."""
 _CONTROLS: Final = re.compile(f"[{_CONTROL_RANGES}\ud800-\udfff]")
 
 _NOT_IN_NAMES: Final = (
@@ -27,7 +27,7 @@ def control_character(text: str) -> str | None:
     """The first control character as `U+000A`, or None.
 
     Control characters are C0 and C1, line separators, characters that change the direction of text, and lone
-    surrogates, which UTF-8 cannot write.
+    surrogates, which UTF-8 cannot encode.
     """
     found = _CONTROLS.search(text)
     return f"U+{ord(found[0]):04X}" if found else None

@@ -23,7 +23,7 @@ from celery.exceptions import TaskRevokedError
 from kombu.exceptions import OperationalError
 from pydantic_core import from_json, to_json
 
-from shiwu.broker.answers import CANVAS_PATIENCE_S
+from shiwu.broker.answers import CALLBACKS_RESERVED_S
 from shiwu.broker.chunks import chunks
 from shiwu.broker.message_reader import Canvas, read_canvas
 from shiwu.broker.redis_errors import info_of
@@ -50,7 +50,7 @@ class CallbackSender:
     """
 
     def __init__(
-        self, app: Celery, client: redis.Redis, *, rules: CallbackRules, retry_after_s: float = CANVAS_PATIENCE_S
+        self, app: Celery, client: redis.Redis, *, rules: CallbackRules, retry_after_s: float = CALLBACKS_RESERVED_S
     ) -> None:
         self._app = app
         self._client = client

@@ -95,4 +95,4 @@ def revoke_command(state: Any, task_id: str | Sequence[str] = (), **_: Any) -> d
 def _revoked(job_id: str, *, now_ms: float) -> AnswerEntry:
     error = ErrorInfo(code=ErrorCode.CANCELLED, message="revoked by Celery's remote control", stage=Stage.CLAIM)
     answer = Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error, answered_at=moment(now_ms))
-    return AnswerEntry(id=job_id, answer=answer, is_aside=True)
+    return AnswerEntry(id=job_id, answer=answer, is_from_outside=True)

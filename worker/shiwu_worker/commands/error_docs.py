@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from shiwu.broker.redis_errors import REDIS_ERRORS, RedisFault, signs_of
+from shiwu.broker.redis_errors import REDIS_ERRORS, RedisFault, markers_of
 from shiwu.contract import CODES, Fault
 from shiwu_worker.stages.fetch.error_table import TABLE, UNKNOWN, Row
 
@@ -81,7 +81,7 @@ def page() -> str:
 
 def _redis_rows() -> Iterator[str]:
     for code, info in REDIS_ERRORS.items():
-        hooks = ", ".join(signs_of(code))
+        hooks = ", ".join(markers_of(code))
         passes, one = ("yes" if flag else "no" for flag in (info.passes, info.is_about_command))
         fault = _REDIS_FAULTS[info.fault]
         yield f"| `{code}` | {passes} | {fault} | {one} | {hooks} | {info.meaning} | {info.remedy} |\n"

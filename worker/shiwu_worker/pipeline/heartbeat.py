@@ -165,7 +165,7 @@ class Heartbeat:
                 log.warning("jobs_reaped", jobs=seen.reaped)
             if seen.out_of_time:
                 log.warning("jobs_out_of_time", jobs=seen.out_of_time)
-            if seen.suspects:
+            if seen.quarantined:
                 self._hooks.suspects()
             if max(seen.reaped, seen.promoted, seen.out_of_time) < CHUNK_SIZE:
                 break
