@@ -14,7 +14,7 @@ from PIL import Image
 
 from shiwu_worker.errors import Rejected
 from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
-from shiwu_worker.stages.decode.flatten import flat
+from shiwu_worker.stages.decode.flatten import flatten_frame
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.support import pictures
 from tests.support.bombs import png_chunk, raw_png
@@ -65,7 +65,7 @@ def test_every_mode_with_alpha_is_laid_on_white(mode: str) -> None:
     grey = disk(RED, "LA")
     image = {"LA": grey, "La": grey.convert("La"), "RGBa": disk(RED, "RGBa"), "PA": disk(RED).convert("PA")}[mode]
     assert image.mode == mode
-    rgb, is_visible = flat(image, 8)
+    rgb, is_visible = flatten_frame(image, 8)
     assert is_visible
     assert min(rgb.getpixel((0, 0))) >= 250  # type: ignore[type-var,arg-type]  # a colour of three
     assert min(rgb.getpixel((32, 32))) < 100  # type: ignore[type-var,arg-type]  # the same

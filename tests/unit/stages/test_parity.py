@@ -174,14 +174,14 @@ def test_a_crop_is_the_processors(
 
 FATAL = """
 from PIL import Image
-from shiwu_worker.stages.decode.resize import resize_fast
+from shiwu_worker.stages.decode.resize import resize_simd
 for image, size, box in (
     ((3312, 1), (35, 7), (1653.4285714285713, 0.0, 1658.4285714285713, 1.0)),
     ((1, 3312), (7, 35), (0.0, 1653.4285714285713, 1.0, 1658.4285714285713)),
     ((913, 1), (45, 11), (454.45454545454544, 0.0, 458.54545454545456, 1.0)),
     ((2136, 3), (35, 7), (1060.2857142857142, 0.0, 1075.2857142857142, 3.0)),
 ):
-    assert resize_fast(Image.new("RGB", image, "white"), size, box, 3).getextrema() == ((255, 255),) * 3
+    assert resize_simd(Image.new("RGB", image, "white"), size, box, 3).getextrema() == ((255, 255),) * 3
 """
 
 

@@ -1,1 +1,1 @@
-"""Decode: turns bytes into the RGB pixels that the model takes. Front door: `decoder`, `image_spec`."""
+"""Decode: turns bytes into RGB pixels for the model. Front door: `decoder`, `image_spec`, `image_formats`."""

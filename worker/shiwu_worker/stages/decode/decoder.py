@@ -1,8 +1,9 @@
-"""Bytes → RGB uint8 of the model's size.
+"""Bytes → RGB pixels uint8 in the size of the model.
 
-The pixels are those of the checkpoint's own processor (Pillow's resize with its filter, its crop or squash), but for
-what a moderator needs: EXIF orientation is applied, deep grey is scaled and not clipped, transparency is laid on white,
-so that colours hidden under alpha 0 steer nothing, and of an animation the first frame is taken that can be seen.
+The pixels are those of the checkpoint's own image processor: Pillow's resize with its filter, its crop or squash. Four
+things differ, because moderation needs them. EXIF orientation is applied. Grey of more than 8 bits is scaled and not
+clipped. Transparent images are laid on white, so that colours hidden under alpha 0 have no influence. Of an animation
+the first visible frame is used.
 """
 
 from __future__ import annotations
@@ -29,31 +30,31 @@ from shiwu_worker.stages.decode.image_spec import ImageSpec
 from shiwu_worker.stages.decode.resize import SIDEWAYS, model_pixels
 
 DRAFT_FACTOR: Final = 2
-"""A JPEG may be decoded at reduced size down to this many times the model's: below JPEG's own re-save noise."""
+"""Least size, in sizes of the model, at which a large JPEG is decoded; the error is below JPEG's re-save noise."""
 MIN_DRAFT: Final = 256
-"""And never below this: a small model sees every level, and a small picture is cheap anyway."""
-BYTES_A_PIXEL: Final = 16
-"""Memory that a decoder may need. When it fails and so much cannot be had, it was short of memory."""
+"""Least edge in pixels: a small model sees every level, and a small image is cheap anyway."""
+DECODER_BYTES_PER_PIXEL: Final = 16
+"""Memory that a decoder may need. If it fails and this much cannot be allocated, memory was short."""
 MAX_PARTS: Final = 20_000
-"""Chunks of a PNG, segments of a JPEG. A PNG of 20 MiB in the smallest chunks that encoders write has 2,600."""
-WARMED: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
+"""Chunks of a PNG, or segments of a JPEG. A PNG of 20 MiB in the smallest usual chunks has 2,600."""
+WARM_FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeLimits:
-    """Judged by the header, before a pixel is decoded."""
+    """Limits that are checked in the header, before a pixel is decoded."""
 
     max_pixels: int
     max_side: int
     formats: tuple[str, ...]
     max_frames: int = 5000
-    """Of one animation, where its header tells them; only the first few are ever decoded."""
+    """Frames of an animation, if its header has their number; only the first few are ever decoded."""
     max_scans: int = 100
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedInfo:
-    """The picture as its header describes it, upright."""
+    """The image as its header describes it, upright."""
 
     format: str
     width: int
@@ -64,30 +65,30 @@ class DecodedInfo:
 def decode(
     data: bytes, *, spec: ImageSpec, limits: DecodeLimits, exact: bool = False
 ) -> tuple[NDArray[np.uint8], DecodedInfo]:
-    """Decode one picture to uint8 (height, width, 3).
+    """Decode one image to uint8 (height, width, 3).
 
     Args:
         exact: never decode a JPEG at reduced size, and let Pillow resize; pixels are then within one level of
-            transformers' processor.
+            the image processor of transformers.
 
     Raises:
         Rejected: picture_empty, not_a_picture, picture_unsupported, picture_too_large, picture_broken or
             picture_invisible.
-        MemoryError: it does not fit; perhaps beside its neighbours only.
+        MemoryError: there is not enough memory, perhaps only because other images are decoded at the same time.
     """
-    name = _checked_format(data, limits)
-    size = webp_size(data)
-    if size:
-        _check_size(*size, limits)
-    opened = _opened(data, name, limits, size or (0, 0))
+    format_name = _check_format(data, limits)
+    canvas_size = webp_size(data)
+    if canvas_size:
+        _check_size(*canvas_size, limits)
+    opened = _open(data, format_name, limits, canvas_size or (0, 0))
     with opened.image as image:
         _check_size(*image.size, limits)
-        _check_frames(image, name, limits)
+        _check_frames(image, format_name, limits)
         size, extent = image.size, None
-        pixels_told = image.width * image.height
+        header_pixels = image.width * image.height
         try:
-            if name == "JPEG" and not exact:
-                extent = _drafted(image, spec)
+            if format_name == "JPEG" and not exact:
+                extent = _reduce_jpeg(image, spec)
             rgb = flatten_to_rgb(
                 image,
                 load=opened.load,
@@ -104,36 +105,36 @@ def decode(
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _too_many_pixels(error, limits) from error
-        except Exception as error:  # border: a decoder raises anything on hostile bytes
-            require_memory(BYTES_A_PIXEL * pixels_told)
-            raise broken(f"expected a whole {name} image ({type(error).__name__}: {error!s:.120})") from error
-    return pixels, DecodedInfo(name, *size, hashlib.sha256(data).hexdigest())
+        except Exception as error:  # border: a decoder may raise any error on hostile bytes
+            require_memory(DECODER_BYTES_PER_PIXEL * header_pixels)
+            raise broken(f"expected a whole {format_name} image ({type(error).__name__}: {error!s:.120})") from error
+    return pixels, DecodedInfo(format_name, *size, hashlib.sha256(data).hexdigest())
 
 
-def _drafted(image: Image.Image, spec: ImageSpec) -> tuple[float, float] | None:
-    """Have a large JPEG decoded at reduced size; where its content then ends, or None where the size stays."""
+def _reduce_jpeg(image: Image.Image, spec: ImageSpec) -> tuple[float, float] | None:
+    """Let Pillow decode a large JPEG at reduced size; returns the extent of its content, or None for full size."""
     edge = max(MIN_DRAFT, DRAFT_FACTOR * max(spec.width, spec.height, spec.shortest_edge or 0))
-    drafted = image.draft("RGB", (edge, edge))
-    return drafted[1][2:] if drafted else None
+    reduced = image.draft("RGB", (edge, edge))
+    return reduced[1][2:] if reduced else None
 
 
 def warm() -> None:
-    """Load every decoder, so that a process which may open no file later has them all. Starts no thread."""
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # many pictures are decoded side by side, and each thread's CPU is counted
+    """Load every decoder, because the sandbox may open no file later. Starts no thread."""
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images are decoded in parallel, and each thread's CPU is limited
     with contextlib.suppress(ImportError):
-        import pillow_heif  # noqa: PLC0415 an extra that need not be there
+        import pillow_heif  # noqa: PLC0415 an optional dependency
 
         pillow_heif.register_heif_opener()
         pillow_heif.options.DECODE_THREADS = 1
     spec = ImageSpec(8, 8, "squash", None, Image.Resampling.BICUBIC, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    for kind in WARMED:
+    for kind in WARM_FORMATS:
         file = io.BytesIO()
         Image.new("RGB", (16, 16)).save(file, kind)
         decode(file.getvalue(), spec=spec, limits=DecodeLimits(max_pixels=256, max_side=16, formats=(kind,)))
 
 
-def _checked_format(data: bytes, limits: DecodeLimits) -> str:
-    """The format of these bytes; a Rejected for what is none, or is one that the operator does not accept."""
+def _check_format(data: bytes, limits: DecodeLimits) -> str:
+    """The format of these bytes; raises Rejected if they are no image, or not of a format that the operator accepts."""
     if not data:
         raise Rejected(ErrorCode.PICTURE_EMPTY, "expected an image, got 0 bytes", stage=Stage.DECODE)
     found = identify(data)
@@ -146,15 +147,15 @@ def _checked_format(data: bytes, limits: DecodeLimits) -> str:
     return found.name
 
 
-def _opened(data: bytes, name: str, limits: DecodeLimits, size: tuple[int, int]) -> OpenedImage:
+def _open(data: bytes, name: str, limits: DecodeLimits, size: tuple[int, int]) -> OpenedImage:
     try:
         return open_image(data, name, max_parts=MAX_PARTS, max_scans=limits.max_scans)
     except (MemoryError, Rejected):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_many_pixels(error, limits) from error
-    except Exception as error:  # border: a parser raises anything on hostile bytes
-        require_memory(BYTES_A_PIXEL * size[0] * size[1])
+    except Exception as error:  # border: a parser may raise any error on hostile bytes
+        require_memory(DECODER_BYTES_PER_PIXEL * size[0] * size[1])
         reason = "" if isinstance(error, UnidentifiedImageError) else f" ({type(error).__name__}: {error!s:.120})"
         raise broken(f"expected a whole {name} image, got one whose header cannot be read{reason}") from error
 
@@ -172,6 +173,6 @@ def _check_size(width: int, height: int, limits: DecodeLimits) -> None:
 
 
 def _check_frames(image: Image.Image, name: str, limits: DecodeLimits) -> None:
-    """A GIF's frames are counted by reading all of it, and are not: none but the first are read."""
+    """Check the number of frames. A GIF is not checked: counting its frames would mean reading all of them."""
     if name in {"PNG", "WEBP", "AVIF"} and (frames := getattr(image, "n_frames", 1)) > limits.max_frames:
         raise too_large(f"expected at most {limits.max_frames} frames, got {frames}")

@@ -1,4 +1,4 @@
-"""What the readers of image formats raise, and how a lack of memory is told from damage."""
+"""Errors that the readers of image formats raise, and a check that tells lack of memory from damaged data."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from shiwu_worker.errors import Rejected
 
 
 def broken(text: str) -> Rejected:
-    """The image's own bytes are damaged or incomplete."""
+    """An error for an image whose bytes are damaged or incomplete."""
     return Rejected(ErrorCode.PICTURE_BROKEN, text, stage=Stage.DECODE)
 
 
 def too_large(text: str) -> Rejected:
-    """The image is over a limit."""
+    """An error for an image that is over a limit."""
     return Rejected(ErrorCode.PICTURE_TOO_LARGE, text, stage=Stage.DECODE)
 
 
 def unsupported(text: str) -> Rejected:
-    """The image is of a format, or of a variant of one, that is not accepted."""
+    """An error for an image whose format, or variant of a format, is not accepted."""
     return Rejected(ErrorCode.PICTURE_UNSUPPORTED, text, stage=Stage.DECODE)
 
 
-def require_memory(count: int) -> None:
-    """Ask for so many bytes and give them back.
+def require_memory(n_bytes: int) -> None:
+    """Allocate this many bytes and free them.
 
-    Decoders tell of a failed allocation as they tell of damaged data, so after such an error this decides which it was.
+    Decoders report a failed allocation like damaged data, so after such an error this check tells which it was.
 
     Raises:
-        MemoryError: they cannot be had now.
+        MemoryError: when they cannot be allocated now.
     """
-    bytearray(count)
+    bytearray(n_bytes)

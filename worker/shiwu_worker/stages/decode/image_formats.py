@@ -1,4 +1,4 @@
-"""Names the format of a file from its first bytes, and says what to do where the worker does not accept it."""
+"""Identifies the format of a file by its first bytes, and writes the advice for formats that are not accepted."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from typing import Final
 
 HEAD_BYTES: Final = 4096
-"""How far the first tag of an SVG or of a web page is looked for."""
+"""Bytes in which the first tag of an SVG or of a web page is searched."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileFormat:
-    """What a file is."""
+    """The format of a file."""
 
     name: str
-    """Pillow's name for formats that an operator can allow (`READABLE`); otherwise a name that people know."""
+    """Pillow's name for formats that an operator can allow (`READABLE`); otherwise a common name."""
     is_image: bool = True
 
 
 READABLE: Final = {"JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "HEIF"}
-"""Formats for which the worker has a decoder, HEIF with the extra `heic`."""
+"""Formats for which the worker has a decoder; HEIF needs the extra `heic`."""
 _PREFIXES: Final = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -81,7 +81,7 @@ _TAGS: Final = (
 
 
 def identify(data: bytes) -> FileFormat | None:
-    """The format of these bytes, or None where it is not known."""
+    """The format of these bytes, or None if it is not known."""
     for prefix, name in _PREFIXES:
         if data.startswith(prefix):
             return FileFormat(name)
@@ -98,7 +98,7 @@ def _in_container(data: bytes) -> FileFormat | None:
     if data[4:8] != b"ftyp":
         return None
     size = min(int.from_bytes(data[:4], "big"), 1024)
-    # The major brand, then the compatible ones behind the minor version. mif1 alone says neither AVIF nor HEIC.
+    # The major brand, then the compatible ones after the minor version. mif1 alone is neither AVIF nor HEIC.
     brands = {data[8:12], *(data[at : at + 4] for at in range(16, size, 4))}
     if brands & _AVIF_BRANDS:
         return FileFormat("AVIF")

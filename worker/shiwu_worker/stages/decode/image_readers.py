@@ -1,4 +1,4 @@
-"""Opens an image of each format so that damage beside the pixels is passed over, and missing pixels are noticed."""
+"""Opens an image of each format so that damaged metadata is ignored and missing pixels are detected."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from shiwu_worker.stages.decode.formats.webp_stream import load_webp, without_da
 from shiwu_worker.stages.decode.image_errors import broken
 
 _REPAIRS: Final = {"WEBP": without_damaged_end, "AVIF": without_exif}
-"""What is tried where damaged metadata may keep Pillow from opening the image."""
-_TURNED_BY_EXIF: Final = {"WEBP", "AVIF"}
-"""Pillow puts the orientation of an AVIF, which stands in boxes of its own, into the EXIF data. The readers of TIFF and
-HEIF turn the image themselves."""
+"""Repairs that are tried when Pillow cannot open the image, perhaps because of damaged metadata."""
+_ORIENTED_BY_EXIF: Final = {"WEBP", "AVIF"}
+"""Formats whose orientation the EXIF data has. Pillow copies the orientation of an AVIF, which has its own boxes, into
+the EXIF data. The readers of TIFF and HEIF turn the image themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +30,17 @@ class OpenedImage:
 
     image: Image.Image
     load: Callable[[Image.Image], object]
-    """Decodes the current frame; raises Rejected with picture_broken when pixels are missing."""
+    """Decodes the current frame; raises Rejected with picture_broken if pixels are missing."""
     exif: bytes
-    """Its EXIF data; empty where the format keeps the orientation elsewhere."""
+    """The EXIF data; empty if the format keeps the orientation elsewhere."""
 
 
 def open_image(data: bytes, name: str, *, max_parts: int, max_scans: int) -> OpenedImage:
     """Read the header of an image of this format.
 
     Args:
-        max_parts: chunks of a PNG, and segments of a JPEG, of which there may be this many.
-        max_scans: scans of a JPEG, of which there may be this many.
+        max_parts: most chunks of a PNG, or segments of a JPEG.
+        max_scans: most scans of a JPEG.
 
     Raises:
         Rejected: picture_broken, picture_too_large or picture_unsupported.
@@ -51,14 +51,14 @@ def open_image(data: bytes, name: str, *, max_parts: int, max_scans: int) -> Ope
     if name == "PNG":
         stream = read_png(data, max_chunks=max_parts)
         return OpenedImage(open_png(stream), lambda image: load_png(image, stream), stream.exif)
-    image, used = _opened(data, name)
+    image, used = _open_or_repair(data, name)
     loaders: dict[str, Callable[[Image.Image], object]] = {
         "WEBP": partial(load_webp, data=used),
         "GIF": partial(_load_gif, data=used),
-        "AVIF": partial(_load_coded, data=used, name=name),
-        "HEIF": partial(_load_coded, data=used, name=name),
+        "AVIF": partial(_load_isobmff, data=used, name=name),
+        "HEIF": partial(_load_isobmff, data=used, name=name),
     }
-    exif = image.info.get("exif") if name in _TURNED_BY_EXIF else b""
+    exif = image.info.get("exif") if name in _ORIENTED_BY_EXIF else b""
     return OpenedImage(image, loaders.get(name, _load), exif if isinstance(exif, bytes) else b"")
 
 
@@ -72,8 +72,8 @@ def _open_jpeg(data: bytes, *, max_parts: int, max_scans: int) -> OpenedImage:
     return OpenedImage(open_jpeg(header), load, header.exif)
 
 
-def _opened(data: bytes, name: str) -> tuple[Image.Image, bytes]:
-    """The image, and the bytes from which it was opened: the file's, or what is left without damaged metadata."""
+def _open_or_repair(data: bytes, name: str) -> tuple[Image.Image, bytes]:
+    """The image, and the bytes from which it was opened: the file, or the file without damaged metadata."""
     try:
         return Image.open(io.BytesIO(data), formats=(name,)), data
     except (OSError, ValueError, RuntimeError):
@@ -87,16 +87,17 @@ def _load(image: Image.Image) -> None:
     image.load()
 
 
-def _load_coded(image: Image.Image, data: bytes, name: str) -> None:
+def _load_isobmff(image: Image.Image, data: bytes, name: str) -> None:
     if has_holes(data):
         raise broken(f"expected a whole {name} image, got one with a hole of zeros in its image data")
     image.load()
 
 
 def _load_gif(image: Image.Image, data: bytes) -> None:
-    """Of an animation give the decoder this frame's data alone: for missing pixels it would read on into the next one.
+    """Decode one frame of a GIF from its own data only.
 
-    Behind a still image there is nothing to read on into, and Pillow tells by itself.
+    In an animation with missing pixels the decoder would read on into the next frame. After a still image there is no
+    further data, so Pillow reports missing pixels itself.
     """
     if isinstance(image, ImageFile.ImageFile) and image.tile and getattr(image, "is_animated", False):
         tile = image.tile[0]

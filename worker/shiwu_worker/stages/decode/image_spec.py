@@ -1,6 +1,6 @@
-"""What the model wants to see, as its checkpoint's image processor says.
+"""Reads from the checkpoint's image processor which pixels the model takes.
 
-Every setting of the processor is honoured as transformers honours it, or refused. Reads JSON only.
+Every setting of the processor is applied as transformers applies it, or rejected. Reads JSON only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shiwu_worker.checkpoints.checkpoint_files import CONFIG, Checkpoint, WrongC
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """What the model wants to see. `resize` squash changes the aspect; crop keeps it and cuts the middle out."""
+    """The pixels that the model takes. `squash` changes the aspect ratio; `crop` keeps it and cuts the middle out."""
 
     width: int
     height: int
@@ -26,10 +26,10 @@ class ImageSpec:
     resample: int
     """Pillow's number of the filter: 2 bilinear, 3 bicubic."""
     mean: tuple[float, float, float]
-    """Subtracted after `rescale`; zeros where the processor does not normalize."""
+    """Subtracted after `rescale`; zeros if the processor does not normalize."""
     std: tuple[float, float, float]
     rescale: float = 1 / 255
-    """Each value from 0 to 255 is multiplied by it; 1 where the processor does not rescale."""
+    """Each value from 0 to 255 is multiplied by it; 1 if the processor does not rescale."""
 
 
 _CLIP: Final[Mapping[str, Any]] = {
@@ -60,7 +60,7 @@ DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "SiglipImageProcessor": _HALF,
     "ViTImageProcessor": {**_HALF, "resample": 2, "default_to_square": True},
 }
-"""The defaults of transformers' classes, which stand in for settings that a file leaves out; null is no default."""
+"""The defaults of transformers' classes for settings that a file omits; null does not mean the default."""
 BY_MODEL_TYPE: Final = {
     "clip": "CLIPImageProcessor",
     "altclip": "CLIPImageProcessor",
@@ -68,7 +68,7 @@ BY_MODEL_TYPE: Final = {
     "chinese_clip": "ChineseCLIPImageProcessor",
     "siglip": "SiglipImageProcessor",
 }
-"""The class that transformers takes where a file names none."""
+"""The class that transformers uses if a file names none."""
 _SWITCHES: Final = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb"}
 _SUFFIX: Final = re.compile(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$")
 
@@ -77,7 +77,7 @@ def read_image_spec(folder: Path) -> ImageSpec:
     """Read the preprocessing of the checkpoint in this folder.
 
     Raises:
-        WrongCheckpoint: it has none, or one that the worker cannot do exactly.
+        WrongCheckpoint: when it has none, or one that the worker cannot follow exactly.
     """
     checkpoint = read_checkpoint(folder)
     path, config = _processor_config(checkpoint)
@@ -85,7 +85,7 @@ def read_image_spec(folder: Path) -> ImageSpec:
 
 
 def _processor_config(checkpoint: Checkpoint) -> tuple[Path, Mapping[str, Any]]:
-    """The settings that transformers reads, and the file that they stand in."""
+    """The file that has the settings transformers reads, and these settings."""
     for path in checkpoint.processor_files:
         config = read_json(path)
         if isinstance(nested := config.get("image_processor"), dict):
@@ -109,20 +109,20 @@ def _defaults(path: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> 
 
 
 class _Reader:
-    """One processor's settings, with the defaults of its class."""
+    """Reads the settings of one processor, with the defaults of its class."""
 
     def __init__(self, path: Path, defaults: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         self._path = path
         self._config = {**defaults, **config}
 
     def spec(self) -> ImageSpec:
-        self._refuse_switches()
+        self._check_switches()
         width, height, edge = self._sizes()
         rescale = self._number("rescale_factor") if self._config["do_rescale"] else 1.0
         is_normalized = self._config["do_normalize"]
         mean, std = (self._channels(key) if is_normalized else None for key in ("image_mean", "image_std"))
         if std and 0.0 in std:
-            raise self._refused("image_std", "three numbers that are not 0")
+            raise self._wrong("image_std", "three numbers that are not 0")
         return ImageSpec(
             width=width,
             height=height,
@@ -134,67 +134,67 @@ class _Reader:
             rescale=rescale,
         )
 
-    def _refuse_switches(self) -> None:
+    def _check_switches(self) -> None:
         switches = {key: value for key, value in self._config.items() if key.startswith("do_")}
         for key, value in switches.items():
             if not isinstance(value, bool | None):
-                raise self._refused(key, "true or false")
+                raise self._wrong(key, "true or false")
             if value and (key not in _SWITCHES or key == "do_pad"):
-                raise self._refused(key, "false, since the worker does not do this")
+                raise self._wrong(key, "false, since the worker does not do this")
         if not self._config["do_resize"]:
-            raise self._refused("do_resize", "true, since images come in any size and the model takes one")
+            raise self._wrong("do_resize", "true, since images come in any size and the model takes one")
         if self._config.get("use_square_size"):
-            raise self._refused("use_square_size", "a size with height and width instead")
+            raise self._wrong("use_square_size", "a size with height and width instead")
 
     def _sizes(self) -> tuple[int, int, int | None]:
-        """Width and height of what the model sees, and the shortest edge of the resized image where it is cropped."""
+        """Width and height of the model's images, and the shortest edge of the resized image if it is cropped."""
         size = self._size("size", is_square=self._config.get("default_to_square") is True)
         crop = self._size("crop_size", is_square=True) if self._config["do_center_crop"] else None
         if set(size) == {"height", "width"}:
             if crop is not None and crop != size:
-                raise self._refused("crop_size", f"the same as size, {size}, or a size with shortest_edge")
+                raise self._wrong("crop_size", f"the same as size, {size}, or a size with shortest_edge")
             return size["width"], size["height"], None
         if set(size) != {"shortest_edge"}:
-            raise self._refused("size", "height and width, or shortest_edge with do_center_crop")
+            raise self._wrong("size", "height and width, or shortest_edge with do_center_crop")
         edge = size["shortest_edge"]
         if crop is None:
-            raise self._refused("do_center_crop", "true where size has a shortest_edge, since the model takes one size")
+            raise self._wrong("do_center_crop", "true if size has a shortest_edge, since the model takes one size")
         if set(crop) != {"height", "width"} or max(crop.values()) > edge:
-            raise self._refused("crop_size", f"height and width of at most the shortest edge, {edge}")
+            raise self._wrong("crop_size", f"height and width of at most the shortest edge, {edge}")
         return crop["width"], crop["height"], edge
 
     def _size(self, key: str, *, is_square: bool) -> dict[str, int]:
-        """A size in the form that transformers makes of a number, a pair or a mapping."""
+        """A size as transformers understands a number, a pair or a mapping."""
         value = self._config[key]
         if _is_length(value):
             return {"height": value, "width": value} if is_square else {"shortest_edge": value}
         if isinstance(value, list) and len(value) == 2:
             value = {"height": value[0], "width": value[1]}
         if not isinstance(value, dict) or not value or not all(map(_is_length, value.values())):
-            raise self._refused(key, "a number of pixels, [height, width], or a mapping of both")
+            raise self._wrong(key, "a number of pixels, [height, width], or a mapping of both")
         return dict(value)
 
     def _resample(self) -> int:
         value = self._config["resample"]
         if type(value) is not int or not 0 <= value <= 5:
-            raise self._refused("resample", "a number of Pillow's filters, 0 to 5")
+            raise self._wrong("resample", "a number of Pillow's filters, 0 to 5")
         return int(value)
 
     def _number(self, key: str) -> float:
         value = self._config[key]
         if type(value) not in {int, float} or not math.isfinite(value):
-            raise self._refused(key, "a number")
+            raise self._wrong(key, "a number")
         return float(value)
 
     def _channels(self, key: str) -> tuple[float, float, float]:
         value = self._config[key]
         three = value if isinstance(value, list) else [value] * 3
-        if len(three) != 3 or not all(type(one) in {int, float} and math.isfinite(one) for one in three):
-            raise self._refused(key, "three numbers")
+        if len(three) != 3 or not all(type(number) in {int, float} and math.isfinite(number) for number in three):
+            raise self._wrong(key, "three numbers")
         red, green, blue = map(float, three)
         return red, green, blue
 
-    def _refused(self, key: str, expected: str) -> WrongCheckpoint:
+    def _wrong(self, key: str, expected: str) -> WrongCheckpoint:
         return WrongCheckpoint(f"{self._path}: {key}: expected {expected}, got {self._config.get(key)!r:.80}")
 
 

@@ -1,7 +1,7 @@
 """Resizes and crops a decoded image to the pixels that the model takes, as the checkpoint's own processor does.
 
-Only the part of the image that the crop keeps is resized, so the cost is bounded by the model's size and not by the
-shape of the image. An image that is stored sideways or mirrored is turned afterwards, when it is small.
+Only the part of the image that the crop keeps is resized, so the size of the model bounds the cost, whatever the shape
+of the image. An image that is stored sideways or mirrored is turned afterwards, when it is small.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from shiwu_worker.stages.decode.image_spec import ImageSpec
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom in pixels of the stored image."""
-_FAST_FILTERS: Final = {
+_SIMD_FILTERS: Final = {
     Image.Resampling.BOX: FilterType.box,
     Image.Resampling.BILINEAR: FilterType.bilinear,
     Image.Resampling.BICUBIC: FilterType.catmull_rom,  # Pillow's bicubic has a = -0.5, which is Catmull-Rom's
     Image.Resampling.LANCZOS: FilterType.lanczos3,
 }
-_WIDEST_FILTER: Final = 3
-"""Pixels on each side of its centre that the widest filter reaches when it does not shrink."""
+_MAX_FILTER_RADIUS: Final = 3
+"""Pixels on each side of its centre that the widest filter reads when it does not reduce the image."""
 _FILTER_BYTES: Final = 2 << 20
-_TURNS: Final = {
+_TRANSPOSES: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -39,20 +39,20 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 MAX_WHOLE_ASPECT: Final = 4
-"""Up to this aspect ratio the exact path resizes all of the image and crops afterwards: the processor's very bits."""
-ENDS_TRIED: Final = 64
-"""Places at each end of a part among which the one is taken that single precision can say best."""
+"""Up to this aspect ratio the exact path resizes the whole image and crops afterwards, bit by bit as the processor."""
+MAX_ENDS_COMPARED: Final = 64
+"""Positions at each end of a part that are compared; the one with the least rounding error in float32 is used."""
 SIDEWAYS: Final = {5, 6, 7, 8}
-"""Orientations whose width and height change places when the image is turned upright."""
-_MIRRORED_X: Final = {2, 3, 7, 8}
-"""Orientations in which the stored columns run against the axis of the upright image that they become."""
-_MIRRORED_Y: Final = {3, 4, 6, 7}
-"""The same for the stored rows."""
+"""Orientations whose width and height are exchanged when the image is turned upright."""
+_MIRRORED_COLUMNS: Final = {2, 3, 7, 8}
+"""Orientations in which the stored columns run against their axis in the upright image."""
+_MIRRORED_ROWS: Final = {3, 4, 6, 7}
+"""Orientations in which the stored rows run against their axis in the upright image."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """One axis of the resized image: which of its pixels are kept, and how many black ones surround them."""
+    """One axis of the resized image: which of its pixels the crop keeps, and how many black ones surround them."""
 
     resized: int
     first: int
@@ -61,13 +61,13 @@ class _Axis:
 
     @classmethod
     def cropped(cls, resized: int, wanted: int) -> _Axis:
-        """The middle, by the rounding of transformers' `center_crop`, which surrounds a smaller image with black."""
+        """The middle part, rounded as in transformers' `center_crop`, which surrounds a smaller image with black."""
         if resized < wanted:
             return cls(resized, 0, resized, math.ceil((wanted - resized) / 2))
         return cls(resized, (resized - wanted) // 2, wanted, 0)
 
     def part_of(self, extent: float, *, is_mirrored: bool) -> tuple[float, float]:
-        """Where the kept pixels lie on an axis of the stored image that has this extent."""
+        """Begin and end of the kept pixels on an axis of the stored image that has this extent."""
         first = self.resized - self.first - self.count if is_mirrored else self.first
         scale = extent / self.resized
         return first * scale, min((first + self.count) * scale, extent)
@@ -87,30 +87,30 @@ def model_pixels(
     Args:
         extent: width and height of the stored image in its own pixels; a JPEG that was decoded at reduced size ends
             within its last column and row.
-        orientation: as EXIF numbers it: how the stored image has to be turned.
+        orientation: the EXIF orientation, 1 to 8.
         size: width and height of the upright image in full size, from which the processor derives the resized one.
-        exact: let Pillow resize; otherwise the same filters with SIMD.
+        exact: resize with Pillow; otherwise with the same filters in SIMD instructions.
     """
-    turn = _TURNS.get(orientation)
-    if exact and turn is not None:
-        # Pillow rounds between its pass over rows and its pass over columns, so the order of the passes is seen.
-        image, turn = image.transpose(turn), None
+    transpose = _TRANSPOSES.get(orientation)
+    if exact and transpose is not None:
+        # Pillow rounds between its pass over rows and its pass over columns, so the order of the passes matters.
+        image, transpose = image.transpose(transpose), None
         extent = (extent[1], extent[0]) if orientation in SIDEWAYS else extent
         orientation = 1
     x, y = _axes(spec, *size)
     stored_x, stored_y = (y, x) if orientation in SIDEWAYS else (x, y)
-    left, right = stored_x.part_of(extent[0], is_mirrored=orientation in _MIRRORED_X)
-    top, bottom = stored_y.part_of(extent[1], is_mirrored=orientation in _MIRRORED_Y)
+    left, right = stored_x.part_of(extent[0], is_mirrored=orientation in _MIRRORED_COLUMNS)
+    top, bottom = stored_y.part_of(extent[1], is_mirrored=orientation in _MIRRORED_ROWS)
     box, count = (left, top, right, bottom), (stored_x.count, stored_y.count)
     if not exact:
-        small = resize_fast(image, count, box, spec.resample)
+        small = resize_simd(image, count, box, spec.resample)
     elif max(x.resized, y.resized) <= MAX_WHOLE_ASPECT * min(x.resized, y.resized):
         whole = image.resize((x.resized, y.resized), Image.Resampling(spec.resample))
         small = whole.crop((x.first, y.first, x.first + x.count, y.first + y.count))
     else:
         is_rows_first = _is_rows_first(size, (x.resized, y.resized))
         small = resize_part(image, x, y, spec.resample, is_rows_first=is_rows_first)
-    upright = np.asarray(small if turn is None else small.transpose(turn), dtype=np.uint8)
+    upright = np.asarray(small if transpose is None else small.transpose(transpose), dtype=np.uint8)
     if upright.shape[:2] == (spec.height, spec.width):
         return upright
     pixels = np.zeros((spec.height, spec.width, 3), np.uint8)
@@ -129,20 +129,20 @@ def _axes(spec: ImageSpec, width: int, height: int) -> tuple[_Axis, _Axis]:
 
 
 def _is_rows_first(size: tuple[int, int], resized: tuple[int, int]) -> bool:
-    """Whether Pillow would resize the height first: where it shrinks much more than the width."""
+    """Whether Pillow would resize the height first, because it is reduced much more than the width."""
     less_rows, less_columns = size[1] - resized[1], size[0] - resized[0]
     return less_rows > 0 and less_rows > 2 * less_columns
 
 
 def resize_part(image: Image.Image, x: _Axis, y: _Axis, resample: int, *, is_rows_first: bool) -> Image.Image:
-    """A part of an image as Pillow resizes it within the whole.
+    """Resize a part of an image to the pixels that Pillow gives for the whole image.
 
     Args:
         is_rows_first: whether Pillow would resize the height of the whole image before its width. It rounds between
             the two passes.
     """
     filter_ = Image.Resampling(resample)
-    columns, rows = _Stretch.around(x, image.width), _Stretch.around(y, image.height)
+    columns, rows = _Window.around(x, image.width), _Window.around(y, image.height)
     part = image.crop((columns.begin, rows.begin, columns.end, rows.end))
     for is_row_pass in (is_rows_first, not is_rows_first):
         if is_row_pass:
@@ -153,47 +153,55 @@ def resize_part(image: Image.Image, x: _Axis, y: _Axis, resample: int, *, is_row
 
 
 @dataclass(frozen=True, slots=True)
-class _Stretch:
-    """What has to be resized of one axis for some pixels of the result."""
+class _Window:
+    """The pixels of one axis that are resized to get some pixels of the result."""
 
     begin: int
     end: int
-    """Pixels of the image that the filter needs."""
+    """Pixels of the image that the filter reads."""
     start: float
     stop: float
-    """The stretch that is resized, counted from `begin`."""
+    """The range that is resized, counted from `begin`."""
     count: int
-    """Pixels that it becomes."""
+    """Number of pixels that the range becomes."""
     before: int
-    """Of these, how many come before the wanted ones."""
+    """How many of these come before the wanted ones."""
 
     @classmethod
-    def around(cls, axis: _Axis, length: int) -> _Stretch:
+    def around(cls, axis: _Axis, length: int) -> _Window:
         """The wanted pixels of an axis of this length, with some around them.
 
-        Pillow keeps the ends of what it resizes in single precision. Ends are sought that lose little by that.
+        Pillow keeps the ends of a resized range in single precision, so ends with a small rounding error are chosen.
         """
         scale = length / axis.resized
-        margin = math.ceil(_WIDEST_FILTER * max(1.0, scale)) + 1
+        margin = math.ceil(_MAX_FILTER_RADIUS * max(1.0, scale)) + 1
 
-        def lost(pixel: int, begin: int) -> float:
-            placement = pixel * scale - begin
-            return abs(float(np.float32(placement)) - placement)
+        def rounding_error(pixel: int, begin: int) -> float:
+            position = pixel * scale - begin
+            return abs(float(np.float32(position)) - position)
 
         def begin_of(pixel: int) -> int:
             return max(0, math.floor(pixel * scale) - margin)
 
-        first = min(range(axis.first, max(-1, axis.first - ENDS_TRIED), -1), key=lambda one: lost(one, begin_of(one)))
+        first = min(
+            range(axis.first, max(-1, axis.first - MAX_ENDS_COMPARED), -1),
+            key=lambda pixel: rounding_error(pixel, begin_of(pixel)),
+        )
         begin, last = begin_of(first), axis.first + axis.count
-        past = min(range(last, min(axis.resized + 1, last + ENDS_TRIED)), key=lambda one: lost(one, begin))
+        past = min(
+            range(last, min(axis.resized + 1, last + MAX_ENDS_COMPARED)), key=lambda pixel: rounding_error(pixel, begin)
+        )
         end = min(length, math.ceil(past * scale) + margin)
         return cls(begin, end, first * scale - begin, past * scale - begin, past - first, axis.first - first)
 
 
-def resize_fast(image: Image.Image, size: tuple[int, int], box: Box, resample: int) -> Image.Image:
-    """The same filters with SIMD, five to eight times as fast; on photographs mostly within one level, at most five."""
+def resize_simd(image: Image.Image, size: tuple[int, int], box: Box, resample: int) -> Image.Image:
+    """Resize with the same filters in SIMD instructions, five to eight times as fast as Pillow.
+
+    On photographs most values differ by at most one level, and none by more than five.
+    """
     left, top, right, bottom = box
-    filter_ = _FAST_FILTERS.get(Image.Resampling(resample))
+    filter_ = _SIMD_FILTERS.get(Image.Resampling(resample))
     if size == image.size and box == (0.0, 0.0, float(image.width), float(image.height)):
         return image
     if filter_ is None:
@@ -201,37 +209,37 @@ def resize_fast(image: Image.Image, size: tuple[int, int], box: Box, resample: i
     image.load()
     box = (left, top, min(right, image.width), min(bottom, image.height))
     if left == 0 and top == 0:
-        return _resize_fast_pass(image, size, box, filter_)
-    return _resize_fast_in_two_passes(image, size, box, filter_)
+        return _resize_simd_pass(image, size, box, filter_)
+    return _resize_simd_in_two_passes(image, size, box, filter_)
 
 
-def _resize_fast_in_two_passes(image: Image.Image, size: tuple[int, int], box: Box, filter_: FilterType) -> Image.Image:
-    """Resize one axis and then the other, the one first that leaves fewer pixels.
+def _resize_simd_in_two_passes(image: Image.Image, size: tuple[int, int], box: Box, filter_: FilterType) -> Image.Image:
+    """Resize one axis and then the other; first the axis that leaves fewer pixels.
 
-    fast_image_resize 6.1 reads outside the image for some boxes where it resizes both axes in one call: it begins the
-    second pass at the first pixel's window, and the window of the second pixel may begin one pixel earlier.
+    For some boxes fast_image_resize 6.1 reads outside the image if it resizes both axes in one call. It begins the
+    second pass at the window of the first pixel, and the window of the second pixel may begin one pixel earlier.
     """
     left, top, right, bottom = box
-    first_column, last_column = _window(left, right, size[0], image.width)
-    first_row, last_row = _window(top, bottom, size[1], image.height)
+    first_column, last_column = _filter_window(left, right, size[0], image.width)
+    first_row, last_row = _filter_window(top, bottom, size[1], image.height)
     if size[0] * (last_row - first_row) <= size[1] * (last_column - first_column):
         rows = (size[0], last_row - first_row)
-        narrow = _resize_fast_pass(image, rows, (left, first_row, right, last_row), filter_)
-        return _resize_fast_pass(narrow, size, (0, top - first_row, size[0], bottom - first_row), filter_)
+        narrow = _resize_simd_pass(image, rows, (left, first_row, right, last_row), filter_)
+        return _resize_simd_pass(narrow, size, (0, top - first_row, size[0], bottom - first_row), filter_)
     columns = (last_column - first_column, size[1])
-    low = _resize_fast_pass(image, columns, (first_column, top, last_column, bottom), filter_)
-    return _resize_fast_pass(low, size, (left - first_column, 0, right - first_column, size[1]), filter_)
+    low = _resize_simd_pass(image, columns, (first_column, top, last_column, bottom), filter_)
+    return _resize_simd_pass(low, size, (left - first_column, 0, right - first_column, size[1]), filter_)
 
 
-def _window(start: float, stop: float, count: int, length: int) -> tuple[int, int]:
-    """Pixels of an axis that the filter needs to resize a stretch of it to `count` pixels."""
-    margin = math.ceil(_WIDEST_FILTER * max(1.0, (stop - start) / count)) + 1
+def _filter_window(start: float, stop: float, count: int, length: int) -> tuple[int, int]:
+    """Begin and end of the pixels that the filter reads to resize this range of an axis to `count` pixels."""
+    margin = math.ceil(_MAX_FILTER_RADIUS * max(1.0, (stop - start) / count)) + 1
     return max(0, math.floor(start) - margin), min(length, math.ceil(stop) + margin)
 
 
-def _resize_fast_pass(image: Image.Image, size: tuple[int, int], box: Box, filter_: FilterType) -> Image.Image:
+def _resize_simd_pass(image: Image.Image, size: tuple[int, int], box: Box, filter_: FilterType) -> Image.Image:
     left, top, right, bottom = box
-    # The resizer ends the process when it gets no memory for its filter and for what lies between its passes.
+    # Without memory for its filter and intermediate rows the resizer aborts the process, so the memory is checked.
     require_memory(_FILTER_BYTES + 4 * max(size[0] * image.height, image.width * size[1]))
     small = Image.new("RGB", size)
     options = ResizeOptions(

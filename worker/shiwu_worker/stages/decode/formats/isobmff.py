@@ -1,4 +1,4 @@
-"""Finds where the items of an AVIF or HEIC file lie, in the boxes of the ISO base media file format."""
+"""Finds the items of an AVIF or HEIC file in the boxes of the ISO base media file format."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from dataclasses import dataclass
 from typing import Final
 
 MAX_BOXES: Final = 5000
-"""Boxes and items that are looked at; the grid of a 50-megapixel HEIC has some 200 items."""
+"""Most boxes and items that are read; the grid of a 50-megapixel HEIC has about 200 items."""
 HOLE_BYTES: Final = 64
-"""Zeros in a row that coded image data never has: its codes leave no such redundancy, and HEVC forbids it."""
-CODED: Final = {b"av01", b"hvc1"}
+"""Number of consecutive zeros that coded image data never has: its codes are not so redundant, and HEVC forbids it."""
+CODED_KINDS: Final = {b"av01", b"hvc1"}
 _EMPTY_EXIF: Final = b"\0\0\0\0II*\0\x08\0\0\0\0\0"
 """Offset of the TIFF header, and a TIFF header with a directory without entries."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Something that the file holds: an image, a tile of one, or data about one."""
+    """An item of the file: an image, a tile of one, or data about one."""
 
     kind: bytes
     extents: tuple[tuple[int, int], ...]
-    """Where its parts begin and end in the file."""
+    """Begin and end of each of its parts in the file."""
 
 
 def has_holes(data: bytes) -> bool:
-    """Whether coded image data has a long run of zeros: decoders make a flat area of it, without an error."""
+    """Whether coded image data has a long run of zeros, which decoders turn into a flat area without an error."""
     return any(
         data.find(bytes(HOLE_BYTES), begin, end) >= 0
         for item in items(data)
-        if item.kind in CODED
+        if item.kind in CODED_KINDS
         for begin, end in item.extents
     )
 
 
 def without_exif(data: bytes) -> bytes | None:
-    """The file with its EXIF data emptied, or None where it has none."""
+    """The file with its EXIF data emptied, or None if it has none."""
     found = [extent for item in items(data) if item.kind == b"Exif" for extent in item.extents]
     body = bytearray(data)
     for begin, end in found:
@@ -45,7 +45,7 @@ def without_exif(data: bytes) -> bytes | None:
 
 
 def items(data: bytes) -> list[Item]:
-    """The items of the file that lie in the file itself; as many as can be read where boxes are damaged."""
+    """The items that are stored in the file itself; if boxes are damaged, those that can be read."""
     for kind, begin, end in _boxes(data, 0, len(data)):
         if kind == b"meta":
             boxes = {box: (first, last) for box, first, last in _boxes(data, begin + 4, end)}
@@ -80,14 +80,14 @@ def _kinds(data: bytes, begin: int, end: int) -> dict[int, bytes]:
     for kind, at, last in _boxes(data, first, end):
         if kind == b"infe" and at + 12 <= last:
             width = 4 if data[at] >= 3 else 2
-            # Behind the item's number stands that of its protection.
+            # After the number of the item comes the number of its protection.
             number = int.from_bytes(data[at + 4 : at + 4 + width], "big")
             found[number] = data[at + 6 + width : at + 10 + width]
     return found
 
 
 class _Reader:
-    """Numbers of varying width, one after the other; zeros behind the end."""
+    """Reads numbers of varying width, one after the other; gives zeros after the end."""
 
     def __init__(self, data: bytes, begin: int, end: int) -> None:
         self._data, self._at, self._end = data, begin, end
@@ -106,12 +106,12 @@ class _Reader:
 
 
 def _locations(reader: _Reader) -> Iterator[tuple[int, tuple[tuple[int, int], ...]]]:
-    """Number and extents of each item in `iloc` that lies in the file."""
+    """Number and extents of each item in `iloc` that is stored in the file."""
     version = reader.number(1)
     reader.number(3)
     widths = reader.number(2)
     offset_bytes, length_bytes, base_bytes, index_bytes = (widths >> shift & 15 for shift in (12, 8, 4, 0))
-    left = MAX_BOXES
+    extents_left = MAX_BOXES
     for _ in range(min(reader.number(4 if version == 2 else 2), MAX_BOXES)):
         number = reader.number(4 if version == 2 else 2)
         method = reader.number(2) & 15 if version else 0
@@ -119,8 +119,8 @@ def _locations(reader: _Reader) -> Iterator[tuple[int, tuple[tuple[int, int], ..
         base = reader.number(base_bytes)
         extents = []
         for _ in range(reader.number(2)):
-            left -= 1
-            if left < 0 or reader.is_at_end:
+            extents_left -= 1
+            if extents_left < 0 or reader.is_at_end:
                 return
             reader.number(index_bytes if version else 0)
             begin = base + reader.number(offset_bytes)

@@ -1,4 +1,4 @@
-"""Reads the segments of a JPEG: what its frame says, where each scan's data begins and ends, and its EXIF data."""
+"""Reads the segments of a JPEG: its frame header, the begin and end of the data of each scan, and its EXIF data."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _FRAMES: Final = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE: Final = {0xC2, 0xCA}
 _ARITHMETIC: Final = {0xC9, 0xCA}
 _READABLE: Final = {0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA}
-"""Baseline, extended, progressive and lossless by Huffman's codes; the first and third by arithmetic ones."""
-LARGEST_PADDING: Final = 256
-"""Bytes between two segments, or at the end of a scan, that are padding; more are a hole in the file."""
+"""Baseline, extended, progressive and lossless with Huffman codes; extended and progressive with arithmetic codes."""
+MAX_PADDING: Final = 256
+"""Most bytes of padding between two segments or at the end of a scan; more are damage."""
 _ENDS_SCAN: Final = np.array([byte not in {0, *range(0xD0, 0xD8), 0xFF} for byte in range(256)])
-"""Which bytes behind 0xff end a scan's data: not those of stuffed data, of restart markers, and of fill bytes."""
+"""Which bytes after 0xff end the data of a scan: all but stuffed zeros, restart markers and fill bytes."""
 _FIRST_BLOCK_BYTES: Final = 1 << 18
 _MAX_BLOCK_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class JpegHeader:
-    """What stands before the first scan's data."""
+    """The segments before the data of the first scan."""
 
     frame: bytes
-    """The segment with size and components, with its marker."""
+    """The segment with the size and the components, with its marker."""
     first_scan: bytes
     """The segment that starts the first scan, with its marker."""
     data_at: int
@@ -44,10 +44,10 @@ class JpegHeader:
     kind: int
     """The second byte of the frame's marker."""
     has_restarts: bool
-    """Whether scans are divided by restart markers."""
+    """Whether restart markers divide the scans."""
     exif: bytes
     holds_more_images: bool
-    """Whether the file says that other images follow this one's end."""
+    """Whether the file declares that other images follow this one."""
 
     @property
     def components(self) -> frozenset[int]:
@@ -56,26 +56,26 @@ class JpegHeader:
 
     @property
     def is_one_scan(self) -> bool:
-        """Whether the first scan holds all there is."""
+        """Whether the first scan is the whole image."""
         return self.kind not in _PROGRESSIVE and self.first_scan[4] == self.frame[9]
 
     @property
     def is_arithmetic(self) -> bool:
-        """Whether the scans are arithmetic-coded; libjpeg cannot wait for more data then."""
+        """Whether the scans are arithmetic-coded; libjpeg then cannot wait for more data."""
         return self.kind in _ARITHMETIC
 
     @property
     def plain(self) -> bytes:
-        """A header with nothing beside the image in it, for Pillow's parser."""
+        """A header without metadata, for Pillow's parser."""
         return _START_OF_IMAGE + self.frame + self.first_scan
 
 
 def read_header(data: bytes, *, max_segments: int) -> JpegHeader:
-    """Read the segments up to the first scan; those beside the image may be damaged.
+    """Read the segments up to the first scan; those with metadata may be damaged.
 
     Raises:
         Rejected: picture_broken without a frame and a scan, picture_unsupported for 12 bits and rare variants,
-            picture_too_large with more segments than this: libjpeg and this loop visit each of them.
+            picture_too_large with more than `max_segments`, because libjpeg and this loop visit each of them.
     """
     frame = exif = b""
     restarts = holds_more_images = False
@@ -111,14 +111,14 @@ def _check_frame(frame: bytes) -> None:
 
 
 def _segments(data: bytes, at: int) -> Iterator[tuple[int, int, int]]:
-    """Marker, place of its length, and end of each segment from here to the next scan's or the image's end."""
+    """Marker, position of its length, and end of each segment up to the next scan or the end of the image."""
     while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
         marker = data[at + 1]
         if marker == 0xFF:
             at += 1
             continue
         begin = end = at + 2
-        # A zero behind 0xff is no marker: what libjpeg passes over between segments.
+        # A zero after 0xff is no marker; libjpeg skips it between segments.
         if marker and marker not in _STANDALONE and marker != _EOI:
             end = begin + int.from_bytes(data[begin : begin + 2], "big")
         yield marker, begin, end
@@ -128,39 +128,39 @@ def _segments(data: bytes, at: int) -> Iterator[tuple[int, int, int]]:
 
 
 class Markers:
-    """Finds the places at which a scan's data may end."""
+    """Finds the positions at which the data of a scan may end."""
 
     def __init__(self, data: bytes) -> None:
         self._bytes = np.frombuffer(data, np.uint8)
-        self._placements: list[int] = []
+        self._positions: list[int] = []
         self._searched = 0
-        """Places before this are known, from the last question on."""
+        """All positions between the last call and this one are known."""
         self._block_bytes = _FIRST_BLOCK_BYTES
 
     def first_from(self, at: int) -> int | None:
-        """The first such place from here on. Questions must ask for later and later places."""
+        """The first such position from `at` on. Each call must ask for a later position than the one before."""
         self._searched = max(self._searched, at)
         while True:
-            number = bisect_left(self._placements, at)
-            if number < len(self._placements):
-                return self._placements[number]
+            number = bisect_left(self._positions, at)
+            if number < len(self._positions):
+                return self._positions[number]
             if self._searched + 1 >= len(self._bytes):
                 return None
             block = self._bytes[self._searched : self._searched + self._block_bytes + 1]
-            placements = np.flatnonzero(block[:-1] == 0xFF)
-            self._placements = (self._searched + placements[_ENDS_SCAN.take(block.take(placements + 1))]).tolist()
+            positions = np.flatnonzero(block[:-1] == 0xFF)
+            self._positions = (self._searched + positions[_ENDS_SCAN.take(block.take(positions + 1))]).tolist()
             self._searched += len(block) - 1
             self._block_bytes = min(2 * self._block_bytes, _MAX_BLOCK_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """One scan's data, from the end of the one before, with the segments that lead to it."""
+    """The data of one scan."""
 
     data_at: int
     end: int
     has_marker: bool
-    """Whether a marker ends it, or the file does."""
+    """Whether a marker ends it; otherwise the file ends."""
     has_restarts: bool
 
 
@@ -168,8 +168,8 @@ def read_scans(data: bytes, header: JpegHeader, *, max_scans: int, max_segments:
     """All scans of an image that has several.
 
     Raises:
-        Rejected: picture_too_large with more scans than this, each of which costs a pass over the image, or with more
-            segments between them. picture_broken where a colour has no scan.
+        Rejected: picture_too_large with more than `max_scans`, because each costs a pass over the image, or with more
+            than `max_segments` between them. picture_broken if a colour has no scan.
     """
     markers = Markers(data)
     scans: list[Scan] = []
@@ -178,13 +178,13 @@ def read_scans(data: bytes, header: JpegHeader, *, max_scans: int, max_segments:
         marker_at = markers.first_from(at)
         end = len(data) if marker_at is None else marker_at
         scans.append(Scan(at, end, marker_at is not None, restarts))
-        at, is_answered_elsewhere, last_end = -1, marker_at is None, end
+        at, is_ended, last_end = -1, marker_at is None, end
         for marker, begin, segment_end in _segments(data, end):
             segments += 1
-            if begin - 2 - last_end > LARGEST_PADDING:
+            if begin - 2 - last_end > MAX_PADDING:
                 break
             last_end = segment_end
-            is_answered_elsewhere |= marker == _EOI
+            is_ended |= marker == _EOI
             if marker == _DRI:
                 restarts = data[begin + 2 : begin + 4] != b"\0\0"
             elif marker == _SOS and segment_end <= len(data):
@@ -192,7 +192,7 @@ def read_scans(data: bytes, header: JpegHeader, *, max_scans: int, max_segments:
                 seen |= _first_components(b"\xff" + data[begin - 1 : segment_end])
             if segments > max_segments:
                 raise too_large(f"expected a JPEG of at most {max_segments} segments between its scans, got more")
-        if at < 0 and not is_answered_elsewhere:
+        if at < 0 and not is_ended:
             raise broken("expected a whole JPEG image, got one that ends between two scans")
         if at >= 0 and len(scans) == max_scans:
             raise too_large(f"expected a JPEG of at most {max_scans} scans, got more")
@@ -202,7 +202,7 @@ def read_scans(data: bytes, header: JpegHeader, *, max_scans: int, max_segments:
 
 
 def _first_components(scan: bytes) -> set[int]:
-    """The components of which this scan holds the first coefficient, without which nothing is seen of them."""
+    """The components of which this scan has the first coefficient; without it a component is not visible."""
     count = scan[4] if len(scan) > 4 else 0
     if len(scan) < 8 + 2 * count or scan[5 + 2 * count] != 0:
         return set()

@@ -1,7 +1,7 @@
-"""Reads a PNG's chunks, leaves out those beside the image, and notices rows that no data was there for.
+"""Reads the chunks of a PNG, removes those with metadata, and detects missing rows.
 
-Pillow reads text, colour profiles and other ancillary chunks, and refuses the file when one is damaged or large. It
-takes compressed data that ends after any whole row for all of the image.
+Pillow reads text, colour profiles and other ancillary chunks, and rejects the file if one is damaged or large. It
+accepts compressed data that ends after any complete row as the whole image.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _ANIMATION: Final = {b"acTL", b"fcTL", b"fdAT"}
 _DATA: Final = {b"IDAT", b"fdAT"}
 _CHANNELS: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _TRANSPARENCY: Final = {0: 2, 2: 6, 3: 1}
-"""Colour type → least bytes of its transparent colour; the others have alpha."""
+"""Colour type → least bytes of its transparent colour; the other types have alpha."""
 _UNWRITTEN: Final = {"LA": (165, 255), "RGB": (165, 90, 201), "RGBA": (165, 90, 201, 255)}
-"""The colour that is put into the last row before the image is decoded, and is gone when it was decoded."""
+"""The colour that marks the last row before decoding; a decoded row replaces it."""
 _PASSES: Final = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """Adam7: first column, first row, step between columns, step between rows."""
 
@@ -39,7 +39,7 @@ class _Chunk:
     """Where its data ends; its checksum follows."""
 
     def is_intact(self, data: bytes) -> bool:
-        """Whether it is all there and its checksum is right."""
+        """Whether the chunk is complete and its checksum is correct."""
         if self.end + 4 > len(data):
             return False
         checksum = zlib.crc32(memoryview(data)[self.begin - 4 : self.end])
@@ -48,14 +48,14 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class PngStream:
-    """A PNG's chunks."""
+    """The chunks of a PNG."""
 
     data: bytes
     """The whole file."""
     chunks: tuple[_Chunk, ...]
-    """Those of the image, in the file's order."""
+    """The chunks of the image, in the order of the file."""
     exif: bytes
-    """Its EXIF data, where that is intact."""
+    """The EXIF data; empty if missing or damaged."""
 
     @property
     def is_animated(self) -> bool:
@@ -63,7 +63,7 @@ class PngStream:
         return any(chunk.kind in _ANIMATION for chunk in self.chunks)
 
     def plain(self, *, is_animated: bool) -> bytes:
-        """The file with nothing in it beside the image."""
+        """The file without metadata."""
         view, parts = memoryview(self.data), []
         begin, at = 0, len(_SIGNATURE)
         for chunk in self.chunks:
@@ -80,18 +80,18 @@ def read_png(data: bytes, *, max_chunks: int) -> PngStream:
     """Read the chunks.
 
     Raises:
-        Rejected: picture_too_large with more chunks than this, each of which is read in Python. picture_broken
-            without a header, or when the file's end is missing and image data has a wrong checksum.
+        Rejected: picture_too_large with more than `max_chunks`, because each is read in Python. picture_broken
+            without a header, or when the end of the file is missing and image data has a wrong checksum.
     """
     chunks: list[_Chunk] = []
-    exif, colour, is_answered_elsewhere = b"", -1, False
+    exif, colour, is_ended = b"", -1, False
     for number, chunk in enumerate(_chunks(data)):
         if number >= max_chunks:
             raise too_large(f"expected a PNG of at most {max_chunks} chunks, got more")
         kind = chunk.kind
         if kind in _IMAGE or kind in _ANIMATION:
             chunks.append(chunk)
-            is_answered_elsewhere |= kind == b"IEND"
+            is_ended |= kind == b"IEND"
             colour = data[chunk.begin + 9] if kind == b"IHDR" and chunk.end <= len(data) else colour
         elif kind == b"tRNS" and chunk.is_intact(data):
             if chunk.end - chunk.begin >= _TRANSPARENCY.get(colour, 1 << 32):
@@ -102,7 +102,7 @@ def read_png(data: bytes, *, max_chunks: int) -> PngStream:
         raise broken("expected a whole PNG image, got one without a header")
     if not chunks[0].is_intact(data):
         raise broken("expected a whole PNG image, got one with a damaged header")
-    _check_data(data, chunks, is_answered_elsewhere=is_answered_elsewhere)
+    _check_data(data, chunks, is_ended=is_ended)
     return PngStream(data, tuple(_without_broken_animation(data, chunks)), exif)
 
 
@@ -120,10 +120,10 @@ def _chunks(data: bytes) -> Iterator[_Chunk]:
         at = end + 4
 
 
-def _check_data(data: bytes, chunks: list[_Chunk], *, is_answered_elsewhere: bool) -> None:
-    """Checksums of image data cost, so they are looked at where something else is wrong already."""
+def _check_data(data: bytes, chunks: list[_Chunk], *, is_ended: bool) -> None:
+    """Check the checksums of image data, which cost time, only if something else is already wrong."""
     parts = [chunk for chunk in chunks if chunk.kind in _DATA and chunk.end + 4 <= len(data)]
-    if parts and is_answered_elsewhere:
+    if parts and is_ended:
         last = parts[-1]
         is_zeroed = bytes(4) in (data[last.end - 4 : last.end], data[last.end : last.end + 4])
         parts = [last] if is_zeroed else []
@@ -132,18 +132,18 @@ def _check_data(data: bytes, chunks: list[_Chunk], *, is_answered_elsewhere: boo
 
 
 def _without_broken_animation(data: bytes, chunks: list[_Chunk]) -> Iterator[_Chunk]:
-    """An animation with a damaged beginning is shown as the still image that the file holds for such a case."""
+    """The chunks, without those of an animation whose beginning is damaged; the still image of the file remains."""
     first = next((number for number, chunk in enumerate(chunks) if chunk.kind in _DATA), len(chunks))
-    is_sound = all(chunk.is_intact(data) for chunk in chunks[:first] if chunk.kind in _ANIMATION)
+    is_intact = all(chunk.is_intact(data) for chunk in chunks[:first] if chunk.kind in _ANIMATION)
     for chunk in chunks:
-        if is_sound or chunk.kind not in _ANIMATION:
+        if is_intact or chunk.kind not in _ANIMATION:
             yield chunk
 
 
 def open_png(stream: PngStream) -> Image.Image:
-    """The image of what `read_png` read, to be loaded by `load_png`."""
+    """The image of a stream; `load_png` decodes it."""
     if stream.is_animated:
-        with contextlib.suppress(UnidentifiedImageError, ValueError):  # for chunks of a wrong length or order
+        with contextlib.suppress(UnidentifiedImageError, ValueError):  # from chunks of a wrong length or order
             return Image.open(io.BytesIO(stream.plain(is_animated=True)), formats=("PNG",))
     return Image.open(io.BytesIO(stream.plain(is_animated=False)), formats=("PNG",))
 
@@ -165,8 +165,8 @@ def load_png(image: Image.Image, stream: PngStream) -> None:
     image.im.paste(mark.im, row)
     frame = image.tell()
     image.load()
-    is_doubtful = image.crop(row).tobytes() == mark.tobytes() or (is_interlaced and extents[3] - extents[1] == 1)
-    if is_doubtful and not _has_all_rows(stream, frame, extents):
+    may_be_incomplete = image.crop(row).tobytes() == mark.tobytes() or (is_interlaced and extents[3] - extents[1] == 1)
+    if may_be_incomplete and not _has_all_rows(stream, frame, extents):
         raise broken("expected a whole PNG image, got one whose data ends before its last row")
 
 
@@ -179,7 +179,7 @@ def _last_row(extents: tuple[int, int, int, int], *, is_interlaced: bool) -> tup
 
 
 def _has_all_rows(stream: PngStream, frame: int, extents: tuple[int, int, int, int]) -> bool:
-    """Whether a frame has as much data as its size needs: exact, but it costs a second decompression."""
+    """Whether a frame has as much data as its size needs; exact, but costs a second decompression."""
     header = stream.data[stream.chunks[0].begin : stream.chunks[0].end]
     bits = header[8] * _CHANNELS.get(header[9], 0)
     width, height = extents[2] - extents[0], extents[3] - extents[1]
@@ -190,17 +190,17 @@ def _has_all_rows(stream: PngStream, frame: int, extents: tuple[int, int, int, i
             needed += rows * (1 + (columns * bits + 7) // 8)
     decompressor = zlib.decompressobj()
     for part in _frame_data(stream, frame):
-        left_over: bytes = part
-        while left_over and needed > 0:
-            needed -= len(decompressor.decompress(left_over, min(needed, 1 << 20)))
-            left_over = decompressor.unconsumed_tail
+        rest: bytes = part
+        while rest and needed > 0:
+            needed -= len(decompressor.decompress(rest, min(needed, 1 << 20)))
+            rest = decompressor.unconsumed_tail
             if decompressor.eof:
                 return needed <= 0
     return needed <= 0
 
 
 def _frame_data(stream: PngStream, frame: int) -> Iterator[bytes]:
-    """The compressed data of a frame, as Pillow counts them: an image before the animation is the first."""
+    """The compressed data of a frame, numbered as in Pillow: an image before the animation is the first."""
     number, is_begun = -1, False
     for chunk in stream.chunks:
         if chunk.kind == b"fcTL":

@@ -1,4 +1,4 @@
-"""Reads a WebP's chunks: its size before Pillow opens it, damage beside the image, and a hole at its end."""
+"""Reads the chunks of a WebP: its size before Pillow opens it, damaged metadata, and missing data at its end."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from PIL import Image
 
 from shiwu_worker.stages.decode.image_errors import broken, require_memory
 
-CANVAS_BYTES: Final = 16
-"""For each pixel: two canvases of libwebp, its own buffers, and Pillow's image."""
+CANVAS_BYTES_PER_PIXEL: Final = 16
+"""Two canvases of libwebp, its own buffers, and the image of Pillow."""
 HOLE_BYTES: Final = 64
-"""Zeros at the end of the image data, of which it is then asked whether the decoder needs them."""
+"""Number of zeros at the end of the image data from which on a check decides whether the decoder needs them."""
 SPARE_BYTES: Final = 32
-"""How many of them are left out then; encoders end with fewer bytes that no pixel needs."""
+"""How many of these zeros the check removes; encoders append fewer bytes that no pixel needs."""
 _RIFF_HEADER: Final = 12
 _IMAGE: Final = {b"VP8 ", b"VP8L"}
 _FRAME: Final = b"ANMF"
@@ -28,19 +28,19 @@ MAX_CHUNKS: Final = 20_000
 class _Chunk:
     kind: bytes
     begin: int
-    """Where its data begins; its size stands in the four bytes before."""
+    """Where its data begins; the four bytes before are its size."""
     size: int
 
     @property
     def end(self) -> int:
-        """Where the next chunk begins: sizes are padded to even ones."""
+        """Where the next chunk begins; chunks are padded to an even size."""
         return self.begin + self.size + self.size % 2
 
 
 def webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a WebP's canvas, or None where this is no WebP.
+    """Width and height of the canvas of a WebP, or None if this is no WebP.
 
-    Pillow allocates a WebP's canvas twice when it opens the file, before its size can be looked at.
+    Pillow allocates the canvas twice when it opens the file, before its size can be checked.
     """
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return None
@@ -56,9 +56,9 @@ def webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def without_damaged_end(data: bytes) -> bytes | None:
-    """The file up to the first chunk behind the image that does not fit, or None where all fit or the image does not.
+    """The file up to the first damaged chunk after the image, or None if no chunk or the image itself is damaged.
 
-    Metadata stands behind the image. When its chunk is damaged libwebp refuses all of the file.
+    Metadata follows the image. If its chunk is damaged, libwebp rejects the whole file.
     """
     end, has_image = _RIFF_HEADER, False
     for chunk in _chunks(data, _RIFF_HEADER, len(data)):
@@ -74,8 +74,8 @@ def load_webp(image: Image.Image, data: bytes) -> None:
     """Decode the current frame.
 
     Raises:
-        Rejected: picture_broken when the end of the image data is a hole of zeros. libwebp makes a flat area of it.
-            The zeros of an image that is flat there are needed: without them the decoder fails.
+        Rejected: picture_broken when zeros replace the end of the image data. libwebp makes a flat area of them. If
+            the image is really flat there, the zeros are needed: without them the decoder fails.
     """
     image.load()
     if getattr(image, "n_frames", 1) == 1 and (shorter := _without_zeros(data)) and _is_decodable(shorter):
@@ -88,30 +88,30 @@ def _is_decodable(data: bytes) -> bool:
             image.load()
     except (OSError, EOFError, ValueError):
         width, height = webp_size(data) or (0, 0)
-        require_memory(CANVAS_BYTES * width * height)
+        require_memory(CANVAS_BYTES_PER_PIXEL * width * height)
         return False
     return True
 
 
 def _without_zeros(data: bytes) -> bytes | None:
-    """The file without the last zeros of its image data, or None where that does not end with a long run of them."""
-    outer = None
-    found = None
+    """The file without the last zeros of its image data, or None if these do not end with a long run of zeros."""
+    frame = None
+    image = None
     for chunk in _chunks(data, _RIFF_HEADER, len(data)):
         if chunk.kind == _FRAME:
-            outer, inner = chunk, _chunks(data, chunk.begin + _FRAME_HEADER, chunk.begin + chunk.size)
-            found = next((one for one in inner if one.kind in _IMAGE), found)
+            frame, inner = chunk, _chunks(data, chunk.begin + _FRAME_HEADER, chunk.begin + chunk.size)
+            image = next((part for part in inner if part.kind in _IMAGE), image)
         elif chunk.kind in _IMAGE:
-            found = chunk
-    if found is None or not data.endswith(bytes(HOLE_BYTES), found.begin, found.begin + found.size):
+            image = chunk
+    if image is None or not data.endswith(bytes(HOLE_BYTES), image.begin, image.begin + image.size):
         return None
-    size = (found.size - SPARE_BYTES) // 2 * 2
-    end = found.begin + size
+    size = (image.size - SPARE_BYTES) // 2 * 2
+    end = image.begin + size
     body = bytearray(data[:end])
     body[4:8] = (end - 8).to_bytes(4, "little")
-    body[found.begin - 4 : found.begin] = size.to_bytes(4, "little")
-    if outer is not None:
-        body[outer.begin - 4 : outer.begin] = (end - outer.begin).to_bytes(4, "little")
+    body[image.begin - 4 : image.begin] = size.to_bytes(4, "little")
+    if frame is not None:
+        body[frame.begin - 4 : frame.begin] = (end - frame.begin).to_bytes(4, "little")
     return bytes(body)
 
 
