@@ -12,7 +12,7 @@ import pytest
 
 from shiwu_worker.errors import JobError
 from shiwu_worker.policy.access_rules import AccessRules
-from shiwu_worker.stages.fetch.address_guard import Found
+from shiwu_worker.stages.fetch.address_guard import ResolvedAddress
 from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
 from shiwu_worker.stages.fetch.http import HttpClient
 from shiwu_worker.stages.fetch.s3.base import S3Options
@@ -50,7 +50,7 @@ class Names:
             "slow.example": [(OUTER,)],
         }
 
-    def __call__(self, host: str, port: int) -> Sequence[Found]:
+    def __call__(self, host: str, port: int) -> Sequence[ResolvedAddress]:
         """The answer for a name; addresses in the spelling of the machine's own library."""
         self.asked[host] += 1
         if host == "slow.example":

@@ -114,7 +114,7 @@ def test_an_encoded_body_is_refused(world: World, encoding: str) -> None:
     error = failure(world.fetcher(), world.url("http://good.example:OUT/packed"))
     assert isinstance(error, Rejected)
     assert error.code.value == "not_a_picture"
-    assert "packed with gzip" in str(error)
+    assert "compressed with gzip" in str(error)
     assert world.outer.headers["/packed"]["Accept-Encoding"] == "identity"
 
 

@@ -12,7 +12,7 @@ import pytest
 from shiwu_worker.errors import AddressRefused
 from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.policy.ip_ranges import is_public
-from shiwu_worker.stages.fetch.address_guard import AddressGuard, Found, Resolve
+from shiwu_worker.stages.fetch.address_guard import AddressGuard, ResolvedAddress, Resolve
 
 BLOCKED = [
     "0.0.0.0",
@@ -86,7 +86,7 @@ def connect(guard: AddressGuard, host: str, port: int) -> socket.socket:
 def answers(*addresses: str) -> Resolve:
     """A resolver that gives these addresses for every name."""
 
-    def resolve(_: str, port: int) -> Sequence[Found]:
+    def resolve(_: str, port: int) -> Sequence[ResolvedAddress]:
         return [(socket.AF_INET, (each, port)) for each in addresses]
 
     return resolve

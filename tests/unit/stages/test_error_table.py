@@ -62,7 +62,7 @@ def _names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Credentials that no store knows; one try for each fetch."""
     for name, value in OWN_NAMES.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("shiwu_worker.stages.fetch.fetcher.QUICK_TRIES", 1)
+    monkeypatch.setattr("shiwu_worker.stages.fetch.fetcher.MAX_QUICK_TRIES", 1)
 
 
 def agrees(error: JobError, one: Row) -> bool:

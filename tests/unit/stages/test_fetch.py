@@ -99,12 +99,12 @@ def test_a_packed_body_is_refused_by_its_name(
 ) -> None:
     """With what to do; what the bytes tell is told of files and objects too."""
     url = http_server.serve("/a", Reply(body=body, headers={"Content-Encoding": encoding}))
-    with pytest.raises(Rejected, match=f"packed with {name}; store or serve it unpacked") as caught:
+    with pytest.raises(Rejected, match=f"compressed with {name}; store or serve it uncompressed") as caught:
         make_fetcher().fetch(url)
     assert caught.value.code is ErrorCode.NOT_A_PICTURE
     if name in {"gzip", "zstd"}:
         (tmp_path / "a").write_bytes(body)
-        with pytest.raises(Rejected, match=f"packed with {name}"):
+        with pytest.raises(Rejected, match=f"compressed with {name}"):
             make_fetcher(access=AccessRules(allow_folders=(tmp_path,))).fetch((tmp_path / "a").as_uri())
 
 

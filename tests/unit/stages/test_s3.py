@@ -22,7 +22,7 @@ from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import Rejected, Unavailable
 from shiwu_worker.policy.access_rules import AccessRules, allows_bucket
 from shiwu_worker.stages.fetch.s3.base import (
-    STORES_KEPT,
+    MAX_BUCKET_CLIENTS,
     NoCredentials,
     ObjectStore,
     S3Client,
@@ -33,7 +33,7 @@ from shiwu_worker.stages.fetch.s3.base import (
     WrongName,
     is_at,
 )
-from shiwu_worker.stages.fetch.s3.boto import Access, new_client
+from shiwu_worker.stages.fetch.s3.boto import S3Access, new_client
 from shiwu_worker.stages.fetch.s3.obstore import ObstoreStore
 from tests.support.certificates import Certificate
 from tests.support.picture_server import PictureServer, Reply
@@ -377,7 +377,7 @@ def test_credentials_that_come_later_are_used(
     http_server: PictureServer, client: S3Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine's metadata may be late: a client that was made without credentials is not kept."""
-    monkeypatch.setattr("shiwu_worker.stages.fetch.s3.boto.ASK_CHAIN_AGAIN_S", 0.0)
+    monkeypatch.setattr("shiwu_worker.stages.fetch.s3.boto.CHAIN_RETRY_PAUSE_S", 0.0)
     http_server.serve("/pictures/a", PLAIN)
     store = make_store(client, http_server.url(""))
     with monkeypatch.context() as bare:
@@ -416,7 +416,7 @@ def test_a_silent_service_of_credentials_is_left(
         monkeypatch.delenv(name)
     (tmp_path / "token").write_text("a token")
     monkeypatch.setattr("shiwu_worker.stages.fetch.s3.boto.CHAIN_TIMEOUT_S", 0.5)
-    monkeypatch.setattr("shiwu_worker.stages.fetch.s3.boto.ASK_CHAIN_AGAIN_S", 60.0)
+    monkeypatch.setattr("shiwu_worker.stages.fetch.s3.boto.CHAIN_RETRY_PAUSE_S", 60.0)
     with RawServer(says(b""), pause_s=300) as sts:
         monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/r")
         monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
@@ -522,13 +522,13 @@ def test_stores_are_bounded_and_follow_credentials(http_server: PictureServer, m
     """Strangers name buckets; the ones asked for last stay. Keys that were changed are used at once."""
     store = make_store("obstore", http_server.url(""))
     assert isinstance(store, ObstoreStore)
-    buckets = [f"bucket-{number}" for number in range(STORES_KEPT + 4)]
+    buckets = [f"bucket-{number}" for number in range(MAX_BUCKET_CLIENTS + 4)]
     for bucket in (*buckets, buckets[4], "last"):
         http_server.serve(f"/{bucket}/a", PLAIN)
         assert read(store, "a", bucket=bucket) == BODY
     assert list(store._stores) == [*buckets[6:], buckets[4], "last"]
 
-    def changed() -> Access:
+    def changed() -> S3Access:
         return replace(access(), credentials=ReadOnlyCredentials("other", "secret", None))
 
     access = store._clients.get

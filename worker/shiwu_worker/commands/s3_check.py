@@ -12,7 +12,7 @@ from typing import Any, Final
 from shiwu.contract import ErrorCode
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.stages.fetch.s3.base import NoCredentials, S3Limits, S3Options, StoreRefused, is_aws
-from shiwu_worker.stages.fetch.s3.boto import Clients, as_store_errors
+from shiwu_worker.stages.fetch.s3.boto import ClientCache, as_store_errors
 from shiwu_worker.stages.fetch.s3.factory import new_store
 
 PROBE: Final = "shiwu-check"
@@ -43,7 +43,7 @@ def check_s3(settings: Settings) -> tuple[str, tuple[str, ...]]:
     """
     options, limits = s3_options(settings), _limits(settings)
     try:
-        access = Clients(options, limits).get()
+        access = ClientCache(options, limits).get()
     except NoCredentials as error:
         if error.__cause__ is not None:  # half of them
             raise

@@ -33,8 +33,8 @@ from shiwu_worker.loaders.protocol import (
 )
 from shiwu_worker.loaders.sandbox import CpuExceeded, Decoded, DecodeSandbox, SandboxExited, start_sandbox
 from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
-from shiwu_worker.stages.fetch.http import LOOKUPS_A_THREAD, HttpClient
-from shiwu_worker.stages.fetch.s3.base import STORES_KEPT, S3Options
+from shiwu_worker.stages.fetch.http import LOOKUPS_PER_THREAD, HttpClient
+from shiwu_worker.stages.fetch.s3.base import MAX_BUCKET_CLIENTS, S3Options
 
 FETCH_BYTES: Final = 1 << 30
 """Address space of a loader without its threads: its libraries, and room."""
@@ -184,10 +184,10 @@ class LoaderProcess:
 
 def _limits(options: LoaderOptions) -> dict[int, int]:
     # Beside each thread two that look a name up, one of them for a fetch that is over.
-    threads, files = (1 + LOOKUPS_A_THREAD) * options.threads, FILES_A_THREAD * options.threads
+    threads, files = (1 + LOOKUPS_PER_THREAD) * options.threads, FILES_A_THREAD * options.threads
     if options.s3_client == "obstore":
         # One that moves bytes, and for each of ours one more that looks a name up; connections of each bucket's store.
-        threads, files = threads + options.threads + 1, files + STORES_KEPT * options.threads
+        threads, files = threads + options.threads + 1, files + MAX_BUCKET_CLIENTS * options.threads
     return {
         resource.RLIMIT_AS: FETCH_BYTES + threads * THREAD_BYTES + options.threads * 4 * options.max_bytes,
         resource.RLIMIT_FSIZE: 0,

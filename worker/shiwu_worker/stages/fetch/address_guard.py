@@ -1,7 +1,7 @@
-"""The guard of addresses: judges where a connection may go, and makes it.
+"""The address guard: checks where a connection may go, and makes it.
 
-It sits where a socket is made, so redirects, retries and refills of a pool all pass it: one name look-up, every answer
-judged, a connection to a judged address, and the peer compared.
+It works where a socket is created, so redirects, retries and new connections of a pool all pass it. It looks a name up
+once, checks every address, connects to a checked address, and compares the peer with it.
 """
 
 from __future__ import annotations
@@ -19,72 +19,72 @@ from shiwu_worker.errors import AddressRefused, UnknownHost
 from shiwu_worker.policy.access_rules import AccessRules, HostList, plain_host, read_nat64
 from shiwu_worker.policy.ip_ranges import IPAddress, effective_addresses, special_use
 
-ADDRESSES_TRIED: Final = 4
-LOOKUPS: Final = 16
-"""Look-ups that may be under way, unless told otherwise."""
+MAX_ADDRESSES_TRIED: Final = 4
+MAX_LOOKUPS: Final = 16
+"""Default number of concurrent look-ups."""
 _NO_SUCH_NAME: Final = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 _LOOKS_NUMERIC: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _NAME: Final = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 
-Found = tuple[socket.AddressFamily, Any]
-"""A family and a socket address of it, as getaddrinfo gives them."""
-Resolve = Callable[[str, int], Sequence[Found]]
+ResolvedAddress = tuple[socket.AddressFamily, Any]
+"""An address family and a socket address, as getaddrinfo returns them."""
+Resolve = Callable[[str, int], Sequence[ResolvedAddress]]
 
 
-def ask_resolver(host: str, port: int) -> Sequence[Found]:
+def resolve_by_system(host: str, port: int) -> Sequence[ResolvedAddress]:
     """The addresses of a name, by getaddrinfo."""
     return [(family, address) for family, _, _, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
 
 
 class Lookup:
-    """Name look-ups with a time limit, which getaddrinfo has not; thread-safe."""
+    """Name look-ups with a time limit, which getaddrinfo does not have. Thread-safe."""
 
-    def __init__(self, resolve: Resolve = ask_resolver, *, at_most: int = LOOKUPS) -> None:
+    def __init__(self, resolve: Resolve = resolve_by_system, *, max_lookups: int = MAX_LOOKUPS) -> None:
         self._resolve = resolve
-        self._room = threading.BoundedSemaphore(at_most)
+        self._free_lookups = threading.BoundedSemaphore(max_lookups)
 
-    def __call__(self, host: str, port: int, *, timeout_s: float) -> Sequence[Found]:
+    def __call__(self, host: str, port: int, *, timeout_s: float) -> Sequence[ResolvedAddress]:
         """The addresses of `host`.
 
         Raises:
-            OSError: TimeoutError, or what the resolver says.
+            OSError: TimeoutError, or an error of the resolver.
         """
         until_s = time.monotonic() + timeout_s
-        if not self._room.acquire(timeout=max(0.0, timeout_s)):
+        if not self._free_lookups.acquire(timeout=max(0.0, timeout_s)):
             raise TimeoutError("too many name look-ups are under way")
-        box: queue.SimpleQueue[Sequence[Found] | OSError] = queue.SimpleQueue()
+        results: queue.SimpleQueue[Sequence[ResolvedAddress] | OSError] = queue.SimpleQueue()
 
         def work() -> None:
             try:
-                box.put(self._resolve(host, port))
+                results.put(self._resolve(host, port))
             except OSError as error:
-                box.put(error)
+                results.put(error)
             except UnicodeError:
-                box.put(socket.gaierror(socket.EAI_NONAME, "no name that can be looked up"))
+                results.put(socket.gaierror(socket.EAI_NONAME, "no name that can be looked up"))
             finally:
-                self._room.release()
+                self._free_lookups.release()
 
         try:
             threading.Thread(target=work, name="look-up", daemon=True).start()
         except RuntimeError as error:  # no memory for its stack
-            self._room.release()
+            self._free_lookups.release()
             raise OSError(str(error)) from error
         try:
-            found = box.get(timeout=max(0.0, until_s - time.monotonic()))
+            result = results.get(timeout=max(0.0, until_s - time.monotonic()))
         except queue.Empty:
             raise TimeoutError("no answer from the name server in time") from None
-        if isinstance(found, OSError):
-            raise found
-        return found
+        if isinstance(result, OSError):
+            raise result
+        return result
 
 
 class AddressGuard:
-    """Judges and connects; thread-safe.
+    """Checks addresses and connects. Thread-safe.
 
     Args:
-        reach: the operator's rules.
-        resolve: asked once for each connection.
-        lookups: how many may be under way; a name server that never answers holds each for longer than its fetch.
+        access: the operator's rules.
+        resolve: name look-up, called once for each connection.
+        lookups: most concurrent look-ups; without an answer a look-up can last longer than its fetch.
         make_socket: the class of the sockets.
     """
 
@@ -92,8 +92,8 @@ class AddressGuard:
         self,
         access: AccessRules,
         *,
-        resolve: Resolve = ask_resolver,
-        lookups: int = LOOKUPS,
+        resolve: Resolve = resolve_by_system,
+        lookups: int = MAX_LOOKUPS,
         make_socket: Callable[..., socket.socket] = socket.socket,
     ) -> None:
         self._allow, self._only, self._deny = (
@@ -105,14 +105,14 @@ class AddressGuard:
         )
         self._nat64 = tuple(read_nat64(entry) for entry in access.nat64_prefixes)
         self._ports = frozenset(access.ports)
-        self._lookup = Lookup(resolve, at_most=lookups)
+        self._lookup = Lookup(resolve, max_lookups=lookups)
         self._make_socket = make_socket
 
     def check_name(self, host: str, port: int) -> bool:
-        """Judge a host as it is written; return whether the operator trusts it whatever its addresses are.
+        """Check a host as it is written; returns whether the operator allows it whatever its addresses are.
 
         Raises:
-            AddressRefused: the lists, the port or the spelling forbid it.
+            AddressRefused: when the lists, the port or the spelling forbid it.
         """
         name = plain_host(host)
         if self._deny.has(name, port):
@@ -132,87 +132,87 @@ class AddressGuard:
         return trusted
 
     def check_address(self, address: IPAddress, *, trusted: bool = False) -> None:
-        """Judge one address.
+        """Check one address.
 
         Raises:
-            AddressRefused: it is not public and nobody allowed it, or it is denied.
+            AddressRefused: when it is denied, or neither public nor allowed.
         """
         if address.version == 6 and address.scope_id is not None:
             raise AddressRefused(f"{address} has a zone")
-        ends = effective_addresses(address, self._nat64)
-        for one in (address, *ends):
-            if _is_in(one, self._deny_networks):
+        targets = effective_addresses(address, self._nat64)
+        for target in (address, *targets):
+            if _is_in(target, self._deny_networks):
                 raise AddressRefused(f"{address} is in SHIWU_DENY_NETWORKS")
         if trusted or _is_in(address, self._allow_networks):
             return
-        for one in ends:
-            if (use := special_use(one)) is not None and not _is_in(one, self._allow_networks):
+        for target in targets:
+            if (use := special_use(target)) is not None and not _is_in(target, self._allow_networks):
                 raise AddressRefused(f"{address} is not public: {use}")
 
     def connect(self, host: str, port: int, *, timeout_s: float, deadline_s: float) -> socket.socket:
-        """Open a socket to a judged address of `host`.
+        """Open a socket to a checked address of `host`.
 
         Args:
-            timeout_s: for each address; the socket keeps it.
-            deadline_s: moment of the monotonic clock by which all of it has ended.
+            timeout_s: time-out of each address; the socket keeps it.
+            deadline_s: time of the monotonic clock by which everything has ended.
 
         Raises:
-            AddressRefused: the name, or any address of it, is not allowed.
-            UnknownHost: there is no such name.
-            OSError: no address answered.
+            AddressRefused: when the name, or any address of it, is not allowed.
+            UnknownHost: when there is no such name.
+            OSError: when no address answered.
         """
         trusted = self.check_name(host, port)
         try:
-            found = self._lookup(plain_host(host), port, timeout_s=deadline_s - time.monotonic())
+            resolved = self._lookup(plain_host(host), port, timeout_s=deadline_s - time.monotonic())
         except socket.gaierror as error:
             if error.errno in _NO_SUCH_NAME:
                 raise UnknownHost(f"no such name: {host}") from error
             raise
-        judged = [(self._check_answer(host, one, trusted=trusted), one) for one in found]
-        last: OSError = OSError(f"no address of {host} answered")
-        for address, (family, where) in judged[:ADDRESSES_TRIED]:
+        checked = [(self._check_resolved(host, entry, trusted=trusted), entry) for entry in resolved]
+        last_error: OSError = OSError(f"no address of {host} answered")
+        for address, (family, sockaddr) in checked[:MAX_ADDRESSES_TRIED]:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError("the time for the whole fetch is over")
             try:
-                return self._open(family, where, address, timeout_s=min(timeout_s, left_s))
+                return self._open(family, sockaddr, address, timeout_s=min(timeout_s, left_s))
             except OSError as error:
-                last = error
-        raise last
+                last_error = error
+        raise last_error
 
     def connect_trusted(self, host: str, port: int, *, timeout_s: float) -> socket.socket:
         """Open a socket to a host of the configuration: a proxy.
 
         Raises:
-            OSError: no address answered.
+            OSError: when no address answered.
         """
-        last: OSError = OSError(f"no address of {host}")
-        for family, where in self._lookup(host, port, timeout_s=timeout_s)[:ADDRESSES_TRIED]:
+        last_error: OSError = OSError(f"no address of {host}")
+        for family, sockaddr in self._lookup(host, port, timeout_s=timeout_s)[:MAX_ADDRESSES_TRIED]:
             try:
-                return self._open(family, where, None, timeout_s=timeout_s)
+                return self._open(family, sockaddr, None, timeout_s=timeout_s)
             except OSError as error:
-                last = error
-        raise last
+                last_error = error
+        raise last_error
 
-    def _check_answer(self, host: str, found: Found, *, trusted: bool) -> IPAddress:
+    def _check_resolved(self, host: str, resolved: ResolvedAddress, *, trusted: bool) -> IPAddress:
         try:
-            address = ipaddress.ip_address(found[1][0])
+            address = ipaddress.ip_address(resolved[1][0])
             self.check_address(address, trusted=trusted)
         except (ValueError, TypeError, IndexError):
-            raise AddressRefused(f"{host} resolves to {found[1]!r:.80}, which is no address") from None
+            raise AddressRefused(f"{host} resolves to {resolved[1]!r:.80}, which is no address") from None
         except AddressRefused as error:
             raise AddressRefused(f"{host}: {error}") from None
         return address
 
-    def _open(self, family: int, where: Any, judged: IPAddress | None, *, timeout_s: float) -> socket.socket:
+    def _open(self, family: int, sockaddr: Any, expected: IPAddress | None, *, timeout_s: float) -> socket.socket:
         sock = self._make_socket(family, socket.SOCK_STREAM)
         try:
             sock.settimeout(timeout_s)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.connect(where)
-            if judged is not None and ipaddress.ip_address(sock.getpeername()[0]) != judged:
-                raise AddressRefused(f"expected the peer {judged}, got {sock.getpeername()[0]}")
-        except BaseException:  # whatever ends it, the socket is closed
+            sock.connect(sockaddr)
+            if expected is not None and ipaddress.ip_address(sock.getpeername()[0]) != expected:
+                raise AddressRefused(f"expected the peer {expected}, got {sock.getpeername()[0]}")
+        except BaseException:  # no failure may leave the socket open
             sock.close()
             raise
         return sock

@@ -1,8 +1,8 @@
-"""The table of replies and errors: what each one means for the job, read by the code and printed in docs/errors.md.
+"""The error table: what each reply or exception means for the job. The code reads it, and docs/errors.md prints it.
 
-A row names the replies or exceptions that mean the same, the error code of the answer, whose fault it is, whether the
-job is retried, and the level of the log line. What no row names is `UNKNOWN`: the service's own fault, retried and
-logged as an error, never a fact about the image. Exceptions are named as text, so the table loads no library.
+A row has the replies or exceptions with the same meaning, the error code of the answer, whose fault it is, whether the
+job is retried, and the log level. Everything else is `UNKNOWN`: a fault of the service, retried and logged as an error,
+never a fact about the image. Exceptions are named as text, so the table imports no library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shiwu.contract import CODES, RETRIED, ErrorCode, Fault, LogLevel
 
 
 class Kind(StrEnum):
-    """What a row's keys are."""
+    """What the keys of a row are."""
 
     S3_CODE = "Error codes of S3"
     S3_CODE_WITH_VERSION = "Error codes of S3, where the reference names a version"
@@ -30,15 +30,15 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What some replies or exceptions mean."""
+    """The meaning of some replies or exceptions."""
 
     keys: tuple[str, ...]
     means: str
     code: ErrorCode | None
-    """The error code of the answer; None where the error is not about one job."""
+    """The error code of the answer; None if the error is not about one job."""
     fault: Fault
     is_final: bool
-    """Not retried, whatever SHIWU_RETRY says."""
+    """Whether the job is never retried, whatever SHIWU_RETRY is."""
     log_level: LogLevel
 
     @property
@@ -48,7 +48,7 @@ class Row:
 
 
 def row(code: ErrorCode, means: str, *keys: str, is_final: bool | None = None) -> Row:
-    """A row about a job: what the table of codes says, unless `is_final` says otherwise."""
+    """A row about a job, with the defaults of its error code; `is_final` overrides the retry."""
     info = CODES[code]
     return Row(keys, means, code, info.fault, code not in RETRIED if is_final is None else is_final, info.log_level)
 
@@ -221,33 +221,33 @@ TABLE: Final[Mapping[Kind, tuple[Row, ...]]] = {
     Kind.OBSTORE: (NO_REPLY,),
     Kind.FILE: _FILES,
 }
-_INDEX: Final = {kind: {key: one for one in rows for key in one.keys} for kind, rows in TABLE.items()}
+_INDEX: Final = {kind: {key: entry for entry in rows for key in entry.keys} for kind, rows in TABLE.items()}
 
 
 def s3_row(code: str, status: int, *, has_version: bool) -> Row:
-    """What a reply of S3 means: by its code, else by its HTTP status."""
+    """The row of a reply of S3: by its code, otherwise by its HTTP status."""
     found = (has_version and _INDEX[Kind.S3_CODE_WITH_VERSION].get(code)) or _INDEX[Kind.S3_CODE].get(code)
     return found or _INDEX[Kind.S3_STATUS].get(str(status)) or http_row(status)
 
 
 def http_row(status: int) -> Row:
-    """What an HTTP status other than 200 means: by itself, else by its hundred."""
+    """The row of an HTTP status other than 200: its own, otherwise that of its class (4xx)."""
     rows = _INDEX[Kind.HTTP_STATUS]
     return rows.get(str(status)) or rows.get(f"{status // 100}xx") or UNKNOWN
 
 
 def exception_row(error: BaseException) -> Row:
-    """What an exception means: by the error that it wraps, else by its class and the classes above it."""
+    """The row of an exception: by the error that it wraps, otherwise by its class and the base classes."""
     rows = _INDEX[Kind.EXCEPTION]
-    for one in _with_wrapped(error):
-        for cls in type(one).__mro__:
+    for candidate in _with_wrapped(error):
+        for cls in type(candidate).__mro__:
             if found := rows.get(f"{cls.__module__}.{cls.__qualname__}"):
                 return found
     return UNKNOWN
 
 
 def _with_wrapped(error: BaseException) -> Iterator[BaseException]:
-    # urllib3's SSLError and botocore's HTTPClientError are wrappers whose own class says less than what they hold.
+    # urllib3's SSLError and botocore's HTTPClientError wrap an error whose class is more specific.
     inner = (getattr(error, "kwargs", None) or {}).get("error", error.args[0] if error.args else None)
     if isinstance(inner, BaseException):
         yield inner
@@ -255,11 +255,11 @@ def _with_wrapped(error: BaseException) -> Iterator[BaseException]:
 
 
 def obstore_row(kind: str | None) -> Row:
-    """What an error of obstore means that is no reply of the store."""
+    """The row of an error of obstore that is no reply of the store."""
     return _INDEX[Kind.OBSTORE].get(kind or "", UNKNOWN)
 
 
 def file_row(error: OSError) -> Row:
-    """What an error of a file means."""
+    """The row of an error of a file."""
     rows = _INDEX[Kind.FILE]
     return rows.get(errno.errorcode.get(error.errno or 0, ""), rows["any other"])

@@ -1,7 +1,7 @@
-"""Makes the job's error out of what a source replied or how the fetch failed, as the table of errors says.
+"""Turns replies of sources and failures of fetches into errors of jobs, by the error table.
 
-An answer does not say whether the worker's rules refused a source or no connection came about, because producers could
-otherwise map the network of the worker. `detail` says it, in the log only.
+An answer does not tell whether the worker's rules refused a source or no connection was possible. Otherwise producers
+could map the network of the worker. `detail` tells it, in the log only.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from shiwu_worker.errors import JobError, Rejected, Unavailable, Unreachable
 from shiwu_worker.stages.fetch.error_table import UNKNOWN, Row, exception_row, http_row
 
 _NO_CONNECTION: Final = (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError)
-_FRAMES_TOLD: Final = 3
-_CAUSE_CHARS: Final = 200
+_MAX_FRAMES: Final = 3
+_MAX_CAUSE_CHARS: Final = 200
 
 
 def job_error(found: Row, message: str, *, detail: str | None = None, retry_after_s: float | None = None) -> JobError:
-    """The error of a job that met what this row of the table is about.
+    """The error of a job to which this row of the table applies.
 
     Args:
-        detail: what only the log may say.
+        detail: text for the log only.
         retry_after_s: the pause that the source asks for.
     """
     code = found.error_code
@@ -38,25 +38,25 @@ def job_error(found: Row, message: str, *, detail: str | None = None, retry_afte
 
 
 def rejected(code: ErrorCode, message: str, *, detail: str | None = None) -> Rejected:
-    """A fetch that another try would not help."""
+    """An error of a fetch that another try would not help."""
     return Rejected(code, message, stage=Stage.FETCH, detail=detail)
 
 
 def unavailable(message: str, *, detail: str | None = None) -> Unavailable:
-    """A fetch that may succeed later."""
+    """An error of a fetch that may succeed later."""
     return Unavailable(ErrorCode.SOURCE_UNAVAILABLE, message, stage=Stage.FETCH, detail=detail)
 
 
 def not_connected(shown: str) -> str:
-    """What is told of every source that no connection was made to, for whatever reason."""
+    """The one text for every source without a connection, whatever the reason."""
     return f"expected a source that can be reached from the worker: {shown}"
 
 
 def refused(error: Exception, shown: str, *, tells: bool) -> JobError:
-    """A source that the rules forbid, or whose name does not exist.
+    """The error for a source that the rules forbid, or whose name does not exist.
 
     Args:
-        tells: say aloud that the rules forbid it.
+        tells: the answer may tell that the rules forbid it.
     """
     if tells:
         return rejected(ErrorCode.SOURCE_FORBIDDEN, f"refused by the worker's rules: {error}", detail=str(error))
@@ -64,36 +64,34 @@ def refused(error: Exception, shown: str, *, tells: bool) -> JobError:
 
 
 def bucket_refused(shown: str, *, detail: str, tells: bool = False) -> Rejected:
-    """An object that may not be read, by the store's word or by the operator's."""
+    """The error for an object that the store or the operator does not let the worker read."""
     why = "refused by the worker's rules" if tells else "expected an object that this worker may read"
     return rejected(ErrorCode.SOURCE_FORBIDDEN, f"{why}: {shown}", detail=detail)
 
 
 def unknown_error(error: BaseException, shown: str) -> JobError:
-    """An error that no row of the table names: the service's own fault, with its cause for the log."""
+    """The error for an exception that no row of the table names: a fault of the service, with its cause for the log."""
     text = f"the fetch failed by an error that this worker does not know ({type(error).__name__}): {shown}"
     return job_error(UNKNOWN, text, detail=_cause(error))
 
 
 def _cause(error: BaseException) -> str:
-    """The class, the text and the last places of an error, without what may hold a URL's query or user name."""
+    """The class, the text and the last lines of code of an error, without text that may have a URL's query or user."""
     text = str(error)
-    if any(sign in text for sign in "?@") or "://" in text:
-        text = "(its text holds an address and is left out)"
-    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES_TOLD:]
-    placements = " < ".join(
-        f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames[::-1]
-    )
-    return f"{type(error).__name__}: {text[:_CAUSE_CHARS]} at {placements or 'no placement'}"
+    if any(character in text for character in "?@") or "://" in text:
+        text = "(its text has an address and is omitted)"
+    frames = traceback.extract_tb(error.__traceback__)[-_MAX_FRAMES:]
+    lines = " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames[::-1])
+    return f"{type(error).__name__}: {text[:_MAX_CAUSE_CHARS]} at {lines or 'an unknown line'}"
 
 
 def bad_status(status: int, shown: str, *, retry_after_s: float | None = None) -> JobError:
-    """What an HTTP status means that brings no image."""
+    """The error for an HTTP status that comes without an image."""
     return job_error(http_row(status), f"HTTP {status}: {shown}", retry_after_s=retry_after_s)
 
 
 def check_hop(url: str) -> None:
-    """Refuse a producer's address that is no plain http(s) one.
+    """Reject a producer's URL that is not plain http(s).
 
     Raises:
         Rejected: invalid_reference.
@@ -103,16 +101,16 @@ def check_hop(url: str) -> None:
 
 
 def next_hop(url: str, to: str) -> str:
-    """Where a redirect leads; never from https to anything else.
+    """The target of a redirect; never from https to another scheme.
 
     Raises:
         Rejected: source_forbidden.
     """
-    # Headers are read as Latin-1; what is not ASCII in them is UTF-8 that its sender should have escaped.
+    # Headers are read as Latin-1; other bytes than ASCII are UTF-8 that the sender should have escaped.
     to = "".join(chr(byte) if byte < 0x80 else f"%{byte:02X}" for byte in to.strip(" \t").encode("latin-1", "replace"))
     try:
-        # Before the join, which drops control characters in silence.
-        problem = _odd_sign(to)
+        # Before the join, which removes control characters without an error.
+        problem = _forbidden_character(to)
         target = urljoin(url, to)
     except ValueError:
         target, problem = "", "no URL"
@@ -123,13 +121,13 @@ def next_hop(url: str, to: str) -> str:
     return target
 
 
-def _odd_sign(url: str) -> str | None:
-    is_odd = any(sign in " \\" or not sign.isprintable() for sign in url)
-    return "got white space, a control character or a backslash" if is_odd else None
+def _forbidden_character(url: str) -> str | None:
+    has_one = any(character in " \\" or not character.isprintable() for character in url)
+    return "got white space, a control character or a backslash" if has_one else None
 
 
 def _problem(url: str) -> str | None:
-    if problem := _odd_sign(url):
+    if problem := _forbidden_character(url):
         return problem
     try:
         parts = parse_url(url)
@@ -139,16 +137,16 @@ def _problem(url: str) -> str | None:
         return "got another scheme or no host"
     if parts.auth is not None:
         return "got a user name"
-    # A zone, or letters behind an escape, which only attackers write. Sought in the text, for parsing undoes escapes.
+    # A zone, or escaped letters, which only attackers write. Searched in the text, because parsing removes escapes.
     is_escaped = "%" in re.split(r"[/?#]", url.partition("://")[2], maxsplit=1)[0]
     return "got an odd host or port" if is_escaped or parts.port == 0 else None
 
 
 def http_error(error: Exception, shown: str) -> JobError:
-    """What a failed HTTP exchange means for the job.
+    """The error of a job whose HTTP exchange failed.
 
     Args:
-        shown: the producer's own reference: where a redirect led is not told.
+        shown: the producer's own reference; the target of a redirect is not shown.
     """
     found = exception_row(error)
     if found is UNKNOWN:

@@ -1,7 +1,7 @@
 """s3://, https://, http:// or file:// → bytes, with a size limit and one deadline for everything.
 
-Errors say whether trying again may help: `Rejected` for what can't be, `Unavailable` for what can't be now. A few quick
-tries happen here; slow ones are the pipeline's, through Redis.
+Errors tell whether another try may help: `Rejected` if not, `Unavailable` if later. A few quick retries happen here;
+the pipeline does slow ones through Redis.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from shiwu_worker.stages.fetch.fetch_errors import (
     unavailable,
     unknown_error,
 )
-from shiwu_worker.stages.fetch.http_replies import MAX_DIGITS, is_whole, packed_by, retry_after_s
+from shiwu_worker.stages.fetch.http_replies import MAX_DIGITS, compression_of, is_whole, retry_after_s
 from shiwu_worker.stages.fetch.local_files import LocalFiles
 from shiwu_worker.stages.fetch.s3.base import CHUNK, S3Limits, S3Options, StoreError, is_bucket, s3_error
 from shiwu_worker.stages.fetch.s3.factory import new_store
 from shiwu_worker.stages.fetch.source_pauses import SourcePauses
 
-QUICK_TRIES: Final = 3
+MAX_QUICK_TRIES: Final = 3
 
 
-class Web(Protocol):
-    """The part of `shiwu_worker.stages.fetch.http.HttpClient` that is used here."""
+class Transport(Protocol):
+    """The part of `shiwu_worker.stages.fetch.http.HttpClient` that the fetcher uses."""
 
     def open(self, url: str, *, deadline_s: float) -> urllib3.BaseHTTPResponse:
         """Send one GET without redirects or retries."""
@@ -57,7 +57,7 @@ class FetchLimits:
     connect_timeout_s: float
     read_timeout_s: float
     longest_pause_s: float = 300.0
-    """Longest pause that a source may ask for; longer ones count as this."""
+    """Longest pause that a source may ask for; a longer one is cut to this."""
     max_redirects: int = 3
 
 
@@ -65,17 +65,17 @@ class Fetcher:
     """Fetches references. Thread-safe; one for each loader process.
 
     Args:
-        web: HTTP connections, guarded against addresses that are not public.
-        reach: the operator's rules for buckets and folders; those for addresses are the web's.
+        http_client: HTTP connections, guarded against addresses that are not public.
+        access: the operator's rules for buckets and folders; the HTTP client has those for addresses.
         threads: how many fetches run at a time.
     """
 
     def __init__(
-        self, *, s3: S3Options, http_client: Web, access: AccessRules, limits: FetchLimits, threads: int
+        self, *, s3: S3Options, http_client: Transport, access: AccessRules, limits: FetchLimits, threads: int
     ) -> None:
         self._http_client = http_client
         self._access = access
-        self._folders = LocalFiles(access.allow_folders, access.deny_folders)
+        self._files = LocalFiles(access.allow_folders, access.deny_folders)
         self._limits = limits
         self._pauses = SourcePauses(longest_s=limits.longest_pause_s)
         self._store = new_store(
@@ -92,9 +92,9 @@ class Fetcher:
         """Read the whole object within the total deadline.
 
         Raises:
-            Rejected: it is not there, not allowed, a folder, or larger than the limit.
-            Unreachable: the rules forbid it, or there is no such host.
-            Unavailable: the source did not answer in time or answered that it can't now.
+            Rejected: when it does not exist, is not allowed, is a folder, or is larger than the limit.
+            Unreachable: when the rules forbid it, or there is no such host.
+            Unavailable: when the source did not answer in time, or answered that it cannot now.
         """
         deadline_s = time.monotonic() + self._limits.total_timeout_s
         scheme = scheme_of(reference)
@@ -102,23 +102,23 @@ class Fetcher:
             "s3": self._from_s3,
             "https": self._from_http,
             "http": self._from_http,
-            "file": self._from_folder,
+            "file": self._from_file,
         }
         source = sources.get(scheme)
         if source is None:
             raise rejected(ErrorCode.INVALID_REFERENCE, f"expected s3, https, http or file, got {scheme!r}")
-        for tried in range(1, QUICK_TRIES + 1):
+        for attempt in range(1, MAX_QUICK_TRIES + 1):
             try:
                 return source(reference, deadline_s)
             except Unavailable as error:
-                pause_s = random.uniform(0.05, 0.15) * 2**tried  # noqa: S311 jitter, no secret
+                pause_s = random.uniform(0.05, 0.15) * 2**attempt  # noqa: S311 jitter, no secret
                 is_quick = error.code is ErrorCode.SOURCE_UNAVAILABLE and error.retry_after_s is None
-                if not is_quick or tried == QUICK_TRIES or time.monotonic() + pause_s >= deadline_s:
+                if not is_quick or attempt == MAX_QUICK_TRIES or time.monotonic() + pause_s >= deadline_s:
                     raise
-                time.sleep(pause_s)  # a thread of a loader; its process is killed, never asked to stop
+                time.sleep(pause_s)  # in a loader thread; loaders are killed and need not react to a stop
             except JobError:
                 raise
-            except Exception as error:  # boundary: an unknown error is the worker's, not the image's
+            except Exception as error:  # border: an unknown error is a fault of the worker, not of the image
                 raise unknown_error(error, without_query(reference)) from error
         raise AssertionError("unreachable")
 
@@ -140,11 +140,11 @@ class Fetcher:
         self._pauses.check(source)
         try:
             with self._store.open(parts.bucket, parts.key, version=parts.version) as body:
-                return _plain(self._read(body.read, body.length, deadline_s), shown)
+                return _uncompressed(self._read(body.read, body.length, deadline_s), shown)
         except StoreError as error:
-            raise self._noted(source, s3_error(error, shown)) from error
+            raise self._note_pause(source, s3_error(error, shown)) from error
 
-    def _noted(self, source: str, error: JobError) -> JobError:
+    def _note_pause(self, source: str, error: JobError) -> JobError:
         if isinstance(error, Unavailable):
             self._pauses.note(source, error)
         return error
@@ -154,21 +154,21 @@ class Fetcher:
         url, shown = reference, without_query(reference)
         check_hop(url)
         for _ in range(self._limits.max_redirects + 1):
-            answer = self._ask(url, shown, deadline_s)
+            reply = self._request(url, shown, deadline_s)
             try:
-                if answer.status in {301, 302, 303, 307, 308} and (to := answer.headers.get("Location")):
-                    url = next_hop(url, to)
+                if reply.status in {301, 302, 303, 307, 308} and (location := reply.headers.get("Location")):
+                    url = next_hop(url, location)
                     continue
-                if not is_whole(answer.status, answer.headers.get("Content-Range")):
-                    pause_s = retry_after_s(answer.headers)
-                    raise self._noted(_host(url), bad_status(answer.status, shown, retry_after_s=pause_s))
-                return self._read_http(answer, shown, deadline_s)
+                if not is_whole(reply.status, reply.headers.get("Content-Range")):
+                    pause_s = retry_after_s(reply.headers)
+                    raise self._note_pause(_host(url), bad_status(reply.status, shown, retry_after_s=pause_s))
+                return self._read_http(reply, shown, deadline_s)
             finally:
-                # A body that was read to its end leaves the connection usable; any other is dropped.
-                answer.release_conn() if answer.closed else answer.close()
+                # After a body that was read to its end the connection can be used again; otherwise it is closed.
+                reply.release_conn() if reply.closed else reply.close()
         raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"expected at most {self._limits.max_redirects} redirects")
 
-    def _ask(self, url: str, shown: str, deadline_s: float) -> urllib3.BaseHTTPResponse:
+    def _request(self, url: str, shown: str, deadline_s: float) -> urllib3.BaseHTTPResponse:
         self._pauses.check(_host(url))
         try:
             return self._http_client.open(url, deadline_s=deadline_s)
@@ -179,31 +179,31 @@ class Fetcher:
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
             raise http_error(error, shown) from error
 
-    def _read_http(self, answer: urllib3.BaseHTTPResponse, shown: str, deadline_s: float) -> bytes:
+    def _read_http(self, reply: urllib3.BaseHTTPResponse, shown: str, deadline_s: float) -> bytes:
         try:
-            data = self._read(lambda: answer.read1(CHUNK), _length(answer), deadline_s)
+            data = self._read(lambda: reply.read1(CHUNK), _content_length(reply), deadline_s)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise http_error(error, shown) from error
-        return _plain(data, shown, content_encoding=answer.headers.get("Content-Encoding"))
+        return _uncompressed(data, shown, content_encoding=reply.headers.get("Content-Encoding"))
 
     # -------------------------------------------------------------------------------- file
-    def _from_folder(self, reference: str, deadline_s: float) -> bytes:
+    def _from_file(self, reference: str, deadline_s: float) -> bytes:
         try:
-            with self._folders.open(reference) as (file, size):
-                return _plain(self._read(lambda: file.read(CHUNK), size, deadline_s), reference)
+            with self._files.open(reference) as (file, size):
+                return _uncompressed(self._read(lambda: file.read(CHUNK), size, deadline_s), reference)
         except OSError as error:
             raise job_error(
                 file_row(error), f"can't read the file ({type(error).__name__}, {error.strerror})"
             ) from error
 
-    def _read(self, read_some: Callable[[], bytes], length: int | None, deadline_s: float) -> bytes:
-        """Read to the end, but never more than the limit and never past the deadline."""
+    def _read(self, read_chunk: Callable[[], bytes], length: int | None, deadline_s: float) -> bytes:
+        """Read to the end, but not more than the limit and not past the deadline."""
         limit = self._limits.max_bytes
         if length is not None and length > limit:
             raise rejected(ErrorCode.PICTURE_TOO_LARGE, f"expected at most {limit} bytes, got {length}")
         parts: list[bytes] = []
         total = 0
-        while part := read_some():
+        while part := read_chunk():
             total += len(part)
             if total > limit:
                 raise rejected(ErrorCode.PICTURE_TOO_LARGE, f"expected at most {limit} bytes, got more")
@@ -220,19 +220,19 @@ def _host(url: str) -> str:
     return f"{parts.host}:{parts.port or parts.scheme}"
 
 
-def _plain(data: bytes, shown: str, *, content_encoding: str | None = None) -> bytes:
-    """The bytes, unless they are packed: this process, which holds the credentials, unpacks nothing.
+def _uncompressed(data: bytes, shown: str, *, content_encoding: str | None = None) -> bytes:
+    """The bytes, if they are not compressed: this process has the credentials, so it decompresses nothing.
 
     Raises:
-        Rejected: not_a_picture, with the name of the packing.
+        Rejected: not_a_picture, with the name of the compression.
     """
-    if packing := packed_by(data, content_encoding):
-        text = f"expected the plain bytes of an image, got bytes packed with {packing}; store or serve it unpacked"
-        raise rejected(ErrorCode.NOT_A_PICTURE, f"{text}: {shown}")
+    if compression := compression_of(data, content_encoding):
+        text = f"expected the plain bytes of an image, got bytes compressed with {compression}"
+        raise rejected(ErrorCode.NOT_A_PICTURE, f"{text}; store or serve it uncompressed: {shown}")
     return data
 
 
-def _length(answer: urllib3.BaseHTTPResponse) -> int | None:
-    """The told length in bytes; a number beyond all measure stays one."""
-    told = answer.headers.get("Content-Length", "")
-    return int(told[:MAX_DIGITS]) if told.isascii() and told.isdigit() else None
+def _content_length(reply: urllib3.BaseHTTPResponse) -> int | None:
+    """The announced length in bytes; a number of too many digits is cut and stays too large."""
+    text = reply.headers.get("Content-Length", "")
+    return int(text[:MAX_DIGITS]) if text.isascii() and text.isdigit() else None

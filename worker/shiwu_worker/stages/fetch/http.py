@@ -1,7 +1,7 @@
-"""HTTP connections that reach what the guard lets them, and end at one deadline whatever the server does.
+"""HTTP connections that reach only what the address guard allows, and end at one deadline whatever the server does.
 
-A time-out of urllib3 bounds one silence. A server that sends a byte now and then is never silent, so the sockets here
-know the deadline of the whole fetch, and how many bytes of headers may still come.
+A time-out of urllib3 limits one wait for data. A server that sends a byte now and then never exceeds it, so the sockets
+here know the deadline of the whole fetch, and how many bytes of headers may still come.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from urllib3.util import Timeout, make_headers, parse_url
 from urllib3.util.ssl_ import create_urllib3_context
 
 from shiwu_worker.policy.access_rules import AccessRules
-from shiwu_worker.stages.fetch.address_guard import AddressGuard, Resolve, ask_resolver
+from shiwu_worker.stages.fetch.address_guard import AddressGuard, Resolve, resolve_by_system
 from shiwu_worker.stages.fetch.http_replies import FinalReply
 
 MAX_HEADER_BYTES: Final = 64 * 1024
-"""Of one answer with its status line and those before it (1xx); Python bounds their number by 100."""
-LOOKUPS_A_THREAD: Final = 2
-HOSTS_KEPT: Final = 8
-"""Hosts with idle connections: these are open files, and a stranger names the hosts."""
+"""Of one reply with its status line, and of interim replies (1xx) before it; Python limits headers to 100."""
+LOOKUPS_PER_THREAD: Final = 2
+MAX_IDLE_HOSTS: Final = 8
+"""Hosts with idle connections, which are open files; producers name the hosts, so their number is limited."""
 HEADERS: Final = {"Accept-Encoding": "identity", "Accept": "image/*"}
 
 
-class _Clock(threading.local):
-    """The deadline of what this thread fetches, a moment of the monotonic clock."""
+class _Deadline(threading.local):
+    """The deadline of the fetch of this thread, in seconds of the monotonic clock."""
 
-    deadline_s = math.inf
-
-
-_clock: Final = _Clock()
+    at_s = math.inf
 
 
-def _bound(sock: socket.socket) -> None:
-    left_s = _clock.deadline_s - time.monotonic()
+_deadline: Final = _Deadline()
+
+
+def _limit_timeout(sock: socket.socket) -> None:
+    left_s = _deadline.at_s - time.monotonic()
     if left_s <= 0:
         raise TimeoutError("the time for the whole fetch is over")
     timeout_s = sock.gettimeout()
@@ -51,34 +51,36 @@ def _bound(sock: socket.socket) -> None:
         sock.settimeout(left_s)
 
 
-def _spend(left: int | None, count: int) -> int | None:
+def _count_header_bytes(left: int | None, count: int) -> int | None:
     if left is not None and count > left:
         raise OSError(f"expected at most {MAX_HEADER_BYTES} bytes of headers, got more")
     return None if left is None else left - count
 
 
 class _Socket(socket.socket):
+    """A socket that keeps to the deadline and to the limit of header bytes."""
+
     header_bytes_left: int | None = None
 
     def recv_into(self, *args: Any, **options: Any) -> int:
-        _bound(self)
+        _limit_timeout(self)
         count = super().recv_into(*args, **options)
-        self.header_bytes_left = _spend(self.header_bytes_left, count)
+        self.header_bytes_left = _count_header_bytes(self.header_bytes_left, count)
         return count
 
 
 class _TlsSocket(_Socket, ssl.SSLSocket):
-    """The same inside TLS: `super` is then ssl's."""
+    """A `_Socket` inside TLS; `super()` in `_Socket` is then the class of `ssl`."""
 
 
 class HttpClient:
-    """Sends requests and follows nothing by itself; thread-safe.
+    """Sends requests and follows no redirect by itself. Thread-safe.
 
     Args:
-        reach: the operator's rules.
-        threads: connections kept for each host.
-        user_agent: what requests name as their sender.
-        resolve: asked once for each connection.
+        access: the operator's rules.
+        threads: idle connections kept for each host.
+        user_agent: the sender that requests name.
+        resolve: name look-up, called once for each connection.
     """
 
     def __init__(
@@ -89,11 +91,11 @@ class HttpClient:
         connect_timeout_s: float,
         read_timeout_s: float,
         user_agent: str = "shiwu",
-        resolve: Resolve = ask_resolver,
+        resolve: Resolve = resolve_by_system,
     ) -> None:
-        # Its warnings print whole URLs, with their queries.
+        # Its warnings would print whole URLs with their queries.
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)
-        self._guard = AddressGuard(access, resolve=resolve, lookups=LOOKUPS_A_THREAD * threads, make_socket=_Socket)
+        self._guard = AddressGuard(access, resolve=resolve, lookups=LOOKUPS_PER_THREAD * threads, make_socket=_Socket)
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._headers = {**HEADERS, "User-Agent": user_agent}
@@ -102,18 +104,18 @@ class HttpClient:
         self._manager.pool_classes_by_scheme = _pool_classes(self._guard)
 
     def open(self, url: str, *, deadline_s: float) -> urllib3.BaseHTTPResponse:
-        """Send one GET; the body, not yet read, is to be read by the same thread.
+        """Send one GET. The same thread must read the body, which is not read yet.
 
         Args:
-            deadline_s: moment of the monotonic clock by which all has ended, the body's last byte too.
+            deadline_s: time of the monotonic clock by which everything has ended, including the body.
 
         Raises:
-            AddressRefused: the guard does not let it there.
-            UnknownHost: there is no such name.
-            urllib3.exceptions.HTTPError: no connection, or no answer that can be read.
-            OSError: the same.
+            AddressRefused: when the rules forbid the address.
+            UnknownHost: when there is no such name.
+            urllib3.exceptions.HTTPError: for a failed connection or an unreadable reply.
+            OSError: for a failed connection.
         """
-        _clock.deadline_s = deadline_s
+        _deadline.at_s = deadline_s
         if self._has_proxy:
             parts = parse_url(url)
             self._guard.check_name(parts.host or "", parts.port or (443 if parts.scheme == "https" else 80))
@@ -134,9 +136,9 @@ class HttpClient:
 
 
 def _manager(proxy_url: str | None, *, threads: int) -> urllib3.PoolManager:
-    options: dict[str, Any] = {"num_pools": HOSTS_KEPT, "maxsize": threads, "block": False}
+    options: dict[str, Any] = {"num_pools": MAX_IDLE_HOSTS, "maxsize": threads, "block": False}
     if proxy_url is None:
-        # Proxies of the environment are not looked at.
+        # Proxies from environment variables are ignored.
         return urllib3.PoolManager(**options)
     auth = parse_url(proxy_url).auth
     return urllib3.ProxyManager(
@@ -168,11 +170,11 @@ def _pool_classes(guard: AddressGuard) -> dict[str, Any]:
 
     @lru_cache(maxsize=1)
     def context() -> ssl.SSLContext:
-        # One for all connections: reading the machine's authorities takes longer than a handshake.
-        made = create_urllib3_context()
-        made.sslsocket_class = _TlsSocket
-        made.load_default_certs()
-        return made
+        # One for all connections: reading the machine's certificate authorities takes longer than a handshake.
+        created = create_urllib3_context()
+        created.sslsocket_class = _TlsSocket
+        created.load_default_certs()
+        return created
 
     class TlsPool(HTTPSConnectionPool):
         ConnectionCls = Tls
@@ -196,7 +198,7 @@ def _connect(guard: AddressGuard, connection: Any) -> socket.socket:
     try:
         if connection.proxy is not None:
             return guard.connect_trusted(connection.host, connection.port, timeout_s=timeout_s)
-        return guard.connect(connection.host, connection.port, timeout_s=timeout_s, deadline_s=_clock.deadline_s)
+        return guard.connect(connection.host, connection.port, timeout_s=timeout_s, deadline_s=_deadline.at_s)
     except TimeoutError as error:
         raise urllib3.exceptions.ConnectTimeoutError(connection, f"connect timed out ({error})") from error
     except OSError as error:

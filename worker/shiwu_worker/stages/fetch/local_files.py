@@ -1,4 +1,4 @@
-"""Files of the folders that the operator allows: the file that is judged is the file that is read."""
+"""Opens files in the folders that the operator allows; the file that is checked is the file that is read."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class LocalFiles:
     """Opens file:// references.
 
     Args:
-        allow: what may be read, everything below included; empty allows nothing.
-        deny: what may not, whatever `allow` says.
+        allow: folders that may be read, with everything below them; empty allows nothing.
+        deny: folders that may not be read, also below an allowed one.
     """
 
     def __init__(self, allow: tuple[Path, ...], deny: tuple[Path, ...] = ()) -> None:
@@ -32,17 +32,17 @@ class LocalFiles:
         """The file of a reference, open for reading, and its size in bytes.
 
         Raises:
-            Rejected: it is not in an allowed folder, not there, or no regular file.
-            OSError: it can't be read.
+            Rejected: when it is outside the allowed folders, or no regular file.
+            OSError: when it does not exist or cannot be read.
         """
         raw = unquote_to_bytes(file_path(reference))
         if any(byte < 0x20 or byte == 0x7F for byte in raw):
             raise rejected(ErrorCode.INVALID_REFERENCE, "expected a path without control characters")
         path = os.fsdecode(raw)
-        # Judged before anything is touched, with one answer for all that lies outside: nobody learns what exists there.
+        # Checked before any access, and with one answer for everything outside, so an answer never tells what exists.
         self._check(os.path.realpath(path), path)
-        # A handle that can't be read from, so opening has no effect on pipes and devices. What it is a handle of
-        # stays the same, whatever happens to the names in the meantime.
+        # This handle cannot be read from, so opening it has no effect on pipes and devices. It refers to the same file
+        # even if names change in the meantime.
         handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             own_name = f"/proc/self/fd/{handle}"
@@ -57,9 +57,9 @@ class LocalFiles:
             os.close(handle)
 
     def _check(self, real: str, path: str) -> None:
-        placement = Path(real)
-        is_allowed = any(placement.is_relative_to(folder) for folder in self._allow)
-        if not is_allowed or any(placement.is_relative_to(folder) for folder in self._deny):
+        target = Path(real)
+        is_allowed = any(target.is_relative_to(folder) for folder in self._allow)
+        if not is_allowed or any(target.is_relative_to(folder) for folder in self._deny):
             raise _outside(f"{path} is {real}")
 
 

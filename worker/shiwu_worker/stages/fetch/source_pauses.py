@@ -11,14 +11,14 @@ from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import Unavailable
 
 MAX_SOURCES: Final = 1024
-"""Sources that are remembered: producers name them. The ones that asked first are forgotten first."""
+"""Most remembered sources, because producers name them; the oldest is forgotten first."""
 
 
 class SourcePauses:
-    """Pauses of hosts and buckets, of one loader process. Thread-safe.
+    """The pauses of hosts and buckets, in one loader process. Thread-safe.
 
     Args:
-        longest_s: longest pause; longer ones count as this.
+        longest_s: longest pause; a longer one is cut to this.
     """
 
     def __init__(self, *, longest_s: float) -> None:
@@ -27,10 +27,10 @@ class SourcePauses:
         self._lock = threading.Lock()
 
     def check(self, source: str) -> None:
-        """Refuse a source whose pause is not over.
+        """Raise if the pause of a source is not over.
 
         Raises:
-            Unavailable: with the code of the reply that asked for the pause, and with what is left of it.
+            Unavailable: with the code of the reply that asked for the pause, and the rest of the pause.
         """
         with self._lock:
             until_s, code = self._until.get(source, (0.0, ErrorCode.SOURCE_THROTTLED))

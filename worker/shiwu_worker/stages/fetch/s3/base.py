@@ -1,4 +1,4 @@
-"""What any client of the object store gets and gives. Where the store is, the configuration says, never a message."""
+"""The interface of an object store, and its errors. The configuration says where the store is, never a message."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from shiwu_worker.stages.fetch.fetch_errors import bucket_refused, job_error
 
 S3Client = Literal["boto3", "obstore"]
 CHUNK: Final = 64 * 1024
-STORES_KEPT: Final = 16
-"""Buckets with connections of their own, where a client has such: open files, and a stranger names the buckets."""
+MAX_BUCKET_CLIENTS: Final = 16
+"""Buckets with their own connections, which are open files; producers name the buckets, so the number is limited."""
 _AWS: Final = (".amazonaws.com", ".amazonaws.com.cn")
 # No colon: botocore would take an ARN for the name of a region and an endpoint.
 _CODE: Final = re.compile(r"[\w.]{1,64}", re.ASCII)
@@ -26,20 +26,20 @@ _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 @dataclass(frozen=True, slots=True)
 class S3Options:
-    """Where the object store is, None means the usual AWS chain; and what asks it."""
+    """Where the object store is (None: the usual AWS chain), and which client reads it."""
 
     endpoint_url: str | None
     region: str | None
     client: S3Client = "boto3"
     is_anonymous: bool = False
-    """Neither credentials nor signatures."""
+    """Send requests without credentials and signatures."""
     requester_pays: bool = False
     user_agent: str = "shiwu"
 
 
 @dataclass(frozen=True, slots=True)
 class S3Limits:
-    """Bounds of one object's way, and how many objects are read at a time."""
+    """Time limits of one read, and how many objects are read at a time."""
 
     threads: int
     connect_timeout_s: float
@@ -52,25 +52,25 @@ class ObjectBody:
     """An object that is about to be read."""
 
     read: Callable[[], bytes]
-    """The next bytes, as many as have come; none at the end."""
+    """Returns the next bytes, as many as have arrived; empty at the end."""
     length: int | None
-    """What the store says, in bytes."""
+    """The announced length in bytes."""
 
 
 class StoreError(Exception):
-    """No object. Its text holds no key, no address and no signature."""
+    """The object could not be read. The text has no key, no address and no signature."""
 
     def __init__(self, text: str, found: Row) -> None:
         super().__init__(text)
         self.row = found
-        """What it means for the job."""
+        """The row of the error table, which decides what happens to the job."""
 
 
 class StoreRefused(StoreError):
-    """The store's own reply.
+    """The store replied with an error.
 
     Args:
-        code: S3's code; what has another form than a code of S3 counts as none.
+        code: the error code of S3; a text of another form counts as none.
         retry_after_s: the pause that the store asks for.
     """
 
@@ -86,21 +86,21 @@ class StoreRefused(StoreError):
 
 
 class StoreUnavailable(StoreError):
-    """No reply, or half of one."""
+    """The store gave no reply, or half of one."""
 
     def __init__(self, why: str) -> None:
         super().__init__(f"S3 did not answer ({why})", NO_REPLY)
 
 
 class NoCredentials(StoreError):
-    """The AWS chain ends without credentials, or with half of them."""
+    """The AWS chain ends without credentials, or with incomplete ones."""
 
     def __init__(self) -> None:
         super().__init__("expected S3 credentials in the worker's environment, found none", NO_CREDENTIALS)
 
 
 class WrongSettings(StoreError):
-    """The worker's settings or credentials of S3 cannot work, whatever is asked for."""
+    """The S3 settings or credentials of the worker cannot work for any object."""
 
     def __init__(self, why: str) -> None:
         super().__init__(f"expected S3 settings and credentials that work ({why})", NO_CREDENTIALS)
@@ -108,7 +108,7 @@ class WrongSettings(StoreError):
 
 
 class WrongName(StoreError):
-    """Such a bucket, key or version cannot be asked for."""
+    """The bucket, key or version cannot be requested."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text, WRONG_REFERENCE)
@@ -122,31 +122,31 @@ class StoreDefect(StoreError):
 
 
 class ObjectStore(Protocol):
-    """One client of the store. Thread-safe, and tries once: tries are the fetcher's, within one deadline."""
+    """A client of the store. Thread-safe; tries once, because the fetcher retries within one deadline."""
 
     def open(self, bucket: str, key: str, *, version: str | None) -> AbstractContextManager[ObjectBody]:
-        """Ask for one object; its body is read inside the block, by the same thread.
+        """Request one object. The same thread reads its body, inside the block.
 
         Raises:
-            StoreError: also while the body is read.
+            StoreError: when the request fails, or reading the body.
         """
         ...
 
 
 def is_aws(url: str) -> bool:
-    """Whether an endpoint is one of AWS, and not a store of the operator's own."""
+    """Whether an endpoint belongs to AWS, and is not a store of the operator."""
     return _aws_ending(url) is not None
 
 
 def is_at(url: str, endpoint: str) -> bool:
-    """Whether a request goes to this endpoint. The hosts of one AWS partition, of all regions and buckets, are one."""
-    asked, own = urlsplit(url), urlsplit(endpoint)
-    if asked.scheme != own.scheme:
+    """Whether a request goes to this endpoint. All hosts of one AWS partition count as one endpoint."""
+    target, own = urlsplit(url), urlsplit(endpoint)
+    if target.scheme != own.scheme:
         return False
     if is_aws(endpoint):
         return _aws_ending(url) == _aws_ending(endpoint)
     usual_port = 443 if own.scheme == "https" else 80
-    return (asked.hostname, asked.port or usual_port) == (own.hostname, own.port or usual_port)
+    return (target.hostname, target.port or usual_port) == (own.hostname, own.port or usual_port)
 
 
 def _aws_ending(url: str) -> str | None:
@@ -155,12 +155,12 @@ def _aws_ending(url: str) -> str | None:
 
 
 def is_bucket(name: str) -> bool:
-    """Whether this is the name of a bucket, and no ARN, port or user name."""
+    """Whether this is a bucket name, without an ARN, port or user name."""
     return _BUCKET.fullmatch(name) is not None
 
 
 def s3_error(error: StoreError, shown: str) -> JobError:
-    """What it means for the job that there is no object."""
+    """The error of a job whose object could not be read."""
     if error.row.code is ErrorCode.SOURCE_FORBIDDEN:
         return bucket_refused(shown, detail=f"{error}: {shown}")
     detail = None if error.row.log_level == "info" else f"{error}: {shown}"

@@ -42,39 +42,39 @@ from shiwu_worker.stages.fetch.s3.base import (
     is_aws,
 )
 
-ASK_CHAIN_AGAIN_S: Final = 2.0
-"""How long the AWS chain is left alone after it failed: it asks services, and each thread would wait for them."""
+CHAIN_RETRY_PAUSE_S: Final = 2.0
+"""Pause after a failure of the AWS chain: it calls services, and each thread would wait for them."""
 CHAIN_TIMEOUT_S: Final = 3.0
-"""One connection to a service that gives out credentials, and one silence of it. botocore would wait for minutes, and
-the time limit of fetch and decode would blame the image."""
+"""Connect and read time-out of services that issue credentials. botocore would wait for minutes, so the time limit of
+fetch and decode would reject the image."""
 _OPERATIONS: Final = frozenset({"GetObject", "HeadBucket", "ListBuckets", "CreateSession"})
-"""What the store itself is asked; any other operation is of a service that gives out credentials."""
+"""Operations of the store itself; any other operation belongs to a service that issues credentials."""
 
 
 class BotoStore:
-    """An `ObjectStore`; the client is made when the first object is asked for."""
+    """An `ObjectStore`; the first request creates the client."""
 
     def __init__(self, options: S3Options, limits: S3Limits) -> None:
         self._options = options
-        self._clients = Clients(options, limits)
+        self._clients = ClientCache(options, limits)
 
     @contextmanager
     def open(self, bucket: str, key: str, *, version: str | None) -> Iterator[ObjectBody]:
-        """Ask for one object."""
-        more = {} if version is None else {"VersionId": version}
+        """Request one object."""
+        options = {} if version is None else {"VersionId": version}
         if self._options.requester_pays:
-            more["RequestPayer"] = "requester"
+            options["RequestPayer"] = "requester"
         with as_store_errors(has_version=version is not None):
-            answer = _get(self._clients.get().client, Bucket=bucket, Key=key, **more)
+            answer = _get(self._clients.get().client, Bucket=bucket, Key=key, **options)
             with answer["Body"] as body:
                 _check_whole(answer)
-                # read1, or a piece would be waited for until it is whole, however slowly it comes.
+                # read1 and not read: the latter would wait until a chunk is complete, however slowly it arrives.
                 yield ObjectBody(lambda: body.read1(CHUNK), answer.get("ContentLength"))
 
 
-def _get(client: Any, **asked: str) -> Any:
+def _get(client: Any, **parameters: str) -> Any:
     try:
-        return client.get_object(**asked)
+        return client.get_object(**parameters)
     except UnicodeError:
         raise
     except ValueError as error:  # botocore could not read a header of the reply: a date, a length
@@ -82,13 +82,13 @@ def _get(client: Any, **asked: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
-    """All that a request needs."""
+class S3Access:
+    """What a request needs."""
 
     session: botocore.session.Session
     client: Any
     credentials: ReadOnlyCredentials | None
-    """None: the store is asked without a signature."""
+    """None to send requests without a signature."""
 
 
 def _check_whole(answer: Mapping[str, Any]) -> None:
@@ -99,39 +99,39 @@ def _check_whole(answer: Mapping[str, Any]) -> None:
         raise StoreUnavailable(f"HTTP {status} without the whole object")
 
 
-class Clients:
-    """Makes the client once the AWS chain has credentials, and keeps these fresh; thread-safe.
+class ClientCache:
+    """Creates the client when the AWS chain has credentials, and keeps these fresh. Thread-safe.
 
-    A client that was made without credentials would never get any, so it is not kept.
+    A client created without credentials would never get any, so it is not kept.
     """
 
     def __init__(self, options: S3Options, limits: S3Limits) -> None:
         self._options = options
         self._limits = limits
-        self._made: tuple[botocore.session.Session, Any] | None = None
+        self._client: tuple[botocore.session.Session, Any] | None = None
         self._failed: tuple[float, Callable[[], StoreError]] | None = None
-        """Until when the AWS chain is left alone, and the error that is raised meanwhile."""
+        """Until when the AWS chain is not called, and the error to raise until then."""
         self._lock = threading.Lock()
 
-    def get(self) -> Access:
-        """The client and the credentials of this moment.
+    def get(self) -> S3Access:
+        """The client and the current credentials.
 
         Raises:
-            NoCredentials: the chain has none now.
-            WrongSettings: no client can be made, or the chain fails.
+            NoCredentials: when the chain has none now.
+            WrongSettings: when no client can be created, or the chain fails.
         """
         with self._lock:
             self._check_failed()
-            if self._made is None:
-                self._made = self._make()
-            inner, client = self._made
+            if self._client is None:
+                self._client = self._make()
+            inner, client = self._client
         self._check_failed()
-        # Here and not in the request: what fails in a service that gives out credentials says nothing about the object.
-        return Access(inner, client, self._credentials(inner))
+        # Here and not in the request: a failure of a service that issues credentials is no fact about the object.
+        return S3Access(inner, client, self._credentials(inner))
 
     def _make(self) -> tuple[botocore.session.Session, Any]:
         inner = botocore.session.Session()
-        # Of the clients that ask services for credentials; the store's own client says otherwise.
+        # For clients of services that issue credentials; the client of the store has its own configuration.
         inner.set_default_client_config(
             Config(
                 connect_timeout=CHAIN_TIMEOUT_S,
@@ -154,10 +154,10 @@ class Clients:
         try:
             return _credentials(session)
         except WrongSettings as error:
-            self._failed = time.monotonic() + ASK_CHAIN_AGAIN_S, partial(WrongSettings, error.why)
+            self._failed = time.monotonic() + CHAIN_RETRY_PAUSE_S, partial(WrongSettings, error.why)
             raise
         except NoCredentials:
-            self._failed = time.monotonic() + ASK_CHAIN_AGAIN_S, NoCredentials
+            self._failed = time.monotonic() + CHAIN_RETRY_PAUSE_S, NoCredentials
             raise
 
 
@@ -173,20 +173,20 @@ def _credentials(session: botocore.session.Session) -> ReadOnlyCredentials:
         raise NoCredentials from error
     except ClientError as error:
         raise _by_other_service(error) from error
-    except Exception as error:  # boundary: the chain runs programs and asks services; none is about the object
+    except Exception as error:  # border: the chain runs programs and calls services, none of which concerns the object
         raise WrongSettings(type(error).__name__) from error
 
 
 def _by_other_service(error: ClientError) -> WrongSettings:
-    told: Mapping[str, Any] = error.response
-    return WrongSettings(f"{error.operation_name} answered {told.get('Error', {}).get('Code', 'no code'):.64}")
+    response: Mapping[str, Any] = error.response
+    return WrongSettings(f"{error.operation_name} answered {response.get('Error', {}).get('Code', 'no code'):.64}")
 
 
 def new_client(session: boto3.session.Session, options: S3Options, limits: S3Limits) -> Any:
-    """A boto3 client that never tries twice by itself; thread-safe.
+    """A boto3 client that never retries by itself. Thread-safe.
 
     Raises:
-        WrongSettings: the endpoint is no URL.
+        WrongSettings: when the endpoint is no URL.
     """
     try:
         client = session.client(
@@ -194,7 +194,7 @@ def new_client(session: boto3.session.Session, options: S3Options, limits: S3Lim
             endpoint_url=options.endpoint_url,
             region_name=options.region,
             config=Config(
-                # The fetcher retries, within one deadline; botocore's tries would come on top.
+                # The fetcher retries within one deadline; botocore's retries would be added to these.
                 retries={"mode": "standard", "total_max_attempts": 1},
                 user_agent=options.user_agent,
                 signature_version=UNSIGNED if options.is_anonymous else None,
@@ -210,7 +210,7 @@ def new_client(session: boto3.session.Session, options: S3Options, limits: S3Lim
         )
     except ValueError as error:
         raise WrongSettings("the endpoint is no http(s)://host[:port]") from error
-    _read_past_interim(client)
+    _skip_interim_replies(client)
     endpoint = client.meta.endpoint_url
     if not is_aws(endpoint):
         client.meta.events.register("before-parameter-build.s3", _follow_no_redirect)
@@ -219,17 +219,17 @@ def new_client(session: boto3.session.Session, options: S3Options, limits: S3Lim
 
 
 def _check_host(endpoint: str, request: Any, **_: object) -> None:
-    """Refuse a request that would leave the endpoint: some names of buckets make botocore choose another one."""
+    """Reject a request that would leave the endpoint: some bucket names make botocore choose another one."""
     if not is_at(request.url, endpoint):
         raise WrongName("expected a bucket of the configured endpoint, got a name that chooses another one")
 
 
 class _Plain(AWSHTTPConnection):
-    response_class = FinalReply  # type: ignore[assignment]  # the stubs name the class that botocore puts in for Expect
+    response_class = FinalReply  # type: ignore[assignment]  # the stubs have botocore's own class
 
 
 class _Tls(AWSHTTPSConnection):
-    response_class = FinalReply  # type: ignore[assignment]  # as above
+    response_class = FinalReply  # type: ignore[assignment]  # the stubs have botocore's own class
 
 
 class _PlainPool(AWSHTTPConnectionPool):
@@ -240,25 +240,25 @@ class _TlsPool(AWSHTTPSConnectionPool):
     ConnectionCls = _Tls
 
 
-def _read_past_interim(client: Any) -> None:
-    """Have the client's connections read past 1xx, which botocore takes for an object without bytes."""
+def _skip_interim_replies(client: Any) -> None:
+    """Let the connections of the client skip 1xx replies, which botocore would take for an empty object."""
     session = client._endpoint.http_session
     session._pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
     session._manager.pool_classes_by_scheme = session._pool_classes_by_scheme
 
 
 def _follow_no_redirect(context: dict[str, Any], **_: object) -> None:
-    # A bucket of AWS may be in another region. Any other store has one endpoint, and botocore would ask it for the
-    # bucket's region dozens of times.
+    # A bucket of AWS may be in another region. Any other store has one endpoint, which botocore would ask for the
+    # region of the bucket dozens of times.
     context.setdefault("s3_redirect", {})["redirected"] = True
 
 
 @contextmanager
 def as_store_errors(*, has_version: bool = False) -> Iterator[None]:
-    """Say in the words of `object_store` what botocore says in its own. What the table does not know goes on as it is.
+    """Turn errors of botocore into store errors. Errors that the error table does not have are raised as they are.
 
     Args:
-        has_version: the object is asked for by version.
+        has_version: the object is requested by version.
     """
     try:
         yield
@@ -267,24 +267,24 @@ def as_store_errors(*, has_version: bool = False) -> Iterator[None]:
     except ClientError as error:
         raise _refused(error, has_version=has_version) from error
     except Exception as error:
-        if (made := _known(error)) is None:
+        if (known := _known_error(error)) is None:
             raise
-        raise made from error
+        raise known from error
 
 
 def _refused(error: ClientError, *, has_version: bool) -> StoreError:
-    told: Mapping[str, Any] = error.response
-    code = str(told.get("Error", {}).get("Code", ""))
+    response: Mapping[str, Any] = error.response
+    code = str(response.get("Error", {}).get("Code", ""))
     if error.operation_name not in _OPERATIONS:
         return _by_other_service(error)
-    about: Mapping[str, Any] = told.get("ResponseMetadata", {})
-    headers = {"Retry-After": about.get("HTTPHeaders", {}).get("retry-after", "")}
-    headers["Date"] = about.get("HTTPHeaders", {}).get("date", "")
+    metadata: Mapping[str, Any] = response.get("ResponseMetadata", {})
+    headers = {"Retry-After": metadata.get("HTTPHeaders", {}).get("retry-after", "")}
+    headers["Date"] = metadata.get("HTTPHeaders", {}).get("date", "")
     pause_s = retry_after_s(headers)
-    return StoreRefused(code, int(about.get("HTTPStatusCode", 0)), has_version=has_version, retry_after_s=pause_s)
+    return StoreRefused(code, int(metadata.get("HTTPStatusCode", 0)), has_version=has_version, retry_after_s=pause_s)
 
 
-def _known(error: Exception) -> StoreError | None:
+def _known_error(error: Exception) -> StoreError | None:
     found = exception_row(error)
     if found is UNKNOWN:
         return None

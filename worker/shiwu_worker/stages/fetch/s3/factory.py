@@ -1,4 +1,4 @@
-"""The client of the object store that the operator chose."""
+"""Creates the client of the object store that the operator chose."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from shiwu_worker.stages.fetch.s3.boto import BotoStore
 
 
 def new_store(options: S3Options, limits: S3Limits) -> ObjectStore:
-    """Connects to nothing yet."""
+    """A client of the store; it connects when the first object is requested."""
     if options.client == "obstore":
-        # Here and not above: it is an extra.
+        # Imported here because obstore is an optional dependency.
         from shiwu_worker.stages.fetch.s3.obstore import ObstoreStore  # noqa: PLC0415
 
         return ObstoreStore(options, limits)

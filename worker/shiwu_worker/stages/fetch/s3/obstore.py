@@ -1,6 +1,6 @@
-"""The object store by obstore, which is Rust's object_store.
+"""The object store with obstore, which wraps Rust's object_store.
 
-Where the store is and with which credentials it is asked, botocore says, as for boto3.
+botocore provides the endpoint and the credentials, as for boto3.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from obstore.store import S3Store
 from shiwu_worker.errors import JobError
 from shiwu_worker.stages.fetch.error_table import UNKNOWN, obstore_row
 from shiwu_worker.stages.fetch.s3.base import (
-    STORES_KEPT,
+    MAX_BUCKET_CLIENTS,
     ObjectBody,
     S3Limits,
     S3Options,
@@ -44,13 +44,13 @@ from shiwu_worker.stages.fetch.s3.base import (
     WrongName,
     is_aws,
 )
-from shiwu_worker.stages.fetch.s3.boto import Access, Clients, as_store_errors
+from shiwu_worker.stages.fetch.s3.boto import ClientCache, S3Access, as_store_errors
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Credential
 
-NOWHERE: Final = "http://127.0.0.1:0"
-"""A proxy that nobody can be."""
+UNUSABLE_PROXY_URL: Final = "http://127.0.0.1:0"
+"""A proxy to which no connection is possible."""
 STATUSES: Final[dict[type[Exception], int]] = {
     FileNotFoundError: 404,
     PermissionDeniedError: 403,
@@ -62,13 +62,13 @@ STATUSES: Final[dict[type[Exception], int]] = {
 _STATUS: Final = re.compile(r"Server returned non-2xx status code: (\d{3})")
 _CODE: Final = re.compile(r"<Code>\s*([\w.]{1,64})\s*</Code>", re.ASCII)
 _KIND: Final = re.compile(r"HttpError \{\s*kind: (\w+)|source: (Header) \{")
-# What botocore too would write in front of a host.
+# A bucket that botocore, too, would write before the host name.
 _LABEL: Final = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """What botocore found out."""
+class _Endpoint:
+    """The endpoint as botocore found it."""
 
     url: str
     region: str
@@ -76,52 +76,52 @@ class _Place:
 
 
 class ObstoreStore:
-    """An `ObjectStore`. Nothing of obstore's may run before the process has forked for the last time."""
+    """An `ObjectStore`. No code of obstore may run before the process has forked for the last time."""
 
     def __init__(self, options: S3Options, limits: S3Limits) -> None:
-        # It only moves bytes; without this there is one for each core of the machine. Read when the first one starts.
+        # One thread, because it only moves bytes; the default is one per core. Read when the first thread starts.
         os.environ.setdefault("TOKIO_WORKER_THREADS", "1")
         self._options = options
         self._limits = limits
-        self._clients = Clients(options, limits)
-        self._placement: _Place | None = None
+        self._clients = ClientCache(options, limits)
+        self._endpoint: _Endpoint | None = None
         self._stores: OrderedDict[str, tuple[ReadOnlyCredentials | None, S3Store]] = OrderedDict()
         self._lock = threading.Lock()
 
     @contextmanager
     def open(self, bucket: str, key: str, *, version: str | None) -> Iterator[ObjectBody]:
-        """Ask for one object."""
+        """Request one object."""
         store = self._store(bucket)
-        if key.startswith("/") or key.endswith("/"):  # or it would ask for the key without it
+        if key.startswith("/") or key.endswith("/"):  # otherwise obstore would request the key without the slash
             raise _wrong_key()
         with _as_store_errors(key, has_version=version is not None):
             try:
                 found = obstore.get(store, key, options=None if version is None else {"version": version})
             except (ValueError, InvalidPathError) as error:
                 raise _wrong_key() from error
-            # Small pieces, so that the reader can check the deadline however slowly they come.
-            pieces = found.stream(min_chunk_size=1)
-            yield ObjectBody(lambda: next(pieces, b""), found.meta["size"])
+            # Small chunks, so that the reader can check the deadline however slowly they arrive.
+            chunks = found.stream(min_chunk_size=1)
+            yield ObjectBody(lambda: next(chunks, b""), found.meta["size"])
 
     def _store(self, bucket: str) -> S3Store:
         with self._lock, as_store_errors():
             access = self._clients.get()
-            if self._placement is None:
-                self._placement = _find(access)
+            if self._endpoint is None:
+                self._endpoint = _find_endpoint(access)
             known, store = self._stores.get(bucket, (None, None))
             if store is None or known != access.credentials:
-                store = _new_store(bucket, self._placement, access.credentials, self._options, self._limits)
+                store = _new_store(bucket, self._endpoint, access.credentials, self._options, self._limits)
                 self._stores[bucket] = (access.credentials, store)
             self._stores.move_to_end(bucket)
-            if len(self._stores) > STORES_KEPT:
+            if len(self._stores) > MAX_BUCKET_CLIENTS:
                 self._stores.popitem(last=False)
             return store
 
 
-def _find(access: Access) -> _Place:
+def _find_endpoint(access: S3Access) -> _Endpoint:
     bundle = access.session.get_config_variable("ca_bundle")
     region = access.client.meta.region_name
-    return _Place(
+    return _Endpoint(
         url=access.client.meta.endpoint_url,
         region="us-east-1" if region == "aws-global" else region,
         authorities=Path(bundle).read_bytes() if bundle else None,
@@ -129,28 +129,28 @@ def _find(access: Access) -> _Place:
 
 
 def _new_store(
-    bucket: str, placement: _Place, credentials: ReadOnlyCredentials | None, options: S3Options, limits: S3Limits
+    bucket: str, endpoint: _Endpoint, credentials: ReadOnlyCredentials | None, options: S3Options, limits: S3Limits
 ) -> S3Store:
-    url = placement.url
+    url = endpoint.url
     has_host = options.endpoint_url is None and is_aws(url) and _LABEL.fullmatch(bucket) is not None
     if has_host:
         url = url.replace("://", f"://{bucket}.", 1)
     return S3Store(
         bucket,
-        # Each of them said, or obstore would read variables that boto3 does not know.
+        # All options are set, because obstore would otherwise read variables that boto3 does not know.
         endpoint=url,
         aws_endpoint_url_s3=url,
-        region=placement.region,
+        region=endpoint.region,
         virtual_hosted_style_request=has_host,
         skip_signature=credentials is None,
         request_payer=options.requester_pays,
-        credential_provider=None if credentials is None else partial(_told, credentials),
-        client_options=_client_options(url, placement, options, limits),
+        credential_provider=None if credentials is None else partial(_credential, credentials),
+        client_options=_client_options(url, endpoint, options, limits),
         retry_config={"max_retries": 0},
     )
 
 
-def _told(credentials: ReadOnlyCredentials) -> S3Credential:
+def _credential(credentials: ReadOnlyCredentials) -> S3Credential:
     return {
         "access_key_id": credentials.access_key or "",
         "secret_access_key": credentials.secret_key or "",
@@ -159,7 +159,7 @@ def _told(credentials: ReadOnlyCredentials) -> S3Credential:
     }
 
 
-def _client_options(url: str, placement: _Place, options: S3Options, limits: S3Limits) -> ClientConfig:
+def _client_options(url: str, endpoint: _Endpoint, options: S3Options, limits: S3Limits) -> ClientConfig:
     parts = urlsplit(url)
     proxy = get_environ_proxies(url).get(parts.scheme)
     config: ClientConfig = {
@@ -175,11 +175,11 @@ def _client_options(url: str, placement: _Place, options: S3Options, limits: S3L
         config["proxy_url"] = proxy if "://" in proxy else f"http://{proxy}"
         config["proxy_excludes"] = ""
     else:
-        # It follows redirects, with the session's token, and can't be told not to: this ends them at the first step.
-        config["proxy_url"] = NOWHERE
+        # obstore always follows redirects and sends the session token along; this proxy ends them at the first step.
+        config["proxy_url"] = UNUSABLE_PROXY_URL
         config["proxy_excludes"] = parts.hostname or ""
-    if placement.authorities is not None:
-        config["root_certificate"] = placement.authorities
+    if endpoint.authorities is not None:
+        config["root_certificate"] = endpoint.authorities
     return config
 
 
@@ -200,14 +200,14 @@ def _as_store_errors(key: str, *, has_version: bool) -> Iterator[None]:
         yield
     except (StoreError, JobError):
         raise
-    except BaseException as error:  # a panic of Rust is no Exception, and would end the thread
+    except BaseException as error:  # a Rust panic is no Exception and would end the thread
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise _store_error(error, key, has_version=has_version) from error
         raise
 
 
 def _store_error(error: BaseException, key: str, *, has_version: bool) -> StoreError:
-    """Its text holds addresses, and, in errors that have a type of their own, the key as the producer wrote it."""
+    """The store error for an error of obstore, whose text has addresses, and for some types the producer's key."""
     text = str(error)
     status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), None)
     if status is not None:
@@ -219,8 +219,8 @@ def _store_error(error: BaseException, key: str, *, has_version: bool) -> StoreE
     if status is not None:
         code = _CODE.search(text)
         return StoreRefused(code[1] if code else "", status, has_version=has_version)
-    seen = _KIND.search(text)
-    kind = seen and (seen[1] or seen[2])
+    match = _KIND.search(text)
+    kind = match and (match[1] or match[2])
     why = f"{type(error).__name__}{f', {kind}' if kind else ''}"
     is_cut = isinstance(error, OSError)
     return StoreUnavailable(why) if is_cut or obstore_row(kind) is not UNKNOWN else StoreDefect(why)
