@@ -12,7 +12,7 @@ import pytest
 from shiwu_worker.errors import AddressRefused
 from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.policy.ip_ranges import is_public
-from shiwu_worker.stages.fetch.address_guard import AddressGuard, ResolvedAddress, Resolve
+from shiwu_worker.stages.fetch.address_guard import AddressGuard, Resolve, ResolvedAddress
 
 BLOCKED = [
     "0.0.0.0",
