@@ -89,7 +89,7 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
         "take_late": lambda: wait_until(upkeep.expire_waiting, timeout_s=5),
         "note_labels": lambda: note_labels(client),
         "trim": lambda: upkeep.trim() == {} and client.xlen(RESULT_STREAM) == 1,
-        "take_callbacks": lambda: callbacks._portion([]) == 2 and not client.exists(CANVAS),
+        "take_callbacks": lambda: callbacks._send_chunk([]) == 2 and not client.exists(CANVAS),
         # The first answer is held again before it is handed out; the consumer is removed at the end of its loop.
         "hold_entries": lambda: consume(url) == 1,
         "drop_consumers": lambda: consume(url) == 0 and client.xinfo_consumers(RESULT_STREAM, "g") == [],

@@ -59,7 +59,7 @@ class Stranger:
             answer=answer, id=job_id, message=b"shiwu.bulk|" + json.dumps(raw).encode(), has_callbacks=True
         )
         self._answer_store.write([entry])
-        assert self._callbacks._portion([]) == 1
+        assert self._callbacks._send_chunk([]) == 1
         return self._sent()
 
     def _sent(self) -> list[str]:

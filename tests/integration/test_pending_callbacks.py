@@ -201,7 +201,7 @@ def test_others_callbacks_do_not_wait_for_an_empty_queue(app: Celery, redis_clie
     callbacks.start()
 
     def goes_on() -> bool:
-        callbacks._fresh.put(["own"])
+        callbacks._answered_ids.put(["own"])
         return "left" in sent
 
     wait_until(goes_on, timeout_s=20, every_s=0.05)
@@ -236,9 +236,9 @@ def test_a_connection_that_breaks_leaves_the_callbacks_for_later(app: Celery, re
 
     callbacks._send = send  # type: ignore[method-assign]  # no broker here
     with pytest.raises(BrokenPipeError):
-        callbacks._portion([])
+        callbacks._send_chunk([])
     assert redis_client.hkeys(CANVAS) == [b"good"]
-    wait_until(lambda: callbacks._portion([]) == 1, timeout_s=5)
+    wait_until(lambda: callbacks._send_chunk([]) == 1, timeout_s=5)
     assert sent == ["good"]
 
 
@@ -257,7 +257,7 @@ def test_a_record_that_names_no_job_goes(app: Celery, redis_client: redis.Redis)
     """A member that is no text neither ends the thread nor comes back each time."""
     redis_client.hset(CANVAS, b"\xff\xfe", "x")
     redis_client.zadd(CANVAS_DUE, {b"\xff\xfe": 1.0})
-    assert CallbackSender(app, redis_client, rules=RULES)._portion([]) == 1
+    assert CallbackSender(app, redis_client, rules=RULES)._send_chunk([]) == 1
     assert redis_client.exists(CANVAS, CANVAS_DUE) == 0
 
 

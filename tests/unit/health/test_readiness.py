@@ -59,7 +59,7 @@ def test_worker_without_broadcasts_is_ready_after_the_limit(clock: Clock) -> Non
 
 
 def test_worker_with_revokes_off_is_ready_when_it_claims() -> None:
-    """With SHIWU_REVOKE=0 there is nothing to wait for."""
+    """If revokes are switched off there is nothing to wait for."""
     states: list[bool] = []
     readiness = Readiness(on_change=states.append, revoke_wait_s=0.0)
     readiness.claiming(active=True)

@@ -209,7 +209,7 @@ class _Stuck(SpanExporter):
 def test_what_does_not_fit_is_dropped_and_said_once() -> None:
     """Nobody waits: neither who answers nor, for longer than asked, who closes."""
     exporter = _Stuck()
-    traces = traces_of(exporter, most_waiting=10)
+    traces = traces_of(exporter, max_waiting=10)
     with capture_logs() as logs:
         traces.start()
         began_s = time.monotonic()

@@ -1,4 +1,4 @@
-"""The Celery app that sends callbacks: what it is asked to send is judged once more, and it runs no task itself."""
+"""The Celery app that sends callbacks. It checks each message against the rules, and never runs a task itself."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from shiwu_worker.celery_worker.celery_redis import backend_config, broker_confi
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.policy.callback_rules import CallbackRules
 
-PASSED: Final = frozenset(
+ALLOWED_OPTIONS: Final = frozenset(
     {"countdown", "eta", "expires", "task_id", "root_id", "parent_id", "group_id", "group_index", "retries", "priority"}
     | {"link", "link_error", "chain", "chord", "add_to_parent", "reply_to", "time_limit", "soft_time_limit", "shadow"}
     | {"replaced_task_nesting", "queue", "ignore_result", "compression", "stamped_headers", "headers"}
 )
-"""What a signature says of how it is sent. All else could lead it elsewhere, or into another form than JSON."""
+"""Options of a signature that are passed on. Others could change the destination or the serializer."""
 
 
 class CallbackApp(Celery):  # type: ignore[misc]  # celery has no types
-    """Every message that leaves it comes through `send_task`."""
+    """An app whose messages all pass through `send_task`."""
 
     def __init__(self, rules: CallbackRules, **config: Any) -> None:
         super().__init__("shiwu-callbacks", set_as_current=False)
         self.conf.update(config)
         self._rules = rules
         self.finalize()
-        # An errback whose task is known here is called, in this process and with what a stranger wrote.
+        # Celery would run a known errback task in this process, with arguments from the message.
         self.tasks.clear()
 
     def send_task(self, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Send one task.
 
         Raises:
-            RequestError: the operator did not allow it, or what it carries on.
+            RequestError: the operator does not allow the task, its queue, or a callback in its options.
         """
         self._rules.check_sent(name, options)
-        kept = {key: value for key, value in options.items() if key in PASSED}
+        passed = {key: value for key, value in options.items() if key in ALLOWED_OPTIONS}
         if isinstance(producer := options.get("producer"), Producer):
-            kept["producer"] = producer
-        stamps = kept.get("stamped_headers") or []
-        kept |= {stamp: options[stamp] for stamp in stamps if stamp not in kept and stamp in options}
-        return super().send_task(name, args, kwargs, **kept)
+            passed["producer"] = producer
+        stamps = passed.get("stamped_headers") or []
+        passed |= {stamp: options[stamp] for stamp in stamps if stamp not in passed and stamp in options}
+        return super().send_task(name, args, kwargs, **passed)
 
 
 def make_callback_app(settings: Settings) -> Celery:
-    """The app that sends callbacks, with results in our Redis."""
+    """Return the app that sends callbacks, with its results in the Redis of the worker."""
     address = settings.redis_address
     return CallbackApp(
         settings.callback_rules,
@@ -64,19 +64,19 @@ def make_callback_app(settings: Settings) -> Celery:
 
 
 def check_callbacks(settings: Settings) -> str:
-    """Ping Redis through Celery's own connections: those that send callbacks and keep their results.
+    """Ping Redis through Celery's connections, which send callbacks and store their results.
 
     Raises:
-        redis.RedisError: Celery does not reach it.
+        redis.RedisError: Celery does not reach Redis.
     """
     app = make_callback_app(settings)
     try:
         with (
             app.connection_for_write() as connection,
             connection.channel() as channel,
-            channel.conn_or_acquire() as one,
+            channel.conn_or_acquire() as client,
         ):
-            one.ping()
+            client.ping()
         app.backend.client.ping()
     except OperationalError as error:
         raise error.__cause__ or error from None

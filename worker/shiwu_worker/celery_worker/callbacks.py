@@ -1,9 +1,9 @@
-"""Celery's canvas: what a message's link, link_error, chain and chord ask for, once its job has its answer.
+"""Callbacks: sends what `link`, `link_error`, chain and chord of a message ask for, after its job was answered.
 
-The commit leaves the callbacks of a job in Redis, in the same step as the answer. A thread sends them by Celery's own
-functions and only then forgets them; those of a worker that died in between are sent by another. So a callback is sent
-once, or again where a worker died at that moment: never not at all. What the operator did not allow is not sent, and
-whoever waits for what follows is told so.
+The commit stores the callbacks of a job in Redis, in the same step as the answer. The callbacks thread sends them with
+Celery's functions and deletes them afterwards. If a worker crashes in between, another worker sends them, so a callback
+is sent at least once. Callbacks that the operator does not allow are not sent, and the tasks that would have followed
+are answered with the error.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
 from kombu.exceptions import OperationalError
 from pydantic_core import from_json, to_json
+from structlog.typing import FilteringBoundLogger
 
 from shiwu.broker.answers import CALLBACKS_RESERVED_S
 from shiwu.broker.chunks import chunks
@@ -33,20 +34,21 @@ from shiwu.errors import JobFailed
 from shiwu_worker.jobs.outcome import CommittedJob
 from shiwu_worker.policy.callback_rules import CallbackRules
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 POLL_EVERY_S: Final = 5.0
 CHUNK_SIZE: Final = 100
 UNAVAILABLE_ERRORS: Final = (redis.RedisError, OperationalError, OSError)
-"""What Redis, or the way to it, raises."""
+"""Errors of Redis and of the connection to it."""
 
 
 class CallbackSender:
-    """Sends callbacks from `start` to `close`.
+    """Sends callbacks on its own thread, from `start` to `close`.
 
     Args:
-        app: a Celery app whose broker and result backend are our Redis; a `CallbackApp` judges what it sends itself.
-        rules: which tasks and queues callbacks may name. Jobs that were answered aside have not been judged before.
-        retry_after_s: how long one portion is ours; then another worker may send it.
+        app: a Celery app whose broker and result backend are the Redis of the worker; `CallbackApp` also checks what
+            it sends.
+        rules: which tasks and queues callbacks may name. Jobs that no worker answered were not checked before.
+        retry_after_s: after this time another worker may send a chunk that this worker has taken.
     """
 
     def __init__(
@@ -57,62 +59,62 @@ class CallbackSender:
         self._rules = rules
         self._retry_after_ms = int(retry_after_s * 1000)
         self._take = load_script(client, "take_callbacks")
-        self._fresh: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+        self._answered_ids: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
         self._closed = threading.Event()
-        self._under_way = 0
-        """Jobs of the portion that is being sent."""
+        self._taken = 0
+        """Jobs of the chunk that is being sent."""
         self._thread = threading.Thread(target=self._run, name="callbacks", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
-    def put(self, settled: Sequence[CommittedJob]) -> None:
-        """Take jobs that have their answers. Never blocks."""
-        if ids := [one.entry.id for one in settled if one.job.has_callbacks and one.is_first]:
-            self._fresh.put(ids)
+    def put(self, committed: Sequence[CommittedJob]) -> None:
+        """Queue the jobs of a commit. Never blocks."""
+        if ids := [item.entry.id for item in committed if item.job.has_callbacks and item.is_first]:
+            self._answered_ids.put(ids)
 
     def close(self, *, timeout_s: float) -> None:
-        """Send what was put, for `timeout_s` at most; the rest is another worker's."""
+        """Send what is queued, within `timeout_s`; another worker sends the rest."""
         self._closed.set()
-        self._fresh.put([])  # wakes it
+        self._answered_ids.put([])  # wakes the thread
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        look_s = time.monotonic() + POLL_EVERY_S
+        next_poll_s = time.monotonic() + POLL_EVERY_S
         while True:
             try:
-                left_s = max(0.0, look_s - time.monotonic())
-                ids = self._fresh.get(timeout=left_s if not self._closed.is_set() else 0.01)
+                left_s = max(0.0, next_poll_s - time.monotonic())
+                ids = self._answered_ids.get(timeout=left_s if not self._closed.is_set() else 0.01)
             except queue.Empty:
                 ids = []
             if not ids and self._closed.is_set():
                 return
             try:
                 for portion in chunks(ids, CHUNK_SIZE):
-                    self._portion(portion)
-                # By the clock, however much there is of our own: others' callbacks wait for nobody else.
-                if time.monotonic() >= look_s:
-                    look_s = time.monotonic() + POLL_EVERY_S
-                    if self._portion([]) == CHUNK_SIZE:
-                        look_s = 0.0  # thousands of jobs cancelled at once leave more than one portion
+                    self._send_chunk(portion)
+                # Also under load: callbacks that other workers left are sent by polling only.
+                if time.monotonic() >= next_poll_s:
+                    next_poll_s = time.monotonic() + POLL_EVERY_S
+                    if self._send_chunk([]) == CHUNK_SIZE:
+                        next_poll_s = 0.0  # more are waiting, for example after thousands of jobs were cancelled
             except UNAVAILABLE_ERRORS as error:
-                # They stay in Redis, and a worker finds them when the patience is over. Where none are concerned, other
-                # threads have logged that Redis is away.
-                if jobs := max(len(ids), self._under_way):
+                # They stay in Redis, and a worker takes them after `retry_after_s`. Without jobs there is no line,
+                # because other threads log that Redis does not answer.
+                if jobs := max(len(ids), self._taken):
                     log.warning("callbacks_postponed", jobs=jobs, error=str(error)[:300])
 
-    def _portion(self, ids: Sequence[str]) -> int:
-        """Send what these ids, or with none of them others, have left; gives how many there were."""
-        self._under_way = 0
+    def _send_chunk(self, ids: Sequence[str]) -> int:
+        """Send the callbacks of these ids, or without ids those that other workers left; return the number of jobs."""
+        self._taken = 0
         reply: Any = self._take(keys=[CANVAS, CANVAS_DUE], args=[self._retry_after_ms, CHUNK_SIZE, *ids])
-        self._under_way = len(reply) // 2
+        self._taken = len(reply) // 2
         for i in range(0, len(reply), 2):
-            job_id = reply[i].decode(errors="replace")  # a member by another hand must not end this thread
+            job_id = reply[i].decode(errors="replace")  # a foreign member must not end this thread
             try:
                 self._send(job_id, reply[i + 1])
-            except Exception as error:  # border: signatures are a stranger's; a bad one must not come back
-                if isinstance(error, UNAVAILABLE_ERRORS) and _passes(error):
+            except Exception as error:  # border: signatures come from producers; a bad one must not be tried again
+                if isinstance(error, UNAVAILABLE_ERRORS) and _is_temporary(error):
                     raise
                 log.error("callbacks_failed", id=job_id, kind=type(error).__name__, error=str(error)[:300])
             with self._client.pipeline(transaction=True) as pipe:
@@ -145,18 +147,18 @@ class CallbackSender:
             self._on_failure(job_id, canvas, answer)
 
     def _on_success(self, job_id: str, canvas: Canvas, value: Any) -> list[Any]:
-        """What celery.app.trace does after a task's function has returned; gives the results that it led to."""
+        """Do what celery.app.trace does after a task has returned. Return the results of the callbacks."""
         origin = {"parent_id": job_id, "root_id": canvas.root_id or job_id}
-        sent = [signature(one, app=self._app).apply_async((value,), **origin) for one in canvas.callbacks]
+        sent = [signature(callback, app=self._app).apply_async((value,), **origin) for callback in canvas.callbacks]
         if canvas.chain:
             rest = list(canvas.chain)
             sent.append(signature(rest.pop(), app=self._app).apply_async((value,), chain=rest, **origin))
         if canvas.chord:
             self._app.backend.on_chord_part_return(_context(job_id, canvas), "SUCCESS", value)
-        return [one.as_tuple() for one in sent]
+        return [result.as_tuple() for result in sent]
 
     def _on_failure(self, job_id: str, canvas: Canvas, answer: Answer) -> None:
-        """The same after it has raised. Our own result is there already; what follows in a chain fails with us."""
+        """Do what celery.app.trace does after a task has raised. The rest of the chain fails with the same error."""
         is_revoked = answer.status in {Status.EXPIRED, Status.CANCELLED}
         text = f"{answer.error.code}: {answer.error.message}" if answer.error else str(answer.status)
         error: Exception = TaskRevokedError(str(answer.status)) if is_revoked else JobFailed(text)
@@ -174,16 +176,16 @@ class CallbackSender:
         )
 
     def _fail(self, followers: Sequence[dict[str, Any]], error: Exception, state: str) -> None:
-        """Answer for tasks that will not run, so that nobody waits for them for ever."""
+        """Store a result for tasks that will not run, so that their callers do not wait forever."""
         if (left := len(followers) - self._rules.max_tasks) > 0:
             log.error(
                 "chain_tasks_not_answered", jobs=left, meaning="their chain is longer than SHIWU_CALLBACK_MOST allows"
             )
-        for one in followers[: self._rules.max_tasks]:
-            options = one.get("options")
-            with suppress(RequestError):  # the id becomes a key; what can't be one is nobody's
-                follower = check_id(options.get("task_id") if isinstance(options, dict) else None)
-                self._app.backend.store_result(follower, error, state)
+        for follower in followers[: self._rules.max_tasks]:
+            options = follower.get("options")
+            with suppress(RequestError):  # the id becomes a key; an id that cannot is skipped
+                task_id = check_id(options.get("task_id") if isinstance(options, dict) else None)
+                self._app.backend.store_result(task_id, error, state)
 
     def _note_children(self, job_id: str, children: Sequence[Any]) -> None:
         key = result_key(job_id)
@@ -192,11 +194,11 @@ class CallbackSender:
             self._client.set(key, to_json(meta), xx=True, keepttl=True)
 
 
-def _passes(error: BaseException) -> bool:
-    """Whether the same may succeed later. Else it would come back for ever, and those behind it would never be sent."""
+def _is_temporary(error: BaseException) -> bool:
+    """Return whether another try may succeed. Otherwise the callback would be retried forever and block the others."""
     cause = error.__cause__ if isinstance(error, OperationalError) else error
     if isinstance(cause, redis.DataError):
-        return False  # the client itself can't write such a value
+        return False  # the client cannot encode such a value
     return cause is None or not info_of(cause).is_about_command
 
 

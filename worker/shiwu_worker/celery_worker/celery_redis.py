@@ -1,7 +1,7 @@
-"""The Redis address in Celery's words: kombu's transport for the broker, and the result backend.
+"""Translates the Redis address into Celery's settings for the broker (kombu) and the result backend.
 
-`shiwu.broker.redis_url` has read the URL; nothing here reads it again. What redis-py takes as arguments, kombu takes
-as a URL and a dict of TLS arguments, and the backend as another of each.
+`shiwu.broker.redis_url` parses the URL; this module only formats it. kombu takes a URL and a dict of TLS arguments
+where redis-py takes keyword arguments, and the result backend takes its own pair of them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from shiwu.broker.connection import sentinel_login
 from shiwu.broker.redis_url import RedisAddress
 
 BROKER_CONNECTIONS: Final = 10
-"""A channel takes one that waits for messages, one that listens to the control channel, and one that publishes."""
+"""A channel uses one to wait for messages, one for the control channel, and one to publish."""
 BACKEND_CONNECTIONS: Final = 10
-"""One thread sends callbacks; a chord's counter and its results are read one after another."""
+"""One thread sends callbacks; the counter of a chord and its results are read one after another."""
 HEALTH_CHECK_S: Final = 30
 
 
 def broker_config(address: RedisAddress, *, timeout_s: float) -> dict[str, Any]:
-    """Celery's settings for its broker."""
+    """Return Celery's settings for the broker."""
     options: dict[str, Any] = {
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
@@ -37,14 +37,14 @@ def broker_config(address: RedisAddress, *, timeout_s: float) -> dict[str, Any]:
 
 
 def backend_config(address: RedisAddress, *, timeout_s: float) -> dict[str, Any]:
-    """Celery's settings for its result backend."""
+    """Return Celery's settings for the result backend."""
     return {
         "result_backend": celery_url(address),
         "result_backend_transport_options": _sentinels(address),
         "redis_backend_use_ssl": None if address.tls is None else dict(address.tls),
         "redis_socket_timeout": timeout_s,
         "redis_socket_connect_timeout": timeout_s,
-        # A socket of this machine has no such thing, and its connection does not take the argument.
+        # Connections over a Unix socket do not take this argument.
         "redis_socket_keepalive": not address.socket_path,
         "redis_backend_health_check_interval": HEALTH_CHECK_S,
         "redis_max_connections": BACKEND_CONNECTIONS,
@@ -52,7 +52,7 @@ def backend_config(address: RedisAddress, *, timeout_s: float) -> dict[str, Any]
 
 
 def celery_url(address: RedisAddress) -> str:
-    """The URL of the address in the form that both kombu and Celery read, every part percent-encoded."""
+    """Return the URL in the form that kombu and Celery read, with every part percent-encoded."""
     login = ""
     if address.username or address.password:
         login = f"{_quoted(address.username)}:{_quoted(address.password)}@"

@@ -1,6 +1,6 @@
-"""Celery's remote control: `ping`, `stats` and `revoke` are answered, everything else is ignored.
+"""Celery's remote control: answers `ping`, `stats` and `revoke`, and ignores every other command.
 
-The other commands of the channel (shutdown, pool_restart, …) could stop a worker with one PUBLISH.
+The other commands (shutdown, pool_restart, …) would let one PUBLISH stop a worker.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from celery.worker.state import total_count
 from shiwu_worker.celery_worker.revoke import revoke_command
 
 REPLY_EXCHANGE: Final = "reply.celery.pidbox"
-"""Where Celery's `inspect` listens. A reply to any other exchange could write into a queue of somebody's choice."""
+"""Where Celery's `inspect` listens. With any other exchange a message could choose the queue of the reply."""
 _REPLY_KEY: Final = re.compile(r"[0-9a-f-]{32,36}")
 
 
 HELLO: Final = "shiwu_hello"
-"""A command that a worker broadcasts to itself. When it arrives the worker hears what others broadcast, too."""
+"""A command that a worker broadcasts to itself. Once it arrives, other broadcasts arrive too."""
 HELLO_EVERY_S: Final = 0.25
 
 
 class ControlBox(Pidbox):  # type: ignore[misc]  # celery has no types
-    """A mailbox that knows three commands, and tells the app when it hears broadcasts and when it does not.
+    """A mailbox with three commands, which reports to the app whether broadcasts are received.
 
-    A connection is made before Celery's loop subscribes on it; what is broadcast in between is lost.
+    Broadcasts between the connection and the subscription of Celery's loop are lost, so being connected is not enough.
     """
 
     def __init__(self, consumer: Any) -> None:
@@ -44,22 +44,22 @@ class ControlBox(Pidbox):  # type: ignore[misc]  # celery has no types
             self.node.handlers["revoke"] = revoke_command
 
     def start(self, c: Any) -> None:
-        """Listen, and find out when the server has subscribed this worker."""
+        """Start listening, and broadcast a hello until it arrives."""
         super().start(c)
         self._hello = uuid4().hex
         if c.hub is None:
             c.app.shiwu_on_receiving_revokes(active=True)
         else:
-            self._timer = c.hub.call_repeatedly(HELLO_EVERY_S, self._say_hello)
+            self._timer = c.hub.call_repeatedly(HELLO_EVERY_S, self._send_hello)
 
     def stop(self, c: Any) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self._hello = ""
         self._stop_timer()
         c.app.shiwu_on_receiving_revokes(active=False)
         super().stop(c)
 
-    def _say_hello(self) -> None:
+    def _send_hello(self) -> None:
         self.c.app.control.broadcast(
             HELLO,
             arguments={"token": self._hello},
@@ -73,21 +73,21 @@ class ControlBox(Pidbox):  # type: ignore[misc]  # celery has no types
         if timer is not None:
             timer.cancel()
 
-    def _hear_hello(self, body: dict[str, Any]) -> None:
-        told = body.get("arguments")
-        if self._hello and isinstance(told, dict) and told.get("token") == self._hello:
+    def _receive_hello(self, body: dict[str, Any]) -> None:
+        arguments = body.get("arguments")
+        if self._hello and isinstance(arguments, dict) and arguments.get("token") == self._hello:
             self._stop_timer()
             self.c.app.shiwu_on_receiving_revokes(active=True)
 
     def on_message(self, body: Any, message: Any) -> None:
-        """Obey a known command whose reply goes to Celery's `inspect`, or to nobody."""
+        """Run a known command whose reply, if any, goes to Celery's `inspect`."""
         if isinstance(body, dict) and body.get("method") == HELLO:
-            self._hear_hello(body)
+            self._receive_hello(body)
         elif isinstance(body, dict) and body.get("method") in self.node.handlers and _is_reply_allowed(body):
             super().on_message(body, message)
 
     def _stats(self, state: Any, **_: Any) -> dict[str, Any]:
-        """What `celery inspect stats` and Flower show of a worker."""
+        """Return what `celery inspect stats` and Flower show of a worker."""
         return {
             "total": dict(total_count),
             "pid": os.getpid(),
@@ -104,7 +104,7 @@ class ControlBox(Pidbox):  # type: ignore[misc]  # celery has no types
 
 
 class ControlStep(Control):  # type: ignore[misc]  # celery has no types
-    """Takes the place of the remote control in Celery's consumer."""
+    """Replaces the step of the remote control in Celery's consumer."""
 
     name = "Control"
 
@@ -114,18 +114,18 @@ class ControlStep(Control):  # type: ignore[misc]  # celery has no types
         self.start, self.stop, self.shutdown = self.box.start, self.box.stop, self.box.shutdown
 
     def include_if(self, consumer: Any) -> bool:
-        """Always: an operator who does not listen to revokes still asks which workers run."""
+        """Return True: the operator needs `ping` and `stats` also if revokes are switched off."""
         return True
 
 
 def _is_reply_allowed(body: dict[str, Any]) -> bool:
-    told = body.get("reply_to")
-    if told is None:
+    reply_to = body.get("reply_to")
+    if reply_to is None:
         return True
-    key = told.get("routing_key") if isinstance(told, dict) else None
+    key = reply_to.get("routing_key") if isinstance(reply_to, dict) else None
     return (
-        isinstance(told, dict)
-        and told.get("exchange") == REPLY_EXCHANGE
+        isinstance(reply_to, dict)
+        and reply_to.get("exchange") == REPLY_EXCHANGE
         and isinstance(key, str)
         and _REPLY_KEY.fullmatch(key) is not None
     )

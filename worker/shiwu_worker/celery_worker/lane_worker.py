@@ -1,4 +1,4 @@
-"""Celery's worker with `-Q` and `-X` read as the lanes that the pipeline serves."""
+"""A Celery worker that reads `-Q` and `-X` as the lanes that the pipeline serves."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from shiwu.contract import Lane
 from shiwu_worker.errors import ExitCode
 
 ADMIN_QUEUE: Final = "shiwu.admin"
-"""What Celery's own consumer listens on; nobody writes there."""
+"""The queue of Celery's own consumer; it stays empty."""
 
 
 def choose_lanes(include: Sequence[str], exclude: Sequence[str], *, default: tuple[Lane, ...]) -> tuple[Lane, ...]:
-    """The lanes that a command line chooses: those of `include`, or the default, without those of `exclude`.
+    """Return the lanes of a command line: those of `include`, or the default, without those of `exclude`.
 
     Raises:
-        ValueError: a name is none of a lane, or no lane is left.
+        ValueError: a name is not that of a lane, or no lane remains.
     """
     queues = {lane.queue: lane for lane in Lane}
     if unknown := sorted({*include, *exclude} - queues.keys() - {ADMIN_QUEUE}):
         raise ValueError(f"-Q and -X: expected {' or '.join(queues)}, got {', '.join(unknown)[:200]}")
-    asked = [queues[name] for name in include if name in queues] or list(default)
-    left = tuple(lane for lane in Lane if lane in asked and lane.queue not in exclude)
-    if not left:
+    included = [queues[name] for name in include if name in queues] or list(default)
+    served = tuple(lane for lane in Lane if lane in included and lane.queue not in exclude)
+    if not served:
         raise ValueError(f"-Q and -X: expected at least one of {', '.join(queues)} to be served, got none")
-    return left
+    return served
 
 
 class LaneWorker(Worker):  # type: ignore[misc]  # celery has no types
     """The worker that `celery -A shiwu_worker.app worker` starts."""
 
     def setup_queues(self, include: Any, exclude: Any = None) -> None:
-        """Choose lanes; Celery's consumer listens on its own queue whatever they are."""
+        """Choose the lanes. Celery's consumer always listens on its own queue."""
         conf = self.app.conf
         try:
             conf.shiwu_lanes = choose_lanes(

@@ -1,4 +1,4 @@
-"""One Celery worker in this process: the whole of `shiwu-worker` on one device, or a launcher's child.
+"""Runs one Celery worker in this process: `shiwu-worker` on one device, or a worker of the launcher.
 
 The launcher starts it by `python -m shiwu_worker.celery_worker.process PARENT NODE CPUS DRAIN_S [-E]`.
 """
@@ -12,9 +12,10 @@ import signal
 import sys
 import threading
 import warnings
-from typing import Any, Final
+from typing import Final
 
 import structlog
+from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.config.errors import load_settings_or_exit, report_unknown_names
 from shiwu_worker.config.settings import Settings
@@ -24,20 +25,20 @@ from shiwu_worker.runtime.process import PR_SET_PDEATHSIG
 from shiwu_worker.telemetry import logs
 from shiwu_worker.telemetry.log_output import open_standard_streams
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 EVENTS: Final = "-E"
 
 
 def command(*, node: str, cpus: frozenset[int], drain_s: float, task_events: bool) -> list[str]:
-    """The command line of a child of this process; `main` reads it."""
-    told = [str(os.getpid()), node, ",".join(map(str, sorted(cpus))), str(drain_s)]
-    return [sys.executable, "-m", "shiwu_worker.celery_worker.process", *told, *([EVENTS] if task_events else [])]
+    """Return the command line of a worker that this process starts; `main` parses it."""
+    arguments = [str(os.getpid()), node, ",".join(map(str, sorted(cpus))), str(drain_s)]
+    return [sys.executable, "-m", "shiwu_worker.celery_worker.process", *arguments, *([EVENTS] if task_events else [])]
 
 
 def begin() -> Settings:
-    """Read the settings and set up log and memory, before a library warns or starts threads.
+    """Read the settings and set up logs and memory, before a library logs warnings or starts threads.
 
-    Wrong settings end the process with the exit code for settings.
+    With wrong settings the process exits with code 64.
     """
     open_standard_streams()
     settings = load_settings_or_exit()
@@ -48,24 +49,24 @@ def begin() -> Settings:
 
 
 def run(*, node: str, task_events: bool) -> None:
-    """Be the Celery worker; ends the process."""
-    # Until the worker has handlers of its own. As the first process of a container it would ignore SIGTERM otherwise.
+    """Run the Celery worker, and exit the process."""
+    # Until the worker installs its handlers: without them, process 1 of a container ignores SIGTERM.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(int(ExitCode.OK)))
     if os.geteuid() == 0:
-        # In place of Celery's warning, which has nine lines and names an option that this command does not have.
+        # Replaces Celery's warning, which has nine lines and names an option that this command lacks.
         warnings.filterwarnings("ignore", message=".*running the worker with superuser privileges", append=False)
-        log.warning("running_as_root", meaning="the worker needs no rights of root; start it as another user")
-    from celery.bin.celery import celery  # noqa: PLC0415 it takes a second to import, and the launcher needs none
+        log.warning("running_as_root", meaning="the worker does not need root; start it as another user")
+    from celery.bin.celery import celery  # noqa: PLC0415 the import takes a second, and the launcher does not need it
 
     args = ["--quiet", "--app", "shiwu_worker.app", "worker", "--loglevel=WARNING", "--hostname", node]
     celery.main(args=[*args, *([EVENTS] if task_events else [])], prog_name="celery")
 
 
 def drain_with_parent(parent: int, *, limit_s: float) -> None:
-    """When the parent ends, get SIGTERM from the kernel, and SIGKILL `limit_s` later if still there.
+    """Drain when the parent process exits: SIGTERM from the kernel, and SIGKILL `limit_s` later.
 
-    Nobody would restart this worker any more, but it can still finish what it holds.
+    Without the launcher nothing restarts this worker, but it can still finish its jobs.
     """
     try:
         pidfd = os.pidfd_open(parent)
@@ -86,7 +87,7 @@ def drain_with_parent(parent: int, *, limit_s: float) -> None:
 
 
 def main() -> None:
-    """Take the place that the launcher chose, before a library counts the CPUs."""
+    """Apply the placement of the launcher before a library counts the CPUs, and run the worker."""
     parent, node, cpus, drain_s, *rest = sys.argv[1:]
     begin()
     drain_with_parent(int(parent), limit_s=float(drain_s))

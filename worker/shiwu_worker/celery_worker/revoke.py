@@ -1,4 +1,4 @@
-"""Celery's revoke: the jobs that a broadcast names are cancelled."""
+"""Celery's revoke: cancels the jobs that a broadcast names."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import redis
 import structlog
+from structlog.typing import FilteringBoundLogger
 
 from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.broker.chunks import chunks
@@ -28,17 +29,17 @@ from shiwu.contract import (
     moment,
 )
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 REMEMBERED_S: Final = 10_800.0
-"""As long as Celery remembers a revoke."""
+"""How long a revoke applies to jobs that are not known yet; the same as in Celery."""
 MAX_REMEMBERED: Final = 50_000
-"""As many as Celery remembers."""
-BATCH_LIMIT: Final = 1000
-"""Ids in one script; more are revoked by another."""
+"""Largest number of such ids; the same as in Celery."""
+CHUNK_SIZE: Final = 1000
+"""Ids in one call of the script."""
 
 
 class Revoker:
-    """Carries a revoke out: known jobs are answered at once, the others when they are claimed."""
+    """Carries out revokes: known jobs are answered immediately, others when they are claimed."""
 
     def __init__(self, client: redis.Redis, answer_store: AnswerStore) -> None:
         self._client = client
@@ -46,49 +47,49 @@ class Revoker:
         self._script = load_script(client, "revoke")
 
     def revoke(self, ids: Sequence[str]) -> int:
-        """Return how many were answered now. Any number of ids is revoked, portion by portion.
+        """Revoke any number of ids, in chunks. Return how many jobs were answered now.
 
         Raises:
-            redis.RedisError: and then it may be asked again.
+            redis.RedisError: the call may be repeated.
         """
-        return sum(self._revoke(portion) for portion in chunks(ids, BATCH_LIMIT))
+        return sum(self._revoke(portion) for portion in chunks(ids, CHUNK_SIZE))
 
     def _revoke(self, ids: Sequence[str]) -> int:
-        forgotten, *ours = self._script(
+        dropped, *known = self._script(
             keys=[CLAIMS, DELAYED_MESSAGES, REVOKED], args=[int(REMEMBERED_S * 1000), MAX_REMEMBERED, *ids]
         )
-        if forgotten:
+        if dropped:
             log.error(
                 "revokes_dropped",
-                jobs=forgotten,
+                jobs=dropped,
                 limit=MAX_REMEMBERED,
-                meaning="more ids were revoked than are remembered; jobs of the oldest ones run if they wait in a lane",
+                meaning="more ids were revoked than the limit; jobs with the oldest ids run if they wait in a lane",
             )
-        if not ours:
+        if not known:
             return 0
         now_ms = server_time_ms(self._client)
-        again = self._answer_store.write([_revoked(job_id.decode(), now_ms=now_ms) for job_id in ours])
-        return len(ours) - len(again)
+        already_answered = self._answer_store.write([_revoked(job_id.decode(), now_ms=now_ms) for job_id in known])
+        return len(known) - len(already_answered)
 
 
 def revoke_command(state: Any, task_id: str | Sequence[str] = (), **_: Any) -> dict[str, str]:
-    """Carry out the command as Celery's `Observability` would; the reply tells whether it was."""
+    """Handle the remote-control command `revoke`; the reply says whether it was carried out."""
     revoker: Revoker | None = state.app.shiwu_revoker
     if revoker is None:
         return {"error": "not ready yet; revoke again"}
-    asked = [task_id] if isinstance(task_id, str) else list(task_id)
+    named = [task_id] if isinstance(task_id, str) else list(task_id)
     ids = []
-    for job_id in asked:
+    for job_id in named:
         with contextlib.suppress(RequestError):
             ids.append(check_id(job_id))
-    if len(ids) < len(asked):
-        log.warning("revokes_ignored", jobs=len(asked) - len(ids), meaning="what was named cannot be the id of a job")
+    if len(ids) < len(named):
+        log.warning("revokes_ignored", jobs=len(named) - len(ids), meaning="these values cannot be ids of jobs")
     try:
-        now = revoker.revoke(ids)
+        answered_now = revoker.revoke(ids)
     except redis.RedisError as error:
         log.error("revoke_failed", jobs=len(ids), code=classify(error).value, error=str(error)[:300])
         return {"error": f"{classify(error)}: not revoked; revoke again"}
-    log.info("revoked", jobs=len(ids), answered_now=now, ids=ids[:10])
+    log.info("revoked", jobs=len(ids), answered_now=answered_now, ids=ids[:10])
     return {"ok": f"{len(ids)} revoked"}
 
 

@@ -1,7 +1,7 @@
-"""The signals that end a worker, in place of Celery's own handlers.
+"""Handlers of the signals that stop a worker, in place of Celery's.
 
-Celery's handlers print to standard output in the middle of a JSON log, end Ctrl-C with exit code 1, and are not looked
-at while a model is loading.
+Celery's handlers print to standard output between JSON lines, exit with code 1 on Ctrl-C, and have no effect while a
+model loads.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ from celery.worker import state
 
 from shiwu_worker.errors import ExitCode
 
-ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 class StopSignals:
-    """SIGTERM or Ctrl-C drains the worker; a second one, or SIGQUIT, gives back at once; during the start it ends it.
+    """SIGTERM or Ctrl-C drains the worker; a second signal, or SIGQUIT, makes it release its jobs immediately.
 
-    Install it in the main thread. SIGHUP counts as SIGTERM where a closing terminal would otherwise kill the worker.
+    During the start one signal exits the process. Used in the main thread only. SIGHUP counts as SIGTERM, unless it is
+    ignored.
     """
 
     def __init__(self, hostname: str) -> None:
         self._hostname = hostname
         self._hurry: Callable[[], None] | None = None
         self.count = 0
-        """How many such signals have come."""
+        """Number of these signals received."""
 
     def install(self) -> None:
-        """Take the signals over. Until `started` is called, one of them ends the start with SystemExit(0)."""
-        for number in ENDING:
+        """Install the handlers. Until `started` is called, a signal raises SystemExit(0) in the main thread."""
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
             signal.signal(signal.SIGHUP, self._on_signal)
 
     def started(self, hurry: Callable[[], None]) -> None:
-        """From now on a signal asks Celery's loop to end, and `hurry` is what a further one calls."""
+        """From now on a signal asks Celery's loop to end, and a further signal calls `hurry`."""
         self._hurry = hurry
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:

@@ -1,7 +1,7 @@
-"""Celery's task events, for Flower and celery-exporter; sent where the worker runs with `-E`.
+"""Celery's task events for Flower and celery-exporter; sent if the worker runs with `-E`.
 
-A job's events are sent together when it is answered, each with its own true time: what Celery's tools show is right,
-only what they show of jobs under way is late.
+The events of a job are sent together when it is answered, each with its own time. So tools show correct times, but jobs
+in flight appear late.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from typing import Any, Final
 import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
+from structlog.typing import FilteringBoundLogger
 
 from shiwu.contract import TASK_NAME, Status
 from shiwu_worker.jobs.outcome import CommittedJob
 
-log: Any = structlog.get_logger()
-BEAT_S: Final = 2.0
+log: FilteringBoundLogger = structlog.get_logger()
+HEARTBEAT_EVERY_S: Final = 2.0
 MAX_WAITING: Final = 1000
-"""Batches of answers; more are dropped, for events are a view and not the ledger."""
+"""Largest number of queued commits; the events of further ones are dropped."""
 
 
 class TaskEventSender:
-    """Sends events from `start` to `close`, over a connection of its own."""
+    """Sends events on its own thread and connection, from `start` to `close`."""
 
     def __init__(self, app: Celery, *, hostname: str) -> None:
         self._app = app
@@ -42,15 +43,15 @@ class TaskEventSender:
         """Start the thread."""
         self._thread.start()
 
-    def put(self, settled: Sequence[CommittedJob]) -> None:
-        """Take answers. Never blocks."""
+    def put(self, committed: Sequence[CommittedJob]) -> None:
+        """Queue the jobs of a commit. Never blocks."""
         try:
-            self._waiting.put_nowait(settled)
+            self._waiting.put_nowait(committed)
         except queue.Full:
-            self._dropped += len(settled)
+            self._dropped += len(committed)
 
     def close(self, *, timeout_s: float) -> None:
-        """Say good-bye; what is left after `timeout_s` is dropped."""
+        """Send the queued events and `worker-offline`, within `timeout_s`; the rest is dropped."""
         self._closed.set()
         self._thread.join(timeout_s)
 
@@ -61,15 +62,15 @@ class TaskEventSender:
                     self._connected(connection)
             except (OperationalError, OSError, *self._app.connection_for_write().connection_errors) as error:
                 log.warning("events_unavailable", error=str(error)[:300])
-                self._closed.wait(BEAT_S)
-            except Exception:  # border: events are a view; a defect in them must not cost a job
+                self._closed.wait(HEARTBEAT_EVERY_S)
+            except Exception:  # border: a defect in events must not fail a job
                 log.exception("events_failed")
-                self._closed.wait(BEAT_S)
+                self._closed.wait(HEARTBEAT_EVERY_S)
 
     def _connected(self, connection: Any) -> None:
         with self._app.events.Dispatcher(connection, hostname=self._hostname) as dispatcher:
             dispatcher.send("worker-online", **self._worker())
-            beat_s = time.monotonic()
+            heartbeat_s = time.monotonic()
             while not (self._closed.is_set() and self._waiting.empty()):
                 try:
                     for kind, fields in events_of(self._waiting.get(timeout=0.2)):
@@ -77,8 +78,8 @@ class TaskEventSender:
                         self._processed += kind in {"task-succeeded", "task-failed"}
                 except queue.Empty:
                     pass
-                if time.monotonic() - beat_s >= BEAT_S:
-                    beat_s = time.monotonic()
+                if time.monotonic() - heartbeat_s >= HEARTBEAT_EVERY_S:
+                    heartbeat_s = time.monotonic()
                     dispatcher.send("worker-heartbeat", **self._worker())
                     if self._dropped:
                         log.warning("events_dropped", jobs=self._dropped)
@@ -88,7 +89,7 @@ class TaskEventSender:
     def _worker(self) -> dict[str, Any]:
         load = os.getloadavg()
         return {
-            "freq": BEAT_S,
+            "freq": HEARTBEAT_EVERY_S,
             "active": 0,
             "processed": self._processed,
             "loadavg": load,
@@ -98,13 +99,13 @@ class TaskEventSender:
         }
 
 
-def events_of(settled: Sequence[CommittedJob]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(kind, fields) of Celery's events for these answers, in the order in which they happened."""
+def events_of(committed: Sequence[CommittedJob]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the kind and fields of Celery's events for the jobs of a commit, in chronological order."""
     now_s, wall_s = time.monotonic(), time.time()
-    for one in settled:
-        if not one.is_first:
+    for item in committed:
+        if not item.is_first:
             continue
-        job, answer = one.job, one.entry.answer
+        job, answer = item.job, item.entry.answer
         claimed = wall_s - (now_s - job.moments.claimed_s)
         ended = claimed + (answer.timing.total - (answer.timing.earlier or 0.0) - (answer.timing.queue or 0.0)) / 1000
         kwargs = repr({"image": answer.image.reference}) if answer.image else "{}"

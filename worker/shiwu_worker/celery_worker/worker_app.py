@@ -1,9 +1,7 @@
-"""The Celery app: an ordinary Celery worker whose boot step runs the pipeline.
+"""The Celery app: an ordinary Celery worker with a boot step that runs the pipeline.
 
-Celery is imported in this package only.
-
-`celery -A shiwu_worker.app worker` claims from the lanes with the pipeline, not with Celery's consumer. What is left of
-that consumer listens on a queue of its own that nobody writes to, so a broker blip there never touches a job.
+`celery -A shiwu_worker.app worker` claims from the lanes with the pipeline, not with Celery's consumer. That consumer
+listens on an empty queue, so a connection error there never affects a job. Celery is imported in this package only.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from celery.signals import setup_logging
 from celery.worker import state
 from celery.worker.consumer import Consumer
 from kombu import Queue
+from structlog.typing import FilteringBoundLogger
 
 from shiwu.contract import TASK_NAME, Lane
 from shiwu_worker.celery_worker.callback_app import make_callback_app
@@ -40,20 +39,20 @@ from shiwu_worker.service.factories import CELERY_CONNECTIONS, connect, make_ans
 from shiwu_worker.telemetry import logs
 from shiwu_worker.telemetry.log_output import open_standard_streams
 
-log: Any = structlog.get_logger()
-CLOSE_S: Final = 5.0
+log: FilteringBoundLogger = structlog.get_logger()
+SENDERS_CLOSE_S: Final = 5.0
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 2.0
 RECONNECT_S: Final = {"interval_start": 0.5, "interval_step": 0.5, "interval_max": 5.0}
-CALM_S: Final = 10.0
-"""A connection that lasted so long was a good one."""
+STABLE_AFTER_S: Final = 10.0
+"""After a connection of this length the pauses start anew."""
 
 
 class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
-    """Celery's consumer without the parts by which workers talk to each other; it knows three control commands."""
+    """Celery's consumer without gossip, mingle and heartbeats; it handles three remote-control commands."""
 
     class Blueprint(Consumer.Blueprint):  # type: ignore[misc]  # celery has no types
-        """The usual steps but gossip, mingle and heartbeats: each can block a worker when the broker is away."""
+        """The default steps without gossip, mingle and heartbeats, each of which can block without a broker."""
 
         default_steps: ClassVar[list[str]] = [
             step
@@ -62,39 +61,39 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
         ] + ["shiwu_worker.celery_worker.control:ControlStep"]
 
     _pause_s = 0.0
-    _lost_s = 0.0
+    _failed_s = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Another step names mingle as one that it needs, which brings it back; disabled it does nothing.
+        # Another step requires mingle, so it stays in the blueprint; disabled it does nothing.
         super().__init__(*args, **{**kwargs, "without_mingle": True})
 
     def ensure_connected(self, conn: Any) -> Any:
-        """Try every few seconds: Celery's pauses grow to half a minute, in which every revoke would be lost."""
+        """Retry every few seconds; during Celery's pauses of up to 32 s every revoke would be lost."""
         conn.ensure_connection = partial(conn.ensure_connection, **RECONNECT_S)
         return super().ensure_connected(conn)
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
-        """Pause before the next try: a server that takes connections and refuses a command would be asked for ever."""
+        """Pause before the next try, for servers that accept connections and refuse a command."""
         super().on_connection_error_before_connected(exc)
         self._pause()
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """The same."""
+        """Pause before the next try."""
         super().on_connection_error_after_connected(exc)
         self._pause()
 
     def _pause(self) -> None:
         now_s = time.monotonic()
-        is_again = now_s - self._lost_s < CALM_S
-        self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2 if is_again and self._pause_s else FIRST_PAUSE_S)
-        self._lost_s = now_s + self._pause_s
+        is_repeated = now_s - self._failed_s < STABLE_AFTER_S
+        self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2 if is_repeated and self._pause_s else FIRST_PAUSE_S)
+        self._failed_s = now_s + self._pause_s
         threading.Event().wait(self._pause_s)
 
 
 class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
-    """Opens the service before Celery says ready, and drains it on shutdown.
+    """Starts the service before Celery reports ready, and drains it on shutdown.
 
-    A worker boot step and not a signal handler: Celery swallows what a handler raises, and would claim to be ready.
+    A boot step, because Celery ignores exceptions of signal handlers and would report ready nevertheless.
     """
 
     requires = ("celery.worker.components:Pool",)
@@ -107,18 +106,20 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
         self._grace_s = 0.0
 
     def start(self, worker: Any) -> None:
-        """Load, warm up, start claiming.
+        """Load the model, warm up, and start claiming.
 
-        A failure here ends the process with the error's exit code, a signal with 0.
+        A failure exits the process with the exit code of the error, a signal with 0.
         """
         settings = _settings().model_copy(update={"lanes": worker.app.conf.shiwu_lanes})
         self._grace_s = settings.grace_s
         self._signals.install()
         with ExitStack() as stack:
             try:
-                tell = stack.enter_context(_celery_side(worker, settings))
+                on_answered = stack.enter_context(_open_senders(worker, settings))
                 service = stack.enter_context(
-                    open_service(settings, on_fatal=self._end, on_answered=tell, waits_for_revokes=settings.revoke)
+                    open_service(
+                        settings, on_fatal=self._on_fatal, on_answered=on_answered, waits_for_revokes=settings.revoke
+                    )
                 )
             except FatalError as error:
                 log.error("start_failed", exit_code=int(error.exit_code), reason=error.exit_code.name, error=str(error))
@@ -131,20 +132,20 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
             self._signals.started(service.hurry)
 
     def stop(self, worker: Any) -> None:
-        """Drain within the grace time; a second signal gives everything back at once."""
+        """Drain within the grace time; after a fatal error release all jobs immediately."""
         service, self._service = self._service, None
         if service is None:
             return
-        asked = "asked to" if self._signals.count else "Celery's loop ended"
-        log.info("stopping", reason=self._fatal.exit_code.name if self._fatal else asked)
+        reason = "asked to" if self._signals.count else "Celery's loop ended"
+        log.info("stopping", reason=self._fatal.exit_code.name if self._fatal else reason)
         service.stop(grace_s=0.0 if self._fatal else self._grace_s)
         self._stack.close()
         log.info("stopped")
 
     terminate = stop
 
-    def _end(self, error: FatalError) -> None:
-        """Make Celery's loop end the process with the error's exit code. Called from any thread."""
+    def _on_fatal(self, error: FatalError) -> None:
+        """Make Celery's loop exit the process with the exit code of the error. Thread-safe."""
         if self._fatal is None:
             self._fatal = error
             log.error("fatal", exit_code=int(error.exit_code), reason=error.exit_code.name, error=str(error))
@@ -152,8 +153,8 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
 
 
 @contextmanager
-def _celery_side(worker: Any, settings: Settings) -> Iterator[Callable[[Sequence[CommittedJob]], None]]:
-    """What Celery's users expect of an answered job: its callbacks, and events where the worker runs with `-E`."""
+def _open_senders(worker: Any, settings: Settings) -> Iterator[Callable[[Sequence[CommittedJob]], None]]:
+    """Start the senders of callbacks and, with `-E`, of task events. Yield the function that takes commits."""
     with ExitStack() as stack:
         client = stack.enter_context(connect(settings, connections=CELERY_CONNECTIONS))
         if settings.revoke:
@@ -161,19 +162,19 @@ def _celery_side(worker: Any, settings: Settings) -> Iterator[Callable[[Sequence
                 client, make_answer_store(settings, client, f"revoke.{secrets.token_hex(4)}")
             )
         callbacks = CallbackSender(make_callback_app(settings), client, rules=settings.callback_rules)
-        parts: list[CallbackSender | TaskEventSender] = [callbacks]
+        senders: list[CallbackSender | TaskEventSender] = [callbacks]
         if worker.task_events:
-            parts.append(TaskEventSender(worker.app, hostname=worker.hostname))
-        for part in parts:
-            part.start()
-            stack.callback(part.close, timeout_s=CLOSE_S)
+            senders.append(TaskEventSender(worker.app, hostname=worker.hostname))
+        for sender in senders:
+            sender.start()
+            stack.callback(sender.close, timeout_s=SENDERS_CLOSE_S)
 
-        def tell(settled: Sequence[CommittedJob]) -> None:
-            state.total_count[TASK_NAME] += len(settled)
-            for part in parts:
-                part.put(settled)
+        def put(committed: Sequence[CommittedJob]) -> None:
+            state.total_count[TASK_NAME] += len(committed)
+            for sender in senders:
+                sender.put(committed)
 
-        yield tell
+        yield put
 
 
 class LaneCelery(Celery):  # type: ignore[misc]  # celery has no types
@@ -186,7 +187,7 @@ class LaneCelery(Celery):  # type: ignore[misc]  # celery has no types
 
 
 def make_app(settings: Settings) -> Celery:
-    """The app with settings that can't take the pipeline down."""
+    """Return the app, with settings under which Celery cannot stop the pipeline."""
     app = LaneCelery("shiwu")
     app.conf.update(
         **broker_config(settings.redis_address, timeout_s=settings.redis_timeout_s),
@@ -200,7 +201,7 @@ def make_app(settings: Settings) -> Celery:
         task_default_queue=ADMIN_QUEUE,
         task_queues=[Queue(ADMIN_QUEUE)],
         task_create_missing_queues=False,
-        # Who calls `shiwu.tag` by this app waits for it; Celery's own queue is read by nobody.
+        # Calls of `shiwu.tag` through this app are interactive; no worker reads Celery's default queue.
         task_routes={TASK_NAME: {"queue": Lane.INTERACTIVE.queue}},
         worker_consumer="shiwu_worker.celery_worker.worker_app:AdminConsumer",
         worker_pool="solo",
@@ -213,7 +214,7 @@ def make_app(settings: Settings) -> Celery:
     )
     app.conf.shiwu_revoke = settings.revoke
     app.conf.shiwu_lanes = settings.lanes
-    # As aliases: `celery purge` then spares the lanes, whose jobs would be lost without an answer.
+    # As aliases, so that `celery purge` skips the lanes; purged jobs would have no answer.
     app.shiwu_queues = [Queue(lane.queue, alias=lane.queue) for lane in Lane]
     app.amqp.queues.aliases.update({queue.name: queue for queue in app.shiwu_queues})
     app.shiwu_revoker = None
@@ -222,12 +223,12 @@ def make_app(settings: Settings) -> Celery:
 
     @app.task(name=TASK_NAME)  # type: ignore[untyped-decorator]  # celery has no types
     def tag(image: str, **_: Any) -> None:
-        """Answered by the pipeline from the lanes; Celery itself never runs it."""
+        """Stand for the task that the pipeline answers; Celery never runs it."""
         raise RuntimeError(f"expected {image!r} in a lane of shiwu, not in Celery's own queue")
 
     app.finalize()
     for name in set(app.tasks) - {TASK_NAME}:
-        # `celery.group` and its like send whatever a message says.
+        # `celery.group` and similar tasks send whatever a message names.
         app.tasks.unregister(name)
     return app
 
@@ -241,12 +242,12 @@ def _logs(logfile: str | None = None, **_: Any) -> None:
 
 @lru_cache(maxsize=1)
 def _settings() -> Settings:
-    """The settings, read once: what is wrong with them later must not keep a worker from ending well."""
+    """Return the settings, read once, so that a later change of the environment cannot disturb the shutdown."""
     return load_settings_or_exit()
 
 
 @lru_cache(maxsize=1)
 def load_app() -> Celery:
-    """The app of this process, with the settings of its environment."""
+    """Return the app of this process, with the settings of its environment."""
     open_standard_streams()
     return make_app(_settings())

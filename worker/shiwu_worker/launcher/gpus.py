@@ -1,4 +1,4 @@
-"""The machine's cards as NVIDIA's library (NVML) knows them; without a driver there are none."""
+"""GPUs of this machine, as NVIDIA's library (NVML) lists them; without a driver there are none."""
 
 from __future__ import annotations
 
@@ -11,68 +11,70 @@ from typing import Any, Final
 
 import pynvml
 import structlog
+from structlog.typing import FilteringBoundLogger
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 MASK_BITS: Final = 64
 _NUMBER: Final = re.compile(r"\+?(\d+)")
-"""CUDA reads a number by strtoul: `1x` is 1, `x` and `-1` are none."""
+"""CUDA reads a number by strtoul: `1x` is 1; `x` and `-1` are no numbers."""
 _CPU: Final = re.compile(r"cpu:(\d+)")
 
 
 class UnknownGpu(ValueError):
-    """A card was asked for that this machine does not have."""
+    """The option names a GPU that this machine does not have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One card, one MIG instance of a card, or a share of the CPU."""
+    """One GPU, one MIG instance of a GPU, or a share of the CPU."""
 
     name: str
     """`gpu0` with nvidia-smi's number, `gpu0-mig1`, `cpu0`."""
     uuid: str | None
     """`GPU-…` or `MIG-…`; None for the CPU."""
     gpu: int = -1
-    """nvidia-smi's number of the card; -1 for the CPU."""
+    """Number of the GPU in nvidia-smi; -1 for the CPU."""
     gpu_uuid: str = ""
     near_cpus: frozenset[int] = frozenset()
-    """CPUs of its NUMA node that this process may use; empty where that is not known."""
+    """CPUs of its NUMA node that this process may use; empty if they are unknown."""
 
 
 def find_gpus(*, visible: str | None) -> list[Gpu]:
-    """The cards of this machine, MIG instances in place of their card, as CUDA_VISIBLE_DEVICES=`visible` leaves them.
+    """Return the GPUs that CUDA_VISIBLE_DEVICES=`visible` shows, with MIG instances in place of their GPU.
 
-    None leaves all. Numbers are nvidia-smi's: CUDA's own where the cards are alike or CUDA_DEVICE_ORDER is PCI_BUS_ID.
+    None shows all. Numbers are those of nvidia-smi. CUDA's are the same if the GPUs are of one model or
+    CUDA_DEVICE_ORDER is PCI_BUS_ID.
     """
     with _nvml() as available:
         gpus = list(_all_gpus()) if available else []
-    return gpus if visible is None or not gpus else _left_visible(gpus, visible)
+    return gpus if visible is None or not gpus else _visible_gpus(gpus, visible)
 
 
 def choose_gpus(gpus: Sequence[Gpu], asked: str) -> list[Gpu]:
-    """The cards of a list `0,GPU-…,MIG-…,cpu:0`: numbers, UUIDs or beginnings of them. `all` is every card.
+    """Return the GPUs of a list such as `0,GPU-…,MIG-…,cpu:0`: numbers, UUIDs or prefixes of UUIDs, or `all`.
 
     Raises:
-        UnknownCard: for a word that is no card here, or one that was named already.
+        UnknownGpu: an item names no GPU of this machine, or one that was named before.
     """
     if asked.strip() == "all":
         return list(gpus)
-    found: list[Gpu] = []
+    chosen: list[Gpu] = []
     for word in (part.strip() for part in asked.split(",")):
         if cpu := _CPU.fullmatch(word):
             named = [Gpu(name=f"cpu{int(cpu[1])}", uuid=None)]
         else:
             named = _of_number(gpus, word) if word.isdecimal() else _of_uuid(gpus, word)
         if not named:
-            known = ", ".join(f"{gpu.gpu} ({gpu.uuid})" for gpu in gpus) or "no visible card"
+            known = ", ".join(f"{gpu.gpu} ({gpu.uuid})" for gpu in gpus) or "no visible GPU"
             raise UnknownGpu(f"expected cpu:N, all, or one of {known}, got {word!r:.80}")
-        if named[0] in found:
-            raise UnknownGpu(f"expected each card once, got {word!r:.80} again")
-        found += named
-    return found
+        if named[0] in chosen:
+            raise UnknownGpu(f"expected each GPU once, got {word!r:.80} again")
+        chosen += named
+    return chosen
 
 
-def _left_visible(gpus: Sequence[Gpu], visible: str) -> list[Gpu]:
-    """As CUDA: the first word that is no card ends the list, a card named twice leaves none."""
+def _visible_gpus(gpus: Sequence[Gpu], visible: str) -> list[Gpu]:
+    """Filter as CUDA does: the first word that names no GPU ends the list, and a repeated GPU empties it."""
     kind = next((prefix for prefix in ("GPU-", "MIG-") if visible.strip().startswith(prefix)), None)
     found: list[Gpu] = []
     for word in (part.strip() for part in visible.split(",")):
@@ -97,7 +99,7 @@ def _of_number(gpus: Sequence[Gpu], number: str) -> list[Gpu]:
 
 
 def _of_uuid(gpus: Sequence[Gpu], start: str) -> list[Gpu]:
-    """The one card, or all instances of the one card, whose UUID begins so."""
+    """Return the GPU whose UUID has this prefix, or all its MIG instances; nothing if the prefix is ambiguous."""
     if start.startswith("MIG-"):
         found = [gpu for gpu in gpus if gpu.uuid is not None and gpu.uuid.startswith(start)]
         return found if len(found) == 1 else []
@@ -111,7 +113,9 @@ def _all_gpus() -> Iterator[Gpu]:
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             uuid = str(pynvml.nvmlDeviceGetUUID(handle))
         except pynvml.NVMLError as error:
-            log.error("gpu_skipped", gpu=f"gpu{index}", error=str(error))  # it fell off the bus, or is not ours
+            log.error(
+                "gpu_skipped", gpu=f"gpu{index}", error=str(error)
+            )  # for example lost from the bus, or without permission
             continue
         near = _near_cpus(handle)
         instances = _instances(handle)
@@ -123,17 +127,17 @@ def _all_gpus() -> Iterator[Gpu]:
 
 
 def _instances(handle: Any) -> list[tuple[int, str]] | None:
-    """Numbers and UUIDs of a card's MIG instances; None where the card is whole."""
+    """Return numbers and UUIDs of the MIG instances of a GPU; None if it is not split."""
     try:
         is_split, _ = pynvml.nvmlDeviceGetMigMode(handle)
-        most = pynvml.nvmlDeviceGetMaxMigDeviceCount(handle) if is_split else 0
+        max_instances = pynvml.nvmlDeviceGetMaxMigDeviceCount(handle) if is_split else 0
     except pynvml.NVMLError:
-        return None  # a card without MIG
+        return None  # a GPU without MIG
     if not is_split:
         return None
     found: list[tuple[int, str]] = []
-    for number in range(most):
-        with suppress(pynvml.NVMLError):  # a place without an instance
+    for number in range(max_instances):
+        with suppress(pynvml.NVMLError):  # a number without an instance
             instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
             found.append((number, str(pynvml.nvmlDeviceGetUUID(instance))))
     return found
@@ -152,7 +156,7 @@ def _near_cpus(handle: Any) -> frozenset[int]:
 
 @contextmanager
 def _nvml() -> Iterator[bool]:
-    """Whether the library answers, for the time of the block."""
+    """Open the library for the block; yields whether it answers."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

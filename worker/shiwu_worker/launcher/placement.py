@@ -1,4 +1,4 @@
-"""Where workers of one machine stand: a card, CPUs near it, and an environment of their own for each."""
+"""Plans the workers of one machine: a GPU, the CPUs near it, and an environment for each."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ HTTP_PORT: Final = "SHIWU_HTTP_PORT"
 
 
 class PlacementError(ValueError):
-    """What was asked for does not fit together; the text says what was expected."""
+    """Options and settings contradict each other; the text says what was expected."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one worker of several works."""
+    """The GPU, CPUs, names and files that the launcher assigns to one worker."""
 
     name: str
     """`gpu0`, or `gpu0-1` for the second worker on it."""
@@ -30,31 +30,31 @@ class Placement:
     """Celery's node name."""
     cpus: frozenset[int]
     environment: Mapping[str, str]
-    """What differs from the launcher's own environment."""
+    """Environment variables that differ from those of the launcher."""
     ready_file: Path | None = None
     alive_file: Path | None = None
 
 
 def plan_placements(settings: Settings, *, asked: str, per_gpu: int) -> list[Placement]:
-    """A place for each worker of this machine; without a card none.
+    """Return a placement for each worker of this machine; an empty list without a GPU.
 
     Args:
         settings: of all workers.
-        asked: `all`, or the cards by number, UUID or `cpu:N`.
-        per_gpu: workers on each card.
+        asked: `all`, or the GPUs by number, UUID or `cpu:N`.
+        per_gpu: workers on each GPU.
 
     Raises:
-        UnknownCard: for a card that is not here.
-        WrongPlaces: where settings and options contradict each other.
+        UnknownGpu: `asked` names a GPU that this machine does not have.
+        PlacementError: settings and options contradict each other.
     """
-    is_free = settings.device in {"auto", "cuda"}
-    if asked != "all" and not is_free and settings.device != "cpu":
+    is_device_open = settings.device in {"auto", "cuda"}
+    if asked != "all" and not is_device_open and settings.device != "cpu":
         raise PlacementError(f"expected --gpus with SHIWU_DEVICE=auto, got SHIWU_DEVICE={settings.device}")
-    # A device that is set leaves nothing to find.
-    found = find_gpus(visible=os.environ.get("CUDA_VISIBLE_DEVICES")) if is_free else []
+    # With a device in the settings there is nothing to discover.
+    found = find_gpus(visible=os.environ.get("CUDA_VISIBLE_DEVICES")) if is_device_open else []
     gpus = choose_gpus(found, asked)
     if per_gpu > 1 and not gpus:
-        raise PlacementError("expected --per-gpu only where a card is visible, or with --gpus cpu:0")
+        raise PlacementError("expected --per-gpu only if a GPU is visible, or with --gpus cpu:0")
     return make_placements(
         [gpu for gpu in gpus for _ in range(per_gpu)],
         settings=settings,
@@ -66,13 +66,13 @@ def plan_placements(settings: Settings, *, asked: str, per_gpu: int) -> list[Pla
 def make_placements(
     gpus: Sequence[Gpu], *, settings: Settings, environment: Mapping[str, str], cpus: frozenset[int]
 ) -> list[Placement]:
-    """A place for each of these cards; one that comes again is shared.
+    """Return a placement for each item; a GPU that occurs more than once is shared by its workers.
 
     Args:
-        cards: one for each worker.
+        gpus: one item for each worker.
         settings: of all workers.
-        environment: the launcher's own.
-        cpus: that may be used; shared out where a card does not know which are near.
+        environment: of the launcher.
+        cpus: the usable CPUs; divided among the workers whose GPU does not know which CPUs are near.
     """
     shares = share_out([gpu.near_cpus or cpus for gpu in gpus])
     host = socket.gethostname()
@@ -80,7 +80,7 @@ def make_placements(
     for index, (gpu, share) in enumerate(zip(gpus, shares, strict=True)):
         before = gpus[:index].count(gpu)
         name = f"{gpu.name}-{before}" if gpus.count(gpu) > 1 else gpu.name
-        ready, alive = (_beside(path, name) for path in (settings.ready_file, settings.alive_file))
+        ready, alive = (_file_of_worker(path, name) for path in (settings.ready_file, settings.alive_file))
         is_named = "worker_name" in settings.model_fields_set
         own = {
             "CUDA_VISIBLE_DEVICES": gpu.uuid or "",
@@ -96,7 +96,7 @@ def make_placements(
 
 
 def share_out(near: Sequence[frozenset[int]]) -> list[frozenset[int]]:
-    """Divide each set of CPUs evenly among the workers that are near it; where there are too few, all get all."""
+    """Divide each set of CPUs evenly among its workers; a set with fewer CPUs than workers goes whole to each."""
     groups: dict[frozenset[int], list[int]] = defaultdict(list)
     for worker, cpus in enumerate(near):
         groups[cpus].append(worker)
@@ -109,5 +109,5 @@ def share_out(near: Sequence[frozenset[int]]) -> list[frozenset[int]]:
     return shares
 
 
-def _beside(path: Path | None, name: str) -> Path | None:
+def _file_of_worker(path: Path | None, name: str) -> Path | None:
     return path.with_name(f"{path.name}.{name}") if path else None

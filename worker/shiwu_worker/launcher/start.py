@@ -1,4 +1,4 @@
-"""Starts the worker in this process, or a launcher that starts one for each of several GPUs."""
+"""Starts the worker in this process, or a launcher that starts one worker for each of several GPUs."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ class RunWorker(Protocol):
     """Runs the worker in this process, and ends the process."""
 
     def __call__(self, *, node: str) -> None:
-        """Run it under this Celery node name."""
+        """Run the worker under this Celery node name."""
 
 
 class WorkerCommand(Protocol):
-    """The command line of a worker process that this process starts."""
+    """Makes the command line of a worker process."""
 
     def __call__(self, *, node: str, cpus: frozenset[int], drain_s: float) -> list[str]:
-        """The program and its arguments."""
+        """Return the program and its arguments."""
 
 
 def start_workers(settings: Settings, *, gpus: str, per_gpu: int, run: RunWorker, command: WorkerCommand) -> int:
-    """Work until the workers have ended; the exit code of the launcher. A single worker ends the process by itself.
+    """Run until all workers have exited, and return the exit code. A single worker exits the process itself.
 
     Args:
         gpus: `all`, or the GPUs by number, UUID or `cpu:N`.
         per_gpu: workers on each GPU.
-        run: runs the worker in this process, where one is enough.
-        command: starts one of several workers.
+        run: runs the only worker in this process.
+        command: makes the command line of one of several workers.
     """
     try:
         placements = plan_placements(settings, asked=gpus, per_gpu=per_gpu)
@@ -49,7 +49,7 @@ def start_workers(settings: Settings, *, gpus: str, per_gpu: int, run: RunWorker
         return _launch(settings, placements, command)
     if gpus != "all":
         os.environ |= {name: placements[0].environment[name] for name in ("CUDA_VISIBLE_DEVICES", "SHIWU_DEVICE")}
-    # The only worker takes all CPUs, also those that are far from its GPU.
+    # The only worker uses all CPUs, also those far from its GPU.
     run(node=placements[0].node if placements else f"shiwu@{socket.gethostname()}")
     return int(ExitCode.OK)
 

@@ -1,7 +1,7 @@
-"""Starts one pinned worker process for each place, restarts those that crash, and ends when they have ended.
+"""Supervisor: starts one worker process for each placement, restarts those that crash, exits when all have exited.
 
-It loads neither torch nor Celery and touches no job. Its workers write to the same stdout and stderr, untouched. When
-it is killed its workers drain by themselves (`solo.drain_with_parent`): nobody would restart them any more.
+It loads neither torch nor Celery and touches no job. Workers inherit its stdout and stderr. If the supervisor is
+killed, its workers drain (`celery_worker.process.drain_with_parent`), because nothing would restart them.
 """
 
 from __future__ import annotations
@@ -15,44 +15,45 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import structlog
+from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.errors import ExitCode
 from shiwu_worker.health.probe_files import ProbeFiles
 from shiwu_worker.launcher.placement import Placement
 
-log: Any = structlog.get_logger()
-TICK_S: Final = 1.0
-"""How often the files for probes are renewed."""
+log: FilteringBoundLogger = structlog.get_logger()
+PROBE_FILES_EVERY_S: Final = 1.0
+"""Interval of the updates of the probe files."""
 AFTER_GRACE_S: Final = 18.0
-"""After a worker's grace time: two of Redis' time-outs to give back, 5 s for its loaders, 3 s for its traces."""
+"""Added to the grace time of a worker: two Redis time-outs to release jobs, 5 s for loaders, 3 s for traces."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RestartPolicy:
-    """How often a worker may die, and how long each thing may take."""
+    """How often a worker may crash, and how long restarts and draining may take."""
 
     first_pause_s: float = 1.0
-    """Before the first restart; doubles with each death in a row."""
+    """Pause before the first restart; doubles with each further crash in a row."""
     longest_pause_s: float = 60.0
     max_crashes: int = 6
-    """So many deaths in a row are too many."""
+    """Crashes in a row after which the launcher gives up."""
     stable_after_s: float = 300.0
-    """A worker that lived so long starts a new row."""
+    """A worker that ran this long before it crashed starts a new count."""
     drain_s: float
-    """From the first signal until workers are killed."""
+    """Time from the first signal until workers are killed."""
 
 
 class WorkerProcess:
-    """One place and the process that works there."""
+    """One placement and its process."""
 
     def __init__(self, placement: Placement, command: Sequence[str]) -> None:
         self.placement = placement
         self.start_due_s: float | None = 0.0
-        """When to start it, by the monotonic clock; None: it runs, or is not to be started."""
+        """Monotonic time of the next start; None while it runs or if it is not started again."""
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._started_s = 0.0
@@ -60,16 +61,16 @@ class WorkerProcess:
 
     @property
     def is_running(self) -> bool:
-        """Whether there is a process whose end was not told yet."""
+        """Whether there is a process whose exit was not collected yet."""
         return self._process is not None
 
     @property
-    def is_over(self) -> bool:
-        """Whether nothing runs here and nothing will."""
+    def is_finished(self) -> bool:
+        """Whether no process runs and none will be started."""
         return self._process is None and self.start_due_s is None
 
     def start(self) -> None:
-        """Start the process, in a session of its own: Ctrl-C is the launcher's to pass on."""
+        """Start the process in its own session, so that Ctrl-C reaches the launcher only, which passes it on."""
         self._remove_files()
         self.start_due_s = None
         self._started_s = time.monotonic()
@@ -82,8 +83,8 @@ class WorkerProcess:
             "worker_started", worker=self.placement.name, pid=self._process.pid, node=self.placement.node, cpus=cpus
         )
 
-    def ended(self) -> int | None:
-        """The exit status of a process that has just ended, negative for a signal; else None."""
+    def collect_exit(self) -> int | None:
+        """Return the exit status if the process has just exited, negative for a signal; otherwise None."""
         status = None if self._process is None else self._process.poll()
         if status is not None:
             self._process = None
@@ -91,12 +92,12 @@ class WorkerProcess:
         return status
 
     def signal(self, number: int) -> None:
-        """Send a signal to the process where it runs."""
+        """Send a signal to the process if it runs."""
         if self._process is not None:
             self._process.send_signal(number)
 
     def count_crash(self, restart_policy: RestartPolicy) -> float | None:
-        """Count a death; the seconds to wait before the next start, or None where there were too many."""
+        """Count a crash. Return the seconds until the next start, or None after too many crashes."""
         ran_s = time.monotonic() - self._started_s
         self._crashes = 1 if ran_s >= restart_policy.stable_after_s else self._crashes + 1
         if self._crashes >= restart_policy.max_crashes:
@@ -113,13 +114,13 @@ class WorkerProcess:
 
 
 class Supervisor:
-    """Keeps the workers of one machine.
+    """Runs the workers of one machine.
 
     Args:
-        places: where they work.
-        command: the command line of a worker.
-        restart_policy: with workers that die or don't end.
-        probe_files: the files that probes look at; ready while all workers are, alive as long as the slowest is.
+        placements: one for each worker.
+        command: makes the command line of a worker.
+        restart_policy: limits for workers that crash or do not exit.
+        probe_files: ready while all workers are ready; touched at the time of the worker that is furthest behind.
     """
 
     def __init__(
@@ -135,11 +136,11 @@ class Supervisor:
         self._probe_files = probe_files
         self._is_ready: bool | None = None
         self._code: int | None = None
-        """The exit code, once the end has begun."""
+        """The exit code, once the shutdown has begun."""
         self._kill_at_s = float("inf")
 
     def run(self) -> int:
-        """Work until all workers have ended and none is to be started again; the exit code."""
+        """Run until all workers have exited and none is started again; return the exit code."""
         with _signals() as wait:
             while self._step():
                 for number in wait(self._pause_s()):
@@ -148,14 +149,14 @@ class Supervisor:
         return self._code or 0
 
     def _step(self) -> bool:
-        """Do what is due; whether there is anything left to wait for."""
+        """Handle exits, starts and the time limit. Return whether a worker is left."""
         for worker in self._workers:
-            if (status := worker.ended()) is not None:
-                self._on_end(worker, status)
+            if (status := worker.collect_exit()) is not None:
+                self._on_exit(worker, status)
             if worker.start_due_s is not None and worker.start_due_s <= time.monotonic():
                 self._start(worker)
         self._update_probe_files()
-        if all(worker.is_over for worker in self._workers):
+        if all(worker.is_finished for worker in self._workers):
             return False
         if time.monotonic() >= self._kill_at_s:
             self._kill()
@@ -164,22 +165,22 @@ class Supervisor:
     def _start(self, worker: WorkerProcess) -> None:
         try:
             worker.start()
-        except OSError as error:  # no process or no memory now
+        except OSError as error:  # for example out of memory or process ids
             log.error("worker_not_started", worker=worker.placement.name, error=str(error))
             self._on_crash(worker, reason="not started")
 
-    def _on_end(self, worker: WorkerProcess, status: int) -> None:
+    def _on_exit(self, worker: WorkerProcess, status: int) -> None:
         reason = _reason(status)
         if self._code is not None:
             log.info("worker_ended", worker=worker.placement.name, status=status, reason=reason)
-            # SIGTERM ends a worker that is not far enough to handle it; it holds nothing yet.
+            # SIGTERM kills a worker that has not installed its handlers yet; it holds no job.
             if status not in {0, -signal.SIGTERM}:
                 self._code = self._code or (status if status > 0 else ExitCode.OVERDUE)
         elif status == ExitCode.OK:
             log.info("worker_ended", worker=worker.placement.name, status=status, reason=reason)
         elif status == ExitCode.CONFIG:
             log.error("worker_ended", worker=worker.placement.name, status=status, reason=reason)
-            self._end(ExitCode.CONFIG)  # the next one would read the same settings
+            self._shut_down(ExitCode.CONFIG)  # a restarted worker would read the same settings
         else:
             self._on_crash(worker, reason=reason)
 
@@ -192,20 +193,20 @@ class Supervisor:
         log.error(
             "restarts_exhausted", worker=worker.placement.name, reason=reason, crashes=self._restart_policy.max_crashes
         )
-        self._end(ExitCode.GAVE_UP)
+        self._shut_down(ExitCode.GAVE_UP)
 
     def _on_signal(self, number: int) -> None:
         if number not in STOP_SIGNALS:
             return
         if self._code is None:
-            self._end(ExitCode.OK)
+            self._shut_down(ExitCode.OK)
             return
-        # A worker gives back at once then.
+        # A second signal makes a worker release its jobs immediately.
         self._kill_at_s = min(self._kill_at_s, time.monotonic() + AFTER_GRACE_S)
         self._signal_all(signal.SIGTERM)
 
-    def _end(self, code: ExitCode) -> None:
-        """Start nothing more, and ask all workers to drain."""
+    def _shut_down(self, code: ExitCode) -> None:
+        """Start no more workers, and ask all to drain."""
         if self._code is not None:
             return
         log.info("launcher_stopping", exit_code=int(code), reason=code.name if code else "asked to")
@@ -220,31 +221,31 @@ class Supervisor:
             worker.signal(number)
 
     def _kill(self) -> None:
-        late = [worker.placement.name for worker in self._workers if worker.is_running]
-        log.error("workers_overdue", workers=late, after_s=self._restart_policy.drain_s)
+        overdue = [worker.placement.name for worker in self._workers if worker.is_running]
+        log.error("workers_overdue", workers=overdue, after_s=self._restart_policy.drain_s)
         self._code = self._code or int(ExitCode.OVERDUE)
         self._kill_at_s = time.monotonic() + AFTER_GRACE_S
         self._signal_all(signal.SIGKILL)
 
     def _pause_s(self) -> float:
-        """Until something is due; an end of a worker or a signal comes through the wait itself."""
-        dues = [worker.start_due_s for worker in self._workers if worker.start_due_s is not None]
-        return max(0.0, min([time.monotonic() + TICK_S, self._kill_at_s, *dues]) - time.monotonic())
+        """Return the time until the next start, update or limit. Exits and signals interrupt the wait."""
+        starts_s = [worker.start_due_s for worker in self._workers if worker.start_due_s is not None]
+        return max(0.0, min([time.monotonic() + PROBE_FILES_EVERY_S, self._kill_at_s, *starts_s]) - time.monotonic())
 
     def _update_probe_files(self) -> None:
         running = [worker for worker in self._workers if worker.is_running]
-        is_whole = bool(running) and all(worker.is_running or worker.is_over for worker in self._workers)
+        is_complete = bool(running) and all(worker.is_running or worker.is_finished for worker in self._workers)
         try:
             ready = [
                 worker.placement.ready_file is not None and worker.placement.ready_file.exists() for worker in running
             ]
-            is_ready = is_whole and all(ready)
+            is_ready = is_complete and all(ready)
             if is_ready != self._is_ready:
                 self._probe_files.set_ready(is_ready=is_ready)
                 self._is_ready = is_ready
             touched_s = []
             for worker in running:
-                with contextlib.suppress(FileNotFoundError):  # it is starting
+                with contextlib.suppress(FileNotFoundError):  # the worker has not created it yet
                     if worker.placement.alive_file is not None:
                         touched_s.append(worker.placement.alive_file.stat().st_mtime)
             if touched_s:
@@ -261,13 +262,13 @@ def _reason(status: int) -> str:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[float], bytes]]:
-    """A wait with a limit in seconds, that ends early for signals and returns their numbers."""
+    """Yield a function that waits up to a number of seconds and returns the numbers of received signals."""
     write_end, read_end = socket.socketpair()
     with write_end, read_end:
         write_end.setblocking(False)
         read_end.setblocking(False)
         before_fd = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
-        # What nohup has the process ignore stays ignored.
+        # A signal that is ignored, as by nohup, stays ignored.
         handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, lambda *_: None) for number in (*handled, signal.SIGCHLD)}
 

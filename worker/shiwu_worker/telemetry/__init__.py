@@ -1,1 +1,4 @@
-"""What the worker tells operators: metrics, traces, logs, and the watches of queues and GPU."""
+"""Telemetry for operators: metrics, queue and GPU monitors, traces, logs.
+
+All modules are open to other packages; `tracing` needs the extra `otel` and is imported only with `SHIWU_TRACES`.
+"""

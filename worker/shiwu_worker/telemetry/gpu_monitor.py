@@ -1,19 +1,22 @@
-"""The card or MIG instance of this process, as NVIDIA's driver sees it: memory and utilisation."""
+"""Memory and utilisation of the GPU or MIG instance of this process, as NVIDIA's driver (NVML) reports them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pynvml
 import structlog
+from structlog.typing import FilteringBoundLogger
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class GpuState:
-    """One look. `used_bytes` is of all processes; `utilisation`, 0 to 1, is None where it is not told (MIG)."""
+    """State of the GPU at one moment.
+
+    `used_bytes` counts all processes. `utilisation` is 0 to 1, or None if the driver does not report it (MIG).
+    """
 
     used_bytes: int
     total_bytes: int
@@ -21,10 +24,10 @@ class GpuState:
 
 
 class GpuMonitor:
-    """Keeps the state of one card, as of the last `look`.
+    """Keeps the state of one GPU as of the last `update`.
 
     Args:
-        uuid: of the card or MIG instance that this process works on; None for a CPU.
+        uuid: UUID of the GPU or MIG instance of this process; None for a CPU.
     """
 
     def __init__(self, uuid: str | None) -> None:
@@ -33,25 +36,25 @@ class GpuMonitor:
         self._state: GpuState | None = None
 
     def update(self) -> None:
-        """Ask the driver. Where it does not answer there is no state, and it is asked again at the next look."""
+        """Ask the driver. If it fails there is no state until a later update succeeds."""
         if self._uuid is None:
             return
         try:
             if not self._is_open:
-                # Once, and never closed: it takes longer than all the questions after it.
+                # Once, and never shut down: the initialisation takes longer than all later calls.
                 pynvml.nvmlInit()
                 self._is_open = True
             self._state = _state(self._uuid)
         except pynvml.NVMLError_LibraryNotFound:
             log.warning(
-                "nvml_unavailable", meaning="GPU memory and utilisation are not told: expected libnvidia-ml.so.1"
+                "nvml_unavailable", meaning="GPU memory and utilisation are not exported: expected libnvidia-ml.so.1"
             )
             self._uuid = None
         except pynvml.NVMLError:
             self._state = None
 
     def state(self) -> GpuState | None:
-        """What it said; None where there is no card or no answer."""
+        """Return the last state; None without a GPU or without a reply of the driver."""
         return self._state
 
 

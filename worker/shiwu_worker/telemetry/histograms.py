@@ -1,4 +1,4 @@
-"""Histograms that take many values at a time: a job has nine times to tell, one call for each would cost too much."""
+"""Histograms that take many values in one call; a job has nine durations, and a call for each would cost too much."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ LONG_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 
 
 
 class BatchHistogram(Collector):
-    """One name, one label, a fixed set of its values. Thread-safe.
+    """A Prometheus histogram with one label and a fixed set of its values. Thread-safe.
 
     Args:
+        label: name of the label.
+        values: all values of the label; `observe` names them by index.
         buckets: upper bounds, ascending, without infinity.
     """
 
@@ -30,25 +32,25 @@ class BatchHistogram(Collector):
         self._sums = np.zeros(len(self._values))
         self._lock = threading.Lock()
 
-    def observe(self, rows: NDArray[np.intp], seen: NDArray[np.float64]) -> None:
-        """Add numbers, each to the label value of its row; NaN is left out. Both arrays have the shape (n,)."""
-        known = ~np.isnan(seen)
+    def observe(self, rows: NDArray[np.intp], numbers: NDArray[np.float64]) -> None:
+        """Add numbers, each to the label value with the index `rows`; NaN is skipped. Both shapes are (n,)."""
+        known = ~np.isnan(numbers)
         if not known.all():
-            rows, seen = rows[known], seen[known]
+            rows, numbers = rows[known], numbers[known]
         width = len(self._bounds) + 1
-        cells = rows * width + np.searchsorted(self._bounds, seen)
-        counts = np.bincount(cells, minlength=self._counts.size).reshape(self._counts.shape)
-        sums = np.bincount(rows, weights=seen, minlength=len(self._values))
+        buckets = rows * width + np.searchsorted(self._bounds, numbers)
+        counts = np.bincount(buckets, minlength=self._counts.size).reshape(self._counts.shape)
+        sums = np.bincount(rows, weights=numbers, minlength=len(self._values))
         with self._lock:
             self._counts += counts
             self._sums += sums
 
     def describe(self) -> Iterator[Metric]:
-        """Its name without numbers, by which the registry knows it."""
+        """Return the name without numbers, as the registry asks for it at registration."""
         yield HistogramMetricFamily(self._name, self._text, labels=[self._label])
 
     def collect(self) -> Iterator[Metric]:
-        """The numbers up to now."""
+        """Return the counts up to now."""
         with self._lock:
             counts, sums = self._counts.cumsum(axis=1).tolist(), self._sums.tolist()
         family = HistogramMetricFamily(self._name, self._text, labels=[self._label])

@@ -1,4 +1,4 @@
-"""Where log lines go: standard error, or a file that may be rotated. A line that cannot be written costs no job."""
+"""Output of log lines: standard error, or a file that may be rotated. Failing writes never fail a job."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ POLL_EVERY_S: Final = 1.0
 
 
 def open_standard_streams() -> None:
-    """Open what the parent has closed of the descriptors 0, 1 and 2.
+    """Open those of the descriptors 0, 1 and 2 that the parent process has closed.
 
-    A socket would otherwise get the number 2, and a library that writes to standard error would write into it.
+    Otherwise a socket would get the number 2, and a library that writes to standard error would write into it.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(descriptor, "w", encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115 for as long as the process lives
+            setattr(sys, name, open(descriptor, "w", encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115 open until the process exits
 
 
 class LogOutput:
-    """A binary stream for log lines. Thread-safe; never raises: a reader may have gone, a disk may be full.
+    """A binary stream for log lines. Thread-safe. Never raises, for example if a disk is full or a pipe is closed.
 
     Args:
-        path: a file to append to; it is opened anew where it was moved or deleted. None is standard error.
+        path: a file to append to; it is reopened after it was moved or deleted. None is standard error.
     """
 
     def __init__(self, path: str | None) -> None:
         self._path = path
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
-        self._looked_s = 0.0
+        self._checked_s = 0.0
         self._lost = 0
 
     def isatty(self) -> bool:
-        """Whether people read the lines as they come."""
+        """Return whether the lines go to a terminal."""
         return self._path is None and sys.stderr.isatty()
 
     def write(self, line: bytes | str) -> None:
-        """Write a line; the next one that can be written tells how many could not."""
+        """Write a line. After failed writes, the next one is preceded by a line with their number."""
         data = line.encode(errors="backslashreplace") if isinstance(line, str) else line
         with self._lock:
             try:
@@ -58,7 +58,7 @@ class LogOutput:
                 self._lost = 0
 
     def flush(self) -> None:
-        """Without effect: each line is written out."""
+        """Do nothing: `write` flushes each line."""
 
     def close(self) -> None:
         """Close the file; standard error stays open."""
@@ -68,21 +68,21 @@ class LogOutput:
                 self._file = None
 
     def _open(self) -> BinaryIO:
-        """The file, opened anew where another has its name."""
+        """Return the file, reopened if its path is missing or is another file now."""
         now_s = time.monotonic()
-        if self._file is not None and now_s - self._looked_s < POLL_EVERY_S:
+        if self._file is not None and now_s - self._checked_s < POLL_EVERY_S:
             return self._file
-        self._looked_s = now_s
+        self._checked_s = now_s
         if self._file is None or not self._is_current(self._file):
             if self._file is not None:
                 self._file.close()
             self._file = None
-            self._file = open(str(self._path), "ab")  # noqa: SIM115 kept from line to line
+            self._file = open(str(self._path), "ab")  # noqa: SIM115 stays open between lines
         return self._file
 
     def _is_current(self, file: BinaryIO) -> bool:
         try:
-            named, held = os.stat(str(self._path)), os.fstat(file.fileno())
+            at_path, opened = os.stat(str(self._path)), os.fstat(file.fileno())
         except OSError:
             return False
-        return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
+        return (at_path.st_dev, at_path.st_ino) == (opened.st_dev, opened.st_ino)

@@ -1,4 +1,4 @@
-"""structlog for the whole process: JSON lines, or colours on a terminal. One line per job with all its times."""
+"""Sets up structlog for the whole process: JSON lines, or colours on a terminal, and one line for each job."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ _TIMES: Final = tuple((name, f"{name}_ms") for name in Timing.__struct_fields__)
 
 
 def set_up(*, level: str, form: str, log_file: str | None = None) -> None:
-    """Configure structlog and the standard library's root logger, which celery, kombu and urllib3 write to.
+    """Configure structlog and the standard library's root logger, to which Celery, kombu and urllib3 log.
 
     Args:
+        level: debug, info, warning or error.
+        form: json, console, or auto: console on a terminal, otherwise json.
         log_file: a file to append to (Celery's --logfile); None is standard error.
     """
     open_standard_streams()
@@ -31,19 +33,19 @@ def set_up(*, level: str, form: str, log_file: str | None = None) -> None:
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    pretty = form == "console" or (form == "auto" and output.isatty())
-    ending: list[Any] = [_spell_controls] if pretty else [structlog.processors.format_exc_info]
-    renderer: Any = structlog.dev.ConsoleRenderer() if pretty else lambda *given: _json_line(*given).decode()
+    is_console = form == "console" or (form == "auto" and output.isatty())
+    final: list[Any] = [_escape_controls] if is_console else [structlog.processors.format_exc_info]
+    renderer: Any = structlog.dev.ConsoleRenderer() if is_console else lambda *event: _json_line(*event).decode()
     structlog.configure(
-        processors=[*shared, *ending, renderer if pretty else _json_line],
+        processors=[*shared, *final, renderer if is_console else _json_line],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=_factory(output, is_text=pretty),
+        logger_factory=_factory(output, is_text=is_console),
         cache_logger_on_first_use=True,
     )
     handler: logging.Handler = logging.StreamHandler(cast("Any", output))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *ending, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final, renderer],
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
         )
     )
@@ -58,8 +60,8 @@ def _factory(output: LogOutput, *, is_text: bool) -> Any:
     return structlog.PrintLoggerFactory(file) if is_text else structlog.BytesLoggerFactory(file)
 
 
-def _spell_controls(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Spell out control characters for the terminal; the renderer itself writes other types than text by repr."""
+def _escape_controls(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Escape control characters in texts for the terminal; the renderer writes other types by repr."""
     for name, value in event.items():
         if isinstance(value, str):
             event[name] = printable(value)
@@ -67,12 +69,12 @@ def _spell_controls(_logger: object, _method: str, event: MutableMapping[str, An
 
 
 def _json_line(_logger: object, _method: str, event: MutableMapping[str, Any]) -> bytes:
-    # Every picture has a line, and json's own writer takes three times as long for it.
+    # Every image has a line, and json.dumps takes three times as long for it.
     try:
-        # With a space after each colon and comma, as everybody's filters expect it.
+        # indent=0 puts a space after each colon and comma, like json.dumps, which the filters of operators expect.
         line = msgspec.json.format(msgspec.json.encode(event, enc_hook=repr), indent=0)
     except (TypeError, ValueError):
-        # A file name that is no UTF-8, a key that is no text: told all the same.
+        # For example a file name that is not UTF-8, or a key that is not text.
         return json.dumps(event, default=repr, skipkeys=True).encode()
     if line.isascii() and b"\x7f" not in line:
         return line  # JSON escapes the other control characters of ASCII
@@ -81,23 +83,23 @@ def _json_line(_logger: object, _method: str, event: MutableMapping[str, Any]) -
 
 
 def job_logger(*, level: str) -> Callable[[Answer, float, bool], None] | None:
-    """A writer of the one line per job, or None where the level leaves it out and its cost with it."""
+    """Return a function that logs the line of a job, or None if the level excludes it, which saves its cost."""
     if getattr(logging, level.upper()) > logging.INFO:
         return None
     config = structlog.get_config()
     if config["processors"][-1] is not _json_line:
         log = structlog.get_logger("shiwu.job")
 
-        def write(answer: Answer, commit_s: float, again: bool) -> None:
-            log.info("answered_before" if again else str(answer.status), **_job_fields(answer, commit_s))
+        def write(answer: Answer, commit_s: float, is_duplicate: bool) -> None:
+            log.info("answered_before" if is_duplicate else str(answer.status), **_job_fields(answer, commit_s))
 
         return write
-    # Past structlog, whose chain of processors takes as long as all the rest of the line.
+    # Bypasses structlog, whose chain of processors takes as long as all other work for the line.
     write_line = config["logger_factory"]().msg
 
-    def write_json(answer: Answer, commit_s: float, again: bool) -> None:
+    def write_json(answer: Answer, commit_s: float, is_duplicate: bool) -> None:
         fields = _job_fields(answer, commit_s)
-        fields["event"] = "answered_before" if again else str(answer.status)
+        fields["event"] = "answered_before" if is_duplicate else str(answer.status)
         fields["level"] = "info"
         fields["timestamp"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         write_line(_json_line(None, "info", fields))

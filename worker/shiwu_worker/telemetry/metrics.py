@@ -1,7 +1,7 @@
-"""What Prometheus is told: every name, unit and label of the worker.
+"""Metrics of the worker for Prometheus: every name, unit and label.
 
-Labels come from closed sets: lanes, statuses, error codes, stages. Jobs are recorded many at a time, on the thread that
-commits them; what others know already (queues, cards) is kept from when they looked, never asked for a scrape.
+Labels come from closed sets: lanes, statuses, error codes, stages. The commit thread records jobs, many at a time. The
+state of queues and GPU is kept from the last update of its monitor, so that a scrape never waits for Redis or NVML.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ LIMITS: Final = ("idle", "device", "fetch", "decode")
 _LANES: Final = tuple(lane.value for lane in Lane)
 _STAGES: Final = tuple(stage.value for stage in Stage)
 _TIMED: Final = len(_STAGES) - 1
-"""Stages that the answer tells of: all but the last, commit."""
+"""Number of stages whose duration is in the answer: all but the last, commit."""
 
 
 class _CallbackMetric(Collector):
-    """One number that somebody else knows; there is no series while they know none."""
+    """A metric whose value a function returns at each scrape; None gives no series."""
 
     def __init__(
         self,
@@ -57,36 +57,38 @@ class _CallbackMetric(Collector):
         self._family, self._name, self._text, self._read = family, name, text, read
 
     def describe(self) -> Iterator[Metric]:
-        """Its name, without asking."""
+        """Return the name without a value."""
         yield self._family(self._name, self._text)
 
     def collect(self) -> Iterator[Metric]:
-        """What they say now."""
+        """Return the present value."""
         if (value := self._read()) is not None:
             yield self._family(self._name, self._text, value=value)
 
 
 class Metrics:
-    """The worker's numbers. Thread-safe; every method is cheap and none waits.
+    """The metrics of one worker. Thread-safe; every method is cheap and none blocks.
 
     Args:
-        retried: codes that a job may be given back with.
+        retried: error codes with which jobs are retried; each gets a series with 0.
     """
 
     def __init__(self, *, retried: Collection[ErrorCode]) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # theirs; a second series for each that nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # untyped; without it each counter has a second series
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         every: Any = {"registry": registry}
         self._jobs = Counter("shiwu_jobs", "Answers given.", ["lane", "status", "code"], **every)
-        self._discarded = Counter("shiwu_answers_discarded", "Answers that somebody had given before.", **every)
-        self._retries = Counter("shiwu_retries", "Jobs given back to be tried later.", ["code"], **every)
+        self._discarded = Counter(
+            "shiwu_answers_discarded", "Answers that were discarded: the job had been answered before.", **every
+        )
+        self._retries = Counter("shiwu_retries", "Jobs released for a retry.", ["code"], **every)
         self._batches = Counter("shiwu_batches", "Batches, by why they left.", ["reason"], **every)
         self._batch_size = Histogram(
-            "shiwu_batch_size", "Pictures in a batch.", buckets=tuple(map(float, BATCH_SIZES)), **every
+            "shiwu_batch_size", "Images in a batch.", buckets=tuple(map(float, BATCH_SIZES)), **every
         )
-        self._renewed = Counter("shiwu_leases_renewed", "Leases prolonged.", **every)
-        self._reaped = Counter("shiwu_leases_reaped", "Jobs taken back from workers whose leases ended.", **every)
+        self._renewed = Counter("shiwu_leases_renewed", "Leases renewed.", **every)
+        self._reaped = Counter("shiwu_leases_reaped", "Jobs requeued after their lease expired.", **every)
         self._limits = Gauge(
             "shiwu_limit_ratio", "Share of the last half minute: what the worker waited for.", ["what"], **every
         )
@@ -109,7 +111,7 @@ class Metrics:
         self._show_zeros(retried)
 
     def _show_zeros(self, retried: Collection[ErrorCode]) -> None:
-        """A series that begins with its first event hides that event from `rate`; and "no answer" is a number too."""
+        """Create series with 0: a series that begins with its first event hides that event from `rate`."""
         for lane in _LANES:
             self._jobs.labels(lane, Status.TAGGED.value, "")
         for code in sorted(retried):
@@ -118,115 +120,115 @@ class Metrics:
             self._batches.labels(reason)
 
     # -------------------------------------------------------------------------------- jobs
-    def answered(self, settled: Sequence[CommittedJob]) -> None:
-        """Record answers, a whole commit at a time."""
-        if not settled:
+    def answered(self, committed: Sequence[CommittedJob]) -> None:
+        """Record the answers of one commit."""
+        if not committed:
             return
-        answers = [one.entry.answer for one in settled]
-        # Columns: queue, the stages in their order, total; a queue time that nobody knows is NaN.
+        answers = [one.entry.answer for one in committed]
+        # Columns: queue, the stages in their order, total; an unknown queue wait is NaN.
         times = np.array([msgspec.structs.astuple(one.timing) for one in answers], np.float64) / 1000
         lanes = np.array([one.lane is Lane.BULK for one in answers], np.intp)
-        commit_s = np.array([one.commit_s for one in settled])
+        commit_s = np.array([one.commit_s for one in committed])
         spent = np.column_stack((times[:, 1 : 1 + _TIMED], commit_s))
-        # A stage that a job never reached has taken no time and tells nothing.
+        # A stage that a job did not reach has 0 s and is not counted.
         spent[spent <= 0] = np.nan
         self._stages.observe(np.tile(np.arange(_TIMED + 1), len(answers)), spent.ravel())
         self._waits.observe(lanes, times[:, 0])
-        # Without a queue time the total is only that of the worker.
+        # Without a queue wait the total covers the worker only.
         self._answers.observe(lanes, np.where(np.isnan(times[:, 0]), np.nan, times[:, -1] + commit_s))
-        if late := sum(not one.is_first for one in settled):
-            self._discarded.inc(late)
-        # Last, and first in the text: a page that tells of a job tells of its times too.
+        if discarded := sum(not one.is_first for one in committed):
+            self._discarded.inc(discarded)
+        # Last, so that a scrape that counts a job has its durations too.
         outcomes = Tally((one.lane, one.status, one.error.code if one.error is not None else None) for one in answers)
         for (lane, status, code), count in outcomes.items():
             self._jobs.labels(lane or "", str(status), code or "").inc(count)
 
     def retried(self, jobs: Sequence[Job]) -> None:
-        """Record the jobs among these that failed and are tried again."""
+        """Record those of the released jobs that failed and are retried."""
         for job in jobs:
             if job.back is not None and job.error is not None:
                 self._retries.labels(str(job.error.code)).inc()
 
     def batch(self, reason: str, size: int) -> None:
-        """Record a batch: `full`, `free` (the device was) or `closing`."""
+        """Record a batch; `reason` is `full`, `free` (the device was) or `closing`."""
         self._batches.labels(reason).inc()
         self._batch_size.observe(size)
 
-    # -------------------------------------------------------------------------------- what others saw
+    # -------------------------------------------------------------------------------- what other parts report
     def renewed(self, leases: int) -> None:
-        """Leases of this worker were prolonged."""
+        """Record renewed leases of this worker."""
         self._renewed.inc(leases)
 
     def reaped(self, jobs: int) -> None:
-        """This worker took jobs back from the dead."""
+        """Record jobs that this worker requeued after their lease expired."""
         self._reaped.inc(jobs)
 
     def load(self, load: LoadReport) -> None:
-        """Where the time went lately."""
+        """Record what the worker waited for in the last half minute."""
         for what in LIMITS:
             self._limits.labels(what).set(getattr(load, what))
 
-    def queues(self, seen: QueueSnapshot, backlog_s: dict[Lane, float]) -> None:
+    def queues(self, snapshot: QueueSnapshot, backlog_s: dict[Lane, float]) -> None:
         """Record the state of the queues, which also shows that Redis answers."""
         self._queues.update(
             QueueNumbers(
-                waiting=seen.waiting,
-                claimed=seen.claimed,
-                oldest_age_s={lane: max(0.0, seen.at_ms - sent_ms) / 1000 for lane, sent_ms in seen.oldest_ms.items()},
-                delayed=seen.delayed,
-                dead=seen.dead,
+                waiting=snapshot.waiting,
+                claimed=snapshot.claimed,
+                oldest_age_s={
+                    lane: max(0.0, snapshot.at_ms - sent_ms) / 1000 for lane, sent_ms in snapshot.oldest_ms.items()
+                },
+                delayed=snapshot.delayed,
+                dead=snapshot.dead,
                 backlog_s=backlog_s,
             )
         )
         self._redis_up = 1.0
 
     def redis_unreachable(self) -> None:
-        """Redis did not answer: the state of the queues is unknown until it does."""
+        """Record that Redis did not answer; the state of the queues is not exported until it does."""
         self._queues.forget()
         self._redis_up = 0.0
 
     def model(self, info: ModelInfo) -> None:
-        """What this worker runs."""
+        """Record the model that this worker runs."""
         labels = ("model", "revision", "dtype", "device")
         gauge = Gauge("shiwu_model_info", "The model of this worker; always 1.", labels, registry=self.registry)
         gauge.labels(info.id, info.revision, info.dtype, info.device).set(1)
 
     def sizes(self, *, largest: Callable[[], int], threads: Callable[[], int]) -> None:
-        """Ask these for the largest batch, and for the model's threads on a CPU, as they are now."""
-        batch = Gauge(
-            "shiwu_batch_size_largest", "Largest batch, as the worker chooses it now.", registry=self.registry
-        )
+        """Read the largest batch size, and the threads of the model on a CPU, from these functions at each scrape."""
+        batch = Gauge("shiwu_batch_size_largest", "Largest batch that the worker makes now.", registry=self.registry)
         batch.set_function(largest)
         cpu = Gauge("shiwu_model_threads", "Threads of the model on a CPU; 1 on a GPU.", registry=self.registry)
         cpu.set_function(threads)
 
-    def gpu(self, look: Callable[[], GpuState | None]) -> None:
-        """Ask this for the card's state at each scrape; None gives no series."""
+    def gpu(self, state: Callable[[], GpuState | None]) -> None:
+        """Read the state of the GPU from this function at each scrape; None gives no series."""
 
         def field(name: str) -> Callable[[], float | None]:
-            return lambda: getattr(look(), name, None)
+            return lambda: getattr(state(), name, None)
 
         for name, text, read in (
-            ("shiwu_gpu_memory_used_bytes", "Memory in use on the card, by all its processes.", field("used_bytes")),
-            ("shiwu_gpu_memory_total_bytes", "Memory of the card.", field("total_bytes")),
-            ("shiwu_gpu_utilisation_ratio", "Share of the time in which the card was busy.", field("utilisation")),
+            ("shiwu_gpu_memory_used_bytes", "Memory in use on the GPU, by all processes.", field("used_bytes")),
+            ("shiwu_gpu_memory_total_bytes", "Memory of the GPU.", field("total_bytes")),
+            ("shiwu_gpu_utilisation_ratio", "Share of the time in which the GPU was busy.", field("utilisation")),
         ):
             self.registry.register(_CallbackMetric(GaugeMetricFamily, name, text, read))
 
     def loader_restarts(self, read: Callable[[], int]) -> None:
-        """Ask this for how many loaders were replaced."""
-        asked = _CallbackMetric(
+        """Read the number of replaced loaders from this function at each scrape."""
+        restarts = _CallbackMetric(
             CounterMetricFamily, "shiwu_loader_restarts", "Loader processes that were replaced.", read
         )
-        self.registry.register(asked)
+        self.registry.register(restarts)
 
     def state(self, *, is_ready: Callable[[], bool], age_s: Callable[[], float]) -> None:
-        """Ask these for whether the worker is ready, and for how long nothing has moved."""
+        """Read readiness, and the seconds of work without progress, from these functions at each scrape."""
         ready = Gauge("shiwu_worker_ready", "1 while the worker is ready for jobs.", registry=self.registry)
         ready.set_function(lambda: float(is_ready()))
-        age = Gauge("shiwu_progress_age_seconds", "Time since anything moved.", registry=self.registry)
+        age = Gauge("shiwu_progress_age_seconds", "Time with work and without progress.", registry=self.registry)
         age.set_function(age_s)
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self.registry)

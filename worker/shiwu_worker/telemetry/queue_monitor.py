@@ -1,4 +1,4 @@
-"""Looks at the queues and the card every few seconds, for the numbers that Prometheus is told and for the probes."""
+"""Queue monitor thread: takes a queue snapshot every few seconds, for the metrics and the probes."""
 
 from __future__ import annotations
 
@@ -7,60 +7,61 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from redis import RedisError
+from structlog.typing import FilteringBoundLogger
 
 from shiwu.broker.queue_stats import QueueSnapshot
 from shiwu.contract import Lane
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 SNAPSHOT_EVERY_S: Final = 5.0
 RATE_WINDOW_S: Final = 60.0
 
 
 class BacklogEstimator:
-    """How many jobs all workers answer in a second while work waits, and how long what waits will take them."""
+    """Estimates how long all workers need for the backlog, from the answers of the last minute."""
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, int]] = deque(maxlen=int(RATE_WINDOW_S / SNAPSHOT_EVERY_S) + 1)
+        self._answered: deque[tuple[float, int]] = deque(maxlen=int(RATE_WINDOW_S / SNAPSHOT_EVERY_S) + 1)
         self._since_ms: dict[Lane, float] = {}
 
-    def backlog_s(self, seen: QueueSnapshot) -> dict[Lane, float]:
-        """Seconds until each lane is empty. Interactive goes first, so bulk waits for both.
+    def backlog_s(self, snapshot: QueueSnapshot) -> dict[Lane, float]:
+        """Return the seconds until each lane is empty. The bulk lane also waits for the interactive one.
 
-        A pace counts only while something waits: workers that idle could do more. Before there is one, and where nobody
-        answers anything, it is the age of the backlog: it will last at least as long again.
+        The rate counts only while messages wait, because idle workers could do more. Without a rate, the result is the
+        age of the backlog, since it will last at least as long again.
         """
-        if not any(seen.waiting.values()):
-            self._seen.clear()
-        if not self._seen or self._seen[-1][0] < seen.at_ms:
-            self._seen.append((seen.at_ms, seen.answered))
-        (from_ms, before), (until_ms, after) = self._seen[0], self._seen[-1]
+        if not any(snapshot.waiting.values()):
+            self._answered.clear()
+        if not self._answered or self._answered[-1][0] < snapshot.at_ms:
+            self._answered.append((snapshot.at_ms, snapshot.answered))
+        (from_ms, before), (until_ms, after) = self._answered[0], self._answered[-1]
         rate = (after - before) / (until_ms - from_ms) * 1000 if until_ms > from_ms else 0.0
-        ahead, found = 0, {}
+        ahead, backlog_s = 0, {}
         for lane in Lane:
-            ahead += seen.waiting[lane]
-            if not seen.waiting[lane]:
+            ahead += snapshot.waiting[lane]
+            if not snapshot.waiting[lane]:
                 self._since_ms.pop(lane, None)
-                found[lane] = 0.0
+                backlog_s[lane] = 0.0
             elif rate > 0:
-                found[lane] = ahead / rate
+                backlog_s[lane] = ahead / rate
             else:
-                since_ms = self._since_ms.setdefault(lane, seen.at_ms)
-                found[lane] = (seen.at_ms - min(since_ms, seen.oldest_ms.get(lane, since_ms))) / 1000
-        return found
+                since_ms = self._since_ms.setdefault(lane, snapshot.at_ms)
+                backlog_s[lane] = (snapshot.at_ms - min(since_ms, snapshot.oldest_ms.get(lane, since_ms))) / 1000
+        return backlog_s
 
 
 class QueueMonitor:
-    """A thread, from `start` to `close`; whatever fails here costs numbers and no job.
+    """Runs a thread from `start` to `close`. A failure costs metrics and never a job.
 
     Args:
-        snapshot: the queues, not older than `SNAPSHOT_EVERY_S`.
-        on_snapshot: told them, with the seconds of backlog in each lane.
+        snapshot: returns the state of the queues, at most `SNAPSHOT_EVERY_S` old.
+        on_snapshot: called with it, and with the seconds of backlog of each lane.
         on_redis_unavailable: called each time Redis did not answer.
-        before_each: called each time, for what else is worth a look.
+        before_each: called before each snapshot.
     """
 
     def __init__(
@@ -81,11 +82,11 @@ class QueueMonitor:
         self._thread = threading.Thread(target=self._run, name="queue-monitor", daemon=True)
 
     def start(self) -> None:
-        """Start looking."""
+        """Start the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop."""
+        """Stop the thread; waits up to a second."""
         self._closed.set()
         self._thread.join(timeout=1.0)
 
@@ -94,14 +95,14 @@ class QueueMonitor:
             began_s = time.monotonic()
             try:
                 self._before_each()
-                seen = self._snapshot()
-                self._on_snapshot(seen, self._backlog.backlog_s(seen))
+                snapshot = self._snapshot()
+                self._on_snapshot(snapshot, self._backlog.backlog_s(snapshot))
                 self._has_failed = False
             except (RedisError, OSError):
-                self._on_redis_unavailable()  # the heartbeat logs that Redis is away
-            except Exception as error:  # border: numbers are not worth a worker
+                self._on_redis_unavailable()  # the heartbeat logs it
+            except Exception as error:  # border: a defect here must not stop the worker
                 if not self._has_failed:
                     log.exception("queue_monitor_failed", error=str(error)[:300])
                 self._has_failed = True
-            # Not all workers at the same moment: the first one's look serves the others.
+            # Jitter, so that one worker takes the snapshot and the others read it.
             self._closed.wait(max(0.1, SNAPSHOT_EVERY_S * random.uniform(0.8, 1.0) - (time.monotonic() - began_s)))  # noqa: S311 no secret

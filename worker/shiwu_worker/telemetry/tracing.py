@@ -1,7 +1,7 @@
-"""OpenTelemetry: a span for each job that was answered, and one for each batch, linked to each other.
+"""OpenTelemetry spans: one for each answered job and one for each batch, linked to each other.
 
-Imported only where `SHIWU_TRACES` is set; OpenTelemetry is an extra. Spans are made after the answer, on a thread of
-their own, from the moments that a job carries anyway. The pipeline's threads only leave the jobs here.
+Imported only if `SHIWU_TRACES` is set, because OpenTelemetry is an extra. A separate thread makes the spans after the
+answer, from the timestamps that each job has. The threads of the pipeline only put jobs into a queue.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace import SpanLimits, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from structlog.typing import FilteringBoundLogger
 
 from shiwu.broker.trace_headers import read_headers
 from shiwu.contract import TASK_NAME, Answer, Status
@@ -31,11 +32,11 @@ from shiwu_worker.jobs.job import Departure, Job
 if TYPE_CHECKING:
     from shiwu_worker.jobs.outcome import CommittedJob
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 MAX_WAITING: Final = 4096
-"""Jobs whose spans are not made yet; more are dropped, for traces are a view and not the ledger."""
+"""Largest number of jobs whose spans are not made yet; further jobs get no span."""
 MAX_LINKS: Final = 512
-"""The largest batch that the settings allow; OpenTelemetry's own limit is 128."""
+"""The largest batch size that the settings allow; OpenTelemetry's default limit is 128."""
 LOG_EVERY_S: Final = 60.0
 POLL_INTERVAL_S: Final = 1.0
 _FAILED: Final = {Status.REJECTED, Status.FAILED}
@@ -43,18 +44,18 @@ _PROPAGATOR: Final = TraceContextTextMapPropagator()
 
 
 def make_provider(*, worker: str, processor: SpanProcessor | None = None) -> TracerProvider:
-    """A provider that is nobody's global one, set up by the `OTEL_…` variables.
+    """Return a provider set up by the `OTEL_…` variables. It is not the global one of the process.
 
     Args:
-        worker: `service.instance.id`, where the variables name none.
-        processor: takes the ended spans; by default they are sent over OTLP/HTTP, many at a time.
+        worker: `service.instance.id`, unless the variables name one.
+        processor: receives the ended spans; the default sends them in batches over OTLP/HTTP.
 
     Raises:
-        ValueError: a variable says what OpenTelemetry does not understand.
+        ValueError: OpenTelemetry does not understand a variable.
     """
     own = {"service.name": "shiwu-worker", "service.version": version("shiwu"), "service.instance.id": worker}
-    told = OTELResourceDetector().detect().attributes
-    resource = Resource.create({name: value for name, value in own.items() if name not in told})
+    from_variables = OTELResourceDetector().detect().attributes
+    resource = Resource.create({name: value for name, value in own.items() if name not in from_variables})
     limits = None if "OTEL_SPAN_LINK_COUNT_LIMIT" in os.environ else SpanLimits(max_links=MAX_LINKS)
     provider = TracerProvider(resource=resource, span_limits=limits, shutdown_on_exit=False)
     provider.add_span_processor(processor or BatchSpanProcessor(OTLPSpanExporter()))
@@ -62,7 +63,7 @@ def make_provider(*, worker: str, processor: SpanProcessor | None = None) -> Tra
 
 
 class _Clock:
-    """Nanoseconds since 1970 of this process' monotonic seconds, as both clocks stand now."""
+    """Converts monotonic seconds to nanoseconds since 1970, by the two clocks at its creation."""
 
     def __init__(self) -> None:
         self.now_s = time.monotonic()
@@ -73,16 +74,16 @@ class _Clock:
 
 
 class Traces:
-    """Makes spans from `start` to `close`."""
+    """Makes spans on its own thread, from `start` to `close`."""
 
-    def __init__(self, provider: TracerProvider, *, most_waiting: int = MAX_WAITING) -> None:
+    def __init__(self, provider: TracerProvider, *, max_waiting: int = MAX_WAITING) -> None:
         self._provider = provider
         self._tracer = provider.get_tracer("shiwu_worker", version("shiwu"))
-        self._most_waiting = most_waiting
+        self._max_waiting = max_waiting
         self._waiting: deque[tuple[_Clock, Sequence[CommittedJob]]] = deque()
         self._jobs_waiting = 0
         self._dropped = 0
-        self._said_s: float | None = None
+        self._logged_s: float | None = None
         self._has_failed = False
         self._is_closed = False
         self._changed = threading.Condition()
@@ -93,23 +94,23 @@ class Traces:
         self._thread.start()
 
     def batch_left(self, reason: str, jobs: Sequence[Job]) -> None:
-        """Note on jobs that leave for the device with which batch they do. Never blocks."""
+        """Record on the jobs of a batch that leaves for the device which batch it is. Never blocks."""
         departure = Departure(reason, len(jobs), time.monotonic())
         for job in jobs:
             job.departure = departure
 
-    def answered(self, settled: Sequence[CommittedJob]) -> None:
-        """Take jobs that have just been answered, all those of a batch at once. Never blocks for long."""
+    def answered(self, committed: Sequence[CommittedJob]) -> None:
+        """Queue the jobs of a commit. Blocks only for the lock."""
         with self._changed:
-            if self._jobs_waiting + len(settled) > self._most_waiting:
-                self._dropped += len(settled)
+            if self._jobs_waiting + len(committed) > self._max_waiting:
+                self._dropped += len(committed)
                 return
-            self._jobs_waiting += len(settled)
-            self._waiting.append((_Clock(), settled))
+            self._jobs_waiting += len(committed)
+            self._waiting.append((_Clock(), committed))
             self._changed.notify()
 
     def close(self, *, timeout_s: float) -> None:
-        """Make and send what is left, for `timeout_s` at most; the rest is dropped."""
+        """Make and send the remaining spans, within `timeout_s`; the others are dropped."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -127,31 +128,31 @@ class Traces:
                     self._jobs_waiting -= len(taken[1])
                 is_closed = self._is_closed and taken is None
             if taken is not None:
-                self._guarded(*taken)
-            self._say_dropped(is_last=is_closed)
-        # Up to its own 30 s where nobody takes the spans; `close` does not wait that long.
+                self._make_or_log(*taken)
+            self._log_dropped(is_last=is_closed)
+        # Takes up to 30 s without a collector; `close` does not wait that long.
         self._provider.shutdown()
 
-    def _guarded(self, clock: _Clock, settled: Sequence[CommittedJob]) -> None:
+    def _make_or_log(self, clock: _Clock, committed: Sequence[CommittedJob]) -> None:
         try:
-            self._make(clock, settled)
-        except Exception:  # border: traces are a view; a defect in them must not cost a job
+            self._make(clock, committed)
+        except Exception:  # border: a defect in traces must not fail a job
             if not self._has_failed:
                 log.exception("traces_failed")
             self._has_failed = True
 
-    def _say_dropped(self, *, is_last: bool) -> None:
+    def _log_dropped(self, *, is_last: bool) -> None:
         now_s = time.monotonic()
-        if self._dropped and (is_last or self._said_s is None or now_s - self._said_s >= LOG_EVERY_S):
-            self._said_s = now_s
+        if self._dropped and (is_last or self._logged_s is None or now_s - self._logged_s >= LOG_EVERY_S):
+            self._logged_s = now_s
             with self._changed:
                 dropped, self._dropped = self._dropped, 0
             log.warning("traces_dropped", jobs=dropped)
 
-    def _make(self, clock: _Clock, settled: Sequence[CommittedJob]) -> None:
+    def _make(self, clock: _Clock, committed: Sequence[CommittedJob]) -> None:
         spans: list[Span] = []
         batches: dict[Departure, list[tuple[CommittedJob, Span]]] = {}
-        for one in settled:
+        for one in committed:
             span = self._job_span(clock, one)
             spans.append(span)
             if one.job.departure is not None and span.is_recording():
@@ -162,7 +163,7 @@ class Traces:
             span.end(clock.ns(clock.now_s))
 
     def _job_span(self, clock: _Clock, one: CommittedJob) -> Span:
-        """The span of a job, not ended yet: from its claim, and the child of whatever its message names."""
+        """Start the span of a job at its claim, as a child of the span that its message names."""
         job, answer = one.job, one.entry.answer
         span = self._tracer.start_span(
             TASK_NAME,
@@ -178,13 +179,13 @@ class Traces:
             start_time=clock.ns(job.moments.claimed_s),
         )
         if span.is_recording():
-            span.set_attributes(_told(one))
+            span.set_attributes(_attributes(one))
             if answer.status in _FAILED:
                 span.set_status(StatusCode.ERROR, answer.error.message if answer.error else None)
         return span
 
     def _batch_span(self, clock: _Clock, departure: Departure, members: Sequence[tuple[CommittedJob, Span]]) -> None:
-        """A root span, from when the batch left until its last job was scored."""
+        """Make the root span of a batch, from its launch until its last job was scored."""
         span = self._tracer.start_span(
             "shiwu.batch",
             context=Context(),
@@ -205,11 +206,11 @@ class Traces:
         span.end(clock.ns(max(scored_s, default=clock.now_s)))
 
 
-def _told(one: CommittedJob) -> dict[str, Any]:
-    """What the job's log line says, in attributes."""
+def _attributes(one: CommittedJob) -> dict[str, Any]:
+    """Return the facts of the job's log line as attributes."""
     answer: Answer = one.entry.answer
     times = {f"shiwu.{name}_ms": ms for name, ms in msgspec.structs.asdict(answer.timing).items() if ms is not None}
-    told: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "shiwu.status": str(answer.status),
         "shiwu.attempts": answer.attempts,
         "shiwu.discarded": not one.is_first,
@@ -217,11 +218,11 @@ def _told(one: CommittedJob) -> dict[str, Any]:
         "shiwu.commit_ms": round(one.commit_s * 1000, 3),
     }
     if answer.image is not None:
-        told["shiwu.image"] = answer.image.reference
+        attributes["shiwu.image"] = answer.image.reference
     if answer.batch_size is not None:
-        told["shiwu.batch_size"] = answer.batch_size
+        attributes["shiwu.batch_size"] = answer.batch_size
     if answer.error is not None:
-        told |= {"error.type": str(answer.error.code), "shiwu.error.code": str(answer.error.code)}
+        attributes |= {"error.type": str(answer.error.code), "shiwu.error.code": str(answer.error.code)}
         if answer.error.stage is not None:
-            told["shiwu.error.stage"] = str(answer.error.stage)
-    return told
+            attributes["shiwu.error.stage"] = str(answer.error.stage)
+    return attributes
