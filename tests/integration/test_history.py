@@ -12,11 +12,10 @@ import pytest
 import redis
 
 from shiwu import Client
-from shiwu.broker.answers import AnswerStore
 from shiwu.broker.message_writer import build_message
 from shiwu.contract import ATTEMPTS, HISTORY, LEASES, AttemptEnd, ErrorCode, Lane, Request, Stage, Status
 from shiwu_worker.jobs.job import Job, Release, open_job
-from shiwu_worker.stages.commit import Committer
+from shiwu_worker.stages.commit import to_entries
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.redis_parts import make_committer, make_lease_queue, make_maintenance
@@ -56,7 +55,7 @@ def claim(client: redis.Redis, name: str = "worker-1.0a0a", *, lease_s: float = 
 
 def answered(job: Job) -> Any:
     """The answer of the job, as JSON."""
-    [entry] = Committer(AnswerStore(redis.Redis(), token="w"), worker="last").finish([job], now_s=time.monotonic())
+    [entry] = to_entries([job], worker="last", now_s=time.monotonic())
     return json.loads(entry.answer.to_json())
 
 
@@ -153,7 +152,7 @@ def test_history_ends_with_the_answer(client: redis.Redis, redis_url: str, how: 
         wait_until(lambda: make_maintenance(client).run_once().promoted == 1, timeout_s=5)
         now_s = time.monotonic()
         ledger = make_committer(client, "w")
-        ledger.write(Committer(ledger, worker="w").finish([claim(client)], now_s=now_s))
+        ledger.write(to_entries([claim(client)], worker="w", now_s=now_s))
     else:
         with Client(redis_url) as ours:
             assert ours.cancel("job") == ["job"]

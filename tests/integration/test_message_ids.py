@@ -17,7 +17,7 @@ from shiwu.broker.message_ids import find_id
 from shiwu.broker.message_reader import read_message
 from shiwu.contract import ATTEMPTS, CLAIMS, LEASES, RequestError, done_key, is_digest, result_key
 from shiwu_worker.jobs.job import open_job
-from shiwu_worker.stages.commit import Committer
+from shiwu_worker.stages.commit import to_entries
 from tests.compat.shapes import ODD_IDS, protocol_1, protocol_2, shapes
 from tests.support.redis_parts import make_committer, make_lease_queue
 
@@ -141,7 +141,6 @@ def test_answer_ends_the_claim_that_has_another_name(client: redis.Redis, name: 
     claimed = claim(client, raw)
     client.delete(done_key(expected))
     client.hset(ATTEMPTS, claimed.id, "1:0")
-    committer = Committer(make_committer(client, "w"), worker="w")
-    committer.commit(committer.finish([open_job(claimed)], now_s=time.monotonic()))
+    make_committer(client, "w").write(to_entries([open_job(claimed)], worker="w", now_s=time.monotonic()))
     assert (client.hlen(CLAIMS), client.zcard(LEASES), client.hexists(ATTEMPTS, claimed.id)) == (0, 0, False)
     assert client.exists(result_key(expected), done_key(expected)) == 2

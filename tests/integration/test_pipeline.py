@@ -4,101 +4,41 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import redis
 
+from shiwu.broker.message_writer import build_message
 from shiwu.broker.redis_errors import NotReplicated
-from shiwu.contract import ATTEMPTS, CLAIMS, RESULT_STREAM, Answer, ErrorCode, Lane, Stage, Status
+from shiwu.contract import (
+    ATTEMPTS,
+    CLAIMS,
+    DELAYED,
+    RESULT_STREAM,
+    Answer,
+    ErrorCode,
+    Lane,
+    Request,
+    Stage,
+    Status,
+)
+from shiwu_worker.config import views
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.errors import FatalError, Rejected
+from shiwu_worker.errors import Rejected
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_set import LabelSet
-from shiwu_worker.loaders.protocol import LoadResult
-from shiwu_worker.pipeline.batch_executor import LaunchedBatch
-from shiwu_worker.pipeline.pipeline import Pipeline, Stages
-from shiwu_worker.pipeline.settle import Settler
 from shiwu_worker.policy.retry import PipelineLimits, RetryPolicy
-from shiwu_worker.runtime.backoff import RedisBackoff
-from shiwu_worker.runtime.progress import LoadMeter, Progress
-from shiwu_worker.service.factories import make_limits
-from shiwu_worker.stages.batch import Batcher
-from shiwu_worker.stages.claim.lease_queue import LeaseQueue
-from shiwu_worker.stages.claim.notifier import LaneNotifier
-from shiwu_worker.stages.commit import Committer
-from tests.support.redis_parts import make_committer, make_lease_queue, make_maintenance, message
+from tests.support.pipelines import LABELS, SLOTS, PipelineUnderTest
+from tests.support.redis_parts import make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
-
-SLOTS = 8
-LABELS = LabelSet(None, ("a", "b"))
-
-
-class Works:
-    """A pipeline whose loaders take no time. `encode` may be replaced."""
-
-    def __init__(
-        self, client: redis.Redis, *, claims: LeaseQueue | None = None, limits: PipelineLimits | None = None
-    ) -> None:
-        self.resolve: Callable[[Job], LabelSet] = lambda _: LABELS
-        self.encode: Callable[[Sequence[Job]], None] = lambda _: None
-        self.fatal: list[FatalError] = []
-        self.claiming: list[bool] = []
-        self.progress = Progress()
-        self.lease_queue = claims or make_lease_queue(client, "w", lease_s=30)
-        self.committer = Committer(make_committer(client, "w"), worker="w")
-        self.notifier = LaneNotifier(client, block_s=1.0)
-        self.settler = Settler(
-            self.committer,
-            self.lease_queue,
-            backoff=RedisBackoff("commit", longest_s=0.1),
-            on_settled=lambda jobs: self.pipeline.settled(jobs),  # noqa: PLW0108 bound late
-            on_answered=None,
-            on_fatal=self.fatal.append,
-        )
-        stages = Stages(
-            lease_queue=self.lease_queue,
-            notifier=self.notifier,
-            resolve=lambda job: self.resolve(job),  # noqa: PLW0108 bound late
-            check_callbacks=lambda _: None,
-            load=self._load,
-            batcher=Batcher(max_size=4, bulk_share=0.1),
-            launch=lambda jobs: LaunchedBatch(tuple(jobs), 1.0),
-            finish=lambda launched: self.encode(launched.jobs),
-            settle=self.settler.put,
-            backoff=RedisBackoff("claim", longest_s=0.1),
-        )
-        self.pipeline = Pipeline(
-            stages,
-            limits or PipelineLimits(slots=SLOTS, max_attempts=3),
-            progress=self.progress,
-            meter=LoadMeter(loader_threads=1),
-            on_fatal=self.fatal.append,
-            on_claiming=self.claiming.append,
-        )
-
-    def _load(self, tickets: Sequence[tuple[int, Job]]) -> None:
-        for ticket, job in tickets:
-            times = {"started_s": 1.0, "fetched_s": 1.0, "decoded_s": 1.0}
-            self.pipeline.loaded([LoadResult(ticket=ticket, slot=job.slot, **times)])
-
-    def start(self) -> None:
-        """Start everything."""
-        for part in (self.settler, self.notifier, self.pipeline):
-            part.start()
-
-    def stop(self) -> None:
-        """Stop everything."""
-        self.lease_queue.release(self.pipeline.stop(grace_s=0.0))
-        self.settler.close(timeout_s=5.0)
 
 
 @pytest.fixture
-def works(redis_client: redis.Redis) -> Iterator[Works]:
-    """Not started yet; stopped in the end."""
-    made = Works(redis_client)
+def parts(redis_client: redis.Redis) -> Iterator[PipelineUnderTest]:
+    """A pipeline that is not started yet, and is stopped after the test."""
+    made = PipelineUnderTest(redis_client)
     yield made
     made.stop()
 
@@ -109,39 +49,39 @@ def enqueue(client: redis.Redis, *ids: str) -> None:
 
 
 def answers(client: redis.Redis) -> dict[str, Answer]:
-    """Every answer of the stream by its id; one that came twice fails."""
+    """Every answer of the results stream by its id; an answer that came twice fails."""
     entries: Any = client.xrange(RESULT_STREAM)
     found = [Answer.from_json(fields[b"answer"]) for _, fields in entries]
-    assert len({one.id for one in found}) == len(found)
-    return {one.id or "": one for one in found}
+    assert len({answer.id for answer in found}) == len(found)
+    return {answer.id or "": answer for answer in found}
 
 
-def test_a_stuck_device_is_no_progress_although_claims_go_on(works: Works, redis_client: redis.Redis) -> None:
-    """One picture hangs on the device, the lanes are empty: idle claims do not make the worker look alive."""
+def test_stuck_device_is_no_progress_while_claims_go_on(parts: PipelineUnderTest, redis_client: redis.Redis) -> None:
+    """One image hangs on the device and the lanes are empty: idle claims do not make the worker look alive."""
     hung, go_on = threading.Event(), threading.Event()
 
     def encode(_: Sequence[Job]) -> None:
         hung.set()
         go_on.wait(30)
 
-    works.encode = encode
-    works.start()
+    parts.encode = encode
+    parts.start()
     enqueue(redis_client, "a")
     assert hung.wait(10)
     try:
-        wait_until(lambda: works.progress.age_s() > 6.5, timeout_s=20)  # an idle claim comes every 5 s
+        wait_until(lambda: parts.progress.age_s() > 6.5, timeout_s=20)  # an idle claim comes every 5 s
         enqueue(redis_client, "b")
         wait_until(lambda: redis_client.hexists(CLAIMS, "b"), timeout_s=10)
-        assert works.progress.age_s() > 6.5, "claiming more says nothing of the device"
+        assert parts.progress.age_s() > 6.5, "a claim is no sign that the device works"
     finally:
         go_on.set()
     wait_until(lambda: len(answers(redis_client)) == 2, timeout_s=10)
 
 
-def test_answers_that_redis_does_not_take_bound_the_claims(
-    works: Works, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+def test_claims_are_bounded_while_redis_takes_no_answers(
+    parts: PipelineUnderTest, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replica that never confirms must not make the worker move the whole lane into its memory."""
+    """With a replica that never confirms, the worker must not move the whole lane into its memory."""
     refused = threading.Event()
 
     def commit(_: Any) -> set[str]:
@@ -149,35 +89,35 @@ def test_answers_that_redis_does_not_take_bound_the_claims(
         raise NotReplicated("a test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(works.committer, "commit", commit)
+        patch.setattr(parts.answer_store, "write", commit)
         enqueue(redis_client, *[f"j{n}" for n in range(200)])
-        works.start()
+        parts.start()
         assert refused.wait(10)
-        wait_until(lambda: len(works.pipeline.held()) >= 2 * SLOTS, timeout_s=10)
+        wait_until(lambda: len(parts.in_flight) >= 2 * SLOTS, timeout_s=10)
         assert redis_client.llen(Lane.BULK.queue) >= 200 - 3 * SLOTS
     wait_until(lambda: len(answers(redis_client)) == 200, timeout_s=20)
 
 
-def test_an_unexpected_end_of_the_encode_thread_accuses_its_batch(works: Works, redis_client: redis.Redis) -> None:
-    """The try counts as a death: a picture that ends one worker after another ends in the dead letters."""
+def test_failed_encode_thread_counts_deaths_of_its_batch(parts: PipelineUnderTest, redis_client: redis.Redis) -> None:
+    """The attempt counts as a worker death: an image that crashes one worker after another becomes a dead letter."""
 
     def encode(_: Sequence[Job]) -> None:
         raise IndexError("a defect")
 
-    works.encode = encode
+    parts.encode = encode
     enqueue(redis_client, "a")
-    works.start()
-    wait_until(lambda: works.fatal, timeout_s=10)
-    works.lease_queue.release(works.pipeline.stop(grace_s=0.0))
+    parts.start()
+    wait_until(lambda: parts.fatal, timeout_s=10)
+    parts.lease_queue.release(parts.pipeline.stop(grace_s=0.0))
     assert redis_client.hget(ATTEMPTS, "a") == b"1:1"
-    assert works.claiming == [True, False]
+    assert parts.observer.claims == [True, False]
 
 
-def test_workers_that_die_are_counted_apart_from_retries(works: Works, redis_client: redis.Redis) -> None:
-    """Nine tries and two deaths: it is tried. Three deaths: it is given up, with the reason."""
+def test_worker_deaths_are_counted_apart_from_retries(parts: PipelineUnderTest, redis_client: redis.Redis) -> None:
+    """A job with nine attempts and two deaths is tried; a job with three deaths is given up, with the reason."""
     redis_client.hset(ATTEMPTS, mapping={"often": "9:2", "deadly": "3:3"})
     enqueue(redis_client, "often", "deadly")
-    works.start()
+    parts.start()
     wait_until(lambda: len(answers(redis_client)) == 2, timeout_s=10)
     found = answers(redis_client)
     assert (found["often"].status.value, found["often"].attempts) == ("tagged", 10)
@@ -186,41 +126,40 @@ def test_workers_that_die_are_counted_apart_from_retries(works: Works, redis_cli
     assert error.code.value == "attempts_exhausted"
 
 
-def test_a_job_that_comes_back_before_it_is_settled_here(
-    works: Works, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+def test_job_claimed_again_while_still_being_released_is_answered(
+    parts: PipelineUnderTest, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first life is still being given back when a claim brings it again: it is not left to a lease."""
-    release, seen = works.lease_queue.release, threading.Event()
+    """Its earlier attempt is still being released when a claim brings the job again: it does not wait for a lease."""
+    release, seen = parts.lease_queue.release, threading.Event()
 
     def slow_release(releases: Any) -> int:
         count = release(releases)
-        if any(one.id == "a" for one in releases) and not seen.is_set():
-            enqueue(redis_client, "bell")  # wakes the claimer, who finds "a" too
-            wait_until(lambda: redis_client.hexists(CLAIMS, "a"), timeout_s=10)
+        if any(each.id == "a" for each in releases) and not seen.is_set():
+            enqueue(redis_client, "b")  # wakes the claim thread, which claims "a" too
+            # The claim found "a" still in flight, and gave it back for a moment.
+            wait_until(lambda: redis_client.hexists(CLAIMS, "a") or redis_client.zscore(DELAYED, "a"), timeout_s=10)
             seen.set()
         return count
 
-    def encode(jobs: Sequence[Job]) -> None:
+    def mark() -> None:
         if not seen.is_set():
-            works.pipeline.ended([job.id for job in jobs if job.id == "a"])
-            for job in jobs:
-                job.unwanted(0.0)
+            parts.in_flight.mark_answered_elsewhere(["a"])
 
-    monkeypatch.setattr(works.lease_queue, "release", slow_release)
-    works.encode = encode
-    works.start()
+    monkeypatch.setattr(parts.lease_queue, "release", slow_release)
+    parts.loaders.before = mark
+    parts.start()
     enqueue(redis_client, "a")
 
     def both_answered() -> bool:
         make_maintenance(redis_client).run_once()  # as heartbeats do: it brings back what was delayed
-        return {"a", "bell"} <= answers(redis_client).keys()
+        return {"a", "b"} <= answers(redis_client).keys()
 
     wait_until(both_answered, timeout_s=20)
     assert answers(redis_client)["a"].attempts == 1
 
 
-def test_what_a_lost_reply_had_claimed_goes_back_at_once(redis_client: redis.Redis) -> None:
-    """The worker lives and knows nothing of these jobs: they are not left to their lease, and no death is counted."""
+def test_jobs_of_a_lost_claim_reply_go_back_immediately(redis_client: redis.Redis) -> None:
+    """The worker runs and does not know these jobs: they do not wait for their leases, and no death is counted."""
     claims = make_lease_queue(redis_client, "w", lease_s=30)
     enqueue(redis_client, "kept")
     kept = [job.id for job in claims.claim(5).jobs]
@@ -232,34 +171,36 @@ def test_what_a_lost_reply_had_claimed_goes_back_at_once(redis_client: redis.Red
     assert redis_client.hlen(CLAIMS) == 3
 
 
-def test_a_job_with_an_unknown_label_set_waits_for_a_worker_that_knows_it(redis_client: redis.Redis) -> None:
-    """During a rollout: the job is given back a few times, then it is tagged or, by its name alone, rejected."""
+def test_unknown_label_set_is_retried_for_other_workers(redis_client: redis.Redis) -> None:
+    """The job is released a few times. Then it is tagged, or rejected where no worker knows the set."""
     claims: Counter[str] = Counter()
 
-    def resolve(job: Job) -> LabelSet:
-        claims[job.id] += 1
-        if job.id == "new" and claims[job.id] == 3:
+    def resolve(name: str) -> LabelSet:
+        claims[name] += 1
+        if name == "new" and claims[name] == 3:
             return LABELS
         raise Rejected(ErrorCode.UNKNOWN_LABEL_SET, "no such label set", stage=Stage.CLAIM)
 
-    policy = make_limits(Settings(), SimpleNamespace(batch_sizes=(1,))).retries[ErrorCode.UNKNOWN_LABEL_SET]
+    policy = views.pipeline_limits(Settings()).retries[ErrorCode.UNKNOWN_LABEL_SET]
     assert (policy.attempts, policy.first_s) == (4, Settings().retry_first_s)
     quick = {ErrorCode.UNKNOWN_LABEL_SET: RetryPolicy(policy.attempts, 0.01, 0.01)}
-    works = Works(redis_client, limits=PipelineLimits(slots=SLOTS, max_attempts=3, retries=quick))
-    works.resolve = resolve
-    upkeep = make_maintenance(redis_client)
-    works.start()
+    parts = PipelineUnderTest(redis_client, limits=PipelineLimits(slots=SLOTS, max_attempts=3, retries=quick))
+    parts.resolve = resolve
+    maintenance = make_maintenance(redis_client)
+    parts.start()
     try:
-        enqueue(redis_client, "new", "wrong")
+        for name in ("new", "wrong"):
+            request = Request(image="s3://pictures/cat.jpg", labels=name)
+            redis_client.lpush(Lane.BULK.queue, build_message(request, job_id=name, lane=Lane.BULK))
 
         def has_answers() -> bool:
-            upkeep.run_once()
-            works.notifier.ring()
+            maintenance.run_once()
+            parts.notifier.ring()
             return len(answers(redis_client)) == 2
 
         wait_until(has_answers, timeout_s=20, what="two answers")
     finally:
-        works.stop()
+        parts.stop()
     found = answers(redis_client)
     assert (found["new"].status, found["new"].attempts) == (Status.TAGGED, 3)
     assert (found["wrong"].status, found["wrong"].attempts) == (Status.REJECTED, 4)
@@ -267,7 +208,7 @@ def test_a_job_with_an_unknown_label_set_waits_for_a_worker_that_knows_it(redis_
     assert found["wrong"].error.code is ErrorCode.UNKNOWN_LABEL_SET
 
 
-def test_an_operator_may_have_unknown_label_sets_rejected_immediately() -> None:
+def test_unknown_label_set_with_one_try_is_rejected_at_once() -> None:
     """SHIWU_RETRY with one try."""
     settings = Settings(retry="unknown_label_set=1:1:1")  # type: ignore[arg-type]  # as the environment says it
-    assert make_limits(settings, SimpleNamespace(batch_sizes=(1,))).retries[ErrorCode.UNKNOWN_LABEL_SET].attempts == 1
+    assert views.pipeline_limits(settings).retries[ErrorCode.UNKNOWN_LABEL_SET].attempts == 1

@@ -65,7 +65,6 @@ class Pool:
             options=loader_options,
             environment=environment or {},
             task_timeout_s=task_timeout_s,
-            on_loaded=self._take,
             on_fatal=self.fatal.append,
         )
 
@@ -86,6 +85,7 @@ class Pool:
         wait_until(lambda: len(self.results) >= count, timeout_s=30)
 
     def __enter__(self) -> Self:
+        self.pool.subscribe(self._take)
         self.pool.start()
         self.pool.wait_ready(30.0)
         return self

@@ -14,6 +14,7 @@ import pytest
 from shiwu_worker.health import monitor as monitor_module
 from shiwu_worker.health.monitor import HealthMonitor, LivenessSources
 from shiwu_worker.runtime.progress import Progress
+from shiwu_worker.runtime.threads import ServiceThread
 from tests.support.clock import Clock
 from tests.support.waiting import wait_until
 
@@ -39,7 +40,7 @@ class Worker:
         self.encode_age_s = 0.0
         self.loaders = [os.getpid()]
 
-    def start(self, *, threads: tuple[str, ...] = ("MainThread",)) -> HealthMonitor:
+    def start(self, *, threads: tuple[ServiceThread, ...] = ()) -> HealthMonitor:
         """Report that it runs and claims."""
         self.monitor.started(
             LivenessSources(
@@ -117,13 +118,12 @@ def test_hanging_encode_thread_is_not_live_without_work() -> None:
 def test_ended_thread_is_named() -> None:
     """In the reason of /livez."""
     end = threading.Event()
-    thread = threading.Thread(target=end.wait, name="encode-of-a-test")
+    thread = ServiceThread("encode", lambda: end.wait(10) and None, on_fatal=None, stop=end.set)
     thread.start()
-    monitor = Worker().start(threads=("MainThread", "encode-of-a-test"))
+    monitor = Worker().start(threads=(thread,))
     assert monitor.not_live() == []
-    end.set()
-    thread.join(5)
-    assert monitor.not_live() == ["threads have ended: encode-of-a-test"]
+    assert thread.close(5)
+    assert monitor.not_live() == ["threads have ended: encode"]
 
 
 @pytest.fixture

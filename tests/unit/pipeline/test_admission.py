@@ -1,41 +1,118 @@
-"""When a failed job is given back, and for how long."""
+"""Which jobs are loaded, and when a failed job gets another attempt."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from shiwu.contract import ErrorCode, ErrorInfo
+from shiwu.contract import ErrorCode, ErrorInfo, parse_request
+from shiwu_worker.errors import Rejected
 from shiwu_worker.jobs.job import Job
+from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.timestamps import StageTimestamps
-from shiwu_worker.pipeline.admission import Admission
+from shiwu_worker.loaders.protocol import LoadResult
+from shiwu_worker.pipeline.admission import Admission, Admit, Defer, Reject
+from shiwu_worker.policy.callback_rules import CallbackRules
 from shiwu_worker.policy.retry import PipelineLimits, RetryPolicy
 
+LABELS = LabelSet("known", ("a", "b"))
+POLICY = RetryPolicy(attempts=3, first_s=2.0, longest_s=60.0)
+NOW_S = 100.0
 
-def failed(attempt: int, *, retry_after_s: float | None, is_untried: bool = False) -> Job:
+
+class Labels:
+    """A label bank that knows one set."""
+
+    def resolve(self, labels: Any, _head: Any = None) -> LabelSet:
+        """The set, or the error of a name that is unknown."""
+        if labels == "known":
+            return LABELS
+        raise Rejected(ErrorCode.UNKNOWN_LABEL_SET, "no such label set")
+
+
+@pytest.fixture
+def admission() -> Admission:
+    """With three worker deaths at most, and retries of throttled sources."""
+    limits = PipelineLimits(
+        slots=8, max_attempts=3, retries={ErrorCode.SOURCE_THROTTLED: POLICY}, longest_pause_s=300.0
+    )
+    labels: Any = Labels()
+    return Admission(limits, label_bank=labels, callback_rules=CallbackRules())
+
+
+def make_job(*, labels: str = "known", **fields: Any) -> Job:
+    """A claimed job."""
+    request = parse_request({"image": "s3://b/k", "labels": labels})
+    moments = StageTimestamps(claimed_s=0.0)
+    return Job(
+        **({"id": "a", "key": "shiwu.bulk", "attempt": 1, "raw": b"", "request": request} | fields), moments=moments
+    )
+
+
+def test_job_without_an_obstacle_is_admitted(admission: Admission) -> None:
+    """With the label set that its request names."""
+    assert admission.check(make_job(expires_s=NOW_S + 1), NOW_S) == Admit(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"expires_s": NOW_S}, ErrorCode.EXPIRED),
+        ({"deaths": 3}, ErrorCode.ATTEMPTS_EXHAUSTED),
+        ({"labels": "unknown"}, ErrorCode.UNKNOWN_LABEL_SET),
+        ({"has_callbacks": True, "raw": b"no message"}, ErrorCode.MALFORMED_MESSAGE),
+        ({"error": ErrorInfo(code=ErrorCode.CANCELLED, message="revoked")}, ErrorCode.CANCELLED),
+    ],
+)
+def test_obstacle_rejects_and_leaves_the_job_unchanged(
+    admission: Admission, fields: dict[str, Any], code: ErrorCode
+) -> None:
+    """A check decides, and changes nothing of the job."""
+    job = make_job(**fields)
+    before = job.error, job.status, job.label_set
+    decision = admission.check(job, NOW_S)
+    assert isinstance(decision, Reject)
+    assert decision.error.code is code
+    assert (job.error, job.status, job.label_set) == before
+
+
+def test_countdown_defers_the_job(admission: Admission) -> None:
+    """Until its time, and not where it has expired before."""
+    assert admission.check(make_job(due_s=NOW_S + 5), NOW_S) == Defer(5.0)
+    assert isinstance(admission.check(make_job(due_s=NOW_S + 5, expires_s=NOW_S - 1), NOW_S), Reject)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "retry_after_s", "is_untried", "min_delay_s"),
+    [(1, 20.0, False, 20.0), (2, 1e9, False, 300.0), (3, 20.0, True, 20.0), (1, None, False, 0.0)],
+)
+def test_failed_job_waits_for_the_pause_of_its_source(
+    admission: Admission, attempt: int, retry_after_s: float | None, is_untried: bool, min_delay_s: float
+) -> None:
+    """At least that pause, up to the longest one. A job whose source was not asked keeps its attempts."""
+    release = admission.next_attempt(failed(attempt), make_result(retry_after_s=retry_after_s, is_untried=is_untried))
+    assert release is not None
+    assert min_delay_s < release.delay_s <= min_delay_s + 8.0
+    assert release.counts is not is_untried
+
+
+def test_job_without_attempts_left_is_answered(admission: Admission) -> None:
+    """Also where the error is final, or of a class that is not retried."""
+    assert admission.next_attempt(failed(3), make_result(retry_after_s=20.0)) is None
+    assert admission.next_attempt(failed(1), make_result(is_final=True)) is None
+    broken = make_job()
+    broken.fail(ErrorInfo(code=ErrorCode.PICTURE_BROKEN, message="cut"))
+    assert admission.next_attempt(broken) is None
+
+
+def failed(attempt: int) -> Job:
     """A job whose source asked for a pause."""
-    job = Job(id="a", key="shiwu.bulk", attempt=attempt, raw=b"", moments=StageTimestamps(claimed_s=0.0))
+    job = make_job(attempt=attempt)
     job.fail(ErrorInfo(code=ErrorCode.SOURCE_THROTTLED, message="busy"))
-    job.retry_after_s, job.is_untried = retry_after_s, is_untried
     return job
 
 
-def test_a_job_comes_back_after_the_pause_that_its_source_asks_for() -> None:
-    """At least, and at most after the longest one; a job that did not ask keeps its attempts."""
-    policy = RetryPolicy(attempts=3, first_s=2.0, longest_s=60.0)
-    limits = PipelineLimits(
-        slots=8, max_attempts=3, retries={ErrorCode.SOURCE_THROTTLED: policy}, longest_pause_s=300.0
-    )
-    admission = Admission(limits, pytest.fail, check_callbacks=pytest.fail)
-    for job, least_s, counts in (
-        (failed(1, retry_after_s=20.0), 20.0, True),
-        (failed(2, retry_after_s=1e9), 300.0, True),
-        (failed(3, retry_after_s=20.0, is_untried=True), 20.0, False),
-        (failed(1, retry_after_s=None), 0.0, True),
-    ):
-        admission.spare(job)
-        assert job.back is not None
-        assert least_s < job.back.delay_s <= least_s + 8.0
-        assert job.back.counts is counts
-    last = failed(3, retry_after_s=20.0)
-    admission.spare(last)
-    assert last.back is None
+def make_result(**fields: Any) -> LoadResult:
+    """What the loaders report of such a job."""
+    return LoadResult(ticket=1, slot=0, started_s=0.0, fetched_s=0.0, decoded_s=0.0, **fields)

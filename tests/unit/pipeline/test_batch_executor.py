@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,10 @@ class Device:
         self.guilty: set[int] = set()
         self.short = False
         self.error: Exception | None = None
-        self.sizes: list[int] = []
+        self.batches: list[int] = []
         self.exact: list[int] = []
         self.caps: list[int] = []
+        self.size_policy = SimpleNamespace(lower=self.caps.append)
         self.scored: dict[str, float] = {}
         self.learned: list[Any] = []
 
@@ -51,7 +53,7 @@ class Device:
 
     def collect(self, pixels: Any) -> Vectors:
         """The fast path, with whatever is wrong today."""
-        self.sizes.append(len(pixels))
+        self.batches.append(len(pixels))
         numbers = [int(n) for n in pixels[:, 0]]
         if self.error is not None:
             raise self.error
@@ -78,7 +80,7 @@ class Device:
         for job, vector in zip(jobs, vectors, strict=True):
             self.scored[job.id] = float(vector[0])
 
-    def encode_labels(self, label_set: LabelSet) -> EncodedLabels:
+    def encoded(self, label_set: LabelSet) -> EncodedLabels:
         """Label vectors; the words `bad` overflow."""
         if "bad" in label_set.words:
             raise NonFiniteError("NaN in the words", (7,))
@@ -97,18 +99,9 @@ class Device:
 
     def run(self) -> None:
         """One batch of all."""
-        triage = BatchExecutor(
-            encode_labels=self.encode_labels,
-            pixels=self.pixels,
-            launch=self.launch,
-            collect=self.collect,
-            encode_exact=self.encode_exact,
-            score=self.score,
-            error_kind=self.error_kind,
-            lower_cap=self.caps.append,
-            learn=self.learn,
-        )
-        triage.finish(triage.launch(self.jobs))
+        model: Any = self
+        executor = BatchExecutor(model, model, model, pixels=self.pixels)
+        executor.finish(executor.launch(self.jobs))
 
     def failed(self) -> dict[str, ErrorCode]:
         """Jobs without tags; the others must have their own vector."""
@@ -124,7 +117,7 @@ def test_out_of_memory_halves_and_is_remembered() -> None:
     device.room = 5
     device.run()
     assert device.failed() == {}
-    assert device.sizes == [16, 8, 4, 4, 8, 4, 4]
+    assert device.batches == [16, 8, 4, 4, 8, 4, 4]
     assert min(device.caps) == 4
 
 
@@ -156,7 +149,7 @@ def test_nan_is_tried_in_fp32_alone_and_only_then_blamed() -> None:
     device.run()
     assert device.failed() == {"j5": ErrorCode.ENCODE_FAILED}
     assert device.exact == [2, 5]
-    assert device.sizes == [8, 6]
+    assert device.batches == [8, 6]
 
 
 def test_a_wrong_count_is_tried_one_by_one() -> None:
@@ -184,7 +177,7 @@ def test_a_lost_device_ends_the_process() -> None:
     with pytest.raises(FatalError) as caught:
         device.run()
     assert caught.value.exit_code is ExitCode.DEVICE
-    assert device.sizes == [8]
+    assert device.batches == [8]
     assert not any(job.error for job in device.jobs)
 
 
@@ -195,7 +188,7 @@ def test_words_that_fail_end_their_own_jobs_only() -> None:
         job.label_set = LabelSet("x", words)
     device.run()
     assert device.failed() == {"j1": ErrorCode.ENCODE_FAILED}
-    assert device.sizes == [3]
+    assert device.batches == [3]
     assert device.caps == []
 
 

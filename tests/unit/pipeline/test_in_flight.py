@@ -1,11 +1,11 @@
-"""What a worker holds: how much it claims follows the batches that it makes now."""
+"""Jobs in flight: how many are claimed follows the size of the current batches."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
-from shiwu_worker.pipeline.in_flight import HELD_FACTOR, InFlightJobs
+from shiwu_worker.pipeline.in_flight import MAX_JOBS_PER_SLOT, InFlightJobs
 
 
 def jobs(count: int, *, first: int = 0) -> list[Any]:
@@ -13,32 +13,32 @@ def jobs(count: int, *, first: int = 0) -> list[Any]:
     return [SimpleNamespace(id=f"{n}", slot=-1) for n in range(first, first + count)]
 
 
-def room(hands: InFlightJobs) -> int:
-    """What it would claim, without waiting."""
-    return hands.wait_room(is_alone=False, is_closing=lambda: False, timeout_s=0.0)
+def room(in_flight: InFlightJobs) -> int:
+    """How many jobs would be claimed, without waiting."""
+    return in_flight.wait_for_room(is_exclusive=False, is_closing=lambda: False, timeout_s=0.0)
 
 
-def test_room_follows_the_batches_of_now() -> None:
-    """With small batches the backlog stays in Redis; with larger ones more slots are used, never too many."""
+def test_room_follows_the_size_of_current_batches() -> None:
+    """With small batches the backlog stays in Redis; with larger ones more slots are used, but no more than exist."""
     wanted = [10]
-    hands = InFlightJobs(slots=100, wanted=lambda: wanted[0])
-    assert room(hands) == 10
+    in_flight = InFlightJobs(slots=100, wanted=lambda: wanted[0])
+    assert room(in_flight) == 10
     held = jobs(8)
-    hands.take(held, held)
-    assert room(hands) == 2
+    in_flight.add(held, held)
+    assert room(in_flight) == 2
     wanted[0] = 40
-    assert room(hands) == 32
+    assert room(in_flight) == 32
     wanted[0] = 4
-    assert room(hands) == 0
+    assert room(in_flight) == 0
     wanted[0] = 1000
-    assert room(hands) == 92
-    hands.free_slots(held)
-    hands.remove(held)
-    assert room(hands) == 100
+    assert room(in_flight) == 92
+    in_flight.free_slots(held)
+    in_flight.remove(held)
+    assert room(in_flight) == 100
 
 
-def test_answers_that_redis_does_not_take_leave_no_room() -> None:
-    """They hold no slot, and are held all the same."""
-    hands = InFlightJobs(slots=100, wanted=lambda: 10)
-    hands.take(jobs(HELD_FACTOR * 10), [])
-    assert room(hands) == 0
+def test_jobs_that_wait_for_their_commit_leave_no_room() -> None:
+    """They hold no slot, and are in flight nevertheless."""
+    in_flight = InFlightJobs(slots=100, wanted=lambda: 10)
+    in_flight.add(jobs(MAX_JOBS_PER_SLOT * 10), [])
+    assert room(in_flight) == 0

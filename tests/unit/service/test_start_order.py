@@ -1,4 +1,4 @@
-"""What the worker looks at before the model is loaded."""
+"""What the worker checks before it loads the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.service import bootstrap as wiring
+from shiwu_worker.service import bootstrap
 
 
 @pytest.mark.parametrize(
@@ -21,21 +21,21 @@ from shiwu_worker.service import bootstrap as wiring
         ("", {"labels_dir": Path("/no/such")}, "SHIWU_LABELS_DIR: expected a folder of label sets, got /no/such"),
     ],
 )
-def test_label_errors_come_before_the_model(
+def test_label_errors_end_the_start_before_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, options: dict[str, Any], expected: str
 ) -> None:
-    """With the exit code for settings, and neither a model nor a loader has been started."""
+    """The exit code is that of wrong settings, and neither the model nor a loader was started."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("expected the labels first")
 
-    for name in ("model_folder", "load_encoder", "make_loaders", "connect"):
-        monkeypatch.setattr(wiring, name, fail)
+    for name in ("model_folder", "load_encoder", "start_loaders", "open_queue"):
+        monkeypatch.setattr(bootstrap, name, fail)
     (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
     settings = Settings(**({"labels_dir": tmp_path} | options))
     with (
         pytest.raises(FatalError, match=expected) as caught,
-        wiring.open_service(settings, on_fatal=lambda _: None),
+        bootstrap.open_service(settings, on_fatal=lambda _: None),
     ):
         pass
     assert caught.value.exit_code is ExitCode.CONFIG

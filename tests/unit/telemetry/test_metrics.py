@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from shiwu.broker.answers import AnswerEntry
 from shiwu.contract import RETRIABLE, Answer, ErrorCode, ErrorInfo, Lane, ModelInfo, Stage, Status, Timing
 from shiwu_worker.jobs.job import Job, Release
-from shiwu_worker.jobs.outcome import CommittedJob
+from shiwu_worker.jobs.outcome import CommittedJob, Released
 from shiwu_worker.jobs.timestamps import StageTimestamps
 from shiwu_worker.runtime.progress import LoadReport
 from shiwu_worker.telemetry.gpu_monitor import GpuMonitor, GpuState
@@ -104,14 +104,10 @@ def test_series_are_there_before_their_first_event() -> None:
 def test_the_rest_is_told_by_who_knows_it() -> None:
     """Retries, leases, batches, limits, lanes, the card and the model."""
     metrics = Metrics(retried=RETRIABLE)
-    again = Job(
-        id="k", key=Lane.BULK.queue, attempt=1, raw=b"", moments=StageTimestamps(claimed_s=0.0), back=Release("k")
-    )
+    again = Job(id="k", key=Lane.BULK.queue, attempt=1, raw=b"", moments=StageTimestamps(claimed_s=0.0))
     again.error = ErrorInfo(code=ErrorCode.SOURCE_UNAVAILABLE, message="m")
-    ended = Job(
-        id="l", key=Lane.BULK.queue, attempt=1, raw=b"", moments=StageTimestamps(claimed_s=0.0), back=Release("l")
-    )
-    metrics.retried([again, ended])
+    cancelled = Job(id="l", key=Lane.BULK.queue, attempt=1, raw=b"", moments=StageTimestamps(claimed_s=0.0))
+    metrics.retried([Released(job, Release(job.id)) for job in (again, cancelled)])
     metrics.renewed(5)
     metrics.reaped(2)
     metrics.batch("full", 8)

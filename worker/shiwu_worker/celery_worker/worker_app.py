@@ -115,10 +115,10 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
         self._signals.install()
         with ExitStack() as stack:
             try:
-                on_answered = stack.enter_context(_open_senders(worker, settings))
+                on_committed = stack.enter_context(_open_senders(worker, settings))
                 service = stack.enter_context(
                     open_service(
-                        settings, on_fatal=self._on_fatal, on_answered=on_answered, waits_for_revokes=settings.revoke
+                        settings, on_fatal=self._on_fatal, on_committed=on_committed, waits_for_revokes=settings.revoke
                     )
                 )
             except FatalError as error:

@@ -26,7 +26,8 @@ from shiwu_worker.config.errors import SettingsError, exit_with, load_settings, 
 from shiwu_worker.config.reference import all_settings, changed_settings, value_text
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.service.factories import connect, encode_default_labels, load_label_bank, read_label_sets
+from shiwu_worker.service.factories import connect
+from shiwu_worker.service.labels import encode_default_labels, load_label_bank, read_label_sets
 from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 from shiwu_worker.stages.fetch.s3.base import StoreError

@@ -88,10 +88,10 @@ def make_thumbnails(requests: Iterable[ThumbnailRequest], settings: Settings) ->
         processes=min(settings.loader_count, MAX_LOADERS),
         options=loader_options(settings, SPEC).model_copy(update={"slots": SLOTS}),
         task_timeout_s=settings.load_timeout_s,
-        on_loaded=done.put,
         on_fatal=done.put,
         environment=source_environment(),
     )
+    pool.subscribe(done.put)
     pool.start()
     try:
         pool.wait_ready(READY_S)

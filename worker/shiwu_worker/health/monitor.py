@@ -6,7 +6,6 @@ ready if a job would not be answered now, which a restart may not change.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from shiwu_worker.runtime.progress import Progress
+from shiwu_worker.runtime.threads import ServiceThread
 
 REDIS_EXTRA_S: Final = 3.0
 """Redis counts as available for its time-out plus this after its last reply; the heartbeat calls it each second."""
@@ -28,14 +28,14 @@ class LivenessSources:
     """What the monitor reads from a worker that has started.
 
     Args:
-        threads: names of the threads that must run.
+        threads: the threads that must run.
         held: how many jobs the worker holds.
         encode_age_s: seconds since the encode thread last completed its loop, with or without a batch.
         loaders: process ids of the loaders.
         stuck_s: after this time with work and without progress the worker counts as stuck.
     """
 
-    threads: Collection[str]
+    threads: Collection[ServiceThread]
     held: Callable[[], int]
     encode_age_s: Callable[[], float]
     loaders: Callable[[], Collection[int]]
@@ -107,7 +107,7 @@ class HealthMonitor:
         if sources is None:
             return [f"starting for {time.monotonic() - self._began_s:.0f} s"]
         reasons, stuck_s = [], sources.stuck_s()
-        if missing := sorted(set(sources.threads) - {thread.name for thread in threading.enumerate()}):
+        if missing := sorted(thread.name for thread in sources.threads if not thread.is_alive):
             reasons.append(f"threads have ended: {', '.join(missing)}")
         if (age_s := sources.encode_age_s()) > stuck_s:
             reasons.append(f"the encode thread has been busy with one batch for {age_s:.0f} s")

@@ -1,6 +1,6 @@
-"""One picture on its way: what is known of it so far, and the answer made from that.
+"""A job between claim and commit, and the answer made from it.
 
-Also the other coins that pass between the rooms: what was claimed, what is given back.
+Also defines the small records that the stages exchange: a claimed message, a release, a batch that was launched.
 """
 
 from __future__ import annotations
@@ -45,124 +45,113 @@ _INTERACTIVE = frozenset(Lane.INTERACTIVE.keys)
 
 
 class Claimed(msgspec.Struct, frozen=True, gc=False):
-    """A message in our hands until its lease ends."""
+    """A message that this worker holds under a lease."""
 
     id: str
     """The job id, or `~` and a digest where the message has no valid one."""
     attempt: int
-    """1 for the first try; counted by job id over crashes, retries and copies."""
+    """1 for the first attempt; counted by job id over crashes, retries and duplicates."""
     key: str
-    """The Redis list that it came from, and goes back to."""
+    """The Redis list from which the message came, and to which it returns."""
     raw: bytes
     claimed_ms: float
     """Server time of the claim, in ms since 1970."""
     claimed_s: float
-    """The same moment on this machine's monotonic clock (not earlier than the true one)."""
+    """The time of the claim on this machine's monotonic clock; never earlier than the true one."""
     is_revoked: bool = False
-    """Whether Celery's revoke named it while it waited."""
+    """Whether Celery's `revoke` named the job while it waited."""
     deaths: int = 0
-    """How many workers died or hung while they held it, or lost their device with it."""
+    """How many workers crashed, hung or lost their device while they held the job."""
     history: bytes = b""
-    """Earlier tries, as `history.read_history` reads them."""
+    """Earlier attempts, as `history.read_history` reads them."""
 
 
 class Release(msgspec.Struct, frozen=True, gc=False):
-    """A job to give back. `delay_s` 0 puts it at the front of its lane."""
+    """Gives a claimed job back to Redis. With `delay_s` 0 it goes to the front of its lane."""
 
     id: str
     delay_s: float = 0.0
     counts: bool = False
-    """Whether the try counts as an attempt."""
+    """Whether this try counts as an attempt."""
     ending: str = ""
-    """`code|stage` of what ended this try, for the job's history; empty where it was none."""
+    """`code|stage` of what ended this attempt, for the job's history; empty where it was no attempt."""
 
 
 class Departure(msgspec.Struct, frozen=True, gc=False):
-    """A batch that left for the device; no two are equal."""
+    """A batch that was sent to the device. Compared by identity in traces: `left_s` differs."""
 
     reason: str
-    """Why it left: full, free, closing."""
+    """Why the batch was sent: full, free, closing."""
     size: int
     left_s: float
 
 
 class Job(msgspec.Struct, eq=False):
-    """A claimed job between claim and commit. Only one stage holds it at a time."""
+    """A claimed job between claim and commit.
+
+    One stage holds a job at a time, and only the thread of that stage writes its fields: the claim thread up to the
+    submission to the loaders, the loader pool's thread up to the batcher, the encode thread up to the launch, the score
+    thread up to the commit, and then the commit thread. There are two exceptions. The cancellation thread sets
+    `is_answered_elsewhere` at any time. A thread that ends the process sets `is_suspected`, and so does no other.
+    """
 
     id: str
-    """Names the claim: the job id, or a digest of a message whose id the claim could not find."""
+    """Identifies the claim: the job id, or a digest of a message whose id the claim could not find."""
     key: str
     attempt: int
     raw: bytes
     moments: StageTimestamps
     answer_id: str = ""
-    """The job id, where the claim is named otherwise."""
+    """The job id, where `id` is a digest."""
     deaths: int = 0
     request: Request | None = None
     ignore_result: bool = False
     has_callbacks: bool = False
     """Whether its message carries Celery callbacks: link, chain, chord."""
     due_s: float = 0.0
-    """Not before this moment of the monotonic clock (Celery's eta); 0 at once."""
+    """The job must not start before this time of the monotonic clock (Celery's eta); 0 for immediately."""
     expires_s: float | None = None
     """Deadline on this machine's monotonic clock."""
     slot: int = -1
     image: ImageInfo | None = None
     label_set: LabelSet | None = None
-    """As the request names it, from when the job is admitted."""
+    """The label set that the request names; set when the job is admitted."""
     labels: EncodedLabels | None = None
-    """The label set with its vectors, from when the job is on its way to the device."""
+    """The label set with its vectors; set when the batch of the job is launched."""
     model: ModelInfo | None = None
     tags: tuple[Tag, ...] | None = None
     embedding: tuple[float, ...] | None = None
     batch_size: int | None = None
     departure: Departure | None = None
-    """The batch that it left with, where traces are made."""
+    """The batch that the job was sent with; set where traces are made."""
     scored_s: float = 0.0
-    """When the tags were made: the end of the time that the answer tells of."""
+    """When the tags were made, which is where the times of the answer end."""
     error: ErrorInfo | None = None
-    is_final: bool = False
-    """No other try is to be made, whatever the error's code says."""
-    retry_after_s: float | None = None
-    """The pause that the source of its image asks for."""
-    is_untried: bool = False
-    """Its source was not asked, because a pause was not over: this was no attempt."""
     status: Status = Status.TAGGED
-    back: Release | None = None
-    """Set when the job goes back to Redis instead of being answered."""
     warnings: tuple[AnswerWarning, ...] = ()
-    """What the message itself gives reason to warn of."""
+    """Warnings about the message."""
     is_on_device: bool = False
-    is_accused: bool = False
-    """It was on the device when the worker had to end; perhaps it is guilty."""
+    is_suspected: bool = False
+    """The job was on the device when the worker failed, so that it may be the cause."""
     history: tuple[Attempt, ...] = ()
-    """Earlier tries, the oldest first."""
+    """Earlier attempts, the oldest first."""
     is_answered_elsewhere: bool = False
-    """Somebody else has answered it: its producer cancelled, or its time was over."""
+    """Its producer cancelled the job, or another process answered it because its time was over."""
 
     def fail(self, error: ErrorInfo) -> None:
         """End without tags; the status follows from the code."""
         self.error = error
         self.status = status_of(error.code)
 
-    def unwanted(self, now_s: float) -> bool:
-        """Whether nobody waits for the tags any more: it was answered aside, or its deadline has passed."""
-        if self.is_answered_elsewhere:
-            self.back = Release(self.id)
-        return self.is_answered_elsewhere or self.expired(now_s)
-
-    def expired(self, now_s: float) -> bool:
-        """Whether the deadline has passed; if so the job ends as `expired`."""
+    def expiry(self, now_s: float) -> ErrorInfo | None:
+        """The error `expired` where the deadline has passed, or None."""
         if self.expires_s is None or now_s < self.expires_s:
-            return False
-        self.fail(
-            ErrorInfo(
-                code=ErrorCode.EXPIRED,
-                message=f"the deadline passed {now_s - self.expires_s:.3f} s before the picture was encoded",
-                stage=Stage.BATCH if self.slot >= 0 else Stage.CLAIM,
-            )
+            return None
+        return ErrorInfo(
+            code=ErrorCode.EXPIRED,
+            message=f"the deadline passed {now_s - self.expires_s:.3f} s before the picture was encoded",
+            stage=Stage.BATCH if self.slot >= 0 else Stage.CLAIM,
         )
-        return True
 
     @property
     def log_id(self) -> str:
@@ -171,18 +160,18 @@ class Job(msgspec.Struct, eq=False):
 
     @property
     def lane(self) -> Lane:
-        """The lane that its message lay in."""
+        """The lane from which its message was claimed."""
         return Lane.INTERACTIVE if self.key in _INTERACTIVE else Lane.BULK
 
     def answer(self, *, worker: str, until_s: float, answered_at: datetime | None = None) -> Answer:
-        """The terminal result, with the time of every stage so far."""
+        """The terminal record of the job, with the time of every stage so far."""
         warnings = self.warnings
         if self.labels is not None and self.status is Status.TAGGED:
             warnings += self.labels.warnings
         image = self.image
         if image is None and self.request is not None:
             image = ImageInfo(reference=without_query(self.request.image))
-        # Some by position: for more than 15 keyword arguments CPython makes a dict, which doubles the time of the call.
+        # Some by position: CPython makes a dict for more than 15 keyword arguments, which doubles the time of the call.
         return Answer(
             self.answer_id or self.id,
             self.status,
@@ -205,7 +194,7 @@ class Job(msgspec.Struct, eq=False):
         )
 
     def server_time(self, at_s: float) -> datetime:
-        """A moment of this machine's monotonic clock, by Redis' clock as the claim of this job showed it."""
+        """A time of this machine's monotonic clock, converted to the clock of Redis by the claim of this job."""
         moments = self.moments
         if not moments.claimed_ms:
             return datetime.now(UTC)
@@ -213,7 +202,7 @@ class Job(msgspec.Struct, eq=False):
 
 
 def _note_returns(job: Job, envelope: Envelope) -> None:
-    """Divide the time from enqueue to claim: earlier tries, pauses and a countdown, then the wait in the lane."""
+    """Divide the time from enqueue to claim into earlier attempts, pauses and countdown, and the wait in the lane."""
     moments, sent_ms = job.moments, envelope.sent_ms
     returned_ms = max(sent_ms or 0.0, envelope.eta_ms or 0.0, back_in_lane_ms(job.history))
     in_lane_ms = min(returned_ms, moments.claimed_ms)
@@ -223,7 +212,7 @@ def _note_returns(job: Job, envelope: Envelope) -> None:
 
 
 def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:
-    """Read a claimed message. A message that breaks the contract gives a job that has already failed.
+    """Read a claimed message into a job. A message that breaks the contract gives a job with an error.
 
     Args:
         zone: time zone of an eta or expires that names none.
@@ -246,11 +235,11 @@ def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:
         if job.history or envelope.eta_ms is not None:
             _note_returns(job, envelope)
         elif envelope.sent_ms is not None:
-            # Not by `round`, which writes and reads the number.
+            # Without `round`, which converts the number to text and back.
             job.moments.queue_ms = max(0, int((claimed.claimed_ms - envelope.sent_ms) * 1000 + 0.5)) / 1000
         job.has_callbacks = bool(envelope.canvas)
         job.warnings = field_warnings(envelope.fields)
-        # Server times become local ones by the moment of the claim, which both clocks saw.
+        # The claim was read from both clocks, so it converts server times to local ones.
         offset_s = claimed.claimed_s - claimed.claimed_ms / 1000
         if envelope.expires_ms is not None:
             job.expires_s = envelope.expires_ms / 1000 + offset_s
@@ -261,7 +250,7 @@ def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:
             raise RequestError(ErrorCode.CANCELLED, "revoked by Celery's remote control while it waited")
     except RequestError as error:
         job.fail(ErrorInfo(code=error.code, message=str(error), stage=Stage.CLAIM))
-    except Exception as error:  # noqa: BLE001 border: a message that ends its reader would end one worker after another
+    except Exception as error:  # noqa: BLE001 border: a message that crashes its reader would end one worker after another
         text = f"expected a message that can be read, got one that fails with {type(error).__name__}"
         job.fail(ErrorInfo(code=ErrorCode.MALFORMED_MESSAGE, message=text, stage=Stage.CLAIM))
     return job

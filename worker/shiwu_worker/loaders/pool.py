@@ -65,7 +65,6 @@ class LoaderPool:
 
     Args:
         spares: loaders beyond these: warm, to stand in for one that died and to try suspects.
-        on_loaded: gets results, on the pool's thread; must not block.
         on_fatal: called when loaders can't be kept alive.
         environment: variables that the sources need, such as S3's; loaders get no other secret.
         task_timeout_s: fetch and decode of one picture; then its loader is killed and the picture tried alone.
@@ -78,7 +77,6 @@ class LoaderPool:
         spares: int = 0,
         options: LoaderOptions,
         task_timeout_s: float,
-        on_loaded: Callable[[list[LoadResult]], None],
         on_fatal: Callable[[FatalError], None],
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
@@ -87,7 +85,7 @@ class LoaderPool:
         self._spares = spares
         self._options = options
         self._task_timeout_s = task_timeout_s
-        self._on_loaded = on_loaded
+        self._on_loaded: Callable[[list[LoadResult]], None] = lambda _: None
         self._on_fatal = on_fatal
         shape = (options.slots, options.spec.height, options.spec.width, 3)
         self._memory_fd = os.memfd_create("shiwu-pixels", os.MFD_CLOEXEC)
@@ -131,6 +129,10 @@ class LoaderPool:
         if not self._all_ready.wait(timeout_s) or self._closing.is_set():
             self.close(1.0)
             raise FatalError(ExitCode.LOADERS, f"expected {self._processes} loaders to be ready within {timeout_s:g} s")
+
+    def subscribe(self, on_loaded: Callable[[list[LoadResult]], None]) -> None:
+        """Pass results to this function, on the pool's thread; it must not block. Call it before `submit`."""
+        self._on_loaded = on_loaded
 
     def submit(self, tasks: Sequence[LoadTask]) -> None:
         """Load these pictures. Never blocks; bounded because slots are. Thread-safe."""

@@ -1,85 +1,115 @@
-"""What becomes of a job that can't simply go on: refused at its claim, or given another try when it has failed."""
+"""Admission: decides whether a claimed job is loaded, and whether a failed job gets another attempt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
+import msgspec
 import structlog
 
+from shiwu.broker.message_reader import read_canvas
 from shiwu.contract import ErrorCode, ErrorInfo, RequestError, Stage, without_query
 from shiwu_worker.errors import Rejected
 from shiwu_worker.jobs.job import Job, Release
+from shiwu_worker.jobs.label_set import LabelSet
 
 if TYPE_CHECKING:
-    from shiwu_worker.jobs.label_set import LabelSet
-    from shiwu_worker.policy.retry import PipelineLimits
+    from structlog.typing import FilteringBoundLogger
 
-log: Any = structlog.get_logger()
+    from shiwu_worker.loaders.protocol import LoadResult
+    from shiwu_worker.policy.callback_rules import CallbackRules
+    from shiwu_worker.policy.retry import PipelineLimits
+    from shiwu_worker.stages.score.label_bank import LabelBank
+
+log: FilteringBoundLogger = structlog.get_logger()
+
+
+class Admit(msgspec.Struct, frozen=True, gc=False):
+    """Load the job; it is compared with this label set."""
+
+    label_set: LabelSet
+
+
+class Reject(msgspec.Struct, frozen=True, gc=False):
+    """Do not load the job; it has this error."""
+
+    error: ErrorInfo
+
+
+class Defer(msgspec.Struct, frozen=True, gc=False):
+    """Give the job back for this time, without counting an attempt."""
+
+    delay_s: float
+
+
+Decision: TypeAlias = Admit | Reject | Defer
 
 
 class Admission:
-    """Decides by what a job carries with it and by the operator's limits; carries nothing out.
+    """Decides by the job and the operator's limits, and changes neither. Thread-safe.
 
     Args:
-        resolve: a job's label set; raises Rejected where it names none that is known.
-        judge_callbacks: of a job that has some; raises RequestError where the operator did not allow them.
+        label_bank: finds the label set that a request names.
+        callback_rules: which Celery callbacks a message may carry.
     """
 
-    def __init__(
-        self, limits: PipelineLimits, resolve: Callable[[Job], LabelSet], *, check_callbacks: Callable[[Job], None]
-    ) -> None:
+    def __init__(self, limits: PipelineLimits, *, label_bank: LabelBank, callback_rules: CallbackRules) -> None:
         self._limits = limits
-        self._resolve = resolve
-        self._check_callbacks = check_callbacks
+        self._label_bank = label_bank
+        self._callback_rules = callback_rules
 
-    def admits(self, job: Job, now_s: float) -> bool:
-        """Whether a claimed job is to be loaded; else it has its error, or the way back that it takes."""
-        if job.back is not None or job.error is not None or job.unwanted(now_s):
-            return False
-        if job.has_callbacks and not self._admits_callbacks(job):
-            return False
+    def check(self, job: Job, now_s: float) -> Decision:
+        """Whether a job that was just claimed is loaded, answered with an error, or given back."""
+        if (error := job.error or job.expiry(now_s)) is not None:
+            return Reject(error)
+        if job.has_callbacks and (error := self._callback_error(job)) is not None:
+            return Reject(error)
         if job.due_s > now_s:
-            job.back = Release(job.id, delay_s=job.due_s - now_s)
-            return False
+            return Defer(job.due_s - now_s)
         if job.deaths >= self._limits.max_attempts:
             text = f"given up: {job.deaths} workers died, hung or lost their device while they held it"
-            job.fail(ErrorInfo(code=ErrorCode.ATTEMPTS_EXHAUSTED, message=text, stage=Stage.CLAIM))
-            return False
+            return Reject(ErrorInfo(code=ErrorCode.ATTEMPTS_EXHAUSTED, message=text, stage=Stage.CLAIM))
+        request = job.request
         try:
-            job.label_set = self._resolve(job)
-        except Rejected as error:
-            job.fail(error.info())
-            return False
-        return True
-
-    def _admits_callbacks(self, job: Job) -> bool:
-        try:
-            self._check_callbacks(job)
-        except RequestError as error:
-            job.fail(ErrorInfo(code=error.code, message=str(error), stage=Stage.CLAIM))
-        except Exception as error:  # noqa: BLE001 border: a message that ends its reader would end one worker after another
-            text = f"expected callbacks that can be read, got some that fail with {type(error).__name__}"
-            job.fail(ErrorInfo(code=ErrorCode.MALFORMED_MESSAGE, message=text, stage=Stage.CLAIM))
-        return job.error is None
-
-    def spare(self, job: Job) -> None:
-        """Give a failed job another try where its class of error has one left."""
-        policy = self._limits.retries.get(job.error.code) if job.error is not None else None
-        if policy is None or job.error is None or job.is_final:
-            return
-        if job.is_untried or job.attempt < policy.attempts:
-            asked_s = min(job.retry_after_s or 0.0, self._limits.longest_pause_s)
-            delay_s = asked_s + policy.delay_s(job.attempt)
-            ending = f"{job.error.code}|{job.error.stage or ''}"
-            job.back = Release(job.id, delay_s=delay_s, counts=not job.is_untried, ending=ending)
-            log.info(
-                "job_retried",
-                id=job.log_id,
-                attempt=job.attempt,
-                image=without_query(job.request.image) if job.request else None,
-                code=str(job.error.code),
-                stage=str(job.error.stage) if job.error.stage else None,
-                error=job.error.message,
-                delay_s=round(delay_s, 3),
+            return Admit(
+                self._label_bank.resolve(request.labels if request else None, request.head if request else None)
             )
+        except Rejected as rejected:
+            return Reject(rejected.info())
+
+    def next_attempt(self, job: Job, result: LoadResult | None = None) -> Release | None:
+        """The release of a failed job that gets another attempt; None where it is to be answered with its error.
+
+        Args:
+            result: what the loaders reported, where loading failed.
+        """
+        error = job.error
+        if error is None or (result is not None and result.is_final):
+            return None
+        is_untried = result is not None and result.is_untried
+        policy = self._limits.retries.get(error.code)
+        if policy is None or (job.attempt >= policy.attempts and not is_untried):
+            return None
+        source_pause_s = (result.retry_after_s if result is not None else None) or 0.0
+        delay_s = min(source_pause_s, self._limits.longest_pause_s) + policy.delay_s(job.attempt)
+        log.info(
+            "job_retried",
+            id=job.log_id,
+            attempt=job.attempt,
+            image=without_query(job.request.image) if job.request else None,
+            code=str(error.code),
+            stage=str(error.stage) if error.stage else None,
+            error=error.message,
+            delay_s=round(delay_s, 3),
+        )
+        return Release(job.id, delay_s=delay_s, counts=not is_untried, ending=f"{error.code}|{error.stage or ''}")
+
+    def _callback_error(self, job: Job) -> ErrorInfo | None:
+        try:
+            self._callback_rules.check(read_canvas(job.raw))
+        except RequestError as error:
+            return ErrorInfo(code=error.code, message=str(error), stage=Stage.CLAIM)
+        except Exception as error:  # noqa: BLE001 border: a message that crashes its reader would end one worker after another
+            text = f"expected callbacks that can be read, got some that fail with {type(error).__name__}"
+            return ErrorInfo(code=ErrorCode.MALFORMED_MESSAGE, message=text, stage=Stage.CLAIM)
+        return None

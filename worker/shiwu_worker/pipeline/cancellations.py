@@ -1,62 +1,61 @@
-"""Hears which jobs were answered by somebody who does not hold them, so that no device time is spent on these.
+"""Cancellation listener: hears of jobs that another process answered, so that no device time is spent on them.
 
-What is missed here costs that time and nothing else: an answer counts once.
+A message that is missed costs that time and nothing else, because the first answer of a job counts.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import redis
-import structlog
 
 from shiwu.contract import ANSWERED_CHANNEL
-from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.errors import FatalError
+from shiwu_worker.runtime.threads import ServiceThread
 
-log: Any = structlog.get_logger()
-HEARD_AT_ONCE: Final = 500
-RETRY_S: Final = 1.0
+MAX_IDS: Final = 500
+"""Ids that are passed on in one call."""
+RETRY_PAUSE_S: Final = 1.0
 POLL_INTERVAL_S: Final = 0.25
+CLOSE_TIMEOUT_S: Final = 4 * POLL_INTERVAL_S
 
 
 class CancellationListener:
-    """Listens from `start` to `close`.
+    """A thread that listens from `start` to `close`.
 
     Args:
-        on_ended: gets ids; must not block.
+        on_answered_elsewhere: gets job ids, on the thread; must not block.
         on_fatal: called when the thread ends by a defect.
     """
 
     def __init__(
-        self, client: redis.Redis, *, on_ended: Callable[[Sequence[str]], None], on_fatal: Callable[[FatalError], None]
+        self,
+        client: redis.Redis,
+        *,
+        on_answered_elsewhere: Callable[[Sequence[str]], None],
+        on_fatal: Callable[[FatalError], None],
     ) -> None:
         self._client = client
-        self._on_ended = on_ended
-        self._on_fatal = on_fatal
+        self._on_answered_elsewhere = on_answered_elsewhere
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="cancellations", daemon=True)
+        self.thread = ServiceThread("cancellations", self._run, on_fatal=on_fatal, stop=self._closed.set)
 
     def start(self) -> None:
         """Start listening."""
-        self._thread.start()
+        self.thread.start()
 
     def close(self) -> None:
-        """Stop."""
-        self._closed.set()
-        self._thread.join(timeout=4 * POLL_INTERVAL_S)
+        """Stop listening."""
+        self.thread.close(CLOSE_TIMEOUT_S)
 
     def _run(self) -> None:
         while not self._closed.is_set():
             try:
                 self._listen()
-            except (redis.RedisError, OSError):  # the heartbeat tells the log
-                self._closed.wait(RETRY_S)
-            except Exception as error:  # border: a thread that ends by a defect takes the process with it
-                log.exception("thread_failed", thread="cancellations")
-                self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
-                return
+            except (redis.RedisError, OSError):  # the heartbeat logs that Redis is unavailable
+                self._closed.wait(RETRY_PAUSE_S)
 
     def _listen(self) -> None:
         with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]  # redis' own
@@ -64,8 +63,8 @@ class CancellationListener:
             while not self._closed.is_set():
                 message = pubsub.get_message(timeout=POLL_INTERVAL_S)
                 ids: list[str] = []
-                while message is not None and len(ids) < HEARD_AT_ONCE:
+                while message is not None and len(ids) < MAX_IDS:
                     ids.append(message["data"].decode(errors="replace"))
                     message = pubsub.get_message(timeout=0)
                 if ids:
-                    self._on_ended(ids)
+                    self._on_answered_elsewhere(ids)

@@ -1,59 +1,48 @@
-"""The thread that keeps our leases alive, looks after jobs of the dead, and shows that we live.
+"""Heartbeat: renews this worker's leases, does maintenance, and touches the liveness file.
 
-A worker that is stuck does none of it: its leases end, other workers take its jobs, and its alive file grows old.
+A worker that is stuck renews and touches nothing: its leases expire, and other workers take its jobs.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Collection
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Final
 
 import structlog
 from redis import RedisError
 
 from shiwu.broker.maintenance import Maintenance, MaintenanceReport
-from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.errors import FatalError
+from shiwu_worker.runtime.threads import ServiceThread
 
 if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from shiwu_worker.pipeline.observer import PipelineObserver
     from shiwu_worker.runtime.backoff import RedisBackoff
-    from shiwu_worker.runtime.progress import LoadReport, Progress
+    from shiwu_worker.runtime.progress import LoadMeter, Progress
     from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 TICK_S: Final = 1.0
 CHUNK_SIZE: Final = 500
-LOAD_EVERY_S: Final = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class HeartbeatHooks:
-    """Where the heartbeat looks, and whom it tells.
-
-    `held` gives the ids whose leases are ours to renew, `alive` touches the file that probes look at, `suspects` wakes
-    the claimer for work that no lane shows.
-    """
-
-    held: Callable[[], Sequence[str]]
-    alive: Callable[[], None]
-    suspects: Callable[[], None]
-    load: Callable[[], LoadReport] | None = None
-    """Where the time went since it was asked last."""
-    redis: Callable[[bool], None] = lambda _: None
-    """Told at each tick whether Redis answered."""
-    renewed: Callable[[int], None] = lambda _: None
-    reaped: Callable[[int], None] = lambda _: None
+"""Jobs that one script of the maintenance touches at most, so that none blocks the server for long."""
+LOAD_LOG_INTERVAL_S: Final = 30.0
+CLOSE_TIMEOUT_S: Final = 5.0
 
 
 class Heartbeat:
-    """Ticks once a second from `start` to `close`.
+    """A thread that ticks once a second from `start` to `close`.
 
     Args:
         lease_s: leases are renewed every third of it.
-        stuck_s: without progress for this long, while there is work, the worker counts as hung.
-        on_fatal: called when the thread ends by a defect: a worker that claims and does not renew is worse than none.
+        in_flight: ids of the jobs whose leases are renewed.
+        stuck_s: without progress for this long, while there is work, the worker counts as stuck.
+        on_quarantine: called when quarantined jobs wait, which no lane shows; must not block.
+        on_fatal: called when the thread ends by a defect: a worker must not claim jobs and not renew their leases.
     """
 
     def __init__(
@@ -62,114 +51,116 @@ class Heartbeat:
         maintenance: Maintenance,
         *,
         lease_s: float,
-        stuck_s: Callable[[], float],
+        in_flight: Collection[str],
         progress: Progress,
-        hooks: HeartbeatHooks,
+        meter: LoadMeter,
+        stuck_s: Callable[[], float],
+        on_quarantine: Callable[[], None],
+        observer: PipelineObserver,
         backoff: RedisBackoff,
         on_fatal: Callable[[FatalError], None],
     ) -> None:
         self._lease_queue = lease_queue
         self._maintenance = maintenance
-        self._renew_every_s = lease_s / 3
-        self._renewed_s = time.monotonic()
-        self._stuck_s = stuck_s
-        self._said_stuck_s = 0.0
-        self._told_load_s = time.monotonic()
+        self._in_flight = in_flight
         self._progress = progress
-        self._hooks = hooks
+        self._meter = meter
+        self._stuck_s = stuck_s
+        self._on_quarantine = on_quarantine
+        self._observer = observer
         self._backoff = backoff
-        self._on_fatal = on_fatal
         self._tick_s = min(TICK_S, lease_s / 6)
-        self._seen = MaintenanceReport()
+        self._renew_interval_s = lease_s / 3
+        self._renewed_s = self._load_logged_s = time.monotonic()
+        self._stuck_logged_s = 0.0
+        self._waiting = 0
+        """Messages in the lanes, as the last maintenance counted them."""
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self.thread = ServiceThread("heartbeat", self._run, on_fatal=on_fatal, stop=self._closed.set)
 
     def start(self) -> None:
         """Start ticking."""
-        self._thread.start()
+        self.thread.start()
 
     def close(self) -> None:
-        """Stop; leases that were not given back end by themselves."""
-        self._closed.set()
-        self._thread.join(timeout=5.0)
+        """Stop. Leases of jobs that were not released expire by themselves."""
+        self.thread.close(CLOSE_TIMEOUT_S)
 
     def _run(self) -> None:
-        try:
-            self._beat()
-        except Exception as error:  # border: a worker without a heartbeat must not go on
-            log.exception("thread_failed", thread="heartbeat")
-            self._on_fatal(FatalError(ExitCode.INTERNAL, f"{type(error).__name__}: {error}"))
-
-    def _beat(self) -> None:
         while not self._closed.is_set():
             try:
                 if not self._is_stuck():
-                    self._hooks.alive()
+                    self._observer.alive()
                     self._renew()
                 self._run_maintenance()
-                self._tell_load()
-                self._backoff.back()
-                self._hooks.redis(True)
+                self._log_load()
+                self._backoff.reset()
+                self._observer.redis_available(available=True)
             except RedisError as error:
-                self._hooks.redis(False)
+                self._observer.redis_available(available=False)
                 self._backoff.wait(error, self._closed)
             except OSError as error:
                 log.error("alive_file_failed", error=str(error)[:300])
             self._closed.wait(self._tick_s)
 
     def _is_stuck(self) -> bool:
-        """Whether there is work and nothing moves; says so in the log, again and again."""
+        """Whether there is work and nothing makes progress; logged every `stuck_s`."""
         idle_s, stuck_s = self._progress.age_s(), self._stuck_s()
-        held, waiting = len(self._hooks.held()), self._seen.waiting
-        if idle_s <= stuck_s or not (held or waiting):
+        held = len(self._in_flight)
+        if idle_s <= stuck_s or not (held or self._waiting):
             return False
-        if time.monotonic() - self._said_stuck_s >= stuck_s:
-            self._said_stuck_s = time.monotonic()
+        if time.monotonic() - self._stuck_logged_s >= stuck_s:
+            self._stuck_logged_s = time.monotonic()
             log.error(
                 "worker_stuck",
                 since_s=round(idle_s, 1),
                 held=held,
-                waiting=waiting,
+                waiting=self._waiting,
                 meaning="nothing was claimed, encoded or answered; leases are not renewed, this worker counts as dead",
             )
         return True
 
-    def _tell_load(self) -> None:
-        """Say now and then what limits this worker, where it has worked at all."""
-        if self._hooks.load is None or time.monotonic() - self._told_load_s < LOAD_EVERY_S:
+    def _log_load(self) -> None:
+        """Log every 30 s what limits this worker, if it encoded anything in that time."""
+        if time.monotonic() - self._load_logged_s < LOAD_LOG_INTERVAL_S:
             return
-        self._told_load_s = time.monotonic()
-        load = self._hooks.load()
+        self._load_logged_s = time.monotonic()
+        load = self._meter.read()
+        self._observer.load_measured(load)
         if load.pictures:
             rate, batch = load.pictures / load.seconds, load.pictures / load.batches
             log.info("load", limit=load.limit, pictures_per_s=round(rate, 1), batch=round(batch, 1), **asdict(load))
 
     def _renew(self) -> None:
-        if time.monotonic() - self._renewed_s < self._renew_every_s:
+        if time.monotonic() - self._renewed_s < self._renew_interval_s:
             return
-        held = self._hooks.held()
+        held = list(self._in_flight)
         lost = self._lease_queue.renew(held)
         self._renewed_s = time.monotonic()
-        self._hooks.renewed(len(held) - len(lost))
+        self._observer.leases_renewed(len(held) - len(lost))
         if lost:
             log.warning("leases_lost", jobs=len(lost), ids=lost[:10])
 
     def _run_maintenance(self) -> None:
-        """Portion by portion, so that no script holds the server for long, until nothing is left."""
+        """One chunk after another, until nothing is left to do."""
         while True:
-            # An idle worker claims in vain every few seconds, which is progress: the lanes matter when even that ends.
+            # An idle worker claims every few seconds, which is progress. Lanes are counted when even that ends.
             is_quiet = self._progress.age_s() > self._stuck_s() / 2
-            self._seen = seen = self._maintenance.run_once(limit=CHUNK_SIZE, count_waiting=is_quiet)
-            if seen.reaped:
-                self._hooks.reaped(seen.reaped)
-                log.warning("jobs_reaped", jobs=seen.reaped)
-            if seen.out_of_time:
-                log.warning("jobs_out_of_time", jobs=seen.out_of_time)
-            if seen.quarantined:
-                self._hooks.suspects()
-            if max(seen.reaped, seen.promoted, seen.out_of_time) < CHUNK_SIZE:
+            report = self._maintenance.run_once(limit=CHUNK_SIZE, count_waiting=is_quiet)
+            self._waiting = report.waiting
+            self._report(report)
+            if max(report.reaped, report.promoted, report.out_of_time) < CHUNK_SIZE:
                 break
-        for group, lost in self._maintenance.trim_if_long(seen).items():
+        for group, lost in self._maintenance.trim_if_long(report).items():
             log.warning(
                 "results_dropped", group=group, entries=lost, meaning="this consumer group had not acknowledged them"
             )
+
+    def _report(self, report: MaintenanceReport) -> None:
+        if report.reaped:
+            self._observer.jobs_reaped(report.reaped)
+            log.warning("jobs_reaped", jobs=report.reaped)
+        if report.out_of_time:
+            log.warning("jobs_out_of_time", jobs=report.out_of_time)
+        if report.quarantined:
+            self._on_quarantine()

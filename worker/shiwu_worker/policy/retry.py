@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, tzinfo
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +23,15 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLimits:
-    """What a pipeline may hold, and how patient it is."""
+    """What a pipeline may hold, and when it gives a job up."""
 
     slots: int
     """Images whose pixels there is room for."""
     max_attempts: int
-    """How many workers a job may end before it is given up."""
+    """How many worker deaths a job may be involved in before it is given up."""
     retries: Mapping[str, RetryPolicy] = field(default_factory=dict)
-    """Classes of errors that are tried again; all others are answered at once."""
+    """Retry policies by error code; all other errors are answered immediately."""
     longest_pause_s: float = 300.0
     """Longest pause that a source may ask for; longer ones count as this."""
     zone: tzinfo = UTC
     """Time zone of an eta or expires that names none."""
-    wanted: Callable[[], int] | None = None
-    """How many of the slots the batches of now need; None: all. What is not needed waits in Redis for any worker."""

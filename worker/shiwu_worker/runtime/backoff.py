@@ -1,65 +1,92 @@
-"""Growing pauses between attempts while Redis does not answer, with log lines that say what to do."""
+"""Growing pauses between tries, and how a Redis that does not answer is logged."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 from redis import RedisError
 
 from shiwu.broker.redis_errors import REDIS_ERRORS, RedisCode, classify
 
-log: Any = structlog.get_logger()
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
 
-LOG_AGAIN_S: Final = 30.0
+log: FilteringBoundLogger = structlog.get_logger()
+FIRST_PAUSE_S: Final = 0.1
+MAX_PAUSE_S: Final = 2.0
+LOG_INTERVAL_S: Final = 30.0
+"""How often an error is logged that does not pass by itself."""
+
+
+class Backoff:
+    """Pauses that double from `first_s` up to `max_s`. Used by one thread."""
+
+    def __init__(self, *, first_s: float = FIRST_PAUSE_S, max_s: float = MAX_PAUSE_S) -> None:
+        self._first_s = first_s
+        self._max_s = max_s
+        self._pause_s = 0.0
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a pause was taken since the last `reset`."""
+        return self._pause_s > 0
+
+    def next_s(self) -> float:
+        """The next pause, in seconds."""
+        self._pause_s = min(self._max_s, self._pause_s * 2 or self._first_s)
+        return self._pause_s
+
+    def reset(self) -> None:
+        """Begin again with the shortest pause."""
+        self._pause_s = 0.0
 
 
 class RedisBackoff:
-    """Pauses between tries while Redis is away: growing, bounded, and said in the log.
+    """Pauses between tries while Redis does not answer: growing, bounded, and logged. Used by one thread.
 
-    An error that passes by itself is logged once, as `redis_unavailable`. One that does not, such as a changed
-    password, is logged repeatedly as `redis_refused` with the remedy; the worker keeps its jobs and goes on trying.
+    An error that passes by itself is logged once, as `redis_unavailable`. Any other, such as a changed password, is
+    logged every 30 s as `redis_refused`, with what to do: the worker keeps its jobs and goes on trying.
 
     Args:
-        on_wait: called at each pause with the error; Redis' absence is no hang of ours.
+        where: what the thread does; stands in the log.
+        on_wait: called at each pause with the error.
     """
 
     def __init__(
-        self,
-        where: str,
-        *,
-        on_wait: Callable[[RedisError], None] = lambda _: None,
-        first_s: float = 0.1,
-        longest_s: float = 2.0,
+        self, where: str, *, on_wait: Callable[[RedisError], None] = lambda _: None, max_s: float = MAX_PAUSE_S
     ) -> None:
         self._where = where
         self._on_wait = on_wait
-        self._first_s = first_s
-        self._longest_s = longest_s
-        self._pause_s = 0.0
+        self._backoff = Backoff(max_s=max_s)
         self._since_s = 0.0
-        self._said: RedisCode | None = None
-        self._said_s = 0.0
+        self._logged: RedisCode | None = None
+        self._logged_s = 0.0
 
     def wait(self, error: RedisError, stop: threading.Event) -> None:
         """Pause before the next try, or until `stop` is set."""
-        if not self._pause_s:
+        if not self._backoff.is_waiting:
             self._since_s = time.monotonic()
-            self._said = None
-        self._say(error)
+            self._logged = None
+        self._log(error)
         self._on_wait(error)
-        self._pause_s = min(self._longest_s, self._pause_s * 2 or self._first_s)
-        stop.wait(self._pause_s)
+        stop.wait(self._backoff.next_s())
 
-    def _say(self, error: RedisError) -> None:
+    def reset(self) -> None:
+        """Note that a try succeeded; log it after a pause."""
+        if self._backoff.is_waiting:
+            log.info("redis_available", where=self._where, after_s=round(time.monotonic() - self._since_s, 3))
+            self._backoff.reset()
+
+    def _log(self, error: RedisError) -> None:
         code, now_s = classify(error), time.monotonic()
         info = REDIS_ERRORS[code]
-        if code is self._said and (info.passes or now_s - self._said_s < LOG_AGAIN_S):
+        if code is self._logged and (info.passes or now_s - self._logged_s < LOG_INTERVAL_S):
             return
-        self._said, self._said_s = code, now_s
+        self._logged, self._logged_s = code, now_s
         log.error(
             "redis_unavailable" if info.passes else "redis_refused",
             where=self._where,
@@ -69,9 +96,3 @@ class RedisBackoff:
             meaning=info.meaning,
             remedy=info.remedy,
         )
-
-    def back(self) -> None:
-        """Say that a try succeeded."""
-        if self._pause_s:
-            log.info("redis_available", where=self._where, after_s=round(time.monotonic() - self._since_s, 3))
-            self._pause_s = 0.0

@@ -29,13 +29,13 @@ class LabelNoter:
         self._notes = notes
         self._noted_s: OrderedDict[str, float] = OrderedDict()
 
-    def answered(self, settled: Sequence[CommittedJob]) -> None:
+    def committed(self, committed: Sequence[CommittedJob]) -> None:
         """Note the label sets that are new, with one call."""
         now_s = time.monotonic()
         fresh: dict[str, LabelSet] = {}
         last: LabelSet | None = None
-        for one in settled:
-            label_set = one.job.label_set
+        for each in committed:
+            label_set = each.job.label_set
             if label_set is None or label_set is last:
                 continue
             last, digest = label_set, label_set.info.digest

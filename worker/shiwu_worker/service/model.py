@@ -1,34 +1,43 @@
-"""Makes the model, and the known picture that it is asked about, from the settings."""
+"""Makes the model and the parts that use it: the canary and the batch executor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from shiwu_worker.checkpoints.model_files import model_name, model_revision
-from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.health.canary import Canary, known_image
+from shiwu_worker.pipeline.batch_executor import BatchExecutor
 from shiwu_worker.runtime.garbage import freeze_imported
-from shiwu_worker.stages.decode.image_spec import ImageSpec
+from shiwu_worker.stages.score.scorer import Scorer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from shiwu_worker.config.settings import Settings
+    from shiwu_worker.stages.decode.image_spec import ImageSpec
+    from shiwu_worker.stages.encode.encoder import Encoder
+    from shiwu_worker.stages.score.label_bank import LabelBank
 
 
-def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorough: bool = False) -> Any:
-    """The model, loaded and warm.
+def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorough: bool = False) -> Encoder:
+    """Load the model and run its first batches.
 
     Args:
         is_thorough: measure all batch sizes.
 
     Raises:
-        FatalError: with ExitCode.MODEL, whatever it was that failed.
+        FatalError: with ExitCode.MODEL for any failure.
     """
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:
-            # It reads all weights, a second for a large model; torch's import takes longer.
+            # Hashing all weights takes a second for a large model, and importing torch takes longer.
             revision = pool.submit(model_revision, folder)
-            # Here and not above: loaders start meanwhile.
+            # Not at the top of the module: loaders start before torch is imported.
             from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions  # noqa: PLC0415
 
         freeze_imported()
@@ -51,13 +60,19 @@ def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorou
         encoder.warm(choose_largest=not settings.max_batch, is_thorough=is_thorough)
     except FatalError:
         raise
-    except Exception as error:  # border: any failure here means that this worker can't work
+    except Exception as error:  # border: a worker without its model cannot work, whatever the cause
         raise FatalError(ExitCode.MODEL, f"{type(error).__name__}: {error}") from error
     return encoder
 
 
-def make_canary(settings: Settings, encoder: Any, spec: ImageSpec, *, on_wrong: Callable[[str], None]) -> Canary:
-    """The known picture, on the same way as jobs: gathered into a berth, launched, collected."""
+def make_canary(settings: Settings, encoder: Encoder, spec: ImageSpec, *, on_wrong: Callable[[str], None]) -> Canary:
+    """The canary, whose image takes the same path as the images of jobs: staging buffer, launch, collect.
+
+    Raises:
+        RuntimeError: the encoder was made without the vectors of the known image.
+    """
+    if encoder.known_vectors is None:
+        raise RuntimeError("expected an encoder with the vectors of the known image; pass `known` to Encoder")
     return Canary(
         lambda pixels: encoder.collect(encoder.launch(pixels, [0])),
         pixels=known_image(spec.height, spec.width),
@@ -66,3 +81,9 @@ def make_canary(settings: Settings, encoder: Any, spec: ImageSpec, *, on_wrong: 
         error_kind=encoder.error_kind,
         on_wrong=on_wrong,
     )
+
+
+def make_executor(encoder: Encoder, label_bank: LabelBank, *, pixels: NDArray[np.uint8]) -> BatchExecutor:
+    """The batch executor of this model."""
+    scorer = Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info)
+    return BatchExecutor(encoder, label_bank, scorer, pixels=pixels)

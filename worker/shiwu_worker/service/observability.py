@@ -1,12 +1,12 @@
-"""All by which a worker is watched from outside: probe files, the HTTP port, numbers, traces, the known picture."""
+"""What shows a worker to its operator: log lines, metrics, traces, probe files and the HTTP port."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 import redis
 import structlog
@@ -19,29 +19,30 @@ from shiwu_worker.health.http_server import HealthServer
 from shiwu_worker.health.monitor import HealthMonitor, LivenessSources
 from shiwu_worker.health.probe_files import ProbeFiles
 from shiwu_worker.health.readiness import Readiness
-from shiwu_worker.pipeline.heartbeat import HeartbeatHooks
-from shiwu_worker.runtime.progress import LoadMeter, LoadReport, Progress
-from shiwu_worker.service.factories import stuck_after_s
+from shiwu_worker.runtime.progress import LoadReport, Progress
 from shiwu_worker.telemetry.gpu_monitor import GpuMonitor
+from shiwu_worker.telemetry.logs import job_logger
 from shiwu_worker.telemetry.metrics import Metrics
 from shiwu_worker.telemetry.queue_monitor import SNAPSHOT_EVERY_S, QueueMonitor
 
 if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
     from shiwu_worker.jobs.job import Job
-    from shiwu_worker.jobs.outcome import CommittedJob
+    from shiwu_worker.jobs.outcome import CommittedJob, Released
     from shiwu_worker.loaders.pool import LoaderPool
-    from shiwu_worker.pipeline.pipeline import Pipeline
+    from shiwu_worker.runtime.threads import ServiceThread
+    from shiwu_worker.stages.encode.encoder import Encoder
     from shiwu_worker.telemetry.tracing import Traces
 
-log: Any = structlog.get_logger()
-_THREADS = ("claim", "encode", "score", "commit", "heartbeat", "cancellations")
-TRACES_CLOSE_S = 3.0
-REVOKE_WAIT_S = 15.0
-"""Longer than Celery's half takes to connect again; a Redis user without its rights must not keep a worker unready."""
+log: FilteringBoundLogger = structlog.get_logger()
+TRACES_CLOSE_TIMEOUT_S: Final = 3.0
+REVOKE_WAIT_S: Final = 15.0
+"""Celery connects again within it. A Redis user without rights for broadcasts must not keep a worker unready."""
 
 
 class Observability:
-    """One for each worker. Where no HTTP port is set nothing is counted and no queue is looked at."""
+    """Implements `PipelineObserver`. Without an HTTP port nothing is counted and no queue is monitored."""
 
     def __init__(self, settings: Settings, progress: Progress, *, waits_for_revokes: bool = False) -> None:
         self._settings = settings
@@ -55,7 +56,8 @@ class Observability:
         )
         self._metrics = Metrics(retried=RETRIABLE) if settings.http_port else None
         self._traces: Traces | None = None
-        self._began_s = time.monotonic()
+        self._log_job = job_logger(level=settings.log_level)
+        self._created_s = time.monotonic()
         self._has_been_ready = False
 
     def open(self, stack: ExitStack) -> None:
@@ -79,27 +81,7 @@ class Observability:
         stack.callback(endpoint.close)
         endpoint.start()
 
-    def hooks(self, pipeline: Pipeline, meter: LoadMeter, *, suspects: Callable[[], None]) -> HeartbeatHooks:
-        """What the heartbeat sees and tells."""
-        metrics = self._metrics
-
-        def load() -> LoadReport:
-            seen = meter.read()
-            if metrics is not None:
-                metrics.load(seen)
-            return seen
-
-        counts: dict[str, Any] = {"renewed": metrics.renewed, "reaped": metrics.reaped} if metrics is not None else {}
-        return HeartbeatHooks(
-            held=pipeline.held,
-            alive=self._probe_files.touch_alive,
-            suspects=suspects,
-            load=load,
-            redis=self._on_redis,
-            **counts,
-        )
-
-    def watch(self, stack: ExitStack, client: redis.Redis, encoder: Any, loaders: LoaderPool) -> None:
+    def watch(self, stack: ExitStack, client: redis.Redis, encoder: Encoder, loaders: LoaderPool) -> None:
         """Look at the queues and the card until the stack is closed, where there is a port to tell it on."""
         metrics = self._metrics
         if metrics is None:
@@ -123,16 +105,25 @@ class Observability:
         stack.callback(watch.close)
         watch.start()
 
-    def started(self, pipeline: Pipeline, encoder: Any, loaders: LoaderPool) -> None:
-        """All parts run: from now on their stillness counts."""
-        body = LivenessSources(
-            threads=_THREADS,
-            held=lambda: len(pipeline.held()),
-            encode_age_s=pipeline.encode_age_s,
-            loaders=lambda: loaders.pids,
-            stuck_s=lambda: stuck_after_s(self._settings, encoder),
+    def started(
+        self,
+        *,
+        threads: Sequence[ServiceThread],
+        in_flight: Collection[str],
+        encode_age_s: Callable[[], float],
+        loaders: LoaderPool,
+        stuck_s: Callable[[], float],
+    ) -> None:
+        """All parts run: from now on the worker has to make progress."""
+        self._monitor.started(
+            LivenessSources(
+                threads=threads,
+                held=lambda: len(in_flight),
+                encode_age_s=encode_age_s,
+                loaders=lambda: loaders.pids,
+                stuck_s=stuck_s,
+            )
         )
-        self._monitor.started(body)
 
     def claiming(self, *, active: bool) -> None:
         """Claims succeed, or have ended."""
@@ -143,46 +134,68 @@ class Observability:
         """What is broadcast to workers is heard, or not."""
         self._readiness.receiving_revokes(active=active)
 
-    def _on_redis(self, available: bool) -> None:
-        """Redis answered the heartbeat, or not; once a second, so that a limit of time is noticed."""
+    def alive(self) -> None:
+        """Touch the liveness file."""
+        self._probe_files.touch_alive()
+
+    def redis_available(self, *, available: bool) -> None:
+        """Note whether Redis answered the heartbeat. Called every second, so time limits are noticed as well."""
         self._monitor.redis(available=available)
         self._readiness.check_limit()
 
-    def _on_ready(self, is_ready: bool) -> None:
-        """Tell the probes, and the log the first time."""
-        if is_ready and not self._has_been_ready:
-            self._has_been_ready = True
-            after_s = round(time.monotonic() - self._began_s, 3)
-            log.info("ready", worker=self._settings.worker_name, after_s=after_s)
-        self._probe_files.set_ready(is_ready=is_ready)
+    def leases_renewed(self, count: int) -> None:
+        """Count renewed leases."""
+        if self._metrics is not None:
+            self._metrics.renewed(count)
 
-    def wrong(self, what: str) -> None:
-        """The known picture got a wrong answer."""
+    def jobs_reaped(self, count: int) -> None:
+        """Count jobs that were requeued after their lease had expired."""
+        if self._metrics is not None:
+            self._metrics.reaped(count)
+
+    def load_measured(self, load: LoadReport) -> None:
+        """Record where the time went."""
+        if self._metrics is not None:
+            self._metrics.load(load)
+
+    def canary_failed(self, reason: str) -> None:
+        """The known image got a wrong answer: the worker is not ready any more."""
         self._probe_files.set_ready(is_ready=False)
-        self._monitor.canary(what)
+        self._monitor.canary(reason)
 
     def stopping(self) -> None:
         """The worker drains."""
         self._monitor.stopping()
 
-    def answered(self, settled: Sequence[CommittedJob]) -> None:
-        """Count answers, and make their spans."""
+    def jobs_committed(self, committed: Sequence[CommittedJob]) -> None:
+        """Log and count answers, and make their spans."""
+        if self._log_job is not None:
+            for each in committed:
+                self._log_job(each.entry.answer, each.commit_s, not each.is_first)
         if self._metrics is not None:
-            self._metrics.answered(settled)
+            self._metrics.answered(committed)
         if self._traces is not None:
-            self._traces.answered(settled)
+            self._traces.answered(committed)
 
-    def remove(self, jobs: Sequence[Job]) -> None:
-        """Count what is tried again among the jobs that left: all of them were answered, or all given back."""
-        if self._metrics is not None and jobs and jobs[0].back is not None:
-            self._metrics.retried(jobs)
+    def jobs_released(self, released: Sequence[Released]) -> None:
+        """Count the jobs among these that failed and get another attempt."""
+        if self._metrics is not None:
+            self._metrics.retried(released)
 
-    def batch_left(self, reason: str, jobs: Sequence[Job]) -> None:
+    def batch_started(self, reason: str, jobs: Sequence[Job]) -> None:
         """Count a batch, and note it for its span."""
         if self._metrics is not None:
             self._metrics.batch(reason, len(jobs))
         if self._traces is not None:
             self._traces.batch_left(reason, jobs)
+
+    def _on_ready(self, is_ready: bool) -> None:
+        """Pass readiness to the probes, and log it the first time."""
+        if is_ready and not self._has_been_ready:
+            self._has_been_ready = True
+            after_s = round(time.monotonic() - self._created_s, 3)
+            log.info("ready", worker=self._settings.worker_name, after_s=after_s)
+        self._probe_files.set_ready(is_ready=is_ready)
 
 
 def _open_traces(stack: ExitStack, *, worker: str) -> Traces:
@@ -193,6 +206,6 @@ def _open_traces(stack: ExitStack, *, worker: str) -> Traces:
     except ValueError as error:
         text = f"expected OTEL_… variables that OpenTelemetry understands: {error}"
         raise FatalError(ExitCode.CONFIG, text) from error
-    stack.callback(traces.close, timeout_s=TRACES_CLOSE_S)
+    stack.callback(traces.close, timeout_s=TRACES_CLOSE_TIMEOUT_S)
     traces.start()
     return traces

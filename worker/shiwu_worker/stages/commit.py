@@ -1,54 +1,164 @@
-"""Answers → Redis, with the acknowledgement, in one step.
+"""Commit: writes answers to Redis and ends their claims in one step; releases the jobs that have no answer.
 
-The step itself is the ledger's: producers that cancel and the sweep take the same one.
+While Redis is unavailable, jobs are kept and their commit is tried again for as long as the process runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import structlog
+from redis import RedisError
 
 from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.contract import Status
-from shiwu_worker.jobs.job import Job
+from shiwu_worker.errors import FatalError
+from shiwu_worker.jobs.job import Job, Release
+from shiwu_worker.jobs.outcome import Answered, CommittedJob, Outcome, Released
+from shiwu_worker.runtime.threads import ServiceThread
 
-_KEPT = {Status.REJECTED, Status.FAILED}
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from shiwu_worker.runtime.backoff import RedisBackoff
+
+log: FilteringBoundLogger = structlog.get_logger()
+T = TypeVar("T")
+MAX_BATCH: Final = 512
+"""A batch is closed when it holds this many jobs; the last list that enters it may exceed this."""
+POLL_INTERVAL_S: Final = 0.25
+_DEAD_LETTER: Final = frozenset({Status.REJECTED, Status.FAILED})
 
 
 class Committer:
-    """Turns jobs into answers and writes them. Thread-safe.
+    """A thread that commits answers and releases jobs, many in one step.
 
     Args:
-        worker: stands in every answer.
+        worker: the name that stands in every answer.
+        release: gives jobs back to Redis; raises redis.RedisError, and may then be called again with the same jobs.
+        backoff: the pauses while Redis is unavailable.
+        on_fatal: called when the thread ends by a defect.
     """
 
-    def __init__(self, answer_store: AnswerStore, *, worker: str) -> None:
+    def __init__(
+        self,
+        answer_store: AnswerStore,
+        *,
+        worker: str,
+        release: Callable[[Sequence[Release]], int],
+        backoff: RedisBackoff,
+        on_fatal: Callable[[FatalError], None],
+    ) -> None:
         self._answer_store = answer_store
         self._worker = worker
+        self._release = release
+        self._backoff = backoff
+        self._on_committed: Callable[[Sequence[CommittedJob]], None] = lambda _: None
+        self._on_released: Callable[[Sequence[Released]], None] = lambda _: None
+        self._waiting: queue.SimpleQueue[Sequence[Outcome]] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self.thread = ServiceThread("commit", self._run, on_fatal=on_fatal, stop=self._closing.set)
 
-    def finish(self, jobs: Sequence[Job], *, now_s: float) -> list[AnswerEntry]:
-        """The answers of these jobs; times end when the tags were made, or at `now_s`."""
-        if not jobs:
-            return []
-        answered_at = jobs[0].server_time(now_s)
-        return [self._entry(job, job.scored_s or now_s, answered_at) for job in jobs]
+    def start(
+        self,
+        *,
+        on_committed: Callable[[Sequence[CommittedJob]], None],
+        on_released: Callable[[Sequence[Released]], None],
+    ) -> None:
+        """Start the thread.
 
-    def commit(self, entries: Sequence[AnswerEntry]) -> set[str]:
-        """Write answers; return the ids that somebody had answered before.
-
-        Raises:
-            redis.RedisError: and then the same answers may be written again.
+        Args:
+            on_committed: gets the jobs whose answers Redis has. Called on the thread; must not raise or block.
+            on_released: gets the jobs that Redis has back. Called on the thread; must not raise or block.
         """
-        return self._answer_store.write(entries)
+        self._on_committed, self._on_released = on_committed, on_released
+        self.thread.start()
 
-    def _entry(self, job: Job, until_s: float, answered_at: datetime) -> AnswerEntry:
-        is_dead = job.status in _KEPT
-        return AnswerEntry(
-            answer=job.answer(worker=self._worker, until_s=until_s, answered_at=answered_at),
-            id=job.answer_id or job.id,
-            claim=job.id if job.answer_id else "",
-            ignore_result=job.ignore_result,
-            message=job.key.encode() + b"|" + job.raw if is_dead or job.has_callbacks else b"",
-            is_dead=is_dead,
-            has_callbacks=job.has_callbacks,
-        )
+    def put(self, outcomes: Sequence[Outcome]) -> None:
+        """Take jobs whose attempt has ended. Never blocks; bounded, because jobs in flight are."""
+        self._waiting.put(outcomes)
+
+    def close(self, *, timeout_s: float) -> bool:
+        """Commit what was put, for `timeout_s` at most; True when nothing is left."""
+        return self.thread.close(timeout_s) and self._waiting.empty()
+
+    def _run(self) -> None:
+        while outcomes := self._next():
+            self._commit([outcome.job for outcome in outcomes if isinstance(outcome, Answered)])
+            # Apart from the answers: a server may take the one and refuse the other.
+            self._give_back([outcome for outcome in outcomes if isinstance(outcome, Released)])
+
+    def _next(self) -> list[Outcome]:
+        """What waits, oldest first; empty when nothing waits and the thread is to end."""
+        outcomes: list[Outcome] = []
+        while len(outcomes) < MAX_BATCH:
+            try:
+                outcomes += self._waiting.get_nowait() if outcomes else self._waiting.get(timeout=POLL_INTERVAL_S)
+            except queue.Empty:
+                if outcomes or self._closing.is_set():
+                    break
+        return outcomes
+
+    def _commit(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        entries = to_entries(jobs, worker=self._worker, now_s=time.monotonic())
+        written = self._until_done(lambda: self._answer_store.write(entries), jobs=len(entries))
+        if written is not None:
+            answered_before, commit_s = written
+            self._on_committed(
+                [
+                    CommittedJob(job, entry, commit_s, entry.id not in answered_before)
+                    for job, entry in zip(jobs, entries, strict=True)
+                ]
+            )
+
+    def _give_back(self, released: Sequence[Released]) -> None:
+        if not released:
+            return
+        releases = [outcome.release for outcome in released]
+        if self._until_done(lambda: self._release(releases), jobs=len(releases)) is not None:
+            self._on_released(released)
+
+    def _until_done(self, write: Callable[[], T], *, jobs: int) -> tuple[T, float] | None:
+        """The reply of Redis and its duration in seconds; None when the thread has to end before there is one."""
+        while True:
+            started_s = time.monotonic()
+            try:
+                reply = write()
+            except RedisError as error:
+                if self._closing.is_set():
+                    # The leases of these jobs expire with this process, and another worker answers them.
+                    log.error("answers_not_committed", jobs=jobs, error=str(error)[:300])
+                    return None
+                self._backoff.wait(error, self._closing)
+            else:
+                self._backoff.reset()
+                return reply, time.monotonic() - started_s
+
+
+def to_entries(jobs: Sequence[Job], *, worker: str, now_s: float) -> list[AnswerEntry]:
+    """The answers of these jobs. Their times end when the tags were made, or at `now_s`."""
+    if not jobs:
+        return []
+    answered_at = jobs[0].server_time(now_s)
+    return [to_entry(job, worker=worker, until_s=job.scored_s or now_s, answered_at=answered_at) for job in jobs]
+
+
+def to_entry(job: Job, *, worker: str, until_s: float, answered_at: datetime) -> AnswerEntry:
+    """The answer of a job, with what the commit keeps of its message: for dead letters and callbacks."""
+    is_dead = job.status in _DEAD_LETTER
+    return AnswerEntry(
+        answer=job.answer(worker=worker, until_s=until_s, answered_at=answered_at),
+        id=job.answer_id or job.id,
+        claim=job.id if job.answer_id else "",
+        ignore_result=job.ignore_result,
+        message=job.key.encode() + b"|" + job.raw if is_dead or job.has_callbacks else b"",
+        is_dead=is_dead,
+        has_callbacks=job.has_callbacks,
+    )

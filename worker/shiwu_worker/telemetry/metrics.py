@@ -30,8 +30,7 @@ from shiwu_worker.telemetry.histograms import LONG_SECONDS, SECONDS, BatchHistog
 
 if TYPE_CHECKING:
     from shiwu.broker.queue_stats import QueueSnapshot
-    from shiwu_worker.jobs.job import Job
-    from shiwu_worker.jobs.outcome import CommittedJob
+    from shiwu_worker.jobs.outcome import CommittedJob, Released
     from shiwu_worker.runtime.progress import LoadReport
     from shiwu_worker.telemetry.gpu_monitor import GpuState
 
@@ -143,11 +142,11 @@ class Metrics:
         for (lane, status, code), count in outcomes.items():
             self._jobs.labels(lane or "", str(status), code or "").inc(count)
 
-    def retried(self, jobs: Sequence[Job]) -> None:
-        """Record those of the released jobs that failed and are retried."""
-        for job in jobs:
-            if job.back is not None and job.error is not None:
-                self._retries.labels(str(job.error.code)).inc()
+    def retried(self, released: Sequence[Released]) -> None:
+        """Record the jobs among these that failed and get another attempt."""
+        for each in released:
+            if each.job.error is not None:
+                self._retries.labels(str(each.job.error.code)).inc()
 
     def batch(self, reason: str, size: int) -> None:
         """Record a batch; `reason` is `full`, `free` (the device was) or `closing`."""

@@ -1,0 +1,66 @@
+"""A pipeline observer that keeps what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from shiwu_worker.jobs.job import Job
+from shiwu_worker.jobs.outcome import CommittedJob, Released
+from shiwu_worker.runtime.progress import LoadReport
+
+
+class RecordingObserver:
+    """Implements `PipelineObserver`.
+
+    Args:
+        on_alive: called when the heartbeat reports that the worker is alive.
+    """
+
+    def __init__(self, on_alive: Callable[[], None] = lambda: None) -> None:
+        self.claims: list[bool] = []
+        self.batches: list[tuple[str, int]] = []
+        self.committed: list[CommittedJob] = []
+        self.released: list[Released] = []
+        self.redis: list[bool] = []
+        self.renewed: list[int] = []
+        self.reaped: list[int] = []
+        self.loads: list[LoadReport] = []
+        self.alive_count = 0
+        self._on_alive = on_alive
+
+    def claiming(self, *, active: bool) -> None:
+        """Keep a change of whether claims succeed."""
+        self.claims.append(active)
+
+    def batch_started(self, reason: str, jobs: Sequence[Job]) -> None:
+        """Keep the reason and the size of a batch."""
+        self.batches.append((reason, len(jobs)))
+
+    def jobs_committed(self, committed: Sequence[CommittedJob]) -> None:
+        """Keep committed jobs."""
+        self.committed += committed
+
+    def jobs_released(self, released: Sequence[Released]) -> None:
+        """Keep released jobs."""
+        self.released += released
+
+    def alive(self) -> None:
+        """Count a sign of life."""
+        self.alive_count += 1
+        self._on_alive()
+
+    def redis_available(self, *, available: bool) -> None:
+        """Keep whether Redis answered."""
+        self.redis.append(available)
+
+    def leases_renewed(self, count: int) -> None:
+        """Keep a number of renewed leases."""
+        self.renewed.append(count)
+
+    def jobs_reaped(self, count: int) -> None:
+        """Keep a number of requeued jobs."""
+        self.reaped.append(count)
+
+    def load_measured(self, load: LoadReport) -> None:
+        """Keep a load report."""
+        self.loads.append(load)

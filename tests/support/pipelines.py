@@ -1,0 +1,123 @@
+"""A pipeline over a real Redis, whose loaders take no time and whose model does what a test says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC
+from types import SimpleNamespace
+from typing import Any, Final
+
+import redis
+
+from shiwu_worker.errors import FatalError
+from shiwu_worker.jobs.job import Job, Release
+from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.loaders.protocol import LoadResult, LoadTask
+from shiwu_worker.pipeline.admission import Admission
+from shiwu_worker.pipeline.batch_executor import LaunchedBatch
+from shiwu_worker.pipeline.claimer import Claimer
+from shiwu_worker.pipeline.in_flight import InFlightJobs
+from shiwu_worker.pipeline.pipeline import Pipeline, Stages
+from shiwu_worker.policy.callback_rules import CallbackRules
+from shiwu_worker.policy.retry import PipelineLimits
+from shiwu_worker.runtime.backoff import RedisBackoff
+from shiwu_worker.runtime.progress import LoadMeter, Progress
+from shiwu_worker.stages.batch import Batcher
+from shiwu_worker.stages.claim.notifier import LaneNotifier
+from shiwu_worker.stages.commit import Committer
+from tests.support.observers import RecordingObserver
+from tests.support.redis_parts import make_committer, make_lease_queue
+
+SLOTS: Final = 8
+LABELS: Final = LabelSet(None, ("a", "b"))
+
+
+class InstantLoaders:
+    """Loaders whose results come at once, on the thread that submits."""
+
+    def __init__(self) -> None:
+        self.before: Callable[[], None] = lambda: None
+        """Called before each result."""
+        self._on_loaded: Callable[[Sequence[LoadResult]], None] = lambda _: None
+
+    def subscribe(self, on_loaded: Callable[[Sequence[LoadResult]], None]) -> None:
+        """Pass results to this function."""
+        self._on_loaded = on_loaded
+
+    def submit(self, tasks: Sequence[LoadTask]) -> None:
+        """Load each image in no time."""
+        for task in tasks:
+            self.before()
+            self._on_loaded([LoadResult(task.ticket, task.slot, started_s=1.0, fetched_s=1.0, decoded_s=1.0)])
+
+
+class PipelineUnderTest:
+    """All parts of a pipeline; `encode` and `resolve` may be replaced before `start`."""
+
+    def __init__(self, client: redis.Redis, *, limits: PipelineLimits | None = None) -> None:
+        self.resolve: Callable[[Any], LabelSet] = lambda _: LABELS
+        self.encode: Callable[[Sequence[Job]], None] = lambda _: None
+        self.fatal: list[FatalError] = []
+        self.observer = RecordingObserver()
+        self.progress = Progress()
+        self.lease_queue = make_lease_queue(client, "w", lease_s=30)
+        self.answer_store = make_committer(client, "w")
+        self.notifier = LaneNotifier(client, block_s=1.0)
+        self.loaders = InstantLoaders()
+        limits = limits or PipelineLimits(slots=SLOTS, max_attempts=3)
+        self.in_flight = InFlightJobs(slots=limits.slots)
+        self.committer = Committer(
+            self.answer_store,
+            worker="w",
+            release=self._release,
+            backoff=RedisBackoff("commit", max_s=0.1),
+            on_fatal=self.fatal.append,
+        )
+        meter = LoadMeter(loader_threads=1)
+        label_bank: Any = SimpleNamespace(resolve=lambda labels, _head: self.resolve(labels))
+        executor: Any = SimpleNamespace(launch=lambda jobs: LaunchedBatch(jobs, jobs, 1.0), finish=self._finish)
+        loaders: Any = self.loaders
+        stages = Stages(
+            claimer=Claimer(
+                self.lease_queue,
+                self.notifier,
+                self.in_flight,
+                zone=UTC,
+                backoff=RedisBackoff("claim", max_s=0.1),
+                progress=self.progress,
+                meter=meter,
+                observer=self.observer,
+            ),
+            admission=Admission(limits, label_bank=label_bank, callback_rules=CallbackRules()),
+            loaders=loaders,
+            batcher=Batcher(max_size=4, bulk_share=0.1),
+            check_canary=lambda: None,
+            executor=executor,
+            committer=self.committer,
+        )
+        self.pipeline = Pipeline(
+            stages,
+            self.in_flight,
+            progress=self.progress,
+            meter=meter,
+            observer=self.observer,
+            on_fatal=self.fatal.append,
+        )
+
+    def _release(self, releases: Sequence[Release]) -> int:
+        """Looked up at each call, because a test may replace it."""
+        return self.lease_queue.release(releases)
+
+    def _finish(self, launched: LaunchedBatch) -> None:
+        self.encode(launched.rows)
+
+    def start(self) -> None:
+        """Start all threads, in the order of the service."""
+        self.committer.start(on_committed=self.pipeline.committed, on_released=self.pipeline.released)
+        self.notifier.start()
+        self.pipeline.start()
+
+    def stop(self) -> None:
+        """Stop all threads, and release what is left."""
+        self.lease_queue.release(self.pipeline.stop(grace_s=0.0))
+        self.committer.close(timeout_s=5.0)

@@ -1,0 +1,42 @@
+"""Writes what the loaders report into jobs, and logs the failures that an operator should know of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from shiwu.contract import ErrorInfo, ImageInfo, log_level_of, without_query
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from shiwu_worker.jobs.job import Job
+    from shiwu_worker.loaders.protocol import LoadResult
+
+log: FilteringBoundLogger = structlog.get_logger()
+
+
+def record(result: LoadResult, job: Job) -> None:
+    """Write times, image facts and the error of a result into its job."""
+    moments = job.moments
+    moments.fetch_from_s = result.started_s
+    moments.decode_from_s, moments.batch_from_s = result.fetched_s, result.decoded_s
+    if job.request is not None:
+        job.image = ImageInfo(
+            reference=without_query(job.request.image),
+            format=result.format,
+            width=result.width,
+            height=result.height,
+            bytes=result.n_bytes,
+            sha256=result.sha256,
+        )
+    if result.error is not None:
+        job.fail(result.error)
+        _log_failure(job, result.error, result.detail)
+
+
+def _log_failure(job: Job, error: ErrorInfo, detail: str | None) -> None:
+    level = log_level_of(error.code)
+    if detail is not None or level != "info":
+        getattr(log, level)("source_failed", id=job.log_id, code=str(error.code), detail=detail or error.message)

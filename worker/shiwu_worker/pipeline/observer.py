@@ -1,0 +1,44 @@
+"""What a pipeline reports while it runs: for metrics, traces, logs and probes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from shiwu_worker.jobs.job import Job
+    from shiwu_worker.jobs.outcome import CommittedJob, Released
+    from shiwu_worker.runtime.progress import LoadReport
+
+
+class PipelineObserver(Protocol):
+    """Receives the reports of a pipeline and its heartbeat, on the thread that makes them. Must not raise or block."""
+
+    # -------------------------------------------------------------------------------- pipeline
+    def claiming(self, *, active: bool) -> None:
+        """Claims began to succeed, or ended: Redis is unavailable, or the worker stops."""
+
+    def batch_started(self, reason: str, jobs: Sequence[Job]) -> None:
+        """A batch was sent to the device: it was full, the device was free, or the worker is closing."""
+
+    def jobs_committed(self, committed: Sequence[CommittedJob]) -> None:
+        """Redis has these answers."""
+
+    def jobs_released(self, released: Sequence[Released]) -> None:
+        """Redis has these jobs back."""
+
+    # -------------------------------------------------------------------------------- heartbeat
+    def alive(self) -> None:
+        """The worker makes progress, or has no work. Raises OSError where the liveness file cannot be touched."""
+
+    def redis_available(self, *, available: bool) -> None:
+        """Redis answered the heartbeat, or did not. Reported at each tick."""
+
+    def leases_renewed(self, count: int) -> None:
+        """Leases of this worker were renewed."""
+
+    def jobs_reaped(self, count: int) -> None:
+        """Jobs whose leases had expired were requeued by this worker."""
+
+    def load_measured(self, load: LoadReport) -> None:
+        """Where the time went since the last report."""

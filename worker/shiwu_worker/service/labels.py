@@ -1,0 +1,105 @@
+"""Label sets of a worker: reads their files, makes the label bank, and refuses labels that the model cannot use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from shiwu.contract import WarningCode
+from shiwu_worker.checkpoints.model_files import EMBEDDED
+from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.stages.score.label_bank import LabelBank
+from shiwu_worker.stages.score.label_files import load_label_sets
+from shiwu_worker.stages.score.label_warnings import EMBEDDED_MODEL
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from shiwu_worker.config.settings import Settings
+    from shiwu_worker.jobs.label_set import LabelSet
+    from shiwu_worker.stages.encode.encoder import Encoder
+
+log: FilteringBoundLogger = structlog.get_logger()
+OWN_LABEL_SETS: Final = Path(__file__).parents[1] / "data/label_sets"
+
+
+def read_label_sets(settings: Settings) -> dict[str, LabelSet]:
+    """Read the label sets of the package and of the operator from their files. Needs no model.
+
+    Raises:
+        FatalError: with ExitCode.CONFIG when a file is wrong or the default set is missing.
+    """
+    if settings.labels_dir is not None and not settings.labels_dir.is_dir():
+        text = f"SHIWU_LABELS_DIR: expected a folder of label sets, got {settings.labels_dir}"
+        raise FatalError(ExitCode.CONFIG, text)
+    folders = [OWN_LABEL_SETS, *([settings.labels_dir] if settings.labels_dir else [])]
+    try:
+        sets = load_label_sets(folders)
+    except ValueError as error:
+        raise FatalError(ExitCode.CONFIG, str(error)) from error
+    if settings.default_labels not in sets:
+        known = ", ".join(sorted(sets))
+        raise FatalError(
+            ExitCode.CONFIG, f"SHIWU_DEFAULT_LABELS: expected one of {known}, got {settings.default_labels!r}"
+        )
+    return sets
+
+
+def open_label_bank(settings: Settings, encoder: Encoder, sets: Mapping[str, LabelSet]) -> LabelBank:
+    """Make the label bank with the vectors of the default labels; warn where the embedded model is used.
+
+    Raises:
+        FatalError: with ExitCode.CONFIG or ExitCode.MODEL when label set and model do not suit each other.
+    """
+    bank = load_label_bank(settings, encoder, sets)
+    encode_default_labels(bank)
+    if is_embedded(settings, encoder):
+        log.warning("embedded_model", meaning=EMBEDDED_MODEL.message)
+    return bank
+
+
+def is_embedded(settings: Settings, encoder: Encoder) -> bool:
+    """Whether the worker runs the embedded model."""
+    return settings.model is None and encoder.info.id == EMBEDDED
+
+
+def load_label_bank(settings: Settings, encoder: Encoder, sets: Mapping[str, LabelSet]) -> LabelBank:
+    """Make the label bank of these label sets for this model.
+
+    Raises:
+        FatalError: with ExitCode.CONFIG when a set does not suit the model.
+    """
+    try:
+        return LabelBank(
+            sets=sets,
+            default=settings.default_labels,
+            encode_texts=encoder.encode_texts,
+            label_tokens=encoder.label_tokens,
+            usual_warnings=(EMBEDDED_MODEL,) if is_embedded(settings, encoder) else (),
+            max_cached=settings.label_cache,
+            has_bias=encoder.bias is not None,
+            inline_head=encoder.default_head,
+        )
+    except ValueError as error:
+        raise FatalError(ExitCode.CONFIG, str(error)) from error
+
+
+def encode_default_labels(bank: LabelBank) -> None:
+    """Compute the vectors of the default labels.
+
+    Raises:
+        FatalError: with ExitCode.MODEL when the model cannot read some of them or cannot tell them apart.
+    """
+    encoded = bank.encoded(bank.resolve(None))
+    codes = {WarningCode.LABELS_UNREADABLE, WarningCode.LABELS_ALIKE}
+    wrong = [warning for warning in encoded.warnings if warning.code in codes]
+    if wrong:
+        reasons = "; ".join(warning.message for warning in wrong)
+        raise FatalError(
+            ExitCode.MODEL,
+            f"SHIWU_DEFAULT_LABELS {encoded.label_set.name}: {reasons}. Check that the tokenizer's files are those of "
+            "this model, or name a label set in words that the model knows",
+        )

@@ -1,0 +1,136 @@
+"""Makes the pipeline, and the threads beside it: commit, heartbeat and cancellations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from shiwu_worker.config import views
+from shiwu_worker.pipeline.admission import Admission
+from shiwu_worker.pipeline.cancellations import CancellationListener
+from shiwu_worker.pipeline.claimer import Claimer
+from shiwu_worker.pipeline.heartbeat import Heartbeat
+from shiwu_worker.pipeline.in_flight import InFlightJobs
+from shiwu_worker.pipeline.pipeline import Pipeline, Stages
+from shiwu_worker.runtime.backoff import RedisBackoff
+from shiwu_worker.runtime.progress import LoadMeter, Progress
+from shiwu_worker.service.model import make_executor
+from shiwu_worker.stages.batch import Batcher
+from shiwu_worker.stages.commit import Committer
+
+if TYPE_CHECKING:
+    from shiwu_worker.config.settings import Settings
+    from shiwu_worker.errors import FatalError
+    from shiwu_worker.health.canary import Canary
+    from shiwu_worker.loaders.pool import LoaderPool
+    from shiwu_worker.pipeline.observer import PipelineObserver
+    from shiwu_worker.service.factories import QueueParts
+    from shiwu_worker.stages.encode.encoder import Encoder
+    from shiwu_worker.stages.score.label_bank import LabelBank
+
+MIN_STUCK_BATCHES: Final = 10
+"""A worker counts as stuck no sooner than after the time of so many of its slowest batches."""
+
+
+class PipelineParts:
+    """What the pipeline and the threads beside it share, and how each of them is made."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        queue: QueueParts,
+        loaders: LoaderPool,
+        encoder: Encoder,
+        *,
+        progress: Progress,
+        observer: PipelineObserver,
+        on_fatal: Callable[[FatalError], None],
+    ) -> None:
+        self.settings, self.limits = settings, views.pipeline_limits(settings)
+        self.queue, self.loaders, self.encoder = queue, loaders, encoder
+        self.progress, self.observer, self.on_fatal = progress, observer, on_fatal
+        self.meter = LoadMeter(loader_threads=settings.loader_count * settings.loader_threads)
+        self.in_flight = InFlightJobs(
+            slots=self.limits.slots, wanted=lambda: settings.slots_for(encoder.size_policy.wanted)
+        )
+        self.committer = Committer(
+            queue.answer_store,
+            worker=settings.worker_name,
+            release=queue.lease_queue.release,
+            backoff=self._backoff("commit"),
+            on_fatal=on_fatal,
+        )
+
+    def make_pipeline(self, label_bank: LabelBank, canary: Canary) -> Pipeline:
+        """The main path; its stages stand in the order in which a job passes through them."""
+        settings, encoder, queue = self.settings, self.encoder, self.queue
+        stages = Stages(
+            claimer=Claimer(
+                queue.lease_queue,
+                queue.notifier,
+                self.in_flight,
+                zone=self.limits.zone,
+                backoff=self._backoff("claim"),
+                progress=self.progress,
+                meter=self.meter,
+                observer=self.observer,
+            ),
+            admission=Admission(self.limits, label_bank=label_bank, callback_rules=settings.callback_rules),
+            loaders=self.loaders,
+            batcher=Batcher(
+                max_size=encoder.batch_sizes[-1],
+                bulk_share=settings.bulk_share,
+                linger_s=settings.linger_ms / 1000,
+                full_size=lambda: encoder.size_policy.wanted,
+                fit=encoder.size_policy.take,
+                on_leave=self.observer.batch_started,
+            ),
+            check_canary=canary.check_if_due,
+            executor=make_executor(encoder, label_bank, pixels=self.loaders.pixels),
+            committer=self.committer,
+        )
+        return Pipeline(
+            stages,
+            self.in_flight,
+            progress=self.progress,
+            meter=self.meter,
+            observer=self.observer,
+            on_fatal=self.on_fatal,
+        )
+
+    def make_heartbeat(self) -> Heartbeat:
+        """The thread that renews the leases of the jobs in flight."""
+        return Heartbeat(
+            self.queue.lease_queue,
+            self.queue.maintenance,
+            lease_s=self.settings.lease_s,
+            in_flight=self.in_flight,
+            progress=self.progress,
+            meter=self.meter,
+            stuck_s=self.stuck_s,
+            on_quarantine=self.queue.notifier.ring,
+            observer=self.observer,
+            backoff=RedisBackoff("heartbeat"),
+            on_fatal=self.on_fatal,
+        )
+
+    def make_cancellations(self) -> CancellationListener:
+        """The thread that hears of jobs that another process answered."""
+        return CancellationListener(
+            self.queue.client,
+            on_answered_elsewhere=self.in_flight.mark_answered_elsewhere,
+            on_fatal=self.on_fatal,
+        )
+
+    @property
+    def commit_timeout_s(self) -> float:
+        """How long the last commit may take when the worker stops: one try that fails, and another."""
+        return 2 * self.settings.redis_timeout_s
+
+    def stuck_s(self) -> float:
+        """How long the worker may make no progress while there is work. A slow device does not count as stuck."""
+        return max(self.settings.stuck_s, MIN_STUCK_BATCHES * self.encoder.size_policy.slowest_s)
+
+    def _backoff(self, where: str) -> RedisBackoff:
+        """The pauses of one thread. A worker that waits for Redis is not stuck, so each pause counts as progress."""
+        return RedisBackoff(where, on_wait=lambda _: self.progress.mark())
