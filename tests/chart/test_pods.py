@@ -19,8 +19,8 @@ from shiwu.cli import main
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
 from shiwu_worker.policy.ip_ranges import read_table
-from shiwu_worker.service.bootstrap import LOADERS_STOP_S
-from shiwu_worker.service.observability import TRACES_CLOSE_S
+from shiwu_worker.service.factories import LOADERS_CLOSE_TIMEOUT_S
+from shiwu_worker.service.observability import TRACES_CLOSE_TIMEOUT_S
 from shiwu_worker.stages.score.label_files import load_label_sets
 from tests.chart.cases import ALL_OFF, ALL_ON, MATRIX, PLAIN, SENTINEL
 from tests.conftest import StartWorker
@@ -75,7 +75,7 @@ def test_cards_by_any_name(newest: Helm) -> None:
 def test_ends_and_probes(newest: Helm) -> None:
     """A pod may drain; nothing but /livez ends it; it has minutes to start."""
     spec, container = worker_of(newest.render(PLAIN | {"worker": {"graceS": 50}}))
-    drain_s = 50 + 2 * Settings().redis_timeout_s + LOADERS_STOP_S + TRACES_CLOSE_S
+    drain_s = 50 + 2 * Settings().redis_timeout_s + LOADERS_CLOSE_TIMEOUT_S + TRACES_CLOSE_TIMEOUT_S
     assert spec["terminationGracePeriodSeconds"] == drain_s + 5
     assert variables(container)["SHIWU_GRACE_S"] == "50"
     probes = {name: container[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
