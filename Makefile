@@ -32,7 +32,7 @@ BUILD = $(DOCKER) build --build-arg REVISION=$$(git rev-parse HEAD) --build-arg 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 18
 
-demo: $(STAMP) ## tag sample pictures with real servers and one worker on this machine
+demo: $(STAMP) ## tag sample images with real servers and one worker on this machine; ARGS="my/pictures/", ARGS="--model FOLDER"
 	@$(BIN)/python -m demo $(ARGS)
 
 test: $(STAMP) $(CHART_STAMP) $(BROWSER_STAMP) ## run all tests but those that need a GPU, and the long ones
@@ -91,7 +91,7 @@ format: $(STAMP) ## put the code into form
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and everything that was made
-	rm -rf $(VENV) .venv-matrix dist build bench/out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-matrix dist build bench/out demo/out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

@@ -1,12 +1,19 @@
-"""Starts everything, asks about every picture of the album, shows the answers. Exit code 1 when one is unexpected."""
+"""Starts everything, asks about every image, shows the answers and makes a page of them.
+
+Exit code 1 when an answer is unexpected.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,12 +21,16 @@ from rich.console import Console
 from tests.support.servers import PictureServer, S3Server, ServerError, Valkey, WorkerProcess
 
 from demo.album import Entry, lay_out
-from demo.report import Verdict, show_next, show_summary, show_table
+from demo.gallery import PAGE, write_page
+from demo.own_images import find_images, folders_of
+from demo.report import Verdict, show_next, show_page, show_summary, show_table
 from shiwu import Client, Lane
 
 LEAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ANSWERS_S = 60.0
 READY_S = 120.0
+MODEL_READY_S = 1800.0
+"""A model may have to be downloaded."""
 WORKER_STOPS_S = 10.0
 WIDE = 140
 PIPED = 120
@@ -27,13 +38,14 @@ PIPED = 120
 
 def main() -> int:
     """Run the demo; whatever happens, nothing that it started is left running."""
+    options = _options()
     console = Console()
     console = Console(width=min(WIDE, console.width) if console.is_terminal else PIPED)
     for number in LEAVING:
         signal.signal(number, _leave)
     stack = ExitStack()
     try:
-        return _run(console, stack)
+        return _run(console, stack, options)
     except ServerError as error:
         console.print(f"[bold red]The demo could not go on.[/] {error}", highlight=False)
         return 1
@@ -45,6 +57,19 @@ def main() -> int:
         stack.close()
 
 
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make demo", description="Tag images with real servers and one worker.")
+    parser.add_argument("images", nargs="*", type=Path, help="folders or files of your own; default: the samples")
+    parser.add_argument("--model", help="folder or hub id, as SHIWU_MODEL takes it; default: the embedded model")
+    parser.add_argument("--labels", help="name of a label set; default: the worker's own, for samples pictogram-zh")
+    parser.add_argument("--page", type=Path, default=PAGE, help="where the page with the images is written")
+    options = parser.parse_args()
+    options.own = find_images(options.images)
+    if options.images and not options.own:
+        parser.error(f"expected images in {', '.join(map(str, options.images))}")
+    return options
+
+
 def _leave(*_: object) -> NoReturn:
     # A second Ctrl-C must not leave servers behind; every stop has a deadline of its own.
     for number in LEAVING:
@@ -52,7 +77,7 @@ def _leave(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _run(console: Console, stack: ExitStack) -> int:
+def _run(console: Console, stack: ExitStack, options: argparse.Namespace) -> int:
     began_s = time.monotonic()
 
     def say(text: str) -> None:
@@ -61,24 +86,36 @@ def _run(console: Console, stack: ExitStack) -> int:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shiwu-demo-")))
     valkey = stack.enter_context(Valkey(folder=folder / "valkey"))
     say(f"Valkey answers on {valkey.url}")
-    s3 = stack.enter_context(S3Server(folder=folder / "s3"))
-    say(f"S3 answers on {s3.endpoint_url}")
-    http = stack.enter_context(PictureServer())
     # Whoever looks at the demo is the operator, who may know why.
-    worker = WorkerProcess(redis_url=valkey.url, folder=folder, env=s3.env, allow_hosts=http.host, tell_refusals=True)
+    settings = {"SHIWU_TELL_REFUSALS": "true"} | _model_settings(options.model)
+    make_album: Callable[[], list[Entry]]
+    if options.own:
+        settings["SHIWU_ALLOW_FOLDERS"] = folders_of(options.images)
+        make_album = partial(list, options.own)
+    else:
+        s3 = stack.enter_context(S3Server(folder=folder / "s3"))
+        say(f"S3 answers on {s3.endpoint_url}")
+        http = stack.enter_context(PictureServer())
+        settings |= s3.env | {"SHIWU_ALLOW_HOSTS": http.host}
+        make_album = partial(
+            lay_out, http=http, s3=s3, internal_url=f"http://127.0.0.1:{valkey.port}/latest/meta-data.jpg"
+        )
+    worker = WorkerProcess(redis_url=valkey.url, folder=folder, env=settings)
     stack.callback(worker.stop, timeout_s=WORKER_STOPS_S)
     worker.start()
-    say(f"the worker, process {worker.pid}, loads the embedded model")
-    album = lay_out(http=http, s3=s3, internal_url=f"http://127.0.0.1:{valkey.port}/latest/meta-data.jpg")
-    say(f"{len(album)} pictures lie ready, over HTTP on {http.url('/')} and in s3://{s3.bucket}/")
-    worker.wait_ready(timeout_s=READY_S)
+    say(f"the worker, process {worker.pid}, loads {options.model or 'the embedded model'}")
+    album = make_album()  # while the model loads
+    say(f"{len(album)} images lie ready")
+    worker.wait_ready(timeout_s=MODEL_READY_S if options.model else READY_S)
     say("the worker is warm and claims\n")
 
     asked_s = time.monotonic()
-    verdicts = _ask(valkey.url, album)
+    verdicts = _ask(valkey.url, album, labels=options.labels or (None if options.own else "pictogram-zh"))
     took_s = time.monotonic() - asked_s
     show_table(console, verdicts)
     show_summary(console, verdicts, took_s=took_s)
+    answers = [verdict.answer for verdict in verdicts if verdict.answer]
+    show_page(console, write_page(answers, options.page, settings=settings) if answers else None)
     if all(verdict.is_expected for verdict in verdicts):
         show_next(console)
         return 0
@@ -86,12 +123,20 @@ def _run(console: Console, stack: ExitStack) -> int:
     return 1
 
 
-def _ask(redis_url: str, album: list[Entry]) -> list[Verdict]:
-    """Enqueue every picture at once and wait for all answers."""
+def _model_settings(model: str | None) -> dict[str, str]:
+    """The worker's variables for a model that is not the embedded one; a hub id may have to be downloaded."""
+    if model is None:
+        return {}
+    hub = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
+    return {"HF_HUB_OFFLINE": "0", **hub, "SHIWU_MODEL": model}
+
+
+def _ask(redis_url: str, album: list[Entry], *, labels: str | None) -> list[Verdict]:
+    """Enqueue all images and wait for all answers."""
     with Client(redis_url) as client:
         references = [entry.reference for entry in album]
-        ids = list(client.enqueue_many(references, labels="pictogram-zh", lane=Lane.INTERACTIVE))
-        answers = dict(client.as_answered(ids, timeout_s=ANSWERS_S))
+        ids = list(client.enqueue_many(references, labels=labels, lane=Lane.INTERACTIVE))
+        answers = dict(client.as_answered(ids, timeout_s=ANSWERS_S + len(album)))
     return [Verdict(entry, answers.get(job_id)) for entry, job_id in zip(album, ids, strict=True)]
 
 

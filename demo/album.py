@@ -37,6 +37,10 @@ class Entry:
     """The label of a good picture."""
     code: ErrorCode | None = None
     """The error of a bad one."""
+    name: str | None = None
+    """What the table calls an image whose label is not known."""
+    is_own: bool = False
+    """Nothing is known about its answer."""
 
     @property
     def source(self) -> str:

