@@ -1,4 +1,4 @@
-"""shiwu's producer side: enqueue pictures, wait for tags, read the results stream.
+"""Client of shiwu: enqueue images, wait for tags, read the results stream.
 
     from shiwu import Client
 
@@ -6,7 +6,7 @@
         job_id = client.enqueue("s3://pictures/cat.jpg", labels="six-zh")
         print(client.wait(job_id, timeout_s=30).best)
 
-All names but the errors are loaded when they are first used, so that `import shiwu.contract` stays light.
+Names other than the errors are loaded when they are first used, so that `import shiwu.contract` stays light.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Imported now because Celery's `AsyncResult.get()` finds `JobFailed` only in a module that is already loaded; else it
-# raises a class of its own that `except shiwu.JobFailed` does not catch.
+# Imported now because Celery's `AsyncResult.get()` finds `JobFailed` only in a loaded module. Otherwise Celery raises a
+# class of its own, which `except shiwu.JobFailed` does not catch.
 from shiwu.errors import ForeignResult, JobFailed, QueueFull, RedisUrlError, ShiwuError, WaitTimeout
 
 if TYPE_CHECKING:

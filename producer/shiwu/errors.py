@@ -1,4 +1,4 @@
-"""What a producer may have to handle. Every error has a stable `code`.
+"""Exceptions of the client, each with a stable `code`. Errors of Redis itself are `redis.RedisError`.
 
 `import shiwu` loads this module, so it imports nothing that takes time.
 """
@@ -12,37 +12,48 @@ if TYPE_CHECKING:
 
 
 class ShiwuError(Exception):
-    """Base of the errors below."""
+    """Base class of shiwu's own errors. `code` is a stable word for programs; the text is for people."""
 
     code: ClassVar[str] = "error"
 
 
 class RedisUrlError(ShiwuError, ValueError):
-    """The Redis URL cannot work. The text says what was expected, and never repeats the URL."""
+    """The Redis URL is invalid.
+
+    The text says what was expected. It does not quote the URL, which may contain a password.
+    """
 
     code = "invalid_redis_url"
 
 
 class QueueFull(ShiwuError):
-    """The lane holds its limit already; nothing of this call's last portion was enqueued."""
+    """The lane already holds its limit of messages.
+
+    Nothing of the last portion was enqueued: for `enqueue` that is the job, for `enqueue_many` the images whose ids
+    were not yielded. Try again later, pass `wait_s` to `enqueue_many`, or raise `max_waiting`.
+    """
 
     code = "queue_full"
 
 
 class WaitTimeout(ShiwuError, TimeoutError):
-    """No answer came in time; the job goes on, and its answer can still be read later."""
+    """No answer came within `timeout_s`. The job goes on; wait again, or read its answer later with `Client.answer`."""
 
     code = "wait_timeout"
 
 
 class ForeignResult(ShiwuError):
-    """The result under this id was not written by shiwu: another Celery task has the id."""
+    """The result under this id is not an answer of shiwu: another Celery task has the same id."""
 
     code = "foreign_result"
 
 
 class JobFailed(ShiwuError):
-    """The job ended without tags. Celery rebuilds this error from its text, so `answer` may be missing."""
+    """The job ended without tags. The text is `<error code>: <message>`.
+
+    `answer` has the whole answer with status, error, attempts and times. It is None where Celery's
+    `AsyncResult.get()` raises the error, because Celery rebuilds it from the text.
+    """
 
     code = "job_failed"
 

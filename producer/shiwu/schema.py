@@ -1,4 +1,4 @@
-"""Writes the contract as JSON Schema: `python -m shiwu.schema docs/schema`."""
+"""Writes the JSON Schema of requests and answers: `python -m shiwu.schema docs/schema`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from shiwu.contract import Answer, Request
 
 
 def schemas() -> dict[str, str]:
-    """File name → JSON Schema (draft 2020-12) of what crosses the wire."""
-    found = {
+    """File name → JSON Schema (draft 2020-12) of a request or an answer."""
+    documents = {
         "request.schema.json": Request.model_json_schema(),
         "answer.schema.json": msgspec.json.schema(Answer),
     }
-    return {name: json.dumps(schema, indent=2, ensure_ascii=False) + "\n" for name, schema in found.items()}
+    return {name: json.dumps(schema, indent=2, ensure_ascii=False) + "\n" for name, schema in documents.items()}
 
 
 def main() -> None:
-    """Write the files into the folder that is given."""
+    """Write the files into the folder given on the command line."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in schemas().items():

@@ -6,6 +6,7 @@ appended to the results stream; later answers are discarded. Either way, claim, 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -14,6 +15,7 @@ import msgspec
 import redis
 from pydantic_core import to_json
 
+from shiwu.broker.chunks import chunks
 from shiwu.broker.connection import run_on_connection
 from shiwu.broker.redis_errors import NotReplicated
 from shiwu.broker.retention import DEFAULT_RETENTION, Retention
@@ -49,6 +51,8 @@ from shiwu.contract import (
 
 MAX_COMMIT: Final = 5000
 """Answers in one `write`. Lua's stack holds about 8,000 values, and the script unpacks one for each answer."""
+CANCEL_CHUNK_SIZE: Final = 500
+"""Jobs that one script cancels."""
 CALLBACKS_RESERVED_S: Final = 30.0
 """How long only the worker that answered a job sends its callbacks; afterwards any worker may send them."""
 _STATE_LETTERS: Final[dict[str, str]] = {Status.TAGGED: "S", Status.EXPIRED: "R", Status.CANCELLED: "R"}
@@ -160,6 +164,23 @@ class AnswerStore:
                 wait_replicated(connected, replicas=self._replicas, timeout_s=self._replicas_timeout_s)
         return {job_id.decode() for job_id in again}
 
+    def cancel(self, ids: Sequence[str], *, reason: str, clock_ms: Callable[[], float]) -> list[str]:
+        """Answer any number of jobs `cancelled`; return the ids that had no answer before.
+
+        Args:
+            clock_ms: gives Redis' clock in ms since 1970.
+
+        Raises:
+            redis.RedisError: some jobs may be cancelled; cancelling again is safe.
+        """
+        cancelled: list[str] = []
+        for portion in chunks(ids, CANCEL_CHUNK_SIZE):
+            now_ms = clock_ms()
+            entries = [_cancelled_entry(job_id, reason, now_ms=now_ms) for job_id in portion]
+            answered = self.write(entries, token=f"cancel.{secrets.token_hex(4)}")
+            cancelled += [job_id for job_id in portion if job_id not in answered]
+        return cancelled
+
 
 def wait_replicated(connected: redis.Redis, *, replicas: int, timeout_s: float) -> None:
     """Wait until so many replicas have confirmed what this connection wrote.
@@ -198,7 +219,7 @@ def exception_form(answer: Answer) -> dict[str, Any]:
     return {"exc_type": "JobFailed", "exc_message": [message], "exc_module": "shiwu.errors"}
 
 
-def cancelled_entry(job_id: str, reason: str, *, now_ms: float) -> AnswerEntry:
+def _cancelled_entry(job_id: str, reason: str, *, now_ms: float) -> AnswerEntry:
     """The answer for a job that a producer cancels."""
     text = f"cancelled by its producer{': ' if reason else ''}{reason:.200}"
     error = ErrorInfo(code=ErrorCode.CANCELLED, message=text, stage=Stage.CLAIM)

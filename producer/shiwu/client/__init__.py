@@ -1,6 +1,6 @@
-"""What producers and consumers use: `Client`, and what it returns.
+"""The client for producers and consumers: `Client`, and the types that it returns.
 
-`shiwu.client.Client` is a public name, so it is loaded here when it is first used.
+`shiwu.client.Client` is a public name and is loaded when it is first used.
 """
 
 from __future__ import annotations

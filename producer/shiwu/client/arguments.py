@@ -1,6 +1,6 @@
-"""Checks of the arguments of `Client`: each says the name, what was expected and what came.
+"""Checks the arguments of `Client`. Each error names the argument, what was expected and what came.
 
-A wrong type would otherwise fail somewhere inside with a text about operators, and NaN would be waited for without end.
+Without the checks a wrong type would fail deep inside with an unclear text, and a time-out of NaN would never end.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any, Final
 from shiwu.contract import ErrorCode, RequestError
 
 MAX_TIME_S: Final = 10 * 365 * 86_400.0
-MAX_WHOLE: Final = 2**31
+MAX_INTEGER: Final = 2**31
 MAX_LOOKED_UP_ID_BYTES: Final = 4096
-"""A job id has 255 bytes at most; a refused message is answered under a longer one too."""
+"""Longer than a job id may be (255 bytes), because refused messages are answered under longer ids too."""
 
 
 def refused(name: str, expected: str, value: object) -> RequestError:
-    """The error for an argument that cannot be."""
+    """The error for an invalid argument."""
     return RequestError(ErrorCode.INVALID_REQUEST, f"{name}: expected {expected}, got {value!r:.80}")
 
 
 def read_seconds(name: str, value: Any, *, least: float = 0.0, most: float = MAX_TIME_S) -> float:
-    """A duration.
+    """Check a duration in seconds, and return it as a float.
 
     Raises:
-        RequestError: it is no number of this range.
+        RequestError: it is not a number from `least` to `most`.
     """
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not least <= value <= most:
@@ -34,23 +34,23 @@ def read_seconds(name: str, value: Any, *, least: float = 0.0, most: float = MAX
     return float(value)
 
 
-def read_whole(name: str, value: Any, *, least: int = 0, most: int = MAX_WHOLE) -> int:
-    """A whole number.
+def read_integer(name: str, value: Any, *, least: int = 0, most: int = MAX_INTEGER) -> int:
+    """Check an integer, and return it as an int.
 
     Raises:
-        RequestError: it is none of this range.
+        RequestError: it is not an integer from `least` to `most`.
     """
-    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_whole or not least <= int(value) <= most:
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or not least <= int(value) <= most:
         raise refused(name, f"a whole number, {least} to {most}", value)
     return int(value)
 
 
 def read_text(name: str, value: Any, *, least: int = 0, most: int = 1000) -> str:
-    """A text of so many characters.
+    """Check a text of `least` to `most` characters.
 
     Raises:
-        RequestError: it is none, or one that UTF-8 cannot write.
+        RequestError: it is not such a text, or UTF-8 cannot encode it.
     """
     if not isinstance(value, str) or not least <= len(value) <= most or not _is_utf8(value):
         raise refused(name, f"a text of {least} to {most} characters", value)
@@ -58,7 +58,7 @@ def read_text(name: str, value: Any, *, least: int = 0, most: int = 1000) -> str
 
 
 def read_id(value: Any) -> str:
-    """An id to look for, also one that no job can have: its message was refused under it.
+    """Check an id to look up. It may be longer than a job id: refused messages are answered under such ids too.
 
     Raises:
         RequestError: invalid_id.
@@ -70,10 +70,10 @@ def read_id(value: Any) -> str:
 
 
 def read_ids(name: str, values: Any) -> list[str]:
-    """Ids to look for; one text is one id.
+    """Check ids to look up; a single text counts as one id.
 
     Raises:
-        RequestError: there are no ids, or one that cannot be.
+        RequestError: these are not ids, or one of them is invalid.
     """
     if isinstance(values, str):
         return [read_id(values)]

@@ -1,63 +1,61 @@
-"""The producer's client: enqueue, wait, cancel, results, dead letters, queue state."""
+"""The client: enqueue, wait, cancel, results stream, dead letters, queue state."""
 
 from __future__ import annotations
 
 import os
 import secrets
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, tzinfo
-from itertools import islice
 from typing import Any, Literal, Self
-from uuid import uuid4
 
-from shiwu.broker.answers import AnswerStore, cancelled_entry
-from shiwu.broker.chunks import chunks
+from shiwu.broker.answers import AnswerStore
 from shiwu.broker.connection import connect
 from shiwu.broker.known_labels import KnownLabels, KnownLabelStore
 from shiwu.broker.maintenance import Maintenance, SweepReport
 from shiwu.broker.queue_stats import QueueState, read_state
 from shiwu.broker.retention import PublishedRetention
 from shiwu.broker.stray_lanes import StrayLanes, find_stray_lanes
-from shiwu.client.arguments import read_id, read_ids, read_seconds, read_text, read_whole, refused
+from shiwu.client.arguments import read_id, read_ids, read_integer, read_seconds, read_text, refused
 from shiwu.client.dead_letters import DeadFilter, DeadLetter, DeadLetters
-from shiwu.client.items import check_images, check_shared_fields, read_item, request_id
+from shiwu.client.items import check_images, check_shared_fields, random_id, request_id
 from shiwu.client.results import TagResult, read_result
 from shiwu.client.sender import Sender, SendOptions, read_lane
-from shiwu.client.stream import StreamOptions, follow
+from shiwu.client.stream import follow, read_options
 from shiwu.client.stream_items import StreamItem, UnreadableItem, log_unreadable
-from shiwu.client.waiter import as_answered
-from shiwu.contract import (
-    Lane,
-    Request,
-    check_id,
-    parse_request,
-    result_key,
-)
-from shiwu.errors import WaitTimeout
+from shiwu.client.waiter import as_answered, collect
+from shiwu.contract import Lane, check_id, result_key
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 MAX_CONNECTIONS = 64
 MAX_URL_CHARS = 10_000
-CANCEL_CHUNK_SIZE = 500
 MAX_REASON_CHARS = 100_000
 
 
 class Client:
-    """Enqueues pictures and reads answers. Thread-safe; every wait on Redis is bounded.
+    """Enqueues images and reads answers. Any number of threads may share one client.
+
+    The constructor does not connect. Every wait on Redis is limited, and every method may raise `redis.RedisError`.
+    Waits for answers go on while Redis is unavailable, and raise only errors that time cannot cure, such as a wrong
+    password. Use the client as a context manager, or call `close`.
+
+        with Client() as client:
+            job_id = client.enqueue("s3://images/cat.jpg", labels=["cat", "dog"])
+            print(client.wait(job_id, timeout_s=30).best)
 
     Args:
         redis_url: `redis://`, `rediss://`, `valkey://`, `valkeys://`, `unix:///path` or
-            `sentinel://host:port,host:port/name/0`; default `SHIWU_REDIS_URL`, else redis://127.0.0.1:6379/0.
-        max_waiting: a lane that holds this many refuses more with QueueFull. Looked up before each portion, so
-            several producers at once may pass it by a portion each.
-        timeout_s: how long one command may take. Waiting for an answer ends at most so much later than asked.
-        max_connections: connections for commands, as many again for reading answers, and as many again that listen
-            for announced answers. They are opened as threads need them. Any number of threads may share a client:
-            those beyond wait for a connection, for `timeout_s` at most, or look for their answers instead of listening.
+            `sentinel://host:port,host:port/name/0`. Default: `SHIWU_REDIS_URL`, or redis://127.0.0.1:6379/0.
+        max_waiting: how many messages a lane may hold; further ones are refused with QueueFull. It is checked before
+            each portion, so several producers together may exceed it by one portion each.
+        timeout_s: how long one Redis command may take, in seconds. A wait for answers may end this much later than
+            requested.
+        max_connections: how many connections to open at most: this many for commands, this many for reading answers,
+            and this many that listen for answers. Threads beyond this number wait up to `timeout_s` for a connection,
+            or poll for their answers instead of listening.
 
     Raises:
-        RedisUrlError: the URL cannot work.
+        RedisUrlError: the URL is invalid.
+        RequestError: another argument is invalid.
     """
 
     def __init__(
@@ -70,23 +68,23 @@ class Client:
     ) -> None:
         url = os.environ.get("SHIWU_REDIS_URL", DEFAULT_URL) if redis_url is None else redis_url
         read_text("redis_url", url, most=MAX_URL_CHARS)
-        read_whole("max_waiting", max_waiting, least=1)
+        read_integer("max_waiting", max_waiting, least=1)
         timeout_s = read_seconds("timeout_s", timeout_s, least=0.001)
-        max_connections = read_whole("max_connections", max_connections, least=1)
+        max_connections = read_integer("max_connections", max_connections, least=1)
         self._redis = connect(url, timeout_s=timeout_s, retries=3, max_connections=max_connections)
-        # Who waits tries again anyhow; further tries beneath would pass its deadline where Redis hangs.
-        self._once = connect(url, timeout_s=timeout_s, max_connections=max_connections)
+        # Waits retry by themselves. Retries below them would exceed their time-out where Redis hangs.
+        self._no_retry = connect(url, timeout_s=timeout_s, max_connections=max_connections)
         self._listener = connect(url, timeout_s=timeout_s, max_connections=max_connections, pool_wait_s=0.0)
         self._sender = Sender(self._redis, max_waiting=max_waiting, timeout_s=timeout_s)
         token = f"client.{secrets.token_hex(4)}"
         retention = PublishedRetention(self._redis)
         self._answer_store = AnswerStore(self._redis, token=token, retention=retention)
-        self._letters = DeadLetters(self._redis)
+        self._dead_letters = DeadLetters(self._redis)
         self._maintenance = Maintenance(self._redis, self._answer_store, token=token, retention=retention)
-        self._notes = KnownLabelStore(self._redis)
+        self._known_labels = KnownLabelStore(self._redis)
         self._timeout_s = timeout_s
         self.unreadable_items = 0
-        """Entries of the results stream that `results` has skipped because this version cannot read them."""
+        """How many entries of the results stream `results` has skipped because this version cannot read them."""
 
     def __enter__(self) -> Self:
         return self
@@ -95,12 +93,11 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close all connections. Answers of enqueued jobs can be read by another client."""
         self._redis.close()
-        self._once.close()
+        self._no_retry.close()
         self._listener.close()
 
-    # -------------------------------------------------------------------------------- asking
     def enqueue(
         self,
         image: str,
@@ -120,21 +117,33 @@ class Client:
         replicas: int = 0,
         id: str | None = None,
     ) -> str:
-        """Enqueue one picture and return the job id.
+        """Enqueue one image and return its job id. Does not wait for the answer.
 
-        The same id may be enqueued again: it is answered once. All times count from now, by Redis' clock.
+        An id that is enqueued again is answered once only. Durations are in seconds from now, by Redis' clock.
 
         Args:
-            expires_s: work on it is not begun later than this; then it is answered `expired` when it is met.
-            answer_by_s: by then there is an answer, `expired` if no other; needs a living worker or `shiwu sweep`.
-            countdown_s: work on it is not begun before.
-            replicas: how many replicas of Redis must confirm that they have it.
+            image: `s3://bucket/key`, `https://…`, `http://…` or `file:///…`; the worker must be allowed to read it.
+            labels: the name of a label set on the workers, or 1 to 1000 different labels of 1 to 100 characters.
+                Default: the workers' default label set.
+            top_k: how many tags to return at most, 1 to 1000; the best come first.
+            threshold: lowest score of a tag, 0 to 1.
+            min_cosine: lowest cosine of a tag, -1 to 1. Default: the limits of the label set.
+            head: "softmax" (all scores sum to 1) or "sigmoid" (independent scores). Default: the label set's.
+            want: what to return: "tags", "embedding" or both.
+            metadata: any JSON value of up to 4096 bytes; returned in the answer.
+            lane: "interactive", which has priority, or "bulk".
+            expires_s: a job that has not started by then is answered `expired` once a worker or `shiwu sweep` finds it.
+            answer_by_s: by then the job has an answer, `expired` if no other. Needs a running worker or `shiwu sweep`.
+            countdown_s: no worker starts the job earlier; must be shorter than the two durations above.
+            priority: 0 to 9 within the lane; higher is more urgent. Redis has four steps: 0, 3, 6 and 9.
+            replicas: how many replicas of Redis must confirm the job before this returns.
+            id: a job id of 1 to 255 bytes in UTF-8. Default: a random UUID.
 
         Raises:
-            RequestError: an argument breaks the contract or would have no effect; nothing was sent.
-            QueueFull: the lane holds its limit.
-            NotReplicated: it is enqueued, but would be lost with the primary now; enqueue the same id again.
-            redis.RedisError: Redis did not take it; whether it arrived is not known after a time-out.
+            RequestError: an argument is invalid or would have no effect; nothing was sent.
+            QueueFull: the lane holds its limit; nothing was sent.
+            NotReplicated: the job is enqueued, but too few replicas confirmed it; enqueue the same id again.
+            redis.RedisError: after a time-out the job may be enqueued; enqueue the same id again.
         """
         fields = {
             "image": image,
@@ -146,8 +155,8 @@ class Client:
             "want": want,
             "metadata": metadata,
         }
-        terms = SendOptions(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
-        return self._send([(fields, id)], terms, make_id=_random_id)[0]
+        options = SendOptions(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
+        return self._sender.send_items([(fields, id)], options, make_id=random_id)[0]
 
     def enqueue_many(
         self,
@@ -165,120 +174,118 @@ class Client:
         id_from: Literal["reference"] | None = None,
         **fields: Any,
     ) -> Iterator[str]:
-        """Enqueue many pictures in pipelined portions; yield the ids as their portion has arrived.
+        """Enqueue many images in portions; yield the job ids of each portion once it is enqueued.
 
-        An item is a reference, or a mapping of the request's fields and perhaps `id`; `fields` are defaults for all.
-        Nothing is sent until the result is iterated. After an error, what was yielded has been enqueued.
+        Nothing is sent until you iterate over the result. After an error, all jobs whose ids were yielded are enqueued.
 
         Args:
-            max_waiting: how many messages the lane may hold; default: the client's.
-            wait_s: how long each portion may wait for room in the lane, or for Redis to come back; the logger `shiwu`
-                tells that it waits. After that QueueFull, or Redis' error, is raised.
-            id_from: "reference" makes the ids of items without one from the reference and what is asked about it, so
-                that a second call with the same items adds no jobs while the ids count as answered.
+            images: references, or mappings with `image`, other fields and optionally `id`; read portion by portion.
+            lane, expires_s, answer_by_s, countdown_s, priority, replicas: as for `enqueue`, for all images. Durations
+                count from the sending of the portion.
+            batch_size: images in a portion, which is sent in one step.
+            max_waiting: how many messages the lane may hold. Default: that of the client.
+            wait_s: how long each portion may wait for space in the lane or for Redis, in seconds; may be `math.inf`.
+                The logger `shiwu` reports it.
+            id_from: "reference" derives missing ids from the reference, labels and options, so that a second call with
+                the same images adds no jobs while the ids count as answered.
+            fields: `labels`, `top_k`, `threshold`, `min_cosine`, `head`, `want` and `metadata` for all images that do
+                not have their own.
 
         Raises:
             TypeError: an argument is unknown, or `images` is a single reference.
-            RequestError: an argument, or later a field of an item, breaks the contract or would have no effect.
+            RequestError: an argument is invalid; or, during the iteration, an item is.
+            QueueFull, NotReplicated, redis.RedisError: as for `enqueue`, about one portion, after `wait_s`.
         """
         check_images(images)
         check_shared_fields(fields)
-        read_whole("batch_size", batch_size, least=1)
+        read_integer("batch_size", batch_size, least=1)
         if id_from is not None and id_from != "reference":
             raise refused("id_from", "'reference' or None", id_from)
-        terms = SendOptions(
+        options = SendOptions(
             read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas, max_waiting, wait_s
         )
-        make_id = request_id if id_from else _random_id
-        size = min(batch_size, self._sender.room(terms))
-        return self._enqueue_portions(iter(images), fields, terms, batch_size=size, make_id=make_id)
-
-    def _enqueue_portions(
-        self,
-        source: Iterator[str | Mapping[str, Any]],
-        shared: Mapping[str, Any],
-        terms: SendOptions,
-        *,
-        batch_size: int,
-        make_id: Callable[[Request], str],
-    ) -> Iterator[str]:
-        while portion := list(islice(source, batch_size)):
-            yield from self._send([read_item(item, shared) for item in portion], terms, make_id=make_id)
-
-    def _send(
-        self,
-        asked: Sequence[tuple[dict[str, Any], str | None]],
-        terms: SendOptions,
-        *,
-        make_id: Callable[[Request], str],
-    ) -> list[str]:
-        requests = [(parse_request(fields), job_id) for fields, job_id in asked]
-        jobs = [(request, check_id(make_id(request) if job_id is None else job_id)) for request, job_id in requests]
-        return self._sender.send(jobs, terms)
+        make_id = request_id if id_from else random_id
+        size = min(batch_size, self._sender.max_waiting(options))
+        return self._sender.send_portions(iter(images), fields, options, portion_size=size, make_id=make_id)
 
     def cancel(self, job_ids: str | Iterable[str], *, reason: str = "") -> list[str]:
         """Answer jobs `cancelled` now; return the ids that had no answer before.
 
-        A job that waits is never worked on; one that a worker holds is left before it is encoded, or its tags are
-        discarded. An id that was never enqueued is answered too, and stays so when it is enqueued later.
+        A waiting job never starts. A job that a worker holds is dropped before it is encoded, or its tags are
+        discarded. An id that was never enqueued is answered too, and counts as answered when it is enqueued later.
+
+        Args:
+            reason: the error in the answer quotes its first 200 characters.
+
+        Raises:
+            RequestError: an id is invalid; nothing was cancelled.
+            redis.RedisError: some jobs may be cancelled; cancelling again is safe.
         """
         ids = [check_id(job_id) for job_id in read_ids("job_ids", job_ids)]
         read_text("reason", reason, most=MAX_REASON_CHARS)
-        cancelled: list[str] = []
-        for portion in chunks(ids, CANCEL_CHUNK_SIZE):
-            now_ms = self.server_time_ms()
-            entries = [cancelled_entry(job_id, reason, now_ms=now_ms) for job_id in portion]
-            again = self._answer_store.write(entries, token=f"cancel.{secrets.token_hex(4)}")
-            cancelled += [job_id for job_id in portion if job_id not in again]
-        return cancelled
+        return self._answer_store.cancel(ids, reason=reason, clock_ms=self.server_time_ms)
 
     def server_time_ms(self) -> float:
-        """Redis' clock, in ms since 1970: the only one that all sides share. Looked up once a minute."""
+        """Redis' clock in ms since 1970, which all clients and workers share. Asks Redis at most once a minute."""
         return self._sender.server_time_ms()
 
-    # -------------------------------------------------------------------------------- answers
     def answer(self, job_id: str) -> TagResult | None:
-        """The answer if it is there, whatever its status."""
+        """The answer of a job, whatever its status; None while there is none. Does not wait.
+
+        Answers are kept for a day by default (`SHIWU_RESULT_TTL_S` of the workers).
+
+        Raises:
+            ForeignResult: another Celery task has this id.
+        """
         raw: Any = self._redis.get(result_key(read_id(job_id)))
         return None if raw is None else read_result(raw)
 
     def wait(self, job_id: str, *, timeout_s: float) -> TagResult:
-        """Wait for the answer, whatever its status; `raise_for_status()` tells tagged from the rest.
+        """Wait for the answer of a job, whatever its status, and return it.
+
+        Check `ok`, or call `raise_for_status()`.
+
+        Args:
+            timeout_s: how long to wait, in seconds; 0 checks once.
 
         Raises:
-            WaitTimeout: there is none yet; the job goes on.
+            WaitTimeout: there is no answer yet; the job goes on.
+            ForeignResult: another Celery task has this id.
         """
         return self.wait_many([read_id(job_id)], timeout_s=timeout_s)[job_id]
 
     def wait_many(self, job_ids: str | Iterable[str], *, timeout_s: float) -> dict[str, TagResult]:
-        """Wait for all of these answers, in the order asked.
+        """Wait for the answers of several jobs; return id → answer, in the order of the ids.
+
+        Args:
+            timeout_s: how long to wait for all of them together, in seconds.
 
         Raises:
-            WaitTimeout: says how many are missing.
+            WaitTimeout: some answers are missing; the text says how many. Use `as_answered` to get those that came.
+            ForeignResult: another Celery task has one of the ids.
         """
         ids = list(dict.fromkeys(read_ids("job_ids", job_ids)))
-        found = dict(self.as_answered(ids, timeout_s=timeout_s))
-        if missing := [job_id for job_id in ids if job_id not in found]:
-            raise WaitTimeout(
-                f"expected {len(ids)} answers within {timeout_s:g} s, {len(missing)} are missing, first {missing[0]}"
-            )
-        return {job_id: found[job_id] for job_id in ids}
+        return collect(self.as_answered(ids, timeout_s=timeout_s), ids, timeout_s=timeout_s)
 
     def as_answered(self, job_ids: str | Iterable[str], *, timeout_s: float) -> Iterator[tuple[str, TagResult]]:
-        """Yield (id, answer) as they come; end when all have come or the time is over.
+        """Yield (id, answer) in the order in which answers come; end after the last one or after `timeout_s`.
 
-        While Redis is away it goes on waiting; what was announced meanwhile is found under its key.
+        A time-out raises no error: ids without an answer are just not yielded. The arguments and other errors are those
+        of `wait_many`.
         """
         ids = list(dict.fromkeys(read_ids("job_ids", job_ids)))
         read_seconds("timeout_s", timeout_s)
-        return as_answered(self._once, self._listener, ids, timeout_s=timeout_s)
+        return as_answered(self._no_retry, self._listener, ids, timeout_s=timeout_s)
 
     def tag(self, image: str, *, timeout_s: float = 60.0, **fields: Any) -> TagResult:
-        """Enqueue one picture and wait for its tags.
+        """Enqueue one image, wait for its answer, and return it if the image was tagged.
+
+        The wait takes up to `timeout_s` seconds; `fields` are arguments of `enqueue`.
 
         Raises:
-            JobFailed: it ended without tags.
-            WaitTimeout: no answer in time.
+            JobFailed: the job ended without tags; its attribute `answer` has the reason.
+            WaitTimeout: there is no answer yet; the job goes on.
+            RequestError, QueueFull: nothing was sent, as for `enqueue`.
         """
         read_seconds("timeout_s", timeout_s)
         return self.wait(self.enqueue(image, **fields), timeout_s=timeout_s).raise_for_status()
@@ -295,94 +302,99 @@ class Client:
         away_s: float | None = None,
         on_unreadable: Callable[[UnreadableItem], None] = log_unreadable,
     ) -> Iterator[StreamItem]:
-        """Yield every answer of the stream to one consumer of the group; call `.ack()` on each when it took effect.
+        """Yield the answers of all jobs, each to one consumer of the group. Blocks while there are none.
 
-        Each answer goes to one consumer of the group. What a consumer was given and has not acknowledged after
-        `reclaim_idle_s` goes to another, so an answer may come twice, with the same id. A group sees the stream from
-        its beginning; one that was deleted is made anew.
+        Call `ack()` on each item once its work is done. An item that is not acknowledged within `reclaim_idle_s` goes
+        to another consumer, so an answer may come twice, with the same id. A new group starts at the beginning of the
+        stream. Use each iterator in one thread only.
+
+            for item in client.results(group="archive"):
+                store(item.result)
+                item.ack()
 
         Args:
-            consumer: a name that no other loop uses at the same time. A loop that begins with the name of one that
-                crashed gets its unacknowledged answers immediately. Default: a new name for each loop, which is removed
-                at the end of the loop; then such answers come after `reclaim_idle_s`.
-            reclaim_idle_s: longer than the work on one answer takes, and the same for all consumers of the group.
-            stop_when_idle: end when all answers were delivered, and those that other consumers held when this one had
-                nothing more to read are acknowledged or were taken over.
-            away_s: how long Redis may be away before its error is raised; None: wait for ever. The logger `shiwu` tells
-                that it is away.
-            on_unreadable: called once with each entry that this version of the client cannot read; the default writes
-                a warning to the logger `shiwu`. The entry is skipped, counted in `unreadable_items`, and stays pending.
-        """
+            group: name of the consumer group. Each group gets every answer.
+            consumer: a name that no other loop uses at the same time. A loop with the name of a crashed one gets its
+                unacknowledged answers immediately. Default: a new name, which is removed at the end of the loop.
+            batch: how many answers to read in one round trip.
+            block_s: how long one read waits for new answers, in seconds; at most half of the client's `timeout_s`.
+            reclaim_idle_s: in seconds, longer than the work on one answer; the same for all consumers of a group.
+            stop_when_idle: end once all answers are delivered, and those that other consumers held at that time are
+                acknowledged or taken over. Default: never end.
+            away_s: how long Redis may be unavailable, in seconds, before its error is raised; None: forever.
+            on_unreadable: called once for each entry that this version of the client cannot read. Default: log a
+                warning to the logger `shiwu`. The entry is skipped, counted in `unreadable_items`, and stays pending.
 
-        if not callable(on_unreadable):
-            raise refused("on_unreadable", "a function that takes an UnreadableItem", on_unreadable)
+        Raises:
+            RequestError: an argument is invalid.
+            redis.RedisError: Redis was unavailable for `away_s`, or waiting cannot cure the error.
+        """
 
         def count(item: UnreadableItem) -> None:
             self.unreadable_items += 1
             on_unreadable(item)
 
-        own_name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        name = own_name if consumer is None else read_text("consumer", consumer, least=1)
-        options = StreamOptions(
-            group=read_text("group", group, least=1),
-            consumer=name,
-            is_temporary=consumer is None,
-            batch=read_whole("batch", batch, least=1),
-            block_s=min(read_seconds("block_s", block_s), self._timeout_s / 2),
-            reclaim_idle_s=read_seconds("reclaim_idle_s", reclaim_idle_s),
+        if not callable(on_unreadable):
+            raise refused("on_unreadable", "a function that takes an UnreadableItem", on_unreadable)
+        options = read_options(
+            group=group,
+            consumer=consumer,
+            batch=batch,
+            block_s=block_s,
+            max_block_s=self._timeout_s / 2,
+            reclaim_idle_s=reclaim_idle_s,
             stop_when_idle=stop_when_idle,
-            away_s=None if away_s is None else read_seconds("away_s", away_s),
+            away_s=away_s,
             on_unreadable=count,
         )
-        return follow(self._once, self._redis, options)
+        return follow(self._no_retry, self._redis, options)
 
-    # -------------------------------------------------------------------------------- dead letters, queues
     def dead_letters(self, where: DeadFilter | None = None, *, limit: int | None = None) -> Iterator[DeadLetter]:
-        """Yield jobs that ended without tags, newest first, with the message and the answer of each."""
+        """Yield up to `limit` jobs that ended without tags, newest first, each with its message and answer."""
         if where is not None and not isinstance(where, DeadFilter):
             raise refused("where", "a DeadFilter", where)
-        return self._letters.read(where, limit=None if limit is None else read_whole("limit", limit))
+        return self._dead_letters.read(where, limit=None if limit is None else read_integer("limit", limit))
 
     def dead_letter(self, job_id: str) -> DeadLetter | None:
-        """One dead letter, or None."""
-        return self._letters.show(read_id(job_id))
+        """The dead letter of a job, or None where there is none."""
+        return self._dead_letters.show(read_id(job_id))
 
     def requeue(self, job_ids: str | Iterable[str]) -> list[str]:
-        """Send dead letters to their lane again, under their old ids; return which went.
+        """Put dead letters back into their lane with the same ids; return the ids of those that were requeued.
 
-        Attempts are counted anew, and the old answer is forgotten: who waits for the id waits for the new one.
+        Attempts start at one again. The old answer is removed, so a wait for the id waits for the new answer, and the
+        results stream gets a second entry.
         """
-        return self._letters.requeue(read_ids("job_ids", job_ids))
+        return self._dead_letters.requeue(read_ids("job_ids", job_ids))
 
     def drop(self, job_ids: str | Iterable[str]) -> int:
-        """Forget dead letters; return how many there were. Their answers stay."""
-        return self._letters.drop(read_ids("job_ids", job_ids))
+        """Delete dead letters; return how many were deleted. Their answers are kept as long as others."""
+        return self._dead_letters.drop(read_ids("job_ids", job_ids))
 
     def sweep(self, *, zone: tzinfo = UTC) -> SweepReport:
-        """One round of what workers do for all jobs; for places where no worker may run. See `shiwu sweep`.
+        """Do maintenance once, for places where no worker may be running; see the command `shiwu sweep`.
+
+        Requeues jobs whose lease expired, answers jobs out of time, and trims the results stream. Several sweeps may
+        run at the same time.
 
         Args:
-            zone: time zone of an `expires` that names none, as the workers' `SHIWU_TIMEZONE`.
+            zone: time zone of an `expires` without one, as the workers' `SHIWU_TIMEZONE`.
         """
         if not isinstance(zone, tzinfo):
             raise refused("zone", "a tzinfo as ZoneInfo('Asia/Shanghai')", zone)
         return self._maintenance.sweep(zone=zone)
 
     def queue_state(self) -> QueueState:
-        """What waits and what is claimed, lane by lane."""
+        """Count waiting, claimed and delayed jobs, dead letters and running workers; several round trips."""
         return read_state(self._redis)
 
     def known_labels(self, digest: str) -> KnownLabels | None:
-        """The labels behind `labels.digest` of an answer, or None where no worker has noted them.
+        """The label set behind `labels.digest` of an answer, or None where it is not known.
 
-        Workers note each set that they answer with; of those that requests brought along the last thousand are kept.
+        Workers store the label sets that they use, and the newest thousand that came with requests.
         """
-        return self._notes.find(read_text("digest", digest, least=1, most=200))
+        return self._known_labels.find(read_text("digest", digest, least=1, most=200))
 
     def stray_lanes(self) -> StrayLanes:
-        """Lists that look like lanes and that no worker reads; searches for two seconds at most."""
+        """Find lists that look like lanes and that no worker reads; searches up to two seconds. See docs/clients.md."""
         return find_stray_lanes(self._redis)
-
-
-def _random_id(_: Request) -> str:
-    return str(uuid4())

@@ -1,4 +1,4 @@
-"""Dead letters: every job that ended without tags, with its message, until somebody requeues or drops it."""
+"""Dead letters: jobs that ended without tags, kept with message and answer until requeued, dropped or too old."""
 
 from __future__ import annotations
 
@@ -29,40 +29,51 @@ CHUNK_SIZE: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A job that ended without tags by our fault or its input's."""
+    """A job that ended `rejected` or `failed`, with its message and its answer."""
 
     id: str
     """The job id, or `~` and a digest where the message has none."""
     died_ms: float
-    """Server time in ms since 1970."""
+    """When the job ended, in ms since 1970 by Redis' clock."""
     result: TagResult
-    """Its answer: status, error with code and stage, attempts, worker, times."""
+    """The answer: status, error with code and stage, attempts, worker, times."""
     message: bytes
-    """The bytes as they were sent."""
+    """The Celery message as it was sent."""
     lane: Lane | None
+    """The lane that `requeue` puts it into; None where this version does not know the lane."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadFilter:
-    """Which dead letters are meant; what is None does not matter."""
+    """Selects dead letters: all fields that are set must match."""
 
     code: str | None = None
+    """Error code, such as `source_not_found`."""
     stage: str | None = None
+    """Stage in which the job failed, such as `fetch`."""
     status: str | None = None
+    """`rejected` or `failed`."""
     worker: str | None = None
+    """Name of the worker that answered."""
     image: str | None = None
-    """Part of the picture's reference."""
+    """Part of the image's reference."""
     older_s: float | None = None
+    """Ended longer ago than this, in seconds."""
     newer_s: float | None = None
+    """Ended within this time, in seconds."""
 
     def __post_init__(self) -> None:
-        """Refuse ages that are none."""
+        """Check the ages.
+
+        Raises:
+            RequestError: an age is not a number of seconds.
+        """
         for name in ("older_s", "newer_s"):
             if (value := getattr(self, name)) is not None:
                 read_seconds(name, value)
 
     def admits(self, letter: DeadLetter) -> bool:
-        """Whether a letter passes, but for its age."""
+        """Whether a dead letter matches all fields except the ages, which Redis compares."""
         result = letter.result
         error = result.error
         return (
@@ -75,14 +86,14 @@ class DeadFilter:
 
 
 class DeadLetters:
-    """The dead letters of one Redis. Raises redis.RedisError."""
+    """Reads, requeues and drops dead letters. Thread-safe; every method may raise redis.RedisError."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
         self._requeue = load_script(client, "requeue")
 
     def read(self, where: DeadFilter | None = None, *, limit: int | None = None) -> Iterator[DeadLetter]:
-        """Yield letters, newest first. One that dies or leaves meanwhile may be missed."""
+        """Yield dead letters, newest first. Those that are added or removed during the iteration may be missing."""
         where = where or DeadFilter()
         now_ms = server_time_ms(self._client)
         newest = now_ms - where.older_s * 1000 if where.older_s is not None else "+inf"
@@ -98,28 +109,27 @@ class DeadLetters:
                     yield letter
 
     def show(self, job_id: str) -> DeadLetter | None:
-        """One letter, or None."""
+        """One dead letter, or None."""
         died_ms = self._client.zscore(DEAD, job_id)
         letters = [] if died_ms is None else list(self._load([(job_id.encode(), died_ms)]))
         return letters[0] if letters else None
 
     def requeue(self, job_ids: Iterable[str]) -> list[str]:
-        """Send letters to the back of their lane, with a fresh attempt count and their old ids; return which went.
+        """Put dead letters at the back of their lane, with the same ids; return the ids that were requeued.
 
-        One whose `expires` has passed is answered `expired`. Their old answers are forgotten: who waits for the
-        id waits for the new one, and the results stream gets a second entry for it.
+        Attempts start at one again. The old answer is removed, so a wait for the id waits for the new one.
         """
-        back: list[str] = []
+        requeued: list[str] = []
         for portion in chunks(list(job_ids), CHUNK_SIZE):
             reply: Any = self._requeue(
                 keys=[DEAD, DEAD_ANSWERS, DEAD_MESSAGES, ATTEMPTS, COUNTERS],
                 args=[done_key(""), result_key(""), *portion],
             )
-            back += [job_id.decode() for job_id in reply]
-        return back
+            requeued += [job_id.decode() for job_id in reply]
+        return requeued
 
     def drop(self, job_ids: Iterable[str]) -> int:
-        """Forget letters; return how many there were. Their answers stay where they are."""
+        """Delete dead letters; return how many were deleted. Their answers are not deleted."""
         dropped = 0
         for portion in chunks(list(job_ids), CHUNK_SIZE):
             with self._client.pipeline(transaction=True) as pipe:

@@ -1,29 +1,38 @@
-"""What `Client.enqueue_many` is given: items, and fields for all items. Names that would have no effect are refused."""
+"""Checks the items of `Client.enqueue_many` and the fields for all items; unknown names are refused."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
+from uuid import uuid4
 
 from pydantic_core import to_json
 
 from shiwu.client.arguments import refused
 from shiwu.contract import REQUEST_FIELDS, ErrorCode, Request, RequestError, unknown_names
 
-OF_THE_CALL: Final = (
-    *("lane", "expires_s", "answer_by_s", "countdown_s", "priority", "replicas"),
-    *("batch_size", "max_waiting", "wait_s", "id_from"),
+CALL_ARGUMENTS: Final = (
+    "lane",
+    "expires_s",
+    "answer_by_s",
+    "countdown_s",
+    "priority",
+    "replicas",
+    "batch_size",
+    "max_waiting",
+    "wait_s",
+    "id_from",
 )
-"""They hold for all items of a call, which are sent together."""
-_OF_AN_ITEM: Final = (*REQUEST_FIELDS, "id")
+"""Arguments of the call, which apply to all items because these are sent together."""
+_ITEM_FIELDS: Final = (*REQUEST_FIELDS, "id")
 
 
 def check_images(images: object) -> None:
-    """Refuse one reference where many are expected: its letters would be taken for references.
+    """Refuse a single reference, whose characters would be read as references.
 
     Raises:
-        TypeError: says what to do.
+        TypeError: `images` is a single reference, or cannot be iterated.
     """
     if isinstance(images, str | bytes | Mapping):
         raise TypeError(f"images: expected several references, got one {type(images).__name__}; use enqueue or [image]")
@@ -32,42 +41,47 @@ def check_images(images: object) -> None:
 
 
 def check_shared_fields(fields: Mapping[str, Any]) -> None:
-    """Refuse names that are no fields of a request.
+    """Refuse names that are not fields of a request.
 
     Raises:
-        TypeError: names them, as Python does for a function's own arguments.
+        TypeError: as Python raises for unknown arguments of a function.
     """
     if "id" in fields:
         raise TypeError("id: expected in each item, got one for all items, of which only one would be answered")
-    if unknown := unknown_names(fields, known=(*REQUEST_FIELDS, *OF_THE_CALL)):
+    if unknown := unknown_names(fields, known=(*REQUEST_FIELDS, *CALL_ARGUMENTS)):
         raise TypeError(f"enqueue_many got unknown arguments: {unknown}")
 
 
 def request_id(request: Request) -> str:
-    """An id that is made of what is asked: the same reference with the same labels and options gives the same id.
+    """An id derived from the request: the same reference, labels and options give the same id.
 
-    Who knows the request knows the id, so it protects nothing.
+    The id is no secret: a program that knows the request can compute it.
     """
-    asked = request.model_dump(exclude_defaults=True, mode="json")
-    return f"ref-{hashlib.sha256(to_json(asked)).hexdigest()[:40]}"
+    fields = request.model_dump(exclude_defaults=True, mode="json")
+    return f"ref-{hashlib.sha256(to_json(fields)).hexdigest()[:40]}"
+
+
+def random_id(_: Request) -> str:
+    """A new random id, whatever the request."""
+    return str(uuid4())
 
 
 def read_item(item: str | Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The request fields of one item, and its id if it brings one.
+    """The request fields of one item, and its id or None.
 
     Raises:
-        RequestError: invalid_request, for names that would have no effect.
+        RequestError: invalid_request, for unknown or misplaced names.
     """
     if not isinstance(item, str | Mapping):
         raise refused("images", "references, or mappings of a request's fields", item)
     own = {"image": item} if isinstance(item, str) else dict(item)
-    if misplaced := [name for name in OF_THE_CALL if name in own]:
+    if misplaced := [name for name in CALL_ARGUMENTS if name in own]:
         raise RequestError(
             ErrorCode.INVALID_REQUEST,
             f"{misplaced[0]}: expected as an argument of enqueue_many, for all items, got it in one item; "
-            "enqueue items that differ in it by a call of their own",
+            "enqueue items with another value in a separate call",
         )
-    if unknown := unknown_names(own, known=_OF_AN_ITEM):
+    if unknown := unknown_names(own, known=_ITEM_FIELDS):
         raise RequestError(ErrorCode.INVALID_REQUEST, f"expected fields of a request in an item, got {unknown}")
     job_id = own.pop("id", None)
     return {**shared, **own}, job_id

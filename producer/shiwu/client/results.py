@@ -1,4 +1,4 @@
-"""Answers as they lie under their keys."""
+"""Reads answers from Celery's result keys."""
 
 from __future__ import annotations
 
@@ -11,35 +11,42 @@ from shiwu.errors import ForeignResult, JobFailed
 
 
 class TagResult(Answer, frozen=True):
-    """An answer with the questions that one usually asks of it."""
+    """The answer of a job, as `Client` returns it: status, tags or error, and times. Immutable.
+
+    Check `ok` first: `tags` is None where the job has no tags, and `error` is None where it has no error.
+    """
 
     def __post_init__(self) -> None:
-        """Recognise known words in what was read."""
+        """Convert known words to members of their enums."""
         self.recognise_words()
 
     @property
     def ok(self) -> bool:
-        """Whether the picture was tagged."""
+        """Whether the status is `tagged`."""
         return self.status is Status.TAGGED
 
     @property
     def best(self) -> str | None:
-        """The best label, or None."""
+        """The label with the highest score, or None where there are no tags."""
         return self.tags[0].label if self.tags else None
 
     def raise_for_status(self) -> TagResult:
-        """Return itself when the picture was tagged, else raise JobFailed with the code and the reason."""
+        """Return this answer if its status is `tagged`.
+
+        Raises:
+            JobFailed: the job ended without tags; the text has the error code and the reason.
+        """
         if self.ok:
             return self
-        why = f"{self.error.code}: {self.error.message}" if self.error else str(self.status)
-        raise JobFailed(why, self)
+        reason = f"{self.error.code}: {self.error.message}" if self.error else str(self.status)
+        raise JobFailed(reason, self)
 
 
 def read_result(raw: bytes) -> TagResult:
-    """Read what lies under a result key, whichever of Celery's states it has.
+    """Read the value of a result key, in any of Celery's states.
 
     Raises:
-        ForeignResult: shiwu did not write it.
+        ForeignResult: it is the result of another task.
     """
     try:
         meta = msgspec.json.decode(raw, type=_Meta)
@@ -49,8 +56,8 @@ def read_result(raw: bytes) -> TagResult:
     if isinstance(result, dict):
         if isinstance(answer := result.get("answer", result), dict) and {"id", "status", "version"} <= answer.keys():
             return _read_fields(answer, job_id=meta.task_id)
-        if follower := _follower(meta, result):
-            return follower
+        if answer_of_follower := _follower_answer(meta, result):
+            return answer_of_follower
     raise ForeignResult(
         f"expected an answer of shiwu under the id {meta.task_id}, got the result of another Celery task in the state "
         f"{meta.status}; read it by that task's own AsyncResult"
@@ -58,7 +65,7 @@ def read_result(raw: bytes) -> TagResult:
 
 
 def read_answer(raw: bytes, *, job_id: str) -> TagResult:
-    """Read an answer as JSON; one that this version cannot read gives a result with the code `answer_unreadable`."""
+    """Read an answer from JSON; one that this version cannot read becomes a result with `answer_unreadable`."""
     try:
         return TagResult.from_json(raw)
     except ValueError as error:
@@ -78,17 +85,17 @@ def _unreadable(job_id: str, error: ValueError) -> TagResult:
 
 
 class _Meta(msgspec.Struct):
-    """What Celery's JSON results have in common."""
+    """The fields that all of Celery's JSON results have."""
 
     status: str
     task_id: str
     result: Any = None
 
 
-def _follower(meta: _Meta, result: dict[str, Any]) -> TagResult | None:
+def _follower_answer(meta: _Meta, result: dict[str, Any]) -> TagResult | None:
     """The answer of a job that never ran because a job before it in its chain ended without tags."""
-    said = result.get("exc_message")
-    text = ", ".join(map(str, said)) if isinstance(said, list | tuple) else str(said)
+    message = result.get("exc_message")
+    text = ", ".join(map(str, message)) if isinstance(message, list | tuple) else str(message)
     kind = (meta.status, result.get("exc_module"), result.get("exc_type"))
     if kind == ("REVOKED", "celery.exceptions", "TaskRevokedError"):
         status = Status.EXPIRED if text == Status.EXPIRED else Status.CANCELLED

@@ -1,4 +1,4 @@
-"""What a loop over the results stream gets, and how it waits while Redis is away."""
+"""The items of a loop over the results stream, and its pauses while Redis is unavailable."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from shiwu.client.results import TagResult
 from shiwu.contract import RESULT_STREAM
 
 MAX_REPORTED: Final = 10_000
-"""Entries that cannot be read and are remembered, so that each is reported once."""
-FIRST_PAUSE_S: Final = 0.1
-LONGEST_PAUSE_S: Final = 2.0
+"""How many unreadable entries are remembered, so that each is reported once."""
+MIN_PAUSE_S: Final = 0.1
+MAX_PAUSE_S: Final = 2.0
 log: Final = logging.getLogger("shiwu")
 
 
 @dataclass(frozen=True)
 class StreamItem:
-    """One entry of the results stream. It stays with this consumer until `ack`."""
+    """One answer of the results stream. It belongs to this consumer until `ack`, or until it is idle for too long."""
 
     entry_id: str
+    """Id of the entry in the stream."""
     result: TagResult
+    """The answer, whatever its status."""
     _client: redis.Redis
     _group: str
 
     def ack(self, *, away_s: float = 0.0) -> None:
-        """Say that the answer has had its effect; it is not delivered to this group again.
+        """Acknowledge the answer: the group does not get it again. May be called from any thread.
 
         Args:
-            away_s: how long to try again while Redis is away.
+            away_s: how long to retry while Redis is unavailable, in seconds.
 
         Raises:
-            redis.RedisError: Redis did not take it; the answer will be delivered again.
+            redis.RedisError: the answer is not acknowledged, and will be delivered again.
         """
         outage = Outage(away_s=away_s)
         while True:
@@ -56,17 +58,20 @@ class StreamItem:
 class UnreadableItem:
     """An entry of the results stream that this version of the client cannot read.
 
-    It stays pending, so that the group gets it again after the client was upgraded; `ack` gives it up.
+    It stays pending, so that the group gets it again after an upgrade of the client; `ack` gives it up.
     """
 
     entry_id: str
+    """Id of the entry in the stream."""
     fields: Mapping[bytes, bytes]
+    """The fields of the entry as they are in Redis."""
     reason: str
+    """Why it cannot be read."""
     _client: redis.Redis
     _group: str
 
     def ack(self) -> None:
-        """Give the entry up: it is not delivered to this group again."""
+        """Give the entry up: the group does not get it again."""
         self._client.xack(RESULT_STREAM, self._group, self.entry_id)
 
 
@@ -76,7 +81,7 @@ def log_unreadable(item: UnreadableItem) -> None:
 
 
 class EntryReader:
-    """Turns entries into items, and reports each entry that cannot be read once."""
+    """Converts entries to items, and reports each unreadable entry once."""
 
     def __init__(self, client: redis.Redis, *, group: str, on_unreadable: Callable[[UnreadableItem], None]) -> None:
         self._client = client
@@ -84,11 +89,11 @@ class EntryReader:
         self._on_unreadable = on_unreadable
         self._reported: OrderedDict[bytes, None] = OrderedDict()
 
-    def of(self, entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[StreamItem]:
-        """The entries that can be read."""
+    def read(self, entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[StreamItem]:
+        """The readable entries as items; entries that were trimmed while pending are acknowledged."""
         items = []
         for entry_id, fields in entries:
-            if not fields:  # an entry that was trimmed away while pending has none
+            if not fields:  # the entry was trimmed while it was pending
                 self._client.xack(RESULT_STREAM, self._group, entry_id)
                 continue
             try:
@@ -106,7 +111,7 @@ class EntryReader:
 
 
 class Outage:
-    """Pauses while Redis is away, growing and bounded, and says so once to the logger `shiwu`."""
+    """Pauses while Redis is unavailable, each longer than the last up to a limit; logs the begin and the end."""
 
     def __init__(self, *, away_s: float | None) -> None:
         self._away_s = away_s
@@ -122,7 +127,7 @@ class Outage:
         """Pause before the next try.
 
         Raises:
-            redis.RedisError: the error, when it does not pass by itself, or has lasted for too long.
+            redis.RedisError: this error, if a retry cannot help or it has lasted longer than `away_s`.
         """
         now_s = time.monotonic()
         since_s = now_s if self._since_s is None else self._since_s
@@ -131,18 +136,18 @@ class Outage:
         if self._since_s is None:
             log.warning("%s; trying again", explain(error))
         self._since_s = since_s
-        self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2 or FIRST_PAUSE_S)
+        self._pause_s = min(MAX_PAUSE_S, self._pause_s * 2 or MIN_PAUSE_S)
         Event().wait(self._pause_s)
 
     def end(self) -> None:
-        """Redis has answered."""
+        """Record that Redis has answered."""
         if self._since_s is not None:
             log.warning("Redis answers again, after %.1f s", time.monotonic() - self._since_s)
         self._since_s, self._pause_s = None, 0.0
 
 
 def _read_entry(fields: Mapping[bytes, bytes]) -> TagResult:
-    """Read an entry of the results stream.
+    """Read the answer of a stream entry.
 
     Raises:
         ValueError: it has no answer, or one that this version cannot read.

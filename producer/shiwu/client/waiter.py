@@ -1,6 +1,6 @@
-"""Waiting for answers: announced on their channels, and looked up under their keys.
+"""Waits for answers: listens on their channels, and polls their keys.
 
-An announcement may be lost with a connection; the key stays. So whoever waits listens, and looks again now and then.
+A message on a channel may be lost with a connection, but the key stays. So a waiter listens, and polls now and then.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import redis
@@ -17,26 +17,30 @@ from shiwu.broker.chunks import chunks
 from shiwu.broker.redis_errors import ConnectionsBusy, info_of
 from shiwu.client.results import TagResult, read_result
 from shiwu.contract import RESULT_PREFIX, ErrorCode, RequestError, result_key
+from shiwu.errors import WaitTimeout
 
-POLL_EVERY_S: Final = 2.0
+LISTENING_POLL_S: Final = 2.0
+"""Seconds between two polls of a waiter that listens."""
 POLL_S: Final = 0.25
-AWAY_S: Final = 0.25
+"""Seconds between two polls of a waiter without a connection to listen on."""
+RETRY_PAUSE_S: Final = 0.25
+"""Pause after an error of Redis."""
 CHUNK_SIZE: Final = 500
 
 
 def as_answered(
     client: redis.Redis, listener: redis.Redis, ids: Sequence[str], *, timeout_s: float
 ) -> Iterator[tuple[str, TagResult]]:
-    """Yield (id, answer) as they come; end when all have come or the time is over.
+    """Yield (id, answer) in the order in which answers come; end after the last one or after `timeout_s`.
 
     Args:
-        client: looks at keys; it holds a connection for one command.
-        listener: subscribes; it holds a connection for as long as this waits. Where it has none left, this looks at
-            the keys more often instead, so that any number of threads may wait.
+        client: polls keys; it holds a connection for one command.
+        listener: subscribes; it holds a connection during the wait. Where it has no connection left, this polls more
+            often instead, so that any number of threads may wait.
 
     Raises:
-        RequestError: `timeout_s` is nan, which would never be over.
-        redis.RedisError: an error that does not pass by itself (`shiwu.broker.redis_errors`); others are waited for.
+        RequestError: `timeout_s` is NaN.
+        redis.RedisError: an error that a retry cannot cure (see `shiwu.broker.redis_errors`).
     """
     if math.isnan(timeout_s):
         raise RequestError(ErrorCode.INVALID_REQUEST, "timeout_s: expected a number of seconds, got nan")
@@ -49,30 +53,44 @@ def as_answered(
         except (redis.RedisError, OSError) as error:
             if not info_of(error).passes:
                 raise
-            pause.wait(max(0.0, min(AWAY_S, until_s - time.monotonic())))
+            pause.wait(max(0.0, min(RETRY_PAUSE_S, until_s - time.monotonic())))
         if time.monotonic() >= until_s:
             return
+
+
+def collect(answers: Iterable[tuple[str, TagResult]], ids: Sequence[str], *, timeout_s: float) -> dict[str, TagResult]:
+    """Gather (id, answer) pairs; return id → answer in the order of `ids`.
+
+    Raises:
+        WaitTimeout: `answers` ended without an answer for each id.
+    """
+    found = dict(answers)
+    if missing := [job_id for job_id in ids if job_id not in found]:
+        raise WaitTimeout(
+            f"expected {len(ids)} answers within {timeout_s:g} s, {len(missing)} are missing, first {missing[0]}"
+        )
+    return {job_id: found[job_id] for job_id in ids}
 
 
 def _wait_once(
     client: redis.Redis, listener: redis.Redis, missing: dict[str, None], *, until_s: float
 ) -> Iterator[tuple[str, TagResult]]:
-    """Take found answers out of `missing`, until there is none left, the time is over, or Redis fails."""
+    """Yield answers and remove their ids from `missing`, until none is missing, the time is over, or Redis fails."""
     with listener.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]  # redis' own
-        # Subscribe first and look afterwards: an answer between the two is then seen at least once.
+        # Subscribes first and polls afterwards, so that an answer in between is not missed.
         portions = chunks(list(missing), CHUNK_SIZE)
         try:
             pubsub.subscribe(*map(result_key, next(portions)))
         except ConnectionsBusy:
-            yield from _look(client, missing)
+            yield from _poll(client, missing)
             threading.Event().wait(max(0.0, min(POLL_S, until_s - time.monotonic())))
             return
         for portion in portions:
             pubsub.subscribe(*map(result_key, portion))
         while missing:
-            yield from _look(client, missing)
-            look_s = time.monotonic() + POLL_EVERY_S
-            while missing and (left_s := min(look_s, until_s) - time.monotonic()) > 0:
+            yield from _poll(client, missing)
+            poll_at_s = time.monotonic() + LISTENING_POLL_S
+            while missing and (left_s := min(poll_at_s, until_s) - time.monotonic()) > 0:
                 message = pubsub.get_message(timeout=left_s)
                 if message is not None:
                     job_id = message["channel"].decode().removeprefix(RESULT_PREFIX)
@@ -83,7 +101,7 @@ def _wait_once(
                 return
 
 
-def _look(client: redis.Redis, missing: dict[str, None]) -> Iterator[tuple[str, TagResult]]:
+def _poll(client: redis.Redis, missing: dict[str, None]) -> Iterator[tuple[str, TagResult]]:
     for portion in chunks(list(missing), CHUNK_SIZE):
         replies: Any = client.mget([result_key(job_id) for job_id in portion])
         for job_id, raw in zip(portion, replies, strict=True):
