@@ -29,7 +29,7 @@ MISSING = {"torch", "transformers", "PIL", "boto3", "botocore", "numpy", "celery
     "prometheus_client",
     "urllib3",
 }
-HEAVY = {"torch", "transformers", "PIL", "boto3", "numpy", "celery", "kombu", "shiwu_worker"}
+HEAVY = {"torch", "transformers", "PIL", "boto3", "numpy", "celery", "kombu", "shiwu_worker", "jinja2"}
 
 
 @pytest.mark.parametrize(
