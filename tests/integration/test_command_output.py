@@ -60,7 +60,7 @@ def test_tag_shows_reasons_and_hints(shared_worker: WorkerProcess, s3: S3Server)
 @pytest.mark.parametrize(
     ("args", "code", "text"),
     [
-        (["--labels", "two words"], 2, "for a word use --label 'two words'"),
+        (["--labels", "two words"], 2, "for a single label use --label 'two words'"),
         (["--labels", "猫"], 1, "--labels WORD,"),
         (["--label", "猫", "--labels", "six-zh"], 2, "expected --labels or --label, got both"),
         (["--labels", "熊猫,"], 0, "熊猫 1.000"),
@@ -93,7 +93,7 @@ def test_tag_without_a_worker_says_so(
     redis_url: str, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch, has_worker: bool, is_told: bool
 ) -> None:
     """On standard error, long before the time is over; the exit code stays the one of a time-out."""
-    monkeypatch.setattr(ask, "LOOK_FOR_WORKERS_S", 0.1)
+    monkeypatch.setattr(ask, "WORKER_CHECK_AFTER_S", 0.1)
     if has_worker:
         redis_client.zadd(WORKERS, {"w": time.time() * 1000})
     found = call(redis_url, "tag", "s3://b/k", "--timeout", "0.3")

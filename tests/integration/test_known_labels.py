@@ -87,13 +87,13 @@ def test_set_is_noted_once_and_errors_cost_nothing(redis_client: redis.Redis, mo
     monkeypatch.setattr(notes, "note", lambda sets: (calls.append(len(sets)), write(sets)))
     noter = LabelNoter(notes)
     first, second = LabelSet(None, ("a",)), LabelSet(None, ("b",))
-    noter.answered([settled(first), settled(None), settled(first), settled(second), settled(LabelSet(None, ("a",)))])
-    noter.answered([settled(second)])
+    noter.committed([settled(first), settled(None), settled(first), settled(second), settled(LabelSet(None, ("a",)))])
+    noter.committed([settled(second)])
     assert calls == [2]
     redis_client.delete(LABELS)
     redis_client.set(LABELS, "a text")
-    noter.answered([settled(LabelSet(None, ("c",)))])
-    noter.answered([settled(LabelSet(None, ("c",)))])
+    noter.committed([settled(LabelSet(None, ("c",)))])
+    noter.committed([settled(LabelSet(None, ("c",)))])
     assert calls == [2, 1]
-    noter.answered([settled(LabelSet(None, (str(n),))) for n in range(MAX_REMEMBERED + 10)])
+    noter.committed([settled(LabelSet(None, (str(n),))) for n in range(MAX_REMEMBERED + 10)])
     assert len(noter._noted_s) == MAX_REMEMBERED

@@ -250,7 +250,7 @@ def test_consumers_that_hold_nothing_are_removed_in_time(
     redis_url: str, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of processes that ended long ago; never one that holds entries."""
-    monkeypatch.setattr("shiwu.client.stream.FORGET_CONSUMER_S", 0.0)
+    monkeypatch.setattr("shiwu.client.stream.CONSUMER_TTL_S", 0.0)
     fill(redis_client, 2)
     redis_client.xgroup_create(RESULT_STREAM, "g", id="0")
     redis_client.xreadgroup("g", "holds", {RESULT_STREAM: ">"}, count=1)

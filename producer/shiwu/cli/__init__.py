@@ -1,9 +1,8 @@
-"""`shiwu` on the command line: ask, wait, follow, look, tidy up."""
+"""The command `shiwu`: tag images, enqueue jobs, read answers, show queues, requeue dead letters, sweep."""
 
 from __future__ import annotations
 
-from shiwu.cli import ask, dead, gallery, labels, sweep
-from shiwu.cli import inspect as look
+from shiwu.cli import ask, dead, gallery, inspect, labels, sweep
 from shiwu.cli.base import main
 
-__all__ = ["ask", "dead", "gallery", "labels", "look", "main", "sweep"]
+__all__ = ["ask", "dead", "gallery", "inspect", "labels", "main", "sweep"]

@@ -1,4 +1,4 @@
-"""`python -m shiwu.cli`."""
+"""Runs the command `shiwu` as `python -m shiwu.cli`."""
 
 from shiwu.cli import main
 

@@ -1,4 +1,4 @@
-"""Ask about pictures, wait for them, cancel them."""
+"""The commands that send jobs: tag, enqueue and cancel."""
 
 from __future__ import annotations
 
@@ -25,31 +25,36 @@ from shiwu.client.results import TagResult
 from shiwu.contract import ErrorCode, RequestError, without_query
 from shiwu.errors import ShiwuError
 
-BAR_FROM: Final = 500
-"""Work on fewer pictures needs no progress bar."""
-LOOK_FOR_WORKERS_S: Final = 3.0
-"""Without an answer for so long, `shiwu tag` looks whether there is a worker at all."""
-HEADINGS: Final = ("picture", "tags", "queue", "fetch", "decode", "batch", "encode", "total ms")
+PROGRESS_BAR_FROM: Final = 500
+"""Fewer images than this get no progress bar."""
+WORKER_CHECK_AFTER_S: Final = 3.0
+"""After this time without an answer, `shiwu tag` checks whether a worker runs."""
+HEADINGS: Final = ("image", "tags", "queue", "fetch", "decode", "batch", "encode", "total ms")
 
 
-def _asking(command: Any) -> Any:
+def _request_options(command: Any) -> Any:
     for option in (
         click.option(
-            "--labels", help="Name of a label set, or words separated by commas; a single word with a comma: 猫,"
+            "--labels", help="Name of a label set, or labels separated by commas; a single label with a comma: 猫,"
         ),
-        click.option("--label", "words", multiple=True, metavar="WORD", help="One word of your own; may be repeated."),
-        click.option("--top-k", default=5, show_default=True, help="How many labels."),
+        click.option("--label", "words", multiple=True, metavar="WORD", help="One label of your own; may be repeated."),
+        click.option("--top-k", default=5, show_default=True, help="How many tags at most."),
         click.option("--threshold", default=0.0, show_default=True, help="Lowest score to show, 0 to 1."),
         click.option("--min-cosine", type=float, help="Lowest cosine to show, -1 to 1."),
         click.option("--head", type=click.Choice(["softmax", "sigmoid"]), help="Default: the label set's own."),
-        click.option("--expires", "expires_s", type=Seconds(), help="Seconds after which nobody wants the answer."),
+        click.option(
+            "--expires",
+            "expires_s",
+            type=Seconds(),
+            help="Seconds after which a job that has not started is answered `expired`.",
+        ),
     ):
         command = option(command)
     return command
 
 
 def _labels(labels: str | None, words: Sequence[str]) -> str | list[str] | None:
-    """The name of a label set, or words."""
+    """The name of a label set, or a list of labels."""
     if labels is not None and words:
         raise click.UsageError("expected --labels or --label, got both")
     if words:
@@ -59,22 +64,21 @@ def _labels(labels: str | None, words: Sequence[str]) -> str | list[str] | None:
 
 
 @contextlib.contextmanager
-def _explained(labels: str | list[str] | None) -> Iterator[None]:
-    """Add to the refusal of a name what a single word needs."""
+def _with_label_hint(labels: str | list[str] | None) -> Iterator[None]:
+    """Add to the error about a label set's name how to send a single label."""
     try:
         yield
     except RequestError as error:
         if error.code is ErrorCode.INVALID_LABELS and isinstance(labels, str) and labels.strip():
-            text = (
-                f"{error}; {labels!r} was read as the name of a label set: for a word use --label {shlex.quote(labels)}"
-            )
+            hint = f"for a single label use --label {shlex.quote(labels)}"
+            text = f"{error}; {labels!r} was read as the name of a label set: {hint}"
             raise RequestError(error.code, text) from None
         raise
 
 
 @main.command()
 @click.argument("references", nargs=-1, required=True, metavar="REF…")
-@_asking
+@_request_options
 @click.option("--lane", type=click.Choice(["interactive", "bulk"]), default="interactive", show_default=True)
 @click.option(
     "--timeout", "timeout_s", type=Seconds(), default=60.0, show_default=True, help="Seconds to wait for all answers."
@@ -95,14 +99,14 @@ def tag(
     as_json: bool,
     **fields: Any,
 ) -> None:
-    """Ask about pictures, wait, and show their tags and times.
+    """Tag images: enqueue them, wait for the answers, and show tags and times.
 
     REF is s3://bucket/key, https://…, http://… or file:///… (where the worker allows the folder).
     """
     fields["labels"] = _labels(labels, words)
-    # The table also names the best label where none reaches the threshold, so the worker is asked for all of them.
+    # The table also shows the best label where none reaches the threshold, so the worker applies no threshold.
     fields["threshold"] = threshold if as_json or not 0 <= threshold <= 1 else 0.0
-    with _explained(fields["labels"]):
+    with _with_label_hint(fields["labels"]):
         ids = list(client.enqueue_many(references, lane=lane, expires_s=expires_s, **fields))
     found: dict[str, TagResult] = {}
     for job_id, result in _with_bar(_answers(client, ids, timeout_s=timeout_s), len(ids), "answers"):
@@ -126,10 +130,10 @@ def tag(
 
 
 def _answers(client: Client, ids: Sequence[str], *, timeout_s: float) -> Iterator[tuple[str, TagResult]]:
-    """Answers as they come; where some are late and no worker runs, say so on standard error."""
+    """Yield answers as they come; warn on standard error if some are late and no worker runs."""
     began_s = time.monotonic()
     missing = dict.fromkeys(ids)
-    for job_id, result in client.as_answered(ids, timeout_s=min(timeout_s, LOOK_FOR_WORKERS_S)):
+    for job_id, result in client.as_answered(ids, timeout_s=min(timeout_s, WORKER_CHECK_AFTER_S)):
         del missing[job_id]
         yield job_id, result
     left_s = timeout_s - (time.monotonic() - began_s)
@@ -147,14 +151,14 @@ def _answers(client: Client, ids: Sequence[str], *, timeout_s: float) -> Iterato
 
 
 def _row(reference: str, result: TagResult | None, threshold: float, *, warned: set[str]) -> Row:
-    """One picture: its tags or the code of its error, and its times.
+    """The row of one image: its tags or its error code, and its times.
 
     Args:
-        warned: warnings that rows above have shown; most of them hold for all pictures of a call.
+        warned: warnings of the rows above; they are not repeated, because most apply to all images of a call.
     """
-    picture = without_query(reference)
+    image = without_query(reference)
     if result is None:
-        return Row([picture, "no answer yet", *["–"] * (len(HEADINGS) - 2)])
+        return Row([image, "no answer yet", *["–"] * (len(HEADINGS) - 2)])
     timing = result.timing
     times = [
         "–" if time_ms is None else f"{time_ms:.1f}"
@@ -162,7 +166,7 @@ def _row(reference: str, result: TagResult | None, threshold: float, *, warned: 
     ]
     if not result.ok:
         code = str(result.error.code) if result.error else str(result.status)
-        return Row([picture, code, *times], notes=notes_of(result.error), red=1)
+        return Row([image, code, *times], notes=notes_of(result.error), red=1)
     tags = [f"{tag.label} {tag.score:.3f}" for tag in result.tags or ()]
     kept = [text for text, tag in zip(tags, result.tags or (), strict=True) if tag.score >= threshold]
     notes = []
@@ -172,18 +176,18 @@ def _row(reference: str, result: TagResult | None, threshold: float, *, warned: 
     new = [warning.message for warning in result.warnings or () if warning.message not in warned]
     warned.update(new)
     notes += [f"warning: {message}" for message in new]
-    return Row([picture, "  ".join(kept) or "–", *times], notes=notes)
+    return Row([image, "  ".join(kept) or "–", *times], notes=notes)
 
 
 @main.command()
 @click.argument("references", nargs=-1, metavar="REF…|-")
-@_asking
+@_request_options
 @click.option("--lane", type=click.Choice(["interactive", "bulk"]), default="bulk", show_default=True)
 @click.option("--from-file", type=click.File("rb"), help="One reference a line, in UTF-8.")
 @click.option(
     "--id-from",
     type=click.Choice(["reference"]),
-    help="Make ids from the reference and the options above: a second run adds no jobs. Default: random ids.",
+    help="Derive ids from the reference and the options above: a second run adds no jobs. Default: random ids.",
 )
 @click.option(
     "--limit",
@@ -193,7 +197,9 @@ def _row(reference: str, result: TagResult | None, threshold: float, *, warned: 
     show_default=True,
     help="How many messages the lane may hold.",
 )
-@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait while the lane is full or Redis is away.")
+@click.option(
+    "--wait/--no-wait", default=True, show_default=True, help="Wait while the lane is full or Redis is unavailable."
+)
 @click.pass_obj
 def enqueue(
     client: Client,
@@ -208,12 +214,12 @@ def enqueue(
     wait: bool,
     **fields: Any,
 ) -> None:
-    """Ask about pictures and print the job ids, without waiting for answers.
+    """Enqueue images and print the job ids, without waiting for answers.
 
     `-` reads references from standard input, one a line; empty lines and lines that begin with # are skipped. A line
-    may begin with an id of your own and a tab. The same id is one job, however often it is enqueued.
+    may begin with an id of your own and a tab. An id that is enqueued again is answered once only.
 
-    Where the lane is full it waits for room. Ctrl-C ends it, and says how much was enqueued.
+    The command waits while the lane is full. Ctrl-C ends it, and prints how many jobs were enqueued.
     """
     if bool(references) == (from_file is not None):
         raise click.UsageError("expected references, - or --from-file, and only one of them")
@@ -221,12 +227,12 @@ def enqueue(
         if sys.stdin is None:
             raise click.UsageError("expected references on standard input, but it is closed")
         from_file = sys.stdin.buffer
-    asked = _lines(from_file) if from_file is not None else iter(references)
+    images = _lines(from_file) if from_file is not None else iter(references)
     fields["labels"] = _labels(labels, words)
-    with _explained(fields["labels"]):
-        client.server_time_ms()  # a wrong address is told now, not waited for
+    with _with_label_hint(fields["labels"]):
+        client.server_time_ms()  # fails now if the address is wrong, because enqueue_many would wait
         wait_s = math.inf if wait else 0.0
-        ids = client.enqueue_many(asked, lane=lane, expires_s=expires_s, wait_s=wait_s, **fields)
+        ids = client.enqueue_many(images, lane=lane, expires_s=expires_s, wait_s=wait_s, **fields)
         _print_ids(_with_bar(ids, None if from_file is not None else len(references), "enqueued"))
 
 
@@ -238,7 +244,7 @@ def _print_ids(ids: Iterable[str]) -> None:
             count += 1
     except KeyboardInterrupt:
         end(
-            f"interrupted; {count} ids were printed, and one portion more may have been enqueued. With ids of your own "
+            f"interrupted; {count} ids were printed, and one more portion may have been enqueued. With ids of your own "
             "or --id-from reference a second run enqueues nothing twice",
             Exit.INTERRUPTED,
         )
@@ -249,7 +255,7 @@ def _print_ids(ids: Iterable[str]) -> None:
 
 
 def _lines(source: Iterable[bytes]) -> Iterator[str | dict[str, str]]:
-    """References, and those with ids, of a file."""
+    """The references of a file, some with ids."""
     for number, line in enumerate(source, start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -264,18 +270,18 @@ def _lines(source: Iterable[bytes]) -> Iterator[str | dict[str, str]]:
 
 
 def _with_bar(items: Iterable[Any], total: int | None, what: str) -> Iterator[Any]:
-    """A progress bar on the terminal for long work; nothing where standard error is a file."""
+    """Yield the items, with a progress bar if there are many and standard error is a terminal."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    shown = is_terminal and (total is None or total >= BAR_FROM)
+    shown = is_terminal and (total is None or total >= PROGRESS_BAR_FROM)
     with Progress(console=Console(stderr=True), transient=True, disable=not shown) as progress:
         yield from progress.track(items, total=total, description=what)
 
 
 @main.command()
 @click.argument("ids", nargs=-1, required=True, metavar="ID…")
-@click.option("--reason", default="", help="Stands in the answer.")
+@click.option("--reason", default="", help="Appears in the error of the answer.")
 @click.pass_obj
 def cancel(client: Client, /, *, ids: tuple[str, ...], reason: str) -> None:
-    """Answer jobs `cancelled` now, so that nobody works on them; print those that had no answer before."""
+    """Answer jobs `cancelled` now; print the ids that had no answer before."""
     for job_id in client.cancel(ids, reason=reason):
         echo_data(job_id)

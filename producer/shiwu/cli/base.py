@@ -1,4 +1,4 @@
-"""The command `shiwu`: its errors, its exit codes, its options."""
+"""The command group `shiwu`: its options, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shiwu.errors import RedisUrlError, ShiwuError
 
 
 class Exit(IntEnum):
-    """Exit codes; --help lists them."""
+    """Exit codes, as listed by --help."""
 
     OK = 0
     NOT_TAGGED = 1
@@ -32,10 +32,10 @@ class Exit(IntEnum):
 
 
 class Commands(click.Group):
-    """Turns the errors of all commands into one line and an exit code."""
+    """Reports the error of a command as one line and an exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command from the command line, on a terminal of any encoding."""
+        """Run the command; characters that the terminal cannot encode are escaped."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
@@ -73,7 +73,7 @@ class _Echo(logging.Handler):
 
 
 def end(message: str, code: Exit) -> NoReturn:
-    """Say why in one line, and leave."""
+    """Print the reason in one line, and exit."""
     click.echo(f"shiwu: {printable(message)}", err=True)
     sys.exit(int(code))
 
@@ -83,24 +83,24 @@ def end(message: str, code: Exit) -> NoReturn:
 @click.version_option(package_name="shiwu")
 @click.pass_context
 def main(ctx: click.Context, redis_url: str | None) -> None:
-    """Tag pictures in the background.
+    """Tag images in the background.
 
     \b
-    shiwu tag https://example.org/cat.jpg                    ask, wait, show
-    shiwu tag s3://pictures/a.jpg --labels 猫,狗,其他         with words of your own
-    shiwu enqueue --lane bulk - < references.txt             ask about many, do not wait
-    shiwu results --group archive --follow                   read every answer, as JSON lines
+    shiwu tag https://example.org/cat.jpg                    tag an image, wait, show the tags
+    shiwu tag s3://images/a.jpg --labels 猫,狗,其他           with labels of your own
+    shiwu enqueue --lane bulk - < references.txt             enqueue many images, do not wait
+    shiwu results --group archive --follow                   print every answer as a JSON line
     shiwu gallery --jsonl answers.jsonl -o page.html         images, tags and times as one HTML page
-    shiwu status                                             what waits, what runs
-    shiwu labels DIGEST                                      the labels behind an answer's digest
-    shiwu cancel ID…                                         nobody wants these any more
-    shiwu dead list                                          what ended without tags, and why
-    shiwu sweep                                              look after waiting jobs where no worker runs
+    shiwu status                                             show queues and workers
+    shiwu labels DIGEST                                      print the labels behind a digest
+    shiwu cancel ID…                                         answer jobs `cancelled` now
+    shiwu dead list                                          list jobs that ended without tags
+    shiwu sweep                                              maintain the queue without a worker
 
     \b
-    Exit codes: 0 all well, 1 a picture was not tagged, 2 wrong usage, 3 no answer in time,
-    4 Redis not reachable or the queue is full, 64 the Redis URL or what listens there can never work,
-    130 interrupted by Ctrl-C, 141 the reader of a pipe left.
+    Exit codes: 0 success, 1 an image was not tagged, 2 wrong usage, 3 no answer in time,
+    4 Redis is unavailable or the queue is full, 64 the Redis URL or the server at it cannot work,
+    130 interrupted by Ctrl-C, 141 the reader of a pipe has exited.
     """
     log = logging.getLogger("shiwu")
     log.addHandler(echo := _Echo())

@@ -1,4 +1,4 @@
-"""Dead letters: see them, send them again, drop them."""
+"""The commands for dead letters: list, show, requeue and drop."""
 
 from __future__ import annotations
 
@@ -18,43 +18,48 @@ from shiwu.client.client import Client
 from shiwu.client.dead_letters import DeadFilter, DeadLetter
 from shiwu.contract import ErrorCode, Stage
 
-LONGEST_WHOLE_ID = 40
-HEADINGS = ("id", "died", "code", "stage", "attempts", "worker", "picture")
+MAX_UNWRAPPED_ID_CHARS = 40
+"""A longer id may wrap in the table."""
+HEADINGS = ("id", "ended", "code", "stage", "attempts", "worker", "image")
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Span(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
-    """A length of time: 90s, 15m, 6h, 2d."""
+    """A duration: 90s, 15m, 6h, 2d."""
 
     name = "span"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Seconds."""
+        """The duration in seconds."""
         found = _SPAN.fullmatch(str(value))
         if found is None:
-            self.fail(f"expected a length of time such as 90s, 15m, 6h or 2d, got {value!r}", param, ctx)
+            self.fail(f"expected a duration such as 90s, 15m, 6h or 2d, got {value!r}", param, ctx)
         return float(found[1]) * _SECONDS[found[2]]
 
 
-def _filtering(command: Callable[..., Any]) -> Callable[..., Any]:
+def _filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option(
             "--code", type=click.Choice([code.value for code in ErrorCode]), metavar="CODE", help="Error code."
         ),
-        click.option("--stage", type=click.Choice([*Stage]), help="Where it failed."),
-        click.option("--status", type=click.Choice(["rejected", "failed"]), help="Its input's fault, or ours."),
-        click.option("--worker", help="Name of the worker that gave up."),
-        click.option("--image", help="Part of the picture's reference."),
-        click.option("--older", "older_s", type=Span(), help="Died longer ago than this: 90s, 15m, 6h, 2d."),
-        click.option("--newer", "newer_s", type=Span(), help="Died within this time."),
+        click.option("--stage", type=click.Choice([*Stage]), help="Stage in which the job failed."),
+        click.option(
+            "--status",
+            type=click.Choice(["rejected", "failed"]),
+            help="rejected: fault of the job; failed: of the service.",
+        ),
+        click.option("--worker", help="Name of the worker that answered."),
+        click.option("--image", help="Part of the image's reference."),
+        click.option("--older", "older_s", type=Span(), help="Ended longer ago than this: 90s, 15m, 6h, 2d."),
+        click.option("--newer", "newer_s", type=Span(), help="Ended within this time."),
     ):
         command = option(command)
     return command
 
 
 def _chosen(client: Client, ids: tuple[str, ...], every: bool, limit: int | None, fields: dict[str, Any]) -> list[str]:
-    """The ids that a command is about: those named, or those that pass the filters."""
+    """The ids that a command acts on: those named, or those that match the filters."""
     where = DeadFilter(**fields)
     if ids and (every or where != DeadFilter()):
         raise click.UsageError("expected ids or filters, got both")
@@ -69,8 +74,8 @@ def dead() -> None:
 
 
 @dead.command("list")
-@_filtering
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="The newest so many.")
+@_filter_options
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Only the newest N.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.pass_obj
 def list_(client: Client, /, *, limit: int, as_json: bool, **fields: Any) -> None:
@@ -82,8 +87,8 @@ def list_(client: Client, /, *, limit: int, as_json: bool, **fields: Any) -> Non
         else:
             rows.append(_row(letter))
     if not as_json:
-        has_long_id = any(len(row.cells[0]) > LONGEST_WHOLE_ID for row in rows)
-        # An id stays in one piece, so that it can be copied.
+        has_long_id = any(len(row.cells[0]) > MAX_UNWRAPPED_ID_CHARS for row in rows)
+        # An id is not wrapped, so that it can be copied.
         print_rows(HEADINGS, rows, text_columns=(0, 6) if has_long_id else (6,), optional=(5, 4, 3, 1))
 
 
@@ -105,7 +110,7 @@ def _row(letter: DeadLetter) -> Row:
 @click.argument("job_id", metavar="ID")
 @click.pass_obj
 def show(client: Client, /, *, job_id: str) -> None:
-    """Print one letter whole: its answer and the message as it was sent."""
+    """Print one dead letter: its answer and its message as it was sent."""
     letter = client.dead_letter(job_id)
     if letter is None:
         end(f"expected a dead letter with the id {job_id}, there is none", Exit.NOT_TAGGED)
@@ -114,15 +119,15 @@ def show(client: Client, /, *, job_id: str) -> None:
 
 @dead.command()
 @click.argument("ids", nargs=-1, metavar="ID…")
-@_filtering
-@click.option("--all", "every", is_flag=True, help="Every letter.")
-@click.option("--limit", type=click.IntRange(min=1), help="The newest so many.")
+@_filter_options
+@click.option("--all", "every", is_flag=True, help="All dead letters.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the newest N.")
 @click.option("--dry-run", is_flag=True, help="Only print the ids.")
 @click.pass_obj
 def requeue(
     client: Client, /, *, ids: tuple[str, ...], every: bool, limit: int | None, dry_run: bool, **fields: Any
 ) -> None:
-    """Send letters to their lane again, with their ids and a fresh count of attempts; print those that went."""
+    """Put dead letters back into their lane with the same ids; print the ids. Attempts start at one again."""
     chosen = _chosen(client, ids, every, limit, fields)
     sent = chosen if dry_run else client.requeue(chosen)
     for job_id in sent:
@@ -133,15 +138,15 @@ def requeue(
 
 @dead.command()
 @click.argument("ids", nargs=-1, metavar="ID…")
-@_filtering
-@click.option("--all", "every", is_flag=True, help="Every letter.")
-@click.option("--limit", type=click.IntRange(min=1), help="The newest so many.")
+@_filter_options
+@click.option("--all", "every", is_flag=True, help="All dead letters.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the newest N.")
 @click.option("--dry-run", is_flag=True, help="Only print the ids.")
 @click.pass_obj
 def drop(
     client: Client, /, *, ids: tuple[str, ...], every: bool, limit: int | None, dry_run: bool, **fields: Any
 ) -> None:
-    """Forget letters; their answers stay where they are."""
+    """Delete dead letters; their answers are not deleted."""
     chosen = _chosen(client, ids, every, limit, fields)
     if dry_run:
         for job_id in chosen:

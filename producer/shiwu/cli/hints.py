@@ -1,4 +1,4 @@
-"""What to show below a job without tags: the worker's message, and what to do about its error code."""
+"""Lines below a job without tags: the worker's message, and what to do about the error code."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Final
 from shiwu.contract import ErrorCode, ErrorInfo
 from shiwu.contract.error_codes import CODES
 
-_ON_THE_COMMAND_LINE: Final[Mapping[str, str]] = {
-    ErrorCode.UNKNOWN_LABEL_SET: "For words of your own use --label WORD, once for each, or --labels WORD,WORD; one "
-    "word alone needs a comma at its end: --labels WORD,",
+_COMMAND_LINE_REMEDIES: Final[Mapping[str, str]] = {
+    ErrorCode.UNKNOWN_LABEL_SET: "For labels of your own use --label WORD, once for each, or --labels WORD,WORD; a "
+    "single label needs a comma at its end: --labels WORD,",
     ErrorCode.CANCELLED: "",
 }
-"""Where the remedy is another one than for other callers, or none is needed."""
+"""Error code → remedy on the command line, where it differs from that in `CODES`; empty: none is needed."""
 
 
 def notes_of(error: ErrorInfo | None) -> list[str]:
-    """Lines to show below a job that has no tags: what the worker says, and what to do."""
+    """Lines to show below a job without tags: the worker's message, and what to do."""
     if error is None:
         return []
     code = str(error.code)  # a newer worker may send a code that this version does not know
     known = CODES.get(ErrorCode(code)) if code in set(ErrorCode) else None
-    hint = _ON_THE_COMMAND_LINE.get(code, known.remedy if known else "")
+    hint = _COMMAND_LINE_REMEDIES.get(code, known.remedy if known else "")
     return [note for note in (error.message, f"hint: {hint}" if hint else "") if note]

@@ -1,4 +1,4 @@
-"""Read answers, see the queues."""
+"""The commands that read: results and status."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from shiwu.client.client import Client
 from shiwu.client.stream_items import UnreadableItem
 from shiwu.contract import Lane, printable
 
-DRAIN_AWAY_S: Final = 5.0
-ACK_AWAY_S: Final = 3600.0
-"""How long to try to acknowledge an answer that was printed, before it has to be printed again."""
+MAX_OUTAGE_S: Final = 5.0
+"""How long Redis may be unavailable while the command reads without --follow."""
+ACK_MAX_OUTAGE_S: Final = 3600.0
+"""How long --follow retries to acknowledge a printed answer, which would otherwise be printed again."""
 
 
 @main.command()
 @click.option("--group", default="shiwu-cli", show_default=True, help="Consumer group; each group gets every answer.")
 @click.option(
     "--consumer",
-    help="This consumer's name; with that of one that crashed, its unacknowledged answers come immediately.",
+    help="Consumer name; with the name of a crashed one, its unacknowledged answers come immediately.",
 )
-@click.option("--follow", is_flag=True, help="Wait for more instead of ending when the stream is read.")
+@click.option("--follow", is_flag=True, help="Wait for more answers instead of ending.")
 @click.pass_obj
 def results(client: Client, /, *, group: str, consumer: str | None, follow: bool) -> None:
     """Print answers of all jobs as JSON lines, and acknowledge each one that was printed.
 
-    Without --follow it ends when all answers are printed, and waits for those that a crashed consumer of the group
-    holds until they are taken over, a minute after that consumer was last active.
+    Without --follow the command ends when all answers are printed. It first takes over answers that a crashed consumer
+    of the group holds, a minute after that consumer was last active.
     """
     block_s = 2.0 if follow else 0.05
-    away_s = None if follow else DRAIN_AWAY_S
+    away_s = None if follow else MAX_OUTAGE_S
     try:
         for item in client.results(
             group=group,
@@ -48,7 +49,7 @@ def results(client: Client, /, *, group: str, consumer: str | None, follow: bool
             on_unreadable=_show_unreadable,
         ):
             echo_json(item.result.to_json())
-            item.ack(away_s=ACK_AWAY_S if follow else DRAIN_AWAY_S)
+            item.ack(away_s=ACK_MAX_OUTAGE_S if follow else MAX_OUTAGE_S)
     except KeyboardInterrupt:
         sys.exit(Exit.OK)
 
@@ -61,7 +62,7 @@ def _show_unreadable(item: UnreadableItem) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_obj
 def status(client: Client, /, *, as_json: bool) -> None:
-    """Show what waits, what is claimed, and which workers live."""
+    """Show waiting and claimed jobs, totals, and the workers that run."""
     state, stray = client.queue_state(), client.stray_lanes()
     if as_json:
         echo_json(to_json(asdict(state) | {"stray_lanes": stray.found}))
@@ -74,14 +75,14 @@ def status(client: Client, /, *, as_json: bool) -> None:
     console = make_console()
     console.print(table)
     console.print(
-        f"delayed {state.delayed}, suspects {state.suspects}, dead letters {state.dead}, workers {len(state.workers)}",
+        f"delayed {state.delayed}, quarantined {state.suspects}, dead letters {state.dead}, ",
+        f"workers {len(state.workers)}",
+        sep="",
         end="",
     )
-    console.print(
-        f": {', '.join(map(printable, state.workers))}" if state.workers else " (none gave a sign of life in 10 s)"
-    )
+    console.print(f": {', '.join(map(printable, state.workers))}" if state.workers else " (no heartbeat in 10 s)")
     console.print(", ".join(f"{printable(name)} {number}" for name, number in state.counters.items()))
-    for one in stray.found:
-        console.print(Text("not read by any worker:", style="yellow"), printable(str(one)), soft_wrap=True)
+    for stray_lane in stray.found:
+        console.print(Text("not read by any worker:", style="yellow"), printable(str(stray_lane)), soft_wrap=True)
     if stray.found:
         console.print("a client's global_keyprefix, sep, priority_steps or database differs: docs/clients.md")

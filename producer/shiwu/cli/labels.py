@@ -1,4 +1,4 @@
-"""Turn the digest of an answer into its labels."""
+"""The command that prints the labels behind a digest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def labels(client: Client, /, *, digest: str, as_json: bool) -> None:
     """Print the labels behind the digest of an answer (`labels.digest`), one a line."""
     known = client.known_labels(digest)
     if known is None:
-        end(f"expected the digest of a label set that a worker has noted, got {digest}", Exit.NOT_TAGGED)
+        end(f"expected the digest of a label set that a worker has stored, got {digest}", Exit.NOT_TAGGED)
     if as_json:
         echo_json(msgspec.json.encode(known))
         return

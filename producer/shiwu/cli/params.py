@@ -1,4 +1,4 @@
-"""Types of options that several commands have."""
+"""Option types that several commands use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 
 class Seconds(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
-    """A number of seconds that a clock can count: neither nan, which never ends, nor inf."""
+    """A finite number of seconds."""
 
     name = "seconds"
 

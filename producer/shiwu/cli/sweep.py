@@ -1,4 +1,4 @@
-"""`shiwu sweep`: what workers do for all jobs, done where no worker runs."""
+"""The command `shiwu sweep`: maintenance of the queue where no worker may be running."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from shiwu.cli.sweep_metrics import SweepMetrics
 
 COUNT_EVERY_S: Final = 5.0
-"""How old the queues' numbers may be where they are exported."""
+"""Seconds between two counts of the queues for Prometheus."""
 
 
 class Zone(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
@@ -37,7 +37,7 @@ class Zone(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
         try:
             return ZoneInfo(str(value))
         except (ZoneInfoNotFoundError, ValueError, OSError):
-            self.fail(f"expected a time zone as UTC or Asia/Shanghai, got {value!r:.80}", param, ctx)
+            self.fail(f"expected a time zone such as UTC or Asia/Shanghai, got {value!r:.80}", param, ctx)
 
 
 @main.command()
@@ -50,9 +50,9 @@ class Zone(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
     type=Seconds(),
     default=10.0,
     show_default=True,
-    help="Seconds between two lines of numbers.",
+    help="Seconds between two printed lines.",
 )
-@click.option("--once", is_flag=True, help="One round, one line, and exit.")
+@click.option("--once", is_flag=True, help="Do one round, print one line, and exit.")
 @click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics on this port.")
 @click.option("--metrics-host", default="0.0.0.0", show_default=True, help="Address of that port.")  # noqa: S104 Prometheus scrapes it from outside
 @click.option(
@@ -70,7 +70,7 @@ class Zone(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
     show_default=True,
     envvar="SHIWU_TIMEZONE",
     show_envvar=True,
-    help="Time zone of an `expires` that names none.",
+    help="Time zone of an `expires` without one.",
 )
 @click.pass_obj
 def sweep(
@@ -85,10 +85,10 @@ def sweep(
     expect_workers: int,
     zone: ZoneInfo,
 ) -> None:
-    """Requeue jobs of crashed workers, answer what ran out of time, and print the queues' numbers as JSON lines.
+    """Requeue jobs of crashed workers, answer jobs out of time, and print queue sizes as JSON lines.
 
-    Workers do all this themselves; run a sweep where they may be scaled to none. Several sweeps may run at the same
-    time. A sweep goes on while Redis is away, and ends on SIGTERM or Ctrl-C with exit code 0.
+    Workers do all this themselves; run a sweep where they may be scaled to zero. Several sweeps may run at the same
+    time. A sweep goes on while Redis is unavailable, and ends on SIGTERM or Ctrl-C with exit code 0.
     """
     with ExitStack() as stack:
         metrics = None
@@ -107,7 +107,7 @@ def sweep(
 
 
 class _Sweeper:
-    """Sweeps, and tells the terminal and Prometheus what it saw."""
+    """Runs sweeps, and reports to the terminal and to Prometheus."""
 
     def __init__(self, client: Client, *, metrics: SweepMetrics | None, print_every_s: float, zone: ZoneInfo) -> None:
         self._client = client
@@ -115,36 +115,38 @@ class _Sweeper:
         self._metrics = metrics
         self._print_every_s = print_every_s
         self._printed_s = self._counted_s = -math.inf
-        self._is_redis_away = self._has_swept = False
+        self._is_redis_unavailable = self._has_swept = False
 
     def try_sweep(self) -> None:
-        """One round; says once, on stderr, that Redis does not answer.
+        """Do one round; report once on standard error that Redis is unavailable.
 
         Raises:
-            redis.RedisError: in the first round, when what Redis answers can never become another.
+            redis.RedisError: the first round failed with an error that time cannot cure.
         """
         try:
             self.sweep()
-            self._is_redis_away = False
+            self._is_redis_unavailable = False
         except redis.RedisError as error:
             if info_of(error).ends_start and not self._has_swept:
                 raise
-            if not self._is_redis_away:
+            if not self._is_redis_unavailable:
                 click.echo(f"shiwu: {printable(explain(error))}; trying again", err=True)
-            self._is_redis_away = True
+            self._is_redis_unavailable = True
             if self._metrics is not None:
                 self._metrics.redis_unreachable()
 
     def sweep(self, *, is_printed: bool = False) -> None:
-        """One round.
+        """Do one round; print and export the queue sizes if that is due.
 
         Raises:
-            redis.RedisError: Redis does not answer, or refuses.
+            redis.RedisError: Redis is unavailable, or refuses a command.
         """
         now_s = time.monotonic()
-        swept = self._client.sweep(zone=self._zone)
+        report = self._client.sweep(zone=self._zone)
         self._has_swept = True
-        is_printed |= swept.did_something or self._is_redis_away or now_s - self._printed_s >= self._print_every_s
+        is_printed |= (
+            report.did_something or self._is_redis_unavailable or now_s - self._printed_s >= self._print_every_s
+        )
         is_exported = self._metrics is not None and now_s - self._counted_s >= COUNT_EVERY_S
         if is_printed or is_exported:
             state = self._client.queue_state()
@@ -153,7 +155,7 @@ class _Sweeper:
                 self._metrics.queues(state)
             if is_printed:
                 self._printed_s = now_s
-                click.echo(to_json({"swept": swept, "queues": state}))
+                click.echo(to_json({"swept": report, "queues": state}))
         if self._metrics is not None:
             self._metrics.swept()
 
@@ -170,5 +172,5 @@ def _open_metrics(stack: ExitStack, *, host: str, port: int, expected_workers: i
     try:
         stack.enter_context(serve(metrics, host=host, port=port))
     except OSError as error:
-        end(f"--metrics-port: expected an address that can be used, got {host}:{port} ({error})", Exit.USAGE)
+        end(f"--metrics-port: expected an address that is free and local, got {host}:{port} ({error})", Exit.USAGE)
     return metrics

@@ -1,4 +1,4 @@
-"""Prometheus metrics of `shiwu sweep`: what is known of the queues where no worker runs.
+"""Prometheus metrics of `shiwu sweep`: the sizes of the queues where no worker runs.
 
 Importing this module needs prometheus-client, the extra `metrics`.
 """
@@ -21,15 +21,16 @@ from prometheus_client.registry import Collector
 from shiwu.broker.queue_metrics import QueueCollector, QueueNumbers
 from shiwu.broker.queue_stats import QueueState
 
-CONNECTIONS: Final = 8
+MAX_REQUESTS: Final = 8
+"""Requests that are served at the same time."""
 READ_TIMEOUT_S: Final = 5.0
 
 
 class SweepMetrics:
-    """The numbers that a sweep exports. Thread-safe.
+    """The metrics that a sweep exports. Thread-safe.
 
     Args:
-        expected_workers: how many workers the operator wants to run at all times; 0 where all may be scaled away.
+        expected_workers: how many workers should run at all times; 0 if they may be scaled to zero.
     """
 
     def __init__(self, *, expected_workers: int) -> None:
@@ -56,7 +57,7 @@ class SweepMetrics:
         self._last_round.set(time.time())
 
     def queues(self, state: QueueState) -> None:
-        """Record what waits and which workers run."""
+        """Record the sizes of the queues and the number of workers."""
         self._queues.update(
             QueueNumbers(
                 waiting=state.waiting,
@@ -70,14 +71,14 @@ class SweepMetrics:
         self._workers.value = len(state.workers)
 
     def redis_unreachable(self) -> None:
-        """Redis did not answer: the state of the queues is unknown until it does."""
+        """Record that Redis is unavailable: queue sizes are not exported until it answers."""
         self._queues.forget()
         self._workers.value = None
         self._redis_up.set(0)
 
 
 class _Number(Collector):
-    """One number read from Redis; it has no series while it is unknown."""
+    """A metric with one number from Redis; exports nothing while the number is unknown."""
 
     def __init__(self, family: type[GaugeMetricFamily | CounterMetricFamily], name: str, text: str) -> None:
         self._family, self._name, self._text = family, name, text
@@ -97,16 +98,16 @@ class _Handler(WSGIRequestHandler):
     timeout = READ_TIMEOUT_S
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: a scrape every few seconds tells the operator nothing."""
+        """Log nothing: scrapes come every few seconds and are of no interest."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """At most `CONNECTIONS` requests at a time; further ones wait in the listen queue."""
+    """At most `MAX_REQUESTS` requests at a time; further ones wait in the listen queue."""
 
     daemon_threads = True
 
     def __init__(self, *args: Any, **named: Any) -> None:
-        self._slots = threading.BoundedSemaphore(CONNECTIONS)
+        self._slots = threading.BoundedSemaphore(MAX_REQUESTS)
         super().__init__(*args, **named)
 
     def process_request(self, request: Any, client_address: Any) -> None:

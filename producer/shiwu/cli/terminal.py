@@ -1,6 +1,6 @@
-"""What the commands print: tables with lines of text below a row, and data for pipes.
+"""Prints tables with notes below a row, and data for pipes.
 
-Rich's markup and emoji codes are off, because references and messages come from other people.
+Rich's markup and emoji codes are off, because references and messages are input from other parties.
 """
 
 from __future__ import annotations
@@ -20,33 +20,34 @@ from rich.text import Text
 from shiwu.contract import printable, printable_json
 
 PIPE_COLUMNS: Final = 10_000
-"""Width of what goes into a pipe or a file: rows are not wrapped there, so that grep finds whole references."""
+"""Width of output into a pipe or a file: rows are not wrapped there, so that grep finds whole references."""
 GAP: Final = 2
-NARROWEST: Final = 24
-"""Characters that a text column keeps as long as there is another column to leave out."""
+"""Spaces between two columns."""
+MIN_TEXT_WIDTH: Final = 24
+"""An optional column is left out before a text column becomes narrower than this."""
 
 
 class _Console(Console):
-    """Leaves the answer to a closed pipe to the command group, which knows the exit code."""
+    """Leaves the handling of a closed pipe to the command group, which chooses the exit code."""
 
     def on_broken_pipe(self) -> NoReturn:
-        """Report it like a write without Rich."""
+        """Raise the error that a write without Rich raises."""
         raise BrokenPipeError
 
 
 def make_console() -> Console:
-    """Standard output for people: no markup, no emoji codes, no guessed colours."""
+    """Standard output for people, without markup, emoji codes and syntax colours."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return _Console(markup=False, emoji=False, highlight=False, width=None if is_terminal else PIPE_COLUMNS)
 
 
 def echo_data(text: str) -> None:
-    """Print one line of data: as it is into a pipe or a file, with control characters spelled out on a terminal."""
+    """Print one line of data: unchanged into a pipe or a file, with control characters escaped on a terminal."""
     click.echo(printable(text) if _is_terminal() else text)
 
 
 def echo_json(raw: bytes) -> None:
-    """Print JSON: as it is into a pipe or a file, with control characters spelled out on a terminal."""
+    """Print JSON: unchanged into a pipe or a file, with control characters escaped on a terminal."""
     click.echo(printable_json(raw) if _is_terminal() else raw)
 
 
@@ -61,7 +62,7 @@ class Row:
     cells: Sequence[str]
     notes: Sequence[str] = ()
     red: int | None = None
-    """The cell that tells of a failure."""
+    """Index of the cell with an error, which is printed in red."""
 
 
 def print_rows(
@@ -71,7 +72,7 @@ def print_rows(
 
     Args:
         text_columns: indexes of the columns that may wrap.
-        optional: indexes of the columns that a narrow terminal does not show; the first one goes first.
+        optional: indexes of the columns that are left out on a narrow terminal, in this order.
     """
     console = make_console()
     shown = [
@@ -100,21 +101,21 @@ def print_rows(
 def fit_columns(
     natural: Sequence[int], *, width: int, text_columns: Sequence[int], optional: Sequence[int]
 ) -> dict[int, int]:
-    """The columns that fit into `width`, each with its own width; `natural` are the widths without a limit."""
+    """Column index → width, for the columns that fit into `width`; `natural` are the widths without a limit."""
     kept = list(range(len(natural)))
     texts = sorted(text_columns, key=lambda i: natural[i])
 
-    def room() -> int:
+    def text_width() -> int:
         """Characters left for the text columns."""
         return width - GAP * len(kept) - sum(natural[i] for i in kept if i not in texts)
 
-    least = sum(min(natural[i], NARROWEST) for i in texts)
+    least = sum(min(natural[i], MIN_TEXT_WIDTH) for i in texts)
     for i in optional:
-        if room() < least:
+        if text_width() < least:
             kept.remove(i)
-    left = max(room(), len(texts))
+    left = max(text_width(), len(texts))
     widths = {i: natural[i] for i in kept}
-    # The shortest first, so that the long ones get what it leaves.
+    # The shortest column first, so that the longer ones share the rest.
     for nth, i in enumerate(texts):
         widths[i] = max(1, min(natural[i], left // (len(texts) - nth)))
         left -= widths[i]

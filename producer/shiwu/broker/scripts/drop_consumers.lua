@@ -1,6 +1,6 @@
--- Removes consumers of a group that hold nothing: one by its name, or all that have been idle for long.
+-- Removes consumers of a group that hold no entries: one by its name, or all that have been idle long enough.
 -- A consumer that holds entries is never removed, because its entries would be lost to the group.
--- KEYS  results stream      ARGV  group, name or '', least idle time in ms      Reply how many were removed
+-- KEYS  results stream      ARGV  group, name or '', min idle time in ms      Reply how many were removed
 local stream, group, name, idle_ms = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
 local dropped = 0
 for _, fields in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do

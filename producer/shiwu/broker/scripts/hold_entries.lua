@@ -1,5 +1,5 @@
--- Sets the idle time of stream entries that a consumer still holds: to nothing when it is about to work on them, to a long
--- time when it gives them up, so that the next consumer takes them over immediately.
+-- Sets the idle time of stream entries that a consumer still holds: 0 before it works on them, or a long time when it gives
+-- them up, so that the next consumer takes them over immediately.
 -- KEYS  results stream      ARGV  group, consumer, idle time in ms, ids...      Reply the ids that it still holds
 local stream, group, consumer, idle_ms = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
 local held = {}

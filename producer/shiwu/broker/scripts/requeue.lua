@@ -1,9 +1,9 @@
--- Gives dead letters a new life: a fresh attempt count, no answer, the same id, the back of the lane they came from.
+-- Puts dead letters at the back of their lane, with the same id, a new attempt count and no answer.
 -- KEYS  dead, dead answers, dead messages, attempts, counters      ARGV  prefix of marks, prefix of results, ids...
--- Reply the ids that went back
+-- Reply the ids that were requeued
 local dead, answers, messages, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local back = {}
--- A server that is full denies a script that begins with a write that needs memory: this one needs none.
+local requeued = {}
+-- A full server refuses a script whose first write needs memory: this write needs none.
 redis.call('HDEL', attempts, '')
 for i = 3, #ARGV do
   local id = ARGV[i]
@@ -16,8 +16,8 @@ for i = 3, #ARGV do
     redis.call('ZREM', dead, id)
     redis.call('HDEL', answers, id)
     redis.call('HDEL', messages, id)
-    back[#back + 1] = id
+    requeued[#requeued + 1] = id
   end
 end
-if #back > 0 then redis.call('HINCRBY', counters, 'requeued', #back) end
-return back
+if #requeued > 0 then redis.call('HINCRBY', counters, 'requeued', #requeued) end
+return requeued

@@ -1,7 +1,7 @@
--- Takes messages out of a lane that nobody shall work on any more; the caller then answers them.
--- A message that is in nobody's hands could be lost, so it is recorded under a lease as a claim is.
+-- Takes expired messages out of a lane; the caller then answers them.
+-- Each is recorded under a lease like a claim, because a message without a record would be lost if the caller crashed.
 -- KEYS  claims, leases, a lane key      ARGV  token, lease in ms, then for each: id, raw message
--- Reply the ids that were still there and now are the caller's
+-- Reply the ids that were still in the lane and now belong to the caller
 local claims, leases, lane, token = KEYS[1], KEYS[2], KEYS[3], ARGV[1]
 local time = redis.call('TIME')
 local ends = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[2])

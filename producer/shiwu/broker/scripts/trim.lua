@@ -1,5 +1,5 @@
--- Shortens the results stream. What a consumer group has not acknowledged is dropped too, but never in silence.
--- KEYS  results stream, counters      ARGV  longest stream, most entries to drop at once
+-- Trims the results stream. Entries that a consumer group has not acknowledged are dropped too, and reported.
+-- KEYS  results stream, counters      ARGV  max length, max entries to drop in one call
 -- Reply {entries dropped, then for each group that lost some: name, how many}
 local results, counters = KEYS[1], KEYS[2]
 local excess = math.min(redis.call('XLEN', results) - tonumber(ARGV[1]), tonumber(ARGV[2]))
@@ -24,8 +24,8 @@ for _, fields in ipairs(redis.call('XINFO', 'GROUPS', results)) do
   local lost = 0
   -- Entries that were delivered and not acknowledged ...
   if group['pending'] > 0 then
-    for _, one in ipairs(redis.call('XPENDING', results, group['name'], '-', '(' .. cut, excess)) do
-      lost = lost + (before(one[1], cut) and 1 or 0)
+    for _, entry in ipairs(redis.call('XPENDING', results, group['name'], '-', '(' .. cut, excess)) do
+      lost = lost + (before(entry[1], cut) and 1 or 0)
     end
   end
   -- ... and those that were never delivered.
