@@ -9,7 +9,7 @@ import pytest
 from shiwu.broker.message_reader import Canvas
 from shiwu.contract import RequestError
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.policy.callback_rules import MAX_DEPTH, PROTOCOL, STEERING, CallbackRules
+from shiwu_worker.policy.callback_rules import MAX_DEPTH, PROTOCOL_HEADERS, ROUTING_OPTIONS, CallbackRules
 
 RULES = CallbackRules(tasks=("shiwu.tag", "app.*"), queues=("celery", "app-*"), max_tasks=20)
 
@@ -66,8 +66,8 @@ REFUSED = [
     canvas(made("chain", {"queue": "evil"}, tasks=[task()])),
 ]
 UNSUPPORTED = [
-    *(canvas(task(**{name: "x"})) for name in sorted(STEERING)),
-    *(canvas(task(headers={name: "app.b"})) for name in sorted(PROTOCOL)),
+    *(canvas(task(**{name: "x"})) for name in sorted(ROUTING_OPTIONS)),
+    *(canvas(task(headers={name: "app.b"})) for name in sorted(PROTOCOL_HEADERS)),
     canvas(task(headers="x")),
     *(canvas(task(serializer=name)) for name in ("pickle", "yaml", ["json"], 0)),
     *(canvas(made(kind, task=task(), it=[1])) for kind in ("xmap", "xstarmap", "chunks", "map", "x")),

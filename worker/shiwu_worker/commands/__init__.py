@@ -1,1 +1,4 @@
-"""Commands of `shiwu-worker` that end by themselves: --check, --tune, --fetch-model, --convert, and generated docs."""
+"""Commands of `shiwu-worker` (--check, --tune, --fetch-model, --convert), and the generator of docs/errors.md.
+
+Only `__main__` imports them.
+"""

@@ -33,26 +33,26 @@ from shiwu_worker.stages.decode.image_spec import read_image_spec
 from shiwu_worker.stages.fetch.s3.base import StoreError
 
 PIPE_COLUMNS: Final = 160
-OLDEST_REDIS: Final = (6, 2)
-EXPECTED: Final = (FatalError, redis.RedisError, BotoCoreError, StoreError, OSError, ValueError)
-"""What a check fails with when something outside the worker is wrong."""
+MIN_REDIS_VERSION: Final = (6, 2)
+EXPECTED_ERRORS: Final = (FatalError, redis.RedisError, BotoCoreError, StoreError, OSError, ValueError)
+"""Errors of a check whose cause is outside the worker."""
 _STYLES: Final = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a check found: facts, and reasons to change something although the worker can run."""
+    """Result of a check: a text, and warnings about problems with which the worker can still run."""
 
     text: str
     warnings: tuple[str, ...] = ()
 
 
 def run_checks(*, show_all: bool, check_callbacks: Callable[[Settings], str]) -> int:
-    """Print a line for each check, then the settings; return the exit code that a worker would end with.
+    """Print a line for each check, then the settings; return the exit code that a worker would have.
 
     Args:
-        show_all: print every setting, by topic, with unit and default; otherwise those that are not the default.
-        check_callbacks: tries Celery's own connections, which this package does not import.
+        show_all: print every setting by topic, with unit and default; otherwise only the changed ones.
+        check_callbacks: tries Celery's connections; this package does not import Celery.
     """
     is_terminal = sys.stdout.isatty()
     console = Console(markup=False, emoji=False, highlight=False, width=None if is_terminal else PIPE_COLUMNS)
@@ -60,10 +60,14 @@ def run_checks(*, show_all: bool, check_callbacks: Callable[[Settings], str]) ->
         settings = load_settings()
     except SettingsError as error:
         exit_with(error)
-    noted = [str(one) for one in unknown_names(os.environ)]
-    noted += [f"SHIWU_ALLOW_FOLDERS: {path} is no folder here" for path in settings.allow_folders if not path.is_dir()]
+    warnings = [str(unknown) for unknown in unknown_names(os.environ)]
+    warnings += [
+        f"SHIWU_ALLOW_FOLDERS: {path} is not a folder on this machine"
+        for path in settings.allow_folders
+        if not path.is_dir()
+    ]
     checks: list[tuple[str, Callable[[Settings], Report | str]]] = [
-        ("settings", lambda _: Report(f"{len(changed_settings(settings))} differ from their defaults", (*noted,))),
+        ("settings", lambda _: Report(f"{len(changed_settings(settings))} differ from their defaults", (*warnings,))),
         ("redis", _check_redis),
         ("callbacks", check_callbacks),
         ("labels", _check_labels),
@@ -79,27 +83,27 @@ def run_checks(*, show_all: bool, check_callbacks: Callable[[Settings], str]) ->
 
 
 def _run(name: str, check: Callable[[Settings], Report | str], settings: Settings, console: Console) -> int:
-    """Run one check, print what it found, and return the exit code of its failure or 0."""
+    """Run one check, print its report, and return the exit code of its failure or 0."""
     if sys.stderr.isatty():
         click.echo(f"checking {name} …", err=True)
     try:
         with redirect_stdout(sys.stderr):
-            found = check(settings)
-    except EXPECTED as error:
-        _print_line(console, "failed", name, _told(error))
+            result = check(settings)
+    except EXPECTED_ERRORS as error:
+        _print_line(console, "failed", name, _error_text(error))
         return int(error.exit_code if isinstance(error, FatalError) else ExitCode.CONFIG)
-    except Exception as error:  # noqa: BLE001 border: the other checks still have something to say
+    except Exception as error:  # noqa: BLE001 border: the other checks must still run
         traceback.print_exc()
         _print_line(console, "failed", name, f"{type(error).__name__}: {error} (a defect of shiwu: please report it)")
         return int(ExitCode.INTERNAL)
-    report = found if isinstance(found, Report) else Report(found)
+    report = result if isinstance(result, Report) else Report(result)
     _print_line(console, "ok", name, report.text)
     for warning in report.warnings:
         _print_line(console, "warning", name, warning)
     return 0
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     if isinstance(error, redis.RedisError):
         return explain(error)
     return str(error) if isinstance(error, FatalError) else f"{type(error).__name__}: {error}"
@@ -113,36 +117,36 @@ def _print_changed(settings: Settings, console: Console) -> None:
     changed = changed_settings(settings)
     title = "Settings that differ from their defaults" if changed else "All settings have their defaults"
     console.print(f"\n{title} (--check --all prints all):")
-    for one in changed:
-        value = printable(value_text(getattr(settings, one.field)))
-        console.print(f"  {one.name}={value}  (default: {one.default})", soft_wrap=True)
+    for setting in changed:
+        value = printable(value_text(getattr(settings, setting.field)))
+        console.print(f"  {setting.name}={value}  (default: {setting.default})", soft_wrap=True)
 
 
 def _print_all(settings: Settings, console: Console) -> None:
-    changed = {one.field for one in changed_settings(settings)}
+    changed = {setting.field for setting in changed_settings(settings)}
     topic = ""
     table = Table()
-    for one in all_settings():
-        if one.topic != topic:
+    for setting in all_settings():
+        if setting.topic != topic:
             if topic:
                 console.print(table)
-            topic = one.topic
+            topic = setting.topic
             table = Table("", "setting", "value", "unit or values", "default", "what it is", title=f"\n{topic}")
             table.title_justify = "left"
-        mark, style = ("*", "bold") if one.field in changed else ("", "")
-        value = printable(value_text(getattr(settings, one.field)))
-        table.add_row(mark, one.name, value, one.unit, one.default, one.reason, style=style)
+        mark, style = ("*", "bold") if setting.field in changed else ("", "")
+        value = printable(value_text(getattr(settings, setting.field)))
+        table.add_row(mark, setting.name, value, setting.unit, setting.default, setting.description, style=style)
     console.print(table)
     console.print("* differs from its default")
 
 
 def _check_redis(settings: Settings) -> Report:
-    """Whether Redis answers, is new enough, takes writes, and keeps what it is given."""
+    """Check that Redis answers, is new enough, accepts writes, and does not evict keys."""
     with connect(settings, connections=2) as client:
         client.ping()
         stray = [
-            f"{one} and no worker reads them: a client's global_keyprefix, sep, priority_steps or database differs"
-            for one in find_stray_lanes(client).found
+            f"{lane} and no worker reads them: a client's global_keyprefix, sep, priority_steps or database differs"
+            for lane in find_stray_lanes(client).found
         ]
         try:
             info: Any = client.info("everything")
@@ -152,10 +156,12 @@ def _check_redis(settings: Settings) -> Report:
             return Report(text, (note, *stray))
     product = "Valkey" if "valkey_version" in info else "Redis"
     number = str(info.get("valkey_version") or info.get("redis_version"))
-    if tuple(int(part) for part in str(info.get("redis_version", "0.0")).split(".")[:2]) < OLDEST_REDIS:
+    if tuple(int(part) for part in str(info.get("redis_version", "0.0")).split(".")[:2]) < MIN_REDIS_VERSION:
         raise FatalError(ExitCode.CONFIG, f"expected Redis 6.2 or newer, or Valkey, got {product} {number}")
     if info.get("role", "master") != "master":
-        raise FatalError(ExitCode.CONFIG, "expected a primary that takes writes, got a replica; use its primary's URL")
+        raise FatalError(
+            ExitCode.CONFIG, "expected a primary that accepts writes, got a replica; use its primary's URL"
+        )
     policy = str(info.get("maxmemory_policy", "unknown"))
     if policy.startswith("allkeys"):
         raise FatalError(

@@ -1,7 +1,4 @@
-"""Writes the page about errors from the tables in the code.
-
-python -m shiwu_worker.commands.error_docs docs/errors.md
-"""
+"""Writes docs/errors.md from the tables in the code: `python -m shiwu_worker.commands.error_docs docs/errors.md`."""
 
 from __future__ import annotations
 
@@ -34,14 +31,15 @@ unless it expired or was cancelled; `shiwu dead requeue --code CODE` sends it ag
 _SOURCES = """
 ## Replies and errors of sources
 
-What no row names is `{unknown}`: {fault}. The job is retried, and the worker's log line `source_failed` (level
-`{level}`) has the cause. Lines about other codes have the level that their row says.
+Every other reply or error is `{unknown}`: {fault}. The job is retried, and the worker's log line `source_failed`
+(level `{level}`) has the cause. Lines about other codes have the level of their row.
 
-Statuses 200 and 203, and 206 with the whole body, bring the image. Interim replies (1xx) are read past.
+Statuses 200 and 203, and 206 with the whole body, are successes. Interim replies (1xx) are skipped.
 
-`Retry-After` (seconds or a date) of a retried reply is honoured up to `SHIWU_RETRY_AFTER_LONGEST_S`: no quick try, the
-job comes back after it at the earliest, and until then each loader process leaves that host or bucket alone. A job
-that is given back for that reason without a request keeps its attempts. obstore does not tell the header.
+`Retry-After` (seconds or a date) of a retried reply is honoured up to `SHIWU_RETRY_AFTER_LONGEST_S`: there is no quick
+retry, the job returns after the pause at the earliest, and until then each loader process sends no request to that
+host or bucket. A job that is released for that reason without a request keeps its attempts. obstore does not report
+the header.
 """
 _REDIS = """
 ## Errors of Redis
@@ -66,12 +64,12 @@ _FAULTS = {
     Fault.IMAGE: "the image",
     Fault.SOURCE: "the source",
     Fault.SERVICE: "the service",
-    Fault.CALLER: "none: the caller's wish",
+    Fault.CALLER: "none: the caller asked for it",
 }
 
 
 def page() -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     unknown = {"unknown": UNKNOWN.error_code, "fault": "the service's own fault", "level": UNKNOWN.log_level}
     parts = [_HEAD, _codes(), _SOURCES.format(**unknown)]
     for kind, rows in TABLE.items():
@@ -81,10 +79,10 @@ def page() -> str:
 
 def _redis_rows() -> Iterator[str]:
     for code, info in REDIS_ERRORS.items():
-        hooks = ", ".join(markers_of(code))
-        passes, one = ("yes" if flag else "no" for flag in (info.passes, info.is_about_command))
+        signs = ", ".join(markers_of(code))
+        passes, is_one_command = ("yes" if flag else "no" for flag in (info.passes, info.is_about_command))
         fault = _REDIS_FAULTS[info.fault]
-        yield f"| `{code}` | {passes} | {fault} | {one} | {hooks} | {info.meaning} | {info.remedy} |\n"
+        yield f"| `{code}` | {passes} | {fault} | {is_one_command} | {signs} | {info.meaning} | {info.remedy} |\n"
 
 
 def _codes() -> str:
@@ -99,14 +97,14 @@ def _codes() -> str:
 
 def _rows(rows: Iterable[Row]) -> Iterator[str]:
     yield "| what came | what it means | code | retried | at fault | log |\n|---|---|---|---|---|---|\n"
-    for one in rows:
-        keys = ", ".join(f"`{key}`" for key in sorted(one.keys))
-        retried = "no" if one.is_final else "yes"
-        yield f"| {keys} | {one.means} | `{one.error_code}` | {retried} | {_FAULTS[one.fault]} | {one.log_level} |\n"
+    for row in rows:
+        keys = ", ".join(f"`{key}`" for key in sorted(row.keys))
+        retried = "no" if row.is_final else "yes"
+        yield f"| {keys} | {row.means} | `{row.error_code}` | {retried} | {_FAULTS[row.fault]} | {row.log_level} |\n"
 
 
 def main() -> None:
-    """Write the file that is given."""
+    """Write the page to the path of the first argument."""
     Path(sys.argv[1]).write_text(page(), encoding="utf-8")
 
 

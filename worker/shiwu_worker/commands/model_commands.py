@@ -1,4 +1,4 @@
-"""`shiwu-worker --fetch-model` and `--convert`: put a checkpoint into a folder, checked by the code that loads it."""
+"""`shiwu-worker --fetch-model` and `--convert`: write a checkpoint into a folder and check it with the loading code."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from shiwu_worker.config.errors import load_settings_or_exit
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 
-MARK: Final = ".whole"
-"""Holds `id@revision` once the folder is complete. The chart's first version wrote the revision alone."""
+COMPLETE_FILE: Final = ".whole"
+"""File with `id@revision` in a complete folder. The first version of the chart wrote the revision only."""
 READABLE_BY_ALL: Final = 0o644
-PAPERS: Final = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+DOCUMENTS: Final = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 
 def run_fetch(target: Path) -> int:
-    """Download SHIWU_MODEL into this folder unless it is complete there already; return the exit code."""
+    """Download SHIWU_MODEL into this folder unless the folder is complete; return the exit code."""
     settings = load_settings_or_exit()
-    return _told(lambda: fetch_model(settings.model, target))
+    return _run(lambda: fetch_model(settings.model, target))
 
 
 def run_convert(target: Path) -> int:
     """Write SHIWU_MODEL into a new folder with its weights as safetensors; return the exit code."""
     settings = load_settings_or_exit()
-    return _told(lambda: convert_model(settings.model, target))
+    return _run(lambda: convert_model(settings.model, target))
 
 
-def _told(command: Callable[[], str]) -> int:
-    """Print what a command did, or why it could not."""
+def _run(command: Callable[[], str]) -> int:
+    """Run a command, print its result or its error, and return the exit code."""
     try:
         click.echo(command())
     except FatalError as error:
@@ -52,49 +52,49 @@ def _told(command: Callable[[], str]) -> int:
 
 
 def fetch_model(model: str | None, target: Path) -> str:
-    """Download a hub's model into a folder and check it as the worker does; return what was done.
+    """Download a model of the hub into a folder and check it as the worker does; return a line for the operator.
 
     Raises:
-        FatalError: the setting names no hub id, the hub cannot give it, the folder cannot be written, or what it holds
-            then is no checkpoint that the worker can load.
+        FatalError: the setting is no hub id, the download fails, the folder cannot be written, or the worker could not
+            load its checkpoint.
     """
     if model is None or Path(model).is_dir() or model.startswith((".", "/", "~")):
         raise FatalError(ExitCode.CONFIG, f"SHIWU_MODEL: expected a hub id to download, got {model or 'no model'!r}")
     hub_id, revision = split_hub_id(model)
-    asked = f"{hub_id}@{revision or 'main'}"
-    mark = target / MARK
-    if _is_marked(mark, asked):
+    wanted = f"{hub_id}@{revision or 'main'}"
+    complete_file = target / COMPLETE_FILE
+    if _is_complete(complete_file, wanted):
         try:
-            return f"{target} is complete already: {_checked(target)}"
+            return f"{target} is complete already: {_check_folder(target)}"
         except WrongCheckpoint as error:
             click.echo(f"downloading again: {error}", err=True)
     if hub.is_offline():
-        raise WrongCheckpoint(f"SHIWU_MODEL: {model!r} is to be downloaded, and HF_HUB_OFFLINE is set; set it to 0")
+        raise WrongCheckpoint(f"SHIWU_MODEL: {model!r} needs a download, and HF_HUB_OFFLINE forbids it; set it to 0")
     try:
         target.mkdir(parents=True, exist_ok=True)
-        mark.unlink(missing_ok=True)
+        complete_file.unlink(missing_ok=True)
         hub.download(hub_id, revision, into=target)
-        found = _checked(target)
+        summary = _check_folder(target)
         shutil.rmtree(target / ".cache", ignore_errors=True)
-        mark.write_text(asked, encoding="utf-8")
+        complete_file.write_text(wanted, encoding="utf-8")
     except OSError as error:
         raise _cannot_write(target, error) from error
-    return f"{target} is complete: {found}"
+    return f"{target} is complete: {summary}"
 
 
-def _is_marked(mark: Path, asked: str) -> bool:
+def _is_complete(complete_file: Path, wanted: str) -> bool:
     try:
-        return mark.read_text(encoding="utf-8").strip() in {asked, asked.partition("@")[2]}
+        return complete_file.read_text(encoding="utf-8").strip() in {wanted, wanted.partition("@")[2]}
     except (OSError, UnicodeDecodeError):
         return False
 
 
-def _checked(folder: Path) -> str:
-    """Check a folder by all that can be known without loading its weights; return a line about it."""
+def _check_folder(folder: Path) -> str:
+    """Check a folder as far as possible without loading its weights; return a summary."""
     from shiwu_worker.stages.encode.checkpoint import open_tokenizer, vocabulary_size  # noqa: PLC0415 torch takes seconds to import
 
     if (folder / ADAPTER_CONFIG).exists():
-        raise WrongCheckpoint(f"{folder}: this is an adapter, which needs its base; merge both once with --convert")
+        raise WrongCheckpoint(f"{folder}: this is an adapter without its base model; merge both with --convert")
     checkpoint = read_checkpoint(folder)
     spec = read_image_spec(folder)
     open_tokenizer(checkpoint, vocab_size=vocabulary_size(checkpoint))
@@ -102,9 +102,9 @@ def _checked(folder: Path) -> str:
 
 
 def convert_model(model: str | None, target: Path) -> str:
-    """Write the checkpoint into a new folder with safetensors, an adapter merged; return what was done.
+    """Write the checkpoint into a new folder as safetensors, with its adapter merged; return a line for the operator.
 
-    Both are loaded and every weight is compared before the folder gets its name.
+    Both checkpoints are loaded and all weights compared before the folder gets its name.
 
     Raises:
         FatalError: the model cannot be loaded, the folder is not empty, or it cannot be written.
@@ -115,7 +115,7 @@ def convert_model(model: str | None, target: Path) -> str:
     read_image_spec(source.folder)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed when it is complete, so that no worker finds half of it.
+        # Renamed when it is complete, so that no worker finds an incomplete folder.
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
             part = Path(name) / "model"
             part.mkdir()
@@ -124,12 +124,12 @@ def convert_model(model: str | None, target: Path) -> str:
             os.replace(part, target)
     except OSError as error:
         raise _cannot_write(target, error) from error
-    made = read_checkpoint(target)
-    return f"{target} is written: {_size(made)}, the same weights as {source.folder}, revision {content_revision(made)}"
+    copy = read_checkpoint(target)
+    return f"{target} is written: {_size(copy)}, the same weights as {source.folder}, revision {content_revision(copy)}"
 
 
 def _write(source: Checkpoint, part: Path) -> None:
-    """Weights and all other files of the checkpoint. Converted weights keep their number format."""
+    """Write the weights and all other files of the checkpoint. Converted weights keep their number format."""
     import torch  # noqa: PLC0415 it takes seconds to import
     from safetensors.torch import save_file  # noqa: PLC0415 as above
 
@@ -145,28 +145,30 @@ def _write(source: Checkpoint, part: Path) -> None:
         tensors: dict[str, Any] = {}
         for path in source.weights:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-            # Each tensor gets memory of its own: safetensors writes none that share it.
-            tensors |= {name: one.clone().contiguous() for name, one in loaded.items() if isinstance(one, torch.Tensor)}
+            # Copies, because safetensors refuses tensors that share memory.
+            tensors |= {
+                name: tensor.clone().contiguous() for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)
+            }
         save_file(tensors, part / "model.safetensors", {"format": "pt"})
     for path in (source.config, *source.tokenizer_files, *source.processor_files):
         if not (part / path.name).exists():
             shutil.copyfile(path, part / path.name)
-    for name in PAPERS:
+    for name in DOCUMENTS:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, part / name)
     for path in part.iterdir():
-        # safetensors writes files that their owner alone may read, and a worker often runs as another user.
+        # safetensors writes files that only their owner may read; a worker often runs as another user.
         path.chmod(READABLE_BY_ALL)
 
 
-def _compare(source: Checkpoint, made: Checkpoint) -> None:
-    """Load both as the worker does and compare every weight."""
+def _compare(source: Checkpoint, copy: Checkpoint) -> None:
+    """Load both as the worker does, and compare all weights."""
     import torch  # noqa: PLC0415 as above
 
     from shiwu_worker.stages.encode.checkpoint import load_model  # noqa: PLC0415 as above
 
-    read_image_spec(made.folder)
-    before, after = load_model(source).state_dict(), load_model(made).state_dict()
+    read_image_spec(copy.folder)
+    before, after = load_model(source).state_dict(), load_model(copy).state_dict()
     if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
         raise FatalError(ExitCode.INTERNAL, f"expected the same weights after the conversion of {source.folder}")
 

@@ -1,7 +1,7 @@
-"""Tries the object store and the worker's credentials, for `shiwu-worker --check`.
+"""Checks the object store and the credentials of the worker, for `shiwu-worker --check`.
 
-A store checks the signature of a request before it looks for the object. So a reply about the object, or about missing
-rights, proves the credentials; a reply about the signature, the key or the clock disproves them.
+A store checks the signature of a request before it looks for the object. So a reply about the object or about missing
+permissions proves the credentials; a reply about the signature, the key or the clock shows that they are wrong.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from shiwu_worker.stages.fetch.s3.boto import ClientCache, as_store_errors
 from shiwu_worker.stages.fetch.s3.factory import new_store
 
 PROBE: Final = "shiwu-check"
-"""A key, and a bucket, that need not exist."""
+"""Name of a key and of a bucket that may not exist."""
 TIMEOUT_S: Final = 5.0
-HINT: Final = "name a bucket in SHIWU_ALLOW_BUCKETS to have it tried"
+HINT: Final = "name a bucket in SHIWU_ALLOW_BUCKETS to have it checked"
 _ABOUT_THE_OBJECT: Final = frozenset({ErrorCode.SOURCE_NOT_FOUND, ErrorCode.SOURCE_FORBIDDEN})
 _NO_LISTING: Final = frozenset({405, 501})
 
 
 def s3_options(settings: Settings) -> S3Options:
-    """Where the object store is, and how it is asked."""
+    """Return address and options of the object store."""
     return S3Options(
         settings.s3_endpoint_url,
         settings.s3_region,
@@ -36,7 +36,7 @@ def s3_options(settings: Settings) -> S3Options:
 
 
 def check_s3(settings: Settings) -> tuple[str, tuple[str, ...]]:
-    """What was proved, and warnings of what was not.
+    """Return what was proved, and warnings about what was not.
 
     Raises:
         StoreError: the store does not answer, or refuses the credentials.
@@ -45,12 +45,12 @@ def check_s3(settings: Settings) -> tuple[str, tuple[str, ...]]:
     try:
         access = ClientCache(options, limits).get()
     except NoCredentials as error:
-        if error.__cause__ is not None:  # half of them
+        if error.__cause__ is not None:  # only one of key and secret is set
             raise
-        return "no credentials: s3:// references will be answered source_credentials", ()
+        return "no credentials: jobs with s3:// references will be answered source_credentials", ()
     how = "without credentials (SHIWU_S3_ANONYMOUS)"
     if (credentials := access.session.get_credentials()) is not None and not settings.s3_anonymous:
-        how = f"credentials by {credentials.method}"
+        how = f"credentials from {credentials.method}"
     endpoint = access.client.meta.endpoint_url
     bucket = next((name for name in settings.allow_buckets if "*" not in name), None)
     if bucket is not None:
@@ -62,10 +62,10 @@ def check_s3(settings: Settings) -> tuple[str, tuple[str, ...]]:
         if not settings.s3_anonymous:
             proved, warnings = _list_buckets(access.client)
     where = re.sub(r"//[^/]*@", "//", endpoint)
-    said = filter(
+    parts = filter(
         None, (f"{where} answers {settings.s3_client}" if bucket or not is_aws(endpoint) else where, how, proved)
     )
-    return "; ".join(said), warnings
+    return "; ".join(parts), warnings
 
 
 def _limits(settings: Settings) -> S3Limits:
@@ -74,7 +74,7 @@ def _limits(settings: Settings) -> S3Limits:
 
 
 def _access(options: S3Options, limits: S3Limits) -> None:
-    """Ask an own store for a bucket that need not exist, by the client that the worker uses."""
+    """Request a bucket that may not exist from a store other than AWS, with the client of the worker."""
     try:
         with new_store(options, limits).open(PROBE, PROBE, version=None):
             pass
@@ -84,7 +84,7 @@ def _access(options: S3Options, limits: S3Limits) -> None:
 
 
 def _ask_object(options: S3Options, limits: S3Limits, bucket: str) -> tuple[str, tuple[str, ...]]:
-    """Ask a bucket that the operator named for an object that need not exist."""
+    """Request an object that may not exist from a bucket that the operator allows by name."""
     try:
         with new_store(options, limits).open(bucket, PROBE, version=None):
             return f"objects of {bucket} can be read", ()
@@ -93,12 +93,12 @@ def _ask_object(options: S3Options, limits: S3Limits, bucket: str) -> tuple[str,
             raise
         if error.row.code is ErrorCode.SOURCE_NOT_FOUND:
             return f"bucket {bucket} answers", ()
-        # Stores say this too where the object does not exist and listing is not allowed.
+        # Stores reply this also if the object does not exist and listing is not allowed.
         return f"bucket {bucket} was asked", (f"not proved that objects of {bucket} can be read ({error.code})",)
 
 
 def _list_buckets(client: Any) -> tuple[str, tuple[str, ...]]:
-    """Ask for something that needs a valid signature and no name of a bucket."""
+    """List the buckets, which needs a valid signature and no bucket name."""
     try:
         with as_store_errors():
             count = len(client.list_buckets().get("Buckets") or ())
@@ -107,6 +107,6 @@ def _list_buckets(client: Any) -> tuple[str, tuple[str, ...]]:
             return "the credentials were not proved", (f"the store does not list buckets ({error}); {HINT}",)
         if error.row.code is not ErrorCode.SOURCE_FORBIDDEN:
             raise
-        why = f"they may not list buckets ({error.code}); {HINT}"
-        return "the credentials were accepted", (f"not proved that objects can be read: {why}",)
-    return f"the credentials were accepted, and see {count} buckets", ()
+        reason = f"they may not list buckets ({error.code}); {HINT}"
+        return "the credentials were accepted", (f"not proved that objects can be read: {reason}",)
+    return f"the credentials were accepted and list {count} buckets", ()

@@ -1,7 +1,7 @@
-"""`shiwu-worker --tune`: what this machine can do with this model, and what settings follow; kept in SHIWU_TUNE_FILE.
+"""`shiwu-worker --tune`: measures model and decoding on this machine and writes settings to SHIWU_TUNE_FILE.
 
-A worker finds its largest batch at each start anyway. What it can't find while it starts is how many loaders keep the
-device busy; and a tuned start saves the search.
+A worker learns its largest batch by itself. The number of loaders that keep the device busy it cannot learn while it
+starts, and a tune file saves the search for the batch size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import click
 import numpy as np
-import structlog
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +21,7 @@ from rich.table import Table
 from shiwu_worker.checkpoints.model_files import model_folder, model_revision
 from shiwu_worker.config.errors import load_settings_or_exit
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.config.tuned import KNOBS, Tuned, key_of
+from shiwu_worker.config.tuned import TUNED_SETTINGS, Tuned, key_of
 from shiwu_worker.config.types import check_output_file
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.runtime.cpus import usable_cores
@@ -30,63 +29,62 @@ from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
 from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
 
-log: Any = structlog.get_logger()
-SIDE: Final = 512
-DECODED_FOR_S: Final = 1.0
-BUSY: Final = 0.8
-"""Share of a loader's core that decoding may take; fetching takes the rest."""
+SIDE_PIXELS: Final = 512
+MEASURE_DECODE_S: Final = 1.0
+MAX_DECODE_SHARE: Final = 0.8
+"""Share of a loader's core for decoding; the rest is for fetching."""
 
 
 def run_tune() -> int:
-    """Measure, print, and write the file where one is named; say first whether the result will be kept."""
+    """Measure, print the settings, and write them to SHIWU_TUNE_FILE if it is set; return the exit code."""
     console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
     settings = load_settings_or_exit()
     try:
-        told = _where_kept(settings)
-        click.echo(f"{told} Measuring takes 10 to 60 s; let the machine be idle meanwhile.", err=True)
+        destination = _destination(settings)
+        click.echo(f"{destination} Measuring takes 10 to 60 s; keep the machine idle until then.", err=True)
         folder = model_folder(settings.model)
         spec = read_image_spec(folder)
         encoder = load_encoder(settings, folder, spec, is_thorough=True)
     except FatalError as error:
         click.echo(f"{error.exit_code.name}: {error}", err=True)
         return int(error.exit_code)
-    table = Table("batch", "ms", "pictures/s", title=f"{encoder.info.id}, {encoder.info.dtype}, {encoder.info.device}")
+    table = Table("batch", "ms", "images/s", title=f"{encoder.info.id}, {encoder.info.dtype}, {encoder.info.device}")
     for rung, seconds in _measured_s(encoder).items():
         table.add_row(str(rung), f"{seconds * 1000:.1f}", f"{rung / seconds:.1f}")
     console.print(table)
     decode_s = decode_core_s(spec)
-    found = choose(settings, encoder, decode_s, model_revision(folder))
-    console.print(f"decoding a {SIDE} px JPEG takes {decode_s * 1000:.2f} core-ms")
-    for name in KNOBS:
-        console.print(f"SHIWU_{name.upper()}={getattr(found, name)}")
+    tuned = choose(settings, encoder, decode_s, model_revision(folder))
+    console.print(f"decoding a {SIDE_PIXELS} px JPEG takes {decode_s * 1000:.2f} core-ms")
+    for name in TUNED_SETTINGS:
+        console.print(f"SHIWU_{name.upper()}={getattr(tuned, name)}")
     if settings.tune_file is not None:
-        settings.tune_file.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        console.print(f"written to {settings.tune_file}: workers with the same SHIWU_TUNE_FILE take it", soft_wrap=True)
+        settings.tune_file.write_text(tuned.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        console.print(f"written to {settings.tune_file}: workers with the same SHIWU_TUNE_FILE use it", soft_wrap=True)
     else:
         console.print("set these in the environment of the workers of this machine, or run --tune with SHIWU_TUNE_FILE")
     return 0
 
 
-def _where_kept(settings: Settings) -> str:
-    """What will become of the result.
+def _destination(settings: Settings) -> str:
+    """Return a sentence that says where the result goes.
 
     Raises:
-        FatalError: the file cannot be written, which is better known before measuring.
+        FatalError: the file cannot be written; checked before the measurement.
     """
     if settings.tune_file is None:
-        return "SHIWU_TUNE_FILE is not set: the result is printed, and no file keeps it."
+        return "SHIWU_TUNE_FILE is not set: the result is only printed."
     try:
         check_output_file(settings.tune_file)
     except ValueError as error:
         raise FatalError(ExitCode.CONFIG, f"SHIWU_TUNE_FILE: {error}") from error
-    return f"The result will be kept in {settings.tune_file}."
+    return f"The result will be written to {settings.tune_file}."
 
 
 def choose(settings: Settings, encoder: Any, decode_s: float, revision: str) -> Tuned:
-    """As many loaders as keep the model busy with pictures of this size, and a core for the worker itself."""
+    """Choose as many loaders as keep the model busy with images of this size, leaving a core for the worker."""
     rate = max(rung / seconds for rung, seconds in _measured_s(encoder).items())
     cores = usable_cores()
-    wanted = math.ceil(rate * decode_s / BUSY)
+    wanted = math.ceil(rate * decode_s / MAX_DECODE_SHARE)
     return Tuned(
         key=key_of(settings, revision),
         max_batch=encoder.size_policy.largest,
@@ -96,17 +94,17 @@ def choose(settings: Settings, encoder: Any, decode_s: float, revision: str) -> 
 
 
 def _measured_s(encoder: Any) -> dict[int, float]:
-    """Seconds of one batch of each size that was measured."""
+    """Return the seconds of one batch for each measured size."""
     return {size: seconds for size, seconds in encoder.size_policy.seconds().items() if size in encoder.timed_sizes}
 
 
 def decode_core_s(spec: ImageSpec) -> float:
-    """Core-seconds of a JPEG of the usual size, the best of as many as fit into a second."""
-    grain = np.random.default_rng(0).integers(0, 256, (SIDE // 8, SIDE // 8, 3), np.uint8)
+    """Return the core-seconds to decode a JPEG of SIDE_PIXELS, the lowest of those measured in a second."""
+    grain = np.random.default_rng(0).integers(0, 256, (SIDE_PIXELS // 8, SIDE_PIXELS // 8, 3), np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(grain).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
-    limits = DecodeLimits(max_pixels=SIDE * SIDE, max_side=SIDE, formats=("JPEG",))
-    until_s, best_s = time.monotonic() + DECODED_FOR_S, math.inf
+    Image.fromarray(grain).resize((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
+    limits = DecodeLimits(max_pixels=SIDE_PIXELS**2, max_side=SIDE_PIXELS, formats=("JPEG",))
+    until_s, best_s = time.monotonic() + MEASURE_DECODE_S, math.inf
     while time.monotonic() < until_s:
         began_s = time.thread_time()
         decode(buffer.getvalue(), spec=spec, limits=limits)

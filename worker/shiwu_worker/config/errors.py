@@ -1,4 +1,4 @@
-"""Reads the settings from the environment, and says in plain lines what is wrong with them."""
+"""Reads the settings from the environment, and reports wrong ones in one line each."""
 
 from __future__ import annotations
 
@@ -13,38 +13,39 @@ from typing import Any, Final, NoReturn
 
 import structlog
 from pydantic import ValidationError
+from structlog.typing import FilteringBoundLogger
 
 from shiwu.contract import printable
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 PREFIX: Final = "SHIWU_"
-MISSPELT: Final = 0.8
-"""From this likeness to the name of a setting on (of 1) an unknown name counts as a misspelling of it."""
-LIKE: Final = 0.6
-"""From this likeness on the setting is named as a hint."""
-LONGEST_SHOWN: Final = 80
+MIN_MISSPELT_RATIO: Final = 0.8
+"""Similarity to the name of a setting (0 to 1) from which an unknown name counts as misspelt."""
+MIN_HINT_RATIO: Final = 0.6
+"""Similarity from which the setting is named as a hint."""
+MAX_SHOWN_CHARS: Final = 80
 _SERVICE_LINK: Final = re.compile(r"(.+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
-"""What Kubernetes adds to the environment of a pod for each Service; one may be called shiwu-something."""
+"""Variables that Kubernetes adds to a pod for each Service; the name of a Service may begin with shiwu."""
 _LINK_VALUE: Final = re.compile(r"(tcp|udp|sctp)://")
 _NOT_SETTINGS: Final = frozenset({"SHIWU_BENCH_CACHE"})
 """Names that other parts of the project read."""
 
 
 class SettingsError(ValueError):
-    """The environment holds settings that cannot work; the text has a line for each."""
+    """The environment has wrong settings; the text has a line for each."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnknownName:
-    """A variable that looks like a setting and is none."""
+    """A variable that begins with SHIWU_ and is not a setting."""
 
     name: str
     nearest: str | None
-    """The setting that was probably meant."""
+    """The setting with the most similar name; None if none is similar."""
     is_misspelt: bool
-    """Whether it is so like that setting that the worker does not start."""
+    """Whether the name is so similar that the worker refuses to start."""
 
     def __str__(self) -> str:
         hint = f"; did you mean {self.nearest}?" if self.nearest else "; `shiwu-worker --check --all` lists them"
@@ -52,13 +53,13 @@ class UnknownName:
 
 
 def unknown_names(environment: Mapping[str, str]) -> list[UnknownName]:
-    """The variables that begin with SHIWU_ and are no settings, in alphabetical order.
+    """Return the variables that begin with SHIWU_ and are not settings, in alphabetical order.
 
-    One that is very like a setting is a misspelling, and the worker would run without what the operator asked for. Any
-    other may belong to a newer version, whose chart or compose file this version meets during a roll-back.
+    A name that is very similar to a setting is a misspelling, and the worker would run without that setting. Other
+    names may belong to a newer version, whose chart or compose file is still in place after a roll-back.
     """
     known = [f"{PREFIX}{name.upper()}" for name in Settings.model_fields]
-    found = []
+    unknown = []
     for name, value in sorted(environment.items()):
         upper = name.upper()
         if not upper.startswith(PREFIX) or upper in known or upper in _NOT_SETTINGS:
@@ -66,10 +67,12 @@ def unknown_names(environment: Mapping[str, str]) -> list[UnknownName]:
         if _SERVICE_LINK.fullmatch(upper.removeprefix(PREFIX)) and _is_service_link(upper, value):
             continue
         short = upper.removeprefix(PREFIX)
-        near = difflib.get_close_matches(short, [one.removeprefix(PREFIX) for one in known], n=1, cutoff=LIKE)
-        likeness = difflib.SequenceMatcher(None, near[0], short).ratio() if near else 0.0
-        found.append(UnknownName(name, f"{PREFIX}{near[0]}" if near else None, likeness >= MISSPELT))
-    return found
+        near = difflib.get_close_matches(
+            short, [setting.removeprefix(PREFIX) for setting in known], n=1, cutoff=MIN_HINT_RATIO
+        )
+        ratio = difflib.SequenceMatcher(None, near[0], short).ratio() if near else 0.0
+        unknown.append(UnknownName(name, f"{PREFIX}{near[0]}" if near else None, ratio >= MIN_MISSPELT_RATIO))
+    return unknown
 
 
 def _is_service_link(name: str, value: str) -> bool:
@@ -77,10 +80,10 @@ def _is_service_link(name: str, value: str) -> bool:
 
 
 def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
-    """The settings of this process.
+    """Return the settings of this process.
 
     Args:
-        environment: looked up for misspelt names and for the text of error messages; values come from `os.environ`.
+        environment: used for misspelt names and error messages; the values come from `os.environ`.
 
     Raises:
         SettingsError: a value or a name is wrong.
@@ -96,16 +99,16 @@ def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
 
 
 def report_unknown_names(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Log one warning about variables that are no settings, and remove them, so that no child process repeats it."""
+    """Log one warning about variables that are not settings, and remove them, so that no child process repeats it."""
     unknown = unknown_names(environment)
     if unknown:
-        log.warning("unknown_settings", meaning="they have no effect", names=[str(one) for one in unknown])
-    for one in unknown:
-        environment.pop(one.name, None)
+        log.warning("unknown_settings", meaning="they have no effect", names=[str(name) for name in unknown])
+    for name in unknown:
+        environment.pop(name.name, None)
 
 
 def load_settings_or_exit() -> Settings:
-    """The settings of this process; wrong ones end it with the exit code for settings, before there is a log."""
+    """Return the settings of this process, or exit with code 64 if they are wrong."""
     try:
         return load_settings()
     except SettingsError as error:
@@ -113,21 +116,21 @@ def load_settings_or_exit() -> Settings:
 
 
 def exit_with(error: Exception) -> NoReturn:
-    """End the process with the exit code for settings, and say why on standard error."""
-    print(error, file=sys.stderr)  # noqa: T201 there is no log yet
+    """Print the error on standard error, and exit with code 64."""
+    print(error, file=sys.stderr)  # noqa: T201 logs are not set up yet
     sys.exit(int(ExitCode.CONFIG))
 
 
 def _explain(error: ValidationError, environment: Mapping[str, str]) -> Iterator[str]:
-    """One line for each value that is wrong: the variable, what was expected, what came, and which item of a list."""
+    """Yield a line for each wrong value: the variable, what was expected, what came, and which item of a list."""
     given = {name.upper(): value for name, value in environment.items()}
     for wrong in error.errors(include_url=False):
         field, *path = wrong["loc"]
         name = f"{PREFIX}{str(field).upper()}"
         text = wrong["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-        came = wrong["input"] if path else given.get(name, wrong["input"])
-        if not _is_secret(str(field)) and isinstance(came, str) and "got " not in text:
-            text = f"{text}, got {_short(came)}"
+        value = wrong["input"] if path else given.get(name, wrong["input"])
+        if not _is_secret(str(field)) and isinstance(value, str) and "got " not in text:
+            text = f"{text}, got {_short(value)}"
         if path and isinstance(path[0], int):
             text = f"{text} (item {path[0] + 1})"
         if _LINK_VALUE.match(given.get(name, "")):
@@ -141,4 +144,4 @@ def _is_secret(field: str) -> bool:
 
 def _short(value: Any) -> str:
     shown = repr(re.sub(r"//[^/]*@", "//…@", value) if isinstance(value, str) else value)
-    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"
+    return shown if len(shown) <= MAX_SHOWN_CHARS else f"{shown[:MAX_SHOWN_CHARS]}…"

@@ -1,7 +1,7 @@
-"""The reference of all settings: by topic, with unit, default and reason. `docs/settings.md` is written from it.
+"""Reference of all settings by topic, with unit, default and description.
 
-`python -m shiwu_worker.config.reference docs/settings.md` writes the page; `shiwu-worker --check --all` prints the same
-with the values of this machine.
+`python -m shiwu_worker.config.reference docs/settings.md` writes the page. `shiwu-worker --check --all` prints the
+settings with the values of this machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TOPICS: Final[Mapping[str, str]] = {
     "allow_hosts": "What may be fetched",
     "http_host": "Probes, metrics and logs",
 }
-"""The first setting of each topic, in the order of `Settings`; those that follow it belong to the same topic."""
+"""First setting of each topic, in the order of `Settings`; the settings after it belong to the same topic."""
 _UNIT_OF_SUFFIX: Final = {"s": "seconds", "ms": "milliseconds", "mb": "MiB", "bytes": "bytes", "pixels": "pixels"}
 _UNITS: Final[Mapping[str, str]] = {
     "max_side": "pixels",
@@ -45,7 +45,7 @@ _UNITS: Final[Mapping[str, str]] = {
 }
 _SIGNS: Final = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 _DEFAULTS: Final[Mapping[str, str]] = {"worker_name": "host name and process id"}
-"""Defaults that differ from machine to machine."""
+"""Texts for defaults that depend on the machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,13 @@ class SettingInfo:
     """The environment variable."""
     topic: str
     unit: str
-    """Its unit and bounds, or the words that are allowed."""
+    """Unit and bounds, or the allowed words."""
     default: str
-    reason: str
+    description: str
 
 
 def all_settings() -> Iterator[SettingInfo]:
-    """Every setting, topic by topic."""
+    """Yield every setting, in the order of the topics."""
     topic = ""
     for field, info in Settings.model_fields.items():
         topic = TOPICS.get(field, topic)
@@ -73,12 +73,12 @@ def all_settings() -> Iterator[SettingInfo]:
             topic=topic,
             unit=_unit(field, info),
             default=_default(field, info),
-            reason=info.description or "",
+            description=info.description or "",
         )
 
 
 def value_text(value: Any) -> str:
-    """A value as its environment variable would hold it, without user names and passwords."""
+    """Return a value in the form of its environment variable, without user names and passwords."""
     if isinstance(value, SecretStr):
         value = re.sub(r"\?.*", "", value.get_secret_value())
     if value is None or value in ((), {}):
@@ -95,24 +95,24 @@ def value_text(value: Any) -> str:
 
 
 def changed_settings(settings: Settings) -> list[SettingInfo]:
-    """Those that the operator has set to something other than their default."""
+    """Return the settings that differ from their defaults."""
     return [
-        one
-        for one in all_settings()
-        if one.field in settings.model_fields_set
-        and getattr(settings, one.field) != Settings.model_fields[one.field].get_default()
+        setting
+        for setting in all_settings()
+        if setting.field in settings.model_fields_set
+        and getattr(settings, setting.field) != Settings.model_fields[setting.field].get_default()
     ]
 
 
 def settings_page() -> str:
-    """The page `docs/settings.md`."""
+    """Return the text of `docs/settings.md`."""
     lines = [
         "# Settings",
         "",
         "Every setting of `shiwu-worker` is an environment variable. Lists are separated by commas. A variable that is",
-        "empty counts as not set, but for `SHIWU_REDIS_URL`, which is refused. A name that resembles a setting and is",
-        "none ends the worker with exit code 64; other unknown names that begin with `SHIWU_` are reported in one",
-        "warning at the start, so that a newer chart can be used with an older worker.",
+        "empty counts as not set; an empty `SHIWU_REDIS_URL` is refused. An unknown name that resembles a setting ends",
+        "the worker with exit code 64. Other unknown names that begin with `SHIWU_` are reported in one warning at the",
+        "start, so that a newer chart can be used with an older worker.",
         "",
         "`shiwu-worker --check` tries Redis, the label files, S3 and the model with these settings and prints those",
         "that differ from their defaults; `shiwu-worker --check --all` prints all. The client and `shiwu` read",
@@ -121,18 +121,23 @@ def settings_page() -> str:
         "This page is written by `make docs` from `worker/shiwu_worker/config/settings.py`.",
     ]
     topic = ""
-    for one in all_settings():
-        if one.topic != topic:
-            topic = one.topic
+    for setting in all_settings():
+        if setting.topic != topic:
+            topic = setting.topic
             lines += ["", f"## {topic}", "", "| setting | unit or values | default | what it is |", "|---|---|---|---|"]
-        is_value = one.default not in {"unset", "empty", *_DEFAULTS.values()}
-        cells = (f"`{one.name}`", one.unit, f"`{one.default}`" if is_value else one.default, one.reason)
+        is_value = setting.default not in {"unset", "empty", *_DEFAULTS.values()}
+        cells = (
+            f"`{setting.name}`",
+            setting.unit,
+            f"`{setting.default}`" if is_value else setting.default,
+            setting.description,
+        )
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def _unit(field: str, info: FieldInfo) -> str:
-    """The unit with its bounds, or the words that are allowed."""
+    """Return the unit with its bounds, or the allowed words."""
     if info.annotation is bool:
         return "true or false"
     if get_origin(info.annotation) is Literal:
@@ -143,8 +148,8 @@ def _unit(field: str, info: FieldInfo) -> str:
     bounds: dict[str, Any] = {}
     for rule in info.metadata:
         bounds |= {sign: getattr(rule, sign) for sign in ("gt", "ge", "lt", "le") if hasattr(rule, sign)}
-    said = [f"{_SIGNS[sign]} {value_text(bound)}" for sign, bound in bounds.items()]
-    return ", ".join(filter(None, [unit, *said]))
+    limits = [f"{_SIGNS[sign]} {value_text(bound)}" for sign, bound in bounds.items()]
+    return ", ".join(filter(None, [unit, *limits]))
 
 
 def _default(field: str, info: FieldInfo) -> str:

@@ -1,4 +1,4 @@
-"""The tune file: settings that `--tune` measured on this machine, and whether they still fit it."""
+"""The tune file: settings that `--tune` measured, and the check whether they apply to this machine."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import os
 import socket
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
+from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.runtime.cpus import usable_cores
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 
-KNOBS: Final = ("max_batch", "torch_threads", "loaders")
+TUNED_SETTINGS: Final = ("max_batch", "torch_threads", "loaders")
 
 
 class Tuned(BaseModel):
-    """What was found, and for what: on another machine, model or torch it says nothing."""
+    """The measured settings, with a key of the machine, model and versions that they are valid for."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -31,7 +32,7 @@ class Tuned(BaseModel):
 
 
 def key_of(settings: Settings, revision: str) -> tuple[str, ...]:
-    """All that a tuning depends on. Read without torch: loaders start before it is loaded."""
+    """Return everything that the measurement depends on. Does not import torch, because loaders start before it."""
     cores = str(usable_cores())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     where = (socket.gethostname(), cores, settings.device, visible)
@@ -39,10 +40,10 @@ def key_of(settings: Settings, revision: str) -> tuple[str, ...]:
 
 
 def apply_tuning(settings: Settings, revision: Callable[[], str]) -> Settings:
-    """The settings with what was tuned, where the operator has not said it, and it is for this machine and model.
+    """Return the settings with those of the tune file, if it is valid here. Settings of the operator win.
 
     Args:
-        revision: of the model; asked for only where there is a file, for it reads all weights.
+        revision: returns the revision of the model; called only if there is a file, because it reads all weights.
     """
     path = settings.tune_file
     if path is None or not path.exists():
@@ -53,6 +54,12 @@ def apply_tuning(settings: Settings, revision: Callable[[], str]) -> Settings:
         log.warning("tune_file_unreadable", path=str(path), kind=type(error).__name__)
         return settings
     if tuned.key != key_of(settings, revision()):
-        log.warning("tune_file_mismatch", path=str(path), meaning="another machine, model or version; tune again")
+        log.warning(
+            "tune_file_mismatch",
+            path=str(path),
+            meaning="the file is of another machine, model or version; run --tune again",
+        )
         return settings
-    return settings.model_copy(update={name: getattr(tuned, name) for name in KNOBS if not getattr(settings, name)})
+    return settings.model_copy(
+        update={name: getattr(tuned, name) for name in TUNED_SETTINGS if not getattr(settings, name)}
+    )

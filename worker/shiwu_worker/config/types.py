@@ -1,4 +1,4 @@
-"""Settings that are more than a word or a number: their types, and how they are read from text."""
+"""Types of settings that are more than a word or a number, and how they are read from text."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from shiwu_worker.policy.access_rules import checked, read_host, read_nat64
 def _has_otel(value: bool) -> bool:
     try:
         available = not value or find_spec("opentelemetry.exporter.otlp.proto.http") is not None
-    except ModuleNotFoundError:  # of a package above it
+    except ModuleNotFoundError:  # a parent package is missing
         available = False
     if not available:
         raise ValueError(
-            "traces need OpenTelemetry's SDK and its exporter: run pip install '.[worker,otel]' in a clone of shiwu"
+            "traces need OpenTelemetry with its exporter: run pip install '.[worker,otel]' in a clone of shiwu"
         )
     return value
 
@@ -33,7 +33,7 @@ def _has_otel(value: bool) -> bool:
 def _has_client(value: str) -> str:
     if value == "obstore" and find_spec("obstore") is None:
         raise ValueError(
-            "obstore is not installed: run pip install '.[worker,obstore]' in a clone of shiwu, or take boto3"
+            "obstore is not installed: run pip install '.[worker,obstore]' in a clone of shiwu, or use boto3"
         )
     return value
 
@@ -41,7 +41,7 @@ def _has_client(value: str) -> str:
 FORMATS = {"JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "HEIF"}
 """Formats that the operator may allow, by Pillow's names."""
 FORMAT_ALIASES = {"JPG": "JPEG", "JPE": "JPEG", "JFIF": "JPEG", "TIF": "TIFF", "HEIC": "HEIF", "APNG": "PNG"}
-"""Endings of file names that people write for them."""
+"""Common file extensions of these formats."""
 
 
 def _known_formats(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ _DEVICE: Final = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 MAX_USER_AGENT_CHARS: Final = 256
 MAX_NAME_BYTES: Final = 255
 MAX_DURATION_S: Final = 10 * 365 * 86400
-"""Ten years. Clocks, sockets and Redis refuse durations of some hundred years."""
+"""Ten years. Clocks, sockets and Redis refuse durations of several hundred years."""
 
 
 def _check_device(value: str) -> str:
@@ -74,10 +74,10 @@ def _check_device(value: str) -> str:
 
 
 def check_output_file(path: Path) -> Path:
-    """A file that the worker can make, or can write to.
+    """Return the path if the worker can create the file, or write to it.
 
     Raises:
-        ValueError: says what is in the way.
+        ValueError: it cannot; the text says why.
     """
     folder = path.parent
     if path.is_dir():
@@ -96,22 +96,22 @@ def _check_worker_name(value: str) -> str:
 
 
 def check_proxy(url: str) -> None:
-    """Refuse what is no address of a proxy. The URL is not in the message, because it may hold a password.
+    """Refuse a text that is not the URL of a proxy. The message omits it, because it may contain a password.
 
     Raises:
-        ValueError: says what was expected.
+        ValueError: it is not one; the text says what was expected.
     """
     try:
         parts = urlsplit(url)
-        is_right = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        is_valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        is_right = False
-    if not is_right:
+        is_valid = False
+    if not is_valid:
         raise ValueError("expected http://[user:password@]host:port")
 
 
 def check_duration(name: str, value: object) -> None:
-    """Refuse a duration that no clock can count.
+    """Refuse a duration that is too long for clocks, sockets and Redis.
 
     Raises:
         ValueError: it is longer than ten years.
@@ -125,14 +125,14 @@ _REGION: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
 def _check_endpoint(value: str) -> str:
-    """The URL of a store; its text is not told, because it may hold a password."""
+    """Return the URL of a store if it is valid. The message omits it, because it may contain a password."""
     try:
         parts = urlsplit(value)
-        ok = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-        ok = ok and not (parts.query or parts.fragment or " " in value) and value.isprintable()
+        is_valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        is_valid = is_valid and not (parts.query or parts.fragment or " " in value) and value.isprintable()
     except ValueError:
-        ok = False
-    if not ok:
+        is_valid = False
+    if not is_valid:
         raise ValueError("expected http://host[:port] or https://host[:port], got something else")
     return value
 
@@ -150,7 +150,7 @@ def _check_user_agent(value: str) -> str:
 
 
 def read_lane(text: object) -> Lane:
-    """A lane by its name, or by the name of its queue.
+    """Return a lane by its name, or by the name of its queue.
 
     Raises:
         ValueError: for any other text.
@@ -163,7 +163,7 @@ def read_lane(text: object) -> Lane:
 
 def _some_lanes(value: tuple[Lane, ...]) -> tuple[Lane, ...]:
     if not value:
-        raise ValueError(f"expected one lane at least, of {', '.join(Lane)}")
+        raise ValueError(f"expected at least one lane of {', '.join(Lane)}")
     return tuple(lane for lane in Lane if lane in value)
 
 
@@ -196,24 +196,24 @@ Retries = Annotated[dict[ErrorCode, tuple[int, float, float]], NoDecode]
 
 
 def split(text: str) -> list[str]:
-    """What stands between commas, without spaces around it."""
+    """Split a list at commas, and strip spaces."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def read_retry(part: str) -> tuple[ErrorCode, tuple[int, float, float]]:
-    """One class of error, `code=tries:first_s:longest_s`.
+    """Return code and limits of one item of SHIWU_RETRY, `code=tries:first_s:longest_s`.
 
     Raises:
-        ValueError: for another form, a code that is never tried again, or numbers out of order.
+        ValueError: another form, a code that is never retried, or numbers out of order.
     """
     code, _, numbers = part.strip().partition("=")
     try:
         attempts, first_s, longest_s = numbers.split(":")
         policy = (int(attempts), float(first_s), float(longest_s))
-        known = ErrorCode(code) in RETRIABLE
+        is_retriable = ErrorCode(code) in RETRIABLE
     except ValueError:
         raise ValueError(f"expected code=tries:first_s:longest_s, got {part.strip()!r:.80}") from None
-    if not known or policy[0] < 1 or not 0 < policy[1] <= policy[2] <= MAX_DURATION_S:
+    if not is_retriable or policy[0] < 1 or not 0 < policy[1] <= policy[2] <= MAX_DURATION_S:
         allowed = ", ".join(sorted(RETRIABLE))
         raise ValueError(
             f"expected one of {allowed} with 1 or more tries and 0 < first_s <= longest_s, got {part!r:.80}"

@@ -1,4 +1,4 @@
-"""What the operator lets a worker reach: hosts, networks, ports, buckets, folders. Deny lists win over all others."""
+"""Access rules of the operator: hosts, networks, ports, buckets, folders. Deny lists win over all others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 
 HTTP_PORTS: Final = (80, 443)
 OTHER_ENDPOINTS: Final = ("--x-s3", "--xa-s3", "--op-s3")
-"""Endings of bucket names for which the AWS SDK leaves the endpoint that is configured: S3 Express, Outposts."""
+"""Suffixes of bucket names for which the AWS SDK ignores the configured endpoint: S3 Express, Outposts."""
 NAT64_BITS: Final = frozenset({32, 40, 48, 56, 64, 96})
 
 
@@ -19,20 +19,20 @@ NAT64_BITS: Final = frozenset({32, 40, 48, 56, 64, 96})
 class AccessRules:
     """The operator's lists, each empty by default.
 
-    Hosts are `name`, `*.name` (what lies below it) or an address, with or without `:port`; networks are CIDR; buckets
+    Hosts are `name`, `*.name` (its subdomains) or an address, with or without `:port`; networks are CIDR; buckets
     may end in `*`.
     """
 
     allow_hosts: tuple[str, ...] = ()
-    """May be reached whatever their addresses and ports are."""
+    """Allowed with any address and port."""
     only_hosts: tuple[str, ...] = ()
-    """If not empty, no other host may be reached over http and https."""
+    """If not empty, no other host is allowed over http and https."""
     deny_hosts: tuple[str, ...] = ()
     allow_networks: tuple[str, ...] = ()
-    """Addresses that count as public."""
+    """Networks whose addresses count as public."""
     deny_networks: tuple[str, ...] = ()
     nat64_prefixes: tuple[str, ...] = ()
-    """Prefixes, beside 64:ff9b::/96, behind which this network translates to IPv4."""
+    """Prefixes, in addition to 64:ff9b::/96, that this network translates to IPv4."""
     ports: tuple[int, ...] = HTTP_PORTS
     allow_buckets: tuple[str, ...] = ()
     """If not empty, no other bucket may be read."""
@@ -40,41 +40,41 @@ class AccessRules:
     allow_folders: tuple[Path, ...] = ()
     deny_folders: tuple[Path, ...] = ()
     proxy_url: str | None = None
-    """All http and https goes through this proxy, which then has to judge the addresses of names."""
+    """Proxy for all http and https; the proxy must then check the addresses of host names."""
     tells_refusals: bool = False
-    """Whether an answer says that it was these rules that refused the source."""
+    """Whether an answer says that these rules refused the source."""
 
 
 class HostList:
-    """Host names of one list.
+    """The hosts of one list.
 
     Raises:
-        ValueError: an entry is none.
+        ValueError: an entry is not a host.
     """
 
     def __init__(self, entries: tuple[str, ...]) -> None:
         self._names: set[tuple[str, int | None]] = set()
-        self._below: list[tuple[str, int | None]] = []
+        self._suffixes: list[tuple[str, int | None]] = []
         for entry in entries:
             name, port = read_host(entry)
             if name.startswith("*."):
-                self._below.append((name[1:], port))
+                self._suffixes.append((name[1:], port))
             else:
                 self._names.add((name, port))
 
     def __bool__(self) -> bool:
-        return bool(self._names or self._below)
+        return bool(self._names or self._suffixes)
 
     def has(self, host: str, port: int) -> bool:
-        """Whether the list names this host, for this port or for any."""
+        """Return whether the list contains this host, for this port or for all ports."""
         name = plain_host(host)
         if not self._names.isdisjoint({(name, port), (name, None)}):
             return True
-        return any(name.endswith(ending) and only in {port, None} for ending, only in self._below)
+        return any(name.endswith(suffix) and only_port in {port, None} for suffix, only_port in self._suffixes)
 
 
 def checked(read: Callable[[str], object]) -> Callable[[str], str]:
-    """Let a text through if `read`, which raises ValueError, can read it."""
+    """Return a function that returns its text if `read` can parse it; `read` raises ValueError otherwise."""
 
     def check(text: str) -> str:
         read(text)
@@ -84,7 +84,7 @@ def checked(read: Callable[[str], object]) -> Callable[[str], str]:
 
 
 def plain_host(host: str) -> str:
-    """A host as it is compared: lower case, no brackets, no dot at the end; addresses in their shortest form."""
+    """Return a host in the form for comparisons: lower case, no brackets or trailing dot, short addresses."""
     name = host.strip("[]").rstrip(".").lower()
     try:
         return str(ipaddress.ip_address(name))
@@ -93,13 +93,13 @@ def plain_host(host: str) -> str:
 
 
 def read_host(entry: str) -> tuple[str, int | None]:
-    """Read `host` or `host:port`.
+    """Parse `host` or `host:port`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the entry is neither.
     """
     host, colon, port = entry.rpartition(":")
-    # More than one colon is an IPv6 address without brackets, which then has no port.
+    # With more than one colon and no brackets it is an IPv6 address without a port.
     has_port = bool(colon) and port.isascii() and port.isdigit() and (":" not in host or host.endswith("]"))
     name = plain_host(host if has_port else entry)
     if not name or any(sign in name for sign in "/@?# \\") or "*" in name.removeprefix("*.") or name == "*.":
@@ -110,10 +110,10 @@ def read_host(entry: str) -> tuple[str, int | None]:
 
 
 def read_nat64(prefix: str) -> ipaddress.IPv6Network:
-    """Read a prefix of NAT64.
+    """Parse a NAT64 prefix.
 
     Raises:
-        ValueError: it is no IPv6 network of a length that RFC 6052 knows.
+        ValueError: it is not an IPv6 network with a length of RFC 6052.
     """
     try:
         network = ipaddress.IPv6Network(prefix)
@@ -125,10 +125,10 @@ def read_nat64(prefix: str) -> ipaddress.IPv6Network:
 
 
 def allows_bucket(access: AccessRules, bucket: str) -> bool:
-    """Whether the operator lets this bucket be read.
+    """Return whether the rules allow this bucket.
 
-    A name that chooses another endpoint is read only where an entry of the list ends in the same way: `pictures*` does
-    not allow `pictures--x-s3`.
+    A name for which the SDK ignores the endpoint needs an entry with the same kind of suffix: `images*` does not allow
+    `images--x-s3`.
     """
     if any(fnmatchcase(bucket, pattern) for pattern in access.deny_buckets):
         return False

@@ -1,7 +1,7 @@
-"""Which tasks and queues a message's callbacks may name: the operator's word, judged before a picture costs anything.
+"""Rules of the operator for callbacks: which tasks and queues a message may name. Checked before the image is fetched.
 
-Signatures are read as a stranger's data, never as Celery's objects: every task that any of them leads to must be
-allowed, also those that the callbacks carry on to other workers.
+Signatures are read as untrusted data, never as Celery objects. Every task that a signature leads to must be allowed,
+also those that a callback passes on to other workers.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from shiwu.broker.message_reader import Canvas
 from shiwu.contract import RESULT_PREFIX, TASK_NAME, ErrorCode, Lane, RequestError
 
 BUILT_IN: Final = "celery."
-"""Celery's own tasks: `celery.map` calls any other by name. A pattern means them only where it begins so itself."""
+"""Prefix of Celery's own tasks; `celery.map` calls any task by name. Only patterns with this prefix match them."""
 MAX_TASKS: Final = 100
 MAX_DEPTH: Final = 10
 MAX_NAME_CHARS: Final = 255
 STRUCTURES: Final = {"chain": ("tasks",), "group": ("tasks",), "chord": ("header", "body")}
-"""Kinds of signatures that are taken apart here and sent as the tasks in them, never as `celery.chain` and its like."""
+"""Kinds of signatures whose inner tasks are checked and sent; `celery.chain` and similar tasks are never sent."""
 INNER: Final = ("link", "link_error", "chain", "chord")
-"""Options that hold signatures."""
-STEERING: Final = frozenset(
+"""Options that contain signatures."""
+ROUTING_OPTIONS: Final = frozenset(
     {"exchange", "exchange_type", "routing_key", "router", "connection", "producer", "publisher", "declare"}
     | {"retry_policy", "route_name", "type", "task", "app", "tasks", "args", "kwargs", "options", "subtask_type"}
 )
-"""Options that would lead a message past its queue, or a signature past its reader."""
-PROTOCOL: Final = frozenset(
+"""Options that would bypass the check of the queue, or that Celery reads differently from this module."""
+PROTOCOL_HEADERS: Final = frozenset(
     {"lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit", "root_id"}
     | {"parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result", "replaced_task_nesting", "stamped_headers"}
     | {"stamps", "compression"}
 )
-"""Headers that Celery writes. Its option `headers` overwrites them: the name of the task too."""
+"""Headers that Celery writes. The option `headers` would overwrite them, including the name of the task."""
 _LANES: Final = frozenset(key for lane in Lane for key in lane.keys)
-_OURS: Final = ("shiwu.", "shiwu:", RESULT_PREFIX, "celery-taskset-meta-", "_kombu.", "unacked")
-"""Beginnings of keys that no pattern opens: what lies there is no queue, or is ours."""
+_RESERVED_PREFIXES: Final = ("shiwu.", "shiwu:", RESULT_PREFIX, "celery-taskset-meta-", "_kombu.", "unacked")
+"""Prefixes of keys that no pattern matches, because they are not queues or belong to shiwu."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class CallbackRules:
 
     Args:
         tasks: names or patterns (`reports.*`) of tasks.
-        queues: names or patterns of queues, beside the lanes for `shiwu.tag` itself.
-        max_tasks: tasks that one message may lead to.
+        queues: names or patterns of queues; `shiwu.tag` may also use the lanes.
+        max_tasks: largest number of tasks that one message may lead to.
     """
 
     tasks: tuple[str, ...] = (TASK_NAME,)
@@ -54,47 +54,48 @@ class CallbackRules:
     max_tasks: int = MAX_TASKS
 
     def check(self, canvas: Canvas) -> None:
-        """Judge the callbacks of a message.
+        """Check the callbacks of a message.
 
         Raises:
-            RequestError: callback_refused for a task or queue that is not allowed, unsupported_canvas for what is too
-                much, too deep or of a kind that is not sent from here, malformed_message for what is no signature.
+            RequestError: callback_refused for a task or queue that is not allowed; unsupported_canvas for too many
+                tasks, too deep nesting or an unsupported kind; malformed_message for a value that is no signature.
         """
         chord = () if canvas.chord is None else (canvas.chord,)
         self._check_all([*canvas.callbacks, *canvas.errbacks, *canvas.chain, *chord])
 
     def check_sent(self, name: object, options: Mapping[str, Any]) -> None:
-        """Judge one message on its way out, with what it carries on; raises as `check`."""
+        """Check one message before it is sent, with the callbacks in its options; raises as `check` does."""
         _check_form(options)
         self._check_task(name, options.get("queue"))
-        self._check_all(_carried(options))
+        self._check_all(_inner_signatures(options))
 
     def _check_all(self, signatures: Iterable[object]) -> None:
-        waiting = [(one, 1) for one in signatures]
-        seen = 0
-        while waiting:
-            one, depth = waiting.pop()
-            seen += 1
-            if seen > self.max_tasks or depth > MAX_DEPTH:
+        pending = [(signature, 1) for signature in signatures]
+        count = 0
+        while pending:
+            signature, depth = pending.pop()
+            count += 1
+            if count > self.max_tasks or depth > MAX_DEPTH:
                 raise _unsupported(
                     f"expected callbacks of at most {self.max_tasks} tasks (SHIWU_CALLBACK_MOST), nested at most "
                     f"{MAX_DEPTH} deep"
                 )
-            waiting += [(inner, depth + 1) for inner in self._check_one(one)]
+            pending += [(inner, depth + 1) for inner in self._check_one(signature)]
 
-    def _check_one(self, one: object) -> list[object]:
-        """Judge a signature without what it holds; gives that."""
-        if not isinstance(one, Mapping) or not isinstance(one.get("task"), str):
+    def _check_one(self, signature: object) -> list[object]:
+        """Check one signature, and return the signatures that it contains."""
+        if not isinstance(signature, Mapping) or not isinstance(signature.get("task"), str):
             raise _malformed("expected callbacks as signatures with a task's name")
-        options, kwargs, kind = one.get("options") or {}, one.get("kwargs") or {}, one.get("subtask_type")
+        options, kwargs = signature.get("options") or {}, signature.get("kwargs") or {}
+        kind = signature.get("subtask_type")
         if not isinstance(options, Mapping) or not isinstance(kwargs, Mapping):
             raise _malformed("expected a signature's options and kwargs as mappings")
-        if steering := sorted(STEERING & options.keys()):
-            raise _unsupported(f"expected callbacks that name a queue at most, got the option {steering[0]!r}")
+        if routing := sorted(ROUTING_OPTIONS & options.keys()):
+            raise _unsupported(f"expected callbacks that name a queue at most, got the option {routing[0]!r}")
         _check_form(options)
-        inner = _carried(options)
+        inner = _inner_signatures(options)
         if not kind:
-            self._check_task(one["task"], options.get("queue"))
+            self._check_task(signature["task"], options.get("queue"))
         elif isinstance(kind, str) and kind in STRUCTURES:
             self._check_queue(options.get("queue"), is_lane_allowed=True)
             for part in STRUCTURES[kind]:
@@ -123,15 +124,17 @@ class CallbackRules:
             )
 
     def allows_task(self, name: str) -> bool:
-        """Whether a callback may call this task."""
+        """Return whether a callback may call this task."""
         patterns = self.tasks
         if name.startswith(BUILT_IN):
-            patterns = tuple(one for one in patterns if one.startswith(BUILT_IN))
-        return _is_name(name) and any(fnmatchcase(name, one) for one in patterns)
+            patterns = tuple(pattern for pattern in patterns if pattern.startswith(BUILT_IN))
+        return _is_name(name) and any(fnmatchcase(name, pattern) for pattern in patterns)
 
     def allows_queue(self, name: str) -> bool:
-        """Whether a callback may go to this queue."""
-        return _is_name(name) and not name.startswith(_OURS) and any(fnmatchcase(name, one) for one in self.queues)
+        """Return whether a callback may be sent to this queue."""
+        if not _is_name(name) or name.startswith(_RESERVED_PREFIXES):
+            return False
+        return any(fnmatchcase(name, pattern) for pattern in self.queues)
 
 
 def _check_form(options: Mapping[str, Any]) -> None:
@@ -139,17 +142,17 @@ def _check_form(options: Mapping[str, Any]) -> None:
     if serializer is not None and serializer != "json":
         raise _unsupported(f"expected callbacks as JSON, got the serializer {serializer!r:.80}")
     headers = options.get("headers") or {}
-    if not isinstance(headers, Mapping) or PROTOCOL & headers.keys():
+    if not isinstance(headers, Mapping) or PROTOCOL_HEADERS & headers.keys():
         raise _unsupported("expected callbacks without headers of Celery's own names")
 
 
-def _carried(options: Mapping[str, Any]) -> list[object]:
-    """The signatures among a task's options."""
-    return [one for name in INNER for one in _listed(options.get(name), name)]
+def _inner_signatures(options: Mapping[str, Any]) -> list[object]:
+    """Return the signatures in the options of a task."""
+    return [signature for name in INNER for signature in _listed(options.get(name), name)]
 
 
 def _listed(value: object, name: str) -> list[object]:
-    """One signature or several, as Celery takes them."""
+    """Return one signature or several as a list; Celery accepts both."""
     if not value:
         return []
     if isinstance(value, Mapping):

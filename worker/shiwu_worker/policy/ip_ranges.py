@@ -1,8 +1,8 @@
-"""Which addresses are public: judged by a table of IANA's special-purpose registries, `ip_ranges.csv`.
+"""Decides which addresses are public, by IANA's special-purpose registries in `ip_ranges.csv`.
 
-`ipaddress.is_global` and `is_private` are not asked: they are wrong for some ranges and differ by patch release.
-Whatever the registries list is refused, also what they call globally reachable, for no picture lies there. IPv4 inside
-IPv6 is judged as the IPv4 address that a packet ends at.
+`ipaddress.is_global` and `is_private` are not used: they are wrong for some ranges and differ between patch releases.
+All ranges of the registries are refused, even globally reachable ones, because none of them serves images. An IPv6
+address that contains an IPv4 address is checked as that IPv4 address.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ class SpecialRange:
 
     network: IPNetwork
     name: str
-    judged: str
-    """`refused`, or the form in which an IPv4 address lies in it: low, 6to4, teredo."""
+    kind: str
+    """`refused`, or how an IPv4 address is embedded: low, 6to4, teredo."""
 
 
 def read_table() -> tuple[SpecialRange, ...]:
-    """The table, most specific networks first."""
+    """Return the table, most specific networks first."""
     lines = Path(__file__).with_suffix(".csv").read_text(encoding="utf-8").splitlines()
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
-    table = [SpecialRange(ipaddress.ip_network(row["network"]), row["name"], row["judged"]) for row in rows]
+    table = [SpecialRange(ipaddress.ip_network(row["network"]), row["name"], row["kind"]) for row in rows]
     return tuple(sorted(table, key=lambda row: row.network.prefixlen, reverse=True))
 
 
 _TABLE: Final = read_table()
-# The only part of IPv6 from which addresses of hosts are given out.
+# The only part of IPv6 from which addresses of hosts are assigned.
 _GLOBAL_V6: Final = ipaddress.IPv6Network("2000::/3")
 
 
 def special_use(address: IPAddress) -> str | None:
-    """Why an address, taken as it stands, is not public; None where it is."""
+    """Return why an address itself is not public; None if it is. Embedded IPv4 addresses are not checked."""
     row = _row_of(address)
-    if row is not None and row.judged == REFUSED:
+    if row is not None and row.kind == REFUSED:
         return row.name
     if row is None and address.version == 6 and address not in _GLOBAL_V6:
         return "not a global unicast address"
@@ -56,10 +56,10 @@ def special_use(address: IPAddress) -> str | None:
 
 
 def effective_addresses(address: IPAddress, nat64: tuple[ipaddress.IPv6Network, ...] = ()) -> tuple[IPAddress, ...]:
-    """The addresses at which a packet to `address` may end; all of them must be public.
+    """Return the addresses that a packet to `address` may reach; all of them must be public.
 
     Args:
-        nat64: further prefixes behind which this network translates to IPv4 (RFC 6052).
+        nat64: further prefixes that this network translates to IPv4 (RFC 6052).
     """
     if address.version == 4:
         return (address,)
@@ -68,24 +68,24 @@ def effective_addresses(address: IPAddress, nat64: tuple[ipaddress.IPv6Network, 
             return (_translated(address, prefix.prefixlen),)
     number = int(address)
     row = _row_of(address)
-    match row.judged if row else "":
+    match row.kind if row else "":
         case "low":
             return (ipaddress.IPv4Address(number & _LOW),)
         case "teredo":
-            # The server, and the client's own address with every bit turned over.
+            # The server, and the address of the client with all bits inverted.
             return (ipaddress.IPv4Address(number >> 64 & _LOW), ipaddress.IPv4Address(~number & _LOW))
         case "6to4":
-            found: tuple[IPAddress, ...] = (ipaddress.IPv4Address(number >> 80 & _LOW),)
+            reached: tuple[IPAddress, ...] = (ipaddress.IPv4Address(number >> 80 & _LOW),)
         case _:
-            found = (address,)
+            reached = (address,)
     if number >> 32 & _LOW in _ISATAP:
-        found += (ipaddress.IPv4Address(number & _LOW),)
-    return found
+        reached += (ipaddress.IPv4Address(number & _LOW),)
+    return reached
 
 
 def is_public(address: IPAddress, nat64: tuple[ipaddress.IPv6Network, ...] = ()) -> bool:
-    """Whether the address may be fetched from without the operator's word."""
-    return all(special_use(one) is None for one in effective_addresses(address, nat64))
+    """Return whether the address may be fetched from without a rule of the operator."""
+    return all(special_use(effective) is None for effective in effective_addresses(address, nat64))
 
 
 @lru_cache(maxsize=4096)
@@ -94,7 +94,7 @@ def _row_of(address: IPAddress) -> SpecialRange | None:
 
 
 def _translated(address: IPAddress, prefix_bits: int) -> ipaddress.IPv4Address:
-    """The IPv4 address behind a prefix of 32, 40, 48, 56, 64 or 96 bits; byte 8 is skipped by the shorter ones."""
+    """Return the IPv4 address after a prefix of 32, 40, 48, 56, 64 or 96 bits; shorter prefixes skip byte 8."""
     packed = address.packed
     if prefix_bits < 96:
         packed = packed[:_U_OCTET] + packed[_U_OCTET + 1 :]
