@@ -16,11 +16,11 @@ from tests.support.chart import CHART, ChartError, Helm, merged, of_kind, pods, 
 from tests.support.chart_tools import HELMS
 
 
-def test_both_major_versions_are_here() -> None:
+def test_both_major_versions_of_helm_are_installed() -> None:
     assert [Helm(tool(name)).run("version", "--short").split(".")[0].strip() for name in HELMS] == ["v3", "v4"]
 
 
-def test_lint_finds_nothing(helm: Helm) -> None:
+def test_helm_lint_reports_nothing(helm: Helm) -> None:
     """Also with every feature on."""
     for values in (PLAIN, ALL_ON):
         said = helm.run("lint", "--strict", str(CHART), values=values)
@@ -29,7 +29,7 @@ def test_lint_finds_nothing(helm: Helm) -> None:
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_every_object_fits_its_schema(helm: Helm, name: str) -> None:
+def test_every_object_matches_its_schema(helm: Helm, name: str) -> None:
     """Strictly: a key that a schema does not know is wrong, also in KEDA's and Prometheus' kinds."""
     manifests = helm.render(MATRIX[name])
     assert len(manifests) >= 2
@@ -38,7 +38,7 @@ def test_every_object_fits_its_schema(helm: Helm, name: str) -> None:
     assert len(set(names)) == len(names)
 
 
-def test_unknown_keys_would_be_seen(newest: Helm) -> None:
+def test_unknown_keys_are_detected(newest: Helm) -> None:
     """The test above can fail, for both sorts of schemas."""
     manifests = newest.render(ALL_ON)
     scaled, deployment = of_kind(manifests, "ScaledObject"), of_kind(manifests, "Deployment", "worker")
@@ -49,14 +49,14 @@ def test_unknown_keys_would_be_seen(newest: Helm) -> None:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_values_are_refused_in_words(helm: Helm, name: str) -> None:
+def test_wrong_values_are_refused_with_a_reason(helm: Helm, name: str) -> None:
     values, words = WRONG[name]
     said = "|".join(re.escape(each) for each in ([words] if isinstance(words, str) else words))
     with pytest.raises(ChartError, match=said):
         helm.render(merged(PLAIN, values))
 
 
-def test_all_faults_are_told_at_once(newest: Helm) -> None:
+def test_all_wrong_values_are_reported_together(newest: Helm) -> None:
     values = {"model": {"source": "pvc"}, "producer": {"enabled": True}}
     with pytest.raises(ChartError, match=r"(?s)producer\.references|model\.pvc") as caught:
         newest.render(values)
@@ -64,7 +64,7 @@ def test_all_faults_are_told_at_once(newest: Helm) -> None:
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_pods_are_locked_down(newest: Helm, name: str) -> None:
+def test_pods_have_minimal_privileges(newest: Helm, name: str) -> None:
     """What a security scanner asks: no root, no writable root, no capability, no token, bounded memory, no :latest."""
     manifests = newest.render(MATRIX[name])
     for where, spec in pods(manifests):
@@ -120,7 +120,7 @@ def test_schema_and_readme_are_current() -> None:
     assert (CHART / "README.md").read_text(encoding="utf-8") == chart_docs.readme_text()
 
 
-def test_the_package_is_whole(newest: Helm, tmp_path: Path) -> None:
+def test_chart_package_is_complete(newest: Helm, tmp_path: Path) -> None:
     """`helm package` takes what the templates read, and not the examples."""
     newest.run("package", str(CHART), "--destination", str(tmp_path))
     (package,) = tmp_path.glob("*.tgz")

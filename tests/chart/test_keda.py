@@ -18,7 +18,7 @@ from tests.support.processes import ROOT
 from tests.support.servers import Valkey
 
 
-def test_keda_counts_what_waits_and_what_is_held(newest: Helm) -> None:
+def test_keda_counts_waiting_and_claimed_jobs(newest: Helm) -> None:
     """Every key of both lanes, claims, suspects and callbacks that nobody has sent, each once in the formula."""
     spec = of_kind(newest.render(ALL_ON), "ScaledObject")["spec"]
     keys = [trigger["metadata"]["listName"] for trigger in spec["triggers"]]
@@ -34,7 +34,7 @@ def test_keda_counts_what_waits_and_what_is_held(newest: Helm) -> None:
     assert {trigger["metadata"]["username"] for trigger in spec["triggers"]} == {"shiwu-scaler"}
 
 
-def test_keda_counts_as_its_user(newest: Helm, valkey_session: Valkey, redis_client: Any) -> None:
+def test_keda_has_the_permissions_to_count(newest: Helm, valkey_session: Valkey, redis_client: Any) -> None:
     """The user of docs/operations.md may run KEDA's script on each key of the ScaledObject, and sees what is there."""
     operations = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     [rights] = re.findall(r"^    user shiwu-scaler on >… (.*)$", operations, re.M)

@@ -109,7 +109,7 @@ def selectors(node: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("where", "query"), list(queries()))
-def test_queries_parse_and_name_what_exists(where: str, query: str) -> None:
+def test_queries_parse_and_use_existing_metrics(where: str, query: str) -> None:
     """The metric, its labels, and the values that have a closed set."""
     found = list(selectors(promql_parser.parse(query)))
     assert found, where
@@ -123,21 +123,21 @@ def test_queries_parse_and_name_what_exists(where: str, query: str) -> None:
     assert grouped <= SCRAPED.union(*(KNOWN[selector.name] for selector in found)), where
 
 
-def test_a_wrong_query_would_be_seen() -> None:
+def test_wrong_query_is_detected() -> None:
     with pytest.raises(ValueError, match=r".+"):
         promql_parser.parse("sum(rate(shiwu_jobs_total[5m])")
     (found,) = selectors(promql_parser.parse("sum(rate(shiwu_jobs[5m]))"))
     assert found.name not in KNOWN
 
 
-def test_every_metric_is_looked_at() -> None:
+def test_every_metric_is_used() -> None:
     """What nobody sees need not be exported."""
     seen = {selector.name for _, query in queries() for selector in selectors(promql_parser.parse(query))}
     seen = {re.sub(r"_(bucket|sum|count)$", "", name) for name in seen}
     assert {*METRICS, *BARE, *HISTOGRAMS} - seen == set()
 
 
-def test_rules_fire_as_meant(tmp_path: Path) -> None:
+def test_alert_rules_fire_as_intended(tmp_path: Path) -> None:
     """promtool's own unit tests of the rules, and its lint."""
     promtool = tool("promtool")
     shutil.copy(CHART / "files" / "rules.yaml", tmp_path)
@@ -174,7 +174,7 @@ def test_runbook_commands_are_accepted() -> None:
         assert result.exit_code == 0, (indented or quoted, result.output)
 
 
-def test_the_dashboard_answers_its_four_questions() -> None:
+def test_dashboard_has_its_four_sections() -> None:
     """Rows in this order; panels do not overlap and have ids of their own."""
     panels = DASHBOARD["panels"]
     rows = [panel["title"] for panel in panels if panel["type"] == "row"]
@@ -195,7 +195,7 @@ def rendered_rules(monitoring: dict[str, Any], **values: Any) -> list[dict[str, 
     return rules
 
 
-def test_the_chart_carries_rules_and_dashboard() -> None:
+def test_chart_contains_rules_and_dashboard() -> None:
     """As the files are, with the runbook's address changed where asked."""
     manifests = Helm(tool("helm4")).render({"redis": {"host": "r"}, "monitoring": RUNBOOK})
     rules = of_kind(manifests, "PrometheusRule")["spec"]["groups"][0]["rules"]
@@ -213,7 +213,7 @@ def test_alerts_have_no_link_without_an_address() -> None:
 
 
 @pytest.mark.parametrize("sweep", [{"enabled": False}, {"metrics": {"enabled": False}}])
-def test_no_alert_on_a_sweep_that_is_not_wanted(sweep: dict[str, Any]) -> None:
+def test_disabled_sweep_has_no_alert(sweep: dict[str, Any]) -> None:
     """It would ring forever."""
     alerts = {rule["alert"] for rule in rendered_rules(RUNBOOK, sweep=sweep)}
     assert {rule["alert"] for rule in RULES} - alerts == {"ShiwuSweepGone"}
@@ -228,7 +228,7 @@ def test_no_alert_on_a_sweep_that_is_not_wanted(sweep: dict[str, Any]) -> None:
         ({"autoscaling": {"hpa": {"enabled": True, "minReplicas": 2}}}, "2"),
     ],
 )
-def test_the_sweep_expects_the_workers_that_always_run(values: dict[str, Any], expected: str) -> None:
+def test_sweep_expects_the_minimum_of_workers(values: dict[str, Any], expected: str) -> None:
     """The alert ShiwuNoWorkers compares with this number."""
     monitoring = {"podMonitor": {"enabled": True}}
     manifests = Helm(tool("helm4")).render({"redis": {"host": "r"}, "monitoring": monitoring, **values})

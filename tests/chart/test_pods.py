@@ -51,7 +51,7 @@ def worker_of(manifests: list[Manifest]) -> tuple[dict[str, Any], dict[str, Any]
         ),
     ],
 )
-def test_the_way_to_redis(newest: Helm, redis: dict[str, Any], url: str, tmp_path: Path) -> None:
+def test_pods_reach_redis_as_configured(newest: Helm, redis: dict[str, Any], url: str, tmp_path: Path) -> None:
     found = variables(worker_of(newest.render({"redis": redis}))[1])
     assert found["SHIWU_REDIS_URL"] == url
     (tmp_path / "ca.crt").touch()
@@ -64,7 +64,7 @@ def test_the_way_to_redis(newest: Helm, redis: dict[str, Any], url: str, tmp_pat
         assert order.index(name) < order.index("SHIWU_REDIS_URL"), "Kubernetes fills in earlier variables only"
 
 
-def test_cards_by_any_name(newest: Helm) -> None:
+def test_gpu_resource_names_are_accepted(newest: Helm) -> None:
     values = PLAIN | {"worker": {"gpu": {"resourceName": "nvidia.com/mig-1g.18gb"}}}
     assert worker_of(newest.render(values))[1]["resources"]["limits"]["nvidia.com/mig-1g.18gb"] == 1
     container = worker_of(newest.render(ALL_OFF))[1]
@@ -72,7 +72,7 @@ def test_cards_by_any_name(newest: Helm) -> None:
     assert variables(container)["SHIWU_DEVICE"] == "cpu"
 
 
-def test_ends_and_probes(newest: Helm) -> None:
+def test_grace_time_and_probes_fit_the_settings(newest: Helm) -> None:
     """A pod may drain; nothing but /livez ends it; it has minutes to start."""
     spec, container = worker_of(newest.render(PLAIN | {"worker": {"graceS": 50}}))
     drain_s = 50 + 2 * Settings().redis_timeout_s + LOADERS_CLOSE_TIMEOUT_S + TRACES_CLOSE_TIMEOUT_S
@@ -89,12 +89,12 @@ def test_ends_and_probes(newest: Helm) -> None:
     assert container["ports"][0]["containerPort"] == int(variables(container)["SHIWU_HTTP_PORT"])
 
 
-def test_a_cluster_with_ipv6_only(newest: Helm) -> None:
+def test_ipv6_only_cluster_is_supported(newest: Helm) -> None:
     container = worker_of(newest.render(PLAIN | {"http": {"host": "::"}}))[1]
     assert variables(container)["SHIWU_HTTP_HOST"] == "::"
 
 
-def test_a_change_of_labels_restarts_the_workers(newest: Helm) -> None:
+def test_changed_labels_restart_the_workers(newest: Helm) -> None:
     """Their checksum is on the pods; and the rendered file is one that the worker reads."""
 
     def checksum(word: str) -> str:
@@ -117,7 +117,7 @@ def test_label_sets_are_read_by_the_worker(newest: Helm, tmp_path: Path) -> None
     assert all(re.fullmatch(r"[-._a-zA-Z0-9]+", name) for name in data), "Kubernetes takes no other keys"
 
 
-def test_strangers_addresses_stay_public(newest: Helm) -> None:
+def test_private_addresses_stay_blocked(newest: Helm) -> None:
     """What the worker refuses is shut on 80 and 443 too, but for the agent of Pod Identity when asked."""
     policy = of_kind(newest.render(PLAIN), "NetworkPolicy", "worker")["spec"]
     web = [rule for rule in policy["egress"] if {port["port"] for port in rule["ports"]} & {80, 443}]
@@ -137,7 +137,7 @@ def test_strangers_addresses_stay_public(newest: Helm) -> None:
     assert all("ipBlock" not in str(rule) for rule in with_agent["egress"][:2])
 
 
-def test_a_downloaded_model_is_used_offline(newest: Helm) -> None:
+def test_downloaded_model_is_used_offline(newest: Helm) -> None:
     """The init container writes where the worker reads, and the worker can't write there."""
     spec, container = worker_of(newest.render(ALL_ON))
     (init,) = spec["initContainers"]
@@ -181,14 +181,14 @@ def test_download_without_weights_fails_the_pod(newest: Helm, tmp_path: Path, *,
     assert (target / ".whole").exists() == is_whole
 
 
-def test_a_baked_model_is_not_hidden(newest: Helm) -> None:
+def test_model_in_the_image_is_not_hidden(newest: Helm) -> None:
     """Nothing is mounted over the image's own folder."""
     container = worker_of(newest.render(MATRIX["baked"]))[1]
     assert variables(container)["SHIWU_MODEL"] == "/models/OFA-Sys/chinese-clip-vit-base-patch16"
     assert not [mount for mount in container["volumeMounts"] if mount["mountPath"].startswith("/models")]
 
 
-def test_volumes_and_mounts_belong_together(newest: Helm) -> None:
+def test_volumes_and_mounts_match(newest: Helm) -> None:
     for values in MATRIX.values():
         for where, spec in pods(newest.render(values)):
             volumes = {each["name"] for each in spec.get("volumes", [])}
@@ -202,7 +202,7 @@ def test_volumes_and_mounts_belong_together(newest: Helm) -> None:
             assert volumes - mounted == set(), where
 
 
-def test_the_trial_keeps_its_password(newest: Helm) -> None:
+def test_trial_redis_keeps_its_password(newest: Helm) -> None:
     """Pods and KEDA read the password from the Secret that the trial server has."""
     manifests = newest.render(MATRIX["trial"])
     secret = of_kind(manifests, "Secret", "-valkey")
@@ -213,7 +213,7 @@ def test_the_trial_keeps_its_password(newest: Helm) -> None:
     assert auth["spec"]["secretTargetRef"][0]["name"] == secret["metadata"]["name"]
 
 
-def test_each_part_comes_to_redis_as_its_own_user(newest: Helm) -> None:
+def test_each_part_uses_its_own_redis_user(newest: Helm) -> None:
     found = {}
     for where, spec in pods(newest.render(ALL_ON)):
         own = variables(spec["containers"][0])
@@ -227,7 +227,7 @@ def test_each_part_comes_to_redis_as_its_own_user(newest: Helm) -> None:
     }
 
 
-def test_the_test_gets_its_answer(newest: Helm, start_worker: StartWorker, redis_url: str, tmp_path: Path) -> None:
+def test_helm_test_gets_its_answer(newest: Helm, start_worker: StartWorker, redis_url: str, tmp_path: Path) -> None:
     """The command of `helm test` and the picture of the chart, with a real worker."""
     manifests = newest.render(PLAIN)
     picture = of_kind(manifests, "ConfigMap", "-test")["binaryData"]["picture.jpg"]

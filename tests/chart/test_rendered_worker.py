@@ -117,7 +117,7 @@ def asked_and_told(pod: PodProcess) -> None:
 
 
 @NEEDS_PROMTOOL
-def test_it_becomes_ready_answers_and_drains(server: RedisServer, start: StartPod) -> None:
+def test_rendered_worker_becomes_ready_answers_and_drains(server: RedisServer, start: StartPod) -> None:
     """With the chart's own label set and picture, as its own Redis user; ended by SIGTERM amid a backlog."""
     pod = start(graceS=10)
     readiness, liveness = pod.probe("readiness"), pod.probe("liveness")
@@ -148,7 +148,7 @@ def test_it_becomes_ready_answers_and_drains(server: RedisServer, start: StartPo
 
 
 @pytest.mark.long
-def test_it_takes_up_what_another_left(server: RedisServer, start: StartPod) -> None:
+def test_rendered_worker_takes_over_expired_leases(server: RedisServer, start: StartPod) -> None:
     """A pod that is killed all the same costs its jobs a lease: the next one answers every one of them."""
     pod = start(settings={"LEASE_S": 5})
     wait_ready(pod)
@@ -171,7 +171,7 @@ def stays_live(pod: PodProcess) -> None:
 
 
 @pytest.mark.long
-def test_a_stopped_encode_thread_shows(server: RedisServer, start: StartPod, tmp_path: Path) -> None:
+def test_stopped_encode_thread_fails_the_liveness_probe(server: RedisServer, start: StartPod, tmp_path: Path) -> None:
     """On purpose, within a batch."""
     fault = tmp_path / "fault"
     env = [{"name": FAULT_FILE, "value": str(fault)}]
@@ -186,7 +186,7 @@ def test_a_stopped_encode_thread_shows(server: RedisServer, start: StartPod, tmp
 
 
 @pytest.mark.long
-def test_stopped_loaders_show(server: RedisServer, start: StartPod) -> None:
+def test_stopped_loaders_fail_the_liveness_probe(server: RedisServer, start: StartPod) -> None:
     """And once they go on, so does the worker."""
     pod = start(settings={"STUCK_S": STUCK_S})
     wait_ready(pod)
@@ -209,7 +209,7 @@ def test_stopped_loaders_show(server: RedisServer, start: StartPod) -> None:
 
 
 @pytest.mark.long
-def test_a_cut_off_redis_shows_where_a_backlog_stands(server: RedisServer, start: StartPod) -> None:
+def test_redis_outage_with_a_backlog_fails_the_liveness_probe(server: RedisServer, start: StartPod) -> None:
     """Not without one: a restart cures no Redis, and an idle worker has nothing to lose by waiting."""
     pod = start(settings={"STUCK_S": STUCK_S, "REDIS_TIMEOUT_S": 1})
     wait_ready(pod)

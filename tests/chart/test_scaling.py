@@ -22,14 +22,14 @@ def scaler(**keda: object) -> Autoscaler:
     return Autoscaler(Rules.read(of_kind(Helm(tool("helm4")).render(values), "ScaledObject")), sync_s=15)
 
 
-def test_from_none_to_many() -> None:
+def test_scale_up_from_zero() -> None:
     """KEDA starts one, the HPA adds four at a time."""
     one = scaler()
     assert one.decide(0, now_s=0) == 0
     assert [one.decide(100_000, now_s=now_s) for now_s in (5, 10, 20, 25, 35)] == [1, 1, 5, 5, 8]
 
 
-def test_held_jobs_keep_their_worker() -> None:
+def test_claimed_jobs_keep_their_worker() -> None:
     """While one job is claimed nobody ends the last worker, however long that takes."""
     one = scaler()
     assert {one.decide(1, now_s=float(now_s)) for now_s in range(0, 3600, 5)} == {1}
@@ -37,7 +37,7 @@ def test_held_jobs_keep_their_worker() -> None:
     assert one.decide(0, now_s=3655) == 0
 
 
-def test_down_by_the_highest_advice_of_the_window() -> None:
+def test_scale_down_follows_the_highest_value_of_the_window() -> None:
     one = scaler()
     for now_s in (0, 15, 30):
         one.decide(8000, now_s=now_s)
@@ -45,20 +45,20 @@ def test_down_by_the_highest_advice_of_the_window() -> None:
     assert [one.decide(1000, now_s=now_s) for now_s in (45, 60, 75)] == [8, 8, 1]
 
 
-def test_a_little_more_changes_nothing() -> None:
+def test_small_difference_changes_nothing() -> None:
     one = scaler()
     one.decide(1000, now_s=0)
     assert one.decide(1090, now_s=15) == 1
     assert one.decide(1110, now_s=30) == 2
 
 
-def test_never_below_the_least() -> None:
+def test_replicas_never_fall_below_the_minimum() -> None:
     one = scaler(minReplicas=2)
     assert one.decide(5, now_s=0) == 2
     assert one.decide(0, now_s=9999) == 2
 
 
-def test_a_formula_that_is_no_sum_is_refused() -> None:
+def test_formula_that_is_not_a_sum_is_refused() -> None:
     values = {"redis": {"host": "r"}, "autoscaling": {"keda": {"enabled": True}}}
     scaled = of_kind(Helm(tool("helm4")).render(values), "ScaledObject")
     scaled["spec"]["advanced"]["scalingModifiers"]["formula"] = "__import__('os')"
@@ -73,7 +73,7 @@ def test_windows_with_few_answers_join_the_last() -> None:
     assert found[0].p50_ms == 49.5
 
 
-def test_a_backlog_comes_and_goes(tmp_path: Path) -> None:
+def test_backlog_scales_up_and_down(tmp_path: Path) -> None:
     """`python -m bench scaling --quick`: each job once, workers from none to three to none, interactive ones quick."""
     done = subprocess.run(
         [sys.executable, "-m", "bench", "scaling", "--quick", "--out", str(tmp_path)],

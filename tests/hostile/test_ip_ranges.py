@@ -113,7 +113,7 @@ def test_the_table_is_the_registries() -> None:
 def test_the_table_says_how_old_it_is() -> None:
     """Its date, and the registries that it follows."""
     text = Path(special_addresses.__file__).with_suffix(".csv").read_text(encoding="utf-8")
-    assert re.search(r"written down on 20\d\d-\d\d-\d\d", text)
+    assert re.search(r"as of 20\d\d-\d\d-\d\d", text)
     assert "iana-ipv4-special-registry" in text
     assert "iana-ipv6-special-registry" in text
     assert len(REFUSED) + len(PUBLIC) >= 150

@@ -173,7 +173,7 @@ def test_link_error(plain: Plain) -> None:
     wait_until(lambda: plain.notes() == [f"error {result.id}"], timeout_s=GET_S)
 
 
-def test_a_chain_fails_with_its_first(plain: Plain) -> None:
+def test_chain_fails_with_its_first_task(plain: Plain) -> None:
     """What follows a failed task is failed too, so that nobody waits for ever."""
     result = chain(plain.tag(plain.missing), plain.then("best"), plain.then("reference")).apply_async()
     with pytest.raises(Exception, match="source_not_found"):
@@ -261,7 +261,7 @@ def test_task_events(servers: tuple[Valkey, Path], app: Celery) -> None:
         assert [event["type"] for event in mine] == ["task-received", "task-started", last]
 
 
-def test_callbacks_of_a_worker_that_died_are_sent_by_another(
+def test_callbacks_of_a_crashed_worker_are_sent_by_another(
     start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
     """An answer whose callbacks nobody sent lies in Redis; the next worker finds and sends them."""
@@ -282,7 +282,7 @@ def test_callbacks_of_a_worker_that_died_are_sent_by_another(
 
 
 @pytest.mark.parametrize("way", ["cancel", "revoke"])
-def test_a_chord_and_a_chain_end_with_a_cancelled_part(servers: tuple[Valkey, Path], app: Celery, way: str) -> None:
+def test_chord_and_chain_end_with_a_cancelled_job(servers: tuple[Valkey, Path], app: Celery, way: str) -> None:
     """Nobody waits for ever for a body or a follower whose task was cancelled while it waited for its time."""
     server, folder = servers
     reference = (folder / "good.png").as_uri()
@@ -322,7 +322,7 @@ def test_a_chord_and_a_chain_end_with_a_cancelled_part(servers: tuple[Valkey, Pa
     ],
     ids=["task", "queue", "nested", "exchange", "shape"],
 )
-def test_a_job_with_callbacks_that_are_not_allowed_costs_nothing(
+def test_job_with_refused_callbacks_is_not_fetched(
     servers: tuple[Valkey, Path], app: Celery, link: dict[str, Any], code: str, options: dict[str, Any]
 ) -> None:
     """It is answered at its claim, though it were for later; nothing is fetched, and the message is a dead letter."""
@@ -351,7 +351,7 @@ def test_a_job_with_callbacks_that_are_not_allowed_costs_nothing(
         assert client.llen("celery") == 0
 
 
-def test_celerys_own_tasks_are_not_run_from_the_admin_queue(servers: tuple[Valkey, Path], app: Celery) -> None:
+def test_celery_tasks_in_the_admin_queue_are_not_run(servers: tuple[Valkey, Path], app: Celery) -> None:
     """`celery.group` would send any task; the worker does not know it, and goes on."""
     server, folder = servers
     evil = {"task": "theirs.task", "args": [], "kwargs": {}, "options": {"queue": "theirs"}}

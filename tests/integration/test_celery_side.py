@@ -88,7 +88,7 @@ def test_worker_with_one_lane_leaves_the_other(worker: BulkWorker, image: str) -
     wait_until(lambda: '"own-lane"' in worker.logged(), timeout_s=10, what="the line of the job")
 
 
-def test_log_file_that_was_moved_is_opened_anew(worker: BulkWorker, image: str) -> None:
+def test_log_file_that_was_moved_is_reopened(worker: BulkWorker, image: str) -> None:
     """Log rotation renames it; later lines are in a new file of the old name."""
     moved = worker.log_file.with_suffix(".1")
     worker.log_file.rename(moved)
@@ -102,7 +102,7 @@ def test_log_file_that_was_moved_is_opened_anew(worker: BulkWorker, image: str) 
 
 
 @pytest.mark.parametrize("field", ["eta", "expires"])
-def test_time_without_a_zone_is_in_the_workers_zone(worker: BulkWorker, image: str, field: str) -> None:
+def test_time_without_a_zone_is_in_the_zone_of_the_worker(worker: BulkWorker, image: str, field: str) -> None:
     """An hour ago in Shanghai is seven hours from now in UTC: the job is due, or has expired."""
     naive = (datetime.now(SHANGHAI) - timedelta(hours=1)).replace(tzinfo=None)
     raw = json.loads(build_message(Request(image=image), job_id=f"naive-{field}", lane=Lane.BULK))
@@ -205,7 +205,7 @@ def test_lanes_of_a_command_line(
 
 
 @pytest.mark.parametrize("arguments", ["-Q celery", "-Q shiwu.interactive,typo", "-X shiwu.bulk,shiwu.interactive"])
-def test_queue_that_is_no_lane_is_refused(redis_url: str, arguments: str) -> None:
+def test_queue_that_is_not_a_lane_is_refused(redis_url: str, arguments: str) -> None:
     """With exit code 64 and words, before anything is loaded."""
     done = subprocess.run(
         [sys.executable, "-m", "celery", "-A", "shiwu_worker.app", "worker", *arguments.split()],
@@ -231,7 +231,7 @@ def test_setting_names_lanes(lanes: str, expected: tuple[Lane, ...], monkeypatch
 
 
 @pytest.mark.parametrize(("name", "value"), [("lanes", "fast"), ("timezone", "Mars/Olympus"), ("timezone", "../etc")])
-def test_setting_that_names_nothing_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_without_a_lane_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what was expected and what came."""
     monkeypatch.setenv(f"SHIWU_{name.upper()}", value)
     with pytest.raises(ValueError, match=f"expected .*{value[:4]}"):

@@ -52,7 +52,9 @@ def run(*args: str) -> Result:
         ({"maxmemory-policy": "noeviction", "appendonly": "no"}, 0, "warning  redis: the append-only file is off"),
     ],
 )
-def test_check_judges_the_memory_settings(config: redis.Redis, settings: dict[str, str], code: int, text: str) -> None:
+def test_check_reports_memory_settings_of_redis(
+    config: redis.Redis, settings: dict[str, str], code: int, text: str
+) -> None:
     """A policy that deletes jobs is an error; one that deletes answers, and no append-only file, are warnings."""
     for name, value in settings.items():
         config.config_set(name, value)
@@ -62,9 +64,7 @@ def test_check_judges_the_memory_settings(config: redis.Redis, settings: dict[st
     assert ("append-only" in found.stdout) == (settings.get("appendonly") == "no" or code == 0)
 
 
-def test_check_without_info_says_what_it_does_not_know(
-    redis_client: redis.Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_without_info_warns(redis_client: redis.Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user of docs/redis-acl.conf may not run INFO and can work."""
     redis_client.acl_setuser(
         "check-user", enabled=True, passwords=["+pw"], keys=["*"], commands=["+ping", "+client|setname", "+select"]
@@ -88,7 +88,7 @@ def test_check_prints_results_first_and_changed_settings(monkeypatch: pytest.Mon
     lines = short.stdout.splitlines()
     assert [line.split()[1] for line in lines[:6] if line.split()[0] == "ok"][:2] == ["settings:", "redis:"]
     assert "warning  settings: SHIWU_FROM_THE_FUTURE is not a setting of this version" in short.stdout
-    assert "warning  settings: SHIWU_ALLOW_FOLDERS: /no/such/folder is no folder here" in lines
+    assert "warning  settings: SHIWU_ALLOW_FOLDERS: /no/such/folder is not a folder on this machine" in lines
     assert "  SHIWU_LEASE_S=7  (default: 15)" in lines
     assert "SHIWU_GRACE_S" not in short.stdout
     long = run("--all").stdout
@@ -98,7 +98,7 @@ def test_check_prints_results_first_and_changed_settings(monkeypatch: pytest.Mon
     assert long.index("model: loaded") < long.index("SHIWU_LEASE_S")
 
 
-def test_check_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_check_continues_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each check says its own; the exit code is that of the first failure, as a worker's would be."""
     monkeypatch.setenv("SHIWU_REDIS_URL", "redis://127.0.0.1:1/0")
     monkeypatch.setenv("SHIWU_LABELS_DIR", str(tmp_path))
@@ -119,7 +119,7 @@ def test_check_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert run().exit_code == ExitCode.MODEL
 
 
-def test_check_tells_its_own_defects_from_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_reports_defects_as_defects(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a traceback on standard error, and the exit code for a defect."""
 
     def fail(_: object) -> str:
@@ -135,13 +135,15 @@ def test_check_tells_its_own_defects_from_wrong_settings(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("args", "text"), [(["--all"], "expected --all with --check"), (["--check", "--tune"], "expected only one of")]
 )
-def test_options_that_contradict_are_refused(args: list[str], text: str) -> None:
+def test_contradicting_options_are_refused(args: list[str], text: str) -> None:
     """Instead of a worker that starts, or an option without effect."""
     found = CliRunner().invoke(main, args)
     assert (found.exit_code, text in found.output) == (2, True)
 
 
-def test_the_real_check_of_everything(monkeypatch: pytest.MonkeyPatch, s3: S3Server, redis_client: redis.Redis) -> None:
+def test_check_of_all_real_parts_succeeds(
+    monkeypatch: pytest.MonkeyPatch, s3: S3Server, redis_client: redis.Redis
+) -> None:
     """The embedded model, the embedded labels and a real store."""
     monkeypatch.undo()
     for name, value in (s3.env | {"SHIWU_MAX_BATCH": "1", "SHIWU_TORCH_THREADS": "1"}).items():
@@ -160,7 +162,7 @@ def test_the_real_check_of_everything(monkeypatch: pytest.MonkeyPatch, s3: S3Ser
     ]
 
 
-def test_any_worker_name_is_a_client_of_redis(redis_url: str) -> None:
+def test_any_worker_name_becomes_a_valid_client_name(redis_url: str) -> None:
     """Redis refuses client names with spaces or letters beyond ASCII, and the worker would never claim."""
     settings = Settings(redis_url=redis_url, worker_name="工人 a|b")
     with connect(settings, connections=1) as client:

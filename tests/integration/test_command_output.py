@@ -79,7 +79,7 @@ def test_tag_reads_labels_and_thresholds(
     assert text in found.output
 
 
-def test_tag_json_obeys_the_threshold(shared_worker: WorkerProcess, s3: S3Server) -> None:
+def test_tag_json_applies_the_threshold(shared_worker: WorkerProcess, s3: S3Server) -> None:
     """What is printed as JSON is the answer as it was asked for."""
     good = s3.put("cli/panda.jpg", pictures.jpeg(pictures.picture("熊猫")))
     found = call(
@@ -102,7 +102,7 @@ def test_tag_without_a_worker_says_so(
     assert "no answer yet" in found.stdout
 
 
-def test_dead_list_shows_odd_letters(redis_url: str, redis_client: redis.Redis) -> None:
+def test_dead_list_shows_unusual_dead_letters(redis_url: str, redis_client: redis.Redis) -> None:
     """Other people's text in every column."""
     bury(redis_client, "j1", reference=ODD, text="no \x1b[2J such [/b] key", worker="[/w]")
     found = call(redis_url, "dead", "list")
@@ -133,7 +133,7 @@ def on_a_terminal(args: list[str], *, columns: int) -> str:
     return found.decode()
 
 
-def test_a_narrow_terminal_gets_what_fits(redis_url: str, redis_client: redis.Redis) -> None:
+def test_narrow_terminal_gets_fewer_columns(redis_url: str, redis_client: redis.Redis) -> None:
     """Whole ids, fewer columns, no colour where NO_COLOR is set, and JSON without raw controls."""
     job_id = "0b791c43-1e3c-4e64-8cb6-2d8ac3c07d14"
     bury(redis_client, job_id, reference="s3://b/" + "long" * 20 + "\x9b31m", text="gone")
@@ -152,7 +152,7 @@ def _run(args: list[str], *, redis_url: str, **options: Any) -> subprocess.Popen
     return subprocess.Popen([*SHIWU, *args], env=env, stderr=subprocess.PIPE, **options)
 
 
-def test_ctrl_c_ends_a_wait_without_a_traceback(
+def test_ctrl_c_while_waiting_prints_no_traceback(
     redis_url: str, redis_client: redis.Redis, wait_until: Callable[..., Any]
 ) -> None:
     """With the code that shells use, which is not the one of a picture without tags."""
@@ -164,7 +164,7 @@ def test_ctrl_c_ends_a_wait_without_a_traceback(
     assert told.decode().splitlines() == ["shiwu: interrupted; what was enqueued goes on"]
 
 
-def test_a_closed_pipe_ends_without_a_traceback(redis_url: str, redis_client: redis.Redis) -> None:
+def test_closed_pipe_prints_no_traceback(redis_url: str, redis_client: redis.Redis) -> None:
     """As `shiwu dead list | head -1` closes it."""
     for number in range(3):
         bury(redis_client, f"j{number}", reference="s3://b/k", text="x" * 50_000)
@@ -177,7 +177,7 @@ def test_a_closed_pipe_ends_without_a_traceback(redis_url: str, redis_client: re
     os.close(write)
 
 
-def test_other_encodings_and_no_streams(redis_url: str, redis_client: redis.Redis) -> None:
+def test_other_encodings_and_closed_streams_work(redis_url: str, redis_client: redis.Redis) -> None:
     """A locale that cannot write Chinese, and standard output or input that is closed."""
     bury(redis_client, "j1", reference="s3://b/熊猫", text="没有")
     options: dict[str, Any] = {"redis_url": redis_url, "env": {"PYTHONIOENCODING": "ascii"}}
@@ -208,7 +208,7 @@ def test_other_encodings_and_no_streams(redis_url: str, redis_client: redis.Redi
     ],
     ids=" ".join,
 )
-def test_a_number_that_means_nothing_is_refused(redis_url: str, redis_client: redis.Redis, args: list[str]) -> None:
+def test_meaningless_number_is_refused(redis_url: str, redis_client: redis.Redis, args: list[str]) -> None:
     """Instead of a wait without end, a busy loop, or an option without effect."""
     found = call(redis_url, *args)
     assert found.exit_code == 2, found.output
@@ -217,13 +217,13 @@ def test_a_number_that_means_nothing_is_refused(redis_url: str, redis_client: re
     assert redis_client.llen(Lane.INTERACTIVE.queue) == 0
 
 
-def test_a_wait_for_nan_seconds_is_refused(redis_url: str) -> None:
+def test_timeout_of_nan_seconds_is_refused(redis_url: str) -> None:
     """It would never be over."""
     with Client(redis_url) as client, pytest.raises(RequestError, match="timeout_s"):
         client.wait("x", timeout_s=float("nan"))
 
 
-def test_requeue_names_the_ids_without_a_letter(redis_url: str, redis_client: redis.Redis) -> None:
+def test_requeue_names_ids_without_a_dead_letter(redis_url: str, redis_client: redis.Redis) -> None:
     """On standard error, with exit code 1; the others are sent again."""
     bury(redis_client, "j1", reference="s3://b/k", text="gone")
     found = call(redis_url, "dead", "requeue", "j1", "typo")
@@ -239,7 +239,7 @@ def test_requeue_names_the_ids_without_a_letter(redis_url: str, redis_client: re
         ([], b"", "only one of them"),
     ],
 )
-def test_enqueue_refuses_what_it_would_ignore(redis_url: str, args: list[str], given: bytes, text: str) -> None:
+def test_enqueue_refuses_options_without_effect(redis_url: str, args: list[str], given: bytes, text: str) -> None:
     """References beside a file, and lines that are no UTF-8, with the line's number."""
     found = call(redis_url, "enqueue", *args, input=given)
     assert found.exit_code == 2
@@ -253,7 +253,7 @@ def test_enqueue_reads_a_list_with_a_bom(redis_url: str, redis_client: redis.Red
     assert redis_client.llen(Lane.BULK.queue) == 2
 
 
-def test_status_shows_odd_worker_names(redis_url: str, redis_client: redis.Redis) -> None:
+def test_status_shows_unusual_worker_names(redis_url: str, redis_client: redis.Redis) -> None:
     """Markup and controls in a name, which another program may have written, are shown and not obeyed."""
     redis_client.zadd(WORKERS, {"[/red]w\x1b[2J": time.time() * 1000})
     found = call(redis_url, "status")

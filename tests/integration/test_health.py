@@ -137,7 +137,7 @@ def watched(_watched: Watched, request: pytest.FixtureRequest) -> Iterator[Watch
         print(_watched.worker.log_tail(lines=40))  # noqa: T201 pytest shows it beside the failure
 
 
-def test_an_encode_thread_that_hangs_is_seen_in_time(watched: Watched) -> None:
+def test_hanging_encode_thread_is_detected(watched: Watched) -> None:
     """With a batch on the device that never ends: not alive, not ready, and alive again when it goes on."""
     assert probe(watched.port, "/livez") == (200, "ok\n")
     watched.fault.write_text("hang", encoding="utf-8")
@@ -154,7 +154,7 @@ def test_an_encode_thread_that_hangs_is_seen_in_time(watched: Watched) -> None:
     wait_until(lambda: value(watched.port, "shiwu_progress_age_seconds") == 0.0, timeout_s=15)
 
 
-def test_loaders_that_are_stopped_are_seen_in_time(watched: Watched) -> None:
+def test_stopped_loaders_are_detected(watched: Watched) -> None:
     """Everything below the worker stands still, with work to do."""
     for pid in family(watched.worker.pid)[1:]:
         os.kill(pid, signal.SIGSTOP)
@@ -166,7 +166,7 @@ def test_loaders_that_are_stopped_are_seen_in_time(watched: Watched) -> None:
     becomes(watched.port, "/livez", 200, timeout_s=10)
 
 
-def test_redis_that_is_cut_off_with_a_backlog_is_seen_in_time(watched: Watched) -> None:
+def test_redis_outage_with_a_backlog_is_detected(watched: Watched) -> None:
     """Not ready at once. Not alive once it lasts, because work was known to wait; without work it would stay alive."""
     watched.fault.write_text("hang", encoding="utf-8")
     watched.send(200, prefix="cut")
@@ -180,7 +180,7 @@ def test_redis_that_is_cut_off_with_a_backlog_is_seen_in_time(watched: Watched) 
     read_answer(watched.client, "cut-199")
 
 
-def test_redis_that_is_cut_off_without_work_ends_nobody(watched: Watched) -> None:
+def test_redis_outage_without_work_keeps_the_worker_live(watched: Watched) -> None:
     """Starting anew would not bring it back, and nobody waits."""
     wait_until(lambda: value(watched.port, "shiwu_queue_claimed", lane="bulk") == 0, timeout_s=15, what="an idle look")
     watched.proxy.refuse()
@@ -189,7 +189,7 @@ def test_redis_that_is_cut_off_without_work_ends_nobody(watched: Watched) -> Non
     assert probe(watched.port, "/livez") == (200, "ok\n")
 
 
-def test_the_numbers_tell_what_was_done(watched: Watched) -> None:
+def test_metrics_count_what_was_done(watched: Watched) -> None:
     """Jobs by lane, status and code, stages, batches, the lanes, the model; each name stands in docs/metrics.md."""
     # Answers are counted in their order: with this one counted, all of the tests before are.
     first: dict[str, str] = {"lane": "interactive", "status": "tagged", "code": ""}
@@ -224,7 +224,7 @@ def test_the_numbers_tell_what_was_done(watched: Watched) -> None:
 
 
 @NEEDS_PROMTOOL
-def test_promtool_has_nothing_against_the_numbers(watched: Watched) -> None:
+def test_promtool_accepts_the_metrics_of_a_worker(watched: Watched) -> None:
     """Names, units, types and help as Prometheus wants them; and it does complain of what is wrong."""
     wait_until(lambda: value(watched.port, "shiwu_queue_backlog_seconds", lane="bulk") is not None, timeout_s=15)
     text = probe(watched.port, "/metrics")[1]
@@ -232,7 +232,7 @@ def test_promtool_has_nothing_against_the_numbers(watched: Watched) -> None:
     assert check_metrics(text.replace("shiwu_jobs_total", "shiwu_jobs").encode()) != ""
 
 
-def test_every_number_is_documented_and_every_documented_one_is_there(watched: Watched) -> None:
+def test_documented_and_exported_metrics_are_the_same(watched: Watched) -> None:
     """docs/metrics.md is the list; those of a card are only there with one."""
     wait_until(lambda: value(watched.port, "shiwu_queue_backlog_seconds", lane="bulk") is not None, timeout_s=15)
     text = probe(watched.port, "/metrics")[1]
@@ -244,7 +244,7 @@ def test_every_number_is_documented_and_every_documented_one_is_there(watched: W
 
 
 @pytest.mark.parametrize("kind", ["wrong", pytest.param("nan", marks=pytest.mark.long)])
-def test_a_device_that_computes_wrong_ends_its_worker(
+def test_device_that_computes_wrong_stops_the_worker(
     start_worker: StartWorker, redis_url: str, tmp_path: Path, kind: str
 ) -> None:
     """Right at the start, wrong at the next canary: the worker takes no more jobs and exits with a code of its own."""
@@ -263,7 +263,7 @@ def test_a_device_that_computes_wrong_ends_its_worker(
     assert "the health-check image got a wrong result" in worker.log_text()
 
 
-def test_from_the_first_moment_to_the_last(
+def test_probes_from_start_to_exit(
     start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, http_server: PictureServer
 ) -> None:
     """A port before the model is there; ready; draining with a job in hand; that job answered; gone."""

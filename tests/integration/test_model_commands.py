@@ -17,7 +17,7 @@ from shiwu_worker.checkpoints import checkpoint_files
 from shiwu_worker.checkpoints.checkpoint_files import WrongCheckpoint, read_checkpoint
 from shiwu_worker.checkpoints.model_files import model_revision
 from shiwu_worker.commands import model_commands
-from shiwu_worker.commands.model_commands import MARK, convert_model, fetch_model
+from shiwu_worker.commands.model_commands import COMPLETE_FILE, convert_model, fetch_model
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
@@ -97,7 +97,7 @@ def test_fetched_folder_is_checked_and_marked(hub: HubServer, published: Path, t
     target = tmp_path / "models" / "tiny"
     said = fetch_model(f"{ID}@{commit}", target)
     assert str(target) in said
-    whole = {"config.json", "preprocessor_config.json", "vocab.txt", "pytorch_model.bin", MARK}
+    whole = {"config.json", "preprocessor_config.json", "vocab.txt", "pytorch_model.bin", COMPLETE_FILE}
     assert {path.name for path in target.iterdir()} == whole
     assert all(path.stat().st_mode & 0o044 for path in target.iterdir()), "the worker is often another user"
     assert model_revision(target) == model_revision(published)
@@ -111,7 +111,7 @@ def test_mark_of_an_older_chart_is_believed_after_a_check(hub: HubServer, publis
     hub.add(ID, published)
     target = tmp_path / "m"
     shutil.copytree(published, target)
-    (target / MARK).write_text("main", encoding="utf-8")
+    (target / COMPLETE_FILE).write_text("main", encoding="utf-8")
     assert "complete already" in fetch_model(ID, target)
     (target / "pytorch_model.bin").unlink()
     assert "is complete: " in fetch_model(ID, target)
@@ -140,7 +140,7 @@ def test_revisions_are_not_mixed_in_one_folder(hub: HubServer, published: Path, 
     fetch_model(ID, target)
     with pytest.raises(WrongCheckpoint, match="the tokenizer's vocabulary"):
         fetch_model(f"{ID}@v2", target)
-    assert not (target / MARK).exists()
+    assert not (target / COMPLETE_FILE).exists()
     assert not (target / "vocab.txt").exists()
 
 
@@ -160,7 +160,7 @@ def test_repository_without_a_file_is_not_marked(
     hub.add(ID, published)
     with pytest.raises(WrongCheckpoint, match=said):
         fetch_model(ID, tmp_path / "m")
-    assert not (tmp_path / "m" / MARK).exists()
+    assert not (tmp_path / "m" / COMPLETE_FILE).exists()
 
 
 def test_fetch_is_refused_in_one_line(
@@ -174,13 +174,13 @@ def test_fetch_is_refused_in_one_line(
         assert caught.value.exit_code is ExitCode.CONFIG
     write_json(published / "adapter_config.json", {"base_model_name_or_path": ID, "peft_type": "LORA"})
     hub.add("me/adapter", published)
-    with pytest.raises(WrongCheckpoint, match="merge both once with --convert"):
+    with pytest.raises(WrongCheckpoint, match="merge both with --convert"):
         fetch_model("me/adapter", tmp_path / "m")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FatalError, match="cannot be written"):
         fetch_model(ID, tmp_path / "file" / "m")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(WrongCheckpoint, match="HF_HUB_OFFLINE is set; set it to 0"):
+    with pytest.raises(WrongCheckpoint, match="HF_HUB_OFFLINE forbids it; set it to 0"):
         fetch_model(ID, tmp_path / "other")
 
 

@@ -117,7 +117,7 @@ def end_aside(client: redis.Redis, url: str, way: str, ids: list[str]) -> None:
     ],
     ids="-".join,
 )
-def test_a_chord_and_a_chain_end_as_celerys_do(
+def test_chord_and_chain_end_as_in_celery(
     app: Celery, redis_client: redis.Redis, redis_url: str, judged: Ending, how: tuple[str, str]
 ) -> None:
     """Nobody waits for ever for a body or a follower, wherever the message of the task was that somebody ended."""
@@ -154,7 +154,7 @@ def linked(job_id: str, *, ignore_result: bool = False) -> bytes:
 
 
 @pytest.mark.parametrize("where", ["lane", "claimed", "delayed", "nowhere"])
-def test_an_answer_given_aside_keeps_the_callbacks(redis_client: redis.Redis, redis_url: str, where: str) -> None:
+def test_answer_without_a_worker_keeps_the_callbacks(redis_client: redis.Redis, redis_url: str, where: str) -> None:
     """Wherever the message is, its callbacks are to be sent by the next worker that looks, once."""
     raw = linked("job", ignore_result=where == "claimed")
     claims = make_lease_queue(redis_client, "w")
@@ -178,7 +178,7 @@ def test_an_answer_given_aside_keeps_the_callbacks(redis_client: redis.Redis, re
     assert redis_client.hlen("shiwu:parked") == redis_client.hlen("shiwu:claims") == 0
 
 
-def test_a_full_redis_lets_callbacks_go_and_revokes_come(valkey: Valkey) -> None:
+def test_full_redis_still_sends_callbacks_and_revokes(valkey: Valkey) -> None:
     """Scripts that begin with a write that needs memory are denied; these begin with one that does not."""
     with valkey.client() as client:
         client.hset(CANVAS, "job", b"2|{}shiwu.bulk|x")
@@ -191,7 +191,7 @@ def test_a_full_redis_lets_callbacks_go_and_revokes_come(valkey: Valkey) -> None
         client.config_set("maxmemory", 0)
 
 
-def test_others_callbacks_do_not_wait_for_an_empty_queue(app: Celery, redis_client: redis.Redis) -> None:
+def test_callbacks_of_others_are_sent_under_load(app: Celery, redis_client: redis.Redis) -> None:
     """With callbacks of our own coming without end, those that a dead worker left are sent all the same."""
     callbacks = CallbackSender(app, redis_client, rules=RULES)
     sent: list[str] = []
@@ -208,9 +208,7 @@ def test_others_callbacks_do_not_wait_for_an_empty_queue(app: Celery, redis_clie
     callbacks.close(timeout_s=5)
 
 
-def test_many_that_were_cancelled_at_once_are_not_looked_at_portion_by_portion(
-    app: Celery, redis_client: redis.Redis
-) -> None:
+def test_many_pending_callbacks_are_sent_without_pauses(app: Celery, redis_client: redis.Redis) -> None:
     """A look goes on until nothing is left; at a portion for each look this would take more than a minute."""
     redis_client.hset(CANVAS, mapping={f"job-{n}": "x" for n in range(1500)})
     redis_client.zadd(CANVAS_DUE, {f"job-{n}": 1.0 for n in range(1500)})
@@ -221,7 +219,7 @@ def test_many_that_were_cancelled_at_once_are_not_looked_at_portion_by_portion(
     callbacks.close(timeout_s=5)
 
 
-def test_a_connection_that_breaks_leaves_the_callbacks_for_later(app: Celery, redis_client: redis.Redis) -> None:
+def test_broken_connection_postpones_the_callbacks(app: Celery, redis_client: redis.Redis) -> None:
     """A plain OSError, which not every library wraps, passes by itself; what a stranger wrote wrongly does not."""
     redis_client.hset(CANVAS, mapping={"bad": "x", "good": "x"})
     redis_client.zadd(CANVAS_DUE, {"bad": 1.0, "good": 2.0})
@@ -242,7 +240,7 @@ def test_a_connection_that_breaks_leaves_the_callbacks_for_later(app: Celery, re
     assert sent == ["good"]
 
 
-def test_followers_beyond_the_limit_are_told(app: Celery, redis_client: redis.Redis) -> None:
+def test_chain_tasks_over_the_limit_are_logged(app: Celery, redis_client: redis.Redis) -> None:
     """A chain that is longer than the operator allows: the first ones get an answer, the log counts the others."""
     rules = CallbackRules(tasks=("plain.*",), max_tasks=2)
     callbacks = CallbackSender(app, redis_client, rules=rules)
@@ -253,7 +251,7 @@ def test_followers_beyond_the_limit_are_told(app: Celery, redis_client: redis.Re
     assert app.AsyncResult("follower-1").state == "FAILURE"
 
 
-def test_a_record_that_names_no_job_goes(app: Celery, redis_client: redis.Redis) -> None:
+def test_callback_record_without_a_job_is_deleted(app: Celery, redis_client: redis.Redis) -> None:
     """A member that is no text neither ends the thread nor comes back each time."""
     redis_client.hset(CANVAS, b"\xff\xfe", "x")
     redis_client.zadd(CANVAS_DUE, {b"\xff\xfe": 1.0})
@@ -261,7 +259,7 @@ def test_a_record_that_names_no_job_goes(app: Celery, redis_client: redis.Redis)
     assert redis_client.exists(CANVAS, CANVAS_DUE) == 0
 
 
-def test_a_canvas_of_a_wrong_type_stops_the_claim_before_it_pops(redis_client: redis.Redis, redis_url: str) -> None:
+def test_canvas_key_of_a_wrong_type_stops_the_claim(redis_client: redis.Redis, redis_url: str) -> None:
     """The claim writes there too, and Redis does not undo a script."""
     redis_client.lpush(Lane.BULK.queue, linked("job"))
     with Client(redis_url) as client:

@@ -49,7 +49,7 @@ def events(log_text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log_text.splitlines() if line.startswith("{")]
 
 
-def test_the_producers_trace_goes_on_in_the_worker(
+def test_trace_of_the_producer_continues_in_the_worker(
     start_worker: StartWorker, redis_url: str, tmp_path: Path, picture: str, collector: Collector
 ) -> None:
     """Jobs of two traces and of none, one that fails: each has its parent, and their batches link to them."""
@@ -94,7 +94,7 @@ def test_the_producers_trace_goes_on_in_the_worker(
 
 
 @pytest.mark.long
-def test_the_last_spans_are_sent_at_the_end(
+def test_last_spans_are_sent_at_the_shutdown(
     start_worker: StartWorker, redis_url: str, tmp_path: Path, picture: str, collector: Collector
 ) -> None:
     """A worker that ends before the exporter's pause is over."""
@@ -109,7 +109,7 @@ def test_the_last_spans_are_sent_at_the_end(
 
 
 @pytest.mark.long
-def test_without_the_setting_nothing_is_sent(
+def test_no_span_is_sent_without_the_setting(
     start_worker: StartWorker, redis_url: str, tmp_path: Path, picture: str, collector: Collector
 ) -> None:
     """The variables of OpenTelemetry alone turn nothing on, and its packages are not loaded."""
@@ -133,7 +133,7 @@ def hanging() -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.long
-def test_a_collector_that_hangs_holds_nothing_up(
+def test_hanging_collector_delays_nothing(
     start_worker: StartWorker, redis_url: str, tmp_path: Path, picture: str, hanging: dict[str, str]
 ) -> None:
     """All jobs are answered, and the end comes a bounded time later than without traces."""
@@ -150,7 +150,7 @@ def test_a_collector_that_hangs_holds_nothing_up(
     assert took_s < CLOSE_S + 7.0, "without traces an idle worker ends within a few seconds"
 
 
-def test_wrong_variables_are_told_at_the_start(start_worker: StartWorker, redis_url: str) -> None:
+def test_wrong_otel_variables_stop_the_start(start_worker: StartWorker, redis_url: str) -> None:
     """Exit code 64, before anything is claimed."""
     env = {"OTEL_BSP_SCHEDULE_DELAY": "-5"}
     worker = start_worker(redis_url=redis_url, traces=True, ready=False, env=env)

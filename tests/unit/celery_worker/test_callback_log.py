@@ -17,7 +17,7 @@ from shiwu_worker.jobs.outcome import CommittedJob
 from shiwu_worker.policy.callback_rules import CallbackRules
 
 
-def test_callbacks_are_postponed_only_where_there_are_some(
+def test_postponed_callbacks_are_logged_only_if_any(
     monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., Any]
 ) -> None:
     """A look for other workers' callbacks that finds no Redis says nothing; a job of this worker is counted."""

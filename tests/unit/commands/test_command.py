@@ -46,12 +46,12 @@ def call(*args: str) -> Result:
         ("--gpus cpu:0", "cpu0  cpu False"),
     ],
 )
-def test_one_chosen_card_is_this_process(args: str, expected: str) -> None:
+def test_one_chosen_gpu_runs_in_this_process(args: str, expected: str) -> None:
     """Pinned by its UUID."""
     assert call(*args.split()).output == f"{expected}\n"
 
 
-def test_the_only_card_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_only_gpu_changes_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has one card, or names a device, gets what there was before the launcher."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert call().output == "gpu0 0 - False\n"
@@ -60,14 +60,14 @@ def test_the_only_card_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("args", ["--gpus 2", "--gpus 0,0", "--gpus", "--per-gpu 0", "--gpus x --per-gpu 2"])
-def test_a_wrong_option_starts_nothing(args: str) -> None:
+def test_wrong_option_starts_no_worker(args: str) -> None:
     """With the exit code for settings, or click's own for what is no option at all."""
     result = call(*args.split())
     assert result.exit_code in {ExitCode.CONFIG, 2}
     assert "False" not in result.output
 
 
-def test_the_help_names_every_option_and_exit_code() -> None:
+def test_help_names_every_option_and_exit_code() -> None:
     """An operator need not look elsewhere."""
     text = call("--help").output
     for word in ("--check", "--tune", "--task-events", "--gpus", "--per-gpu", "cpu:0"):

@@ -1,4 +1,4 @@
-"""`shiwu-worker --check` and the settings of S3: what is proved, what is not, and what is refused at the start."""
+"""`shiwu-worker --check` and the settings of S3: what is proved, what is not, and what the start refuses."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from tests.support.stores import CLIENTS, OWN_NAMES, SECRET
 each_client = pytest.mark.parametrize("client", CLIENTS)
 
 
-def said(code: str) -> bytes:
-    """An error of S3."""
+def error_body(code: str) -> bytes:
+    """The body of an S3 error."""
     return f"<Error><Code>{code}</Code></Error>".encode()
 
 
 @pytest.fixture(autouse=True)
 def _names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credentials that no store knows."""
+    """Set credentials that no store accepts."""
     for name, value in OWN_NAMES.items():
         monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
 def real(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The real store, with credentials that it knows."""
+    """The real store, with credentials that it accepts."""
     monkeypatch.delenv("AWS_SESSION_TOKEN")
     for name, value in s3.env.items():
         monkeypatch.setenv(name, value)
     return s3
 
 
-DENIED = Reply(status=403, body=said("AccessDenied"))
+DENIED = Reply(status=403, body=error_body("AccessDenied"))
 UNPROVED = {
     "no right to list": ("", "/", DENIED, "accepted", "may not list buckets"),
     "no listing": ("", "/", Reply.error(501), "not proved", "does not list buckets"),
@@ -48,15 +48,15 @@ UNPROVED = {
 
 
 @each_client
-def test_the_check_tries_the_credentials(real: S3Server, client: S3Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the client that the worker uses: with the bucket that the operator named, else by listing buckets."""
+def test_s3_check_proves_the_credentials(real: S3Server, client: S3Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the client of the worker: the bucket that the operator names, otherwise a list of the buckets."""
     monkeypatch.setenv("SHIWU_S3_CLIENT", client)
     text, warnings = check_s3(Settings())
-    assert text.startswith(f"{real.endpoint_url} answers {client}; credentials by env; the credentials were accepted")
+    assert text.startswith(f"{real.endpoint_url} answers {client}; credentials from env; the credentials were accepted")
     assert not warnings
     monkeypatch.setenv("SHIWU_ALLOW_BUCKETS", "shiwu-*,pictures")
     assert check_s3(Settings()) == (
-        f"{real.endpoint_url} answers {client}; credentials by env; bucket pictures answers",
+        f"{real.endpoint_url} answers {client}; credentials from env; bucket pictures answers",
         (),
     )
     monkeypatch.setenv("SHIWU_ALLOW_BUCKETS", "no-such-bucket")
@@ -76,27 +76,27 @@ def test_the_check_tries_the_credentials(real: S3Server, client: S3Client, monke
 
 @each_client
 @pytest.mark.parametrize("case", UNPROVED.values(), ids=UNPROVED)
-def test_the_check_says_what_it_could_not_prove(
+def test_s3_check_warns_of_what_it_could_not_prove(
     http_server: PictureServer,
     client: S3Client,
     case: tuple[str, str, Reply, str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Least privileges are no error."""
+    """Missing permissions are a warning and no error."""
     buckets, path, reply, text, warning = case
     http_server.serve(path, reply)
     monkeypatch.setenv("SHIWU_S3_CLIENT", client)
     monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", http_server.url(""))
     monkeypatch.setenv("SHIWU_ALLOW_BUCKETS", buckets)
-    found, [told] = check_s3(Settings())
-    assert text in found
-    assert warning in told
+    text_of_check, [warning_text] = check_s3(Settings())
+    assert text in text_of_check
+    assert warning in warning_text
 
 
-def test_the_check_without_credentials_asks_nothing(
+def test_s3_check_without_credentials_sends_no_request(
     http_server: PictureServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless the store is to be asked without them."""
+    """Unless SHIWU_S3_ANONYMOUS is set."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", http_server.url(""))
@@ -117,15 +117,15 @@ def test_the_check_without_credentials_asks_nothing(
     "url",
     ["minio:9000", "127.0.0.1:9000", "ftp://h", "http://", "http://[bad", "http://h:x", "http://h:0", "http://h?x"],
 )
-def test_an_endpoint_that_is_no_url_is_refused_at_the_start(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_that_is_not_a_url_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would fail for every image."""
     monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", url)
     with pytest.raises(ValidationError, match=r"expected http://host\[:port\]"):
         Settings()
 
 
-def test_a_password_in_the_endpoint_is_not_told(http_server: PictureServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no effect: credentials come by the AWS chain."""
+def test_password_in_the_endpoint_is_never_shown(http_server: PictureServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no effect: credentials come from the AWS configuration."""
     monkeypatch.setenv("SHIWU_S3_ENDPOINT_URL", f"http://key:{SECRET}@[bad")
     with pytest.raises(ValidationError) as caught:
         Settings()
@@ -138,16 +138,16 @@ def test_a_password_in_the_endpoint_is_not_told(http_server: PictureServer, monk
 
 
 @pytest.mark.parametrize("region", ["eu west", "a/b", "-eu", "x" * 64])
-def test_a_region_that_is_no_name_is_refused_at_the_start(region: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It becomes a part of a host name."""
+def test_invalid_region_is_refused(region: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A region becomes a part of a host name."""
     monkeypatch.setenv("SHIWU_S3_REGION", region)
     with pytest.raises(ValidationError, match="expected the name of a region"):
         Settings()
 
 
 @pytest.mark.parametrize("text", ["a\r\nX: y", "猫", "x" * 257])
-def test_a_user_agent_that_is_no_header_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unset it names shiwu and its version."""
+def test_invalid_user_agent_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default is shiwu and its version."""
     assert Settings().user_agent_text == f"shiwu/{version('shiwu')}"
     monkeypatch.setenv("SHIWU_USER_AGENT", text)
     with pytest.raises(ValidationError, match="printable ASCII"):

@@ -1,4 +1,4 @@
-"""A tuning is taken where it was made, and nowhere else."""
+"""The result of --tune applies to the machine, model and versions that it was measured with."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from shiwu_worker.stages.decode.image_spec import ImageSpec
 
 
 def measured(seconds: dict[int, float], *, largest: int) -> SimpleNamespace:
-    """A model whose batches take so long, which has measured all of them."""
-    sizes = SimpleNamespace(largest=largest, seconds=lambda: seconds)
-    return SimpleNamespace(sizes=sizes, measured=tuple(seconds), threads=2)
+    """A model whose batches of all sizes take these times."""
+    policy = SimpleNamespace(largest=largest, seconds=lambda: seconds)
+    return SimpleNamespace(size_policy=policy, timed_sizes=tuple(seconds), threads=2)
 
 
 def tuned(settings: Settings, **changes: object) -> Tuned:
-    """What a machine that takes 100 pictures a second in batches of 4 would find."""
+    """The result of a machine that encodes 100 images a second in batches of 4."""
     encoder = measured({1: 0.02, 4: 0.04}, largest=4)
     return tune.choose(settings, encoder, 0.002, "rev").model_copy(update=changes)
 
 
-def test_a_tuning_fills_what_nobody_has_set(tmp_path: Path) -> None:
-    """The file's values stand in for zeros; what the operator says stays."""
+def test_tune_file_replaces_unset_settings(tmp_path: Path) -> None:
+    """Values of the file replace zeros; those of the operator stay."""
     path = tmp_path / "tune.json"
     settings = Settings(tune_file=path, loaders=7)
     assert apply_tuning(settings, lambda: "rev") == settings, "no file yet"
@@ -35,11 +35,11 @@ def test_a_tuning_fills_what_nobody_has_set(tmp_path: Path) -> None:
     assert (found.max_batch, found.torch_threads, found.loaders) == (4, 3, 7)
 
 
-OTHERS = '{"key": ["other"], "max_batch": 1, "torch_threads": 1, "loaders": 1}'
+OTHER_MACHINE = '{"key": ["other"], "max_batch": 1, "torch_threads": 1, "loaders": 1}'
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", OTHERS])
-def test_a_file_that_says_nothing_here_is_passed_over(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "{}", "[1]", OTHER_MACHINE])
+def test_tune_file_of_another_machine_is_ignored(tmp_path: Path, text: str) -> None:
     """Unreadable, or of another machine, model or version."""
     path = tmp_path / "tune.json"
     path.write_text(text)
@@ -49,8 +49,8 @@ def test_a_file_that_says_nothing_here_is_passed_over(tmp_path: Path, text: str)
     assert apply_tuning(settings, lambda: "another model") == settings
 
 
-def test_loaders_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quick model needs more of them, and the worker keeps a core."""
+def test_tuned_loaders_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fast model needs more loaders, and one core is left for the worker."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     settings = Settings()
     quick = measured({64: 0.01}, largest=64)
@@ -60,14 +60,14 @@ def test_loaders_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tune.choose(settings, quick, 0.1, "rev").loaders == 15
 
 
-def test_decoding_is_measured() -> None:
-    """Some milliseconds of a core."""
+def test_decode_time_is_measured() -> None:
+    """A JPEG takes some milliseconds of a core."""
     spec = ImageSpec(224, 224, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert 0.0001 < tune.decode_core_s(spec) < 0.5
 
 
 def run_tune(monkeypatch: pytest.MonkeyPatch, **options: str) -> tuple[int, list[str]]:
-    """`shiwu-worker --tune` of a machine that is measured already; its exit code, and what came before measuring."""
+    """Run `shiwu-worker --tune` with a model that is measured already; return the exit code and the calls."""
     done: list[str] = []
     encoder = measured({1: 0.02, 4: 0.04}, largest=4)
     encoder.info = SimpleNamespace(id="m", dtype="float32", device="cpu")
@@ -78,24 +78,22 @@ def run_tune(monkeypatch: pytest.MonkeyPatch, **options: str) -> tuple[int, list
     return tune.run_tune(), done
 
 
-def test_tune_says_first_that_nothing_is_kept(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """And prints the settings as lines of an environment."""
+def test_tune_without_a_file_says_so_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints the settings as lines of an environment file."""
     assert run_tune(monkeypatch) == (0, ["measured"])
-    told = capsys.readouterr()
-    assert "SHIWU_TUNE_FILE is not set: the result is printed, and no file keeps it." in told.err
-    lines = told.out.splitlines()
+    output = capsys.readouterr()
+    assert "SHIWU_TUNE_FILE is not set: the result is only printed." in output.err
+    lines = output.out.splitlines()
     assert "SHIWU_MAX_BATCH=4" in lines
     assert (
         lines[-1] == "set these in the environment of the workers of this machine, or run --tune with SHIWU_TUNE_FILE"
     )
 
 
-def test_tune_refuses_a_file_before_it_measures(
+def test_tune_refuses_a_file_before_measuring(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """A folder that is missing; where the file can be written, it is."""
+    """Because its folder is missing. A file that can be written is written."""
     assert run_tune(monkeypatch, tune_file=str(tmp_path / "none" / "tune.json")) == (64, [])
     assert "SHIWU_TUNE_FILE: expected a file in a folder that exists" in capsys.readouterr().err
     path = tmp_path / "tune.json"

@@ -9,7 +9,7 @@ from shiwu_worker.config.settings import Settings
 from shiwu_worker.policy.retry import RetryPolicy
 
 
-def test_retries_by_class_of_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_are_read_by_error_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """`code=tries:first_s:longest_s`; only errors that another time may not meet."""
     monkeypatch.setenv("SHIWU_RETRY", "source_unavailable=5:1:30, encode_failed=2:0.5:1")
     assert Settings().retry == {ErrorCode.SOURCE_UNAVAILABLE: (5, 1.0, 30.0), ErrorCode.ENCODE_FAILED: (2, 0.5, 1.0)}
@@ -19,7 +19,7 @@ def test_retries_by_class_of_error(monkeypatch: pytest.MonkeyPatch) -> None:
             Settings()
 
 
-def test_delays_double_with_jitter_up_to_a_bound() -> None:
+def test_retry_delays_double_up_to_a_limit() -> None:
     """Never longer than the longest, never shorter than half."""
     policy = RetryPolicy(attempts=9, first_s=2.0, longest_s=30.0)
     for attempt, full in ((1, 2.0), (2, 4.0), (3, 8.0), (6, 30.0)):

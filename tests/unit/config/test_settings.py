@@ -35,7 +35,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\n\t "])
-def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch, empty: str) -> None:
+def test_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch, empty: str) -> None:
     """For each setting alone, and for all of them together; but an empty Redis URL is refused."""
     usual = Settings()
     for field in Settings.model_fields:
@@ -50,7 +50,7 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch, em
     assert load_settings().model_copy(update={"worker_name": "w"}) == usual
 
 
-def test_spaces_around_a_value_and_upper_case_words_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spaces_and_upper_case_in_values_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """As files of secrets and people write them."""
     for name, value in {
         "REDIS_URL": "redis://u:p@h:1/2\n",
@@ -101,7 +101,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "value", "text"), WRONG, ids=[f"{name}-{value:.12}" for name, value, _ in WRONG])
-def test_a_wrong_setting_is_named_with_what_came(
+def test_wrong_setting_is_reported_with_name_and_value(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str, text: str
 ) -> None:
     """One line on standard error with the variable's own name, the item of a list, no password, and exit code 64."""
@@ -114,7 +114,7 @@ def test_a_wrong_setting_is_named_with_what_came(
     assert "secret" not in line
 
 
-def test_all_wrong_settings_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_wrong_settings_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that one start is enough to correct them; misspelt names come with them."""
     for name, value in {"DEVICE": "gpu", "LEASE_S": "0", "MODLE": "x"}.items():
         monkeypatch.setenv(f"SHIWU_{name}", value)
@@ -177,7 +177,7 @@ def test_every_command_refuses_wrong_settings(command: list[str], tmp_path: Path
     assert second.endswith("did you mean SHIWU_MODEL?")
 
 
-def test_the_reference_has_every_setting_with_unit_and_topic() -> None:
+def test_reference_has_every_setting_with_unit_and_topic() -> None:
     """A number has a unit, a word of a few has them all, and each topic begins with a setting that exists."""
     rows = list(all_settings())
     assert [row.field for row in rows] == list(Settings.model_fields)
@@ -203,7 +203,7 @@ def test_the_reference_has_every_setting_with_unit_and_topic() -> None:
         ({"linger_ms": 0.5}, "0.5"),
     ],
 )
-def test_values_are_shown_as_they_are_set(options: dict[str, Any], expected: str) -> None:
+def test_values_are_shown_in_the_form_of_the_variable(options: dict[str, Any], expected: str) -> None:
     """In the form of the variable, without user names and passwords; only what differs from its default counts."""
     settings = Settings(**options, lease_s=15)
     [changed] = [one for one in changed_settings(settings) if one.field != "worker_name"]

@@ -110,7 +110,7 @@ def names(cards: list[Gpu]) -> list[str]:
     return [card.name for card in cards]
 
 
-def test_a_machine_without_driver_or_card_has_none(nvml: FakeNvml) -> None:
+def test_machine_without_driver_or_gpu_has_no_gpus(nvml: FakeNvml) -> None:
     """Neither is an error."""
     assert find_gpus(visible=None) == []
     nvml.has_driver = False
@@ -118,7 +118,7 @@ def test_a_machine_without_driver_or_card_has_none(nvml: FakeNvml) -> None:
     assert find_gpus(visible="0") == []
 
 
-def test_cards_and_instances_are_found(four: FakeNvml) -> None:
+def test_gpus_and_mig_instances_are_found(four: FakeNvml) -> None:
     """Instances stand in place of their card; the driver is left as it was."""
     cards = find_gpus(visible=None)
     assert names(cards) == ALL
@@ -126,13 +126,13 @@ def test_cards_and_instances_are_found(four: FakeNvml) -> None:
     assert four.opened == 0
 
 
-def test_a_card_in_mig_mode_without_instances_is_no_card(nvml: FakeNvml) -> None:
+def test_gpu_in_mig_mode_without_instances_is_skipped(nvml: FakeNvml) -> None:
     """CUDA shows nothing of it either."""
     nvml.gpus = [FakeCard("GPU-a", instances=[None, None])]
     assert find_gpus(visible=None) == []
 
 
-def test_a_lost_card_is_left_out_and_told(nvml: FakeNvml) -> None:
+def test_lost_gpu_is_skipped_and_logged(nvml: FakeNvml) -> None:
     """The others keep their numbers."""
     nvml.gpus = [FakeCard("GPU-a", is_lost=True), FakeCard("GPU-b")]
     with structlog.testing.capture_logs() as lines:
@@ -140,7 +140,7 @@ def test_a_lost_card_is_left_out_and_told(nvml: FakeNvml) -> None:
     assert [(line["event"], line["gpu"]) for line in lines] == [("gpu_skipped", "gpu0")]
 
 
-def test_near_cpus_are_those_we_may_use(nvml: FakeNvml) -> None:
+def test_near_cpus_are_limited_to_usable_ones(nvml: FakeNvml) -> None:
     """Masks of 64 CPUs each; unknown is empty, and so is a node whose CPUs are others'."""
     nvml.gpus = [FakeCard("GPU-a", (0b1011, 0b1)), FakeCard("GPU-b"), FakeCard("GPU-c", (0b1, 0))]
     assert [card.near_cpus for card in find_gpus(visible=None)] == [{1, 3, 64}, frozenset(), frozenset()]
@@ -176,14 +176,14 @@ def test_near_cpus_are_those_we_may_use(nvml: FakeNvml) -> None:
     ],
 )
 @pytest.mark.usefixtures("four")
-def test_what_cuda_hides_is_hidden(visible: str, expected: list[str]) -> None:
+def test_gpus_that_cuda_hides_are_hidden(visible: str, expected: list[str]) -> None:
     """The first word that is no card ends the list, a card named twice leaves none."""
     assert names(find_gpus(visible=visible)) == expected
 
 
 @pytest.mark.parametrize(("visible", "told"), [("0,4", 1), ("0,0", 1), ("", 0), ("-1", 0), ("0,1", 0)])
 @pytest.mark.usefixtures("four")
-def test_a_list_that_hides_by_mistake_is_told(visible: str, told: int) -> None:
+def test_list_that_hides_gpus_by_mistake_is_logged(visible: str, told: int) -> None:
     """But not one that says none."""
     with structlog.testing.capture_logs() as lines:
         find_gpus(visible=visible)
@@ -201,7 +201,7 @@ def test_a_list_that_hides_by_mistake_is_told(visible: str, told: int) -> None:
     ],
 )
 @pytest.mark.usefixtures("four")
-def test_the_chosen_cards(asked: str, expected: list[str]) -> None:
+def test_gpus_are_chosen_by_number_or_uuid(asked: str, expected: list[str]) -> None:
     """By number, UUID or the beginning of one, in the order asked for."""
     assert names(choose_gpus(find_gpus(visible=None), asked)) == expected
 
@@ -210,14 +210,14 @@ def test_the_chosen_cards(asked: str, expected: list[str]) -> None:
     "asked", ["4", "0,0", "2,MIG-c1", "GPU-aa", "", "0,", "-1", "gpu0", "cpu", "cpu:0,cpu:0", "CPU:0"]
 )
 @pytest.mark.usefixtures("four")
-def test_a_wrong_choice_is_an_error(asked: str) -> None:
+def test_wrong_choice_of_gpus_is_an_error(asked: str) -> None:
     """Unlike CUDA's list: who types it wants to know."""
     with pytest.raises(UnknownGpu, match="expected"):
         choose_gpus(find_gpus(visible=None), asked)
 
 
 @pytest.mark.usefixtures("four")
-def test_hidden_cards_cannot_be_chosen() -> None:
+def test_hidden_gpus_cannot_be_chosen() -> None:
     """The numbers stay nvidia-smi's."""
     cards = find_gpus(visible="1,3")
     assert names(choose_gpus(cards, "3")) == ["gpu3"]

@@ -32,7 +32,7 @@ def places(*cards: Gpu, environment: dict[str, str] | None = None, **settings: o
     )
 
 
-def test_each_card_has_a_pinned_place() -> None:
+def test_each_gpu_has_a_pinned_placement() -> None:
     """By UUID, with names that tell the card, on CPUs near it."""
     first, second = places(GPU0, GPU1)
     assert (first.node, second.node) == (f"shiwu@{HOST}-gpu0", f"shiwu@{HOST}-gpu1")
@@ -44,7 +44,7 @@ def test_each_card_has_a_pinned_place() -> None:
     assert (first.cpus, second.cpus) == (NEAR, FAR)
 
 
-def test_several_on_a_card_share_its_cpus() -> None:
+def test_workers_on_one_gpu_share_its_cpus() -> None:
     """And have a number each."""
     made = places(GPU0, GPU0, GPU1)
     assert [place.name for place in made] == ["gpu0-0", "gpu0-1", "gpu1"]
@@ -52,7 +52,7 @@ def test_several_on_a_card_share_its_cpus() -> None:
     assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in made] == ["GPU-a", "GPU-a", "GPU-b"]
 
 
-def test_ports_files_and_names_do_not_clash(tmp_path: Path) -> None:
+def test_ports_files_and_names_differ_between_workers(tmp_path: Path) -> None:
     """A port counts up from the one that was set; 0 is none, and what is no number is the worker's to refuse."""
     environment = {"SHIWU_HTTP_PORT": "9100"}
     made = places(GPU0, GPU1, environment=environment, worker_name="w", ready_file=tmp_path / "r", alive_file="/a")
@@ -65,7 +65,7 @@ def test_ports_files_and_names_do_not_clash(tmp_path: Path) -> None:
         assert "SHIWU_HTTP_PORT" not in places(GPU0, environment={"SHIWU_HTTP_PORT": port})[0].environment
 
 
-def test_the_cpu_is_no_card() -> None:
+def test_cpu_placements_see_no_gpu() -> None:
     """Workers on it see no card at all."""
     made = places(Gpu("cpu0", None), Gpu("cpu1", None))
     assert [place.node for place in made] == [f"shiwu@{HOST}-cpu0", f"shiwu@{HOST}-cpu1"]
@@ -82,12 +82,12 @@ def test_the_cpu_is_no_card() -> None:
         ([], []),
     ],
 )
-def test_cpus_are_shared_out(near: list[set[int]], expected: list[set[int]]) -> None:
+def test_cpus_are_divided_among_workers(near: list[set[int]], expected: list[set[int]]) -> None:
     """Evenly among those near the same; too few are everybody's."""
     assert share_out([frozenset(cpus) for cpus in near]) == expected
 
 
-def test_a_device_that_is_set_leaves_nothing_to_find(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_setting_excludes_gpu_discovery(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuda:1 is one worker; cards beside it are a contradiction, as is a share of no card."""
     monkeypatch.setattr("shiwu_worker.launcher.placement.find_gpus", lambda *, visible: [GPU0, GPU1])
     assert [place.name for place in plan_placements(Settings(), asked="all", per_gpu=1)] == ["gpu0", "gpu1"]

@@ -36,20 +36,20 @@ def launch(*scripts: str, drain_s: float = 10.0, **limits_s: float) -> int:
     return Supervisor(places, command=lambda one: commands[one.name], restart_policy=limits, probe_files=NO_FILES).run()
 
 
-def test_an_end_by_plan_is_no_reason_to_start_again(tmp_path: Path) -> None:
+def test_worker_that_exits_with_0_is_not_restarted(tmp_path: Path) -> None:
     """Exit code 0: the place stays empty; when all are empty the launcher ends with 0."""
     assert launch(f"echo x >> {tmp_path}/a", f"echo x >> {tmp_path}/b; sleep 0.1") == ExitCode.OK
     assert [(tmp_path / name).read_text() for name in ("a", "b")] == ["x\n", "x\n"]
 
 
-def test_wrong_settings_end_everything_at_once(tmp_path: Path) -> None:
+def test_wrong_settings_stop_all_workers(tmp_path: Path) -> None:
     """They would be as wrong for the next one."""
     assert launch(f"echo x >> {tmp_path}/a; exit {ExitCode.CONFIG:d}", STAY) == ExitCode.CONFIG
     assert (tmp_path / "a").read_text() == "x\n"
 
 
 @pytest.mark.parametrize("end", ["exit 67", "exit 1", "kill -KILL $$", "kill -SEGV $$"])
-def test_who_keeps_dying_is_given_up(end: str) -> None:
+def test_worker_that_keeps_crashing_stops_all(end: str) -> None:
     """With growing pauses, then all others are stopped and the code has a name."""
     with capture_logs() as lines:
         assert launch(end, STAY) == ExitCode.GAVE_UP
@@ -57,30 +57,31 @@ def test_who_keeps_dying_is_given_up(end: str) -> None:
     assert [line["worker"] for line in lines if line["event"] == "restarts_exhausted"] == ["gpu0"]
 
 
-def test_a_pause_has_a_limit() -> None:
+def test_restart_pause_has_a_limit() -> None:
     """Doubling ends there."""
     with capture_logs() as lines:
         assert launch("exit 1", longest_pause_s=0.015) == ExitCode.GAVE_UP
     assert [line["restart_in_s"] for line in lines if line["event"] == "worker_crashed"] == [0.01, 0.015, 0.015]
 
 
-def test_nothing_is_started_any_more_once_the_end_has_begun(tmp_path: Path) -> None:
+def test_no_worker_is_started_during_the_shutdown(tmp_path: Path) -> None:
     """A worker that waits for its restart is over at once."""
     started_s = time.monotonic()
     dies = f"echo x >> {tmp_path}/a; exit 67"
-    assert launch(dies, f"sleep 0.3; exit {ExitCode.CONFIG:d}", first_pause_s=30.0) == ExitCode.CONFIG
+    ends = f"until [ -s {tmp_path}/a ]; do sleep 0.02; done; sleep 0.3; exit {ExitCode.CONFIG:d}"
+    assert launch(dies, ends, first_pause_s=30.0) == ExitCode.CONFIG
     assert time.monotonic() - started_s < 20
     assert (tmp_path / "a").read_text() == "x\n"
 
 
-def test_a_long_life_starts_a_new_count(tmp_path: Path) -> None:
+def test_stable_worker_starts_a_new_crash_count(tmp_path: Path) -> None:
     """Ten deaths, each after a calm life, are none too many."""
     script = f"echo x >> {tmp_path}/a; sleep 0.05; [ $(wc -l < {tmp_path}/a) -ge 10 ] || exit 67"
     assert launch(script, stable_after_s=0.04) == ExitCode.OK
     assert launch("sleep 0.05; exit 67", stable_after_s=5.0) == ExitCode.GAVE_UP
 
 
-def test_a_command_that_does_not_start_is_a_death() -> None:
+def test_command_that_does_not_start_counts_as_crash() -> None:
     """As if it had crashed."""
     limits = RestartPolicy(drain_s=1, first_pause_s=0.01, max_crashes=3)
     launcher = Supervisor([place("gpu0")], command=lambda _: ["/no/such"], restart_policy=limits, probe_files=NO_FILES)
@@ -88,7 +89,7 @@ def test_a_command_that_does_not_start_is_a_death() -> None:
 
 
 @pytest.mark.parametrize("number", ["TERM", "INT", "HUP"])
-def test_a_signal_is_passed_on_and_the_drain_awaited(tmp_path: Path, number: str) -> None:
+def test_signal_is_passed_on_and_draining_awaited(tmp_path: Path, number: str) -> None:
     """Every worker gets SIGTERM; one that is not far enough to handle it holds nothing: 0."""
     drains = (
         f"trap 'sleep 0.2; echo done > {tmp_path}/a; exit 0' TERM; kill -{number} $PPID; while :; do sleep 0.02; done"
@@ -97,20 +98,20 @@ def test_a_signal_is_passed_on_and_the_drain_awaited(tmp_path: Path, number: str
     assert (tmp_path / "a").read_text() == "done\n"
 
 
-def test_a_worker_that_fails_while_draining_gives_its_code() -> None:
+def test_failure_while_draining_gives_its_exit_code() -> None:
     """Nothing is started any more, and the code is told."""
     fails = "trap 'exit 67' TERM; kill -TERM $PPID; while :; do sleep 0.02; done"
     assert launch(fails, STAY) == ExitCode.DEVICE
 
 
-def test_who_does_not_drain_is_killed_and_told() -> None:
+def test_worker_that_does_not_drain_is_killed() -> None:
     """After the limit, and not before."""
     started_s = time.monotonic()
     assert launch("trap '' TERM; kill -TERM $PPID; exec sleep 60", drain_s=0.5) == ExitCode.OVERDUE
     assert 0.5 <= time.monotonic() - started_s < 20
 
 
-def test_a_second_signal_reaches_the_workers(tmp_path: Path) -> None:
+def test_second_signal_reaches_the_workers(tmp_path: Path) -> None:
     """It means the same as to a single worker: its second SIGTERM."""
     script = (
         "n=0; trap 'n=$((n+1)); [ $n = 2 ] && exit 0; kill -INT $PPID' TERM; kill -TERM $PPID;"
@@ -119,7 +120,7 @@ def test_a_second_signal_reaches_the_workers(tmp_path: Path) -> None:
     assert launch(script) == ExitCode.OK
 
 
-def test_the_probes_files_are_all_workers(tmp_path: Path) -> None:
+def test_probe_files_combine_all_workers(tmp_path: Path) -> None:
     """Ready while all are, alive as long ago as the slowest; nothing of a dead worker stays."""
     places = [
         place(name, ready_file=tmp_path / f"r.{name}", alive_file=tmp_path / f"a.{name}") for name in ("gpu0", "gpu1")
@@ -172,7 +173,7 @@ child.wait()
 
 
 @pytest.mark.parametrize(("kind", "limit_s"), [("hears", "60"), ("deaf", "0.5")])
-def test_a_worker_does_not_outlive_its_launcher(kind: str, limit_s: str) -> None:
+def test_worker_drains_when_its_launcher_is_killed(kind: str, limit_s: str) -> None:
     """SIGTERM when the launcher is killed, and SIGKILL after a limit."""
     with subprocess.Popen([sys.executable, "-c", PARENT, CHILD, kind, limit_s], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
@@ -187,7 +188,7 @@ def test_a_worker_does_not_outlive_its_launcher(kind: str, limit_s: str) -> None
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_a_worker_without_its_launcher_does_not_begin() -> None:
+def test_worker_without_a_launcher_exits() -> None:
     """The launcher died before its worker could ask the kernel for a signal."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD, "1", "hears", "60"], capture_output=True, timeout=30, check=False

@@ -87,7 +87,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("one", ALLOWED)
-def test_what_is_allowed(one: Canvas) -> None:
+def test_allowed_callbacks_pass(one: Canvas) -> None:
     """Every shape that Celery writes."""
     RULES.check(one)
 
@@ -100,7 +100,7 @@ def test_what_is_allowed(one: Canvas) -> None:
         *((one, "malformed_message") for one in MALFORMED),
     ],
 )
-def test_what_is_not(one: Canvas, code: str) -> None:
+def test_refused_callbacks_have_their_code(one: Canvas, code: str) -> None:
     """Each with its code; the text is short, whatever came."""
     with pytest.raises(RequestError) as caught:
         RULES.check(one)
@@ -108,7 +108,7 @@ def test_what_is_not(one: Canvas, code: str) -> None:
     assert len(str(caught.value)) < 500
 
 
-def test_the_refusal_says_the_name_and_the_setting() -> None:
+def test_refusal_names_the_task_and_the_setting() -> None:
     """Who reads it knows what to change."""
     with pytest.raises(RequestError, match=r"SHIWU_CALLBACK_TASKS.*'reports\.add'"):
         RULES.check(canvas(task("reports.add")))
@@ -116,7 +116,7 @@ def test_the_refusal_says_the_name_and_the_setting() -> None:
         RULES.check(canvas(task(queue="reports")))
 
 
-def test_a_star_opens_neither_celerys_tasks_nor_our_keys() -> None:
+def test_star_matches_no_celery_task_and_no_reserved_key() -> None:
     """They must be named by a pattern that begins like them; our keys are no queues at all."""
     everything = CallbackRules(tasks=("*",), queues=("*",))
     assert everything.allows_task("anything")
@@ -134,7 +134,7 @@ def test_a_star_opens_neither_celerys_tasks_nor_our_keys() -> None:
     assert not [name for name in ours if everything.allows_queue(name)]
 
 
-def test_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callback_settings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default, and where the variable is empty, `shiwu.tag` alone; lists by commas; a word for nothing."""
     assert Settings().callback_rules == CallbackRules()
     monkeypatch.setenv("SHIWU_CALLBACK_TASKS", "app.*, other.task")

@@ -27,7 +27,7 @@ os.write({tell}, (str(min(held) > 2) + " " + str(sys.stderr is not None)).encode
 
 @pytest.mark.parametrize("form", ["json", "console", "auto"])
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2>&- 1>&-", "0<&- 1>&- 2>&-"])
-def test_standard_error_that_cannot_be_written(redirection: str, form: str, tmp_path: Path) -> None:
+def test_log_to_an_unwritable_standard_error_continues(redirection: str, form: str, tmp_path: Path) -> None:
     """Logging goes on, and no file that is opened later gets the number of standard error."""
     read, write = os.pipe()
     code = WRITE.format(form=form, tell=write)
@@ -42,7 +42,7 @@ def test_standard_error_that_cannot_be_written(redirection: str, form: str, tmp_
         assert (done.returncode, told.read()) == (0, "True True")
 
 
-def test_lines_that_were_lost_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_lost_log_lines_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The first line that can be written again says how many are missing."""
     monkeypatch.setattr(log_output, "POLL_EVERY_S", 0.0)
     path = tmp_path / "folder" / "log"
@@ -61,7 +61,7 @@ def test_lines_that_were_lost_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_p
     ]
 
 
-def test_file_that_was_moved_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_log_file_that_was_moved_is_created_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Lines follow the name, not the file."""
     monkeypatch.setattr(log_output, "POLL_EVERY_S", 0.0)
     path = tmp_path / "log"

@@ -24,7 +24,7 @@ def _put_back() -> Iterator[None]:
     logging.captureWarnings(capture=False)
 
 
-def test_odd_values_are_told_all_the_same(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_unusual_values_are_logged(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     """Objects, bytes, sets, text that is no UTF-8, NaN and an error with its traceback: a line each."""
     logs.set_up(level="info", form="json")
     log = structlog.get_logger("odd")
@@ -40,7 +40,7 @@ def test_odd_values_are_told_all_the_same(capfdbinary: pytest.CaptureFixture[byt
     assert "OSError: no" in found[3]["exception"]
 
 
-def test_a_job_has_one_line_with_all_its_times(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_job_has_one_line_with_all_its_times(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     """Stage by stage in milliseconds; an error with its code; nothing at all below the level."""
     logs.set_up(level="info", form="json")
     assert logs.job_logger(level="warning") is None
@@ -66,7 +66,7 @@ def test_a_job_has_one_line_with_all_its_times(capfdbinary: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
-def test_a_log_obeys_nothing_it_is_told(form: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_are_escaped_in_all_lines(form: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Controls and direction marks of references and messages are spelled out, by every logger, in both forms."""
     logs.set_up(level="info", form=form)
     log = structlog.get_logger("odd")
@@ -85,7 +85,7 @@ def test_a_log_obeys_nothing_it_is_told(form: str, capfd: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("form", ["json", "console"])
 @pytest.mark.parametrize("odd", ["\x1b[2J", "\x7f", "\x9b31m", "\u202e猫"])
-def test_line_of_a_job_obeys_nothing_it_is_told(form: str, odd: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_are_escaped_in_job_lines(form: str, odd: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Also where the line is written without structlog."""
     logs.set_up(level="info", form=form)
     tell = logs.job_logger(level="info")
@@ -99,7 +99,7 @@ def test_line_of_a_job_obeys_nothing_it_is_told(form: str, odd: str, capfd: pyte
     assert "expired" in own
 
 
-def test_line_of_a_job_has_the_form_of_all_lines(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_job_line_has_the_form_of_all_lines(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     logs.set_up(level="info", form="json")
     tell = logs.job_logger(level="info")
     assert tell is not None

@@ -58,7 +58,7 @@ def test_answers_are_counted_by_lane_status_and_code() -> None:
     assert seen["shiwu_answers_discarded_total"] == 1
 
 
-def test_every_stage_has_its_time_in_seconds() -> None:
+def test_every_stage_has_its_seconds() -> None:
     """Seven words; the queue and the whole by lane."""
     metrics = Metrics(retried=RETRIABLE)
     metrics.answered([settled(), settled()])
@@ -82,7 +82,7 @@ def test_every_stage_has_its_time_in_seconds() -> None:
     assert seen['shiwu_answer_seconds_count{lane="interactive"}'] == 0
 
 
-def test_what_a_job_did_not_meet_is_not_counted() -> None:
+def test_stage_that_a_job_did_not_reach_is_not_counted() -> None:
     """A stage that it never reached, a wait that nobody knows, a lane that no message says."""
     metrics = Metrics(retried=RETRIABLE)
     metrics.answered([settled(lane=None, timing=Timing(claim=1.0, total=1.0), code=ErrorCode.SOURCE_FORBIDDEN)])  # type: ignore[arg-type]  # as answers of strangers' messages are
@@ -92,7 +92,7 @@ def test_what_a_job_did_not_meet_is_not_counted() -> None:
     assert seen['shiwu_queue_wait_seconds_count{lane="bulk"}'] == seen['shiwu_answer_seconds_count{lane="bulk"}'] == 0
 
 
-def test_series_are_there_before_their_first_event() -> None:
+def test_series_exist_before_their_first_event() -> None:
     """So that "nothing was answered" is a number, and the first retry shows."""
     seen = told(Metrics(retried=RETRIABLE))
     assert seen['shiwu_jobs_total{code="",lane="interactive",status="tagged"}'] == 0
@@ -101,7 +101,7 @@ def test_series_are_there_before_their_first_event() -> None:
     }
 
 
-def test_the_rest_is_told_by_who_knows_it() -> None:
+def test_metrics_of_all_other_parts_are_exported() -> None:
     """Retries, leases, batches, limits, lanes, the card and the model."""
     metrics = Metrics(retried=RETRIABLE)
     again = Job(id="k", key=Lane.BULK.queue, attempt=1, raw=b"", moments=StageTimestamps(claimed_s=0.0))
@@ -142,12 +142,12 @@ def test_the_rest_is_told_by_who_knows_it() -> None:
 
 
 @NEEDS_PROMTOOL
-def test_promtool_has_nothing_against_them() -> None:
+def test_promtool_accepts_the_metrics() -> None:
     """Names, types, units and help, before the first job."""
     assert check_metrics(Metrics(retried=RETRIABLE).text()) == ""
 
 
-def test_counting_costs_a_job_little() -> None:
+def test_counting_a_job_costs_little() -> None:
     """Some 70 µs of CPU is what a job costs a worker in all; a commit of many is counted in one go."""
     metrics = Metrics(retried=RETRIABLE)
     batch = [settled() for _ in range(256)]
@@ -159,7 +159,7 @@ def test_counting_costs_a_job_little() -> None:
     assert best_s / len(batch) < 15e-6
 
 
-def test_a_value_on_a_bound_belongs_below_it() -> None:
+def test_value_on_a_bucket_bound_counts_below_it() -> None:
     """As Prometheus' `le` says; NaN is nothing, what is beyond all bounds is in +Inf alone."""
     histograms = BatchHistogram("h_seconds", "t", label="x", values=("a", "b"), buckets=(1.0, 2.5))
     histograms.observe(np.array([0, 0, 1, 1]), np.array([1.0, 9.0, np.nan, 2.0]))
@@ -180,7 +180,7 @@ def test_a_value_on_a_bound_belongs_below_it() -> None:
     ]
 
 
-def test_the_backlog_is_what_waits_over_the_pace_of_all() -> None:
+def test_backlog_seconds_use_the_rate_of_all_workers() -> None:
     """Ten a second while work waits: 100 in bulk wait for the 20 before them too."""
     pace = BacklogEstimator()
     pace.backlog_s(make_snapshot(at_s=1000, waiting=300, answered=0))
@@ -188,7 +188,7 @@ def test_the_backlog_is_what_waits_over_the_pace_of_all() -> None:
     assert found == pytest.approx({Lane.INTERACTIVE: 2.0, Lane.BULK: 12.0})
 
 
-def test_without_a_pace_the_backlog_is_as_long_as_it_is_old() -> None:
+def test_backlog_without_a_rate_is_its_age() -> None:
     """Nobody answers: it grows; and it ends with the backlog."""
     pace = BacklogEstimator()
     assert pace.backlog_s(make_snapshot(at_s=1000, waiting=5))[Lane.BULK] == 0.0
@@ -198,7 +198,7 @@ def test_without_a_pace_the_backlog_is_as_long_as_it_is_old() -> None:
     assert pace.backlog_s(make_snapshot(at_s=1060, waiting=1))[Lane.BULK] == 0.0
 
 
-def test_a_pace_of_idle_workers_is_none() -> None:
+def test_rate_of_idle_workers_does_not_count() -> None:
     """What was answered while nothing waited says nothing of how fast they could be."""
     pace = BacklogEstimator()
     pace.backlog_s(make_snapshot(at_s=1000, waiting=0, answered=0))
@@ -233,7 +233,7 @@ class Driver:
         return call
 
 
-def test_a_card_is_looked_at_with_one_start_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_monitor_initialises_nvml_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it does not tell is None; a card that fails has no state until it answers again."""
     driver = Driver()
     monkeypatch.setattr("shiwu_worker.telemetry.gpu_monitor.pynvml", driver)
@@ -250,7 +250,7 @@ def test_a_card_is_looked_at_with_one_start_of_the_library(monkeypatch: pytest.M
     assert driver.starts == 1
 
 
-def test_a_machine_without_a_card_is_asked_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_monitor_without_a_driver_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither on a CPU, nor where the driver's library is not there."""
     driver = Driver()
     monkeypatch.setattr("shiwu_worker.telemetry.gpu_monitor.pynvml", driver)

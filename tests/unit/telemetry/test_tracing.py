@@ -96,7 +96,7 @@ def linked(span: ReadableSpan) -> list[tuple[int, int]]:
     return [(link.context.trace_id, link.context.span_id) for link in span.links]
 
 
-def test_a_jobs_span_continues_its_producers_trace(exporter: InMemorySpanExporter) -> None:
+def test_job_span_continues_the_trace_of_its_producer(exporter: InMemorySpanExporter) -> None:
     """Its parent, kind, names, times from the claim to the answer, and its stages."""
     before_ns = time.time_ns()
     job = job_of("a", trace=PARENT)
@@ -132,7 +132,7 @@ def test_a_jobs_span_continues_its_producers_trace(exporter: InMemorySpanExporte
     assert {"service.name": "shiwu-worker", "service.instance.id": "w-1"}.items() <= span.resource.attributes.items()
 
 
-def test_a_job_that_failed_has_its_code(exporter: InMemorySpanExporter) -> None:
+def test_span_of_a_failed_job_has_its_code(exporter: InMemorySpanExporter) -> None:
     """An error for a dead letter; none for a job that its producer cancelled."""
     cancelled = settled(job_of("b"), code=ErrorCode.CANCELLED, status=Status.CANCELLED)
     spans = made(exporter, [settled(job_of("a"), code=ErrorCode.PICTURE_BROKEN), cancelled])
@@ -146,20 +146,20 @@ def test_a_job_that_failed_has_its_code(exporter: InMemorySpanExporter) -> None:
 @pytest.mark.parametrize(
     "trace", [None, "", "00-0-0-01", "zz" + PARENT[2:], PARENT.replace("b7ad6b7169203331", "0" * 16)]
 )
-def test_without_a_valid_parent_a_trace_begins(exporter: InMemorySpanExporter, trace: str | None) -> None:
+def test_job_without_a_valid_parent_begins_a_trace(exporter: InMemorySpanExporter, trace: str | None) -> None:
     """What a stranger wrote never costs the span."""
     span = made(exporter, [settled(job_of("a", trace=trace))])["a"]
     assert span.parent is None
 
 
 @given(st.text(max_size=60))
-def test_no_header_costs_a_span(text: str) -> None:
+def test_any_trace_header_still_gives_a_span(text: str) -> None:
     """Any text at all."""
     exporter = InMemorySpanExporter()
     assert made(exporter, [settled(job_of("a", trace=text))]).keys() == {"a"}
 
 
-def test_a_batch_and_its_jobs_are_linked(exporter: InMemorySpanExporter) -> None:
+def test_batch_span_and_job_spans_are_linked(exporter: InMemorySpanExporter) -> None:
     """Two batches in one commit, a job of none, and a batch of more than OpenTelemetry's own limit of 128 links."""
     traces = traces_of(exporter)
     first = [job_of(f"a{n}", trace=PARENT) for n in range(3)]
@@ -181,7 +181,7 @@ def test_a_batch_and_its_jobs_are_linked(exporter: InMemorySpanExporter) -> None
     assert len(spans) == 306
 
 
-def test_a_job_that_its_producer_does_not_sample_has_no_span(exporter: InMemorySpanExporter) -> None:
+def test_job_that_its_producer_does_not_sample_has_no_span(exporter: InMemorySpanExporter) -> None:
     """Nor has a batch of such jobs; in a mixed one only the others are linked."""
     traces = traces_of(exporter)
     quiet = [job_of("a", trace=PARENT[:-2] + "00")]
@@ -206,7 +206,7 @@ class _Stuck(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
-def test_what_does_not_fit_is_dropped_and_said_once() -> None:
+def test_spans_over_the_limit_are_dropped_and_logged() -> None:
     """Nobody waits: neither who answers nor, for longer than asked, who closes."""
     exporter = _Stuck()
     traces = traces_of(exporter, max_waiting=10)
@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_dropped_and_said_once() -> None:
     assert len(told) <= 2
 
 
-def test_a_defect_costs_its_spans_and_nothing_else(exporter: InMemorySpanExporter) -> None:
+def test_defect_in_tracing_loses_only_its_spans(exporter: InMemorySpanExporter) -> None:
     """The thread goes on, and says it once."""
     broken: Any = [None]
     with capture_logs() as logs:
@@ -237,9 +237,7 @@ def test_a_defect_costs_its_spans_and_nothing_else(exporter: InMemorySpanExporte
     assert [line["event"] for line in logs] == ["traces_failed"]
 
 
-def test_the_variables_of_opentelemetry_are_heard(
-    exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opentelemetry_variables_take_effect(exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name for the service, a sampler."""
     monkeypatch.setenv("OTEL_SERVICE_NAME", "tagger")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.instance.id=i,deployment.environment.name=test")
@@ -252,7 +250,7 @@ def test_the_variables_of_opentelemetry_are_heard(
     assert made(exporter, [settled(job_of("a"))]) == {}
 
 
-def test_without_the_setting_nothing_of_it_is_loaded() -> None:
+def test_worker_without_traces_loads_no_opentelemetry() -> None:
     """By what a worker is wired from. What redis-py loads by itself where it finds it is not ours to say."""
     code = "import sys; hidden = {'opentelemetry.sdk': None, 'opentelemetry.metrics': None}; sys.modules |= hidden; "
     code += "import shiwu_worker.service.bootstrap; print(*(set(sys.modules) - hidden.keys()))"
@@ -263,7 +261,7 @@ def test_without_the_setting_nothing_of_it_is_loaded() -> None:
     )
 
 
-def test_the_setting_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traces_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is not installed the settings are wrong, and the text says what to do."""
     monkeypatch.setenv("SHIWU_TRACES", "true")
     assert Settings().traces
