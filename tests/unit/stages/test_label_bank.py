@@ -111,7 +111,7 @@ def test_what_a_request_means() -> None:
     chosen = bank.resolve("six-zh", "sigmoid")
     assert (chosen.head, chosen.words) == ("sigmoid", bank.resolve(None).words)
     assert chosen.info.digest != bank.resolve(None).info.digest
-    with pytest.raises(Rejected, match="expected one of pictogram-zh, six-zh"):
+    with pytest.raises(Rejected, match="expected one of everyday-zh, photo-zh, pictogram-zh, six-zh"):
         bank.resolve("none")
 
 
