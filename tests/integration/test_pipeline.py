@@ -195,7 +195,7 @@ def test_unknown_label_set_is_retried_for_other_workers(redis_client: redis.Redi
 
         def has_answers() -> bool:
             maintenance.run_once()
-            parts.notifier.ring()
+            parts.notifier.notify()
             return len(answers(redis_client)) == 2
 
         wait_until(has_answers, timeout_s=20, what="two answers")

@@ -1,4 +1,4 @@
-"""A message that kills its worker's process: it convicts itself alone, and the innocents around it are cleared."""
+"""A message that ends its worker's process is identified alone in quarantine; the other messages are answered."""
 
 from __future__ import annotations
 
@@ -8,65 +8,65 @@ from shiwu.contract import ATTEMPTS, CLAIMS, QUARANTINE, QUARANTINE_OWNER, Lane
 from shiwu_worker.jobs.job import Release
 from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
 
-INNOCENT = [f"job-{n}" for n in range(5)]
+HARMLESS = [f"job-{n}" for n in range(5)]
 
 
-def die(client: redis.Redis, name: str) -> int:
-    """A worker claims everything and dies; its leases end at once. How many jobs it held."""
+def crash(client: redis.Redis, name: str) -> int:
+    """Let a worker claim everything and crash, with leases that expire immediately; returns how many jobs it held."""
     jobs = make_lease_queue(client, name, lease_s=0.0).claim(100).jobs
     make_maintenance(client).run_once()
     return len(jobs)
 
 
-def test_the_guilty_convicts_itself_and_nobody_else(redis_client: redis.Redis) -> None:
-    """Two deaths with six jobs each; then one at a time: five are answered, one is tried out."""
-    for job_id in [*INNOCENT[:3], "guilty", *INNOCENT[3:]]:
+def test_job_that_ends_workers_is_identified_alone(redis_client: redis.Redis) -> None:
+    """Two deaths with six jobs each; then one job at a time: five are answered, one ends a third worker."""
+    for job_id in [*HARMLESS[:3], "crashing", *HARMLESS[3:]]:
         redis_client.lpush(Lane.BULK.queue, message(job_id, Lane.BULK))
-    assert [die(redis_client, "first"), die(redis_client, "second")] == [6, 6]
+    assert [crash(redis_client, "first"), crash(redis_client, "second")] == [6, 6]
     assert redis_client.llen(QUARANTINE) == 6
     deaths, answered = 0, []
     for number in range(20):
-        redis_client.delete(QUARANTINE_OWNER)  # the lease of a taker that died has ended
-        claims = make_lease_queue(redis_client, f"w{number}", lease_s=0.0)
-        taken = claims.claim(100)
-        if not taken.jobs:
+        redis_client.delete(QUARANTINE_OWNER)  # the lease of an owner that crashed has expired
+        queue = make_lease_queue(redis_client, f"w{number}", lease_s=0.0)
+        claimed = queue.claim(100)
+        if not claimed.jobs:
             break
-        [job] = taken.jobs
-        if job.id == "guilty" and job.attempt <= 3:
+        [job] = claimed.jobs
+        if job.id == "crashing" and job.attempt <= 3:
             deaths += 1
             make_maintenance(redis_client).run_once()
         else:
             make_committer(redis_client, f"w{number}").write([answer(job)])
             answered.append((job.id, job.attempt))
-    assert deaths == 1, "it died a third time, alone"
-    assert sorted(answered) == sorted([*[(job_id, 3) for job_id in INNOCENT], ("guilty", 4)])
+    assert deaths == 1, "expected one more death, with this job alone"
+    assert sorted(answered) == sorted([*[(job_id, 3) for job_id in HARMLESS], ("crashing", 4)])
     assert redis_client.exists(QUARANTINE, CLAIMS, ATTEMPTS) == 0
 
 
-def test_who_was_on_a_lost_device_twice_is_a_suspect(redis_client: redis.Redis) -> None:
-    """A worker that gives back in good order accuses what was on the device; the second time it is tried alone."""
+def test_job_on_a_lost_device_twice_is_quarantined(redis_client: redis.Redis) -> None:
+    """A worker that loses its device releases the jobs on it as a death; after the second death they are isolated."""
     redis_client.lpush(Lane.BULK.queue, message("job", Lane.BULK))
-    for worker, places in (("first", (1, 0)), ("second", (0, 1))):
-        claims = make_lease_queue(redis_client, worker)
-        assert len(claims.claim(5).jobs) == 1
-        assert claims.release([Release("job", counts=True)]) == 1
-        assert (redis_client.llen(Lane.BULK.queue), redis_client.llen(QUARANTINE)) == places
+    for worker, lengths in (("first", (1, 0)), ("second", (0, 1))):
+        queue = make_lease_queue(redis_client, worker)
+        assert len(queue.claim(5).jobs) == 1
+        assert queue.release([Release("job", counts=True)]) == 1
+        assert (redis_client.llen(Lane.BULK.queue), redis_client.llen(QUARANTINE)) == lengths
     [job] = make_lease_queue(redis_client, "third").claim(5).jobs
     assert job.attempt == 3
 
 
-def test_one_worker_takes_them_and_the_others_go_on(redis_client: redis.Redis) -> None:
-    """The taker takes nothing else while suspects wait; everybody else claims as usual."""
-    redis_client.lpush(Lane.BULK.queue, message("suspect", Lane.BULK))
-    die(redis_client, "first")
-    die(redis_client, "second")
-    redis_client.lpush(Lane.BULK.queue, message("usual", Lane.BULK))
+def test_one_worker_owns_the_quarantine(redis_client: redis.Redis) -> None:
+    """The owner claims nothing else while jobs are quarantined; other workers claim as usual."""
+    redis_client.lpush(Lane.BULK.queue, message("quarantined", Lane.BULK))
+    crash(redis_client, "first")
+    crash(redis_client, "second")
+    redis_client.lpush(Lane.BULK.queue, message("ordinary", Lane.BULK))
     redis_client.delete(QUARANTINE_OWNER)
-    taker, other = make_lease_queue(redis_client, "taker"), make_lease_queue(redis_client, "other")
-    busy = taker.claim(10, held=["another"])
-    assert (busy.jobs, busy.alone) == ((), True)
-    usual = other.claim(10)
-    assert ([job.id for job in usual.jobs], usual.alone) == (["usual"], False)
-    alone = taker.claim(10)
-    assert ([job.id for job in alone.jobs], alone.alone) == (["suspect"], True)
-    assert taker.claim(10).alone is False
+    owner, other = make_lease_queue(redis_client, "owner"), make_lease_queue(redis_client, "other")
+    busy = owner.claim(10, held=["another"])
+    assert (busy.jobs, busy.owns_quarantine) == ((), True)
+    ordinary = other.claim(10)
+    assert ([job.id for job in ordinary.jobs], ordinary.owns_quarantine) == (["ordinary"], False)
+    isolated = owner.claim(10)
+    assert ([job.id for job in isolated.jobs], isolated.owns_quarantine) == (["quarantined"], True)
+    assert owner.claim(10).owns_quarantine is False

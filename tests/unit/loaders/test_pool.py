@@ -265,7 +265,7 @@ def test_who_is_in_the_loader_that_shall_try_suspects_is_none(
         first, second = made.pool._loaders
         assert (len(first.held), len(second.held)) == (4, 1)
         os.kill(first.process.pid, signal.SIGKILL)
-        wait_until(lambda: second.alone, timeout_s=20, every_s=0.001)
+        wait_until(lambda: second.is_isolated, timeout_s=20, every_s=0.001)
         os.kill(second.process.pid, signal.SIGKILL)
         made.wait(5)
         assert [made.results[n].error for n in range(5)] == [None] * 5

@@ -24,7 +24,7 @@ from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import JobError, Rejected, Unavailable
 from shiwu_worker.loaders.process import LoaderProcess
 from shiwu_worker.loaders.protocol import LoaderOptions, LoadTask
-from shiwu_worker.loaders.sandbox import _decoded
+from shiwu_worker.loaders.sandbox import _decode
 from shiwu_worker.service.factories import loader_options
 from shiwu_worker.stages.decode.decoder import DecodeLimits
 from shiwu_worker.stages.decode.image_spec import ImageSpec
@@ -267,7 +267,7 @@ def test_an_unknown_error_of_the_decoder_is_the_workers(monkeypatch: pytest.Monk
     """What hostile bytes make a codec raise is told before; anything else says nothing about the image."""
     monkeypatch.setattr("shiwu_worker.loaders.sandbox.decode", unforeseen)
     options: Any = SimpleNamespace(spec=None, exact=False, memory_bytes=1)
-    found = _decoded(b"x", np.zeros((1, 1, 3), np.uint8), options, DecodeLimits(max_pixels=1, max_side=1, formats=()))
+    found = _decode(b"x", np.zeros((1, 1, 3), np.uint8), options, DecodeLimits(max_pixels=1, max_side=1, formats=()))
     assert found.error is not None
     assert (found.error.code, found.error.retryable) == (ErrorCode.INTERNAL_ERROR, True)
 

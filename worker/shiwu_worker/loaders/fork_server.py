@@ -1,7 +1,7 @@
-"""Children that are born in milliseconds: forked by a process that has imported everything they need.
+"""Starts loaders in milliseconds: a fork server, which has imported everything they need, forks them.
 
-Importing takes a loader half a second of CPU; with a fork a picture that ends its loader costs its neighbours next to
-nothing. The forking process (`nursery_process`) is started by exec, has one thread and never touches a picture.
+Imports would take a loader half a second of CPU. With a fork, an image that ends its loader hardly delays the others.
+The fork server (`fork_server_main`) is started by exec, has one thread and never reads an image.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Final
 from shiwu_worker.runtime.process import _PLAIN_NAMES
 
 FORK_TIMEOUT_S: Final = 60.0
-"""Longest wait for a fork, the first one waits for the imports; a nursery that needs more is replaced."""
-STATUS_S: Final = 1.0
-ASK: Final = b"?"
+"""Longest wait for a fork; the first one waits for the imports. A fork server that needs longer is replaced."""
+STATUS_TIMEOUT_S: Final = 1.0
+FORK_REQUEST: Final = b"?"
 
 
 class ForkServerError(RuntimeError):
-    """The nursery is gone or hangs."""
+    """The fork server has ended or hangs."""
 
 
 class ForkedProcess:
-    """One forked process, seen from the worker. The pidfd stays the same process' for ever, unlike a pid."""
+    """One forked process, as the worker sees it. Its pidfd always means this process; a pid may be reused."""
 
     def __init__(self, pid: int, pidfd: int, fork_server: ForkServer) -> None:
         self.pid = pid
@@ -39,20 +39,20 @@ class ForkedProcess:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the process is gone."""
+        """Whether the process has ended."""
         return self._status is not None or _is_readable(self._pidfd, 0)
 
     def kill(self) -> None:
-        """SIGKILL; nothing happens where it is gone."""
+        """Send SIGKILL; has no effect if the process has ended."""
         if self._status is None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def wait(self, timeout_s: float) -> int:
-        """Wait for the end; the exit status, negative for a signal. -9 where the nursery ended with it.
+        """Wait for the end; returns the exit status, negative for a signal, and -9 if the fork server ended, too.
 
         Raises:
-            TimeoutError: it still runs.
+            TimeoutError: when the process still runs.
         """
         if self._status is None:
             if not _is_readable(self._pidfd, timeout_s):
@@ -63,7 +63,7 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """Starts the nursery's process, and again when it has died. After `begin`, one thread uses it."""
+    """Starts the fork server's process, and restarts it if it has ended. After `begin`, one thread uses it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -71,14 +71,14 @@ class ForkServer:
         self._statuses: dict[int, int] = {}
 
     def begin(self) -> None:
-        """Start the process and wait for nothing. It ends with the thread that calls this."""
+        """Start the process without waiting for it. It ends with the thread that calls this."""
         self._start()
 
     def fork(self, *fds: int) -> ForkedProcess:
-        """A new process that runs `loader.serve` with these file descriptors.
+        """Fork a process that runs `process.serve` with these file descriptors.
 
         Raises:
-            ForkServerError: after a second try.
+            ForkServerError: when a second try fails, too.
         """
         try:
             return self._fork(fds)
@@ -87,39 +87,45 @@ class ForkServer:
             return self._fork(fds)
 
     def _fork(self, fds: tuple[int, ...]) -> ForkedProcess:
-        ours = self._socket
-        if ours is None or self._process is None or self._process.poll() is not None:
-            ours = self._start()
+        channel = self._socket
+        if channel is None or self._process is None or self._process.poll() is not None:
+            channel = self._start()
         try:
-            socket.send_fds(ours, [ASK], list(fds))
+            socket.send_fds(channel, [FORK_REQUEST], list(fds))
             while True:
-                frame, pidfds, _, _ = socket.recv_fds(ours, 64, 1)
+                frame, pidfds, _, _ = socket.recv_fds(channel, 64, 1)
                 if not frame:
-                    raise ForkServerError("expected a child, the nursery has ended")
+                    raise ForkServerError("expected a forked process, but the fork server has ended")
                 if pidfds:
                     return ForkedProcess(int(frame), pidfds[0], self)
-                self._note(frame)
+                self._store_status(frame)
         except OSError as error:
-            raise ForkServerError(f"expected a child ({type(error).__name__})") from error
+            raise ForkServerError(f"expected a forked process ({type(error).__name__})") from error
 
     def _start(self) -> socket.socket:
         self.close()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.settimeout(FORK_TIMEOUT_S)
-        with theirs:
+        channel, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        channel.settimeout(FORK_TIMEOUT_S)
+        with server_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "shiwu_worker.loaders.fork_server_main", str(theirs.fileno()), str(os.getpid())],
-                pass_fds=(theirs.fileno(),),
+                [
+                    sys.executable,
+                    "-m",
+                    "shiwu_worker.loaders.fork_server_main",
+                    str(server_end.fileno()),
+                    str(os.getpid()),
+                ],
+                pass_fds=(server_end.fileno(),),
                 stdin=subprocess.DEVNULL,
                 env=plain_environment() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is the worker's to handle
+                start_new_session=True,  # the worker handles Ctrl-C
             )
-        self._socket = ours
-        return ours
+        self._socket = channel
+        return channel
 
     def status_of(self, pid: int) -> int:
-        """The exit status of a child that has ended."""
-        until_s = time.monotonic() + STATUS_S
+        """The exit status of a forked process that has ended."""
+        until_s = time.monotonic() + STATUS_TIMEOUT_S
         while pid not in self._statuses and self._socket is not None and (left_s := until_s - time.monotonic()) > 0:
             if not _is_readable(self._socket.fileno(), left_s):
                 break
@@ -129,15 +135,15 @@ class ForkServer:
                 break
             if not frame:
                 break
-            self._note(frame)
+            self._store_status(frame)
         return self._statuses.pop(pid, -signal.SIGKILL)
 
-    def _note(self, frame: bytes) -> None:
+    def _store_status(self, frame: bytes) -> None:
         pid, _, status = frame.partition(b" ")
         self._statuses[int(pid)] = int(status)
 
     def close(self) -> None:
-        """End the nursery; its children end with it."""
+        """End the fork server; the processes it forked end with it."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -149,7 +155,7 @@ class ForkServer:
 
 
 def plain_environment() -> dict[str, str]:
-    """The variables without which a Python process does not start or find its files; none of them is a secret."""
+    """The variables that a Python process needs to start and find its files; none of them is a secret."""
     return {name: value for name, value in os.environ.items() if _PLAIN_NAMES.fullmatch(name)}
 
 

@@ -1,6 +1,7 @@
-"""The process that forks loaders: `fork_server` starts it by `python -m` with a file descriptor and its own pid.
+"""The fork server's process. `fork_server` starts it with `python -m`, a file descriptor and the pid of the worker.
 
-It answers each request, which brings file descriptors along, with a child's pid and pidfd, and tells of each end.
+It replies to each request, which comes with file descriptors, with the pid and pidfd of a forked loader, and reports
+the exit status of each loader that ends.
 """
 
 from __future__ import annotations
@@ -20,38 +21,38 @@ from shiwu_worker.stages.decode.decoder import warm
 
 
 def _main() -> None:
-    """Fork on demand and tell of ends, until the worker is gone."""
+    """Fork on request and report exits, until the worker has ended."""
     die_with_parent(int(sys.argv[2]))
     no_new_privileges()
     warm()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    # What is alive now stays shared with every child.
+    # Objects that exist now stay in memory shared with every loader.
     gc.freeze()
-    wake_r, wake_w = socket.socketpair()
-    wake_w.setblocking(False)
-    wake_r.setblocking(False)
-    signal.set_wakeup_fd(wake_w.fileno())
+    wake_reader, wake_writer = socket.socketpair()
+    wake_writer.setblocking(False)
+    wake_reader.setblocking(False)
+    signal.set_wakeup_fd(wake_writer.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
     worker = socket.socket(fileno=int(sys.argv[1]))
     while True:
-        readable, _, _ = select.select([worker, wake_r], [], [])
-        if wake_r in readable:
+        readable, _, _ = select.select([worker, wake_reader], [], [])
+        if wake_reader in readable:
             with contextlib.suppress(BlockingIOError):
-                while wake_r.recv(4096):
+                while wake_reader.recv(4096):
                     pass
-            _tell_ends(worker)
+            _report_exits(worker)
         if worker in readable:
             frame, fds, _, _ = socket.recv_fds(worker, 16, 8)
             if not frame:
                 return
-            _fork_child(worker, (wake_r, wake_w), fds)
+            _fork_child(worker, (wake_reader, wake_writer), fds)
 
 
-def _tell_ends(worker: socket.socket) -> None:
+def _report_exits(worker: socket.socket) -> None:
     with contextlib.suppress(ChildProcessError):
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            pid, status = ended
+        while (exited := os.waitpid(-1, os.WNOHANG))[0]:
+            pid, status = exited
             worker.send(f"{pid} {os.waitstatus_to_exitcode(status)}".encode())
 
 
@@ -69,8 +70,8 @@ def _fork_child(worker: socket.socket, wake: tuple[socket.socket, socket.socket]
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for each in (worker, *wake):
-            each.close()
+        for inherited in (worker, *wake):
+            inherited.close()
         die_with_parent(own_pid)
         serve(*fds)
         status = 0

@@ -1,8 +1,8 @@
-"""The processes that fetch and decode, seen from the worker.
+"""The pool of processes that fetch and decode, as the worker sees it.
 
-Loaders are forked by a process that never imports torch, and write pixels into shared memory. Frames between us are
-JSON. A loader that dies or hangs is replaced by a warm spare; the pictures it held are tried again, each
-alone in a spare, so the guilty one convicts itself and its neighbours hardly notice.
+A fork server, which never imports torch, forks the loaders. They write pixels into shared memory and exchange JSON
+frames with the worker. A loader that crashes or hangs is replaced by a spare, which is ready. The images it held are
+retried one at a time in a spare, so the image that ends its loader is identified and the others are hardly delayed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
+from structlog.typing import FilteringBoundLogger
 
 from shiwu.contract import ErrorCode
 from shiwu_worker.errors import ExitCode, FatalError
@@ -33,41 +34,48 @@ from shiwu_worker.loaders.protocol import (
     ENCODER,
     LOADED,
     READY,
-    READY_OPEN,
+    READY_UNFILTERED,
     LoaderOptions,
     LoadResult,
     LoadTask,
     failed_twice_result,
 )
 
-log: Any = structlog.get_logger()
-DEATHS_AT_START: Final = 5
-RESPAWN_S: Final = 0.2
+log: FilteringBoundLogger = structlog.get_logger()
+MAX_FAILED_STARTS: Final = 5
+"""Loaders that may end one after the other before they are ready; then the worker ends."""
+RESTART_PAUSE_S: Final = 0.2
+POLL_INTERVAL_S: Final = 0.25
+EXIT_TIMEOUT_S: Final = 5.0
+MAX_FRAME_BYTES: Final = 1 << 20
 
 
 @dataclass(eq=False)
 class _Loader:
-    """One process and what it holds."""
+    """One loader process and the tasks it holds."""
 
     process: ForkedProcess
     connection: Connection
-    ready: bool = False
+    is_ready: bool = False
     held: dict[int, tuple[LoadTask, float]] = field(default_factory=dict)
-    """ticket → task and the moment at which it was sent."""
-    alone: bool = False
-    """It takes suspects only, one at a time."""
-    suspect: int | None = None
-    """The ticket of the suspect that it holds."""
+    """Ticket → task, and when it was sent."""
+    is_isolated: bool = False
+    """Whether it runs quarantined tasks only, one at a time."""
+    isolated_ticket: int | None = None
+    """The ticket of the quarantined task that it runs."""
 
 
 class LoaderPool:
-    """A fixed number of loaders, one thread that talks to them, and the pixels.
+    """A fixed number of loaders, one thread that exchanges frames with them, and the pixels in shared memory.
+
+    `submit` is thread-safe; the pool's thread does the rest.
 
     Args:
-        spares: loaders beyond these: warm, to stand in for one that died and to try suspects.
-        on_fatal: called when loaders can't be kept alive.
+        processes: loaders that work at a time.
+        spares: further loaders, which are ready to replace one that ended and to run quarantined tasks.
+        on_fatal: called when loaders cannot be kept running.
         environment: variables that the sources need, such as S3's; loaders get no other secret.
-        task_timeout_s: fetch and decode of one picture; then its loader is killed and the picture tried alone.
+        task_timeout_s: limit of fetch and decode of one image; then its loader is killed and the image isolated.
     """
 
     def __init__(
@@ -94,18 +102,19 @@ class LoaderPool:
         self.pixels: NDArray[np.uint8] = np.frombuffer(memory, np.uint8).reshape(shape)
         self._waiting: deque[LoadTask] = deque()
         self._quarantine: deque[LoadTask] = deque()
+        """Tasks that each run alone in a loader: their loader ended, or memory was short."""
         self._loaders: list[_Loader] = []
         self._lock = threading.Lock()
-        self._wake_r, self._wake_w = socket.socketpair()
-        self._wake_r.setblocking(False)
-        self._wake_w.setblocking(False)
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
         self._closing = threading.Event()
         self._all_ready = threading.Event()
-        self._deaths_at_start = 0
+        self._failed_starts = 0
         self._fork_server = ForkServer()
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._run, name="loaders", daemon=True)
-        self._told_open = False
+        self._has_warned_unfiltered = False
         self.restarts = 0
 
     @property
@@ -114,14 +123,14 @@ class LoaderPool:
         return [loader.process.pid for loader in list(self._loaders)]
 
     def start(self) -> None:
-        """Start the processes. They become ready beside whatever else is started."""
-        self._selector.register(self._wake_r, selectors.EVENT_READ, None)
-        # Not on the pool's thread: what that starts is killed before `close` can wait for it.
+        """Start the processes without waiting for them; other parts of the worker start in parallel."""
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
+        # Not on the pool's thread: the fork server ends with the thread that starts it, before `close` could wait.
         self._fork_server.begin()
         self._thread.start()
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Wait until as many as are to work at a time said that they are ready.
+        """Wait until as many loaders are ready as work at a time.
 
         Raises:
             FatalError: with ExitCode.LOADERS when they are not ready in time.
@@ -135,13 +144,13 @@ class LoaderPool:
         self._on_loaded = on_loaded
 
     def submit(self, tasks: Sequence[LoadTask]) -> None:
-        """Load these pictures. Never blocks; bounded because slots are. Thread-safe."""
+        """Load these images. Never blocks; the number of slots limits the queue. Thread-safe."""
         with self._lock:
             self._waiting.extend(tasks)
         self._wake()
 
     def close(self, timeout_s: float) -> None:
-        """End the processes; what they held is not reported."""
+        """End the processes; tasks that they hold get no result."""
         self._closing.set()
         self._wake()
         if self._thread.is_alive():
@@ -153,8 +162,8 @@ class LoaderPool:
         self._loaders.clear()
         self._fork_server.close()
         self._selector.close()
-        self._wake_r.close()
-        self._wake_w.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
         if self._memory_fd >= 0:
             os.close(self._memory_fd)
             self._memory_fd = -1
@@ -165,130 +174,138 @@ class LoaderPool:
             for _ in range(self._processes + self._spares):
                 self._spawn()
             while not self._closing.is_set():
-                self._turn()
+                self._poll()
         except Exception as error:  # border: a worker without loaders must not go on
             log.exception("thread_failed", thread="loaders")
             self._closing.set()
             self._all_ready.set()
-            is_ours = not isinstance(error, ForkServerError | TimeoutError)
-            code = ExitCode.INTERNAL if is_ours else ExitCode.LOADERS
+            is_process_error = isinstance(error, ForkServerError | TimeoutError)
+            code = ExitCode.LOADERS if is_process_error else ExitCode.INTERNAL
             self._on_fatal(FatalError(code, f"{type(error).__name__}: {error}"))
 
-    def _turn(self) -> None:
-        done: list[LoadResult] = []
-        for key, _ in self._selector.select(timeout=0.25):
+    def _poll(self) -> None:
+        """Wait for frames or exits once; collect results, restart loaders that ended or hang, and hand out tasks."""
+        results: list[LoadResult] = []
+        for key, _ in self._selector.select(timeout=POLL_INTERVAL_S):
             if key.data is None:
                 self._drain_wake()
             else:
-                self._receive(key.data, done)
-        for loader in [one for one in self._loaders if one.process.has_ended]:
+                self._receive(key.data, results)
+        for loader in [loader for loader in self._loaders if loader.process.has_ended]:
             if loader.connection.fileno() in self._selector.get_map():
-                self._receive(loader, done)  # its last words
-            self._replace(loader, ErrorCode.DECODER_CRASHED, done)
-        late_s = time.monotonic() - self._task_timeout_s
+                self._receive(loader, results)  # the results it sent before its end
+            self._restart(loader, ErrorCode.DECODER_CRASHED, results)
+        overdue_s = time.monotonic() - self._task_timeout_s
         for loader in list(self._loaders):
-            if any(sent_s < late_s for _, sent_s in loader.held.values()):
-                self._replace(loader, ErrorCode.DECODER_TIMEOUT, done)
-        if done:
-            self._on_loaded(done)
+            if any(sent_s < overdue_s for _, sent_s in loader.held.values()):
+                self._restart(loader, ErrorCode.DECODER_TIMEOUT, results)
+        if results:
+            self._on_loaded(results)
         self._assign()
 
-    def _receive(self, loader: _Loader, done: list[LoadResult]) -> None:
+    def _receive(self, loader: _Loader, results: list[LoadResult]) -> None:
         try:
             while loader.connection.poll():
-                frame = loader.connection.recv_bytes(1 << 20)
+                frame = loader.connection.recv_bytes(MAX_FRAME_BYTES)
                 if frame.startswith(READY):
-                    self._welcome(loader, frame)
+                    self._on_ready(loader, frame)
                     continue
                 result = LOADED.decode(frame)
                 task, _ = loader.held.pop(result.ticket, (None, 0.0))
-                # A loader that decodes hostile bytes is not trusted with the choice of a slot.
+                # A loader decodes hostile bytes, so it is not trusted to choose a slot.
                 if task is None or task.slot != result.slot:
                     raise ValueError(f"unexpected ticket {result.ticket} or slot {result.slot}")
-                if result.is_short_of_memory and loader.suspect != result.ticket:
+                if result.is_short_of_memory and loader.isolated_ticket != result.ticket:
                     self._quarantine.append(task)
                     continue
-                done.append(result)
+                results.append(result)
         except (EOFError, OSError):
-            # The process is gone or going; `poll` of the next turn sees it. Until then it must not spin.
+            # The process has ended or is ending; the next poll handles it. Until then the selector must not report it.
             self._selector.unregister(loader.connection)
             loader.process.kill()
-            loader.process.wait(5.0)
+            loader.process.wait(EXIT_TIMEOUT_S)
         except ValueError as error:
             log.error("loader_protocol_error", error=str(error)[:200])
             loader.process.kill()
-            loader.process.wait(5.0)
+            loader.process.wait(EXIT_TIMEOUT_S)
 
-    def _welcome(self, loader: _Loader, frame: bytes) -> None:
-        loader.ready, self._deaths_at_start = True, 0
-        if frame.startswith(READY_OPEN) and not self._told_open:
-            self._told_open = True
-            log.warning("sandbox_unavailable", reason=frame.removeprefix(READY_OPEN).decode(errors="replace"))
-        if sum(one.ready for one in self._loaders) >= self._processes:
+    def _on_ready(self, loader: _Loader, frame: bytes) -> None:
+        loader.is_ready, self._failed_starts = True, 0
+        if frame.startswith(READY_UNFILTERED) and not self._has_warned_unfiltered:
+            self._has_warned_unfiltered = True
+            log.warning("sandbox_unavailable", reason=frame.removeprefix(READY_UNFILTERED).decode(errors="replace"))
+        if sum(other.is_ready for other in self._loaders) >= self._processes:
             self._all_ready.set()
 
     def _assign(self) -> None:
-        ready = [loader for loader in self._loaders if loader.ready]
-        # With spares, suspects wait for one that is ready; without, a usual loader runs empty for them.
-        free = len(ready) - self._processes if self._spares else 1
-        usual = [one for one in ready if not one.alone]
-        if self._quarantine and usual and sum(one.alone for one in self._loaders) < free:
-            # What it still holds are no suspects; they end first.
-            min(usual, key=lambda one: len(one.held)).alone = True
-        at_work = [one for one in ready if not one.alone][: self._processes]
+        """Hand out waiting tasks, and quarantined tasks to isolated loaders."""
+        ready = [loader for loader in self._loaders if loader.is_ready]
+        self._isolate_one(ready)
+        working = [loader for loader in ready if not loader.is_isolated][: self._processes]
         for loader in ready:
-            if loader.alone and not loader.held:
-                if self._quarantine:
-                    suspect = self._quarantine.popleft()
-                    loader.suspect = suspect.ticket
-                    self._send(loader, suspect)
-                else:
-                    loader.alone, loader.suspect = False, None
-            while loader in at_work and len(loader.held) < self._options.threads:
+            if loader.is_isolated and not loader.held:
+                self._assign_quarantined(loader)
+            while loader in working and len(loader.held) < self._options.threads:
                 with self._lock:
                     task = self._waiting.popleft() if self._waiting else None
                 if task is None or not self._send(loader, task):
                     break
+
+    def _isolate_one(self, ready: Sequence[_Loader]) -> None:
+        """Isolate the loader with the fewest tasks if tasks are quarantined; it finishes the tasks it holds first."""
+        # With spares a quarantined task waits for a ready spare; without spares a working loader is isolated.
+        max_isolated = len(ready) - self._processes if self._spares else 1
+        candidates = [loader for loader in ready if not loader.is_isolated]
+        if self._quarantine and candidates and sum(loader.is_isolated for loader in self._loaders) < max_isolated:
+            min(candidates, key=lambda loader: len(loader.held)).is_isolated = True
+
+    def _assign_quarantined(self, loader: _Loader) -> None:
+        if self._quarantine:
+            task = self._quarantine.popleft()
+            loader.isolated_ticket = task.ticket
+            self._send(loader, task)
+        else:
+            loader.is_isolated, loader.isolated_ticket = False, None
 
     def _send(self, loader: _Loader, task: LoadTask) -> bool:
         loader.held[task.ticket] = (task, time.monotonic())
         try:
             loader.connection.send_bytes(ENCODER.encode(task))
         except OSError:
-            return False  # it died; its tasks, this one too, are taken back when `poll` sees it
+            return False  # the loader ended; the next poll takes back all its tasks, this one too
         return True
 
-    def _replace(self, loader: _Loader, code: ErrorCode, done: list[LoadResult]) -> None:
-        """Bury a loader, judge what it held, and start another."""
+    def _restart(self, loader: _Loader, code: ErrorCode, results: list[LoadResult]) -> None:
+        """Kill and reap a loader, fail or quarantine its tasks, and start a replacement."""
         loader.process.kill()
-        status = loader.process.wait(5.0)
+        status = loader.process.wait(EXIT_TIMEOUT_S)
         if loader.connection in {key.fileobj for key in self._selector.get_map().values()}:
             self._selector.unregister(loader.connection)
         loader.connection.close()
         self._loaders.remove(loader)
         log.warning("loader_replaced", pid=loader.process.pid, status=status, held=len(loader.held), code=code.value)
         for task, sent_s in loader.held.values():
-            if task.ticket == loader.suspect:
-                done.append(failed_twice_result(task, code, sent_s, status))
+            if task.ticket == loader.isolated_ticket:
+                results.append(failed_twice_result(task, code, sent_s, status))
             else:
                 self._quarantine.append(task)
-        if not loader.ready:
-            self._deaths_at_start += 1
-            if self._deaths_at_start >= DEATHS_AT_START:
+        if not loader.is_ready:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
                 self._closing.set()
                 self._all_ready.set()
-                text = f"loaders died {DEATHS_AT_START} times before they were ready"
+                text = f"loaders ended {MAX_FAILED_STARTS} times before they were ready"
                 self._on_fatal(FatalError(ExitCode.LOADERS, text))
                 return
-            self._closing.wait(RESPAWN_S)  # one that dies at its start must not be started in a busy loop
+            self._closing.wait(RESTART_PAUSE_S)  # a loader that fails at its start must not be restarted in a busy loop
         self.restarts += 1
         self._spawn()
 
     def _spawn(self) -> None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            process = self._fork_server.fork(theirs.fileno(), self._memory_fd)
-            connection = Connection(ours.detach())
+        own_end, loader_end = socket.socketpair()
+        with own_end, loader_end:
+            process = self._fork_server.fork(loader_end.fileno(), self._memory_fd)
+            connection = Connection(own_end.detach())
         connection.send_bytes(self._options.model_dump_json().encode())
         connection.send_bytes(self._environment)
         loader = _Loader(process, connection)
@@ -296,10 +313,10 @@ class LoaderPool:
         self._selector.register(connection, selectors.EVENT_READ, loader)
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # a full pipe: it is awake already
-            self._wake_w.send(b"\0")
+        with contextlib.suppress(OSError):  # if the pipe is full, the thread is awake already
+            self._wake_writer.send(b"\0")
 
     def _drain_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            while self._wake_r.recv(4096):
+            while self._wake_reader.recv(4096):
                 pass

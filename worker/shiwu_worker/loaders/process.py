@@ -1,7 +1,8 @@
-"""One loader process, forked by the nursery for `loaders`.
+"""One loader process, forked by the fork server for the loader pool.
 
-Fetches in several threads, has its cell decode, and writes pixels into the slots that it is given. It never imports
-torch, and ends with its parent. When its cell ends it ends in the same way: who was guilty, `loaders` finds out.
+It fetches on several threads, lets its sandbox decode, and writes pixels into the slots of its tasks. It never imports
+torch, and ends with its parent. If its sandbox ends, it ends with the same status, and the pool finds out which image
+was the cause.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from shiwu_worker.loaders.protocol import (
     ENVIRONMENT,
     LOAD_TASK,
     READY,
-    READY_OPEN,
+    READY_UNFILTERED,
     LoaderOptions,
     LoadResult,
     LoadTask,
@@ -36,24 +37,24 @@ from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
 from shiwu_worker.stages.fetch.http import LOOKUPS_PER_THREAD, HttpClient
 from shiwu_worker.stages.fetch.s3.base import MAX_BUCKET_CLIENTS, S3Options
 
-FETCH_BYTES: Final = 1 << 30
-"""Address space of a loader without its threads: its libraries, and room."""
+BASE_BYTES: Final = 1 << 30
+"""Address space of a loader without its threads: its libraries, and a reserve."""
 THREAD_BYTES: Final = 96 << 20
-"""Address space that a thread takes before it does anything: its stack and its heap."""
-OPEN_FILES: Final = 64
-FILES_A_THREAD: Final = 16
+"""Address space of one thread before it does anything: its stack and its heap."""
+BASE_FILES: Final = 64
+FILES_PER_THREAD: Final = 16
 
 
 class LoaderProcess:
     """Turns tasks into results, on several threads."""
 
     def __init__(
-        self, options: LoaderOptions, connection: Connection, pixels: NDArray[np.uint8], cell: DecodeSandbox
+        self, options: LoaderOptions, connection: Connection, pixels: NDArray[np.uint8], sandbox: DecodeSandbox
     ) -> None:
         self._connection = connection
         self._pixels = pixels
-        self._sandbox = cell
-        self._sending = threading.Lock()
+        self._sandbox = sandbox
+        self._send_lock = threading.Lock()
         self._cpu_s = options.cpu_s
         self._fetcher = Fetcher(
             s3=S3Options(
@@ -82,14 +83,15 @@ class LoaderProcess:
             ),
             threads=options.threads,
         )
-        threading.Thread(target=self._follow, name="sandbox", daemon=True).start()
+        threading.Thread(target=self._exit_with_sandbox, name="sandbox", daemon=True).start()
         self._tasks: queue.SimpleQueue[LoadTask] = queue.SimpleQueue()
         for number in range(options.threads):
             threading.Thread(target=self._work, args=(number,), name=f"load-{number}", daemon=True).start()
 
     def run(self) -> None:
         """Take tasks until the parent closes the connection."""
-        self._send(READY_OPEN + self._sandbox.open_because.encode() if self._sandbox.open_because else READY)
+        reason = self._sandbox.unfiltered_reason
+        self._send(READY_UNFILTERED + reason.encode() if reason else READY)
         while True:
             try:
                 frame = self._connection.recv_bytes()
@@ -116,11 +118,11 @@ class LoaderProcess:
             decoded, failed = Decoded(error=error.info()), error
         except SandboxExited:
             self._sandbox.kill()
-            threading.Event().wait()  # for the end of this process, which follows its cell
+            threading.Event().wait()  # until this process ends with its sandbox
         except CpuExceeded:
-            self._give_up(task, started_s, fetched_s, size)
-        except Exception as error:  # noqa: BLE001 border: a defect here must not take the neighbours with it
-            # A text from the way to the source may hold the query of a URL.
+            self._answer_and_exit(task, started_s, fetched_s, size)
+        except Exception as error:  # noqa: BLE001 border: a defect here must not affect other images
+            # The text of an error during fetch may have the query of a URL.
             text = f"the loader failed ({type(error).__name__}{f': {error!s:.200}' if size is not None else ''})"
             stage = Stage.FETCH if size is None else Stage.DECODE
             unknown = ErrorInfo(code=ErrorCode.INTERNAL_ERROR, message=text, stage=stage, retryable=True)
@@ -131,7 +133,7 @@ class LoaderProcess:
             ticket=task.ticket,
             slot=task.slot,
             started_s=started_s,
-            # What failed in fetch has spent no time in decode.
+            # A failed fetch spent no time in decode.
             fetched_s=fetched_s if size is not None else ended_s,
             decoded_s=ended_s,
             n_bytes=size,
@@ -147,9 +149,9 @@ class LoaderProcess:
             is_short_of_memory=decoded.is_short_of_memory,
         )
 
-    def _give_up(self, task: LoadTask, started_s: float, fetched_s: float, size: int | None) -> NoReturn:
-        """Answer the picture that burns CPU, and end with the cell; what the neighbours lose they get again."""
-        text = f"expected a picture that is decoded within {self._cpu_s:g} s of CPU"
+    def _answer_and_exit(self, task: LoadTask, started_s: float, fetched_s: float, size: int | None) -> NoReturn:
+        """Answer the image that used too much CPU, and end with the sandbox; the pool retries the other images."""
+        text = f"expected an image that is decoded within {self._cpu_s:g} s of CPU"
         error = ErrorInfo(code=ErrorCode.DECODER_TIMEOUT, message=text, stage=Stage.DECODE)
         result = LoadResult(
             ticket=task.ticket,
@@ -161,50 +163,50 @@ class LoaderProcess:
             error=error,
         )
         self._send(ENCODER.encode(result))
-        self._sending.acquire()
+        self._send_lock.acquire()
         self._sandbox.kill()
         os._exit(0)
 
-    def _follow(self) -> None:
-        """End as the cell does."""
+    def _exit_with_sandbox(self) -> None:
+        """Wait for the end of the sandbox and end with the same status."""
         status = self._sandbox.wait()
-        self._sending.acquire()  # no frame of another thread is to be cut in its middle
+        self._send_lock.acquire()  # a frame that another thread sends must not be cut
         if status < 0:
             os.kill(os.getpid(), -status)
-            time.sleep(1.0)  # a signal that is ignored here ends nothing
+            time.sleep(1.0)  # an ignored signal does not end this process
         os._exit(status if status > 0 else 1)
 
     def _send(self, frame: bytes) -> None:
         try:
-            with self._sending:
+            with self._send_lock:
                 self._connection.send_bytes(frame)
         except OSError:
-            os._exit(0)  # the parent is gone, and nobody waits for the other threads
+            os._exit(0)  # the parent has ended, so no result is needed
 
 
-def _limits(options: LoaderOptions) -> dict[int, int]:
-    # Beside each thread two that look a name up, one of them for a fetch that is over.
-    threads, files = (1 + LOOKUPS_PER_THREAD) * options.threads, FILES_A_THREAD * options.threads
+def _resource_limits(options: LoaderOptions) -> dict[int, int]:
+    # For each thread, two more that look names up; one of them may belong to a fetch that is over.
+    threads, files = (1 + LOOKUPS_PER_THREAD) * options.threads, FILES_PER_THREAD * options.threads
     if options.s3_client == "obstore":
-        # One that moves bytes, and for each of ours one more that looks a name up; connections of each bucket's store.
+        # One thread that moves bytes, one more look-up thread for each loader thread, and connections of each bucket.
         threads, files = threads + options.threads + 1, files + MAX_BUCKET_CLIENTS * options.threads
     return {
-        resource.RLIMIT_AS: FETCH_BYTES + threads * THREAD_BYTES + options.threads * 4 * options.max_bytes,
+        resource.RLIMIT_AS: BASE_BYTES + threads * THREAD_BYTES + options.threads * 4 * options.max_bytes,
         resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NOFILE: OPEN_FILES + files,
+        resource.RLIMIT_NOFILE: BASE_FILES + files,
     }
 
 
 def serve(connection_fd: int, memory_fd: int) -> None:
-    """Run until the worker is gone."""
+    """Run until the worker has ended."""
     connection = Connection(connection_fd)
     options = LoaderOptions.model_validate_json(connection.recv_bytes())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    cell = start_sandbox(options)
-    # Only now: the cell is to know none of it.
+    sandbox = start_sandbox(options)
+    # Only now, because the sandbox must not see these variables.
     os.environ.update(ENVIRONMENT.decode(connection.recv_bytes()))
-    for kind, limit in _limits(options).items():
+    for kind, limit in _resource_limits(options).items():
         resource.setrlimit(kind, (limit, limit))
     shape = (options.slots, options.spec.height, options.spec.width, 3)
     pixels = np.frombuffer(mmap.mmap(memory_fd, math.prod(shape)), np.uint8).reshape(shape)
-    LoaderProcess(options, connection, pixels, cell).run()
+    LoaderProcess(options, connection, pixels, sandbox).run()

@@ -1,4 +1,4 @@
-"""What a loader process and its worker say to each other: JSON frames, never pickle."""
+"""The frames between a worker and its loader processes: JSON, never pickle."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LoaderOptions(BaseModel):
 
 
 class LoadTask(msgspec.Struct, frozen=True):
-    """One picture to load into one slot."""
+    """One image to load into one slot."""
 
     ticket: int
     slot: int
@@ -60,7 +60,7 @@ class LoadTask(msgspec.Struct, frozen=True):
 
 
 class LoadResult(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What became of a task. Times are monotonic seconds, one clock for all processes of a machine."""
+    """The result of a task. Times are seconds of the monotonic clock, which all processes of a machine share."""
 
     ticket: int
     slot: int
@@ -74,35 +74,35 @@ class LoadResult(msgspec.Struct, frozen=True, omit_defaults=True):
     sha256: str | None = None
     error: ErrorInfo | None = None
     detail: str | None = None
-    """What only the log may say about the error."""
+    """A text about the error for the log only."""
     is_final: bool = False
-    """No other try is to be made, whatever the error's code says."""
+    """Whether the job must not be retried, whatever the error code says."""
     retry_after_s: float | None = None
     """The pause that the source asks for."""
     is_untried: bool = False
-    """The source was not asked, so this was no attempt."""
+    """Whether no request was sent to the source, so that this counts as no attempt."""
     is_short_of_memory: bool = False
-    """It did not fit beside its neighbours; alone it may."""
+    """Whether memory was short; the image is retried alone."""
 
 
 ENCODER: Final = msgspec.json.Encoder()
 LOADED: Final = msgspec.json.Decoder(LoadResult)
 LOAD_TASK: Final = msgspec.json.Decoder(LoadTask)
 READY: Final = b"ready"
-READY_OPEN: Final = b"ready without a filter of system calls: "
-"""Begins the frame of a loader whose cell could not be closed in; the reason follows."""
+READY_UNFILTERED: Final = b"ready without a filter of system calls: "
+"""Begins the ready frame of a loader whose sandbox has no system-call filter; the reason follows."""
 ENVIRONMENT: Final = msgspec.json.Decoder(dict[str, str])
-"""A loader's second frame: variables that its sources need and its cell must not know."""
+"""Decodes a loader's second frame: variables that its sources need and its sandbox must not see."""
 
 
 def failed_twice_result(task: LoadTask, code: ErrorCode, sent_s: float, status: int) -> LoadResult:
-    """What became of a picture that ended its loader, or was too slow for it, a second time and alone."""
+    """The result of an image that ended its loader, or was too slow, a second time and alone."""
     now_s = time.monotonic()
     if code is ErrorCode.DECODER_TIMEOUT:
-        text = "the picture exceeded the time limit of fetch and decode twice, the second time alone"
+        text = "the image exceeded the time limit of fetch and decode twice, the second time alone"
     else:
         name = signal.Signals(-status).name if status < 0 else f"exit {status}"
-        text = f"the picture ended its loader twice, the second time alone ({name})"
+        text = f"the image ended its loader twice, the second time alone ({name})"
     error = ErrorInfo(code=code, message=text, stage=Stage.DECODE)
     return LoadResult(
         ticket=task.ticket, slot=task.slot, started_s=sent_s, fetched_s=sent_s, decoded_s=now_s, error=error

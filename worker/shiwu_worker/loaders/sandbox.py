@@ -1,8 +1,8 @@
-"""The process in which pictures are decoded, and its end in the loader.
+"""The sandbox: the process in which images are decoded, and its counterpart in the loader.
 
-A decoder that a picture has taken over finds nothing there: no secret, no file, no socket but the one to its loader, no
-other picture than those in hand. Bytes and pixels travel in memory that only these two share; a word over a socket says
-that they are there. Shared memory costs a picture some 0.1 ms, which is why it is no pipe.
+If an image takes over a decoder, it finds nothing there: no secret, no file, no socket except the one to its loader,
+and no image except those being decoded. Bytes and pixels travel in memory that only these two processes share; a short
+message over a socket announces them. Shared memory costs about 0.1 ms per image, less than a pipe.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from shiwu_worker.loaders.seccomp import SandboxError, install_filter, no_new_pr
 from shiwu_worker.runtime.process import die_with_parent
 from shiwu_worker.stages.decode.decoder import DecodedInfo, DecodeLimits, decode
 
-FRAME_BYTES: Final = 16 * 1024
+MAX_FRAME_BYTES: Final = 16 * 1024
 LENGTH_BYTES: Final = 8
-BORN_S: Final = 30.0
+START_TIMEOUT_S: Final = 30.0
 POLL_INTERVAL_S: Final = 0.25
-"""How often the CPU of a picture that takes long is looked at."""
+"""How often the CPU of an image that takes long is measured."""
 LARGE_BYTES: Final = 1 << 20
-"""Shared memory of files beyond this is given back at once."""
-OPEN_FILES: Final = 16
-"""Over what each thread of a cell has open; nothing can be opened there anyway."""
-_TICKS_A_SECOND: Final = os.sysconf("SC_CLK_TCK")
+"""Shared memory of a larger file is returned to the system immediately."""
+SPARE_FILES: Final = 16
+"""Limit of open files above those of the sandbox; the filter lets it open none anyway."""
+_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """What a thread of a cell says first."""
+    """The first frame of a thread of the sandbox."""
 
     thread: int
     """The kernel's id of the thread, for its CPU clock."""
-    open_because: str | None = None
-    """Why there is no filter of system calls although there should be one."""
+    unfiltered_reason: str | None = None
+    """Why there is no system-call filter although there should be one."""
 
 
 class Decoded(msgspec.Struct, frozen=True):
-    """What became of one picture; its pixels lie in the shared memory."""
+    """The result of one image; its pixels are in the shared memory."""
 
     info: DecodedInfo | None = None
     error: ErrorInfo | None = None
@@ -66,16 +66,16 @@ _DECODED: Final = msgspec.json.Decoder(Decoded)
 
 
 class SandboxExited(Exception):
-    """The cell has ended or can't be understood."""
+    """The sandbox has ended or sent a frame that cannot be read."""
 
 
 class CpuExceeded(Exception):
-    """A picture took more CPU than it may. The cell must be ended: nothing else stops its thread."""
+    """An image took more CPU than allowed. The sandbox must be killed, because nothing else stops its thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """Memory that both processes see: a file's bytes and a picture's pixels for each thread."""
+    """Memory that both processes share: for each thread, the bytes of a file and the pixels of an image."""
 
     files: mmap.mmap
     pixels: NDArray[np.uint8]
@@ -83,7 +83,7 @@ class _Shared:
 
 
 class DecodeSandbox:
-    """The loader's end. One of its threads uses each channel."""
+    """The loader's side of the sandbox. Each thread of the loader uses its own channel."""
 
     def __init__(self, pid: int, sockets: Sequence[socket.socket], shared: _Shared, options: LoaderOptions) -> None:
         self._pid = pid
@@ -91,70 +91,70 @@ class DecodeSandbox:
         self._sockets = sockets
         self._shared = shared
         self._cpu_s = options.cpu_s
-        self._stats = [Path(f"/proc/{pid}/task/{hello.thread}/stat") for hello in map(self._hello, sockets)]
+        self._stats = [Path(f"/proc/{pid}/task/{hello.thread}/stat") for hello in map(self._receive_hello, sockets)]
 
-    def _hello(self, channel: socket.socket) -> Hello:
-        channel.settimeout(BORN_S)
+    def _receive_hello(self, channel: socket.socket) -> Hello:
+        channel.settimeout(START_TIMEOUT_S)
         hello = msgspec.json.decode(_received(channel), type=Hello)
         channel.settimeout(POLL_INTERVAL_S)
-        self.open_because = hello.open_because
+        self.unfiltered_reason = hello.unfiltered_reason
         return hello
 
     def decode(self, data: bytes, number: int) -> tuple[Decoded, NDArray[np.uint8]]:
-        """Decode one picture on the cell's thread of this number; the pixels are good until the next call.
+        """Decode one image on the thread of the sandbox with this number; its pixels are valid until the next call.
 
         Raises:
-            CellGone: it ended, whoever's fault that is.
-            CpuExceeded: this picture took more CPU than it may.
+            SandboxExited: when the sandbox has ended, for whatever reason.
+            CpuExceeded: when this image took more CPU than allowed.
         """
         begin = number * self._shared.file_bytes
         channel = self._sockets[number]
         self._shared.files[begin : begin + len(data)] = data
         try:
             channel.send(len(data).to_bytes(LENGTH_BYTES, "little"))
-            decoded = _DECODED.decode(self._answer(channel, number))
+            decoded = _DECODED.decode(self._receive_result(channel, number))
         except (OSError, ValueError) as error:
             raise SandboxExited(type(error).__name__) from error
         if len(data) > LARGE_BYTES:
-            first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-            self._shared.files.madvise(mmap.MADV_REMOVE, first, begin + self._shared.file_bytes - first)
+            first_page = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+            self._shared.files.madvise(mmap.MADV_REMOVE, first_page, begin + self._shared.file_bytes - first_page)
         return decoded, self._shared.pixels[number]
 
-    def _answer(self, channel: socket.socket, number: int) -> bytes:
+    def _receive_result(self, channel: socket.socket, number: int) -> bytes:
         first_s: float | None = None
         while True:
             try:
                 return _received(channel)
             except TimeoutError:
-                used_s = self._used_s(number)
+                used_s = self._cpu_of(number)
                 first_s = used_s if first_s is None else first_s
-                # Before the first look it can have used no more than the time until then.
+                # Before the first measurement it cannot have used more CPU than the time until then.
                 if used_s - first_s + POLL_INTERVAL_S > self._cpu_s:
                     raise CpuExceeded from None
 
-    def _used_s(self, number: int) -> float:
-        """CPU of one thread of the cell in its life; 0 when it is gone."""
+    def _cpu_of(self, number: int) -> float:
+        """CPU seconds of one thread of the sandbox since its start; 0 if it has ended."""
         try:
             fields = self._stats[number].read_text().rpartition(")")[2].split()
         except OSError:
             return 0.0
-        return (int(fields[11]) + int(fields[12])) / _TICKS_A_SECOND
+        return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
     def kill(self) -> None:
-        """End it; nothing happens where it is gone."""
+        """Kill the sandbox; has no effect if it has ended."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def wait(self) -> int:
-        """Wait for its end, however long; the exit status, negative for a signal. One thread may do so."""
+        """Wait without limit for the end; returns the exit status, negative for a signal. Call it once."""
         return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
 
 
 def start_sandbox(options: LoaderOptions) -> DecodeSandbox:
-    """Fork a cell. Call it before this process has threads or secrets: the cell inherits what is there.
+    """Fork a sandbox. Call it before this process has threads or secrets, because the sandbox inherits them.
 
     Raises:
-        TimeoutError, CellGone: it does not say that it is ready.
+        TimeoutError, SandboxExited: when the sandbox does not become ready.
     """
     count, spec = options.threads, options.spec
     file_bytes = -(-(options.max_bytes + 1) // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -165,39 +165,39 @@ def start_sandbox(options: LoaderOptions) -> DecodeSandbox:
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _live([theirs for _, theirs in pairs], shared, options, parent)
-    for _, theirs in pairs:
-        theirs.close()
-    return DecodeSandbox(pid, [ours for ours, _ in pairs], shared, options)
+        _run_sandbox([inner for _, inner in pairs], shared, options, parent)
+    for _, inner in pairs:
+        inner.close()
+    return DecodeSandbox(pid, [outer for outer, _ in pairs], shared, options)
 
 
 def _received(channel: socket.socket) -> bytes:
-    frame = channel.recv(FRAME_BYTES)
+    frame = channel.recv(MAX_FRAME_BYTES)
     if not frame:
         raise SandboxExited("it closed its socket")
     return frame
 
 
-# ------------------------------------------------------------------------------------ inside the cell
-def _live(channels: Sequence[socket.socket], shared: _Shared, options: LoaderOptions, parent: int) -> NoReturn:
-    """The life of the cell's process."""
+# ------------------------------------------------------------------------------------ inside the sandbox
+def _run_sandbox(channels: Sequence[socket.socket], shared: _Shared, options: LoaderOptions, parent: int) -> NoReturn:
+    """Confine this process, decode until the loader ends, and exit."""
     try:
         die_with_parent(parent)
         _close_all_but({channel.fileno() for channel in channels})
         no_new_privileges()
-        _limit(options)
-        # Odd EXIF is our own rules' to judge; a size over Pillow's limit is an error and no warning.
+        _set_limits(options)
+        # The decode stage checks EXIF itself, so warnings are ignored; a size over Pillow's limit is an error.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         Image.MAX_IMAGE_PIXELS = options.max_pixels
-        because: str | None = None
+        unfiltered_reason: str | None = None
         if options.sandbox:
             try:
                 install_filter()
             except SandboxError as error:
-                because = str(error)
+                unfiltered_reason = str(error)
         threads = [
-            threading.Thread(target=_work, args=(channel, number, shared, options, because), daemon=True)
+            threading.Thread(target=_work, args=(channel, number, shared, options, unfiltered_reason), daemon=True)
             for number, channel in enumerate(channels)
         ]
         for thread in threads:
@@ -209,10 +209,10 @@ def _live(channels: Sequence[socket.socket], shared: _Shared, options: LoaderOpt
 
 
 def _close_all_but(kept: set[int]) -> None:
-    """Leave the standard streams, which lead nowhere, and these."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    """Close all files except these, and connect the standard streams to /dev/null."""
+    null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
-        os.dup2(nowhere, fd)
+        os.dup2(null, fd)
     begin = 3
     for fd in sorted(kept):
         os.closerange(begin, fd)
@@ -220,8 +220,8 @@ def _close_all_but(kept: set[int]) -> None:
     os.closerange(begin, max(begin, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
 
 
-def _limit(options: LoaderOptions) -> None:
-    open_files = max(fd for fd in map(int, os.listdir("/proc/self/fd"))) + OPEN_FILES
+def _set_limits(options: LoaderOptions) -> None:
+    open_files = max(fd for fd in map(int, os.listdir("/proc/self/fd"))) + SPARE_FILES
     resource.setrlimit(resource.RLIMIT_AS, (options.memory_bytes, options.memory_bytes))
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
@@ -229,9 +229,9 @@ def _limit(options: LoaderOptions) -> None:
 
 
 def _work(
-    channel: socket.socket, number: int, shared: _Shared, options: LoaderOptions, open_because: str | None
+    channel: socket.socket, number: int, shared: _Shared, options: LoaderOptions, unfiltered_reason: str | None
 ) -> None:
-    """One thread: takes files from its part of the memory and leaves pixels in its other part."""
+    """Loop of one thread: decodes files from its part of the shared memory, and writes pixels to its other part."""
     limits = DecodeLimits(
         max_pixels=options.max_pixels,
         max_side=options.max_side,
@@ -240,27 +240,27 @@ def _work(
         max_scans=options.max_scans,
     )
     begin = number * shared.file_bytes
-    channel.send(ENCODER.encode(Hello(thread=threading.get_native_id(), open_because=open_because)))
-    while word := channel.recv(LENGTH_BYTES):
-        data = shared.files[begin : begin + int.from_bytes(word, "little")]
-        decoded = _decoded(data, shared.pixels[number], options, limits)
+    channel.send(ENCODER.encode(Hello(thread=threading.get_native_id(), unfiltered_reason=unfiltered_reason)))
+    while message := channel.recv(LENGTH_BYTES):
+        data = shared.files[begin : begin + int.from_bytes(message, "little")]
+        decoded = _decode(data, shared.pixels[number], options, limits)
         del data
         channel.send(ENCODER.encode(decoded))
 
 
-def _decoded(data: bytes, placement: NDArray[np.uint8], options: LoaderOptions, limits: DecodeLimits) -> Decoded:
+def _decode(data: bytes, target: NDArray[np.uint8], options: LoaderOptions, limits: DecodeLimits) -> Decoded:
     try:
         pixels, info = decode(data, spec=options.spec, limits=limits, exact=options.exact)
-        placement[...] = pixels
+        target[...] = pixels
         return Decoded(info=info)
     except JobError as error:
         return Decoded(error=error.info())
     except MemoryError:
-        text = f"expected a picture that can be decoded within {options.memory_bytes} bytes of memory"
+        text = f"expected an image that can be decoded within {options.memory_bytes} bytes of memory"
         error_info = ErrorInfo(code=ErrorCode.PICTURE_TOO_LARGE, message=text, stage=Stage.DECODE)
         return Decoded(error=error_info, is_short_of_memory=True)
-    except Exception as error:  # noqa: BLE001 border: a defect here must not take the neighbours with it
-        # What hostile bytes make a decoder raise, `decode` has told as picture_broken; this is a defect of the worker.
+    except Exception as error:  # noqa: BLE001 border: a defect here must not affect other images
+        # `decode` turns errors that hostile bytes cause into picture_broken, so this is a defect of the worker.
         text = f"the decoder failed ({type(error).__name__}: {error!s:.200})"
         unknown = ErrorInfo(code=ErrorCode.INTERNAL_ERROR, message=text, stage=Stage.DECODE, retryable=True)
         return Decoded(error=unknown)

@@ -1,8 +1,7 @@
-"""A filter of system calls that this process can't take off again, written by ctypes for x86_64 and aarch64.
+"""A system-call filter that this process cannot remove, installed with ctypes on x86_64 and aarch64.
 
-What a decoder needs while it decodes is allowed: memory, locks, threads, the clock, and reading and writing what is
-open already. All else is answered EPERM: no file and no socket is opened, no process started or traced, no memory made
-executable.
+It allows what a decoder needs: memory, locks, threads, the clock, and reading and writing files that are already open.
+All other calls fail with EPERM: none opens a file or socket, starts or traces a process, or makes memory executable.
 """
 
 from __future__ import annotations
@@ -36,20 +35,51 @@ _PROT_EXEC: Final = 4
 _CLONE3: Final = 435
 
 _ARCHES: Final = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
-"""Machine → its audit number, and which number of the pairs below is its own."""
-_PLAIN: Final = {
-    "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "close": (3, 57), "lseek": (8, 62),
-    "fstat": (5, 80), "ppoll": (271, 73), "sendto": (44, 206), "recvfrom": (45, 207),
-    "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216), "madvise": (28, 233), "get_mempolicy": (239, 236),
-    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132),
-    "futex": (202, 98), "set_robust_list": (273, 99), "rseq": (334, 293), "membarrier": (324, 283),
-    "sched_yield": (24, 124), "sched_setaffinity": (203, 122), "sched_getaffinity": (204, 123), "getcpu": (309, 168),
-    "getpid": (39, 172), "gettid": (186, 178), "uname": (63, 160), "sysinfo": (99, 179), "getrusage": (98, 165),
-    "gettimeofday": (96, 169), "clock_gettime": (228, 113), "clock_getres": (229, 114), "clock_nanosleep": (230, 115),
-    "nanosleep": (35, 101), "restart_syscall": (219, 128), "getrandom": (318, 278), "exit": (60, 93),
+"""Machine → its audit number, and the index of its call numbers in the pairs below."""
+_ALLOWED_CALLS: Final = {
+    "read": (0, 63),
+    "write": (1, 64),
+    "readv": (19, 65),
+    "writev": (20, 66),
+    "close": (3, 57),
+    "lseek": (8, 62),
+    "fstat": (5, 80),
+    "ppoll": (271, 73),
+    "sendto": (44, 206),
+    "recvfrom": (45, 207),
+    "munmap": (11, 215),
+    "brk": (12, 214),
+    "mremap": (25, 216),
+    "madvise": (28, 233),
+    "get_mempolicy": (239, 236),
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "sigaltstack": (131, 132),
+    "futex": (202, 98),
+    "set_robust_list": (273, 99),
+    "rseq": (334, 293),
+    "membarrier": (324, 283),
+    "sched_yield": (24, 124),
+    "sched_setaffinity": (203, 122),
+    "sched_getaffinity": (204, 123),
+    "getcpu": (309, 168),
+    "getpid": (39, 172),
+    "gettid": (186, 178),
+    "uname": (63, 160),
+    "sysinfo": (99, 179),
+    "getrusage": (98, 165),
+    "gettimeofday": (96, 169),
+    "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115),
+    "nanosleep": (35, 101),
+    "restart_syscall": (219, 128),
+    "getrandom": (318, 278),
+    "exit": (60, 93),
     "exit_group": (231, 94),
-}  # fmt: skip
-"""Calls that are allowed with any arguments: on x86_64, on aarch64. The sockets they could serve are those open."""
+}
+"""Calls that are allowed with any arguments: numbers on x86_64 and aarch64. They can use open sockets only."""
 _POLL_X86: Final = 7
 _MMAP: Final = (9, 222)
 _MPROTECT: Final = (10, 226)
@@ -60,7 +90,7 @@ _TGKILL: Final = (234, 131)
 
 
 class SandboxError(RuntimeError):
-    """This kernel or machine does not allow the filter, or the filter does not hold."""
+    """This kernel or machine does not support the filter, or the filter has no effect."""
 
 
 class _Program(ctypes.Structure):
@@ -68,7 +98,7 @@ class _Program(ctypes.Structure):
 
 
 def _step(code: int, k: int, *, yes: int = 0, no: int = 0) -> bytes:
-    """One instruction; `yes` and `no` are how many to skip."""
+    """One instruction; `yes` and `no` are the numbers of instructions to skip."""
     return struct.pack("=HBBI", code, yes, no, k)
 
 
@@ -77,20 +107,20 @@ def _end(value: int) -> bytes:
 
 
 def _argument(index: int, *, high: bool = False) -> bytes:
-    """Load half of an argument of 64 bits; both machines are little-endian."""
+    """Load one half of a 64-bit argument; both machines are little-endian."""
     return _step(_LOAD, _ARGS_AT + 8 * index + (4 if high else 0))
 
 
 def _when(number: int, *body: bytes) -> list[bytes]:
-    """What is done with one call; the body returns on every way."""
+    """Instructions for one call; every path through the body returns."""
     return [_step(_IF_EQUAL, number, no=len(body)), *body]
 
 
 def filter_program(machine: str, pid: int) -> bytes:
-    """The filter's instructions for this machine; `pid` may send signals to its own threads only.
+    """The instructions of the filter for this machine; `pid` may send signals to its own threads only.
 
     Raises:
-        SandboxError: the machine is neither x86_64 nor aarch64.
+        SandboxError: when the machine is neither x86_64 nor aarch64.
     """
     if machine not in _ARCHES:
         raise SandboxError(f"expected x86_64 or aarch64, got {machine}")
@@ -98,32 +128,32 @@ def filter_program(machine: str, pid: int) -> bytes:
     allow, refuse = _end(_ALLOW), _end(_ERRNO | errno.EPERM)
     only_if = [_step(_IF_EQUAL, 0, no=1), allow, refuse]
     steps = [_step(_LOAD, _ARCH_AT), _step(_IF_EQUAL, arch, yes=1), _end(_KILL_PROCESS), _step(_LOAD, _NUMBER_AT)]
-    # x86_64's second table of numbers (x32) has a bit set in each, so none of them is equal to one of ours.
-    for number in [pair[own] for pair in _PLAIN.values()] + ([_POLL_X86] if own == 0 else []):
+    # All numbers of x86_64's second call table (x32) have an extra bit set, so none equals an allowed number.
+    for number in [pair[own] for pair in _ALLOWED_CALLS.values()] + ([_POLL_X86] if own == 0 else []):
         steps += _when(number, allow)
     no_exec = [_argument(2), _step(_IF_BITS, _PROT_EXEC, no=1), refuse, allow]
     steps += _when(_MMAP[own], *no_exec) + _when(_MPROTECT[own], *no_exec)
     steps += _when(_CLONE[own], _argument(0), _step(_IF_BITS, _CLONE_THREAD, no=1), allow, refuse)
-    # Its arguments lie in memory, where no filter can read them: the C library then takes `clone`.
+    # Its arguments are in memory, where no filter can read them, so the C library falls back to `clone`.
     steps += _when(_CLONE3, _end(_ERRNO | errno.ENOSYS))
     names = [_step(_IF_EQUAL, _PR_SET_NAME, no=1), allow, _step(_IF_EQUAL, _PR_SET_VMA, no=1), allow, refuse]
     steps += _when(_PRCTL[own], _argument(0), *names)
-    # Reading limits: the pointer to new ones is null in both halves.
+    # Reading limits is allowed: the pointer to new limits is null in both halves.
     steps += _when(_PRLIMIT[own], _argument(2), _step(_IF_EQUAL, 0, yes=1), refuse, _argument(2, high=True), *only_if)
     steps += _when(_TGKILL[own], _argument(0), _step(_IF_EQUAL, pid, no=1), allow, refuse)
     return b"".join([*steps, refuse])
 
 
 def no_new_privileges() -> None:
-    """From here on nothing that this process executes gains rights by set-user-id bits or file capabilities."""
+    """Let no program that this process executes gain rights from set-user-id bits or file capabilities."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def install_filter() -> None:
-    """Put this thread, and those that it starts from now on, under the filter, and see that it holds.
+    """Install the filter for this thread and those that it starts later, and check that it works.
 
     Raises:
-        SandboxError: the kernel does not allow it, or a forbidden call succeeded.
+        SandboxError: when the kernel does not allow it, or a forbidden call succeeds.
     """
     code = filter_program(platform.machine(), os.getpid())
     program = _Program(len(code) // 8, code)
@@ -133,7 +163,7 @@ def install_filter() -> None:
         raise SandboxError(f"the kernel refused the filter ({os.strerror(ctypes.get_errno())})")
     for name in ("open", "socket", "kill"):
         if _succeeds(name):
-            raise SandboxError(f"the filter does not hold: {name} succeeded")
+            raise SandboxError(f"the filter has no effect: {name} succeeded")
 
 
 def _succeeds(name: str) -> bool:

@@ -82,7 +82,7 @@ class Claimer:
             if not self._in_flight:
                 # With jobs in flight, claims are no progress: only the other threads can end these jobs.
                 self._progress.mark()
-            is_exclusive = claimed.alone
+            is_exclusive = claimed.owns_quarantine
             if claimed.jobs:
                 on_claimed([open_job(message, zone=self._zone) for message in claimed.jobs])
             elif not is_exclusive:

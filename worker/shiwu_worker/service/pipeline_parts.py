@@ -108,7 +108,7 @@ class PipelineParts:
             progress=self.progress,
             meter=self.meter,
             stuck_s=self.stuck_s,
-            on_quarantine=self.queue.notifier.ring,
+            on_quarantine=self.queue.notifier.notify,
             observer=self.observer,
             backoff=RedisBackoff("heartbeat"),
             on_fatal=self.on_fatal,

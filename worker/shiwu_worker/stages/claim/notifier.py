@@ -7,23 +7,21 @@ from collections.abc import Collection
 
 import redis
 
-from shiwu.contract import (
-    Lane,
-)
+from shiwu.contract import Lane
 
 
 class LaneNotifier:
     """Wakes an idle worker when a message enters an empty lane.
 
-    `BLMOVE key key RIGHT RIGHT` waits without taking anything: it moves the oldest message to where it was. It watches
-    one key, so each of the lanes' keys has a thread of its own; they rest while the worker is busy.
+    `BLMOVE key key RIGHT RIGHT` waits without taking a message: it moves the oldest one to where it was. It watches one
+    key, so each key of the lanes has its own thread; these threads do nothing while the worker is busy.
     """
 
     def __init__(self, client: redis.Redis, *, block_s: float = 5.0, lanes: Collection[Lane] = tuple(Lane)) -> None:
         self._client = client
         self._block_s = block_s
         self._idle = threading.Event()
-        self._rung = threading.Event()
+        self._notified = threading.Event()
         self._closed = threading.Event()
         self._threads = [
             threading.Thread(target=self._watch, args=(key,), name=f"lane-notifier-{i}", daemon=True)
@@ -36,26 +34,26 @@ class LaneNotifier:
             thread.start()
 
     def wait(self, timeout_s: float) -> bool:
-        """Block until a lane holds a message (True), or the time is over or the bell is closed (False)."""
+        """Block until a lane has a message (True), or until the time-out or `close` (False)."""
         if self._closed.is_set():
             return False
         self._idle.set()
         try:
-            return self._rung.wait(timeout_s)
+            return self._notified.wait(timeout_s)
         finally:
             self._idle.clear()
-            # After the wait and not before: a ring between two waits must wake the second.
-            self._rung.clear()
+            # Cleared after the wait and not before: a notification between two waits must wake the second.
+            self._notified.clear()
 
-    def ring(self) -> None:
-        """Wake whoever waits: there is work that no lane shows."""
-        self._rung.set()
+    def notify(self) -> None:
+        """Wake the waiting thread, because there is work that no lane shows."""
+        self._notified.set()
 
     def close(self) -> None:
-        """Stop watching and wake whoever waits. Threads that are blocked on the server end with the process."""
+        """Stop watching and wake the waiting thread. Threads that are blocked on the server end with the process."""
         self._closed.set()
         self._idle.set()
-        self._rung.set()
+        self._notified.set()
 
     def _watch(self, key: str) -> None:
         while not self._closed.is_set():
@@ -63,8 +61,8 @@ class LaneNotifier:
                 continue
             try:
                 if self._client.blmove(key, key, timeout=int(self._block_s), src="RIGHT", dest="RIGHT") is not None:
-                    self._rung.set()
-                    # The worker now claims; peeking again at once would only find the same message.
+                    self._notified.set()
+                    # The worker claims now; an immediate second look would only find the same message.
                     self._closed.wait(0.005)
             except (redis.RedisError, OSError):
                 self._closed.wait(1.0)

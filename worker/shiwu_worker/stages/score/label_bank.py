@@ -1,15 +1,16 @@
-"""Label sets by name, and their text vectors, computed once and kept."""
+"""Label sets by name, and a cache of their text vectors."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Final, get_args
 from weakref import WeakValueDictionary
 
 import numpy as np
 import structlog
+from structlog.typing import FilteringBoundLogger
 
 from shiwu.contract import AnswerWarning, ErrorCode, Head, Stage
 from shiwu_worker.errors import Rejected
@@ -21,7 +22,7 @@ from shiwu_worker.stages.score.label_warnings import label_warnings
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-log: Any = structlog.get_logger()
+log: FilteringBoundLogger = structlog.get_logger()
 SIGMOID_LACKS_BIAS: Final = (
     "expected softmax, got sigmoid, which needs a bias, and this model has none: every score would be near 1. "
     "Use softmax and set min_cosine as the threshold, or give the label set a bias"
@@ -32,14 +33,16 @@ class LabelBank:
     """Label sets and their vectors.
 
     Args:
+        default: name of the label set for requests that name none.
         encode_texts: (m texts) → float32 (m, d) unit vectors; called on the thread that calls `encoded`.
-        max_cached: label sets whose vectors are kept; the least recently used one goes first.
-        label_tokens: what the model's tokenizer makes of labels, for warnings about labels that it cannot read.
-        usual_warnings: of every answer, whatever its labels are.
-        has_bias: whether the model has one; without it only label sets with a bias of their own may use sigmoid.
+        max_cached: label sets whose vectors are kept; the least recently used one is dropped first.
+        label_tokens: the model's tokens of labels, for warnings about labels that the model cannot read.
+        usual_warnings: warnings of every answer, whatever its labels are.
+        has_bias: whether the model has a bias; without it only label sets with their own bias may use sigmoid.
+        inline_head: head of inline labels if the request names none.
 
     Raises:
-        ValueError: a label set uses sigmoid without a bias.
+        ValueError: when a label set uses sigmoid without a bias.
     """
 
     def __init__(
@@ -57,23 +60,23 @@ class LabelBank:
         self._has_bias = has_bias
         self._names = sorted(sets)
         self._by_request: dict[tuple[str | None, Head | None], LabelSet] = {}
-        """Named label sets that requests may use, by name (None: the default) and head (None: the set's own)."""
-        for name, one in sets.items():
-            if self._lacks_bias(one):
+        """Named label sets by the name (None: the default) and the head (None: the set's own) of a request."""
+        for name, label_set in sets.items():
+            if self._lacks_bias(label_set):
                 raise ValueError(f"label set {name}: head: {SIGMOID_LACKS_BIAS}")
-            self._add(name, one)
+            self._add(name, label_set)
             if name == default:
-                self._add(None, one)
+                self._add(None, label_set)
         self._encode_texts = encode_texts
         self._label_tokens = label_tokens
         self._usual_warnings = usual_warnings
         self._max_cached = max_cached
         self._inline_head = inline_head
-        # The keys are whole values: with a digest or joined texts as a key, two label sets could share one entry, and
-        # one producer would then get the labels of another.
+        # The keys are whole values. With a digest or joined texts as a key, two label sets could share one entry, so a
+        # producer could get the labels of another.
         self._encoded: OrderedDict[LabelSet, EncodedLabels] = OrderedDict()
         self._last: EncodedLabels | None = None
-        """The one asked for last: most jobs of a batch have the same label set."""
+        """The label set of the last call: most jobs of a batch have the same one."""
         self._texts: WeakValueDictionary[tuple[tuple[str, ...], tuple[str, ...]], TextVectors] = WeakValueDictionary()
 
     def _add(self, name: str | None, label_set: LabelSet) -> None:
@@ -87,7 +90,7 @@ class LabelBank:
         return label_set.head == "sigmoid" and label_set.bias is None and not self._has_bias
 
     def resolve(self, labels: str | tuple[str, ...] | None, head: Head | None = None) -> LabelSet:
-        """The labels that a request means. Thread-safe.
+        """The label set of a request. Thread-safe.
 
         Raises:
             Rejected: unknown_label_set, or invalid_request for sigmoid without a bias.
@@ -104,7 +107,7 @@ class LabelBank:
         raise Rejected(ErrorCode.INVALID_REQUEST, f"head: {SIGMOID_LACKS_BIAS}", stage=Stage.CLAIM)
 
     def encoded(self, label_set: LabelSet) -> EncodedLabels:
-        """The label set with its vectors, which are computed the first time. One thread only."""
+        """The label set with its vectors, which are computed on first use. Call it on one thread only."""
         if self._last is not None and self._last.label_set is label_set:
             return self._last
         found = self._encoded.get(label_set)
@@ -121,24 +124,24 @@ class LabelBank:
             texts = self._texts[key] = self._encode(label_set)
         warnings = label_warnings(label_set, texts.findings)
         if warnings:
-            codes = [str(one.code) for one in warnings]
-            text = "; ".join(one.message for one in warnings)
+            codes = [str(warning.code) for warning in warnings]
+            text = "; ".join(warning.message for warning in warnings)
             log.warning(
                 "labels_questionable", name=label_set.name, digest=label_set.info.digest, codes=codes, text=text
             )
-        made = self._encoded[label_set] = EncodedLabels(label_set, texts, self._usual_warnings + warnings)
+        encoded = self._encoded[label_set] = EncodedLabels(label_set, texts, self._usual_warnings + warnings)
         while len(self._encoded) > self._max_cached:
             self._encoded.popitem(last=False)
-        return made
+        return encoded
 
     def _encode(self, label_set: LabelSet) -> TextVectors:
-        """Vectors of the labels, averaged over the templates and then renormalised, and what is wrong with the labels.
+        """Vectors of the labels, averaged over the templates and renormalised, and findings about the labels.
 
         This is the zero-shot recipe of CLIP (Radford et al. 2021, section 3.1.4).
         """
-        total: Any = 0.0
-        for template in label_set.templates:
-            total = total + self._encode_texts([template.replace("{}", word) for word in label_set.words])
-        vectors = np.asarray(total / np.linalg.norm(total, axis=1, keepdims=True), dtype=np.float32)
         words = label_set.words
+        total = sum(
+            self._encode_texts([template.replace("{}", word) for word in words]) for template in label_set.templates
+        )
+        vectors = np.asarray(total / np.linalg.norm(total, axis=1, keepdims=True), dtype=np.float32)
         return TextVectors(vectors, check_labels(words, tokens=self._label_tokens(words), vectors=vectors))

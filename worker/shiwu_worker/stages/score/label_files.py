@@ -1,4 +1,4 @@
-"""Reads label sets from YAML files, and says what to write instead where a file is wrong."""
+"""Reads label sets from YAML files; errors tell what to write instead."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class _File(BaseModel):
     description: str = ""
 
     def label_set(self) -> LabelSet:
-        """What the file says."""
-        least = [self.min_cosine if item.min_cosine is None else item.min_cosine for item in self.labels]
+        """The label set of the file."""
+        min_cosines = [self.min_cosine if item.min_cosine is None else item.min_cosine for item in self.labels]
         return LabelSet(
             name=self.name,
             words=tuple(item.label for item in self.labels),
@@ -51,7 +51,9 @@ class _File(BaseModel):
             head=self.head,
             scale=self.scale,
             bias=self.bias,
-            min_cosines=None if set(least) == {None} else tuple(-1.0 if one is None else one for one in least),
+            min_cosines=(
+                None if set(min_cosines) == {None} else tuple(-1.0 if least is None else least for least in min_cosines)
+            ),
         )
 
     @field_validator("templates")
@@ -68,7 +70,9 @@ class _File(BaseModel):
     @classmethod
     def _as_items(cls, labels: object) -> object:
         return (
-            [{"label": one} if isinstance(one, str) else one for one in labels] if isinstance(labels, list) else labels
+            [{"label": item} if isinstance(item, str) else item for item in labels]
+            if isinstance(labels, list)
+            else labels
         )
 
     @field_validator("labels")
@@ -83,7 +87,7 @@ def load_label_sets(folders: Sequence[Path]) -> dict[str, LabelSet]:
     """Read every YAML file of the folders; a later folder replaces sets of the same name.
 
     Raises:
-        ValueError: names the file and what is wrong in it, or two files of one folder with the same name of a set.
+        ValueError: names the file and the error in it, or two files of one folder with the same set name.
     """
     sets: dict[str, LabelSet] = {}
     for folder in folders:
@@ -91,11 +95,11 @@ def load_label_sets(folders: Sequence[Path]) -> dict[str, LabelSet]:
             raise ValueError(f"{folder}: expected a folder of label sets")
         files: dict[str, Path] = {}
         for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
-            one = _read_file(path)
-            if other := files.get(one.name):
-                raise ValueError(f"{path}: name: expected a name of its own, got {one.name!r}, the name in {other}")
-            files[one.name] = path
-            sets[one.name] = one.label_set()
+            file = _read_file(path)
+            if other := files.get(file.name):
+                raise ValueError(f"{path}: name: expected a name of its own, got {file.name!r}, the name in {other}")
+            files[file.name] = path
+            sets[file.name] = file.label_set()
     return sets
 
 
@@ -114,8 +118,8 @@ def _read_file(path: Path) -> _File:
 
 
 def _first_error(error: ValidationError) -> str:
-    # A key with a typing error makes two errors: it is unknown, and the right one is missing.
-    first = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+    # A misspelled key gives two errors: it is unknown, and the correct one is missing.
+    first = min(error.errors(include_url=False), key=lambda entry: entry["type"] != "extra_forbidden")
     where = [f"number {part + 1}" if isinstance(part, int) else part for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         *where, key = where
@@ -124,37 +128,37 @@ def _first_error(error: ValidationError) -> str:
     return f"{' '.join(where) or 'file'}: {first['msg']}"
 
 
-# ------------------------------------------------------------------------------------ YAML that means something else
+# ------------------------------------------------------------------------------------ YAML that may mean another thing
 def _read_yaml(text: str) -> Any:
-    """The file's content.
+    """The content of the file.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
-        ValueError: it is YAML that most probably means something else than its author does.
+        yaml.YAMLError: when it is no YAML.
+        ValueError: when it is YAML whose meaning is probably not what its author intends.
     """
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        for wrong, why in _surprises(node):
+        for wrong, why in _probable_mistakes(node):
             raise ValueError(f"line {wrong.start_mark.line + 1}: {why}")
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _surprises(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
+def _probable_mistakes(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
     if isinstance(node, yaml.MappingNode):
         yield from _repeated_keys(node)
         for key, value in node.value:
-            yield from _surprises(value)
+            yield from _probable_mistakes(value)
             if key.value in {"name", "description", "label"}:
-                yield from _other_than_text(value)
+                yield from _values_that_are_no_text(value)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            yield from _surprises(item)
-            yield from _other_than_text(item)
+            yield from _probable_mistakes(item)
+            yield from _values_that_are_no_text(item)
             if node.flow_style and _is_plain(item) and (found := set(WIDE_COMMAS) & set(item.value)):
                 yield (
                     item,
@@ -172,8 +176,8 @@ def _repeated_keys(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, str]]:
             seen.add(key.value)
 
 
-def _other_than_text(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
-    """YAML reads `no` as false and 123 as a number, and a label is a text."""
+def _values_that_are_no_text(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
+    """Find values that are no text: YAML reads `no` as false and 123 as a number."""
     if isinstance(node, yaml.ScalarNode) and node.tag != TEXT_TAG:
         kind = node.tag.rpartition(":")[2]
         quoted = f'"{node.value:.80}"'
@@ -181,5 +185,5 @@ def _other_than_text(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
 
 
 def _is_plain(node: yaml.Node) -> bool:
-    """Whether it is a text without quotes."""
+    """Whether a node is a text without quotes."""
     return isinstance(node, yaml.ScalarNode) and node.style is None

@@ -10,7 +10,7 @@ from shiwu_worker.jobs.label_checks import LabelFindings
 from shiwu_worker.jobs.label_set import LabelSet
 
 MAX_EXAMPLES: Final = 3
-"""Labels or groups that a warning names: it stands in every answer."""
+"""Most labels or groups that a warning names, because every answer has the warning."""
 MAX_SHOWN_CHARS: Final = 60
 EMBEDDED_MODEL: Final = AnswerWarning(
     code=WarningCode.EMBEDDED_MODEL,
@@ -31,17 +31,17 @@ def label_warnings(label_set: LabelSet, findings: LabelFindings) -> tuple[Answer
 def _warnings(label_set: LabelSet, findings: LabelFindings) -> Iterator[AnswerWarning]:
     if findings.unreadable:
         count = f"{len(findings.unreadable)} of {len(label_set.words)} labels"
-        text = f"the model cannot read {count}: {_some(findings.unreadable, ', ')}; their scores have no meaning"
+        text = f"the model cannot read {count}: {_first_texts(findings.unreadable, ', ')}; their scores have no meaning"
         yield AnswerWarning(code=WarningCode.LABELS_UNREADABLE, message=text)
     if findings.alike:
-        groups = [_some(group, " = ") for group in findings.alike[: MAX_EXAMPLES + 1]]
-        text = f"the model cannot tell these labels apart: {_some(groups, '; ')}"
+        groups = [_first_texts(group, " = ") for group in findings.alike[: MAX_EXAMPLES + 1]]
+        text = f"the model cannot tell these labels apart: {_first_texts(groups, '; ')}"
         yield AnswerWarning(code=WarningCode.LABELS_ALIKE, message=text)
     if len(label_set.words) == 1 and label_set.head == "softmax":
         yield SINGLE_LABEL
 
 
-def _some(texts: Sequence[str], separator: str) -> str:
+def _first_texts(texts: Sequence[str], separator: str) -> str:
     """The first texts, each cut to a readable length."""
     shown = [text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…" for text in texts[:MAX_EXAMPLES]]
     return separator.join([*shown, "…"] if len(texts) > MAX_EXAMPLES else shown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from shiwu_worker.jobs.label_vectors import EncodedLabels
 
-DIGITS = 6
+DIGITS: Final = 6
+"""Decimals of scores, cosines and embeddings in answers."""
 
 
 def score(
@@ -32,7 +33,7 @@ def score(
     cosines = vectors @ labels.T
     logits = cosines * np.float32(scale) + np.float32(bias or 0.0)
     if head == "sigmoid":
-        # The two forms of the function, each where its exponential can't overflow.
+        # Two forms of the function, each used where its exponential cannot overflow.
         small = np.exp(-np.abs(logits))
         return np.where(logits >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32), cosines
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -48,15 +49,17 @@ def top_tags(
     threshold: Sequence[float],
     min_cosines: NDArray[np.float64] | None = None,
 ) -> list[tuple[Tag, ...]]:
-    """The best labels of each image, (n, m) in, nearest first; equal cosines keep the label set's order.
+    """The best labels of each image, highest cosine first; equal cosines keep the order of the label set.
 
-    Ordered by cosine and not by score: a sigmoid may round the scores of all labels to 1.
+    The order follows the cosine and not the score, because a sigmoid may round the scores of all labels to 1.
 
     Args:
+        probabilities, cosines: of each image and label, (n, m).
+        top_k: most tags of each image.
         threshold: the least score of a tag, for each image.
         min_cosines: the least cosine of a tag, (n, m) or (1, m).
     """
-    # All images in one call each: a numpy call costs more than its arithmetic on a small label set.
+    # Each numpy call handles all images, because on a small label set a call costs more than its arithmetic.
     keys, counts = -cosines, np.full(len(cosines), cosines.shape[1])
     if min_cosines is not None or any(threshold):
         kept = probabilities >= np.asarray(threshold, np.float64)[:, None]
@@ -65,16 +68,16 @@ def top_tags(
         keys, counts = np.where(kept, keys, np.inf), kept.sum(axis=1)
     best = np.argsort(keys, axis=1, kind="stable")[:, : max(top_k, default=0)]
     scores = np.take_along_axis(probabilities, best, axis=1).astype(np.float64).round(DIGITS).tolist()
-    nearness = np.take_along_axis(cosines, best, axis=1).astype(np.float64).round(DIGITS).tolist()
+    rounded_cosines = np.take_along_axis(cosines, best, axis=1).astype(np.float64).round(DIGITS).tolist()
     lengths = np.minimum(counts, top_k).tolist()
     return [
         tuple(map(Tag, [words[i] for i in row[:count]], score, cosine))
-        for row, score, cosine, count in zip(best.tolist(), scores, nearness, lengths, strict=True)
+        for row, score, cosine, count in zip(best.tolist(), scores, rounded_cosines, lengths, strict=True)
     ]
 
 
 class Scorer:
-    """Gives the jobs of a batch their tags, with one matrix product for each label set among them."""
+    """Gives the jobs of a batch their tags, with one matrix product for each label set of the batch."""
 
     def __init__(
         self,
@@ -88,10 +91,14 @@ class Scorer:
         self._model = model
 
     def score(self, jobs: Sequence[Job], vectors: NDArray[np.float32]) -> None:
-        """Row i of `vectors` (n, d) belongs to `jobs[i]`."""
+        """Set the tags and embeddings of the jobs; row i of `vectors` (n, d) belongs to `jobs[i]`.
+
+        Raises:
+            WrongVectors: when the number of vectors is wrong.
+        """
         if len(jobs) != len(vectors):
             raise WrongVectors(f"expected {len(jobs)} vectors, one for each job, got {len(vectors)}")
-        # Encoded labels are equal only to themselves: no name or digest can make two label sets one group.
+        # Encoded labels are equal only to themselves, so no name or digest can merge two label sets into one group.
         groups: dict[EncodedLabels, list[int]] = defaultdict(list)
         for row, job in enumerate(jobs):
             if job.labels is not None:
@@ -108,16 +115,16 @@ class Scorer:
             scale=self._scale if label_set.scale is None else label_set.scale,
             bias=self._bias if label_set.bias is None else label_set.bias,
         )
-        asked = [job.request for job in jobs]
+        requests = [job.request for job in jobs]
         tags = top_tags(
             probabilities,
             cosines,
             label_set.words,
-            top_k=[one.top_k if one else 0 for one in asked],
-            threshold=[one.threshold if one else 0.0 for one in asked],
-            min_cosines=_min_cosines(asked, labels),
+            top_k=[request.top_k if request else 0 for request in requests],
+            threshold=[request.threshold if request else 0.0 for request in requests],
+            min_cosines=_min_cosines(requests, labels),
         )
-        for i, (job, request) in enumerate(zip(jobs, asked, strict=True)):
+        for i, (job, request) in enumerate(zip(jobs, requests, strict=True)):
             job.model = self._model
             if request is not None and "tags" in request.want:
                 job.tags = tags[i]
@@ -125,16 +132,16 @@ class Scorer:
                 job.embedding = tuple(vectors[i].astype(np.float64).round(DIGITS).tolist())
 
 
-def _min_cosines(asked: Sequence[Request | None], labels: EncodedLabels) -> NDArray[np.float64] | None:
-    """The least cosines (n, m) or (1, m) of these requests, or None where there is no bound."""
-    own = [one.min_cosine if one else None for one in asked]
+def _min_cosines(requests: Sequence[Request | None], labels: EncodedLabels) -> NDArray[np.float64] | None:
+    """The least cosines (n, m) or (1, m) of these requests, or None if there are none."""
+    own = [request.min_cosine if request else None for request in requests]
     if own.count(None) == len(own):
         return labels.min_cosines
-    # A request's own bound takes the place of the label set's.
-    bounds = np.full((len(asked), len(labels.vectors)), -np.inf)
+    # The least cosine of a request replaces those of the label set.
+    bounds = np.full((len(requests), len(labels.vectors)), -np.inf)
     if labels.min_cosines is not None:
         bounds[:] = labels.min_cosines
-    for row, one in enumerate(own):
-        if one is not None:
-            bounds[row] = one
+    for row, min_cosine in enumerate(own):
+        if min_cosine is not None:
+            bounds[row] = min_cosine
     return bounds

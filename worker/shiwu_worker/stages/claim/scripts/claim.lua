@@ -1,19 +1,19 @@
--- Takes up to `limit` messages from the lanes and records each under a lease, in one atomic step.
--- Jobs whose workers died twice are suspects: one worker at a time takes them, one by one, while it holds nothing else, so
--- that the guilty one convicts itself alone. In between that worker takes a portion of usual jobs.
--- KEYS  claims, leases, attempts, counters, suspects, taker of suspects, revoked ids, our last claim, canvas, canvas due,
---       then 4 keys of each lane, interactive first
--- ARGV  token, limit, least number to take from bulk, lease in ms, prefix of the marks of answered ids, '1' if we hold nothing,
---       '1' if it is a suspect's turn, prefix of answers given aside, prefix of results, how long a result is kept in s,
---       result of a job whose id was answered before: Celery's JSON with a zero byte in each place of the id,
---       prefix of histories, '1' if interactive is served, '1' if bulk is
--- Reply server time in ms, 1 if we take suspects now, then for each job: id, attempt, deaths, number of its lane key (1 to 8),
---       message, 1 if Celery's revoke named it, history of earlier tries or ''
+-- Claims up to `limit` messages from the lanes and records each under a lease, in one atomic step.
+-- Jobs whose workers died twice are quarantined. One worker at a time owns the quarantine and claims its jobs one by one,
+-- while it holds nothing else, so that the job that ends workers is identified. In between it claims ordinary jobs.
+-- KEYS  claims, leases, attempts, counters, quarantine, owner of the quarantine, revoked ids, this worker's last claim,
+--       canvas, canvas due, then 4 keys of each lane, interactive first
+-- ARGV  token, limit, least number to claim from bulk, lease in ms, prefix of the marks of answered ids,
+--       '1' if this worker holds nothing, '1' if it is the quarantine's turn, prefix of answers for pending callbacks,
+--       prefix of results, how long a result is kept in s, result of a job whose id was answered before: Celery's JSON with
+--       a zero byte at each position of the id, prefix of histories, '1' if interactive is served, '1' if bulk is
+-- Reply server time in ms, 1 if this worker owns the quarantine now, then for each job: id, attempt, deaths,
+--       number of its lane key (1 to 8), message, 1 if Celery's revoke named it, history of earlier attempts or ''
 local claims, leases, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local suspects, taker, revoked, last_claim = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
+local quarantine, owner, revoked, last_claim = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local token, limit, bulk_least = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local lease_ms, done_prefix, holds_nothing = tonumber(ARGV[4]), ARGV[5], ARGV[6] == '1'
-local canvas, canvas_due, aside_prefix = KEYS[9], KEYS[10], ARGV[8]
+local canvas, canvas_due, pending_answer_prefix = KEYS[9], KEYS[10], ARGV[8]
 local result_prefix, result_ttl, answered_before, history_prefix = ARGV[9], ARGV[10], ARGV[11], ARGV[12]
 local serves_interactive, serves_bulk = ARGV[13] == '1', ARGV[14] == '1'
 local FIRST, BULK, LAST = 11, 15, 18
@@ -31,8 +31,8 @@ redis.call('HLEN', canvas)
 redis.call('ZCARD', canvas_due)
 local has_revoked = redis.call('ZCARD', revoked) > 0
 
--- A server that became a replica must say so, and one that is full denies a script that begins with a write that needs
--- memory: this one needs none and changes nothing.
+-- A server that became a replica must fail here. A server without free memory denies a script whose first write needs
+-- memory; this write needs none and changes nothing.
 redis.call('ZREM', leases, '')
 
 local time = redis.call('TIME')
@@ -41,7 +41,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local DIGITS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
 local digit_of
 
--- The text, or nil where it is not base64.
+-- The decoded text, or nil if it is not base64.
 local function decode_base64(text)
   local out, n, byte, char, floor = {}, 0, string.byte, string.char, math.floor
   if not digit_of then
@@ -72,7 +72,7 @@ end
 local function as_table(value) return type(value) == 'table' and value or {} end
 local function is_absent(id) return id == '' or (type(id) ~= 'string' and type(id) ~= 'number') end
 
--- The id in a body of task protocol 1, nil where the body has none; and whether that is known.
+-- The id in a body of task protocol 1, or nil if the body has none; and whether that is known.
 local function id_in_body(message)
   local body, is_base64 = message.body, as_table(message.properties).body_encoding == 'base64'
   if type(body) ~= 'string' then return nil, true end
@@ -85,7 +85,7 @@ local function id_in_body(message)
   return as_table(is_read and fields).id, is_read
 end
 
--- The id as it stands in keys, or nil for one that can't.
+-- The id as it is used in keys, or nil if it cannot be used.
 local function usable(id)
   if type(id) == 'number' then
     return id == math.floor(id) and id > -MAX_WHOLE and id < MAX_WHOLE and string.format('%d', id) or nil
@@ -94,7 +94,7 @@ local function usable(id)
   return (not string.find(id, '[\128-\255]') or is_utf8(id)) and id or nil
 end
 
--- The id of a message where it has other characters than usual, or stands elsewhere than in the headers.
+-- The id of a message if it has unusual characters, or is not in the headers.
 local function unusual_id(message)
   local id, is_known = as_table(message.headers).id, true
   if is_absent(id) then
@@ -104,9 +104,9 @@ local function unusual_id(message)
   return is_known and not is_absent(id) and usable(id) or nil
 end
 
--- Where the message's client looks for the answer: as `shiwu.envelope` reads it. A message whose id is not found here has a
--- place among the claims under its digest; its worker looks for the id again and stores the answer there.
--- Also returns whether nobody looks for a result.
+-- The id under which the client of the message waits for the answer, as `shiwu.broker.message_reader` finds it. A message
+-- whose id is not found here is claimed under its digest; its worker searches the id again and stores the answer there.
+-- Also returns whether no client waits for a result.
 local function identity(raw)
   local is_read, message = false, nil
   if #raw <= READABLE_BYTES then is_read, message = pcall(cjson.decode, raw) end
@@ -121,18 +121,18 @@ local function identity(raw)
   return '~' .. redis.sha1hex(raw), true
 end
 
-local ids, raws, from, done_keys, is_unheard = {}, {}, {}, {}, {}
+local ids, raws, from, done_keys, has_no_client = {}, {}, {}, {}, {}
 local seen, dropped = {}, 0
 
 local function note(raw, k)
-  local id, has_no_waiter = identity(raw)
+  local id, no_client = identity(raw)
   if seen[id] then
     dropped = dropped + 1
   else
     seen[id] = true
     ids[#ids + 1], raws[#raws + 1], from[#from + 1] = id, raw, k
     done_keys[#done_keys + 1] = done_prefix .. id
-    if has_no_waiter then is_unheard[#ids] = true end
+    if no_client then has_no_client[#ids] = true end
   end
 end
 
@@ -151,8 +151,9 @@ local function take(first, last, want)
   return got
 end
 
--- Somebody may wait for the answer of a copy. The kept one is announced again; where it is gone the caller is told so.
-local function answer_copy(id)
+-- A client may wait for the answer of a duplicate. The stored answer is announced again; if it has expired, the client
+-- gets the answer `already_answered`.
+local function answer_duplicate(id)
   local key = result_prefix .. id
   local result = redis.pcall('GET', key)
   if type(result) == 'table' then return end
@@ -163,15 +164,15 @@ local function answer_copy(id)
   redis.call('PUBLISH', key, result)
 end
 
-local alone, is_suspect = 0, false
-if redis.call('LLEN', suspects) > 0 then
-  local holder = redis.call('GET', taker)
+local owns_quarantine, is_isolated = 0, false
+if redis.call('LLEN', quarantine) > 0 then
+  local holder = redis.call('GET', owner)
   if not holder or holder == token then
-    alone = 1
-    redis.call('SET', taker, token, 'PX', math.max(1, lease_ms))
+    owns_quarantine = 1
+    redis.call('SET', owner, token, 'PX', math.max(1, lease_ms))
     if holds_nothing and ARGV[7] == '1' then
-      is_suspect = true
-      local lane, raw = string.match(redis.call('RPOP', suspects), '^([^|]*)|(.*)$')
+      is_isolated = true
+      local lane, raw = string.match(redis.call('RPOP', quarantine), '^([^|]*)|(.*)$')
       local from_key = FIRST
       for k = FIRST, LAST do
         if KEYS[k] == lane then from_key = k end
@@ -180,14 +181,14 @@ if redis.call('LLEN', suspects) > 0 then
     end
   end
 end
-if alone == 0 or (holds_nothing and not is_suspect) then
+if owns_quarantine == 0 or (holds_nothing and not is_isolated) then
   local got = 0
   if serves_bulk then got = take(BULK, LAST, serves_interactive and math.min(bulk_least, limit) or limit) end
   if serves_interactive then got = got + take(FIRST, BULK - 1, limit - got) end
   if serves_bulk then take(BULK, LAST, limit - got) end
 end
 
-local reply = { tostring(now), alone }
+local reply = { tostring(now), owns_quarantine }
 if #ids > 0 then
   local answered = redis.call('MGET', unpack(done_keys))
   local held = redis.call('HMGET', claims, unpack(ids))
@@ -199,13 +200,13 @@ if #ids > 0 then
       dropped = dropped + 1
       if answered[i] then
         redis.call('HDEL', attempts, id)
-        if not is_unheard[i] then answer_copy(id) end
-        -- Whoever answered it did not have its message, which may carry callbacks.
-        local answer = redis.pcall('GET', aside_prefix .. id)
+        if not has_no_client[i] then answer_duplicate(id) end
+        -- The job was answered without its message, which may have callbacks.
+        local answer = redis.pcall('GET', pending_answer_prefix .. id)
         if type(answer) == 'string' then
           redis.call('HSET', canvas, id, #answer .. '|' .. answer .. KEYS[from[i]] .. '|' .. raws[i])
           redis.call('ZADD', canvas_due, now, id)
-          redis.call('DEL', aside_prefix .. id)
+          redis.call('DEL', pending_answer_prefix .. id)
         end
       end
     else
