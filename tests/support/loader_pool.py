@@ -67,6 +67,7 @@ class Pool:
             task_timeout_s=task_timeout_s,
             on_fatal=self.fatal.append,
         )
+        self.pool.subscribe(self._take)
 
     def _take(self, results: list[LoadResult]) -> None:
         with self._lock:
@@ -81,11 +82,10 @@ class Pool:
         )
 
     def wait(self, count: int) -> None:
-        """Wait for so many results."""
+        """Wait for this many results."""
         wait_until(lambda: len(self.results) >= count, timeout_s=30)
 
     def __enter__(self) -> Self:
-        self.pool.subscribe(self._take)
         self.pool.start()
         self.pool.wait_ready(30.0)
         return self
@@ -94,11 +94,11 @@ class Pool:
         self.pool.close(5.0)
 
     def peak_bytes(self) -> int:
-        """Most memory that one of the cells has had in RAM so far, of those that live."""
+        """Most memory that one of the running sandboxes has had in RAM so far."""
         peaks = [0]
         for pid in self.pool.pids:
-            for cell in children(pid):
-                found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{cell}/status").read_text())
+            for sandbox in children(pid):
+                found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{sandbox}/status").read_text())
                 peaks += [int(found[1]) * 1024] if found else []
         return max(peaks)
 

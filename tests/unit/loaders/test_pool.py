@@ -1,4 +1,4 @@
-"""Loader processes that die or hang: the guilty picture is convicted alone, its neighbours are answered."""
+"""Loader processes that crash or hang: the image that causes it fails alone, the other images are answered."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.waiting import wait_until
 
 @pytest.fixture
 def good(tmp_path: Path) -> str:
-    """A picture in the allowed folder."""
+    """An image in the allowed folder."""
     path = tmp_path / "good.png"
     path.write_bytes(pictures.png(pictures.picture().resize((80, 80))))
     return path.as_uri()
@@ -45,7 +45,7 @@ def pool(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pool]:
     made.pool.close(5.0)
 
 
-def test_pixels_arrive_in_their_slots_with_their_times(pool: Pool, good: str, tmp_path: Path) -> None:
+def test_pixels_are_written_to_the_slots_of_their_tasks(pool: Pool, good: str, tmp_path: Path) -> None:
     """A result for each ticket; pixels in the shared memory; errors are results too."""
     pool.submit(good, (tmp_path / "none.png").as_uri(), good)
     pool.wait(3)
@@ -54,24 +54,24 @@ def test_pixels_arrive_in_their_slots_with_their_times(pool: Pool, good: str, tm
     assert not pool.pool.pixels[1].any()
     assert pool.results[1].error is not None
     assert pool.results[1].error.code.value == "source_not_found"
-    one = pool.results[0]
-    assert 0 < one.started_s <= one.fetched_s <= one.decoded_s
-    assert (one.format, one.width, one.height) == ("PNG", 80, 80)
+    result = pool.results[0]
+    assert 0 < result.started_s <= result.fetched_s <= result.decoded_s
+    assert (result.format, result.width, result.height) == ("PNG", 80, 80)
 
 
-@pytest.mark.parametrize("victim", ["loader", "cell"])
-def test_a_picture_that_ends_its_loader_twice_is_convicted_and_its_neighbours_are_not(
+@pytest.mark.parametrize("victim", ["loader", "sandbox"])
+def test_image_that_ends_its_loader_twice_fails_alone(
     pool: Pool, good: str, http_server: PictureServer, victim: str
 ) -> None:
-    """The loader or its cell is killed whenever it holds the guilty picture; all else is answered normally."""
-    guilty = http_server.serve("/guilty.png", Reply.picture(b"").late(first_pause_s=15.0))
-    pool.submit(guilty, *[good] * 12)
+    """The loader or its sandbox is killed whenever it holds this image; all others are answered normally."""
+    crashing = http_server.serve("/crashing.png", Reply.picture(b"").late(first_pause_s=15.0))
+    pool.submit(crashing, *[good] * 12)
     for hits in (1, 2):
-        wait_until(partial(lambda hits: http_server.hits["/guilty.png"] >= hits, hits), timeout_s=20)
-        holder = next(one for one in pool.pool._loaders if 0 in one.held)
-        [cell] = children(holder.process.pid)
-        os.kill(cell if victim == "cell" else holder.process.pid, signal.SIGSEGV)
-        wait_until(partial(lambda cell: not lives(cell), cell), timeout_s=20)
+        wait_until(partial(lambda hits: http_server.hits["/crashing.png"] >= hits, hits), timeout_s=20)
+        holder = next(loader for loader in pool.pool._loaders if 0 in loader.held)
+        [sandbox] = children(holder.process.pid)
+        os.kill(sandbox if victim == "sandbox" else holder.process.pid, signal.SIGSEGV)
+        wait_until(partial(lambda sandbox: not lives(sandbox), sandbox), timeout_s=20)
     pool.wait(13)
     assert pool.results[0].error is not None
     assert pool.results[0].error.code.value == "decoder_crashed"
@@ -83,8 +83,8 @@ def test_a_picture_that_ends_its_loader_twice_is_convicted_and_its_neighbours_ar
     assert not pool.fatal
 
 
-def test_a_picture_that_burns_cpu_is_answered_at_once(good: str, tmp_path: Path) -> None:
-    """Its CPU is its own, whatever the machine does beside it, so it is not tried again; its neighbours are."""
+def test_image_over_the_cpu_limit_is_answered_immediately(good: str, tmp_path: Path) -> None:
+    """CPU time does not depend on other work of the machine, so the image is not retried; the others are."""
     path = tmp_path / "scans.jpg"
     path.write_bytes(bombs.jpeg_scans(scans=3000))
     made = Pool(tmp_path, processes=1, cpu_s=0.5, max_scans=10_000)
@@ -103,43 +103,45 @@ def test_a_picture_that_burns_cpu_is_answered_at_once(good: str, tmp_path: Path)
         made.pool.close(5.0)
 
 
-@pytest.mark.parametrize("sandbox", [True, False])
-def test_a_cell_is_bare(good: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandbox: bool) -> None:
-    """No secret in its memory or its parents' environment, no file, limits, a filter where the setting says so."""
+@pytest.mark.parametrize("is_filtered", [True, False])
+def test_sandbox_has_no_secrets_and_no_files(
+    good: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_filtered: bool
+) -> None:
+    """No secret in its memory or its parents' environment, no file, limits, a filter if the setting is on."""
     secret, password = "s3-secret-by-chance-7c1e", "redis-password-by-chance-90ab"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
     monkeypatch.setenv("SHIWU_REDIS_URL", f"redis://:{password}@127.0.0.1/0")
-    made = Pool(tmp_path, processes=1, sandbox=sandbox, environment=source_environment())
+    made = Pool(tmp_path, processes=1, sandbox=is_filtered, environment=source_environment())
     made.pool.start()
     made.pool.wait_ready(30.0)
     try:
         made.submit(good)
         made.wait(1)
         [loader] = made.pool.pids
-        [cell] = children(loader)
-        for pid in (loader, cell):
-            told = Path(f"/proc/{pid}/environ").read_bytes()
-            assert secret.encode() not in told
-            assert password.encode() not in told
-        assert not holds(cell, password.encode())
-        assert not holds(cell, secret.encode())
+        [sandbox] = children(loader)
+        for pid in (loader, sandbox):
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            assert secret.encode() not in environment
+            assert password.encode() not in environment
+        assert not holds(sandbox, password.encode())
+        assert not holds(sandbox, secret.encode())
         assert holds(loader, secret.encode()), "the part that fetches needs it"
-        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{cell}/status").read_text().splitlines())
-        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2" if sandbox else "0")
-        targets = {os.readlink(fd).partition(":")[0] for fd in Path(f"/proc/{cell}/fd").iterdir()}
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{sandbox}/status").read_text().splitlines())
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2" if is_filtered else "0")
+        targets = {os.readlink(fd).partition(":")[0] for fd in Path(f"/proc/{sandbox}/fd").iterdir()}
         assert targets == {"/dev/null", "socket"}
-        limits = Path(f"/proc/{cell}/limits").read_text()
+        limits = Path(f"/proc/{sandbox}/limits").read_text()
         for name in ("Max core file size", "Max file size"):
             assert re.search(rf"{name} +0 +0 ", limits)
         assert re.search(rf"Max address space +{4 * 1024**3} ", limits)
         os.kill(loader, signal.SIGKILL)
-        wait_until(lambda: not lives(cell), timeout_s=10)
+        wait_until(lambda: not lives(sandbox), timeout_s=10)
     finally:
         made.pool.close(5.0)
 
 
-def holds(pid: int, what: bytes) -> bool:
-    """Whether these bytes stand anywhere in the memory that this process can write."""
+def holds(pid: int, data: bytes) -> bool:
+    """Whether the writable memory of this process has these bytes."""
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             place, rights = line.split()[:2]
@@ -147,7 +149,7 @@ def holds(pid: int, what: bytes) -> bool:
             if rights.startswith("rw") and end - begin < 256 << 20:
                 try:
                     memory.seek(begin)
-                    if what in memory.read(end - begin):
+                    if data in memory.read(end - begin):
                         return True
                 except OSError:
                     continue
@@ -155,10 +157,10 @@ def holds(pid: int, what: bytes) -> bool:
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_loader_reads_many_buckets_within_its_limits(
+def test_loader_reads_many_buckets_within_its_limits(
     tmp_path: Path, http_server: PictureServer, client: S3Client
 ) -> None:
-    """By either client of the store, each with its threads and connections; a name is looked up each time."""
+    """With either client of the store, each with its threads and connections; a name is looked up each time."""
     data = pictures.png(pictures.picture().resize((80, 80)))
     for number in range(SLOTS):
         http_server.serve(f"/bucket-{number}/a.png", Reply.picture(data).late(first_pause_s=0.05))
@@ -166,7 +168,7 @@ def test_a_loader_reads_many_buckets_within_its_limits(
     with Pool(tmp_path, processes=1, environment=OWN_NAMES, **options) as made:
         made.submit(*(f"s3://bucket-{number}/a.png" for number in range(SLOTS)))
         made.wait(SLOTS)
-        assert [one.error for one in made.results.values() if one.error] == []
+        assert [result.error for result in made.results.values() if result.error] == []
         assert made.pool.restarts == 0
         [pid] = made.pool.pids
         proc = Path(f"/proc/{pid}")
@@ -175,12 +177,12 @@ def test_a_loader_reads_many_buckets_within_its_limits(
         [max_bytes] = re.findall(r"Max address space +(\d+)", (proc / "limits").read_text())
         [peak_kb] = re.findall(r"VmPeak:\s+(\d+) kB", (proc / "status").read_text())
         assert int(peak_kb) * 1024 < int(max_bytes)
-        [most_files] = re.findall(r"Max open files +(\d+)", (proc / "limits").read_text())
-        assert len(list((proc / "fd").iterdir())) < int(most_files) / 2
+        [max_files] = re.findall(r"Max open files +(\d+)", (proc / "limits").read_text())
+        assert len(list((proc / "fd").iterdir())) < int(max_files) / 2
 
 
-def test_a_path_that_is_no_text_is_answered_like_any_other(good: str, tmp_path: Path) -> None:
-    """Bytes that are no UTF-8 in a reference cost the loader nothing, inside the allowed folders and outside."""
+def test_path_that_is_no_utf8_is_answered_like_others(good: str, tmp_path: Path) -> None:
+    """Bytes that are no UTF-8 in a reference do not end the loader, inside the allowed folders and outside."""
     (tmp_path / os.fsdecode(b"\xff")).mkdir()
     made = Pool(tmp_path, processes=1)
     made.pool.start()
@@ -200,8 +202,8 @@ def test_a_path_that_is_no_text_is_answered_like_any_other(good: str, tmp_path: 
         made.pool.close(5.0)
 
 
-def test_a_nursery_that_can_not_start_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for the loaders learns it long before the time is over."""
+def test_fork_server_that_cannot_start_fails_immediately(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait for the loaders ends long before its time-out."""
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     made = Pool(tmp_path, processes=1)
     made.pool.start()
@@ -213,8 +215,8 @@ def test_a_nursery_that_can_not_start_is_told_at_once(tmp_path: Path, monkeypatc
     assert [error.exit_code for error in made.fatal] == [ExitCode.LOADERS]
 
 
-def test_a_loader_that_hangs_is_replaced(good: str, tmp_path: Path) -> None:
-    """Stopped processes exceed the time limit; what they held is tried again and answered."""
+def test_hanging_loader_is_restarted(good: str, tmp_path: Path) -> None:
+    """Stopped processes exceed the time limit; data they held is tried again and answered."""
     made = Pool(tmp_path, processes=1, task_timeout_s=1.0)
     made.pool.start()
     made.pool.wait_ready(30.0)
@@ -228,8 +230,8 @@ def test_a_loader_that_hangs_is_replaced(good: str, tmp_path: Path) -> None:
         made.pool.close(5.0)
 
 
-def test_what_does_not_fit_beside_its_neighbours_is_tried_alone(tmp_path: Path) -> None:
-    """Four large pictures exceed a loader's memory together and not alone; one that does not fit alone is told so."""
+def test_image_that_lacks_memory_is_retried_alone(tmp_path: Path) -> None:
+    """Four large images exceed a sandbox's memory together but not alone; one that does not fit alone is rejected."""
     made = Pool(tmp_path, processes=1, memory_bytes=1300 * 1024**2)
     images = []
     for name, side in (("a", 8000), ("b", 8000), ("c", 8000), ("d", 8000), ("much", 16_000)):
@@ -250,10 +252,8 @@ def test_what_does_not_fit_beside_its_neighbours_is_tried_alone(tmp_path: Path) 
         made.pool.close(5.0)
 
 
-def test_who_is_in_the_loader_that_shall_try_suspects_is_none(
-    good: str, tmp_path: Path, http_server: PictureServer
-) -> None:
-    """A loader ends what it holds before it tries a suspect; if it dies meanwhile, nobody in it is convicted."""
+def test_isolating_loader_finishes_its_tasks_first(good: str, tmp_path: Path, http_server: PictureServer) -> None:
+    """A loader ends data it holds before it tries a suspect; if it dies meanwhile, nobody in it is convicted."""
     made = Pool(tmp_path, processes=2)
     body = Path(good.removeprefix("file://")).read_bytes()
     slow = [http_server.serve(f"/{n}.png", Reply.picture(body).late(first_pause_s=1.5)) for n in range(5)]
@@ -273,8 +273,8 @@ def test_who_is_in_the_loader_that_shall_try_suspects_is_none(
         made.pool.close(5.0)
 
 
-def test_closing_leaves_no_process(good: str, tmp_path: Path) -> None:
-    """Also with work in hand."""
+def test_close_leaves_no_process(good: str, tmp_path: Path) -> None:
+    """Also while tasks run."""
     made = Pool(tmp_path, processes=2)
     made.pool.start()
     made.pool.wait_ready(30.0)
