@@ -31,14 +31,14 @@ def encoded(body: object) -> str:
 
 def message(body: str, *, headers: Any = None, properties: dict[str, Any] | None = None, **outer: Any) -> bytes:
     """A message around a body that is base64."""
-    told = {
+    fields = {
         "body": body,
         "content-type": "application/json",
         "content-encoding": "utf-8",
         "headers": {} if headers is None else headers,
         "properties": {"body_encoding": "base64"} | (properties or {}),
     }
-    return json.dumps(told | outer).encode()
+    return json.dumps(fields | outer).encode()
 
 
 def protocol_2(job_id: Any, image: str, *, headers: dict[str, Any] | None = None, **properties: Any) -> bytes:
@@ -67,7 +67,9 @@ def shapes(image: str, *, prefix: str = "") -> dict[str, tuple[bytes, str, str]]
     large = {"metadata": "x" * 5_000_000}
     long_labels = {"labels": [f"标签{n}" for n in range(900)], "top_k": 1}
     lone = json.dumps({"headers": {"task": TASK, "id": f"{p}\ud800lone"}, "body": "", "properties": {}}).encode()
-    beside = protocol_2(f"{p}beside-lone", image).replace(b'"headers": {', b'"headers": {"shadow": "\\ud800", ')
+    lone_in_header = protocol_2(f"{p}lone-in-header", image).replace(
+        b'"headers": {', b'"headers": {"shadow": "\\ud800", '
+    )
     return {
         **{f"id {n}": (protocol_2(p + job_id, image), p + job_id, "tagged") for n, job_id in enumerate(ODD_IDS[:-1])},
         "255 bytes": (protocol_2((p + "x" * 255)[:255], image), (p + "x" * 255)[:255], "tagged"),
@@ -125,7 +127,7 @@ def shapes(image: str, *, prefix: str = "") -> dict[str, tuple[bytes, str, str]]
             "tagged",
         ),
         "lone surrogate in the id": (lone, f"{p}\ufffdlone", "malformed_message"),
-        "lone surrogate beside the id": (beside, f"{p}beside-lone", "malformed_message"),
+        "lone surrogate next to the id": (lone_in_header, f"{p}lone-in-header", "malformed_message"),
         "5 MB": (
             message(encoded([[image], large, {}]), headers={"task": TASK, "id": f"{p}large"}),
             f"{p}large",

@@ -1,7 +1,7 @@
 """Messages as the clients of other languages write them, all through one real worker, each answered under its own id.
 
 `golden/*.json` hold one message each: `text` as the client writes it, `body` decoded for people, `how` it comes about
-and the `source` that says so. Golden messages are only ever added.
+and its `source`. Golden messages are only added.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def test_golden_message_is_answered_under_its_id(url: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_odd_message_is_answered_under_its_id(url: str, name: str) -> None:
-    """Odd ids, odd places of the id, odd bodies and sizes: our client and Celery's find the answer too."""
+def test_unusual_message_is_answered_under_its_id(url: str, name: str) -> None:
+    """Unusual ids, places of the id, bodies and sizes: the clients of shiwu and Celery find the answer."""
     raw, job_id, outcome = SHAPES[name]
     with redis.Redis.from_url(url) as client, Client(url) as ours:
         meta = ask(client, raw, job_id)
@@ -82,7 +82,7 @@ def test_odd_message_is_answered_under_its_id(url: str, name: str) -> None:
         assert meta["result"]["exc_message"][0].startswith(outcome)
 
 
-def test_celery_reads_answers_under_odd_ids(url: str) -> None:
+def test_celery_reads_answers_under_unusual_ids(url: str) -> None:
     """`AsyncResult.get()` returns the answer, or raises the reason why there is none."""
     raws = {name: SHAPES[name] for name in ("id 2", "id 3", "number", "protocol 1", "256 bytes")}
     with celery_client(url) as app, redis.Redis.from_url(url) as client:
@@ -97,7 +97,7 @@ def test_celery_reads_answers_under_odd_ids(url: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", [1, 2])
-def test_golden_messages_of_celery_are_what_it_writes(redis_url: str, protocol: int) -> None:
+def test_golden_messages_match_the_installed_celery(redis_url: str, protocol: int) -> None:
     """The installed Celery writes the same fields in the same order as the golden message of its version."""
     golden = GOLDEN[f"celery-5-protocol-{protocol}"]
     app = Celery("plain", broker=redis_url, set_as_current=False)

@@ -57,8 +57,8 @@ def store(client: redis.Redis, answer: dict[str, Any], *, state: str = "FAILURE"
     client.set(result_key(answer["id"]), json.dumps(meta))
 
 
-def test_unknown_words_of_an_answer_are_plain_strings(redis_url: str, redis_client: redis.Redis) -> None:
-    """`wait`, `answer` and `raise_for_status` pass on what they do not know."""
+def test_unknown_words_of_an_answer_are_strings(redis_url: str, redis_client: redis.Redis) -> None:
+    """`wait`, `answer` and `raise_for_status` pass unknown words on."""
     store(redis_client, NEXT)
     with Client(redis_url) as client:
         for result in (client.wait("next", timeout_s=5), client.answer("next")):
@@ -75,7 +75,7 @@ def test_unknown_words_of_an_answer_are_plain_strings(redis_url: str, redis_clie
 
 
 def test_known_words_of_an_answer_are_enum_members() -> None:
-    """Comparisons by identity go on working, and so does `.value`."""
+    """Comparisons by identity and `.value` go on working."""
     raw = json.dumps(
         NEXT
         | {"status": "failed", "lane": "bulk", "warnings": [{"code": "single_label", "message": ""}]}
@@ -92,8 +92,8 @@ def test_known_words_of_an_answer_are_enum_members() -> None:
     assert Answer.from_json(read.to_json()) == read
 
 
-def test_wait_for_an_unreadable_answer_ends_with_a_code(redis_url: str, redis_client: redis.Redis) -> None:
-    """A field that has another type: the caller gets a result that says so, and no decoding error."""
+def test_wait_for_unreadable_answer_gives_an_error_code(redis_url: str, redis_client: redis.Redis) -> None:
+    """A field with another type: the caller gets a result with an error code, and no decoding error."""
     store(redis_client, NEXT | {"attempts": "three"})
     with Client(redis_url) as client:
         result = client.wait("next", timeout_s=5)
@@ -102,8 +102,8 @@ def test_wait_for_an_unreadable_answer_ends_with_a_code(redis_url: str, redis_cl
         assert "attempts" in result.error.message
 
 
-def test_unreadable_items_are_skipped_counted_and_stay(redis_url: str, redis_client: redis.Redis) -> None:
-    """The stream goes on behind them, each is reported once, and the group gets them again after an upgrade."""
+def test_unreadable_items_are_skipped_and_counted(redis_url: str, redis_client: redis.Redis) -> None:
+    """The loop goes on, each entry is reported once, and the group gets them again after an upgrade."""
     for fields in (*UNREADABLE, {b"id": b"next", b"answer": json.dumps(NEXT).encode()}):
         redis_client.xadd(RESULT_STREAM, fields)  # type: ignore[arg-type]  # redis' own
     redis_client.xadd(RESULT_STREAM, {"id": "known", "answer": KNOWN.to_json()})
@@ -131,7 +131,7 @@ def test_unreadable_items_are_skipped_counted_and_stay(redis_url: str, redis_cli
         assert pending["pending"] == 0
 
 
-def test_cli_results_says_what_it_skipped(redis_url: str, redis_client: redis.Redis) -> None:
+def test_cli_results_reports_skipped_entries(redis_url: str, redis_client: redis.Redis) -> None:
     """One line on standard error for each, and the readable ones as JSON lines."""
     redis_client.xadd(RESULT_STREAM, {"answer": "not json"})
     redis_client.xadd(RESULT_STREAM, {"id": "known", "answer": KNOWN.to_json()})

@@ -1,4 +1,4 @@
-"""docs/redis-acl.conf on a real server: everybody can do their work as their user, and nothing beyond it."""
+"""docs/redis-acl.conf on a real server: each user can do its work, and nothing else."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ LANE = Lane.INTERACTIVE.queue
 
 @dataclass(frozen=True)
 class Guarded:
-    """A server that knows these users only."""
+    """A server with only these users."""
 
     server: RedisServer
     image: str
 
     def url(self, user: str) -> str:
-        """Where this user comes in."""
+        """The URL of this user."""
         return self.server.url.replace("://", f"://shiwu-{user}:change-me-{user}@")
 
     def client(self, user: str) -> redis.Redis:
@@ -58,7 +58,7 @@ class Guarded:
 
 @pytest.fixture(scope="module", params=["valkey", pytest.param("redis", marks=pytest.mark.slow)])
 def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    """The server with the users of the file, and one picture."""
+    """The server with the users of the file, and one image."""
     folder = tmp_path_factory.mktemp("acl")
     (folder / "x.png").write_bytes(pictures.png(pictures.picture().resize((64, 64))))
     binary = redis_binary() if request.param == "redis" else valkey_binary()
@@ -69,7 +69,7 @@ def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def known_to(binary: Path, users: str) -> str:
-    """The users as this server can read them: what the file's head says about Redis before 7.2."""
+    """The users in the form of this server: Redis before 7.2 needs the changes that the head of the file names."""
     said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
     [(major, minor)] = re.findall(r"v=(\d+)\.(\d+)", said)
     return users if (int(major), int(minor)) >= (7, 2) else users.replace(" +client|setinfo", "")
@@ -77,7 +77,7 @@ def known_to(binary: Path, users: str) -> str:
 
 @pytest.fixture(scope="module")
 def worker(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
-    """A real worker as its user, with everything switched on that speaks to Redis."""
+    """A real worker with its user, with all features that use Redis."""
     folder = tmp_path_factory.mktemp("acl-worker")
     options = {"allow_folders": Path(guarded.image.removeprefix("file://")).parent, "max_batch": 8, "loaders": 1}
     options |= {"http_port": free_ports(1)[0], "http_host": LOOPBACK, "callback_tasks": "theirs.*"}
@@ -88,8 +88,8 @@ def worker(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's result backend
-def test_everybody_does_their_work(guarded: Guarded, worker: WorkerProcess) -> None:
-    """Enqueue, wait, cancel, link, follow, sweep and revoke: the server refuses nobody anything."""
+def test_acl_users_can_do_their_work(guarded: Guarded, worker: WorkerProcess) -> None:
+    """Enqueue, wait, cancel, link, follow, sweep and revoke: the server refuses no command."""
     with guarded.client("admin") as admin:
         admin.acl_log_reset()
         with Client(guarded.url("producer")) as producer, Client(guarded.url("client")) as client:
@@ -112,7 +112,7 @@ def test_everybody_does_their_work(guarded: Guarded, worker: WorkerProcess) -> N
 
 
 def _by_celery(guarded: Guarded, admin: redis.Redis) -> None:
-    """A plain Celery producer sends, a link comes out at the other end, an operator revokes."""
+    """A plain Celery producer sends a job with a link, and an operator revokes one."""
     with (
         celery_client(guarded.url("producer"), has_results=False) as plain,
         celery_client(guarded.url("client")) as app,
@@ -141,7 +141,7 @@ def _send_and_revoke(plain: Celery, app: Celery, operator: Celery, image: str, a
 
 
 def _sweep(guarded: Guarded, admin: redis.Redis) -> None:
-    """A job of the dead, one out of time, one expired, and a stream that is too long."""
+    """A job of a crashed worker, one out of time, one expired, and a stream that is too long."""
     admin.hset(CLAIMS, "of-the-dead", b"dead.1|1|shiwu.bulk|" + message("of-the-dead"))
     admin.zadd(LEASES, {"of-the-dead": 1.0})
     admin.hset("shiwu:limits", "stream_length", 1)
@@ -163,13 +163,13 @@ FORBIDDEN: list[tuple[str, tuple[Any, ...]]] = [
     ("producer", ("DEL", LANE)),
     ("producer", ("LPUSH", "celery", "{}")),
     ("client", ("EVAL", f"return redis.call('RPOP', '{LANE}')", 0)),
-    ("client", ("GET", "somebody-elses")),
+    ("client", ("GET", "key-of-another")),
     ("consumer", ("XADD", RESULT_STREAM, "*", "id", "x")),
     ("consumer", ("XTRIM", RESULT_STREAM, "MAXLEN", 0)),
     ("worker", ("FLUSHALL",)),
     ("worker", ("CONFIG", "SET", "maxmemory", 1)),
     ("worker", ("KEYS", "*")),
-    ("worker", ("GET", "somebody-elses")),
+    ("worker", ("GET", "key-of-another")),
     ("worker", ("ACL", "LIST")),
 ]
 
@@ -177,14 +177,14 @@ FORBIDDEN: list[tuple[str, tuple[Any, ...]]] = [
 @pytest.mark.parametrize(
     ("user", "command"), FORBIDDEN, ids=[f"{user}-{'-'.join(map(str, command[:2]))}" for user, command in FORBIDDEN]
 )
-def test_what_is_refused(guarded: Guarded, user: str, command: tuple[Any, ...]) -> None:
-    """Nobody takes jobs away, speaks on Celery's control channel, or reads what is not theirs."""
+def test_acl_users_are_refused_other_commands(guarded: Guarded, user: str, command: tuple[Any, ...]) -> None:
+    """They cannot take jobs, write to Celery's control channel, or read keys of other roles."""
     with guarded.client(user) as client, pytest.raises(NoPermissionError):
         client.execute_command(*command)
 
 
-def test_scripts_open_no_other_door(guarded: Guarded) -> None:
-    """Who may run scripts is refused in them what is refused outside."""
+def test_acl_applies_inside_scripts(guarded: Guarded) -> None:
+    """A user who may run scripts is refused in them what is refused outside."""
     with guarded.client("admin") as admin:
         sha = admin.script_load(f"return redis.call('RPOP', '{LANE}')")
     for user in ("client", "sweep"):
@@ -195,7 +195,7 @@ def test_scripts_open_no_other_door(guarded: Guarded) -> None:
             client.evalsha(sha, 0)
 
 
-def test_nobody_comes_in_without_a_name(guarded: Guarded) -> None:
+def test_acl_default_user_is_off(guarded: Guarded) -> None:
     """The default user is off."""
     with redis.Redis.from_url(guarded.server.url, socket_timeout=5) as client, pytest.raises(redis.RedisError):
         client.ping()
@@ -215,8 +215,8 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("user", SCRIPTS)
-def test_rare_branches_of_scripts_are_allowed_too(user: str) -> None:
-    """Every command that a script of theirs may call, also where no test above has led it there."""
+def test_acl_allows_all_commands_of_scripts(user: str) -> None:
+    """Every command that a script of a user may call, also in branches that no test above reaches."""
     called = set()
     for path in SCRIPTS[user]:
         found = re.findall(r"redis\.p?call\('(\w+)'(?:, '(GROUPS)')?", (ROOT / path).read_text(encoding="utf-8"))

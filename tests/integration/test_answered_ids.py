@@ -1,4 +1,4 @@
-"""A job whose id was answered before: whoever sends it again gets the kept answer, or is told that it is gone."""
+"""Duplicates of answered jobs: the caller gets the kept answer, or `already_answered`."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def answered(redis_client: redis.Redis, claims: LeaseQueue) -> Iterator[redis.Re
     assert redis_client.xlen(RESULT_STREAM) == 1, "a copy makes no second entry in the results stream"
 
 
-def test_copy_gets_the_kept_answer_announced_again(answered: redis.Redis, claims: LeaseQueue) -> None:
-    """Clients that send one id several times on purpose all end with the same answer."""
+def test_duplicate_gets_the_kept_answer_again(answered: redis.Redis, claims: LeaseQueue) -> None:
+    """Clients that send one id several times all get the same answer."""
     before = answered.get(result_key(ID))
     with answered.pubsub(ignore_subscribe_messages=True) as listener:  # type: ignore[no-untyped-call]  # redis' own
         listener.subscribe(result_key(ID))
@@ -55,8 +55,10 @@ def test_copy_gets_the_kept_answer_announced_again(answered: redis.Redis, claims
     assert message["data"] == before == answered.get(result_key(ID))
 
 
-def test_enqueue_of_a_forgotten_answer_ends_the_wait(answered: redis.Redis, claims: LeaseQueue, redis_url: str) -> None:
-    """The mark lives, the answer does not: `wait` and Celery's `get` end with `already_answered`."""
+def test_duplicate_of_an_expired_answer_ends_the_wait(
+    answered: redis.Redis, claims: LeaseQueue, redis_url: str
+) -> None:
+    """The mark exists and the answer does not: `wait` and Celery's `get` end with `already_answered`."""
     with Client(redis_url) as client, ThreadPoolExecutor(1) as pool, celery_client(redis_url) as app:
         app.AsyncResult(ID).forget()
         assert client.answer(ID) is None
@@ -76,8 +78,8 @@ def test_enqueue_of_a_forgotten_answer_ends_the_wait(answered: redis.Redis, clai
     assert (meta["status"], meta["task_id"]) == ("FAILURE", ID)
 
 
-def test_copy_that_wants_no_result_gets_none(answered: redis.Redis, claims: LeaseQueue) -> None:
-    """Nobody looks for it."""
+def test_duplicate_with_ignore_result_gets_none(answered: redis.Redis, claims: LeaseQueue) -> None:
+    """No caller looks for it."""
     answered.delete(result_key(ID))
     answered.lpush("shiwu.bulk", protocol_2(ID, "s3://b/k", headers={"ignore_result": True}))
     assert claims.claim(1).jobs == ()
@@ -85,8 +87,8 @@ def test_copy_that_wants_no_result_gets_none(answered: redis.Redis, claims: Leas
     assert answered.hget(COUNTERS, "copies_dropped") == b"1"
 
 
-def test_copy_of_a_claimed_job_waits_for_its_answer(redis_client: redis.Redis, claims: LeaseQueue) -> None:
-    """It is dropped, and nothing is told before there is an answer."""
+def test_duplicate_of_a_claimed_job_is_dropped(redis_client: redis.Redis, claims: LeaseQueue) -> None:
+    """Nothing is announced before there is an answer."""
     message = build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK)
     redis_client.lpush("shiwu.bulk", message, message)
     [job] = claims.claim(1).jobs
@@ -96,8 +98,8 @@ def test_copy_of_a_claimed_job_waits_for_its_answer(redis_client: redis.Redis, c
     assert json.loads(redis_client.get(result_key("x")) or b"")["status"] == "SUCCESS"
 
 
-def test_a_result_key_of_a_wrong_type_stays(answered: redis.Redis, claims: LeaseQueue) -> None:
-    """Somebody else wrote there; the claim goes on."""
+def test_result_key_of_a_wrong_type_is_not_changed(answered: redis.Redis, claims: LeaseQueue) -> None:
+    """Another program wrote it; the claim goes on."""
     answered.delete(result_key(ID))
     answered.lpush(result_key(ID), "theirs")
     answered.lpush("shiwu.bulk", protocol_2(ID, "s3://b/k"), protocol_2("next", "s3://b/k"))
@@ -105,8 +107,8 @@ def test_a_result_key_of_a_wrong_type_stays(answered: redis.Redis, claims: Lease
     assert answered.lrange(result_key(ID), 0, -1) == [b"theirs"]
 
 
-def test_refusal_reaches_the_caller_of_an_answered_id(answered: redis.Redis) -> None:
-    """Only the worker could read the id, so the commit meets the mark; the caller must find the refusal."""
+def test_refused_duplicate_gets_an_answer(answered: redis.Redis) -> None:
+    """Only the worker could read the id, so the commit finds the mark; the caller must find the refusal."""
     refused = Answer(id=ID, status=Status.REJECTED)
     answered.delete(result_key(ID))
     entry = AnswerEntry(id=ID, claim="~" + "0a" * 20, answer=refused, message=b"shiwu.bulk|{}", is_dead=True)
@@ -117,8 +119,8 @@ def test_refusal_reaches_the_caller_of_an_answered_id(answered: redis.Redis) -> 
     assert answered.get(result_key(ID)) == b"kept"
 
 
-def test_lost_reply_gives_back_jobs_with_odd_ids(redis_client: redis.Redis, claims: LeaseQueue) -> None:
-    """What a claim took whose reply was lost goes back, whatever characters the ids hold."""
+def test_lost_claim_reply_releases_jobs_of_any_id(redis_client: redis.Redis, claims: LeaseQueue) -> None:
+    """Jobs of a claim whose reply was lost are released, whatever characters the ids have."""
     redis_client.lpush("shiwu.bulk", *[protocol_2(job_id, "s3://b/k") for job_id in ODD_IDS])
     assert [job.id for job in claims.claim(100).jobs] == list(ODD_IDS)
     claims._is_reply_lost = True

@@ -1,4 +1,4 @@
-"""The producer's client and command line against a real Redis and a real worker."""
+"""The client and the command `shiwu` with a real Redis and a real worker."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.support.servers import S3Server, WorkerProcess
 
 
 def finish(client: redis.Redis, *, count: int = 1000, worker: str = "w") -> None:
-    """Answer what waits, as a worker would."""
+    """Answer waiting jobs, as a worker does."""
     jobs = make_lease_queue(client, worker).claim(count).jobs
     make_committer(client, worker).write([answer(job) for job in jobs])
 
 
-def test_enqueue_wait_and_coalesce(redis_url: str, redis_client: redis.Redis) -> None:
-    """An id of one's own may be sent twice and is answered once; what is there is not waited for."""
+def test_client_same_id_is_answered_once(redis_url: str, redis_client: redis.Redis) -> None:
+    """An id may be sent twice and is answered once; an answer that exists is returned without waiting."""
     with Client(redis_url) as client:
         assert client.enqueue("s3://b/k", id="mine") == "mine"
         assert client.answer("mine") is None
@@ -35,8 +35,8 @@ def test_enqueue_wait_and_coalesce(redis_url: str, redis_client: redis.Redis) ->
         assert redis_client.xlen("shiwu:results") == 1
 
 
-def test_many_in_portions_and_a_full_queue(redis_url: str, redis_client: redis.Redis) -> None:
-    """Portions go out as they are read; a full lane says so with numbers and takes nothing of the portion."""
+def test_enqueue_many_full_lane_raises_queue_full(redis_url: str, redis_client: redis.Redis) -> None:
+    """Portions are sent as they are read; a full lane takes nothing of the portion, and the error has the numbers."""
     with Client(redis_url, max_waiting=1000) as client:
         ids = list(client.enqueue_many((f"s3://b/{n}" for n in range(1000)), batch_size=300))
         assert len(set(ids)) == 1000
@@ -51,7 +51,7 @@ def test_many_in_portions_and_a_full_queue(redis_url: str, redis_client: redis.R
         assert len(list(client.as_answered(ids, timeout_s=0.3))) >= 900
 
 
-def test_a_bad_request_sends_nothing(redis_url: str) -> None:
+def test_enqueue_many_invalid_item_sends_no_portion(redis_url: str) -> None:
     """The whole portion is checked first."""
     with Client(redis_url) as client:
         with pytest.raises(RequestError):
@@ -61,10 +61,8 @@ def test_a_bad_request_sends_nothing(redis_url: str) -> None:
         assert sum(client.queue_state().waiting.values()) == 0
 
 
-def test_the_results_stream_has_groups_and_gives_back_what_a_dead_consumer_held(
-    redis_url: str, redis_client: redis.Redis
-) -> None:
-    """Every group sees all; unacknowledged entries return to their consumer, or after a while to another."""
+def test_results_of_a_crashed_consumer_are_delivered_again(redis_url: str, redis_client: redis.Redis) -> None:
+    """Every group gets all answers; unacknowledged ones return to their consumer, or later go to another."""
     with Client(redis_url) as client:
         ids = set(client.enqueue_many([f"s3://b/{n}" for n in range(50)]))
         finish(redis_client)
@@ -91,8 +89,8 @@ def test_the_results_stream_has_groups_and_gives_back_what_a_dead_consumer_held(
         assert read("a", "one", ack=True) == []
 
 
-def test_the_command_line_asks_and_shows(shared_worker: WorkerProcess, s3: S3Server) -> None:
-    """`shiwu tag` with a good and a missing picture: a table, JSON lines, and exit code 1."""
+def test_cli_tag_shows_tags_and_errors(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """`shiwu tag` with an image and a missing one: a table, JSON lines, and exit code 1."""
     good = s3.put("cli/a.jpg", pictures.jpeg(pictures.picture("熊猫")))
     runner = CliRunner()
     base = ["--redis-url", shared_worker.redis_url]
@@ -124,8 +122,8 @@ def test_the_command_line_asks_and_shows(shared_worker: WorkerProcess, s3: S3Ser
         (["--redis-url", "redis://127.0.0.1:1", "status"], 4, "redis"),
     ],
 )
-def test_exit_codes(redis_url: str, arguments: list[str], code: int, text: str) -> None:
-    """One line that says what to do, and the code that --help promises."""
+def test_cli_errors_have_exit_codes(redis_url: str, arguments: list[str], code: int, text: str) -> None:
+    """One line says what to do, and the exit code is the one that --help lists."""
     first = [] if "--redis-url" in arguments else ["--redis-url", redis_url]
     result = CliRunner().invoke(main, [*first, *arguments])
     assert result.exit_code == code

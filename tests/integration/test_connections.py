@@ -1,4 +1,4 @@
-"""One client in many threads, green threads, forked processes and asyncio; its connections are bounded."""
+"""One client in many threads, green threads, forked processes and asyncio; its connections are limited."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ import gevent
 from shiwu import Client
 
 with Client(sys.argv[1], max_connections=20) as client:
-    def ask(number):
+    def tag_one(number):
         job_id = client.enqueue("s3://b/k", id=f"green-{number}")
         return client.wait(job_id, timeout_s=60).ok
-    tasks = [gevent.spawn(ask, number) for number in range(150)]
+    tasks = [gevent.spawn(tag_one, number) for number in range(150)]
     gevent.joinall(tasks, raise_error=True)
     print(sum(task.value for task in tasks))
 """
@@ -62,9 +62,9 @@ import asyncio, sys
 from shiwu import Client
 
 async def main(client):
-    def ask(number):
+    def tag_one(number):
         return client.wait(client.enqueue("s3://b/k", id=f"async-{number}"), timeout_s=60).ok
-    print(sum(await asyncio.gather(*[asyncio.to_thread(ask, number) for number in range(150)])))
+    print(sum(await asyncio.gather(*[asyncio.to_thread(tag_one, number) for number in range(150)])))
 
 with Client(sys.argv[1], max_connections=4) as client:
     asyncio.run(main(client))
@@ -73,7 +73,7 @@ with Client(sys.argv[1], max_connections=4) as client:
 
 @contextmanager
 def answering(client: redis.Redis) -> Iterator[None]:
-    """Whatever is enqueued meanwhile is answered, as by a worker."""
+    """Answers every job that is enqueued, as a worker does."""
     stopped = threading.Event()
     claims, ledger = make_lease_queue(client, "w"), make_committer(client, "w")
 
@@ -94,12 +94,12 @@ def answering(client: redis.Redis) -> Iterator[None]:
 def test_client_serves_more_threads_than_connections(
     redis_url: str, redis_client: redis.Redis, max_connections: int
 ) -> None:
-    """150 threads enqueue, wait and look at the queues; those that find no connection wait for one, or look again."""
+    """150 threads enqueue, wait and count; those without a connection wait for one, or poll."""
     before = len(redis_client.client_list())
     most = 0
     begin = threading.Barrier(THREADS)
 
-    def ask(client: Client, number: int) -> bool:
+    def tag_one(client: Client, number: int) -> bool:
         begin.wait(30)
         job_id = client.enqueue("s3://b/k", id=f"job-{number}")
         client.queue_state()
@@ -110,7 +110,7 @@ def test_client_serves_more_threads_than_connections(
         ThreadPoolExecutor(THREADS) as pool,
         answering(redis_client),
     ):
-        tasks = [pool.submit(ask, client, number) for number in range(THREADS)]
+        tasks = [pool.submit(tag_one, client, number) for number in range(THREADS)]
         while not all(task.done() for task in tasks):
             most = max(most, len(redis_client.client_list()) - before)
         assert [task.result() for task in tasks] == [True] * THREADS
@@ -121,8 +121,10 @@ def test_client_serves_more_threads_than_connections(
 @pytest.mark.parametrize(
     ("code", "count"), [(GEVENT, THREADS), (FORK, 1), (ASYNCIO, THREADS)], ids=["gevent", "fork", "asyncio"]
 )
-def test_client_works_under(redis_url: str, redis_client: redis.Redis, tmp_path: Path, code: str, count: int) -> None:
-    """Green threads wait for each other as threads do, a forked child opens its own connections."""
+def test_client_works_with_other_concurrency(
+    redis_url: str, redis_client: redis.Redis, tmp_path: Path, code: str, count: int
+) -> None:
+    """With green threads, forked processes and asyncio; a forked process opens its own connections."""
     command = [sys.executable, "-c", code, redis_url]
     process = Process(command, name="script", folder=tmp_path, env=clean_environment({}))
     with answering(redis_client), process:
@@ -141,8 +143,8 @@ def replicated(tmp_path: Path) -> Iterator[tuple[RedisServer, RedisServer]]:
             yield primary, replica
 
 
-def test_enqueue_is_confirmed_by_the_connection_that_wrote(replicated: tuple[RedisServer, RedisServer]) -> None:
-    """A replica that hangs with its connection open confirms nothing, and the caller is told."""
+def test_enqueue_with_replicas_waits_for_confirmation(replicated: tuple[RedisServer, RedisServer]) -> None:
+    """A replica that hangs with an open connection confirms nothing, and the caller gets an error."""
     primary, replica = replicated
     with Client(primary.url, timeout_s=2) as client:
         client.enqueue("s3://b/k", id="one", answer_by_s=60, replicas=1)
@@ -156,8 +158,8 @@ def test_enqueue_is_confirmed_by_the_connection_that_wrote(replicated: tuple[Red
         assert sum(client.queue_state().waiting.values()) == 3
 
 
-def test_held_transaction_is_whole_or_refused(redis_url: str, redis_client: redis.Redis) -> None:
-    """A command that cannot be queued, or fails, raises, and leaves the connection in order."""
+def test_transaction_on_a_connection_is_atomic(redis_url: str, redis_client: redis.Redis) -> None:
+    """A command that cannot be queued, or fails, raises an error and leaves the connection usable."""
     redis_client.set("text", "x")
     with connect(redis_url, timeout_s=5) as client, client.client() as one:  # type: ignore[no-untyped-call]  # redis' own
         assert run_on_connection(one, ("SET", "a", 1), ("GET", "a")) == [b"OK", b"1"]
@@ -169,8 +171,8 @@ def test_held_transaction_is_whole_or_refused(redis_url: str, redis_client: redi
         assert run_on_connection(one, ("GET", "a")) == [b"1"]
 
 
-def test_wait_needs_no_connection_that_others_hold(redis_url: str, redis_client: redis.Redis) -> None:
-    """One waits for an answer that does not come, and holds the only connection that listens; another is answered."""
+def test_wait_without_a_free_listener_polls(redis_url: str, redis_client: redis.Redis) -> None:
+    """One thread waits and holds the only connection that listens; another still gets its answer."""
     with Client(redis_url, max_connections=1) as client, ThreadPoolExecutor(2) as pool:
         held = pool.submit(lambda: list(client.as_answered(["never"], timeout_s=30)))
         wait_until(lambda: redis_client.pubsub_numsub("celery-task-meta-never")[0][1] == 1, timeout_s=10)

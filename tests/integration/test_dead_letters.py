@@ -1,4 +1,4 @@
-"""Dead letters: everything that ends without tags is kept whole, can be seen, sent again and dropped."""
+"""Dead letters: jobs that ended without tags are kept, listed, requeued and dropped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def client(redis_url: str) -> Iterator[Client]:
         yield connected
 
 
-def bury(
+def write_dead_letter(
     redis_client: redis.Redis,
     client: Client,
     job_id: str,
@@ -66,9 +66,9 @@ def bury(
     AnswerStore(redis_client, token="w", retention=lambda: Retention(dead_length=dead_length)).write([entry])
 
 
-def test_a_letter_keeps_everything(client: Client, redis_client: redis.Redis) -> None:
-    """Raw message, error, stage, attempts, worker and the time of death."""
-    bury(redis_client, client, "one")
+def test_dead_letter_has_message_and_answer(client: Client, redis_client: redis.Redis) -> None:
+    """Message, error, stage, attempts, worker, and the time when the job ended."""
+    write_dead_letter(redis_client, client, "one")
     letter = client.dead_letter("one")
     assert letter is not None
     assert letter.result.error is not None
@@ -79,11 +79,11 @@ def test_a_letter_keeps_everything(client: Client, redis_client: redis.Redis) ->
     assert client.dead_letter("other") is None
 
 
-def test_filters(client: Client, redis_client: redis.Redis) -> None:
-    """By code, stage, status, part of the reference, age; newest first, and no more than asked."""
-    bury(redis_client, client, "a1")
-    bury(redis_client, client, "a2", code=ErrorCode.SOURCE_NOT_FOUND)
-    bury(redis_client, client, "b1", code=ErrorCode.PICTURE_BROKEN, stage=Stage.DECODE)
+def test_dead_filter_selects_by_all_fields(client: Client, redis_client: redis.Redis) -> None:
+    """By code, stage, status, part of the reference and age; newest first, up to the limit."""
+    write_dead_letter(redis_client, client, "a1")
+    write_dead_letter(redis_client, client, "a2", code=ErrorCode.SOURCE_NOT_FOUND)
+    write_dead_letter(redis_client, client, "b1", code=ErrorCode.PICTURE_BROKEN, stage=Stage.DECODE)
 
     def ids(**fields: object) -> list[str]:
         return [letter.id for letter in client.dead_letters(DeadFilter(**fields))]  # type: ignore[arg-type]  # fields of DeadFilter
@@ -98,9 +98,9 @@ def test_filters(client: Client, redis_client: redis.Redis) -> None:
     assert len(list(client.dead_letters(limit=2))) == 2
 
 
-def test_a_requeue_is_a_new_life_with_the_old_id(client: Client, redis_client: redis.Redis) -> None:
-    """Its answer is forgotten, its attempts begin at 1, it is claimed and answered like any other, once."""
-    bury(redis_client, client, "one")
+def test_requeue_starts_again_with_the_same_id(client: Client, redis_client: redis.Redis) -> None:
+    """The old answer is removed, attempts start at 1, and the job is answered once like any other."""
+    write_dead_letter(redis_client, client, "one")
     assert client.answer("one") is not None
     assert client.requeue(["one", "never-was"]) == ["one"]
     assert client.answer("one") is None
@@ -113,18 +113,18 @@ def test_a_requeue_is_a_new_life_with_the_old_id(client: Client, redis_client: r
     assert redis_client.exists(DEAD, DEAD_ANSWERS, DEAD_MESSAGES) == 0
 
 
-def test_drop_forgets_the_letter_and_not_the_answer(client: Client, redis_client: redis.Redis) -> None:
-    """The answer stays under its key, and the id stays answered."""
-    bury(redis_client, client, "one")
+def test_drop_deletes_the_letter_but_not_the_answer(client: Client, redis_client: redis.Redis) -> None:
+    """The answer stays under its key, and the id still counts as answered."""
+    write_dead_letter(redis_client, client, "one")
     assert client.drop(["one", "never-was"]) == 1
     assert client.dead_letter("one") is None
     assert client.answer("one") is not None
 
 
-def test_number_and_age_are_bounded(client: Client, redis_client: redis.Redis) -> None:
-    """The oldest go first, counted; what is too old goes when somebody tends."""
+def test_dead_letters_are_limited_by_number_and_age(client: Client, redis_client: redis.Redis) -> None:
+    """The oldest are dropped first and counted; maintenance removes those that are too old."""
     for number in range(8):
-        bury(redis_client, client, f"j{number}", dead_length=5)
+        write_dead_letter(redis_client, client, f"j{number}", dead_length=5)
     assert {letter.id for letter in client.dead_letters()} == {f"j{n}" for n in range(3, 8)}
     assert client.queue_state().counters["dead_dropped"] == 3
     redis_client.zadd(DEAD, {"j3": 1.0})
@@ -133,10 +133,10 @@ def test_number_and_age_are_bounded(client: Client, redis_client: redis.Redis) -
     assert redis_client.hlen(DEAD_ANSWERS) == redis_client.hlen(DEAD_MESSAGES) == 4
 
 
-def test_the_command_line(client: Client, redis_client: redis.Redis, redis_url: str) -> None:
-    """list, show, requeue and drop, with filters and dry run; a command without a choice does nothing."""
+def test_cli_dead_lists_shows_requeues_and_drops(client: Client, redis_client: redis.Redis, redis_url: str) -> None:
+    """With filters and dry run; a command without ids or filters does nothing."""
     for job_id in ("one", "two"):
-        bury(redis_client, client, job_id)
+        write_dead_letter(redis_client, client, job_id)
 
     def run(*args: str, code: int = 0) -> str:
         result = CliRunner().invoke(main, ["--redis-url", redis_url, "dead", *args])
@@ -157,10 +157,10 @@ def test_the_command_line(client: Client, redis_client: redis.Redis, redis_url: 
     assert redis_client.zcard(DEAD) == 0
 
 
-def test_a_rejected_picture_lies_there_and_is_tagged_after_a_requeue(
+def test_rejected_image_is_tagged_after_requeue(
     start_worker: StartWorker, redis_url: str, client: Client, redis_client: redis.Redis, http_server: PictureServer
 ) -> None:
-    """A real worker: 404 today, there tomorrow."""
+    """A real worker: the image is missing first, and exists before the requeue."""
     url = http_server.serve("/late.png", Reply.error(404), Reply.picture(pictures.png(pictures.picture())))
     start_worker(redis_url=redis_url)
     client.enqueue(url, id="late")

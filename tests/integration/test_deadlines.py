@@ -1,4 +1,4 @@
-"""Nobody waits for ever: cancelled, revoked, out of time; with workers and without."""
+"""Every caller gets an answer: jobs are cancelled, revoked or out of time, with and without workers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def client(redis_url: str) -> Iterator[Client]:
         yield connected
 
 
-def test_a_cancelled_job_is_answered_at_once_and_never_claimed(client: Client, redis_client: redis.Redis) -> None:
-    """The answer is `cancelled`; the message in the lane is dropped when it is met."""
+def test_cancelled_job_is_answered_and_never_claimed(client: Client, redis_client: redis.Redis) -> None:
+    """The answer is `cancelled`; the message in the lane is dropped when it is claimed."""
     client.enqueue("s3://b/k.jpg", id="one")
     assert client.cancel(["one"], reason="upload was deleted") == ["one"]
     result = client.wait("one", timeout_s=1)
@@ -39,8 +39,8 @@ def test_a_cancelled_job_is_answered_at_once_and_never_claimed(client: Client, r
     assert make_lease_queue(redis_client, "w").claim(5).jobs == ()
 
 
-def test_a_cancel_wins_over_a_worker_that_holds_the_job(client: Client, redis_client: redis.Redis) -> None:
-    """Its late answer is discarded and counted."""
+def test_cancel_of_a_claimed_job_discards_its_answer(client: Client, redis_client: redis.Redis) -> None:
+    """The late answer of the worker is discarded and counted."""
     client.enqueue("s3://b/k.jpg", id="one")
     [job] = make_lease_queue(redis_client, "w").claim(5).jobs
     assert client.cancel("one") == ["one"]
@@ -50,10 +50,10 @@ def test_a_cancel_wins_over_a_worker_that_holds_the_job(client: Client, redis_cl
     assert redis_client.xlen(RESULT_STREAM) == 1
 
 
-def test_a_cancelled_job_that_a_worker_loads_is_not_encoded(
+def test_cancelled_job_in_loading_is_not_encoded(
     start_worker: StartWorker, redis_url: str, client: Client, http_server: PictureServer
 ) -> None:
-    """A real worker hears of it while the picture is fetched, and spends no device time on it."""
+    """A real worker is notified while it fetches the image, and uses no device time for it."""
     data = pictures.png(pictures.picture())
     slow = http_server.serve("/slow.png", Reply.picture(data).late(first_pause_s=2))
     worker = start_worker(redis_url=redis_url, env={"SHIWU_LOG_LEVEL": "debug"})
@@ -68,8 +68,8 @@ def test_a_cancelled_job_that_a_worker_loads_is_not_encoded(
     assert not any("encode_ms" in line for line in lines), lines
 
 
-def test_revoke_of_a_job_that_lies_in_a_lane(client: Client, redis_client: redis.Redis, redis_url: str) -> None:
-    """Celery's revoke names any id: it is remembered, and the job is answered when it is claimed."""
+def test_revoke_of_a_waiting_job_is_remembered(client: Client, redis_client: redis.Redis, redis_url: str) -> None:
+    """Celery's revoke names any id; the job is answered when it is claimed."""
     client.enqueue("s3://b/k.jpg", id="waiting")
     client.enqueue("s3://b/k.jpg", id="later", countdown_s=300)
     revoker = Revoker(redis_client, make_committer(redis_client, "revoke"))
@@ -82,8 +82,8 @@ def test_revoke_of_a_job_that_lies_in_a_lane(client: Client, redis_client: redis
     assert not redis_client.exists(done_key("foreign"))
 
 
-def test_revokes_beyond_those_remembered_are_told(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest are forgotten, as Celery does, and the log says how many."""
+def test_dropped_revokes_are_logged(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest revokes are dropped, as in Celery, and the log has their number."""
     monkeypatch.setattr("shiwu_worker.celery_worker.revoke.MAX_REMEMBERED", 10)
     revoker = Revoker(redis_client, make_committer(redis_client, "revoke"))
     with structlog.testing.capture_logs() as said:
@@ -94,7 +94,7 @@ def test_revokes_beyond_those_remembered_are_told(redis_client: redis.Redis, mon
     assert redis_client.zcard(REVOKED) == 10
 
 
-def test_answer_by_holds_without_any_worker(client: Client, redis_client: redis.Redis, redis_url: str) -> None:
+def test_answer_by_without_a_worker_is_kept_by_sweep(client: Client, redis_client: redis.Redis, redis_url: str) -> None:
     """A sweep answers `expired` when the time is over; the message in the lane is then dropped."""
     client.enqueue("s3://b/k.jpg", id="due", answer_by_s=0.3)
     client.enqueue("s3://b/k.jpg", id="patient", answer_by_s=300)
@@ -112,10 +112,10 @@ def test_answer_by_holds_without_any_worker(client: Client, redis_client: redis.
     assert [job.id for job in make_lease_queue(redis_client, "w").claim(5).jobs] == ["patient"]
 
 
-def test_answer_by_holds_while_a_worker_is_busy(
+def test_answer_by_is_kept_while_a_worker_is_busy(
     start_worker: StartWorker, redis_url: str, client: Client, http_server: PictureServer
 ) -> None:
-    """A worker answers for a picture that it is still fetching."""
+    """A worker answers for an image that it is still fetching."""
     slow = http_server.serve("/slow.png", Reply.picture(pictures.png(pictures.picture())).late(first_pause_s=8))
     start_worker(redis_url=redis_url)
     client.enqueue(slow, id="slow", answer_by_s=1.5)
@@ -124,8 +124,8 @@ def test_answer_by_holds_while_a_worker_is_busy(
     assert (result.error.code if result.error else None) is ErrorCode.EXPIRED
 
 
-def test_expired_messages_are_answered_where_no_worker_runs(client: Client, redis_client: redis.Redis) -> None:
-    """The sweep takes them out of the lane, whoever sent them; the others keep their order."""
+def test_sweep_answers_expired_messages(client: Client, redis_client: redis.Redis) -> None:
+    """The sweep removes them from the lane; the others keep their order."""
     for number in range(30):
         expires_s = 0.001 if number % 3 == 0 else None
         client.enqueue("s3://b/k.jpg", id=f"j{number}", lane="bulk", expires_s=expires_s, metadata=number)
@@ -138,20 +138,20 @@ def test_expired_messages_are_answered_where_no_worker_runs(client: Client, redi
     assert left == [f"j{n}" for n in range(30) if n % 3]
 
 
-def test_the_sweep_command_does_a_round(client: Client, redis_client: redis.Redis, redis_url: str) -> None:
-    """Jobs of a dead worker go back, and the numbers are printed as JSON."""
+def test_cli_sweep_requeues_jobs_and_prints_json(client: Client, redis_client: redis.Redis, redis_url: str) -> None:
+    """Jobs of a crashed worker are requeued, and the queue sizes are printed as JSON."""
     client.enqueue("s3://b/k.jpg", id="one")
     make_lease_queue(redis_client, "dead", lease_s=0.0).claim(1)
     result = CliRunner().invoke(main, ["--redis-url", redis_url, "sweep", "--once"])
     assert result.exit_code == 0, result.output
-    told = json.loads(result.output)
-    assert told["swept"]["reaped"] == 1
-    assert told["queues"]["waiting"]["interactive"] == 1
+    printed = json.loads(result.output)
+    assert printed["swept"]["reaped"] == 1
+    assert printed["queues"]["waiting"]["interactive"] == 1
     assert [job.attempt for job in make_lease_queue(redis_client, "w").claim(1).jobs] == [2]
 
 
-def test_one_sweep_ends_all_expired_messages(client: Client, redis_client: redis.Redis) -> None:
-    """Those that it takes out of the lane make the others move up; none is passed over."""
+def test_sweep_skips_no_expired_message(client: Client, redis_client: redis.Redis) -> None:
+    """Messages that are removed make the others move up; none is skipped."""
     images = [f"s3://b/{number}" for number in range(3000)]
     list(client.enqueue_many(images, expires_s=0.0))
     client.enqueue("s3://b/k.jpg", lane="bulk", id="stays")
@@ -159,17 +159,17 @@ def test_one_sweep_ends_all_expired_messages(client: Client, redis_client: redis
     assert redis_client.llen(Lane.BULK.queue) == 1
 
 
-def test_sweeps_look_at_long_lanes_in_turn(
+def test_sweeps_check_long_lanes_part_by_part(
     client: Client, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A round has a limit, and says how much it left; the next one goes on from there."""
+    """One sweep checks a limited number and reports the rest; the next one continues there."""
     monkeypatch.setattr("shiwu.broker.maintenance.CHUNK_SIZE", 10)
     monkeypatch.setattr("shiwu.broker.maintenance.MAX_CHECKED", 20)
     list(client.enqueue_many([f"s3://b/{number}" for number in range(50)]))
     client.enqueue("s3://b/k.jpg", lane="bulk", id="late", expires_s=0.0)
     list(client.enqueue_many([f"s3://b/{number}" for number in range(9)]))
     rounds = [client.sweep() for _ in range(3)]
-    assert [(one.expired, one.not_looked_at) for one in rounds] == [(0, 40), (0, 40), (1, 40)]
+    assert [(report.expired, report.not_looked_at) for report in rounds] == [(0, 40), (0, 40), (1, 40)]
     assert client.wait("late", timeout_s=1).status is Status.EXPIRED
     make_lease_queue(redis_client, "w").claim(30)
     assert [client.sweep().not_looked_at for _ in range(3)] == [9, 20, 9]

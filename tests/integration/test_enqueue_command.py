@@ -40,8 +40,8 @@ def waiting(client: redis.Redis) -> int:
     return sum(int(client.llen(key)) for key in Lane.BULK.keys)
 
 
-def test_enqueue_without_wait_ends_at_the_limit(redis_url: str, redis_client: redis.Redis) -> None:
-    """What fitted was enqueued and printed; the rest is told with exit code 4."""
+def test_cli_enqueue_without_wait_ends_at_the_limit(redis_url: str, redis_client: redis.Redis) -> None:
+    """Ids that were enqueued are printed; then it ends with exit code 4."""
     result = run(redis_url, "--limit", "10", "--no-wait")
     assert result.exit_code == 4
     assert len(result.stdout.split()) == waiting(redis_client) == 10
@@ -49,8 +49,8 @@ def test_enqueue_without_wait_ends_at_the_limit(redis_url: str, redis_client: re
     assert "queue_full" in result.stderr
 
 
-def test_enqueue_waits_for_room(redis_url: str, redis_client: redis.Redis) -> None:
-    """By default; standard error says that it waits, and the lane never holds more than its limit."""
+def test_cli_enqueue_waits_for_space_in_the_lane(redis_url: str, redis_client: redis.Redis) -> None:
+    """By default; standard error reports the wait, and the lane never holds more than its limit."""
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run, redis_url, "--limit", "10")
         answered = 0
@@ -64,8 +64,8 @@ def test_enqueue_waits_for_room(redis_url: str, redis_client: redis.Redis) -> No
     assert "lane bulk, which holds" in result.stderr
 
 
-def test_enqueue_with_ids_from_references_runs_twice(redis_url: str, redis_client: redis.Redis) -> None:
-    """The second run prints the same ids and leads to no second answer; other labels are another question."""
+def test_cli_enqueue_with_id_from_runs_twice(redis_url: str, redis_client: redis.Redis) -> None:
+    """The second run prints the same ids and adds no jobs; other labels give other ids."""
     first = run(redis_url, "--id-from", "reference").stdout
     second = run(redis_url, "--id-from", "reference").stdout
     assert first == second
@@ -77,8 +77,8 @@ def test_enqueue_with_ids_from_references_runs_twice(redis_url: str, redis_clien
     assert not set(first.split()) & set(third.split())
 
 
-def test_enqueue_takes_ids_from_lines(redis_url: str) -> None:
-    """An id and a tab before the reference; lines without one get an id as before."""
+def test_cli_enqueue_reads_ids_from_lines(redis_url: str) -> None:
+    """An id and a tab before the reference; other lines get a new id."""
     text = "# mine\norder 1\ts3://b/1\n\ns3://b/2\norder 3\t s3://b/3 \n"
     ids = run(redis_url, text=text).stdout.splitlines()
     assert (ids[0], ids[2], len(ids)) == ("order 1", "order 3", 3)
@@ -87,13 +87,13 @@ def test_enqueue_takes_ids_from_lines(redis_url: str) -> None:
     assert "invalid_reference" in refused.stderr
 
 
-def test_enqueue_tells_at_once_that_redis_is_not_there() -> None:
-    """It waits for a Redis that goes away, not for one that was never there."""
+def test_cli_enqueue_without_redis_fails_immediately() -> None:
+    """It waits for a Redis that becomes unavailable, not for one that never answered."""
     assert run("redis://127.0.0.1:1").exit_code == 4
 
 
-def test_enqueue_interrupted_says_how_much_was_enqueued(redis_url: str, redis_client: redis.Redis) -> None:
-    """Ctrl-C in a real process that waits for room."""
+def test_cli_enqueue_interrupted_reports_the_count(redis_url: str, redis_client: redis.Redis) -> None:
+    """Ctrl-C in a real process that waits for space."""
     command = [sys.executable, "-m", "shiwu.cli", "--redis-url", redis_url, "enqueue", "-", "--limit", "10"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=clean_environment({}), text=True, **pipes) as process:  # type: ignore[call-overload]
@@ -110,10 +110,10 @@ def test_enqueue_interrupted_says_how_much_was_enqueued(redis_url: str, redis_cl
     assert "Traceback" not in rest
 
 
-def test_enqueue_many_waits_for_room_and_for_redis(
+def test_enqueue_many_waits_for_space_and_for_redis(
     redis_url: str, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """For as long as the caller says; a portion that is sent again keeps its ids."""
+    """For up to `wait_s`; a portion that is sent again keeps its ids."""
     with FaultProxy(redis_url) as proxy, Client(proxy.url, max_waiting=10, timeout_s=1) as client:
         assert len(list(client.enqueue_many([f"s3://b/{n}" for n in range(10)]))) == 10
         with pytest.raises(QueueFull):

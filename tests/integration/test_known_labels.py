@@ -1,4 +1,4 @@
-"""The labels behind a digest: noted by the worker that answers, bounded, and told by client and command line."""
+"""The labels behind a digest: stored by workers, limited, and shown by the client and the command line."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def settled(label_set: LabelSet | None) -> CommittedJob:
     return CommittedJob(job, entry, commit_s=0.0, is_first=True)
 
 
-def test_digest_of_an_answer_tells_its_labels(shared_worker: WorkerProcess, s3: S3Server) -> None:
-    """Words of a request, and a set by its name with its templates."""
+def test_digest_of_an_answer_gives_its_labels(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """Labels of a request, and a label set by its name with its templates."""
     reference = s3.put("known-labels", pictures.jpeg(pictures.picture("熊猫")))
     base = ["--redis-url", shared_worker.redis_url, "labels"]
     with Client(shared_worker.redis_url) as client:
@@ -46,8 +46,8 @@ def test_digest_of_an_answer_tells_its_labels(shared_worker: WorkerProcess, s3: 
         by_name = wait_until(lambda: client.known_labels(str(named.labels and named.labels.digest)), timeout_s=10)
         assert (by_name.name, len(by_name.labels)) == ("six-zh", named.labels.count)
         assert client.known_labels("0" * 32) is None
-    told = CliRunner().invoke(main, [*base, digest])
-    assert (told.exit_code, told.output) == (0, "熊猫\n汽车\n")
+    shown = CliRunner().invoke(main, [*base, digest])
+    assert (shown.exit_code, shown.output) == (0, "熊猫\n汽车\n")
     as_json = json.loads(CliRunner().invoke(main, [*base, digest, "--json"]).output)
     assert as_json["labels"] == ["熊猫", "汽车"]
     unknown = CliRunner().invoke(main, [*base, "nothing"])
@@ -55,7 +55,7 @@ def test_digest_of_an_answer_tells_its_labels(shared_worker: WorkerProcess, s3: 
     assert "expected the digest" in unknown.output
 
 
-def test_notes_of_requests_are_bounded(redis_client: redis.Redis) -> None:
+def test_label_sets_of_requests_are_limited(redis_client: redis.Redis) -> None:
     """In number and in bytes; sets with a name stay."""
     notes = KnownLabelStore(redis_client)
     notes.note([KnownLabels(digest="named", labels=("a",), name="own")])
@@ -73,14 +73,14 @@ def test_notes_of_requests_are_bounded(redis_client: redis.Redis) -> None:
     assert newest.labels == ("label 1049",)
 
 
-def test_note_of_another_kind_is_no_label_set(redis_client: redis.Redis) -> None:
+def test_unreadable_label_set_is_not_known(redis_client: redis.Redis) -> None:
     """What cannot be read is not known."""
     redis_client.hset(LABELS, "odd", "not json")
     assert KnownLabelStore(redis_client).find("odd") is None
 
 
-def test_set_is_noted_once_and_errors_cost_nothing(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call for many answers with one set; a Redis that refuses is asked again an hour later."""
+def test_label_set_is_stored_once(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for many answers with one set; after an error of Redis the worker retries an hour later."""
     notes = KnownLabelStore(redis_client)
     calls: list[int] = []
     write = notes.note

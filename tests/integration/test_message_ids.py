@@ -25,7 +25,7 @@ IMAGE = "s3://b/k"
 SHAPES = shapes(IMAGE)
 BY_WORKER = {
     *("large number", "protocol 1, packed", "protocol 1, long body", "protocol 1, id behind arguments"),
-    *("lone surrogate in the id", "lone surrogate beside the id", "5 MB", "5 MB, protocol 1", "5 MB, plain body"),
+    *("lone surrogate in the id", "lone surrogate next to the id", "5 MB", "5 MB, protocol 1", "5 MB, plain body"),
     *("256 bytes", "form of a digest"),
 }
 """Shapes whose id only the worker finds; all others are found by the claim, so that copies and revokes meet there."""
@@ -48,8 +48,8 @@ def claim(client: redis.Redis, raw: bytes) -> Any:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_answer_goes_under_the_id_of_the_caller(client: redis.Redis, name: str) -> None:
-    """Whatever the shape of the message."""
+def test_answer_is_stored_under_the_id_of_the_caller(client: redis.Redis, name: str) -> None:
+    """Whatever the form of the message."""
     raw, expected, outcome = SHAPES[name]
     claimed = claim(client, raw)
     job = open_job(claimed)
@@ -72,8 +72,8 @@ def test_answer_goes_under_the_id_of_the_caller(client: redis.Redis, name: str) 
         b'{"body":"{\\"id\\":\\"\\\\x\\"' + b"x" * 5_000_000 + b'"}',
     ],
 )
-def test_no_id_is_found_where_there_is_none(raw: bytes) -> None:
-    """Nothing is raised, and nothing is made up."""
+def test_message_without_an_id_gives_none(raw: bytes) -> None:
+    """Nothing is raised, and no id is invented."""
     assert find_id(raw) is None
 
 
@@ -113,20 +113,20 @@ def messages(draw: st.DrawFn) -> bytes:
 @given(messages())
 @settings(max_examples=150)
 def test_claim_script_and_reader_find_the_same_id(client: redis.Redis, raw: bytes) -> None:
-    """A sweep answers by the reader's id what a worker answers by the script's."""
+    """A sweep uses the id of the reader, and a worker that of the script."""
     claimed = claim(client, raw)
-    told = open_job(claimed).log_id
+    log_id = open_job(claimed).log_id
     try:
         read = read_message(raw).id
     except RequestError:
-        assert is_digest(told) or told == find_id(raw)
+        assert is_digest(log_id) or log_id == find_id(raw)
     else:
-        assert read == told
+        assert read == log_id
         assert is_digest(claimed.id) or claimed.id == read
 
 
-def test_copies_of_a_protocol_1_message_are_one_job(client: redis.Redis) -> None:
-    """The claim knows them by their id, whichever protocol each was sent in."""
+def test_duplicates_of_both_protocols_are_one_job(client: redis.Redis) -> None:
+    """The claim recognises duplicates by their id, whichever protocol each was sent in."""
     client.delete(CLAIMS, LEASES, "shiwu.bulk")
     client.lpush(
         "shiwu.bulk", protocol_1("same", IMAGE), protocol_2("same", IMAGE), protocol_1("same", IMAGE, retries=1)
@@ -135,8 +135,8 @@ def test_copies_of_a_protocol_1_message_are_one_job(client: redis.Redis) -> None
 
 
 @pytest.mark.parametrize("name", sorted(BY_WORKER))
-def test_answer_ends_the_claim_that_has_another_name(client: redis.Redis, name: str) -> None:
-    """The claim is named by a digest, the answer by the id: neither claim nor lease is left behind."""
+def test_answer_ends_a_claim_named_by_digest(client: redis.Redis, name: str) -> None:
+    """The claim has the digest and the answer has the id; neither claim nor lease is left."""
     raw, expected, _ = SHAPES[name]
     claimed = claim(client, raw)
     client.delete(done_key(expected))

@@ -31,7 +31,7 @@ def put_samples(*, endpoint_url: str, s3: S3Server, patience_s: float) -> subpro
     )
 
 
-def test_each_sample_lies_under_the_name_of_what_it_shows(s3: S3Server) -> None:
+def test_samples_are_stored_under_their_names(s3: S3Server) -> None:
     """Every file of samples.json, byte for byte."""
     done = put_samples(endpoint_url=s3.endpoint_url, s3=s3, patience_s=30)
     assert done.returncode == 0, done.stderr
@@ -42,8 +42,8 @@ def test_each_sample_lies_under_the_name_of_what_it_shows(s3: S3Server) -> None:
         assert body == (SAMPLES / row["file"]).read_bytes()
 
 
-def test_a_store_that_is_not_there_is_an_error_that_says_so(s3: S3Server) -> None:
-    """It gives up, and the producer's container is then not started."""
+def test_samples_without_a_store_fail_with_an_error(s3: S3Server) -> None:
+    """The command gives up, and the container of the producer is then not started."""
     done = put_samples(endpoint_url=f"http://{LOOPBACK}:{free_ports(1)[0]}", s3=s3, patience_s=0.5)
     assert done.returncode == 1
     assert "expected to put s3://" in done.stderr

@@ -24,8 +24,8 @@ def send(client: redis.Redis, lane: Lane, *ids: str, key: str | None = None, age
         client.lpush(key or lane.queue, message)
 
 
-def test_it_counts_what_waits_and_how_old_the_oldest_is(redis_client: redis.Redis) -> None:
-    """In all lanes and priorities; a message that nobody can read has no age."""
+def test_snapshot_has_counts_and_age_of_the_oldest(redis_client: redis.Redis) -> None:
+    """In all lanes and priorities; an unreadable message has no age."""
     send(redis_client, Lane.BULK, "a", age_s=60)
     send(redis_client, Lane.BULK, "b")
     send(redis_client, Lane.BULK, "c", key=Lane.BULK.keys[1])
@@ -37,8 +37,8 @@ def test_it_counts_what_waits_and_how_old_the_oldest_is(redis_client: redis.Redi
     assert 60_000 <= seen.at_ms - seen.oldest_ms[Lane.BULK] < 120_000
 
 
-def test_one_counts_for_all_until_it_is_old(redis_client: redis.Redis) -> None:
-    """A second worker gets what the first one saw; what is no look of ours is counted anew."""
+def test_snapshot_is_shared_until_it_is_too_old(redis_client: redis.Redis) -> None:
+    """A second worker gets the snapshot of the first; an unreadable snapshot is replaced."""
     first = shared_snapshot(redis_client, max_age_s=5)
     send(redis_client, Lane.BULK, "a")
     assert shared_snapshot(redis_client, max_age_s=5) == first
@@ -48,8 +48,8 @@ def test_one_counts_for_all_until_it_is_old(redis_client: redis.Redis) -> None:
     assert shared_snapshot(redis_client, max_age_s=5).waiting[Lane.BULK] == 1
 
 
-def test_a_watch_goes_on_after_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redis away, and a defect: numbers wait, the next look comes."""
+def test_queue_monitor_goes_on_after_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error of Redis and after a defect, the next count comes."""
     monkeypatch.setattr("shiwu_worker.telemetry.queue_monitor.SNAPSHOT_EVERY_S", 0.02)
     errors: list[Exception] = [redis.ConnectionError("away"), ValueError("a defect"), ValueError("again")]
     seen: list[int] = []

@@ -1,4 +1,4 @@
-"""What real servers say, and which row of the table of Redis errors it is."""
+"""Errors of real servers, and their rows in the table of Redis errors."""
 
 from __future__ import annotations
 
@@ -231,15 +231,15 @@ CASES: list[tuple[Callable[[Place], None], RedisCode]] = [
 
 @pytest.mark.parametrize(("provoke", "code"), CASES, ids=[provoke.__name__ for provoke, _ in CASES])
 def test_redis_error_has_its_code(place: Place, provoke: Callable[[Place], None], code: RedisCode) -> None:
-    """As a real server, or the way to it, brings it about; the sentence names the code and what to do."""
+    """Real servers and proxies cause the errors; the text has the code and what to do."""
     with pytest.raises((redis.RedisError, OSError)) as caught:
         provoke(place)
     assert classify(caught.value) is code
     assert explain(caught.value).startswith(f"{code.value}: {REDIS_ERRORS[code].meaning}")
 
 
-def test_every_redis_code_has_a_row_and_a_case() -> None:
-    """No row that nothing has shown to be right; a start ends only by what the operator must change."""
+def test_redis_codes_have_a_row_and_a_case_each() -> None:
+    """Every row is shown by a case; only errors that the operator must fix end the start."""
     assert set(REDIS_ERRORS) == {code for _, code in CASES} == set(RedisCode)
     for info in REDIS_ERRORS.values():
         assert info.meaning.endswith(".")
@@ -264,7 +264,7 @@ def test_every_redis_code_has_a_row_and_a_case() -> None:
     ],
 )
 def test_error_text_has_its_code(text: str, code: RedisCode) -> None:
-    """The word that says it is not always the first one, and a command's own words say nothing."""
+    """The word of the code is not always the first one, and words of the command do not count."""
     assert classify(redis.ResponseError(text)) is code
 
 
@@ -278,8 +278,8 @@ def test_error_text_has_its_code(text: str, code: RedisCode) -> None:
     ],
 )
 @pytest.mark.parametrize("command", ["status", "sweep"])
-def test_cli_says_in_one_line_what_is_wrong(url: str, exit_code: int, words: str, command: str) -> None:
-    """No traceback; 64 where nothing but another setting helps, 4 where Redis may come."""
+def test_cli_reports_redis_errors_in_one_line(url: str, exit_code: int, words: str, command: str) -> None:
+    """No traceback; exit code 64 where only another setting helps, 4 where Redis may become available."""
     arguments = [command] if command == "status" else [command, "--once"]
     result = CliRunner().invoke(main, arguments, env={"SHIWU_REDIS_URL": url})
     assert result.exit_code == exit_code, result.output
@@ -287,8 +287,8 @@ def test_cli_says_in_one_line_what_is_wrong(url: str, exit_code: int, words: str
     assert result.output.count("\n") == 1
 
 
-def test_cli_ends_with_64_where_redis_refuses_for_good(place: Place) -> None:
-    """A wrong password, also for the command that otherwise goes on while Redis is away."""
+def test_cli_wrong_password_exits_with_64(place: Place) -> None:
+    """Also for the command that otherwise goes on while Redis is unavailable."""
     url = place.server().url.replace("://", "://nobody:wrong@")
     for arguments in (["status"], ["sweep"], ["results"]):
         result = CliRunner().invoke(main, ["--redis-url", url, *arguments])
@@ -296,16 +296,16 @@ def test_cli_ends_with_64_where_redis_refuses_for_good(place: Place) -> None:
 
 
 @pytest.mark.parametrize("cause", [OSError("gone"), ssl.SSLEOFError("end"), ssl.SSLSyscallError("I/O"), TimeoutError()])
-def test_broken_connection_passes(cause: OSError) -> None:
-    """With TLS, too: what ends in the middle says nothing of certificates."""
+def test_lost_connection_is_retried(cause: OSError) -> None:
+    """A TLS connection that is lost in the middle is not a certificate error."""
     error = redis.ConnectionError("lost")
     error.__cause__ = cause
     assert info_of(error).passes
     assert info_of(cause).passes
 
 
-def test_worker_ends_with_64_before_it_loads_a_model(place: Place, start_worker: StartWorker) -> None:
-    """Said once, in one line, where nothing but another setting helps."""
+def test_worker_with_wrong_redis_exits_before_loading(place: Place, start_worker: StartWorker) -> None:
+    """It reports once, in one line, where only another setting helps."""
     worker = start_worker(redis_url=place.server().url[:-1] + "99", ready=False, model="/no/such/model")
     assert worker.wait(timeout_s=60) == 64
     text = worker.log_text()
@@ -313,8 +313,8 @@ def test_worker_ends_with_64_before_it_loads_a_model(place: Place, start_worker:
     assert "Traceback" not in text
 
 
-def test_worker_ends_with_64_when_redis_comes_and_refuses(place: Place, start_worker: StartWorker) -> None:
-    """A worker that starts before its Redis waits for it; that the login is wrong, it learns only then."""
+def test_worker_refused_by_late_redis_exits_with_64(place: Place, start_worker: StartWorker) -> None:
+    """A worker that starts before its Redis waits for it, and only then sees that the login is wrong."""
     server = place.server(requirepass="secret")
     url = server.url.replace("://", "://:wrong@")
     server.stop()

@@ -164,9 +164,7 @@ def test_sentinel_url_serves_client_broker_and_backend(
         assert classify(caught.value) is RedisCode.LOGIN
 
 
-def test_worker_over_tls_sends_callbacks_and_hears_revokes(
-    place: Place, start_worker: StartWorker, tmp_path: Path
-) -> None:
+def test_worker_over_tls_handles_callbacks_and_revokes(place: Place, start_worker: StartWorker, tmp_path: Path) -> None:
     """A real worker: what follows in a chain runs, and Celery's revoke cancels a job that waits for its time."""
     (tmp_path / "x.png").write_bytes(pictures.png(pictures.picture().resize((64, 64))))
     image = (tmp_path / "x.png").as_uri()

@@ -37,8 +37,8 @@ def store(client: redis.Redis, status: str, result: Any) -> None:
     client.set(result_key("job"), json.dumps(meta))
 
 
-def test_celery_get_raises_shiwu_job_failed(redis_url: str, redis_client: redis.Redis) -> None:
-    """In a process that has imported only `shiwu`; Celery looks for the class in the modules that are loaded."""
+def test_celery_get_raises_job_failed_of_shiwu(redis_url: str, redis_client: redis.Redis) -> None:
+    """In a process that has imported only `shiwu`; Celery looks for the class in loaded modules."""
     error = ErrorInfo(code=ErrorCode.SOURCE_NOT_FOUND, message="no such key")
     answer = Answer(id="job", status=Status.REJECTED, error=error)
     AnswerStore(redis_client, token="w").write([AnswerEntry(id="job", answer=answer)])
@@ -54,10 +54,10 @@ def test_celery_get_raises_shiwu_job_failed(redis_url: str, redis_client: redis.
         ("REVOKED", REVOKED, (Status.EXPIRED, ErrorCode.EXPIRED)),
     ],
 )
-def test_follower_of_failed_chain_is_an_answer(
+def test_task_after_a_failed_job_has_an_answer(
     redis_url: str, redis_client: redis.Redis, status: str, result: Any, expected: tuple[Status, ErrorCode]
 ) -> None:
-    """The worker stores the error of the job before it; `wait` and `answer` tell it as this job's."""
+    """The worker stores the error of the failed job for the next one, whose callers get it as their answer."""
     store(redis_client, status, result)
     with Client(redis_url) as client:
         for found in (client.answer("job"), client.wait("job", timeout_s=5)):
@@ -79,8 +79,10 @@ def test_follower_of_failed_chain_is_an_answer(
         ("STARTED", {"pid": 1, "hostname": "h"}),
     ],
 )
-def test_foreign_result_is_named_as_such(redis_url: str, redis_client: redis.Redis, status: str, result: Any) -> None:
-    """One error type for whatever another Celery task has stored under the id."""
+def test_result_of_another_task_raises_foreign_result(
+    redis_url: str, redis_client: redis.Redis, status: str, result: Any
+) -> None:
+    """One error type for everything that another Celery task may store under the id."""
     store(redis_client, status, result)
     with Client(redis_url) as client:
         for ask in (lambda: client.answer("job"), lambda: client.wait("job", timeout_s=5)):
@@ -88,8 +90,8 @@ def test_foreign_result_is_named_as_such(redis_url: str, redis_client: redis.Red
                 ask()
 
 
-def test_unreadable_result_is_foreign(redis_url: str, redis_client: redis.Redis) -> None:
-    """A task of an application with another serializer, for one."""
+def test_unreadable_result_raises_foreign_result(redis_url: str, redis_client: redis.Redis) -> None:
+    """For example of an application with another serializer."""
     redis_client.set(result_key("job"), b"\x80\x04pickle")
     with Client(redis_url) as client, pytest.raises(ForeignResult, match="JSON"):
         client.answer("job")

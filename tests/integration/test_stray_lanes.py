@@ -1,4 +1,4 @@
-"""Lists that look like lanes and that nobody reads: found by name, shown by `shiwu status` and `--check`."""
+"""Lists that look like lanes and that no worker reads: `shiwu status` and `--check` show them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def send(url: str, **options: object) -> None:
         ({"priority_steps": list(range(10))}, "shiwu.bulk\x06\x165"),
     ],
 )
-def test_options_of_a_client_that_lead_elsewhere(
+def test_stray_lane_of_other_options_is_found(
     redis_url: str, redis_client: redis.Redis, options: dict[str, object], key: str
 ) -> None:
     """Each of kombu's options that moves a message; lanes themselves are never named."""
@@ -44,15 +44,15 @@ def test_options_of_a_client_that_lead_elsewhere(
         stray = client.stray_lanes()
         assert stray.is_complete
         assert [(one.key, one.database, one.messages) for one in stray.found] == [(key, 0, 1)]
-        told = CliRunner().invoke(main, ["--redis-url", redis_url, "status"])
-        assert "not read by any worker" in told.output
+        shown = CliRunner().invoke(main, ["--redis-url", redis_url, "status"])
+        assert "not read by any worker" in shown.output
         as_json = CliRunner().invoke(main, ["--redis-url", redis_url, "status", "--json"])
         assert json.loads(as_json.output)["stray_lanes"] == [{"key": key, "database": 0, "messages": 1}]
     report = check._check_redis(Settings(redis_url=redis_url))  # type: ignore[arg-type]  # pydantic reads the text
     assert any("no worker reads them" in warning for warning in report.warnings)
 
 
-def test_another_database_is_looked_at(redis_url: str, valkey_session: Valkey) -> None:
+def test_stray_lane_in_another_database_is_found(redis_url: str, valkey_session: Valkey) -> None:
     """Where no worker runs; the connection is as before."""
     other = redis_url.replace("/0", "/3")
     with redis.Redis.from_url(other) as near, Client(redis_url) as client:
@@ -67,8 +67,8 @@ def test_another_database_is_looked_at(redis_url: str, valkey_session: Valkey) -
             near.flushdb()
 
 
-def test_search_that_is_refused_or_cut_says_so(redis_url: str, redis_client: redis.Redis) -> None:
-    """A user without SCAN and INFO gets nothing, and is told that it may be incomplete."""
+def test_refused_search_for_stray_lanes_is_incomplete(redis_url: str, redis_client: redis.Redis) -> None:
+    """A user without SCAN and INFO gets an empty result that is marked as incomplete."""
     redis_client.execute_command("ACL", "SETUSER", "poor", "on", ">pw", "~*", "&*", "+@all", "-scan", "-info")
     try:
         with Client(redis_url.replace("redis://", "redis://poor:pw@")) as client:

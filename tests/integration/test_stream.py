@@ -12,7 +12,7 @@ LENGTH = 1000
 
 
 def fill(client: redis.Redis, count: int, *, prefix: str = "j") -> None:
-    """So many answers."""
+    """Write so many answers."""
     entries = [
         AnswerEntry(answer=Answer(id=f"{prefix}{n}", status=Status.TAGGED), id=f"{prefix}{n}", ignore_result=True)
         for n in range(count)
@@ -20,16 +20,16 @@ def fill(client: redis.Redis, count: int, *, prefix: str = "j") -> None:
     make_committer(client, "w").write(entries)
 
 
-def test_without_groups_the_oldest_go_in_silence(redis_client: redis.Redis) -> None:
-    """Nobody waits for them."""
+def test_trim_without_groups_reports_nothing(redis_client: redis.Redis) -> None:
+    """No consumer group waits for the entries."""
     fill(redis_client, LENGTH + 300)
     assert make_maintenance(redis_client, stream_length=LENGTH).trim() == {}
     assert redis_client.xlen(RESULT_STREAM) == LENGTH
     assert redis_client.hget(COUNTERS, "results_dropped") is None
 
 
-def test_what_a_group_has_not_acknowledged_is_told(redis_client: redis.Redis) -> None:
-    """Entries that were never delivered, and delivered ones without acknowledgement, each group by itself."""
+def test_trim_reports_unacknowledged_entries(redis_client: redis.Redis) -> None:
+    """Entries that were never delivered, and delivered ones without acknowledgement, for each group."""
     redis_client.xgroup_create(RESULT_STREAM, "quick", id="0", mkstream=True)
     redis_client.xgroup_create(RESULT_STREAM, "slow", id="0")
     redis_client.xgroup_create(RESULT_STREAM, "stuck", id="0")
@@ -46,8 +46,8 @@ def test_what_a_group_has_not_acknowledged_is_told(redis_client: redis.Redis) ->
     assert upkeep.trim() == {}
 
 
-def test_a_short_stream_is_left_alone(redis_client: redis.Redis) -> None:
-    """Nothing is dropped before the limit."""
+def test_trim_of_a_short_stream_drops_nothing(redis_client: redis.Redis) -> None:
+    """Nothing is dropped below the limit."""
     fill(redis_client, 10)
     assert make_maintenance(redis_client, stream_length=LENGTH).trim() == {}
     assert redis_client.xlen(RESULT_STREAM) == 10

@@ -82,8 +82,8 @@ def own(tmp_path: Path) -> Iterator[Valkey]:
         yield server
 
 
-def test_results_go_on_when_redis_comes_back(own: Valkey, caplog: pytest.LogCaptureFixture) -> None:
-    """The loop waits, and goes on where it was; the logger tells both."""
+def test_results_go_on_after_redis_was_unavailable(own: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    """The loop waits and continues where it was; the logger reports both."""
     with Client(own.url, timeout_s=1) as client:
         consumer = Consumer(client)
         with own.client() as near:
@@ -98,8 +98,8 @@ def test_results_go_on_when_redis_comes_back(own: Valkey, caplog: pytest.LogCapt
             assert consumer.wait(near) == first + second
 
 
-def test_results_raise_when_redis_is_away_too_long(own: Valkey) -> None:
-    """As long as the caller bears it; an error that does not pass is raised immediately."""
+def test_results_raise_after_a_long_outage(own: Valkey) -> None:
+    """After `away_s`; an error that waiting cannot cure is raised immediately."""
     with Client(own.url, timeout_s=1) as client:
         own.kill()
         with pytest.raises(redis.ConnectionError):
@@ -112,8 +112,8 @@ def test_results_raise_when_redis_is_away_too_long(own: Valkey) -> None:
 
 
 @pytest.mark.parametrize("cut_bytes", [0, 4000])
-def test_results_of_a_lost_reply_come_again(redis_url: str, redis_client: redis.Redis, cut_bytes: int) -> None:
-    """What the server has delivered and the client has not got is read again, immediately and in order."""
+def test_results_of_a_lost_reply_are_read_again(redis_url: str, redis_client: redis.Redis, cut_bytes: int) -> None:
+    """Entries that the server delivered and the client did not get are read again, in order."""
     ids = fill(redis_client, 60)
     with FaultProxy(redis_url) as proxy, Client(proxy.url, timeout_s=5) as client:
         loop = client.results(group="g", block_s=0.05, batch=20, stop_when_idle=True)
@@ -121,7 +121,7 @@ def test_results_of_a_lost_reply_come_again(redis_url: str, redis_client: redis.
         for item in loop:
             seen.append(item.result.id)
             if len(seen) == 20:
-                proxy.cut_reply_after(cut_bytes + 100)  # the next portion, behind what the acknowledgement says
+                proxy.cut_reply_after(cut_bytes + 100)  # the next portion, after the reply to the acknowledgement
             item.ack(away_s=10)
     assert proxy.cuts == 1
     assert seen == ids
@@ -136,8 +136,8 @@ def any_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         yield server
 
 
-def test_results_go_on_when_the_stream_is_deleted(any_server: RedisServer) -> None:
-    """While the loop blocks, and while it works on a portion; the group is made anew."""
+def test_results_go_on_after_the_stream_was_deleted(any_server: RedisServer) -> None:
+    """While the loop blocks, and while it works on a portion; the group is created again."""
     with any_server.client() as redis_client, Client(any_server.url) as client:
         consumer = Consumer(client, block_s=2.0)
         first = fill(redis_client, 5, prefix="first")
@@ -154,7 +154,7 @@ def test_results_go_on_when_the_stream_is_deleted(any_server: RedisServer) -> No
 
 
 def test_consumers_without_names_get_each_answer_once(redis_url: str, redis_client: redis.Redis) -> None:
-    """Two threads of one client; their work on a portion takes longer than the time after which it is taken over."""
+    """Two threads of one client, whose work on a portion takes longer than `reclaim_idle_s`."""
     ids = fill(redis_client, 200)
     pause = threading.Event()
 
@@ -174,7 +174,7 @@ def test_consumers_without_names_get_each_answer_once(redis_url: str, redis_clie
 
 
 def test_answers_of_a_slow_consumer_go_to_another(redis_url: str, redis_client: redis.Redis) -> None:
-    """It works on one for too long: the others of its portion are taken over, and it does not work on them, too."""
+    """It works on one answer for too long: another consumer takes over the rest, and the first does not get them."""
     ids = fill(redis_client, 10)
     with Client(redis_url) as client:
         with closing(client.results(group="g", consumer="slow", reclaim_idle_s=0.3, block_s=0.05)) as slow:  # type: ignore[type-var]
@@ -188,8 +188,8 @@ def test_answers_of_a_slow_consumer_go_to_another(redis_url: str, redis_client: 
         assert first.result.id == ids[0]
 
 
-def test_answers_not_asked_for_come_at_once_to_another(redis_url: str, redis_client: redis.Redis) -> None:
-    """A loop that is left gives up the rest of its portion; what it gave out and was not acknowledged stays with it."""
+def test_answers_of_an_ended_loop_go_to_another(redis_url: str, redis_client: redis.Redis) -> None:
+    """A loop that ends gives up the rest of its portion; answers that it yielded stay with it."""
     ids = fill(redis_client, 10)
     with Client(redis_url) as client:
         with closing(client.results(group="g", consumer="left")) as left:  # type: ignore[type-var]  # a generator
@@ -205,10 +205,10 @@ def test_answers_not_asked_for_come_at_once_to_another(redis_url: str, redis_cli
     assert consumers(redis_client) == {"left": 1, "next": 0}
 
 
-def test_stop_when_idle_waits_for_what_a_crashed_consumer_holds(
+def test_stop_when_idle_waits_for_a_crashed_consumer(
     redis_url: str, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """96 of 100 are pending under its name: the loop says so, and ends when it has taken them over."""
+    """96 of 100 are pending under its name: the loop logs it, and ends when it has taken them over."""
     ids = fill(redis_client, 100)
     redis_client.xgroup_create(RESULT_STREAM, "g", id="0")
     [[_, entries]] = redis_client.xreadgroup("g", "crashed", {RESULT_STREAM: ">"}, count=100)
@@ -219,7 +219,7 @@ def test_stop_when_idle_waits_for_what_a_crashed_consumer_holds(
 
 
 def test_stop_when_idle_ends_without_acknowledgements(redis_url: str, redis_client: redis.Redis) -> None:
-    """A loop that acknowledges afterwards gets each answer once, however long it takes."""
+    """A loop that acknowledges later gets each answer once, however long it takes."""
     ids = fill(redis_client, 30)
     with Client(redis_url) as client:
         seen = list(client.results(group="g", block_s=0.05, batch=10, reclaim_idle_s=0.0, stop_when_idle=True))
@@ -229,8 +229,8 @@ def test_stop_when_idle_ends_without_acknowledgements(redis_url: str, redis_clie
     assert redis_client.xpending(RESULT_STREAM, "g")["pending"] == 0
 
 
-def test_stop_when_idle_ends_when_others_have_acknowledged(redis_url: str, redis_client: redis.Redis) -> None:
-    """It waits for what was pending, not for what others are given later, and takes nothing from them."""
+def test_stop_when_idle_ends_after_others_acknowledged(redis_url: str, redis_client: redis.Redis) -> None:
+    """It waits for entries that were pending, not for later ones, and takes nothing from other consumers."""
     fill(redis_client, 3)
     with (
         Client(redis_url) as client,
@@ -246,7 +246,7 @@ def test_stop_when_idle_ends_when_others_have_acknowledged(redis_url: str, redis
         assert draining.result(timeout=10) == []
 
 
-def test_consumers_that_hold_nothing_are_removed_in_time(
+def test_idle_consumers_without_entries_are_removed(
     redis_url: str, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of processes that ended long ago; never one that holds entries."""
@@ -261,10 +261,10 @@ def test_consumers_that_hold_nothing_are_removed_in_time(
         assert set(consumers(redis_client)) == {"holds", "new"}
 
 
-def test_results_work_with_the_rights_of_an_older_acl(
+def test_results_work_with_an_older_acl(
     redis_url: str, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without the new commands the loop reads as before, and says which right is missing."""
+    """Without the new commands the loop reads as before, and logs which right is missing."""
     fill(redis_client, 30)
     rights = ["+ping", "+select", "+client", "+xgroup|create", "+xreadgroup", "+xautoclaim", "+xack"]
     redis_client.acl_setuser("old", enabled=True, nopass=True, keys=[RESULT_STREAM], commands=rights)
@@ -276,8 +276,8 @@ def test_results_work_with_the_rights_of_an_older_acl(
     assert "redis_permission" in caplog.text
 
 
-def test_cli_says_that_it_waits_for_another_consumer(redis_url: str, redis_client: redis.Redis) -> None:
-    """On standard error, so that the JSON lines stay clean."""
+def test_cli_results_reports_wait_for_a_consumer(redis_url: str, redis_client: redis.Redis) -> None:
+    """On standard error, so that standard output has only JSON lines."""
     fill(redis_client, 2)
     redis_client.xgroup_create(RESULT_STREAM, "g", id="0")
     [[_, entries]] = redis_client.xreadgroup("g", "crashed", {RESULT_STREAM: ">"}, count=1)

@@ -1,4 +1,4 @@
-"""Whoever waits for an answer gets it, whatever was lost on the way: an announcement, a connection, a server."""
+"""A waiting client gets its answer although a message, a connection or a server was lost."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from tests.support.waiting import wait_until
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Valkey]:
-    """A server that a test may stop."""
+    """A server of this test, which it may stop."""
     with Valkey(folder=tmp_path / "own", config={"appendonly": "yes", "appendfsync": "always"}) as server:
         yield server
 
 
 def tagged(client: redis.Redis, job_id: str) -> None:
-    """A worker answers."""
+    """Answer a job, as a worker does."""
     answer = Answer(id=job_id, status=Status.TAGGED, attempts=1)
     AnswerStore(client, token="w").write([AnswerEntry(answer=answer, id=job_id)])
 
 
-def test_an_answer_whose_announcement_was_lost(redis_url: str, redis_client: redis.Redis) -> None:
-    """It stands under its key, and whoever waits looks there again."""
+def test_wait_finds_an_answer_without_announcement(redis_url: str, redis_client: redis.Redis) -> None:
+    """The answer is under its key, and the wait polls."""
 
     def looks() -> int:
         stats: Any = redis_client.info("commandstats")
@@ -50,8 +50,8 @@ def test_an_answer_whose_announcement_was_lost(redis_url: str, redis_client: red
         assert waiting.result(timeout=10).id == "job"
 
 
-def test_a_server_that_goes_and_comes_back(own: Valkey) -> None:
-    """The wait goes on meanwhile, and ends with the answer that was given afterwards."""
+def test_wait_goes_on_after_redis_was_unavailable(own: Valkey) -> None:
+    """It ends with the answer that came afterwards."""
     with Client(own.url, timeout_s=1) as client, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.wait_many, ["a", "b"], timeout_s=40)
         with own.client() as near:
@@ -66,8 +66,8 @@ def test_a_server_that_goes_and_comes_back(own: Valkey) -> None:
         assert sorted(waiting.result(timeout=20)) == ["a", "b"]
 
 
-def test_a_server_that_hangs_holds_nobody_much_longer_than_asked(own: Valkey) -> None:
-    """The wait ends by its own clock, at most one command later, also where connections are taken and that is all."""
+def test_wait_on_a_hanging_server_ends_in_time(own: Valkey) -> None:
+    """It ends by its own clock, at most one command later, also where the server only accepts connections."""
     with Client(own.url, timeout_s=1) as client:
         with pytest.raises(WaitTimeout):
             client.wait("a", timeout_s=0.1)
@@ -82,8 +82,8 @@ def test_a_server_that_hangs_holds_nobody_much_longer_than_asked(own: Valkey) ->
             own.resume()
 
 
-def test_a_password_that_is_wrong_is_not_waited_for(own: Valkey) -> None:
-    """That will not pass by itself."""
+def test_wait_with_wrong_password_raises_immediately(own: Valkey) -> None:
+    """Waiting cannot cure this error."""
     with Client(own.url) as client, own.client() as near:
         near.config_set("requirepass", "secret")
         near.execute_command("AUTH", "secret")

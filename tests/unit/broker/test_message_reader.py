@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 
 def send(redis_url: str, **options: Any) -> bytes:
     """Let real Celery enqueue, and take what it wrote."""
-    import redis  # noqa: PLC0415 beside its one use
+    import redis  # noqa: PLC0415 used only here
 
     app = Celery("plain", broker=redis_url)
     with redis.Redis.from_url(redis_url) as client:
@@ -37,7 +37,7 @@ def send(redis_url: str, **options: Any) -> bytes:
 
 
 @given(REQUESTS, st.sampled_from(list(Lane)))
-def test_our_message_reads_back(request_: Request, lane: Lane) -> None:
+def test_message_of_the_client_reads_back(request_: Request, lane: Lane) -> None:
     """read(build(request)) is the request, with its times."""
     raw = build_message(request_, job_id="x", lane=lane, sent_ms=1.5, expires_ms=2000.0, eta_ms=1000.0)
     envelope = read_message(raw)
@@ -45,8 +45,8 @@ def test_our_message_reads_back(request_: Request, lane: Lane) -> None:
     assert (envelope.sent_ms, envelope.expires_ms, envelope.eta_ms) == (1.5, 2000.0, 1000.0)
 
 
-def test_our_message_has_what_celerys_has(redis_url: str) -> None:
-    """Same outer fields, headers (but our own and Celery's stamps) and properties as Celery's own message."""
+def test_message_of_the_client_has_celerys_fields(redis_url: str) -> None:
+    """It has the outer fields, headers (except for stamps) and properties of Celery's own message."""
     celerys = json.loads(send(redis_url, kwargs={"image": "s3://b/k"}))
     ours = json.loads(build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK))
     assert ours.keys() == celerys.keys()
@@ -55,7 +55,7 @@ def test_our_message_has_what_celerys_has(redis_url: str) -> None:
     assert json.loads(base64.b64decode(ours["body"]))[1] == json.loads(base64.b64decode(celerys["body"]))[1]
 
 
-def test_every_way_of_a_celery_client_is_understood(redis_url: str) -> None:
+def test_message_reader_reads_all_celery_options(redis_url: str) -> None:
     """Positional and keyword arguments, compression, eta, expires, priority, ignore_result, callbacks."""
     assert read_message(send(redis_url, args=["s3://b/k", "six-zh", 3])).fields == {
         "image": "s3://b/k",
@@ -74,8 +74,8 @@ def test_every_way_of_a_celery_client_is_understood(redis_url: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("message_*.json")), ids=lambda path: path.stem)
-def test_messages_of_released_versions_are_still_read(path: Path) -> None:
-    """Golden messages are only ever added."""
+def test_message_reader_reads_released_messages(path: Path) -> None:
+    """Golden messages are only added."""
     golden = json.loads(path.read_text(encoding="utf-8"))
     envelope = read_message(json.dumps(golden["message"]).encode())
     assert envelope.id == golden["id"]
@@ -94,8 +94,8 @@ BOMB = json.dumps([["s3://b/k"], {"metadata": "x" * 50_000_000}, {}]).encode()
 
 
 @pytest.mark.parametrize("packed", [gzip.compress(BODY), zlib.compress(BODY)], ids=["gzip", "zlib"])
-def test_both_formats_that_call_themselves_gzip(packed: bytes) -> None:
-    """kombu's gzip is zlib's format; other clients send the real one."""
+def test_message_reader_reads_gzip_and_zlib(packed: bytes) -> None:
+    """The gzip of kombu is the zlib format; other clients send gzip."""
     assert read_message(_with_body(packed, compression="application/x-gzip")).fields == {"image": "s3://b/k"}
 
 
@@ -140,23 +140,23 @@ def test_both_formats_that_call_themselves_gzip(packed: bytes) -> None:
         "nine arguments",
     ],
 )
-def test_what_can_not_be_read_has_its_code(raw: bytes, code: str) -> None:
-    """Nothing but RequestError leaves the reader."""
+def test_unreadable_message_has_an_error_code(raw: bytes, code: str) -> None:
+    """The reader raises RequestError only."""
     with pytest.raises(RequestError) as caught:
         read_message(raw)
     assert caught.value.code.value == code
 
 
 @given(st.binary(max_size=200))
-def test_random_bytes_never_raise_anything_else(raw: bytes) -> None:
-    """The reader's only error is RequestError."""
+def test_random_bytes_raise_request_error_only(raw: bytes) -> None:
+    """The reader raises RequestError only."""
     with pytest.raises(RequestError):
         read_message(raw)
 
 
 @pytest.mark.parametrize("sent", ["1" + "0" * 400, "-Infinity", "1e999", "NaN", '"x"', "true", "[1]", "-1e16"])
-def test_a_time_that_is_none_is_left_out(sent: str) -> None:
-    """A header that JSON allows and no clock shows neither ends the reader nor stands in an answer."""
+def test_invalid_time_of_sending_is_ignored(sent: str) -> None:
+    """A number that is no time neither ends the reader nor appears in an answer."""
     raw = build_message(Request(image="s3://b/k"), job_id="j", lane=Lane.BULK, sent_ms=12345.0)
     assert read_message(raw.replace(b"12345.0", sent.encode())).sent_ms is None
     with pytest.raises(RequestError):
@@ -173,8 +173,8 @@ def test_a_time_that_is_none_is_left_out(sent: str) -> None:
         ),
     )
 )
-def test_no_header_ends_the_reader(headers: dict[str, Any]) -> None:
-    """Whatever JSON stands in the headers: a message is read, or refused by the contract."""
+def test_message_with_any_header_is_read_or_refused(headers: dict[str, Any]) -> None:
+    """Headers may hold any JSON."""
     outer = json.loads(build_message(Request(image="s3://b/k"), job_id="j", lane=Lane.BULK))
     outer["headers"] |= headers
     with contextlib.suppress(RequestError):

@@ -1,4 +1,4 @@
-"""SHIWU_REDIS_URL: every accepted form and what it says, and every refused one with words and without its password."""
+"""SHIWU_REDIS_URL: the accepted forms, and the errors for others, which never quote a password."""
 
 from __future__ import annotations
 
@@ -104,12 +104,12 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("url", "expected"), FORMS, ids=[url for url, _ in FORMS])
-def test_redis_url_is_read(url: str, expected: dict[str, Any]) -> None:
-    """Parts are decoded once; what is missing has its usual value; a server's certificate is checked by default."""
+def test_redis_url_is_parsed(url: str, expected: dict[str, Any]) -> None:
+    """Parts are decoded once, missing parts have defaults, and a server's certificate is checked by default."""
     assert read_redis_url(url) == RedisAddress(**expected)
 
 
-def test_redis_url_with_tls_files_is_read(tmp_path: Path) -> None:
+def test_redis_url_with_tls_files_is_parsed(tmp_path: Path) -> None:
     """Paths are percent-decoded, and the files must exist."""
     (tmp_path / "c a.pem").write_text("x")
     address = read_redis_url(f"rediss://host/0?ssl_ca_certs={tmp_path}/c%20a.pem&ssl_ca_path={tmp_path}&ssl_password=s")
@@ -122,8 +122,8 @@ def test_redis_url_with_tls_files_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("url", "words"), REFUSED, ids=[repr(url) for url, _ in REFUSED])
-def test_wrong_redis_url_is_refused_by_all(url: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parser, the worker's settings and the client say the same; the text may land in a log."""
+def test_invalid_redis_url_is_refused_everywhere(url: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser, the worker's settings and the client raise the same error, whose text may go into a log."""
     monkeypatch.setenv("SHIWU_REDIS_URL", url)
     for read in (lambda: read_redis_url(url), lambda: Client(url), Client, Settings):
         with pytest.raises(ValueError, match=words) as caught:
@@ -135,8 +135,8 @@ def test_wrong_redis_url_is_refused_by_all(url: str, words: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("url", [url for url, _ in FORMS if "ssl_" not in url])
-def test_celery_url_says_the_same(url: str) -> None:
-    """What Celery gets is read back as the same address by the same parser, host by host."""
+def test_celery_url_reads_back_as_the_same_address(url: str) -> None:
+    """The parser reads the URLs for Celery back as the same address, host by host."""
     address = read_redis_url(url)
     for given, host in zip(celery_url(address).split(";"), address.hosts or [None], strict=True):
         back = read_redis_url(given.replace("sentinel://", "redis://"))
@@ -145,7 +145,7 @@ def test_celery_url_says_the_same(url: str) -> None:
         assert (back.tls is None) == (address.tls is None)
 
 
-def test_address_shows_no_password() -> None:
-    """Its text may land in a log or a traceback."""
+def test_redis_address_hides_password() -> None:
+    """Its text may go into a log or a traceback."""
     address = read_redis_url("sentinel://user:secret@a/p?sentinel_password=secret2")
     assert "secret" not in repr(address)

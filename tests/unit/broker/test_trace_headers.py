@@ -27,20 +27,20 @@ SPAN = 0xB7AD6B7169203331
 
 
 def span(*, is_sampled: bool = True, state: dict[str, str] | None = None) -> NonRecordingSpan:
-    """A span of somebody else's with these ids."""
+    """A span with these ids, as the caller of the client has it."""
     flags = TraceFlags(TraceFlags.SAMPLED if is_sampled else TraceFlags.DEFAULT)
     pairs = list((state or {}).items())
     return NonRecordingSpan(SpanContext(TRACE, SPAN, is_remote=False, trace_flags=flags, trace_state=TraceState(pairs)))
 
 
-def written(asked: Span) -> str:
+def written(span_: Span) -> str:
     """A span's context in W3C's form."""
-    context = asked.get_span_context()
+    context = span_.get_span_context()
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
 def message(trace: dict[str, str] | None) -> bytes:
-    """Ours, with these headers."""
+    """A message of the client with these headers."""
     return build_message(Request(image="s3://b/k"), job_id="j", lane=Lane.BULK, trace=trace)
 
 
@@ -52,8 +52,8 @@ def sent(client: redis.Redis) -> bytes:
     return bytes(found[0])
 
 
-def test_the_callers_span_is_written() -> None:
-    """In W3C's form, with its state; what is not sampled says so."""
+def test_trace_headers_have_the_span_of_the_caller() -> None:
+    """In the form of the W3C, with its state and its sampling flag."""
     with use_span(span(state={"vendor": "x"})):
         headers = current_headers()
     assert headers == {
@@ -65,20 +65,20 @@ def test_the_callers_span_is_written() -> None:
         assert current_headers() == {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"}
 
 
-def test_a_state_that_is_too_long_is_left_out() -> None:
+def test_trace_headers_leave_out_a_long_state() -> None:
     """The trace goes on without it."""
     with use_span(span(state={f"v{n}": "x" * 200 for n in range(3)})):
         assert current_headers().keys() == {"traceparent"}
 
 
-def test_without_a_span_nothing_is_written() -> None:
+def test_trace_headers_without_a_span_are_empty() -> None:
     """OpenTelemetry is loaded here, and no span is current."""
     assert current_headers() == {}
     assert "traceparent" not in json.loads(message(current_headers()))["headers"]
 
 
-def test_opentelemetry_is_not_loaded_for_it() -> None:
-    """A producer that has it installed and does not use it."""
+def test_client_does_not_load_opentelemetry() -> None:
+    """A producer may have it installed and not use it."""
     code = (
         "import sys, shiwu.broker.trace_headers as t; t.current_headers(); "
         "print(any(name.startswith('opentel') for name in sys.modules))"
@@ -87,22 +87,22 @@ def test_opentelemetry_is_not_loaded_for_it() -> None:
     assert said.stdout.strip() == "False"
 
 
-def test_the_client_sends_it(redis_url: str, redis_client: redis.Redis) -> None:
-    """With a span of a real SDK around `enqueue`, and none without."""
+def test_client_sends_trace_headers(redis_url: str, redis_client: redis.Redis) -> None:
+    """With a span of a real SDK around `enqueue`; without a span there are none."""
     tracer = TracerProvider(shutdown_on_exit=False).get_tracer("producer")
     with Client(redis_url) as client:
-        with tracer.start_as_current_span("ask") as asked:
+        with tracer.start_as_current_span("ask") as span_:
             client.enqueue("s3://b/k")
-            assert read_headers(sent(redis_client)) == {"traceparent": written(asked)}
-        with tracer.start_as_current_span("ask") as asked:
+            assert read_headers(sent(redis_client)) == {"traceparent": written(span_)}
+        with tracer.start_as_current_span("ask") as span_:
             list(client.enqueue_many(["s3://b/k"]))
-            assert read_headers(sent(redis_client)) == {"traceparent": written(asked)}
+            assert read_headers(sent(redis_client)) == {"traceparent": written(span_)}
         client.enqueue("s3://b/k")
         assert read_headers(sent(redis_client)) == {}
 
 
-def test_celerys_instrumentation_writes_it_there_too(redis_url: str, redis_client: redis.Redis) -> None:
-    """As it does: into the headers that `before_task_publish` is given."""
+def test_celery_instrumentation_uses_the_same_headers(redis_url: str, redis_client: redis.Redis) -> None:
+    """It writes into the headers that `before_task_publish` gets."""
 
     def inject(headers: dict[str, Any], **_: Any) -> None:
         propagate.inject(headers)
@@ -128,8 +128,8 @@ ANYTHING = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(["traceparent", "tracestate"]), ANYTHING))
-def test_whatever_stands_there_only_short_texts_are_read(headers: dict[str, Any]) -> None:
-    """A stranger may have written anything."""
+def test_trace_headers_other_than_short_texts_are_ignored(headers: dict[str, Any]) -> None:
+    """Any client may have written them."""
     outer = json.loads(message(None))
     outer["headers"] |= headers
     read = read_headers(json.dumps(outer).encode())
@@ -140,6 +140,6 @@ def test_whatever_stands_there_only_short_texts_are_read(headers: dict[str, Any]
     "raw",
     [b"", b"null", b'{"headers":7}', b"[" * 100_000, b'{"headers":{"traceparent":"x"}}' + b" " * MAX_MESSAGE_BYTES],
 )
-def test_a_message_that_can_not_be_read_has_none(raw: bytes) -> None:
-    """Nor does it raise."""
+def test_unreadable_message_has_no_trace_headers(raw: bytes) -> None:
+    """It does not raise either."""
     assert read_headers(raw) == {}

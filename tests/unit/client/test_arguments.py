@@ -15,7 +15,7 @@ from tests.support.processes import LOOPBACK
 
 NAN, INF = float("nan"), float("inf")
 CLOSED = f"redis://{LOOPBACK}:1"
-"""Nobody listens there: a check that is missing ends as an error of Redis."""
+"""No server listens there: a missing check ends as an error of Redis."""
 SECONDS = [-1, NAN, INF, -INF, "9", b"1", [1], True, 1e300, 10**400]
 WHOLE = [-1, 1.5, "9", NAN, INF, True, [1], 10**30]
 COUNT = [0, None, *WHOLE]
@@ -123,8 +123,8 @@ def call(client: Client, method: str, **odd: Any) -> None:
 @pytest.mark.parametrize(
     ("method", "name", "value"), CASES, ids=[f"{method}-{name}-{n}" for n, (method, name, _) in enumerate(CASES)]
 )
-def test_odd_argument_is_refused_with_words(client: Client, method: str, name: str, value: Any) -> None:
-    """As RequestError, or TypeError where the call itself is wrong."""
+def test_client_invalid_argument_raises_clear_error(client: Client, method: str, name: str, value: Any) -> None:
+    """Raises RequestError, or TypeError where the call itself is wrong."""
     with pytest.raises((RequestError, TypeError)) as caught:
         call(client, method, **{name: value})
     text = str(caught.value)
@@ -133,17 +133,17 @@ def test_odd_argument_is_refused_with_words(client: Client, method: str, name: s
     assert "not supported between" not in text
 
 
-def test_every_parameter_of_the_client_has_odd_values() -> None:
-    """A new one needs its check, and its row in the table."""
+def test_client_parameter_has_invalid_values_to_test() -> None:
+    """A new parameter needs a check, and a row in the table."""
     methods = {name: each for name, each in inspect.getmembers(Client, inspect.isfunction) if not name.startswith("_")}
     assert set(methods) == set(ODD)
     for method, function in methods.items():
-        told = {
+        parameters = {
             one.name
             for one in inspect.signature(function).parameters.values()
             if one.kind is not inspect.Parameter.VAR_KEYWORD
         }
-        assert told - {"self"} - FLAGS == set(ODD[method]), method
+        assert parameters - {"self"} - FLAGS == set(ODD[method]), method
 
 
 @pytest.mark.parametrize(
@@ -155,16 +155,16 @@ def test_every_parameter_of_the_client_has_odd_values() -> None:
         ("redis_url", [5, b"redis://x", ["x"], "", "http://x"]),
     ],
 )
-def test_odd_argument_of_the_constructor_is_refused(name: str, values: list[Any]) -> None:
-    """Before there is a connection."""
+def test_client_constructor_refuses_invalid_argument(name: str, values: list[Any]) -> None:
+    """The check comes before any connection."""
     for value in values:
         with pytest.raises((RequestError, RedisUrlError), match="expected"):
             Client(**{"redis_url": CLOSED} | {name: value})
 
 
 @pytest.mark.parametrize("name", ["older_s", "newer_s"])
-def test_odd_age_of_a_dead_letter_is_refused(name: str) -> None:
-    """NaN would find nothing, and say nothing."""
+def test_dead_filter_refuses_invalid_age(name: str) -> None:
+    """NaN would match nothing without any error."""
     for value in SECONDS:
         with pytest.raises(RequestError, match=name):
             DeadFilter(**{name: value})
@@ -179,6 +179,6 @@ FINE: list[Callable[[Client], Any]] = [
 
 
 @pytest.mark.parametrize("asked", FINE)
-def test_numbers_of_other_libraries_are_numbers(client: Client, asked: Callable[[Client], Any]) -> None:
-    """numpy's, and the bounds themselves."""
+def test_client_accepts_numpy_numbers(client: Client, asked: Callable[[Client], Any]) -> None:
+    """Numbers of numpy and the limits themselves are accepted."""
     assert isinstance(asked(client), Iterator)

@@ -1,4 +1,4 @@
-"""What the client is given works or is refused with words; nothing is accepted and ignored. Redis is never asked."""
+"""Arguments of the client work or are refused with an error; none is ignored. No test needs a Redis."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ IMAGE = "s3://b/k"
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], SendOptions]]:
-    """What would have been sent: ids and terms of each portion."""
+    """What would have been sent: ids and options of each portion."""
     calls: list[tuple[list[str], SendOptions]] = []
 
-    def send(_: Sender, jobs: Any, terms: SendOptions) -> list[str]:
+    def send(_: Sender, jobs: Any, options: SendOptions) -> list[str]:
         ids = [job_id for _, job_id in jobs]
-        calls.append((ids, terms))
+        calls.append((ids, options))
         return ids
 
     monkeypatch.setattr(Sender, "send", send)
@@ -55,7 +55,7 @@ WRONG_CALLS = [
 
 
 @pytest.mark.parametrize(("arguments", "error", "words"), WRONG_CALLS)
-def test_arguments_without_effect_are_refused_by_the_call(
+def test_enqueue_many_refuses_arguments_without_effect(
     client: Client, sent: list[Any], arguments: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     """By `enqueue_many` itself, before its result is iterated; `enqueue` and `tag` refuse them too."""
@@ -80,7 +80,7 @@ WRONG_ITEMS = [
 
 
 @pytest.mark.parametrize(("fields", "words"), WRONG_ITEMS)
-def test_fields_of_an_item_without_effect_are_refused(
+def test_enqueue_many_refuses_item_fields_without_effect(
     client: Client, sent: list[Any], fields: dict[str, Any], words: str
 ) -> None:
     """With the whole portion of the item, so that nothing of it is sent."""
@@ -91,16 +91,16 @@ def test_fields_of_an_item_without_effect_are_refused(
 
 
 @pytest.mark.parametrize("images", [IMAGE, b"s3://b/k", {"image": IMAGE}])
-def test_one_image_where_many_are_expected_is_refused(client: Client, images: Any) -> None:
-    """The letters of a reference are no references."""
+def test_enqueue_many_refuses_a_single_reference(client: Client, images: Any) -> None:
+    """The characters of a reference are not references."""
     with pytest.raises(TypeError, match="use enqueue or"):
         client.enqueue_many(images)
 
 
-def test_all_arguments_reach_the_messages(client: Client, sent: list[tuple[list[str], SendOptions]]) -> None:
-    """Also a countdown for many, and the fields and ids of items."""
+def test_enqueue_many_passes_all_arguments(client: Client, sent: list[tuple[list[str], SendOptions]]) -> None:
+    """Also a countdown for many images, and the fields and ids of items."""
     items = [{"image": IMAGE, "id": "a", "labels": ["猫"]}, IMAGE]
     ids = list(client.enqueue_many(items, countdown_s=5, expires_s=9, priority=3, top_k=2, min_cosine=0.1))
-    ((sent_ids, terms),) = sent
+    ((sent_ids, options),) = sent
     assert (ids, ids[0]) == (sent_ids, "a")
-    assert (terms.countdown_s, terms.expires_s, terms.priority) == (5, 9, 3)
+    assert (options.countdown_s, options.expires_s, options.priority) == (5, 9, 3)

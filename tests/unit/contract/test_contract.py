@@ -32,7 +32,7 @@ from tests.support.requests import REQUESTS
 
 
 @given(REQUESTS)
-def test_a_request_survives_the_wire(request_: Request) -> None:
+def test_request_survives_json(request_: Request) -> None:
     """parse(json(request)) is the request."""
     assert Request.model_validate_json(request_.to_json()) == request_
 
@@ -72,8 +72,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "code"), BAD)
-def test_bad_fields_have_their_code(fields: dict[str, Any], code: str) -> None:
-    """One field at a time, wrong in one way."""
+def test_invalid_field_has_its_error_code(fields: dict[str, Any], code: str) -> None:
+    """One field at a time is wrong in one way."""
     with pytest.raises(RequestError) as caught:
         parse_request(fields)
     assert caught.value.code.value == code
@@ -81,31 +81,31 @@ def test_bad_fields_have_their_code(fields: dict[str, Any], code: str) -> None:
 
 
 @pytest.mark.parametrize("job_id", ["a b", "~x", "-x", "x" * 255, "a\n", "é", "user@host", "a/b|c", '"', "\x00", "*"])
-def test_an_id_is_what_celery_takes_for_one(job_id: str) -> None:
+def test_check_id_accepts_ids_of_celery(job_id: str) -> None:
     """Any text of 1 to 255 bytes."""
     assert check_id(job_id) == job_id
 
 
 @pytest.mark.parametrize("job_id", ["", "x" * 256, "猫" * 86, "a\ud800", "~" + "0a" * 20, None, 7])
-def test_an_id_that_no_client_looks_for_is_refused(job_id: Any) -> None:
-    """Too long, no UTF-8, no text, or the name of a message without an id."""
+def test_check_id_refuses_invalid_ids(job_id: Any) -> None:
+    """Too long, not UTF-8, not a text, or the name of a message without an id."""
     with pytest.raises(RequestError) as caught:
         check_id(job_id)
     assert caught.value.code.value == "invalid_id"
 
 
-@pytest.mark.parametrize(("text", "told"), [("猫", "猫"), ("a\udcff", "a\\udcff"), ("", "")])
-def test_an_error_can_always_be_written(text: str, told: str) -> None:
-    """Names of files that are no UTF-8 stand in errors, and JSON can't hold them."""
+@pytest.mark.parametrize(("text", "written"), [("猫", "猫"), ("a\udcff", "a\\udcff"), ("", "")])
+def test_error_text_with_surrogates_is_encodable(text: str, written: str) -> None:
+    """Errors quote file names that are not UTF-8, which JSON cannot contain."""
     answer = Answer(id="x", status=Status.FAILED, error=ErrorInfo(code=ErrorCode.PICTURE_BROKEN, message=text))
     read = Answer.from_json(answer.to_json())
     assert read == answer
     assert read.error is not None
-    assert read.error.message == told
+    assert read.error.message == written
 
 
-def test_every_error_code_has_one_row() -> None:
-    """Status, fault, retry, meaning and remedy: a code without a row would get a status that nobody chose."""
+def test_error_codes_have_one_row_each() -> None:
+    """A code without a row would get the default status."""
     assert set(CODES) == set(ErrorCode)
     for code, info in CODES.items():
         assert info.meaning.endswith("."), code
@@ -116,14 +116,14 @@ def test_every_error_code_has_one_row() -> None:
     assert {code for code, info in CODES.items() if info.status is None} == told_to_callers
 
 
-def test_a_code_without_a_row_is_never_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unknown error is the service's own fault."""
+def test_error_code_without_a_row_is_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown error counts as a fault of the service."""
     monkeypatch.setattr(error_codes, "CODES", {})
     assert {status_of(code) for code in ErrorCode} == {Status.FAILED}
 
 
 def test_retried_codes_follow_the_table() -> None:
-    """What SHIWU_RETRY may name, and what is retried without it."""
+    """The codes that SHIWU_RETRY may name, and those that are retried by default."""
     assert {code.value for code in RETRIED} == {
         "source_unavailable",
         "source_throttled",
@@ -137,8 +137,8 @@ def test_retried_codes_follow_the_table() -> None:
     assert {code.value for code in RETRIABLE - RETRIED} == {"decoder_crashed", "decoder_timeout", "encode_failed"}
 
 
-def test_readers_ignore_fields_of_a_newer_version() -> None:
-    """Old readers, new writers."""
+def test_readers_ignore_fields_of_newer_versions() -> None:
+    """An old reader reads what a new writer wrote."""
     assert parse_request({"image": "s3://b/k", "new": 1}).image == "s3://b/k"
     assert Answer.from_json(b'{"id": "x", "status": "tagged", "new": 1}').status is Status.TAGGED
 
@@ -160,8 +160,8 @@ def test_readers_ignore_fields_of_a_newer_version() -> None:
         ("file:///a/b#1?.jpg", "file:///a/b#1?.jpg"),
     ],
 )
-def test_references_are_shown_as_sent_but_without_secrets(reference: str, shown: str) -> None:
-    """Logs and answers never hold the query or the user of a URL; in keys and paths `?` and `#` are characters."""
+def test_shown_reference_has_no_secrets(reference: str, shown: str) -> None:
+    """Logs and answers never contain the query or user name of a URL; in keys and paths `?` and `#` are characters."""
     assert without_query(reference) == shown
 
 
@@ -186,7 +186,7 @@ def test_references_are_shown_as_sent_but_without_secrets(reference: str, shown:
         "s3://key:hush@bucket/k",
     ],
 )
-def test_a_wrong_reference_is_told_without_its_password(image: str) -> None:
+def test_error_about_a_reference_hides_its_password(image: str) -> None:
     """The text goes into answers, streams and logs."""
     error = reference_error(image)
     assert error is not None
@@ -214,21 +214,21 @@ def test_a_wrong_reference_is_told_without_its_password(image: str) -> None:
         ("s3://b/k?x?versionId=v", "b", "k?x", "v"),
     ],
 )
-def test_an_s3_reference_has_three_parts(reference: str, bucket: str, key: str, version: str | None) -> None:
-    """A key as it stands; the version ends at `&`, and `+` in it is no space."""
+def test_split_s3_gives_bucket_key_and_version(reference: str, bucket: str, key: str, version: str | None) -> None:
+    """The key is used as it is; the version ends at `&`, and `+` in it is not a space."""
     assert reference_error(reference) is None
     assert split_s3(reference) == S3Reference(bucket, key, version)
 
 
 @pytest.mark.parametrize("image", ["FILE:///a/b", "file://LOCALHOST/a/b", "HTTPS://h/p", "Http://h/p", "S3://b/k"])
-def test_schemes_may_be_written_in_capitals(image: str) -> None:
+def test_reference_scheme_may_be_in_capitals(image: str) -> None:
     """As in any URL."""
     assert reference_error(image) is None
 
 
-def test_the_lanes_keys_are_kombus() -> None:
+def test_lane_keys_are_those_of_kombu() -> None:
     """Priority steps and separator as kombu's Redis transport writes them."""
-    from kombu.transport.redis import Channel  # noqa: PLC0415 beside its one use
+    from kombu.transport.redis import Channel  # noqa: PLC0415 used only here
 
     expected = [f"shiwu.bulk{Channel.sep}{step}" if step else "shiwu.bulk" for step in Channel.priority_steps]
     assert list(Lane.BULK.keys) == expected

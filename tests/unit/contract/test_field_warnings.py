@@ -27,8 +27,8 @@ def test_known_fields_give_no_warning() -> None:
 @pytest.mark.parametrize(
     ("name", "meant"), [("label", "labels"), ("topK", "top_k"), ("Threshold", "threshold"), ("min_cos", "min_cosine")]
 )
-def test_unknown_fields_are_named_with_what_was_meant(name: str, meant: str) -> None:
-    """The job itself goes on, without that field."""
+def test_unknown_field_gives_warning_with_suggestion(name: str, meant: str) -> None:
+    """The job goes on without that field."""
     job = opened("s3://b/k", **{name: 1})
     assert job.error is None
     (warning,) = job.warnings
@@ -38,16 +38,16 @@ def test_unknown_fields_are_named_with_what_was_meant(name: str, meant: str) -> 
     assert answer.warnings == job.warnings
 
 
-def test_a_refused_message_also_tells_its_unknown_fields() -> None:
-    """They are often the reason why another field is missing."""
+def test_refused_message_names_its_unknown_fields() -> None:
+    """A misspelled field is often the reason why another one is missing."""
     job = opened(url="s3://b/k")
     assert job.error is not None
     assert job.error.code is ErrorCode.INVALID_REFERENCE
     assert "'url'" in job.warnings[0].message
 
 
-def test_many_odd_names_make_a_short_text() -> None:
-    """A producer chooses the names, and the text stands in the answer."""
+def test_many_unknown_fields_give_a_short_warning() -> None:
+    """A producer chooses the names, and the answer quotes them."""
     names = {f"{number}\n\u202e{'x' * 1000}": 1 for number in range(100)}
     (warning,) = opened("s3://b/k", **names).warnings
     assert len(warning.message) < 400

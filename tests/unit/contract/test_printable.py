@@ -27,14 +27,14 @@ from shiwu.contract import ErrorCode, ErrorInfo, printable, printable_json
         ("", ""),
     ],
 )
-def test_printable_spells_what_a_terminal_obeys(text: str, expected: str) -> None:
+def test_printable_escapes_control_characters(text: str, expected: str) -> None:
     """Controls, direction marks and invisible characters; letters, emoji and their joiners stay."""
     assert printable(text) == expected
     assert printable(printable(text)) == expected
 
 
 def test_printable_json_keeps_its_meaning() -> None:
-    """On several lines, with characters that JSON itself leaves raw."""
+    """On several lines, with characters that JSON itself does not escape."""
     value = {"a": ["\x9b\u202e\U000e0041猫", "\x1b\n"], "b": 1}
     raw = json.dumps(value, ensure_ascii=False, indent=2).encode()
     shown = printable_json(raw)
