@@ -6,7 +6,7 @@
 # The base is a stand-in made of Debian packages. The Dockerfiles are the real ones. `look` checks what every image
 # promises, by buildah under chroot isolation. `run` starts the worker as compose.yaml does, by podman and runc: the
 # image's own user and entrypoint, a read-only root, no capabilities, the runtime's seccomp profile. A real Redis stands
-# beside it; the producer's image asks about sample pictures; the image's health check is run; SIGTERM ends the worker.
+# beside it; the producer's image tags sample images; the image's health check is run; SIGTERM ends the worker.
 # Any of it that goes wrong ends the script with an error. What this can't show: the real base, and NVIDIA's runtime.
 # docker/compose-here.sh goes on from here: it runs compose.yaml itself.
 #
@@ -29,7 +29,7 @@ REDIS_PORT=${REDIS_PORT:-7379}
 HTTP_PORT=${HTTP_PORT:-9808}
 SAMPLES=$PWD/tests/support/samples
 export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=${STORAGE_DRIVER:-vfs}
-# Without systemd nobody runs a health check at its times.
+# Without systemd the health check has no scheduler.
 export CONTAINERS_CONF=$PWD/docker/here.conf DISABLE_HC_SYSTEMD=true
 
 for program in buildah mmdebstrap podman runc redis-server redis-cli python3; do
@@ -149,7 +149,7 @@ step_run() {
   mapfile -t asked < <(references 熊猫 汉堡 火箭)
   hardened --rm localhost/shiwu-producer tag --labels pictogram-zh --timeout 120 --json "${asked[@]}" \
     >"$FOLDER/answers.jsonl" || fail "the producer ended with $?; $(p logs "$WORKER" 2>&1 | tail -20)"
-  judge "$FOLDER/answers.jsonl" "${#asked[@]}"
+  check_answers "$FOLDER/answers.jsonl" "${#asked[@]}"
 
   p exec "$WORKER" grep -E '^(Uid|CapEff|NoNewPrivs|Seccomp):' /proc/1/status | paste -sd' '
   p healthcheck run "$WORKER" || fail "expected the health check to find the worker ready"
@@ -172,7 +172,7 @@ for word in sys.argv[2:]:
 PYTHON
 }
 
-judge() { # FILE COUNT: every answer names what its picture shows
+check_answers() { # FILE COUNT: every answer names the subject of its image
   python3 - "$SAMPLES" "$@" <<'PYTHON'
 import json, pathlib, sys
 rows = json.loads((pathlib.Path(sys.argv[1]) / "samples.json").read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ FOLDER=${FOLDER:-/tmp/shiwu-images}
 VENV=${VENV:-.venv}
 BASE=localhost/python-standin
 export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=${STORAGE_DRIVER:-vfs} REDIS_PORT=${REDIS_PORT:-7379}
-# Without systemd nobody runs a health check at its times: `check_health` does.
+# Without systemd the health checks have no scheduler: `check_health` runs them.
 export CONTAINERS_CONF=$PWD/docker/here.conf DISABLE_HC_SYSTEMD=true
 
 STORAGE=(--root "$FOLDER/storage" --runroot "$FOLDER/run")
@@ -103,4 +103,4 @@ compose logs --no-color --no-log-prefix pictures producer
 answered=$(compose logs --no-color --no-log-prefix producer | grep -c 's3://pictures/')
 asked=$(grep -c -- '- s3://pictures/' docker/compose.yaml)
 [ "$answered" = "$asked" ] || fail "expected $asked answers, got $answered"
-say "$answered pictures of the store answered $((SECONDS - began)) s after up"
+say "$answered images of the store answered $((SECONDS - began)) s after up"

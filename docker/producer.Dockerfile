@@ -2,7 +2,7 @@
 #
 #   docker build -f docker/producer.Dockerfile -t shiwu-producer .
 #
-# The base is the worker's; docker/worker.Dockerfile says where its digest comes from.
+# The base of the worker; docker/worker.Dockerfile has the origin of its digest.
 ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm@sha256:b18992999dbe963a45a8a4da40ac2b1975be1a776d939d098c647482bcad5cba
 
 # What is installed, as files of its own: a change of pyproject.toml that asks for nothing new installs nothing anew.
@@ -54,7 +54,7 @@ ARG REVISION=""
 ARG CREATED=""
 ARG SOURCE=""
 LABEL org.opencontainers.image.title="shiwu-producer" \
-      org.opencontainers.image.description="Asks shiwu's workers about pictures and reads their answers" \
+      org.opencontainers.image.description="Enqueues image tagging jobs for shiwu's workers and reads their answers" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \

@@ -1,6 +1,6 @@
-"""Put the sample pictures into a bucket: `put_samples.py --endpoint-url URL --bucket NAME FOLDER`.
+"""Put the sample images into a bucket: `put_samples.py --endpoint-url URL --bucket NAME FOLDER`.
 
-Each goes under the name of what it shows, as samples.json in the folder says: 熊猫.jpg. Credentials by the usual AWS
+The key of each is its subject from samples.json in the folder: 熊猫.jpg. Credentials come from the usual AWS
 chain. The store may still be starting, so it is tried again for a while.
 """
 
@@ -21,7 +21,7 @@ PAUSE_S = 0.5
 
 
 def main() -> None:
-    """Put them all, or end with an error that says why not."""
+    """Upload all images, or exit with an error that says why not."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--endpoint-url", required=True)
     parser.add_argument("--bucket", required=True)
@@ -38,7 +38,7 @@ def main() -> None:
     for sample in samples:
         body = (asked.folder / sample["file"]).read_bytes()
         _put(client, bucket=asked.bucket, key=f"{sample['label']}.jpg", body=body, deadline_s=deadline_s)
-    print(f"{len(samples)} pictures lie in s3://{asked.bucket}/")
+    print(f"{len(samples)} images are in s3://{asked.bucket}/")
 
 
 def _put(client: Any, *, bucket: str, key: str, body: bytes, deadline_s: float) -> None:

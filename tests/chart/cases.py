@@ -126,9 +126,9 @@ WRONG: dict[str, tuple[dict[str, Any], str | list[str]]] = {
         {"worker": {"extraEnv": [{"name": "SHIWU_GRACE_S", "value": "300"}]}},
         "extraEnv: SHIWU_GRACE_S: expected it as the value worker.graceS",
     ),
-    "nobody brings delayed jobs back": (
+    "nothing returns delayed jobs": (
         {"sweep": {"enabled": False}, "autoscaling": {"keda": {"enabled": True}}},
-        "sweep.enabled: expected true where autoscaling.keda.minReplicas is 0",
+        "sweep.enabled: expected true if autoscaling.keda.minReplicas is 0",
     ),
     "a download that nothing lets through": (
         {"model": {"source": "download", "download": {"id": "a/b"}}, "networkPolicy": {"publicWeb": False}},
@@ -139,13 +139,13 @@ WRONG: dict[str, tuple[dict[str, Any], str | list[str]]] = {
         {"monitoring": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}},
         "every number would count twice",
     ),
-    "trial beside real": ({"valkey": {"enabled": True}}, "beside the trial server"),
+    "trial and real server": ({"valkey": {"enabled": True}}, "together with the trial server"),
     "sentinel with TLS": ({"redis": SENTINEL | {"tls": {"enabled": True}}}, "expected no TLS together with sentinel"),
     "no sentinels": ({"redis": {"sentinel": {"enabled": True}}}, "expected host:port of each sentinel"),
     "user without secret": ({"redis": {"username": "shiwu-worker"}}, "redis.existingSecret: expected a Secret"),
     "KEDA and a URL": (
         {"redis": {"host": "", "urlKey": "url", "existingSecret": "s"}, "autoscaling": {"keda": {"enabled": True}}},
-        "KEDA can't read a URL",
+        "KEDA cannot read a URL",
     ),
     "workers that ask for workers": (
         {"autoscaling": {"keda": {"enabled": True, "jobsPerWorker": 100}}},

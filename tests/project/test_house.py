@@ -1,4 +1,4 @@
-"""The size of the rooms, and what a fresh machine installs."""
+"""The size of files and functions, and the pinned versions of a fresh installation."""
 
 from __future__ import annotations
 
@@ -13,49 +13,53 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for side in ("producer", "worker") for path in (ROOT / side).rglob("*.py"))
 MAX_FILE_LINES = 400
-MAX_FUNCTION_LINES = 60
+MAX_FUNCTION_LINES = 50
+"""Without the docstring."""
 
 
 def long_functions(path: Path) -> Iterator[str]:
-    """The functions of a file that are over the limit, as file:line name lines."""
+    """Yield the functions of a file that are over the limit, as `file:line name: lines`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                docstring = node.body[0]
+                lines -= (docstring.end_lineno or docstring.lineno) - docstring.lineno + 1
             if lines > MAX_FUNCTION_LINES:
                 yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {lines} lines"
 
 
 def test_the_sources_are_found() -> None:
-    """The two tests below look at something."""
+    """The list of sources is not empty."""
     assert {"client.py", "pipeline.py"} <= {path.name for path in SOURCES}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_short(path: Path) -> None:
-    """A file is read in one sitting."""
+    """A file has at most MAX_FILE_LINES lines."""
     lines = path.read_text(encoding="utf-8").count("\n")
     assert lines <= MAX_FILE_LINES
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_functions_fit_on_a_screen(path: Path) -> None:
-    """A function is seen whole."""
+    """A function has at most MAX_FUNCTION_LINES lines."""
     assert list(long_functions(path)) == []
 
 
 def pins() -> list[str]:
-    """The lines of constraints.txt that pin something."""
+    """Return the lines of constraints.txt that pin a package."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
-def test_constraints_are_exact_and_travel() -> None:
-    """Every line pins one version that a public index has: no local suffix, no path, no editable install."""
+def test_constraints_are_exact_and_portable() -> None:
+    """Every line pins one version of a public index, without local suffix, path or editable install."""
     assert [line for line in pins() if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][0-9A-Za-z.]*", line)] == []
 
 
-def test_everything_that_pyproject_asks_for_is_pinned() -> None:
-    """No direct dependency is left to the day of the installation."""
+def test_every_dependency_is_pinned() -> None:
+    """The versions of direct dependencies do not depend on the day of the installation."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     asked = {re.split(r"[\[<>=!~;@ ]", line)[0].lower() for group in groups for line in group}

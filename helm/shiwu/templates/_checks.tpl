@@ -33,7 +33,7 @@
 {{- $wrong = append $wrong "monitoring: expected podMonitor or serviceMonitor, got both enabled: every number would count twice" -}}
 {{- end -}}
 {{- if and $v.valkey.enabled (or $v.redis.host $v.redis.sentinel.enabled $v.redis.urlKey $v.redis.tls.enabled) -}}
-{{- $wrong = append $wrong "valkey.enabled: expected no redis.host, redis.urlKey, redis.tls and redis.sentinel beside the trial server" -}}
+{{- $wrong = append $wrong "valkey.enabled: expected no redis.host, redis.urlKey, redis.tls and redis.sentinel together with the trial server" -}}
 {{- end -}}
 {{- if not (or $v.valkey.enabled $v.redis.host $v.redis.sentinel.enabled $v.redis.urlKey) -}}
 {{- $wrong = append $wrong "redis: expected redis.host, redis.sentinel.enabled, redis.urlKey, or valkey.enabled for a trial; got none" -}}
@@ -48,7 +48,7 @@
 {{- $wrong = append $wrong "redis.existingSecret: expected a Secret for redis.urlKey, redis.username or redis.sentinel.passwordKey, got none" -}}
 {{- end -}}
 {{- if and $v.autoscaling.keda.enabled $v.redis.urlKey (not (or $v.redis.host $v.redis.sentinel.enabled)) -}}
-{{- $wrong = append $wrong "autoscaling.keda: expected redis.host and redis.passwordKey beside redis.urlKey, for KEDA can't read a URL" -}}
+{{- $wrong = append $wrong "autoscaling.keda: expected redis.host and redis.passwordKey together with redis.urlKey, because KEDA cannot read a URL" -}}
 {{- end -}}
 {{- if and $v.autoscaling.keda.enabled (lt (int $v.autoscaling.keda.jobsPerWorker) (int (include "shiwu.held" .))) -}}
 {{- $wrong = append $wrong (printf "autoscaling.keda.jobsPerWorker: expected at least %s, which one busy worker holds by itself, got %d: workers would ask for more workers" (include "shiwu.held" .) (int $v.autoscaling.keda.jobsPerWorker)) -}}
@@ -77,7 +77,7 @@
 {{- $wrong = append $wrong "producer.references: expected references or existingConfigMap for producer.enabled, got none" -}}
 {{- end -}}
 {{- if and $v.autoscaling.keda.enabled (eq (int $v.autoscaling.keda.minReplicas) 0) (not $v.sweep.enabled) -}}
-{{- $wrong = append $wrong "sweep.enabled: expected true where autoscaling.keda.minReplicas is 0, or nobody brings delayed jobs back to a lane that KEDA counts" -}}
+{{- $wrong = append $wrong "sweep.enabled: expected true if autoscaling.keda.minReplicas is 0; otherwise nothing returns delayed jobs to a lane that KEDA counts" -}}
 {{- end -}}
 {{- if and (eq $v.model.source "download") $v.networkPolicy.enabled (not $v.networkPolicy.publicWeb) (not $v.networkPolicy.extraEgress) -}}
 {{- $wrong = append $wrong "networkPolicy: expected publicWeb, or the hub's mirror in extraEgress, for model.source download" -}}

@@ -130,7 +130,7 @@
   env:
     - {name: SHIWU_MODEL, value: {{ printf "%s@%s" $download.id $download.revision | quote }}}
     - {name: HOME, value: /tmp}
-    # The image is offline by itself; and what the hub's library keeps beside the model is not for the claim.
+    # The image sets offline mode; the cache of the hub's library does not belong into the claim.
     - {name: HF_HUB_OFFLINE, value: "0"}
     - {name: HF_HOME, value: /tmp/hub}
     {{- with $download.endpoint }}

@@ -45,7 +45,39 @@ def build_message(
             {"callbacks": None, "errbacks": None, "chain": None, "chord": None},
         ]
     )
-    headers: dict[str, Any] = {
+    headers = _headers(
+        job_id, sent_ms=sent_ms, expires_ms=expires_ms, eta_ms=eta_ms, ignore_result=ignore_result, trace=trace
+    )
+    return to_json(
+        {
+            "body": base64.b64encode(body).decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": headers,
+            "properties": {
+                "correlation_id": job_id,
+                "reply_to": "",
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": lane.queue},
+                "priority": priority,
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid4()),
+            },
+        }
+    )
+
+
+def _headers(
+    job_id: str,
+    *,
+    sent_ms: float | None,
+    expires_ms: float | None,
+    eta_ms: float | None,
+    ignore_result: bool,
+    trace: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Return the headers of Celery's message protocol 2, with those of shiwu and of the trace."""
+    return {
         "lang": "py",
         "task": TASK_NAME,
         "id": job_id,
@@ -65,23 +97,6 @@ def build_message(
         SENT_HEADER: sent_ms,
         **(trace or {}),
     }
-    return to_json(
-        {
-            "body": base64.b64encode(body).decode(),
-            "content-encoding": "utf-8",
-            "content-type": "application/json",
-            "headers": headers,
-            "properties": {
-                "correlation_id": job_id,
-                "reply_to": "",
-                "delivery_mode": 2,
-                "delivery_info": {"exchange": "", "routing_key": lane.queue},
-                "priority": priority,
-                "body_encoding": "base64",
-                "delivery_tag": str(uuid4()),
-            },
-        }
-    )
 
 
 def _iso(milliseconds: float | None) -> str | None:

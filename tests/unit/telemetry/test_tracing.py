@@ -221,7 +221,7 @@ def test_spans_over_the_limit_are_dropped_and_logged() -> None:
         assert time.monotonic() - began_s < 20
         exporter.go.set()
         traces._thread.join(CLOSE_S)
-    assert not traces._thread.is_alive()
+    assert not traces._thread.is_alive
     told = [line for line in logs if line["event"] == "traces_dropped"]
     assert [line["event"] for line in logs if line["event"] == "traces_unsent"] == ["traces_unsent"]
     assert sum(line["jobs"] for line in told) + exporter.taken == 100

@@ -33,6 +33,7 @@ from shiwu.contract import CANVAS, CANVAS_DUE, TASK_NAME, Answer, RequestError, 
 from shiwu.errors import JobFailed
 from shiwu_worker.jobs.outcome import CommittedJob
 from shiwu_worker.policy.callback_rules import CallbackRules
+from shiwu_worker.runtime.threads import ServiceThread
 
 log: FilteringBoundLogger = structlog.get_logger()
 POLL_EVERY_S: Final = 5.0
@@ -63,7 +64,7 @@ class CallbackSender:
         self._closed = threading.Event()
         self._taken = 0
         """Jobs of the chunk that is being sent."""
-        self._thread = threading.Thread(target=self._run, name="callbacks", daemon=True)
+        self._thread = ServiceThread("callbacks", self._run, on_fatal=None, stop=self._stop)
 
     def start(self) -> None:
         """Start the thread."""
@@ -76,9 +77,11 @@ class CallbackSender:
 
     def close(self, *, timeout_s: float) -> None:
         """Send what is queued, within `timeout_s`; another worker sends the rest."""
+        self._thread.close(timeout_s)
+
+    def _stop(self) -> None:
         self._closed.set()
         self._answered_ids.put([])  # wakes the thread
-        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         next_poll_s = time.monotonic() + POLL_EVERY_S

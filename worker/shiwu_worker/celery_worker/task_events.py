@@ -20,6 +20,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shiwu.contract import TASK_NAME, Status
 from shiwu_worker.jobs.outcome import CommittedJob
+from shiwu_worker.runtime.threads import ServiceThread
 
 log: FilteringBoundLogger = structlog.get_logger()
 HEARTBEAT_EVERY_S: Final = 2.0
@@ -37,7 +38,7 @@ class TaskEventSender:
         self._processed = 0
         self._dropped = 0
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="task-events", daemon=True)
+        self._thread = ServiceThread("task-events", self._run, on_fatal=None, stop=self._closed.set)
 
     def start(self) -> None:
         """Start the thread."""
@@ -52,8 +53,7 @@ class TaskEventSender:
 
     def close(self, *, timeout_s: float) -> None:
         """Send the queued events and `worker-offline`, within `timeout_s`; the rest is dropped."""
-        self._closed.set()
-        self._thread.join(timeout_s)
+        self._thread.close(timeout_s)
 
     def _run(self) -> None:
         while not self._closed.is_set():

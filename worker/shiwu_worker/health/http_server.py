@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.runtime.threads import ServiceThread
 
 log: FilteringBoundLogger = structlog.get_logger()
 MAX_CONNECTIONS: Final = 32
@@ -56,7 +58,7 @@ class HealthServer:
         self._probes = {"/livez": not_live, "/readyz": not_ready}
         self._metrics = _CachedText(metrics)
         self._server: _Server | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: ServiceThread | None = None
 
     def start(self) -> None:
         """Listen and serve.
@@ -70,7 +72,7 @@ class HealthServer:
         except OSError as error:
             text = f"SHIWU_HTTP_HOST, SHIWU_HTTP_PORT: expected a free address, {host}:{port} gave: {error}"
             raise FatalError(ExitCode.CONFIG, text) from error
-        self._thread = threading.Thread(target=server.serve_forever, args=(POLL_INTERVAL_S,), name="http", daemon=True)
+        self._thread = ServiceThread("http", partial(server.serve_forever, POLL_INTERVAL_S), on_fatal=None)
         self._thread.start()
 
     @property
@@ -85,7 +87,7 @@ class HealthServer:
             return
         server.shutdown()
         server.server_close()
-        self._thread.join(timeout=4 * POLL_INTERVAL_S)
+        self._thread.join(4 * POLL_INTERVAL_S)
 
     def page(self, path: str) -> tuple[int, str, bytes]:
         """Return status, content type and body of a path."""

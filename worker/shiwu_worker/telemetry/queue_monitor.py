@@ -15,6 +15,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shiwu.broker.queue_stats import QueueSnapshot
 from shiwu.contract import Lane
+from shiwu_worker.runtime.threads import ServiceThread
 
 log: FilteringBoundLogger = structlog.get_logger()
 SNAPSHOT_EVERY_S: Final = 5.0
@@ -79,7 +80,7 @@ class QueueMonitor:
         self._backlog = BacklogEstimator()
         self._has_failed = False
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="queue-monitor", daemon=True)
+        self._thread = ServiceThread("queue-monitor", self._run, on_fatal=None, stop=self._closed.set)
 
     def start(self) -> None:
         """Start the thread."""
@@ -87,8 +88,7 @@ class QueueMonitor:
 
     def close(self) -> None:
         """Stop the thread; waits up to a second."""
-        self._closed.set()
-        self._thread.join(timeout=1.0)
+        self._thread.close(1.0)
 
     def _run(self) -> None:
         while not self._closed.is_set():

@@ -28,6 +28,7 @@ from structlog.typing import FilteringBoundLogger
 from shiwu.broker.trace_headers import read_headers
 from shiwu.contract import TASK_NAME, Answer, Status
 from shiwu_worker.jobs.job import Departure, Job
+from shiwu_worker.runtime.threads import ServiceThread
 
 if TYPE_CHECKING:
     from shiwu_worker.jobs.outcome import CommittedJob
@@ -87,7 +88,7 @@ class Traces:
         self._has_failed = False
         self._is_closed = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
+        self._thread = ServiceThread("traces", self._run, on_fatal=None, stop=self._stop)
 
     def start(self) -> None:
         """Start the thread."""
@@ -111,12 +112,13 @@ class Traces:
 
     def close(self, *, timeout_s: float) -> None:
         """Make and send the remaining spans, within `timeout_s`; the others are dropped."""
+        if not self._thread.close(timeout_s):
+            log.warning("traces_unsent", jobs=self._jobs_waiting, waited_s=timeout_s)
+
+    def _stop(self) -> None:
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            log.warning("traces_unsent", jobs=self._jobs_waiting, waited_s=timeout_s)
 
     def _run(self) -> None:
         is_closed = False
