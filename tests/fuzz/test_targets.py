@@ -15,19 +15,19 @@ SEED = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6)
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("start", [SEED])
-def test_a_second_of_each(name: str, start: int) -> None:
+def test_each_target_survives_a_second_of_inputs(name: str, start: int) -> None:
     """Nothing but what is promised comes out; the seed stands in the test's name."""
     assert run(TARGETS[name], seconds=1.0, start=start) > 0
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_seeds_themselves_are_fine(name: str) -> None:
+def test_seeds_are_accepted(name: str) -> None:
     """What fuzzing begins with passes."""
     for data in TARGETS[name].seeds():
         TARGETS[name].check(data)
 
 
-def test_what_breaks_is_found() -> None:
+def test_a_failing_target_is_found() -> None:
     """A target with a hole is reported."""
 
     def check(data: bytes) -> None:

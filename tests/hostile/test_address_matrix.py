@@ -79,14 +79,14 @@ INVALID = [
 
 
 @pytest.mark.parametrize("url", ARRIVES)
-def test_a_public_address_is_fetched(world: World, url: str) -> None:
+def test_public_address_is_fetched(world: World, url: str) -> None:
     """One look-up for each, in every spelling of a name."""
     assert world.fetcher().fetch(world.url(url)) == BODY
     assert world.names.asked.total() == 1
 
 
 @pytest.mark.parametrize("url", REFUSED)
-def test_an_inner_address_is_refused(world: World, url: str) -> None:
+def test_internal_address_is_refused(world: World, url: str) -> None:
     """Not tried again, told as a source that is away, and the log knows better."""
     error = failure(world.fetcher(), f"{world.url(url)}?token={SECRET}")
     assert isinstance(error, Unreachable)
@@ -98,7 +98,7 @@ def test_an_inner_address_is_refused(world: World, url: str) -> None:
 
 
 @pytest.mark.parametrize("url", UNKNOWN)
-def test_a_name_that_does_not_exist_is_told_like_a_refused_one(world: World, url: str) -> None:
+def test_unknown_name_is_answered_like_a_refused_one(world: World, url: str) -> None:
     """Or the answers would say which names exist inside."""
     error = failure(world.fetcher(), world.url(url))
     refused = failure(world.fetcher(), "http://inner.example/a")
@@ -108,7 +108,7 @@ def test_a_name_that_does_not_exist_is_told_like_a_refused_one(world: World, url
 
 
 @pytest.mark.parametrize("url", LATER)
-def test_a_source_that_can_not_be_connected_to_may_be_tried_again(world: World, url: str) -> None:
+def test_source_without_connection_may_be_retried(world: World, url: str) -> None:
     """And is told in the words of a refused one."""
     error = failure(world.fetcher(), world.url(url))
     refused = failure(world.fetcher(), world.url(url).replace("good.", "inner.").replace(OUTER, INNER))
@@ -118,7 +118,7 @@ def test_a_source_that_can_not_be_connected_to_may_be_tried_again(world: World, 
 
 
 @pytest.mark.parametrize("url", INVALID)
-def test_what_is_no_plain_url_is_refused_unread(world: World, url: str) -> None:
+def test_url_that_is_not_plain_is_refused_unread(world: World, url: str) -> None:
     """Nobody is asked and nothing is connected to."""
     error = failure(world.fetcher(), world.url(url))
     assert error.code.value == "invalid_reference"
@@ -126,7 +126,7 @@ def test_what_is_no_plain_url_is_refused_unread(world: World, url: str) -> None:
     assert not world.names.asked
 
 
-def test_a_name_that_turns_inward_is_judged_at_each_connection(world: World) -> None:
+def test_name_is_checked_again_at_each_connection(world: World) -> None:
     """Rebinding: the first answer is public, the second is not."""
     fetcher = world.fetcher()
     url = world.url("http://rebind.example:OUT/a")
@@ -135,7 +135,7 @@ def test_a_name_that_turns_inward_is_judged_at_each_connection(world: World) -> 
     assert (world.names.asked["rebind.example"], world.outer.hits["/a"], world.inner.hits.total()) == (2, 1, 0)
 
 
-def test_a_peer_that_is_not_the_judged_one_is_refused(world: World) -> None:
+def test_peer_that_differs_from_the_checked_one_is_refused(world: World) -> None:
     """Whatever lies between `connect` and the peer."""
 
     class Elsewhere(socket.socket):
@@ -148,7 +148,7 @@ def test_a_peer_that_is_not_the_judged_one_is_refused(world: World) -> None:
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700::1", "[2a00:1450::1]", "::ffff:8.8.8.8"])
-def test_public_addresses_would_be_connected_to(address: str) -> None:
+def test_public_addresses_pass_the_guard(address: str) -> None:
     """Judged only: tests reach nobody."""
     assert not AddressGuard(AccessRules()).check_name(address, 443)
 
@@ -168,7 +168,7 @@ REDIRECTS_ODD = [
 
 @pytest.mark.parametrize("to", REDIRECTS_REFUSED)
 @pytest.mark.parametrize("status", [301, 307])
-def test_a_redirect_inward_is_refused(world: World, to: str, status: int) -> None:
+def test_redirect_to_an_internal_address_is_refused(world: World, to: str, status: int) -> None:
     """Each step is judged like the first; where it led is not told."""
     world.outer.serve("/moved", Reply.redirect(f"{world.url(to)}?{SECRET}", status=status))
     error = failure(world.fetcher(), world.url("http://good.example:OUT/moved"))
@@ -178,7 +178,7 @@ def test_a_redirect_inward_is_refused(world: World, to: str, status: int) -> Non
 
 
 @pytest.mark.parametrize("to", REDIRECTS_ODD)
-def test_a_redirect_to_what_is_no_url_is_refused(world: World, to: str) -> None:
+def test_redirect_to_no_url_is_refused(world: World, to: str) -> None:
     """Other schemes, user names, backslashes, white space."""
     world.outer.serve("/moved", Reply.redirect(world.url(to)))
     assert failure(world.fetcher(), world.url("http://good.example:OUT/moved")).code.value == "source_forbidden"
@@ -190,7 +190,7 @@ def test_a_redirect_to_what_is_no_url_is_refused(world: World, to: str) -> None:
 @pytest.mark.parametrize(
     "to", ["/a", "a", "?x", "//good.example:OUT/a", "http://127.0.0.1:OUT/a", "/图".encode().decode("latin-1")]
 )
-def test_a_redirect_outward_is_followed(world: World, status: int, to: str) -> None:
+def test_redirect_to_a_public_address_is_followed(world: World, status: int, to: str) -> None:
     """Relative and absolute, with every status."""
     world.outer.serve("/moved", Reply.redirect(world.url(to), status=status), PLAIN)
     world.outer.serve("/%E5%9B%BE", PLAIN)
@@ -198,7 +198,7 @@ def test_a_redirect_outward_is_followed(world: World, status: int, to: str) -> N
 
 
 @pytest.mark.parametrize(("steps", "arrives"), [(1, True), (3, True), (4, False), (9, False)])
-def test_three_redirects_are_followed(world: World, steps: int, arrives: bool) -> None:
+def test_redirects_are_followed_up_to_three(world: World, steps: int, arrives: bool) -> None:
     """A fourth is not, and neither is a circle."""
     for step in range(steps):
         world.outer.serve(f"/{step}", Reply.redirect(f"/{step + 1}"))

@@ -31,7 +31,7 @@ REFUSED: Final = {
 }  # fmt: skip
 
 
-def test_every_bomb_has_its_answer(tmp_path: Path) -> None:
+def test_every_bomb_is_answered(tmp_path: Path) -> None:
     """The one that is promised, within the limits of CPU and time, for no loader is replaced."""
     paths = []
     for name, make in bombs.BOMBS.items():
@@ -65,7 +65,7 @@ def test_broken_files_of_every_kind_are_answered(tmp_path: Path, seed: int) -> N
     assert {name for name, answer in cut.items() if answer not in codes} == set(), "half a picture is never tagged"
 
 
-def test_what_is_allowed_beside_the_bombs_still_works(tmp_path: Path) -> None:
+def test_ordinary_images_work_alongside_bombs(tmp_path: Path) -> None:
     """Large progressive JPEGs, texts of programs, and every good kind."""
     good = pictures.variants() | {
         "progressive-12mp.jpg": pictures.progressive_jpeg(pictures.picture().resize((4000, 3000))),

@@ -139,7 +139,7 @@ INSIDE: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("is_tagged", [True, False])
 @pytest.mark.parametrize("part", ["callbacks", "errbacks", "chain", "chord"])
 @pytest.mark.parametrize("inside", INSIDE)
-def test_no_place_hides_a_task(stranger: Stranger, inside: str, part: str, *, is_tagged: bool) -> None:
+def test_no_position_hides_a_task(stranger: Stranger, inside: str, part: str, *, is_tagged: bool) -> None:
     """Not one task is sent of a message that names one that is not allowed, wherever it stands."""
     one = INSIDE[inside](EVIL)
     group = {"group": "g", "group_index": 0}
@@ -169,14 +169,14 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("one", OTHERS, ids=[str(one)[:60] for one in OTHERS])
-def test_no_other_way_out(stranger: Stranger, one: Any) -> None:
+def test_other_ways_to_send_are_refused(stranger: Stranger, one: Any) -> None:
     """Headers that rename, exchanges, other servers, our keys, Celery's own tasks, and what is no signature."""
     for part in ("callbacks", "errbacks", "chain"):
         for is_tagged in (True, False):
             assert stranger.send({part: [one]}, is_tagged=is_tagged) == []
 
 
-def test_what_is_allowed_is_sent(stranger: Stranger) -> None:
+def test_allowed_callbacks_are_sent(stranger: Stranger) -> None:
     """Else the tests above would prove nothing."""
     assert stranger.send({"callbacks": [task(), task("ok.b", queue="ok-queue")]}) == ["ok.a", "ok.b"]
     assert stranger.send({"chain": [task("ok.b"), task()]}) == ["ok.a", "ok.b"]
@@ -185,7 +185,7 @@ def test_what_is_allowed_is_sent(stranger: Stranger) -> None:
     assert stranger.send({"callbacks": [task("shiwu.tag", queue="shiwu.interactive")]}) == ["shiwu.tag"]
 
 
-def test_an_errback_of_celerys_own_is_not_run_here(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errback_of_celery_itself_is_not_run(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Celery calls an errback in the process that failed where it knows the task; here it knows none."""
     assert dict(stranger._callbacks._app.tasks) == {}
     monkeypatch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.check", lambda *_: None)
@@ -193,7 +193,7 @@ def test_an_errback_of_celerys_own_is_not_run_here(stranger: Stranger, monkeypat
         assert stranger.send({"errbacks": [task(name)]}, is_tagged=False) == []
 
 
-def test_what_is_sent_is_judged_again(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callbacks_are_checked_again_before_sending(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The app itself refuses, should a form of Celery's slip past the reader of signatures."""
     monkeypatch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.check", lambda *_: None)
     for inside in INSIDE.values():
@@ -229,7 +229,7 @@ def test_what_is_sent_is_judged_again(stranger: Stranger, monkeypatch: pytest.Mo
     ],
     ids=lambda options: str(options)[:LONG],
 )
-def test_nonsense_harms_nobody(stranger: Stranger, options: dict[str, Any]) -> None:
+def test_malformed_options_do_no_harm(stranger: Stranger, options: dict[str, Any]) -> None:
     """It is sent, or it fails; the next one is sent in any case."""
     for embed in ({"callbacks": [task(**options)]}, {"chain": [task(**options)]}, {"chord": task(**options)}):
         for is_tagged in (True, False):
@@ -250,14 +250,14 @@ HEADERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("headers", HEADERS, ids=lambda headers: str(headers)[:LONG])
-def test_headers_choose_no_key(stranger: Stranger, headers: dict[str, Any]) -> None:
+def test_headers_cannot_choose_a_redis_key(stranger: Stranger, headers: dict[str, Any]) -> None:
     """`reply_to` is read by nobody, and groups stay among Celery's own keys."""
     for is_tagged in (True, False):
         stranger.send({"callbacks": [task()], "chord": task()}, headers=headers, is_tagged=is_tagged)
     assert stranger.send({"callbacks": [task()]}) == ["ok.a"]
 
 
-def test_whoever_waits_for_what_was_refused_is_told(stranger: Stranger, redis_client: redis.Redis) -> None:
+def test_waiting_caller_learns_of_a_refused_callback(stranger: Stranger, redis_client: redis.Redis) -> None:
     """Followers and the body of a chord have a result; the log says which task it was."""
     with structlog.testing.capture_logs() as logs:
         stranger.send({"chain": [task("evil", task_id="last"), task(task_id="next")], "chord": task(task_id="body")})
@@ -274,7 +274,7 @@ def test_whoever_waits_for_what_was_refused_is_told(stranger: Stranger, redis_cl
     assert "'evil'" in first["error"]
 
 
-def test_many_and_deep_ones_cost_little(stranger: Stranger) -> None:
+def test_many_and_deep_callbacks_cost_little(stranger: Stranger) -> None:
     """What the message's size allows, and structures in structures within the limit, which Celery copies."""
     began_s = time.monotonic()
     assert stranger.send({"callbacks": [{"task": "ok.a"}] * 10_000}) == []
@@ -292,7 +292,7 @@ def test_many_and_deep_ones_cost_little(stranger: Stranger) -> None:
     assert time.monotonic() - began_s < 20
 
 
-def test_a_message_that_redis_refuses_holds_nobody_up(stranger: Stranger, redis_client: redis.Redis) -> None:
+def test_message_that_redis_refuses_delays_no_other(stranger: Stranger, redis_client: redis.Redis) -> None:
     """Where the server answers and refuses just this, it is given up; it would come back for ever."""
     redis_client.set("celery-taskset-meta-g.j", "no sorted set")
     assert stranger.send({"chord": task()}, headers={"group": "g", "group_index": 0}) == []
@@ -343,7 +343,7 @@ GROUPS = st.fixed_dictionaries(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=120)
 @given(embed=EMBEDS, headers=GROUPS, is_tagged=st.booleans(), is_read=st.booleans())
-def test_no_message_whatever(
+def test_any_message_sends_only_allowed_tasks(
     stranger: Stranger, embed: Any, headers: dict[str, Any], *, is_tagged: bool, is_read: bool
 ) -> None:
     """Nothing that is not allowed leaves: by the reader of signatures and the app together, and by the app alone."""

@@ -53,7 +53,7 @@ def costs(*cases: tuple[str, int, int]) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_a_line_of_pixels_costs_next_to_nothing() -> None:
+def test_line_of_pixels_costs_little() -> None:
     """Resized before it is cropped, a line of 10,000 pixels would become an image of half a million columns."""
     lines = [("JPEG", 10_000, 1), ("PNG", 16_384, 1), ("PNG", 1, 16_384), ("JPEG", 1, 65_500), ("PNG", 65_535, 2)]
     found = costs(*lines)
@@ -64,7 +64,7 @@ def test_a_line_of_pixels_costs_next_to_nothing() -> None:
         assert float(str(one["mb"])) < 150, one
 
 
-def test_memory_follows_from_pixels_and_not_from_shape() -> None:
+def test_memory_depends_on_pixels_and_not_on_shape() -> None:
     """Twelve megapixels as a square and as the longest strips that are allowed."""
     found = costs(("PNG", 3464, 3464), ("PNG", 65_535, 183), ("PNG", 183, 65_535))
     assert all(one["status"] == 0 for one in found)

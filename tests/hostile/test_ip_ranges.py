@@ -45,18 +45,18 @@ PUBLIC = listed("""
 
 
 @pytest.mark.parametrize("address", REFUSED)
-def test_what_is_not_public_is_refused(address: str) -> None:
+def test_addresses_that_are_not_public_are_refused(address: str) -> None:
     """Every registered range, what lies beside them, and IPv4 addresses in every wrapping."""
     assert not is_public(ipaddress.ip_address(address))
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_what_is_public_is_let_through(address: str) -> None:
+def test_public_addresses_are_allowed(address: str) -> None:
     """The neighbours of every range, and public IPv4 addresses in every wrapping."""
     assert is_public(ipaddress.ip_address(address))
 
 
-def test_every_row_refuses_its_whole_range() -> None:
+def test_every_row_covers_its_whole_range() -> None:
     """First and last address; wrappings are judged by what they hold."""
     for row in read_table():
         for address in (row.network[0], row.network[-1]):
@@ -76,7 +76,7 @@ def test_every_row_refuses_its_whole_range() -> None:
         ("64:ff9b:1::/48", "64:ff9b:1:{a:x}{b:02x}:{c:x}:{d:02x}00::"),
     ],
 )
-def test_the_networks_own_nat64_is_judged_by_what_lies_behind(prefix: str, wrapped: str) -> None:
+def test_nat64_of_the_network_is_checked_by_its_target(prefix: str, wrapped: str) -> None:
     """Every length of RFC 6052; the operator has to name the prefix."""
     network = ipaddress.IPv6Network(prefix)
     inner, outer = ([int(part) for part in text.split(".")] for text in ("10.0.0.1", "93.184.216.34"))
@@ -100,7 +100,7 @@ REGISTERED = listed("""
 """All blocks of both registries, as iana.org told them on 2026-07-18."""
 
 
-def test_the_table_is_the_registries() -> None:
+def test_table_equals_the_registries() -> None:
     """Every block, and no other but those that say so."""
     rows = Path(special_addresses.__file__).with_suffix(".csv").read_text(encoding="utf-8").splitlines()
     table = {row.split(",")[0]: row for row in rows if not row.startswith(("#", "network"))}
@@ -110,7 +110,7 @@ def test_the_table_is_the_registries() -> None:
     assert len(REGISTERED) == 51
 
 
-def test_the_table_says_how_old_it_is() -> None:
+def test_table_has_its_date() -> None:
     """Its date, and the registries that it follows."""
     text = Path(special_addresses.__file__).with_suffix(".csv").read_text(encoding="utf-8")
     assert re.search(r"as of 20\d\d-\d\d-\d\d", text)

@@ -51,7 +51,7 @@ FILES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_lack_of_memory_is_no_damage(name: str, tmp_path: Path) -> None:
+def test_lack_of_memory_is_not_reported_as_damage(name: str, tmp_path: Path) -> None:
     """With less room than the image needs, in every step of its decoding, and with enough."""
     kind, options = FILES[name]
     path = tmp_path / "image"

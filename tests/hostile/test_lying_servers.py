@@ -35,19 +35,19 @@ def _names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @each_client
 @pytest.mark.parametrize("name", ["body", "chunk", "small chunks"])
-def test_a_body_that_drips_ends_at_the_total_deadline(client: S3Client, name: str) -> None:
+def test_slow_body_ends_at_the_total_deadline(client: S3Client, name: str) -> None:
     """Never silent for the read time-out."""
     _is_left_in_time(client, SLOW[name], pause_s=0.05)
 
 
 @pytest.mark.parametrize("name", ["status line", "header", "headers", "answers before the answer"])
-def test_obstore_also_leaves_headers_that_drip(name: str) -> None:
+def test_obstore_ends_slow_headers(name: str) -> None:
     """boto3 bounds one silence and not the whole of them; there the time for fetch and decode ends it."""
     _is_left_in_time("obstore", SLOW[name], pause_s=0.05)
 
 
 @each_client
-def test_a_store_that_says_nothing_is_left(client: S3Client) -> None:
+def test_silent_store_is_given_up(client: S3Client) -> None:
     """After one silence."""
     _is_left_in_time(client, says(b""), pause_s=30)
 
@@ -63,7 +63,7 @@ def _is_left_in_time(client: S3Client, script: Script, *, pause_s: float) -> Non
 
 @each_client
 @pytest.mark.parametrize("script", AWAY.values(), ids=AWAY)
-def test_half_an_answer_is_a_store_that_is_away(client: S3Client, script: Script) -> None:
+def test_half_a_reply_counts_as_unavailable_store(client: S3Client, script: Script) -> None:
     """Never half a picture."""
     with RawServer(script) as server:
         fetcher = make_fetcher(client, f"http://127.0.0.1:{server.port}", total_timeout_s=TOTAL_S)
@@ -89,7 +89,7 @@ def test_more_bytes_than_allowed_are_not_read(client: S3Client) -> None:
 
 @each_client
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_store_sends_nobody_elsewhere(http_server: PictureServer, client: S3Client, status: int) -> None:
+def test_redirects_of_a_store_are_not_followed(http_server: PictureServer, client: S3Client, status: int) -> None:
     """No request, and with it no token, reaches another host."""
     with PictureServer(address=INNER) as inner:
         inner.serve("/a", Reply(body=b"what nobody may see"))
@@ -100,7 +100,7 @@ def test_a_store_sends_nobody_elsewhere(http_server: PictureServer, client: S3Cl
 
 
 @each_client
-def test_a_bucket_in_another_region_is_a_refusal(http_server: PictureServer, client: S3Client) -> None:
+def test_bucket_in_another_region_is_refused(http_server: PictureServer, client: S3Client) -> None:
     """A redirect that says no place: the worker's region is wrong, not the image. The store is asked once."""
     http_server.serve("/pictures/a", Reply(status=301, body=b"<Error><Code>PermanentRedirect</Code></Error>"))
     error = failure(make_fetcher(client, http_server.url("")), "s3://pictures/a")

@@ -48,7 +48,7 @@ LISTS = [
 
 
 @pytest.mark.parametrize(("url", "rules", "arrives"), LISTS)
-def test_deny_wins_over_allow(world: World, url: str, rules: dict[str, tuple[str, ...]], arrives: bool) -> None:
+def test_deny_overrides_allow(world: World, url: str, rules: dict[str, tuple[str, ...]], arrives: bool) -> None:
     """Hosts by name, networks by address, also for names that the operator trusts."""
     told = {
         name: tuple(world.url(entry) if isinstance(entry, str) else entry for entry in entries)
@@ -62,7 +62,7 @@ def test_deny_wins_over_allow(world: World, url: str, rules: dict[str, tuple[str
         assert not world.inner.hits + world.outer.hits
 
 
-def test_answers_tell_refusals_where_the_operator_asks_for_it(world: World) -> None:
+def test_answers_tell_refusals_if_the_operator_wants_it(world: World) -> None:
     """With its own code; a name that does not exist keeps the other one."""
     error = failure(world.fetcher(tells_refusals=True), world.url(f"http://inner.example:IN/a?{SECRET}"))
     assert (type(error), error.code.value) == (Rejected, "source_forbidden")
@@ -71,7 +71,7 @@ def test_answers_tell_refusals_where_the_operator_asks_for_it(world: World) -> N
 
 
 @pytest.mark.parametrize("entry", ["", "a b", "http://a", "a/b", "user@a", "a:0", "a:65536", "*", "a.*.b", "*."])
-def test_an_entry_that_is_no_host_is_refused_at_the_start(entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_that_is_no_host_is_refused_at_the_start(entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A list that says nothing would be taken for one that forbids."""
     with pytest.raises(ValueError, match="expected"):
         HostList((entry,))
@@ -84,7 +84,7 @@ WRONG = {"DENY_NETWORKS": "10.0.0.1/8", "ALLOW_NETWORKS": "ten", "NAT64_PREFIXES
 
 
 @pytest.mark.parametrize("name", [*WRONG, "PROXY_URL"])
-def test_other_lists_are_read_at_the_start_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_lists_are_checked_at_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wrong setting is named."""
     monkeypatch.setenv(f"SHIWU_{name}", WRONG.get(name, "socks5://a"))
     with pytest.raises(ValidationError, match=name.lower()):
@@ -123,7 +123,7 @@ def test_proxies_of_the_environment_are_not_used(world: World, monkeypatch: pyte
     assert not world.inner.hits
 
 
-def test_the_configured_proxy_gets_what_the_rules_let_through(world: World) -> None:
+def test_configured_proxy_gets_allowed_requests_only(world: World) -> None:
     """It looks names up itself; addresses, ports, spellings and lists are judged before."""
     with PictureServer() as proxy:
         proxy.serve("http://good.example/a", PLAIN)
@@ -157,12 +157,14 @@ def test_the_configured_proxy_gets_what_the_rules_let_through(world: World) -> N
         ((), ("logs*",), "pictures", True),
     ],
 )
-def test_buckets(allow: tuple[str, ...], deny: tuple[str, ...], bucket: str, is_allowed: bool) -> None:
+def test_bucket_rules_allow_or_deny(
+    allow: tuple[str, ...], deny: tuple[str, ...], bucket: str, is_allowed: bool
+) -> None:
     """By name, or by how the name begins."""
     assert allows_bucket(AccessRules(allow_buckets=allow, deny_buckets=deny), bucket) is is_allowed
 
 
-def test_a_denied_bucket_is_told_like_one_that_the_store_refuses(world: World) -> None:
+def test_denied_bucket_is_answered_like_a_refused_one(world: World) -> None:
     """The store is not asked."""
     error = failure(world.fetcher(deny_buckets=("private",)), "s3://private/a?versionId=v")
     assert (type(error), error.code.value) == (Rejected, "source_forbidden")
@@ -200,7 +202,7 @@ def rooms(tmp_path: Path) -> tuple[Path, Path]:
     return inside, outside
 
 
-def test_files_outside_are_all_told_alike(world: World, rooms: tuple[Path, Path]) -> None:
+def test_all_files_outside_get_the_same_answer(world: World, rooms: tuple[Path, Path]) -> None:
     """There or not there, readable or not, by any way: the same words for each."""
     inside, outside = rooms
     fetcher = world.fetcher(allow_folders=(inside,), deny_folders=(inside / "private",))
@@ -217,7 +219,7 @@ def test_files_outside_are_all_told_alike(world: World, rooms: tuple[Path, Path]
     assert told == {"expected a file in one of the folders that the operator allows"}
 
 
-def test_files_inside(world: World, rooms: tuple[Path, Path]) -> None:
+def test_files_in_allowed_folders_are_read(world: World, rooms: tuple[Path, Path]) -> None:
     """Links within the folder are followed; pipes are not waited for."""
     inside, _ = rooms
     fetcher = world.fetcher(allow_folders=(inside,))
@@ -235,7 +237,7 @@ def test_files_inside(world: World, rooms: tuple[Path, Path]) -> None:
         assert failure(fetcher, f"file://{inside}/{path}").code.value == code, path
 
 
-def test_a_link_that_turns_while_it_is_judged_leads_nowhere(rooms: tuple[Path, Path]) -> None:
+def test_link_that_changes_during_the_check_is_refused(rooms: tuple[Path, Path]) -> None:
     """What is read is what was judged: never a byte from outside."""
     inside, outside = rooms
     (outside / "a").write_bytes(SECRET.encode())

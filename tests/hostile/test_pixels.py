@@ -48,7 +48,7 @@ def disk(hidden: tuple[int, int, int], mode: str = "RGBA") -> Image.Image:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])
-def test_colours_under_alpha_0_steer_nothing(kind: str) -> None:
+def test_colours_under_alpha_0_have_no_influence(kind: str) -> None:
     """Whatever is hidden the model gets the same pixels, bit for bit where the format is lossless."""
     options: dict[str, Any] = {"WEBP": {"lossless": True, "exact": True}, "AVIF": {"quality": 100}}.get(kind, {})
     one, two = (shown(pictures.saved(disk(hidden), kind, **options)) for hidden in (RED, GREEN))
@@ -71,7 +71,7 @@ def test_every_mode_with_alpha_is_laid_on_white(mode: str) -> None:
     assert min(rgb.getpixel((32, 32))) < 100  # type: ignore[type-var,arg-type]  # the same
 
 
-def test_a_picture_that_vanishes_on_white_is_laid_on_black() -> None:
+def test_white_drawing_is_laid_on_black() -> None:
     """White on nothing is seen by whoever has a dark page."""
     image = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
     image.paste((*WHITE, 255), (16, 16, 48, 48))
@@ -87,7 +87,7 @@ def dotted(mode: str, colour: object, dot: object) -> Image.Image:
     return image
 
 
-def test_a_transparent_colour_is_no_colour() -> None:
+def test_transparent_colour_is_not_shown() -> None:
     """tRNS of palettes, grey and RGB, in 1, 8 and 16 bits: what browsers do not show the model does not see."""
     palette = dotted("P", 0, 1)
     palette.putpalette([*RED, *GREEN])
@@ -108,7 +108,7 @@ def deep_png(colour: int, samples: tuple[int, ...], transparent: tuple[int, ...]
     return raw_png(8, 8, *chunks, bits=16, colour=colour, rows=zlib.compress(first + row * 7))
 
 
-def test_sixteen_bits_are_scaled_also_where_a_colour_is_transparent() -> None:
+def test_sixteen_bits_with_transparency_are_scaled() -> None:
     """Grey, RGB and both with alpha, as PNG; the transparent colour is one of 16 bits too."""
     assert near(deep_png(0, (0x8000,)), (128, 128, 128))
     assert near(deep_png(2, (0xFFFF, 0x4000, 0)), (255, 64, 0))
@@ -143,7 +143,7 @@ def test_other_modes_keep_their_colour(mode: str, colour: tuple[int, int, int]) 
     assert near(pictures.saved(image, "JPEG" if mode == "CMYK" else "PNG", quality=95), colour, levels=12)
 
 
-def test_inverted_inks_with_and_without_adobes_marker() -> None:
+def test_inverted_cmyk_with_and_without_adobe_marker() -> None:
     """Everybody writes a CMYK JPEG's inks inverted, and viewers take them so, whether the file says it or not."""
     data = pictures.saved(Image.new("CMYK", (64, 64), (0, 255, 255, 0)), "JPEG", quality=95)
     at = data.index(b"\xff\xee")
@@ -164,7 +164,7 @@ CLEAR: Final = (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "AVIF"])
-def test_the_first_frame_that_can_be_seen_is_taken(kind: str) -> None:
+def test_first_visible_frame_is_used(kind: str) -> None:
     """Not one that flashes by, not one without anything on it; the first one where all last."""
     options: dict[str, Any] = {"WEBP": {"lossless": True}, "GIF": {"disposal": 2}}.get(kind, {})
     assert near(animation(kind, (RED, 500), (GREEN, 500), **options), RED)
@@ -176,7 +176,7 @@ def test_the_first_frame_that_can_be_seen_is_taken(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
 @pytest.mark.parametrize("delay_ms", [0, 10])
-def test_frames_without_a_delay_are_seen(kind: str, delay_ms: int) -> None:
+def test_frames_without_a_delay_are_visible(kind: str, delay_ms: int) -> None:
     """Browsers show a frame with a delay of 10 ms or less for 100 ms, so it is judged like any other."""
     options: dict[str, Any] = {"WEBP": {"lossless": True}, "GIF": {"disposal": 2}}.get(kind, {})
     data = animation(kind, (RED, delay_ms), (GREEN, 5000), (BLUE, 5000), **options)
@@ -210,7 +210,7 @@ INVISIBLE: Final = {
 
 
 @pytest.mark.parametrize("name", INVISIBLE)
-def test_an_invisible_image_is_refused(name: str) -> None:
+def test_invisible_image_is_rejected(name: str) -> None:
     """Its tags would be those of a white page, which nobody sees."""
     with pytest.raises(Rejected, match=r"expected an image in which something can be seen, got an? ") as caught:
         shown(INVISIBLE[name]())
@@ -218,7 +218,7 @@ def test_an_invisible_image_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("is_opaque", [True, False])
-def test_a_bmp_whose_alpha_is_0_everywhere_is_opaque(is_opaque: bool) -> None:
+def test_bmp_with_alpha_0_everywhere_is_opaque(is_opaque: bool) -> None:
     """Many programs write 0 into the fourth byte; one pixel with alpha makes it an alpha channel."""
     pixels = bytearray(bytes((0, 0, 255, 0)) * 64)
     if not is_opaque:
@@ -231,12 +231,12 @@ def test_a_bmp_whose_alpha_is_0_everywhere_is_opaque(is_opaque: bool) -> None:
     assert near(data, RED if is_opaque else WHITE)
 
 
-def test_an_apngs_default_picture_is_not_what_browsers_show() -> None:
+def test_default_image_of_an_apng_is_skipped() -> None:
     """It is for viewers that know no animation."""
     assert near(animation("PNG", (GREEN, 500), (RED, 500), (BLUE, 500), default_image=True), RED)
 
 
-def test_around_a_gifs_small_first_frame_is_the_page() -> None:
+def test_area_around_a_small_gif_frame_is_white() -> None:
     """A screen of 100 × 100 with a frame of 4 × 4 in its corner: the rest is no colour of the palette."""
     image = Image.new("P", (4, 4), 1)
     image.putpalette([*RED, *BLUE])
@@ -247,13 +247,13 @@ def test_around_a_gifs_small_first_frame_is_the_page() -> None:
     assert pixels[0, 0, 2] > 200 > pixels[0, 0, 0]
 
 
-def test_frames_behind_the_first_are_not_decoded() -> None:
+def test_later_frames_are_not_decoded() -> None:
     """A broken end of an animation is nobody's business when its beginning is what is judged."""
     data = animation("GIF", (RED, 500), (GREEN, 500), (BLUE, 500))
     assert near(data[: len(data) - 20], RED)
 
 
-def test_half_a_jpeg_is_refused() -> None:
+def test_half_a_jpeg_is_rejected() -> None:
     """An image is never answered by half of it."""
     data = pictures.jpeg(pictures.picture())
     with pytest.raises(Rejected, match="ends before its last row") as caught:
@@ -261,7 +261,7 @@ def test_half_a_jpeg_is_refused() -> None:
     assert caught.value.code.value == "picture_broken"
 
 
-def test_many_pictures_in_one_file() -> None:
+def test_first_of_many_images_in_a_file_is_used() -> None:
     """MPO: the first one, as JPEG."""
     first, second = Image.new("RGB", (64, 64), RED), Image.new("RGB", (64, 64), GREEN)
     data = pictures.saved(first, "MPO", save_all=True, append_images=[second])
@@ -270,7 +270,7 @@ def test_many_pictures_in_one_file() -> None:
     assert pixels[16, 16, 0] > 240
 
 
-def test_what_lies_behind_the_end_is_ignored() -> None:
+def test_bytes_after_the_end_are_ignored() -> None:
     """A picture that is an archive or a script as well is a picture."""
     data = pictures.png(Image.new("RGB", (8, 8), RED)) + b"PK\x03\x04" + bytes(100)
     assert near(data, RED)

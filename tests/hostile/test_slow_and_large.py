@@ -19,7 +19,7 @@ BUSY_S = 10.0
 
 
 @pytest.mark.parametrize("script", SLOW.values(), ids=SLOW)
-def test_a_drip_ends_at_the_total_deadline(world: World, script: Script) -> None:
+def test_slow_reply_ends_at_the_total_deadline(world: World, script: Script) -> None:
     """Never silent for the read time-out, wherever in its answer the server dawdles."""
     with RawServer(script, pause_s=0.05) as server:
         fetcher = world.fetcher(total_timeout_s=TOTAL_S, ports=(server.port,))
@@ -30,7 +30,7 @@ def test_a_drip_ends_at_the_total_deadline(world: World, script: Script) -> None
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_server_that_says_nothing_is_left(world: World, scheme: str) -> None:
+def test_silent_server_is_given_up(world: World, scheme: str) -> None:
     """A silent handshake of TLS too."""
     with RawServer(says(b""), pause_s=30) as server:
         fetcher = world.fetcher(total_timeout_s=TOTAL_S, ports=(server.port,))
@@ -39,7 +39,7 @@ def test_a_server_that_says_nothing_is_left(world: World, scheme: str) -> None:
         assert time.monotonic() - began_s < TOTAL_S + BUSY_S
 
 
-def test_a_name_server_that_says_nothing_is_left(world: World) -> None:
+def test_silent_name_server_is_given_up(world: World) -> None:
     """The resolver has no time-out of its own; the fetch has."""
     began_s = time.monotonic()
     error = failure(world.fetcher(total_timeout_s=TOTAL_S), world.url("http://slow.example:OUT/a"))
@@ -64,7 +64,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("script", LARGE.values(), ids=LARGE)
-def test_an_answer_that_is_none_is_a_source_that_is_away(
+def test_malformed_reply_counts_as_unavailable_source(
     world: World, script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Soon, and no line of any library tells the query."""
@@ -108,7 +108,7 @@ def test_more_bytes_than_allowed_are_not_read(world: World) -> None:
 @pytest.mark.parametrize(
     "encoding", ["gzip", "GZIP", "x-gzip", "deflate", "br", "zstd", "gzip, identity", "identity, br", "x"]
 )
-def test_an_encoded_body_is_refused(world: World, encoding: str) -> None:
+def test_compressed_body_is_rejected(world: World, encoding: str) -> None:
     """It is not asked for, and 50 MB of it fit into 50 KB."""
     world.outer.serve("/packed", Reply(body=gzip.compress(BODY), headers={"Content-Encoding": encoding}))
     error = failure(world.fetcher(), world.url("http://good.example:OUT/packed"))
@@ -118,7 +118,7 @@ def test_an_encoded_body_is_refused(world: World, encoding: str) -> None:
     assert world.outer.headers["/packed"]["Accept-Encoding"] == "identity"
 
 
-def test_nothing_of_ours_is_sent_along(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_reveal_nothing_of_the_worker(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """No cookie, no referrer, no credentials, also not after a redirect."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     world.outer.serve("/moved", Reply(status=302, headers={"Location": "/a", "Set-Cookie": f"a={SECRET}"}))

@@ -40,7 +40,7 @@ def known(https: PictureServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return https
 
 
-def test_the_certificates_name_is_compared(world: World, known: PictureServer) -> None:
+def test_name_of_the_certificate_is_checked(world: World, known: PictureServer) -> None:
     """A connection to a judged address still asks for the name, and only its certificate will do."""
     fetcher = world.fetcher(ports=(known.port,))
     for name in ("good.example", "GOOD.example", "good.example."):
@@ -51,18 +51,18 @@ def test_the_certificates_name_is_compared(world: World, known: PictureServer) -
         assert error.code.value == "source_forbidden"
 
 
-def test_an_unknown_certificate_is_refused(world: World, https: PictureServer) -> None:
+def test_unknown_certificate_is_refused(world: World, https: PictureServer) -> None:
     """Nobody vouches for it."""
     error = failure(world.fetcher(ports=(https.port,)), f"https://good.example:{https.port}/a")
     assert (type(error), error.code.value) == (Rejected, "source_forbidden")
 
 
-def test_no_tls_where_tls_was_asked_for(world: World) -> None:
+def test_plain_reply_on_a_tls_port_is_refused(world: World) -> None:
     """A plain server on the port: an answer that can't be read, perhaps a better one later."""
     assert isinstance(failure(world.fetcher(), world.url("https://good.example:OUT/a")), Unavailable)
 
 
-def test_no_step_leads_out_of_https(world: World, known: PictureServer) -> None:
+def test_redirect_from_https_to_http_is_refused(world: World, known: PictureServer) -> None:
     """From http to https it may."""
     fetcher = world.fetcher(ports=(known.port, world.outer.port))
     for to in (world.url("http://good.example:OUT/a"), world.url("HTTP://good.example:OUT/a")):
@@ -76,7 +76,7 @@ def test_no_step_leads_out_of_https(world: World, known: PictureServer) -> None:
     assert isinstance(failure(fetcher, f"https://good.example:{known.port}/inward"), Unreachable)
 
 
-def test_a_drip_inside_tls_ends_too(world: World, known: PictureServer) -> None:
+def test_slow_reply_inside_tls_ends(world: World, known: PictureServer) -> None:
     """The deadline reaches through the encryption."""
     known.serve("/drip", Reply.picture(BODY).drip(chunk_bytes=1, pause_s=0.1))
     error = failure(world.fetcher(ports=(known.port,), total_timeout_s=0.6), f"https://good.example:{known.port}/drip")
@@ -120,7 +120,7 @@ class Tunnel:
                     (server if one is client else client).sendall(data)
 
 
-def test_through_a_proxy_the_name_is_still_compared(world: World, known: PictureServer) -> None:
+def test_name_is_checked_through_a_proxy(world: World, known: PictureServer) -> None:
     """The tunnel leads anywhere; the certificate must be for the name in the URL."""
     with Tunnel(known.port) as tunnel:
         fetcher = world.fetcher(proxy_url=f"http://127.0.0.1:{tunnel.port}")

@@ -21,7 +21,7 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
         yield connected
 
 
-def test_a_claim_is_recorded_under_a_lease(client: redis.Redis) -> None:
+def test_claim_is_recorded_under_a_lease(client: redis.Redis) -> None:
     """A popped message is at once among the claims, with a lease of the asked length."""
     client.lpush("shiwu.interactive", message("one"))
     [job] = make_lease_queue(client, "w", lease_s=15).claim(10).jobs
@@ -37,7 +37,7 @@ def message_of(client: redis.Redis, job_id: str) -> bytes:
     return record.split(b"|", 3)[3]
 
 
-def test_interactive_goes_first_and_urgent_before_less_urgent(client: redis.Redis) -> None:
+def test_interactive_and_urgent_jobs_are_claimed_first(client: redis.Redis) -> None:
     """Order of a claim: interactive by priority step, then bulk by priority step, each first in first out."""
     keys = [*Lane.INTERACTIVE.keys, *Lane.BULK.keys]
     for number, key in reversed(list(enumerate(keys))):
@@ -55,7 +55,7 @@ def test_bulk_keeps_its_share_while_interactive_waits(client: redis.Redis) -> No
     assert sum(job.key in Lane.BULK.keys for job in jobs) in range(27, 34)
 
 
-def test_a_dead_workers_job_comes_back_first_with_its_attempt_counted(client: redis.Redis) -> None:
+def test_job_of_a_crashed_worker_returns_to_the_front(client: redis.Redis) -> None:
     """Any worker reaps an ended lease; the job is next in its lane and its attempt is 2."""
     client.lpush("shiwu.bulk", message("old", Lane.BULK), message("new", Lane.BULK))
     make_lease_queue(client, "dead", lease_s=0.05).claim(1)
@@ -64,7 +64,7 @@ def test_a_dead_workers_job_comes_back_first_with_its_attempt_counted(client: re
     assert [(job.id, job.attempt) for job in other.claim(2).jobs] == [("old", 2), ("new", 1)]
 
 
-def test_a_living_workers_lease_is_renewed(client: redis.Redis) -> None:
+def test_lease_of_a_running_worker_is_renewed(client: redis.Redis) -> None:
     """A renewed lease does not end; renewing tells what is no longer ours."""
     client.lpush("shiwu.bulk", message("mine"), message("lost"))
     mine, other = make_lease_queue(client, "mine", lease_s=30), make_lease_queue(client, "other")
@@ -77,7 +77,7 @@ def test_a_living_workers_lease_is_renewed(client: redis.Redis) -> None:
     assert other.release([Release("mine")]) == 0, "only the owner may give a job back"
 
 
-def test_copies_of_an_id_are_dropped_at_claim(client: redis.Redis) -> None:
+def test_duplicates_of_an_id_are_dropped_at_claim(client: redis.Redis) -> None:
     """Two copies in one claim, a copy of a claimed job and a copy of an answered one: one job in all."""
     client.lpush("shiwu.bulk", message("same"), message("same"))
     claims = make_lease_queue(client, "w")
@@ -90,7 +90,7 @@ def test_copies_of_an_id_are_dropped_at_claim(client: redis.Redis) -> None:
     assert client.hget("shiwu:counters", "copies_dropped") == b"3"
 
 
-def test_the_mark_outlives_a_deleted_answer(client: redis.Redis) -> None:
+def test_mark_outlives_a_deleted_answer(client: redis.Redis) -> None:
     """A consumer that deletes the answer does not open the id for a second one."""
     client.lpush("shiwu.bulk", message("x"))
     claims = make_lease_queue(client, "w")
@@ -103,7 +103,7 @@ def test_the_mark_outlives_a_deleted_answer(client: redis.Redis) -> None:
     assert client.ttl(done_key("x")) > 60
 
 
-def test_a_commit_tried_again_knows_its_own_answer(client: redis.Redis) -> None:
+def test_repeated_commit_recognises_its_own_answer(client: redis.Redis) -> None:
     """The same commit twice (its first reply was lost) is no duplicate, and appends to the stream once."""
     client.lpush("shiwu.bulk", message("x"))
     [job] = make_lease_queue(client, "w").claim(1).jobs
@@ -113,7 +113,7 @@ def test_a_commit_tried_again_knows_its_own_answer(client: redis.Redis) -> None:
     assert client.xlen("shiwu:results") == 1
 
 
-def test_a_delayed_job_returns_when_its_time_has_come(client: redis.Redis) -> None:
+def test_delayed_job_returns_after_its_delay(client: redis.Redis) -> None:
     """A delayed job is not in the lane, and comes back with its bytes and its attempts."""
     client.lpush("shiwu.bulk", message("later", Lane.BULK))
     claims = make_lease_queue(client, "w")
@@ -127,7 +127,7 @@ def test_a_delayed_job_returns_when_its_time_has_come(client: redis.Redis) -> No
     assert client.zcard(DELAYED) == 0
 
 
-def test_a_release_that_does_not_count_keeps_the_attempt(client: redis.Redis) -> None:
+def test_release_that_does_not_count_keeps_the_attempt(client: redis.Redis) -> None:
     """Jobs given back by a shutdown have not been tried."""
     client.lpush("shiwu.bulk", message("x"))
     claims = make_lease_queue(client, "w")
@@ -156,7 +156,7 @@ def test_a_release_that_does_not_count_keeps_the_attempt(client: redis.Redis) ->
         b"[" * 2000,
     ],
 )
-def test_a_message_without_an_id_is_claimed_by_its_digest(client: redis.Redis, raw: bytes) -> None:
+def test_message_without_an_id_is_claimed_by_its_digest(client: redis.Redis, raw: bytes) -> None:
     """Whatever lies in a lane is claimed, comes back unchanged, and can be answered."""
     client.lpush("shiwu.bulk", raw)
     claims = make_lease_queue(client, "w")
@@ -167,14 +167,14 @@ def test_a_message_without_an_id_is_claimed_by_its_digest(client: redis.Redis, r
     assert (again.id, again.raw) == (job.id, raw)
 
 
-def test_a_lane_key_of_a_wrong_type_holds_nobody_up(client: redis.Redis) -> None:
+def test_lane_key_of_a_wrong_type_delays_no_other_lane(client: redis.Redis) -> None:
     """A string where a list should be is passed over; the other keys are served."""
     client.set("shiwu.interactive", "oops")
     client.lpush("shiwu.bulk", message("x"))
     assert [job.id for job in make_lease_queue(client, "w").claim(5).jobs] == ["x"]
 
 
-def test_wrong_types_in_our_own_keys_stop_the_claim_before_it_pops(client: redis.Redis) -> None:
+def test_keys_of_a_wrong_type_stop_the_claim_before_it_pops(client: redis.Redis) -> None:
     """A script is not undone by Redis, so it must fail before it takes a message."""
     client.set(CLAIMS, "oops")
     client.lpush("shiwu.bulk", message("x"))
@@ -192,7 +192,7 @@ def test_scripts_survive_a_flushed_script_cache(client: redis.Redis) -> None:
     assert [job.id for job in claims.claim(1).jobs] == ["x"]
 
 
-def test_the_result_is_celerys_json(client: redis.Redis) -> None:
+def test_result_is_the_json_of_celery(client: redis.Redis) -> None:
     """The stored value is what Celery's Redis backend writes."""
     client.lpush("shiwu.bulk", message("x"))
     [job] = make_lease_queue(client, "w").claim(1).jobs

@@ -150,7 +150,7 @@ class Fleet(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-def test_every_id_is_somewhere_and_answered_once(redis_url: str) -> None:
+def test_every_id_is_kept_and_answered_once(redis_url: str) -> None:
     """Random histories of two workers neither lose a job nor answer one twice."""
     with redis.Redis.from_url(redis_url) as client:
         Fleet.client = client

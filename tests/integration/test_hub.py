@@ -97,7 +97,7 @@ def test_layout_of_2022_loads_by_id_then_offline(hub: HubServer, ask: Asker, pub
     assert ask(ID, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9") == [first]
 
 
-def test_safetensors_are_preferred_and_bin_is_left(hub: HubServer, ask: Asker, tmp_path: Path) -> None:
+def test_safetensors_are_preferred_to_bin(hub: HubServer, ask: Asker, tmp_path: Path) -> None:
     """Both kinds hold the same weights."""
     with quiet_transformers():
         folder = write_safetensors(tmp_path / "both")
@@ -132,7 +132,7 @@ def test_revision_may_be_a_commit_a_branch_or_a_tag(hub: HubServer, ask: Asker, 
     assert [one["revision"] for one in found] == [new, old, old]
 
 
-def test_download_that_breaks_is_taken_up_again(hub: HubServer, ask: Asker, published: Path, tmp_path: Path) -> None:
+def test_interrupted_download_is_resumed(hub: HubServer, ask: Asker, published: Path, tmp_path: Path) -> None:
     """A connection that breaks in the middle of the weights."""
     folder = tmp_path / "large"
     shutil.copytree(published, folder)
@@ -156,7 +156,7 @@ def test_half_a_model_in_the_cache_is_completed(hub: HubServer, ask: Asker, publ
     assert hub.downloaded() == {"pytorch_model.bin"}
 
 
-def test_damaged_copy_in_the_cache_is_told_how_to_remove(hub: HubServer, ask: Asker, published: Path) -> None:
+def test_damaged_copy_error_tells_how_to_remove_it(hub: HubServer, ask: Asker, published: Path) -> None:
     """The hub's library takes a file of the cache for whole; the remedy does what it says."""
     hub.add(ID, published)
     (first,) = ask(ID)
@@ -189,7 +189,7 @@ def test_token_opens_gated_models_at_the_hub_only(hub: HubServer, ask: Asker, pu
     assert hub.tokens_at_cdn == []
 
 
-def test_models_that_cannot_be_had_are_told_with_remedy(hub: HubServer, ask: Asker, published: Path) -> None:
+def test_unavailable_model_error_has_a_remedy(hub: HubServer, ask: Asker, published: Path) -> None:
     """One sentence each, with exit code 65."""
     hub.add(ID, published)
     none, no_revision, not_an_id, url = ask("no/such", f"{ID}@v9", "a/b/c", f"https://huggingface.co/{ID}")

@@ -106,7 +106,7 @@ def test_fetched_folder_is_checked_and_marked(hub: HubServer, published: Path, t
     assert hub.asked == []
 
 
-def test_mark_of_an_older_chart_is_believed_after_a_check(hub: HubServer, published: Path, tmp_path: Path) -> None:
+def test_mark_of_an_older_chart_is_used_after_a_check(hub: HubServer, published: Path, tmp_path: Path) -> None:
     """It held the revision alone, and stood also where no weights had come."""
     hub.add(ID, published)
     target = tmp_path / "m"
@@ -228,7 +228,7 @@ def test_converted_adapter_needs_no_peft(tmp_path: Path, monkeypatch: pytest.Mon
     assert not np.array_equal(merged[0], vectors(base)[0])
 
 
-def test_conversion_of_a_hubs_model(hub: HubServer, published: Path, tmp_path: Path) -> None:
+def test_model_of_a_hub_is_converted(hub: HubServer, published: Path, tmp_path: Path) -> None:
     """It goes through the cache, and the result is a folder without links into it."""
     hub.add(ID, published)
     convert_model(ID, tmp_path / "converted")

@@ -200,7 +200,7 @@ WRONG: list[tuple[str, str, Change, str, str]] = [
 
 
 @pytest.mark.parametrize("case", WRONG, ids=[case[0] for case in WRONG])
-def test_wrong_checkpoint_is_refused_by_its_file(
+def test_wrong_checkpoint_error_names_the_file(
     whole: dict[str, Path], tmp_path: Path, case: tuple[str, str, Change, str, str]
 ) -> None:
     """One line that names the file, or the folder, and what to do; exit code 65."""
@@ -237,7 +237,7 @@ def test_whole_checkpoints_of_each_layout_are_read(whole: dict[str, Path]) -> No
     ],
     ids=lambda names: names[0],
 )
-def test_vocabularies_of_other_models_count_as_whole(
+def test_vocabularies_of_other_models_are_accepted(
     whole: dict[str, Path], tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     """CLIP, SigLIP, AltCLIP and MetaCLIP have no vocab.txt."""
@@ -249,7 +249,7 @@ def test_vocabularies_of_other_models_count_as_whole(
     assert {path.name for path in read_checkpoint(folder).tokenizer_files} == set(names)
 
 
-def test_weights_of_torch_before_1_6_count_as_whole(whole: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_of_torch_before_1_6_are_accepted(whole: dict[str, Path], tmp_path: Path) -> None:
     """They are no zip archive."""
     folder = tmp_path / "m"
     shutil.copytree(whole["bin"], folder)
@@ -257,7 +257,7 @@ def test_weights_of_torch_before_1_6_count_as_whole(whole: dict[str, Path], tmp_
     read_checkpoint(folder)
 
 
-def test_adapter_without_peft_is_told_how_to_install_it(
+def test_adapter_without_peft_error_tells_how_to_install(
     whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or how to do without."""

@@ -33,7 +33,7 @@ def test_model_name_is_the_folder_or_the_hub_id(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["/no/such/folder", "./none", "~/none"])
-def test_missing_folder_is_not_asked_of_a_hub(missing: str) -> None:
+def test_missing_folder_is_not_requested_from_a_hub(missing: str) -> None:
     """What looks like a path can only be a folder."""
     with pytest.raises(WrongCheckpoint, match="no such folder") as caught:
         model_folder(missing)

@@ -14,7 +14,7 @@ from shiwu.contract import ErrorCode
 from shiwu_worker.errors import Rejected
 from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
 from shiwu_worker.stages.decode.image_spec import read_image_spec
-from shiwu_worker.stages.encode.encoder import Encoder
+from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
 from shiwu_worker.stages.score.label_bank import LabelBank
 from shiwu_worker.stages.score.label_files import load_label_sets
 from shiwu_worker.stages.score.scorer import score
@@ -31,10 +31,19 @@ LEAST_FIRST, LEAST_AMONG_FIVE = 2 / 3, 0.8
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     """The model, in FP32 on one thread."""
-    return Encoder(
-        folder=MODEL, model_id="photo-zh", revision="r", device="cpu", dtype="float32", rungs=(1,),
-        mean=SPEC.mean, std=SPEC.std, rescale=SPEC.rescale, threads=1,
-    )  # fmt: skip
+    options = EncoderOptions(
+        folder=MODEL,
+        model_id="photo-zh",
+        revision="r",
+        device="cpu",
+        dtype="float32",
+        batch_sizes=(1,),
+        mean=SPEC.mean,
+        std=SPEC.std,
+        rescale=SPEC.rescale,
+        threads=1,
+    )
+    return Encoder(options)
 
 
 def top_words(encoder: Encoder, file: str, bank: LabelBank) -> list[str]:
@@ -75,7 +84,7 @@ def test_labels_of_everyday_zh_are_all_known(encoder: Encoder) -> None:
     assert near.max() < 0.999
 
 
-def test_the_broken_sample_is_rejected() -> None:
+def test_broken_sample_is_rejected() -> None:
     """As a broken picture."""
     (broken,) = [sample["file"] for sample in SAMPLES if sample["error"] == "picture_broken"]
     with pytest.raises(Rejected) as caught:

@@ -63,7 +63,7 @@ os.abort()
 """
 
 
-def test_under_the_filter_pictures_are_decoded_and_nothing_is_opened() -> None:
+def test_filter_allows_decoding_and_opens_nothing() -> None:
     """Threads, large memory and every format work; files, sockets, processes and executable memory do not."""
     done = subprocess.run([sys.executable, "-c", INSIDE], capture_output=True, text=True, timeout=120, check=False)
     if "the kernel refused the filter" in done.stderr and not HAS_FILTERS:
@@ -72,7 +72,7 @@ def test_under_the_filter_pictures_are_decoded_and_nothing_is_opened() -> None:
     assert done.returncode < 0, "abort() still ends the process by its signal"
 
 
-def test_each_machine_has_its_numbers_and_others_are_told() -> None:
+def test_each_machine_has_its_numbers_others_fail() -> None:
     """x86_64 and aarch64; the jumps of a filter reach no further than its end."""
     for machine in ("x86_64", "aarch64"):
         code = filter_program(machine, os.getpid())

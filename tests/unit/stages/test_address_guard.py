@@ -92,7 +92,7 @@ def answers(*addresses: str) -> Resolve:
     return resolve
 
 
-def test_one_bad_answer_refuses_the_name() -> None:
+def test_one_internal_address_refuses_the_name() -> None:
     """A name with a public and an internal address is refused before any connection."""
     with pytest.raises(AddressRefused):
         connect(AddressGuard(AccessRules(), resolve=answers("8.8.8.8", "127.0.0.1")), "mixed.example", 80)
@@ -105,7 +105,7 @@ def test_spellings_of_loopback_are_refused(host: str) -> None:
         connect(AddressGuard(AccessRules()), host, 80)
 
 
-def test_ports_and_the_operators_exceptions() -> None:
+def test_ports_and_exceptions_of_the_operator() -> None:
     """Only 80 and 443, except for hosts that the operator named, with their port or for any."""
     with pytest.raises(AddressRefused, match="port"):
         connect(AddressGuard(AccessRules()), "127.0.0.1", 8080)

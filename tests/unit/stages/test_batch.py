@@ -6,15 +6,12 @@ import threading
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shiwu.contract import Lane
-from shiwu_worker.config.settings import Settings
-from shiwu_worker.service.factories import make_batcher
 from shiwu_worker.stages.batch import Batcher
 
 
@@ -103,11 +100,11 @@ def test_batch_takes_what_fits() -> None:
     assert left == [("free", 4), ("free", 1)]
 
 
-def test_batcher_of_a_worker_takes_what_fits_its_encoder() -> None:
-    """It takes no more than the largest size of the encoder."""
-    sizes = SimpleNamespace(wanted=4, take=lambda waiting: 1 if waiting == 3 else min(4, waiting))
-    batcher: Batcher[Any] = make_batcher(
-        Settings(), SimpleNamespace(batch_sizes=(1, 4, 64), size_policy=sizes), on_batch=lambda *_: None
+def test_batches_follow_the_policy_of_the_encoder() -> None:
+    """The policy decides how many waiting items a batch takes, and never more than its largest size."""
+    policy = SimpleNamespace(wanted=4, take=lambda waiting: 1 if waiting == 3 else min(4, waiting))
+    batcher: Batcher[Item] = Batcher(
+        max_size=64, bulk_share=0.1, full_size=lambda: policy.wanted, fit=lambda waiting: policy.take(waiting)
     )
     batcher.put([Item(n, Lane.INTERACTIVE) for n in range(7)])
     assert [len(batcher.take(timeout_s=0.0)) for _ in range(3)] == [4, 1, 2]

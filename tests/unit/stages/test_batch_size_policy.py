@@ -129,7 +129,7 @@ DISTURBANCES: Mapping[str, Mapping[str, object]] = {
 
 @pytest.mark.parametrize("disturbance", DISTURBANCES)
 @pytest.mark.parametrize("curve", CURVES)
-def test_sizes_come_close_to_the_best_and_do_not_swing(curve: str, disturbance: str) -> None:
+def test_chosen_size_is_near_the_best_and_stable(curve: str, disturbance: str) -> None:
     """After 200 batches 5 % at most are lost, of which up to 2 % are tries of other sizes."""
     runs = [simulate(make_device(curve, disturbance, seed=seed)) for seed in range(3)]
     assert sum(run.regret for run in runs) / len(runs) <= 0.05
@@ -143,7 +143,7 @@ def make_device(curve: str, disturbance: str, *, seed: int) -> Device:
 
 
 @pytest.mark.parametrize(("before", "after"), [("best at 8", "embedded"), ("linear", "flat"), ("flat", "best at 8")])
-def test_a_device_that_becomes_another_one_is_learned_again(before: str, after: str) -> None:
+def test_changed_device_is_learned_again(before: str, after: str) -> None:
     """Its batches cost something else from the 600th on; 200 batches later the loss is 5 % at most again."""
     device = Device(CURVES[before], noise=0.03, seed=1)
     policy = simulate(device, batches=600).policy
@@ -185,7 +185,7 @@ def is_affordable(policy: BatchSizePolicy, size: int) -> bool:
 )
 @example(per_image=[1.0, 0.75, 1.0, 1.0, 0.5, 1.0, 5.0], noise=0.0, first=2, seed=0)
 @example(per_image=[1.0, 1.0, 0.5, 0.625, 1.0, 1.0, 1.0], noise=0.0, first=16, seed=376)
-def test_a_bad_size_is_left_as_far_as_tries_are_paid(
+def test_bad_size_is_left_within_the_budget_of_tries(
     per_image: list[float], noise: float, first: int, seed: int
 ) -> None:
     """After 700 batches the size is good, or the budget for tries, which is never exceeded, allows no better one.
@@ -212,7 +212,7 @@ def test_no_device_keeps_a_worker_at_a_bad_size(per_image: list[float], noise: f
     assert device.curve[policy.largest] / policy.largest <= 1.1 * min(per_image)
 
 
-def test_a_debt_does_not_keep_a_cheaper_size_from_being_tried() -> None:
+def test_debt_does_not_block_a_try_of_a_cheaper_size() -> None:
     """A batch of 64 spent what 13 s of work earn; size 16, not run yet and expected to be cheaper, is tried."""
     per_image, noise, first, seed = SLOW_TO_LEARN[0]
     run = simulate(Device(make_curve(per_image), noise=noise, seed=seed), first=first, batches=400)
@@ -258,7 +258,7 @@ def run_on(policy: BatchSizePolicy, device: Device, *, batches: int, clock: Cloc
         policy.record(size, cost=took_s, seconds=took_s)
 
 
-def test_a_size_that_takes_too_long_is_left_and_taken_again() -> None:
+def test_slow_size_is_left_and_used_again_later() -> None:
     """While the machine is ten times as slow no batch of 64 is made; when it is quick again one is."""
     clock, told = Clock(), list[BatchSizeChange]()
     policy = make_policy(clock=clock, told=told)
@@ -275,7 +275,7 @@ def test_a_size_that_takes_too_long_is_left_and_taken_again() -> None:
     assert told[0].images_per_s == pytest.approx(32 / (20 * 0.0368), rel=0.3)
 
 
-def test_a_larger_size_is_tried_only_with_enough_images() -> None:
+def test_larger_size_is_tried_only_with_enough_images() -> None:
     """It waits for them a while, then for a minute it is not asked for; what waits is never held back."""
     clock = Clock()
     policy = make_policy(measured={1: 0.005}, clock=clock)
@@ -299,7 +299,7 @@ def test_a_larger_size_is_tried_only_with_enough_images() -> None:
     assert policy.largest >= 8
 
 
-def test_waiting_images_are_cut_by_what_batches_cost() -> None:
+def test_waiting_images_are_split_by_batch_costs() -> None:
     """Twelve are quicker done as eight and four than as sixteen; so many as the largest batch holds are one batch."""
     policy = make_policy(first=8, curve=CURVES["linear"])
     assert [policy.take(waiting) for waiting in (0, 1, 3, 5, 8, 12)] == [0, 1, 2, 4, 8, 8]
@@ -307,7 +307,7 @@ def test_waiting_images_are_cut_by_what_batches_cost() -> None:
     assert [policy.take(waiting) for waiting in (12, 64, 500)] == [8, 64, 64]
 
 
-def test_a_size_without_memory_is_tried_again_later() -> None:
+def test_size_without_memory_is_tried_again_later() -> None:
     """After five minutes, and where there is still none, after ten."""
     clock, told = Clock(), list[BatchSizeChange]()
     policy = make_policy(clock=clock, first=64, told=told)
@@ -329,7 +329,7 @@ def test_a_size_without_memory_is_tried_again_later() -> None:
     assert policy.take(3) == 1
 
 
-def test_changes_are_told_now_and_then_only() -> None:
+def test_changes_are_reported_at_a_limited_rate() -> None:
     """Two within ten seconds are one line in the log, and there and back is none."""
     clock, told = Clock(), list[BatchSizeChange]()
     policy = make_policy(clock=clock, first=64, told=told)
@@ -342,7 +342,7 @@ def test_changes_are_told_now_and_then_only() -> None:
     assert [(one.before, one.now) for one in told] == [(64, 16), (16, 4)]
 
 
-def test_costs_of_other_sizes_are_guessed_from_those_measured() -> None:
+def test_costs_of_other_sizes_are_estimated() -> None:
     """A batch costs something by itself, and each image; nothing that was disturbed makes an image cost nothing."""
     guessed = guess_costs(SIZES, {1: 5.0, 16: 20.0})
     assert guessed[1] == 5.0

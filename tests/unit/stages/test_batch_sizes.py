@@ -13,7 +13,7 @@ BY_THE_PICTURE = {1: 5.6, 2: 7.7, 4: 11.6, 8: 19.8, 16: 37.3}
 FLAT = {1: 1.5, 2: 1.5, 4: 1.6, 8: 1.8, 16: 2.2}
 
 
-def test_where_a_batch_costs_by_the_picture_none_is_padded_much() -> None:
+def test_batches_with_cost_per_image_are_hardly_padded() -> None:
     """Five are four and one, six four and two, three and seven are padded by one."""
     sizes = plan_batches(BY_THE_PICTURE)
     assert sizes[:9] == (0, 1, 2, 3, 4, 4, 4, 7, 8)
@@ -22,12 +22,12 @@ def test_where_a_batch_costs_by_the_picture_none_is_padded_much() -> None:
     assert sizes[15:] == (15, 16)
 
 
-def test_where_a_batch_costs_the_same_at_any_size_all_leave_together() -> None:
+def test_batches_of_equal_cost_take_all_images() -> None:
     """Padding is free there."""
     assert plan_batches(FLAT) == tuple(range(17))
 
 
-def test_sizes_need_no_one() -> None:
+def test_sizes_need_not_include_one() -> None:
     """An operator's one size, and no smaller one: everything is padded to it."""
     assert plan_batches({4: 1.0}) == (0, 1, 2, 3, 4)
 
@@ -45,7 +45,7 @@ def test_sizes_take_turns_while_they_are_measured() -> None:
     assert seconds == pytest.approx({1: 0.02, 2: 0.03, 4: 0.05})
 
 
-def test_measuring_ends() -> None:
+def test_timing_ends() -> None:
     """Passes of a second are run once, the others until that has taken long enough; no size beyond enough is tried."""
     runs: list[int] = []
 
@@ -61,7 +61,7 @@ def test_measuring_ends() -> None:
     seconds=st.dictionaries(st.sampled_from([1, 2, 3, 4, 8, 16]), st.floats(0.001, 10), min_size=1),
     waiting=st.integers(0, 16),
 )
-def test_all_get_done_and_never_later_than_in_one_batch(seconds: dict[int, float], waiting: int) -> None:
+def test_plan_is_never_slower_than_one_batch(seconds: dict[int, float], waiting: int) -> None:
     """Whatever the device: the batches that follow each other take no longer than one that is padded."""
     sizes = plan_batches(seconds)
     waiting = min(waiting, len(sizes) - 1)

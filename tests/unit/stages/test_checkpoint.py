@@ -79,7 +79,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 # ------------------------------------------------------------------------------------ weights
-def test_weights_of_2022_are_the_models(folder: Path) -> None:
+def test_weights_of_2022_are_loaded(folder: Path) -> None:
     """Every weight, bit by bit, and no word about the buffers of that time."""
     with capture_logs() as logs:
         model, _ = load(folder)
@@ -113,7 +113,7 @@ def test_pickled_code_is_not_run(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "was run").exists()
 
 
-def test_cut_weights_of_old_torch_are_refused(folder: Path) -> None:
+def test_cut_weights_of_old_torch_are_rejected(folder: Path) -> None:
     """Their length cannot be told without reading them."""
     path = folder / "pytorch_model.bin"
     torch.save(weights_2022(), path, _use_new_zipfile_serialization=False)
@@ -123,7 +123,7 @@ def test_cut_weights_of_old_torch_are_refused(folder: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_weights_of_another_shape_are_refused(folder: Path) -> None:
+def test_weights_of_another_shape_are_rejected(folder: Path) -> None:
     """One sentence, not transformers' table."""
     torch.save(weights_2022() | {"visual_projection.weight": torch.zeros(5, 5)}, folder / "pytorch_model.bin")
     with pytest.raises(WrongCheckpoint, match=r"pytorch_model\.bin cannot be loaded") as caught:
@@ -193,7 +193,7 @@ def test_texts_are_read_as_transformers_reads_them(tmp_path: Path, make: Any, to
     ],
     ids=["one line less", "cut", "another model's", "whole"],
 )
-def test_vocabulary_is_as_large_as_the_models(folder: Path, words: tuple[str, ...], is_whole: bool) -> None:
+def test_vocabulary_must_have_the_size_of_the_model(folder: Path, words: tuple[str, ...], is_whole: bool) -> None:
     """With a smaller one labels become unknown; with a larger one they have no embedding."""
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     checkpoint = read_checkpoint(folder)
@@ -219,7 +219,7 @@ def test_embeddings_may_be_rounded_up(folder: Path) -> None:
     ("file", "content"),
     [("tokenizer.json", "{}"), ("tokenizer_config.json", '{"tokenizer_class": 7}'), ("vocab.txt", "[UNK]\udcff")],
 )
-def test_tokenizer_that_cannot_be_read_is_refused(folder: Path, file: str, content: str) -> None:
+def test_unreadable_tokenizer_is_rejected(folder: Path, file: str, content: str) -> None:
     """Its files are named, in one line."""
     (folder / file).write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(WrongCheckpoint, match=rf"the tokenizer \(.*{file}.*\) cannot be read") as caught:
@@ -257,7 +257,7 @@ def test_adapter_is_merged_as_peft_does(folder: Path, tmp_path: Path, options: d
                 assert (mine - plain).abs().max() > 0.01
 
 
-def test_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_adapter_of_another_model_is_rejected(folder: Path, tmp_path: Path) -> None:
     """peft itself warns, or passes over weights that have no place."""
     adapted(folder, tmp_path / "adapter", target_modules=["query", "q_proj"])
     change_json(tmp_path / "adapter" / "adapter_config.json", target_modules=["query"])
@@ -272,7 +272,7 @@ def test_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_adapter_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_adapter_of_another_kind_is_rejected(folder: Path, tmp_path: Path) -> None:
     """Only LoRA is merged."""
     adapted(folder, tmp_path / "adapter", target_modules=["query"])
     write_json(
@@ -289,7 +289,7 @@ def test_adapter_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> Non
 
 
 # ------------------------------------------------------------------------------------ the whole encoder
-def test_encoder_tells_when_sizes_do_not_fit(folder: Path) -> None:
+def test_encoder_rejects_image_sizes_that_do_not_fit(folder: Path) -> None:
     """The processor of another model beside these weights."""
     change_json(folder / "preprocessor_config.json", size={"height": 64, "width": 64})
     with pytest.raises(
@@ -300,7 +300,7 @@ def test_encoder_tells_when_sizes_do_not_fit(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}])
-def test_encoder_does_what_the_processor_says(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_encoder_follows_the_image_processor(tmp_path: Path, change: dict[str, Any]) -> None:
     """Vectors are those of transformers' processor and model, and others than those of the usual settings."""
     folder = write_safetensors(tmp_path / "m")
     change_json(folder / "preprocessor_config.json", **change)

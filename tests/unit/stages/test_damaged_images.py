@@ -58,7 +58,7 @@ def shown(data: bytes) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("name", damage.whole_images())
-def test_a_damaged_image_is_broken(name: str, whole: dict[str, bytes]) -> None:
+def test_damaged_image_is_broken(name: str, whole: dict[str, bytes]) -> None:
     """Cut or filled with zeros at any place, with an end marker behind it or not."""
     data = whole[name]
     assert verdict(data) == "tagged"
@@ -69,7 +69,7 @@ def test_a_damaged_image_is_broken(name: str, whole: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("name", JPEGS)
-def test_a_jpeg_without_its_end_marker_is_whole(name: str, whole: dict[str, bytes]) -> None:
+def test_jpeg_without_its_end_marker_is_complete(name: str, whole: dict[str, bytes]) -> None:
     """All pixels are there; the last byte may be missing alone."""
     data = whole[name]
     expected = shown(data)
@@ -78,7 +78,7 @@ def test_a_jpeg_without_its_end_marker_is_whole(name: str, whole: dict[str, byte
 
 
 @pytest.mark.parametrize("name", JPEGS)
-def test_what_stands_behind_a_jpeg_is_no_part_of_it(name: str, whole: dict[str, bytes]) -> None:
+def test_bytes_after_a_jpeg_are_ignored(name: str, whole: dict[str, bytes]) -> None:
     """Other images, videos, archives, zeros; padding before the end marker; more bytes of a marker."""
     data = whole[name]
     expected = shown(data)
@@ -90,7 +90,7 @@ def test_what_stands_behind_a_jpeg_is_no_part_of_it(name: str, whole: dict[str, 
         np.testing.assert_array_equal(shown(body), expected)
 
 
-def test_a_jpeg_of_a_header_alone_is_broken(whole: dict[str, bytes]) -> None:
+def test_jpeg_with_only_a_header_is_broken(whole: dict[str, bytes]) -> None:
     """The header, the start of the scan, and the end marker."""
     for name in JPEGS:
         data = whole[name]
@@ -100,7 +100,7 @@ def test_a_jpeg_of_a_header_alone_is_broken(whole: dict[str, bytes]) -> None:
         assert verdict(data[:at]) == "picture_broken", name
 
 
-def test_an_arithmetic_jpeg_is_whole_or_broken() -> None:
+def test_arithmetic_jpeg_is_complete_or_broken() -> None:
     """Its decoder cannot wait for more data; what encoders leave out at the end may be missing."""
     data = damage.ARITHMETIC_JPEG
     assert verdict(data) == verdict(data[:-2]) == verdict(data + b"behind it") == "tagged"
@@ -115,7 +115,7 @@ def test_an_arithmetic_jpeg_is_whole_or_broken() -> None:
             assert verdict(body) == "picture_broken", share
 
 
-def test_a_jpeg_with_a_marker_in_its_data_is_broken(whole: dict[str, bytes]) -> None:
+def test_jpeg_with_a_marker_in_its_data_is_broken(whole: dict[str, bytes]) -> None:
     """A decoder takes it for the end of the scan and fills the rest with grey."""
     for name in JPEGS:
         data = bytearray(whole[name])
@@ -124,7 +124,7 @@ def test_a_jpeg_with_a_marker_in_its_data_is_broken(whole: dict[str, bytes]) -> 
         assert verdict(bytes(data)) == "picture_broken", name
 
 
-def test_a_progressive_jpeg_may_end_after_any_whole_scan(whole: dict[str, bytes]) -> None:
+def test_progressive_jpeg_may_end_after_a_complete_scan(whole: dict[str, bytes]) -> None:
     """With fewer scans it is seen with less detail, as browsers show it; within a scan or between two it is broken."""
     data = whole["JPEG, progressive"]
     expected = shown(data).astype(int)
@@ -139,7 +139,7 @@ def test_a_progressive_jpeg_may_end_after_any_whole_scan(whole: dict[str, bytes]
         assert verdict(data[: end - 40] + b"\xff\xd9") == "picture_broken"
 
 
-def test_a_jpeg_without_the_scans_of_its_colours_is_broken() -> None:
+def test_jpeg_without_the_scans_of_its_colours_is_broken() -> None:
     """One scan for each colour, and only the first is there: a grey image that was none."""
     data = pictures.jpeg(pictures.picture().resize((64, 64)))
     at = data.index(b"\xff\xda")
@@ -174,7 +174,7 @@ def jpegs(draw: st.DrawFn) -> tuple[bytes, int, tuple[int, int], bool]:
 
 @settings(max_examples=150, deadline=None)
 @given(jpegs())
-def test_whole_jpegs_are_tagged_and_cut_ones_are_not(made: tuple[bytes, int, tuple[int, int], bool]) -> None:
+def test_complete_jpegs_are_tagged_and_cut_ones_are_not(made: tuple[bytes, int, tuple[int, int], bool]) -> None:
     """Of every size, quality and kind: less than one block of pixels is as much as may be missing unnoticed."""
     data, cut, (width, height), is_progressive = made
     as_it_is = ImageSpec(width, height, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -191,7 +191,7 @@ def test_whole_jpegs_are_tagged_and_cut_ones_are_not(made: tuple[bytes, int, tup
 
 @pytest.mark.parametrize("colour", [0, 2, 3, 4, 6])
 @pytest.mark.parametrize("junk", [b"", b"junk behind the end"])
-def test_a_png_whose_data_ends_early_is_broken(colour: int, junk: bytes) -> None:
+def test_png_whose_data_ends_early_is_broken(colour: int, junk: bytes) -> None:
     """Sound compressed data for some of the rows, in every colour type; the last row is looked at."""
     assert verdict(damage.short_png(1.0, colour=colour, junk=junk)) == "tagged"
     for share in (0.0, 1 / 3, 0.97):
@@ -199,7 +199,7 @@ def test_a_png_whose_data_ends_early_is_broken(colour: int, junk: bytes) -> None
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 2), (3, 5), (8, 8), (33, 17)])
-def test_small_interlaced_pngs_are_whole(size: tuple[int, int]) -> None:
+def test_small_interlaced_pngs_are_complete(size: tuple[int, int]) -> None:
     """Passes without pixels included; without its last pass an image is broken."""
     image = pictures.picture().resize(size)
     data = damage.interlaced_png(image)
@@ -209,7 +209,7 @@ def test_small_interlaced_pngs_are_whole(size: tuple[int, int]) -> None:
     assert verdict(short) == ("tagged" if size == (1, 1) else "picture_broken")
 
 
-def test_a_png_in_the_colour_of_the_mark_is_whole() -> None:
+def test_png_in_the_colour_of_the_mark_is_complete() -> None:
     """The row that shows whether all was decoded may really have the colour of the mark that is put there first."""
     for mode, colour in {
         "RGB": (165, 90, 201),
@@ -225,7 +225,7 @@ def test_a_png_in_the_colour_of_the_mark_is_whole() -> None:
     assert verdict(data) == "tagged"
 
 
-def test_only_the_frame_that_is_judged_must_be_whole(whole: dict[str, bytes]) -> None:
+def test_only_the_decoded_frame_must_be_complete(whole: dict[str, bytes]) -> None:
     """Damage in the first frame of an animated PNG is noticed, damage in a later one concerns nobody."""
     first, second = damage.photo(), damage.photo().rotate(90)
     data = pictures.saved(first, "PNG", save_all=True, append_images=[second], duration=100)
@@ -235,7 +235,7 @@ def test_only_the_frame_that_is_judged_must_be_whole(whole: dict[str, bytes]) ->
     assert verdict(data[: later + 100]) == "tagged"
 
 
-def test_an_animation_with_a_short_first_frame_is_broken() -> None:
+def test_animation_with_a_short_first_frame_is_broken() -> None:
     """The decoder would read on into the next frame."""
     first, second = pictures.picture().resize((120, 90)).quantize(64), Image.new("L", (120, 90)).quantize(64)
     data = pictures.saved(first, "GIF", save_all=True, append_images=[second], duration=100, optimize=False)
@@ -250,14 +250,14 @@ def test_an_animation_with_a_short_first_frame_is_broken() -> None:
 
 
 @pytest.mark.parametrize("name", damage.damaged_beside_pixels())
-def test_damage_beside_the_pixels_is_passed_over(name: str) -> None:
+def test_damaged_metadata_is_ignored(name: str) -> None:
     """Every pixel is there, and is what it was."""
     data = damage.damaged_beside_pixels()[name]
     expected = shown(pictures.saved(damage.photo(), damage.kind_of(name)))
     assert np.abs(shown(data).astype(int) - expected).mean() < 3
 
 
-def test_a_jpeg_of_12_bits_is_unsupported() -> None:
+def test_jpeg_of_12_bits_is_unsupported() -> None:
     """Text and code say the same: it is a JPEG, and not of a kind that is read."""
     data = bytearray(pictures.jpeg(damage.photo()))
     at = data.index(b"\xff\xc0")
@@ -269,7 +269,7 @@ def test_a_jpeg_of_12_bits_is_unsupported() -> None:
         assert caught.value.code.value == "picture_unsupported"
 
 
-def test_honest_flat_images_are_whole() -> None:
+def test_flat_images_are_complete() -> None:
     """Their data is full of zeros, as a hole in a file is."""
     flat = Image.new("RGB", (1500, 600), "white")
     flat.paste(pictures.picture().resize((200, 200)), (20, 20))
@@ -302,7 +302,7 @@ def test_scans_are_counted_by_markers_and_not_by_bytes() -> None:
 
 
 @pytest.mark.parametrize("scans", [30, 31])
-def test_the_scan_bomb_is_stopped_at_the_limit(scans: int) -> None:
+def test_scan_bomb_is_stopped_at_the_limit(scans: int) -> None:
     """It decodes where it is within the limit, so it is a real one."""
     limits = DecodeLimits(max_pixels=1_000_000, max_side=16_384, formats=("JPEG",), max_scans=30)
     data = bombs.jpeg_scans(scans=scans, side=64)
@@ -338,19 +338,19 @@ def test_segments_between_scans_are_counted() -> None:
 
 @pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 80}, {"quality": 80, "exif": b"Exif\0\0II*\0"}])
 @pytest.mark.parametrize("size", [(1, 1), (16_383, 2), (3, 700)])
-def test_a_webps_size_is_its_canvas(options: dict[str, Any], size: tuple[int, int]) -> None:
+def test_size_of_a_webp_is_its_canvas(options: dict[str, Any], size: tuple[int, int]) -> None:
     """The three kinds of WebP."""
     assert webp_size(pictures.saved(Image.new("RGB", size), "WEBP", **options)) == size
 
 
-def test_what_is_no_webp_has_no_such_size() -> None:
+def test_other_files_have_no_webp_size() -> None:
     """Other formats, an unknown kind, a file that ends too early."""
     data = pictures.webp(pictures.picture())
     for other in (pictures.png(pictures.picture()), data[:29], b"", data[:12] + b"VP9 " + data[16:]):
         assert webp_size(other) is None
 
 
-def test_items_of_damaged_boxes_are_as_many_as_can_be_read() -> None:
+def test_readable_items_of_damaged_boxes_are_found() -> None:
     """Boxes that lie about sizes, counts and places end the reading, and cost nothing."""
     data = bytearray(pictures.avif(damage.photo()))
     assert [item.kind for item in items(bytes(data))] == [b"av01"]

@@ -37,7 +37,7 @@ def oriented(kind: str, upright: Image.Image, orientation: int) -> bytes:
 
 @pytest.mark.parametrize("spec", [SPEC, CROP], ids=["squash", "crop"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
-def test_each_orientation_gives_the_upright_picture(kind: str, spec: ImageSpec) -> None:
+def test_each_orientation_gives_the_upright_image(kind: str, spec: ImageSpec) -> None:
     """The orientation is applied once, and width and height are those of the upright picture."""
     warm()
     upright = pictures.picture("熊猫").convert("RGB").resize((120, 80))
@@ -76,12 +76,12 @@ def exif_with(entry: bytes, *, order: str = "<", count: int = 1) -> bytes:
         (b"", 1),
     ],
 )
-def test_the_orientation_is_read_or_is_upright(exif: bytes, orientation: int) -> None:
+def test_damaged_orientation_counts_as_upright(exif: bytes, orientation: int) -> None:
     """In either byte order; damaged EXIF data says nothing about the picture."""
     assert exif_orientation(exif) == orientation
 
 
-def test_hidden_colours_do_not_count() -> None:
+def test_hidden_colours_have_no_influence() -> None:
     """Red under alpha 0 is white; half transparent black is grey."""
     image = Image.new("RGBA", (80, 80), (255, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 8, 8))
@@ -100,7 +100,7 @@ def test_sixteen_bits_of_grey_are_scaled_not_clipped() -> None:
     assert 110 < row[32] < 146
 
 
-def test_a_crop_keeps_the_aspect() -> None:
+def test_crop_keeps_the_aspect_ratio() -> None:
     """The middle of a wide picture, as transformers' processors cut it."""
     wide = Image.new("RGB", (300, 100), "black")
     wide.paste("white", (100, 0, 200, 100))
@@ -109,7 +109,7 @@ def test_a_crop_keeps_the_aspect() -> None:
 
 @pytest.mark.parametrize("resample", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("size", [(512, 512), (333, 777), (640, 64), (64, 64), (1, 1), (10, 1000), (2000, 3)])
-def test_the_fast_resize_is_pillows_within_a_few_levels(size: tuple[int, int], resample: int) -> None:
+def test_fast_resize_is_within_a_few_levels_of_pillow(size: tuple[int, int], resample: int) -> None:
     """The judge is Pillow, for every filter, on a picture with edges; what has no fast form is Pillow's own."""
     data = pictures.png(pictures.picture("熊猫").convert("RGB").resize(size))
     spec = ImageSpec(64, 64, "squash", None, resample, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -119,7 +119,7 @@ def test_the_fast_resize_is_pillows_within_a_few_levels(size: tuple[int, int], r
     assert difference.mean() <= 0.5
 
 
-def test_every_variant_is_decoded_or_has_its_code() -> None:
+def test_every_variant_is_decoded_or_gives_its_code() -> None:
     """All kinds of the support's pictures: pixels, or a Rejected with a code of the decode stage."""
     for name, data in pictures.variants().items():
         if name in pictures.BAD:
@@ -144,7 +144,7 @@ def test_every_variant_is_decoded_or_has_its_code() -> None:
         (pictures.png(Image.new("L", (9, 9))), DecodeLimits(10_000, 100, ("JPEG",)), "picture_unsupported"),
     ],
 )
-def test_what_is_no_picture_has_its_code(data: bytes, limits: DecodeLimits, code: str) -> None:
+def test_bytes_that_are_no_image_give_their_code(data: bytes, limits: DecodeLimits, code: str) -> None:
     """Judged by content and by the header, never by a name."""
     with pytest.raises(Rejected) as caught:
         decode(data, spec=SPEC, limits=limits)

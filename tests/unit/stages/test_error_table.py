@@ -72,7 +72,7 @@ def agrees(error: JobError, one: Row) -> bool:
 
 
 # -------------------------------------------------------------------------------- the table itself
-def test_every_key_stands_in_one_row() -> None:
+def test_every_key_is_in_one_row() -> None:
     """A key twice would mean what the later row says; a status that is no number would mean nothing."""
     for kind, rows in TABLE.items():
         found = list(chain.from_iterable(one.keys for one in rows))
@@ -89,7 +89,7 @@ def test_rows_agree_with_the_table_of_codes() -> None:
     assert (UNKNOWN.code, UNKNOWN.is_final, UNKNOWN.log_level) == (ErrorCode.SOURCE_ERROR, False, "error")
 
 
-def test_only_what_says_so_is_not_found() -> None:
+def test_only_explicit_codes_mean_not_found() -> None:
     """404, 410 and S3's three codes; a marker of a deletion where a version is asked for; a file that is not there."""
     found = {
         key for rows in TABLE.values() for one in rows if one.code is ErrorCode.SOURCE_NOT_FOUND for key in one.keys
@@ -135,7 +135,7 @@ def said(code: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [Kind.S3_CODE, Kind.S3_CODE_WITH_VERSION])
-def test_every_s3_code_has_its_verdict(http_server: PictureServer, stores: list[ObjectStore], kind: Kind) -> None:
+def test_every_s3_code_gives_its_error(http_server: PictureServer, stores: list[ObjectStore], kind: Kind) -> None:
     """By both clients alike."""
     version = "v" if kind is Kind.S3_CODE_WITH_VERSION else None
     for one in TABLE[kind]:
@@ -147,7 +147,7 @@ def test_every_s3_code_has_its_verdict(http_server: PictureServer, stores: list[
                 assert agrees(error, one), (code, error)
 
 
-def test_every_status_of_a_store_has_its_verdict(http_server: PictureServer, stores: list[ObjectStore]) -> None:
+def test_every_status_of_a_store_gives_its_error(http_server: PictureServer, stores: list[ObjectStore]) -> None:
     """Without a body, with a page of HTML, and with a code that no table has."""
     for status in (300, 301, 304, 307, *range(400, 432), 451, *range(500, 512), 529):
         expected = s3_row("", status, has_version=False)
@@ -157,7 +157,7 @@ def test_every_status_of_a_store_has_its_verdict(http_server: PictureServer, sto
 
 
 @pytest.mark.parametrize("code", ["NewCode", "InvalidRequest", "MethodNotAllowed", "InvalidArgument", "x" * 100])
-def test_an_unknown_s3_code_is_retried(http_server: PictureServer, stores: list[ObjectStore], code: str) -> None:
+def test_unknown_s3_code_is_retried(http_server: PictureServer, stores: list[ObjectStore], code: str) -> None:
     """It is the service's own fault, and the log gets it."""
     for error in refusals(http_server, stores, 400, said(code)):
         assert agrees(error, UNKNOWN)
@@ -167,7 +167,7 @@ def test_an_unknown_s3_code_is_retried(http_server: PictureServer, stores: list[
 
 # -------------------------------------------------------------------------------- HTTP
 @pytest.mark.parametrize("hundred", [2, 3, 4, 5])
-def test_every_http_status_has_its_verdict(http_server: PictureServer, hundred: int) -> None:
+def test_every_http_status_gives_its_error(http_server: PictureServer, hundred: int) -> None:
     """By its own row, else by its hundred, else unknown."""
     rows = {key: one for one in TABLE[Kind.HTTP_STATUS] for key in one.keys}
     web = make_web_fetcher()
@@ -188,7 +188,7 @@ def pinned(package: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "one"), keys(Kind.EXCEPTION))
-def test_every_exception_exists_and_has_its_verdict(name: str, one: Row) -> None:
+def test_every_exception_exists_and_gives_its_error(name: str, one: Row) -> None:
     """A name that no library has would be a row without effect. Classes below it mean the same."""
     module, _, attribute = name.rpartition(".")
     cls = getattr(importlib.import_module(module), attribute, None)
@@ -206,7 +206,7 @@ def test_every_exception_exists_and_has_its_verdict(name: str, one: Row) -> None
 
 
 @pytest.mark.parametrize("error", [KeyError("v"), RuntimeError("x"), MemoryError(), ValueError("odd")], ids=repr)
-def test_an_unknown_exception_is_retried_and_told(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_unknown_exception_is_retried_and_logged(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """It never says something about the image; the log gets its class and place, and no query."""
 
     def fail(*_: object, **__: object) -> None:
@@ -223,7 +223,7 @@ def test_an_unknown_exception_is_retried_and_told(monkeypatch: pytest.MonkeyPatc
     assert "test_error_table.py" in caught.value.detail
 
 
-def test_the_cause_for_the_log_holds_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logged_cause_has_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of libraries hold whole URLs."""
 
     def fail(*_: object, **__: object) -> None:
@@ -237,19 +237,19 @@ def test_the_cause_for_the_log_holds_no_address(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("kind", "one"), keys(Kind.OBSTORE))
-def test_every_kind_of_obstore_has_its_verdict(kind: str, one: Row) -> None:
+def test_every_kind_of_obstore_gives_its_error(kind: str, one: Row) -> None:
     """As the text of its errors tells it."""
     text = f"source: {kind} {{" if kind == "Header" else f"HttpError {{\n kind: {kind},"
     assert obstore_row(kind) is one
     assert agrees(s3_error(_store_error(GenericError(text), "k", has_version=False), "s3://b/k"), one)
 
 
-def test_an_unknown_error_of_obstore_is_retried() -> None:
+def test_unknown_error_of_obstore_is_retried() -> None:
     """No reply and no kind: the client's own defect."""
     assert agrees(s3_error(_store_error(GenericError("odd"), "k", has_version=False), "s3://b/k"), UNKNOWN)
 
 
-def test_every_errno_of_a_file_has_its_verdict() -> None:
+def test_every_errno_of_a_file_gives_its_error() -> None:
     """Those that are named, and all others."""
     named = {key: one for one in TABLE[Kind.FILE] for key in one.keys}
     for number, name in errno.errorcode.items():
@@ -263,7 +263,7 @@ def unforeseen(*_: object, **__: object) -> Any:
     raise RuntimeError("unforeseen")
 
 
-def test_an_unknown_error_of_the_decoder_is_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_decoder_error_is_a_fault_of_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """What hostile bytes make a codec raise is told before; anything else says nothing about the image."""
     monkeypatch.setattr("shiwu_worker.loaders.sandbox.decode", unforeseen)
     options: Any = SimpleNamespace(spec=None, exact=False, memory_bytes=1)
@@ -273,7 +273,7 @@ def test_an_unknown_error_of_the_decoder_is_the_workers(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("stage", [Stage.FETCH, Stage.DECODE])
-def test_an_unknown_error_of_the_loader_is_the_workers(stage: Stage) -> None:
+def test_unknown_loader_error_is_a_fault_of_the_worker(stage: Stage) -> None:
     """Whatever part of it failed."""
     loader: Any = LoaderProcess.__new__(LoaderProcess)
     loader._fetcher = SimpleNamespace(fetch=unforeseen if stage is Stage.FETCH else lambda _: b"x")
@@ -283,7 +283,7 @@ def test_an_unknown_error_of_the_loader_is_the_workers(stage: Stage) -> None:
     assert log_level_of(result.error.code) == "error"
 
 
-def test_the_settings_of_fetching_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_fetch_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the frame that a loader process gets."""
     for name, value in {
         "SHIWU_LOADER_THREADS": "1",

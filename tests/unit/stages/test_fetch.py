@@ -33,7 +33,7 @@ def code_of(fetcher: Fetcher, reference: str) -> tuple[type[JobError], str]:
     return type(caught.value), caught.value.code.value
 
 
-def test_a_whole_body_over_http(http_server: PictureServer) -> None:
+def test_whole_body_is_read_over_http(http_server: PictureServer) -> None:
     """What the server has is what we get, also after a redirect and with a query."""
     http_server.serve("/a.png", Reply.picture(BODY))
     moved = http_server.serve("/moved", Reply.redirect("/a.png"))
@@ -62,7 +62,7 @@ def test_a_whole_body_over_http(http_server: PictureServer) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", None) or (value if isinstance(value, str) else None),
 )
-def test_a_bad_http_source_has_its_code(
+def test_failing_http_source_gives_its_code(
     http_server: PictureServer, reply: Reply, kind: type[JobError], code: str
 ) -> None:
     """Statuses, redirects that lead nowhere or where they must not, too many bytes, encodings, early ends, silence."""
@@ -77,7 +77,7 @@ PNG = b"\x89PNG\r\n\x1a\n" + BODY
     "encoding",
     ["", "identity", "identity, identity", "aws-chunked", "utf-8", "UTF-8", "none", "binary", "8bit", "gzip", "br"],
 )
-def test_a_plain_body_is_taken_whatever_its_encoding_says(http_server: PictureServer, encoding: str) -> None:
+def test_plain_body_is_used_whatever_its_encoding_header(http_server: PictureServer, encoding: str) -> None:
     """The bytes decide: they begin like an image."""
     url = http_server.serve("/a", Reply(body=PNG, headers={"Content-Encoding": encoding}))
     assert make_fetcher().fetch(url) == PNG
@@ -94,7 +94,7 @@ def test_a_plain_body_is_taken_whatever_its_encoding_says(http_server: PictureSe
     ],
     ids=["gzip", "gzip and a header", "deflate", "br", "zstd"],
 )
-def test_a_packed_body_is_refused_by_its_name(
+def test_compressed_body_is_rejected_by_name(
     http_server: PictureServer, tmp_path: Path, body: bytes, encoding: str, name: str
 ) -> None:
     """With what to do; what the bytes tell is told of files and objects too."""
@@ -122,7 +122,7 @@ REPLIES = {
 
 
 @pytest.mark.parametrize(("reply", "expected"), REPLIES.values(), ids=REPLIES)
-def test_statuses_around_200_bring_the_whole_body_or_an_error(reply: bytes, expected: bytes | ErrorCode) -> None:
+def test_statuses_near_200_give_a_whole_body_or_an_error(reply: bytes, expected: bytes | ErrorCode) -> None:
     """Interim replies are read past; of an image there is all or nothing."""
     with RawServer(says(reply)) as server:
         fetcher = make_fetcher(access=AccessRules(allow_hosts=("127.0.0.1",)))
@@ -148,12 +148,12 @@ AFTER = [
 
 
 @pytest.mark.parametrize(("headers", "pause_s"), AFTER, ids=str)
-def test_a_pause_is_read_as_seconds_or_as_a_moment(headers: dict[str, str], pause_s: float | None) -> None:
+def test_pause_is_read_as_seconds_or_as_a_date(headers: dict[str, str], pause_s: float | None) -> None:
     """A moment by the server's own clock, where it tells that."""
     assert retry_after_s(headers) == pause_s
 
 
-def test_a_moment_without_a_date_is_read_by_the_clock_of_the_worker() -> None:
+def test_pause_without_date_header_uses_the_own_clock() -> None:
     """Servers without a clock send no Date."""
     pause_s = retry_after_s({"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)})
     assert pause_s is not None
@@ -161,7 +161,7 @@ def test_a_moment_without_a_date_is_read_by_the_clock_of_the_worker() -> None:
 
 
 @pytest.mark.parametrize(("status", "code"), [(429, "source_throttled"), (503, "source_unavailable")])
-def test_a_source_that_asks_for_a_pause_is_asked_once(http_server: PictureServer, status: int, code: str) -> None:
+def test_source_that_asks_for_a_pause_is_requested_once(http_server: PictureServer, status: int, code: str) -> None:
     """No quick tries, and no other job of that host asks it before the pause is over; that is no attempt of theirs."""
     url = http_server.serve("/busy", Reply(status=status, headers={"Retry-After": "20"}))
     other = http_server.serve("/other", Reply.picture(BODY))
@@ -175,7 +175,7 @@ def test_a_source_that_asks_for_a_pause_is_asked_once(http_server: PictureServer
     assert http_server.hits == {"/busy": 1}
 
 
-def test_a_pause_that_is_over_is_forgotten(http_server: PictureServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pause_that_is_over_is_forgotten(http_server: PictureServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that is too long counts as the longest."""
     url = http_server.serve("/a", Reply(status=429, headers={"Retry-After": "9999999"}), Reply.picture(BODY))
     fetcher = make_fetcher()
@@ -186,7 +186,7 @@ def test_a_pause_that_is_over_is_forgotten(http_server: PictureServer, monkeypat
     assert fetcher.fetch(url) == BODY
 
 
-def test_a_throttling_source_gets_no_quick_tries(http_server: PictureServer) -> None:
+def test_throttling_source_gets_no_quick_retries(http_server: PictureServer) -> None:
     """Also without Retry-After; a source that fails gets three."""
     throttling = http_server.serve("/throttling", Reply.error(429))
     failing = http_server.serve("/failing", Reply.error(500))
@@ -233,7 +233,7 @@ def test_requests_to_web_servers_name_their_sender(http_server: PictureServer) -
     assert {headers["User-Agent"] for headers in http_server.headers.values()} == {"our tagger/1.0"}
 
 
-def test_a_slow_drip_ends_at_the_total_deadline(http_server: PictureServer) -> None:
+def test_slow_body_ends_at_the_total_deadline(http_server: PictureServer) -> None:
     """A server that sends a byte now and then is never silent for the read time-out; the total deadline cuts it."""
     url = http_server.serve("/drip", Reply.picture(BODY).drip(chunk_bytes=1, pause_s=0.1))
     began_s = time.monotonic()
@@ -241,7 +241,7 @@ def test_a_slow_drip_ends_at_the_total_deadline(http_server: PictureServer) -> N
     assert time.monotonic() - began_s < 20
 
 
-def test_a_refused_address_and_a_closed_port(http_server: PictureServer) -> None:
+def test_refused_address_and_closed_port_give_their_codes(http_server: PictureServer) -> None:
     """Both are told alike; only the closed port is worth another try."""
     url = http_server.serve("/a", Reply.picture(BODY))
     assert code_of(make_fetcher(access=AccessRules()), url) == (Unreachable, "source_unavailable")
@@ -249,7 +249,7 @@ def test_a_refused_address_and_a_closed_port(http_server: PictureServer) -> None
     assert code_of(make_fetcher(access=AccessRules(tells_refusals=True)), url) == (Rejected, "source_forbidden")
 
 
-def test_files_of_allowed_folders_only(tmp_path: Path) -> None:
+def test_only_files_of_allowed_folders_are_read(tmp_path: Path) -> None:
     """Symbolic links are resolved first; outside nobody learns what exists; folders and pipes are no files."""
     inside, outside = tmp_path / "in", tmp_path / "out"
     for folder in (inside, outside):

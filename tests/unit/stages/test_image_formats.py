@@ -21,7 +21,7 @@ SPEC: Final = ImageSpec(32, 32, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0
 LIMITS: Final = DecodeLimits(max_pixels=1_000_000, max_side=65_535, formats=("JPEG", "PNG", "WEBP", "GIF", "AVIF"))
 
 
-def test_formats_are_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_formats_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """In any case; EPS, whose reader starts a program, is none, and neither is MPO, which has no reader of its own."""
     monkeypatch.setenv("SHIWU_FORMATS", "jpeg, png,TIFF")
     assert Settings().formats == ("JPEG", "PNG", "TIFF")
@@ -31,13 +31,13 @@ def test_formats_are_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
             Settings()
 
 
-def test_endings_of_file_names_are_formats_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_name_endings_are_accepted_as_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     """People write what their files are called; a format that is named twice is one."""
     monkeypatch.setenv("SHIWU_FORMATS", "JPG,jpeg,tif,HEIC,apng")
     assert Settings().formats == ("JPEG", "TIFF", "HEIF", "PNG")
 
 
-def test_heif_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heif_without_its_library_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The extra is named at the start, not at the first picture."""
     monkeypatch.setattr(config_lists, "find_spec", lambda name: None)
     for name in ("HEIF", "heic"):
@@ -86,7 +86,7 @@ NO_IMAGES: Final = {
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_an_image_of_another_format_is_unsupported(name: str) -> None:
+def test_image_of_another_format_is_unsupported(name: str) -> None:
     """The answer names the format and what to do about it."""
     data, words = UNSUPPORTED[name]
     with pytest.raises(Rejected, match=r"expected JPEG, PNG, WEBP, GIF or AVIF, got " + words) as caught:
@@ -95,7 +95,7 @@ def test_an_image_of_another_format_is_unsupported(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NO_IMAGES)
-def test_what_is_no_image_is_named(name: str) -> None:
+def test_bytes_that_are_no_image_are_named(name: str) -> None:
     """The answer says what came, where that is known."""
     data, words = NO_IMAGES[name]
     with pytest.raises(Rejected, match=words) as caught:
@@ -103,7 +103,7 @@ def test_what_is_no_image_is_named(name: str) -> None:
     assert caught.value.code.value == "not_a_picture"
 
 
-def test_every_readable_format_is_known_by_its_bytes() -> None:
+def test_every_readable_format_is_identified() -> None:
     """What Pillow writes in a format is identified as that format, decoded where it is accepted, and named if not."""
     warm()
     assert READABLE == config_lists.FORMATS
@@ -119,7 +119,7 @@ def test_every_readable_format_is_known_by_its_bytes() -> None:
         assert caught.value.code.value == "picture_unsupported"
 
 
-def test_a_broken_header_is_not_told_as_a_wrong_format() -> None:
+def test_broken_header_is_not_reported_as_wrong_format() -> None:
     """Text and code agree: the file is of an accepted format, and broken."""
     for name in LIMITS.formats:
         data = pictures.saved(Image.new("RGB", (64, 48)), name)[:20]
@@ -128,7 +128,7 @@ def test_a_broken_header_is_not_told_as_a_wrong_format() -> None:
         assert it.value.code.value == "picture_broken"
 
 
-def test_a_long_screenshot_is_within_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_screenshot_is_within_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """1080 × 20000 pixels are fewer than the limit of 50 million."""
     settings = Settings()
     limits = DecodeLimits(max_pixels=settings.max_pixels, max_side=settings.max_side, formats=settings.formats)

@@ -22,7 +22,7 @@ from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_checks import LabelFindings, LabelTokens
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.timestamps import StageTimestamps
-from shiwu_worker.service.factories import load_label_bank, read_label_sets
+from shiwu_worker.service.labels import load_label_bank, read_label_sets
 from shiwu_worker.stages.score.label_bank import LabelBank
 from shiwu_worker.stages.score.label_files import load_label_sets
 from shiwu_worker.stages.score.label_warnings import label_warnings
@@ -69,7 +69,7 @@ def make_bank(texts: Texts, *, max_cached: int = 2) -> LabelBank:
     )
 
 
-def test_the_embedded_sets() -> None:
+def test_embedded_label_sets_are_loaded() -> None:
     """The reference's six words bare, and at least 300 pictograms."""
     sets = load_label_sets([EMBEDDED])
     assert sets["six-zh"].words == ("动物", "人物", "交通工具", "食物", "建筑", "植物")
@@ -77,7 +77,7 @@ def test_the_embedded_sets() -> None:
     assert len(sets["pictogram-zh"].words) >= 300
 
 
-def test_vectors_are_averaged_over_templates_and_kept() -> None:
+def test_vectors_are_averaged_over_templates_and_cached() -> None:
     """Unit vectors; the second use computes nothing; the least recently used set goes first."""
     texts = Texts()
     bank = make_bank(texts)
@@ -102,7 +102,7 @@ def test_equal_label_sets_share_one_object() -> None:
     assert bank.encoded(bank.resolve(asked[0])) is bank.encoded(bank.resolve(asked[1]))
 
 
-def test_what_a_request_means() -> None:
+def test_request_is_resolved_to_its_label_set() -> None:
     """Nothing is the default set, a name a set, words themselves; the head may be chosen."""
     bank = make_bank(Texts())
     assert bank.resolve(None).name == "six-zh"
@@ -153,7 +153,7 @@ def warned(bank: LabelBank, *labels: str, head: Head | None = None) -> list[Warn
     return [one.code for one in bank.encoded(bank.resolve(labels, head)).warnings]
 
 
-def test_labels_give_their_warnings() -> None:
+def test_labels_give_warnings() -> None:
     """Unreadable, alike and single labels, each by its own code; usual labels give none."""
     bank = make_bank(Texts(), max_cached=9)
     assert warned(bank, "猫", "狗") == []
@@ -165,7 +165,7 @@ def test_labels_give_their_warnings() -> None:
     assert warned(bank, "ab", "ac", "d") == [WarningCode.LABELS_ALIKE]
 
 
-def test_a_warning_names_a_few_labels_and_stays_short() -> None:
+def test_warning_names_few_labels_and_stays_short() -> None:
     """It stands in every answer, so neither many nor long labels make it long."""
     many = tuple(f"{number}{'x' * 99}" for number in range(9))
     found = LabelFindings(unreadable=many, alike=(("猫", "猫咪"), many))
@@ -175,7 +175,7 @@ def test_a_warning_names_a_few_labels_and_stays_short() -> None:
     assert max(len(one.message), len(two.message)) < 400
 
 
-def test_warnings_are_made_and_logged_once_for_a_label_set() -> None:
+def test_warnings_are_logged_once_per_label_set() -> None:
     """Every answer carries them; the log has one line, with all codes and the labels."""
     bank = make_bank(Texts())
     with structlog.testing.capture_logs() as logged:
@@ -256,7 +256,7 @@ CONTROLS = [*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2
 
 
 @pytest.mark.parametrize("code", [*CONTROLS, 0xD800, 0xDFFF])
-def test_control_characters_in_labels_are_refused(code: int) -> None:
+def test_control_characters_in_labels_are_rejected(code: int) -> None:
     """In a message they are `invalid_labels`, wherever the label stands in the list."""
     with pytest.raises(RequestError) as caught:
         parse_request({"image": "s3://b/k", "labels": ["猫", f"狗{chr(code)}鸟"]})

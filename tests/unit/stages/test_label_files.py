@@ -45,7 +45,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "wrong"), WRONG)
-def test_a_wrong_file_is_named(tmp_path: Path, text: str, wrong: str) -> None:
+def test_error_names_the_wrong_file(tmp_path: Path, text: str, wrong: str) -> None:
     """The error says which file, and what in it."""
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"mine\.yaml") as caught:
@@ -53,7 +53,7 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, wrong: str) -> None:
     assert wrong in str(caught.value)
 
 
-def test_labels_may_have_least_cosines_of_their_own(tmp_path: Path) -> None:
+def test_labels_may_have_their_own_least_cosine(tmp_path: Path) -> None:
     """The set's bound is that of labels without one; where there is none, any cosine will do."""
     text = "name: a\nscale: 80\nbias: -12.5\nmin_cosine: 0.2\nlabels: [猫, {label: 狗, min_cosine: 0.3}]\n"
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
@@ -66,7 +66,7 @@ def test_labels_may_have_least_cosines_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "big5"])
-def test_file_in_another_encoding_is_told_to_be_utf8(tmp_path: Path, encoding: str) -> None:
+def test_error_for_another_encoding_asks_for_utf8(tmp_path: Path, encoding: str) -> None:
     """Editors on Windows save Chinese text as GBK, or as UTF-16 where they call it Unicode."""
     (tmp_path / "mine.yaml").write_text("name: a\nlabels: [動物]\n", encoding=encoding)
     with pytest.raises(ValueError, match=r"mine\.yaml: line \d: expected UTF-8, .*save the file as UTF-8"):
@@ -82,7 +82,7 @@ def test_files_are_read_whatever_the_case_of_their_suffix(tmp_path: Path, name: 
     assert load_label_sets([tmp_path])["颜色"].words == ("红", "no", "红，绿", "1")
 
 
-def test_two_files_of_a_folder_with_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_files_of_a_folder_with_one_name_are_rejected(tmp_path: Path) -> None:
     """The later one would win without a word; in another folder it replaces the set on purpose."""
     first, second = tmp_path / "1", tmp_path / "2"
     for folder, file, labels in ((first, "a.yaml", "[x]"), (second, "b.yaml", "[y]")):

@@ -77,7 +77,7 @@ def reference_scores(reference: Any, image: Image.Image) -> list[float]:
 @pytest.mark.parametrize(
     ("dtype", "exact", "allowed"), [("float32", True, 1e-3), ("float32", False, 2e-2), ("bfloat16", True, 2e-2)]
 )
-def test_scores_are_the_reference_scripts(
+def test_scores_equal_those_of_the_reference_script(
     spec: ImageSpec, reference: Any, dtype: str, exact: bool, allowed: float
 ) -> None:
     """Thirty pictures, six labels: same order on the exact path, and scores within the promised bound."""
@@ -106,7 +106,7 @@ def test_scores_are_the_reference_scripts(
 
 
 @pytest.mark.parametrize("size", [(333, 777), (777, 333), (64, 64), (65, 63), (10, 1000), (1, 1)])
-def test_pixels_are_the_processors(spec: ImageSpec, reference: Any, size: tuple[int, int]) -> None:
+def test_pixels_equal_those_of_the_processor(spec: ImageSpec, reference: Any, size: tuple[int, int]) -> None:
     """Pixels on the exact path are at most one level off transformers' processor, in every shape."""
     image = pictures.picture("熊猫").convert("RGB").resize(size)
     ours, _ = decode(pictures.png(image), spec=spec, limits=LIMITS, exact=True)
@@ -140,7 +140,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
 @given(
     shape=shapes(), resample=st.sampled_from([1, 2, 3, 4, 5]), orientation=st.integers(1, 8), seed=st.integers(0, 2**32)
 )
-def test_a_crop_is_the_processors(
+def test_crop_equals_that_of_the_processor(
     shape: tuple[int, int, int, int, int], resample: int, orientation: int, seed: int
 ) -> None:
     """Crop before resize gives what resize before crop does, for noise of every shape and orientation.
@@ -185,12 +185,12 @@ for image, size, box in (
 """
 
 
-def test_boxes_that_crash_a_resize_of_both_axes() -> None:
+def test_boxes_that_crash_the_resizer_are_resized() -> None:
     """fast_image_resize 6.1 reads outside these images where it resizes both axes in one call."""
     subprocess.run([sys.executable, "-c", FATAL], timeout=60, check=True)
 
 
-def test_a_picture_scores_the_same_whatever_its_neighbours(spec: ImageSpec) -> None:
+def test_score_does_not_depend_on_neighbours(spec: ImageSpec) -> None:
     """In one rung, neighbours and places change not a bit; a permutation of the batch permutes the vectors."""
     encoder = make_encoder(spec, "float32")
     batch = np.random.default_rng(1).integers(0, 256, (4, 64, 64, 3), np.uint8)
@@ -200,7 +200,7 @@ def test_a_picture_scores_the_same_whatever_its_neighbours(spec: ImageSpec) -> N
     np.testing.assert_array_equal(encoder.encode(batch[:3]), vectors[:3])
 
 
-def test_wrong_shapes_are_refused(spec: ImageSpec) -> None:
+def test_wrong_shapes_are_rejected(spec: ImageSpec) -> None:
     """A batch that is no batch of this model's pictures is an error, not a guess."""
     encoder = make_encoder(spec, "float32")
     for shape in [(5, 64, 64, 3), (0, 64, 64, 3), (1, 32, 64, 3)]:

@@ -66,7 +66,7 @@ def real(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 # -------------------------------------------------------------------------------- a real store
 @each_client
-def test_objects_and_errors(real: S3Server, client: S3Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_store_gives_objects_and_errors(real: S3Server, client: S3Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole objects, missing keys and buckets, wrong credentials, a store that is away."""
     fetcher = make_fetcher(client, real.endpoint_url)
     assert fetcher.fetch(real.put("fetch/猫 一+1.jpg", BODY)) == BODY
@@ -91,7 +91,7 @@ def test_objects_and_errors(real: S3Server, client: S3Client, monkeypatch: pytes
 
 
 @each_client
-def test_versions(real: S3Server, client: S3Client) -> None:
+def test_versions_of_an_object_are_read(real: S3Server, client: S3Client) -> None:
     """The one that is asked for."""
     bucket = f"versions-{client}"
     versions: dict[str, Any] = {"Bucket": bucket}
@@ -107,7 +107,7 @@ def test_versions(real: S3Server, client: S3Client) -> None:
 
 
 @each_client
-def test_keys_are_taken_as_they_stand(real: S3Server, client: S3Client) -> None:
+def test_keys_are_used_as_written(real: S3Server, client: S3Client) -> None:
     """Nothing in a key is decoded, cut off or made plain."""
     fetcher = make_fetcher(client, real.endpoint_url)
     keys = ("a b", "a%20b", "a+b", "a?b=c", "a#b", "照片.jpg", "é", "e\u0301", "a&b;c=d", "~a'(b)*!", "%2e%2e", "a\\b")
@@ -120,7 +120,7 @@ def test_keys_are_taken_as_they_stand(real: S3Server, client: S3Client) -> None:
     assert "s3://pictures/keys/none?x=1#2" in str(missing)
 
 
-def test_a_client_that_is_not_there_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_client_is_reported_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what to do."""
     monkeypatch.setenv("SHIWU_S3_CLIENT", "obstore")
     assert Settings().s3_client == "obstore"
@@ -147,7 +147,7 @@ def asked(server: PictureServer, store: ObjectStore, key: str) -> str | None:
     return path
 
 
-def test_no_key_becomes_another(http_server: PictureServer) -> None:
+def test_no_key_is_changed_to_another(http_server: PictureServer) -> None:
     """obstore asks for the same path as boto3, or refuses the key."""
     boto, other = (make_store(client, http_server.url("")) for client in CLIENTS)
 
@@ -162,7 +162,7 @@ def test_no_key_becomes_another(http_server: PictureServer) -> None:
 
 
 @pytest.mark.parametrize("key", ["a//b", "/a", "../x", "a/./b", "a\tb"])
-def test_a_key_that_obstore_refuses_says_what_to_do(http_server: PictureServer, key: str) -> None:
+def test_error_for_a_key_of_obstore_tells_the_remedy(http_server: PictureServer, key: str) -> None:
     """And boto3 takes it."""
     error = failure(make_fetcher("obstore", http_server.url("")), f"s3://pictures/{key}")
     assert (type(error), error.code.value) == (Rejected, "invalid_reference")
@@ -182,7 +182,7 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("status", "code", "kind", "expected"), ANSWERS, ids=str)
-def test_a_refusal_has_the_same_words(
+def test_refusal_has_the_same_text_for_both_clients(
     http_server: PictureServer, status: int, code: str, kind: type[Exception], expected: str
 ) -> None:
     """By both clients, also for a key that pretends to be an answer."""
@@ -197,7 +197,7 @@ def test_a_refusal_has_the_same_words(
 
 
 @each_client
-def test_a_client_tries_once(http_server: PictureServer, client: S3Client) -> None:
+def test_client_tries_once(http_server: PictureServer, client: S3Client) -> None:
     """Tries are the fetcher's."""
     http_server.serve("/pictures/a", Reply.error(503))
     with pytest.raises(StoreError):
@@ -205,7 +205,7 @@ def test_a_client_tries_once(http_server: PictureServer, client: S3Client) -> No
     assert http_server.hits == {"/pictures/a": 1}
 
 
-def test_a_store_that_asks_for_a_pause_is_asked_once(http_server: PictureServer) -> None:
+def test_store_that_asks_for_a_pause_is_requested_once(http_server: PictureServer) -> None:
     """By boto3; obstore does not tell the headers of an error. The pause is the bucket's."""
     busy = Reply(status=503, headers={"Retry-After": "20"}, body=b"<Error><Code>SlowDown</Code></Error>")
     http_server.serve("/pictures/a", busy)
@@ -226,14 +226,14 @@ OBJECT = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
 
 
 @each_client
-def test_interim_replies_of_a_store_are_read_past(client: S3Client) -> None:
+def test_interim_replies_of_a_store_are_skipped(client: S3Client) -> None:
     """To botocore they are the reply, of an object without bytes."""
     with RawServer(says(INTERIM + OBJECT)) as server:
         assert read(make_store(client, f"http://127.0.0.1:{server.port}"), "a") == b"abc"
 
 
 @each_client
-def test_another_protocol_is_no_object(client: S3Client) -> None:
+def test_reply_of_another_protocol_is_no_object(client: S3Client) -> None:
     """After status 101 the connection no longer carries HTTP."""
     with RawServer(says(b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + OBJECT)) as server:
         error = failure(make_fetcher(client, f"http://127.0.0.1:{server.port}"), "s3://pictures/a")
@@ -241,14 +241,14 @@ def test_another_protocol_is_no_object(client: S3Client) -> None:
 
 
 @pytest.mark.parametrize("head", [b"206 Partial\r\nContent-Range: bytes 0-2/9", b"206 Partial", b"204 No Content"])
-def test_a_part_of_an_object_is_not_taken_for_it(head: bytes) -> None:
+def test_part_of_an_object_is_rejected(head: bytes) -> None:
     """By boto3; obstore does not tell the status."""
     with RawServer(says(OBJECT.replace(b"200 OK", head))) as server, pytest.raises(StoreUnavailable):
         read(make_store("boto3", f"http://127.0.0.1:{server.port}"), "a")
 
 
 @each_client
-def test_headers_that_cannot_be_read_are_half_a_reply(client: S3Client) -> None:
+def test_unreadable_headers_count_as_half_a_reply(client: S3Client) -> None:
     """A date or a length that is none."""
     for header in (b"Last-Modified: yesterday", b"Content-Length: some"):
         reply = OBJECT.replace(b"Content-Length: 3", header)
@@ -261,9 +261,7 @@ SPECIAL = ("x--evil--x-s3", "x--use1-az4--xa-s3", "x" * 20 + "--op-s3", "-".join
 
 @each_client
 @pytest.mark.parametrize("bucket", SPECIAL)
-def test_a_bucket_that_chooses_an_endpoint_is_refused(
-    http_server: PictureServer, client: S3Client, bucket: str
-) -> None:
+def test_bucket_that_chooses_an_endpoint_is_refused(http_server: PictureServer, client: S3Client, bucket: str) -> None:
     """Unless the operator allows names with that ending; then no request leaves the endpoint all the same."""
     refused = failure(make_fetcher(client, http_server.url("")), f"s3://{bucket}/k")
     assert (type(refused), refused.code.value) == (Rejected, "source_forbidden")
@@ -313,7 +311,7 @@ def test_no_request_of_boto3_leaves_the_endpoint(monkeypatch: pytest.MonkeyPatch
         ("https://s3.amazonaws.com/k", "https://h", False),
     ],
 )
-def test_an_endpoint_is_compared_by_host_and_port(url: str, endpoint: str, is_same: bool) -> None:
+def test_endpoint_is_compared_by_host_and_port(url: str, endpoint: str, is_same: bool) -> None:
     """All of one AWS partition counts as one."""
     assert is_at(url, endpoint) is is_same
 
@@ -333,7 +331,7 @@ def test_anonymous_requests_have_no_signature(
 
 
 @each_client
-def test_the_requester_pays_only_where_the_operator_says_so(http_server: PictureServer, client: S3Client) -> None:
+def test_requester_pays_only_if_the_operator_sets_it(http_server: PictureServer, client: S3Client) -> None:
     """The header goes into the signature."""
     http_server.serve("/pictures/a", PLAIN)
     read(make_store(client, http_server.url("")), "a")
@@ -360,7 +358,7 @@ def sent_headers(server: PictureServer) -> dict[str, str]:
 # -------------------------------------------------------------------------------- what the environment says
 @each_client
 @pytest.mark.parametrize("missing", [("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("AWS_SECRET_ACCESS_KEY",)])
-def test_without_credentials_nothing_is_asked(
+def test_without_credentials_no_request_is_sent(
     http_server: PictureServer, client: S3Client, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None, or half of them."""
@@ -373,7 +371,7 @@ def test_without_credentials_nothing_is_asked(
 
 
 @each_client
-def test_credentials_that_come_later_are_used(
+def test_later_credentials_are_used(
     http_server: PictureServer, client: S3Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine's metadata may be late: a client that was made without credentials is not kept."""
@@ -389,7 +387,7 @@ def test_credentials_that_come_later_are_used(
 
 
 @each_client
-def test_an_error_of_another_service_is_no_refusal(
+def test_error_of_another_service_is_no_refusal(
     http_server: PictureServer, tmp_path: Path, client: S3Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AccessDenied by the service that gives out credentials says nothing about the object."""
@@ -408,7 +406,7 @@ def test_an_error_of_another_service_is_no_refusal(
 
 
 @each_client
-def test_a_silent_service_of_credentials_is_left(
+def test_silent_credential_service_is_given_up(
     tmp_path: Path, client: S3Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Soon, and once for all threads: otherwise the time limit of fetch and decode would blame the images."""
@@ -429,7 +427,7 @@ def test_a_silent_service_of_credentials_is_left(
 
 
 @pytest.mark.parametrize("kind", ["get", "stream"])
-def test_a_panic_of_obstore_is_an_error_of_one_job(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_panic_of_obstore_fails_one_job(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is no Exception, and would end the thread of the loader."""
 
     class PanicException(BaseException):
@@ -446,7 +444,7 @@ def test_a_panic_of_obstore_is_an_error_of_one_job(kind: str, monkeypatch: pytes
 
 
 @each_client
-def test_endpoint_and_proxy_come_from_the_environment_as_the_aws_sdk_reads_it(
+def test_endpoint_and_proxy_are_read_as_by_the_aws_sdk(
     http_server: PictureServer, client: S3Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no setting of ours says otherwise; NO_PROXY counts."""
@@ -462,7 +460,7 @@ def test_endpoint_and_proxy_come_from_the_environment_as_the_aws_sdk_reads_it(
 
 
 @each_client
-def test_variables_of_others_change_nothing(
+def test_variables_of_other_programs_have_no_effect(
     http_server: PictureServer, client: S3Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What obstore would read by itself: another store, no signature, another proxy, any certificate."""
@@ -481,7 +479,7 @@ def test_variables_of_others_change_nothing(
 
 
 @each_client
-def test_the_bundle_of_authorities_is_the_aws_sdks(
+def test_certificate_bundle_is_that_of_the_aws_sdk(
     tmp_path: Path, client: S3Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store with a certificate of one's own is not trusted without it."""
@@ -498,7 +496,7 @@ def test_the_bundle_of_authorities_is_the_aws_sdks(
 # -------------------------------------------------------------------------------- obstore's stores
 @pytest.mark.parametrize("region", ["eu-west-1", "cn-north-1", "us-gov-west-1"])
 @pytest.mark.parametrize("bucket", ["pictures", "with.dots", "UPPER", "under_score", "ab"])
-def test_aws_is_asked_where_boto3_asks(region: str, bucket: str) -> None:
+def test_obstore_uses_the_aws_endpoint_of_boto3(region: str, bucket: str) -> None:
     """The bucket stands in front of the host where it can."""
     options, limits = S3Options(None, region, "obstore"), S3Limits(2, 1.0, 1.0, 1.0)
     client = new_client(boto3.session.Session(), options, limits)

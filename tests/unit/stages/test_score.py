@@ -29,7 +29,7 @@ def units(count: int, width: int = 8, seed: int = 0) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize(("head", "bias"), [("softmax", None), ("sigmoid", -12.93), ("sigmoid", None)])
-def test_heads_are_torchs(head: Head, bias: float | None) -> None:
+def test_heads_equal_those_of_torch(head: Head, bias: float | None) -> None:
     """Both heads agree with torch's functions in double precision."""
     vectors, labels = units(5), units(7, seed=1)
     probabilities, cosines = score(vectors, labels, head=head, scale=100.0, bias=bias)
@@ -67,20 +67,20 @@ def tags(
     return [(tag.label, tag.score) for tag in found]
 
 
-def test_the_best_come_first() -> None:
+def test_best_labels_come_first() -> None:
     """Sorted by score; equal scores keep the label set's order; a large top_k gives all there are."""
     assert tags([0.25, 0.5, 0.25]) == [("b", 0.5), ("a", 0.25), ("c", 0.25)]
     assert tags([0.25, 0.5, 0.25], top_k=2) == [("b", 0.5), ("a", 0.25)]
 
 
-def test_the_threshold_is_a_least_score() -> None:
+def test_threshold_is_a_least_score() -> None:
     """A score at the threshold stays, one under it goes; there may be no tag at all."""
     assert tags([0.25, 0.5, 0.25], threshold=0.25) == [("b", 0.5), ("a", 0.25), ("c", 0.25)]
     assert tags([0.25, 0.5, 0.25], threshold=0.5) == [("b", 0.5)]
     assert tags([0.25, 0.5, 0.25], threshold=0.75) == []
 
 
-def test_labels_have_their_own_least_cosines() -> None:
+def test_labels_have_their_own_least_cosine() -> None:
     """A label under its bound makes room for the next one; the score's threshold holds as well."""
     values = [0.25, 0.5, 0.375, 0.125]
     assert tags(values, min_cosines=[-1, 0.3, -1, -1], top_k=2) == [("c", 0.375), ("a", 0.25)]
@@ -88,7 +88,7 @@ def test_labels_have_their_own_least_cosines() -> None:
     assert tags(values, min_cosines=[1, 1, 1, 1]) == []
 
 
-def test_labels_are_ordered_by_cosine_where_all_scores_are_one() -> None:
+def test_labels_with_equal_scores_are_ordered_by_cosine() -> None:
     """A sigmoid without a bias rounds every score to 1; the first labels of the list must not win for that."""
     vectors, labels = units(1), units(12, seed=1)
     labels[7] = vectors[0]
@@ -121,7 +121,7 @@ def make_job(number: int, labels: EncodedLabels, **fields: Any) -> Job:
 SCORER = Scorer(scale=20.0, bias=None, model=MODEL)
 
 
-def test_a_mixed_batch_gives_each_job_its_own_answer() -> None:
+def test_mixed_batch_gives_each_job_its_own_tags() -> None:
     """Jobs of two label sets and two heads in one batch score as each would alone."""
     left = encoded(LabelSet("left", ("a", "b", "c")), seed=1)
     right = encoded(LabelSet("right", ("x", "y"), head="sigmoid"), seed=2)
@@ -139,7 +139,7 @@ def test_a_mixed_batch_gives_each_job_its_own_answer() -> None:
         assert job.model == MODEL
 
 
-def test_a_job_gets_what_it_wants() -> None:
+def test_job_gets_what_it_requests() -> None:
     """top_k and threshold are the request's, and an embedding is given only when asked for."""
     labels = encoded(LabelSet("left", ("a", "b", "c")), seed=1)
     jobs = [
@@ -158,7 +158,7 @@ def cosines_of(job: Job) -> dict[str, float]:
     return {tag.label: tag.cosine for tag in job.tags}
 
 
-def test_a_request_replaces_the_least_cosines_of_its_set() -> None:
+def test_request_replaces_the_least_cosines_of_its_set() -> None:
     """Jobs of one batch with their own bound and with that of their label set."""
     vectors = np.repeat(units(1), 3, axis=0)
     free = make_job(0, encoded(LabelSet("left", tuple("abcd")), seed=1), top_k=9)
@@ -175,7 +175,7 @@ def test_a_request_replaces_the_least_cosines_of_its_set() -> None:
     assert second in cosines_of(jobs[1])
 
 
-def test_a_set_brings_its_own_scale_and_bias() -> None:
+def test_label_set_may_have_its_own_scale_and_bias() -> None:
     """Its scores are sigmoid(scale · cosine + bias) with its own numbers, with a model that has no bias."""
     labels = encoded(LabelSet("left", ("a", "b"), head="sigmoid", scale=10.0, bias=-2.0), seed=1)
     job = make_job(0, labels)

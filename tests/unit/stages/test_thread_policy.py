@@ -76,7 +76,7 @@ def test_threads_follow_from_cores_and_cost(
     assert policy.together == expected.threads
 
 
-def test_threads_follow_cores_that_come_and_go() -> None:
+def test_threads_follow_a_changing_number_of_cores() -> None:
     """Counted every five seconds; each change is told, and the same number again is none."""
     machine = Machine(4)
     policy = machine.policy(SLOW_S)
@@ -95,7 +95,7 @@ def test_threads_follow_cores_that_come_and_go() -> None:
 
 
 @pytest.mark.parametrize("options", [{"fixed": 4}, {"is_compiled": True}])
-def test_threads_that_are_said_or_built_in_stay(options: dict[str, object]) -> None:
+def test_fixed_or_compiled_threads_stay(options: dict[str, object]) -> None:
     """Whatever becomes of the cores."""
     machine = Machine(4)
     policy = machine.policy(SLOW_S, **options)
@@ -108,7 +108,7 @@ def test_threads_that_are_said_or_built_in_stay(options: dict[str, object]) -> N
     assert machine.told == []
 
 
-def test_what_images_really_cost_decides_in_the_end() -> None:
+def test_measured_cost_of_images_decides() -> None:
     """A measurement at the start that was wrong is corrected; around the border nothing swings."""
     machine = Machine(4)
     policy = machine.policy(SLOW_S)
@@ -127,7 +127,7 @@ def test_what_images_really_cost_decides_in_the_end() -> None:
 
 
 @pytest.mark.parametrize("cores", [2, 4, 16])
-def test_threads_that_are_held_up_are_fewer(cores: int) -> None:
+def test_delayed_threads_are_reduced(cores: int) -> None:
     """While other programs use the cores one thread works alone, and soon afterwards all of them again."""
     machine = Machine(cores)
     policy = machine.policy(SLOW_S)
@@ -142,7 +142,7 @@ def test_threads_that_are_held_up_are_fewer(cores: int) -> None:
     assert len(machine.told) <= 8
 
 
-def test_a_try_that_never_ends_is_forgotten() -> None:
+def test_try_without_a_result_is_forgotten() -> None:
     """Its batch failed, or was none of the jobs'."""
     machine = Machine(2)
     policy = machine.policy(SLOW_S)

@@ -1,4 +1,4 @@
-"""Model folders on disk and on the hub: which files there are, which one holds what, how they are downloaded.
+"""Model folders on disk and on the hub: finds, checks and downloads their files.
 
 Loads no torch. Front door: `model_files`, `checkpoint_files`, `hub`.
 """

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: finds those that the worker loads, and refuses what is incomplete or cannot be honoured.
+"""Finds the files of a checkpoint that the worker loads, and rejects checkpoints that are incomplete or unsupported.
 
 Reads configurations and the headers of weight files, never the weights, and loads neither torch nor transformers.
 docs/models.md describes the layouts.
@@ -25,7 +25,7 @@ WEIGHTS: Final = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""In the order in which transformers looks for them; the first that exists is loaded."""
+"""Weight files in the order in which transformers searches them; the first that exists is loaded."""
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
 VOCABULARIES: Final = (
@@ -36,7 +36,7 @@ VOCABULARIES: Final = (
     ("sentencepiece.bpe.model",),
     ("tokenizer.model",),
 )
-"""Each of these sets of files holds a whole vocabulary."""
+"""Each of these sets of files is a complete vocabulary."""
 TOKENIZER_FILES: Final = (
     *(name for names in VOCABULARIES for name in names),
     "tokenizer_config.json",
@@ -66,21 +66,21 @@ class IncompleteCheckpoint(WrongCheckpoint):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The files that are loaded. Each of them exists and looks whole."""
+    """The files that are loaded. Each of them exists and is not visibly cut off."""
 
     folder: Path
-    """What SHIWU_MODEL names, or where it was downloaded to."""
+    """The folder that SHIWU_MODEL names, or the download."""
     base: Path
-    """Holds config.json and the weights: the same folder, except for an adapter."""
+    """The folder with config.json and the weights: the same as `folder`, except for an adapter."""
     weights: tuple[Path, ...]
     index: Path | None
-    """Says which tensor lies in which file, where there are several."""
+    """The file that maps tensors to weight files; None if there is only one."""
     tokenizer: Path
-    """Holds the tokenizer's files: an adapter's own folder where it brings a vocabulary, else `base`."""
+    """The folder with the tokenizer: the folder of an adapter if it has a vocabulary, otherwise `base`."""
     tokenizer_files: tuple[Path, ...]
     processor_files: tuple[Path, ...]
     adapter: tuple[Path, ...] = ()
-    """adapter_config.json and the adapter's weights, or nothing."""
+    """adapter_config.json and the weights of the adapter; empty if there is no adapter."""
 
     @property
     def config(self) -> Path:
@@ -94,17 +94,17 @@ class Checkpoint:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files that change what the model answers."""
+        """All files that influence the results of the model."""
         index = (self.index,) if self.index else ()
         return (self.config, *index, *self.weights, *self.adapter, *self.tokenizer_files, *self.processor_files)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Find the files of the checkpoint in this folder. An adapter's base is looked for on this machine only.
+    """Find the files of the checkpoint in this folder. The base of an adapter is searched on this machine only.
 
     Raises:
-        IncompleteCheckpoint: a file is missing or cut off.
-        WrongCheckpoint: it asks for something that the worker does not do.
+        IncompleteCheckpoint: when a file is missing or cut off.
+        WrongCheckpoint: when the checkpoint needs something that the worker does not support.
     """
     try:
         adapter = [name for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS) if (folder / name).exists()]
@@ -126,7 +126,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint.
 
     Raises:
-        IncompleteCheckpoint: it is no JSON object, or a pointer of git-lfs.
+        IncompleteCheckpoint: when it is no JSON object, or a pointer of git-lfs.
     """
     try:
         check_whole(path)
@@ -141,14 +141,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weights_to_fetch(names: Iterable[str], index_folder: Path) -> tuple[str, ...]:
-    """The weight files to download, of the files that a repository has; empty where it has none.
+    """The weight files to download, out of the files of a repository; empty if it has none.
 
     Args:
-        index_folder: holds the repository's index files, which name the files of weights in several parts.
+        index_folder: the folder with the index files of the repository, which name weights in several parts.
     """
-    there = set(names)
+    available = set(names)
     for name in WEIGHTS:
-        if name in there:
+        if name in available:
             return _shard_names(index_folder / name) if name.endswith(".json") else (name,)
     return ()
 
@@ -164,16 +164,16 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
 
 
 def _read_full(folder: Path) -> Checkpoint:
-    """A folder with weights of its own."""
+    """Read a folder that has its own weights."""
     if not (folder / CONFIG).is_file():
         raise IncompleteCheckpoint(f"{folder}: expected a checkpoint with config.json, found {_listed(folder)}")
-    _refuse_config(read_json(folder / CONFIG), folder / CONFIG)
+    _check_config(read_json(folder / CONFIG), folder / CONFIG)
     index, weights = _weights(folder)
     tokenizer_files = _tokenizer_files(folder)
     if not tokenizer_files:
         raise IncompleteCheckpoint(_no_tokenizer(folder))
     processors = tuple(path for name in PROCESSOR_CONFIGS if (path := folder / name).is_file())
-    _refuse_code([*tokenizer_files, *processors])
+    _check_code([*tokenizer_files, *processors])
     return Checkpoint(
         folder=folder,
         base=folder,
@@ -186,7 +186,7 @@ def _read_full(folder: Path) -> Checkpoint:
 
 
 def _read_adapter(folder: Path) -> Checkpoint:
-    """An adapter's folder and the base that its configuration names."""
+    """Read the folder of an adapter, and the base that its configuration names."""
     weights = next((path for name in ADAPTER_WEIGHTS if (path := folder / name).is_file()), None)
     if weights is None or not (folder / ADAPTER_CONFIG).is_file():
         whole = f"{ADAPTER_CONFIG} and {' or '.join(ADAPTER_WEIGHTS)}"
@@ -209,7 +209,7 @@ def _read_adapter(folder: Path) -> Checkpoint:
     base = _read_full(base_folder)
     tokenizer_files = _tokenizer_files(folder)
     processors = tuple(path for file in PROCESSOR_CONFIGS if (path := folder / file).is_file())
-    _refuse_code([*tokenizer_files, *processors])
+    _check_code([*tokenizer_files, *processors])
     return Checkpoint(
         folder=folder,
         base=base.base,
@@ -223,9 +223,9 @@ def _read_adapter(folder: Path) -> Checkpoint:
 
 
 def cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
-    """The folder of a hub's model in the hub's cache on this machine, perhaps with some of its files only."""
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 a folder needs no hub
-    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415 as above
+    """The folder of a model in the hub's cache on this machine; it may lack files."""
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 not needed for a folder
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415 not needed for a folder
 
     for file in (CONFIG, ADAPTER_CONFIG):
         try:
@@ -245,7 +245,7 @@ def first_line(error: BaseException) -> str:
 
 # ------------------------------------------------------------------------------------ weights
 def _weights(folder: Path) -> tuple[Path | None, tuple[Path, ...]]:
-    """The index, where there is one, and the files of weights."""
+    """The index, if there is one, and the weight files."""
     first = next((path for name in WEIGHTS if (path := folder / name).exists()), None)
     if first is None:
         raise IncompleteCheckpoint(
@@ -268,7 +268,7 @@ def _check_weights(path: Path) -> None:
 
 
 def _shard_names(index: Path) -> tuple[str, ...]:
-    """The files that an index names; only plain names of files beside it."""
+    """The files that an index names; they must be plain names of files in its folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise IncompleteCheckpoint(f"{index}: expected weight_map with the file of each tensor")
@@ -282,7 +282,7 @@ def _shard_names(index: Path) -> tuple[str, ...]:
 
 # ------------------------------------------------------------------------------------ the tokenizer
 def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """All files of the tokenizer; none where the folder has no whole vocabulary."""
+    """All files of the tokenizer; empty if the folder has no complete vocabulary."""
     if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
         return ()
     found = tuple(path for name in TOKENIZER_FILES if (path := folder / name).is_file())
@@ -299,14 +299,14 @@ def _no_tokenizer(folder: Path) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------ what is refused
-def _refuse_config(config: Mapping[str, Any], path: Path) -> None:
-    """Settings of config.json that would be ignored, or would run code that came with the weights."""
+# ------------------------------------------------------------------------------------ what is not supported
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Reject settings of config.json that would be ignored, or would run code that comes with the weights."""
     if not isinstance(config.get("model_type"), str):
         raise WrongCheckpoint(f"{path}: expected model_type with a model of transformers, got none")
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
-        _refuse_auto_map(part, path)
+        _check_auto_map(part, path)
         if part.get("quantization_config"):
             method = part["quantization_config"]
             name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
@@ -323,15 +323,15 @@ def _refuse_config(config: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _refuse_code(paths: Iterable[Path]) -> None:
+def _check_code(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.name.endswith("_config.json"):
             config = read_json(path)
             for part in (config, *(part for part in config.values() if isinstance(part, dict))):
-                _refuse_auto_map(part, path)
+                _check_auto_map(part, path)
 
 
-def _refuse_auto_map(config: Mapping[str, Any], path: Path) -> None:
+def _check_auto_map(config: Mapping[str, Any], path: Path) -> None:
     if config.get("auto_map"):
         raise WrongCheckpoint(
             f"{path}: auto_map names Python code that comes with the checkpoint, and the worker runs no such code; "
@@ -340,7 +340,7 @@ def _refuse_auto_map(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _listed(folder: Path) -> str:
-    """What lies in the folder, for people."""
+    """The names of the files in a folder, for an error text."""
     names = sorted(path.name for path in folder.iterdir())
     if not names:
         return "an empty folder"

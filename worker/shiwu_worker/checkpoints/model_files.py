@@ -1,4 +1,4 @@
-"""Where a model lies: embedded in the package, in a folder, or on a hub. Never loads torch."""
+"""Finds the model that SHIWU_MODEL names: embedded in the package, in a folder, or on a hub. Never loads torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shiwu_worker.checkpoints.checkpoint_files import (
 )
 
 EMBEDDED: Final = "pictogram-zh"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
 def split_hub_id(model: str) -> tuple[str, str | None]:
@@ -31,21 +31,21 @@ def split_hub_id(model: str) -> tuple[str, str | None]:
 
 
 def model_name(model: str | None) -> str:
-    """What answers call the model: the hub id without its revision, the folder's name, or `pictogram-zh`."""
+    """The name of the model in answers: the hub id without its revision, the folder's name, or `pictogram-zh`."""
     if model is None:
         return EMBEDDED
     return Path(model).resolve().name if os.path.isdir(model) else split_hub_id(model)[0]
 
 
 def model_folder(model: str | None) -> Path:
-    """The folder to load from, its files checked; what a hub has is downloaded unless it is in the hub's cache already.
+    """The folder to load from, with checked files; a model of a hub is downloaded unless it is in the hub's cache.
 
     Args:
         model: a folder, a hub id, or `ID@REVISION`; None is the embedded model.
 
     Raises:
-        WrongCheckpoint: with ExitCode.MODEL when there is no such folder or hub id, the hub cannot be reached, or the
-            checkpoint is incomplete or asks for something that the worker does not do.
+        WrongCheckpoint: with ExitCode.MODEL, when there is no such folder or hub id, the hub cannot be reached, or the
+            checkpoint is incomplete or not supported.
     """
     if model is None:
         return Path(__file__).parents[1] / "data/pictogram_zh"
@@ -58,7 +58,7 @@ def model_folder(model: str | None) -> Path:
 
 
 def model_revision(folder: Path) -> str:
-    """The hub's commit where the folder is a snapshot of one, else 12 hex digits over all files that are loaded."""
+    """The commit if the folder is a snapshot of a hub, otherwise 12 hex digits over all files that are loaded."""
     if _COMMIT.fullmatch(folder.name) and not (folder / ADAPTER_CONFIG).exists():
         return folder.name
     return content_revision(read_checkpoint(folder))
@@ -66,15 +66,15 @@ def model_revision(folder: Path) -> str:
 
 def content_revision(checkpoint: Checkpoint) -> str:
     """12 hex digits that change with the name or content of any file that is loaded."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in checkpoint.files:
         with path.open("rb") as file:
-            whole.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return whole.hexdigest()[:12]
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 def _own_folder(model: str) -> Path | None:
-    """The folder that the setting names; None where it can only be a hub id."""
+    """The folder that the setting names; None if it can only be a hub id."""
     path = Path(model)
     try:
         if path.is_dir():
@@ -94,7 +94,7 @@ def _own_folder(model: str) -> Path | None:
 
 
 def _hub_folder(model: str) -> Path:
-    """The folder of a hub's model in the cache, downloaded where files of it are missing."""
+    """The folder of a hub's model in the cache; files that are missing are downloaded."""
     hub_id, revision = split_hub_id(model)
     cached = cached_snapshot(hub_id, revision)
     if cached is not None:
@@ -117,14 +117,14 @@ def _hub_folder(model: str) -> Path:
     try:
         read_checkpoint(folder)
     except IncompleteCheckpoint as error:
-        # What lies in the cache already is not downloaded again, even if it is damaged.
+        # Files in the cache are not downloaded again, even if they are damaged.
         text = f"SHIWU_MODEL: {model!r} is incomplete: {error}. If {hub.endpoint()} has it whole, remove the copy here"
         raise WrongCheckpoint(f"{text}, {folder.parent.parent}, and start again") from error
     return folder
 
 
 def _fetch_base(folder: Path) -> None:
-    """Download the base that an adapter names, where it is no folder and not whole in the cache."""
+    """Download the base that an adapter names, unless it is a folder or complete in the cache."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     name, revision = adapter_base(folder)

@@ -1,4 +1,4 @@
-"""Tells from its first bytes and its size whether a file of a checkpoint is whole. Never reads the weights."""
+"""Checks by first bytes and size whether a file of a checkpoint is complete. Never reads the weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
-LARGEST_HEADER_BYTES: Final = 100_000_000
+MAX_HEADER_BYTES: Final = 100_000_000
 """The limit of the safetensors library itself."""
 _LEGACY_TORCH: Final = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
-"""How torch.save began before torch 1.6."""
+"""The first bytes of files that torch.save wrote before torch 1.6."""
 
 
 class WrongFile(ValueError):
@@ -21,40 +21,40 @@ class WrongFile(ValueError):
 
 
 def check_whole(path: Path) -> None:
-    """Refuse an empty file, a pointer of git-lfs, and what is no file.
+    """Reject an empty file, a pointer of git-lfs, and anything that is no file.
 
     Raises:
-        WrongFile: what is wrong.
-        OSError: it cannot be read.
+        WrongFile: names the file, the error and the remedy.
+        OSError: when the file cannot be read.
     """
-    with _opened(path):
+    with _open_checked(path):
         pass
 
 
 def check_safetensors(path: Path) -> None:
-    """Refuse a safetensors file that its own header says is longer or shorter; raises what `check_whole` does."""
-    with _opened(path) as file:
+    """Reject a safetensors file whose size differs from its header; raises the errors of `check_whole`."""
+    with _open_checked(path) as file:
         size = os.fstat(file.fileno()).st_size
         begin = file.read(8)
         length = int.from_bytes(begin, "little")
-        if len(begin) < 8 or not 2 <= length <= min(LARGEST_HEADER_BYTES, size - 8):
-            raise WrongFile(f"{path}: expected safetensors, got {size} bytes that are none; {_again(path)}")
+        if len(begin) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise WrongFile(f"{path}: expected safetensors, got {size} bytes that are none; {_download_again(path)}")
         try:
             header = json.loads(file.read(length))
             ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-            raise WrongFile(f"{path}: expected the header of safetensors; {_again(path)}") from error
+            raise WrongFile(f"{path}: expected the header of safetensors; {_download_again(path)}") from error
     expected = 8 + length + max(ends, default=0)
     if expected != size:
-        raise WrongFile(f"{path}: expected {expected} bytes, got {size}; {_again(path)}")
+        raise WrongFile(f"{path}: expected {expected} bytes, got {size}; {_download_again(path)}")
 
 
 def check_torch_file(path: Path) -> None:
-    """Refuse a file of torch.save that is cut off; raises what `check_whole` does.
+    """Reject a file of torch.save that is cut off; raises the errors of `check_whole`.
 
-    A file of torch before 1.6 tells its length nowhere, so for these the loading tells.
+    Files of torch before 1.6 do not contain their length, so only loading them shows whether they are complete.
     """
-    with _opened(path) as file:
+    with _open_checked(path) as file:
         size = os.fstat(file.fileno()).st_size
         if file.read(len(_LEGACY_TORCH)) == _LEGACY_TORCH:
             return
@@ -62,19 +62,19 @@ def check_torch_file(path: Path) -> None:
             with zipfile.ZipFile(file) as archive:
                 names = archive.namelist()
         except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
-            raise WrongFile(f"{path}: expected a file of torch.save, got {size} bytes that are none or not all of one; "
-                            f"{_again(path)}") from error  # fmt: skip
+            text = f"expected a file of torch.save, got {size} bytes that are none or not all of one"
+            raise WrongFile(f"{path}: {text}; {_download_again(path)}") from error
     if not any(name.endswith("data.pkl") for name in names):
-        raise WrongFile(f"{path}: expected a file of torch.save, got another zip archive; {_again(path)}")
+        raise WrongFile(f"{path}: expected a file of torch.save, got another zip archive; {_download_again(path)}")
 
 
-def _opened(path: Path) -> BinaryIO:
-    """The file, open at its begin."""
-    status = path.stat()  # before it is opened, which would wait for the writer of a pipe
+def _open_checked(path: Path) -> BinaryIO:
+    """Open a file at its begin, after the checks of `check_whole`."""
+    status = path.stat()  # before it is opened, because opening a pipe would wait for its writer
     if not stat.S_ISREG(status.st_mode):
         raise WrongFile(f"{path}: expected a file")
     if status.st_size == 0:
-        raise WrongFile(f"{path}: the file is empty; {_again(path)}")
+        raise WrongFile(f"{path}: the file is empty; {_download_again(path)}")
     file = path.open("rb")
     try:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -89,5 +89,5 @@ def _opened(path: Path) -> BinaryIO:
     return file
 
 
-def _again(path: Path) -> str:
+def _download_again(path: Path) -> str:
     return f"download {path.name} again"
