@@ -103,9 +103,7 @@ def test_batch_takes_what_fits() -> None:
 def test_batches_follow_the_policy_of_the_encoder() -> None:
     """The policy decides how many waiting items a batch takes, and never more than its largest size."""
     policy = SimpleNamespace(wanted=4, take=lambda waiting: 1 if waiting == 3 else min(4, waiting))
-    batcher: Batcher[Item] = Batcher(
-        max_size=64, bulk_share=0.1, full_size=lambda: policy.wanted, fit=lambda waiting: policy.take(waiting)
-    )
+    batcher: Batcher[Item] = Batcher(max_size=64, bulk_share=0.1, full_size=lambda: policy.wanted, fit=policy.take)
     batcher.put([Item(n, Lane.INTERACTIVE) for n in range(7)])
     assert [len(batcher.take(timeout_s=0.0)) for _ in range(3)] == [4, 1, 2]
 

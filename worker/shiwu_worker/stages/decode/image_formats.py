@@ -139,5 +139,5 @@ def refusal(found: FileFormat, accepted: tuple[str, ...]) -> str:
 
 
 def listed(names: tuple[str, ...]) -> str:
-    """The names as part of a sentence."""
+    """The names as an English enumeration."""
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -192,7 +192,7 @@ class Encoder:
         return costs
 
     def _is_enough(self, costs: Mapping[int, float]) -> bool:
-        """Whether larger sizes need not be timed.
+        """Whether enough sizes are timed and larger ones can be skipped.
 
         A batch of twice the size would take too long. With torch.compile, two larger sizes without a gain also end it.
         """
@@ -271,7 +271,7 @@ class Encoder:
         usual_threads = 0
         if self._thread_policy is not None:
             work, smallest = self.size_policy.cost_of(size), self.batch_sizes[0]
-            # OpenMP threads that work together spin while they wait, so their core-seconds say nothing of an image.
+            # OpenMP threads that work together spin while they wait, so their core-seconds do not measure an image.
             is_exact = spent.omp_threads < 2
             core_s = spent.cost / work * self.size_policy.cost_of(smallest) / smallest if is_exact else None
             self._thread_policy.record(core_s=core_s, together=spent.omp_threads, work=work, seconds=spent.seconds)
