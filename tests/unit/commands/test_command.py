@@ -1,4 +1,4 @@
-"""`shiwu-worker`: what becomes the worker itself, and what is refused before anything starts."""
+"""`shiwu-worker`: when this process is the worker, and which options are refused before the start."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ NAMES = ("CUDA_VISIBLE_DEVICES", "SHIWU_DEVICE")
 
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cards; a worker prints where it would run."""
+    """Two GPUs; a worker prints where it would run."""
     for name in [name for name in os.environ if name.startswith("SHIWU_")] + list(NAMES):
         monkeypatch.setenv(name, "")  # so that it is put back whatever is set here
         monkeypatch.delenv(name)
-    cards = [Gpu("gpu0", "GPU-a", 0, "GPU-a"), Gpu("gpu1", "GPU-b", 1, "GPU-b")]
+    gpus = [Gpu("gpu0", "GPU-a", 0, "GPU-a"), Gpu("gpu1", "GPU-b", 1, "GPU-b")]
     monkeypatch.setattr(
-        "shiwu_worker.launcher.placement.find_gpus", lambda *, visible: cards if visible is None else cards[:1]
+        "shiwu_worker.launcher.placement.find_gpus", lambda *, visible: gpus if visible is None else gpus[:1]
     )
     monkeypatch.setattr("shiwu_worker.telemetry.logs.set_up", lambda **_: None)
 
     def run(*, node: str, task_events: bool) -> None:
-        told = [os.environ.get(name, "-") for name in NAMES]
-        print(node.rpartition("-")[2], *told, task_events)  # noqa: T201 the test reads it
+        values = [os.environ.get(name, "-") for name in NAMES]
+        print(node.rpartition("-")[2], *values, task_events)  # noqa: T201 the test reads it
 
     monkeypatch.setattr("shiwu_worker.celery_worker.process.run", run)
 
 
 def call(*args: str) -> Result:
-    """The command in this process."""
+    """Run the command in this process."""
     return CliRunner().invoke(main, args, catch_exceptions=False)
 
 
@@ -52,7 +52,7 @@ def test_one_chosen_gpu_runs_in_this_process(args: str, expected: str) -> None:
 
 
 def test_the_only_gpu_changes_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who has one card, or names a device, gets what there was before the launcher."""
+    """With one GPU, or with SHIWU_DEVICE set, the process keeps its environment."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert call().output == "gpu0 0 - False\n"
     monkeypatch.setenv("SHIWU_DEVICE", "cuda:1")

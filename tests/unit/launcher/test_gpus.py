@@ -1,5 +1,5 @@
 # ruff: noqa: N802, N803, D102  the fake has the names of the library
-"""Which cards there are: a driver's answers in the shape of nvidia-ml-py, and each form of CUDA_VISIBLE_DEVICES."""
+"""Discovery of GPUs: replies of a driver in the form of nvidia-ml-py, and all forms of CUDA_VISIBLE_DEVICES."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from shiwu_worker.launcher.gpus import Gpu, UnknownGpu, choose_gpus, find_gpus
 
 
 @dataclass
-class FakeCard:
-    """What the driver knows of a card. `instances` has None for a place without an instance; no MIG without it."""
+class FakeGpu:
+    """A GPU as the driver reports it. `instances` has None for a number without an instance; None: no MIG."""
 
     uuid: str
     masks: tuple[int, ...] | None = None
@@ -27,9 +27,9 @@ class FakeCard:
 
 @dataclass
 class FakeNvml:
-    """The functions of nvidia-ml-py that we call: same names, arguments, kinds of results and errors."""
+    """The functions of nvidia-ml-py that shiwu calls, with the same names, arguments, results and errors."""
 
-    gpus: list[FakeCard] = field(default_factory=list)
+    gpus: list[FakeGpu] = field(default_factory=list)
     has_driver: bool = True
     opened: int = 0
 
@@ -45,23 +45,23 @@ class FakeNvml:
         assert self.opened == 1
         return len(self.gpus)
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeCard:
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
         if self.gpus[index].is_lost:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
         return self.gpus[index]
 
-    def nvmlDeviceGetUUID(self, handle: FakeCard | str) -> str:
+    def nvmlDeviceGetUUID(self, handle: FakeGpu | str) -> str:
         return handle if isinstance(handle, str) else handle.uuid
 
-    def nvmlDeviceGetMigMode(self, device: FakeCard) -> list[int]:
+    def nvmlDeviceGetMigMode(self, device: FakeGpu) -> list[int]:
         if device.instances is None:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return [int(device.is_split), 1]
 
-    def nvmlDeviceGetMaxMigDeviceCount(self, device: FakeCard) -> int:
+    def nvmlDeviceGetMaxMigDeviceCount(self, device: FakeGpu) -> int:
         return len(device.instances or ())
 
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, device: FakeCard, index: int) -> str:
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, device: FakeGpu, index: int) -> str:
         instance = (device.instances or [])[index]
         if instance is None:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
@@ -69,7 +69,7 @@ class FakeNvml:
 
     def nvmlDeviceGetCpuAffinityWithinScope(
         self,
-        handle: FakeCard,
+        handle: FakeGpu,
         cpuSetSize: int,
         scope: int,
     ) -> ctypes.Array[ctypes.c_ulonglong]:
@@ -81,7 +81,7 @@ class FakeNvml:
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
-    """The driver, with no card yet, on a machine with 128 CPUs of which we may use all but the first."""
+    """The driver without a GPU, on a machine with 128 CPUs of which the process may use all but the first."""
     fake = FakeNvml()
     for name in (name for name in dir(fake) if name.startswith("nvml")):
         assert callable(getattr(pynvml, name)), "the library has it"
@@ -92,12 +92,12 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 
 @pytest.fixture
 def four(nvml: FakeNvml) -> FakeNvml:
-    """Two whole cards, one with two MIG instances, and one that could be split and is not."""
+    """Two GPUs without MIG, one with two MIG instances, and one that could be split and is not."""
     nvml.gpus = [
-        FakeCard("GPU-aa11"),
-        FakeCard("GPU-aa22"),
-        FakeCard("GPU-bb33", instances=["MIG-c1", None, "MIG-c2"]),
-        FakeCard("GPU-bb44", instances=[], is_split=False),
+        FakeGpu("GPU-aa11"),
+        FakeGpu("GPU-aa22"),
+        FakeGpu("GPU-bb33", instances=["MIG-c1", None, "MIG-c2"]),
+        FakeGpu("GPU-bb44", instances=[], is_split=False),
     ]
     return nvml
 
@@ -105,9 +105,9 @@ def four(nvml: FakeNvml) -> FakeNvml:
 ALL = ["gpu0", "gpu1", "gpu2-mig0", "gpu2-mig2", "gpu3"]
 
 
-def names(cards: list[Gpu]) -> list[str]:
+def names(gpus: list[Gpu]) -> list[str]:
     """Their names, in order."""
-    return [card.name for card in cards]
+    return [gpu.name for gpu in gpus]
 
 
 def test_machine_without_driver_or_gpu_has_no_gpus(nvml: FakeNvml) -> None:
@@ -119,31 +119,31 @@ def test_machine_without_driver_or_gpu_has_no_gpus(nvml: FakeNvml) -> None:
 
 
 def test_gpus_and_mig_instances_are_found(four: FakeNvml) -> None:
-    """Instances stand in place of their card; the driver is left as it was."""
-    cards = find_gpus(visible=None)
-    assert names(cards) == ALL
-    assert [card.uuid for card in cards] == ["GPU-aa11", "GPU-aa22", "MIG-c1", "MIG-c2", "GPU-bb44"]
+    """Instances replace their GPU; the library is shut down afterwards."""
+    gpus = find_gpus(visible=None)
+    assert names(gpus) == ALL
+    assert [gpu.uuid for gpu in gpus] == ["GPU-aa11", "GPU-aa22", "MIG-c1", "MIG-c2", "GPU-bb44"]
     assert four.opened == 0
 
 
 def test_gpu_in_mig_mode_without_instances_is_skipped(nvml: FakeNvml) -> None:
-    """CUDA shows nothing of it either."""
-    nvml.gpus = [FakeCard("GPU-a", instances=[None, None])]
+    """CUDA does not show it either."""
+    nvml.gpus = [FakeGpu("GPU-a", instances=[None, None])]
     assert find_gpus(visible=None) == []
 
 
 def test_lost_gpu_is_skipped_and_logged(nvml: FakeNvml) -> None:
     """The others keep their numbers."""
-    nvml.gpus = [FakeCard("GPU-a", is_lost=True), FakeCard("GPU-b")]
+    nvml.gpus = [FakeGpu("GPU-a", is_lost=True), FakeGpu("GPU-b")]
     with structlog.testing.capture_logs() as lines:
         assert names(find_gpus(visible=None)) == ["gpu1"]
     assert [(line["event"], line["gpu"]) for line in lines] == [("gpu_skipped", "gpu0")]
 
 
 def test_near_cpus_are_limited_to_usable_ones(nvml: FakeNvml) -> None:
-    """Masks of 64 CPUs each; unknown is empty, and so is a node whose CPUs are others'."""
-    nvml.gpus = [FakeCard("GPU-a", (0b1011, 0b1)), FakeCard("GPU-b"), FakeCard("GPU-c", (0b1, 0))]
-    assert [card.near_cpus for card in find_gpus(visible=None)] == [{1, 3, 64}, frozenset(), frozenset()]
+    """Masks of 64 CPUs each; empty if unknown, or if the process may use none of them."""
+    nvml.gpus = [FakeGpu("GPU-a", (0b1011, 0b1)), FakeGpu("GPU-b"), FakeGpu("GPU-c", (0b1, 0))]
+    assert [gpu.near_cpus for gpu in find_gpus(visible=None)] == [{1, 3, 64}, frozenset(), frozenset()]
 
 
 @pytest.mark.parametrize(
@@ -177,17 +177,17 @@ def test_near_cpus_are_limited_to_usable_ones(nvml: FakeNvml) -> None:
 )
 @pytest.mark.usefixtures("four")
 def test_gpus_that_cuda_hides_are_hidden(visible: str, expected: list[str]) -> None:
-    """The first word that is no card ends the list, a card named twice leaves none."""
+    """The first word that names no GPU ends the list, and a repeated GPU empties it."""
     assert names(find_gpus(visible=visible)) == expected
 
 
-@pytest.mark.parametrize(("visible", "told"), [("0,4", 1), ("0,0", 1), ("", 0), ("-1", 0), ("0,1", 0)])
+@pytest.mark.parametrize(("visible", "lines_logged"), [("0,4", 1), ("0,0", 1), ("", 0), ("-1", 0), ("0,1", 0)])
 @pytest.mark.usefixtures("four")
-def test_list_that_hides_gpus_by_mistake_is_logged(visible: str, told: int) -> None:
-    """But not one that says none."""
+def test_list_that_hides_gpus_by_mistake_is_logged(visible: str, lines_logged: int) -> None:
+    """But not one that asks for none."""
     with structlog.testing.capture_logs() as lines:
         find_gpus(visible=visible)
-    assert [line["event"] for line in lines] == ["gpus_hidden"] * told
+    assert [line["event"] for line in lines] == ["gpus_hidden"] * lines_logged
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_list_that_hides_gpus_by_mistake_is_logged(visible: str, told: int) -> N
 )
 @pytest.mark.usefixtures("four")
 def test_gpus_are_chosen_by_number_or_uuid(asked: str, expected: list[str]) -> None:
-    """By number, UUID or the beginning of one, in the order asked for."""
+    """By number, UUID or prefix of one, in the order of the option."""
     assert names(choose_gpus(find_gpus(visible=None), asked)) == expected
 
 
@@ -211,7 +211,7 @@ def test_gpus_are_chosen_by_number_or_uuid(asked: str, expected: list[str]) -> N
 )
 @pytest.mark.usefixtures("four")
 def test_wrong_choice_of_gpus_is_an_error(asked: str) -> None:
-    """Unlike CUDA's list: who types it wants to know."""
+    """Unlike in CUDA's list, so that the operator sees it."""
     with pytest.raises(UnknownGpu, match="expected"):
         choose_gpus(find_gpus(visible=None), asked)
 
@@ -219,7 +219,7 @@ def test_wrong_choice_of_gpus_is_an_error(asked: str) -> None:
 @pytest.mark.usefixtures("four")
 def test_hidden_gpus_cannot_be_chosen() -> None:
     """The numbers stay nvidia-smi's."""
-    cards = find_gpus(visible="1,3")
-    assert names(choose_gpus(cards, "3")) == ["gpu3"]
+    gpus = find_gpus(visible="1,3")
+    assert names(choose_gpus(gpus, "3")) == ["gpu3"]
     with pytest.raises(UnknownGpu, match=r"1 \(GPU-aa22\), 3 \(GPU-bb44\), got '0'"):
-        choose_gpus(cards, "0")
+        choose_gpus(gpus, "0")

@@ -1,4 +1,4 @@
-"""Where workers are put: names, ports, files, CPUs."""
+"""Placements of workers: names, ports, files, CPUs."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def places(*cards: Gpu, environment: dict[str, str] | None = None, **settings: object) -> list[Placement]:
-    """Places on a machine with eight CPUs."""
+def placements(*gpus: Gpu, environment: dict[str, str] | None = None, **settings: object) -> list[Placement]:
+    """Placements on a machine with eight CPUs."""
     return make_placements(
-        cards, settings=Settings.model_validate(settings), environment=environment or {}, cpus=NEAR | FAR
+        gpus, settings=Settings.model_validate(settings), environment=environment or {}, cpus=NEAR | FAR
     )
 
 
 def test_each_gpu_has_a_pinned_placement() -> None:
-    """By UUID, with names that tell the card, on CPUs near it."""
-    first, second = places(GPU0, GPU1)
+    """By UUID, with names that contain the GPU, on CPUs near it."""
+    first, second = placements(GPU0, GPU1)
     assert (first.node, second.node) == (f"shiwu@{HOST}-gpu0", f"shiwu@{HOST}-gpu1")
     assert first.environment == {
         "CUDA_VISIBLE_DEVICES": "GPU-a",
@@ -45,31 +45,33 @@ def test_each_gpu_has_a_pinned_placement() -> None:
 
 
 def test_workers_on_one_gpu_share_its_cpus() -> None:
-    """And have a number each."""
-    made = places(GPU0, GPU0, GPU1)
-    assert [place.name for place in made] == ["gpu0-0", "gpu0-1", "gpu1"]
-    assert [place.cpus for place in made] == [{0, 1}, {2, 3}, FAR]
-    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in made] == ["GPU-a", "GPU-a", "GPU-b"]
+    """Each has a number in its name."""
+    made = placements(GPU0, GPU0, GPU1)
+    assert [placement.name for placement in made] == ["gpu0-0", "gpu0-1", "gpu1"]
+    assert [placement.cpus for placement in made] == [{0, 1}, {2, 3}, FAR]
+    assert [placement.environment["CUDA_VISIBLE_DEVICES"] for placement in made] == ["GPU-a", "GPU-a", "GPU-b"]
 
 
 def test_ports_files_and_names_differ_between_workers(tmp_path: Path) -> None:
-    """A port counts up from the one that was set; 0 is none, and what is no number is the worker's to refuse."""
+    """Ports count up from the setting; 0 is none, and the worker refuses what is not a number."""
     environment = {"SHIWU_HTTP_PORT": "9100"}
-    made = places(GPU0, GPU1, environment=environment, worker_name="w", ready_file=tmp_path / "r", alive_file="/a")
-    assert [place.environment["SHIWU_HTTP_PORT"] for place in made] == ["9100", "9101"]
-    assert [place.environment["SHIWU_WORKER_NAME"] for place in made] == ["w-gpu0", "w-gpu1"]
-    assert [place.ready_file for place in made] == [tmp_path / "r.gpu0", tmp_path / "r.gpu1"]
-    assert [place.environment["SHIWU_READY_FILE"] for place in made] == [str(place.ready_file) for place in made]
-    assert [place.environment["SHIWU_ALIVE_FILE"] for place in made] == ["/a.gpu0", "/a.gpu1"]
+    made = placements(GPU0, GPU1, environment=environment, worker_name="w", ready_file=tmp_path / "r", alive_file="/a")
+    assert [placement.environment["SHIWU_HTTP_PORT"] for placement in made] == ["9100", "9101"]
+    assert [placement.environment["SHIWU_WORKER_NAME"] for placement in made] == ["w-gpu0", "w-gpu1"]
+    assert [placement.ready_file for placement in made] == [tmp_path / "r.gpu0", tmp_path / "r.gpu1"]
+    assert [placement.environment["SHIWU_READY_FILE"] for placement in made] == [
+        str(placement.ready_file) for placement in made
+    ]
+    assert [placement.environment["SHIWU_ALIVE_FILE"] for placement in made] == ["/a.gpu0", "/a.gpu1"]
     for port in ("0", "", "x", "-1"):
-        assert "SHIWU_HTTP_PORT" not in places(GPU0, environment={"SHIWU_HTTP_PORT": port})[0].environment
+        assert "SHIWU_HTTP_PORT" not in placements(GPU0, environment={"SHIWU_HTTP_PORT": port})[0].environment
 
 
 def test_cpu_placements_see_no_gpu() -> None:
-    """Workers on it see no card at all."""
-    made = places(Gpu("cpu0", None), Gpu("cpu1", None))
-    assert [place.node for place in made] == [f"shiwu@{HOST}-cpu0", f"shiwu@{HOST}-cpu1"]
-    assert [place.cpus for place in made] == [NEAR, FAR]
+    """CUDA_VISIBLE_DEVICES is empty."""
+    made = placements(Gpu("cpu0", None), Gpu("cpu1", None))
+    assert [placement.node for placement in made] == [f"shiwu@{HOST}-cpu0", f"shiwu@{HOST}-cpu1"]
+    assert [placement.cpus for placement in made] == [NEAR, FAR]
     assert made[0].environment.items() >= {"CUDA_VISIBLE_DEVICES": "", "SHIWU_DEVICE": "cpu"}.items()
 
 
@@ -83,14 +85,14 @@ def test_cpu_placements_see_no_gpu() -> None:
     ],
 )
 def test_cpus_are_divided_among_workers(near: list[set[int]], expected: list[set[int]]) -> None:
-    """Evenly among those near the same; too few are everybody's."""
+    """Evenly among workers near the same CPUs; too few CPUs go to each worker."""
     assert share_out([frozenset(cpus) for cpus in near]) == expected
 
 
 def test_device_setting_excludes_gpu_discovery(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuda:1 is one worker; cards beside it are a contradiction, as is a share of no card."""
+    """cuda:1 is one worker; --gpus and --per-gpu contradict it."""
     monkeypatch.setattr("shiwu_worker.launcher.placement.find_gpus", lambda *, visible: [GPU0, GPU1])
-    assert [place.name for place in plan_placements(Settings(), asked="all", per_gpu=1)] == ["gpu0", "gpu1"]
+    assert [placement.name for placement in plan_placements(Settings(), asked="all", per_gpu=1)] == ["gpu0", "gpu1"]
     for device in ("cuda:1", "cpu"):
         assert plan_placements(Settings(device=device), asked="all", per_gpu=1) == []
     with pytest.raises(PlacementError, match="SHIWU_DEVICE=cuda:1"):

@@ -1,4 +1,4 @@
-"""What the launcher makes of each end of a worker, with shell commands for workers."""
+"""How the supervisor handles each way in which a worker ends; the workers are shell commands."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NO_FILES = ProbeFiles(ready_file=None, alive_file=None)
 
 
 def place(name: str, **options: Path) -> Placement:
-    """A place with no more than a name."""
+    """A placement with only a name."""
     return Placement(name, f"shiwu@{name}", frozenset({0}), {"PLACE": name}, **options)
 
 
 def launch(*scripts: str, drain_s: float = 10.0, **limits_s: float) -> int:
-    """Run one shell script for each worker until all is over; the exit code."""
+    """Run one shell script for each worker until all have exited; return the exit code."""
     places = [place(f"gpu{number}") for number in range(len(scripts))]
     commands = {one.name: ["sh", "-c", script] for one, script in zip(places, scripts, strict=True)}
     limits = RestartPolicy(**{"drain_s": drain_s, "first_pause_s": 0.01, "max_crashes": 4, **limits_s})  # type: ignore[arg-type]  # floats
@@ -37,20 +37,20 @@ def launch(*scripts: str, drain_s: float = 10.0, **limits_s: float) -> int:
 
 
 def test_worker_that_exits_with_0_is_not_restarted(tmp_path: Path) -> None:
-    """Exit code 0: the place stays empty; when all are empty the launcher ends with 0."""
+    """When all have exited with 0, the launcher exits with 0."""
     assert launch(f"echo x >> {tmp_path}/a", f"echo x >> {tmp_path}/b; sleep 0.1") == ExitCode.OK
     assert [(tmp_path / name).read_text() for name in ("a", "b")] == ["x\n", "x\n"]
 
 
 def test_wrong_settings_stop_all_workers(tmp_path: Path) -> None:
-    """They would be as wrong for the next one."""
+    """A restarted worker would read the same settings."""
     assert launch(f"echo x >> {tmp_path}/a; exit {ExitCode.CONFIG:d}", STAY) == ExitCode.CONFIG
     assert (tmp_path / "a").read_text() == "x\n"
 
 
 @pytest.mark.parametrize("end", ["exit 67", "exit 1", "kill -KILL $$", "kill -SEGV $$"])
 def test_worker_that_keeps_crashing_stops_all(end: str) -> None:
-    """With growing pauses, then all others are stopped and the code has a name."""
+    """After restarts with growing pauses; the exit code is GAVE_UP."""
     with capture_logs() as lines:
         assert launch(end, STAY) == ExitCode.GAVE_UP
     assert [line["restart_in_s"] for line in lines if line["event"] == "worker_crashed"] == [0.01, 0.02, 0.04]
@@ -58,14 +58,14 @@ def test_worker_that_keeps_crashing_stops_all(end: str) -> None:
 
 
 def test_restart_pause_has_a_limit() -> None:
-    """Doubling ends there."""
+    """The doubling ends at the limit."""
     with capture_logs() as lines:
         assert launch("exit 1", longest_pause_s=0.015) == ExitCode.GAVE_UP
     assert [line["restart_in_s"] for line in lines if line["event"] == "worker_crashed"] == [0.01, 0.015, 0.015]
 
 
 def test_no_worker_is_started_during_the_shutdown(tmp_path: Path) -> None:
-    """A worker that waits for its restart is over at once."""
+    """A worker that waits for its restart is not started."""
     started_s = time.monotonic()
     dies = f"echo x >> {tmp_path}/a; exit 67"
     ends = f"until [ -s {tmp_path}/a ]; do sleep 0.02; done; sleep 0.3; exit {ExitCode.CONFIG:d}"
@@ -75,14 +75,14 @@ def test_no_worker_is_started_during_the_shutdown(tmp_path: Path) -> None:
 
 
 def test_stable_worker_starts_a_new_crash_count(tmp_path: Path) -> None:
-    """Ten deaths, each after a calm life, are none too many."""
+    """Ten crashes, each after a long run, do not stop the launcher."""
     script = f"echo x >> {tmp_path}/a; sleep 0.05; [ $(wc -l < {tmp_path}/a) -ge 10 ] || exit 67"
     assert launch(script, stable_after_s=0.04) == ExitCode.OK
     assert launch("sleep 0.05; exit 67", stable_after_s=5.0) == ExitCode.GAVE_UP
 
 
 def test_command_that_does_not_start_counts_as_crash() -> None:
-    """As if it had crashed."""
+    """The launcher gives up after as many tries."""
     limits = RestartPolicy(drain_s=1, first_pause_s=0.01, max_crashes=3)
     launcher = Supervisor([place("gpu0")], command=lambda _: ["/no/such"], restart_policy=limits, probe_files=NO_FILES)
     assert launcher.run() == ExitCode.GAVE_UP
@@ -90,7 +90,7 @@ def test_command_that_does_not_start_counts_as_crash() -> None:
 
 @pytest.mark.parametrize("number", ["TERM", "INT", "HUP"])
 def test_signal_is_passed_on_and_draining_awaited(tmp_path: Path, number: str) -> None:
-    """Every worker gets SIGTERM; one that is not far enough to handle it holds nothing: 0."""
+    """Every worker gets SIGTERM. The exit of one without handlers counts as 0, because it holds no job."""
     drains = (
         f"trap 'sleep 0.2; echo done > {tmp_path}/a; exit 0' TERM; kill -{number} $PPID; while :; do sleep 0.02; done"
     )
@@ -99,20 +99,20 @@ def test_signal_is_passed_on_and_draining_awaited(tmp_path: Path, number: str) -
 
 
 def test_failure_while_draining_gives_its_exit_code() -> None:
-    """Nothing is started any more, and the code is told."""
+    """No worker is started, and the launcher exits with that code."""
     fails = "trap 'exit 67' TERM; kill -TERM $PPID; while :; do sleep 0.02; done"
     assert launch(fails, STAY) == ExitCode.DEVICE
 
 
 def test_worker_that_does_not_drain_is_killed() -> None:
-    """After the limit, and not before."""
+    """After the limit and not before."""
     started_s = time.monotonic()
     assert launch("trap '' TERM; kill -TERM $PPID; exec sleep 60", drain_s=0.5) == ExitCode.OVERDUE
     assert 0.5 <= time.monotonic() - started_s < 20
 
 
 def test_second_signal_reaches_the_workers(tmp_path: Path) -> None:
-    """It means the same as to a single worker: its second SIGTERM."""
+    """As a second SIGTERM, which makes a worker release its jobs."""
     script = (
         "n=0; trap 'n=$((n+1)); [ $n = 2 ] && exit 0; kill -INT $PPID' TERM; kill -TERM $PPID;"
         "while :; do sleep 0.02; done"
@@ -121,7 +121,7 @@ def test_second_signal_reaches_the_workers(tmp_path: Path) -> None:
 
 
 def test_probe_files_combine_all_workers(tmp_path: Path) -> None:
-    """Ready while all are, alive as long ago as the slowest; nothing of a dead worker stays."""
+    """Ready while all workers are; touched when the slowest was; files of a crashed worker are removed."""
     places = [
         place(name, ready_file=tmp_path / f"r.{name}", alive_file=tmp_path / f"a.{name}") for name in ("gpu0", "gpu1")
     ]
@@ -155,14 +155,14 @@ def test_probe_files_combine_all_workers(tmp_path: Path) -> None:
 CHILD = """
 import signal, sys, time
 from shiwu_worker.celery_worker.process import drain_with_parent
-if sys.argv[2] == "deaf":
+if sys.argv[2] == "ignores":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 else:
     signal.signal(signal.SIGTERM, lambda *_: (print("drained", flush=True), sys.exit(0)))
 drain_with_parent(int(sys.argv[1]), limit_s=float(sys.argv[3]))
 print("up", flush=True)
 while True:
-    time.sleep(0.05)  # until a signal ends it
+    time.sleep(0.05)  # until a signal
 """
 PARENT = """
 import os, subprocess, sys, time
@@ -172,9 +172,9 @@ child.wait()
 """
 
 
-@pytest.mark.parametrize(("kind", "limit_s"), [("hears", "60"), ("deaf", "0.5")])
+@pytest.mark.parametrize(("kind", "limit_s"), [("handles", "60"), ("ignores", "0.5")])
 def test_worker_drains_when_its_launcher_is_killed(kind: str, limit_s: str) -> None:
-    """SIGTERM when the launcher is killed, and SIGKILL after a limit."""
+    """With SIGTERM, and SIGKILL after a limit."""
     with subprocess.Popen([sys.executable, "-c", PARENT, CHILD, kind, limit_s], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
@@ -182,15 +182,15 @@ def test_worker_drains_when_its_launcher_is_killed(kind: str, limit_s: str) -> N
             assert parent.stdout.readline() == b"up\n"
             parent.kill()
             wait_until(lambda: not lives(pid), timeout_s=10, what="the child ends")
-            assert parent.stdout.read() == (b"drained\n" if kind == "hears" else b"")
+            assert parent.stdout.read() == (b"drained\n" if kind == "handles" else b"")
         finally:
             if lives(pid):
                 os.kill(pid, signal.SIGKILL)
 
 
 def test_worker_without_a_launcher_exits() -> None:
-    """The launcher died before its worker could ask the kernel for a signal."""
+    """The launcher exited before its worker could ask the kernel for a signal."""
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, "1", "hears", "60"], capture_output=True, timeout=30, check=False
+        [sys.executable, "-c", CHILD, "1", "handles", "60"], capture_output=True, timeout=30, check=False
     )
     assert (done.returncode, done.stdout) == (0, b"")

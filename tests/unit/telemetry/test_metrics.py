@@ -1,4 +1,4 @@
-"""The numbers: what is counted for which job, in batches, and what it costs."""
+"""Metrics: what is counted for which job, in batches, and what it costs."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def settled(
     return CommittedJob(JOB, AnswerEntry(answer=answer, id="j"), 0.002, is_first)
 
 
-def told(metrics: Metrics) -> dict[str, float]:
-    """Each sample as it stands in the text, with its value."""
+def samples(metrics: Metrics) -> dict[str, float]:
+    """Return each sample of the exported text with its value."""
     lines = metrics.text().decode().splitlines()
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
@@ -52,18 +52,18 @@ def test_answers_are_counted_by_lane_status_and_code() -> None:
     refused = settled(lane=Lane.INTERACTIVE, code=ErrorCode.SOURCE_FORBIDDEN)
     metrics.answered([settled(), settled(is_first=False), refused])
     metrics.answered([])
-    seen = told(metrics)
-    assert seen['shiwu_jobs_total{code="",lane="bulk",status="tagged"}'] == 2
-    assert seen['shiwu_jobs_total{code="source_forbidden",lane="interactive",status="rejected"}'] == 1
-    assert seen["shiwu_answers_discarded_total"] == 1
+    values = samples(metrics)
+    assert values['shiwu_jobs_total{code="",lane="bulk",status="tagged"}'] == 2
+    assert values['shiwu_jobs_total{code="source_forbidden",lane="interactive",status="rejected"}'] == 1
+    assert values["shiwu_answers_discarded_total"] == 1
 
 
 def test_every_stage_has_its_seconds() -> None:
     """Seven words; the queue and the whole by lane."""
     metrics = Metrics(retried=RETRIABLE)
     metrics.answered([settled(), settled()])
-    seen = told(metrics)
-    sums = {stage: seen[f'shiwu_stage_seconds_sum{{stage="{stage.value}"}}'] for stage in Stage}
+    values = samples(metrics)
+    sums = {stage: values[f'shiwu_stage_seconds_sum{{stage="{stage.value}"}}'] for stage in Stage}
     assert sums == pytest.approx(
         {
             Stage.CLAIM: 0.002,
@@ -75,28 +75,30 @@ def test_every_stage_has_its_seconds() -> None:
             Stage.COMMIT: 0.004,
         }
     )
-    assert seen['shiwu_stage_seconds_bucket{le="0.025",stage="fetch"}'] == 2
-    assert seen['shiwu_stage_seconds_bucket{le="0.01",stage="fetch"}'] == 0
-    assert seen['shiwu_queue_wait_seconds_sum{lane="bulk"}'] == pytest.approx(0.2)
-    assert seen['shiwu_answer_seconds_sum{lane="bulk"}'] == pytest.approx(2 * 0.1805)
-    assert seen['shiwu_answer_seconds_count{lane="interactive"}'] == 0
+    assert values['shiwu_stage_seconds_bucket{le="0.025",stage="fetch"}'] == 2
+    assert values['shiwu_stage_seconds_bucket{le="0.01",stage="fetch"}'] == 0
+    assert values['shiwu_queue_wait_seconds_sum{lane="bulk"}'] == pytest.approx(0.2)
+    assert values['shiwu_answer_seconds_sum{lane="bulk"}'] == pytest.approx(2 * 0.1805)
+    assert values['shiwu_answer_seconds_count{lane="interactive"}'] == 0
 
 
 def test_stage_that_a_job_did_not_reach_is_not_counted() -> None:
     """A stage that it never reached, a wait that nobody knows, a lane that no message says."""
     metrics = Metrics(retried=RETRIABLE)
     metrics.answered([settled(lane=None, timing=Timing(claim=1.0, total=1.0), code=ErrorCode.SOURCE_FORBIDDEN)])  # type: ignore[arg-type]  # as answers of strangers' messages are
-    seen = told(metrics)
-    assert seen['shiwu_stage_seconds_count{stage="claim"}'] == 1
-    assert seen['shiwu_stage_seconds_count{stage="encode"}'] == 0
-    assert seen['shiwu_queue_wait_seconds_count{lane="bulk"}'] == seen['shiwu_answer_seconds_count{lane="bulk"}'] == 0
+    values = samples(metrics)
+    assert values['shiwu_stage_seconds_count{stage="claim"}'] == 1
+    assert values['shiwu_stage_seconds_count{stage="encode"}'] == 0
+    assert (
+        values['shiwu_queue_wait_seconds_count{lane="bulk"}'] == values['shiwu_answer_seconds_count{lane="bulk"}'] == 0
+    )
 
 
 def test_series_exist_before_their_first_event() -> None:
     """So that "nothing was answered" is a number, and the first retry shows."""
-    seen = told(Metrics(retried=RETRIABLE))
-    assert seen['shiwu_jobs_total{code="",lane="interactive",status="tagged"}'] == 0
-    assert {name for name in seen if name.startswith("shiwu_retries_total")} == {
+    values = samples(Metrics(retried=RETRIABLE))
+    assert values['shiwu_jobs_total{code="",lane="interactive",status="tagged"}'] == 0
+    assert {name for name in values if name.startswith("shiwu_retries_total")} == {
         f'shiwu_retries_total{{code="{code.value}"}}' for code in RETRIABLE
     }
 
@@ -117,7 +119,7 @@ def test_metrics_of_all_other_parts_are_exported() -> None:
     metrics.model(ModelInfo(id='a "model"', revision="r", dtype="float16", device="NVIDIA X"))
     metrics.loader_restarts(lambda: 3)
     metrics.state(is_ready=lambda: True, age_s=lambda: 1.5)
-    seen = told(metrics)
+    values = samples(metrics)
     expected = {
         'shiwu_retries_total{code="source_unavailable"}': 1,
         "shiwu_leases_renewed_total": 5,
@@ -136,9 +138,9 @@ def test_metrics_of_all_other_parts_are_exported() -> None:
         "shiwu_worker_ready": 1,
         "shiwu_progress_age_seconds": 1.5,
     }
-    assert {name: seen.get(name) for name in expected} == expected
-    assert "shiwu_gpu_utilisation_ratio" not in seen
-    assert not [name for name in seen if re.match(r"shiwu_.*_created", name)]
+    assert {name: values.get(name) for name in expected} == expected
+    assert "shiwu_gpu_utilisation_ratio" not in values
+    assert not [name for name in values if re.match(r"shiwu_.*_created", name)]
 
 
 @NEEDS_PROMTOOL
