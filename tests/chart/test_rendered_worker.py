@@ -191,7 +191,7 @@ def test_stopped_loaders_fail_the_liveness_probe(server: RedisServer, start: Sta
     pod = start(settings={"STUCK_S": STUCK_S})
     wait_ready(pod)
     loaders = family(pod.pid)[1:]
-    assert len(loaders) >= 2, "expected a nursery and a loader"
+    assert len(loaders) >= 2, "expected a fork server and a loader"
     try:
         for pid in loaders:
             os.kill(pid, signal.SIGSTOP)

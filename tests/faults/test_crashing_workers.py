@@ -109,7 +109,7 @@ def test_sigkill_loses_nothing_and_answers_nothing_twice(fleet: Fleet, far: Work
     """A worker dies with jobs claimed, and its loaders with it; a living one has them in one lease and two seconds."""
     fleet.wake(fleet.near)
     loaders = [*children(far.pid), *loaders_of(far.pid)]
-    assert len(loaders) == 3, "the nursery and two loaders"
+    assert len(loaders) == 3, "the fork server and two loaders"
     ids = fleet.send(600, prefix="kill")
     wait_until(lambda: drill.answered(fleet.client) > 100, timeout_s=30)
     wait_until(lambda: tokens(fleet.client, far), timeout_s=10, every_s=0.0)

@@ -211,7 +211,7 @@ def test_workers_end_with_a_killed_launcher(launch: Callable[..., WorkerProcess]
 
 @pytest.mark.long
 def test_one_card_needs_no_parent(launch: Callable[..., WorkerProcess], ours: Fleet) -> None:
-    """The process is the worker: its only child is the nursery."""
+    """The process is the worker: its only child is the fork server."""
     box = launch(args="--gpus cpu:0")
     ours.counted(ours.send(20, prefix="one"))
     assert answerers(ours.client) == {"box"}

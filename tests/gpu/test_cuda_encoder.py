@@ -1,4 +1,4 @@
-"""On a CUDA device: graphs, pinned berths and batches launched ahead give what plain eager passes give."""
+"""On a CUDA device: graphs, pinned staging buffers and batches launched ahead give what plain eager passes give."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def noise(count: int) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_graph_gives_what_an_eager_pass_gives(dtype: str) -> None:
-    """In every rung, also for counts that are padded."""
+    """In every batch size, also for counts that are padded."""
     graphed, eager = (
         make(dtype=dtype, batch_sizes=(1, 4, 16)),
         make(dtype=dtype, batch_sizes=(1, 4, 16), has_graphs=False),
@@ -56,7 +56,7 @@ def test_batches_launched_ahead_keep_their_own_vectors() -> None:
 
 
 def test_a_picture_has_the_same_bits_whatever_its_neighbours() -> None:
-    """In one rung, replayed a hundred times."""
+    """In one batch size, replayed a hundred times."""
     encoder = make(batch_sizes=(8,))
     pixels = noise(8)
     vectors = encoder.encode(pixels)

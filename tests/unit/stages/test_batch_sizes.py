@@ -36,9 +36,9 @@ def test_sizes_take_turns_while_they_are_measured() -> None:
     """A machine that is slow from the fourth run on changes no ratio: each size had its best in the quick time."""
     slow_from, runs = 4, list[int]()
 
-    def run(rung: int) -> float:
-        runs.append(rung)
-        return 0.01 * (1 + rung) * (1.5 if len(runs) > slow_from else 1)
+    def run(size: int) -> float:
+        runs.append(size)
+        return 0.01 * (1 + size) * (1.5 if len(runs) > slow_from else 1)
 
     seconds = time_batch_sizes(run, (1, 2, 4), is_enough=lambda _: False)
     assert runs == [1, 2, 4] * (1 + MAX_ROUNDS)
@@ -49,9 +49,9 @@ def test_timing_ends() -> None:
     """Passes of a second are run once, the others until that has taken long enough; no size beyond enough is tried."""
     runs: list[int] = []
 
-    def run(rung: int) -> float:
-        runs.append(rung)
-        return 0.6 * rung
+    def run(size: int) -> float:
+        runs.append(size)
+        return 0.6 * size
 
     time_batch_sizes(run, (1, 2, 4), is_enough=lambda seconds: max(seconds) == 2)
     assert runs == [1, 2, 1, 1]

@@ -191,7 +191,7 @@ def test_boxes_that_crash_the_resizer_are_resized() -> None:
 
 
 def test_score_does_not_depend_on_neighbours(spec: ImageSpec) -> None:
-    """In one rung, neighbours and places change not a bit; a permutation of the batch permutes the vectors."""
+    """In one batch size, neighbours and positions change no bit; a permutation of the batch permutes the vectors."""
     encoder = make_encoder(spec, "float32")
     batch = np.random.default_rng(1).integers(0, 256, (4, 64, 64, 3), np.uint8)
     vectors = encoder.encode(batch)

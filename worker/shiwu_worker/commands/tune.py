@@ -49,8 +49,8 @@ def run_tune() -> int:
         click.echo(f"{error.exit_code.name}: {error}", err=True)
         return int(error.exit_code)
     table = Table("batch", "ms", "images/s", title=f"{encoder.info.id}, {encoder.info.dtype}, {encoder.info.device}")
-    for rung, seconds in _measured_s(encoder).items():
-        table.add_row(str(rung), f"{seconds * 1000:.1f}", f"{rung / seconds:.1f}")
+    for size, seconds in _measured_s(encoder).items():
+        table.add_row(str(size), f"{seconds * 1000:.1f}", f"{size / seconds:.1f}")
     console.print(table)
     decode_s = decode_core_s(spec)
     tuned = choose(settings, encoder, decode_s, model_revision(folder))
@@ -82,7 +82,7 @@ def _destination(settings: Settings) -> str:
 
 def choose(settings: Settings, encoder: Any, decode_s: float, revision: str) -> Tuned:
     """Choose as many loaders as keep the model busy with images of this size, leaving a core for the worker."""
-    rate = max(rung / seconds for rung, seconds in _measured_s(encoder).items())
+    rate = max(size / seconds for size, seconds in _measured_s(encoder).items())
     cores = usable_cores()
     wanted = math.ceil(rate * decode_s / MAX_DECODE_SHARE)
     return Tuned(
