@@ -160,9 +160,9 @@ def train(
 def sharpen(
     tower: BertModel, projection: torch.nn.Linear, tokenizer: TokenizersBackend, vectors: Mapping[str, Floats]
 ) -> None:
-    """Move the embeddings of known words until each word alone gets its vector nearly exactly.
+    """Move the embeddings of known words so that each word alone comes a little nearer to its vector.
 
-    Training ends a little beside the vectors, elsewhere on every machine. Other weights stay as they are.
+    Other weights stay as they are.
     """
     words = list(vectors)
     targets = torch.from_numpy(np.stack(list(vectors.values()))).float()
