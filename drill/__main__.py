@@ -1,4 +1,4 @@
-"""`make drill`: run drills and print what they found. Exit code 0 only when the promise held in all of them."""
+"""`make drill`: runs drills and prints their results. The exit code is 0 only if all promises were kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
 from tests.support.servers import Valkey
 
 from drill.catalogue import DRILLS, Drill
-from drill.field import Field, Outcome
+from drill.drill_run import DrillRun, Outcome
 from shiwu.broker.connection import connect
 from shiwu.broker.queue_stats import read_state
 from shiwu.contract import CLAIMS, DELAYED_MESSAGES, QUARANTINE, WORKERS, Lane
@@ -47,10 +47,10 @@ def run(
     size = drill.short if short else drill.long
     with tempfile.TemporaryDirectory(prefix="shiwu-drill-") as name, ExitStack() as stack:
         server = stack.enter_context(own_server(drill, Path(name) / "servers", binary)) if url is None else None
-        field = Field(
+        drill_run = DrillRun(
             url=server.url if server else str(url),
             folder=Path(name),
-            chance=random.Random(f"{seed}-{drill.name}"),
+            rng=random.Random(f"{seed}-{drill.name}"),
             jobs=jobs or size[0],
             rounds=rounds or size[1],
             stack=stack,
@@ -59,9 +59,9 @@ def run(
             prefix=f"{drill.name}-{seed}-{int(time.time())}." if url else "d",
         )
         try:
-            return drill.run(field)
+            return drill.run(drill_run)
         except TimeoutError as error:
-            return field.finish(drill.name, promised_s=0, timeout_s=5, wrong=[str(error)])
+            return drill_run.finish(drill.name, promised_s=0, timeout_s=5, wrong=[str(error)])
 
 
 def own_server(drill: Drill, folder: Path, binary: Path | None) -> Any:
@@ -77,7 +77,7 @@ def own_server(drill: Drill, folder: Path, binary: Path | None) -> Any:
 
 
 def held_by(url: str) -> dict[str, int]:
-    """What a Redis holds that a drill would mix with its own: waiting, claimed and delayed jobs, living workers."""
+    """What a Redis holds that a drill would confuse with its own: waiting, claimed and delayed jobs, workers."""
     with connect(url, timeout_s=5.0, retries=0) as client:
         lengths = {key: int(client.llen(key)) for key in (*(key for lane in Lane for key in lane.keys), QUARANTINE)}
         lengths |= {key: int(client.hlen(key)) for key in (CLAIMS, DELAYED_MESSAGES)}
@@ -86,7 +86,7 @@ def held_by(url: str) -> dict[str, int]:
 
 
 def refuse_busy(url: str, refuse: Callable[[str], NoReturn]) -> None:
-    """Leave a Redis alone that is away, or that others use."""
+    """Refuse a Redis that is unavailable, or that others use."""
     try:
         held = held_by(url)
     except RedisError as error:
@@ -94,17 +94,29 @@ def refuse_busy(url: str, refuse: Callable[[str], NoReturn]) -> None:
     if held:
         found = ", ".join(f"{key} {length}" for key, length in held.items())
         refuse(
-            f"expected a Redis without jobs and workers at --redis-url, it holds {found}; drills break what works on "
-            "jobs, and count every answer: take an empty database, or wait until all is answered and stop the workers"
+            f"expected a Redis without jobs and workers at --redis-url, it holds {found}; drills break its workers "
+            "and count every answer: use an empty database, or wait until all jobs are answered and stop the workers"
         )
+
+
+COLUMNS = (
+    "drill",
+    "enqueued",
+    "answered",
+    "twice",
+    "lost",
+    "late",
+    "re-run",
+    "discarded",
+    "breaks",
+    "recovery",
+    "kept",
+)
 
 
 def show(outcomes: list[Outcome]) -> None:
     """A row for each drill."""
-    table = Table(
-        "drill", "enqueued", "answered", "twice", "lost", "late", "re-run", "discarded", "breaks", "recovery", "kept",
-        box=None,
-    )  # fmt: skip
+    table = Table(*COLUMNS, box=None)
     for one in outcomes:
         recovery = f"{one.recovery_max_s:.2f} of {one.promised_s:g} s" if one.breaks else "–"
         numbers = (one.enqueued, one.answered, one.twice, one.lost, one.late, one.rerun, one.discarded, one.breaks)
@@ -123,38 +135,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="drill", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="DRILL", help=f"{', '.join(DRILLS)}; default: all of them")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--short", action="store_true", help="the small form that the tests run")
+    parser.add_argument("--short", action="store_true", help="the short form that the tests run")
     parser.add_argument("--jobs", type=int, help="enqueued in each round")
     parser.add_argument("--rounds", type=int)
     parser.add_argument(
         "--minutes", type=float, help="length of `together`, `soak`, `away`, of each black hole in `hole`"
     )
     parser.add_argument("--redis-server", action="store_true", help="start a Redis (6.2) instead of Valkey")
-    parser.add_argument("--redis-url", help="a Redis of yours (staging!) instead of an own one")
+    parser.add_argument("--redis-url", help="an existing Redis (staging!) instead of a new one")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
-    asked = parser.parse_args()
-    unknown = set(asked.names) - DRILLS.keys()
+    options = parser.parse_args()
+    unknown = set(options.names) - DRILLS.keys()
     if unknown:
         parser.error(f"expected drills of {', '.join(DRILLS)}, got {', '.join(sorted(unknown))}")
-    binary = redis_binary() if asked.redis_server else None
-    chosen = [DRILLS[name] for name in asked.names or DRILLS]
-    if asked.redis_url:
+    binary = redis_binary() if options.redis_server else None
+    chosen = [DRILLS[name] for name in options.names or DRILLS]
+    if options.redis_url:
         chosen = [drill for drill in chosen if drill.server == "any"]
-        refuse_busy(asked.redis_url, parser.error)
-    print(f"seed {asked.seed}", file=sys.stderr)
+        refuse_busy(options.redis_url, parser.error)
+    print(f"seed {options.seed}", file=sys.stderr)
     outcomes = []
     for drill in chosen:
         print(f"{drill.name}: {drill.about}", file=sys.stderr)
         outcome = run(
-            drill, seed=asked.seed, short=asked.short, jobs=asked.jobs, rounds=asked.rounds, url=asked.redis_url,
-            lasts_s=asked.minutes and asked.minutes * 60, binary=binary,
-        )  # fmt: skip
+            drill,
+            seed=options.seed,
+            short=options.short,
+            jobs=options.jobs,
+            rounds=options.rounds,
+            url=options.redis_url,
+            lasts_s=options.minutes and options.minutes * 60,
+            binary=binary,
+        )
         outcomes.append(outcome)
-        if asked.json:
-            print(json.dumps(asdict(outcome) | {"kept": outcome.is_kept, "seed": asked.seed}), flush=True)
+        if options.json:
+            print(json.dumps(asdict(outcome) | {"kept": outcome.is_kept, "seed": options.seed}), flush=True)
         elif len(chosen) > 1:
             show([outcome])
-    if not asked.json:
+    if not options.json:
         show(outcomes)
     sys.exit(0 if all(outcome.is_kept for outcome in outcomes) else 1)
 

@@ -1,4 +1,4 @@
-"""Drills in which Redis is away for long: behind a black hole, or for minutes in every way in which it can be away."""
+"""Drills in which Redis is unavailable for long: behind a black hole, refusing, loading or hanging."""
 
 from __future__ import annotations
 
@@ -15,70 +15,70 @@ from tests.support.processes import WorkerProcess
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
 
-from drill.field import Field, Outcome, wrong
+from drill.drill_run import DrillRun, Outcome, wrong
 
-HEALED_S: Final = 10.0
-"""Promised: work goes on this long after a black hole has healed, for some time-outs have to end first."""
-BACK_S: Final = 3.0
-"""The same after Redis is back."""
-SPINS: Final = 0.05
-"""CPU of a worker and its loaders, per second of the clock, that is too much for waiting."""
-MOODS: Final = ("refused", "loading", "hung")
-BALLAST: Final = 300
-BALLAST_BYTES: Final = 1100
+RESUME_AFTER_HOLE_S: Final = 10.0
+"""Promised: work goes on this long after a black hole ends, because some time-outs must pass first."""
+RESUME_S: Final = 3.0
+"""Promised: work goes on this long after Redis is available again."""
+MAX_WAITING_CPU: Final = 0.05
+"""CPU seconds per second that a waiting worker and its loaders may use."""
+OUTAGES: Final = ("refused", "loading", "hung")
+FILLER: Final = 300
+FILLER_BYTES: Final = 1100
 """Longer than the 1024 bytes of data after which a loading server answers its clients."""
 
 
-def hole(field: Field) -> Outcome:
-    """The way to Redis swallows everything, both ways and without a reset; when it heals the worker goes on."""
-    proxy: FaultProxy = field.enter(FaultProxy(field.url))
-    worker = field.worker(url=proxy.url)
-    for _ in range(field.rounds):
-        base = len(field.sent)
-        field.enqueue(field.jobs)
-        field.wait_answers(base + field.chance.randrange(1, max(2, field.jobs // 3)))
+def hole(run: DrillRun) -> Outcome:
+    """The network swallows all packets to and from Redis; afterwards the worker goes on."""
+    proxy: FaultProxy = run.enter(FaultProxy(run.url))
+    worker = run.start_worker(url=proxy.url)
+    for _ in range(run.rounds):
+        base = len(run.sent)
+        run.enqueue(run.jobs)
+        run.wait_answers(base + run.rng.randrange(1, max(2, run.jobs // 3)))
         proxy.black_hole()
-        _pass(field.lasts_s, worker)
-        # What it had in hand may be answered by what the hole had swallowed; more than that needs new connections.
-        more = min(base + field.jobs, field.answered() - field.answered_before + len(field.held(worker)) + 1)
+        _pass(run.lasts_s, worker)
+        # Jobs in flight may be answered by replies from before the hole; any more answers need new connections.
+        more = min(base + run.jobs, run.answered() - run.answered_before + len(run.held(worker)) + 1)
         proxy.heal()
-        field.time_until(partial(lambda more: field.answered() - field.answered_before >= more, more), timeout_s=60)
-        field.wait_answers(base + field.jobs)
-    outcome = field.finish("hole", promised_s=HEALED_S, notes=f"{field.lasts_s:g} s each")
+        run.time_until(partial(lambda more: run.answered() - run.answered_before >= more, more), timeout_s=60)
+        run.wait_answers(base + run.jobs)
+    outcome = run.finish("hole", promised_s=RESUME_AFTER_HOLE_S, notes=f"{run.lasts_s:g} s each")
     return outcome if worker.is_running else wrong(outcome, f"the worker ended with {worker.exit_code}")
 
 
-def away(field: Field) -> Outcome:
-    """Redis refuses, loads its data, and hangs, each for a third of the time: the worker neither ends nor spins."""
-    server: RedisServer = field.server
-    worker = field.worker()
-    with field.client.pipeline(transaction=False) as pipe:
-        for number in range(BALLAST):
-            pipe.set(f"ballast-{number}", field.chance.randbytes(BALLAST_BYTES))
+def away(run: DrillRun) -> Outcome:
+    """Redis refuses, loads and hangs, each for a third of the time: the worker neither exits nor uses CPU."""
+    server: RedisServer = run.server
+    worker = run.start_worker()
+    with run.client.pipeline(transaction=False) as pipe:
+        for number in range(FILLER):
+            pipe.set(f"filler-{number}", run.rng.randbytes(FILLER_BYTES))
         pipe.execute()
     shares: dict[str, float] = {}
-    for _ in range(field.rounds):
-        for mood in MOODS:
-            base = len(field.sent)
-            field.enqueue(field.jobs)
-            field.wait_answers(base + field.chance.randrange(1, max(2, field.jobs // 2)))
-            share = _be_away(server, worker, mood, field.lasts_s / len(MOODS))
-            shares[mood] = max(share, shares.get(mood, 0.0))
-            before = field.answered()
-            field.time_until(partial(lambda before: field.answered() > before, before), timeout_s=60)
-            field.wait_answers(base + field.jobs)
-    told = ", ".join(f"{mood} {share:.1%}" for mood, share in shares.items())
-    outcome = field.finish("away", promised_s=BACK_S, notes=f"{field.lasts_s:g} s in all; CPU meanwhile: {told}")
-    if any(share > SPINS for share in shares.values()):
-        outcome = wrong(outcome, f"it spins: CPU while Redis was away: {told}")
+    for _ in range(run.rounds):
+        for kind in OUTAGES:
+            base = len(run.sent)
+            run.enqueue(run.jobs)
+            run.wait_answers(base + run.rng.randrange(1, max(2, run.jobs // 2)))
+            share = _interrupt_redis(server, worker, kind, run.lasts_s / len(OUTAGES))
+            shares[kind] = max(share, shares.get(kind, 0.0))
+            before = run.answered()
+            run.time_until(partial(lambda before: run.answered() > before, before), timeout_s=60)
+            run.wait_answers(base + run.jobs)
+    cpu_text = ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items())
+    outcome = run.finish("away", promised_s=RESUME_S, notes=f"{run.lasts_s:g} s in all; CPU while waiting: {cpu_text}")
+    if any(share > MAX_WAITING_CPU for share in shares.values()):
+        outcome = wrong(outcome, f"it used CPU while Redis was unavailable: {cpu_text}")
     return outcome if worker.is_running else wrong(outcome, f"the worker ended with {worker.exit_code}")
 
 
-def _be_away(server: RedisServer, worker: WorkerProcess, mood: str, seconds: float) -> float:
-    """Let Redis be away and come back; the worker's CPU meanwhile, per second, once it has done what it had in hand."""
-    if mood == "hung":
+def _interrupt_redis(server: RedisServer, worker: WorkerProcess, kind: str, seconds: float) -> float:
+    """Make Redis unavailable for a time; return the worker's CPU per second once its jobs in flight are done."""
+    if kind == "hung":
         server.pause()
-    elif mood == "refused":
+    elif kind == "refused":
         server.kill()
     else:
         delay_us = int(seconds * 1e6 / _compacted(server))
@@ -89,26 +89,26 @@ def _be_away(server: RedisServer, worker: WorkerProcess, mood: str, seconds: flo
     _pass(seconds / 3, worker)
     pids, began_s = family(worker.pid), time.monotonic()
     before_s = cpu_s(pids)
-    if mood == "loading":
+    if kind == "loading":
         wait_until(lambda: _is_loaded(server), timeout_s=10 * seconds, every_s=0.2, what="the data to be loaded")
     else:
         _pass(seconds * 2 / 3, worker)
     share = (cpu_s(pids) - before_s) / (time.monotonic() - began_s)
-    if mood == "hung":
+    if kind == "hung":
         server.resume()
-    elif mood == "refused":
+    elif kind == "refused":
         server.start()
     return share
 
 
 def _pass(seconds: float, worker: WorkerProcess) -> None:
-    """Let time pass while the worker lives."""
+    """Wait for so many seconds, or until the worker exits."""
     until_s = time.monotonic() + seconds
     wait_until(lambda: time.monotonic() >= until_s or not worker.is_running, timeout_s=seconds + 10, every_s=0.05)
 
 
 def _compacted(server: RedisServer) -> int:
-    """Write the append-only file anew, so that it holds keys and no history; how many keys."""
+    """Rewrite the append-only file, so that it holds only the keys; return how many."""
     with server.client() as client:
         client.bgrewriteaof()
         wait_until(lambda: not client.info("persistence")["aof_rewrite_in_progress"], timeout_s=30)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from drill import absence, device, hostile, inputs, redis_away, soak, together, workers
-from drill.field import Field, Outcome
+from drill.drill_run import DrillRun, Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,18 +15,18 @@ class Drill:
     """One drill."""
 
     name: str
-    run: Callable[[Field], Outcome]
+    run: Callable[[DrillRun], Outcome]
     short: tuple[int, int]
     """Jobs a round, rounds: what `make test` and `make test-long` run."""
     long: tuple[int, int]
     server: Literal["any", "own", "loads", "sentinels"] = "any"
-    """Whether it may run on a Redis that was given, or breaks its own; one of them loads its data for long."""
+    """The server that it needs: any, one of its own, one that loads its data slowly, or sentinels."""
     lasts_s: tuple[float, float] = (0.0, 0.0)
-    """Where time makes it: seconds of the short and the long form."""
+    """Length in seconds of the short and the long form, for drills that have one."""
 
     @property
     def about(self) -> str:
-        """What it does, in a sentence."""
+        """What the drill does, in one sentence."""
         return (self.run.__doc__ or "").partition("\n")[0]
 
 

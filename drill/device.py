@@ -1,4 +1,4 @@
-"""Drills that break the model's device: a worker whose encoder fails now and then."""
+"""A drill with a faulty device: a worker whose encoder fails now and then."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 
 from tests.support.processes import WorkerProcess
 
-from drill.field import Field, Outcome
+from drill.drill_run import DrillRun, Outcome
 
 DEVICE_LOST = 67
 SHARE = {"memory": 0.04, "nan": 0.08, "count": 0.04, "kernel": 0.02, "lost": 0.01}
-"""How many of the encoder's calls fail, and how."""
+"""Kind of failure → share of the encoder's calls."""
 
 
-def encode(field: Field) -> Outcome:
-    """Injected: out of memory, NaN, a wrong count, a failing kernel, a lost device; still all is tagged."""
-    worker = _faulty(field)
-    field.enqueue(field.jobs)
+def encode(run: DrillRun) -> Outcome:
+    """Injects out of memory, NaN, a wrong count, a failing kernel and a lost device; all jobs are still tagged."""
+    worker = _faulty(run)
+    run.enqueue(run.jobs)
     lost = 0
-    while field.answered() - field.answered_before < field.jobs:
+    while run.answered() - run.answered_before < run.jobs:
         if not worker.is_running:
             lost += 1
             if worker.exit_code != DEVICE_LOST:
-                return field.finish("encode", promised_s=0, wrong=[f"the worker ended with {worker.exit_code}"])
-            worker = _faulty(field)  # what an orchestrator does
+                return run.finish("encode", promised_s=0, wrong=[f"the worker ended with {worker.exit_code}"])
+            worker = _faulty(run)  # what an orchestrator does
         try:
-            field.wait_answers(field.jobs, timeout_s=0.5)
+            run.wait_answers(run.jobs, timeout_s=0.5)
         except TimeoutError:
             continue
-    return field.finish("encode", promised_s=0, notes=f"{lost} times the device was lost and the process replaced")
+    return run.finish("encode", promised_s=0, notes=f"{lost} times the device was lost and the process replaced")
 
 
-def _faulty(field: Field) -> WorkerProcess:
-    seed = str(field.chance.randrange(10**9))
-    return field.worker(module="drill.device", env={"DRILL_SEED": seed})
+def _faulty(run: DrillRun) -> WorkerProcess:
+    seed = str(run.rng.randrange(10**9))
+    return run.start_worker(module="drill.device", env={"DRILL_SEED": seed})
 
 
 def _main() -> None:
@@ -49,45 +49,45 @@ def _main() -> None:
     from shiwu_worker.health.canary import Canary  # noqa: PLC0415
     from shiwu_worker.stages.encode import encoder as stage  # noqa: PLC0415
 
-    chance = random.Random(os.environ["DRILL_SEED"])
-    real, real_warm, real_sing = stage.Encoder.collect, stage.Encoder.warm, Canary.check_if_due
+    rng = random.Random(os.environ["DRILL_SEED"])
+    real, real_warm, real_check = stage.Encoder.collect, stage.Encoder.warm, Canary.check_if_due
     ready: list[bool] = []
-    singing: list[bool] = []
+    checking: list[bool] = []
 
     def warm(self: Any, **options: Any) -> None:
         real_warm(self, **options)
         ready.append(True)
 
-    def sing(self: Any) -> None:
-        singing.append(True)
+    def check(self: Any) -> None:
+        checking.append(True)
         try:
-            real_sing(self)
+            real_check(self)
         finally:
-            singing.pop()
+            checking.pop()
 
     def faulty(self: Any, batch: Any) -> Any:
         vectors = real(self, batch)
-        # A fault of the known picture ends the worker, as it should; this drill is about the pictures of others.
-        if not ready or singing:
+        # A failure of the health-check image ends the worker, as intended; this drill is about images of jobs.
+        if not ready or checking:
             return vectors
-        kind = chance.choices([*SHARE, "none"], [*SHARE.values(), 1 - sum(SHARE.values())])[0]
+        kind = rng.choices([*SHARE, "none"], [*SHARE.values(), 1 - sum(SHARE.values())])[0]
         if kind == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory (a drill)")
         if kind == "kernel" and len(vectors) > 1:
             raise RuntimeError("a kernel failed (a drill)")
-        # Who was alone on a device that is lost time and again counts as guilty.
+        # An image that is alone on a device that is lost repeatedly counts as the cause.
         if kind == "lost" and len(vectors) > 1:
             raise RuntimeError("CUDA error: an illegal memory access was encountered (a drill)")
         if kind == "count":
             return vectors[:-1]
         if kind == "nan":
-            row = chance.randrange(len(vectors))
+            row = rng.randrange(len(vectors))
             vectors = np.array(vectors)
             vectors[row] = np.nan
             return stage._finite(vectors)
         return vectors
 
-    Canary.check_if_due = sing  # type: ignore[method-assign]  # as below
+    Canary.check_if_due = check  # type: ignore[method-assign]  # as below
     stage.Encoder.collect = faulty  # type: ignore[method-assign]  # the fault is injected here
     stage.Encoder.warm = warm  # type: ignore[method-assign]  # the same
     sys.argv = ["shiwu-worker"]

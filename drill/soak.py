@@ -1,4 +1,4 @@
-"""A drill of steady work with blips, at whose end the worker must not have grown."""
+"""A drill of steady work with short faults, after which the worker must not use more memory."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from typing import Final
 
 from tests.support.family import rss_bytes
 
-from drill.field import Field, Outcome, wrong
+from drill.drill_run import DrillRun, Outcome, wrong
 
-GROWTH: Final = 1.10
-"""Most that the worker's memory may be at the end of what it was after the first jobs."""
+MAX_GROWTH: Final = 1.10
+"""Memory of the worker at the end ÷ that after the first jobs."""
 EVERY_S: Final = 0.25
 CHUNK_SIZE: Final = 10
-BLIP: Final = 0.1
-"""Share of the portions with which a fault comes."""
+FAULT_SHARE: Final = 0.1
+"""Share of the portions with a fault."""
 
 
-def soak(field: Field) -> Outcome:
-    """Steady work, with connections killed and scripts forgotten now and then: the worker's memory stays as it is."""
-    worker = field.worker()
-    field.enqueue(field.jobs)
-    field.wait_answers(field.jobs)
-    pause, sizes, blips = threading.Event(), list[int](), 0
-    until_s = time.monotonic() + field.lasts_s
+def soak(run: DrillRun) -> Outcome:
+    """Steady work, with killed connections and flushed scripts now and then: the worker's memory does not grow."""
+    worker = run.start_worker()
+    run.enqueue(run.jobs)
+    run.wait_answers(run.jobs)
+    pause, sizes, faults = threading.Event(), list[int](), 0
+    until_s = time.monotonic() + run.lasts_s
     while time.monotonic() < until_s and worker.is_running:
-        field.enqueue(CHUNK_SIZE)
+        run.enqueue(CHUNK_SIZE)
         pause.wait(EVERY_S)
         sizes.append(rss_bytes(worker.pid))
-        if field.chance.random() < BLIP:
-            blips += 1
-            field.client.script_flush()
-            for one in field.client.client_list():
-                if one["name"] == f"shiwu-{worker.name}":
-                    field.client.client_kill_filter(_id=one["id"])
-    field.wait_answers(len(field.sent))
+        if run.rng.random() < FAULT_SHARE:
+            faults += 1
+            run.client.script_flush()
+            for connection in run.client.client_list():
+                if connection["name"] == f"shiwu-{worker.name}":
+                    run.client.client_kill_filter(_id=connection["id"])
+    run.wait_answers(len(run.sent))
     part = max(1, len(sizes) // 5)
     first, last = median(sizes[:part]), median(sizes[-part:])
     notes = (
-        f"{first / 1e6:.0f} MB at the beginning, {last / 1e6:.0f} MB at the end of {field.lasts_s:g} s, {blips} blips"
+        f"{first / 1e6:.0f} MB at the beginning, {last / 1e6:.0f} MB at the end of {run.lasts_s:g} s, {faults} faults"
     )
-    outcome = field.finish("soak", promised_s=0, notes=notes)
-    if last > GROWTH * first:
+    outcome = run.finish("soak", promised_s=0, notes=notes)
+    if last > MAX_GROWTH * first:
         outcome = wrong(outcome, f"the worker grew: {notes}")
     return outcome if worker.is_running else wrong(outcome, f"the worker ended with {worker.exit_code}")

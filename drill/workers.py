@@ -1,4 +1,4 @@
-"""Drills that break workers: killed, hung, restarted; and their loaders."""
+"""Drills that kill, stop and restart workers, and kill loaders."""
 
 from __future__ import annotations
 
@@ -18,116 +18,118 @@ from tests.support.family import age_s, loaders_of
 from tests.support.processes import WorkerProcess
 from tests.support.waiting import wait_until
 
-from drill.field import LEASE_S, TAKEOVER_S, Field, Outcome, wrong
+from drill.drill_run import LEASE_S, TAKEOVER_S, DrillRun, Outcome, wrong
 from shiwu.contract import COUNTERS
 
 PROMISED_S = LEASE_S + TAKEOVER_S
 GRACE_S = 8.0
-GROWN_S = 2.0
-"""Age at which a loader is surely ready, also on a busy machine."""
-SURELY_DISCARDED = 10
+LOADER_READY_AGE_S = 2.0
+"""Age at which a loader is ready, also on a busy machine."""
+MIN_ROUNDS_WITH_LATE_ANSWER = 10
 """Rounds of the drill `hang` after which a late answer must have been seen."""
 
 
-def kill(field: Field) -> Outcome:
-    """SIGKILL of a worker under load, each round another one; a survivor takes its jobs over."""
-    victim = field.worker(slots=field.jobs)
-    for number in range(1, field.rounds + 1):
-        survivor = field.worker(slots=field.jobs)
-        base = len(field.sent)
-        field.enqueue(field.jobs)
-        field.wait_answers(base + field.chance.randrange(1, max(2, field.jobs // 2)))
+def kill(run: DrillRun) -> Outcome:
+    """SIGKILL of a worker under load, another one in each round; the remaining worker takes over its jobs."""
+    victim = run.start_worker(slots=run.jobs)
+    for number in range(1, run.rounds + 1):
+        survivor = run.start_worker(slots=run.jobs)
+        base = len(run.sent)
+        run.enqueue(run.jobs)
+        run.wait_answers(base + run.rng.randrange(1, max(2, run.jobs // 2)))
         victim.kill()
-        field.time_takeover(victim)
-        field.wait_answers(number * field.jobs)
+        run.time_takeover(victim)
+        run.wait_answers(number * run.jobs)
         victim = survivor
-    return field.finish("kill", promised_s=PROMISED_S)
+    return run.finish("kill", promised_s=PROMISED_S)
 
 
-def kill_loaders(field: Field) -> Outcome:
-    """SIGKILL of loaders at random moments: their pictures are tried again, and none is blamed."""
-    worker = field.worker(loaders=2, load_timeout_s=20)
+def kill_loaders(run: DrillRun) -> Outcome:
+    """SIGKILL of loaders at random moments: their images are retried, and all are tagged."""
+    worker = run.start_worker(loaders=2, load_timeout_s=20)
     pause = threading.Event()
     # One that takes long to decode, so that a kill meets it.
-    (field.folder / "large.jpg").write_bytes(pictures.large_jpeg(pictures.picture()))
-    large = (field.folder / "large.jpg").as_uri()
-    for _ in range(field.rounds):
-        # Whose loader is killed again, when it is loaded alone after the first kill, can't be told from poison.
-        wait_until(partial(_all_answered, field, worker), timeout_s=120, what="the answers of the round before")
+    (run.folder / "large.jpg").write_bytes(pictures.large_jpeg(pictures.picture()))
+    large = (run.folder / "large.jpg").as_uri()
+    for _ in range(run.rounds):
+        # An image whose loader is killed again, in its isolated retry, looks like one that crashes its decoder.
+        wait_until(partial(_all_answered, run, worker), timeout_s=120, what="the answers of the round before")
         if not worker.is_running:
             break
-        # Grown ones: five loaders in a row that die before they are ready end the worker, as they should.
-        grown = wait_until(lambda: [pid for pid in loaders_of(worker.pid) if age_s(pid) > GROWN_S], timeout_s=30)
-        field.enqueue(max(1, field.jobs // 10), [large])
-        pause.wait(field.chance.uniform(0.0, 0.3))
+        # Only ready loaders: five loaders in a row that exit before they are ready end the worker, as intended.
+        ready = wait_until(
+            lambda: [pid for pid in loaders_of(worker.pid) if age_s(pid) > LOADER_READY_AGE_S], timeout_s=30
+        )
+        run.enqueue(max(1, run.jobs // 10), [large])
+        pause.wait(run.rng.uniform(0.0, 0.3))
         with contextlib.suppress(ProcessLookupError):
-            os.kill(field.chance.choice(grown), signal.SIGKILL)
-            field.breaks += 1
-    outcome = field.finish("loaders", promised_s=PROMISED_S)
+            os.kill(run.rng.choice(ready), signal.SIGKILL)
+            run.breaks += 1
+    outcome = run.finish("loaders", promised_s=PROMISED_S)
     if not re.search(r'"held": [1-9].*"loader_replaced"', worker.log_text()):
-        outcome = wrong(outcome, f"none of {field.breaks} kills met a picture")
+        outcome = wrong(outcome, f"none of {run.breaks} kills met a picture")
     return outcome if worker.is_running else wrong(outcome, f"the worker ended with {worker.exit_code}")
 
 
-def _all_answered(field: Field, worker: WorkerProcess) -> bool:
-    return not worker.is_running or field.answered() - field.answered_before >= len(field.sent)
+def _all_answered(run: DrillRun, worker: WorkerProcess) -> bool:
+    return not worker.is_running or run.answered() - run.answered_before >= len(run.sent)
 
 
-def hang(field: Field) -> Outcome:
-    """SIGSTOP for longer than the lease, then SIGCONT: its jobs are others' by then, its late answers are discarded."""
-    survivor, victim = field.fleet(2, slots=min(512, field.jobs))
-    for _ in range(field.rounds):
-        base = len(field.sent)
-        field.enqueue(field.jobs)
-        field.wait_answers(base + field.chance.randrange(1, max(2, field.jobs // 3)))
+def hang(run: DrillRun) -> Outcome:
+    """SIGSTOP for longer than the lease, then SIGCONT: others have its jobs, and its late answers are discarded."""
+    survivor, victim = run.start_workers(2, slots=min(512, run.jobs))
+    for _ in range(run.rounds):
+        base = len(run.sent)
+        run.enqueue(run.jobs)
+        run.wait_answers(base + run.rng.randrange(1, max(2, run.jobs // 3)))
         victim.signal(signal.SIGSTOP)
         try:
-            field.time_takeover(victim)
-            field.wait_answers(base + field.jobs)
+            run.time_takeover(victim)
+            run.wait_answers(base + run.jobs)
         finally:
             victim.signal(signal.SIGCONT)
-    alive = victim.is_running and survivor.is_running
-    outcome = field.finish("hang", promised_s=PROMISED_S)
-    if field.rounds >= SURELY_DISCARDED and not outcome.discarded:
-        outcome = wrong(outcome, "no late answer was discarded: nobody was stopped while it worked")
-    return outcome if alive else wrong(outcome, "a worker did not survive")
+    are_running = victim.is_running and survivor.is_running
+    outcome = run.finish("hang", promised_s=PROMISED_S)
+    if run.rounds >= MIN_ROUNDS_WITH_LATE_ANSWER and not outcome.discarded:
+        outcome = wrong(outcome, "no late answer was discarded: no worker was stopped while it had jobs")
+    return outcome if are_running else wrong(outcome, "a worker exited")
 
 
-def rolling(field: Field) -> Outcome:
+def rolling(run: DrillRun) -> Outcome:
     """SIGTERM to one of three workers after the other under load; sometimes a second SIGTERM, or no grace at all."""
-    fleet = field.fleet(3, grace_s=GRACE_S, log_level="info")
-    everybody, bad = list(fleet), list[str]()
-    for number in range(field.rounds):
-        base = len(field.sent)
-        field.enqueue(field.jobs)
-        field.wait_answers(base + field.chance.randrange(1, max(2, field.jobs // 3)))
-        leaving = fleet.pop(0)
+    running = run.start_workers(3, grace_s=GRACE_S, log_level="info")
+    all_workers, bad = list(running), list[str]()
+    for number in range(run.rounds):
+        base = len(run.sent)
+        run.enqueue(run.jobs)
+        run.wait_answers(base + run.rng.randrange(1, max(2, run.jobs // 3)))
+        leaving = running.pop(0)
         began_s = time.monotonic()
         leaving.terminate()
         if number % 3 == 1:
             wait_until(partial(lambda leaving: "stopping" in leaving.log_text(), leaving), timeout_s=10)
             leaving.terminate()
         code = leaving.wait(timeout_s=GRACE_S + 20)
-        field.recoveries.append(time.monotonic() - began_s)
+        run.recoveries.append(time.monotonic() - began_s)
         if code != 0:
             bad.append(f"{leaving.name} ended with {code}")
-        if field.held(leaving):
-            bad.append(f"{leaving.name} left {field.held(leaving)} claims behind")
+        if run.held(leaving):
+            bad.append(f"{leaving.name} left {run.held(leaving)} claims")
         # Every third worker is given no time at all: it releases what it holds.
-        fleet.append(field.worker(grace_s=0 if number % 3 == 2 else GRACE_S, log_level="info"))
-        everybody.append(fleet[-1])
-    reaped = int(field.client.hget(COUNTERS, "reaped") or 0) - field.counters_before["reaped"]
+        running.append(run.start_worker(grace_s=0 if number % 3 == 2 else GRACE_S, log_level="info"))
+        all_workers.append(running[-1])
+    reaped = int(run.client.hget(COUNTERS, "reaped") or 0) - run.counters_before["reaped"]
     if reaped:
         bad.append(f"{reaped} jobs had to be reaped")
-    outcome = field.finish("rolling", promised_s=GRACE_S, wrong=bad)
+    outcome = run.finish("rolling", promised_s=GRACE_S, wrong=bad)
     if outcome.rerun or outcome.discarded:
-        outcome = wrong(outcome, f"{outcome.rerun} jobs were tried again, {outcome.discarded} answered again")
-    return wrong(outcome, *_not_by_one(field, everybody))
+        outcome = wrong(outcome, f"{outcome.rerun} jobs were retried, {outcome.discarded} answered again")
+    return wrong(outcome, *_not_by_one(run, all_workers))
 
 
-def _not_by_one(field: Field, workers: Sequence[WorkerProcess]) -> list[str]:
-    """Complaints about jobs that not exactly one worker says, in one line of its log, to have answered."""
+def _not_by_one(run: DrillRun, workers: Sequence[WorkerProcess]) -> list[str]:
+    """Complaints about jobs that do not have exactly one log line of one worker about their answer."""
     lines = [line for worker in workers for line in worker.log_text().splitlines() if '"tagged"' in line]
-    said = Counter(str(json.loads(line)["id"]) for line in lines)
-    others = [job_id for job_id in field.sent if said[job_id] != 1]
+    log_lines = Counter(str(json.loads(line)["id"]) for line in lines)
+    others = [job_id for job_id in run.sent if log_lines[job_id] != 1]
     return [f"not answered by one worker: {others[:5]} of {len(others)}"] if others else []

@@ -1,4 +1,4 @@
-"""Where a drill takes place: a Redis, pictures, workers; and the count at its end."""
+"""One run of a drill: its Redis, images and workers, and the count of answers at its end."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from tests.support import pictures
 from tests.support.processes import WorkerProcess
 from tests.support.waiting import wait_until
 
+from shiwu.broker.chunks import chunks
 from shiwu.broker.connection import connect
 from shiwu.broker.message_writer import build_message
+from shiwu.broker.server_clock import server_time_ms
 from shiwu.contract import CLAIMS, COUNTERS, LEASES, RESULT_STREAM, Answer, Lane, Request, Status, result_key
 
 LEASE_S: Final = 3.0
 TAKEOVER_S: Final = 2.0
-"""What the promise allows beyond a lease until a dead worker's jobs are somebody else's."""
+"""Promised: the jobs of a crashed worker are claimed again this long after their lease expired."""
 TIMEOUT_S: Final = 30.0
-"""How long a drill waits for a recovery that is late; that it is late is what the drill then tells."""
-READ_AT_ONCE: Final = 1000
+"""How long a drill waits for a recovery, which it then reports as late."""
+CHUNK_SIZE: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a drill found. Times in seconds."""
+    """The result of a drill. Times are in seconds."""
 
     name: str
     enqueued: int
@@ -38,20 +40,20 @@ class Outcome:
     twice: int
     lost: int
     late: int
-    """Breaks from which the recovery took longer than promised."""
+    """Faults from which the recovery took longer than promised."""
     rerun: int
     """Answers that took more than one attempt."""
     discarded: int
-    """Answers that came second and were thrown away."""
+    """Second answers, which were discarded."""
     statuses: dict[str, int]
     breaks: int
     recovery_max_s: float = 0.0
     promised_s: float = 0.0
     notes: str = ""
     untagged: dict[str, str] = field(default_factory=dict)
-    """Why the jobs have no tags that have none, by id."""
+    """Id → reason, for jobs without tags."""
     wrong: tuple[str, ...] = ()
-    """What else was not as promised."""
+    """Other broken promises, as texts."""
 
     @property
     def is_kept(self) -> bool:
@@ -60,45 +62,46 @@ class Outcome:
 
 
 @dataclass
-class Field:
-    """One drill's Redis and workers.
+class DrillRun:
+    """The Redis, images and workers of one drill.
 
-    `jobs` and `rounds` say how long it takes; a short form is the same drill with small numbers.
+    `jobs` and `rounds` set its length; a short form is the same drill with small numbers.
     """
 
     url: str
     folder: Path
-    chance: random.Random
+    rng: random.Random
     jobs: int
     rounds: int
     stack: ExitStack
     server: Any = None
-    """The drill's own server, where Redis itself may be broken."""
+    """The drill's own server, for drills that break Redis; otherwise None."""
     prefix: str = "d"
     lasts_s: float = 0.0
-    """How long a drill takes that is told so, or what it breaks stays broken."""
+    """Length in seconds of drills that have one, or of each outage."""
     sent: list[str] = field(default_factory=list)
     recoveries: list[float] = field(default_factory=list)
     workers: int = 0
+    """How many workers were started."""
     breaks: int = 0
-    """Things broken that nobody could time a recovery of."""
+    """Faults whose recovery cannot be timed."""
 
     def __post_init__(self) -> None:
         self.client: redis.Redis = self.stack.enter_context(connect(self.url, timeout_s=10.0, retries=5))
-        self.images = [self.picture(sample.label) for sample in pictures.samples()[:12]]
+        self.images = [self.write_image(sample.label) for sample in pictures.samples()[:12]]
         self._known = set(self.sent)
         self.answered_before = self.answered()
         self.counters_before = self._counters()
 
-    def picture(self, label: str) -> str:
-        """A real picture in a folder that workers may read."""
+    def write_image(self, label: str) -> str:
+        """Write a real image into a folder that workers may read; return its reference."""
         sample = pictures.sample(label)
         path = self.folder / f"{sample.path.stem}.jpg"
         if not path.exists():
             path.write_bytes(pictures.jpeg(pictures.picture(label)))
         return path.as_uri()
 
-    def worker(self, *, url: str | None = None, ready: bool = True, **options: Any) -> WorkerProcess:
+    def start_worker(self, *, url: str | None = None, ready: bool = True, **options: Any) -> WorkerProcess:
         """Start a real worker process with a short lease; it ends with the drill."""
         self.workers += 1
         settings: dict[str, Any] = {
@@ -116,9 +119,9 @@ class Field:
         self.enter(process)
         return process.wait_ready() if ready else process
 
-    def fleet(self, count: int, **options: Any) -> list[WorkerProcess]:
-        """Several workers, started at the same time."""
-        workers = [self.worker(ready=False, **options) for _ in range(count)]
+    def start_workers(self, count: int, **options: Any) -> list[WorkerProcess]:
+        """Start several workers at the same time."""
+        workers = [self.start_worker(ready=False, **options) for _ in range(count)]
         return [worker.wait_ready() for worker in workers]
 
     def enter(self, part: AbstractContextManager[Any]) -> Any:
@@ -129,25 +132,24 @@ class Field:
         """Send jobs to both lanes; return their ids."""
         begin = len(self.sent)
         ids = list(ids) or [f"{self.prefix}-{number}" for number in range(begin, begin + count)]
-        for start in range(0, len(ids), READ_AT_ONCE):
+        for portion in chunks(ids, CHUNK_SIZE):
             with self.client.pipeline(transaction=False) as pipe:
-                seconds, micros = self.client.time()
-                for job_id in ids[start : start + READ_AT_ONCE]:
-                    lane = self.chance.choice(list(Lane))
-                    request = Request(image=self.chance.choice(list(images) or self.images))
-                    sent_ms = seconds * 1000 + micros / 1000
+                sent_ms = server_time_ms(self.client)
+                for job_id in portion:
+                    lane = self.rng.choice(list(Lane))
+                    request = Request(image=self.rng.choice(list(images) or self.images))
                     pipe.lpush(lane.queue, build_message(request, job_id=job_id, lane=lane, sent_ms=sent_ms))
                 pipe.execute()
         self.note(ids)
         return list(ids)
 
     def note(self, ids: Sequence[str]) -> None:
-        """Count on answers of these jobs, each once."""
+        """Expect one answer for each of these jobs."""
         self.sent += [job_id for job_id in dict.fromkeys(ids) if job_id not in self._known]
         self._known.update(ids)
 
     def answered(self) -> int:
-        """Answers that Redis has counted in its life."""
+        """The total of answers that Redis has counted."""
         return int(self.client.hget(COUNTERS, "answered") or 0)
 
     def wait_answers(self, more: int, *, timeout_s: float = 120.0) -> None:
@@ -156,12 +158,12 @@ class Field:
         wait_until(lambda: self.answered() >= enough, timeout_s=timeout_s, every_s=0.01, what=f"{more} answers")
 
     def held(self, worker: WorkerProcess) -> set[str]:
-        """Jobs that Redis believes this worker to hold."""
+        """Jobs that this worker holds according to Redis."""
         records: Any = self.client.hgetall(CLAIMS)
         return {job_id.decode() for job_id, record in records.items() if record.startswith(f"{worker.name}.".encode())}
 
     def time_takeover(self, worker: WorkerProcess) -> float:
-        """Seconds until all that this worker holds is claimed by somebody else or answered, noted as a recovery."""
+        """Seconds until all jobs of this worker are claimed by others or answered; recorded as a recovery."""
         left = self.held(worker)
 
         def is_taken_over() -> bool:
@@ -179,7 +181,7 @@ class Field:
         return self.time_until(is_taken_over, timeout_s=TIMEOUT_S)
 
     def time_until(self, condition: Callable[[], Any], *, timeout_s: float) -> float:
-        """Seconds until it is true, noted as a recovery."""
+        """Seconds until the condition is true; recorded as a recovery."""
         began_s = time.monotonic()
         wait_until(condition, timeout_s=timeout_s, every_s=0.02)
         self.recoveries.append(time.monotonic() - began_s)
@@ -195,7 +197,7 @@ class Field:
         wrong: Sequence[str] = (),
         only: Sequence[Status] = (Status.TAGGED,),
     ) -> Outcome:
-        """Wait for the last answer, and count.
+        """Wait for the last answer, and count all answers.
 
         Args:
             only: the statuses that answers may have; none: any.
@@ -208,7 +210,7 @@ class Field:
         try:
             wait_until(lambda: not self.client.exists(CLAIMS, LEASES), timeout_s=LEASE_S + 10)
         except TimeoutError:
-            found.append(f"{self.client.hlen(CLAIMS)} claims and {self.client.zcard(LEASES)} leases are left behind")
+            found.append(f"{self.client.hlen(CLAIMS)} claims and {self.client.zcard(LEASES)} leases are left")
         outcome = self._count(name, promised_s=promised_s, notes=notes, wrong=tuple(found))
         others = {status: count for status, count in outcome.statuses.items() if status not in only}
         if only and others:
@@ -219,8 +221,8 @@ class Field:
     def _missing(self) -> int:
         """How many jobs have no answer yet."""
         ids, found = self.sent, 0
-        for start in range(0, len(ids), READ_AT_ONCE):
-            found += int(self.client.exists(*[result_key(one) for one in ids[start : start + READ_AT_ONCE]]))
+        for portion in chunks(ids, CHUNK_SIZE):
+            found += int(self.client.exists(*map(result_key, portion)))
         return len(ids) - found
 
     def _count(self, name: str, *, promised_s: float, notes: str, wrong: tuple[str, ...]) -> Outcome:
@@ -258,7 +260,7 @@ class Field:
         )
 
     def _entries(self, after: str) -> list[Any]:
-        found: Any = self.client.xrange(RESULT_STREAM, min=after, count=READ_AT_ONCE)
+        found: Any = self.client.xrange(RESULT_STREAM, min=after, count=CHUNK_SIZE)
         return list(found)
 
     def _counters(self) -> Counter[str]:
@@ -267,5 +269,5 @@ class Field:
 
 
 def wrong(outcome: Outcome, *what: str) -> Outcome:
-    """The same with what else was not as promised."""
+    """The outcome with further broken promises."""
     return replace(outcome, wrong=(*outcome.wrong, *what))
