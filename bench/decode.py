@@ -24,7 +24,8 @@ from bench.checkpoints import CLIP_MEAN, CLIP_STD, processor_folder
 from bench.machine import named
 from bench.photos import FORMATS, SIZE_NAMES, SIZES, bits_per_pixel, photo
 from bench.report import Headline, Report, Table, median, number, ratio
-from shiwu_worker.stages.decode.decoder import DRAFT_FACTOR, DecodeLimits, decode
+from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.stages.decode.decoder import DRAFT_FACTOR, decode
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 
 LIMITS: Final = DecodeLimits(max_pixels=50_000_000, max_side=65_535, formats=("JPEG", "PNG", "WEBP", "GIF", "AVIF"))

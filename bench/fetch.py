@@ -18,9 +18,9 @@ from bench.photos import jpeg_files
 from bench.report import Headline, Report, Table, median, number, ratio
 from bench.sources import open_source
 from shiwu_worker.policy.access_rules import AccessRules
-from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
+from shiwu_worker.policy.limits import FetchLimits, S3Client, S3Options
+from shiwu_worker.stages.fetch.fetcher import Fetcher
 from shiwu_worker.stages.fetch.http import HttpClient
-from shiwu_worker.stages.fetch.s3.base import S3Client, S3Options
 
 CLIENTS: Final[tuple[S3Client, ...]] = ("boto3", "obstore")
 THREADS: Final = (1, 4)

@@ -4,7 +4,7 @@
 "encodes" for A·n + B ms, scores, serialises real answers and commits them. With --jobs it ends when so many have been
 answered and says how long that took, which is what one profiles; without, it works until SIGTERM.
 
-It is `wiring.open_service` itself, heartbeat and all, with two parts replaced, so it is always in step with the worker.
+It runs `bootstrap.open_service` with two parts replaced, so it follows every change of the worker.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import DeviceErrorKind, FatalError
 from shiwu_worker.jobs.label_checks import LabelTokens
 from shiwu_worker.loaders.protocol import LoadResult, LoadTask
-from shiwu_worker.service import bootstrap as wiring
+from shiwu_worker.service import bootstrap
 from shiwu_worker.telemetry import logs
 
 WIDTH: Final = 8
@@ -43,18 +43,16 @@ class StandInLoaders:
     pids: Final = (os.getpid(),)
     restarts: Final = 0
 
-    def __init__(self, *, slots: int, on_loaded: Callable[[list[LoadResult]], None]) -> None:
+    def __init__(self, *, slots: int) -> None:
         self.pixels: NDArray[np.uint8] = np.zeros((slots, 1), np.uint8)
+        self._on_loaded: Callable[[list[LoadResult]], None] = lambda _: None
+
+    def subscribe(self, on_loaded: Callable[[list[LoadResult]], None]) -> None:
+        """Pass results to this function."""
         self._on_loaded = on_loaded
 
-    def start(self) -> None:
-        """Nothing is to be started."""
-
     def wait_ready(self, timeout_s: float) -> None:
-        """Nor waited for."""
-
-    def close(self, timeout_s: float) -> None:
-        """Nor ended."""
+        """Return immediately: there is nothing to wait for."""
 
     def submit(self, tasks: Sequence[LoadTask]) -> None:
         """Hand every picture over at once."""
@@ -178,16 +176,16 @@ def main() -> None:
         failed.append(error)
         done.set()
 
-    def make_loaders(settings: Settings, _: Any, *, on_loaded: Callable[[list[LoadResult]], None], **__: Any) -> Any:
-        return StandInLoaders(slots=settings.slot_count, on_loaded=on_loaded)
+    def start_loaders(_: Any, settings: Settings, *__: Any, **___: Any) -> Any:
+        return StandInLoaders(slots=settings.slot_count)
 
     def load_encoder(settings: Settings, *_: Any) -> Any:
         costs = {"per_picture_ms": asked.per_picture_ms, "per_batch_ms": asked.per_batch_ms}
         return StandInEncoder(batch_sizes=settings.batch_sizes, **costs)
 
     with (
-        patch.multiple(wiring, make_loaders=make_loaders, load_encoder=load_encoder),
-        wiring.open_service(settings, on_fatal=on_fatal),
+        patch.multiple(bootstrap, start_loaders=start_loaders, load_encoder=load_encoder),
+        bootstrap.open_service(settings, on_fatal=on_fatal),
     ):
         if asked.jobs:
             _answer(asked.redis_url, asked.jobs, limit_s=asked.limit_s, done=done)

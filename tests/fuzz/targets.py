@@ -21,7 +21,8 @@ from shiwu.contract import Lane, Request, RequestError
 from shiwu.contract.request import parse_request
 from shiwu_worker.errors import Rejected
 from shiwu_worker.policy.callback_rules import CallbackRules
-from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
+from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.stages.decode.decoder import decode
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.compat.shapes import shapes
 from tests.support import bombs, pictures

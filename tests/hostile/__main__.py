@@ -65,7 +65,7 @@ def run(name: str, paths: list[Path], folder: Path) -> bool:
     """Run one corpus, print what was found, and whether it was as promised."""
     options = {"max_bytes": MAX_BYTES, "max_pixels": bombs.MAX_PIXELS, "max_side": 65_535, "formats": FORMATS}
     with Pool(
-        folder, processes=2, spares=1, memory_bytes=MEMORY_BYTES, task_timeout_s=LOAD_S, exact=False, **options
+        folder, processes=2, spares=1, memory_bytes=MEMORY_BYTES, task_timeout_s=LOAD_S, is_exact=False, **options
     ) as pool:
         found = load_all(paths, pool, timeout_s=RUN_S)
     is_good = (

@@ -19,7 +19,7 @@ LIMITS: Final = {
     "max_side": 65_535,
     "formats": FORMATS,
     "memory_bytes": MEMORY_BYTES,
-    "exact": False,
+    "is_exact": False,
     "task_timeout_s": 60.0,
 }
 REFUSED: Final = {

@@ -12,7 +12,8 @@ MEASURE: Final = """
 import io, json, os, sys
 from PIL import Image
 from shiwu_worker.stages.decode.image_spec import ImageSpec
-from shiwu_worker.stages.decode.decoder import DecodeLimits, decode, warm
+from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.stages.decode.decoder import (decode, warm)
 
 warm()
 limits = DecodeLimits(max_pixels=50_000_000, max_side=65_535, formats=("JPEG", "PNG"))

@@ -17,7 +17,8 @@ import os, resource, sys
 from pathlib import Path
 from shiwu_worker.errors import Rejected
 from shiwu_worker.stages.decode.image_spec import ImageSpec
-from shiwu_worker.stages.decode.decoder import DecodeLimits, decode, warm
+from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.stages.decode.decoder import (decode, warm)
 
 warm()
 name, data = sys.argv[1], Path(sys.argv[2]).read_bytes()

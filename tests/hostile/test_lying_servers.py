@@ -7,7 +7,7 @@ import time
 import pytest
 
 from shiwu_worker.errors import Rejected, Unavailable
-from shiwu_worker.stages.fetch.s3.base import S3Client
+from shiwu_worker.policy.limits import S3Client
 from tests.hostile.conftest import INNER
 from tests.support.http_texts import CHUNKED, OK, SLOW
 from tests.support.picture_server import PictureServer, Reply

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shiwu_worker.errors import Rejected
-from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
+from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.stages.decode.decoder import decode
 from shiwu_worker.stages.decode.flatten import flatten_frame
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.support import pictures

@@ -14,6 +14,7 @@ from shiwu import Client, JobFailed
 from shiwu.broker.answers import AnswerEntry
 from shiwu.broker.message_writer import build_message
 from shiwu.contract import COUNTERS, RESULT_STREAM, Answer, ErrorCode, Lane, Request, Status, done_key, result_key
+from shiwu_worker.policy.limits import LeaseOptions
 from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 from tests.compat.shapes import ODD_IDS, protocol_2
 from tests.support.celery_client import celery_client
@@ -30,7 +31,7 @@ ID = 'job "7"\n'
 @pytest.fixture
 def claims(redis_client: redis.Redis) -> LeaseQueue:
     """A worker's claims."""
-    return LeaseQueue(redis_client, token="w", lease_s=60, bulk_share=0.1, worker="worker-7", result_ttl_s=60)
+    return LeaseQueue(redis_client, LeaseOptions(lease_s=60), token="w", worker="worker-7", result_ttl_s=60)
 
 
 @pytest.fixture

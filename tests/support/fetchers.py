@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from shiwu_worker.policy.access_rules import AccessRules
-from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
+from shiwu_worker.policy.limits import FetchLimits, S3Options
+from shiwu_worker.stages.fetch.fetcher import Fetcher
 from shiwu_worker.stages.fetch.http import HttpClient
-from shiwu_worker.stages.fetch.s3.base import S3Options
 
 
 def make_fetcher(

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
@@ -16,6 +16,7 @@ from shiwu_worker.errors import FatalError
 from shiwu_worker.loaders.pool import LoaderPool
 from shiwu_worker.loaders.protocol import LoaderOptions, LoadResult, LoadTask
 from shiwu_worker.policy.access_rules import AccessRules
+from shiwu_worker.policy.limits import DecodeLimits, FetchLimits, S3Options, SandboxLimits
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.support.family import children
 from tests.support.waiting import wait_until
@@ -41,23 +42,30 @@ class Pool:
         self.results: dict[int, LoadResult] = {}
         self.fatal: list[FatalError] = []
         self._lock = threading.Lock()
-        limits: dict[str, Any] = {
+        fetch: dict[str, Any] = {
             "max_bytes": 10_000_000,
-            "max_pixels": 400_000_000,
-            "max_side": 20_000,
-            "formats": ("PNG", "JPEG"),
+            "connect_timeout_s": 1.0,
+            "read_timeout_s": 20.0,
+            "total_timeout_s": 20.0,
         }
-        limits |= {"exact": True, "s3_endpoint_url": None, "s3_region": None}
+        decode: dict[str, Any] = {"max_pixels": 400_000_000, "max_side": 20_000, "formats": ("PNG", "JPEG")}
+        sandbox: dict[str, Any] = {"memory_bytes": memory_bytes}
+        for limits, kind in ((fetch, FetchLimits), (decode, DecodeLimits), (sandbox, SandboxLimits)):
+            names = {field.name for field in fields(kind)}
+            limits |= {name: options.pop(name) for name in names & options.keys()}
         loader_options = LoaderOptions(
-            spec=SPEC,
-            slots=SLOTS,
-            threads=4,
-            access=AccessRules(allow_hosts=("127.0.0.1",), allow_folders=(folder,)),
-            connect_timeout_s=1.0,
-            read_timeout_s=20.0,
-            total_timeout_s=20.0,
-            memory_bytes=memory_bytes,
-            **(limits | options),
+            **{
+                "spec": SPEC,
+                "slots": SLOTS,
+                "threads": 4,
+                "access": AccessRules(allow_hosts=("127.0.0.1",), allow_folders=(folder,)),
+                "fetch": FetchLimits(**fetch),
+                "s3": S3Options(None, None),
+                "decode": DecodeLimits(**decode),
+                "is_exact": True,
+                "sandbox": SandboxLimits(**sandbox),
+            }
+            | options
         )
         self.pool = LoaderPool(
             processes=processes,

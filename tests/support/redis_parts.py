@@ -15,6 +15,7 @@ from shiwu.contract import (
     Status,
 )
 from shiwu_worker.jobs.job import Claimed
+from shiwu_worker.policy.limits import LeaseOptions
 from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 
 REQUEST = Request(image="s3://pictures/cat.jpg")
@@ -27,7 +28,7 @@ def message(job_id: str, lane: Lane = Lane.INTERACTIVE) -> bytes:
 
 def make_lease_queue(client: redis.Redis, name: str, *, lease_s: float = 60.0, bulk_share: float = 0.1) -> LeaseQueue:
     """One worker's claims."""
-    return LeaseQueue(client, token=name, lease_s=lease_s, bulk_share=bulk_share)
+    return LeaseQueue(client, LeaseOptions(lease_s=lease_s, bulk_share=bulk_share), token=name)
 
 
 def make_committer(client: redis.Redis, name: str) -> AnswerStore:

@@ -8,9 +8,10 @@ import pytest
 
 from shiwu_worker.errors import JobError
 from shiwu_worker.policy.access_rules import AccessRules
-from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
+from shiwu_worker.policy.limits import FetchLimits, S3Client, S3Options
+from shiwu_worker.stages.fetch.fetcher import Fetcher
 from shiwu_worker.stages.fetch.http import HttpClient
-from shiwu_worker.stages.fetch.s3.base import ObjectStore, S3Client, S3Limits, S3Options
+from shiwu_worker.stages.fetch.s3.base import ObjectStore, S3Limits
 from shiwu_worker.stages.fetch.s3.factory import new_store
 
 CLIENTS: Final[tuple[S3Client, ...]] = ("boto3", "obstore")

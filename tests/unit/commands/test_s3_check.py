@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from shiwu_worker.commands.s3_check import check_s3
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.stages.fetch.s3.base import NoCredentials, S3Client, StoreRefused, StoreUnavailable
+from shiwu_worker.policy.limits import S3Client
+from shiwu_worker.stages.fetch.s3.base import NoCredentials, StoreRefused, StoreUnavailable
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.servers import S3Server
 from tests.support.stores import CLIENTS, OWN_NAMES, SECRET

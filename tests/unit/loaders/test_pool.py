@@ -17,8 +17,8 @@ from PIL import Image
 
 from shiwu.contract import ErrorCode
 from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.policy.limits import S3Client, S3Options
 from shiwu_worker.runtime.process import source_environment
-from shiwu_worker.stages.fetch.s3.base import S3Client
 from tests.support import bombs, pictures
 from tests.support.family import children, lives
 from tests.support.loader_pool import SLOTS, Pool
@@ -111,7 +111,7 @@ def test_sandbox_has_no_secrets_and_no_files(
     secret, password = "s3-secret-by-chance-7c1e", "redis-password-by-chance-90ab"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
     monkeypatch.setenv("SHIWU_REDIS_URL", f"redis://:{password}@127.0.0.1/0")
-    made = Pool(tmp_path, processes=1, sandbox=is_filtered, environment=source_environment())
+    made = Pool(tmp_path, processes=1, has_filter=is_filtered, environment=source_environment())
     made.pool.start()
     made.pool.wait_ready(30.0)
     try:
@@ -164,8 +164,8 @@ def test_loader_reads_many_buckets_within_its_limits(
     data = pictures.png(pictures.picture().resize((80, 80)))
     for number in range(SLOTS):
         http_server.serve(f"/bucket-{number}/a.png", Reply.picture(data).late(first_pause_s=0.05))
-    options = {"s3_client": client, "s3_endpoint_url": f"http://localhost:{http_server.port}", "s3_region": "us-east-1"}
-    with Pool(tmp_path, processes=1, environment=OWN_NAMES, **options) as made:
+    store = S3Options(f"http://localhost:{http_server.port}", "us-east-1", client)
+    with Pool(tmp_path, processes=1, environment=OWN_NAMES, s3=store) as made:
         made.submit(*(f"s3://bucket-{number}/a.png" for number in range(SLOTS)))
         made.wait(SLOTS)
         assert [result.error for result in made.results.values() if result.error] == []

@@ -16,7 +16,8 @@ INSIDE = """
 import mmap, os, socket, threading
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 from shiwu_worker.loaders.seccomp import install_filter
-from shiwu_worker.stages.decode.decoder import DecodeLimits, decode, warm
+from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.stages.decode.decoder import (decode, warm)
 from tests.support import pictures
 
 warm()

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shiwu_worker.errors import Rejected
-from shiwu_worker.stages.decode.decoder import DecodeLimits, decode, warm
+from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.stages.decode.decoder import decode, warm
 from shiwu_worker.stages.decode.formats.isobmff import items
 from shiwu_worker.stages.decode.formats.webp_stream import webp_size
 from shiwu_worker.stages.decode.image_spec import ImageSpec

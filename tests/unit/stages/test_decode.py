@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from shiwu_worker.errors import Rejected
-from shiwu_worker.stages.decode.decoder import DecodeLimits, decode, warm
+from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.stages.decode.decoder import decode, warm
 from shiwu_worker.stages.decode.exif import exif_orientation
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.support import pictures

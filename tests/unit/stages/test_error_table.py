@@ -25,8 +25,8 @@ from shiwu_worker.errors import JobError, Rejected, Unavailable
 from shiwu_worker.loaders.process import LoaderProcess
 from shiwu_worker.loaders.protocol import LoaderOptions, LoadTask
 from shiwu_worker.loaders.sandbox import _decode
+from shiwu_worker.policy.limits import DecodeLimits, S3Options
 from shiwu_worker.service.factories import loader_options
-from shiwu_worker.stages.decode.decoder import DecodeLimits
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 from shiwu_worker.stages.fetch.error_table import (
     TABLE,
@@ -39,7 +39,7 @@ from shiwu_worker.stages.fetch.error_table import (
     s3_row,
 )
 from shiwu_worker.stages.fetch.fetch_errors import http_error
-from shiwu_worker.stages.fetch.s3.base import ObjectStore, S3Options, StoreError, s3_error
+from shiwu_worker.stages.fetch.s3.base import ObjectStore, StoreError, s3_error
 from shiwu_worker.stages.fetch.s3.boto import as_store_errors
 from shiwu_worker.stages.fetch.s3.obstore import _store_error
 from tests.support.fetchers import make_fetcher as make_web_fetcher
@@ -266,8 +266,8 @@ def unforeseen(*_: object, **__: object) -> Any:
 def test_unknown_decoder_error_is_a_fault_of_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """What hostile bytes make a codec raise is told before; anything else says nothing about the image."""
     monkeypatch.setattr("shiwu_worker.loaders.sandbox.decode", unforeseen)
-    options: Any = SimpleNamespace(spec=None, exact=False, memory_bytes=1)
-    found = _decode(b"x", np.zeros((1, 1, 3), np.uint8), options, DecodeLimits(max_pixels=1, max_side=1, formats=()))
+    options: Any = SimpleNamespace(spec=None, decode=DecodeLimits(max_pixels=1, max_side=1, formats=()), is_exact=False)
+    found = _decode(b"x", np.zeros((1, 1, 3), np.uint8), options)
     assert found.error is not None
     assert (found.error.code, found.error.retryable) == (ErrorCode.INTERNAL_ERROR, True)
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from shiwu_worker.config import types as config_lists
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import Rejected
-from shiwu_worker.stages.decode.decoder import DecodeLimits, decode, warm
+from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.stages.decode.decoder import decode, warm
 from shiwu_worker.stages.decode.image_formats import READABLE, identify
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.support import pictures

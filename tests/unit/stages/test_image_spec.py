@@ -16,7 +16,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
 
 from shiwu_worker.checkpoints.checkpoint_files import WrongCheckpoint
-from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
+from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.stages.decode.decoder import decode
 from shiwu_worker.stages.decode.image_spec import DEFAULTS, ImageSpec, read_image_spec
 from shiwu_worker.stages.encode.towers import eager_tower
 from tests.support import pictures

@@ -19,7 +19,8 @@ from transformers import AutoModel, AutoProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from shiwu_worker.checkpoints.model_files import model_folder
-from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
+from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.stages.decode.decoder import decode
 from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
 from shiwu_worker.stages.decode.resize import model_pixels
 from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions

@@ -21,13 +21,12 @@ from pydantic import ValidationError
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import Rejected, Unavailable
 from shiwu_worker.policy.access_rules import AccessRules, allows_bucket
+from shiwu_worker.policy.limits import S3Client, S3Options
 from shiwu_worker.stages.fetch.s3.base import (
     MAX_BUCKET_CLIENTS,
     NoCredentials,
     ObjectStore,
-    S3Client,
     S3Limits,
-    S3Options,
     StoreError,
     StoreUnavailable,
     WrongName,

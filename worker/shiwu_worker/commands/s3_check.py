@@ -10,8 +10,10 @@ import re
 from typing import Any, Final
 
 from shiwu.contract import ErrorCode
+from shiwu_worker.config import views
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.stages.fetch.s3.base import NoCredentials, S3Limits, S3Options, StoreRefused, is_aws
+from shiwu_worker.policy.limits import S3Options
+from shiwu_worker.stages.fetch.s3.base import NoCredentials, S3Limits, StoreRefused, is_aws
 from shiwu_worker.stages.fetch.s3.boto import ClientCache, as_store_errors
 from shiwu_worker.stages.fetch.s3.factory import new_store
 
@@ -23,25 +25,13 @@ _ABOUT_THE_OBJECT: Final = frozenset({ErrorCode.SOURCE_NOT_FOUND, ErrorCode.SOUR
 _NO_LISTING: Final = frozenset({405, 501})
 
 
-def s3_options(settings: Settings) -> S3Options:
-    """Return address and options of the object store."""
-    return S3Options(
-        settings.s3_endpoint_url,
-        settings.s3_region,
-        settings.s3_client,
-        is_anonymous=settings.s3_anonymous,
-        requester_pays=settings.s3_requester_pays,
-        user_agent=settings.user_agent_text,
-    )
-
-
 def check_s3(settings: Settings) -> tuple[str, tuple[str, ...]]:
     """Return what was proved, and warnings about what was not.
 
     Raises:
         StoreError: the store does not answer, or refuses the credentials.
     """
-    options, limits = s3_options(settings), _limits(settings)
+    options, limits = views.s3_options(settings), _limits(settings)
     try:
         access = ClientCache(options, limits).get()
     except NoCredentials as error:

@@ -24,9 +24,10 @@ from shiwu_worker.config.settings import Settings
 from shiwu_worker.config.tuned import TUNED_SETTINGS, Tuned, key_of
 from shiwu_worker.config.types import check_output_file
 from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.policy.limits import DecodeLimits
 from shiwu_worker.runtime.cpus import usable_cores
 from shiwu_worker.service.model import load_encoder
-from shiwu_worker.stages.decode.decoder import DecodeLimits, decode
+from shiwu_worker.stages.decode.decoder import decode
 from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
 
 SIDE_PIXELS: Final = 512

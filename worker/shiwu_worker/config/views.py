@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from shiwu.broker.retention import Retention
 from shiwu.contract import RETRIED, ErrorCode
+from shiwu_worker.policy.limits import DecodeLimits, FetchLimits, LeaseOptions, S3Options, SandboxLimits
 from shiwu_worker.policy.retry import PipelineLimits, RetryPolicy
 
 if TYPE_CHECKING:
@@ -39,4 +40,53 @@ def pipeline_limits(settings: Settings) -> PipelineLimits:
         retries=retries,
         longest_pause_s=settings.retry_after_longest_s,
         zone=settings.zone,
+    )
+
+
+def lease_options(settings: Settings) -> LeaseOptions:
+    """How this worker claims jobs and keeps them."""
+    return LeaseOptions(lease_s=settings.lease_s, bulk_share=settings.bulk_share, lanes=settings.lanes)
+
+
+def fetch_limits(settings: Settings) -> FetchLimits:
+    """Limits of one fetch."""
+    return FetchLimits(
+        max_bytes=settings.max_bytes,
+        total_timeout_s=settings.fetch_timeout_s,
+        connect_timeout_s=settings.connect_timeout_s,
+        read_timeout_s=settings.read_timeout_s,
+        longest_pause_s=settings.retry_after_longest_s,
+        max_redirects=settings.max_redirects,
+    )
+
+
+def s3_options(settings: Settings) -> S3Options:
+    """Where the object store is, and how it is read."""
+    return S3Options(
+        settings.s3_endpoint_url,
+        settings.s3_region,
+        settings.s3_client,
+        is_anonymous=settings.s3_anonymous,
+        requester_pays=settings.s3_requester_pays,
+        user_agent=settings.user_agent_text,
+    )
+
+
+def decode_limits(settings: Settings) -> DecodeLimits:
+    """Limits that are checked before a pixel is decoded."""
+    return DecodeLimits(
+        max_pixels=settings.max_pixels,
+        max_side=settings.max_side,
+        formats=settings.formats,
+        max_frames=settings.max_frames,
+        max_scans=settings.max_scans,
+    )
+
+
+def sandbox_limits(settings: Settings) -> SandboxLimits:
+    """Limits of the process that decodes."""
+    return SandboxLimits(
+        memory_bytes=settings.loader_memory_mb * 1024 * 1024,
+        cpu_s=settings.decode_cpu_s,
+        has_filter=settings.sandbox,
     )

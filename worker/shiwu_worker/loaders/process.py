@@ -33,9 +33,9 @@ from shiwu_worker.loaders.protocol import (
     LoadTask,
 )
 from shiwu_worker.loaders.sandbox import CpuExceeded, Decoded, DecodeSandbox, SandboxExited, start_sandbox
-from shiwu_worker.stages.fetch.fetcher import Fetcher, FetchLimits
+from shiwu_worker.stages.fetch.fetcher import Fetcher
 from shiwu_worker.stages.fetch.http import LOOKUPS_PER_THREAD, HttpClient
-from shiwu_worker.stages.fetch.s3.base import MAX_BUCKET_CLIENTS, S3Options
+from shiwu_worker.stages.fetch.s3.base import MAX_BUCKET_CLIENTS
 
 BASE_BYTES: Final = 1 << 30
 """Address space of a loader without its threads: its libraries, and a reserve."""
@@ -55,32 +55,18 @@ class LoaderProcess:
         self._pixels = pixels
         self._sandbox = sandbox
         self._send_lock = threading.Lock()
-        self._cpu_s = options.cpu_s
+        self._cpu_s = options.sandbox.cpu_s
         self._fetcher = Fetcher(
-            s3=S3Options(
-                options.s3_endpoint_url,
-                options.s3_region,
-                options.s3_client,
-                is_anonymous=options.s3_anonymous,
-                requester_pays=options.s3_requester_pays,
-                user_agent=options.user_agent,
-            ),
+            s3=options.s3,
             http_client=HttpClient(
                 options.access,
                 threads=options.threads,
-                connect_timeout_s=options.connect_timeout_s,
-                read_timeout_s=options.read_timeout_s,
+                connect_timeout_s=options.fetch.connect_timeout_s,
+                read_timeout_s=options.fetch.read_timeout_s,
                 user_agent=options.user_agent,
             ),
             access=options.access,
-            limits=FetchLimits(
-                max_bytes=options.max_bytes,
-                total_timeout_s=options.total_timeout_s,
-                connect_timeout_s=options.connect_timeout_s,
-                read_timeout_s=options.read_timeout_s,
-                longest_pause_s=options.longest_pause_s,
-                max_redirects=options.max_redirects,
-            ),
+            limits=options.fetch,
             threads=options.threads,
         )
         threading.Thread(target=self._exit_with_sandbox, name="sandbox", daemon=True).start()
@@ -187,11 +173,11 @@ class LoaderProcess:
 def _resource_limits(options: LoaderOptions) -> dict[int, int]:
     # For each thread, two more that look names up; one of them may belong to a fetch that is over.
     threads, files = (1 + LOOKUPS_PER_THREAD) * options.threads, FILES_PER_THREAD * options.threads
-    if options.s3_client == "obstore":
+    if options.s3.client == "obstore":
         # One thread that moves bytes, one more look-up thread for each loader thread, and connections of each bucket.
         threads, files = threads + options.threads + 1, files + MAX_BUCKET_CLIENTS * options.threads
     return {
-        resource.RLIMIT_AS: BASE_BYTES + threads * THREAD_BYTES + options.threads * 4 * options.max_bytes,
+        resource.RLIMIT_AS: BASE_BYTES + threads * THREAD_BYTES + options.threads * 4 * options.fetch.max_bytes,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NOFILE: BASE_FILES + files,
     }

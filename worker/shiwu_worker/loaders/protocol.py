@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.policy.access_rules import AccessRules
+from shiwu_worker.policy.limits import DecodeLimits, FetchLimits, S3Options, SandboxLimits
 from shiwu_worker.stages.decode.image_spec import ImageSpec
-from shiwu_worker.stages.fetch.s3.base import S3Client
 
 
 class LoaderOptions(BaseModel):
@@ -23,32 +23,16 @@ class LoaderOptions(BaseModel):
     spec: ImageSpec
     slots: int
     threads: int
-    s3_endpoint_url: str | None
-    s3_region: str | None
-    s3_client: S3Client = "boto3"
-    s3_anonymous: bool = False
-    s3_requester_pays: bool = False
-    user_agent: str = "shiwu"
-    max_redirects: int = 3
+    """Images that one loader fetches and decodes at a time."""
     access: AccessRules
-    max_bytes: int
-    max_pixels: int
-    max_side: int
-    formats: tuple[str, ...]
-    exact: bool
-    connect_timeout_s: float
-    read_timeout_s: float
-    total_timeout_s: float
-    longest_pause_s: float = 300.0
-    """Longest pause that a source may ask for; longer ones count as this."""
-    memory_bytes: int
-    """Address space of one loader's cell; beyond it an allocation fails and the picture is tried alone."""
-    max_frames: int = 5000
-    max_scans: int = 100
-    cpu_s: float = 10.0
-    """CPU that decoding one picture may take."""
-    sandbox: bool = True
-    """Whether the cell is put under a filter of system calls."""
+    fetch: FetchLimits
+    s3: S3Options
+    user_agent: str = "shiwu"
+    """User-Agent of requests to web servers."""
+    decode: DecodeLimits
+    is_exact: bool = False
+    """Never decode a JPEG at reduced size."""
+    sandbox: SandboxLimits
 
 
 class LoadTask(msgspec.Struct, frozen=True):

@@ -31,7 +31,7 @@ from shiwu_worker.errors import JobError
 from shiwu_worker.loaders.protocol import ENCODER, LoaderOptions
 from shiwu_worker.loaders.seccomp import SandboxError, install_filter, no_new_privileges
 from shiwu_worker.runtime.process import die_with_parent
-from shiwu_worker.stages.decode.decoder import DecodedInfo, DecodeLimits, decode
+from shiwu_worker.stages.decode.decoder import DecodedInfo, decode
 
 MAX_FRAME_BYTES: Final = 16 * 1024
 LENGTH_BYTES: Final = 8
@@ -90,7 +90,7 @@ class DecodeSandbox:
         self._pidfd = os.pidfd_open(pid)
         self._sockets = sockets
         self._shared = shared
-        self._cpu_s = options.cpu_s
+        self._cpu_s = options.sandbox.cpu_s
         self._stats = [Path(f"/proc/{pid}/task/{hello.thread}/stat") for hello in map(self._receive_hello, sockets)]
 
     def _receive_hello(self, channel: socket.socket) -> Hello:
@@ -157,7 +157,7 @@ def start_sandbox(options: LoaderOptions) -> DecodeSandbox:
         TimeoutError, SandboxExited: when the sandbox does not become ready.
     """
     count, spec = options.threads, options.spec
-    file_bytes = -(-(options.max_bytes + 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    file_bytes = -(-(options.fetch.max_bytes + 1) // mmap.PAGESIZE) * mmap.PAGESIZE
     shape = (count, spec.height, spec.width, 3)
     pixels = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
     shared = _Shared(mmap.mmap(-1, count * file_bytes), pixels, file_bytes)
@@ -189,9 +189,9 @@ def _run_sandbox(channels: Sequence[socket.socket], shared: _Shared, options: Lo
         # The decode stage checks EXIF itself, so warnings are ignored; a size over Pillow's limit is an error.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        Image.MAX_IMAGE_PIXELS = options.max_pixels
+        Image.MAX_IMAGE_PIXELS = options.decode.max_pixels
         unfiltered_reason: str | None = None
-        if options.sandbox:
+        if options.sandbox.has_filter:
             try:
                 install_filter()
             except SandboxError as error:
@@ -222,7 +222,7 @@ def _close_all_but(kept: set[int]) -> None:
 
 def _set_limits(options: LoaderOptions) -> None:
     open_files = max(fd for fd in map(int, os.listdir("/proc/self/fd"))) + SPARE_FILES
-    resource.setrlimit(resource.RLIMIT_AS, (options.memory_bytes, options.memory_bytes))
+    resource.setrlimit(resource.RLIMIT_AS, (options.sandbox.memory_bytes, options.sandbox.memory_bytes))
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(kind, (0, 0))
@@ -232,31 +232,24 @@ def _work(
     channel: socket.socket, number: int, shared: _Shared, options: LoaderOptions, unfiltered_reason: str | None
 ) -> None:
     """Loop of one thread: decodes files from its part of the shared memory, and writes pixels to its other part."""
-    limits = DecodeLimits(
-        max_pixels=options.max_pixels,
-        max_side=options.max_side,
-        formats=options.formats,
-        max_frames=options.max_frames,
-        max_scans=options.max_scans,
-    )
     begin = number * shared.file_bytes
     channel.send(ENCODER.encode(Hello(thread=threading.get_native_id(), unfiltered_reason=unfiltered_reason)))
     while message := channel.recv(LENGTH_BYTES):
         data = shared.files[begin : begin + int.from_bytes(message, "little")]
-        decoded = _decode(data, shared.pixels[number], options, limits)
+        decoded = _decode(data, shared.pixels[number], options)
         del data
         channel.send(ENCODER.encode(decoded))
 
 
-def _decode(data: bytes, target: NDArray[np.uint8], options: LoaderOptions, limits: DecodeLimits) -> Decoded:
+def _decode(data: bytes, target: NDArray[np.uint8], options: LoaderOptions) -> Decoded:
     try:
-        pixels, info = decode(data, spec=options.spec, limits=limits, exact=options.exact)
+        pixels, info = decode(data, spec=options.spec, limits=options.decode, exact=options.is_exact)
         target[...] = pixels
         return Decoded(info=info)
     except JobError as error:
         return Decoded(error=error.info())
     except MemoryError:
-        text = f"expected an image that can be decoded within {options.memory_bytes} bytes of memory"
+        text = f"expected an image that can be decoded within {options.sandbox.memory_bytes} bytes of memory"
         error_info = ErrorInfo(code=ErrorCode.PICTURE_TOO_LARGE, message=text, stage=Stage.DECODE)
         return Decoded(error=error_info, is_short_of_memory=True)
     except Exception as error:  # noqa: BLE001 border: a defect here must not affect other images

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from shiwu_worker.config import views
@@ -15,13 +15,14 @@ from shiwu_worker.pipeline.pipeline import Pipeline, Stages
 from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.progress import LoadMeter, Progress
 from shiwu_worker.service.model import make_executor
-from shiwu_worker.stages.batch import Batcher
+from shiwu_worker.stages.batch import Batcher, Reason
 from shiwu_worker.stages.commit import Committer
 
 if TYPE_CHECKING:
     from shiwu_worker.config.settings import Settings
     from shiwu_worker.errors import FatalError
     from shiwu_worker.health.canary import Canary
+    from shiwu_worker.jobs.job import Job
     from shiwu_worker.loaders.pool import LoaderPool
     from shiwu_worker.pipeline.observer import PipelineObserver
     from shiwu_worker.service.factories import QueueParts
@@ -77,14 +78,7 @@ class PipelineParts:
             ),
             admission=Admission(self.limits, label_bank=label_bank, callback_rules=settings.callback_rules),
             loaders=self.loaders,
-            batcher=Batcher(
-                max_size=encoder.batch_sizes[-1],
-                bulk_share=settings.bulk_share,
-                linger_s=settings.linger_ms / 1000,
-                full_size=lambda: encoder.size_policy.wanted,
-                fit=encoder.size_policy.take,
-                on_leave=self.observer.batch_started,
-            ),
+            batcher=make_batcher(settings, encoder, on_leave=self.observer.batch_started),
             check_canary=canary.check_if_due,
             executor=make_executor(encoder, label_bank, pixels=self.loaders.pixels),
             committer=self.committer,
@@ -134,3 +128,17 @@ class PipelineParts:
     def _backoff(self, where: str) -> RedisBackoff:
         """The pauses of one thread. A worker that waits for Redis is not stuck, so each pause counts as progress."""
         return RedisBackoff(where, on_wait=lambda _: self.progress.mark())
+
+
+def make_batcher(
+    settings: Settings, encoder: Encoder, *, on_leave: Callable[[Reason, Sequence[Job]], None]
+) -> Batcher[Job]:
+    """The batcher in front of this encoder."""
+    return Batcher(
+        max_size=encoder.batch_sizes[-1],
+        bulk_share=settings.bulk_share,
+        linger_s=settings.linger_ms / 1000,
+        full_size=lambda: encoder.size_policy.wanted,
+        fit=encoder.size_policy.take,
+        on_leave=on_leave,
+    )

@@ -38,6 +38,7 @@ from shiwu.contract import (
     result_key,
 )
 from shiwu_worker.jobs.job import Claimed, Release
+from shiwu_worker.policy.limits import LeaseOptions
 
 MAX_CLAIM: Final = 1000
 """Most jobs of one claim: Lua's stack holds about 8,000 values, and a claim unpacks two for each job."""
@@ -64,8 +65,6 @@ class LeaseQueue:
     Args:
         client: a client with socket time-outs and without `decode_responses`.
         token: unique to this run of the worker; only claims with this token are renewed or released.
-        bulk_share: share of a claim that bulk gets even if interactive jobs wait, 0 to 1.
-        lanes: the lanes that are served; quarantined jobs are taken from all lanes.
         worker: name of the worker, for answers to duplicates of jobs whose answer has expired.
         result_ttl_s: how long such an answer is kept.
     """
@@ -73,20 +72,18 @@ class LeaseQueue:
     def __init__(
         self,
         client: redis.Redis,
+        options: LeaseOptions,
         *,
         token: str,
-        lease_s: float,
-        bulk_share: float,
-        lanes: Collection[Lane] = tuple(Lane),
         worker: str = "",
         result_ttl_s: int = RESULT_TTL_S,
     ) -> None:
         self._token = token
-        self._served_flags = [int(lane in lanes) for lane in (Lane.INTERACTIVE, Lane.BULK)]
+        self._served_flags = [int(lane in options.lanes) for lane in (Lane.INTERACTIVE, Lane.BULK)]
         self._worker = worker
         self._result_ttl_s = result_ttl_s
-        self._lease_ms = int(lease_s * 1000)
-        self._bulk_share = bulk_share
+        self._lease_ms = int(options.lease_s * 1000)
+        self._bulk_share = options.bulk_share
         self._bulk_owed = 0.0
         self._is_quarantine_turn = True
         self._may_have_lost_reply = False

@@ -20,6 +20,7 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import Rejected
+from shiwu_worker.policy.limits import DecodeLimits
 from shiwu_worker.stages.decode.exif import exif_orientation
 from shiwu_worker.stages.decode.flatten import flatten_to_rgb, sample_bits
 from shiwu_worker.stages.decode.formats.webp_stream import webp_size
@@ -38,18 +39,6 @@ DECODER_BYTES_PER_PIXEL: Final = 16
 MAX_PARTS: Final = 20_000
 """Chunks of a PNG, or segments of a JPEG. A PNG of 20 MiB in the smallest usual chunks has 2,600."""
 WARM_FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeLimits:
-    """Limits that are checked in the header, before a pixel is decoded."""
-
-    max_pixels: int
-    max_side: int
-    formats: tuple[str, ...]
-    max_frames: int = 5000
-    """Frames of an animation, if its header has their number; only the first few are ever decoded."""
-    max_scans: int = 100
 
 
 @dataclass(frozen=True, slots=True)

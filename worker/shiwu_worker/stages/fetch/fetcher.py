@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 import urllib3
@@ -18,6 +17,7 @@ from urllib3.util import parse_url
 from shiwu.contract import ErrorCode, scheme_of, split_s3, without_query
 from shiwu_worker.errors import AddressRefused, JobError, Unavailable, UnknownHost
 from shiwu_worker.policy.access_rules import AccessRules, allows_bucket
+from shiwu_worker.policy.limits import FetchLimits, S3Options
 from shiwu_worker.stages.fetch.error_table import file_row
 from shiwu_worker.stages.fetch.fetch_errors import (
     bad_status,
@@ -33,7 +33,7 @@ from shiwu_worker.stages.fetch.fetch_errors import (
 )
 from shiwu_worker.stages.fetch.http_replies import MAX_DIGITS, compression_of, is_whole, retry_after_s
 from shiwu_worker.stages.fetch.local_files import LocalFiles
-from shiwu_worker.stages.fetch.s3.base import CHUNK, S3Limits, S3Options, StoreError, is_bucket, s3_error
+from shiwu_worker.stages.fetch.s3.base import CHUNK, S3Limits, StoreError, is_bucket, s3_error
 from shiwu_worker.stages.fetch.s3.factory import new_store
 from shiwu_worker.stages.fetch.source_pauses import SourcePauses
 
@@ -46,19 +46,6 @@ class Transport(Protocol):
     def open(self, url: str, *, deadline_s: float) -> urllib3.BaseHTTPResponse:
         """Send one GET without redirects or retries."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class FetchLimits:
-    """Bounds of one fetch."""
-
-    max_bytes: int
-    total_timeout_s: float
-    connect_timeout_s: float
-    read_timeout_s: float
-    longest_pause_s: float = 300.0
-    """Longest pause that a source may ask for; a longer one is cut to this."""
-    max_redirects: int = 3
 
 
 class Fetcher:

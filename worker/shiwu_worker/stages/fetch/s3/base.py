@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 from urllib.parse import urlsplit
 
 from shiwu.contract import ErrorCode
@@ -14,7 +14,6 @@ from shiwu_worker.errors import JobError
 from shiwu_worker.stages.fetch.error_table import NO_CREDENTIALS, NO_REPLY, UNKNOWN, WRONG_REFERENCE, Row, s3_row
 from shiwu_worker.stages.fetch.fetch_errors import bucket_refused, job_error
 
-S3Client = Literal["boto3", "obstore"]
 CHUNK: Final = 64 * 1024
 MAX_BUCKET_CLIENTS: Final = 16
 """Buckets with their own connections, which are open files; producers name the buckets, so the number is limited."""
@@ -22,19 +21,6 @@ _AWS: Final = (".amazonaws.com", ".amazonaws.com.cn")
 # No colon: botocore would take an ARN for the name of a region and an endpoint.
 _CODE: Final = re.compile(r"[\w.]{1,64}", re.ASCII)
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
-
-
-@dataclass(frozen=True, slots=True)
-class S3Options:
-    """Where the object store is (None: the usual AWS chain), and which client reads it."""
-
-    endpoint_url: str | None
-    region: str | None
-    client: S3Client = "boto3"
-    is_anonymous: bool = False
-    """Send requests without credentials and signatures."""
-    requester_pays: bool = False
-    user_agent: str = "shiwu"
 
 
 @dataclass(frozen=True, slots=True)

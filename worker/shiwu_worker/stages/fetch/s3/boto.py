@@ -25,6 +25,7 @@ from botocore.exceptions import ClientError, NoCredentialsError, PartialCredenti
 
 from shiwu.contract import ErrorCode
 from shiwu_worker.errors import JobError
+from shiwu_worker.policy.limits import S3Options
 from shiwu_worker.stages.fetch.error_table import UNKNOWN, exception_row
 from shiwu_worker.stages.fetch.http_replies import NO_BODY, FinalReply, is_whole, retry_after_s
 from shiwu_worker.stages.fetch.s3.base import (
@@ -32,7 +33,6 @@ from shiwu_worker.stages.fetch.s3.base import (
     NoCredentials,
     ObjectBody,
     S3Limits,
-    S3Options,
     StoreError,
     StoreRefused,
     StoreUnavailable,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from shiwu_worker.stages.fetch.s3.base import ObjectStore, S3Limits, S3Options
+from shiwu_worker.policy.limits import S3Options
+from shiwu_worker.stages.fetch.s3.base import ObjectStore, S3Limits
 from shiwu_worker.stages.fetch.s3.boto import BotoStore
 
 

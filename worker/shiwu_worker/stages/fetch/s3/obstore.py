@@ -31,12 +31,12 @@ from obstore.exceptions import (
 from obstore.store import S3Store
 
 from shiwu_worker.errors import JobError
+from shiwu_worker.policy.limits import S3Options
 from shiwu_worker.stages.fetch.error_table import UNKNOWN, obstore_row
 from shiwu_worker.stages.fetch.s3.base import (
     MAX_BUCKET_CLIENTS,
     ObjectBody,
     S3Limits,
-    S3Options,
     StoreDefect,
     StoreError,
     StoreRefused,

@@ -1,0 +1,74 @@
+"""What the operator allows of fetching, decoding and claiming: limits and options as plain values.
+
+The settings make these values, and the stages and loaders use them as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shiwu.contract import Lane
+
+S3Client = Literal["boto3", "obstore"]
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseOptions:
+    """How a worker claims jobs and keeps them."""
+
+    lease_s: float
+    bulk_share: float = 0.1
+    """Share of the jobs of a claim that bulk gets although interactive jobs wait, 0 to 1."""
+    lanes: tuple[Lane, ...] = tuple(Lane)
+    """The lanes that are served; quarantined jobs are taken from all."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchLimits:
+    """Limits of one fetch."""
+
+    max_bytes: int
+    total_timeout_s: float
+    connect_timeout_s: float
+    read_timeout_s: float
+    longest_pause_s: float = 300.0
+    """Longest pause that a source may ask for; a longer one is cut to this."""
+    max_redirects: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class S3Options:
+    """Where the object store is (None: the usual AWS chain), and which client reads it."""
+
+    endpoint_url: str | None
+    region: str | None
+    client: S3Client = "boto3"
+    is_anonymous: bool = False
+    """Send requests without credentials and signatures."""
+    requester_pays: bool = False
+    user_agent: str = "shiwu"
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLimits:
+    """Limits that are checked in the header, before a pixel is decoded."""
+
+    max_pixels: int
+    max_side: int
+    formats: tuple[str, ...]
+    max_frames: int = 5000
+    """Frames of an animation, if its header has their number; only the first few are ever decoded."""
+    max_scans: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxLimits:
+    """Limits of the process that decodes."""
+
+    memory_bytes: int
+    """Its address space. An allocation beyond it fails, and the image is tried again alone."""
+    cpu_s: float = 10.0
+    """CPU time that decoding one image may take."""
+    has_filter: bool = True
+    """Whether a system-call filter is installed in the process."""
