@@ -19,8 +19,8 @@ from obstore.exceptions import GenericError
 from PIL import Image
 
 from shiwu.contract import CODES, ErrorCode, Stage, log_level_of
-from shiwu_worker.commands.s3_check import s3_options
 from shiwu_worker.config.settings import Settings
+from shiwu_worker.config.views import s3_options
 from shiwu_worker.errors import JobError, Rejected, Unavailable
 from shiwu_worker.loaders.process import LoaderProcess
 from shiwu_worker.loaders.protocol import LoaderOptions, LoadTask
