@@ -165,7 +165,7 @@ def test_jobs_of_a_lost_claim_reply_go_back_immediately(redis_client: redis.Redi
     kept = [job.id for job in claims.claim(5).jobs]
     enqueue(redis_client, "b", "a")
     claims.claim(5, held=kept)
-    claims._is_reply_lost = True  # as the client's error would leave it
+    claims._may_have_lost_reply = True  # as the client's error would leave it
     again = claims.claim(5, held=kept).jobs
     assert [(job.id, job.attempt, job.deaths) for job in again] == [("b", 1, 0), ("a", 1, 0)]
     assert redis_client.hlen(CLAIMS) == 3
