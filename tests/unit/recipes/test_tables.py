@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 from recipes.packages import read_packages, read_rows
@@ -79,3 +81,11 @@ def test_pool_has_people_and_others() -> None:
     assert {photo.package for photo in pool} <= set(read_packages())
     assert [photo.is_person for photo in pool] == sorted((photo.is_person for photo in pool), reverse=True)
     assert 20 < sum(photo.is_person for photo in pool) < len(pool) - 10
+
+
+def test_the_build_environment_is_exact() -> None:
+    """Every line pins one version that a public index has."""
+    lines = (DATA.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [line for line in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line)] == []
+    assert {"torch", "transformers", "numpy", "pillow"} <= {line.partition("==")[0] for line in pins}
