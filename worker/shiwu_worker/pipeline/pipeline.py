@@ -195,12 +195,12 @@ class Pipeline:
             for job in launched.jobs:
                 job.is_on_device = False
             self._progress.mark()
-            self._finish([self._outcome(job) for job in launched.jobs])
+            self._finish([Answered(job) if job.error is None else self._outcome(job) for job in launched.jobs])
 
     # -------------------------------------------------------------------------------- commit
     def _outcome(self, job: Job, result: LoadResult | None = None) -> Outcome:
-        """How the attempt ends: the job is answered, or released where its error allows another attempt."""
-        release = self._stages.admission.next_attempt(job, result) if job.error is not None else None
+        """How the attempt of a failed job ends: with its error, or with a release where another attempt is allowed."""
+        release = self._stages.admission.next_attempt(job, result)
         return Answered(job) if release is None else Released(job, release)
 
     def _finish(self, outcomes: Sequence[Outcome]) -> None:

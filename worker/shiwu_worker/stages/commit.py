@@ -89,9 +89,11 @@ class Committer:
 
     def _run(self) -> None:
         while outcomes := self._next():
-            self._commit([outcome.job for outcome in outcomes if isinstance(outcome, Answered)])
+            answered = [outcome.job for outcome in outcomes if isinstance(outcome, Answered)]
+            self._commit(answered)
             # Apart from the answers: a server may take the one and refuse the other.
-            self._give_back([outcome for outcome in outcomes if isinstance(outcome, Released)])
+            if len(answered) < len(outcomes):
+                self._give_back([outcome for outcome in outcomes if isinstance(outcome, Released)])
 
     def _next(self) -> list[Outcome]:
         """What waits, oldest first; empty when nothing waits and the thread is to end."""
@@ -119,8 +121,6 @@ class Committer:
             )
 
     def _give_back(self, released: Sequence[Released]) -> None:
-        if not released:
-            return
         releases = [outcome.release for outcome in released]
         if self._until_done(lambda: self._release(releases), jobs=len(releases)) is not None:
             self._on_released(released)
