@@ -36,7 +36,7 @@ PATIENCE: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
+class BatchSizeRate:
     """One batch size."""
 
     size: int
@@ -57,16 +57,16 @@ class Bare:
     threads: int
     start_s: float
     """From the process's import of torch to a warm model."""
-    rungs: tuple[Rung, ...]
+    rungs: tuple[BatchSizeRate, ...]
 
     @property
-    def best(self) -> Rung:
-        """The rung with the most pictures a second."""
-        return max(self.rungs, key=lambda rung: rung.per_second)
+    def best(self) -> BatchSizeRate:
+        """The batch size with the most images per second."""
+        return max(self.rungs, key=lambda rate: rate.per_second)
 
     @property
-    def full(self) -> Rung:
-        """The largest rung."""
+    def full(self) -> BatchSizeRate:
+        """The largest batch size."""
         return self.rungs[-1]
 
 
@@ -100,7 +100,7 @@ class Alone:
         if not line:
             raise RuntimeError(f"expected the model to run, it ended with {self._process.wait(10)}")
         found = json.loads(line)
-        return Bare(**(found | {"rungs": tuple(Rung(**one) for one in found["rungs"])}))
+        return Bare(**(found | {"rungs": tuple(BatchSizeRate(**rate) for rate in found["rungs"])}))
 
 
 @contextmanager
@@ -108,13 +108,13 @@ def opened(env: Mapping[str, str], *, largest: int) -> Iterator[Alone]:
     """The model of the worker that this environment describes, with all cores. It starts at once, and is then asked.
 
     Args:
-        largest: the largest batch that the worker was seen to make; the next power of two is the largest rung.
+        largest: the largest batch that the worker made; the next power of two is the largest batch size here.
     """
-    rung = 1 << (largest - 1).bit_length()
+    max_batch = 1 << (largest - 1).bit_length()
     own = {
         "SHIWU_TORCH_THREADS": str(usable_cores()),
         **env,
-        "SHIWU_MAX_BATCH": str(rung),
+        "SHIWU_MAX_BATCH": str(max_batch),
         "SHIWU_LOG_LEVEL": "warning",
     }
     command = [sys.executable, "-m", "bench.bare"]
@@ -140,15 +140,15 @@ def together(turns: Sequence[Bare]) -> Bare:
     for its in zip(*(one.rungs for one in turns), strict=True):
         seconds = sum(one.seconds for one in its)
         pictures = sum(one.per_second * one.seconds for one in its)
-        rungs.append(Rung(its[0].size, median([one.batch_ms for one in its]), pictures / seconds, seconds))
+        rungs.append(BatchSizeRate(its[0].size, median([one.batch_ms for one in its]), pictures / seconds, seconds))
     first = turns[0]
     return Bare(first.dtype, first.device, first.threads, first.start_s, tuple(rungs))
 
 
-def loop(encoder: Any, spec: ImageSpec, rung: int, *, seconds: float) -> Rung:
+def loop(encoder: Any, spec: ImageSpec, batch_size: int, *, seconds: float) -> BatchSizeRate:
     """One batch size of a warm encoder: the median time of a batch alone, and the rate of many in a row."""
     labels = encoder.encode_texts(list(WORDS))
-    batch = np.random.default_rng(0).integers(0, 256, (rung, spec.height, spec.width, 3), np.uint8)
+    batch = np.random.default_rng(0).integers(0, 256, (batch_size, spec.height, spec.width, 3), np.uint8)
     alone_s = median(_times(lambda: encoder.encode(batch) @ labels.T, seconds / 4))
     flights = deque([encoder.launch(batch)])
 
@@ -161,7 +161,7 @@ def loop(encoder: Any, spec: ImageSpec, rung: int, *, seconds: float) -> Rung:
     batches = len(_times(overlapped, seconds))
     overlapped_s = time.monotonic() - began_s
     encoder.collect(flights.popleft())
-    return Rung(rung, alone_s * 1000, batches * rung / overlapped_s, overlapped_s)
+    return BatchSizeRate(batch_size, alone_s * 1000, batches * batch_size / overlapped_s, overlapped_s)
 
 
 def _times(work: Callable[[], object], seconds: float) -> list[float]:
@@ -190,7 +190,7 @@ def main() -> None:
     start_s = time.monotonic() - began_s
     for line in sys.stdin:
         seconds = float(line) / len(encoder.batch_sizes)
-        rungs = tuple(loop(encoder, spec, rung, seconds=seconds) for rung in encoder.batch_sizes)
+        rungs = tuple(loop(encoder, spec, size, seconds=seconds) for size in encoder.batch_sizes)
         found = Bare(encoder.info.dtype, encoder.info.device, torch.get_num_threads(), start_s, rungs)
         print(json.dumps(asdict(found)), flush=True)
 

@@ -26,7 +26,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     try:
         make(half)
         half.chmod(0o755)
-        if not final.is_dir():  # somebody else may have been as quick; then theirs is as good
+        if not final.is_dir():  # another process may have written the same file first
             half.rename(final)
     finally:
         shutil.rmtree(half, ignore_errors=True)

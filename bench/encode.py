@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from bench import bare
-from bench.bare import Rung
+from bench.bare import BatchSizeRate
 from bench.charts import Chart, Series
 from bench.checkpoints import NAMES, Checkpoint, checkpoint
 from bench.report import Headline, Report, Table, number, ratio
@@ -48,9 +48,9 @@ class Way:
     """The worst picture's cosine to the first way's vectors: FP32, eager."""
     memory_gib: float
     """Most that was allocated on a GPU."""
-    rungs: tuple[Rung, ...]
+    rungs: tuple[BatchSizeRate, ...]
     matrix_share: tuple[float, ...]
-    """Of each rung: arithmetic done a second ÷ the matrix rate in this dtype."""
+    """For each batch size: arithmetic per second ÷ the matrix rate in this dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def run(asked: argparse.Namespace) -> Report:
             way, vectors = _measure(model, options, mode, rate, truth=truth)
             truth = vectors if truth is None else truth
             ways.append(way)
-            best = max(way.rungs, key=lambda rung: rung.per_second)
+            best = max(way.rungs, key=lambda rate: rate.per_second)
             print(f"  {rate.dtype}, {mode}: {number(best.per_second)} pictures/s at {best.size}", flush=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {options.threads} threads"
     return _report(options, Figures(name, model.gflop, matrix, tuple(ways)), model)
@@ -156,7 +156,7 @@ def _measure(model: Checkpoint, options: Options, mode: str, rate: MatrixRate, *
     began_s = time.monotonic()
     encoder = _open(model, options, mode, rate.dtype, spec)
     start_s = time.monotonic() - began_s
-    rungs = tuple(bare.loop(encoder, spec, rung, seconds=options.seconds) for rung in options.rungs)
+    rungs = tuple(bare.loop(encoder, spec, size, seconds=options.seconds) for size in options.rungs)
     pixels = np.random.default_rng(1).integers(0, 256, (options.rungs[-1], spec.height, spec.width, 3), np.uint8)
     vectors = np.array(encoder.encode(pixels))
     memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
@@ -210,10 +210,10 @@ def _product_times(left: torch.Tensor, right: torch.Tensor) -> Iterator[float]:
 def _report(options: Options, figures: Figures, model: Checkpoint) -> Report:
     peak = {one.dtype: one.tflops for one in figures.matrix}
     rows = tuple(
-        (f"{way.dtype}, {way.mode}", str(rung.size), number(rung.batch_ms), number(rung.batch_ms / rung.size),
-         number(rung.per_second), f"{share:.1%}")
+        (f"{way.dtype}, {way.mode}", str(rate.size), number(rate.batch_ms), number(rate.batch_ms / rate.size),
+         number(rate.per_second), f"{share:.1%}")
         for way in figures.ways
-        for rung, share in zip(way.rungs, way.matrix_share, strict=True)
+        for rate, share in zip(way.rungs, way.matrix_share, strict=True)
     )  # fmt: skip
     ways = tuple(
         (f"{way.dtype}, {way.mode}", number(peak[way.dtype]), f"{way.cosine_min:.5f}", number(way.start_s),
@@ -221,7 +221,7 @@ def _report(options: Options, figures: Figures, model: Checkpoint) -> Report:
         for way in figures.ways
     )  # fmt: skip
     lines = tuple(
-        Series(f"{way.dtype}, {way.mode}", tuple(rung.per_second for rung in way.rungs)) for way in figures.ways
+        Series(f"{way.dtype}, {way.mode}", tuple(rate.per_second for rate in way.rungs)) for way in figures.ways
     )
     head = ("dtype and mode", "batch", "ms a batch", "ms a picture", "pictures/s", "of matrix rate")
     about = ("dtype and mode", "matrix TFLOP/s", "cosine, worst", "start s", "GPU GiB", "× first")
@@ -242,13 +242,13 @@ def _report(options: Options, figures: Figures, model: Checkpoint) -> Report:
 
 def _gain(figures: Figures, way: Way) -> float:
     """Its best rate ÷ the first way's."""
-    first, own = (max(rung.per_second for rung in one.rungs) for one in (figures.ways[0], way))
+    first, own = (max(rate.per_second for rate in measured.rungs) for measured in (figures.ways[0], way))
     return ratio(own, first)
 
 
 def _headlines(ways: Sequence[Way]) -> Iterator[Headline]:
     for way in ways:
         name = f"{way.dtype}, {way.mode}"
-        best = max(way.rungs, key=lambda rung: rung.per_second)
+        best = max(way.rungs, key=lambda rate: rate.per_second)
         yield Headline(f"{name}, best", best.per_second, "pictures/s", "more")
         yield Headline(f"{name}, batch of {way.rungs[0].size}", way.rungs[0].batch_ms, "ms", "less")

@@ -1,4 +1,4 @@
-"""Who is compared by `service` and `latency`: shiwu's worker, and its peers in their best honest settings."""
+"""Systems that `service` and `latency` compare: shiwu's worker, and its peers in their best fair settings."""
 
 from __future__ import annotations
 
@@ -111,10 +111,10 @@ def systems(litserve: LitServeSettings, *, shiwu_settings: str) -> tuple[System,
     own = f"fed by a Celery task in {litserve.concurrency} threads, max_batch_size {litserve.max_batch}, batch_timeout "
     own += f"{litserve.batch_timeout_s:g} s, {litserve.workers} worker(s), fast_queue, shiwu's dtype, label vectors "
     own += f"computed once, transformers' processor in {usable_cores()} threads; {SETTINGS_TEXT}"
-    solo = f"in a Celery task, pool solo, prefetch 1, FP32, {usable_cores()} threads of torch; {SETTINGS_TEXT}"
+    in_celery = f"in a Celery task, pool=solo, prefetch 1, FP32, {usable_cores()} threads of torch; {SETTINGS_TEXT}"
     found = [
         System(SHIWU, f"{named('shiwu')}, {models}", shiwu_settings, _shiwu),
-        System(REFERENCE, f"{models}, {celery}", solo, _reference),
+        System(REFERENCE, f"{models}, {celery}", in_celery, _reference),
     ]
     if has_litserve():
         found.append(System(LITSERVE, f"{named('litserve')}, {models}, {celery}", own, partial(_litserve, litserve)))

@@ -199,9 +199,9 @@ class _Course:
         entries = _entries(self._client)
         lost = traffic.missing(self._client, ids)
         twice = sum(entries[one] > 1 for one in ids)
-        strangers = len(entries.keys() - set(ids))
-        if lost or twice or strangers or len(entries) != len(ids) or self._client.hlen(CLAIMS):
-            raise RuntimeError(f"expected each of {len(ids)} jobs once: {lost} lost, {twice} twice, {strangers} others")
+        unknown = len(entries.keys() - set(ids))
+        if lost or twice or unknown or len(entries) != len(ids) or self._client.hlen(CLAIMS):
+            raise RuntimeError(f"expected each of {len(ids)} jobs once: {lost} lost, {twice} twice, {unknown} others")
         arrivals = self._listener.arrivals
         took = [
             (due_s - self._began_s, (arrivals[one] - due_s) * 1000) for one, due_s in self._interactive.sent.items()

@@ -37,7 +37,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer of one job, whoever gave it."""
+    """The answer of one job, from shiwu or a peer."""
 
     id: str
     is_tagged: bool

@@ -1,7 +1,7 @@
 """What the workers of `drill.peers` run: one Celery app for plain tasks and one for celery-batches.
 
 The tasks are not `shared`: Celery gives a shared task to every app of the process, where the last one of a name wins.
-Both record what they did by RPUSH of the job's id, in place of a result: whoever asks later counts by id.
+Both record what they did by RPUSH of the job's id, in place of a result: the drill counts them by id afterwards.
 """
 
 from __future__ import annotations

@@ -65,25 +65,25 @@ def answered(client: redis.Redis, count: int) -> list[str]:
 def test_what_a_dead_consumer_had_read_goes_to_another(redis_client: redis.Redis, consume: Consume) -> None:
     """SIGKILL with entries in hand: another one gets them, none is missed, none that was acknowledged comes again."""
     ids = answered(redis_client, 100)
-    dying = consume("dying", acks=30, leaves=5)
-    wait_until(lambda: len(said(dying, "got")) == 36, timeout_s=30)
-    dying.kill()
+    crashing = consume("crashing", acks=30, leaves=5)
+    wait_until(lambda: len(said(crashing, "got")) == 36, timeout_s=30)
+    crashing.kill()
     pending = redis_client.xpending(RESULT_STREAM, "g")["pending"]
     assert pending == 10, "the rest of its second portion"
-    heir = consume("heir", acks=1000)
-    acked = said(dying, "acked")
-    wait_until(lambda: len(set(said(heir, "acked"))) == len(ids) - len(acked), timeout_s=30)
+    successor = consume("successor", acks=1000)
+    acked = said(crashing, "acked")
+    wait_until(lambda: len(set(said(successor, "acked"))) == len(ids) - len(acked), timeout_s=30)
     wait_until(lambda: redis_client.xpending(RESULT_STREAM, "g")["pending"] == 0, timeout_s=10)
-    assert sorted([*acked, *said(heir, "acked")]) == sorted(ids), "each once"
+    assert sorted([*acked, *said(successor, "acked")]) == sorted(ids), "each once"
 
 
 def test_a_consumer_that_comes_back_gets_its_own_first(redis_client: redis.Redis, consume: Consume) -> None:
     """Started again under its name it reads at once what it had not acknowledged, in order, then the rest."""
     ids = answered(redis_client, 60)
-    dying = consume("same", acks=5, leaves=5)
-    wait_until(lambda: len(said(dying, "got")) == 11, timeout_s=30)
-    dying.kill()
-    before = len(said(dying, "got"))
+    crashing = consume("same", acks=5, leaves=5)
+    wait_until(lambda: len(said(crashing, "got")) == 11, timeout_s=30)
+    crashing.kill()
+    before = len(said(crashing, "got"))
     again = consume("same", acks=1000)
     wait_until(lambda: len(said(again, "acked")) == len(ids), timeout_s=30)
     assert said(again, "got")[before:] == ids[5:]

@@ -115,7 +115,7 @@ def test_sigkill_loses_nothing_and_answers_nothing_twice(fleet: Fleet, far: Work
     wait_until(lambda: tokens(fleet.client, far), timeout_s=10, every_s=0.0)
     far.kill()
     wait_until(lambda: not tokens(fleet.client, far), timeout_s=LEASE_S + 2)
-    assert not any(lives(pid) for pid in loaders), "no orphans"
+    assert not any(lives(pid) for pid in loaders), "no loader process is left"
     result = fleet.counted(ids)
     assert result.reaped > 0
     assert result.attempts[2] == result.reaped

@@ -118,8 +118,8 @@ def where(near: redis.Redis) -> tuple[Counter[str], dict[str, str]]:
         pipe.zrange(LEASES, 0, -1)
         pipe.hkeys(DELAYED_MESSAGES)
         pipe.zrange(DELAYED, 0, -1)
-        *lanes, suspects, claims, leased, parked, delayed = pipe.execute()
-    assert not parked
+        *lanes, suspects, claims, leased, stored, delayed = pipe.execute()
+    assert not stored
     assert not delayed
     assert set(claims) == set(leased)
     raws = [raw for lane in lanes for raw in lane] + [each.partition(b"|")[2] for each in suspects]
@@ -143,36 +143,36 @@ def answered(near: redis.Redis) -> Counter[str]:
 
 def counted(near: redis.Redis) -> int:
     """The counter of answers."""
-    said: Any = near.hget(COUNTERS, "answered")
-    return int(said or 0)
+    count: Any = near.hget(COUNTERS, "answered")
+    return int(count or 0)
 
 
 @pytest.mark.slow
 def test_a_cut_claim_loses_nothing(proxy: FaultProxy, far: redis.Redis, redis_client: redis.Redis) -> None:
     """Jobs whose claim was cut wait in their lanes or are claimed; a claim that nobody knows of ends with its lease."""
     claims = make_lease_queue(far, NAME, lease_s=0.0, bulk_share=0.0)
-    heir, ledger = make_lease_queue(redis_client, "heir"), make_committer(redis_client, "heir")
-    stranger = make_lease_queue(redis_client, "stranger")
-    upkeep = make_maintenance(redis_client)
+    successor, committer = make_lease_queue(redis_client, "successor"), make_committer(redis_client, "successor")
+    another = make_lease_queue(redis_client, "another")
+    maintenance = make_maintenance(redis_client)
     sent: list[str] = []
 
-    def inherit(ids: list[str]) -> None:
-        jobs = heir.claim(10).jobs
+    def answer_by_successor(ids: list[str]) -> None:
+        jobs = successor.claim(10).jobs
         assert sorted(job.id for job in jobs) == sorted(ids)
-        assert ledger.write([answer(job) for job in jobs]) == set()
+        assert committer.write([answer(job) for job in jobs]) == set()
         assert where(redis_client) == (Counter(), {})
         sent.extend(ids)
 
     claims.claim(2)  # loads the script
     ids = send(redis_client, 0)
     found = measure(proxy, lambda: claims.claim(2))
-    assert upkeep.run_once().reaped == 2
-    inherit(ids)
+    assert maintenance.run_once().reaped == 2
+    answer_by_successor(ids)
     for number, cut in enumerate(found, start=1):
         # A new one each time: after a lost reply a worker first asks what it had claimed.
         claims = make_lease_queue(far, NAME, lease_s=0.0, bulk_share=0.0)
         ids = send(redis_client, number)
-        taken = call_cut(proxy, far, redis_client, cut, lambda: claims.claim(2))  # noqa: B023 called at once
+        taken = call_cut(proxy, far, redis_client, cut, lambda: claims.claim(2))  # noqa: B023 called in this turn of the loop
         if taken is not None:
             assert sorted(job.id for job in taken.jobs) == sorted(ids), cut
         waiting, held = where(redis_client)
@@ -181,10 +181,10 @@ def test_a_cut_claim_loses_nothing(proxy: FaultProxy, far: redis.Redis, redis_cl
         if taken is not None or cut.side == "reply":
             assert held, f"{cut}: the server had executed it"
             send(redis_client, number)  # copies, of a producer whose own connection broke
-            assert stranger.claim(2).jobs == (), f"{cut}: claimed jobs are handed out once"
-        upkeep.run_once()
+            assert another.claim(2).jobs == (), f"{cut}: claimed jobs are handed out once"
+        maintenance.run_once()
         assert where(redis_client) == (Counter(ids), {}), cut
-        inherit(ids)
+        answer_by_successor(ids)
     assert answered(redis_client) == Counter(sent)
 
 
@@ -225,7 +225,7 @@ def cut_commits(
 
     A rival has answered the first of the two already.
     """
-    claims, ledger, rival = make_lease_queue(near, NAME), make_committer(far, NAME), make_committer(near, "rival")
+    claims, committer, rival = make_lease_queue(near, NAME), make_committer(far, NAME), make_committer(near, "rival")
 
     def claimed(number: int) -> list[AnswerEntry]:
         ids = send(near, number)
@@ -236,15 +236,15 @@ def cut_commits(
         return [answer(job) for job in jobs]
 
     known = claimed(0)
-    ledger.write(known)  # loads the script
+    committer.write(known)  # loads the script
     known = claimed(1)
-    found = measure(proxy, lambda: ledger.write(known))
+    found = measure(proxy, lambda: committer.write(known))
     near.delete(RESULT_STREAM, COUNTERS)
     for number, cut in enumerate(found, start=2):
         entries = claimed(number)
-        again = call_cut(proxy, far, near, cut, lambda: ledger.write(entries))  # noqa: B023 called at once
+        again = call_cut(proxy, far, near, cut, lambda: committer.write(entries))  # noqa: B023 called in this turn of the loop
         if again is None:
-            again = until_success(lambda: ledger.write(entries))  # noqa: B023 called at once
+            again = until_success(lambda: committer.write(entries))  # noqa: B023 called in this turn of the loop
         yield cut, [entry.id for entry in entries], again
 
 
@@ -282,14 +282,14 @@ def test_a_cut_commit_that_is_tried_again_counts_once(
 def test_a_black_hole_is_a_time_out_and_then_over(proxy: FaultProxy, redis_client: redis.Redis, what: str) -> None:
     """Silence is an error within the client's own time; when the route is back the same call succeeds."""
     with far_client(proxy, timeout_s=1) as far:
-        claims, ledger = make_lease_queue(far, NAME, lease_s=0.0), make_committer(far, NAME)
+        claims, committer = make_lease_queue(far, NAME, lease_s=0.0), make_committer(far, NAME)
         assert claims.claim(2).jobs == (), "expected an empty server; this opens the connection"
         ids = send(redis_client, 0)
         jobs = claims.claim(2).jobs if what != "claim" else ()
         calls: dict[str, Callable[[], object]] = {
             "claim": lambda: sorted(job.id for job in claims.claim(2).jobs),
             "renew": lambda: claims.renew(ids),
-            "commit": lambda: ledger.write([answer(job) for job in jobs]),
+            "commit": lambda: committer.write([answer(job) for job in jobs]),
         }
         expected: dict[str, object] = {"claim": sorted(ids), "renew": [], "commit": set()}
         proxy.black_hole()

@@ -53,7 +53,7 @@ def send(producer: Client, image: str, name: str) -> list[str]:
 
 
 def sent_at_last(producer: Client, image: str, name: str) -> list[str]:
-    """The ledger pattern: the same ids, again and again, until a replica has confirmed them."""
+    """Enqueues the same ids again and again until a replica has confirmed them."""
 
     def confirmed() -> list[str]:
         try:

@@ -1,4 +1,4 @@
-"""The real launcher with two CPU "cards": workers that are killed or keep dying, and a launcher that is killed."""
+"""The real launcher with two CPU devices: workers that are killed or keep crashing, and a launcher that is killed."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_second_signal_gives_back_at_once(
 
 
 @pytest.mark.long
-def test_a_worker_that_keeps_dying_ends_the_launcher(launch: Callable[..., WorkerProcess]) -> None:
+def test_worker_that_keeps_crashing_ends_the_launcher(launch: Callable[..., WorkerProcess]) -> None:
     """By a named exit code, after growing pauses; the other has drained."""
     box = launch(ready=False)
 

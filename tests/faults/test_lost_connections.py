@@ -63,7 +63,7 @@ def test_script_flush_during_the_work(fleet: Fleet, near: WorkerProcess) -> None
 
 def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
     """Script → a call that uses it and says something true; in this order they find what they need."""
-    claims, ledger, upkeep = (
+    claims, committer, maintenance = (
         make_lease_queue(client, "w"),
         make_committer(client, "w"),
         make_maintenance(client, stream_length=1),
@@ -81,14 +81,14 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
     return {
         "claim": lambda: claims.claim(1).jobs,
         "renew": lambda: claims.renew([held.id, "lost"]) == ["lost"],
-        "revoke": lambda: Revoker(client, ledger).revoke([held.id, "foreign"]),
+        "revoke": lambda: Revoker(client, committer).revoke([held.id, "foreign"]),
         "release": lambda: claims.release([Release(failed.id)]),
-        "commit": lambda: ledger.write([answer(held), dead]) == {held.id},
+        "commit": lambda: committer.write([answer(held), dead]) == {held.id},
         "requeue": lambda: DeadLetters(client).requeue([failed.id]),
-        "maintain": lambda: upkeep.run_once(count_waiting=True).waiting,
-        "take_late": lambda: wait_until(upkeep.expire_waiting, timeout_s=5),
+        "maintain": lambda: maintenance.run_once(count_waiting=True).waiting,
+        "take_late": lambda: wait_until(maintenance.expire_waiting, timeout_s=5),
         "note_labels": lambda: note_labels(client),
-        "trim": lambda: upkeep.trim() == {} and client.xlen(RESULT_STREAM) == 1,
+        "trim": lambda: maintenance.trim() == {} and client.xlen(RESULT_STREAM) == 1,
         "take_callbacks": lambda: callbacks._send_chunk([]) == 2 and not client.exists(CANVAS),
         # The first answer is held again before it is handed out; the consumer is removed at the end of its loop.
         "hold_entries": lambda: consume(url) == 1,

@@ -33,8 +33,8 @@ def test_sigkill_on_redis_itself(start_worker: StartWorker, images: list[str], t
     """What Valkey is used for elsewhere: a worker dies with jobs claimed, another has them within a lease and 2 s."""
     with RedisServer(folder=tmp_path / "redis", binary=redis_binary()) as server, server.client() as client:
         options = FEW | {"redis_url": server.url, "allow_folders": tmp_path}
-        victim, heir = start_worker(ready=False, **options), start_worker(ready=False, **options)
-        for worker in (victim, heir):
+        victim, successor = start_worker(ready=False, **options), start_worker(ready=False, **options)
+        for worker in (victim, successor):
             worker.wait_ready()
         ids = drill.enqueue(client, images, count=600, prefix="kill", random_from=random.Random(6))
         wait_until(lambda: drill.answered(client) > 60, timeout_s=30)

@@ -37,7 +37,7 @@ LIMITS: Final = DecodeLimits(max_pixels=1_000_000, max_side=16_384, formats=FORM
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One part that reads strangers' bytes."""
+    """One part that reads bytes from outside."""
 
     name: str
     seeds: Callable[[], list[bytes]]

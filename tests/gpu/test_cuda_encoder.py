@@ -65,7 +65,7 @@ def test_a_picture_has_the_same_bits_whatever_its_neighbours() -> None:
         np.testing.assert_array_equal(encoder.encode(pixels[order]), vectors[order])
 
 
-def test_every_size_is_captured_and_measured_before_the_first_job() -> None:
+def test_all_batch_sizes_are_captured_before_the_first_job() -> None:
     """Which of them is used is learned later; a batch then says how long the device worked on it."""
     encoder = make(batch_sizes=(1, 2, 4, 8, 16, 32, 64))
     encoder.warm(choose_largest=True)

@@ -1,4 +1,4 @@
-"""Where a URL leads: every form that strangers write, each fetched for real, and the inner server never hears of it."""
+"""Forms of hostile URLs: each is really fetched, and no request reaches the internal server."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_peer_that_differs_from_the_checked_one_is_refused(world: World) -> None
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700::1", "[2a00:1450::1]", "::ffff:8.8.8.8"])
 def test_public_addresses_pass_the_guard(address: str) -> None:
-    """Judged only: tests reach nobody."""
+    """Checked only: tests connect to no other machine."""
     assert not AddressGuard(AccessRules()).check_name(address, 443)
 
 
@@ -169,7 +169,7 @@ REDIRECTS_ODD = [
 @pytest.mark.parametrize("to", REDIRECTS_REFUSED)
 @pytest.mark.parametrize("status", [301, 307])
 def test_redirect_to_an_internal_address_is_refused(world: World, to: str, status: int) -> None:
-    """Each step is judged like the first; where it led is not told."""
+    """Each redirect is checked like the first URL; the error does not name its target."""
     world.outer.serve("/moved", Reply.redirect(f"{world.url(to)}?{SECRET}", status=status))
     error = failure(world.fetcher(), world.url("http://good.example:OUT/moved"))
     assert isinstance(error, Unreachable)

@@ -1,6 +1,6 @@
-"""Callbacks by strangers: whatever a message says, only allowed tasks leave the worker, and only for allowed queues.
+"""Callbacks of hostile producers: only allowed tasks leave the worker, and only for allowed queues.
 
-A real Valkey is the judge: what lies in its lists afterwards is what was sent.
+What lies in the lists of a real Valkey afterwards is what was sent.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TASKS, QUEUES = ("shiwu.tag", "ok.a", "ok.b"), ("celery", "ok-queue", *Lane.BULK
 OURS = {CANVAS, CANVAS_DUE, RESULT_STREAM, "shiwu:counters", "shiwu:dead", "shiwu:dead:answers", "shiwu:dead:messages"}
 
 
-class Stranger:
+class HostileProducer:
     """Sends one message with any callbacks, has it answered, and looks at what comes of it."""
 
     def __init__(self, client: redis.Redis, app: Any, rules: Any) -> None:
@@ -98,14 +98,14 @@ def named(value: Any) -> list[str]:
 
 
 @pytest.fixture
-def stranger(redis_client: redis.Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stranger]:
+def producer(redis_client: redis.Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostileProducer]:
     """Callbacks of a worker whose operator allows `ok.*` and one queue."""
     monkeypatch.setenv("SHIWU_REDIS_URL", redis_url)
     monkeypatch.setenv("SHIWU_CALLBACK_TASKS", "shiwu.tag,ok.*")
     monkeypatch.setenv("SHIWU_CALLBACK_QUEUES", "ok-queue")
     worker = Settings()
     app = make_callback_app(worker)
-    yield Stranger(redis_client, app, worker.callback_rules)
+    yield HostileProducer(redis_client, app, worker.callback_rules)
     app.close()
 
 
@@ -139,11 +139,11 @@ INSIDE: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("is_tagged", [True, False])
 @pytest.mark.parametrize("part", ["callbacks", "errbacks", "chain", "chord"])
 @pytest.mark.parametrize("inside", INSIDE)
-def test_no_position_hides_a_task(stranger: Stranger, inside: str, part: str, *, is_tagged: bool) -> None:
+def test_no_position_hides_a_task(producer: HostileProducer, inside: str, part: str, *, is_tagged: bool) -> None:
     """Not one task is sent of a message that names one that is not allowed, wherever it stands."""
     one = INSIDE[inside](EVIL)
     group = {"group": "g", "group_index": 0}
-    assert stranger.send({part: one if part == "chord" else [one]}, headers=group, is_tagged=is_tagged) == []
+    assert producer.send({part: one if part == "chord" else [one]}, headers=group, is_tagged=is_tagged) == []
 
 
 OTHERS = [
@@ -169,41 +169,41 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("one", OTHERS, ids=[str(one)[:60] for one in OTHERS])
-def test_other_ways_to_send_are_refused(stranger: Stranger, one: Any) -> None:
+def test_other_ways_to_send_are_refused(producer: HostileProducer, one: Any) -> None:
     """Headers that rename, exchanges, other servers, our keys, Celery's own tasks, and what is no signature."""
     for part in ("callbacks", "errbacks", "chain"):
         for is_tagged in (True, False):
-            assert stranger.send({part: [one]}, is_tagged=is_tagged) == []
+            assert producer.send({part: [one]}, is_tagged=is_tagged) == []
 
 
-def test_allowed_callbacks_are_sent(stranger: Stranger) -> None:
+def test_allowed_callbacks_are_sent(producer: HostileProducer) -> None:
     """Else the tests above would prove nothing."""
-    assert stranger.send({"callbacks": [task(), task("ok.b", queue="ok-queue")]}) == ["ok.a", "ok.b"]
-    assert stranger.send({"chain": [task("ok.b"), task()]}) == ["ok.a", "ok.b"]
-    assert stranger.send({"errbacks": [task()]}, is_tagged=False) == ["ok.a"]
-    assert stranger.send({"callbacks": [made("chord", header=[task()] * 2, body=task("ok.b"))]})[:1] == ["ok.a"]
-    assert stranger.send({"callbacks": [task("shiwu.tag", queue="shiwu.interactive")]}) == ["shiwu.tag"]
+    assert producer.send({"callbacks": [task(), task("ok.b", queue="ok-queue")]}) == ["ok.a", "ok.b"]
+    assert producer.send({"chain": [task("ok.b"), task()]}) == ["ok.a", "ok.b"]
+    assert producer.send({"errbacks": [task()]}, is_tagged=False) == ["ok.a"]
+    assert producer.send({"callbacks": [made("chord", header=[task()] * 2, body=task("ok.b"))]})[:1] == ["ok.a"]
+    assert producer.send({"callbacks": [task("shiwu.tag", queue="shiwu.interactive")]}) == ["shiwu.tag"]
 
 
-def test_errback_of_celery_itself_is_not_run(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errback_of_celery_itself_is_not_run(producer: HostileProducer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Celery calls an errback in the process that failed where it knows the task; here it knows none."""
-    assert dict(stranger._callbacks._app.tasks) == {}
+    assert dict(producer._callbacks._app.tasks) == {}
     monkeypatch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.check", lambda *_: None)
     for name in ("celery.accumulate", "celery.starmap", "celery.chord", "celery.chunks"):
-        assert stranger.send({"errbacks": [task(name)]}, is_tagged=False) == []
+        assert producer.send({"errbacks": [task(name)]}, is_tagged=False) == []
 
 
-def test_callbacks_are_checked_again_before_sending(stranger: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callbacks_are_checked_again_before_sending(producer: HostileProducer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The app itself refuses, should a form of Celery's slip past the reader of signatures."""
     monkeypatch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.check", lambda *_: None)
     for inside in INSIDE.values():
         for is_tagged in (True, False):
-            assert "evil" not in stranger.send({"callbacks": [inside(EVIL)]}, is_tagged=is_tagged)
-            assert "evil" not in stranger.send(
+            assert "evil" not in producer.send({"callbacks": [inside(EVIL)]}, is_tagged=is_tagged)
+            assert "evil" not in producer.send(
                 {"errbacks": [inside(EVIL)], "chain": [inside(EVIL)]}, is_tagged=is_tagged
             )
     for one in OTHERS:
-        stranger.send({"callbacks": [one]})
+        producer.send({"callbacks": [one]})
 
 
 @pytest.mark.parametrize(
@@ -229,12 +229,12 @@ def test_callbacks_are_checked_again_before_sending(stranger: Stranger, monkeypa
     ],
     ids=lambda options: str(options)[:LONG],
 )
-def test_malformed_options_do_no_harm(stranger: Stranger, options: dict[str, Any]) -> None:
+def test_malformed_options_do_no_harm(producer: HostileProducer, options: dict[str, Any]) -> None:
     """It is sent, or it fails; the next one is sent in any case."""
     for embed in ({"callbacks": [task(**options)]}, {"chain": [task(**options)]}, {"chord": task(**options)}):
         for is_tagged in (True, False):
-            stranger.send(embed, headers={"group": "g", "group_index": 0}, is_tagged=is_tagged)
-    assert stranger.send({"callbacks": [task()]}) == ["ok.a"]
+            producer.send(embed, headers={"group": "g", "group_index": 0}, is_tagged=is_tagged)
+    assert producer.send({"callbacks": [task()]}) == ["ok.a"]
 
 
 HEADERS: list[dict[str, Any]] = [
@@ -250,18 +250,18 @@ HEADERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("headers", HEADERS, ids=lambda headers: str(headers)[:LONG])
-def test_headers_cannot_choose_a_redis_key(stranger: Stranger, headers: dict[str, Any]) -> None:
+def test_headers_cannot_choose_a_redis_key(producer: HostileProducer, headers: dict[str, Any]) -> None:
     """`reply_to` is read by nobody, and groups stay among Celery's own keys."""
     for is_tagged in (True, False):
-        stranger.send({"callbacks": [task()], "chord": task()}, headers=headers, is_tagged=is_tagged)
-    assert stranger.send({"callbacks": [task()]}) == ["ok.a"]
+        producer.send({"callbacks": [task()], "chord": task()}, headers=headers, is_tagged=is_tagged)
+    assert producer.send({"callbacks": [task()]}) == ["ok.a"]
 
 
-def test_waiting_caller_learns_of_a_refused_callback(stranger: Stranger, redis_client: redis.Redis) -> None:
+def test_waiting_caller_learns_of_a_refused_callback(producer: HostileProducer, redis_client: redis.Redis) -> None:
     """Followers and the body of a chord have a result; the log says which task it was."""
     with structlog.testing.capture_logs() as logs:
-        stranger.send({"chain": [task("evil", task_id="last"), task(task_id="next")], "chord": task(task_id="body")})
-        stranger.send({"chain": [task("evil", task_id="~" + "0a" * 20), task("evil", task_id="y" * 1000)]})
+        producer.send({"chain": [task("evil", task_id="last"), task(task_id="next")], "chord": task(task_id="body")})
+        producer.send({"chain": [task("evil", task_id="~" + "0a" * 20), task("evil", task_id="y" * 1000)]})
     for follower in ("next", "last", "body"):
         meta = json.loads(str(redis_client.get(f"celery-task-meta-{follower}"), "utf-8"))  # type: ignore[arg-type]  # redis-py's
         assert (meta["status"], meta["result"]["exc_type"]) == ("FAILURE", "JobFailed")
@@ -274,12 +274,12 @@ def test_waiting_caller_learns_of_a_refused_callback(stranger: Stranger, redis_c
     assert "'evil'" in first["error"]
 
 
-def test_many_and_deep_callbacks_cost_little(stranger: Stranger) -> None:
+def test_many_and_deep_callbacks_cost_little(producer: HostileProducer) -> None:
     """What the message's size allows, and structures in structures within the limit, which Celery copies."""
     began_s = time.monotonic()
-    assert stranger.send({"callbacks": [{"task": "ok.a"}] * 10_000}) == []
-    assert stranger.send({"chain": [{"task": "ok.a", "options": {"task_id": f"t{n}"}} for n in range(4000)]}) == []
-    assert stranger.send({"callbacks": [task(kwargs_="x" * 150_000)]}) == ["ok.a"]
+    assert producer.send({"callbacks": [{"task": "ok.a"}] * 10_000}) == []
+    assert producer.send({"chain": [{"task": "ok.a", "options": {"task_id": f"t{n}"}} for n in range(4000)]}) == []
+    assert producer.send({"callbacks": [task(kwargs_="x" * 150_000)]}) == ["ok.a"]
     for kind in ("chain", "group", "chord"):
         one = task()
         for _ in range(9):
@@ -288,18 +288,18 @@ def test_many_and_deep_callbacks_cost_little(stranger: Stranger) -> None:
             )
         for part in ("callbacks", "errbacks", "chain"):
             for is_tagged in (True, False):
-                stranger.send({part: [one]}, is_tagged=is_tagged)
+                producer.send({part: [one]}, is_tagged=is_tagged)
     assert time.monotonic() - began_s < 20
 
 
-def test_message_that_redis_refuses_delays_no_other(stranger: Stranger, redis_client: redis.Redis) -> None:
+def test_message_that_redis_refuses_delays_no_other(producer: HostileProducer, redis_client: redis.Redis) -> None:
     """Where the server answers and refuses just this, it is given up; it would come back for ever."""
     redis_client.set("celery-taskset-meta-g.j", "no sorted set")
-    assert stranger.send({"chord": task()}, headers={"group": "g", "group_index": 0}) == []
+    assert producer.send({"chord": task()}, headers={"group": "g", "group_index": 0}) == []
     redis_client.set("ok-queue", "no list")
-    assert stranger.send({"callbacks": [task(queue="ok-queue")]}) == []
+    assert producer.send({"callbacks": [task(queue="ok-queue")]}) == []
     assert not redis_client.exists(CANVAS, CANVAS_DUE)
-    assert stranger.send({"callbacks": [task()]}) == ["ok.a"]
+    assert producer.send({"callbacks": [task()]}) == ["ok.a"]
 
 
 NAMES = st.sampled_from(["ok.a", "ok.b", "shiwu.tag", "evil", "celery.map", "celery.chord", "ok.\n", ""])
@@ -344,10 +344,10 @@ GROUPS = st.fixed_dictionaries(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=120)
 @given(embed=EMBEDS, headers=GROUPS, is_tagged=st.booleans(), is_read=st.booleans())
 def test_any_message_sends_only_allowed_tasks(
-    stranger: Stranger, embed: Any, headers: dict[str, Any], *, is_tagged: bool, is_read: bool
+    producer: HostileProducer, embed: Any, headers: dict[str, Any], *, is_tagged: bool, is_read: bool
 ) -> None:
     """Nothing that is not allowed leaves: by the reader of signatures and the app together, and by the app alone."""
     with pytest.MonkeyPatch.context() as patch:
         if not is_read:
             patch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.check", lambda *_: None)
-        stranger.send(embed, headers=headers, is_tagged=is_tagged)
+        producer.send(embed, headers=headers, is_tagged=is_tagged)

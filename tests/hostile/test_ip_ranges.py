@@ -57,7 +57,7 @@ def test_public_addresses_are_allowed(address: str) -> None:
 
 
 def test_every_row_covers_its_whole_range() -> None:
-    """First and last address; wrappings are judged by what they hold."""
+    """First and last address; embedded addresses count as what they embed."""
     for row in read_table():
         for address in (row.network[0], row.network[-1]):
             assert row.kind != "refused" or not is_public(address), row

@@ -116,7 +116,7 @@ def test_settings_become_rules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ------------------------------------------------------------------------------------ proxies
 def test_proxies_of_the_environment_are_not_used(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or whoever sets HTTP_PROXY moves all judging to another machine."""
+    """Otherwise HTTP_PROXY would move all checks to another machine."""
     for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, world.url("http://127.0.0.2:IN"))
     assert world.fetcher().fetch(world.url("http://good.example:OUT/a")) == BODY
@@ -124,7 +124,7 @@ def test_proxies_of_the_environment_are_not_used(world: World, monkeypatch: pyte
 
 
 def test_configured_proxy_gets_allowed_requests_only(world: World) -> None:
-    """It looks names up itself; addresses, ports, spellings and lists are judged before."""
+    """It looks names up itself; addresses, ports, spellings and lists are checked before."""
     with PictureServer() as proxy:
         proxy.serve("http://good.example/a", PLAIN)
         fetcher = world.fetcher(proxy_url=f"http://user:pass@{proxy.host}", deny_hosts=("denied.example",))
@@ -188,7 +188,7 @@ def test_no_message_names_an_endpoint(world: World, bucket: str) -> None:
 
 # ------------------------------------------------------------------------------------ folders
 @pytest.fixture
-def rooms(tmp_path: Path) -> tuple[Path, Path]:
+def folders(tmp_path: Path) -> tuple[Path, Path]:
     """A folder that is allowed, with a part that is denied, and one that is not."""
     inside, outside = tmp_path / "in", tmp_path / "out"
     for folder in (inside, inside / "private", outside, outside / "locked"):
@@ -202,9 +202,9 @@ def rooms(tmp_path: Path) -> tuple[Path, Path]:
     return inside, outside
 
 
-def test_all_files_outside_get_the_same_answer(world: World, rooms: tuple[Path, Path]) -> None:
+def test_all_files_outside_get_the_same_answer(world: World, folders: tuple[Path, Path]) -> None:
     """There or not there, readable or not, by any way: the same words for each."""
-    inside, outside = rooms
+    inside, outside = folders
     fetcher = world.fetcher(allow_folders=(inside,), deny_folders=(inside / "private",))
     told = {
         str(failure(fetcher, f"file://{path}"))
@@ -219,9 +219,9 @@ def test_all_files_outside_get_the_same_answer(world: World, rooms: tuple[Path, 
     assert told == {"expected a file in one of the folders that the operator allows"}
 
 
-def test_files_in_allowed_folders_are_read(world: World, rooms: tuple[Path, Path]) -> None:
+def test_files_in_allowed_folders_are_read(world: World, folders: tuple[Path, Path]) -> None:
     """Links within the folder are followed; pipes are not waited for."""
-    inside, _ = rooms
+    inside, _ = folders
     fetcher = world.fetcher(allow_folders=(inside,))
     for path in ("a", "good%20link", "./a", "private/../a", "private/a"):
         assert fetcher.fetch(f"file://{inside}/{path}") == BODY
@@ -237,9 +237,9 @@ def test_files_in_allowed_folders_are_read(world: World, rooms: tuple[Path, Path
         assert failure(fetcher, f"file://{inside}/{path}").code.value == code, path
 
 
-def test_link_that_changes_during_the_check_is_refused(rooms: tuple[Path, Path]) -> None:
-    """What is read is what was judged: never a byte from outside."""
-    inside, outside = rooms
+def test_link_that_changes_during_the_check_is_refused(folders: tuple[Path, Path]) -> None:
+    """The file that was checked is the one that is read: never a byte from outside."""
+    inside, outside = folders
     (outside / "a").write_bytes(SECRET.encode())
     good, bad, turning = inside / "good", inside / "bad", inside / "turning"
     stop = threading.Event()

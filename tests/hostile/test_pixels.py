@@ -73,7 +73,7 @@ def test_every_mode_with_alpha_is_laid_on_white(mode: str) -> None:
 
 
 def test_white_drawing_is_laid_on_black() -> None:
-    """White on nothing is seen by whoever has a dark page."""
+    """White on a transparent background is visible on a dark page."""
     image = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
     image.paste((*WHITE, 255), (16, 16, 48, 48))
     pixels = shown(pictures.png(image))
@@ -178,7 +178,7 @@ def test_first_visible_frame_is_used(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
 @pytest.mark.parametrize("delay_ms", [0, 10])
 def test_frames_without_a_delay_are_visible(kind: str, delay_ms: int) -> None:
-    """Browsers show a frame with a delay of 10 ms or less for 100 ms, so it is judged like any other."""
+    """Browsers show a frame with a delay of 10 ms or less for 100 ms, so it is treated like any other."""
     options: dict[str, Any] = {"WEBP": {"lossless": True}, "GIF": {"disposal": 2}}.get(kind, {})
     data = animation(kind, (RED, delay_ms), (GREEN, 5000), (BLUE, 5000), **options)
     with Image.open(io.BytesIO(data)) as image:
@@ -249,7 +249,7 @@ def test_area_around_a_small_gif_frame_is_white() -> None:
 
 
 def test_later_frames_are_not_decoded() -> None:
-    """A broken end of an animation is nobody's business when its beginning is what is judged."""
+    """Damage after the first frame of an animation does not matter, because only that frame is decoded."""
     data = animation("GIF", (RED, 500), (GREEN, 500), (BLUE, 500))
     assert near(data[: len(data) - 20], RED)
 

@@ -1,4 +1,4 @@
-"""Certificates: the name of the URL counts, whatever address was judged, and whatever the environment says."""
+"""Certificates: the name in the URL counts, whatever address was checked and whatever the environment sets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def known(https: PictureServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_name_of_the_certificate_is_checked(world: World, known: PictureServer) -> None:
-    """A connection to a judged address still asks for the name, and only its certificate will do."""
+    """A connection to a checked address still sends the name, and only its certificate is accepted."""
     fetcher = world.fetcher(ports=(known.port,))
     for name in ("good.example", "GOOD.example", "good.example."):
         assert fetcher.fetch(f"https://{name}:{known.port}/a") == BODY

@@ -1,6 +1,6 @@
 """Celery's canvas over shiwu.tag, from a Celery application that has none of our code.
 
-Each canvas runs twice: with `shiwu.tag`, and with an ordinary Celery task as the judge. The outcomes must be equal.
+Each canvas runs twice: with `shiwu.tag`, and with an ordinary Celery task. The outcomes must be equal.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ GET_S = 30
 
 @dataclass(frozen=True)
 class Plain:
-    """Somebody's application: signatures by name, as one without our code writes them."""
+    """A user's application: signatures by name, as written without shiwu's code."""
 
     app: Celery
     client: redis.Redis
@@ -99,14 +99,14 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Valkey, 
 
 @pytest.fixture
 def app(servers: tuple[Valkey, Path]) -> Iterator[Celery]:
-    """Somebody's application on the server of both workers."""
-    with celery_client(servers[0].url) as somebody:
-        yield somebody
+    """A user's application on the server of both workers."""
+    with celery_client(servers[0].url) as application:
+        yield application
 
 
 @pytest.fixture(params=["shiwu.tag", "plain.tag"])
 def plain(request: pytest.FixtureRequest, servers: tuple[Valkey, Path], app: Celery) -> Iterator[Plain]:
-    """The application, once for our task and once for the judge's."""
+    """The application, once for `shiwu.tag` and once for the ordinary task."""
     server, folder = servers
     with server.client() as client:
         client.delete(NOTES)
@@ -213,7 +213,7 @@ def test_revoke_of_a_waiting_task(servers: tuple[Valkey, Path], app: Celery) -> 
         with pytest.raises(TaskRevokedError):
             result.get(timeout=GET_S)
         assert app.AsyncResult(result.id).state == "REVOKED"
-        foreign = "somebody-elses-task"
+        foreign = "task-of-another-application"
         app.control.revoke(foreign)
         wait_until(lambda: client.zscore("shiwu:revoked", foreign), timeout_s=GET_S)
         assert client.exists(f"celery-task-meta-{foreign}") == 0, "a foreign task's result was touched"

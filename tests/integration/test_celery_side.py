@@ -131,7 +131,7 @@ def test_inspect_ping_and_stats_are_answered(worker: BulkWorker) -> None:
 
 
 def test_other_control_commands_are_ignored(worker: BulkWorker, image: str) -> None:
-    """Neither obeyed nor answered; nor is a ping whose reply would go into somebody's queue."""
+    """Neither executed nor answered; the same holds for a ping with a queue of its own for the reply."""
     with celery_client(worker.redis_url, has_results=False) as app, redis.Redis.from_url(worker.redis_url) as near:
         asked(app, "ping")
         for command in ("shutdown", "pool_restart", "add_consumer", "cancel_consumer", "rate_limit", "autoscale"):

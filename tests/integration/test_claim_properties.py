@@ -1,4 +1,4 @@
-"""Whatever workers do and however they die, every id is somewhere, and is answered once."""
+"""In random histories of workers that crash, no id is lost and each is answered once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LANES = [(lane, key) for lane in Lane for key in lane.keys]
 
 
 class Fleet(RuleBasedStateMachine):
-    """Two workers, one of which has leases that end at once, over one real server."""
+    """Two workers, one of which has leases that expire immediately, on one real server."""
 
     client: redis.Redis
 
@@ -42,7 +42,7 @@ class Fleet(RuleBasedStateMachine):
         self.client.flushall()
         self.workers = {
             "steady": make_lease_queue(self.client, "steady"),
-            "dying": make_lease_queue(self.client, "dying", lease_s=0.0),
+            "crashing": make_lease_queue(self.client, "crashing", lease_s=0.0),
         }
         self.committers = {name: make_committer(self.client, name) for name in self.workers}
         self.in_flight: dict[str, list[Claimed]] = {name: [] for name in self.workers}
@@ -57,32 +57,32 @@ class Fleet(RuleBasedStateMachine):
         self.client.lpush(key, message(f"job-{number}", lane))
         self.sent.add(f"job-{number}")
 
-    @rule(who=st.sampled_from(["steady", "dying"]), limit=st.integers(1, 8))
-    def claim(self, who: str, limit: int) -> None:
+    @rule(worker=st.sampled_from(["steady", "crashing"]), limit=st.integers(1, 8))
+    def claim(self, worker: str, limit: int) -> None:
         """Take some jobs."""
-        jobs = self.workers[who].claim(limit, held=[job.id for job in self.in_flight[who]]).jobs
+        jobs = self.workers[worker].claim(limit, held=[job.id for job in self.in_flight[worker]]).jobs
         assert len(jobs) <= limit
-        self.in_flight[who] += jobs
+        self.in_flight[worker] += jobs
 
-    @rule(who=st.sampled_from(["steady", "dying"]), share=st.floats(0, 1))
-    def commit(self, who: str, share: float) -> None:
+    @rule(worker=st.sampled_from(["steady", "crashing"]), share=st.floats(0, 1))
+    def commit(self, worker: str, share: float) -> None:
         """Answer some of what this worker believes to hold."""
-        count = int(len(self.in_flight[who]) * share)
-        done, self.in_flight[who] = self.in_flight[who][:count], self.in_flight[who][count:]
-        self.committers[who].write([answer(job) for job in done])
+        count = int(len(self.in_flight[worker]) * share)
+        done, self.in_flight[worker] = self.in_flight[worker][:count], self.in_flight[worker][count:]
+        self.committers[worker].write([answer(job) for job in done])
 
-    @rule(who=st.sampled_from(["steady", "dying"]))
-    def bury(self, who: str) -> None:
-        """End one job without tags."""
-        if self.in_flight[who]:
-            job = self.in_flight[who].pop()
+    @rule(worker=st.sampled_from(["steady", "crashing"]))
+    def fail(self, worker: str) -> None:
+        """End one job as a dead letter."""
+        if self.in_flight[worker]:
+            job = self.in_flight[worker].pop()
             failed = Answer(id=job.id, status=Status.FAILED, attempts=job.attempt)
             message = job.key.encode() + b"|" + job.raw
-            self.committers[who].write([AnswerEntry(answer=failed, id=job.id, message=message, is_dead=True)])
+            self.committers[worker].write([AnswerEntry(answer=failed, id=job.id, message=message, is_dead=True)])
 
     @rule(number=st.integers(0, 30))
     def requeue(self, number: int) -> None:
-        """A dead letter gets a new life: one more answer is expected."""
+        """Requeue a dead letter: one more answer is expected."""
         self.requeued += self.letters.requeue([f"job-{number}"])
 
     @rule(number=st.integers(0, 30))
@@ -96,26 +96,28 @@ class Fleet(RuleBasedStateMachine):
             )
 
     @rule(number=st.integers(0, 30))
-    def run_out_of_time(self, number: int) -> None:
-        """Somebody waited for a job until now; the next who tends answers it."""
+    def pass_deadline(self, number: int) -> None:
+        """Let the deadline of a job pass; the next maintenance answers it."""
         if f"job-{number}" in self.sent:
             self.client.zadd(DEADLINES, {f"job-{number}": 1.0})
 
-    @rule(who=st.sampled_from(["steady", "dying"]), delay_s=st.sampled_from([0.0, 0.001]), counts=st.booleans())
-    def release(self, who: str, delay_s: float, counts: bool) -> None:
+    @rule(worker=st.sampled_from(["steady", "crashing"]), delay_s=st.sampled_from([0.0, 0.001]), counts=st.booleans())
+    def release(self, worker: str, delay_s: float, counts: bool) -> None:
         """Give everything back."""
-        self.workers[who].release([Release(job.id, delay_s=delay_s, counts=counts) for job in self.in_flight[who]])
-        self.in_flight[who] = []
+        self.workers[worker].release(
+            [Release(job.id, delay_s=delay_s, counts=counts) for job in self.in_flight[worker]]
+        )
+        self.in_flight[worker] = []
 
     @rule()
     def renew(self) -> None:
-        """The steady worker renews what it believes to hold; what it lost it is told."""
+        """Renew the claims of the steady worker; the reply names those that it lost."""
         lost = self.workers["steady"].renew([job.id for job in self.in_flight["steady"]])
         assert set(lost) <= {job.id for job in self.in_flight["steady"]}
 
     @rule()
-    def tend(self) -> None:
-        """Reap what the dying worker held; bring back what was delayed."""
+    def run_maintenance(self) -> None:
+        """Requeue what the crashing worker held and what was delayed."""
         make_maintenance(self.client).run_once()
 
     @invariant()
@@ -126,12 +128,12 @@ class Fleet(RuleBasedStateMachine):
         in_lanes = {json.loads(raw)["headers"]["id"] for raw in raws}
         claimed = {key.decode() for key in self.client.hkeys(CLAIMS)}
         leased = {key.decode() for key in self.client.zrange(LEASES, 0, -1)}
-        parked = {key.decode() for key in self.client.hkeys(DELAYED_MESSAGES)}
+        stored = {key.decode() for key in self.client.hkeys(DELAYED_MESSAGES)}
         delayed = {key.decode() for key in self.client.zrange(DELAYED, 0, -1)}
         assert claimed == leased
-        assert parked == delayed
+        assert stored == delayed
         answered = {job_id for job_id in self.sent if self.client.exists(done_key(job_id))}
-        assert self.sent == in_lanes | claimed | parked | answered
+        assert self.sent == in_lanes | claimed | stored | answered
 
     def teardown(self) -> None:
         """A last worker answers what is left; then each id that was sent has exactly one answer."""
@@ -139,18 +141,18 @@ class Fleet(RuleBasedStateMachine):
         for name in self.workers:
             self.workers[name].release([Release(job.id) for job in self.in_flight[name]])
         for _ in range(200):
-            tended = make_maintenance(self.client).run_once()
-            self.client.delete(QUARANTINE_OWNER)  # the lease of a taker who died ends
+            result = make_maintenance(self.client).run_once()
+            self.client.delete(QUARANTINE_OWNER)  # as when its lease expires
             jobs = last.claim(50).jobs
             make_committer(self.client, "last").write([answer(job) for job in jobs])
-            if not jobs and not tended.waiting and not self.client.zcard(LEASES) and not self.client.zcard(DELAYED):
+            if not jobs and not result.waiting and not self.client.zcard(LEASES) and not self.client.zcard(DELAYED):
                 break
         answered = [fields[b"id"].decode() for _, fields in self.client.xrange(RESULT_STREAM)]
         assert sorted(answered) == sorted([*self.sent, *self.requeued])
 
 
 @pytest.mark.slow
-def test_every_id_is_kept_and_answered_once(redis_url: str) -> None:
+def test_random_histories_answer_every_id_once(redis_url: str) -> None:
     """Random histories of two workers neither lose a job nor answer one twice."""
     with redis.Redis.from_url(redis_url) as client:
         Fleet.client = client

@@ -34,8 +34,8 @@ def call(redis_url: str, *args: str, **options: Any) -> Result:
     return CliRunner().invoke(main, ["--redis-url", redis_url, *args], **options)
 
 
-def bury(client: redis.Redis, job_id: str, *, reference: str, text: str, worker: str = "w") -> None:
-    """Leave a dead letter."""
+def add_dead_letter(client: redis.Redis, job_id: str, *, reference: str, text: str, worker: str = "w") -> None:
+    """Reject one job, so that its message is a dead letter."""
     client.rpush(Lane.BULK.queue, message(job_id, Lane.BULK))
     [claimed] = make_lease_queue(client, "w").claim(1).jobs
     error = ErrorInfo(code=ErrorCode.SOURCE_NOT_FOUND, message=text, stage=Stage.FETCH)
@@ -104,7 +104,7 @@ def test_tag_without_a_worker_says_so(
 
 def test_dead_list_shows_unusual_dead_letters(redis_url: str, redis_client: redis.Redis) -> None:
     """Other people's text in every column."""
-    bury(redis_client, "j1", reference=ODD, text="no \x1b[2J such [/b] key", worker="[/w]")
+    add_dead_letter(redis_client, "j1", reference=ODD, text="no \x1b[2J such [/b] key", worker="[/w]")
     found = call(redis_url, "dead", "list")
     assert found.exit_code == 0, found.output
     assert r"s3://pictures/[red]x[/red][/nope]:cat:\u202egpj.exe" in found.output
@@ -136,7 +136,7 @@ def on_a_terminal(args: list[str], *, columns: int) -> str:
 def test_narrow_terminal_gets_fewer_columns(redis_url: str, redis_client: redis.Redis) -> None:
     """Whole ids, fewer columns, no colour where NO_COLOR is set, and JSON without raw controls."""
     job_id = "0b791c43-1e3c-4e64-8cb6-2d8ac3c07d14"
-    bury(redis_client, job_id, reference="s3://b/" + "long" * 20 + "\x9b31m", text="gone")
+    add_dead_letter(redis_client, job_id, reference="s3://b/" + "long" * 20 + "\x9b31m", text="gone")
     shown = on_a_terminal(["--redis-url", redis_url, "dead", "list"], columns=80)
     assert set(re.findall(r"\x1b\[[0-9;]*m", shown)) <= {"\x1b[1m", "\x1b[0m"}, "bold is no colour"
     lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
@@ -167,7 +167,7 @@ def test_ctrl_c_while_waiting_prints_no_traceback(
 def test_closed_pipe_prints_no_traceback(redis_url: str, redis_client: redis.Redis) -> None:
     """As `shiwu dead list | head -1` closes it."""
     for number in range(3):
-        bury(redis_client, f"j{number}", reference="s3://b/k", text="x" * 50_000)
+        add_dead_letter(redis_client, f"j{number}", reference="s3://b/k", text="x" * 50_000)
     read, write = os.pipe()
     os.close(read)
     for args in (["dead", "list"], ["dead", "list", "--json"]):
@@ -179,7 +179,7 @@ def test_closed_pipe_prints_no_traceback(redis_url: str, redis_client: redis.Red
 
 def test_other_encodings_and_closed_streams_work(redis_url: str, redis_client: redis.Redis) -> None:
     """A locale that cannot write Chinese, and standard output or input that is closed."""
-    bury(redis_client, "j1", reference="s3://b/熊猫", text="没有")
+    add_dead_letter(redis_client, "j1", reference="s3://b/熊猫", text="没有")
     options: dict[str, Any] = {"redis_url": redis_url, "env": {"PYTHONIOENCODING": "ascii"}}
     with _run(["dead", "list"], stdout=subprocess.PIPE, **options) as process:
         shown, told = process.communicate(timeout=20)
@@ -225,7 +225,7 @@ def test_timeout_of_nan_seconds_is_refused(redis_url: str) -> None:
 
 def test_requeue_names_ids_without_a_dead_letter(redis_url: str, redis_client: redis.Redis) -> None:
     """On standard error, with exit code 1; the others are sent again."""
-    bury(redis_client, "j1", reference="s3://b/k", text="gone")
+    add_dead_letter(redis_client, "j1", reference="s3://b/k", text="gone")
     found = call(redis_url, "dead", "requeue", "j1", "typo")
     assert (found.exit_code, found.stdout) == (1, "j1\n")
     assert "1 of 2 ids have no dead letter, first typo" in found.stderr

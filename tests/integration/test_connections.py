@@ -75,11 +75,11 @@ with Client(sys.argv[1], max_connections=4) as client:
 def answering(client: redis.Redis) -> Iterator[None]:
     """Answers every job that is enqueued, as a worker does."""
     stopped = threading.Event()
-    claims, ledger = make_lease_queue(client, "w"), make_committer(client, "w")
+    claims, committer = make_lease_queue(client, "w"), make_committer(client, "w")
 
     def work() -> None:
         while not stopped.wait(0.02):
-            ledger.write([answer(job) for job in claims.claim(1000).jobs])
+            committer.write([answer(job) for job in claims.claim(1000).jobs])
 
     with ThreadPoolExecutor(1) as pool:
         working = pool.submit(work)

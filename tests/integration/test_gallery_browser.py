@@ -146,7 +146,7 @@ def test_hostile_texts_are_shown_and_not_obeyed(browser: Browser, tmp_path: Path
     assert len(requested(browser)) == 1
 
 
-def test_policy_stops_a_script_of_somebody_else(browser: Browser, tmp_path: Path) -> None:
+def test_policy_blocks_a_foreign_script(browser: Browser, tmp_path: Path) -> None:
     """Even where markup came into the page it could neither run nor load anything."""
     page = render(ANSWERS).replace("</main>", f"</main>{HOSTILE}<style>body{{display:none}}</style>")
     path = tmp_path / "page.html"

@@ -103,7 +103,7 @@ def test_retry_is_listed_with_code_time_and_pause(client: redis.Redis) -> None:
 
 
 def test_crash_of_a_worker_is_listed(client: redis.Redis) -> None:
-    """Whoever takes the job back says whose it was."""
+    """The process that requeues a job records which worker held it."""
     send(client)
     claim(client, "my.host|1.0a0a".replace("|", "-"), lease_s=0.05)
     wait_until(lambda: make_maintenance(client).run_once().reaped == 1, timeout_s=5)
@@ -151,8 +151,8 @@ def test_history_ends_with_the_answer(client: redis.Redis, redis_url: str, how: 
     if how == "answered":
         wait_until(lambda: make_maintenance(client).run_once().promoted == 1, timeout_s=5)
         now_s = time.monotonic()
-        ledger = make_committer(client, "w")
-        ledger.write(to_entries([claim(client)], worker="w", now_s=now_s))
+        committer = make_committer(client, "w")
+        committer.write(to_entries([claim(client)], worker="w", now_s=now_s))
     else:
         with Client(redis_url) as ours:
             assert ours.cancel("job") == ["job"]

@@ -1,6 +1,6 @@
-"""Callbacks of jobs that somebody answered who did not hold them, and of workers that died: sent by whoever looks.
+"""Callbacks of jobs that another process answered, and of crashed workers: any worker sends them.
 
-The judge of what Celery does with a task that is revoked is an ordinary Celery task.
+An ordinary Celery task shows what Celery does with a task that is revoked.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def ending(app: Celery, part: str, body: str) -> Ending:
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory: pytest.TempPathFactory) -> Ending:
+def of_ordinary_task(tmp_path_factory: pytest.TempPathFactory) -> Ending:
     """What an ordinary Celery worker makes of a chord with a revoked part."""
-    folder = tmp_path_factory.mktemp("judge")
+    folder = tmp_path_factory.mktemp("ordinary")
     command = [sys.executable, "-m", "celery", "-A", "tests.support.plain_app", "worker", "-P", "solo"]
     with Valkey(folder=folder / "valkey") as server:
         env = clean_environment({"PLAIN_REDIS_URL": server.url})
@@ -80,9 +80,9 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Ending:
 
 @pytest.fixture
 def app(redis_url: str) -> Iterator[Celery]:
-    """Somebody's application on the server of the test."""
-    with celery_client(redis_url) as somebody:
-        yield somebody
+    """A user's Celery application on the server of the test."""
+    with celery_client(redis_url) as application:
+        yield application
 
 
 @pytest.fixture
@@ -118,9 +118,9 @@ def end_aside(client: redis.Redis, url: str, way: str, ids: list[str]) -> None:
     ids="-".join,
 )
 def test_chord_and_chain_end_as_in_celery(
-    app: Celery, redis_client: redis.Redis, redis_url: str, judged: Ending, how: tuple[str, str]
+    app: Celery, redis_client: redis.Redis, redis_url: str, of_ordinary_task: Ending, how: tuple[str, str]
 ) -> None:
-    """Nobody waits for ever for a body or a follower, wherever the message of the task was that somebody ended."""
+    """No caller waits forever for a chord body or the next task, wherever the message of the ended job was."""
     way, where = how
     tag: Any = app.signature("shiwu.tag", args=["s3://b/k.jpg"], queue=Lane.BULK.queue)
     whole = chord([tag, tag.clone()], app.signature("plain.gather", app=app)).apply_async()
@@ -137,7 +137,7 @@ def test_chord_and_chain_end_as_in_celery(
     AnswerStore(redis_client, token="w", callbacks_reserved_s=0.0).write([entry])
     end_aside(redis_client, redis_url, way, ended)
     assert claims.claim(5).jobs == ()
-    assert ending(app, part, whole.id) == judged
+    assert ending(app, part, whole.id) == of_ordinary_task
     wait_until(lambda: app.AsyncResult(line.id).state == "REVOKED", timeout_s=GET_S)
     wait_until(lambda: not redis_client.exists(CANVAS, CANVAS_DUE), timeout_s=GET_S)
     assert not redis_client.keys(f"{PENDING_CALLBACK_ANSWER}*")
@@ -220,7 +220,7 @@ def test_many_pending_callbacks_are_sent_without_pauses(app: Celery, redis_clien
 
 
 def test_broken_connection_postpones_the_callbacks(app: Celery, redis_client: redis.Redis) -> None:
-    """A plain OSError, which not every library wraps, passes by itself; what a stranger wrote wrongly does not."""
+    """A plain OSError, which not every library wraps, is retried; a malformed message is not."""
     redis_client.hset(CANVAS, mapping={"bad": "x", "good": "x"})
     redis_client.zadd(CANVAS_DUE, {"bad": 1.0, "good": 2.0})
     callbacks = CallbackSender(app, redis_client, rules=RULES, retry_after_s=0.001)

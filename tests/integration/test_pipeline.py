@@ -126,7 +126,7 @@ def test_worker_deaths_are_counted_apart_from_retries(parts: PipelineUnderTest, 
     assert error.code.value == "attempts_exhausted"
 
 
-def test_job_claimed_again_while_still_being_released_is_answered(
+def test_job_claimed_again_during_its_release_is_answered(
     parts: PipelineUnderTest, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its earlier attempt is still being released when a claim brings the job again: it does not wait for a lease."""

@@ -197,7 +197,7 @@ def test_countdown_and_expires_of_a_plain_client(plain: Any, s3: S3Server) -> No
 
 
 def test_ignore_result_leaves_no_key_but_an_entry_in_the_stream(plain: Any, s3: S3Server) -> None:
-    """Who wants no result pays for none; the results stream still tells."""
+    """With `ignore_result` no result is stored; the results stream still has the answer."""
     reference = s3.put("ignored", pictures.jpeg(pictures.picture()))
     plain.send_task("shiwu.tag", args=[reference], queue="shiwu.bulk", ignore_result=True, task_id="ignored-1")
     client = plain.backend.client
@@ -205,8 +205,8 @@ def test_ignore_result_leaves_no_key_but_an_entry_in_the_stream(plain: Any, s3: 
     assert client.get(result_key("ignored-1")) is None
 
 
-def test_odd_messages_are_buried_and_the_worker_goes_on(shared_worker: WorkerProcess, s3: S3Server) -> None:
-    """Bytes that are no message lie among the dead letters, unchanged; the next job is answered."""
+def test_malformed_messages_become_dead_letters(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """Bytes that are no message are stored unchanged as dead letters; the next job is answered."""
     odd = [b"", b"\xff\x00", b"[]", b'{"headers":{"id":"has space","task":"shiwu.tag"}}', b"[" * 5000]
     with redis.Redis.from_url(shared_worker.redis_url) as client:
         before = client.zcard(DEAD)

@@ -39,11 +39,11 @@ def test_trim_reports_unacknowledged_entries(redis_client: redis.Redis) -> None:
     redis_client.xreadgroup("slow", "c", {RESULT_STREAM: ">"}, count=100)
     [[_, seen]] = redis_client.xreadgroup("stuck", "c", {RESULT_STREAM: ">"}, count=1300)
     redis_client.xack(RESULT_STREAM, "stuck", *[entry_id for entry_id, _ in seen[::2]])
-    upkeep = make_maintenance(redis_client, stream_length=LENGTH)
-    assert upkeep.trim() == {"slow": 300, "stuck": 150}
+    maintenance = make_maintenance(redis_client, stream_length=LENGTH)
+    assert maintenance.trim() == {"slow": 300, "stuck": 150}
     assert redis_client.xlen(RESULT_STREAM) == LENGTH
     assert redis_client.hget(COUNTERS, "results_dropped") == b"450"
-    assert upkeep.trim() == {}
+    assert maintenance.trim() == {}
 
 
 def test_trim_of_a_short_stream_drops_nothing(redis_client: redis.Redis) -> None:

@@ -1,4 +1,4 @@
-"""The front door: what a stranger sees first."""
+"""The demo works as README.md describes it."""
 
 from __future__ import annotations
 

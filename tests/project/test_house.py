@@ -1,4 +1,4 @@
-"""The size of files and functions, and the pinned versions of a fresh installation."""
+"""The size of files and functions, the length of test names, and the pinned versions of a fresh installation."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ SOURCES = sorted(path for side in ("producer", "worker") for path in (ROOT / sid
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
 """Without the docstring."""
+TEST_FILES = sorted((ROOT / "tests").rglob("test_*.py"))
+MAX_TEST_NAME = 60
+"""Length of the longest name of a test."""
 
 
 def long_functions(path: Path) -> Iterator[str]:
@@ -45,6 +48,19 @@ def test_files_stay_short(path: Path) -> None:
 def test_functions_fit_on_a_screen(path: Path) -> None:
     """A function has at most MAX_FUNCTION_LINES lines."""
     assert list(long_functions(path)) == []
+
+
+def test_test_names_are_short() -> None:
+    """A test's name has at most MAX_TEST_NAME characters; details stand in its docstring."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in TEST_FILES}
+    names = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    ]
+    assert len(names) > len(TEST_FILES)
+    assert [name for name in names if len(name.rpartition(" ")[2]) > MAX_TEST_NAME] == []
 
 
 def pins() -> list[str]:

@@ -19,7 +19,7 @@ from tests.support.servers import PictureServer, Reply, Valkey
 from tests.support.waiting import wait_until
 
 
-def test_a_connection_to_another_machine_is_refused_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_to_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """192.0.2.1 is reserved for documentation; the guard stops the call before a packet leaves."""
     with only_loopback(monkeypatch.setattr) as left, socket.socket() as client:
         with pytest.raises(LeftMachineError):

@@ -1,4 +1,4 @@
-"""Somebody's Celery application, with none of our code, that leaves nothing behind."""
+"""A user's Celery application without shiwu's code, which closes all its connections."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def celery_client(url: str, *, has_results: bool = True) -> Iterator[Celery]:
     """A producer's application on the Redis at `url`.
 
     Celery's results unsubscribe when they are collected, and try that for 20 s where their Redis is gone. A result
-    that somebody still holds at the end must find no subscription.
+    that is still held at the end must find no subscription.
     """
-    app = Celery("somebody", broker=url, backend=url if has_results else None, set_as_current=False)
+    app = Celery("application", broker=url, backend=url if has_results else None, set_as_current=False)
     try:
         yield app
     finally:

@@ -16,7 +16,7 @@ OWN_NAMES: Final = frozenset({"localhost", "", socket.gethostname()})
 
 
 class LeftMachineError(AssertionError):
-    """Somebody tried to connect to an address that is not on loopback."""
+    """A test tried to connect to an address that is not on loopback."""
 
 
 def is_own_address(address: object) -> bool:

@@ -1,6 +1,6 @@
-"""Somebody's Celery application, with none of our code: `celery -A tests.support.plain_app worker`.
+"""A user's Celery application without shiwu's code: `celery -A tests.support.plain_app worker`.
 
-`plain.tag` is an ordinary task with the answers of `shiwu.tag`: the judge of what Celery's canvas does.
+`plain.tag` is an ordinary task with the answers of `shiwu.tag`: it shows what Celery's canvas does.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def make_committer(client: redis.Redis, name: str) -> AnswerStore:
 
 
 def make_maintenance(client: redis.Redis, name: str = "", *, stream_length: int = 100_000) -> Maintenance:
-    """One who tends."""
+    """Maintenance with test settings."""
     token = name or "sweep"
     return Maintenance(
         client,

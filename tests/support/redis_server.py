@@ -20,7 +20,7 @@ from tests.support.processes import LOOPBACK, Process, ServerError, clean_enviro
 from tests.support.waiting import wait_until
 
 STARTS: Final = 3
-"""Tries to start, because somebody else may take a port between its choice and its use."""
+"""Tries to start, because another process may take a port between its choice and its use."""
 CLOSED: Final = redis.AuthenticationError, NoPermissionError
 """What a server says that answers, but not to a client without a name."""
 

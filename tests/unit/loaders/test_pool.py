@@ -253,7 +253,7 @@ def test_image_that_lacks_memory_is_retried_alone(tmp_path: Path) -> None:
 
 
 def test_isolating_loader_finishes_its_tasks_first(good: str, tmp_path: Path, http_server: PictureServer) -> None:
-    """A loader ends data it holds before it tries a suspect; if it dies meanwhile, nobody in it is convicted."""
+    """The loader finishes its tasks before a quarantined one; if it crashes meanwhile, none of them fails."""
     made = Pool(tmp_path, processes=2)
     body = Path(good.removeprefix("file://")).read_bytes()
     slow = [http_server.serve(f"/{n}.png", Reply.picture(body).late(first_pause_s=1.5)) for n in range(5)]

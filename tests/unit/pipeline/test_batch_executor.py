@@ -1,4 +1,4 @@
-"""A batch that fails: every picture gets its own answer, and only the guilty one has no tags."""
+"""When a batch fails, every image gets its own answer and only the failing image has no tags."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Vectors = NDArray[np.float32]
 
 
 class Device:
-    """A model whose vector is the picture's number, with faults by number and by size."""
+    """A model whose vector is the image's number, with faults by number and by batch size."""
 
     def __init__(self, count: int) -> None:
         self.pixels: Pixels = np.arange(count, dtype=np.uint8).reshape(count, 1)
@@ -37,7 +37,7 @@ class Device:
         self.room = count
         self.nan: set[int] = set()
         self.nan_in_fp32: set[int] = set()
-        self.guilty: set[int] = set()
+        self.failing: set[int] = set()
         self.short = False
         self.error: Exception | None = None
         self.batches: list[int] = []
@@ -48,18 +48,18 @@ class Device:
         self.learned: list[Any] = []
 
     def launch(self, pixels: Pixels, rows: Sequence[int]) -> Any:
-        """A batch takes off: nothing is done yet."""
+        """Launch a batch: nothing is computed yet."""
         return pixels[list(rows)]
 
     def collect(self, pixels: Any) -> Vectors:
-        """The fast path, with whatever is wrong today."""
+        """The fast path, with the faults that the test set."""
         self.batches.append(len(pixels))
         numbers = [int(n) for n in pixels[:, 0]]
         if self.error is not None:
             raise self.error
         if len(pixels) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        if self.guilty & set(numbers):
+        if self.failing & set(numbers):
             raise RuntimeError("a kernel failed")
         if rows := tuple(row for row, n in enumerate(numbers) if n in self.nan):
             raise NonFiniteError("NaN", rows)
@@ -87,13 +87,13 @@ class Device:
         return EncodedLabels(label_set, TextVectors(np.ones((len(label_set.words), 1), np.float32)))
 
     def error_kind(self, error: BaseException) -> DeviceErrorKind:
-        """As the encoder judges."""
+        """The kind that the encoder would return."""
         if isinstance(error, torch.OutOfMemoryError):
             return DeviceErrorKind.OUT_OF_MEMORY
         return DeviceErrorKind.LOST if "CUDA error" in str(error) else DeviceErrorKind.OTHER
 
     def learn(self, flight: Any, *, host_s: float) -> None:
-        """A batch went well."""
+        """Record a successful batch."""
         assert host_s >= 0
         self.learned.append(flight)
 
@@ -112,7 +112,7 @@ class Device:
 
 
 def test_out_of_memory_halves_and_is_remembered() -> None:
-    """16 do not fit, 8 do not, 4 do: everybody is answered, and no later batch is larger than 4."""
+    """Batches of 16 and 8 do not fit, 4 do: every job is answered, and no later batch is larger than 4."""
     device = Device(16)
     device.room = 5
     device.run()
@@ -121,20 +121,20 @@ def test_out_of_memory_halves_and_is_remembered() -> None:
     assert min(device.caps) == 4
 
 
-def test_only_a_batch_that_went_well_says_what_it_took() -> None:
-    """What failed and was done in other ways has a time of its own."""
+def test_only_successful_batches_are_measured() -> None:
+    """A batch that failed and was repeated in parts is not measured."""
     device = Device(8)
     device.run()
     assert [len(flight) for flight in device.learned] == [8]
-    for wrong in ("nan", "guilty"):
+    for wrong in ("nan", "failing"):
         device = Device(8)
         setattr(device, wrong, {3})
         device.run()
         assert device.learned == []
 
 
-def test_no_room_for_one_alone_is_not_the_pictures_fault() -> None:
-    """It is told as an error that may pass, so that the job is tried again later."""
+def test_out_of_memory_for_one_image_is_retryable() -> None:
+    """The error is retryable, so the job is retried later."""
     device = Device(2)
     device.room = 0
     device.run()
@@ -142,7 +142,7 @@ def test_no_room_for_one_alone_is_not_the_pictures_fault() -> None:
     assert all(job.error is not None and job.error.retryable for job in device.jobs)
 
 
-def test_nan_is_tried_in_fp32_alone_and_only_then_blamed() -> None:
+def test_nan_fails_only_after_a_retry_in_fp32() -> None:
     """Two overflow, one of them also in FP32; the other six go through the fast path once more."""
     device = Device(8)
     device.nan, device.nan_in_fp32 = {2, 5}, {5}
@@ -152,8 +152,8 @@ def test_nan_is_tried_in_fp32_alone_and_only_then_blamed() -> None:
     assert device.batches == [8, 6]
 
 
-def test_a_wrong_count_is_tried_one_by_one() -> None:
-    """Too few vectors name no guilty row: each picture is encoded alone in FP32, and none gets a neighbour's tags."""
+def test_wrong_vector_count_encodes_one_by_one() -> None:
+    """Too few vectors point to no row: each image is encoded alone in FP32, and none gets the tags of another."""
     device = Device(4)
     device.short = True
     device.run()
@@ -161,17 +161,17 @@ def test_a_wrong_count_is_tried_one_by_one() -> None:
     assert device.exact == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("guilty", [0, 3, 7])
-def test_any_other_error_convicts_the_guilty_alone(guilty: int) -> None:
+@pytest.mark.parametrize("failing", [0, 3, 7])
+def test_other_error_fails_only_the_image_that_causes_it(failing: int) -> None:
     """Halving finds it; the others are answered."""
     device = Device(8)
-    device.guilty = {guilty}
+    device.failing = {failing}
     device.run()
-    assert device.failed() == {f"j{guilty}": ErrorCode.ENCODE_FAILED}
+    assert device.failed() == {f"j{failing}": ErrorCode.ENCODE_FAILED}
 
 
 def test_a_lost_device_ends_the_process() -> None:
-    """No job is blamed, and nothing is tried again here."""
+    """No job gets an error, and nothing is retried here."""
     device = Device(8)
     device.error = RuntimeError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(FatalError) as caught:
@@ -181,8 +181,8 @@ def test_a_lost_device_ends_the_process() -> None:
     assert not any(job.error for job in device.jobs)
 
 
-def test_words_that_fail_end_their_own_jobs_only() -> None:
-    """Rows of an error of the text tower are no pictures: nobody else is blamed, and nothing is indexed by them."""
+def test_label_set_that_fails_fails_only_its_own_jobs() -> None:
+    """Rows in an error of the text tower are words, not images: they index no job, and no other job fails."""
     device = Device(4)
     for job, words in zip(device.jobs, (("a",), ("bad",), ("a",), ("b",)), strict=True):
         job.label_set = LabelSet("x", words)
@@ -192,7 +192,7 @@ def test_words_that_fail_end_their_own_jobs_only() -> None:
     assert device.caps == []
 
 
-def test_errors_of_the_device_are_judged(tmp_path: Path) -> None:
+def test_device_errors_are_classified(tmp_path: Path) -> None:
     """Out of memory, a lost context, and everything else."""
     encoder = make_encoder(saved(make_model("clip"), tmp_path))
     assert encoder.error_kind(torch.OutOfMemoryError("CUDA out of memory")) is DeviceErrorKind.OUT_OF_MEMORY

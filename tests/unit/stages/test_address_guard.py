@@ -1,4 +1,4 @@
-"""Which addresses are public, and that the guard judges every answer of a name."""
+"""Which addresses are public, and that the guard checks every address of a name."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ PUBLIC = [
 
 @pytest.mark.parametrize("address", BLOCKED)
 def test_special_addresses_are_not_public(address: str) -> None:
-    """Private, loopback, link-local, metadata, documentation, multicast; IPv4 inside IPv6 judged as IPv4."""
+    """Private, loopback, link-local, metadata, documentation, multicast; IPv4 inside IPv6 counts as IPv4."""
     assert not is_public(ipaddress.ip_address(address))
 
 

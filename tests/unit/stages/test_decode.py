@@ -111,7 +111,7 @@ def test_crop_keeps_the_aspect_ratio() -> None:
 @pytest.mark.parametrize("resample", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("size", [(512, 512), (333, 777), (640, 64), (64, 64), (1, 1), (10, 1000), (2000, 3)])
 def test_fast_resize_is_within_a_few_levels_of_pillow(size: tuple[int, int], resample: int) -> None:
-    """The judge is Pillow, for every filter, on a picture with edges; what has no fast form is Pillow's own."""
+    """Compared with Pillow for every filter, on an image with edges; modes without a fast form use Pillow."""
     data = pictures.png(pictures.picture("熊猫").convert("RGB").resize(size))
     spec = ImageSpec(64, 64, "squash", None, resample, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     fast, exact = (decode(data, spec=spec, limits=LIMITS, exact=exact)[0].astype(int) for exact in (False, True))
@@ -146,7 +146,7 @@ def test_every_variant_is_decoded_or_gives_its_code() -> None:
     ],
 )
 def test_bytes_that_are_no_image_give_their_code(data: bytes, limits: DecodeLimits, code: str) -> None:
-    """Judged by content and by the header, never by a name."""
+    """Detected by content and header, never by name."""
     with pytest.raises(Rejected) as caught:
         decode(data, spec=SPEC, limits=limits)
     assert caught.value.code.value == code

@@ -516,7 +516,7 @@ def test_obstore_uses_the_aws_endpoint_of_boto3(region: str, bucket: str) -> Non
 
 
 def test_stores_are_bounded_and_follow_credentials(http_server: PictureServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strangers name buckets; the ones asked for last stay. Keys that were changed are used at once."""
+    """Messages name buckets, so only the clients used last are kept; changed keys take effect immediately."""
     store = make_store("obstore", http_server.url(""))
     assert isinstance(store, ObstoreStore)
     buckets = [f"bucket-{number}" for number in range(MAX_BUCKET_CLIENTS + 4)]

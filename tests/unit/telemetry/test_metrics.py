@@ -47,7 +47,7 @@ def samples(metrics: Metrics) -> dict[str, float]:
 
 
 def test_answers_are_counted_by_lane_status_and_code() -> None:
-    """Whatever comes together in one commit; nothing that a stranger wrote becomes a label."""
+    """Counts all answers of one commit; no text of a message becomes a label value."""
     metrics = Metrics(retried=RETRIABLE)
     refused = settled(lane=Lane.INTERACTIVE, code=ErrorCode.SOURCE_FORBIDDEN)
     metrics.answered([settled(), settled(is_first=False), refused])
@@ -85,7 +85,7 @@ def test_every_stage_has_its_seconds() -> None:
 def test_stage_that_a_job_did_not_reach_is_not_counted() -> None:
     """A stage that it never reached, a wait that nobody knows, a lane that no message says."""
     metrics = Metrics(retried=RETRIABLE)
-    metrics.answered([settled(lane=None, timing=Timing(claim=1.0, total=1.0), code=ErrorCode.SOURCE_FORBIDDEN)])  # type: ignore[arg-type]  # as answers of strangers' messages are
+    metrics.answered([settled(lane=None, timing=Timing(claim=1.0, total=1.0), code=ErrorCode.SOURCE_FORBIDDEN)])  # type: ignore[arg-type]  # as answers from other processes' messages are
     values = samples(metrics)
     assert values['shiwu_stage_seconds_count{stage="claim"}'] == 1
     assert values['shiwu_stage_seconds_count{stage="encode"}'] == 0

@@ -147,7 +147,7 @@ def test_span_of_a_failed_job_has_its_code(exporter: InMemorySpanExporter) -> No
     "trace", [None, "", "00-0-0-01", "zz" + PARENT[2:], PARENT.replace("b7ad6b7169203331", "0" * 16)]
 )
 def test_job_without_a_valid_parent_begins_a_trace(exporter: InMemorySpanExporter, trace: str | None) -> None:
-    """What a stranger wrote never costs the span."""
+    """An invalid trace context in a message loses no span."""
     span = made(exporter, [settled(job_of("a", trace=trace))])["a"]
     assert span.parent is None
 

@@ -1,1 +1,1 @@
-"""The seven stages, in order: claim, fetch, decode, batch, encode, score, commit. Strangers to each other."""
+"""The seven stages, in order: claim, fetch, decode, batch, encode, score, commit. None imports another."""

@@ -1,6 +1,6 @@
 -- Answers jobs, each once: stores the answer, announces it, appends it to the stream, and removes claim, lease and attempts.
 -- KEYS  claims, leases, attempts, results stream, dead, dead answers, dead messages, counters, deadlines, canvas, canvas due,
---       delayed, parked
+--       delayed, delayed_messages
 -- ARGV  result ttl in s, mark ttl in s, max dead letters, date, prefix of marks, prefix of results, channel of answered jobs,
 --       how long callbacks are reserved for the worker in ms, prefix of answers with pending callbacks, prefix of histories,
 --       then for each job: id, kind, answer, start of Celery's result for a failure, `lane key|raw message` where kind needs
@@ -19,13 +19,13 @@ local dead, dead_answers, dead_messages, counters = KEYS[5], KEYS[6], KEYS[7], K
 local deadlines, canvas, canvas_due = KEYS[9], KEYS[10], KEYS[11]
 local result_ttl, done_ttl, max_dead, date = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local done_prefix, result_prefix, ended, reserved_ms = ARGV[5], ARGV[6], ARGV[7], tonumber(ARGV[8])
-local delayed, parked, pending_prefix, history_prefix = KEYS[12], KEYS[13], ARGV[9], ARGV[10]
+local delayed, delayed_messages, pending_prefix, history_prefix = KEYS[12], KEYS[13], ARGV[9], ARGV[10]
 local FIRST, STEP = 11, 7
 local READABLE_BYTES = 4 * 1024 * 1024
 local STATES = { S = 'SUCCESS', F = 'FAILURE', R = 'REVOKED' }
 
 -- A key of a wrong type must stop the script before the first answer is marked, because Redis does not undo a script.
-for _, hash in ipairs({ claims, attempts, dead_answers, dead_messages, counters, canvas, parked }) do redis.call('HLEN', hash) end
+for _, hash in ipairs({ claims, attempts, dead_answers, dead_messages, counters, canvas, delayed_messages }) do redis.call('HLEN', hash) end
 for _, set in ipairs({ leases, dead, canvas_due, delayed }) do redis.call('ZCARD', set) end
 redis.call('XLEN', results)
 local has_deadlines = redis.call('ZCARD', deadlines) > 0
@@ -37,7 +37,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function message_of(id)
   local record = redis.call('HGET', claims, id)
   if record then return string.match(record, '^[^|]*|%d+|(.*)$') end
-  return redis.call('HGET', parked, id) or nil
+  return redis.call('HGET', delayed_messages, id) or nil
 end
 
 local function wants_no_result(message)
@@ -78,7 +78,7 @@ redis.call('ZREM', leases, unpack(claimed))
 redis.call('HDEL', attempts, unpack(claimed))
 if #histories > 0 then redis.call('DEL', unpack(histories)) end
 for id in pairs(found) do
-  redis.call('HDEL', parked, id)
+  redis.call('HDEL', delayed_messages, id)
   redis.call('ZREM', delayed, id)
 end
 if has_deadlines then redis.call('ZREM', deadlines, unpack(ids)) end
