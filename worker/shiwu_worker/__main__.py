@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from shiwu_worker.errors import ExitCode
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--check", is_flag=True, help="Try Redis, the label files, S3 and the model, print the changed settings, and exit."
 )
@@ -49,7 +50,9 @@ from shiwu_worker.errors import ExitCode
     help="Workers on each GPU or MIG instance.",
 )
 @click.version_option(package_name="shiwu")
+@click.pass_context
 def main(
+    context: click.Context,
     *,
     check: bool,
     show_all: bool,
@@ -60,7 +63,7 @@ def main(
     gpus: str,
     per_gpu: int,
 ) -> None:
-    """Tag images from the lanes `shiwu.interactive` and `shiwu.bulk`.
+    """Tag images from the lanes `shiwu.interactive` and `shiwu.bulk`, unless a command is given.
 
     All settings are environment variables that begin with SHIWU_; --check --all lists them. With several GPUs, a
     launcher starts one worker for each and restarts a worker that crashes. With one GPU or none, this process is the
@@ -81,6 +84,11 @@ def main(
     70 INTERNAL  a defect of shiwu
     71 OVERDUE   several GPUs: a worker was killed before it had drained
     """
+    if context.invoked_subcommand is not None:
+        given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if given:
+            raise click.UsageError(f"expected no options before the command {context.invoked_subcommand}")
+        return
     if show_all and not check:
         raise click.UsageError("expected --all with --check")
     if sum(map(bool, (check, tune, fetch_model, convert))) > 1:
@@ -90,6 +98,33 @@ def main(
         if command is None:
             command = _worker_command(gpus=gpus, per_gpu=per_gpu, task_events=task_events)
     sys.exit(command())
+
+
+@main.group()
+def model() -> None:
+    """Commands for models."""
+
+
+@model.command()
+@click.argument("model", metavar="[FOLDER|ID]", required=False)
+@click.option("--labels", metavar="NAME", help="The label set to check and to answer with.  [default: the default set]")
+@click.option(
+    "--image",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The image to answer.  [default: a photograph in the package]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(*, model: str | None, labels: str | None, image: Path | None, as_json: bool) -> None:
+    """Show what a model is, whether the worker can use it, and its answer next to that of the reference script.
+
+    Without an argument it inspects SHIWU_MODEL, or the embedded model. The exit code is 0 if the worker can use the
+    model, and otherwise that of the worker: 65 for the model, 64 for a setting or an option. The reference script
+    holds a second copy of the weights, in FP32 on the CPU.
+    """
+    with _worker_libraries():
+        from shiwu_worker.commands.model_inspect import run_inspect  # noqa: PLC0415 --help needs none of its imports
+    sys.exit(run_inspect(model, labels=labels, image=image, as_json=as_json))
 
 
 def _command(

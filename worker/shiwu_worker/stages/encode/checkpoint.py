@@ -153,7 +153,8 @@ class TextEncoder:
         self._tokenizer = open_tokenizer(checkpoint, vocab_size=model.config.text_config.vocab_size)
         config = model.config.text_config
         self._is_siglip = config.model_type.startswith("siglip")
-        self._length = min(self._tokenizer.model_max_length, _text_length(config))
+        self.max_tokens = int(min(self._tokenizer.model_max_length, _text_length(config)))
+        """Longest text in tokens; longer ones are cut."""
         self._empty_ids = self._find_empty_ids()
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -186,7 +187,7 @@ class TextEncoder:
     def _tokenize(self, texts: Sequence[str], **options: Any) -> Any:
         # SigLIP was trained with lower case.
         read = [text.lower() for text in texts] if self._is_siglip else list(texts)
-        return self._tokenizer(read, truncation=True, max_length=self._length, **options)
+        return self._tokenizer(read, truncation=True, max_length=self.max_tokens, **options)
 
 
 def _text_length(config: Any) -> int:

@@ -72,6 +72,8 @@ class Encoder:
         self._cpu_pool = CpuInferencePool(torch.get_num_threads()) if is_cpu else None
         self._model = self._run_exclusive(lambda: DeviceModel(options, checkpoint, self._device))
         self._texts = TextEncoder(self._model.module, checkpoint)
+        self.text_tokens = self._texts.max_tokens
+        """Longest text in tokens; `encode_texts` cuts longer ones."""
         self.batch_sizes = tuple(options.batch_sizes)
         """Allowed batch sizes, ascending."""
         self._staging = self._make_staging()
