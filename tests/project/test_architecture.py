@@ -72,6 +72,38 @@ def test_front_doors_are_those_of_the_import_contracts() -> None:
     assert {package: front_doors()[package] for package in contracts} == contracts
 
 
+def imports_between_packages() -> set[tuple[str, str]]:
+    """Package and module of each import of the worker from a package with a front door into another package."""
+    root = ROOT / "worker" / "shiwu_worker"
+    doors = front_doors()
+    found: set[tuple[str, str]] = set()
+    for path in root.rglob("*.py"):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("shiwu_worker."):
+                continue
+            target = str(node.module).removeprefix("shiwu_worker.")
+            names = [target, *(f"{target}.{name.name}" for name in node.names)]
+            for package in doors:
+                if not module.startswith(f"{package}."):
+                    inner = [name.removeprefix(f"{package}.") for name in names if name.startswith(f"{package}.")]
+                    modules = [
+                        name
+                        for name in inner
+                        if (root / f"{package}.{name}".replace(".", "/")).with_suffix(".py").is_file()
+                    ]
+                    found.update((package, name) for name in modules)
+    return found
+
+
+def test_imports_between_packages_use_front_doors() -> None:
+    """Type-only imports included."""
+    doors = front_doors()
+    found = imports_between_packages()
+    assert len(found) > 30
+    assert sorted((package, module) for package, module in found if module not in doors[package]) == []
+
+
 def mermaid(kind: str) -> str:
     """The one diagram of this kind on the page."""
     text = PAGE.read_text(encoding="utf-8")
@@ -86,6 +118,20 @@ def test_owners_of_threads_exist() -> None:
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "worker").rglob("*.py"))
     assert len(owners) > 8
     assert [owner for owner in sorted(owners) if not re.search(rf"^class {owner}\b", sources, re.M)] == []
+
+
+def test_threads_of_the_table_are_those_of_the_code() -> None:
+    """Each name in the table is created in the worker, and each name that a ServiceThread has is in the table."""
+    table = PAGE.read_text(encoding="utf-8").split("| thread | owner |")[1].split("\n\n")[0]
+    rows = [re.findall(r"`([\w-]+)`", line.split("|")[1]) for line in table.splitlines()[2:]]
+    listed = {name.removesuffix("-N") for row in rows for name in row}
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "worker").rglob("*.py"))
+    created = set(re.findall(r'ServiceThread\(\s*f?"([a-z-]+?)-?["{]', sources))
+    assert all(rows)
+    assert created
+    assert created - listed == set()
+    missing = [name for name in listed - {"MainThread"} if not re.search(rf'f?"{name}["-]', sources)]
+    assert missing == []
 
 
 def key_names() -> set[str]:

@@ -1,4 +1,5 @@
 """The main path: what happens to a job from its claim to its committed answer.
 
-Front door: `pipeline`; `heartbeat`, `cancellations` and `batch_executor` for the service that builds them.
+Front door: `pipeline`, and what the service builds for it: `claimer`, `admission`, `in_flight`, `batch_executor`,
+`heartbeat`, `cancellations`. `observer` is what the service implements. `load_results` is private.
 """
