@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from tests.support.pictogram import PICTOGRAM_ZH
+
 from bench.cache import made_once
 from shiwu_worker.checkpoints.model_files import EMBEDDED, model_folder, model_name
 
@@ -74,15 +76,31 @@ def processor_folder() -> Path:
 
 
 def picture_gflop(folder: Path) -> float:
-    """Floating point operations of a picture tower, from its config: 35.13 for ViT-B/16, 162.0 for ViT-L/14."""
+    """Floating point operations of an image tower: 35.13 for ViT-B/16, 162.0 for ViT-L/14, from their configs.
+
+    Towers that are no vision transformer are run once under torch's counter.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     its = config["vision_config"]
+    if "patch_size" not in its:
+        return _counted_gflop(folder, its["image_size"])
     hidden, patch = its["hidden_size"], its["patch_size"]
     patches = (its["image_size"] // patch) ** 2
     tokens = patches + 1
     layer = tokens * (4 * hidden**2 + 2 * hidden * its["intermediate_size"]) + 2 * tokens**2 * hidden
     ends = patches * 3 * patch**2 * hidden + hidden * config.get("projection_dim", 0)
     return float(2 * (its["num_hidden_layers"] * layer + ends) / 1e9)
+
+
+def _counted_gflop(folder: Path, side: int) -> float:
+    import torch  # noqa: PLC0415 only where a model is counted
+    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
+    from transformers import AutoModel  # noqa: PLC0415
+
+    model = AutoModel.from_pretrained(folder, local_files_only=True).float().eval()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.get_image_features(pixel_values=torch.zeros(1, 3, side, side))
+    return float(counter.get_total_flops() / 1e9)
 
 
 def _make_elsewhere(name: str, folder: Path) -> None:
@@ -104,8 +122,8 @@ def _make(name: str, folder: Path) -> None:
 
 
 def _write_vocabulary(folder: Path) -> None:
-    """The embedded model's words, filled up to the published number of tokens."""
-    words = (model_folder(None) / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    """The words of the tests' pictogram model, filled up to the published number of tokens."""
+    words = (PICTOGRAM_ZH / "vocab.txt").read_text(encoding="utf-8").split("\n")
     words = [word for word in words if word]
     words += [f"[unused{number}]" for number in range(len(words), VOCAB)]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")

@@ -29,6 +29,8 @@ from shiwu import Client, Lane
 LEAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ANSWERS_S = 60.0
 READY_S = 120.0
+EMBEDDED = {"SHIWU_MODEL": "", "SHIWU_LABELS_DIR": "", "SHIWU_DEFAULT_LABELS": "", "SHIWU_TORCH_THREADS": "0"}
+"""In place of what the tests set: the embedded model with its default labels and all cores."""
 MODEL_READY_S = 1800.0
 """A model may have to be downloaded."""
 WORKER_STOPS_S = 10.0
@@ -61,7 +63,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make demo", description="Tag images with real servers and one worker.")
     parser.add_argument("images", nargs="*", type=Path, help="folders or files of your own; default: the samples")
     parser.add_argument("--model", help="folder or hub id, as SHIWU_MODEL takes it; default: the embedded model")
-    parser.add_argument("--labels", help="name of a label set; default: the worker's own, for samples pictogram-zh")
+    parser.add_argument("--labels", help="name of a label set; default: the worker's own")
     parser.add_argument("--page", type=Path, default=PAGE, help="where the page with the images is written")
     options = parser.parse_args()
     options.own = find_images(options.images)
@@ -87,7 +89,7 @@ def _run(console: Console, stack: ExitStack, options: argparse.Namespace) -> int
     valkey = stack.enter_context(Valkey(folder=folder / "valkey"))
     say(f"Valkey answers on {valkey.url}")
     # Whoever looks at the demo is the operator, who may know why.
-    settings = {"SHIWU_TELL_REFUSALS": "true"} | _model_settings(options.model)
+    settings = EMBEDDED | {"SHIWU_TELL_REFUSALS": "true"} | _model_settings(options.model)
     make_album: Callable[[], list[Entry]]
     if options.own:
         settings["SHIWU_ALLOW_FOLDERS"] = folders_of(options.images)
@@ -110,7 +112,7 @@ def _run(console: Console, stack: ExitStack, options: argparse.Namespace) -> int
     say("the worker is warm and claims\n")
 
     asked_s = time.monotonic()
-    verdicts = _ask(valkey.url, album, labels=options.labels or (None if options.own else "pictogram-zh"))
+    verdicts = _ask(valkey.url, album, labels=options.labels)
     took_s = time.monotonic() - asked_s
     show_table(console, verdicts)
     show_summary(console, verdicts, took_s=took_s)

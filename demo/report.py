@@ -37,10 +37,9 @@ class Verdict:
 
     @property
     def rank(self) -> int | None:
-        """The place of the known label among the tags, from 1; None when it is not there."""
+        """The place of the first known label among the tags, from 1; None when none is there."""
         tags = (self.answer.tags or ()) if self.answer else ()
-        words = [tag.label for tag in tags]
-        return words.index(self.entry.label) + 1 if self.entry.label in words else None
+        return next((place for place, tag in enumerate(tags, 1) if tag.label in self.entry.labels), None)
 
     @property
     def is_expected(self) -> bool:
@@ -67,7 +66,7 @@ def show_table(console: Console, verdicts: list[Verdict]) -> None:
         timing = verdict.answer.timing if verdict.answer else Timing()
         size = verdict.answer.batch_size if verdict.answer else None
         table.add_row(
-            verdict.entry.label or verdict.entry.name or "–",
+            verdict.entry.labels[0] if verdict.entry.labels else verdict.entry.name or "–",
             verdict.entry.form,
             verdict.entry.source,
             _outcome(verdict),
@@ -88,7 +87,7 @@ def _outcome(verdict: Verdict) -> Text:
     if answer is None:
         return Text("no answer", style="bold red")
     if answer.tags:
-        tags = [(f"{tag.label}:{tag.score * 100:.0f}", tag.label == verdict.entry.label) for tag in answer.tags[:3]]
+        tags = [(f"{tag.label}:{tag.score * 100:.0f}", tag.label in verdict.entry.labels) for tag in answer.tags[:3]]
         return Text(" ").join(Text(text, style="green" if known else "") for text, known in tags)
     code = str(answer.error.code) if answer.error else "no error code"
     if verdict.is_expected:
@@ -99,7 +98,7 @@ def _outcome(verdict: Verdict) -> Text:
 
 def show_summary(console: Console, verdicts: list[Verdict], *, took_s: float) -> None:
     """Counts, speed, and how often the known label was found."""
-    ranks = [verdict.rank for verdict in verdicts if verdict.entry.label]
+    ranks = [verdict.rank for verdict in verdicts if verdict.entry.labels]
     counts = Counter(
         "tagged"
         if verdict.is_expected and verdict.answer and verdict.answer.tags
@@ -120,8 +119,9 @@ def show_summary(console: Console, verdicts: list[Verdict], *, took_s: float) ->
         return
     first, five = (sum(rank is not None and rank <= top for rank in ranks) for top in (1, 5))
     console.print(
-        f"The known label, one of 471, came first for {first} of {len(ranks)} and among the first five for {five}. "
-        "The embedded model knows pictograms, not photographs: for those set SHIWU_MODEL.\n"
+        f"A right label, of 256, came first for {first} of {len(ranks)} and among the first five for {five}.\n"
+        "The embedded model knows some 1,000 kinds of things; SHIWU_MODEL takes a larger one, and labels are your own "
+        "words.\n"
         "The stages of a row add up to its total; queue is the wait in Redis, batch the wait for the model, "
         "and `of` the size of the batch that the picture was encoded in."
     )

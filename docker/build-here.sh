@@ -147,7 +147,7 @@ step_run() {
     --env "SHIWU_HTTP_PORT=$HTTP_PORT" --env SHIWU_GRACE_S=20 localhost/shiwu-worker-cpu >/dev/null
 
   mapfile -t asked < <(references 熊猫 汉堡 火箭)
-  hardened --rm localhost/shiwu-producer tag --labels pictogram-zh --timeout 120 --json "${asked[@]}" \
+  hardened --rm localhost/shiwu-producer tag --labels everyday-zh --timeout 120 --json "${asked[@]}" \
     >"$FOLDER/answers.jsonl" || fail "the producer ended with $?; $(p logs "$WORKER" 2>&1 | tail -20)"
   check_answers "$FOLDER/answers.jsonl" "${#asked[@]}"
 

@@ -108,7 +108,7 @@ def test_every_setting_in_the_pods_exists(newest: Helm, name: str, tmp_path: Pat
 
 
 def test_notes_warn(newest: Helm) -> None:
-    """Of the pictogram model, of the trial server, of an S3 store that the policy may shut out."""
+    """Of the embedded model, of the trial server, of an S3 store that the policy may shut out."""
     values = {"valkey": {"enabled": True}, "s3": {"endpointUrl": "http://minio:9000"}}
     said = newest.run("install", "trial", str(CHART), "--dry-run=client", values=values)
     assert all(word in said for word in ("NOT photographs", "for trials", "networkPolicy.s3Peers", "helm test"))

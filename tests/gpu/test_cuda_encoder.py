@@ -7,12 +7,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
 from shiwu_worker.stages.encode.towers import GraphedTower
+from tests.support.pictogram import PICTOGRAM_ZH
 
-FOLDER = model_folder(None)
+FOLDER = PICTOGRAM_ZH
 SPEC = read_image_spec(FOLDER)
 pytestmark = pytest.mark.gpu
 

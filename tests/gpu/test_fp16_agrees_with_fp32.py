@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
+from tests.support.pictogram import PICTOGRAM_ZH
 
 
 @pytest.mark.gpu
 def test_fp16_vectors_agree_with_fp32() -> None:
     """Cosine of at least 0.999 for random images in every batch size."""
     assert torch.cuda.is_available(), "this test is deselected where there is no GPU"
-    folder = model_folder(None)
+    folder = PICTOGRAM_ZH
     spec = read_image_spec(folder)
     half, full = (
         Encoder(

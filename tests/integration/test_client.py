@@ -94,10 +94,11 @@ def test_cli_tag_shows_tags_and_errors(shared_worker: WorkerProcess, s3: S3Serve
     good = s3.put("cli/a.jpg", pictures.jpeg(pictures.picture("熊猫")))
     runner = CliRunner()
     base = ["--redis-url", shared_worker.redis_url]
-    shown = runner.invoke(main, [*base, "tag", good, good, "--labels", "熊猫,汽车"])
+    shown = runner.invoke(main, [*base, "tag", good, good, "--labels", "熊猫,汽车,zzz"])
     assert shown.exit_code == 0, shown.output
     assert shown.output.count("熊猫") == 2
-    assert shown.output.count("warning: the embedded model") == 1, "one line for a warning that both answers have"
+    warnings = shown.output.count("warning: the model cannot read 1 of 3 labels")
+    assert warnings == 1, "one line for a warning that both answers have"
     none = runner.invoke(main, [*base, "tag", good, "--labels", "熊猫,汽车", "--min-cosine", "0.99"])
     assert "no tag reached" in none.output
     lines = runner.invoke(main, [*base, "tag", good, "s3://pictures/cli/none", "--json"])

@@ -250,10 +250,10 @@ def test_labels_that_cannot_give_an_answer_are_refused(shared_worker: WorkerProc
 
 
 def test_an_answer_says_why_its_tags_need_care(shared_worker: WorkerProcess, s3: S3Server) -> None:
-    """The embedded model, a label that it cannot read, and a field that the worker does not know."""
+    """A label that the model cannot read, and a field that the worker does not know."""
     reference = s3.put("warned", pictures.jpeg(pictures.picture("熊猫")))
     answer = ask(shared_worker.redis_url, reference, "plain-warned")
-    assert [one.code for one in answer.warnings or ()] == [WarningCode.EMBEDDED_MODEL]
+    assert answer.warnings is None
     fields = {"image": reference, "labels": ["熊猫", "zzz"], "topK": 1}
     with celery_client(shared_worker.redis_url) as app:
         app.send_task("shiwu.tag", kwargs=fields, task_id="odd-warned", queue=Lane.INTERACTIVE.queue)
@@ -261,11 +261,10 @@ def test_an_answer_says_why_its_tags_need_care(shared_worker: WorkerProcess, s3:
         answer = read_answer(client, "odd-warned")
     assert answer.status is Status.TAGGED
     warnings = {one.code: one.message for one in answer.warnings or ()}
-    assert set(warnings) == {WarningCode.UNKNOWN_FIELD, WarningCode.EMBEDDED_MODEL, WarningCode.LABELS_UNREADABLE}
+    assert set(warnings) == {WarningCode.UNKNOWN_FIELD, WarningCode.LABELS_UNREADABLE}
     assert "'topK' (did you mean 'top_k'?)" in warnings[WarningCode.UNKNOWN_FIELD]
     assert "1 of 2 labels: zzz" in warnings[WarningCode.LABELS_UNREADABLE]
     events = [json.loads(line).get("event") for line in shared_worker.log_text().splitlines() if line.startswith("{")]
-    assert events.count("embedded_model") == 1
     assert "labels_questionable" in events
 
 

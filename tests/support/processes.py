@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
+from tests.support import pictogram
 from tests.support.waiting import wait_until
 
 LOOPBACK: Final = "127.0.0.1"
@@ -181,7 +182,8 @@ class WorkerProcess(Process):
     """A real `shiwu-worker`, or the same by `celery -A shiwu_worker.app worker`.
 
     `settings` are the worker's own names without prefix: `WorkerProcess(..., lease_s=2, max_batch=8)`. To let it fetch
-    from a `PictureServer`, pass `allow_hosts=server.host`. The model has one thread unless `torch_threads` is given.
+    from a `PictureServer`, pass `allow_hosts=server.host`. The model has one thread unless `torch_threads` is given. It
+    is the tests' pictogram model with the label set six-zh unless `model` is given; "" is the embedded one.
     """
 
     def __init__(
@@ -208,6 +210,7 @@ class WorkerProcess(Process):
             "SHIWU_LOG_FORMAT": "json",
             # Others run beside it: threads that wait for each other at every step of a model take all cores doing so.
             "SHIWU_TORCH_THREADS": "1",
+            **pictogram.SETTINGS,
         }
         asked = {f"SHIWU_{key.upper()}": str(value) for key, value in settings.items()}
         celery = ["celery", "-A", "shiwu_worker.app", "worker", *celery_args.split()]

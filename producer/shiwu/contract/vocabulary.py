@@ -117,7 +117,6 @@ class WarningCode(StrEnum):
     LABELS_UNREADABLE = "labels_unreadable"  # the model's tokenizer knows no part of these labels
     LABELS_ALIKE = "labels_alike"  # the model gives these labels the same vector
     SINGLE_LABEL = "single_label"  # softmax over one label is always 1
-    EMBEDDED_MODEL = "embedded_model"  # the embedded model answered, which recognises only what its model card lists
 
 
 def known_word(kind: type[StrEnum], word: str) -> str:

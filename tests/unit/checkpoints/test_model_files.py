@@ -18,9 +18,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def test_embedded_model_is_the_default() -> None:
     """Without a setting it is the package's own."""
     folder = model_folder(None)
-    assert model_name(None) == "pictogram-zh"
+    assert model_name(None) == "photo-zh"
     present = {path.name for path in folder.iterdir()}
-    assert {"config.json", "preprocessor_config.json", "tokenizer.json", "words.json", "MODEL_CARD.md"} <= present
+    assert {"config.json", "processor_config.json", "tokenizer.json", "MODEL_CARD.md"} <= present
     read_checkpoint(folder)
 
 

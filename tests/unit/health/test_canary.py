@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, NonFiniteError
 from shiwu_worker.health.canary import Canary, known_image
 from shiwu_worker.service.model import load_encoder, make_canary
 from shiwu_worker.stages.decode.image_spec import read_image_spec
+from tests.support.pictogram import PICTOGRAM_ZH
 
 GOOD = np.array([0.6, 0.8, 0.0], np.float32)
 
@@ -129,7 +129,7 @@ def test_known_image_is_constant_and_varied() -> None:
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_canary_of_a_real_encoder_succeeds(dtype: str) -> None:
     """The reference is computed before the weights are cast; the vector of another image is far from it."""
-    folder = model_folder(None)
+    folder = PICTOGRAM_ZH
     spec = read_image_spec(folder)
     settings = Settings(dtype=dtype, max_batch=1, torch_threads=1)
     encoder = load_encoder(settings, folder, spec)

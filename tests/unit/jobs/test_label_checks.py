@@ -10,10 +10,10 @@ import pytest
 from numpy.typing import NDArray
 
 from shiwu_worker.checkpoints.checkpoint_files import read_checkpoint
-from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.jobs.label_checks import LabelFindings, LabelTokens, check_labels
 from shiwu_worker.stages.encode.checkpoint import TextEncoder, load_model
 from tests.support.encoders import PLACES, make_encoder, make_model, saved
+from tests.support.pictogram import PICTOGRAM_ZH
 
 
 def random_units(count: int, width: int = 16) -> NDArray[np.float32]:
@@ -89,7 +89,7 @@ def words_of(texts: TextEncoder, labels: Sequence[str]) -> LabelFindings:
 
 def test_embedded_model_reads_its_own_words_only() -> None:
     """The README's default labels are fine; an English word and an emoji are not."""
-    folder = model_folder(None)
+    folder = PICTOGRAM_ZH
     checkpoint = read_checkpoint(folder)
     texts = TextEncoder(load_model(checkpoint), checkpoint)
     assert words_of(texts, ["动物", "人物", "交通工具", "食物", "建筑", "植物"]) == LabelFindings()

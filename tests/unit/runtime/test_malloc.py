@@ -39,10 +39,10 @@ import resource
 import numpy as np
 from shiwu_worker.runtime.malloc import use_one_arena
 use_one_arena()
-from shiwu_worker.checkpoints.model_files import model_folder
+from tests.support.pictogram import PICTOGRAM_ZH
 from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
 encoder = Encoder(EncoderOptions(
-    folder=model_folder(None), model_id="m", revision="r", mean=(0.5,) * 3, std=(0.5,) * 3, batch_sizes=(64,),
+    folder=PICTOGRAM_ZH, model_id="m", revision="r", mean=(0.5,) * 3, std=(0.5,) * 3, batch_sizes=(64,),
     device="cpu", dtype="float32",
 ))
 pixels = np.zeros((64, 64, 64, 3), np.uint8)

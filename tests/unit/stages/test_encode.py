@@ -22,7 +22,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from shiwu_worker.checkpoints.checkpoint_files import WrongCheckpoint
-from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.errors import ExitCode, FatalError, NonFiniteError
 from shiwu_worker.stages.encode import checkpoint as checkpoint_module
 from shiwu_worker.stages.encode import cpu_pool, model
@@ -46,6 +45,7 @@ from tests.support.encoders import (
     save_tokenizer,
     saved,
 )
+from tests.support.pictogram import PICTOGRAM_ZH
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,7 @@ def test_only_siglip_gets_lower_case(checkpoint: tuple[str, Any, Path]) -> None:
 
 def test_batch_is_padded_to_an_allowed_size() -> None:
     """Every count up to the largest size gives as many vectors, and black padding changes no bit of them."""
-    encoder = make_encoder(model_folder(None), batch_sizes=(1, 4))
+    encoder = make_encoder(PICTOGRAM_ZH, batch_sizes=(1, 4))
     pixels = noise(4, 64)
     full = encoder.encode(pixels)
     for count in (2, 3, 4):
@@ -145,7 +145,7 @@ def test_batch_is_padded_to_an_allowed_size() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_permuted_batch_gives_permuted_vectors(dtype: str) -> None:
     """No image gets a neighbour's vector, and neighbours and positions change no bit, in any order."""
-    encoder = make_encoder(model_folder(None), dtype=dtype, batch_sizes=(8,))
+    encoder = make_encoder(PICTOGRAM_ZH, dtype=dtype, batch_sizes=(8,))
     pixels = noise(8, 64)
     vectors = encoder.encode(pixels)
     assert len(np.unique(vectors, axis=0)) == 8
@@ -156,7 +156,7 @@ def test_permuted_batch_gives_permuted_vectors(dtype: str) -> None:
 
 def test_earlier_batch_does_not_change_a_later_one() -> None:
     """Staging buffers are reused: a small batch after a large one, and vectors kept from before, stay correct."""
-    encoder = make_encoder(model_folder(None), batch_sizes=(4,))
+    encoder = make_encoder(PICTOGRAM_ZH, batch_sizes=(4,))
     pixels = noise(4, 64)
     alone = encoder.encode(pixels[:1]).copy()
     kept = encoder.encode(pixels)
@@ -473,7 +473,7 @@ def test_split_batch_gives_the_same_vectors(monkeypatch: pytest.MonkeyPatch) -> 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        whole, split = (make_encoder(model_folder(None), batch_sizes=(1, 2, 4)) for _ in range(2))
+        whole, split = (make_encoder(PICTOGRAM_ZH, batch_sizes=(1, 2, 4)) for _ in range(2))
         monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", math.inf)
         whole.warm()
         monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", 0.0)
@@ -496,9 +496,9 @@ def test_threads_do_not_exceed_the_usable_cores(monkeypatch: pytest.MonkeyPatch)
     try:
         torch.set_num_threads(2)
         monkeypatch.setattr(encoder_module, "usable_cores", lambda: 1)
-        make_encoder(model_folder(None))
+        make_encoder(PICTOGRAM_ZH)
         assert torch.get_num_threads() == 1
-        make_encoder(model_folder(None), threads=3)
+        make_encoder(PICTOGRAM_ZH, threads=3)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

@@ -70,11 +70,12 @@ def make_bank(texts: Texts, *, max_cached: int = 2) -> LabelBank:
 
 
 def test_embedded_label_sets_are_loaded() -> None:
-    """The reference's six words bare, and at least 300 pictograms."""
+    """The six words of the reference script bare, 256 everyday words, and all that the embedded model knows."""
     sets = load_label_sets([EMBEDDED])
     assert sets["six-zh"].words == ("动物", "人物", "交通工具", "食物", "建筑", "植物")
     assert sets["six-zh"].templates == ("{}",)
-    assert len(sets["pictogram-zh"].words) >= 300
+    assert len(sets["everyday-zh"].words) == 256
+    assert len(sets["photo-zh"].words) > 1000
 
 
 def test_vectors_are_averaged_over_templates_and_cached() -> None:
@@ -106,12 +107,12 @@ def test_request_is_resolved_to_its_label_set() -> None:
     """Nothing is the default set, a name a set, words themselves; the head may be chosen."""
     bank = make_bank(Texts())
     assert bank.resolve(None).name == "six-zh"
-    assert bank.resolve("pictogram-zh").name == "pictogram-zh"
+    assert bank.resolve("photo-zh").name == "photo-zh"
     assert bank.resolve(("猫",)).words == ("猫",)
     chosen = bank.resolve("six-zh", "sigmoid")
     assert (chosen.head, chosen.words) == ("sigmoid", bank.resolve(None).words)
     assert chosen.info.digest != bank.resolve(None).info.digest
-    with pytest.raises(Rejected, match="expected one of everyday-zh, photo-zh, pictogram-zh, six-zh"):
+    with pytest.raises(Rejected, match="expected one of everyday-zh, photo-zh, six-zh"):
         bank.resolve("none")
 
 

@@ -6,7 +6,6 @@ import io
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.service.labels import OWN_LABEL_SETS
 from shiwu_worker.stages.decode.decoder import decode
 from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
 from shiwu_worker.stages.decode.resize import model_pixels
@@ -28,9 +27,10 @@ from shiwu_worker.stages.score.label_bank import LabelBank
 from shiwu_worker.stages.score.label_files import load_label_sets
 from shiwu_worker.stages.score.scorer import score, top_tags
 from tests.support import pictures
+from tests.support.pictogram import PICTOGRAM_ZH
 
 LIMITS = DecodeLimits(max_pixels=50_000_000, max_side=16_384, formats=("JPEG", "PNG", "WEBP", "GIF", "AVIF"))
-FOLDER = model_folder(None)
+FOLDER = PICTOGRAM_ZH
 WORDS = ["动物", "人物", "交通工具", "食物", "建筑", "植物"]
 
 
@@ -83,7 +83,7 @@ def test_scores_equal_those_of_the_reference_script(
 ) -> None:
     """Thirty pictures, six labels: same order on the exact path, and scores within the promised bound."""
     encoder = make_encoder(spec, dtype)
-    sets = load_label_sets([Path(FOLDER).parent / "label_sets"])
+    sets = load_label_sets([OWN_LABEL_SETS])
     bank = LabelBank(
         sets=sets,
         default="six-zh",

@@ -20,7 +20,7 @@ from shiwu_worker.checkpoints.checkpoint_files import (
     read_checkpoint,
 )
 
-EMBEDDED: Final = "pictogram-zh"
+EMBEDDED: Final = "photo-zh"
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
@@ -31,7 +31,7 @@ def split_hub_id(model: str) -> tuple[str, str | None]:
 
 
 def model_name(model: str | None) -> str:
-    """The name of the model in answers: the hub id without its revision, the folder's name, or `pictogram-zh`."""
+    """The name of the model in answers: the hub id without its revision, the folder's name, or `photo-zh`."""
     if model is None:
         return EMBEDDED
     return Path(model).resolve().name if os.path.isdir(model) else split_hub_id(model)[0]
@@ -48,7 +48,7 @@ def model_folder(model: str | None) -> Path:
             checkpoint is incomplete or not supported.
     """
     if model is None:
-        return Path(__file__).parents[1] / "data/pictogram_zh"
+        return Path(__file__).parents[1] / "data/photo_zh"
     folder = _own_folder(model)
     if folder is None:
         return _hub_folder(model)

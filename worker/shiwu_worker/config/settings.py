@@ -68,8 +68,8 @@ class Settings(BaseSettings):
 
     model: str | None = Field(
         None,
-        description="folder or hub id of a dual encoder; ID@REVISION selects a revision; unset: the embedded pictogram "
-        "model",
+        description="folder or hub id of a dual encoder; ID@REVISION selects a revision; unset: the embedded model "
+        "photo-zh",
     )
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -89,7 +89,7 @@ class Settings(BaseSettings):
     labels_dir: Path | None = Field(
         None, description="folder with label sets (*.yaml), in addition to the embedded ones"
     )
-    default_labels: str = Field("six-zh", description="label set of requests that name none")
+    default_labels: str = Field("everyday-zh", description="label set of requests that name none")
     label_cache: int = Field(256, ge=1, description="number of label sets whose vectors are cached")
 
     max_batch: int = Field(

@@ -13,7 +13,6 @@ from shiwu_worker.checkpoints.model_files import EMBEDDED
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.stages.score.label_bank import LabelBank
 from shiwu_worker.stages.score.label_files import load_label_sets
-from shiwu_worker.stages.score.label_warnings import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -23,6 +22,10 @@ if TYPE_CHECKING:
     from shiwu_worker.stages.encode.encoder import Encoder
 
 log: FilteringBoundLogger = structlog.get_logger()
+EMBEDDED_MODEL: Final = (
+    "the embedded model knows some 1,000 kinds of things, and few people, plants and sceneries; set SHIWU_MODEL for a "
+    "larger model"
+)
 OWN_LABEL_SETS: Final = Path(__file__).parents[1] / "data/label_sets"
 
 
@@ -49,7 +52,7 @@ def read_label_sets(settings: Settings) -> dict[str, LabelSet]:
 
 
 def open_label_bank(settings: Settings, encoder: Encoder, sets: Mapping[str, LabelSet]) -> LabelBank:
-    """Make the label bank with the vectors of the default labels; warn where the embedded model is used.
+    """Make the label bank with the vectors of the default labels; log where the embedded model is used.
 
     Raises:
         FatalError: with ExitCode.CONFIG or ExitCode.MODEL when label set and model do not suit each other.
@@ -57,7 +60,7 @@ def open_label_bank(settings: Settings, encoder: Encoder, sets: Mapping[str, Lab
     bank = load_label_bank(settings, encoder, sets)
     encode_default_labels(bank)
     if is_embedded(settings, encoder):
-        log.warning("embedded_model", meaning=EMBEDDED_MODEL.message)
+        log.info("embedded_model", meaning=EMBEDDED_MODEL)
     return bank
 
 
@@ -78,7 +81,6 @@ def load_label_bank(settings: Settings, encoder: Encoder, sets: Mapping[str, Lab
             default=settings.default_labels,
             encode_texts=encoder.encode_texts,
             label_tokens=encoder.label_tokens,
-            usual_warnings=(EMBEDDED_MODEL,) if is_embedded(settings, encoder) else (),
             max_cached=settings.label_cache,
             has_bias=encoder.bias is not None,
             inline_head=encoder.default_head,

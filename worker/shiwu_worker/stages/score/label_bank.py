@@ -12,7 +12,7 @@ import numpy as np
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from shiwu.contract import AnswerWarning, ErrorCode, Head, Stage
+from shiwu.contract import ErrorCode, Head, Stage
 from shiwu_worker.errors import Rejected
 from shiwu_worker.jobs.label_checks import LabelTokens, check_labels
 from shiwu_worker.jobs.label_set import LabelSet
@@ -37,7 +37,6 @@ class LabelBank:
         encode_texts: (m texts) → float32 (m, d) unit vectors; called on the thread that calls `encoded`.
         max_cached: label sets whose vectors are kept; the least recently used one is dropped first.
         label_tokens: the model's tokens of labels, for warnings about labels that the model cannot read.
-        usual_warnings: warnings of every answer, whatever its labels are.
         has_bias: whether the model has a bias; without it only label sets with their own bias may use sigmoid.
         inline_head: head of inline labels if the request names none.
 
@@ -54,7 +53,6 @@ class LabelBank:
         label_tokens: Callable[[Sequence[str]], Sequence[LabelTokens]],
         max_cached: int,
         has_bias: bool,
-        usual_warnings: tuple[AnswerWarning, ...] = (),
         inline_head: Head = "softmax",
     ) -> None:
         self._has_bias = has_bias
@@ -69,7 +67,6 @@ class LabelBank:
                 self._add(None, label_set)
         self._encode_texts = encode_texts
         self._label_tokens = label_tokens
-        self._usual_warnings = usual_warnings
         self._max_cached = max_cached
         self._inline_head = inline_head
         # The keys are whole values. With a digest or joined texts as a key, two label sets could share one entry, so a
@@ -129,7 +126,7 @@ class LabelBank:
             log.warning(
                 "labels_questionable", name=label_set.name, digest=label_set.info.digest, codes=codes, text=text
             )
-        encoded = self._encoded[label_set] = EncodedLabels(label_set, texts, self._usual_warnings + warnings)
+        encoded = self._encoded[label_set] = EncodedLabels(label_set, texts, warnings)
         while len(self._encoded) > self._max_cached:
             self._encoded.popitem(last=False)
         return encoded

@@ -12,11 +12,6 @@ from shiwu_worker.jobs.label_set import LabelSet
 MAX_EXAMPLES: Final = 3
 """Most labels or groups that a warning names, because every answer has the warning."""
 MAX_SHOWN_CHARS: Final = 60
-EMBEDDED_MODEL: Final = AnswerWarning(
-    code=WarningCode.EMBEDDED_MODEL,
-    message="the embedded model knows emoji-like pictograms and the words of the label set pictogram-zh, not "
-    "photographs; set SHIWU_MODEL for photographs",
-)
 SINGLE_LABEL: Final = AnswerWarning(
     code=WarningCode.SINGLE_LABEL,
     message="the softmax score of a single label is always 1; add other labels, or judge by the cosine",
