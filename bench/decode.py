@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -19,14 +20,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoImageProcessor
 
+import shiwu_worker
 from bench.charts import Chart, Series
 from bench.checkpoints import CLIP_MEAN, CLIP_STD, processor_folder
 from bench.machine import named
-from bench.photos import FORMATS, SIZE_NAMES, SIZES, bits_per_pixel, photo
+from bench.photos import FORMATS, SIZE_NAMES, SIZES, SizeName, bits_per_pixel, photo
 from bench.report import Headline, Report, Table, median, number, ratio
 from shiwu_worker.policy.limits import DecodeLimits
 from shiwu_worker.stages.decode.decoder import DRAFT_FACTOR, decode
-from shiwu_worker.stages.decode.image_spec import ImageSpec
+from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
 
 LIMITS: Final = DecodeLimits(max_pixels=50_000_000, max_side=65_535, formats=("JPEG", "PNG", "WEBP", "GIF", "AVIF"))
 LEAST_TIMES: Final = 3
@@ -34,6 +36,21 @@ FAST: Final = "shiwu"
 EXACT: Final = "shiwu, exact"
 PROCESSOR: Final = "transformers' processor"
 WAYS: Final = (FAST, EXACT, PROCESSOR)
+SQUASH: Final = "squash"
+CROP: Final = "crop"
+"""As CLIP and photo-zh: the shortest edge is resized to the model's size, and the middle cut out."""
+PHOTO_ZH: Final = Path(shiwu_worker.__file__).parent / "data/photo_zh"
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """What becomes of a picture, for shiwu and for transformers."""
+
+    name: str
+    formats: tuple[str, ...]
+    """Those that are measured with it."""
+    spec: ImageSpec
+    processor: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +68,22 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One file."""
+    """One file with one preprocessing."""
 
     size: str
     format: str
+    preprocessing: str
     kilobytes: float
     bits_per_pixel: float
     decoder_ms: float
     """Least cost of Pillow's decoder alone, for a JPEG at the reduced size that shiwu takes: what no code around it
     can better."""
     costs: tuple[Cost, ...]
+
+    @property
+    def name(self) -> str:
+        """Names the preprocessing only where it is not the usual one."""
+        return f"{self.size}, {self.format}" + (f", {self.preprocessing}" if self.preprocessing != SQUASH else "")
 
     def least_ms(self, way: str) -> float:
         """Its least cost."""
@@ -105,17 +128,36 @@ def run(asked: argparse.Namespace) -> Report:
 
 
 def _cases(options: Options) -> Iterator[Case]:
-    folder = processor_folder()
-    spec = ImageSpec(224, 224, "squash", None, 3, CLIP_MEAN, CLIP_STD)
-    processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+    preprocessings = _preprocessings(options)
     for size in (name for name in SIZE_NAMES if name in options.sizes):
         image = photo(size, seed=0)
-        for name in options.formats:
-            data = FORMATS[name](image)
-            costs = _costs(data, spec, processor, seconds=options.seconds)
-            decoder_ms = min(_times_ms(partial(_decoded, data, spec), seconds=options.seconds))
-            yield Case(size, name, len(data) / 1000, bits_per_pixel(size, data), decoder_ms, costs)
-            print(f"  {size}, {name}: {', '.join(f'{one.way} {number(one.least_ms)} ms' for one in costs)}", flush=True)
+        files = {name: FORMATS[name](image) for name in options.formats}
+        for way in preprocessings:
+            for name in way.formats:
+                case = _case(size, name, files[name], way, seconds=options.seconds)
+                costs = ", ".join(f"{one.way} {number(one.least_ms)} ms" for one in case.costs)
+                print(f"  {case.name}: {costs}", flush=True)
+                yield case
+
+
+def _preprocessings(options: Options) -> tuple[Preprocessing, ...]:
+    squash, crop = (
+        AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+        for folder in (processor_folder(), PHOTO_ZH)
+    )
+    squashed = ImageSpec(224, 224, "squash", None, 3, CLIP_MEAN, CLIP_STD)
+    # Crop and squash differ in the reduced size of a JPEG and in the resize; the other decoders do the same for both.
+    jpeg = tuple(name for name in options.formats if name == "JPEG")
+    return (
+        Preprocessing(SQUASH, options.formats, squashed, squash),
+        Preprocessing(CROP, jpeg, read_image_spec(PHOTO_ZH), crop),
+    )
+
+
+def _case(size: SizeName, name: str, data: bytes, way: Preprocessing, *, seconds: float) -> Case:
+    costs = _costs(data, way.spec, way.processor, seconds=seconds)
+    decoder_ms = min(_times_ms(partial(_decoded, data, way.spec), seconds=seconds))
+    return Case(size, name, way.name, len(data) / 1000, bits_per_pixel(size, data), decoder_ms, costs)
 
 
 def _costs(data: bytes, spec: ImageSpec, processor: Any, *, seconds: float) -> tuple[Cost, ...]:
@@ -139,7 +181,7 @@ def _processed(processor: Any, data: bytes, **options: bool) -> NDArray[Any]:
 
 def _decoded(data: bytes, spec: ImageSpec) -> None:
     with Image.open(io.BytesIO(data)) as image:
-        edge = DRAFT_FACTOR * max(spec.width, spec.height)
+        edge = DRAFT_FACTOR * max(spec.width, spec.height, spec.shortest_edge or 0)
         image.draft("RGB", (edge, edge))
         image.load()
 
@@ -173,7 +215,7 @@ def _cost(way: str, work: Callable[[], object], pixels: NDArray[Any], truth: NDA
 def _report(options: Options, figures: Figures) -> Report:
     rows = tuple(
         (
-            f"{case.size}, {case.format}",
+            case.name,
             number(case.kilobytes),
             *(f"{number(one.least_ms)} / {number(one.median_ms)}" for one in case.costs),
             number(case.decoder_ms),
@@ -187,12 +229,14 @@ def _report(options: Options, figures: Figures) -> Report:
         "levels off, max / mean", "exact",
     )  # fmt: skip
     jpegs = [case for case in figures.cases if case.format == "JPEG"]
-    names = tuple(f"{case.size}, {case.format}" for case in figures.cases)
+    names = tuple(case.name for case in figures.cases)
     series = tuple(Series(way, tuple(case.least_ms(way) for case in figures.cases)) for way in WAYS)
-    headlines = [Headline(f"{case.size} JPEG", case.least_ms(FAST), "core-ms", "less") for case in jpegs]
+    headlines = [
+        Headline(case.name.replace(", JPEG", " JPEG"), case.least_ms(FAST), "core-ms", "less") for case in jpegs
+    ]
     headlines += [
-        Headline(f"{case.size} JPEG, processor ÷ shiwu", ratio(case.least_ms(PROCESSOR), case.least_ms(FAST)), "times",
-                 "more")
+        Headline(f"{case.name.replace(', JPEG', ' JPEG')}, processor ÷ shiwu",
+                 ratio(case.least_ms(PROCESSOR), case.least_ms(FAST)), "times", "more")
         for case in jpegs
     ]  # fmt: skip
     return Report(
