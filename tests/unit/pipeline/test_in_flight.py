@@ -15,7 +15,7 @@ def jobs(count: int, *, first: int = 0) -> list[Any]:
 
 def room(in_flight: InFlightJobs) -> int:
     """How many jobs would be claimed, without waiting."""
-    return in_flight.wait_for_room(is_exclusive=False, is_closing=lambda: False, timeout_s=0.0)
+    return in_flight.wait_for_room(owns_quarantine=False, is_closing=lambda: False, timeout_s=0.0)
 
 
 def test_room_follows_the_size_of_current_batches() -> None:

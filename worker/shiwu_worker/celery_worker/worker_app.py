@@ -34,6 +34,7 @@ from shiwu_worker.config.errors import load_settings_or_exit, report_unknown_nam
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import FatalError
 from shiwu_worker.jobs.outcome import CommittedJob
+from shiwu_worker.runtime.backoff import Backoff
 from shiwu_worker.service.bootstrap import WorkerService, open_service
 from shiwu_worker.service.factories import CELERY_CONNECTIONS, connect, make_answer_store
 from shiwu_worker.telemetry import logs
@@ -41,11 +42,9 @@ from shiwu_worker.telemetry.log_output import open_standard_streams
 
 log: FilteringBoundLogger = structlog.get_logger()
 SENDERS_CLOSE_S: Final = 5.0
-FIRST_PAUSE_S: Final = 0.1
-LONGEST_PAUSE_S: Final = 2.0
 RECONNECT_S: Final = {"interval_start": 0.5, "interval_step": 0.5, "interval_max": 5.0}
 STABLE_AFTER_S: Final = 10.0
-"""After a connection of this length the pauses start anew."""
+"""After a connection of this length, the next failure gets the shortest pause again."""
 
 
 class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
@@ -60,10 +59,9 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
             if step.rsplit(":", 1)[-1] not in {"Gossip", "Mingle", "Heart", "Control"}
         ] + ["shiwu_worker.celery_worker.control:ControlStep"]
 
-    _pause_s = 0.0
-    _failed_s = 0.0
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._backoff = Backoff()
+        self._retried_s = 0.0
         # Another step requires mingle, so it stays in the blueprint; disabled it does nothing.
         super().__init__(*args, **{**kwargs, "without_mingle": True})
 
@@ -84,10 +82,11 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
 
     def _pause(self) -> None:
         now_s = time.monotonic()
-        is_repeated = now_s - self._failed_s < STABLE_AFTER_S
-        self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2 if is_repeated and self._pause_s else FIRST_PAUSE_S)
-        self._failed_s = now_s + self._pause_s
-        threading.Event().wait(self._pause_s)
+        if now_s - self._retried_s >= STABLE_AFTER_S:
+            self._backoff.reset()
+        pause_s = self._backoff.next_s()
+        self._retried_s = now_s + pause_s
+        threading.Event().wait(pause_s)
 
 
 class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types

@@ -40,6 +40,7 @@ from shiwu_worker.loaders.protocol import (
     LoadTask,
     failed_twice_result,
 )
+from shiwu_worker.runtime.threads import ServiceThread
 
 log: FilteringBoundLogger = structlog.get_logger()
 MAX_FAILED_STARTS: Final = 5
@@ -113,7 +114,7 @@ class LoaderPool:
         self._failed_starts = 0
         self._fork_server = ForkServer()
         self._selector = selectors.DefaultSelector()
-        self._thread = threading.Thread(target=self._run, name="loaders", daemon=True)
+        self._thread = ServiceThread("loaders", self._run, on_fatal=self._fail)
         self._has_warned_unfiltered = False
         self.restarts = 0
 
@@ -153,8 +154,7 @@ class LoaderPool:
         """End the processes; tasks that they hold get no result."""
         self._closing.set()
         self._wake()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+        self._thread.join(timeout_s)
         for loader in self._loaders:
             loader.connection.close()
             loader.process.kill()
@@ -175,13 +175,14 @@ class LoaderPool:
                 self._spawn()
             while not self._closing.is_set():
                 self._poll()
-        except Exception as error:  # border: a worker without loaders must not go on
-            log.exception("thread_failed", thread="loaders")
-            self._closing.set()
-            self._all_ready.set()
-            is_process_error = isinstance(error, ForkServerError | TimeoutError)
-            code = ExitCode.LOADERS if is_process_error else ExitCode.INTERNAL
-            self._on_fatal(FatalError(code, f"{type(error).__name__}: {error}"))
+        except (ForkServerError, TimeoutError) as error:
+            raise FatalError(ExitCode.LOADERS, f"{type(error).__name__}: {error}") from error
+
+    def _fail(self, error: FatalError) -> None:
+        """End the pool, also where `wait_ready` waits, and pass the error on."""
+        self._closing.set()
+        self._all_ready.set()
+        self._on_fatal(error)
 
     def _poll(self) -> None:
         """Wait for frames or exits once; collect results, restart loaders that ended or hang, and hand out tasks."""
@@ -292,10 +293,8 @@ class LoaderPool:
         if not loader.is_ready:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
-                self._closing.set()
-                self._all_ready.set()
                 text = f"loaders ended {MAX_FAILED_STARTS} times before they were ready"
-                self._on_fatal(FatalError(ExitCode.LOADERS, text))
+                self._fail(FatalError(ExitCode.LOADERS, text))
                 return
             self._closing.wait(RESTART_PAUSE_S)  # a loader that fails at its start must not be restarted in a busy loop
         self.restarts += 1

@@ -64,10 +64,10 @@ class Claimer:
         Raises:
             FatalError: with ExitCode.CONFIG, when the first claim fails in a way that does not pass by itself.
         """
-        is_exclusive = False
+        owns_quarantine = False
         while not self._closing.is_set():
             room = self._in_flight.wait_for_room(
-                is_exclusive=is_exclusive, is_closing=self._closing.is_set, timeout_s=IDLE_WAIT_S
+                owns_quarantine=owns_quarantine, is_closing=self._closing.is_set, timeout_s=IDLE_WAIT_S
             )
             if not room:
                 continue
@@ -82,10 +82,10 @@ class Claimer:
             if not self._in_flight:
                 # With jobs in flight, claims are no progress: only the other threads can end these jobs.
                 self._progress.mark()
-            is_exclusive = claimed.owns_quarantine
+            owns_quarantine = claimed.owns_quarantine
             if claimed.jobs:
                 on_claimed([open_job(message, zone=self._zone) for message in claimed.jobs])
-            elif not is_exclusive:
+            elif not owns_quarantine:
                 self._wait_for_message()
 
     def close(self) -> None:

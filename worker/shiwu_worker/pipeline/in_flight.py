@@ -91,13 +91,13 @@ class InFlightJobs:
                     del self._jobs[job.id]
             self._changed.notify_all()
 
-    def wait_for_room(self, *, is_exclusive: bool, is_closing: Callable[[], bool], timeout_s: float) -> int:
+    def wait_for_room(self, *, owns_quarantine: bool, is_closing: Callable[[], bool], timeout_s: float) -> int:
         """How many jobs to claim, as soon as there are enough for a round trip; 0 when the time is over before.
 
         Jobs that wait for their commit hold no slots, so the number of jobs is bounded too.
 
         Args:
-            is_exclusive: wait until nothing is in flight, because a quarantined job runs alone.
+            owns_quarantine: wait until nothing is in flight, because a quarantined job runs alone.
         """
 
         def wanted() -> int:
@@ -108,11 +108,11 @@ class InFlightJobs:
             return min(wanted() - used, MAX_JOBS_PER_SLOT * wanted() - len(self._jobs))
 
         def has_room() -> bool:
-            return is_closing() or not self._jobs or (room() >= max(1, wanted() // 4) and not is_exclusive)
+            return is_closing() or not self._jobs or (room() >= max(1, wanted() // 4) and not owns_quarantine)
 
         with self._changed:
             self._changed.wait_for(has_room, timeout_s)
-            return 0 if is_closing() or (is_exclusive and self._jobs) else max(0, room())
+            return 0 if is_closing() or (owns_quarantine and self._jobs) else max(0, room())
 
     def wait_until_empty(self, *, until_s: float, is_hurried: Callable[[], bool]) -> None:
         """Wait until nothing is in flight, at the latest until this time of the monotonic clock."""

@@ -1,13 +1,15 @@
-"""Wakes an idle worker when a message enters an empty lane."""
+"""Lane notifier: wakes the claim loop of an idle worker when a message enters an empty lane."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Collection
+from functools import partial
 
 import redis
 
 from shiwu.contract import Lane
+from shiwu_worker.runtime.threads import ServiceThread
 
 
 class LaneNotifier:
@@ -24,7 +26,7 @@ class LaneNotifier:
         self._notified = threading.Event()
         self._closed = threading.Event()
         self._threads = [
-            threading.Thread(target=self._watch, args=(key,), name=f"lane-notifier-{i}", daemon=True)
+            ServiceThread(f"lane-notifier-{i}", partial(self._watch, key), on_fatal=None)
             for i, key in enumerate(key for lane in Lane if lane in lanes for key in lane.keys)
         ]
 
@@ -62,7 +64,7 @@ class LaneNotifier:
             try:
                 if self._client.blmove(key, key, timeout=int(self._block_s), src="RIGHT", dest="RIGHT") is not None:
                     self._notified.set()
-                    # The worker claims now; an immediate second look would only find the same message.
+                    # The worker claims now; watching again immediately would find the same message.
                     self._closed.wait(0.005)
             except (redis.RedisError, OSError):
                 self._closed.wait(1.0)
