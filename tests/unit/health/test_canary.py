@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, NonFiniteError
-from shiwu_worker.health.canary import Canary, known_image
+from shiwu_worker.health.canary import OUT_OF_MEMORY_PAUSE_S, Canary, known_image
 from shiwu_worker.service.model import load_encoder, make_canary
 from shiwu_worker.stages.decode.image_spec import read_image_spec
+from tests.support.clock import Clock
 from tests.support.pictogram import PICTOGRAM_ZH
 
 GOOD = np.array([0.6, 0.8, 0.0], np.float32)
@@ -33,7 +37,7 @@ class Device:
             raise self.error
         return np.array([self.vector for _ in pixels])
 
-    def canary(self, *, every_s: float = 1e-9) -> Canary:
+    def canary(self, *, every_s: float = 1e-9, clock: Callable[[], float] = time.monotonic) -> Canary:
         """Return a canary that is due at each call, by default."""
         return Canary(
             self.encode,
@@ -42,6 +46,7 @@ class Device:
             every_s=every_s,
             error_kind=lambda _: self.error_kind,
             on_wrong=self.reasons.append,
+            clock=clock,
         )
 
 
@@ -97,22 +102,29 @@ def _rotated(angle: float) -> NDArray[np.float32]:
     return vector
 
 
-def test_canary_tells_apart_lost_device_memory_and_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_canary_tells_apart_lost_device_memory_and_defect() -> None:
     """A lost device has its own exit code, a lack of memory is retried, anything else is a wrong result."""
-    monkeypatch.setattr("shiwu_worker.health.canary.OUT_OF_MEMORY_PAUSE_S", 0.0)
-    device = Device()
-    canary = device.canary()
+    device, clock = Device(), Clock()
+    canary = device.canary(clock=clock.monotonic)
     device.error, device.error_kind = RuntimeError("CUDA error"), DeviceErrorKind.LOST
     with pytest.raises(FatalError) as caught:
         canary.check_if_due()
     assert (caught.value.exit_code, device.reasons) == (ExitCode.DEVICE, [])
+    clock.now_s += 1
     device.error_kind = DeviceErrorKind.OUT_OF_MEMORY
     canary.check_if_due()
+    calls = device.calls
+    canary.check_if_due()
+    assert device.calls == calls, "retried before the pause was over"
+    clock.now_s += OUT_OF_MEMORY_PAUSE_S
     device.error = None
     canary.check_if_due()
+    assert device.calls == calls + 1
+    clock.now_s += 1
     device.error = RuntimeError("out of memory")
     canary.check_if_due()
     assert device.reasons == []
+    clock.now_s += OUT_OF_MEMORY_PAUSE_S
     device.error = NonFiniteError("expected finite vectors", (0,))
     with pytest.raises(FatalError, match="expected finite vectors"):
         canary.check_if_due()

@@ -13,6 +13,7 @@ import pytest
 
 from shiwu_worker.health import monitor as monitor_module
 from shiwu_worker.health.monitor import HealthMonitor, LivenessSources
+from shiwu_worker.runtime.proc import is_running
 from shiwu_worker.runtime.progress import Progress
 from shiwu_worker.runtime.threads import ServiceThread
 from tests.support.clock import Clock
@@ -22,20 +23,17 @@ STUCK_S = 90.0
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock() -> Clock:
     """The clock of the monitor and of the progress that it reads."""
-    made = Clock()
-    monkeypatch.setattr("shiwu_worker.health.monitor.time", made)
-    monkeypatch.setattr("shiwu_worker.runtime.progress.time", made)
-    return made
+    return Clock()
 
 
 class Worker:
     """The sources that the monitor reads; healthy at first."""
 
-    def __init__(self) -> None:
-        self.progress = Progress()
-        self.monitor = HealthMonitor(self.progress, redis_timeout_s=5.0)
+    def __init__(self, clock: Clock) -> None:
+        self.progress = Progress(clock=clock.monotonic)
+        self.monitor = HealthMonitor(self.progress, redis_timeout_s=5.0, clock=clock.monotonic)
         self.held = 0
         self.encode_age_s = 0.0
         self.loaders = [os.getpid()]
@@ -57,7 +55,7 @@ class Worker:
 
 def test_starting_worker_is_neither_live_nor_ready(clock: Clock) -> None:
     """The reason says for how long it has been starting."""
-    worker = Worker()
+    worker = Worker(clock)
     clock.now_s += 12
     assert worker.monitor.not_live() == worker.monitor.not_ready() == ["starting for 12 s"]
     monitor = worker.start()
@@ -66,7 +64,7 @@ def test_starting_worker_is_neither_live_nor_ready(clock: Clock) -> None:
 
 def test_worker_without_progress_is_not_live_only_with_work(clock: Clock) -> None:
     """Work is a job in flight or a message in a lane."""
-    worker = Worker()
+    worker = Worker(clock)
     monitor = worker.start()
     clock.now_s += STUCK_S + 1
     monitor.redis(available=True)
@@ -84,7 +82,7 @@ def test_worker_without_progress_is_not_live_only_with_work(clock: Clock) -> Non
 
 def test_redis_outage_is_not_live_only_with_a_backlog(clock: Clock) -> None:
     """The pipeline counts waiting for Redis as progress; the probes do not if work waits."""
-    worker = Worker()
+    worker = Worker(clock)
     monitor = worker.start()
     monitor.redis(available=False)
     assert monitor.not_ready() == ["Redis has not answered for 0 s"]
@@ -100,27 +98,27 @@ def test_redis_outage_is_not_live_only_with_a_backlog(clock: Clock) -> None:
 
 def test_silent_heartbeat_counts_as_redis_outage(clock: Clock) -> None:
     """Only after the time-out of one command."""
-    monitor = Worker().start()
+    monitor = Worker(clock).start()
     clock.now_s += 7
     assert monitor.not_ready() == []
     clock.now_s += 2
     assert monitor.not_ready() == ["Redis has not answered for 9 s"]
 
 
-def test_hanging_encode_thread_is_not_live_without_work() -> None:
+def test_hanging_encode_thread_is_not_live_without_work(clock: Clock) -> None:
     """A device that hangs on the health-check image holds no job."""
-    worker = Worker()
+    worker = Worker(clock)
     monitor = worker.start()
     worker.encode_age_s = 100.0
     assert monitor.not_live() == ["the encode thread has been busy with one batch for 100 s"]
 
 
-def test_ended_thread_is_named() -> None:
+def test_ended_thread_is_named(clock: Clock) -> None:
     """In the reason of /livez."""
     end = threading.Event()
     thread = ServiceThread("encode", lambda: end.wait(10) and None, on_fatal=None, stop=end.set)
     thread.start()
-    monitor = Worker().start(threads=(thread,))
+    monitor = Worker(clock).start(threads=(thread,))
     assert monitor.not_live() == []
     assert thread.close(5)
     assert monitor.not_live() == ["threads have ended: encode"]
@@ -139,12 +137,12 @@ def test_stopped_or_exited_loaders_are_not_live(
     clock: Clock, child: subprocess.Popen[bytes], end: Callable[[subprocess.Popen[bytes]], None]
 ) -> None:
     """Only if it is true of all, for longer than a restart takes. A zombie has exited."""
-    worker = Worker()
+    worker = Worker(clock)
     worker.loaders = [child.pid, 2**22 + 1]
     monitor = worker.start()
     assert monitor.not_live() == []
     end(child)
-    wait_until(lambda: not monitor_module._runs(child.pid), timeout_s=5, what="the end of the child")
+    wait_until(lambda: not is_running(child.pid), timeout_s=5, what="the end of the child")
     clock.now_s += monitor_module.MAX_WITHOUT_LOADERS_S
     monitor.redis(available=True)
     assert monitor.not_live() == []
@@ -154,9 +152,9 @@ def test_stopped_or_exited_loaders_are_not_live(
     assert monitor.not_live() == []
 
 
-def test_failing_claims_and_wrong_canary_stay_live() -> None:
+def test_failing_claims_and_wrong_canary_stay_live(clock: Clock) -> None:
     """They are not ready; a restart may not help."""
-    monitor = Worker().start()
+    monitor = Worker(clock).start()
     monitor.claiming(active=False)
     assert monitor.not_ready() == ["no claim has succeeded yet, or the last one failed"]
     monitor.claiming(active=True)
@@ -167,7 +165,7 @@ def test_failing_claims_and_wrong_canary_stay_live() -> None:
 
 def test_draining_worker_is_live_and_not_ready(clock: Clock) -> None:
     """For however long it holds its last job: the grace time limits that."""
-    worker = Worker()
+    worker = Worker(clock)
     monitor = worker.start()
     worker.held = 1
     monitor.stopping()

@@ -14,17 +14,15 @@ from tests.support.clock import Clock
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock() -> Clock:
     """A clock that the test advances."""
-    made = Clock()
-    monkeypatch.setattr("shiwu_worker.health.readiness.time", made)
-    return made
+    return Clock()
 
 
 def test_worker_that_claims_and_receives_revokes_is_ready(clock: Clock) -> None:
     """In any order; losing either makes it not ready."""
     states: list[bool] = []
-    readiness = Readiness(on_change=states.append, revoke_wait_s=15.0)
+    readiness = Readiness(on_change=states.append, revoke_wait_s=15.0, clock=clock.monotonic)
     readiness.claiming(active=True)
     assert (states, readiness.is_waiting_for_revokes()) == ([], True)
     readiness.receiving_revokes(active=True)
@@ -41,7 +39,7 @@ def test_worker_that_claims_and_receives_revokes_is_ready(clock: Clock) -> None:
 def test_worker_without_broadcasts_is_ready_after_the_limit(clock: Clock) -> None:
     """The limit starts anew when claims succeed again, so that Celery has time to reconnect."""
     states: list[bool] = []
-    readiness = Readiness(on_change=states.append, revoke_wait_s=15.0)
+    readiness = Readiness(on_change=states.append, revoke_wait_s=15.0, clock=clock.monotonic)
     readiness.claiming(active=True)
     clock.now_s += 14
     readiness.claiming(active=False)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shiwu_worker.telemetry import log_output
-from shiwu_worker.telemetry.log_output import LogOutput
+from shiwu_worker.telemetry.log_output import POLL_EVERY_S, LogOutput
+from tests.support.clock import Clock
 from tests.support.processes import clean_environment
 
 WRITE = """
@@ -42,11 +42,11 @@ def test_log_to_an_unwritable_standard_error_continues(redirection: str, form: s
         assert (done.returncode, told.read()) == (0, "True True")
 
 
-def test_lost_log_lines_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_lost_log_lines_are_counted(tmp_path: Path) -> None:
     """The first line that can be written again says how many are missing."""
-    monkeypatch.setattr(log_output, "POLL_EVERY_S", 0.0)
+    clock = Clock()
     path = tmp_path / "folder" / "log"
-    output = LogOutput(str(path))
+    output = LogOutput(str(path), clock=clock.monotonic)
     output.write(b"one\n")
     output.write("two\n")
     path.parent.mkdir()
@@ -61,13 +61,14 @@ def test_lost_log_lines_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ]
 
 
-def test_log_file_that_was_moved_is_created_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_log_file_that_was_moved_is_created_again(tmp_path: Path) -> None:
     """Lines follow the name, not the file."""
-    monkeypatch.setattr(log_output, "POLL_EVERY_S", 0.0)
+    clock = Clock()
     path = tmp_path / "log"
-    output = LogOutput(str(path))
+    output = LogOutput(str(path), clock=clock.monotonic)
     output.write(b"old\n")
     path.rename(tmp_path / "moved")
+    clock.now_s += POLL_EVERY_S
     output.write(b"new\n")
     output.close()
     assert (path.read_bytes(), (tmp_path / "moved").read_bytes()) == (b"new\n", b"old\n")

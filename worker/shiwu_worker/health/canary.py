@@ -36,6 +36,7 @@ class Canary:
         every_s: interval of the checks; 0 checks once.
         error_kind: what an error of `encode` means.
         on_wrong: called with the reason before the error is raised.
+        clock: gives monotonic seconds.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class Canary:
         every_s: float,
         error_kind: Callable[[BaseException], DeviceErrorKind],
         on_wrong: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._encode = encode
         self._pixels = pixels
         self._reference = reference
@@ -63,7 +66,7 @@ class Canary:
         Raises:
             FatalError: with ExitCode.CANARY for a wrong vector, with ExitCode.DEVICE if the device is lost.
         """
-        now_s = time.monotonic()
+        now_s = self._clock()
         if now_s < self._due_s:
             return
         self._due_s = now_s + self._every_s if self._every_s else float("inf")

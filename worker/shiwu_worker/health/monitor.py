@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
+from shiwu_worker.runtime.proc import is_running
 from shiwu_worker.runtime.progress import Progress
 from shiwu_worker.runtime.threads import ServiceThread
 
@@ -19,8 +19,6 @@ REDIS_EXTRA_S: Final = 3.0
 """Redis counts as available for its time-out plus this after its last reply; the heartbeat calls it each second."""
 MAX_WITHOUT_LOADERS_S: Final = 5.0
 """Longest time without a running loader; a crashed loader is replaced well within it."""
-NOT_RUNNING: Final = frozenset("TtZXx")
-"""States in /proc of a process that is stopped, traced, or has exited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +47,25 @@ class HealthMonitor:
         progress: of the pipeline. It does not count time without Redis as stuck; the monitor does if work waits.
         redis_timeout_s: time-out of one Redis command.
         is_waiting_for_revokes: whether the worker claims and does not receive Celery's broadcasts yet.
+        clock: gives monotonic seconds.
     """
 
     def __init__(
-        self, progress: Progress, *, redis_timeout_s: float, is_waiting_for_revokes: Callable[[], bool] = lambda: False
+        self,
+        progress: Progress,
+        *,
+        redis_timeout_s: float,
+        is_waiting_for_revokes: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._is_waiting_for_revokes = is_waiting_for_revokes
         self._progress = progress
         self._redis_slack_s = redis_timeout_s + REDIS_EXTRA_S
-        self._began_s = time.monotonic()
+        self._began_s = self._clock()
         self._sources: LivenessSources | None = None
         self._waiting = 0
-        self._redis_s = time.monotonic()
+        self._redis_s = self._clock()
         self._is_redis_unavailable = False
         self._is_claiming = self._is_stopping = False
         self._canary = ""
@@ -70,7 +75,7 @@ class HealthMonitor:
     # -------------------------------------------------------------------------------- reports
     def started(self, sources: LivenessSources) -> None:
         """Report that all parts run."""
-        self._redis_s = self._loaders_s = time.monotonic()
+        self._redis_s = self._loaders_s = self._clock()
         self._sources = sources
 
     def stopping(self) -> None:
@@ -85,7 +90,7 @@ class HealthMonitor:
         """Report that Redis answered the heartbeat, or did not."""
         self._is_redis_unavailable = not available
         if available:
-            self._redis_s = time.monotonic()
+            self._redis_s = self._clock()
 
     def waiting(self, messages: int) -> None:
         """Report how many messages the last queue snapshot found in the lanes."""
@@ -105,7 +110,7 @@ class HealthMonitor:
             return []
         sources = self._sources
         if sources is None:
-            return [f"starting for {time.monotonic() - self._began_s:.0f} s"]
+            return [f"starting for {self._clock() - self._began_s:.0f} s"]
         reasons, stuck_s = [], sources.stuck_s()
         if missing := sorted(thread.name for thread in sources.threads if not thread.is_alive):
             reasons.append(f"threads have ended: {', '.join(missing)}")
@@ -150,20 +155,10 @@ class HealthMonitor:
         return f"with {held} jobs held and {waiting} waiting" if held or waiting else ""
 
     def _redis_silent_s(self) -> float:
-        return time.monotonic() - self._redis_s
+        return self._clock() - self._redis_s
 
     def _without_loaders_s(self, sources: LivenessSources) -> float:
-        now_s = time.monotonic()
-        if any(_runs(pid) for pid in sources.loaders()):
+        now_s = self._clock()
+        if any(is_running(pid) for pid in sources.loaders()):
             self._loaders_s = now_s
         return now_s - self._loaders_s
-
-
-def _runs(pid: int) -> bool:
-    """Return whether a process exists and is not stopped."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    # The process name stands before the state, and may contain spaces and brackets.
-    return stat.rpartition(")")[2].split()[0] not in NOT_RUNNING

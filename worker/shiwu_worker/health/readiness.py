@@ -19,9 +19,17 @@ class Readiness:
         on_change: called with the new state under the lock, by the thread that causes the change.
         revoke_wait_s: after this time a worker that claims and receives no broadcasts is ready nevertheless, and the
             log says so. 0: broadcasts are ignored.
+        clock: gives monotonic seconds.
     """
 
-    def __init__(self, *, on_change: Callable[[bool], None], revoke_wait_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        on_change: Callable[[bool], None],
+        revoke_wait_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._on_change = on_change
         self._limit_s = revoke_wait_s
         self._lock = threading.Lock()
@@ -58,7 +66,7 @@ class Readiness:
             self._on_change(is_ready)
 
     def _is_wait_over(self) -> bool:
-        now_s = time.monotonic()
+        now_s = self._clock()
         if self._waiting_since_s is None:
             self._waiting_since_s = now_s
         is_over = now_s - self._waiting_since_s >= self._limit_s

@@ -18,7 +18,6 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, NoReturn
 
 import msgspec
@@ -30,6 +29,7 @@ from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.errors import JobError
 from shiwu_worker.loaders.protocol import ENCODER, LoaderOptions
 from shiwu_worker.loaders.seccomp import SandboxError, install_filter, no_new_privileges
+from shiwu_worker.runtime.proc import highest_descriptor, thread_cpu_s
 from shiwu_worker.runtime.process import die_with_parent
 from shiwu_worker.stages.decode.decoder import DecodedInfo, decode
 
@@ -42,7 +42,6 @@ LARGE_BYTES: Final = 1 << 20
 """Shared memory of a larger file is returned to the system immediately."""
 SPARE_FILES: Final = 16
 """Limit of open files above those of the sandbox; the filter lets it open none anyway."""
-_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -91,7 +90,7 @@ class DecodeSandbox:
         self._sockets = sockets
         self._shared = shared
         self._cpu_s = options.sandbox.cpu_s
-        self._stats = [Path(f"/proc/{pid}/task/{hello.thread}/stat") for hello in map(self._receive_hello, sockets)]
+        self._threads = [self._receive_hello(channel).thread for channel in sockets]
 
     def _receive_hello(self, channel: socket.socket) -> Hello:
         channel.settimeout(START_TIMEOUT_S)
@@ -126,19 +125,11 @@ class DecodeSandbox:
             try:
                 return _received(channel)
             except TimeoutError:
-                used_s = self._cpu_of(number)
+                used_s = thread_cpu_s(self._pid, self._threads[number])
                 first_s = used_s if first_s is None else first_s
                 # Before the first measurement it cannot have used more CPU than the time until then.
                 if used_s - first_s + POLL_INTERVAL_S > self._cpu_s:
                     raise CpuExceeded from None
-
-    def _cpu_of(self, number: int) -> float:
-        """CPU seconds of one thread of the sandbox since its start; 0 if it has ended."""
-        try:
-            fields = self._stats[number].read_text().rpartition(")")[2].split()
-        except OSError:
-            return 0.0
-        return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
     def kill(self) -> None:
         """Kill the sandbox; has no effect if it has ended."""
@@ -221,7 +212,7 @@ def _close_all_but(kept: set[int]) -> None:
 
 
 def _set_limits(options: LoaderOptions) -> None:
-    open_files = max(fd for fd in map(int, os.listdir("/proc/self/fd"))) + SPARE_FILES
+    open_files = highest_descriptor() + SPARE_FILES
     resource.setrlimit(resource.RLIMIT_AS, (options.sandbox.memory_bytes, options.sandbox.memory_bytes))
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):

@@ -191,7 +191,7 @@ class Pipeline:
                 # Batches overlap on the way to the device, which works on one at a time.
                 started_s = max(encoded_s, launched.started_s)
                 encoded_s = launched.rows[0].moments.score_from_s or time.monotonic()
-                self._meter.encoded(pictures=len(launched.rows), seconds=max(0.0, encoded_s - started_s))
+                self._meter.encoded(images=len(launched.rows), seconds=max(0.0, encoded_s - started_s))
             for job in launched.jobs:
                 job.is_on_device = False
             self._progress.mark()

@@ -54,11 +54,18 @@ class RedisBackoff:
     Args:
         where: what the thread does; stands in the log.
         on_wait: called at each pause with the error.
+        clock: gives monotonic seconds.
     """
 
     def __init__(
-        self, where: str, *, on_wait: Callable[[RedisError], None] = lambda _: None, max_s: float = MAX_PAUSE_S
+        self,
+        where: str,
+        *,
+        on_wait: Callable[[RedisError], None] = lambda _: None,
+        max_s: float = MAX_PAUSE_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._where = where
         self._on_wait = on_wait
         self._backoff = Backoff(max_s=max_s)
@@ -69,7 +76,7 @@ class RedisBackoff:
     def wait(self, error: RedisError, stop: threading.Event) -> None:
         """Pause before the next try, or until `stop` is set."""
         if not self._backoff.is_waiting:
-            self._since_s = time.monotonic()
+            self._since_s = self._clock()
             self._logged = None
         self._log(error)
         self._on_wait(error)
@@ -78,11 +85,11 @@ class RedisBackoff:
     def reset(self) -> None:
         """Note that a try succeeded; log it after a pause."""
         if self._backoff.is_waiting:
-            log.info("redis_available", where=self._where, after_s=round(time.monotonic() - self._since_s, 3))
+            log.info("redis_available", where=self._where, after_s=round(self._clock() - self._since_s, 3))
             self._backoff.reset()
 
     def _log(self, error: RedisError) -> None:
-        code, now_s = classify(error), time.monotonic()
+        code, now_s = classify(error), self._clock()
         info = REDIS_ERRORS[code]
         if code is self._logged and (info.passes or now_s - self._logged_s < LOG_INTERVAL_S):
             return

@@ -1,9 +1,10 @@
-"""Time: the moments of one picture and the answer's milliseconds, whether a worker moves, and what it waits for."""
+"""Progress of the pipeline, and which part of the worker limits its throughput."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -14,36 +15,47 @@ LOADERS_BUSY_SHARE: Final = 0.75
 
 
 class Progress:
-    """When the pipeline last moved: jobs were claimed, encoded or settled, lanes found empty, or Redis was away."""
+    """When the pipeline last made progress. Thread-safe.
 
-    def __init__(self) -> None:
-        self._last_s = time.monotonic()
+    Jobs that are claimed, encoded, committed or released are progress. So are empty lanes and waits for Redis, because
+    then the worker is not stuck.
+
+    Args:
+        clock: gives monotonic seconds.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last_s = clock()
 
     def mark(self) -> None:
-        """Say that something moved. Safe from any thread."""
-        self._last_s = time.monotonic()
+        """Record that the pipeline made progress now."""
+        self._last_s = self._clock()
 
     def age_s(self) -> float:
-        """Seconds since something moved."""
-        return time.monotonic() - self._last_s
+        """Seconds since the last progress."""
+        return self._clock() - self._last_s
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """Where a worker's time went lately. Shares are 0 to 1: of the wall time, or of all the loaders' threads."""
+    """How a worker spent the time since the last report.
+
+    Shares are 0 to 1: `idle` and `device` of the elapsed time, `fetch` and `decode` of the time of all loader threads.
+    """
 
     seconds: float
     pictures: int
     batches: int
     idle: float
-    """Nothing waited in the lanes."""
+    """Share of the time in which the lanes were empty and nothing was in flight."""
     device: float
     fetch: float
     decode: float
 
     @property
     def limit(self) -> Limit:
-        """What has to become quicker for more pictures a second."""
+        """What limits the throughput: the part that must become faster for more images per second."""
         if self.idle > IDLE_SHARE:
             return "arrivals"
         if self.device > BUSY_SHARE:
@@ -54,53 +66,53 @@ class LoadReport:
 
 
 class LoadMeter:
-    """Adds up what `LoadReport` tells. Thread-safe.
+    """Sums the times of a `LoadReport`. Thread-safe.
 
     Args:
-        loader_threads: pictures that may be fetched or decoded at a time, in all loaders.
+        loader_threads: images that all loaders together may fetch or decode at a time.
     """
 
     def __init__(self, *, loader_threads: int) -> None:
         self._loader_threads = loader_threads
         self._lock = threading.Lock()
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._since_s = time.monotonic()
-        self._pictures = self._batches = 0
+        self._images = self._batches = 0
         self._idle_s = self._device_s = self._fetch_s = self._decode_s = 0.0
 
     def idle(self, seconds: float) -> None:
-        """Nothing waited in the lanes for so long."""
+        """Add time in which the lanes were empty and nothing was in flight."""
         with self._lock:
             self._idle_s += seconds
 
     def loaded(self, *, fetch_s: float, decode_s: float) -> None:
-        """Pictures took so long, all of them together."""
+        """Add the times of images that were loaded, each summed over the images."""
         with self._lock:
             self._fetch_s += fetch_s
             self._decode_s += decode_s
 
-    def encoded(self, *, pictures: int, seconds: float) -> None:
-        """The device was busy with a batch."""
+    def encoded(self, *, images: int, seconds: float) -> None:
+        """Add one batch: its images, and how long the device was busy with it."""
         with self._lock:
-            self._pictures += pictures
+            self._images += images
             self._batches += 1
             self._device_s += seconds
 
     def read(self) -> LoadReport:
-        """The time since the last read."""
+        """Report the time since the last call, and start again at zero."""
         with self._lock:
             seconds = max(1e-9, time.monotonic() - self._since_s)
             threads_s = seconds * self._loader_threads
             load = LoadReport(
                 seconds=round(seconds, 1),
-                pictures=self._pictures,
+                pictures=self._images,
                 batches=self._batches,
                 idle=round(min(1.0, self._idle_s / seconds), 3),
                 device=round(min(1.0, self._device_s / seconds), 3),
                 fetch=round(min(1.0, self._fetch_s / threads_s), 3),
                 decode=round(min(1.0, self._decode_s / threads_s), 3),
             )
-            self._begin()
+            self._reset()
         return load

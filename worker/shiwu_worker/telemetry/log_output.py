@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import BinaryIO, Final
 
 POLL_EVERY_S: Final = 1.0
@@ -29,9 +30,11 @@ class LogOutput:
 
     Args:
         path: a file to append to; it is reopened after it was moved or deleted. None is standard error.
+        clock: gives monotonic seconds.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._path = path
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
@@ -69,7 +72,7 @@ class LogOutput:
 
     def _open(self) -> BinaryIO:
         """Return the file, reopened if its path is missing or is another file now."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         if self._file is not None and now_s - self._checked_s < POLL_EVERY_S:
             return self._file
         self._checked_s = now_s

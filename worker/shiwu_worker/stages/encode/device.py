@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Final
 
 import torch
 
 from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError
+from shiwu_worker.runtime.proc import cpu_flags
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _AMPERE: Final = (8, 0)
@@ -84,8 +84,4 @@ def error_kind_of(error: BaseException) -> DeviceErrorKind:
 
 
 def _cpu_has_bf16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
-    except OSError:
-        return False
-    return " avx512_bf16" in flags or " amx_bf16" in flags
+    return not cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))
