@@ -181,7 +181,9 @@ for image, size, box in (
     ((913, 1), (45, 11), (454.45454545454544, 0.0, 458.54545454545456, 1.0)),
     ((2136, 3), (35, 7), (1060.2857142857142, 0.0, 1075.2857142857142, 3.0)),
 ):
-    assert resize_simd(Image.new("RGB", image, "white"), size, box, 3).getextrema() == ((255, 255),) * 3
+    for is_rows_first in (False, True):
+        resized = resize_simd(Image.new("RGB", image, "white"), size, box, 3, is_rows_first=is_rows_first)
+        assert resized.getextrema() == ((255, 255),) * 3
 """
 
 
