@@ -95,7 +95,14 @@ def test_output_without_a_terminal_is_plain_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("clip", "CLIP"), ("siglip", "SigLIP"), ("altclip", "AltCLIP"), ("2022", "Chinese-CLIP")]
+    ("kind", "expected"),
+    [
+        ("clip", "CLIP"),
+        ("siglip", "SigLIP"),
+        ("altclip", "AltCLIP"),
+        ("metaclip_2", "MetaCLIP 2"),
+        ("2022", "Chinese-CLIP"),
+    ],
 )
 def test_each_family_is_named_and_compared(tmp_path: Path, kind: str, expected: str) -> None:
     """Tiny models with random weights; their answers are those of transformers."""

@@ -15,6 +15,8 @@ from transformers import (
     AltCLIPModel,
     CLIPConfig,
     CLIPModel,
+    MetaClip2Config,
+    MetaClip2Model,
     PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipModel,
@@ -52,6 +54,8 @@ def make_model(kind: str) -> Any:
     model: Any
     if kind == "clip":
         model = CLIPModel(CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=8))
+    elif kind == "metaclip_2":
+        model = MetaClip2Model(MetaClip2Config(vision_config=VISION, text_config=TEXT, projection_dim=8))
     elif kind == "altclip":
         # RoBERTa's positions begin after the padding index.
         text = {**TEXT, "max_position_embeddings": PLACES + 2, "project_dim": 8}

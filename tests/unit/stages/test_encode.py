@@ -59,7 +59,7 @@ def _silence() -> Iterator[None]:
     transformers_logging.set_verbosity(verbosity)
 
 
-@pytest.fixture(params=["clip", "siglip", "altclip"])
+@pytest.fixture(params=["clip", "siglip", "altclip", "metaclip_2"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Any, Path]:
     """Kind, model and folder of a tiny checkpoint."""
     model = make_model(request.param)
