@@ -1,1 +1,1 @@
-"""Benchmarks: one command each, the ratios of one run, JSON and a picture in bench/out."""
+"""Benchmarks: each is one command that writes the ratios of one run, as JSON and a chart, to bench/out."""

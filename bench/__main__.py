@@ -13,11 +13,11 @@ from bench.catalogue import BENCHES
 from bench.report import show, write
 
 OUT: Final = Path(__file__).parent / "out"
-LEAVING: Final = (signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> int:
-    """Run the benchmark that is named."""
+    """Run the benchmark whose name is the first argument."""
     listed = "\n".join(f"  {bench.name:10} {bench.about}" for bench in BENCHES.values())
     about = f"{listed}\n  {'compare':10} {compare.ABOUT}\n\n`python -m bench NAME --help` shows a benchmark's options."
     parser = argparse.ArgumentParser(
@@ -39,9 +39,9 @@ def main() -> int:
     own.add_argument("--quick", action="store_true", help="small sizes: to see that it works, not to measure")
     BENCHES[name].add_options(own)
     asked = own.parse_args(sys.argv[2:])
-    for number in LEAVING:
-        signal.signal(number, _leave)
-    before = machine.look()
+    for number in STOP_SIGNALS:
+        signal.signal(number, _interrupt)
+    before = machine.describe()
     report = BENCHES[name].run(asked)
     show(report)
     folder = asked.out or (OUT / "quick" if asked.quick else OUT)
@@ -50,9 +50,9 @@ def main() -> int:
     return 0
 
 
-def _leave(*_: object) -> NoReturn:
-    """As for Ctrl-C: whatever was started ends before we do."""
-    for number in LEAVING:
+def _interrupt(*_: object) -> NoReturn:
+    """As on Ctrl-C: let all processes that were started end first."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 

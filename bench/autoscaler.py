@@ -1,7 +1,7 @@
-"""KEDA and the HPA below it, as far as they decide how many workers there are, by the chart's own ScaledObject.
+"""A model of KEDA and its HPA, which decide how many workers run, from the chart's own ScaledObject.
 
-What the chart says is taken from the rendered object: keys, formula, target, bounds, windows. What Kubernetes adds is
-written down here from its documentation: the HPA's rounds, its tolerance, and how quickly it may grow.
+Keys, formula, target, bounds and windows come from the rendered object. The rest comes from Kubernetes' documentation:
+the HPA's rounds, its tolerance, and how quickly it may grow.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ local kind = redis.call('TYPE', KEYS[1]).ok
 local how = {list = 'LLEN', hash = 'HLEN', zset = 'ZCARD', set = 'SCARD'}
 return how[kind] and redis.call(how[kind], KEYS[1]) or 0
 """
-"""As KEDA's Redis scaler counts: by the type of the key; a key that is not there is 0."""
+"""Counts as KEDA's Redis scaler does: by the type of the key; a missing key is 0."""
 TOLERANCE: Final = 0.1
 """Below this difference from the target an HPA changes nothing."""
 GROWS_BY: Final = 4
 GROWS_TIMES: Final = 2
-"""In one round an HPA at most doubles, or adds four pods."""
+"""In one round an HPA at most doubles the pods, or adds four."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a ScaledObject says."""
+    """The settings of a ScaledObject."""
 
     keys: tuple[tuple[str, str], ...]
     """(name in the formula, key in Redis)."""
@@ -42,14 +42,14 @@ class Rules:
     poll_s: float
     cooldown_s: float
     window_s: float
-    """How far back scaling down looks."""
+    """How far back scaling down looks, in seconds."""
 
     @classmethod
     def read(cls, scaled: Mapping[str, Any]) -> Rules:
-        """From a rendered ScaledObject.
+        """Read a rendered ScaledObject.
 
         Raises:
-            ValueError: when the formula is no sum of its triggers.
+            ValueError: the formula is no sum of its triggers.
         """
         spec = scaled["spec"]
         modifiers = spec["advanced"]["scalingModifiers"]
@@ -73,7 +73,7 @@ class Rules:
         )
 
     def metric(self, client: redis.Redis) -> float:
-        """The formula's value now."""
+        """Return the current value of the formula."""
         with client.pipeline(transaction=False) as pipe:
             for _, key in self.keys:
                 pipe.eval(COUNT, 1, key)
@@ -85,7 +85,7 @@ class Rules:
 
 @dataclass(slots=True)
 class Autoscaler:
-    """Asked at each of KEDA's questions; says how many workers there shall be.
+    """Decides at each of KEDA's polls how many workers there should be.
 
     Args:
         sync_s: between two rounds of the HPA, 15 s on a cluster.
@@ -99,7 +99,7 @@ class Autoscaler:
     _advice: deque[tuple[float, int]] = field(default_factory=deque)
 
     def decide(self, metric: float, *, now_s: float) -> int:
-        """KEDA moves between none and one, the HPA above that."""
+        """Return the number of workers: KEDA moves between none and one, the HPA above that."""
         rules = self.rules
         is_active = metric > rules.activation
         if is_active:

@@ -1,4 +1,4 @@
-"""The model alone: prepared pixels through the service's own encoder in a loop, and scored, with nothing around it.
+"""The model alone: prepared pixels go through the service's encoder in a loop and are scored, without the service.
 
 `python -m bench.bare` reads the worker's settings from its environment, and then lines from its input: for each, a
 number of seconds, it runs every batch size for a part of them and prints what it found as JSON. So it has no threads in
@@ -28,29 +28,29 @@ from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.runtime.cpus import usable_cores
 from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
 
-LEAST_TIMES: Final = 2
+MIN_REPEATS: Final = 2
 START_S: Final = 600.0
-"""A large model with many batch sizes, compiled."""
-PATIENCE: Final = 20
-"""Times as long as asked for, that it may take: its slowest batch runs twice at least."""
+"""Enough for a large model with many batch sizes, compiled."""
+SLACK_FACTOR: Final = 20
+"""It may take so many times the time asked for, because its slowest batch runs at least twice."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSizeRate:
-    """One batch size."""
+    """Figures of one batch size."""
 
     size: int
     batch_ms: float
-    """From pixels in the host's memory to vectors there, one batch alone; the median."""
+    """Median time of one batch alone, from pixels in host memory to vectors in host memory."""
     per_second: float
-    """Pictures a second of batches that follow each other."""
+    """Images per second of batches in a row."""
     seconds: float
-    """That the rate was measured for."""
+    """Duration of the measurement of the rate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bare:
-    """What the model alone does."""
+    """Figures of the model alone."""
 
     dtype: str
     device: str
@@ -71,7 +71,7 @@ class Bare:
 
 
 class Alone:
-    """The process with the model; it works while it is asked, and waits else."""
+    """The process with the model; it works on request and waits otherwise."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -84,17 +84,17 @@ class Alone:
         self._lines.put("")
 
     def ask(self, seconds: float) -> Bare:
-        """Run all its batch sizes, for about so many seconds together.
+        """Run all batch sizes, for about `seconds` in total.
 
         Raises:
-            RuntimeError: it ended, or took far longer.
+            RuntimeError: the process ended, or took far longer.
         """
         if self._process.stdin is None or self._process.poll() is not None:
             raise RuntimeError(f"expected the model to run, it ended with {self._process.returncode}")
         self._process.stdin.write(f"{seconds}\n")
         self._process.stdin.flush()
         try:
-            line = self._lines.get(timeout=START_S + PATIENCE * seconds)
+            line = self._lines.get(timeout=START_S + SLACK_FACTOR * seconds)
         except Empty:
             raise RuntimeError(f"expected the model to run for {seconds:g} s, it takes far longer") from None
         if not line:
@@ -105,7 +105,7 @@ class Alone:
 
 @contextmanager
 def opened(env: Mapping[str, str], *, largest: int) -> Iterator[Alone]:
-    """The model of the worker that this environment describes, with all cores. It starts at once, and is then asked.
+    """Start the model of the worker that this environment describes, with all cores, and yield it.
 
     Args:
         largest: the largest batch that the worker made; the next power of two is the largest batch size here.
@@ -129,24 +129,26 @@ def opened(env: Mapping[str, str], *, largest: int) -> Iterator[Alone]:
 
 
 def measure(env: Mapping[str, str], *, largest: int, seconds: float) -> Bare:
-    """`opened`, asked once."""
+    """Start the model, measure once, and end it."""
     with opened(env, largest=largest) as alone:
         return alone.ask(seconds)
 
 
 def together(turns: Sequence[Bare]) -> Bare:
-    """All turns as one: rates over the sum of their seconds, medians of their medians."""
+    """Combine all turns: rates over the sum of their seconds, medians of their medians."""
     rungs = []
-    for its in zip(*(one.rungs for one in turns), strict=True):
-        seconds = sum(one.seconds for one in its)
-        pictures = sum(one.per_second * one.seconds for one in its)
-        rungs.append(BatchSizeRate(its[0].size, median([one.batch_ms for one in its]), pictures / seconds, seconds))
+    for rates in zip(*(turn.rungs for turn in turns), strict=True):
+        seconds = sum(rate.seconds for rate in rates)
+        pictures = sum(rate.per_second * rate.seconds for rate in rates)
+        rungs.append(
+            BatchSizeRate(rates[0].size, median([rate.batch_ms for rate in rates]), pictures / seconds, seconds)
+        )
     first = turns[0]
     return Bare(first.dtype, first.device, first.threads, first.start_s, tuple(rungs))
 
 
 def loop(encoder: Any, spec: ImageSpec, batch_size: int, *, seconds: float) -> BatchSizeRate:
-    """One batch size of a warm encoder: the median time of a batch alone, and the rate of many in a row."""
+    """Measure one batch size of a warm encoder: the median time of a batch alone, and the rate of many in a row."""
     labels = encoder.encode_texts(list(WORDS))
     batch = np.random.default_rng(0).integers(0, 256, (batch_size, spec.height, spec.width, 3), np.uint8)
     alone_s = median(_times(lambda: encoder.encode(batch) @ labels.T, seconds / 4))
@@ -165,10 +167,10 @@ def loop(encoder: Any, spec: ImageSpec, batch_size: int, *, seconds: float) -> B
 
 
 def _times(work: Callable[[], object], seconds: float) -> list[float]:
-    """Do it for so long, a few times at least; seconds of each."""
+    """Call `work` for about `seconds`, a few times at least; return the seconds of each call."""
     took: list[float] = []
     until_s = time.monotonic() + seconds
-    while len(took) < LEAST_TIMES or time.monotonic() < until_s:
+    while len(took) < MIN_REPEATS or time.monotonic() < until_s:
         began_s = time.perf_counter()
         work()
         took.append(time.perf_counter() - began_s)
@@ -176,7 +178,7 @@ def _times(work: Callable[[], object], seconds: float) -> list[float]:
 
 
 def main() -> None:
-    """Load the model as the environment says, and measure whenever a line asks for it."""
+    """Load the model that the environment names, and measure once for each input line."""
     began_s = time.monotonic()
     import torch  # noqa: PLC0415 so that the start is measured with it
 

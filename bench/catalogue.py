@@ -15,7 +15,7 @@ from bench.report import Report
 class Bench:
     """One benchmark: a module with `add_options(parser)` and `run(asked)`.
 
-    The module is imported when it is asked for: torch takes seconds, and memory that a measurement should not share.
+    The module is imported only when used: torch takes seconds to load, and memory that would disturb a measurement.
     """
 
     name: str
@@ -23,12 +23,12 @@ class Bench:
     about: str
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Its own options, beside --quick."""
+        """Add its own options; --quick is common to all."""
         add: Callable[[argparse.ArgumentParser], None] = import_module(self.module).add_options
         add(parser)
 
     def run(self, asked: argparse.Namespace) -> Report:
-        """Measure."""
+        """Measure and return the report."""
         measure: Callable[[argparse.Namespace], Report] = import_module(self.module).run
         return measure(asked)
 
@@ -36,13 +36,17 @@ class Bench:
 BENCHES: Final = {
     bench.name: bench
     for bench in (
-        Bench("messages", "bench.messages", "jobs a second from claim to commit, beside Celery and celery-batches"),
-        Bench("service", "bench.service", "pictures a second of the whole service, beside the bare model and peers"),
-        Bench("start", "bench.start", "pictures a second after a start on a busy machine, beside a quiet start"),
-        Bench("latency", "bench.latency", "p50, p95, p99 in an open loop, and of one picture on an idle worker"),
+        Bench(
+            "messages", "bench.messages", "jobs a second from claim to commit, compared with Celery and celery-batches"
+        ),
+        Bench(
+            "service", "bench.service", "images a second of the whole service, compared with the bare model and peers"
+        ),
+        Bench("start", "bench.start", "images a second after a start on a busy machine, compared with a quiet start"),
+        Bench("latency", "bench.latency", "p50, p95, p99 in an open loop, and of one image on an idle worker"),
         Bench("encode", "bench.encode", "the model alone: batch sizes, dtypes, and its share of the matrix rate"),
         Bench("scaling", "bench.scaling", "a backlog through the chart's autoscaling, from no worker to many to none"),
         Bench("fetch", "bench.fetch", "core-milliseconds of one object from S3, by each client of the store"),
-        Bench("decode", "bench.decode", "core-milliseconds of one picture, and how far its pixels are off"),
+        Bench("decode", "bench.decode", "core-milliseconds of one image, and the error of its pixels"),
     )
 }

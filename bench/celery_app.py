@@ -1,4 +1,4 @@
-"""The Celery application of every peer: settings that lose nothing and cost nothing that is not needed."""
+"""The Celery application of every peer: settings that lose no job and have no avoidable cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTINGS_TEXT: Final = "acks_late, JSON, results in Redis, no events, no gossip,
 
 
 def make_app(name: str) -> Celery:
-    """An app whose broker and results are the benchmark's Redis. Acknowledged late, as shiwu does."""
+    """Return an app with broker and results in the benchmark's Redis, which acknowledges late, as shiwu does."""
     app = Celery(name, broker=URL, backend=URL)
     app.conf.update(
         task_acks_late=True,
@@ -26,13 +26,13 @@ def make_app(name: str) -> Celery:
         worker_enable_remote_control=False,
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
-        # One list for each queue instead of four: a quarter of the keys that every BRPOP names.
+        # One list for each queue instead of four, so every BRPOP names a quarter of the keys.
         broker_transport_options={"priority_steps": [0]},
     )
     return app
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator]  # celery has no types
-def _say_ready(**_: Any) -> None:
+def _touch_ready_file(**_: Any) -> None:
     if READY_FILE:
         Path(READY_FILE).touch()

@@ -10,8 +10,8 @@ from typing import Any, Final, Literal
 
 import matplotlib as mpl
 
-PANEL_INCHES: Final = (5.5, 3.6)
-ACROSS: Final = 2
+CHART_INCHES: Final = (5.5, 3.6)
+COLUMNS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One panel: bars over names, or lines over numbers."""
+    """One chart: bars over names, or lines over numbers."""
 
     title: str
     x: tuple[str, ...] | tuple[float, ...]
@@ -33,52 +33,52 @@ class Chart:
     x_unit: str = ""
     kind: Literal["bars", "lines"] = "bars"
     is_log: bool = False
-    """Whether values, and the x of lines, are shown by their logarithm."""
+    """Whether values, and the x of lines, have a logarithmic scale."""
 
 
 def draw(charts: Sequence[Chart], path: Path) -> None:
-    """Draw the panels into one PNG."""
+    """Draw all charts into one PNG."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415 after the choice of the backend
 
-    down = max(1, -(-len(charts) // ACROSS))
-    size = (PANEL_INCHES[0] * ACROSS, PANEL_INCHES[1] * down)
-    figure, axes = plt.subplots(down, ACROSS, figsize=size, layout="constrained", squeeze=False)
-    for chart, panel in zip(charts, axes.flat, strict=False):
-        (_bars if chart.kind == "bars" else _lines)(chart, panel)
-        panel.set_title(chart.title, fontsize=10)
-    for panel in axes.flat[len(charts) :]:
-        panel.axis("off")
+    down = max(1, -(-len(charts) // COLUMNS))
+    size = (CHART_INCHES[0] * COLUMNS, CHART_INCHES[1] * down)
+    figure, axes = plt.subplots(down, COLUMNS, figsize=size, layout="constrained", squeeze=False)
+    for chart, axis in zip(charts, axes.flat, strict=False):
+        (_bars if chart.kind == "bars" else _lines)(chart, axis)
+        axis.set_title(chart.title, fontsize=10)
+    for axis in axes.flat[len(charts) :]:
+        axis.axis("off")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _bars(chart: Chart, panel: Any) -> None:
-    thick = 0.8 / max(1, len(chart.series))
+def _bars(chart: Chart, axis: Any) -> None:
+    thickness = 0.8 / max(1, len(chart.series))
     for number, series in enumerate(chart.series):
-        at = [row + (number - (len(chart.series) - 1) / 2) * thick for row in range(len(chart.x))]
-        panel.barh(at, series.values, height=thick, label=series.name)
-    panel.set_yticks(range(len(chart.x)), [str(name) for name in chart.x])
-    panel.invert_yaxis()
-    panel.set_xlabel(chart.unit)
+        at = [row + (number - (len(chart.series) - 1) / 2) * thickness for row in range(len(chart.x))]
+        axis.barh(at, series.values, height=thickness, label=series.name)
+    axis.set_yticks(range(len(chart.x)), [str(name) for name in chart.x])
+    axis.invert_yaxis()
+    axis.set_xlabel(chart.unit)
     shown = [value for series in chart.series for value in series.values if value > 0]
     if chart.is_log and shown:
-        panel.set_xscale("log")
-        # From a whole decade below the least: a bar that began just there would look like nothing beside the others.
-        panel.set_xlim(left=10 ** (math.ceil(math.log10(min(shown))) - 1) / 2)
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.xaxis.set_minor_formatter("")
+        axis.set_xscale("log")
+        # Starts a decade below the smallest value, whose bar would otherwise have no length.
+        axis.set_xlim(left=10 ** (math.ceil(math.log10(min(shown))) - 1) / 2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
     if len(chart.series) > 1:
-        panel.legend(fontsize=8)
+        axis.legend(fontsize=8)
 
 
-def _lines(chart: Chart, panel: Any) -> None:
+def _lines(chart: Chart, axis: Any) -> None:
     for series in chart.series:
-        panel.plot(chart.x[: len(series.values)], series.values, marker="o", markersize=3, label=series.name)
-    panel.set_xlabel(chart.x_unit)
-    panel.set_ylabel(chart.unit)
+        axis.plot(chart.x[: len(series.values)], series.values, marker="o", markersize=3, label=series.name)
+    axis.set_xlabel(chart.x_unit)
+    axis.set_ylabel(chart.unit)
     if chart.is_log:
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)

@@ -1,6 +1,6 @@
 """Models by name: the embedded one, two Chinese-CLIPs in their published shapes with random weights, or a folder.
 
-`python -m bench.checkpoints NAME FOLDER` makes the files of one; `checkpoint` does so once, in a process of its own,
+`python -m bench.checkpoints NAME FOLDER` writes the files of one model. `checkpoint` does so once, in another process,
 and keeps them in the cache. The shapes are those of the config.json of OFA-Sys/chinese-clip-vit-base-patch16 and
 OFA-Sys/chinese-clip-vit-large-patch14.
 """
@@ -21,7 +21,7 @@ from shiwu_worker.checkpoints.model_files import EMBEDDED, model_folder, model_n
 
 NAMES: Final = ("embedded", "vit-b-16", "vit-l-14")
 RECIPE: Final = 2
-"""Counted up when what is written changes, so that no old files are taken from the cache."""
+"""Raised when the written files change, so that no old files are taken from the cache."""
 CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 VOCAB: Final = 21128
@@ -29,7 +29,7 @@ VOCAB: Final = 21128
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What tells the two sizes apart."""
+    """Dimensions of a model."""
 
     patch: int
     hidden: int
@@ -55,23 +55,23 @@ class Checkpoint:
     """What SHIWU_MODEL is set to; None leaves it unset."""
     is_random: bool
     gflop: float
-    """Of one picture's forward pass through the picture tower: two for each multiplication with its addition."""
+    """Operations of the image tower for one image; a multiplication with its addition counts as two."""
 
 
 def checkpoint(asked: str) -> Checkpoint:
-    """Find the model, or make it."""
+    """Return the model of this name or folder; make it if necessary."""
     if asked == "embedded":
         folder = model_folder(None)
         return Checkpoint(EMBEDDED, folder, None, is_random=False, gflop=picture_gflop(folder))
     if asked in SHAPES:
-        folder = made_once(f"{asked}-random-{RECIPE}", lambda half: _make_elsewhere(asked, half))
+        folder = made_once(f"{asked}-random-{RECIPE}", lambda unfinished: _make_in_process(asked, unfinished))
         return Checkpoint(asked, folder, str(folder), is_random=True, gflop=picture_gflop(folder))
     folder = model_folder(str(Path(asked).resolve()))
     return Checkpoint(model_name(str(folder)), folder, str(folder), is_random=False, gflop=picture_gflop(folder))
 
 
 def processor_folder() -> Path:
-    """A folder with the published preprocessing alone, for those who need no weights."""
+    """Return a folder with the published preprocessing only, for benchmarks without weights."""
     return made_once(f"processor-224-{RECIPE}", _write_preprocessor)
 
 
@@ -81,15 +81,15 @@ def picture_gflop(folder: Path) -> float:
     Towers that are no vision transformer are run once under torch's counter.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    its = config["vision_config"]
-    if "patch_size" not in its:
-        return _counted_gflop(folder, its["image_size"])
-    hidden, patch = its["hidden_size"], its["patch_size"]
-    patches = (its["image_size"] // patch) ** 2
+    vision = config["vision_config"]
+    if "patch_size" not in vision:
+        return _counted_gflop(folder, vision["image_size"])
+    hidden, patch = vision["hidden_size"], vision["patch_size"]
+    patches = (vision["image_size"] // patch) ** 2
     tokens = patches + 1
-    layer = tokens * (4 * hidden**2 + 2 * hidden * its["intermediate_size"]) + 2 * tokens**2 * hidden
+    layer = tokens * (4 * hidden**2 + 2 * hidden * vision["intermediate_size"]) + 2 * tokens**2 * hidden
     ends = patches * 3 * patch**2 * hidden + hidden * config.get("projection_dim", 0)
-    return float(2 * (its["num_hidden_layers"] * layer + ends) / 1e9)
+    return float(2 * (vision["num_hidden_layers"] * layer + ends) / 1e9)
 
 
 def _counted_gflop(folder: Path, side: int) -> float:
@@ -103,8 +103,8 @@ def _counted_gflop(folder: Path, side: int) -> float:
     return float(counter.get_total_flops() / 1e9)
 
 
-def _make_elsewhere(name: str, folder: Path) -> None:
-    """Torch's memory goes with the process that needed it."""
+def _make_in_process(name: str, folder: Path) -> None:
+    """Make the model in another process, whose memory torch uses."""
     print(f"making {name} with random weights, once …", file=sys.stderr)
     command = [sys.executable, "-m", "bench.checkpoints", name, str(folder)]
     subprocess.run(command, check=True, timeout=600)
@@ -122,7 +122,7 @@ def _make(name: str, folder: Path) -> None:
 
 
 def _write_vocabulary(folder: Path) -> None:
-    """The words of the tests' pictogram model, filled up to the published number of tokens."""
+    """Write the words of the tests' pictogram model, filled up to the published number of tokens."""
     words = (PICTOGRAM_ZH / "vocab.txt").read_text(encoding="utf-8").split("\n")
     words = [word for word in words if word]
     words += [f"[unused{number}]" for number in range(len(words), VOCAB)]
@@ -155,7 +155,7 @@ def _config(shape: Shape) -> dict[str, Any]:
 
 
 def _write_preprocessor(folder: Path) -> None:
-    """The published one: squashed to a square, nothing cut off."""
+    """Write the published preprocessing: squashed to a square, nothing cropped."""
     config = {
         "image_processor_type": "ChineseCLIPImageProcessor",
         "do_resize": True,

@@ -1,7 +1,7 @@
-"""Core-milliseconds of one picture from bytes to the model's pixels, and how far these are off.
+"""Core-milliseconds of one image from bytes to the model's pixels, and the error of these pixels.
 
-Beside shiwu's two paths stands transformers' own processor, as the reference script uses it; its pixels are the
-measure.
+shiwu's two paths are compared with transformers' own processor, as the reference script uses it; its pixels are the
+reference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from shiwu_worker.stages.decode.decoder import DRAFT_FACTOR, decode
 from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
 
 LIMITS: Final = DecodeLimits(max_pixels=50_000_000, max_side=65_535, formats=("JPEG", "PNG", "WEBP", "GIF", "AVIF"))
-LEAST_TIMES: Final = 3
+MIN_REPEATS: Final = 3
 FAST: Final = "shiwu"
 EXACT: Final = "shiwu, exact"
 PROCESSOR: Final = "transformers' processor"
@@ -44,7 +44,7 @@ PHOTO_ZH: Final = Path(shiwu_worker.__file__).parent / "data/photo_zh"
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """What becomes of a picture, for shiwu and for transformers."""
+    """What becomes of an image, for shiwu and for transformers."""
 
     name: str
     formats: tuple[str, ...]
@@ -55,7 +55,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One way of making one picture's pixels."""
+    """Cost and error of one way to make the pixels of one image."""
 
     way: str
     least_ms: float
@@ -76,8 +76,7 @@ class Case:
     kilobytes: float
     bits_per_pixel: float
     decoder_ms: float
-    """Least cost of Pillow's decoder alone, for a JPEG at the reduced size that shiwu takes: what no code around it
-    can better."""
+    """Least cost of Pillow's decoder alone, for a JPEG at the reduced size that shiwu uses: the lower bound."""
     costs: tuple[Cost, ...]
 
     @property
@@ -86,7 +85,7 @@ class Case:
         return f"{self.size}, {self.format}" + (f", {self.preprocessing}" if self.preprocessing != SQUASH else "")
 
     def least_ms(self, way: str) -> float:
-        """Its least cost."""
+        """Return the least cost of this way."""
         return next(cost.least_ms for cost in self.costs if cost.way == way)
 
 
@@ -135,7 +134,7 @@ def _cases(options: Options) -> Iterator[Case]:
         for way in preprocessings:
             for name in way.formats:
                 case = _case(size, name, files[name], way, seconds=options.seconds)
-                costs = ", ".join(f"{one.way} {number(one.least_ms)} ms" for one in case.costs)
+                costs = ", ".join(f"{cost.way} {number(cost.least_ms)} ms" for cost in case.costs)
                 print(f"  {case.name}: {costs}", flush=True)
                 yield case
 
@@ -163,16 +162,16 @@ def _case(size: SizeName, name: str, data: bytes, way: Preprocessing, *, seconds
 def _costs(data: bytes, spec: ImageSpec, processor: Any, *, seconds: float) -> tuple[Cost, ...]:
     fast = partial(decode, data, spec=spec, limits=LIMITS)
     exact = partial(fast, exact=True)
-    truth = _processed(processor, data, do_rescale=False, do_normalize=False).transpose(1, 2, 0)
+    reference = _processed(processor, data, do_rescale=False, do_normalize=False).transpose(1, 2, 0)
     return (
-        _cost(FAST, fast, fast()[0], truth, seconds),
-        _cost(EXACT, exact, exact()[0], truth, seconds),
-        _cost(PROCESSOR, partial(_processed, processor, data), truth, truth, seconds),
+        _cost(FAST, fast, fast()[0], reference, seconds),
+        _cost(EXACT, exact, exact()[0], reference, seconds),
+        _cost(PROCESSOR, partial(_processed, processor, data), reference, reference, seconds),
     )
 
 
 def _processed(processor: Any, data: bytes, **options: bool) -> NDArray[Any]:
-    """As the reference script does it: open, convert, resize, rescale, normalise."""
+    """Process as the reference script does: open, convert, resize, rescale, normalise."""
     with Image.open(io.BytesIO(data)) as image:
         # As numpy: torch's helper threads would count as the processor's time.
         pixels: NDArray[Any] = processor(images=image.convert("RGB"), return_tensors="np", **options)["pixel_values"][0]
@@ -187,21 +186,21 @@ def _decoded(data: bytes, spec: ImageSpec) -> None:
 
 
 def _times_ms(work: Callable[[], object], *, seconds: float) -> list[float]:
-    """CPU of each of many, after one that is not counted."""
+    """Return the CPU milliseconds of each call, after one that is not counted."""
     work()
     took_ms: list[float] = []
     until_s = time.monotonic() + seconds
-    while len(took_ms) < LEAST_TIMES or time.monotonic() < until_s:
-        # Of the process and not of the thread: AVIF's decoder works in threads of its own.
+    while len(took_ms) < MIN_REPEATS or time.monotonic() < until_s:
+        # CPU of the process, not of the thread: AVIF's decoder works in threads of its own.
         began_s = time.process_time()
         work()
         took_ms.append((time.process_time() - began_s) * 1000)
     return took_ms
 
 
-def _cost(way: str, work: Callable[[], object], pixels: NDArray[Any], truth: NDArray[Any], seconds: float) -> Cost:
+def _cost(way: str, work: Callable[[], object], pixels: NDArray[Any], reference: NDArray[Any], seconds: float) -> Cost:
     took_ms = _times_ms(work, seconds=seconds)
-    levels = np.abs(pixels.astype(np.float32) - truth.astype(np.float32))
+    levels = np.abs(pixels.astype(np.float32) - reference.astype(np.float32))
     return Cost(
         way=way,
         least_ms=min(took_ms),
@@ -217,17 +216,22 @@ def _report(options: Options, figures: Figures) -> Report:
         (
             case.name,
             number(case.kilobytes),
-            *(f"{number(one.least_ms)} / {number(one.median_ms)}" for one in case.costs),
+            *(f"{number(cost.least_ms)} / {number(cost.median_ms)}" for cost in case.costs),
             number(case.decoder_ms),
             f"{ratio(case.least_ms(PROCESSOR), case.least_ms(FAST)):.1f}",
-            *(f"{one.max_levels} / {one.mean_levels:.2f}" for one in case.costs[:2]),
+            *(f"{cost.max_levels} / {cost.mean_levels:.2f}" for cost in case.costs[:2]),
         )
         for case in figures.cases
     )
     head = (
-        "file", "kB", *(f"{way}, ms" for way in WAYS), "decoder alone", "shiwu is × as fast",
-        "levels off, max / mean", "exact",
-    )  # fmt: skip
+        "file",
+        "kB",
+        *(f"{way}, ms" for way in WAYS),
+        "decoder alone",
+        "shiwu is × as fast",
+        "levels off, max / mean",
+        "exact",
+    )
     jpegs = [case for case in figures.cases if case.format == "JPEG"]
     names = tuple(case.name for case in figures.cases)
     series = tuple(Series(way, tuple(case.least_ms(way) for case in figures.cases)) for way in WAYS)
@@ -235,10 +239,14 @@ def _report(options: Options, figures: Figures) -> Report:
         Headline(case.name.replace(", JPEG", " JPEG"), case.least_ms(FAST), "core-ms", "less") for case in jpegs
     ]
     headlines += [
-        Headline(f"{case.name.replace(', JPEG', ' JPEG')}, processor ÷ shiwu",
-                 ratio(case.least_ms(PROCESSOR), case.least_ms(FAST)), "times", "more")
+        Headline(
+            f"{case.name.replace(', JPEG', ' JPEG')}, processor ÷ shiwu",
+            ratio(case.least_ms(PROCESSOR), case.least_ms(FAST)),
+            "times",
+            "more",
+        )
         for case in jpegs
-    ]  # fmt: skip
+    ]
     return Report(
         name="decode",
         headlines=tuple(headlines),

@@ -43,11 +43,11 @@ class Way:
     dtype: str
     mode: str
     start_s: float
-    """Load, capture or compile, warm up."""
+    """Time to load, capture or compile, and warm up."""
     cosine_min: float
-    """The worst picture's cosine to the first way's vectors: FP32, eager."""
+    """The worst image's cosine to the first way's vectors: FP32, eager."""
     memory_gib: float
-    """Most that was allocated on a GPU."""
+    """Peak memory allocated on a GPU."""
     rungs: tuple[BatchSizeRate, ...]
     matrix_share: tuple[float, ...]
     """For each batch size: arithmetic per second ÷ the matrix rate in this dtype."""
@@ -55,7 +55,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class MatrixRate:
-    """What the device does at best."""
+    """Matrix rate of the device."""
 
     dtype: str
     tflops: float
@@ -97,9 +97,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def modes(device: str) -> dict[str, dict[str, bool]]:
-    """The encoder's switches: name → what the options get. CUDA graphs need CUDA."""
+    """Return the encoder's switches: name → its options. CUDA graphs need CUDA."""
     parameters = inspect.signature(EncoderOptions).parameters.values()
-    switches = [one.name for one in parameters if isinstance(one.default, bool) or one.annotation in {"bool", bool}]
+    switches = [
+        parameter.name
+        for parameter in parameters
+        if isinstance(parameter.default, bool) or parameter.annotation in {"bool", bool}
+    ]
     off = dict.fromkeys(switches, False)
     usable = [name for name in switches if device == "cuda" or "graph" not in name]
     return {EAGER: off, **{_PREFIX.sub("", name): off | {name: True} for name in usable}}
@@ -124,11 +128,11 @@ def run(asked: argparse.Namespace) -> Report:
     with ThreadPoolExecutor(1) as pool:  # a thread that ends: its team of OpenMP's would slow the model's
         matrix = tuple(pool.map(partial(_matrix_rate, device), options.dtypes))
     ways: list[Way] = []
-    truth: Any = None
+    reference: Any = None
     for rate in matrix:
         for mode in options.modes:
-            way, vectors = _measure(model, options, mode, rate, truth=truth)
-            truth = vectors if truth is None else truth
+            way, vectors = _measure(model, options, mode, rate, reference=reference)
+            reference = vectors if reference is None else reference
             ways.append(way)
             best = max(way.rungs, key=lambda rate: rate.per_second)
             print(f"  {rate.dtype}, {mode}: {number(best.per_second)} pictures/s at {best.size}", flush=True)
@@ -147,8 +151,8 @@ def _usual_dtypes(device: torch.device) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("float32", best)))
 
 
-def _measure(model: Checkpoint, options: Options, mode: str, rate: MatrixRate, *, truth: Any) -> tuple[Way, Any]:
-    """One dtype in one way; also the vectors of a fixed batch, for the cosine."""
+def _measure(model: Checkpoint, options: Options, mode: str, rate: MatrixRate, *, reference: Any) -> tuple[Way, Any]:
+    """Measure one dtype in one way; also return the vectors of a fixed batch, for the cosine."""
     spec = read_image_spec(model.folder)
     on_gpu = options.device.startswith("cuda")
     if on_gpu:
@@ -164,8 +168,8 @@ def _measure(model: Checkpoint, options: Options, mode: str, rate: MatrixRate, *
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
-    shares = tuple(ratio(one.per_second * model.gflop / 1000, rate.tflops) for one in rungs)
-    cosine = float((vectors * (vectors if truth is None else truth)).sum(axis=1).min())
+    shares = tuple(ratio(measured.per_second * model.gflop / 1000, rate.tflops) for measured in rungs)
+    cosine = float((vectors * (vectors if reference is None else reference)).sum(axis=1).min())
     return Way(rate.dtype, mode, start_s, cosine, memory, rungs, shares), vectors
 
 
@@ -190,7 +194,7 @@ def _open(model: Checkpoint, options: Options, mode: str, dtype: str, spec: Imag
 
 
 def _matrix_rate(device: torch.device, dtype: str) -> MatrixRate:
-    """The best of many square products: 2·n³ operations each."""
+    """Return the best rate of many square products: 2·n³ operations each."""
     size = MATRIX[device.type]
     left, right = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     best_s = min(_product_times(left, right))
@@ -208,18 +212,30 @@ def _product_times(left: torch.Tensor, right: torch.Tensor) -> Iterator[float]:
 
 
 def _report(options: Options, figures: Figures, model: Checkpoint) -> Report:
-    peak = {one.dtype: one.tflops for one in figures.matrix}
+    peak = {rate.dtype: rate.tflops for rate in figures.matrix}
     rows = tuple(
-        (f"{way.dtype}, {way.mode}", str(rate.size), number(rate.batch_ms), number(rate.batch_ms / rate.size),
-         number(rate.per_second), f"{share:.1%}")
+        (
+            f"{way.dtype}, {way.mode}",
+            str(rate.size),
+            number(rate.batch_ms),
+            number(rate.batch_ms / rate.size),
+            number(rate.per_second),
+            f"{share:.1%}",
+        )
         for way in figures.ways
         for rate, share in zip(way.rungs, way.matrix_share, strict=True)
-    )  # fmt: skip
+    )
     ways = tuple(
-        (f"{way.dtype}, {way.mode}", number(peak[way.dtype]), f"{way.cosine_min:.5f}", number(way.start_s),
-         number(way.memory_gib) if way.memory_gib else "–", f"{_gain(figures, way):.2f}")
+        (
+            f"{way.dtype}, {way.mode}",
+            number(peak[way.dtype]),
+            f"{way.cosine_min:.5f}",
+            number(way.start_s),
+            number(way.memory_gib) if way.memory_gib else "–",
+            f"{_gain(figures, way):.2f}",
+        )
         for way in figures.ways
-    )  # fmt: skip
+    )
     lines = tuple(
         Series(f"{way.dtype}, {way.mode}", tuple(rate.per_second for rate in way.rungs)) for way in figures.ways
     )
@@ -241,7 +257,7 @@ def _report(options: Options, figures: Figures, model: Checkpoint) -> Report:
 
 
 def _gain(figures: Figures, way: Way) -> float:
-    """Its best rate ÷ the first way's."""
+    """Return its best rate ÷ the first way's best rate."""
     first, own = (max(rate.per_second for rate in measured.rungs) for measured in (figures.ways[0], way))
     return ratio(own, first)
 

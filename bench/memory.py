@@ -1,6 +1,6 @@
-"""What Redis keeps: bytes of a waiting job, and of an answer with its mark and its place in the stream.
+"""Memory in Redis: bytes of a waiting job, and of an answer with its mark and its stream entry.
 
-`python -m bench.memory --jobs 20000`: a real Valkey, real workers with the embedded model, the sample pictures by `file://`.
+`python -m bench.memory --jobs 20000`: a real Valkey, real workers with the embedded model, the sample images by `file://`.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ def _cpu_s(client: redis.Redis) -> float:
     return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
 
 
-def _waits_to_be_freed(client: redis.Redis) -> int:
+def _pending_frees(client: redis.Redis) -> int:
     info: Any = client.info("memory")
     return int(info["lazyfree_pending_objects"])
 
 
 def _without(client: redis.Redis, keys: list[str]) -> int:
-    """Bytes that go with these keys."""
+    """Delete these keys; return the bytes that this frees."""
     before = _memory(client)
     for start in range(0, len(keys), 1000):
         client.delete(*keys[start : start + 1000])
     # Large values are freed by a thread of the server.
-    wait_until(lambda: not _waits_to_be_freed(client), timeout_s=60)
+    wait_until(lambda: not _pending_frees(client), timeout_s=60)
     return before - _memory(client)
 
 
-def measure(*, jobs: int, tell: Callable[[str], None]) -> None:
-    """Enqueue all, then start a worker, then take away one kind of key after another."""
+def measure(*, jobs: int, report: Callable[[str], None]) -> None:
+    """Enqueue all jobs, let a worker answer them, then delete one kind of key after another."""
     with (
         tempfile.TemporaryDirectory(prefix="shiwu-memory-") as name,
         Valkey(folder=Path(name) / "valkey", config={"appendonly": "yes"}) as server,
@@ -60,7 +60,7 @@ def measure(*, jobs: int, tell: Callable[[str], None]) -> None:
         empty = _memory(client)
         with Client(server.url) as producer:
             ids = list(producer.enqueue_many(references, lane="bulk"))
-        tell(f"waiting: {(_memory(client) - empty) / jobs:.0f} bytes a job")
+        report(f"waiting: {(_memory(client) - empty) / jobs:.0f} bytes a job")
         cpu_s = _cpu_s(client)
         settings = {
             "SHIWU_ALLOW_FOLDERS": str(SAMPLES),
@@ -70,23 +70,23 @@ def measure(*, jobs: int, tell: Callable[[str], None]) -> None:
         with WorkerProcess(redis_url=server.url, folder=Path(name), env=settings) as worker:
             worker.wait_ready()
             wait_until(lambda: client.xlen(RESULT_STREAM) >= jobs, timeout_s=3600, every_s=0.5)
-        tell(f"server: {(_cpu_s(client) - cpu_s) / jobs * 1e6:.0f} µs of CPU a job, with an append-only file")
-        tell(f"answered: {(_memory(client) - empty) / jobs:.0f} bytes a job, of which")
+        report(f"server: {(_cpu_s(client) - cpu_s) / jobs * 1e6:.0f} µs of CPU a job, with an append-only file")
+        report(f"answered: {(_memory(client) - empty) / jobs:.0f} bytes a job, of which")
         sample: Any = client.get(result_key(ids[0]))
-        tell(f"  one answer as JSON: {len(sample)} bytes")
+        report(f"  one answer as JSON: {len(sample)} bytes")
         for what, keys in (
             ("the stream", [RESULT_STREAM]),
             ("answers under their keys", [result_key(each) for each in ids]),
             ("marks of answered ids", [done_key(each) for each in ids]),
         ):
-            tell(f"  {what}: {_without(client, keys) / jobs:.0f}")
+            report(f"  {what}: {_without(client, keys) / jobs:.0f}")
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=20_000)
-    measure(jobs=parser.parse_args().jobs, tell=lambda text: print(text, flush=True))
+    measure(jobs=parser.parse_args().jobs, report=lambda text: print(text, flush=True))
 
 
 if __name__ == "__main__":

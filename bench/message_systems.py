@@ -1,4 +1,4 @@
-"""Who is compared by `messages`: shiwu's worker with stand-ins for loaders and model, and Celery's own ways."""
+"""Systems that `messages` compares: shiwu's worker with stand-ins for loaders and model, and Celery's own pools."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PREFETCH: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What the stand-in for the model takes: a·n + b."""
+    """Time of the stand-in for the model: a·n + b."""
 
     per_picture_ms: float
     per_batch_ms: float
 
     @classmethod
     def read(cls, text: str) -> Cost:
-        """`a:b`, as the command line has it."""
+        """Read `a:b`, as on the command line."""
         return cls(*map(float, text.split(":")))
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """Where one run happens."""
+    """Server, folder and cost of one run."""
 
     url: str
     client: redis.Redis
@@ -55,7 +55,7 @@ class Spot:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One of those that are compared."""
+    """One of the compared systems."""
 
     name: str
     versions: str
@@ -64,7 +64,7 @@ class System:
 
 
 def systems() -> tuple[System, ...]:
-    """All of them, shiwu first."""
+    """Return all systems, shiwu first."""
     celery = named("celery", "kombu", "redis")
     batches = named("celery-batches", "celery", "kombu")
     prefetch = f"--prefetch-multiplier={PREFETCH}"

@@ -1,6 +1,6 @@
-"""Jobs a second from claim to commit with a stand-in for the model: shiwu beside its peers, in turn, in one run.
+"""Jobs a second from claim to commit with a stand-in for the model: shiwu and its peers in turn, in one run.
 
-All get the same messages, lie on the same Valkey, and answer in Celery's result format; every run's answers are counted
+All get the same messages, use the same Valkey, and answer in Celery's result format; every run's answers are counted
 by id. `--scale` measures many workers on one Valkey instead: see `bench.scale`.
 """
 
@@ -25,7 +25,7 @@ from bench.workers import Answerer
 from shiwu.contract import COUNTERS, Lane
 
 RAMP: Final = 0.05
-"""This share of the answers comes before the clock starts."""
+"""Share of the answers before the clock starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Rate:
     worker_us: float
     server_us: float
     shiwu_times: float
-    """How many times as fast shiwu is in this run."""
+    """How many times as fast shiwu is, in this run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +119,12 @@ def _compare(spot: Spot, options: Options) -> list[Rate]:
             drained = _drain(spot, system, jobs)
             found[system.name].append(drained)
             print(f"  {spot.cost}, round {number_ + 1}: {system.name} {number(drained.per_second)} jobs/s", flush=True)
-    shiwu = median([one.per_second for one in found[SHIWU]])
+    shiwu = median([drained.per_second for drained in found[SHIWU]])
     return [_rate(spot.cost, system, found[system.name], options, shiwu=shiwu) for system in compared]
 
 
 def _rate(cost: Cost, system: System, runs: Sequence[Drained], options: Options, *, shiwu: float) -> Rate:
-    per_second = median([one.per_second for one in runs])
+    per_second = median([drained.per_second for drained in runs])
     return Rate(
         system=system.name,
         versions=system.versions,
@@ -132,15 +132,15 @@ def _rate(cost: Cost, system: System, runs: Sequence[Drained], options: Options,
         cost=str(cost),
         jobs=options.jobs if system.name == SHIWU else options.peer_jobs,
         per_second=per_second,
-        all_per_second=tuple(one.per_second for one in runs),
-        worker_us=median([one.worker_us for one in runs]),
-        server_us=median([one.server_us for one in runs]),
+        all_per_second=tuple(drained.per_second for drained in runs),
+        worker_us=median([drained.worker_us for drained in runs]),
+        server_us=median([drained.server_us for drained in runs]),
         shiwu_times=ratio(shiwu, per_second),
     )
 
 
 def _drain(spot: Spot, system: System, jobs: int) -> Drained:
-    """Answer one backlog: from a twentieth of the answers to the last."""
+    """Answer one backlog; measure from a twentieth of the answers to the last."""
     spot.client.flushall()
     messages = traffic.build(["s3://pictures/cat.jpg"], count=jobs, prefix="job", lane=Lane.BULK)
     traffic.send(spot.client, Lane.BULK, messages)
@@ -148,7 +148,7 @@ def _drain(spot: Spot, system: System, jobs: int) -> Drained:
     def answered() -> int:
         if system.name == SHIWU:
             return int(spot.client.hget(COUNTERS, "answered") or 0)
-        return int(spot.client.dbsize())  # one key an answer, and a handful of others, too few to matter
+        return int(spot.client.dbsize())  # one key per answer, and a few others, too few to matter
 
     with system.open(spot) as worker:
 
@@ -160,7 +160,7 @@ def _drain(spot: Spot, system: System, jobs: int) -> Drained:
         first, began_s, before = answered(), time.monotonic(), _cpu(spot, worker)
         wait_until(lambda: has(jobs), timeout_s=300, every_s=0.01, what=f"{jobs} answers")
         took_s, after = time.monotonic() - began_s, _cpu(spot, worker)
-        ids = [one.id for one in messages]
+        ids = [message.id for message in messages]
         wait_until(lambda: not traffic.missing(spot.client, ids), timeout_s=10, what=f"{jobs} answers by id")
     traffic.read(spot.client, ids[:: max(1, jobs // 100)])
     counted = jobs - first
@@ -175,27 +175,30 @@ def _cpu(spot: Spot, worker: Answerer) -> tuple[float, float]:
 def _report(options: Options, rates: Sequence[Rate], *, server: str) -> Report:
     rows = tuple(
         (
-            f"{one.system}, {one.cost}",
-            number(one.per_second),
-            " ".join(number(each) for each in one.all_per_second),
-            number(one.worker_us),
-            number(one.server_us),
-            f"{one.shiwu_times:.1f}",
+            f"{rate.system}, {rate.cost}",
+            number(rate.per_second),
+            " ".join(number(each) for each in rate.all_per_second),
+            number(rate.worker_us),
+            number(rate.server_us),
+            f"{rate.shiwu_times:.1f}",
         )
-        for one in rates
+        for rate in rates
     )
-    names = tuple(dict.fromkeys(one.system for one in rates))
+    names = tuple(dict.fromkeys(rate.system for rate in rates))
     series = tuple(
-        Series(str(cost), tuple(one.per_second for one in rates if one.cost == str(cost))) for cost in options.costs
+        Series(str(cost), tuple(rate.per_second for rate in rates if rate.cost == str(cost))) for cost in options.costs
     )
     headlines = [
-        Headline(f"{one.system}, {one.cost}" if one.system == SHIWU else f"shiwu ÷ {one.system}, {one.cost}",
-                 one.per_second if one.system == SHIWU else one.shiwu_times,
-                 "jobs/s" if one.system == SHIWU else "times", "more")
-        for one in rates
-    ]  # fmt: skip
+        Headline(
+            f"{rate.system}, {rate.cost}" if rate.system == SHIWU else f"shiwu ÷ {rate.system}, {rate.cost}",
+            rate.per_second if rate.system == SHIWU else rate.shiwu_times,
+            "jobs/s" if rate.system == SHIWU else "times",
+            "more",
+        )
+        for rate in rates
+    ]
     head = ("system, stand-in model", "jobs/s", "all rounds", "worker µs/job", "Valkey µs/job", "shiwu is × as fast")
-    settings = {one.system: f"{one.system} ({one.versions}): {one.settings}" for one in rates}
+    settings = {rate.system: f"{rate.system} ({rate.versions}): {rate.settings}" for rate in rates}
     return Report(
         name="messages",
         headlines=tuple(headlines),

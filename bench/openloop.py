@@ -1,7 +1,7 @@
-"""Jobs sent at moments that were fixed beforehand, whatever becomes of those before: an open loop.
+"""Sends jobs at fixed moments, whether or not earlier jobs are answered: an open loop.
 
-Latency counts from the moment at which a job was to be sent, not from when the sender came to it: a system that stalls
-does not get fewer jobs for it, and a sender that stalls makes no answer look quick (no coordinated omission).
+Latency counts from the moment at which a job was due, not from when it was sent. So a system that stalls does not get
+fewer jobs, and a sender that stalls makes no answer look quick (no coordinated omission).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ WARM_SHARE: Final = 0.1
 """The first answers of a run, while queues fill, are not counted."""
 BUILD_S: Final = 0.5
 BUILD_ONE_S: Final = 0.0001
-"""Until the first job is due: for making the messages."""
+"""Time until the first job is due, to build the messages."""
 DRAIN_S: Final = 60.0
-LATE_S: Final = 1.0
-LATE_SHARE: Final = 0.1
+MAX_LATE_S: Final = 1.0
+MAX_MAX_LATE_SHARE: Final = 0.1
 _numbers: Final = itertools.count(1)
 
 
@@ -37,23 +37,23 @@ class Spread:
     """Latencies of one run, ms."""
 
     rate: float
-    """Jobs a second that were to be sent."""
+    """Jobs per second that were due."""
     answers: int
     p50_ms: float
     p95_ms: float
     p99_ms: float
     max_ms: float
     sender_late_p99_ms: float
-    """How late the sender itself was; its part of the latencies above."""
+    """How late the sender was; included in the latencies above."""
     kept_up: bool
-    """Whether the answers ended soon after the jobs did."""
+    """Whether the last answer came soon after the last job."""
     mean_batch: float
     slowest: tuple[StageTime, ...]
-    """Where the time of the slowest twentieth went, as far as the system says."""
+    """Mean stage times of the slowest twentieth, as far as the system reports them."""
 
 
 def run_open_loop(place: Place, running: Running, *, rate: float, seconds: float, seed: int) -> Spread:
-    """Poisson arrivals of this rate for so long."""
+    """Send jobs with Poisson arrivals of this rate for `seconds`; return the latencies."""
     chance = np.random.default_rng([seed, int(rate * 1000)])
     count = max(2, int(rate * seconds))
     due_s = np.cumsum(chance.exponential(1 / rate, count))
@@ -61,7 +61,7 @@ def run_open_loop(place: Place, running: Running, *, rate: float, seconds: float
     began_s = time.monotonic() + BUILD_S + count * BUILD_ONE_S
     after_s = [float(each) for each in due_s + began_s - time.monotonic()]
     messages = traffic.build(place.source.references, count=count, prefix=prefix, lane=place.lane, after_s=after_s)
-    ids = [one.id for one in messages]
+    ids = [message.id for message in messages]
     with traffic.listening(place.client) as listener:
         late = _send(place, messages, due_s + began_s)
         running.check()
@@ -72,9 +72,9 @@ def run_open_loop(place: Place, running: Running, *, rate: float, seconds: float
     latencies = ((arrivals - began_s - due_s) * 1000)[warm:]
     p50, p95, p99 = (float(np.percentile(latencies, share)) for share in (50, 95, 99))
     over_s = float(arrivals.max() - began_s - due_s[-1])
-    kept_up = over_s <= max(LATE_S, LATE_SHARE * float(due_s[-1]))
+    kept_up = over_s <= max(MAX_LATE_S, MAX_MAX_LATE_SHARE * float(due_s[-1]))
     late_ms = float(np.percentile(late, 99) * 1000)
-    slow = [one for one, latency in zip(replies, latencies, strict=True) if latency >= p95]
+    slow = [reply for reply, latency in zip(replies, latencies, strict=True) if latency >= p95]
     return Spread(
         rate=rate,
         answers=len(latencies),
@@ -85,12 +85,12 @@ def run_open_loop(place: Place, running: Running, *, rate: float, seconds: float
         sender_late_p99_ms=late_ms,
         kept_up=kept_up,
         mean_batch=mean_batch(replies),
-        slowest=(StageTime("queue", mean([one.timing.queue or 0.0 for one in slow])), *stage_times(slow)),
+        slowest=(StageTime("queue", mean([reply.timing.queue or 0.0 for reply in slow])), *stage_times(slow)),
     )
 
 
 def _send(place: Place, messages: Sequence[traffic.Message], at_s: NDArray[np.float64]) -> list[float]:
-    """Send each when it is due, those that are due together in one command; seconds by which each was late."""
+    """Send each message when it is due, together with others that are due; return how late each was, in seconds."""
     late: list[float] = []
     while (sent := len(late)) < len(messages):
         if (left_s := at_s[sent] - time.monotonic()) > 0:
@@ -104,31 +104,31 @@ def _send(place: Place, messages: Sequence[traffic.Message], at_s: NDArray[np.fl
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """One picture at a time on a worker that has nothing else to do, medians in ms."""
+    """One image at a time on an idle worker, medians in ms."""
 
     answers: int
     total_ms: float
     compute_ms: float
-    """What the stages took by their own account: fetch, decode, encode, score."""
+    """Time of the stages as reported in the answer: fetch, decode, encode, score."""
     above_ms: float
-    """Total less compute, picture by picture: messages, waiting, and the hands between the stages."""
+    """Total minus compute for each image: messages, waiting, and passing between stages."""
     above_p95_ms: float
 
 
 def run_idle(place: Place, running: Running, *, count: int, seed: int) -> Idle:
-    """Send one, wait for its answer, pause for a moment, and so on."""
+    """Send one job, wait for its answer, pause, and repeat."""
     chance = np.random.default_rng(seed)
     prefix = f"i{next(_numbers)}"
     messages = traffic.build(place.source.references, count=count, prefix=prefix, lane=place.lane)
     took_ms: list[float] = []
     with traffic.listening(place.client) as listener:
         for number, message in enumerate(messages, 1):
-            time.sleep(chance.uniform(0.02, 0.06))  # no rhythm that a timer could fall in with
+            time.sleep(chance.uniform(0.02, 0.06))  # a random pause, so that no timer runs in step
             began_s = time.monotonic()
             traffic.send(place.client, place.lane, [message])
             listener.wait(number, timeout_s=DRAIN_S, check=running.check, every_s=0.001)
             took_ms.append((listener.arrivals[message.id] - began_s) * 1000)
-    replies = traffic.read(place.client, [one.id for one in messages])
-    stages = [one.timing.fetch + one.timing.decode + one.timing.encode + one.timing.score for one in replies]
+    replies = traffic.read(place.client, [message.id for message in messages])
+    stages = [reply.timing.fetch + reply.timing.decode + reply.timing.encode + reply.timing.score for reply in replies]
     above = [total - own for total, own in zip(took_ms, stages, strict=True)]
     return Idle(count, median(took_ms), median(stages), median(above), float(np.percentile(above, 95)))

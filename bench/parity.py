@@ -1,4 +1,4 @@
-"""shiwu's answers beside the reference script's."""
+"""Compares shiwu's answers with those of the reference script."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.traffic import Reply
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """What they say of the same pictures."""
+    """Agreement on the same images."""
 
     pictures: int
     same_order: int
@@ -19,7 +19,7 @@ class Parity:
 
     @property
     def text(self) -> str:
-        """For people."""
+        """The result in words."""
         return (
             f"answers against the reference script's: {self.same_order} of {self.pictures} in the same order, "
             f"scores {self.max_score_difference:.4f} apart at most"
@@ -27,19 +27,19 @@ class Parity:
 
 
 def compare(place: Place, replies: Mapping[str, Sequence[Reply]]) -> Parity | None:
-    """Each picture that both have answered, once; None where the reference script did not take part."""
+    """Compare each image that both answered; return None if the reference script did not run."""
     if REFERENCE not in replies:
         return None
-    ours, theirs = (_by_picture(replies[name], len(place.source.references)) for name in (SHIWU, REFERENCE))
-    pairs = [(ours[picture], theirs[picture]) for picture in ours.keys() & theirs.keys()]
+    own, expected = (_by_picture(replies[name], len(place.source.references)) for name in (SHIWU, REFERENCE))
+    pairs = [(own[picture], expected[picture]) for picture in own.keys() & expected.keys()]
     differences = []
-    for our, their in pairs:
-        scores = dict(their.tags)
-        differences += [abs(score - scores[label]) for label, score in our.tags if label in scores]
+    for answer, reference in pairs:
+        scores = dict(reference.tags)
+        differences += [abs(score - scores[label]) for label, score in answer.tags if label in scores]
     same = sum([label for label, _ in a.tags] == [label for label, _ in b.tags] for a, b in pairs)
     return Parity(len(pairs), same, max(differences))
 
 
 def _by_picture(replies: Sequence[Reply], different: int) -> dict[int, Reply]:
-    """`traffic.build` numbers its jobs, and takes the pictures in turn."""
-    return {int(one.id.rpartition("-")[2]) % different: one for one in replies}
+    """Return the replies by image: `traffic.build` numbers its jobs and uses the images in turn."""
+    return {int(reply.id.rpartition("-")[2]) % different: reply for reply in replies}

@@ -1,7 +1,7 @@
 """The peers of the benchmark `messages`: plain Celery tasks, and celery-batches, with the same stand-in for a model.
 
 `celery -A bench.peers:plain worker …` and `celery -A bench.peers:batches worker …`. Each answers a message with an
-answer of the size of shiwu's. A model that takes time is one device: one call at a time, over threads and processes.
+answer as large as shiwu's. A model that takes time is one device: one call at a time, over threads and processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _own: Final = threading.local()
 
 
 def _on_device(pictures: int) -> None:
-    """What a forward pass of so many pictures takes, while nobody else is on the device."""
+    """Wait as long as a forward pass of so many images takes, with the device locked."""
     wait_s = PER_PICTURE_S * pictures + PER_BATCH_S
     if not wait_s:
         return
@@ -49,7 +49,7 @@ plain = make_app("plain")
 
 @plain.task(name=TASK, shared=False)  # type: ignore[untyped-decorator]  # celery has no types
 def tag(image: str) -> dict[str, Any]:
-    """One picture a message."""
+    """Answer one image per message."""
     _on_device(1)
     return _answer(image)
 
@@ -61,7 +61,7 @@ batches = make_app("batches")
     name=TASK, shared=False, base=Batches, flush_every=FLUSH_EVERY, flush_interval=FLUSH_INTERVAL_S
 )
 def tag_batch(requests: list[SimpleRequest]) -> None:
-    """Many messages a call; the results are written one by one, as its documentation shows."""
+    """Answer many messages per call; results are written one by one, as in its documentation."""
     _on_device(len(requests))
     for request in requests:
         batches.backend.mark_as_done(request.id, _answer(request.kwargs["image"]), request=request)

@@ -1,6 +1,6 @@
-"""Pictures with the statistics of photographs, made from noise: broad colours, edges, fine grain.
+"""Images with the statistics of photographs, made from noise: broad colours, edges, fine grain.
 
-A decoder's time depends on size and on bits a pixel: these have about 2 of them as JPEG, as cameras' pictures do.
+A decoder's time depends on size and on bits a pixel: these have about 2 of them as JPEG, as cameras' images do.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ SIZES: Final[dict[SizeName, tuple[int, int]]] = {"512": (512, 512), "2mp": (1632
 SIZE_NAMES: Final = ("512", "2mp", "12mp")
 JPEG: Final = {"quality": 85, "subsampling": "4:2:0"}
 RECIPE: Final = 1
-"""Counted up when the pictures change, so that no old ones are taken from the cache."""
+"""Raised when the images change, so that no old ones are taken from the cache."""
 _OCTAVES: Final = ((5, 70.0), (17, 35.0), (61, 16.0), (211, 8.0))
-"""Cells across the picture, and how strong their noise is in levels."""
+"""Cells across the image, and the strength of their noise in levels."""
 _SHAPES: Final = 24
 _GRAIN_LEVELS: Final = 6.0
 
@@ -38,7 +38,7 @@ FORMATS: Final[dict[str, Callable[[Image.Image], bytes]]] = {
 
 
 def photo(size: SizeName, *, seed: int) -> Image.Image:
-    """One picture; the same seed gives the same one."""
+    """Return one image; the same seed gives the same image."""
     width, height = SIZES[size]
     chance = np.random.default_rng([RECIPE, seed, width])
     broad = np.full((height, width, 3), 118.0, np.float32)
@@ -52,7 +52,7 @@ def photo(size: SizeName, *, seed: int) -> Image.Image:
 
 
 def jpeg_files(size: SizeName, *, count: int) -> list[Path]:
-    """So many JPEGs of one size, as files; made once."""
+    """Return `count` JPEG files of one size; they are made once."""
 
     def make(folder: Path) -> None:
         for number in range(count):
@@ -62,13 +62,13 @@ def jpeg_files(size: SizeName, *, count: int) -> list[Path]:
 
 
 def bits_per_pixel(size: SizeName, data: bytes) -> float:
-    """How much a decoder has to read."""
+    """Return bits per pixel, which decide how much a decoder has to read."""
     width, height = SIZES[size]
     return 8 * len(data) / (width * height)
 
 
 def _noise(chance: np.random.Generator, cells: int, size: tuple[int, int]) -> NDArray[np.float32]:
-    """Smooth noise around 0, enlarged from a few cells; a third of it is of colour."""
+    """Return smooth noise around 0, enlarged from a few cells; a third of it is colour."""
     width, height = size
     down = max(2, cells * height // width)
     grey = chance.standard_normal((down, cells), np.float32)

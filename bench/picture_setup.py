@@ -1,4 +1,4 @@
-"""What `service` and `latency` have in common: their options, and the place in which they run."""
+"""Common parts of `service` and `latency`: options, and the place in which they run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Final
 from tests.support.servers import Valkey
 
 from bench.checkpoints import NAMES, checkpoint
-from bench.machine import look
+from bench.machine import describe
 from bench.photos import SIZE_NAMES, SIZES, SizeName, jpeg_files
 from bench.picture_systems import LitServeSettings, Place, System, has_litserve, litserve_settings, other_shiwu, systems
 from bench.sources import SOURCE_NAMES, Source, SourceName, open_source
 from shiwu.contract import Lane
 
 DIFFERENT: Final[dict[SizeName, int]] = {"512": 64, "2mp": 24, "12mp": 8}
-"""So many different pictures, asked for in turn."""
+"""Number of different images, used in turn."""
 NO_LITSERVE: Final = "LitServe is not installed: pip install '.[worker,dev,bench]'"
 
 
@@ -33,22 +33,22 @@ class PictureOptions:
     source: SourceName
     size: SizeName
     seconds: float
-    """Length of one measured stretch."""
+    """Duration of one measurement."""
     worker_settings: tuple[str, ...]
-    """NAME=VALUE of shiwu's worker; the rest are its defaults."""
+    """NAME=VALUE settings of shiwu's worker; the rest are its defaults."""
     beside: tuple[str, ...]
-    """NAME=VALUE of a second worker of shiwu's that is compared with the first; none where there are none."""
+    """NAME=VALUE settings of a second worker of shiwu that is compared with the first; empty: no second worker."""
     litserve: LitServeSettings
     has_peers: bool
 
     @property
     def worker_env(self) -> dict[str, str]:
-        """The worker's settings as its environment has them."""
+        """The worker's settings as environment variables."""
         return _environment(self.worker_settings)
 
     @property
     def systems(self) -> tuple[System, ...]:
-        """Who is compared."""
+        """The systems that are compared."""
         shiwu, *peers = systems(self.litserve, shiwu_settings=", ".join(self.worker_settings) or "its defaults")
         other = [other_shiwu(" ".join(self.beside), _environment(self.beside))] if self.beside else []
         return (shiwu, *other, *(peers if self.has_peers else []))
@@ -64,18 +64,23 @@ def add_options(parser: argparse.ArgumentParser, *, model: str) -> None:
     parser.add_argument("--model", default=model, help=f"{', '.join(NAMES)}, or a folder; default %(default)s")
     parser.add_argument("--source", choices=SOURCE_NAMES, default="s3", help="where pictures lie; default %(default)s")
     parser.add_argument("--size", choices=SIZE_NAMES, default="512", help="of the JPEGs; default %(default)s")
-    parser.add_argument("--seconds", type=float, help="length of one measured stretch")
+    parser.add_argument("--seconds", type=float, help="duration of one measurement")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of shiwu's worker")
-    parser.add_argument("--beside", action="append", default=[], metavar="NAME=VALUE",
-                        help="compare a second worker of shiwu's with this setting")  # fmt: skip
+    parser.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="compare a second worker of shiwu with this setting",
+    )
     parser.add_argument("--no-peers", action="store_true", help="shiwu alone")
     parser.add_argument("--litserve-batch", type=int, help="its max_batch_size; default 8, on a GPU 64")
     parser.add_argument("--litserve-workers", type=int, help="its processes on the device; default 1, on a GPU 2")
 
 
 def read_options(asked: argparse.Namespace, *, seconds: float) -> PictureOptions:
-    """What was asked for."""
-    is_gpu = bool(look().gpus)
+    """Read the options from the command line."""
+    is_gpu = bool(describe().gpus)
     return PictureOptions(
         quick=asked.quick,
         model=asked.model,
@@ -91,7 +96,7 @@ def read_options(asked: argparse.Namespace, *, seconds: float) -> PictureOptions
 
 @contextmanager
 def open_place(options: PictureOptions, lane: Lane) -> Iterator[Place]:
-    """A Valkey, a source with pictures, and the model's files."""
+    """Open a Valkey, a source with images, and the model's files."""
     model = checkpoint(options.model)
     files = jpeg_files(options.size, count=4 if options.quick else DIFFERENT[options.size])
     with (
@@ -113,11 +118,11 @@ def open_place(options: PictureOptions, lane: Lane) -> Iterator[Place]:
 
 
 def notes(options: PictureOptions, source: Source) -> tuple[str, ...]:
-    """What one must know to read the figures."""
+    """Return what a reader has to know about the figures."""
     width, height = SIZES[options.size]
     pictures = (
         f"{len(source.references)} JPEGs of {width} × {height}, {source.bytes_mean / 1000:,.0f} kB, from {source.name}"
     )
     lines = [f"{pictures}; every answer was counted by id"]
-    lines += [f"{one.name} ({one.versions}): {one.settings}" for one in options.systems]
+    lines += [f"{system.name} ({system.versions}): {system.settings}" for system in options.systems]
     return (*lines, *(() if has_litserve() or not options.has_peers else (NO_LITSERVE,)))

@@ -33,7 +33,7 @@ READY_S: Final = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where systems run: one at a time."""
+    """Where a system runs: server, source and model."""
 
     url: str
     client: redis.Redis
@@ -42,13 +42,13 @@ class Place:
     checkpoint: Checkpoint
     lane: Lane
     dtype: str
-    """Of shiwu's worker, for the peers that may choose theirs."""
+    """The dtype of shiwu's worker, for peers that can choose theirs."""
     worker_env: Mapping[str, str]
-    """SHIWU_* of shiwu's worker beside what the place gives."""
+    """Further SHIWU_* settings of shiwu's worker."""
 
     @property
     def model_env(self) -> dict[str, str]:
-        """What shiwu's worker, and the bare model, need to find model and pictures."""
+        """Variables by which shiwu's worker and the bare model find model and images."""
         model = {"SHIWU_MODEL": self.checkpoint.setting} if self.checkpoint.setting else {}
         return {**self.source.env, **model, **self.worker_env}
 
@@ -66,7 +66,7 @@ class Running:
                 raise process.error("expected to go on running")
 
     def cpu_s(self) -> tuple[float, float]:
-        """CPU of its own processes, and of those they have started: for shiwu, the model's and the loaders'."""
+        """Return the CPU seconds of its processes and of those they started: for shiwu, worker and loaders."""
         own = [process.pid for process in self.processes]
         below = [pid for pid in usage.families(own) if pid not in own]
         return usage.cpu_s(own), usage.cpu_s(below)
@@ -74,7 +74,7 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One of those that are compared."""
+    """One of the compared systems."""
 
     name: str
     versions: str
@@ -84,7 +84,7 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class LitServeSettings:
-    """What its users tune."""
+    """The settings that LitServe's users tune."""
 
     max_batch: int
     batch_timeout_s: float
@@ -95,17 +95,17 @@ class LitServeSettings:
 
 
 def litserve_settings(*, is_gpu: bool, max_batch: int | None, workers: int | None) -> LitServeSettings:
-    """Its best on a CPU of few cores, or on a GPU.
+    """Return its best settings for a CPU with few cores, or for a GPU.
 
-    A time-out of 0 would send batches at once, but polls without a pause and takes a core from the model. On a CPU
-    larger batches bring nothing; on a GPU a second process decodes while the first is on the device.
+    A time-out of 0 would send batches immediately, but polls without a pause and takes a core from the model. On a CPU
+    larger batches are no faster; on a GPU a second process decodes while the first is on the device.
     """
     batch = max_batch or (64 if is_gpu else 8)
     return LitServeSettings(batch, 0.005, workers or (2 if is_gpu else 1), concurrency=min(256, 3 * batch))
 
 
 def systems(litserve: LitServeSettings, *, shiwu_settings: str) -> tuple[System, ...]:
-    """All that can run here, shiwu first."""
+    """Return all systems that can run here, shiwu first."""
     models = named("torch", "transformers", "pillow")
     celery = named("celery", "kombu", "boto3", "urllib3")
     own = f"fed by a Celery task in {litserve.concurrency} threads, max_batch_size {litserve.max_batch}, batch_timeout "
@@ -122,12 +122,12 @@ def systems(litserve: LitServeSettings, *, shiwu_settings: str) -> tuple[System,
 
 
 def has_litserve() -> bool:
-    """Whether the extra `bench` is installed."""
+    """Return whether the extra `bench` is installed."""
     return importlib.util.find_spec("litserve") is not None
 
 
 def other_shiwu(settings: str, env: Mapping[str, str]) -> System:
-    """shiwu's worker once more, with settings of its own."""
+    """Return a second worker of shiwu, with other settings."""
     return System(f"{SHIWU}, {settings}", named("shiwu"), settings, partial(_shiwu, name="other", own=env))
 
 
@@ -173,9 +173,7 @@ def _litserve(settings: LitServeSettings, place: Place) -> Iterator[Running]:
 
 def _celery(place: Place, app: str, *options: str, name: str, env: Mapping[str, str]) -> CeleryWorker:
     own = {"BENCH_MODEL": str(place.checkpoint.folder), **place.source.env, **env}
-    return CeleryWorker(
-        app, *options, redis_url=place.url, lane=place.lane, name=name, folder=place.folder, env=own
-    )  # fmt: skip
+    return CeleryWorker(app, *options, redis_url=place.url, lane=place.lane, name=name, folder=place.folder, env=own)
 
 
 def _is_healthy(url: str) -> bool:

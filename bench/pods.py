@@ -1,4 +1,4 @@
-"""Stand-in workers that come and go as pods of a Deployment do."""
+"""Stand-in workers that start and end as pods of a Deployment do."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class _Leaving:
     worker: StandInWorker
     since_s: float
     codes: tuple[int, ...]
-    """Exit codes that are well: one that had not begun yet ends by the signal itself."""
+    """Accepted exit codes: a worker that was not ready yet is ended by the signal."""
 
 
 class Pods:
-    """As many workers as were asked for last. Not thread-safe; `look` moves things on.
+    """The wanted number of workers. Not thread-safe; `update` starts and removes workers.
 
     Args:
-        make: a worker of this number, not started.
-        start_s: from the wish for a pod to its process: its node, its image.
-        grace_s: what a pod has between SIGTERM and SIGKILL.
+        make: returns the worker with this number, not started.
+        start_s: time from asking for a pod to its process (node, image), in seconds.
+        grace_s: time of a pod between SIGTERM and SIGKILL, in seconds.
     """
 
     def __init__(self, make: Callable[[int], StandInWorker], *, start_s: float, grace_s: float) -> None:
@@ -39,7 +39,7 @@ class Pods:
         self._leaving: list[_Leaving] = []
         self._made = 0
         self.drains_s: list[float] = []
-        """From SIGTERM to the end, of every pod that went."""
+        """Seconds from SIGTERM to the end, of every ended pod."""
 
     def __enter__(self) -> Self:
         return self
@@ -48,7 +48,7 @@ class Pods:
         self._stack.close()
 
     def scale(self, wanted: int) -> None:
-        """Ask for more, which start after a while, or take away the newest."""
+        """Ask for more workers, which start after `start_s`, or end the newest."""
         now_s = time.monotonic()
         while len(self._due_s) + len(self._workers) < wanted:
             self._due_s.append(now_s + self._start_s)
@@ -60,11 +60,11 @@ class Pods:
             worker.terminate()
             self._leaving.append(_Leaving(worker, now_s, codes))
 
-    def look(self) -> None:
-        """Start what is due, and see off what has ended.
+    def update(self) -> None:
+        """Start due workers and remove ended ones.
 
         Raises:
-            ServerError: a worker ended by itself, with an error, or not within its grace.
+            ServerError: a worker ended on its own, with an error, or not within its grace time.
         """
         now_s = time.monotonic()
         while self._due_s and self._due_s[0] <= now_s:
@@ -84,15 +84,15 @@ class Pods:
 
     @property
     def ready(self) -> int:
-        """Workers that claim."""
+        """Number of workers that claim."""
         return sum(worker.ready_file.exists() for worker in self._workers)
 
     @property
     def processes(self) -> int:
-        """Workers that run, those that drain too."""
+        """Number of running workers, including those that drain."""
         return len(self._workers) + len(self._leaving)
 
     @property
     def made(self) -> int:
-        """All that ever started."""
+        """Number of workers ever started."""
         return self._made

@@ -1,7 +1,7 @@
 """The script that shiwu replaces, in a Celery task: `celery -A bench.reference_app:app worker --pool=solo …`.
 
-AutoModel and AutoProcessor, six candidate labels, one picture at a time, softmax, the best five. The model is loaded
-when the module is imported: this module is for a worker's process alone.
+AutoModel and AutoProcessor, six candidate labels, one image at a time, softmax, the best five. The model is loaded
+when the module is imported: only a worker process may import this module.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ app = make_app("reference")
 
 
 def recognise(picture: Image.Image) -> list[dict[str, Any]]:
-    """The script itself."""
+    """Do what the script does."""
     inputs = processor(text=list(WORDS), images=picture, return_tensors="pt", padding=True).to(DEVICE)
     with torch.no_grad():
         scores = model(**inputs).logits_per_image.softmax(dim=1)[0]
@@ -40,9 +40,9 @@ def recognise(picture: Image.Image) -> list[dict[str, Any]]:
 
 @app.task(name=TASK, shared=False)  # type: ignore[untyped-decorator]  # celery has no types
 def tag(image: str) -> dict[str, Any]:
-    """One picture."""
+    """Tag one image."""
     with Image.open(io.BytesIO(fetch(image))) as picture:
         return {"tags": recognise(picture.convert("RGB")), "batch_size": 1}
 
 
-recognise(Image.new("RGB", (64, 64)))  # the first call is slow, and nobody's answer should be
+recognise(Image.new("RGB", (64, 64)))  # the first call is slow, so it is made before the first job

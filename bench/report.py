@@ -1,4 +1,4 @@
-"""What a benchmark hands over: tables for people, figures for machines, charts for both."""
+"""The report of a benchmark: tables and charts for people, figures as JSON for programs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-WIDE: Final = 160
-"""Characters across where the output is no terminal."""
+DEFAULT_WIDTH: Final = 160
+"""Width in characters where the output is no terminal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """One figure that a release is judged by; `compare` holds two runs' side by side."""
+    """One figure by which releases are compared; see `bench.compare`."""
 
     name: str
     value: float
@@ -62,18 +62,18 @@ class Report:
 
 
 def median(values: Sequence[float]) -> float:
-    """The median; not a number where there are none."""
+    """Return the median, or NaN if there are no values."""
     return statistics.median(values) if values else float("nan")
 
 
 def ratio(over: float, under: float) -> float:
-    """Their quotient; not a number where there is none."""
+    """Return the quotient, or NaN if the divisor is 0."""
     return over / under if under else float("nan")
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number with so many digits that count: 15,321, 9.84, 0.0312."""
-    if value != value:  # noqa: PLR0124 the one number that is not itself: there was nothing to measure
+    """Return a number with `digits` significant digits: 15,321, 9.84, 0.0312."""
+    if value != value:  # noqa: PLR0124 NaN: there was nothing to measure
         return "–"
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:,.0f}"
@@ -81,8 +81,8 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def show(report: Report, *, console: Console | None = None) -> None:
-    """Print the tables and what one must know to read them."""
-    out = console or Console(width=None if Console().is_terminal else WIDE)
+    """Print the tables and the notes on them."""
+    out = console or Console(width=None if Console().is_terminal else DEFAULT_WIDTH)
     for table in report.tables:
         grid = RichTable(*table.head, title=table.title, title_justify="left", title_style="bold", box=None)
         for column in grid.columns[1:]:
@@ -92,7 +92,7 @@ def show(report: Report, *, console: Console | None = None) -> None:
         out.print(grid, "")
     for note in (*report.notes, *_weights(report)):
         out.print(f"• {note}", markup=False, highlight=False)
-    found = machine.look()
+    found = machine.describe()
     gpus = ", ".join(found.gpus) or "no GPU"
     out.print(f"• {found.cpu}, {found.cores} cores, {', '.join(found.flags)}; {gpus}", markup=False, highlight=False)
 
@@ -109,7 +109,7 @@ def write(report: Report, folder: Path, *, before: machine.Machine) -> None:
     content = {
         "name": report.name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "headlines": {one.name: _plain(one) for one in report.headlines},
+        "headlines": {headline.name: _plain(headline) for headline in report.headlines},
         "figures": _plain(report.figures),
         "settings": _plain(report.settings),
         "machine": _plain(before),
@@ -124,11 +124,11 @@ def write(report: Report, folder: Path, *, before: machine.Machine) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as JSON: numbers with six digits, and null where there is none."""
+    """Turn dataclasses into JSON values: numbers with six digits, null for NaN."""
     if dataclasses.is_dataclass(value):
-        return {one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, float):
         return float(f"{value:.6g}") if abs(value) < float("inf") else None
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return value

@@ -1,6 +1,6 @@
-"""Many stand-in workers on one Valkey: how the rate grows with them, and how soon a late one has its share.
+"""Many stand-in workers on one Valkey: how the rate grows with them, and how soon a late worker gets its share.
 
-The stand-in for a GPU sleeps, so that many of them fit on a machine of few cores. What limits is then the message path:
+The stand-in for a GPU sleeps, so that many of them fit on a machine of few cores. The limit is then the message path:
 the workers' own CPU, which the table shows, or the one core of the Valkey.
 """
 
@@ -29,21 +29,21 @@ from shiwu.contract import COUNTERS, RESULT_STREAM, Lane
 
 CAP: Final = 64
 RAMP_S: Final = 1.0
-SPARE_S: Final = 2.0
+MARGIN_S: Final = 2.0
 JOIN_S: Final = 15.0
-"""The backlog lasts so long while the late one starts."""
-POLL_INTERVAL_S: Final = 1.0
-"""The late one is judged by its first second."""
+"""The backlog lasts so long, in which the late worker starts."""
+SHARE_WINDOW_S: Final = 1.0
+"""The share of the late worker is measured in its first second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """So many workers on one Valkey."""
+    """A number of workers on one Valkey."""
 
     workers: int
     per_second: float
     of_linear: float
-    """Divided by so many times the rate of one."""
+    """Rate ÷ (workers × the rate of one worker)."""
     server_cores: float
     worker_cores: float
     """CPU of all workers together."""
@@ -51,15 +51,15 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """A worker that joins others at their backlog."""
+    """A worker that joins others while they work on a backlog."""
 
     workers: int
-    """With the late one."""
+    """Number of workers, with the late one."""
     of_fair_share: float
     all_of_fair_share: tuple[float, ...]
     own: int
     total: int
-    """Answers in its first second, of the last round."""
+    """Answers in its first second, in the last round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +84,13 @@ class Options:
 
     @property
     def one_per_second(self) -> float:
-        """What one stand-in GPU can do."""
+        """Images per second of one stand-in GPU."""
         return self.cap / (self.gpu.per_picture_ms * self.cap + self.gpu.per_batch_ms) * 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """Where it happens."""
+    """Server and folder of the run."""
 
     url: str
     client: redis.Redis
@@ -127,8 +127,8 @@ def run(asked: argparse.Namespace) -> Report:
     ):
         spot = Spot(server.url, client, Path(name), server.pid)
         for count in options.workers:
-            one = points[0].per_second / points[0].workers if points else None
-            points.append(_point(spot, options, count, one_per_second=one))
+            base = points[0].per_second / points[0].workers if points else None
+            points.append(_point(spot, options, count, one_per_second=base))
             print(f"  {count} workers: {number(points[-1].per_second)} jobs/s", flush=True)
         joins = tuple(_join(spot, options, count) for count in options.joins)
         version = traffic.server_version(client)
@@ -141,7 +141,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 @contextmanager
 def _workers(spot: Spot, options: Options, count: int) -> Iterator[list[StandInWorker]]:
-    """So many of them, all claiming."""
+    """Start `count` workers and wait until they claim."""
     spot.client.flushall()
     with ExitStack() as stack:
         workers = [stack.enter_context(_worker(spot, options, number_)) for number_ in range(count)]
@@ -158,7 +158,7 @@ def _worker(spot: Spot, options: Options, number_: int) -> StandInWorker:
 
 
 def _point(spot: Spot, options: Options, count: int, *, one_per_second: float | None) -> Point:
-    jobs = int(count * options.one_per_second * (RAMP_S + options.window_s + SPARE_S))
+    jobs = int(count * options.one_per_second * (RAMP_S + options.window_s + MARGIN_S))
     messages = traffic.build(["s3://pictures/cat.jpg"], count=jobs, prefix="job", lane=Lane.BULK)
     with _workers(spot, options, count) as workers:
         pids = [worker.pid for worker in workers]
@@ -169,7 +169,7 @@ def _point(spot: Spot, options: Options, count: int, *, one_per_second: float | 
         took_s, last, after = time.monotonic() - began_s, _answered(spot), _cpu(spot, pids)
         if not spot.client.llen(Lane.BULK.queue):
             raise RuntimeError("the backlog was too short: one worker does more than its stand-in GPU allows")
-        ids = [one.id for one in messages]
+        ids = [message.id for message in messages]
         wait_until(lambda: _answered(spot) >= jobs, timeout_s=120, every_s=0.05, what=f"{jobs} answers")
         if left := traffic.missing(spot.client, ids):
             raise RuntimeError(f"{left} of {jobs} jobs have no answer")
@@ -187,7 +187,7 @@ def _join(spot: Spot, options: Options, count: int) -> Join:
 
 
 def _join_once(spot: Spot, options: Options, count: int) -> tuple[int, int]:
-    """Answers in the late one's first second: its own, and all."""
+    """Return the answers in the late worker's first second: its own, and all."""
     jobs = int(count * options.one_per_second * JOIN_S)
     messages = traffic.build(["s3://pictures/cat.jpg"], count=jobs, prefix="job", lane=Lane.BULK)
     with _workers(spot, options, count - 1):
@@ -195,12 +195,12 @@ def _join_once(spot: Spot, options: Options, count: int) -> tuple[int, int]:
         _wait_moment(time.monotonic() + RAMP_S)
         with _worker(spot, options, count) as late:
             late.wait_ready()
-            # The file's own time: we may have been late to look. Valkey's clock, in the stream's ids, is the same one.
+            # The file's time, because this process may notice it late. Stream ids use the clock of the same machine.
             ready_ms = int(late.ready_file.stat().st_mtime * 1000)
-            _wait_moment(time.monotonic() + POLL_INTERVAL_S + 0.1)
+            _wait_moment(time.monotonic() + SHARE_WINDOW_S + 0.1)
             if not spot.client.llen(Lane.BULK.queue):
                 raise RuntimeError("the backlog was too short for the late one's start")
-            entries: Any = spot.client.xrange(RESULT_STREAM, ready_ms, ready_ms + int(POLL_INTERVAL_S * 1000) - 1)
+            entries: Any = spot.client.xrange(RESULT_STREAM, ready_ms, ready_ms + int(SHARE_WINDOW_S * 1000) - 1)
     names = [from_json(fields[b"answer"])["worker"] for _, fields in entries]
     return names.count(late.name), len(names)
 
@@ -220,19 +220,26 @@ def _wait_moment(until_s: float) -> None:
 def _report(options: Options, figures: Figures, *, server: str) -> Report:
     rows = tuple(
         (
-            str(one.workers), number(one.per_second), f"{one.of_linear:.3f}",
-            f"{one.server_cores:.2f}", f"{one.worker_cores:.2f}",
+            str(point.workers),
+            number(point.per_second),
+            f"{point.of_linear:.3f}",
+            f"{point.server_cores:.2f}",
+            f"{point.worker_cores:.2f}",
         )
-        for one in figures.points
-    )  # fmt: skip
+        for point in figures.points
+    )
     joins = tuple(
-        (f"{one.workers}", f"{one.of_fair_share:.2f}", " ".join(f"{each:.2f}" for each in one.all_of_fair_share),
-         f"{one.own} of {one.total}")
-        for one in figures.joins
-    )  # fmt: skip
+        (
+            f"{join.workers}",
+            f"{join.of_fair_share:.2f}",
+            " ".join(f"{each:.2f}" for each in join.all_of_fair_share),
+            f"{join.own} of {join.total}",
+        )
+        for join in figures.joins
+    )
     most = figures.points[-1]
-    counts = tuple(float(one.workers) for one in figures.points)
-    rates = tuple(one.per_second for one in figures.points)
+    counts = tuple(float(point.workers) for point in figures.points)
+    rates = tuple(point.per_second for point in figures.points)
     linear = tuple(count * rates[0] / counts[0] for count in counts)
     lines = (Series("shiwu", rates), Series("linear", linear))
     return Report(
@@ -240,8 +247,8 @@ def _report(options: Options, figures: Figures, *, server: str) -> Report:
         headlines=(
             Headline(f"{most.workers} workers ÷ linear", most.of_linear, "of linear", "more"),
             *(
-                Headline(f"late one of {one.workers}", one.of_fair_share, "of its fair share in 1 s", "more")
-                for one in figures.joins
+                Headline(f"late one of {join.workers}", join.of_fair_share, "of its fair share in 1 s", "more")
+                for join in figures.joins
             ),
         ),
         tables=(

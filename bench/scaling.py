@@ -1,7 +1,7 @@
-"""A backlog through the chart's own autoscaling, while interactive pictures keep coming: no worker, many, none.
+"""Simulates the chart's autoscaling of a backlog while interactive jobs arrive: from no worker to many to none.
 
 The ScaledObject is rendered by helm and read by `bench.autoscaler`; local processes with a stand-in for the model are
-the pods. Every answer is counted by id, and interactive ones by when they were to be sent (an open loop).
+the pods. Every answer is counted by id; interactive latency counts from when a job was due (an open loop).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
 
 
 def run(asked: argparse.Namespace) -> Report:
-    """From the backlog to the last worker's end."""
+    """Run from the backlog to the end of the last worker."""
     usual = Options.quick() if asked.quick else Options.full()
     options = usual.with_(
         jobs=asked.jobs, rate=asked.rate, gpu=Cost.read(asked.gpu) if asked.gpu else None, most=asked.most
@@ -67,7 +67,7 @@ def run(asked: argparse.Namespace) -> Report:
                 cap=options.cap,
                 cost=(options.gpu.per_picture_ms, options.gpu.per_batch_ms),
                 grace_s=float(env["SHIWU_GRACE_S"]),
-                # The stream must keep all, so that each answer in it can be counted.
+                # The stream must keep all entries, so that every answer can be counted.
                 env={"SHIWU_LOADERS": env["SHIWU_LOADERS"], "SHIWU_STREAM_LENGTH": str(4 * options.jobs + 10_000)},
             )
 
@@ -76,16 +76,16 @@ def run(asked: argparse.Namespace) -> Report:
             Pods(make, start_s=options.start_s, grace_s=grace_s) as pods,
             Interactive(second, rate=options.rate, limit_s=options.limit_s) as interactive,
         ):
-            course = _Course(client, options, Autoscaler(rules, options.sync_s), pods, interactive, listener)
+            simulation = _Simulation(client, options, Autoscaler(rules, options.sync_s), pods, interactive, listener)
             traffic.send(client, Lane.BULK, bulk)
-            course.follow()
-        figures = course.figures([*(one.id for one in bulk), *interactive.sent])
+            simulation.follow()
+        figures = simulation.figures([*(message.id for message in bulk), *interactive.sent])
         version = traffic.server_version(client)
     return make_report(options, rules, figures, server=version)
 
 
 def _rendered(options: Options) -> tuple[Rules, Mapping[str, Any], float]:
-    """(rules of the ScaledObject, the workers' variables, seconds of the pods' grace), by a real helm."""
+    """Render the chart with helm: (rules of the ScaledObject, the workers' variables, the pods' grace time in s)."""
     path = chart_tools.find("helm4")
     if path is None:
         raise RuntimeError("expected a helm: `make chart-tools` installs it")
@@ -96,7 +96,7 @@ def _rendered(options: Options) -> tuple[Rules, Mapping[str, Any], float]:
 
 
 class Interactive:
-    """Sends single pictures at moments that were fixed beforehand, on a thread of its own, until it is closed."""
+    """Sends single jobs at fixed moments, on its own thread, until it is closed."""
 
     def __init__(self, client: redis.Redis, *, rate: float, limit_s: float) -> None:
         self._client = client
@@ -129,10 +129,10 @@ class Interactive:
             self.sent[message.id] = began_s + float(due_s)
 
 
-class _Course:
-    """What happens, moment by moment."""
+class _Simulation:
+    """The run of the simulation: polls, scales and samples until the last worker ends."""
 
-    def __init__(  # noqa: PLR0917 one argument for each who takes part
+    def __init__(  # noqa: PLR0917 one argument for each part
         self,
         client: redis.Redis,
         options: Options,
@@ -150,17 +150,17 @@ class _Course:
         self._samples: list[Sample] = []
 
     def follow(self) -> None:
-        """Until the last worker has gone.
+        """Run until the last worker has ended.
 
         Raises:
-            TimeoutError: it has not, in time.
+            TimeoutError: it has not ended in time.
         """
         pause = threading.Event()
         while not self._is_over():
             now_s = time.monotonic() - self._began_s
             if now_s > self._options.limit_s:
                 raise TimeoutError(f"expected no worker after {self._options.limit_s:g} s; {self._samples[-1]}")
-            self._pods.look()
+            self._pods.update()
             if self._first_ready_s is None and self._pods.ready:
                 self._first_ready_s = now_s
             if now_s - self._asked_s >= self._scaler.rules.poll_s or not self._samples:
@@ -195,16 +195,17 @@ class _Course:
         )
 
     def figures(self, ids: Sequence[str]) -> Figures:
-        """Count what came of it, id by id."""
+        """Count the results by id."""
         entries = _entries(self._client)
         lost = traffic.missing(self._client, ids)
-        twice = sum(entries[one] > 1 for one in ids)
+        twice = sum(entries[job_id] > 1 for job_id in ids)
         unknown = len(entries.keys() - set(ids))
         if lost or twice or unknown or len(entries) != len(ids) or self._client.hlen(CLAIMS):
             raise RuntimeError(f"expected each of {len(ids)} jobs once: {lost} lost, {twice} twice, {unknown} others")
         arrivals = self._listener.arrivals
         took = [
-            (due_s - self._began_s, (arrivals[one] - due_s) * 1000) for one, due_s in self._interactive.sent.items()
+            (due_s - self._began_s, (arrivals[job_id] - due_s) * 1000)
+            for job_id, due_s in self._interactive.sent.items()
         ]
         first_s = self._first_ready_s or 0.0
         early = [ms for at_s, ms in took if at_s < first_s]
@@ -220,13 +221,13 @@ class _Course:
             longest_drain_s=max(self._pods.drains_s),
             from_zero=len(early),
             from_zero_max_ms=max(early, default=float("nan")),
-            windows=windows_of([one for one in took if one[0] >= first_s], width_s=self._options.window_s),
+            windows=windows_of([(at_s, ms) for at_s, ms in took if at_s >= first_s], width_s=self._options.window_s),
             samples=tuple(self._samples),
         )
 
 
 def _entries(client: redis.Redis) -> Counter[str]:
-    """How often each id stands in the results stream."""
+    """Return how often each id is in the results stream."""
     found: Counter[str] = Counter()
     after = "-"
     while entries := client.xrange(RESULT_STREAM, after, count=CHUNK_SIZE):

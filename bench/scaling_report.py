@@ -1,4 +1,4 @@
-"""What the simulated scaling was run with, what it found, and how that is shown."""
+"""Options, figures and report of the simulated scaling."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bench.charts import Chart, Series
 from bench.message_systems import Cost
 from bench.report import Headline, Report, Table, number
 
-LEAST_IN_WINDOW: Final = 10
-"""Of fewer answers nobody can tell a p95."""
+MIN_IN_WINDOW: Final = 10
+"""A p95 of fewer answers has no meaning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How it is run; `values` go to the chart."""
+    """Options of the run; `values` go to the chart."""
 
     jobs: int
     rate: float
@@ -41,27 +41,51 @@ class Options:
 
     @classmethod
     def full(cls) -> Options:
-        """KEDA's usual questions and the HPA's usual rounds; looking back and cooling down shortened from minutes."""
+        """Return KEDA's default polls and the HPA's default rounds, with windows of seconds, not minutes."""
         return cls(
-            jobs=100_000, rate=10, gpu=Cost.read("4:8"), most=6, jobs_per_worker=4500, poll_s=5, cooldown_s=30,
-            down_window_s=30, sync_s=15, start_s=10, window_s=10, sample_s=1, tail_s=20, limit_s=530,
-        )  # fmt: skip
+            jobs=100_000,
+            rate=10,
+            gpu=Cost.read("4:8"),
+            most=6,
+            jobs_per_worker=4500,
+            poll_s=5,
+            cooldown_s=30,
+            down_window_s=30,
+            sync_s=15,
+            start_s=10,
+            window_s=10,
+            sample_s=1,
+            tail_s=20,
+            limit_s=530,
+        )
 
     @classmethod
     def quick(cls) -> Options:
-        """The same in seconds."""
+        """Return small values, for a run of seconds."""
         return cls(
-            jobs=2500, rate=20, gpu=Cost.read("4:10"), most=3, jobs_per_worker=300, poll_s=1, cooldown_s=2,
-            down_window_s=2, sync_s=1, start_s=0, window_s=2, sample_s=0.25, tail_s=1, limit_s=120,
-        )  # fmt: skip
+            jobs=2500,
+            rate=20,
+            gpu=Cost.read("4:10"),
+            most=3,
+            jobs_per_worker=300,
+            poll_s=1,
+            cooldown_s=2,
+            down_window_s=2,
+            sync_s=1,
+            start_s=0,
+            window_s=2,
+            sample_s=0.25,
+            tail_s=1,
+            limit_s=120,
+        )
 
     def with_(self, **given: Any) -> Options:
-        """With what was given that is not None."""
+        """Replace the values that are not None."""
         return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
     @property
     def values(self) -> dict[str, Any]:
-        """The chart's values."""
+        """Values for the chart."""
         return {
             "redis": {"host": "127.0.0.1"},
             "worker": {"maxBatch": self.cap},
@@ -79,7 +103,7 @@ class Options:
 
     @property
     def one_per_second(self) -> float:
-        """What one stand-in GPU can do."""
+        """Images per second of one stand-in GPU."""
         return self.cap / (self.gpu.per_picture_ms * self.cap + self.gpu.per_batch_ms) * 1000
 
 
@@ -92,7 +116,7 @@ class Sample:
     interactive: int
     claimed: int
     metric: float
-    """The formula's value when KEDA asked last."""
+    """Value of the formula at KEDA's last poll."""
     wanted: int
     ready: int
     answered: int
@@ -100,7 +124,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Interactive jobs that were due within it, ms from then to the answer."""
+    """Interactive jobs that were due in this window; ms from due to answer."""
 
     from_s: float
     answers: int
@@ -111,7 +135,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What came of it."""
+    """Results of the run."""
 
     jobs: int
     lost: int
@@ -126,23 +150,23 @@ class Figures:
     """Interactive jobs that were due before the first worker was ready."""
     from_zero_max_ms: float
     windows: tuple[Window, ...]
-    """From the first ready worker on."""
+    """Windows from the first ready worker on."""
     samples: tuple[Sample, ...]
 
     @property
     def worst_p95_ms(self) -> float:
-        """Of all windows."""
+        """The largest p95 of all windows."""
         return max(window.p95_ms for window in self.windows)
 
 
 def windows_of(took: Sequence[tuple[float, float]], *, width_s: float) -> tuple[Window, ...]:
-    """Parts of so many seconds of (moment due in s, latency in ms); one with too few answers joins the last."""
+    """Group (moment due in s, latency in ms) into windows; one with too few answers joins the window before it."""
     parts: dict[int, list[float]] = {}
     for at_s, ms in took:
         parts.setdefault(int(at_s // width_s), []).append(ms)
     joined: list[tuple[int, list[float]]] = []
     for at, part in sorted(parts.items()):
-        if joined and len(part) < LEAST_IN_WINDOW:
+        if joined and len(part) < MIN_IN_WINDOW:
             joined[-1][1].extend(part)
         else:
             joined.append((at, part))
@@ -155,7 +179,7 @@ def _window(from_s: float, part: list[float]) -> Window:
 
 
 def make_report(options: Options, rules: Rules, figures: Figures, *, server: str) -> Report:
-    """Tables and pictures."""
+    """Make the tables and charts."""
     return Report(
         name="scaling",
         headlines=(
@@ -188,7 +212,7 @@ def _table(options: Options, figures: Figures) -> Table:
         ("backlog done", f"{figures.bulk_done_s:.0f} s"),
         ("last worker gone", f"{figures.ended_s:.0f} s"),
         ("pods started; longest drain", f"{figures.pods}; {figures.longest_drain_s:.1f} s"),
-        ("interactive p50, of all windows", f"{number(_middle(figures))} ms"),
+        ("interactive p50, of all windows", f"{number(_median_p50_ms(figures))} ms"),
         (f"interactive p95, worst of {len(figures.windows)} windows", f"{number(figures.worst_p95_ms)} ms"),
         ("interactive, longest", f"{number(max(window.max_ms for window in figures.windows))} ms"),
         (f"the {figures.from_zero} due before a worker was ready, longest", f"{number(figures.from_zero_max_ms)} ms"),
@@ -196,7 +220,7 @@ def _table(options: Options, figures: Figures) -> Table:
     return Table("From no worker to many to none", ("", ""), rows)
 
 
-def _middle(figures: Figures) -> float:
+def _median_p50_ms(figures: Figures) -> float:
     return float(np.median([window.p50_ms for window in figures.windows]))
 
 

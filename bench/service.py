@@ -1,4 +1,4 @@
-"""Pictures a second of the whole service with a real model and real JPEGs, beside the bare model and two peers.
+"""Images a second of the whole service with a real model and real JPEGs, compared with the bare model and two peers.
 
 They take turns of a few seconds: shiwu, the model alone in a loop, shiwu, the script that it replaces in a Celery task,
 shiwu, and LitServe, a batching HTTP server fed by a Celery task. shiwu's ratio to each is that of neighbouring turns.
@@ -22,7 +22,7 @@ from bench.picture_setup import PictureOptions, open_place, read_options
 from bench.picture_systems import SHIWU, Place
 from bench.report import Headline, Report, Table, median, number, ratio
 from bench.traffic import Reply
-from bench.turns import Ratio, Seated, Turn, paired, rate, seated
+from bench.turns import Participant, Ratio, Turn, paired, rate, taking_part
 from shiwu.contract import Lane
 
 BARE: Final = "bare model"
@@ -36,14 +36,14 @@ class Row:
     per_second: float
     all_per_second: tuple[float, ...]
     own_cpu_s: float
-    """CPU seconds for one picture of its own processes: for shiwu the worker's, with the model."""
+    """CPU seconds per image in its own processes: for shiwu the worker, with the model."""
     below_cpu_s: float
-    """The same of the processes that these have started: for shiwu the loaders'."""
+    """CPU seconds per image in the processes that these started: for shiwu the loaders."""
     mean_batch: float
     gpu: Load
     ready_s: float
     shiwu_is: Ratio
-    """shiwu's rate ÷ this one's, of turns side by side."""
+    """shiwu's rate ÷ this system's, from neighbouring turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ class Figures:
     """What the run found."""
 
     bare: Bare
-    """All its turns as one."""
+    """All its turns combined."""
     all_bare_per_second: tuple[float, ...]
     shiwu_is: Ratio
-    """shiwu's rate ÷ that of the bare model at its best batch size."""
+    """shiwu's rate ÷ the rate of the bare model at its best batch size."""
     rows: tuple[Row, ...]
     stages: tuple[StageTime, ...]
     parity: Parity | None
@@ -75,94 +75,99 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(asked: argparse.Namespace) -> Report:
-    """Start everybody, play all rounds, and count."""
+    """Start all systems, run all rounds, and count."""
     options = Options(read_options(asked, seconds=5.0), asked.rounds or (2 if asked.quick else 12))
     with ExitStack() as stack:
         place = stack.enter_context(open_place(options.pictures, Lane.BULK))
-        shiwu = stack.enter_context(seated(place, options.pictures.systems[0]))
-        alone = stack.enter_context(bare.opened(place.model_env, largest=shiwu.felt.largest_batch))
+        shiwu = stack.enter_context(taking_part(place, options.pictures.systems[0]))
+        alone = stack.enter_context(bare.opened(place.model_env, largest=shiwu.warm_up.largest_batch))
         dtype = alone.ask(options.pictures.seconds).dtype
-        if dtype != shiwu.felt.dtype:
-            raise RuntimeError(f"expected the model alone in {shiwu.felt.dtype} as in the service, got {dtype}")
+        if dtype != shiwu.warm_up.dtype:
+            raise RuntimeError(f"expected the model alone in {shiwu.warm_up.dtype} as in the service, got {dtype}")
         their_place = replace(place, dtype=dtype)
-        peers = {one.name: stack.enter_context(seated(their_place, one)) for one in options.pictures.systems[1:]}
-        for one in (shiwu, *peers.values()):
-            one.player.turn(options.pictures.seconds)  # not counted: every stage of the way has something in hand now
-        table = _Table(shiwu, alone, peers)
+        peers = {
+            system.name: stack.enter_context(taking_part(their_place, system))
+            for system in options.pictures.systems[1:]
+        }
+        for warmed in (shiwu, *peers.values()):
+            warmed.player.turn(options.pictures.seconds)  # not counted: fills every stage with jobs
+        rounds = _Rounds(shiwu, alone, peers)
         for number_ in range(options.rounds):
-            table.play(options.pictures.seconds)
-            print(f"  round {number_ + 1} of {options.rounds}: {table.line()}", flush=True)
-        table.finish(options.pictures.seconds)
+            rounds.play(options.pictures.seconds)
+            print(f"  round {number_ + 1} of {options.rounds}: {rounds.line()}", flush=True)
+        rounds.finish(options.pictures.seconds)
         server = traffic.server_version(place.client)
-        return _report(options, table.figures(place), place, server=server)
+        return _report(options, rounds.figures(place), place, server=server)
 
 
-class _Table:
-    """Who plays, and what was played. shiwu has a turn before and after each of the others."""
+class _Rounds:
+    """The turns of all systems. shiwu has a turn before and after each other system."""
 
-    def __init__(self, shiwu: Seated, alone: Alone, peers: Mapping[str, Seated]) -> None:
+    def __init__(self, shiwu: Participant, alone: Alone, peers: Mapping[str, Participant]) -> None:
         self._shiwu = shiwu
         self._alone = alone
         self._peers = peers
-        self._ours: list[Turn] = []
+        self._own: list[Turn] = []
         self._bare: list[Bare] = []
         self._theirs: dict[str, list[Turn]] = {name: [] for name in peers}
 
     def play(self, seconds: float) -> None:
-        """One round."""
-        self._ours.append(self._shiwu.player.turn(seconds))
+        """Run one round."""
+        self._own.append(self._shiwu.player.turn(seconds))
         self._bare.append(self._alone.ask(seconds))
         for name, peer in self._peers.items():
-            self._ours.append(self._shiwu.player.turn(seconds))
+            self._own.append(self._shiwu.player.turn(seconds))
             self._theirs[name].append(peer.player.turn(seconds))
 
     def finish(self, seconds: float) -> None:
-        """shiwu's turn after the last of the others."""
-        self._ours.append(self._shiwu.player.turn(seconds))
+        """Run shiwu's turn after the last other system."""
+        self._own.append(self._shiwu.player.turn(seconds))
 
     def line(self) -> str:
-        """The last round."""
+        """Describe the last round."""
         others = [f"{name} {number(rate(turns[-1:]))}" for name, turns in self._theirs.items()]
-        ours = number(rate(self._ours[-1 - len(others) :]))
-        return ", ".join([f"{SHIWU} {ours} pictures/s", f"{BARE} {number(self._bare[-1].best.per_second)}", *others])
+        own = number(rate(self._own[-1 - len(others) :]))
+        return ", ".join([f"{SHIWU} {own} pictures/s", f"{BARE} {number(self._bare[-1].best.per_second)}", *others])
 
     def figures(self, place: Place) -> Figures:
-        """All rounds as one."""
+        """Combine all rounds."""
         alone = bare.together(self._bare)
-        best = [next(one for one in turn.rungs if one.size == alone.best.size) for turn in self._bare]
-        as_turns = [Turn(one.per_second * one.seconds, one.seconds) for one in best]
+        best = [next(rate for rate in turn.rungs if rate.size == alone.best.size) for turn in self._bare]
+        as_turns = [Turn(rate.per_second * rate.seconds, rate.seconds) for rate in best]
         replies = {SHIWU: self._shiwu.player.replies()}
         replies |= {name: peer.player.replies() for name, peer in self._peers.items()}
-        rows = [_row(SHIWU, self._shiwu, self._ours, replies[SHIWU], Ratio(1.0, 0.0))]
-        for place_at, (name, peer) in enumerate(self._peers.items(), 1):
-            rows.append(_row(name, peer, self._theirs[name], replies[name], self._beside(self._theirs[name], place_at)))
+        rows = [_row(SHIWU, self._shiwu, self._own, replies[SHIWU], Ratio(1.0, 0.0))]
+        for position, (name, peer) in enumerate(self._peers.items(), 1):
+            rows.append(
+                _row(name, peer, self._theirs[name], replies[name], self._ratio_to(self._theirs[name], position))
+            )
         return Figures(
             bare=alone,
-            all_bare_per_second=tuple(one.per_second for one in best),
-            shiwu_is=self._beside(as_turns, 0),
+            all_bare_per_second=tuple(rate.per_second for rate in best),
+            shiwu_is=self._ratio_to(as_turns, 0),
             rows=tuple(rows),
-            stages=self._shiwu.felt.stages,  # of a turn they would hold the time in which it stood still
+            stages=self._shiwu.warm_up.stages,  # in turns they would include the time in which the system was stopped
             parity=compare(place, replies),
         )
 
-    def _beside(self, theirs: Sequence[Turn], place_at: int) -> Ratio:
-        """shiwu's turns before and after each of theirs; `place_at` counts the others of a round from 0."""
+    def _ratio_to(self, theirs: Sequence[Turn], position: int) -> Ratio:
+        """Compare shiwu's turns before and after each turn of another system; `position` is its position in a round."""
         each = 1 + len(self._peers)
-        starts = [each * number_ + place_at for number_ in range(len(theirs))]
-        return paired([(self._ours[at : at + 2], [turn]) for at, turn in zip(starts, theirs, strict=True)])
+        starts = [each * number_ + position for number_ in range(len(theirs))]
+        return paired([(self._own[at : at + 2], [turn]) for at, turn in zip(starts, theirs, strict=True)])
 
 
-def _row(name: str, seat: Seated, turns: Sequence[Turn], replies: Sequence[Reply], shiwu_is: Ratio) -> Row:
-    pictures = sum(one.pictures for one in turns)
+def _row(name: str, participant: Participant, turns: Sequence[Turn], replies: Sequence[Reply], shiwu_is: Ratio) -> Row:
+    pictures = sum(turn.pictures for turn in turns)
     return Row(
         system=name,
         per_second=rate(turns),
-        all_per_second=tuple(rate([one]) for one in turns),
-        own_cpu_s=ratio(sum(one.own_cpu_s for one in turns), pictures),
-        below_cpu_s=ratio(sum(one.below_cpu_s for one in turns), pictures),
+        all_per_second=tuple(rate([turn]) for turn in turns),
+        own_cpu_s=ratio(sum(turn.own_cpu_s for turn in turns), pictures),
+        below_cpu_s=ratio(sum(turn.below_cpu_s for turn in turns), pictures),
         mean_batch=mean_batch(replies),
-        gpu=Load(median([one.busy_percent for one in turns]), seat.memory_mib),
-        ready_s=seat.ready_s,
+        gpu=Load(median([turn.busy_percent for turn in turns]), participant.memory_mib),
+        ready_s=participant.ready_s,
         shiwu_is=shiwu_is,
     )
 
@@ -171,10 +176,10 @@ def _report(options: Options, figures: Figures, place: Place, *, server: str) ->
     asked = options.pictures
     device = f"{figures.bare.dtype} on {figures.bare.device}"
     what = f"{place.checkpoint.name}, {device}, {asked.size} JPEG from {asked.source}"
-    names = (BARE, *(one.system for one in figures.rows))
-    rates = (figures.bare.best.per_second, *(one.per_second for one in figures.rows))
-    stages = tuple(one.stage for one in figures.stages)
-    stage_ms = tuple(one.mean_ms for one in figures.stages)
+    names = (BARE, *(row.system for row in figures.rows))
+    rates = (figures.bare.best.per_second, *(row.per_second for row in figures.rows))
+    stages = tuple(stage.stage for stage in figures.stages)
+    stage_ms = tuple(stage.mean_ms for stage in figures.stages)
     title = "Where a picture's time goes in shiwu, mean ms (claim and batch are waiting: for a loader, for the model)"
     return Report(
         name="service",
@@ -200,8 +205,8 @@ def _headlines(figures: Figures) -> Iterator[Headline]:
     yield Headline("shiwu", shiwu.per_second, "pictures/s", "more")
     yield Headline("shiwu, start to ready", shiwu.ready_s, "s", "less")
     yield Headline(f"shiwu ÷ {BARE}", figures.shiwu_is.value, "of bare", "more")
-    for one in peers:
-        yield Headline(f"shiwu ÷ {one.system}", one.shiwu_is.value, "times", "more")
+    for peer in peers:
+        yield Headline(f"shiwu ÷ {peer.system}", peer.shiwu_is.value, "times", "more")
 
 
 def _table(figures: Figures, what: str) -> Table:
@@ -210,18 +215,18 @@ def _table(figures: Figures, what: str) -> Table:
     bare_row = (BARE, number(best.per_second), _range(figures.all_bare_per_second), str(figures.shiwu_is))
     rows = tuple(
         (
-            one.system,
-            number(one.per_second),
-            _range(one.all_per_second),
-            "–" if one.system == SHIWU else str(one.shiwu_is),
-            number(one.own_cpu_s * 1000),
-            number(one.below_cpu_s * 1000),
-            number(one.mean_batch),
-            number(one.ready_s),
-            number(one.gpu.busy_percent),
-            number(one.gpu.memory_mib),
+            row.system,
+            number(row.per_second),
+            _range(row.all_per_second),
+            "–" if row.system == SHIWU else str(row.shiwu_is),
+            number(row.own_cpu_s * 1000),
+            number(row.below_cpu_s * 1000),
+            number(row.mean_batch),
+            number(row.ready_s),
+            number(row.gpu.busy_percent),
+            number(row.gpu.memory_mib),
         )
-        for one in figures.rows
+        for row in figures.rows
     )
     title = f"A backlog: {what}. Ratios are of neighbouring turns, ± their standard error"
     columns = (*head, "mean batch", "ready s", "GPU busy %", "GPU MiB")

@@ -1,4 +1,4 @@
-"""Where the pictures of a benchmark lie: an S3 store, a web server, or a folder. And how the peers read them."""
+"""Sources of a benchmark's images (S3 store, web server, folder), and how the peers read them."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _S3_LOCK: Final = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Pictures that wait to be fetched."""
+    """Images that can be fetched."""
 
     name: SourceName
     references: tuple[str, ...]
     env: Mapping[str, str]
-    """What a process needs in its environment to read them, shiwu's worker and the peers alike."""
+    """Environment variables that shiwu's worker and the peers need to read them."""
     bytes_mean: float
 
 
 @contextmanager
 def open_source(name: SourceName, files: Sequence[Path], *, folder: Path) -> Iterator[Source]:
-    """Lay the files out and serve them, until the block ends."""
+    """Serve the files until the block ends."""
     size = sum(path.stat().st_size for path in files) / len(files)
     if name == "file":
         references = tuple(path.resolve().as_uri() for path in files)
@@ -74,7 +74,7 @@ def _web(pictures: Path, folder: Path) -> Iterator[str]:
 
 
 def fetch(reference: str) -> bytes:
-    """Read a picture as the peers do: boto3 or urllib3 with connections that are kept, without retries."""
+    """Read an image as the peers do: boto3 or urllib3 with kept connections, without retries."""
     parts = urlsplit(reference)
     if parts.scheme == "s3":
         found: bytes = _s3().get_object(Bucket=parts.netloc, Key=parts.path.removeprefix("/"))["Body"].read()

@@ -1,8 +1,8 @@
-"""shiwu's whole worker but for its loaders and its model: everything between Redis and Redis.
+"""shiwu's whole worker with stand-ins for loaders and model: everything between Redis and Redis.
 
 `python -m bench.standin --redis-url URL [--jobs N] [--per-batch-ms B] [--per-picture-ms A]`: claims, admits, batches,
-"encodes" for A·n + B ms, scores, serialises real answers and commits them. With --jobs it ends when so many have been
-answered and says how long that took, which is what one profiles; without, it works until SIGTERM.
+"encodes" for A·n + B ms, scores, serialises real answers and commits them. With --jobs it ends after so many answers
+and prints how long they took, for profiling; without, it works until SIGTERM.
 
 It runs `bootstrap.open_service` with two parts replaced, so it follows every change of the worker.
 """
@@ -34,11 +34,11 @@ from shiwu_worker.service import bootstrap
 from shiwu_worker.telemetry import logs
 
 WIDTH: Final = 8
-"""Numbers in a stand-in's vector."""
+"""Length of a stand-in's vector."""
 
 
 class StandInLoaders:
-    """Pictures that are there as soon as they are asked for."""
+    """Loaders that return every image immediately."""
 
     pids: Final = (os.getpid(),)
     restarts: Final = 0
@@ -55,11 +55,11 @@ class StandInLoaders:
         """Return immediately: there is nothing to wait for."""
 
     def submit(self, tasks: Sequence[LoadTask]) -> None:
-        """Hand every picture over at once."""
+        """Return every image immediately."""
         now_s = time.monotonic()
         moments: Any = {"started_s": now_s, "fetched_s": now_s, "decoded_s": now_s}
         about: Any = {"n_bytes": 1, "format": "JPEG", "width": 1, "height": 1}
-        self._on_loaded([LoadResult(ticket=one.ticket, slot=one.slot, **moments, **about) for one in tasks])
+        self._on_loaded([LoadResult(ticket=task.ticket, slot=task.slot, **moments, **about) for task in tasks])
 
 
 class StandInFlight:
@@ -71,13 +71,13 @@ class StandInFlight:
         self._until_s = until_s
 
     def wait(self) -> None:
-        """Sleep until the device would be done."""
+        """Sleep until the stand-in's device is done."""
         if (left_s := self._until_s - time.monotonic()) > 0:
             time.sleep(left_s)  # stands for the model
 
 
 class StandInSizes:
-    """The batch sizes of the stand-in: always as many as there are."""
+    """Batch sizes of the stand-in: all waiting images, up to `largest`."""
 
     slowest_s = 0.0
 
@@ -85,16 +85,16 @@ class StandInSizes:
         self.largest = self.wanted = largest
 
     def take(self, waiting: int) -> int:
-        """All of them: it pads nothing."""
+        """Return the number of images to take, without padding."""
         return min(waiting, self.largest)
 
     def lower(self, largest: int) -> None:
-        """Make smaller batches from now on."""
+        """Limit batches to this size from now on."""
         self.largest = self.wanted = largest
 
 
 class StandInEncoder:
-    """A model that sleeps: as long as a GPU of this speed takes, one batch after the other, and none of the CPU."""
+    """A model that sleeps as long as a GPU of this speed takes, one batch after the other, and uses no CPU."""
 
     scale = 14.3
     bias = None
@@ -110,10 +110,10 @@ class StandInEncoder:
         self._per_picture_s = per_picture_ms / 1000
         self._per_batch_s = per_batch_ms / 1000
         self._free_s = 0.0
-        """When the device is done with all that it was given."""
+        """When the device will have done all its work, on the monotonic clock."""
 
     def learn(self, flight: StandInFlight, *, host_s: float) -> None:
-        """Nothing: its sizes stay."""
+        """Do nothing: batch sizes are fixed."""
 
     def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int]) -> StandInFlight:
         """Give the device A·n + B of work."""
@@ -124,31 +124,31 @@ class StandInEncoder:
         return StandInFlight(pictures=len(rows), until_s=self._free_s)
 
     def collect(self, flight: StandInFlight) -> NDArray[np.float32]:
-        """The vectors, all the same."""
+        """Return equal vectors."""
         flight.wait()
         return np.full((flight.pictures, WIDTH), WIDTH**-0.5, np.float32)
 
     def encode_exact(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The same at once."""
+        """Return equal vectors immediately."""
         return np.full((len(pixels), WIDTH), WIDTH**-0.5, np.float32)
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Different vectors for different words."""
+        """Return different vectors for different words."""
         chance = np.random.default_rng(len(texts)).standard_normal((len(texts), WIDTH), np.float32)
         unit: NDArray[np.float32] = chance / np.linalg.norm(chance, axis=1, keepdims=True)
         return unit
 
     def label_tokens(self, labels: Sequence[str]) -> list[LabelTokens]:
-        """Different tokens for different words."""
+        """Return different tokens for different words."""
         return [LabelTokens((number,), is_readable=True) for number in range(len(labels))]
 
     def error_kind(self, error: BaseException) -> DeviceErrorKind:
-        """It has none."""
+        """Return OTHER: the stand-in has no device."""
         return DeviceErrorKind.OTHER
 
 
 def main() -> None:
-    """Work as the command line says."""
+    """Run the stand-in worker."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--redis-url", required=True)
     parser.add_argument("--jobs", type=int, help="end when so many have been answered")

@@ -1,8 +1,8 @@
-"""Pictures a second of workers that were started on a quiet machine, and on one that other programs kept busy.
+"""Images a second of workers that were started on a quiet machine, and on one that other programs kept busy.
 
 Each round starts one of each; the programs that keep the machine busy end when their worker is ready. Both workers then
-take turns of a few seconds, each from the first second of its own life on, so that the ratio of neighbouring turns says
-what the start is still worth after so many seconds of work.
+take turns of a few seconds from their first second of work on. The ratio of neighbouring turns shows how much the start
+still matters after so many seconds of work.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from shiwu_worker.runtime.cpus import usable_cores
 
 QUIET: Final = "quiet start"
 BUSY: Final = "busy start"
-MOST_PER_S: Final = 1000.0
-"""Pictures a second that no worker does here: so many wait that it never runs dry."""
+MAX_PER_S: Final = 1000.0
+"""Images per second that no worker reaches here, so that the lane never runs empty."""
 WITHIN_S: Final = 10.0
-"""After so many seconds of work a busy start should be made good."""
+"""Seconds of work after which a busy start should not matter."""
 BURN: Final = "while True: pass"
 
 
@@ -47,11 +47,11 @@ class Row:
     ready_s: tuple[float, ...]
     """From the start of the process until it takes jobs, in each round."""
     start_cpu_s: tuple[float, ...]
-    """CPU that the worker's own process took for it."""
+    """CPU seconds of the worker's own process for it."""
     per_second: tuple[float, ...]
-    """Pictures a second in each window of its life, over all rounds."""
+    """Images per second in each window, over all rounds."""
     own_cpu_s: float
-    """CPU seconds for one picture of the worker's process, with the model."""
+    """CPU seconds per image in the worker's process, with the model."""
     mean_batch: float
 
 
@@ -61,9 +61,9 @@ class Figures:
 
     rows: tuple[Row, ...]
     busy_is: tuple[Ratio, ...]
-    """Busy start ÷ quiet start, in each window of their lives."""
+    """Busy start ÷ quiet start, in each window."""
     cpu_busy_is: float
-    """CPU of the worker for a picture, quiet start ÷ busy start: other work on the machine changes it by far less."""
+    """CPU of the worker for an image, quiet start ÷ busy start: other work on the machine changes it by far less."""
     until_s: tuple[float, ...]
     """Seconds of work at the end of each window."""
     load: tuple[float, ...]
@@ -81,8 +81,8 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class _Life:
-    """One worker, and what it has done."""
+class _StartedWorker:
+    """One worker, with its start and its turns."""
 
     player: Player
     ready_s: float
@@ -99,10 +99,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(asked: argparse.Namespace) -> Report:
-    """Start, take turns, and count."""
+    """Start the workers, let them take turns, and count."""
     turns, rounds = (asked.turns or (2 if asked.quick else 4)), (asked.rounds or (2 if asked.quick else 4))
     options = Options(read_options(asked, seconds=5.0), rounds, turns, asked.burners)
-    lives: dict[str, list[_Life]] = {QUIET: [], BUSY: []}
+    workers: dict[str, list[_StartedWorker]] = {QUIET: [], BUSY: []}
     batches: dict[str, list[float]] = {QUIET: [], BUSY: []}
     load: list[float] = []
     with ExitStack() as stack:
@@ -110,33 +110,37 @@ def run(asked: argparse.Namespace) -> Report:
         server = traffic.server_version(place.client)
         for round_ in range(rounds):
             load.append(os.getloadavg()[0])
-            _play(options, place, lives, batches, round_)
-            print(f"  round {round_ + 1} of {rounds}: {_line(lives)}", flush=True)
-        figures = _figures(options, lives, batches, load)
+            _play(options, place, workers, batches, round_)
+            print(f"  round {round_ + 1} of {rounds}: {_line(workers)}", flush=True)
+        figures = _figures(options, workers, batches, load)
         return _report(options, figures, place, server=server)
 
 
 def _play(
-    options: Options, place: Place, lives: dict[str, list[_Life]], batches: dict[str, list[float]], round_: int
+    options: Options,
+    place: Place,
+    workers: dict[str, list[_StartedWorker]],
+    batches: dict[str, list[float]],
+    round_: int,
 ) -> None:
-    """One round: both start, in turn one or the other first, and then take turns."""
+    """Run one round: both workers start, and then take turns; the order alternates."""
     system = options.pictures.systems[0]
     order = (QUIET, BUSY) if round_ % 2 == 0 else (BUSY, QUIET)
     with ExitStack() as stack:
         for kind in order:
             burners = options.burners if kind == BUSY else 0
-            lives[kind].append(stack.enter_context(_living(place, system, f"{round_}-{kind}", burners=burners)))
+            workers[kind].append(stack.enter_context(_started(place, system, f"{round_}-{kind}", burners=burners)))
         for turn in range(options.turns):
             for kind in order if turn % 2 == 0 else reversed(order):
-                life = lives[kind][-1]
-                life.turns.append(life.player.turn(options.pictures.seconds))
+                worker = workers[kind][-1]
+                worker.turns.append(worker.player.turn(options.pictures.seconds))
         for kind in order:
-            batches[kind].append(mean_batch(lives[kind][-1].player.replies()))
+            batches[kind].append(mean_batch(workers[kind][-1].player.replies()))
 
 
 @contextmanager
-def _living(place: Place, system: System, name: str, *, burners: int) -> Iterator[_Life]:
-    """Start a worker with a server of its own, and stop it in its tracks as soon as it is ready."""
+def _started(place: Place, system: System, name: str, *, burners: int) -> Iterator[_StartedWorker]:
+    """Start a worker with its own server, and stop it by SIGSTOP when it is ready."""
     folder = place.folder / name.replace(" ", "-")
     folder.mkdir()
     with (
@@ -152,57 +156,57 @@ def _living(place: Place, system: System, name: str, *, burners: int) -> Iterato
                 ready_s = time.monotonic() - began_s
             start_cpu_s = _own_cpu_s(running)
             listener = stack.enter_context(traffic.listening(client))
-            player = Player(own, running, listener, watch, per_second=MOST_PER_S)
+            player = Player(own, running, listener, watch, per_second=MAX_PER_S)
             player.pause()
             try:
-                yield _Life(player, ready_s, start_cpu_s, [])
+                yield _StartedWorker(player, ready_s, start_cpu_s, [])
             finally:
-                player.resume()  # what stands still does not end
+                player.resume()  # a stopped process cannot end
 
 
 @contextmanager
 def _burning(count: int) -> Iterator[None]:
-    """So many programs that each use all of a core that they get."""
+    """Run `count` programs that each use a whole core."""
     burners = [subprocess.Popen([sys.executable, "-c", BURN]) for _ in range(count)]
     try:
         yield
     finally:
-        for one in burners:
-            one.kill()
-            one.wait(10)
+        for burner in burners:
+            burner.kill()
+            burner.wait(10)
 
 
 def _own_cpu_s(running: Running) -> float:
     return running.cpu_s()[0]
 
 
-def _line(lives: dict[str, list[_Life]]) -> str:
-    """The last round."""
+def _line(workers: dict[str, list[_StartedWorker]]) -> str:
+    """Describe the last round."""
     parts = []
-    for kind, those in lives.items():
-        rates = ", ".join(number(rate([turn])) for turn in those[-1].turns)
-        parts.append(f"{kind} ready {number(those[-1].ready_s)} s, pictures/s {rates}")
+    for kind, started in workers.items():
+        rates = ", ".join(number(rate([turn])) for turn in started[-1].turns)
+        parts.append(f"{kind} ready {number(started[-1].ready_s)} s, pictures/s {rates}")
     return "; ".join(parts)
 
 
 def _figures(
-    options: Options, lives: dict[str, list[_Life]], batches: dict[str, list[float]], load: Sequence[float]
+    options: Options, workers: dict[str, list[_StartedWorker]], batches: dict[str, list[float]], load: Sequence[float]
 ) -> Figures:
     windows = range(options.turns)
     rows = []
-    for kind, those in lives.items():
-        turns = [turn for one in those for turn in one.turns]
+    for kind, started in workers.items():
+        turns = [turn for worker in started for turn in worker.turns]
         rows.append(
             Row(
                 start=kind,
-                ready_s=tuple(one.ready_s for one in those),
-                start_cpu_s=tuple(one.start_cpu_s for one in those),
-                per_second=tuple(rate([one.turns[window] for one in those]) for window in windows),
+                ready_s=tuple(worker.ready_s for worker in started),
+                start_cpu_s=tuple(worker.start_cpu_s for worker in started),
+                per_second=tuple(rate([worker.turns[window] for worker in started]) for window in windows),
                 own_cpu_s=ratio(sum(turn.own_cpu_s for turn in turns), sum(turn.pictures for turn in turns)),
                 mean_batch=median(batches[kind]),
             )
         )
-    pairs = list(zip(lives[BUSY], lives[QUIET], strict=True))
+    pairs = list(zip(workers[BUSY], workers[QUIET], strict=True))
     return Figures(
         rows=tuple(rows),
         busy_is=tuple(
@@ -217,23 +221,23 @@ def _figures(
 def _report(options: Options, figures: Figures, place: Place, *, server: str) -> Report:
     asked = options.pictures
     what = (
-        f"{place.checkpoint.name}, {asked.size} JPEG from {asked.source}, {options.burners} programs beside the start"
+        f"{place.checkpoint.name}, {asked.size} JPEG from {asked.source}, {options.burners} programs during the start"
     )
     ends = [f"until {until_s:g} s" for until_s in figures.until_s]
     head = ("", "ready s", "CPU s of it", *ends, "own CPU ms/picture", "mean batch")
     rows = tuple(
         (
-            one.start,
-            number(median(one.ready_s)),
-            number(median(one.start_cpu_s)),
-            *(number(each) for each in one.per_second),
-            number(one.own_cpu_s * 1000),
-            number(one.mean_batch),
+            row.start,
+            number(median(row.ready_s)),
+            number(median(row.start_cpu_s)),
+            *(number(each) for each in row.per_second),
+            number(row.own_cpu_s * 1000),
+            number(row.mean_batch),
         )
-        for one in figures.rows
+        for row in figures.rows
     )
-    ratios = ("busy ÷ quiet", "", "", *(str(one) for one in figures.busy_is), number(figures.cpu_busy_is), "")
-    lines = tuple(Series(one.start, one.per_second) for one in figures.rows)
+    ratios = ("busy ÷ quiet", "", "", *(str(busy) for busy in figures.busy_is), number(figures.cpu_busy_is), "")
+    lines = tuple(Series(row.start, row.per_second) for row in figures.rows)
     return Report(
         name="start",
         headlines=tuple(_headlines(figures)),
@@ -244,14 +248,14 @@ def _report(options: Options, figures: Figures, place: Place, *, server: str) ->
         server=server,
         model=place.checkpoint.name,
         has_random_weights=place.checkpoint.is_random,
-        notes=(f"load average before the rounds: {', '.join(number(one) for one in figures.load)}",),
+        notes=(f"load average before the rounds: {', '.join(number(value) for value in figures.load)}",),
     )
 
 
 def _headlines(figures: Figures) -> Iterator[Headline]:
     quiet, busy = figures.rows
-    for one in (quiet, busy):
-        yield Headline(f"{one.start} to ready", median(one.ready_s), "s", "less")
+    for row in (quiet, busy):
+        yield Headline(f"{row.start} to ready", median(row.ready_s), "s", "less")
     yield Headline("CPU of a start", median((*quiet.start_cpu_s, *busy.start_cpu_s)), "s", "less")
     within = max(place for place, until_s in enumerate(figures.until_s) if until_s <= WITHIN_S or place == 0)
     yield Headline(f"{BUSY} ÷ {QUIET}, within {WITHIN_S:g} s", figures.busy_is[within].value, "of quiet", "more")

@@ -1,7 +1,7 @@
-"""Messages out, answers in: for every system alike, in Celery's own format on both sides.
+"""Sends messages and receives answers for all systems alike, in Celery's own format.
 
 An answer counts from the moment at which a consumer can read it: shiwu and Celery both announce it on the channel of
-its result key in the same step that stores it, and one subscriber hears them all.
+its result key in the same step that stores it, and one subscriber receives them all.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from shiwu.broker.message_writer import build_message
 from shiwu.contract import Lane, Request, Timing, result_key
 
 CHUNK_SIZE: Final = 1000
-"""Messages or keys in one command."""
-HEAR_S: Final = 0.2
+"""Number of messages or keys in one command."""
+POLL_INTERVAL_S: Final = 0.2
 _PREFIX: Final = result_key("")
 
 
@@ -47,11 +47,11 @@ class Reply:
     batch_size: int | None
     dtype: str
     text: str
-    """What it says where it is not tagged."""
+    """Error text of a job that is not tagged."""
 
 
 def server_version(client: redis.Redis) -> str:
-    """`valkey 9.1.2`."""
+    """Return a text such as `valkey 9.1.2`."""
     info: Any = client.info("server")
     return f"valkey {info['valkey_version']}" if "valkey_version" in info else f"redis {info['redis_version']}"
 
@@ -59,10 +59,10 @@ def server_version(client: redis.Redis) -> str:
 def build(
     references: Sequence[str], *, count: int, prefix: str, lane: Lane, after_s: Sequence[float] = ()
 ) -> list[Message]:
-    """So many jobs over these references in turn.
+    """Build `count` jobs that use these references in turn.
 
     Args:
-        after_s: when each will be sent, seconds from now; by default at once.
+        after_s: when each will be sent, seconds from now; by default immediately.
     """
     now_ms = time.time() * 1000
     requests = [Request(image=reference) for reference in references]
@@ -76,28 +76,28 @@ def build(
 
 
 def send(client: redis.Redis, lane: Lane, messages: Sequence[Message]) -> None:
-    """Put them into the lane as fast as Redis takes them."""
+    """Enqueue the messages as fast as Redis accepts them."""
     for start in range(0, len(messages), CHUNK_SIZE):
-        client.lpush(lane.queue, *[one.raw for one in messages[start : start + CHUNK_SIZE]])
+        client.lpush(lane.queue, *[message.raw for message in messages[start : start + CHUNK_SIZE]])
 
 
 def missing(client: redis.Redis, ids: Sequence[str]) -> int:
-    """How many of these ids have no answer that can be read, counted id by id."""
+    """Return how many of these ids have no readable answer."""
     parts = (ids[start : start + CHUNK_SIZE] for start in range(0, len(ids), CHUNK_SIZE))
-    return len(ids) - sum(int(client.exists(*[result_key(one) for one in part])) for part in parts)
+    return len(ids) - sum(int(client.exists(*[result_key(job_id) for job_id in part])) for part in parts)
 
 
 def read(client: redis.Redis, ids: Sequence[str]) -> list[Reply]:
-    """The answers of these ids, in their order.
+    """Return the answers of these ids, in their order.
 
     Raises:
-        RuntimeError: one is missing, or ended without tags.
+        RuntimeError: an answer is missing or has no tags.
     """
     raws: list[Any] = []
     for start in range(0, len(ids), CHUNK_SIZE):
-        raws += client.mget([result_key(one) for one in ids[start : start + CHUNK_SIZE]])
+        raws += client.mget([result_key(job_id) for job_id in ids[start : start + CHUNK_SIZE]])
     replies = [_reply(job_id, raw) for job_id, raw in zip(ids, raws, strict=True)]
-    wrong = [one for one in replies if not one.is_tagged]
+    wrong = [reply for reply in replies if not reply.is_tagged]
     if wrong:
         raise RuntimeError(
             f"{len(wrong)} of {len(replies)} jobs have no tags, the first: {wrong[0].id}: {wrong[0].text}"
@@ -123,42 +123,42 @@ def _reply(job_id: str, raw: bytes | None) -> Reply:
 
 
 class Listener:
-    """Hears every answer at the moment at which it can be read."""
+    """Records when each answer can be read."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._pubsub = client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]  # redis' own
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._hear, name="answers", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="answers", daemon=True)
         self.arrivals: dict[str, float] = {}
         """id → moment of its first answer, on the monotonic clock."""
 
     def __enter__(self) -> Self:
         self._pubsub.psubscribe(f"{_PREFIX}*")
-        self._pubsub.get_message(timeout=5.0)  # the server has confirmed: nothing is missed from here on
+        self._pubsub.get_message(timeout=5.0)  # the server confirmed the subscription: no later answer is missed
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
-        self._thread.join(10 * HEAR_S)
+        self._thread.join(10 * POLL_INTERVAL_S)
         self._pubsub.close()
 
     def wait(self, count: int, *, timeout_s: float, check: Callable[[], None], every_s: float = 0.005) -> None:
-        """Wait until so many jobs have been answered; `check` raises where nobody can answer any more.
+        """Wait until `count` jobs are answered; `check` raises if no worker is left.
 
         Raises:
-            TimeoutError: they have not.
+            TimeoutError: they are not answered in time.
         """
 
-        def are_there() -> bool:
+        def have_arrived() -> bool:
             check()
             return len(self.arrivals) >= count
 
-        wait_until(are_there, timeout_s=timeout_s, every_s=every_s, what=f"{count} answers")
+        wait_until(have_arrived, timeout_s=timeout_s, every_s=every_s, what=f"{count} answers")
 
-    def _hear(self) -> None:
+    def _listen(self) -> None:
         while not self._closed.is_set():
-            message = self._pubsub.get_message(timeout=HEAR_S)
+            message = self._pubsub.get_message(timeout=POLL_INTERVAL_S)
             if message is not None:
                 job_id = message["channel"].decode().removeprefix(_PREFIX)
                 self.arrivals.setdefault(job_id, time.monotonic())
@@ -166,7 +166,7 @@ class Listener:
 
 @contextmanager
 def listening(client: redis.Redis) -> Iterator[Listener]:
-    """A clean database, and a listener on it."""
+    """Clear the database and open a listener on it."""
     client.flushall()
     with Listener(client) as listener:
         yield listener

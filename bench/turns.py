@@ -1,7 +1,7 @@
 """Systems that take turns of a few seconds on one machine.
 
-All are started, and all but one are stopped in their tracks (SIGSTOP). A virtual machine's speed drifts by a third
-within a minute; a ratio of neighbouring turns does not, and the turns of a whole run say how sure it is.
+All are started, and all but one are stopped by SIGSTOP. A virtual machine's speed drifts by a third within a minute,
+but a ratio of neighbouring turns does not; its standard error comes from all turns of a run.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from bench.picture_systems import Place, Running, System
 from bench.report import ratio
 from bench.traffic import Listener, Reply
 
-AHEAD: Final = 3
-"""Turns for which jobs wait in the lane: no system may run dry."""
-LEAST_AHEAD: Final = 64
-READ: Final = 20_000
-"""Of so many answers the batches and stages are told."""
-FEEL_S: Final = 2.0
+TURNS_AHEAD: Final = 3
+"""Number of turns for which jobs are enqueued, so that no lane runs empty."""
+MIN_JOBS_AHEAD: Final = 64
+MAX_REPLIES: Final = 20_000
+"""Number of answers from which batches and stage times are computed."""
+WARM_UP_S: Final = 2.0
 SETTLE_S: Final = 0.05
-"""Until the answers of a turn that has ended are heard."""
+"""Time until the last answers of a turn have arrived."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +43,19 @@ class Turn:
     own_cpu_s: float = 0.0
     below_cpu_s: float = 0.0
     busy_percent: float = math.nan
-    """Of the GPU."""
+    """Busy share of the GPU."""
 
 
 def rate(turns: Sequence[Turn]) -> float:
-    """Pictures a second over all their seconds."""
-    return ratio(sum(one.pictures for one in turns), sum(one.seconds for one in turns))
+    """Return images per second over all turns."""
+    return ratio(sum(turn.pictures for turn in turns), sum(turn.seconds for turn in turns))
 
 
 class Player:
-    """A system that is ready and warm, stopped but for its turns.
+    """A system that is ready and warm, and stopped except during its turns.
 
     Args:
-        per_second: pictures, felt beforehand: how many jobs a turn may need.
+        per_second: images per second, estimated before: how many jobs a turn may need.
     """
 
     def __init__(self, place: Place, running: Running, listener: Listener, watch: Watch, *, per_second: float) -> None:
@@ -68,25 +68,25 @@ class Player:
         self._stopped: list[int] = []
 
     def turn(self, seconds: float) -> Turn:
-        """Let it work for so long.
+        """Let the system work for `seconds`.
 
         Raises:
-            RuntimeError: its lane ran dry, so that it may have waited.
+            RuntimeError: its lane ran empty, so it may have waited.
         """
         self._top_up(seconds)
-        looks, before, cpu_s = self._watch.looks(), len(self._listener.arrivals), self._running.cpu_s()
+        samples, before, cpu_s = self._watch.samples(), len(self._listener.arrivals), self._running.cpu_s()
         began_s = time.monotonic()
         self.resume()
         time.sleep(seconds)  # the turn itself
         self.pause()
         took_s = time.monotonic() - began_s
-        time.sleep(SETTLE_S)  # an answer in the server's hands has no other sign of its arrival
+        time.sleep(SETTLE_S)  # nothing else shows that the last answers have arrived
         self._running.check()
         if not self._waiting():
             raise RuntimeError(f"expected jobs to be left after a turn, {len(self._sent)} were too few")
         own_s, below_s = (after - begin for begin, after in zip(cpu_s, self._running.cpu_s(), strict=True))
         found = Turn(
-            len(self._listener.arrivals) - before, took_s, own_s, below_s, self._watch.since(looks).busy_percent
+            len(self._listener.arrivals) - before, took_s, own_s, below_s, self._watch.since(samples).busy_percent
         )
         self._per_second = max(self._per_second, rate([found]))
         return found
@@ -96,31 +96,31 @@ class Player:
         return int(waiting)
 
     def _top_up(self, seconds: float) -> None:
-        missing = LEAST_AHEAD + int(AHEAD * seconds * self._per_second) - self._waiting()
+        missing = MIN_JOBS_AHEAD + int(TURNS_AHEAD * seconds * self._per_second) - self._waiting()
         references, lane = self._place.source.references, self._place.lane
         messages = traffic.build(references, count=max(0, missing), prefix=f"t{len(self._sent)}", lane=lane)
         traffic.send(self._place.client, lane, messages)
-        self._sent += [one.id for one in messages]
+        self._sent += [message.id for message in messages]
 
     def pause(self) -> None:
-        """Stop its processes, also those that it has started since."""
+        """Stop its processes, including those started since."""
         self._stopped = usage.families([process.pid for process in self._running.processes])
         _signal(self._stopped, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let them go on."""
+        """Let the processes continue."""
         _signal(self._stopped, signal.SIGCONT)
 
     def replies(self) -> list[Reply]:
-        """Its answers in the order in which the jobs were sent, the first some thousand.
+        """Return its answers in the order in which the jobs were sent, at most MAX_REPLIES.
 
         Raises:
-            RuntimeError: it answered what it was not asked, or without tags.
+            RuntimeError: it answered an unknown job, or one without tags.
         """
         answered = self._listener.arrivals.keys()
-        if strange := answered - set(self._sent):
-            raise RuntimeError(f"expected answers to what was sent, {len(strange)} are not, one is {strange.pop()}")
-        return traffic.read(self._place.client, [one for one in self._sent if one in answered][:READ])
+        if unknown := answered - set(self._sent):
+            raise RuntimeError(f"expected answers to what was sent, {len(unknown)} are not, one is {unknown.pop()}")
+        return traffic.read(self._place.client, [job_id for job_id in self._sent if job_id in answered][:MAX_REPLIES])
 
 
 def _signal(pids: Sequence[int], number: int) -> None:
@@ -130,21 +130,21 @@ def _signal(pids: Sequence[int], number: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Seated:
-    """A system at the table."""
+class Participant:
+    """A system that takes part in the turns."""
 
     player: Player
     ready_s: float
-    """From the start of its processes until they take jobs, while the others stood still."""
-    felt: Drained
-    """The backlog that warmed it."""
+    """From the start of its processes until they take jobs, while the others are stopped."""
+    warm_up: Drained
+    """Figures of the backlog that warmed it."""
     memory_mib: float
-    """That it took of the GPU."""
+    """GPU memory that it uses."""
 
 
 @contextmanager
-def seated(place: Place, system: System) -> Iterator[Seated]:
-    """Start a system on a server of its own, warm it, and stop it in its tracks."""
+def taking_part(place: Place, system: System) -> Iterator[Participant]:
+    """Start a system on its own server, warm it, and stop it by SIGSTOP."""
     with (
         watching(place.folder, system.name.replace(" ", "-")) as watch,
         Valkey(folder=place.folder / f"valkey-{system.name.replace(' ', '-')}") as server,
@@ -154,20 +154,20 @@ def seated(place: Place, system: System) -> Iterator[Seated]:
         before, began_s = watch.since(), time.monotonic()
         with system.open(own) as running:
             ready_s = time.monotonic() - began_s
-            felt = drain(own, running, seconds=FEEL_S).drained
+            warm_up = drain(own, running, seconds=WARM_UP_S).drained
             with traffic.listening(client) as listener:
-                player = Player(own, running, listener, watch, per_second=felt.per_second)
+                player = Player(own, running, listener, watch, per_second=warm_up.per_second)
                 memory_mib = watch.since().memory_mib - before.memory_mib
                 player.pause()
                 try:
-                    yield Seated(player, ready_s, felt, memory_mib)
+                    yield Participant(player, ready_s, warm_up, memory_mib)
                 finally:
-                    player.resume()  # what stands still does not end
+                    player.resume()  # a stopped process cannot end
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Of two rates."""
+    """Ratio of two rates."""
 
     value: float
     error: float
@@ -179,11 +179,11 @@ class Ratio:
 
 
 def paired(rounds: Sequence[tuple[Sequence[Turn], Sequence[Turn]]]) -> Ratio:
-    """Rate over rate, each round holding turns of both that were close together in time."""
+    """Return the ratio of both rates; each round holds turns of both that were close together in time."""
 
     def over(kept: Sequence[tuple[Sequence[Turn], Sequence[Turn]]]) -> float:
-        ours, theirs = ([turn for one in kept for turn in one[side]] for side in (0, 1))
-        return ratio(rate(ours), rate(theirs))
+        own, other = ([turn for pair in kept for turn in pair[side]] for side in (0, 1))
+        return ratio(rate(own), rate(other))
 
     count = len(rounds)
     if count < 2:

@@ -1,4 +1,4 @@
-"""What processes have used of the machine, read from /proc."""
+"""CPU time of processes, read from /proc."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class _Stat:
 
 
 def cpu_s(pids: Iterable[int]) -> float:
-    """Seconds of CPU that these processes have used, user and system; those that are gone count nothing."""
+    """Return the CPU seconds of these processes, user and system; ended processes count 0."""
     return sum(stat.cpu_s for pid in pids if (stat := _stat(pid)) is not None)
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes below this one, whatever sessions they have made for themselves."""
+    """Return all processes below this one, in any session."""
     parents = {int(path.name): stat.parent for path in PROC.glob("[0-9]*") if (stat := _stat(int(path.name)))}
     found: list[int] = []
     left = [pid]
@@ -37,7 +37,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def families(pids: Sequence[int]) -> list[int]:
-    """These processes and all below them."""
+    """Return these processes and all below them."""
     return [each for pid in pids for each in (pid, *descendants(pid))]
 
 
@@ -46,6 +46,6 @@ def _stat(pid: int) -> _Stat | None:
         text = (PROC / str(pid) / "stat").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
-    # The name, in brackets, may hold blanks and brackets itself.
+    # The name, in brackets, may contain blanks and brackets.
     fields = text.rpartition(")")[2].split()
     return _Stat(parent=int(fields[1]), cpu_s=(int(fields[11]) + int(fields[12])) / TICKS_PER_S)

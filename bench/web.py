@@ -1,7 +1,7 @@
-"""A small HTTP server that is faster than what it feeds: `python -m bench.web FOLDER PORT PROCESSES READY_FILE`.
+"""A small HTTP server that is faster than its clients: `python -m bench.web FOLDER PORT PROCESSES READY_FILE`.
 
-It answers GET /NAME with the file from memory, keeps connections alive, and knows nothing else. Several processes share
-the port, so that it is never the server that is measured.
+It answers GET /NAME with the file from memory, and keeps connections open. Several processes share the port,
+so that the server never limits a measurement.
 """
 
 from __future__ import annotations

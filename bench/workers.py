@@ -1,4 +1,4 @@
-"""The processes that answer: a Celery worker of a peer's app, and the stand-in worker."""
+"""Processes that answer jobs: a Celery worker of a peer's app, and the stand-in worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shiwu.contract import Lane
 
 
 class Answerer(Process):
-    """A process that says by a file that it takes jobs."""
+    """A process that creates a file when it takes jobs."""
 
     def __init__(self, command: list[str], *, name: str, folder: Path, env: Mapping[str, str]) -> None:
         self.ready_file = folder / f"{name}.ready"
@@ -22,12 +22,12 @@ class Answerer(Process):
         super().__init__(command, name=name, folder=folder, env=clean_environment({**own, **env}))
 
     def start(self) -> Self:
-        """Start it; `wait_ready` says when it takes jobs."""
+        """Start it; `wait_ready` waits until it takes jobs."""
         self.ready_file.unlink(missing_ok=True)
         return super().start()
 
     def check(self) -> None:
-        """Raise ServerError, with the end of its log, where it has ended."""
+        """Raise ServerError, with the end of its log, if it has ended."""
         if not self.is_running:
             raise self.error("expected to go on running")
 
@@ -35,7 +35,7 @@ class Answerer(Process):
         """Wait until it takes jobs.
 
         Raises:
-            ServerError: when it ended or is not ready in time.
+            ServerError: it ended or is not ready in time.
         """
         what = f"expected to be ready within {timeout_s} s"
         try:
@@ -61,7 +61,7 @@ class CeleryWorker(Answerer):
 
 
 class StandInWorker(Answerer):
-    """`bench.standin`, named in its answers."""
+    """`bench.standin`; its name is in its answers."""
 
     def __init__(
         self,

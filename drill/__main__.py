@@ -117,17 +117,26 @@ COLUMNS = (
 def show(outcomes: list[Outcome]) -> None:
     """A row for each drill."""
     table = Table(*COLUMNS, box=None)
-    for one in outcomes:
-        recovery = f"{one.recovery_max_s:.2f} of {one.promised_s:g} s" if one.breaks else "–"
-        numbers = (one.enqueued, one.answered, one.twice, one.lost, one.late, one.rerun, one.discarded, one.breaks)
-        table.add_row(one.name, *map(str, numbers), recovery, "yes" if one.is_kept else "NO")
+    for outcome in outcomes:
+        recovery = f"{outcome.recovery_max_s:.2f} of {outcome.promised_s:g} s" if outcome.breaks else "–"
+        numbers = (
+            outcome.enqueued,
+            outcome.answered,
+            outcome.twice,
+            outcome.lost,
+            outcome.late,
+            outcome.rerun,
+            outcome.discarded,
+            outcome.breaks,
+        )
+        table.add_row(outcome.name, *map(str, numbers), recovery, "yes" if outcome.is_kept else "NO")
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
-    for one in outcomes:
-        statuses = ", ".join(f"{name} {count}" for name, count in sorted(one.statuses.items()))
-        console.print(f"{one.name}: {statuses}{'; ' + one.notes if one.notes else ''}", markup=False)
-        for what in one.wrong:
-            console.print(f"{one.name}: NOT AS PROMISED: {what}", markup=False, style="bold red")
+    for outcome in outcomes:
+        statuses = ", ".join(f"{name} {count}" for name, count in sorted(outcome.statuses.items()))
+        console.print(f"{outcome.name}: {statuses}{'; ' + outcome.notes if outcome.notes else ''}", markup=False)
+        for what in outcome.wrong:
+            console.print(f"{outcome.name}: NOT AS PROMISED: {what}", markup=False, style="bold red")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""What the workers of `drill.peers` run: one Celery app for plain tasks and one for celery-batches.
+"""Celery apps for the workers of `drill.peers`: one for plain tasks and one for celery-batches.
 
 The tasks are not `shared`: Celery gives a shared task to every app of the process, where the last one of a name wins.
-Both record what they did by RPUSH of the job's id, in place of a result: the drill counts them by id afterwards.
+Both record an execution by RPUSH of the job's id instead of a result; the drill counts them by id afterwards.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TASK: Final = "drill.tag"
 EFFECTS: Final = "effects"
 """A list: the id of every execution, in order."""
 REDELIVERED: Final = "redelivered"
-"""A set: ids of which a worker got the message a second time."""
+"""A set: ids whose message a worker got a second time."""
 JOB_S: Final = 0.001
 VISIBILITY_S: Final = 10
 SWEEP_S: Final = 1
@@ -43,8 +43,8 @@ SETTINGS: Final[dict[str, Any]] = {
     "broker_connection_retry_on_startup": True,
     "broker_transport_options": {
         "visibility_timeout": VISIBILITY_S,
-        # By default abandoned messages are looked for every 10 s * 10 only, and a worker that dies while it looks keeps
-        # the others from it for 300 s.
+        # By default abandoned messages are searched every 10 s * 10 only, and a worker that crashes during the search
+        # blocks the search of the others for 300 s.
         "unacked_restore_interval": SWEEP_S,
         "unacked_restore_throttle": 1,
         "unacked_mutex_expire": VISIBILITY_S,
@@ -60,12 +60,12 @@ def _record(ids: Sequence[str], redelivered: Sequence[str]) -> None:
     _client.rpush(EFFECTS, *ids)
 
 
-def _is_again(delivery_info: dict[str, Any] | None) -> bool:
+def _is_redelivered(delivery_info: dict[str, Any] | None) -> bool:
     return bool((delivery_info or {}).get("redelivered"))
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator]  # Celery has no types
-def _say_ready(**_: object) -> None:
+def _touch_ready_file(**_: object) -> None:
     if READY_FILE:
         Path(READY_FILE).touch()
 
@@ -76,13 +76,13 @@ plain.conf.update(SETTINGS)
 
 @plain.task(name=TASK, shared=False, bind=True)  # type: ignore[untyped-decorator]  # Celery has no types
 def tag(self: Any, job_id: str) -> None:
-    """One job a message; the sleep stands for the model."""
+    """Run one job per message; the sleep stands for the model."""
     time.sleep(JOB_S)  # stands for the model
-    _record([job_id], [job_id] if _is_again(self.request.delivery_info) else [])
+    _record([job_id], [job_id] if _is_redelivered(self.request.delivery_info) else [])
 
 
 batches = Celery("batches", broker=URL)
-# Its documentation: with a smaller prefetch than flush_every no batch is ever full. Each process may have a full one.
+# Its documentation: with a smaller prefetch than flush_every no batch is ever full. Each process may hold a full batch.
 batches.conf.update(SETTINGS | {"worker_prefetch_multiplier": FLUSH_EVERY})
 
 
@@ -90,7 +90,7 @@ batches.conf.update(SETTINGS | {"worker_prefetch_multiplier": FLUSH_EVERY})
     name=TASK, shared=False, base=Batches, flush_every=FLUSH_EVERY, flush_interval=FLUSH_INTERVAL_S, acks_late=True
 )
 def tag_batch(requests: list[SimpleRequest]) -> None:
-    """Many jobs a call; all effects of a call in one command, which leaves the fewest moments for a half batch."""
+    """Run many jobs per call; one command records all effects, so that few kills leave half a batch."""
     time.sleep(JOB_S * len(requests))  # stands for the model
     ids = [request.args[0] for request in requests]
-    _record(ids, [request.args[0] for request in requests if _is_again(request.delivery_info)])
+    _record(ids, [request.args[0] for request in requests if _is_redelivered(request.delivery_info)])

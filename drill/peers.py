@@ -1,23 +1,22 @@
 """`python -m drill.peers --kind celery|batches`: the drill `kill`, for plain Celery and for celery-batches.
 
-Same fault as in `drill.workers.kill`: two workers, M jobs at once, SIGKILL to one worker's whole process group after
-a random number of them, the other one takes over; every round a new worker joins, and the survivor is killed next.
-A random pause of up to 0.1 s lies between that number and the kill: else it would always hit the moment between a
-batch's effects and its acknowledgements.
+Same fault as in `drill.workers.kill`: two workers get M jobs together, and after a random number of effects the
+process group of one worker gets SIGKILL. The other worker takes over; every round a new worker joins, and the
+survivor is killed next. A random pause of up to 0.1 s precedes the kill: without it the kill would always come between
+a batch's effects and its acknowledgements.
 
-The peers get their documentation's settings for work that must not be lost, and two more that only help them:
+The peers get the settings of their documentation for work that must not be lost, and two more that only help them:
 acks_late, reject_on_worker_lost, no result backend, visibility_timeout of 10 s (its default of an hour would be the
-recovery time), and a look for abandoned messages every second (default: every 100 s). celery-batches gets a prefetch
-of one full batch for each process, without which it has no batches.
+recovery time), and a search for abandoned messages every second (default: every 100 s). celery-batches gets a
+prefetch of one full batch for each process, without which it makes no full batches.
 
-What is counted, by id:
+Counted by id:
 
-- lost: jobs without any effect at the end, though workers were there, ready and idle for visibility_timeout + 15 s.
+- lost: jobs without any effect at the end, though workers were ready and idle for visibility_timeout + 15 s.
 - twice: jobs whose effect was executed more than once.
 - rerun: jobs that were executed from a redelivered message, whether or not the first delivery had its effect.
-- recovery: from the SIGKILL until the last job of the round that gets its effect at all gets its first one, to 20 ms.
-  This includes what the survivor needs for the jobs that were still in the queue. A job that is lost has no recovery;
-  it is counted as lost only.
+- recovery: from the SIGKILL until every job of the round that is not lost has its first effect, to 20 ms. This includes
+  the survivor's time for the jobs that were still in the queue. A lost job counts only as lost.
 """
 
 from __future__ import annotations
@@ -63,10 +62,10 @@ PACKAGES: Final[dict[Kind, tuple[str, ...]]] = {
     "celery": ("celery", "kombu"),
     "batches": ("celery-batches", "celery", "kombu"),
 }
-PATIENCE_S: Final = VISIBILITY_S + 15.0
-"""Without progress for so long, what is missing is lost."""
+NO_PROGRESS_S: Final = VISIBILITY_S + 15.0
+"""After so long without progress, missing jobs count as lost."""
 POLL_S: Final = 0.02
-UNCOUPLED_S: Final = 0.1
+MAX_PAUSE_S: Final = 0.1
 COMMON_TEXT: Final = (
     f"acks_late, reject_on_worker_lost, prefork with {CONCURRENCY} processes, visibility_timeout {VISIBILITY_S} s "
     f"(default: 3600 s), abandoned messages are looked for every {SWEEP_S} s (default: 100 s)"
@@ -80,7 +79,7 @@ SETTINGS_TEXT: Final[dict[Kind, str]] = {
 
 @dataclass(frozen=True)
 class PeerFigures:
-    """What a peer's drill found; the module says what each number counts. Times in seconds."""
+    """Figures of a peer's drill; the module's docstring defines each number. Times in seconds."""
 
     kind: Kind
     version: str
@@ -95,7 +94,7 @@ class PeerFigures:
 
 
 class PeerWorker(Process):
-    """A real Celery worker in a session of its own."""
+    """A real Celery worker in its own session."""
 
     def __init__(self, kind: Kind, *, redis_url: str, folder: Path, name: str) -> None:
         self._ready_file = folder / f"{name}.ready"
@@ -109,7 +108,7 @@ class PeerWorker(Process):
         """Wait until it consumes.
 
         Raises:
-            ServerError: when it ended or is not ready in time.
+            ServerError: it ended or is not ready in time.
         """
         what = f"expected to be ready within {timeout_s} s"
         try:
@@ -121,7 +120,7 @@ class PeerWorker(Process):
         return self
 
     def kill_group(self) -> None:
-        """SIGKILL to the worker and its pool at once, and wait until it is gone."""
+        """Send SIGKILL to the worker's process group, and wait until the worker has ended."""
         os.killpg(self.pid, signal.SIGKILL)
         self.wait(timeout_s=10)
 
@@ -130,8 +129,8 @@ class PeerWorker(Process):
 
 
 @dataclass
-class PeerField:
-    """One peer's Redis, its workers, and what has been seen of their effects."""
+class PeerDrill:
+    """One peer's Redis, its workers, and the effects read so far."""
 
     kind: Kind
     jobs: int
@@ -140,7 +139,7 @@ class PeerField:
     client: redis.Redis
     folder: Path
     stack: ExitStack
-    say: Callable[[str], None]
+    report: Callable[[str], None]
     executed: Counter[str] = field(default_factory=Counter)
     recoveries: list[float] = field(default_factory=list)
     sent: list[str] = field(default_factory=list)
@@ -153,15 +152,15 @@ class PeerField:
         return self.stack.enter_context(worker).wait_ready()
 
     def enqueue(self, ids: Sequence[str]) -> None:
-        """Let Celery write the messages, into another database, and send them all at once."""
-        aside = self.url.removesuffix("/0") + "/1"
-        app = Celery("producer", broker=aside)
+        """Let Celery write the messages to another database, then send them all in one command."""
+        staging_url = self.url.removesuffix("/0") + "/1"
+        app = Celery("producer", broker=staging_url)
         app.conf.update(task_default_queue=QUEUE)
         with app.connection_for_write() as connection, app.amqp.Producer(connection) as producer:
             for job_id in ids:
                 app.send_task(TASK, args=[job_id], task_id=job_id, queue=QUEUE, producer=producer)
         app.close()
-        with redis.Redis.from_url(aside, socket_timeout=10.0) as client:
+        with redis.Redis.from_url(staging_url, socket_timeout=10.0) as client:
             messages: Any = client.lrange(QUEUE, 0, -1)
             client.flushdb()
         if len(messages) != len(ids):
@@ -169,13 +168,13 @@ class PeerField:
         self.client.lpush(QUEUE, *reversed(messages))
         self.sent += ids
 
-    def look(self) -> None:
-        """Read the effects that have come since the last look."""
+    def read_effects(self) -> None:
+        """Read the effects since the last call."""
         more: Any = self.client.lrange(EFFECTS, self.executed.total(), -1)
         self.executed.update(job_id.decode() for job_id in more)
 
-    def round(self, number: int, victim: PeerWorker) -> PeerWorker:
-        """One kill; return the survivor."""
+    def round(self, number: int, killed: PeerWorker) -> PeerWorker:
+        """Kill one worker during its jobs; return the survivor."""
         survivor = self.worker()
         ids = [f"{number}-{count}" for count in range(self.jobs)]
         enough = int(self.client.llen(EFFECTS)) + self.chance.randrange(1, max(2, self.jobs // 2))
@@ -183,51 +182,53 @@ class PeerField:
         wait_until(
             lambda: int(self.client.llen(EFFECTS)) >= enough, timeout_s=60, every_s=0.002, what=f"{enough} effects"
         )
-        time.sleep(self.chance.uniform(0, UNCOUPLED_S))  # a kill at no special moment
-        victim.kill_group()
+        time.sleep(self.chance.uniform(0, MAX_PAUSE_S))  # so that the kill comes at a random moment
+        killed.kill_group()
         killed_s = time.monotonic()
-        held, queued = int(self.client.hlen("unacked")), int(self.client.llen(QUEUE))
+        unacked, queued = int(self.client.hlen("unacked")), int(self.client.llen(QUEUE))
         recovery_s = self._recover(set(ids), killed_s)
         self.recoveries.append(recovery_s)
         self._settle()
         missing = [job_id for job_id in ids if not self.executed[job_id]]
         twice = sum(self.executed[job_id] > 1 for job_id in ids)
-        text = f"round {number}: killed with {queued} queued, {held} unacked by both; recovery {recovery_s:.2f} s"
+        text = f"round {number}: killed with {queued} queued, {unacked} unacked by both; recovery {recovery_s:.2f} s"
         text += f", lost {len(missing)}, twice {twice}"
         if left := self._left():
             text += f", {left} messages still in Redis"
-        self.say(text + (f"; lost: {', '.join(missing[:5])}" if missing else ""))
+        self.report(text + (f"; lost: {', '.join(missing[:5])}" if missing else ""))
         return survivor
 
     def _recover(self, ids: set[str], killed_s: float) -> float:
-        """Wait until all ids have an effect or nothing comes any more; seconds from the kill to the last first one."""
+        """Wait until all ids have an effect or progress stops; return the seconds from kill to last new effect."""
         last_s, missing = killed_s, len(ids)
 
         def is_over() -> bool:
             nonlocal last_s, missing
-            self.look()
+            self.read_effects()
             now_missing = len(ids - self.executed.keys())
             if now_missing < missing:
                 last_s, missing = time.monotonic(), now_missing
-            return missing == 0 or time.monotonic() - last_s > PATIENCE_S
+            return missing == 0 or time.monotonic() - last_s > NO_PROGRESS_S
 
-        wait_until(is_over, timeout_s=120 + 4 * PATIENCE_S + self.jobs * 0.05, every_s=POLL_S, what="the round's end")
+        wait_until(
+            is_over, timeout_s=120 + 4 * NO_PROGRESS_S + self.jobs * 0.05, every_s=POLL_S, what="the round's end"
+        )
         return last_s - killed_s
 
     def _left(self) -> int:
         return int(self.client.llen(QUEUE)) + int(self.client.hlen("unacked"))
 
     def _settle(self) -> None:
-        """Let what had its effect but was not acknowledged be redelivered now: it is this round's."""
+        """Wait for redelivery of jobs that had an effect but no acknowledgement: they belong to this round."""
         try:
-            wait_until(lambda: not self._left(), timeout_s=PATIENCE_S, every_s=0.05)
+            wait_until(lambda: not self._left(), timeout_s=NO_PROGRESS_S, every_s=0.05)
         except TimeoutError:
-            self.say(f"{self._left()} messages are not acknowledged after {PATIENCE_S:g} s more")
-        self.look()
+            self.report(f"{self._left()} messages are not acknowledged after {NO_PROGRESS_S:g} s more")
+        self.read_effects()
 
     def figures(self, seed: int) -> PeerFigures:
-        """Count."""
-        self.look()
+        """Return the figures of all rounds."""
+        self.read_effects()
         answered = sum(self.executed[job_id] > 0 for job_id in self.sent)
         return PeerFigures(
             kind=self.kind,
@@ -243,16 +244,18 @@ class PeerField:
         )
 
 
-def run(kind: Kind, rounds: int, jobs: int, seed: int, *, say: Callable[[str], None] = lambda _: None) -> PeerFigures:
-    """The drill on a Valkey of its own; `say` gets a line for each round.
+def run(
+    kind: Kind, rounds: int, jobs: int, seed: int, *, report: Callable[[str], None] = lambda _: None
+) -> PeerFigures:
+    """Run the drill on its own Valkey; `report` gets a line for each round.
 
     Raises:
-        TimeoutError: when a round does not come to an end.
-        ServerError: when a worker does not start.
+        TimeoutError: a round does not end.
+        ServerError: a worker does not start.
     """
     with tempfile.TemporaryDirectory(prefix="shiwu-peers-") as name, ExitStack() as stack:
         server = stack.enter_context(Valkey(folder=Path(name) / "valkey", config={"appendonly": "yes"}))
-        place = PeerField(
+        drill = PeerDrill(
             kind=kind,
             jobs=jobs,
             chance=random.Random(f"{seed}-{kind}"),
@@ -260,16 +263,16 @@ def run(kind: Kind, rounds: int, jobs: int, seed: int, *, say: Callable[[str], N
             client=stack.enter_context(server.client()),
             folder=Path(name),
             stack=stack,
-            say=say,
+            report=report,
         )
-        victim = place.worker()
+        killed = drill.worker()
         for number in range(1, rounds + 1):
-            victim = place.round(number, victim)
-        return place.figures(seed)
+            killed = drill.round(number, killed)
+        return drill.figures(seed)
 
 
 def main() -> None:
-    """Run one peer's drill and print what it found."""
+    """Run one peer's drill and print its figures."""
     parser = argparse.ArgumentParser(prog="drill.peers", description="the kill drill for shiwu's peers")
     parser.add_argument("--kind", choices=get_args(Kind), required=True)
     parser.add_argument("--rounds", type=int, default=8)
@@ -281,7 +284,7 @@ def main() -> None:
         parser.error("expected at least 1 round and 2 jobs")
     out = sys.stderr if asked.json else sys.stdout
     print(f"{asked.kind}, seed {asked.seed}: {SETTINGS_TEXT[asked.kind]}", file=out, flush=True)
-    found = run(asked.kind, asked.rounds, asked.jobs, asked.seed, say=lambda text: print(text, file=out, flush=True))
+    found = run(asked.kind, asked.rounds, asked.jobs, asked.seed, report=lambda text: print(text, file=out, flush=True))
     if asked.json:
         print(json.dumps(asdict(found) | {"visibility_timeout_s": VISIBILITY_S, "settings": SETTINGS_TEXT[asked.kind]}))
     else:

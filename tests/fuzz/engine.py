@@ -69,9 +69,13 @@ def run(target: Target, *, seconds: float, start: int) -> int:
         portion: Any = given(data=st.sampled_from(seeds), chance=st.randoms(use_true_random=False))(check)
         phases = [Phase.generate, Phase.shrink]
         options = settings(
-            max_examples=EXAMPLES, deadline=None, database=None, derandomize=False, phases=phases,
+            max_examples=EXAMPLES,
+            deadline=None,
+            database=None,
+            derandomize=False,
+            phases=phases,
             suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
+        )
         seed(start)(options(portion))()
         start += 1
     return tried

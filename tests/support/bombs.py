@@ -255,9 +255,17 @@ BOMBS: Final[dict[str, Callable[[], bytes]]] = {
 }
 """name → maker."""
 HARMLESS: Final = {
-    "webp_plain": "WEBP", "png_below": "PNG", "jpeg_below": "JPEG", "avif_pixels": "AVIF", "gif_frames": "GIF",
-    "jpeg_profile": "JPEG", "png_exif": "PNG", "png_text": "PNG", "png_many_texts": "PNG", "png_profile": "PNG",
-}  # fmt: skip
+    "webp_plain": "WEBP",
+    "png_below": "PNG",
+    "jpeg_below": "JPEG",
+    "avif_pixels": "AVIF",
+    "gif_frames": "GIF",
+    "jpeg_profile": "JPEG",
+    "png_exif": "PNG",
+    "png_text": "PNG",
+    "png_many_texts": "PNG",
+    "png_profile": "PNG",
+}
 """Bombs that are decoded: large and within every limit, or with a bomb in a part that is not read."""
 
 

@@ -84,8 +84,11 @@ class HubServer:
 
     def downloaded(self) -> set[str]:
         """Names of the files whose bytes were asked for."""
-        return {path.rpartition("/")[2] for method, path in (one.split(" ", 1) for one in self.asked) if
-                method == "GET" and ("/resolve/" in path or path.startswith("/lfs/"))}  # fmt: skip
+        return {
+            path.rpartition("/")[2]
+            for method, path in (one.split(" ", 1) for one in self.asked)
+            if method == "GET" and ("/resolve/" in path or path.startswith("/lfs/"))
+        }
 
 
 class _Server(ThreadingHTTPServer):
