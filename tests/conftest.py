@@ -1,4 +1,4 @@
-"""Fixtures: real servers and workers, started when first asked for; nobody leaves this machine."""
+"""Fixtures: real servers and workers, started at first use; no test connects to another machine."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def _takes_long(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where tests run side by side, a file's share its servers in one process; a long one goes where there is time.
+    """Group tests for parallel runs: a file's tests share servers in one process, and each long test is its own group.
 
-    A file whose long tests share its servers, too, says so itself: `pytestmark = pytest.mark.xdist_group(__name__)`.
+    A file whose long tests also share its servers sets `pytestmark = pytest.mark.xdist_group(__name__)`.
     """
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.name if _takes_long(item) else item.path.stem))
     if config.getoption("loadgroup", default=False):
-        # In random order else; but what takes long must not come last, when nothing is left to run beside it.
+        # Long tests come first, so that others can run in parallel; otherwise the order is random.
         items.sort(key=lambda item: 0 if _takes_long(item) else 1 if item.path.parent.name != "unit" else 2)
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    """Keep names short: a test's stands in the environment of what it starts, where 128 KiB are too long for Linux."""
+    """Keep names short: a test's name is in the environment of its processes, which Linux limits to 128 KiB."""
     return ascii(val[:LONG]) if isinstance(val, str | bytes) and len(val) > LONG else None
 
 
@@ -66,7 +66,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say in one line what was not tested on this machine, and why."""
+    """Print one line with the tests that were skipped on this machine, and why."""
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ")
         for report in terminalreporter.stats.get("skipped", ())
@@ -94,7 +94,7 @@ def valkey_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]
 
 @pytest.fixture
 def redis_url(valkey_session: Valkey) -> str:
-    """A real Valkey that is empty. One server for the whole run: do not stop it, take `valkey` for that."""
+    """An empty real Valkey. One server for the whole run: do not stop it, use `valkey` for that."""
     with valkey_session.client() as client:
         client.flushall()
     return valkey_session.url
@@ -109,7 +109,7 @@ def redis_client(redis_url: str) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def valkey(tmp_path: Path) -> Iterator[Valkey]:
-    """A server of this test's own, that keeps its data over kill and restart."""
+    """A server for this test only, which keeps its data when it is killed and restarted."""
     with Valkey(folder=tmp_path / "valkey", config={"appendonly": "yes", "appendfsync": "always"}) as server:
         yield server
 
@@ -123,14 +123,14 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture(scope="session")
 def picture_server() -> Iterator[PictureServer]:
-    """The server behind `http_server`; one port for the whole run, so that workers can be told to trust it."""
+    """The server behind `http_server`, on one port for the whole run, so that workers can be set to allow it."""
     with PictureServer() as server:
         yield server
 
 
 @pytest.fixture
 def http_server(picture_server: PictureServer) -> PictureServer:
-    """An HTTP server that serves pictures well or badly, with nothing to serve yet."""
+    """An HTTP server for images, good or faulty, with nothing to serve yet."""
     picture_server.clear()
     return picture_server
 
@@ -150,8 +150,8 @@ def start_worker(
     """Starts real worker processes and stops them; shows their logs when the test fails.
 
     `start_worker(redis_url=redis_url, env=s3.env, lease_s=2, max_batch=2)`; names are worker-0, worker-1, …
-    They may fetch from `http_server` unless `allow_hosts` says otherwise. The largest batch is 8 unless it is given: to
-    look for it at each start takes two seconds of a core.
+    They may fetch from `http_server` unless `allow_hosts` is given. The largest batch is 8 unless given, because
+    measuring batch sizes takes two seconds of a core at each start.
     """
     workers: list[WorkerProcess] = []
 
@@ -167,7 +167,7 @@ def start_worker(
     for worker in workers:
         worker.stop()
         if request.node.stash.get(FAILED, False):
-            print(f"--- {worker.name}, exit code {worker.exit_code} ---\n{worker.log_tail(lines=60)}")  # noqa: T201 pytest shows it beside the failure
+            print(f"--- {worker.name}, exit code {worker.exit_code} ---\n{worker.log_tail(lines=60)}")  # noqa: T201 pytest shows it with the failure
 
 
 @pytest.fixture(scope="session")
@@ -176,7 +176,7 @@ def shared_worker(
 ) -> Iterator[WorkerProcess]:
     """One warm worker for `s3` and `http_server`, on a Valkey of its own: `shared_worker.redis_url`.
 
-    For tests that ask and read answers: choose your own ids, stop nothing, flush nothing.
+    For tests that enqueue and read answers: choose your own ids, stop nothing, flush nothing.
     """
     folder = tmp_path_factory.mktemp("shared-worker")
     with (
@@ -196,5 +196,5 @@ def shared_worker(
 
 @pytest.fixture
 def wait_until() -> Callable[..., Any]:
-    """`wait_until(condition, timeout_s=5)`: return what the condition says as soon as it is true."""
+    """`wait_until(condition, timeout_s=5)`: return the condition's value when it is true."""
     return wait_until_true

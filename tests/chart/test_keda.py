@@ -1,4 +1,4 @@
-"""What the rendered ScaledObject counts, and as whom."""
+"""What the rendered ScaledObject counts, and as which Redis user."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.servers import Valkey
 
 
 def test_keda_counts_waiting_and_claimed_jobs(newest: Helm) -> None:
-    """Every key of both lanes, claims, suspects and callbacks that nobody has sent, each once in the formula."""
+    """Every key of both lanes, claims, the quarantine and unsent callbacks, each once in the formula."""
     spec = of_kind(newest.render(ALL_ON), "ScaledObject")["spec"]
     keys = [trigger["metadata"]["listName"] for trigger in spec["triggers"]]
     assert sorted(keys) == sorted(

@@ -131,7 +131,7 @@ def test_wrong_query_is_detected() -> None:
 
 
 def test_every_metric_is_used() -> None:
-    """What nobody sees need not be exported."""
+    """A metric without an alert or chart would be exported for nothing."""
     seen = {selector.name for _, query in queries() for selector in selectors(promql_parser.parse(query))}
     seen = {re.sub(r"_(bucket|sum|count)$", "", name) for name in seen}
     assert {*METRICS, *BARE, *HISTOGRAMS} - seen == set()
@@ -214,7 +214,7 @@ def test_alerts_have_no_link_without_an_address() -> None:
 
 @pytest.mark.parametrize("sweep", [{"enabled": False}, {"metrics": {"enabled": False}}])
 def test_disabled_sweep_has_no_alert(sweep: dict[str, Any]) -> None:
-    """It would ring forever."""
+    """It would fire forever."""
     alerts = {rule["alert"] for rule in rendered_rules(RUNBOOK, sweep=sweep)}
     assert {rule["alert"] for rule in RULES} - alerts == {"ShiwuSweepGone"}
 

@@ -1,4 +1,4 @@
-"""What the rendered pods are: their way to Redis, ends, probes, label sets, models, and what they may reach."""
+"""The rendered pods: connection to Redis, termination, probes, label sets, models and network policy."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_downloaded_model_is_used_offline(newest: Helm) -> None:
     (init,) = spec["initContainers"]
     assert init["command"][-1] == variables(container)["SHIWU_MODEL"]
     assert variables(container)["HF_HUB_OFFLINE"] == "1"
-    assert variables(init)["HF_HUB_OFFLINE"] == "0", "the image says 1"
+    assert variables(init)["HF_HUB_OFFLINE"] == "0", "the image sets 1"
     assert not variables(init)["HF_HOME"].startswith("/models")
     (mount,) = [each for each in container["volumeMounts"] if each["name"] == "model"]
     assert mount["readOnly"] is True
@@ -228,7 +228,7 @@ def test_each_part_uses_its_own_redis_user(newest: Helm) -> None:
 
 
 def test_helm_test_gets_its_answer(newest: Helm, start_worker: StartWorker, redis_url: str, tmp_path: Path) -> None:
-    """The command of `helm test` and the picture of the chart, with a real worker."""
+    """The command of `helm test` and the image of the chart, with a real worker."""
     manifests = newest.render(PLAIN)
     picture = of_kind(manifests, "ConfigMap", "-test")["binaryData"]["picture.jpg"]
     (tmp_path / "picture.jpg").write_bytes(base64.b64decode(picture))

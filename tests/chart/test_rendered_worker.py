@@ -1,4 +1,4 @@
-"""What the chart says runs: a rendered worker's command, variables and probes, started here on a real Valkey."""
+"""A rendered worker's command, variables and probes, started here on a real Valkey."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.waiting import wait_until
 StartPod = Callable[..., PodProcess]
 STUCK_S = 3.0
 LATE_S = 5.0
-"""From the end of that to the verdict: the watch over the queues looks every few seconds."""
+"""Further time until liveness fails, because the queue monitor counts every few seconds."""
 PICTURE = "/etc/shiwu/test/picture.jpg"
 JOBS = 400
 
@@ -44,12 +44,12 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 def url(server: RedisServer, user: str) -> str:
-    """Where this user comes in."""
+    """Return the URL of this user."""
     return server.url.replace("://", f"://shiwu-{user}:change-me-{user}@")
 
 
 def operator(server: RedisServer) -> Any:
-    """A client that may see all."""
+    """A client with all rights."""
     return Redis.from_url(url(server, "admin"), socket_timeout=10)
 
 
@@ -103,22 +103,22 @@ def wait_ready(pod: PodProcess) -> None:
 
 
 def asked_and_told(pod: PodProcess) -> None:
-    """On the probes' port: all that rules and dashboard ask of a worker, but for the card that is not here."""
+    """On the probes' port: all that rules and dashboard ask of a worker, except the GPU, which is missing here."""
     with urllib.request.urlopen(f"http://{LOOPBACK}:{pod.probe('liveness').port}/metrics", timeout=5) as reply:
         text = reply.read()
-    told = {name.removesuffix("_total") for name in re.findall(r"^# TYPE (\w+)", text.decode(), re.M)}
+    exported = {name.removesuffix("_total") for name in re.findall(r"^# TYPE (\w+)", text.decode(), re.M)}
     asked = {
         name.removesuffix("_total")
         for name in {*METRICS, *BARE, *HISTOGRAMS} - OF_THE_SWEEP
         if not name.startswith("shiwu_gpu_")
     }
-    assert asked - told == set()
+    assert asked - exported == set()
     assert check_metrics(text) == ""
 
 
 @NEEDS_PROMTOOL
 def test_rendered_worker_becomes_ready_answers_and_drains(server: RedisServer, start: StartPod) -> None:
-    """With the chart's own label set and picture, as its own Redis user; ended by SIGTERM amid a backlog."""
+    """With the chart's own label set and image, as its own Redis user; ended by SIGTERM amid a backlog."""
     pod = start(graceS=10)
     readiness, liveness = pod.probe("readiness"), pod.probe("liveness")
     assert not readiness.passes(), "it can't be ready before its model is"
@@ -164,7 +164,7 @@ def test_rendered_worker_takes_over_expired_leases(server: RedisServer, start: S
 
 
 def stays_live(pod: PodProcess) -> None:
-    """With nothing to do it lives, however long."""
+    """An idle worker stays live for any time."""
     ended_s = time.monotonic() + STUCK_S + LATE_S
     wait_until(lambda: time.monotonic() > ended_s or not pod.probe("liveness").passes(), timeout_s=60)
     assert pod.probe("liveness").passes()
@@ -187,7 +187,7 @@ def test_stopped_encode_thread_fails_the_liveness_probe(server: RedisServer, sta
 
 @pytest.mark.long
 def test_stopped_loaders_fail_the_liveness_probe(server: RedisServer, start: StartPod) -> None:
-    """And once they go on, so does the worker."""
+    """When they continue, so does the worker."""
     pod = start(settings={"STUCK_S": STUCK_S})
     wait_ready(pod)
     loaders = family(pod.pid)[1:]
@@ -205,7 +205,7 @@ def test_stopped_loaders_fail_the_liveness_probe(server: RedisServer, start: Sta
         for pid in loaders:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-    wait_until(pod.probe("liveness").passes, timeout_s=10, what="that it lives again")
+    wait_until(pod.probe("liveness").passes, timeout_s=10, what="that it is live again")
 
 
 @pytest.mark.long
@@ -223,12 +223,12 @@ def test_redis_outage_with_a_backlog_fails_the_liveness_probe(server: RedisServe
         assert pod.probe("readiness").status() == 503
     finally:
         server.resume()
-    wait_until(pod.probe("liveness").passes, timeout_s=30, what="that it lives again")
+    wait_until(pod.probe("liveness").passes, timeout_s=30, what="that it is live again")
     wait_until(pod.probe("readiness").passes, timeout_s=30, what="that it is ready again")
 
 
 def turns_503(pod: PodProcess, *, and_also_s: float = 0.0) -> None:
-    """Within N s: SHIWU_STUCK_S, and what the looking takes."""
+    """Within N s: SHIWU_STUCK_S, and the interval of the checks."""
     limit_s = STUCK_S + LATE_S + and_also_s
     liveness = pod.probe("liveness")
     wait_until(lambda: liveness.status() == 503, timeout_s=limit_s, every_s=0.1, what="/livez turns 503")

@@ -23,39 +23,39 @@ def scaler(**keda: object) -> Autoscaler:
 
 
 def test_scale_up_from_zero() -> None:
-    """KEDA starts one, the HPA adds four at a time."""
-    one = scaler()
-    assert one.decide(0, now_s=0) == 0
-    assert [one.decide(100_000, now_s=now_s) for now_s in (5, 10, 20, 25, 35)] == [1, 1, 5, 5, 8]
+    """KEDA starts one worker, the HPA adds four at a time."""
+    autoscaler = scaler()
+    assert autoscaler.decide(0, now_s=0) == 0
+    assert [autoscaler.decide(100_000, now_s=now_s) for now_s in (5, 10, 20, 25, 35)] == [1, 1, 5, 5, 8]
 
 
 def test_claimed_jobs_keep_their_worker() -> None:
-    """While one job is claimed nobody ends the last worker, however long that takes."""
-    one = scaler()
-    assert {one.decide(1, now_s=float(now_s)) for now_s in range(0, 3600, 5)} == {1}
-    assert one.decide(0, now_s=3600) == 1, "its cooldown has only begun"
-    assert one.decide(0, now_s=3655) == 0
+    """While one job is claimed the last worker is not ended, for any time."""
+    autoscaler = scaler()
+    assert {autoscaler.decide(1, now_s=float(now_s)) for now_s in range(0, 3600, 5)} == {1}
+    assert autoscaler.decide(0, now_s=3600) == 1, "its cooldown has only begun"
+    assert autoscaler.decide(0, now_s=3655) == 0
 
 
 def test_scale_down_follows_the_highest_value_of_the_window() -> None:
-    one = scaler()
+    autoscaler = scaler()
     for now_s in (0, 15, 30):
-        one.decide(8000, now_s=now_s)
-    assert one.wanted == 8
-    assert [one.decide(1000, now_s=now_s) for now_s in (45, 60, 75)] == [8, 8, 1]
+        autoscaler.decide(8000, now_s=now_s)
+    assert autoscaler.wanted == 8
+    assert [autoscaler.decide(1000, now_s=now_s) for now_s in (45, 60, 75)] == [8, 8, 1]
 
 
 def test_small_difference_changes_nothing() -> None:
-    one = scaler()
-    one.decide(1000, now_s=0)
-    assert one.decide(1090, now_s=15) == 1
-    assert one.decide(1110, now_s=30) == 2
+    autoscaler = scaler()
+    autoscaler.decide(1000, now_s=0)
+    assert autoscaler.decide(1090, now_s=15) == 1
+    assert autoscaler.decide(1110, now_s=30) == 2
 
 
 def test_replicas_never_fall_below_the_minimum() -> None:
-    one = scaler(minReplicas=2)
-    assert one.decide(5, now_s=0) == 2
-    assert one.decide(0, now_s=9999) == 2
+    autoscaler = scaler(minReplicas=2)
+    assert autoscaler.decide(5, now_s=0) == 2
+    assert autoscaler.decide(0, now_s=9999) == 2
 
 
 def test_formula_that_is_not_a_sum_is_refused() -> None:

@@ -1,8 +1,9 @@
-"""`make hostile`: other projects' test pictures, crashes and fuzz corpora through the real loaders.
+"""`make hostile`: other projects' test images, crashes and fuzz corpora through the real loaders.
 
 Fetches Pillow's source package from the index that pip uses (pypi.org) and the sources of Debian packages from the
-mirror that apt uses (deb.debian.org), once, to `.hostile/`; what can't be had is left out and said. Exit code 0 only
-when every file was answered, no loader was replaced, and memory and time stayed within their limits.
+mirror that apt uses (deb.debian.org), once, to `.hostile/`. Packages that cannot be fetched are left out and
+reported. The exit code is 0 only if every file was answered, no loader was replaced, and memory and time stayed within
+their limits.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ SOURCES: Final = re.compile(
 MAX_BYTES: Final = 20 * 1024 * 1024
 MEMORY_BYTES: Final = 2 * 1024**3
 LOAD_S: Final = 60.0
-"""Some bombs are eight times the largest allowed picture at once, for two cores."""
+"""Enough for bombs that are eight times the largest allowed image together, on two cores."""
 FETCH_S: Final = 300.0
 RUN_S: Final = 900.0
 
 
 def main() -> None:
-    """Fetch, run, count."""
+    """Fetch all corpora, run them, and count."""
     parser = argparse.ArgumentParser(prog="hostile", description=__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / ".hostile", help="keeps what was fetched")
     parser.add_argument("--offline", action="store_true", help="take what is there, fetch nothing")
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def run(name: str, paths: list[Path], folder: Path) -> bool:
-    """Run one corpus, print what was found, and whether it was as promised."""
+    """Run one corpus; print the figures, and return whether they keep the promises."""
     options = {"max_bytes": MAX_BYTES, "max_pixels": bombs.MAX_PIXELS, "max_side": 65_535, "formats": FORMATS}
     with Pool(
         folder, processes=2, spares=1, memory_bytes=MEMORY_BYTES, task_timeout_s=LOAD_S, is_exact=False, **options
@@ -74,27 +75,27 @@ def run(name: str, paths: list[Path], folder: Path) -> bool:
         and found.peak_bytes < MEMORY_BYTES
         and "decoder_timeout" not in found.counts
     )
-    print(f"{name}: {'as promised' if is_good else 'NOT AS PROMISED'}: {told(found, len(paths))}", flush=True)
+    print(f"{name}: {'as promised' if is_good else 'NOT AS PROMISED'}: {summary(found, len(paths))}", flush=True)
     return is_good
 
 
-def told(found: Found, count: int) -> str:
-    """One line of figures."""
+def summary(found: Found, count: int) -> str:
+    """Return one line of figures."""
     counts = ", ".join(f"{name} {number}" for name, number in found.counts.most_common())
     return (
         f"{len(found.answers)} of {count} answered in {found.took_s:.0f} s, {found.restarts} loaders replaced, "
-        f"{found.peak_bytes / 1e6:.0f} MB at most in one cell, {found.slowest[0]:.1f} s for {found.slowest[1]}; "
+        f"{found.peak_bytes / 1e6:.0f} MB at most in one sandbox, {found.slowest[0]:.1f} s for {found.slowest[1]}; "
         f"{counts}"
     )
 
 
 def own() -> Iterator[tuple[str, bytes]]:
-    """Our own bombs and truncations."""
+    """shiwu's own bombs and truncated files."""
     yield from bombs.all_files().items()
 
 
 def unpacked(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """The pictures of a corpus' source archives."""
+    """Yield the images in a corpus' source archives."""
     for archive in folder.glob("*.tar.*"):
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -105,19 +106,19 @@ def unpacked(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def written(files: Iterator[tuple[str, bytes]], folder: Path) -> Iterator[Path]:
-    """Each different file once, under a name that tells which it was."""
-    seen = set()
+    """Write each different file once, under a name made of its digest and its own name."""
+    digests = set()
     for name, data in files:
         digest = hashlib.sha256(data).hexdigest()[:8]
-        if digest not in seen:
-            seen.add(digest)
+        if digest not in digests:
+            digests.add(digest)
             path = folder / f"{digest}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[-80:]}"
             path.write_bytes(data)
             yield path
 
 
 def fetch_pillow(folder: Path) -> None:
-    """Pillow's source package of the version that is installed, with about a thousand test pictures."""
+    """Fetch Pillow's source package in the installed version, with about a thousand test images."""
     if any(folder.glob("*.tar.gz")):
         return
     wanted = f"pillow=={version('pillow')}"
@@ -126,7 +127,7 @@ def fetch_pillow(folder: Path) -> None:
 
 
 def fetch_debian(package: str, folder: Path) -> None:
-    """A Debian source package, without touching this machine's lists of packages."""
+    """Fetch a Debian source package without changing this machine's package lists."""
     if any(folder.glob("*.tar.*")):
         return
     with tempfile.TemporaryDirectory(prefix="shiwu-apt-") as name:
@@ -134,16 +135,19 @@ def fetch_debian(package: str, folder: Path) -> None:
         (place / "lists" / "partial").mkdir(parents=True)
         (place / "sources.list").write_text("".join(f"{line}\n" for line in _source_lines()))
         options = [
-            f"Dir::Etc::SourceList={place}/sources.list", "Dir::Etc::SourceParts=/dev/null",
-            f"Dir::State::lists={place}/lists", f"Dir::Cache={place}", "APT::Sandbox::User=root",
-        ]  # fmt: skip
+            f"Dir::Etc::SourceList={place}/sources.list",
+            "Dir::Etc::SourceParts=/dev/null",
+            f"Dir::State::lists={place}/lists",
+            f"Dir::Cache={place}",
+            "APT::Sandbox::User=root",
+        ]
         flags = [part for option in options for part in ("-o", option)]
         if _try(package, ["apt-get", *flags, "-qq", "update"], folder):
             _try(package, ["apt-get", *flags, "-qq", "source", "--download-only", package], folder)
 
 
 def _source_lines() -> Iterator[str]:
-    """deb-src lines for the mirror and release that this machine's apt uses."""
+    """Yield deb-src lines for the mirror and release that this machine's apt uses."""
     old, new = Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d/debian.sources")
     texts = [path.read_text() for path in (old, new) if path.is_file()]
     line = re.compile(r"^(?:URIs:|deb)\s.*?(https?://\S+/debian)(?=[/\s])", re.MULTILINE)

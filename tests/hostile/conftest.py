@@ -1,4 +1,4 @@
-"""A small world on loopback: 127.0.0.1 stands for the public network, 127.0.0.2 for the one that nobody may reach."""
+"""Networks on loopback: 127.0.0.1 stands for the public network, 127.0.0.2 for the internal one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAIN = Reply(body=BODY, headers={"Connection": "close"})
 
 
 class Names:
-    """A name server: each name has answers, which come one after the other, the last one for ever."""
+    """A name server: each name has a list of answers, given in turn; the last one is repeated."""
 
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
@@ -51,7 +51,7 @@ class Names:
         }
 
     def __call__(self, host: str, port: int) -> Sequence[ResolvedAddress]:
-        """The answer for a name; addresses in the spelling of the machine's own library."""
+        """Return the answer for a name; addresses are spelled as by the system's resolver."""
         self.asked[host] += 1
         if host == "slow.example":
             self.silent.wait(10)
@@ -60,7 +60,7 @@ class Names:
             return [(one[0], one[4]) for one in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         if isinstance(answer, int):
-            raise socket.gaierror(answer, "as told")
+            raise socket.gaierror(answer, "as configured")
         return [(socket.AF_INET6 if ":" in one else socket.AF_INET, (one, port)) for one in answer]
 
 
@@ -92,7 +92,7 @@ class World:
 
 
 def failure(fetcher: Fetcher, url: str) -> JobError:
-    """The error that a fetch ends with. Neither it nor what the log gets tells a secret."""
+    """Return the error of a fetch; assert that neither it nor the log has a secret."""
     with pytest.raises(JobError) as caught:
         fetcher.fetch(url)
     assert SECRET not in f"{caught.value} {caught.value.detail}"

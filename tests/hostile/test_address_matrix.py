@@ -87,7 +87,7 @@ def test_public_address_is_fetched(world: World, url: str) -> None:
 
 @pytest.mark.parametrize("url", REFUSED)
 def test_internal_address_is_refused(world: World, url: str) -> None:
-    """Not tried again, told as a source that is away, and the log knows better."""
+    """Not retried, reported as an unavailable source; the log has the reason."""
     error = failure(world.fetcher(), f"{world.url(url)}?token={SECRET}")
     assert isinstance(error, Unreachable)
     assert error.detail is not None
@@ -99,7 +99,7 @@ def test_internal_address_is_refused(world: World, url: str) -> None:
 
 @pytest.mark.parametrize("url", UNKNOWN)
 def test_unknown_name_is_answered_like_a_refused_one(world: World, url: str) -> None:
-    """Or the answers would say which names exist inside."""
+    """Otherwise answers would show which internal names exist."""
     error = failure(world.fetcher(), world.url(url))
     refused = failure(world.fetcher(), "http://inner.example/a")
     assert type(error) is type(refused)
@@ -109,7 +109,7 @@ def test_unknown_name_is_answered_like_a_refused_one(world: World, url: str) -> 
 
 @pytest.mark.parametrize("url", LATER)
 def test_source_without_connection_may_be_retried(world: World, url: str) -> None:
-    """And is told in the words of a refused one."""
+    """The error has the same words as for a refused address."""
     error = failure(world.fetcher(), world.url(url))
     refused = failure(world.fetcher(), world.url(url).replace("good.", "inner.").replace(OUTER, INNER))
     assert isinstance(error, Unavailable)
@@ -119,7 +119,7 @@ def test_source_without_connection_may_be_retried(world: World, url: str) -> Non
 
 @pytest.mark.parametrize("url", INVALID)
 def test_url_that_is_not_plain_is_refused_unread(world: World, url: str) -> None:
-    """Nobody is asked and nothing is connected to."""
+    """No name is looked up and no connection is made."""
     error = failure(world.fetcher(), world.url(url))
     assert error.code.value == "invalid_reference"
     assert not world.inner.hits + world.outer.hits
@@ -136,7 +136,7 @@ def test_name_is_checked_again_at_each_connection(world: World) -> None:
 
 
 def test_peer_that_differs_from_the_checked_one_is_refused(world: World) -> None:
-    """Whatever lies between `connect` and the peer."""
+    """Checked at the connected socket, whatever happens before."""
 
     class Elsewhere(socket.socket):
         def getpeername(self) -> tuple[str, int]:
@@ -199,7 +199,7 @@ def test_redirect_to_a_public_address_is_followed(world: World, status: int, to:
 
 @pytest.mark.parametrize(("steps", "arrives"), [(1, True), (3, True), (4, False), (9, False)])
 def test_redirects_are_followed_up_to_three(world: World, steps: int, arrives: bool) -> None:
-    """A fourth is not, and neither is a circle."""
+    """A fourth redirect and a loop are refused."""
     for step in range(steps):
         world.outer.serve(f"/{step}", Reply.redirect(f"/{step + 1}"))
     world.outer.serve(f"/{steps}", PLAIN)

@@ -23,12 +23,20 @@ LIMITS: Final = {
     "task_timeout_s": 60.0,
 }
 REFUSED: Final = {
-    "webp_pixels": "picture_too_large", "webp_frames": "picture_too_large", "png_pixels": "picture_too_large",
-    "png_line": "picture_too_large", "png_apng_count": "picture_too_large", "png_chunks": "picture_too_large",
-    "jpeg_scans": "picture_too_large", "jpeg_pixels": "picture_too_large", "jpeg_segments": "picture_too_large",
-    "gif_pixels": "picture_too_large", "gif_grows": "picture_too_large", "tiff_tags": "picture_broken",
+    "webp_pixels": "picture_too_large",
+    "webp_frames": "picture_too_large",
+    "png_pixels": "picture_too_large",
+    "png_line": "picture_too_large",
+    "png_apng_count": "picture_too_large",
+    "png_chunks": "picture_too_large",
+    "jpeg_scans": "picture_too_large",
+    "jpeg_pixels": "picture_too_large",
+    "jpeg_segments": "picture_too_large",
+    "gif_pixels": "picture_too_large",
+    "gif_grows": "picture_too_large",
+    "tiff_tags": "picture_broken",
     "png_no_pixels": "picture_broken",
-}  # fmt: skip
+}
 
 
 def test_every_bomb_is_answered(tmp_path: Path) -> None:

@@ -33,11 +33,19 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 TASKS, QUEUES = ("shiwu.tag", "ok.a", "ok.b"), ("celery", "ok-queue", *Lane.BULK.keys, *Lane.INTERACTIVE.keys)
-OURS = {CANVAS, CANVAS_DUE, RESULT_STREAM, "shiwu:counters", "shiwu:dead", "shiwu:dead:answers", "shiwu:dead:messages"}
+SHIWU_KEYS = {
+    CANVAS,
+    CANVAS_DUE,
+    RESULT_STREAM,
+    "shiwu:counters",
+    "shiwu:dead",
+    "shiwu:dead:answers",
+    "shiwu:dead:messages",
+}
 
 
 class HostileProducer:
-    """Sends one message with any callbacks, has it answered, and looks at what comes of it."""
+    """Sends a message with any callbacks, has it answered, and checks which tasks are sent."""
 
     def __init__(self, client: redis.Redis, app: Any, rules: Any) -> None:
         self._client = client
@@ -46,7 +54,7 @@ class HostileProducer:
         self._number = 0
 
     def send(self, embed: Any, *, headers: dict[str, Any] | None = None, is_tagged: bool = True) -> list[str]:
-        """The names of the tasks that are sent for these callbacks; fails where one of them is not allowed."""
+        """Return the names of the tasks that are sent for these callbacks; fail if one is not allowed."""
         self._number += 1
         job_id = f"job-{self._number}"
         raw = json.loads(message(job_id, Lane.BULK))
@@ -74,7 +82,9 @@ class HostileProducer:
                     names += self._names(json.loads(item))
                 self._client.delete(key)
             else:
-                known = text in {*OURS, *QUEUES} or text.startswith(("celery-task", "shiwu:done:", "_kombu.binding"))
+                known = text in {*SHIWU_KEYS, *QUEUES} or text.startswith(
+                    ("celery-task", "shiwu:done:", "_kombu.binding")
+                )
                 assert known, f"expected no key {text!r}"
         return names
 
@@ -87,14 +97,14 @@ class HostileProducer:
 
 
 def named(value: Any) -> list[str]:
-    """Every task that is named anywhere in what a message carries on."""
+    """Return every task that is named anywhere in the callbacks of a message."""
     if isinstance(value, list):
-        return [name for one in value for name in named(one)]
+        return [name for item in value for name in named(item)]
     if not isinstance(value, dict):
         return []
     is_taken_apart = value.get("subtask_type") in {"chain", "group", "chord"}
     own = [value["task"]] if isinstance(value.get("task"), str) and not is_taken_apart else []
-    return own + [name for one in value.values() for name in named(one)]
+    return own + [name for item in value.values() for name in named(item)]
 
 
 @pytest.fixture
@@ -121,18 +131,18 @@ def made(kind: str, options: dict[str, Any] | None = None, **kwargs: Any) -> dic
 
 EVIL = task("evil")
 INSIDE: dict[str, Callable[[Any], Any]] = {
-    "as it is": lambda one: one,
-    "link": lambda one: task(link=[one]),
-    "link_error": lambda one: task(link_error=one),
-    "chain option": lambda one: task(chain=[one]),
-    "chord option": lambda one: task(chord=one),
-    "in a chain": lambda one: made("chain", tasks=[task(), one]),
-    "in a group": lambda one: made("group", tasks=[task(), one]),
-    "in a chord": lambda one: made("chord", header=[task(), one], body=task()),
-    "body of a chord": lambda one: made("chord", header=[task(), task()], body=one),
-    "link of a chain": lambda one: made("chain", {"link": [one]}, tasks=[task(), task()]),
-    "options of a chain": lambda one: made("chain", {"options": {"link": [one]}}, tasks=[task()]),
-    "options of options": lambda one: task(options={"link": [one]}),
+    "as it is": lambda signature: signature,
+    "link": lambda signature: task(link=[signature]),
+    "link_error": lambda signature: task(link_error=signature),
+    "chain option": lambda signature: task(chain=[signature]),
+    "chord option": lambda signature: task(chord=signature),
+    "in a chain": lambda signature: made("chain", tasks=[task(), signature]),
+    "in a group": lambda signature: made("group", tasks=[task(), signature]),
+    "in a chord": lambda signature: made("chord", header=[task(), signature], body=task()),
+    "body of a chord": lambda signature: made("chord", header=[task(), task()], body=signature),
+    "link of a chain": lambda signature: made("chain", {"link": [signature]}, tasks=[task(), task()]),
+    "options of a chain": lambda signature: made("chain", {"options": {"link": [signature]}}, tasks=[task()]),
+    "options of options": lambda signature: task(options={"link": [signature]}),
 }
 
 
@@ -140,10 +150,12 @@ INSIDE: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("part", ["callbacks", "errbacks", "chain", "chord"])
 @pytest.mark.parametrize("inside", INSIDE)
 def test_no_position_hides_a_task(producer: HostileProducer, inside: str, part: str, *, is_tagged: bool) -> None:
-    """Not one task is sent of a message that names one that is not allowed, wherever it stands."""
-    one = INSIDE[inside](EVIL)
+    """If a message names a task that is not allowed, in any position, none of its tasks is sent."""
+    signature = INSIDE[inside](EVIL)
     group = {"group": "g", "group_index": 0}
-    assert producer.send({part: one if part == "chord" else [one]}, headers=group, is_tagged=is_tagged) == []
+    assert (
+        producer.send({part: signature if part == "chord" else [signature]}, headers=group, is_tagged=is_tagged) == []
+    )
 
 
 OTHERS = [
@@ -168,16 +180,16 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("one", OTHERS, ids=[str(one)[:60] for one in OTHERS])
-def test_other_ways_to_send_are_refused(producer: HostileProducer, one: Any) -> None:
-    """Headers that rename, exchanges, other servers, our keys, Celery's own tasks, and what is no signature."""
+@pytest.mark.parametrize("signature", OTHERS, ids=[str(signature)[:60] for signature in OTHERS])
+def test_other_ways_to_send_are_refused(producer: HostileProducer, signature: Any) -> None:
+    """Headers that rename a task, exchanges, other servers, keys of shiwu, Celery's own tasks, and non-signatures."""
     for part in ("callbacks", "errbacks", "chain"):
         for is_tagged in (True, False):
-            assert producer.send({part: [one]}, is_tagged=is_tagged) == []
+            assert producer.send({part: [signature]}, is_tagged=is_tagged) == []
 
 
 def test_allowed_callbacks_are_sent(producer: HostileProducer) -> None:
-    """Else the tests above would prove nothing."""
+    """Without this the tests above would prove nothing."""
     assert producer.send({"callbacks": [task(), task("ok.b", queue="ok-queue")]}) == ["ok.a", "ok.b"]
     assert producer.send({"chain": [task("ok.b"), task()]}) == ["ok.a", "ok.b"]
     assert producer.send({"errbacks": [task()]}, is_tagged=False) == ["ok.a"]
@@ -186,7 +198,7 @@ def test_allowed_callbacks_are_sent(producer: HostileProducer) -> None:
 
 
 def test_errback_of_celery_itself_is_not_run(producer: HostileProducer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Celery calls an errback in the process that failed where it knows the task; here it knows none."""
+    """Celery calls an errback directly if the process knows the task; the worker's app knows none."""
     assert dict(producer._callbacks._app.tasks) == {}
     monkeypatch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.check", lambda *_: None)
     for name in ("celery.accumulate", "celery.starmap", "celery.chord", "celery.chunks"):
@@ -194,7 +206,7 @@ def test_errback_of_celery_itself_is_not_run(producer: HostileProducer, monkeypa
 
 
 def test_callbacks_are_checked_again_before_sending(producer: HostileProducer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The app itself refuses, should a form of Celery's slip past the reader of signatures."""
+    """The app refuses a task if the check of signatures misses it."""
     monkeypatch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.check", lambda *_: None)
     for inside in INSIDE.values():
         for is_tagged in (True, False):
@@ -202,8 +214,8 @@ def test_callbacks_are_checked_again_before_sending(producer: HostileProducer, m
             assert "evil" not in producer.send(
                 {"errbacks": [inside(EVIL)], "chain": [inside(EVIL)]}, is_tagged=is_tagged
             )
-    for one in OTHERS:
-        producer.send({"callbacks": [one]})
+    for signature in OTHERS:
+        producer.send({"callbacks": [signature]})
 
 
 @pytest.mark.parametrize(
@@ -230,7 +242,7 @@ def test_callbacks_are_checked_again_before_sending(producer: HostileProducer, m
     ids=lambda options: str(options)[:LONG],
 )
 def test_malformed_options_do_no_harm(producer: HostileProducer, options: dict[str, Any]) -> None:
-    """It is sent, or it fails; the next one is sent in any case."""
+    """The callback is sent or fails; the next one is sent in any case."""
     for embed in ({"callbacks": [task(**options)]}, {"chain": [task(**options)]}, {"chord": task(**options)}):
         for is_tagged in (True, False):
             producer.send(embed, headers={"group": "g", "group_index": 0}, is_tagged=is_tagged)
@@ -251,19 +263,19 @@ HEADERS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("headers", HEADERS, ids=lambda headers: str(headers)[:LONG])
 def test_headers_cannot_choose_a_redis_key(producer: HostileProducer, headers: dict[str, Any]) -> None:
-    """`reply_to` is read by nobody, and groups stay among Celery's own keys."""
+    """`reply_to` is not used, and groups only lead to Celery's own keys."""
     for is_tagged in (True, False):
         producer.send({"callbacks": [task()], "chord": task()}, headers=headers, is_tagged=is_tagged)
     assert producer.send({"callbacks": [task()]}) == ["ok.a"]
 
 
 def test_waiting_caller_learns_of_a_refused_callback(producer: HostileProducer, redis_client: redis.Redis) -> None:
-    """Followers and the body of a chord have a result; the log says which task it was."""
+    """Later tasks of the chain and the chord's body get a result; the log names the refused task."""
     with structlog.testing.capture_logs() as logs:
         producer.send({"chain": [task("evil", task_id="last"), task(task_id="next")], "chord": task(task_id="body")})
         producer.send({"chain": [task("evil", task_id="~" + "0a" * 20), task("evil", task_id="y" * 1000)]})
-    for follower in ("next", "last", "body"):
-        meta = json.loads(str(redis_client.get(f"celery-task-meta-{follower}"), "utf-8"))  # type: ignore[arg-type]  # redis-py's
+    for task_id in ("next", "last", "body"):
+        meta = json.loads(str(redis_client.get(f"celery-task-meta-{task_id}"), "utf-8"))  # type: ignore[arg-type]  # redis-py's
         assert (meta["status"], meta["result"]["exc_type"]) == ("FAILURE", "JobFailed")
         assert "callback_refused" in str(meta["result"]["exc_message"])
     assert set(redis_client.keys("celery-task-meta-*")) == {
@@ -275,25 +287,27 @@ def test_waiting_caller_learns_of_a_refused_callback(producer: HostileProducer, 
 
 
 def test_many_and_deep_callbacks_cost_little(producer: HostileProducer) -> None:
-    """What the message's size allows, and structures in structures within the limit, which Celery copies."""
+    """As many callbacks as a message can hold, and nested structures within the limit, which Celery copies."""
     began_s = time.monotonic()
     assert producer.send({"callbacks": [{"task": "ok.a"}] * 10_000}) == []
     assert producer.send({"chain": [{"task": "ok.a", "options": {"task_id": f"t{n}"}} for n in range(4000)]}) == []
     assert producer.send({"callbacks": [task(kwargs_="x" * 150_000)]}) == ["ok.a"]
     for kind in ("chain", "group", "chord"):
-        one = task()
+        signature = task()
         for _ in range(9):
-            one = (
-                made("chord", header=[one, task()], body=task()) if kind == "chord" else made(kind, tasks=[one, task()])
+            signature = (
+                made("chord", header=[signature, task()], body=task())
+                if kind == "chord"
+                else made(kind, tasks=[signature, task()])
             )
         for part in ("callbacks", "errbacks", "chain"):
             for is_tagged in (True, False):
-                producer.send({part: [one]}, is_tagged=is_tagged)
+                producer.send({part: [signature]}, is_tagged=is_tagged)
     assert time.monotonic() - began_s < 20
 
 
 def test_message_that_redis_refuses_delays_no_other(producer: HostileProducer, redis_client: redis.Redis) -> None:
-    """Where the server answers and refuses just this, it is given up; it would come back for ever."""
+    """If the server refuses this message only, the worker drops it, because it would fail forever."""
     redis_client.set("celery-taskset-meta-g.j", "no sorted set")
     assert producer.send({"chord": task()}, headers={"group": "g", "group_index": 0}) == []
     redis_client.set("ok-queue", "no list")
@@ -304,20 +318,20 @@ def test_message_that_redis_refuses_delays_no_other(producer: HostileProducer, r
 
 NAMES = st.sampled_from(["ok.a", "ok.b", "shiwu.tag", "evil", "celery.map", "celery.chord", "ok.\n", ""])
 JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=8))
-PLACES = st.sampled_from(["celery", "ok-queue", "shiwu.bulk", "shiwu:suspects", "evil", "", None])
+DESTINATIONS = st.sampled_from(["celery", "ok-queue", "shiwu.bulk", "shiwu:suspects", "evil", "", None])
 
 
 def signatures(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Signatures around others, with options that lead somewhere, and wrong in every field now and then."""
+    """Signatures around others, with options that route elsewhere, and sometimes with wrong fields."""
     several = st.one_of(inner, st.lists(inner, max_size=3))
     options = st.fixed_dictionaries(
         {},
         optional={
             **dict.fromkeys(("link", "link_error", "chain", "chord"), several),
-            **dict.fromkeys(("queue", "exchange", "routing_key", "reply_to", "connection"), PLACES),
+            **dict.fromkeys(("queue", "exchange", "routing_key", "reply_to", "connection"), DESTINATIONS),
             **dict.fromkeys(("task_id", "group_id", "countdown", "expires", "priority", "type", "serializer"), JUNK),
             "headers": st.dictionaries(st.sampled_from(["task", "id", "x"]), NAMES, max_size=2),
-            "options": st.fixed_dictionaries({}, optional={"link": several, "queue": PLACES}),
+            "options": st.fixed_dictionaries({}, optional={"link": several, "queue": DESTINATIONS}),
         },
     )
     kwargs = st.fixed_dictionaries({}, optional=dict.fromkeys(("tasks", "header", "body", "task", "it"), several))
@@ -346,7 +360,7 @@ GROUPS = st.fixed_dictionaries(
 def test_any_message_sends_only_allowed_tasks(
     producer: HostileProducer, embed: Any, headers: dict[str, Any], *, is_tagged: bool, is_read: bool
 ) -> None:
-    """Nothing that is not allowed leaves: by the reader of signatures and the app together, and by the app alone."""
+    """Only allowed tasks are sent: with the check of signatures and the app, and with the app alone."""
     with pytest.MonkeyPatch.context() as patch:
         if not is_read:
             patch.setattr("shiwu_worker.policy.callback_rules.CallbackRules.check", lambda *_: None)

@@ -1,4 +1,4 @@
-"""The table of special addresses: what it refuses, what it lets through, and what it sees inside IPv6."""
+"""The table of special addresses: refused and public ranges, also embedded in IPv6."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ PUBLIC = listed("""
 
 @pytest.mark.parametrize("address", REFUSED)
 def test_addresses_that_are_not_public_are_refused(address: str) -> None:
-    """Every registered range, what lies beside them, and IPv4 addresses in every wrapping."""
+    """Every registered range, further reserved ones, and IPv4 addresses in every embedding."""
     assert not is_public(ipaddress.ip_address(address))
 
 
 @pytest.mark.parametrize("address", PUBLIC)
 def test_public_addresses_are_allowed(address: str) -> None:
-    """The neighbours of every range, and public IPv4 addresses in every wrapping."""
+    """The neighbours of every range, and public IPv4 addresses in every embedding."""
     assert is_public(ipaddress.ip_address(address))
 
 
@@ -97,11 +97,11 @@ REGISTERED = listed("""
 2001:1::1/128 2001:1::2/128 2001:1::3/128 2001:2::/48 2001:3::/32 2001:4:112::/48 2001:10::/28 2001:20::/28 2001:30::/28
 2001:db8::/32 2002::/16 2620:4f:8000::/48 3fff::/20 5f00::/16 fc00::/7 fe80::/10
 """)
-"""All blocks of both registries, as iana.org told them on 2026-07-18."""
+"""All blocks of both registries, as published by iana.org on 2026-07-18."""
 
 
 def test_table_equals_the_registries() -> None:
-    """Every block, and no other but those that say so."""
+    """The table has every block, and others only if marked."""
     rows = Path(special_addresses.__file__).with_suffix(".csv").read_text(encoding="utf-8").splitlines()
     table = {row.split(",")[0]: row for row in rows if not row.startswith(("#", "network"))}
     assert set(REGISTERED) <= table.keys()

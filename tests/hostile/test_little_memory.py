@@ -1,4 +1,4 @@
-"""A lack of memory is told as such, and never as damage of the image: alone the image may fit."""
+"""A lack of memory is reported as such, never as a damaged image: alone the image may fit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ FILES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_lack_of_memory_is_not_reported_as_damage(name: str, tmp_path: Path) -> None:
-    """With less room than the image needs, in every step of its decoding, and with enough."""
+    """With less memory than each step of decoding needs, and with enough."""
     kind, options = FILES[name]
     path = tmp_path / "image"
     path.write_bytes(pictures.saved(pictures.picture().resize((1400, 1000)), kind, **options))

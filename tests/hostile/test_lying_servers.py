@@ -16,7 +16,7 @@ from tests.support.stores import CLIENTS, OWN_NAMES, failure, make_fetcher
 
 TOTAL_S = 0.6
 BUSY_S = 10.0
-"""A client is made on the way, which takes a busy machine seconds; without a deadline these stores take for ever."""
+"""A client is made on the way, which takes a busy machine seconds; without a deadline these stores never finish."""
 each_client = pytest.mark.parametrize("client", CLIENTS)
 AWAY = {
     "cut short": says(OK + b"Content-Length: 50\r\n\r\nabc"),
@@ -28,7 +28,7 @@ AWAY = {
 
 @pytest.fixture(autouse=True)
 def _names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credentials of nobody."""
+    """Credentials that no store knows."""
     for name, value in OWN_NAMES.items():
         monkeypatch.setenv(name, value)
 
@@ -64,7 +64,7 @@ def _is_left_in_time(client: S3Client, script: Script, *, pause_s: float) -> Non
 @each_client
 @pytest.mark.parametrize("script", AWAY.values(), ids=AWAY)
 def test_half_a_reply_counts_as_unavailable_store(client: S3Client, script: Script) -> None:
-    """Never half a picture."""
+    """Never half an image."""
     with RawServer(script) as server:
         fetcher = make_fetcher(client, f"http://127.0.0.1:{server.port}", total_timeout_s=TOTAL_S)
         assert isinstance(failure(fetcher, "s3://pictures/a"), Unavailable)
@@ -72,7 +72,7 @@ def test_half_a_reply_counts_as_unavailable_store(client: S3Client, script: Scri
 
 @each_client
 def test_more_bytes_than_allowed_are_not_read(client: S3Client) -> None:
-    """By what is told, and by what comes. What has no length obstore does not begin to read."""
+    """By the declared length and by the bytes received; without a length obstore reads nothing."""
     for script in (
         says(OK + b"Content-Length: 10001\r\n\r\n"),
         says(OK + b"Content-Length: 99999999999\r\n\r\n", then=b"x"),
@@ -92,7 +92,7 @@ def test_more_bytes_than_allowed_are_not_read(client: S3Client) -> None:
 def test_redirects_of_a_store_are_not_followed(http_server: PictureServer, client: S3Client, status: int) -> None:
     """No request, and with it no token, reaches another host."""
     with PictureServer(address=INNER) as inner:
-        inner.serve("/a", Reply(body=b"what nobody may see"))
+        inner.serve("/a", Reply(body=b"internal data"))
         http_server.serve("/pictures/a", Reply.redirect(inner.url("/a"), status=status))
         error = failure(make_fetcher(client, http_server.url(""), total_timeout_s=TOTAL_S), "s3://pictures/a")
         assert not inner.hits
@@ -101,7 +101,7 @@ def test_redirects_of_a_store_are_not_followed(http_server: PictureServer, clien
 
 @each_client
 def test_bucket_in_another_region_is_refused(http_server: PictureServer, client: S3Client) -> None:
-    """A redirect that says no place: the worker's region is wrong, not the image. The store is asked once."""
+    """A redirect without a target: the worker's region is wrong, not the image, and the store is asked once."""
     http_server.serve("/pictures/a", Reply(status=301, body=b"<Error><Code>PermanentRedirect</Code></Error>"))
     error = failure(make_fetcher(client, http_server.url("")), "s3://pictures/a")
     assert (type(error), error.code.value) == (Unavailable, "source_credentials")

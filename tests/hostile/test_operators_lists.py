@@ -50,11 +50,11 @@ LISTS = [
 @pytest.mark.parametrize(("url", "rules", "arrives"), LISTS)
 def test_deny_overrides_allow(world: World, url: str, rules: dict[str, tuple[str, ...]], arrives: bool) -> None:
     """Hosts by name, networks by address, also for names that the operator trusts."""
-    told = {
+    changed = {
         name: tuple(world.url(entry) if isinstance(entry, str) else entry for entry in entries)
         for name, entries in rules.items()
     }
-    fetcher = world.fetcher(**told)
+    fetcher = world.fetcher(**changed)
     if arrives:
         assert fetcher.fetch(world.url(url)) == BODY
     else:
@@ -72,7 +72,7 @@ def test_answers_tell_refusals_if_the_operator_wants_it(world: World) -> None:
 
 @pytest.mark.parametrize("entry", ["", "a b", "http://a", "a/b", "user@a", "a:0", "a:65536", "*", "a.*.b", "*."])
 def test_entry_that_is_no_host_is_refused_at_the_start(entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A list that says nothing would be taken for one that forbids."""
+    """An empty list could be mistaken for one that forbids everything."""
     with pytest.raises(ValueError, match="expected"):
         HostList((entry,))
     monkeypatch.setenv("SHIWU_DENY_HOSTS", f"good.example,{entry or '*'}")
@@ -206,7 +206,7 @@ def test_all_files_outside_get_the_same_answer(world: World, folders: tuple[Path
     """There or not there, readable or not, by any way: the same words for each."""
     inside, outside = folders
     fetcher = world.fetcher(allow_folders=(inside,), deny_folders=(inside / "private",))
-    told = {
+    errors = {
         str(failure(fetcher, f"file://{path}"))
         for path in (
             *(outside / "a", outside / "none", outside / "a" / "below", outside, outside / ("x" * 300), "/proc/1/mem"),
@@ -216,7 +216,7 @@ def test_all_files_outside_get_the_same_answer(world: World, folders: tuple[Path
             f"/proc/self/root{outside}/a",
         )
     }
-    assert told == {"expected a file in one of the folders that the operator allows"}
+    assert errors == {"expected a file in one of the folders that the operator allows"}
 
 
 def test_files_in_allowed_folders_are_read(world: World, folders: tuple[Path, Path]) -> None:

@@ -1,4 +1,4 @@
-"""What a moderator must see of pictures that were made to show a machine something else."""
+"""What a moderator must see of images that were made to show a machine something else."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_colours_under_alpha_0_have_no_influence(kind: str) -> None:
     options: dict[str, Any] = {"WEBP": {"lossless": True, "exact": True}, "AVIF": {"quality": 100}}.get(kind, {})
     one, two = (shown(pictures.saved(disk(hidden), kind, **options)) for hidden in (RED, GREEN))
     difference = np.abs(one.astype(int) - two).max(axis=2)
-    # A lossy encoder has mixed a little of it into the visible edge; everybody sees that.
+    # A lossy encoder mixes a little of it into the visible edge; viewers show that too.
     assert difference.max() <= (48 if kind == "AVIF" else 0)
     assert np.median(difference) == 0
     assert one[0, 0].min() >= 250
@@ -145,7 +145,7 @@ def test_other_modes_keep_their_colour(mode: str, colour: tuple[int, int, int]) 
 
 
 def test_inverted_cmyk_with_and_without_adobe_marker() -> None:
-    """Everybody writes a CMYK JPEG's inks inverted, and viewers take them so, whether the file says it or not."""
+    """CMYK JPEGs have inverted inks, and viewers expect that, whether or not the file marks it."""
     data = pictures.saved(Image.new("CMYK", (64, 64), (0, 255, 255, 0)), "JPEG", quality=95)
     at = data.index(b"\xff\xee")
     bare = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
@@ -212,7 +212,7 @@ INVISIBLE: Final = {
 
 @pytest.mark.parametrize("name", INVISIBLE)
 def test_invisible_image_is_rejected(name: str) -> None:
-    """Its tags would be those of a white page, which nobody sees."""
+    """Its tags would be those of a white page, which no viewer shows."""
     with pytest.raises(Rejected, match=r"expected an image in which something can be seen, got an? ") as caught:
         shown(INVISIBLE[name]())
     assert caught.value.code.value == "picture_invisible"
@@ -272,7 +272,7 @@ def test_first_of_many_images_in_a_file_is_used() -> None:
 
 
 def test_bytes_after_the_end_are_ignored() -> None:
-    """A picture that is an archive or a script as well is a picture."""
+    """An image that is an archive or a script as well is an image."""
     data = pictures.png(Image.new("RGB", (8, 8), RED)) + b"PK\x03\x04" + bytes(100)
     assert near(data, RED)
     with Image.open(io.BytesIO(data)) as image:

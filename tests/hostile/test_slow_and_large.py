@@ -15,12 +15,12 @@ from tests.support.raw_server import RawServer, Script, says
 
 TOTAL_S = 0.6
 BUSY_S = 10.0
-"""What a busy machine may add; without a deadline these servers take for ever."""
+"""Time that a busy machine may add; without a deadline these servers never finish."""
 
 
 @pytest.mark.parametrize("script", SLOW.values(), ids=SLOW)
 def test_slow_reply_ends_at_the_total_deadline(world: World, script: Script) -> None:
-    """Never silent for the read time-out, wherever in its answer the server dawdles."""
+    """The server sends slowly, in any part of its answer, but is never silent for the read timeout."""
     with RawServer(script, pause_s=0.05) as server:
         fetcher = world.fetcher(total_timeout_s=TOTAL_S, ports=(server.port,))
         began_s = time.monotonic()
@@ -67,7 +67,7 @@ LARGE = {
 def test_malformed_reply_counts_as_unavailable_source(
     world: World, script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Soon, and no line of any library tells the query."""
+    """The fetch ends soon, and no log line of a library has the query."""
     with RawServer(script) as server:
         fetcher = world.fetcher(ports=(server.port,), total_timeout_s=30.0, read_timeout_s=30.0)
         began_s = time.monotonic()
@@ -85,7 +85,7 @@ def test_broken_headers_are_not_logged_with_the_url(world: World, caplog: pytest
 
 
 def test_more_bytes_than_allowed_are_not_read(world: World) -> None:
-    """By what is told, and by what comes; a length that is told wrongly is no way around."""
+    """By the declared length and by the bytes received; a wrong length does not avoid the limit."""
     url = world.url("http://good.example:OUT/large")
     for reply in (Reply(body=b"x" * 10_001), Reply(body=b"", content_length=10_001)):
         world.outer.serve("/large", reply)

@@ -52,7 +52,7 @@ def test_name_of_the_certificate_is_checked(world: World, known: PictureServer) 
 
 
 def test_unknown_certificate_is_refused(world: World, https: PictureServer) -> None:
-    """Nobody vouches for it."""
+    """No trusted authority signed it."""
     error = failure(world.fetcher(ports=(https.port,)), f"https://good.example:{https.port}/a")
     assert (type(error), error.code.value) == (Rejected, "source_forbidden")
 

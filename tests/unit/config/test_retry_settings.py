@@ -1,4 +1,4 @@
-"""Tries and pauses by class of error."""
+"""The retry setting: tries and pauses for each error code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shiwu_worker.policy.retry import RetryPolicy
 
 
 def test_retries_are_read_by_error_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`code=tries:first_s:longest_s`; only errors that another time may not meet."""
+    """Accepts `code=tries:first_s:longest_s` for retryable errors only."""
     monkeypatch.setenv("SHIWU_RETRY", "source_unavailable=5:1:30, encode_failed=2:0.5:1")
     assert Settings().retry == {ErrorCode.SOURCE_UNAVAILABLE: (5, 1.0, 30.0), ErrorCode.ENCODE_FAILED: (2, 0.5, 1.0)}
     for wrong in ("source_not_found=3:1:2", "source_unavailable=0:1:2", "encode_failed=2:9:1", "nonsense"):
@@ -20,7 +20,7 @@ def test_retries_are_read_by_error_code(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_retry_delays_double_up_to_a_limit() -> None:
-    """Never longer than the longest, never shorter than half."""
+    """A pause is at most the longest one, and at least half of it."""
     policy = RetryPolicy(attempts=9, first_s=2.0, longest_s=30.0)
     for attempt, full in ((1, 2.0), (2, 4.0), (3, 8.0), (6, 30.0)):
         delays = [policy.delay_s(attempt) for _ in range(50)]

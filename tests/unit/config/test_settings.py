@@ -1,4 +1,4 @@
-"""Settings from the environment: what is empty, wrong or unknown, and what the reference says about them."""
+"""Settings from the environment: empty, wrong and unknown values, and their description in the reference."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.processes import ROOT, clean_environment
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting but the worker's name, which has another default in each process."""
+    """No setting differs, except the worker's name, whose default depends on the process."""
     for name in [name for name in os.environ if name.upper().startswith("SHIWU_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SHIWU_WORKER_NAME", "w")
@@ -115,7 +115,7 @@ def test_wrong_setting_is_reported_with_name_and_value(
 
 
 def test_all_wrong_settings_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that one start is enough to correct them; misspelt names come with them."""
+    """One start shows all of them, with misspelt names."""
     for name, value in {"DEVICE": "gpu", "LEASE_S": "0", "MODLE": "x"}.items():
         monkeypatch.setenv(f"SHIWU_{name}", value)
     with pytest.raises(SettingsError) as caught:
@@ -128,7 +128,7 @@ def test_all_wrong_settings_are_reported_together(monkeypatch: pytest.MonkeyPatc
 
 
 def test_unknown_names_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a newer chart may pass does not end the worker; what Kubernetes adds for a Service is no setting at all."""
+    """A setting of a newer chart does not end the worker; variables that Kubernetes adds for a Service are ignored."""
     environment = {
         "SHIWU_FROM_THE_FUTURE": "1",
         "shiwu_other": "x",
@@ -140,12 +140,12 @@ def test_unknown_names_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> Non
         "SHIWU_LEASE_S": "3",
         "OTHER": "x",
     }
-    assert [str(one).partition(" is ")[0] for one in unknown_names(environment)] == [
+    assert [str(setting).partition(" is ")[0] for setting in unknown_names(environment)] == [
         "SHIWU_FROM_THE_FUTURE",
         "SHIWU_LABELS",
         "shiwu_other",
     ]
-    assert not any(one.is_misspelt for one in unknown_names(environment))
+    assert not any(setting.is_misspelt for setting in unknown_names(environment))
     load_settings(environment)
     with structlog.testing.capture_logs() as logged:
         monkeypatch.setattr(config_errors, "log", structlog.get_logger())
@@ -206,5 +206,5 @@ def test_reference_has_every_setting_with_unit_and_topic() -> None:
 def test_values_are_shown_in_the_form_of_the_variable(options: dict[str, Any], expected: str) -> None:
     """In the form of the variable, without user names and passwords; only what differs from its default counts."""
     settings = Settings(**options, lease_s=15)
-    [changed] = [one for one in changed_settings(settings) if one.field != "worker_name"]
+    [changed] = [change for change in changed_settings(settings) if change.field != "worker_name"]
     assert value_text(getattr(settings, changed.field)) == expected

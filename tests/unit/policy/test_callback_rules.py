@@ -1,4 +1,4 @@
-"""What callbacks may name, and what of a signature is looked at."""
+"""Which tasks and queues callbacks may name, and which parts of a signature are checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RULES = CallbackRules(tasks=("shiwu.tag", "app.*"), queues=("celery", "app-*"), 
 
 
 def task(name: str = "app.a", **options: Any) -> dict[str, Any]:
-    """A signature as JSON brings it."""
+    """A signature as it comes from JSON."""
     return {"task": name, "args": [], "kwargs": {}, "options": options, "subtask_type": None, "immutable": False}
 
 
@@ -31,11 +31,11 @@ def canvas(*links: Any, **parts: Any) -> Canvas:
 
 
 def deep(kind: str, levels: int) -> dict[str, Any]:
-    """One task under so many levels."""
-    one = task()
+    """One task nested `levels` deep."""
+    signature = task()
     for _ in range(levels - 1):
-        one = task(link=[one]) if kind == "link" else made(kind, tasks=[one])
-    return one
+        signature = task(link=[signature]) if kind == "link" else made(kind, tasks=[signature])
+    return signature
 
 
 ALLOWED = [
@@ -78,38 +78,38 @@ UNSUPPORTED = [
     canvas(deep("group", MAX_DEPTH + 1)),
 ]
 MALFORMED = [
-    *(canvas(one) for one in ("app.a", None, 5, [], {}, {"task": 5}, {"task": ["app.a"]})),
-    *(canvas(task() | {"options": one}) for one in ("x", 5, [1])),
-    *(canvas(task() | {"kwargs": one, "subtask_type": "chain"}) for one in ("x", 5, [1])),
-    *(canvas(made("chain", tasks=one)) for one in ("app.a", 5, [[task()]], ["app.a"])),
+    *(canvas(value) for value in ("app.a", None, 5, [], {}, {"task": 5}, {"task": ["app.a"]})),
+    *(canvas(task() | {"options": value}) for value in ("x", 5, [1])),
+    *(canvas(task() | {"kwargs": value, "subtask_type": "chain"}) for value in ("x", 5, [1])),
+    *(canvas(made("chain", tasks=value)) for value in ("app.a", 5, [[task()]], ["app.a"])),
     canvas(task(link="app.a")),
 ]
 
 
-@pytest.mark.parametrize("one", ALLOWED)
-def test_allowed_callbacks_pass(one: Canvas) -> None:
+@pytest.mark.parametrize("callbacks", ALLOWED)
+def test_allowed_callbacks_pass(callbacks: Canvas) -> None:
     """Every shape that Celery writes."""
-    RULES.check(one)
+    RULES.check(callbacks)
 
 
 @pytest.mark.parametrize(
-    ("one", "code"),
+    ("callbacks", "code"),
     [
-        *((one, "callback_refused") for one in REFUSED),
-        *((one, "unsupported_canvas") for one in UNSUPPORTED),
-        *((one, "malformed_message") for one in MALFORMED),
+        *((callbacks, "callback_refused") for callbacks in REFUSED),
+        *((callbacks, "unsupported_canvas") for callbacks in UNSUPPORTED),
+        *((callbacks, "malformed_message") for callbacks in MALFORMED),
     ],
 )
-def test_refused_callbacks_have_their_code(one: Canvas, code: str) -> None:
-    """Each with its code; the text is short, whatever came."""
+def test_refused_callbacks_have_their_code(callbacks: Canvas, code: str) -> None:
+    """The code depends on the fault; the text is short for any input."""
     with pytest.raises(RequestError) as caught:
-        RULES.check(one)
+        RULES.check(callbacks)
     assert caught.value.code == code
     assert len(str(caught.value)) < 500
 
 
 def test_refusal_names_the_task_and_the_setting() -> None:
-    """Who reads it knows what to change."""
+    """The text names the setting to change."""
     with pytest.raises(RequestError, match=r"SHIWU_CALLBACK_TASKS.*'reports\.add'"):
         RULES.check(canvas(task("reports.add")))
     with pytest.raises(RequestError, match=r"SHIWU_CALLBACK_QUEUES.*'reports'"):
@@ -117,13 +117,13 @@ def test_refusal_names_the_task_and_the_setting() -> None:
 
 
 def test_star_matches_no_celery_task_and_no_reserved_key() -> None:
-    """They must be named by a pattern that begins like them; our keys are no queues at all."""
+    """Celery's tasks need a pattern with their prefix; Redis keys of shiwu and Celery are never queues."""
     everything = CallbackRules(tasks=("*",), queues=("*",))
     assert everything.allows_task("anything")
     assert not everything.allows_task("celery.map")
     assert CallbackRules(tasks=("celery.backend_*",)).allows_task("celery.backend_cleanup")
     assert everything.allows_queue("anything")
-    ours = (
+    reserved = (
         "shiwu:suspects",
         "shiwu.admin",
         "celery-task-meta-x",
@@ -131,11 +131,11 @@ def test_star_matches_no_celery_task_and_no_reserved_key() -> None:
         "_kombu.binding.x",
         "unacked",
     )
-    assert not [name for name in ours if everything.allows_queue(name)]
+    assert not [name for name in reserved if everything.allows_queue(name)]
 
 
 def test_callback_settings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default, and where the variable is empty, `shiwu.tag` alone; lists by commas; a word for nothing."""
+    """Default and empty: `shiwu.tag` only; lists are separated by commas; `none` allows nothing."""
     assert Settings().callback_rules == CallbackRules()
     monkeypatch.setenv("SHIWU_CALLBACK_TASKS", "app.*, other.task")
     monkeypatch.setenv("SHIWU_CALLBACK_QUEUE", "usual")

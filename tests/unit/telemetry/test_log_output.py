@@ -21,16 +21,16 @@ logs.set_up(level="info", form="{form}")
 held = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
 for number in range(3):
     structlog.get_logger().info("said", number=number)
-os.write({tell}, (str(min(held) > 2) + " " + str(sys.stderr is not None)).encode())
+os.write({result_fd}, (str(min(held) > 2) + " " + str(sys.stderr is not None)).encode())
 """
 
 
 @pytest.mark.parametrize("form", ["json", "console", "auto"])
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2>&- 1>&-", "0<&- 1>&- 2>&-"])
 def test_log_to_an_unwritable_standard_error_continues(redirection: str, form: str, tmp_path: Path) -> None:
-    """Logging goes on, and no file that is opened later gets the number of standard error."""
+    """Logging continues, and no file opened later gets the number of standard error."""
     read, write = os.pipe()
-    code = WRITE.format(form=form, tell=write)
+    code = WRITE.format(form=form, result_fd=write)
     command = ["sh", "-c", f'exec "$0" "$@" {redirection}', sys.executable, "-c", code]
     try:
         done = subprocess.run(
@@ -38,12 +38,12 @@ def test_log_to_an_unwritable_standard_error_continues(redirection: str, form: s
         )
     finally:
         os.close(write)
-    with os.fdopen(read) as told:
-        assert (done.returncode, told.read()) == (0, "True True")
+    with os.fdopen(read) as result:
+        assert (done.returncode, result.read()) == (0, "True True")
 
 
 def test_lost_log_lines_are_counted(tmp_path: Path) -> None:
-    """The first line that can be written again says how many are missing."""
+    """The first line that can be written again has the number of missing lines."""
     clock = Clock()
     path = tmp_path / "folder" / "log"
     output = LogOutput(str(path), clock=clock.monotonic)

@@ -1,4 +1,4 @@
-"""The log's lines are JSON, whatever is told."""
+"""Log lines are valid JSON, whatever values they hold."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _put_back() -> Iterator[None]:
 
 
 def test_unusual_values_are_logged(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    """Objects, bytes, sets, text that is no UTF-8, NaN and an error with its traceback: a line each."""
+    """Objects, bytes, sets, invalid UTF-8, NaN and an error with its traceback: each gives one line."""
     logs.set_up(level="info", form="json")
     log = structlog.get_logger("odd")
     log.info("猫", value=object(), raw=b"\xff", several={1}, number=float("nan"))
@@ -41,19 +41,19 @@ def test_unusual_values_are_logged(capfdbinary: pytest.CaptureFixture[bytes]) ->
 
 
 def test_job_has_one_line_with_all_its_times(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    """Stage by stage in milliseconds; an error with its code; nothing at all below the level."""
+    """The line has each stage in milliseconds and an error's code; below the level there is no logger."""
     logs.set_up(level="info", form="json")
     assert logs.job_logger(level="warning") is None
-    tell = logs.job_logger(level="info")
-    assert tell is not None
+    log_job = logs.job_logger(level="info")
+    assert log_job is not None
     image = ImageInfo(reference="s3://b/k")
     timing = Timing(queue=1.5, decode=2.0, total=3.5)
     tagged = Answer(
         id="a", status=Status.TAGGED, lane=Lane.BULK, image=image, tags=(Tag("猫", 0.5, 0.1),), timing=timing
     )
     error = ErrorInfo(code=ErrorCode.PICTURE_BROKEN, message="cut", stage=Stage.DECODE)
-    tell(tagged, 0.001, False)
-    tell(Answer(id="b", status=Status.REJECTED, error=error), 0.001, True)
+    log_job(tagged, 0.001, False)
+    log_job(Answer(id="b", status=Status.REJECTED, error=error), 0.001, True)
     first, second = (json.loads(line) for line in capfdbinary.readouterr().err.splitlines())
     assert (first["event"], first["top"], first["queue_ms"], first["decode_ms"], first["commit_ms"]) == (
         "tagged",
@@ -88,10 +88,10 @@ def test_control_characters_are_escaped_in_all_lines(form: str, capfd: pytest.Ca
 def test_control_characters_are_escaped_in_job_lines(form: str, odd: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Also where the line is written without structlog."""
     logs.set_up(level="info", form=form)
-    tell = logs.job_logger(level="info")
-    assert tell is not None
+    log_job = logs.job_logger(level="info")
+    assert log_job is not None
     image = ImageInfo(reference=f"s3://b/{odd}")
-    tell(Answer(id="a", status=Status.EXPIRED, image=image), 0.0012, False)
+    log_job(Answer(id="a", status=Status.EXPIRED, image=image), 0.0012, False)
     written = capfd.readouterr().err
     own = re.sub(r"\x1b\[\d*m", "", written) if form == "console" else written
     assert own.count("\n") == 1
@@ -101,9 +101,9 @@ def test_control_characters_are_escaped_in_job_lines(form: str, odd: str, capfd:
 
 def test_job_line_has_the_form_of_all_lines(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     logs.set_up(level="info", form="json")
-    tell = logs.job_logger(level="info")
-    assert tell is not None
-    tell(Answer(id="a", status=Status.EXPIRED), 0.0012, False)
+    log_job = logs.job_logger(level="info")
+    assert log_job is not None
+    log_job(Answer(id="a", status=Status.EXPIRED), 0.0012, False)
     structlog.get_logger("x").info("other")
     first, second = (json.loads(line) for line in capfdbinary.readouterr().err.splitlines())
     assert first["commit_ms"] == 1.2

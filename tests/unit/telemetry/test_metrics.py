@@ -59,7 +59,7 @@ def test_answers_are_counted_by_lane_status_and_code() -> None:
 
 
 def test_every_stage_has_its_seconds() -> None:
-    """Seven words; the queue and the whole by lane."""
+    """Seven stages; queue wait and total by lane."""
     metrics = Metrics(retried=RETRIABLE)
     metrics.answered([settled(), settled()])
     values = samples(metrics)
@@ -83,7 +83,7 @@ def test_every_stage_has_its_seconds() -> None:
 
 
 def test_stage_that_a_job_did_not_reach_is_not_counted() -> None:
-    """A stage that it never reached, a wait that nobody knows, a lane that no message says."""
+    """A stage that was not reached, an unknown wait and a missing lane are not counted."""
     metrics = Metrics(retried=RETRIABLE)
     metrics.answered([settled(lane=None, timing=Timing(claim=1.0, total=1.0), code=ErrorCode.SOURCE_FORBIDDEN)])  # type: ignore[arg-type]  # as answers from other processes' messages are
     values = samples(metrics)
@@ -95,7 +95,7 @@ def test_stage_that_a_job_did_not_reach_is_not_counted() -> None:
 
 
 def test_series_exist_before_their_first_event() -> None:
-    """So that "nothing was answered" is a number, and the first retry shows."""
+    """So that "no answers" is the number 0, and the first retry is visible as an increase."""
     values = samples(Metrics(retried=RETRIABLE))
     assert values['shiwu_jobs_total{code="",lane="interactive",status="tagged"}'] == 0
     assert {name for name in values if name.startswith("shiwu_retries_total")} == {
@@ -104,7 +104,7 @@ def test_series_exist_before_their_first_event() -> None:
 
 
 def test_metrics_of_all_other_parts_are_exported() -> None:
-    """Retries, leases, batches, limits, lanes, the card and the model."""
+    """Retries, leases, batches, limits, lanes, the GPU and the model."""
     metrics = Metrics(retried=RETRIABLE)
     again = Job(id="k", key=Lane.BULK.queue, attempt=1, raw=b"", moments=StageTimestamps(claimed_s=0.0))
     again.error = ErrorInfo(code=ErrorCode.SOURCE_UNAVAILABLE, message="m")
@@ -150,7 +150,7 @@ def test_promtool_accepts_the_metrics() -> None:
 
 
 def test_counting_a_job_costs_little() -> None:
-    """Some 70 µs of CPU is what a job costs a worker in all; a commit of many is counted in one go."""
+    """A job costs a worker about 70 µs of CPU in total, so all answers of a commit are counted together."""
     metrics = Metrics(retried=RETRIABLE)
     batch = [settled() for _ in range(256)]
     best_s = math.inf
@@ -162,7 +162,7 @@ def test_counting_a_job_costs_little() -> None:
 
 
 def test_value_on_a_bucket_bound_counts_below_it() -> None:
-    """As Prometheus' `le` says; NaN is nothing, what is beyond all bounds is in +Inf alone."""
+    """Buckets count values up to their `le`; NaN is not counted, and larger values are only in +Inf."""
     histograms = BatchHistogram("h_seconds", "t", label="x", values=("a", "b"), buckets=(1.0, 2.5))
     histograms.observe(np.array([0, 0, 1, 1]), np.array([1.0, 9.0, np.nan, 2.0]))
     registry = CollectorRegistry()
@@ -183,7 +183,7 @@ def test_value_on_a_bucket_bound_counts_below_it() -> None:
 
 
 def test_backlog_seconds_use_the_rate_of_all_workers() -> None:
-    """Ten a second while work waits: 100 in bulk wait for the 20 before them too."""
+    """At ten jobs a second, 100 jobs in bulk also wait for the 20 in interactive."""
     pace = BacklogEstimator()
     pace.backlog_s(make_snapshot(at_s=1000, waiting=300, answered=0))
     found = pace.backlog_s(make_snapshot(at_s=1010, waiting=100, urgent=20, answered=100))
@@ -191,7 +191,7 @@ def test_backlog_seconds_use_the_rate_of_all_workers() -> None:
 
 
 def test_backlog_without_a_rate_is_its_age() -> None:
-    """Nobody answers: it grows; and it ends with the backlog."""
+    """Without answers the estimate grows; it ends with the backlog."""
     pace = BacklogEstimator()
     assert pace.backlog_s(make_snapshot(at_s=1000, waiting=5))[Lane.BULK] == 0.0
     assert pace.backlog_s(make_snapshot(at_s=1030, waiting=5))[Lane.BULK] == 30.0
@@ -201,7 +201,7 @@ def test_backlog_without_a_rate_is_its_age() -> None:
 
 
 def test_rate_of_idle_workers_does_not_count() -> None:
-    """What was answered while nothing waited says nothing of how fast they could be."""
+    """Answers without a backlog do not show the possible rate, so they are not counted."""
     pace = BacklogEstimator()
     pace.backlog_s(make_snapshot(at_s=1000, waiting=0, answered=0))
     pace.backlog_s(make_snapshot(at_s=1030, waiting=0, answered=30))
@@ -209,7 +209,7 @@ def test_rate_of_idle_workers_does_not_count() -> None:
 
 
 class Driver:
-    """NVML with one card."""
+    """NVML with one GPU."""
 
     NVMLError = pynvml.NVMLError
     NVMLError_LibraryNotFound = pynvml.NVMLError_LibraryNotFound
@@ -236,7 +236,7 @@ class Driver:
 
 
 def test_gpu_monitor_initialises_nvml_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it does not tell is None; a card that fails has no state until it answers again."""
+    """A missing value is None; a GPU that fails has no state until it answers again."""
     driver = Driver()
     monkeypatch.setattr("shiwu_worker.telemetry.gpu_monitor.pynvml", driver)
     monitor = GpuMonitor("GPU-1")
@@ -253,7 +253,7 @@ def test_gpu_monitor_initialises_nvml_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_gpu_monitor_without_a_driver_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither on a CPU, nor where the driver's library is not there."""
+    """No GPU state on a CPU or without the driver's library."""
     driver = Driver()
     monkeypatch.setattr("shiwu_worker.telemetry.gpu_monitor.pynvml", driver)
     GpuMonitor(None).update()

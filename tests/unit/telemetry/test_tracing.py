@@ -50,12 +50,12 @@ def exporter() -> Iterator[InMemorySpanExporter]:
 
 
 def traces_of(exporter: SpanExporter, **options: Any) -> Traces:
-    """Traces that export each span at once."""
+    """A tracer that exports each span immediately."""
     return Traces(make_provider(worker="w-1", processor=SimpleSpanProcessor(exporter)), **options)
 
 
 def job_of(name: str, *, trace: str | None = None, **fields: Any) -> Job:
-    """A job as its answer finds it."""
+    """A job before its answer."""
     headers = None if trace is None else {"traceparent": trace}
     raw = build_message(Request(image="s3://b/k"), job_id=name, lane=Lane.BULK, trace=headers)
     moments = StageTimestamps(claimed_s=time.monotonic() - 0.5)
@@ -63,16 +63,16 @@ def job_of(name: str, *, trace: str | None = None, **fields: Any) -> Job:
 
 
 def settled(job: Job, *, code: ErrorCode | None = None, is_first: bool = True, **fields: Any) -> CommittedJob:
-    """The same, answered."""
+    """A committed job."""
     error = None if code is None else ErrorInfo(code=code, message="expected a picture", stage=Stage.DECODE)
     status = Status.TAGGED if code is None else Status.REJECTED
     image = ImageInfo(reference="https://host/a.jpg")
-    told = {"id": job.id, "status": status, "timing": TIMES, "error": error, "image": image, "model": MODEL} | fields
-    return CommittedJob(job, AnswerEntry(answer=Answer(**told), id=job.id), 0.002, is_first)
+    named = {"id": job.id, "status": status, "timing": TIMES, "error": error, "image": image, "model": MODEL} | fields
+    return CommittedJob(job, AnswerEntry(answer=Answer(**named), id=job.id), 0.002, is_first)
 
 
 def made(exporter: InMemorySpanExporter, *lists: list[CommittedJob]) -> dict[str, ReadableSpan]:
-    """The spans of these answers by job id, or by the batch's reason."""
+    """Return the spans of these answers by job id, or by the batch's reason."""
     traces = traces_of(exporter)
     traces.start()
     for each in lists:
@@ -86,18 +86,18 @@ def made(exporter: InMemorySpanExporter, *lists: list[CommittedJob]) -> dict[str
 
 
 def own(span: ReadableSpan) -> tuple[int, int]:
-    """Its trace id and its own."""
+    """Return its trace id and span id."""
     assert span.context is not None
     return span.context.trace_id, span.context.span_id
 
 
 def linked(span: ReadableSpan) -> list[tuple[int, int]]:
-    """The same of the spans that it links to."""
+    """Return trace id and span id of the spans that it links to."""
     return [(link.context.trace_id, link.context.span_id) for link in span.links]
 
 
 def test_job_span_continues_the_trace_of_its_producer(exporter: InMemorySpanExporter) -> None:
-    """Its parent, kind, names, times from the claim to the answer, and its stages."""
+    """A span has parent, kind, names, times from claim to answer, and stages."""
     before_ns = time.time_ns()
     job = job_of("a", trace=PARENT)
     span = made(exporter, [settled(job, batch_size=3)])["a"]
@@ -133,7 +133,7 @@ def test_job_span_continues_the_trace_of_its_producer(exporter: InMemorySpanExpo
 
 
 def test_span_of_a_failed_job_has_its_code(exporter: InMemorySpanExporter) -> None:
-    """An error for a dead letter; none for a job that its producer cancelled."""
+    """A dead letter's span has an error status, a cancelled job's has none."""
     cancelled = settled(job_of("b"), code=ErrorCode.CANCELLED, status=Status.CANCELLED)
     spans = made(exporter, [settled(job_of("a"), code=ErrorCode.PICTURE_BROKEN), cancelled])
     assert (spans["a"].status.status_code, spans["a"].status.description) == (StatusCode.ERROR, "expected a picture")
@@ -194,7 +194,7 @@ def test_job_that_its_producer_does_not_sample_has_no_span(exporter: InMemorySpa
 
 
 class _Stuck(SpanExporter):
-    """Takes nothing until it is let go."""
+    """An exporter that blocks until it is released."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -207,7 +207,7 @@ class _Stuck(SpanExporter):
 
 
 def test_spans_over_the_limit_are_dropped_and_logged() -> None:
-    """Nobody waits: neither who answers nor, for longer than asked, who closes."""
+    """Neither a commit waits, nor does closing wait longer than its limit."""
     exporter = _Stuck()
     traces = traces_of(exporter, max_waiting=10)
     with capture_logs() as logs:
@@ -222,15 +222,15 @@ def test_spans_over_the_limit_are_dropped_and_logged() -> None:
         exporter.go.set()
         traces._thread.join(CLOSE_S)
     assert not traces._thread.is_alive
-    told = [line for line in logs if line["event"] == "traces_dropped"]
+    dropped = [line for line in logs if line["event"] == "traces_dropped"]
     assert [line["event"] for line in logs if line["event"] == "traces_unsent"] == ["traces_unsent"]
-    assert sum(line["jobs"] for line in told) + exporter.taken == 100
+    assert sum(line["jobs"] for line in dropped) + exporter.taken == 100
     assert exporter.taken <= 14
-    assert len(told) <= 2
+    assert len(dropped) <= 2
 
 
 def test_defect_in_tracing_loses_only_its_spans(exporter: InMemorySpanExporter) -> None:
-    """The thread goes on, and says it once."""
+    """The thread continues, and logs the error once."""
     broken: Any = [None]
     with capture_logs() as logs:
         assert made(exporter, broken, broken, [settled(job_of("a"))]).keys() == {"a"}
@@ -251,7 +251,7 @@ def test_opentelemetry_variables_take_effect(exporter: InMemorySpanExporter, mon
 
 
 def test_worker_without_traces_loads_no_opentelemetry() -> None:
-    """By what a worker is wired from. What redis-py loads by itself where it finds it is not ours to say."""
+    """Checked for the modules of a worker; redis-py may load it on its own."""
     code = "import sys; hidden = {'opentelemetry.sdk': None, 'opentelemetry.metrics': None}; sys.modules |= hidden; "
     code += "import shiwu_worker.service.bootstrap; print(*(set(sys.modules) - hidden.keys()))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
@@ -262,7 +262,7 @@ def test_worker_without_traces_loads_no_opentelemetry() -> None:
 
 
 def test_traces_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is not installed the settings are wrong, and the text says what to do."""
+    """If it is not installed, the settings are refused with a text that names the remedy."""
     monkeypatch.setenv("SHIWU_TRACES", "true")
     assert Settings().traces
     for name in [name for name in sys.modules if name.startswith("opentelemetry.exporter")]:
