@@ -76,9 +76,9 @@ def processor_folder() -> Path:
 
 
 def picture_gflop(folder: Path) -> float:
-    """Floating point operations of an image tower: 35.13 for ViT-B/16, 162.0 for ViT-L/14, from their configs.
+    """Return the GFLOP of an image tower: 35.13 for ViT-B/16, 162.0 for ViT-L/14, from their configs.
 
-    Towers that are no vision transformer are run once under torch's counter.
+    A tower that is no vision transformer is run once with torch's counter.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     vision = config["vision_config"]

@@ -44,7 +44,7 @@ PHOTO_ZH: Final = Path(shiwu_worker.__file__).parent / "data/photo_zh"
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """What becomes of an image, for shiwu and for transformers."""
+    """One preprocessing, in the terms of shiwu and of transformers."""
 
     name: str
     formats: tuple[str, ...]
