@@ -1,4 +1,4 @@
-"""Earlier tries of a job: where they are kept, what the answer tells of them, and when they are forgotten."""
+"""Earlier attempts of a job: where they are recorded, how the answer lists them, and when they are deleted."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def answered(job: Job) -> Any:
     return json.loads(entry.answer.to_json())
 
 
-def test_first_try_has_no_history(client: redis.Redis) -> None:
+def test_first_attempt_has_no_history(client: redis.Redis) -> None:
     """All the time since the enqueue is the wait in the lane."""
     send(client)
     job = claim(client)
@@ -67,9 +67,9 @@ def test_first_try_has_no_history(client: redis.Redis) -> None:
     assert "history" not in answer
     assert "earlier" not in answer["timing"]
     assert answer["timing"]["queue"] == pytest.approx(SENT_MS, abs=2000)
-    told = datetime.fromisoformat(answer["answered_at"])
+    answered_at = datetime.fromisoformat(answer["answered_at"])
     assert answer["answered_at"].endswith("Z")
-    assert told.timestamp() * 1000 == pytest.approx(now_ms(client), abs=2000)
+    assert answered_at.timestamp() * 1000 == pytest.approx(now_ms(client), abs=2000)
     assert client.keys(f"{HISTORY}*") == []
 
 
@@ -117,7 +117,7 @@ def test_crash_of_a_worker_is_listed(client: redis.Redis) -> None:
     assert (job.moments.earlier_ms or 0.0) > SENT_MS - 2000
 
 
-def test_stop_of_a_worker_is_listed_and_no_attempt(client: redis.Redis) -> None:
+def test_stop_of_a_worker_is_listed_and_counts_no_attempt(client: redis.Redis) -> None:
     """A drained worker gives the job back: the attempt's number stays, the wait begins anew."""
     send(client)
     claim(client)
@@ -128,7 +128,7 @@ def test_stop_of_a_worker_is_listed_and_no_attempt(client: redis.Redis) -> None:
     assert (job.moments.queue_ms or 0.0) < 5000
 
 
-def test_last_ten_tries_are_kept(client: redis.Redis) -> None:
+def test_history_keeps_the_last_ten_attempts(client: redis.Redis) -> None:
     """However often a job comes back, its record does not grow without end."""
     send(client)
     for _ in range(12):
@@ -172,8 +172,8 @@ def test_countdown_is_no_wait_in_the_lane(client: redis.Redis) -> None:
     assert timing["earlier"] == pytest.approx(SENT_MS - 10_000, abs=2000)
 
 
-def test_history_of_another_kind_is_passed_over(client: redis.Redis) -> None:
-    """A record by another hand costs nobody a job."""
+def test_history_record_of_another_type_is_ignored(client: redis.Redis) -> None:
+    """The job is answered, without a history."""
     send(client)
     client.hset(ATTEMPTS, "job", "1:0")
     client.set(
@@ -189,7 +189,7 @@ def test_history_of_another_kind_is_passed_over(client: redis.Redis) -> None:
     assert [one.attempt for one in claim(client).history] == [2]
 
 
-def test_worker_tells_its_retries(shared_worker: WorkerProcess, http_server: PictureServer) -> None:
+def test_answer_of_a_worker_lists_its_retries(shared_worker: WorkerProcess, http_server: PictureServer) -> None:
     """A source that is away for one try: the answer lists it, the log line has reference and cause."""
     good = Reply.picture(pictures.png(pictures.picture("熊猫")), content_type="image/png")
     url = http_server.serve("/later.png", *[Reply.error(503)] * 3, good)

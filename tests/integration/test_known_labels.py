@@ -17,7 +17,7 @@ from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.outcome import CommittedJob
 from shiwu_worker.jobs.timestamps import StageTimestamps
-from shiwu_worker.service.label_notes import MAX_REMEMBERED, LabelNoter
+from shiwu_worker.service.label_set_recorder import MAX_REMEMBERED, LabelSetRecorder
 from tests.support import pictures
 from tests.support.redis_parts import message
 from tests.support.servers import S3Server, WorkerProcess
@@ -57,18 +57,18 @@ def test_digest_of_an_answer_gives_its_labels(shared_worker: WorkerProcess, s3: 
 
 def test_label_sets_of_requests_are_limited(redis_client: redis.Redis) -> None:
     """In number and in bytes; sets with a name stay."""
-    notes = KnownLabelStore(redis_client)
-    notes.note([KnownLabels(digest="named", labels=("a",), name="own")])
+    store = KnownLabelStore(redis_client)
+    store.note([KnownLabels(digest="named", labels=("a",), name="own")])
     for start in range(0, MAX_REQUEST_SETS + 50, 50):
-        notes.note([KnownLabels(digest=f"d{n}", labels=(f"label {n}",)) for n in range(start, start + 50)])
-    notes.note(
+        store.note([KnownLabels(digest=f"d{n}", labels=(f"label {n}",)) for n in range(start, start + 50)])
+    store.note(
         [KnownLabels(digest="d1049", labels=("label 1049",)), KnownLabels(digest="long", labels=("x" * 20_000,))]
     )
     assert redis_client.hlen(LABELS) == MAX_REQUEST_SETS + 1
     assert redis_client.llen(LABELS_OF_REQUESTS) == MAX_REQUEST_SETS
-    assert notes.find("named") is not None
-    assert (notes.find("d49"), notes.find("long")) == (None, None)
-    newest = notes.find("d1049")
+    assert store.find("named") is not None
+    assert (store.find("d49"), store.find("long")) == (None, None)
+    newest = store.find("d1049")
     assert newest is not None
     assert newest.labels == ("label 1049",)
 
@@ -81,19 +81,21 @@ def test_unreadable_label_set_is_not_known(redis_client: redis.Redis) -> None:
 
 def test_label_set_is_stored_once(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """One call for many answers with one set; after an error of Redis the worker retries an hour later."""
-    notes = KnownLabelStore(redis_client)
+    store = KnownLabelStore(redis_client)
     calls: list[int] = []
-    write = notes.note
-    monkeypatch.setattr(notes, "note", lambda sets: (calls.append(len(sets)), write(sets)))
-    noter = LabelNoter(notes)
+    write = store.note
+    monkeypatch.setattr(store, "note", lambda sets: (calls.append(len(sets)), write(sets)))
+    recorder = LabelSetRecorder(store)
     first, second = LabelSet(None, ("a",)), LabelSet(None, ("b",))
-    noter.committed([settled(first), settled(None), settled(first), settled(second), settled(LabelSet(None, ("a",)))])
-    noter.committed([settled(second)])
+    recorder.committed(
+        [settled(first), settled(None), settled(first), settled(second), settled(LabelSet(None, ("a",)))]
+    )
+    recorder.committed([settled(second)])
     assert calls == [2]
     redis_client.delete(LABELS)
     redis_client.set(LABELS, "a text")
-    noter.committed([settled(LabelSet(None, ("c",)))])
-    noter.committed([settled(LabelSet(None, ("c",)))])
+    recorder.committed([settled(LabelSet(None, ("c",)))])
+    recorder.committed([settled(LabelSet(None, ("c",)))])
     assert calls == [2, 1]
-    noter.committed([settled(LabelSet(None, (str(n),))) for n in range(MAX_REMEMBERED + 10)])
-    assert len(noter._noted_s) == MAX_REMEMBERED
+    recorder.committed([settled(LabelSet(None, (str(n),))) for n in range(MAX_REMEMBERED + 10)])
+    assert len(recorder._recorded_s) == MAX_REMEMBERED

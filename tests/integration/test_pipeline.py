@@ -1,4 +1,4 @@
-"""The pipeline over a real Redis, with loaders and a model that do what a test says."""
+"""The pipeline over a real Redis, with loaders and a model that the test controls."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def answers(client: redis.Redis) -> dict[str, Answer]:
 
 
 def test_stuck_device_is_no_progress_while_claims_go_on(parts: PipelineUnderTest, redis_client: redis.Redis) -> None:
-    """One image hangs on the device and the lanes are empty: idle claims do not make the worker look alive."""
+    """One image hangs on the device and the lanes are empty: idle claims do not count as progress."""
     hung, go_on = threading.Event(), threading.Event()
 
     def encode(_: Sequence[Job]) -> None:
@@ -208,7 +208,7 @@ def test_unknown_label_set_is_retried_for_other_workers(redis_client: redis.Redi
     assert found["wrong"].error.code is ErrorCode.UNKNOWN_LABEL_SET
 
 
-def test_unknown_label_set_with_one_try_is_rejected_at_once() -> None:
+def test_unknown_label_set_with_one_attempt_is_rejected() -> None:
     """SHIWU_RETRY with one try."""
-    settings = Settings(retry="unknown_label_set=1:1:1")  # type: ignore[arg-type]  # as the environment says it
+    settings = Settings(retry="unknown_label_set=1:1:1")  # type: ignore[arg-type]  # the form of the environment
     assert views.pipeline_limits(settings).retries[ErrorCode.UNKNOWN_LABEL_SET].attempts == 1

@@ -42,7 +42,7 @@ pytestmark = [
     "kind",
     ["jpeg", "png", "webp", "gif", "avif", "rgba_png", "cmyk_jpeg", "turned_jpeg", "large_jpeg", "progressive_jpeg"],
 )
-def test_every_format_is_tagged_as_what_it_shows(shared_worker: WorkerProcess, s3: S3Server, kind: str) -> None:
+def test_image_of_every_format_gets_the_right_tag(shared_worker: WorkerProcess, s3: S3Server, kind: str) -> None:
     """One sample in every format and shape, over S3: the same best category."""
     sample = pictures.sample("熊猫")
     data = getattr(pictures, kind)(pictures.picture("熊猫"))
@@ -56,8 +56,8 @@ def test_every_format_is_tagged_as_what_it_shows(shared_worker: WorkerProcess, s
     assert answer.image.bytes == len(data)
 
 
-def test_the_stage_times_follow_each_other_and_add_up(shared_worker: WorkerProcess, s3: S3Server) -> None:
-    """The answer tells where its time went, and the sum is the total."""
+def test_stage_times_of_an_answer_add_up_to_the_total(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """The answer has the time of each stage, and their sum is the total."""
     reference = s3.put("timing", pictures.jpeg(pictures.picture()))
     timing = ask(shared_worker.redis_url, reference, "timing").timing
     parts = [getattr(timing, stage.value) for stage in Stage if stage is not Stage.COMMIT]
@@ -65,10 +65,10 @@ def test_the_stage_times_follow_each_other_and_add_up(shared_worker: WorkerProce
     assert min(timing.fetch, timing.decode, timing.encode) > 0
 
 
-def test_over_http_and_in_many_sizes_each_answer_is_its_own(
+def test_http_images_of_many_sizes_get_their_own_answers(
     shared_worker: WorkerProcess, http_server: PictureServer
 ) -> None:
-    """Pictures sent together in many batches: no answer is a neighbour's (sizes and digests tell them apart)."""
+    """Pictures sent together in many batches: each answer belongs to its own image, which its size and digest prove."""
     image = pictures.picture("熊猫")
     sizes = [(40 + n, 90 - n) for n in range(40)]
     with redis.Redis.from_url(shared_worker.redis_url) as client:
@@ -85,7 +85,7 @@ def test_over_http_and_in_many_sizes_each_answer_is_its_own(
 
 
 def _reply(data: bytes) -> Any:
-    from tests.support.picture_server import Reply  # noqa: PLC0415 beside its one use
+    from tests.support.picture_server import Reply  # noqa: PLC0415 next to its only use
 
     return Reply.picture(data, content_type="image/png")
 
@@ -98,7 +98,7 @@ def _reply(data: bytes) -> Any:
         ("page.jpg", pictures.html, "not_a_picture"),
     ],
 )
-def test_a_picture_that_is_none_gets_its_code(
+def test_file_that_is_no_image_gets_its_error_code(
     shared_worker: WorkerProcess, s3: S3Server, key: str, make: Any, code: str
 ) -> None:
     """Truncated, empty, HTML with a picture's name."""
@@ -119,17 +119,15 @@ def test_a_picture_that_is_none_gets_its_code(
         ("http://[::ffff:169.254.169.254]/latest", "source_unavailable"),
     ],
 )
-def test_a_source_that_is_not_there_or_not_allowed_gets_its_code(
-    shared_worker: WorkerProcess, image: str, code: str
-) -> None:
+def test_missing_or_forbidden_source_gets_its_error_code(shared_worker: WorkerProcess, image: str, code: str) -> None:
     """Missing keys and buckets, folders, files and addresses that the operator did not allow; tried once."""
     answer = ask(shared_worker.redis_url, image, f"source-{abs(hash(image))}")
     assert answer.error is not None
     assert (answer.error.code.value, answer.attempts) == (code, 1)
 
 
-def test_the_log_says_what_the_answer_does_not(shared_worker: WorkerProcess) -> None:
-    """Why a source was refused; neither tells the query."""
+def test_log_has_details_that_the_answer_omits(shared_worker: WorkerProcess) -> None:
+    """Why a source was refused; neither contains the query."""
     answer = ask(shared_worker.redis_url, "http://10.0.0.9/a.jpg?token=hush", "refused-aloud")
     assert answer.error is not None
     assert answer.error.message == "expected a source that can be reached from the worker: http://10.0.0.9/a.jpg"
@@ -157,7 +155,7 @@ def plain(shared_worker: WorkerProcess) -> Any:
 
 
 @pytest.mark.parametrize("name", BAD_FIELDS)
-def test_a_bad_request_of_a_plain_client_gets_its_code(plain: Any, name: str) -> None:
+def test_bad_request_of_a_celery_client_gets_its_error_code(plain: Any, name: str) -> None:
     """What our client would have refused is answered by the worker, and `get` raises."""
     fields, code = BAD_FIELDS[name]
     result = plain.send_task("shiwu.tag", kwargs=fields, queue=Lane.INTERACTIVE.queue, task_id=f"plain-{name}")
@@ -167,7 +165,7 @@ def test_a_bad_request_of_a_plain_client_gets_its_code(plain: Any, name: str) ->
     assert plain.backend.get_task_meta(result.id)["status"] == "FAILURE"
 
 
-def test_a_plain_celery_client_gets_its_result(plain: Any, s3: S3Server) -> None:
+def test_celery_client_gets_its_result(plain: Any, s3: S3Server) -> None:
     """Keyword and positional arguments, priorities, gzip: `AsyncResult.get()` returns the answer."""
     reference = s3.put("plain", pictures.jpeg(pictures.picture()))
     sent = [
@@ -182,7 +180,7 @@ def test_a_plain_celery_client_gets_its_result(plain: Any, s3: S3Server) -> None
     assert [answer["id"] for answer in answers] == [result.id for result in sent]
 
 
-def test_countdown_and_expires_of_a_plain_client(plain: Any, s3: S3Server) -> None:
+def test_countdown_and_expires_of_celery_are_kept(plain: Any, s3: S3Server) -> None:
     """A countdown is waited for; what expired is revoked as Celery would."""
     reference = s3.put("later", pictures.jpeg(pictures.picture()))
     began_s = time.monotonic()
@@ -196,7 +194,7 @@ def test_countdown_and_expires_of_a_plain_client(plain: Any, s3: S3Server) -> No
     assert time.monotonic() - began_s >= 1.4
 
 
-def test_ignore_result_leaves_no_key_but_an_entry_in_the_stream(plain: Any, s3: S3Server) -> None:
+def test_ignore_result_writes_only_the_results_stream(plain: Any, s3: S3Server) -> None:
     """With `ignore_result` no result is stored; the results stream still has the answer."""
     reference = s3.put("ignored", pictures.jpeg(pictures.picture()))
     plain.send_task("shiwu.tag", args=[reference], queue="shiwu.bulk", ignore_result=True, task_id="ignored-1")
@@ -218,7 +216,7 @@ def test_malformed_messages_become_dead_letters(shared_worker: WorkerProcess, s3
     assert answer.status is Status.TAGGED
 
 
-def test_inline_labels_embedding_and_least_cosine(shared_worker: WorkerProcess, s3: S3Server) -> None:
+def test_inline_labels_embedding_and_min_cosine_are_used(shared_worker: WorkerProcess, s3: S3Server) -> None:
     """Labels of the request's own, the raw vector, and only labels that are near enough."""
     reference = s3.put("inline", pictures.jpeg(pictures.picture("熊猫")))
     ways: dict[str, Any] = {"labels": ("汽车", "熊猫"), "want": ("tags", "embedding")}
@@ -233,7 +231,7 @@ def test_inline_labels_embedding_and_least_cosine(shared_worker: WorkerProcess, 
     assert [tag.label for tag in answer.tags] == ["熊猫"]
 
 
-def test_labels_that_cannot_give_an_answer_are_refused(shared_worker: WorkerProcess, s3: S3Server) -> None:
+def test_unusable_labels_are_rejected(shared_worker: WorkerProcess, s3: S3Server) -> None:
     """Sigmoid with a model that has no bias, and labels with a line break."""
     reference = s3.put("refused", pictures.jpeg(pictures.picture("熊猫")))
     answer = ask(shared_worker.redis_url, reference, "no-bias", labels=("熊猫", "汽车"), head="sigmoid")
@@ -249,7 +247,7 @@ def test_labels_that_cannot_give_an_answer_are_refused(shared_worker: WorkerProc
     assert "U+000A" in answer.error.message
 
 
-def test_an_answer_says_why_its_tags_need_care(shared_worker: WorkerProcess, s3: S3Server) -> None:
+def test_answer_has_warnings_about_its_tags(shared_worker: WorkerProcess, s3: S3Server) -> None:
     """A label that the model cannot read, and a field that the worker does not know."""
     reference = s3.put("warned", pictures.jpeg(pictures.picture("熊猫")))
     answer = ask(shared_worker.redis_url, reference, "plain-warned")
@@ -268,11 +266,13 @@ def test_an_answer_says_why_its_tags_need_care(shared_worker: WorkerProcess, s3:
     assert "labels_questionable" in events
 
 
-def test_an_idle_worker_is_quick_and_quiet(start_worker: StartWorker, redis_url: str, tmp_path: Any) -> None:
-    """An idle worker claims at once and sends no more than 20 commands a second: it waits, and does not poll.
+def test_idle_worker_answers_fast_and_sends_few_commands(
+    start_worker: StartWorker, redis_url: str, tmp_path: Any
+) -> None:
+    """An idle worker claims immediately and sends no more than 20 commands a second: it waits, and does not poll.
 
     Polling as often as that would find a job after 25 ms on average. A busy machine makes some waits long, so the
-    quickest third is judged; `bench latency` measures the time itself.
+    fastest third counts; `bench latency` measures the time itself.
     """
     path = tmp_path / "x.png"
     path.write_bytes(pictures.png(pictures.picture().resize((64, 64))))
@@ -298,24 +298,24 @@ def test_an_idle_worker_is_quick_and_quiet(start_worker: StartWorker, redis_url:
     assert per_second <= 20
 
 
-def test_it_is_an_ordinary_celery_worker(start_worker: StartWorker, redis_url: str, tmp_path: Any) -> None:
+def test_worker_is_an_ordinary_celery_worker(start_worker: StartWorker, redis_url: str, tmp_path: Any) -> None:
     """`celery -A shiwu_worker.app worker` claims and answers as `shiwu-worker` does, and ends with exit code 0."""
     path = tmp_path / "x.png"
     path.write_bytes(pictures.png(pictures.picture()))
     worker = start_worker(redis_url=redis_url, by_celery=True, allow_folders=tmp_path)
     assert ask(redis_url, path.as_uri(), "by-celery").status is Status.TAGGED
 
-    def told() -> int:
+    def lines_of_the_job() -> int:
         lines = [json.loads(line) for line in worker.log_text().splitlines() if line.startswith("{")]
         return sum(line.get("id") == "by-celery" for line in lines)
 
-    wait_until(told, timeout_s=10, what="the line of a job, which follows its answer")
+    wait_until(lines_of_the_job, timeout_s=10, what="the line of a job, which follows its answer")
     worker.terminate()
     assert worker.wait(timeout_s=15) == 0, "an idle worker has nothing to wait for"
-    assert told() == 1, "one line per job"
+    assert lines_of_the_job() == 1, "one line per job"
 
 
-def test_celerys_half_does_not_spin_where_it_is_refused(start_worker: StartWorker, valkey: Valkey) -> None:
+def test_consumer_pauses_while_redis_refuses_it(start_worker: StartWorker, valkey: Valkey) -> None:
     """A user without a command that Celery needs: jobs are answered, and the log does not run away."""
     with valkey.client() as client:
         client.execute_command("ACL", "SETUSER", "worker", "on", ">pw", "~*", "&*", "+@all", "-zrange", "-psubscribe")

@@ -54,7 +54,7 @@ class Worker:
 
 
 def test_starting_worker_is_neither_live_nor_ready(clock: Clock) -> None:
-    """The reason says for how long it has been starting."""
+    """The reason has the time since the start began."""
     worker = Worker(clock)
     clock.now_s += 12
     assert worker.monitor.not_live() == worker.monitor.not_ready() == ["starting for 12 s"]

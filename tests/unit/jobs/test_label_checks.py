@@ -1,4 +1,4 @@
-"""Labels that a model cannot read or cannot tell apart are found, and others are not."""
+"""Labels that a model cannot read or cannot distinguish are found, and others are not."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_equal_tokens_and_equal_vectors_make_one_group() -> None:
     assert found == LabelFindings(alike=(("a", "c", "e"),))
 
 
-def test_unreadable_labels_are_not_told_as_alike() -> None:
+def test_unreadable_labels_are_not_reported_as_alike() -> None:
     """Their tokens and vectors are equal because they are unreadable."""
     tokens, vectors = readable(4), random_units(4)
     tokens[1] = tokens[3] = LabelTokens((9,), is_readable=False)
@@ -70,7 +70,7 @@ def test_all_labels_equal_make_one_group() -> None:
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "altclip"])
-def test_encoder_says_which_labels_it_can_read(kind: str, tmp_path: Path) -> None:
+def test_encoder_reports_which_labels_it_can_read(kind: str, tmp_path: Path) -> None:
     """The tiny checkpoint knows small letters and two words; only SigLIP lowers the case."""
     encoder = make_encoder(saved(make_model(kind), tmp_path))
     labels = ["abc", "鼠", "熊", "鼠a", "AAA", "a" * 50, "a" * PLACES]

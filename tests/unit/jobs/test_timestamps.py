@@ -14,7 +14,7 @@ NAMES = ["fetch_from_s", "decode_from_s", "batch_from_s", "encode_from_s", "scor
 @given(
     st.lists(st.floats(0, 100), min_size=6, max_size=6), st.integers(0, 5), st.none() | st.floats(0, 1000).map(round)
 )
-def test_the_parts_add_up_to_the_total(steps: list[float], reached: int, queue_ms: float | None) -> None:
+def test_stage_times_add_up_to_the_total(steps: list[float], reached: int, queue_ms: float | None) -> None:
     """A job that ended in any stage: the parts are not negative, the sum is the total, later stages took nothing."""
     moments = StageTimestamps(claimed_s=1000.0, queue_ms=queue_ms)
     now_s = 1000.0

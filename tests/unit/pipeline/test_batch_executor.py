@@ -170,7 +170,7 @@ def test_other_error_fails_only_the_image_that_causes_it(failing: int) -> None:
     assert device.failed() == {f"j{failing}": ErrorCode.ENCODE_FAILED}
 
 
-def test_a_lost_device_ends_the_process() -> None:
+def test_lost_device_ends_the_process() -> None:
     """No job gets an error, and nothing is retried here."""
     device = Device(8)
     device.error = RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -203,7 +203,7 @@ def test_device_errors_are_classified(tmp_path: Path) -> None:
     assert encoder.error_kind(ValueError("shape")) is DeviceErrorKind.OTHER
 
 
-def test_the_exact_path_is_the_checkpoint_in_fp32(tmp_path: Path) -> None:
+def test_fp32_retry_equals_the_checkpoint_in_fp32(tmp_path: Path) -> None:
     """Whatever dtype is in use, `encode_exact` gives what an FP32 encoder gives."""
     folder = saved(make_model("clip"), tmp_path)
     pixels = noise(2)

@@ -44,10 +44,10 @@ CASES: Mapping[str, tuple[str, Mapping[str, str], int]] = {
 
 
 @pytest.mark.parametrize(("own", "files", "expected"), CASES.values(), ids=CASES)
-def test_the_quota_of_a_cgroup_counts(
+def test_usable_cores_follow_the_quota_of_cgroups(
     own: str, files: Mapping[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of its own, of those above it, in both versions; never less than one core."""
+    """The quota of the own cgroup or of one above it, in both versions; never less than one core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     (tmp_path / "own").write_text(own)
     for name, text in files.items():
@@ -57,8 +57,8 @@ def test_the_quota_of_a_cgroup_counts(
     assert usable_cores(own_cgroups=tmp_path / "own", hierarchies=tmp_path / "fs") == expected
 
 
-def test_the_affinity_counts() -> None:
-    """As it is here."""
+def test_usable_cores_follow_the_affinity() -> None:
+    """The affinity of this process, before and after it is limited to one core."""
     before = os.sched_getaffinity(0)
     assert 1 <= usable_cores() <= len(before)
     os.sched_setaffinity(0, {min(before)})

@@ -1,4 +1,4 @@
-"""What freed memory costs the next pass."""
+"""Page faults of a forward pass that reuses the memory of the last."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(statistics.median(counted))
 """
-"""What a pass of ViT-B/16 takes in the middle of a layer, in two threads."""
+"""The memory of one layer of ViT-B/16, in two threads."""
 
 
 ENCODER = """
@@ -70,26 +70,26 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no gl
 
 
 def printed(program: str) -> float:
-    """The number that a process of its own prints: what one has set can't be taken back."""
+    """The number that a new process prints. A process of its own, because mallopt cannot be undone."""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     return float(done.stdout)
 
 
-def test_threads_keep_what_they_free() -> None:
-    """Of arenas of their own each pass gives its memory back to the kernel: 2,500 to 8,000 faults to get it again."""
+def test_threads_reuse_the_memory_that_they_free() -> None:
+    """With an arena per thread, a pass returns its memory to the kernel and has 2,500 to 8,000 page faults."""
     assert printed(PASSES) < 1000
 
 
-def test_what_a_pass_frees_is_kept_for_the_next() -> None:
-    """Without that each pass of the embedded model, 64 pictures, meets tens of thousands of faults."""
+def test_forward_pass_reuses_the_memory_of_the_last() -> None:
+    """Otherwise each pass of the embedded model with 64 images has tens of thousands of page faults."""
     assert printed(ENCODER) < 2000
 
 
 @pytest.mark.parametrize(
     ("begin", "is_one"), [("from shiwu_worker.celery_worker import process; process.begin()", True), ("", False)]
 )
-def test_a_worker_begins_with_one_arena(begin: str, *, is_one: bool) -> None:
-    """Before its first thread, so that none has one of its own."""
+def test_worker_starts_with_one_arena(begin: str, *, is_one: bool) -> None:
+    """It is set before the first thread starts, so that no thread gets an arena of its own."""
     command = [sys.executable, "-c", ARENAS.format(begin=begin)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert (done.stdout.count("<heap nr=") == 1) == is_one

@@ -1,4 +1,4 @@
-"""What /proc tells of processes, threads and CPUs."""
+"""Reading processes, threads and CPUs from /proc."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_failed_thread_reports_one_internal_error() -> None:
 
 
 def test_fatal_error_of_a_thread_is_passed_on_unchanged() -> None:
-    """Its exit code tells what to do, so it is not replaced, and no traceback is logged."""
+    """The exit code decides about a restart, so it is not replaced, and no traceback is logged."""
     expected = FatalError(ExitCode.CONFIG, "expected another password")
     reported: list[FatalError] = []
 
@@ -67,7 +67,7 @@ def test_thread_that_returns_reports_nothing() -> None:
 
 
 def test_close_asks_the_loop_to_stop_and_waits() -> None:
-    """The thread is alive from `start` until its loop has returned."""
+    """The thread runs from `start` until its loop has returned."""
     stop = threading.Event()
     thread = ServiceThread("heartbeat", lambda: stop.wait(TIMEOUT_S) and None, on_fatal=pytest.fail, stop=stop.set)
     assert not thread.is_alive

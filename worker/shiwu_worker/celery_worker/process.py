@@ -5,7 +5,6 @@ The launcher starts it by `python -m shiwu_worker.celery_worker.process PARENT N
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
@@ -21,7 +20,7 @@ from shiwu_worker.config.errors import load_settings_or_exit, report_unknown_nam
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
 from shiwu_worker.runtime.malloc import use_one_arena
-from shiwu_worker.runtime.process import PR_SET_PDEATHSIG
+from shiwu_worker.runtime.process import signal_with_parent
 from shiwu_worker.telemetry import logs
 from shiwu_worker.telemetry.log_output import open_standard_streams
 
@@ -72,9 +71,7 @@ def drain_with_parent(parent: int, *, limit_s: float) -> None:
         pidfd = os.pidfd_open(parent)
     except ProcessLookupError:
         os._exit(0)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os._exit(0)
+    signal_with_parent(parent, signal.SIGTERM, exit_code=0)
 
     def wait() -> None:
         poll = select.poll()

@@ -1,4 +1,4 @@
-"""Earlier tries of a job, as the scripts `release` and `maintain` record them for the worker that claims it next."""
+"""Reads the earlier attempts of a job, which the scripts `release` and `maintain` record in `shiwu:history:<id>`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from shiwu.contract import Attempt, moment
 
 
 def read_history(record: bytes) -> tuple[Attempt, ...]:
-    """The tries of a record with a line for each, the oldest first; lines of another form are left out."""
-    return tuple(one for line in record.decode(errors="replace").split("\n") if (one := _read_line(line)) is not None)
+    """The attempts of a record, the oldest first. Each line is one attempt; lines of another form are skipped."""
+    attempts = map(_read_line, record.decode(errors="replace").split("\n"))
+    return tuple(attempt for attempt in attempts if attempt is not None)
 
 
 def back_in_lane_ms(history: tuple[Attempt, ...]) -> float:
-    """When the job was in its lane again after the last of these tries, in ms of Redis' clock; 0 without any."""
+    """When the job returned to its lane after its last attempt, in ms of Redis' clock; 0 without an earlier attempt."""
     if not history:
         return 0.0
     return history[-1].at.timestamp() * 1000 + (history[-1].pause or 0.0)

@@ -1,6 +1,6 @@
-"""Cancellation listener: hears of jobs that another process answered, so that no device time is spent on them.
+"""Cancellation listener: receives ids of jobs that another process answered, so that no device time is spent on them.
 
-A message that is missed costs that time and nothing else, because the first answer of a job counts.
+A missed message wastes that time and has no other effect, because only the first answer of a job counts.
 """
 
 from __future__ import annotations

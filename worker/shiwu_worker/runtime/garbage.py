@@ -1,7 +1,7 @@
-"""Keeps Python's cycle collector away from objects that live as long as the worker.
+"""Exempts objects that live as long as the worker from Python's cyclic garbage collector.
 
-torch, transformers and Celery create several hundred thousand objects. A full collection visits all of them, 0.3 s in
-which no thread of the worker runs, and jobs in flight cause such collections again and again.
+torch, transformers and Celery create several hundred thousand objects. A full collection visits all of them and stops
+every thread of the worker for 0.3 s. Jobs in flight cause such collections repeatedly.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import ExitStack
 def freeze_imported() -> None:
     """Exempt the objects that imports have created, so that collections during the rest of the start are short.
 
-    They stay exempt until the stack that `freeze_started` gets is closed.
+    They stay exempt until the stack that is given to `freeze_started` is closed.
     """
     gc.freeze()
 
@@ -21,7 +21,7 @@ def freeze_imported() -> None:
 def freeze_started(stack: ExitStack) -> None:
     """Collect once, then exempt all objects that exist from later collections until the stack is closed.
 
-    Without the collection, cyclic garbage of the start would stay in memory until then.
+    Without the collection, cyclic garbage from the start would stay in memory until then.
     """
     gc.collect()
     stack.callback(gc.unfreeze)

@@ -1,4 +1,4 @@
-"""Reads what Linux tells of processes, threads and CPUs in /proc. See `man 5 proc`."""
+"""Reads the state of processes, threads and CPUs from Linux's /proc. See `man 5 proc`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes: ending with the parent, and the environment that a loader process gets."""
+"""Signals on the exit of a parent process, and the environment variables that loader processes get."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ import signal
 from typing import Final
 
 PR_SET_PDEATHSIG: Final = 1
-
-
 _PLAIN_NAMES: Final = re.compile(
     r"PATH|HOME|USER|LOGNAME|TZ|TMPDIR|LANG|LANGUAGE|LC_\w+|VIRTUAL_ENV|PYTHON\w+|LD_LIBRARY_PATH|LD_PRELOAD|"
     r"SSL_CERT_(FILE|DIR)|(REQUESTS|CURL)_CA_BUNDLE|RES_OPTIONS|LOCALDOMAIN|MALLOC_\w+|GLIBC_TUNABLES"
 )
-
-
 _SOURCE_NAMES: Final = re.compile(r"AWS_\w+|(HTTP|HTTPS|NO|ALL)_PROXY", re.IGNORECASE)
 
 
 def source_environment() -> dict[str, str]:
-    """The variables that S3's chain of credentials may need: for the part that fetches, and for nobody else."""
+    """The environment variables with credentials and proxies of sources. Only the part that fetches gets them."""
     return {name: value for name, value in os.environ.items() if _SOURCE_NAMES.fullmatch(name)}
 
 
 def die_with_parent(parent: int) -> None:
-    """Be killed when the thread that started this process ends; end at once where that process is gone already."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Have the kernel kill this process when the thread that started it ends; exit if the parent has already exited."""
+    signal_with_parent(parent, signal.SIGKILL, exit_code=1)
+
+
+def signal_with_parent(parent: int, number: signal.Signals, *, exit_code: int) -> None:
+    """Have the kernel send this process a signal when the thread that started it ends.
+
+    Args:
+        parent: process id of the parent; if it has already exited, this process exits with `exit_code`.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
-        os._exit(1)
+        os._exit(exit_code)

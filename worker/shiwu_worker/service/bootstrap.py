@@ -19,7 +19,7 @@ from shiwu_worker.runtime.garbage import freeze_started
 from shiwu_worker.runtime.malloc import use_one_arena
 from shiwu_worker.runtime.progress import Progress
 from shiwu_worker.service.factories import check_redis, open_queue, start_loaders
-from shiwu_worker.service.label_notes import LabelNoter
+from shiwu_worker.service.label_set_recorder import LabelSetRecorder
 from shiwu_worker.service.labels import open_label_bank, read_label_sets
 from shiwu_worker.service.model import load_encoder, make_canary
 from shiwu_worker.service.observability import Observability
@@ -102,9 +102,9 @@ class WorkerService:
     def start(self, on_committed: Callable[[Sequence[CommittedJob]], None]) -> None:
         """Start the threads, and the one that claims last."""
         parts, pipeline = self._parts, self._pipeline
-        label_notes = LabelNoter(KnownLabelStore(parts.queue.client))
+        label_sets = LabelSetRecorder(KnownLabelStore(parts.queue.client))
         parts.committer.start(
-            on_committed=_in_turn(pipeline.committed, label_notes.committed, on_committed),
+            on_committed=_in_turn(pipeline.committed, label_sets.committed, on_committed),
             on_released=pipeline.released,
         )
         parts.queue.notifier.start()

@@ -1,4 +1,4 @@
-"""What shows a worker to its operator: log lines, metrics, traces, probe files and the HTTP port."""
+"""Observability of a worker: log lines, metrics, traces, probe files and the HTTP port."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 log: FilteringBoundLogger = structlog.get_logger()
 TRACES_CLOSE_TIMEOUT_S: Final = 3.0
 REVOKE_WAIT_S: Final = 15.0
-"""Celery connects again within it. A Redis user without rights for broadcasts must not keep a worker unready."""
+"""Celery reconnects within this time. After it a worker whose user may not receive broadcasts is ready too."""
 
 
 class Observability:
-    """Implements `PipelineObserver`. Without an HTTP port nothing is counted and no queue is monitored."""
+    """Implements `PipelineObserver`. Without an HTTP port it counts nothing and monitors no queues."""
 
     def __init__(self, settings: Settings, progress: Progress, *, waits_for_revokes: bool = False) -> None:
         self._settings = settings
@@ -61,16 +61,16 @@ class Observability:
         self._has_been_ready = False
 
     def open(self, stack: ExitStack) -> None:
-        """Answer on the HTTP port, if there is one: not ready, and no job counted, while the model loads.
+        """Open the HTTP port, if one is set, and traces. While the model loads, the port answers "not ready".
 
         Raises:
-            FatalError: when the port can't be had, or OpenTelemetry does not take its settings.
+            FatalError: if the port cannot be opened, or OpenTelemetry rejects its settings.
         """
         if self._settings.traces:
             self._traces = _open_traces(stack, worker=self._settings.worker_name)
         if self._metrics is None:
             return
-        endpoint = HealthServer(
+        server = HealthServer(
             host=self._settings.http_host,
             port=self._settings.http_port,
             not_live=self._monitor.not_live,
@@ -78,11 +78,11 @@ class Observability:
             metrics=self._metrics.text,
         )
         self._metrics.state(is_ready=lambda: not self._monitor.not_ready(), age_s=self._monitor.stalled_s)
-        stack.callback(endpoint.close)
-        endpoint.start()
+        stack.callback(server.close)
+        server.start()
 
     def watch(self, stack: ExitStack, client: redis.Redis, encoder: Encoder, loaders: LoaderPool) -> None:
-        """Look at the queues and the card until the stack is closed, where there is a port to tell it on."""
+        """Monitor the queues and the GPU until the stack is closed. Has no effect without an HTTP port."""
         metrics = self._metrics
         if metrics is None:
             return
@@ -92,18 +92,18 @@ class Observability:
         metrics.sizes(largest=lambda: encoder.size_policy.largest, threads=lambda: encoder.threads)
         metrics.loader_restarts(lambda: loaders.restarts)
 
-        def on_snapshot(seen: QueueSnapshot, backlog_s: dict[Lane, float]) -> None:
-            metrics.queues(seen, backlog_s)
-            self._monitor.waiting(sum(seen.waiting.get(lane, 0) for lane in self._settings.lanes))
+        def on_snapshot(snapshot: QueueSnapshot, backlog_s: dict[Lane, float]) -> None:
+            metrics.queues(snapshot, backlog_s)
+            self._monitor.waiting(sum(snapshot.waiting.get(lane, 0) for lane in self._settings.lanes))
 
-        watch = QueueMonitor(
+        queue_monitor = QueueMonitor(
             partial(shared_snapshot, client, max_age_s=SNAPSHOT_EVERY_S),
             on_snapshot=on_snapshot,
             on_redis_unavailable=metrics.redis_unreachable,
             before_each=gpu.update,
         )
-        stack.callback(watch.close)
-        watch.start()
+        stack.callback(queue_monitor.close)
+        queue_monitor.start()
 
     def started(
         self,
@@ -114,7 +114,7 @@ class Observability:
         loaders: LoaderPool,
         stuck_s: Callable[[], float],
     ) -> None:
-        """All parts run: from now on the worker has to make progress."""
+        """Report that all parts run. From now on a worker with work and without progress is not live."""
         self._monitor.started(
             LivenessSources(
                 threads=threads,
@@ -126,12 +126,12 @@ class Observability:
         )
 
     def claiming(self, *, active: bool) -> None:
-        """Claims succeed, or have ended."""
+        """Report whether claims succeed."""
         self._monitor.claiming(active=active)
         self._readiness.claiming(active=active)
 
     def receiving_revokes(self, *, active: bool) -> None:
-        """What is broadcast to workers is heard, or not."""
+        """Report whether Celery's broadcasts to workers are received."""
         self._readiness.receiving_revokes(active=active)
 
     def alive(self) -> None:
@@ -139,7 +139,7 @@ class Observability:
         self._probe_files.touch_alive()
 
     def redis_available(self, *, available: bool) -> None:
-        """Note whether Redis answered the heartbeat. Called every second, so time limits are noticed as well."""
+        """Report whether Redis answered the heartbeat. Called every second, so it also checks the wait for revokes."""
         self._monitor.redis(available=available)
         self._readiness.check_limit()
 
@@ -154,36 +154,36 @@ class Observability:
             self._metrics.reaped(count)
 
     def load_measured(self, load: LoadReport) -> None:
-        """Record where the time went."""
+        """Record how the worker spent its time."""
         if self._metrics is not None:
             self._metrics.load(load)
 
     def canary_failed(self, reason: str) -> None:
-        """The known image got a wrong answer: the worker is not ready any more."""
+        """Report that the health-check image got a wrong vector. The worker is no longer ready."""
         self._probe_files.set_ready(is_ready=False)
         self._monitor.canary(reason)
 
     def stopping(self) -> None:
-        """The worker drains."""
+        """Report that the worker drains."""
         self._monitor.stopping()
 
     def jobs_committed(self, committed: Sequence[CommittedJob]) -> None:
-        """Log and count answers, and make their spans."""
+        """Log and count answers, and create their spans."""
         if self._log_job is not None:
-            for each in committed:
-                self._log_job(each.entry.answer, each.commit_s, not each.is_first)
+            for job in committed:
+                self._log_job(job.entry.answer, job.commit_s, not job.is_first)
         if self._metrics is not None:
             self._metrics.answered(committed)
         if self._traces is not None:
             self._traces.answered(committed)
 
     def jobs_released(self, released: Sequence[Released]) -> None:
-        """Count the jobs among these that failed and get another attempt."""
+        """Count those of the released jobs that failed and get another attempt."""
         if self._metrics is not None:
             self._metrics.retried(released)
 
     def batch_started(self, reason: str, jobs: Sequence[Job]) -> None:
-        """Count a batch, and note it for its span."""
+        """Count a batch, and keep its start for the spans of its jobs."""
         if self._metrics is not None:
             self._metrics.batch(reason, len(jobs))
         if self._traces is not None:

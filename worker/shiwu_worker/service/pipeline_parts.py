@@ -1,4 +1,4 @@
-"""Makes the pipeline, and the threads beside it: commit, heartbeat and cancellations."""
+"""Makes the pipeline, and the threads alongside it: commit, heartbeat and cancellations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MIN_STUCK_BATCHES: Final = 10
 
 
 class PipelineParts:
-    """What the pipeline and the threads beside it share, and how each of them is made."""
+    """What the pipeline and the threads alongside it share, and how each of them is made."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class PipelineParts:
         )
 
     def make_cancellations(self) -> CancellationListener:
-        """The thread that hears of jobs that another process answered."""
+        """The thread that receives the ids of jobs that another process answered."""
         return CancellationListener(
             self.queue.client,
             on_answered_elsewhere=self.in_flight.mark_answered_elsewhere,
