@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,6 +94,24 @@ def test_output_without_a_terminal_is_plain_lines() -> None:
     assert lines["labels"] == "six-zh: 6, all readable and apart"
     assert lines["comparison"].startswith("the same first label, scores differ by 0.0")
     assert "MB in this dtype" in lines["image tower"]
+
+
+def test_output_on_a_terminal_is_a_table(tmp_path: Path) -> None:
+    """Also for a model that cannot be used."""
+    leader, follower = pty.openpty()
+    with open(leader, "rb", buffering=0) as screen:
+        done = subprocess.run(
+            [sys.executable, "-m", "shiwu_worker", "model", "inspect", str(tmp_path)],
+            env=clean_environment({"TERM": "dumb", "COLUMNS": "100"}),
+            stdout=follower,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+        shown = screen.read(10_000).decode(errors="replace")
+        os.close(follower)
+    assert done.returncode == ExitCode.MODEL
+    assert "│ usable │ no: " in shown
 
 
 @pytest.mark.parametrize(
