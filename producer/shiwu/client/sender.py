@@ -14,6 +14,7 @@ from typing import Any, Final
 import redis
 
 from shiwu.broker.answers import wait_replicated
+from shiwu.broker.backoff import Backoff
 from shiwu.broker.connection import run_on_connection
 from shiwu.broker.message_writer import build_message
 from shiwu.broker.queue_stats import count_waiting
@@ -27,8 +28,6 @@ from shiwu.errors import QueueFull
 
 CLOCK_REFRESH_S: Final = 60.0
 """How long the offset of Redis' clock is used before it is measured again."""
-MIN_PAUSE_S: Final = 0.1
-MAX_PAUSE_S: Final = 2.0
 REPORT_EVERY_S: Final = 30.0
 log: Final = logging.getLogger("shiwu")
 MAX_PRIORITY: Final = 9
@@ -106,7 +105,7 @@ class Sender:
         """
         began_s = time.monotonic()
         reported_s = -math.inf
-        pause_s = 0.0
+        backoff = Backoff()
         while True:
             try:
                 return self._send(jobs, options)
@@ -119,8 +118,7 @@ class Sender:
                     reported_s = now_s
                     text = str(error) if isinstance(error, QueueFull) else explain(error)
                     log.warning("%s; waiting (%.0f s so far)", text, now_s - began_s)
-            pause_s = min(MAX_PAUSE_S, pause_s * 2 or MIN_PAUSE_S)
-            Event().wait(pause_s)
+            Event().wait(backoff.next_s())
 
     def send_items(
         self, items: Sequence[tuple[dict[str, Any], str | None]], options: SendOptions, *, make_id: MakeId

@@ -12,14 +12,13 @@ from typing import Final
 
 import redis
 
+from shiwu.broker.backoff import Backoff
 from shiwu.broker.redis_errors import explain, info_of
 from shiwu.client.results import TagResult
 from shiwu.contract import RESULT_STREAM
 
 MAX_REPORTED: Final = 10_000
 """How many unreadable entries are remembered, so that each is reported once."""
-MIN_PAUSE_S: Final = 0.1
-MAX_PAUSE_S: Final = 2.0
 log: Final = logging.getLogger("shiwu")
 
 
@@ -116,7 +115,7 @@ class Outage:
     def __init__(self, *, away_s: float | None) -> None:
         self._away_s = away_s
         self._since_s: float | None = None
-        self._pause_s = 0.0
+        self._backoff = Backoff()
 
     @property
     def is_on(self) -> bool:
@@ -136,14 +135,14 @@ class Outage:
         if self._since_s is None:
             log.warning("%s; trying again", explain(error))
         self._since_s = since_s
-        self._pause_s = min(MAX_PAUSE_S, self._pause_s * 2 or MIN_PAUSE_S)
-        Event().wait(self._pause_s)
+        Event().wait(self._backoff.next_s())
 
     def end(self) -> None:
         """Record that Redis has answered."""
         if self._since_s is not None:
             log.warning("Redis answers again, after %.1f s", time.monotonic() - self._since_s)
-        self._since_s, self._pause_s = None, 0.0
+        self._since_s = None
+        self._backoff.reset()
 
 
 def _read_entry(fields: Mapping[bytes, bytes]) -> TagResult:

@@ -7,7 +7,8 @@ import threading
 from redis import AuthenticationError, ConnectionError, RedisError
 from structlog.testing import capture_logs
 
-from shiwu_worker.runtime.backoff import LOG_INTERVAL_S, MAX_PAUSE_S, Backoff, RedisBackoff
+from shiwu.broker.backoff import MAX_PAUSE_S
+from shiwu_worker.runtime.backoff import LOG_INTERVAL_S, RedisBackoff
 from tests.support.clock import Clock
 
 UNAVAILABLE = ConnectionError("Connection refused")
@@ -25,17 +26,6 @@ class Pauses(threading.Event):
         """Record the pause."""
         self.waited_s.append(timeout)
         return self.is_set()
-
-
-def test_backoff_doubles_up_to_its_limit() -> None:
-    """After a reset it begins with the shortest pause again."""
-    backoff = Backoff(first_s=0.5, max_s=3.0)
-    assert not backoff.is_waiting
-    assert [backoff.next_s() for _ in range(5)] == [0.5, 1.0, 2.0, 3.0, 3.0]
-    assert backoff.is_waiting
-    backoff.reset()
-    assert not backoff.is_waiting
-    assert backoff.next_s() == 0.5
 
 
 def test_redis_backoff_pauses_grow_and_stay_bounded() -> None:

@@ -22,6 +22,7 @@ from celery.worker.consumer import Consumer
 from kombu import Queue
 from structlog.typing import FilteringBoundLogger
 
+from shiwu.broker.backoff import Backoff
 from shiwu.contract import TASK_NAME, Lane
 from shiwu_worker.celery_worker.callback_app import make_callback_app
 from shiwu_worker.celery_worker.callbacks import CallbackSender
@@ -34,7 +35,6 @@ from shiwu_worker.config.errors import load_settings_or_exit, report_unknown_nam
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import FatalError
 from shiwu_worker.jobs.outcome import CommittedJob
-from shiwu_worker.runtime.backoff import Backoff
 from shiwu_worker.service.bootstrap import WorkerService, open_service
 from shiwu_worker.service.factories import CELERY_CONNECTIONS, connect, make_answer_store
 from shiwu_worker.telemetry import logs

@@ -1,4 +1,4 @@
-"""Growing pauses between tries, and how a Redis that does not answer is logged."""
+"""Pauses of a worker's thread while Redis does not answer, and how they are logged."""
 
 from __future__ import annotations
 
@@ -10,39 +10,15 @@ from typing import TYPE_CHECKING, Final
 import structlog
 from redis import RedisError
 
+from shiwu.broker.backoff import MAX_PAUSE_S, Backoff
 from shiwu.broker.redis_errors import REDIS_ERRORS, RedisCode, classify
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 log: FilteringBoundLogger = structlog.get_logger()
-FIRST_PAUSE_S: Final = 0.1
-MAX_PAUSE_S: Final = 2.0
 LOG_INTERVAL_S: Final = 30.0
 """How often an error is logged that does not pass by itself."""
-
-
-class Backoff:
-    """Pauses that double from `first_s` up to `max_s`. Used by one thread."""
-
-    def __init__(self, *, first_s: float = FIRST_PAUSE_S, max_s: float = MAX_PAUSE_S) -> None:
-        self._first_s = first_s
-        self._max_s = max_s
-        self._pause_s = 0.0
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether a pause was taken since the last `reset`."""
-        return self._pause_s > 0
-
-    def next_s(self) -> float:
-        """The next pause, in seconds."""
-        self._pause_s = min(self._max_s, self._pause_s * 2 or self._first_s)
-        return self._pause_s
-
-    def reset(self) -> None:
-        """Begin again with the shortest pause."""
-        self._pause_s = 0.0
 
 
 class RedisBackoff:
