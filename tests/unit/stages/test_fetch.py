@@ -8,7 +8,6 @@ import zlib
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +17,7 @@ from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.stages.fetch.fetcher import Fetcher
 from shiwu_worker.stages.fetch.http_replies import retry_after_s
 from shiwu_worker.stages.fetch.source_pauses import MAX_SOURCES, SourcePauses
+from tests.support.clock import Clock
 from tests.support.fetchers import make_fetcher
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.raw_server import RawServer, says
@@ -175,14 +175,15 @@ def test_source_that_asks_for_a_pause_is_requested_once(http_server: PictureServ
     assert http_server.hits == {"/busy": 1}
 
 
-def test_pause_that_is_over_is_forgotten(http_server: PictureServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one that is too long counts as the longest."""
+def test_pause_that_is_over_is_forgotten(http_server: PictureServer) -> None:
+    """A pause that is too long counts as the longest."""
     url = http_server.serve("/a", Reply(status=429, headers={"Retry-After": "9999999"}), Reply.picture(BODY))
-    fetcher = make_fetcher()
+    fetcher, clock = make_fetcher(), Clock()
+    fetcher._pauses = SourcePauses(longest_s=300.0, clock=clock.monotonic)
     assert code_of(fetcher, url) == (Unavailable, "source_throttled")
+    clock.now_s += 299
     assert code_of(fetcher, url) == (Unavailable, "source_throttled")
-    now_s = time.monotonic() + 301  # the longest pause, and some
-    monkeypatch.setattr("shiwu_worker.stages.fetch.source_pauses.time", SimpleNamespace(monotonic=lambda: now_s))
+    clock.now_s += 2
     assert fetcher.fetch(url) == BODY
 
 

@@ -176,6 +176,7 @@ class LoaderPool:
             while not self._closing.is_set():
                 self._poll()
         except (ForkServerError, TimeoutError) as error:
+            log.exception("thread_failed", thread="loaders")
             raise FatalError(ExitCode.LOADERS, f"{type(error).__name__}: {error}") from error
 
     def _fail(self, error: FatalError) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Final
 
 from shiwu.contract import ErrorCode, Stage
@@ -19,9 +20,11 @@ class SourcePauses:
 
     Args:
         longest_s: longest pause; a longer one is cut to this.
+        clock: gives monotonic seconds.
     """
 
-    def __init__(self, *, longest_s: float) -> None:
+    def __init__(self, *, longest_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._longest_s = longest_s
         self._until: OrderedDict[str, tuple[float, ErrorCode]] = OrderedDict()
         self._lock = threading.Lock()
@@ -34,7 +37,7 @@ class SourcePauses:
         """
         with self._lock:
             until_s, code = self._until.get(source, (0.0, ErrorCode.SOURCE_THROTTLED))
-            left_s = until_s - time.monotonic()
+            left_s = until_s - self._clock()
             if left_s <= 0:
                 self._until.pop(source, None)
                 return
@@ -46,7 +49,7 @@ class SourcePauses:
         if not reply.retry_after_s or reply.is_untried:
             return
         with self._lock:
-            self._until[source] = (time.monotonic() + min(reply.retry_after_s, self._longest_s), reply.code)
+            self._until[source] = (self._clock() + min(reply.retry_after_s, self._longest_s), reply.code)
             self._until.move_to_end(source)
             if len(self._until) > MAX_SOURCES:
                 self._until.popitem(last=False)
