@@ -70,8 +70,8 @@ def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def known_to(binary: Path, users: str) -> str:
     """The users in the form of this server: Redis before 7.2 needs the changes that the head of the file names."""
-    said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
-    [(major, minor)] = re.findall(r"v=(\d+)\.(\d+)", said)
+    output = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
+    [(major, minor)] = re.findall(r"v=(\d+)\.(\d+)", output)
     return users if (int(major), int(minor)) >= (7, 2) else users.replace(" +client|setinfo", "")
 
 
@@ -99,9 +99,9 @@ def test_acl_users_can_do_their_work(guarded: Guarded, worker: WorkerProcess) ->
             later = client.enqueue(guarded.image, countdown_s=60)
             assert client.cancel(later) == [later]
             with Client(guarded.url("consumer")) as consumer:
-                seen = list(consumer.results(group="g", block_s=0.1, stop_when_idle=True))
-            assert {item.result.id for item in seen} == {*ids, later}
-            for item in seen:
+                items = list(consumer.results(group="g", block_s=0.1, stop_when_idle=True))
+            assert {item.result.id for item in items} == {*ids, later}
+            for item in items:
                 item.ack()
         _by_celery(guarded, admin)
         _sweep(guarded, admin)
@@ -184,7 +184,7 @@ def test_acl_users_are_refused_other_commands(guarded: Guarded, user: str, comma
 
 
 def test_acl_applies_inside_scripts(guarded: Guarded) -> None:
-    """A user who may run scripts is refused in them what is refused outside."""
+    """A script cannot run commands that its user may not run."""
     with guarded.client("admin") as admin:
         sha = admin.script_load(f"return redis.call('RPOP', '{LANE}')")
     for user in ("client", "sweep"):

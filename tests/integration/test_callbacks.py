@@ -1,4 +1,4 @@
-"""Celery's canvas over shiwu.tag, from a Celery application that has none of our code.
+"""Celery's canvas over shiwu.tag, from a Celery application without shiwu's code.
 
 Each canvas runs twice: with `shiwu.tag`, and with an ordinary Celery task. The outcomes must be equal.
 """
@@ -51,7 +51,7 @@ class Plain:
     missing: str
 
     def tag(self, image: str | None = None, **options: Any) -> Any:
-        """A signature of the task under test; without a picture it takes the result before it."""
+        """A signature of the task under test; without an image it takes the result before it."""
         queue = {"queue": Lane.BULK.queue} if self.task == "shiwu.tag" else {}
         return self.app.signature(self.task, args=[image] if image else [], **queue, **options)
 
@@ -60,14 +60,14 @@ class Plain:
         return self.app.signature(f"plain.{name}", args=args, kwargs=kwargs, app=self.app)
 
     def notes(self) -> list[str]:
-        """What the application's tasks have left."""
+        """Notes that the application's tasks wrote."""
         found: Any = self.client.lrange(NOTES, 0, -1)
         return [text.decode() for text in found]
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Valkey, Path]]:
-    """A Redis, a worker of ours and an ordinary Celery worker beside it."""
+    """A Redis, a worker of shiwu and an ordinary Celery worker."""
     folder = tmp_path_factory.mktemp("canvas")
     for number, name in enumerate(("good", "other")):
         (folder / f"{name}.png").write_bytes(pictures.png(pictures.picture().resize((40 + number, 40))))
@@ -91,7 +91,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Valkey, 
         worker.wait_ready()
         wait_until(lambda: "ready." in plain.log_text() or not plain.is_running, timeout_s=60)
         with server.client() as client:
-            # A revoke is a broadcast: who does not listen yet does not hear it. The plain worker listens too.
+            # A revoke is a broadcast: workers that are not subscribed yet miss it. The plain worker must be, too.
             pidbox = "_kombu.binding.celery.pidbox"
             wait_until(lambda: client.exists(pidbox) and client.pubsub_numpat() >= 2, timeout_s=30)
         yield server, folder
@@ -121,7 +121,7 @@ def test_chain(plain: Plain) -> None:
 
 
 def test_chain_into_the_task(plain: Plain) -> None:
-    """The result before is the reference."""
+    """The result of the task before is the reference."""
     result = chain(plain.then("reference", plain.good), plain.tag(), plain.then("best")).apply_async()
     assert result.get(timeout=GET_S) == f"tagged {plain.good}"
 
@@ -174,7 +174,7 @@ def test_link_error(plain: Plain) -> None:
 
 
 def test_chain_fails_with_its_first_task(plain: Plain) -> None:
-    """What follows a failed task is failed too, so that nobody waits for ever."""
+    """Later tasks of the chain fail too, so that no caller waits forever."""
     result = chain(plain.tag(plain.missing), plain.then("best"), plain.then("reference")).apply_async()
     with pytest.raises(Exception, match="source_not_found"):
         result.get(timeout=GET_S)
@@ -203,7 +203,7 @@ def test_forget(plain: Plain) -> None:
 
 
 def test_revoke_of_a_waiting_task(servers: tuple[Valkey, Path], app: Celery) -> None:
-    """`AsyncResult.revoke()` on a job that waits for its time: revoked at once, as Celery says it."""
+    """`AsyncResult.revoke()` revokes a job with a countdown immediately, as in Celery."""
     server, folder = servers
     reference = (folder / "good.png").as_uri()
     result = app.send_task("shiwu.tag", args=[reference], queue=Lane.BULK.queue, countdown=300)
@@ -220,7 +220,7 @@ def test_revoke_of_a_waiting_task(servers: tuple[Valkey, Path], app: Celery) -> 
 
 
 def test_one_revoke_names_thousands(servers: tuple[Valkey, Path], app: Celery) -> None:
-    """No id of the broadcast is left out, whatever their number."""
+    """Every id of the broadcast is revoked, for any number."""
     ids = [f"thousands-{number}" for number in range(2500)]
     with servers[0].client() as client:
         app.control.revoke([*ids, "~" + "0" * 40])
@@ -230,15 +230,15 @@ def test_one_revoke_names_thousands(servers: tuple[Valkey, Path], app: Celery) -
 def test_task_events(servers: tuple[Valkey, Path], app: Celery) -> None:
     """With -E, Celery's own receiver sees each job received, started and ended, with its runtime."""
     _, folder = servers
-    seen: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
     done = threading.Event()
     listening = threading.Event()
 
     def take(event: dict[str, Any]) -> None:
         listening.set()
         if event.get("uuid") in {"event-good", "event-missing"}:
-            seen.append(event)
-            if sum(one["type"] in {"task-succeeded", "task-failed"} for one in seen) == 2:
+            events.append(event)
+            if sum(event["type"] in {"task-succeeded", "task-failed"} for event in events) == 2:
                 done.set()
 
     def listen() -> None:
@@ -254,17 +254,17 @@ def test_task_events(servers: tuple[Valkey, Path], app: Celery) -> None:
     for name in ("good", "missing"):
         reference = (folder / f"{name}.png").as_uri()
         app.send_task("shiwu.tag", args=[reference], queue=Lane.BULK.queue, task_id=f"event-{name}")
-    assert done.wait(GET_S), seen
+    assert done.wait(GET_S), events
     thread.join(GET_S)
     for name, last in (("good", "task-succeeded"), ("missing", "task-failed")):
-        mine = [event for event in seen if event["uuid"] == f"event-{name}"]
+        mine = [event for event in events if event["uuid"] == f"event-{name}"]
         assert [event["type"] for event in mine] == ["task-received", "task-started", last]
 
 
 def test_callbacks_of_a_crashed_worker_are_sent_by_another(
     start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
-    """An answer whose callbacks nobody sent lies in Redis; the next worker finds and sends them."""
+    """Unsent callbacks of an answer are kept in Redis; the next worker finds and sends them."""
     from shiwu.broker.answers import AnswerEntry, AnswerStore  # noqa: PLC0415
     from shiwu.contract import Answer, ImageInfo, Status  # noqa: PLC0415 beside their one use
 
@@ -283,7 +283,7 @@ def test_callbacks_of_a_crashed_worker_are_sent_by_another(
 
 @pytest.mark.parametrize("way", ["cancel", "revoke"])
 def test_chord_and_chain_end_with_a_cancelled_job(servers: tuple[Valkey, Path], app: Celery, way: str) -> None:
-    """Nobody waits for ever for a body or a follower whose task was cancelled while it waited for its time."""
+    """No caller waits forever for a chord body or next task after a job with a countdown was cancelled."""
     server, folder = servers
     reference = (folder / "good.png").as_uri()
     tag = app.signature("shiwu.tag", args=[reference], queue=Lane.BULK.queue)
@@ -292,7 +292,7 @@ def test_chord_and_chain_end_with_a_cancelled_job(servers: tuple[Valkey, Path], 
     follower = app.signature("plain.best", app=app)
     all_of_them = chord([tag, late], body).apply_async()
     one_by_one = chain(late.clone(), follower).apply_async()
-    [header] = [one.id for one in all_of_them.parent.results if one.id != all_of_them.parent.results[0].id]
+    [header] = [result.id for result in all_of_them.parent.results if result.id != all_of_them.parent.results[0].id]
     with server.client() as client, Client(server.url) as ours:
         for job_id in (header, one_by_one.parent.id):
             wait_until(partial(client.zscore, "shiwu:delayed", job_id), timeout_s=GET_S)
@@ -363,5 +363,5 @@ def test_celery_tasks_in_the_admin_queue_are_not_run(servers: tuple[Valkey, Path
         result = app.send_task("shiwu.tag", args=[(folder / "good.png").as_uri()], queue=Lane.BULK.queue)
         assert result.get(timeout=GET_S)["status"] == "tagged"
         assert client.llen("theirs") == 0
-        told = [path.read_text() for path in folder.glob("*.log")]
-        assert sum("unregistered task" in text for text in told) == 1
+        logs = [path.read_text() for path in folder.glob("*.log")]
+        assert sum("unregistered task" in text for text in logs) == 1

@@ -1,4 +1,4 @@
-"""What Celery's own tools do with a worker: `-Q`, `--logfile`, `inspect`, `status`, `call`; and its time zone."""
+"""Celery's own tools with a worker: `-Q`, `--logfile`, `inspect`, `status`, `call`; and its time zone."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BulkWorker]:
 
 @pytest.fixture
 def image(worker: BulkWorker) -> str:
-    """A picture that the worker may read."""
+    """An image that the worker may read."""
     return (worker.log_file.parent / "x.png").as_uri()
 
 
@@ -114,14 +114,16 @@ def test_time_without_a_zone_is_in_the_zone_of_the_worker(worker: BulkWorker, im
 
 
 def asked(app: Celery, command: str) -> Any:
-    """What the worker says to a command of `celery inspect`; a busy machine may take longer than that waits."""
-    said = wait_until(getattr(app.control.inspect(timeout=2.0), command), timeout_s=40, what=f"an answer to {command}")
-    assert list(said) == ["bulk@here"]
-    return said["bulk@here"]
+    """Return the reply to a command of `celery inspect`, with a longer timeout for busy machines."""
+    replies = wait_until(
+        getattr(app.control.inspect(timeout=2.0), command), timeout_s=40, what=f"an answer to {command}"
+    )
+    assert list(replies) == ["bulk@here"]
+    return replies["bulk@here"]
 
 
 def test_inspect_ping_and_stats_are_answered(worker: BulkWorker) -> None:
-    """`celery status` is a ping; stats tell lanes and answers."""
+    """`celery status` is a ping; stats have lanes and answers."""
     with celery_client(worker.redis_url, has_results=False) as app:
         assert asked(app, "ping") == {"ok": "pong"}
         stats = asked(app, "stats")
@@ -146,10 +148,10 @@ def test_other_control_commands_are_ignored(worker: BulkWorker, image: str) -> N
                 "x",
                 ["y"],
             ):
-                told = {"method": "ping", "arguments": {}, "reply_to": reply_to, "ticket": "t"}
+                ping = {"method": "ping", "arguments": {}, "reply_to": reply_to, "ticket": "t"}
                 with connection.channel() as channel, app.amqp.Producer(channel) as producer:
                     producer.publish(
-                        told, exchange=mailbox.exchange.name, declare=[mailbox.exchange], serializer="json"
+                        ping, exchange=mailbox.exchange.name, declare=[mailbox.exchange], serializer="json"
                     )
         assert asked(app, "ping") == {"ok": "pong"}
         assert near.llen(Lane.INTERACTIVE.queue) == 0
@@ -158,7 +160,7 @@ def test_other_control_commands_are_ignored(worker: BulkWorker, image: str) -> N
 
 
 def test_call_and_delay_of_the_app_reach_a_lane(redis_url: str, redis_client: redis.Redis) -> None:
-    """Not Celery's own queue, which nobody reads; a lane may be named, a queue that is none may not."""
+    """Celery's default queue is not used; lanes may be named, other queues may not."""
     app = make_app(Settings(redis_url=redis_url))  # type: ignore[arg-type]  # pydantic reads the text
     try:
         app.tasks["shiwu.tag"].delay(image="s3://b/k")
@@ -206,7 +208,7 @@ def test_lanes_of_a_command_line(
 
 @pytest.mark.parametrize("arguments", ["-Q celery", "-Q shiwu.interactive,typo", "-X shiwu.bulk,shiwu.interactive"])
 def test_queue_that_is_not_a_lane_is_refused(redis_url: str, arguments: str) -> None:
-    """With exit code 64 and words, before anything is loaded."""
+    """Exit code 64 and an error text, before the model is loaded."""
     done = subprocess.run(
         [sys.executable, "-m", "celery", "-A", "shiwu_worker.app", "worker", *arguments.split()],
         env=clean_environment({"SHIWU_REDIS_URL": redis_url}),

@@ -1,4 +1,4 @@
-"""`shiwu-worker --check`: what it says of Redis, the label files and the settings, and its exit code."""
+"""`shiwu-worker --check`: its report on Redis, label files and settings, and its exit code."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def test_check_reports_memory_settings_of_redis(
     """A policy that deletes jobs is an error; one that deletes answers, and no append-only file, are warnings."""
     for name, value in settings.items():
         config.config_set(name, value)
-    found = run()
-    assert found.exit_code == code, found.output
-    assert text in found.stdout
-    assert ("append-only" in found.stdout) == (settings.get("appendonly") == "no" or code == 0)
+    result = run()
+    assert result.exit_code == code, result.output
+    assert text in result.stdout
+    assert ("append-only" in result.stdout) == (settings.get("appendonly") == "no" or code == 0)
 
 
 def test_check_without_info_warns(redis_client: redis.Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,12 +71,12 @@ def test_check_without_info_warns(redis_client: redis.Redis, redis_url: str, mon
     )
     monkeypatch.setenv("SHIWU_REDIS_URL", redis_url.replace("://", "://check-user:pw@"))
     try:
-        found = run()
+        result = run()
     finally:
         redis_client.acl_deluser("check-user")
-    assert found.exit_code == 0, found.output
-    assert "warning  redis: version and memory settings are not known" in found.stdout
-    assert "pw@" not in found.output
+    assert result.exit_code == 0, result.output
+    assert "warning  redis: version and memory settings are not known" in result.stdout
+    assert "pw@" not in result.output
 
 
 def test_check_prints_results_first_and_changed_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_check_prints_results_first_and_changed_settings(monkeypatch: pytest.Mon
 
 
 def test_check_continues_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each check says its own; the exit code is that of the first failure, as a worker's would be."""
+    """Each check reports its own failure; the exit code is that of the first, as for a worker."""
     monkeypatch.setenv("SHIWU_REDIS_URL", "redis://127.0.0.1:1/0")
     monkeypatch.setenv("SHIWU_LABELS_DIR", str(tmp_path))
     (tmp_path / "x.yaml").write_text("labels: [", encoding="utf-8")
@@ -108,11 +108,11 @@ def test_check_continues_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_pa
         raise FatalError(ExitCode.MODEL, "no such model")
 
     monkeypatch.setattr(check, "_check_model", fail)
-    found = run()
-    assert found.exit_code == ExitCode.CONFIG
-    failed = [line.split()[1] for line in found.stdout.splitlines() if line.startswith("failed")]
+    result = run()
+    assert result.exit_code == ExitCode.CONFIG
+    failed = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("failed")]
     assert failed == ["redis:", "callbacks:", "labels:", "model:"]
-    assert "Traceback" not in found.output
+    assert "Traceback" not in result.output
     monkeypatch.setattr(check, "_check_redis", lambda _: Report("fine"))
     monkeypatch.setattr(callback_app, "check_callbacks", lambda _: "fine")
     monkeypatch.delenv("SHIWU_LABELS_DIR")
@@ -126,10 +126,10 @@ def test_check_reports_defects_as_defects(monkeypatch: pytest.MonkeyPatch) -> No
         raise KeyError("x")
 
     monkeypatch.setattr(check, "_check_model", fail)
-    found = run()
-    assert found.exit_code == ExitCode.INTERNAL
-    assert "failed   model: KeyError: 'x' (a defect of shiwu: please report it)" in found.stdout
-    assert "Traceback" in found.stderr
+    result = run()
+    assert result.exit_code == ExitCode.INTERNAL
+    assert "failed   model: KeyError: 'x' (a defect of shiwu: please report it)" in result.stdout
+    assert "Traceback" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ def test_check_reports_defects_as_defects(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_contradicting_options_are_refused(args: list[str], text: str) -> None:
     """Instead of a worker that starts, or an option without effect."""
-    found = CliRunner().invoke(main, args)
-    assert (found.exit_code, text in found.output) == (2, True)
+    result = CliRunner().invoke(main, args)
+    assert (result.exit_code, text in result.output) == (2, True)
 
 
 def test_check_of_all_real_parts_succeeds(
@@ -150,9 +150,9 @@ def test_check_of_all_real_parts_succeeds(
         monkeypatch.setenv(name, value)
     kwargs = redis_client.connection_pool.connection_kwargs
     monkeypatch.setenv("SHIWU_REDIS_URL", f"redis://{kwargs['host']}:{kwargs['port']}/0")
-    found = run()
-    assert found.exit_code == 0, found.output
-    assert [line.split()[1] for line in found.stdout.splitlines() if line.startswith("ok")] == [
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("ok")] == [
         "settings:",
         "redis:",
         "callbacks:",

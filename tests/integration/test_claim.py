@@ -22,7 +22,7 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 
 
 def test_claim_is_recorded_under_a_lease(client: redis.Redis) -> None:
-    """A popped message is at once among the claims, with a lease of the asked length."""
+    """A popped message is recorded in the claims in the same step, with a lease of the given length."""
     client.lpush("shiwu.interactive", message("one"))
     [job] = make_lease_queue(client, "w", lease_s=15).claim(10).jobs
     assert (job.id, job.attempt, job.key, job.raw) == ("one", 1, Lane.INTERACTIVE.queue, message_of(client, "one"))
@@ -59,13 +59,13 @@ def test_job_of_a_crashed_worker_returns_to_the_front(client: redis.Redis) -> No
     """Any worker reaps an ended lease; the job is next in its lane and its attempt is 2."""
     client.lpush("shiwu.bulk", message("old", Lane.BULK), message("new", Lane.BULK))
     make_lease_queue(client, "dead", lease_s=0.05).claim(1)
-    other = make_lease_queue(client, "alive")
+    other = make_lease_queue(client, "other")
     wait_until(lambda: make_maintenance(client).run_once().reaped == 1, timeout_s=5)
     assert [(job.id, job.attempt) for job in other.claim(2).jobs] == [("old", 2), ("new", 1)]
 
 
 def test_lease_of_a_running_worker_is_renewed(client: redis.Redis) -> None:
-    """A renewed lease does not end; renewing tells what is no longer ours."""
+    """A renewed lease does not expire; the reply names jobs that this worker no longer holds."""
     client.lpush("shiwu.bulk", message("mine"), message("lost"))
     mine, other = make_lease_queue(client, "mine", lease_s=30), make_lease_queue(client, "other")
     mine.claim(2)

@@ -68,7 +68,7 @@ def test_results_of_a_crashed_consumer_are_delivered_again(redis_url: str, redis
         finish(redis_client)
 
         def read(group: str, consumer: str, *, ack: bool, reclaim_idle_s: float = 60.0) -> list[str]:
-            seen = []
+            ids_read = []
             for item in client.results(
                 group=group,
                 consumer=consumer,
@@ -77,10 +77,10 @@ def test_results_of_a_crashed_consumer_are_delivered_again(redis_url: str, redis
                 stop_when_idle=True,
                 batch=20,
             ):
-                seen.append(item.result.id)
+                ids_read.append(item.result.id)
                 if ack:
                     item.ack()
-            return seen
+            return ids_read
 
         assert sorted(read("a", "one", ack=False)) == sorted(ids)
         assert sorted(read("b", "one", ack=True)) == sorted(ids)
@@ -124,7 +124,7 @@ def test_cli_tag_shows_tags_and_errors(shared_worker: WorkerProcess, s3: S3Serve
     ],
 )
 def test_cli_errors_have_exit_codes(redis_url: str, arguments: list[str], code: int, text: str) -> None:
-    """One line says what to do, and the exit code is the one that --help lists."""
+    """One line names the remedy, and the exit code is the one that --help lists."""
     first = [] if "--redis-url" in arguments else ["--redis-url", redis_url]
     result = CliRunner().invoke(main, [*first, *arguments])
     assert result.exit_code == code

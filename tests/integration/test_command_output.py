@@ -1,4 +1,4 @@
-"""What `shiwu` shows to a person or a pipe, with a real Redis and, where answers are needed, a real worker."""
+"""Output of `shiwu` to a terminal or a pipe, with a real Redis and, where answers are needed, a real worker."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_tag_shows_reasons_and_hints(shared_worker: WorkerProcess, s3: S3Server)
 def test_tag_reads_labels_and_thresholds(
     shared_worker: WorkerProcess, s3: S3Server, args: list[str], code: int, text: str
 ) -> None:
-    """A single word is found, or told how to be written; a threshold that leaves nothing names the best label."""
+    """A single label works, or the error shows the right form; a threshold without tags names the best label."""
     good = s3.put("cli/panda.jpg", pictures.jpeg(pictures.picture("熊猫")))
     found = call(shared_worker.redis_url, "tag", good, *args)
     assert found.exit_code == code, found.output
@@ -124,7 +124,7 @@ def on_a_terminal(args: list[str], *, columns: int) -> str:
             while True:
                 try:
                     part = read.read(4096)
-                except OSError:  # Linux' way to say that the other side is closed
+                except OSError:  # Linux reports a closed other side so
                     break
                 if not part:
                     break
@@ -155,13 +155,13 @@ def _run(args: list[str], *, redis_url: str, **options: Any) -> subprocess.Popen
 def test_ctrl_c_while_waiting_prints_no_traceback(
     redis_url: str, redis_client: redis.Redis, wait_until: Callable[..., Any]
 ) -> None:
-    """With the code that shells use, which is not the one of a picture without tags."""
+    """With the code that shells use, which is not the one of an image without tags."""
     with _run(["tag", "s3://b/k"], redis_url=redis_url, stdout=subprocess.DEVNULL) as process:
         wait_until(lambda: redis_client.llen(Lane.INTERACTIVE.queue), timeout_s=20)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert told.decode().splitlines() == ["shiwu: interrupted; what was enqueued goes on"]
+    assert errors.decode().splitlines() == ["shiwu: interrupted; what was enqueued goes on"]
 
 
 def test_closed_pipe_prints_no_traceback(redis_url: str, redis_client: redis.Redis) -> None:
@@ -172,8 +172,8 @@ def test_closed_pipe_prints_no_traceback(redis_url: str, redis_client: redis.Red
     os.close(read)
     for args in (["dead", "list"], ["dead", "list", "--json"]):
         with _run(args, redis_url=redis_url, stdout=write) as process:
-            _, told = process.communicate(timeout=20)
-        assert (process.returncode, told) == (141, b"")
+            _, errors = process.communicate(timeout=20)
+        assert (process.returncode, errors) == (141, b"")
     os.close(write)
 
 
@@ -182,8 +182,8 @@ def test_other_encodings_and_closed_streams_work(redis_url: str, redis_client: r
     add_dead_letter(redis_client, "j1", reference="s3://b/熊猫", text="没有")
     options: dict[str, Any] = {"redis_url": redis_url, "env": {"PYTHONIOENCODING": "ascii"}}
     with _run(["dead", "list"], stdout=subprocess.PIPE, **options) as process:
-        shown, told = process.communicate(timeout=20)
-    assert (process.returncode, told) == (0, b"")
+        shown, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, b"")
     assert rb"s3://b/\u718a\u732b" in shown
     for shell, code, text in (("dead list >&-", 0, b""), ("status >&-", 0, b""), ("enqueue - <&-", 2, b"it is closed")):
         command = ["sh", "-c", f"{' '.join(SHIWU)} --redis-url {redis_url} {shell}"]

@@ -161,14 +161,14 @@ def test_enqueue_with_replicas_waits_for_confirmation(replicated: tuple[RedisSer
 def test_transaction_on_a_connection_is_atomic(redis_url: str, redis_client: redis.Redis) -> None:
     """A command that cannot be queued, or fails, raises an error and leaves the connection usable."""
     redis_client.set("text", "x")
-    with connect(redis_url, timeout_s=5) as client, client.client() as one:  # type: ignore[no-untyped-call]  # redis' own
-        assert run_on_connection(one, ("SET", "a", 1), ("GET", "a")) == [b"OK", b"1"]
+    with connect(redis_url, timeout_s=5) as client, client.client() as connection:  # type: ignore[no-untyped-call]  # redis' own
+        assert run_on_connection(connection, ("SET", "a", 1), ("GET", "a")) == [b"OK", b"1"]
         with pytest.raises(redis.ResponseError):
-            run_on_connection(one, ("SET", "b", 1), ("NO-SUCH-COMMAND",))
+            run_on_connection(connection, ("SET", "b", 1), ("NO-SUCH-COMMAND",))
         assert redis_client.get("b") is None
         with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
-            run_on_connection(one, ("SET", "b", 1), ("LPUSH", "text", 1))
-        assert run_on_connection(one, ("GET", "a")) == [b"1"]
+            run_on_connection(connection, ("SET", "b", 1), ("LPUSH", "text", 1))
+        assert run_on_connection(connection, ("GET", "a")) == [b"1"]
 
 
 def test_wait_without_a_free_listener_polls(redis_url: str, redis_client: redis.Redis) -> None:

@@ -86,11 +86,11 @@ def test_dropped_revokes_are_logged(redis_client: redis.Redis, monkeypatch: pyte
     """The oldest revokes are dropped, as in Celery, and the log has their number."""
     monkeypatch.setattr("shiwu_worker.celery_worker.revoke.MAX_REMEMBERED", 10)
     revoker = Revoker(redis_client, make_committer(redis_client, "revoke"))
-    with structlog.testing.capture_logs() as said:
+    with structlog.testing.capture_logs() as logs:
         revoker.revoke([f"old-{number}" for number in range(10)])
-        assert said == []
+        assert logs == []
         revoker.revoke([f"new-{number}" for number in range(4)])
-    assert [(one["event"], one["jobs"]) for one in said] == [("revokes_dropped", 4)]
+    assert [(line["event"], line["jobs"]) for line in logs] == [("revokes_dropped", 4)]
     assert redis_client.zcard(REVOKED) == 10
 
 

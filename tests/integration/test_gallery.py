@@ -75,7 +75,7 @@ def test_answers_of_a_worker_become_a_page(
 
 
 def test_ids_without_an_answer_are_counted(redis_client: redis.Redis, redis_url: str, tmp_path: Path) -> None:
-    """The page of the others is written, and the exit code tells of them."""
+    """The page with the other answers is written, and the exit code shows the failure."""
     commit(redis_client, tagged("a"), rejected("b"))
     page = tmp_path / "page.html"
     made = call(redis_url, "a", "b", "c", "-o", str(page), "--no-thumbnails")
@@ -108,11 +108,11 @@ def test_the_last_answer_of_an_id_counts(redis_url: str, tmp_path: Path) -> None
     text = b"\xef\xbb\xbf" + lines(rejected("a")) + b"\n" + lines(tagged("b"), tagged("a"))
     made = call(redis_url, "--jsonl", "-", "-o", str(page), "--no-thumbnails", input=text)
     assert made.exit_code == 0, made.output
-    assert [(one["id"], one["status"]) for one in cards(page).values()] == [("a", "tagged"), ("b", "tagged")]
+    assert [(card["id"], card["status"]) for card in cards(page).values()] == [("a", "tagged"), ("b", "tagged")]
 
 
 @pytest.mark.parametrize(
-    ("args", "text", "told"),
+    ("args", "text", "expected"),
     [
         ((), b"", "only one of them"),
         (("a", "--group", "b"), b"", "only one of them"),
@@ -122,17 +122,17 @@ def test_the_last_answer_of_an_id_counts(redis_url: str, tmp_path: Path) -> None
     ],
     ids=["nothing", "two-inputs", "no-answer", "no-json", "no-folder"],
 )
-def test_wrong_usage_is_told_in_one_line(redis_url: str, args: tuple[str, ...], text: bytes, told: str) -> None:
+def test_wrong_usage_gives_one_line(redis_url: str, args: tuple[str, ...], text: bytes, expected: str) -> None:
     """And no page is written."""
     made = call(redis_url, *args, input=text)
     assert made.exit_code == 2
-    assert told in made.output
+    assert expected in made.output
 
 
 def test_missing_thumbnails_do_not_stop_the_page(
     redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker's settings are wrong here: the page says so, and so does standard error."""
+    """With wrong worker settings, both the page and standard error name the reason."""
     monkeypatch.setenv("SHIWU_MAX_BYTES", "many")
     page = tmp_path / "page.html"
     made = call(redis_url, "--jsonl", "-", "-o", str(page), input=lines(tagged("a")))

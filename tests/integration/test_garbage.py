@@ -49,8 +49,8 @@ def test_objects_are_exempt_until_the_stack_is_closed() -> None:
         freeze_started(stack)
         later = [Node()]
         objects = gc.get_objects()
-        assert not any(one is kept for one in objects)
-        assert any(one is later for one in objects)
+        assert not any(item is kept for item in objects)
+        assert any(item is later for item in objects)
         assert gc.get_freeze_count() > 0
     assert gc.get_freeze_count() == 0
 

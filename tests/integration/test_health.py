@@ -36,7 +36,7 @@ SLACK_S = 1.0
 
 
 def probe(port: int, path: str) -> tuple[int, str]:
-    """Status and body; 0 where nobody listens."""
+    """Return status and body; 0 where no server listens."""
     client = http.client.HTTPConnection(LOOPBACK, port, timeout=5)
     try:
         client.request("GET", path)
@@ -51,12 +51,12 @@ def probe(port: int, path: str) -> tuple[int, str]:
 def becomes(port: int, path: str, status: int, *, why: str = "", timeout_s: float) -> str:
     """Wait until a probe is answered so, and return its body."""
 
-    def seen() -> str | None:
+    def body_as_expected() -> str | None:
         found, body = probe(port, path)
         return body if found == status and why in body else None
 
     what = f"{path} to be {status} {why}"
-    return str(wait_until(seen, timeout_s=timeout_s, every_s=0.05, what=what))
+    return str(wait_until(body_as_expected, timeout_s=timeout_s, every_s=0.05, what=what))
 
 
 def samples(port: int) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -75,7 +75,7 @@ def value(port: int, name: str, **labels: str) -> float | None:
 
 
 def sent(image: str, *, job_id: str, lane: Lane) -> bytes:
-    """A message that says when it was sent."""
+    """A message with the time at which it was sent."""
     return build_message(Request(image=image), job_id=job_id, lane=lane, sent_ms=time.time() * 1000)
 
 
@@ -91,9 +91,9 @@ class Watched:
     port: int
 
     def send(self, count: int, *, lane: Lane = Lane.BULK, prefix: str) -> list[str]:
-        """Enqueue the picture so many times."""
+        """Enqueue the image so many times."""
         ids = [f"{prefix}-{number}" for number in range(count)]
-        self.client.lpush(lane.queue, *[sent(self.image, job_id=one, lane=lane) for one in ids])
+        self.client.lpush(lane.queue, *[sent(self.image, job_id=job_id, lane=lane) for job_id in ids])
         return ids
 
 
@@ -134,11 +134,11 @@ def watched(_watched: Watched, request: pytest.FixtureRequest) -> Iterator[Watch
     for pid in family(_watched.worker.pid):
         os.kill(pid, signal.SIGCONT)
     if request.node.stash.get(FAILED, False):
-        print(_watched.worker.log_tail(lines=40))  # noqa: T201 pytest shows it beside the failure
+        print(_watched.worker.log_tail(lines=40))  # noqa: T201 pytest shows it with the failure
 
 
 def test_hanging_encode_thread_is_detected(watched: Watched) -> None:
-    """With a batch on the device that never ends: not alive, not ready, and alive again when it goes on."""
+    """While a batch on the device does not end the worker is neither live nor ready; later it is live again."""
     assert probe(watched.port, "/livez") == (200, "ok\n")
     watched.fault.write_text("hang", encoding="utf-8")
     ids = watched.send(20, prefix="hang")
@@ -167,7 +167,7 @@ def test_stopped_loaders_are_detected(watched: Watched) -> None:
 
 
 def test_redis_outage_with_a_backlog_is_detected(watched: Watched) -> None:
-    """Not ready at once. Not alive once it lasts, because work was known to wait; without work it would stay alive."""
+    """Not ready immediately, and not live after a while, because jobs were waiting; an idle worker would stay live."""
     watched.fault.write_text("hang", encoding="utf-8")
     watched.send(200, prefix="cut")
     wait_until(lambda: value(watched.port, "shiwu_queue_waiting", lane="bulk"), timeout_s=15, what="a look at the lane")
@@ -181,7 +181,7 @@ def test_redis_outage_with_a_backlog_is_detected(watched: Watched) -> None:
 
 
 def test_redis_outage_without_work_keeps_the_worker_live(watched: Watched) -> None:
-    """Starting anew would not bring it back, and nobody waits."""
+    """A restart would not bring Redis back, and no job waits."""
     wait_until(lambda: value(watched.port, "shiwu_queue_claimed", lane="bulk") == 0, timeout_s=15, what="an idle look")
     watched.proxy.refuse()
     body = becomes(watched.port, "/readyz", 503, why=f"for {STUCK_S + 1:.0f} s", timeout_s=STUCK_S + 5)
@@ -236,11 +236,11 @@ def test_documented_and_exported_metrics_are_the_same(watched: Watched) -> None:
     """docs/metrics.md is the list; those of a card are only there with one."""
     wait_until(lambda: value(watched.port, "shiwu_queue_backlog_seconds", lane="bulk") is not None, timeout_s=15)
     text = probe(watched.port, "/metrics")[1]
-    told = set(re.findall(r"^# TYPE (shiwu_\w+)", text, re.M))
+    exported = set(re.findall(r"^# TYPE (shiwu_\w+)", text, re.M))
     table = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `(shiwu_\w+)` \| (?!.*; sweep \|)", table, re.M))
-    assert documented - told == {one for one in documented if one.startswith("shiwu_gpu_")}
-    assert told - documented == set()
+    assert documented - exported == {name for name in documented if name.startswith("shiwu_gpu_")}
+    assert exported - documented == set()
 
 
 @pytest.mark.parametrize("kind", ["wrong", pytest.param("nan", marks=pytest.mark.long)])

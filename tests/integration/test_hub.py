@@ -34,7 +34,7 @@ assert "torch" not in sys.modules
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with the layout of December 2022, and files of other frameworks beside it."""
+    """A repository with the layout of December 2022, and files of other frameworks."""
     with quiet_transformers():
         folder = write_2022(tmp_path_factory.mktemp("published") / "2022")
     for name in ("flax_model.msgpack", "tf_model.h5", "README.md", ".gitattributes"):
@@ -93,7 +93,7 @@ def test_layout_of_2022_loads_by_id_then_offline(hub: HubServer, ask: Asker, pub
     hub.asked.clear()
     again = ask(ID, f"{ID}@{commit}", f"{ID}@main")
     assert again == [first] * 3
-    assert [one for one in hub.asked if "agent-harnesses" not in one] == []
+    assert [request for request in hub.asked if "agent-harnesses" not in request] == []
     assert ask(ID, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9") == [first]
 
 
@@ -129,7 +129,7 @@ def test_revision_may_be_a_commit_a_branch_or_a_tag(hub: HubServer, ask: Asker, 
         old = hub.add(ID, write_2022(tmp_path / "old"), ref="v1")
         new = hub.add(ID, write_safetensors(tmp_path / "new"))
     found = ask(ID, f"{ID}@v1", f"{ID}@{old}")
-    assert [one["revision"] for one in found] == [new, old, old]
+    assert [answer["revision"] for answer in found] == [new, old, old]
 
 
 def test_interrupted_download_is_resumed(hub: HubServer, ask: Asker, published: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_interrupted_download_is_resumed(hub: HubServer, ask: Asker, published: 
     hub.cut_after["pytorch_model.bin"] = 15_000_000
     (found,) = ask(ID)
     assert found.get("revision") == commit, found
-    assert len([one for one in hub.asked if one.startswith("GET /lfs/")]) == 2
+    assert len([request for request in hub.asked if request.startswith("GET /lfs/")]) == 2
 
 
 def test_half_a_model_in_the_cache_is_completed(hub: HubServer, ask: Asker, published: Path) -> None:
@@ -157,7 +157,7 @@ def test_half_a_model_in_the_cache_is_completed(hub: HubServer, ask: Asker, publ
 
 
 def test_damaged_copy_error_tells_how_to_remove_it(hub: HubServer, ask: Asker, published: Path) -> None:
-    """The hub's library takes a file of the cache for whole; the remedy does what it says."""
+    """The hub's library takes a file in the cache as complete; the remedy in the error text works."""
     hub.add(ID, published)
     (first,) = ask(ID)
     weights = (Path(first["folder"]) / "pytorch_model.bin").resolve()
@@ -190,7 +190,7 @@ def test_token_opens_gated_models_at_the_hub_only(hub: HubServer, ask: Asker, pu
 
 
 def test_unavailable_model_error_has_a_remedy(hub: HubServer, ask: Asker, published: Path) -> None:
-    """One sentence each, with exit code 65."""
+    """Each error is one sentence, with exit code 65."""
     hub.add(ID, published)
     none, no_revision, not_an_id, url = ask("no/such", f"{ID}@v9", "a/b/c", f"https://huggingface.co/{ID}")
     assert "has no model 'no/such', or it is private" in none["text"]
@@ -206,8 +206,8 @@ def test_unavailable_model_error_has_a_remedy(hub: HubServer, ask: Asker, publis
     (broken,) = ask(ID)
     assert "500" in broken["text"]
     answers = [none, no_revision, not_an_id, url, offline, away, broken]
-    assert {one["code"] for one in answers} == {65}
-    assert all("\n" not in one["text"] and "Traceback" not in one["text"] for one in answers)
+    assert {answer["code"] for answer in answers} == {65}
+    assert all("\n" not in answer["text"] and "Traceback" not in answer["text"] for answer in answers)
 
 
 def test_index_cannot_name_files_outside(hub: HubServer, ask: Asker, published: Path, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_index_cannot_name_files_outside(hub: HubServer, ask: Asker, published: 
     (found,) = ask(ID)
     assert found["code"] == 65
     assert "plain names of *.safetensors files" in found["text"]
-    assert not [one for one in hub.asked if "outside" in one]
+    assert not [request for request in hub.asked if "outside" in request]
 
 
 def test_adapter_brings_its_base_from_the_hub(hub: HubServer, ask: Asker, published: Path, tmp_path: Path) -> None:
@@ -236,4 +236,4 @@ def test_adapter_brings_its_base_from_the_hub(hub: HubServer, ask: Asker, publis
     assert "revision" in found, found
     assert len(found["revision"]) == 12, "a hash of adapter and base, since no commit names both"
     assert found["revision"] == local["revision"]
-    assert any(base in one for one in hub.asked)
+    assert any(base in request for request in hub.asked)

@@ -95,8 +95,8 @@ def test_fetched_folder_is_checked_and_marked(hub: HubServer, published: Path, t
     """The files of the checkpoint and the mark; a second call asks the hub nothing."""
     commit = hub.add(ID, published)
     target = tmp_path / "models" / "tiny"
-    said = fetch_model(f"{ID}@{commit}", target)
-    assert str(target) in said
+    output = fetch_model(f"{ID}@{commit}", target)
+    assert str(target) in output
     whole = {"config.json", "preprocessor_config.json", "vocab.txt", "pytorch_model.bin", COMPLETE_FILE}
     assert {path.name for path in target.iterdir()} == whole
     assert all(path.stat().st_mode & 0o044 for path in target.iterdir()), "the worker is often another user"
@@ -145,7 +145,7 @@ def test_revisions_are_not_mixed_in_one_folder(hub: HubServer, published: Path, 
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "expected"),
     [
         ("pytorch_model.bin", "expected weights"),
         ("vocab.txt", "the tokenizer's vocabulary"),
@@ -153,12 +153,12 @@ def test_revisions_are_not_mixed_in_one_folder(hub: HubServer, published: Path, 
     ],
 )
 def test_repository_without_a_file_is_not_marked(
-    hub: HubServer, published: Path, tmp_path: Path, name: str, said: str
+    hub: HubServer, published: Path, tmp_path: Path, name: str, expected: str
 ) -> None:
     """A download that ends without an error is not yet a checkpoint."""
     (published / name).unlink()
     hub.add(ID, published)
-    with pytest.raises(WrongCheckpoint, match=said):
+    with pytest.raises(WrongCheckpoint, match=expected):
         fetch_model(ID, tmp_path / "m")
     assert not (tmp_path / "m" / COMPLETE_FILE).exists()
 
@@ -195,13 +195,13 @@ def test_converted_checkpoint_gives_the_same_vectors(tmp_path: Path, kind: str) 
     if kind in {"old bin", "half"}:
         weights = weights_2022()
         dtype = torch.float16 if kind == "half" else torch.float32
-        weights = {name: one.to(dtype) if one.is_floating_point() else one for name, one in weights.items()}
+        weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
         weights["shared"] = weights["visual_projection.weight"]
         torch.save(weights, source / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "half")
     (source / "README.md").write_bytes(b"about")
     target = tmp_path / "converted"
-    said = convert_model(str(source), target)
-    assert f"revision {model_revision(target)}" in said
+    output = convert_model(str(source), target)
+    assert f"revision {model_revision(target)}" in output
     assert read_checkpoint(target).is_safetensors
     assert not list(target.glob("*.bin*"))
     assert {path.stat().st_mode & 0o777 for path in target.iterdir()} == {0o644}, "the worker is often another user"

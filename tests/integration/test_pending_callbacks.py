@@ -125,7 +125,7 @@ def test_chord_and_chain_end_as_in_celery(
     tag: Any = app.signature("shiwu.tag", args=["s3://b/k.jpg"], queue=Lane.BULK.queue)
     whole = chord([tag, tag.clone()], app.signature("plain.gather", app=app)).apply_async()
     line = chain(tag.clone(), app.signature("plain.best", app=app)).apply_async()
-    tagged, part = [one.id for one in whole.parent.results]
+    tagged, part = [result.id for result in whole.parent.results]
     ended = [part, line.parent.id]
     claims = make_lease_queue(redis_client, "w")
     jobs = claims.claim(1 if where == "lane" else 3).jobs
@@ -192,7 +192,7 @@ def test_full_redis_still_sends_callbacks_and_revokes(valkey: Valkey) -> None:
 
 
 def test_callbacks_of_others_are_sent_under_load(app: Celery, redis_client: redis.Redis) -> None:
-    """With callbacks of our own coming without end, those that a dead worker left are sent all the same."""
+    """While a worker has a steady flow of callbacks, those of a crashed worker are sent too."""
     callbacks = CallbackSender(app, redis_client, rules=RULES)
     sent: list[str] = []
     callbacks._send = lambda job_id, record: sent.append(job_id)  # type: ignore[method-assign]  # no broker here
@@ -245,9 +245,9 @@ def test_chain_tasks_over_the_limit_are_logged(app: Celery, redis_client: redis.
     rules = CallbackRules(tasks=("plain.*",), max_tasks=2)
     callbacks = CallbackSender(app, redis_client, rules=rules)
     chain_ = [{"task": "plain.best", "options": {"task_id": f"follower-{number}"}} for number in range(5)]
-    with structlog.testing.capture_logs() as said:
+    with structlog.testing.capture_logs() as logs:
         callbacks._fail(chain_, JobFailed("no"), "FAILURE")
-    assert [(one["event"], one["jobs"]) for one in said] == [("chain_tasks_not_answered", 3)]
+    assert [(line["event"], line["jobs"]) for line in logs] == [("chain_tasks_not_answered", 3)]
     assert app.AsyncResult("follower-1").state == "FAILURE"
 
 

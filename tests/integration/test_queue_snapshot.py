@@ -30,11 +30,11 @@ def test_snapshot_has_counts_and_age_of_the_oldest(redis_client: redis.Redis) ->
     send(redis_client, Lane.BULK, "b")
     send(redis_client, Lane.BULK, "c", key=Lane.BULK.keys[1])
     redis_client.rpush(Lane.INTERACTIVE.queue, b"no message")
-    seen = shared_snapshot(redis_client, max_age_s=5)
-    assert seen.waiting == {Lane.INTERACTIVE: 1, Lane.BULK: 3}
-    assert seen.claimed == dict.fromkeys(Lane, 0)
-    assert list(seen.oldest_ms) == [Lane.BULK]
-    assert 60_000 <= seen.at_ms - seen.oldest_ms[Lane.BULK] < 120_000
+    snapshot = shared_snapshot(redis_client, max_age_s=5)
+    assert snapshot.waiting == {Lane.INTERACTIVE: 1, Lane.BULK: 3}
+    assert snapshot.claimed == dict.fromkeys(Lane, 0)
+    assert list(snapshot.oldest_ms) == [Lane.BULK]
+    assert 60_000 <= snapshot.at_ms - snapshot.oldest_ms[Lane.BULK] < 120_000
 
 
 def test_snapshot_is_shared_until_it_is_too_old(redis_client: redis.Redis) -> None:
@@ -52,7 +52,7 @@ def test_queue_monitor_goes_on_after_errors(monkeypatch: pytest.MonkeyPatch) -> 
     """After an error of Redis and after a defect, the next count comes."""
     monkeypatch.setattr("shiwu_worker.telemetry.queue_monitor.SNAPSHOT_EVERY_S", 0.02)
     errors: list[Exception] = [redis.ConnectionError("away"), ValueError("a defect"), ValueError("again")]
-    seen: list[int] = []
+    counts: list[int] = []
 
     def once_more() -> None:
         if errors:
@@ -60,10 +60,10 @@ def test_queue_monitor_goes_on_after_errors(monkeypatch: pytest.MonkeyPatch) -> 
 
     watch = QueueMonitor(
         lambda: make_snapshot(waiting=3),
-        on_snapshot=lambda one, _: seen.append(one.waiting[Lane.BULK]),
+        on_snapshot=lambda snapshot, _: counts.append(snapshot.waiting[Lane.BULK]),
         before_each=once_more,
     )
     watch.start()
-    wait_until(lambda: seen, timeout_s=10, what="a look after three that failed")
+    wait_until(lambda: counts, timeout_s=10, what="a count after three that failed")
     watch.close()
-    assert (seen[0], errors) == (3, [])
+    assert (counts[0], errors) == (3, [])

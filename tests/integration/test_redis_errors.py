@@ -33,7 +33,7 @@ pytestmark = pytest.mark.xdist_group(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """Servers for one test, which may spoil them."""
+    """Servers for one test, which it may damage."""
 
     folder: Path
     stack: ExitStack
@@ -116,8 +116,8 @@ def not_replicated(place: Place) -> None:
 
 
 def not_confirmed(place: Place) -> None:
-    with place.client(place.server().url).client() as one:  # type: ignore[no-untyped-call]  # redis' own
-        wait_replicated(one, replicas=1, timeout_s=0.1)
+    with place.client(place.server().url).client() as other:  # type: ignore[no-untyped-call]  # redis' own
+        wait_replicated(other, replicas=1, timeout_s=0.1)
 
 
 def pool_is_empty(place: Place) -> None:

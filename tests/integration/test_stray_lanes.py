@@ -43,7 +43,7 @@ def test_stray_lane_of_other_options_is_found(
         send(redis_url, **options)
         stray = client.stray_lanes()
         assert stray.is_complete
-        assert [(one.key, one.database, one.messages) for one in stray.found] == [(key, 0, 1)]
+        assert [(lane.key, lane.database, lane.messages) for lane in stray.found] == [(key, 0, 1)]
         shown = CliRunner().invoke(main, ["--redis-url", redis_url, "status"])
         assert "not read by any worker" in shown.output
         as_json = CliRunner().invoke(main, ["--redis-url", redis_url, "status", "--json"])
@@ -58,7 +58,7 @@ def test_stray_lane_in_another_database_is_found(redis_url: str, valkey_session:
     with redis.Redis.from_url(other) as near, Client(redis_url) as client:
         near.lpush(Lane.INTERACTIVE.queue, "{}")
         try:
-            assert [(one.key, one.database) for one in client.stray_lanes().found] == [(Lane.INTERACTIVE.queue, 3)]
+            assert [(lane.key, lane.database) for lane in client.stray_lanes().found] == [(Lane.INTERACTIVE.queue, 3)]
             client.enqueue("s3://b/k", lane="interactive")
             assert near.llen(Lane.INTERACTIVE.queue) == 1, "the client is still in its own database"
             near.zadd(WORKERS, {"theirs": 1.0})

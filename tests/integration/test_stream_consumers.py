@@ -36,24 +36,24 @@ def fill(client: redis.Redis, count: int, *, prefix: str = "job") -> list[str]:
 
 def drain(client: Client, **options: Any) -> list[str]:
     """Read until nothing is left, acknowledge all, and give the ids in order."""
-    seen = []
+    ids_read = []
     for item in client.results(**({"group": "g", "block_s": 0.05, "stop_when_idle": True} | options)):
-        seen.append(item.result.id)
+        ids_read.append(item.result.id)
         item.ack()
-    return seen
+    return ids_read
 
 
 def consumers(client: redis.Redis) -> dict[str, int]:
     """Name and number of pending entries of each consumer of the group."""
     found: Any = client.xinfo_consumers(RESULT_STREAM, "g")
-    return {one["name"].decode(): one["pending"] for one in found}
+    return {consumer["name"].decode(): consumer["pending"] for consumer in found}
 
 
 class Consumer:
     """A loop in a thread of its own, that collects ids."""
 
     def __init__(self, client: Client, **options: Any) -> None:
-        self.seen: list[str] = []
+        self.ids_read: list[str] = []
         self._loop = client.results(**({"group": "g", "block_s": 0.2} | options))
         self._pool = ThreadPoolExecutor(1)
         self._stopped = threading.Event()
@@ -62,7 +62,7 @@ class Consumer:
     def _run(self) -> None:
         with closing(self._loop) as loop:  # type: ignore[type-var]  # it is a generator
             for item in loop:
-                self.seen.append(item.result.id)
+                self.ids_read.append(item.result.id)
                 item.ack(away_s=30)
                 if item.result.id == "end-0":
                     return
@@ -72,7 +72,7 @@ class Consumer:
         fill(client, 1, prefix="end")
         self.task.result(timeout=30)
         self._pool.shutdown()
-        return self.seen[:-1]
+        return self.ids_read[:-1]
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_results_go_on_after_redis_was_unavailable(own: Valkey, caplog: pytest.L
         consumer = Consumer(client)
         with own.client() as near:
             first = fill(near, 50, prefix="first")
-        wait_until(lambda: len(consumer.seen) == 50, timeout_s=20)
+        wait_until(lambda: len(consumer.ids_read) == 50, timeout_s=20)
         own.kill()
         wait_until(lambda: "redis_away" in caplog.text, timeout_s=20)
         own.restart()
@@ -117,14 +117,14 @@ def test_results_of_a_lost_reply_are_read_again(redis_url: str, redis_client: re
     ids = fill(redis_client, 60)
     with FaultProxy(redis_url) as proxy, Client(proxy.url, timeout_s=5) as client:
         loop = client.results(group="g", block_s=0.05, batch=20, stop_when_idle=True)
-        seen = []
+        ids_read = []
         for item in loop:
-            seen.append(item.result.id)
-            if len(seen) == 20:
+            ids_read.append(item.result.id)
+            if len(ids_read) == 20:
                 proxy.cut_reply_after(cut_bytes + 100)  # the next portion, after the reply to the acknowledgement
             item.ack(away_s=10)
     assert proxy.cuts == 1
-    assert seen == ids
+    assert ids_read == ids
     assert redis_client.xpending(RESULT_STREAM, "g")["pending"] == 0
 
 
@@ -141,16 +141,16 @@ def test_results_go_on_after_the_stream_was_deleted(any_server: RedisServer) -> 
     with any_server.client() as redis_client, Client(any_server.url) as client:
         consumer = Consumer(client, block_s=2.0)
         first = fill(redis_client, 5, prefix="first")
-        wait_until(lambda: len(consumer.seen) == 5, timeout_s=20)
+        wait_until(lambda: len(consumer.ids_read) == 5, timeout_s=20)
         redis_client.delete(RESULT_STREAM)
         second = fill(redis_client, 5, prefix="second")
         assert consumer.wait(redis_client) == first + second
         third = fill(redis_client, 5, prefix="third")
         with closing(client.results(group="h", reclaim_idle_s=0.0)) as loop:  # type: ignore[type-var]  # a generator
-            seen = [next(loop).result.id]
+            ids_read = [next(loop).result.id]
             redis_client.delete(RESULT_STREAM)
-            seen += [next(loop).result.id for _ in range(len(second) + len(third))]
-        assert seen[-len(third) :] == third, "what was read before is delivered, with or without the stream"
+            ids_read += [next(loop).result.id for _ in range(len(second) + len(third))]
+        assert ids_read[-len(third) :] == third, "what was read before is delivered, with or without the stream"
 
 
 def test_consumers_without_names_get_each_answer_once(redis_url: str, redis_client: redis.Redis) -> None:
@@ -159,12 +159,12 @@ def test_consumers_without_names_get_each_answer_once(redis_url: str, redis_clie
     pause = threading.Event()
 
     def work(client: Client, each_s: float) -> list[str]:
-        seen = []
+        ids_read = []
         for item in client.results(group="g", block_s=0.05, reclaim_idle_s=0.5, stop_when_idle=True):
-            seen.append(item.result.id)
+            ids_read.append(item.result.id)
             pause.wait(each_s)
             item.ack()
-        return seen
+        return ids_read
 
     with Client(redis_url) as client, ThreadPoolExecutor(2) as pool:
         found = [task.result(timeout=60) for task in [pool.submit(work, client, each_s) for each_s in (0.003, 0.03)]]
@@ -195,13 +195,13 @@ def test_answers_of_an_ended_loop_go_to_another(redis_url: str, redis_client: re
         with closing(client.results(group="g", consumer="left")) as left:  # type: ignore[type-var]  # a generator
             next(left)
         assert consumers(redis_client) == {"left": 10}
-        seen = []
+        ids_read = []
         for item in client.results(group="g", consumer="next"):
-            seen.append(item.result.id)
+            ids_read.append(item.result.id)
             item.ack()
-            if len(seen) == 9:
+            if len(ids_read) == 9:
                 break
-    assert seen == ids[1:]
+    assert ids_read == ids[1:]
     assert consumers(redis_client) == {"left": 1, "next": 0}
 
 
@@ -222,9 +222,9 @@ def test_stop_when_idle_ends_without_acknowledgements(redis_url: str, redis_clie
     """A loop that acknowledges later gets each answer once, however long it takes."""
     ids = fill(redis_client, 30)
     with Client(redis_url) as client:
-        seen = list(client.results(group="g", block_s=0.05, batch=10, reclaim_idle_s=0.0, stop_when_idle=True))
-        assert [item.result.id for item in seen] == ids
-        for item in seen:
+        ids_read = list(client.results(group="g", block_s=0.05, batch=10, reclaim_idle_s=0.0, stop_when_idle=True))
+        assert [item.result.id for item in ids_read] == ids
+        for item in ids_read:
             item.ack()
     assert redis_client.xpending(RESULT_STREAM, "g")["pending"] == 0
 
