@@ -153,12 +153,13 @@ def test_probe_files_combine_all_workers(tmp_path: Path) -> None:
 
 
 CHILD = """
-import signal, sys, time
+import os, signal, sys, time
 from shiwu_worker.celery_worker.process import drain_with_parent
 if sys.argv[2] == "ignores":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 else:
-    signal.signal(signal.SIGTERM, lambda *_: (print("drained", flush=True), sys.exit(0)))
+    # Not by print: the signal may come inside another one.
+    signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b"drained\\n"), sys.exit(0)))
 drain_with_parent(int(sys.argv[1]), limit_s=float(sys.argv[3]))
 print("up", flush=True)
 while True:
