@@ -111,7 +111,9 @@ def test_notes_warn(newest: Helm) -> None:
     """Of the embedded model, of the trial server, of an S3 store that the policy may shut out."""
     values = {"valkey": {"enabled": True}, "s3": {"endpointUrl": "http://minio:9000"}}
     said = newest.run("install", "trial", str(CHART), "--dry-run=client", values=values)
-    assert all(word in said for word in ("photo-zh knows some 1,000 kinds", "for trials", "networkPolicy.s3Peers", "helm test"))
+    assert all(
+        word in said for word in ("photo-zh knows some 1,000 kinds", "for trials", "networkPolicy.s3Peers", "helm test")
+    )
 
 
 def test_schema_and_readme_are_current() -> None:
