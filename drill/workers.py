@@ -61,7 +61,9 @@ def kill_loaders(run: DrillRun) -> Outcome:
             lambda: [pid for pid in loaders_of(worker.pid) if age_s(pid) > LOADER_READY_AGE_S], timeout_s=30
         )
         run.enqueue(max(1, run.jobs // 10), [large])
-        pause.wait(run.rng.uniform(0.0, 0.3))
+        # The images of a round keep the loaders busy for about 0.2 s from the claim on.
+        wait_until(lambda: run.held(worker), timeout_s=30, every_s=0.002, what="a claim of the large images")
+        pause.wait(run.rng.uniform(0.0, 0.1))
         with contextlib.suppress(ProcessLookupError):
             os.kill(run.rng.choice(ready), signal.SIGKILL)
             run.breaks += 1
