@@ -166,6 +166,7 @@ def main() -> None:
         slots=asked.slots,
         log_level="warning",
         lease_s=60,
+        default_labels="six-zh",
         grace_s=asked.grace_s,
     )
     failed: list[FatalError] = []
