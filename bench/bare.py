@@ -182,8 +182,8 @@ def main() -> None:
     began_s = time.monotonic()
     import torch  # noqa: PLC0415 so that the start is measured with it
 
-    from shiwu_worker.config.settings import Settings  # noqa: PLC0415
-    from shiwu_worker.service.model import load_encoder  # noqa: PLC0415
+    from shiwu_worker.config.settings import Settings  # noqa: PLC0415 torch, only in the process that measures
+    from shiwu_worker.service.model import load_encoder  # noqa: PLC0415 torch, only in the process that measures
 
     settings = Settings()
     folder = model_folder(settings.model)

@@ -42,12 +42,12 @@ def _main() -> None:
     """`python -m drill.device`: a worker with a faulty encoder."""
     import os  # noqa: PLC0415 in the worker's process only
 
-    import numpy as np  # noqa: PLC0415
-    import torch  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415 torch, only in the process that needs it
+    import torch  # noqa: PLC0415 torch, only in the process that needs it
 
-    from shiwu_worker import __main__ as worker  # noqa: PLC0415
-    from shiwu_worker.health.canary import Canary  # noqa: PLC0415
-    from shiwu_worker.stages.encode import encoder as stage  # noqa: PLC0415
+    from shiwu_worker import __main__ as worker  # noqa: PLC0415 torch, only in the process that needs it
+    from shiwu_worker.health.canary import Canary  # noqa: PLC0415 torch, only in the process that needs it
+    from shiwu_worker.stages.encode import encoder as stage  # noqa: PLC0415 torch, only in the process that needs it
 
     rng = random.Random(os.environ["DRILL_SEED"])
     real, real_warm, real_check = stage.Encoder.collect, stage.Encoder.warm, Canary.check_if_due

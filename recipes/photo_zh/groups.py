@@ -67,7 +67,7 @@ def learn_groups(groups: list[Group], weights: Floats, pool: Floats, is_person: 
         some = torch.randperm(len(x))[:BATCH]
         loss = torch.nn.functional.binary_cross_entropy_with_logits(x[some] @ vectors + bias, y[some], weight[some])
         optimizer.zero_grad()
-        (loss + DECAY * (brake * (vectors**2).sum(0)).mean()).backward()  # type: ignore[no-untyped-call]
+        (loss + DECAY * (brake * (vectors**2).sum(0)).mean()).backward()  # type: ignore[no-untyped-call]  # torch's own
         optimizer.step()
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
     with torch.no_grad():

@@ -149,7 +149,7 @@ def train(
         texts, targets = examples.draw(BATCH)
         loss = (1 - (encode(tower, projection, tokenizer, texts) * targets).sum(-1)).mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
@@ -171,7 +171,7 @@ def sharpen(
     for step in range(SHARPEN_STEPS):
         loss = (1 - (encode(tower, projection, tokenizer, words) * targets).sum(-1)).mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own
         optimizer.step()
         optimizer.param_groups[0]["lr"] = SHARPEN_RATE * (1 - step / SHARPEN_STEPS)
     print(f"text tower, known words alone: 1 - cosine {loss.item():.6f}", flush=True)

@@ -23,7 +23,7 @@ def test_ready_worker_hears_revokes_after_an_outage(tmp_path: Path, start_worker
             with celery_client(server.url, has_results=False) as app, server.client() as client:
                 revoked = f"revoked-{number}"
                 app.control.revoke(revoked)
-                wait_until(lambda job_id=revoked: client.zscore("shiwu:revoked", job_id), timeout_s=5)  # type: ignore[misc]
+                wait_until(lambda job_id=revoked: client.zscore("shiwu:revoked", job_id), timeout_s=5)  # type: ignore[misc]  # a default binds the loop's value
             server.kill()
             wait_until(lambda: not worker.is_ready, timeout_s=15)
         assert "revokes_not_received" not in worker.log_text()

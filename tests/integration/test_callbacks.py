@@ -265,7 +265,7 @@ def test_callbacks_of_a_crashed_worker_are_sent_by_another(
     start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
     """Unsent callbacks of an answer are kept in Redis; the next worker finds and sends them."""
-    from shiwu.broker.answers import AnswerEntry, AnswerStore  # noqa: PLC0415
+    from shiwu.broker.answers import AnswerEntry, AnswerStore  # noqa: PLC0415 used only here
     from shiwu.contract import Answer, ImageInfo, Status  # noqa: PLC0415 beside their one use
 
     with celery_client(redis_url) as app:

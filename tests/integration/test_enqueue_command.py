@@ -96,7 +96,7 @@ def test_cli_enqueue_interrupted_reports_the_count(redis_url: str, redis_client:
     """Ctrl-C in a real process that waits for space."""
     command = [sys.executable, "-m", "shiwu.cli", "--redis-url", redis_url, "enqueue", "-", "--limit", "10"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=clean_environment({}), text=True, **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(command, env=clean_environment({}), text=True, **pipes) as process:  # type: ignore[call-overload]  # pipes by name
         process.stdin.write(REFERENCES)
         process.stdin.close()
         wait_until(lambda: waiting(redis_client) == 10, timeout_s=30)

@@ -177,7 +177,7 @@ def test_answers_of_a_slow_consumer_go_to_another(redis_url: str, redis_client: 
     """It works on one answer for too long: another consumer takes over the rest, and the first does not get them."""
     ids = fill(redis_client, 10)
     with Client(redis_url) as client:
-        with closing(client.results(group="g", consumer="slow", reclaim_idle_s=0.3, block_s=0.05)) as slow:  # type: ignore[type-var]
+        with closing(client.results(group="g", consumer="slow", reclaim_idle_s=0.3, block_s=0.05)) as slow:  # type: ignore[type-var]  # a generator has close
             first = next(slow)
             # It holds ten, and does not come back for the second.
             wait_until(lambda: redis_client.xpending_range(RESULT_STREAM, "g", "-", "+", 10, idle=300), timeout_s=10)
@@ -235,7 +235,7 @@ def test_stop_when_idle_ends_after_others_acknowledged(redis_url: str, redis_cli
     with (
         Client(redis_url) as client,
         ThreadPoolExecutor(1) as pool,
-        closing(client.results(group="g", consumer="other", block_s=0.05)) as other,  # type: ignore[type-var]
+        closing(client.results(group="g", consumer="other", block_s=0.05)) as other,  # type: ignore[type-var]  # a generator has close
     ):
         held = [next(other) for _ in range(3)]
         draining = pool.submit(drain, client)

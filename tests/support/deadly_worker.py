@@ -13,7 +13,7 @@ DEADLY: Final = (255, 0, 255)
 def main() -> None:
     """Run the worker with that encoder."""
     from shiwu_worker import __main__ as worker  # noqa: PLC0415 in the worker's process only
-    from shiwu_worker.stages.encode import encoder as encode  # noqa: PLC0415
+    from shiwu_worker.stages.encode import encoder as encode  # noqa: PLC0415 torch, only in the process that needs it
 
     real = encode.Encoder.launch
 

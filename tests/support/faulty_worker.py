@@ -19,8 +19,8 @@ def main() -> None:
     """Run the worker with that device."""
     import numpy as np  # noqa: PLC0415 in the worker's process only
 
-    from shiwu_worker import __main__ as worker  # noqa: PLC0415
-    from shiwu_worker.stages.encode import encoder as encode  # noqa: PLC0415
+    from shiwu_worker import __main__ as worker  # noqa: PLC0415 torch, only in the process that needs it
+    from shiwu_worker.stages.encode import encoder as encode  # noqa: PLC0415 torch, only in the process that needs it
 
     path = Path(os.environ[FAULT_FILE])
     launch, collect = encode.Encoder.launch, encode.Encoder.collect

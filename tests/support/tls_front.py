@@ -39,7 +39,7 @@ class TlsFront:
         self._listener.close()
 
     def _start(self, target: object, *args: object) -> None:
-        thread = threading.Thread(target=target, args=args, name="tls-front", daemon=True)  # type: ignore[arg-type]
+        thread = threading.Thread(target=target, args=args, name="tls-front", daemon=True)  # type: ignore[arg-type]  # targets take different arguments
         self._threads.append(thread)
         thread.start()
 

@@ -33,7 +33,7 @@ def current_headers() -> dict[str, str]:
     if "opentelemetry.trace" not in sys.modules:
         return {}
     # An import instead of `sys.modules`, because another thread may still be importing the module.
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415 an optional dependency
 
     headers: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(headers)

@@ -44,7 +44,7 @@ def test_the_sandbox_makes_thumbnails_in_proportion(tmp_path: Path, monkeypatch:
     found = [made.by_reference[reference] for reference in references]
     wide = opened(found[0].webp)
     assert (wide.format, wide.size) == ("WEBP", (160, 53))
-    red, green, _ = wide.convert("RGB").getpixel((80, 26))  # type: ignore[misc]
+    red, green, _ = wide.convert("RGB").getpixel((80, 26))  # type: ignore[misc]  # RGB has three bands
     assert red > 2 * green
     assert [opened(one.webp).size for one in found[1:3]] == [(40, 30), (160, 107)]
     assert [one.code for one in found[3:]] == [

@@ -79,7 +79,7 @@ def _download_with_retries(hub_id: str, revision: str | None, into: Path | None)
             raise
         except Exception as error:  # noqa: BLE001 border: any error of the HTTP library under the hub's library
             log.warning("model_download_interrupted", model=hub_id, error=first_line(error))
-            time.sleep(RETRY_PAUSE_S)
+            time.sleep(RETRY_PAUSE_S)  # a start waits for its model anyway, and a signal ends it
     return _download(hub_id, revision, into)
 
 

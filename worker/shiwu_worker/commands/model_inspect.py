@@ -159,7 +159,7 @@ def inspect(settings: Settings, *, labels: str | None, image: Path, found: Inspe
     found.preprocessing = _preprocessing(spec)
     pixels = _pixels(image, spec, settings)
     # Imported before the measured time, because torch and transformers take seconds to import.
-    from shiwu_worker.stages.encode import encoder as _  # noqa: F401, PLC0415
+    from shiwu_worker.stages.encode import encoder as _  # noqa: F401, PLC0415 torch takes seconds to import
 
     began_s = time.monotonic()
     encoder = load_encoder(settings, folder, spec)

@@ -38,7 +38,7 @@ def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorou
             # Hashing all weights takes a second for a large model, and importing torch takes longer.
             revision = pool.submit(model_revision, folder)
             # Not at the top of the module: loaders start before torch is imported.
-            from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions  # noqa: PLC0415
+            from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions  # noqa: PLC0415 torch takes seconds to import, and loaders start meanwhile
 
         freeze_imported()
         options = EncoderOptions(
