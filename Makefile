@@ -63,7 +63,7 @@ lint: $(STAMP) ## check form, types and who imports whom
 	$(BIN)/mypy docker/*.py
 	$(BIN)/lint-imports --no-cache --no-logo
 
-bench: $(BENCH_STAMP) ## measure, ARGS="service --quick": messages, service, latency, encode, fetch, decode, scaling, compare
+bench: $(BENCH_STAMP) ## measure, ARGS="service --quick": messages, service, latency, hostile-load, encode, fetch, decode, scaling, compare
 	$(BIN)/python -m bench $(ARGS)
 
 bench-compare: $(STAMP) ## ratios of your results in bench/out to those of the release in bench/released

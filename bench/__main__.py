@@ -18,8 +18,8 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
 
 def main() -> int:
     """Run the benchmark whose name is the first argument."""
-    listed = "\n".join(f"  {bench.name:10} {bench.about}" for bench in BENCHES.values())
-    about = f"{listed}\n  {'compare':10} {compare.ABOUT}\n\n`python -m bench NAME --help` shows a benchmark's options."
+    listed = "\n".join(f"  {bench.name:12} {bench.about}" for bench in BENCHES.values())
+    about = f"{listed}\n  {'compare':12} {compare.ABOUT}\n\n`python -m bench NAME --help` shows a benchmark's options."
     parser = argparse.ArgumentParser(
         prog="bench", description=__doc__, epilog=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -44,6 +44,9 @@ BENCHES: Final = {
         ),
         Bench("start", "bench.start", "images a second after a start on a busy machine, compared with a quiet start"),
         Bench("latency", "bench.latency", "p50, p95, p99 in an open loop, and of one image on an idle worker"),
+        Bench(
+            "hostile-load", "bench.hostile_load", "p99 of interactive jobs while a hostile producer fills the bulk lane"
+        ),
         Bench("encode", "bench.encode", "the model alone: batch sizes, dtypes, and its share of the matrix rate"),
         Bench("scaling", "bench.scaling", "a backlog through the chart's autoscaling, from no worker to many to none"),
         Bench("fetch", "bench.fetch", "core-milliseconds of one object from S3, by each client of the store"),

@@ -63,7 +63,7 @@ def run_open_loop(place: Place, running: Running, *, rate: float, seconds: float
     messages = traffic.build(place.source.references, count=count, prefix=prefix, lane=place.lane, after_s=after_s)
     ids = [message.id for message in messages]
     with traffic.listening(place.client) as listener:
-        late = _send(place, messages, due_s + began_s)
+        late = send_when_due(place, messages, due_s + began_s)
         running.check()
         listener.wait(count, timeout_s=DRAIN_S + seconds, check=running.check)
         arrivals = np.array([listener.arrivals[job_id] for job_id in ids])
@@ -89,7 +89,7 @@ def run_open_loop(place: Place, running: Running, *, rate: float, seconds: float
     )
 
 
-def _send(place: Place, messages: Sequence[traffic.Message], at_s: NDArray[np.float64]) -> list[float]:
+def send_when_due(place: Place, messages: Sequence[traffic.Message], at_s: NDArray[np.float64]) -> list[float]:
     """Send each message when it is due, together with others that are due; return how late each was, in seconds."""
     late: list[float] = []
     while (sent := len(late)) < len(messages):

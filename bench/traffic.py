@@ -87,16 +87,21 @@ def missing(client: redis.Redis, ids: Sequence[str]) -> int:
     return len(ids) - sum(int(client.exists(*[result_key(job_id) for job_id in part])) for part in parts)
 
 
+def read_all(client: redis.Redis, ids: Sequence[str]) -> list[Reply]:
+    """Return the answers of these ids, in their order, also those without tags and the missing ones."""
+    raws: list[Any] = []
+    for start in range(0, len(ids), CHUNK_SIZE):
+        raws += client.mget([result_key(job_id) for job_id in ids[start : start + CHUNK_SIZE]])
+    return [_reply(job_id, raw) for job_id, raw in zip(ids, raws, strict=True)]
+
+
 def read(client: redis.Redis, ids: Sequence[str]) -> list[Reply]:
     """Return the answers of these ids, in their order.
 
     Raises:
         RuntimeError: an answer is missing or has no tags.
     """
-    raws: list[Any] = []
-    for start in range(0, len(ids), CHUNK_SIZE):
-        raws += client.mget([result_key(job_id) for job_id in ids[start : start + CHUNK_SIZE]])
-    replies = [_reply(job_id, raw) for job_id, raw in zip(ids, raws, strict=True)]
+    replies = read_all(client, ids)
     wrong = [reply for reply in replies if not reply.is_tagged]
     if wrong:
         raise RuntimeError(
