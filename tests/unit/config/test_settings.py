@@ -85,6 +85,8 @@ WRONG = [
     ("FORMATS", "PDF", "SHIWU_FORMATS: expected formats of"),
     ("REVOKE", "maybe", "SHIWU_REVOKE: expected a valid boolean"),
     ("READY_FILE", "/no/such/folder/ready", "SHIWU_READY_FILE: expected a file in a folder that exists"),
+    ("READY_FILE", "/proc/self/exe", "SHIWU_READY_FILE: expected a file, got the link /proc/self/exe"),
+    ("ALIVE_FILE", "/proc/self/exe", "SHIWU_ALIVE_FILE: expected a file, got the link /proc/self/exe"),
     ("ALIVE_FILE", "/tmp", "SHIWU_ALIVE_FILE: expected a file, got the folder /tmp"),  # noqa: S108 nothing is written
     ("HTTP_PORT", "tcp://10.0.0.1:80", "enableServiceLinks: false"),
     ("MODLE", "x", "SHIWU_MODLE is not a setting of this version"),

@@ -25,10 +25,10 @@ from shiwu_worker.config.types import (
     Lanes,
     Names,
     Networks,
-    OutputFile,
     Paths,
     Ports,
     Prefixes,
+    ProbeFile,
     Region,
     Retries,
     S3Client,
@@ -250,8 +250,8 @@ class Settings(BaseSettings):
         ge=0,
         description="interval of the health-check image; a wrong result ends the worker; 0: at the start only",
     )
-    ready_file: OutputFile | None = Field(None, description="file that exists while the worker is ready")
-    alive_file: OutputFile | None = Field(
+    ready_file: ProbeFile | None = Field(None, description="file that exists while the worker is ready")
+    alive_file: ProbeFile | None = Field(
         None, description="file that is touched every second while the pipeline makes progress"
     )
     stuck_s: float = Field(

@@ -89,6 +89,12 @@ def check_output_file(path: Path) -> Path:
     return path
 
 
+def _check_probe_file(path: Path) -> Path:
+    if path.is_symlink():
+        raise ValueError(f"expected a file, got the link {path}, which the worker does not follow; remove the link")
+    return check_output_file(path)
+
+
 def _check_worker_name(value: str) -> str:
     if printable(value) != value or len(value.encode()) > MAX_NAME_BYTES:
         raise ValueError(f"expected at most {MAX_NAME_BYTES} bytes without control characters, got {value!r:.80}")
@@ -177,7 +183,7 @@ def _known_zone(name: str) -> str:
 
 Device = Annotated[str, AfterValidator(_check_device)]
 WorkerName = Annotated[str, AfterValidator(_check_worker_name)]
-OutputFile = Annotated[Path, AfterValidator(check_output_file)]
+ProbeFile = Annotated[Path, AfterValidator(_check_probe_file)]
 Names = Annotated[tuple[str, ...], NoDecode]
 Lanes = Annotated[tuple[Annotated[Lane, BeforeValidator(read_lane)], ...], NoDecode, AfterValidator(_some_lanes)]
 Timezone = Annotated[str, AfterValidator(_known_zone)]

@@ -21,7 +21,7 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.health.probe_files import ProbeFiles
+from shiwu_worker.health.probe_files import ProbeFiles, is_probe_file
 from shiwu_worker.launcher.placement import Placement
 
 log: FilteringBoundLogger = structlog.get_logger()
@@ -237,7 +237,8 @@ class Supervisor:
         is_complete = bool(running) and all(worker.is_running or worker.is_finished for worker in self._workers)
         try:
             ready = [
-                worker.placement.ready_file is not None and worker.placement.ready_file.exists() for worker in running
+                worker.placement.ready_file is not None and is_probe_file(worker.placement.ready_file)
+                for worker in running
             ]
             is_ready = is_complete and all(ready)
             if is_ready != self._is_ready:
@@ -247,7 +248,7 @@ class Supervisor:
             for worker in running:
                 with contextlib.suppress(FileNotFoundError):  # the worker has not created it yet
                     if worker.placement.alive_file is not None:
-                        touched_s.append(worker.placement.alive_file.stat().st_mtime)
+                        touched_s.append(worker.placement.alive_file.lstat().st_mtime)
             if touched_s:
                 self._probe_files.touch_alive(at_s=min(touched_s))
         except OSError as error:
