@@ -98,6 +98,18 @@ def test_dead_filter_selects_by_all_fields(client: Client, redis_client: redis.R
     assert len(list(client.dead_letters(limit=2))) == 2
 
 
+@pytest.mark.parametrize(("limit_s", "is_older"), [(0.0, True), (60.0, True), (120.0, False), (90_000.0, False)])
+def test_dead_filter_compares_ages_in_seconds(
+    client: Client, redis_client: redis.Redis, limit_s: float, is_older: bool
+) -> None:
+    """A letter of 90 s ago is either older or newer than a limit."""
+    write_dead_letter(redis_client, client, "one")
+    redis_client.zadd(DEAD, {"one": client.server_time_ms() - 90_000})
+    older = [letter.id for letter in client.dead_letters(DeadFilter(older_s=limit_s))]
+    newer = [letter.id for letter in client.dead_letters(DeadFilter(newer_s=limit_s))]
+    assert (older, newer) == ((["one"], []) if is_older else ([], ["one"]))
+
+
 def test_requeue_starts_again_with_the_same_id(client: Client, redis_client: redis.Redis) -> None:
     """The old answer is removed, attempts start at 1, and the job is answered once like any other."""
     write_dead_letter(redis_client, client, "one")

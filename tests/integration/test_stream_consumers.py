@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from shiwu import Client, StreamItem
 from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.cli import main
+from shiwu.client.stream_items import EntryReader, log_unreadable
 from shiwu.contract import RESULT_STREAM, Answer, Status
 from tests.support.fault_proxy import FaultProxy
 from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
@@ -244,6 +245,27 @@ def test_stop_when_idle_ends_after_others_acknowledged(redis_url: str, redis_cli
         for item in held:
             item.ack()
         assert draining.result(timeout=10) == []
+
+
+def test_consumer_of_the_same_name_begins_with_its_own(redis_url: str, redis_client: redis.Redis) -> None:
+    """All that it left unacknowledged, the oldest first and across portions, before any new answer."""
+    ids = fill(redis_client, 5)
+    redis_client.xgroup_create(RESULT_STREAM, "g", id="0")
+    redis_client.xreadgroup("g", "mine", {RESULT_STREAM: ">"}, count=4)
+    with Client(redis_url) as client:
+        assert drain(client, consumer="mine", batch=2, reclaim_idle_s=3600.0) == ids
+
+
+def test_pending_entries_that_were_trimmed_are_acknowledged(redis_client: redis.Redis) -> None:
+    """They can no longer be delivered, and Redis 6.2 would keep them pending forever."""
+    fill(redis_client, 4)
+    redis_client.xgroup_create(RESULT_STREAM, "g", id="0")
+    redis_client.xreadgroup("g", "mine", {RESULT_STREAM: ">"}, count=3)
+    redis_client.xtrim(RESULT_STREAM, maxlen=2, approximate=False)
+    reply: Any = redis_client.xreadgroup("g", "mine", {RESULT_STREAM: "0"})
+    items = EntryReader(redis_client, group="g", on_unreadable=log_unreadable).read(reply[0][1])
+    assert [item.result.id for item in items] == ["job-2"]
+    assert redis_client.xpending(RESULT_STREAM, "g")["pending"] == 1
 
 
 def test_idle_consumers_without_entries_are_removed(

@@ -6,10 +6,12 @@ import base64
 import contextlib
 import gzip
 import json
+import time
 import zlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from celery import Celery
@@ -179,3 +181,20 @@ def test_message_with_any_header_is_read_or_refused(headers: dict[str, Any]) -> 
     outer["headers"] |= headers
     with contextlib.suppress(RequestError):
         read_message(json.dumps(outer).encode())
+
+
+@pytest.mark.parametrize(("zone", "hours"), [("UTC", 0), ("Asia/Tokyo", 9)])
+@pytest.mark.parametrize("name", ["eta", "expires"])
+def test_time_without_zone_is_not_in_the_machines(
+    monkeypatch: pytest.MonkeyPatch, name: str, zone: str, hours: int
+) -> None:
+    """It is in the zone of the settings, also where the machine has another one."""
+    raw = build_message(Request(image="s3://b/k"), job_id="j", lane=Lane.BULK)
+    raw = raw.replace(f'"{name}":null'.encode(), f'"{name}":"2026-11-29T12:00:00"'.encode())
+    expected_ms = datetime(2026, 11, 29, 12 - hours, tzinfo=UTC).timestamp() * 1000
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Shanghai")
+        time.tzset()
+        envelope = read_message(raw, zone=ZoneInfo(zone))
+    time.tzset()
+    assert getattr(envelope, f"{name}_ms") == expected_ms

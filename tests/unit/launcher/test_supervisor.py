@@ -104,6 +104,20 @@ def test_failure_while_draining_gives_its_exit_code() -> None:
     assert launch(fails, STAY) == ExitCode.DEVICE
 
 
+@pytest.mark.parametrize("end", ["kill -SEGV $$", "kill -KILL $$"])
+def test_signal_while_draining_counts_as_overdue(end: str) -> None:
+    """A worker that was killed has no exit code of its own, and an exit status is never negative."""
+    fails = f"trap '{end}' TERM; kill -TERM $PPID; while :; do sleep 0.02; done"
+    assert launch(fails) == ExitCode.OVERDUE
+
+
+def test_first_reason_to_exit_stays_the_exit_code(tmp_path: Path) -> None:
+    """A worker that fails while it drains does not hide why the launcher stopped."""
+    fails = f"trap 'exit {ExitCode.DEVICE:d}' TERM; touch {tmp_path}/a; while :; do sleep 0.02; done"
+    stops = f"until [ -e {tmp_path}/a ]; do sleep 0.02; done; exit {ExitCode.CONFIG:d}"
+    assert launch(fails, stops) == ExitCode.CONFIG
+
+
 def test_worker_that_does_not_drain_is_killed() -> None:
     """After the limit and not before."""
     started_s = time.monotonic()

@@ -114,3 +114,20 @@ def test_ports_and_exceptions_of_the_operator() -> None:
     for entry in ("127.0.0.1:1", "127.0.0.1"):
         with pytest.raises(ConnectionRefusedError):
             connect(AddressGuard(AccessRules(allow_hosts=(entry,))), "127.0.0.1", 1)
+
+
+@pytest.mark.parametrize(
+    ("network", "address"),
+    [
+        ("64:ff9b::/96", "64:ff9b::808:808"),
+        ("2002::/16", "2002:808:808::1"),
+        ("2001::/32", "2001:0:808:808::f7f7:f7f7"),
+        ("::ffff:0:0/96", "::ffff:8.8.8.8"),
+        ("2000::/3", "2606:4700::1111"),
+    ],
+)
+def test_denied_ipv6_network_that_wraps_ipv4_is_refused(network: str, address: str) -> None:
+    """The operator denies the tunnel itself, although the IPv4 address behind it is public; no rule overrides it."""
+    rules = AccessRules(deny_networks=(network,), allow_networks=("0.0.0.0/0", "::/0"), allow_hosts=(address,))
+    with pytest.raises(AddressRefused, match="SHIWU_DENY_NETWORKS"):
+        AddressGuard(rules).check_address(ipaddress.ip_address(address), trusted=True)
