@@ -29,7 +29,7 @@ from shiwu.contract import (
 from tests.conftest import StartWorker
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
-from tests.support.redis_parts import make_lease_queue, make_maintenance
+from tests.support.redis_parts import answer, make_lease_queue, make_maintenance
 from tests.support.waiting import wait_until
 
 
@@ -119,8 +119,7 @@ def test_requeue_starts_again_with_the_same_id(client: Client, redis_client: red
     assert client.requeue(["one"]) == []
     [claimed] = make_lease_queue(redis_client, "w2").claim(5).jobs
     assert (claimed.id, claimed.attempt, claimed.key) == ("one", 1, Lane.BULK.queue)
-    tagged = AnswerEntry(answer=Answer(id="one", status=Status.TAGGED, attempts=1), id="one")
-    assert AnswerStore(redis_client, token="w2").write([tagged]) == set()
+    assert AnswerStore(redis_client, token="w2").write([answer(claimed)]) == set()
     assert client.wait("one", timeout_s=5).ok
     assert redis_client.exists(DEAD, DEAD_ANSWERS, DEAD_MESSAGES) == 0
 

@@ -52,4 +52,5 @@ def make_maintenance(client: redis.Redis, name: str = "", *, stream_length: int 
 
 def answer(job: Claimed) -> AnswerEntry:
     """The job's answer."""
-    return AnswerEntry(id=job.id, answer=Answer(id=job.id, status=Status.TAGGED, attempts=job.attempt))
+    tagged = Answer(id=job.id, status=Status.TAGGED, attempts=job.attempt)
+    return AnswerEntry(id=job.id, answer=tagged, generation=job.generation)

@@ -1,7 +1,8 @@
 """Writes answers to Redis. Workers, cancelling clients and the sweep all use `AnswerStore`.
 
 One script writes a whole batch. The first answer of an id is stored in Celery's result format, published to waiters and
-appended to the results stream; later answers are discarded. Either way, claim, lease and attempts are removed.
+appended to the results stream; later answers are discarded. Either way, claim, lease and attempts are removed. An
+answer of another generation than the id waits for is discarded too, and changes nothing.
 """
 
 from __future__ import annotations
@@ -78,10 +79,12 @@ class AnswerEntry(msgspec.Struct, frozen=True):
     has_callbacks: bool = False
     is_from_outside: bool = False
     """The writer does not hold the job, as a cancelling client. A worker that holds the job is notified."""
+    generation: int = 0
+    """The generation of the job that was claimed; no matter where the writer does not hold the job."""
 
     @property
     def kind(self) -> str:
-        """Letters for `commit.lua`: one for the state, then one for each flag."""
+        """For `commit.lua`: a letter for the state, one for each flag, and the generation where it is not 0."""
         kind = _STATE_LETTERS.get(self.answer.status, "F")
         if self.ignore_result:
             kind += "I"
@@ -93,7 +96,9 @@ class AnswerEntry(msgspec.Struct, frozen=True):
             kind += "H"
         if not self.claim and self.id.startswith("~") and is_digest(self.id):
             kind += "N"
-        return kind + "A" if self.is_from_outside else kind
+        if self.is_from_outside:
+            return kind + "A"
+        return f"{kind}{self.generation}" if self.generation else kind
 
 
 class AnswerStore:
@@ -132,7 +137,9 @@ class AnswerStore:
         ]
 
     def write(self, entries: Sequence[AnswerEntry], *, token: str | None = None) -> set[str]:
-        """Write up to MAX_COMMIT answers; return the ids that another writer answered before.
+        """Write up to MAX_COMMIT answers; return the ids whose answers were discarded.
+
+        An answer is discarded where another writer answered the id before, or the job was requeued meanwhile.
 
         Args:
             token: replaces the store's token in this write, so that an id that the same store answered before is

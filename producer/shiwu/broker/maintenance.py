@@ -249,9 +249,12 @@ class Maintenance:
         args: list[Any] = [self._token, int(EXPIRY_LEASE_S * 1000)]
         for envelope, raw in late:
             args += [envelope.id, raw]
-        taken = set(self._take_late(keys=[CLAIMS, LEASES, key], args=args))
+        reply: Any = self._take_late(keys=[CLAIMS, LEASES, ATTEMPTS, key], args=args)
+        taken = {job_id.decode(): generation for job_id, generation in zip(reply[::2], reply[1::2], strict=True)}
         entries = [
-            _expired(envelope, key, raw, now_ms=now_ms) for envelope, raw in late if envelope.id.encode() in taken
+            _expired(envelope, key, raw, now_ms=now_ms, generation=taken[envelope.id])
+            for envelope, raw in late
+            if envelope.id in taken
         ]
         return len(taken), len(entries) - len(self._answer_store.write(entries, token=f"{self._token}.lane"))
 
@@ -269,7 +272,7 @@ def _out_of_time(job_id: str, text: str, *, now_ms: float) -> AnswerEntry:
     return AnswerEntry(id=job_id, answer=answer, is_from_outside=True)
 
 
-def _expired(envelope: Envelope, key: str, raw: bytes, *, now_ms: float) -> AnswerEntry:
+def _expired(envelope: Envelope, key: str, raw: bytes, *, now_ms: float, generation: int) -> AnswerEntry:
     text = "the deadline passed while the job waited and no worker ran"
     answer = _out_of_time(envelope.id, text, now_ms=now_ms).answer
     with contextlib.suppress(RequestError):
@@ -282,4 +285,5 @@ def _expired(envelope: Envelope, key: str, raw: bytes, *, now_ms: float) -> Answ
         ignore_result=envelope.ignore_result,
         message=key.encode() + b"|" + raw if envelope.canvas else b"",
         has_callbacks=bool(envelope.canvas),
+        generation=generation,
     )

@@ -15,10 +15,12 @@ from shiwu.client.arguments import read_seconds
 from shiwu.client.results import TagResult, read_answer
 from shiwu.contract import (
     ATTEMPTS,
+    CLAIMS,
     COUNTERS,
     DEAD,
     DEAD_ANSWERS,
     DEAD_MESSAGES,
+    DELAYED_MESSAGES,
     Lane,
     done_key,
     result_key,
@@ -117,12 +119,14 @@ class DeadLetters:
     def requeue(self, job_ids: Iterable[str]) -> list[str]:
         """Put dead letters at the back of their lane, with the same ids; return the ids that were requeued.
 
-        Attempts start at one again. The old answer is removed, so a wait for the id waits for the new one.
+        Attempts start at one again. The old answer is removed, so a wait for the id waits for the new one. A late
+        answer of an earlier generation is discarded. An id that was sent again, and is claimed or delayed now, is not
+        requeued: its new answer replaces the dead letter.
         """
         requeued: list[str] = []
         for portion in chunks(list(job_ids), CHUNK_SIZE):
             reply: Any = self._requeue(
-                keys=[DEAD, DEAD_ANSWERS, DEAD_MESSAGES, ATTEMPTS, COUNTERS],
+                keys=[DEAD, DEAD_ANSWERS, DEAD_MESSAGES, ATTEMPTS, COUNTERS, CLAIMS, DELAYED_MESSAGES],
                 args=[done_key(""), result_key(""), *portion],
             )
             requeued += [job_id.decode() for job_id in reply]

@@ -10,7 +10,8 @@ CLAIMS: Final = "shiwu:claims"
 LEASES: Final = "shiwu:leases"
 """Sorted set: job id → server time in ms at which its lease expires."""
 ATTEMPTS: Final = "shiwu:attempts"
-"""Hash: job id → `attempts:worker deaths` so far, for jobs that returned to their lane."""
+"""Hash: job id → `attempts:worker deaths` so far, for jobs that returned to their lane, or `attempts/generation:worker
+deaths` for requeued dead letters. Both forms are read by versions that know no generations."""
 LAST_CLAIM: Final = "shiwu:last-claim:"
 """Prefix of a string for each worker's token: the ids of its last claim, in case the reply was lost."""
 DELAYED: Final = "shiwu:delayed"
@@ -31,7 +32,8 @@ DEAD_ANSWERS: Final = "shiwu:dead:answers"
 DEAD_MESSAGES: Final = "shiwu:dead:messages"
 """Hash: job id → `lane key|message bytes` of a dead letter."""
 CANVAS: Final = "shiwu:canvas"
-"""Hash: job id → `length of the answer|answer, message bytes` of answered jobs whose callbacks are not sent yet."""
+"""Hash: job id → `length of the answer|answer, message bytes` of answered jobs whose callbacks are not sent yet. After
+a requeue the id is followed by a byte 255, which no id contains, and the generation."""
 CANVAS_DUE: Final = "shiwu:canvas:due"
 """Sorted set: job id → server time in ms from which any worker may send its callbacks."""
 PENDING_CALLBACK_ANSWER: Final = "shiwu:aside:"
@@ -64,5 +66,5 @@ def result_key(job_id: str) -> str:
 
 
 def done_key(job_id: str) -> str:
-    """The key of the mark of an answered id, which outlives the answer."""
+    """The key of the mark of an answered id, which outlives the answer: `token:attempt[#generation]`."""
     return f"shiwu:done:{job_id}"

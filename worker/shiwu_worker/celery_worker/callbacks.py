@@ -113,7 +113,9 @@ class CallbackSender:
         reply: Any = self._take(keys=[CANVAS, CANVAS_DUE], args=[self._retry_after_ms, CHUNK_SIZE, *ids])
         self._taken = len(reply) // 2
         for i in range(0, len(reply), 2):
-            job_id = reply[i].decode(errors="replace")  # a foreign member must not end this thread
+            job_id = (
+                reply[i].partition(b"\xff")[0].decode(errors="replace")
+            )  # a foreign member must not end this thread
             try:
                 self._send(job_id, reply[i + 1])
             except Exception as error:  # border: signatures come from producers; a bad one must not be tried again

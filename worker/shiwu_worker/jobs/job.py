@@ -64,6 +64,8 @@ class Claimed(msgspec.Struct, frozen=True, gc=False):
     """How many workers crashed, hung or lost their device while they held the job."""
     history: bytes = b""
     """Earlier attempts, as `history.read_history` reads them."""
+    generation: int = 0
+    """How often the id was requeued as a dead letter."""
 
 
 class Release(msgspec.Struct, frozen=True, gc=False):
@@ -103,6 +105,8 @@ class Job(msgspec.Struct, eq=False):
     moments: StageTimestamps
     answer_id: str = ""
     """The job id, where `id` is a digest."""
+    generation: int = 0
+    """How often the id was requeued as a dead letter. An answer counts only for the generation that was claimed."""
     deaths: int = 0
     request: Request | None = None
     ignore_result: bool = False
@@ -222,6 +226,7 @@ def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:
         key=claimed.key,
         attempt=claimed.attempt,
         deaths=claimed.deaths,
+        generation=claimed.generation,
         raw=claimed.raw,
         moments=StageTimestamps(claimed_s=claimed.claimed_s, claimed_ms=claimed.claimed_ms),
     )

@@ -161,4 +161,5 @@ def to_entry(job: Job, *, worker: str, until_s: float, answered_at: datetime) ->
         message=job.key.encode() + b"|" + job.raw if is_dead or job.has_callbacks else b"",
         is_dead=is_dead,
         has_callbacks=job.has_callbacks,
+        generation=job.generation,
     )

@@ -5,7 +5,7 @@
 --       how long callbacks are reserved for the worker in ms, prefix of answers with pending callbacks, prefix of histories,
 --       then for each job: id, kind, answer, start of Celery's result for a failure, `lane key|raw message` where kind needs
 --       it, mark, name of the claim where it is not the id
--- kind  S success, F failure or R revoked; then any of
+-- kind  S success, F failure or R revoked; then any of the letters below; then the job's generation where it is not 0
 --       I no result is wanted
 --       D becomes a dead letter
 --       C has callbacks to send
@@ -13,7 +13,11 @@
 --         lane, its claim finds the answer
 --       N the message has no id, so no caller can look for its answer
 --       H has a history of earlier attempts, which the answer contains
--- Reply the ids that were answered before, except by an earlier run of this same commit
+-- An answer counts if its id is not answered and waits for an answer of this generation. Each requeue of a dead letter starts
+-- a generation; until it is answered, its number is in the attempts, and afterwards in the mark (`mark#generation`). A writer
+-- from outside means the current generation, and so does one whose claim has another name than the id. An answer of another
+-- generation changes nothing and is counted as discarded.
+-- Reply the ids whose answers were discarded. An earlier run of this same commit does not count as another answer
 local claims, leases, attempts, results = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local dead, dead_answers, dead_messages, counters = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local deadlines, canvas, canvas_due = KEYS[9], KEYS[10], KEYS[11]
@@ -28,7 +32,7 @@ local STATES = { S = 'SUCCESS', F = 'FAILURE', R = 'REVOKED' }
 for _, hash in ipairs({ claims, attempts, dead_answers, dead_messages, counters, canvas, delayed_messages }) do redis.call('HLEN', hash) end
 for _, set in ipairs({ leases, dead, canvas_due, delayed }) do redis.call('ZCARD', set) end
 redis.call('XLEN', results)
-local has_deadlines = redis.call('ZCARD', deadlines) > 0
+local has_deadlines, has_dead = redis.call('ZCARD', deadlines) > 0, redis.call('ZCARD', dead) > 0
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -57,7 +61,15 @@ local function store_result(id, kind, head, answer)
   redis.call('PUBLISH', key, meta)
 end
 
-local ids, found, claimed, histories = {}, {}, nil, {}
+-- Whether an earlier run of this same commit succeeded and only its reply was lost: then the mark is the same. A writer that
+-- means the current generation does not know it after its first run.
+local function is_repeated(id, mark, kind, claim)
+  local kept = redis.call('GET', done_prefix .. id)
+  if kept == mark then return true end
+  return (claim ~= '' or string.find(kind, 'A', 2, true)) and string.gsub(kept, '#%d+$', '') == mark
+end
+
+local ids, found, claimed, histories, generations = {}, {}, nil, {}, nil
 for i = FIRST, #ARGV, STEP do
   local id, kind, claim = ARGV[i], ARGV[i + 1], ARGV[i + 6]
   ids[#ids + 1] = id
@@ -67,31 +79,73 @@ for i = FIRST, #ARGV, STEP do
   end
   if kind ~= 'S' then
     if string.find(kind, 'A', 2, true) then found[id] = message_of(id) end
-    if string.find(kind, '[AH]', 2) then histories[#histories + 1] = history_prefix .. (claim ~= '' and claim or id) end
+    if string.find(kind, '[AH]', 2) then histories[#ids] = history_prefix .. (claim ~= '' and claim or id) end
+    local generation = tonumber(string.match(kind, '%d+$'))
+    if generation then
+      generations = generations or {}
+      generations[#ids] = generation
+    end
   end
 end
+
+-- Finds answers of another generation than their id waits for. Where no job was requeued or retried, nothing is read.
+local stale, held = nil, ids
+if generations or redis.call('HLEN', attempts) > 0 then
+  generations = generations or {}
+  for n, id in ipairs(ids) do
+    local current = tonumber(string.match(redis.call('HGET', attempts, id) or '', '^%d+/(%d+)')) or 0
+    if (claimed and claimed[n]) or string.find(ARGV[FIRST + (n - 1) * STEP + 1], 'A', 2, true) then
+      generations[n] = current
+    elseif (generations[n] or 0) ~= current and not redis.call('GET', done_prefix .. id) then
+      stale = stale or {}
+      stale[n] = true
+    end
+  end
+end
+local removed, old_histories = ids, {}
+if claimed or stale then
+  held, removed = {}, {}
+  for n, id in ipairs(ids) do
+    if not (stale and stale[n]) then
+      held[#held + 1] = claimed and claimed[n] or id
+      removed[#removed + 1] = id
+    end
+  end
+end
+for n, history in pairs(histories) do
+  if not (stale and stale[n]) then old_histories[#old_histories + 1] = history end
+end
+
 -- First come the writes that free memory: a full server refuses a script whose first write needs memory.
-for n, id in ipairs(claimed and ids or {}) do claimed[n] = claimed[n] or id end
-claimed = claimed or ids
-redis.call('HDEL', claims, unpack(claimed))
-redis.call('ZREM', leases, unpack(claimed))
-redis.call('HDEL', attempts, unpack(claimed))
-if #histories > 0 then redis.call('DEL', unpack(histories)) end
+redis.call('ZREM', leases, '', unpack(held))
+if #held > 0 then
+  redis.call('HDEL', claims, unpack(held))
+  redis.call('HDEL', attempts, unpack(held))
+  if claimed then redis.call('HDEL', attempts, unpack(removed)) end
+  if has_deadlines then redis.call('ZREM', deadlines, unpack(removed)) end
+end
+if #old_histories > 0 then redis.call('DEL', unpack(old_histories)) end
 for id in pairs(found) do
   redis.call('HDEL', delayed_messages, id)
   redis.call('ZREM', delayed, id)
 end
-if has_deadlines then redis.call('ZREM', deadlines, unpack(ids)) end
 
-local again, first = {}, 0
+local again, first, superseded = {}, 0, has_dead and {} or nil
 for i = FIRST, #ARGV, STEP do
   local id, kind, answer, head, raw, mark = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], ARGV[i + 5]
-  if redis.call('SET', done_prefix .. id, mark, 'NX', 'EX', done_ttl) then
+  local n = (i - FIRST) / STEP + 1
+  local generation = generations and generations[n] or 0
+  if generation > 0 then mark = mark .. '#' .. generation end
+  if stale and stale[n] then
+    again[#again + 1] = id
+  elseif redis.call('SET', done_prefix .. id, mark, 'NX', 'EX', done_ttl) then
     first = first + 1
     if string.find(kind, 'D', 2, true) then
       redis.call('ZADD', dead, now, id)
       redis.call('HSET', dead_answers, id, answer)
       redis.call('HSET', dead_messages, id, raw)
+    elseif superseded then
+      superseded[#superseded + 1] = id
     end
     if not string.find(kind, 'N', 2, true) then
       local is_from_outside = string.find(kind, 'A', 2, true)
@@ -100,15 +154,16 @@ for i = FIRST, #ARGV, STEP do
         store_result(id, kind, head, answer)
       end
       if string.find(kind, 'C', 2, true) or found[id] then
-        redis.call('HSET', canvas, id, #answer .. '|' .. answer .. (found[id] or raw))
+        -- No id contains this byte, which no UTF-8 text has.
+        local member = generation > 0 and id .. '\255' .. generation or id
+        redis.call('HSET', canvas, member, #answer .. '|' .. answer .. (found[id] or raw))
         -- A writer from outside sends no callbacks, so any worker may send them now.
-        redis.call('ZADD', canvas_due, is_from_outside and now or now + reserved_ms, id)
+        redis.call('ZADD', canvas_due, is_from_outside and now or now + reserved_ms, member)
       end
       redis.call('XADD', results, '*', 'id', id, 'answer', answer)
     end
     if string.find(kind, 'A', 2, true) then redis.call('PUBLISH', ended, id) end
-  elseif redis.call('GET', done_prefix .. id) ~= mark then
-    -- The same mark means that an earlier run of this commit succeeded and only its reply was lost.
+  elseif not is_repeated(id, mark, kind, ARGV[i + 6]) then
     again[#again + 1] = id
     -- The claim could not see that the id of this message was answered. Its caller must still find an answer.
     if ARGV[i + 6] ~= '' and not string.find(kind, 'I', 2, true) and redis.pcall('GET', result_prefix .. id) == false then
@@ -117,6 +172,11 @@ for i = FIRST, #ARGV, STEP do
   end
 end
 
+-- The id has a newer answer, which a requeue of an older dead letter would delete.
+if superseded and #superseded > 0 and redis.call('ZREM', dead, unpack(superseded)) > 0 then
+  redis.call('HDEL', dead_answers, unpack(superseded))
+  redis.call('HDEL', dead_messages, unpack(superseded))
+end
 local excess = redis.call('ZCARD', dead) - max_dead
 if excess > 0 then
   local oldest = redis.call('ZPOPMIN', dead, math.min(excess, 1000))

@@ -1,5 +1,5 @@
 -- Maintenance for all workers. Jobs whose lease expired or whose delay is over return to the front of their lane, or to the
--- quarantine after two worker deaths. Old dead letters are removed. Ids of jobs out of time are returned.
+-- quarantine after two worker deaths. A claim of attempt 0 was no attempt, so its return does not count as one. Old dead letters are removed. Ids of jobs out of time are returned.
 -- KEYS  claims, leases, attempts, delayed, delayed messages, counters, workers, quarantine, deadlines, dead, dead answers, dead messages,
 --       results stream, revoked ids, then the keys of the lanes
 -- ARGV  worker name or '', max jobs of each kind, '1' to count the lanes, worker deaths before quarantine, max lease in ms,
@@ -47,7 +47,9 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0,
   local record = redis.call('HGET', claims, id)
   local token, attempt, lane, raw
   if record then token, attempt, lane, raw = string.match(record, '^([^|]*)|(%d+)|([^|]*)|(.*)$') end
-  local deaths = tonumber(string.match(redis.call('HGET', attempts, id) or '', ':(%d+)$') or 0) + 1
+  local is_attempt = attempt ~= '0'
+  local tried = redis.call('HGET', attempts, id) or ''
+  local deaths = tonumber(string.match(tried, ':(%d+)$') or 0) + (is_attempt and 1 or 0)
   local is_back = not raw
   if raw and deaths >= quarantine_from then
     is_back = put_back(quarantine, lane .. '|' .. raw)
@@ -55,11 +57,12 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0,
     is_back = put_back(lane, raw)
   end
   if is_back then
-    if raw then
-      redis.call('HSET', attempts, id, attempt .. ':' .. deaths)
+    if raw and is_attempt then
+      local generation = string.match(tried, '^%d+(/%d+)') or ''
+      redis.call('HSET', attempts, id, attempt .. generation .. ':' .. deaths)
       add_attempt(id, attempt .. '|worker_lost||' .. now .. '|0|' .. token)
-      reaped = reaped + 1
     end
+    if raw then reaped = reaped + 1 end
     redis.call('HDEL', claims, id)
     redis.call('ZREM', leases, id)
   end

@@ -1,18 +1,32 @@
--- Puts dead letters at the back of their lane, with the same id, a new attempt count and no answer.
--- KEYS  dead, dead answers, dead messages, attempts, counters      ARGV  prefix of marks, prefix of results, ids...
+-- Puts dead letters at the back of their lane, with the same id, a new attempt count and no answer. Each requeue starts a
+-- generation of the id: one more than the mark of its answer names. The attempts hold its number until it is answered, so
+-- that a late answer of an earlier generation is discarded. A dead letter whose id is claimed or delayed stays: the id was sent
+-- again after its mark had expired, and the answer to that message replaces the dead letter.
+-- KEYS  dead, dead answers, dead messages, attempts, counters, claims, delayed messages
+-- ARGV  prefix of marks, prefix of results, ids...
 -- Reply the ids that were requeued
 local dead, answers, messages, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local claims, delayed_messages = KEYS[6], KEYS[7]
 local requeued = {}
 -- A full server refuses a script whose first write needs memory: this write needs none.
 redis.call('HDEL', attempts, '')
+
+local function generation_of(id)
+  local mark = redis.pcall('GET', ARGV[1] .. id)
+  if type(mark) == 'string' then return tonumber(string.match(mark, '#(%d+)$')) or 0 end
+  return tonumber(string.match(redis.call('HGET', attempts, id) or '', '^%d+/(%d+)')) or 0
+end
+
 for i = 3, #ARGV do
   local id = ARGV[i]
   local record = redis.call('HGET', messages, id)
+  local is_live = redis.call('HEXISTS', claims, id) == 1 or redis.call('HEXISTS', delayed_messages, id) == 1
   local lane, raw
-  if record then lane, raw = string.match(record, '^([^|]*)|(.*)$') end
+  if record and not is_live then lane, raw = string.match(record, '^([^|]*)|(.*)$') end
   if raw and type(redis.pcall('LPUSH', lane, raw)) == 'number' then
+    local generation = generation_of(id) + 1
     redis.call('DEL', ARGV[1] .. id, ARGV[2] .. id)
-    redis.call('HDEL', attempts, id)
+    redis.call('HSET', attempts, id, '0/' .. generation .. ':0')
     redis.call('ZREM', dead, id)
     redis.call('HDEL', answers, id)
     redis.call('HDEL', messages, id)

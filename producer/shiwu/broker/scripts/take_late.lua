@@ -1,17 +1,19 @@
 -- Takes expired messages out of a lane; the caller then answers them.
--- Each is recorded under a lease like a claim, because a message without a record would be lost if the caller crashed.
--- KEYS  claims, leases, a lane key      ARGV  token, lease in ms, then for each: id, raw message
--- Reply the ids that were still in the lane and now belong to the caller
-local claims, leases, lane, token = KEYS[1], KEYS[2], KEYS[3], ARGV[1]
+-- Each is recorded under a lease like a claim, because a message without a record would be lost if the caller crashed. Its
+-- attempt 0 says that nothing was tried: maintenance returns it to its lane without counting an attempt or a worker death.
+-- KEYS  claims, leases, attempts, a lane key      ARGV  token, lease in ms, then for each: id, raw message
+-- Reply for each that was still in the lane and now belongs to the caller: id, generation
+local claims, leases, attempts, lane, token = KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1]
 local time = redis.call('TIME')
 local ends = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[2])
 local taken = {}
 for i = 3, #ARGV, 2 do
   local id, raw = ARGV[i], ARGV[i + 1]
   if redis.call('HEXISTS', claims, id) == 0 and redis.call('LREM', lane, -1, raw) == 1 then
-    redis.call('HSET', claims, id, token .. '|1|' .. lane .. '|' .. raw)
+    redis.call('HSET', claims, id, token .. '|0|' .. lane .. '|' .. raw)
     redis.call('ZADD', leases, ends, id)
     taken[#taken + 1] = id
+    taken[#taken + 1] = tonumber(string.match(redis.call('HGET', attempts, id) or '', '^%d+/(%d+)')) or 0
   end
 end
 return taken

@@ -46,7 +46,7 @@ _PACKAGE: Final = "shiwu_worker.stages.claim"
 _LANE_KEYS: Final = (*Lane.INTERACTIVE.keys, *Lane.BULK.keys)
 _BULK: Final = frozenset(Lane.BULK.keys)
 _FIRST_JOB: Final = 2
-_JOB_FIELDS: Final = 7
+_JOB_FIELDS: Final = 8
 """Positions in the reply of `claim.lua`: the first job, and fields per job."""
 
 
@@ -163,7 +163,7 @@ class LeaseQueue:
 
 def _claimed(fields: Sequence[Any], *, claimed_ms: float, claimed_s: float) -> Claimed:
     """One job from its fields in the reply of `claim.lua`."""
-    job_id, attempt, deaths, lane_number, raw, is_revoked, history = fields
+    job_id, attempt, deaths, lane_number, raw, is_revoked, history, generation = fields
     return Claimed(
         id=job_id.decode(),
         attempt=attempt,
@@ -174,4 +174,5 @@ def _claimed(fields: Sequence[Any], *, claimed_ms: float, claimed_s: float) -> C
         claimed_s=claimed_s,
         is_revoked=is_revoked == 1,
         history=history,
+        generation=generation,
     )

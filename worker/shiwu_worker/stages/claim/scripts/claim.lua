@@ -8,7 +8,8 @@
 --       prefix of results, how long a result is kept in s, result of a job whose id was answered before: Celery's JSON with
 --       a zero byte at each position of the id, prefix of histories, '1' if interactive is served, '1' if bulk is
 -- Reply server time in ms, 1 if this worker owns the quarantine now, then for each job: id, attempt, deaths,
---       number of its lane key (1 to 8), message, 1 if Celery's revoke named it, history of earlier attempts or ''
+--       number of its lane key (1 to 8), message, 1 if Celery's revoke named it, history of earlier attempts or '',
+--       generation: how often the id was requeued as a dead letter
 local claims, leases, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local quarantine, owner, revoked, last_claim = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local token, limit, bulk_least = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -204,8 +205,10 @@ if #ids > 0 then
         -- The job was answered without its message, which may have callbacks.
         local answer = redis.pcall('GET', pending_answer_prefix .. id)
         if type(answer) == 'string' then
-          redis.call('HSET', canvas, id, #answer .. '|' .. answer .. KEYS[from[i]] .. '|' .. raws[i])
-          redis.call('ZADD', canvas_due, now, id)
+          local generation = string.match(answered[i], '#(%d+)$')
+          local member = generation and id .. '\255' .. generation or id
+          redis.call('HSET', canvas, member, #answer .. '|' .. answer .. KEYS[from[i]] .. '|' .. raws[i])
+          redis.call('ZADD', canvas_due, now, member)
           redis.call('DEL', pending_answer_prefix .. id)
         end
       end
@@ -224,6 +227,7 @@ if #ids > 0 then
       reply[#reply + 1] = unwanted[i] and 1 or 0
       local history = tried[i] and redis.pcall('GET', history_prefix .. id)
       reply[#reply + 1] = type(history) == 'string' and history or ''
+      reply[#reply + 1] = tried[i] and tonumber(string.match(tried[i], '^%d+/(%d+)')) or 0
     end
   end
   if #records > 0 then

@@ -44,7 +44,7 @@ for i = 5, #ARGV, 4 do
       redis.call('RPUSH', lane, raw)
     end
     if counts then
-      redis.call('HSET', attempts, id, attempt .. ':' .. deaths)
+      redis.call('HSET', attempts, id, attempt .. (string.match(tried or '', '^%d+(/%d+)') or '') .. ':' .. deaths)
     elseif ending ~= '' and not tried then
       -- A claim reads the history only of jobs that have an entry here.
       redis.call('HSET', attempts, id, '0:0')
