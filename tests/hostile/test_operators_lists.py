@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from shiwu_worker.config.settings import Settings
+from shiwu_worker.config.views import access_rules
 from shiwu_worker.errors import Rejected, Unavailable, Unreachable
 from shiwu_worker.policy.access_rules import AccessRules, HostList, allows_bucket
 from shiwu_worker.stages.fetch.local_files import LocalFiles
@@ -103,7 +104,7 @@ def test_settings_become_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setenv(f"SHIWU_{name}", value)
     settings = Settings()
-    assert settings.access == AccessRules(
+    assert access_rules(settings) == AccessRules(
         allow_hosts=("minio:9000", "[::1]:80"),
         deny_networks=("203.0.113.0/24",),
         ports=(80, 443, 8080),

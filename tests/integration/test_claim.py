@@ -202,3 +202,14 @@ def test_result_is_the_json_of_celery(client: redis.Redis) -> None:
     assert meta["result"]["status"] == "tagged"
     assert meta["task_id"] == "x"
     assert set(meta) == {"status", "result", "traceback", "children", "date_done", "task_id"}
+
+
+@pytest.mark.parametrize(("bulk_limit", "bulk"), [(0, 0), (2, 2), (4, 4), (50, 7)])
+def test_claim_takes_no_more_bulk_than_there_is_room_for(client: redis.Redis, bulk_limit: int, bulk: int) -> None:
+    """Interactive gets the rest of the room, however many bulk jobs wait."""
+    client.lpush("shiwu.interactive", *[message(f"i{n}") for n in range(3)])
+    client.lpush("shiwu.bulk", *[message(f"b{n}", Lane.BULK) for n in range(50)])
+    jobs = make_lease_queue(client, "w", bulk_share=0.5).claim(10, bulk_limit=bulk_limit).jobs
+    lanes = [job.key for job in jobs]
+    assert (lanes.count("shiwu.interactive"), lanes.count("shiwu.bulk")) == (3, bulk)
+    assert client.llen("shiwu.bulk") == 50 - bulk

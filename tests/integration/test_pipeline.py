@@ -212,3 +212,27 @@ def test_unknown_label_set_with_one_attempt_is_rejected() -> None:
     """SHIWU_RETRY with one try."""
     settings = Settings(retry="unknown_label_set=1:1:1")  # type: ignore[arg-type]  # the form of the environment
     assert views.pipeline_limits(settings).retries[ErrorCode.UNKNOWN_LABEL_SET].attempts == 1
+
+
+def test_full_bulk_slots_cause_no_claims_until_there_is_room(
+    parts: PipelineUnderTest, redis_client: redis.Redis
+) -> None:
+    """The waiting bulk messages wake nobody; an interactive message and a freed slot do."""
+    hold = threading.Event()
+    parts.encode = lambda _: hold.wait(20) and None
+    claims = []
+    claim = parts.lease_queue.claim
+    parts.lease_queue.claim = lambda *args, **options: claims.append(options) or claim(*args, **options)  # type: ignore[method-assign]
+    redis_client.lpush(Lane.BULK.queue, *[message(f"b{n}", Lane.BULK) for n in range(40)])
+    parts.start()
+    try:
+        wait_until(lambda: claims and claims[-1]["bulk_limit"] == 0, timeout_s=10)
+        assert redis_client.llen(Lane.BULK.queue) == 40 - SLOTS * 3 // 4
+        redis_client.lpush(Lane.INTERACTIVE.queue, message("i"))
+        wait_until(lambda: redis_client.hexists(CLAIMS, "i"), timeout_s=3)
+        assert len(claims) < 20, "waiting bulk messages must not keep the claim thread busy"
+        hold.set()
+        wait_until(lambda: redis_client.llen(Lane.BULK.queue) == 0, timeout_s=10)
+    finally:
+        hold.set()
+        parts.stop()

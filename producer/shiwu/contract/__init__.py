@@ -66,6 +66,7 @@ from shiwu.contract.references import (
     file_path,
     reference_error,
     scheme_of,
+    source_of,
     split_s3,
     without_query,
 )
@@ -187,6 +188,7 @@ __all__ = [
     "reference_error",
     "result_key",
     "scheme_of",
+    "source_of",
     "split_s3",
     "status_of",
     "unknown_names",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -123,6 +124,23 @@ def _hint(image: str) -> str:
     if "@" in image or is_odd:
         return f"'{scheme}://…'" if scheme in {*_HTTP, "s3", "file"} else "a text with '@'"
     return repr(re.split(r"[?#]", image, maxsplit=1)[0][:_SHOWN_CHARS])
+
+
+def source_of(image: str) -> str:
+    """The host with its port, the bucket, or the scheme, as in `https://host:443`, `s3://bucket` and `file:`.
+
+    Without path, query and user name. Never raises: an unreadable reference gives its scheme only.
+    """
+    if image.startswith("s3://"):
+        return image[: image.find("/", 5)] if "/" in image[5:] else image
+    scheme = scheme_of(image)
+    if scheme == "s3":
+        return f"s3://{image[5:].partition('/')[0]}"
+    if scheme in _HTTP:
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(image)
+            return f"{scheme}://{(parts.hostname or '').rstrip('.')}:{parts.port or (443 if scheme == 'https' else 80)}"
+    return f"{scheme}:"
 
 
 def without_query(image: str) -> str:

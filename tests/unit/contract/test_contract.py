@@ -24,6 +24,7 @@ from shiwu.contract import (
     error_codes,
     parse_request,
     reference_error,
+    source_of,
     split_s3,
     status_of,
     without_query,
@@ -232,3 +233,24 @@ def test_lane_keys_are_those_of_kombu() -> None:
 
     expected = [f"shiwu.bulk{Channel.sep}{step}" if step else "shiwu.bulk" for step in Channel.priority_steps]
     assert list(Lane.BULK.keys) == expected
+
+
+@pytest.mark.parametrize(
+    ("image", "source"),
+    [
+        ("s3://pictures/a/b.jpg?x=/y", "s3://pictures"),
+        ("S3://pictures/a", "s3://pictures"),
+        ("https://Shop.example/a?token=secret", "https://shop.example:443"),
+        ("https://shop.example.:443/b", "https://shop.example:443"),
+        ("http://shop.example:8080/b#c", "http://shop.example:8080"),
+        ("http://user:secret@shop.example/b", "http://shop.example:80"),
+        ("http://[2001:db8::1]/b", "http://2001:db8::1:80"),
+        ("http://[bad/", "http:"),
+        ("http://shop.example:99999/", "http:"),
+        ("file:///srv/a.jpg", "file:"),
+        ("nothing", ":"),
+    ],
+)
+def test_source_of_a_reference_has_no_path_and_no_secret(image: str, source: str) -> None:
+    """Images of one source share its loader threads, however the reference is written."""
+    assert source_of(image) == source

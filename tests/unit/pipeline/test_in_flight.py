@@ -5,17 +5,24 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from shiwu_worker.pipeline.in_flight import MAX_JOBS_PER_SLOT, InFlightJobs
+from shiwu.contract import Lane
+from shiwu_worker.pipeline.in_flight import MAX_JOBS_PER_SLOT, NO_ROOM, InFlightJobs, Room
+from shiwu_worker.policy.limits import LoadShares
 
 
-def jobs(count: int, *, first: int = 0) -> list[Any]:
+def jobs(count: int, *, first: int = 0, lane: Lane = Lane.INTERACTIVE) -> list[Any]:
     """Jobs without a slot."""
-    return [SimpleNamespace(id=f"{n}", slot=-1) for n in range(first, first + count)]
+    return [SimpleNamespace(id=f"{lane}{n}", slot=-1, lane=lane) for n in range(first, first + count)]
+
+
+def rooms(in_flight: InFlightJobs, *, owns_quarantine: bool = False) -> Room:
+    """How many jobs would be claimed, without waiting."""
+    return in_flight.wait_for_room(owns_quarantine=owns_quarantine, is_closing=lambda: False, timeout_s=0.0)
 
 
 def room(in_flight: InFlightJobs, *, owns_quarantine: bool = False) -> int:
-    """How many jobs would be claimed, without waiting."""
-    return in_flight.wait_for_room(owns_quarantine=owns_quarantine, is_closing=lambda: False, timeout_s=0.0)
+    """How many jobs of both lanes together."""
+    return rooms(in_flight, owns_quarantine=owns_quarantine).total
 
 
 def test_room_follows_the_size_of_current_batches() -> None:
@@ -54,3 +61,43 @@ def test_owner_of_the_quarantine_has_room_only_without_jobs() -> None:
     in_flight.free_slots(held)
     in_flight.remove(held)
     assert room(in_flight, owns_quarantine=True) == 10
+
+
+def test_bulk_leaves_slots_for_interactive() -> None:
+    """However long its jobs take, and also while they wait for their commit without a slot."""
+    in_flight = InFlightJobs(slots=100)
+    assert rooms(in_flight) == Room(100, 75)
+    bulk = jobs(75, lane=Lane.BULK)
+    in_flight.add(bulk, bulk)
+    assert rooms(in_flight) == Room(25, 0)
+    interactive = jobs(25)
+    in_flight.add(interactive, interactive)
+    assert rooms(in_flight) == NO_ROOM
+    in_flight.free_slots(interactive)
+    assert rooms(in_flight) == Room(25, 0)
+    in_flight.free_slots(bulk)
+    assert rooms(in_flight) == Room(100, 75)
+    in_flight.add(jobs(150, first=75, lane=Lane.BULK), [])
+    assert rooms(in_flight).bulk == 0
+    assert rooms(in_flight).total == 50
+
+
+def test_worker_of_one_lane_reserves_no_slots() -> None:
+    """Nobody else would use them."""
+    in_flight = InFlightJobs(slots=100, shares=LoadShares(interactive_reserve=0.0))
+    assert rooms(in_flight) == Room(100, 100)
+
+
+def test_bulk_room_is_reported_once_there_is_enough_of_it() -> None:
+    """A claim for each freed slot would be a round trip for each image."""
+    in_flight = InFlightJobs(slots=100)
+    bulk = jobs(75, lane=Lane.BULK)
+    in_flight.add(bulk, bulk)
+    calls: list[int] = []
+    assert in_flight.call_on_bulk_room(lambda: calls.append(1))
+    in_flight.free_slots(bulk[:17])
+    assert calls == []
+    in_flight.free_slots(bulk[17:30])
+    in_flight.free_slots(bulk[30:60])
+    assert calls == [1]
+    assert not in_flight.call_on_bulk_room(lambda: calls.append(2))

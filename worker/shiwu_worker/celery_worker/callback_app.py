@@ -11,6 +11,7 @@ from kombu.exceptions import OperationalError
 from shiwu.contract import TASK_NAME, Lane
 from shiwu_worker.celery_worker.celery_redis import backend_config, broker_config
 from shiwu_worker.config.settings import Settings
+from shiwu_worker.config.views import callback_rules
 from shiwu_worker.policy.callback_rules import CallbackRules
 
 ALLOWED_OPTIONS: Final = frozenset(
@@ -51,7 +52,7 @@ def make_callback_app(settings: Settings) -> Celery:
     """Return the app that sends callbacks, with its results in the Redis of the worker."""
     address = settings.redis_address
     return CallbackApp(
-        settings.callback_rules,
+        callback_rules(settings),
         **broker_config(address, timeout_s=settings.redis_timeout_s),
         **backend_config(address, timeout_s=settings.redis_timeout_s),
         result_expires=settings.result_ttl_s,

@@ -33,6 +33,7 @@ from shiwu_worker.celery_worker.stop_signals import StopSignals
 from shiwu_worker.celery_worker.task_events import TaskEventSender
 from shiwu_worker.config.errors import load_settings_or_exit, report_unknown_names
 from shiwu_worker.config.settings import Settings
+from shiwu_worker.config.views import callback_rules
 from shiwu_worker.errors import FatalError
 from shiwu_worker.jobs.outcome import CommittedJob
 from shiwu_worker.service.bootstrap import WorkerService, open_service
@@ -160,7 +161,7 @@ def _open_senders(worker: Any, settings: Settings) -> Iterator[Callable[[Sequenc
             worker.app.shiwu_revoker = Revoker(
                 client, make_answer_store(settings, client, f"revoke.{secrets.token_hex(4)}")
             )
-        callbacks = CallbackSender(make_callback_app(settings), client, rules=settings.callback_rules)
+        callbacks = CallbackSender(make_callback_app(settings), client, rules=callback_rules(settings))
         senders: list[CallbackSender | TaskEventSender] = [callbacks]
         if worker.task_events:
             senders.append(TaskEventSender(worker.app, hostname=worker.hostname))

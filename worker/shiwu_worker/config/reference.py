@@ -40,6 +40,8 @@ _UNIT_OF_SUFFIX: Final = {"s": "seconds", "ms": "milliseconds", "mb": "MiB", "by
 _UNITS: Final[Mapping[str, str]] = {
     "max_side": "pixels",
     "bulk_share": "share of 1",
+    "interactive_reserve": "share of 1",
+    "min_rate_kb_s": "KiB/s",
     "http_port": "port",
     "fetch_ports": "ports",
 }

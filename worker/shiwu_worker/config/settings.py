@@ -41,8 +41,8 @@ from shiwu_worker.config.types import (
     read_retry,
     split,
 )
-from shiwu_worker.policy.access_rules import HTTP_PORTS, AccessRules
-from shiwu_worker.policy.callback_rules import MAX_TASKS, CallbackRules
+from shiwu_worker.policy.access_rules import HTTP_PORTS
+from shiwu_worker.policy.callback_rules import MAX_TASKS
 from shiwu_worker.runtime.cpus import usable_cores
 
 DEFAULT_BATCH_CAP = 64
@@ -120,6 +120,13 @@ class Settings(BaseSettings):
     bulk_share: float = Field(
         0.1, ge=0, le=0.9, description="share of the images that bulk keeps while interactive jobs wait"
     )
+    interactive_reserve: float = Field(
+        0.25,
+        ge=0,
+        le=0.9,
+        description="share of the loader threads and slots that bulk never gets, at least one of each; a worker that "
+        "serves one lane reserves nothing",
+    )
 
     lease_s: float = Field(
         15.0, ge=1, le=MAX_LEASE_S, description="time after which the jobs of a crashed worker return to their lane"
@@ -168,6 +175,13 @@ class Settings(BaseSettings):
     loaders: int = Field(0, ge=0, le=256, description="loader processes; 0: the number of cores minus one, at least 1")
     loader_spares: int = Field(2, ge=0, le=16, description="started loaders that replace a crashed one immediately")
     loader_threads: int = Field(8, ge=1, le=64, description="images that one loader fetches and decodes at a time")
+    source_threads: int = Field(
+        0,
+        ge=0,
+        le=16_384,
+        description="images of one worker that are loaded from one host or bucket at a time; 0: half of the loader "
+        "threads, all of them once the source has proved quick, and an eighth while it is slow",
+    )
     loader_memory_mb: int = Field(
         4096,
         ge=1024,
@@ -183,6 +197,16 @@ class Settings(BaseSettings):
     fetch_timeout_s: float = Field(15.0, gt=0, description="time to fetch one image, including quick retries")
     connect_timeout_s: float = Field(3.0, gt=0, description="time-out of one connection attempt")
     read_timeout_s: float = Field(10.0, gt=0, description="longest wait for the next bytes of a server")
+    min_rate_kb_s: int = Field(
+        8,
+        ge=0,
+        le=1_000_000,
+        description="least average rate of an image's bytes in KiB/s; a slower source is given up and tried again "
+        "later; 0: no least rate",
+    )
+    min_rate_after_s: float = Field(
+        5.0, gt=0, description="time from the first byte on after which the least rate is checked"
+    )
     max_redirects: int = Field(
         3, ge=0, le=20, description="redirects of one http(s):// reference; each is checked like the reference"
     )
@@ -335,31 +359,6 @@ class Settings(BaseSettings):
     def zone(self) -> tzinfo:
         """Time zone of times that name none."""
         return ZoneInfo(self.timezone)
-
-    @property
-    def access(self) -> AccessRules:
-        """What may be reached."""
-        return AccessRules(
-            allow_hosts=self.allow_hosts,
-            only_hosts=self.only_hosts,
-            deny_hosts=self.deny_hosts,
-            allow_networks=self.allow_networks,
-            deny_networks=self.deny_networks,
-            nat64_prefixes=self.nat64_prefixes,
-            ports=self.fetch_ports,
-            allow_buckets=self.allow_buckets,
-            deny_buckets=self.deny_buckets,
-            allow_folders=self.allow_folders,
-            deny_folders=self.deny_folders,
-            proxy_url=self.proxy_url.get_secret_value() if self.proxy_url else None,
-            tells_refusals=self.tell_refusals,
-        )
-
-    @property
-    def callback_rules(self) -> CallbackRules:
-        """What callbacks may call."""
-        queues = (self.callback_queue, *self.callback_queues)
-        return CallbackRules(tasks=self.callback_tasks, queues=queues, max_tasks=self.callback_most)
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:

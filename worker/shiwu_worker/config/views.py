@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Final
 
 from shiwu.broker.retention import Retention
 from shiwu.contract import RETRIED, ErrorCode
-from shiwu_worker.policy.limits import DecodeLimits, FetchLimits, LeaseOptions, S3Options, SandboxLimits
+from shiwu_worker.policy.access_rules import AccessRules
+from shiwu_worker.policy.callback_rules import CallbackRules
+from shiwu_worker.policy.limits import DecodeLimits, FetchLimits, LeaseOptions, LoadShares, S3Options, SandboxLimits
 from shiwu_worker.policy.retry import PipelineLimits, RetryPolicy
 
 if TYPE_CHECKING:
@@ -48,6 +50,40 @@ def lease_options(settings: Settings) -> LeaseOptions:
     return LeaseOptions(lease_s=settings.lease_s, bulk_share=settings.bulk_share, lanes=settings.lanes)
 
 
+def access_rules(settings: Settings) -> AccessRules:
+    """What may be reached."""
+    return AccessRules(
+        allow_hosts=settings.allow_hosts,
+        only_hosts=settings.only_hosts,
+        deny_hosts=settings.deny_hosts,
+        allow_networks=settings.allow_networks,
+        deny_networks=settings.deny_networks,
+        nat64_prefixes=settings.nat64_prefixes,
+        ports=settings.fetch_ports,
+        allow_buckets=settings.allow_buckets,
+        deny_buckets=settings.deny_buckets,
+        allow_folders=settings.allow_folders,
+        deny_folders=settings.deny_folders,
+        proxy_url=settings.proxy_url.get_secret_value() if settings.proxy_url else None,
+        tells_refusals=settings.tell_refusals,
+    )
+
+
+def callback_rules(settings: Settings) -> CallbackRules:
+    """What callbacks may call."""
+    queues = (settings.callback_queue, *settings.callback_queues)
+    return CallbackRules(tasks=settings.callback_tasks, queues=queues, max_tasks=settings.callback_most)
+
+
+def load_shares(settings: Settings) -> LoadShares:
+    """How loader threads and slots are divided between lanes and sources."""
+    return LoadShares(
+        interactive_reserve=settings.interactive_reserve if len(set(settings.lanes)) > 1 else 0.0,
+        bulk_share=settings.bulk_share,
+        source_threads=settings.source_threads,
+    )
+
+
 def fetch_limits(settings: Settings) -> FetchLimits:
     """Limits of one fetch."""
     return FetchLimits(
@@ -57,6 +93,8 @@ def fetch_limits(settings: Settings) -> FetchLimits:
         read_timeout_s=settings.read_timeout_s,
         longest_pause_s=settings.retry_after_longest_s,
         max_redirects=settings.max_redirects,
+        min_bytes_per_s=settings.min_rate_kb_s * 1024,
+        min_rate_after_s=settings.min_rate_after_s,
     )
 
 

@@ -27,9 +27,10 @@ import structlog
 from numpy.typing import NDArray
 from structlog.typing import FilteringBoundLogger
 
-from shiwu.contract import ErrorCode
+from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.loaders.fork_server import ForkedProcess, ForkServer, ForkServerError
+from shiwu_worker.loaders.hand_out import HandOut
 from shiwu_worker.loaders.protocol import (
     ENCODER,
     LOADED,
@@ -39,7 +40,9 @@ from shiwu_worker.loaders.protocol import (
     LoadResult,
     LoadTask,
     failed_twice_result,
+    refused_result,
 )
+from shiwu_worker.policy.limits import LoadShares
 from shiwu_worker.runtime.threads import ServiceThread
 
 log: FilteringBoundLogger = structlog.get_logger()
@@ -76,6 +79,7 @@ class LoaderPool:
         spares: further loaders, which are ready to replace one that ended and to run quarantined tasks.
         on_fatal: called when loaders cannot be kept running.
         environment: variables that the sources need, such as S3's; loaders get no other secret.
+        shares: how the threads of the loaders are divided between lanes and sources.
         task_timeout_s: limit of fetch and decode of one image; then its loader is killed and the image isolated.
     """
 
@@ -88,6 +92,7 @@ class LoaderPool:
         task_timeout_s: float,
         on_fatal: Callable[[FatalError], None],
         environment: Mapping[str, str] = MappingProxyType({}),
+        shares: LoadShares = LoadShares(),  # noqa: B008 frozen
     ) -> None:
         self._environment = ENCODER.encode(dict(environment))
         self._processes = processes
@@ -101,7 +106,8 @@ class LoaderPool:
         os.ftruncate(self._memory_fd, math.prod(shape))
         memory = mmap.mmap(self._memory_fd, math.prod(shape))
         self.pixels: NDArray[np.uint8] = np.frombuffer(memory, np.uint8).reshape(shape)
-        self._waiting: deque[LoadTask] = deque()
+        self._waiting = HandOut(shares, threads=processes * options.threads)
+        """Tasks without a loader, guarded by the lock."""
         self._quarantine: deque[LoadTask] = deque()
         """Tasks that each run alone in a loader: their loader ended, or memory was short."""
         self._loaders: list[_Loader] = []
@@ -147,7 +153,7 @@ class LoaderPool:
     def submit(self, tasks: Sequence[LoadTask]) -> None:
         """Load these images. Never blocks; the number of slots limits the queue. Thread-safe."""
         with self._lock:
-            self._waiting.extend(tasks)
+            self._waiting.add(tasks)
         self._wake()
 
     def close(self, timeout_s: float) -> None:
@@ -201,6 +207,9 @@ class LoaderPool:
         for loader in list(self._loaders):
             if any(sent_s < overdue_s for _, sent_s in loader.held.values()):
                 self._restart(loader, ErrorCode.DECODER_TIMEOUT, results)
+        with self._lock:
+            refused = self._waiting.take_refused()
+        results += [refused_result(each.task, each.pause_s) for each in refused]
         if results:
             self._on_loaded(results)
         self._assign()
@@ -217,6 +226,7 @@ class LoaderPool:
                 # A loader decodes hostile bytes, so it is not trusted to choose a slot.
                 if task is None or task.slot != result.slot:
                     raise ValueError(f"unexpected ticket {result.ticket} or slot {result.slot}")
+                self._thread_is_free(loader, task, result)
                 if result.is_short_of_memory and loader.isolated_ticket != result.ticket:
                     self._quarantine.append(task)
                     continue
@@ -230,6 +240,17 @@ class LoaderPool:
             log.error("loader_protocol_error", error=str(error)[:200])
             loader.process.kill()
             loader.process.wait(EXIT_TIMEOUT_S)
+
+    def _thread_is_free(self, loader: _Loader, task: LoadTask, result: LoadResult | None = None) -> None:
+        """A quarantined task has a loader of its own, so it is not counted."""
+        if task.ticket == loader.isolated_ticket:
+            return
+        has_failed: bool | None = None
+        if result is not None and not result.is_untried:
+            has_failed = result.error is not None and result.error.stage is Stage.FETCH
+        seconds = 0.0 if result is None else result.fetched_s - result.started_s
+        with self._lock:
+            self._waiting.done(task, seconds=seconds, has_failed=has_failed)
 
     def _on_ready(self, loader: _Loader, frame: bytes) -> None:
         loader.is_ready, self._failed_starts = True, 0
@@ -249,7 +270,7 @@ class LoaderPool:
                 self._assign_quarantined(loader)
             while loader in working and len(loader.held) < self._options.threads:
                 with self._lock:
-                    task = self._waiting.popleft() if self._waiting else None
+                    task = self._waiting.take(len(working) * self._options.threads)
                 if task is None or not self._send(loader, task):
                     break
 
@@ -287,6 +308,7 @@ class LoaderPool:
         self._loaders.remove(loader)
         log.warning("loader_replaced", pid=loader.process.pid, status=status, held=len(loader.held), code=code.value)
         for task, sent_s in loader.held.values():
+            self._thread_is_free(loader, task)
             if task.ticket == loader.isolated_ticket:
                 results.append(failed_twice_result(task, code, sent_s, status))
             else:

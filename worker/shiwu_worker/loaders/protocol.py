@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
-from shiwu.contract import ErrorCode, ErrorInfo, Stage
+from shiwu.contract import ErrorCode, ErrorInfo, Lane, Stage
 from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.policy.limits import DecodeLimits, FetchLimits, S3Options, SandboxLimits
 from shiwu_worker.stages.decode.image_spec import ImageSpec
@@ -41,6 +41,9 @@ class LoadTask(msgspec.Struct, frozen=True):
     ticket: int
     slot: int
     image: str
+    lane: Lane = Lane.INTERACTIVE
+    source: str = ""
+    """Host, bucket or kind of the source, without path and query; sources share the loader threads."""
 
 
 class LoadResult(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -77,6 +80,23 @@ READY_UNFILTERED: Final = b"ready without a filter of system calls: "
 """Begins the ready frame of a loader whose sandbox has no system-call filter; the reason follows."""
 ENVIRONMENT: Final = msgspec.json.Decoder(dict[str, str])
 """Decodes a loader's second frame: variables that its sources need and its sandbox must not see."""
+
+
+def refused_result(task: LoadTask, pause_s: float) -> LoadResult:
+    """The result of an image that was not fetched, because others wait already for its source, which is slow."""
+    now_s = time.monotonic()
+    text = "not asked: the source was slow lately, and other images wait for it"
+    error = ErrorInfo(code=ErrorCode.SOURCE_UNAVAILABLE, message=text, stage=Stage.FETCH, retryable=True)
+    return LoadResult(
+        ticket=task.ticket,
+        slot=task.slot,
+        started_s=now_s,
+        fetched_s=now_s,
+        decoded_s=now_s,
+        error=error,
+        retry_after_s=pause_s,
+        is_untried=True,
+    )
 
 
 def failed_twice_result(task: LoadTask, code: ErrorCode, sent_s: float, status: int) -> LoadResult:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from redis import RedisError
 
 from shiwu.broker.redis_errors import explain, info_of
+from shiwu.contract import Lane
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.job import open_job
 
@@ -69,10 +70,10 @@ class Claimer:
             room = self._in_flight.wait_for_room(
                 owns_quarantine=owns_quarantine, is_closing=self._closing.is_set, timeout_s=IDLE_WAIT_S
             )
-            if not room:
+            if not room.total:
                 continue
             try:
-                claimed = self._lease_queue.claim(room, held=self._in_flight)
+                claimed = self._lease_queue.claim(room.total, bulk_limit=room.bulk, held=self._in_flight)
             except RedisError as error:
                 self._wait_for_redis(error)
                 continue
@@ -109,6 +110,8 @@ class Claimer:
 
     def _wait_for_message(self) -> None:
         idle_from_s = time.monotonic()
-        self._notifier.wait(IDLE_WAIT_S)
+        # While bulk has no room, its waiting messages must not wake this thread; its room must.
+        is_bulk_full = self._in_flight.call_on_bulk_room(self._notifier.notify)
+        self._notifier.wait(IDLE_WAIT_S, lanes=(Lane.INTERACTIVE,) if is_bulk_full else tuple(Lane))
         if not self._in_flight:
             self._meter.idle(time.monotonic() - idle_from_s)

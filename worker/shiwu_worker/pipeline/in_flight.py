@@ -6,7 +6,10 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from shiwu.contract import Lane
+from shiwu_worker.policy.limits import LoadShares
 
 if TYPE_CHECKING:
     from shiwu_worker.jobs.job import Job
@@ -16,16 +19,37 @@ MAX_JOBS_PER_SLOT: Final = 3
 """Jobs between claim and commit are at most this many times the slots."""
 
 
+class Room(NamedTuple):
+    """How many jobs to claim."""
+
+    total: int
+    bulk: int
+    """At most so many of them from bulk."""
+
+
+NO_ROOM: Final = Room(0, 0)
+
+
 class InFlightJobs:
     """Thread-safe. As a collection it holds the ids of the jobs, the oldest first.
 
     Args:
         slots: images whose pixels there is room for.
         wanted: how many of the slots the current batches need. The rest of the jobs waits in Redis for any worker.
+        shares: which share of them bulk never gets, so that a claim has room for interactive however slow bulk is.
     """
 
-    def __init__(self, *, slots: int, wanted: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        slots: int,
+        wanted: Callable[[], int] | None = None,
+        shares: LoadShares = LoadShares(),  # noqa: B008 frozen
+    ) -> None:
         self._slots = slots
+        self._shares = shares
+        self._bulk_jobs = self._bulk_slots = 0
+        self._on_bulk_room: Callable[[], None] | None = None
         self._wanted_slots = wanted or (lambda: slots)
         self._jobs: dict[str, Job] = {}
         self._free = list(range(slots))
@@ -58,9 +82,12 @@ class InFlightJobs:
         A job whose earlier attempt is still in flight is not added.
         """
         with self._changed:
-            self._jobs.update((job.id, job) for job in jobs if job.id not in self._jobs)
+            new = [job for job in jobs if job.id not in self._jobs]
+            self._jobs.update((job.id, job) for job in new)
+            self._bulk_jobs += _bulk_count(new)
             for job in to_load:
                 job.slot = self._free.pop()
+            self._bulk_slots += _bulk_count(to_load)
             tickets = [(next(self._tickets), job) for job in to_load]
             self._loading.update(tickets)
         return tickets
@@ -73,8 +100,10 @@ class InFlightJobs:
     def free_slots(self, jobs: Sequence[Job]) -> None:
         """Take back the slots of jobs whose attempt has ended."""
         with self._changed:
-            self._free.extend(job.slot for job in jobs if job.slot >= 0)
-            self._changed.notify_all()
+            freed = [job for job in jobs if job.slot >= 0]
+            self._free.extend(job.slot for job in freed)
+            self._bulk_slots -= _bulk_count(freed)
+            self._note_change()
 
     def mark_answered_elsewhere(self, ids: Sequence[str]) -> None:
         """Mark jobs that another process has answered."""
@@ -89,10 +118,11 @@ class InFlightJobs:
             for job in jobs:
                 if self._jobs.get(job.id) is job:
                     del self._jobs[job.id]
-            self._changed.notify_all()
+                    self._bulk_jobs -= job.lane is Lane.BULK
+            self._note_change()
 
-    def wait_for_room(self, *, owns_quarantine: bool, is_closing: Callable[[], bool], timeout_s: float) -> int:
-        """How many jobs to claim, as soon as there are enough for a round trip; 0 when the time is over before.
+    def wait_for_room(self, *, owns_quarantine: bool, is_closing: Callable[[], bool], timeout_s: float) -> Room:
+        """How many jobs to claim, as soon as there are enough for a round trip; none when the time is over before.
 
         Jobs that wait for their commit hold no slots, so the number of jobs is bounded too.
 
@@ -100,19 +130,38 @@ class InFlightJobs:
             owns_quarantine: wait until nothing is in flight, because a quarantined job runs alone.
         """
 
-        def wanted() -> int:
-            return min(self._slots, self._wanted_slots())
-
-        def room() -> int:
-            used = self._slots - len(self._free)
-            return min(wanted() - used, MAX_JOBS_PER_SLOT * wanted() - len(self._jobs))
-
         def has_room() -> bool:
-            return is_closing() or not self._jobs or (room() >= max(1, wanted() // 4) and not owns_quarantine)
+            return is_closing() or not self._jobs or (self._room().total > 0 and not owns_quarantine)
 
         with self._changed:
             self._changed.wait_for(has_room, timeout_s)
-            return 0 if is_closing() or (owns_quarantine and self._jobs) else max(0, room())
+            return NO_ROOM if is_closing() or (owns_quarantine and self._jobs) else self._room()
+
+    def call_on_bulk_room(self, notify: Callable[[], None]) -> bool:
+        """Call `notify` once, from any thread, when bulk has room; False, without a call, if it has room now."""
+        with self._changed:
+            if self._room().bulk > 0:
+                return False
+            self._on_bulk_room = notify
+            return True
+
+    def _room(self) -> Room:
+        """The room as it is now, 0 where it is too small for a round trip. The caller holds the lock."""
+        wanted = min(self._slots, self._wanted_slots())
+        used = self._slots - len(self._free)
+        total = _worth_a_claim(
+            min(wanted - used, MAX_JOBS_PER_SLOT * wanted - len(self._jobs)), wanted, is_empty=not self._jobs
+        )
+        wanted -= self._shares.reserve_of(wanted)
+        bulk = min(wanted - self._bulk_slots, MAX_JOBS_PER_SLOT * wanted - self._bulk_jobs)
+        return Room(total, min(total, _worth_a_claim(bulk, wanted, is_empty=not self._bulk_jobs)))
+
+    def _note_change(self) -> None:
+        """Wake the threads that wait for room. The caller holds the lock."""
+        self._changed.notify_all()
+        if self._on_bulk_room is not None and self._room().bulk > 0:
+            notify, self._on_bulk_room = self._on_bulk_room, None
+            notify()
 
     def wait_until_empty(self, *, until_s: float, is_hurried: Callable[[], bool]) -> None:
         """Wait until nothing is in flight, at the latest until this time of the monotonic clock."""
@@ -125,3 +174,12 @@ class InFlightJobs:
         """Let waiting threads check their conditions again."""
         with self._changed:
             self._changed.notify_all()
+
+
+def _bulk_count(jobs: Sequence[Job]) -> int:
+    return sum(job.lane is Lane.BULK for job in jobs)
+
+
+def _worth_a_claim(room: int, wanted: int, *, is_empty: bool) -> int:
+    """The room, or 0 where it is less than a quarter: a claim is a round trip."""
+    return max(0, room) if is_empty or room >= max(1, wanted // 4) else 0

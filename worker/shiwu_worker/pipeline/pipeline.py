@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from shiwu.contract import AttemptEnd
+from shiwu.contract import AttemptEnd, source_of
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.job import Job, Release
 from shiwu_worker.jobs.outcome import Answered, CommittedJob, Outcome, Released
@@ -107,7 +107,11 @@ class Pipeline:
         self._finish(ended)
         if tickets:
             self._stages.loaders.submit(
-                [LoadTask(ticket, job.slot, job.request.image) for ticket, job in tickets if job.request is not None]
+                [
+                    LoadTask(ticket, job.slot, job.request.image, job.lane, source_of(job.request.image))
+                    for ticket, job in tickets
+                    if job.request is not None
+                ]
             )
 
     def _decide(self, job: Job, now_s: float) -> Decision:

@@ -25,6 +25,24 @@ class LeaseOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadShares:
+    """How loader threads and slots are divided between lanes and sources."""
+
+    interactive_reserve: float = 0.25
+    """Share that bulk never gets, 0 to 1; 0 where one lane is served only."""
+    bulk_share: float = 0.1
+    """Share of the threads that become free which bulk gets although interactive waits, 0 to 1."""
+    source_threads: int = 0
+    """Threads that one source may hold; 0: half of them, and all of them once it has proved quick."""
+
+    def reserve_of(self, count: int) -> int:
+        """How many of `count` threads or slots bulk never gets: at least one of two or more, none of one."""
+        if not self.interactive_reserve or count < 2:
+            return 0
+        return max(1, int(count * self.interactive_reserve))
+
+
+@dataclass(frozen=True, slots=True)
 class FetchLimits:
     """Limits of one fetch."""
 
@@ -35,6 +53,9 @@ class FetchLimits:
     longest_pause_s: float = 300.0
     """Longest pause that a source may ask for; a longer one is cut to this."""
     max_redirects: int = 3
+    min_bytes_per_s: int = 8 * 1024
+    """Least average rate of a body, checked from `min_rate_after_s` on; 0: none."""
+    min_rate_after_s: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)

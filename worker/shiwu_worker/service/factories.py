@@ -131,7 +131,7 @@ def loader_options(settings: Settings, spec: ImageSpec) -> LoaderOptions:
         spec=spec,
         slots=settings.slot_count,
         threads=settings.loader_threads,
-        access=settings.access,
+        access=views.access_rules(settings),
         fetch=views.fetch_limits(settings),
         s3=views.s3_options(settings),
         user_agent=settings.user_agent_text,
@@ -152,6 +152,7 @@ def start_loaders(
         task_timeout_s=settings.load_timeout_s,
         on_fatal=on_fatal,
         environment=source_environment(),
+        shares=views.load_shares(settings),
     )
     stack.callback(loaders.close, LOADERS_CLOSE_TIMEOUT_S)
     loaders.start()

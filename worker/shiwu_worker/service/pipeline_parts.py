@@ -52,7 +52,9 @@ class PipelineParts:
         self.progress, self.observer, self.on_fatal = progress, observer, on_fatal
         self.meter = LoadMeter(loader_threads=settings.loader_count * settings.loader_threads)
         self.in_flight = InFlightJobs(
-            slots=self.limits.slots, wanted=lambda: settings.slots_for(encoder.size_policy.wanted)
+            slots=self.limits.slots,
+            wanted=lambda: settings.slots_for(encoder.size_policy.wanted),
+            shares=views.load_shares(settings),
         )
         self.committer = Committer(
             queue.answer_store,
@@ -76,7 +78,7 @@ class PipelineParts:
                 meter=self.meter,
                 observer=self.observer,
             ),
-            admission=Admission(self.limits, label_bank=label_bank, callback_rules=settings.callback_rules),
+            admission=Admission(self.limits, label_bank=label_bank, callback_rules=views.callback_rules(settings)),
             loaders=self.loaders,
             batcher=make_batcher(settings, encoder, on_leave=self.observer.batch_started),
             check_canary=canary.check_if_due,

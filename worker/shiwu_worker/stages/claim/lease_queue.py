@@ -94,12 +94,13 @@ class LeaseQueue:
         self._renew = load_script(client, "renew", package=_PACKAGE)
         self._release = load_script(client, "release", package=_PACKAGE)
 
-    def claim(self, limit: int, *, held: Collection[str] = ()) -> ClaimResult:
+    def claim(self, limit: int, *, bulk_limit: int | None = None, held: Collection[str] = ()) -> ClaimResult:
         """Claim up to `limit` jobs, interactive first; drops duplicates of answered or claimed jobs.
 
         The stored answer of a duplicate is announced again; if it has expired, the answer is `already_answered`.
 
         Args:
+            bulk_limit: how many of them may come from bulk; None for all.
             held: ids that this worker holds. Jobs of a claim whose reply was lost are not among them and are released.
         """
         if self._may_have_lost_reply:
@@ -115,6 +116,7 @@ class LeaseQueue:
         self._may_have_lost_reply = True
         args += [int(self._is_quarantine_turn), PENDING_CALLBACK_ANSWER, result_key(""), self._result_ttl_s]
         args += [answered_before(self._worker, now_ms=self._server_time_ms()), HISTORY, *self._served_flags]
+        args.append(limit if bulk_limit is None else min(limit, bulk_limit))
         reply: list[Any] = self._claim(keys=keys, args=args)
         self._may_have_lost_reply = False
         claimed_s = time.monotonic()

@@ -22,12 +22,12 @@ class LaneNotifier:
     def __init__(self, client: redis.Redis, *, block_s: float = 5.0, lanes: Collection[Lane] = tuple(Lane)) -> None:
         self._client = client
         self._block_s = block_s
-        self._idle = threading.Event()
+        self._idle = {lane: threading.Event() for lane in Lane}
         self._notified = threading.Event()
         self._closed = threading.Event()
         self._threads = [
-            ServiceThread(f"lane-notifier-{i}", partial(self._watch, key), on_fatal=None)
-            for i, key in enumerate(key for lane in Lane if lane in lanes for key in lane.keys)
+            ServiceThread(f"lane-notifier-{i}", partial(self._watch, key, self._idle[lane]), on_fatal=None)
+            for i, (lane, key) in enumerate((lane, key) for lane in Lane if lane in lanes for key in lane.keys)
         ]
 
     def start(self) -> None:
@@ -35,15 +35,17 @@ class LaneNotifier:
         for thread in self._threads:
             thread.start()
 
-    def wait(self, timeout_s: float) -> bool:
-        """Block until a lane has a message (True), or until the time-out or `close` (False)."""
+    def wait(self, timeout_s: float, *, lanes: Collection[Lane] = tuple(Lane)) -> bool:
+        """Block until one of these lanes has a message (True), or until the time-out or `close` (False)."""
         if self._closed.is_set():
             return False
-        self._idle.set()
+        for lane in lanes:
+            self._idle[lane].set()
         try:
             return self._notified.wait(timeout_s)
         finally:
-            self._idle.clear()
+            for idle in self._idle.values():
+                idle.clear()
             # Cleared after the wait and not before: a notification between two waits must wake the second.
             self._notified.clear()
 
@@ -54,12 +56,13 @@ class LaneNotifier:
     def close(self) -> None:
         """Stop watching and wake the waiting thread. Threads that are blocked on the server end with the process."""
         self._closed.set()
-        self._idle.set()
+        for idle in self._idle.values():
+            idle.set()
         self._notified.set()
 
-    def _watch(self, key: str) -> None:
+    def _watch(self, key: str, idle: threading.Event) -> None:
         while not self._closed.is_set():
-            if not self._idle.wait(1.0):
+            if not idle.wait(1.0):
                 continue
             try:
                 if self._client.blmove(key, key, timeout=int(self._block_s), src="RIGHT", dest="RIGHT") is not None:

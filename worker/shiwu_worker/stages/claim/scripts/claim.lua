@@ -6,7 +6,8 @@
 -- ARGV  token, limit, least number to claim from bulk, lease in ms, prefix of the marks of answered ids,
 --       '1' if this worker holds nothing, '1' if it is the quarantine's turn, prefix of answers for pending callbacks,
 --       prefix of results, how long a result is kept in s, result of a job whose id was answered before: Celery's JSON with
---       a zero byte at each position of the id, prefix of histories, '1' if interactive is served, '1' if bulk is
+--       a zero byte at each position of the id, prefix of histories, '1' if interactive is served, '1' if bulk is,
+--       most to claim from bulk
 -- Reply server time in ms, 1 if this worker owns the quarantine now, then for each job: id, attempt, deaths,
 --       number of its lane key (1 to 8), message, 1 if Celery's revoke named it, history of earlier attempts or '',
 --       generation: how often the id was requeued as a dead letter
@@ -17,6 +18,7 @@ local lease_ms, done_prefix, holds_nothing = tonumber(ARGV[4]), ARGV[5], ARGV[6]
 local canvas, canvas_due, pending_answer_prefix = KEYS[9], KEYS[10], ARGV[8]
 local result_prefix, result_ttl, answered_before, history_prefix = ARGV[9], ARGV[10], ARGV[11], ARGV[12]
 local serves_interactive, serves_bulk = ARGV[13] == '1', ARGV[14] == '1'
+local bulk_most = tonumber(ARGV[15])
 local FIRST, BULK, LAST = 11, 15, 18
 local READABLE_BYTES = 256 * 1024
 local BODY_BYTES = 8 * 1024
@@ -183,10 +185,10 @@ if redis.call('LLEN', quarantine) > 0 then
   end
 end
 if owns_quarantine == 0 or (holds_nothing and not is_isolated) then
-  local got = 0
-  if serves_bulk then got = take(BULK, LAST, serves_interactive and math.min(bulk_least, limit) or limit) end
-  if serves_interactive then got = got + take(FIRST, BULK - 1, limit - got) end
-  if serves_bulk then take(BULK, LAST, limit - got) end
+  local bulk, interactive = 0, 0
+  if serves_bulk then bulk = take(BULK, LAST, math.min(bulk_most, serves_interactive and bulk_least or limit)) end
+  if serves_interactive then interactive = take(FIRST, BULK - 1, limit - bulk) end
+  if serves_bulk then take(BULK, LAST, math.min(bulk_most, limit - interactive) - bulk) end
 end
 
 local reply = { tostring(now), owns_quarantine }
