@@ -14,6 +14,8 @@ def make_fetcher(
     access: AccessRules | None = None,
     max_redirects: int = 3,
     user_agent: str = "shiwu",
+    min_bytes_per_s: int = 8192,
+    min_rate_after_s: float = 5.0,
 ) -> Fetcher:
     """A fetcher with small limits that may reach this machine's servers."""
     limits = FetchLimits(
@@ -22,6 +24,8 @@ def make_fetcher(
         connect_timeout_s=5.0,
         read_timeout_s=2.0,
         max_redirects=max_redirects,
+        min_bytes_per_s=min_bytes_per_s,
+        min_rate_after_s=min_rate_after_s,
     )
     rules = access or AccessRules(allow_hosts=("127.0.0.1",))
     web = HttpClient(rules, threads=2, connect_timeout_s=5.0, read_timeout_s=2.0, user_agent=user_agent)

@@ -274,3 +274,23 @@ def test_only_files_of_allowed_folders_are_read(tmp_path: Path) -> None:
     for name in ("a?x", "a#1.png", "a%41"):
         (inside / name).write_bytes(name.encode())
         assert fetcher.fetch(f"FILE://{inside}/{name.replace('%', '%25')}") == name.encode()
+
+
+def test_body_below_the_least_rate_is_asked_for_once() -> None:
+    """It would keep the thread until the deadline, and a quick second try would keep it as long again."""
+    drip = says(b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n", then=b"x")
+    with RawServer(drip, pause_s=0.05) as server:
+        fetcher = make_fetcher(total_timeout_s=60.0, min_bytes_per_s=1000, min_rate_after_s=0.5)
+        with pytest.raises(Unavailable, match=r"at least 1000 bytes/s on average, got \d+ bytes") as caught:
+            fetcher.fetch(f"http://127.0.0.1:{server.port}/a")
+        assert server.connections == 1
+    assert caught.value.code is ErrorCode.SOURCE_UNAVAILABLE
+
+
+@pytest.mark.parametrize("min_bytes_per_s", [0, 50])
+def test_body_above_the_least_rate_is_read_to_its_end(min_bytes_per_s: int) -> None:
+    """Some sources are slow by nature; 0 turns the check off."""
+    pieces = [b"HTTP/1.1 200 OK\r\nContent-Length: 300\r\n\r\n", *[b"x" * 30] * 10]
+    with RawServer(says(*pieces), pause_s=0.1) as server:
+        fetcher = make_fetcher(total_timeout_s=60.0, min_bytes_per_s=min_bytes_per_s, min_rate_after_s=0.2)
+        assert fetcher.fetch(f"http://127.0.0.1:{server.port}/a") == b"x" * 300

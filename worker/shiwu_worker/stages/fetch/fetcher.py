@@ -95,11 +95,14 @@ class Fetcher:
         if source is None:
             raise rejected(ErrorCode.INVALID_REFERENCE, f"expected s3, https, http or file, got {scheme!r}")
         for attempt in range(1, MAX_QUICK_TRIES + 1):
+            began_s = time.monotonic()
             try:
                 return source(reference, deadline_s)
             except Unavailable as error:
                 pause_s = random.uniform(0.05, 0.15) * 2**attempt  # noqa: S311 jitter, no secret
                 is_quick = error.code is ErrorCode.SOURCE_UNAVAILABLE and error.retry_after_s is None
+                # A slow source would keep this thread as long again.
+                is_quick = is_quick and time.monotonic() - began_s < self._limits.min_rate_after_s
                 if not is_quick or attempt == MAX_QUICK_TRIES or time.monotonic() + pause_s >= deadline_s:
                     raise
                 time.sleep(pause_s)  # in a loader thread; loaders are killed and need not react to a stop
@@ -184,8 +187,8 @@ class Fetcher:
             ) from error
 
     def _read(self, read_chunk: Callable[[], bytes], length: int | None, deadline_s: float) -> bytes:
-        """Read to the end, but not more than the limit and not past the deadline."""
-        limit = self._limits.max_bytes
+        """Read to the end, but not more than the limit, not past the deadline, and not slower than the least rate."""
+        limit, began_s = self._limits.max_bytes, time.monotonic()
         if length is not None and length > limit:
             raise rejected(ErrorCode.PICTURE_TOO_LARGE, f"expected at most {limit} bytes, got {length}")
         parts: list[bytes] = []
@@ -194,12 +197,19 @@ class Fetcher:
             total += len(part)
             if total > limit:
                 raise rejected(ErrorCode.PICTURE_TOO_LARGE, f"expected at most {limit} bytes, got more")
-            if time.monotonic() > deadline_s:
+            now_s = time.monotonic()
+            if now_s > deadline_s:
                 raise unavailable(f"expected all bytes within {self._limits.total_timeout_s:g} s, got {total} so far")
+            self._check_rate(total, now_s - began_s)
             parts.append(part)
         if length is not None and total < length:
             raise unavailable(f"expected {length} bytes, got {total}: the connection ended early")
         return b"".join(parts)
+
+    def _check_rate(self, total: int, seconds: float) -> None:
+        least = self._limits.min_bytes_per_s
+        if seconds >= self._limits.min_rate_after_s and total < least * seconds:
+            raise unavailable(f"expected at least {least} bytes/s on average, got {total} bytes in {seconds:.1f} s")
 
 
 def _host(url: str) -> str:
