@@ -207,8 +207,9 @@ SCRIPTS = {
     "worker": [
         *(
             f"producer/shiwu/broker/scripts/{name}.lua"
-            for name in ("commit", "maintain", "trim", "revoke", "take_callbacks", "note_labels")
+            for name in ("commit", "maintain", "trim", "revoke", "note_labels")
         ),
+        *(f"producer/shiwu/broker/scripts/{name}_callbacks.lua" for name in ("take", "hold", "drop")),
         *(f"worker/shiwu_worker/stages/claim/scripts/{name}.lua" for name in ("claim", "renew", "release")),
     ],
 }

@@ -9,6 +9,7 @@ import base64
 import json
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -37,6 +38,7 @@ from shiwu_worker.celery_worker.revoke import Revoker
 from shiwu_worker.jobs.job import Release
 from shiwu_worker.policy.callback_rules import CallbackRules
 from tests.support.celery_client import celery_client
+from tests.support.fault_proxy import FaultProxy
 from tests.support.processes import Process, clean_environment
 from tests.support.redis_parts import make_committer, make_lease_queue, make_maintenance, message
 from tests.support.servers import Valkey
@@ -171,7 +173,7 @@ def test_answer_without_a_worker_keeps_the_callbacks(redis_client: redis.Redis, 
     expected = [] if where == "nowhere" else [b"job"]
     assert redis_client.hkeys(CANVAS) == expected
     take = load_script(redis_client, "take_callbacks")
-    taken = take(keys=[CANVAS, CANVAS_DUE], args=[1000, 10])
+    taken = take(keys=[CANVAS, CANVAS_DUE], args=[1000, 10])[1:]
     assert taken[:1] == expected
     assert all(record.endswith(f"{Lane.BULK.queue}|".encode() + raw) for record in taken[1:])
     assert claims.claim(1).jobs == ()
@@ -186,7 +188,7 @@ def test_full_redis_still_sends_callbacks_and_revokes(valkey: Valkey) -> None:
         take, revoke = load_script(client, "take_callbacks"), load_script(client, "revoke")
         client.config_set("maxmemory-policy", "noeviction")
         client.config_set("maxmemory", 1)
-        assert take(keys=[CANVAS, CANVAS_DUE], args=[1000, 10]) == [b"job", b"2|{}shiwu.bulk|x"]
+        assert take(keys=[CANVAS, CANVAS_DUE], args=[1000, 10])[1:] == [b"job", b"2|{}shiwu.bulk|x"]
         assert revoke(keys=["shiwu:claims", "shiwu:parked", "shiwu:revoked"], args=[1000, 10, "other"]) == [0]
         client.config_set("maxmemory", 0)
 
@@ -201,7 +203,7 @@ def test_callbacks_of_others_are_sent_under_load(app: Celery, redis_client: redi
     callbacks.start()
 
     def goes_on() -> bool:
-        callbacks._answered_ids.put(["own"])
+        callbacks._answered.put([b"own"])
         return "left" in sent
 
     wait_until(goes_on, timeout_s=20, every_s=0.05)
@@ -270,3 +272,65 @@ def test_canvas_key_of_a_wrong_type_stops_the_claim(redis_client: redis.Redis, r
             make_lease_queue(redis_client, "w").claim(5)
         redis_client.delete(key)
     assert redis_client.llen(Lane.BULK.queue) == 1
+
+
+def test_two_slow_senders_send_each_callback_once(app: Celery, redis_url: str, redis_client: redis.Redis) -> None:
+    """Sending a chunk takes several times as long as its reservation; the other sender takes none of it."""
+    ids = [f"job-{n}" for n in range(60)]
+    redis_client.lpush(Lane.BULK.queue, *[linked(job_id) for job_id in ids])
+    jobs = make_lease_queue(redis_client, "w").claim(100).jobs
+    sent: list[str] = []
+    with FaultProxy(redis_url) as proxy, redis.Redis.from_url(proxy.url) as slow:
+        store = AnswerStore(slow, token="w", callbacks_reserved_s=0.6)
+        senders = [CallbackSender(app, slow, rules=RULES, retry_after_s=0.6) for _ in range(2)]
+        for sender in senders:
+            sender._send = lambda job_id, record: sent.append(job_id)  # type: ignore[method-assign]  # no broker here
+        entries = [
+            AnswerEntry(
+                id=job.id,
+                answer=Answer(id=job.id, status=Status.TAGGED),
+                message=b"shiwu.bulk|" + job.raw,
+                has_callbacks=True,
+            )
+            for job in jobs
+        ]
+        store.write(entries)
+        proxy.delay(0.02)
+        with ThreadPoolExecutor(2) as pool:
+            owner = pool.submit(senders[0]._send_chunk, [job_id.encode() for job_id in ids])
+            while not owner.done():
+                pool.submit(senders[1]._send_chunk, []).result(timeout=GET_S)
+        proxy.heal()
+    assert sorted(sent) == sorted(ids)
+    assert redis_client.exists(CANVAS, CANVAS_DUE) == 0
+
+
+def test_callbacks_taken_by_another_sender_are_left(app: Celery, redis_client: redis.Redis) -> None:
+    """Once another sender took them, neither the worker that answered nor a slow sender sends them."""
+    redis_client.hset(CANVAS, "job", "x")
+    redis_client.zadd(CANVAS_DUE, {"job": 1.0})
+    other, mine = (CallbackSender(app, redis_client, rules=RULES) for _ in range(2))
+    reservation, *_ = other._take(keys=[CANVAS, CANVAS_DUE], args=[60_000, 10])
+    sent: list[str] = []
+    mine._send = lambda job_id, record: sent.append(job_id)  # type: ignore[method-assign]  # no broker here
+    assert mine._send_chunk([b"job"]) == 0
+    mine._hold_after_s = 0.0
+    mine._take = lambda **_: [b"1.5", b"job", b"x"]
+    assert mine._send_chunk([]) == 1
+    assert sent == []
+    assert redis_client.zscore(CANVAS_DUE, "job") == float(reservation)
+
+
+def test_record_of_a_new_message_is_not_dropped(app: Celery, redis_client: redis.Redis) -> None:
+    """The id got new callbacks while the old ones were being sent."""
+    redis_client.hset(CANVAS, "job", "old")
+    redis_client.zadd(CANVAS_DUE, {"job": 1.0})
+    callbacks = CallbackSender(app, redis_client, rules=RULES)
+
+    def send(job_id: str, record: bytes) -> None:
+        redis_client.hset(CANVAS, job_id, "new")
+
+    callbacks._send = send  # type: ignore[method-assign]  # no broker here
+    callbacks._send_chunk([])
+    assert redis_client.hget(CANVAS, "job") == b"new"
+    assert redis_client.zscore(CANVAS_DUE, "job") is not None

@@ -18,7 +18,7 @@ import redis
 from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.broker.message_reader import Envelope, read_message
 from shiwu.broker.retention import DEFAULT_RETENTION, Retention
-from shiwu.broker.script_loader import load_script
+from shiwu.broker.script_loader import load_repeatable_script, load_script
 from shiwu.broker.server_clock import server_time_ms
 from shiwu.contract import (
     ATTEMPTS,
@@ -135,8 +135,8 @@ class Maintenance:
         self._token = token
         self._retention = retention
         self._maintain = load_script(client, "maintain")
-        self._trim = load_script(client, "trim")
-        self._take_late = load_script(client, "take_late")
+        self._trim = load_repeatable_script(client, "trim")
+        self._take_late = load_repeatable_script(client, "take_late")
         self._checked: dict[str, int] = {}
         """Lane key → messages at its head that the last sweep checked and left in place."""
 

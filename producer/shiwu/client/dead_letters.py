@@ -9,7 +9,7 @@ from typing import Any, Final
 import redis
 
 from shiwu.broker.chunks import chunks
-from shiwu.broker.script_loader import load_script
+from shiwu.broker.script_loader import load_repeatable_script
 from shiwu.broker.server_clock import server_time_ms
 from shiwu.client.arguments import read_seconds
 from shiwu.client.results import TagResult, read_answer
@@ -92,7 +92,8 @@ class DeadLetters:
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
-        self._requeue = load_script(client, "requeue")
+        self._requeue = load_repeatable_script(client, "requeue")
+        self._drop = load_repeatable_script(client, "drop")
 
     def read(self, where: DeadFilter | None = None, *, limit: int | None = None) -> Iterator[DeadLetter]:
         """Yield dead letters, newest first. Those that are added or removed during the iteration may be missing."""
@@ -136,11 +137,7 @@ class DeadLetters:
         """Delete dead letters; return how many were deleted. Their answers are not deleted."""
         dropped = 0
         for portion in chunks(list(job_ids), CHUNK_SIZE):
-            with self._client.pipeline(transaction=True) as pipe:
-                pipe.zrem(DEAD, *portion)
-                pipe.hdel(DEAD_ANSWERS, *portion)
-                pipe.hdel(DEAD_MESSAGES, *portion)
-                dropped += pipe.execute()[0]
+            dropped += self._drop(keys=[DEAD, DEAD_ANSWERS, DEAD_MESSAGES], args=portion)
         return dropped
 
     def _load(self, found: Sequence[tuple[bytes, float]]) -> Iterator[DeadLetter]:

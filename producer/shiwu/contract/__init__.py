@@ -33,6 +33,7 @@ from shiwu.contract.ids import MAX_ID_BYTES, check_id, id_text, is_digest
 from shiwu.contract.keys import (
     ANSWERED_CHANNEL,
     ATTEMPTS,
+    CALL_REPLY,
     CANVAS,
     CANVAS_DUE,
     CLAIMS,
@@ -106,6 +107,7 @@ from shiwu.contract.vocabulary import (
 __all__ = [
     "ANSWERED_CHANNEL",
     "ATTEMPTS",
+    "CALL_REPLY",
     "CANVAS",
     "CANVAS_DUE",
     "CLAIMS",

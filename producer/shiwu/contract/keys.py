@@ -41,6 +41,8 @@ PENDING_CALLBACK_ANSWER: Final = "shiwu:aside:"
 HISTORY: Final = "shiwu:history:"
 """Prefix of a string for each job that returned to its lane. Each earlier attempt has a line
 `attempt|code|stage|ended in ms|pause in ms|token`, oldest first."""
+CALL_REPLY: Final = "shiwu:reply:"
+"""Prefix of a string for each call that a client may repeat by itself: the reply of the call, for a minute."""
 REVOKED: Final = "shiwu:revoked"
 """Sorted set: id that Celery's revoke named → server time in ms until which it is remembered."""
 ANSWERED_CHANNEL: Final = "shiwu:ended"

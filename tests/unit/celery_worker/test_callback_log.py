@@ -22,7 +22,7 @@ def test_postponed_callbacks_are_logged_only_if_any(
 ) -> None:
     """A look for other workers' callbacks that finds no Redis says nothing; a job of this worker is counted."""
     monkeypatch.setattr(canvas, "POLL_EVERY_S", 0.01)
-    asked: list[list[str]] = []
+    asked: list[list[bytes]] = []
 
     def away(*, keys: list[str], args: list[Any]) -> None:
         asked.append(args[2:])
@@ -35,9 +35,9 @@ def test_postponed_callbacks_are_logged_only_if_any(
         callbacks.start()
         wait_until(lambda: len(asked) >= 3, timeout_s=5)
         assert logged == []
-        job = SimpleNamespace(id="a", has_callbacks=True)
+        job = SimpleNamespace(id="a", has_callbacks=True, generation=0)
         callbacks.put([cast("CommittedJob", SimpleNamespace(job=job, entry=job, is_first=True))])
-        wait_until(lambda: ["a"] in asked, timeout_s=5)
+        wait_until(lambda: [b"a"] in asked, timeout_s=5)
         callbacks.close(timeout_s=5)
     [line] = [line for line in logged if line["event"] == "callbacks_postponed"]
     assert line["jobs"] == 1

@@ -2,12 +2,13 @@
 
 The commit stores the callbacks of a job in Redis, in the same step as the answer. The callbacks thread sends them with
 Celery's functions and deletes them afterwards. If a worker crashes in between, another worker sends them, so a callback
-is sent at least once. Callbacks that the operator does not allow are not sent, and the tasks that would have followed
-are answered with the error.
+is sent at least once. A worker renews its reservation while it sends. Callbacks that the operator does not allow are
+not sent, and the tasks that would have followed are answered with the error.
 """
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 import time
@@ -38,6 +39,8 @@ from shiwu_worker.runtime.threads import ServiceThread
 log: FilteringBoundLogger = structlog.get_logger()
 POLL_EVERY_S: Final = 5.0
 CHUNK_SIZE: Final = 100
+GENERATION_MARK: Final = b"\xff"
+"""Stands between id and generation in the name of a record; no UTF-8 text contains it."""
 UNAVAILABLE_ERRORS: Final = (redis.RedisError, OperationalError, OSError)
 """Errors of Redis and of the connection to it."""
 
@@ -59,8 +62,11 @@ class CallbackSender:
         self._client = client
         self._rules = rules
         self._retry_after_ms = int(retry_after_s * 1000)
+        self._hold_after_s = retry_after_s / 3
         self._take = load_script(client, "take_callbacks")
-        self._answered_ids: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+        self._hold = load_script(client, "hold_callbacks")
+        self._drop = load_script(client, "drop_callbacks")
+        self._answered: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._taken = 0
         """Jobs of the chunk that is being sent."""
@@ -72,8 +78,12 @@ class CallbackSender:
 
     def put(self, committed: Sequence[CommittedJob]) -> None:
         """Queue the jobs of a commit. Never blocks."""
-        if ids := [item.entry.id for item in committed if item.job.has_callbacks and item.is_first]:
-            self._answered_ids.put(ids)
+        if members := [
+            canvas_member(item.entry.id, item.entry.generation)
+            for item in committed
+            if item.job.has_callbacks and item.is_first
+        ]:
+            self._answered.put(members)
 
     def close(self, *, timeout_s: float) -> None:
         """Send what is queued, within `timeout_s`; another worker sends the rest."""
@@ -81,20 +91,20 @@ class CallbackSender:
 
     def _stop(self) -> None:
         self._closed.set()
-        self._answered_ids.put([])  # wakes the thread
+        self._answered.put([])  # wakes the thread
 
     def _run(self) -> None:
         next_poll_s = time.monotonic() + POLL_EVERY_S
         while True:
             try:
                 left_s = max(0.0, next_poll_s - time.monotonic())
-                ids = self._answered_ids.get(timeout=left_s if not self._closed.is_set() else 0.01)
+                members = self._answered.get(timeout=left_s if not self._closed.is_set() else 0.01)
             except queue.Empty:
-                ids = []
-            if not ids and self._closed.is_set():
+                members = []
+            if not members and self._closed.is_set():
                 return
             try:
-                for portion in chunks(ids, CHUNK_SIZE):
+                for portion in chunks(members, CHUNK_SIZE):
                     self._send_chunk(portion)
                 # Also under load: callbacks that other workers left are sent by polling only.
                 if time.monotonic() >= next_poll_s:
@@ -104,29 +114,38 @@ class CallbackSender:
             except UNAVAILABLE_ERRORS as error:
                 # They stay in Redis, and a worker takes them after `retry_after_s`. Without jobs there is no line,
                 # because other threads log that Redis does not answer.
-                if jobs := max(len(ids), self._taken):
+                if jobs := max(len(members), self._taken):
                     log.warning("callbacks_postponed", jobs=jobs, error=str(error)[:300])
 
-    def _send_chunk(self, ids: Sequence[str]) -> int:
-        """Send the callbacks of these ids, or without ids those that other workers left; return the number of jobs."""
+    def _send_chunk(self, members: Sequence[bytes]) -> int:
+        """Send these callbacks, or without members those that other workers left; return the number of jobs."""
         self._taken = 0
-        reply: Any = self._take(keys=[CANVAS, CANVAS_DUE], args=[self._retry_after_ms, CHUNK_SIZE, *ids])
-        self._taken = len(reply) // 2
-        for i in range(0, len(reply), 2):
-            job_id = (
-                reply[i].partition(b"\xff")[0].decode(errors="replace")
-            )  # a foreign member must not end this thread
-            try:
-                self._send(job_id, reply[i + 1])
-            except Exception as error:  # border: signatures come from producers; a bad one must not be tried again
-                if isinstance(error, UNAVAILABLE_ERRORS) and _is_temporary(error):
-                    raise
-                log.error("callbacks_failed", id=job_id, kind=type(error).__name__, error=str(error)[:300])
-            with self._client.pipeline(transaction=True) as pipe:
-                pipe.hdel(CANVAS, reply[i])
-                pipe.zrem(CANVAS_DUE, reply[i])
-                pipe.execute()
-        return len(reply) // 2
+        reserved_s = time.monotonic()
+        reply: Any = self._take(keys=[CANVAS, CANVAS_DUE], args=[self._retry_after_ms, CHUNK_SIZE, *members])
+        reservation, records = reply[0], dict(zip(reply[1::2], reply[2::2], strict=True))
+        self._taken = len(records)
+        left = list(records)
+        while left:
+            # Asked before each send, so that a slow Redis does not let another sender take what is sent here.
+            if time.monotonic() - reserved_s >= self._hold_after_s:
+                reserved_s = time.monotonic()
+                reservation, *left = self._hold(keys=[CANVAS_DUE], args=[reservation, self._retry_after_ms, *left])
+            if left:
+                self._send_and_drop(left[0], records[left.pop(0)])
+        return len(records)
+
+    def _send_and_drop(self, member: bytes, record: bytes) -> None:
+        job_id = member.partition(GENERATION_MARK)[0].decode(
+            errors="replace"
+        )  # a foreign member must not end this thread
+        try:
+            self._send(job_id, record)
+        except Exception as error:  # border: signatures come from producers; a bad one must not be tried again
+            if isinstance(error, UNAVAILABLE_ERRORS) and _is_temporary(error):
+                raise
+            log.error("callbacks_failed", id=job_id, kind=type(error).__name__, error=str(error)[:300])
+        digest = hashlib.sha1(record, usedforsecurity=False).hexdigest()
+        self._drop(keys=[CANVAS, CANVAS_DUE], args=[member, digest])
 
     def _send(self, job_id: str, record: bytes) -> None:
         length, _, rest = record.partition(b"|")
@@ -197,6 +216,11 @@ class CallbackSender:
         if (raw := self._client.get(key)) is not None:
             meta = from_json(raw) | {"children": children}
             self._client.set(key, to_json(meta), xx=True, keepttl=True)
+
+
+def canvas_member(job_id: str, generation: int) -> bytes:
+    """The name under which the commit stores the callbacks of a job."""
+    return job_id.encode() + (GENERATION_MARK + b"%d" % generation if generation else b"")
 
 
 def _is_temporary(error: BaseException) -> bool:
