@@ -29,6 +29,7 @@ METRICS: dict[str, frozenset[str]] = {
     "shiwu_batches_total": frozenset({"reason"}),
     "shiwu_retries_total": frozenset({"code"}),
     "shiwu_limit_ratio": frozenset({"what"}),
+    "shiwu_duty_failures_total": frozenset({"duty"}),
     "shiwu_model_info": frozenset({"model", "revision", "dtype", "device"}),
 }
 """Metrics with labels of their own, and these."""

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from shiwu.contract import ATTEMPTS, CLAIMS, LEASES, Lane
+from shiwu.client import Client
+from shiwu.contract import ATTEMPTS, CLAIMS, LEASES, Lane, Status
 from tests.conftest import StartWorker
 from tests.faults.conftest import LEASE_S, Fleet
 from tests.support import drill, pictures
@@ -43,6 +44,26 @@ def test_sigterm_under_load_finishes_or_gives_back(fleet: Fleet, far: WorkerProc
     fleet.wake(fleet.near)
     result = fleet.counted(ids)
     assert (result.reaped, result.discarded, result.attempts) == (0, 0, {1: 400})
+
+
+def test_probe_files_that_cannot_be_written(fleet: Fleet, far: WorkerProcess) -> None:
+    """Delayed jobs return to their lane, and SIGTERM drains: the files tell probes something and decide nothing."""
+    far.alive_file.unlink()
+    far.alive_file.symlink_to(far.alive_file.parent / "no folder" / "alive")
+    far.ready_file.unlink()
+    far.ready_file.mkdir()
+    client = Client(fleet.url)
+    try:
+        result = client.wait(client.enqueue(fleet.images[0], countdown_s=1.5), timeout_s=30)
+        assert result.status == Status.TAGGED
+        far.terminate()
+        assert far.wait(timeout_s=20) == 0
+    finally:
+        client.close()
+        far.alive_file.unlink()
+        far.ready_file.rmdir()
+    assert fleet.client.exists(CLAIMS, LEASES) == 0
+    assert far.log_text().count('"probe_file_failed"') == 2
 
 
 def test_sigterm_with_a_claim_in_flight(fleet: Fleet, far: WorkerProcess) -> None:

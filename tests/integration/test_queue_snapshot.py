@@ -49,7 +49,7 @@ def test_snapshot_is_shared_until_it_is_too_old(redis_client: redis.Redis) -> No
 
 
 def test_queue_monitor_goes_on_after_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an error of Redis and after a defect, the next count comes."""
+    """An error of Redis and defects of the GPU's duty come and go; lanes are counted meanwhile and afterwards."""
     monkeypatch.setattr("shiwu_worker.telemetry.queue_monitor.SNAPSHOT_EVERY_S", 0.02)
     errors: list[Exception] = [redis.ConnectionError("away"), ValueError("a defect"), ValueError("again")]
     counts: list[int] = []
@@ -64,6 +64,6 @@ def test_queue_monitor_goes_on_after_errors(monkeypatch: pytest.MonkeyPatch) -> 
         before_each=once_more,
     )
     watch.start()
-    wait_until(lambda: counts, timeout_s=10, what="a count after three that failed")
+    wait_until(lambda: len(counts) >= 3, timeout_s=10, what="counts beside two defects of the other duty, and after")
     watch.close()
-    assert (counts[0], errors) == (3, [])
+    assert (set(counts), errors) == ({3}, [])

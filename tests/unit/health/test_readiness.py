@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import structlog
 
-from shiwu_worker.celery_worker.worker_app import AdminConsumer, make_app
-from shiwu_worker.config.settings import Settings
 from shiwu_worker.health.readiness import Readiness
 from tests.support.clock import Clock
 
@@ -62,12 +58,3 @@ def test_worker_with_revokes_off_is_ready_when_it_claims() -> None:
     readiness = Readiness(on_change=states.append, revoke_wait_s=0.0)
     readiness.claiming(active=True)
     assert states == [True]
-
-
-def test_consumer_has_no_mingle_gossip_or_heart() -> None:
-    """Steps by which workers exchange state; one of them is also a dependency of another step."""
-    app = make_app(Settings())
-    pool, controller = SimpleNamespace(is_green=False), SimpleNamespace(use_eventloop=False)
-    consumer = AdminConsumer(lambda *_: None, app=app, hostname="worker@host", pool=pool, controller=controller)
-    names = {type(step).__name__ for step in consumer.steps}
-    assert names == {"Connection", "Events", "Tasks", "ControlStep", "Evloop"}

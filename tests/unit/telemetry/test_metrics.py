@@ -112,6 +112,7 @@ def test_metrics_of_all_other_parts_are_exported() -> None:
     metrics.retried([Released(job, Release(job.id)) for job in (again, cancelled)])
     metrics.renewed(5)
     metrics.reaped(2)
+    metrics.duty_failed("trim")
     metrics.batch("full", 8)
     metrics.load(LoadReport(seconds=30.0, pictures=1, batches=1, idle=0.25, device=0.5, fetch=0.1, decode=0.2))
     metrics.queues(make_snapshot(waiting=4, oldest_age_s=3.0), {Lane.INTERACTIVE: 0.0, Lane.BULK: 8.0})
@@ -124,6 +125,8 @@ def test_metrics_of_all_other_parts_are_exported() -> None:
         'shiwu_retries_total{code="source_unavailable"}': 1,
         "shiwu_leases_renewed_total": 5,
         "shiwu_leases_reaped_total": 2,
+        'shiwu_duty_failures_total{duty="trim"}': 1,
+        'shiwu_duty_failures_total{duty="leases"}': 0,
         'shiwu_batches_total{reason="full"}': 1,
         'shiwu_batch_size_bucket{le="8.0"}': 1,
         'shiwu_limit_ratio{what="device"}': 0.5,

@@ -12,7 +12,9 @@ from importlib.metadata import version
 from typing import Any, Final
 from uuid import uuid4
 
+from celery.worker.consumer.connection import Connection
 from celery.worker.consumer.control import Control
+from celery.worker.consumer.tasks import Tasks
 from celery.worker.pidbox import Pidbox
 from celery.worker.state import total_count
 
@@ -103,10 +105,18 @@ class ControlBox(Pidbox):  # type: ignore[misc]  # celery has no types
         }
 
 
+class TasksStep(Tasks):  # type: ignore[misc]  # celery has no types
+    """Replaces the step that listens on Celery's own queue: Celery's requires mingle, which waits for other workers."""
+
+    name = "Tasks"
+    requires = (Connection,)
+
+
 class ControlStep(Control):  # type: ignore[misc]  # celery has no types
     """Replaces the step of the remote control in Celery's consumer."""
 
     name = "Control"
+    requires = (TasksStep,)
 
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)

@@ -52,19 +52,24 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
     """Celery's consumer without gossip, mingle and heartbeats; it handles three remote-control commands."""
 
     class Blueprint(Consumer.Blueprint):  # type: ignore[misc]  # celery has no types
-        """The default steps without gossip, mingle and heartbeats, each of which can block without a broker."""
+        """The steps that a worker without tasks needs.
+
+        Gossip, mingle and heartbeats can block without a broker. Celery adds each step that another one requires, so
+        the steps of tasks and remote control are subclasses that do not require them.
+        """
 
         default_steps: ClassVar[list[str]] = [
-            step
-            for step in Consumer.Blueprint.default_steps
-            if step.rsplit(":", 1)[-1] not in {"Gossip", "Mingle", "Heart", "Control"}
-        ] + ["shiwu_worker.celery_worker.control:ControlStep"]
+            "celery.worker.consumer.connection:Connection",
+            "celery.worker.consumer.events:Events",
+            "shiwu_worker.celery_worker.control:TasksStep",
+            "shiwu_worker.celery_worker.control:ControlStep",
+            "celery.worker.consumer.consumer:Evloop",
+        ]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._backoff = Backoff()
         self._retried_s = 0.0
-        # Another step requires mingle, so it stays in the blueprint; disabled it does nothing.
-        super().__init__(*args, **{**kwargs, "without_mingle": True})
+        super().__init__(*args, **kwargs)
 
     def ensure_connected(self, conn: Any) -> Any:
         """Retry every few seconds; during Celery's pauses of up to 32 s every revoke would be lost."""

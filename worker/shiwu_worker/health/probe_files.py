@@ -9,42 +9,67 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import structlog
+from structlog.typing import FilteringBoundLogger
+
+log: FilteringBoundLogger = structlog.get_logger()
 _FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """O_NONBLOCK, because opening a pipe would wait for its reader."""
 _MODE: Final = 0o644
 
 
 class ProbeFiles:
-    """Writes both files. A path of None means no file."""
+    """Writes both files. A path of None means no file.
+
+    A file that cannot be written is logged, once until a write succeeds, and changes nothing else: a worker goes on
+    renewing leases and drains whole, whatever became of the folder of its probe files.
+    """
 
     def __init__(self, *, ready_file: Path | None, alive_file: Path | None) -> None:
         self._ready_file = ready_file
         self._alive_file = alive_file
+        self._is_ready = False
+        self._failed: set[Path] = set()
 
-    def set_ready(self, *, is_ready: bool) -> None:
-        """Create or remove the file for readiness.
-
-        Raises:
-            OSError: the file cannot be written, or is a link or anything but a file.
-        """
-        if self._ready_file is None:
-            return
-        if is_ready:
-            _touch(self._ready_file)
-        else:
-            self._ready_file.unlink(missing_ok=True)  # removes a link itself, not what it names
+    def set_ready(self, *, is_ready: bool) -> bool:
+        """Create or remove the file for readiness; False where that failed."""
+        self._is_ready = is_ready
+        path = self._ready_file
+        if path is None:
+            return True
+        # `unlink` removes a link itself, not what it names.
+        return self._write(path, (lambda: _touch(path)) if is_ready else (lambda: path.unlink(missing_ok=True)))
 
     def touch_alive(self, *, at_s: float | None = None) -> None:
         """Touch the file for liveness: the pipeline made progress now, or at this Unix time.
 
-        Raises:
-            OSError: the file cannot be written, or is a link or anything but a file.
+        Also tries again to create or remove the file for readiness where that failed.
         """
-        if self._alive_file is not None:
-            _touch(self._alive_file, at_s=at_s)
+        if self._ready_file in self._failed:
+            self.set_ready(is_ready=self._is_ready)
+        path = self._alive_file
+        if path is not None:
+            self._write(path, lambda: _touch(path, at_s=at_s))
+
+    def _write(self, path: Path, write: Callable[[], None]) -> bool:
+        try:
+            write()
+        except OSError as error:
+            if path not in self._failed:
+                self._failed.add(path)
+                log.error(
+                    "probe_file_failed",
+                    path=str(path),
+                    error=str(error)[:300],
+                    meaning="probes that read this file see an old state; the worker goes on",
+                )
+            return False
+        self._failed.discard(path)
+        return True
 
 
 def is_probe_file(path: Path) -> bool:

@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -235,24 +236,19 @@ class Supervisor:
     def _update_probe_files(self) -> None:
         running = [worker for worker in self._workers if worker.is_running]
         is_complete = bool(running) and all(worker.is_running or worker.is_finished for worker in self._workers)
-        try:
-            ready = [
-                worker.placement.ready_file is not None and is_probe_file(worker.placement.ready_file)
-                for worker in running
-            ]
-            is_ready = is_complete and all(ready)
-            if is_ready != self._is_ready:
-                self._probe_files.set_ready(is_ready=is_ready)
-                self._is_ready = is_ready
-            touched_s = []
-            for worker in running:
-                with contextlib.suppress(FileNotFoundError):  # the worker has not created it yet
-                    if worker.placement.alive_file is not None:
-                        touched_s.append(worker.placement.alive_file.lstat().st_mtime)
-            if touched_s:
-                self._probe_files.touch_alive(at_s=min(touched_s))
-        except OSError as error:
-            log.error("probe_files_failed", error=str(error)[:300])
+        is_ready = is_complete and all(_touched_s(worker.placement.ready_file) is not None for worker in running)
+        if is_ready != self._is_ready and self._probe_files.set_ready(is_ready=is_ready):
+            self._is_ready = is_ready
+        touched_s = [_touched_s(worker.placement.alive_file) for worker in running]
+        if known_s := [each for each in touched_s if each is not None]:
+            self._probe_files.touch_alive(at_s=min(known_s))
+
+
+def _touched_s(path: Path | None) -> float | None:
+    """When a worker touched its file, as Unix time; None without a file, for a link, and where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return path.lstat().st_mtime if path is not None and is_probe_file(path) else None
+    return None
 
 
 def _reason(status: int) -> str:

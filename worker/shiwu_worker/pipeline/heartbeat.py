@@ -12,10 +12,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 import structlog
-from redis import RedisError
 
 from shiwu.broker.maintenance import Maintenance, MaintenanceReport
 from shiwu_worker.errors import FatalError
+from shiwu_worker.runtime.duties import Duties, Duty
 from shiwu_worker.runtime.threads import ServiceThread
 
 if TYPE_CHECKING:
@@ -75,6 +75,16 @@ class Heartbeat:
         self._stuck_logged_s = 0.0
         self._waiting = 0
         """Messages in the lanes, as the last maintenance counted them."""
+        self._stream_report = MaintenanceReport()
+        self._duties = Duties(
+            [
+                Duty("leases", self._prove_progress, is_vital=True),
+                Duty("maintenance", self._run_maintenance),
+                Duty("trim", self._trim),
+                Duty("load_log", self._log_load),
+            ],
+            on_failed=observer.duty_failed,
+        )
         self._closed = threading.Event()
         self.thread = ServiceThread("heartbeat", self._run, on_fatal=on_fatal, stop=self._closed.set)
 
@@ -88,20 +98,19 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._closed.is_set():
-            try:
-                if not self._is_stuck():
-                    self._observer.alive()
-                    self._renew()
-                self._run_maintenance()
-                self._log_load()
+            error = self._duties.run()
+            self._observer.redis_available(available=error is None)
+            if error is None:
                 self._backoff.reset()
-                self._observer.redis_available(available=True)
-            except RedisError as error:
-                self._observer.redis_available(available=False)
+            else:
                 self._backoff.wait(error, self._closed)
-            except OSError as error:
-                log.error("alive_file_failed", error=str(error)[:300])
             self._closed.wait(self._tick_s)
+
+    def _prove_progress(self) -> None:
+        """Touch the liveness file and renew the leases, unless the worker is stuck."""
+        if not self._is_stuck():
+            self._observer.alive()
+            self._renew()
 
     def _is_stuck(self) -> bool:
         """Whether there is work and nothing makes progress; logged every `stuck_s`."""
@@ -147,11 +156,13 @@ class Heartbeat:
             # An idle worker claims every few seconds, which is progress. Lanes are counted when even that ends.
             is_quiet = self._progress.age_s() > self._stuck_s() / 2
             report = self._maintenance.run_once(limit=CHUNK_SIZE, count_waiting=is_quiet)
-            self._waiting = report.waiting
+            self._waiting, self._stream_report = report.waiting, report
             self._report(report)
             if max(report.reaped, report.promoted, report.out_of_time) < CHUNK_SIZE:
                 break
-        for group, lost in self._maintenance.trim_if_long(report).items():
+
+    def _trim(self) -> None:
+        for group, lost in self._maintenance.trim_if_long(self._stream_report).items():
             log.warning(
                 "results_dropped", group=group, entries=lost, meaning="this consumer group had not acknowledged them"
             )

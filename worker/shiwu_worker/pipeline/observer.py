@@ -29,7 +29,10 @@ class PipelineObserver(Protocol):
 
     # -------------------------------------------------------------------------------- heartbeat
     def alive(self) -> None:
-        """The worker makes progress, or has no work. Raises OSError where the liveness file cannot be touched."""
+        """The worker makes progress, or has no work."""
+
+    def duty_failed(self, name: str) -> None:
+        """A duty of a periodic thread failed; it is tried again in the next round."""
 
     def redis_available(self, *, available: bool) -> None:
         """Redis answered the heartbeat, or did not. Reported at each tick."""

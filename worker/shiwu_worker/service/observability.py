@@ -100,6 +100,7 @@ class Observability:
             partial(shared_snapshot, client, max_age_s=SNAPSHOT_EVERY_S),
             on_snapshot=on_snapshot,
             on_redis_unavailable=metrics.redis_unreachable,
+            on_failed=metrics.duty_failed,
             before_each=gpu.update,
         )
         stack.callback(queue_monitor.close)
@@ -137,6 +138,11 @@ class Observability:
     def alive(self) -> None:
         """Touch the liveness file."""
         self._probe_files.touch_alive()
+
+    def duty_failed(self, name: str) -> None:
+        """Count a failure of a duty of a periodic thread."""
+        if self._metrics is not None:
+            self._metrics.duty_failed(name)
 
     def redis_available(self, *, available: bool) -> None:
         """Report whether Redis answered the heartbeat. Called every second, so it also checks the wait for revokes."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BATCH_REASONS: Final = ("full", "free", "closing")
+DUTIES: Final = ("leases", "maintenance", "trim", "load_log", "gpu", "queue_metrics")
 LIMITS: Final = ("idle", "device", "fetch", "decode")
 _LANES: Final = tuple(lane.value for lane in Lane)
 _STAGES: Final = tuple(stage.value for stage in Stage)
@@ -88,6 +89,9 @@ class Metrics:
         )
         self._renewed = Counter("shiwu_leases_renewed", "Leases renewed.", **every)
         self._reaped = Counter("shiwu_leases_reaped", "Jobs requeued after their lease expired.", **every)
+        self._duty_failures = Counter(
+            "shiwu_duty_failures", "Failures of the periodic duties of this worker.", ["duty"], **every
+        )
         self._limits = Gauge(
             "shiwu_limit_ratio", "Share of the last half minute: what the worker waited for.", ["what"], **every
         )
@@ -117,6 +121,8 @@ class Metrics:
             self._retries.labels(code.value)
         for reason in BATCH_REASONS:
             self._batches.labels(reason)
+        for duty in DUTIES:
+            self._duty_failures.labels(duty)
 
     # -------------------------------------------------------------------------------- jobs
     def answered(self, committed: Sequence[CommittedJob]) -> None:
@@ -161,6 +167,10 @@ class Metrics:
     def reaped(self, jobs: int) -> None:
         """Record jobs that this worker requeued after their lease expired."""
         self._reaped.inc(jobs)
+
+    def duty_failed(self, name: str) -> None:
+        """Record a failure of one of the periodic duties."""
+        self._duty_failures.labels(name).inc()
 
     def load(self, load: LoadReport) -> None:
         """Record what the worker waited for in the last half minute."""

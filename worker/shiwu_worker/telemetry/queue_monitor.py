@@ -9,15 +9,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-import structlog
-from redis import RedisError
-from structlog.typing import FilteringBoundLogger
-
 from shiwu.broker.queue_stats import QueueSnapshot
 from shiwu.contract import Lane
+from shiwu_worker.runtime.duties import Duties, Duty
 from shiwu_worker.runtime.threads import ServiceThread
 
-log: FilteringBoundLogger = structlog.get_logger()
 SNAPSHOT_EVERY_S: Final = 5.0
 RATE_WINDOW_S: Final = 60.0
 
@@ -63,6 +59,7 @@ class QueueMonitor:
         on_snapshot: called with it, and with the seconds of backlog of each lane.
         on_redis_unavailable: called each time Redis did not answer.
         before_each: called before each snapshot.
+        on_failed: called with `gpu` or `queue_metrics` when one of the two failed.
     """
 
     def __init__(
@@ -72,13 +69,15 @@ class QueueMonitor:
         on_snapshot: Callable[[QueueSnapshot, dict[Lane, float]], None],
         on_redis_unavailable: Callable[[], None] = lambda: None,
         before_each: Callable[[], None] = lambda: None,
+        on_failed: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._snapshot = snapshot
         self._on_snapshot = on_snapshot
         self._on_redis_unavailable = on_redis_unavailable
-        self._before_each = before_each
         self._backlog = BacklogEstimator()
-        self._has_failed = False
+        self._duties = Duties(
+            [Duty("gpu", before_each), Duty("queue_metrics", self._take_snapshot)], on_failed=on_failed
+        )
         self._closed = threading.Event()
         self._thread = ServiceThread("queue-monitor", self._run, on_fatal=None, stop=self._closed.set)
 
@@ -93,16 +92,11 @@ class QueueMonitor:
     def _run(self) -> None:
         while not self._closed.is_set():
             began_s = time.monotonic()
-            try:
-                self._before_each()
-                snapshot = self._snapshot()
-                self._on_snapshot(snapshot, self._backlog.backlog_s(snapshot))
-                self._has_failed = False
-            except (RedisError, OSError):
+            if self._duties.run() is not None:
                 self._on_redis_unavailable()  # the heartbeat logs it
-            except Exception as error:  # border: a defect here must not stop the worker
-                if not self._has_failed:
-                    log.exception("queue_monitor_failed", error=str(error)[:300])
-                self._has_failed = True
             # Jitter, so that one worker takes the snapshot and the others read it.
             self._closed.wait(max(0.1, SNAPSHOT_EVERY_S * random.uniform(0.8, 1.0) - (time.monotonic() - began_s)))  # noqa: S311 no secret
+
+    def _take_snapshot(self) -> None:
+        snapshot = self._snapshot()
+        self._on_snapshot(snapshot, self._backlog.backlog_s(snapshot))
