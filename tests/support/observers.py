@@ -24,6 +24,7 @@ class RecordingObserver:
         self.redis: list[bool] = []
         self.renewed: list[int] = []
         self.reaped: list[int] = []
+        self.failed_duties: list[str] = []
         self.loads: list[LoadReport] = []
         self.alive_count = 0
         self._on_alive = on_alive
@@ -48,6 +49,10 @@ class RecordingObserver:
         """Count a sign of life."""
         self.alive_count += 1
         self._on_alive()
+
+    def duty_failed(self, name: str) -> None:
+        """Keep the name of a duty that failed."""
+        self.failed_duties.append(name)
 
     def redis_available(self, *, available: bool) -> None:
         """Keep whether Redis answered."""
