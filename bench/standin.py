@@ -29,7 +29,7 @@ from shiwu.contract import COUNTERS, Head, ModelInfo
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import DeviceErrorKind, FatalError
 from shiwu_worker.jobs.label_checks import LabelTokens
-from shiwu_worker.loaders.protocol import LoadResult, LoadTask
+from shiwu_worker.loaders.protocol import Loaded, LoadResult, LoadTask
 from shiwu_worker.service import bootstrap
 from shiwu_worker.telemetry import logs
 
@@ -58,8 +58,8 @@ class StandInLoaders:
         """Return every image immediately."""
         now_s = time.monotonic()
         moments: Any = {"started_s": now_s, "fetched_s": now_s, "decoded_s": now_s}
-        about: Any = {"n_bytes": 1, "format": "JPEG", "width": 1, "height": 1}
-        self._on_loaded([LoadResult(ticket=task.ticket, slot=task.slot, **moments, **about) for task in tasks])
+        about: Any = {"n_bytes": 1, "format": "JPEG", "width": 1, "height": 1, "sha256": "0" * 64}
+        self._on_loaded([Loaded(ticket=task.ticket, slot=task.slot, **moments, **about) for task in tasks])
 
 
 class StandInFlight:

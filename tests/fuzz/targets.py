@@ -5,27 +5,31 @@ A target more is a `Target` more in `TARGETS`.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from shiwu.broker.message_ids import find_id
 from shiwu.broker.message_reader import read_canvas, read_message
 from shiwu.broker.message_writer import build_message
-from shiwu.contract import Lane, Request, RequestError
+from shiwu.contract import CODES, ErrorCode, ErrorInfo, Fault, Lane, Request, RequestError, Stage, printable
 from shiwu.contract.request import parse_request
 from shiwu_worker.errors import Rejected
+from shiwu_worker.loaders import protocol, sandbox_protocol
+from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.policy.callback_rules import CallbackRules
-from shiwu_worker.policy.limits import DecodeLimits
+from shiwu_worker.policy.limits import DecodeLimits, FetchLimits, S3Options, SandboxLimits
 from shiwu_worker.stages.decode.decoder import decode
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.compat.shapes import shapes
 from tests.support import bombs, pictures
+from tests.support.lying_sandbox.sitecustomize import lies
 
 RULES: Final = CallbackRules(tasks=("t", "app.*"))
 SPEC: Final = ImageSpec(32, 32, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -33,6 +37,18 @@ FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 LONGEST_SEED: Final = 10_000
 LIMITS: Final = DecodeLimits(max_pixels=1_000_000, max_side=16_384, formats=FORMATS)
 """Small, so that an input takes milliseconds."""
+REQUEST: Final = 7
+TASK: Final = protocol.LoadTask(ticket=1, slot=0, image="https://h/p")
+LOADER_OPTIONS: Final = protocol.LoaderOptions(
+    spec=SPEC,
+    slots=1,
+    threads=1,
+    access=AccessRules(),
+    fetch=FetchLimits(max_bytes=1000, total_timeout_s=1.0, connect_timeout_s=1.0, read_timeout_s=1.0),
+    s3=S3Options(None, None),
+    decode=LIMITS,
+    sandbox=SandboxLimits(memory_bytes=1 << 30),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +88,46 @@ def check_message(data: bytes) -> None:
         return
     again = build_message(request, job_id=envelope.id, lane=Lane.BULK)
     assert parse_request(read_message(again).fields) == request
+
+
+def check_frames(data: bytes) -> None:
+    """A reply of a sandbox, or a result of a loader, that it may give; or ProtocolError; nothing else."""
+    with contextlib.suppress(sandbox_protocol.ProtocolError):
+        reply = sandbox_protocol.read_reply(data, request=REQUEST, limits=LIMITS)
+        assert reply.request == REQUEST
+        if isinstance(reply, sandbox_protocol.Decoded):
+            _check_size(reply.width, reply.height)
+        elif not isinstance(reply, sandbox_protocol.ShortOfMemory):
+            assert printable(reply.message) == reply.message
+            assert len(reply.message) <= sandbox_protocol.MAX_TEXT
+    with contextlib.suppress(sandbox_protocol.ProtocolError):
+        hello = sandbox_protocol.read_hello(data)
+        assert hello.thread > 0
+        assert (hello.unfiltered_reason or "").isascii() or printable(hello.unfiltered_reason or "")
+    with contextlib.suppress(protocol.ProtocolError):
+        frame = protocol.read_loader_frame(data)
+        if isinstance(frame, protocol.Loaded | protocol.LoadFailed):
+            protocol.check_result(frame, TASK, sent_s=1.0, now_s=9.0, options=LOADER_OPTIONS)
+            _check_result(frame)
+
+
+def _check_size(width: int, height: int) -> None:
+    assert min(width, height) > 0
+    assert max(width, height) <= LIMITS.max_side
+    assert width * height <= LIMITS.max_pixels
+
+
+def _check_result(frame: protocol.LoadResult) -> None:
+    assert (frame.ticket, frame.slot) == (TASK.ticket, TASK.slot)
+    assert 1.0 <= frame.started_s <= frame.fetched_s <= frame.decoded_s <= 9.0
+    if isinstance(frame, protocol.Loaded):
+        _check_size(frame.width, frame.height)
+        assert frame.format in FORMATS
+        assert 0 < frame.n_bytes <= LOADER_OPTIONS.fetch.max_bytes
+        assert len(bytes.fromhex(frame.sha256)) == 32
+    else:
+        assert frame.error.stage in {Stage.FETCH, Stage.DECODE}
+        assert CODES[ErrorCode(frame.error.code)].fault is not Fault.CALLER
 
 
 def _check_told(error: RequestError) -> None:
@@ -114,10 +170,35 @@ def message_seeds() -> list[bytes]:
     return [*found, *odd, plain, nested, b"{}", b"[]", chance.randbytes(64), b"[" * 5000]
 
 
+@cache
+def frame_seeds() -> list[bytes]:
+    """Frames of every type, and lies."""
+    about: dict[str, Any] = {"n_bytes": 9, "format": "PNG", "width": 3, "height": 4, "sha256": "0" * 64}
+    error = ErrorInfo(code=ErrorCode.SOURCE_THROTTLED, message="busy", stage=Stage.FETCH, retryable=True)
+    replies: list[sandbox_protocol.Hello | sandbox_protocol.Reply] = [
+        sandbox_protocol.Hello(thread=4711, unfiltered_reason="no filter"),
+        sandbox_protocol.Decoded(REQUEST, 3, 4),
+        sandbox_protocol.Refused(REQUEST, "picture_broken", "cut"),
+        sandbox_protocol.ShortOfMemory(REQUEST),
+        sandbox_protocol.DecoderFailed(REQUEST, "a defect: 茶"),
+    ]
+    frames: list[protocol.LoaderFrame] = [
+        protocol.Ready("no filter"),
+        protocol.SandboxFault("expected one reply"),
+        protocol.Loaded(1, 0, 2.0, 3.0, 4.0, **about),
+        protocol.LoadFailed(1, 0, 2.0, 3.0, 4.0, error=error, detail="by a proxy", retry_after_s=3.5),
+    ]
+    told = [sandbox_protocol.encoded(reply) for reply in replies] + [protocol.ENCODER.encode(one) for one in frames]
+    return told + [
+        frame for frames_of_lie in lies(REQUEST).values() for frame in frames_of_lie if len(frame) < LONGEST_SEED
+    ]
+
+
 TARGETS: Final = {
     target.name: target
     for target in (
         Target("decode", picture_seeds, check_decode),
         Target("message", message_seeds, check_message),
+        Target("frames", frame_seeds, check_frames),
     )
 }

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
+from shiwu.contract import ErrorInfo
 from shiwu_worker.errors import FatalError
 from shiwu_worker.loaders.pool import LoaderPool
 from shiwu_worker.loaders.protocol import LoaderOptions, LoadResult, LoadTask
@@ -23,6 +24,31 @@ from tests.support.waiting import wait_until
 
 SPEC: Final = ImageSpec(64, 64, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SLOTS: Final = 32
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A result of either type, with None for what it does not have."""
+
+    started_s: float
+    fetched_s: float
+    decoded_s: float
+    n_bytes: int | None = None
+    format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    sha256: str | None = None
+    error: ErrorInfo | None = None
+    detail: str | None = None
+    is_final: bool = False
+    retry_after_s: float | None = None
+    is_untried: bool = False
+
+    @classmethod
+    def of(cls, result: LoadResult) -> Self:
+        """What a loader reported."""
+        known: dict[str, Any] = {field.name: getattr(result, field.name, field.default) for field in fields(cls)}
+        return cls(**known)
 
 
 class Pool:
@@ -39,7 +65,7 @@ class Pool:
         environment: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
-        self.results: dict[int, LoadResult] = {}
+        self.results: dict[int, Seen] = {}
         self.fatal: list[FatalError] = []
         self._lock = threading.Lock()
         fetch: dict[str, Any] = {
@@ -81,7 +107,7 @@ class Pool:
         with self._lock:
             for result in results:
                 assert result.ticket not in self.results, "reported twice"
-                self.results[result.ticket] = result
+                self.results[result.ticket] = Seen.of(result)
 
     def submit(self, *images: str, first_ticket: int = 0) -> None:
         """One ticket for each image, in slots of the same number."""

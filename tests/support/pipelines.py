@@ -12,7 +12,7 @@ import redis
 from shiwu_worker.errors import FatalError
 from shiwu_worker.jobs.job import Job, Release
 from shiwu_worker.jobs.label_set import LabelSet
-from shiwu_worker.loaders.protocol import LoadResult, LoadTask
+from shiwu_worker.loaders.protocol import Loaded, LoadResult, LoadTask
 from shiwu_worker.pipeline.admission import Admission
 from shiwu_worker.pipeline.batch_executor import LaunchedBatch
 from shiwu_worker.pipeline.claimer import Claimer
@@ -48,7 +48,8 @@ class InstantLoaders:
         """Load each image in no time."""
         for task in tasks:
             self.before()
-            self._on_loaded([LoadResult(task.ticket, task.slot, started_s=1.0, fetched_s=1.0, decoded_s=1.0)])
+            about: dict[str, Any] = {"n_bytes": 1, "format": "PNG", "width": 1, "height": 1, "sha256": "0" * 64}
+            self._on_loaded([Loaded(task.ticket, task.slot, 1.0, 1.0, 1.0, **about)])
 
 
 class PipelineUnderTest:

@@ -11,7 +11,7 @@ from shiwu_worker.errors import Rejected
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.timestamps import StageTimestamps
-from shiwu_worker.loaders.protocol import LoadResult
+from shiwu_worker.loaders.protocol import LoadFailed
 from shiwu_worker.pipeline.admission import Admission, Admit, Defer, Reject
 from shiwu_worker.policy.callback_rules import CallbackRules
 from shiwu_worker.policy.retry import PipelineLimits, RetryPolicy
@@ -113,6 +113,7 @@ def failed(attempt: int) -> Job:
     return job
 
 
-def make_result(**fields: Any) -> LoadResult:
+def make_result(**fields: Any) -> LoadFailed:
     """What the loaders report of such a job."""
-    return LoadResult(ticket=1, slot=0, started_s=0.0, fetched_s=0.0, decoded_s=0.0, **fields)
+    error = ErrorInfo(code=ErrorCode.SOURCE_THROTTLED, message="busy")
+    return LoadFailed(ticket=1, slot=0, started_s=0.0, fetched_s=0.0, decoded_s=0.0, error=error, **fields)

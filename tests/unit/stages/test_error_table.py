@@ -11,6 +11,7 @@ from importlib.metadata import version
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any, Final
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from shiwu_worker.config.views import s3_options
 from shiwu_worker.errors import JobError, Rejected, Unavailable
 from shiwu_worker.loaders.process import LoaderProcess
 from shiwu_worker.loaders.protocol import LoaderOptions, LoadTask
-from shiwu_worker.loaders.sandbox import _decode
+from shiwu_worker.loaders.sandbox import DecoderDefect, _decode
+from shiwu_worker.loaders.sandbox_protocol import DecoderFailed
 from shiwu_worker.policy.limits import DecodeLimits, S3Options
 from shiwu_worker.service.factories import loader_options
 from shiwu_worker.stages.decode.image_spec import ImageSpec
@@ -258,6 +260,10 @@ def test_every_errno_of_a_file_gives_its_error() -> None:
 
 
 # -------------------------------------------------------------------------------- behind the fetch
+PNG = b"\x89PNG\r\n\x1a\n"
+LIMITS = DecodeLimits(max_pixels=1, max_side=1, formats=("PNG",))
+
+
 def unforeseen(*_: object, **__: object) -> Any:
     """A part that fails in a way that no code foresees."""
     raise RuntimeError("unforeseen")
@@ -267,16 +273,21 @@ def test_unknown_decoder_error_is_a_fault_of_the_worker(monkeypatch: pytest.Monk
     """What hostile bytes make a codec raise is told before; anything else says nothing about the image."""
     monkeypatch.setattr("shiwu_worker.loaders.sandbox.decode", unforeseen)
     options: Any = SimpleNamespace(spec=None, decode=DecodeLimits(max_pixels=1, max_side=1, formats=()), is_exact=False)
-    found = _decode(b"x", np.zeros((1, 1, 3), np.uint8), options)
-    assert found.error is not None
-    assert (found.error.code, found.error.retryable) == (ErrorCode.INTERNAL_ERROR, True)
+    found = _decode(b"x", 1, np.zeros((1, 1, 3), np.uint8), options)
+    assert isinstance(found, DecoderFailed)
+    loader: Any = LoaderProcess.__new__(LoaderProcess)
+    loader._fetcher, loader._decode_limits = SimpleNamespace(fetch=lambda _: PNG), LIMITS
+    loader._sandbox = SimpleNamespace(decode=Mock(side_effect=DecoderDefect(found.message)))
+    error = loader._load(LoadTask(ticket=1, slot=0, image="https://h/p"), 0).error
+    assert (error.code, error.retryable) == (ErrorCode.INTERNAL_ERROR, True)
 
 
 @pytest.mark.parametrize("stage", [Stage.FETCH, Stage.DECODE])
 def test_unknown_loader_error_is_a_fault_of_the_worker(stage: Stage) -> None:
     """Whatever part of it failed."""
     loader: Any = LoaderProcess.__new__(LoaderProcess)
-    loader._fetcher = SimpleNamespace(fetch=unforeseen if stage is Stage.FETCH else lambda _: b"x")
+    loader._fetcher = SimpleNamespace(fetch=unforeseen if stage is Stage.FETCH else lambda _: PNG)
+    loader._decode_limits = LIMITS
     loader._sandbox = SimpleNamespace(decode=unforeseen)
     result = loader._load(LoadTask(ticket=1, slot=0, image="https://h/p?hush"), 0)
     assert (result.error.code, result.error.stage, result.is_final) == (ErrorCode.INTERNAL_ERROR, stage, False)

@@ -26,7 +26,7 @@ from shiwu_worker.config.errors import load_settings_or_exit
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.loaders.pool import LoaderPool
-from shiwu_worker.loaders.protocol import LoadResult, LoadTask
+from shiwu_worker.loaders.protocol import LoadFailed, LoadResult, LoadTask
 from shiwu_worker.runtime.process import source_environment
 from shiwu_worker.service.factories import loader_options
 from shiwu_worker.stages.decode.image_spec import ImageSpec
@@ -140,9 +140,8 @@ class _Loading:
 
 
 def _reply(number: int, result: LoadResult, pixels: NDArray[np.uint8]) -> ThumbnailReply:
-    if result.error is not None or result.width is None or result.height is None:
-        code = result.error.code if result.error else ErrorCode.INTERNAL_ERROR
-        return ThumbnailReply(number=number, code=str(code))
+    if isinstance(result, LoadFailed):
+        return ThumbnailReply(number=number, code=str(result.error.code))
     webp = to_webp(pixels, width=result.width, height=result.height)
     return ThumbnailReply(number=number, webp=base64.b64encode(webp).decode(), sha256=result.sha256)
 

@@ -13,6 +13,7 @@ import mmap
 import os
 import selectors
 import socket
+import struct
 import threading
 import time
 from collections import deque
@@ -33,13 +34,17 @@ from shiwu_worker.loaders.fork_server import ForkedProcess, ForkServer, ForkServ
 from shiwu_worker.loaders.hand_out import HandOut
 from shiwu_worker.loaders.protocol import (
     ENCODER,
-    LOADED,
-    READY,
-    READY_UNFILTERED,
+    MAX_FRAME_BYTES,
     LoaderOptions,
+    LoadFailed,
     LoadResult,
     LoadTask,
+    ProtocolError,
+    Ready,
+    SandboxFault,
+    check_result,
     failed_twice_result,
+    read_loader_frame,
     refused_result,
 )
 from shiwu_worker.policy.limits import LoadShares
@@ -51,7 +56,8 @@ MAX_FAILED_STARTS: Final = 5
 RESTART_PAUSE_S: Final = 0.2
 POLL_INTERVAL_S: Final = 0.25
 EXIT_TIMEOUT_S: Final = 5.0
-MAX_FRAME_BYTES: Final = 1 << 20
+FRAME_TIMEOUT_S: Final = 5
+"""Longest wait for the rest of a frame, and for a loader to take one; then it is replaced."""
 
 
 @dataclass(eq=False)
@@ -217,27 +223,22 @@ class LoaderPool:
     def _receive(self, loader: _Loader, results: list[LoadResult]) -> None:
         try:
             while loader.connection.poll():
-                frame = loader.connection.recv_bytes(MAX_FRAME_BYTES)
-                if frame.startswith(READY):
-                    self._on_ready(loader, frame)
-                    continue
-                result = LOADED.decode(frame)
-                task, _ = loader.held.pop(result.ticket, (None, 0.0))
-                # A loader decodes hostile bytes, so it is not trusted to choose a slot.
-                if task is None or task.slot != result.slot:
-                    raise ValueError(f"unexpected ticket {result.ticket} or slot {result.slot}")
-                self._thread_is_free(loader, task, result)
-                if result.is_short_of_memory and loader.isolated_ticket != result.ticket:
-                    self._quarantine.append(task)
-                    continue
-                results.append(result)
+                frame = read_loader_frame(loader.connection.recv_bytes(MAX_FRAME_BYTES))
+                match frame:
+                    case Ready():
+                        self._on_ready(loader, frame)
+                    case SandboxFault():
+                        log.error("loader_protocol_error", part="sandbox", error=frame.reason[:200])
+                    case _:
+                        self._take_result(loader, frame, results)
         except (EOFError, OSError):
             # The process has ended or is ending; the next poll handles it. Until then the selector must not report it.
             self._selector.unregister(loader.connection)
             loader.process.kill()
             loader.process.wait(EXIT_TIMEOUT_S)
-        except ValueError as error:
-            log.error("loader_protocol_error", error=str(error)[:200])
+        except ProtocolError as error:
+            log.error("loader_protocol_error", part="loader", error=str(error)[:200])
+            self._selector.unregister(loader.connection)  # it may have sent more that must not be believed
             loader.process.kill()
             loader.process.wait(EXIT_TIMEOUT_S)
 
@@ -246,17 +247,35 @@ class LoaderPool:
         if task.ticket == loader.isolated_ticket:
             return
         has_failed: bool | None = None
-        if result is not None and not result.is_untried:
-            has_failed = result.error is not None and result.error.stage is Stage.FETCH
+        if result is not None and not (isinstance(result, LoadFailed) and result.is_untried):
+            has_failed = isinstance(result, LoadFailed) and result.error.stage is Stage.FETCH
         seconds = 0.0 if result is None else result.fetched_s - result.started_s
         with self._lock:
             self._waiting.done(task, seconds=seconds, has_failed=has_failed)
 
-    def _on_ready(self, loader: _Loader, frame: bytes) -> None:
+    def _take_result(self, loader: _Loader, result: LoadResult, results: list[LoadResult]) -> None:
+        """Take a result for a task that this loader holds.
+
+        Raises:
+            ProtocolError
+        """
+        if result.ticket not in loader.held:
+            raise ProtocolError("expected a result for a task of this loader")
+        task, sent_s = loader.held[result.ticket]
+        check_result(result, task, sent_s=sent_s, now_s=time.monotonic(), options=self._options)
+        del loader.held[result.ticket]
+        self._thread_is_free(loader, task, result)
+        is_short_of_memory = isinstance(result, LoadFailed) and result.is_short_of_memory
+        if is_short_of_memory and loader.isolated_ticket != result.ticket:
+            self._quarantine.append(task)
+        else:
+            results.append(result)
+
+    def _on_ready(self, loader: _Loader, frame: Ready) -> None:
         loader.is_ready, self._failed_starts = True, 0
-        if frame.startswith(READY_UNFILTERED) and not self._has_warned_unfiltered:
+        if frame.unfiltered_reason is not None and not self._has_warned_unfiltered:
             self._has_warned_unfiltered = True
-            log.warning("sandbox_unavailable", reason=frame.removeprefix(READY_UNFILTERED).decode(errors="replace"))
+            log.warning("sandbox_unavailable", reason=frame.unfiltered_reason[:200])
         if sum(other.is_ready for other in self._loaders) >= self._processes:
             self._all_ready.set()
 
@@ -326,8 +345,11 @@ class LoaderPool:
     def _spawn(self) -> None:
         own_end, loader_end = socket.socketpair()
         with own_end, loader_end:
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                own_end.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", FRAME_TIMEOUT_S, 0))
             process = self._fork_server.fork(loader_end.fileno(), self._memory_fd)
             connection = Connection(own_end.detach())
+        connection.send_bytes(self._options.for_sandbox.model_dump_json().encode())
         connection.send_bytes(self._options.model_dump_json().encode())
         connection.send_bytes(self._environment)
         loader = _Loader(process, connection)

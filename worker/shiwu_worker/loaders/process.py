@@ -7,6 +7,7 @@ was the cause.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import os
@@ -17,6 +18,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Final, NoReturn
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,13 +28,28 @@ from shiwu_worker.loaders.protocol import (
     ENCODER,
     ENVIRONMENT,
     LOAD_TASK,
-    READY,
-    READY_UNFILTERED,
+    MAX_FRAME_BYTES,
+    MAX_OPTIONS_BYTES,
+    Loaded,
+    LoaderFrame,
     LoaderOptions,
+    LoadFailed,
     LoadResult,
     LoadTask,
+    Ready,
+    SandboxFault,
+    SandboxOptions,
+    cut_text,
 )
-from shiwu_worker.loaders.sandbox import CpuExceeded, Decoded, DecodeSandbox, SandboxExited, start_sandbox
+from shiwu_worker.loaders.sandbox import (
+    CpuExceeded,
+    DecoderDefect,
+    DecodeSandbox,
+    OutOfSandboxMemory,
+    SandboxExited,
+    start_sandbox,
+)
+from shiwu_worker.stages.decode.decoder import accepted_format
 from shiwu_worker.stages.fetch.fetcher import Fetcher
 from shiwu_worker.stages.fetch.http import LOOKUPS_PER_THREAD, HttpClient
 from shiwu_worker.stages.fetch.s3.base import MAX_BUCKET_CLIENTS
@@ -56,6 +73,7 @@ class LoaderProcess:
         self._sandbox = sandbox
         self._send_lock = threading.Lock()
         self._cpu_s = options.sandbox.cpu_s
+        self._decode_limits = options.decode
         self._fetcher = Fetcher(
             s3=options.s3,
             http_client=HttpClient(
@@ -76,11 +94,10 @@ class LoaderProcess:
 
     def run(self) -> None:
         """Take tasks until the parent closes the connection."""
-        reason = self._sandbox.unfiltered_reason
-        self._send(READY_UNFILTERED + reason.encode() if reason else READY)
+        self._send(Ready(self._sandbox.unfiltered_reason))
         while True:
             try:
-                frame = self._connection.recv_bytes()
+                frame = self._connection.recv_bytes(MAX_FRAME_BYTES)
             except (EOFError, OSError):
                 return
             self._tasks.put(LOAD_TASK.decode(frame))
@@ -88,58 +105,71 @@ class LoaderProcess:
     def _work(self, number: int) -> None:
         while True:
             task = self._tasks.get()
-            self._send(ENCODER.encode(self._load(task, number)))
+            self._send(self._load(task, number))
 
     def _load(self, task: LoadTask, number: int) -> LoadResult:
         started_s = fetched_s = time.monotonic()
         size: int | None = None
-        decoded, failed = Decoded(), None
         try:
             data = self._fetcher.fetch(task.image)
             fetched_s, size = time.monotonic(), len(data)
-            decoded, pixels = self._sandbox.decode(data, number)
-            if decoded.info is not None:
-                self._pixels[task.slot] = pixels
-        except JobError as error:
-            decoded, failed = Decoded(error=error.info()), error
-        except SandboxExited:
-            self._sandbox.kill()
-            threading.Event().wait()  # until this process ends with its sandbox
+            format_name = accepted_format(data, self._decode_limits)
+            image = self._sandbox.decode(data, number)
+            self._pixels[task.slot] = image.pixels
+            digest = hashlib.sha256(data).hexdigest()
+            return Loaded(
+                task.ticket,
+                task.slot,
+                started_s,
+                fetched_s,
+                decoded_s=time.monotonic(),
+                n_bytes=size,
+                format=format_name,
+                width=image.width,
+                height=image.height,
+                sha256=digest,
+            )
+        except SandboxExited as error:
+            self._exit_after_fault(str(error))
         except CpuExceeded:
             self._answer_and_exit(task, started_s, fetched_s, size)
         except Exception as error:  # noqa: BLE001 border: a defect here must not affect other images
-            # The text of an error during fetch may have the query of a URL.
-            text = f"the loader failed ({type(error).__name__}{f': {error!s:.200}' if size is not None else ''})"
-            stage = Stage.FETCH if size is None else Stage.DECODE
-            unknown = ErrorInfo(code=ErrorCode.INTERNAL_ERROR, message=text, stage=stage, retryable=True)
-            decoded = Decoded(error=unknown)
+            return self._failed(task, error, started_s=started_s, fetched_s=fetched_s, size=size)
+
+    def _failed(
+        self, task: LoadTask, error: Exception, *, started_s: float, fetched_s: float, size: int | None
+    ) -> LoadFailed:
+        """The result of an image whose fetch or decode raised this."""
         ended_s = time.monotonic()
-        info = decoded.info
-        return LoadResult(
-            ticket=task.ticket,
-            slot=task.slot,
-            started_s=started_s,
+        return LoadFailed(
+            task.ticket,
+            task.slot,
+            started_s,
             # A failed fetch spent no time in decode.
             fetched_s=fetched_s if size is not None else ended_s,
             decoded_s=ended_s,
+            error=_error_info(error, Stage.FETCH if size is None else Stage.DECODE),
             n_bytes=size,
-            format=info.format if info else None,
-            width=info.width if info else None,
-            height=info.height if info else None,
-            sha256=info.sha256 if info else None,
-            error=decoded.error,
-            detail=failed.detail if failed else None,
-            is_final=isinstance(failed, Rejected),
-            retry_after_s=failed.retry_after_s if isinstance(failed, Unavailable) else None,
-            is_untried=isinstance(failed, Unavailable) and failed.is_untried,
-            is_short_of_memory=decoded.is_short_of_memory,
+            detail=cut_text(error.detail) if isinstance(error, JobError) and error.detail is not None else None,
+            is_final=isinstance(error, Rejected),
+            retry_after_s=error.retry_after_s if isinstance(error, Unavailable) else None,
+            is_untried=isinstance(error, Unavailable) and error.is_untried,
+            is_short_of_memory=isinstance(error, OutOfSandboxMemory),
         )
+
+    def _exit_after_fault(self, violation: str) -> NoReturn:
+        """End with the sandbox, which has ended or broke the protocol; the pool retries the images."""
+        if violation:
+            self._send(SandboxFault(violation))
+        self._sandbox.kill()
+        while True:
+            time.sleep(1.0)  # this process ends with its sandbox
 
     def _answer_and_exit(self, task: LoadTask, started_s: float, fetched_s: float, size: int | None) -> NoReturn:
         """Answer the image that used too much CPU, and end with the sandbox; the pool retries the other images."""
         text = f"expected an image that is decoded within {self._cpu_s:g} s of CPU"
         error = ErrorInfo(code=ErrorCode.DECODER_TIMEOUT, message=text, stage=Stage.DECODE)
-        result = LoadResult(
+        result = LoadFailed(
             ticket=task.ticket,
             slot=task.slot,
             started_s=started_s,
@@ -148,7 +178,7 @@ class LoaderProcess:
             n_bytes=size,
             error=error,
         )
-        self._send(ENCODER.encode(result))
+        self._send(result)
         self._send_lock.acquire()
         self._sandbox.kill()
         os._exit(0)
@@ -162,12 +192,29 @@ class LoaderProcess:
             time.sleep(1.0)  # an ignored signal does not end this process
         os._exit(status if status > 0 else 1)
 
-    def _send(self, frame: bytes) -> None:
+    def _send(self, frame: LoaderFrame) -> None:
+        data = ENCODER.encode(frame)
         try:
             with self._send_lock:
-                self._connection.send_bytes(frame)
+                self._connection.send_bytes(data)
         except OSError:
             os._exit(0)  # the parent has ended, so no result is needed
+
+
+def _error_info(error: Exception, stage: Stage) -> ErrorInfo:
+    """What an answer says about an error of this stage."""
+    if isinstance(error, JobError):
+        info = error.info()
+        return msgspec.structs.replace(info, message=cut_text(info.message), stage=info.stage or stage)
+    if isinstance(error, OutOfSandboxMemory):
+        return ErrorInfo(code=ErrorCode.PICTURE_TOO_LARGE, message=str(error), stage=stage)
+    if isinstance(error, DecoderDefect):
+        text = str(error)
+    else:
+        # The text of an error during fetch may have the query of a URL.
+        cause = f": {error!s:.200}" if stage is Stage.DECODE else ""
+        text = f"the loader failed ({type(error).__name__}{cause})"
+    return ErrorInfo(code=ErrorCode.INTERNAL_ERROR, message=text, stage=stage, retryable=True)
 
 
 def _resource_limits(options: LoaderOptions) -> dict[int, int]:
@@ -186,11 +233,12 @@ def _resource_limits(options: LoaderOptions) -> dict[int, int]:
 def serve(connection_fd: int, memory_fd: int) -> None:
     """Run until the worker has ended."""
     connection = Connection(connection_fd)
-    options = LoaderOptions.model_validate_json(connection.recv_bytes())
+    sandbox_options = SandboxOptions.model_validate_json(connection.recv_bytes(MAX_OPTIONS_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sandbox = start_sandbox(options)
-    # Only now, because the sandbox must not see these variables.
-    os.environ.update(ENVIRONMENT.decode(connection.recv_bytes()))
+    sandbox = start_sandbox(sandbox_options)
+    # Only now, because the sandbox must see neither these options nor these variables.
+    options = LoaderOptions.model_validate_json(connection.recv_bytes(MAX_OPTIONS_BYTES))
+    os.environ.update(ENVIRONMENT.decode(connection.recv_bytes(MAX_OPTIONS_BYTES)))
     for kind, limit in _resource_limits(options).items():
         resource.setrlimit(kind, (limit, limit))
     shape = (options.slots, options.spec.height, options.spec.width, 3)

@@ -16,7 +16,7 @@ from shiwu_worker.jobs.label_set import LabelSet
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-    from shiwu_worker.loaders.protocol import LoadResult
+    from shiwu_worker.loaders.protocol import LoadFailed
     from shiwu_worker.policy.callback_rules import CallbackRules
     from shiwu_worker.policy.retry import PipelineLimits
     from shiwu_worker.stages.score.label_bank import LabelBank
@@ -77,7 +77,7 @@ class Admission:
         except Rejected as rejected:
             return Reject(rejected.info())
 
-    def next_attempt(self, job: Job, result: LoadResult | None = None) -> Release | None:
+    def next_attempt(self, job: Job, result: LoadFailed | None = None) -> Release | None:
         """The release of a failed job that gets another attempt; None where it is to be answered with its error.
 
         Args:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from shiwu.contract import ErrorInfo, ImageInfo, log_level_of, without_query
+from shiwu_worker.loaders.protocol import Loaded, LoadFailed
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -22,18 +23,23 @@ def record(result: LoadResult, job: Job) -> None:
     moments = job.moments
     moments.fetch_from_s = result.started_s
     moments.decode_from_s, moments.batch_from_s = result.fetched_s, result.decoded_s
-    if job.request is not None:
-        job.image = ImageInfo(
-            reference=without_query(job.request.image),
-            format=result.format,
-            width=result.width,
-            height=result.height,
-            bytes=result.n_bytes,
-            sha256=result.sha256,
-        )
-    if result.error is not None:
-        job.fail(result.error)
-        _log_failure(job, result.error, result.detail)
+    reference = without_query(job.request.image) if job.request is not None else None
+    match result:
+        case Loaded():
+            if reference is not None:
+                job.image = ImageInfo(
+                    reference=reference,
+                    format=result.format,
+                    width=result.width,
+                    height=result.height,
+                    bytes=result.n_bytes,
+                    sha256=result.sha256,
+                )
+        case LoadFailed():
+            if reference is not None:
+                job.image = ImageInfo(reference=reference, bytes=result.n_bytes)
+            job.fail(result.error)
+            _log_failure(job, result.error, result.detail)
 
 
 def _log_failure(job: Job, error: ErrorInfo, detail: str | None) -> None:

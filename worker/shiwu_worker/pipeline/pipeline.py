@@ -16,7 +16,7 @@ from shiwu.contract import AttemptEnd, source_of
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.job import Job, Release
 from shiwu_worker.jobs.outcome import Answered, CommittedJob, Outcome, Released
-from shiwu_worker.loaders.protocol import LoadTask
+from shiwu_worker.loaders.protocol import Loaded, LoadFailed, LoadTask
 from shiwu_worker.pipeline.admission import Admission, Admit, Decision, Defer, Reject
 from shiwu_worker.pipeline.load_results import record
 from shiwu_worker.runtime.threads import ServiceThread
@@ -132,10 +132,11 @@ class Pipeline:
         for result, job in zip(results, jobs, strict=True):
             if job is not None:
                 record(result, job)
-                if result.error is None:
-                    ready.append(job)
-                else:
-                    ended.append(self._outcome(job, result))
+                match result:
+                    case Loaded():
+                        ready.append(job)
+                    case LoadFailed():
+                        ended.append(self._outcome(job, result))
         if ready:
             self._stages.batcher.put(ready)
         self._finish(ended)
@@ -202,7 +203,7 @@ class Pipeline:
             self._finish([Answered(job) if job.error is None else self._outcome(job) for job in launched.jobs])
 
     # -------------------------------------------------------------------------------- commit
-    def _outcome(self, job: Job, result: LoadResult | None = None) -> Outcome:
+    def _outcome(self, job: Job, result: LoadFailed | None = None) -> Outcome:
         """How the attempt of a failed job ends: with its error, or with a release where another attempt is allowed."""
         release = self._stages.admission.next_attempt(job, result)
         return Answered(job) if release is None else Released(job, release)

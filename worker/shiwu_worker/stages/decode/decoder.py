@@ -9,7 +9,6 @@ the first visible frame is used.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 from dataclasses import dataclass
 from typing import Final
@@ -48,7 +47,24 @@ class DecodedInfo:
     format: str
     width: int
     height: int
-    sha256: str
+
+
+def accepted_format(data: bytes, limits: DecodeLimits) -> str:
+    """The format of a file by its first bytes; its header is not read.
+
+    Raises:
+        Rejected: picture_empty, not_a_picture, or picture_unsupported for a format that the operator does not accept.
+    """
+    if not data:
+        raise Rejected(ErrorCode.PICTURE_EMPTY, "expected an image, got 0 bytes", stage=Stage.DECODE)
+    found = identify(data)
+    if found is None or not found.is_image:
+        got = found.name if found else f"bytes that begin with {data[:12]!r}"
+        text = f"expected {listed(limits.formats)}, got {got}"
+        raise Rejected(ErrorCode.NOT_A_PICTURE, text, stage=Stage.DECODE)
+    if found.name not in limits.formats:
+        raise unsupported(refusal(found, limits.formats))
+    return found.name
 
 
 def decode(
@@ -65,7 +81,7 @@ def decode(
             picture_invisible.
         MemoryError: there is not enough memory, perhaps only because other images are decoded at the same time.
     """
-    format_name = _check_format(data, limits)
+    format_name = accepted_format(data, limits)
     canvas_size = webp_size(data)
     if canvas_size:
         _check_size(*canvas_size, limits)
@@ -89,6 +105,7 @@ def decode(
             orientation = exif_orientation(opened.exif)
             if orientation in SIDEWAYS:
                 size = size[1], size[0]
+            _check_size(*size, limits)
             pixels = model_pixels(rgb, spec, extent=extent or rgb.size, orientation=orientation, size=size, exact=exact)
         except (MemoryError, Rejected):
             raise
@@ -97,7 +114,7 @@ def decode(
         except Exception as error:  # border: a decoder may raise any error on hostile bytes
             require_memory(DECODER_BYTES_PER_PIXEL * header_pixels)
             raise broken(f"expected a whole {format_name} image ({type(error).__name__}: {error!s:.120})") from error
-    return pixels, DecodedInfo(format_name, *size, hashlib.sha256(data).hexdigest())
+    return pixels, DecodedInfo(format_name, *size)
 
 
 def _reduce_jpeg(image: Image.Image, spec: ImageSpec) -> tuple[float, float] | None:
@@ -120,20 +137,6 @@ def warm() -> None:
         file = io.BytesIO()
         Image.new("RGB", (16, 16)).save(file, kind)
         decode(file.getvalue(), spec=spec, limits=DecodeLimits(max_pixels=256, max_side=16, formats=(kind,)))
-
-
-def _check_format(data: bytes, limits: DecodeLimits) -> str:
-    """The format of these bytes; raises Rejected if they are no image, or not of a format that the operator accepts."""
-    if not data:
-        raise Rejected(ErrorCode.PICTURE_EMPTY, "expected an image, got 0 bytes", stage=Stage.DECODE)
-    found = identify(data)
-    if found is None or not found.is_image:
-        got = found.name if found else f"bytes that begin with {data[:12]!r}"
-        text = f"expected {listed(limits.formats)}, got {got}"
-        raise Rejected(ErrorCode.NOT_A_PICTURE, text, stage=Stage.DECODE)
-    if found.name not in limits.formats:
-        raise unsupported(refusal(found, limits.formats))
-    return found.name
 
 
 def _open(data: bytes, name: str, limits: DecodeLimits, size: tuple[int, int]) -> OpenedImage:

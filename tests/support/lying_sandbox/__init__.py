@@ -1,0 +1,1 @@
+"""The folder with the `sitecustomize` of a sandbox that lies."""

@@ -1,0 +1,122 @@
+"""The frames between worker, loader and sandbox: one result or one error, and only what its sender may say."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+
+from shiwu.contract import ErrorCode, ErrorInfo, Stage
+from shiwu_worker.errors import Rejected
+from shiwu_worker.loaders import protocol, sandbox_protocol
+from shiwu_worker.loaders.protocol import Loaded, LoadFailed, LoadTask, ProtocolError, check_result, read_loader_frame
+from shiwu_worker.loaders.sandbox_protocol import DecoderFailed, Refused
+from tests.fuzz.targets import LOADER_OPTIONS
+
+TASK = LoadTask(ticket=5, slot=2, image="https://h/p")
+LOADED = Loaded(5, 2, 2.0, 3.0, 4.0, n_bytes=9, format="PNG", width=3, height=4, sha256="0" * 64)
+ERROR = ErrorInfo(code=ErrorCode.SOURCE_NOT_FOUND, message="no such key", stage=Stage.FETCH)
+FAILED = LoadFailed(5, 2, 2.0, 3.0, 4.0, error=ERROR)
+
+
+def check(result: protocol.LoadResult) -> None:
+    """Check a result of a task that was sent at 1 s; now it is 5 s."""
+    check_result(result, TASK, sent_s=1.0, now_s=5.0, options=LOADER_OPTIONS)
+
+
+def test_results_come_back_as_they_were_sent() -> None:
+    """Both types, and the frames that are no result."""
+    for result in (LOADED, FAILED):
+        assert read_loader_frame(protocol.ENCODER.encode(result)) == result
+        check(result)
+    for frame in (protocol.Ready(), protocol.Ready("no filter"), protocol.SandboxFault("two replies")):
+        assert read_loader_frame(protocol.ENCODER.encode(frame)) == frame
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"slot": 3},
+        {"ticket": 6},
+        {"started_s": 0.9},
+        {"fetched_s": 1.5},
+        {"decoded_s": 5.1},
+        {"started_s": math.nan},
+        {"n_bytes": 0},
+        {"n_bytes": 1001},
+        {"format": "HEIF"},
+        {"width": 0},
+        {"height": -4},
+        {"width": 16_385, "height": 1},
+        {"width": 1001, "height": 1000},
+        {"sha256": ""},
+        {"sha256": "0" * 63 + "G"},
+        {"sha256": "0" * 64 + "\n"},
+    ],
+)
+def test_image_outside_the_limits_is_not_believed(changes: dict[str, Any]) -> None:
+    """Another slot, times out of order, and facts that the limits exclude."""
+    with pytest.raises(ProtocolError, match=r"^expected "):
+        check(msgspec.structs.replace(LOADED, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"slot": 3},
+        {"error": msgspec.structs.replace(ERROR, code="expired")},
+        {"error": msgspec.structs.replace(ERROR, code="no_such_code")},
+        {"error": msgspec.structs.replace(ERROR, code=ErrorCode.DECODER_CRASHED)},
+        {"error": msgspec.structs.replace(ERROR, stage=Stage.ENCODE)},
+        {"error": msgspec.structs.replace(ERROR, stage=None)},
+        {"error": msgspec.structs.replace(ERROR, message="x" * 4001)},
+        {"detail": "x" * 4001},
+        {"n_bytes": -1},
+        {"retry_after_s": -1.0},
+        {"retry_after_s": math.inf},
+        {"retry_after_s": math.nan},
+    ],
+)
+def test_error_that_no_loader_has_is_not_believed(changes: dict[str, Any]) -> None:
+    """Codes and stages other than those of fetch and decode, long texts, and pauses without an end."""
+    with pytest.raises(ProtocolError, match=r"^expected "):
+        check(msgspec.structs.replace(FAILED, **changes))
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"{}",
+        b"ready",
+        b"[" * 10_000,
+        b'{"type":"loaded","ticket":5,"slot":2,"started_s":2,"fetched_s":3,"decoded_s":4}',
+        b'{"type":"failed","ticket":5,"slot":2,"started_s":2,"fetched_s":3,"decoded_s":4}',
+        protocol.ENCODER.encode(msgspec.to_builtins(LOADED) | {"error": msgspec.to_builtins(ERROR)}),
+        protocol.ENCODER.encode(msgspec.to_builtins(FAILED) | {"width": 3}),
+    ],
+)
+def test_frame_without_exactly_one_outcome_is_refused(frame: bytes) -> None:
+    """Neither result nor error, or both."""
+    with pytest.raises(ProtocolError, match=r"^expected a frame"):
+        read_loader_frame(frame)
+
+
+def test_sandbox_sends_only_texts_that_are_accepted() -> None:
+    """Texts of decoders may quote an image's bytes; the sandbox cuts and escapes them."""
+    text = "\x1b[2J\u202e\ud800" + "茶" * 2000
+    frame = sandbox_protocol.encoded(DecoderFailed(1, sandbox_protocol.sent_text(text)))
+    reply = sandbox_protocol.read_reply(frame, request=1, limits=LOADER_OPTIONS.decode)
+    assert isinstance(reply, DecoderFailed)
+    assert reply.message.startswith("\\u001b[2J\\u202e\\ud800茶")
+    assert len(reply.message) == sandbox_protocol.MAX_TEXT
+    assert len(frame) < sandbox_protocol.MAX_FRAME_BYTES
+
+
+def test_rejections_of_a_decoder_have_its_codes_only() -> None:
+    """Another code is a defect of the decoder."""
+    broken = sandbox_protocol.refused(1, Rejected(ErrorCode.PICTURE_BROKEN, "cut"))
+    assert broken == Refused(1, "picture_broken", "cut")
+    assert isinstance(sandbox_protocol.refused(1, Rejected(ErrorCode.SOURCE_NOT_FOUND, "gone")), DecoderFailed)
