@@ -25,6 +25,7 @@ class RecordingObserver:
         self.renewed: list[int] = []
         self.reaped: list[int] = []
         self.failed_duties: list[str] = []
+        self.foreign: list[int] = []
         self.loads: list[LoadReport] = []
         self.alive_count = 0
         self._on_alive = on_alive
@@ -65,6 +66,10 @@ class RecordingObserver:
     def jobs_reaped(self, count: int) -> None:
         """Keep a number of requeued jobs."""
         self.reaped.append(count)
+
+    def foreign_moved(self, count: int) -> None:
+        """Keep a number of moved values."""
+        self.foreign.append(count)
 
     def load_measured(self, load: LoadReport) -> None:
         """Keep a load report."""

@@ -34,6 +34,7 @@ from shiwu.contract import (
     DEADLINES,
     DELAYED,
     DELAYED_MESSAGES,
+    FOREIGN,
     HISTORY,
     LEASES,
     PENDING_CALLBACK_ANSWER,
@@ -56,6 +57,8 @@ CANCEL_CHUNK_SIZE: Final = 500
 """Jobs that one script cancels."""
 CALLBACKS_RESERVED_S: Final = 30.0
 """How long only the worker that answered a job sends its callbacks; afterwards any worker may send them."""
+MAX_CALLBACKS_RESERVED_S: Final = 60.0
+"""Longest reservation. Longer ones are shortened, as after the server's clock was set back."""
 _STATE_LETTERS: Final[dict[str, str]] = {Status.TAGGED: "S", Status.EXPIRED: "R", Status.CANCELLED: "R"}
 _KEYS: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, RESULT_STREAM, DEAD, DEAD_ANSWERS, DEAD_MESSAGES, COUNTERS),
@@ -157,7 +160,9 @@ class AnswerStore:
             max(retention.done_ttl_s, retention.result_ttl_s),
             retention.dead_length,
         )
-        args: list[Any] = [*limits, datetime.now(UTC).isoformat(), *self._script_args]
+        now = datetime.now(UTC)
+        moved_stream = f"{FOREIGN}{RESULT_STREAM}:{now.timestamp() * 1000:.0f}"
+        args: list[Any] = [*limits, now.isoformat(), *self._script_args, moved_stream]
         for entry in entries:
             mark = f"{token or self._token}:{entry.answer.attempts}"
             answer = entry.answer

@@ -15,13 +15,15 @@ from typing import Any, Final
 import msgspec
 import redis
 
-from shiwu.broker.answers import AnswerEntry, AnswerStore
+from shiwu.broker.answers import MAX_CALLBACKS_RESERVED_S, AnswerEntry, AnswerStore
+from shiwu.broker.foreign_values import ForeignValue, ForeignValues
 from shiwu.broker.message_reader import Envelope, read_message
 from shiwu.broker.retention import DEFAULT_RETENTION, Retention
 from shiwu.broker.script_loader import load_repeatable_script, load_script
 from shiwu.broker.server_clock import server_time_ms
 from shiwu.contract import (
     ATTEMPTS,
+    CANVAS_DUE,
     CLAIMS,
     COUNTERS,
     DEAD,
@@ -33,6 +35,7 @@ from shiwu.contract import (
     HISTORY,
     LEASES,
     QUARANTINE,
+    QUARANTINE_OWNER,
     RESULT_STREAM,
     REVOKED,
     WORKERS,
@@ -66,7 +69,7 @@ MAX_CHECKED: Final = 20_000
 _LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
 _MAINTENANCE_KEYS: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, DELAYED, DELAYED_MESSAGES, COUNTERS, WORKERS, QUARANTINE, DEADLINES),
-    *(DEAD, DEAD_ANSWERS, DEAD_MESSAGES, RESULT_STREAM, REVOKED),
+    *(DEAD, DEAD_ANSWERS, DEAD_MESSAGES, RESULT_STREAM, REVOKED, QUARANTINE_OWNER, CANVAS_DUE),
     *_LANE_KEYS,
 )
 
@@ -104,11 +107,14 @@ class SweepReport:
     """Consumer group → unacknowledged answers that were trimmed from the stream."""
     not_looked_at: int = 0
     """Waiting messages of long lanes that later sweeps check."""
+    foreign: Sequence[ForeignValue] = ()
+    """Values of a wrong type that were moved away from the keys of shiwu."""
 
     @property
     def did_something(self) -> bool:
         """Whether the sweep changed anything."""
-        return bool(self.reaped or self.promoted or self.out_of_time or self.expired or self.results_dropped)
+        done = (self.reaped, self.promoted, self.out_of_time, self.expired, self.results_dropped, self.foreign)
+        return any(done)
 
 
 class Maintenance:
@@ -137,8 +143,13 @@ class Maintenance:
         self._maintain = load_script(client, "maintain")
         self._trim = load_repeatable_script(client, "trim")
         self._take_late = load_repeatable_script(client, "take_late")
+        self._foreign_values = ForeignValues(client)
         self._checked: dict[str, int] = {}
         """Lane key → messages at its head that the last sweep checked and left in place."""
+
+    def move_foreign(self) -> list[ForeignValue]:
+        """Move values of a wrong type away from the keys of shiwu; return what was moved. No script runs before it."""
+        return self._foreign_values.move()
 
     def run_once(self, *, limit: int = CHUNK_SIZE, count_waiting: bool = False) -> MaintenanceReport:
         """Do what is due, up to `limit` jobs of each kind.
@@ -152,6 +163,7 @@ class Maintenance:
             self._retention().dead_age_s * 1000,
             HISTORY,
             HISTORY_TTL_S,
+            int(MAX_CALLBACKS_RESERVED_S * 1000),
         )
         reply: Any = self._maintain(keys=_MAINTENANCE_KEYS, args=[self._name, limit, int(count_waiting), *limits])
         reaped, promoted, quarantined, waiting, stream_length, late, now_ms = reply
@@ -179,6 +191,7 @@ class Maintenance:
         Args:
             zone: time zone of an `expires` without one.
         """
+        foreign = self.move_foreign()
         rounds = [self.run_once(limit=CHUNK_SIZE)]
         while max(rounds[-1].reaped, rounds[-1].promoted, rounds[-1].out_of_time) == CHUNK_SIZE:
             rounds.append(self.run_once(limit=CHUNK_SIZE))
@@ -190,6 +203,7 @@ class Maintenance:
             expired=expired,
             not_looked_at=unchecked,
             results_dropped=self.trim_if_long(rounds[-1]),
+            foreign=foreign,
         )
 
     def trim(self) -> dict[str, int]:

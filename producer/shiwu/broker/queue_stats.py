@@ -16,6 +16,8 @@ from shiwu.contract import CLAIMS, COUNTERS, DEAD, DELAYED, QUARANTINE, QUEUE_SN
 
 WORKER_TIMEOUT_MS: Final = 10_000
 """A worker without a heartbeat for this long is not listed."""
+MAX_DIGITS: Final = 20
+"""Digits of a counter: Redis counts with 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ def read_state(client: redis.Redis) -> QueueState:
     waiting = count_waiting(client, list(Lane))
     claimed = dict.fromkeys(Lane, 0)
     for _, record in client.hscan_iter(CLAIMS, count=1000):
-        key = record.split(b"|", 3)[2].decode(errors="replace")
+        # A record that another program wrote may have fewer parts.
+        key = b"".join(record.split(b"|", 3)[2:3]).decode(errors="replace")
         claimed[next((lane for lane in Lane if key in lane.keys), Lane.BULK)] += 1
     now_ms = server_time_ms(client)
     with client.pipeline(transaction=False) as pipe:
@@ -62,9 +65,14 @@ def read_state(client: redis.Redis) -> QueueState:
         suspects=quarantined,
         dead=dead,
         workers=tuple(name.decode(errors="replace") for name in workers),
-        counters={name.decode(): int(value) for name, value in sorted(counters.items())},
+        counters={name.decode(errors="replace"): _number(value) for name, value in sorted(counters.items())},
         oldest_age_s={lane: max(0.0, now_ms - sent_ms) / 1000 for lane, sent_ms in _oldest(client).items()},
     )
+
+
+def _number(value: bytes) -> int:
+    """A counter; 0 where another program wrote something else."""
+    return int(value) if value.isdigit() and len(value) < MAX_DIGITS else 0
 
 
 def count_waiting(client: redis.Redis, lanes: Sequence[Lane]) -> dict[Lane, int]:

@@ -175,7 +175,7 @@ REDIS_ERRORS: Final[Mapping[RedisCode, RedisErrorInfo]] = MappingProxyType(
             RedisFault.DATA,
             passes=False,
             meaning="A key of shiwu has a value of another type, which another program has written.",
-            remedy="Find the key in the message, move or delete it, and protect it from others by an ACL.",
+            remedy="Wait until a worker or `shiwu sweep` moves it aside, and give each program its own user.",
             is_about_command=True,
         ),
         RedisCode.UNKNOWN: RedisErrorInfo(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 RESULT_STREAM: Final = "shiwu:results"
@@ -60,6 +62,34 @@ QUEUE_SNAPSHOT: Final = "shiwu:look"
 RESULT_PREFIX: Final = "celery-task-meta-"
 WORKERS: Final = "shiwu:workers"
 """Sorted set: worker name → server time in ms of its last heartbeat."""
+FOREIGN: Final = "shiwu:foreign:"
+"""Prefix of values of a wrong type that stood under a key of shiwu: `<key>:<server time in ms>`; kept for a week."""
+KEY_TYPES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        COUNTERS: "hash",
+        CLAIMS: "hash",
+        LEASES: "zset",
+        ATTEMPTS: "hash",
+        DELAYED: "zset",
+        DELAYED_MESSAGES: "hash",
+        QUARANTINE: "list",
+        QUARANTINE_OWNER: "string",
+        DEADLINES: "zset",
+        DEAD: "zset",
+        DEAD_ANSWERS: "hash",
+        DEAD_MESSAGES: "hash",
+        CANVAS: "hash",
+        CANVAS_DUE: "zset",
+        REVOKED: "zset",
+        RETENTION: "hash",
+        LABELS: "hash",
+        LABELS_OF_REQUESTS: "list",
+        QUEUE_SNAPSHOT: "string",
+        RESULT_STREAM: "stream",
+        WORKERS: "zset",
+    }
+)
+"""Key that all processes share → its type, as Redis' TYPE names it. The counters come first. Lanes are lists."""
 
 
 def result_key(job_id: str) -> str:

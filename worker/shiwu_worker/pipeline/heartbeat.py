@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from shiwu.broker.maintenance import Maintenance, MaintenanceReport
+from shiwu.broker.redis_errors import info_of
 from shiwu_worker.errors import FatalError
 from shiwu_worker.runtime.duties import Duties, Duty
 from shiwu_worker.runtime.threads import ServiceThread
@@ -78,6 +79,7 @@ class Heartbeat:
         self._stream_report = MaintenanceReport()
         self._duties = Duties(
             [
+                Duty("foreign_values", self._move_foreign),
                 Duty("leases", self._prove_progress, is_vital=True),
                 Duty("maintenance", self._run_maintenance),
                 Duty("trim", self._trim),
@@ -99,7 +101,8 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._closed.is_set():
             error = self._duties.run()
-            self._observer.redis_available(available=error is None)
+            # A server that refuses one command has answered.
+            self._observer.redis_available(available=error is None or info_of(error).is_about_command)
             if error is None:
                 self._backoff.reset()
             else:
@@ -111,6 +114,19 @@ class Heartbeat:
         if not self._is_stuck():
             self._observer.alive()
             self._renew()
+
+    def _move_foreign(self) -> None:
+        """First of all duties: a key of a wrong type would make the others fail."""
+        if foreign := self._maintenance.move_foreign():
+            self._observer.foreign_moved(len(foreign))
+        for value in foreign:
+            log.error(
+                "foreign_value_moved",
+                key=value.key,
+                type=value.type,
+                moved_to=value.moved_to,
+                meaning="another program wrote it; give each program its own Redis user (docs/redis-acl.conf)",
+            )
 
     def _is_stuck(self) -> bool:
         """Whether there is work and nothing makes progress; logged every `stuck_s`."""

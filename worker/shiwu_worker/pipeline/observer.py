@@ -43,5 +43,8 @@ class PipelineObserver(Protocol):
     def jobs_reaped(self, count: int) -> None:
         """Jobs whose leases had expired were requeued by this worker."""
 
+    def foreign_moved(self, count: int) -> None:
+        """Values of a wrong type were moved away from the keys of shiwu by this worker."""
+
     def load_measured(self, load: LoadReport) -> None:
         """Where the time went since the last report."""

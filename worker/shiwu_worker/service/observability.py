@@ -159,6 +159,11 @@ class Observability:
         if self._metrics is not None:
             self._metrics.reaped(count)
 
+    def foreign_moved(self, count: int) -> None:
+        """Count values of a wrong type that were moved away from the keys of shiwu."""
+        if self._metrics is not None:
+            self._metrics.foreign_moved(count)
+
     def load_measured(self, load: LoadReport) -> None:
         """Record how the worker spent its time."""
         if self._metrics is not None:

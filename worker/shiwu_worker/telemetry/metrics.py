@@ -92,6 +92,8 @@ class Metrics:
         self._duty_failures = Counter(
             "shiwu_duty_failures", "Failures of the periodic duties of this worker.", ["duty"], **every
         )
+        text = "Values of a wrong type moved away from keys of shiwu."
+        self._foreign_moved = Counter("shiwu_foreign_values_moved", text, **every)
         self._limits = Gauge(
             "shiwu_limit_ratio", "Share of the last half minute: what the worker waited for.", ["what"], **every
         )
@@ -171,6 +173,10 @@ class Metrics:
     def duty_failed(self, name: str) -> None:
         """Record a failure of one of the periodic duties."""
         self._duty_failures.labels(name).inc()
+
+    def foreign_moved(self, values: int) -> None:
+        """Count values of a wrong type that were moved away from the keys of shiwu."""
+        self._foreign_moved.inc(values)
 
     def load(self, load: LoadReport) -> None:
         """Record what the worker waited for in the last half minute."""

@@ -3,6 +3,7 @@
 --       delayed, delayed_messages
 -- ARGV  result ttl in s, mark ttl in s, max dead letters, date, prefix of marks, prefix of results, channel of answered jobs,
 --       how long callbacks are reserved for the worker in ms, prefix of answers with pending callbacks, prefix of histories,
+--       name for a results stream that takes no more entries,
 --       then for each job: id, kind, answer, start of Celery's result for a failure, `lane key|raw message` where kind needs
 --       it, mark, name of the claim where it is not the id
 -- kind  S success, F failure or R revoked; then any of the letters below; then the job's generation where it is not 0
@@ -24,18 +25,27 @@ local deadlines, canvas, canvas_due = KEYS[9], KEYS[10], KEYS[11]
 local result_ttl, done_ttl, max_dead, date = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local done_prefix, result_prefix, ended, reserved_ms = ARGV[5], ARGV[6], ARGV[7], tonumber(ARGV[8])
 local delayed, delayed_messages, pending_prefix, history_prefix = KEYS[12], KEYS[13], ARGV[9], ARGV[10]
-local FIRST, STEP = 11, 7
+local moved_stream = ARGV[11]
+local FIRST, STEP = 12, 7
 local READABLE_BYTES = 4 * 1024 * 1024
 local STATES = { S = 'SUCCESS', F = 'FAILURE', R = 'REVOKED' }
 
 -- A key of a wrong type must stop the script before the first answer is marked, because Redis does not undo a script.
+-- Deadlines are an index that producers may write to; no answer depends on it.
 for _, hash in ipairs({ claims, attempts, dead_answers, dead_messages, counters, canvas, delayed_messages }) do redis.call('HLEN', hash) end
 for _, set in ipairs({ leases, dead, canvas_due, delayed }) do redis.call('ZCARD', set) end
 redis.call('XLEN', results)
-local has_deadlines, has_dead = redis.call('ZCARD', deadlines) > 0, redis.call('ZCARD', dead) > 0
+local deadline_count = redis.pcall('ZCARD', deadlines)
+local has_deadlines = type(deadline_count) == 'number' and deadline_count > 0
+local has_dead = redis.call('ZCARD', dead) > 0
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+-- A value that is no number must not end the script: the counters are for information only.
+local function count(name, by)
+  if type(redis.pcall('HINCRBY', counters, name, by)) ~= 'number' then redis.pcall('HSET', counters, name, by) end
+end
 
 -- `lane key|raw message` of a job that the writer does not hold, or nil where the job is neither claimed nor delayed.
 local function message_of(id)
@@ -63,10 +73,19 @@ end
 
 -- Whether an earlier run of this same commit succeeded and only its reply was lost: then the mark is the same. A writer that
 -- means the current generation does not know it after its first run.
-local function is_repeated(id, mark, kind, claim)
-  local kept = redis.call('GET', done_prefix .. id)
+local function is_repeated(kept, mark, kind, claim)
   if kept == mark then return true end
   return (claim ~= '' or string.find(kind, 'A', 2, true)) and string.gsub(kept, '#%d+$', '') == mark
+end
+
+-- A foreign entry with the largest id that exists ends a stream. Such a stream is moved aside. pcall: a client may not.
+local function append(id, answer)
+  local added = redis.pcall('XADD', results, '*', 'id', id, 'answer', answer)
+  if type(added) == 'table' and added.err and string.find(added.err, 'exhausted', 1, true) then
+    redis.pcall('RENAME', results, moved_stream)
+    added = redis.pcall('XADD', results, '*', 'id', id, 'answer', answer)
+  end
+  if type(added) == 'table' and added.err then count('results_not_streamed', 1) end
 end
 
 local ids, found, claimed, histories, generations = {}, {}, nil, {}, nil
@@ -96,7 +115,7 @@ if generations or redis.call('HLEN', attempts) > 0 then
     local current = tonumber(string.match(redis.call('HGET', attempts, id) or '', '^%d+/(%d+)')) or 0
     if (claimed and claimed[n]) or string.find(ARGV[FIRST + (n - 1) * STEP + 1], 'A', 2, true) then
       generations[n] = current
-    elseif (generations[n] or 0) ~= current and not redis.call('GET', done_prefix .. id) then
+    elseif (generations[n] or 0) ~= current and type(redis.pcall('GET', done_prefix .. id)) ~= 'string' then
       stale = stale or {}
       stale[n] = true
     end
@@ -136,9 +155,14 @@ for i = FIRST, #ARGV, STEP do
   local n = (i - FIRST) / STEP + 1
   local generation = generations and generations[n] or 0
   if generation > 0 then mark = mark .. '#' .. generation end
-  if stale and stale[n] then
+  local is_stale = stale and stale[n]
+  local is_first = not is_stale and redis.call('SET', done_prefix .. id, mark, 'NX', 'EX', done_ttl)
+  local kept = not is_stale and not is_first and redis.pcall('GET', done_prefix .. id)
+  -- A mark of a wrong type is none: the claim of the job did not count it either.
+  if type(kept) == 'table' then is_first = redis.call('SET', done_prefix .. id, mark, 'EX', done_ttl) end
+  if is_stale then
     again[#again + 1] = id
-  elseif redis.call('SET', done_prefix .. id, mark, 'NX', 'EX', done_ttl) then
+  elseif is_first then
     first = first + 1
     if string.find(kind, 'D', 2, true) then
       redis.call('ZADD', dead, now, id)
@@ -160,10 +184,10 @@ for i = FIRST, #ARGV, STEP do
         -- A writer from outside sends no callbacks, so any worker may send them now.
         redis.call('ZADD', canvas_due, is_from_outside and now or now + reserved_ms, member)
       end
-      redis.call('XADD', results, '*', 'id', id, 'answer', answer)
+      append(id, answer)
     end
     if string.find(kind, 'A', 2, true) then redis.call('PUBLISH', ended, id) end
-  elseif not is_repeated(id, mark, kind, ARGV[i + 6]) then
+  elseif not is_repeated(kept, mark, kind, ARGV[i + 6]) then
     again[#again + 1] = id
     -- The claim could not see that the id of this message was answered. Its caller must still find an answer.
     if ARGV[i + 6] ~= '' and not string.find(kind, 'I', 2, true) and redis.pcall('GET', result_prefix .. id) == false then
@@ -184,8 +208,8 @@ if excess > 0 then
   for i = 1, #oldest, 2 do gone[#gone + 1] = oldest[i] end
   redis.call('HDEL', dead_answers, unpack(gone))
   redis.call('HDEL', dead_messages, unpack(gone))
-  redis.call('HINCRBY', counters, 'dead_dropped', #gone)
+  count('dead_dropped', #gone)
 end
-redis.call('HINCRBY', counters, 'answered', first)
-if #again > 0 then redis.call('HINCRBY', counters, 'answers_discarded', #again) end
+count('answered', first)
+if #again > 0 then count('answers_discarded', #again) end
 return again

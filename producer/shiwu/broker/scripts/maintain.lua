@@ -1,27 +1,37 @@
 -- Maintenance for all workers. Jobs whose lease expired or whose delay is over return to the front of their lane, or to the
--- quarantine after two worker deaths. A claim of attempt 0 was no attempt, so its return does not count as one. Old dead letters are removed. Ids of jobs out of time are returned.
+-- quarantine after two worker deaths. A claim of attempt 0 was no attempt, so its return does not count as one. Old dead letters
+-- are removed. Ids of jobs out of time are returned.
 -- KEYS  claims, leases, attempts, delayed, delayed messages, counters, workers, quarantine, deadlines, dead, dead answers, dead messages,
---       results stream, revoked ids, then the keys of the lanes
+--       results stream, revoked ids, owner of the quarantine, canvas due, then the keys of the lanes
 -- ARGV  worker name or '', max jobs of each kind, '1' to count the lanes, worker deaths before quarantine, max lease in ms,
---       max age of dead letters in ms, prefix of histories, how long a history is kept in s
+--       max age of dead letters in ms, prefix of histories, how long a history is kept in s, max time in ms for which
+--       callbacks are reserved
 -- Reply {reaped, promoted, quarantined, waiting in all lanes, length of the results stream, ids out of time, server time in ms}
 local claims, leases, attempts, delayed, delayed_messages, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local workers, quarantine, deadlines = KEYS[7], KEYS[8], KEYS[9]
 local dead, dead_answers, dead_messages, results = KEYS[10], KEYS[11], KEYS[12], KEYS[13]
-local LANES = 15
+local quarantine_owner, canvas_due = KEYS[15], KEYS[16]
+local LANES = 17
 local name, limit, is_counting, quarantine_from = ARGV[1], tonumber(ARGV[2]), ARGV[3] == '1', tonumber(ARGV[4])
 local max_lease_ms, dead_age_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
-local history_prefix, history_ttl = ARGV[7], ARGV[8]
+local history_prefix, history_ttl, max_reserved_ms = ARGV[7], ARGV[8], tonumber(ARGV[9])
 local MAX_ATTEMPTS_KEPT = 10
 local WORKER_TTL_MS = 3600 * 1000
+local RETRY_MS, NEW_LEASE_MS = 10 * 1000, 60 * 1000
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+-- A key of a wrong type must stop the script before its first write, because Redis does not undo a script.
+for _, hash in ipairs({ claims, attempts, delayed_messages, dead_answers, dead_messages }) do redis.call('HLEN', hash) end
+for _, set in ipairs({ leases, delayed, workers, deadlines, dead, KEYS[14], canvas_due }) do redis.call('ZCARD', set) end
+local stream_length = redis.call('XLEN', results)
+redis.call('LLEN', quarantine)
 
 redis.call('ZREMRANGEBYSCORE', workers, '-inf', now - WORKER_TTL_MS)
 redis.call('ZREMRANGEBYSCORE', KEYS[14], '-inf', now)
 if name ~= '' then redis.call('ZADD', workers, now, name) end
 
--- pcall: if a lane key has a wrong type, its jobs stay where they are and other jobs are not delayed.
+-- pcall: if a lane key has a wrong type, its jobs stay where they are, and are tried again after others.
 local function put_back(lane, raw)
   local pushed = redis.pcall('RPUSH', lane, raw)
   return type(pushed) == 'number'
@@ -37,10 +47,28 @@ local function add_attempt(id, line)
   redis.call('SET', key, text, 'EX', history_ttl)
 end
 
--- If the server's clock was set back, jobs of crashed workers would stay under their leases for too long.
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, now + max_lease_ms + 1, '+inf', 'LIMIT', 0, limit)) do
-  redis.call('ZADD', leases, now + max_lease_ms, id)
+-- If the server's clock was set back, jobs of crashed workers would stay under their leases for too long, and so would
+-- callbacks under their reservation, and the quarantine under its owner.
+local function shorten(set, longest_ms)
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', set, now + longest_ms + 1, '+inf', 'LIMIT', 0, limit)) do
+    redis.call('ZADD', set, now + longest_ms, id)
+  end
 end
+shorten(leases, max_lease_ms)
+shorten(canvas_due, max_reserved_ms)
+local owned_ms = redis.pcall('PTTL', quarantine_owner)
+if type(owned_ms) == 'number' and (owned_ms == -1 or owned_ms > max_lease_ms) then
+  redis.pcall('PEXPIRE', quarantine_owner, max_lease_ms)
+end
+
+-- A message whose entry in the sorted set was removed by another program would wait without end.
+local function complete(hash, set, at)
+  if redis.call('HLEN', hash) <= redis.call('ZCARD', set) then return end
+  local ids = redis.pcall('HKEYS', hash)
+  for _, id in ipairs(ids) do redis.call('ZADD', set, 'NX', at, id) end
+end
+complete(claims, leases, now + NEW_LEASE_MS)
+complete(delayed_messages, delayed, now)
 
 local reaped = 0
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, limit)) do
@@ -65,6 +93,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0,
     if raw then reaped = reaped + 1 end
     redis.call('HDEL', claims, id)
     redis.call('ZREM', leases, id)
+  else
+    redis.call('ZADD', leases, now + RETRY_MS, id)
   end
 end
 
@@ -77,6 +107,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', delayed, '-inf', now, 'LIMIT', 0
     if raw then promoted = promoted + 1 end
     redis.call('HDEL', delayed_messages, id)
     redis.call('ZREM', delayed, id)
+  else
+    redis.call('ZADD', delayed, now + RETRY_MS, id)
   end
 end
 
@@ -93,6 +125,9 @@ for k = is_counting and LANES or #KEYS + 1, #KEYS do
   local length = redis.pcall('LLEN', KEYS[k])
   if type(length) == 'number' then waiting = waiting + length end
 end
-if reaped > 0 then redis.call('HINCRBY', counters, 'reaped', reaped) end
+-- A value that is no number must not end the script: the counters are for information only.
+if reaped > 0 and type(redis.pcall('HINCRBY', counters, 'reaped', reaped)) ~= 'number' then
+  redis.pcall('HSET', counters, 'reaped', reaped)
+end
 local late = redis.call('ZRANGEBYSCORE', deadlines, '-inf', now, 'LIMIT', 0, limit)
-return { reaped, promoted, quarantined, waiting, redis.call('XLEN', results), late, now }
+return { reaped, promoted, quarantined, waiting, stream_length, late, now }

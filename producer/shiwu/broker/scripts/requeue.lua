@@ -8,6 +8,9 @@
 local dead, answers, messages, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local claims, delayed_messages = KEYS[6], KEYS[7]
 local requeued = {}
+-- A key of a wrong type must stop the script before the first message is written, because Redis does not undo a script.
+for _, hash in ipairs({ answers, messages, attempts, claims, delayed_messages }) do redis.call('HLEN', hash) end
+redis.call('ZCARD', dead)
 -- A full server refuses a script whose first write needs memory: this write needs none.
 redis.call('HDEL', attempts, '')
 
@@ -33,5 +36,7 @@ for i = 3, #ARGV do
     requeued[#requeued + 1] = id
   end
 end
-if #requeued > 0 then redis.call('HINCRBY', counters, 'requeued', #requeued) end
+if #requeued > 0 and type(redis.pcall('HINCRBY', counters, 'requeued', #requeued)) ~= 'number' then
+  redis.pcall('HSET', counters, 'requeued', #requeued)
+end
 return requeued

@@ -6,6 +6,8 @@ local claims, delayed_messages, revoked = KEYS[1], KEYS[2], KEYS[3]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local known = {}
+redis.call('HLEN', claims)
+redis.call('HLEN', delayed_messages)
 -- First comes a write that frees memory: a full server refuses a script whose first write needs memory.
 redis.call('ZREMRANGEBYSCORE', revoked, '-inf', now)
 for i = 3, #ARGV do

@@ -11,6 +11,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local reservation = string.format('%.1f', now + tonumber(ARGV[1]) + 0.5)
 local reply = { reservation }
+redis.call('HLEN', canvas)
 
 -- First comes a write that needs no memory: a full server refuses a script whose first write needs memory.
 redis.call('ZREM', due, '')

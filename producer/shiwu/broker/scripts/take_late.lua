@@ -7,6 +7,10 @@ local claims, leases, attempts, lane, token = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local time = redis.call('TIME')
 local ends = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[2])
 local taken = {}
+-- A key of a wrong type must stop the script before the first message is removed, because Redis does not undo a script.
+redis.call('HLEN', claims)
+redis.call('HLEN', attempts)
+redis.call('ZCARD', leases)
 for i = 3, #ARGV, 2 do
   local id, raw = ARGV[i], ARGV[i + 1]
   if redis.call('HEXISTS', claims, id) == 0 and redis.call('LREM', lane, -1, raw) == 1 then

@@ -40,5 +40,7 @@ for _, fields in ipairs(redis.call('XINFO', 'GROUPS', results)) do
   end
 end
 reply[1] = redis.call('XTRIM', results, 'MINID', cut)
-if lost_in_all > 0 then redis.call('HINCRBY', counters, 'results_dropped', lost_in_all) end
+if lost_in_all > 0 and type(redis.pcall('HINCRBY', counters, 'results_dropped', lost_in_all)) ~= 'number' then
+  redis.pcall('HSET', counters, 'results_dropped', lost_in_all)
+end
 return reply

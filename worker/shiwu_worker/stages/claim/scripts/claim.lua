@@ -33,6 +33,8 @@ redis.call('HLEN', counters)
 redis.call('HLEN', canvas)
 redis.call('ZCARD', canvas_due)
 local has_revoked = redis.call('ZCARD', revoked) > 0
+local quarantined = redis.call('LLEN', quarantine)
+local holder = quarantined > 0 and redis.call('GET', owner)
 
 -- A server that became a replica must fail here. A server without free memory denies a script whose first write needs
 -- memory; this write needs none and changes nothing.
@@ -168,8 +170,7 @@ local function answer_duplicate(id)
 end
 
 local owns_quarantine, is_isolated = 0, false
-if redis.call('LLEN', quarantine) > 0 then
-  local holder = redis.call('GET', owner)
+if quarantined > 0 then
   if not holder or holder == token then
     owns_quarantine = 1
     redis.call('SET', owner, token, 'PX', math.max(1, lease_ms))
@@ -180,7 +181,7 @@ if redis.call('LLEN', quarantine) > 0 then
       for k = FIRST, LAST do
         if KEYS[k] == lane then from_key = k end
       end
-      note(raw, from_key)
+      if raw then note(raw, from_key) end
     end
   end
 end
@@ -238,5 +239,8 @@ if #ids > 0 then
     redis.call('SET', last_claim, cjson.encode(ids), 'PX', math.max(1, lease_ms))
   end
 end
-if dropped > 0 then redis.call('HINCRBY', counters, 'copies_dropped', dropped) end
+-- A value that is no number must not end the script: the counters are for information only.
+if dropped > 0 and type(redis.pcall('HINCRBY', counters, 'copies_dropped', dropped)) ~= 'number' then
+  redis.call('HSET', counters, 'copies_dropped', dropped)
+end
 return reply

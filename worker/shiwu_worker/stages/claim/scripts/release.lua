@@ -22,6 +22,11 @@ local function note_attempt(id, line)
   redis.call('SET', key, text, 'EX', history_ttl)
 end
 
+-- A key of a wrong type must stop the script before the first claim is removed, because Redis does not undo a script.
+for _, hash in ipairs({ claims, attempts, delayed_messages }) do redis.call('HLEN', hash) end
+for _, set in ipairs({ leases, delayed }) do redis.call('ZCARD', set) end
+redis.call('LLEN', quarantine)
+
 local released = 0
 for i = 5, #ARGV, 4 do
   local id, delay, counts, ending = ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2] == '1', ARGV[i + 3]
@@ -35,7 +40,10 @@ for i = 5, #ARGV, 4 do
     local tried = redis.call('HGET', attempts, id)
     local deaths = tonumber(string.match(tried or '', ':(%d+)$') or 0)
     if counts and delay <= 0 then deaths = deaths + 1 end
-    if delay > 0 then
+    -- A lane of a wrong type takes no message until maintenance has moved its value aside.
+    local is_lane_usable = type(redis.pcall('LLEN', lane)) == 'number'
+    if delay > 0 or (not is_lane_usable and deaths < quarantine_after_deaths) then
+      delay = math.max(delay, 1)
       redis.call('HSET', delayed_messages, id, lane .. '|' .. raw)
       redis.call('ZADD', delayed, now + delay, id)
     elseif deaths >= quarantine_after_deaths then

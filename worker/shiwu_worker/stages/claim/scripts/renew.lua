@@ -4,6 +4,7 @@ local claims, leases, token = KEYS[1], KEYS[2], ARGV[1]
 local time = redis.call('TIME')
 local ends = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[2])
 local lost = {}
+redis.call('HLEN', claims)
 -- A server without free memory denies a script whose first write needs memory; this one needs none.
 redis.call('ZREM', leases, '')
 for i = 3, #ARGV do
