@@ -13,7 +13,7 @@ from __future__ import annotations
 from enum import Enum, IntEnum
 from typing import ClassVar
 
-from shiwu.contract import ErrorCode, ErrorInfo, Stage, as_utf8
+from shiwu.contract import ErrorCode, ErrorInfo, Stage, as_utf8, without_logins
 
 
 class JobError(Exception):
@@ -108,8 +108,11 @@ class ExitCode(IntEnum):
 
 
 class FatalError(Exception):
-    """The process cannot continue. It releases its jobs and exits with `exit_code`."""
+    """The process cannot continue. It releases its jobs and exits with `exit_code`.
+
+    URLs in the message lose user name and password: a library may quote the URL of a hub, a store or a collector.
+    """
 
     def __init__(self, exit_code: ExitCode, message: str) -> None:
-        super().__init__(message)
+        super().__init__(without_logins(message))
         self.exit_code = exit_code

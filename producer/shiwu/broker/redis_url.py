@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ _PLAIN: Final = frozenset({"redis", "valkey"})
 _TLS: Final = frozenset({"rediss", "valkeys"})
 _SOCKET: Final = frozenset({"unix", "redis+socket"})
 _FORMS: Final = "redis://, rediss://, valkey://, valkeys://, unix:// or sentinel://"
+_SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]{0,39}")
+_OPTION: Final = re.compile(r"[a-z_]{1,40}")
 _REFUSED: Final = {
     "socket_timeout": "shiwu sets it: SHIWU_REDIS_TIMEOUT_S of the worker, timeout_s of Client",
     "socket_connect_timeout": "shiwu sets it: SHIWU_REDIS_TIMEOUT_S of the worker, timeout_s of Client",
@@ -71,7 +74,7 @@ def read_redis_url(url: str) -> RedisAddress:
         raise RedisUrlError(f"expected {_FORMS}, got a text without ://")
     scheme = url.partition("://")[0].lower()
     if scheme not in _PLAIN | _TLS | _SOCKET | {"sentinel"}:
-        raise RedisUrlError(f"expected {_FORMS}, got {scheme:.40}://")
+        raise RedisUrlError(f"expected {_FORMS}, got {scheme if _SCHEME.fullmatch(scheme) else '…'}://")
     try:
         # `redis+socket` and the like are no schemes to urlsplit in every Python; the rest of the URL is read alike.
         parts = urlsplit("redis" + url[len(scheme) :])
@@ -111,7 +114,9 @@ class _Options:
             if name in _TLS_OPTIONS:
                 raise RedisUrlError(f"{name}: expected rediss:// with options of TLS, got a URL without TLS")
             reason = _REFUSED.get(name, "shiwu does not know this option of the query")
-            raise RedisUrlError(f"{name:.40}: {reason}; leave it out")
+            # A password with `?` would be read as the name of an option.
+            shown = name if _OPTION.fullmatch(name) else "a part after `?`"
+            raise RedisUrlError(f"{shown}: {reason}; leave it out")
 
 
 def _read_server(parts: SplitResult, options: _Options, *, has_tls: bool) -> RedisAddress:

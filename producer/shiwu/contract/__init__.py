@@ -63,7 +63,7 @@ from shiwu.contract.keys import (
     done_key,
     result_key,
 )
-from shiwu.contract.printable import printable, printable_json
+from shiwu.contract.printable import printable, printable_json, printable_lines
 from shiwu.contract.references import (
     S3Reference,
     file_path,
@@ -71,6 +71,7 @@ from shiwu.contract.references import (
     scheme_of,
     source_of,
     split_s3,
+    without_logins,
     without_query,
 )
 from shiwu.contract.request import (
@@ -191,6 +192,7 @@ __all__ = [
     "parse_request",
     "printable",
     "printable_json",
+    "printable_lines",
     "reference_error",
     "result_key",
     "scheme_of",
@@ -198,5 +200,6 @@ __all__ = [
     "split_s3",
     "status_of",
     "unknown_names",
+    "without_logins",
     "without_query",
 ]

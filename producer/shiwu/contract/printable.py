@@ -27,9 +27,14 @@ def printable(text: str) -> str:
     return text if text.isprintable() else _UNPRINTABLE.sub(_escape, text)
 
 
+def printable_lines(text: str) -> str:
+    """A text of several lines: escaped like `printable`, but line breaks stay."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def printable_json(raw: bytes) -> str:
     """JSON for a terminal: escaped like `printable`, but line breaks between fields stay."""
-    return "\n".join(map(printable, raw.decode().split("\n")))
+    return printable_lines(raw.decode())
 
 
 def _escape(found: re.Match[str]) -> str:

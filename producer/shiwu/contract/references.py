@@ -19,6 +19,7 @@ _URL: Final = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:[/\\]*)(?P<authority>[^/\\?#]*)(?P<path>[^?#]*)", re.DOTALL
 )
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]*")
+_LOGIN: Final = re.compile(r"\b((?!s3:|file:)[a-z][a-z0-9+.-]*:/+)[^\s'\"<>]*@", re.IGNORECASE)
 _VERSION: Final = "?versionId="
 _HTTP: Final = frozenset({"http", "https"})
 _SHOWN_CHARS: Final = 200
@@ -146,11 +147,36 @@ def source_of(image: str) -> str:
 def without_query(image: str) -> str:
     """The reference as logs and answers show it: http(s) URLs lose query, fragment, user name and password.
 
-    Other references are unchanged: there `?` and `#` belong to the name.
+    Valid references of other schemes are unchanged: there `?`, `#` and `@` belong to the name. Of a text that cannot be
+    read as a reference only the scheme is shown, because any part of it may be a password.
     """
-    if image.startswith("s3://") or scheme_of(image) not in _HTTP:
+    if _PLAIN_S3.fullmatch(image):
         return image
+    scheme = scheme_of(image)
+    if scheme in _HTTP:
+        return _shown_url(image) or f"{scheme}://…"
+    if reference_error(image) is None:
+        return image
+    return f"{scheme}://…" if scheme in {"s3", "file"} else "…"
+
+
+def _shown_url(image: str) -> str | None:
+    """An http(s) URL without query, fragment and user, or None where it is unclear which part is the host."""
     found = _URL.match(image)
-    if found is None:
-        return f"{scheme_of(image)}:…"
+    try:
+        parts = urlsplit(image)
+        has_host = bool(parts.hostname) and (parts.port is None or parts.port >= 0)
+    except ValueError:
+        return None
+    if found is None or not has_host or found["authority"] != parts.netloc:
+        return None
     return found["scheme"] + found["authority"].rpartition("@")[2] + found["path"]
+
+
+def without_logins(text: str) -> str:
+    """A text of the configuration or of a library, whose URLs lose their user names and passwords.
+
+    All from the scheme to the last `@` of a URL goes, because a malformed URL may have `/` or `@` in its password. The
+    names of `s3://` and `file://` references may have an `@`, so they are unchanged.
+    """
+    return _LOGIN.sub(r"\1", text) if "@" in text else text

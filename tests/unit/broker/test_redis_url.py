@@ -85,6 +85,8 @@ REFUSED = [
     ("redis://:secret@host?protocol=3", "protocol: .*leave it out"),
     ("redis://:secret@host?socket_timeout=3", "SHIWU_REDIS_TIMEOUT_S"),
     ("redis://:secret@host?max_connections=3", "max_connections of Client"),
+    ("redis://u:12?secret@host/0", "a part after `\\?`: shiwu does not know"),
+    ("secret@h://x", "got …://"),
     ("redis://:secret@host?colour=3", "colour: .*does not know"),
     ("redis://:secret@host?db=1&db=2", "once"),
     ("redis://:secret@host?ssl_cert_reqs=none", "ssl_cert_reqs: expected rediss://"),

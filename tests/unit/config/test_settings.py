@@ -99,6 +99,10 @@ WRONG = [
     ("WORKER_NAME", "a\nb", "SHIWU_WORKER_NAME: expected at most 255 bytes without control characters"),
     ("WORKER_NAME", "猫" * 86, "SHIWU_WORKER_NAME: expected at most 255 bytes"),
     ("PROXY_URL", "u:secret@proxy", "SHIWU_PROXY_URL: expected http://"),
+    ("PROXY_URL", "http://u:12/secret@proxy", "SHIWU_PROXY_URL: expected http://"),
+    ("PROXY_URL", "http://u:12?secret@proxy", "SHIWU_PROXY_URL: expected http://"),
+    ("S3_ENDPOINT_URL", "http://u:12/secret@h", "SHIWU_S3_ENDPOINT_URL: expected http://"),
+    ("S3_CLIENT", "http://u:s/secret@h", "got 'http://h'"),
 ]
 
 

@@ -27,6 +27,7 @@ from shiwu.contract import (
     source_of,
     split_s3,
     status_of,
+    without_logins,
     without_query,
 )
 from tests.support.requests import REQUESTS
@@ -151,8 +152,23 @@ def test_readers_ignore_fields_of_newer_versions() -> None:
         ("HTTPS://h/p#secret", "HTTPS://h/p"),
         ("https://h?secret", "https://h"),
         ("https://u:secret@h/p", "https://h/p"),
-        ("http://[bad?secret", "http://[bad"),
-        ("http:?secret", "http:"),
+        ("http://[bad?secret", "http://…"),
+        ("http:?secret", "http://…"),
+        ("https://u:secret@[bad/", "https://…"),
+        ("https://u:sec/ret@h/p", "https://…"),
+        ("https://u:sec?ret@h/p", "https://…"),
+        ("https://u:sec\\ret@h/p", "https://…"),
+        ("https://u:sec\uff0fret@h/p", "https://…"),
+        ("https:u:secret@h/p", "https://…"),
+        ("https:/u:secret@h/p", "https://…"),
+        ("https://h:secret/p", "https://…"),
+        ("https://\u4f8b\u5b50.example:81/p?secret", "https://\u4f8b\u5b50.example:81/p"),
+        ("https://[::1]:81/p?secret", "https://[::1]:81/p"),
+        (" https://u:secret@h/p", "…"),
+        ("ftp://u:secret@h/p", "…"),
+        ("u:secret@h", "…"),
+        ("s3://key:sec/ret@b/k", "s3://…"),
+        ("file://u:secret@h/p", "file://…"),
         ("https://h/@user/p", "https://h/@user/p"),
         ("s3://b/k?versionId=1", "s3://b/k?versionId=1"),
         ("s3://b/h#1.jpg", "s3://b/h#1.jpg"),
@@ -164,6 +180,25 @@ def test_readers_ignore_fields_of_newer_versions() -> None:
 def test_shown_reference_has_no_secrets(reference: str, shown: str) -> None:
     """Logs and answers never contain the query or user name of a URL; in keys and paths `?` and `#` are characters."""
     assert without_query(reference) == shown
+    assert without_query(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://h:1/p", "https://h:1/p"),
+        ("https://u:secret@h:1/p", "https://h:1/p"),
+        ("https://u:sec/ret@h", "https://h"),
+        ("https://u:sec@ret@[bad/", "https://[bad/"),
+        ("got 'HTTP://u:secret@h' (redis://:secret@h/0)", "got 'HTTP://h' (redis://h/0)"),
+        ("sentinel://u:secret@a,b/name", "sentinel://a,b/name"),
+        ("s3://b/user@host.jpg file:///a@b", "s3://b/user@host.jpg file:///a@b"),
+        ("write to me@example", "write to me@example"),
+    ],
+)
+def test_text_without_logins_has_no_password(text: str, shown: str) -> None:
+    """Texts of libraries and of the configuration; names of objects and files stay."""
+    assert without_logins(text) == shown
 
 
 @pytest.mark.parametrize(

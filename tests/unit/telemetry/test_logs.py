@@ -99,6 +99,44 @@ def test_control_characters_are_escaped_in_job_lines(form: str, odd: str, capfd:
     assert "expired" in own
 
 
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_traceback_shows_no_local_variables(form: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """They may be passwords; the text of the error is escaped, on a line of its own for people."""
+    logs.set_up(level="info", form=form)
+    password = "hu" + "sh"
+
+    def fail() -> None:
+        raise ValueError(f"no \x1b[2J\u202e {len(password)}")
+
+    for log in (structlog.get_logger("own"), logging.getLogger("library")):
+        try:
+            fail()
+        except ValueError:
+            log.error("failed", exc_info=True)
+    written = capfd.readouterr().err
+    own = re.sub(r"\x1b\[\d*m", "", written)
+    assert own.count(r"ValueError: no \u001b[2J\u202e 4") == 2
+    assert password not in own
+    assert not {"\x1b", "\u202e"} & set(own)
+    assert len(own.splitlines()) == 2 if form == "json" else len(own.splitlines()) > 6
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_lines_of_libraries_show_no_passwords(form: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Libraries quote the URLs that they are given, also in errors. References of jobs are not changed."""
+    logs.set_up(level="info", form=form)
+    try:
+        raise ValueError("no https://u:hu/sh@mirror/x")
+    except ValueError:
+        logging.getLogger("library").exception("cannot connect to %s", "redis://:hu/sh@h/0")
+    structlog.get_logger("own").info("fetched", image="s3://b/a@b.jpg")
+    written = re.sub(r"\x1b\[\d*m", "", capfd.readouterr().err)
+    assert "hu/sh" not in re.sub(r"raise ValueError.*", "", written)
+    assert "redis://h/0" in written
+    assert "no https://mirror/x" in written
+    assert "s3://b/a@b.jpg" in written
+
+
 def test_job_line_has_the_form_of_all_lines(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     logs.set_up(level="info", form="json")
     log_job = logs.job_logger(level="info")

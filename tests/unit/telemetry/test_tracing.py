@@ -250,6 +250,16 @@ def test_opentelemetry_variables_take_effect(exporter: InMemorySpanExporter, mon
     assert made(exporter, [settled(job_of("a"))]) == {}
 
 
+def test_header_that_cannot_be_read_is_not_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """OpenTelemetry itself would log it whole, with its password."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization Bearer hush,x y=hush")
+    make_provider(worker="w").shutdown()
+    assert "Header format invalid" in caplog.text
+    assert "hush" not in caplog.text
+
+
 def test_worker_without_traces_loads_no_opentelemetry() -> None:
     """Checked for the modules of a worker; redis-py may load it on its own."""
     code = "import sys; hidden = {'opentelemetry.sdk': None, 'opentelemetry.metrics': None}; sys.modules |= hidden; "

@@ -6,10 +6,9 @@ permissions proves the credentials; a reply about the signature, the key or the 
 
 from __future__ import annotations
 
-import re
 from typing import Any, Final
 
-from shiwu.contract import ErrorCode
+from shiwu.contract import ErrorCode, without_logins
 from shiwu_worker.config import views
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.policy.limits import S3Options
@@ -51,7 +50,7 @@ def check_s3(settings: Settings) -> tuple[str, tuple[str, ...]]:
         proved, warnings = ("", (f"not proved that objects can be read: {HINT}",))
         if not settings.s3_anonymous:
             proved, warnings = _list_buckets(access.client)
-    where = re.sub(r"//[^/]*@", "//", endpoint)
+    where = without_logins(endpoint)
     parts = filter(
         None, (f"{where} answers {settings.s3_client}" if bucket or not is_aws(endpoint) else where, how, proved)
     )

@@ -15,7 +15,7 @@ import structlog
 from pydantic import ValidationError
 from structlog.typing import FilteringBoundLogger
 
-from shiwu.contract import printable
+from shiwu.contract import printable, without_logins
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
 
@@ -143,5 +143,5 @@ def _is_secret(field: str) -> bool:
 
 
 def _short(value: Any) -> str:
-    shown = repr(re.sub(r"//[^/]*@", "//…@", value) if isinstance(value, str) else value)
+    shown = repr(without_logins(value) if isinstance(value, str) else value)
     return shown if len(shown) <= MAX_SHOWN_CHARS else f"{shown[:MAX_SHOWN_CHARS]}…"

@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from shiwu.contract import without_logins
 from shiwu_worker.config.errors import PREFIX
 from shiwu_worker.config.settings import Settings
 
@@ -82,7 +83,7 @@ def all_settings() -> Iterator[SettingInfo]:
 def value_text(value: Any) -> str:
     """Return a value in the form of its environment variable, without user names and passwords."""
     if isinstance(value, SecretStr):
-        value = re.sub(r"\?.*", "", value.get_secret_value())
+        value = re.sub(r"\?.*", "", without_logins(value.get_secret_value()))
     if value is None or value in ((), {}):
         return "unset" if value is None else "empty"
     if isinstance(value, bool):
@@ -93,7 +94,7 @@ def value_text(value: Any) -> str:
         return ",".join(f"{code}={':'.join(f'{number:g}' for number in numbers)}" for code, numbers in value.items())
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return re.sub(r"//[^/]*@", "//", str(value))
+    return without_logins(str(value))
 
 
 def changed_settings(settings: Settings) -> list[SettingInfo]:

@@ -110,10 +110,14 @@ def check_proxy(url: str) -> None:
     try:
         parts = urlsplit(url)
         is_valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        # A password with `/`, `?` or `#` would otherwise be read as host, port and path, and be shown.
+        is_valid = is_valid and parts.path in {"", "/"} and not (parts.query or parts.fragment)
     except ValueError:
         is_valid = False
     if not is_valid:
-        raise ValueError("expected http://[user:password@]host:port")
+        raise ValueError(
+            "expected http://[user:password@]host:port; in a password write %2F for /, %3F for ?, %23 for #, %40 for @"
+        )
 
 
 def check_duration(name: str, value: object) -> None:
@@ -136,6 +140,7 @@ def _check_endpoint(value: str) -> str:
         parts = urlsplit(value)
         is_valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
         is_valid = is_valid and not (parts.query or parts.fragment or " " in value) and value.isprintable()
+        is_valid = is_valid and "@" not in parts.path
     except ValueError:
         is_valid = False
     if not is_valid:

@@ -11,9 +11,11 @@ from typing import Any, Final, cast
 import msgspec
 import structlog
 
-from shiwu.contract import Answer, Status, Timing, printable
+from shiwu.contract import Answer, Status, Timing, printable, printable_lines, without_logins
 from shiwu_worker.telemetry.log_output import LogOutput, open_standard_streams
 
+_SEVERAL_LINES: Final = frozenset({"exception", "stack"})
+"""Fields that the terminal shows as lines of their own."""
 _TIMES: Final = tuple((name, f"{name}_ms") for name in Timing.__struct_fields__)
 
 
@@ -34,8 +36,10 @@ def set_up(*, level: str, form: str, log_file: str | None = None) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     is_console = form == "console" or (form == "auto" and output.isatty())
-    final: list[Any] = [_escape_controls] if is_console else [structlog.processors.format_exc_info]
-    renderer: Any = structlog.dev.ConsoleRenderer() if is_console else lambda *event: _json_line(*event).decode()
+    final: list[Any] = [structlog.processors.format_exc_info, *([_escape_controls] if is_console else [])]
+    # structlog's own tracebacks would show local variables, with passwords and texts of messages.
+    console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    renderer: Any = console if is_console else lambda *event: _json_line(*event).decode()
     structlog.configure(
         processors=[*shared, *final, renderer if is_console else _json_line],
         wrapper_class=structlog.make_filtering_bound_logger(number),
@@ -45,7 +49,13 @@ def set_up(*, level: str, form: str, log_file: str | None = None) -> None:
     handler: logging.Handler = logging.StreamHandler(cast("Any", output))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final, renderer],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                _hide_logins,
+                *final,
+                renderer,
+            ],
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
         )
     )
@@ -64,7 +74,15 @@ def _escape_controls(_logger: object, _method: str, event: MutableMapping[str, A
     """Escape control characters in texts for the terminal; the renderer writes other types by repr."""
     for name, value in event.items():
         if isinstance(value, str):
-            event[name] = printable(value)
+            event[name] = printable_lines(value) if name in _SEVERAL_LINES else printable(value)
+    return event
+
+
+def _hide_logins(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Remove user names and passwords from URLs in lines of libraries, which may quote those of the configuration."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = without_logins(value)
     return event
 
 

@@ -6,6 +6,7 @@ answer, from the timestamps that each job has. The threads of the pipeline only 
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -54,6 +55,8 @@ def make_provider(*, worker: str, processor: SpanProcessor | None = None) -> Tra
     Raises:
         ValueError: OpenTelemetry does not understand a variable.
     """
+    # OpenTelemetry would log the whole header if it cannot read it, and headers carry passwords.
+    logging.getLogger("opentelemetry.util.re").addFilter(_without_header)
     own = {"service.name": "shiwu-worker", "service.version": version("shiwu"), "service.instance.id": worker}
     from_variables = OTELResourceDetector().detect().attributes
     resource = Resource.create({name: value for name, value in own.items() if name not in from_variables})
@@ -61,6 +64,12 @@ def make_provider(*, worker: str, processor: SpanProcessor | None = None) -> Tra
     provider = TracerProvider(resource=resource, span_limits=limits, shutdown_on_exit=False)
     provider.add_span_processor(processor or BatchSpanProcessor(OTLPSpanExporter()))
     return provider
+
+
+def _without_header(record: logging.LogRecord) -> bool:
+    """Filter that removes the text of the header from a record."""
+    record.args = tuple("(omitted, because it may contain a password)" for _ in record.args or ())
+    return True
 
 
 class _Clock:
