@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 from tests.support.servers import PictureServer, S3Server, ServerError, Valkey, WorkerProcess
 
 from demo.album import Entry, lay_out
@@ -25,6 +26,7 @@ from demo.gallery import PAGE, write_page
 from demo.own_images import find_images, folders_of
 from demo.report import Verdict, show_next, show_page, show_summary, show_table
 from shiwu import Client, Lane
+from shiwu.contract import printable_lines
 
 LEAVING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ANSWERS_S = 60.0
@@ -49,7 +51,7 @@ def main() -> int:
     try:
         return _run(console, stack, options)
     except ServerError as error:
-        console.print(f"[bold red]The demo could not go on.[/] {error}", highlight=False)
+        console.print(f"[bold red]The demo could not go on.[/] {escape(printable_lines(str(error)))}", highlight=False)
         return 1
     except KeyboardInterrupt:
         console.print("\nInterrupted.")
@@ -83,7 +85,7 @@ def _run(console: Console, stack: ExitStack, options: argparse.Namespace) -> int
     began_s = time.monotonic()
 
     def say(text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - began_s:5.1f} s[/]  {text}", highlight=False)
+        console.print(f"[dim]{time.monotonic() - began_s:5.1f} s[/]  {escape(printable_lines(text))}", highlight=False)
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shiwu-demo-")))
     valkey = stack.enter_context(Valkey(folder=folder / "valkey"))
@@ -121,7 +123,8 @@ def _run(console: Console, stack: ExitStack, options: argparse.Namespace) -> int
     if all(verdict.is_expected for verdict in verdicts):
         show_next(console)
         return 0
-    console.print(f"[bold red]Not every answer was as expected.[/] The end of the worker's log:\n{worker.log_tail()}")
+    console.print("[bold red]Not every answer was as expected.[/] The end of the worker's log:")
+    console.print(printable_lines(worker.log_tail()), markup=False, emoji=False, highlight=False)
     return 1
 
 

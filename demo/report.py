@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from demo.album import Entry
-from shiwu.contract import Answer, Status, Timing
+from shiwu.contract import Answer, Status, Timing, printable
 
 STAGES = ("queue", "claim", "fetch", "decode", "batch", "encode", "score", "total")
 NEXT = (
@@ -66,7 +67,7 @@ def show_table(console: Console, verdicts: list[Verdict]) -> None:
         timing = verdict.answer.timing if verdict.answer else Timing()
         size = verdict.answer.batch_size if verdict.answer else None
         table.add_row(
-            verdict.entry.labels[0] if verdict.entry.labels else verdict.entry.name or "–",
+            Text(printable(verdict.entry.labels[0] if verdict.entry.labels else verdict.entry.name or "–")),
             verdict.entry.form,
             verdict.entry.source,
             _outcome(verdict),
@@ -87,13 +88,16 @@ def _outcome(verdict: Verdict) -> Text:
     if answer is None:
         return Text("no answer", style="bold red")
     if answer.tags:
-        tags = [(f"{tag.label}:{tag.score * 100:.0f}", tag.label in verdict.entry.labels) for tag in answer.tags[:3]]
+        tags = [
+            (printable(f"{tag.label}:{tag.score * 100:.0f}"), tag.label in verdict.entry.labels)
+            for tag in answer.tags[:3]
+        ]
         return Text(" ").join(Text(text, style="green" if known else "") for text, known in tags)
     code = str(answer.error.code) if answer.error else "no error code"
     if verdict.is_expected:
         return Text(f"{answer.status}: {code}", style="yellow")
     message = answer.error.message if answer.error else ""
-    return Text(f"{answer.status}: {code} {message}, not expected", style="bold red")
+    return Text(printable(f"{answer.status}: {code} {message}, not expected"), style="bold red")
 
 
 def show_summary(console: Console, verdicts: list[Verdict], *, took_s: float) -> None:
@@ -113,7 +117,7 @@ def show_summary(console: Console, verdicts: list[Verdict], *, took_s: float) ->
         f"\n[bold]{counts['tagged']} tagged[/], {counts['failed']} failed{' as expected' if ranks else ''}, "
         f"{counts['unexpected']} not as expected; "
         f"{len(verdicts)} pictures in {took_s:.2f} s, [bold]{len(verdicts) / took_s:.0f} pictures/s[/] "
-        f"(one worker, {model})."
+        f"(one worker, {escape(printable(model))})."
     )
     if not ranks:
         return
@@ -130,7 +134,8 @@ def show_summary(console: Console, verdicts: list[Verdict], *, took_s: float) ->
 def show_page(console: Console, page: Path | None) -> None:
     """Where the page with the images lies."""
     if page is not None:
-        console.print(f"\n[bold]The same as a page with the images:[/] {page}", soft_wrap=True, highlight=False)
+        shown = escape(printable(str(page)))
+        console.print(f"\n[bold]The same as a page with the images:[/] {shown}", soft_wrap=True, highlight=False)
 
 
 def show_next(console: Console) -> None:

@@ -45,7 +45,7 @@ def test_the_demo_tags_a_folder_of_ones_own(tmp_path: Path) -> None:
     """Images in sub-folders too; an image that fails is told, and is no failure of the demo."""
     (tmp_path / "mine" / "more").mkdir(parents=True)
     (tmp_path / "mine" / "panda.jpg").write_bytes(pictures.jpeg(pictures.picture("熊猫")))
-    (tmp_path / "mine" / "more" / "broken.PNG").write_bytes(b"no image")
+    (tmp_path / "mine" / "more" / "[red]broken.PNG").write_bytes(b"no image")
     (tmp_path / "mine" / "notes.txt").write_text("no image")
     command = [sys.executable, "-m", "demo", str(tmp_path / "mine"), "--page", str(tmp_path / "page.html")]
     with Process(command, name="demo", folder=tmp_path, env=clean_environment({})) as demo:
@@ -54,6 +54,7 @@ def test_the_demo_tags_a_folder_of_ones_own(tmp_path: Path) -> None:
     assert "1 tagged, 1 failed, 0 not as expected; 2 pictures" in text
     assert re.search(r"panda\.jpg\s+JPG\s+file\s+\S+:\d+", text)
     assert "not_a_picture" in text
+    assert re.search(r"\[red\]broken", text)
     found = re.search(r"page with the images: (/\S+\.html)", text)
     assert found, text
     assert "panda.jpg" in Path(found[1]).read_text(encoding="utf-8")

@@ -69,6 +69,8 @@ REFUSED = [
     "x" * 65,
     ["a\nb"],
     ["a\u2028b"],
+    ["a\u200bb"],
+    ["a\ufeffb"],
 ]
 
 

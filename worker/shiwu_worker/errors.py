@@ -13,7 +13,7 @@ from __future__ import annotations
 from enum import Enum, IntEnum
 from typing import ClassVar
 
-from shiwu.contract import ErrorCode, ErrorInfo, Stage, as_utf8, without_logins
+from shiwu.contract import ErrorCode, ErrorInfo, Stage, as_utf8, printable_lines, without_logins
 
 
 class JobError(Exception):
@@ -110,9 +110,10 @@ class ExitCode(IntEnum):
 class FatalError(Exception):
     """The process cannot continue. It releases its jobs and exits with `exit_code`.
 
-    URLs in the message lose user name and password: a library may quote the URL of a hub, a store or a collector.
+    URLs in the message lose user name and password, because a library may quote the URL of a hub, a store or a
+    collector. Control characters are escaped, because a file of a model may have any name and content.
     """
 
     def __init__(self, exit_code: ExitCode, message: str) -> None:
-        super().__init__(without_logins(message))
+        super().__init__(printable_lines(without_logins(message)))
         self.exit_code = exit_code

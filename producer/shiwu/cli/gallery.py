@@ -17,7 +17,7 @@ from shiwu.cli.params import Seconds
 from shiwu.cli.terminal import echo_data
 from shiwu.client.client import Client
 from shiwu.client.stream_items import StreamItem
-from shiwu.contract import Answer, Stage
+from shiwu.contract import Answer, Stage, printable
 from shiwu.gallery.answer_lines import read_answers
 from shiwu.gallery.thumbnails import Thumbnails, make_thumbnails
 
@@ -88,7 +88,7 @@ def gallery(
     for item in items:
         item.ack(away_s=AWAY_S)
     if made.problem and thumbnails:
-        click.echo(f"shiwu: some thumbnails are missing: {made.problem}", err=True)
+        click.echo(f"shiwu: some thumbnails are missing: {printable(made.problem)}", err=True)
     echo_data(str(output.absolute()))
     shown = {answer.id for answer in answers}
     if len(answers) < limit and (missing := set(ids) - shown):

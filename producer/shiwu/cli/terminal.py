@@ -42,8 +42,12 @@ def make_console() -> Console:
 
 
 def echo_data(text: str) -> None:
-    """Print one line of data: unchanged into a pipe or a file, with control characters escaped on a terminal."""
-    click.echo(printable(text) if _is_terminal() else text)
+    """Print one line of data: unchanged into a pipe or a file, with control characters escaped on a terminal.
+
+    Line breaks are always escaped, because an id with one would be two ids to the next command of a pipe.
+    """
+    is_one_line = text.splitlines() in ([], [text])
+    click.echo(text if is_one_line and not _is_terminal() else printable(text))
 
 
 def echo_json(raw: bytes) -> None:

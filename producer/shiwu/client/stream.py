@@ -23,7 +23,7 @@ from shiwu.broker.redis_errors import explain
 from shiwu.broker.script_loader import load_script
 from shiwu.client.arguments import read_integer, read_seconds, read_text
 from shiwu.client.stream_items import EntryReader, Outage, StreamItem, UnreadableItem, log
-from shiwu.contract import RESULT_STREAM
+from shiwu.contract import RESULT_STREAM, printable
 
 GROUP_GONE_WORDS: Final = ("NOGROUP", "UNBLOCKED")
 """Words in Redis' error when the group or the stream was deleted."""
@@ -218,7 +218,7 @@ class _Reader:
             for name in others:
                 pipe.xpending_range(RESULT_STREAM, options.group, min="-", max=until, count=1, consumername=name)
             held: list[Any] = pipe.execute()
-        holders = [name.decode(errors="replace") for name, found in zip(others, held, strict=True) if found]
+        holders = [printable(name.decode(errors="replace")) for name, found in zip(others, held, strict=True) if found]
         if holders and self._wait_until is None:
             log.warning(
                 "waiting for answers that other consumers of group %s hold unacknowledged (%s); they are taken over "

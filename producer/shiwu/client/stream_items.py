@@ -15,7 +15,7 @@ import redis
 from shiwu.broker.backoff import Backoff
 from shiwu.broker.redis_errors import explain, info_of
 from shiwu.client.results import TagResult
-from shiwu.contract import RESULT_STREAM
+from shiwu.contract import RESULT_STREAM, printable
 
 MAX_REPORTED: Final = 10_000
 """How many unreadable entries are remembered, so that each is reported once."""
@@ -76,7 +76,9 @@ class UnreadableItem:
 
 def log_unreadable(item: UnreadableItem) -> None:
     """Write a warning to the logger `shiwu`."""
-    log.warning("entry %s of %s was skipped and stays pending: %s", item.entry_id, RESULT_STREAM, item.reason)
+    log.warning(
+        "entry %s of %s was skipped and stays pending: %s", item.entry_id, RESULT_STREAM, printable(item.reason)
+    )
 
 
 class EntryReader:

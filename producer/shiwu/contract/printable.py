@@ -5,17 +5,10 @@ from __future__ import annotations
 import re
 from typing import Final
 
-_UNPRINTABLE: Final = re.compile(
-    "["
-    "\x00-\x1f\x7f-\x9f"  # C0 and C1 controls: a terminal obeys them
-    "\xad\u061c\u180e\u200b\u200e\u200f"  # soft hyphen, zero-width space, direction marks
-    "\u2028-\u202e\u2060-\u206f"  # line separators, direction overrides and isolates, invisible operators
-    "\ufeff\ufff9-\ufffb"  # byte-order mark, interlinear annotation
-    "\ud800-\udfff"  # lone surrogates: no encoding can write them
-    "\U000e0000-\U000e007f"  # invisible tags
-    "]"
-)
-"""Joiners (U+200C, U+200D) stay: emoji and several scripts need them, and they neither hide nor reorder text."""
+from shiwu.contract.text import UNSAFE_RANGES
+
+_UNPRINTABLE: Final = re.compile(f"[{UNSAFE_RANGES}\ud800-\udfff\U000e0000-\U000e007f]")
+"""Also lone surrogates, which no encoding can write, and the invisible tags of a few flags."""
 
 
 def printable(text: str) -> str:

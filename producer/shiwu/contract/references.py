@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
+from shiwu.contract.text import control_character
 from shiwu.contract.vocabulary import MAX_IMAGE_CHARS
 
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _PLAIN_S3: Final = re.compile(r"s3://[a-z0-9.-]+/[A-Za-z0-9._-][A-Za-z0-9._/-]*")
 """Matches most references; everything checked below holds for them."""
@@ -71,10 +71,10 @@ def file_path(image: str) -> str:
 
 
 def _encoding_error(image: str) -> str | None:
-    if _CONTROL.search(image):
-        return "expected no control characters"
     if not image.isascii() and _SURROGATE.search(image):
         return "expected text that UTF-8 can write, got a lone surrogate"
+    if found := control_character(image):
+        return f"expected no control, direction or zero-width characters, got {found}"
     return None
 
 

@@ -40,6 +40,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         }
 
 
+def test_texts_of_a_checkpoint_are_escaped_in_errors(tmp_path: Path) -> None:
+    """A folder from elsewhere may have any file names; the error is printed on the operator's terminal."""
+    (tmp_path / "\x1b[2J\u202egpj").touch()
+    with pytest.raises(IncompleteCheckpoint) as caught:
+        read_checkpoint(tmp_path)
+    assert r"\u001b[2J\u202egpj" in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_error_shows_no_password_of_a_url() -> None:
+    """The hub's library quotes the URL of the mirror."""
+    assert str(WrongCheckpoint("no https://user:hu/sh@mirror/api")) == "no https://mirror/api"
+
+
 def put(name: str, content: bytes | str) -> Change:
     """Replace a file."""
     data = content.encode() if isinstance(content, str) else content

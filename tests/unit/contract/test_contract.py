@@ -289,3 +289,22 @@ def test_lane_keys_are_those_of_kombu() -> None:
 def test_source_of_a_reference_has_no_path_and_no_secret(image: str, source: str) -> None:
     """Images of one source share its loader threads, however the reference is written."""
     assert source_of(image) == source
+
+
+@pytest.mark.parametrize("character", ["\x00", "\n", "\x7f", "\x9b", "\u200b", "\u200f", "\u2028", "\u202e", "\ufeff"])
+@pytest.mark.parametrize("start", ["s3://b/", "S3://b/", "file:///", "https://h/"])
+def test_reference_with_an_unsafe_character_is_refused(start: str, character: str) -> None:
+    """A terminal obeys or hides these; the error names the character, and does not contain it."""
+    error = reference_error(f"{start}a{character}b")
+    assert error is not None
+    assert f"U+{ord(character):04X}" in error
+    assert error.isprintable()
+
+
+@pytest.mark.parametrize(
+    "name", ["猫.jpg", "a b.jpg", "é.jpg", "👨‍👩‍👧.jpg", "می‌خواهم.jpg", "a\u3000b", "[red]x[/red].jpg"]
+)
+def test_reference_with_letters_of_any_script_is_valid(name: str) -> None:
+    """Joiners belong to emoji and to several scripts."""
+    assert reference_error(f"s3://b/{name}") is None
+    assert without_query(f"s3://b/{name}") == f"s3://b/{name}"

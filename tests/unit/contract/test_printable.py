@@ -7,8 +7,8 @@ import json
 import pytest
 
 from shiwu.cli.hints import notes_of
-from shiwu.cli.terminal import fit_columns
-from shiwu.contract import ErrorCode, ErrorInfo, printable, printable_json
+from shiwu.cli.terminal import echo_data, fit_columns
+from shiwu.contract import ErrorCode, ErrorInfo, control_character, printable, printable_json
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,22 @@ def test_printable_escapes_control_characters(text: str, expected: str) -> None:
     """Controls, direction marks and invisible characters; letters, emoji and their joiners stay."""
     assert printable(text) == expected
     assert printable(printable(text)) == expected
+
+
+def test_what_a_label_may_contain_is_printed_as_it_is() -> None:
+    """One table decides what messages may contain and what output escapes."""
+    for character in map(chr, range(0x10000)):
+        assert (control_character(character) is None) == (printable(character) == character), ascii(character)
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [("plain 猫", "plain 猫"), ("a\x9b1m", "a\x9b1m"), ("a\nb", r"a\u000ab"), ("a\r", r"a\u000d"), ("", "")],
+)
+def test_data_in_a_pipe_is_one_line(text: str, written: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise an id with a line break would be two ids to the next command."""
+    echo_data(text)
+    assert capsys.readouterr().out == f"{written}\n"
 
 
 def test_printable_json_keeps_its_meaning() -> None:

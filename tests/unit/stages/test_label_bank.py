@@ -254,9 +254,10 @@ def test_different_label_sets_have_different_digests(sets: list[LabelSet]) -> No
 
 
 CONTROLS = [*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+NO_WIDTH = [0x00AD, 0x180E, 0x200B, *range(0x2060, 0x2066), *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFC)]
 
 
-@pytest.mark.parametrize("code", [*CONTROLS, 0xD800, 0xDFFF])
+@pytest.mark.parametrize("code", [*CONTROLS, *NO_WIDTH, 0xD800, 0xDFFF])
 def test_control_characters_in_labels_are_rejected(code: int) -> None:
     """In a message they are `invalid_labels`, wherever the label stands in the list."""
     with pytest.raises(RequestError) as caught:
@@ -273,5 +274,5 @@ def test_labels_that_pass_can_be_written_and_printed(label: str) -> None:
         return
     assert isinstance(request.labels, tuple)
     assert request.labels[0] == label.strip()
-    assert not {ord(char) for char in request.labels[0]} & set(CONTROLS)
+    assert not {ord(char) for char in request.labels[0]} & {*CONTROLS, *NO_WIDTH}
     assert request.to_json()

@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from shiwu.contract import Head, printable
+from shiwu.contract import Head, printable, printable_lines
 from shiwu_worker.checkpoints.checkpoint_files import Checkpoint, first_line, read_checkpoint, read_json
 from shiwu_worker.checkpoints.model_files import model_folder, model_name, model_revision
 from shiwu_worker.config.errors import load_settings_or_exit
@@ -133,7 +133,7 @@ def run_inspect(model: str | None, *, labels: str | None, image: Path | None, as
     except FatalError as error:
         found.reason, code = str(error), error.exit_code
     if as_json:
-        click.echo(json.dumps(asdict(found), ensure_ascii=False, indent=2))
+        click.echo(printable_lines(json.dumps(asdict(found), ensure_ascii=False, indent=2)))
     else:
         _print(found)
     if found.reason is not None:

@@ -38,7 +38,7 @@ MAX_DECODE_SHARE: Final = 0.8
 
 def run_tune() -> int:
     """Measure, print the settings, and write them to SHIWU_TUNE_FILE if it is set; return the exit code."""
-    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False, highlight=False)
     settings = load_settings_or_exit()
     try:
         destination = _destination(settings)
