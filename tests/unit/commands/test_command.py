@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from shiwu_worker.__main__ import main
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.launcher.gpus import Gpu
+from shiwu_worker.runtime.nvidia import Gpu
 
 NAMES = ("CUDA_VISIBLE_DEVICES", "SHIWU_DEVICE")
 

@@ -1,92 +1,24 @@
-# ruff: noqa: N802, N803, D102  the fake has the names of the library
 """Discovery of GPUs: replies of a driver in the form of nvidia-ml-py, and all forms of CUDA_VISIBLE_DEVICES."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-from dataclasses import dataclass, field
 
-import pynvml
 import pytest
 import structlog
 
-from shiwu_worker.launcher.gpus import Gpu, UnknownGpu, choose_gpus, find_gpus
-
-
-@dataclass
-class FakeGpu:
-    """A GPU as the driver reports it. `instances` has None for a number without an instance; None: no MIG."""
-
-    uuid: str
-    masks: tuple[int, ...] | None = None
-    instances: list[str | None] | None = None
-    is_split: bool = True
-    is_lost: bool = False
-
-
-@dataclass
-class FakeNvml:
-    """The functions of nvidia-ml-py that shiwu calls, with the same names, arguments, results and errors."""
-
-    gpus: list[FakeGpu] = field(default_factory=list)
-    has_driver: bool = True
-    opened: int = 0
-
-    def nvmlInit(self) -> None:
-        if not self.has_driver:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
-        self.opened += 1
-
-    def nvmlShutdown(self) -> None:
-        self.opened -= 1
-
-    def nvmlDeviceGetCount(self) -> int:
-        assert self.opened == 1
-        return len(self.gpus)
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
-        if self.gpus[index].is_lost:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
-        return self.gpus[index]
-
-    def nvmlDeviceGetUUID(self, handle: FakeGpu | str) -> str:
-        return handle if isinstance(handle, str) else handle.uuid
-
-    def nvmlDeviceGetMigMode(self, device: FakeGpu) -> list[int]:
-        if device.instances is None:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-        return [int(device.is_split), 1]
-
-    def nvmlDeviceGetMaxMigDeviceCount(self, device: FakeGpu) -> int:
-        return len(device.instances or ())
-
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, device: FakeGpu, index: int) -> str:
-        instance = (device.instances or [])[index]
-        if instance is None:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
-        return instance
-
-    def nvmlDeviceGetCpuAffinityWithinScope(
-        self,
-        handle: FakeGpu,
-        cpuSetSize: int,
-        scope: int,
-    ) -> ctypes.Array[ctypes.c_ulonglong]:
-        assert scope == pynvml.NVML_AFFINITY_SCOPE_NODE
-        if handle.masks is None:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-        return (ctypes.c_ulonglong * cpuSetSize)(*handle.masks[:cpuSetSize])
+from shiwu_worker.launcher.gpus import UnknownGpu, choose_gpus, find_gpus
+from shiwu_worker.runtime.nvidia import Gpu
+from tests.support.fake_nvml import FakeGpu, FakeNvml
 
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     """The driver without a GPU, on a machine with 128 CPUs of which the process may use all but the first."""
     fake = FakeNvml()
-    for name in (name for name in dir(fake) if name.startswith("nvml")):
-        assert callable(getattr(pynvml, name)), "the library has it"
-        monkeypatch.setattr(pynvml, name, getattr(fake, name))
+    fake.install(monkeypatch)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(1, 128)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
     return fake
 
 
@@ -144,6 +76,21 @@ def test_near_cpus_are_limited_to_usable_ones(nvml: FakeNvml) -> None:
     """Masks of 64 CPUs each; empty if unknown, or if the process may use none of them."""
     nvml.gpus = [FakeGpu("GPU-a", (0b1011, 0b1)), FakeGpu("GPU-b"), FakeGpu("GPU-c", (0b1, 0))]
     assert [gpu.near_cpus for gpu in find_gpus(visible=None)] == [{1, 3, 64}, frozenset(), frozenset()]
+
+
+def test_mask_of_cpus_has_room_for_all_cpus(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process on the first CPUs of a large machine asks with a mask of the machine's size."""
+    sizes: list[int] = []
+
+    def affinity(handle: FakeGpu, size: int, scope: int) -> list[int]:
+        sizes.append(size)
+        return [0b11] + [0] * (size - 1)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("pynvml.nvmlDeviceGetCpuAffinityWithinScope", affinity)
+    nvml.gpus = [FakeGpu("GPU-a")]
+    assert [gpu.near_cpus for gpu in find_gpus(visible=None)] == [{0, 1}]
+    assert sizes == [2]
 
 
 @pytest.mark.parametrize(

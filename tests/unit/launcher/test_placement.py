@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.launcher.gpus import Gpu, UnknownGpu
+from shiwu_worker.launcher.gpus import UnknownGpu
 from shiwu_worker.launcher.placement import Placement, PlacementError, make_placements, plan_placements, share_out
+from shiwu_worker.runtime.cpus import cores_of
+from shiwu_worker.runtime.nvidia import Gpu
 
 HOST = socket.gethostname()
 NEAR = frozenset({0, 1, 2, 3})
@@ -86,7 +89,22 @@ def test_cpu_placements_see_no_gpu() -> None:
 )
 def test_cpus_are_divided_among_workers(near: list[set[int]], expected: list[set[int]]) -> None:
     """Evenly among workers near the same CPUs; too few CPUs go to each worker."""
-    assert share_out([frozenset(cpus) for cpus in near]) == expected
+    assert (
+        share_out([frozenset(cpus) for cpus in near], cores=lambda cpus: [frozenset({n}) for n in sorted(cpus)])
+        == expected
+    )
+
+
+def test_cpus_of_one_core_go_to_one_worker(tmp_path: Path) -> None:
+    """On usual numbering a core has the CPUs n and n + half; half of the sorted CPUs would be one CPU of each core."""
+    for cpu in range(8):
+        folder = tmp_path / f"cpu{cpu}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    machine = frozenset(range(8))
+    shares = share_out([machine] * 2, cores=partial(cores_of, topology=tmp_path))
+    assert shares == [{0, 4, 1, 5}, {2, 6, 3, 7}]
+    assert share_out([machine] * 8, cores=partial(cores_of, topology=tmp_path)) == [{n} for n in range(8)]
 
 
 def test_device_setting_excludes_gpu_discovery(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -23,9 +25,9 @@ STAY = "exec sleep 60"
 NO_FILES = ProbeFiles(ready_file=None, alive_file=None)
 
 
-def place(name: str, **options: Path) -> Placement:
+def place(name: str, *, gpu_uuid: str | None = None, **options: Path) -> Placement:
     """A placement with only a name."""
-    return Placement(name, f"shiwu@{name}", frozenset({0}), {"PLACE": name}, **options)
+    return Placement(name, f"shiwu@{name}", frozenset({0}), {"PLACE": name}, gpu_uuid=gpu_uuid, **options)
 
 
 def launch(*scripts: str, drain_s: float = 10.0, **limits_s: float) -> int:
@@ -49,12 +51,77 @@ def test_wrong_settings_stop_all_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["exit 67", "exit 1", "kill -KILL $$", "kill -SEGV $$"])
-def test_worker_that_keeps_crashing_stops_all(end: str) -> None:
+def test_workers_that_all_keep_crashing_stop_the_launcher(end: str) -> None:
     """After restarts with growing pauses; the exit code is GAVE_UP."""
     with capture_logs() as lines:
-        assert launch(end, STAY) == ExitCode.GAVE_UP
+        assert launch(end) == ExitCode.GAVE_UP
     assert [line["restart_in_s"] for line in lines if line["event"] == "worker_crashed"] == [0.01, 0.02, 0.04]
     assert [line["worker"] for line in lines if line["event"] == "restarts_exhausted"] == ["gpu0"]
+
+
+def test_worker_that_keeps_crashing_is_retired(tmp_path: Path) -> None:
+    """The others go on; it is tried again after a long pause, and stays if it works then."""
+    heals = f"echo x >> {tmp_path}/a; [ $(wc -l < {tmp_path}/a) -gt 6 ] && exit 0; exit 67"
+    stays = f"until [ $(wc -l < {tmp_path}/a) -gt 6 ]; do sleep 0.02; done"
+    with capture_logs() as lines:
+        assert launch(heals, stays, retired_s=0.05) == ExitCode.OK
+    retired = [(line["worker"], line["workers_left"]) for line in lines if line["event"] == "worker_retired"]
+    assert retired == [("gpu0", 1)] * 3, "after four crashes, and after each further try that fails"
+
+
+def test_machine_with_a_retired_worker_is_not_ready(tmp_path: Path) -> None:
+    """An orchestrator and its operators see that a GPU is missing."""
+    places = [place(name, ready_file=tmp_path / f"r.{name}") for name in ("gpu0", "gpu1")]
+    commands = {
+        "gpu0": ["sh", "-c", f"touch {tmp_path}/r.gpu0; sleep 0.2; exit 67"],
+        "gpu1": ["sh", "-c", f"touch {tmp_path}/r.gpu1; until [ -e {tmp_path}/retired ]; do sleep 0.02; done"],
+    }
+    ready = tmp_path / "r"
+    supervisor = Supervisor(
+        places,
+        command=lambda one: commands[one.name],
+        restart_policy=RestartPolicy(drain_s=10.0, first_pause_s=0.01, max_crashes=1, retired_s=0.5),
+        probe_files=ProbeFiles(ready_file=ready, alive_file=None),
+    )
+    seen: list[bool] = []
+
+    def note(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if line["event"] == "worker_retired":
+            seen.append(ready.exists())
+            supervisor._update_probe_files()  # the next round would do it
+            seen.append(ready.exists())
+            (tmp_path / "retired").touch()
+            supervisor._shut_down(ExitCode.OK)
+        return line
+
+    with capture_logs(processors=[note]):
+        assert supervisor.run() == ExitCode.OK
+    assert seen[-1] is False
+
+
+def test_broken_gpu_retires_its_worker_at_the_first_crash() -> None:
+    """Only after an exit for the device's sake, and with the reason that the driver gives."""
+    places = [place("gpu0", gpu_uuid="GPU-a"), place("gpu1", gpu_uuid="GPU-b")]
+    commands = {"gpu0": ["sh", "-c", "exit 67"], "gpu1": ["sh", "-c", "sleep 0.5"]}
+    asked: list[str] = []
+
+    def fault_of(uuid: str) -> str:
+        asked.append(uuid)
+        return "it has to be reset"
+
+    supervisor = Supervisor(
+        places,
+        command=lambda one: commands[one.name],
+        restart_policy=RestartPolicy(drain_s=10.0, retired_s=0.2),
+        probe_files=NO_FILES,
+        fault_of=fault_of,
+    )
+    with capture_logs() as lines:
+        supervisor.run()
+    faults = [line["gpu_fault"] for line in lines if line["event"] == "worker_retired"]
+    assert faults[0] == "it has to be reset"
+    assert set(asked) == {"GPU-a"}
+    assert not [line for line in lines if line["event"] == "worker_crashed"]
 
 
 def test_restart_pause_has_a_limit() -> None:

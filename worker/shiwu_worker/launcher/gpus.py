@@ -1,20 +1,17 @@
-"""GPUs of this machine, as NVIDIA's library (NVML) lists them; without a driver there are none."""
+"""Which GPUs of this machine get a worker: those that CUDA_VISIBLE_DEVICES shows and the operator chose."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
-import pynvml
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from shiwu_worker.runtime.nvidia import Gpu, list_gpus
+
 log: FilteringBoundLogger = structlog.get_logger()
-MASK_BITS: Final = 64
 _NUMBER: Final = re.compile(r"\+?(\d+)")
 """CUDA reads a number by strtoul: `1x` is 1; `x` and `-1` are no numbers."""
 _CPU: Final = re.compile(r"cpu:(\d+)")
@@ -24,29 +21,13 @@ class UnknownGpu(ValueError):
     """The option names a GPU that this machine does not have."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """One GPU, one MIG instance of a GPU, or a share of the CPU."""
-
-    name: str
-    """`gpu0` with nvidia-smi's number, `gpu0-mig1`, `cpu0`."""
-    uuid: str | None
-    """`GPU-…` or `MIG-…`; None for the CPU."""
-    gpu: int = -1
-    """Number of the GPU in nvidia-smi; -1 for the CPU."""
-    gpu_uuid: str = ""
-    near_cpus: frozenset[int] = frozenset()
-    """CPUs of its NUMA node that this process may use; empty if they are unknown."""
-
-
 def find_gpus(*, visible: str | None) -> list[Gpu]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES=`visible` shows, with MIG instances in place of their GPU.
 
     None shows all. Numbers are those of nvidia-smi. CUDA's are the same if the GPUs are of one model or
     CUDA_DEVICE_ORDER is PCI_BUS_ID.
     """
-    with _nvml() as available:
-        gpus = list(_all_gpus()) if available else []
+    gpus = list_gpus()
     return gpus if visible is None or not gpus else _visible_gpus(gpus, visible)
 
 
@@ -105,65 +86,3 @@ def _of_uuid(gpus: Sequence[Gpu], start: str) -> list[Gpu]:
         return found if len(found) == 1 else []
     found = [gpu for gpu in gpus if start and gpu.gpu_uuid.startswith(start)]
     return found if len({gpu.gpu_uuid for gpu in found}) == 1 else []
-
-
-def _all_gpus() -> Iterator[Gpu]:
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            uuid = str(pynvml.nvmlDeviceGetUUID(handle))
-        except pynvml.NVMLError as error:
-            log.error(
-                "gpu_skipped", gpu=f"gpu{index}", error=str(error)
-            )  # for example lost from the bus, or without permission
-            continue
-        near = _near_cpus(handle)
-        instances = _instances(handle)
-        if instances is None:
-            yield Gpu(name=f"gpu{index}", uuid=uuid, gpu=index, gpu_uuid=uuid, near_cpus=near)
-        for number, instance in instances or ():
-            name = f"gpu{index}-mig{number}"
-            yield Gpu(name=name, uuid=instance, gpu=index, gpu_uuid=uuid, near_cpus=near)
-
-
-def _instances(handle: Any) -> list[tuple[int, str]] | None:
-    """Return numbers and UUIDs of the MIG instances of a GPU; None if it is not split."""
-    try:
-        is_split, _ = pynvml.nvmlDeviceGetMigMode(handle)
-        max_instances = pynvml.nvmlDeviceGetMaxMigDeviceCount(handle) if is_split else 0
-    except pynvml.NVMLError:
-        return None  # a GPU without MIG
-    if not is_split:
-        return None
-    found: list[tuple[int, str]] = []
-    for number in range(max_instances):
-        with suppress(pynvml.NVMLError):  # a number without an instance
-            instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
-            found.append((number, str(pynvml.nvmlDeviceGetUUID(instance))))
-    return found
-
-
-def _near_cpus(handle: Any) -> frozenset[int]:
-    allowed = os.sched_getaffinity(0)
-    words = max(allowed) // MASK_BITS + 1
-    try:
-        masks = pynvml.nvmlDeviceGetCpuAffinityWithinScope(handle, words, pynvml.NVML_AFFINITY_SCOPE_NODE)
-    except pynvml.NVMLError:
-        return frozenset()
-    near = {word * MASK_BITS + bit for word, mask in enumerate(masks) for bit in range(MASK_BITS) if mask >> bit & 1}
-    return frozenset(near & allowed)
-
-
-@contextmanager
-def _nvml() -> Iterator[bool]:
-    """Open the library for the block; yields whether it answers."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        with suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()

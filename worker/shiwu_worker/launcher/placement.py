@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.launcher.gpus import Gpu, choose_gpus, find_gpus
+from shiwu_worker.launcher.gpus import choose_gpus, find_gpus
+from shiwu_worker.runtime.cpus import cores_of
+from shiwu_worker.runtime.nvidia import Gpu
 
 HTTP_PORT: Final = "SHIWU_HTTP_PORT"
 
@@ -33,6 +35,8 @@ class Placement:
     """Environment variables that differ from those of the launcher."""
     ready_file: Path | None = None
     alive_file: Path | None = None
+    gpu_uuid: str | None = None
+    """Of the whole GPU, also where the worker has one MIG instance of it; None for the CPU."""
 
 
 def plan_placements(settings: Settings, *, asked: str, per_gpu: int) -> list[Placement]:
@@ -91,21 +95,31 @@ def make_placements(
             own[HTTP_PORT] = str(int(port) + index)
         own |= {"SHIWU_READY_FILE": str(ready)} if ready else {}
         own |= {"SHIWU_ALIVE_FILE": str(alive)} if alive else {}
-        placements.append(Placement(name, f"shiwu@{host}-{name}", share, own, ready, alive))
+        placements.append(Placement(name, f"shiwu@{host}-{name}", share, own, ready, alive, gpu.gpu_uuid or None))
     return placements
 
 
-def share_out(near: Sequence[frozenset[int]]) -> list[frozenset[int]]:
-    """Divide each set of CPUs evenly among its workers; a set with fewer CPUs than workers goes whole to each."""
+def share_out(
+    near: Sequence[frozenset[int]], *, cores: Callable[[frozenset[int]], list[frozenset[int]]] = cores_of
+) -> list[frozenset[int]]:
+    """Divide each set of CPUs evenly among its workers; a set with fewer CPUs than workers goes whole to each.
+
+    CPUs of one core stay together where there are enough cores: two workers on one core would slow each other down.
+
+    Args:
+        cores: groups CPUs by their core.
+    """
     groups: dict[frozenset[int], list[int]] = defaultdict(list)
     for worker, cpus in enumerate(near):
         groups[cpus].append(worker)
     shares = list(near)
     for cpus, workers in groups.items():
-        ordered = sorted(cpus)
+        ordered = cores(cpus)
+        if len(ordered) < len(workers):
+            ordered = [frozenset({cpu}) for cpu in sorted(cpus)]
         for nth, worker in enumerate(workers):
             part = ordered[nth * len(ordered) // len(workers) : (nth + 1) * len(ordered) // len(workers)]
-            shares[worker] = frozenset(part) if len(ordered) >= len(workers) else cpus
+            shares[worker] = frozenset().union(*part) if len(ordered) >= len(workers) else cpus
     return shares
 
 

@@ -15,6 +15,7 @@ from shiwu_worker.health.probe_files import ProbeFiles
 from shiwu_worker.launcher.gpus import UnknownGpu
 from shiwu_worker.launcher.placement import Placement, PlacementError, plan_placements
 from shiwu_worker.launcher.supervisor import AFTER_GRACE_S, RestartPolicy, Supervisor
+from shiwu_worker.runtime.nvidia import fault_of
 
 
 class RunWorker(Protocol):
@@ -62,4 +63,5 @@ def _launch(settings: Settings, placements: Sequence[Placement], command: Worker
         command=lambda placement: command(node=placement.node, cpus=placement.cpus, drain_s=drain_s),
         restart_policy=RestartPolicy(drain_s=drain_s),
         probe_files=probe_files,
+        fault_of=fault_of,
     ).run()

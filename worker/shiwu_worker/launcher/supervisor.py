@@ -30,6 +30,7 @@ PROBE_FILES_EVERY_S: Final = 1.0
 """Interval of the updates of the probe files."""
 AFTER_GRACE_S: Final = 18.0
 """Added to the grace time of a worker: two Redis time-outs to release jobs, 5 s for loaders, 3 s for traces."""
+_DEVICE_ENDS: Final = frozenset({ExitCode.DEVICE, ExitCode.CANARY})
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -41,7 +42,9 @@ class RestartPolicy:
     """Pause before the first restart; doubles with each further crash in a row."""
     longest_pause_s: float = 60.0
     max_crashes: int = 6
-    """Crashes in a row after which the launcher gives up."""
+    """Crashes in a row after which a worker is retired."""
+    retired_s: float = 600.0
+    """Pause before a retired worker is tried again."""
     stable_after_s: float = 300.0
     """A worker that ran this long before it crashed starts a new count."""
     drain_s: float
@@ -59,6 +62,8 @@ class WorkerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._started_s = 0.0
         self._crashes = 0
+        self.is_retired = False
+        """Whether it crashed too often, or its GPU is broken, and the others go on without it."""
 
     @property
     def is_running(self) -> bool:
@@ -74,6 +79,7 @@ class WorkerProcess:
         """Start the process in its own session, so that Ctrl-C reaches the launcher only, which passes it on."""
         self._remove_files()
         self.start_due_s = None
+        self.is_retired = False
         self._started_s = time.monotonic()
         environment = os.environ | dict(self.placement.environment)
         self._process = subprocess.Popen(
@@ -107,6 +113,11 @@ class WorkerProcess:
         self.start_due_s = time.monotonic() + pause_s
         return pause_s
 
+    def retire(self, restart_policy: RestartPolicy) -> None:
+        """Start it again only after a long pause; if it then crashes soon, it is retired again."""
+        self.is_retired = True
+        self.start_due_s = time.monotonic() + restart_policy.retired_s
+
     def _remove_files(self) -> None:
         for path in (self.placement.ready_file, self.placement.alive_file):
             if path is not None:
@@ -121,7 +132,9 @@ class Supervisor:
         placements: one for each worker.
         command: makes the command line of a worker.
         restart_policy: limits for workers that crash or do not exit.
-        probe_files: ready while all workers are ready; touched at the time of the worker that is furthest behind.
+        probe_files: ready while all workers are ready, so not while one is retired; touched at the time of the worker
+            that is furthest behind.
+        fault_of: why a GPU with this UUID cannot be used before an operator has acted; None without a reason.
     """
 
     def __init__(
@@ -131,10 +144,12 @@ class Supervisor:
         command: Callable[[Placement], list[str]],
         restart_policy: RestartPolicy,
         probe_files: ProbeFiles,
+        fault_of: Callable[[str], str | None] = lambda _: None,
     ) -> None:
         self._workers = [WorkerProcess(placement, command(placement)) for placement in placements]
         self._restart_policy = restart_policy
         self._probe_files = probe_files
+        self._fault_of = fault_of
         self._is_ready: bool | None = None
         self._code: int | None = None
         """The exit code, once the shutdown has begun."""
@@ -183,18 +198,33 @@ class Supervisor:
             log.error("worker_ended", worker=worker.placement.name, status=status, reason=reason)
             self._shut_down(ExitCode.CONFIG)  # a restarted worker would read the same settings
         else:
-            self._on_crash(worker, reason=reason)
+            self._on_crash(worker, reason=reason, status=status)
 
-    def _on_crash(self, worker: WorkerProcess, *, reason: str) -> None:
+    def _on_crash(self, worker: WorkerProcess, *, reason: str, status: int | None = None) -> None:
+        uuid = worker.placement.gpu_uuid
+        # Only then, because a GPU with broken rows may work on for weeks.
+        fault = self._fault_of(uuid) if uuid and status in _DEVICE_ENDS else None
         pause_s = worker.count_crash(self._restart_policy)
-        if pause_s is not None:
+        if fault is None and pause_s is not None:
             log.error("worker_crashed", worker=worker.placement.name, reason=reason, restart_in_s=pause_s)
             return
         worker.start_due_s = None
+        left = [other.placement.name for other in self._workers if not (other.is_retired or other.is_finished)]
+        if not left:
+            crashes = self._restart_policy.max_crashes
+            log.error("restarts_exhausted", worker=worker.placement.name, reason=fault or reason, crashes=crashes)
+            self._shut_down(ExitCode.GAVE_UP)
+            return
+        worker.retire(self._restart_policy)
         log.error(
-            "restarts_exhausted", worker=worker.placement.name, reason=reason, crashes=self._restart_policy.max_crashes
+            "worker_retired",
+            worker=worker.placement.name,
+            reason=reason,
+            gpu_fault=fault,
+            retry_in_s=self._restart_policy.retired_s,
+            workers_left=len(left),
+            meaning="this machine is not ready; the other workers go on",
         )
-        self._shut_down(ExitCode.GAVE_UP)
 
     def _on_signal(self, number: int) -> None:
         if number not in STOP_SIGNALS:

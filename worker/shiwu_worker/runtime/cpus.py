@@ -16,6 +16,7 @@ from shiwu_worker.runtime.proc import read_text
 
 OWN_CGROUPS: Final = Path("/proc/self/cgroup")
 HIERARCHIES: Final = Path("/sys/fs/cgroup")
+TOPOLOGY: Final = Path("/sys/devices/system/cpu")
 
 
 def usable_cores(*, own_cgroups: Path = OWN_CGROUPS, hierarchies: Path = HIERARCHIES) -> int:
@@ -25,6 +26,19 @@ def usable_cores(*, own_cgroups: Path = OWN_CGROUPS, hierarchies: Path = HIERARC
     """
     quotas = [math.ceil(quota) for quota in _quotas(own_cgroups, hierarchies)]
     return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
+
+
+def cores_of(cpus: frozenset[int], *, topology: Path = TOPOLOGY) -> list[frozenset[int]]:
+    """Group CPUs by their core, in the order of each core's first CPU; a CPU of an unknown core is one by itself.
+
+    With hyper-threading a core has two CPUs, usually with numbers far apart, see
+    Documentation/ABI/stable/sysfs-devices-system-cpu of Linux.
+    """
+    cores: dict[str, set[int]] = {}
+    for cpu in sorted(cpus):
+        siblings = read_text(topology / f"cpu{cpu}/topology/thread_siblings_list").strip()
+        cores.setdefault(siblings or f"cpu{cpu}", set()).add(cpu)
+    return [frozenset(core) for core in cores.values()]
 
 
 def _quotas(own_cgroups: Path, hierarchies: Path) -> Iterator[float]:

@@ -8,6 +8,7 @@ from typing import Final
 import torch
 
 from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError
+from shiwu_worker.runtime.nvidia import driver_version, instance_uuid, list_gpus
 from shiwu_worker.runtime.proc import cpu_flags
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -19,10 +20,17 @@ def choose_device(asked: str) -> torch.device:
     """The device to use; `auto` is the first GPU if there is one, otherwise the CPU.
 
     Raises:
-        FatalError: with ExitCode.MODEL, when torch cannot use the device that was asked for.
+        FatalError: with ExitCode.MODEL, when torch cannot use the device that was asked for; with ExitCode.CONFIG, when
+            `auto` finds a GPU that torch cannot use. On a CPU the worker would be a hundred times slower.
     """
     if asked == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        if os.environ.get("CUDA_VISIBLE_DEVICES") not in {"", "-1"} and (gpus := list_gpus()):
+            names = ", ".join(gpu.name for gpu in gpus[:8])
+            text = f"SHIWU_DEVICE=auto: expected that torch can use {names}, which the driver lists: {_missing(0)}"
+            raise FatalError(ExitCode.CONFIG, text)
+        return torch.device("cpu")
     device = torch.device(asked)
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= usable:
@@ -38,7 +46,9 @@ def _missing(usable: int) -> str:
         return f"torch {torch.__version__} is a build for CPUs; install one with CUDA, or set SHIWU_DEVICE=cpu"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     limit = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible:.80}"
-    return f"torch finds {usable}{limit}; check nvidia-smi and the driver, or set SHIWU_DEVICE=cpu"
+    driver = driver_version() or "absent"
+    versions = f"torch {torch.__version__} needs a driver for CUDA {torch.version.cuda}, and the driver is {driver}"
+    return f"torch finds {usable}{limit}; {versions}; check nvidia-smi, or set SHIWU_DEVICE=cpu"
 
 
 def choose_dtypes(asked: str, device: torch.device) -> tuple[torch.dtype, ...]:
@@ -59,12 +69,8 @@ def gpu_uuid(device: torch.device) -> str | None:
     """The UUID of the GPU or MIG instance, as NVIDIA's tools write it; None for a CPU."""
     if device.type != "cuda":
         return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    index = device.index or 0
-    # For a MIG instance CUDA reports the UUID of the whole GPU.
-    if index < len(visible) and visible[index].startswith("MIG-"):
-        return visible[index]
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    instance = instance_uuid(device.index or 0, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return instance or f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def device_name(device: torch.device) -> str:
@@ -72,15 +78,38 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def error_kind_of(error: BaseException) -> DeviceErrorKind:
-    """What an error of a forward pass means for its batch."""
-    if isinstance(error, torch.OutOfMemoryError):
+_OUT_OF_MEMORY: Final = 2
+"""cudaErrorMemoryAllocation. Unlike most errors of CUDA it does not last."""
+_LOST_TEXTS: Final = ("CUDA error", "cuDNN error", "CUBLAS_STATUS_EXECUTION_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+_MEMORY_TEXTS: Final = ("not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+
+
+def error_kind_of(error: BaseException, device: torch.device) -> DeviceErrorKind:
+    """What an error of a forward pass means for its batch.
+
+    An error that is not known to be one of the device is followed by a synchronisation: after a lost device that
+    raises, and no single image may then be blamed.
+    """
+    kind = _kind_by_type(error)
+    if kind is DeviceErrorKind.OUT_OF_MEMORY:
         torch.cuda.empty_cache()  # has no effect if CUDA is not in use
+    elif kind is DeviceErrorKind.OTHER and device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return DeviceErrorKind.LOST
+    return kind
+
+
+def _kind_by_type(error: BaseException) -> DeviceErrorKind:
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(known in text for known in _MEMORY_TEXTS):
         return DeviceErrorKind.OUT_OF_MEMORY
-    if isinstance(error, MemoryError) or "not enough memory" in str(error):
-        return DeviceErrorKind.OUT_OF_MEMORY
-    is_lost = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
-    return DeviceErrorKind.LOST if is_lost else DeviceErrorKind.OTHER
+    if isinstance(error, torch.AcceleratorError):
+        # Loading a module, a handle of cuBLAS and a graph allocate outside torch's allocator.
+        is_memory = getattr(error, "error_code", None) == _OUT_OF_MEMORY
+        return DeviceErrorKind.OUT_OF_MEMORY if is_memory else DeviceErrorKind.LOST
+    return DeviceErrorKind.LOST if any(known in text for known in _LOST_TEXTS) else DeviceErrorKind.OTHER
 
 
 def _cpu_has_bf16() -> bool:

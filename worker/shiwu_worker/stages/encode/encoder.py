@@ -303,7 +303,7 @@ class Encoder:
 
     def error_kind(self, error: BaseException) -> DeviceErrorKind:
         """What an error of `encode` means for its batch."""
-        return error_kind_of(error)
+        return error_kind_of(error, self._device)
 
 
 def _limit_threads(asked: int | None) -> int | None:

@@ -1,0 +1,99 @@
+# ruff: noqa: N802, N803, D102  the fake has the names of the library
+"""NVIDIA's library with GPUs of our choice: replies in the form of nvidia-ml-py."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import pynvml
+import pytest
+
+
+@dataclass
+class FakeGpu:
+    """A GPU as the driver reports it. `instances` has None for a number without an instance; None: no MIG."""
+
+    uuid: str
+    masks: tuple[int, ...] | None = None
+    instances: list[str | None] | None = None
+    is_split: bool = True
+    is_lost: bool = False
+    remapped: tuple[int, int, bool, bool] | None = None
+    """Rows remapped after correctable and uncorrectable errors, whether one waits for a reset, whether one failed."""
+
+
+@dataclass
+class FakeNvml:
+    """The functions of nvidia-ml-py that shiwu calls, with the same names, arguments, results and errors."""
+
+    gpus: list[FakeGpu] = field(default_factory=list)
+    has_driver: bool = True
+    opened: int = 0
+
+    def nvmlInit(self) -> None:
+        if not self.has_driver:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+        self.opened += 1
+
+    def nvmlShutdown(self) -> None:
+        self.opened -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        assert self.opened == 1
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
+        if self.gpus[index].is_lost:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return self.gpus[index]
+
+    def nvmlDeviceGetUUID(self, handle: FakeGpu | str) -> str:
+        return handle if isinstance(handle, str) else handle.uuid
+
+    def nvmlDeviceGetMigMode(self, device: FakeGpu) -> list[int]:
+        if device.instances is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return [int(device.is_split), 1]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, device: FakeGpu) -> int:
+        return len(device.instances or ())
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, device: FakeGpu, index: int) -> str:
+        instance = (device.instances or [])[index]
+        if instance is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return instance
+
+    def nvmlDeviceGetCpuAffinityWithinScope(
+        self,
+        handle: FakeGpu,
+        cpuSetSize: int,
+        scope: int,
+    ) -> ctypes.Array[ctypes.c_ulonglong]:
+        assert scope == pynvml.NVML_AFFINITY_SCOPE_NODE
+        if handle.masks is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return (ctypes.c_ulonglong * cpuSetSize)(*handle.masks[:cpuSetSize])
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGpu:
+        for gpu in self.gpus:
+            if gpu.uuid == uuid:
+                if gpu.is_lost:
+                    raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+                return gpu
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+
+    def nvmlDeviceGetRemappedRows(self, device: FakeGpu) -> tuple[int, int, bool, bool]:
+        if device.remapped is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return device.remapped
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "570.86.10"
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Replace the functions of nvidia-ml-py; each must exist there."""
+        for name in (name for name in dir(self) if name.startswith("nvml")):
+            assert callable(getattr(pynvml, name)), "the library has it"
+            monkeypatch.setattr(pynvml, name, getattr(self, name))
