@@ -27,6 +27,7 @@ from tests.support.waiting import wait_until
 
 from shiwu.contract import COUNTERS, Head, ModelInfo
 from shiwu_worker.config.settings import Settings
+from shiwu_worker.config.views import batch_sizes
 from shiwu_worker.errors import DeviceErrorKind, FatalError
 from shiwu_worker.jobs.label_checks import LabelTokens
 from shiwu_worker.loaders.protocol import Loaded, LoadResult, LoadTask
@@ -182,7 +183,7 @@ def main() -> None:
 
     def load_encoder(settings: Settings, *_: Any) -> Any:
         costs = {"per_picture_ms": asked.per_picture_ms, "per_batch_ms": asked.per_batch_ms}
-        return StandInEncoder(batch_sizes=settings.batch_sizes, **costs)
+        return StandInEncoder(batch_sizes=batch_sizes(settings), **costs)
 
     with (
         patch.multiple(bootstrap, start_loaders=start_loaders, load_encoder=load_encoder),

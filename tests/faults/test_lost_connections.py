@@ -11,6 +11,7 @@ from celery import Celery
 
 from shiwu import Client
 from shiwu.broker.answers import AnswerEntry
+from shiwu.broker.foreign_values import ForeignValues
 from shiwu.broker.known_labels import KnownLabels, KnownLabelStore
 from shiwu.client.dead_letters import DeadLetters
 from shiwu.contract import CANVAS, CANVAS_DUE, RESULT_STREAM, Lane
@@ -84,6 +85,8 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
         "revoke": lambda: Revoker(client, committer).revoke([held.id, "foreign"]),
         "release": lambda: claims.release([Release(failed.id)]),
         "commit": lambda: committer.write([answer(held), dead]) == {held.id},
+        "move_foreign": lambda: ForeignValues(client).move() == [],
+        "trim_dead": lambda: make_maintenance(client, dead_bytes=0).trim_dead(bytes_over=0) == 0,
         "requeue": lambda: DeadLetters(client).requeue([failed.id]),
         "drop": lambda: DeadLetters(client).drop(["none"]) == 0 and client.exists(RESULT_STREAM),
         "maintain": lambda: maintenance.run_once(count_waiting=True).waiting,

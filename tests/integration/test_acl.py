@@ -205,12 +205,12 @@ SCRIPTS = {
     "client": ["producer/shiwu/broker/scripts/commit.lua"],
     "sweep": [
         f"producer/shiwu/broker/scripts/{name}.lua"
-        for name in ("commit", "maintain", "move_foreign", "trim", "take_late")
+        for name in ("commit", "maintain", "move_foreign", "trim", "trim_dead", "take_late")
     ],
     "worker": [
         *(
             f"producer/shiwu/broker/scripts/{name}.lua"
-            for name in ("commit", "maintain", "move_foreign", "trim", "revoke", "note_labels")
+            for name in ("commit", "maintain", "move_foreign", "trim", "trim_dead", "revoke", "note_labels")
         ),
         *(f"producer/shiwu/broker/scripts/{name}_callbacks.lua" for name in ("take", "hold", "drop")),
         *(f"worker/shiwu_worker/stages/claim/scripts/{name}.lua" for name in ("claim", "renew", "release")),

@@ -48,6 +48,8 @@ def run(*args: str) -> Result:
     [
         ({"maxmemory-policy": "noeviction", "maxmemory": "100mb"}, 0, "maxmemory-policy noeviction, maxmemory 100"),
         ({"maxmemory-policy": "volatile-lru"}, 0, "warning  redis: maxmemory-policy volatile-lru deletes answers"),
+        ({"maxmemory-policy": "noeviction", "maxmemory": "0"}, 0, "warning  redis: maxmemory is not set"),
+        ({"maxmemory-policy": "noeviction", "maxmemory": "500mb"}, 0, "maxmemory is 500 MiB, less than"),
         ({"maxmemory-policy": "allkeys-lru"}, 64, "failed   redis: expected maxmemory-policy noeviction"),
         ({"maxmemory-policy": "noeviction", "appendonly": "no"}, 0, "warning  redis: the append-only file is off"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +12,7 @@ import redis
 from click.testing import CliRunner
 
 from shiwu import Client, DeadFilter
-from shiwu.broker.answers import AnswerEntry, AnswerStore
+from shiwu.broker.answers import HEAD_BYTES, AnswerEntry, AnswerStore
 from shiwu.broker.retention import Retention
 from shiwu.cli import main
 from shiwu.contract import (
@@ -26,6 +28,8 @@ from shiwu.contract import (
     Status,
     result_key,
 )
+from shiwu_worker.jobs.job import open_job
+from shiwu_worker.stages.commit import to_entries
 from tests.conftest import StartWorker
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
@@ -181,3 +185,25 @@ def test_rejected_image_is_tagged_after_requeue(
     assert client.requeue(letter.id for letter in client.dead_letters()) == ["late"]
     assert client.wait("late", timeout_s=30).ok
     wait_until(lambda: redis_client.exists(result_key("late")), timeout_s=5)
+
+
+def test_refused_message_of_10_mb_is_kept_as_digest_and_head(
+    client: Client, redis_client: redis.Redis, redis_url: str
+) -> None:
+    """It would be refused again, so it cannot be requeued, and `requeue` says so."""
+    raw = b'{"headers":{"id":"large|1","task":"shiwu.tag"},"body":"' + b"x" * 10_000_000 + b'"}'
+    redis_client.lpush(Lane.BULK.queue, raw)
+    [claimed] = make_lease_queue(redis_client, "w").claim(1).jobs
+    job = open_job(claimed)
+    assert job.error is not None
+    AnswerStore(redis_client, token="w").write(to_entries([job], worker="w", now_s=time.monotonic()))
+    [letter] = client.dead_letters()
+    assert (letter.lane, letter.size, letter.sha256) == (Lane.BULK, len(raw), hashlib.sha256(raw).hexdigest())
+    assert letter.message == raw[:HEAD_BYTES].replace(b"|", b"?")
+    assert (redis_client.memory_usage(DEAD_MESSAGES, samples=0) or 0) < 10_000
+    assert client.requeue([letter.id]) == []
+    assert redis_client.llen(Lane.BULK.queue) == 0
+    found = CliRunner().invoke(main, ["--redis-url", redis_url, "dead", "requeue", letter.id])
+    assert (found.exit_code, "digest and head" in found.output) == (1, True)
+    found = CliRunner().invoke(main, ["--redis-url", redis_url, "dead", "show", letter.id])
+    assert json.loads(found.output)["message_bytes"] == len(raw)

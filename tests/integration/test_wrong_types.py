@@ -153,6 +153,10 @@ def trim(client: redis.Redis) -> None:
     make_maintenance(client, stream_length=0).trim()
 
 
+def trim_dead(client: redis.Redis) -> None:
+    make_maintenance(client).trim_dead(bytes_over=1)
+
+
 def requeue(client: redis.Redis) -> None:
     DeadLetters(client).requeue(["dead"])
 
@@ -186,6 +190,7 @@ SCRIPTS: list[Callable[[redis.Redis], None]] = [
     cancel,
     maintain,
     trim,
+    trim_dead,
     requeue,
     revoke,
     take_late,

@@ -109,6 +109,7 @@ def test_the_queue_keeps_what_it_is_given() -> None:
     command = " ".join(services()["valkey"]["command"])
     assert "--appendonly yes" in command
     assert "--maxmemory-policy noeviction" in command
+    assert "--maxmemory ${REDIS_MAXMEMORY:-1gb}" in command
     assert services()["valkey"]["volumes"] == ["valkey:/data"]
 
 

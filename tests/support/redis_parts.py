@@ -38,7 +38,9 @@ def make_committer(client: redis.Redis, name: str) -> AnswerStore:
     )
 
 
-def make_maintenance(client: redis.Redis, name: str = "", *, stream_length: int = 100_000) -> Maintenance:
+def make_maintenance(
+    client: redis.Redis, name: str = "", *, stream_length: int = 100_000, **limits: int
+) -> Maintenance:
     """Maintenance with test settings."""
     token = name or "sweep"
     return Maintenance(
@@ -46,7 +48,7 @@ def make_maintenance(client: redis.Redis, name: str = "", *, stream_length: int 
         make_committer(client, token),
         name=name,
         token=token,
-        retention=lambda: Retention(stream_length=stream_length),
+        retention=lambda: Retention(stream_length=stream_length, **limits),
     )
 
 

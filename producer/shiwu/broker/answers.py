@@ -7,10 +7,12 @@ answer of another generation than the id waits for is discarded too, and changes
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import msgspec
 import redis
@@ -37,6 +39,7 @@ from shiwu.contract import (
     FOREIGN,
     HISTORY,
     LEASES,
+    MAX_MESSAGE_BYTES,
     PENDING_CALLBACK_ANSWER,
     RESULT_STREAM,
     Answer,
@@ -65,6 +68,41 @@ _KEYS: Final = (
     *(DEADLINES, CANVAS, CANVAS_DUE, DELAYED, DELAYED_MESSAGES),
 )
 _NO_ID: Final = "\0"
+HEAD_BYTES: Final = 1024
+"""Kept of a message that is larger than any message that a worker accepts."""
+_CUT: Final = b"~cut:"
+
+
+@dataclass(frozen=True, slots=True)
+class DeadMessage:
+    """The message of a dead letter as it is kept."""
+
+    lane_key: str
+    message: bytes
+    """As it was sent, or its first bytes."""
+    size: int
+    sha256: str | None = None
+    """Of the whole message, in hexadecimal, where only its first bytes are kept; such a letter cannot be requeued."""
+
+    @classmethod
+    def read(cls, record: bytes) -> Self:
+        """Read what `dead_message` wrote."""
+        if record.startswith(_CUT):
+            digest, size, key, head = record[len(_CUT) :].split(b":", 3)
+            return cls(key.decode(errors="replace"), head, int(size), digest.decode())
+        key, _, raw = record.partition(b"|")
+        return cls(key.decode(errors="replace"), raw, len(raw))
+
+
+def dead_message(lane_key: str, raw: bytes) -> bytes:
+    """What is kept of the message of a dead letter: all of it, or digest and head of one that is always refused.
+
+    A record without `|` is one that `requeue.lua`, also of earlier versions, does not requeue.
+    """
+    if len(raw) <= MAX_MESSAGE_BYTES:
+        return lane_key.encode() + b"|" + raw
+    head = raw[:HEAD_BYTES].replace(b"|", b"?")
+    return b"%s%s:%d:%s:%s" % (_CUT, hashlib.sha256(raw).hexdigest().encode(), len(raw), lane_key.encode(), head)
 
 
 class AnswerEntry(msgspec.Struct, frozen=True):

@@ -58,7 +58,7 @@ QUARANTINE_AFTER_DEATHS: Final = 2
 MAX_LEASE_S: Final = 600.0
 """The longest lease. Longer ones are shortened, as after the server's clock was set back."""
 MAX_TRIM: Final = 5000
-"""Entries that one call removes from the results stream."""
+"""Entries that one call removes from the results stream, and dead letters."""
 EXPIRY_LEASE_S: Final = 15.0
 """Lease of an expired message between its removal from the lane and its answer."""
 HISTORY_TTL_S: Final = 7 * 86_400
@@ -87,6 +87,9 @@ class MaintenanceReport:
     waiting: int = 0
     """Messages in quarantine, and in all lanes if `count_waiting` was set."""
     stream_length: int = 0
+    stream_bytes: int = 0
+    """As the scripts count them; entries that another program removed are still counted."""
+    dead_bytes: int = 0
     out_of_time: int = 0
     """Jobs answered `expired` because the time of `answer_by_s` was over."""
 
@@ -142,6 +145,8 @@ class Maintenance:
         self._retention = retention
         self._maintain = load_script(client, "maintain")
         self._trim = load_repeatable_script(client, "trim")
+        self._trim_dead = load_repeatable_script(client, "trim_dead")
+        self._measured: set[str] = set()
         self._take_late = load_repeatable_script(client, "take_late")
         self._foreign_values = ForeignValues(client)
         self._checked: dict[str, int] = {}
@@ -166,7 +171,7 @@ class Maintenance:
             int(MAX_CALLBACKS_RESERVED_S * 1000),
         )
         reply: Any = self._maintain(keys=_MAINTENANCE_KEYS, args=[self._name, limit, int(count_waiting), *limits])
-        reaped, promoted, quarantined, waiting, stream_length, late, now_ms = reply
+        reaped, promoted, quarantined, waiting, stream_length, late, now_ms, stream_bytes, dead_bytes = reply
         if late:
             self._answer_late(late, now_ms=now_ms)
         return MaintenanceReport(
@@ -175,6 +180,8 @@ class Maintenance:
             quarantined=quarantined,
             waiting=waiting,
             stream_length=stream_length,
+            stream_bytes=stream_bytes,
+            dead_bytes=dead_bytes,
             out_of_time=len(late),
         )
 
@@ -206,14 +213,51 @@ class Maintenance:
             foreign=foreign,
         )
 
-    def trim(self) -> dict[str, int]:
-        """Trim the results stream; return how many unacknowledged answers each consumer group lost."""
-        reply: Any = self._trim(keys=[RESULT_STREAM, COUNTERS], args=[self._retention().stream_length, MAX_TRIM])
+    def trim(self, *, bytes_over: int = 0) -> dict[str, int]:
+        """Trim the results stream; return how many unacknowledged answers each consumer group lost.
+
+        Args:
+            bytes_over: how many bytes to free, also where the number of entries is within its limit.
+        """
+        reply: Any = self._trim(
+            keys=[RESULT_STREAM, COUNTERS], args=[self._retention().stream_length, MAX_TRIM, bytes_over]
+        )
         return {reply[i].decode(errors="replace"): reply[i + 1] for i in range(1, len(reply), 2)}
 
+    def trim_dead(self, *, bytes_over: int) -> int:
+        """Drop the oldest dead letters until so many bytes are free; return how many were dropped."""
+        reply: Any = self._trim_dead(keys=[DEAD, DEAD_ANSWERS, DEAD_MESSAGES, COUNTERS], args=[bytes_over, MAX_TRIM])
+        return int(reply[0])
+
     def trim_if_long(self, report: MaintenanceReport) -> dict[str, int]:
-        """Trim the results stream if this report found it too long; otherwise without a round trip."""
-        return self.trim() if report.stream_length > self._retention().stream_length else {}
+        """Trim the dead letters and the results stream if this report found them too large.
+
+        Otherwise without a round trip, except for one measurement at the first call.
+        """
+        limits = self._retention()
+        dead_over = self._bytes_over("dead_bytes", (DEAD_ANSWERS, DEAD_MESSAGES), report.dead_bytes, limits.dead_bytes)
+        if dead_over > 0:
+            self.trim_dead(bytes_over=dead_over)
+        stream_over = self._bytes_over("results_bytes", (RESULT_STREAM,), report.stream_bytes, limits.stream_bytes)
+        is_long = stream_over > 0 or report.stream_length > limits.stream_length
+        return self.trim(bytes_over=stream_over) if is_long else {}
+
+    def _bytes_over(self, counter: str, keys: Sequence[str], counted: int, limit: int) -> int:
+        """By how many bytes these keys exceed the limit; 0 where the count is within it.
+
+        The scripts count what they add. What other programs remove, and what older versions added, is not counted, so
+        the keys are measured once at the start, and before anything is dropped.
+        """
+        if counted <= limit and counter in self._measured:
+            return 0
+        try:
+            measured = sum(self._client.memory_usage(key, samples=0) or 0 for key in keys)
+        except redis.ResponseError:
+            return 0  # an ACL without MEMORY USAGE; the count alone would drop too much
+        with contextlib.suppress(redis.ResponseError):  # a full server refuses it
+            self._client.hset(COUNTERS, counter, measured)
+        self._measured.add(counter)
+        return measured - limit
 
     def expire_waiting(self, *, portion: int = CHUNK_SIZE, limit: int = MAX_CHECKED, zone: tzinfo = UTC) -> int:
         """Answer waiting messages whose `expires` has passed; return how many.

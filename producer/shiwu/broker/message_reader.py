@@ -25,6 +25,10 @@ from shiwu.contract import (
 T = TypeVar("T")
 MAX_GROUP: Final = 2**31
 CANVAS_PARTS: Final = ("callbacks", "errbacks", "chain", "chord")
+MAX_RATIO: Final = 32
+"""How much larger a compressed body may become. Messages compress to a tenth at best, unless they repeat one text."""
+ANY_RATIO_BYTES: Final = 16 * 1024
+"""A body that is no larger after decompression may have any ratio."""
 JSON: Final = "application/json"
 UTF_8: Final = {"", "utf-8", "utf8", "us-ascii", "ascii"}
 _DEFLATE: Final = {"application/x-gzip", "gzip", "application/zlib", "zlib"}
@@ -272,11 +276,17 @@ def _decompress(data: bytes, compression: str) -> bytes:
         raise _malformed(f"expected compression gzip or zlib, got {compression!r:.80}")
     try:
         unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
-        plain = unpacker.decompress(data, MAX_MESSAGE_BYTES + 1)
+        most = min(MAX_MESSAGE_BYTES, max(ANY_RATIO_BYTES, MAX_RATIO * len(data)))
+        plain = unpacker.decompress(data, most + 1)
     except zlib.error as error:
         raise _malformed(f"expected a {compression} body ({error})") from None
     if len(plain) > MAX_MESSAGE_BYTES:
         raise _too_large(len(plain))
+    if len(plain) > most:
+        text = (
+            f"expected a {compression} body that grows at most {MAX_RATIO} times, got {len(data)} bytes that grow more"
+        )
+        raise RequestError(ErrorCode.MESSAGE_TOO_LARGE, text)
     return plain
 
 

@@ -37,7 +37,10 @@ class QueueState:
     workers: tuple[str, ...]
     """Names of workers with a heartbeat in the last ten seconds."""
     counters: dict[str, int]
-    """Name → total since the database is in use: answered, answers_discarded, copies_dropped, reaped, …"""
+    """Name → total since the database is in use: answered, answers_discarded, copies_dropped, reaped, …
+
+    `results_bytes` and `dead_bytes` are what the scripts have counted of the results stream and the dead letters.
+    """
     oldest_age_s: dict[Lane, float]
     """Seconds since the oldest waiting message was sent; absent where none waits or none has a time of sending."""
 

@@ -20,13 +20,15 @@ DONE_TTL_S: Final = 2 * 86_400
 DEAD_LENGTH: Final = 10_000
 DEAD_AGE_S: Final = 14 * 86_400
 STREAM_LENGTH: Final = 100_000
+STREAM_BYTES: Final = 256 * 1024 * 1024
+DEAD_BYTES: Final = 256 * 1024 * 1024
 REFRESH_S: Final = 60.0
 _UNLIMITED: Final = 10**12
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How much is kept and for how long: times in seconds, lengths in entries."""
+    """How much is kept and for how long: times in seconds, lengths in entries, sizes in bytes of Redis' memory."""
 
     result_ttl_s: int = RESULT_TTL_S
     """How long an answer can be read under its key."""
@@ -38,10 +40,20 @@ class Retention:
     """How long a dead letter is kept."""
     stream_length: int = STREAM_LENGTH
     """How many answers the results stream keeps."""
+    stream_bytes: int = STREAM_BYTES
+    """How large the results stream may be; the oldest answers are dropped."""
+    dead_bytes: int = DEAD_BYTES
+    """How large the dead letters may be together; the oldest are dropped."""
 
 
 DEFAULT_RETENTION: Final = Retention()
-KEEP_ALL: Final = Retention(dead_length=_UNLIMITED, dead_age_s=_UNLIMITED // 100, stream_length=_UNLIMITED)
+KEEP_ALL: Final = Retention(
+    dead_length=_UNLIMITED,
+    dead_age_s=_UNLIMITED // 100,
+    stream_length=_UNLIMITED,
+    stream_bytes=_UNLIMITED,
+    dead_bytes=_UNLIMITED,
+)
 """Used while no worker has published its limits: the default times, and nothing is dropped."""
 
 

@@ -133,7 +133,7 @@ def requeue(
     for job_id in sent:
         echo_data(job_id)
     if ids and (missing := [job_id for job_id in ids if job_id not in set(sent)]):
-        end(f"{len(missing)} of {len(ids)} ids have no dead letter, first {missing[0]}", Exit.NOT_TAGGED)
+        end(_why_not(client, missing[0], f"{len(missing)} of {len(ids)} ids"), Exit.NOT_TAGGED)
 
 
 @dead.command()
@@ -155,10 +155,21 @@ def drop(
         click.echo(f"dropped {client.drop(chosen)}")
 
 
+def _why_not(client: Client, job_id: str, how_many: str) -> str:
+    letter = client.dead_letter(job_id)
+    if letter is None:
+        return f"{how_many} have no dead letter, first {job_id}"
+    if letter.sha256 is not None:
+        why = f"only digest and head of its message of {letter.size} bytes are kept, because it would be refused again"
+        return f"{how_many} cannot be requeued, first {job_id}: {why}"
+    return f"{how_many} cannot be requeued, first {job_id}: a message with this id is being worked on"
+
+
 def _when(ms: float) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _shown(letter: DeadLetter) -> dict[str, Any]:
     answer = msgspec.to_builtins(letter.result)
-    return {"id": letter.id, "died": _when(letter.died_ms), "lane": letter.lane, "answer": answer}
+    cut = {} if letter.sha256 is None else {"message_bytes": letter.size, "message_sha256": letter.sha256}
+    return {"id": letter.id, "died": _when(letter.died_ms), "lane": letter.lane, "answer": answer, **cut}

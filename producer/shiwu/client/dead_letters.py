@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import redis
 
+from shiwu.broker.answers import DeadMessage
 from shiwu.broker.chunks import chunks
 from shiwu.broker.script_loader import load_repeatable_script
 from shiwu.broker.server_clock import server_time_ms
@@ -40,9 +41,13 @@ class DeadLetter:
     result: TagResult
     """The answer: status, error with code and stage, attempts, worker, times."""
     message: bytes
-    """The Celery message as it was sent."""
+    """The Celery message as it was sent, or its first bytes where it was too large to be accepted."""
     lane: Lane | None
     """The lane that `requeue` puts it into; None where this version does not know the lane."""
+    size: int = 0
+    """Bytes of the whole message."""
+    sha256: str | None = None
+    """Digest of the whole message where `message` is only its beginning. Such a letter cannot be requeued."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +127,7 @@ class DeadLetters:
 
         Attempts start at one again. The old answer is removed, so a wait for the id waits for the new one. A late
         answer of an earlier generation is discarded. An id that was sent again, and is claimed or delayed now, is not
-        requeued: its new answer replaces the dead letter.
+        requeued: its new answer replaces the dead letter. Neither is one of which only the digest is kept.
         """
         requeued: list[str] = []
         for portion in chunks(list(job_ids), CHUNK_SIZE):
@@ -148,6 +153,7 @@ class DeadLetters:
             answers, messages = pipe.execute()
         for (_, died_ms), job_id, answer, message in zip(found, ids, answers, messages, strict=True):
             if answer is not None and message is not None:
-                key, _, raw = message.partition(b"|")
-                lane = next((lane for lane in Lane if key.decode() in lane.keys), None)
-                yield DeadLetter(job_id, died_ms, read_answer(answer, job_id=job_id), raw, lane)
+                kept = DeadMessage.read(message)
+                lane = next((lane for lane in Lane if kept.lane_key in lane.keys), None)
+                result = read_answer(answer, job_id=job_id)
+                yield DeadLetter(job_id, died_ms, result, kept.message, lane, kept.size, kept.sha256)

@@ -69,7 +69,7 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
         ),
         ErrorCode.MESSAGE_TOO_LARGE: _rejected(
             Fault.REQUEST,
-            "The message is larger than 256 KiB, packed or unpacked.",
+            "The message is larger than 256 KiB, packed or unpacked, or grows more than 32 times when it is unpacked.",
             "Send fewer inline labels and less metadata; name a label set instead.",
         ),
         ErrorCode.UNKNOWN_TASK: _rejected(

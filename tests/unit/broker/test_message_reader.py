@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from shiwu.broker.message_reader import read_message
 from shiwu.broker.message_writer import build_message
-from shiwu.contract import Lane, Request, RequestError, parse_request
+from shiwu.contract import ErrorCode, Lane, Request, RequestError, parse_request
 from tests.support.requests import REQUESTS
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -198,3 +198,20 @@ def test_time_without_zone_is_not_in_the_machines(
         envelope = read_message(raw, zone=ZoneInfo(zone))
     time.tzset()
     assert getattr(envelope, f"{name}_ms") == expected_ms
+
+
+@pytest.mark.parametrize(
+    ("metadata", "is_read"),
+    [("x" * 12_000, True), ("x" * 200_000, False), (list(range(30_000)), True)],
+    ids=["small", "one letter", "numbers"],
+)
+def test_message_reader_limits_how_much_a_body_grows(metadata: Any, is_read: bool) -> None:
+    """A message of 1 KB must not become an answer of 200 KB; real messages shrink to a tenth at best."""
+    body = json.dumps([["s3://b/k"], {"metadata": metadata}, {}]).encode()
+    raw = _with_body(zlib.compress(body), compression="gzip")
+    if is_read:
+        assert read_message(raw).fields["metadata"] == metadata
+    else:
+        with pytest.raises(RequestError, match="grows at most 32 times") as caught:
+            read_message(raw)
+        assert caught.value.code is ErrorCode.MESSAGE_TOO_LARGE

@@ -60,6 +60,7 @@ def test_job_without_an_obstacle_is_admitted(admission: Admission) -> None:
     [
         ({"expires_s": NOW_S}, ErrorCode.EXPIRED),
         ({"deaths": 3}, ErrorCode.ATTEMPTS_EXHAUSTED),
+        ({"due_s": NOW_S + 8 * 86_400}, ErrorCode.INVALID_REQUEST),
         ({"labels": "unknown"}, ErrorCode.UNKNOWN_LABEL_SET),
         ({"has_callbacks": True, "raw": b"no message"}, ErrorCode.MALFORMED_MESSAGE),
         ({"error": ErrorInfo(code=ErrorCode.CANCELLED, message="revoked")}, ErrorCode.CANCELLED),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -11,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shiwu.contract import Head, Lane, ModelInfo, parse_request
+from shiwu.contract import Head, Lane, ModelInfo, WarningCode, parse_request
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.label_vectors import EncodedLabels, TextVectors
 from shiwu_worker.jobs.timestamps import StageTimestamps
-from shiwu_worker.stages.score.scorer import Scorer, score, top_tags
+from shiwu_worker.stages.score.scorer import MAX_TAGS_BYTES, Scorer, score, top_tags
 
 MODEL = ModelInfo(id="m", revision="r", dtype="float32", device="cpu")
 
@@ -190,3 +191,26 @@ def test_vectors_and_jobs_must_match() -> None:
     labels = encoded(LabelSet("left", ("a", "b", "c")), seed=1)
     with pytest.raises(ValueError, match="expected 2 vectors"):
         SCORER.score([make_job(n, labels) for n in range(2)], units(1))
+
+
+def test_list_of_tags_that_is_too_large_is_cut_with_a_warning() -> None:
+    """A small message with a thousand long labels must not make an answer of 400 KB."""
+    words = tuple(f"{n:03}" + "猫" * 97 for n in range(1000))
+    job = make_job(0, encoded(LabelSet("long", words), seed=1), top_k=1000)
+    SCORER.score([job], units(1))
+    assert job.tags is not None
+    assert job.tags == tuple(sorted(job.tags, key=lambda tag: -tag.cosine))
+    size = len(msgspec.json.encode(job.tags))
+    assert 0.8 * MAX_TAGS_BYTES < size <= MAX_TAGS_BYTES
+    [warning] = job.warnings
+    assert warning.code is WarningCode.TAGS_CUT
+    assert f"the first {len(job.tags)} of 1000 tags" in warning.message
+
+
+def test_list_of_tags_that_fits_is_whole() -> None:
+    """Also where it is long enough to be measured."""
+    job = make_job(0, encoded(LabelSet("many", tuple(f"word {n}" for n in range(1000))), seed=1), top_k=1000)
+    SCORER.score([job], units(1))
+    assert job.tags is not None
+    assert len(job.tags) == 1000
+    assert job.warnings == ()

@@ -26,7 +26,7 @@ from shiwu_worker.config.errors import SettingsError, exit_with, load_settings, 
 from shiwu_worker.config.reference import all_settings, changed_settings, value_text
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.service.factories import connect
+from shiwu_worker.service.factories import connect, memory_warnings
 from shiwu_worker.service.labels import encode_default_labels, load_label_bank, read_label_sets
 from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
@@ -171,16 +171,12 @@ def _check_redis(settings: Settings) -> Report:
     return Report(
         f"{product} {number} at {value_text(settings.redis_url)}, maxmemory-policy {policy}, "
         f"maxmemory {info.get('maxmemory_human', 'unknown') if info.get('maxmemory') else 'unlimited'}",
-        (*_redis_warnings(info, policy), *stray),
+        (*memory_warnings(settings, info), *_redis_warnings(info), *stray),
     )
 
 
-def _redis_warnings(info: dict[str, Any], policy: str) -> list[str]:
+def _redis_warnings(info: dict[str, Any]) -> list[str]:
     warnings = []
-    if policy != "noeviction":
-        warnings.append(
-            f"maxmemory-policy {policy} deletes answers and done marks when the memory is full; expected noeviction"
-        )
     if not info.get("aof_enabled"):
         warnings.append(
             "the append-only file is off: jobs and answers since the last snapshot are lost when the server crashes; "

@@ -43,6 +43,7 @@ _UNITS: Final[Mapping[str, str]] = {
     "bulk_share": "share of 1",
     "interactive_reserve": "share of 1",
     "min_rate_kb_s": "KiB/s",
+    "answer_tags_kb": "KiB",
     "http_port": "port",
     "fetch_ports": "ports",
 }

@@ -149,12 +149,26 @@ class Settings(BaseSettings):
     timezone: Timezone = Field(
         "UTC", description="time zone of an eta or expires without one, like Celery's setting of the same name"
     )
+    eta_longest_s: float = Field(
+        7 * 86_400,
+        ge=1,
+        description="longest eta or countdown, for which Redis holds the message; others are rejected",
+    )
     result_ttl_s: int = Field(RESULT_TTL_S, ge=60, description="time for which an answer can be read by its id")
     done_ttl_s: int = Field(
         DONE_TTL_S, ge=60, description="time for which an id counts as answered; longer than result_ttl_s"
     )
     stream_length: int = Field(STREAM_LENGTH, ge=1000, description="answers that the results stream keeps")
+    answer_tags_kb: int = Field(
+        128, ge=4, le=10_000, description="largest list of tags of one answer; more are left out, with a warning"
+    )
+    stream_mb: int = Field(
+        256, ge=1, le=1_000_000, description="memory of Redis that the results stream may take; the oldest answers go"
+    )
     dead_length: int = Field(DEAD_LENGTH, ge=100, description="dead letters that are kept")
+    dead_mb: int = Field(
+        256, ge=1, le=1_000_000, description="memory of Redis that dead letters may take together; the oldest go"
+    )
     dead_ttl_s: int = Field(DEAD_AGE_S, ge=60, description="time for which dead letters are kept")
     commit_replicas: int = Field(0, ge=0, le=10, description="replicas of Redis that must confirm each answer")
     replicas_timeout_s: float = Field(
@@ -359,16 +373,6 @@ class Settings(BaseSettings):
     def zone(self) -> tzinfo:
         """Time zone of times that name none."""
         return ZoneInfo(self.timezone)
-
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        """Allowed batch sizes: powers of two below the largest batch, and that batch."""
-        sizes = []
-        size = 1
-        while size < self.batch_cap:
-            sizes.append(size)
-            size *= 2
-        return (*sizes, self.batch_cap)
 
     @property
     def batch_cap(self) -> int:

@@ -15,6 +15,7 @@ from shiwu_worker.policy.retry import PipelineLimits, RetryPolicy
 if TYPE_CHECKING:
     from shiwu_worker.config.settings import Settings
 
+MIB: Final = 1024 * 1024
 LABEL_SET_ATTEMPTS: Final = 4
 """Claims of a job whose label set is unknown. It is released three times, because another worker may know the set."""
 
@@ -27,6 +28,8 @@ def retention(settings: Settings) -> Retention:
         dead_length=settings.dead_length,
         dead_age_s=settings.dead_ttl_s,
         stream_length=settings.stream_length,
+        stream_bytes=settings.stream_mb * MIB,
+        dead_bytes=settings.dead_mb * MIB,
     )
 
 
@@ -41,6 +44,7 @@ def pipeline_limits(settings: Settings) -> PipelineLimits:
         max_attempts=settings.max_attempts,
         retries=retries,
         longest_pause_s=settings.retry_after_longest_s,
+        longest_eta_s=settings.eta_longest_s,
         zone=settings.zone,
     )
 
@@ -73,6 +77,16 @@ def callback_rules(settings: Settings) -> CallbackRules:
     """What callbacks may call."""
     queues = (settings.callback_queue, *settings.callback_queues)
     return CallbackRules(tasks=settings.callback_tasks, queues=queues, max_tasks=settings.callback_most)
+
+
+def batch_sizes(settings: Settings) -> tuple[int, ...]:
+    """Allowed batch sizes: powers of two below the largest batch, and that batch."""
+    sizes = []
+    size = 1
+    while size < settings.batch_cap:
+        sizes.append(size)
+        size *= 2
+    return (*sizes, settings.batch_cap)
 
 
 def load_shares(settings: Settings) -> LoadShares:
@@ -124,7 +138,7 @@ def decode_limits(settings: Settings) -> DecodeLimits:
 def sandbox_limits(settings: Settings) -> SandboxLimits:
     """Limits of the process that decodes."""
     return SandboxLimits(
-        memory_bytes=settings.loader_memory_mb * 1024 * 1024,
+        memory_bytes=settings.loader_memory_mb * MIB,
         cpu_s=settings.decode_cpu_s,
         has_filter=settings.sandbox,
     )

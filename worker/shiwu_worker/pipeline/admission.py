@@ -60,7 +60,7 @@ class Admission:
 
     def check(self, job: Job, now_s: float) -> Decision:
         """Whether a job that was just claimed is loaded, answered with an error, or given back."""
-        if (error := job.error or job.expiry(now_s)) is not None:
+        if (error := job.error or job.expiry(now_s) or self._eta_error(job, now_s)) is not None:
             return Reject(error)
         if job.has_callbacks and (error := self._callback_error(job)) is not None:
             return Reject(error)
@@ -103,6 +103,13 @@ class Admission:
             delay_s=round(delay_s, 3),
         )
         return Release(job.id, delay_s=delay_s, counts=not is_untried, ending=f"{error.code}|{error.stage or ''}")
+
+    def _eta_error(self, job: Job, now_s: float) -> ErrorInfo | None:
+        longest_s, left_s = self._limits.longest_eta_s, job.due_s - now_s
+        if left_s <= longest_s:
+            return None
+        text = f"expected an eta within {longest_s:g} s, got one in {left_s:.0f} s"
+        return ErrorInfo(code=ErrorCode.INVALID_REQUEST, message=text, stage=Stage.CLAIM)
 
     def _callback_error(self, job: Job) -> ErrorInfo | None:
         try:

@@ -33,5 +33,7 @@ class PipelineLimits:
     """Retry policies by error code; all other errors are answered immediately."""
     longest_pause_s: float = 300.0
     """Longest pause that a source may ask for; longer ones count as this."""
+    longest_eta_s: float = 7 * 86_400
+    """How far in the future an eta may be; Redis holds the message until then."""
     zone: tzinfo = UTC
     """Time zone of an eta or expires that names none."""

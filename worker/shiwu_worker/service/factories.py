@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import redis
 import structlog
@@ -79,10 +79,36 @@ def check_redis(settings: Settings) -> None:
     with connect(settings, connections=1) as client:
         try:
             client.ping()
+            warn_of_memory(settings, client)
         except redis.RedisError as error:
             if info_of(error).ends_start:
                 raise FatalError(ExitCode.CONFIG, f"SHIWU_REDIS_URL: {explain(error)}") from error
             log.error("redis_unavailable", where="start", code=classify(error).value, error=str(error)[:300])
+
+
+def warn_of_memory(settings: Settings, client: redis.Redis) -> None:
+    """Log what the memory settings of Redis put at risk; nothing where INFO is refused or Redis is unavailable."""
+    with suppress(redis.RedisError):
+        info: Any = client.info("memory")
+        for text in memory_warnings(settings, info):
+            log.warning("redis_memory", text=text)
+
+
+def memory_warnings(settings: Settings, info: Mapping[str, Any]) -> list[str]:
+    """What the memory settings in a reply of INFO put at risk."""
+    warnings = []
+    policy, most_bytes = str(info.get("maxmemory_policy", "unknown")), int(info.get("maxmemory") or 0)
+    if policy != "noeviction":
+        what = "waiting jobs" if policy.startswith("allkeys") else "answers and done marks"
+        warnings.append(f"maxmemory-policy {policy} deletes {what} when the memory is full; expected noeviction")
+    budgets_mb = settings.stream_mb + settings.dead_mb
+    if not most_bytes:
+        warnings.append("maxmemory is not set, so Redis grows until the kernel ends it; set it, with noeviction")
+    elif most_bytes <= budgets_mb * views.MIB:
+        warnings.append(
+            f"maxmemory is {most_bytes // views.MIB} MiB, less than SHIWU_STREAM_MB + SHIWU_DEAD_MB = {budgets_mb} MiB"
+        )
+    return warnings
 
 
 def open_queue(stack: ExitStack, settings: Settings) -> QueueParts:

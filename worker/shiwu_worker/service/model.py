@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shiwu_worker.checkpoints.model_files import model_name, model_revision
+from shiwu_worker.config.views import batch_sizes
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.health.canary import Canary, known_image
 from shiwu_worker.pipeline.batch_executor import BatchExecutor
@@ -47,7 +48,7 @@ def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorou
             revision=revision.result(),
             device=settings.device,
             dtype=settings.dtype,
-            batch_sizes=settings.batch_sizes,
+            batch_sizes=batch_sizes(settings),
             mean=spec.mean,
             std=spec.std,
             rescale=spec.rescale,
@@ -83,7 +84,9 @@ def make_canary(settings: Settings, encoder: Encoder, spec: ImageSpec, *, on_wro
     )
 
 
-def make_executor(encoder: Encoder, label_bank: LabelBank, *, pixels: NDArray[np.uint8]) -> BatchExecutor:
+def make_executor(
+    encoder: Encoder, label_bank: LabelBank, *, pixels: NDArray[np.uint8], max_tags_bytes: int
+) -> BatchExecutor:
     """The batch executor of this model."""
-    scorer = Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info)
+    scorer = Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info, max_tags_bytes=max_tags_bytes)
     return BatchExecutor(encoder, label_bank, scorer, pixels=pixels)

@@ -82,7 +82,9 @@ class PipelineParts:
             loaders=self.loaders,
             batcher=make_batcher(settings, encoder, on_leave=self.observer.batch_started),
             check_canary=canary.check_if_due,
-            executor=make_executor(encoder, label_bank, pixels=self.loaders.pixels),
+            executor=make_executor(
+                encoder, label_bank, pixels=self.loaders.pixels, max_tags_bytes=settings.answer_tags_kb * 1024
+            ),
             committer=self.committer,
         )
         return Pipeline(

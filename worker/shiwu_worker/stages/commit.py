@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import structlog
 from redis import RedisError
 
-from shiwu.broker.answers import AnswerEntry, AnswerStore
+from shiwu.broker.answers import AnswerEntry, AnswerStore, dead_message
 from shiwu.contract import Status
 from shiwu_worker.errors import FatalError
 from shiwu_worker.jobs.job import Job, Release
@@ -158,7 +158,7 @@ def to_entry(job: Job, *, worker: str, until_s: float, answered_at: datetime) ->
         id=job.answer_id or job.id,
         claim=job.id if job.answer_id else "",
         ignore_result=job.ignore_result,
-        message=job.key.encode() + b"|" + job.raw if is_dead or job.has_callbacks else b"",
+        message=dead_message(job.key, job.raw) if is_dead or job.has_callbacks else b"",
         is_dead=is_dead,
         has_callbacks=job.has_callbacks,
         generation=job.generation,

@@ -150,6 +150,7 @@ for id in pairs(found) do
 end
 
 local again, first, superseded = {}, 0, has_dead and {} or nil
+local streamed_bytes, dead_bytes = 0, 0
 for i = FIRST, #ARGV, STEP do
   local id, kind, answer, head, raw, mark = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], ARGV[i + 5]
   local n = (i - FIRST) / STEP + 1
@@ -168,6 +169,7 @@ for i = FIRST, #ARGV, STEP do
       redis.call('ZADD', dead, now, id)
       redis.call('HSET', dead_answers, id, answer)
       redis.call('HSET', dead_messages, id, raw)
+      dead_bytes = dead_bytes + #id + #answer + #raw
     elseif superseded then
       superseded[#superseded + 1] = id
     end
@@ -185,6 +187,7 @@ for i = FIRST, #ARGV, STEP do
         redis.call('ZADD', canvas_due, is_from_outside and now or now + reserved_ms, member)
       end
       append(id, answer)
+      streamed_bytes = streamed_bytes + #id + #answer
     end
     if string.find(kind, 'A', 2, true) then redis.call('PUBLISH', ended, id) end
   elseif not is_repeated(kept, mark, kind, ARGV[i + 6]) then
@@ -211,5 +214,7 @@ if excess > 0 then
   count('dead_dropped', #gone)
 end
 count('answered', first)
+if streamed_bytes > 0 then count('results_bytes', streamed_bytes) end
+if dead_bytes > 0 then count('dead_bytes', dead_bytes) end
 if #again > 0 then count('answers_discarded', #again) end
 return again

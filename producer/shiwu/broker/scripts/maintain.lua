@@ -6,7 +6,8 @@
 -- ARGV  worker name or '', max jobs of each kind, '1' to count the lanes, worker deaths before quarantine, max lease in ms,
 --       max age of dead letters in ms, prefix of histories, how long a history is kept in s, max time in ms for which
 --       callbacks are reserved
--- Reply {reaped, promoted, quarantined, waiting in all lanes, length of the results stream, ids out of time, server time in ms}
+-- Reply {reaped, promoted, quarantined, waiting in all lanes, length of the results stream, ids out of time, server time in ms,
+--        bytes counted for the results stream, and for the dead letters}
 local claims, leases, attempts, delayed, delayed_messages, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local workers, quarantine, deadlines = KEYS[7], KEYS[8], KEYS[9]
 local dead, dead_answers, dead_messages, results = KEYS[10], KEYS[11], KEYS[12], KEYS[13]
@@ -130,4 +131,10 @@ if reaped > 0 and type(redis.pcall('HINCRBY', counters, 'reaped', reaped)) ~= 'n
   redis.pcall('HSET', counters, 'reaped', reaped)
 end
 local late = redis.call('ZRANGEBYSCORE', deadlines, '-inf', now, 'LIMIT', 0, limit)
-return { reaped, promoted, quarantined, waiting, stream_length, late, now }
+-- pcall: with counters of a wrong type nothing is dropped by its bytes until they have been moved aside.
+local function counted(field)
+  local value = redis.pcall('HGET', counters, field)
+  return type(value) == 'string' and math.floor(tonumber(value) or 0) or 0
+end
+local stream_bytes, dead_bytes = counted('results_bytes'), counted('dead_bytes')
+return { reaped, promoted, quarantined, waiting, stream_length, late, now, stream_bytes, dead_bytes }

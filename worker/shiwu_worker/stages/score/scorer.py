@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from shiwu.contract import Head, ModelInfo, Request, Tag
+from shiwu.contract import MAX_LABEL_CHARS, AnswerWarning, Head, ModelInfo, Request, Tag, WarningCode
 from shiwu_worker.errors import WrongVectors
 from shiwu_worker.jobs.job import Job
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 DIGITS: Final = 6
 """Decimals of scores, cosines and embeddings in answers."""
+TAG_BYTES: Final = 64
+"""JSON of one tag without its label."""
+MAX_TAGS_BYTES: Final = 128 * 1024
 
 
 def score(
@@ -76,8 +79,22 @@ def top_tags(
     ]
 
 
+def cut_tags(tags: Sequence[Tag], max_bytes: int) -> int:
+    """How many of the tags, in their order, fit into so many bytes of JSON."""
+    left = max_bytes
+    for count, tag in enumerate(tags):
+        left -= TAG_BYTES + len(tag.label.encode())
+        if left < 0:
+            return count
+    return len(tags)
+
+
 class Scorer:
-    """Gives the jobs of a batch their tags, with one matrix product for each label set of the batch."""
+    """Gives the jobs of a batch their tags, with one matrix product for each label set of the batch.
+
+    Args:
+        max_tags_bytes: JSON of the tags of one answer; the last ones are left out of a longer list, with a warning.
+    """
 
     def __init__(
         self,
@@ -85,7 +102,11 @@ class Scorer:
         scale: float,
         bias: float | None,
         model: ModelInfo,
+        max_tags_bytes: int = MAX_TAGS_BYTES,
     ) -> None:
+        self._max_tags_bytes = max_tags_bytes
+        # Almost every answer has so few tags that they fit with the longest labels.
+        self._max_uncounted = max_tags_bytes // (TAG_BYTES + 4 * MAX_LABEL_CHARS)
         self._scale = scale
         self._bias = bias
         self._model = model
@@ -128,8 +149,19 @@ class Scorer:
             job.model = self._model
             if request is not None and "tags" in request.want:
                 job.tags = tags[i]
+                if len(tags[i]) > self._max_uncounted:
+                    self._cut(job, tags[i])
             if request is not None and "embedding" in request.want:
                 job.embedding = tuple(vectors[i].astype(np.float64).round(DIGITS).tolist())
+
+    def _cut(self, job: Job, tags: tuple[Tag, ...]) -> None:
+        count = cut_tags(tags, self._max_tags_bytes)
+        if count < len(tags):
+            text = f"the first {count} of {len(tags)} tags, because the list would exceed {self._max_tags_bytes} bytes"
+            job.tags, job.warnings = (
+                tags[:count],
+                (*job.warnings, AnswerWarning(code=WarningCode.TAGS_CUT, message=text)),
+            )
 
 
 def _min_cosines(requests: Sequence[Request | None], labels: EncodedLabels) -> NDArray[np.float64] | None:
