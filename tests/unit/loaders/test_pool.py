@@ -23,6 +23,7 @@ from tests.support import bombs, pictures
 from tests.support.family import children, lives
 from tests.support.loader_pool import SLOTS, Pool
 from tests.support.picture_server import PictureServer, Reply
+from tests.support.process_memory import found_in_memory
 from tests.support.stores import CLIENTS, OWN_NAMES
 from tests.support.waiting import wait_until
 
@@ -123,11 +124,13 @@ def test_sandbox_has_no_secrets_and_no_files(
             environment = Path(f"/proc/{pid}/environ").read_bytes()
             assert secret.encode() not in environment
             assert password.encode() not in environment
-        assert not holds(sandbox, password.encode())
-        assert not holds(sandbox, secret.encode())
-        assert holds(loader, secret.encode()), "the part that fetches needs it"
+        assert not found_in_memory(sandbox, {password, secret})
+        assert found_in_memory(loader, {password, secret}) == {secret}, "the part that fetches needs it"
         status = dict(line.split(":\t", 1) for line in Path(f"/proc/{sandbox}/status").read_text().splitlines())
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2" if is_filtered else "0")
+        threads = [path.read_text() for path in Path(f"/proc/{sandbox}/task").glob("*/status")]
+        assert len(threads) == 1 + 4
+        assert all(("Seccomp:\t2" in thread) is is_filtered for thread in threads)
         targets = {os.readlink(fd).partition(":")[0] for fd in Path(f"/proc/{sandbox}/fd").iterdir()}
         assert targets == {"/dev/null", "socket"}
         limits = Path(f"/proc/{sandbox}/limits").read_text()
@@ -138,22 +141,6 @@ def test_sandbox_has_no_secrets_and_no_files(
         wait_until(lambda: not lives(sandbox), timeout_s=10)
     finally:
         made.pool.close(5.0)
-
-
-def holds(pid: int, data: bytes) -> bool:
-    """Whether the writable memory of this process has these bytes."""
-    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            place, rights = line.split()[:2]
-            begin, end = (int(part, 16) for part in place.split("-"))
-            if rights.startswith("rw") and end - begin < 256 << 20:
-                try:
-                    memory.seek(begin)
-                    if data in memory.read(end - begin):
-                        return True
-                except OSError:
-                    continue
-    return False
 
 
 @pytest.mark.parametrize("client", CLIENTS)
