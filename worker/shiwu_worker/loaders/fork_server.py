@@ -14,13 +14,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from typing import Final
 
 from shiwu_worker.runtime.process import _PLAIN_NAMES
 
-FORK_TIMEOUT_S: Final = 60.0
-"""Longest wait for a fork; the first one waits for the imports. A fork server that needs longer is replaced."""
 STATUS_TIMEOUT_S: Final = 1.0
+"""Longest wait for the exit status of a process that has ended, and for a request to be sent."""
 FORK_REQUEST: Final = b"?"
 
 
@@ -41,6 +41,11 @@ class ForkedProcess:
     def has_ended(self) -> bool:
         """Whether the process has ended."""
         return self._status is not None or _is_readable(self._pidfd, 0)
+
+    @property
+    def has_server_ended(self) -> bool:
+        """Whether the fork server has ended, with which this process ends. Known after `wait`."""
+        return self._fork_server.has_ended
 
     def kill(self) -> None:
         """Send SIGKILL; has no effect if the process has ended."""
@@ -63,49 +68,25 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """Starts the fork server's process, and restarts it if it has ended. After `begin`, one thread uses it."""
+    """One fork server process. After `begin`, one thread uses it. No call waits for a fork."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._statuses: dict[int, int] = {}
+        self._forked: deque[ForkedProcess] = deque()
+        """Processes that `receive` has not returned yet."""
+        self._running: set[int] = set()
+        self.has_forked = False
+        self.has_ended = False
+        """Known once a method was called after the end."""
+        self.is_given_up = False
+        """Whether it hangs: nothing is expected of it any more."""
 
     def begin(self) -> None:
         """Start the process without waiting for it. It ends with the thread that calls this."""
-        self._start()
-
-    def fork(self, *fds: int) -> ForkedProcess:
-        """Fork a process that runs `process.serve` with these file descriptors.
-
-        Raises:
-            ForkServerError: when a second try fails, too.
-        """
-        try:
-            return self._fork(fds)
-        except ForkServerError:
-            self.close()
-            return self._fork(fds)
-
-    def _fork(self, fds: tuple[int, ...]) -> ForkedProcess:
-        channel = self._socket
-        if channel is None or self._process is None or self._process.poll() is not None:
-            channel = self._start()
-        try:
-            socket.send_fds(channel, [FORK_REQUEST], list(fds))
-            while True:
-                frame, pidfds, _, _ = socket.recv_fds(channel, 64, 1)
-                if not frame:
-                    raise ForkServerError("expected a forked process, but the fork server has ended")
-                if pidfds:
-                    return ForkedProcess(int(frame), pidfds[0], self)
-                self._store_status(frame)
-        except OSError as error:
-            raise ForkServerError(f"expected a forked process ({type(error).__name__})") from error
-
-    def _start(self) -> socket.socket:
-        self.close()
         channel, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        channel.settimeout(FORK_TIMEOUT_S)
+        channel.settimeout(STATUS_TIMEOUT_S)
         with server_end:
             self._process = subprocess.Popen(
                 [
@@ -121,29 +102,73 @@ class ForkServer:
                 start_new_session=True,  # the worker handles Ctrl-C
             )
         self._socket = channel
-        return channel
+
+    @property
+    def channel(self) -> socket.socket:
+        """Becomes readable when `receive` has something to do.
+
+        Raises:
+            ForkServerError: it was not begun, or is closed.
+        """
+        if self._socket is None:
+            raise ForkServerError("expected a running fork server")
+        return self._socket
+
+    def count_children(self) -> int:
+        """How many of the processes that it forked have not been waited for."""
+        return len(self._running)
+
+    def request(self, *fds: int) -> None:
+        """Ask for a process that runs `process.serve` with these file descriptors; `receive` returns it.
+
+        Raises:
+            ForkServerError: it has ended.
+        """
+        try:
+            socket.send_fds(self.channel, [FORK_REQUEST], list(fds))
+        except OSError as error:
+            raise ForkServerError(f"expected a fork server that takes requests ({type(error).__name__})") from error
+
+    def receive(self) -> ForkedProcess | None:
+        """The process that was asked for, once it is there; None until then. Does not wait.
+
+        Raises:
+            ForkServerError: it has ended.
+        """
+        while not self._forked and _is_readable(self.channel.fileno(), 0):
+            self._read_frame()
+        return self._forked.popleft() if self._forked else None
+
+    def _read_frame(self) -> None:
+        try:
+            frame, pidfds, _, _ = socket.recv_fds(self.channel, 64, 1)
+        except OSError as error:
+            raise ForkServerError(f"expected a frame of the fork server ({type(error).__name__})") from error
+        if not frame:
+            self.has_ended = True
+            raise ForkServerError("expected a forked process, but the fork server has ended")
+        if pidfds:
+            process = ForkedProcess(int(frame), pidfds[0], self)
+            self.has_forked = True
+            self._running.add(process.pid)
+            self._forked.append(process)
+        else:
+            pid, _, status = frame.partition(b" ")
+            self._statuses[int(pid)] = int(status)
 
     def status_of(self, pid: int) -> int:
-        """The exit status of a forked process that has ended."""
-        until_s = time.monotonic() + STATUS_TIMEOUT_S
-        while pid not in self._statuses and self._socket is not None and (left_s := until_s - time.monotonic()) > 0:
-            if not _is_readable(self._socket.fileno(), left_s):
-                break
-            try:
-                frame = self._socket.recv(64)
-            except OSError:
-                break
-            if not frame:
-                break
-            self._store_status(frame)
+        """The exit status of a forked process that has ended; -9 if the fork server does not tell it in time."""
+        self._running.discard(pid)
+        until_s = time.monotonic() + (0.0 if self.is_given_up else STATUS_TIMEOUT_S)
+        with contextlib.suppress(ForkServerError):
+            while pid not in self._statuses and (left_s := until_s - time.monotonic()) > 0:
+                if _is_readable(self.channel.fileno(), left_s):
+                    self._read_frame()
         return self._statuses.pop(pid, -signal.SIGKILL)
-
-    def _store_status(self, frame: bytes) -> None:
-        pid, _, status = frame.partition(b" ")
-        self._statuses[int(pid)] = int(status)
 
     def close(self) -> None:
         """End the fork server; the processes it forked end with it."""
+        self.has_ended = True
         if self._socket is not None:
             self._socket.close()
             self._socket = None

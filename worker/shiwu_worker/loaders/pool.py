@@ -13,7 +13,6 @@ import mmap
 import os
 import selectors
 import socket
-import struct
 import threading
 import time
 from collections import deque
@@ -30,7 +29,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.loaders.fork_server import ForkedProcess, ForkServer, ForkServerError
+from shiwu_worker.loaders.fork_server import ForkedProcess, ForkServerError
 from shiwu_worker.loaders.hand_out import HandOut
 from shiwu_worker.loaders.protocol import (
     ENCODER,
@@ -47,6 +46,7 @@ from shiwu_worker.loaders.protocol import (
     read_loader_frame,
     refused_result,
 )
+from shiwu_worker.loaders.starter import LoaderStarter
 from shiwu_worker.policy.limits import LoadShares
 from shiwu_worker.runtime.threads import ServiceThread
 
@@ -56,8 +56,6 @@ MAX_FAILED_STARTS: Final = 5
 RESTART_PAUSE_S: Final = 0.2
 POLL_INTERVAL_S: Final = 0.25
 EXIT_TIMEOUT_S: Final = 5.0
-FRAME_TIMEOUT_S: Final = 5
-"""Longest wait for the rest of a frame, and for a loader to take one; then it is replaced."""
 
 
 @dataclass(eq=False)
@@ -124,8 +122,8 @@ class LoaderPool:
         self._closing = threading.Event()
         self._all_ready = threading.Event()
         self._failed_starts = 0
-        self._fork_server = ForkServer()
         self._selector = selectors.DefaultSelector()
+        self._starter = LoaderStarter(self._selector, self._memory_fd)
         self._thread = ServiceThread("loaders", self._run, on_fatal=self._fail)
         self._has_warned_unfiltered = False
         self.restarts = 0
@@ -139,7 +137,7 @@ class LoaderPool:
         """Start the processes without waiting for them; other parts of the worker start in parallel."""
         self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
         # Not on the pool's thread: the fork server ends with the thread that starts it, before `close` could wait.
-        self._fork_server.begin()
+        self._starter.begin()
         self._thread.start()
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -172,7 +170,7 @@ class LoaderPool:
             loader.process.kill()
             loader.process.wait(timeout_s)
         self._loaders.clear()
-        self._fork_server.close()
+        self._starter.close()
         self._selector.close()
         self._wake_reader.close()
         self._wake_writer.close()
@@ -183,8 +181,7 @@ class LoaderPool:
     # -------------------------------------------------------------------------------- the pool's thread
     def _run(self) -> None:
         try:
-            for _ in range(self._processes + self._spares):
-                self._spawn()
+            self._starter.start(self._processes + self._spares)
             while not self._closing.is_set():
                 self._poll()
         except (ForkServerError, TimeoutError) as error:
@@ -203,8 +200,10 @@ class LoaderPool:
         for key, _ in self._selector.select(timeout=POLL_INTERVAL_S):
             if key.data is None:
                 self._drain_wake()
-            else:
+            elif isinstance(key.data, _Loader):
                 self._receive(key.data, results)
+        for process, connection in self._starter.advance():
+            self._add(process, connection)
         for loader in [loader for loader in self._loaders if loader.process.has_ended]:
             if loader.connection.fileno() in self._selector.get_map():
                 self._receive(loader, results)  # the results it sent before its end
@@ -218,6 +217,8 @@ class LoaderPool:
         results += [refused_result(each.task, each.pause_s) for each in refused]
         if results:
             self._on_loaded(results)
+        if not self._starter.missing and sum(loader.is_ready for loader in self._loaders) >= self._processes:
+            self._all_ready.set()
         self._assign()
 
     def _receive(self, loader: _Loader, results: list[LoadResult]) -> None:
@@ -276,8 +277,6 @@ class LoaderPool:
         if frame.unfiltered_reason is not None and not self._has_warned_unfiltered:
             self._has_warned_unfiltered = True
             log.warning("sandbox_unavailable", reason=frame.unfiltered_reason[:200])
-        if sum(other.is_ready for other in self._loaders) >= self._processes:
-            self._all_ready.set()
 
     def _assign(self) -> None:
         """Hand out waiting tasks, and quarantined tasks to isolated loaders."""
@@ -328,7 +327,8 @@ class LoaderPool:
         log.warning("loader_replaced", pid=loader.process.pid, status=status, held=len(loader.held), code=code.value)
         for task, sent_s in loader.held.values():
             self._thread_is_free(loader, task)
-            if task.ticket == loader.isolated_ticket:
+            # A loader that ends with its fork server says nothing about its images.
+            if task.ticket == loader.isolated_ticket and not loader.process.has_server_ended:
                 results.append(failed_twice_result(task, code, sent_s, status))
             else:
                 self._quarantine.append(task)
@@ -338,20 +338,16 @@ class LoaderPool:
                 text = f"loaders ended {MAX_FAILED_STARTS} times before they were ready"
                 self._fail(FatalError(ExitCode.LOADERS, text))
                 return
-            self._closing.wait(RESTART_PAUSE_S)  # a loader that fails at its start must not be restarted in a busy loop
         self.restarts += 1
-        self._spawn()
+        # A loader that fails at its start must not be restarted in a busy loop.
+        self._starter.start(1, delay_s=0.0 if loader.is_ready else RESTART_PAUSE_S)
 
-    def _spawn(self) -> None:
-        own_end, loader_end = socket.socketpair()
-        with own_end, loader_end:
-            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                own_end.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", FRAME_TIMEOUT_S, 0))
-            process = self._fork_server.fork(loader_end.fileno(), self._memory_fd)
-            connection = Connection(own_end.detach())
-        connection.send_bytes(self._options.for_sandbox.model_dump_json().encode())
-        connection.send_bytes(self._options.model_dump_json().encode())
-        connection.send_bytes(self._environment)
+    def _add(self, process: ForkedProcess, connection: Connection) -> None:
+        """Send a new loader its options. One that has ended already is replaced by the next poll."""
+        with contextlib.suppress(OSError):
+            connection.send_bytes(self._options.for_sandbox.model_dump_json().encode())
+            connection.send_bytes(self._options.model_dump_json().encode())
+            connection.send_bytes(self._environment)
         loader = _Loader(process, connection)
         self._loaders.append(loader)
         self._selector.register(connection, selectors.EVENT_READ, loader)
