@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from shiwu.contract import Lane
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.outcome import CommittedJob, Released
 from shiwu_worker.runtime.progress import LoadReport
@@ -19,6 +20,7 @@ class RecordingObserver:
     def __init__(self, on_alive: Callable[[], None] = lambda: None) -> None:
         self.claims: list[bool] = []
         self.batches: list[tuple[str, int]] = []
+        self.labels: list[tuple[Lane | None, int]] = []
         self.committed: list[CommittedJob] = []
         self.released: list[Released] = []
         self.redis: list[bool] = []
@@ -37,6 +39,11 @@ class RecordingObserver:
     def batch_started(self, reason: str, jobs: Sequence[Job]) -> None:
         """Keep the reason and the size of a batch."""
         self.batches.append((reason, len(jobs)))
+
+    def labels_encoded(self, lane: Lane | None, *, words: int, seconds: float) -> None:
+        """Keep the lane and the number of encoded labels."""
+        assert seconds >= 0
+        self.labels.append((lane, words))
 
     def jobs_committed(self, committed: Sequence[CommittedJob]) -> None:
         """Keep committed jobs."""

@@ -7,29 +7,38 @@ from datetime import UTC
 from types import SimpleNamespace
 from typing import Any, Final
 
+import numpy as np
 import redis
 
-from shiwu_worker.errors import FatalError
+from shiwu_worker.errors import DeviceErrorKind, FatalError
 from shiwu_worker.jobs.job import Job, Release
 from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.jobs.label_vectors import EncodedLabels, TextVectors
 from shiwu_worker.loaders.protocol import Loaded, LoadResult, LoadTask
 from shiwu_worker.pipeline.admission import Admission
 from shiwu_worker.pipeline.batch_executor import LaunchedBatch
 from shiwu_worker.pipeline.claimer import Claimer
 from shiwu_worker.pipeline.in_flight import InFlightJobs
+from shiwu_worker.pipeline.label_queue import LabelQueue
 from shiwu_worker.pipeline.pipeline import Pipeline, Stages
 from shiwu_worker.policy.callback_rules import CallbackRules
+from shiwu_worker.policy.limits import LABEL_SLOTS, LabelLimits
 from shiwu_worker.policy.retry import PipelineLimits
 from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.progress import LoadMeter, Progress
 from shiwu_worker.stages.batch import Batcher
 from shiwu_worker.stages.claim.notifier import LaneNotifier
 from shiwu_worker.stages.commit import Committer
+from shiwu_worker.stages.score.label_bank import LabelBank
 from tests.support.observers import RecordingObserver
 from tests.support.redis_parts import make_committer, make_lease_queue
 
 SLOTS: Final = 8
 LABELS: Final = LabelSet(None, ("a", "b"))
+
+
+def _encoded(label_set: LabelSet) -> EncodedLabels:
+    return EncodedLabels(label_set, TextVectors(np.ones((len(label_set.words), 1), np.float32)))
 
 
 class InstantLoaders:
@@ -55,7 +64,14 @@ class InstantLoaders:
 class PipelineUnderTest:
     """All parts of a pipeline; `encode` and `resolve` may be replaced before `start`."""
 
-    def __init__(self, client: redis.Redis, *, limits: PipelineLimits | None = None) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        *,
+        limits: PipelineLimits | None = None,
+        label_bank: LabelBank | None = None,
+        label_limits: LabelLimits | None = None,
+    ) -> None:
         self.resolve: Callable[[Any], LabelSet] = lambda _: LABELS
         self.encode: Callable[[Sequence[Job]], None] = lambda _: None
         self.fatal: list[FatalError] = []
@@ -66,7 +82,21 @@ class PipelineUnderTest:
         self.notifier = LaneNotifier(client, block_s=1.0)
         self.loaders = InstantLoaders()
         limits = limits or PipelineLimits(slots=SLOTS, max_attempts=3)
-        self.in_flight = InFlightJobs(slots=limits.slots)
+        bank: Any = label_bank or SimpleNamespace(
+            resolve=lambda labels, _head: self.resolve(labels), known=_encoded, configured=()
+        )
+        self.labels = LabelQueue(
+            bank,
+            label_limits or LabelLimits(),
+            error_kind=lambda _: DeviceErrorKind.OTHER,
+            image_s=lambda: 0.0,
+            observer=self.observer,
+        )
+        self.in_flight = InFlightJobs(
+            slots=limits.slots + LABEL_SLOTS,
+            label_slots=LABEL_SLOTS,
+            waiting=self.labels.waiting_jobs,
+        )
         self.committer = Committer(
             self.answer_store,
             worker="w",
@@ -75,8 +105,7 @@ class PipelineUnderTest:
             on_fatal=self.fatal.append,
         )
         meter = LoadMeter(loader_threads=1)
-        label_bank: Any = SimpleNamespace(resolve=lambda labels, _head: self.resolve(labels))
-        executor: Any = SimpleNamespace(launch=lambda jobs: LaunchedBatch(jobs, jobs, 1.0), finish=self._finish)
+        executor: Any = SimpleNamespace(launch=lambda jobs: LaunchedBatch(jobs, 1.0), finish=self._finish)
         loaders: Any = self.loaders
         stages = Stages(
             claimer=Claimer(
@@ -89,7 +118,8 @@ class PipelineUnderTest:
                 meter=meter,
                 observer=self.observer,
             ),
-            admission=Admission(limits, label_bank=label_bank, callback_rules=CallbackRules()),
+            admission=Admission(limits, label_bank=bank, callback_rules=CallbackRules()),
+            labels=self.labels,
             loaders=loaders,
             batcher=Batcher(max_size=4, bulk_share=0.1),
             check_canary=lambda: None,
@@ -110,7 +140,7 @@ class PipelineUnderTest:
         return self.lease_queue.release(releases)
 
     def _finish(self, launched: LaunchedBatch) -> None:
-        self.encode(launched.rows)
+        self.encode(launched.jobs)
 
     def start(self) -> None:
         """Start all threads, in the order of the service."""

@@ -107,6 +107,11 @@ CODES: Final[Mapping[ErrorCode, CodeInfo]] = MappingProxyType(
             "A label is empty, too long or repeated, has a control character, or there are too many labels.",
             "Correct the labels, or name a label set.",
         ),
+        ErrorCode.LABELS_TOO_COSTLY: _rejected(
+            Fault.REQUEST,
+            "The new labels of the request would take the worker's device longer than it allows one request.",
+            "Send fewer or shorter labels, deploy them as a label set, or raise `SHIWU_LABEL_COST_S`.",
+        ),
         ErrorCode.UNKNOWN_LABEL_SET: CodeInfo(
             Status.REJECTED,
             Fault.REQUEST,

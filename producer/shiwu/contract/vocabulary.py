@@ -71,6 +71,7 @@ class ErrorCode(StrEnum):
     INVALID_ID = "invalid_id"  # the job id is longer than MAX_ID_BYTES, or has the form of a digest
     INVALID_REQUEST = "invalid_request"  # a field has a wrong type or value
     INVALID_REFERENCE = "invalid_reference"  # `image` is not an s3://, https://, http:// or file:// reference
+    LABELS_TOO_COSTLY = "labels_too_costly"  # new labels of the request would take the device too long
     INVALID_LABELS = "invalid_labels"  # a label is empty, too long or repeated, or there are too many
     UNKNOWN_LABEL_SET = "unknown_label_set"  # no label set has this name
     METADATA_TOO_LARGE = "metadata_too_large"  # over MAX_METADATA_BYTES as JSON

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from shiwu.contract import ErrorCode, Lane
 from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, NonFiniteError, WrongVectors
 from shiwu_worker.jobs.job import Job
-from shiwu_worker.jobs.label_set import LabelSet
-from shiwu_worker.jobs.label_vectors import EncodedLabels, TextVectors
 from shiwu_worker.jobs.timestamps import StageTimestamps
 from shiwu_worker.pipeline.batch_executor import BatchExecutor
 from tests.support.encoders import make_encoder, make_model, noise, saved
@@ -80,12 +78,6 @@ class Device:
         for job, vector in zip(jobs, vectors, strict=True):
             self.scored[job.id] = float(vector[0])
 
-    def encoded(self, label_set: LabelSet) -> EncodedLabels:
-        """Label vectors; the words `bad` overflow."""
-        if "bad" in label_set.words:
-            raise NonFiniteError("NaN in the words", (7,))
-        return EncodedLabels(label_set, TextVectors(np.ones((len(label_set.words), 1), np.float32)))
-
     def error_kind(self, error: BaseException) -> DeviceErrorKind:
         """The kind that the encoder would return."""
         if isinstance(error, torch.OutOfMemoryError):
@@ -100,7 +92,7 @@ class Device:
     def run(self) -> None:
         """One batch of all."""
         model: Any = self
-        executor = BatchExecutor(model, model, model, pixels=self.pixels)
+        executor = BatchExecutor(model, model, pixels=self.pixels)
         executor.finish(executor.launch(self.jobs))
 
     def failed(self) -> dict[str, ErrorCode]:
@@ -179,17 +171,6 @@ def test_lost_device_ends_the_process() -> None:
     assert caught.value.exit_code is ExitCode.DEVICE
     assert device.batches == [8]
     assert not any(job.error for job in device.jobs)
-
-
-def test_label_set_that_fails_fails_only_its_own_jobs() -> None:
-    """Rows in an error of the text tower are words, not images: they index no job, and no other job fails."""
-    device = Device(4)
-    for job, words in zip(device.jobs, (("a",), ("bad",), ("a",), ("b",)), strict=True):
-        job.label_set = LabelSet("x", words)
-    device.run()
-    assert device.failed() == {"j1": ErrorCode.ENCODE_FAILED}
-    assert device.batches == [3]
-    assert device.caps == []
 
 
 def test_device_errors_are_classified(tmp_path: Path) -> None:

@@ -101,3 +101,21 @@ def test_bulk_room_is_reported_once_there_is_enough_of_it() -> None:
     in_flight.free_slots(bulk[30:60])
     assert calls == [1]
     assert not in_flight.call_on_bulk_room(lambda: calls.append(2))
+
+
+def test_jobs_that_wait_for_labels_leave_room_for_others() -> None:
+    """They have slots of their own, as many as there are; beyond these they use the slots of others."""
+    waiting = {Lane.BULK: 0, Lane.INTERACTIVE: 0}
+    in_flight = InFlightJobs(slots=16, label_slots=8, waiting=lambda: waiting)
+    assert rooms(in_flight) == Room(8, 6)
+    held = jobs(6, lane=Lane.BULK)
+    in_flight.add(held, held)
+    assert rooms(in_flight) == Room(2, 0)
+    waiting[Lane.BULK] = 3
+    assert rooms(in_flight) == Room(5, 3)
+    waiting[Lane.BULK] = 6
+    assert rooms(in_flight) == Room(6, 4)
+    waiting[Lane.INTERACTIVE] = 2
+    more = jobs(8, first=6)
+    in_flight.add(more, more)
+    assert rooms(in_flight) == NO_ROOM

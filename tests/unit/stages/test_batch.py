@@ -186,3 +186,28 @@ def test_reason_of_each_batch_is_reported() -> None:
     batcher.close()
     batcher.take(timeout_s=0.0)
     assert left == [("full", 4), ("free", 2), ("closing", 1)]
+
+
+def test_take_returns_when_it_is_woken() -> None:
+    """Once and with nothing, for other work of its caller; a batch that may leave is returned all the same."""
+    batcher: Batcher[Item] = Batcher(max_size=3, bulk_share=0.0)
+    batcher.wake()
+    assert batcher.take(timeout_s=60.0) == []
+    batcher.put([Item(1, Lane.BULK)])
+    batcher.wake()
+    assert len(batcher.take(timeout_s=60.0)) == 1
+    assert batcher.take(timeout_s=0.0) == []
+
+
+def test_batcher_is_idle_without_items_and_batches() -> None:
+    """Neither waits for the device nor is on it."""
+    batcher: Batcher[Item] = Batcher(max_size=3, bulk_share=0.0)
+    assert batcher.is_idle
+    batcher.put([Item(1, Lane.BULK)])
+    assert not batcher.is_idle
+    batcher.take(timeout_s=0.0)
+    assert batcher.is_idle
+    batcher.batch_started()
+    assert not batcher.is_idle
+    batcher.batch_done()
+    assert batcher.is_idle

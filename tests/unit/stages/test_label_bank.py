@@ -21,12 +21,16 @@ from shiwu_worker.errors import ExitCode, FatalError, Rejected
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_checks import LabelFindings, LabelTokens
 from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.jobs.label_vectors import EncodedWord
 from shiwu_worker.jobs.timestamps import StageTimestamps
 from shiwu_worker.service.labels import load_label_bank, read_label_sets
 from shiwu_worker.stages.score.label_bank import LabelBank
 from shiwu_worker.stages.score.label_files import load_label_sets
 from shiwu_worker.stages.score.label_warnings import label_warnings
 from shiwu_worker.stages.score.scorer import Scorer
+from shiwu_worker.stages.score.text_cost import TextCost
+from shiwu_worker.stages.score.word_cache import OVERHEAD_BYTES
+from tests.support.encoders import make_encoder, make_model, saved
 
 EMBEDDED = Path(shiwu_worker.__file__).parent / "data/label_sets"
 
@@ -39,10 +43,12 @@ class Texts:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.texts: list[str] = []
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit vectors made of each text's hash."""
         self.calls += 1
+        self.texts += texts
         return np.stack([vector_of(text) for text in texts])
 
     def tokens(self, labels: Sequence[str]) -> list[LabelTokens]:
@@ -57,7 +63,7 @@ def vector_of(text: str) -> NDArray[np.float32]:
     return (raw / np.linalg.norm(raw)).astype(np.float32)
 
 
-def make_bank(texts: Texts, *, max_cached: int = 2) -> LabelBank:
+def make_bank(texts: Texts, *, max_cached: int = 2, max_bytes: int = 1 << 20) -> LabelBank:
     """A bank with the embedded sets."""
     return LabelBank(
         sets=load_label_sets([EMBEDDED]),
@@ -65,6 +71,7 @@ def make_bank(texts: Texts, *, max_cached: int = 2) -> LabelBank:
         encode_texts=texts,
         label_tokens=texts.tokens,
         max_cached=max_cached,
+        max_bytes=max_bytes,
         has_bias=True,
     )
 
@@ -81,7 +88,7 @@ def test_embedded_label_sets_are_loaded() -> None:
 def test_vectors_are_averaged_over_templates_and_cached() -> None:
     """Unit vectors; the second use computes nothing; the least recently used set goes first."""
     texts = Texts()
-    bank = make_bank(texts)
+    bank = make_bank(texts, max_bytes=0)
     first = bank.encoded(LabelSet("x", ("猫", "小狗"), ("{}", "一张{}的图片")))
     assert np.linalg.norm(first.vectors, axis=1) == pytest.approx(1.0)
     calls = texts.calls
@@ -93,6 +100,84 @@ def test_vectors_are_averaged_over_templates_and_cached() -> None:
     del first, other
     bank.encoded(LabelSet("x", ("猫", "小狗"), ("{}", "一张{}的图片")))
     assert texts.calls > calls + 2
+
+
+def test_labels_are_cached_one_by_one() -> None:
+    """A set that shares labels with an earlier one costs its new labels only; templates tell labels apart."""
+    texts = Texts()
+    bank = make_bank(texts)
+    bank.encoded(LabelSet(None, ("猫", "狗")))
+    assert texts.texts == ["猫", "狗"]
+    bank.encoded(LabelSet(None, ("鸟", "狗", "猫")))
+    assert texts.texts == ["猫", "狗", "鸟"]
+    bank.encoded(LabelSet(None, ("狗",), ("一张{}",)))
+    assert texts.texts == ["猫", "狗", "鸟", "一张狗"]
+
+
+def test_memory_of_inline_labels_is_bounded() -> None:
+    """The least recently used labels are dropped, and encoded again when they are needed."""
+    texts = Texts()
+    entry_bytes = vector_of("").nbytes + OVERHEAD_BYTES
+    bank = make_bank(texts, max_cached=1, max_bytes=2 * 3 * entry_bytes)
+    for words in (("a", "b"), ("c",), ("a", "d")):
+        bank.encoded(LabelSet(None, words))
+    assert bank.cached_words(LabelSet(None, ("a", "b", "c", "d"))).keys() == {"a", "c", "d"}
+
+
+def test_inline_labels_never_drop_configured_sets() -> None:
+    """However many label sets requests bring along, the operator's sets and their labels stay."""
+    texts = Texts()
+    bank = make_bank(texts, max_cached=1, max_bytes=0)
+    configured = [bank.encoded(label_set) for label_set in bank.configured]
+    assert len(configured) == 3
+    for number in range(20):
+        bank.encoded(LabelSet(None, (f"word {number}", "other")))
+    calls = texts.calls
+    assert [bank.known(label_set) for label_set in bank.configured] == configured
+    assert bank.known(bank.resolve("six-zh", "sigmoid")) is not None
+    bank.encoded(LabelSet(None, bank.resolve("six-zh").words[:3]))
+    assert texts.calls == calls
+
+
+def test_cost_is_learned_from_measured_calls() -> None:
+    """Seconds per unit of length: a change is learned within a few calls, and a short call does not raise it."""
+    cost = TextCost(max_units=10)
+    assert (cost.units("abc"), cost.units("a" * 100)) == (5, 10)
+    cost.learn(texts=100, units=1000, seconds=1.0)
+    assert cost.seconds(100) == pytest.approx(0.1)
+    cost.learn(texts=1, units=5, seconds=1.0)
+    assert cost.seconds(100) == pytest.approx(0.1)
+    for _ in range(20):
+        cost.learn(texts=100, units=1000, seconds=4.0)
+    assert cost.seconds(100) == pytest.approx(0.4, rel=0.05)
+    for _ in range(10):
+        cost.learn(texts=100, units=1000, seconds=1.0)
+    assert cost.seconds(100) == pytest.approx(0.1, rel=0.05)
+
+
+@given(st.lists(st.text("abc猫", min_size=1, max_size=5), min_size=1, max_size=8, unique=True), st.data())
+def test_vectors_by_label_equal_vectors_by_set(words: list[str], data: st.DataObject) -> None:
+    """In whatever portions the labels are encoded, and whatever was cached before."""
+    label_set = LabelSet(None, tuple(words), ("{}", "一张{}"))
+    by_set, by_label = make_bank(Texts()), make_bank(Texts())
+    cached: dict[str, EncodedWord] = {}
+    left = data.draw(st.permutations(words))
+    while left:
+        size = data.draw(st.integers(1, len(left)))
+        cached |= by_label.encode_words(label_set, left[:size])
+        left = left[size:]
+    found = by_label.complete(label_set, cached)
+    assert np.array_equal(found.vectors, by_set.encoded(label_set).vectors)
+    assert found.texts.findings == by_set.encoded(label_set).texts.findings
+
+
+def test_real_text_tower_gives_a_label_one_vector(tmp_path: Path) -> None:
+    """Alone, or with longer labels to which it is padded: the same up to rounding."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path))
+    words = ["a", "bcd", "猫", "efghijk"]
+    whole = encoder.encode_texts(words)
+    single = np.concatenate([encoder.encode_texts([word]) for word in words])
+    assert whole == pytest.approx(single, abs=1e-5)
 
 
 def test_equal_label_sets_share_one_object() -> None:
@@ -139,7 +224,12 @@ def test_worker_with_sigmoid_and_no_bias_ends_with_config(tmp_path: Path) -> Non
     """As for other label sets that cannot work, the exit code is 64 and the text names the set."""
     (tmp_path / "mine.yaml").write_text("name: mine\nhead: sigmoid\nlabels: [猫]\n", encoding="utf-8")
     encoder = SimpleNamespace(
-        encode_texts=Texts(), label_tokens=Texts().tokens, bias=None, default_head="softmax", info=MODEL
+        encode_texts=Texts(),
+        label_tokens=Texts().tokens,
+        text_tokens=77,
+        bias=None,
+        default_head="softmax",
+        info=MODEL,
     )
     settings = Settings(labels_dir=tmp_path)
     with pytest.raises(FatalError, match="label set mine") as caught:

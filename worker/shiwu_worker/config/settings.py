@@ -43,6 +43,7 @@ from shiwu_worker.config.types import (
 )
 from shiwu_worker.policy.access_rules import HTTP_PORTS
 from shiwu_worker.policy.callback_rules import MAX_TASKS
+from shiwu_worker.policy.limits import LABEL_SLOTS
 from shiwu_worker.runtime.cpus import usable_cores
 
 DEFAULT_BATCH_CAP = 64
@@ -90,7 +91,9 @@ class Settings(BaseSettings):
         None, description="folder with label sets (*.yaml), in addition to the embedded ones"
     )
     default_labels: str = Field("everyday-zh", description="label set of requests that name none")
-    label_cache: int = Field(256, ge=1, description="number of label sets whose vectors are cached")
+    label_cache: int = Field(256, ge=1, description="number of inline label sets whose vectors are cached")
+    label_cache_mb: int = Field(256, ge=1, description="memory for the vectors of inline labels")
+    label_cost_s: float = Field(60.0, gt=0, description="device time that the new labels of one request may take")
 
     max_batch: int = Field(
         0,
@@ -386,8 +389,8 @@ class Settings(BaseSettings):
 
     @property
     def slot_count(self) -> int:
-        """Slots of the shared memory, for the largest batch that may be."""
-        return self.slots_for(self.batch_cap)
+        """Slots of the shared memory: for the largest batch that may be, and for jobs that wait for labels."""
+        return self.slots_for(self.batch_cap) + LABEL_SLOTS
 
     def slots_for(self, batch: int) -> int:
         """What to claim: the batch on the device, the one copied ahead, the one being filled, and what is loading."""

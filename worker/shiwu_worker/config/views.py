@@ -9,7 +9,15 @@ from shiwu.broker.retention import Retention
 from shiwu.contract import RETRIED, ErrorCode
 from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.policy.callback_rules import CallbackRules
-from shiwu_worker.policy.limits import DecodeLimits, FetchLimits, LeaseOptions, LoadShares, S3Options, SandboxLimits
+from shiwu_worker.policy.limits import (
+    DecodeLimits,
+    FetchLimits,
+    LabelLimits,
+    LeaseOptions,
+    LoadShares,
+    S3Options,
+    SandboxLimits,
+)
 from shiwu_worker.policy.retry import PipelineLimits, RetryPolicy
 
 if TYPE_CHECKING:
@@ -47,6 +55,11 @@ def pipeline_limits(settings: Settings) -> PipelineLimits:
         longest_eta_s=settings.eta_longest_s,
         zone=settings.zone,
     )
+
+
+def label_limits(settings: Settings) -> LabelLimits:
+    """How much of the device new labels of requests may take."""
+    return LabelLimits(max_request_s=settings.label_cost_s)
 
 
 def lease_options(settings: Settings) -> LeaseOptions:

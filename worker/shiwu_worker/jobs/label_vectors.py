@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from shiwu.contract import AnswerWarning
-from shiwu_worker.jobs.label_checks import LabelFindings
+from shiwu_worker.jobs.label_checks import LabelFindings, LabelTokens
 from shiwu_worker.jobs.label_set import LabelSet
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+class EncodedWord(NamedTuple):
+    """What the model makes of one label in its templates."""
+
+    vector: NDArray[np.float32]
+    """Unit vector (d)."""
+    tokens: LabelTokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,5 @@
 """The main path: what happens to a job from its claim to its committed answer.
 
-Front door: `pipeline`, and what the service builds for it: `claimer`, `admission`, `in_flight`, `batch_executor`,
-`heartbeat`, `cancellations`. `observer` is what the service implements. `load_results` is private.
+Front door: `pipeline`, and what the service builds for it: `claimer`, `admission`, `in_flight`, `label_queue`,
+`batch_executor`, `heartbeat`, `cancellations`. `observer` is what the service implements. `load_results` is private.
 """

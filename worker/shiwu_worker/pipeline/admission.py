@@ -16,6 +16,7 @@ from shiwu_worker.jobs.label_set import LabelSet
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
+    from shiwu_worker.jobs.label_vectors import EncodedLabels
     from shiwu_worker.loaders.protocol import LoadFailed
     from shiwu_worker.policy.callback_rules import CallbackRules
     from shiwu_worker.policy.retry import PipelineLimits
@@ -28,6 +29,8 @@ class Admit(msgspec.Struct, frozen=True, gc=False):
     """Load the job; it is compared with this label set."""
 
     label_set: LabelSet
+    labels: EncodedLabels | None = None
+    """The label set with its vectors, or None while they are being computed."""
 
 
 class Reject(msgspec.Struct, frozen=True, gc=False):

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from shiwu_worker.jobs.job import Job
     from shiwu_worker.stages.encode.encoder import Encoder, InFlightBatch
-    from shiwu_worker.stages.score.label_bank import LabelBank
     from shiwu_worker.stages.score.scorer import Scorer
 
 log: FilteringBoundLogger = structlog.get_logger()
@@ -35,9 +34,7 @@ class LaunchedBatch:
     """A batch between launch and score."""
 
     jobs: Sequence[Job]
-    """All its jobs."""
-    rows: Sequence[Job]
-    """The jobs that are encoded, in the order of the rows of the batch: all but those whose labels failed."""
+    """Its jobs, in the order of its rows."""
     started_s: float
     in_flight: InFlightBatch | None = None
     error: Exception | None = None
@@ -61,27 +58,19 @@ class BatchExecutor:
         pixels: uint8 (slots, h, w, 3), where the loaders write.
     """
 
-    def __init__(self, encoder: Encoder, label_bank: LabelBank, scorer: Scorer, *, pixels: NDArray[uint8]) -> None:
+    def __init__(self, encoder: Encoder, scorer: Scorer, *, pixels: NDArray[uint8]) -> None:
         self._encoder = encoder
-        self._label_bank = label_bank
         self._scorer = scorer
         self._pixels = pixels
 
     def launch(self, jobs: Sequence[Job]) -> LaunchedBatch:
-        """Start a batch, without the jobs whose labels fail. An error of the device is handled by `finish`.
-
-        Raises:
-            FatalError: with ExitCode.DEVICE, when no later batch can succeed in this process.
-        """
-        rows = [job for job in jobs if self._has_labels(job)]
+        """Start a batch. An error of the device is handled by `finish`."""
         started_s = time.monotonic()
-        if not rows:
-            return LaunchedBatch(jobs, rows, started_s)
         try:
-            in_flight = self._encoder.launch(self._pixels, [job.slot for job in rows])
+            in_flight = self._encoder.launch(self._pixels, [job.slot for job in jobs])
         except Exception as error:  # noqa: BLE001 border: `finish` decides what the error means
-            return LaunchedBatch(jobs, rows, started_s, error=error)
-        return LaunchedBatch(jobs, rows, started_s, in_flight)
+            return LaunchedBatch(jobs, started_s, error=error)
+        return LaunchedBatch(jobs, started_s, in_flight)
 
     def finish(self, launched: LaunchedBatch) -> None:
         """Wait for the vectors and score them. Whatever fails, each job then has its tags or its own error.
@@ -89,28 +78,10 @@ class BatchExecutor:
         Raises:
             FatalError: with ExitCode.DEVICE, when no later batch can succeed in this process.
         """
-        if not launched.rows:
-            return
         cpu_from_s = time.thread_time()
-        has_succeeded = self._run(launched.rows, lambda: self._collect(launched), launched.started_s)
+        has_succeeded = self._run(launched.jobs, lambda: self._collect(launched), launched.started_s)
         if has_succeeded and launched.in_flight is not None:
             self._encoder.learn(launched.in_flight, host_s=time.thread_time() - cpu_from_s)
-
-    def _has_labels(self, job: Job) -> bool:
-        """Look up the label vectors of a job. Labels that fail cost only their own job its answer."""
-        if job.label_set is None:
-            return True
-        try:
-            job.labels = self._label_bank.encoded(job.label_set)
-            job.label_set = job.labels.label_set
-        except Exception as error:  # noqa: BLE001 border: the model may raise anything
-            kind = self._kind_unless_lost(error)
-            is_memory = kind is DeviceErrorKind.OUT_OF_MEMORY
-            code = ErrorCode.OUT_OF_MEMORY if is_memory else ErrorCode.ENCODE_FAILED
-            text = f"the model failed on these labels ({type(error).__name__}: {error!s:.200})"
-            job.fail(ErrorInfo(code=code, message=text, stage=Stage.SCORE, retryable=is_memory))
-            return False
-        return True
 
     def _collect(self, launched: LaunchedBatch) -> NDArray[float32]:
         if launched.in_flight is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from shiwu.contract import Lane
@@ -37,6 +37,9 @@ class InFlightJobs:
         slots: images whose pixels there is room for.
         wanted: how many of the slots the current batches need. The rest of the jobs waits in Redis for any worker.
         shares: which share of them bulk never gets, so that a claim has room for interactive however slow bulk is.
+        label_slots: how many of the slots are for jobs that wait for labels, half of them for each lane. These jobs
+            take no room from others.
+        waiting: how many jobs of each lane wait for labels now.
     """
 
     def __init__(
@@ -45,12 +48,16 @@ class InFlightJobs:
         slots: int,
         wanted: Callable[[], int] | None = None,
         shares: LoadShares = LoadShares(),  # noqa: B008 frozen
+        label_slots: int = 0,
+        waiting: Callable[[], Mapping[Lane, int]] = lambda: {},
     ) -> None:
         self._slots = slots
         self._shares = shares
         self._bulk_jobs = self._bulk_slots = 0
         self._on_bulk_room: Callable[[], None] | None = None
-        self._wanted_slots = wanted or (lambda: slots)
+        self._label_slots = label_slots
+        self._waiting = waiting
+        self._wanted_slots = wanted or (lambda: slots - label_slots)
         self._jobs: dict[str, Job] = {}
         self._free = list(range(slots))
         self._loading: dict[int, Job] = {}
@@ -147,13 +154,13 @@ class InFlightJobs:
 
     def _room(self) -> Room:
         """The room as it is now, 0 where it is too small for a round trip. The caller holds the lock."""
-        wanted = min(self._slots, self._wanted_slots())
-        used = self._slots - len(self._free)
-        total = _worth_a_claim(
-            min(wanted - used, MAX_JOBS_PER_SLOT * wanted - len(self._jobs)), wanted, is_empty=not self._jobs
-        )
+        wanted = min(self._slots - self._label_slots, self._wanted_slots())
+        aside = {lane: min(count, self._label_slots // len(Lane)) for lane, count in self._waiting().items()}
+        jobs, used = len(self._jobs) - sum(aside.values()), self._slots - len(self._free) - sum(aside.values())
+        total = _worth_a_claim(min(wanted - used, MAX_JOBS_PER_SLOT * wanted - jobs), wanted, is_empty=not self._jobs)
         wanted -= self._shares.reserve_of(wanted)
-        bulk = min(wanted - self._bulk_slots, MAX_JOBS_PER_SLOT * wanted - self._bulk_jobs)
+        bulk_aside = aside.get(Lane.BULK, 0)
+        bulk = min(wanted - self._bulk_slots + bulk_aside, MAX_JOBS_PER_SLOT * wanted - self._bulk_jobs + bulk_aside)
         return Room(total, min(total, _worth_a_claim(bulk, wanted, is_empty=not self._bulk_jobs)))
 
     def _note_change(self) -> None:

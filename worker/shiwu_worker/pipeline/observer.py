@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from shiwu.contract import Lane
     from shiwu_worker.jobs.job import Job
     from shiwu_worker.jobs.outcome import CommittedJob, Released
     from shiwu_worker.runtime.progress import LoadReport
@@ -20,6 +21,9 @@ class PipelineObserver(Protocol):
 
     def batch_started(self, reason: str, jobs: Sequence[Job]) -> None:
         """A batch was sent to the device: it was full, the device was free, or the worker is closing."""
+
+    def labels_encoded(self, lane: Lane | None, *, words: int, seconds: float) -> None:
+        """The device encoded labels for jobs of this lane; None: of a configured set that no job waits for."""
 
     def jobs_committed(self, committed: Sequence[CommittedJob]) -> None:
         """Redis has these answers."""

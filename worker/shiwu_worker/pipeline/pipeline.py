@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from shiwu_worker.pipeline.batch_executor import BatchExecutor, LaunchedBatch
     from shiwu_worker.pipeline.claimer import Claimer
     from shiwu_worker.pipeline.in_flight import InFlightJobs
+    from shiwu_worker.pipeline.label_queue import LabelQueue
     from shiwu_worker.pipeline.observer import PipelineObserver
     from shiwu_worker.runtime.progress import LoadMeter, Progress
     from shiwu_worker.stages.batch import Batcher
@@ -46,6 +47,8 @@ class Stages:
 
     claimer: Claimer
     admission: Admission
+    labels: LabelQueue
+    """Jobs whose labels are being encoded."""
     loaders: LoaderPool
     """Fetch and decode."""
     batcher: Batcher[Job]
@@ -95,8 +98,10 @@ class Pipeline:
         ended: list[Outcome] = []
         for job in jobs:
             match self._decide(job, now_s):
-                case Admit(label_set=label_set):
+                case Admit(label_set=label_set, labels=labels):
                     job.label_set = label_set
+                    if labels is not None:
+                        job.labels = labels
                     admitted.append(job)
                 case Reject(error=error):
                     job.fail(error)
@@ -105,6 +110,8 @@ class Pipeline:
                     ended.append(Released(job, Release(job.id, delay_s=delay_s)))
         tickets = self._in_flight.add(jobs, admitted)
         self._finish(ended)
+        if len(self._stages.labels):
+            self._stages.batcher.wake()
         if tickets:
             self._stages.loaders.submit(
                 [
@@ -117,7 +124,8 @@ class Pipeline:
     def _decide(self, job: Job, now_s: float) -> Decision:
         if job.id in self._in_flight:
             return Defer(STILL_IN_FLIGHT_DELAY_S)
-        return self._stages.admission.check(job, now_s)
+        decision = self._stages.admission.check(job, now_s)
+        return self._stages.labels.admit(job, decision.label_set) if isinstance(decision, Admit) else decision
 
     # -------------------------------------------------------------------------------- fetch, decode
     def _loaded(self, results: Sequence[LoadResult]) -> None:
@@ -136,17 +144,25 @@ class Pipeline:
                     case Loaded():
                         ready.append(job)
                     case LoadFailed():
+                        self._stages.labels.discard([job])
                         ended.append(self._outcome(job, result))
-        if ready:
-            self._stages.batcher.put(ready)
+        self._put(self._stages.labels.loaded(ready))
         self._finish(ended)
+
+    def _put(self, loaded: Sequence[Job]) -> None:
+        """Pass loaded jobs on to the batcher, without those on whose labels the model failed."""
+        if loaded:
+            self._stages.batcher.put([job for job in loaded if job.error is None])
+            self._finish([self._outcome(job) for job in loaded if job.error is not None])
 
     # -------------------------------------------------------------------------------- batch, encode
     def _encode(self) -> None:
         while not self._ended.is_set():
             self._encode_round_s = time.monotonic()
             self._stages.check_canary()
-            jobs = self._drop_unwanted(self._stages.batcher.take(timeout_s=POLL_INTERVAL_S))
+            wait_s = self._stages.labels.wait_s(is_idle=self._stages.batcher.is_idle)
+            timeout_s = POLL_INTERVAL_S if wait_s is None else min(POLL_INTERVAL_S, wait_s)
+            jobs = self._drop_unwanted(self._stages.batcher.take(timeout_s=timeout_s))
             if jobs:
                 for job in jobs:
                     job.is_on_device = True
@@ -154,8 +170,19 @@ class Pipeline:
                 if launched.is_under_way:
                     self._stages.batcher.batch_started()
                 self._hand_over(launched)
+            self._encode_labels()
 
-    def _drop_unwanted(self, batch: list[Job]) -> list[Job]:
+    def _encode_labels(self) -> None:
+        """Encode a portion of the labels that jobs wait for, if it is time for one."""
+        labels = self._stages.labels
+        self._drop_unwanted(labels.drop_unwanted(time.monotonic()))
+        began_s = time.monotonic()
+        if labels.wait_s(is_idle=self._stages.batcher.is_idle) == 0.0:
+            self._put(labels.run_portion(is_idle=self._stages.batcher.is_idle))
+            self._meter.labels_encoded(seconds=time.monotonic() - began_s)
+            self._progress.mark()
+
+    def _drop_unwanted(self, batch: Sequence[Job]) -> list[Job]:
         """The jobs of a batch whose producers still wait; the attempts of the others end here."""
         now_s = time.monotonic()
         wanted: list[Job] = []
@@ -192,11 +219,11 @@ class Pipeline:
                 launched.wait()
                 self._stages.batcher.batch_done()
             self._stages.executor.finish(launched)
-            if launched.rows:
+            if launched.jobs:
                 # Batches overlap on the way to the device, which works on one at a time.
                 started_s = max(encoded_s, launched.started_s)
-                encoded_s = launched.rows[0].moments.score_from_s or time.monotonic()
-                self._meter.encoded(images=len(launched.rows), seconds=max(0.0, encoded_s - started_s))
+                encoded_s = launched.jobs[0].moments.score_from_s or time.monotonic()
+                self._meter.encoded(images=len(launched.jobs), seconds=max(0.0, encoded_s - started_s))
             for job in launched.jobs:
                 job.is_on_device = False
             self._progress.mark()

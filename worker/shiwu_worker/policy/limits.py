@@ -6,10 +6,14 @@ The settings make these values, and the stages and loaders use them as they are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from shiwu.contract import Lane
 
+LABEL_JOBS_PER_LANE: Final = 16
+"""Jobs of one lane that may wait for long until their labels are encoded."""
+LABEL_SLOTS: Final = LABEL_JOBS_PER_LANE * len(Lane)
+"""Slots of such jobs, besides those of others."""
 S3Client = Literal["boto3", "obstore"]
 
 
@@ -93,3 +97,20 @@ class SandboxLimits:
     """CPU time that decoding one image may take."""
     has_filter: bool = True
     """Whether a system-call filter is installed in the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelLimits:
+    """How much of the device new labels of requests may take."""
+
+    max_request_s: float = 60.0
+    """Device time that the new labels of one request may take; requests whose labels take longer are rejected."""
+    jobs_per_lane: int = LABEL_JOBS_PER_LANE
+    """Jobs of one lane that may wait for their labels. More may wait where all labels of the lane take `quick_s`."""
+    quick_s: float = 0.25
+    portion_s: float = 0.02
+    """Aim for one portion of labels. Where the smallest batch of images takes longer, so may a portion."""
+    interactive_share: float = 0.5
+    """Share of the encode thread's time for labels of interactive jobs while images wait."""
+    bulk_share: float = 0.2
+    """The same for labels of bulk jobs."""

@@ -100,6 +100,11 @@ class LoadMeter:
             self._batches += 1
             self._device_s += seconds
 
+    def labels_encoded(self, *, seconds: float) -> None:
+        """Add time in which the device encoded labels."""
+        with self._lock:
+            self._device_s += seconds
+
     def read(self) -> LoadReport:
         """Report the time since the last call, and start again at zero."""
         with self._lock:

@@ -78,12 +78,12 @@ def open_service(
         canary.check_if_due()
         label_bank = open_label_bank(settings, encoder, label_sets)
         parts = PipelineParts(
-            settings, queue, loaders, encoder, progress=progress, observer=observer, on_fatal=on_fatal
+            settings, queue, loaders, encoder, label_bank, progress=progress, observer=observer, on_fatal=on_fatal
         )
-        service = WorkerService(parts, parts.make_pipeline(label_bank, canary), observer)
+        service = WorkerService(parts, parts.make_pipeline(canary), observer)
         stack.callback(service.heartbeat.close)
         stack.callback(service.cancellations.close)
-        observer.watch(stack, queue.client, encoder, loaders)
+        observer.watch(stack, queue.client, encoder, loaders, words_waiting=parts.labels.words_waiting)
         stack.callback(service.stop, grace_s=settings.grace_s)
         freeze_started(stack)
         service.start(on_committed)

@@ -82,6 +82,8 @@ def load_label_bank(settings: Settings, encoder: Encoder, sets: Mapping[str, Lab
             encode_texts=encoder.encode_texts,
             label_tokens=encoder.label_tokens,
             max_cached=settings.label_cache,
+            max_bytes=settings.label_cache_mb << 20,
+            max_tokens=encoder.text_tokens,
             has_bias=encoder.bias is not None,
             inline_head=encoder.default_head,
         )

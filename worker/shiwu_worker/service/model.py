@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from shiwu_worker.config.settings import Settings
     from shiwu_worker.stages.decode.image_spec import ImageSpec
     from shiwu_worker.stages.encode.encoder import Encoder
-    from shiwu_worker.stages.score.label_bank import LabelBank
 
 
 def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorough: bool = False) -> Encoder:
@@ -84,9 +83,7 @@ def make_canary(settings: Settings, encoder: Encoder, spec: ImageSpec, *, on_wro
     )
 
 
-def make_executor(
-    encoder: Encoder, label_bank: LabelBank, *, pixels: NDArray[np.uint8], max_tags_bytes: int
-) -> BatchExecutor:
+def make_executor(encoder: Encoder, *, pixels: NDArray[np.uint8], max_tags_bytes: int) -> BatchExecutor:
     """The batch executor of this model."""
     scorer = Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info, max_tags_bytes=max_tags_bytes)
-    return BatchExecutor(encoder, label_bank, scorer, pixels=pixels)
+    return BatchExecutor(encoder, scorer, pixels=pixels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -81,7 +81,15 @@ class Observability:
         stack.callback(server.close)
         server.start()
 
-    def watch(self, stack: ExitStack, client: redis.Redis, encoder: Encoder, loaders: LoaderPool) -> None:
+    def watch(
+        self,
+        stack: ExitStack,
+        client: redis.Redis,
+        encoder: Encoder,
+        loaders: LoaderPool,
+        *,
+        words_waiting: Callable[[], Mapping[Lane | None, int]],
+    ) -> None:
         """Monitor the queues and the GPU until the stack is closed. Has no effect without an HTTP port."""
         metrics = self._metrics
         if metrics is None:
@@ -91,6 +99,7 @@ class Observability:
         metrics.model(encoder.info)
         metrics.sizes(largest=lambda: encoder.size_policy.largest, threads=lambda: encoder.threads)
         metrics.loader_restarts(lambda: loaders.restarts)
+        metrics.words_waiting(words_waiting)
 
         def on_snapshot(snapshot: QueueSnapshot, backlog_s: dict[Lane, float]) -> None:
             metrics.queues(snapshot, backlog_s)
@@ -148,6 +157,11 @@ class Observability:
         """Report whether Redis answered the heartbeat. Called every second, so it also checks the wait for revokes."""
         self._monitor.redis(available=available)
         self._readiness.check_limit()
+
+    def labels_encoded(self, lane: Lane | None, *, words: int, seconds: float) -> None:
+        """Count labels and the time of the device for them."""
+        if self._metrics is not None:
+            self._metrics.labels_encoded(lane, words=words, seconds=seconds)
 
     def leases_renewed(self, count: int) -> None:
         """Count renewed leases."""

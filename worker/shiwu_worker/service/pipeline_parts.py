@@ -11,7 +11,9 @@ from shiwu_worker.pipeline.cancellations import CancellationListener
 from shiwu_worker.pipeline.claimer import Claimer
 from shiwu_worker.pipeline.heartbeat import Heartbeat
 from shiwu_worker.pipeline.in_flight import InFlightJobs
+from shiwu_worker.pipeline.label_queue import LabelQueue
 from shiwu_worker.pipeline.pipeline import Pipeline, Stages
+from shiwu_worker.policy.limits import LABEL_SLOTS
 from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.progress import LoadMeter, Progress
 from shiwu_worker.service.model import make_executor
@@ -42,6 +44,7 @@ class PipelineParts:
         queue: QueueParts,
         loaders: LoaderPool,
         encoder: Encoder,
+        label_bank: LabelBank,
         *,
         progress: Progress,
         observer: PipelineObserver,
@@ -51,10 +54,20 @@ class PipelineParts:
         self.queue, self.loaders, self.encoder = queue, loaders, encoder
         self.progress, self.observer, self.on_fatal = progress, observer, on_fatal
         self.meter = LoadMeter(loader_threads=settings.loader_count * settings.loader_threads)
+        self.label_bank = label_bank
+        self.labels = LabelQueue(
+            label_bank,
+            views.label_limits(settings),
+            error_kind=encoder.error_kind,
+            image_s=lambda: encoder.size_policy.quickest_s,
+            observer=observer,
+        )
         self.in_flight = InFlightJobs(
             slots=self.limits.slots,
             wanted=lambda: settings.slots_for(encoder.size_policy.wanted),
             shares=views.load_shares(settings),
+            label_slots=LABEL_SLOTS,
+            waiting=self.labels.waiting_jobs,
         )
         self.committer = Committer(
             queue.answer_store,
@@ -64,7 +77,7 @@ class PipelineParts:
             on_fatal=on_fatal,
         )
 
-    def make_pipeline(self, label_bank: LabelBank, canary: Canary) -> Pipeline:
+    def make_pipeline(self, canary: Canary) -> Pipeline:
         """The main path; its stages stand in the order in which a job passes through them."""
         settings, encoder, queue = self.settings, self.encoder, self.queue
         stages = Stages(
@@ -78,13 +91,12 @@ class PipelineParts:
                 meter=self.meter,
                 observer=self.observer,
             ),
-            admission=Admission(self.limits, label_bank=label_bank, callback_rules=views.callback_rules(settings)),
+            admission=Admission(self.limits, label_bank=self.label_bank, callback_rules=views.callback_rules(settings)),
+            labels=self.labels,
             loaders=self.loaders,
             batcher=make_batcher(settings, encoder, on_leave=self.observer.batch_started),
             check_canary=canary.check_if_due,
-            executor=make_executor(
-                encoder, label_bank, pixels=self.loaders.pixels, max_tags_bytes=settings.answer_tags_kb * 1024
-            ),
+            executor=make_executor(encoder, pixels=self.loaders.pixels, max_tags_bytes=settings.answer_tags_kb * 1024),
             committer=self.committer,
         )
         return Pipeline(

@@ -58,7 +58,7 @@ class Batcher(Generic[T]):
         self._interactive: deque[T] = deque()
         self._bulk: deque[T] = deque()
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._is_woken = False
         self._on_device = 0
 
     def put(self, items: Iterable[T]) -> None:
@@ -69,9 +69,11 @@ class Batcher(Generic[T]):
             self._changed.notify()
 
     def take(self, timeout_s: float) -> list[T]:
-        """The next batch: interactive first, oldest first in each lane; empty after the timeout or on close."""
+        """The next batch: interactive first, oldest first in each lane; empty after the timeout, `wake` or `close`."""
         with self._changed:
-            if not self._changed.wait_for(self._may_leave, timeout_s):
+            self._changed.wait_for(lambda: self._is_woken or self._may_leave(), timeout_s)
+            self._is_woken = False
+            if not self._may_leave():
                 return []
             if self._linger_s and self._waiting():
                 full_at = time.monotonic() + self._linger_s
@@ -85,6 +87,18 @@ class Batcher(Generic[T]):
         if batch:
             self._on_leave(reason, batch)
         return batch
+
+    def wake(self) -> None:
+        """Let `take` return now, because its caller has other work."""
+        with self._changed:
+            self._is_woken = True
+            self._changed.notify_all()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no items wait and the device has no batch."""
+        with self._changed:
+            return not (self._on_device or self._waiting())
 
     def batch_started(self) -> None:
         """The device begins a batch; the next one leaves when it is full, or when this one is done."""

@@ -7,7 +7,8 @@ state of queues and GPU is kept from the last update of its monitor, so that a s
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -39,9 +40,16 @@ BATCH_REASONS: Final = ("full", "free", "closing")
 DUTIES: Final = ("leases", "maintenance", "trim", "load_log", "gpu", "queue_metrics")
 LIMITS: Final = ("idle", "device", "fetch", "decode")
 _LANES: Final = tuple(lane.value for lane in Lane)
+NO_LANE: Final = "none"
+"""In place of a lane: labels of configured sets that no job waits for."""
+_LABEL_LANES: Final = (*_LANES, NO_LANE)
 _STAGES: Final = tuple(stage.value for stage in Stage)
 _TIMED: Final = len(_STAGES) - 1
 """Number of stages whose duration is in the answer: all but the last, commit."""
+
+
+def _value_of(read: Callable[[], Mapping[Lane | None, int]], lane: Lane | None) -> float:
+    return float(read()[lane])
 
 
 class _CallbackMetric(Collector):
@@ -87,6 +95,12 @@ class Metrics:
         self._batch_size = Histogram(
             "shiwu_batch_size", "Images in a batch.", buckets=tuple(map(float, BATCH_SIZES)), **every
         )
+        self._words = Counter(
+            "shiwu_labels_encoded", "Labels encoded, by the lane that needed them.", ["lane"], **every
+        )
+        self._words_s = Counter(
+            "shiwu_label_seconds", "Time of the device for labels, by the lane that needed them.", ["lane"], **every
+        )
         self._renewed = Counter("shiwu_leases_renewed", "Leases renewed.", **every)
         self._reaped = Counter("shiwu_leases_reaped", "Jobs requeued after their lease expired.", **every)
         self._duty_failures = Counter(
@@ -119,6 +133,9 @@ class Metrics:
         """Create series with 0: a series that begins with its first event hides that event from `rate`."""
         for lane in _LANES:
             self._jobs.labels(lane, Status.TAGGED.value, "")
+        for name in _LABEL_LANES:
+            self._words.labels(name)
+            self._words_s.labels(name)
         for code in sorted(retried):
             self._retries.labels(code.value)
         for reason in BATCH_REASONS:
@@ -162,6 +179,12 @@ class Metrics:
         self._batch_size.observe(size)
 
     # -------------------------------------------------------------------------------- what other parts report
+    def labels_encoded(self, lane: Lane | None, *, words: int, seconds: float) -> None:
+        """Record labels that the device encoded; None where no job waits for them."""
+        name = lane.value if lane is not None else NO_LANE
+        self._words.labels(name).inc(words)
+        self._words_s.labels(name).inc(seconds)
+
     def renewed(self, leases: int) -> None:
         """Record renewed leases of this worker."""
         self._renewed.inc(leases)
@@ -229,6 +252,13 @@ class Metrics:
             ("shiwu_gpu_utilisation_ratio", "Share of the time in which the GPU was busy.", field("utilisation")),
         ):
             self.registry.register(_CallbackMetric(GaugeMetricFamily, name, text, read))
+
+    def words_waiting(self, read: Callable[[], Mapping[Lane | None, int]]) -> None:
+        """Read the labels that are to be encoded, by lane, from this function at each scrape."""
+        gauge = Gauge("shiwu_labels_waiting", "Labels that are to be encoded.", ["lane"], registry=self.registry)
+        for lane in (*Lane, None):
+            series = gauge.labels(lane.value if lane is not None else NO_LANE)
+            series.set_function(partial(_value_of, read, lane))
 
     def loader_restarts(self, read: Callable[[], int]) -> None:
         """Read the number of replaced loaders from this function at each scrape."""

@@ -1,7 +1,12 @@
-"""Label sets by name, and a cache of their text vectors."""
+"""Label sets by name, and a cache of their text vectors.
+
+Vectors are cached by label, so that label sets share them, and by label set. Those of configured sets are kept forever.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,13 +21,20 @@ from shiwu.contract import ErrorCode, Head, Stage
 from shiwu_worker.errors import Rejected
 from shiwu_worker.jobs.label_checks import LabelTokens, check_labels
 from shiwu_worker.jobs.label_set import LabelSet
-from shiwu_worker.jobs.label_vectors import EncodedLabels, TextVectors
+from shiwu_worker.jobs.label_vectors import EncodedLabels, EncodedWord, TextVectors
 from shiwu_worker.stages.score.label_warnings import label_warnings
+from shiwu_worker.stages.score.text_cost import TextCost
+from shiwu_worker.stages.score.word_cache import Templates, WordCache
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 log: FilteringBoundLogger = structlog.get_logger()
+TEXTS_PER_CALL: Final = 128
+"""Most texts of one call of the model, where nothing waits for it."""
+DEFAULT_CACHE_BYTES: Final = 256 << 20
+DEFAULT_TOKENS: Final = 77
+"""Length limit of CLIP's texts."""
 SIGMOID_LACKS_BIAS: Final = (
     "expected softmax, got sigmoid, which needs a bias, and this model has none: every score would be near 1. "
     "Use softmax and set min_cosine as the threshold, or give the label set a bias"
@@ -30,15 +42,18 @@ SIGMOID_LACKS_BIAS: Final = (
 
 
 class LabelBank:
-    """Label sets and their vectors.
+    """Label sets and their vectors. Thread-safe, but only one thread at a time may encode.
 
     Args:
         default: name of the label set for requests that name none.
-        encode_texts: (m texts) → float32 (m, d) unit vectors; called on the thread that calls `encoded`.
-        max_cached: label sets whose vectors are kept; the least recently used one is dropped first.
+        encode_texts: (m texts) → float32 (m, d) unit vectors; called on the thread that encodes.
         label_tokens: the model's tokens of labels, for warnings about labels that the model cannot read.
+        max_cached: inline label sets whose vectors are kept; the least recently used one is dropped first.
+        max_bytes: memory for vectors of inline labels; one half holds label sets, the other single labels.
         has_bias: whether the model has a bias; without it only label sets with their own bias may use sigmoid.
         inline_head: head of inline labels if the request names none.
+        max_tokens: the model cuts longer texts.
+        clock: gives monotonic seconds.
 
     Raises:
         ValueError: when a label set uses sigmoid without a bias.
@@ -53,7 +68,10 @@ class LabelBank:
         label_tokens: Callable[[Sequence[str]], Sequence[LabelTokens]],
         max_cached: int,
         has_bias: bool,
+        max_bytes: int = DEFAULT_CACHE_BYTES,
         inline_head: Head = "softmax",
+        max_tokens: int = DEFAULT_TOKENS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._has_bias = has_bias
         self._names = sorted(sets)
@@ -65,16 +83,24 @@ class LabelBank:
             self._add(name, label_set)
             if name == default:
                 self._add(None, label_set)
+        self.configured = tuple({_key(label_set): label_set for label_set in sets.values()}.values())
+        """The label sets of the operator and of the package, without those that differ in name or head only."""
+        self.cost = TextCost(max_units=max_tokens)
         self._encode_texts = encode_texts
         self._label_tokens = label_tokens
         self._max_cached = max_cached
+        self._max_set_bytes = max_bytes // 2
         self._inline_head = inline_head
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._words = WordCache(max_bytes=max_bytes // 2)
         # The keys are whole values. With a digest or joined texts as a key, two label sets could share one entry, so a
         # producer could get the labels of another.
         self._encoded: OrderedDict[LabelSet, EncodedLabels] = OrderedDict()
-        self._last: EncodedLabels | None = None
-        """The label set of the last call: most jobs of a batch have the same one."""
-        self._texts: WeakValueDictionary[tuple[tuple[str, ...], tuple[str, ...]], TextVectors] = WeakValueDictionary()
+        self._encoded_bytes = 0
+        self._pinned_keys = {_key(label_set) for label_set in sets.values()}
+        self._pinned: dict[LabelSet, EncodedLabels] = {}
+        self._texts: WeakValueDictionary[tuple[Templates, tuple[str, ...]], TextVectors] = WeakValueDictionary()
 
     def _add(self, name: str | None, label_set: LabelSet) -> None:
         self._by_request[name, None] = label_set
@@ -87,7 +113,7 @@ class LabelBank:
         return label_set.head == "sigmoid" and label_set.bias is None and not self._has_bias
 
     def resolve(self, labels: str | tuple[str, ...] | None, head: Head | None = None) -> LabelSet:
-        """The label set of a request. Thread-safe.
+        """The label set of a request.
 
         Raises:
             Rejected: unknown_label_set, or invalid_request for sigmoid without a bias.
@@ -103,22 +129,72 @@ class LabelBank:
             raise Rejected(ErrorCode.UNKNOWN_LABEL_SET, text, stage=Stage.CLAIM)
         raise Rejected(ErrorCode.INVALID_REQUEST, f"head: {SIGMOID_LACKS_BIAS}", stage=Stage.CLAIM)
 
-    def encoded(self, label_set: LabelSet) -> EncodedLabels:
-        """The label set with its vectors, which are computed on first use. Call it on one thread only."""
-        if self._last is not None and self._last.label_set is label_set:
-            return self._last
-        found = self._encoded.get(label_set)
-        if found is None:
-            found = self._add_encoded(label_set)
-        self._encoded.move_to_end(label_set)
-        self._last = found
+    # -------------------------------------------------------------------------------- cached vectors
+    def known(self, label_set: LabelSet) -> EncodedLabels | None:
+        """The label set with its vectors, or None where some are not cached as a set. Encodes nothing."""
+        with self._lock:
+            if (pinned := self._pinned.get(label_set)) is not None:
+                return pinned
+            if (found := self._encoded.get(label_set)) is not None:
+                self._encoded.move_to_end(label_set)
+                return found
+            # A set that differs in its name or head only has the same vectors.
+            texts = self._texts.get(_key(label_set))
+            return None if texts is None else self._keep(label_set, texts)
+
+    def cached_words(self, label_set: LabelSet, words: Sequence[str] | None = None) -> dict[str, EncodedWord]:
+        """Those of the labels, by default all of the set, whose vectors are cached."""
+        return self._words.find(label_set.templates, label_set.words if words is None else words)
+
+    def units(self, label_set: LabelSet, word: str) -> int:
+        """What the label costs in units of `cost`: its length in all templates of the set."""
+        return sum(self.cost.units(template.replace("{}", word)) for template in label_set.templates)
+
+    # -------------------------------------------------------------------------------- encoding
+    def encode_words(self, label_set: LabelSet, words: Sequence[str]) -> dict[str, EncodedWord]:
+        """Compute the vectors of labels in the templates of this set; learn what that costs.
+
+        The vector of a label is averaged over the templates and renormalised: the zero-shot recipe of CLIP (Radford et
+        al. 2021, section 3.1.4). Raises whatever the model raises.
+        """
+        began_s = self._clock()
+        texts = [[template.replace("{}", word) for word in words] for template in label_set.templates]
+        total = np.sum([self._encode_texts(each) for each in texts], axis=0)
+        vectors = np.asarray(total / np.linalg.norm(total, axis=1, keepdims=True), dtype=np.float32)
+        # Copies, because a row would keep the vectors of all other labels.
+        found = {
+            word: EncodedWord(vector.copy(), tokens)
+            for word, vector, tokens in zip(words, vectors, self._label_tokens(words), strict=True)
+        }
+        (self._words.pin if self._is_configured(label_set) else self._words.add)(label_set.templates, found)
+        units = sum(len(each) * max(map(self.cost.units, each)) for each in texts)
+        self.cost.learn(texts=len(words) * len(texts), units=units, seconds=self._clock() - began_s)
         return found
 
-    def _add_encoded(self, label_set: LabelSet) -> EncodedLabels:
-        key = (label_set.templates, label_set.words)
-        texts = self._texts.get(key)
-        if texts is None:
-            texts = self._texts[key] = self._encode(label_set)
+    def complete(self, label_set: LabelSet, words: Mapping[str, EncodedWord]) -> EncodedLabels:
+        """The label set with its vectors, made from the vectors of all its labels."""
+        encoded = [words[word] for word in label_set.words]
+        vectors = np.stack([each.vector for each in encoded])
+        findings = check_labels(label_set.words, tokens=[each.tokens for each in encoded], vectors=vectors)
+        with self._lock:
+            texts = self._texts.setdefault(_key(label_set), TextVectors(vectors, findings))
+            return self._keep(label_set, texts)
+
+    def encoded(self, label_set: LabelSet) -> EncodedLabels:
+        """The label set with its vectors; those that are missing are computed while the caller waits."""
+        if (known := self.known(label_set)) is not None:
+            return known
+        words = self.cached_words(label_set)
+        missing = [word for word in label_set.words if word not in words]
+        for start in range(0, len(missing), TEXTS_PER_CALL):
+            words |= self.encode_words(label_set, missing[start : start + TEXTS_PER_CALL])
+        return self.complete(label_set, words)
+
+    def _is_configured(self, label_set: LabelSet) -> bool:
+        return label_set.name is not None and _key(label_set) in self._pinned_keys
+
+    def _keep(self, label_set: LabelSet, texts: TextVectors) -> EncodedLabels:
+        """Cache a label set with its vectors. The caller holds the lock."""
         warnings = label_warnings(label_set, texts.findings)
         if warnings:
             codes = [str(warning.code) for warning in warnings]
@@ -126,19 +202,20 @@ class LabelBank:
             log.warning(
                 "labels_questionable", name=label_set.name, digest=label_set.info.digest, codes=codes, text=text
             )
-        encoded = self._encoded[label_set] = EncodedLabels(label_set, texts, warnings)
-        while len(self._encoded) > self._max_cached:
-            self._encoded.popitem(last=False)
+        encoded = EncodedLabels(label_set, texts, warnings)
+        if self._is_configured(label_set):
+            self._pinned[label_set] = encoded
+            return encoded
+        self._encoded[label_set] = encoded
+        self._encoded_bytes += encoded.vectors.nbytes
+        while len(self._encoded) > 1 and (
+            len(self._encoded) > self._max_cached or self._encoded_bytes > self._max_set_bytes
+        ):
+            _, dropped = self._encoded.popitem(last=False)
+            self._encoded_bytes -= dropped.vectors.nbytes
         return encoded
 
-    def _encode(self, label_set: LabelSet) -> TextVectors:
-        """Vectors of the labels, averaged over the templates and renormalised, and findings about the labels.
 
-        This is the zero-shot recipe of CLIP (Radford et al. 2021, section 3.1.4).
-        """
-        words = label_set.words
-        total = sum(
-            self._encode_texts([template.replace("{}", word) for word in words]) for template in label_set.templates
-        )
-        vectors = np.asarray(total / np.linalg.norm(total, axis=1, keepdims=True), dtype=np.float32)
-        return TextVectors(vectors, check_labels(words, tokens=self._label_tokens(words), vectors=vectors))
+def _key(label_set: LabelSet) -> tuple[Templates, tuple[str, ...]]:
+    """What the vectors of a label set depend on."""
+    return label_set.templates, label_set.words

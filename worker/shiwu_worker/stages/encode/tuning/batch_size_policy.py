@@ -141,6 +141,12 @@ class BatchSizePolicy:
         with self._lock:
             return self._seconds(self._choice.current)
 
+    @property
+    def quickest_s(self) -> float:
+        """Seconds that the smallest batch is expected to take now."""
+        with self._lock:
+            return self._seconds(self._sizes[0])
+
     def cost_of(self, size: int) -> float:
         """The cost of a batch of this size; only comparisons with other sizes mean something."""
         with self._lock:
