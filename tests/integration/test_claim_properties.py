@@ -54,7 +54,7 @@ class Fleet(RuleBasedStateMachine):
     def enqueue(self, number: int, where: tuple[Lane, str]) -> None:
         """Send a job, perhaps one that was sent or answered before."""
         lane, key = where
-        self.client.lpush(key, message(f"job-{number}", lane))
+        self.client.lpush(key, message(f"job-{number}", lane, answer_by_ms=1.0 if number % 5 == 0 else None))
         self.sent.add(f"job-{number}")
 
     @rule(worker=st.sampled_from(["steady", "crashing"]), limit=st.integers(1, 8))
@@ -97,7 +97,7 @@ class Fleet(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 30))
     def pass_deadline(self, number: int) -> None:
-        """Let the deadline of a job pass; the next maintenance answers it."""
+        """Note the deadline of a job; the next maintenance answers it if its message has one."""
         if f"job-{number}" in self.sent:
             self.client.zadd(DEADLINES, {f"job-{number}": 1.0})
 

@@ -22,6 +22,7 @@ from shiwu import Client
 from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.broker.script_loader import load_script
 from shiwu.contract import (
+    ANSWER_BY_HEADER,
     CANVAS,
     CANVAS_DUE,
     DEADLINES,
@@ -124,7 +125,8 @@ def test_chord_and_chain_end_as_in_celery(
 ) -> None:
     """No caller waits forever for a chord body or the next task, wherever the message of the ended job was."""
     way, where = how
-    tag: Any = app.signature("shiwu.tag", args=["s3://b/k.jpg"], queue=Lane.BULK.queue)
+    headers = {ANSWER_BY_HEADER: 1.0} if way == "answer_by" else {}
+    tag: Any = app.signature("shiwu.tag", args=["s3://b/k.jpg"], queue=Lane.BULK.queue, headers=headers)
     whole = chord([tag, tag.clone()], app.signature("plain.gather", app=app)).apply_async()
     line = chain(tag.clone(), app.signature("plain.best", app=app)).apply_async()
     tagged, part = [result.id for result in whole.parent.results]

@@ -21,9 +21,9 @@ from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 REQUEST = Request(image="s3://pictures/cat.jpg")
 
 
-def message(job_id: str, lane: Lane = Lane.INTERACTIVE) -> bytes:
+def message(job_id: str, lane: Lane = Lane.INTERACTIVE, *, answer_by_ms: float | None = None) -> bytes:
     """A message of our own client."""
-    return build_message(REQUEST, job_id=job_id, lane=lane)
+    return build_message(REQUEST, job_id=job_id, lane=lane, answer_by_ms=answer_by_ms)
 
 
 def make_lease_queue(client: redis.Redis, name: str, *, lease_s: float = 60.0, bulk_share: float = 0.1) -> LeaseQueue:

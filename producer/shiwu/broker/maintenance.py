@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from datetime import UTC, tzinfo
 from typing import Any, Final
 
-import msgspec
 import redis
 
-from shiwu.broker.answers import MAX_CALLBACKS_RESERVED_S, AnswerEntry, AnswerStore
+from shiwu.broker.answers import MAX_CALLBACKS_RESERVED_S, AnswerStore
+from shiwu.broker.expiry import CHUNK_SIZE, MAX_CHECKED, Expiry
 from shiwu.broker.foreign_values import ForeignValue, ForeignValues
-from shiwu.broker.message_reader import Envelope, read_message
 from shiwu.broker.retention import DEFAULT_RETENTION, Retention
 from shiwu.broker.script_loader import load_repeatable_script, load_script
-from shiwu.broker.server_clock import server_time_ms
 from shiwu.contract import (
     ATTEMPTS,
     CANVAS_DUE,
@@ -38,19 +36,10 @@ from shiwu.contract import (
     QUARANTINE_OWNER,
     RESULT_STREAM,
     REVOKED,
+    SCAN_OWNER,
+    SCAN_WANTED,
     WORKERS,
-    Answer,
-    ErrorCode,
-    ErrorInfo,
-    ImageInfo,
     Lane,
-    RequestError,
-    Stage,
-    Status,
-    check_id,
-    moment,
-    parse_request,
-    without_query,
 )
 
 QUARANTINE_AFTER_DEATHS: Final = 2
@@ -59,17 +48,17 @@ MAX_LEASE_S: Final = 600.0
 """The longest lease. Longer ones are shortened, as after the server's clock was set back."""
 MAX_TRIM: Final = 5000
 """Entries that one call removes from the results stream, and dead letters."""
-EXPIRY_LEASE_S: Final = 15.0
-"""Lease of an expired message between its removal from the lane and its answer."""
 HISTORY_TTL_S: Final = 7 * 86_400
 """How long the history of a job that returned to its lane is kept for its next claim."""
-CHUNK_SIZE: Final = 500
-MAX_CHECKED: Final = 20_000
-"""Messages of each lane key whose `expires` one sweep checks."""
+MAX_ROUNDS: Final = 40
+"""Rounds that follow each other while more is due; the rest waits for the next tick or sweep."""
+SCAN_OWNED_S: Final = 15.0
+"""How long a process that looks through the lanes owns this task without a sign of life."""
 _LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
 _MAINTENANCE_KEYS: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, DELAYED, DELAYED_MESSAGES, COUNTERS, WORKERS, QUARANTINE, DEADLINES),
     *(DEAD, DEAD_ANSWERS, DEAD_MESSAGES, RESULT_STREAM, REVOKED, QUARANTINE_OWNER, CANVAS_DUE),
+    *(SCAN_WANTED, SCAN_OWNER),
     *_LANE_KEYS,
 )
 
@@ -92,6 +81,13 @@ class MaintenanceReport:
     dead_bytes: int = 0
     out_of_time: int = 0
     """Jobs answered `expired` because the time of `answer_by_s` was over."""
+    deadlines_due: int = 0
+    """Entries of the deadlines that were due."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more may be due of one kind than one round with the default limit does."""
+        return max(self.reaped, self.promoted, self.deadlines_due) >= CHUNK_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +123,7 @@ class Maintenance:
         name: the worker's name, whose heartbeat each round records; empty for a process that is not a worker.
         token: unique to one run of the process; marks the answers that it writes.
         retention: called in each round; how many answers the results stream keeps, and how long dead letters are kept.
+        zone: time zone of an `expires` without one.
     """
 
     def __init__(
@@ -137,31 +134,35 @@ class Maintenance:
         name: str = "",
         token: str = "",
         retention: Callable[[], Retention] = lambda: DEFAULT_RETENTION,
+        zone: tzinfo = UTC,
     ) -> None:
         self._client = client
         self._answer_store = answer_store
         self._name = name
         self._token = token
         self._retention = retention
+        self._zone = zone
         self._maintain = load_script(client, "maintain")
         self._trim = load_repeatable_script(client, "trim")
         self._trim_dead = load_repeatable_script(client, "trim_dead")
         self._measured: set[str] = set()
-        self._take_late = load_repeatable_script(client, "take_late")
         self._foreign_values = ForeignValues(client)
-        self._checked: dict[str, int] = {}
-        """Lane key → messages at its head that the last sweep checked and left in place."""
+        self._expiry = Expiry(client, answer_store, token=token)
 
     def move_foreign(self) -> list[ForeignValue]:
         """Move values of a wrong type away from the keys of shiwu; return what was moved. No script runs before it."""
         return self._foreign_values.move()
 
-    def run_once(self, *, limit: int = CHUNK_SIZE, count_waiting: bool = False) -> MaintenanceReport:
+    def run_once(
+        self, *, limit: int = CHUNK_SIZE, count_waiting: bool = False, zone: tzinfo | None = None
+    ) -> MaintenanceReport:
         """Do what is due, up to `limit` jobs of each kind.
 
         Args:
             count_waiting: also count the messages in all lanes.
+            zone: replaces the time zone of an `expires` without one.
         """
+        zone = zone or self._zone
         limits = (
             QUARANTINE_AFTER_DEATHS,
             int(MAX_LEASE_S * 1000),
@@ -169,11 +170,16 @@ class Maintenance:
             HISTORY,
             HISTORY_TTL_S,
             int(MAX_CALLBACKS_RESERVED_S * 1000),
+            self._token,
+            self._expiry.scanned_ms,
+            int(SCAN_OWNED_S * 1000),
         )
         reply: Any = self._maintain(keys=_MAINTENANCE_KEYS, args=[self._name, limit, int(count_waiting), *limits])
-        reaped, promoted, quarantined, waiting, stream_length, late, now_ms, stream_bytes, dead_bytes = reply
-        if late:
-            self._answer_late(late, now_ms=now_ms)
+        reaped, promoted, quarantined, waiting, stream_length, due, now_ms = reply[:7]
+        stream_bytes, dead_bytes, is_scanning, late = reply[7:]
+        out_of_time = self._expiry.answer_due(dict(zip(late[::2], late[1::2], strict=True)), now_ms=now_ms, zone=zone)
+        if is_scanning:
+            out_of_time += self._expiry.scan(now_ms=now_ms, zone=zone)
         return MaintenanceReport(
             reaped=reaped,
             promoted=promoted,
@@ -182,15 +188,9 @@ class Maintenance:
             stream_length=stream_length,
             stream_bytes=stream_bytes,
             dead_bytes=dead_bytes,
-            out_of_time=len(late),
+            out_of_time=out_of_time,
+            deadlines_due=due,
         )
-
-    def _answer_late(self, late: Sequence[bytes], *, now_ms: float) -> None:
-        ids = {member: _valid_id(member) for member in late}
-        text = "no answer came by the time that the producer gave (answer_by)"
-        self._answer_store.write([_out_of_time(job_id, text, now_ms=now_ms) for job_id in ids.values() if job_id])
-        if invalid := [member for member, job_id in ids.items() if not job_id]:
-            self._client.zrem(DEADLINES, *invalid)  # another program wrote them; they would be due every second
 
     def sweep(self, *, zone: tzinfo = UTC) -> SweepReport:
         """Do everything that is due, and answer waiting messages whose `expires` has passed.
@@ -199,10 +199,11 @@ class Maintenance:
             zone: time zone of an `expires` without one.
         """
         foreign = self.move_foreign()
-        rounds = [self.run_once(limit=CHUNK_SIZE)]
-        while max(rounds[-1].reaped, rounds[-1].promoted, rounds[-1].out_of_time) == CHUNK_SIZE:
-            rounds.append(self.run_once(limit=CHUNK_SIZE))
-        expired, unchecked = self._expire_waiting(portion=CHUNK_SIZE, limit=MAX_CHECKED, zone=zone)
+        rounds = [self.run_once(limit=CHUNK_SIZE, zone=zone)]
+        while rounds[-1].is_full and len(rounds) < MAX_ROUNDS:
+            rounds.append(self.run_once(limit=CHUNK_SIZE, zone=zone))
+        expired, unchecked = self._expiry.expire_waiting(portion=CHUNK_SIZE, limit=MAX_CHECKED, zone=zone)
+        expired += self._expiry.expire_quarantined(zone=zone)
         return SweepReport(
             reaped=sum(report.reaped for report in rounds),
             promoted=sum(report.promoted for report in rounds),
@@ -265,83 +266,4 @@ class Maintenance:
         Workers do this when they claim; this method does it while no worker runs. It checks `limit` messages of each
         lane key, oldest first, and continues from there at the next call.
         """
-        return self._expire_waiting(portion=portion, limit=limit, zone=zone)[0]
-
-    def _expire_waiting(self, *, portion: int, limit: int, zone: tzinfo) -> tuple[int, int]:
-        """How many messages were answered, and how many were not checked."""
-        now_ms = server_time_ms(self._client)
-        expired = unchecked = 0
-        for key in _LANE_KEYS:
-            begin = offset = self._checked.get(key, 0)
-            checked = left = 0
-            is_at_end = False
-            while checked < limit and not is_at_end:
-                raws: Any = self._client.lrange(key, -(offset + portion), -(offset + 1))
-                taken, answered = self._answer_expired(key, raws, now_ms=now_ms, zone=zone)
-                expired += answered
-                checked += len(raws)
-                left += len(raws) - taken
-                # Messages that were taken are gone from the list, so those behind them have moved up.
-                offset += len(raws) - taken
-                if len(raws) < portion:
-                    # A lane that has become shorter than the stored offset is checked again from its head.
-                    is_at_end = checked > 0 or begin == 0
-                    begin, offset = (begin, 0) if is_at_end else (0, 0)
-            self._checked[key] = offset
-            if begin or not is_at_end:
-                unchecked += max(0, self._client.llen(key) - left)
-        return expired, unchecked
-
-    def _answer_expired(self, key: str, raws: Sequence[bytes], *, now_ms: float, zone: tzinfo) -> tuple[int, int]:
-        """Answer the expired messages; how many were removed from the lane, and how many answers are new."""
-        late = []
-        for raw in raws:
-            try:
-                envelope = read_message(raw, zone=zone)
-            except RequestError:
-                continue  # a worker answers it with this error
-            if envelope.expires_ms is not None and envelope.expires_ms <= now_ms:
-                late.append((envelope, raw))
-        if not late:
-            return 0, 0
-        args: list[Any] = [self._token, int(EXPIRY_LEASE_S * 1000)]
-        for envelope, raw in late:
-            args += [envelope.id, raw]
-        reply: Any = self._take_late(keys=[CLAIMS, LEASES, ATTEMPTS, key], args=args)
-        taken = {job_id.decode(): generation for job_id, generation in zip(reply[::2], reply[1::2], strict=True)}
-        entries = [
-            _expired(envelope, key, raw, now_ms=now_ms, generation=taken[envelope.id])
-            for envelope, raw in late
-            if envelope.id in taken
-        ]
-        return len(taken), len(entries) - len(self._answer_store.write(entries, token=f"{self._token}.lane"))
-
-
-def _valid_id(member: bytes) -> str:
-    """The job id, or empty if this is no valid id."""
-    with contextlib.suppress(RequestError, UnicodeDecodeError):
-        return check_id(member.decode())
-    return ""
-
-
-def _out_of_time(job_id: str, text: str, *, now_ms: float) -> AnswerEntry:
-    error = ErrorInfo(code=ErrorCode.EXPIRED, message=text, stage=Stage.CLAIM)
-    answer = Answer(id=job_id, status=Status.EXPIRED, attempts=0, error=error, answered_at=moment(now_ms))
-    return AnswerEntry(id=job_id, answer=answer, is_from_outside=True)
-
-
-def _expired(envelope: Envelope, key: str, raw: bytes, *, now_ms: float, generation: int) -> AnswerEntry:
-    text = "the deadline passed while the job waited and no worker ran"
-    answer = _out_of_time(envelope.id, text, now_ms=now_ms).answer
-    with contextlib.suppress(RequestError):
-        request = parse_request(envelope.fields)
-        image = ImageInfo(reference=without_query(request.image))
-        answer = msgspec.structs.replace(answer, image=image, metadata=request.metadata)
-    return AnswerEntry(
-        id=envelope.id,
-        answer=answer,
-        ignore_result=envelope.ignore_result,
-        message=key.encode() + b"|" + raw if envelope.canvas else b"",
-        has_callbacks=bool(envelope.canvas),
-        generation=generation,
-    )
+        return self._expiry.expire_waiting(portion=portion, limit=limit, zone=zone)[0]

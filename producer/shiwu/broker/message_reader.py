@@ -43,6 +43,9 @@ class Envelope(msgspec.Struct, frozen=True):
     sent_ms: float | None = None
     eta_ms: float | None = None
     expires_ms: float | None = None
+    """The job's deadline: the earlier one of Celery's `expires` and `answer_by_ms`."""
+    answer_by_ms: float | None = None
+    """By when the caller must have an answer."""
     ignore_result: bool = False
     canvas: tuple[str, ...] = ()
     """Names of the callback and canvas parts that the message carries."""
@@ -57,6 +60,7 @@ class _Headers(msgspec.Struct, frozen=True):
     task: Any = None
     id: Any = None
     shiwu_sent_ms: Any = None
+    shiwu_answer_by_ms: Any = None
     eta: Any = None
     expires: Any = None
     ignore_result: Any = None
@@ -109,12 +113,17 @@ def read_message(raw: bytes, *, zone: tzinfo = UTC) -> Envelope:
         data = _body_bytes(outer)
         body = _complete(outer)[1] if data[:1] == b"{" else _read_body(data)
     args, kwargs, embed = body
+    expires_ms = None if headers.expires is None else absolute_ms(headers.expires, "expires", zone=zone)
+    answer_by_ms = number_ms(headers.shiwu_answer_by_ms)
+    if answer_by_ms is not None:
+        expires_ms = answer_by_ms if expires_ms is None else min(expires_ms, answer_by_ms)
     return Envelope(
         id=job_id,
         fields=_bind(args, kwargs),
         sent_ms=number_ms(headers.shiwu_sent_ms),
         eta_ms=None if headers.eta is None else absolute_ms(headers.eta, "eta", zone=zone),
-        expires_ms=None if headers.expires is None else absolute_ms(headers.expires, "expires", zone=zone),
+        expires_ms=expires_ms,
+        answer_by_ms=answer_by_ms,
         ignore_result=headers.ignore_result is True,
         canvas=tuple(name for name in CANVAS_PARTS if embed.get(name)) if embed and any(embed.values()) else (),
     )

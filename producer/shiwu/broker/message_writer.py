@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from pydantic_core import to_json
 
-from shiwu.contract import SENT_HEADER, TASK_NAME, Lane, Request
+from shiwu.contract import ANSWER_BY_HEADER, SENT_HEADER, TASK_NAME, Lane, Request
 
 
 @lru_cache(maxsize=1)
@@ -32,6 +32,7 @@ def build_message(
     lane: Lane,
     sent_ms: float | None = None,
     expires_ms: float | None = None,
+    answer_by_ms: float | None = None,
     eta_ms: float | None = None,
     priority: int = 0,
     ignore_result: bool = False,
@@ -48,6 +49,8 @@ def build_message(
     headers = _headers(
         job_id, sent_ms=sent_ms, expires_ms=expires_ms, eta_ms=eta_ms, ignore_result=ignore_result, trace=trace
     )
+    if answer_by_ms is not None:
+        headers[ANSWER_BY_HEADER] = answer_by_ms
     return to_json(
         {
             "body": base64.b64encode(body).decode(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -171,6 +172,7 @@ class Sender:
                 lane=lane,
                 sent_ms=now_ms,
                 expires_ms=expires_ms,
+                answer_by_ms=answer_by_ms,
                 eta_ms=_later(now_ms, options.countdown_s),
                 priority=options.priority,
                 trace=trace,
@@ -183,20 +185,16 @@ class Sender:
         return [job_id for _, job_id in jobs]
 
     def _write(self, key: str, messages: Sequence[bytes], deadlines: Mapping[str, float], *, replicas: int) -> None:
-        if not replicas:
-            with self._redis.pipeline(transaction=True) as pipe:
-                if deadlines:
-                    pipe.zadd(DEADLINES, deadlines)
-                pipe.lpush(key, *messages)
-                pipe.execute()
-            return
-        commands: list[Sequence[Any]] = [("LPUSH", key, *messages)]
         if deadlines:
-            members = [part for job_id, by_ms in deadlines.items() for part in (by_ms, job_id)]
-            commands.insert(0, ("ZADD", DEADLINES, *members))
+            # An index only: the messages carry their deadlines, and count without it.
+            with contextlib.suppress(redis.ResponseError):
+                self._redis.zadd(DEADLINES, deadlines)
+        if not replicas:
+            self._redis.lpush(key, *messages)
+            return
         # WAIT counts only the writes of its own connection.
         with self._redis.client() as connected:  # type: ignore[no-untyped-call]  # redis' own
-            run_on_connection(connected, *commands)
+            run_on_connection(connected, ("LPUSH", key, *messages))
             wait_replicated(connected, replicas=replicas, timeout_s=self._timeout_s / 2)
 
     def server_time_ms(self) -> float:

@@ -59,6 +59,8 @@ from shiwu.contract.keys import (
     RESULT_STREAM,
     RETENTION,
     REVOKED,
+    SCAN_OWNER,
+    SCAN_WANTED,
     WORKERS,
     done_key,
     result_key,
@@ -88,6 +90,7 @@ from shiwu.contract.request import (
 from shiwu.contract.text import control_character
 from shiwu.contract.unknown_fields import field_warnings, unknown_names
 from shiwu.contract.vocabulary import (
+    ANSWER_BY_HEADER,
     CONTRACT_VERSION,
     MAX_IMAGE_CHARS,
     MAX_INLINE_LABELS,
@@ -109,6 +112,7 @@ from shiwu.contract.vocabulary import (
 
 __all__ = [
     "ANSWERED_CHANNEL",
+    "ANSWER_BY_HEADER",
     "ATTEMPTS",
     "CALL_REPLY",
     "CANVAS",
@@ -148,6 +152,8 @@ __all__ = [
     "RETRIABLE",
     "RETRIED",
     "REVOKED",
+    "SCAN_OWNER",
+    "SCAN_WANTED",
     "SENT_HEADER",
     "TASK_NAME",
     "WORKERS",

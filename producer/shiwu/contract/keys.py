@@ -26,7 +26,13 @@ holds no other job meanwhile."""
 QUARANTINE_OWNER: Final = "shiwu:suspects:taker"
 """String: the token of the worker that owns the quarantine; expires with its lease."""
 DEADLINES: Final = "shiwu:deadlines"
-"""Sorted set: job id → server time in ms by which its caller must have an answer (`answer_by_s`)."""
+"""Sorted set: job id → server time in ms by which its caller must have an answer (`answer_by_s`). It is an index that
+producers may write to: only a message whose own deadline has passed is answered."""
+SCAN_WANTED: Final = "shiwu:deadlines:wanted"
+"""String: server time in ms at which a deadline had passed whose message is neither claimed nor delayed. It may be in a
+lane or in quarantine, which one process then looks through."""
+SCAN_OWNER: Final = "shiwu:deadlines:scanner"
+"""String that expires after a few seconds: the token of the process that looks through them."""
 DEAD: Final = "shiwu:dead"
 """Sorted set: job id → server time in ms at which it ended without tags."""
 DEAD_ANSWERS: Final = "shiwu:dead:answers"
@@ -75,6 +81,8 @@ KEY_TYPES: Final[Mapping[str, str]] = MappingProxyType(
         QUARANTINE: "list",
         QUARANTINE_OWNER: "string",
         DEADLINES: "zset",
+        SCAN_WANTED: "string",
+        SCAN_OWNER: "string",
         DEAD: "zset",
         DEAD_ANSWERS: "hash",
         DEAD_MESSAGES: "hash",

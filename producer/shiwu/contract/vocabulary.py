@@ -12,6 +12,9 @@ CONTRACT_VERSION: Final = 1
 TASK_NAME: Final = "shiwu.tag"
 SENT_HEADER: Final = "shiwu_sent_ms"
 """The message header with the time of enqueueing, in ms since 1970 by Redis' clock; `shiwu.Client` writes it."""
+ANSWER_BY_HEADER: Final = "shiwu_answer_by_ms"
+"""The message header with the time by which the job must have an answer, in ms since 1970 by Redis' clock. Any Celery
+client may set it; `shiwu.Client` does so for `answer_by_s`."""
 
 MAX_IMAGE_CHARS: Final = 4096
 MAX_INLINE_LABELS: Final = 1000

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from shiwu.broker.maintenance import Maintenance, MaintenanceReport
+from shiwu.broker.maintenance import MAX_ROUNDS, Maintenance, MaintenanceReport
 from shiwu.broker.redis_errors import info_of
 from shiwu_worker.errors import FatalError
 from shiwu_worker.runtime.duties import Duties, Duty
@@ -168,13 +168,13 @@ class Heartbeat:
 
     def _run_maintenance(self) -> None:
         """One chunk after another, until nothing is left to do."""
-        while True:
+        for _ in range(MAX_ROUNDS):
             # An idle worker claims every few seconds, which is progress. Lanes are counted when even that ends.
             is_quiet = self._progress.age_s() > self._stuck_s() / 2
             report = self._maintenance.run_once(limit=CHUNK_SIZE, count_waiting=is_quiet)
             self._waiting, self._stream_report = report.waiting, report
             self._report(report)
-            if max(report.reaped, report.promoted, report.out_of_time) < CHUNK_SIZE:
+            if not report.is_full:
                 break
 
     def _trim(self) -> None:

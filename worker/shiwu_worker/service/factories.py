@@ -135,6 +135,7 @@ def open_queue(stack: ExitStack, settings: Settings) -> QueueParts:
             name=settings.worker_name,
             token=token,
             retention=RetentionPublisher(client, views.retention(settings)),
+            zone=settings.zone,
         ),
     )
 

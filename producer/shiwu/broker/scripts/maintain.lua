@@ -1,21 +1,29 @@
 -- Maintenance for all workers. Jobs whose lease expired or whose delay is over return to the front of their lane, or to the
 -- quarantine after two worker deaths. A claim of attempt 0 was no attempt, so its return does not count as one. Old dead letters
--- are removed. Ids of jobs out of time are returned.
+-- are removed. Claimed and delayed messages are returned whose entry in the deadlines is due. An entry is only an index, which
+-- producers may write: the caller answers a job if the message itself has a deadline that has passed. An entry without a
+-- claimed or delayed message is removed, and lanes and quarantine are to be looked through, by one process at a time.
 -- KEYS  claims, leases, attempts, delayed, delayed messages, counters, workers, quarantine, deadlines, dead, dead answers, dead messages,
---       results stream, revoked ids, owner of the quarantine, canvas due, then the keys of the lanes
+--       results stream, revoked ids, owner of the quarantine, canvas due, wanted scan, owner of the scan,
+--       then the keys of the lanes
 -- ARGV  worker name or '', max jobs of each kind, '1' to count the lanes, worker deaths before quarantine, max lease in ms,
 --       max age of dead letters in ms, prefix of histories, how long a history is kept in s, max time in ms for which
---       callbacks are reserved
--- Reply {reaped, promoted, quarantined, waiting in all lanes, length of the results stream, ids out of time, server time in ms,
---        bytes counted for the results stream, and for the dead letters}
+--       callbacks are reserved, token, when this process began the last scan that it has finished in ms, how long a scan is owned
+--       in ms
+-- Reply {reaped, promoted, quarantined, waiting in all lanes, length of the results stream, entries of deadlines that were due,
+--       server time in ms, bytes counted for the results stream, and for the dead letters, 1 if this process is to scan,
+--       {id and `lane key|message` of each message whose entry was due}}
 local claims, leases, attempts, delayed, delayed_messages, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local workers, quarantine, deadlines = KEYS[7], KEYS[8], KEYS[9]
 local dead, dead_answers, dead_messages, results = KEYS[10], KEYS[11], KEYS[12], KEYS[13]
 local quarantine_owner, canvas_due = KEYS[15], KEYS[16]
-local LANES = 17
+local scan_wanted, scan_owner = KEYS[17], KEYS[18]
+local LANES = 19
 local name, limit, is_counting, quarantine_from = ARGV[1], tonumber(ARGV[2]), ARGV[3] == '1', tonumber(ARGV[4])
 local max_lease_ms, dead_age_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
 local history_prefix, history_ttl, max_reserved_ms = ARGV[7], ARGV[8], tonumber(ARGV[9])
+local token, scanned_ms, scan_owned_ms = ARGV[10], tonumber(ARGV[11]), ARGV[12]
+local MAX_MESSAGE, MAX_REPLY = 1024 * 1024, 8 * 1024 * 1024
 local MAX_ATTEMPTS_KEPT = 10
 local WORKER_TTL_MS = 3600 * 1000
 local RETRY_MS, NEW_LEASE_MS = 10 * 1000, 60 * 1000
@@ -24,8 +32,8 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 -- A key of a wrong type must stop the script before its first write, because Redis does not undo a script.
 for _, hash in ipairs({ claims, attempts, delayed_messages, dead_answers, dead_messages }) do redis.call('HLEN', hash) end
-for _, set in ipairs({ leases, delayed, workers, deadlines, dead, KEYS[14], canvas_due }) do redis.call('ZCARD', set) end
-local stream_length = redis.call('XLEN', results)
+for _, set in ipairs({ leases, delayed, workers, dead, KEYS[14], canvas_due }) do redis.call('ZCARD', set) end
+local stream_length, wanted_ms = redis.call('XLEN', results), redis.call('GET', scan_wanted)
 redis.call('LLEN', quarantine)
 
 redis.call('ZREMRANGEBYSCORE', workers, '-inf', now - WORKER_TTL_MS)
@@ -130,11 +138,43 @@ end
 if reaped > 0 and type(redis.pcall('HINCRBY', counters, 'reaped', reaped)) ~= 'number' then
   redis.pcall('HSET', counters, 'reaped', reaped)
 end
-local late = redis.call('ZRANGEBYSCORE', deadlines, '-inf', now, 'LIMIT', 0, limit)
+
+-- pcall: producers may write to this key, so it may have a wrong type.
+local due, late, size = redis.pcall('ZRANGEBYSCORE', deadlines, '-inf', now, 'LIMIT', 0, limit), {}, 0
+local due_count = 0
+for _, id in ipairs(due) do
+  if size > MAX_REPLY then break end
+  due_count = due_count + 1
+  local record = redis.call('HGET', claims, id)
+  record = record and string.match(record, '^[^|]*|%d+|(.*)$') or redis.call('HGET', delayed_messages, id)
+  if record and #record < MAX_MESSAGE then
+    size = size + #record
+    late[#late + 1] = id
+    late[#late + 1] = record
+  else
+    redis.call('ZREM', deadlines, id)
+    if not record then
+      redis.call('SET', scan_wanted, now)
+      wanted_ms = now
+    end
+  end
+end
+
+local is_scanning = 0
+if wanted_ms and (tonumber(wanted_ms) or 0) <= scanned_ms then
+  redis.call('DEL', scan_wanted)
+elseif wanted_ms then
+  local holder = redis.pcall('GET', scan_owner)
+  if not holder or holder == token then
+    redis.call('SET', scan_owner, token, 'PX', scan_owned_ms)
+    is_scanning = 1
+  end
+end
+
 -- pcall: with counters of a wrong type nothing is dropped by its bytes until they have been moved aside.
 local function counted(field)
   local value = redis.pcall('HGET', counters, field)
   return type(value) == 'string' and math.floor(tonumber(value) or 0) or 0
 end
 local stream_bytes, dead_bytes = counted('results_bytes'), counted('dead_bytes')
-return { reaped, promoted, quarantined, waiting, stream_length, late, now, stream_bytes, dead_bytes }
+return { reaped, promoted, quarantined, waiting, stream_length, due_count, now, stream_bytes, dead_bytes, is_scanning, late }

@@ -24,6 +24,7 @@ from shiwu.contract import (
     CANVAS_DUE,
     CLAIMS,
     COUNTERS,
+    DEADLINES,
     DELAYED,
     DELAYED_MESSAGES,
     HISTORY,
@@ -111,7 +112,7 @@ class LeaseQueue:
         bulk_share = limit * self._bulk_share
         bulk_owed = min(self._bulk_owed + bulk_share, max(2.0, 2 * bulk_share))
         keys = [CLAIMS, LEASES, ATTEMPTS, COUNTERS, QUARANTINE, QUARANTINE_OWNER, REVOKED, self._last_claim_key]
-        keys += [CANVAS, CANVAS_DUE, *_LANE_KEYS]
+        keys += [CANVAS, CANVAS_DUE, DEADLINES, *_LANE_KEYS]
         args: list[Any] = [self._token, limit, int(bulk_owed), self._lease_ms, done_key(""), int(holds_nothing)]
         self._may_have_lost_reply = True
         args += [int(self._is_quarantine_turn), PENDING_CALLBACK_ANSWER, result_key(""), self._result_ttl_s]

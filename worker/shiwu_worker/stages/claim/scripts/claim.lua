@@ -2,7 +2,7 @@
 -- Jobs whose workers died twice are quarantined. One worker at a time owns the quarantine and claims its jobs one by one,
 -- while it holds nothing else, so that the job that ends workers is identified. In between it claims ordinary jobs.
 -- KEYS  claims, leases, attempts, counters, quarantine, owner of the quarantine, revoked ids, this worker's last claim,
---       canvas, canvas due, then 4 keys of each lane, interactive first
+--       canvas, canvas due, deadlines, then 4 keys of each lane, interactive first
 -- ARGV  token, limit, least number to claim from bulk, lease in ms, prefix of the marks of answered ids,
 --       '1' if this worker holds nothing, '1' if it is the quarantine's turn, prefix of answers for pending callbacks,
 --       prefix of results, how long a result is kept in s, result of a job whose id was answered before: Celery's JSON with
@@ -15,11 +15,11 @@ local claims, leases, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local quarantine, owner, revoked, last_claim = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local token, limit, bulk_least = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local lease_ms, done_prefix, holds_nothing = tonumber(ARGV[4]), ARGV[5], ARGV[6] == '1'
-local canvas, canvas_due, pending_answer_prefix = KEYS[9], KEYS[10], ARGV[8]
+local canvas, canvas_due, deadlines, pending_answer_prefix = KEYS[9], KEYS[10], KEYS[11], ARGV[8]
 local result_prefix, result_ttl, answered_before, history_prefix = ARGV[9], ARGV[10], ARGV[11], ARGV[12]
 local serves_interactive, serves_bulk = ARGV[13] == '1', ARGV[14] == '1'
 local bulk_most = tonumber(ARGV[15])
-local FIRST, BULK, LAST = 11, 15, 18
+local FIRST, BULK, LAST = 12, 16, 19
 local READABLE_BYTES = 256 * 1024
 local BODY_BYTES = 8 * 1024
 local MAX_ID_BYTES = 255
@@ -111,7 +111,7 @@ end
 
 -- The id under which the client of the message waits for the answer, as `shiwu.broker.message_reader` finds it. A message
 -- whose id is not found here is claimed under its digest; its worker searches the id again and stores the answer there.
--- Also returns whether no client waits for a result.
+-- Also returns whether no client waits for a result, and by when the job must have an answer.
 local function identity(raw)
   local is_read, message = false, nil
   if #raw <= READABLE_BYTES then is_read, message = pcall(cjson.decode, raw) end
@@ -121,16 +121,17 @@ local function identity(raw)
     if type(id) ~= 'string' or #id > MAX_ID_BYTES or not string.find(id, '^%w[%w_.:-]*$') then
       id = unusual_id(message)
     end
-    if id then return id, as_table(headers).ignore_result == true end
+    headers = as_table(headers)
+    if id then return id, headers.ignore_result == true, headers.shiwu_answer_by_ms end
   end
   return '~' .. redis.sha1hex(raw), true
 end
 
 local ids, raws, from, done_keys, has_no_client = {}, {}, {}, {}, {}
-local seen, dropped = {}, 0
+local seen, dropped, answer_by_ms = {}, 0, {}
 
 local function note(raw, k)
-  local id, no_client = identity(raw)
+  local id, no_client, answer_by = identity(raw)
   if seen[id] then
     dropped = dropped + 1
   else
@@ -138,6 +139,7 @@ local function note(raw, k)
     ids[#ids + 1], raws[#raws + 1], from[#from + 1] = id, raw, k
     done_keys[#done_keys + 1] = done_prefix .. id
     if no_client then has_no_client[#ids] = true end
+    if type(answer_by) == 'number' and answer_by > 0 and answer_by < MAX_WHOLE then answer_by_ms[#ids] = answer_by end
   end
 end
 
@@ -198,7 +200,7 @@ if #ids > 0 then
   local held = redis.call('HMGET', claims, unpack(ids))
   local tried = redis.call('HMGET', attempts, unpack(ids))
   local unwanted = has_revoked and redis.call('ZMSCORE', revoked, unpack(ids)) or {}
-  local records, terms = {}, {}
+  local records, terms, ends = {}, {}, {}
   for i, id in ipairs(ids) do
     if answered[i] or held[i] then
       dropped = dropped + 1
@@ -222,6 +224,10 @@ if #ids > 0 then
       records[#records + 1] = token .. '|' .. attempt .. '|' .. KEYS[from[i]] .. '|' .. raws[i]
       terms[#terms + 1] = now + lease_ms
       terms[#terms + 1] = id
+      if answer_by_ms[i] then
+        ends[#ends + 1] = string.format('%.3f', answer_by_ms[i])
+        ends[#ends + 1] = id
+      end
       reply[#reply + 1] = id
       reply[#reply + 1] = attempt
       reply[#reply + 1] = deaths
@@ -236,6 +242,8 @@ if #ids > 0 then
   if #records > 0 then
     redis.call('HSET', claims, unpack(records))
     redis.call('ZADD', leases, unpack(terms))
+    -- pcall: producers may write to this key too.
+    if #ends > 0 then redis.pcall('ZADD', deadlines, unpack(ends)) end
     redis.call('SET', last_claim, cjson.encode(ids), 'PX', math.max(1, lease_ms))
   end
 end
