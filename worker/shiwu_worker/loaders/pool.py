@@ -313,7 +313,9 @@ class LoaderPool:
         try:
             loader.connection.send_bytes(ENCODER.encode(task))
         except OSError:
-            return False  # the loader ended; the next poll takes back all its tasks, this one too
+            # It has ended, or does not read what may be half a frame; the next poll takes back all its tasks.
+            loader.process.kill()
+            return False
         return True
 
     def _restart(self, loader: _Loader, code: ErrorCode, results: list[LoadResult]) -> None:
@@ -343,11 +345,13 @@ class LoaderPool:
         self._starter.start(1, delay_s=0.0 if loader.is_ready else RESTART_PAUSE_S)
 
     def _add(self, process: ForkedProcess, connection: Connection) -> None:
-        """Send a new loader its options. One that has ended already is replaced by the next poll."""
-        with contextlib.suppress(OSError):
+        """Send a new loader its options. One that does not take them is replaced by the next poll."""
+        try:
             connection.send_bytes(self._options.for_sandbox.model_dump_json().encode())
             connection.send_bytes(self._options.model_dump_json().encode())
             connection.send_bytes(self._environment)
+        except OSError:
+            process.kill()
         loader = _Loader(process, connection)
         self._loaders.append(loader)
         self._selector.register(connection, selectors.EVENT_READ, loader)
