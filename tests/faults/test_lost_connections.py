@@ -84,6 +84,7 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
         "renew": lambda: claims.renew([held.id, "lost"]) == ["lost"],
         "revoke": lambda: Revoker(client, committer).revoke([held.id, "foreign"]),
         "release": lambda: claims.release([Release(failed.id)]),
+        "end_claims": lambda: claims.release_lost(held=[held.id]) == 1,
         "commit": lambda: committer.write([answer(held), dead]) == {held.id},
         "move_foreign": lambda: ForeignValues(client).move() == [],
         "trim_dead": lambda: make_maintenance(client, dead_bytes=0).trim_dead(bytes_over=0) == 0,

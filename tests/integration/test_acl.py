@@ -213,7 +213,10 @@ SCRIPTS = {
             for name in ("commit", "maintain", "move_foreign", "trim", "trim_dead", "revoke", "note_labels")
         ),
         *(f"producer/shiwu/broker/scripts/{name}_callbacks.lua" for name in ("take", "hold", "drop")),
-        *(f"worker/shiwu_worker/stages/claim/scripts/{name}.lua" for name in ("claim", "renew", "release")),
+        *(
+            f"worker/shiwu_worker/stages/claim/scripts/{name}.lua"
+            for name in ("claim", "end_claims", "renew", "release")
+        ),
     ],
 }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import redis
 
 from shiwu.contract import ATTEMPTS, CLAIMS, QUARANTINE, QUARANTINE_OWNER, Lane
 from shiwu_worker.jobs.job import Release
 from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
+from tests.support.waiting import wait_until
 
 HARMLESS = [f"job-{n}" for n in range(5)]
 
@@ -70,3 +72,31 @@ def test_one_worker_owns_the_quarantine(redis_client: redis.Redis) -> None:
     isolated = owner.claim(10)
     assert ([job.id for job in isolated.jobs], isolated.owns_quarantine) == (["quarantined"], True)
     assert owner.claim(10).owns_quarantine is False
+
+
+@pytest.mark.parametrize("road", ["retry", "eta", "sent again"])
+def test_quarantined_job_stays_isolated_on_every_road(redis_client: redis.Redis, road: str) -> None:
+    """A job with two worker deaths that returns to a lane, or is sent again, is not claimed beside others."""
+    redis_client.lpush(Lane.BULK.queue, message("crashing", Lane.BULK))
+    crash(redis_client, "first")
+    crash(redis_client, "second")
+    redis_client.delete(QUARANTINE_OWNER)
+    if road == "sent again":
+        redis_client.lpush(Lane.BULK.queue, message("crashing", Lane.BULK))
+    else:
+        alone = make_lease_queue(redis_client, "alone")
+        assert [job.id for job in alone.claim(5).jobs] == ["crashing"]
+        assert alone.release([Release("crashing", delay_s=0.001, counts=road == "retry")]) == 1
+        wait_until(lambda: make_maintenance(redis_client).run_once().promoted, timeout_s=5)
+    redis_client.lpush(Lane.BULK.queue, *[message(job_id, Lane.BULK) for job_id in HARMLESS])
+    redis_client.set(QUARANTINE_OWNER, "another")
+    busy = make_lease_queue(redis_client, "busy")
+    assert [job.id for job in busy.claim(10).jobs] == HARMLESS
+    assert (redis_client.llen(Lane.BULK.queue), redis_client.llen(QUARANTINE)) == (0, 2 if road == "sent again" else 1)
+    redis_client.delete(QUARANTINE_OWNER)
+    owner = make_lease_queue(redis_client, "owner")
+    [job] = owner.claim(10).jobs
+    assert (job.id, job.deaths, job.key) == ("crashing", 2, Lane.BULK.queue)
+    make_committer(redis_client, "owner").write([answer(job)])
+    assert owner.claim(10).jobs == owner.claim(10).jobs == ()
+    assert redis_client.exists(QUARANTINE, ATTEMPTS) == 0

@@ -161,6 +161,10 @@ def requeue(client: redis.Redis) -> None:
     DeadLetters(client).requeue(["dead"])
 
 
+def drop(client: redis.Redis) -> None:
+    DeadLetters(client).drop(["none"])
+
+
 def revoke(client: redis.Redis) -> None:
     Revoker(client, make_committer(client, "r")).revoke(["held", "delayed", "foreign"])
 
@@ -192,6 +196,7 @@ SCRIPTS: list[Callable[[redis.Redis], None]] = [
     trim,
     trim_dead,
     requeue,
+    drop,
     revoke,
     take_late,
     take_callbacks,

@@ -15,7 +15,7 @@ ATTEMPTS: Final = "shiwu:attempts"
 """Hash: job id → `attempts:worker deaths` so far, for jobs that returned to their lane, or `attempts/generation:worker
 deaths` for requeued dead letters. Both forms are read by versions that know no generations."""
 LAST_CLAIM: Final = "shiwu:last-claim:"
-"""Prefix of a string for each worker's token: the ids of its last claim, in case the reply was lost."""
+"""Prefix of a string for each worker's token: `number|ids` of its last claim, in case the reply was lost."""
 DELAYED: Final = "shiwu:delayed"
 """Sorted set: job id → server time in ms at which the job returns to its lane."""
 DELAYED_MESSAGES: Final = "shiwu:parked"

@@ -85,6 +85,10 @@ class CallbackSender:
         ]:
             self._answered.put(members)
 
+    def ask_to_end(self) -> None:
+        """Let the thread end once it has sent what is queued, without waiting for it."""
+        self._thread.ask_to_end()
+
     def close(self, *, timeout_s: float) -> None:
         """Send what is queued, within `timeout_s`; another worker sends the rest."""
         self._thread.close(timeout_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Final
@@ -32,6 +33,11 @@ class StopSignals:
         self._hurry: Callable[[], None] | None = None
         self.count = 0
         """Number of these signals received."""
+        self._first_s = 0.0
+
+    def age_s(self) -> float:
+        """Seconds since the first signal; 0 without one. Celery may notice a signal late while Redis is slow."""
+        return time.monotonic() - self._first_s if self.count else 0.0
 
     def install(self) -> None:
         """Install the handlers. Until `started` is called, a signal raises SystemExit(0) in the main thread."""
@@ -48,6 +54,7 @@ class StopSignals:
         self.count += 1
         state.should_stop = int(ExitCode.OK)
         if self.count == 1:
+            self._first_s = time.monotonic()
             name = signal.Signals(number).name
             signals.worker_shutting_down.send(sender=self._hostname, sig=name, how="Warm", exitcode=int(ExitCode.OK))
             if self._hurry is None:

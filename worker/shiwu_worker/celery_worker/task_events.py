@@ -51,6 +51,10 @@ class TaskEventSender:
         except queue.Full:
             self._dropped += len(committed)
 
+    def ask_to_end(self) -> None:
+        """Let the thread end once it has sent what is queued, without waiting for it."""
+        self._thread.ask_to_end()
+
     def close(self, *, timeout_s: float) -> None:
         """Send the queued events and `worker-offline`, within `timeout_s`; the rest is dropped."""
         self._thread.close(timeout_s)

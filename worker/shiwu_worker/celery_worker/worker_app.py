@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar, Final
@@ -43,6 +43,8 @@ from shiwu_worker.telemetry.log_output import open_standard_streams
 
 log: FilteringBoundLogger = structlog.get_logger()
 SENDERS_CLOSE_S: Final = 5.0
+CONSUMER_STOP_S: Final = 1.0
+"""How long Celery's consumer may take to close when the worker stops; the grace time counts meanwhile."""
 RECONNECT_S: Final = {"interval_start": 0.5, "interval_step": 0.5, "interval_max": 5.0}
 STABLE_AFTER_S: Final = 10.0
 """After a connection of this length, the next failure gets the shortest pause again."""
@@ -86,6 +88,12 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
         super().on_connection_error_after_connected(exc)
         self._pause()
 
+    def stop(self) -> None:
+        """Close Celery's own connections, for CONSUMER_STOP_S at most: it takes a dozen round trips."""
+        stopping = threading.Thread(target=super().stop, name="celery-stop", daemon=True)
+        stopping.start()
+        stopping.join(CONSUMER_STOP_S)
+
     def _pause(self) -> None:
         now_s = time.monotonic()
         if now_s - self._retried_s >= STABLE_AFTER_S:
@@ -107,6 +115,7 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
         self._stack = ExitStack()
         self._signals = StopSignals(worker.hostname)
         self._service: WorkerService | None = None
+        self._senders: _Senders | None = None
         self._fatal: FatalError | None = None
         self._grace_s = 0.0
 
@@ -120,10 +129,13 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
         self._signals.install()
         with ExitStack() as stack:
             try:
-                on_committed = stack.enter_context(_open_senders(worker, settings))
+                self._senders = stack.enter_context(_open_senders(worker, settings))
                 service = stack.enter_context(
                     open_service(
-                        settings, on_fatal=self._on_fatal, on_committed=on_committed, waits_for_revokes=settings.revoke
+                        settings,
+                        on_fatal=self._on_fatal,
+                        on_committed=self._senders.put,
+                        waits_for_revokes=settings.revoke,
                     )
                 )
             except FatalError as error:
@@ -143,7 +155,9 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
             return
         reason = "asked to" if self._signals.count else "Celery's loop ended"
         log.info("stopping", reason=self._fatal.exit_code.name if self._fatal else reason)
-        service.stop(grace_s=0.0 if self._fatal else self._grace_s)
+        service.stop(grace_s=0.0 if self._fatal else max(0.0, self._grace_s - self._signals.age_s()))
+        if self._senders is not None:
+            self._senders.ask_to_end()  # they end while the loaders do
         self._stack.close()
         log.info("stopped")
 
@@ -157,9 +171,33 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
             state.should_stop = int(error.exit_code)
 
 
+class _Senders:
+    """The threads that tell Celery's side about commits. They end together, within SENDERS_CLOSE_S."""
+
+    def __init__(self, senders: Sequence[CallbackSender | TaskEventSender]) -> None:
+        self._senders = senders
+        self._until_s: float | None = None
+
+    def put(self, committed: Sequence[CommittedJob]) -> None:
+        state.total_count[TASK_NAME] += len(committed)
+        for sender in self._senders:
+            sender.put(committed)
+
+    def ask_to_end(self) -> None:
+        if self._until_s is None:
+            self._until_s = time.monotonic() + SENDERS_CLOSE_S
+            for sender in self._senders:
+                sender.ask_to_end()
+
+    def close(self) -> None:
+        self.ask_to_end()
+        for sender in self._senders:
+            sender.close(timeout_s=max(0.0, (self._until_s or 0.0) - time.monotonic()))
+
+
 @contextmanager
-def _open_senders(worker: Any, settings: Settings) -> Iterator[Callable[[Sequence[CommittedJob]], None]]:
-    """Start the senders of callbacks and, with `-E`, of task events. Yield the function that takes commits."""
+def _open_senders(worker: Any, settings: Settings) -> Iterator[_Senders]:
+    """Start the senders of callbacks and, with `-E`, of task events."""
     with ExitStack() as stack:
         client = stack.enter_context(connect(settings, connections=CELERY_CONNECTIONS))
         if settings.revoke:
@@ -172,14 +210,9 @@ def _open_senders(worker: Any, settings: Settings) -> Iterator[Callable[[Sequenc
             senders.append(TaskEventSender(worker.app, hostname=worker.hostname))
         for sender in senders:
             sender.start()
-            stack.callback(sender.close, timeout_s=SENDERS_CLOSE_S)
-
-        def put(committed: Sequence[CommittedJob]) -> None:
-            state.total_count[TASK_NAME] += len(committed)
-            for sender in senders:
-                sender.put(committed)
-
-        yield put
+        group = _Senders(senders)
+        stack.callback(group.close)
+        yield group
 
 
 class LaneCelery(Celery):  # type: ignore[misc]  # celery has no types

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from redis import RedisError
@@ -73,13 +74,18 @@ class Claimer:
             if not room.total:
                 continue
             try:
+                if self._lease_queue.has_lost_reply:
+                    self._lease_queue.release_lost(self._in_flight)
+                    continue
                 claimed = self._lease_queue.claim(room.total, bulk_limit=room.bulk, held=self._in_flight)
             except RedisError as error:
                 self._wait_for_redis(error)
                 continue
             self._has_claimed = True
             self._backoff.reset()
-            self.report(active=not self._closing.is_set())
+            if self._closing.is_set():
+                break
+            self.report(active=True)
             if not self._in_flight:
                 # With jobs in flight, claims are no progress: only the other threads can end these jobs.
                 self._progress.mark()
@@ -88,9 +94,12 @@ class Claimer:
                 on_claimed([open_job(message, zone=self._zone) for message in claimed.jobs])
             elif not owns_quarantine:
                 self._wait_for_message()
+        # While it closes, the worker starts no further job. `stop` tries again at its end.
+        with suppress(RedisError):
+            self._lease_queue.end(self._in_flight)
 
     def close(self) -> None:
-        """Let `run` end after a claim that is under way."""
+        """Let `run` end. A claim that is under way is given up."""
         self._closing.set()
         self.report(active=False)
         self._notifier.close()

@@ -32,7 +32,7 @@ TICK_S: Final = 1.0
 CHUNK_SIZE: Final = 500
 """Jobs that one script of the maintenance touches at most, so that none blocks the server for long."""
 LOAD_LOG_INTERVAL_S: Final = 30.0
-CLOSE_TIMEOUT_S: Final = 5.0
+CLOSE_TIMEOUT_S: Final = 2.0
 
 
 class Heartbeat:

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from shiwu_worker.stages.commit import Committer
 
 POLL_INTERVAL_S: Final = 0.5
-CLAIM_TIMEOUT_S: Final = 10.0
+CLAIM_TIMEOUT_S: Final = 1.0
 """How long `stop` waits for a claim that is under way."""
 THREAD_TIMEOUT_S: Final = 5.0
+"""How long `stop` waits for the batch on the device, after the grace time."""
 STILL_IN_FLIGHT_DELAY_S: Final = 0.1
 """Pause of a job that came back while its previous attempt is still being committed by this worker."""
 
@@ -271,14 +272,16 @@ class Pipeline:
         """
         until_s = time.monotonic() + grace_s
         self._stages.claimer.close()
-        # A claim that is under way brings more jobs, so only after it the jobs in flight are known.
-        self.threads[0].join(CLAIM_TIMEOUT_S)
+        # The jobs of a claim that has just been made are known afterwards. One that takes longer is given up.
+        claim, *others = self.threads
+        claim.join(min(CLAIM_TIMEOUT_S, grace_s))
         self._in_flight.wait_until_empty(until_s=until_s, is_hurried=lambda: self._is_hurried)
         left = [_release_of(job) for job in reversed(self._in_flight.jobs())]
         self._ended.set()
         self._stages.batcher.close()
-        for thread in self.threads:
-            thread.join(THREAD_TIMEOUT_S)
+        joined_until_s = time.monotonic() + THREAD_TIMEOUT_S
+        for thread in others:
+            thread.join(max(0.0, joined_until_s - time.monotonic()))
         return left
 
     def hurry(self) -> None:

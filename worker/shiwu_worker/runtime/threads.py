@@ -56,6 +56,10 @@ class ServiceThread:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def ask_to_end(self) -> None:
+        """Ask the loop to return, without waiting for it."""
+        self._stop()
+
     def close(self, timeout_s: float) -> bool:
         """Ask the loop to return and wait for it; False when it still runs after `timeout_s`."""
         self._stop()

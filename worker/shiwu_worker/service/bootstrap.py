@@ -5,8 +5,10 @@ Parts are built in the order of their needs, each with its end on one ExitStack.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import redis
@@ -19,6 +21,7 @@ from shiwu_worker.runtime.blas import use_one_blas_thread
 from shiwu_worker.runtime.garbage import freeze_started
 from shiwu_worker.runtime.malloc import use_one_arena
 from shiwu_worker.runtime.progress import Progress
+from shiwu_worker.runtime.threads import ServiceThread
 from shiwu_worker.service.factories import check_redis, open_queue, start_loaders
 from shiwu_worker.service.label_set_recorder import LabelSetRecorder
 from shiwu_worker.service.labels import open_label_bank, read_label_sets
@@ -126,9 +129,18 @@ class WorkerService:
         if not self._is_stopped:
             self._is_stopped = True
             self._observer.stopping()
+            until_s = time.monotonic() + grace_s + self._parts.commit_timeout_s
             # Claims end first and leases last, so every job keeps its lease until it is answered or released.
-            release_left(self._parts.queue.lease_queue, self._pipeline.stop(grace_s=grace_s))
-            self._parts.committer.close(timeout_s=self._parts.commit_timeout_s)
+            left = self._pipeline.stop(grace_s=grace_s)
+            # On a thread of its own: a slow Redis would otherwise take the time of the last answers.
+            releaser = ServiceThread(
+                "release", partial(release_left, self._parts.queue.lease_queue, left), on_fatal=None
+            )
+            releaser.start()
+            self._parts.committer.close(timeout_s=max(0.0, until_s - time.monotonic()))
+            releaser.join(max(0.0, until_s - time.monotonic()))
+            for thread in (self.heartbeat.thread, self.cancellations.thread):
+                thread.ask_to_end()  # all at the same time; their `close` waits
 
     def hurry(self) -> None:
         """End the grace time of a running `stop`, for a second signal."""
@@ -152,9 +164,11 @@ def _in_turn(
 
 
 def release_left(lease_queue: LeaseQueue, releases: Sequence[Release]) -> None:
-    """Release jobs to the front of their lanes. While Redis is unavailable their leases expire instead."""
+    """Release jobs to the front of their lanes, and what the last claim brought. Without Redis their leases expire."""
     try:
-        if releases:
-            log.info("jobs_released", jobs=lease_queue.release(releases))
+        released = lease_queue.release(releases)
+        released += lease_queue.end()
+        if released:
+            log.info("jobs_released", jobs=released)
     except redis.RedisError as error:
         log.error("release_failed", jobs=len(releases), error=str(error)[:300])

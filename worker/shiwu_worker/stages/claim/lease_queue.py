@@ -6,6 +6,8 @@ claimed under a lease. Only the server's clock decides about leases and delays.
 
 from __future__ import annotations
 
+import secrets
+import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -46,6 +48,8 @@ MAX_CLAIM: Final = 1000
 _PACKAGE: Final = "shiwu_worker.stages.claim"
 _LANE_KEYS: Final = (*Lane.INTERACTIVE.keys, *Lane.BULK.keys)
 _BULK: Final = frozenset(Lane.BULK.keys)
+LAST_CLAIM_KEPT_MS: Final = 600_000
+"""How long the server remembers which claims were given up; no command is on its way for so long."""
 _FIRST_JOB: Final = 2
 _JOB_FIELDS: Final = 8
 """Positions in the reply of `claim.lua`: the first job, and fields per job."""
@@ -88,15 +92,21 @@ class LeaseQueue:
         self._bulk_owed = 0.0
         self._is_quarantine_turn = True
         self._may_have_lost_reply = False
+        self._lock = threading.Lock()
+        self._claim_number = 0
+        self._has_ended = False
         self._clock_offset_ms: float | None = None
         self._client = client
-        self._last_claim_key = f"{LAST_CLAIM}{token}"
+        self._last_claim_key = f"{LAST_CLAIM}{token}.{secrets.token_hex(4)}"  # the numbers of claims begin at 1
         self._claim = load_script(client, "claim", package=_PACKAGE)
         self._renew = load_script(client, "renew", package=_PACKAGE)
         self._release = load_script(client, "release", package=_PACKAGE)
+        self._end_claims = load_script(client, "end_claims", package=_PACKAGE)
 
     def claim(self, limit: int, *, bulk_limit: int | None = None, held: Collection[str] = ()) -> ClaimResult:
         """Claim up to `limit` jobs, interactive first; drops duplicates of answered or claimed jobs.
+
+        After `end` it claims nothing.
 
         The stored answer of a duplicate is announced again; if it has expired, the answer is `already_answered`.
 
@@ -105,7 +115,12 @@ class LeaseQueue:
             held: ids that this worker holds. Jobs of a claim whose reply was lost are not among them and are released.
         """
         if self._may_have_lost_reply:
-            self._release_lost_reply(held)
+            self.release_lost(held)
+        with self._lock:
+            if self._has_ended:
+                return ClaimResult(())
+            self._claim_number += 1
+            self._may_have_lost_reply = True
         holds_nothing = not held
         limit = min(limit, MAX_CLAIM)
         # At most two shares add up while no bulk jobs wait, so that these cannot keep interactive jobs out later.
@@ -114,10 +129,9 @@ class LeaseQueue:
         keys = [CLAIMS, LEASES, ATTEMPTS, COUNTERS, QUARANTINE, QUARANTINE_OWNER, REVOKED, self._last_claim_key]
         keys += [CANVAS, CANVAS_DUE, DEADLINES, *_LANE_KEYS]
         args: list[Any] = [self._token, limit, int(bulk_owed), self._lease_ms, done_key(""), int(holds_nothing)]
-        self._may_have_lost_reply = True
         args += [int(self._is_quarantine_turn), PENDING_CALLBACK_ANSWER, result_key(""), self._result_ttl_s]
         args += [answered_before(self._worker, now_ms=self._server_time_ms()), HISTORY, *self._served_flags]
-        args.append(limit if bulk_limit is None else min(limit, bulk_limit))
+        args += [limit if bulk_limit is None else min(limit, bulk_limit), QUARANTINE_AFTER_DEATHS, self._claim_number]
         reply: list[Any] = self._claim(keys=keys, args=args)
         self._may_have_lost_reply = False
         claimed_s = time.monotonic()
@@ -137,14 +151,27 @@ class LeaseQueue:
         """The server's clock, from the last claim; before the first claim this machine's clock."""
         return time.time() * 1000 if self._clock_offset_ms is None else time.monotonic() * 1000 + self._clock_offset_ms
 
-    def _release_lost_reply(self, held: Collection[str]) -> None:
-        """Release the jobs of a claim whose reply was lost.
+    @property
+    def has_lost_reply(self) -> bool:
+        """Whether the last claim failed, so that the server may have run it, or may run it later."""
+        return self._may_have_lost_reply
 
-        Otherwise they would wait until their lease expires, and count as jobs of a crashed worker.
+    def release_lost(self, held: Collection[str]) -> int:
+        """Give up earlier claims, and release the jobs of the last one that are not among `held`; returns how many.
+
+        Otherwise they would wait until their lease expires, and count as jobs of a crashed worker. Two round trips.
         """
-        last: Any = self._client.get(self._last_claim_key)
-        ids = msgspec.json.decode(last, type=list[str]) if last else []
-        self.release([Release(job_id) for job_id in reversed(ids) if job_id not in held])
+        args = [self._claim_number, LAST_CLAIM_KEPT_MS]
+        ids = msgspec.json.decode(self._end_claims(keys=[LEASES, self._last_claim_key], args=args), type=list[str])
+        released = self.release([Release(job_id) for job_id in reversed(ids) if job_id not in held])
+        self._may_have_lost_reply = False
+        return released
+
+    def end(self, held: Collection[str] = ()) -> int:
+        """Claim nothing from now on, and do what `release_lost` does."""
+        with self._lock:
+            self._has_ended = True
+        return self.release_lost(held)
 
     def renew(self, ids: Sequence[str]) -> list[str]:
         """Renew the leases; returns the ids that this worker no longer holds."""

@@ -1,13 +1,16 @@
 -- Claims up to `limit` messages from the lanes and records each under a lease, in one atomic step.
 -- Jobs whose workers died twice are quarantined. One worker at a time owns the quarantine and claims its jobs one by one,
 -- while it holds nothing else, so that the job that ends workers is identified. In between it claims ordinary jobs.
+-- A message of such a job that is found in a lane, after a delay or because it was sent again, is moved to the quarantine.
+-- The key of the last claim holds `number|ids`. A claim whose number is not above it claims nothing: its worker has given it
+-- up (`end_claims`), and would not know its jobs.
 -- KEYS  claims, leases, attempts, counters, quarantine, owner of the quarantine, revoked ids, this worker's last claim,
 --       canvas, canvas due, deadlines, then 4 keys of each lane, interactive first
 -- ARGV  token, limit, least number to claim from bulk, lease in ms, prefix of the marks of answered ids,
 --       '1' if this worker holds nothing, '1' if it is the quarantine's turn, prefix of answers for pending callbacks,
 --       prefix of results, how long a result is kept in s, result of a job whose id was answered before: Celery's JSON with
 --       a zero byte at each position of the id, prefix of histories, '1' if interactive is served, '1' if bulk is,
---       most to claim from bulk
+--       most to claim from bulk, worker deaths before quarantine, number of this claim
 -- Reply server time in ms, 1 if this worker owns the quarantine now, then for each job: id, attempt, deaths,
 --       number of its lane key (1 to 8), message, 1 if Celery's revoke named it, history of earlier attempts or '',
 --       generation: how often the id was requeued as a dead letter
@@ -18,12 +21,13 @@ local lease_ms, done_prefix, holds_nothing = tonumber(ARGV[4]), ARGV[5], ARGV[6]
 local canvas, canvas_due, deadlines, pending_answer_prefix = KEYS[9], KEYS[10], KEYS[11], ARGV[8]
 local result_prefix, result_ttl, answered_before, history_prefix = ARGV[9], ARGV[10], ARGV[11], ARGV[12]
 local serves_interactive, serves_bulk = ARGV[13] == '1', ARGV[14] == '1'
-local bulk_most = tonumber(ARGV[15])
+local bulk_most, quarantine_from, number = tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17])
 local FIRST, BULK, LAST = 12, 16, 19
 local READABLE_BYTES = 256 * 1024
 local BODY_BYTES = 8 * 1024
 local MAX_ID_BYTES = 255
 local MAX_WHOLE = 2 ^ 53
+local LAST_CLAIM_KEPT_MS = 600 * 1000
 
 -- A wrong type must stop the script before anything is popped: Redis does not undo a script.
 redis.call('HLEN', claims)
@@ -42,6 +46,9 @@ redis.call('ZREM', leases, '')
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local last_number = tonumber(string.match(redis.call('GET', last_claim) or '', '^(%d+)|'))
+if last_number and number <= last_number then return { tostring(now), 0 } end
 
 local DIGITS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
 local digit_of
@@ -217,6 +224,8 @@ if #ids > 0 then
           redis.call('DEL', pending_answer_prefix .. id)
         end
       end
+    elseif tried[i] and not is_isolated and tonumber(string.match(tried[i], ':(%d+)$') or 0) >= quarantine_from then
+      redis.call('LPUSH', quarantine, KEYS[from[i]] .. '|' .. raws[i])
     else
       local attempt = (tonumber(string.match(tried[i] or '', '^%d+') or 0)) + 1
       local deaths = tonumber(string.match(tried[i] or '', ':(%d+)$') or 0)
@@ -244,7 +253,7 @@ if #ids > 0 then
     redis.call('ZADD', leases, unpack(terms))
     -- pcall: producers may write to this key too.
     if #ends > 0 then redis.pcall('ZADD', deadlines, unpack(ends)) end
-    redis.call('SET', last_claim, cjson.encode(ids), 'PX', math.max(1, lease_ms))
+    redis.call('SET', last_claim, number .. '|' .. cjson.encode(ids), 'PX', math.max(lease_ms, LAST_CLAIM_KEPT_MS))
   end
 end
 -- A value that is no number must not end the script: the counters are for information only.
