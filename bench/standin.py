@@ -105,6 +105,8 @@ class StandInEncoder:
     text_tokens = 77
     gpu_uuid = None
     known_vectors: Final = np.full((1, WIDTH), WIDTH**-0.5, np.float32)
+    known_images: Final = np.zeros((1, 1, 1, 3), np.uint8)
+    canary_sizes: Final = (1,)
     info = ModelInfo(id="stand-in", revision="0", dtype="none", device="none")
 
     def __init__(self, *, batch_sizes: Sequence[int], per_picture_ms: float, per_batch_ms: float) -> None:
@@ -130,6 +132,10 @@ class StandInEncoder:
         """Return equal vectors."""
         flight.wait()
         return np.full((flight.pictures, WIDTH), WIDTH**-0.5, np.float32)
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Give the device a batch and wait for it."""
+        return self.collect(self.launch(pixels, range(len(pixels))))
 
     def encode_exact(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return equal vectors immediately."""

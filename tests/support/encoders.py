@@ -83,6 +83,7 @@ def make_encoder(
     std: float = 0.5,
     is_compiled: bool = False,
     threads: int | None = None,
+    known_images: NDArray[np.uint8] | None = None,
 ) -> Encoder:
     """The encoder over this folder, on the CPU."""
     options = EncoderOptions(
@@ -96,6 +97,7 @@ def make_encoder(
         std=(std,) * 3,
         threads=threads,
         is_compiled=is_compiled,
+        known_images=known_images,
     )
     return Encoder(options)
 

@@ -76,7 +76,12 @@ class FakeNvml:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return (ctypes.c_ulonglong * cpuSetSize)(*handle.masks[:cpuSetSize])
 
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGpu:
+    def nvmlDeviceGetName(self, handle: FakeGpu | str) -> str:
+        return "NVIDIA H200 MIG 1g.18gb" if isinstance(handle, str) else "NVIDIA H200"
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGpu | str:
+        if any(uuid in (gpu.instances or ()) for gpu in self.gpus):
+            return uuid
         for gpu in self.gpus:
             if gpu.uuid == uuid:
                 if gpu.is_lost:

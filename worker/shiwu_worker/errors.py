@@ -11,7 +11,7 @@ FatalError            the process cannot continue: it releases its jobs and exit
 from __future__ import annotations
 
 from enum import Enum, IntEnum
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage, as_utf8, printable_lines, without_logins
 
@@ -105,6 +105,10 @@ class ExitCode(IntEnum):
     GAVE_UP = 69  # launcher: a worker crashed too often
     INTERNAL = 70  # a pipeline thread ended by a defect of shiwu
     OVERDUE = 71  # launcher: a worker was killed before it had drained
+
+
+BROKEN_DEVICE: Final = frozenset({ExitCode.DEVICE, ExitCode.CANARY})
+"""Exit codes of a process whose device must not be trusted any more."""
 
 
 class FatalError(Exception):

@@ -11,6 +11,7 @@ from shiwu_worker.commands import tune
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.config.tuned import Tuned, apply_tuning
 from shiwu_worker.stages.decode.image_spec import ImageSpec
+from tests.support.fake_nvml import FakeGpu, FakeNvml
 
 
 def measured(seconds: dict[int, float], *, largest: int) -> SimpleNamespace:
@@ -47,6 +48,24 @@ def test_tune_file_of_another_machine_is_ignored(tmp_path: Path, text: str) -> N
     assert apply_tuning(settings, lambda: "rev") == settings
     path.write_text(tuned(settings).model_dump_json())
     assert apply_tuning(settings, lambda: "another model") == settings
+
+
+def test_tune_file_is_valid_in_a_new_pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another host name and another GPU of the same model; a newer driver or another model needs a new measurement."""
+    nvml = FakeNvml(gpus=[FakeGpu("GPU-a")])
+    nvml.install(monkeypatch)
+    path = tmp_path / "tune.json"
+    settings = Settings(tune_file=path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
+    path.write_text(tuned(settings).model_dump_json())
+    monkeypatch.setattr("socket.gethostname", lambda: "another-pod")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b")
+    nvml.gpus = [FakeGpu("GPU-b")]
+    assert apply_tuning(settings, lambda: "rev").max_batch == 4
+    nvml.gpus = [FakeGpu("GPU-c", instances=["MIG-c1"])]
+    assert apply_tuning(settings, lambda: "rev") == settings
+    nvml.gpus = []
+    assert apply_tuning(settings, lambda: "rev") == settings
 
 
 def test_tuned_loaders_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

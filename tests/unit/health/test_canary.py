@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, NonFiniteError
-from shiwu_worker.health.canary import OUT_OF_MEMORY_PAUSE_S, Canary, known_image
+from shiwu_worker.health.canary import OUT_OF_MEMORY_PAUSE_S, Canary, known_images
 from shiwu_worker.service.model import load_encoder, make_canary
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 from tests.support.clock import Clock
@@ -28,6 +28,9 @@ class Device:
         self.error: Exception | None = None
         self.error_kind = DeviceErrorKind.OTHER
         self.calls = 0
+        self.sizes: tuple[int, ...] = (1,)
+        self.wrong_rows: dict[int, int] = {}
+        """Batch size → a row that gets the vector of another image."""
         self.reasons: list[str] = []
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -35,14 +38,18 @@ class Device:
         self.calls += 1
         if self.error is not None:
             raise self.error
-        return np.array([self.vector for _ in pixels])
+        vectors = np.array([self.vector for _ in pixels])
+        if (row := self.wrong_rows.get(len(pixels))) is not None:
+            vectors[row] = (1, 0, 0)
+        return vectors
 
     def canary(self, *, every_s: float = 1e-9, clock: Callable[[], float] = time.monotonic) -> Canary:
         """Return a canary that is due at each call, by default."""
         return Canary(
             self.encode,
-            pixels=known_image(4, 4),
-            reference=GOOD,
+            images=known_images(4, 4),
+            references=np.array([GOOD] * 3),
+            sizes=lambda: self.sizes,
             every_s=every_s,
             error_kind=lambda _: self.error_kind,
             on_wrong=self.reasons.append,
@@ -130,12 +137,28 @@ def test_canary_tells_apart_lost_device_memory_and_defect() -> None:
         canary.check_if_due()
 
 
-def test_known_image_is_constant_and_varied() -> None:
-    """Always the same pixels, with most levels of each colour."""
-    image = known_image(224, 224)
-    assert (image.shape, image.dtype) == ((1, 224, 224, 3), np.uint8)
-    np.testing.assert_array_equal(image, known_image(224, 224))
-    assert all(len(np.unique(image[..., plane])) > 200 for plane in range(3))
+@pytest.mark.parametrize("row", [0, 3, 7])
+def test_canary_checks_every_row_of_every_size(row: int) -> None:
+    """One size after the other; a wrong row of one size is found when its turn comes."""
+    device = Device()
+    device.sizes = (1, 2, 8)
+    canary = device.canary()
+    for _ in range(6):
+        canary.check_if_due()
+    device.wrong_rows = {8: row}
+    canary.check_if_due()
+    canary.check_if_due()
+    with pytest.raises(FatalError, match="in a batch of 8"):
+        canary.check_if_due()
+
+
+def test_known_images_are_constant_and_varied() -> None:
+    """Always the same pixels, each image with most levels of each colour, and no two alike."""
+    images = known_images(224, 224)
+    assert (images.shape, images.dtype) == ((3, 224, 224, 3), np.uint8)
+    np.testing.assert_array_equal(images, known_images(224, 224))
+    assert all(len(np.unique(image[..., plane])) > 200 for image in images for plane in range(3))
+    assert len({image.tobytes() for image in images}) == 3
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
@@ -146,7 +169,7 @@ def test_canary_of_a_real_encoder_succeeds(dtype: str) -> None:
     settings = Settings(dtype=dtype, max_batch=1, torch_threads=1)
     encoder = load_encoder(settings, folder, spec)
     reasons: list[str] = []
-    make_canary(settings, encoder, spec, on_wrong=reasons.append).check_if_due()
+    make_canary(settings, encoder, on_wrong=reasons.append).check_if_due()
     assert reasons == []
     noise = np.random.default_rng(0).integers(0, 256, (1, spec.height, spec.width, 3), np.uint8)
     assert float(encoder.encode(noise)[0] @ encoder.known_vectors[0]) < 0.98

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shiwu_worker.runtime.nvidia import driver_version, fault_of, instance_uuid
+from shiwu_worker.runtime.nvidia import driver_version, fault_of, gpu_models, instance_uuid
 from tests.support.fake_nvml import FakeGpu, FakeNvml
 
 
@@ -61,3 +61,9 @@ def test_machine_without_driver_has_no_fault_and_no_version(nvml: FakeNvml) -> N
     assert driver_version() == "570.86.10"
     nvml.has_driver = False
     assert (fault_of("GPU-a"), driver_version(), instance_uuid(0, visible=None)) == (None, None, None)
+
+
+def test_models_of_gpus_and_instances_are_named_once(nvml: FakeNvml) -> None:
+    """A tune file is valid on every machine with the same ones."""
+    nvml.gpus = [FakeGpu("GPU-a"), FakeGpu("GPU-b"), FakeGpu("GPU-c", instances=["MIG-c1"])]
+    assert gpu_models() == ("NVIDIA H200", "NVIDIA H200 MIG 1g.18gb")

@@ -34,8 +34,9 @@ from shiwu_worker.celery_worker.task_events import TaskEventSender
 from shiwu_worker.config.errors import load_settings_or_exit, report_unknown_names
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.config.views import callback_rules
-from shiwu_worker.errors import FatalError
+from shiwu_worker.errors import BROKEN_DEVICE, FatalError
 from shiwu_worker.jobs.outcome import CommittedJob
+from shiwu_worker.runtime.process import exit_now
 from shiwu_worker.service.bootstrap import WorkerService, open_service
 from shiwu_worker.service.factories import CELERY_CONNECTIONS, connect, make_answer_store
 from shiwu_worker.telemetry import logs
@@ -140,6 +141,9 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
                 )
             except FatalError as error:
                 log.error("start_failed", exit_code=int(error.exit_code), reason=error.exit_code.name, error=str(error))
+                if error.exit_code in BROKEN_DEVICE:
+                    stack.close()
+                    exit_now(int(error.exit_code))
                 raise SystemExit(int(error.exit_code)) from error
             except SystemExit:
                 log.info("stopped", reason="asked to", during="start")
@@ -160,6 +164,8 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
             self._senders.ask_to_end()  # they end while the loaders do
         self._stack.close()
         log.info("stopped")
+        if self._fatal is not None and self._fatal.exit_code in BROKEN_DEVICE:
+            exit_now(int(self._fatal.exit_code))
 
     terminate = stop
 

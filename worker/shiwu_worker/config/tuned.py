@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Final
@@ -13,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.runtime.cpus import usable_cores
+from shiwu_worker.runtime.cpus import cpu_model, usable_cores
+from shiwu_worker.runtime.nvidia import driver_version, gpu_models
 
 log: FilteringBoundLogger = structlog.get_logger()
 
@@ -32,10 +32,14 @@ class Tuned(BaseModel):
 
 
 def key_of(settings: Settings, revision: str) -> tuple[str, ...]:
-    """Return everything that the measurement depends on. Does not import torch, because loaders start before it."""
-    cores = str(usable_cores())
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    where = (socket.gethostname(), cores, settings.device, visible)
+    """Return everything that the measurement depends on. Does not import torch, because loaders start before it.
+
+    Neither the host's name nor the GPU's UUID is part of it: a pod has new ones at each start.
+    """
+    hides_gpus = os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}
+    gpus = () if hides_gpus or settings.device == "cpu" else gpu_models()
+    driver = (driver_version() or "") if gpus else ""
+    where = (cpu_model(), str(usable_cores()), settings.device, ", ".join(gpus), driver)
     return (*where, revision, settings.dtype, str(settings.compile), version("torch"), version("transformers"))
 
 

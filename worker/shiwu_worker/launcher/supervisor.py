@@ -21,7 +21,7 @@ from typing import Final
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from shiwu_worker.errors import ExitCode
+from shiwu_worker.errors import BROKEN_DEVICE, ExitCode
 from shiwu_worker.health.probe_files import ProbeFiles, is_probe_file
 from shiwu_worker.launcher.placement import Placement
 
@@ -30,7 +30,6 @@ PROBE_FILES_EVERY_S: Final = 1.0
 """Interval of the updates of the probe files."""
 AFTER_GRACE_S: Final = 18.0
 """Added to the grace time of a worker: two Redis time-outs to release jobs, 5 s for loaders, 3 s for traces."""
-_DEVICE_ENDS: Final = frozenset({ExitCode.DEVICE, ExitCode.CANARY})
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -203,7 +202,7 @@ class Supervisor:
     def _on_crash(self, worker: WorkerProcess, *, reason: str, status: int | None = None) -> None:
         uuid = worker.placement.gpu_uuid
         # Only then, because a GPU with broken rows may work on for weeks.
-        fault = self._fault_of(uuid) if uuid and status in _DEVICE_ENDS else None
+        fault = self._fault_of(uuid) if uuid and status in BROKEN_DEVICE else None
         pause_s = worker.count_crash(self._restart_policy)
         if fault is None and pause_s is not None:
             log.error("worker_crashed", worker=worker.placement.name, reason=reason, restart_in_s=pause_s)

@@ -16,6 +16,7 @@ from shiwu_worker.runtime.proc import read_text
 
 OWN_CGROUPS: Final = Path("/proc/self/cgroup")
 HIERARCHIES: Final = Path("/sys/fs/cgroup")
+CPUINFO: Final = Path("/proc/cpuinfo")
 TOPOLOGY: Final = Path("/sys/devices/system/cpu")
 
 
@@ -26,6 +27,15 @@ def usable_cores(*, own_cgroups: Path = OWN_CGROUPS, hierarchies: Path = HIERARC
     """
     quotas = [math.ceil(quota) for quota in _quotas(own_cgroups, hierarchies)]
     return max(1, min([len(os.sched_getaffinity(0)), *quotas]))
+
+
+def cpu_model(*, cpuinfo: Path = CPUINFO) -> str:
+    """Return the model of the first CPU, such as `AMD EPYC 9354`; empty where Linux does not tell."""
+    for line in read_text(cpuinfo).splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return ""
 
 
 def cores_of(cpus: frozenset[int], *, topology: Path = TOPOLOGY) -> list[frozenset[int]]:

@@ -49,6 +49,16 @@ def driver_version() -> str | None:
     return None
 
 
+def gpu_models() -> tuple[str, ...]:
+    """Return the different models of the GPUs and MIG instances of this machine, such as `NVIDIA H200 MIG 1g.18gb`."""
+    names: set[str] = set()
+    with _nvml() as available:
+        for gpu in _all_gpus() if available else ():
+            with suppress(pynvml.NVMLError):
+                names.add(str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid))))
+    return tuple(sorted(names))
+
+
 def instance_uuid(index: int, *, visible: str | None) -> str | None:
     """Return the UUID of the MIG instance that CUDA uses as its device `index`; None where it uses a whole GPU.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
 import signal
-from typing import Final
+import sys
+from typing import Final, NoReturn
 
 PR_SET_PDEATHSIG: Final = 1
 _PLAIN_NAMES: Final = re.compile(
@@ -35,3 +37,15 @@ def signal_with_parent(parent: int, number: signal.Signals, *, exit_code: int) -
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(exit_code)
+
+
+def exit_now(code: int) -> NoReturn:
+    """End the process after its output was flushed, without running Python's finalisation.
+
+    After a lost GPU, destructors of torch's pinned memory and events abort the process (pytorch issue 178154), and a
+    dead driver may let them wait for ever. The exit code would then be lost.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

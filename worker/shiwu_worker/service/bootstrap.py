@@ -77,7 +77,7 @@ def open_service(
         loaders = start_loaders(stack, settings, spec, on_fatal=on_fatal)
         encoder = load_encoder(settings, folder, spec)
         loaders.wait_ready(LOADERS_READY_TIMEOUT_S)
-        canary = make_canary(settings, encoder, spec, on_wrong=observer.canary_failed)
+        canary = make_canary(settings, encoder, on_wrong=observer.canary_failed)
         canary.check_if_due()
         label_bank = open_label_bank(settings, encoder, label_sets)
         parts = PipelineParts(

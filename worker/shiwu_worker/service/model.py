@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from shiwu_worker.checkpoints.model_files import model_name, model_revision
 from shiwu_worker.config.views import batch_sizes
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.health.canary import Canary, known_image
+from shiwu_worker.health.canary import Canary, known_images
 from shiwu_worker.pipeline.batch_executor import BatchExecutor
 from shiwu_worker.runtime.garbage import freeze_imported
 from shiwu_worker.stages.score.scorer import Scorer
@@ -54,7 +54,7 @@ def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorou
             threads=settings.torch_threads or None,
             is_compiled=settings.compile,
             has_graphs=settings.cuda_graphs,
-            known_images=known_image(spec.height, spec.width),
+            known_images=known_images(spec.height, spec.width),
         )
         encoder = Encoder(options)
         encoder.warm(choose_largest=not settings.max_batch, is_thorough=is_thorough)
@@ -65,18 +65,19 @@ def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorou
     return encoder
 
 
-def make_canary(settings: Settings, encoder: Encoder, spec: ImageSpec, *, on_wrong: Callable[[str], None]) -> Canary:
-    """The canary, whose image takes the same path as the images of jobs: staging buffer, launch, collect.
+def make_canary(settings: Settings, encoder: Encoder, *, on_wrong: Callable[[str], None]) -> Canary:
+    """The canary, whose images take the same path as the images of jobs: staging buffer, launch, collect.
 
     Raises:
         RuntimeError: the encoder was made without the vectors of the known image.
     """
-    if encoder.known_vectors is None:
-        raise RuntimeError("expected an encoder with the vectors of the known image; pass `known` to Encoder")
+    if encoder.known_vectors is None or encoder.known_images is None:
+        raise RuntimeError("expected an encoder with vectors of known images; pass `known_images` to EncoderOptions")
     return Canary(
-        lambda pixels: encoder.collect(encoder.launch(pixels, [0])),
-        pixels=known_image(spec.height, spec.width),
-        reference=encoder.known_vectors[0],
+        encoder.encode,
+        images=encoder.known_images,
+        references=encoder.known_vectors,
+        sizes=lambda: encoder.canary_sizes,
         every_s=settings.canary_s,
         error_kind=encoder.error_kind,
         on_wrong=on_wrong,

@@ -51,6 +51,18 @@ def _missing(usable: int) -> str:
     return f"torch finds {usable}{limit}; {versions}; check nvidia-smi, or set SHIWU_DEVICE=cpu"
 
 
+def keep_full_precision() -> None:
+    """Let a GPU compute FP32 in FP32, and sum FP16 products in FP32. The settings hold for the process.
+
+    By default cuDNN rounds FP32 to TF32, also in the reference that other formats are compared with, and cuBLAS may
+    round partial sums to FP16, which overflow at 65,504.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def choose_dtypes(asked: str, device: torch.device) -> tuple[torch.dtype, ...]:
     """The formats to try, best first; a later one is used if the model overflows in the ones before.
 

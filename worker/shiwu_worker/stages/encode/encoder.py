@@ -19,17 +19,25 @@ from structlog.typing import FilteringBoundLogger
 
 from shiwu.contract import ModelInfo
 from shiwu_worker.checkpoints.checkpoint_files import read_checkpoint
-from shiwu_worker.errors import DeviceErrorKind, NonFiniteError
+from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, NonFiniteError
 from shiwu_worker.jobs.label_checks import LabelTokens
 from shiwu_worker.runtime.cpus import usable_cores
 from shiwu_worker.runtime.malloc import keep_freed_memory
+from shiwu_worker.stages.encode.accelerator import CudaAccelerator
 from shiwu_worker.stages.encode.batch_sizes import time_batch_sizes
 from shiwu_worker.stages.encode.checkpoint import TextEncoder
 from shiwu_worker.stages.encode.cpu_pool import CpuInferencePool
-from shiwu_worker.stages.encode.device import choose_device, device_name, error_kind_of, gpu_uuid
+from shiwu_worker.stages.encode.device import (
+    choose_device,
+    device_name,
+    error_kind_of,
+    gpu_uuid,
+    keep_full_precision,
+)
 from shiwu_worker.stages.encode.model import DeviceModel, EncoderOptions
+from shiwu_worker.stages.encode.size_check import SizeCheck
 from shiwu_worker.stages.encode.staging import InFlightBatch, StagingRing
-from shiwu_worker.stages.encode.towers import GraphedTower, compiled_tower
+from shiwu_worker.stages.encode.towers import AcceleratedTower, GraphedTower, compiled_tower
 from shiwu_worker.stages.encode.tuning.batch_size_policy import (
     MAX_BATCH_S,
     BatchSizeChange,
@@ -67,6 +75,8 @@ class Encoder:
         is_cpu = self._device.type == "cpu"
         if is_cpu:
             keep_freed_memory()
+        else:
+            keep_full_precision()
         self._max_threads = _limit_threads(options.threads) if is_cpu else None
         checkpoint = read_checkpoint(options.folder)
         self._cpu_pool = CpuInferencePool(torch.get_num_threads()) if is_cpu else None
@@ -76,6 +86,11 @@ class Encoder:
         """Longest text in tokens; `encode_texts` cuts longer ones."""
         self.batch_sizes = tuple(options.batch_sizes)
         """Allowed batch sizes, ascending."""
+        known, known_vectors = self._model.known_images, self._model.known_vectors
+        self._check = None if known is None or known_vectors is None else SizeCheck(known, known_vectors)
+        self._wrong_sizes: dict[int, str | None] = {}
+        """What is wrong with the vectors of each size that was timed."""
+        self._graphs: GraphedTower | None = None
         self._staging = self._make_staging()
         self.size_policy = self._make_size_policy({self.batch_sizes[0]: 1.0})
         """How large batches are; not measured before `warm`."""
@@ -95,6 +110,15 @@ class Encoder:
         self.default_head = self._model.default_head
         self.known_vectors = self._model.known_vectors
         """Reference vectors of the known images, float32 (n, d), computed in FP32 on the CPU."""
+        self.known_images = known
+        """The known images that have a reference, uint8 (n, h, w, 3)."""
+
+    @property
+    def canary_sizes(self) -> tuple[int, ...]:
+        """Batch sizes in which known images should be checked now: on a GPU all that jobs get, else the smallest."""
+        if self._cpu_pool is not None:
+            return self.batch_sizes[:1]
+        return tuple(size for size in self.batch_sizes if size <= self.size_policy.largest)
 
     @property
     def threads(self) -> int:
@@ -108,11 +132,12 @@ class Encoder:
     def _make_staging(self) -> StagingRing:
         """Staging buffers in front of the image tower: with CUDA graphs, compiled or eager."""
         tower, shape = self._model.eager_tower(), self._model.image_shape
-        stream: torch.cuda.Stream | None = None
-        if self._device.type == "cuda":
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's own
-        if stream is not None and self._options.has_graphs:
-            tower = GraphedTower(tower, batch_sizes=self.batch_sizes, shape=shape, stream=stream)
+        accelerator = CudaAccelerator(self._device) if self._device.type == "cuda" else None
+        if accelerator is not None and self._options.has_graphs:
+            self._graphs = GraphedTower(tower, batch_sizes=self.batch_sizes, shape=shape, accelerator=accelerator)
+            tower, self.batch_sizes = self._graphs, self._graphs.fitting_sizes
+        elif accelerator is not None:
+            tower = AcceleratedTower(tower, accelerator)
         elif self._options.is_compiled:
             tower = compiled_tower(tower)
         return self._run_exclusive(
@@ -121,8 +146,7 @@ class Encoder:
                 batch_sizes=self.batch_sizes,
                 shape=shape,
                 width=self._model.vector_width,
-                device=self._device,
-                stream=stream,
+                accelerator=accelerator,
                 cpu_pool=self._cpu_pool,
             )
         )
@@ -139,7 +163,8 @@ class Encoder:
             is_thorough: time all sizes in several passes.
 
         Raises:
-            NonFiniteError: when this dtype overflows on this model.
+            FatalError: with ExitCode.CANARY, when batches of the smallest size give wrong vectors.
+            NonFiniteError: when this dtype overflows on this model and there are no known images.
         """
         core_s = 0.0 if self._cpu_pool is None else self._choose_threads(self._cpu_pool)
         if is_thorough or self._options.is_compiled or self._device.type == "cuda":
@@ -149,8 +174,31 @@ class Encoder:
             costs, sd = self._time_two_sizes(core_s), QUICK_START_SD
         if self._options.is_compiled:
             self.batch_sizes = tuple(costs)
+        costs = self._without_wrong(costs)
         self.timed_sizes = tuple(costs)
         self.size_policy = self._make_size_policy(costs, sd=sd, choose_largest=choose_largest)
+
+    def _without_wrong(self, costs: Mapping[int, float]) -> dict[int, float]:
+        """The costs of the sizes whose vectors were right in every row. A size with a wrong graph runs eager.
+
+        Raises:
+            FatalError: with ExitCode.CANARY, when the smallest size is wrong.
+        """
+        right = dict(costs)
+        for size in costs:
+            reason = self._wrong_sizes.get(size)
+            if reason and self._graphs is not None and self._graphs.drop(size):
+                log.error("graph_gives_wrong_vectors", batch_size=size, reason=reason, meaning="this size runs eager")
+                right[size] = self._time_pass(size)
+                reason = self._wrong_sizes.get(size)
+            if reason:
+                log.error("batch_size_gives_wrong_vectors", batch_size=size, reason=reason)
+                del right[size]
+                if size == self.batch_sizes[0]:
+                    raise FatalError(ExitCode.CANARY, f"batches of {size} give wrong vectors: {reason}")
+        self.batch_sizes = tuple(size for size in self.batch_sizes if size in right or size not in costs)
+        self._staging.batch_sizes = self.batch_sizes
+        return right
 
     def _choose_threads(self, cpu_pool: CpuInferencePool) -> float:
         """Choose threads by the core-seconds that an image takes on one thread; returns these.
@@ -217,12 +265,21 @@ class Encoder:
         )
 
     def _time_pass(self, size: int) -> float:
-        """The cost of one pass. A compiled tower runs twice: the first run, or other threads, may compile."""
-        pixels = np.full((size, *self._model.image_shape), 127, np.uint8)
+        """The cost of one pass, whose vectors are checked.
+
+        A compiled tower runs twice: the first run, or other threads, may compile.
+        """
+        # Not of one colour: a GPU runs products of equal numbers faster.
+        shape = (size, *self._model.image_shape)
+        check = self._check
+        pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8) if check is None else check.pixels(size)
         if self._options.is_compiled:
             self.encode(pixels)
         batch = self.launch(pixels)
-        self.collect(batch)
+        if check is None:
+            self.collect(batch)
+        else:
+            self._wrong_sizes[size] = check.wrong(batch.collect())
         return batch.spent.cost if batch.spent is not None else 0.0
 
     # -------------------------------------------------------------------------------- batches

@@ -41,7 +41,7 @@ class EncoderOptions:
         threads: threads of torch on a CPU; None lets torch choose, up to the number of usable cores.
         is_compiled: compile the image tower (CPU); each batch size takes 15 to 60 s at the start.
         has_graphs: replay CUDA graphs if the device is a GPU.
-        known_images: uint8 (n, h, w, 3); their reference vectors are computed on the CPU.
+        known_images: uint8 (n, h, w, 3); their reference vectors are computed on the CPU. A CPU uses the first only.
     """
 
     folder: Path
@@ -88,9 +88,13 @@ class DeviceModel:
                 f"{checkpoint.config}: the model takes images of {side}×{side}, and the image processor makes "
                 f"{known.shape[2]}×{known.shape[1]}; take both from the same model"
             )
+        if known is not None and device.type == "cpu":
+            known = known[:1]  # a CPU runs one program for all sizes, and each reference takes a pass
+        self.known_images = known
+        """The known images that are used, uint8 (n, h, w, 3)."""
         self.known_vectors = None if known is None else self._encode_on_cpu(module, known)
         """Of the known images, float32 (n, d), in FP32 on the CPU whatever the device is; NaN if the model gives it."""
-        self.module, self.dtype = self._cast(module.to(device), choose_dtypes(options.dtype, device))
+        self.module, self.dtype = self._cast(module.to(device), choose_dtypes(options.dtype, device), known)
         """The model of transformers, and its number format."""
         sample: torch.Tensor | NDArray[np.float32] | None = self.known_vectors
         if sample is None:
@@ -129,21 +133,35 @@ class DeviceModel:
             vectors: NDArray[np.float32] = tower(torch.from_numpy(pixels)).numpy()
         return vectors
 
-    def _cast(self, module: Any, dtypes: Sequence[torch.dtype]) -> tuple[Any, torch.dtype]:
-        """Cast to the first format whose vectors agree with those of FP32; the last format is not compared."""
+    def _cast(
+        self, module: Any, dtypes: Sequence[torch.dtype], known: NDArray[np.uint8] | None
+    ) -> tuple[Any, torch.dtype]:
+        """Cast the image tower to the first format whose vectors agree with those of FP32.
+
+        The last format is not compared. The text tower stays FP32: labels are encoded once, so its speed matters
+        little, and no label can overflow.
+        """
         *compared, last = dtypes
         if not compared:
-            return module.to(last), last
-        shape = (COMPARED_IMAGES, *self.image_shape)
-        raw = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8)).to(self._device)
+            return _cast_images(module, last), last
+        noise = np.random.default_rng(0).integers(0, 256, (COMPARED_IMAGES, *self.image_shape), np.uint8)
+        raw = torch.from_numpy(noise if known is None else np.concatenate([noise, known])).to(self._device)
         with torch.inference_mode():
             expected = self._tower(module, torch.float32, self._device)(raw)
             for dtype in compared:
-                vectors = self._tower(module.to(dtype), dtype, self._device)(raw)
+                vectors = self._tower(_cast_images(module, dtype), dtype, self._device)(raw)
                 cosine = float((vectors * expected).sum(dim=1).min())
                 if cosine >= MIN_COSINE:
                     return module, dtype
                 log.warning("dtype_refused", dtype=str(dtype), cosine=cosine, expected=MIN_COSINE)
                 # A cast rounds the weights, so the next format starts from unrounded ones.
                 module = load_model(self._checkpoint).to(self._device)
-        return module.to(last), last
+        return _cast_images(module, last), last
+
+
+def _cast_images(module: Any, dtype: torch.dtype) -> Any:
+    """Cast everything but the text tower and the scale; returns the module."""
+    for name, child in module.named_children():
+        if not name.startswith("text"):
+            child.to(dtype)
+    return module

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shiwu_worker.stages.encode.accelerator import Accelerator, gather_rows
 from shiwu_worker.stages.encode.cpu_pool import BatchTask, CpuInferencePool, Spent
 from shiwu_worker.stages.encode.towers import Tower
 
@@ -60,34 +61,38 @@ class InFlightBatch:
             if buffer.task is not None:
                 self.spent = buffer.task.wait()
             elif buffer.events is not None:
+                # Also after `wait`, because `wait` passes no error on.
                 buffer.events.done.synchronize()
                 seconds = buffer.events.begun.elapsed_time(buffer.events.done) / 1000
                 self.spent = Spent(cost=seconds, seconds=seconds)
-            return buffer.vectors[: self._count].numpy().copy()
+            return self._ring.read(buffer, self._count)
         finally:
             self._ring.free(buffer)
 
 
-class _CudaEvents:
+class _Events:
     """The events of one buffer: the copy is done, the tower begins, the vectors are back."""
 
-    def __init__(self) -> None:
-        self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
-        self.begun = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's own
-        self.done = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's own
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.copied = accelerator.event()
+        self.begun = accelerator.event(is_timed=True)
+        self.done = accelerator.event(is_timed=True)
 
 
 class _StagingBuffer:
     """Memory of one batch on the host and on the device; on a CPU both are the same."""
 
-    def __init__(self, *, images: int, shape: tuple[int, int, int], width: int, device: torch.device) -> None:
-        is_cuda = device.type == "cuda"
-        self.on_host = torch.zeros((images, *shape), dtype=torch.uint8, pin_memory=is_cuda)
-        self.pixels: NDArray[np.uint8] = self.on_host.numpy()
-        """A view of `on_host`."""
-        self.on_device = torch.empty_like(self.on_host, device=device) if is_cuda else self.on_host
-        self.vectors = torch.zeros((images, width), dtype=torch.float32, pin_memory=is_cuda)
-        self.events = _CudaEvents() if is_cuda else None
+    def __init__(
+        self, *, images: int, shape: tuple[int, int, int], width: int, accelerator: Accelerator | None
+    ) -> None:
+        if accelerator is None:
+            self.on_host = self.on_device = torch.zeros((images, *shape), dtype=torch.uint8)
+            self.vectors = torch.zeros((images, width), dtype=torch.float32)
+        else:
+            self.on_host = accelerator.pinned((images, *shape), torch.uint8)
+            self.on_device = accelerator.allocate((images, *shape), torch.uint8)
+            self.vectors = accelerator.pinned((images, width), torch.float32)
+        self.events = None if accelerator is None else _Events(accelerator)
         self.task: BatchTask | None = None
         """The batch in the CPU pool, which may still write to `vectors`."""
 
@@ -99,7 +104,7 @@ class StagingRing:
         batch_sizes: allowed batch sizes, ascending.
         shape: of one image, (h, w, 3).
         width: length of a vector.
-        stream: the stream on which the tower runs; None on a CPU.
+        accelerator: runs the tower; None on a CPU.
         cpu_pool: runs the tower on a CPU; it may be replaced between two launches.
     """
 
@@ -110,34 +115,37 @@ class StagingRing:
         batch_sizes: Sequence[int],
         shape: tuple[int, int, int],
         width: int,
-        device: torch.device,
-        stream: torch.cuda.Stream | None,
+        accelerator: Accelerator | None = None,
         cpu_pool: CpuInferencePool | None = None,
     ) -> None:
         self._tower = tower
-        self._batch_sizes = tuple(batch_sizes)
-        self._stream = stream
+        self.batch_sizes = tuple(batch_sizes)
+        """May lose sizes between two launches."""
+        self._accelerator = accelerator
         self.cpu_pool = cpu_pool
-        self._copy_stream: torch.cuda.Stream | None = None
-        if stream is not None:
-            self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
         self._launch_lock = threading.Lock()
         self._free: queue.Queue[_StagingBuffer] = queue.Queue(BUFFERS)
         for _ in range(BUFFERS):
-            self._free.put(_StagingBuffer(images=self._batch_sizes[-1], shape=shape, width=width, device=device))
+            buffer = _StagingBuffer(images=self.batch_sizes[-1], shape=shape, width=width, accelerator=accelerator)
+            self._free.put(buffer)
 
     @property
     def is_asynchronous(self) -> bool:
         """Whether `launch` returns while the device works."""
-        return self._stream is not None
+        return self._accelerator is not None
 
     def free(self, buffer: _StagingBuffer) -> None:
         """Take back a buffer whose result was read."""
         self._free.put_nowait(buffer)
 
+    def read(self, buffer: _StagingBuffer, count: int) -> NDArray[np.float32]:
+        """The first vectors of a buffer whose batch is done, as an array of its own."""
+        vectors = buffer.vectors[:count]
+        return vectors.numpy().copy() if self._accelerator is None else self._accelerator.read(vectors)
+
     def padded_size(self, count: int) -> int:
         """The batch size at which `count` images run."""
-        return next(size for size in self._batch_sizes if size >= count)
+        return next(size for size in self.batch_sizes if size >= count)
 
     def split_count(self, size: int) -> int:
         """Into how many parts a batch of this size is split; 1 if it runs as a whole."""
@@ -158,30 +166,36 @@ class StagingRing:
         except queue.Empty:
             raise RuntimeError(f"expected a result to be read within {FREE_BUFFER_TIMEOUT_S:g} s") from None
         try:
-            if rows is None:
-                buffer.pixels[:count] = pixels
+            if self._accelerator is not None:
+                self._accelerator.gather(buffer.on_host, pixels, rows)
+                with self._launch_lock:
+                    self._run(self._accelerator, buffer, count=count, size=size)
             else:
-                # "clip" and not "raise": the latter gathers into a buffer first.
-                np.take(pixels, rows, axis=0, out=buffer.pixels[:count], mode="clip")
-            buffer.pixels[count:size] = 0
-            with self._launch_lock:
-                self._run(buffer, size)
+                gather_rows(buffer.on_host.numpy(), pixels, rows)
+                buffer.on_host[count:size] = 0
+                with self._launch_lock:
+                    self._run_on_cpu(buffer, size)
         except BaseException:  # no failure may lose a buffer
             self.free(buffer)
             raise
         return InFlightBatch(self, buffer, count=count, size=size)
 
-    def _run(self, buffer: _StagingBuffer, size: int) -> None:
-        if self.cpu_pool is not None:
-            buffer.task = self.cpu_pool.submit(self._tower, buffer.on_device[:size], buffer.vectors[:size])
-            return
-        if self._stream is None or buffer.events is None:
-            raise RuntimeError("expected a CUDA stream or a pool of CPU threads, got neither")
-        with torch.cuda.stream(self._copy_stream):
-            buffer.on_device[:size].copy_(buffer.on_host[:size], non_blocking=True)
-            buffer.events.copied.record()
-        self._stream.wait_event(buffer.events.copied)
-        with torch.cuda.stream(self._stream), torch.inference_mode():
-            buffer.events.begun.record()
-            buffer.vectors[:size].copy_(self._tower(buffer.on_device[:size]), non_blocking=True)
-            buffer.events.done.record()
+    def _run_on_cpu(self, buffer: _StagingBuffer, size: int) -> None:
+        if self.cpu_pool is None:
+            raise RuntimeError("expected an accelerator or a pool of CPU threads, got neither")
+        buffer.task = self.cpu_pool.submit(self._tower, buffer.on_device[:size], buffer.vectors[:size])
+
+    def _run(self, accelerator: Accelerator, buffer: _StagingBuffer, *, count: int, size: int) -> None:
+        events = buffer.events
+        if events is None:
+            raise RuntimeError("expected a staging buffer with events")
+        # Rows of padding keep what was there: each row's vector depends on its own pixels only.
+        with accelerator.copying():
+            accelerator.copy(buffer.on_device[:count], buffer.on_host[:count])
+            accelerator.record(events.copied)
+        with accelerator.computing():
+            accelerator.wait(events.copied)
+            accelerator.record(events.begun)
+            # On the same stream as the tower, whose next run overwrites its output.
+            accelerator.copy(buffer.vectors[:count], self._tower(buffer.on_device[:size])[:count])
+            accelerator.record(events.done)

@@ -13,6 +13,8 @@ import structlog
 import torch
 from structlog.typing import FilteringBoundLogger
 
+from shiwu_worker.stages.encode.accelerator import Accelerator, Graph
+from shiwu_worker.stages.encode.capture_rules import why_not_capturable
 from shiwu_worker.stages.encode.checkpoint import unit_vectors
 
 log: FilteringBoundLogger = structlog.get_logger()
@@ -20,6 +22,7 @@ Tower = Callable[[torch.Tensor], torch.Tensor]
 WARM_RUNS: Final = 3
 """Runs before a graph is captured: libraries choose their kernels in the first runs, which a graph must not record."""
 MAX_COMPILED_SIZES: Final = 16
+_ALL_EAGER: Final = "all batch sizes run eager, which is slower and gives the same answers"
 
 
 def eager_tower(
@@ -56,52 +59,103 @@ def compiled_tower(eager: Tower) -> Tower:
     return compiled
 
 
-class GraphedTower:
-    """One CUDA graph per batch size, all in one memory pool. A size that cannot be captured runs eager.
+class AcceleratedTower:
+    """A tower that the accelerator runs, operator by operator. Call it while computing on the accelerator."""
 
-    Not thread-safe. The next run of the same size overwrites the output, so the caller copies it on the same stream.
+    def __init__(self, eager: Tower, accelerator: Accelerator) -> None:
+        self._eager = eager
+        self._accelerator = accelerator
+
+    def __call__(self, raw: torch.Tensor) -> torch.Tensor:
+        """Run on the current stream; returns while it runs."""
+        return self._accelerator.run(self._eager, raw)
+
+
+class GraphedTower:
+    """One graph per batch size, all in one memory pool. If one of them cannot be captured, all sizes run eager.
+
+    Not thread-safe. The next run of any size may overwrite the output, so the caller copies it on the compute stream.
     """
 
     def __init__(
-        self, eager: Tower, *, batch_sizes: Sequence[int], shape: tuple[int, int, int], stream: torch.cuda.Stream
+        self, eager: Tower, *, batch_sizes: Sequence[int], shape: tuple[int, int, int], accelerator: Accelerator
     ) -> None:
-        self._eager = eager
-        self._stream = stream
-        self._input = torch.zeros((max(batch_sizes), *shape), dtype=torch.uint8, device=stream.device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        pool = torch.cuda.graph_pool_handle()
-        # Largest first: the smaller ones then fit into its memory.
-        for size in sorted(batch_sizes, reverse=True):
-            try:
-                self._graphs[size] = self._capture(size, pool)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                text = str(error)[:300]
-                log.warning("graph_not_captured", batch_size=size, error=text, meaning="this batch size runs eager")
+        self._eager = AcceleratedTower(eager, accelerator)
+        self._accelerator = accelerator
+        self._graphs: dict[int, Graph] = {}
+        self.fitting_sizes = self._warm(batch_sizes, shape)
+        """The batch sizes for which the device has memory, ascending."""
+        self._input = accelerator.allocate((self.fitting_sizes[-1], *shape), torch.uint8)
+        accelerator.synchronize()  # weights and buffers were written on other streams
+        self._capture_all(eager)
 
     @property
     def captured_sizes(self) -> tuple[int, ...]:
         """The batch sizes that have a graph."""
         return tuple(sorted(self._graphs))
 
-    def _capture(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        raw = self._input[:size]
-        with torch.cuda.stream(self._stream), torch.inference_mode():
-            for _ in range(WARM_RUNS):
-                self._eager(raw)
-            self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                vectors = self._eager(raw)
-        return graph, vectors
+    def drop(self, size: int) -> bool:
+        """Run this size eager from now on; False where it did so already."""
+        return self._graphs.pop(size, None) is not None
+
+    def _warm(self, batch_sizes: Sequence[int], shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """Run every size, the largest first: out of memory in a capture would end all captures.
+
+        Raises:
+            torch.OutOfMemoryError: not even the smallest size fits.
+        """
+        sizes = sorted(batch_sizes)
+        while True:
+            try:
+                for size in reversed(sizes):
+                    raw = self._accelerator.allocate((size, *shape), torch.uint8)
+                    with self._accelerator.computing():
+                        for _ in range(WARM_RUNS):
+                            self._eager(raw)
+                    self._accelerator.synchronize()
+            except torch.OutOfMemoryError as error:
+                largest = sizes.pop()
+                if not sizes:
+                    raise
+                log.warning("batch_size_does_not_fit", batch_size=largest, error=str(error)[:300])
+            else:
+                return tuple(sizes)
+            finally:
+                self._accelerator.release_memory()
+
+    def _capture_all(self, eager: Tower) -> None:
+        if cause := why_not_capturable(eager, self._input[: self.fitting_sizes[0]]):
+            log.warning("graph_not_captured", batch_size=self.fitting_sizes[0], cause=cause, meaning=_ALL_EAGER)
+            return
+        # The smallest size first, in a pool of its own: if this model cannot be captured at all, nothing else is lost.
+        smallest = self.fitting_sizes[0]
+        # Largest first: the others then fit into its memory.
+        plan = [(smallest, self._accelerator.new_pool())]
+        shared = self._accelerator.new_pool()
+        plan += [(size, shared) for size in reversed(self.fitting_sizes)]
+        for size, pool in plan:
+            try:
+                self._graphs[size] = self._accelerator.capture(eager, self._input[:size], pool=pool)
+            except RuntimeError as error:
+                # torch may take a capture that failed to be still under way, so no other one is tried, and graphs that
+                # share its pool are given up.
+                self._graphs.clear()
+                # What broke the capture is the context; the error itself tells only that the capture is void.
+                log.warning(
+                    "graph_not_captured",
+                    batch_size=size,
+                    error=str(error)[:300],
+                    cause=str(error.__context__ or error.__cause__ or "")[:300],
+                    meaning=_ALL_EAGER,
+                )
+                return
 
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
-        """Run on the current stream, which must be the stream of the capture."""
+        """Run on the compute stream; returns while it runs."""
         size = len(raw)
-        if size not in self._graphs:
+        graph = self._graphs.get(size)
+        if graph is None:
             return self._eager(raw)
-        graph, vectors = self._graphs[size]
-        self._input[:size].copy_(raw, non_blocking=True)
+        self._accelerator.copy(self._input[:size], raw)
         graph.replay()
-        return vectors
+        return graph.output

@@ -1,0 +1,189 @@
+# ruff: noqa: D102  `Accelerator` describes the methods of the devices here
+"""Batches on an asynchronous device: in every order that streams and events allow, each gets its own vectors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from structlog.testing import capture_logs
+
+from shiwu_worker.stages.encode.staging import BUFFERS, InFlightBatch, StagingRing
+from shiwu_worker.stages.encode.towers import AcceleratedTower, GraphedTower
+from tests.support.fake_accelerator import FakeAccelerator, FakeGraph, Race, Work
+
+SHAPE = (2, 2, 3)
+SIZES = (1, 2, 4, 8)
+WIDTH = 12
+IMAGES: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, (64, *SHAPE), np.uint8)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("launch"), st.lists(st.integers(0, 63), min_size=1, max_size=8)),
+        st.tuples(st.just("collect"), st.integers(0, BUFFERS - 1)),
+        st.tuples(st.just("wait"), st.integers(0, BUFFERS - 1)),
+        st.tuples(st.just("encode"), st.lists(st.integers(0, 63), min_size=1, max_size=8)),
+    ),
+    max_size=24,
+)
+
+
+def tower(raw: torch.Tensor) -> torch.Tensor:
+    """The pixels of each image themselves, as its vector."""
+    return raw.flatten(1).float()
+
+
+def make_ring(device: FakeAccelerator, *, has_graphs: bool = True) -> StagingRing:
+    """Staging buffers in front of the tower."""
+    accelerated = (
+        GraphedTower(tower, batch_sizes=SIZES, shape=SHAPE, accelerator=device)
+        if has_graphs
+        else AcceleratedTower(tower, device)
+    )
+    return StagingRing(accelerated, batch_sizes=SIZES, shape=SHAPE, width=WIDTH, accelerator=device)
+
+
+def check(batch: InFlightBatch, rows: list[int]) -> None:
+    """Collect a batch; each row must have the vector of its image."""
+    np.testing.assert_array_equal(batch.collect(), IMAGES[rows].reshape(len(rows), -1).astype(np.float32))
+
+
+def play(ring: StagingRing, steps: list[tuple[str, Any]]) -> None:
+    """Do these steps, as several threads could, and collect what is left."""
+    under_way: list[tuple[InFlightBatch, list[int]]] = []
+    for name, argument in steps:
+        if name == "launch" and len(under_way) < BUFFERS:
+            pixels = IMAGES.copy()
+            under_way.append((ring.launch(pixels, argument), argument))
+            pixels[:] = 0  # the loaders may write to the slots as soon as the batch is launched
+        elif name == "encode" and len(under_way) < BUFFERS:
+            check(ring.launch(IMAGES[argument], None), argument)
+        elif name == "wait" and under_way:
+            under_way[argument % len(under_way)][0].wait()
+        elif name == "collect" and under_way:
+            check(*under_way.pop(argument % len(under_way)))
+    for batch, rows in under_way:
+        check(batch, rows)
+
+
+@settings(max_examples=150)
+@given(steps=STEPS, seed=st.integers(0, 2**16), has_graphs=st.booleans())
+def test_every_schedule_gives_the_vectors_of_a_serial_run(
+    steps: list[tuple[str, Any]], seed: int, has_graphs: bool
+) -> None:
+    """Three batches under way, collected in any order, beside a canary; with graphs and without."""
+    play(make_ring(FakeAccelerator(seed=seed, width=WIDTH), has_graphs=has_graphs), steps)
+
+
+class Faulty(FakeAccelerator):
+    """A device for which the product forgets one thing that it must not forget."""
+
+    def __init__(self, fault: str, *, seed: int) -> None:
+        super().__init__(seed=seed, width=WIDTH)
+        self.fault = fault
+
+    def wait(self, event: Any) -> None:
+        if self.fault != "the tower does not wait for the copy":
+            super().wait(event)
+
+    def record(self, event: Any) -> None:
+        if self.fault != "events are not recorded":
+            super().record(event)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        is_moved = self.fault == f"{MOVED[target.dtype]} are copied on the other stream" and self._current == "compute"
+        with self.copying() if is_moved else contextlib.nullcontext():
+            super().copy(target, source)
+
+    def reach(self, operation: Any) -> None:
+        if self.fault != "the host does not wait for the result":
+            super().reach(operation)
+
+
+MOVED = {torch.float32: "results", torch.uint8: "inputs"}
+FAULTS = [
+    "the tower does not wait for the copy",
+    "events are not recorded",
+    "results are copied on the other stream",
+    "inputs are copied on the other stream",
+    "the host does not wait for the result",
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_forgotten_wait_is_found(fault: str) -> None:
+    """Otherwise the test before proves nothing. One schedule is enough, whatever its draw."""
+    ring = make_ring(Faulty(fault, seed=1))
+    steps: list[tuple[str, Any]] = [("launch", [1, 2, 3]), ("launch", [4]), ("launch", [5, 6]), ("collect", 0)]
+    with pytest.raises((Race, AssertionError)):
+        play(ring, steps * 3)
+
+
+class Refusing(FakeAccelerator):
+    """A device on which captures, or passes of large batches, fail."""
+
+    def __init__(self, *, refused_size: int = 0, memory_size: int = 1 << 30) -> None:
+        super().__init__(seed=0, width=WIDTH)
+        self.refused_size, self.memory_size = refused_size, memory_size
+        self.captured: list[int] = []
+
+    def run(self, work: Work, raw: torch.Tensor) -> torch.Tensor:
+        if len(raw) > self.memory_size:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().run(work, raw)
+
+    def capture(self, work: Work, raw: torch.Tensor, *, pool: Any) -> FakeGraph:
+        if len(raw) == self.refused_size:
+            try:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            except RuntimeError:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904 as torch does
+        self.captured.append(len(raw))
+        return super().capture(work, raw, pool=pool)
+
+
+@pytest.mark.parametrize("refused_size", SIZES)
+def test_failed_capture_leaves_a_worker_that_answers(refused_size: int) -> None:
+    """All sizes run eager then, no other capture is tried, and the log has the error that broke the capture."""
+    device = Refusing(refused_size=refused_size)
+    with capture_logs() as logs:
+        ring = make_ring(device)
+    [line] = [line for line in logs if line["event"] == "graph_not_captured"]
+    assert line["cause"] == "operation not permitted when stream is capturing"
+    assert ring._tower.captured_sizes == ()  # type: ignore[attr-defined]  # a GraphedTower
+    play(ring, [("launch", [1, 2, 3]), ("encode", [4]), ("launch", [0] * 8)])
+
+
+def test_sizes_without_memory_are_left_out() -> None:
+    """The largest go until the rest fits; the others have graphs."""
+    device = Refusing(memory_size=2)
+    with capture_logs() as logs:
+        graphed = GraphedTower(tower, batch_sizes=SIZES, shape=SHAPE, accelerator=device)
+    assert graphed.fitting_sizes == graphed.captured_sizes == (1, 2)
+    assert [line["batch_size"] for line in logs if line["event"] == "batch_size_does_not_fit"] == [8, 4]
+    with pytest.raises(torch.OutOfMemoryError):
+        GraphedTower(tower, batch_sizes=SIZES, shape=SHAPE, accelerator=Refusing(memory_size=0))
+
+
+def reads_a_number(raw: torch.Tensor) -> torch.Tensor:
+    """A tower that reads a number back to the host, as models with images of many sizes do."""
+    return raw.flatten(1).float() * float(raw.max())
+
+
+@pytest.mark.parametrize(
+    "uncapturable", [reads_a_number, lambda raw: raw.flatten(1).float()[:, raw.flatten(1).sum(0).nonzero()[:, 0]]]
+)
+def test_tower_that_waits_for_the_device_is_not_captured(uncapturable: Callable[..., torch.Tensor]) -> None:
+    """A capture would fail, and a failed capture leaves torch's allocator in doubt, so none is tried."""
+    device = Refusing()
+    with capture_logs() as logs:
+        GraphedTower(uncapturable, batch_sizes=SIZES, shape=SHAPE, accelerator=device)
+    [line] = [line for line in logs if line["event"] == "graph_not_captured"]
+    assert "waits for the device" in line["cause"]
+    assert device.captured == []

@@ -1,0 +1,94 @@
+"""Every batch size and number format of the encoder against FP32, and what keeps a GPU as exact as promised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from structlog.testing import capture_logs
+
+from shiwu_worker.checkpoints.model_files import model_folder
+from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.stages.encode.capture_rules import why_not_capturable
+from shiwu_worker.stages.encode.device import keep_full_precision
+from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
+from tests.support.encoders import make_encoder, make_model, noise, saved
+
+
+def wrong_at(encoder: Encoder, *sizes: int) -> None:
+    """Let the tower give wrong vectors in the last row of batches of these sizes."""
+    right = encoder._staging._tower
+
+    def tower(raw: torch.Tensor) -> torch.Tensor:
+        vectors = right(raw)
+        if len(raw) in sizes:
+            vectors[-1] = -vectors[-1]
+        return vectors
+
+    encoder._staging._tower = tower
+
+
+@pytest.mark.parametrize("is_thorough", [True, False])
+def test_size_with_a_wrong_row_is_not_used(tmp_path: Path, is_thorough: bool) -> None:
+    """A library has other kernels for other sizes, so each size that is timed is compared with FP32."""
+    folder = saved(make_model("clip"), tmp_path)
+    encoder = make_encoder(folder, batch_sizes=(1, 2, 4), known_images=noise(3), threads=1)
+    wrong_at(encoder, 4)
+    with capture_logs() as logs:
+        encoder.warm(choose_largest=True, is_thorough=is_thorough)
+    assert encoder.batch_sizes == (1, 2)
+    assert [line["batch_size"] for line in logs if line["event"] == "batch_size_gives_wrong_vectors"] == [4]
+    with pytest.raises(ValueError, match="1 to 2"):
+        encoder.encode(noise(3))
+
+
+def test_wrong_smallest_size_ends_the_worker(tmp_path: Path) -> None:
+    """No batch of this model would be right."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), known_images=noise(1), threads=1)
+    wrong_at(encoder, 1)
+    with pytest.raises(FatalError, match="batches of 1 give wrong vectors") as caught:
+        encoder.warm(is_thorough=True)
+    assert caught.value.exit_code is ExitCode.CANARY
+
+
+def test_text_tower_stays_in_full_precision(tmp_path: Path) -> None:
+    """Labels are encoded once, so their speed matters little, and no label can overflow."""
+    folder = saved(make_model("clip"), tmp_path)
+    narrow, full = make_encoder(folder, dtype="bfloat16"), make_encoder(folder)
+    np.testing.assert_array_equal(narrow.encode_texts(["猫", "dog"]), full.encode_texts(["猫", "dog"]))
+    weights = {name: weight.dtype for name, weight in narrow._model.module.named_parameters()}
+    assert {dtype for name, dtype in weights.items() if name.startswith(("text", "logit"))} == {torch.float32}
+    assert {dtype for name, dtype in weights.items() if name.startswith("vis")} == {torch.bfloat16}
+
+
+def test_full_precision_is_kept_on_a_gpu() -> None:
+    """The FP32 reference is not rounded to TF32, and no partial sum to FP16."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    flags = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = {flag: getattr(matmul, flag) for flag in flags}, cudnn.allow_tf32
+    try:
+        keep_full_precision()
+        assert not any(getattr(matmul, flag) for flag in flags)
+        assert not cudnn.allow_tf32
+    finally:
+        for flag, value in before[0].items():
+            setattr(matmul, flag, value)
+        cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize("kind", ["clip", "metaclip_2", "altclip", "siglip"])
+def test_supported_architectures_can_be_captured(tmp_path: Path, kind: str) -> None:
+    """None of their passes reads a number back to the host or leaves the device, which a CUDA graph cannot record."""
+    encoder = make_encoder(saved(make_model(kind), tmp_path), threads=1)
+    assert why_not_capturable(encoder._model.eager_tower(), torch.from_numpy(noise(2))) is None
+
+
+def test_embedded_model_can_be_captured() -> None:
+    """Neither does the model of the package."""
+    options = EncoderOptions(
+        folder=model_folder(None), model_id="m", revision="r", device="cpu", mean=(0.5,) * 3, std=(0.5,) * 3, threads=1
+    )
+    model = Encoder(options)._model
+    assert why_not_capturable(model.eager_tower(), model.blank_images(2)) is None
