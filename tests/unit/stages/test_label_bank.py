@@ -124,6 +124,21 @@ def test_memory_of_inline_labels_is_bounded() -> None:
     assert bank.cached_words(LabelSet(None, ("a", "b", "c", "d"))).keys() == {"a", "c", "d"}
 
 
+def test_set_that_is_completed_twice_counts_once() -> None:
+    """Its memory counts once, so later sets find the same room."""
+    texts = Texts()
+    label_set = LabelSet(None, ("a", "b"))
+    set_bytes = 2 * vector_of("").nbytes
+    bank = make_bank(texts, max_cached=9, max_bytes=2 * 3 * set_bytes)
+    for _ in range(3):
+        bank.complete(label_set, bank.encode_words(label_set, label_set.words))
+    bank.encoded(LabelSet(None, ("c", "d")))
+    bank.encoded(LabelSet(None, ("e", "f")))
+    calls = texts.calls
+    bank.encoded(label_set)
+    assert texts.calls == calls
+
+
 def test_inline_labels_never_drop_configured_sets() -> None:
     """However many label sets requests bring along, the operator's sets and their labels stay."""
     texts = Texts()

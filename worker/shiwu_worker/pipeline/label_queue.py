@@ -170,6 +170,8 @@ class LabelQueue:
     # -------------------------------------------------------------------------------- the loaders' thread
     def loaded(self, jobs: Sequence[Job]) -> list[Job]:
         """Note that the images of these jobs are loaded; return those that do not wait for labels."""
+        if not self._waiting:
+            return list(jobs)
         with self._lock:
             waiting = [job for job in jobs if job in self._waiting]
             self._loaded.update(waiting)

@@ -108,7 +108,7 @@ class LabelLimits:
     jobs_per_lane: int = LABEL_JOBS_PER_LANE
     """Jobs of one lane that may wait for their labels. More may wait where all labels of the lane take `quick_s`."""
     quick_s: float = 0.25
-    portion_s: float = 0.02
+    portion_s: float = 0.01
     """Aim for one portion of labels. Where the smallest batch of images takes longer, so may a portion."""
     interactive_share: float = 0.5
     """Share of the encode thread's time for labels of interactive jobs while images wait."""

@@ -206,6 +206,8 @@ class LabelBank:
         if self._is_configured(label_set):
             self._pinned[label_set] = encoded
             return encoded
+        if (former := self._encoded.pop(label_set, None)) is not None:
+            self._encoded_bytes -= former.vectors.nbytes
         self._encoded[label_set] = encoded
         self._encoded_bytes += encoded.vectors.nbytes
         while len(self._encoded) > 1 and (
