@@ -130,3 +130,12 @@ def test_cli_errors_have_exit_codes(redis_url: str, arguments: list[str], code: 
     assert result.exit_code == code
     assert text in result.output
     assert "Traceback" not in result.output
+
+
+def test_enqueue_of_a_too_large_message_sends_nothing(redis_url: str, redis_client: redis.Redis) -> None:
+    """Every worker would refuse it, after Redis had held it several times."""
+    labels = [f"{n}" + "猫" * 95 for n in range(1000)]
+    with Client(redis_url) as client, pytest.raises(RequestError, match="at most 262144 bytes") as caught:
+        list(client.enqueue_many(["s3://b/small", {"image": "s3://b/large", "labels": labels}]))
+    assert caught.value.code == "message_too_large"
+    assert redis_client.llen(Lane.BULK.queue) == 0

@@ -24,7 +24,7 @@ from shiwu.broker.server_clock import server_time_ms
 from shiwu.broker.trace_headers import current_headers
 from shiwu.client.arguments import read_integer, read_seconds, refused
 from shiwu.client.items import read_item
-from shiwu.contract import DEADLINES, Lane, Request, check_id, parse_request
+from shiwu.contract import DEADLINES, MAX_MESSAGE_BYTES, ErrorCode, Lane, Request, RequestError, check_id, parse_request
 from shiwu.errors import QueueFull
 
 CLOCK_REFRESH_S: Final = 60.0
@@ -101,6 +101,7 @@ class Sender:
 
         Raises:
             QueueFull: the lane holds its limit.
+            RequestError: a message is too large; nothing was sent.
             NotReplicated: the messages are in the lane, but too few replicas confirmed them.
             redis.RedisError: Redis is unavailable or refused the messages. After a time-out they may be in the lane.
         """
@@ -130,7 +131,7 @@ class Sender:
             make_id: gives the id of an item without one.
 
         Raises:
-            RequestError: an item is invalid; nothing was sent. Otherwise raises the errors of `send`.
+            RequestError: an item is invalid or too large; nothing was sent. Otherwise raises the errors of `send`.
         """
         requests = [(parse_request(fields), job_id) for fields, job_id in items]
         jobs = [(request, check_id(make_id(request) if job_id is None else job_id)) for request, job_id in requests]
@@ -179,6 +180,7 @@ class Sender:
             )
             for request, job_id in jobs
         ]
+        _check_sizes(messages, jobs)
         step = max((i for i, lowest in enumerate(_PRIORITY_STEPS) if lowest <= options.priority), default=0)
         deadlines = {} if answer_by_ms is None else {job_id: answer_by_ms for _, job_id in jobs}
         self._write(lane.keys[step], messages, deadlines, replicas=options.replicas)
@@ -207,6 +209,18 @@ class Sender:
             self._offset_ms = server_ms - (before_s + after_s) / 2 * 1000
             self._offset_until_s = after_s + CLOCK_REFRESH_S
         return time.monotonic() * 1000 + self._offset_ms
+
+
+def _check_sizes(messages: Sequence[bytes], jobs: Sequence[tuple[Request, str]]) -> None:
+    """Refuse what every worker would refuse, after it had taken up to three times its size in Redis.
+
+    Raises:
+        RequestError: message_too_large.
+    """
+    for raw, (_, job_id) in zip(messages, jobs, strict=True):
+        if len(raw) > MAX_MESSAGE_BYTES:
+            text = f"expected a message of at most {MAX_MESSAGE_BYTES} bytes, job {job_id} has {len(raw)}"
+            raise RequestError(ErrorCode.MESSAGE_TOO_LARGE, f"{text}; send fewer or shorter inline labels")
 
 
 def _later(now_ms: float, seconds: float | None) -> float | None:
