@@ -37,6 +37,7 @@ def test_bulk_hosts_that_drip_do_not_hold_up_other_jobs(
             loaders=1,
             loader_threads=4,
             min_rate_after_s=2,
+            grace_s=1,
             retry="source_unavailable=1:1:1",
         )
         for n in range(SLOW_JOBS):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shiwu_worker.config.settings import Settings
 
 MIB: Final = 1024 * 1024
+SLOW_S: Final = 3.0
 LABEL_SET_ATTEMPTS: Final = 4
 """Claims of a job whose label set is unknown. It is released three times, because another worker may know the set."""
 
@@ -108,6 +109,8 @@ def load_shares(settings: Settings) -> LoadShares:
         interactive_reserve=settings.interactive_reserve if len(set(settings.lanes)) > 1 else 0.0,
         bulk_share=settings.bulk_share,
         source_threads=settings.source_threads,
+        # A body that is given up for its rate must count, however early.
+        slow_s=min(SLOW_S, settings.min_rate_after_s),
     )
 
 

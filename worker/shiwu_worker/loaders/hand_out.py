@@ -10,8 +10,8 @@ import math
 import random
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Final
 
@@ -19,10 +19,11 @@ from shiwu.contract import Lane
 from shiwu_worker.loaders.protocol import LoadTask
 from shiwu_worker.policy.limits import LoadShares
 
+INTERACTIVE: Final = 0
+BULK: Final = 1
+"""Positions in lists with one item for each lane: the hash of an enum's member costs more than all of the rest here."""
 MAX_SOURCES: Final = 1024
 """Sources that are remembered without tasks, because producers name them; the oldest is forgotten first."""
-SLOW_S: Final = 3.0
-"""A fetch that fails after so long kept its thread from other images."""
 SLOW_WEIGHT: Final = 0.2
 """How much one load changes the slowness of its source, which is between 0 and 1."""
 SLOW_FROM: Final = 0.3
@@ -30,51 +31,54 @@ SLOW_FROM: Final = 0.3
 SLOWNESS_HALF_LIFE_S: Final = 30.0
 SLOW_DELAY_S: Final = 10.0
 """How much later a task of a completely slow source counts as submitted, and the mean pause of a refused one."""
+FORGIVEN: Final = 0.01
+"""Slowness that counts as none."""
 QUICK_LOADS: Final = 8
 QUICK_S: Final = 2.0
 """A source is quick after so many good loads that took less than this on average."""
 
 
-@dataclass(slots=True)
 class _Source:
-    """What is known of one host, bucket or folder tree, and its tasks."""
+    """What is known of one host, bucket or folder tree, and its tasks. Lists have one item for each lane."""
 
-    held: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
-    waiting: dict[Lane, deque[tuple[float, int, LoadTask]]] = field(
-        default_factory=lambda: {lane: deque() for lane in Lane}
-    )
-    """Tasks with the time and the number of their submission."""
-    listed: dict[Lane, bool] = field(default_factory=lambda: dict.fromkeys(Lane, False))
-    """Whether the source is in the heap of this lane."""
-    slowness: float = 0.0
-    slowness_at_s: float = 0.0
-    good_loads: int = 0
-    mean_s: float = 0.0
+    __slots__ = ("good_loads", "held", "listed", "mean_s", "name", "slowness", "slowness_at_s", "waiting")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.held = [0, 0]
+        self.waiting: tuple[deque[tuple[float, int, LoadTask]], ...] = (deque(), deque())
+        """Tasks with the time and the number of their submission."""
+        self.listed = [False, False]
+        """Whether the source is in the heap of the lane."""
+        self.slowness = self.slowness_at_s = 0.0
+        self.good_loads = 0
+        self.mean_s = 0.0
 
     @property
     def is_idle(self) -> bool:
-        return not any(self.held.values()) and not any(self.waiting.values())
+        return not any(self.held) and not any(self.waiting)
 
     def slowness_now(self, now_s: float) -> float:
+        if not self.slowness:
+            return 0.0
         return self.slowness * math.exp2((self.slowness_at_s - now_s) / SLOWNESS_HALF_LIFE_S)
 
     def is_slow(self, now_s: float) -> bool:
-        return self.slowness_now(now_s) >= SLOW_FROM
+        return self.slowness >= SLOW_FROM and self.slowness_now(now_s) >= SLOW_FROM
 
     @property
     def is_quick(self) -> bool:
         return self.good_loads >= QUICK_LOADS and self.mean_s < QUICK_S
 
-    def note(self, seconds: float, *, has_failed: bool, now_s: float) -> None:
-        is_slow = has_failed and seconds >= SLOW_S
-        self.slowness = (1 - SLOW_WEIGHT) * self.slowness_now(now_s) + SLOW_WEIGHT * is_slow
-        self.slowness_at_s = now_s
+    def note(self, seconds: float, *, is_good: bool, is_slow: bool, now_s: float) -> None:
+        if is_slow or self.slowness:
+            slowness = (1 - SLOW_WEIGHT) * self.slowness_now(now_s) + SLOW_WEIGHT * is_slow
+            self.slowness, self.slowness_at_s = slowness if slowness > FORGIVEN else 0.0, now_s
         if is_slow:
             self.good_loads = 0
-        elif not has_failed:
+        elif is_good:
             self.good_loads += 1
-            weight = max(SLOW_WEIGHT, 1 / self.good_loads)
-            self.mean_s += weight * (seconds - self.mean_s)
+            self.mean_s += max(SLOW_WEIGHT, 1 / self.good_loads) * (seconds - self.mean_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,29 +102,29 @@ class HandOut:
         self._threads = threads
         self._clock = clock
         self._sources: OrderedDict[str, _Source] = OrderedDict()
-        self._heaps: dict[Lane, list[tuple[float, int, str]]] = {lane: [] for lane in Lane}
-        self._held = dict.fromkeys(Lane, 0)
-        self._waiting = dict.fromkeys(Lane, 0)
+        self._heaps: tuple[list[tuple[float, int, _Source]], ...] = ([], [])
+        self._held = [0, 0]
+        self._waiting = [0, 0]
         self._bulk_owed = 0.0
         self._submitted = 0
         self._refused: list[Refused] = []
 
     def __len__(self) -> int:
-        return sum(self._waiting.values())
+        return sum(self._waiting)
 
     def add(self, tasks: Sequence[LoadTask]) -> None:
         """Let these tasks wait for a thread."""
         now_s = self._clock()
         for task in tasks:
-            source = self._source(task.source)
-            queue = source.waiting[task.lane]
-            if source.is_slow(now_s) and len(queue) >= self._most_waiting(source, task.lane, now_s):
+            source, lane = self._source(task.source), _lane(task)
+            queue = source.waiting[lane]
+            if source.is_slow(now_s) and len(queue) >= self._most_waiting(source, lane, now_s):
                 self._refuse(task)
                 continue
             self._submitted += 1
             queue.append((now_s, self._submitted, task))
-            self._waiting[task.lane] += 1
-            self._list(task.source, source, task.lane, now_s)
+            self._waiting[lane] += 1
+            self._list(source, lane, now_s)
 
     def take(self, threads: int) -> LoadTask | None:
         """The task for a thread that is free now, or None where none may have it.
@@ -128,10 +132,11 @@ class HandOut:
         Args:
             threads: loader threads of the loaders that run now, free and busy ones.
         """
-        has_bulk_room = self._held[Lane.BULK] < threads - self._shares.reserve_of(threads)
-        lanes = (Lane.BULK, Lane.INTERACTIVE) if self._bulk_owed >= 1 else (Lane.INTERACTIVE, Lane.BULK)
-        for lane in lanes:
-            if (lane is Lane.INTERACTIVE or has_bulk_room) and (task := self._pop(lane)) is not None:
+        if not (self._heaps[INTERACTIVE] or self._heaps[BULK]):
+            return None
+        has_bulk_room = self._held[BULK] < threads - self._shares.reserve_of(threads)
+        for lane in (BULK, INTERACTIVE) if self._bulk_owed >= 1 else (INTERACTIVE, BULK):
+            if (lane == INTERACTIVE or has_bulk_room) and (task := self._pop(lane)) is not None:
                 self._note_turn(lane)
                 return task
         return None
@@ -144,15 +149,17 @@ class HandOut:
             has_failed: whether the fetch failed; None where this tells nothing about the source.
         """
         now_s = self._clock()
-        source = self._source(task.source)
-        source.held[task.lane] -= 1
-        self._held[task.lane] -= 1
+        source, lane = self._source(task.source), _lane(task)
+        source.held[lane] -= 1
+        self._held[lane] -= 1
         if has_failed is not None:
-            source.note(seconds, has_failed=has_failed, now_s=now_s)
-        for lane in Lane:
-            if source.is_slow(now_s):
+            is_slow = has_failed and seconds >= self._shares.slow_s
+            source.note(seconds, is_good=not has_failed, is_slow=is_slow, now_s=now_s)
+        is_slow = source.is_slow(now_s)
+        for lane in (INTERACTIVE, BULK):
+            if is_slow:
                 self._refuse_surplus(source, lane, now_s)
-            self._list(task.source, source, lane, now_s)
+            self._list(source, lane, now_s)
 
     def take_refused(self) -> list[Refused]:
         """The tasks that were refused since the last call."""
@@ -161,30 +168,32 @@ class HandOut:
 
     def limit(self, name: str, lane: Lane) -> int:
         """How many threads this source may hold now, at least one: for bulk, or for both lanes together."""
-        return self._limit(self._source(name), lane, self._clock())
+        most, most_bulk = self._limits(self._source(name), self._clock())
+        return most_bulk if lane is Lane.BULK else most
 
     # -------------------------------------------------------------------------------- one source
-    def _limit(self, source: _Source, lane: Lane, now_s: float) -> int:
-        """Bulk leaves part of the threads of a source to interactive, whose jobs may have the same source."""
+    def _limits(self, source: _Source, now_s: float) -> tuple[int, int]:
+        """Most threads in all, and most for bulk, which leaves some to interactive jobs of the same source."""
         fixed = self._shares.source_threads
         if fixed:
-            return fixed if lane is Lane.INTERACTIVE else max(1, fixed - self._shares.reserve_of(fixed))
-        if source.is_quick and not source.is_slow(now_s):
-            return self._threads
+            return fixed, max(1, fixed - self._shares.reserve_of(fixed))
+        is_slow = source.is_slow(now_s)
+        if source.is_quick and not is_slow:
+            return self._threads, self._threads
         most = max(1, self._threads // 2)
-        if source.is_slow(now_s):
+        if is_slow:
             most = max(1, most // 4)
-        return most if lane is Lane.BULK else most + self._shares.reserve_of(self._threads)
+        return most + self._shares.reserve_of(self._threads), most
 
-    def _may_start(self, source: _Source, lane: Lane, now_s: float) -> bool:
-        if sum(source.held.values()) >= self._limit(source, Lane.INTERACTIVE, now_s):
-            return False
-        return lane is Lane.INTERACTIVE or source.held[Lane.BULK] < self._limit(source, Lane.BULK, now_s)
+    def _may_start(self, source: _Source, lane: int, now_s: float) -> bool:
+        most, most_bulk = self._limits(source, now_s)
+        held = source.held
+        return held[INTERACTIVE] + held[BULK] < most and (lane == INTERACTIVE or held[BULK] < most_bulk)
 
-    def _most_waiting(self, source: _Source, lane: Lane, now_s: float) -> int:
-        return 2 * self._limit(source, lane, now_s)
+    def _most_waiting(self, source: _Source, lane: int, now_s: float) -> int:
+        return 2 * self._limits(source, now_s)[lane]
 
-    def _refuse_surplus(self, source: _Source, lane: Lane, now_s: float) -> None:
+    def _refuse_surplus(self, source: _Source, lane: int, now_s: float) -> None:
         queue = source.waiting[lane]
         while len(queue) > self._most_waiting(source, lane, now_s):
             self._refuse(queue.pop()[2])
@@ -195,7 +204,7 @@ class HandOut:
         self._refused.append(Refused(task, pause_s))
 
     # -------------------------------------------------------------------------------- all sources
-    def _list(self, name: str, source: _Source, lane: Lane, now_s: float) -> None:
+    def _list(self, source: _Source, lane: int, now_s: float) -> None:
         """Put the source into the heap of the lane if its oldest task may start.
 
         A source at its limit is listed again when one of its loads ends.
@@ -204,47 +213,48 @@ class HandOut:
         if queue and not source.listed[lane] and self._may_start(source, lane, now_s):
             submitted_s, number, _ = queue[0]
             delay_s = SLOW_DELAY_S * source.slowness_now(now_s) if source.is_slow(now_s) else 0.0
-            heappush(self._heaps[lane], (submitted_s + delay_s, number, name))
+            # The numbers differ, so sources are never compared.
+            heappush(self._heaps[lane], (submitted_s + delay_s, number, source))
             source.listed[lane] = True
 
-    def _pop(self, lane: Lane) -> LoadTask | None:
+    def _pop(self, lane: int) -> LoadTask | None:
         now_s = self._clock()
         heap = self._heaps[lane]
         while heap:
-            _, _, name = heappop(heap)
-            source = self._source(name)
+            source = heappop(heap)[2]
             source.listed[lane] = False
             queue = source.waiting[lane]
             if not queue or not self._may_start(source, lane, now_s):
                 continue
-            _, _, task = queue.popleft()
+            task = queue.popleft()[2]
             self._waiting[lane] -= 1
             self._held[lane] += 1
             source.held[lane] += 1
-            self._list(name, source, lane, now_s)
+            self._list(source, lane, now_s)
             return task
         return None
 
-    def _note_turn(self, lane: Lane) -> None:
+    def _note_turn(self, lane: int) -> None:
         """The bulk share adds up while bulk tasks wait."""
-        if lane is Lane.BULK:
+        if lane == BULK:
             self._bulk_owed = max(0.0, self._bulk_owed - 1)
-        elif self._waiting[Lane.BULK]:
+        elif self._waiting[BULK]:
             self._bulk_owed = min(2.0, self._bulk_owed + self._shares.bulk_share)
 
     def _source(self, name: str) -> _Source:
         source = self._sources.get(name)
         if source is None:
-            source = self._sources[name] = _Source()
+            source = self._sources[name] = _Source(name)
             if len(self._sources) > MAX_SOURCES:
-                self._forget_one(name)
+                self._forget_one(source)
         self._sources.move_to_end(name)
         return source
 
-    def _forget_one(self, but: str) -> None:
-        old = next((name for name, source in self._idle_sources() if name != but), None)
+    def _forget_one(self, but: _Source) -> None:
+        old = next((source for source in self._sources.values() if source is not but and source.is_idle), None)
         if old is not None:
-            del self._sources[old]
+            del self._sources[old.name]
 
-    def _idle_sources(self) -> Iterator[tuple[str, _Source]]:
-        return ((name, source) for name, source in self._sources.items() if source.is_idle)
+
+def _lane(task: LoadTask) -> int:
+    return BULK if task.lane is Lane.BULK else INTERACTIVE

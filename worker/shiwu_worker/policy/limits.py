@@ -39,6 +39,9 @@ class LoadShares:
     source_threads: int = 0
     """Threads that one source may hold; 0: half of them, and all of them once it has proved quick."""
 
+    slow_s: float = 3.0
+    """A fetch that fails after so long kept its thread from other images, and counts against its source."""
+
     def reserve_of(self, count: int) -> int:
         """How many of `count` threads or slots bulk never gets: at least one of two or more, none of one."""
         if not self.interactive_reserve or count < 2:
