@@ -103,6 +103,8 @@ class HandOut:
         self._clock = clock
         self._sources: OrderedDict[str, _Source] = OrderedDict()
         self._heaps: tuple[list[tuple[float, int, _Source]], ...] = ([], [])
+        self._at_slow_limit: dict[str, _Source] = {}
+        """Sources whose tasks may start without another event, when they count as slow no more."""
         self._held = [0, 0]
         self._waiting = [0, 0]
         self._bulk_owed = 0.0
@@ -132,6 +134,8 @@ class HandOut:
         Args:
             threads: loader threads of the loaders that run now, free and busy ones.
         """
+        if self._at_slow_limit:
+            self._forgive(self._clock())
         if not (self._heaps[INTERACTIVE] or self._heaps[BULK]):
             return None
         has_bulk_room = self._held[BULK] < threads - self._shares.reserve_of(threads)
@@ -207,15 +211,25 @@ class HandOut:
     def _list(self, source: _Source, lane: int, now_s: float) -> None:
         """Put the source into the heap of the lane if its oldest task may start.
 
-        A source at its limit is listed again when one of its loads ends.
+        A source at its limit is listed again when one of its loads ends, or when it is forgiven.
         """
         queue = source.waiting[lane]
-        if queue and not source.listed[lane] and self._may_start(source, lane, now_s):
+        if not queue or source.listed[lane]:
+            return
+        if self._may_start(source, lane, now_s):
             submitted_s, number, _ = queue[0]
             delay_s = SLOW_DELAY_S * source.slowness_now(now_s) if source.is_slow(now_s) else 0.0
             # The numbers differ, so sources are never compared.
             heappush(self._heaps[lane], (submitted_s + delay_s, number, source))
             source.listed[lane] = True
+        elif source.is_slow(now_s):
+            self._at_slow_limit[source.name] = source
+
+    def _forgive(self, now_s: float) -> None:
+        for source in [source for source in self._at_slow_limit.values() if not source.is_slow(now_s)]:
+            del self._at_slow_limit[source.name]
+            for lane in (INTERACTIVE, BULK):
+                self._list(source, lane, now_s)
 
     def _pop(self, lane: int) -> LoadTask | None:
         now_s = self._clock()
@@ -225,6 +239,7 @@ class HandOut:
             source.listed[lane] = False
             queue = source.waiting[lane]
             if not queue or not self._may_start(source, lane, now_s):
+                self._list(source, lane, now_s)
                 continue
             task = queue.popleft()[2]
             self._waiting[lane] -= 1
