@@ -67,7 +67,7 @@ def test_check_reports_memory_settings_of_redis(
 
 
 def test_check_without_info_warns(redis_client: redis.Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user of docs/redis-acl.conf may not run INFO and can work."""
+    """A user that may not run INFO can work."""
     redis_client.acl_setuser(
         "check-user", enabled=True, passwords=["+pw"], keys=["*"], commands=["+ping", "+client|setname", "+select"]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import redis
 
 from shiwu import Client
@@ -31,7 +32,7 @@ def test_sweep_without_published_limits_drops_nothing(redis_url: str, redis_clie
 
 def test_limits_of_a_worker_apply_to_sweep_and_cancel(redis_url: str, redis_client: redis.Redis) -> None:
     """A worker publishes its limits; a sweep and a cancelling producer read them from Redis."""
-    retention = Retention(result_ttl_s=500, done_ttl_s=600, dead_length=7, stream_length=20)
+    retention = Retention(result_ttl_s=500, done_ttl_s=600, dead_length=100, stream_length=1000)
     worker = Maintenance(
         redis_client,
         AnswerStore(redis_client, token="w"),
@@ -41,19 +42,43 @@ def test_limits_of_a_worker_apply_to_sweep_and_cancel(redis_url: str, redis_clie
     )
     worker.run_once()
     assert PublishedRetention(redis_client)() == retention
-    write_dead_letters(redis_client, 30)
+    write_dead_letters(redis_client, 1100)
     with Client(redis_url) as client:
         client.cancel("j")
-        assert redis_client.zcard(DEAD) == 7
+        assert redis_client.zcard(DEAD) == 100
         assert 400 < redis_client.ttl(result_key("j")) <= 500
         client.sweep()
-        assert redis_client.xlen(RESULT_STREAM) == 20
+        assert redis_client.xlen(RESULT_STREAM) == 1000
 
 
 def test_unreadable_published_limits_are_ignored(redis_client: redis.Redis) -> None:
     """A field that another version or another program wrote does not hide the others."""
-    redis_client.hset(RETENTION, mapping={"dead_length": "many", "stream_length": "55", b"\xff": "1", "new": "2"})
-    assert PublishedRetention(redis_client)().stream_length == 55
+    redis_client.hset(RETENTION, mapping={"dead_length": "many", "stream_length": "5555", b"\xff": "1", "new": "2"})
+    assert PublishedRetention(redis_client)().stream_length == 5555
+
+
+def test_published_limits_are_held_to_bounds(redis_url: str, redis_client: redis.Redis) -> None:
+    """Whoever may write them can neither cut the stream to nothing nor make an answer's time invalid."""
+    names = ("result_ttl_s", "done_ttl_s", "dead_length", "dead_age_s", "stream_length", "stream_bytes", "dead_bytes")
+    redis_client.hset(RETENTION, mapping=dict.fromkeys(names, "0"))
+    limits = PublishedRetention(redis_client)()
+    assert (limits.result_ttl_s, limits.stream_length, limits.stream_bytes) == (60, 1000, 1024 * 1024)
+    redis_client.hset(RETENTION, mapping=dict.fromkeys(names, "9" * 40))
+    with Client(redis_url) as client:
+        assert client.cancel("job") == ["job"]
+        assert client.wait("job", timeout_s=1).status is Status.CANCELLED
+    redis_client.delete(RETENTION)
+    redis_client.set(RETENTION, "x")
+    assert PublishedRetention(redis_client)().stream_length > 10**6
+
+
+@pytest.mark.parametrize("ttl_s", [0, -1, 10**18])
+def test_commit_checks_its_times_before_it_writes(redis_client: redis.Redis, ttl_s: int) -> None:
+    """A time that Redis refuses would leave a mark without an answer."""
+    store = AnswerStore(redis_client, token="w", retention=lambda: Retention(result_ttl_s=ttl_s, done_ttl_s=ttl_s))
+    with pytest.raises(redis.ResponseError, match="expected a time"):
+        store.write([AnswerEntry(answer=Answer(id="j", status=Status.FAILED, attempts=1), id="j")])
+    assert redis_client.dbsize() == 0
 
 
 def test_deadline_without_a_valid_id_is_removed(redis_client: redis.Redis) -> None:

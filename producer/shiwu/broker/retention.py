@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import redis
@@ -24,6 +24,18 @@ STREAM_BYTES: Final = 256 * 1024 * 1024
 DEAD_BYTES: Final = 256 * 1024 * 1024
 REFRESH_S: Final = 60.0
 _UNLIMITED: Final = 10**12
+_LONGEST_S: Final = 10 * 366 * 86_400
+_BOUNDS: Final = {
+    "result_ttl_s": (60, _LONGEST_S),
+    "done_ttl_s": (60, _LONGEST_S),
+    "dead_length": (100, _UNLIMITED),
+    "dead_age_s": (60, _UNLIMITED // 100),
+    "stream_length": (1000, _UNLIMITED),
+    "stream_bytes": (1024 * 1024, _UNLIMITED),
+    "dead_bytes": (1024 * 1024, _UNLIMITED),
+}
+"""Field → least and largest value that is believed, as in the settings of a worker. A wrong one could lose answers."""
+_MAX_DIGITS: Final = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +92,13 @@ class PublishedRetention:
     def _read(self) -> Retention:
         found: Any = self._client.hgetall(RETENTION)
         values = {name.decode(errors="replace"): value for name, value in found.items()}
-        known = {
-            field.name: int(values[field.name]) for field in fields(Retention) if values.get(field.name, b"").isdigit()
-        }
+        known = {name: _bounded(name, values[name]) for name in _BOUNDS if values.get(name, b"").isdigit()}
         return Retention(**(asdict(KEEP_ALL) | known))
+
+
+def _bounded(name: str, value: bytes) -> int:
+    least, most = _BOUNDS[name]
+    return most if len(value) > _MAX_DIGITS else min(max(int(value), least), most)
 
 
 class RetentionPublisher:

@@ -30,6 +30,9 @@ local FIRST, STEP = 12, 7
 local READABLE_BYTES = 4 * 1024 * 1024
 local STATES = { S = 'SUCCESS', F = 'FAILURE', R = 'REVOKED' }
 
+for _, ttl in ipairs({ result_ttl, done_ttl }) do
+  if not string.find(ttl, '^[1-9]%d*$') or #ttl > 10 then return redis.error_reply('ERR expected a time in s, got ' .. ttl) end
+end
 -- A key of a wrong type must stop the script before the first answer is marked, because Redis does not undo a script.
 -- Deadlines are an index that producers may write to; no answer depends on it.
 for _, hash in ipairs({ claims, attempts, dead_answers, dead_messages, counters, canvas, delayed_messages }) do redis.call('HLEN', hash) end
