@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from click.testing import CliRunner
 
 from shiwu.broker.redis_url import read_redis_url
@@ -27,7 +28,9 @@ from tests.conftest import StartWorker
 from tests.support.chart import Helm, Manifest, of_kind, pods, variables
 from tests.support.checkpoints import quiet_transformers, write_2022
 from tests.support.hub_server import HubServer
-from tests.support.processes import clean_environment
+from tests.support.processes import Process, clean_environment, free_ports
+from tests.support.redis_server import valkey_binary
+from tests.support.waiting import wait_until
 
 
 def worker_of(manifests: list[Manifest]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -134,7 +137,9 @@ def test_private_addresses_stay_blocked(newest: Helm) -> None:
     assert all(any(each.version == block.version and each.subnet_of(block) for block in whole) for each in shut)
     with_agent = of_kind(newest.render(ALL_ON), "NetworkPolicy", "worker")["spec"]
     assert "169.254.170.23/32" in str(with_agent)
-    assert all("ipBlock" not in str(rule) for rule in with_agent["egress"][:2])
+    assert [block for rule in with_agent["egress"][:2] for block in re.findall(r"'cidr': '(.+?)'", str(rule))] == [
+        "169.254.20.10/32"  # NodeLocal DNSCache
+    ]
 
 
 def test_downloaded_model_is_used_offline(newest: Helm) -> None:
@@ -211,6 +216,40 @@ def test_trial_redis_keeps_its_password(newest: Helm) -> None:
     assert source == {"name": secret["metadata"]["name"], "key": "password"}
     auth = of_kind(manifests, "TriggerAuthentication")
     assert auth["spec"]["secretTargetRef"][0]["name"] == secret["metadata"]["name"]
+
+
+def test_trial_redis_gets_its_password_by_standard_input(newest: Helm, tmp_path: Path) -> None:
+    """No argument of a process holds it, and the server asks for it."""
+    spec = of_kind(newest.render(MATRIX["trial"]), "StatefulSet", "-valkey")["spec"]["template"]["spec"]
+    container = spec["containers"][0]
+    assert "REDIS_PASSWORD)" not in " ".join([*container["command"], *container["args"]])
+    [port] = free_ports(1)
+    renamed = {"/data": str(tmp_path), "6379": str(port)}
+    command = [*container["command"], *(renamed.get(argument, argument) for argument in container["args"])]
+    (tmp_path / "valkey-server").symlink_to(valkey_binary())
+    env = clean_environment({"REDIS_PASSWORD": "trial-secret", "PATH": f"{tmp_path}:/usr/bin:/bin"})
+    with Process(command, name="valkey", folder=tmp_path, env=env) as process:
+        with redis.Redis(port=port, password="trial-secret", socket_timeout=5) as client:
+            wait_until(lambda: answers(client), timeout_s=10, what="the trial server")
+            assert b"trial-secret" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        with redis.Redis(port=port, socket_timeout=5) as client, pytest.raises(redis.AuthenticationError):
+            client.ping()
+
+
+def answers(client: redis.Redis) -> bool:
+    """Whether the server answers."""
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+
+
+def test_dns_is_the_clusters_alone(newest: Helm) -> None:
+    """Port 53 of other hosts is closed by default: data could leave by it."""
+    for name in ("worker", "producer"):
+        egress = of_kind(newest.render(PLAIN), "NetworkPolicy", name)["spec"]["egress"]
+        [dns] = [rule for rule in egress if {"port": 53, "protocol": "UDP"} in rule["ports"]]
+        assert len(dns["to"]) == 2, name
 
 
 def test_each_part_uses_its_own_redis_user(newest: Helm) -> None:
