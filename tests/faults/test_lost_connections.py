@@ -92,15 +92,26 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
         "drop": lambda: DeadLetters(client).drop(["none"]) == 0 and client.exists(RESULT_STREAM),
         "maintain": lambda: maintenance.run_once(count_waiting=True).waiting,
         "take_late": lambda: wait_until(maintenance.expire_waiting, timeout_s=5),
+        "drop_answered": lambda: drop_cancelled(client, url),
         "note_labels": lambda: note_labels(client),
         "trim": lambda: maintenance.trim() == {} and client.xlen(RESULT_STREAM) == 1,
-        "take_callbacks": lambda: callbacks._send_chunk([]) == 2 and not client.exists(CANVAS),
+        "take_callbacks": lambda: callbacks._send_chunk([]) == 3 and not client.exists(CANVAS),
         "hold_callbacks": lambda: callbacks._hold(keys=[CANVAS_DUE], args=["1.5", 1, "none"])[1:] == [],
         "drop_callbacks": lambda: callbacks._drop(keys=[CANVAS, CANVAS_DUE], args=["none", ""]) == 0,
         # The first answer is held again before it is handed out; the consumer is removed at the end of its loop.
         "hold_entries": lambda: consume(url) == 1,
         "drop_consumers": lambda: consume(url) == 0 and client.xinfo_consumers(RESULT_STREAM, "g") == [],
     }
+
+
+def drop_cancelled(client: redis.Redis, url: str) -> bool:
+    """Cancel a job in its lane; whether a sweep removes its message."""
+    with Client(url) as producer:
+        producer.enqueue("s3://b/k.jpg", id="cancelled", lane=Lane.BULK)
+        producer.cancel("cancelled")
+        before = client.llen(Lane.BULK.queue)
+        make_maintenance(client).expire_waiting()
+    return client.llen(Lane.BULK.queue) == before - 1
 
 
 def note_labels(client: redis.Redis) -> bool:

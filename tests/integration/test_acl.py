@@ -211,7 +211,7 @@ SCRIPTS = {
     "client": ["producer/shiwu/broker/scripts/commit.lua"],
     "sweep": [
         f"producer/shiwu/broker/scripts/{name}.lua"
-        for name in ("commit", "maintain", "move_foreign", "trim", "trim_dead", "take_late")
+        for name in ("commit", "maintain", "move_foreign", "trim", "trim_dead", "take_late", "drop_answered")
     ],
     "worker": [
         *(

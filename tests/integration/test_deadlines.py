@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from shiwu import Client, Status
 from shiwu.cli import main
-from shiwu.contract import CLAIMS, DEADLINES, LEASES, RESULT_STREAM, REVOKED, ErrorCode, Lane, done_key
+from shiwu.contract import CANVAS, CLAIMS, DEADLINES, LEASES, RESULT_STREAM, REVOKED, ErrorCode, Lane, done_key
 from shiwu_worker.celery_worker.revoke import Revoker
 from tests.conftest import StartWorker
 from tests.support import pictures
@@ -173,3 +173,16 @@ def test_sweeps_check_long_lanes_part_by_part(
     assert client.wait("late", timeout_s=1).status is Status.EXPIRED
     make_lease_queue(redis_client, "w").claim(30)
     assert [client.sweep().not_looked_at for _ in range(3)] == [9, 20, 9]
+
+
+def test_sweep_drops_cancelled_messages_of_unserved_lanes(redis_client: redis.Redis, redis_url: str) -> None:
+    """No worker serves the lane for as long as the mark lives: the job is not worked on afterwards."""
+    with Client(redis_url) as client:
+        ids = [client.enqueue("s3://b/k.jpg", lane="bulk") for _ in range(3)]
+        client.cancel(ids[1])
+        client.sweep()
+        assert client.sweep().expired == 0
+    redis_client.delete(done_key(ids[1]))  # as when it has expired
+    jobs = make_lease_queue(redis_client, "w").claim(10).jobs
+    assert [job.id for job in jobs] == [ids[0], ids[2]]
+    assert redis_client.hkeys(CANVAS) == [ids[1].encode()]

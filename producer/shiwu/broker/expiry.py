@@ -17,9 +17,13 @@ from shiwu.broker.script_loader import load_repeatable_script
 from shiwu.broker.server_clock import server_time_ms
 from shiwu.contract import (
     ATTEMPTS,
+    CANVAS,
+    CANVAS_DUE,
     CLAIMS,
+    COUNTERS,
     DEADLINES,
     LEASES,
+    PENDING_CALLBACK_ANSWER,
     QUARANTINE,
     Answer,
     ErrorCode,
@@ -57,6 +61,7 @@ class Expiry:
         self._answer_store = answer_store
         self._token = token
         self._take_late = load_repeatable_script(client, "take_late")
+        self._drop_answered = load_repeatable_script(client, "drop_answered")
         self._scan = DeadlineScan(client)
         self._checked: dict[str, int] = {}
         """Lane key → messages at its head that the last sweep checked and left in place."""
@@ -148,16 +153,14 @@ class Expiry:
 
     def _answer_expired(self, key: str, raws: Sequence[bytes], *, now_ms: float, zone: tzinfo) -> tuple[int, int]:
         """Answer the expired messages; how many were removed from the lane, and how many answers are new."""
-        late = []
+        read = []
         for raw in raws:
-            try:
-                envelope = read_message(raw, zone=zone)
-            except RequestError:
-                continue  # a worker answers it with this error
-            if envelope.expires_ms is not None and envelope.expires_ms <= now_ms:
-                late.append((envelope, raw))
+            with contextlib.suppress(RequestError):  # a worker answers it with this error
+                read.append((read_message(raw, zone=zone), raw))
+        dropped = self._drop_if_answered(key, read)
+        late = [(one, raw) for one, raw in read if one.expires_ms is not None and one.expires_ms <= now_ms]
         if not late:
-            return 0, 0
+            return dropped, 0
         args: list[Any] = [self._token, int(EXPIRY_LEASE_S * 1000)]
         for envelope, raw in late:
             args += [envelope.id, raw]
@@ -168,7 +171,21 @@ class Expiry:
             for envelope, raw in late
             if envelope.id in taken
         ]
-        return len(taken), len(entries) - len(self._answer_store.write(entries, token=f"{self._token}.lane"))
+        return dropped + len(taken), len(entries) - len(self._answer_store.write(entries, token=f"{self._token}.lane"))
+
+    def _drop_if_answered(self, key: str, read: Sequence[tuple[Envelope, bytes]]) -> int:
+        """Remove messages whose jobs were cancelled or out of time while they waited; return how many."""
+        if not read:
+            return 0
+        answers: Any = self._client.mget([f"{PENDING_CALLBACK_ANSWER}{envelope.id}" for envelope, _ in read])
+        found = [pair for pair, answer in zip(read, answers, strict=True) if answer is not None]
+        if not found:
+            return 0
+        args: list[Any] = [done_key(""), PENDING_CALLBACK_ANSWER]
+        for envelope, raw in found:
+            args += [envelope.id, raw]
+        dropped: int = self._drop_answered(keys=[key, CANVAS, CANVAS_DUE, COUNTERS], args=args)
+        return dropped
 
 
 def _out_of_time(envelope: Envelope, *, now_ms: float, claim: str = "") -> AnswerEntry:
