@@ -9,6 +9,7 @@ import pytest
 from shiwu.broker.message_reader import Canvas
 from shiwu.contract import RequestError
 from shiwu_worker.config.settings import Settings
+from shiwu_worker.config.views import callback_rules
 from shiwu_worker.policy.callback_rules import MAX_DEPTH, PROTOCOL_HEADERS, ROUTING_OPTIONS, CallbackRules
 
 RULES = CallbackRules(tasks=("shiwu.tag", "app.*"), queues=("celery", "app-*"), max_tasks=20)
@@ -136,14 +137,14 @@ def test_star_matches_no_celery_task_and_no_reserved_key() -> None:
 
 def test_callback_settings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Default and empty: `shiwu.tag` only; lists are separated by commas; `none` allows nothing."""
-    assert Settings().callback_rules == CallbackRules()
+    assert callback_rules(Settings()) == CallbackRules()
     monkeypatch.setenv("SHIWU_CALLBACK_TASKS", "app.*, other.task")
     monkeypatch.setenv("SHIWU_CALLBACK_QUEUE", "usual")
     monkeypatch.setenv("SHIWU_CALLBACK_QUEUES", "app-*")
     monkeypatch.setenv("SHIWU_CALLBACK_MOST", "7")
     expected = CallbackRules(tasks=("app.*", "other.task"), queues=("usual", "app-*"), max_tasks=7)
-    assert Settings().callback_rules == expected
+    assert callback_rules(Settings()) == expected
     monkeypatch.setenv("SHIWU_CALLBACK_TASKS", "")
-    assert Settings().callback_rules.allows_task("shiwu.tag")
+    assert callback_rules(Settings()).allows_task("shiwu.tag")
     monkeypatch.setenv("SHIWU_CALLBACK_TASKS", " None ")
-    assert not Settings().callback_rules.allows_task("shiwu.tag")
+    assert not callback_rules(Settings()).allows_task("shiwu.tag")
