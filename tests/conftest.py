@@ -3,35 +3,58 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import hypothesis
+import hypothesis.configuration
 import pytest
 import redis
 
 from tests.support.loopback import only_loopback
 from tests.support.servers import PictureServer, S3Server, Valkey, WorkerProcess
+from tests.support.skips import unexpected_skips
 from tests.support.waiting import wait_until as wait_until_true
 
-hypothesis.settings.register_profile("fast", deadline=None, max_examples=40)
-hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True, database=None)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "fast")
+hypothesis.settings.register_profile("fixed", deadline=None, max_examples=40, derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "seeded", deadline=None, max_examples=40, derandomize=False, database=None, print_blob=True
+)
+# What hypothesis keeps between runs must not lie in the source tree.
+hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / f"hypothesis-{os.getuid()}")
 
 FAILED = pytest.StashKey[bool]()
 LONG = 80
 """Characters of a parameter that are enough for a test's name."""
 
 
-def pytest_configure() -> None:
-    """Undo what `nohup` and a shell's `&` ignore: every process that a test starts would inherit it."""
+def choose_seed(asked: str | None, *, is_ci: bool) -> str | None:
+    """The seed of hypothesis' examples: as asked for, in CI a new one for each run; None for always the same ones."""
+    return asked if asked is not None or not is_ci else str(random.SystemRandom().randrange(10**9))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose hypothesis' seed before its plugin reads the option, and let processes of a test be interrupted."""
+    # pytest-xdist passes the option on, so all processes of a run have one seed.
+    config.option.hypothesis_seed = choose_seed(config.getoption("hypothesis_seed"), is_ci=bool(os.environ.get("CI")))
+    hypothesis.settings.load_profile("fixed" if config.option.hypothesis_seed is None else "seeded")
+    # Undo what `nohup` and a shell's `&` ignore: every process that a test starts would inherit it.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Print how to repeat the examples of this run."""
+    seed = config.getoption("hypothesis_seed")
+    return "hypothesis: always the same examples" if seed is None else f"hypothesis: --hypothesis-seed={seed}"
 
 
 def _takes_long(item: pytest.Item) -> bool:
@@ -65,16 +88,29 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+def skip_reasons(config: pytest.Config) -> Counter[str]:
+    """Why tests were skipped in this run, and how many for each reason."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    reports = reporter.stats.get("skipped", ()) if reporter is not None else ()
+    found = [report.longrepr[2] for report in reports if isinstance(report.longrepr, tuple)]
+    return Counter(reason.removeprefix("Skipped: ") for reason in found)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print one line with the tests that were skipped on this machine, and why."""
-    reasons = Counter(
-        report.longrepr[2].removeprefix("Skipped: ")
-        for report in terminalreporter.stats.get("skipped", ())
-        if isinstance(report.longrepr, tuple)
-    )
+    reasons = skip_reasons(terminalreporter.config)
     if reasons:
         skipped = "; ".join(f"{count} because: {reason}" for reason, count in reasons.most_common())
         terminalreporter.write_line(f"NOT TESTED HERE: {skipped}", yellow=True)
+    if os.environ.get("CI"):
+        for line in unexpected_skips(reasons):
+            terminalreporter.write_line(f"FAILED: {line}", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run in CI that skipped a test which a machine of CI can run."""
+    if os.environ.get("CI") and session.exitstatus == 0 and unexpected_skips(skip_reasons(session.config)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)

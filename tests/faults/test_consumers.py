@@ -19,9 +19,10 @@ CONSUMER = """
 import signal, sys
 from shiwu import Client
 
-url, name, acks, leaves = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+url, name, acks, leaves, idle_s = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
 with Client(url) as client:
-    for number, item in enumerate(client.results(group="g", consumer=name, batch=20, block_s=0.1, reclaim_idle_s=0.5)):
+    items = client.results(group="g", consumer=name, batch=20, block_s=0.1, reclaim_idle_s=idle_s)
+    for number, item in enumerate(items):
         print("got", item.result.id, flush=True)
         if number < acks:
             item.ack()
@@ -38,8 +39,8 @@ def consume(redis_url: str, tmp_path: Path) -> Iterator[Consume]:
     """Start a consumer; all are stopped at the end."""
     started: list[Process] = []
 
-    def start(name: str, *, acks: int, leaves: int = 0) -> Process:
-        command = [sys.executable, "-c", CONSUMER, redis_url, name, str(acks), str(leaves)]
+    def start(name: str, *, acks: int, leaves: int = 0, reclaim_idle_s: float = 0.5) -> Process:
+        command = [sys.executable, "-c", CONSUMER, redis_url, name, str(acks), str(leaves), str(reclaim_idle_s)]
         started.append(Process(command, name=name, folder=tmp_path, env=clean_environment({})).start())
         return started[-1]
 
@@ -78,13 +79,16 @@ def test_what_a_dead_consumer_had_read_goes_to_another(redis_client: redis.Redis
 
 
 def test_a_consumer_that_comes_back_gets_its_own_first(redis_client: redis.Redis, consume: Consume) -> None:
-    """Started again under its name it reads at once what it had not acknowledged, in order, then the rest."""
+    """Started again under its name it reads at once what it had not acknowledged, in order, then the rest.
+
+    Entries are idle for an hour before another consumer may have them, so they cannot come as those of a dead one.
+    """
     ids = answered(redis_client, 60)
-    crashing = consume("same", acks=5, leaves=5)
+    crashing = consume("same", acks=5, leaves=5, reclaim_idle_s=3600)
     wait_until(lambda: len(said(crashing, "got")) == 11, timeout_s=30)
     crashing.kill()
     before = len(said(crashing, "got"))
-    again = consume("same", acks=1000)
+    again = consume("same", acks=1000, reclaim_idle_s=3600)
     wait_until(lambda: len(said(again, "acked")) == len(ids), timeout_s=30)
     assert said(again, "got")[before:] == ids[5:]
     assert said(again, "acked") == ids

@@ -9,17 +9,19 @@ from dataclasses import asdict, replace
 import pytest
 from drill.__main__ import held_by, main, run
 from drill.catalogue import DRILLS
+from drill.drill_run import Outcome
 
 from shiwu.contract import CLAIMS, DELAYED_MESSAGES, WORKERS
 from tests.support.servers import Valkey
+from tests.support.slowness import Slowness
 
 FIXED = 20261123
 FRESH = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6)
 """Of this run; all its processes must name their tests alike."""
 SOME = ("kill",)
 """What `make test` runs of them, beside other tests of the same promises; `make test-long` runs the rest."""
-BUSY_S = 10.0
-"""What a recovery may take beyond the promise here, where other tests have the cores; `make drill` holds it exactly."""
+MORE_S = 1.0
+"""What a recovery may take beyond the promise, times how much slower this machine is than an idle one."""
 
 
 @pytest.mark.slow
@@ -33,9 +35,24 @@ BUSY_S = 10.0
 )
 def test_the_promise_holds(name: str, seed: int) -> None:
     """Enqueued = answered, each once, in time; the seed stands in the test's name."""
-    outcome = run(DRILLS[name], seed=seed, short=True)
-    assert replace(outcome, late=0).is_kept, f"seed {seed}: {asdict(outcome)}"
-    assert outcome.recovery_max_s <= outcome.promised_s + BUSY_S, f"seed {seed}: {asdict(outcome)}"
+    with Slowness() as slowness:
+        outcome = run(DRILLS[name], seed=seed, short=True)
+    assert is_held(outcome, slowness.factor()), f"seed {seed}, {slowness.factor():.1f} times slower: {asdict(outcome)}"
+
+
+def is_held(outcome: Outcome, slowness: float) -> bool:
+    """Whether the promise held on a machine that is so many times slower than an idle one."""
+    return replace(outcome, late=0).is_kept and outcome.recovery_max_s <= (outcome.promised_s + MORE_S) * slowness
+
+
+def test_late_recovery_is_noticed() -> None:
+    """On an idle machine a recovery of 7 s breaks a promise of 5 s; other tests on the same cores excuse it."""
+    late = Outcome("x", enqueued=1, answered=1, twice=0, lost=0, late=1, rerun=0, discarded=0, statuses={}, breaks=1)
+    late = replace(late, promised_s=5.0, recovery_max_s=7.0)
+    assert not is_held(late, 1.0)
+    assert is_held(late, 2.0)
+    assert is_held(replace(late, recovery_max_s=5.5), 1.0)
+    assert not is_held(replace(late, lost=1), 2.0)
 
 
 def test_a_redis_with_jobs_is_refused(

@@ -21,10 +21,6 @@ from tests.support.celery_client import celery_client
 from tests.support.redis_parts import answer, make_committer
 from tests.support.waiting import wait_until
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
 ID = 'job "7"\n'
 
 

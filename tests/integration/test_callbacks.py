@@ -30,12 +30,7 @@ from tests.support.processes import Process, clean_environment
 from tests.support.servers import Valkey, WorkerProcess
 from tests.support.waiting import wait_until
 
-# Celery's client leaves the sockets of its result consumer to the garbage collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Celery's own use of redis
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Celery's own use of redis
 GET_S = 30
 
 

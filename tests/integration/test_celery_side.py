@@ -27,11 +27,6 @@ from tests.support.processes import clean_environment
 from tests.support.servers import Valkey, WorkerProcess
 from tests.support.waiting import wait_until
 
-# Celery's client leaves the sockets of its result consumer to the garbage collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
 SHANGHAI = ZoneInfo("Asia/Shanghai")
 
 

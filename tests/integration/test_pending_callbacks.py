@@ -45,12 +45,7 @@ from tests.support.redis_parts import make_committer, make_lease_queue, make_mai
 from tests.support.servers import Valkey
 from tests.support.waiting import wait_until
 
-# Celery's client leaves the sockets of its result consumer to the garbage collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Celery's own use of redis
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Celery's own use of redis
 GET_S = 30
 RULES = CallbackRules(tasks=("plain.*",))
 Ending = tuple[str, str, str]

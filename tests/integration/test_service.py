@@ -31,12 +31,6 @@ from tests.support.celery_client import celery_client
 from tests.support.servers import PictureServer, S3Server, Valkey, WorkerProcess
 from tests.support.waiting import wait_until
 
-# Celery's client leaves the sockets of its result consumer to the garbage collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
 
 @pytest.mark.parametrize(
     "kind",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import socket
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -12,10 +13,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.conftest import choose_seed
 from tests.support import pictures
 from tests.support.loopback import LeftMachineError, is_own_address, needs_resolver, only_loopback
-from tests.support.processes import Process, ServerError, clean_environment, free_ports
+from tests.support.processes import ROOT, Process, ServerError, clean_environment, free_ports
 from tests.support.servers import PictureServer, Reply, Valkey
+from tests.support.skips import unexpected_skips
+from tests.support.slowness import Slowness
 from tests.support.waiting import wait_until
 
 
@@ -133,3 +137,86 @@ def test_side_by_side_the_tests_of_a_file_share_a_process(request: pytest.Fixtur
     if not request.config.getoption("loadgroup", default=False):
         pytest.skip("not run side by side")
     assert request.node.nodeid.endswith("@test_support")
+
+
+def test_ci_has_a_new_seed_for_each_run() -> None:
+    """A seed that was asked for is kept; elsewhere the examples are always the same, unless one is asked for."""
+    assert choose_seed(None, is_ci=False) is None
+    assert len({choose_seed(None, is_ci=True) for _ in range(3)}) > 1
+    assert [choose_seed("7", is_ci=is_ci) for is_ci in (True, False)] == ["7", "7"]
+
+
+def test_only_listed_skips_pass_in_ci() -> None:
+    """A reason that is not listed, or has too many tests, is named."""
+    assert unexpected_skips({"this kernel does not allow filters of system calls": 1, "not run side by side": 1}) == []
+    found = unexpected_skips({"no Docker Compose runs on this machine": 2, "not run side by side": 2})
+    assert found == [
+        "2 tests were skipped, at most 0 may be in CI: no Docker Compose runs on this machine",
+        "2 tests were skipped, at most 1 may be in CI: not run side by side",
+    ]
+
+
+@pytest.mark.parametrize(("environment", "exit_code"), [({"CI": "1"}, 1), ({"CI": ""}, 0)])
+def test_unexpected_skip_fails_a_run_in_ci(tmp_path: Path, environment: dict[str, str], exit_code: int) -> None:
+    """On another machine it is printed."""
+    test = tmp_path / "test_skipped.py"
+    test.write_text("import pytest\n\ndef test_one():\n    pytest.skip('no moon')\n", encoding="utf-8")
+    done = run_pytest(test, **environment)
+    assert done.returncode == exit_code, done.stdout
+    assert "NOT TESTED HERE: 1 because: no moon" in done.stdout
+
+
+def run_pytest(test: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a file outside of the tree with the settings of `tests/conftest.py`."""
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    return subprocess.run(
+        [*command, "--rootdir", str(test.parent), *options, str(test)],
+        cwd=ROOT,
+        env=clean_environment(environment),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+SEEDED = """
+import hypothesis
+from hypothesis import given, strategies as st
+
+@given(st.integers())
+def test_numbers(number):
+    with open(__file__ + ".seen", "a") as seen:
+        print(number, file=seen)
+"""
+
+
+def test_seed_decides_the_examples(tmp_path: Path) -> None:
+    """It is printed and repeats a run, also beside other processes; no run leaves a folder of hypothesis behind."""
+    test, seen = tmp_path / "test_seeded.py", tmp_path / "test_seeded.py.seen"
+    test.write_text(SEEDED, encoding="utf-8")
+
+    def examples(*options: str, **environment: str) -> tuple[str, str]:
+        seen.unlink(missing_ok=True)
+        done = run_pytest(test, *options, **environment)
+        assert done.returncode == 0, done.stdout
+        [line] = [line for line in done.stdout.splitlines() if line.startswith("hypothesis: ")]
+        return line, seen.read_text(encoding="utf-8")
+
+    line, first = examples(CI="1")
+    option = line.removeprefix("hypothesis: ")
+    assert option.startswith("--hypothesis-seed=")
+    assert examples(option, CI="") == (line, first)
+    assert examples(CI="1")[1] != first
+    assert not (tmp_path / ".hypothesis").exists()
+
+
+def test_slowness_is_that_of_the_slow_samples() -> None:
+    """One of them in ten counts, so a machine that is busy in parts of a run is found; never faster than idle."""
+    with Slowness() as slowness:
+        wait_until(lambda: slowness._factors, timeout_s=30)
+    assert slowness.factor() >= 1.0
+    slowness._factors = [1.0] * 17 + [3.0] * 3
+    assert slowness.factor() == 3.0
+    slowness._factors = [0.9]
+    assert slowness.factor() == 1.0

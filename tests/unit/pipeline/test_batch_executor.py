@@ -38,6 +38,8 @@ class Device:
         self.failing: set[int] = set()
         self.short = False
         self.error: Exception | None = None
+        self.launch_error: Exception | None = None
+        self.exact_error: Exception | None = None
         self.batches: list[int] = []
         self.exact: list[int] = []
         self.caps: list[int] = []
@@ -47,6 +49,9 @@ class Device:
 
     def launch(self, pixels: Pixels, rows: Sequence[int]) -> Any:
         """Launch a batch: nothing is computed yet."""
+        if self.launch_error is not None:
+            error, self.launch_error = self.launch_error, None
+            raise error
         return pixels[list(rows)]
 
     def collect(self, pixels: Any) -> Vectors:
@@ -67,6 +72,8 @@ class Device:
         """The path in FP32."""
         [number] = [int(n) for n in pixels[:, 0]]
         self.exact.append(number)
+        if self.exact_error is not None:
+            raise self.exact_error
         if number in self.nan_in_fp32:
             raise NonFiniteError("NaN", (0,))
         return pixels.astype(np.float32)
@@ -171,6 +178,42 @@ def test_lost_device_ends_the_process() -> None:
     assert caught.value.exit_code is ExitCode.DEVICE
     assert device.batches == [8]
     assert not any(job.error for job in device.jobs)
+
+
+def test_device_lost_in_the_fp32_retry_ends_the_process() -> None:
+    """The device is the cause: the image that was retried just then gets no error."""
+    device = Device(4)
+    device.nan = {2}
+    device.exact_error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(FatalError) as caught:
+        device.run()
+    assert caught.value.exit_code is ExitCode.DEVICE
+    assert device.exact == [2]
+    assert not any(job.error for job in device.jobs)
+
+
+def test_batch_size_is_that_of_the_batch_with_the_answer() -> None:
+    """After a failed batch: of the part in which the image was encoded; 1 for an image that was encoded alone."""
+    device = Device(8)
+    device.nan = {2, 5}
+    device.run()
+    assert [job.batch_size for job in device.jobs] == [6, 6, 1, 6, 6, 1, 6, 6]
+    device = Device(8)
+    device.room = 4
+    device.run()
+    assert {job.batch_size for job in device.jobs} == {4}
+    for job in device.jobs:
+        assert 0 < job.moments.encode_from_s <= job.moments.score_from_s <= job.scored_s
+
+
+def test_batch_that_the_device_refuses_is_launched_in_parts() -> None:
+    """An error of the launch is handled as one of the batch: here nothing is wrong with any image."""
+    device = Device(4)
+    device.launch_error = RuntimeError("refused")
+    device.run()
+    assert device.failed() == {}
+    assert device.batches == [2, 2]
+    assert device.learned == []
 
 
 def test_device_errors_are_classified(tmp_path: Path) -> None:

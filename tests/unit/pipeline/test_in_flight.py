@@ -119,3 +119,80 @@ def test_jobs_that_wait_for_labels_leave_room_for_others() -> None:
     more = jobs(8, first=6)
     in_flight.add(more, more)
     assert rooms(in_flight) == NO_ROOM
+
+
+def test_every_slot_is_used_once_at_a_time() -> None:
+    """Slot 0 too; each is taken back from a job that has ended, and goes to a later one."""
+    in_flight = InFlightJobs(slots=3)
+    for first in (0, 10):
+        held = jobs(3, first=first)
+        tickets = in_flight.add(held, held)
+        assert sorted(job.slot for job in held) == [0, 1, 2]
+        assert len({ticket for ticket, _ in tickets}) == 3
+        assert room(in_flight) == 0
+        in_flight.free_slots(held)
+        in_flight.free_slots(jobs(2))
+        in_flight.remove(held)
+        assert room(in_flight) == 3
+    in_flight.add(held[:1], held[:1])
+    in_flight.free_slots(held[:1])
+    assert sorted(in_flight._free) == [0, 1, 2]
+
+
+def test_ticket_gives_its_job_once() -> None:
+    """A result that comes twice, or for no job, is nobody's."""
+    in_flight = InFlightJobs(slots=3)
+    one, two = jobs(2)
+    [(first, _), (second, _)] = in_flight.add([one, two], [one, two])
+    assert in_flight.match([second, 99, first, second]) == [two, None, one, None]
+
+
+def test_earlier_attempt_stays_when_another_is_removed() -> None:
+    """Two jobs with one id: the one that is in flight is not replaced, marked with the other, or removed for it."""
+    in_flight = InFlightJobs(slots=3)
+    [one], [again] = jobs(1, lane=Lane.BULK), jobs(1, lane=Lane.BULK)
+    in_flight.add([one], [one])
+    in_flight.add([again], [])
+    in_flight.remove([again])
+    [held] = in_flight.jobs()
+    assert held is one
+    in_flight.mark_answered_elsewhere([one.id, "unknown"])
+    assert one.is_answered_elsewhere
+    assert not hasattr(again, "is_answered_elsewhere")
+    in_flight.free_slots([one])
+    in_flight.remove([one])
+    assert (len(in_flight), rooms(in_flight)) == (0, Room(3, 2))
+
+
+def test_ids_are_listed_oldest_first() -> None:
+    """As `in`, iteration and length see them."""
+    in_flight = InFlightJobs(slots=3)
+    held = jobs(3)
+    in_flight.add(held[1:], [])
+    in_flight.add(held[:1], [])
+    expected = [held[1].id, held[2].id, held[0].id]
+    assert (in_flight.ids(), list(in_flight), len(in_flight)) == (expected, expected, 3)
+    assert held[0].id in in_flight
+    assert "unknown" not in in_flight
+
+
+def test_no_room_is_given_while_closing() -> None:
+    """A claim under way at the stop would bring more jobs."""
+    in_flight = InFlightJobs(slots=3)
+    assert in_flight.wait_for_room(owns_quarantine=False, is_closing=lambda: True, timeout_s=0.0) == NO_ROOM
+
+
+def test_small_room_is_not_worth_a_claim() -> None:
+    """Less than a quarter of the wanted slots waits for more, except where nothing is in flight."""
+    in_flight = InFlightJobs(slots=40, shares=LoadShares(interactive_reserve=0.0))
+    held = jobs(40)
+    in_flight.add(held, held)
+    in_flight.free_slots(held[:9])
+    in_flight.remove(held[:9])
+    assert room(in_flight) == 0
+    in_flight.free_slots(held[9:10])
+    assert room(in_flight) == 10
+    one = InFlightJobs(slots=3)
+    [job] = jobs(1)
+    one.add([job], [job])
+    assert room(one) == 2

@@ -61,10 +61,11 @@ class CancellationListener:
         with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]  # redis' own
             pubsub.subscribe(ANSWERED_CHANNEL)
             while not self._closed.is_set():
-                message = pubsub.get_message(timeout=POLL_INTERVAL_S)
                 ids: list[str] = []
-                while message is not None and len(ids) < MAX_IDS:
+                while len(ids) < MAX_IDS:
+                    message = pubsub.get_message(timeout=0 if ids else POLL_INTERVAL_S)
+                    if message is None:
+                        break
                     ids.append(message["data"].decode(errors="replace"))
-                    message = pubsub.get_message(timeout=0)
                 if ids:
                     self._on_answered_elsewhere(ids)

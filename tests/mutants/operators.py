@@ -1,0 +1,224 @@
+"""Small faults in Python source: each is one edit that a test of the module should notice.
+
+Left alone is what no test can judge: texts, annotations, what a log line says, and durations named at module level.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from dataclasses import dataclass
+from typing import Final
+
+COMPARISONS: Final[dict[type[ast.cmpop], ast.cmpop]] = {
+    ast.Lt: ast.LtE(),
+    ast.LtE: ast.Lt(),
+    ast.Gt: ast.GtE(),
+    ast.GtE: ast.Gt(),
+    ast.Eq: ast.NotEq(),
+    ast.NotEq: ast.Eq(),
+    ast.Is: ast.IsNot(),
+    ast.IsNot: ast.Is(),
+    ast.In: ast.NotIn(),
+    ast.NotIn: ast.In(),
+}
+ARITHMETIC: Final[dict[type[ast.operator], ast.operator]] = {
+    ast.Add: ast.Sub(),
+    ast.Sub: ast.Add(),
+    ast.Mult: ast.Add(),
+    ast.Div: ast.Mult(),
+    ast.FloorDiv: ast.Mult(),
+    ast.Mod: ast.FloorDiv(),
+}
+CALLS: Final = {"min": "max", "max": "min", "any": "all", "all": "any", "reversed": "list"}
+LOGGERS: Final = frozenset({"log", "logger"})
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Replace source between two offsets in bytes."""
+
+    start: int
+    end: int
+    text: str
+    line: int
+    kind: str
+
+    def apply(self, source: str) -> str:
+        """The source with this fault."""
+        raw = source.encode()
+        return (raw[: self.start] + self.text.encode() + raw[self.end :]).decode()
+
+    def diff(self, source: str) -> str:
+        """The changed lines, without context."""
+        lines = difflib.unified_diff(source.splitlines(), self.apply(source).splitlines(), n=0, lineterm="")
+        return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+
+
+def edits_of(source: str) -> list[Edit]:
+    """All edits of a module that leave it valid Python, in the order of its lines."""
+    collector = _Collector(source)
+    collector.visit(ast.parse(source))
+    valid = [edit for edit in collector.edits if _is_valid(edit.apply(source))]
+    return sorted(set(valid), key=lambda edit: (edit.start, edit.end, edit.text))
+
+
+def _is_valid(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return False
+    return True
+
+
+class _Collector(ast.NodeVisitor):
+    def __init__(self, source: str) -> None:
+        self.edits: list[Edit] = []
+        self._starts = [0]
+        for line in source.encode().splitlines(keepends=True):
+            self._starts.append(self._starts[-1] + len(line))
+
+    # ---------------------------------------------------------------- statements
+    def visit_If(self, node: ast.If) -> None:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return
+        self._negate(node.test)
+        self.generic_visit(node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        self._negate(node.test)
+        self.generic_visit(node)
+
+    def visit_comprehension(self, node: ast.comprehension) -> None:
+        for condition in node.ifs:
+            self._negate(condition)
+        self.generic_visit(node)
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if isinstance(node.value, ast.Constant) or _is_log(node.value):
+            return
+        if isinstance(node.value, ast.Call | ast.Await):
+            self._replace(node, "pass", "delete a call")
+        self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        # A constructor that does not store its argument fails at the first use, which no test has to look for.
+        is_stored = isinstance(node.value, ast.Name)
+        if not is_stored and all(isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets):
+            self._replace(node, "pass", "delete an assignment")
+        self.visit(node.value)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        name = node.target.id if isinstance(node.target, ast.Name) else ""
+        is_duration = name.isupper() and name.endswith(("_S", "_MS"))
+        if node.value is not None and not is_duration:
+            self.visit(node.value)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self._replace(node, "pass", "delete an assignment")
+        self.generic_visit(node)
+
+    def visit_Return(self, node: ast.Return) -> None:
+        if node.value is None:
+            return
+        if not (isinstance(node.value, ast.Constant) and node.value.value is None):
+            self._replace(node, "return None", "return nothing")
+        self.generic_visit(node)
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        self._replace(node, "pass", "delete a raise")
+
+    def visit_Break(self, node: ast.Break) -> None:
+        self._replace(node, "continue", "break to continue")
+
+    def visit_Continue(self, node: ast.Continue) -> None:
+        self._replace(node, "pass", "delete a continue")
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        # `frozen` and `gc` among the bases say how its values are stored.
+        for statement in node.body:
+            self.visit(statement)
+
+    def visit_keyword(self, node: ast.keyword) -> None:
+        # `zip(strict=True)` guards against defects, and says nothing where there are none.
+        if node.arg != "strict":
+            self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        # Annotations are for the type checker, and decorators are judged by what they decorate.
+        for default in (*node.args.defaults, *node.args.kw_defaults):
+            if default is not None:
+                self.visit(default)
+        for statement in node.body:
+            self.visit(statement)
+
+    # ---------------------------------------------------------------- expressions
+    def visit_Compare(self, node: ast.Compare) -> None:
+        for index, operator in enumerate(node.ops):
+            other = COMPARISONS[type(operator)]
+            ops = [*node.ops[:index], other, *node.ops[index + 1 :]]
+            self._replace(node, ast.Compare(node.left, ops, node.comparators), "comparison")
+        self.generic_visit(node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
+        other = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+        self._replace(node, ast.BoolOp(other, node.values), "and/or")
+        self.generic_visit(node)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
+        if isinstance(node.op, ast.Not):
+            self._replace(node, node.operand, "drop not")
+        self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        other = ARITHMETIC.get(type(node.op))
+        is_text = any(isinstance(side, ast.JoinedStr) or _is_text(side) for side in (node.left, node.right))
+        if other is not None and not is_text:
+            self._replace(node, ast.BinOp(node.left, other, node.right), "arithmetic")
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if _is_log(node):
+            return
+        if isinstance(node.func, ast.Name) and node.func.id in CALLS:
+            self._replace(node.func, CALLS[node.func.id], "call")
+        self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, bool):
+            self._replace(node, repr(not node.value), "constant")
+        elif isinstance(node.value, int | float):
+            for step in (1, -1):
+                self._replace(node, repr(node.value + step), "constant")
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        """Texts are not judged."""
+
+    # ---------------------------------------------------------------- edits
+    def _negate(self, test: ast.expr) -> None:
+        """Negate a condition, unless another edit of it does the same."""
+        is_negation = isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
+        if not is_negation and not isinstance(test, ast.Compare):
+            self._replace(test, ast.UnaryOp(ast.Not(), test), "negate")
+
+    def _replace(self, node: ast.stmt | ast.expr, by: ast.expr | str, kind: str) -> None:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        start = self._starts[node.lineno - 1] + node.col_offset
+        end = self._starts[node.end_lineno - 1] + node.end_col_offset
+        text = by if isinstance(by, str) else f"({ast.unparse(by)})"
+        self.edits.append(Edit(start, end, text, node.lineno, kind))
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+
+
+def _is_log(node: ast.AST) -> bool:
+    """Whether this is a call of a logger, such as `log.info(…)`."""
+    return any(
+        isinstance(part, ast.Name) and part.id in LOGGERS
+        for call in [node]
+        if isinstance(call, ast.Call)
+        for part in ast.walk(call.func)
+    )
