@@ -82,9 +82,9 @@ def test_sweep_without_reply_answers_what_it_took(
         client.enqueue("s3://b/k.jpg", id=job_id, lane="bulk", expires_s=0.001)
     sent_s, sent_us = redis_client.time()
     wait_until(lambda: redis_client.time() > (sent_s, sent_us + 10_000), timeout_s=5, what="the deadline of both")
-    take_late = client._maintenance._take_late
+    take_late = client._maintenance._expiry._take_late
     monkeypatch.setattr(
-        client._maintenance, "_take_late", lambda **call: without_reply(proxy, lambda: take_late(**call))
+        client._maintenance._expiry, "_take_late", lambda **call: without_reply(proxy, lambda: take_late(**call))
     )
     assert client.sweep().expired == 2
     assert redis_client.exists(CLAIMS, ATTEMPTS) == 0
@@ -106,7 +106,7 @@ def test_messages_taken_by_a_lost_sweep_count_no_attempt(redis_client: redis.Red
     raw = message("late", Lane.BULK)
     redis_client.lpush(Lane.BULK.queue, raw)
     maintenance = make_maintenance(redis_client, "sweep")
-    taken = maintenance._take_late(
+    taken = maintenance._expiry._take_late(
         keys=[CLAIMS, "shiwu:leases", ATTEMPTS, Lane.BULK.queue], args=["sweep", 0, "late", raw]
     )
     assert taken == [b"late", 0]
