@@ -97,7 +97,7 @@ def _counted_gflop(folder: Path, side: int) -> float:
     from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415 only where a model is made or counted
     from transformers import AutoModel  # noqa: PLC0415 only where a model is made or counted
 
-    model = AutoModel.from_pretrained(folder, local_files_only=True).float().eval()
+    model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False).float().eval()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model.get_image_features(pixel_values=torch.zeros(1, 3, side, side))
     return float(counter.get_total_flops() / 1e9)

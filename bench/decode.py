@@ -141,7 +141,7 @@ def _cases(options: Options) -> Iterator[Case]:
 
 def _preprocessings(options: Options) -> tuple[Preprocessing, ...]:
     squash, crop = (
-        AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+        AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False, backend="pil")
         for folder in (processor_folder(), PHOTO_ZH)
     )
     squashed = ImageSpec(224, 224, "squash", None, 3, CLIP_MEAN, CLIP_STD)

@@ -33,9 +33,11 @@ class TagServer(litserve.LitAPI):  # type: ignore[misc, unused-ignore]  # litser
         folder = os.environ["BENCH_MODEL"]
         torch.set_num_threads(max(1, usable_cores() // int(os.environ["BENCH_WORKERS"])))
         self.dtype = getattr(torch, os.environ["BENCH_DTYPE"])
-        self.model: Any = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-        self.processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)(
+        self.model: Any = AutoModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        ).eval()
+        self.processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)(
             list(WORDS), padding=True, return_tensors="pt"
         )
         with torch.inference_mode():

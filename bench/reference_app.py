@@ -23,8 +23,12 @@ DEVICE: Final = "cuda" if torch.cuda.is_available() else "cpu"
 
 torch.set_num_threads(usable_cores())
 # FP32, as the published checkpoint is stored; the embedded one is stored in FP16, in which a CPU is slow.
-model: Any = AutoModel.from_pretrained(FOLDER, local_files_only=True, dtype=torch.float32).to(DEVICE).eval()
-processor: Any = AutoProcessor.from_pretrained(FOLDER, local_files_only=True)
+model: Any = (
+    AutoModel.from_pretrained(FOLDER, local_files_only=True, trust_remote_code=False, dtype=torch.float32)
+    .to(DEVICE)
+    .eval()
+)
+processor: Any = AutoProcessor.from_pretrained(FOLDER, local_files_only=True, trust_remote_code=False)
 app = make_app("reference")
 
 

@@ -24,8 +24,12 @@ class Checkpoint:
     """Encodes pictures and texts into unit vectors."""
 
     def __init__(self, folder: Path) -> None:
-        self._model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-        self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+        self._model = AutoModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        ).eval()
+        self._processor = AutoProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, backend="pil"
+        )
         self.scale = float(self._model.logit_scale.detach().exp())
         """Logits are cosines times this."""
 

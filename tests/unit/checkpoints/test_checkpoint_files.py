@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -183,6 +184,26 @@ WRONG: list[tuple[str, str, Change, str, str]] = [
         "would load code from a hub",
     ),
     (
+        "experts from a hub",
+        "bin",
+        setting("config.json", text_config={"_experts_implementation": "kernels-community/moe"}),
+        "config.json",
+        "would load code from a hub",
+    ),
+    *(
+        (f"tokenizer with {key}", "bin", put("tokenizer_config.json", json.dumps({key: value})), "", said)
+        for key, value, said in [
+            ("init_inputs", ["/etc/passwd"], "init_inputs would name"),
+            ("vocab_file", "/etc/passwd", "expected the name of a file in this folder"),
+            ("merges_file", "../m/vocab.txt", "expected the name of a file in this folder"),
+            (
+                "fast_tokenizer_files",
+                ["../m/vocab.txt", "tokenizer.json"],
+                "expected the name of a file in this folder",
+            ),
+        ]
+    ),
+    (
         "quantized weights",
         "bin",
         setting("config.json", quantization_config={"quant_method": "mine"}),
@@ -306,6 +327,23 @@ def test_adapter_takes_config_and_vocabulary_from_its_base(whole: dict[str, Path
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(IncompleteCheckpoint, match=r"expected an adapter's adapter_config\.json and"):
         read_checkpoint(folder)
+
+
+def test_adapter_that_names_a_module_is_refused(whole: dict[str, Path], tmp_path: Path) -> None:
+    """peft would import `megatron_core`."""
+    folder = adapter_of(str(whole["bin"]), whole, tmp_path)
+    change_json(folder / "adapter_config.json", megatron_config={"a": 1}, megatron_core="evil.core")
+    with pytest.raises(WrongCheckpoint, match=r"adapter_config\.json: megatron_config would import code"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("value", [None, "vocab.txt", "/home/trainer/cache/vocab.txt"])
+def test_tokenizer_may_name_its_own_files(whole: dict[str, Path], tmp_path: Path, value: str | None) -> None:
+    """Published tokenizers still name files of the machine that saved them."""
+    folder = tmp_path / "bin"
+    shutil.copytree(whole["bin"], folder)
+    write_json(folder / "tokenizer_config.json", {"vocab_file": value, "special_tokens_map_file": value})
+    assert read_checkpoint(folder).tokenizer == folder
 
 
 def adapter_of(base: str | None, whole: dict[str, Path], tmp_path: Path) -> Path:

@@ -45,8 +45,10 @@ def reference() -> Any:
     """The script that shiwu replaces: AutoModel, AutoProcessor, FP32."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModel.from_pretrained(FOLDER, local_files_only=True, dtype=torch.float32).eval()
-        processor = AutoProcessor.from_pretrained(FOLDER, local_files_only=True)
+        model = AutoModel.from_pretrained(
+            FOLDER, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        ).eval()
+        processor = AutoProcessor.from_pretrained(FOLDER, local_files_only=True, trust_remote_code=False)
     return model, processor
 
 

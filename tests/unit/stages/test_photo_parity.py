@@ -58,8 +58,10 @@ def reference() -> Answers:
     """The scores that the reference script gives in FP32."""
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
-        model: Any = AutoModel.from_pretrained(MODEL, local_files_only=True, dtype=torch.float32).eval()
-        processor: Any = AutoProcessor.from_pretrained(MODEL, local_files_only=True)
+        model: Any = AutoModel.from_pretrained(
+            MODEL, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        ).eval()
+        processor: Any = AutoProcessor.from_pretrained(MODEL, local_files_only=True, trust_remote_code=False)
         images = [_shown(PHOTOS / file) for file in GOOD]
         inputs = processor(text=list(LABELS.words), images=images, return_tensors="pt", padding=True)
         scores = model(**inputs).logits_per_image.softmax(dim=-1).double().numpy()

@@ -197,6 +197,7 @@ def _read_adapter(folder: Path) -> Checkpoint:
             f"{folder}: an adapter needs the package peft in the worker's environment (pip install peft); or merge it "
             "once where peft is installed, with shiwu-worker --convert"
         )
+    _check_adapter_config(folder / ADAPTER_CONFIG)
     name, revision = adapter_base(folder)
     base_folder = Path(name) if os.path.isdir(name) else cached_snapshot(name, revision)
     if base_folder is None:
@@ -314,9 +315,9 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
                 f"{path}: quantization_config ({name!s:.40}) is not supported; use the weights as they were before "
                 "quantization, and SHIWU_DTYPE for a smaller format"
             )
-        for key in ("attn_implementation", "_attn_implementation"):
-            if "/" in str(part.get(key)):
-                raise WrongCheckpoint(f"{path}: {key} {part[key]!r:.60} would load code from a hub; remove the line")
+        for key, value in part.items():
+            if key.endswith("_implementation") and "/" in str(value):
+                raise WrongCheckpoint(f"{path}: {key} {value!r:.60} would load code from a hub; remove the line")
     if config.get("transformers_weights"):
         raise WrongCheckpoint(
             f"{path}: transformers_weights is not supported; call the file model.safetensors and remove the line"
@@ -329,6 +330,7 @@ def _check_code(paths: Iterable[Path]) -> None:
             config = read_json(path)
             for part in (config, *(part for part in config.values() if isinstance(part, dict))):
                 _check_auto_map(part, path)
+            _check_file_names(config, path)
 
 
 def _check_auto_map(config: Mapping[str, Any], path: Path) -> None:
@@ -337,6 +339,28 @@ def _check_auto_map(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: auto_map names Python code that comes with the checkpoint, and the worker runs no such code; "
             "use a model that transformers knows by itself"
         )
+
+
+def _check_file_names(config: Mapping[str, Any], path: Path) -> None:
+    """Reject a tokenizer's configuration that names files elsewhere, which some versions of transformers read.
+
+    A path that exists nowhere is one of the machine that saved the tokenizer; it has no effect.
+    """
+    if config.get("init_inputs"):
+        raise WrongCheckpoint(f"{path}: init_inputs would name the tokenizer's files; remove the line")
+    listed = config.get("fast_tokenizer_files")
+    names = [("fast_tokenizer_files", str(name)) for name in listed] if isinstance(listed, list) else []
+    names += [(key, value) for key, value in config.items() if key.endswith("_file") and isinstance(value, str)]
+    for key, name in names:
+        if name != os.path.basename(name) and ((path.parent / name).exists() or os.path.exists(name)):
+            raise WrongCheckpoint(f"{path}: {key}: expected the name of a file in this folder, got {name!r:.100}")
+
+
+def _check_adapter_config(path: Path) -> None:
+    """Reject settings of an adapter for which peft imports a module that the adapter names."""
+    if read_json(path).get("megatron_config"):
+        text = "megatron_config would import code that the adapter names"
+        raise WrongCheckpoint(f"{path}: {text}; merge the adapter where it was trained, and name that folder")
 
 
 def _listed(folder: Path) -> str:

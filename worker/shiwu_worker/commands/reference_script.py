@@ -26,7 +26,9 @@ def reference_model(checkpoint: Checkpoint) -> Any:
     if checkpoint.adapter:
         return load_model(checkpoint)
     with quiet_transformers():
-        return AutoModel.from_pretrained(checkpoint.base, local_files_only=True, dtype=torch.float32).eval()
+        return AutoModel.from_pretrained(
+            checkpoint.base, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        ).eval()
 
 
 def reference_logits(
@@ -40,7 +42,7 @@ def reference_logits(
     has_own = checkpoint.tokenizer == checkpoint.folder and checkpoint.processor_files[0].parent == checkpoint.folder
     source = checkpoint.folder if has_own else checkpoint.base
     with quiet_transformers(), torch.inference_mode(), Image.open(image) as opened:
-        processor = AutoProcessor.from_pretrained(source, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         rgb = opened.convert("RGB")
         # SigLIP was trained with full padding.
         padding = "max_length" if model.config.model_type == "siglip" else True
