@@ -118,6 +118,8 @@ class S3Server:
     access_key = "shiwu-test"
     secret_key = "shiwu-test-secret"
     region = "us-east-1"
+    domain = "s3.localhost"
+    """Below this name the store reads the bucket from the host name. No name server knows it."""
 
     def __init__(self, *, folder: Path, bucket: str = "pictures") -> None:
         self._folder = folder
@@ -253,6 +255,7 @@ def _weed_command(data: Path, *, ports: list[int], bucket: str) -> list[str]:
         ),
         *(f"-{name}={port}" for name, port in zip(names, ports, strict=True)),
         f"-bucket={bucket}",
+        f"-s3.domainName={S3Server.domain}",
     ]
 
 

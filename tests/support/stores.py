@@ -8,7 +8,7 @@ import pytest
 
 from shiwu_worker.errors import JobError
 from shiwu_worker.policy.access_rules import AccessRules
-from shiwu_worker.policy.limits import FetchLimits, S3Client, S3Options
+from shiwu_worker.policy.limits import FetchLimits, S3Addressing, S3Client, S3Options
 from shiwu_worker.stages.fetch.fetcher import Fetcher
 from shiwu_worker.stages.fetch.http import HttpClient
 from shiwu_worker.stages.fetch.s3.base import ObjectStore, S3Limits
@@ -45,6 +45,7 @@ def make_store(
     is_anonymous: bool = False,
     requester_pays: bool = False,
     user_agent: str = "shiwu",
+    addressing: S3Addressing = "auto",
 ) -> ObjectStore:
     """The client alone."""
     options = S3Options(
@@ -54,6 +55,7 @@ def make_store(
         is_anonymous=is_anonymous,
         requester_pays=requester_pays,
         user_agent=user_agent,
+        addressing=addressing,
     )
     limits = S3Limits(threads=2, connect_timeout_s=1.0, read_timeout_s=2.0, total_timeout_s=5.0)
     return new_store(options, limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,8 @@ from pydantic import ValidationError
 
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import Rejected, Unavailable
-from shiwu_worker.policy.access_rules import AccessRules, allows_bucket
-from shiwu_worker.policy.limits import S3Client, S3Options
+from shiwu_worker.policy.access_rules import SPECIAL_BUCKETS, AccessRules, allows_bucket
+from shiwu_worker.policy.limits import S3Addressing, S3Client, S3Options
 from shiwu_worker.stages.fetch.s3.base import (
     MAX_BUCKET_CLIENTS,
     NoCredentials,
@@ -293,6 +294,128 @@ def test_no_request_of_boto3_leaves_the_endpoint(monkeypatch: pytest.MonkeyPatch
         "pictures.s3.amazonaws.com",
         "x--use1-az4--x-s3.s3express-use1-az4.us-east-1.amazonaws.com",
     ]
+
+
+ADDRESSES: list[tuple[S3Addressing, str, str, str]] = [
+    ("auto", "http://store.example:9000", "pictures", "http://store.example:9000/pictures/a"),
+    ("path", "http://store.example:9000", "pictures", "http://store.example:9000/pictures/a"),
+    ("virtual", "http://store.example:9000", "pictures", "http://pictures.store.example:9000/a"),
+    ("virtual", "http://store.example", "my-pictures", "http://my-pictures.store.example/a"),
+    ("virtual", "http://store.example:9000", "Pictures", "http://store.example:9000/Pictures/a"),
+    ("virtual", "http://192.0.2.1:9000", "pictures", "http://192.0.2.1:9000/pictures/a"),
+]
+
+
+@each_client
+@pytest.mark.parametrize("case", ADDRESSES, ids=str)
+def test_bucket_is_in_the_path_or_the_host(
+    http_server: PictureServer,
+    client: S3Client,
+    monkeypatch: pytest.MonkeyPatch,
+    case: tuple[S3Addressing, str, str, str],
+) -> None:
+    """As the proxy of the environment sees it."""
+    addressing, endpoint, bucket, url = case
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, http_server.url(""))
+    monkeypatch.setenv("NO_PROXY", "")
+    http_server.serve(url, PLAIN)
+    assert read(make_store(client, endpoint, addressing=addressing), "a", bucket=bucket) == BODY
+    assert http_server.hits == {url: 1}
+
+
+@pytest.mark.parametrize(
+    ("addressing", "url"),
+    [
+        ("auto", "https://pictures.s3.amazonaws.com/a"),
+        ("virtual", "https://pictures.s3.amazonaws.com/a"),
+        ("path", "https://s3.amazonaws.com/pictures/a"),
+    ],
+)
+def test_addressing_applies_to_aws(monkeypatch: pytest.MonkeyPatch, addressing: S3Addressing, url: str) -> None:
+    """By boto3, whose requests a test can catch."""
+    sent_urls: list[str] = []
+
+    def send(self: object, request: Any) -> None:
+        sent_urls.append(request.url)
+        raise OSError("not sent in tests")
+
+    monkeypatch.setattr("botocore.httpsession.URLLib3Session.send", send)
+    with pytest.raises(StoreError):
+        read(make_store("boto3", None, addressing=addressing), "a")
+    assert sent_urls == [url]
+
+
+def test_virtual_addressing_reads_from_a_real_store(real: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By boto3, whose look-ups a test can answer; the signature covers the host."""
+    look_up = socket.getaddrinfo
+
+    def local(host: str, *args: Any, **options: Any) -> Any:
+        return look_up("127.0.0.1" if host.endswith(real.domain) else host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", local)
+    real.put("virtual/a b.jpg", BODY)
+    store = make_store("boto3", f"http://{real.domain}:{real.port}", addressing="virtual")
+    assert read(store, "virtual/a b.jpg") == BODY
+    with pytest.raises(StoreError, match="NoSuchKey"):
+        read(store, "virtual/none")
+
+
+@pytest.mark.parametrize(
+    ("bucket", "url", "is_sent"),
+    [
+        ("pictures", "http://pictures.store.example:9000/k", True),
+        ("pictures", "http://store.example:9000/pictures/k", True),
+        ("pictures", "http://other.store.example:9000/k", False),
+        ("pictures", "http://pictures.evil.example:9000/k", False),
+        ("pictures", "https://pictures.store.example:9000/k", False),
+        ("pictures", "http://pictures.store.example:80/k", False),
+        ("x--use1-az4--x-s3", "http://x--use1-az4--x-s3.store.example:9000/k", False),
+    ],
+)
+def test_virtual_host_is_the_bucket_below_the_endpoint(
+    monkeypatch: pytest.MonkeyPatch, bucket: str, url: str, is_sent: bool
+) -> None:
+    """Another host gets no request, whatever botocore makes of a name."""
+    sent_urls: list[str] = []
+
+    def send(self: object, request: Any) -> None:
+        sent_urls.append(request.url)
+        raise OSError("not sent in tests")
+
+    monkeypatch.setattr("botocore.httpsession.URLLib3Session.send", send)
+    monkeypatch.setattr("botocore.awsrequest.AWSRequestPreparer._prepare_url", lambda *_: url)
+    with pytest.raises(StoreError):
+        read(make_store("boto3", "http://store.example:9000", addressing="virtual"), "k", bucket=bucket)
+    assert sent_urls == ([url] if is_sent else [])
+
+
+@pytest.mark.parametrize("suffix", SPECIAL_BUCKETS)
+def test_name_with_a_reserved_suffix_needs_its_own_entry(suffix: str) -> None:
+    """In any case of letters; a general entry does not allow it."""
+    for name in (f"x{suffix}", f"x{suffix.upper()}"):
+        assert not allows_bucket(AccessRules(), name)
+        assert not allows_bucket(AccessRules(allow_buckets=("*", "x*")), name)
+        assert allows_bucket(AccessRules(allow_buckets=("*", f"*{name[1:]}")), name)
+        assert not allows_bucket(AccessRules(allow_buckets=(f"*{name[1:]}",), deny_buckets=("x*",)), name)
+    assert allows_bucket(AccessRules(), f"x{suffix}x")
+
+
+@pytest.mark.parametrize(
+    "bucket",
+    [
+        "arn:aws:s3:us-east-1:1:accesspoint/a",
+        "arn:aws:s3::1:accesspoint:m.mrap",
+        "arn:aws:s3-object-lambda:us-east-1:1:accesspoint:a",
+        "arn:aws:s3-outposts:us-east-1:1:outpost:o:accesspoint:a",
+    ],
+)
+@each_client
+def test_arn_in_place_of_a_bucket_is_refused(http_server: PictureServer, client: S3Client, bucket: str) -> None:
+    """It would choose region, account and endpoint."""
+    error = failure(make_fetcher(client, http_server.url("")), f"s3://{bucket}/k")
+    assert (type(error), error.code.value) == (Rejected, "invalid_reference")
+    assert not http_server.hits
 
 
 @pytest.mark.parametrize(

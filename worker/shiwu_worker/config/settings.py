@@ -250,6 +250,9 @@ class Settings(BaseSettings):
         "boto3",
         description="boto3, or obstore if it is installed: less CPU for each object, but not all keys can be requested",
     )
+    s3_addressing: Literal["auto", "path", "virtual"] = Field(
+        "auto", description="where requests name the bucket: path, virtual (bucket.host), or auto: virtual on AWS only"
+    )
     s3_anonymous: bool = Field(
         False, description="send requests without credentials and signatures, for public buckets only"
     )
@@ -268,9 +271,7 @@ class Settings(BaseSettings):
         HTTP_PORTS, description="allowed ports of http(s)://, or none; other ports only for allow_hosts"
     )
     allow_buckets: Names = Field(
-        (),
-        description="if set, no other bucket is read; may end in *. Buckets for which the AWS SDK ignores the endpoint "
-        "(names that end in --x-s3, --xa-s3, --op-s3) are read only if an entry has such a suffix",
+        (), description="if set, no other bucket is read; may end in *. Suffixes that AWS reserves need such an entry"
     )
     deny_buckets: Names = Field((), description="buckets that are never read; may end in *")
     allow_folders: Paths = Field((), description="folders that file:// may read; none by default")

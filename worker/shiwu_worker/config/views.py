@@ -137,6 +137,7 @@ def s3_options(settings: Settings) -> S3Options:
         is_anonymous=settings.s3_anonymous,
         requester_pays=settings.s3_requester_pays,
         user_agent=settings.user_agent_text,
+        addressing=settings.s3_addressing,
     )
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Final
 
 HTTP_PORTS: Final = (80, 443)
-OTHER_ENDPOINTS: Final = ("--x-s3", "--xa-s3", "--op-s3")
-"""Suffixes of bucket names for which the AWS SDK ignores the configured endpoint: S3 Express, Outposts."""
+SPECIAL_BUCKETS: Final = ("--x-s3", "--xa-s3", "--op-s3", "-s3alias", "--ol-s3", ".mrap", "--table-s3")
+"""Suffixes that AWS reserves for names of other things than buckets: S3 Express, Outposts, access points, tables.
+
+For some of them the AWS SDK ignores the configured endpoint; others name somebody else's bucket or run code on objects.
+"""
 NAT64_BITS: Final = frozenset({32, 40, 48, 56, 64, 96})
 
 
@@ -124,15 +127,19 @@ def read_nat64(prefix: str) -> ipaddress.IPv6Network:
     return network
 
 
+def is_special_bucket(name: str) -> bool:
+    """Return whether AWS reserves the suffix of this name."""
+    return name.lower().endswith(SPECIAL_BUCKETS)
+
+
 def allows_bucket(access: AccessRules, bucket: str) -> bool:
     """Return whether the rules allow this bucket.
 
-    A name for which the SDK ignores the endpoint needs an entry with the same kind of suffix: `images*` does not allow
-    `images--x-s3`.
+    A name with a suffix that AWS reserves needs an entry with such a suffix: `images*` does not allow `images--x-s3`.
     """
     if any(fnmatchcase(bucket, pattern) for pattern in access.deny_buckets):
         return False
     allowed = [pattern for pattern in access.allow_buckets if fnmatchcase(bucket, pattern)]
-    if bucket.endswith(OTHER_ENDPOINTS):
-        return any(pattern.endswith(OTHER_ENDPOINTS) for pattern in allowed)
+    if is_special_bucket(bucket):
+        return any(is_special_bucket(pattern) for pattern in allowed)
     return bool(allowed) or not access.allow_buckets

@@ -15,6 +15,7 @@ LABEL_JOBS_PER_LANE: Final = 16
 LABEL_SLOTS: Final = LABEL_JOBS_PER_LANE * len(Lane)
 """Slots of such jobs, besides those of others."""
 S3Client = Literal["boto3", "obstore"]
+S3Addressing = Literal["auto", "path", "virtual"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,9 @@ class S3Options:
     """Send requests without credentials and signatures."""
     requester_pays: bool = False
     user_agent: str = "shiwu"
+    addressing: S3Addressing = "auto"
+    """`path`: the bucket is in the path; `virtual`: it is the first part of the host name, where it can be one. `auto`:
+    as AWS does, and `path` for stores of the operator."""
 
 
 @dataclass(frozen=True, slots=True)

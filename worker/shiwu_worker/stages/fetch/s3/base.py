@@ -20,6 +20,9 @@ MAX_BUCKET_CLIENTS: Final = 16
 _AWS: Final = (".amazonaws.com", ".amazonaws.com.cn")
 # No colon: botocore would take an ARN for the name of a region and an endpoint.
 _CODE: Final = re.compile(r"[\w.]{1,64}", re.ASCII)
+_LABEL: Final = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
+"""A bucket that botocore, too, writes before the host name."""
+_IPV4: Final = re.compile(r"[0-9.]+")
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 
@@ -133,6 +136,16 @@ def is_at(url: str, endpoint: str) -> bool:
         return _aws_ending(url) == _aws_ending(endpoint)
     usual_port = 443 if own.scheme == "https" else 80
     return (target.hostname, target.port or usual_port) == (own.hostname, own.port or usual_port)
+
+
+def virtual_url(endpoint: str, bucket: str) -> str:
+    """The endpoint with the bucket in its host name; unchanged where that would be no host name."""
+    host = urlsplit(endpoint).hostname or ""
+    if _LABEL.fullmatch(bucket) is None or ":" in host or _IPV4.fullmatch(host):
+        return endpoint
+    scheme, _, rest = endpoint.partition("://")
+    login, at, place = rest.rpartition("@")
+    return f"{scheme}://{login}{at}{bucket}.{place}"
 
 
 def _aws_ending(url: str) -> str | None:

@@ -25,6 +25,7 @@ from botocore.exceptions import ClientError, NoCredentialsError, PartialCredenti
 
 from shiwu.contract import ErrorCode
 from shiwu_worker.errors import JobError
+from shiwu_worker.policy.access_rules import is_special_bucket
 from shiwu_worker.policy.limits import S3Options
 from shiwu_worker.stages.fetch.error_table import UNKNOWN, exception_row
 from shiwu_worker.stages.fetch.http_replies import NO_BODY, FinalReply, is_whole, retry_after_s
@@ -40,6 +41,7 @@ from shiwu_worker.stages.fetch.s3.base import (
     WrongSettings,
     is_at,
     is_aws,
+    virtual_url,
 )
 
 CHAIN_RETRY_PAUSE_S: Final = 2.0
@@ -49,6 +51,10 @@ CHAIN_TIMEOUT_S: Final = 3.0
 fetch and decode would reject the image."""
 _OPERATIONS: Final = frozenset({"GetObject", "HeadBucket", "ListBuckets", "CreateSession"})
 """Operations of the store itself; any other operation belongs to a service that issues credentials."""
+
+
+_requested: Final = threading.local()
+"""`bucket`: the one that this thread requests; the hook that checks the host gets only the URL."""
 
 
 class BotoStore:
@@ -64,6 +70,7 @@ class BotoStore:
         options = {} if version is None else {"VersionId": version}
         if self._options.requester_pays:
             options["RequestPayer"] = "requester"
+        _requested.bucket = bucket
         with as_store_errors(has_version=version is not None):
             answer = _get(self._clients.get().client, Bucket=bucket, Key=key, **options)
             with answer["Body"] as body:
@@ -202,7 +209,7 @@ def new_client(session: boto3.session.Session, options: S3Options, limits: S3Lim
                 connect_timeout=limits.connect_timeout_s,
                 read_timeout=limits.read_timeout_s,
                 tcp_keepalive=True,
-                s3={"addressing_style": "path"} if options.endpoint_url else {},
+                s3=_addressing(options),
                 # Stores other than AWS fail on the newer checksums.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
@@ -214,13 +221,24 @@ def new_client(session: boto3.session.Session, options: S3Options, limits: S3Lim
     endpoint = client.meta.endpoint_url
     if not is_aws(endpoint):
         client.meta.events.register("before-parameter-build.s3", _follow_no_redirect)
-    client.meta.events.register_first("before-send.s3", partial(_check_host, endpoint))
+    check = partial(_check_host, endpoint, options.addressing == "virtual")
+    client.meta.events.register_first("before-send.s3", check)
     return client
 
 
-def _check_host(endpoint: str, request: Any, **_: object) -> None:
+def _addressing(options: S3Options) -> Any:
+    """Where requests name the bucket. botocore uses the path where the bucket is no part of a host name."""
+    if options.addressing != "auto":
+        return {"addressing_style": options.addressing}
+    return {"addressing_style": "path"} if options.endpoint_url else {}
+
+
+def _check_host(endpoint: str, is_virtual: bool, request: Any, **_: object) -> None:
     """Reject a request that would leave the endpoint: some bucket names make botocore choose another one."""
-    if not is_at(request.url, endpoint):
+    bucket: str = getattr(_requested, "bucket", "")
+    # To a name of S3 Express, botocore would send the session's token first.
+    has_bucket = is_virtual and not is_special_bucket(bucket) and is_at(request.url, virtual_url(endpoint, bucket))
+    if not is_at(request.url, endpoint) and not has_bucket:
         raise WrongName("expected a bucket of the configured endpoint, got a name that chooses another one")
 
 

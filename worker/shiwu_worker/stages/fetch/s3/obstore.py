@@ -43,6 +43,7 @@ from shiwu_worker.stages.fetch.s3.base import (
     StoreUnavailable,
     WrongName,
     is_aws,
+    virtual_url,
 )
 from shiwu_worker.stages.fetch.s3.boto import ClientCache, S3Access, as_store_errors
 
@@ -62,8 +63,6 @@ STATUSES: Final[dict[type[Exception], int]] = {
 _STATUS: Final = re.compile(r"Server returned non-2xx status code: (\d{3})")
 _CODE: Final = re.compile(r"<Code>\s*([\w.]{1,64})\s*</Code>", re.ASCII)
 _KIND: Final = re.compile(r"HttpError \{\s*kind: (\w+)|source: (Header) \{")
-# A bucket that botocore, too, would write before the host name.
-_LABEL: Final = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +131,10 @@ def _new_store(
     bucket: str, endpoint: _Endpoint, credentials: ReadOnlyCredentials | None, options: S3Options, limits: S3Limits
 ) -> S3Store:
     url = endpoint.url
-    has_host = options.endpoint_url is None and is_aws(url) and _LABEL.fullmatch(bucket) is not None
-    if has_host:
-        url = url.replace("://", f"://{bucket}.", 1)
+    is_usual = options.endpoint_url is None and is_aws(url)
+    if options.addressing == "virtual" or (options.addressing == "auto" and is_usual):
+        url = virtual_url(url, bucket)
+    has_host = url != endpoint.url
     return S3Store(
         bucket,
         # All options are set, because obstore would otherwise read variables that boto3 does not know.
