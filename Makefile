@@ -72,7 +72,7 @@ bench: $(BENCH_STAMP) ## measure, ARGS="service --quick": messages, service, lat
 bench-compare: $(STAMP) ## ratios of your results in bench/out to those of the release in bench/released
 	$(BIN)/python -m bench compare $(ARGS)
 
-drill: $(STAMP) ## break everything for about an hour and count every answer; ARGS="--short", ARGS="kill --rounds 20"
+drill: $(STAMP) ## break everything for about an hour and a half and count every answer; ARGS="--short", ARGS="kill --rounds 20"
 	$(BIN)/python -m drill $(ARGS)
 
 chart-tools: $(STAMP) ## install what the chart's tests run: two versions of helm, and promtool
