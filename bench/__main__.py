@@ -43,7 +43,7 @@ def main() -> int:
         signal.signal(number, _interrupt)
     before = machine.describe()
     report = BENCHES[name].run(asked)
-    show(report)
+    show(report, before=before)
     folder = asked.out or (OUT / "quick" if asked.quick else OUT)
     write(report, folder, before=before)
     print(f"written to {folder}/{report.name}.json and .png{' (--quick: no measurement)' if asked.quick else ''}")

@@ -49,27 +49,48 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(released: Path, results: Path) -> int:
-    """Print the ratios; return 1 if a figure is worse by more than a tenth."""
-    pairs = [pair for path in sorted(released.glob("*.json")) for pair in _pairs(path, results / path.name)]
+    """Print the ratios.
+
+    Returns:
+        0; 1 if a figure is worse by more than a tenth; 2 if there is nothing to compare, or results are missing or not
+        comparable: not measured, without a released figure, or on a machine that other programs had loaded.
+    """
+    pairs: list[Pair] = []
+    problems = [] if any(released.glob("*.json")) else [f"{released}: no results of a release"]
+    for path in sorted(released.glob("*.json")):
+        found, wrong = _pairs(path, results / path.name)
+        pairs += found
+        problems += wrong
     table = Table("bench", "figure", "released", "now", "unit", "gain", box=None)
     for pair in pairs:
         mark = "" if pair.gain >= TOLERANCE else "  WORSE"
         values = number(pair.before), number(pair.now), pair.unit, f"{pair.gain:.2f}{mark}"
         table.add_row(pair.bench, pair.name, *values)
     Console(width=None if Console().is_terminal else DEFAULT_WIDTH).print(table)
-    return 1 if any(pair.gain < TOLERANCE for pair in pairs) else 0
+    for problem in problems:
+        print(problem)
+    if problems:
+        return 2
+    return 1 if any(not pair.gain >= TOLERANCE for pair in pairs) else 0
 
 
-def _pairs(released: Path, results: Path) -> list[Pair]:
+def _pairs(released: Path, results: Path) -> tuple[list[Pair], list[str]]:
+    """The figures that both have, and what is missing in the new results or makes them useless."""
     if not results.is_file():
-        print(f"{results}: not there; run `python -m bench {results.stem}` first")
-        return []
+        name = results.stem.replace("messages-scale", "messages --scale")
+        return [], [f"{results}: missing; run `python -m bench {name}` first"]
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (released, results))
     for place in ("cpu", "cores", "gpus"):
         if old["machine"][place] != new["machine"][place]:
             print(f"{released.stem}: another machine: {place} {old['machine'][place]} and {new['machine'][place]}")
-    return [
-        Pair(released.stem, name, figure["unit"], figure["value"], new["headlines"][name]["value"], figure["better"])
-        for name, figure in old["headlines"].items()
-        if name in new["headlines"] and None not in (figure["value"], new["headlines"][name]["value"])
+    now = {name: figure["value"] for name, figure in new["headlines"].items() if figure["value"] is not None}
+    released_figures = {name: figure for name, figure in old["headlines"].items() if figure["value"] is not None}
+    problems = [f"{results}: no figure {name!r}" for name in released_figures if name not in now]
+    if new["machine"].get("was_loaded"):
+        problems.append(f"{results}: other programs had the machine (load {new['machine']['load_before']} before)")
+    pairs = [
+        Pair(released.stem, name, figure["unit"], figure["value"], now[name], figure["better"])
+        for name, figure in released_figures.items()
+        if name in now
     ]
+    return pairs, problems

@@ -31,7 +31,7 @@ class TagServer(litserve.LitAPI):  # type: ignore[misc, unused-ignore]  # litser
     def setup(self, device: str) -> None:
         """Load, encode the labels, warm up."""
         folder = os.environ["BENCH_MODEL"]
-        torch.set_num_threads(max(1, usable_cores() // int(os.environ["BENCH_WORKERS"])))
+        torch.set_num_threads(int(os.environ["BENCH_THREADS"]))
         self.dtype = getattr(torch, os.environ["BENCH_DTYPE"])
         self.model: Any = AutoModel.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32

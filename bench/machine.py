@@ -34,6 +34,9 @@ PACKAGES: Final = (
 FLAGS: Final = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 """Flags of /proc/cpuinfo that decide how fast a model runs."""
 
+MAX_IDLE_LOAD: Final = 0.25
+"""Load average for each core above which the machine counts as loaded before a run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -49,21 +52,30 @@ class Machine:
     python: str
     load_before: float
     """Load average of the minute before the run, by other work on the machine."""
+    was_loaded: bool
+    """Whether that was so much that the figures say little about the systems."""
+
+
+def is_loaded(load: float, cores: int) -> bool:
+    """Whether a load average before a run leaves too little of the machine for a measurement."""
+    return load > MAX_IDLE_LOAD * cores
 
 
 def describe() -> Machine:
     """Describe this machine now."""
+    load, cores = round(os.getloadavg()[0], 2), usable_cores()
     cpuinfo = _read("/proc/cpuinfo")
     flags = set(_field(cpuinfo, "flags").split())
     return Machine(
         cpu=_field(cpuinfo, "model name") or platform.processor() or platform.machine(),
-        cores=usable_cores(),
+        cores=cores,
         flags=tuple(flag for flag in FLAGS if flag in flags),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         gpus=_gpus(),
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
-        load_before=round(os.getloadavg()[0], 2),
+        load_before=load,
+        was_loaded=is_loaded(load, cores),
     )
 
 

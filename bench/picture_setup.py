@@ -76,6 +76,8 @@ def add_options(parser: argparse.ArgumentParser, *, model: str) -> None:
     parser.add_argument("--no-peers", action="store_true", help="shiwu alone")
     parser.add_argument("--litserve-batch", type=int, help="its max_batch_size; default 8, on a GPU 64")
     parser.add_argument("--litserve-workers", type=int, help="its processes on the device; default 1, on a GPU 2")
+    parser.add_argument("--litserve-threads", type=int, help="of torch in each; default: the cores, shared")
+    parser.add_argument("--litserve-timeout-s", type=float, help="its batch_timeout; default 0.005")
 
 
 def read_options(asked: argparse.Namespace, *, seconds: float) -> PictureOptions:
@@ -89,7 +91,13 @@ def read_options(asked: argparse.Namespace, *, seconds: float) -> PictureOptions
         seconds=asked.seconds or (2.0 if asked.quick else seconds),
         worker_settings=tuple(asked.set),
         beside=tuple(asked.beside),
-        litserve=litserve_settings(is_gpu=is_gpu, max_batch=asked.litserve_batch, workers=asked.litserve_workers),
+        litserve=litserve_settings(
+            is_gpu=is_gpu,
+            max_batch=asked.litserve_batch,
+            workers=asked.litserve_workers,
+            threads=asked.litserve_threads,
+            batch_timeout_s=asked.litserve_timeout_s,
+        ),
         has_peers=not asked.no_peers,
     )
 

@@ -90,35 +90,68 @@ class LitServeSettings:
     batch_timeout_s: float
     workers: int
     """Processes on the device."""
+    threads: int
+    """Threads of torch in each of these."""
     concurrency: int
     """Threads of the Celery worker that feeds it."""
 
+    @property
+    def label(self) -> str:
+        """The settings as a text."""
+        return (
+            f"max_batch_size {self.max_batch}, batch_timeout {self.batch_timeout_s:g} s, {self.workers} worker(s) of "
+            f"{self.threads} thread(s)"
+        )
 
-def litserve_settings(*, is_gpu: bool, max_batch: int | None, workers: int | None) -> LitServeSettings:
-    """Return its best settings for a CPU with few cores, or for a GPU.
+
+def concurrency_of(max_batch: int) -> int:
+    """How many requests are sent at a time, so that batches can be full: one runs, one is decoded, one waits."""
+    return min(256, max(4, 3 * max_batch))
+
+
+def litserve_settings(
+    *,
+    is_gpu: bool,
+    max_batch: int | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    batch_timeout_s: float | None = None,
+) -> LitServeSettings:
+    """Return settings that are good on a CPU with few cores, or on a GPU: where `litserve_sweep` begins.
 
     A time-out of 0 would send batches immediately, but polls without a pause and takes a core from the model. On a CPU
     larger batches are no faster; on a GPU a second process decodes while the first is on the device.
     """
-    batch = max_batch or (64 if is_gpu else 8)
-    return LitServeSettings(batch, 0.005, workers or (2 if is_gpu else 1), concurrency=min(256, 3 * batch))
+    batch, processes = max_batch or (64 if is_gpu else 8), workers or (2 if is_gpu else 1)
+    return LitServeSettings(
+        batch,
+        batch_timeout_s or 0.005,
+        processes,
+        threads or max(1, usable_cores() // processes),
+        concurrency=concurrency_of(batch),
+    )
 
 
 def systems(litserve: LitServeSettings, *, shiwu_settings: str) -> tuple[System, ...]:
     """Return all systems that can run here, shiwu first."""
     models = named("torch", "transformers", "pillow")
     celery = named("celery", "kombu", "boto3", "urllib3")
-    own = f"fed by a Celery task in {litserve.concurrency} threads, max_batch_size {litserve.max_batch}, batch_timeout "
-    own += f"{litserve.batch_timeout_s:g} s, {litserve.workers} worker(s), fast_queue, shiwu's dtype, label vectors "
-    own += f"computed once, transformers' processor in {usable_cores()} threads; {SETTINGS_TEXT}"
     in_celery = f"in a Celery task, pool=solo, prefetch 1, FP32, {usable_cores()} threads of torch; {SETTINGS_TEXT}"
     found = [
         System(SHIWU, f"{named('shiwu')}, {models}", shiwu_settings, _shiwu),
         System(REFERENCE, f"{models}, {celery}", in_celery, _reference),
     ]
     if has_litserve():
-        found.append(System(LITSERVE, f"{named('litserve')}, {models}, {celery}", own, partial(_litserve, litserve)))
+        found.append(litserve_system(litserve))
     return tuple(found)
+
+
+def litserve_system(settings: LitServeSettings) -> System:
+    """Return LitServe with these settings."""
+    own = f"fed by a Celery task in {settings.concurrency} threads, {settings.label}, fast_queue, shiwu's dtype, label "
+    own += f"vectors computed once, transformers' processor in {usable_cores()} threads; {SETTINGS_TEXT}"
+    versions = named("litserve", "torch", "transformers", "pillow", "celery", "kombu", "boto3", "urllib3")
+    return System(LITSERVE, versions, own, partial(_litserve, settings))
 
 
 def has_litserve() -> bool:
@@ -154,6 +187,7 @@ def _litserve(settings: LitServeSettings, place: Place) -> Iterator[Running]:
         "BENCH_MODEL": str(place.checkpoint.folder),
         "BENCH_DTYPE": place.dtype,
         "BENCH_WORKERS": str(settings.workers),
+        "BENCH_THREADS": str(settings.threads),
         "BENCH_MAX_BATCH": str(settings.max_batch),
         "BENCH_BATCH_TIMEOUT_S": str(settings.batch_timeout_s),
     }

@@ -80,7 +80,14 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
-def show(report: Report, *, console: Console | None = None) -> None:
+def loaded_note(before: machine.Machine) -> tuple[str, ...]:
+    """A note for a run on a machine that other programs used, or none."""
+    if not before.was_loaded:
+        return ()
+    return (f"NOT A MEASUREMENT: load {before.load_before} on {before.cores} cores before the run, by other programs.",)
+
+
+def show(report: Report, *, before: machine.Machine, console: Console | None = None) -> None:
     """Print the tables and the notes on them."""
     out = console or Console(width=None if Console().is_terminal else DEFAULT_WIDTH)
     for table in report.tables:
@@ -90,11 +97,10 @@ def show(report: Report, *, console: Console | None = None) -> None:
         for row in table.rows:
             grid.add_row(*row)
         out.print(grid, "")
-    for note in (*report.notes, *_weights(report)):
+    for note in (*loaded_note(before), *report.notes, *_weights(report)):
         out.print(f"• {note}", markup=False, highlight=False)
-    found = machine.describe()
-    gpus = ", ".join(found.gpus) or "no GPU"
-    out.print(f"• {found.cpu}, {found.cores} cores, {', '.join(found.flags)}; {gpus}", markup=False, highlight=False)
+    gpus = ", ".join(before.gpus) or "no GPU"
+    out.print(f"• {before.cpu}, {before.cores} cores, {', '.join(before.flags)}; {gpus}", markup=False, highlight=False)
 
 
 def _weights(report: Report) -> tuple[str, ...]:
@@ -116,7 +122,7 @@ def write(report: Report, folder: Path, *, before: machine.Machine) -> None:
         "versions": dict(machine.versions()) | ({"server": report.server} if report.server else {}),
         "model": report.model,
         "random_weights": report.has_random_weights,
-        "notes": list(report.notes),
+        "notes": [*loaded_note(before), *report.notes],
     }
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
     (folder / f"{report.name}.json").write_text(text + "\n", encoding="utf-8")

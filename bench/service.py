@@ -12,14 +12,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final
 
-from bench import bare, picture_setup, traffic
+from bench import bare, litserve_sweep, picture_setup, traffic
 from bench.backlog import StageTime, mean_batch
 from bench.bare import Alone, Bare
 from bench.charts import Chart, Series
 from bench.gpu import Load
+from bench.litserve_sweep import Tried
+from bench.machine import describe
 from bench.parity import Parity, compare
 from bench.picture_setup import PictureOptions, open_place, read_options
-from bench.picture_systems import SHIWU, Place
+from bench.picture_systems import SHIWU, Place, has_litserve
 from bench.report import Headline, Report, Table, median, number, ratio
 from bench.traffic import Reply
 from bench.turns import Participant, Ratio, Turn, paired, rate, taking_part
@@ -66,11 +68,16 @@ class Options:
 
     pictures: PictureOptions
     rounds: int
+    litserve_tried: tuple[Tried, ...] = ()
+    """What the sweep of LitServe's settings measured, the best first; empty: no sweep."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Its own options."""
     picture_setup.add_options(parser, model="vit-b-16")
+    parser.add_argument(
+        "--no-litserve-sweep", action="store_true", help="LitServe as the options say, instead of its best settings"
+    )
     parser.add_argument("--rounds", type=int, help="in which each has a turn of --seconds; default 12")
 
 
@@ -85,6 +92,8 @@ def run(asked: argparse.Namespace) -> Report:
         if dtype != shiwu.warm_up.dtype:
             raise RuntimeError(f"expected the model alone in {shiwu.warm_up.dtype} as in the service, got {dtype}")
         their_place = replace(place, dtype=dtype)
+        if options.pictures.has_peers and has_litserve() and not (asked.quick or asked.no_litserve_sweep):
+            options = _tune_litserve(options, their_place)
         peers = {
             system.name: stack.enter_context(taking_part(their_place, system))
             for system in options.pictures.systems[1:]
@@ -98,6 +107,14 @@ def run(asked: argparse.Namespace) -> Report:
         rounds.finish(options.pictures.seconds)
         server = traffic.server_version(place.client)
         return _report(options, rounds.figures(place), place, server=server)
+
+
+def _tune_litserve(options: Options, place: Place) -> Options:
+    """The options with LitServe's best settings here."""
+    pictures = options.pictures
+    is_gpu = bool(describe().gpus)
+    tried = litserve_sweep.tuned(place, pictures.litserve, seconds=pictures.seconds, is_gpu=is_gpu)
+    return replace(options, pictures=replace(pictures, litserve=tried[0].settings), litserve_tried=tuple(tried))
 
 
 class _Rounds:
