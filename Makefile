@@ -26,7 +26,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 BUILD = $(DOCKER) build --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-fast test-matrix hostile fuzz mutants lint bench bench-compare drill chart-tools docs chart-docs model sample-photos images format clean
+.PHONY: help demo test test-long test-fast test-matrix gpu hostile fuzz mutants lint bench bench-compare drill chart-tools docs chart-docs model sample-photos images format clean
 .DELETE_ON_ERROR:
 # Running targets side by side would mix what they print, and two of them would share the machine's cores.
 .NOTPARALLEL:
@@ -48,6 +48,9 @@ test-fast: $(STAMP) $(CHART_STAMP) $(BROWSER_STAMP) ## the same without the test
 
 test-matrix: $(STAMP) $(CHART_STAMP) ## run the unit, contract and canvas tests with the lowest and the highest versions that pyproject.toml allows
 	$(BIN)/python -m tests.matrix $(ARGS)
+
+gpu: $(STAMP) ## run the tests that need a CUDA device, one at a time; warnings of torch do not fail them
+	$(BIN)/python -m pytest -m gpu tests/gpu -W default -p no:randomly $(ARGS)
 
 hostile: $(STAMP) ## run other projects' broken pictures through the loaders; fetches them from PyPI and Debian
 	$(BIN)/python -m tests.hostile $(ARGS)

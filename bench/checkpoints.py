@@ -1,8 +1,9 @@
-"""Models by name: the embedded one, two Chinese-CLIPs in their published shapes with random weights, or a folder.
+"""Models by name: the embedded one, published shapes with random weights, or a folder.
 
 `python -m bench.checkpoints NAME FOLDER` writes the files of one model. `checkpoint` does so once, in another process,
 and keeps them in the cache. The shapes are those of the config.json of OFA-Sys/chinese-clip-vit-base-patch16 and
-OFA-Sys/chinese-clip-vit-large-patch14.
+OFA-Sys/chinese-clip-vit-large-patch14; `siglip-so400m` has the image tower of google/siglip-so400m-patch14-224, whose
+sides no power of two divides, and a small text tower.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from tests.support.pictogram import PICTOGRAM_ZH
 from bench.cache import made_once
 from shiwu_worker.checkpoints.model_files import EMBEDDED, model_folder, model_name
 
-NAMES: Final = ("embedded", "vit-b-16", "vit-l-14")
+SIGLIP: Final = "siglip-so400m"
+NAMES: Final = ("embedded", "vit-b-16", "vit-l-14", SIGLIP)
 RECIPE: Final = 2
 """Raised when the written files change, so that no old files are taken from the cache."""
 CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
@@ -42,7 +44,9 @@ class Shape:
 SHAPES: Final = {
     "vit-b-16": Shape(patch=16, hidden=768, intermediate=3072, layers=12, heads=12, projection=512),
     "vit-l-14": Shape(patch=14, hidden=1024, intermediate=4096, layers=24, heads=16, projection=768),
+    SIGLIP: Shape(patch=14, hidden=1152, intermediate=4304, layers=27, heads=16, projection=0),
 }
+SIGLIP_TEXT_LAYERS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +90,12 @@ def picture_gflop(folder: Path) -> float:
         return _counted_gflop(folder, vision["image_size"])
     hidden, patch = vision["hidden_size"], vision["patch_size"]
     patches = (vision["image_size"] // patch) ** 2
-    tokens = patches + 1
+    # SigLIP has no class token; an attention over all patches makes its vector.
+    is_pooled = config.get("model_type") == "siglip"
+    tokens = patches if is_pooled else patches + 1
     layer = tokens * (4 * hidden**2 + 2 * hidden * vision["intermediate_size"]) + 2 * tokens**2 * hidden
-    ends = patches * 3 * patch**2 * hidden + hidden * config.get("projection_dim", 0)
+    pooled = 2 * (patches + 1) * hidden**2 + 2 * hidden * vision["intermediate_size"] if is_pooled else 0
+    ends = patches * 3 * patch**2 * hidden + hidden * config.get("projection_dim", 0) + pooled
     return float(2 * (vision["num_hidden_layers"] * layer + ends) / 1e9)
 
 
@@ -115,10 +122,41 @@ def _make(name: str, folder: Path) -> None:
     from transformers import ChineseCLIPConfig, ChineseCLIPModel  # noqa: PLC0415 only where a model is made or counted
 
     torch.manual_seed(0)
+    if name == SIGLIP:
+        make_siglip(SHAPES[name], folder)
+        return
     model = ChineseCLIPModel(ChineseCLIPConfig(**_config(SHAPES[name]))).eval()
     model.save_pretrained(folder)
     _write_vocabulary(folder)
     _write_preprocessor(folder)
+
+
+def make_siglip(shape: Shape, folder: Path, *, image_size: int = 224) -> None:
+    """Write a SigLIP with random weights, whose tokenizer knows single characters."""
+    from tests.support.encoders import TEXT, saved  # noqa: PLC0415 only where a model is made
+    from transformers import SiglipConfig, SiglipModel  # noqa: PLC0415 only where a model is made
+
+    sizes = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_attention_heads": shape.heads,
+    }
+    vision = sizes | {"num_hidden_layers": shape.layers, "patch_size": shape.patch, "image_size": image_size}
+    text = {**TEXT, **sizes, "num_hidden_layers": SIGLIP_TEXT_LAYERS, "projection_size": shape.hidden}
+    saved(SiglipModel(SiglipConfig(vision_config=vision, text_config=text)).eval(), folder)
+    config = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "size": {"height": image_size, "width": image_size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    text_of = json.dumps(config, indent=2)
+    (folder / "preprocessor_config.json").write_text(text_of + "\n", encoding="utf-8")
 
 
 def _write_vocabulary(folder: Path) -> None:

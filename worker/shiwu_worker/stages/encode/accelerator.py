@@ -171,6 +171,11 @@ class CudaAccelerator:
         torch.cuda.empty_cache()
 
 
+def open_accelerator(device: torch.device) -> Accelerator | None:
+    """The accelerator behind a torch.device; None for a CPU."""
+    return CudaAccelerator(device) if device.type == "cuda" else None
+
+
 def gather_rows(target: NDArray[np.uint8], pixels: NDArray[np.uint8], rows: Sequence[int] | None) -> None:
     """Write rows of `pixels` (all of them for None) to the first rows of `target`."""
     if rows is None:

@@ -23,7 +23,7 @@ from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, NonFinite
 from shiwu_worker.jobs.label_checks import LabelTokens
 from shiwu_worker.runtime.cpus import usable_cores
 from shiwu_worker.runtime.malloc import keep_freed_memory
-from shiwu_worker.stages.encode.accelerator import CudaAccelerator
+from shiwu_worker.stages.encode.accelerator import open_accelerator
 from shiwu_worker.stages.encode.batch_sizes import time_batch_sizes
 from shiwu_worker.stages.encode.checkpoint import TextEncoder
 from shiwu_worker.stages.encode.cpu_pool import CpuInferencePool
@@ -132,7 +132,7 @@ class Encoder:
     def _make_staging(self) -> StagingRing:
         """Staging buffers in front of the image tower: with CUDA graphs, compiled or eager."""
         tower, shape = self._model.eager_tower(), self._model.image_shape
-        accelerator = CudaAccelerator(self._device) if self._device.type == "cuda" else None
+        accelerator = open_accelerator(self._device)
         if accelerator is not None and self._options.has_graphs:
             self._graphs = GraphedTower(tower, batch_sizes=self.batch_sizes, shape=shape, accelerator=accelerator)
             tower, self.batch_sizes = self._graphs, self._graphs.fitting_sizes
