@@ -35,6 +35,16 @@ def test_client_same_id_is_answered_once(redis_url: str, redis_client: redis.Red
         assert redis_client.xlen("shiwu:results") == 1
 
 
+def test_priority_chooses_the_list_of_its_step(redis_url: str, redis_client: redis.Redis) -> None:
+    """As kombu divides priorities: 0 to 2, 3 to 5, 6 to 8 and 9."""
+    with Client(redis_url) as client:
+        for priority in range(10):
+            client.enqueue("s3://b/k", lane="bulk", priority=priority)
+    [lowest, *others] = Lane.BULK.keys
+    assert redis_client.llen(lowest) == 3
+    assert {key[-1]: redis_client.llen(key) for key in others} == {"3": 3, "6": 3, "9": 1}
+
+
 def test_enqueue_many_full_lane_raises_queue_full(redis_url: str, redis_client: redis.Redis) -> None:
     """Portions are sent as they are read; a full lane takes nothing of the portion, and the error has the numbers."""
     with Client(redis_url, max_waiting=1000) as client:

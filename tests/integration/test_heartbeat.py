@@ -85,3 +85,29 @@ def test_idle_worker_is_not_stuck(redis_client: redis.Redis) -> None:
         wait_until(lambda: observer.alive_count >= 3, timeout_s=10)
     finally:
         heartbeat.close()
+
+
+def test_load_is_reported_once_in_its_interval(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at each tick; figures are divided by their time, and an idle worker logs nothing."""
+    observer = RecordingObserver()
+    heartbeat = make_heartbeat(redis_client, Progress(), observer, held=[], stuck_s=3.0)
+    heartbeat._log_load()
+    assert observer.loads == [], "too early"
+    monkeypatch.setattr(heartbeat, "_load_logged_s", float("-inf"))
+    with capture_logs() as logs:
+        heartbeat._log_load()
+        heartbeat._log_load()
+    assert len(observer.loads) == 1
+    assert logs == []
+    heartbeat._meter.encoded(images=30, seconds=0.1)
+    heartbeat._meter.encoded(images=10, seconds=0.1)
+    monkeypatch.setattr(heartbeat, "_load_logged_s", float("-inf"))
+    monkeypatch.setattr(heartbeat._meter, "_since_s", heartbeat._meter._since_s - 10.0)
+    with capture_logs() as logs:
+        heartbeat._log_load()
+    [line] = logs
+    load = observer.loads[-1]
+    assert (load.pictures, load.batches) == (40, 2)
+    assert line["event"] == "load"
+    assert 40 / load.seconds == pytest.approx(line["pictures_per_s"], rel=0.1)
+    assert line["batch"] == 20.0

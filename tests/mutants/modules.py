@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 CLIENT: Final = (
+    "tests/unit/client/test_argument_bounds.py",
     "tests/unit/client/test_arguments.py",
     "tests/unit/client/test_client_arguments.py",
     "tests/integration/test_client.py",
@@ -19,7 +20,7 @@ QUEUE: Final = (
     "tests/integration/test_generations.py",
     "tests/integration/test_history.py",
 )
-CONSUMERS: Final = ("tests/integration/test_stream_consumers.py",)
+CONSUMERS: Final = ("tests/integration/test_stream_consumers.py", "tests/compat/test_next_version.py")
 
 TESTS: Final[dict[str, tuple[str, ...]]] = {
     "worker/shiwu_worker/pipeline/admission.py": PIPELINE,
@@ -50,6 +51,8 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "worker/shiwu_worker/policy/retry.py": ("tests/unit/config/test_retry_settings.py", "tests/unit/pipeline"),
     "producer/shiwu/broker/answers.py": (
+        "tests/unit/broker/test_answers.py",
+        "tests/integration/test_connections.py",
         "tests/integration/test_stream.py",
         "tests/integration/test_dead_letters.py",
         "tests/integration/test_retention.py",
@@ -100,7 +103,7 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/integration/test_repeated_calls.py",
     ),
     "producer/shiwu/client/items.py": (*CLIENT, *CONSUMERS),
-    "producer/shiwu/client/results.py": (*CONSUMERS, *CLIENT),
+    "producer/shiwu/client/results.py": ("tests/unit/client/test_results.py", "tests/compat/test_next_version.py"),
     "producer/shiwu/client/sender.py": (*CLIENT, "tests/integration/test_deadlines.py"),
     "producer/shiwu/client/stream.py": CONSUMERS,
     "producer/shiwu/client/stream_items.py": CONSUMERS,

@@ -121,7 +121,8 @@ class _Collector(ast.NodeVisitor):
     def visit_Return(self, node: ast.Return) -> None:
         if node.value is None:
             return
-        if not (isinstance(node.value, ast.Constant) and node.value.value is None):
+        # `return None` instead of `return False` says the same to an `if`; the constant is an edit of its own.
+        if not (isinstance(node.value, ast.Constant) and node.value.value in {None, False}):
             self._replace(node, "return None", "return nothing")
         self.generic_visit(node)
 
