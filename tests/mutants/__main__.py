@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import random
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.mutants.modules import TESTS
-from tests.mutants.operators import Edit, edits_of
+from tests.mutants.operators import Edit, edits_of, is_valid
 from tests.mutants.zygote import ROOT, Zygote
 
 OUT: Final = ROOT / "build" / "mutants"
@@ -60,8 +62,11 @@ def all_mutants(modules: Sequence[str]) -> list[Mutant]:
 
 def chosen(count: int, *, seed: int, modules: Sequence[str]) -> list[Mutant]:
     """A sample, the same for one seed and one source."""
+    sources = {module: (ROOT / module).read_text(encoding="utf-8") for module in modules}
     mutants = all_mutants(modules)
-    return random.Random(seed).sample(mutants, min(count, len(mutants)))
+    random.Random(seed).shuffle(mutants)
+    valid = (mutant for mutant in mutants if is_valid(mutant.edit.apply(sources[mutant.module])))
+    return list(itertools.islice(valid, count))
 
 
 def judged(zygote: Zygote, mutant: Mutant) -> Verdict:
@@ -135,6 +140,8 @@ def side_by_side(arguments: Sequence[str], *, processes: int) -> Iterator[Verdic
 
 def print_part(mutants: Sequence[Mutant], part: str, *, until_s: float) -> None:
     """Judge one part of a sample, and print each verdict as a line of JSON."""
+    # So that servers which tests have started end with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     number, count = map(int, part.split("/"))
     for verdict in work(mutants[number::count], until_s=until_s):
         print(json.dumps(asdict(verdict)), flush=True)

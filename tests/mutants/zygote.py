@@ -86,6 +86,7 @@ class Zygote:
         from_s = time.monotonic()
         pid = os.fork()
         if pid == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._become_pytest(arguments)
         exit_code: int | None = None
         try:
