@@ -32,6 +32,25 @@ from shiwu_worker.errors import ExitCode
     type=click.Path(file_okay=False, path_type=Path),
     help="Write the model in SHIWU_MODEL into this new folder as safetensors, with its adapter merged, and exit.",
 )
+@click.option("--size", is_flag=True, help="Print the cores, loaders and memory that GPUs need, and exit.")
+@click.option(
+    "--card",
+    metavar="NAME",
+    type=click.Choice(["t4", "l4", "a10", "a100", "h100", "h200", "mig-1g", "mig-2g"]),
+    help="With --size: t4, l4, a10, a100, h100, h200, mig-1g or mig-2g (slices of an H200).  [default: all]",
+)
+@click.option(
+    "--picture",
+    metavar="KIND",
+    type=click.Choice(["512px", "2mp", "12mp", "png-2mp", "webp-2mp", "avif-2mp"]),
+    help="With --size: 512px, 2mp or 12mp (JPEG), png-2mp, webp-2mp or avif-2mp.  [default: 2mp]",
+)
+@click.option(
+    "--rate",
+    metavar="N",
+    type=click.FloatRange(0, min_open=True),
+    help="With --size: images a second in total.  [default: what one GPU is estimated to do]",
+)
 @click.option("-E", "--task-events", is_flag=True, help="Send Celery's task events, for Flower and celery-exporter.")
 @click.option(
     "--gpus",
@@ -59,6 +78,10 @@ def main(
     tune: bool,
     fetch_model: Path | None,
     convert: Path | None,
+    size: bool,
+    card: str | None,
+    picture: str | None,
+    rate: float | None,
     task_events: bool,
     gpus: str,
     per_gpu: int,
@@ -91,8 +114,14 @@ def main(
         return
     if show_all and not check:
         raise click.UsageError("expected --all with --check")
-    if sum(map(bool, (check, tune, fetch_model, convert))) > 1:
-        raise click.UsageError("expected only one of --check, --tune, --fetch-model and --convert")
+    if sum(map(bool, (check, tune, fetch_model, convert, size))) > 1:
+        raise click.UsageError("expected only one of --check, --tune, --fetch-model, --convert and --size")
+    if not size and (card or picture or rate):
+        raise click.UsageError("expected --card, --picture and --rate with --size")
+    if size:
+        from shiwu_worker.commands.size import run_size  # noqa: PLC0415 --help needs none of its imports
+
+        sys.exit(run_size(card=card, picture=picture or "2mp", rate=rate))
     with _worker_libraries():
         command = _command(check=check, show_all=show_all, tune=tune, fetch_model=fetch_model, convert=convert)
         if command is None:
