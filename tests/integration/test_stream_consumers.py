@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from shiwu import Client, StreamItem
 from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.cli import main
+from shiwu.client import stream
 from shiwu.client.stream_items import EntryReader, log_unreadable
 from shiwu.contract import RESULT_STREAM, Answer, Status
 from tests.support.fault_proxy import FaultProxy
@@ -314,3 +315,21 @@ def test_cli_results_reports_wait_for_a_consumer(redis_url: str, redis_client: r
     assert result.stdout.count("\n") == 1
     assert "shiwu: waiting for answers" in result.stderr
     assert "crashed" in result.stderr
+
+
+def test_idle_consumers_are_looked_for_once_in_a_while(
+    redis_url: str, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at each portion: it is a script over all consumers of the group."""
+    looked: list[str] = []
+    drop = stream._Reader._drop_consumers
+
+    def count(reader: stream._Reader, name: str, *, idle_ms: int) -> Any:
+        looked.append(name)
+        return drop(reader, name, idle_ms=idle_ms)
+
+    monkeypatch.setattr(stream._Reader, "_drop_consumers", count)
+    ids = fill(redis_client, 30)
+    with Client(redis_url) as client:
+        assert drain(client, batch=5) == ids
+    assert looked.count("") == 1

@@ -61,6 +61,7 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "producer/shiwu/broker/backoff.py": ("tests/unit/broker/test_backoff.py", "tests/unit/runtime/test_backoff.py"),
     "producer/shiwu/broker/connection.py": (
+        "tests/unit/broker/test_connection.py",
         "tests/unit/broker/test_redis_url.py",
         "tests/integration/test_connections.py",
         "tests/integration/test_redis_urls.py",
