@@ -57,6 +57,7 @@ def test_stuck_worker_loses_its_leases_and_logs_it(redis_client: redis.Redis) ->
             heartbeat.close()
     [line] = [line for line in logs if line["event"] == "worker_stuck"]
     assert (line["held"], line["log_level"]) == (1, "error")
+    assert set(observer.redis) == {True}, "Redis answered each heartbeat"
     # It renewed the lease until it was stuck; a lost lease does not count as renewed.
     assert sum(observer.renewed) >= 5
     assert (observer.reaped, set(observer.redis)) == ([1], {True})

@@ -215,3 +215,28 @@ def test_message_reader_limits_how_much_a_body_grows(metadata: Any, is_read: boo
         with pytest.raises(RequestError, match="grows at most 32 times") as caught:
             read_message(raw)
         assert caught.value.code is ErrorCode.MESSAGE_TOO_LARGE
+
+
+@pytest.mark.parametrize(
+    ("embed", "parts"),
+    [
+        ({}, ()),
+        ({"callbacks": [], "errbacks": None, "chain": [], "chord": None}, ()),
+        ({"callbacks": [{"task": "a"}], "errbacks": None, "chain": [], "chord": None}, ("callbacks",)),
+        (
+            {
+                "callbacks": [{"task": "a"}],
+                "errbacks": [{"task": "b"}],
+                "chain": [{"task": "c"}],
+                "chord": {"task": "d"},
+            },
+            ("callbacks", "errbacks", "chain", "chord"),
+        ),
+    ],
+)
+def test_parts_of_a_canvas_are_named(embed: dict[str, Any], parts: tuple[str, ...]) -> None:
+    """Those that hold something; a job without them is not checked for callbacks."""
+    raw = json.loads(build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK))
+    args, kwargs, _ = json.loads(base64.b64decode(raw["body"]))
+    raw["body"] = base64.b64encode(json.dumps([args, kwargs, embed]).encode()).decode()
+    assert set(read_message(json.dumps(raw).encode()).canvas) == set(parts)

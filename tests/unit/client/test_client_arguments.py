@@ -104,3 +104,13 @@ def test_enqueue_many_passes_all_arguments(client: Client, sent: list[tuple[list
     ((sent_ids, options),) = sent
     assert (ids, ids[0]) == (sent_ids, "a")
     assert (options.countdown_s, options.expires_s, options.priority) == (5, 9, 3)
+
+
+@pytest.mark.parametrize(("batch_size", "max_waiting", "sizes"), [(4, 100, [4, 4, 2]), (100, 3, [3, 3, 3, 1])])
+def test_portions_are_no_larger_than_the_lane_may_be(
+    client: Client, sent: list[tuple[list[str], SendOptions]], batch_size: int, max_waiting: int, sizes: list[int]
+) -> None:
+    """A larger one would never find enough space."""
+    ids = list(client.enqueue_many([IMAGE] * 10, batch_size=batch_size, max_waiting=max_waiting))
+    assert [len(portion) for portion, _ in sent] == sizes
+    assert ids == [job_id for portion, _ in sent for job_id in portion]
