@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from tests.support.waiting import wait_until
 
 from shiwu.contract import COUNTERS, Head, ModelInfo
+from shiwu_worker.config.batches import batch_sizes, slot_count
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.config.views import batch_sizes
 from shiwu_worker.errors import DeviceErrorKind, FatalError
 from shiwu_worker.jobs.label_checks import LabelTokens
 from shiwu_worker.loaders.protocol import Loaded, LoadResult, LoadTask
@@ -189,7 +189,7 @@ def main() -> None:
         done.set()
 
     def start_loaders(_: Any, settings: Settings, *__: Any, **___: Any) -> Any:
-        return StandInLoaders(slots=settings.slot_count)
+        return StandInLoaders(slots=slot_count(settings))
 
     def load_encoder(settings: Settings, *_: Any) -> Any:
         costs = {"per_picture_ms": asked.per_picture_ms, "per_batch_ms": asked.per_batch_ms}

@@ -149,7 +149,7 @@ WRONG: dict[str, tuple[dict[str, Any], str | list[str]]] = {
     ),
     "workers that ask for workers": (
         {"autoscaling": {"keda": {"enabled": True, "jobsPerWorker": 100}}},
-        "expected at least 216, which one busy worker holds",
+        "expected at least 792, which one busy worker holds",
     ),
     "more at least than at most": ({"autoscaling": {"keda": {"minReplicas": 5}}}, "at least minReplicas 5, got 4"),
     "no claim": ({"model": {"source": "pvc"}}, "model.pvc.existingClaim: expected a claim"),

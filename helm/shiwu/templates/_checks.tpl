@@ -13,7 +13,7 @@
 {{/* Jobs that one busy worker holds. */}}
 {{- define "shiwu.held" -}}
 {{- $worker := .Values.worker -}}
-{{- int $worker.slots | default (add (mul 3 (int $worker.maxBatch | default 64)) (mul (int $worker.loaders) (int (get $worker.settings "LOADER_THREADS") | default 8))) -}}
+{{- int $worker.slots | default (add (mul 3 (int $worker.maxBatch | default (eq $worker.device "cpu" | ternary 64 256))) (mul (int $worker.loaders) (int (get $worker.settings "LOADER_THREADS") | default 8))) -}}
 {{- end -}}
 
 {{/* Wrong values that a schema can't see, one readable line each. */}}

@@ -43,10 +43,7 @@ from shiwu_worker.config.types import (
 )
 from shiwu_worker.policy.access_rules import HTTP_PORTS
 from shiwu_worker.policy.callback_rules import MAX_TASKS
-from shiwu_worker.policy.limits import LABEL_SLOTS
 from shiwu_worker.runtime.cpus import usable_cores
-
-DEFAULT_BATCH_CAP = 64
 
 
 class Settings(BaseSettings):
@@ -99,9 +96,10 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=512,
-        description="largest batch size; sizes are the powers of two up to it. The worker starts with it and makes "
-        "smaller batches if they reach as many images per second. 0: learned, up to 64, and no batch takes much more "
-        "than a second",
+        description="largest batch size; sizes are the powers of two up to it, on a GPU also those in between (24, 48, "
+        "96, …). The worker starts with it and makes smaller batches if they reach as many images per second. 0: "
+        "learned; on a CPU up to 64, and no batch takes much more than a second; on a GPU up to 512, and no batch "
+        "takes more than 25 ms unless smaller ones reach less than 90 % of the throughput",
     )
     tune_file: Path | None = Field(
         None,
@@ -379,20 +377,6 @@ class Settings(BaseSettings):
         return ZoneInfo(self.timezone)
 
     @property
-    def batch_cap(self) -> int:
-        """The largest batch that may be: asked for, or tried at the start."""
-        return self.max_batch or DEFAULT_BATCH_CAP
-
-    @property
     def loader_count(self) -> int:
         """Loader processes to start."""
         return self.loaders or max(1, usable_cores() - 1)
-
-    @property
-    def slot_count(self) -> int:
-        """Slots of the shared memory: for the largest batch that may be, and for jobs that wait for labels."""
-        return self.slots_for(self.batch_cap) + LABEL_SLOTS
-
-    def slots_for(self, batch: int) -> int:
-        """What to claim: the batch on the device, the one copied ahead, the one being filled, and what is loading."""
-        return self.slots or 3 * batch + self.loader_count * self.loader_threads

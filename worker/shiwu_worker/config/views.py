@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from shiwu.broker.retention import Retention
 from shiwu.contract import RETRIED, ErrorCode
+from shiwu_worker.config.batches import slot_count
 from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.policy.callback_rules import CallbackRules
 from shiwu_worker.policy.limits import (
@@ -49,7 +50,7 @@ def pipeline_limits(settings: Settings) -> PipelineLimits:
     retries[ErrorCode.UNKNOWN_LABEL_SET] = replace(usual, attempts=LABEL_SET_ATTEMPTS)
     retries |= {code: RetryPolicy(*policy) for code, policy in settings.retry.items()}
     return PipelineLimits(
-        slots=settings.slot_count,
+        slots=slot_count(settings),
         max_attempts=settings.max_attempts,
         retries=retries,
         longest_pause_s=settings.retry_after_longest_s,
@@ -91,16 +92,6 @@ def callback_rules(settings: Settings) -> CallbackRules:
     """What callbacks may call."""
     queues = (settings.callback_queue, *settings.callback_queues)
     return CallbackRules(tasks=settings.callback_tasks, queues=queues, max_tasks=settings.callback_most)
-
-
-def batch_sizes(settings: Settings) -> tuple[int, ...]:
-    """Allowed batch sizes: powers of two below the largest batch, and that batch."""
-    sizes = []
-    size = 1
-    while size < settings.batch_cap:
-        sizes.append(size)
-        size *= 2
-    return (*sizes, settings.batch_cap)
 
 
 def load_shares(settings: Settings) -> LoadShares:

@@ -19,6 +19,7 @@ from shiwu.broker.redis_errors import classify, explain, info_of
 from shiwu.broker.retention import RetentionPublisher
 from shiwu.contract import Lane
 from shiwu_worker.config import views
+from shiwu_worker.config.batches import slot_count
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.loaders.pool import LoaderPool
 from shiwu_worker.loaders.protocol import LoaderOptions
@@ -156,7 +157,7 @@ def loader_options(settings: Settings, spec: ImageSpec) -> LoaderOptions:
     """What a loader process needs to know."""
     return LoaderOptions(
         spec=spec,
-        slots=settings.slot_count,
+        slots=slot_count(settings),
         threads=settings.loader_threads,
         access=views.access_rules(settings),
         fetch=views.fetch_limits(settings),

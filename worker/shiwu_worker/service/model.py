@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shiwu_worker.checkpoints.model_files import model_name, model_revision
-from shiwu_worker.config.views import batch_sizes
+from shiwu_worker.config.batches import GPU_BATCH_S, batch_sizes
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.health.canary import Canary, known_images
 from shiwu_worker.pipeline.batch_executor import BatchExecutor
@@ -54,6 +55,7 @@ def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorou
             threads=settings.torch_threads or None,
             is_compiled=settings.compile,
             has_graphs=settings.cuda_graphs,
+            max_gpu_batch_s=math.inf if settings.max_batch else GPU_BATCH_S,
             known_images=known_images(spec.height, spec.width),
         )
         encoder = Encoder(options)

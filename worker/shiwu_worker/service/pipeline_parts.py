@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from shiwu_worker.config import views
+from shiwu_worker.config.batches import slots_for
 from shiwu_worker.pipeline.admission import Admission
 from shiwu_worker.pipeline.cancellations import CancellationListener
 from shiwu_worker.pipeline.claimer import Claimer
@@ -64,7 +65,7 @@ class PipelineParts:
         )
         self.in_flight = InFlightJobs(
             slots=self.limits.slots,
-            wanted=lambda: settings.slots_for(encoder.size_policy.wanted),
+            wanted=lambda: slots_for(settings, encoder.size_policy.wanted),
             shares=views.load_shares(settings),
             label_slots=LABEL_SLOTS,
             waiting=self.labels.waiting_jobs,

@@ -34,17 +34,15 @@ from shiwu_worker.stages.encode.device import (
     gpu_uuid,
     keep_full_precision,
 )
+from shiwu_worker.stages.encode.gpu_sizes import back_to_back
+from shiwu_worker.stages.encode.gpu_tower import gpu_tower
 from shiwu_worker.stages.encode.model import DeviceModel, EncoderOptions
 from shiwu_worker.stages.encode.size_check import SizeCheck
-from shiwu_worker.stages.encode.staging import InFlightBatch, StagingRing
-from shiwu_worker.stages.encode.towers import AcceleratedTower, GraphedTower, compiled_tower
-from shiwu_worker.stages.encode.tuning.batch_size_policy import (
-    MAX_BATCH_S,
-    BatchSizeChange,
-    BatchSizePolicy,
-    largest_useful,
-)
-from shiwu_worker.stages.encode.tuning.thread_policy import ThreadChange, ThreadPolicy
+from shiwu_worker.stages.encode.staging import BUFFERS, InFlightBatch, StagingRing
+from shiwu_worker.stages.encode.towers import GraphedTower, compiled_tower
+from shiwu_worker.stages.encode.tuning.batch_size_policy import MAX_BATCH_S, BatchSizePolicy, largest_useful
+from shiwu_worker.stages.encode.tuning.change_log import log_size_change, log_thread_change
+from shiwu_worker.stages.encode.tuning.thread_policy import ThreadPolicy
 
 __all__ = ["Encoder", "EncoderOptions", "InFlightBatch"]
 
@@ -133,11 +131,10 @@ class Encoder:
         """Staging buffers in front of the image tower: with CUDA graphs, compiled or eager."""
         tower, shape = self._model.eager_tower(), self._model.image_shape
         accelerator = open_accelerator(self._device)
-        if accelerator is not None and self._options.has_graphs:
-            self._graphs = GraphedTower(tower, batch_sizes=self.batch_sizes, shape=shape, accelerator=accelerator)
-            tower, self.batch_sizes = self._graphs, self._graphs.fitting_sizes
-        elif accelerator is not None:
-            tower = AcceleratedTower(tower, accelerator)
+        if accelerator is not None:
+            tower, self._graphs, self.batch_sizes = gpu_tower(
+                tower, self._options, shape=shape, accelerator=accelerator
+            )
         elif self._options.is_compiled:
             tower = compiled_tower(tower)
         return self._run_exclusive(
@@ -216,7 +213,7 @@ class Encoder:
             fixed=self._options.threads,
             max_threads=self._max_threads,
             is_compiled=self._options.is_compiled,
-            on_change=_log_threads,
+            on_change=log_thread_change,
         )
         self._apply_threads(self._thread_policy)
         return core_s
@@ -261,26 +258,31 @@ class Encoder:
             cost_per_s=self.threads,
             first=None if choose_largest else self.batch_sizes[-1],
             max_batch_s=MAX_BATCH_S if choose_largest else math.inf,
-            on_change=_log_size,
+            on_change=log_size_change,
         )
 
     def _time_pass(self, size: int) -> float:
-        """The cost of one pass, whose vectors are checked.
+        """The cost of one pass, whose vectors are checked; on a GPU others are under way.
 
-        A compiled tower runs twice: the first run, or other threads, may compile.
+        A tower compiled for a CPU runs twice: the first run, or other threads, may compile.
         """
         # Not of one colour: a GPU runs products of equal numbers faster.
         shape = (size, *self._model.image_shape)
         check = self._check
         pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8) if check is None else check.pixels(size)
-        if self._options.is_compiled:
-            self.encode(pixels)
-        batch = self.launch(pixels)
-        if check is None:
-            self.collect(batch)
+        if self._cpu_pool is None:
+            cost, vectors = back_to_back(lambda: self.launch(pixels), under_way=BUFFERS)
         else:
-            self._wrong_sizes[size] = check.wrong(batch.collect())
-        return batch.spent.cost if batch.spent is not None else 0.0
+            if self._options.is_compiled:
+                self.encode(pixels)
+            batch = self.launch(pixels)
+            vectors = batch.collect()
+            cost = batch.spent.cost if batch.spent is not None else 0.0
+        if check is None:
+            _finite(vectors)
+        else:
+            self._wrong_sizes[size] = check.wrong(vectors)
+        return cost
 
     # -------------------------------------------------------------------------------- batches
     def launch(self, pixels: NDArray[np.uint8], rows: Sequence[int] | None = None) -> InFlightBatch:
@@ -379,14 +381,3 @@ def _finite(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         rows = tuple(bad.tolist())
         raise NonFiniteError(f"expected finite vectors, got NaN or infinity in rows {list(rows)[:20]}", rows)
     return vectors
-
-
-def _log_size(change: BatchSizeChange) -> None:
-    sizes = {"from": change.before, "to": change.now}
-    log.info("batch_size_changed", **sizes, reason=change.reason, images_per_s=change.images_per_s)
-
-
-def _log_threads(change: ThreadChange) -> None:
-    threads = {"from": change.before.threads, "to": change.now.threads}
-    threads |= {"together_from": change.together_before, "together_to": change.together}
-    log.info("model_threads_changed", **threads, divided=change.now.splits_batches, reason=change.reason)

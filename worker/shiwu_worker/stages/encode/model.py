@@ -41,6 +41,7 @@ class EncoderOptions:
         threads: threads of torch on a CPU; None lets torch choose, up to the number of usable cores.
         is_compiled: compile the image tower (CPU); each batch size takes 15 to 60 s at the start.
         has_graphs: replay CUDA graphs if the device is a GPU.
+        max_gpu_batch_s: time that a batch may take on a GPU; larger sizes are left out at the start.
         known_images: uint8 (n, h, w, 3); their reference vectors are computed on the CPU. A CPU uses the first only.
     """
 
@@ -56,6 +57,7 @@ class EncoderOptions:
     threads: int | None = None
     is_compiled: bool = False
     has_graphs: bool = True
+    max_gpu_batch_s: float = math.inf
     known_images: NDArray[np.uint8] | None = None
 
 

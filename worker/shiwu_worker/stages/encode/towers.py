@@ -6,6 +6,7 @@ between its kernels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -16,11 +17,10 @@ from structlog.typing import FilteringBoundLogger
 from shiwu_worker.stages.encode.accelerator import Accelerator, Graph
 from shiwu_worker.stages.encode.capture_rules import why_not_capturable
 from shiwu_worker.stages.encode.checkpoint import unit_vectors
+from shiwu_worker.stages.encode.gpu_sizes import fitting_sizes
 
 log: FilteringBoundLogger = structlog.get_logger()
 Tower = Callable[[torch.Tensor], torch.Tensor]
-WARM_RUNS: Final = 3
-"""Runs before a graph is captured: libraries choose their kernels in the first runs, which a graph must not record."""
 MAX_COMPILED_SIZES: Final = 16
 _ALL_EAGER: Final = "all batch sizes run eager, which is slower and gives the same answers"
 
@@ -75,16 +75,27 @@ class GraphedTower:
     """One graph per batch size, all in one memory pool. If one of them cannot be captured, all sizes run eager.
 
     Not thread-safe. The next run of any size may overwrite the output, so the caller copies it on the compute stream.
+
+    Raises:
+        torch.OutOfMemoryError: not even the smallest size fits.
     """
 
     def __init__(
-        self, eager: Tower, *, batch_sizes: Sequence[int], shape: tuple[int, int, int], accelerator: Accelerator
+        self,
+        eager: Tower,
+        *,
+        batch_sizes: Sequence[int],
+        shape: tuple[int, int, int],
+        accelerator: Accelerator,
+        limit_s: float = math.inf,
     ) -> None:
         self._eager = AcceleratedTower(eager, accelerator)
         self._accelerator = accelerator
         self._graphs: dict[int, Graph] = {}
-        self.fitting_sizes = self._warm(batch_sizes, shape)
-        """The batch sizes for which the device has memory, ascending."""
+        self.fitting_sizes = fitting_sizes(
+            self._eager, batch_sizes=batch_sizes, shape=shape, accelerator=accelerator, limit_s=limit_s
+        )
+        """The batch sizes that the device has memory for, and whose batches take about `limit_s` at most; ascending."""
         self._input = accelerator.allocate((self.fitting_sizes[-1], *shape), torch.uint8)
         accelerator.synchronize()  # weights and buffers were written on other streams
         self._capture_all(eager)
@@ -97,31 +108,6 @@ class GraphedTower:
     def drop(self, size: int) -> bool:
         """Run this size eager from now on; False where it did so already."""
         return self._graphs.pop(size, None) is not None
-
-    def _warm(self, batch_sizes: Sequence[int], shape: tuple[int, int, int]) -> tuple[int, ...]:
-        """Run every size, the largest first: out of memory in a capture would end all captures.
-
-        Raises:
-            torch.OutOfMemoryError: not even the smallest size fits.
-        """
-        sizes = sorted(batch_sizes)
-        while True:
-            try:
-                for size in reversed(sizes):
-                    raw = self._accelerator.allocate((size, *shape), torch.uint8)
-                    with self._accelerator.computing():
-                        for _ in range(WARM_RUNS):
-                            self._eager(raw)
-                    self._accelerator.synchronize()
-            except torch.OutOfMemoryError as error:
-                largest = sizes.pop()
-                if not sizes:
-                    raise
-                log.warning("batch_size_does_not_fit", batch_size=largest, error=str(error)[:300])
-            else:
-                return tuple(sizes)
-            finally:
-                self._accelerator.release_memory()
 
     def _capture_all(self, eager: Tower) -> None:
         if cause := why_not_capturable(eager, self._input[: self.fitting_sizes[0]]):
