@@ -87,7 +87,10 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/unit/broker/test_message_reader.py",
         "tests/unit/policy/test_callback_rules.py",
     ),
-    "producer/shiwu/broker/message_times.py": ("tests/unit/broker/test_message_reader.py",),
+    "producer/shiwu/broker/message_times.py": (
+        "tests/unit/broker/test_message_times.py",
+        "tests/unit/broker/test_message_reader.py",
+    ),
     "producer/shiwu/broker/message_writer.py": ("tests/unit/broker", *CLIENT),
     "producer/shiwu/broker/queue_stats.py": ("tests/integration/test_queue_snapshot.py", *CLIENT),
     "producer/shiwu/broker/redis_errors.py": (
