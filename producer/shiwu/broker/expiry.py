@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Mapping, Sequence
 from datetime import tzinfo
 from typing import Any, Final
@@ -154,7 +155,7 @@ class Expiry:
     def _answer_expired(self, key: str, raws: Sequence[bytes], *, now_ms: float, zone: tzinfo) -> tuple[int, int]:
         """Answer the expired messages; how many were removed from the lane, and how many answers are new."""
         read = []
-        for raw in raws:
+        for raw in reversed(raws):  # the oldest first, as in a claim
             with contextlib.suppress(RequestError):  # a worker answers it with this error
                 read.append((read_message(raw, zone=zone), raw))
         dropped = self._drop_if_answered(key, read)
@@ -165,13 +166,15 @@ class Expiry:
         for envelope, raw in late:
             args += [envelope.id, raw]
         reply: Any = self._take_late(keys=[CLAIMS, LEASES, ATTEMPTS, key], args=args)
-        taken = {job_id.decode(): generation for job_id, generation in zip(reply[::2], reply[1::2], strict=True)}
+        taken = dict(zip(reply[::2], reply[1::2], strict=True))
         entries = [
-            _taken(envelope, key, raw, now_ms=now_ms, generation=taken[envelope.id])
-            for envelope, raw in late
-            if envelope.id in taken
+            _taken(envelope, key, raw, now_ms=now_ms, generation=taken[number])
+            for number, (envelope, raw) in enumerate(late, start=1)
+            if number in taken
         ]
-        return dropped + len(taken), len(entries) - len(self._answer_store.write(entries, token=f"{self._token}.lane"))
+        # A token of this call: a copy of a job that an earlier call answered must not pass for a repeated commit.
+        token = f"{self._token}.lane.{secrets.token_hex(4)}"
+        return dropped + len(taken), len(entries) - len(self._answer_store.write(entries, token=token))
 
     def _drop_if_answered(self, key: str, read: Sequence[tuple[Envelope, bytes]]) -> int:
         """Remove messages whose jobs were cancelled or out of time while they waited; return how many."""

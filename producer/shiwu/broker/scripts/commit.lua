@@ -81,6 +81,13 @@ local function is_repeated(kept, mark, kind, claim)
   return (claim ~= '' or string.find(kind, 'A', 2, true)) and string.gsub(kept, '#%d+$', '') == mark
 end
 
+-- Stores the callbacks of a message, which may be sent from a time on. No id contains the byte 255, which no UTF-8 text has.
+local function keep_callbacks(id, generation, answer, message, due)
+  local member = generation > 0 and id .. '\255' .. generation or id
+  redis.call('HSET', canvas, member, #answer .. '|' .. answer .. message)
+  redis.call('ZADD', canvas_due, due, member)
+end
+
 -- A foreign entry with the largest id that exists ends a stream. Such a stream is moved aside. pcall: a client may not.
 local function append(id, answer)
   local added = redis.pcall('XADD', results, '*', 'id', id, 'answer', answer)
@@ -183,11 +190,8 @@ for i = FIRST, #ARGV, STEP do
         store_result(id, kind, head, answer)
       end
       if string.find(kind, 'C', 2, true) or found[id] then
-        -- No id contains this byte, which no UTF-8 text has.
-        local member = generation > 0 and id .. '\255' .. generation or id
-        redis.call('HSET', canvas, member, #answer .. '|' .. answer .. (found[id] or raw))
         -- A writer from outside sends no callbacks, so any worker may send them now.
-        redis.call('ZADD', canvas_due, is_from_outside and now or now + reserved_ms, member)
+        keep_callbacks(id, generation, answer, found[id] or raw, is_from_outside and now or now + reserved_ms)
       end
       append(id, answer)
       streamed_bytes = streamed_bytes + #id + #answer
@@ -198,6 +202,12 @@ for i = FIRST, #ARGV, STEP do
     -- The claim could not see that the id of this message was answered. Its caller must still find an answer.
     if ARGV[i + 6] ~= '' and not string.find(kind, 'I', 2, true) and redis.pcall('GET', result_prefix .. id) == false then
       store_result(id, kind, head, answer)
+    end
+    -- The job was answered without its message, which left its lane by a sweep and not by a claim.
+    local pending = string.find(kind, 'C', 2, true) and redis.pcall('GET', pending_prefix .. id)
+    if type(pending) == 'string' then
+      keep_callbacks(id, tonumber(string.match(kept, '#(%d+)$')) or 0, pending, raw, now)
+      redis.call('DEL', pending_prefix .. id)
     end
   end
 end
