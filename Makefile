@@ -26,7 +26,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 BUILD = $(DOCKER) build --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-fast test-matrix gpu hostile fuzz mutants lint bench bench-compare drill chart-tools docs chart-docs model sample-photos images format clean
+.PHONY: help demo test test-long test-fast test-matrix gpu hostile fuzz protocol mutants lint bench bench-compare drill chart-tools docs chart-docs model sample-photos images format clean
 .DELETE_ON_ERROR:
 # Running targets side by side would mix what they print, and two of them would share the machine's cores.
 .NOTPARALLEL:
@@ -60,6 +60,9 @@ fuzz: $(STAMP) ## try to break a part with inputs made by chance, ARGS="decode -
 
 mutants: $(STAMP) ## put small faults into modules that hold promises, and count those that tests notice; ARGS="--sample 50 --seed 7 pipeline/"
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+protocol: $(STAMP) ## drive the Redis scripts through random schedules, ARGS="--minutes 10", ARGS="--depth 5", ARGS=--defects
+	$(BIN)/python -m tests.protocol $(ARGS)
 
 lint: $(STAMP) ## check form, types and who imports whom
 	$(BIN)/ruff format --check .

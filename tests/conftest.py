@@ -97,7 +97,11 @@ def skip_reasons(config: pytest.Config) -> Counter[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print one line with the tests that were skipped on this machine, and why."""
+    """Print one line with the tests that were skipped on this machine, and why; and how much those of chance ran."""
+    for report in terminalreporter.stats.get("passed", ()):
+        for name, value in report.user_properties:
+            if name == "ran":
+                terminalreporter.write_line(f"ran {value}")
     reasons = skip_reasons(terminalreporter.config)
     if reasons:
         skipped = "; ".join(f"{count} because: {reason}" for reason, count in reasons.most_common())
