@@ -18,7 +18,7 @@ from celery import Celery
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiwu.broker.message_reader import read_message
+from shiwu.broker.message_reader import read_canvas, read_message
 from shiwu.broker.message_writer import build_message
 from shiwu.contract import ErrorCode, Lane, Request, RequestError, parse_request
 from tests.support.requests import REQUESTS
@@ -240,3 +240,48 @@ def test_parts_of_a_canvas_are_named(embed: dict[str, Any], parts: tuple[str, ..
     args, kwargs, _ = json.loads(base64.b64decode(raw["body"]))
     raw["body"] = base64.b64encode(json.dumps([args, kwargs, embed]).encode()).decode()
     assert set(read_message(json.dumps(raw).encode()).canvas) == set(parts)
+
+
+def canvas_message(embed: dict[str, Any], **headers: Any) -> bytes:
+    """A message with callbacks."""
+    raw = json.loads(build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK))
+    args, kwargs, _ = json.loads(base64.b64decode(raw["body"]))
+    raw["body"] = base64.b64encode(json.dumps([args, kwargs, embed]).encode()).decode()
+    raw["headers"] |= headers
+    return json.dumps(raw).encode()
+
+
+def test_canvas_is_read_as_it_was_sent() -> None:
+    """All parts, and where the job stands in its group; what is missing is empty."""
+    a, b, c, d = ({"task": name} for name in "abcd")
+    embed = {"callbacks": [a], "errbacks": [b], "chain": [c, a], "chord": d}
+    canvas = read_canvas(canvas_message(embed, group="g", group_index=0, root_id="r"))
+    assert (canvas.callbacks, canvas.errbacks, canvas.chain, canvas.chord) == ((a,), (b,), (c, a), d)
+    assert (canvas.group, canvas.group_index, canvas.root_id) == ("g", 0, "r")
+    empty = read_canvas(canvas_message({"callbacks": None}))
+    assert (empty.callbacks, empty.errbacks, empty.chain, empty.chord) == ((), (), (), None)
+    assert read_canvas(canvas_message(embed, group_index=-1)).group_index is None
+
+
+@pytest.mark.parametrize(
+    ("embed", "headers", "text"),
+    [
+        ({"callbacks": {"task": "a"}}, {}, "callbacks, errbacks and chain as lists of signatures"),
+        ({"chain": ["a"]}, {}, "callbacks, errbacks and chain as lists of signatures"),
+        ({"chord": [{"task": "a"}]}, {}, "expected chord as a signature"),
+        ({}, {"group": "g" * 256}, "group and root_id as texts of at most 255 bytes"),
+        ({}, {"root_id": "猫" * 86}, "group and root_id as texts of at most 255 bytes"),
+        ({}, {"root_id": 5}, "group and root_id as texts of at most 255 bytes"),
+    ],
+)
+def test_canvas_that_is_none_is_refused(embed: dict[str, Any], headers: dict[str, Any], text: str) -> None:
+    """With what is wrong."""
+    with pytest.raises(RequestError, match=text) as caught:
+        read_canvas(canvas_message(embed, **headers))
+    assert caught.value.code is ErrorCode.MALFORMED_MESSAGE
+
+
+def test_unknown_compression_is_named() -> None:
+    """Also where the body could be read as another one."""
+    with pytest.raises(RequestError, match="expected compression gzip or zlib, got 'bz2'"):
+        read_message(_with_body(zlib.compress(BODY), compression="bz2"))
