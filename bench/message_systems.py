@@ -18,7 +18,8 @@ from shiwu.contract import Lane
 from shiwu_worker.runtime.cpus import usable_cores
 
 SHIWU: Final = "shiwu"
-SLOTS: Final = 1024
+SLOTS: Final = 1366
+"""Bulk may hold 1,024 of them, as many as a GPU that takes batches of 256 needs."""
 CAP: Final = peers.FLUSH_EVERY
 """Largest batch: the same for shiwu and celery-batches."""
 PREFETCH: Final = 64

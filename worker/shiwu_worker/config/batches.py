@@ -6,6 +6,7 @@ driver.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -49,8 +50,13 @@ def batch_sizes(settings: Settings) -> tuple[int, ...]:
 
 
 def slots_for(settings: Settings, batch: int) -> int:
-    """What to claim: the batch on the device, the one copied ahead, the one being filled, and what is loading."""
-    return settings.slots or 3 * batch + settings.loader_count * settings.loader_threads
+    """What to claim: batches on the device, copied ahead and being filled, what is loading, and a reserve above.
+
+    The reserve comes on top, so that bulk fills batches as it would alone.
+    """
+    reserve = settings.interactive_reserve if len(set(settings.lanes)) > 1 else 0.0
+    needed = 3 * batch + settings.loader_count * settings.loader_threads
+    return settings.slots or math.ceil(needed / (1 - reserve))
 
 
 def slot_count(settings: Settings) -> int:

@@ -6,6 +6,7 @@ claimed under a lease. Only the server's clock decides about leases and delays.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -96,6 +97,7 @@ class LeaseQueue:
         self._claim_number = 0
         self._has_ended = False
         self._clock_offset_ms: float | None = None
+        self._duplicates, self._duplicates_s = b"", -math.inf
         self._client = client
         self._last_claim_key = f"{LAST_CLAIM}{token}.{secrets.token_hex(4)}"  # the numbers of claims begin at 1
         self._claim = load_script(client, "claim", package=_PACKAGE)
@@ -130,7 +132,7 @@ class LeaseQueue:
         keys += [CANVAS, CANVAS_DUE, DEADLINES, *_LANE_KEYS]
         args: list[Any] = [self._token, limit, int(bulk_owed), self._lease_ms, done_key(""), int(holds_nothing)]
         args += [int(self._is_quarantine_turn), PENDING_CALLBACK_ANSWER, result_key(""), self._result_ttl_s]
-        args += [answered_before(self._worker, now_ms=self._server_time_ms()), HISTORY, *self._served_flags]
+        args += [self._answer_for_duplicates(), HISTORY, *self._served_flags]
         args += [limit if bulk_limit is None else min(limit, bulk_limit), QUARANTINE_AFTER_DEATHS, self._claim_number]
         reply: list[Any] = self._claim(keys=keys, args=args)
         self._may_have_lost_reply = False
@@ -146,6 +148,14 @@ class LeaseQueue:
         if jobs:
             self._bulk_owed = max(0.0, bulk_owed - sum(job.key in _BULK for job in jobs))
         return ClaimResult(jobs, owns_quarantine=owns_quarantine)
+
+    def _answer_for_duplicates(self) -> bytes:
+        """The answer `already_answered`, made anew each second, because a claim may come every few milliseconds."""
+        now_s = time.monotonic()
+        if now_s - self._duplicates_s >= 1.0:
+            self._duplicates_s = now_s
+            self._duplicates = answered_before(self._worker, now_ms=self._server_time_ms())
+        return self._duplicates
 
     def _server_time_ms(self) -> float:
         """The server's clock, from the last claim; before the first claim this machine's clock."""
