@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from shiwu_worker.config import batches
-from shiwu_worker.config.batches import batch_sizes, may_use_gpu, slot_count
+from shiwu_worker.config.batches import batch_sizes, may_use_gpu, slot_count, slots_for
 from shiwu_worker.config.settings import Settings
+from shiwu_worker.config.views import load_shares
 from shiwu_worker.policy.limits import LABEL_SLOTS
 from shiwu_worker.runtime.nvidia import Gpu
 
@@ -42,4 +45,14 @@ def test_auto_device_is_asked_of_the_driver(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     settings = Settings(device="auto", loaders=2, loader_threads=8)
     assert may_use_gpu(settings) == is_gpu
-    assert slot_count(settings) == 3 * (512 if is_gpu else 64) + 16 + LABEL_SLOTS
+    needed = 3 * (512 if is_gpu else 64) + 16
+    assert slot_count(settings) == math.ceil(needed / 0.75) + LABEL_SLOTS
+
+
+def test_bulk_may_hold_all_slots_that_batches_need() -> None:
+    """The reserve of interactive comes on top, and there is none where one lane is served or the operator set slots."""
+    settings = Settings(device="cpu", loaders=2, loader_threads=8)
+    slots = slots_for(settings, 64)
+    assert slots - load_shares(settings).reserve_of(slots) >= 3 * 64 + 16
+    assert slots_for(Settings(device="cpu", loaders=2, loader_threads=8, lanes="bulk"), 64) == 3 * 64 + 16
+    assert slots_for(Settings(device="cpu", slots=7), 64) == 7
