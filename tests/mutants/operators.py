@@ -1,6 +1,6 @@
 """Small faults in Python source: each is one edit that a test of the module should notice.
 
-Left alone is what no test can judge: texts, annotations, what a log line says, and durations named at module level.
+Left alone is what no test can judge: texts, annotations, what a log line says, and numbers named at module level.
 """
 
 from __future__ import annotations
@@ -110,8 +110,9 @@ class _Collector(ast.NodeVisitor):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         name = node.target.id if isinstance(node.target, ast.Name) else ""
-        is_duration = name.isupper() and name.endswith(("_S", "_MS"))
-        if node.value is not None and not is_duration:
+        # Tests use the bounds and pauses of a module by their names, so another value changes both.
+        is_named_number = name.strip("_").isupper() and not _has_names(node.value)
+        if node.value is not None and not is_named_number:
             self.visit(node.value)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
@@ -209,6 +210,10 @@ class _Collector(ast.NodeVisitor):
         end = self._starts[node.end_lineno - 1] + node.end_col_offset
         text = by if isinstance(by, str) else f"({ast.unparse(by)})"
         self.edits.append(Edit(start, end, text, node.lineno, kind))
+
+
+def _has_names(node: ast.expr | None) -> bool:
+    return node is not None and any(isinstance(part, ast.Name) for part in ast.walk(node))
 
 
 def _is_text(node: ast.expr) -> bool:

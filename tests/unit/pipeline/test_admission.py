@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from shiwu.contract import ErrorCode, ErrorInfo, parse_request
+from shiwu.broker.message_writer import build_message
+from shiwu.contract import ErrorCode, ErrorInfo, Lane, Request, parse_request
 from shiwu_worker.errors import Rejected
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_set import LabelSet
@@ -76,6 +78,24 @@ def test_obstacle_rejects_and_leaves_the_job_unchanged(
     assert isinstance(decision, Reject)
     assert decision.error.code is code
     assert (job.error, job.status, job.label_set) == before
+
+
+def test_callbacks_that_crash_their_reader_reject_the_job() -> None:
+    """Otherwise the message would end one worker after another."""
+
+    def check(_: Any) -> None:
+        raise IndexError("a defect")
+
+    labels: Any = Labels()
+    rules: Any = SimpleNamespace(check=check)
+    limits = PipelineLimits(slots=8, max_attempts=3)
+    raw = build_message(Request(image="s3://b/k"), job_id="a", lane=Lane.BULK)
+    decision = Admission(limits, label_bank=labels, callback_rules=rules).check(
+        make_job(has_callbacks=True, raw=raw), NOW_S
+    )
+    assert isinstance(decision, Reject)
+    assert decision.error.code is ErrorCode.MALFORMED_MESSAGE
+    assert "fail with IndexError" in decision.error.message
 
 
 def test_countdown_defers_the_job(admission: Admission) -> None:
