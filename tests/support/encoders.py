@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AltCLIPConfig,
     AltCLIPModel,
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
     CLIPConfig,
     CLIPModel,
     MetaClip2Config,
@@ -60,6 +63,8 @@ def make_model(kind: str) -> Any:
         # RoBERTa's positions begin after the padding index.
         text = {**TEXT, "max_position_embeddings": PLACES + 2, "project_dim": 8}
         model = AltCLIPModel(AltCLIPConfig(vision_config=VISION, text_config=text, projection_dim=8))
+    elif kind == "chinese_clip":
+        model = ChineseCLIPModel(ChineseCLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=8))
     else:
         model = SiglipModel(SiglipConfig(vision_config=VISION, text_config=TEXT))
         model.logit_bias.data.fill_(BIAS)
@@ -84,6 +89,7 @@ def make_encoder(
     is_compiled: bool = False,
     threads: int | None = None,
     known_images: NDArray[np.uint8] | None = None,
+    fusions: Sequence[str] | None = None,
 ) -> Encoder:
     """The encoder over this folder, on the CPU."""
     options = EncoderOptions(
@@ -98,6 +104,7 @@ def make_encoder(
         threads=threads,
         is_compiled=is_compiled,
         known_images=known_images,
+        fusions=fusions,
     )
     return Encoder(options)
 

@@ -21,6 +21,7 @@ from shiwu_worker.config.types import (
     Device,
     Endpoint,
     Formats,
+    Fusions,
     Hosts,
     Lanes,
     Names,
@@ -84,6 +85,12 @@ class Settings(BaseSettings):
         description="compile the model on a CPU: slightly faster, but 15 to 60 s for each batch size at the start",
     )
     cuda_graphs: bool = Field(True, description="replay a CUDA graph for each batch size")
+    fuse: Fusions = Field(
+        ("auto",),
+        description="what makes the image tower faster with the same result: patches (normalisation and patch "
+        "embedding as one matrix product), qkv (queries, keys and values as one), attention (its kernel chosen by "
+        "measurement on a GPU), or none; auto: all of them on a GPU, none on a CPU",
+    )
     labels_dir: Path | None = Field(
         None, description="folder with label sets (*.yaml), in addition to the embedded ones"
     )
@@ -332,15 +339,15 @@ class Settings(BaseSettings):
     @field_validator(
         *("formats", "allow_hosts", "only_hosts", "deny_hosts", "allow_networks", "deny_networks", "nat64_prefixes"),
         *("fetch_ports", "allow_buckets", "deny_buckets", "allow_folders", "deny_folders"),
-        *("callback_tasks", "callback_queues", "lanes"),
+        *("callback_tasks", "callback_queues", "lanes", "fuse"),
         mode="before",
     )
     @classmethod
     def _split(cls, value: object, info: ValidationInfo) -> object:
         if not isinstance(value, str):
             return value
-        # An empty variable means the default, so these two settings need a word for an empty list.
-        is_none = info.field_name in {"callback_tasks", "fetch_ports"} and value.lower() == "none"
+        # An empty variable means the default, so these settings need a word for an empty list.
+        is_none = info.field_name in {"callback_tasks", "fetch_ports", "fuse"} and value.lower() == "none"
         return () if is_none else tuple(split(value))
 
     @field_validator("retry", mode="before")

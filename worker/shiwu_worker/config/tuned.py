@@ -40,7 +40,15 @@ def key_of(settings: Settings, revision: str) -> tuple[str, ...]:
     gpus = () if hides_gpus or settings.device == "cpu" else gpu_models()
     driver = (driver_version() or "") if gpus else ""
     where = (cpu_model(), str(usable_cores()), settings.device, ", ".join(gpus), driver)
-    return (*where, revision, settings.dtype, str(settings.compile), version("torch"), version("transformers"))
+    return (
+        *where,
+        revision,
+        settings.dtype,
+        str(settings.compile),
+        ",".join(settings.fuse),
+        version("torch"),
+        version("transformers"),
+    )
 
 
 def apply_tuning(settings: Settings, revision: Callable[[], str]) -> Settings:

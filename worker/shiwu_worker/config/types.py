@@ -38,6 +38,19 @@ def _has_client(value: str) -> str:
     return value
 
 
+FUSIONS = ("patches", "qkv", "attention")
+"""Steps that make the image tower faster."""
+
+
+def _known_fusions(value: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.lower() for name in value))
+    if names == ("auto",):
+        return names
+    if unknown := sorted(set(names) - set(FUSIONS)):
+        raise ValueError(f"expected auto, none, or some of {', '.join(FUSIONS)}, got {', '.join(unknown)[:80]}")
+    return names
+
+
 FORMATS = {"JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "HEIF"}
 """Formats that the operator may allow, by Pillow's names."""
 FORMAT_ALIASES = {"JPG": "JPEG", "JPE": "JPEG", "JFIF": "JPEG", "TIF": "TIFF", "HEIC": "HEIF", "APNG": "PNG"}
@@ -192,6 +205,7 @@ ProbeFile = Annotated[Path, AfterValidator(_check_probe_file)]
 Names = Annotated[tuple[str, ...], NoDecode]
 Lanes = Annotated[tuple[Annotated[Lane, BeforeValidator(read_lane)], ...], NoDecode, AfterValidator(_some_lanes)]
 Timezone = Annotated[str, AfterValidator(_known_zone)]
+Fusions = Annotated[tuple[str, ...], NoDecode, AfterValidator(_known_fusions)]
 Formats = Annotated[tuple[str, ...], NoDecode, AfterValidator(_known_formats)]
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(checked(read_host))], ...], NoDecode]
 Networks = Annotated[tuple[Annotated[str, AfterValidator(checked(_read_network))], ...], NoDecode]

@@ -55,6 +55,7 @@ def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorou
             threads=settings.torch_threads or None,
             is_compiled=settings.compile,
             has_graphs=settings.cuda_graphs,
+            fusions=None if settings.fuse == ("auto",) else settings.fuse,
             max_gpu_batch_s=math.inf if settings.max_batch else GPU_BATCH_S,
             known_images=known_images(spec.height, spec.width),
         )

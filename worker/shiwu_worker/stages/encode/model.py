@@ -18,11 +18,14 @@ from shiwu.contract import Head
 from shiwu_worker.checkpoints.checkpoint_files import Checkpoint, WrongCheckpoint
 from shiwu_worker.stages.encode.checkpoint import image_size, load_model
 from shiwu_worker.stages.encode.device import choose_dtypes
+from shiwu_worker.stages.encode.fusion import ATTENTION, PATCHES, QKV, fuse
 from shiwu_worker.stages.encode.towers import Tower, eager_tower
 
 log: FilteringBoundLogger = structlog.get_logger()
 MIN_COSINE: Final = 0.999
 """Smallest cosine between the vectors of a faster number format and those of FP32, for the format to be used."""
+MAX_FUSION_ERROR: Final = 1e-4
+"""Largest difference in FP32 between numbers of a vector with and without the rewritten image tower."""
 COMPARED_IMAGES: Final = 2
 """Random images whose vectors are compared."""
 
@@ -41,6 +44,8 @@ class EncoderOptions:
         threads: threads of torch on a CPU; None lets torch choose, up to the number of usable cores.
         is_compiled: compile the image tower (CPU); each batch size takes 15 to 60 s at the start.
         has_graphs: replay CUDA graphs if the device is a GPU.
+        fusions: steps that make the image tower faster (`patches`, `qkv`, `attention`); None: all on a GPU, none on a
+            CPU.
         max_gpu_batch_s: time that a batch may take on a GPU; larger sizes are left out at the start.
         known_images: uint8 (n, h, w, 3); their reference vectors are computed on the CPU. A CPU uses the first only.
     """
@@ -57,6 +62,7 @@ class EncoderOptions:
     threads: int | None = None
     is_compiled: bool = False
     has_graphs: bool = True
+    fusions: Sequence[str] | None = None
     max_gpu_batch_s: float = math.inf
     known_images: NDArray[np.uint8] | None = None
 
@@ -76,6 +82,7 @@ class DeviceModel:
         self._device = device
         self._mean, self._std, self._rescale = tuple(options.mean), tuple(options.std), options.rescale
         self._fp32_tower: Tower | None = None
+        self._fusions = chosen_fusions(options.fusions, device)
         module = load_model(checkpoint)
         # Read before the cast: in bfloat16 a scale of 100 would be 98.9.
         self.scale = math.exp(float(module.logit_scale))
@@ -96,6 +103,7 @@ class DeviceModel:
         """The known images that are used, uint8 (n, h, w, 3)."""
         self.known_vectors = None if known is None else self._encode_on_cpu(module, known)
         """Of the known images, float32 (n, d), in FP32 on the CPU whatever the device is; NaN if the model gives it."""
+        module = self._fused(module, known)
         self.module, self.dtype = self._cast(module.to(device), choose_dtypes(options.dtype, device), known)
         """The model of transformers, and its number format."""
         sample: torch.Tensor | NDArray[np.float32] | None = self.known_vectors
@@ -118,12 +126,32 @@ class DeviceModel:
         """
         if self._fp32_tower is None:
             is_fp32 = self.dtype is torch.float32
-            module = self.module if is_fp32 else load_model(self._checkpoint).to(self._device)
+            module = self.module if is_fp32 else self._reload()
             self._fp32_tower = self._tower(module, torch.float32, self._device)
         with torch.inference_mode():
             raw = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
             vectors: NDArray[np.float32] = self._fp32_tower(raw).cpu().numpy()
         return vectors
+
+    def _fused(self, module: Any, known: NDArray[np.uint8] | None) -> Any:
+        """Rewrite the image tower; the model as it was loaded if its vectors are others then."""
+        self._fusions = fuse(module, self._fusions, mean=self._mean, std=self._std, rescale=self._rescale)
+        if not self._fusions or known is None or self.known_vectors is None:
+            return module
+        error = float(np.abs(self._encode_on_cpu(module, known[:1]) - self.known_vectors[:1]).max())
+        # NaN fails this comparison, also where the model itself gives it.
+        if error <= MAX_FUSION_ERROR or np.isnan(self.known_vectors[0]).any():
+            log.info("model_fused", steps=list(self._fusions), largest_difference=error)
+            return module
+        log.error("fusion_refused", steps=list(self._fusions), largest_difference=error, expected=MAX_FUSION_ERROR)
+        self._fusions = ()
+        return load_model(self._checkpoint)
+
+    def _reload(self) -> Any:
+        """The model in FP32 on the device, with the image tower rewritten as before."""
+        module = load_model(self._checkpoint)
+        fuse(module, self._fusions, mean=self._mean, std=self._std, rescale=self._rescale)
+        return module.to(self._device)
 
     def _tower(self, module: Any, dtype: torch.dtype, device: torch.device) -> Tower:
         return eager_tower(module, dtype=dtype, device=device, mean=self._mean, std=self._std, rescale=self._rescale)
@@ -157,8 +185,15 @@ class DeviceModel:
                     return module, dtype
                 log.warning("dtype_refused", dtype=str(dtype), cosine=cosine, expected=MIN_COSINE)
                 # A cast rounds the weights, so the next format starts from unrounded ones.
-                module = load_model(self._checkpoint).to(self._device)
+                module = self._reload()
         return _cast_images(module, last), last
+
+
+def chosen_fusions(asked: Sequence[str] | None, device: torch.device) -> tuple[str, ...]:
+    """The steps to take; what is fast on a GPU is not tried on a CPU unless it was asked for."""
+    if asked is not None:
+        return tuple(asked)
+    return (PATCHES, QKV, ATTENTION) if device.type == "cuda" else ()
 
 
 def _cast_images(module: Any, dtype: torch.dtype) -> Any:

@@ -17,6 +17,7 @@ from structlog.typing import FilteringBoundLogger
 from shiwu_worker.stages.encode.accelerator import Accelerator, Graph
 from shiwu_worker.stages.encode.capture_rules import why_not_capturable
 from shiwu_worker.stages.encode.checkpoint import unit_vectors
+from shiwu_worker.stages.encode.fusion import normalisation, takes_raw_pixels
 from shiwu_worker.stages.encode.gpu_sizes import fitting_sizes
 
 log: FilteringBoundLogger = structlog.get_logger()
@@ -38,8 +39,9 @@ def eager_tower(
 
     (x · rescale - mean) / std is one multiplication and one addition in FP32. After the projection all is FP32 again.
     """
-    gain = torch.tensor([rescale / s for s in std], device=device).view(1, 3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, 3, 1, 1)
+    if takes_raw_pixels(model):
+        return lambda raw: unit_vectors(model.get_image_features(pixel_values=raw.permute(0, 3, 1, 2)))
+    gain, shift = (part.to(device).view(1, 3, 1, 1) for part in normalisation(mean, std, rescale))
 
     def run(raw: torch.Tensor) -> torch.Tensor:
         pixels = (raw.permute(0, 3, 1, 2).float() * gain + shift).to(dtype)
