@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shiwu_worker.policy.access_rules import HostList
+from shiwu_worker.policy.access_rules import AccessRules, HostList
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,8 @@ from shiwu_worker.policy.access_rules import HostList
 def test_host_with_a_port_lists_only_that_port(entry: str, host: str, port: int, is_listed: bool) -> None:
     """Also for all subdomains of a name; without a port every port is listed."""
     assert HostList((entry,)).has(host, port) is is_listed
+
+
+def test_web_servers_are_asked_on_their_usual_ports_only() -> None:
+    """Unless the operator lists others."""
+    assert AccessRules().ports == (80, 443)
