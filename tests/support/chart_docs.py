@@ -1,4 +1,7 @@
-"""The chart's schema and README, made from its values.yaml; `python -m tests.support.chart_docs` writes both."""
+"""The chart's schema and README, made from its values.yaml, and its copy of the Redis users.
+
+`python -m tests.support.chart_docs` writes all three.
+"""
 
 from __future__ import annotations
 
@@ -192,8 +195,14 @@ def readme_text() -> str:
     return f"{head}\n## Values\n\nMade from values.yaml by `make chart-docs`.\n\n{table}\n"
 
 
+def users_text() -> str:
+    """files/redis-acl.conf: a chart can read its own files only."""
+    return (ROOT / "docs" / "redis-acl.conf").read_text(encoding="utf-8")
+
+
 def write() -> None:
-    """Both files."""
+    """All three files."""
+    (CHART / "files" / "redis-acl.conf").write_text(users_text(), encoding="utf-8")
     (CHART / "values.schema.json").write_text(schema_text(), encoding="utf-8")
     (CHART / "README.md").write_text(readme_text(), encoding="utf-8")
 

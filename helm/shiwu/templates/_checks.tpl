@@ -44,8 +44,8 @@
 {{- if and $v.redis.sentinel.enabled $v.redis.tls.enabled -}}
 {{- $wrong = append $wrong "redis.tls: expected no TLS together with sentinel, for a sentinel:// URL can't say it; put a TLS proxy or one address before them" -}}
 {{- end -}}
-{{- if and (or $v.redis.urlKey $v.redis.sentinel.passwordKey $v.redis.username) (not $v.redis.existingSecret) (not $v.valkey.enabled) -}}
-{{- $wrong = append $wrong "redis.existingSecret: expected a Secret for redis.urlKey, redis.username or redis.sentinel.passwordKey, got none" -}}
+{{- if and (or $v.redis.urlKey $v.redis.sentinel.passwordKey $v.redis.username $v.sweep.urlKey $v.producer.urlKey $v.test.urlKey) (not $v.redis.existingSecret) (not $v.valkey.enabled) -}}
+{{- $wrong = append $wrong "redis.existingSecret: expected a Secret for redis.username, redis.sentinel.passwordKey, and redis.urlKey or that of a part, got none" -}}
 {{- end -}}
 {{- if and $v.autoscaling.keda.enabled $v.redis.urlKey (not (or $v.redis.host $v.redis.sentinel.enabled)) -}}
 {{- $wrong = append $wrong "autoscaling.keda: expected redis.host and redis.passwordKey together with redis.urlKey, because KEDA cannot read a URL" -}}

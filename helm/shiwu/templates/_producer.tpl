@@ -9,6 +9,7 @@
 {{- end -}}
 {{- end -}}
 
+{{/* A pod of the command `shiwu`; role and access say as which Redis user: (dict … "role" "sweep" "access" .Values.sweep). */}}
 {{- define "shiwu.producerPod" -}}
 {{- $root := .root -}}
 {{- $v := $root.Values -}}
@@ -36,7 +37,7 @@ containers:
     ports: [{name: http, containerPort: {{ . }}, protocol: TCP}]
     {{- end }}
     env:
-      {{- include "shiwu.redisEnv" (dict "root" $root "username" .username "passwordKey" .passwordKey) | trim | nindent 6 }}
+      {{- include "shiwu.redisEnv" (dict "root" $root "role" .role "username" .access.username "passwordKey" .access.passwordKey "urlKey" .access.urlKey) | trim | nindent 6 }}
       - {name: HOME, value: /tmp}
     resources: {{- toYaml .resources | nindent 6 }}
     volumeMounts:

@@ -3,7 +3,12 @@
 {{- end -}}
 
 {{- define "shiwu.redisSecret" -}}
-{{- .Values.valkey.enabled | ternary (printf "%s-valkey" (include "shiwu.fullname" .)) .Values.redis.existingSecret -}}
+{{- .Values.valkey.enabled | ternary (default (printf "%s-valkey" (include "shiwu.fullname" .)) .Values.valkey.existingSecret) .Values.redis.existingSecret -}}
+{{- end -}}
+
+{{/* Users of files/redis-acl.conf, without `shiwu-`. */}}
+{{- define "shiwu.redisRoles" -}}
+{{- list "admin" "producer" "client" "consumer" "sweep" "worker" "scaler" | toJson -}}
 {{- end -}}
 
 {{- define "shiwu.redisUrl" -}}
@@ -21,25 +26,29 @@ sentinel://{{ $login }}{{ join "," $redis.sentinel.addresses }}/{{ $redis.sentin
 {{- end -}}
 {{- end -}}
 
-{{/* Variables that lead to Redis: (dict "root" $ "username" … "passwordKey" …); empty ones are the workers'. */}}
+{{/*
+Variables that lead to Redis: (dict "root" $ "role" "sweep" "username" … "passwordKey" … "urlKey" …). The role is the
+user of the trial server; at your own Redis empty values are the workers'.
+*/}}
 {{- define "shiwu.redisEnv" -}}
 {{- $redis := .root.Values.redis -}}
-{{- $username := default $redis.username .username -}}
+{{- $trial := .root.Values.valkey.enabled -}}
 {{- $secret := include "shiwu.redisSecret" .root -}}
-{{- if and $redis.urlKey (not .root.Values.valkey.enabled) }}
+{{- $urlKey := default (and $redis.urlKey (default $redis.urlKey .passwordKey)) .urlKey -}}
+{{- if and $urlKey (not $trial) }}
 - name: SHIWU_REDIS_URL
-  valueFrom: {secretKeyRef: {name: {{ $secret }}, key: {{ default $redis.urlKey .passwordKey }}}}
+  valueFrom: {secretKeyRef: {name: {{ $secret }}, key: {{ $urlKey }}}}
 {{- else }}
 {{- if $secret }}
 - name: REDIS_PASSWORD
-  valueFrom: {secretKeyRef: {name: {{ $secret }}, key: {{ .root.Values.valkey.enabled | ternary "password" (default $redis.passwordKey .passwordKey) }}}}
+  valueFrom: {secretKeyRef: {name: {{ $secret }}, key: {{ $trial | ternary .role (default $redis.passwordKey .passwordKey) }}}}
 {{- end }}
 {{- if and $redis.sentinel.enabled $redis.sentinel.passwordKey }}
 - name: REDIS_SENTINEL_PASSWORD
   valueFrom: {secretKeyRef: {name: {{ $secret }}, key: {{ $redis.sentinel.passwordKey }}}}
 {{- end }}
 - name: SHIWU_REDIS_URL
-  value: {{ include "shiwu.redisUrl" (dict "root" .root "username" (.root.Values.valkey.enabled | ternary "" $username)) | quote }}
+  value: {{ include "shiwu.redisUrl" (dict "root" .root "username" ($trial | ternary (printf "shiwu-%s" .role) (default $redis.username .username))) | quote }}
 {{- end }}
 {{- end -}}
 

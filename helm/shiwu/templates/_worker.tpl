@@ -13,7 +13,7 @@
 
 {{- define "shiwu.workerEnv" -}}
 {{- $v := .Values -}}
-{{- include "shiwu.redisEnv" (dict "root" . "username" "" "passwordKey" "") }}
+{{- include "shiwu.redisEnv" (dict "root" . "role" "worker" "username" "" "passwordKey" "" "urlKey" "") }}
 - {name: SHIWU_HTTP_PORT, value: {{ $v.http.port | quote }}}
 {{- if ne $v.http.host "0.0.0.0" }}
 - {name: SHIWU_HTTP_HOST, value: {{ $v.http.host | quote }}}
