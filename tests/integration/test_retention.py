@@ -9,7 +9,7 @@ from shiwu import Client
 from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.broker.maintenance import Maintenance
 from shiwu.broker.retention import PublishedRetention, Retention, RetentionPublisher
-from shiwu.contract import DEAD, DEADLINES, RESULT_STREAM, RETENTION, WORKERS, Answer, Status, result_key
+from shiwu.contract import DEAD, DEADLINES, RESULT_STREAM, RETENTION, WORKERS, Answer, Status, done_key, result_key
 from tests.support.servers import Valkey
 
 
@@ -79,6 +79,17 @@ def test_commit_checks_its_times_before_it_writes(redis_client: redis.Redis, ttl
     with pytest.raises(redis.ResponseError, match="expected a time"):
         store.write([AnswerEntry(answer=Answer(id="j", status=Status.FAILED, attempts=1), id="j")])
     assert redis_client.dbsize() == 0
+
+
+@pytest.mark.parametrize("done_ttl_s", [60, 900])
+def test_mark_outlives_its_answer(redis_client: redis.Redis, done_ttl_s: int) -> None:
+    """While an answer can be read its id counts as answered, also where the time of marks is set shorter."""
+    retention = Retention(result_ttl_s=500, done_ttl_s=done_ttl_s)
+    answer = Answer(id="j", status=Status.TAGGED, attempts=1)
+    AnswerStore(redis_client, token="w", retention=lambda: retention).write([AnswerEntry(answer=answer, id="j")])
+    assert 400 < redis_client.ttl(result_key("j")) <= 500
+    longest_s = max(500, done_ttl_s)
+    assert longest_s - 100 < redis_client.ttl(done_key("j")) <= longest_s
 
 
 def test_deadline_without_a_valid_id_is_removed(redis_client: redis.Redis) -> None:
