@@ -318,7 +318,9 @@ def sweep(world: World, script: str, fault: Fault) -> None:
     world.perform("sweep", lambda w: w.sweeper.sweep(), fault, of=f"{script}.lua")
 
 
-@step((0, 1), ("take_late", "commit"), ("claim", "claim_and_defer", "commit", "maintain", "requeue"), weight=4)
+@step(
+    (0, 1), ("take_late", "commit"), ("claim", "claim_and_defer", "commit", "maintain", "requeue", "cancel"), weight=5
+)
 def sweep_interrupted(world: World, number: int, before: str, what: str) -> None:
     """A sweep does all that is due; before one of its calls, a worker or a client does something."""
 
@@ -334,7 +336,7 @@ def sweep_interrupted(world: World, number: int, before: str, what: str) -> None
             maintain(world, number, "")
         else:
             for job_id in IDS:
-                requeue(world, job_id, "")
+                (requeue if what == "requeue" else cancel)(world, job_id, "")
 
     def call(_: World) -> None:
         world.client.interruptions = {f"{before}.lua": meanwhile}
@@ -397,7 +399,7 @@ def crash_while_sending(world: World, number: int, when: str) -> None:
         world.workers[number] = world.new_worker()
 
 
-@step((0, 1), ("poll", "slow", "requeue", "renewed"), scripts=["take_callbacks"], weight=8)
+@step((0, 1), ("poll", "own", "slow", "requeue", "renewed"), scripts=["take_callbacks"], weight=8)
 def send_interrupted(world: World, number: int, what: str) -> None:
     """While a worker sends callbacks, another one looks for some, time passes, or dead letters are requeued."""
     worker, other = world.workers[number], world.workers[1 - number]
@@ -412,7 +414,8 @@ def send_interrupted(world: World, number: int, what: str) -> None:
             for job_id in IDS:
                 requeue(world, job_id, "")
         else:
-            world.perform("send", lambda _: other.sender.send_chunk([]))
+            members = other.members if what == "own" else []
+            world.perform("send", lambda _: other.sender.send_chunk(members))
 
     def call(_: World) -> None:
         members, worker.members = worker.members, []
