@@ -127,13 +127,13 @@ class Encoder:
         """Run work that uses all cores of a CPU, always on the same thread."""
         return work() if self._cpu_pool is None else self._cpu_pool.run_exclusive(work)
 
-    def _make_staging(self) -> StagingRing:
+    def _make_staging(self, *, may_compile: bool = True) -> StagingRing:
         """Staging buffers in front of the image tower: with CUDA graphs, compiled or eager."""
         tower, shape = self._model.eager_tower(), self._model.image_shape
         accelerator = open_accelerator(self._device)
         if accelerator is not None:
             tower, self._graphs, self.batch_sizes = gpu_tower(
-                tower, self._options, shape=shape, accelerator=accelerator
+                tower, self._options, shape=shape, accelerator=accelerator, may_compile=may_compile
             )
         elif self._options.is_compiled:
             tower = compiled_tower(tower)
@@ -165,8 +165,7 @@ class Encoder:
         """
         core_s = 0.0 if self._cpu_pool is None else self._choose_threads(self._cpu_pool)
         if is_thorough or self._options.is_compiled or self._device.type == "cuda":
-            is_enough = self._is_enough if choose_largest else lambda _: False
-            costs, sd = time_batch_sizes(self._time_pass, self.batch_sizes, is_enough=is_enough), THOROUGH_START_SD
+            costs, sd = self._time_sizes(choose_largest=choose_largest), THOROUGH_START_SD
         else:
             costs, sd = self._time_two_sizes(core_s), QUICK_START_SD
         if self._options.is_compiled:
@@ -174,6 +173,21 @@ class Encoder:
         costs = self._without_wrong(costs)
         self.timed_sizes = tuple(costs)
         self.size_policy = self._make_size_policy(costs, sd=sd, choose_largest=choose_largest)
+
+    def _time_sizes(self, *, choose_largest: bool) -> dict[int, float]:
+        """The costs of all sizes that may be of use. A compiled model that is wrong at any of them is replaced."""
+        is_enough = self._is_enough if choose_largest else lambda _: False
+        costs = time_batch_sizes(self._time_pass, self.batch_sizes, is_enough=is_enough)
+        wrong = {size: reason for size, reason in self._wrong_sizes.items() if reason}
+        if not wrong or self._graphs is None or not self._graphs.is_compiled:
+            return costs
+        log.error("compiled_model_refused", batch_sizes=sorted(wrong), reason=next(iter(wrong.values())))
+        # Both sets of graphs and buffers together might not fit.
+        del self._staging
+        self._graphs = None
+        self._staging = self._make_staging(may_compile=False)
+        self._wrong_sizes.clear()
+        return time_batch_sizes(self._time_pass, self.batch_sizes, is_enough=is_enough)
 
     def _without_wrong(self, costs: Mapping[int, float]) -> dict[int, float]:
         """The costs of the sizes whose vectors were right in every row. A size with a wrong graph runs eager.

@@ -54,7 +54,7 @@ def fitting_sizes(
     seconds: dict[int, float] = {}
     for size in sorted(batch_sizes):
         try:
-            seconds[size] = _time_size(tower, size, shape, accelerator)
+            seconds[size] = time_size(tower, size, shape, accelerator)
         except torch.OutOfMemoryError as error:
             # Out of memory in a capture would end all captures, so this size and all larger ones are left out.
             if not seconds:
@@ -69,7 +69,7 @@ def fitting_sizes(
     return tuple(size for size in seconds if seconds[size] <= longest_s)
 
 
-def _time_size(
+def time_size(
     tower: Callable[[torch.Tensor], torch.Tensor], size: int, shape: tuple[int, int, int], accelerator: Accelerator
 ) -> float:
     """Seconds of one run, from the events of the device."""

@@ -42,7 +42,8 @@ class EncoderOptions:
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         batch_sizes: allowed batch sizes, ascending; no batch is larger than the last one.
         threads: threads of torch on a CPU; None lets torch choose, up to the number of usable cores.
-        is_compiled: compile the image tower (CPU); each batch size takes 15 to 60 s at the start.
+        is_compiled: compile the image tower; each batch size takes 15 to 90 s at the start. On a GPU without a compiler
+            it runs as graphs that are not compiled.
         has_graphs: replay CUDA graphs if the device is a GPU.
         fusions: steps that make the image tower faster (`patches`, `qkv`, `attention`); None: all on a GPU, none on a
             CPU.

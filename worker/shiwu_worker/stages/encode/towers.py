@@ -61,6 +61,14 @@ def compiled_tower(eager: Tower) -> Tower:
     return compiled
 
 
+def compiled_for_gpu(eager: Tower) -> Tower:
+    """Compiled by inductor, to be captured by the caller; the first run of each batch size takes 30 to 90 s."""
+    torch._dynamo.config.recompile_limit = MAX_COMPILED_SIZES
+    # The mode without inductor's own graphs: ours have the streams and the memory pool of this process.
+    compiled: Tower = torch.compile(eager, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return compiled
+
+
 class AcceleratedTower:
     """A tower that the accelerator runs, operator by operator. Call it while computing on the accelerator."""
 
@@ -78,6 +86,11 @@ class GraphedTower:
 
     Not thread-safe. The next run of any size may overwrite the output, so the caller copies it on the compute stream.
 
+    Args:
+        eager: the tower, which sizes without a graph run.
+        limit_s: about the longest time that a batch may take; larger sizes are left out.
+        compiled: is captured in place of `eager`.
+
     Raises:
         torch.OutOfMemoryError: not even the smallest size fits.
     """
@@ -90,12 +103,20 @@ class GraphedTower:
         shape: tuple[int, int, int],
         accelerator: Accelerator,
         limit_s: float = math.inf,
+        compiled: Tower | None = None,
     ) -> None:
         self._eager = AcceleratedTower(eager, accelerator)
+        self._captured = compiled or eager
+        self.is_compiled = compiled is not None
+        """Whether the graphs are those of a compiled tower."""
         self._accelerator = accelerator
         self._graphs: dict[int, Graph] = {}
         self.fitting_sizes = fitting_sizes(
-            self._eager, batch_sizes=batch_sizes, shape=shape, accelerator=accelerator, limit_s=limit_s
+            AcceleratedTower(self._captured, accelerator),
+            batch_sizes=batch_sizes,
+            shape=shape,
+            accelerator=accelerator,
+            limit_s=limit_s,
         )
         """The batch sizes that the device has memory for, and whose batches take about `limit_s` at most; ascending."""
         self._input = accelerator.allocate((self.fitting_sizes[-1], *shape), torch.uint8)
@@ -123,7 +144,7 @@ class GraphedTower:
         plan += [(size, shared) for size in reversed(self.fitting_sizes)]
         for size, pool in plan:
             try:
-                self._graphs[size] = self._accelerator.capture(eager, self._input[:size], pool=pool)
+                self._graphs[size] = self._accelerator.capture(self._captured, self._input[:size], pool=pool)
             except RuntimeError as error:
                 # torch may take a capture that failed to be still under way, so no other one is tried, and graphs that
                 # share its pool are given up.
