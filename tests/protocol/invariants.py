@@ -110,8 +110,10 @@ def none_vanishes(before: Snapshot, after: Snapshot, world: World) -> None:
             continue
         job_id = world.sent[raw]
         is_copy = job_id in before.marks or job_id in before.claims or job_id in after.claims
-        if job_id in before.claims and place == "claimed":
+        if place == "claimed":
             is_copy = job_id in before.marks or (world.notes.name == "claim" and job_id in after.claims)
+        if world.notes.name == "claim":
+            is_copy = is_copy or any(world.sent[other] == job_id for other in after.waiting)
         assert job_id in answered or is_copy, f"{job_id} is lost: it was in {place}"
 
 
