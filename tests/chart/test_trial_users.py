@@ -217,6 +217,26 @@ def test_script_gives_each_user_its_password(
     assert output in (done.stderr if exit_code else done.stdout)
 
 
+@pytest.mark.parametrize(("uid", "said"), [(0, "by the image: valkey-server - --port 1"), (10001, "- --port 1")])
+def test_script_leaves_root_to_the_image(tmp_path: Path, uid: int, said: str) -> None:
+    """The image's entry point gives a server that is started as root a user of its own."""
+    (tmp_path / "users").write_text("user default off\n", encoding="utf-8")
+    for name, text in (("valkey-server", 'echo "$@"'), ("docker-entrypoint.sh", 'echo by the image: "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\ncat\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {uid}\n", encoding="utf-8")
+    (tmp_path / "id").chmod(0o755)
+    output = subprocess.run(
+        ["sh", CHART / "files" / "valkey-users.sh", tmp_path / "users", "--port", "1"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    ).stdout
+    assert output == f"{said}\nuser default off\n"
+
+
 def test_trial_takes_passwords_of_the_operator(newest: Helm) -> None:
     """From a Secret of their own: the chart makes none then."""
     manifests = newest.render({"valkey": {"enabled": True, "existingSecret": "own"}})

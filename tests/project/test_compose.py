@@ -1,4 +1,7 @@
-"""What docker/compose.yaml promises, as its text says and as Docker Compose reads it; no container is started."""
+"""What docker/compose.yaml promises, as its text says and as Docker Compose reads it; no container is started.
+
+Its Valkey is started, with the command and the variables that a container would have.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import redis
 import yaml
 
 from shiwu_worker.config.settings import Settings
 from tests.support.dockerfiles import DOCKER, PINNED, ROOT, SECRET, read, variables
+from tests.support.processes import Process, clean_environment, free_ports
+from tests.support.redis_server import valkey_binary
+from tests.support.waiting import wait_until
 
 COMPOSE: Final = DOCKER / "compose.yaml"
 SCRIPTS: Final = Path(sysconfig.get_path("scripts"))
@@ -110,7 +117,59 @@ def test_the_queue_keeps_what_it_is_given() -> None:
     assert "--appendonly yes" in command
     assert "--maxmemory-policy noeviction" in command
     assert "--maxmemory ${REDIS_MAXMEMORY:-1gb}" in command
-    assert services()["valkey"]["volumes"] == ["valkey:/data"]
+    assert services()["valkey"]["volumes"][0] == "valkey:/data"
+
+
+def filled(text: str) -> str:
+    """A text with the defaults of its variables."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+
+
+def start_valkey(folder: Path) -> tuple[Process, int]:
+    """The server with its command and variables, and its port; files are those that are mounted."""
+    service = services()["valkey"]
+    mounted = {one["target"]: str(DOCKER / one["source"]) for one in service["volumes"] if isinstance(one, dict)}
+    assert list(mounted) == ["/etc/shiwu/redis-acl.conf", "/etc/shiwu/valkey-users.sh"]
+    [port] = free_ports(1)
+    command = [filled(mounted.get(part, part)) for part in service["command"]]
+    (folder / "valkey-server").symlink_to(valkey_binary())
+    env = {name: filled(value) for name, value in environment("valkey").items()}
+    env = clean_environment(env | {"PATH": f"{folder}:/usr/bin:/bin"})
+    return Process([*command, "--port", str(port), "--dir", str(folder)], name="valkey", folder=folder, env=env), port
+
+
+def test_each_service_logs_in_as_its_own_user(tmp_path: Path) -> None:
+    """By the defaults; without a name, or as the administrator, nobody gets in."""
+    process, port = start_valkey(tmp_path)
+    roles = {"worker": "worker", "worker-gpu": "worker", "producer": "client", "sweep": "sweep"}
+    assert {name for name in services() if "SHIWU_REDIS_URL" in environment(name)} == set(roles)
+    with process:
+        with redis.Redis(port=port, socket_timeout=5) as client:
+            wait_until(lambda: refuses_without_a_name(client), timeout_s=20, what="the server")
+        assert b"shiwu-demo" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        for name, role in roles.items():
+            url = filled(environment(name)["SHIWU_REDIS_URL"])
+            with redis.Redis.from_url(url.replace("@valkey:6379/", f"@127.0.0.1:{port}/"), socket_timeout=5) as client:
+                assert client.ping()
+            assert url.startswith(f"redis://shiwu-{role}:"), name
+        for password in ("", "shiwu-demo-admin", "change-me-admin"):
+            with (
+                redis.Redis(port=port, username="shiwu-admin", password=password, socket_timeout=5) as client,
+                pytest.raises(redis.AuthenticationError),
+            ):
+                client.ping()
+
+
+def refuses_without_a_name(client: redis.Redis) -> bool:
+    """Whether the server answers so; the health check of the service waits for the same word."""
+    assert services()["valkey"]["healthcheck"]["test"][1].endswith("grep -q NOAUTH")
+    try:
+        client.ping()
+    except redis.AuthenticationError:
+        return True
+    except redis.ConnectionError:
+        return False
+    raise AssertionError("expected a refusal without a name")
 
 
 def test_nothing_listens_beyond_this_machine() -> None:
@@ -126,7 +185,8 @@ def test_credentials_are_the_demos_own() -> None:
     for name in services():
         for key, value in environment(name).items():
             if SECRET.search(key) and not key.startswith("GF_"):
-                assert re.fullmatch(r"\$\{\w+:-shiwu-demo[\w-]*\}", value), f"{name}: {key}"
+                nobody = key == "REDIS_ADMIN_PASSWORD"
+                assert re.fullmatch(r"\$\{\w+:-\}" if nobody else r"\$\{\w+:-shiwu-demo[\w-]*\}", value), key
     holders = {name for name in services() if "AWS_SECRET_ACCESS_KEY" in environment(name)}
     assert holders == {"s3", "pictures", "worker", "worker-gpu"}
 

@@ -30,6 +30,11 @@ users() {
 
 lines=$(users "$1")
 shift
-exec valkey-server - "$@" <<END
+set -- valkey-server - "$@"
+if [ "$(id -u)" = 0 ] && command -v docker-entrypoint.sh >/dev/null; then
+  # The image's own entry point gives a server that is started as root a user of its own.
+  set -- docker-entrypoint.sh "$@"
+fi
+exec "$@" <<END
 $lines
 END
