@@ -79,6 +79,8 @@ class Notes:
     named: frozenset[str] = frozenset()
     """Ids that the call names."""
     moved_clock_ms: int = 0
+    is_complete: bool = False
+    """The call ended without an error."""
 
 
 class RecordingSender(CallbackSender):
@@ -183,6 +185,7 @@ class World:
         self.client.faults = {of: fault}
         try:
             call(self)
+            self.notes.is_complete = True
         except redis.ConnectionError:
             pass
         except redis.ResponseError as error:
