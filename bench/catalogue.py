@@ -42,6 +42,11 @@ BENCHES: Final = {
         Bench(
             "service", "bench.service", "images a second of the whole service, compared with the bare model and peers"
         ),
+        Bench(
+            "lock-budget",
+            "bench.lock_budget",
+            "what a job costs the worker beside the model, and how long a stand-in GPU waits for it",
+        ),
         Bench("start", "bench.start", "images a second after a start on a busy machine, compared with a quiet start"),
         Bench("latency", "bench.latency", "p50, p95, p99 in an open loop, and of one image on an idle worker"),
         Bench(

@@ -26,15 +26,19 @@ import redis
 from numpy.typing import NDArray
 from tests.support.waiting import wait_until
 
+from bench.echo_loaders import EchoStarter
 from shiwu.contract import COUNTERS, Head, ModelInfo
 from shiwu_worker.config.batches import batch_sizes, slot_count
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import DeviceErrorKind, FatalError
 from shiwu_worker.jobs.label_checks import LabelTokens
+from shiwu_worker.loaders import pool
 from shiwu_worker.loaders.protocol import Loaded, LoadResult, LoadTask
 from shiwu_worker.service import bootstrap
 from shiwu_worker.telemetry import logs
 
+ECHO_THREADS: Final = 64
+"""Images that one process of `bench.echo_loaders` holds at a time: they stand for those of many loaders."""
 WIDTH: Final = 8
 """Length of a stand-in's vector."""
 
@@ -116,6 +120,8 @@ class StandInEncoder:
         self._per_batch_s = per_batch_ms / 1000
         self._free_s = 0.0
         """When the device will have done all its work, on the monotonic clock."""
+        self.busy_s = self.idle_s = 0.0
+        """How long the device works on what it was given, and how long it had nothing to do between two batches."""
 
     def learn(self, flight: StandInFlight, *, host_s: float) -> None:
         """Do nothing: batch sizes are fixed."""
@@ -125,7 +131,11 @@ class StandInEncoder:
         took_s = self._per_picture_s * len(rows) + self._per_batch_s
         if not took_s:
             return StandInFlight(pictures=len(rows), until_s=0.0)
-        self._free_s = max(self._free_s, time.monotonic()) + took_s
+        now_s = time.monotonic()
+        if self._free_s:
+            self.idle_s += max(0.0, now_s - self._free_s)
+        self.busy_s += took_s
+        self._free_s = max(self._free_s, now_s) + took_s
         return StandInFlight(pictures=len(rows), until_s=self._free_s)
 
     def collect(self, flight: StandInFlight) -> NDArray[np.float32]:
@@ -134,8 +144,10 @@ class StandInEncoder:
         return np.full((flight.pictures, WIDTH), WIDTH**-0.5, np.float32)
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Give the device a batch and wait for it."""
-        return self.collect(self.launch(pixels, range(len(pixels))))
+        """Give the device known images and wait for them; no job waits meanwhile, so nothing counts as idle."""
+        vectors = self.collect(self.launch(pixels, range(len(pixels))))
+        self._free_s = 0.0
+        return vectors
 
     def encode_exact(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return equal vectors immediately."""
@@ -167,6 +179,7 @@ def main() -> None:
     parser.add_argument("--cap", type=int, default=256, help="largest batch")
     parser.add_argument("--per-picture-ms", type=float, default=0.0)
     parser.add_argument("--per-batch-ms", type=float, default=0.0)
+    parser.add_argument("--echo-loaders", type=int, default=0, help="processes that exchange frames; 0: no frames")
     parser.add_argument("--grace-s", type=float, default=1.0, help="to finish what is held after SIGTERM")
     parser.add_argument("--limit-s", type=float, default=300.0)
     asked = parser.parse_args()
@@ -179,6 +192,13 @@ def main() -> None:
         lease_s=60,
         default_labels="six-zh",
         grace_s=asked.grace_s,
+        loaders=asked.echo_loaders,
+        loader_spares=0,
+        loader_threads=ECHO_THREADS if asked.echo_loaders else 8,
+        source_threads=asked.echo_loaders * ECHO_THREADS,
+    )
+    encoder = StandInEncoder(
+        batch_sizes=batch_sizes(settings), per_picture_ms=asked.per_picture_ms, per_batch_ms=asked.per_batch_ms
     )
     failed: list[FatalError] = []
     done = threading.Event()
@@ -191,23 +211,23 @@ def main() -> None:
     def start_loaders(_: Any, settings: Settings, *__: Any, **___: Any) -> Any:
         return StandInLoaders(slots=slot_count(settings))
 
-    def load_encoder(settings: Settings, *_: Any) -> Any:
-        costs = {"per_picture_ms": asked.per_picture_ms, "per_batch_ms": asked.per_batch_ms}
-        return StandInEncoder(batch_sizes=batch_sizes(settings), **costs)
-
+    changed: dict[str, Any] = {"load_encoder": lambda *_: encoder}
+    if not asked.echo_loaders:
+        changed["start_loaders"] = start_loaders
     with (
-        patch.multiple(bootstrap, start_loaders=start_loaders, load_encoder=load_encoder),
+        patch.multiple(bootstrap, **changed),
+        patch.object(pool, "LoaderStarter", EchoStarter),
         bootstrap.open_service(settings, on_fatal=on_fatal),
     ):
         if asked.jobs:
-            _answer(asked.redis_url, asked.jobs, limit_s=asked.limit_s, done=done)
+            _answer(asked.redis_url, asked.jobs, limit_s=asked.limit_s, done=done, encoder=encoder)
         else:
             done.wait()
     if failed:
         sys.exit(f"{failed[0]}")
 
 
-def _answer(url: str, jobs: int, *, limit_s: float, done: threading.Event) -> None:
+def _answer(url: str, jobs: int, *, limit_s: float, done: threading.Event, encoder: StandInEncoder) -> None:
     began_s, before_s = time.monotonic(), time.process_time()
     with redis.Redis.from_url(url, socket_timeout=30) as client:
 
@@ -216,7 +236,8 @@ def _answer(url: str, jobs: int, *, limit_s: float, done: threading.Event) -> No
 
         wait_until(lambda: done.is_set() or answered() >= jobs, timeout_s=limit_s, what=f"{jobs} answers")
         found = {"answered": answered(), "seconds": time.monotonic() - began_s}
-        print(json.dumps(found | {"cpu_seconds": time.process_time() - before_s}))
+        device = {"device_busy_s": encoder.busy_s, "device_idle_s": encoder.idle_s}
+        print(json.dumps(found | {"cpu_seconds": time.process_time() - before_s} | device))
 
 
 if __name__ == "__main__":
