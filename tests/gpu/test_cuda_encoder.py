@@ -6,13 +6,12 @@ import random
 
 import numpy as np
 import pytest
-import torch
 
 from shiwu_worker.stages.encode import towers
 from shiwu_worker.stages.encode.model import DeviceModel
-from shiwu_worker.stages.encode.towers import Tower
 from tests.support import schedules
 from tests.support.device_targets import Target
+from tests.support.planted_item import with_item
 
 ROW_TOLERANCE = 2e-3
 """Of a vector's numbers, in another row or beside other images: a stream-K kernel may sum in another order there."""
@@ -103,28 +102,13 @@ def test_sizes_without_memory_are_left_out(target: Target) -> None:
         assert np.isfinite(encoder.encode(target.noise(2))).all()
 
 
-def plant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the image tower read a number back to the host, as `.item()` in a model does."""
-    real = DeviceModel.eager_tower
-
-    def planted(self: DeviceModel) -> Tower:
-        tower = real(self)
-
-        def run(raw: torch.Tensor) -> torch.Tensor:
-            return tower(raw) * (1.0 + 0.0 * raw.sum().item())
-
-        return run
-
-    monkeypatch.setattr(DeviceModel, "eager_tower", planted)
-
-
 @pytest.mark.parametrize("is_tried", [False, True], ids=["recognised", "tried"])
 def test_planted_item_leaves_a_worker_that_answers(
     target: Target, monkeypatch: pytest.MonkeyPatch, is_tried: bool
 ) -> None:
     """No size has a graph, and all answer: where the operator is recognised, and where CUDA refuses the capture."""
     expected = target.encoder(has_graphs=False).encode(target.noise(9))
-    plant(monkeypatch)
+    monkeypatch.setattr(DeviceModel, "eager_tower", with_item(DeviceModel.eager_tower))
     if is_tried:
         monkeypatch.setattr(towers, "why_not_capturable", lambda *_: None)
     encoder = target.encoder()

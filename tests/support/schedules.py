@@ -33,7 +33,9 @@ def serial(encoder: Any, pixels: NDArray[np.uint8], *, seed: int) -> Batches:
     return Batches(pixels, rows, tuple(encoder.collect(encoder.launch(pixels, each)) for each in rows))
 
 
-def play(encoder: Any, batches: Batches, *, steps: int, draw: random.Random) -> int:
+def play(
+    encoder: Any, batches: Batches, *, steps: int, draw: random.Random, most_under_way: int = MAX_UNDER_WAY
+) -> int:
     """Play one schedule and return the number of its batches.
 
     Raises:
@@ -43,7 +45,7 @@ def play(encoder: Any, batches: Batches, *, steps: int, draw: random.Random) -> 
     launched = 0
     for _ in range(steps):
         kind = draw.choice(("launch", "launch", "wait", "collect"))
-        if kind == "launch" and len(under_way) < MAX_UNDER_WAY:
+        if kind == "launch" and len(under_way) < most_under_way:
             number = draw.randrange(len(batches.rows))
             pixels = batches.pixels.copy()
             under_way.append((number, encoder.launch(pixels, batches.rows[number])))

@@ -1,0 +1,39 @@
+"""`python -m bench.card STAGE [--tiny] [--wheels FOLDER]`: run a stage, write card-STAGE.json to $OUT or bench/out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from bench.card.plan import CALL_S, INSTALL_S, STAGES
+from bench.card.runner import ROOT, install, run_stage
+
+
+def main() -> int:
+    """Run the stage; the exit code is 0 where each step passed or was skipped."""
+    parser = argparse.ArgumentParser(prog="bench.card", description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--tiny", action="store_true", help="rehearse on the CPU: small models, few repetitions")
+    parser.add_argument("--only", metavar="STEP,…", help="some steps of the stage")
+    parser.add_argument("--wheels", type=Path, help="install these first, once, into build/card-site")
+    parser.add_argument("--out", type=Path, help="folder of the results; default $OUT, or else bench/out")
+    asked = parser.parse_args()
+    began_s = time.monotonic()
+    if asked.wheels:
+        install(asked.wheels)
+    steps = STAGES[asked.stage]
+    if asked.only:
+        names = asked.only.split(",")
+        if unknown := set(names) - {step.name for step in steps}:
+            parser.error(f"expected steps of {[step.name for step in steps]}, got {sorted(unknown)}")
+        steps = tuple(step for step in steps if step.name in names)
+    out = asked.out or Path(os.environ.get("OUT") or ROOT / "bench" / "out")
+    stage_s = CALL_S - INSTALL_S / 4 - (time.monotonic() - began_s)
+    return 0 if run_stage(asked.stage, steps, tiny=asked.tiny, out=out, stage_s=stage_s) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

