@@ -37,6 +37,7 @@ class Guarded:
 
     server: RedisServer
     image: str
+    has_selectors: bool
 
     def url(self, user: str) -> str:
         """The URL of this user."""
@@ -66,7 +67,9 @@ def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     users = folder / "users.conf"
     users.write_text(users_for(binary), encoding="utf-8")
     with RedisServer(folder=folder / "server", binary=binary, config={"include": str(users)}) as server:
-        yield Guarded(server, (folder / "x.png").as_uri())
+        yield Guarded(
+            server, (folder / "x.png").as_uri(), users.read_text(encoding="utf-8") == CONFIG.read_text("utf-8")
+        )
 
 
 def users_for(binary: Path) -> str:
@@ -105,6 +108,8 @@ def test_acl_users_can_do_their_work(guarded: Guarded, worker: WorkerProcess) ->
             assert {item.result.id for item in items} == {*ids, later}
             for item in items:
                 item.ack()
+            if guarded.has_selectors:
+                assert client.running_workers() == (waited["one"].worker,)
         _by_celery(guarded, admin)
         _sweep(guarded, admin)
         wait_until(lambda: admin.exists(QUEUE_SNAPSHOT), timeout_s=15, what="the worker's look at the lanes")

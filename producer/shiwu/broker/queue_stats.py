@@ -55,22 +55,32 @@ def read_state(client: redis.Redis) -> QueueState:
         claimed[next((lane for lane in Lane if key in lane.keys), Lane.BULK)] += 1
     now_ms = server_time_ms(client)
     with client.pipeline(transaction=False) as pipe:
-        pipe.zrangebyscore(WORKERS, now_ms - WORKER_TIMEOUT_MS, "+inf")
         pipe.zcard(DELAYED)
         pipe.llen(QUARANTINE)
         pipe.zcard(DEAD)
         pipe.hgetall(COUNTERS)
-        workers, delayed, quarantined, dead, counters = pipe.execute()
+        delayed, quarantined, dead, counters = pipe.execute()
     return QueueState(
         waiting=waiting,
         claimed=claimed,
         delayed=delayed,
         suspects=quarantined,
         dead=dead,
-        workers=tuple(name.decode(errors="replace") for name in workers),
+        workers=read_workers(client, now_ms=now_ms),
         counters={name.decode(errors="replace"): _number(value) for name, value in sorted(counters.items())},
         oldest_age_s={lane: max(0.0, now_ms - sent_ms) / 1000 for lane, sent_ms in _oldest(client).items()},
     )
+
+
+def read_workers(client: redis.Redis, *, now_ms: float | None = None) -> tuple[str, ...]:
+    """Names of workers with a heartbeat in the last ten seconds.
+
+    Args:
+        now_ms: the server's time; None: it is asked for.
+    """
+    begin_ms = (server_time_ms(client) if now_ms is None else now_ms) - WORKER_TIMEOUT_MS
+    names: Any = client.zrangebyscore(WORKERS, begin_ms, "+inf")
+    return tuple(name.decode(errors="replace") for name in names)
 
 
 def _number(value: bytes) -> int:

@@ -140,7 +140,7 @@ def _answers(client: Client, ids: Sequence[str], *, timeout_s: float) -> Iterato
     if not missing or left_s <= 0:
         return
     with contextlib.suppress(redis.RedisError):  # the wait goes on while Redis is away
-        if not client.queue_state().workers:
+        if not client.running_workers():
             click.echo(
                 f"shiwu: no worker has been seen for {WORKER_TIMEOUT_MS / 1000:g} s; start one with `shiwu-worker` on "
                 f"the same Redis. Still waiting, up to {left_s:.0f} s.",

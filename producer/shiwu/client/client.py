@@ -12,7 +12,7 @@ from shiwu.broker.answers import AnswerStore
 from shiwu.broker.connection import connect
 from shiwu.broker.known_labels import KnownLabels, KnownLabelStore
 from shiwu.broker.maintenance import Maintenance, SweepReport
-from shiwu.broker.queue_stats import QueueState, read_state
+from shiwu.broker.queue_stats import QueueState, read_state, read_workers
 from shiwu.broker.retention import PublishedRetention
 from shiwu.broker.stray_lanes import StrayLanes, find_stray_lanes
 from shiwu.client.arguments import read_id, read_ids, read_integer, read_seconds, read_text, refused
@@ -387,6 +387,10 @@ class Client:
     def queue_state(self) -> QueueState:
         """Count waiting, claimed and delayed jobs, dead letters and running workers; several round trips."""
         return read_state(self._redis)
+
+    def running_workers(self) -> tuple[str, ...]:
+        """Names of workers with a heartbeat in the last ten seconds; needs fewer rights than `queue_state`."""
+        return read_workers(self._redis)
 
     def known_labels(self, digest: str) -> KnownLabels | None:
         """The label set behind `labels.digest` of an answer, or None where it is not known.

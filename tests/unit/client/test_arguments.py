@@ -88,6 +88,7 @@ ODD: dict[str, dict[str, list[Any]]] = {
     "sweep": {"zone": ["UTC", None, 5]},
     "server_time_ms": {},
     "queue_state": {},
+    "running_workers": {},
     "stray_lanes": {},
     "known_labels": {"digest": ["", *TEXT]},
     "close": {},
