@@ -1,0 +1,202 @@
+"""What a worker asks of the claim scripts, and what it makes of their replies, without a server."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+
+from shiwu.contract import Lane
+from shiwu_worker.jobs.job import Release
+from shiwu_worker.policy.limits import LeaseOptions
+from shiwu_worker.stages.claim import lease_queue as module
+from shiwu_worker.stages.claim.lease_queue import LAST_CLAIM_KEPT_MS, MAX_CLAIM, LeaseQueue
+from tests.support.clock import Clock
+
+BULK, INTERACTIVE = 5, 1
+"""Numbers of lanes in the reply."""
+
+
+class Place:
+    """The claims of one worker over scripts that give what the test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        self.clock = Clock()
+        monkeypatch.setattr(module.time, "monotonic", self.clock.monotonic)
+        monkeypatch.setattr(module.time, "time", lambda: 50.0)
+        self.claims: list[list[Any]] = []
+        self.replies: list[Any] = []
+        self.released: list[list[Any]] = []
+        self.ended: list[list[Any]] = []
+        self.renewed: list[list[Any]] = []
+        self.last_ids: list[str] = []
+        self.answers_ms: list[float] = []
+        monkeypatch.setattr(module, "load_script", lambda _, name, **__: getattr(self, f"_{name}"))
+        monkeypatch.setattr(module, "answered_before", self._answered_before)
+        lease = LeaseOptions(**({"lease_s": 60.0, "bulk_share": 0.1} | options))
+        client: Any = SimpleNamespace()
+        self.queue = LeaseQueue(client, lease, token="t", worker="w", result_ttl_s=77)
+
+    def _answered_before(self, worker: str, *, now_ms: float) -> bytes:
+        assert worker == "w"
+        self.answers_ms.append(now_ms)
+        return b"answer"
+
+    def _claim(self, *, keys: list[str], args: list[Any]) -> Any:
+        self.claims.append(args)
+        reply = self.replies.pop(0) if self.replies else [b"1000", 0]
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def _renew(self, *, keys: list[str], args: list[Any]) -> Any:
+        self.renewed.append(args)
+        return [b"lost"]
+
+    def _release(self, *, keys: list[str], args: list[Any]) -> int:
+        self.released.append(args)
+        return (len(args) - 4) // 4
+
+    def _end_claims(self, *, keys: list[str], args: list[Any]) -> bytes:
+        self.ended.append(args)
+        return msgspec.json.encode(self.last_ids)
+
+    def reply(self, *lanes: int, owns_quarantine: int = 0) -> None:
+        """Let the next claim give a job of each of these lanes."""
+        jobs = [[f"j{n}".encode(), n + 1, 0, lane, b"raw", n % 2, b"", 3] for n, lane in enumerate(lanes)]
+        self.replies.append([b"1000.5", owns_quarantine, *(field for job in jobs for field in job)])
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A worker that serves both lanes, and bulk with a tenth of each claim."""
+    return Place(monkeypatch)
+
+
+def test_claim_passes_its_limits_to_the_script(place: Place) -> None:
+    """The lease in ms, the share of bulk, whether nothing is held, and what a duplicate is answered."""
+    place.queue.claim(40, bulk_limit=30)
+    place.queue.claim(5, bulk_limit=30, held=["a"])
+    place.queue.claim(MAX_CLAIM + 1)
+    first, second, third = place.claims
+    assert first[:4] == ["t", 40, 4, 60_000]
+    assert (first[5], second[5], third[5]) == (1, 0, 1)
+    assert (first[9], first[10]) == (77, b"answer")
+    assert [args[12:15] for args in place.claims] == [[1, 1, 30], [1, 1, 5], [1, 1, MAX_CLAIM]]
+    assert [args[-1] for args in place.claims] == [1, 2, 3]
+    assert third[1] == MAX_CLAIM
+
+
+@pytest.mark.parametrize(
+    ("lanes", "flags"), [((Lane.BULK,), [0, 1]), ((Lane.INTERACTIVE,), [1, 0]), (tuple(Lane), [1, 1])]
+)
+def test_only_served_lanes_are_claimed(
+    monkeypatch: pytest.MonkeyPatch, lanes: tuple[Lane, ...], flags: list[int]
+) -> None:
+    """As the options name them."""
+    place = Place(monkeypatch, lanes=lanes)
+    place.queue.claim(1)
+    assert place.claims[0][12:14] == flags
+
+
+def test_bulk_share_adds_up_to_two_of_them(place: Place) -> None:
+    """Claims with only interactive jobs leave bulk its share; empty claims add nothing."""
+    owed = []
+    for _ in range(4):
+        place.reply(INTERACTIVE)
+        place.queue.claim(40)
+    owed += [args[2] for args in place.claims]
+    assert owed == [4, 8, 8, 8]
+    place.reply(BULK, BULK, INTERACTIVE)
+    place.queue.claim(40)
+    place.queue.claim(40)
+    assert [args[2] for args in place.claims[4:]] == [8, 8]
+    place.reply(*[BULK] * 20)
+    place.queue.claim(40)
+    place.queue.claim(40)
+    assert [args[2] for args in place.claims[6:]] == [8, 4]
+    place.queue.claim(40)
+    assert place.claims[8][2] == 4
+
+
+def test_small_claims_owe_bulk_two_jobs_at_most(place: Place) -> None:
+    """A tenth of a claim of one job."""
+    for _ in range(30):
+        place.reply(INTERACTIVE)
+        place.queue.claim(1)
+    owed = [args[2] for args in place.claims]
+    assert owed[8] == 0
+    assert owed[11] == 1
+    assert owed[-1] == 2
+
+
+def test_jobs_are_read_from_the_reply(place: Place) -> None:
+    """All fields, and the clocks of server and worker at the claim."""
+    place.reply(INTERACTIVE, BULK)
+    result = place.queue.claim(5)
+    first, second = result.jobs
+    assert (first.id, first.attempt, first.deaths, first.raw, first.history) == ("j0", 1, 0, b"raw", b"")
+    assert (first.key, second.key) == (Lane.INTERACTIVE.keys[0], Lane.BULK.keys[0])
+    assert (first.is_revoked, second.is_revoked) == (False, True)
+    assert (first.claimed_ms, first.claimed_s, first.generation) == (1000.5, place.clock.now_s, 3)
+    assert result.owns_quarantine is False
+
+
+def test_owner_of_the_quarantine_takes_turns(place: Place) -> None:
+    """With the lanes, where it holds nothing; while it holds jobs, the turn stays."""
+    for held, owns in (([], 1), ([], 1), (["a"], 1), ([], 0), ([], 1)):
+        place.reply(owns_quarantine=owns)
+        assert place.queue.claim(5, held=held).owns_quarantine is bool(owns)
+    assert [args[6] for args in place.claims] == [1, 0, 1, 1, 1]
+
+
+def test_answer_for_duplicates_is_made_once_a_second(place: Place) -> None:
+    """By this machine's clock before the first claim, then by the server's, as the last claim told it."""
+    for seconds in (0.0, 0.9, 0.1, 0.999):
+        place.clock.now_s += seconds
+        place.queue.claim(1)
+    assert place.answers_ms == [50_000.0, 1100.0]
+
+
+def test_lost_reply_is_released_before_the_next_claim(place: Place) -> None:
+    """Without what this worker holds; the last one of a release comes first in its lane."""
+    assert not place.queue.has_lost_reply
+    place.replies.append(redis.ConnectionError("lost"))
+    with pytest.raises(redis.ConnectionError):
+        place.queue.claim(5)
+    assert place.queue.has_lost_reply
+    place.last_ids = ["a", "b", "c"]
+    place.queue.claim(5, held=["b"])
+    assert place.ended == [[1, LAST_CLAIM_KEPT_MS]]
+    [args] = place.released
+    assert args[4::4] == ["c", "a"]
+    assert args[5:8] == [0, 0, ""]
+    assert not place.queue.has_lost_reply
+    place.queue.claim(5)
+    assert len(place.ended) == 1
+
+
+def test_nothing_is_claimed_after_the_end(place: Place) -> None:
+    """And what the last claim brought goes back, but for what is held."""
+    place.last_ids = ["a", "b"]
+    assert place.queue.end(["a"]) == 1
+    assert place.queue.claim(5).jobs == ()
+    assert place.claims == []
+
+
+def test_release_says_how_each_job_goes_back(place: Place) -> None:
+    """Delay in ms, whether the attempt counts, and how it ended. Nothing is asked for no jobs."""
+    assert place.queue.release([]) == 0
+    assert place.queue.renew([]) == []
+    assert (place.released, place.renewed) == ([], [])
+    releases = [Release("a", delay_s=1.5, counts=True, ending="x|"), Release("b", counts=False)]
+    assert place.queue.release(releases) == 2
+    [args] = place.released
+    assert args[0] == "t"
+    assert args[4:8] == ["a", 1500, 1, "x|"]
+    assert args[8:11] == ["b", 0, 0]
+    assert place.queue.renew(["a", "b"]) == ["lost"]
+    assert place.renewed == [["t", 60_000, "a", "b"]]
