@@ -24,6 +24,7 @@ from bench.bare import BatchSizeRate
 from bench.charts import Chart, Series
 from bench.checkpoints import NAMES, Checkpoint, checkpoint
 from bench.report import Headline, Report, Table, number, ratio
+from shiwu_worker.config.types import FUSIONS
 from shiwu_worker.runtime.cpus import usable_cores
 from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
 from shiwu_worker.stages.encode.device import choose_device, choose_dtypes
@@ -96,8 +97,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=usable_cores(), help="of torch on a CPU; default: all cores")
 
 
-def modes(device: str) -> dict[str, dict[str, bool]]:
-    """Return the encoder's switches: name → its options. CUDA graphs need CUDA."""
+def modes(device: str) -> dict[str, dict[str, Any]]:
+    """Return the encoder's switches: name → its options. CUDA graphs need CUDA.
+
+    On CUDA `graphs` has all steps that make the image tower faster, `unfused` none, and each step has its own mode.
+    """
     parameters = inspect.signature(EncoderOptions).parameters.values()
     switches = [
         parameter.name
@@ -105,8 +109,17 @@ def modes(device: str) -> dict[str, dict[str, bool]]:
         if isinstance(parameter.default, bool) or parameter.annotation in {"bool", bool}
     ]
     off = dict.fromkeys(switches, False)
-    usable = [name for name in switches if device == "cuda" or "graph" not in name]
-    return {EAGER: off, **{_PREFIX.sub("", name): off | {name: True} for name in usable}}
+    if device != "cuda":
+        usable = [name for name in switches if "graph" not in name]
+        return {EAGER: off, **{_PREFIX.sub("", name): off | {name: True} for name in usable}}
+    graphs: dict[str, Any] = off | {"has_graphs": True}
+    steps = {"unfused": (), **{step: (step,) for step in FUSIONS}}
+    return {
+        EAGER: off,
+        "graphs": graphs,
+        "compiled": graphs | {"is_compiled": True},
+        **{name: graphs | {"fusions": taken} for name, taken in steps.items()},
+    }
 
 
 def run(asked: argparse.Namespace) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from structlog.testing import capture_logs
 
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.config.types import FUSIONS
+from shiwu_worker.service.model import load_encoder
+from shiwu_worker.stages.decode.image_spec import ImageSpec
 from shiwu_worker.stages.encode.capture_rules import why_not_capturable
 from shiwu_worker.stages.encode.fusion import FoldedPatches, FusedAttention, fuse
-from shiwu_worker.stages.encode.model import chosen_fusions
+from shiwu_worker.stages.encode.model import EncoderOptions, chosen_fusions
 from shiwu_worker.stages.encode.towers import Tower, eager_tower
 from tests.support.encoders import SIDE, make_encoder, make_model, noise, saved
 
@@ -165,3 +168,28 @@ def test_setting_names_the_steps(monkeypatch: pytest.MonkeyPatch, text: str, val
     monkeypatch.setenv("SHIWU_FUSE", "auto,qkv")
     with pytest.raises(ValueError, match="expected auto, none, or some of patches, qkv, attention, got auto"):
         Settings()
+
+
+@pytest.mark.parametrize(("largest", "limit_s"), [(0, 0.025), (256, math.inf)])
+def test_worker_passes_its_settings_to_the_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int, limit_s: float
+) -> None:
+    """The time of a batch is limited unless the operator set a size."""
+    made: list[EncoderOptions] = []
+
+    class Recorder:
+        def __init__(self, options: EncoderOptions) -> None:
+            made.append(options)
+
+        def warm(self, **_: Any) -> None:
+            """Do nothing."""
+
+    monkeypatch.setattr("shiwu_worker.stages.encode.encoder.Encoder", Recorder)
+    folder = saved(make_model("clip"), tmp_path)
+    spec = ImageSpec(SIDE, SIDE, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    for steps, passed in ((("auto",), None), (("qkv",), ("qkv",)), ((), ())):
+        settings = Settings(model=str(folder), device="cuda", fuse=steps, max_batch=largest)
+        load_encoder(settings, folder, spec)
+        assert made[-1].fusions == passed
+        assert made[-1].max_gpu_batch_s == limit_s
+        assert made[-1].batch_sizes[-1] == (largest or 512)
