@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from shiwu.contract import ErrorCode, RequestError
 
+T = TypeVar("T")
 MAX_TIME_S: Final = 10 * 365 * 86_400.0
 MAX_INTEGER: Final = 2**31
 MAX_LOOKED_UP_ID_BYTES: Final = 4096
@@ -54,6 +55,20 @@ def read_text(name: str, value: Any, *, least: int = 0, most: int = 1000) -> str
     """
     if not isinstance(value, str) or not least <= len(value) <= most or not _is_utf8(value):
         raise refused(name, f"a text of {least} to {most} characters", value)
+    return value
+
+
+def read_instance(name: str, value: T, kind: type | tuple[type, ...], expected: str) -> T:
+    """Check that a value is of a type, and return it.
+
+    Args:
+        expected: what the error says in place of the type.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if not isinstance(value, kind):
+        raise refused(name, expected, value)
     return value
 
 

@@ -15,7 +15,7 @@ from shiwu.broker.maintenance import Maintenance, SweepReport
 from shiwu.broker.queue_stats import QueueState, read_state, read_workers
 from shiwu.broker.retention import PublishedRetention
 from shiwu.broker.stray_lanes import StrayLanes, find_stray_lanes
-from shiwu.client.arguments import read_id, read_ids, read_integer, read_seconds, read_text, refused
+from shiwu.client.arguments import read_id, read_ids, read_instance, read_integer, read_seconds, read_text, refused
 from shiwu.client.dead_letters import DeadFilter, DeadLetter, DeadLetters
 from shiwu.client.items import check_images, check_shared_fields, random_id, request_id
 from shiwu.client.results import TagResult, read_result
@@ -351,8 +351,7 @@ class Client:
 
     def dead_letters(self, where: DeadFilter | None = None, *, limit: int | None = None) -> Iterator[DeadLetter]:
         """Yield up to `limit` jobs that ended without tags, newest first, each with its message and answer."""
-        if where is not None and not isinstance(where, DeadFilter):
-            raise refused("where", "a DeadFilter", where)
+        read_instance("where", where, (DeadFilter, type(None)), "a DeadFilter")
         return self._dead_letters.read(where, limit=None if limit is None else read_integer("limit", limit))
 
     def dead_letter(self, job_id: str) -> DeadLetter | None:
@@ -374,15 +373,14 @@ class Client:
     def sweep(self, *, zone: tzinfo = UTC) -> SweepReport:
         """Do maintenance once, for places where no worker may be running; see the command `shiwu sweep`.
 
-        Requeues jobs whose lease expired, answers jobs out of time, and trims the results stream. Several sweeps may
-        run at the same time.
+        Requeues jobs whose lease expired, answers late ones and trims the results stream. Several may run at once.
 
         Args:
             zone: time zone of an `expires` without one, as the workers' `SHIWU_TIMEZONE`.
         """
-        if not isinstance(zone, tzinfo):
-            raise refused("zone", "a tzinfo as ZoneInfo('Asia/Shanghai')", zone)
-        return self._maintenance.sweep(zone=zone)
+        return self._maintenance.sweep(
+            zone=read_instance("zone", zone, tzinfo, "a tzinfo as ZoneInfo('Asia/Shanghai')")
+        )
 
     def queue_state(self) -> QueueState:
         """Count waiting, claimed and delayed jobs, dead letters and running workers; several round trips."""
