@@ -58,7 +58,7 @@ def read_text(name: str, value: Any, *, least: int = 0, most: int = 1000) -> str
     return value
 
 
-def read_instance(name: str, value: T, kind: type | tuple[type, ...], expected: str) -> T:
+def read_type(name: str, value: T, kind: type | tuple[type, ...], expected: str) -> T:
     """Check that a value is of a type, and return it.
 
     Args:

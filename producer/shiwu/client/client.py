@@ -15,7 +15,7 @@ from shiwu.broker.maintenance import Maintenance, SweepReport
 from shiwu.broker.queue_stats import QueueState, read_state, read_workers
 from shiwu.broker.retention import PublishedRetention
 from shiwu.broker.stray_lanes import StrayLanes, find_stray_lanes
-from shiwu.client.arguments import read_id, read_ids, read_instance, read_integer, read_seconds, read_text, refused
+from shiwu.client.arguments import read_id, read_ids, read_integer, read_seconds, read_text, read_type, refused
 from shiwu.client.dead_letters import DeadFilter, DeadLetter, DeadLetters
 from shiwu.client.items import check_images, check_shared_fields, random_id, request_id
 from shiwu.client.results import TagResult, read_result
@@ -351,7 +351,7 @@ class Client:
 
     def dead_letters(self, where: DeadFilter | None = None, *, limit: int | None = None) -> Iterator[DeadLetter]:
         """Yield up to `limit` jobs that ended without tags, newest first, each with its message and answer."""
-        read_instance("where", where, (DeadFilter, type(None)), "a DeadFilter")
+        read_type("where", where, (DeadFilter, type(None)), "a DeadFilter")
         return self._dead_letters.read(where, limit=None if limit is None else read_integer("limit", limit))
 
     def dead_letter(self, job_id: str) -> DeadLetter | None:
@@ -378,9 +378,7 @@ class Client:
         Args:
             zone: time zone of an `expires` without one, as the workers' `SHIWU_TIMEZONE`.
         """
-        return self._maintenance.sweep(
-            zone=read_instance("zone", zone, tzinfo, "a tzinfo as ZoneInfo('Asia/Shanghai')")
-        )
+        return self._maintenance.sweep(zone=read_type("zone", zone, tzinfo, "a tzinfo as ZoneInfo('Asia/Shanghai')"))
 
     def queue_state(self) -> QueueState:
         """Count waiting, claimed and delayed jobs, dead letters and running workers; several round trips."""
