@@ -29,7 +29,9 @@ class Lists:
     def lrange(self, key: str, first: int, last: int) -> list[bytes]:
         """As the command with negative indexes."""
         values = self.lists.get(key, [])
-        found = values[max(0, len(values) + first) : max(0, len(values) + last + 1)]
+        begin = max(0, len(values) + first) if first < 0 else first
+        found = values[begin : max(0, len(values) + last + 1)]
+        assert len(found) <= PORTION, "a longer read would block the server"
         self.reads.append((key, len(found)))
         return found
 
@@ -108,6 +110,9 @@ def test_message_is_found_again_by_its_place(lists: Lists) -> None:
     assert step(scan, 10) == names[800:810]
     del lists.lists[BULK][-170:]
     assert step(scan, 10) == names[820:830]
+    del lists.lists[BULK][-9:]
+    assert len(lists.lists[BULK]) == 171
+    assert step(scan, 10) == names[830:840], "the last message of the step before is the oldest one"
 
 
 def test_search_for_the_place_is_bounded(lists: Lists) -> None:
