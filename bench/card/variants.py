@@ -15,7 +15,6 @@ from bench.card.measure import Measures, Skipped
 from bench.card.models import open_encoder, pixels_of
 from bench.encode import modes
 
-GRAPHS: Final = "has_graphs"
 COMPILED: Final = "is_compiled"
 SIZES: Final = (1, 64, 256)
 CHECKED: Final = 8
@@ -23,17 +22,9 @@ CHECKED: Final = 8
 
 
 def measures(*, tiny: bool) -> Measures:
-    """Eager, graphs, graphs with each other switch of the encoder, and with all of them; compiled ones come last."""
-    switches = list(next(iter(modes("cuda").values())))
-    off = dict.fromkeys(switches, False)
-    plain = [name for name in switches if name not in {GRAPHS, COMPILED}]
-    ways = {"eager": off, "graphs": off | {GRAPHS: True}}
-    ways |= {f"graphs, {name}": off | {GRAPHS: True, name: True} for name in plain}
-    if len(plain) > 1:
-        ways["graphs, all switches"] = off | dict.fromkeys([GRAPHS, *plain], True)
-    if COMPILED in switches:
-        ways["graphs, compiled"] = off | {GRAPHS: True, COMPILED: True}
-        ways["graphs, compiled, all switches"] = off | dict.fromkeys([GRAPHS, COMPILED, *plain], True)
+    """Eager, graphs without and with each step that makes the image tower faster, with all of them, and compiled."""
+    ways = modes("cuda")
+    ways["compiled"] = ways.pop("compiled")  # last, because it takes longest
     for name, options in ways.items():
         yield name, partial(_measure, options, tiny=tiny)
 
