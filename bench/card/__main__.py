@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from bench.card.plan import CALL_S, INSTALL_S, STAGES
-from bench.card.runner import ROOT, install, run_stage
+from bench.card.runner import ROOT, adopt_descendants, install, run_stage
 
 
 def main() -> int:
@@ -24,6 +24,7 @@ def main() -> int:
     began_s = time.monotonic()
     if asked.wheels:
         install(asked.wheels)
+    adopt_descendants()
     steps = STAGES[asked.stage]
     if asked.only:
         names = asked.only.split(",")

@@ -6,6 +6,7 @@ Imports the standard library only, because it runs before wheels are installed.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -21,8 +22,11 @@ from bench.card.plan import Step
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SITE: Final = ROOT / "build" / "card-site"
-END_S: Final = 5.0
-"""Time for a process to end after SIGTERM."""
+END_S: Final = 10.0
+"""Time for a process to end after SIGTERM, and what it started with it."""
+REHEARSAL_FACTOR: Final = 4
+"""A rehearsal may take so many times the limits: it runs on a CPU, often on a busy one, and nobody waits for it."""
+PR_SET_CHILD_SUBREAPER: Final = 36
 TAIL_CHARACTERS: Final = 6_000
 PASSED: Final = frozenset({"ok", "skipped"})
 
@@ -64,13 +68,14 @@ def run_stage(name: str, steps: Sequence[Step], *, tiny: bool, out: Path, stage_
     The JSON is written anew after each step, so that it holds what was found if the stage is killed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    ends_s = time.monotonic() + stage_s
+    factor = REHEARSAL_FACTOR if tiny else 1
+    ends_s = time.monotonic() + stage_s * factor
     found: dict[str, Any] = {}
     with (out / f"card-{name}.log").open("w", encoding="utf-8") as log:
         for step in steps:
             left_s = ends_s - time.monotonic()
             found[step.name] = (
-                run_step(step, tiny=tiny, limit_s=min(step.limit_s, left_s), log_to=log)
+                run_step(step, tiny=tiny, limit_s=min(step.limit_s * factor, left_s), log_to=log)
                 if left_s > 1
                 else {"status": "failed", "reason": "no time was left in the stage"}
             )
@@ -129,9 +134,15 @@ def _skipped(figures: Mapping[str, Any]) -> str | None:
     return reasons[0].removeprefix("skipped: ") if len(reasons) == len(measures) else None
 
 
+def adopt_descendants() -> None:
+    """Become the parent of processes whose parent ends, so that those of a killed step are found and end too."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 @contextlib.contextmanager
 def _process(command: Sequence[str], output: Any, env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own; at the end the whole group is killed."""
+    """A process; at the end all that it started is killed, also in sessions of their own."""
+    before = _descendants(os.getpid())
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -144,14 +155,28 @@ def _process(command: Sequence[str], output: Any, env: Mapping[str, str]) -> Ite
     try:
         yield process
     finally:
+        family = _descendants(process.pid)
         if process.poll() is None:
-            _signal(process.pid, signal.SIGTERM)
+            process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(END_S)
-        _signal(process.pid, signal.SIGKILL)
+        # Those that were started meanwhile have this process as their parent, if it adopts them.
+        for pid in (family | _descendants(os.getpid())) - before - {process.pid}:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 
-def _signal(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
+def _descendants(pid: int) -> set[int]:
+    """All processes below this one."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parents[int(path.parent.name)] = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
+    found: set[int] = set()
+    left = {pid}
+    while left:
+        left = {child for child, parent in parents.items() if parent in left} - found
+        found |= left
+    return found

@@ -1,4 +1,4 @@
-"""Each check of this folder runs on a CUDA device with four models, and with two on a stand-in for it on the CPU."""
+"""Each check of this folder runs on CUDA with four models, and with a tiny one on a stand-in for it on the CPU."""
 
 from __future__ import annotations
 
