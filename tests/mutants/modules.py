@@ -101,6 +101,7 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/integration/test_forged_deadlines.py",
     ),
     "producer/shiwu/broker/expiry.py": (
+        "tests/unit/broker/test_expiry.py",
         "tests/integration/test_deadlines.py",
         "tests/integration/test_swept_messages.py",
         "tests/integration/test_forged_deadlines.py",
@@ -142,7 +143,6 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/integration/test_waiting.py",
         "tests/integration/test_dead_letters.py",
         "tests/integration/test_deadlines.py",
-        "tests/integration/test_queue_snapshot.py",
         *CONSUMERS,
     ),
     "producer/shiwu/client/dead_letters.py": (
@@ -158,8 +158,8 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/integration/test_deadlines.py",
         "tests/integration/test_connections.py",
     ),
-    "producer/shiwu/client/stream.py": CONSUMERS,
-    "producer/shiwu/client/stream_items.py": CONSUMERS,
+    "producer/shiwu/client/stream.py": ("tests/unit/client/test_stream.py", *CONSUMERS),
+    "producer/shiwu/client/stream_items.py": ("tests/unit/client/test_stream.py", *CONSUMERS),
     "producer/shiwu/client/waiter.py": ("tests/integration/test_waiting.py", "tests/integration/test_client.py"),
     "producer/shiwu/contract/answer.py": (*CONTRACT, "tests/integration/test_result_errors.py"),
     "producer/shiwu/contract/ids.py": (*CONTRACT, "tests/integration/test_message_ids.py"),

@@ -1,6 +1,7 @@
 """Small faults in Python source: each is one edit that a test of the module should notice.
 
-Left alone is what no test can judge: texts, annotations, what a log line says, and numbers named at module level.
+Left alone is what no test can judge: texts, annotations, what a log line says, numbers named at module level, and
+pauses of such a length.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class _Collector(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> None:
-        if isinstance(node.value, ast.Constant) or _is_log(node.value):
+        if isinstance(node.value, ast.Constant) or _is_log(node.value) or _is_fixed_pause(node.value):
             return
         if isinstance(node.value, ast.Call | ast.Await):
             self._replace(node, "pass", "delete a call")
@@ -218,6 +219,17 @@ def _has_names(node: ast.expr | None) -> bool:
 
 def _is_text(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+
+
+def _is_fixed_pause(node: ast.expr) -> bool:
+    """Whether this waits for a named time, such as `closed.wait(PAUSE_S)`: without it a loop turns faster, no more.
+
+    Pauses whose length is computed are edited: tests count the tries of these.
+    """
+    match node:
+        case ast.Call(func=ast.Attribute(attr="wait"), args=[ast.Name(id=name)], keywords=[]):
+            return name.isupper() and name.endswith(("PAUSE_S", "INTERVAL_S"))
+    return False
 
 
 def _is_log(node: ast.AST) -> bool:

@@ -29,6 +29,8 @@ def f(a: int, b: bool = False) -> int:
         continue
     self.x = a + 1
     call(a)
+    closed.wait(RETRY_PAUSE_S)
+    closed.wait(a)
     return min(a, "text" + b)
 '''
 
@@ -64,11 +66,13 @@ def changed(line: str) -> set[str]:
         ("continue", {"pass"}),
         ("self.x = a + 1", {"pass", "self.x = (a - 1)", "self.x = a + 2", "self.x = a + 0"}),
         ("call(a)", {"pass"}),
+        ("closed.wait(RETRY_PAUSE_S)", set()),
+        ("closed.wait(a)", {"pass"}),
         ('return min(a, "text" + b)', {"return None", 'return max(a, "text" + b)'}),
     ],
 )
 def test_faults_of_a_line(line: str, faults: set[str]) -> None:
-    """Texts, annotations, log lines and named numbers are left alone."""
+    """Texts, annotations, log lines, named numbers and pauses are left alone."""
     assert changed(line) == faults
 
 

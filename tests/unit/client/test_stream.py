@@ -1,0 +1,371 @@
+"""What a consumer asks of the stream, and what it makes of the replies, without a server."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+from redis.exceptions import NoPermissionError
+
+from shiwu import RequestError
+from shiwu.client import stream as module
+from shiwu.client.stream import (
+    CLEANUP_EVERY_S,
+    CONSUMER_TTL_S,
+    GIVEN_UP_MS,
+    MIN_WAIT_S,
+    StreamOptions,
+    _Reader,
+    follow,
+    read_options,
+)
+from shiwu.client.stream_items import EntryReader
+from shiwu.contract import RESULT_STREAM, Answer, Status
+from tests.support.clock import Clock
+
+ARGUMENTS: dict[str, Any] = {
+    "group": "g",
+    "consumer": "me",
+    "batch": 3,
+    "block_s": 0.5,
+    "max_block_s": 2.5,
+    "reclaim_idle_s": 10.0,
+    "stop_when_idle": False,
+    "away_s": None,
+    "on_unreadable": lambda _: None,
+}
+
+
+def entry(number: int) -> tuple[bytes, dict[bytes, bytes]]:
+    """An answer in the stream."""
+    return f"{number}-0".encode(), {b"answer": Answer(id=f"j{number}", status=Status.TAGGED).to_json()}
+
+
+class Place:
+    """A reader over commands that give what the test says, and keep what they are asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> None:
+        self.clock = Clock()
+        monkeypatch.setattr(module.time, "monotonic", self.clock.monotonic)
+        self.options: StreamOptions = read_options(**(ARGUMENTS | arguments))
+        self.calls: list[tuple[str, Any]] = []
+        self.reads: list[Any] = []
+        self.claims: list[Any] = []
+        self.pending: Any = {"pending": 0, "max": None, "consumers": []}
+        self.held_by: dict[str, list[Any]] = {}
+        self.held: Any = []
+        self.client: Any = SimpleNamespace(
+            register_script=lambda _: None,
+            xgroup_create=lambda *_, **options: self._call("create", options),
+            xreadgroup=self._read,
+            xautoclaim=self._claim,
+            xpending=lambda *_: self._call("pending", self.pending),
+            pipeline=self._pipeline,
+            xack=lambda *args: self._call("ack", args),
+        )
+        self.reader = _Reader(self.client, EntryReader(self.client, group="g", on_unreadable=pytest.fail), self.options)
+        reader: Any = self.reader
+        reader._hold = lambda **call: self._call("hold", call["args"], self.held)
+        reader._drop = lambda **call: self._call("drop", call["args"], 0)
+
+    def _call(self, name: str, asked: Any, reply: Any = None) -> Any:
+        self.calls.append((name, asked))
+        if isinstance(reply, Exception):
+            raise reply
+        return asked if reply is None else reply
+
+    def _read(self, group: str, consumer: str, streams: dict[str, str], *, count: int, block: int | None) -> Any:
+        assert (group, consumer, count) == (self.options.group, self.options.consumer, self.options.batch)
+        found = self.reads.pop(0) if self.reads else []
+        self._call("read", (streams[RESULT_STREAM], block))
+        if isinstance(found, Exception):
+            raise found
+        return [[b"", found]] if found else found
+
+    def _claim(self, *_: Any, **options: Any) -> Any:
+        cursor, found = self.claims.pop(0) if self.claims else (b"0-0", [])
+        self._call("claim", (options["min_idle_time"], options["start_id"], options["count"]))
+        return [cursor, found]
+
+    def _pipeline(self, *, transaction: bool) -> Any:
+        assert not transaction
+        names: list[str] = []
+
+        def add(_: str, __: str, **options: Any) -> None:
+            self._call("held by", (options["min"], options["max"], options["count"]))
+            names.append(options["consumername"].decode())
+
+        pipe = SimpleNamespace(xpending_range=add, execute=lambda: [self.held_by.get(name, []) for name in names])
+        return _Context(pipe)
+
+    def read(self) -> list[str]:
+        """The ids of the next portion."""
+        return [item.result.id for item in self.reader.read()]
+
+    def asked(self, name: str) -> list[Any]:
+        """What was asked of one command."""
+        return [asked for called, asked in self.calls if called == name]
+
+    def skip_own(self) -> None:
+        """Read to where new entries begin, and forget what was asked."""
+        assert self.read() == []
+        self.calls.clear()
+
+
+class _Context:
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __enter__(self) -> Any:
+        return self._value
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A consumer with the arguments above."""
+    return Place(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"group": ""},
+        {"consumer": ""},
+        {"batch": 0},
+        {"block_s": -1},
+        {"reclaim_idle_s": -1},
+        {"away_s": -1},
+        {"group": "x" * 1001},
+    ],
+)
+def test_invalid_arguments_are_refused(changes: dict[str, Any]) -> None:
+    """With the name of the argument."""
+    with pytest.raises(RequestError, match=f"^{next(iter(changes))}: "):
+        read_options(**(ARGUMENTS | changes))
+
+
+def test_least_arguments_are_accepted() -> None:
+    """A read waits no longer than the client's time-out allows; only a name that was made is temporary."""
+    least = {"batch": 1, "block_s": 0, "reclaim_idle_s": 0, "away_s": 0, "group": "g", "consumer": "c"}
+    options = read_options(**(ARGUMENTS | least))
+    assert (options.batch, options.block_s, options.reclaim_idle_s, options.away_s) == (1, 0.0, 0.0, 0.0)
+    assert (options.consumer, options.is_temporary) == ("c", False)
+    assert read_options(**(ARGUMENTS | {"block_s": 60})).block_s == 2.5
+    made = [read_options(**(ARGUMENTS | {"consumer": None})) for _ in range(2)]
+    assert all(each.is_temporary for each in made)
+    assert made[0].consumer != made[1].consumer
+    assert made[0].away_s is None
+
+
+def test_own_entries_come_first(place: Place) -> None:
+    """Portion by portion without a wait; then entries of crashed consumers and new ones in turns."""
+    place.reads = [[entry(1), entry(2)], [entry(3)], [], [entry(4)], [entry(5)]]
+    place.claims = [(b"7-0", [entry(9)]), (b"0-0", [])]
+    assert [place.read() for _ in range(6)] == [["j1", "j2"], ["j3"], [], ["j9"], ["j4"], []]
+    assert place.asked("read") == [("0-0", None), ("2-0", None), ("3-0", None), (">", 500)]
+    assert place.asked("claim") == [(10_000, "0-0", 3), (10_000, "7-0", 3)]
+    assert place.asked("create") == [{"id": "0", "mkstream": True}]
+
+
+@pytest.mark.parametrize(("block_s", "block_ms"), [(0.0, None), (0.0001, 1), (0.5, 500)])
+def test_read_waits_at_least_a_millisecond_or_not(
+    monkeypatch: pytest.MonkeyPatch, block_s: float, block_ms: int | None
+) -> None:
+    """A block of 0 would never end."""
+    place = Place(monkeypatch, block_s=block_s)
+    place.skip_own()
+    place.read()
+    place.read()
+    assert place.asked("read") == [(">", block_ms)]
+
+
+def test_answer_is_handed_out_once_in_a_loop_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry that comes back by a claim was not acknowledged yet; any other loop gets it again."""
+    for stops, expected in ((True, []), (False, ["j1"])):
+        place = Place(monkeypatch, stop_when_idle=stops)
+        place.reads = [[entry(1)]]
+        [item] = place.reader.read()
+        place.reader.handed_out(item)
+        assert place.read() == []
+        place.claims = [(b"0-0", [entry(1)])]
+        assert place.read() == expected
+
+
+@pytest.mark.parametrize(
+    ("stops", "claim", "new", "is_at_end"),
+    [
+        (True, (b"0-0", []), [], True),
+        (False, (b"0-0", []), [], False),
+        (True, (b"5-0", []), [], False),
+        (True, (b"0-0", [entry(1)]), [], False),
+        (True, (b"0-0", []), [entry(2)], False),
+    ],
+)
+def test_loop_ends_when_nothing_is_left(
+    monkeypatch: pytest.MonkeyPatch, stops: bool, claim: Any, new: list[Any], is_at_end: bool
+) -> None:
+    """Neither new entries nor entries to claim, and only where it is to end."""
+    place = Place(monkeypatch, stop_when_idle=stops)
+    place.skip_own()
+    place.claims, place.reads = [claim], [new]
+    place.read()
+    assert not place.reader.is_at_end
+    place.read()
+    assert place.reader.is_at_end is is_at_end
+
+
+def test_loop_waits_for_what_others_held(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Up to the newest entry of that time; it reads with longer waits meanwhile, and says once whom it waits for."""
+    place = Place(monkeypatch, stop_when_idle=True, block_s=0.01)
+    place.skip_own()
+    consumers = [{"name": b"me"}, {"name": b"other"}, {"name": b"done"}]
+    place.pending = {"pending": 2, "max": b"8-0", "consumers": consumers}
+    place.held_by = {"other": [1]}
+    with caplog.at_level(logging.WARNING, logger="shiwu"):
+        for _ in range(2):
+            place.read()
+            place.read()
+            place.pending |= {"max": b"99-0"}
+    assert not place.reader.is_at_end
+    assert place.asked("held by") == [("-", "8-0", 1)] * 4
+    assert place.asked("read") == [(">", 10), (">", int(MIN_WAIT_S * 1000))]
+    assert caplog.text.count("(other)") == len(caplog.records) == 1
+    place.held_by = {}
+    place.read()
+    place.read()
+    assert place.reader.is_at_end
+
+
+def test_loop_ends_where_pending_entries_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or where the Redis user may not ask for them."""
+    place = Place(monkeypatch, stop_when_idle=True)
+    place.pending = {"pending": 2, "max": b"8-0", "consumers": [{"name": b"me"}]}
+    assert place.reader._others_hold_nothing()
+    place.client.xpending = lambda *_: place._call("pending", 0, NoPermissionError("no"))
+    assert place.reader._others_hold_nothing()
+    assert place.reader._others_hold_nothing()
+    assert len(place.asked("pending")) == 2, "what is refused is not asked again"
+
+
+def test_idle_time_of_a_held_portion_is_reset(place: Place) -> None:
+    """After a tenth of the time after which others take it over; what another has is given up."""
+    place.reads = [[entry(1), entry(2)]]
+    portion = place.reader.read()
+    place.clock.now_s += 1.0
+    assert place.reader.hold(portion) == portion
+    place.clock.now_s += 0.001
+    assert place.reader.hold([]) == []
+    assert place.asked("hold") == []
+    place.held = [b"2-0"]
+    assert [item.result.id for item in place.reader.hold(portion)] == ["j2"]
+    assert place.asked("hold") == [["g", "me", 0, "1-0", "2-0"]]
+    assert place.reader.hold(portion) == portion, "it is recent again"
+
+
+def test_portion_is_kept_where_it_may_not_be_held(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """The ACL of an older version lacks the right; that is logged once."""
+    place.reads = [[entry(1)]]
+    portion = place.reader.read()
+    place.held = NoPermissionError("no")
+    for _ in range(2):
+        place.clock.now_s += 2.0
+        assert place.reader.hold(portion) == portion
+    assert (len(place.asked("hold")), len(caplog.records)) == (1, 1)
+
+
+@pytest.mark.parametrize("reclaim_idle_s", [10.0, 3600.0])
+def test_idle_consumers_are_removed_once_in_a_while(monkeypatch: pytest.MonkeyPatch, reclaim_idle_s: float) -> None:
+    """After an hour, or after twice the time after which entries are taken over."""
+    place = Place(monkeypatch, reclaim_idle_s=reclaim_idle_s)
+    place.read()
+    place.clock.now_s += CLEANUP_EVERY_S - 1
+    place.read()
+    assert place.asked("drop") == [["g", "", int(max(CONSUMER_TTL_S, 2 * reclaim_idle_s) * 1000)]]
+    place.clock.now_s += 1
+    place.read()
+    assert len(place.asked("drop")) == 2
+
+
+@pytest.mark.parametrize("text", ["NOGROUP no such group", "UNBLOCKED the stream", "ERR Error: NOGROUP no"])
+def test_deleted_group_is_made_again(place: Place, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """And read from its begin; what was read before is still delivered, because nobody else can get it."""
+    monkeypatch.setattr(module, "GROUP_GONE_PAUSE_S", 0.0)
+    place.reads = [[entry(1)]]
+    portion = place.reader.read()
+    place.calls.clear()
+    assert place.reader.failed(redis.ResponseError(text))
+    place.clock.now_s += 1e6
+    assert place.reader.hold(portion) == portion
+    place.read()
+    assert (len(place.asked("create")), place.asked("read")) == (1, [("0-0", None)])
+
+
+@pytest.mark.parametrize("error", [redis.ConnectionError("NOGROUP"), redis.ResponseError("ERR other"), OSError("x")])
+def test_entries_of_a_lost_reply_are_read_again(place: Place, error: Exception) -> None:
+    """Those after the newest that came; while its own old entries are read, it goes on where it was."""
+    place.reads = [[entry(3)], [], [entry(12), entry(7)]]
+    place.read()
+    assert not place.reader.failed(error)
+    place.read()
+    place.claims = [(b"0-0", [entry(2)])]
+    place.read()
+    place.read()
+    assert not place.reader.failed(error)
+    place.calls.clear()
+    place.read()
+    assert place.asked("read") == [("12-0", None)]
+
+
+def test_group_that_exists_is_used(place: Place) -> None:
+    """Any other error of its creation is raised, and it is tried again."""
+    errors = [redis.ResponseError("OOM no"), redis.ResponseError("BUSYGROUP exists")]
+    made: list[int] = []
+
+    def create(*_: Any, **__: Any) -> None:
+        made.append(1)
+        raise errors.pop(0)
+
+    place.client.xgroup_create = create
+    with pytest.raises(redis.ResponseError, match="OOM"):
+        place.reader.read()
+    place.read()
+    place.read()
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize(("consumer", "is_dropped"), [("me", False), (None, True)])
+def test_loop_that_ends_gives_up_what_it_holds(
+    monkeypatch: pytest.MonkeyPatch, consumer: str | None, *, is_dropped: bool
+) -> None:
+    """The next consumer gets it immediately; a name that was made for the loop is removed."""
+    place = Place(monkeypatch, consumer=consumer)
+    place.reader.leave([])
+    assert place.calls == [], "there is no group yet"
+    place.reads = [[entry(1), entry(2)]]
+    portion = place.reader.read()
+    place.calls.clear()
+    place.reader.leave(portion)
+    name = place.options.consumer
+    expected: list[Any] = [("hold", ["g", name, GIVEN_UP_MS, "1-0", "2-0"]), ("drop", ["g", name, 0])]
+    assert place.calls == expected[: 1 + is_dropped]
+
+
+def test_loop_yields_portions_and_gives_up_their_rest(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in between is waited for, and no item is lost or yielded twice."""
+    place.reads = [[entry(1), entry(2)], redis.ConnectionError("away"), [], [entry(3), entry(4), entry(5)]]
+    waits: list[Exception] = []
+    outage: Any = SimpleNamespace(wait=waits.append, end=lambda: None, is_on=False)
+    monkeypatch.setattr(module, "Outage", lambda **_: outage)
+    monkeypatch.setattr(module, "_Reader", lambda *_: place.reader)
+    loop: Any = follow(place.client, place.client, place.options)
+    assert [next(loop).result.id for _ in range(3)] == ["j1", "j2", "j3"]
+    assert len(waits) == 1
+    place.calls.clear()
+    loop.close()
+    assert place.calls == [("hold", ["g", "me", GIVEN_UP_MS, "4-0", "5-0"])]
