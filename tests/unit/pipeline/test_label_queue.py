@@ -19,7 +19,7 @@ from shiwu_worker.jobs.label_checks import LabelTokens
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.timestamps import StageTimestamps
 from shiwu_worker.pipeline.admission import Admit, Defer, Reject
-from shiwu_worker.pipeline.label_queue import LONGEST_DELAY_S, SHORTEST_DELAY_S, LabelQueue
+from shiwu_worker.pipeline.label_queue import LONGEST_DELAY_S, MAX_TEXTS, SHORTEST_DELAY_S, LabelQueue
 from shiwu_worker.policy.limits import LabelLimits
 from shiwu_worker.stages.score.label_bank import LabelBank
 from tests.support.clock import Clock
@@ -358,3 +358,154 @@ def test_every_job_leaves_once_with_labels_or_unwanted(actions: list[tuple[str, 
     assert sorted(job.id for job in left) == sorted(job.id for job in admitted)
     assert all(job.labels is not None or job.is_answered_elsewhere for job in left)
     assert (len(place.queue), set(place.queue.words_waiting().values())) == (0, {0})
+
+
+@pytest.mark.parametrize("lane", list(Lane))
+@pytest.mark.parametrize("jitter", [0.75, 1.25])
+def test_deferred_job_returns_when_its_lane_may_have_room(
+    monkeypatch: pytest.MonkeyPatch, lane: Lane, jitter: float
+) -> None:
+    """After what its labels take, divided by the lane's share of the time, with jitter."""
+
+    def choose(least: float, most: float) -> float:
+        assert (least, most) == (0.75, 1.25)
+        return jitter
+
+    monkeypatch.setattr("random.uniform", choose)
+    limits = replace(LIMITS, jobs_per_lane=3, quick_s=0.25)
+    place = Place(limits=limits)
+    for _ in range(3):
+        place.admit(words(200), lane)
+    lane_s = place.bank.cost.seconds(sum(entry.units for entry in place.queue._entries.values()))
+    share = limits.interactive_share if lane is Lane.INTERACTIVE else limits.bulk_share
+    decision = place.queue.admit(make_job(lane), words(1))
+    assert isinstance(decision, Defer)
+    expected_s = min(LONGEST_DELAY_S, max(SHORTEST_DELAY_S, lane_s / share * jitter))
+    assert decision.delay_s == pytest.approx(expected_s)
+    assert SHORTEST_DELAY_S < expected_s < LONGEST_DELAY_S
+
+
+@pytest.mark.parametrize(("jobs", "is_slow", "is_deferred"), [(2, True, False), (3, True, True), (3, False, False)])
+def test_job_is_deferred_by_number_and_time(jobs: int, *, is_slow: bool, is_deferred: bool) -> None:
+    """Only where both are reached: so many jobs, and more than a moment for their labels."""
+    place = Place()
+    for _ in range(jobs):
+        place.admit(words(100))
+    lane_s = place.bank.cost.seconds(sum(entry.units for entry in place.queue._entries.values()))
+    place.queue._limits = replace(LIMITS, jobs_per_lane=3, quick_s=lane_s - 1e-6 if is_slow else lane_s)
+    assert isinstance(place.queue.admit(make_job(Lane.BULK), words(1)), Defer) is is_deferred
+    assert isinstance(place.queue.admit(make_job(Lane.INTERACTIVE), words(1)), Admit)
+
+
+def test_delay_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A moment at least, and half a minute at most."""
+    monkeypatch.setattr("random.uniform", lambda *_: 1.0)
+    for count, expected_s in ((2, SHORTEST_DELAY_S), (20_000, LONGEST_DELAY_S)):
+        place = Place(limits=replace(LIMITS, jobs_per_lane=1, quick_s=0.0, max_request_s=1e6))
+        place.admit(words(count))
+        assert place.queue.admit(make_job(Lane.BULK), words(1)) == Defer(expected_s)
+
+
+def test_waiting_jobs_are_counted_for_each_lane() -> None:
+    """From their admission until their labels are there, or they leave."""
+    place = Place(sets=[CONFIGURED])
+    assert place.queue.waiting_jobs() == {Lane.INTERACTIVE: 0, Lane.BULK: 0}
+    first, second = words(3), words(4)
+    jobs = [place.admit(first), place.admit(first, Lane.INTERACTIVE), place.admit(second)]
+    assert place.queue.waiting_jobs() == {Lane.INTERACTIVE: 1, Lane.BULK: 2}
+    assert place.queue.words_waiting() == {Lane.INTERACTIVE: 3, Lane.BULK: 4, None: 100}
+    place.queue.discard([jobs[1], make_job(Lane.BULK)])
+    assert place.queue.waiting_jobs() == {Lane.INTERACTIVE: 0, Lane.BULK: 2}
+    assert place.queue.words_waiting() == {Lane.INTERACTIVE: 0, Lane.BULK: 7, None: 100}
+    place.finish()
+    assert place.queue.waiting_jobs() == {Lane.INTERACTIVE: 0, Lane.BULK: 0}
+    assert place.queue.words_waiting() == {Lane.INTERACTIVE: 0, Lane.BULK: 0, None: 0}
+
+
+def test_set_stays_urgent_while_an_interactive_job_needs_it() -> None:
+    """One of two leaves, or a bulk job: the other interactive job still waits for it."""
+    place = Place()
+    label_set = words(3)
+    one, two, bulk = (place.admit(label_set, lane) for lane in (Lane.INTERACTIVE, Lane.INTERACTIVE, Lane.BULK))
+    place.queue.discard([one])
+    assert place.queue.words_waiting()[Lane.INTERACTIVE] == 3
+    place.queue.discard([bulk])
+    assert place.queue.words_waiting()[Lane.INTERACTIVE] == 3
+    place.queue.discard([two])
+    assert set(place.queue.words_waiting().values()) == {0}
+
+
+@pytest.mark.parametrize(("templates", "texts"), [(1, MAX_TEXTS), (2, MAX_TEXTS // 2), (3, MAX_TEXTS // 3)])
+def test_portion_has_a_bound_of_texts(templates: int, texts: int) -> None:
+    """However long a batch of images takes: each label makes a text with each template."""
+    place = Place(limits=replace(LIMITS, max_request_s=1e6))
+    place.image_s = 1e6
+    label_set = replace(words(300), templates=tuple(f"{number} {{}}" for number in range(templates)))
+    place.admit(label_set)
+    place.portion()
+    assert place.observer.labels == [(Lane.BULK, texts)]
+    assert place.queue.words_waiting()[Lane.BULK] == 300 - texts
+
+
+def test_portion_has_at_least_one_label() -> None:
+    """Also where one alone takes longer than the aim; the shortest labels come first."""
+    place = Place(limits=replace(LIMITS, portion_s=1e-9))
+    job = make_job(Lane.BULK)
+    place.queue.admit(job, LabelSet(None, ("a much longer label", "short", "in between")))
+    for expected in ("short", "in between", "a much longer label"):
+        place.tower.texts.clear()
+        place.portion()
+        assert place.tower.texts == [expected]
+    assert job.labels is not None
+    assert len(place.queue) == 0
+
+
+def test_jobs_with_other_heads_get_their_own_label_sets() -> None:
+    """The labels are encoded once; each job has the vectors under the set that it named."""
+    place = Place()
+    plain = words(3)
+    other = replace(plain, head="sigmoid")
+    jobs = [place.admit(plain), place.admit(other)]
+    assert [job.label_set for job in jobs] == [plain, other]
+    place.finish()
+    assert len(place.tower.texts) == 3
+    for job, label_set in zip(jobs, (plain, other), strict=True):
+        assert job.labels is not None
+        assert job.labels.label_set == label_set
+
+
+def test_share_of_a_lane_counts_from_the_begin_of_a_portion() -> None:
+    """The next one begins when the last has taken its share of the time, and exactly then."""
+    place = Place(limits=replace(LIMITS, bulk_share=0.25))
+    place.admit(words(1000))
+    _, took_s = place.portion(is_idle=False)
+    wait_s = place.queue.wait_s(is_idle=False)
+    assert wait_s == pytest.approx(3 * took_s)
+    place.clock.now_s = place.queue._not_before_s[Lane.BULK]
+    assert place.queue.wait_s(is_idle=False) == 0.0
+    assert place.portion(is_idle=False)[1] > 0
+    place.admit(words(2), Lane.INTERACTIVE)
+    assert place.queue.wait_s(is_idle=False) == 0.0, "the other lane has its own share"
+
+
+def test_jobs_are_on_the_device_while_their_labels_are() -> None:
+    """And no longer, also where the labels failed: an error of another job must not count for them."""
+    place = Place()
+    label_set, bad = words(2), words(1)
+    job = place.admit(label_set)
+    seen: list[bool] = []
+    encode = place.tower.encode
+
+    def note(texts: Sequence[str]) -> NDArray[np.float32]:
+        seen.append(job.is_on_device)
+        return encode(texts)
+
+    place.bank._encode_texts = note
+    place.finish()
+    assert (seen, job.is_on_device) == ([True], False)
+    place.tower.errors[bad.words[0]] = ValueError("a kernel failed")
+    failing = place.admit(bad)
+    place.finish()
+    assert not failing.is_on_device
+    assert failing.error is not None
+    assert failing.error.retryable is False
