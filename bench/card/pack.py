@@ -45,7 +45,6 @@ MACHINE_HAS: Final = frozenset(
             "tqdm",
             "typer",
         ),
-        "pygments",
     }
 )
 KEPT_SERVICES: Final = ("s3/", "sts/", "sso/", "sso-oidc/")
