@@ -54,7 +54,10 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/integration/test_late_claims.py",
         "tests/integration/test_pipeline.py",
     ),
-    "worker/shiwu_worker/stages/claim/notifier.py": ("tests/integration/test_pipeline.py",),
+    "worker/shiwu_worker/stages/claim/notifier.py": (
+        "tests/unit/stages/test_notifier.py",
+        "tests/integration/test_pipeline.py",
+    ),
     "worker/shiwu_worker/stages/score/label_bank.py": (
         "tests/unit/stages/test_label_bank.py",
         "tests/unit/pipeline/test_label_queue.py",
@@ -154,6 +157,7 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
     "producer/shiwu/client/items.py": (*CLIENT, *CONSUMERS),
     "producer/shiwu/client/results.py": ("tests/unit/client/test_results.py", "tests/compat/test_next_version.py"),
     "producer/shiwu/client/sender.py": (
+        "tests/unit/client/test_sender.py",
         *CLIENT,
         "tests/integration/test_deadlines.py",
         "tests/integration/test_connections.py",

@@ -148,6 +148,7 @@ def test_readers_ignore_fields_of_newer_versions() -> None:
 @pytest.mark.parametrize(
     ("reference", "shown"),
     [
+        ("http://h:0/p?x=secret", "http://h:0/p"),
         ("https://h/p?X-Amz-Signature=secret#f", "https://h/p"),
         ("HTTPS://h/p#secret", "HTTPS://h/p"),
         ("https://h?secret", "https://h"),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from shiwu.contract import Lane
 from shiwu_worker.pipeline.in_flight import MAX_JOBS_PER_SLOT, NO_ROOM, InFlightJobs, Room
 from shiwu_worker.policy.limits import LoadShares
+from tests.support.waiting import wait_until
 
 
 def jobs(count: int, *, first: int = 0, lane: Lane = Lane.INTERACTIVE) -> list[Any]:
@@ -196,3 +202,58 @@ def test_small_room_is_not_worth_a_claim() -> None:
     [job] = jobs(1)
     one.add([job], [job])
     assert room(one) == 2
+
+
+def test_wait_for_the_end_has_three_ends() -> None:
+    """Nothing is in flight, the time is over, or it is hurried; it ends at once in each case."""
+    in_flight = InFlightJobs(slots=3)
+    far_s = time.monotonic() + 60.0
+    in_flight.wait_until_empty(until_s=far_s, is_hurried=lambda: False)
+    held = jobs(1)
+    in_flight.add(held, held)
+    in_flight.wait_until_empty(until_s=far_s, is_hurried=lambda: True)
+    in_flight.wait_until_empty(until_s=time.monotonic() - 1.0, is_hurried=lambda: False)
+    hurries = iter([False, False, True])
+    in_flight.wait_until_empty(until_s=far_s, is_hurried=lambda: next(hurries))
+    assert list(hurries) == []
+    assert time.monotonic() < far_s
+
+
+@pytest.mark.parametrize("change", ["free", "remove", "wake"])
+def test_change_wakes_a_thread_that_waits_for_room(change: str) -> None:
+    """A freed slot, a removed job, and `wake`, long before its time-out."""
+    in_flight = InFlightJobs(slots=3)
+    held = jobs(3)
+    in_flight.add(held, held)
+    is_closing = threading.Event()
+    waits: Any = in_flight._changed
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(
+            in_flight.wait_for_room,
+            owns_quarantine=change == "remove",
+            is_closing=is_closing.is_set,
+            timeout_s=60.0,
+        )
+        wait_until(lambda: len(waits._waiters) == 1, timeout_s=10)
+        if change == "free":
+            in_flight.free_slots(held)
+        elif change == "remove":
+            in_flight.remove(held)
+        else:
+            is_closing.set()
+            in_flight.wake()
+        found = waiting.result(timeout=10)
+    # A job that is removed without its slot leaves less than a claim is worth.
+    assert found == {"free": Room(3, 2), "remove": Room(0, 0), "wake": NO_ROOM}[change]
+
+
+def test_waiting_jobs_take_half_of_their_slots_for_each_lane() -> None:
+    """More of them use the slots of others, and jobs of a lane that is not known to wait count as others."""
+    waiting = {Lane.INTERACTIVE: 3}
+    in_flight = InFlightJobs(slots=10, label_slots=4, waiting=lambda: waiting)
+    held = jobs(3)
+    in_flight.add(held, held)
+    assert rooms(in_flight).total == 5
+    waiting[Lane.INTERACTIVE] = 1
+    assert rooms(in_flight).total == 4
+    assert rooms(InFlightJobs(slots=10, label_slots=4)).total == 6
