@@ -23,6 +23,7 @@ from shiwu.contract.vocabulary import ErrorCode
 from shiwu_worker.celery_worker.callback_app import make_callback_app
 from shiwu_worker.celery_worker.callbacks import CallbackSender
 from shiwu_worker.config.settings import Settings
+from shiwu_worker.config.views import callback_rules
 from tests.conftest import LONG
 from tests.support.redis_parts import message
 
@@ -115,7 +116,7 @@ def producer(redis_client: redis.Redis, redis_url: str, monkeypatch: pytest.Monk
     monkeypatch.setenv("SHIWU_CALLBACK_QUEUES", "ok-queue")
     worker = Settings()
     app = make_callback_app(worker)
-    yield HostileProducer(redis_client, app, worker.callback_rules)
+    yield HostileProducer(redis_client, app, callback_rules(worker))
     app.close()
 
 

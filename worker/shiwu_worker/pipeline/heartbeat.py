@@ -32,6 +32,8 @@ TICK_S: Final = 1.0
 CHUNK_SIZE: Final = 500
 """Jobs that one script of the maintenance touches at most, so that none blocks the server for long."""
 LOAD_LOG_INTERVAL_S: Final = 30.0
+FOREIGN_INTERVAL_S: Final = 10.0
+"""How often the types of all keys are checked while no duty fails."""
 CLOSE_TIMEOUT_S: Final = 2.0
 
 
@@ -76,6 +78,7 @@ class Heartbeat:
         self._stuck_logged_s = 0.0
         self._waiting = 0
         """Messages in the lanes, as the last maintenance counted them."""
+        self._foreign_due_s = 0.0
         self._stream_report = MaintenanceReport()
         self._duties = Duties(
             [
@@ -85,7 +88,7 @@ class Heartbeat:
                 Duty("trim", self._trim),
                 Duty("load_log", self._log_load),
             ],
-            on_failed=observer.duty_failed,
+            on_failed=self._on_duty_failed,
         )
         self._closed = threading.Event()
         self.thread = ServiceThread("heartbeat", self._run, on_fatal=on_fatal, stop=self._closed.set)
@@ -116,7 +119,10 @@ class Heartbeat:
             self._renew()
 
     def _move_foreign(self) -> None:
-        """First of all duties: a key of a wrong type would make the others fail."""
+        """First of all duties: a key of a wrong type would make the others fail. It is one command for each key."""
+        if time.monotonic() < self._foreign_due_s:
+            return
+        self._foreign_due_s = time.monotonic() + FOREIGN_INTERVAL_S
         if foreign := self._maintenance.move_foreign():
             self._observer.foreign_moved(len(foreign))
         for value in foreign:
@@ -127,6 +133,10 @@ class Heartbeat:
                 moved_to=value.moved_to,
                 meaning="another program wrote it; give each program its own Redis user (docs/redis-acl.conf)",
             )
+
+    def _on_duty_failed(self, name: str) -> None:
+        self._foreign_due_s = 0.0  # a key of a wrong type may be the cause
+        self._observer.duty_failed(name)
 
     def _is_stuck(self) -> bool:
         """Whether there is work and nothing makes progress; logged every `stuck_s`."""
