@@ -36,8 +36,8 @@ DEFECTS: Final[dict[str, tuple[str, str, str]]] = {
     ),
     "leases end early": (
         "maintain.lua",
-        "ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT'",
-        "ZRANGEBYSCORE', leases, '-inf', now + 40000, 'LIMIT'",
+        "ipairs(due(leases, now))",
+        "ipairs(due(leases, now + 40000))",
     ),
     "reaped jobs go to the back": (
         "maintain.lua",

@@ -219,10 +219,13 @@ def test_report_of_maintenance_is_passed_on(place: Place) -> None:
 
 
 def test_moved_values_are_counted_and_named(place: Place) -> None:
-    """None, where there are none."""
+    """None, where there are none. A duty that fails is a reason to check at once."""
     place.heartbeat._move_foreign()
     assert place.observer.foreign == []
     place.foreign = [ForeignValue(key="shiwu.bulk", type="string", moved_to="x")]
+    place.heartbeat._move_foreign()
+    assert place.observer.foreign == [], "types are checked every ten seconds"
+    place.heartbeat._on_duty_failed("maintenance")
     with capture_logs() as logs:
         place.heartbeat._move_foreign()
     assert place.observer.foreign == [1]

@@ -31,13 +31,28 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 -- A key of a wrong type must stop the script before its first write, because Redis does not undo a script.
-for _, hash in ipairs({ claims, attempts, delayed_messages, dead_answers, dead_messages }) do redis.call('HLEN', hash) end
-for _, set in ipairs({ leases, delayed, workers, dead, KEYS[14], canvas_due }) do redis.call('ZCARD', set) end
-local stream_length, wanted_ms = redis.call('XLEN', results), redis.call('GET', scan_wanted)
-redis.call('LLEN', quarantine)
+-- Of keys that do not exist nothing else is read: a queue without jobs costs the server few commands.
+local hashes = { claims, attempts, delayed_messages, dead_answers, dead_messages }
+local sets = { leases, delayed, dead, canvas_due, KEYS[14] }
+local size = { [KEYS[14]] = 0 }
+local looked_at = { quarantine, quarantine_owner, deadlines, scan_wanted }
+for _, keys in ipairs({ hashes, sets }) do
+  for _, key in ipairs(keys) do
+    size[key] = 0
+    looked_at[#looked_at + 1] = key
+  end
+end
+local is_empty = redis.call('EXISTS', unpack(looked_at)) == 0
+local stream_length, quarantined, wanted_ms = redis.call('XLEN', results), 0, false
+if not is_empty then
+  for _, hash in ipairs(hashes) do size[hash] = redis.call('HLEN', hash) end
+  for _, set in ipairs(sets) do size[set] = redis.call('ZCARD', set) end
+  quarantined, wanted_ms = redis.call('LLEN', quarantine), redis.call('GET', scan_wanted)
+end
 
+-- The first write of all: a wrong type of this key stops the script here.
 redis.call('ZREMRANGEBYSCORE', workers, '-inf', now - WORKER_TTL_MS)
-redis.call('ZREMRANGEBYSCORE', KEYS[14], '-inf', now)
+if size[KEYS[14]] > 0 then redis.call('ZREMRANGEBYSCORE', KEYS[14], '-inf', now) end
 if name ~= '' then redis.call('ZADD', workers, now, name) end
 
 -- pcall: if a lane key has a wrong type, its jobs stay where they are, and are tried again after others.
@@ -59,28 +74,35 @@ end
 -- If the server's clock was set back, jobs of crashed workers would stay under their leases for too long, and so would
 -- callbacks under their reservation, and the quarantine under its owner.
 local function shorten(set, longest_ms)
+  if size[set] == 0 then return end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', set, now + longest_ms + 1, '+inf', 'LIMIT', 0, limit)) do
     redis.call('ZADD', set, now + longest_ms, id)
   end
 end
 shorten(leases, max_lease_ms)
 shorten(canvas_due, max_reserved_ms)
-local owned_ms = redis.pcall('PTTL', quarantine_owner)
+local owned_ms = not is_empty and redis.pcall('PTTL', quarantine_owner)
 if type(owned_ms) == 'number' and (owned_ms == -1 or owned_ms > max_lease_ms) then
   redis.pcall('PEXPIRE', quarantine_owner, max_lease_ms)
 end
 
 -- A message whose entry in the sorted set was removed by another program would wait without end.
 local function complete(hash, set, at)
-  if redis.call('HLEN', hash) <= redis.call('ZCARD', set) then return end
+  if size[hash] <= size[set] then return end
   local ids = redis.pcall('HKEYS', hash)
   for _, id in ipairs(ids) do redis.call('ZADD', set, 'NX', at, id) end
+  size[set] = size[hash]
 end
 complete(claims, leases, now + NEW_LEASE_MS)
 complete(delayed_messages, delayed, now)
 
+-- Up to `limit` members of a sorted set whose time is before this one.
+local function due(set, until_ms)
+  return size[set] > 0 and redis.call('ZRANGEBYSCORE', set, '-inf', until_ms, 'LIMIT', 0, limit) or {}
+end
+
 local reaped = 0
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, limit)) do
+for _, id in ipairs(due(leases, now)) do
   local record = redis.call('HGET', claims, id)
   local token, attempt, lane, raw
   if record then token, attempt, lane, raw = string.match(record, '^([^|]*)|(%d+)|([^|]*)|(.*)$') end
@@ -108,7 +130,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0,
 end
 
 local promoted = 0
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', delayed, '-inf', now, 'LIMIT', 0, limit)) do
+for _, id in ipairs(due(delayed, now)) do
   local record = redis.call('HGET', delayed_messages, id)
   local lane, raw
   if record then lane, raw = string.match(record, '^([^|]*)|(.*)$') end
@@ -121,14 +143,15 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', delayed, '-inf', now, 'LIMIT', 0
   end
 end
 
-local old = redis.call('ZRANGEBYSCORE', dead, '-inf', now - dead_age_ms, 'LIMIT', 0, limit)
+local old = due(dead, now - dead_age_ms)
 if #old > 0 then
   redis.call('ZREM', dead, unpack(old))
   redis.call('HDEL', dead_answers, unpack(old))
   redis.call('HDEL', dead_messages, unpack(old))
 end
 
-local quarantined = redis.call('LLEN', quarantine)
+-- Jobs of crashed workers may have been added above.
+if reaped > 0 then quarantined = redis.call('LLEN', quarantine) end
 local waiting = quarantined
 for k = is_counting and LANES or #KEYS + 1, #KEYS do
   local length = redis.pcall('LLEN', KEYS[k])
@@ -140,15 +163,14 @@ if reaped > 0 and type(redis.pcall('HINCRBY', counters, 'reaped', reaped)) ~= 'n
 end
 
 -- pcall: producers may write to this key, so it may have a wrong type.
-local due, late, size = redis.pcall('ZRANGEBYSCORE', deadlines, '-inf', now, 'LIMIT', 0, limit), {}, 0
-local due_count = 0
-for _, id in ipairs(due) do
-  if size > MAX_REPLY then break end
+local late, late_bytes, due_count = {}, 0, 0
+for _, id in ipairs(is_empty and {} or redis.pcall('ZRANGEBYSCORE', deadlines, '-inf', now, 'LIMIT', 0, limit)) do
+  if late_bytes > MAX_REPLY then break end
   due_count = due_count + 1
   local record = redis.call('HGET', claims, id)
   record = record and string.match(record, '^[^|]*|%d+|(.*)$') or redis.call('HGET', delayed_messages, id)
   if record and #record < MAX_MESSAGE then
-    size = size + #record
+    late_bytes = late_bytes + #record
     late[#late + 1] = id
     late[#late + 1] = record
   else
@@ -172,9 +194,7 @@ elseif wanted_ms then
 end
 
 -- pcall: with counters of a wrong type nothing is dropped by its bytes until they have been moved aside.
-local function counted(field)
-  local value = redis.pcall('HGET', counters, field)
-  return type(value) == 'string' and math.floor(tonumber(value) or 0) or 0
-end
-local stream_bytes, dead_bytes = counted('results_bytes'), counted('dead_bytes')
+local counted = redis.pcall('HMGET', counters, 'results_bytes', 'dead_bytes')
+local function whole(value) return type(value) == 'string' and math.floor(tonumber(value) or 0) or 0 end
+local stream_bytes, dead_bytes = whole(counted[1]), whole(counted[2])
 return { reaped, promoted, quarantined, waiting, stream_length, due_count, now, stream_bytes, dead_bytes, is_scanning, late }
