@@ -149,6 +149,7 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         *CONSUMERS,
     ),
     "producer/shiwu/client/dead_letters.py": (
+        "tests/unit/client/test_dead_letters.py",
         "tests/integration/test_dead_letters.py",
         "tests/integration/test_repeated_calls.py",
         "tests/integration/test_generations.py",
@@ -163,7 +164,11 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/integration/test_connections.py",
     ),
     "producer/shiwu/client/stream.py": ("tests/unit/client/test_stream.py", *CONSUMERS),
-    "producer/shiwu/client/stream_items.py": ("tests/unit/client/test_stream.py", *CONSUMERS),
+    "producer/shiwu/client/stream_items.py": (
+        "tests/unit/client/test_stream_items.py",
+        "tests/unit/client/test_stream.py",
+        *CONSUMERS,
+    ),
     "producer/shiwu/client/waiter.py": ("tests/integration/test_waiting.py", "tests/integration/test_client.py"),
     "producer/shiwu/contract/answer.py": (*CONTRACT, "tests/integration/test_result_errors.py"),
     "producer/shiwu/contract/ids.py": (*CONTRACT, "tests/integration/test_message_ids.py"),

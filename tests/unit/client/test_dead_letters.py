@@ -1,0 +1,170 @@
+"""How dead letters are selected and read, without a server."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from shiwu import RequestError
+from shiwu.broker.answers import dead_message
+from shiwu.client import dead_letters as module
+from shiwu.client.dead_letters import CHUNK_SIZE, DeadFilter, DeadLetter, DeadLetters
+from shiwu.client.results import TagResult
+from shiwu.contract import (
+    DEAD_ANSWERS,
+    DEAD_MESSAGES,
+    MAX_MESSAGE_BYTES,
+    Answer,
+    ErrorCode,
+    ErrorInfo,
+    ImageInfo,
+    Lane,
+    Stage,
+    Status,
+)
+
+NOW_MS = 100_000.0
+FULL: dict[str, Any] = {
+    "status": Status.REJECTED,
+    "worker": "w1",
+    "error": ErrorInfo(code=ErrorCode.PICTURE_BROKEN, message="cut", stage=Stage.DECODE),
+    "image": ImageInfo(reference="s3://b/cat.jpg"),
+}
+MATCHING: dict[str, str] = {
+    "code": "picture_broken",
+    "stage": "decode",
+    "status": "rejected",
+    "worker": "w1",
+    "image": "cat",
+}
+
+
+class Place:
+    """Dead letters of a server."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: list[tuple[bytes, float]] = []
+        self.values: dict[str, dict[str, bytes]] = {DEAD_ANSWERS: {}, DEAD_MESSAGES: {}}
+        self.ranges: list[Any] = []
+        self.loads: list[int] = []
+        self.calls: list[tuple[str, int]] = []
+        monkeypatch.setattr(module, "server_time_ms", lambda _: NOW_MS)
+        monkeypatch.setattr(module, "load_repeatable_script", lambda _, name: lambda **call: self._run(name, call))
+        client: Any = SimpleNamespace(
+            zrevrangebyscore=self._range,
+            zscore=lambda _, job_id: dict(self.found).get(job_id.encode()),
+            pipeline=lambda transaction: nullcontext(self._pipe(transaction)),
+        )
+        self.letters = DeadLetters(client)
+
+    def _range(self, _: str, newest: Any, oldest: Any, *, withscores: bool) -> Any:
+        self.ranges.append((newest, oldest))
+        assert withscores
+        return self.found
+
+    def _pipe(self, is_one_step: bool) -> Any:
+        assert is_one_step
+        asked: list[Any] = []
+        self.loads.append(0)
+
+        def read(key: str, ids: list[str]) -> None:
+            self.loads[-1] = len(ids)
+            asked.append([self.values[key].get(job_id) for job_id in ids])
+
+        return SimpleNamespace(hmget=read, execute=lambda: asked)
+
+    def _run(self, name: str, call: dict[str, Any]) -> Any:
+        ids = call["args"][2:] if name == "requeue" else call["args"]
+        self.calls.append((name, len(ids)))
+        return [job_id.encode() for job_id in ids] if name == "requeue" else len(ids)
+
+    def add(self, job_id: str, *, key: str = "shiwu.bulk", raw: bytes = b"raw", **fields: Any) -> None:
+        """A dead letter that is older than those before."""
+        self.found.append((job_id.encode(), NOW_MS - len(self.found)))
+        given: dict[str, Any] = {"status": Status.FAILED} | fields
+        self.values[DEAD_ANSWERS][job_id] = Answer(id=job_id, **given).to_json()
+        self.values[DEAD_MESSAGES][job_id] = dead_message(key, raw)
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+    """No dead letters."""
+    return Place(monkeypatch)
+
+
+def letter(**fields: Any) -> DeadLetter:
+    """A dead letter with this answer."""
+    return DeadLetter("a", 0.0, TagResult(id="a", **({"status": Status.FAILED} | fields)), b"", None)
+
+
+@pytest.mark.parametrize("name", MATCHING)
+def test_filter_needs_each_of_its_fields(name: str) -> None:
+    """One that is missing in the answer does not match; one that is not set matches all."""
+    assert DeadFilter().admits(letter())
+    assert DeadFilter(**MATCHING).admits(letter(**FULL))
+    assert DeadFilter(**{name: MATCHING[name]}).admits(letter(**FULL))
+    assert not DeadFilter(**{name: MATCHING[name]}).admits(letter())
+    assert not DeadFilter(**(MATCHING | {name: "another"})).admits(letter(**FULL))
+
+
+@pytest.mark.parametrize("name", ["older_s", "newer_s"])
+def test_age_of_a_filter_is_a_number_of_seconds(name: str) -> None:
+    """Where it is set."""
+    assert getattr(DeadFilter(**{name: 0.0}), name) == 0.0
+    with pytest.raises(RequestError, match=name):
+        DeadFilter(**{name: -1.0})
+
+
+def test_ages_are_compared_by_the_server(place: Place) -> None:
+    """In ms since 1970; without them all letters are read."""
+    list(place.letters.read())
+    list(place.letters.read(DeadFilter(older_s=10.0)))
+    list(place.letters.read(DeadFilter(newer_s=20.0, older_s=0.0)))
+    assert place.ranges == [("+inf", "-inf"), (90_000.0, "-inf"), (100_000.0, 80_000.0)]
+
+
+@pytest.mark.parametrize(("limit", "shown"), [(None, 4), (0, 0), (1, 1), (3, 3), (4, 4), (9, 4)])
+def test_limit_counts_letters_that_match(place: Place, limit: int | None, shown: int) -> None:
+    """Newest first."""
+    for number in range(8):
+        place.add(f"j{number}", worker="w1" if number % 2 else "w2")
+    found = [each.id for each in place.letters.read(DeadFilter(worker="w1"), limit=limit)]
+    assert found == ["j1", "j3", "j5", "j7"][:shown]
+
+
+def test_letters_are_read_in_portions(place: Place) -> None:
+    """One that is removed meanwhile is left out."""
+    for number in range(CHUNK_SIZE + 2):
+        place.add(f"j{number}")
+    del place.values[DEAD_ANSWERS]["j0"], place.values[DEAD_MESSAGES]["j1"]
+    assert len(list(place.letters.read())) == CHUNK_SIZE
+    assert place.loads == [CHUNK_SIZE, 2]
+
+
+def test_letter_has_message_lane_and_time(place: Place) -> None:
+    """Of one that was too large, its size and digest; a lane of another version is not known."""
+    place.add("a", raw=b"abc")
+    place.add("b", key="shiwu.other", raw=b"x" * (MAX_MESSAGE_BYTES + 1))
+    first, second = place.letters.show("a"), place.letters.show("b")
+    assert first is not None
+    assert second is not None
+    assert (first.id, first.message, first.size, first.sha256, first.lane) == ("a", b"abc", 3, None, Lane.BULK)
+    assert (first.died_ms, first.result.id) == (NOW_MS, "a")
+    assert (second.size, second.lane) == (MAX_MESSAGE_BYTES + 1, None)
+    assert second.sha256 is not None
+    assert place.letters.show("c") is None
+    del place.values[DEAD_ANSWERS]["a"]
+    assert place.letters.show("a") is None
+
+
+def test_many_letters_are_requeued_and_dropped_in_portions(place: Place) -> None:
+    """The results of all portions count."""
+    ids = [f"j{number}" for number in range(CHUNK_SIZE + 3)]
+    assert place.letters.requeue(iter(ids)) == ids
+    assert place.letters.drop(iter(ids)) == len(ids)
+    assert place.letters.requeue([]) == []
+    assert place.letters.drop([]) == 0
+    assert place.calls == [("requeue", CHUNK_SIZE), ("requeue", 3), ("drop", CHUNK_SIZE), ("drop", 3)]
