@@ -28,7 +28,10 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/unit/pipeline/test_batch_executor.py",
         "tests/unit/pipeline/test_pipeline.py",
     ),
-    "worker/shiwu_worker/pipeline/cancellations.py": ("tests/integration/test_cancellations.py",),
+    "worker/shiwu_worker/pipeline/cancellations.py": (
+        "tests/unit/pipeline/test_cancellations.py",
+        "tests/integration/test_cancellations.py",
+    ),
     "worker/shiwu_worker/pipeline/claimer.py": PIPELINE,
     "worker/shiwu_worker/pipeline/heartbeat.py": (
         "tests/unit/pipeline/test_heartbeat.py",
@@ -129,7 +132,11 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/unit/broker/test_message_reader.py",
     ),
     "producer/shiwu/broker/message_writer.py": ("tests/unit/broker", *CLIENT),
-    "producer/shiwu/broker/queue_stats.py": ("tests/integration/test_queue_snapshot.py", *CLIENT),
+    "producer/shiwu/broker/queue_stats.py": (
+        "tests/unit/broker/test_queue_stats.py",
+        "tests/integration/test_queue_snapshot.py",
+        *CLIENT,
+    ),
     "producer/shiwu/broker/redis_errors.py": (
         "tests/integration/test_redis_errors.py",
         "tests/integration/test_redis_urls.py",
@@ -169,7 +176,11 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/unit/client/test_stream.py",
         *CONSUMERS,
     ),
-    "producer/shiwu/client/waiter.py": ("tests/integration/test_waiting.py", "tests/integration/test_client.py"),
+    "producer/shiwu/client/waiter.py": (
+        "tests/unit/client/test_waiter.py",
+        "tests/integration/test_waiting.py",
+        "tests/integration/test_client.py",
+    ),
     "producer/shiwu/contract/answer.py": (*CONTRACT, "tests/integration/test_result_errors.py"),
     "producer/shiwu/contract/ids.py": (*CONTRACT, "tests/integration/test_message_ids.py"),
     "producer/shiwu/contract/printable.py": CONTRACT,

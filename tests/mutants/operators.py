@@ -112,7 +112,7 @@ class _Collector(ast.NodeVisitor):
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         name = node.target.id if isinstance(node.target, ast.Name) else ""
         # Tests use the bounds and pauses of a module by their names, so another value changes both.
-        is_named_number = name.strip("_").isupper() and not _has_names(node.value)
+        is_named_number = name.strip("_").isupper() and (not _has_names(node.value) or _is_number(node.value))
         if node.value is not None and not is_named_number:
             self.visit(node.value)
 
@@ -215,6 +215,18 @@ class _Collector(ast.NodeVisitor):
 
 def _has_names(node: ast.expr | None) -> bool:
     return node is not None and any(isinstance(part, ast.Name) for part in ast.walk(node))
+
+
+def _is_number(node: ast.expr | None) -> bool:
+    """Whether this computes a number of numbers and of other named ones, such as `4 * POLL_INTERVAL_S`."""
+    match node:
+        case ast.BinOp(left=left, right=right):
+            return _is_number(left) and _is_number(right)
+        case ast.Name(id=name):
+            return name.isupper()
+        case ast.Constant(value=int() | float()):
+            return True
+    return False
 
 
 def _is_text(node: ast.expr) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     x = 1 + 2
 WAIT_S: Final = 5.0
 MOST: Final = 3
+LONG_S: Final = 4 * WAIT_S
 
 def f(a: int, b: bool = False) -> int:
     """Another."""
@@ -51,6 +52,7 @@ def changed(line: str) -> set[str]:
         ("x = 1 + 2", set()),
         ("WAIT_S: Final = 5.0", set()),
         ("MOST: Final = 3", set()),
+        ("LONG_S: Final = 4 * WAIT_S", set()),
         ("def f(a: int, b: bool = False) -> int:", {"def f(a: int, b: bool = True) -> int:"}),
         ('log.info("said", count=a + 1)', set()),
         (

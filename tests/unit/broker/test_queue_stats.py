@@ -1,0 +1,162 @@
+"""What is counted of the queues, without a server."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+
+from shiwu.broker import queue_stats as module
+from shiwu.broker.message_writer import build_message
+from shiwu.broker.queue_stats import QueueSnapshot, QueueState, count_waiting, read_state, read_workers, shared_snapshot
+from shiwu.contract import CLAIMS, COUNTERS, DEAD, DELAYED, QUARANTINE, WORKERS, Lane, Request
+
+NOW_MS = 100_000.0
+INTERACTIVE, BULK = Lane
+
+
+class Place:
+    """The keys of a server."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lengths: dict[str, int] = {}
+        self.claims: dict[bytes, bytes] = {}
+        self.counters: dict[bytes, bytes] = {}
+        self.oldest: dict[str, Any] = {}
+        self.kept: bytes | None = None
+        self.stored: list[tuple[bytes, int]] = []
+        self.asked_ms: list[Any] = []
+        monkeypatch.setattr(module, "server_time_ms", lambda _: NOW_MS)
+        self.client: Any = SimpleNamespace(
+            pipeline=lambda transaction: nullcontext(self._pipe(is_one_step=transaction)),
+            hscan_iter=lambda key, count: self.claims.items() if (key, count > 1) == (CLAIMS, True) else [],
+            zrangebyscore=self._workers,
+            get=lambda _: self.kept,
+            set=lambda _, raw, px: self.stored.append((raw, px)),
+        )
+
+    def _workers(self, key: str, begin: float, end: str) -> list[bytes]:
+        assert (key, end) == (WORKERS, "+inf")
+        self.asked_ms.append(begin)
+        return [b"w1", b"w\xff"]
+
+    def _pipe(self, *, is_one_step: bool) -> Any:
+        assert not is_one_step
+        found: list[Any] = []
+
+        def length(key: str) -> None:
+            found.append(self.lengths.get(key, 0))
+
+        def oldest(key: str, index: int) -> None:
+            assert index == -1
+            found.append(self.oldest.get(key))
+
+        def counters(key: str) -> None:
+            assert key == COUNTERS
+            found.append(self.counters)
+
+        def execute(**_: Any) -> list[Any]:
+            return found
+
+        return SimpleNamespace(llen=length, zcard=length, lindex=oldest, hgetall=counters, execute=execute)
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A server without messages."""
+    return Place(monkeypatch)
+
+
+def message(sent_ms: float | None) -> bytes:
+    """A message that was sent then."""
+    return build_message(Request(image="s3://b/k"), job_id="a", lane=Lane.BULK, sent_ms=sent_ms)
+
+
+def test_messages_of_all_priorities_are_counted(place: Place) -> None:
+    """Those of each lane that is asked for."""
+    place.lengths = {key: 10**n for n, key in enumerate((*BULK.keys, *INTERACTIVE.keys))}
+    assert count_waiting(place.client, [BULK]) == {BULK: 1111}
+    assert count_waiting(place.client, list(Lane)) == {INTERACTIVE: 11_110_000, BULK: 1111}
+
+
+def test_state_has_all_counts(place: Place) -> None:
+    """Claims that name no lane, as of another program, count as bulk; counters that are no numbers as 0."""
+    place.lengths = {BULK.keys[1]: 3, DELAYED: 4, QUARANTINE: 5, DEAD: 6}
+    keys = [INTERACTIVE.keys[3], BULK.keys[0], BULK.keys[2], "another"]
+    place.claims = {key.encode(): b"t|1|" + key.encode() + b"|raw|more" for key in keys} | {b"odd": b"short"}
+    digits = b"9" * module.MAX_DIGITS
+    place.counters = {b"reaped": b"7", b"answered": b"12", b"odd": b"x", b"long": digits, b"fits": digits[1:]}
+    place.oldest = {
+        INTERACTIVE.keys[0]: message(NOW_MS - 2000),
+        INTERACTIVE.keys[2]: message(NOW_MS - 9000),
+        INTERACTIVE.keys[3]: message(NOW_MS - 5000),
+        BULK.keys[0]: message(None),
+        BULK.keys[1]: b"junk",
+        BULK.keys[2]: redis.ResponseError("no"),
+    }
+    state = read_state(place.client)
+    assert state == QueueState(
+        waiting={INTERACTIVE: 0, BULK: 3},
+        claimed={INTERACTIVE: 1, BULK: 4},
+        delayed=4,
+        suspects=5,
+        dead=6,
+        workers=("w1", "w\N{REPLACEMENT CHARACTER}"),
+        counters={"answered": 12, "fits": int(digits[1:]), "long": 0, "odd": 0, "reaped": 7},
+        oldest_age_s={INTERACTIVE: 9.0},
+    )
+    assert list(state.counters) == sorted(state.counters)
+    place.oldest = {BULK.keys[0]: message(NOW_MS + 5000)}
+    assert read_state(place.client).oldest_age_s == {BULK: 0.0}, "a clock was set back"
+
+
+def test_running_workers_had_a_heartbeat_lately(place: Place) -> None:
+    """Within the last ten seconds, by the server's clock or a time that is known."""
+    read_workers(place.client)
+    read_workers(place.client, now_ms=50_000.0)
+    assert place.asked_ms == [90_000.0, 40_000.0]
+
+
+def snapshot(at_ms: float) -> bytes:
+    """A snapshot that another worker has made."""
+    made = QueueSnapshot(
+        at_ms=at_ms, waiting={BULK: 77}, claimed={}, oldest_ms={}, delayed=0, suspects=0, dead=0, answered=0
+    )
+    return msgspec.json.encode(made)
+
+
+@pytest.mark.parametrize(
+    ("kept", "is_used"),
+    [
+        (snapshot(NOW_MS), True),
+        (snapshot(NOW_MS - 1999), True),
+        (snapshot(NOW_MS - 2000), False),
+        (snapshot(NOW_MS + 1), False),
+        (b"junk", False),
+        (None, False),
+    ],
+)
+def test_snapshot_of_another_worker_is_used_while_it_is_new(place: Place, kept: bytes | None, *, is_used: bool) -> None:
+    """Otherwise the queues are counted, and the others get what was counted."""
+    place.kept = kept
+    place.lengths = {BULK.keys[0]: 3, DELAYED: 4, QUARANTINE: 5, DEAD: 6}
+    place.counters = {b"answered": b"12"}
+    place.oldest = {BULK.keys[0]: message(NOW_MS - 9000)}
+    found = shared_snapshot(place.client, max_age_s=2.0)
+    if is_used:
+        assert (found.waiting, place.stored) == ({BULK: 77}, [])
+        return
+    assert (found.waiting[BULK], found.delayed, found.suspects, found.dead, found.answered) == (3, 4, 5, 6, 12)
+    assert (found.at_ms, found.oldest_ms) == (NOW_MS, {BULK: NOW_MS - 9000})
+    [(raw, px)] = place.stored
+    assert (msgspec.json.decode(raw, type=QueueSnapshot), px) == (found, 2000)
+
+
+def test_snapshot_without_counters_has_no_answers(place: Place) -> None:
+    """A new database. The shortest time that the server keeps a key is a millisecond."""
+    assert shared_snapshot(place.client, max_age_s=0.0).answered == 0
+    assert place.stored[0][1] == 1
