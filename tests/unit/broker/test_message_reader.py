@@ -6,6 +6,7 @@ import base64
 import contextlib
 import gzip
 import json
+import random
 import time
 import zlib
 from datetime import UTC, datetime
@@ -18,9 +19,17 @@ from celery import Celery
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiwu.broker.message_reader import read_canvas, read_message
+from shiwu.broker.message_reader import ANY_RATIO_BYTES, MAX_GROUP, MAX_RATIO, read_canvas, read_message
 from shiwu.broker.message_writer import build_message
-from shiwu.contract import ErrorCode, Lane, Request, RequestError, parse_request
+from shiwu.contract import (
+    MAX_MESSAGE_BYTES,
+    REQUEST_FIELDS,
+    ErrorCode,
+    Lane,
+    Request,
+    RequestError,
+    parse_request,
+)
 from tests.support.requests import REQUESTS
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -285,3 +294,180 @@ def test_unknown_compression_is_named() -> None:
     """Also where the body could be read as another one."""
     with pytest.raises(RequestError, match="expected compression gzip or zlib, got 'bz2'"):
         read_message(_with_body(zlib.compress(BODY), compression="bz2"))
+
+
+def outer_message(**changes: Any) -> bytes:
+    """A message of our own client with other parts of its envelope."""
+    outer = json.loads(build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK))
+    return json.dumps(outer | changes).encode()
+
+
+@pytest.mark.parametrize(
+    ("content_type", "is_read"),
+    [
+        ("application/json", True),
+        ("application/json; charset=utf-8", True),
+        ('Application/JSON ;Charset="UTF-8"', True),
+        ("application/json;charset=us-ascii", True),
+        ("application/json; version=1", True),
+        ("application/json; version=1; charset=latin-1", False),
+        ("application/json; charset=latin-1", False),
+        ("application/x-yaml", False),
+        ("application/x-yaml; charset=utf-8", False),
+        (None, False),
+    ],
+)
+def test_only_json_in_utf_8_is_read(content_type: str | None, *, is_read: bool) -> None:
+    """However its type is written."""
+    raw = outer_message(**{"content-type": content_type})
+    if is_read:
+        assert read_message(raw).fields == {"image": "s3://b/k"}
+    else:
+        with pytest.raises(RequestError, match="expected content-type application/json in UTF-8"):
+            read_message(raw)
+
+
+@pytest.mark.parametrize(
+    ("body", "properties", "is_read"),
+    [
+        (BODY.decode(), None, True),
+        (BODY.decode(), {"body_encoding": None}, True),
+        (base64.b64encode(BODY).decode(), {"body_encoding": "base64"}, True),
+        ("!", {"body_encoding": "base64"}, False),
+        (base64.b64encode(BODY).decode(), None, False),
+    ],
+)
+def test_body_is_text_or_base64(body: str, properties: dict[str, Any] | None, *, is_read: bool) -> None:
+    """As the properties say."""
+    raw = outer_message(body=body, properties=properties)
+    if is_read:
+        assert read_message(raw).fields == {"image": "s3://b/k"}
+    else:
+        with pytest.raises(RequestError):
+            read_message(raw)
+
+
+def test_message_may_have_its_largest_size() -> None:
+    """And not a byte more."""
+    raw = outer_message(padding="")
+    largest = raw.replace(b'"padding": ""', b'"padding": "%s"' % (b"x" * (MAX_MESSAGE_BYTES - len(raw))))
+    assert len(largest) == MAX_MESSAGE_BYTES
+    assert read_message(largest).id == "x"
+    with pytest.raises(RequestError) as caught:
+        read_message(largest + b" ")
+    assert caught.value.code is ErrorCode.MESSAGE_TOO_LARGE
+
+
+@pytest.mark.parametrize(("extra", "is_read"), [(0, True), (2 * MAX_RATIO, False)])
+@pytest.mark.parametrize("is_small", [True, False])
+def test_growth_of_a_body_has_an_exact_limit(extra: int, *, is_read: bool, is_small: bool) -> None:
+    """16 KiB whatever the ratio, or 32 times the size."""
+    noise = "" if is_small else random.Random(1).randbytes(2000).hex()
+
+    def packed(size: int) -> tuple[bytes, int]:
+        body = json.dumps([["s3://b/k"], {"metadata": noise + "x" * size}, {}]).encode()
+        return zlib.compress(body, 9), len(body)
+
+    size = ANY_RATIO_BYTES - packed(0)[1] if is_small else 0
+    # More letters let the compressed body grow too, and with it what it may become.
+    while not is_small and (left := MAX_RATIO * len(packed(size)[0]) - packed(size)[1]) > 0:
+        size += left
+    if is_read:
+        assert len(read_message(_with_body(packed(size)[0], compression="gzip")).fields["metadata"]) > size - 1
+    else:
+        with pytest.raises(RequestError, match="grows at most 32 times"):
+            read_message(_with_body(packed(size + extra)[0], compression="gzip"))
+
+
+@pytest.mark.parametrize(
+    ("expires", "answer_by", "found"),
+    [
+        (None, None, (None, None)),
+        (9e12, None, (9e12, None)),
+        (None, 8e12, (8e12, 8e12)),
+        (9e12, 8e12, (8e12, 8e12)),
+        (7e12, 8e12, (7e12, 8e12)),
+    ],
+)
+def test_job_expires_at_the_earlier_time(
+    expires: float | None, answer_by: float | None, found: tuple[float | None, float | None]
+) -> None:
+    """Celery's `expires`, or the time by which the caller must have an answer."""
+    envelope = read_message(_with_body(BODY, expires=expires, shiwu_answer_by_ms=answer_by))
+    assert (envelope.expires_ms, envelope.answer_by_ms) == found
+
+
+@pytest.mark.parametrize("index", [0, 5, MAX_GROUP - 1, MAX_GROUP, -1, True, "5", 1.0, None])
+def test_index_in_a_group_is_a_whole_number(index: Any) -> None:
+    """Within bounds; anything else counts as none."""
+    is_index = type(index) is int and 0 <= index < 2**31
+    found = read_canvas(canvas_message({}, group_index=index)).group_index
+    assert found == (index if is_index else None)
+    assert not isinstance(found, bool)
+
+
+def test_names_of_a_canvas_may_have_255_bytes() -> None:
+    """As the ids of jobs."""
+    canvas = read_canvas(canvas_message({}, group="g" * 255, root_id="猫" * 85))
+    assert (canvas.group, canvas.root_id) == ("g" * 255, "猫" * 85)
+
+
+def test_all_fields_may_come_by_position() -> None:
+    """In their order; one more is refused, and a field that comes twice."""
+    values = ["s3://b/k", *[None] * (len(REQUEST_FIELDS) - 1)]
+    assert read_message(_with_body(json.dumps([values, {}, {}]).encode())).fields == dict(
+        zip(REQUEST_FIELDS, values, strict=True)
+    )
+    with pytest.raises(RequestError, match=f"at most {len(REQUEST_FIELDS)} positional arguments") as caught:
+        read_message(_with_body(json.dumps([[*values, 1], {}, {}]).encode()))
+    assert caught.value.code is ErrorCode.INVALID_REQUEST
+    mixed = read_message(_with_body(json.dumps([["s3://b/k"], {"top_k": 3}, {}]).encode()))
+    assert mixed.fields == {"image": "s3://b/k", "top_k": 3}
+
+
+@pytest.mark.parametrize("empty", [None, [], {}])
+def test_empty_parts_of_a_body_may_be_null_or_lists(empty: Any) -> None:
+    """PHP writes an empty object as a list."""
+    body = json.dumps([["s3://b/k"], empty, empty]).encode()
+    assert read_message(_with_body(body)).fields == {"image": "s3://b/k"}
+    body = json.dumps([empty or [], {"image": "s3://b/k"}, empty]).encode()
+    assert read_message(_with_body(body)).fields == {"image": "s3://b/k"}
+    for wrong in ([["a"], [1], {}], [["a"], {}, [1]], [{"a": 1}, {}, {}], ["a", {}, {}]):
+        with pytest.raises(RequestError) as caught:
+            read_message(_with_body(json.dumps(wrong).encode()))
+        assert caught.value.code is ErrorCode.MALFORMED_MESSAGE
+
+
+def protocol_1(headers: dict[str, Any] | None = None, **body: Any) -> bytes:
+    """A message of Celery's first task protocol: all is in the body."""
+    text = json.dumps({"task": "shiwu.tag", "id": "one", "args": ["s3://b/k"], "kwargs": {}} | body)
+    return outer_message(headers=headers or {}, body=text, properties={"correlation_id": "other"})
+
+
+def test_message_of_protocol_1_is_read() -> None:
+    """Task and id from the body, or from headers, which come first; the correlation id where there is no other."""
+    assert (read_message(protocol_1()).id, read_message(protocol_1()).fields) == ("one", {"image": "s3://b/k"})
+    assert read_message(protocol_1({"id": "two"})).id == "two"
+    assert read_message(protocol_1({"id": ""})).id == "one"
+    assert read_message(protocol_1(id=None)).id == "other"
+    assert read_message(protocol_1(id=5)).id == "5"
+    assert read_message(protocol_1(expires=9e12, eta=8e12)).eta_ms == 8e12
+    assert read_message(protocol_1({"expires": 7e12}, expires=9e12)).expires_ms == 7e12
+    found = read_message(protocol_1(callbacks=[{"task": "a"}], chord=None))
+    assert found.canvas == ("callbacks",)
+    assert read_canvas(protocol_1(taskset="g")).group == "g"
+    assert read_canvas(protocol_1(taskset="g", group="h")).group == "h"
+    with pytest.raises(RequestError, match=r"or an object with args and kwargs"):
+        read_message(outer_message(body='{"kwargs":{}}', properties=None))
+    with pytest.raises(RequestError) as caught:
+        read_message(protocol_1(task="another"))
+    assert caught.value.code is ErrorCode.UNKNOWN_TASK
+
+
+def test_fields_of_an_envelope_are_those_of_the_message() -> None:
+    """What is not there is None; `ignore_result` must be true itself."""
+    plain = read_message(_with_body(BODY))
+    assert (plain.sent_ms, plain.eta_ms, plain.expires_ms, plain.answer_by_ms) == (None, None, None, None)
+    assert plain.ignore_result is False
+    assert read_message(_with_body(BODY, ignore_result=1)).ignore_result is False
+    assert read_message(_with_body(BODY, ignore_result=True)).ignore_result is True

@@ -151,3 +151,11 @@ def test_redis_address_hides_password() -> None:
     """Its text may go into a log or a traceback."""
     address = read_redis_url("sentinel://user:secret@a/p?sentinel_password=secret2")
     assert "secret" not in repr(address)
+
+
+@pytest.mark.parametrize(("character", "is_control"), [("\x1f", True), ("\n", True), ("\x20", False)])
+def test_redis_url_has_no_control_characters(character: str, *, is_control: bool) -> None:
+    """A space is none, whatever else is wrong with it."""
+    with pytest.raises(RedisUrlError) as caught:
+        read_redis_url(f"redis://h{character}x:1/zero")
+    assert ("control characters" in str(caught.value)) is is_control

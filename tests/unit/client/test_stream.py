@@ -322,6 +322,14 @@ def test_entries_of_a_lost_reply_are_read_again(place: Place, error: Exception) 
     assert place.asked("read") == [("12-0", None)]
 
 
+def test_lost_reply_before_any_entry_is_read_again(place: Place) -> None:
+    """From the begin of the stream: it may have delivered the first entries."""
+    place.skip_own()
+    place.reader.failed(redis.ConnectionError("away"))
+    place.read()
+    assert place.asked("read") == [("0-0", None)]
+
+
 def test_group_that_exists_is_used(place: Place) -> None:
     """Any other error of its creation is raised, and it is tried again."""
     errors = [redis.ResponseError("OOM no"), redis.ResponseError("BUSYGROUP exists")]
