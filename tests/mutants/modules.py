@@ -46,6 +46,7 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
     "worker/shiwu_worker/pipeline/pipeline.py": PIPELINE,
     "worker/shiwu_worker/stages/batch.py": ("tests/unit/stages/test_batch.py", *PIPELINE),
     "worker/shiwu_worker/stages/commit.py": (
+        "tests/unit/stages/test_commit.py",
         *PIPELINE,
         "tests/integration/test_history.py",
         "tests/integration/test_dead_letters.py",

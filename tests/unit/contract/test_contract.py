@@ -9,6 +9,7 @@ from hypothesis import given
 
 from shiwu.contract import (
     CODES,
+    MAX_IMAGE_CHARS,
     RETRIABLE,
     RETRIED,
     Answer,
@@ -309,3 +310,19 @@ def test_reference_with_letters_of_any_script_is_valid(name: str) -> None:
     """Joiners belong to emoji and to several scripts."""
     assert reference_error(f"s3://b/{name}") is None
     assert without_query(f"s3://b/{name}") == f"s3://b/{name}"
+
+
+def test_reference_has_a_largest_length() -> None:
+    """Of characters, whatever its scheme."""
+    for start in ("s3://b/", "https://h/", "file:///"):
+        largest = start + "k" * (MAX_IMAGE_CHARS - len(start))
+        assert reference_error(largest) is None
+        assert (
+            reference_error(largest + "k") == f"expected at most {MAX_IMAGE_CHARS} characters, got {len(largest) + 1}"
+        )
+
+
+@pytest.mark.parametrize(("port", "is_valid"), [(0, False), (1, True), (65_535, True), (65_536, False)])
+def test_port_of_a_reference_is_one_of_tcp(port: int, *, is_valid: bool) -> None:
+    """0 is none."""
+    assert (reference_error(f"https://h:{port}/p") is None) is is_valid

@@ -366,17 +366,35 @@ def test_task_fails_with_its_second_loader(
 
 def test_loaders_that_never_become_ready_end_the_pool(place: Place) -> None:
     """After a few, one after the other; each starts after a pause. One that is ready begins the count again."""
-    place.pool._restart(place.loader(is_ready=False), ErrorCode.DECODER_CRASHED, [])
-    place.pool._on_ready(place.loader(), Ready())
-    for _ in range(MAX_FAILED_STARTS - 1):
+    for _ in range(2):
+        for _ in range(MAX_FAILED_STARTS - 1):
+            place.pool._restart(place.loader(is_ready=False), ErrorCode.DECODER_CRASHED, [])
+        assert place.fatal == []
+        place.pool._on_ready(place.loader(), Ready())
+    assert place.starts == [(1, RESTART_PAUSE_S)] * 2 * (MAX_FAILED_STARTS - 1)
+    for _ in range(MAX_FAILED_STARTS):
         place.pool._restart(place.loader(is_ready=False), ErrorCode.DECODER_CRASHED, [])
-    assert place.fatal == []
-    assert place.starts == [(1, RESTART_PAUSE_S)] * MAX_FAILED_STARTS
-    place.pool._restart(place.loader(is_ready=False), ErrorCode.DECODER_CRASHED, [])
     assert [error.exit_code for error in place.fatal] == [ExitCode.LOADERS]
-    assert len(place.starts) == place.pool.restarts == MAX_FAILED_STARTS
+    assert len(place.starts) == place.pool.restarts == 3 * (MAX_FAILED_STARTS - 1)
     with pytest.raises(FatalError):
         place.pool.wait_ready(0.0)
+
+
+def test_pool_is_woken_by_tasks_and_by_its_end(place: Place) -> None:
+    """By any number of them: neither the caller nor the pool's thread waits for the other."""
+    place.pool._drain_wake()
+    for number in range(5000):
+        place.pool._wake()
+        if number % 2500 == 0:
+            place.wait(number)
+    place.pool._drain_wake()
+    with pytest.raises(BlockingIOError):
+        place.pool._wake_reader.recv(1)
+    place.wait(1)
+    assert place.pool._wake_reader.recv(10)
+    place.pool._closing.clear()
+    place.pool._wake()
+    assert place.pool._wake_reader.recv(10)
 
 
 def test_missing_filter_is_logged_once(place: Place) -> None:
