@@ -63,9 +63,11 @@ class PipelineParts:
             image_s=lambda: encoder.size_policy.quickest_s,
             observer=observer,
         )
+        # Counted once, because the number of usable cores is read from files, and room is asked for at each claim.
+        counted = settings.model_copy(update={"loaders": settings.loader_count})
         self.in_flight = InFlightJobs(
             slots=self.limits.slots,
-            wanted=lambda: slots_for(settings, encoder.size_policy.wanted),
+            wanted=lambda: slots_for(counted, encoder.size_policy.wanted),
             shares=views.load_shares(settings),
             label_slots=LABEL_SLOTS,
             waiting=self.labels.waiting_jobs,
