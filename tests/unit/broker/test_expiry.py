@@ -260,3 +260,12 @@ def test_scan_answers_what_it_finds(place: Place) -> None:
     assert place.expiry.scan(now_ms=NOW_MS + 9, zone=UTC) == 2
     assert sorted(entry.id for entry in place.written) == ["late0", "soon1"]
     assert place.expiry.scanned_ms == NOW_MS + 9
+
+
+def test_one_message_behind_the_place_ends_a_lane(place: Place) -> None:
+    """The messages before it were checked by the last sweep, and are not read again by this one."""
+    place.lists[KEY] = lane(*["never"] * 11)
+    assert place.sweep(portion=5, limit=10) == (0, 1)
+    place.reads.clear()
+    assert place.sweep(portion=5, limit=10) == (0, 10)
+    assert sum(place.reads) == 1

@@ -120,3 +120,32 @@ def test_rejections_of_a_decoder_have_its_codes_only() -> None:
     broken = sandbox_protocol.refused(1, Rejected(ErrorCode.PICTURE_BROKEN, "cut"))
     assert broken == Refused(1, "picture_broken", "cut")
     assert isinstance(sandbox_protocol.refused(1, Rejected(ErrorCode.SOURCE_NOT_FOUND, "gone")), DecoderFailed)
+
+
+@pytest.mark.parametrize(
+    ("result", "changes"),
+    [
+        (LOADED, {"n_bytes": 1}),
+        (LOADED, {"n_bytes": LOADER_OPTIONS.fetch.max_bytes}),
+        (LOADED, {"width": 1, "height": 1}),
+        (LOADED, {"width": LOADER_OPTIONS.decode.max_side, "height": 1}),
+        (LOADED, {"width": 1000, "height": LOADER_OPTIONS.decode.max_pixels // 1000}),
+        (LOADED, {"started_s": 1.0, "fetched_s": 1.0, "decoded_s": 1.0}),
+        (LOADED, {"started_s": 5.0, "fetched_s": 5.0, "decoded_s": 5.0}),
+        (FAILED, {"n_bytes": 0}),
+        (FAILED, {"n_bytes": LOADER_OPTIONS.fetch.max_bytes}),
+        (FAILED, {"retry_after_s": 0.0}),
+        (FAILED, {"retry_after_s": 1e300}),
+        (FAILED, {"detail": "x" * protocol.MAX_TEXT}),
+    ],
+)
+def test_result_at_its_limits_is_believed(result: protocol.LoadResult, changes: dict[str, Any]) -> None:
+    """The bounds belong to what a loader may say."""
+    check(msgspec.structs.replace(result, **changes))
+
+
+def test_text_of_a_frame_is_cut_to_its_limit() -> None:
+    """One of just that length is whole."""
+    whole = "x" * protocol.MAX_TEXT
+    assert protocol.cut_text(whole) == whole
+    assert protocol.cut_text(whole + "x") == "x" * (protocol.MAX_TEXT - 1) + "…"

@@ -240,3 +240,9 @@ def test_all_duties_run_in_their_order(place: Place) -> None:
     assert [duty.name for duty in duties if duty.is_vital] == ["leases"]
     place.tick()
     assert (place.observer.alive_count, len(place.rounds), len(place.trimmed)) == (1, 1, 1)
+
+
+def test_new_worker_without_work_is_not_stuck(place: Place) -> None:
+    """Before the first maintenance it knows of no messages."""
+    place.clock.now_s += 1e6
+    assert not place.heartbeat._is_stuck()
