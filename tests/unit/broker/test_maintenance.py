@@ -190,3 +190,9 @@ def test_refused_measurement_drops_nothing(place: Place, command: str, over: int
     place.errors[command] = redis.ResponseError("no")
     place.sizes = {RESULT_STREAM: 1007}
     assert place.maintenance._bytes_over("results_bytes", (RESULT_STREAM,), 2000, 1000) == over
+
+
+def test_expired_messages_are_counted_without_the_rest(place: Place) -> None:
+    """How many were not checked is only for the sweep."""
+    place.expiry.expire_waiting = lambda **_: (3, 11)
+    assert place.maintenance.expire_waiting() == 3
