@@ -409,6 +409,7 @@ def test_missing_filter_is_logged_once(place: Place) -> None:
 @pytest.mark.parametrize(
     ("frame", "part"),
     [(EOFError(), None), (ConnectionResetError(), None), (b"junk", "loader"), (ENCODER.encode(loaded(9)), "loader")],
+    ids=["end", "reset", "junk", "other ticket"],
 )
 def test_loader_that_ends_or_lies_is_killed(place: Place, frame: bytes | Exception, part: str | None) -> None:
     """Frames that came before count; those behind it are not read, and the selector forgets it."""
