@@ -280,7 +280,8 @@ def test_probes_from_start_to_exit(
     redis_client.lpush(Lane.BULK.queue, sent(image, job_id="late", lane=Lane.BULK))
     wait_until(lambda: redis_client.hlen("shiwu:claims"), timeout_s=10, what="the claim")
     worker.terminate()
-    assert becomes(port, "/readyz", 503, timeout_s=3) == "draining\n"
+    # Before, for a moment: Celery's consumer has closed.
+    assert becomes(port, "/readyz", 503, why="draining", timeout_s=3) == "draining\n"
     assert probe(port, "/livez") == (200, "ok\n")
     assert read_answer(redis_client, "late").tags
     assert worker.wait(timeout_s=20) == 0

@@ -77,7 +77,7 @@ def test_sweep_without_reply_answers_what_it_took(
 ) -> None:
     """Expired messages are answered by the sweep itself and not after the end of its lease."""
     client.enqueue("s3://b/k.jpg", id="warm", lane="bulk", expires_s=0.001)
-    client.sweep()
+    wait_until(lambda: client.sweep().expired, timeout_s=5, what="the deadline of the first")
     for job_id in IDS:
         client.enqueue("s3://b/k.jpg", id=job_id, lane="bulk", expires_s=0.001)
     sent_s, sent_us = redis_client.time()
