@@ -122,7 +122,7 @@ class Failover:
             self._servers[port].start()
         wait_until(lambda: self._replicates(port), timeout_s=30, every_s=0.1, what=f"{port} replicates")
 
-    def wait_failover(self, old: int, *, timeout_s: float = 30.0) -> int:
+    def wait_failover(self, old: int, *, timeout_s: float = 60.0) -> int:
         """Wait until the sentinels agree on another primary; its port."""
         return int(wait_until(lambda: (port := self.primary()) != old and port, timeout_s=timeout_s, every_s=0.1))
 
