@@ -161,20 +161,23 @@ def test_a_second_signal_gives_back_at_once(
 
 
 @pytest.mark.long
-def test_worker_that_keeps_crashing_ends_the_launcher(launch: Callable[..., WorkerProcess]) -> None:
-    """By a named exit code, after growing pauses; the other has drained."""
+def test_worker_that_keeps_crashing_is_retired(launch: Callable[..., WorkerProcess]) -> None:
+    """After growing pauses; the other goes on and drains, and the machine is not ready meanwhile."""
     box = launch(ready=False)
 
-    def victim() -> bool:
+    def is_retired() -> bool:
         for pid in children(box.pid):
             if environment_of_place(pid) == "box-cpu0":
                 os.kill(pid, signal.SIGKILL)
-        return not box.is_running
+        return bool(events(box, "worker_retired"))
 
-    wait_until(victim, timeout_s=90, every_s=0.1, what="the launcher gives up")
-    assert box.exit_code == ExitCode.GAVE_UP
+    wait_until(is_retired, timeout_s=90, every_s=0.1, what="the launcher retires the worker")
     assert [line["restart_in_s"] for line in events(box, "worker_crashed")] == [1.0, 2.0, 4.0, 8.0, 16.0]
-    assert [line["worker"] for line in events(box, "restarts_exhausted")] == ["cpu0"]
+    assert [(line["worker"], line["workers_left"]) for line in events(box, "worker_retired")] == [("cpu0", 1)]
+    assert box.is_running
+    assert not box.ready_file.exists()
+    box.terminate()
+    assert box.wait(timeout_s=40) == ExitCode.OK
     assert len(events(box, "ready")) == len(events(box, "stopped")) == 1
 
 
