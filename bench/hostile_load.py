@@ -206,7 +206,7 @@ def _interactive(place: Place, listener: traffic.Listener, options: Options) -> 
     send_when_due(place, messages, due_s)
     until_s = time.monotonic() + options.drain_s
     while any(job_id not in listener.arrivals for job_id in ids) and time.monotonic() < until_s:
-        time.sleep(SAMPLE_INTERVAL_S)
+        time.sleep(SAMPLE_INTERVAL_S)  # the listener has a thread of its own; this one only looks whether it is done
     end_s = time.monotonic()
     arrivals = [listener.arrivals.get(job_id, end_s) for job_id in ids]
     return [(at_s - float(due)) * 1000 for at_s, due in zip(arrivals, due_s, strict=True)], ids

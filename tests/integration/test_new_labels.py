@@ -102,7 +102,7 @@ class SlowBank(LabelBank):
             has_bias=True,
         )
         self.cost.learn = lambda **_: None  # type: ignore[method-assign]  # the cost stays what it is set to
-        self.cost.seconds = lambda units: 0.2 * units / 3  # type: ignore[method-assign]
+        self.cost.seconds = lambda units: 0.2 * units / 3  # type: ignore[method-assign]  # as above
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ class Zygote:
                 if ended:
                     exit_code = os.waitstatus_to_exitcode(status)
                     break
-                time.sleep(POLL_S)
+                time.sleep(POLL_S)  # a forked process has no wait with a time-out
         finally:
             _end_children()
         return Run(exit_code, time.monotonic() - from_s, self._log.read_text(encoding="utf-8", errors="replace"))

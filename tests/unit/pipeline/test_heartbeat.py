@@ -84,7 +84,7 @@ class Place:
             is_set=lambda: next(states), wait=pauses.append
         )
         if error is not None:
-            self.heartbeat._duties = SimpleNamespace(run=lambda: error)  # type: ignore[assignment]
+            self.heartbeat._duties = SimpleNamespace(run=lambda: error)  # type: ignore[assignment]  # what the loop uses of it
         self.heartbeat._run()
         return pauses
 

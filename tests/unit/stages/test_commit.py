@@ -129,7 +129,7 @@ def test_close_says_whether_anything_is_left() -> None:
     """What the thread still holds at the end of its time is."""
     place = Place()
     free = threading.Event()
-    place.committer._answer_store.write = lambda _: free.wait(20) and set()  # type: ignore[method-assign]
+    place.committer._answer_store.write = lambda _: free.wait(20) and set()  # type: ignore[method-assign]  # no Redis
     place.committer.put([Answered(make_job("a"))])
     place.committer.start(on_committed=place.committed.extend, on_released=place.given_back.extend)
     assert not place.committer.close(timeout_s=0.01)
