@@ -19,7 +19,7 @@ from structlog.typing import FilteringBoundLogger
 from shiwu_worker.config.errors import load_settings_or_exit, report_unknown_names
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.runtime.malloc import use_one_arena
+from shiwu_worker.runtime.malloc import set_up_malloc
 from shiwu_worker.runtime.process import signal_with_parent
 from shiwu_worker.telemetry import logs
 from shiwu_worker.telemetry.log_output import open_standard_streams
@@ -43,7 +43,7 @@ def begin() -> Settings:
     settings = load_settings_or_exit()
     logs.set_up(level=settings.log_level, form=settings.log_format)
     report_unknown_names()
-    use_one_arena()
+    set_up_malloc()
     return settings
 
 

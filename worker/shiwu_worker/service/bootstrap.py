@@ -19,7 +19,7 @@ from shiwu_worker.checkpoints.model_files import model_folder, model_revision
 from shiwu_worker.config.tuned import apply_tuning
 from shiwu_worker.runtime.blas import use_one_blas_thread
 from shiwu_worker.runtime.garbage import freeze_started
-from shiwu_worker.runtime.malloc import use_one_arena
+from shiwu_worker.runtime.malloc import set_up_malloc
 from shiwu_worker.runtime.progress import Progress
 from shiwu_worker.runtime.threads import ServiceThread
 from shiwu_worker.service.factories import check_redis, open_queue, start_loaders
@@ -62,7 +62,7 @@ def open_service(
     Raises:
         FatalError: when a part cannot start. No job has been claimed then.
     """
-    use_one_arena()  # here too, because Celery's own command may have started this process
+    set_up_malloc()  # here too, because Celery's own command may have started this process
     use_one_blas_thread()
     progress = Progress()
     observer = Observability(settings, progress, waits_for_revokes=waits_for_revokes)
