@@ -43,7 +43,7 @@ def absolute_ms(value: Any, name: str, *, zone: tzinfo = UTC) -> float | None:
 
 def number_ms(value: object) -> float | None:
     """A finite number of a header, or None. A text, a bool, an infinity and a number beyond `MAX_MS` give None."""
-    if type(value) is float and -MAX_MS < value < MAX_MS:
+    if value is None or (type(value) is float and -MAX_MS < value < MAX_MS):
         return value
     is_time = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_MS
     return float(value) if is_time else None  # type: ignore[arg-type]  # narrowed above

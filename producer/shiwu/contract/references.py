@@ -133,7 +133,8 @@ def source_of(image: str) -> str:
     Without path, query and user name. Never raises: an unreadable reference gives its scheme only.
     """
     if image.startswith("s3://"):
-        return image[: image.find("/", 5)] if "/" in image[5:] else image
+        end = image.find("/", 5)
+        return image[:end] if end > 0 else image
     scheme = scheme_of(image)
     if scheme == "s3":
         return f"s3://{image[5:].partition('/')[0]}"

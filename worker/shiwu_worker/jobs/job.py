@@ -6,7 +6,7 @@ Also defines the small records that the stages exchange: a claimed message, a re
 from __future__ import annotations
 
 from datetime import UTC, datetime, tzinfo
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -41,7 +41,7 @@ from shiwu_worker.jobs.timestamps import StageTimestamps
 if TYPE_CHECKING:
     from shiwu_worker.jobs.label_vectors import EncodedLabels
 
-_INTERACTIVE = frozenset(Lane.INTERACTIVE.keys)
+_LANES: Final = {key: lane for lane in Lane for key in lane.keys}
 
 
 class Claimed(msgspec.Struct, frozen=True, gc=False):
@@ -141,6 +141,11 @@ class Job(msgspec.Struct, eq=False):
     """Earlier attempts, the oldest first."""
     is_answered_elsewhere: bool = False
     """Its producer cancelled the job, or another process answered it because its time was over."""
+    lane: Lane = Lane.BULK
+    """The lane of `key`; a field, because every stage asks for it."""
+
+    def __post_init__(self) -> None:
+        self.lane = _LANES.get(self.key, Lane.BULK)
 
     def fail(self, error: ErrorInfo) -> None:
         """End without tags; the status follows from the code."""
@@ -161,11 +166,6 @@ class Job(msgspec.Struct, eq=False):
     def log_id(self) -> str:
         """The id under which the caller looks for the answer."""
         return self.answer_id or self.id
-
-    @property
-    def lane(self) -> Lane:
-        """The lane from which its message was claimed."""
-        return Lane.INTERACTIVE if self.key in _INTERACTIVE else Lane.BULK
 
     def answer(self, *, worker: str, until_s: float, answered_at: datetime | None = None) -> Answer:
         """The terminal record of the job, with the time of every stage so far."""

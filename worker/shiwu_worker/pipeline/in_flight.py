@@ -184,7 +184,7 @@ class InFlightJobs:
 
 
 def _bulk_count(jobs: Sequence[Job]) -> int:
-    return sum(job.lane is Lane.BULK for job in jobs)
+    return [job.lane for job in jobs].count(Lane.BULK)
 
 
 def _worth_a_claim(room: int, wanted: int, *, is_empty: bool) -> int:
