@@ -1,1 +1,1 @@
-"""Encode: runs batches through the image tower of the model. Front door: `encoder`."""
+"""Encode: runs batches through the image tower of the model. Front door: `encoder`, `checkpoint`."""
