@@ -13,7 +13,12 @@ CLIENT: Final = (
     "tests/unit/client/test_client_arguments.py",
     "tests/integration/test_client.py",
 )
-CONTRACT: Final = ("tests/unit/contract", "tests/unit/broker/test_message_reader.py")
+MESSAGES: Final = (
+    "tests/unit/broker/test_message_body.py",
+    "tests/unit/broker/test_message_canvas.py",
+    "tests/unit/broker/test_message_reader.py",
+)
+CONTRACT: Final = ("tests/unit/contract", *MESSAGES)
 PIPELINE: Final = ("tests/unit/pipeline", "tests/integration/test_pipeline.py")
 QUEUE: Final = (
     "tests/integration/test_claim.py",
@@ -125,12 +130,12 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "producer/shiwu/broker/message_ids.py": ("tests/integration/test_message_ids.py",),
     "producer/shiwu/broker/message_reader.py": (
-        "tests/unit/broker/test_message_reader.py",
+        *MESSAGES,
         "tests/unit/policy/test_callback_rules.py",
     ),
     "producer/shiwu/broker/message_times.py": (
         "tests/unit/broker/test_message_times.py",
-        "tests/unit/broker/test_message_reader.py",
+        *MESSAGES,
     ),
     "producer/shiwu/broker/message_writer.py": ("tests/unit/broker", *CLIENT),
     "producer/shiwu/broker/queue_stats.py": (

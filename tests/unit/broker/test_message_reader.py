@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import gzip
 import json
-import random
 import time
 import zlib
 from datetime import UTC, datetime
@@ -19,20 +17,14 @@ from celery import Celery
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiwu.broker.message_reader import ANY_RATIO_BYTES, MAX_GROUP, MAX_RATIO, read_canvas, read_message
+from shiwu.broker.message_reader import read_canvas, read_message
 from shiwu.broker.message_writer import build_message
-from shiwu.contract import (
-    MAX_MESSAGE_BYTES,
-    REQUEST_FIELDS,
-    ErrorCode,
-    Lane,
-    Request,
-    RequestError,
-    parse_request,
-)
+from shiwu.contract import ErrorCode, Lane, Request, RequestError, parse_request
+from tests.support.messages import BODY, message_with_body, outer_message
 from tests.support.requests import REQUESTS
 
 GOLDEN = Path(__file__).parents[2] / "golden"
+BOMB = json.dumps([["s3://b/k"], {"metadata": "x" * 50_000_000}, {}]).encode()
 
 
 def send(redis_url: str, **options: Any) -> bytes:
@@ -93,23 +85,6 @@ def test_message_reader_reads_released_messages(path: Path) -> None:
     assert parse_request(envelope.fields).model_dump(mode="json", exclude_defaults=True) == golden["request"]
 
 
-def _with_body(body: bytes, **headers: Any) -> bytes:
-    message = json.loads(build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK))
-    message["body"] = base64.b64encode(body).decode()
-    message["headers"] |= headers
-    return json.dumps(message).encode()
-
-
-BODY = json.dumps([["s3://b/k"], {}, {}]).encode()
-BOMB = json.dumps([["s3://b/k"], {"metadata": "x" * 50_000_000}, {}]).encode()
-
-
-@pytest.mark.parametrize("packed", [gzip.compress(BODY), zlib.compress(BODY)], ids=["gzip", "zlib"])
-def test_message_reader_reads_gzip_and_zlib(packed: bytes) -> None:
-    """The gzip of kombu is the zlib format; other clients send gzip."""
-    assert read_message(_with_body(packed, compression="application/x-gzip")).fields == {"image": "s3://b/k"}
-
-
 @pytest.mark.parametrize(
     ("raw", "code"),
     [
@@ -119,17 +94,17 @@ def test_message_reader_reads_gzip_and_zlib(packed: bytes) -> None:
         (b'{"headers":{"task":"shiwu.tag","id":"' + b"x" * 256 + b'"}}', "invalid_id"),
         (b'{"headers":{"task":"celery.map","id":"ab"}}', "unknown_task"),
         (b'{"headers":{"task":"shiwu.tag","id":"ab"}}', "malformed_message"),
-        (_with_body(b"{}"), "malformed_message"),
-        (_with_body(b"[1,2,3]"), "malformed_message"),
-        (_with_body(b"not json"), "malformed_message"),
-        (_with_body(BODY, compression="bz2"), "malformed_message"),
-        (_with_body(b"junk", compression="gzip"), "malformed_message"),
-        (_with_body(BODY, expires="tomorrow"), "malformed_message"),
-        (_with_body(BODY, eta=7), "malformed_message"),
-        (_with_body(zlib.compress(BOMB), compression="gzip"), "message_too_large"),
+        (message_with_body(b"{}"), "malformed_message"),
+        (message_with_body(b"[1,2,3]"), "malformed_message"),
+        (message_with_body(b"not json"), "malformed_message"),
+        (message_with_body(BODY, compression="bz2"), "malformed_message"),
+        (message_with_body(b"junk", compression="gzip"), "malformed_message"),
+        (message_with_body(BODY, expires="tomorrow"), "malformed_message"),
+        (message_with_body(BODY, eta=7), "malformed_message"),
+        (message_with_body(zlib.compress(BOMB), compression="gzip"), "message_too_large"),
         (b"x" * 300_000, "message_too_large"),
-        (_with_body(json.dumps([["s3://b/k"], {"image": "s3://b/k"}, {}]).encode()), "invalid_request"),
-        (_with_body(json.dumps([["x"] * 9, {}, {}]).encode()), "invalid_request"),
+        (message_with_body(json.dumps([["s3://b/k"], {"image": "s3://b/k"}, {}]).encode()), "invalid_request"),
+        (message_with_body(json.dumps([["x"] * 9, {}, {}]).encode()), "invalid_request"),
     ],
     ids=[
         "empty",
@@ -210,176 +185,6 @@ def test_time_without_zone_is_not_in_the_machines(
 
 
 @pytest.mark.parametrize(
-    ("metadata", "is_read"),
-    [("x" * 12_000, True), ("x" * 200_000, False), (list(range(30_000)), True)],
-    ids=["small", "one letter", "numbers"],
-)
-def test_message_reader_limits_how_much_a_body_grows(metadata: Any, is_read: bool) -> None:
-    """A message of 1 KB must not become an answer of 200 KB; real messages shrink to a tenth at best."""
-    body = json.dumps([["s3://b/k"], {"metadata": metadata}, {}]).encode()
-    raw = _with_body(zlib.compress(body), compression="gzip")
-    if is_read:
-        assert read_message(raw).fields["metadata"] == metadata
-    else:
-        with pytest.raises(RequestError, match="grows at most 32 times") as caught:
-            read_message(raw)
-        assert caught.value.code is ErrorCode.MESSAGE_TOO_LARGE
-
-
-@pytest.mark.parametrize(
-    ("embed", "parts"),
-    [
-        ({}, ()),
-        ({"callbacks": [], "errbacks": None, "chain": [], "chord": None}, ()),
-        ({"callbacks": [{"task": "a"}], "errbacks": None, "chain": [], "chord": None}, ("callbacks",)),
-        (
-            {
-                "callbacks": [{"task": "a"}],
-                "errbacks": [{"task": "b"}],
-                "chain": [{"task": "c"}],
-                "chord": {"task": "d"},
-            },
-            ("callbacks", "errbacks", "chain", "chord"),
-        ),
-    ],
-)
-def test_parts_of_a_canvas_are_named(embed: dict[str, Any], parts: tuple[str, ...]) -> None:
-    """Those that hold something; a job without them is not checked for callbacks."""
-    raw = json.loads(build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK))
-    args, kwargs, _ = json.loads(base64.b64decode(raw["body"]))
-    raw["body"] = base64.b64encode(json.dumps([args, kwargs, embed]).encode()).decode()
-    assert set(read_message(json.dumps(raw).encode()).canvas) == set(parts)
-
-
-def canvas_message(embed: dict[str, Any], **headers: Any) -> bytes:
-    """A message with callbacks."""
-    raw = json.loads(build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK))
-    args, kwargs, _ = json.loads(base64.b64decode(raw["body"]))
-    raw["body"] = base64.b64encode(json.dumps([args, kwargs, embed]).encode()).decode()
-    raw["headers"] |= headers
-    return json.dumps(raw).encode()
-
-
-def test_canvas_is_read_as_it_was_sent() -> None:
-    """All parts, and where the job stands in its group; what is missing is empty."""
-    a, b, c, d = ({"task": name} for name in "abcd")
-    embed = {"callbacks": [a], "errbacks": [b], "chain": [c, a], "chord": d}
-    canvas = read_canvas(canvas_message(embed, group="g", group_index=0, root_id="r"))
-    assert (canvas.callbacks, canvas.errbacks, canvas.chain, canvas.chord) == ((a,), (b,), (c, a), d)
-    assert (canvas.group, canvas.group_index, canvas.root_id) == ("g", 0, "r")
-    empty = read_canvas(canvas_message({"callbacks": None}))
-    assert (empty.callbacks, empty.errbacks, empty.chain, empty.chord) == ((), (), (), None)
-    assert read_canvas(canvas_message(embed, group_index=-1)).group_index is None
-
-
-@pytest.mark.parametrize(
-    ("embed", "headers", "text"),
-    [
-        ({"callbacks": {"task": "a"}}, {}, "callbacks, errbacks and chain as lists of signatures"),
-        ({"chain": ["a"]}, {}, "callbacks, errbacks and chain as lists of signatures"),
-        ({"chord": [{"task": "a"}]}, {}, "expected chord as a signature"),
-        ({}, {"group": "g" * 256}, "group and root_id as texts of at most 255 bytes"),
-        ({}, {"root_id": "猫" * 86}, "group and root_id as texts of at most 255 bytes"),
-        ({}, {"root_id": 5}, "group and root_id as texts of at most 255 bytes"),
-    ],
-)
-def test_canvas_that_is_none_is_refused(embed: dict[str, Any], headers: dict[str, Any], text: str) -> None:
-    """With what is wrong."""
-    with pytest.raises(RequestError, match=text) as caught:
-        read_canvas(canvas_message(embed, **headers))
-    assert caught.value.code is ErrorCode.MALFORMED_MESSAGE
-
-
-def test_unknown_compression_is_named() -> None:
-    """Also where the body could be read as another one."""
-    with pytest.raises(RequestError, match="expected compression gzip or zlib, got 'bz2'"):
-        read_message(_with_body(zlib.compress(BODY), compression="bz2"))
-
-
-def outer_message(**changes: Any) -> bytes:
-    """A message of our own client with other parts of its envelope."""
-    outer = json.loads(build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK))
-    return json.dumps(outer | changes).encode()
-
-
-@pytest.mark.parametrize(
-    ("content_type", "is_read"),
-    [
-        ("application/json", True),
-        ("application/json; charset=utf-8", True),
-        ('Application/JSON ;Charset="UTF-8"', True),
-        ("application/json;charset=us-ascii", True),
-        ("application/json; version=1", True),
-        ("application/json; version=1; charset=latin-1", False),
-        ("application/json; charset=latin-1", False),
-        ("application/x-yaml", False),
-        ("application/x-yaml; charset=utf-8", False),
-        (None, False),
-    ],
-)
-def test_only_json_in_utf_8_is_read(content_type: str | None, *, is_read: bool) -> None:
-    """However its type is written."""
-    raw = outer_message(**{"content-type": content_type})
-    if is_read:
-        assert read_message(raw).fields == {"image": "s3://b/k"}
-    else:
-        with pytest.raises(RequestError, match="expected content-type application/json in UTF-8"):
-            read_message(raw)
-
-
-@pytest.mark.parametrize(
-    ("body", "properties", "is_read"),
-    [
-        (BODY.decode(), None, True),
-        (BODY.decode(), {"body_encoding": None}, True),
-        (base64.b64encode(BODY).decode(), {"body_encoding": "base64"}, True),
-        ("!", {"body_encoding": "base64"}, False),
-        (base64.b64encode(BODY).decode(), None, False),
-    ],
-)
-def test_body_is_text_or_base64(body: str, properties: dict[str, Any] | None, *, is_read: bool) -> None:
-    """As the properties say."""
-    raw = outer_message(body=body, properties=properties)
-    if is_read:
-        assert read_message(raw).fields == {"image": "s3://b/k"}
-    else:
-        with pytest.raises(RequestError):
-            read_message(raw)
-
-
-def test_message_may_have_its_largest_size() -> None:
-    """And not a byte more."""
-    raw = outer_message(padding="")
-    largest = raw.replace(b'"padding": ""', b'"padding": "%s"' % (b"x" * (MAX_MESSAGE_BYTES - len(raw))))
-    assert len(largest) == MAX_MESSAGE_BYTES
-    assert read_message(largest).id == "x"
-    with pytest.raises(RequestError) as caught:
-        read_message(largest + b" ")
-    assert caught.value.code is ErrorCode.MESSAGE_TOO_LARGE
-
-
-@pytest.mark.parametrize(("extra", "is_read"), [(0, True), (2 * MAX_RATIO, False)])
-@pytest.mark.parametrize("is_small", [True, False])
-def test_growth_of_a_body_has_an_exact_limit(extra: int, *, is_read: bool, is_small: bool) -> None:
-    """16 KiB whatever the ratio, or 32 times the size."""
-    noise = "" if is_small else random.Random(1).randbytes(2000).hex()
-
-    def packed(size: int) -> tuple[bytes, int]:
-        body = json.dumps([["s3://b/k"], {"metadata": noise + "x" * size}, {}]).encode()
-        return zlib.compress(body, 9), len(body)
-
-    size = ANY_RATIO_BYTES - packed(0)[1] if is_small else 0
-    # More letters let the compressed body grow too, and with it what it may become.
-    while not is_small and (left := MAX_RATIO * len(packed(size)[0]) - packed(size)[1]) > 0:
-        size += left
-    if is_read:
-        assert len(read_message(_with_body(packed(size)[0], compression="gzip")).fields["metadata"]) > size - 1
-    else:
-        with pytest.raises(RequestError, match="grows at most 32 times"):
-            read_message(_with_body(packed(size + extra)[0], compression="gzip"))
-
-
-@pytest.mark.parametrize(
     ("expires", "answer_by", "found"),
     [
         (None, None, (None, None)),
@@ -393,49 +198,8 @@ def test_job_expires_at_the_earlier_time(
     expires: float | None, answer_by: float | None, found: tuple[float | None, float | None]
 ) -> None:
     """Celery's `expires`, or the time by which the caller must have an answer."""
-    envelope = read_message(_with_body(BODY, expires=expires, shiwu_answer_by_ms=answer_by))
+    envelope = read_message(message_with_body(BODY, expires=expires, shiwu_answer_by_ms=answer_by))
     assert (envelope.expires_ms, envelope.answer_by_ms) == found
-
-
-@pytest.mark.parametrize("index", [0, 5, MAX_GROUP - 1, MAX_GROUP, -1, True, "5", 1.0, None])
-def test_index_in_a_group_is_a_whole_number(index: Any) -> None:
-    """Within bounds; anything else counts as none."""
-    is_index = type(index) is int and 0 <= index < 2**31
-    found = read_canvas(canvas_message({}, group_index=index)).group_index
-    assert found == (index if is_index else None)
-    assert not isinstance(found, bool)
-
-
-def test_names_of_a_canvas_may_have_255_bytes() -> None:
-    """As the ids of jobs."""
-    canvas = read_canvas(canvas_message({}, group="g" * 255, root_id="猫" * 85))
-    assert (canvas.group, canvas.root_id) == ("g" * 255, "猫" * 85)
-
-
-def test_all_fields_may_come_by_position() -> None:
-    """In their order; one more is refused, and a field that comes twice."""
-    values = ["s3://b/k", *[None] * (len(REQUEST_FIELDS) - 1)]
-    assert read_message(_with_body(json.dumps([values, {}, {}]).encode())).fields == dict(
-        zip(REQUEST_FIELDS, values, strict=True)
-    )
-    with pytest.raises(RequestError, match=f"at most {len(REQUEST_FIELDS)} positional arguments") as caught:
-        read_message(_with_body(json.dumps([[*values, 1], {}, {}]).encode()))
-    assert caught.value.code is ErrorCode.INVALID_REQUEST
-    mixed = read_message(_with_body(json.dumps([["s3://b/k"], {"top_k": 3}, {}]).encode()))
-    assert mixed.fields == {"image": "s3://b/k", "top_k": 3}
-
-
-@pytest.mark.parametrize("empty", [None, [], {}])
-def test_empty_parts_of_a_body_may_be_null_or_lists(empty: Any) -> None:
-    """PHP writes an empty object as a list."""
-    body = json.dumps([["s3://b/k"], empty, empty]).encode()
-    assert read_message(_with_body(body)).fields == {"image": "s3://b/k"}
-    body = json.dumps([empty or [], {"image": "s3://b/k"}, empty]).encode()
-    assert read_message(_with_body(body)).fields == {"image": "s3://b/k"}
-    for wrong in ([["a"], [1], {}], [["a"], {}, [1]], [{"a": 1}, {}, {}], ["a", {}, {}]):
-        with pytest.raises(RequestError) as caught:
-            read_message(_with_body(json.dumps(wrong).encode()))
-        assert caught.value.code is ErrorCode.MALFORMED_MESSAGE
 
 
 def protocol_1(headers: dict[str, Any] | None = None, **body: Any) -> bytes:
@@ -466,8 +230,8 @@ def test_message_of_protocol_1_is_read() -> None:
 
 def test_fields_of_an_envelope_are_those_of_the_message() -> None:
     """What is not there is None; `ignore_result` must be true itself."""
-    plain = read_message(_with_body(BODY))
+    plain = read_message(message_with_body(BODY))
     assert (plain.sent_ms, plain.eta_ms, plain.expires_ms, plain.answer_by_ms) == (None, None, None, None)
     assert plain.ignore_result is False
-    assert read_message(_with_body(BODY, ignore_result=1)).ignore_result is False
-    assert read_message(_with_body(BODY, ignore_result=True)).ignore_result is True
+    assert read_message(message_with_body(BODY, ignore_result=1)).ignore_result is False
+    assert read_message(message_with_body(BODY, ignore_result=True)).ignore_result is True
