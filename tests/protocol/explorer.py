@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from tests.protocol.simulated_redis import SimulatedRedis
 from tests.protocol.snapshot import Snapshot
-from tests.protocol.steps import STEPS, claim, commit
+from tests.protocol.steps import STEPS
+from tests.protocol.worker_steps import claim, commit
 from tests.protocol.world import Schedule, World, settled
 
 LENGTH: Final = 20

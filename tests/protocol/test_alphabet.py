@@ -6,9 +6,10 @@ from pathlib import Path
 
 from shiwu.contract import ANSWERED_CHANNEL, keys
 from tests.protocol.defects import DEFECTS
+from tests.protocol.outside_steps import SPOILED
 from tests.protocol.simulated_redis import SOURCES, TIME_CALL
 from tests.protocol.snapshot import PREFIXES, TYPES
-from tests.protocol.steps import SPOILED, STEPS
+from tests.protocol.steps import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANNELS = {ANSWERED_CHANNEL}
