@@ -22,33 +22,17 @@ from shiwu.contract import CODES, ErrorCode, ErrorInfo, Fault, Lane, Request, Re
 from shiwu.contract.request import parse_request
 from shiwu_worker.errors import Rejected
 from shiwu_worker.loaders import protocol, sandbox_protocol
-from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.policy.callback_rules import CallbackRules
-from shiwu_worker.policy.limits import DecodeLimits, FetchLimits, S3Options, SandboxLimits
 from shiwu_worker.stages.decode.decoder import decode
-from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.compat.shapes import shapes
 from tests.support import bombs, pictures
+from tests.support.loader_options import FORMATS, LIMITS, LOADER_OPTIONS, SPEC
 from tests.support.lying_sandbox.sitecustomize import lies
 
 RULES: Final = CallbackRules(tasks=("t", "app.*"))
-SPEC: Final = ImageSpec(32, 32, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 LONGEST_SEED: Final = 10_000
-LIMITS: Final = DecodeLimits(max_pixels=1_000_000, max_side=16_384, formats=FORMATS)
-"""Small, so that an input takes milliseconds."""
 REQUEST: Final = 7
 TASK: Final = protocol.LoadTask(ticket=1, slot=0, image="https://h/p")
-LOADER_OPTIONS: Final = protocol.LoaderOptions(
-    spec=SPEC,
-    slots=1,
-    threads=1,
-    access=AccessRules(),
-    fetch=FetchLimits(max_bytes=1000, total_timeout_s=1.0, connect_timeout_s=1.0, read_timeout_s=1.0),
-    s3=S3Options(None, None),
-    decode=LIMITS,
-    sandbox=SandboxLimits(memory_bytes=1 << 30),
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
     "worker/shiwu_worker/pipeline/in_flight.py": PIPELINE,
     "worker/shiwu_worker/pipeline/label_queue.py": (
         "tests/unit/pipeline/test_label_queue.py",
+        "tests/unit/pipeline/test_label_queue_lanes.py",
         "tests/unit/pipeline/test_pipeline.py",
     ),
     "worker/shiwu_worker/pipeline/load_results.py": PIPELINE,
@@ -70,6 +71,7 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
     "worker/shiwu_worker/stages/score/label_bank.py": (
         "tests/unit/stages/test_label_bank.py",
         "tests/unit/pipeline/test_label_queue.py",
+        "tests/unit/pipeline/test_label_queue_lanes.py",
     ),
     "worker/shiwu_worker/loaders/protocol.py": ("tests/unit/loaders",),
     "worker/shiwu_worker/loaders/pool.py": ("tests/unit/loaders", "tests/hostile/test_lying_sandbox.py"),

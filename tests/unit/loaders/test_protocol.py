@@ -13,7 +13,7 @@ from shiwu_worker.errors import Rejected
 from shiwu_worker.loaders import protocol, sandbox_protocol
 from shiwu_worker.loaders.protocol import Loaded, LoadFailed, LoadTask, ProtocolError, check_result, read_loader_frame
 from shiwu_worker.loaders.sandbox_protocol import DecoderFailed, Refused
-from tests.fuzz.targets import LOADER_OPTIONS
+from tests.support.loader_options import LOADER_OPTIONS
 
 TASK = LoadTask(ticket=5, slot=2, image="https://h/p")
 LOADED = Loaded(5, 2, 2.0, 3.0, 4.0, n_bytes=9, format="PNG", width=3, height=4, sha256="0" * 64)
