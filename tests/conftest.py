@@ -235,6 +235,15 @@ def shared_worker(
 
 
 @pytest.fixture
+def silent_transformers() -> Iterator[None]:
+    """No bars and remarks of transformers, which it shows when a test saves a checkpoint."""
+    from tests.support.checkpoints import quiet_transformers  # noqa: PLC0415 loads transformers
+
+    with quiet_transformers():
+        yield
+
+
+@pytest.fixture
 def wait_until() -> Callable[..., Any]:
     """`wait_until(condition, timeout_s=5)`: return the condition's value when it is true."""
     return wait_until_true

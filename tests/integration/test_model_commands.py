@@ -22,30 +22,16 @@ from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
 from tests.support.adapters import adapted
-from tests.support.checkpoints import (
-    SIDE,
-    quiet_transformers,
-    split_weights,
-    weights_2022,
-    write_2022,
-    write_json,
-    write_safetensors,
-)
+from tests.support.checkpoints import SIDE, split_weights, weights_2022, write_2022, write_json, write_safetensors
 from tests.support.hub_server import HubServer
 
 ID = "OFA-Sys/chinese-clip-tiny"
 # As in tests/unit/stages/test_checkpoint.py.
 pytestmark = [
+    pytest.mark.usefixtures("silent_transformers"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _silence() -> Iterator[None]:
-    """Saving shows bars and remarks."""
-    with quiet_transformers():
-        yield
 
 
 @pytest.fixture

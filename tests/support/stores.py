@@ -13,8 +13,12 @@ from shiwu_worker.stages.fetch.fetcher import Fetcher
 from shiwu_worker.stages.fetch.http import HttpClient
 from shiwu_worker.stages.fetch.s3.base import ObjectStore, S3Limits
 from shiwu_worker.stages.fetch.s3.factory import new_store
+from tests.support.picture_server import Reply
 
 CLIENTS: Final[tuple[S3Client, ...]] = ("boto3", "obstore")
+each_client = pytest.mark.parametrize("client", CLIENTS)
+BODY: Final = b"x" * 5000
+PLAIN: Final = Reply(body=BODY)
 SECRET: Final = "hush"
 OWN_NAMES: Final = {
     "AWS_ACCESS_KEY_ID": "key",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ from tests.support.checkpoints import (
     VOCABULARY,
     change_json,
     make_model,
-    quiet_transformers,
     weights_2022,
     write_2022,
     write_json,
@@ -60,16 +58,10 @@ TEXT = {key: VISION[key] for key in list(VISION)[:4]} | {"max_position_embedding
 
 # peft still asks for attributes that transformers will drop; transformers 5.5 for a way of tokenizers to read a file.
 pytestmark = [
+    pytest.mark.usefixtures("silent_transformers"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _silence() -> Iterator[None]:
-    """Saving shows bars and remarks."""
-    with quiet_transformers():
-        yield
 
 
 @pytest.fixture

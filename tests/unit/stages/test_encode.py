@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import threading
-import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import (
-    BertConfig,
-    BertModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from shiwu_worker.checkpoints.checkpoint_files import WrongCheckpoint
 from shiwu_worker.errors import NonFiniteError
 from shiwu_worker.stages.encode import checkpoint as checkpoint_module
-from shiwu_worker.stages.encode import cpu_pool, model
-from shiwu_worker.stages.encode import encoder as encoder_module
-from shiwu_worker.stages.encode.cpu_pool import CpuInferencePool, Spent
-from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
-from shiwu_worker.stages.encode.towers import Tower, eager_tower
-from shiwu_worker.stages.encode.tuning import thread_policy as model_threads
-from shiwu_worker.stages.encode.tuning.thread_policy import POLL_INTERVAL_S
+from shiwu_worker.stages.encode import model
 from shiwu_worker.stages.score.scorer import score
 from tests.support.encoders import (
     BIAS,
@@ -46,16 +31,7 @@ from tests.support.encoders import (
 )
 from tests.support.pictogram import PICTOGRAM_ZH
 
-
-@pytest.fixture(autouse=True)
-def _silence() -> Iterator[None]:
-    """Switches off the progress bars and messages that transformers shows when it saves checkpoints."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    yield
-    transformers_logging.enable_progress_bar()
-    transformers_logging.set_verbosity(verbosity)
+pytestmark = pytest.mark.usefixtures("silent_transformers")
 
 
 @pytest.fixture(params=["clip", "siglip", "altclip", "metaclip_2"])
@@ -164,29 +140,6 @@ def test_earlier_batch_does_not_change_a_later_one() -> None:
     np.testing.assert_array_equal(kept, copy)
 
 
-def test_quick_start_times_two_batch_sizes(tmp_path: Path) -> None:
-    """The smallest and a larger one that is still quick, each twice; the cost of the others is learned later."""
-    encoder = make_encoder(saved(make_model("clip"), tmp_path), batch_sizes=(1, 2, 4, 8), threads=1)
-    seen: list[int] = []
-    hook = encoder._model.module.vision_model.register_forward_pre_hook(
-        lambda _module, _args, named: seen.append(len(named["pixel_values"])), with_kwargs=True
-    )
-    encoder.warm(choose_largest=True)
-    hook.remove()
-    assert encoder.timed_sizes == (1, 8)
-    assert seen == [1, 1, 8, 8]
-    seconds = encoder.size_policy.seconds()
-    assert seconds.keys() == {1, 2, 4, 8}
-    assert all(0 < took_s < 1 for took_s in seconds.values())
-
-
-def test_thorough_start_times_all_batch_sizes(tmp_path: Path) -> None:
-    """`--tune` starts this way."""
-    encoder = make_encoder(saved(make_model("clip"), tmp_path), batch_sizes=(1, 2, 4, 8))
-    encoder.warm(choose_largest=True, is_thorough=True)
-    assert encoder.timed_sizes == (1, 2, 4, 8)
-
-
 def overflowing(folder: Path) -> Path:
     """A checkpoint that overflows on every image except a black one."""
     model = make_model("clip")
@@ -261,157 +214,6 @@ def test_loading_keeps_the_settings_of_transformers(tmp_path: Path, capfd: pytes
     assert transformers_logging.get_verbosity() == transformers_logging.WARNING
 
 
-def test_threads_are_set_only_when_given(tmp_path: Path) -> None:
-    """None keeps torch's own choice."""
-    folder, before = saved(make_model("clip"), tmp_path), torch.get_num_threads()
-    make_encoder(folder)
-    assert torch.get_num_threads() == before
-    try:
-        Encoder(
-            EncoderOptions(
-                folder=folder,
-                model_id="m",
-                revision="r",
-                device="cpu",
-                mean=(0.5,) * 3,
-                std=(0.5,) * 3,
-                threads=1,
-            )
-        )
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-
-
-def costing(encoder: Encoder, costs: Mapping[int, float]) -> None:
-    """Set the cost of each pass of a size."""
-    encoder._time_pass = lambda size: costs[size]  # type: ignore[method-assign]  # injected times
-
-
-def test_start_begins_with_the_largest_useful_size(tmp_path: Path) -> None:
-    """Larger sizes are tried later. The start begins with the largest batch that the operator set."""
-    encoder = make_encoder(saved(make_model("clip"), tmp_path), batch_sizes=(1, 2, 4, 8), threads=1)
-    costing(encoder, {1: 0.1, 2: 0.12, 4: 0.238, 8: 0.48})
-    encoder.warm(choose_largest=True, is_thorough=True)
-    assert (encoder.batch_sizes, encoder.size_policy.largest) == ((1, 2, 4, 8), 2)
-    assert encoder.size_policy.slowest_s == pytest.approx(0.12)
-    assert [encoder.size_policy.take(waiting) for waiting in range(3)] == [0, 1, 2]
-    assert encoder.encode(noise(8)).shape == (8, 8)
-    costing(encoder, {1: 0.1, 2: 0.5, 4: 1.2, 8: 3.0})
-    encoder.warm(is_thorough=True)
-    assert encoder.size_policy.largest == 8
-
-
-def test_slow_model_is_timed_with_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two images would take more than half a second: their cost is estimated, and no size above a second is chosen."""
-    encoder = make_encoder(saved(make_model("clip"), tmp_path), batch_sizes=(1, 2, 4, 8), threads=1)
-    costing(encoder, {1: 0.4})
-    monkeypatch.setattr(encoder, "_choose_threads", lambda _: 0.4)
-    encoder.warm(choose_largest=True)
-    assert encoder.timed_sizes == (1,)
-    assert encoder.size_policy.largest == 2
-
-
-def spend(encoder: Encoder, count: int, cost_s: float, **more: Any) -> None:
-    """Run a batch of jobs for which the model takes `cost_s` CPU seconds, as the score thread does."""
-    batch = encoder.launch(noise(count))
-    encoder.collect(batch)
-    batch.spent = Spent(cost=cost_s, seconds=cost_s, **more)
-    encoder.learn(batch)
-
-
-def test_best_size_is_learned_from_batches_of_jobs(tmp_path: Path) -> None:
-    """A wrong start is corrected; the first batch of a size, which also pays for warming up, is ignored."""
-    encoder = make_encoder(saved(make_model("clip"), tmp_path), batch_sizes=(1, 2, 4, 8), threads=1)
-    costing(encoder, {1: 0.01, 2: 0.1, 4: 0.2, 8: 0.4})
-    encoder.warm(choose_largest=True, is_thorough=True)
-    encoder._warmed_sizes.clear()
-    assert encoder.size_policy.largest == 1
-    first: dict[int, float] = {}
-    for _ in range(200):
-        count = encoder.size_policy.take(8)
-        spend(encoder, count, 0.009 + 0.001 * count if count in first else first.setdefault(count, 5.0))
-    assert encoder.size_policy.largest == 8
-
-
-def test_threads_follow_the_usable_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operator can take a core away from a running container; images keep their vectors."""
-    before = torch.get_num_threads()
-    cores = [2]
-    monkeypatch.setattr(encoder_module, "usable_cores", lambda: cores[0])
-    monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", 0.0)
-    try:
-        torch.set_num_threads(2)
-        encoder = make_encoder(saved(make_model("clip"), tmp_path))
-        encoder.warm()
-        assert encoder._thread_policy is not None
-        assert (encoder.threads, encoder._staging.split_count(4)) == (2, 2)
-        expected = encoder.encode(noise(4))
-        for count, parts in ((1, 1), (2, 2)):
-            cores[0] = count
-            encoder._thread_policy._updated_s -= POLL_INTERVAL_S
-            np.testing.assert_allclose(encoder.encode(noise(4)), expected, atol=1e-5)
-            assert (encoder.threads, encoder._staging.split_count(4)) == (count, parts)
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_fast_model_leaves_a_core_to_the_loaders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU time of one image decides, not elapsed time; the number that was asked for is used."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(encoder_module, "usable_cores", lambda: 2)
-    folder = saved(make_model("clip"), tmp_path)
-
-    class SlowPool(CpuInferencePool):
-        """A pool whose every batch is delayed."""
-
-        def submit(self, *args: Any) -> Any:
-            time.sleep(0.1)
-            return super().submit(*args)
-
-    monkeypatch.setattr(encoder_module, "CpuInferencePool", SlowPool)
-    try:
-        for asked, border_s, threads in ((None, 0.04, 1), (None, 0.0, 2), (2, 0.04, 2)):
-            torch.set_num_threads(2)
-            monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", border_s)
-            encoder = make_encoder(folder, batch_sizes=(1, 2), threads=asked)
-            encoder.warm()
-            assert encoder.threads == threads
-            assert encoder._staging.split_count(2) == (2 if border_s == 0 else 1)
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_compile_time_is_not_counted_as_pass_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each size compiles once, and only its later passes count. Two sizes without a gain end the search."""
-    clock, compiled, towers = SimpleNamespace(now_s=0.0), list[int](), list[Tower]()
-
-    def slow_to_compile(eager: Tower) -> Tower:
-        towers.append(eager)
-
-        def run(raw: torch.Tensor) -> torch.Tensor:
-            size = len(raw)
-            clock.now_s += {1: 0.1, 2: 0.12, 4: 0.235, 8: 0.47, 16: 0.94}[size] if size in compiled else 20
-            compiled.extend([size] if size not in compiled else [])
-            return eager(raw)
-
-        return run
-
-    monkeypatch.setattr(encoder_module, "compiled_tower", slow_to_compile)
-    monkeypatch.setattr(
-        cpu_pool, "time", SimpleNamespace(monotonic=lambda: clock.now_s, thread_time=lambda: clock.now_s)
-    )
-    folder = saved(make_model("clip"), tmp_path)
-    encoder = make_encoder(folder, batch_sizes=(1, 2, 4, 8, 16), is_compiled=True, threads=1)
-    encoder.warm(choose_largest=True)
-    assert encoder.batch_sizes == encoder.timed_sizes == (1, 2, 4, 8)
-    assert encoder.size_policy.largest == 2
-    # On one thread elapsed time is also its CPU time.
-    assert encoder.size_policy.seconds() == pytest.approx({1: 0.1, 2: 0.12, 4: 0.235, 8: 0.47})
-    assert compiled == [1, 2, 4, 8]
-    assert len(towers) == 1
-
-
 def test_dtype_that_disagrees_with_fp32_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If bfloat16 has a cosine below 0.999 to FP32, the next format is used, with unrounded weights."""
     folder = saved(make_model("clip"), tmp_path)
@@ -435,85 +237,3 @@ def test_two_batches_in_flight_do_not_mix(tmp_path: Path) -> None:
     np.testing.assert_allclose(encoder.collect(first), expected[[4, 0]], atol=1e-5)
     with pytest.raises(RuntimeError, match="one collect"):
         first.collect()
-
-
-def test_split_batch_gives_the_same_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a batch of one size, an image gets the same vector at every position. The model is not fast."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        whole, split = (make_encoder(PICTOGRAM_ZH, batch_sizes=(1, 2, 4)) for _ in range(2))
-        monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", math.inf)
-        whole.warm()
-        monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", 0.0)
-        split.warm()
-        assert torch.get_num_threads() == 2, "expected a model that is not fast to keep all cores"
-        pools = [encoder._cpu_pool for encoder in (whole, split)]
-        assert [pool is not None and pool.split_count(4) for pool in pools] == [1, 2]
-        pixels = noise(4, 64)
-        vectors = split.encode(pixels)
-        np.testing.assert_allclose(vectors, whole.encode(pixels), atol=1e-5)
-        np.testing.assert_array_equal(vectors[[2, 3, 0, 1]], split.encode(pixels[[2, 3, 0, 1]]))
-        np.testing.assert_array_equal(vectors[::-1], split.encode(pixels[::-1].copy()))
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_threads_do_not_exceed_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container sees all cores of its node; a number that was asked for is used as it is."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        monkeypatch.setattr(encoder_module, "usable_cores", lambda: 1)
-        make_encoder(PICTOGRAM_ZH)
-        assert torch.get_num_threads() == 1
-        make_encoder(PICTOGRAM_ZH, threads=3)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_work_on_all_cores_runs_on_the_exclusive_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights, buffers, texts, whole batches and FP32; a second OpenMP team would slow all of them."""
-    before = torch.get_num_threads()
-    # On a busy machine an image of the tiny model may take so much CPU that its batches would be split.
-    monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", math.inf)
-    seen: dict[str, set[str]] = {}
-
-    def noted(what: str, work: Any) -> Any:
-        def run(*args: Any, **named: Any) -> Any:
-            seen.setdefault(what, set()).add(threading.current_thread().name)
-            return work(*args, **named)
-
-        return run
-
-    monkeypatch.setattr(model, "load_model", noted("weights", model.load_model))
-    monkeypatch.setattr(encoder_module, "StagingRing", noted("buffers", encoder_module.StagingRing))
-    monkeypatch.setattr(model, "eager_tower", lambda *args, **named: noted("tower", eager_tower(*args, **named)))
-    try:
-        encoder = make_encoder(saved(make_model("clip"), tmp_path), dtype="bfloat16", threads=2)
-        encoder.warm()
-        monkeypatch.setattr(encoder._texts, "encode", noted("texts", encoder._texts.encode))
-        encoder.encode_texts(["a"])
-        encoder.encode_exact(noise(1))
-        encoder.encode(noise(1))
-    finally:
-        torch.set_num_threads(before)
-    assert seen == {what: {"encode-exclusive"} for what in ("weights", "buffers", "tower", "texts")}
-
-
-@pytest.mark.parametrize(("is_compiled", "parts"), [(False, 2), (True, 1)])
-def test_compiled_tower_is_not_split(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_compiled: bool, parts: int
-) -> None:
-    """A compiled tower has a fixed number of threads."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", 0.0)
-    monkeypatch.setattr(encoder_module, "compiled_tower", lambda eager: eager)
-    try:
-        encoder = make_encoder(saved(make_model("clip"), tmp_path), threads=2, is_compiled=is_compiled)
-        encoder.warm()
-        assert encoder._cpu_pool is not None
-        assert encoder._cpu_pool.split_count(4) == parts
-    finally:
-        torch.set_num_threads(before)
