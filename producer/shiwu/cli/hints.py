@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from shiwu.contract import ErrorCode, ErrorInfo
-from shiwu.contract import CODES
+from shiwu.contract import CODES, ErrorCode, ErrorInfo
 
 _COMMAND_LINE_REMEDIES: Final[Mapping[str, str]] = {
     ErrorCode.UNKNOWN_LABEL_SET: "For labels of your own use --label WORD, once for each, or --labels WORD,WORD; a "
