@@ -117,6 +117,16 @@ def test_filters_and_sort_order_the_images(browser: Browser, tmp_path: Path) -> 
     assert complaints(browser) == []
 
 
+def test_names_are_read_and_found_without_escapes(browser: Browser, tmp_path: Path) -> None:
+    """The name of a file in Chinese; the reference itself is the hint."""
+    reference = "file:///data/%E6%88%91%E7%9A%84%20%E7%8C%AB.jpg"
+    show(browser, tmp_path, [tagged("cat", reference=reference), tagged("dog")])
+    shown = "[...document.querySelectorAll('#cards .ref')].map((ref) => [ref.textContent, ref.title])"
+    assert browser.run(shown)[0] == ["file:///data/我的 猫.jpg", reference]
+    assert len(set_control(browser, "text", "我的 猫")) == 1
+    assert complaints(browser) == []
+
+
 def test_threshold_acts_in_the_page(browser: Browser, tmp_path: Path) -> None:
     """Tags below it fade, a label counts from it on, images that do not reach it can be left out."""
     show(browser, tmp_path)

@@ -14,12 +14,13 @@ from datetime import datetime
 from functools import cache
 from importlib.resources import files
 from typing import Any, Final
+from urllib.parse import unquote
 
 import jinja2
 import msgspec
 from markupsafe import Markup
 
-from shiwu.contract import Answer, printable, without_query
+from shiwu.contract import Answer, printable, scheme_of, without_query
 from shiwu.gallery.thumbnails import Thumbnail
 
 MAX_TEXT_CHARS: Final = 2000
@@ -94,18 +95,31 @@ def _facts(answers: Sequence[Answer]) -> Iterator[tuple[str, str]]:
             yield name, f"and {len(counts) - 3} more"
 
 
+def _readable(reference: str) -> str:
+    """A reference as a person reads it: names in URLs without percent-encoding, where these are UTF-8."""
+    if scheme_of(reference) == "s3":
+        return reference  # there a percent sign is a part of the name
+    try:
+        return unquote(reference, errors="strict")
+    except UnicodeDecodeError:
+        return reference
+
+
 def _card(answer: Answer, thumbnails: Mapping[str, Thumbnail]) -> dict[str, Any]:
     """What the script shows of one answer."""
     image = answer.image
+    reference = without_query(image.reference) if image else ""
     card: dict[str, Any] = {
         "id": _text(answer.id),
         "status": _text(str(answer.status)),
-        "ref": _text(without_query(image.reference)) if image else "",
+        "ref": _text(reference),
         "tags": [[_text(tag.label), _finite(tag.score), _finite(tag.cosine)] for tag in answer.tags or ()],
         "ms": [_finite(getattr(answer.timing, stage) or 0.0) for stage in STAGES],
         "total": _finite(answer.timing.total),
         "attempts": answer.attempts,
     }
+    if (readable := _text(_readable(reference))) != card["ref"]:
+        card["readable"] = readable
     if image and image.width and image.height:
         card["size"] = _text(f"{image.format or ''} {image.width} × {image.height}".strip())
     if answer.error:

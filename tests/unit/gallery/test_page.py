@@ -107,6 +107,25 @@ def test_query_strings_are_gone() -> None:
     assert not re.search("SECRET|user:word|#part", page)
 
 
+@pytest.mark.parametrize(
+    ("reference", "readable"),
+    [
+        ("file:///data/%E6%88%91%E7%9A%84%20%E7%8C%AB.jpg", "file:///data/我的 猫.jpg"),
+        ("https://example.org/%E7%8C%AB.jpg?q=%E7%8B%97", "https://example.org/猫.jpg"),
+        ("file:///data/%00%E2%80%AE.jpg", "file:///data/\\u0000\\u202e.jpg"),
+        ("file:///data/%ff.jpg", None),
+        ("s3://images/100%25.jpg", None),
+        ("s3://images/猫.jpg", None),
+    ],
+    ids=["file", "https", "control", "not utf-8", "s3", "plain"],
+)
+def test_names_in_urls_are_shown_readable(reference: str, readable: str | None) -> None:
+    """Beside the reference itself, where both differ."""
+    card = ParsedPage(render([tagged("a", reference=reference)])).data[0]
+    assert card["ref"] == reference.partition("?")[0]
+    assert card.get("readable") == readable
+
+
 def test_odd_numbers_are_shown_as_zero() -> None:
     """JSON has no infinity, and the script would fail on null."""
     card = ParsedPage(render([tagged("a", tags={"猫": float("inf")}, total=float("nan"))])).data[0]

@@ -64,7 +64,7 @@ function times(answer) {
 function card(answer) {
   const made = element("article", answer.status === TAGGED ? "" : "failed");
   const reference = element("div", "ref");
-  reference.append(element("bdi", "", answer.ref || answer.id));
+  reference.append(element("bdi", "", answer.readable || answer.ref || answer.id));
   reference.title = answer.ref;
   made.append(thumbnail(answer), reference);
   if (answer.changed) made.append(element("div", "warning", "the image has changed since it was tagged"));
@@ -91,7 +91,7 @@ const entries = answers.map((answer, order) => {
     score: scores.length ? scores[0] : -1,
     margin: scores.length > 1 ? scores[0] - scores[1] : -1,
     time: answer.total,
-    text: [answer.id, answer.ref, answer.code, answer.message, ...answer.tags.map((tag) => tag[0])]
+    text: [answer.id, answer.ref, answer.readable, answer.code, answer.message, ...answer.tags.map((tag) => tag[0])]
       .join("\n")
       .toLowerCase(),
   };
