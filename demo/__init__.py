@@ -1,1 +1,1 @@
-"""`make demo`: real servers, one real worker, and the tags of sample pictures, on this machine alone."""
+"""`make demo`: real servers, one real worker, and the tags of sample images, on this machine alone."""

@@ -23,7 +23,7 @@ from tests.support.servers import PictureServer, S3Server, ServerError, Valkey, 
 
 from demo.album import Entry, lay_out
 from demo.gallery import PAGE, write_page
-from demo.own_images import find_images, folders_of
+from demo.own_images import OwnImages, find_images
 from demo.report import Verdict, show_next, show_page, show_summary, show_table
 from shiwu import Client, Lane
 from shiwu.contract import printable_lines
@@ -68,8 +68,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--labels", help="name of a label set; default: the worker's own")
     parser.add_argument("--page", type=Path, default=PAGE, help="where the page with the images is written")
     options = parser.parse_args()
-    options.own = find_images(options.images)
-    if options.images and not options.own:
+    try:
+        options.own = find_images(options.images)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.images and not options.own.entries:
         parser.error(f"expected images in {', '.join(map(str, options.images))}")
     return options
 
@@ -93,9 +96,10 @@ def _run(console: Console, stack: ExitStack, options: argparse.Namespace) -> int
     # Whoever looks at the demo is the operator, who may know why.
     settings = EMBEDDED | {"SHIWU_TELL_REFUSALS": "true"} | _model_settings(options.model)
     make_album: Callable[[], list[Entry]]
-    if options.own:
-        settings["SHIWU_ALLOW_FOLDERS"] = folders_of(options.images)
-        make_album = partial(list, options.own)
+    own: OwnImages = options.own
+    if own.entries:
+        settings |= own.settings
+        make_album = partial(list, own.entries)
     else:
         s3 = stack.enter_context(S3Server(folder=folder / "s3"))
         say(f"S3 answers on {s3.endpoint_url}")
@@ -109,7 +113,7 @@ def _run(console: Console, stack: ExitStack, options: argparse.Namespace) -> int
     worker.start()
     say(f"the worker, process {worker.pid}, loads {options.model or 'the embedded model'}")
     album = make_album()  # while the model loads
-    say(f"{len(album)} images lie ready")
+    say(f"{len(album)} images lie ready{own.left_out}")
     worker.wait_ready(timeout_s=MODEL_READY_S if options.model else READY_S)
     say("the worker is warm and claims\n")
 

@@ -31,7 +31,7 @@ WIDE_ENOUGH = 100
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of one picture, beside what was known."""
+    """What came of one image, next to what was known."""
 
     entry: Entry
     answer: Answer | None
@@ -44,7 +44,7 @@ class Verdict:
 
     @property
     def is_expected(self) -> bool:
-        """Whether a good picture has tags, and a bad one its error."""
+        """Whether a good image has tags, and a bad one its error."""
         if self.answer is None or self.entry.is_own:
             return self.answer is not None
         if self.entry.code:
@@ -53,7 +53,7 @@ class Verdict:
 
 
 def show_table(console: Console, verdicts: list[Verdict]) -> None:
-    """One row a picture: what it is, its tags or its error, and where the time went."""
+    """One row for each image: what it is, its tags or its error, and where the time went."""
     table = Table(title="What the worker answered; times in ms", title_justify="left", padding=(0, 1, 0, 0), box=None)
     table.add_column("known as", no_wrap=True)
     table.add_column("format", no_wrap=True)
@@ -116,7 +116,7 @@ def show_summary(console: Console, verdicts: list[Verdict], *, took_s: float) ->
     console.print(
         f"\n[bold]{counts['tagged']} tagged[/], {counts['failed']} failed{' as expected' if ranks else ''}, "
         f"{counts['unexpected']} not as expected; "
-        f"{len(verdicts)} pictures in {took_s:.2f} s, [bold]{len(verdicts) / took_s:.0f} pictures/s[/] "
+        f"{len(verdicts)} images in {took_s:.2f} s, [bold]{len(verdicts) / took_s:.0f} images/s[/] "
         f"(one worker, {escape(printable(model))})."
     )
     if not ranks:
@@ -127,7 +127,7 @@ def show_summary(console: Console, verdicts: list[Verdict], *, took_s: float) ->
         "The embedded model knows some 1,000 kinds of things; SHIWU_MODEL takes a larger one, and labels are your own "
         "words.\n"
         "The stages of a row add up to its total; queue is the wait in Redis, batch the wait for the model, "
-        "and `of` the size of the batch that the picture was encoded in."
+        "and `of` the size of the batch that the image was encoded in."
     )
 
 

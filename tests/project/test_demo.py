@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from demo import own_images
+from demo.own_images import find_images
 
 from tests.support import pictures
 from tests.support.processes import ROOT, Process, clean_environment
@@ -45,19 +47,61 @@ def test_the_demo_tags_a_folder_of_ones_own(tmp_path: Path) -> None:
     """Images in sub-folders too; an image that fails is told, and is no failure of the demo."""
     (tmp_path / "mine" / "more").mkdir(parents=True)
     (tmp_path / "mine" / "panda.jpg").write_bytes(pictures.jpeg(pictures.picture("熊猫")))
+    pictures.picture("熊猫").save(tmp_path / "mine" / "大 熊猫.bmp")
     (tmp_path / "mine" / "more" / "[red]broken.PNG").write_bytes(b"no image")
     (tmp_path / "mine" / "notes.txt").write_text("no image")
     command = [sys.executable, "-m", "demo", str(tmp_path / "mine"), "--page", str(tmp_path / "page.html")]
     with Process(command, name="demo", folder=tmp_path, env=clean_environment({})) as demo:
         assert demo.wait(timeout_s=150) == 0, demo.log_tail(lines=80)
     text = demo.log_text()
-    assert "1 tagged, 1 failed, 0 not as expected; 2 pictures" in text
+    assert "2 tagged, 1 failed, 0 not as expected; 3 images" in text
     assert re.search(r"panda\.jpg\s+JPG\s+file\s+\S+:\d+", text)
+    assert "3 images lie ready; left out: other files (1)" in text
     assert "not_a_picture" in text
     assert re.search(r"\[red\]broken", text)
     found = re.search(r"page with the images: (/\S+\.html)", text)
     assert found, text
-    assert "panda.jpg" in Path(found[1]).read_text(encoding="utf-8")
+    page = Path(found[1]).read_text(encoding="utf-8")
+    assert "panda.jpg" in page
+    assert "大 熊猫.bmp" in page
+    assert page.count('"webp"') == 2
+
+
+def test_own_images_are_found_in_folders_and_by_name(tmp_path: Path) -> None:
+    """Below the folders, in any case and alphabet; a file that is named itself needs no suffix, and a link counts."""
+    folder, elsewhere = tmp_path / "我的 照片", tmp_path / "elsewhere"
+    for file in ("a.JPG", "2024 夏天/b.heic", "notes.txt", ".hidden/c.png", "._a.jpg"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    elsewhere.mkdir()
+    (elsewhere / "d.png").touch()
+    (elsewhere / "scan").touch()
+    (folder / "link.png").symlink_to(elsewhere / "d.png")
+    found = find_images([folder, elsewhere / "scan"])
+    assert [entry.name for entry in found.entries] == ["b.heic", "a.JPG", "d.png", "scan"]
+    assert [entry.form for entry in found.entries] == ["HEIC", "JPG", "PNG", "–"]
+    assert found.entries[0].reference.endswith("/2024%20%E5%A4%8F%E5%A4%A9/b.heic")
+    assert found.folders == (folder, elsewhere)
+    assert found.left_out == "; left out: other files (1)"
+    assert find_images([]).left_out == ""
+
+
+def test_own_images_beyond_the_limit_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo says how many it leaves out."""
+    monkeypatch.setattr(own_images, "MAX_IMAGES", 2)
+    for number in range(5):
+        (tmp_path / f"{number}.png").touch()
+    found = find_images([tmp_path])
+    assert len(found.entries) == 2
+    assert found.left_out == "; left out: images beyond the first 2 (3)"
+
+
+def test_folder_with_a_comma_is_refused(tmp_path: Path) -> None:
+    """SHIWU_ALLOW_FOLDERS is a list with commas."""
+    (tmp_path / "a,b").mkdir()
+    (tmp_path / "a,b" / "a.png").touch()
+    with pytest.raises(ValueError, match="no comma"):
+        find_images([tmp_path / "a,b"])
 
 
 def test_the_demo_without_images_says_so(tmp_path: Path) -> None:
