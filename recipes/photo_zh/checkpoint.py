@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SHIPPED: Final = ROOT / "worker" / "shiwu_worker" / "data" / "photo_zh"
+LABEL_SET: Final = ROOT / "worker" / "shiwu_worker" / "data" / "label_sets" / "photo-zh.yaml"
 BUILT: Final = ROOT / "build" / "model" / "photo_zh"
 PACKAGES: Final = ROOT / "build" / "packages"
 SAMPLES: Final = ROOT / "demo" / "photos"

@@ -1,4 +1,4 @@
-"""Compares a built checkpoint with the shipped one: the same bytes, or the same vectors."""
+"""Compares a built checkpoint with the shipped one, by bytes or vectors, and a measured table with the model card."""
 
 from __future__ import annotations
 
@@ -60,6 +60,12 @@ def compare(built: Path, shipped: Path, samples: Path) -> Comparison:
     images = [checkpoint.encode_images(photos) for checkpoint in both]
     least = [float(np.sum(a * b, axis=1).min()) for a, b in (texts, images)]
     return Comparison(different, *least)
+
+
+def lines_not_in_card(table: str, card: str) -> list[str]:
+    """The lines of a measured table that a model card does not hold."""
+    known = set(card.splitlines())
+    return [line for line in table.splitlines() if line not in known]
 
 
 def sample_photos(folder: Path) -> Iterable[Image.Image]:
