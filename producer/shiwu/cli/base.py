@@ -13,6 +13,7 @@ import click
 import redis
 
 from shiwu.broker.redis_errors import explain, info_of
+from shiwu.cli.sections import SectionedGroup
 from shiwu.client.client import Client
 from shiwu.contract import RequestError, printable
 from shiwu.errors import RedisUrlError, ShiwuError
@@ -31,8 +32,10 @@ class Exit(IntEnum):
     CLOSED_PIPE = 141
 
 
-class Commands(click.Group):
+class Commands(SectionedGroup):
     """Reports the error of a command as one line and an exit code."""
+
+    operations = frozenset({"dead", "labels", "status", "sweep"})
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command; characters that the terminal cannot encode are escaped."""
