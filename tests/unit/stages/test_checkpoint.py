@@ -21,6 +21,7 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPTokenizer,
+    GemmaTokenizer,
     SiglipConfig,
     SiglipModel,
     SiglipTokenizer,
@@ -43,6 +44,7 @@ from tests.support.checkpoints import (
     write_json,
     write_safetensors,
 )
+from tests.support.siglip2 import write_siglip2
 
 TEXTS = ["熊猫", "一张猫的照片", "动物 人物", "Cat", "猫狗鸟车" * 20, "ｘ"]
 VISION = {
@@ -160,8 +162,13 @@ def siglip(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("make", "tokenizer"),
-    [(write_2022, BertTokenizer), (clip, CLIPTokenizer), (siglip, SiglipTokenizer)],
-    ids=["chinese-clip", "clip", "siglip"],
+    [
+        (write_2022, BertTokenizer),
+        (clip, CLIPTokenizer),
+        (siglip, SiglipTokenizer),
+        (write_siglip2, GemmaTokenizer),
+    ],
+    ids=["chinese-clip", "clip", "siglip", "siglip-2"],
 )
 def test_texts_are_read_as_transformers_reads_them(tmp_path: Path, make: Any, tokenizer: Any) -> None:
     """By the tokenizer of each layout; SigLIP in lower case."""
@@ -169,7 +176,7 @@ def test_texts_are_read_as_transformers_reads_them(tmp_path: Path, make: Any, to
     theirs = tokenizer.from_pretrained(tmp_path / "own")
     length = min(theirs.model_max_length, model.config.text_config.max_position_embeddings)
     expected = [theirs(text, truncation=True, max_length=length)["input_ids"] for text in TEXTS]
-    if make is siglip:
+    if make in {siglip, write_siglip2}:
         expected[3] = theirs("cat", truncation=True, max_length=length)["input_ids"]
     assert [list(one.ids) for one in texts.label_tokens(TEXTS)] == expected
     assert np.isfinite(texts.encode(TEXTS)).all()
