@@ -217,7 +217,7 @@ def _wait_moment(until_s: float) -> None:
     wait_until(lambda: time.monotonic() >= until_s, timeout_s=until_s - time.monotonic() + 60, every_s=0.01)
 
 
-def _report(options: Options, figures: Figures, *, server: str) -> Report:
+def _tables(figures: Figures) -> tuple[Table, ...]:
     rows = tuple(
         (
             str(point.workers),
@@ -237,6 +237,17 @@ def _report(options: Options, figures: Figures, *, server: str) -> Report:
         )
         for join in figures.joins
     )
+    return (
+        Table("Workers on one Valkey", ("workers", "jobs/s", "÷ linear", "Valkey cores", "workers' cores"), rows),
+        Table(
+            "A worker that joins a backlog late: answers in its first second",
+            ("workers with it", "÷ fair share", "all rounds", "its own, last round"),
+            joins,
+        ),
+    )
+
+
+def _report(options: Options, figures: Figures, *, server: str) -> Report:
     most = figures.points[-1]
     counts = tuple(float(point.workers) for point in figures.points)
     rates = tuple(point.per_second for point in figures.points)
@@ -251,14 +262,7 @@ def _report(options: Options, figures: Figures, *, server: str) -> Report:
                 for join in figures.joins
             ),
         ),
-        tables=(
-            Table("Workers on one Valkey", ("workers", "jobs/s", "÷ linear", "Valkey cores", "workers' cores"), rows),
-            Table(
-                "A worker that joins a backlog late: answers in its first second",
-                ("workers with it", "÷ fair share", "all rounds", "its own, last round"),
-                joins,
-            ),
-        ),
+        tables=_tables(figures),
         charts=(
             Chart("stand-in workers on one Valkey", counts, lines, "jobs/s", "workers", kind="lines", is_log=True),
         ),

@@ -170,8 +170,7 @@ class StandInEncoder:
         return DeviceErrorKind.OTHER
 
 
-def main() -> None:
-    """Run the stand-in worker."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--redis-url", required=True)
     parser.add_argument("--jobs", type=int, help="end when so many have been answered")
@@ -182,7 +181,12 @@ def main() -> None:
     parser.add_argument("--echo-loaders", type=int, default=0, help="processes that exchange frames; 0: no frames")
     parser.add_argument("--grace-s", type=float, default=1.0, help="to finish what is held after SIGTERM")
     parser.add_argument("--limit-s", type=float, default=300.0)
-    asked = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the stand-in worker."""
+    asked = _arguments()
     logs.set_up(level="warning", form="json")
     settings = Settings(
         redis_url=asked.redis_url,

@@ -38,12 +38,34 @@ def _faulty(run: DrillRun) -> WorkerProcess:
     return run.start_worker(module="drill.device", env={"DRILL_SEED": seed})
 
 
+def _spoiled(vectors: Any, rng: random.Random) -> Any:
+    """The vectors of a batch, or a failure of a kind that is chosen by SHARE."""
+    import numpy as np  # noqa: PLC0415 in the worker's process only
+    import torch  # noqa: PLC0415 in the worker's process only
+
+    from shiwu_worker.stages.encode import encoder  # noqa: PLC0415 torch, only in the process that needs it
+
+    kind = rng.choices([*SHARE, "none"], [*SHARE.values(), 1 - sum(SHARE.values())])[0]
+    if kind == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory (a drill)")
+    if kind == "kernel" and len(vectors) > 1:
+        raise RuntimeError("a kernel failed (a drill)")
+    # An image that is alone on a device that is lost repeatedly counts as the cause.
+    if kind == "lost" and len(vectors) > 1:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered (a drill)")
+    if kind == "count":
+        return vectors[:-1]
+    if kind == "nan":
+        row = rng.randrange(len(vectors))
+        vectors = np.array(vectors)
+        vectors[row] = np.nan
+        return encoder._finite(vectors)
+    return vectors
+
+
 def _main() -> None:
     """`python -m drill.device`: a worker with a faulty encoder."""
     import os  # noqa: PLC0415 in the worker's process only
-
-    import numpy as np  # noqa: PLC0415 torch, only in the process that needs it
-    import torch  # noqa: PLC0415 torch, only in the process that needs it
 
     from shiwu_worker import __main__ as worker  # noqa: PLC0415 torch, only in the process that needs it
     from shiwu_worker.health.canary import Canary  # noqa: PLC0415 torch, only in the process that needs it
@@ -70,22 +92,7 @@ def _main() -> None:
         # A failure of the health-check image ends the worker, as intended; this drill is about images of jobs.
         if not ready or checking:
             return vectors
-        kind = rng.choices([*SHARE, "none"], [*SHARE.values(), 1 - sum(SHARE.values())])[0]
-        if kind == "memory":
-            raise torch.OutOfMemoryError("CUDA out of memory (a drill)")
-        if kind == "kernel" and len(vectors) > 1:
-            raise RuntimeError("a kernel failed (a drill)")
-        # An image that is alone on a device that is lost repeatedly counts as the cause.
-        if kind == "lost" and len(vectors) > 1:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered (a drill)")
-        if kind == "count":
-            return vectors[:-1]
-        if kind == "nan":
-            row = rng.randrange(len(vectors))
-            vectors = np.array(vectors)
-            vectors[row] = np.nan
-            return stage._finite(vectors)
-        return vectors
+        return _spoiled(vectors, rng)
 
     Canary.check_if_due = check  # type: ignore[method-assign]  # as below
     stage.Encoder.collect = faulty  # type: ignore[method-assign]  # the fault is injected here

@@ -61,15 +61,21 @@ def packed(raw: bytes) -> bytes:
     return json.dumps(outer).encode()
 
 
-def shapes(image: str, *, prefix: str = "") -> dict[str, tuple[bytes, str, str]]:
-    """Name → message, the id under which its client looks for the answer, and the answer's status or error code."""
-    p = prefix
-    large = {"metadata": "x" * 5_000_000}
-    long_labels = {"labels": [f"标签{n}" for n in range(900)], "top_k": 1}
-    lone = json.dumps({"headers": {"task": TASK, "id": f"{p}\ud800lone"}, "body": "", "properties": {}}).encode()
-    lone_in_header = protocol_2(f"{p}lone-in-header", image).replace(
-        b'"headers": {', b'"headers": {"shadow": "\\ud800", '
-    )
+Shape = tuple[bytes, str, str]
+"""A message, the id under which its client looks for the answer, and the answer's status or error code."""
+
+
+def shapes(image: str, *, prefix: str = "") -> dict[str, Shape]:
+    """Every shape by its name; `prefix` stands in front of each id."""
+    return {
+        **_ids(image, prefix),
+        **_bodies_of_protocol_1(image, prefix),
+        **_bodies_of_protocol_2(image, prefix),
+        **_rejected(image, prefix),
+    }
+
+
+def _ids(image: str, p: str) -> dict[str, Shape]:
     return {
         **{f"id {n}": (protocol_2(p + job_id, image), p + job_id, "tagged") for n, job_id in enumerate(ODD_IDS[:-1])},
         "255 bytes": (protocol_2((p + "x" * 255)[:255], image), (p + "x" * 255)[:255], "tagged"),
@@ -81,6 +87,12 @@ def shapes(image: str, *, prefix: str = "") -> dict[str, tuple[bytes, str, str]]
             f"{p}by-correlation",
             "tagged",
         ),
+    }
+
+
+def _bodies_of_protocol_1(image: str, p: str) -> dict[str, Shape]:
+    long_labels = {"labels": [f"标签{n}" for n in range(900)], "top_k": 1}
+    return {
         "protocol 1": (protocol_1(f"{p}one", image), f"{p}one", "tagged"),
         "protocol 1, another correlation id": (
             protocol_1(f"{p}one-go", image, correlation_id=f"{p}not-this"),
@@ -107,6 +119,11 @@ def shapes(image: str, *, prefix: str = "") -> dict[str, tuple[bytes, str, str]]
             f"{p}php",
             "tagged",
         ),
+    }
+
+
+def _bodies_of_protocol_2(image: str, p: str) -> dict[str, Shape]:
+    return {
         "protocol 2 headers, protocol 1 body": (
             message(encoded({"args": [image], "kwargs": {}}), headers={"task": TASK, "id": f"{p}hybrid"}),
             f"{p}hybrid",
@@ -126,6 +143,16 @@ def shapes(image: str, *, prefix: str = "") -> dict[str, tuple[bytes, str, str]]
             f"{p}charset",
             "tagged",
         ),
+    }
+
+
+def _rejected(image: str, p: str) -> dict[str, Shape]:
+    large = {"metadata": "x" * 5_000_000}
+    lone = json.dumps({"headers": {"task": TASK, "id": f"{p}\ud800lone"}, "body": "", "properties": {}}).encode()
+    lone_in_header = protocol_2(f"{p}lone-in-header", image).replace(
+        b'"headers": {', b'"headers": {"shadow": "\\ud800", '
+    )
+    return {
         "lone surrogate in the id": (lone, f"{p}\ufffdlone", "malformed_message"),
         "lone surrogate next to the id": (lone_in_header, f"{p}lone-in-header", "malformed_message"),
         "5 MB": (

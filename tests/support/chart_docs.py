@@ -46,6 +46,80 @@ _LABEL_SET: Final = {
         "description": {"type": "string"},
     },
 }
+_FORMS: Final[Mapping[str, dict[str, Any]]] = {
+    "*.resources": _FREE,
+    "*.pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
+    "*.digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
+    "*.labels": _WORDS,
+    "*.annotations": _WORDS,
+    "*.replicas": _COUNT,
+    "*.minReplicas": _COUNT,
+    "*.maxReplicas": _SOME,
+    "imagePullSecrets": {"type": "array", "items": _FREE},
+    "commonLabels": _WORDS,
+    "extraObjects": {"type": "array", "items": {"type": ["object", "string"]}},
+    "worker.command": _STRINGS,
+    "worker.args": _STRINGS,
+    "worker.device": {"enum": ["gpu", "cpu"]},
+    "worker.gpu.count": {"type": "integer", "minimum": 1, "maximum": 16},
+    "worker.gpu.resourceName": {"type": "string", "pattern": "^[a-z0-9.-]+/[A-Za-z0-9._-]+$"},
+    "worker.loaders": {"type": "integer", "minimum": 1, "maximum": 256},
+    "worker.torchThreads": _COUNT,
+    "worker.maxBatch": {"type": "integer", "minimum": 0, "maximum": 512},
+    "worker.slots": {"type": "integer", "minimum": 0, "maximum": 4096},
+    "worker.graceS": _COUNT,
+    "worker.terminationGracePeriodSeconds": {"type": ["integer", "null"], "minimum": 1},
+    "worker.strategy": _FREE,
+    "worker.pdb.unhealthyPodEvictionPolicy": {"enum": ["AlwaysAllow", "IfHealthyBudget"]},
+    "worker.nodeSelector": _WORDS,
+    "worker.affinity": _FREE,
+    "worker.podAnnotations": _WORDS,
+    "worker.podLabels": _WORDS,
+    "worker.shmSize": _SIZE,
+    "worker.tmpSize": _SIZE,
+    "worker.probes.*": _SOME,
+    "worker.pdb.maxUnavailable": {"type": ["integer", "string"]},
+    "model.source": {"enum": ["embedded", "pvc", "download", "image", "baked"]},
+    "model.path": {"type": "string", "pattern": r"^([A-Za-z0-9_][A-Za-z0-9._/-]*)?$"},
+    "model.download.id": {
+        "type": "string",
+        "pattern": r"^([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)?$",
+    },
+    "model.download.size": _SIZE,
+    "labels": {},
+    "labels.sets": {
+        "type": "object",
+        # Go's syntax: helm checks it.
+        "propertyNames": {"pattern": r"^[\p{L}\p{N}][\p{L}\p{M}\p{N}_.-]{0,63}$"},
+        "additionalProperties": _LABEL_SET,
+    },
+    "redis.port": _PORT,
+    "redis.database": _COUNT,
+    "redis.sentinel.addresses": {"type": "array", "items": {"type": "string", "pattern": "^[^:@/]+:[0-9]+$"}},
+    "valkey.size": {"type": "string", "pattern": r"^([0-9.]+[KMGT]i?)?$"},
+    "http.port": {"type": "integer", "minimum": 1024, "maximum": 65535},
+    "s3.client": {"enum": ["boto3", "obstore"]},
+    "networkPolicy.s3Port": _PORT,
+    "podSecurityContext": _FREE,
+    "securityContext": _FREE,
+    "autoscaling.keda.jobsPerWorker": _SOME,
+    "autoscaling.keda.interactiveWeight": _SOME,
+    "autoscaling.keda.activation": _COUNT,
+    "autoscaling.keda.pollingIntervalS": _SOME,
+    "autoscaling.keda.fallback.failures": _SOME,
+    "autoscaling.hpa.minReplicas": _SOME,
+    "sweep.everyS": _SECONDS,
+    "sweep.metrics.port": _PORT,
+    "*.nodeSelector": _WORDS,
+    "producer.lane": {"enum": ["interactive", "bulk"]},
+    "producer.references": {
+        "type": "array",
+        "items": {"type": "string", "pattern": "^(s3|https?|file)://"},
+    },
+    "producer.args": _STRINGS,
+    "test.timeoutS": _SOME,
+}
+"""Schemas of values whose default does not tell their form, by path; `*` is any one part."""
 
 
 def _settings() -> dict[str, Any]:
@@ -53,84 +127,6 @@ def _settings() -> dict[str, Any]:
     # Named one by one and not by `propertyNames`, which helm reports at a wrong place.
     plain = {"type": ["string", "number", "boolean"]}
     return {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(names, plain)}
-
-
-def _special() -> dict[str, dict[str, Any]]:
-    """Schemas of values whose default does not tell their form, by path; `*` is any one part."""
-    return {
-        "*.resources": _FREE,
-        "*.pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
-        "*.digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
-        "*.labels": _WORDS,
-        "*.annotations": _WORDS,
-        "*.replicas": _COUNT,
-        "*.minReplicas": _COUNT,
-        "*.maxReplicas": _SOME,
-        "imagePullSecrets": {"type": "array", "items": _FREE},
-        "commonLabels": _WORDS,
-        "extraObjects": {"type": "array", "items": {"type": ["object", "string"]}},
-        "worker.command": _STRINGS,
-        "worker.args": _STRINGS,
-        "worker.device": {"enum": ["gpu", "cpu"]},
-        "worker.gpu.count": {"type": "integer", "minimum": 1, "maximum": 16},
-        "worker.gpu.resourceName": {"type": "string", "pattern": "^[a-z0-9.-]+/[A-Za-z0-9._-]+$"},
-        "worker.loaders": {"type": "integer", "minimum": 1, "maximum": 256},
-        "worker.torchThreads": _COUNT,
-        "worker.maxBatch": {"type": "integer", "minimum": 0, "maximum": 512},
-        "worker.slots": {"type": "integer", "minimum": 0, "maximum": 4096},
-        "worker.graceS": _COUNT,
-        "worker.terminationGracePeriodSeconds": {"type": ["integer", "null"], "minimum": 1},
-        "worker.settings": _settings(),
-        "worker.strategy": _FREE,
-        "worker.pdb.unhealthyPodEvictionPolicy": {"enum": ["AlwaysAllow", "IfHealthyBudget"]},
-        "worker.nodeSelector": _WORDS,
-        "worker.affinity": _FREE,
-        "worker.podAnnotations": _WORDS,
-        "worker.podLabels": _WORDS,
-        "worker.shmSize": _SIZE,
-        "worker.tmpSize": _SIZE,
-        "worker.probes.*": _SOME,
-        "worker.pdb.maxUnavailable": {"type": ["integer", "string"]},
-        "model.source": {"enum": ["embedded", "pvc", "download", "image", "baked"]},
-        "model.path": {"type": "string", "pattern": r"^([A-Za-z0-9_][A-Za-z0-9._/-]*)?$"},
-        "model.download.id": {
-            "type": "string",
-            "pattern": r"^([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)?$",
-        },
-        "model.download.size": _SIZE,
-        "labels": {},
-        "labels.sets": {
-            "type": "object",
-            # Go's syntax: helm checks it.
-            "propertyNames": {"pattern": r"^[\p{L}\p{N}][\p{L}\p{M}\p{N}_.-]{0,63}$"},
-            "additionalProperties": _LABEL_SET,
-        },
-        "redis.port": _PORT,
-        "redis.database": _COUNT,
-        "redis.sentinel.addresses": {"type": "array", "items": {"type": "string", "pattern": "^[^:@/]+:[0-9]+$"}},
-        "valkey.size": {"type": "string", "pattern": r"^([0-9.]+[KMGT]i?)?$"},
-        "http.port": {"type": "integer", "minimum": 1024, "maximum": 65535},
-        "s3.client": {"enum": ["boto3", "obstore"]},
-        "networkPolicy.s3Port": _PORT,
-        "podSecurityContext": _FREE,
-        "securityContext": _FREE,
-        "autoscaling.keda.jobsPerWorker": _SOME,
-        "autoscaling.keda.interactiveWeight": _SOME,
-        "autoscaling.keda.activation": _COUNT,
-        "autoscaling.keda.pollingIntervalS": _SOME,
-        "autoscaling.keda.fallback.failures": _SOME,
-        "autoscaling.hpa.minReplicas": _SOME,
-        "sweep.everyS": _SECONDS,
-        "sweep.metrics.port": _PORT,
-        "*.nodeSelector": _WORDS,
-        "producer.lane": {"enum": ["interactive", "bulk"]},
-        "producer.references": {
-            "type": "array",
-            "items": {"type": "string", "pattern": "^(s3|https?|file)://"},
-        },
-        "producer.args": _STRINGS,
-        "test.timeoutS": _SOME,
-    }
 
 
 def _schema(value: Any, path: str, special: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -155,7 +151,7 @@ def _schema(value: Any, path: str, special: Mapping[str, dict[str, Any]]) -> dic
 def schema_text() -> str:
     """values.schema.json."""
     values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
-    schema = _schema(values, "", _special())
+    schema = _schema(values, "", {**_FORMS, "worker.settings": _settings()})
     schema["properties"]["global"] = {"type": "object"}
     return json.dumps({"$schema": "http://json-schema.org/draft-07/schema#", **schema}, indent=2) + "\n"
 

@@ -104,10 +104,21 @@ class PipelineUnderTest:
             backoff=RedisBackoff("commit", max_s=0.1),
             on_fatal=self.fatal.append,
         )
-        meter = LoadMeter(loader_threads=1)
+        self.meter = LoadMeter(loader_threads=1)
+        admission = Admission(limits, label_bank=bank, callback_rules=CallbackRules())
+        self.pipeline = Pipeline(
+            self._stages(admission),
+            self.in_flight,
+            progress=self.progress,
+            meter=self.meter,
+            observer=self.observer,
+            on_fatal=self.fatal.append,
+        )
+
+    def _stages(self, admission: Admission) -> Stages:
         executor: Any = SimpleNamespace(launch=lambda jobs: LaunchedBatch(jobs, 1.0), finish=self._finish)
         loaders: Any = self.loaders
-        stages = Stages(
+        return Stages(
             claimer=Claimer(
                 self.lease_queue,
                 self.notifier,
@@ -115,24 +126,16 @@ class PipelineUnderTest:
                 zone=UTC,
                 backoff=RedisBackoff("claim", max_s=0.1),
                 progress=self.progress,
-                meter=meter,
+                meter=self.meter,
                 observer=self.observer,
             ),
-            admission=Admission(limits, label_bank=bank, callback_rules=CallbackRules()),
+            admission=admission,
             labels=self.labels,
             loaders=loaders,
             batcher=Batcher(max_size=4, bulk_share=0.1),
             check_canary=lambda: None,
             executor=executor,
             committer=self.committer,
-        )
-        self.pipeline = Pipeline(
-            stages,
-            self.in_flight,
-            progress=self.progress,
-            meter=meter,
-            observer=self.observer,
-            on_fatal=self.fatal.append,
         )
 
     def _release(self, releases: Sequence[Release]) -> int:
