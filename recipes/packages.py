@@ -25,9 +25,16 @@ DEBIAN_RELEASE: Final = "bookworm"
 KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
 # One wheel for every machine: the recipes read data files, and run no code of these packages.
 WHEEL_TAGS: Final = (
-    "--only-binary=:all:", "--implementation=cp", "--python-version=3.11", "--abi=cp311", "--abi=abi3", "--abi=none",
-    "--platform=manylinux_2_28_x86_64", "--platform=manylinux_2_24_x86_64", "--platform=manylinux2014_x86_64",
-)  # fmt: skip
+    "--only-binary=:all:",
+    "--implementation=cp",
+    "--python-version=3.11",
+    "--abi=cp311",
+    "--abi=abi3",
+    "--abi=none",
+    "--platform=manylinux_2_28_x86_64",
+    "--platform=manylinux_2_24_x86_64",
+    "--platform=manylinux2014_x86_64",
+)
 
 
 class PackageError(Exception):
@@ -148,9 +155,12 @@ def _apt_options(place: Path) -> Iterator[str]:
     sources = place / "sources.list"
     sources.write_text(f"deb [signed-by={KEYRING}] {mirror} {DEBIAN_RELEASE} main\n", encoding="utf-8")
     for option in (
-        f"Dir::Etc::SourceList={sources}", "Dir::Etc::SourceParts=/dev/null", f"Dir::State::lists={place}/lists",
-        f"Dir::Cache={place}/lists", "APT::Sandbox::User=root",
-    ):  # fmt: skip
+        f"Dir::Etc::SourceList={sources}",
+        "Dir::Etc::SourceParts=/dev/null",
+        f"Dir::State::lists={place}/lists",
+        f"Dir::Cache={place}/lists",
+        "APT::Sandbox::User=root",
+    ):
         yield from ("-o", option)
 
 

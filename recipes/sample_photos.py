@@ -27,8 +27,17 @@ LARGE_PIXELS: Final = 12_000_000
 ORIENTATION: Final = 0x0112
 """EXIF's tag; 6 says: turn by 90° clockwise to look at."""
 KEYS: Final = (
-    "file", "package", "path", "author", "licence", "changes", "expected", "category", "form", "error",
-)  # fmt: skip
+    "file",
+    "package",
+    "path",
+    "author",
+    "licence",
+    "changes",
+    "expected",
+    "category",
+    "form",
+    "error",
+)
 
 
 def main() -> None:

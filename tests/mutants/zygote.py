@@ -22,9 +22,22 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parents[2]
 PACKAGES: Final = ("producer", "worker")
 LIBRARIES: Final = (
-    "torch", "transformers", "numpy", "PIL.Image", "boto3", "celery", "kombu", "redis", "pydantic_settings", "msgspec",
-    "structlog", "rich", "click", "pytest", "prometheus_client",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "numpy",
+    "PIL.Image",
+    "boto3",
+    "celery",
+    "kombu",
+    "redis",
+    "pydantic_settings",
+    "msgspec",
+    "structlog",
+    "rich",
+    "click",
+    "pytest",
+    "prometheus_client",
+)
 SELECTED: Final = "not slow and not long and not gpu"
 PR_SET_CHILD_SUBREAPER: Final = 36
 POLL_S: Final = 0.02

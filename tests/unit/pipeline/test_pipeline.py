@@ -187,10 +187,9 @@ def test_job_passes_all_stages_to_its_answer(parts: Parts) -> None:
     parts.load("a")
     assert parts.outcome("a") == Answered(job)
     assert (job.label_set, job.labels) == (LABELS, ENCODED)
-    assert job.image is not None
-    assert (job.image.format, job.image.width, job.image.height, job.image.bytes, job.image.sha256) == (
-        "PNG", 3, 2, 7, "0f",
-    )  # fmt: skip
+    image = job.image
+    assert image is not None
+    assert (image.format, image.width, image.height, image.bytes, image.sha256) == ("PNG", 3, 2, 7, "0f")
     moments = job.moments
     assert (moments.fetch_from_s, moments.decode_from_s, moments.batch_from_s) == (1.0, 1.25, 1.75)
     assert not job.is_on_device
