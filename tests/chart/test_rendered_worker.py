@@ -17,7 +17,7 @@ from redis import Redis
 
 from shiwu import Client
 from shiwu.contract import CLAIMS, LEASES, Lane, result_key
-from tests.chart.test_monitoring import BARE, HISTOGRAMS, METRICS, OF_THE_SWEEP
+from tests.chart.metric_labels import BARE, HISTOGRAMS, METRICS, OF_THE_SWEEP
 from tests.support.chart import Helm, of_kind, tool
 from tests.support.family import family
 from tests.support.faulty_worker import FAULT_FILE

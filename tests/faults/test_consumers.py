@@ -12,7 +12,7 @@ import redis
 from shiwu.broker.answers import AnswerEntry
 from shiwu.contract import RESULT_STREAM, Answer, Status
 from tests.support.processes import Process, clean_environment
-from tests.support.redis_parts import make_committer
+from tests.support.redis_parts import make_answer_store
 from tests.support.waiting import wait_until
 
 CONSUMER = """
@@ -59,7 +59,7 @@ def answered(client: redis.Redis, count: int) -> list[str]:
     """So many answers in the stream."""
     ids = [f"job-{number}" for number in range(count)]
     answers = [Answer(id=job_id, status=Status.TAGGED, attempts=1) for job_id in ids]
-    make_committer(client, "w").write([AnswerEntry(id=one.id, answer=one) for one in answers])
+    make_answer_store(client, "w").write([AnswerEntry(id=one.id, answer=one) for one in answers])
     return ids
 
 

@@ -15,9 +15,8 @@ from redis.retry import Retry
 
 from shiwu.broker.answers import AnswerEntry
 from shiwu.contract import CLAIMS, COUNTERS, DELAYED, DELAYED_MESSAGES, LEASES, QUARANTINE, RESULT_STREAM, Lane
-from tests.integration.test_claim_properties import LANES
 from tests.support.fault_proxy import FaultProxy, Side
-from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import LANES, answer, make_answer_store, make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
 
 T = TypeVar("T")
@@ -151,7 +150,7 @@ def counted(near: redis.Redis) -> int:
 def test_a_cut_claim_loses_nothing(proxy: FaultProxy, far: redis.Redis, redis_client: redis.Redis) -> None:
     """Jobs whose claim was cut wait in their lanes or are claimed; a claim that nobody knows of ends with its lease."""
     claims = make_lease_queue(far, NAME, lease_s=0.0, bulk_share=0.0)
-    successor, committer = make_lease_queue(redis_client, "successor"), make_committer(redis_client, "successor")
+    successor, committer = make_lease_queue(redis_client, "successor"), make_answer_store(redis_client, "successor")
     another = make_lease_queue(redis_client, "another")
     maintenance = make_maintenance(redis_client)
     sent: list[str] = []
@@ -225,7 +224,11 @@ def cut_commits(
 
     A rival has answered the first of the two already.
     """
-    claims, committer, rival = make_lease_queue(near, NAME), make_committer(far, NAME), make_committer(near, "rival")
+    claims, committer, rival = (
+        make_lease_queue(near, NAME),
+        make_answer_store(far, NAME),
+        make_answer_store(near, "rival"),
+    )
 
     def claimed(number: int) -> list[AnswerEntry]:
         ids = send(near, number)
@@ -282,7 +285,7 @@ def test_a_cut_commit_that_is_tried_again_counts_once(
 def test_a_black_hole_is_a_time_out_and_then_over(proxy: FaultProxy, redis_client: redis.Redis, what: str) -> None:
     """Silence is an error within the client's own time; when the route is back the same call succeeds."""
     with far_client(proxy, timeout_s=1) as far:
-        claims, committer = make_lease_queue(far, NAME, lease_s=0.0), make_committer(far, NAME)
+        claims, committer = make_lease_queue(far, NAME, lease_s=0.0), make_answer_store(far, NAME)
         assert claims.claim(2).jobs == (), "expected an empty server; this opens the connection"
         ids = send(redis_client, 0)
         jobs = claims.claim(2).jobs if what != "claim" else ()

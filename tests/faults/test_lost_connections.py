@@ -21,7 +21,7 @@ from shiwu_worker.jobs.job import Release
 from shiwu_worker.policy.callback_rules import CallbackRules
 from tests.faults.conftest import Fleet
 from tests.support import drill
-from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance, message
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 
@@ -66,7 +66,7 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
     """Script → a call that uses it and says something true; in this order they find what they need."""
     claims, committer, maintenance = (
         make_lease_queue(client, "w"),
-        make_committer(client, "w"),
+        make_answer_store(client, "w"),
         make_maintenance(client, stream_length=1),
     )
     client.lpush(Lane.BULK.queue, *[message(f"job-{n}", Lane.BULK) for n in range(5)])

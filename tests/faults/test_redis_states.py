@@ -13,7 +13,7 @@ from shiwu.broker.connection import connect
 from shiwu.contract import CLAIMS, LEASES, RESULT_STREAM
 from shiwu_worker.jobs.job import Release
 from tests.support import drill, pictures
-from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance, message
 from tests.support.servers import Valkey, WorkerProcess
 from tests.support.waiting import wait_until
 
@@ -68,7 +68,7 @@ def all_answered_once(client: redis.Redis, ids: list[str]) -> None:
 def test_a_full_server_takes_answers_and_refuses_new_jobs(valkey: Valkey, near: redis.Redis) -> None:
     """`OOM command not allowed`: producers are told; claims, renewals, retries and commits go on."""
     near.lpush("shiwu.bulk", *[message(f"job-{n}") for n in range(50)])
-    claims, committer = make_lease_queue(near, "w"), make_committer(near, "w")
+    claims, committer = make_lease_queue(near, "w"), make_answer_store(near, "w")
     near.config_set("maxmemory", 1_000_000)
     near.config_set("maxmemory-policy", "noeviction")
     with pytest.raises(redis.OutOfMemoryError), Client(valkey.url) as client:
@@ -150,6 +150,6 @@ def test_clock_jump_reruns_jobs_and_answers_once(redis_client: redis.Redis) -> N
     redis_client.zadd(LEASES, {"job": 1.0})
     assert make_maintenance(redis_client).run_once().reaped == 1
     [second] = make_lease_queue(redis_client, "b").claim(1).jobs
-    assert make_committer(redis_client, "a").write([answer(first)]) == set()
-    assert make_committer(redis_client, "b").write([answer(second)]) == {"job"}
+    assert make_answer_store(redis_client, "a").write([answer(first)]) == set()
+    assert make_answer_store(redis_client, "b").write([answer(second)]) == {"job"}
     assert redis_client.xlen(RESULT_STREAM) == 1

@@ -21,12 +21,11 @@ from tests.support.celery_client import celery_client
 from tests.support.processes import LOOPBACK, ROOT, free_ports
 from tests.support.redis_parts import message
 from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
+from tests.support.redis_users import CONFIG, CONFIG_6, users_for
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group(__name__)
-CONFIG = ROOT / "docs" / "redis-acl.conf"
-CONFIG_6 = ROOT / "docs" / "redis-acl-6.conf"
 CONTROL = "/0.celery.pidbox"
 LANE = Lane.INTERACTIVE.queue
 
@@ -70,14 +69,6 @@ def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield Guarded(
             server, (folder / "x.png").as_uri(), users.read_text(encoding="utf-8") == CONFIG.read_text("utf-8")
         )
-
-
-def users_for(binary: Path) -> str:
-    """The file with users that this server reads."""
-    output = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
-    [(major, minor)] = re.findall(r"v=(\d+)\.(\d+)", output)
-    path = CONFIG if (int(major), int(minor)) >= (7, 2) else CONFIG_6
-    return path.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

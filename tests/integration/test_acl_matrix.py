@@ -15,9 +15,9 @@ import redis
 
 from shiwu import Client, Status
 from shiwu.contract import KEY_TYPES, RESULT_STREAM, Lane, done_key, result_key
-from tests.integration.test_acl import users_for
 from tests.support import pictures
 from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
+from tests.support.redis_users import users_for
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 

@@ -18,7 +18,7 @@ from shiwu_worker.policy.limits import LeaseOptions
 from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 from tests.compat.shapes import ODD_IDS, protocol_2
 from tests.support.celery_client import celery_client
-from tests.support.redis_parts import answer, make_committer
+from tests.support.redis_parts import answer, make_answer_store
 from tests.support.waiting import wait_until
 
 ID = 'job "7"\n'
@@ -35,7 +35,7 @@ def answered(redis_client: redis.Redis, claims: LeaseQueue) -> Iterator[redis.Re
     """A Redis where a job was sent and answered."""
     redis_client.lpush("shiwu.bulk", protocol_2(ID, "s3://b/k"))
     [job] = claims.claim(1).jobs
-    make_committer(redis_client, "w").write([answer(job)])
+    make_answer_store(redis_client, "w").write([answer(job)])
     yield redis_client
     assert redis_client.xlen(RESULT_STREAM) == 1, "a copy makes no second entry in the results stream"
 
@@ -91,7 +91,7 @@ def test_duplicate_of_a_claimed_job_is_dropped(redis_client: redis.Redis, claims
     [job] = claims.claim(1).jobs
     assert claims.claim(1).jobs == ()
     assert redis_client.get(result_key("x")) is None
-    make_committer(redis_client, "w").write([answer(job)])
+    make_answer_store(redis_client, "w").write([answer(job)])
     assert json.loads(redis_client.get(result_key("x")) or b"")["status"] == "SUCCESS"
 
 
@@ -109,10 +109,10 @@ def test_refused_duplicate_gets_an_answer(answered: redis.Redis) -> None:
     refused = Answer(id=ID, status=Status.REJECTED)
     answered.delete(result_key(ID))
     entry = AnswerEntry(id=ID, claim="~" + "0a" * 20, answer=refused, message=b"shiwu.bulk|{}", is_dead=True)
-    assert make_committer(answered, "other").write([entry]) == {ID}
+    assert make_answer_store(answered, "other").write([entry]) == {ID}
     assert json.loads(answered.get(result_key(ID)) or b"")["status"] == "FAILURE"
     answered.set(result_key(ID), "kept")
-    make_committer(answered, "another").write([entry])
+    make_answer_store(answered, "another").write([entry])
     assert answered.get(result_key(ID)) == b"kept"
 
 

@@ -10,7 +10,7 @@ import redis
 
 from shiwu.contract import ATTEMPTS, CLAIMS, DELAYED, LEASES, Lane, done_key
 from shiwu_worker.jobs.job import Release
-from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
 
 
@@ -70,7 +70,7 @@ def test_lease_of_a_running_worker_is_renewed(client: redis.Redis) -> None:
     mine, other = make_lease_queue(client, "mine", lease_s=30), make_lease_queue(client, "other")
     mine.claim(2)
     before = client.zscore(LEASES, "mine")
-    make_committer(client, "other").write([])
+    make_answer_store(client, "other").write([])
     client.hset(CLAIMS, "lost", b"other|1|shiwu.bulk|raw")
     assert mine.renew(["mine", "lost", "never"]) == ["lost", "never"]
     assert client.zscore(LEASES, "mine") >= before
@@ -84,7 +84,7 @@ def test_duplicates_of_an_id_are_dropped_at_claim(client: redis.Redis) -> None:
     [job] = claims.claim(10).jobs
     client.lpush("shiwu.interactive", message("same"))
     assert claims.claim(10).jobs == ()
-    make_committer(client, "w").write([answer(job)])
+    make_answer_store(client, "w").write([answer(job)])
     client.lpush("shiwu.interactive", message("same"))
     assert claims.claim(10).jobs == ()
     assert client.hget("shiwu:counters", "copies_dropped") == b"3"
@@ -94,11 +94,11 @@ def test_mark_outlives_a_deleted_answer(client: redis.Redis) -> None:
     """A consumer that deletes the answer does not open the id for a second one."""
     client.lpush("shiwu.bulk", message("x"))
     claims = make_lease_queue(client, "w")
-    committer = make_committer(client, "w")
+    committer = make_answer_store(client, "w")
     [job] = claims.claim(1).jobs
     committer.write([answer(job)])
     client.delete("celery-task-meta-x")
-    assert make_committer(client, "other").write([answer(job)]) == {"x"}
+    assert make_answer_store(client, "other").write([answer(job)]) == {"x"}
     assert client.exists("celery-task-meta-x") == 0
     assert client.ttl(done_key("x")) > 60
 
@@ -107,7 +107,7 @@ def test_repeated_commit_recognises_its_own_answer(client: redis.Redis) -> None:
     """The same commit twice (its first reply was lost) is no duplicate, and appends to the stream once."""
     client.lpush("shiwu.bulk", message("x"))
     [job] = make_lease_queue(client, "w").claim(1).jobs
-    committer = make_committer(client, "w")
+    committer = make_answer_store(client, "w")
     assert committer.write([answer(job)]) == set()
     assert committer.write([answer(job)]) == set()
     assert client.xlen("shiwu:results") == 1
@@ -196,7 +196,7 @@ def test_result_is_the_json_of_celery(client: redis.Redis) -> None:
     """The stored value is what Celery's Redis backend writes."""
     client.lpush("shiwu.bulk", message("x"))
     [job] = make_lease_queue(client, "w").claim(1).jobs
-    make_committer(client, "w").write([answer(job)])
+    make_answer_store(client, "w").write([answer(job)])
     meta = json.loads(client.get("celery-task-meta-x") or b"")
     assert meta["status"] == "SUCCESS"
     assert meta["result"]["status"] == "tagged"

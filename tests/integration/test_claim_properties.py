@@ -27,9 +27,7 @@ from shiwu.contract import (
     done_key,
 )
 from shiwu_worker.jobs.job import Claimed, Release
-from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
-
-LANES = [(lane, key) for lane in Lane for key in lane.keys]
+from tests.support.redis_parts import LANES, answer, make_answer_store, make_lease_queue, make_maintenance, message
 
 
 class Fleet(RuleBasedStateMachine):
@@ -44,7 +42,7 @@ class Fleet(RuleBasedStateMachine):
             "steady": make_lease_queue(self.client, "steady"),
             "crashing": make_lease_queue(self.client, "crashing", lease_s=0.0),
         }
-        self.committers = {name: make_committer(self.client, name) for name in self.workers}
+        self.committers = {name: make_answer_store(self.client, name) for name in self.workers}
         self.in_flight: dict[str, list[Claimed]] = {name: [] for name in self.workers}
         self.sent: set[str] = set()
         self.requeued: list[str] = []
@@ -144,7 +142,7 @@ class Fleet(RuleBasedStateMachine):
             result = make_maintenance(self.client).run_once()
             self.client.delete(QUARANTINE_OWNER)  # as when its lease expires
             jobs = last.claim(50).jobs
-            make_committer(self.client, "last").write([answer(job) for job in jobs])
+            make_answer_store(self.client, "last").write([answer(job) for job in jobs])
             if not jobs and not result.waiting and not self.client.zcard(LEASES) and not self.client.zcard(DELAYED):
                 break
         answered = [fields[b"id"].decode() for _, fields in self.client.xrange(RESULT_STREAM)]

@@ -12,14 +12,14 @@ from shiwu import Client, JobFailed, QueueFull, RequestError, WaitTimeout
 from shiwu.cli import main
 from shiwu.contract import Lane
 from tests.support import pictures
-from tests.support.redis_parts import answer, make_committer, make_lease_queue
+from tests.support.redis_parts import answer, make_answer_store, make_lease_queue
 from tests.support.servers import S3Server, WorkerProcess
 
 
 def finish(client: redis.Redis, *, count: int = 1000, worker: str = "w") -> None:
     """Answer waiting jobs, as a worker does."""
     jobs = make_lease_queue(client, worker).claim(count).jobs
-    make_committer(client, worker).write([answer(job) for job in jobs])
+    make_answer_store(client, worker).write([answer(job) for job in jobs])
 
 
 def test_client_same_id_is_answered_once(redis_url: str, redis_client: redis.Redis) -> None:

@@ -16,7 +16,7 @@ from shiwu import Client
 from shiwu.broker.connection import connect, run_on_connection
 from shiwu.broker.redis_errors import NotReplicated
 from tests.support.processes import LOOPBACK, Process, clean_environment
-from tests.support.redis_parts import answer, make_committer, make_lease_queue
+from tests.support.redis_parts import answer, make_answer_store, make_lease_queue
 from tests.support.redis_server import RedisServer, valkey_binary
 from tests.support.waiting import wait_until
 
@@ -75,7 +75,7 @@ with Client(sys.argv[1], max_connections=4) as client:
 def answering(client: redis.Redis) -> Iterator[None]:
     """Answers every job that is enqueued, as a worker does."""
     stopped = threading.Event()
-    claims, committer = make_lease_queue(client, "w"), make_committer(client, "w")
+    claims, committer = make_lease_queue(client, "w"), make_answer_store(client, "w")
 
     def work() -> None:
         while not stopped.wait(0.02):

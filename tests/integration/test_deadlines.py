@@ -17,7 +17,7 @@ from shiwu_worker.celery_worker.revoke import Revoker
 from tests.conftest import StartWorker
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
-from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance
+from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance
 from tests.support.waiting import wait_until
 
 
@@ -45,7 +45,7 @@ def test_cancel_of_a_claimed_job_discards_its_answer(client: Client, redis_clien
     [job] = make_lease_queue(redis_client, "w").claim(5).jobs
     assert client.cancel("one") == ["one"]
     assert redis_client.hlen(CLAIMS) == redis_client.zcard(LEASES) == 0
-    assert make_committer(redis_client, "w").write([answer(job)]) == {"one"}
+    assert make_answer_store(redis_client, "w").write([answer(job)]) == {"one"}
     assert client.wait("one", timeout_s=1).status is Status.CANCELLED
     assert redis_client.xlen(RESULT_STREAM) == 1
 
@@ -72,7 +72,7 @@ def test_revoke_of_a_waiting_job_is_remembered(client: Client, redis_client: red
     """Celery's revoke names any id; the job is answered when it is claimed."""
     client.enqueue("s3://b/k.jpg", id="waiting")
     client.enqueue("s3://b/k.jpg", id="later", countdown_s=300)
-    revoker = Revoker(redis_client, make_committer(redis_client, "revoke"))
+    revoker = Revoker(redis_client, make_answer_store(redis_client, "revoke"))
     assert revoker.revoke(["waiting", "foreign"]) == 0
     taken = {job.id: job.is_revoked for job in make_lease_queue(redis_client, "w").claim(5).jobs}
     assert taken == {"waiting": True, "later": False}
@@ -85,7 +85,7 @@ def test_revoke_of_a_waiting_job_is_remembered(client: Client, redis_client: red
 def test_dropped_revokes_are_logged(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest revokes are dropped, as in Celery, and the log has their number."""
     monkeypatch.setattr("shiwu_worker.celery_worker.revoke.MAX_REMEMBERED", 10)
-    revoker = Revoker(redis_client, make_committer(redis_client, "revoke"))
+    revoker = Revoker(redis_client, make_answer_store(redis_client, "revoke"))
     with structlog.testing.capture_logs() as logs:
         revoker.revoke([f"old-{number}" for number in range(10)])
         assert logs == []

@@ -17,7 +17,7 @@ from shiwu.cli import main
 from shiwu.contract import RESULT_STREAM, Lane
 from tests.support.fault_proxy import FaultProxy
 from tests.support.processes import clean_environment
-from tests.support.redis_parts import answer, make_committer, make_lease_queue
+from tests.support.redis_parts import answer, make_answer_store, make_lease_queue
 from tests.support.waiting import wait_until
 
 REFERENCES = "".join(f"s3://b/{number}\n" for number in range(25))
@@ -31,7 +31,7 @@ def run(url: str, *options: str, text: str = REFERENCES) -> Result:
 def take(client: redis.Redis) -> int:
     """Answer what waits; how many there were."""
     jobs = make_lease_queue(client, "w").claim(1000).jobs
-    make_committer(client, "w").write([answer(job) for job in jobs])
+    make_answer_store(client, "w").write([answer(job) for job in jobs])
     return len(jobs)
 
 

@@ -30,7 +30,7 @@ from shiwu.contract import (
 )
 from shiwu_worker.jobs.job import Claimed, Release
 from tests.compat.shapes import protocol_2
-from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
 
 
@@ -51,7 +51,7 @@ def requeued(client: redis.Redis, *, has_callbacks: bool = False) -> Claimed:
     """Send a job, let it fail and requeue it; returns the claim of its first generation."""
     client.lpush(Lane.BULK.queue, message("job", Lane.BULK))
     job = claim_one(client, "first")
-    make_committer(client, "first").write([failure(job, has_callbacks=has_callbacks)])
+    make_answer_store(client, "first").write([failure(job, has_callbacks=has_callbacks)])
     assert DeadLetters(client).requeue(["job"]) == ["job"]
     return job
 
@@ -69,7 +69,7 @@ def test_each_requeue_starts_a_generation(redis_client: redis.Redis) -> None:
     wait_until(lambda: make_maintenance(redis_client).run_once().promoted, timeout_s=5)
     [job] = queue.claim(1).jobs
     assert (job.generation, job.attempt, job.deaths) == (1, 3, 1)
-    make_committer(redis_client, "w").write([failure(job)])
+    make_answer_store(redis_client, "w").write([failure(job)])
     assert redis_client.hlen(ATTEMPTS) == 0
     assert DeadLetters(redis_client).requeue(["job"]) == ["job"]
     assert claim_one(redis_client).generation == 2
@@ -88,7 +88,7 @@ def test_late_answer_of_an_earlier_generation_is_discarded(redis_client: redis.R
     if where == "delayed":
         queue.release([Release("job", delay_s=300)])
     before = redis_client.hgetall(CLAIMS), redis_client.zcard(LEASES), redis_client.hgetall(ATTEMPTS)
-    assert make_committer(redis_client, "late").write([answer(first)]) == {"job"}
+    assert make_answer_store(redis_client, "late").write([answer(first)]) == {"job"}
     assert (redis_client.hgetall(CLAIMS), redis_client.zcard(LEASES), redis_client.hgetall(ATTEMPTS)) == before
     assert redis_client.exists(done_key("job"), result_key("job")) == 0
     assert redis_client.zcard(DEADLINES) == 1
@@ -96,7 +96,7 @@ def test_late_answer_of_an_earlier_generation_is_discarded(redis_client: redis.R
     if where == "lane":
         claimed = queue.claim(1).jobs[0]
         assert (claimed.attempt, claimed.deaths) == (2, 1)
-        assert make_committer(redis_client, "w").write([answer(claimed)]) == set()
+        assert make_answer_store(redis_client, "w").write([answer(claimed)]) == set()
 
 
 def test_discarded_answer_leaves_others_of_its_commit(redis_client: redis.Redis) -> None:
@@ -105,7 +105,7 @@ def test_discarded_answer_leaves_others_of_its_commit(redis_client: redis.Redis)
     redis_client.lpush(Lane.BULK.queue, message("other", Lane.BULK))
     queue = make_lease_queue(redis_client, "w")
     jobs = {job.id: job for job in queue.claim(2).jobs}
-    committer = make_committer(redis_client, "w")
+    committer = make_answer_store(redis_client, "w")
     assert committer.write([answer(first), answer(jobs["other"])]) == {"job"}
     assert redis_client.hkeys(CLAIMS) == [b"job"]
     assert committer.write([answer(jobs["job"])]) == set()
@@ -116,7 +116,7 @@ def test_repeated_commit_of_a_generation_is_recognised(redis_client: redis.Redis
     """After a lost reply the same commit is no second answer, while one of an earlier generation is."""
     first = requeued(redis_client)
     second = claim_one(redis_client, "first")
-    committer = make_committer(redis_client, "first")
+    committer = make_answer_store(redis_client, "first")
     assert committer.write([answer(second)]) == set()
     assert committer.write([answer(second)]) == set()
     assert committer.write([failure(first)]) == {"job"}
@@ -126,7 +126,7 @@ def test_repeated_commit_of_a_generation_is_recognised(redis_client: redis.Redis
 def test_cancel_means_the_current_generation(redis_client: redis.Redis) -> None:
     """A client that does not know the generation cancels a requeued job, and a repeated cancel is recognised."""
     requeued(redis_client)
-    committer = make_committer(redis_client, "client")
+    committer = make_answer_store(redis_client, "client")
     cancelled = AnswerEntry(id="job", answer=Answer(id="job", status=Status.CANCELLED), is_from_outside=True)
     assert committer.write([cancelled]) == set()
     assert committer.write([cancelled]) == set()
@@ -144,7 +144,7 @@ def test_claim_without_a_readable_id_has_no_generation(redis_client: redis.Redis
         message=b"shiwu.bulk|" + protocol_2("x", "s3://b/k"),
         is_dead=True,
     )
-    committer = make_committer(redis_client, "w")
+    committer = make_answer_store(redis_client, "w")
     for number in range(3):
         assert committer.write([entry]) == set(), number
         assert DeadLetters(redis_client).requeue([job_id]) == [job_id]
@@ -157,7 +157,7 @@ def test_claim_without_a_readable_id_has_no_generation(redis_client: redis.Redis
 def test_answer_of_a_new_message_removes_the_dead_letter(redis_client: redis.Redis) -> None:
     """A dead letter outlives the mark; the id is sent again and tagged, and a requeue cannot delete that answer."""
     redis_client.lpush(Lane.BULK.queue, message("job", Lane.BULK), message("kept", Lane.BULK))
-    queue, committer = make_lease_queue(redis_client, "w"), make_committer(redis_client, "w")
+    queue, committer = make_lease_queue(redis_client, "w"), make_answer_store(redis_client, "w")
     committer.write([failure(job) for job in queue.claim(2).jobs])
     redis_client.delete(done_key("job"))
     redis_client.lpush(Lane.BULK.queue, message("job", Lane.BULK))

@@ -18,7 +18,7 @@ from shiwu_worker.jobs.job import Job, Release, open_job
 from shiwu_worker.stages.commit import to_entries
 from tests.support import pictures
 from tests.support.picture_server import PictureServer, Reply
-from tests.support.redis_parts import make_committer, make_lease_queue, make_maintenance
+from tests.support.redis_parts import make_answer_store, make_lease_queue, make_maintenance
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 
@@ -151,7 +151,7 @@ def test_history_ends_with_the_answer(client: redis.Redis, redis_url: str, how: 
     if how == "answered":
         wait_until(lambda: make_maintenance(client).run_once().promoted == 1, timeout_s=5)
         now_s = time.monotonic()
-        committer = make_committer(client, "w")
+        committer = make_answer_store(client, "w")
         committer.write(to_entries([claim(client)], worker="w", now_s=now_s))
     else:
         with Client(redis_url) as ours:

@@ -41,7 +41,7 @@ from shiwu_worker.policy.callback_rules import CallbackRules
 from tests.support.celery_client import celery_client
 from tests.support.fault_proxy import FaultProxy
 from tests.support.processes import Process, clean_environment
-from tests.support.redis_parts import make_committer, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import make_answer_store, make_lease_queue, make_maintenance, message
 from tests.support.servers import Valkey
 from tests.support.waiting import wait_until
 
@@ -99,7 +99,7 @@ def end_aside(client: redis.Redis, url: str, way: str, ids: list[str]) -> None:
         with Client(url) as ours:
             assert ours.cancel(ids) == ids
     elif way == "revoke":
-        assert Revoker(client, make_committer(client, "revoke")).revoke(ids) == len(ids)
+        assert Revoker(client, make_answer_store(client, "revoke")).revoke(ids) == len(ids)
     else:
         client.zadd(DEADLINES, dict.fromkeys(ids, 1.0))
         assert make_maintenance(client).run_once().out_of_time == len(ids)

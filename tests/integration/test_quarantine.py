@@ -7,7 +7,7 @@ import redis
 
 from shiwu.contract import ATTEMPTS, CLAIMS, QUARANTINE, QUARANTINE_OWNER, Lane
 from shiwu_worker.jobs.job import Release
-from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
 
 HARMLESS = [f"job-{n}" for n in range(5)]
@@ -38,7 +38,7 @@ def test_job_that_ends_workers_is_identified_alone(redis_client: redis.Redis) ->
             deaths += 1
             make_maintenance(redis_client).run_once()
         else:
-            make_committer(redis_client, f"w{number}").write([answer(job)])
+            make_answer_store(redis_client, f"w{number}").write([answer(job)])
             answered.append((job.id, job.attempt))
     assert deaths == 1, "expected one more death, with this job alone"
     assert sorted(answered) == sorted([*[(job_id, 3) for job_id in HARMLESS], ("crashing", 4)])
@@ -97,6 +97,6 @@ def test_quarantined_job_stays_isolated_on_every_road(redis_client: redis.Redis,
     owner = make_lease_queue(redis_client, "owner")
     [job] = owner.claim(10).jobs
     assert (job.id, job.deaths, job.key) == ("crashing", 2, Lane.BULK.queue)
-    make_committer(redis_client, "owner").write([answer(job)])
+    make_answer_store(redis_client, "owner").write([answer(job)])
     assert owner.claim(10).jobs == owner.claim(10).jobs == ()
     assert redis_client.exists(QUARANTINE, ATTEMPTS) == 0

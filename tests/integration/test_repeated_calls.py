@@ -11,7 +11,7 @@ from shiwu import Client
 from shiwu.broker.answers import AnswerEntry
 from shiwu.contract import ATTEMPTS, CALL_REPLY, CLAIMS, COUNTERS, RESULT_STREAM, Answer, Lane, Status
 from tests.support.fault_proxy import FaultProxy
-from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
 
 IDS = ("one", "two")
@@ -43,7 +43,7 @@ def fail_jobs(redis_client: redis.Redis) -> None:
         )
         for job in make_lease_queue(redis_client, "w").claim(5).jobs
     ]
-    make_committer(redis_client, "w").write(entries)
+    make_answer_store(redis_client, "w").write(entries)
 
 
 def without_reply(proxy: FaultProxy, call: Callable[[], object]) -> object:
@@ -96,7 +96,9 @@ def test_trim_without_reply_names_the_groups(proxy: FaultProxy, client: Client, 
     client._maintenance.trim()
     redis_client.lpush(Lane.BULK.queue, *[message(job_id, Lane.BULK) for job_id in IDS])
     redis_client.xgroup_create(RESULT_STREAM, "archive", mkstream=True)
-    make_committer(redis_client, "w").write([answer(job) for job in make_lease_queue(redis_client, "w").claim(5).jobs])
+    make_answer_store(redis_client, "w").write(
+        [answer(job) for job in make_lease_queue(redis_client, "w").claim(5).jobs]
+    )
     maintenance = make_maintenance(client._redis, stream_length=1)
     assert without_reply(proxy, maintenance.trim) == {"archive": 1}
 

@@ -6,7 +6,7 @@ import redis
 
 from shiwu.broker.answers import AnswerEntry
 from shiwu.contract import COUNTERS, DEAD, DEAD_ANSWERS, DEAD_MESSAGES, RESULT_STREAM, Answer, Status
-from tests.support.redis_parts import make_committer, make_maintenance
+from tests.support.redis_parts import make_answer_store, make_maintenance
 
 LENGTH = 1000
 
@@ -17,7 +17,7 @@ def fill(client: redis.Redis, count: int, *, prefix: str = "j") -> None:
         AnswerEntry(answer=Answer(id=f"{prefix}{n}", status=Status.TAGGED), id=f"{prefix}{n}", ignore_result=True)
         for n in range(count)
     ]
-    make_committer(client, "w").write(entries)
+    make_answer_store(client, "w").write(entries)
 
 
 def test_trim_without_groups_reports_nothing(redis_client: redis.Redis) -> None:
@@ -57,7 +57,7 @@ def fill_large(client: redis.Redis, count: int, *, is_dead: bool = False) -> Non
     """Write so many answers of 50 kB."""
     answers = [Answer(id=f"{n}", status=Status.FAILED, attempts=1, metadata="x" * 50_000) for n in range(count)]
     entries = [AnswerEntry(answer=answer, id=answer.id, message=b"shiwu.bulk|x", is_dead=is_dead) for answer in answers]
-    make_committer(client, "w").write(entries)
+    make_answer_store(client, "w").write(entries)
 
 
 def test_stream_of_large_answers_keeps_to_its_bytes(redis_client: redis.Redis) -> None:

@@ -21,7 +21,7 @@ from shiwu.contract import (
 )
 from shiwu_worker.jobs.job import Release
 from tests.compat.shapes import encoded, message
-from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance
+from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance
 
 EXPIRED = "2020-01-01T00:00:00+00:00"
 
@@ -35,7 +35,7 @@ def expired(job_id: str, *, mark: str = "", has_callbacks: bool = False) -> byte
 
 def cancel(client: redis.Redis, job_id: str) -> None:
     """A client cancels a job."""
-    make_committer(client, "client").cancel([job_id], reason="", clock_ms=lambda: 1.0)
+    make_answer_store(client, "client").cancel([job_id], reason="", clock_ms=lambda: 1.0)
 
 
 @pytest.mark.parametrize("generation", [0, 1])
@@ -46,7 +46,7 @@ def test_sweep_keeps_callbacks_of_an_answered_id(redis_client: redis.Redis, gene
     if generation:
         [job] = make_lease_queue(redis_client, "w").claim(1).jobs
         failed = Answer(id="job", status=Status.FAILED)
-        committer = make_committer(redis_client, "w")
+        committer = make_answer_store(redis_client, "w")
         committer.write(
             [msgspec.structs.replace(answer(job), answer=failed, is_dead=True, message=b"shiwu.bulk|" + raw)]
         )

@@ -46,7 +46,7 @@ from shiwu_worker.pipeline.heartbeat import Heartbeat
 from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.progress import LoadMeter, Progress
 from tests.support.observers import RecordingObserver
-from tests.support.redis_parts import answer, make_committer, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
 
 LANE_KEYS = [key for lane in Lane for key in lane.keys]
@@ -69,7 +69,7 @@ def fill(client: redis.Redis) -> None:
         if name == "dead":
             failed = Answer(id=name, status=Status.FAILED, attempts=1)
             raw = job.key.encode() + b"|" + job.raw
-            make_committer(client, "w").write([AnswerEntry(answer=failed, id=name, message=raw, is_dead=True)])
+            make_answer_store(client, "w").write([AnswerEntry(answer=failed, id=name, message=raw, is_dead=True)])
         else:
             queue.release([Release(name, delay_s=60, counts=True)])
     client.zadd(DELAYED, {"due": 1.0})
@@ -124,12 +124,12 @@ def commit(client: redis.Redis) -> None:
     entries = [
         AnswerEntry(id=name, answer=Answer(id=name, status=Status.TAGGED, attempts=1)) for name in ("held", "held-too")
     ]
-    make_committer(client, "w").write(entries)
+    make_answer_store(client, "w").write(entries)
 
 
 def fail(client: redis.Redis) -> None:
     failed = Answer(id="held", status=Status.FAILED, attempts=1)
-    make_committer(client, "w").write(
+    make_answer_store(client, "w").write(
         [
             AnswerEntry(
                 answer=failed, id="held", message=b"shiwu.bulk|" + message("held"), is_dead=True, has_callbacks=True
@@ -140,7 +140,7 @@ def fail(client: redis.Redis) -> None:
 
 def cancel(client: redis.Redis) -> None:
     cancelled = [Answer(id=name, status=Status.CANCELLED, attempts=0) for name in ("held", "waiting", "delayed")]
-    make_committer(client, "c").write(
+    make_answer_store(client, "c").write(
         [AnswerEntry(answer=each, id=each.id, is_from_outside=True) for each in cancelled]
     )
 
@@ -166,7 +166,7 @@ def drop(client: redis.Redis) -> None:
 
 
 def revoke(client: redis.Redis) -> None:
-    Revoker(client, make_committer(client, "r")).revoke(["held", "delayed", "foreign"])
+    Revoker(client, make_answer_store(client, "r")).revoke(["held", "delayed", "foreign"])
 
 
 def take_late(client: redis.Redis) -> None:
@@ -246,7 +246,7 @@ def test_commit_goes_on_beside_foreign_deadlines(redis_client: redis.Redis) -> N
     redis_client.lpush("shiwu.bulk", message("job"))
     [job] = make_lease_queue(redis_client, "w").claim(1).jobs
     redis_client.lpush(DEADLINES, "x")
-    assert make_committer(redis_client, "w").write([answer(job)]) == set()
+    assert make_answer_store(redis_client, "w").write([answer(job)]) == set()
 
 
 def test_commit_survives_counters_that_are_no_numbers(redis_client: redis.Redis) -> None:
@@ -256,7 +256,7 @@ def test_commit_survives_counters_that_are_no_numbers(redis_client: redis.Redis)
     redis_client.lpush("shiwu.bulk", message("job"), message("job"))
     [job] = make_lease_queue(redis_client, "w", lease_s=0.0).claim(2).jobs
     wait_until(lambda: make_maintenance(redis_client).run_once().reaped, timeout_s=5)
-    assert make_committer(redis_client, "w").write([answer(job)]) == set()
+    assert make_answer_store(redis_client, "w").write([answer(job)]) == set()
     assert read_state(redis_client).counters["answered"] == 1
 
 
@@ -265,7 +265,7 @@ def test_full_stream_is_moved_and_answers_go_on(redis_client: redis.Redis) -> No
     redis_client.xadd(RESULT_STREAM, {"a": "b"}, id="18446744073709551615-18446744073709551615")
     redis_client.lpush("shiwu.bulk", message("one"), message("two"))
     claimed = make_lease_queue(redis_client, "w").claim(2).jobs
-    assert make_committer(redis_client, "w").write([answer(job) for job in claimed]) == set()
+    assert make_answer_store(redis_client, "w").write([answer(job) for job in claimed]) == set()
     assert [fields[b"id"] for _, fields in redis_client.xrange(RESULT_STREAM)] == [b"one", b"two"]
     assert len(redis_client.keys(f"{FOREIGN}{RESULT_STREAM}:*")) == 1
 

@@ -61,6 +61,14 @@ def test_test_names_are_short() -> None:
     assert [name for name in names if len(name.rpartition(" ")[2]) > MAX_TEST_NAME] == []
 
 
+def test_tests_share_helpers_through_support_only() -> None:
+    """No file imports a test file: what two of them need stands in a module without tests."""
+    pattern = re.compile(r"^\s*(?:from|import) tests\.(?:\w+\.)*test_\w+", re.M)
+    python_files = (ROOT / "tests").rglob("*.py")
+    importers = [str(path.relative_to(ROOT)) for path in python_files if pattern.search(path.read_text("utf-8"))]
+    assert importers == []
+
+
 def pins() -> list[str]:
     """Return the lines of constraints.txt that pin a package."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()

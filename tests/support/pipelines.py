@@ -31,7 +31,7 @@ from shiwu_worker.stages.claim.notifier import LaneNotifier
 from shiwu_worker.stages.commit import Committer
 from shiwu_worker.stages.score.label_bank import LabelBank
 from tests.support.observers import RecordingObserver
-from tests.support.redis_parts import make_committer, make_lease_queue
+from tests.support.redis_parts import make_answer_store, make_lease_queue
 
 SLOTS: Final = 8
 LABELS: Final = LabelSet(None, ("a", "b"))
@@ -78,7 +78,7 @@ class PipelineUnderTest:
         self.observer = RecordingObserver()
         self.progress = Progress()
         self.lease_queue = make_lease_queue(client, "w", lease_s=30)
-        self.answer_store = make_committer(client, "w")
+        self.answer_store = make_answer_store(client, "w")
         self.notifier = LaneNotifier(client, block_s=1.0)
         self.loaders = InstantLoaders()
         limits = limits or PipelineLimits(slots=SLOTS, max_attempts=3)

@@ -19,6 +19,8 @@ from shiwu_worker.policy.limits import LeaseOptions
 from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 
 REQUEST = Request(image="s3://pictures/cat.jpg")
+LANES = [(lane, key) for lane in Lane for key in lane.keys]
+"""Every lane with each of its keys."""
 
 
 def message(job_id: str, lane: Lane = Lane.INTERACTIVE, *, answer_by_ms: float | None = None) -> bytes:
@@ -31,7 +33,7 @@ def make_lease_queue(client: redis.Redis, name: str, *, lease_s: float = 60.0, b
     return LeaseQueue(client, LeaseOptions(lease_s=lease_s, bulk_share=bulk_share), token=name)
 
 
-def make_committer(client: redis.Redis, name: str) -> AnswerStore:
+def make_answer_store(client: redis.Redis, name: str) -> AnswerStore:
     """One worker's writer of answers."""
     return AnswerStore(
         client, token=name, retention=lambda: Retention(result_ttl_s=60, done_ttl_s=120, dead_length=1000)
@@ -45,7 +47,7 @@ def make_maintenance(
     token = name or "sweep"
     return Maintenance(
         client,
-        make_committer(client, token),
+        make_answer_store(client, token),
         name=name,
         token=token,
         retention=lambda: Retention(stream_length=stream_length, **limits),

@@ -1,0 +1,50 @@
+"""Metrics that rules and dashboard may name, with their labels."""
+
+from __future__ import annotations
+
+METRICS: dict[str, frozenset[str]] = {
+    "shiwu_jobs_total": frozenset({"lane", "status", "code"}),
+    "shiwu_queue_waiting": frozenset({"lane"}),
+    "shiwu_queue_claimed": frozenset({"lane"}),
+    "shiwu_queue_oldest_age_seconds": frozenset({"lane"}),
+    "shiwu_queue_backlog_seconds": frozenset({"lane"}),
+    "shiwu_batches_total": frozenset({"reason"}),
+    "shiwu_retries_total": frozenset({"code"}),
+    "shiwu_limit_ratio": frozenset({"what"}),
+    "shiwu_duty_failures_total": frozenset({"duty"}),
+    "shiwu_model_info": frozenset({"model", "revision", "dtype", "device"}),
+}
+"""Metric → its labels."""
+BARE = [
+    "shiwu_queue_delayed",
+    "shiwu_dead_letters",
+    "shiwu_leases_renewed_total",
+    "shiwu_leases_reaped_total",
+    "shiwu_answers_discarded_total",
+    "shiwu_loader_restarts_total",
+    "shiwu_gpu_memory_used_bytes",
+    "shiwu_gpu_memory_total_bytes",
+    "shiwu_gpu_utilisation_ratio",
+    "shiwu_worker_ready",
+    "shiwu_progress_age_seconds",
+    "shiwu_redis_up",
+    "shiwu_workers",
+    "shiwu_workers_expected",
+    "shiwu_sweep_last_round_timestamp_seconds",
+    "shiwu_results_dropped_total",
+]
+"""Metrics without labels."""
+OF_THE_SWEEP = {
+    "shiwu_workers",
+    "shiwu_workers_expected",
+    "shiwu_sweep_last_round_timestamp_seconds",
+    "shiwu_results_dropped_total",
+}
+"""Metrics that a worker does not export."""
+HISTOGRAMS = {
+    "shiwu_stage_seconds": {"stage"},
+    "shiwu_queue_wait_seconds": {"lane"},
+    "shiwu_answer_seconds": {"lane"},
+    "shiwu_batch_size": set(),
+}
+"""Histogram → its labels."""
