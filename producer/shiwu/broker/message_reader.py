@@ -193,7 +193,7 @@ def _read_outer(raw: bytes) -> _Outer:
         raise _malformed(f"expected a Celery message as JSON ({type(error).__name__}: {error!s:.120})") from None
 
 
-def _without_empty_lists(outer: Any) -> Any:
+def _without_empty_lists(outer: object) -> Any:
     """The object without empty lists and nulls: PHP writes an empty object as a list, and other clients as null."""
     if isinstance(outer, dict):
         return {name: value for name, value in outer.items() if value not in ([], None)}
@@ -262,7 +262,7 @@ def _read_body(data: bytes) -> _CheckedBody:
     return _checked_body(args, kwargs, embed)
 
 
-def _checked_body(args: Any, kwargs: Any, embed: Any) -> _CheckedBody:
+def _checked_body(args: object, kwargs: object, embed: object) -> _CheckedBody:
     """The parts of a body. Null and an empty list, which PHP writes, stand for an empty object."""
     args, kwargs, embed = args or [], kwargs or {}, embed or {}
     if not (isinstance(args, list) and isinstance(kwargs, dict) and isinstance(embed, dict)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, tzinfo
-from typing import Any, Final
+from typing import Final
 
 from shiwu.contract import ErrorCode, RequestError
 
@@ -15,7 +15,7 @@ MIN_TIME_MS: Final = 1e11
 """A number from here on counts milliseconds, as in JavaScript: as seconds it would be after the year 5000."""
 
 
-def absolute_ms(value: Any, name: str, *, zone: tzinfo = UTC) -> float | None:
+def absolute_ms(value: object, name: str, *, zone: tzinfo = UTC) -> float | None:
     """Milliseconds since 1970 of an `eta` or `expires`, or None where there is none.
 
     Args:

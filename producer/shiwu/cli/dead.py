@@ -30,7 +30,7 @@ class Span(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 
     name = "span"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The duration in seconds."""
         found = _SPAN.fullmatch(str(value))
         if found is None:

@@ -47,7 +47,7 @@ def read_integer(name: str, value: Any, *, least: int = 0, most: int = MAX_INTEG
     return int(value)
 
 
-def read_text(name: str, value: Any, *, least: int = 0, most: int = 1000) -> str:
+def read_text(name: str, value: object, *, least: int = 0, most: int = 1000) -> str:
     """Check a text of `least` to `most` characters.
 
     Raises:
@@ -72,7 +72,7 @@ def read_type(name: str, value: T, kind: type | tuple[type, ...], expected: str)
     return value
 
 
-def read_id(value: Any) -> str:
+def read_id(value: object) -> str:
     """Check an id to look up. It may be longer than a job id: refused messages are answered under such ids too.
 
     Raises:
@@ -84,7 +84,7 @@ def read_id(value: Any) -> str:
     raise RequestError(ErrorCode.INVALID_ID, text)
 
 
-def read_ids(name: str, values: Any) -> list[str]:
+def read_ids(name: str, values: object) -> list[str]:
     """Check ids to look up; a single text counts as one id.
 
     Raises:

@@ -74,7 +74,7 @@ def _csp_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _embeddable(data: Any) -> str:
+def _embeddable(data: object) -> str:
     """JSON that ends no script element and begins no comment, whatever its texts say."""
     return msgspec.json.encode(data).decode().replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

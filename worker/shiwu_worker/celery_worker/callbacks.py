@@ -174,7 +174,7 @@ class CallbackSender:
         else:
             self._on_failure(job_id, canvas, answer)
 
-    def _on_success(self, job_id: str, canvas: Canvas, value: Any) -> list[Any]:
+    def _on_success(self, job_id: str, canvas: Canvas, value: object) -> list[Any]:
         """Do what celery.app.trace does after a task has returned. Return the results of the callbacks."""
         origin = {"parent_id": job_id, "root_id": canvas.root_id or job_id}
         sent = [signature(callback, app=self._app).apply_async((value,), **origin) for callback in canvas.callbacks]

@@ -10,7 +10,7 @@ import io
 import math
 import sys
 import time
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 import numpy as np
@@ -29,6 +29,9 @@ from shiwu_worker.runtime.cpus import usable_cores
 from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.decoder import decode
 from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
+
+if TYPE_CHECKING:
+    from shiwu_worker.stages.encode.encoder import Encoder
 
 SIDE_PIXELS: Final = 512
 MEASURE_DECODE_S: Final = 1.0
@@ -81,7 +84,7 @@ def _destination(settings: Settings) -> str:
     return f"The result will be written to {settings.tune_file}."
 
 
-def choose(settings: Settings, encoder: Any, decode_s: float, revision: str) -> Tuned:
+def choose(settings: Settings, encoder: Encoder, decode_s: float, revision: str) -> Tuned:
     """Choose as many loaders as keep the model busy with images of this size, leaving a core for the worker."""
     rate = max(size / seconds for size, seconds in _measured_s(encoder).items())
     cores = usable_cores()
@@ -94,7 +97,7 @@ def choose(settings: Settings, encoder: Any, decode_s: float, revision: str) -> 
     )
 
 
-def _measured_s(encoder: Any) -> dict[int, float]:
+def _measured_s(encoder: Encoder) -> dict[int, float]:
     """Return the seconds of one batch for each measured size."""
     return {size: seconds for size, seconds in encoder.size_policy.seconds().items() if size in encoder.timed_sizes}
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import structlog
 from pydantic import ValidationError
@@ -142,6 +142,6 @@ def _is_secret(field: str) -> bool:
     return field not in Settings.model_fields or "Secret" in str(Settings.model_fields[field].annotation)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     shown = repr(without_logins(value) if isinstance(value, str) else value)
     return shown if len(shown) <= MAX_SHOWN_CHARS else f"{shown[:MAX_SHOWN_CHARS]}…"

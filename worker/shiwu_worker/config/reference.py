@@ -81,7 +81,7 @@ def all_settings() -> Iterator[SettingInfo]:
         )
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """Return a value in the form of its environment variable, without user names and passwords."""
     if isinstance(value, SecretStr):
         value = re.sub(r"\?.*", "", without_logins(value.get_secret_value()))

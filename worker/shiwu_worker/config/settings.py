@@ -333,7 +333,7 @@ class Settings(BaseSettings):
 
     @field_validator("*")
     @classmethod
-    def _check_duration(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check_duration(cls, value: object, info: ValidationInfo) -> Any:
         check_duration(info.field_name or "", value)
         return value
 

@@ -162,7 +162,7 @@ class _Server(ThreadingHTTPServer):
                 if since_s < late_s:
                     _shut_down(request)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: object, client_address: object) -> None:
         """Log defects of this server; not that a client closed its connection."""
         if not isinstance(sys.exception(), OSError):
             log.exception("http_failed")

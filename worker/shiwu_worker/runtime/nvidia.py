@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import pynvml
 import structlog
@@ -120,7 +120,7 @@ def _all_gpus() -> Iterator[Gpu]:
             yield Gpu(name=name, uuid=instance, gpu=index, gpu_uuid=uuid, near_cpus=near)
 
 
-def _instances(handle: Any) -> list[tuple[int, str]] | None:
+def _instances(handle: object) -> list[tuple[int, str]] | None:
     """Return numbers and UUIDs of the MIG instances of a GPU; None if it is not split."""
     try:
         is_split, _ = pynvml.nvmlDeviceGetMigMode(handle)
@@ -137,7 +137,7 @@ def _instances(handle: Any) -> list[tuple[int, str]] | None:
     return found
 
 
-def _near_cpus(handle: Any) -> frozenset[int]:
+def _near_cpus(handle: object) -> frozenset[int]:
     """CPUs of the GPU's NUMA node that this process may use; empty where the driver does not tell."""
     allowed = os.sched_getaffinity(0)
     # The driver refuses a mask that has no room for all CPUs of the machine, also for those that are not allowed.

@@ -6,13 +6,16 @@ import json
 import logging
 from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 import structlog
 
 from shiwu.contract import Answer, Status, Timing, printable, printable_lines, without_logins
 from shiwu_worker.telemetry.log_output import LogOutput, open_standard_streams
+
+if TYPE_CHECKING:
+    from structlog.typing import Processor
 
 _SEVERAL_LINES: Final = frozenset({"exception", "stack"})
 """Fields that the terminal shows as lines of their own."""
@@ -30,16 +33,16 @@ def set_up(*, level: str, form: str, log_file: str | None = None) -> None:
     open_standard_streams()
     output = LogOutput(log_file)
     number = getattr(logging, level.upper())
-    shared: list[Any] = [
+    shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     is_console = form == "console" or (form == "auto" and output.isatty())
-    final: list[Any] = [structlog.processors.format_exc_info, *([_escape_controls] if is_console else [])]
+    final: list[Processor] = [structlog.processors.format_exc_info, *([_escape_controls] if is_console else [])]
     # structlog's own tracebacks would show local variables, with passwords and texts of messages.
     console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-    renderer: Any = console if is_console else lambda *event: _json_line(*event).decode()
+    renderer: Processor = console if is_console else lambda *event: _json_line(*event).decode()
     structlog.configure(
         processors=[*shared, *final, renderer if is_console else _json_line],
         wrapper_class=structlog.make_filtering_bound_logger(number),

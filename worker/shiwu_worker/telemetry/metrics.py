@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import numpy as np
@@ -85,31 +85,32 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # untyped; without it each counter has a second series
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        every: Any = {"registry": registry}
-        self._jobs = Counter("shiwu_jobs", "Answers given.", ["lane", "status", "code"], **every)
-        self._discarded = Counter(
-            "shiwu_answers_discarded", "Answers that were discarded: the job had been answered before.", **every
+        counter = partial(Counter, registry=registry)
+        self._jobs = counter("shiwu_jobs", "Answers given.", ["lane", "status", "code"])
+        self._discarded = counter(
+            "shiwu_answers_discarded", "Answers that were discarded: the job had been answered before."
         )
-        self._retries = Counter("shiwu_retries", "Jobs released for a retry.", ["code"], **every)
-        self._batches = Counter("shiwu_batches", "Batches, by why they left.", ["reason"], **every)
+        self._retries = counter("shiwu_retries", "Jobs released for a retry.", ["code"])
+        self._batches = counter("shiwu_batches", "Batches, by why they left.", ["reason"])
         self._batch_size = Histogram(
-            "shiwu_batch_size", "Images in a batch.", buckets=tuple(map(float, BATCH_SIZES)), **every
+            "shiwu_batch_size", "Images in a batch.", buckets=tuple(map(float, BATCH_SIZES)), registry=registry
         )
-        self._words = Counter(
-            "shiwu_labels_encoded", "Labels encoded, by the lane that needed them.", ["lane"], **every
+        self._words = counter("shiwu_labels_encoded", "Labels encoded, by the lane that needed them.", ["lane"])
+        self._words_s = counter(
+            "shiwu_label_seconds", "Time of the device for labels, by the lane that needed them.", ["lane"]
         )
-        self._words_s = Counter(
-            "shiwu_label_seconds", "Time of the device for labels, by the lane that needed them.", ["lane"], **every
-        )
-        self._renewed = Counter("shiwu_leases_renewed", "Leases renewed.", **every)
-        self._reaped = Counter("shiwu_leases_reaped", "Jobs requeued after their lease expired.", **every)
-        self._duty_failures = Counter(
-            "shiwu_duty_failures", "Failures of the periodic duties of this worker.", ["duty"], **every
+        self._renewed = counter("shiwu_leases_renewed", "Leases renewed.")
+        self._reaped = counter("shiwu_leases_reaped", "Jobs requeued after their lease expired.")
+        self._duty_failures = counter(
+            "shiwu_duty_failures", "Failures of the periodic duties of this worker.", ["duty"]
         )
         text = "Values of a wrong type moved away from keys of shiwu."
-        self._foreign_moved = Counter("shiwu_foreign_values_moved", text, **every)
+        self._foreign_moved = counter("shiwu_foreign_values_moved", text)
         self._limits = Gauge(
-            "shiwu_limit_ratio", "Share of the last half minute: what the worker waited for.", ["what"], **every
+            "shiwu_limit_ratio",
+            "Share of the last half minute: what the worker waited for.",
+            ["what"],
+            registry=registry,
         )
         self._queues = QueueCollector()
         registry.register(self._queues)
@@ -119,12 +120,12 @@ class Metrics:
                 GaugeMetricFamily, "shiwu_redis_up", "1 while Redis answers this process.", lambda: self._redis_up
             )
         )
-        lanes: Any = {"label": "lane", "values": _LANES, "buckets": LONG_SECONDS}
+        by_lane = partial(BatchHistogram, label="lane", values=_LANES, buckets=LONG_SECONDS)
         self._stages = BatchHistogram(
             "shiwu_stage_seconds", "Time of a job in each stage.", label="stage", values=_STAGES, buckets=SECONDS
         )
-        self._waits = BatchHistogram("shiwu_queue_wait_seconds", "Time of a job in its lane.", **lanes)
-        self._answers = BatchHistogram("shiwu_answer_seconds", "From enqueueing to the answer.", **lanes)
+        self._waits = by_lane("shiwu_queue_wait_seconds", "Time of a job in its lane.")
+        self._answers = by_lane("shiwu_answer_seconds", "From enqueueing to the answer.")
         for each in (self._stages, self._waits, self._answers):
             registry.register(each)
         self._show_zeros(retried)

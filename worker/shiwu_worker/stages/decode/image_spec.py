@@ -198,5 +198,5 @@ class _Reader:
         return WrongCheckpoint(f"{self._path}: {key}: expected {expected}, got {self._config.get(key)!r:.80}")
 
 
-def _is_length(value: Any) -> bool:
+def _is_length(value: object) -> bool:
     return type(value) is int and 0 < value <= 4096
