@@ -60,7 +60,7 @@ USERS = (*EACH_BY_ITSELF, "sweep", "worker")
 
 
 @dataclass(frozen=True)
-class Place:
+class Parts:
     """A server with the users of the file, a worker, and an image."""
 
     server: RedisServer
@@ -82,7 +82,7 @@ class Place:
 
 
 @pytest.fixture(scope="module", params=["valkey", pytest.param("redis", marks=pytest.mark.slow)])
-def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
     """One worker with short leases for all rows."""
     folder: Path = tmp_path_factory.mktemp("matrix")
     (folder / "x.png").write_bytes(pictures.png(pictures.picture().resize((64, 64))))
@@ -90,7 +90,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     (folder / "users.conf").write_text(users_for(binary), encoding="utf-8")
     config = {"include": str(folder / "users.conf")}
     with RedisServer(folder=folder / "server", binary=binary, config=config) as server:
-        made = Place(server, users_for(binary), (folder / "x.png").as_uri())
+        made = Parts(server, users_for(binary), (folder / "x.png").as_uri())
         options = {"max_batch": 8, "loaders": 1, "loader_spares": 0, "torch_threads": 1, "lease_s": 3}
         with WorkerProcess(redis_url=made.url("worker"), folder=folder, allow_folders=folder, **options) as worker:
             worker.wait_ready()
@@ -98,20 +98,20 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             assert worker.is_running
 
 
-def attack(place: Place, user: str, command: str) -> None:
+def attack(parts: Parts, user: str, command: str) -> None:
     """Run the command with each of its arguments on each key; the server refuses most."""
-    with place.client(user) as client:
+    with parts.client(user) as client:
         for key, arguments in itertools.product(KEYS, HOSTILE[command]):
             words = command.split("|")
             with contextlib.suppress(redis.ResponseError):
                 client.execute_command(*words, key, *arguments)
 
 
-def tag_others(place: Place, numbers: Iterator[int]) -> None:
+def tag_others(parts: Parts, numbers: Iterator[int]) -> None:
     """Twenty jobs of another producer are tagged."""
-    with Client(place.url("producer")) as producer, Client(place.url("client")) as client:
+    with Client(parts.url("producer")) as producer, Client(parts.url("client")) as client:
         ids = [f"mine-{next(numbers)}" for _ in range(20)]
-        items = [{"image": place.image, "id": job_id} for job_id in ids]
+        items = [{"image": parts.image, "id": job_id} for job_id in ids]
 
         def is_sent() -> bool:
             # With the users of Redis 6.2 a lane may have a wrong type until it is moved aside.
@@ -125,18 +125,18 @@ def tag_others(place: Place, numbers: Iterator[int]) -> None:
 
 
 @pytest.mark.parametrize("user", USERS)
-def test_hostile_user_does_not_stop_others(place: Place, user: str) -> None:
+def test_hostile_user_does_not_stop_others(parts: Parts, user: str) -> None:
     """After each command of producers, clients and consumers, and after all of the others, jobs are tagged in time."""
     numbers = itertools.count(USERS.index(user) * 100_000)
-    commands = place.commands(user)
+    commands = parts.commands(user)
     assert commands or user == "consumer"
     for command in commands:
-        attack(place, user, command)
+        attack(parts, user, command)
         if user in EACH_BY_ITSELF:
-            tag_others(place, numbers)
-    tag_others(place, numbers)
+            tag_others(parts, numbers)
+    tag_others(parts, numbers)
     if user in ("producer", "consumer"):
-        with place.client("admin") as admin:
+        with parts.client("admin") as admin:
             assert not admin.exists(result_key("gone"), done_key("gone"))
             streamed: Any = admin.xrange(RESULT_STREAM)
             named = {fields.get(b"id", b"").decode() for _, fields in streamed}

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.xdist_group(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class Parts:
     """Servers for one test, which it may damage."""
 
     folder: Path
@@ -51,36 +51,36 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def parts(tmp_path: Path) -> Iterator[Parts]:
     """Everything is stopped in the end."""
     with ExitStack() as stack:
-        yield Place(tmp_path, stack)
+        yield Parts(tmp_path, stack)
 
 
-def away(place: Place) -> None:
-    place.client(f"redis://{LOOPBACK}:{free_ports(1)[0]}").ping()
+def away(parts: Parts) -> None:
+    parts.client(f"redis://{LOOPBACK}:{free_ports(1)[0]}").ping()
 
 
-def loading(place: Place) -> None:
-    server = place.server(save='""', enable_debug_command="yes")
-    place.client(server.url).execute_command("DEBUG", "POPULATE", "20000")
-    place.client(server.url).save()
+def loading(parts: Parts) -> None:
+    server = parts.server(save='""', enable_debug_command="yes")
+    parts.client(server.url).execute_command("DEBUG", "POPULATE", "20000")
+    parts.client(server.url).save()
     server.stop()
     server.config |= {"key-load-delay": "1000", "loading-process-events-interval-bytes": "1024"}
     server.start(is_loading_enough=True)
-    place.client(server.url).get("x")
+    parts.client(server.url).get("x")
 
 
-def busy(place: Place) -> None:
-    server = place.server(busy_reply_threshold="10")
+def busy(parts: Parts) -> None:
+    server = parts.server(busy_reply_threshold="10")
     endless = server.client()
     thread = Thread(target=refusal, args=[lambda: endless.eval("while true do end", 0)])
     thread.start()
-    place.stack.callback(endless.close)
-    place.stack.callback(thread.join)
-    place.stack.callback(place.stack.enter_context(server.client()).script_kill)
-    wait_until(lambda: refusal(place.client(server.url).ping), timeout_s=10)
-    place.client(server.url).get("x")
+    parts.stack.callback(endless.close)
+    parts.stack.callback(thread.join)
+    parts.stack.callback(parts.stack.enter_context(server.client()).script_kill)
+    wait_until(lambda: refusal(parts.client(server.url).ping), timeout_s=10)
+    parts.client(server.url).get("x")
 
 
 def refusal(do: Callable[[], object]) -> redis.RedisError | None:
@@ -92,118 +92,118 @@ def refusal(do: Callable[[], object]) -> redis.RedisError | None:
     return None
 
 
-def read_only(place: Place) -> None:
-    client = place.client(place.server().url)
+def read_only(parts: Parts) -> None:
+    client = parts.client(parts.server().url)
     client.replicaof(LOOPBACK, 1)
     client.set("x", 1)
 
 
-def full(place: Place) -> None:
-    client = place.client(place.server(maxmemory="1").url)
+def full(parts: Parts) -> None:
+    client = parts.client(parts.server(maxmemory="1").url)
     client.eval("return redis.call('SET', 'x', 'y')", 0)
 
 
-def not_saved(place: Place) -> None:
-    client = place.client(place.server(save="1 1").url)
-    shutil.rmtree(place.folder / "server")
+def not_saved(parts: Parts) -> None:
+    client = parts.client(parts.server(save="1 1").url)
+    shutil.rmtree(parts.folder / "server")
     client.set("x", 1)
     wait_until(lambda: refusal(lambda: client.set("x", 1)), timeout_s=20)
     client.set("x", 1)
 
 
-def not_replicated(place: Place) -> None:
-    place.client(place.server(min_replicas_to_write="1").url).set("x", 1)
+def not_replicated(parts: Parts) -> None:
+    parts.client(parts.server(min_replicas_to_write="1").url).set("x", 1)
 
 
-def not_confirmed(place: Place) -> None:
-    with place.client(place.server().url).client() as other:  # type: ignore[no-untyped-call]  # redis' own
+def not_confirmed(parts: Parts) -> None:
+    with parts.client(parts.server().url).client() as other:  # type: ignore[no-untyped-call]  # redis' own
         wait_replicated(other, replicas=1, timeout_s=0.1)
 
 
-def pool_is_empty(place: Place) -> None:
-    client = place.client(place.server().url, timeout_s=0.2, max_connections=1)
+def pool_is_empty(parts: Parts) -> None:
+    client = parts.client(parts.server().url, timeout_s=0.2, max_connections=1)
     with client.pubsub() as pubsub:  # type: ignore[no-untyped-call]  # redis' own
         pubsub.subscribe("x")
         client.ping()
 
 
-def server_is_full(place: Place) -> None:
-    server = place.server()
-    place.client(server.url).config_set("maxclients", 1)
-    place.client(server.url).ping()
+def server_is_full(parts: Parts) -> None:
+    server = parts.server()
+    parts.client(server.url).config_set("maxclients", 1)
+    parts.client(server.url).ping()
 
 
-def no_login(place: Place) -> None:
-    server = place.server()
+def no_login(parts: Parts) -> None:
+    server = parts.server()
     with server.client() as client:
         client.config_set("requirepass", "secret")
-    place.client(server.url).ping()
+    parts.client(server.url).ping()
 
 
-def wrong_login(place: Place) -> None:
-    place.client(place.server().url.replace("://", "://nobody:wrong@")).ping()
+def wrong_login(parts: Parts) -> None:
+    parts.client(parts.server().url.replace("://", "://nobody:wrong@")).ping()
 
 
-def permission(place: Place) -> None:
-    server = place.server()
+def permission(parts: Parts) -> None:
+    server = parts.server()
     with server.client() as client:
         client.acl_setuser("low", enabled=True, nopass=True, commands=["+ping", "+select", "+client"])
-    place.client(server.url.replace("://", "://low:x@")).get("x")
+    parts.client(server.url.replace("://", "://low:x@")).get("x")
 
 
-def cluster(place: Place) -> None:
-    place.client(place.server(cluster_enabled="yes").url).ping()
+def cluster(parts: Parts) -> None:
+    parts.client(parts.server(cluster_enabled="yes").url).ping()
 
 
-def moved(place: Place) -> None:
+def moved(parts: Parts) -> None:
     # Behind our own greeting, as a proxy without one would show it.
-    client = place.server(cluster_enabled="yes").client()
-    place.stack.callback(client.close)
+    client = parts.server(cluster_enabled="yes").client()
+    parts.stack.callback(client.close)
     client.get("x")
 
 
-def sentinel(place: Place) -> None:
+def sentinel(parts: Parts) -> None:
     [port] = free_ports(1)
-    config = place.folder / "sentinel.conf"
+    config = parts.folder / "sentinel.conf"
     config.write_text(f"port {port}\nbind {LOOPBACK}\n")
     command = [str(valkey_binary()), str(config), "--sentinel"]
-    place.stack.enter_context(Process(command, name="sentinel", folder=place.folder, env=clean_environment({})))
+    parts.stack.enter_context(Process(command, name="sentinel", folder=parts.folder, env=clean_environment({})))
     wait_until(lambda: socket.socket().connect_ex((LOOPBACK, port)) == 0, timeout_s=10)
-    place.client(f"redis://{LOOPBACK}:{port}").get("x")
+    parts.client(f"redis://{LOOPBACK}:{port}").get("x")
 
 
-def database(place: Place) -> None:
-    place.client(place.server().url[:-1] + "99").ping()
+def database(parts: Parts) -> None:
+    parts.client(parts.server().url[:-1] + "99").ping()
 
 
-def tls(place: Place) -> None:
-    context = Certificate.make(place.folder, name="localhost").server_context()
-    front = place.stack.enter_context(TlsFront(place.server().port, context))
-    place.client(f"rediss://localhost:{front.port}").ping()
+def tls(parts: Parts) -> None:
+    context = Certificate.make(parts.folder, name="localhost").server_context()
+    front = parts.stack.enter_context(TlsFront(parts.server().port, context))
+    parts.client(f"rediss://localhost:{front.port}").ping()
 
 
-def protocol(place: Place) -> None:
-    server = place.stack.enter_context(RawServer(lambda: [b"HTTP/1.1 400 Bad Request\r\n\r\n"]))
-    place.client(f"redis://{LOOPBACK}:{server.port}").ping()
+def protocol(parts: Parts) -> None:
+    server = parts.stack.enter_context(RawServer(lambda: [b"HTTP/1.1 400 Bad Request\r\n\r\n"]))
+    parts.client(f"redis://{LOOPBACK}:{server.port}").ping()
 
 
-def unsupported(place: Place) -> None:
-    place.client(place.server(rename_command='EVALSHA ""').url).evalsha("0" * 40, 0)
+def unsupported(parts: Parts) -> None:
+    parts.client(parts.server(rename_command='EVALSHA ""').url).evalsha("0" * 40, 0)
 
 
-def wrong_type(place: Place) -> None:
-    client = place.client(place.server().url)
+def wrong_type(parts: Parts) -> None:
+    client = parts.client(parts.server().url)
     client.set("x", 1)
     client.eval("return redis.call('HLEN', KEYS[1])", 1, "x")
 
 
-def unknown(place: Place) -> None:
-    client = place.client(place.server().url)
+def unknown(parts: Parts) -> None:
+    client = parts.client(parts.server().url)
     client.set("x", "a")
     client.incr("x")
 
 
-CASES: list[tuple[Callable[[Place], None], RedisCode]] = [
+CASES: list[tuple[Callable[[Parts], None], RedisCode]] = [
     (away, RedisCode.UNAVAILABLE),
     (loading, RedisCode.LOADING),
     (busy, RedisCode.BUSY),
@@ -230,10 +230,10 @@ CASES: list[tuple[Callable[[Place], None], RedisCode]] = [
 
 
 @pytest.mark.parametrize(("provoke", "code"), CASES, ids=[provoke.__name__ for provoke, _ in CASES])
-def test_redis_error_has_its_code(place: Place, provoke: Callable[[Place], None], code: RedisCode) -> None:
+def test_redis_error_has_its_code(parts: Parts, provoke: Callable[[Parts], None], code: RedisCode) -> None:
     """Real servers and proxies cause the errors; the text has the code and what to do."""
     with pytest.raises((redis.RedisError, OSError)) as caught:
-        provoke(place)
+        provoke(parts)
     assert classify(caught.value) is code
     assert explain(caught.value).startswith(f"{code.value}: {REDIS_ERRORS[code].meaning}")
 
@@ -287,9 +287,9 @@ def test_cli_reports_redis_errors_in_one_line(url: str, exit_code: int, words: s
     assert result.output.count("\n") == 1
 
 
-def test_cli_wrong_password_exits_with_64(place: Place) -> None:
+def test_cli_wrong_password_exits_with_64(parts: Parts) -> None:
     """Also for the command that otherwise goes on while Redis is unavailable."""
-    url = place.server().url.replace("://", "://nobody:wrong@")
+    url = parts.server().url.replace("://", "://nobody:wrong@")
     for arguments in (["status"], ["sweep"], ["results"]):
         result = CliRunner().invoke(main, ["--redis-url", url, *arguments])
         assert (result.exit_code, result.output.count("redis_login")) == (64, 1), result.output
@@ -304,18 +304,18 @@ def test_lost_connection_is_retried(cause: OSError) -> None:
     assert info_of(cause).passes
 
 
-def test_worker_with_wrong_redis_exits_before_loading(place: Place, start_worker: StartWorker) -> None:
+def test_worker_with_wrong_redis_exits_before_loading(parts: Parts, start_worker: StartWorker) -> None:
     """It reports once, in one line, where only another setting helps."""
-    worker = start_worker(redis_url=place.server().url[:-1] + "99", ready=False, model="/no/such/model")
+    worker = start_worker(redis_url=parts.server().url[:-1] + "99", ready=False, model="/no/such/model")
     assert worker.wait(timeout_s=60) == 64
     text = worker.log_text()
     assert text.count("redis_database") == 1
     assert "Traceback" not in text
 
 
-def test_worker_refused_by_late_redis_exits_with_64(place: Place, start_worker: StartWorker) -> None:
+def test_worker_refused_by_late_redis_exits_with_64(parts: Parts, start_worker: StartWorker) -> None:
     """A worker that starts before its Redis waits for it, and only then sees that the login is wrong."""
-    server = place.server(requirepass="secret")
+    server = parts.server(requirepass="secret")
     url = server.url.replace("://", "://:wrong@")
     server.stop()
     worker = start_worker(redis_url=url, ready=False, redis_timeout_s=1)

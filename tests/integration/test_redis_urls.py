@@ -59,7 +59,7 @@ SENTINEL_FORMS = {
 
 
 @dataclass(frozen=True)
-class Place:
+class Parts:
     """One server by all its doors, for the forms above to be filled in."""
 
     doors: dict[str, str | int]
@@ -70,9 +70,9 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
     """A server with two users, on a port, a socket, behind TLS, and behind TLS that wants a client's certificate."""
-    folder = tmp_path_factory.mktemp("place") / "with blank"
+    folder = tmp_path_factory.mktemp("parts") / "with blank"
     folder.mkdir()
     certificate = Certificate.make(folder, name="localhost")
     mutual = certificate.server_context()
@@ -88,7 +88,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             quoted = str(folder).replace(" ", "%20")
             doors = {"host": LOOPBACK, "port": server.port, "socket": f"{quoted}/redis.sock", "tls": tls.port}
             files = {"ca": f"{quoted}/localhost.pem", "key": f"{quoted}/localhost.key"}
-            yield Place({**doors, **files, "mutual": strict.port})
+            yield Parts({**doors, **files, "mutual": strict.port})
 
 
 def add_user(client: redis.Redis) -> None:
@@ -127,18 +127,18 @@ def agree(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_redis_url_serves_client_broker_and_backend(place: Place, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redis_url_serves_client_broker_and_backend(parts: Parts, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ports, sockets and TLS, users and passwords that need escaping, database numbers in path and query."""
     if form == "password":
-        with connect(place.url("plain"), timeout_s=5) as near:
+        with connect(parts.url("plain"), timeout_s=5) as near:
             near.acl_setuser("default", enabled=True, reset_passwords=True, passwords=[f"+{PASSWORD}"])
         try:
-            agree(place.url(form), monkeypatch)
+            agree(parts.url(form), monkeypatch)
         finally:
-            with connect(place.url("user"), timeout_s=5) as near:
+            with connect(parts.url("user"), timeout_s=5) as near:
                 near.acl_setuser("default", enabled=True, nopass=True)
         return
-    agree(place.url(form), monkeypatch)
+    agree(parts.url(form), monkeypatch)
 
 
 @pytest.mark.parametrize("form", SENTINEL_FORMS)
@@ -164,15 +164,15 @@ def test_sentinel_url_serves_client_broker_and_backend(
         assert classify(caught.value) is RedisCode.LOGIN
 
 
-def test_worker_over_tls_handles_callbacks_and_revokes(place: Place, start_worker: StartWorker, tmp_path: Path) -> None:
+def test_worker_over_tls_handles_callbacks_and_revokes(parts: Parts, start_worker: StartWorker, tmp_path: Path) -> None:
     """A real worker: what follows in a chain runs, and Celery's revoke cancels a job that waits for its time."""
     (tmp_path / "x.png").write_bytes(pictures.png(pictures.picture().resize((64, 64))))
     image = (tmp_path / "x.png").as_uri()
-    with connect(place.url("plain"), timeout_s=5) as near:
+    with connect(parts.url("plain"), timeout_s=5) as near:
         near.flushall()
-    url = place.url("tls-valkeys")
+    url = parts.url("tls-valkeys")
     start_worker(redis_url=url, allow_folders=tmp_path, loaders=1)
-    near_url = place.url("plain")
+    near_url = parts.url("plain")
     with celery_client(near_url) as app, Client(near_url) as client:
         sign = app.signature("shiwu.tag", args=[image], queue="shiwu.bulk")
         follower = app.signature("shiwu.tag", kwargs={"image": image}, queue="shiwu.bulk", immutable=True)

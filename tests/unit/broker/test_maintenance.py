@@ -19,7 +19,7 @@ LIMITS = Retention(stream_length=10, stream_bytes=1000, dead_bytes=500)
 NOTHING = SweepReport(reaped=0, promoted=0, out_of_time=0, expired=0, results_dropped={})
 
 
-class Place:
+class Parts:
     """Maintenance whose scripts and commands give what the test says."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,9 +72,9 @@ class Place:
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     """Maintenance of one worker."""
-    return Place(monkeypatch)
+    return Parts(monkeypatch)
 
 
 def test_reports_begin_with_nothing() -> None:
@@ -100,10 +100,10 @@ def test_sweep_that_changed_anything_did_something(name: str) -> None:
 
 
 @pytest.mark.parametrize("is_scanning", [0, 1])
-def test_round_reports_what_the_script_counted(place: Place, is_scanning: int) -> None:
+def test_round_reports_what_the_script_counted(parts: Parts, is_scanning: int) -> None:
     """Each figure in its place, and answers of a scan only where this process owns it."""
-    place.replies["maintain"] = [[1, 2, 3, 4, 5, 6, 1000, 7, 8, is_scanning, [b"a", b"x", b"b", b"y"]]]
-    report = place.maintenance.run_once(limit=9)
+    parts.replies["maintain"] = [[1, 2, 3, 4, 5, 6, 1000, 7, 8, is_scanning, [b"a", b"x", b"b", b"y"]]]
+    report = parts.maintenance.run_once(limit=9)
     assert report == MaintenanceReport(
         reaped=1,
         promoted=2,
@@ -115,8 +115,8 @@ def test_round_reports_what_the_script_counted(place: Place, is_scanning: int) -
         out_of_time=2 + 5 * is_scanning,
         deadlines_due=6,
     )
-    assert (place.due, place.scans) == ([{b"a": b"x", b"b": b"y"}], is_scanning)
-    [(_, _, args)] = place.calls
+    assert (parts.due, parts.scans) == ([{b"a": b"x", b"b": b"y"}], is_scanning)
+    [(_, _, args)] = parts.calls
     lease_ms, age_ms, reserved_ms, scan_ms = 600_000, LIMITS.dead_age_s * 1000, 60_000, 15_000
     assert args[:3] == ["w", 9, 0]
     assert [args[4], args[5], args[8], args[11]] == [lease_ms, age_ms, reserved_ms, scan_ms]
@@ -124,75 +124,75 @@ def test_round_reports_what_the_script_counted(place: Place, is_scanning: int) -
 
 
 @pytest.mark.parametrize("full", [0, 2, MAX_ROUNDS])
-def test_sweep_goes_on_while_rounds_are_full(place: Place, full: int) -> None:
+def test_sweep_goes_on_while_rounds_are_full(parts: Parts, full: int) -> None:
     """Up to a bound; figures of all rounds are added up, and two kinds of expired messages."""
-    place.replies["maintain"] = [[CHUNK_SIZE, 1, 0, 0, 0, 0, 0, 0, 0, 0, [b"a", b"x"]] for _ in range(full)]
-    place.replies["maintain"].append([2, 1, 0, 0, 0, 0, 0, 0, 0, 0, []])
-    place.expiry.expire_waiting = lambda **_: (3, 11)
-    place.expiry.expire_quarantined = lambda **_: 4
-    place.maintenance._measured |= {"dead_bytes", "results_bytes"}
+    parts.replies["maintain"] = [[CHUNK_SIZE, 1, 0, 0, 0, 0, 0, 0, 0, 0, [b"a", b"x"]] for _ in range(full)]
+    parts.replies["maintain"].append([2, 1, 0, 0, 0, 0, 0, 0, 0, 0, []])
+    parts.expiry.expire_waiting = lambda **_: (3, 11)
+    parts.expiry.expire_quarantined = lambda **_: 4
+    parts.maintenance._measured |= {"dead_bytes", "results_bytes"}
     foreign = [ForeignValue("k", "set", "m")]
-    place.maintenance._foreign_values = SimpleNamespace(move=lambda: foreign)  # type: ignore[assignment]  # all of it
-    report = place.maintenance.sweep()
+    parts.maintenance._foreign_values = SimpleNamespace(move=lambda: foreign)  # type: ignore[assignment]  # all of it
+    report = parts.maintenance.sweep()
     rounds = min(full + 1, MAX_ROUNDS)
     reaped = CHUNK_SIZE * full + (2 if full < MAX_ROUNDS else 0)
     expected = SweepReport(
         reaped=reaped, promoted=rounds, out_of_time=full, expired=7, results_dropped={}, not_looked_at=11
     )
     assert report == replace(expected, foreign=foreign)
-    assert len(place.calls) == rounds
+    assert len(parts.calls) == rounds
 
 
-def test_trimmed_groups_are_named_with_their_losses(place: Place) -> None:
+def test_trimmed_groups_are_named_with_their_losses(parts: Parts) -> None:
     """The reply begins with another figure; a name that is no UTF-8 is shown as far as it can be."""
-    place.replies["trim"] = [[9, b"a", 1, b"b\xff", 2], [0]]
-    assert place.maintenance.trim() == {"a": 1, "b�": 2}
-    assert place.maintenance.trim(bytes_over=3) == {}
-    assert [args for _, _, args in place.calls] == [[10, MAX_TRIM, 0], [10, MAX_TRIM, 3]]
+    parts.replies["trim"] = [[9, b"a", 1, b"b\xff", 2], [0]]
+    assert parts.maintenance.trim() == {"a": 1, "b�": 2}
+    assert parts.maintenance.trim(bytes_over=3) == {}
+    assert [args for _, _, args in parts.calls] == [[10, MAX_TRIM, 0], [10, MAX_TRIM, 3]]
 
 
 @pytest.mark.parametrize(("length", "is_trimmed"), [(10, False), (11, True)])
-def test_long_stream_is_trimmed(place: Place, length: int, *, is_trimmed: bool) -> None:
+def test_long_stream_is_trimmed(parts: Parts, length: int, *, is_trimmed: bool) -> None:
     """From the first entry over its limit on; the sizes were measured before."""
-    place.maintenance._measured |= {"dead_bytes", "results_bytes"}
-    place.replies["trim"] = [[0, b"g", 4]]
-    dropped = place.maintenance.trim_if_long(MaintenanceReport(stream_length=length, stream_bytes=1000, dead_bytes=500))
+    parts.maintenance._measured |= {"dead_bytes", "results_bytes"}
+    parts.replies["trim"] = [[0, b"g", 4]]
+    dropped = parts.maintenance.trim_if_long(MaintenanceReport(stream_length=length, stream_bytes=1000, dead_bytes=500))
     assert dropped == ({"g": 4} if is_trimmed else {})
-    assert (place.names(), place.measured) == (["trim"] * is_trimmed, [])
+    assert (parts.names(), parts.measured) == (["trim"] * is_trimmed, [])
 
 
-def test_large_keys_are_measured_before_anything_is_dropped(place: Place) -> None:
+def test_large_keys_are_measured_before_anything_is_dropped(parts: Parts) -> None:
     """Once at the start, and then where the count exceeds the limit; the count is corrected."""
-    place.sizes = {RESULT_STREAM: 1000, DEAD_ANSWERS: 300, DEAD_MESSAGES: None}
-    assert place.maintenance.trim_if_long(MaintenanceReport()) == {}
-    assert (place.measured, place.names()) == ([DEAD_ANSWERS, DEAD_MESSAGES, RESULT_STREAM], [])
-    assert place.stored == [(COUNTERS, "dead_bytes", 300), (COUNTERS, "results_bytes", 1000)]
-    assert place.maintenance.trim_if_long(MaintenanceReport(stream_bytes=1000, dead_bytes=500)) == {}
-    assert len(place.measured) == 3
-    place.sizes = {RESULT_STREAM: 1007, DEAD_ANSWERS: 300, DEAD_MESSAGES: 205}
-    place.replies |= {"trim": [[0, b"g", 1]], "trim_dead": [[6, 0]]}
-    assert place.maintenance.trim_if_long(MaintenanceReport(stream_bytes=1001, dead_bytes=501)) == {"g": 1}
-    assert [(name, args) for name, _, args in place.calls] == [
+    parts.sizes = {RESULT_STREAM: 1000, DEAD_ANSWERS: 300, DEAD_MESSAGES: None}
+    assert parts.maintenance.trim_if_long(MaintenanceReport()) == {}
+    assert (parts.measured, parts.names()) == ([DEAD_ANSWERS, DEAD_MESSAGES, RESULT_STREAM], [])
+    assert parts.stored == [(COUNTERS, "dead_bytes", 300), (COUNTERS, "results_bytes", 1000)]
+    assert parts.maintenance.trim_if_long(MaintenanceReport(stream_bytes=1000, dead_bytes=500)) == {}
+    assert len(parts.measured) == 3
+    parts.sizes = {RESULT_STREAM: 1007, DEAD_ANSWERS: 300, DEAD_MESSAGES: 205}
+    parts.replies |= {"trim": [[0, b"g", 1]], "trim_dead": [[6, 0]]}
+    assert parts.maintenance.trim_if_long(MaintenanceReport(stream_bytes=1001, dead_bytes=501)) == {"g": 1}
+    assert [(name, args) for name, _, args in parts.calls] == [
         ("trim_dead", [5, MAX_TRIM]),
         ("trim", [10, MAX_TRIM, 7]),
     ]
 
 
-def test_number_of_dropped_letters_is_returned(place: Place) -> None:
+def test_number_of_dropped_letters_is_returned(parts: Parts) -> None:
     """The first figure of the reply."""
-    place.replies["trim_dead"] = [[6, 9]]
-    assert place.maintenance.trim_dead(bytes_over=5) == 6
+    parts.replies["trim_dead"] = [[6, 9]]
+    assert parts.maintenance.trim_dead(bytes_over=5) == 6
 
 
 @pytest.mark.parametrize(("command", "over"), [("memory_usage", 0), ("hset", 7)])
-def test_refused_measurement_drops_nothing(place: Place, command: str, over: int) -> None:
+def test_refused_measurement_drops_nothing(parts: Parts, command: str, over: int) -> None:
     """The count alone would drop too much. Where only the count cannot be corrected, the measured size holds."""
-    place.errors[command] = redis.ResponseError("no")
-    place.sizes = {RESULT_STREAM: 1007}
-    assert place.maintenance._bytes_over("results_bytes", (RESULT_STREAM,), 2000, 1000) == over
+    parts.errors[command] = redis.ResponseError("no")
+    parts.sizes = {RESULT_STREAM: 1007}
+    assert parts.maintenance._bytes_over("results_bytes", (RESULT_STREAM,), 2000, 1000) == over
 
 
-def test_expired_messages_are_counted_without_the_rest(place: Place) -> None:
+def test_expired_messages_are_counted_without_the_rest(parts: Parts) -> None:
     """How many were not checked is only for the sweep."""
-    place.expiry.expire_waiting = lambda **_: (3, 11)
-    assert place.maintenance.expire_waiting() == 3
+    parts.expiry.expire_waiting = lambda **_: (3, 11)
+    assert parts.maintenance.expire_waiting() == 3

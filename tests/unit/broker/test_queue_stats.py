@@ -19,7 +19,7 @@ NOW_MS = 100_000.0
 INTERACTIVE, BULK = Lane
 
 
-class Place:
+class Parts:
     """The keys of a server."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,9 +66,9 @@ class Place:
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     """A server without messages."""
-    return Place(monkeypatch)
+    return Parts(monkeypatch)
 
 
 def message(sent_ms: float | None) -> bytes:
@@ -76,21 +76,21 @@ def message(sent_ms: float | None) -> bytes:
     return build_message(Request(image="s3://b/k"), job_id="a", lane=Lane.BULK, sent_ms=sent_ms)
 
 
-def test_messages_of_all_priorities_are_counted(place: Place) -> None:
+def test_messages_of_all_priorities_are_counted(parts: Parts) -> None:
     """Those of each lane that is asked for."""
-    place.lengths = {key: 10**n for n, key in enumerate((*BULK.keys, *INTERACTIVE.keys))}
-    assert count_waiting(place.client, [BULK]) == {BULK: 1111}
-    assert count_waiting(place.client, list(Lane)) == {INTERACTIVE: 11_110_000, BULK: 1111}
+    parts.lengths = {key: 10**n for n, key in enumerate((*BULK.keys, *INTERACTIVE.keys))}
+    assert count_waiting(parts.client, [BULK]) == {BULK: 1111}
+    assert count_waiting(parts.client, list(Lane)) == {INTERACTIVE: 11_110_000, BULK: 1111}
 
 
-def test_state_has_all_counts(place: Place) -> None:
+def test_state_has_all_counts(parts: Parts) -> None:
     """Claims that name no lane, as of another program, count as bulk; counters that are no numbers as 0."""
-    place.lengths = {BULK.keys[1]: 3, DELAYED: 4, QUARANTINE: 5, DEAD: 6}
+    parts.lengths = {BULK.keys[1]: 3, DELAYED: 4, QUARANTINE: 5, DEAD: 6}
     keys = [INTERACTIVE.keys[3], BULK.keys[0], BULK.keys[2], "another"]
-    place.claims = {key.encode(): b"t|1|" + key.encode() + b"|raw|more" for key in keys} | {b"odd": b"short"}
+    parts.claims = {key.encode(): b"t|1|" + key.encode() + b"|raw|more" for key in keys} | {b"odd": b"short"}
     digits = b"9" * module.MAX_DIGITS
-    place.counters = {b"reaped": b"7", b"answered": b"12", b"odd": b"x", b"long": digits, b"fits": digits[1:]}
-    place.oldest = {
+    parts.counters = {b"reaped": b"7", b"answered": b"12", b"odd": b"x", b"long": digits, b"fits": digits[1:]}
+    parts.oldest = {
         INTERACTIVE.keys[0]: message(NOW_MS - 2000),
         INTERACTIVE.keys[2]: message(NOW_MS - 9000),
         INTERACTIVE.keys[3]: message(NOW_MS - 5000),
@@ -98,7 +98,7 @@ def test_state_has_all_counts(place: Place) -> None:
         BULK.keys[1]: b"junk",
         BULK.keys[2]: redis.ResponseError("no"),
     }
-    state = read_state(place.client)
+    state = read_state(parts.client)
     assert state == QueueState(
         waiting={INTERACTIVE: 0, BULK: 3},
         claimed={INTERACTIVE: 1, BULK: 4},
@@ -110,15 +110,15 @@ def test_state_has_all_counts(place: Place) -> None:
         oldest_age_s={INTERACTIVE: 9.0},
     )
     assert list(state.counters) == sorted(state.counters)
-    place.oldest = {BULK.keys[0]: message(NOW_MS + 5000)}
-    assert read_state(place.client).oldest_age_s == {BULK: 0.0}, "a clock was set back"
+    parts.oldest = {BULK.keys[0]: message(NOW_MS + 5000)}
+    assert read_state(parts.client).oldest_age_s == {BULK: 0.0}, "a clock was set back"
 
 
-def test_running_workers_had_a_heartbeat_lately(place: Place) -> None:
+def test_running_workers_had_a_heartbeat_lately(parts: Parts) -> None:
     """Within the last ten seconds, by the server's clock or a time that is known."""
-    read_workers(place.client)
-    read_workers(place.client, now_ms=50_000.0)
-    assert place.asked_ms == [90_000.0, 40_000.0]
+    read_workers(parts.client)
+    read_workers(parts.client, now_ms=50_000.0)
+    assert parts.asked_ms == [90_000.0, 40_000.0]
 
 
 def snapshot(at_ms: float) -> bytes:
@@ -140,23 +140,23 @@ def snapshot(at_ms: float) -> bytes:
         (None, False),
     ],
 )
-def test_snapshot_of_another_worker_is_used_while_it_is_new(place: Place, kept: bytes | None, *, is_used: bool) -> None:
+def test_snapshot_of_another_worker_is_used_while_it_is_new(parts: Parts, kept: bytes | None, *, is_used: bool) -> None:
     """Otherwise the queues are counted, and the others get what was counted."""
-    place.kept = kept
-    place.lengths = {BULK.keys[0]: 3, DELAYED: 4, QUARANTINE: 5, DEAD: 6}
-    place.counters = {b"answered": b"12"}
-    place.oldest = {BULK.keys[0]: message(NOW_MS - 9000)}
-    found = shared_snapshot(place.client, max_age_s=2.0)
+    parts.kept = kept
+    parts.lengths = {BULK.keys[0]: 3, DELAYED: 4, QUARANTINE: 5, DEAD: 6}
+    parts.counters = {b"answered": b"12"}
+    parts.oldest = {BULK.keys[0]: message(NOW_MS - 9000)}
+    found = shared_snapshot(parts.client, max_age_s=2.0)
     if is_used:
-        assert (found.waiting, place.stored) == ({BULK: 77}, [])
+        assert (found.waiting, parts.stored) == ({BULK: 77}, [])
         return
     assert (found.waiting[BULK], found.delayed, found.suspects, found.dead, found.answered) == (3, 4, 5, 6, 12)
     assert (found.at_ms, found.oldest_ms) == (NOW_MS, {BULK: NOW_MS - 9000})
-    [(raw, px)] = place.stored
+    [(raw, px)] = parts.stored
     assert (msgspec.json.decode(raw, type=QueueSnapshot), px) == (found, 2000)
 
 
-def test_snapshot_without_counters_has_no_answers(place: Place) -> None:
+def test_snapshot_without_counters_has_no_answers(parts: Parts) -> None:
     """A new database. The shortest time that the server keeps a key is a millisecond."""
-    assert shared_snapshot(place.client, max_age_s=0.0).answered == 0
-    assert place.stored[0][1] == 1
+    assert shared_snapshot(parts.client, max_age_s=0.0).answered == 0
+    assert parts.stored[0][1] == 1

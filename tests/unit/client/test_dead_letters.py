@@ -42,7 +42,7 @@ MATCHING: dict[str, str] = {
 }
 
 
-class Place:
+class Parts:
     """Dead letters of a server."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +90,9 @@ class Place:
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     """No dead letters."""
-    return Place(monkeypatch)
+    return Parts(monkeypatch)
 
 
 def letter(**fields: Any) -> DeadLetter:
@@ -118,53 +118,53 @@ def test_age_of_a_filter_is_a_number_of_seconds(name: str) -> None:
         DeadFilter(**{name: -1.0})
 
 
-def test_ages_are_compared_by_the_server(place: Place) -> None:
+def test_ages_are_compared_by_the_server(parts: Parts) -> None:
     """In ms since 1970; without them all letters are read."""
-    list(place.letters.read())
-    list(place.letters.read(DeadFilter(older_s=10.0)))
-    list(place.letters.read(DeadFilter(newer_s=20.0, older_s=0.0)))
-    assert place.ranges == [("+inf", "-inf"), (90_000.0, "-inf"), (100_000.0, 80_000.0)]
+    list(parts.letters.read())
+    list(parts.letters.read(DeadFilter(older_s=10.0)))
+    list(parts.letters.read(DeadFilter(newer_s=20.0, older_s=0.0)))
+    assert parts.ranges == [("+inf", "-inf"), (90_000.0, "-inf"), (100_000.0, 80_000.0)]
 
 
 @pytest.mark.parametrize(("limit", "shown"), [(None, 4), (0, 0), (1, 1), (3, 3), (4, 4), (9, 4)])
-def test_limit_counts_letters_that_match(place: Place, limit: int | None, shown: int) -> None:
+def test_limit_counts_letters_that_match(parts: Parts, limit: int | None, shown: int) -> None:
     """Newest first."""
     for number in range(8):
-        place.add(f"j{number}", worker="w1" if number % 2 else "w2")
-    found = [each.id for each in place.letters.read(DeadFilter(worker="w1"), limit=limit)]
+        parts.add(f"j{number}", worker="w1" if number % 2 else "w2")
+    found = [each.id for each in parts.letters.read(DeadFilter(worker="w1"), limit=limit)]
     assert found == ["j1", "j3", "j5", "j7"][:shown]
 
 
-def test_letters_are_read_in_portions(place: Place) -> None:
+def test_letters_are_read_in_portions(parts: Parts) -> None:
     """One that is removed meanwhile is left out."""
     for number in range(CHUNK_SIZE + 2):
-        place.add(f"j{number}")
-    del place.values[DEAD_ANSWERS]["j0"], place.values[DEAD_MESSAGES]["j1"]
-    assert len(list(place.letters.read())) == CHUNK_SIZE
-    assert place.loads == [CHUNK_SIZE, 2]
+        parts.add(f"j{number}")
+    del parts.values[DEAD_ANSWERS]["j0"], parts.values[DEAD_MESSAGES]["j1"]
+    assert len(list(parts.letters.read())) == CHUNK_SIZE
+    assert parts.loads == [CHUNK_SIZE, 2]
 
 
-def test_letter_has_message_lane_and_time(place: Place) -> None:
+def test_letter_has_message_lane_and_time(parts: Parts) -> None:
     """Of one that was too large, its size and digest; a lane of another version is not known."""
-    place.add("a", raw=b"abc")
-    place.add("b", key="shiwu.other", raw=b"x" * (MAX_MESSAGE_BYTES + 1))
-    first, second = place.letters.show("a"), place.letters.show("b")
+    parts.add("a", raw=b"abc")
+    parts.add("b", key="shiwu.other", raw=b"x" * (MAX_MESSAGE_BYTES + 1))
+    first, second = parts.letters.show("a"), parts.letters.show("b")
     assert first is not None
     assert second is not None
     assert (first.id, first.message, first.size, first.sha256, first.lane) == ("a", b"abc", 3, None, Lane.BULK)
     assert (first.died_ms, first.result.id) == (NOW_MS, "a")
     assert (second.size, second.lane) == (MAX_MESSAGE_BYTES + 1, None)
     assert second.sha256 is not None
-    assert place.letters.show("c") is None
-    del place.values[DEAD_ANSWERS]["a"]
-    assert place.letters.show("a") is None
+    assert parts.letters.show("c") is None
+    del parts.values[DEAD_ANSWERS]["a"]
+    assert parts.letters.show("a") is None
 
 
-def test_many_letters_are_requeued_and_dropped_in_portions(place: Place) -> None:
+def test_many_letters_are_requeued_and_dropped_in_portions(parts: Parts) -> None:
     """The results of all portions count."""
     ids = [f"j{number}" for number in range(CHUNK_SIZE + 3)]
-    assert place.letters.requeue(iter(ids)) == ids
-    assert place.letters.drop(iter(ids)) == len(ids)
-    assert place.letters.requeue([]) == []
-    assert place.letters.drop([]) == 0
-    assert place.calls == [("requeue", CHUNK_SIZE), ("requeue", 3), ("drop", CHUNK_SIZE), ("drop", 3)]
+    assert parts.letters.requeue(iter(ids)) == ids
+    assert parts.letters.drop(iter(ids)) == len(ids)
+    assert parts.letters.requeue([]) == []
+    assert parts.letters.drop([]) == 0
+    assert parts.calls == [("requeue", CHUNK_SIZE), ("requeue", 3), ("drop", CHUNK_SIZE), ("drop", 3)]

@@ -23,7 +23,7 @@ SERVER_MS = 5_000_000.0
 REQUEST = Request(image="s3://b/k")
 
 
-class Place:
+class Parts:
     """A sender over a Redis that keeps what it gets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, max_waiting: int = 10) -> None:
@@ -89,20 +89,20 @@ class _Context:
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     """A lane that may hold ten messages."""
-    return Place(monkeypatch)
+    return Parts(monkeypatch)
 
 
 @pytest.mark.parametrize(("priority", "step"), [(0, 0), (2, 0), (3, 1), (5, 1), (6, 2), (8, 2), (9, 3)])
-def test_message_goes_to_the_list_of_its_priority(place: Place, priority: int, step: int) -> None:
+def test_message_goes_to_the_list_of_its_priority(parts: Parts, priority: int, step: int) -> None:
     """kombu has four lists for each lane; the jobs of a portion stay in their order."""
-    assert place.send("a", "b", priority=priority) == ["a", "b"]
-    [(key, messages)] = place.pushed
+    assert parts.send("a", "b", priority=priority) == ["a", "b"]
+    [(key, messages)] = parts.pushed
     assert key == Lane.BULK.keys[step]
     assert [read_message(raw).id for raw in messages] == ["a", "b"]
     assert {json.loads(raw)["properties"]["priority"] for raw in messages} == {priority}
-    assert (place.deadlines, place.replicated) == ([], [])
+    assert (parts.deadlines, parts.replicated) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -116,67 +116,67 @@ def test_message_goes_to_the_list_of_its_priority(place: Place, priority: int, s
     ],
 )
 def test_times_count_from_the_servers_clock(
-    place: Place, options: dict[str, float], expires_s: float | None, answer_by_s: float | None
+    parts: Parts, options: dict[str, float], expires_s: float | None, answer_by_s: float | None
 ) -> None:
     """The job expires at the earlier one; only the time of an answer is indexed."""
-    place.send("a", **options)
-    [(_, [raw])] = place.pushed
+    parts.send("a", **options)
+    [(_, [raw])] = parts.pushed
     envelope = read_message(raw)
-    now_ms = place.sender.server_time_ms()
+    now_ms = parts.sender.server_time_ms()
     assert now_ms == pytest.approx(SERVER_MS + 100.0)
     assert envelope.sent_ms == pytest.approx(now_ms)
     times = (envelope.expires_ms, envelope.answer_by_ms, envelope.eta_ms)
     expected = (expires_s, answer_by_s, options.get("countdown_s"))
     for found, seconds in zip(times, expected, strict=True):
         assert found == (None if seconds is None else pytest.approx(now_ms + seconds * 1000, abs=0.01))
-    assert place.deadlines == ([] if answer_by_s is None else [(DEADLINES, {"a": envelope.answer_by_ms})])
+    assert parts.deadlines == ([] if answer_by_s is None else [(DEADLINES, {"a": envelope.answer_by_ms})])
 
 
-def test_message_is_sent_where_its_deadline_is_not_indexed(place: Place) -> None:
+def test_message_is_sent_where_its_deadline_is_not_indexed(parts: Parts) -> None:
     """The message carries it; a user of an older ACL may not write the index."""
-    place.deadline_error = NoPermissionError("no")
-    place.send("a", answer_by_s=9)
-    assert len(place.pushed) == 1
+    parts.deadline_error = NoPermissionError("no")
+    parts.send("a", answer_by_s=9)
+    assert len(parts.pushed) == 1
 
 
-def test_servers_clock_is_asked_once_a_minute(place: Place) -> None:
+def test_servers_clock_is_asked_once_a_minute(parts: Parts) -> None:
     """In between it goes on with this machine's; it was read half way between question and reply."""
-    assert place.sender.server_time_ms() == pytest.approx(SERVER_MS + 100.0)
-    place.clock.now_s += CLOCK_REFRESH_S - 1.0
-    assert place.sender.server_time_ms() == pytest.approx(SERVER_MS + 100.0 + (CLOCK_REFRESH_S - 1.0) * 1000)
-    assert place.asked == 1
-    place.clock.now_s += 1.0
-    place.sender.server_time_ms()
-    assert place.asked == 2
+    assert parts.sender.server_time_ms() == pytest.approx(SERVER_MS + 100.0)
+    parts.clock.now_s += CLOCK_REFRESH_S - 1.0
+    assert parts.sender.server_time_ms() == pytest.approx(SERVER_MS + 100.0 + (CLOCK_REFRESH_S - 1.0) * 1000)
+    assert parts.asked == 1
+    parts.clock.now_s += 1.0
+    parts.sender.server_time_ms()
+    assert parts.asked == 2
 
 
 @pytest.mark.parametrize(("waiting", "is_full"), [(8, False), (9, True)])
-def test_lane_holds_no_more_than_its_limit(place: Place, waiting: int, *, is_full: bool) -> None:
+def test_lane_holds_no_more_than_its_limit(parts: Parts, waiting: int, *, is_full: bool) -> None:
     """With the messages that are to be sent; an option of the call replaces the client's limit."""
-    place.waiting = waiting
+    parts.waiting = waiting
     if is_full:
         with pytest.raises(QueueFull, match=r"2 messages in lane bulk, which holds 9 of 10"):
-            place.send("a", "b")
-        assert place.pushed == []
-        place.send("a", "b", max_waiting=11)
+            parts.send("a", "b")
+        assert parts.pushed == []
+        parts.send("a", "b", max_waiting=11)
     else:
-        place.send("a", "b")
-    assert len(place.pushed) == 1
+        parts.send("a", "b")
+    assert len(parts.pushed) == 1
     with pytest.raises(QueueFull):
-        place.send("a", max_waiting=waiting)
+        parts.send("a", max_waiting=waiting)
 
 
-def test_full_lane_is_waited_for(place: Place) -> None:
+def test_full_lane_is_waited_for(parts: Parts) -> None:
     """With growing pauses, as long as the caller allows."""
-    place.waiting = 13
-    place.send("a", wait_s=60.0)
-    assert len(place.pauses) == 4
-    assert 0 < place.pauses[0] < place.pauses[3]
-    place.waiting = 10**6
-    began_s = place.clock.now_s
+    parts.waiting = 13
+    parts.send("a", wait_s=60.0)
+    assert len(parts.pauses) == 4
+    assert 0 < parts.pauses[0] < parts.pauses[3]
+    parts.waiting = 10**6
+    began_s = parts.clock.now_s
     with pytest.raises(QueueFull):
-        place.send("a", wait_s=60.0)
-    assert 60.0 <= place.clock.now_s - began_s < 120.0
+        parts.send("a", wait_s=60.0)
+    assert 60.0 <= parts.clock.now_s - began_s < 120.0
 
 
 @pytest.mark.parametrize(
@@ -187,36 +187,36 @@ def test_full_lane_is_waited_for(place: Place) -> None:
         (NotReplicated("too few"), False),
     ],
 )
-def test_only_errors_that_pass_are_waited_for(place: Place, error: Exception, *, is_repeated: bool) -> None:
+def test_only_errors_that_pass_are_waited_for(parts: Parts, error: Exception, *, is_repeated: bool) -> None:
     """What was written on the primary is not written again; without a time to wait nothing is repeated."""
-    place.errors = [error]
+    parts.errors = [error]
     if is_repeated:
-        place.send("a", wait_s=math.inf)
+        parts.send("a", wait_s=math.inf)
     else:
         with pytest.raises(type(error)):
-            place.send("a", wait_s=math.inf)
-    assert len(place.pauses) == is_repeated
-    place.errors = [error]
+            parts.send("a", wait_s=math.inf)
+    assert len(parts.pauses) == is_repeated
+    parts.errors = [error]
     with pytest.raises(type(error)):
-        place.send("a")
+        parts.send("a")
 
 
-def test_wait_is_reported_once_in_a_while(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_wait_is_reported_once_in_a_while(parts: Parts, caplog: pytest.LogCaptureFixture) -> None:
     """Not at each try."""
-    place.waiting = 10**6
+    parts.waiting = 10**6
     with pytest.raises(QueueFull):
-        place.send("a", wait_s=module.REPORT_EVERY_S * 2.5)
+        parts.send("a", wait_s=module.REPORT_EVERY_S * 2.5)
     assert 2 <= len(caplog.records) <= 3
-    assert len(place.pauses) > len(caplog.records)
+    assert len(parts.pauses) > len(caplog.records)
 
 
-def test_replicas_confirm_on_the_same_connection(place: Place) -> None:
+def test_replicas_confirm_on_the_same_connection(parts: Parts) -> None:
     """Within half of a command's time."""
-    place.send("a", "b", replicas=2)
-    [command] = place.commands
+    parts.send("a", "b", replicas=2)
+    [command] = parts.commands
     assert command[:2] == ("LPUSH", Lane.BULK.queue)
     assert len(command) == 4
-    assert (place.replicated, place.pushed) == ([(2, 2.0)], [])
+    assert (parts.replicated, parts.pushed) == ([(2, 2.0)], [])
 
 
 def test_message_has_a_largest_size() -> None:
@@ -228,11 +228,11 @@ def test_message_has_a_largest_size() -> None:
     assert caught.value.code.value == "message_too_large"
 
 
-def test_ids_are_given_or_made(place: Place) -> None:
+def test_ids_are_given_or_made(parts: Parts) -> None:
     """One that is given is not replaced, also where it is refused."""
     items: list[tuple[dict[str, Any], str | None]] = [({"image": "s3://b/k"}, "x"), ({"image": "s3://b/l"}, None)]
-    sent = place.sender.send_items(items, SendOptions(Lane.BULK), make_id=lambda request: request.image)
+    sent = parts.sender.send_items(items, SendOptions(Lane.BULK), make_id=lambda request: request.image)
     assert sent == ["x", "s3://b/l"]
     with pytest.raises(RequestError):
-        place.sender.send_items([({"image": "s3://b/k"}, "")], SendOptions(Lane.BULK), make_id=lambda _: "y")
+        parts.sender.send_items([({"image": "s3://b/k"}, "")], SendOptions(Lane.BULK), make_id=lambda _: "y")
     assert parse_request({"image": "s3://b/k"}) == REQUEST

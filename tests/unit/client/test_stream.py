@@ -44,7 +44,7 @@ def entry(number: int) -> tuple[bytes, dict[bytes, bytes]]:
     return f"{number}-0".encode(), {b"answer": Answer(id=f"j{number}", status=Status.TAGGED).to_json()}
 
 
-class Place:
+class Parts:
     """A reader over commands that give what the test says, and keep what they are asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> None:
@@ -127,9 +127,9 @@ class _Context:
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     """A consumer with the arguments above."""
-    return Place(monkeypatch)
+    return Parts(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -163,14 +163,14 @@ def test_least_arguments_are_accepted() -> None:
     assert made[0].away_s is None
 
 
-def test_own_entries_come_first(place: Place) -> None:
+def test_own_entries_come_first(parts: Parts) -> None:
     """Portion by portion without a wait; then entries of crashed consumers and new ones in turns."""
-    place.reads = [[entry(1), entry(2)], [entry(3)], [], [entry(4)], [entry(5)]]
-    place.claims = [(b"7-0", [entry(9)]), (b"0-0", [])]
-    assert [place.read() for _ in range(6)] == [["j1", "j2"], ["j3"], [], ["j9"], ["j4"], []]
-    assert place.asked("read") == [("0-0", None), ("2-0", None), ("3-0", None), (">", 500)]
-    assert place.asked("claim") == [(10_000, "0-0", 3), (10_000, "7-0", 3)]
-    assert place.asked("create") == [{"id": "0", "mkstream": True}]
+    parts.reads = [[entry(1), entry(2)], [entry(3)], [], [entry(4)], [entry(5)]]
+    parts.claims = [(b"7-0", [entry(9)]), (b"0-0", [])]
+    assert [parts.read() for _ in range(6)] == [["j1", "j2"], ["j3"], [], ["j9"], ["j4"], []]
+    assert parts.asked("read") == [("0-0", None), ("2-0", None), ("3-0", None), (">", 500)]
+    assert parts.asked("claim") == [(10_000, "0-0", 3), (10_000, "7-0", 3)]
+    assert parts.asked("create") == [{"id": "0", "mkstream": True}]
 
 
 @pytest.mark.parametrize(("block_s", "block_ms"), [(0.0, None), (0.0001, 1), (0.5, 500)])
@@ -178,23 +178,23 @@ def test_read_waits_at_least_a_millisecond_or_not(
     monkeypatch: pytest.MonkeyPatch, block_s: float, block_ms: int | None
 ) -> None:
     """A block of 0 would never end."""
-    place = Place(monkeypatch, block_s=block_s)
-    place.skip_own()
-    place.read()
-    place.read()
-    assert place.asked("read") == [(">", block_ms)]
+    parts = Parts(monkeypatch, block_s=block_s)
+    parts.skip_own()
+    parts.read()
+    parts.read()
+    assert parts.asked("read") == [(">", block_ms)]
 
 
 def test_answer_is_handed_out_once_in_a_loop_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry that comes back by a claim was not acknowledged yet; any other loop gets it again."""
     for stops, expected in ((True, []), (False, ["j1"])):
-        place = Place(monkeypatch, stop_when_idle=stops)
-        place.reads = [[entry(1)]]
-        [item] = place.reader.read()
-        place.reader.handed_out(item)
-        assert place.read() == []
-        place.claims = [(b"0-0", [entry(1)])]
-        assert place.read() == expected
+        parts = Parts(monkeypatch, stop_when_idle=stops)
+        parts.reads = [[entry(1)]]
+        [item] = parts.reader.read()
+        parts.reader.handed_out(item)
+        assert parts.read() == []
+        parts.claims = [(b"0-0", [entry(1)])]
+        assert parts.read() == expected
 
 
 @pytest.mark.parametrize(
@@ -211,126 +211,126 @@ def test_loop_ends_when_nothing_is_left(
     monkeypatch: pytest.MonkeyPatch, stops: bool, claim: Any, new: list[Any], is_at_end: bool
 ) -> None:
     """Neither new entries nor entries to claim, and only where it is to end."""
-    place = Place(monkeypatch, stop_when_idle=stops)
-    place.skip_own()
-    place.claims, place.reads = [claim], [new]
-    place.read()
-    assert not place.reader.is_at_end
-    place.read()
-    assert place.reader.is_at_end is is_at_end
+    parts = Parts(monkeypatch, stop_when_idle=stops)
+    parts.skip_own()
+    parts.claims, parts.reads = [claim], [new]
+    parts.read()
+    assert not parts.reader.is_at_end
+    parts.read()
+    assert parts.reader.is_at_end is is_at_end
 
 
 def test_loop_waits_for_what_others_held(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Up to the newest entry of that time; it reads with longer waits meanwhile, and says once whom it waits for."""
-    place = Place(monkeypatch, stop_when_idle=True, block_s=0.01)
-    place.skip_own()
+    parts = Parts(monkeypatch, stop_when_idle=True, block_s=0.01)
+    parts.skip_own()
     consumers = [{"name": b"me"}, {"name": b"other"}, {"name": b"done"}]
-    place.pending = {"pending": 2, "max": b"8-0", "consumers": consumers}
-    place.held_by = {"other": [1]}
+    parts.pending = {"pending": 2, "max": b"8-0", "consumers": consumers}
+    parts.held_by = {"other": [1]}
     with caplog.at_level(logging.WARNING, logger="shiwu"):
         for _ in range(2):
-            place.read()
-            place.read()
-            place.pending |= {"max": b"99-0"}
-    assert not place.reader.is_at_end
-    assert place.asked("held by") == [("-", "8-0", 1)] * 4
-    assert place.asked("read") == [(">", 10), (">", int(MIN_WAIT_S * 1000))]
+            parts.read()
+            parts.read()
+            parts.pending |= {"max": b"99-0"}
+    assert not parts.reader.is_at_end
+    assert parts.asked("held by") == [("-", "8-0", 1)] * 4
+    assert parts.asked("read") == [(">", 10), (">", int(MIN_WAIT_S * 1000))]
     assert caplog.text.count("(other)") == len(caplog.records) == 1
-    place.held_by = {}
-    place.read()
-    place.read()
-    assert place.reader.is_at_end
+    parts.held_by = {}
+    parts.read()
+    parts.read()
+    assert parts.reader.is_at_end
 
 
 def test_loop_ends_where_pending_entries_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or where the Redis user may not ask for them."""
-    place = Place(monkeypatch, stop_when_idle=True)
-    place.pending = {"pending": 2, "max": b"8-0", "consumers": [{"name": b"me"}]}
-    assert place.reader._others_hold_nothing()
-    place.client.xpending = lambda *_: place._call("pending", 0, NoPermissionError("no"))
-    assert place.reader._others_hold_nothing()
-    assert place.reader._others_hold_nothing()
-    assert len(place.asked("pending")) == 2, "what is refused is not asked again"
+    parts = Parts(monkeypatch, stop_when_idle=True)
+    parts.pending = {"pending": 2, "max": b"8-0", "consumers": [{"name": b"me"}]}
+    assert parts.reader._others_hold_nothing()
+    parts.client.xpending = lambda *_: parts._call("pending", 0, NoPermissionError("no"))
+    assert parts.reader._others_hold_nothing()
+    assert parts.reader._others_hold_nothing()
+    assert len(parts.asked("pending")) == 2, "what is refused is not asked again"
 
 
-def test_idle_time_of_a_held_portion_is_reset(place: Place) -> None:
+def test_idle_time_of_a_held_portion_is_reset(parts: Parts) -> None:
     """After a tenth of the time after which others take it over; what another has is given up."""
-    place.reads = [[entry(1), entry(2)]]
-    portion = place.reader.read()
-    place.clock.now_s += 1.0
-    assert place.reader.hold(portion) == portion
-    place.clock.now_s += 0.001
-    assert place.reader.hold([]) == []
-    assert place.asked("hold") == []
-    place.held = [b"2-0"]
-    assert [item.result.id for item in place.reader.hold(portion)] == ["j2"]
-    assert place.asked("hold") == [["g", "me", 0, "1-0", "2-0"]]
-    assert place.reader.hold(portion) == portion, "it is recent again"
+    parts.reads = [[entry(1), entry(2)]]
+    portion = parts.reader.read()
+    parts.clock.now_s += 1.0
+    assert parts.reader.hold(portion) == portion
+    parts.clock.now_s += 0.001
+    assert parts.reader.hold([]) == []
+    assert parts.asked("hold") == []
+    parts.held = [b"2-0"]
+    assert [item.result.id for item in parts.reader.hold(portion)] == ["j2"]
+    assert parts.asked("hold") == [["g", "me", 0, "1-0", "2-0"]]
+    assert parts.reader.hold(portion) == portion, "it is recent again"
 
 
-def test_portion_is_kept_where_it_may_not_be_held(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_portion_is_kept_where_it_may_not_be_held(parts: Parts, caplog: pytest.LogCaptureFixture) -> None:
     """The ACL of an older version lacks the right; that is logged once."""
-    place.reads = [[entry(1)]]
-    portion = place.reader.read()
-    place.held = NoPermissionError("no")
+    parts.reads = [[entry(1)]]
+    portion = parts.reader.read()
+    parts.held = NoPermissionError("no")
     for _ in range(2):
-        place.clock.now_s += 2.0
-        assert place.reader.hold(portion) == portion
-    assert (len(place.asked("hold")), len(caplog.records)) == (1, 1)
+        parts.clock.now_s += 2.0
+        assert parts.reader.hold(portion) == portion
+    assert (len(parts.asked("hold")), len(caplog.records)) == (1, 1)
 
 
 @pytest.mark.parametrize("reclaim_idle_s", [10.0, 3600.0])
 def test_idle_consumers_are_removed_once_in_a_while(monkeypatch: pytest.MonkeyPatch, reclaim_idle_s: float) -> None:
     """After an hour, or after twice the time after which entries are taken over."""
-    place = Place(monkeypatch, reclaim_idle_s=reclaim_idle_s)
-    place.read()
-    place.clock.now_s += CLEANUP_EVERY_S - 1
-    place.read()
-    assert place.asked("drop") == [["g", "", int(max(CONSUMER_TTL_S, 2 * reclaim_idle_s) * 1000)]]
-    place.clock.now_s += 1
-    place.read()
-    assert len(place.asked("drop")) == 2
+    parts = Parts(monkeypatch, reclaim_idle_s=reclaim_idle_s)
+    parts.read()
+    parts.clock.now_s += CLEANUP_EVERY_S - 1
+    parts.read()
+    assert parts.asked("drop") == [["g", "", int(max(CONSUMER_TTL_S, 2 * reclaim_idle_s) * 1000)]]
+    parts.clock.now_s += 1
+    parts.read()
+    assert len(parts.asked("drop")) == 2
 
 
 @pytest.mark.parametrize("text", ["NOGROUP no such group", "UNBLOCKED the stream", "ERR Error: NOGROUP no"])
-def test_deleted_group_is_made_again(place: Place, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_deleted_group_is_made_again(parts: Parts, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """And read from its begin; what was read before is still delivered, because nobody else can get it."""
     monkeypatch.setattr(module, "GROUP_GONE_PAUSE_S", 0.0)
-    place.reads = [[entry(1)]]
-    portion = place.reader.read()
-    place.calls.clear()
-    assert place.reader.failed(redis.ResponseError(text))
-    place.clock.now_s += 1e6
-    assert place.reader.hold(portion) == portion
-    place.read()
-    assert (len(place.asked("create")), place.asked("read")) == (1, [("0-0", None)])
+    parts.reads = [[entry(1)]]
+    portion = parts.reader.read()
+    parts.calls.clear()
+    assert parts.reader.failed(redis.ResponseError(text))
+    parts.clock.now_s += 1e6
+    assert parts.reader.hold(portion) == portion
+    parts.read()
+    assert (len(parts.asked("create")), parts.asked("read")) == (1, [("0-0", None)])
 
 
 @pytest.mark.parametrize("error", [redis.ConnectionError("NOGROUP"), redis.ResponseError("ERR other"), OSError("x")])
-def test_entries_of_a_lost_reply_are_read_again(place: Place, error: Exception) -> None:
+def test_entries_of_a_lost_reply_are_read_again(parts: Parts, error: Exception) -> None:
     """Those after the newest that came; while its own old entries are read, it goes on where it was."""
-    place.reads = [[entry(3)], [], [entry(12), entry(7)]]
-    place.read()
-    assert not place.reader.failed(error)
-    place.read()
-    place.claims = [(b"0-0", [entry(2)])]
-    place.read()
-    place.read()
-    assert not place.reader.failed(error)
-    place.calls.clear()
-    place.read()
-    assert place.asked("read") == [("12-0", None)]
+    parts.reads = [[entry(3)], [], [entry(12), entry(7)]]
+    parts.read()
+    assert not parts.reader.failed(error)
+    parts.read()
+    parts.claims = [(b"0-0", [entry(2)])]
+    parts.read()
+    parts.read()
+    assert not parts.reader.failed(error)
+    parts.calls.clear()
+    parts.read()
+    assert parts.asked("read") == [("12-0", None)]
 
 
-def test_lost_reply_before_any_entry_is_read_again(place: Place) -> None:
+def test_lost_reply_before_any_entry_is_read_again(parts: Parts) -> None:
     """From the begin of the stream: it may have delivered the first entries."""
-    place.skip_own()
-    place.reader.failed(redis.ConnectionError("away"))
-    place.read()
-    assert place.asked("read") == [("0-0", None)]
+    parts.skip_own()
+    parts.reader.failed(redis.ConnectionError("away"))
+    parts.read()
+    assert parts.asked("read") == [("0-0", None)]
 
 
-def test_group_that_exists_is_used(place: Place) -> None:
+def test_group_that_exists_is_used(parts: Parts) -> None:
     """Any other error of its creation is raised, and it is tried again."""
     errors = [redis.ResponseError("OOM no"), redis.ResponseError("BUSYGROUP exists")]
     made: list[int] = []
@@ -339,11 +339,11 @@ def test_group_that_exists_is_used(place: Place) -> None:
         made.append(1)
         raise errors.pop(0)
 
-    place.client.xgroup_create = create
+    parts.client.xgroup_create = create
     with pytest.raises(redis.ResponseError, match="OOM"):
-        place.reader.read()
-    place.read()
-    place.read()
+        parts.reader.read()
+    parts.read()
+    parts.read()
     assert len(made) == 2
 
 
@@ -352,28 +352,28 @@ def test_loop_that_ends_gives_up_what_it_holds(
     monkeypatch: pytest.MonkeyPatch, consumer: str | None, *, is_dropped: bool
 ) -> None:
     """The next consumer gets it immediately; a name that was made for the loop is removed."""
-    place = Place(monkeypatch, consumer=consumer)
-    place.reader.leave([])
-    assert place.calls == [], "there is no group yet"
-    place.reads = [[entry(1), entry(2)]]
-    portion = place.reader.read()
-    place.calls.clear()
-    place.reader.leave(portion)
-    name = place.options.consumer
+    parts = Parts(monkeypatch, consumer=consumer)
+    parts.reader.leave([])
+    assert parts.calls == [], "there is no group yet"
+    parts.reads = [[entry(1), entry(2)]]
+    portion = parts.reader.read()
+    parts.calls.clear()
+    parts.reader.leave(portion)
+    name = parts.options.consumer
     expected: list[Any] = [("hold", ["g", name, GIVEN_UP_MS, "1-0", "2-0"]), ("drop", ["g", name, 0])]
-    assert place.calls == expected[: 1 + is_dropped]
+    assert parts.calls == expected[: 1 + is_dropped]
 
 
-def test_loop_yields_portions_and_gives_up_their_rest(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_yields_portions_and_gives_up_their_rest(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in between is waited for, and no item is lost or yielded twice."""
-    place.reads = [[entry(1), entry(2)], redis.ConnectionError("away"), [], [entry(3), entry(4), entry(5)]]
+    parts.reads = [[entry(1), entry(2)], redis.ConnectionError("away"), [], [entry(3), entry(4), entry(5)]]
     waits: list[Exception] = []
     outage: Any = SimpleNamespace(wait=waits.append, end=lambda: None, is_on=False)
     monkeypatch.setattr(module, "Outage", lambda **_: outage)
-    monkeypatch.setattr(module, "_Reader", lambda *_: place.reader)
-    loop: Any = follow(place.client, place.client, place.options)
+    monkeypatch.setattr(module, "_Reader", lambda *_: parts.reader)
+    loop: Any = follow(parts.client, parts.client, parts.options)
     assert [next(loop).result.id for _ in range(3)] == ["j1", "j2", "j3"]
     assert len(waits) == 1
-    place.calls.clear()
+    parts.calls.clear()
     loop.close()
-    assert place.calls == [("hold", ["g", "me", GIVEN_UP_MS, "4-0", "5-0"])]
+    assert parts.calls == [("hold", ["g", "me", GIVEN_UP_MS, "4-0", "5-0"])]

@@ -26,7 +26,7 @@ def value(job_id: str) -> bytes:
     )
 
 
-class Place:
+class Parts:
     """Result keys and announcements of a server, and a clock that only waits move."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,81 +76,81 @@ class Place:
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     """No answers."""
-    return Place(monkeypatch)
+    return Parts(monkeypatch)
 
 
-def test_answers_that_are_there_come_first(place: Place) -> None:
+def test_answers_that_are_there_come_first(parts: Parts) -> None:
     """In the order of the ids; nothing is waited for where none is missing."""
-    place.keys = {result_key(job_id): value(job_id) for job_id in ("a", "c")}
-    place.announced = [(1.0, "x"), (1.0, "b")]
-    began_s = place.clock.now_s
-    assert place.wait("a", "b", "c") == ["a", "c", "b"]
-    assert place.clock.now_s - began_s == 2.0
-    assert (place.polls, place.subscribed) == ([3], [3])
-    assert place.wait() == []
-    assert place.polls == [3]
+    parts.keys = {result_key(job_id): value(job_id) for job_id in ("a", "c")}
+    parts.announced = [(1.0, "x"), (1.0, "b")]
+    began_s = parts.clock.now_s
+    assert parts.wait("a", "b", "c") == ["a", "c", "b"]
+    assert parts.clock.now_s - began_s == 2.0
+    assert (parts.polls, parts.subscribed) == ([3], [3])
+    assert parts.wait() == []
+    assert parts.polls == [3]
 
 
-def test_announced_answer_comes_once(place: Place) -> None:
+def test_announced_answer_comes_once(parts: Parts) -> None:
     """Also where it is announced twice, as after a duplicate."""
-    place.announced = [(0.1, "a"), (0.1, "a"), (0.1, "b")]
-    assert place.wait("a", "b") == ["a", "b"]
+    parts.announced = [(0.1, "a"), (0.1, "a"), (0.1, "b")]
+    assert parts.wait("a", "b") == ["a", "b"]
 
 
-def test_keys_are_polled_while_nothing_is_announced(place: Place) -> None:
+def test_keys_are_polled_while_nothing_is_announced(parts: Parts) -> None:
     """An announcement may be lost."""
-    place.announced = [(LISTENING_POLL_S, None)]
-    began_s = place.clock.now_s
-    assert place.wait("a", timeout_s=2.5 * LISTENING_POLL_S) == []
-    assert len(place.polls) == 3
-    assert place.clock.now_s - began_s == pytest.approx(2.5 * LISTENING_POLL_S)
+    parts.announced = [(LISTENING_POLL_S, None)]
+    began_s = parts.clock.now_s
+    assert parts.wait("a", timeout_s=2.5 * LISTENING_POLL_S) == []
+    assert len(parts.polls) == 3
+    assert parts.clock.now_s - began_s == pytest.approx(2.5 * LISTENING_POLL_S)
 
 
-def test_wait_without_time_checks_once(place: Place) -> None:
+def test_wait_without_time_checks_once(parts: Parts) -> None:
     """And finds what is there; the number of seconds must be one."""
-    place.keys = {result_key("b"): value("b")}
-    assert place.wait("a", "b", timeout_s=0.0) == ["b"]
-    assert place.polls == [2]
+    parts.keys = {result_key("b"): value("b")}
+    assert parts.wait("a", "b", timeout_s=0.0) == ["b"]
+    assert parts.polls == [2]
     with pytest.raises(RequestError, match="nan"):
-        place.wait("a", timeout_s=math.nan)
+        parts.wait("a", timeout_s=math.nan)
 
 
-def test_many_ids_are_asked_for_in_portions(place: Place) -> None:
+def test_many_ids_are_asked_for_in_portions(parts: Parts) -> None:
     """Subscriptions and polls."""
     ids = [f"j{number}" for number in range(CHUNK_SIZE + 2)]
-    place.keys = {result_key(job_id): value(job_id) for job_id in ids}
-    assert place.wait(*ids) == ids
-    assert place.subscribed == place.polls == [CHUNK_SIZE, 2]
+    parts.keys = {result_key(job_id): value(job_id) for job_id in ids}
+    assert parts.wait(*ids) == ids
+    assert parts.subscribed == parts.polls == [CHUNK_SIZE, 2]
 
 
-def test_waiter_without_a_connection_polls_more_often(place: Place) -> None:
+def test_waiter_without_a_connection_polls_more_often(parts: Parts) -> None:
     """So that any number of threads may wait."""
-    place.is_busy = True
-    assert place.wait("a", timeout_s=2.5 * POLL_S) == []
-    assert place.pauses == pytest.approx([POLL_S, POLL_S, POLL_S / 2])
-    assert place.polls == [1] * 3
+    parts.is_busy = True
+    assert parts.wait("a", timeout_s=2.5 * POLL_S) == []
+    assert parts.pauses == pytest.approx([POLL_S, POLL_S, POLL_S / 2])
+    assert parts.polls == [1] * 3
 
 
 @pytest.mark.parametrize("error", [redis.ConnectionError("away"), OSError("x")])
-def test_wait_goes_on_after_an_error(place: Place, error: Exception) -> None:
+def test_wait_goes_on_after_an_error(parts: Parts, error: Exception) -> None:
     """After a pause, which ends with the wait."""
-    place.errors = [error, error]
-    place.keys = {result_key("a"): value("a")}
-    assert place.wait("a") == ["a"]
-    assert place.pauses == [RETRY_PAUSE_S] * 2
-    place.errors = [error] * 9
-    assert place.wait("b", timeout_s=1.5 * RETRY_PAUSE_S) == []
-    assert place.pauses[2:] == pytest.approx([RETRY_PAUSE_S, RETRY_PAUSE_S / 2])
+    parts.errors = [error, error]
+    parts.keys = {result_key("a"): value("a")}
+    assert parts.wait("a") == ["a"]
+    assert parts.pauses == [RETRY_PAUSE_S] * 2
+    parts.errors = [error] * 9
+    assert parts.wait("b", timeout_s=1.5 * RETRY_PAUSE_S) == []
+    assert parts.pauses[2:] == pytest.approx([RETRY_PAUSE_S, RETRY_PAUSE_S / 2])
 
 
-def test_error_that_does_not_pass_ends_the_wait(place: Place) -> None:
+def test_error_that_does_not_pass_ends_the_wait(parts: Parts) -> None:
     """A wrong password stays wrong."""
-    place.errors = [redis.AuthenticationError("wrong")]
+    parts.errors = [redis.AuthenticationError("wrong")]
     with pytest.raises(redis.AuthenticationError):
-        place.wait("a")
-    assert place.pauses == []
+        parts.wait("a")
+    assert parts.pauses == []
 
 
 def test_collected_answers_are_in_the_order_of_their_ids() -> None:

@@ -14,7 +14,7 @@ from shiwu_worker.pipeline import cancellations as module
 from shiwu_worker.pipeline.cancellations import MAX_IDS, POLL_INTERVAL_S, RETRY_PAUSE_S, CancellationListener
 
 
-class Place:
+class Parts:
     """A listener over a channel with these messages; it is closed once all of them were read."""
 
     def __init__(self, *messages: bytes | Exception | None) -> None:
@@ -41,28 +41,28 @@ class Place:
 
 def test_ids_that_came_together_are_passed_on_together() -> None:
     """It waits for the first one only; nothing is passed on where nothing came."""
-    place = Place(None, b"a", b"b\xff", None, None, b"c", None)
-    place.listener._run()
-    assert place.passed == [["a", "b\N{REPLACEMENT CHARACTER}"], ["c"]]
-    assert place.channels == [ANSWERED_CHANNEL]
-    assert place.timeouts == [POLL_INTERVAL_S, POLL_INTERVAL_S, 0, 0, POLL_INTERVAL_S, POLL_INTERVAL_S, 0]
-    assert place.pauses == []
+    parts = Parts(None, b"a", b"b\xff", None, None, b"c", None)
+    parts.listener._run()
+    assert parts.passed == [["a", "b\N{REPLACEMENT CHARACTER}"], ["c"]]
+    assert parts.channels == [ANSWERED_CHANNEL]
+    assert parts.timeouts == [POLL_INTERVAL_S, POLL_INTERVAL_S, 0, 0, POLL_INTERVAL_S, POLL_INTERVAL_S, 0]
+    assert parts.pauses == []
 
 
 def test_ids_of_one_call_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """A flood of messages reaches the jobs portion by portion."""
     assert MAX_IDS > 1
     monkeypatch.setattr(module, "MAX_IDS", 2)
-    place = Place(b"a", b"b", b"c", b"d", b"e")
-    place.listener._run()
-    assert place.passed == [["a", "b"], ["c", "d"], ["e"]]
+    parts = Parts(b"a", b"b", b"c", b"d", b"e")
+    parts.listener._run()
+    assert parts.passed == [["a", "b"], ["c", "d"], ["e"]]
 
 
 @pytest.mark.parametrize("error", [redis.ConnectionError("away"), OSError("x")])
 def test_listener_subscribes_again_after_an_error(error: Exception) -> None:
     """After a pause; what was read before the error is lost, which costs time of the device only."""
-    place = Place(b"a", None, error, b"b", None)
-    place.listener._run()
-    assert place.passed == [["a"], ["b"]]
-    assert place.channels == [ANSWERED_CHANNEL] * 2
-    assert place.pauses == [RETRY_PAUSE_S]
+    parts = Parts(b"a", None, error, b"b", None)
+    parts.listener._run()
+    assert parts.passed == [["a"], ["b"]]
+    assert parts.channels == [ANSWERED_CHANNEL] * 2
+    assert parts.pauses == [RETRY_PAUSE_S]

@@ -47,9 +47,9 @@ def claimed(*ids: str, owns_quarantine: bool = False) -> ClaimResult:
 class InFlight(list[str]):
     """Jobs in flight with room as the test says."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self._place = place
+        self._place = parts
         self.room = Room(5, 3)
         self.asked: list[tuple[bool, float]] = []
         self.is_bulk_full = False
@@ -73,7 +73,7 @@ class InFlight(list[str]):
         self.woken += 1
 
 
-class Place:
+class Parts:
     """A claimer over claims that give what the test says; it is closed with the last one."""
 
     def __init__(self, *replies: ClaimResult | Exception, is_lost: bool = False) -> None:
@@ -146,26 +146,26 @@ class Place:
 
 def test_claimed_jobs_are_passed_on() -> None:
     """As many as there is room for; a claim that succeeds is reported once, and its end."""
-    place = Place(claimed("a", "b"), claimed("c"))
-    place.run()
-    assert place.claims == [(5, 3)] * 2
-    assert place.passed == [["a", "b"], ["c"]]
-    assert place.observer.claims == [True, False]
-    assert place.waits == []
-    assert place.counts == {"reset": 2, "progress": 2, "idle": 0, "closed": 1}
-    assert place.in_flight.asked == [(False, IDLE_WAIT_S)] * 2
-    assert (place.in_flight.woken, place.released) == (1, ["end"])
+    parts = Parts(claimed("a", "b"), claimed("c"))
+    parts.run()
+    assert parts.claims == [(5, 3)] * 2
+    assert parts.passed == [["a", "b"], ["c"]]
+    assert parts.observer.claims == [True, False]
+    assert parts.waits == []
+    assert parts.counts == {"reset": 2, "progress": 2, "idle": 0, "closed": 1}
+    assert parts.in_flight.asked == [(False, IDLE_WAIT_S)] * 2
+    assert (parts.in_flight.woken, parts.released) == (1, ["end"])
 
 
 @pytest.mark.parametrize("is_bulk_full", [True, False])
 def test_empty_lanes_are_waited_for(*, is_bulk_full: bool) -> None:
     """Those that have room; time without any job counts as idle."""
-    place = Place(NOTHING)
-    place.in_flight.is_bulk_full = is_bulk_full
-    place.run()
-    assert place.waits == [(IDLE_WAIT_S, (Lane.INTERACTIVE,) if is_bulk_full else tuple(Lane))]
-    assert (place.counts["idle"], place.counts["progress"]) == (1, 1)
-    busy = Place(NOTHING)
+    parts = Parts(NOTHING)
+    parts.in_flight.is_bulk_full = is_bulk_full
+    parts.run()
+    assert parts.waits == [(IDLE_WAIT_S, (Lane.INTERACTIVE,) if is_bulk_full else tuple(Lane))]
+    assert (parts.counts["idle"], parts.counts["progress"]) == (1, 1)
+    busy = Parts(NOTHING)
     busy.in_flight.append("held")
     busy.run()
     assert (busy.counts["idle"], busy.counts["progress"]) == (0, 0), "others can end the jobs in flight"
@@ -173,57 +173,57 @@ def test_empty_lanes_are_waited_for(*, is_bulk_full: bool) -> None:
 
 def test_nothing_is_claimed_without_room() -> None:
     """It looks again after a while."""
-    place = Place()
-    place.in_flight.room = NO_ROOM
-    place.run()
-    assert (place.claims, len(place.in_flight.asked)) == ([], 21)
+    parts = Parts()
+    parts.in_flight.room = NO_ROOM
+    parts.run()
+    assert (parts.claims, len(parts.in_flight.asked)) == ([], 21)
 
 
 def test_owner_of_the_quarantine_claims_again() -> None:
     """Without a wait for messages, once nothing is in flight."""
-    place = Place(claimed(owns_quarantine=True), claimed("q", owns_quarantine=True), NOTHING)
-    place.run()
-    assert [owns for owns, _ in place.in_flight.asked] == [False, True, True]
-    assert len(place.waits) == 1
+    parts = Parts(claimed(owns_quarantine=True), claimed("q", owns_quarantine=True), NOTHING)
+    parts.run()
+    assert [owns for owns, _ in parts.in_flight.asked] == [False, True, True]
+    assert len(parts.waits) == 1
 
 
 def test_lost_reply_is_released_before_a_claim() -> None:
     """And the room is looked at again."""
-    place = Place(claimed("a"), is_lost=True)
-    place.run()
-    assert place.released == ["lost", "end"]
-    assert len(place.in_flight.asked) == 2
-    assert place.passed == [["a"]]
+    parts = Parts(claimed("a"), is_lost=True)
+    parts.run()
+    assert parts.released == ["lost", "end"]
+    assert len(parts.in_flight.asked) == 2
+    assert parts.passed == [["a"]]
 
 
 def test_worker_waits_for_redis() -> None:
     """It reports that it does not claim, and goes on; also with a wrong password, once a claim has succeeded."""
-    place = Place(AWAY, claimed("a"), WRONG, claimed("b"))
-    place.run()
-    assert place.pauses == [AWAY, WRONG]
-    assert place.passed == [["a"], ["b"]]
-    assert place.observer.claims == [True, False, True, False]
+    parts = Parts(AWAY, claimed("a"), WRONG, claimed("b"))
+    parts.run()
+    assert parts.pauses == [AWAY, WRONG]
+    assert parts.passed == [["a"], ["b"]]
+    assert parts.observer.claims == [True, False, True, False]
 
 
 def test_first_claim_with_a_wrong_password_ends_the_worker() -> None:
     """The operator has to change a setting."""
-    place = Place(WRONG)
+    parts = Parts(WRONG)
     with pytest.raises(FatalError, match="SHIWU_REDIS_URL") as caught:
-        place.run()
+        parts.run()
     assert caught.value.exit_code is ExitCode.CONFIG
-    assert place.pauses == []
+    assert parts.pauses == []
 
 
 def test_claim_of_a_closing_worker_is_not_passed_on() -> None:
     """`end` gives its jobs back."""
-    place = Place(claimed("a"))
-    claim = place.queue.claim
+    parts = Parts(claimed("a"))
+    claim = parts.queue.claim
 
     def close_meanwhile(*args: Any, **options: Any) -> ClaimResult:
         found: ClaimResult = claim(*args, **options)
-        place.claimer.close()
+        parts.claimer.close()
         return found
 
-    place.queue.claim = close_meanwhile
-    place.run()
-    assert (place.passed, place.observer.claims, place.released) == ([], [], ["end"])
+    parts.queue.claim = close_meanwhile
+    parts.run()
+    assert (parts.passed, parts.observer.claims, parts.released) == ([], [], ["end"])

@@ -21,7 +21,7 @@ from tests.support.observers import RecordingObserver
 FULL = MaintenanceReport(reaped=CHUNK_SIZE)
 
 
-class Place:
+class Parts:
     """A heartbeat whose clock the test moves, over parts that keep what they are asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, lease_s: float = 30.0, stuck_s: float = 10.0) -> None:
@@ -90,49 +90,49 @@ class Place:
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     """A heartbeat with a lease of 30 s, that is stuck after 10 s."""
-    return Place(monkeypatch)
+    return Parts(monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("error", "is_available"),
     [(None, True), (NoPermissionError("no"), True), (redis.ConnectionError("away"), False)],
 )
-def test_tick_reports_whether_redis_answers(place: Place, error: Exception | None, *, is_available: bool) -> None:
+def test_tick_reports_whether_redis_answers(parts: Parts, error: Exception | None, *, is_available: bool) -> None:
     """A server that refuses one command has answered; either error is followed by a pause of its own."""
-    pauses = place.tick(error)
-    assert place.observer.redis == [is_available]
-    assert (place.waits, place.resets) == (([], 1) if error is None else ([error], 0))
+    pauses = parts.tick(error)
+    assert parts.observer.redis == [is_available]
+    assert (parts.waits, parts.resets) == (([], 1) if error is None else ([error], 0))
     assert pauses == [TICK_S]
 
 
 @pytest.mark.parametrize(("lease_s", "tick_s"), [(60.0, 1.0), (6.0, 1.0), (3.0, 0.5)])
 def test_ticks_are_shorter_than_a_renewal(monkeypatch: pytest.MonkeyPatch, lease_s: float, tick_s: float) -> None:
     """Once a second, or six times in a lease."""
-    assert Place(monkeypatch, lease_s=lease_s).tick() == [tick_s]
+    assert Parts(monkeypatch, lease_s=lease_s).tick() == [tick_s]
 
 
-def test_leases_are_renewed_every_third_of_their_time(place: Place) -> None:
+def test_leases_are_renewed_every_third_of_their_time(parts: Parts) -> None:
     """All that are held; the observer counts those that were not lost."""
-    place.held[:] = ["a", "b", "c"]
-    place.clock.now_s += 9.9
-    place.heartbeat._prove_progress()
-    assert (place.renewals, place.observer.alive_count) == ([], 1)
-    place.clock.now_s += 0.1
-    place.lost = ["b"]
+    parts.held[:] = ["a", "b", "c"]
+    parts.clock.now_s += 9.9
+    parts.heartbeat._prove_progress()
+    assert (parts.renewals, parts.observer.alive_count) == ([], 1)
+    parts.clock.now_s += 0.1
+    parts.lost = ["b"]
     with capture_logs() as logs:
-        place.heartbeat._prove_progress()
-        place.heartbeat._prove_progress()
-    assert (place.renewals, place.observer.renewed) == ([["a", "b", "c"]], [2])
+        parts.heartbeat._prove_progress()
+        parts.heartbeat._prove_progress()
+    assert (parts.renewals, parts.observer.renewed) == ([["a", "b", "c"]], [2])
     assert [line["event"] for line in logs] == ["leases_lost"]
-    place.clock.now_s += 5.0
-    place.progress.mark()
-    place.clock.now_s += 5.0
-    place.lost = []
+    parts.clock.now_s += 5.0
+    parts.progress.mark()
+    parts.clock.now_s += 5.0
+    parts.lost = []
     with capture_logs() as logs:
-        place.heartbeat._prove_progress()
-    assert (len(place.renewals), place.observer.renewed, logs) == (2, [2, 3], [])
+        parts.heartbeat._prove_progress()
+    assert (len(parts.renewals), parts.observer.renewed, logs) == (2, [2, 3], [])
 
 
 @pytest.mark.parametrize(
@@ -146,103 +146,103 @@ def test_leases_are_renewed_every_third_of_their_time(place: Place) -> None:
     ],
 )
 def test_worker_with_work_and_no_progress_is_stuck(
-    place: Place, idle_s: float, held: int, waiting: int, *, is_stuck: bool
+    parts: Parts, idle_s: float, held: int, waiting: int, *, is_stuck: bool
 ) -> None:
     """Jobs that it holds are work, and messages in the lanes."""
-    place.held[:] = ["job"] * held
-    place.reports = [MaintenanceReport(waiting=waiting)]
-    place.heartbeat._run_maintenance()
-    place.clock.now_s += idle_s
+    parts.held[:] = ["job"] * held
+    parts.reports = [MaintenanceReport(waiting=waiting)]
+    parts.heartbeat._run_maintenance()
+    parts.clock.now_s += idle_s
     with capture_logs() as logs:
-        place.heartbeat._prove_progress()
-    assert place.observer.alive_count == (not is_stuck)
+        parts.heartbeat._prove_progress()
+    assert parts.observer.alive_count == (not is_stuck)
     assert [line["event"] for line in logs] == ["worker_stuck"] * is_stuck
-    assert place.renewals == ([] if is_stuck or idle_s < 10 else [["job"] * held])
+    assert parts.renewals == ([] if is_stuck or idle_s < 10 else [["job"] * held])
 
 
-def test_stuck_worker_is_logged_every_so_often(place: Place) -> None:
+def test_stuck_worker_is_logged_every_so_often(parts: Parts) -> None:
     """At once, also in the first seconds of the machine, and again after the same time."""
-    place.clock.now_s = 10.5
-    place.progress._last_s = 0.0
-    place.held.append("job")
+    parts.clock.now_s = 10.5
+    parts.progress._last_s = 0.0
+    parts.held.append("job")
     counts = []
     for seconds in (0.0, 1.0, 8.9, 0.1, 1.0):
-        place.clock.now_s += seconds
+        parts.clock.now_s += seconds
         with capture_logs() as logs:
-            assert place.heartbeat._is_stuck()
+            assert parts.heartbeat._is_stuck()
         counts.append(len(logs))
     assert counts == [1, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize(("idle_s", "is_counted"), [(5.0, False), (5.1, True)])
-def test_lanes_are_counted_while_the_worker_is_quiet(place: Place, idle_s: float, *, is_counted: bool) -> None:
+def test_lanes_are_counted_while_the_worker_is_quiet(parts: Parts, idle_s: float, *, is_counted: bool) -> None:
     """From half the time on after which it would be stuck; counting costs the server time."""
-    place.clock.now_s += idle_s
-    place.heartbeat._run_maintenance()
-    assert place.rounds == [{"limit": 500, "count_waiting": is_counted}]
+    parts.clock.now_s += idle_s
+    parts.heartbeat._run_maintenance()
+    assert parts.rounds == [{"limit": 500, "count_waiting": is_counted}]
 
 
 @pytest.mark.parametrize("full", [0, 1, 3, MAX_ROUNDS])
-def test_rounds_follow_each_other_while_they_are_full(place: Place, full: int) -> None:
+def test_rounds_follow_each_other_while_they_are_full(parts: Parts, full: int) -> None:
     """Up to a bound; the last report says what to trim."""
     last = MaintenanceReport(waiting=7)
-    place.reports = [FULL] * full + [last]
+    parts.reports = [FULL] * full + [last]
     with capture_logs() as logs:
-        place.heartbeat._run_maintenance()
+        parts.heartbeat._run_maintenance()
     rounds = min(full + 1, MAX_ROUNDS)
-    assert len(place.rounds) == rounds
+    assert len(parts.rounds) == rounds
     assert [line["event"] for line in logs] == ["jobs_reaped"] * full
-    assert place.observer.reaped == [CHUNK_SIZE] * full
-    place.heartbeat._trim()
-    assert place.trimmed == [FULL if rounds <= full else last]
+    assert parts.observer.reaped == [CHUNK_SIZE] * full
+    parts.heartbeat._trim()
+    assert parts.trimmed == [FULL if rounds <= full else last]
 
 
-def test_nothing_is_trimmed_before_the_first_maintenance(place: Place) -> None:
+def test_nothing_is_trimmed_before_the_first_maintenance(parts: Parts) -> None:
     """An empty report, which finds nothing too long; what consumers lose is logged."""
-    place.dropped = {"mine": 3}
+    parts.dropped = {"mine": 3}
     with capture_logs() as logs:
-        place.heartbeat._trim()
-    assert place.trimmed == [MaintenanceReport()]
+        parts.heartbeat._trim()
+    assert parts.trimmed == [MaintenanceReport()]
     assert [(line["event"], line["group"], line["entries"]) for line in logs] == [("results_dropped", "mine", 3)]
 
 
-def test_report_of_maintenance_is_passed_on(place: Place) -> None:
+def test_report_of_maintenance_is_passed_on(parts: Parts) -> None:
     """Quarantined jobs wake the claim, and answers for jobs out of time are logged; where there are none, nothing."""
-    place.reports = [MaintenanceReport(), MaintenanceReport(quarantined=1, out_of_time=2)]
+    parts.reports = [MaintenanceReport(), MaintenanceReport(quarantined=1, out_of_time=2)]
     with capture_logs() as logs:
-        place.heartbeat._run_maintenance()
-        assert (place.quarantine_calls, logs) == (0, [])
-        place.heartbeat._run_maintenance()
-    assert place.quarantine_calls == 1
+        parts.heartbeat._run_maintenance()
+        assert (parts.quarantine_calls, logs) == (0, [])
+        parts.heartbeat._run_maintenance()
+    assert parts.quarantine_calls == 1
     assert [(line["event"], line["jobs"]) for line in logs] == [("jobs_out_of_time", 2)]
-    assert place.observer.reaped == []
+    assert parts.observer.reaped == []
 
 
-def test_moved_values_are_counted_and_named(place: Place) -> None:
+def test_moved_values_are_counted_and_named(parts: Parts) -> None:
     """None, where there are none. A duty that fails is a reason to check at once."""
-    place.heartbeat._move_foreign()
-    assert place.observer.foreign == []
-    place.foreign = [ForeignValue(key="shiwu.bulk", type="string", moved_to="x")]
-    place.heartbeat._move_foreign()
-    assert place.observer.foreign == [], "types are checked every ten seconds"
-    place.heartbeat._on_duty_failed("maintenance")
+    parts.heartbeat._move_foreign()
+    assert parts.observer.foreign == []
+    parts.foreign = [ForeignValue(key="shiwu.bulk", type="string", moved_to="x")]
+    parts.heartbeat._move_foreign()
+    assert parts.observer.foreign == [], "types are checked every ten seconds"
+    parts.heartbeat._on_duty_failed("maintenance")
     with capture_logs() as logs:
-        place.heartbeat._move_foreign()
-    assert place.observer.foreign == [1]
+        parts.heartbeat._move_foreign()
+    assert parts.observer.foreign == [1]
     assert [(line["event"], line["key"]) for line in logs] == [("foreign_value_moved", "shiwu.bulk")]
 
 
-def test_all_duties_run_in_their_order(place: Place) -> None:
+def test_all_duties_run_in_their_order(parts: Parts) -> None:
     """Wrong types are moved before anything else; without the leases the process must not go on."""
-    duties = place.heartbeat._duties._duties
+    duties = parts.heartbeat._duties._duties
     names = ["foreign_values", "leases", "maintenance", "trim", "load_log"]
     assert [duty.name for duty in duties] == names
     assert [duty.name for duty in duties if duty.is_vital] == ["leases"]
-    place.tick()
-    assert (place.observer.alive_count, len(place.rounds), len(place.trimmed)) == (1, 1, 1)
+    parts.tick()
+    assert (parts.observer.alive_count, len(parts.rounds), len(parts.trimmed)) == (1, 1, 1)
 
 
-def test_new_worker_without_work_is_not_stuck(place: Place) -> None:
+def test_new_worker_without_work_is_not_stuck(parts: Parts) -> None:
     """Before the first maintenance it knows of no messages."""
-    place.clock.now_s += 1e6
-    assert not place.heartbeat._is_stuck()
+    parts.clock.now_s += 1e6
+    assert not parts.heartbeat._is_stuck()

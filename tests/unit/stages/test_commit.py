@@ -21,7 +21,7 @@ from shiwu_worker.stages.commit import Committer, to_entries, to_entry
 AWAY = redis.ConnectionError("away")
 
 
-class Place:
+class Parts:
     """A committer over a server with these errors, one for each try."""
 
     def __init__(self, *errors: Exception | None) -> None:
@@ -70,71 +70,71 @@ def make_job(job_id: str, **fields: Any) -> Job:
 
 def test_all_that_was_put_is_committed_at_the_end() -> None:
     """Answers and releases each in one call, the oldest first; a duplicate is reported as such."""
-    place = Place()
-    place.answered_before = {"b"}
+    parts = Parts()
+    parts.answered_before = {"b"}
     outcomes: list[Outcome] = [Answered(make_job(name)) for name in ("a", "b")]
     release = Released(make_job("c"), Release("c"))
-    assert place.run([outcomes[0], release], [outcomes[1]])
-    assert (place.written, place.released) == ([["a", "b"]], [["c"]])
-    assert [(each.job.id, each.entry.id) for each in place.committed] == [("a", "a"), ("b", "b")]
-    assert [each.is_first for each in place.committed] == [True, False]
-    assert place.given_back == [release]
-    assert (place.waits, place.resets) == ([], 2)
+    assert parts.run([outcomes[0], release], [outcomes[1]])
+    assert (parts.written, parts.released) == ([["a", "b"]], [["c"]])
+    assert [(each.job.id, each.entry.id) for each in parts.committed] == [("a", "a"), ("b", "b")]
+    assert [each.is_first for each in parts.committed] == [True, False]
+    assert parts.given_back == [release]
+    assert (parts.waits, parts.resets) == ([], 2)
 
 
 def test_only_what_there_is_is_written() -> None:
     """No call for no answers, and none for no releases."""
-    place = Place()
-    assert place.run([Answered(make_job("a"))])
-    assert (place.written, place.released) == ([["a"]], [])
-    place = Place()
-    assert place.run([Released(make_job("a"), Release("a"))])
-    assert (place.written, place.released) == ([], [["a"]])
+    parts = Parts()
+    assert parts.run([Answered(make_job("a"))])
+    assert (parts.written, parts.released) == ([["a"]], [])
+    parts = Parts()
+    assert parts.run([Released(make_job("a"), Release("a"))])
+    assert (parts.written, parts.released) == ([], [["a"]])
 
 
 def test_batch_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Portions are not divided; the next batch takes the rest."""
     monkeypatch.setattr(module, "MAX_BATCH", 3)
-    place = Place()
+    parts = Parts()
     names = ["a", "b", "c", "d", "e", "f"]
     jobs: list[Outcome] = [Answered(make_job(name)) for name in names]
-    assert place.run(jobs[:2], jobs[2:4], jobs[4:5], jobs[5:])
-    assert place.written == [["a", "b", "c", "d"], ["e", "f"]]
+    assert parts.run(jobs[:2], jobs[2:4], jobs[4:5], jobs[5:])
+    assert parts.written == [["a", "b", "c", "d"], ["e", "f"]]
 
 
 def test_write_is_repeated_until_redis_answers() -> None:
     """The same answers, after a pause each; nothing is reported before."""
-    place = Place(AWAY, AWAY)
-    closing: Any = SimpleNamespace(is_set=lambda: len(place.waits) == 2)
-    place.committer._closing = closing
-    place.committer.put([Answered(make_job("a"))])
-    place.committer._on_committed = place.committed.extend
-    place.committer._run()
-    assert (place.written, place.waits, place.resets) == ([["a"]], [AWAY, AWAY], 1)
-    assert [each.job.id for each in place.committed] == ["a"]
+    parts = Parts(AWAY, AWAY)
+    closing: Any = SimpleNamespace(is_set=lambda: len(parts.waits) == 2)
+    parts.committer._closing = closing
+    parts.committer.put([Answered(make_job("a"))])
+    parts.committer._on_committed = parts.committed.extend
+    parts.committer._run()
+    assert (parts.written, parts.waits, parts.resets) == ([["a"]], [AWAY, AWAY], 1)
+    assert [each.job.id for each in parts.committed] == ["a"]
 
 
 def test_answers_that_cannot_be_written_end_with_the_process() -> None:
     """One try each while it closes; the leases of these jobs expire."""
-    place = Place(AWAY, AWAY)
-    place.committer._closing.set()
+    parts = Parts(AWAY, AWAY)
+    parts.committer._closing.set()
     with capture_logs() as logs:
-        place.run([Answered(make_job("a")), Answered(make_job("b")), Released(make_job("c"), Release("c"))])
+        parts.run([Answered(make_job("a")), Answered(make_job("b")), Released(make_job("c"), Release("c"))])
     assert [line["event"] for line in logs] == ["answers_not_committed"] * 2
     assert [line["jobs"] for line in logs] == [2, 1]
-    assert (place.written, place.released, place.committed, place.given_back) == ([], [], [], [])
+    assert (parts.written, parts.released, parts.committed, parts.given_back) == ([], [], [], [])
 
 
 def test_close_says_whether_anything_is_left() -> None:
     """What the thread still holds at the end of its time is."""
-    place = Place()
+    parts = Parts()
     free = threading.Event()
-    place.committer._answer_store.write = lambda _: free.wait(20) and set()  # type: ignore[method-assign]  # no Redis
-    place.committer.put([Answered(make_job("a"))])
-    place.committer.start(on_committed=place.committed.extend, on_released=place.given_back.extend)
-    assert not place.committer.close(timeout_s=0.01)
+    parts.committer._answer_store.write = lambda _: free.wait(20) and set()  # type: ignore[method-assign]  # no Redis
+    parts.committer.put([Answered(make_job("a"))])
+    parts.committer.start(on_committed=parts.committed.extend, on_released=parts.given_back.extend)
+    assert not parts.committer.close(timeout_s=0.01)
     free.set()
-    assert place.committer.close(timeout_s=20.0)
+    assert parts.committer.close(timeout_s=20.0)
 
 
 @pytest.mark.parametrize(

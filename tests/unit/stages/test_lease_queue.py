@@ -20,7 +20,7 @@ BULK, INTERACTIVE = 5, 1
 """Numbers of lanes in the reply."""
 
 
-class Place:
+class Parts:
     """The claims of one worker over scripts that give what the test says."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
@@ -71,22 +71,22 @@ class Place:
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Place:
+def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     """A worker that serves both lanes, and bulk with a tenth of each claim."""
-    return Place(monkeypatch)
+    return Parts(monkeypatch)
 
 
-def test_claim_passes_its_limits_to_the_script(place: Place) -> None:
+def test_claim_passes_its_limits_to_the_script(parts: Parts) -> None:
     """The lease in ms, the share of bulk, whether nothing is held, and what a duplicate is answered."""
-    place.queue.claim(40, bulk_limit=30)
-    place.queue.claim(5, bulk_limit=30, held=["a"])
-    place.queue.claim(MAX_CLAIM + 1)
-    first, second, third = place.claims
+    parts.queue.claim(40, bulk_limit=30)
+    parts.queue.claim(5, bulk_limit=30, held=["a"])
+    parts.queue.claim(MAX_CLAIM + 1)
+    first, second, third = parts.claims
     assert first[:4] == ["t", 40, 4, 60_000]
     assert (first[5], second[5], third[5]) == (1, 0, 1)
     assert (first[9], first[10]) == (77, b"answer")
-    assert [args[12:15] for args in place.claims] == [[1, 1, 30], [1, 1, 5], [1, 1, MAX_CLAIM]]
-    assert [args[-1] for args in place.claims] == [1, 2, 3]
+    assert [args[12:15] for args in parts.claims] == [[1, 1, 30], [1, 1, 5], [1, 1, MAX_CLAIM]]
+    assert [args[-1] for args in parts.claims] == [1, 2, 3]
     assert third[1] == MAX_CLAIM
 
 
@@ -97,106 +97,106 @@ def test_only_served_lanes_are_claimed(
     monkeypatch: pytest.MonkeyPatch, lanes: tuple[Lane, ...], flags: list[int]
 ) -> None:
     """As the options name them."""
-    place = Place(monkeypatch, lanes=lanes)
-    place.queue.claim(1)
-    assert place.claims[0][12:14] == flags
+    parts = Parts(monkeypatch, lanes=lanes)
+    parts.queue.claim(1)
+    assert parts.claims[0][12:14] == flags
 
 
-def test_bulk_share_adds_up_to_two_of_them(place: Place) -> None:
+def test_bulk_share_adds_up_to_two_of_them(parts: Parts) -> None:
     """Claims with only interactive jobs leave bulk its share; empty claims add nothing."""
     owed = []
     for _ in range(4):
-        place.reply(INTERACTIVE)
-        place.queue.claim(40)
-    owed += [args[2] for args in place.claims]
+        parts.reply(INTERACTIVE)
+        parts.queue.claim(40)
+    owed += [args[2] for args in parts.claims]
     assert owed == [4, 8, 8, 8]
-    place.reply(BULK, BULK, INTERACTIVE)
-    place.queue.claim(40)
-    place.queue.claim(40)
-    assert [args[2] for args in place.claims[4:]] == [8, 8]
-    place.reply(*[BULK] * 20)
-    place.queue.claim(40)
-    place.queue.claim(40)
-    assert [args[2] for args in place.claims[6:]] == [8, 4]
-    place.queue.claim(40)
-    assert place.claims[8][2] == 4
+    parts.reply(BULK, BULK, INTERACTIVE)
+    parts.queue.claim(40)
+    parts.queue.claim(40)
+    assert [args[2] for args in parts.claims[4:]] == [8, 8]
+    parts.reply(*[BULK] * 20)
+    parts.queue.claim(40)
+    parts.queue.claim(40)
+    assert [args[2] for args in parts.claims[6:]] == [8, 4]
+    parts.queue.claim(40)
+    assert parts.claims[8][2] == 4
 
 
-def test_small_claims_owe_bulk_two_jobs_at_most(place: Place) -> None:
+def test_small_claims_owe_bulk_two_jobs_at_most(parts: Parts) -> None:
     """A tenth of a claim of one job."""
     for _ in range(30):
-        place.reply(INTERACTIVE)
-        place.queue.claim(1)
-    owed = [args[2] for args in place.claims]
+        parts.reply(INTERACTIVE)
+        parts.queue.claim(1)
+    owed = [args[2] for args in parts.claims]
     assert owed[8] == 0
     assert owed[11] == 1
     assert owed[-1] == 2
 
 
-def test_jobs_are_read_from_the_reply(place: Place) -> None:
+def test_jobs_are_read_from_the_reply(parts: Parts) -> None:
     """All fields, and the clocks of server and worker at the claim."""
-    place.reply(INTERACTIVE, BULK)
-    result = place.queue.claim(5)
+    parts.reply(INTERACTIVE, BULK)
+    result = parts.queue.claim(5)
     first, second = result.jobs
     assert (first.id, first.attempt, first.deaths, first.raw, first.history) == ("j0", 1, 0, b"raw", b"")
     assert (first.key, second.key) == (Lane.INTERACTIVE.keys[0], Lane.BULK.keys[0])
     assert (first.is_revoked, second.is_revoked) == (False, True)
-    assert (first.claimed_ms, first.claimed_s, first.generation) == (1000.5, place.clock.now_s, 3)
+    assert (first.claimed_ms, first.claimed_s, first.generation) == (1000.5, parts.clock.now_s, 3)
     assert result.owns_quarantine is False
 
 
-def test_owner_of_the_quarantine_takes_turns(place: Place) -> None:
+def test_owner_of_the_quarantine_takes_turns(parts: Parts) -> None:
     """With the lanes, where it holds nothing; while it holds jobs, the turn stays."""
     for held, owns in (([], 1), ([], 1), (["a"], 1), ([], 0), ([], 1)):
-        place.reply(owns_quarantine=owns)
-        assert place.queue.claim(5, held=held).owns_quarantine is bool(owns)
-    assert [args[6] for args in place.claims] == [1, 0, 1, 1, 1]
+        parts.reply(owns_quarantine=owns)
+        assert parts.queue.claim(5, held=held).owns_quarantine is bool(owns)
+    assert [args[6] for args in parts.claims] == [1, 0, 1, 1, 1]
 
 
-def test_answer_for_duplicates_is_made_once_a_second(place: Place) -> None:
+def test_answer_for_duplicates_is_made_once_a_second(parts: Parts) -> None:
     """By this machine's clock before the first claim, then by the server's, as the last claim told it."""
     for seconds in (0.0, 0.9, 0.1, 0.999):
-        place.clock.now_s += seconds
-        place.queue.claim(1)
-    assert place.answers_ms == [50_000.0, 1100.0]
+        parts.clock.now_s += seconds
+        parts.queue.claim(1)
+    assert parts.answers_ms == [50_000.0, 1100.0]
 
 
-def test_lost_reply_is_released_before_the_next_claim(place: Place) -> None:
+def test_lost_reply_is_released_before_the_next_claim(parts: Parts) -> None:
     """Without what this worker holds; the last one of a release comes first in its lane."""
-    assert not place.queue.has_lost_reply
-    place.replies.append(redis.ConnectionError("lost"))
+    assert not parts.queue.has_lost_reply
+    parts.replies.append(redis.ConnectionError("lost"))
     with pytest.raises(redis.ConnectionError):
-        place.queue.claim(5)
-    assert place.queue.has_lost_reply
-    place.last_ids = ["a", "b", "c"]
-    place.queue.claim(5, held=["b"])
-    assert place.ended == [[1, LAST_CLAIM_KEPT_MS]]
-    [args] = place.released
+        parts.queue.claim(5)
+    assert parts.queue.has_lost_reply
+    parts.last_ids = ["a", "b", "c"]
+    parts.queue.claim(5, held=["b"])
+    assert parts.ended == [[1, LAST_CLAIM_KEPT_MS]]
+    [args] = parts.released
     assert args[4::4] == ["c", "a"]
     assert args[5:8] == [0, 0, ""]
-    assert not place.queue.has_lost_reply
-    place.queue.claim(5)
-    assert len(place.ended) == 1
+    assert not parts.queue.has_lost_reply
+    parts.queue.claim(5)
+    assert len(parts.ended) == 1
 
 
-def test_nothing_is_claimed_after_the_end(place: Place) -> None:
+def test_nothing_is_claimed_after_the_end(parts: Parts) -> None:
     """And what the last claim brought goes back, but for what is held."""
-    place.last_ids = ["a", "b"]
-    assert place.queue.end(["a"]) == 1
-    assert place.queue.claim(5).jobs == ()
-    assert place.claims == []
+    parts.last_ids = ["a", "b"]
+    assert parts.queue.end(["a"]) == 1
+    assert parts.queue.claim(5).jobs == ()
+    assert parts.claims == []
 
 
-def test_release_says_how_each_job_goes_back(place: Place) -> None:
+def test_release_says_how_each_job_goes_back(parts: Parts) -> None:
     """Delay in ms, whether the attempt counts, and how it ended. Nothing is asked for no jobs."""
-    assert place.queue.release([]) == 0
-    assert place.queue.renew([]) == []
-    assert (place.released, place.renewed) == ([], [])
+    assert parts.queue.release([]) == 0
+    assert parts.queue.renew([]) == []
+    assert (parts.released, parts.renewed) == ([], [])
     releases = [Release("a", delay_s=1.5, counts=True, ending="x|"), Release("b", counts=False)]
-    assert place.queue.release(releases) == 2
-    [args] = place.released
+    assert parts.queue.release(releases) == 2
+    [args] = parts.released
     assert args[0] == "t"
     assert args[4:8] == ["a", 1500, 1, "x|"]
     assert args[8:11] == ["b", 0, 0]
-    assert place.queue.renew(["a", "b"]) == ["lost"]
-    assert place.renewed == [["t", 60_000, "a", "b"]]
+    assert parts.queue.renew(["a", "b"]) == ["lost"]
+    assert parts.renewed == [["t", 60_000, "a", "b"]]

@@ -14,7 +14,7 @@ from shiwu_worker.stages.claim.notifier import LaneNotifier
 KEY = Lane.BULK.keys[2]
 
 
-class Place:
+class Parts:
     """A notifier over a server that gives these replies, and whose loop ends after them."""
 
     def __init__(self, *replies: Any, is_idle: tuple[bool, ...] = ()) -> None:
@@ -61,32 +61,32 @@ def test_each_key_of_the_served_lanes_is_watched(lanes: tuple[Lane, ...], count:
 
 def test_message_wakes_the_worker() -> None:
     """It is moved to where it was, and the key is left alone for a moment."""
-    place = Place(b"message")
-    assert place.watch()
-    assert place.asked == [((KEY, KEY), {"timeout": 5, "src": "RIGHT", "dest": "RIGHT"})]
-    assert place.pauses == [0.005]
+    parts = Parts(b"message")
+    assert parts.watch()
+    assert parts.asked == [((KEY, KEY), {"timeout": 5, "src": "RIGHT", "dest": "RIGHT"})]
+    assert parts.pauses == [0.005]
 
 
 def test_empty_lane_is_watched_again() -> None:
     """Without a pause: the server has waited."""
-    place = Place(None, None)
-    assert not place.watch()
-    assert (len(place.asked), place.pauses) == (2, [])
+    parts = Parts(None, None)
+    assert not parts.watch()
+    assert (len(parts.asked), parts.pauses) == (2, [])
 
 
 def test_busy_worker_asks_nothing() -> None:
     """It looks once a second whether the worker has become idle."""
-    place = Place(None, is_idle=(False, False, True))
-    assert not place.watch()
-    assert (len(place.asked), place.idle_waits) == (1, [1.0] * 3)
+    parts = Parts(None, is_idle=(False, False, True))
+    assert not parts.watch()
+    assert (len(parts.asked), parts.idle_waits) == (1, [1.0] * 3)
 
 
 @pytest.mark.parametrize("error", [redis.ConnectionError("away"), redis.ResponseError("WRONGTYPE"), OSError("x")])
 def test_error_of_redis_is_waited_for(error: Exception) -> None:
     """The claim loop logs it; the lane is watched again."""
-    place = Place(error, b"message")
-    assert place.watch()
-    assert place.pauses == [1.0, 0.005]
+    parts = Parts(error, b"message")
+    assert parts.watch()
+    assert parts.pauses == [1.0, 0.005]
 
 
 def test_wait_watches_the_named_lanes_only() -> None:
