@@ -90,7 +90,7 @@ def main() -> None:
                 format="JPEG",
                 width=1,
                 height=1,
-                sha256="0" * 64,
+                sha256=f"{task.ticket:064x}",
             )
             connection.send_bytes(ENCODER.encode(result))
     except (EOFError, OSError):

@@ -64,8 +64,14 @@ class StandInLoaders:
         """Return every image immediately."""
         now_s = time.monotonic()
         moments: Any = {"started_s": now_s, "fetched_s": now_s, "decoded_s": now_s}
-        about: Any = {"n_bytes": 1, "format": "JPEG", "width": 1, "height": 1, "sha256": "0" * 64}
-        self._on_loaded([Loaded(ticket=task.ticket, slot=task.slot, **moments, **about) for task in tasks])
+        about: Any = {"n_bytes": 1, "format": "JPEG", "width": 1, "height": 1}
+        self._on_loaded(
+            [
+                # Each image has bytes of its own, as most have.
+                Loaded(ticket=task.ticket, slot=task.slot, **moments, **about, sha256=f"{task.ticket:064x}")
+                for task in tasks
+            ]
+        )
 
 
 class StandInFlight:
