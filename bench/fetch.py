@@ -17,10 +17,10 @@ from bench.machine import named
 from bench.photos import jpeg_files
 from bench.report import Headline, Report, Table, median, number, ratio
 from bench.sources import open_source
+from shiwu.network.http_client import HttpClient
 from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.policy.limits import FetchLimits, S3Client, S3Options
 from shiwu_worker.stages.fetch.fetcher import Fetcher
-from shiwu_worker.stages.fetch.http import HttpClient
 
 CLIENTS: Final[tuple[S3Client, ...]] = ("boto3", "obstore")
 THREADS: Final = (1, 4)

@@ -16,9 +16,9 @@ from click.testing import CliRunner
 
 from shiwu.broker.redis_url import read_redis_url
 from shiwu.cli import main
+from shiwu.network.ip_ranges import read_table
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
-from shiwu_worker.policy.ip_ranges import read_table
 from shiwu_worker.service.factories import LOADERS_CLOSE_TIMEOUT_S
 from shiwu_worker.service.observability import TRACES_CLOSE_TIMEOUT_S
 from shiwu_worker.stages.score.label_files import load_label_sets

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from shiwu.network.address_guard import ResolvedAddress
+from shiwu.network.http_client import HttpClient
 from shiwu_worker.errors import JobError
 from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.policy.limits import FetchLimits, S3Options
-from shiwu_worker.stages.fetch.address_guard import ResolvedAddress
 from shiwu_worker.stages.fetch.fetcher import Fetcher
-from shiwu_worker.stages.fetch.http import HttpClient
 from tests.support.picture_server import PictureServer, Reply
 
 OUTER, INNER = "127.0.0.1", "127.0.0.2"

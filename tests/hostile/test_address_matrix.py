@@ -8,9 +8,9 @@ import time
 import pytest
 from msgspec.structs import replace
 
-from shiwu_worker.errors import AddressRefused, Unavailable, Unreachable
+from shiwu.network.address_guard import AddressGuard, AddressRefused
+from shiwu_worker.errors import Unavailable, Unreachable
 from shiwu_worker.policy.access_rules import AccessRules
-from shiwu_worker.stages.fetch.address_guard import AddressGuard
 from tests.hostile.conftest import BODY, INNER, OUTER, PLAIN, SECRET, World, failure
 from tests.support.picture_server import Reply
 

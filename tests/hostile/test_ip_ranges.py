@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shiwu_worker.policy import ip_ranges as special_addresses
-from shiwu_worker.policy.ip_ranges import effective_addresses, is_public, read_table
+from shiwu.network import ip_ranges as special_addresses
+from shiwu.network.ip_ranges import effective_addresses, is_public, read_table
 
 
 def listed(text: str) -> list[str]:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from shiwu.network.address_rules import HostList
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.config.views import access_rules
 from shiwu_worker.errors import Rejected, Unavailable, Unreachable
-from shiwu_worker.policy.access_rules import AccessRules, HostList, allows_bucket
+from shiwu_worker.policy.access_rules import AccessRules, allows_bucket
 from shiwu_worker.stages.fetch.local_files import LocalFiles
 from tests.hostile.conftest import BODY, PLAIN, SECRET, World, failure
 from tests.support.picture_server import PictureServer

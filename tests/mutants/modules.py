@@ -77,15 +77,15 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
     "worker/shiwu_worker/loaders/pool.py": ("tests/unit/loaders", "tests/hostile/test_lying_sandbox.py"),
     "worker/shiwu_worker/policy/access_rules.py": (
         "tests/unit/policy",
-        "tests/unit/stages/test_address_guard.py",
         "tests/hostile/test_operators_lists.py",
     ),
     "worker/shiwu_worker/policy/callback_rules.py": (
         "tests/unit/policy/test_callback_rules.py",
         "tests/unit/pipeline/test_admission.py",
     ),
-    "worker/shiwu_worker/policy/ip_ranges.py": (
-        "tests/unit/stages/test_address_guard.py",
+    "producer/shiwu/network/address_rules.py": ("tests/unit/network", "tests/hostile/test_operators_lists.py"),
+    "producer/shiwu/network/ip_ranges.py": (
+        "tests/unit/network",
         "tests/hostile/test_ip_ranges.py",
     ),
     "worker/shiwu_worker/policy/retry.py": ("tests/unit/config/test_retry_settings.py", "tests/unit/pipeline"),

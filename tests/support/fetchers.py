@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from shiwu.network.http_client import HttpClient
 from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.policy.limits import FetchLimits, S3Options
 from shiwu_worker.stages.fetch.fetcher import Fetcher
-from shiwu_worker.stages.fetch.http import HttpClient
 
 
 def make_fetcher(

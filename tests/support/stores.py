@@ -6,11 +6,11 @@ from typing import Final
 
 import pytest
 
+from shiwu.network.http_client import HttpClient
 from shiwu_worker.errors import JobError
 from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.policy.limits import FetchLimits, S3Addressing, S3Client, S3Options
 from shiwu_worker.stages.fetch.fetcher import Fetcher
-from shiwu_worker.stages.fetch.http import HttpClient
 from shiwu_worker.stages.fetch.s3.base import ObjectStore, S3Limits
 from shiwu_worker.stages.fetch.s3.factory import new_store
 from tests.support.picture_server import Reply

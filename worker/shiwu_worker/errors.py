@@ -85,14 +85,6 @@ class DeviceErrorKind(Enum):
     OTHER = "other"
 
 
-class AddressRefused(Exception):
-    """The address guard refused a host. The reason is for the log only."""
-
-
-class UnknownHost(Exception):
-    """The name does not exist. Callers see the same as for AddressRefused, or answers would reveal internal names."""
-
-
 class ExitCode(IntEnum):
     """Why a worker process ended; docs/operations.md explains each code."""
 

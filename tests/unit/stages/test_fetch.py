@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from shiwu.contract import ErrorCode
+from shiwu.network.http_replies import retry_after_s
 from shiwu_worker.errors import JobError, Rejected, Unavailable, Unreachable
 from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.stages.fetch.fetcher import Fetcher
-from shiwu_worker.stages.fetch.http_replies import retry_after_s
 from shiwu_worker.stages.fetch.source_pauses import MAX_SOURCES, SourcePauses
 from tests.support.clock import Clock
 from tests.support.fetchers import make_fetcher

@@ -17,6 +17,7 @@ from shiwu.broker.maintenance import MAX_LEASE_S
 from shiwu.broker.redis_url import RedisAddress, read_redis_url
 from shiwu.broker.retention import DEAD_AGE_S, DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S, STREAM_LENGTH
 from shiwu.contract import TASK_NAME, Lane
+from shiwu.network.address_rules import HTTP_PORTS
 from shiwu_worker.config.types import (
     Device,
     Endpoint,
@@ -42,7 +43,6 @@ from shiwu_worker.config.types import (
     read_retry,
     split,
 )
-from shiwu_worker.policy.access_rules import HTTP_PORTS
 from shiwu_worker.policy.callback_rules import MAX_TASKS
 from shiwu_worker.runtime.cpus import usable_cores
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
 from shiwu.contract import RETRIABLE, ErrorCode, Lane, printable
-from shiwu_worker.policy.access_rules import checked, read_host, read_nat64
+from shiwu.network.address_rules import checked, read_host, read_nat64, read_network
 
 
 def _has_otel(value: bool) -> bool:
@@ -64,13 +63,6 @@ def _known_formats(value: tuple[str, ...]) -> tuple[str, ...]:
     if "HEIF" in names and find_spec("pillow_heif") is None:
         raise ValueError("HEIF (HEIC) needs pillow-heif: run pip install '.[worker,heic]' in a clone of shiwu")
     return names
-
-
-def _read_network(text: str) -> object:
-    try:
-        return ipaddress.ip_network(text)
-    except ValueError as error:
-        raise ValueError(f"expected a network as 10.0.0.0/8 or fd00::/8, got {text!r:.80} ({error})") from None
 
 
 _DEVICE: Final = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
@@ -208,7 +200,7 @@ Timezone = Annotated[str, AfterValidator(_known_zone)]
 Fusions = Annotated[tuple[str, ...], NoDecode, AfterValidator(_known_fusions)]
 Formats = Annotated[tuple[str, ...], NoDecode, AfterValidator(_known_formats)]
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(checked(read_host))], ...], NoDecode]
-Networks = Annotated[tuple[Annotated[str, AfterValidator(checked(_read_network))], ...], NoDecode]
+Networks = Annotated[tuple[Annotated[str, AfterValidator(checked(read_network))], ...], NoDecode]
 Prefixes = Annotated[tuple[Annotated[str, AfterValidator(checked(read_nat64))], ...], NoDecode]
 Ports = Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], NoDecode]
 Paths = Annotated[tuple[Path, ...], NoDecode]

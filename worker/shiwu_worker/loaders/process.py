@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
+from shiwu.network.http_client import LOOKUPS_PER_THREAD, HttpClient
 from shiwu_worker.errors import JobError, Rejected, Unavailable
 from shiwu_worker.loaders.protocol import (
     ENCODER,
@@ -51,7 +52,6 @@ from shiwu_worker.loaders.sandbox import (
 )
 from shiwu_worker.stages.decode.decoder import accepted_format
 from shiwu_worker.stages.fetch.fetcher import Fetcher
-from shiwu_worker.stages.fetch.http import LOOKUPS_PER_THREAD, HttpClient
 from shiwu_worker.stages.fetch.s3.base import MAX_BUCKET_CLIENTS
 
 BASE_BYTES: Final = 1 << 30
@@ -82,6 +82,7 @@ class LoaderProcess:
                 connect_timeout_s=options.fetch.connect_timeout_s,
                 read_timeout_s=options.fetch.read_timeout_s,
                 user_agent=options.user_agent,
+                accept="image/*",
             ),
             access=options.access,
             limits=options.fetch,

@@ -190,7 +190,7 @@ _EXCEPTIONS: Final = (
     row(
         ErrorCode.SOURCE_UNAVAILABLE,
         "the worker's rules refuse the address, or the name does not exist; not told apart, and not retried",
-        *_named("shiwu_worker.errors", "AddressRefused", "UnknownHost"),
+        *_named("shiwu.network.address_guard", "AddressRefused", "UnknownHost"),
         is_final=True,
     ),
     row(

@@ -15,7 +15,9 @@ import urllib3
 from urllib3.util import parse_url
 
 from shiwu.contract import ErrorCode, scheme_of, split_s3, without_query
-from shiwu_worker.errors import AddressRefused, JobError, Unavailable, UnknownHost
+from shiwu.network.address_guard import AddressRefused, UnknownHost
+from shiwu.network.http_replies import MAX_DIGITS, retry_after_s
+from shiwu_worker.errors import JobError, Unavailable
 from shiwu_worker.policy.access_rules import AccessRules, allows_bucket
 from shiwu_worker.policy.limits import FetchLimits, S3Options
 from shiwu_worker.stages.fetch.error_table import file_row
@@ -31,7 +33,7 @@ from shiwu_worker.stages.fetch.fetch_errors import (
     unavailable,
     unknown_error,
 )
-from shiwu_worker.stages.fetch.http_replies import MAX_DIGITS, compression_of, is_whole, retry_after_s
+from shiwu_worker.stages.fetch.http_replies import compression_of, is_whole
 from shiwu_worker.stages.fetch.local_files import LocalFiles
 from shiwu_worker.stages.fetch.s3.base import CHUNK, S3Limits, StoreError, is_bucket, s3_error
 from shiwu_worker.stages.fetch.s3.factory import new_store
@@ -41,7 +43,7 @@ MAX_QUICK_TRIES: Final = 3
 
 
 class Transport(Protocol):
-    """The part of `shiwu_worker.stages.fetch.http.HttpClient` that the fetcher uses."""
+    """The part of `shiwu.network.http_client.HttpClient` that the fetcher uses."""
 
     def open(self, url: str, *, deadline_s: float) -> urllib3.BaseHTTPResponse:
         """Send one GET without redirects or retries."""

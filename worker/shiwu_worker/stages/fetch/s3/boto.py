@@ -24,11 +24,12 @@ from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
 
 from shiwu.contract import ErrorCode
+from shiwu.network.http_replies import FinalReply, retry_after_s
 from shiwu_worker.errors import JobError
 from shiwu_worker.policy.access_rules import is_special_bucket
 from shiwu_worker.policy.limits import S3Options
 from shiwu_worker.stages.fetch.error_table import UNKNOWN, exception_row
-from shiwu_worker.stages.fetch.http_replies import NO_BODY, FinalReply, is_whole, retry_after_s
+from shiwu_worker.stages.fetch.http_replies import NO_BODY, is_whole
 from shiwu_worker.stages.fetch.s3.base import (
     CHUNK,
     NoCredentials,

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from shiwu_worker.errors import AddressRefused
-from shiwu_worker.policy.access_rules import AccessRules
-from shiwu_worker.policy.ip_ranges import is_public
-from shiwu_worker.stages.fetch.address_guard import AddressGuard, Resolve, ResolvedAddress
+from shiwu.network.address_guard import AddressGuard, AddressRefused, Resolve, ResolvedAddress
+from shiwu.network.address_rules import AddressRules
+from shiwu.network.ip_ranges import is_public
 
 BLOCKED = [
     "0.0.0.0",
@@ -95,25 +94,25 @@ def answers(*addresses: str) -> Resolve:
 def test_one_internal_address_refuses_the_name() -> None:
     """A name with a public and an internal address is refused before any connection."""
     with pytest.raises(AddressRefused):
-        connect(AddressGuard(AccessRules(), resolve=answers("8.8.8.8", "127.0.0.1")), "mixed.example", 80)
+        connect(AddressGuard(AddressRules(), resolve=answers("8.8.8.8", "127.0.0.1")), "mixed.example", 80)
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.1", "2130706433", "0x7f.1", "0177.0.0.1", "0", "[::1]"])
 def test_spellings_of_loopback_are_refused(host: str) -> None:
     """Odd spellings as such, a name for what it resolves to."""
     with pytest.raises(AddressRefused):
-        connect(AddressGuard(AccessRules()), host, 80)
+        connect(AddressGuard(AddressRules()), host, 80)
 
 
 def test_ports_and_exceptions_of_the_operator() -> None:
     """Only 80 and 443, except for hosts that the operator named, with their port or for any."""
     with pytest.raises(AddressRefused, match="port"):
-        connect(AddressGuard(AccessRules()), "127.0.0.1", 8080)
+        connect(AddressGuard(AddressRules()), "127.0.0.1", 8080)
     with pytest.raises(AddressRefused):
-        connect(AddressGuard(AccessRules(allow_hosts=("127.0.0.1:8081",))), "127.0.0.1", 8080)
+        connect(AddressGuard(AddressRules(allow_hosts=("127.0.0.1:8081",))), "127.0.0.1", 8080)
     for entry in ("127.0.0.1:1", "127.0.0.1"):
         with pytest.raises(ConnectionRefusedError):
-            connect(AddressGuard(AccessRules(allow_hosts=(entry,))), "127.0.0.1", 1)
+            connect(AddressGuard(AddressRules(allow_hosts=(entry,))), "127.0.0.1", 1)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +127,6 @@ def test_ports_and_exceptions_of_the_operator() -> None:
 )
 def test_denied_ipv6_network_that_wraps_ipv4_is_refused(network: str, address: str) -> None:
     """The operator denies the tunnel itself, although the IPv4 address behind it is public; no rule overrides it."""
-    rules = AccessRules(deny_networks=(network,), allow_networks=("0.0.0.0/0", "::/0"), allow_hosts=(address,))
+    rules = AddressRules(deny_networks=(network,), allow_networks=("0.0.0.0/0", "::/0"), allow_hosts=(address,))
     with pytest.raises(AddressRefused, match="SHIWU_DENY_NETWORKS"):
         AddressGuard(rules).check_address(ipaddress.ip_address(address), trusted=True)

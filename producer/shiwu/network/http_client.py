@@ -1,7 +1,7 @@
 """HTTP connections that reach only what the address guard allows, and end at one deadline whatever the server does.
 
 A time-out of urllib3 limits one wait for data. A server that sends a byte now and then never exceeds it, so the sockets
-here know the deadline of the whole fetch, and how many bytes of headers may still come.
+here know the deadline of the whole request, and how many bytes of headers may still come.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -21,20 +22,19 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util import Timeout, make_headers, parse_url
 from urllib3.util.ssl_ import create_urllib3_context
 
-from shiwu_worker.policy.access_rules import AccessRules
-from shiwu_worker.stages.fetch.address_guard import AddressGuard, Resolve, resolve_by_system
-from shiwu_worker.stages.fetch.http_replies import FinalReply
+from shiwu.network.address_guard import AddressGuard, Resolve, resolve_by_system
+from shiwu.network.address_rules import AddressRules
+from shiwu.network.http_replies import FinalReply
 
 MAX_HEADER_BYTES: Final = 64 * 1024
 """Of one reply with its status line, and of interim replies (1xx) before it; Python limits headers to 100."""
 LOOKUPS_PER_THREAD: Final = 2
 MAX_IDLE_HOSTS: Final = 8
 """Hosts with idle connections, which are open files; producers name the hosts, so their number is limited."""
-HEADERS: Final = {"Accept-Encoding": "identity", "Accept": "image/*"}
 
 
 class _Deadline(threading.local):
-    """The deadline of the fetch of this thread, in seconds of the monotonic clock."""
+    """The deadline of the request of this thread, in seconds of the monotonic clock."""
 
     at_s = math.inf
 
@@ -45,7 +45,7 @@ _deadline: Final = _Deadline()
 def _limit_timeout(sock: socket.socket) -> None:
     left_s = _deadline.at_s - time.monotonic()
     if left_s <= 0:
-        raise TimeoutError("the time for the whole fetch is over")
+        raise TimeoutError("the time for the whole request is over")
     timeout_s = sock.gettimeout()
     if timeout_s is None or timeout_s > left_s:
         sock.settimeout(left_s)
@@ -68,6 +68,14 @@ class _Socket(socket.socket):
         self.header_bytes_left = _count_header_bytes(self.header_bytes_left, count)
         return count
 
+    def send(self, *args: Any, **options: Any) -> int:
+        _limit_timeout(self)
+        return super().send(*args, **options)
+
+    def sendall(self, *args: Any, **options: Any) -> None:
+        _limit_timeout(self)
+        super().sendall(*args, **options)
+
 
 class _TlsSocket(_Socket, ssl.SSLSocket):
     """A `_Socket` inside TLS; `super()` in `_Socket` is then the class of `ssl`."""
@@ -80,17 +88,19 @@ class HttpClient:
         access: the operator's rules.
         threads: idle connections kept for each host.
         user_agent: the sender that requests name.
+        accept: the media types that requests ask for.
         resolve: name look-up, called once for each connection.
     """
 
     def __init__(
         self,
-        access: AccessRules,
+        access: AddressRules,
         *,
         threads: int,
         connect_timeout_s: float,
         read_timeout_s: float,
         user_agent: str = "shiwu",
+        accept: str = "*/*",
         resolve: Resolve = resolve_by_system,
     ) -> None:
         # Its warnings would print whole URLs with their queries.
@@ -98,16 +108,29 @@ class HttpClient:
         self._guard = AddressGuard(access, resolve=resolve, lookups=LOOKUPS_PER_THREAD * threads, make_socket=_Socket)
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
-        self._headers = {**HEADERS, "User-Agent": user_agent}
+        self._headers = {"Accept-Encoding": "identity", "Accept": accept, "User-Agent": user_agent}
         self._has_proxy = access.proxy_url is not None
         self._manager = _manager(access.proxy_url, threads=threads)
         self._manager.pool_classes_by_scheme = _pool_classes(self._guard)
 
     def open(self, url: str, *, deadline_s: float) -> urllib3.BaseHTTPResponse:
-        """Send one GET. The same thread must read the body, which is not read yet.
+        """Send one GET; as `send`."""
+        return self.send("GET", url, deadline_s=deadline_s)
+
+    def send(
+        self,
+        method: str,
+        url: str,
+        *,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        deadline_s: float,
+    ) -> urllib3.BaseHTTPResponse:
+        """Send one request. The same thread must read the body of the reply, which is not read yet.
 
         Args:
-            deadline_s: time of the monotonic clock by which everything has ended, including the body.
+            headers: in addition to those of all requests.
+            deadline_s: time of the monotonic clock by which everything has ended, including the body of the reply.
 
         Raises:
             AddressRefused: when the rules forbid the address.
@@ -121,8 +144,9 @@ class HttpClient:
             self._guard.check_name(parts.host or "", parts.port or (443 if parts.scheme == "https" else 80))
         left_s = max(0.001, deadline_s - time.monotonic())
         return self._manager.request(
-            "GET",
+            method,
             url,
+            body=body,
             preload_content=False,
             decode_content=False,
             redirect=False,
@@ -131,7 +155,7 @@ class HttpClient:
                 connect=min(self._connect_timeout_s, left_s),
                 read=min(self._read_timeout_s, left_s),
             ),
-            headers=self._headers,
+            headers={**self._headers, **(headers or {})},
         )
 
 

@@ -15,9 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from shiwu_worker.errors import AddressRefused, UnknownHost
-from shiwu_worker.policy.access_rules import AccessRules, HostList, plain_host, read_nat64
-from shiwu_worker.policy.ip_ranges import IPAddress, effective_addresses, special_use
+from shiwu.network.address_rules import AddressRules, HostList, plain_host, read_nat64
+from shiwu.network.ip_ranges import IPAddress, effective_addresses, special_use
 
 MAX_ADDRESSES_TRIED: Final = 4
 MAX_LOOKUPS: Final = 16
@@ -34,6 +33,14 @@ Resolve = Callable[[str, int], Sequence[ResolvedAddress]]
 def resolve_by_system(host: str, port: int) -> Sequence[ResolvedAddress]:
     """The addresses of a name, by getaddrinfo."""
     return [(family, address) for family, _, _, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
+
+
+class AddressRefused(Exception):
+    """The address guard refused a host. The reason is for the log only."""
+
+
+class UnknownHost(Exception):
+    """The name does not exist. Callers see the same as for AddressRefused, or answers would reveal internal names."""
 
 
 class Lookup:
@@ -84,13 +91,13 @@ class AddressGuard:
     Args:
         access: the operator's rules.
         resolve: name look-up, called once for each connection.
-        lookups: most concurrent look-ups; without an answer a look-up can last longer than its fetch.
+        lookups: most concurrent look-ups; without an answer a look-up can last longer than its request.
         make_socket: the class of the sockets.
     """
 
     def __init__(
         self,
-        access: AccessRules,
+        access: AddressRules,
         *,
         resolve: Resolve = resolve_by_system,
         lookups: int = MAX_LOOKUPS,
@@ -173,7 +180,7 @@ class AddressGuard:
         for address, (family, sockaddr) in checked[:MAX_ADDRESSES_TRIED]:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
-                raise TimeoutError("the time for the whole fetch is over")
+                raise TimeoutError("the time for the whole request is over")
             try:
                 return self._open(family, sockaddr, address, timeout_s=min(timeout_s, left_s))
             except OSError as error:

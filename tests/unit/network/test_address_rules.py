@@ -1,10 +1,10 @@
-"""Host lists and bucket rules of the operator."""
+"""Host lists and ports of the operator."""
 
 from __future__ import annotations
 
 import pytest
 
-from shiwu_worker.policy.access_rules import AccessRules, HostList
+from shiwu.network.address_rules import AddressRules, HostList
 
 
 @pytest.mark.parametrize(
@@ -30,4 +30,4 @@ def test_host_with_a_port_lists_only_that_port(entry: str, host: str, port: int,
 
 def test_web_servers_are_asked_on_their_usual_ports_only() -> None:
     """Unless the operator lists others."""
-    assert AccessRules().ports == (80, 443)
+    assert AddressRules().ports == (80, 443)
