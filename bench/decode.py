@@ -161,7 +161,7 @@ def _case(size: SizeName, name: str, data: bytes, way: Preprocessing, *, seconds
 
 def _costs(data: bytes, spec: ImageSpec, processor: Any, *, seconds: float) -> tuple[Cost, ...]:
     fast = partial(decode, data, spec=spec, limits=LIMITS)
-    exact = partial(fast, exact=True)
+    exact = partial(fast, is_exact=True)
     reference = _processed(processor, data, do_rescale=False, do_normalize=False).transpose(1, 2, 0)
     return (
         _cost(FAST, fast, fast()[0], reference, seconds),

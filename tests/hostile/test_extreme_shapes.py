@@ -27,7 +27,7 @@ def cost(data, spec, exact):
     pid = os.fork()
     if pid == 0:
         for once in range(bool(data)):
-            decode(data, spec=spec, limits=limits, exact=exact)
+            decode(data, spec=spec, limits=limits, is_exact=exact)
         os._exit(0)
     _, status, usage = os.wait4(pid, 0)
     return {"status": status, "cpu_s": usage.ru_utime + usage.ru_stime, "mb": usage.ru_maxrss / 1024}

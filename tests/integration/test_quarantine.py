@@ -66,12 +66,12 @@ def test_one_worker_owns_the_quarantine(redis_client: redis.Redis) -> None:
     redis_client.delete(QUARANTINE_OWNER)
     owner, other = make_lease_queue(redis_client, "owner"), make_lease_queue(redis_client, "other")
     busy = owner.claim(10, held=["another"])
-    assert (busy.jobs, busy.owns_quarantine) == ((), True)
+    assert (busy.jobs, busy.is_quarantine_owner) == ((), True)
     ordinary = other.claim(10)
-    assert ([job.id for job in ordinary.jobs], ordinary.owns_quarantine) == (["ordinary"], False)
+    assert ([job.id for job in ordinary.jobs], ordinary.is_quarantine_owner) == (["ordinary"], False)
     isolated = owner.claim(10)
-    assert ([job.id for job in isolated.jobs], isolated.owns_quarantine) == (["quarantined"], True)
-    assert owner.claim(10).owns_quarantine is False
+    assert ([job.id for job in isolated.jobs], isolated.is_quarantine_owner) == (["quarantined"], True)
+    assert owner.claim(10).is_quarantine_owner is False
 
 
 @pytest.mark.parametrize("road", ["retry", "eta", "sent again"])

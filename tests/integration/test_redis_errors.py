@@ -244,7 +244,7 @@ def test_redis_codes_have_a_row_and_a_case_each() -> None:
     for info in REDIS_ERRORS.values():
         assert info.meaning.endswith(".")
         assert info.remedy.endswith(".")
-        assert info.passes == (info.fault is RedisFault.SERVER)
+        assert info.is_temporary == (info.fault is RedisFault.SERVER)
         assert info.ends_start == (info.fault is RedisFault.SETTINGS)
 
 
@@ -300,8 +300,8 @@ def test_lost_connection_is_retried(cause: OSError) -> None:
     """A TLS connection that is lost in the middle is not a certificate error."""
     error = redis.ConnectionError("lost")
     error.__cause__ = cause
-    assert info_of(error).passes
-    assert info_of(cause).passes
+    assert info_of(error).is_temporary
+    assert info_of(cause).is_temporary
 
 
 def test_worker_with_wrong_redis_exits_before_loading(parts: Parts, start_worker: StartWorker) -> None:

@@ -15,6 +15,15 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
 """Without the docstring."""
 TEST_FILES = sorted((ROOT / "tests").rglob("test_*.py"))
+OTHER_FLAGS = {
+    # Celery's, redis-py's and S3's names.
+    *("ignore_result", "inuse_connections", "requester_pays"),
+    # Names that users see: of the client's API, of options and settings, and of fields that are printed or stored.
+    *("stop_when_idle", "show_all", "as_json", "task_events", "tells_refusals", "usable", "same_first", "retryable"),
+    # What a caller asks for, or reports.
+    *("active", "available", "choose_largest", "count_waiting", "counts", "may_compile", "splits_batches", "value"),
+}
+"""Names of flags in `producer` and `worker` that do not begin with is_ or has_."""
 MAX_TEST_NAME = 60
 """Length of the longest name of a test."""
 
@@ -46,6 +55,27 @@ def test_files_stay_short() -> None:
 def test_functions_fit_on_a_screen() -> None:
     """A function has at most MAX_FUNCTION_LINES lines."""
     assert [line for path in SOURCES for line in long_functions(path)] == []
+
+
+def flags(path: Path) -> Iterator[str]:
+    """Yield the arguments and fields of type bool in a file whose names do not begin with is_ or has_."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        named: dict[str, ast.expr | None] = {}
+        if isinstance(node, ast.FunctionDef):
+            named = {each.arg: each.annotation for each in (*node.args.args, *node.args.kwonlyargs)}
+        elif isinstance(node, ast.AnnAssign):
+            named = {ast.unparse(node.target).rpartition(".")[2]: node.annotation}
+        for name, annotation in named.items():
+            if annotation is not None and ast.unparse(annotation) in {"bool", "bool | None"}:
+                yield name
+
+
+def test_flags_begin_with_is_or_has() -> None:
+    """Except for those in OTHER_FLAGS, and options of commands and settings, which have the names that users write."""
+    paths = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in {"producer", "worker"}]
+    inner = [path for path in paths if path.parent.name != "cli" and path.name not in {"__main__.py", "settings.py"}]
+    found = {name for path in inner for name in flags(path) if not re.match(r"_*(?:is|has)_", name)}
+    assert found == OTHER_FLAGS
 
 
 def test_test_names_are_short() -> None:

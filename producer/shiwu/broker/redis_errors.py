@@ -60,7 +60,7 @@ class RedisErrorInfo:
     """The meaning of one code."""
 
     fault: RedisFault
-    passes: bool
+    is_temporary: bool
     """Whether the same command may succeed later without a change of settings; then it is retried."""
     meaning: str
     remedy: str
@@ -71,7 +71,7 @@ class RedisErrorInfo:
     @property
     def ends_start(self) -> bool:
         """Whether a process that gets this error at its start exits with code 64 instead of retrying."""
-        return not self.passes and self.fault is RedisFault.SETTINGS
+        return not self.is_temporary and self.fault is RedisFault.SETTINGS
 
 
 class NotOneServer(ShiwuError, redis.RedisError):
@@ -102,12 +102,12 @@ class ConnectionsBusy(ShiwuError, exceptions.MaxConnectionsError):
 
 
 def _server(meaning: str, remedy: str) -> RedisErrorInfo:
-    return RedisErrorInfo(RedisFault.SERVER, passes=True, meaning=meaning, remedy=remedy)
+    return RedisErrorInfo(RedisFault.SERVER, is_temporary=True, meaning=meaning, remedy=remedy)
 
 
 def _settings(meaning: str, remedy: str, *, is_about_command: bool = False) -> RedisErrorInfo:
     return RedisErrorInfo(
-        RedisFault.SETTINGS, passes=False, meaning=meaning, remedy=remedy, is_about_command=is_about_command
+        RedisFault.SETTINGS, is_temporary=False, meaning=meaning, remedy=remedy, is_about_command=is_about_command
     )
 
 
@@ -173,14 +173,14 @@ REDIS_ERRORS: Final[Mapping[RedisCode, RedisErrorInfo]] = MappingProxyType(
         ),
         RedisCode.WRONG_TYPE: RedisErrorInfo(
             RedisFault.DATA,
-            passes=False,
+            is_temporary=False,
             meaning="A key of shiwu has a value of another type, which another program has written.",
             remedy="Wait until a worker or `shiwu sweep` moves it aside, and give each program its own user.",
             is_about_command=True,
         ),
         RedisCode.UNKNOWN: RedisErrorInfo(
             RedisFault.SERVICE,
-            passes=False,
+            is_temporary=False,
             meaning="Redis answered with an error that shiwu does not know.",
             remedy="Report it with the message and the version of Redis.",
             is_about_command=True,

@@ -112,7 +112,7 @@ class Sender:
             try:
                 return self._send(jobs, options)
             except (QueueFull, redis.RedisError) as error:
-                may_pass = isinstance(error, QueueFull) or info_of(error).passes
+                may_pass = isinstance(error, QueueFull) or info_of(error).is_temporary
                 now_s = time.monotonic()
                 if not may_pass or isinstance(error, NotReplicated) or now_s - began_s >= options.wait_s:
                     raise

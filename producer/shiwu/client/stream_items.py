@@ -132,7 +132,7 @@ class Outage:
         """
         now_s = time.monotonic()
         since_s = now_s if self._since_s is None else self._since_s
-        if not info_of(error).passes or (self._away_s is not None and now_s - since_s >= self._away_s):
+        if not info_of(error).is_temporary or (self._away_s is not None and now_s - since_s >= self._away_s):
             raise error
         if self._since_s is None:
             log.warning("%s; trying again", explain(error))

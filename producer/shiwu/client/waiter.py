@@ -51,7 +51,7 @@ def as_answered(
         try:
             yield from _wait_once(client, listener, missing, until_s=until_s)
         except (redis.RedisError, OSError) as error:
-            if not info_of(error).passes:
+            if not info_of(error).is_temporary:
                 raise
             pause.wait(max(0.0, min(RETRY_PAUSE_S, until_s - time.monotonic())))
         if time.monotonic() >= until_s:

@@ -124,10 +124,10 @@ class AddressGuard:
         name = plain_host(host)
         if self._deny.has(name, port):
             raise AddressRefused(f"{name}:{port} is on SHIWU_DENY_HOSTS")
-        trusted = self._allow.has(name, port)
-        if self._only and not (trusted or self._only.has(name, port)):
+        is_trusted = self._allow.has(name, port)
+        if self._only and not (is_trusted or self._only.has(name, port)):
             raise AddressRefused(f"{name}:{port} is not on SHIWU_ONLY_HOSTS")
-        if not trusted and port not in self._ports:
+        if not is_trusted and port not in self._ports:
             raise AddressRefused(f"port {port} of {name} is not one of SHIWU_FETCH_PORTS")
         try:
             literal = ipaddress.ip_address(name)
@@ -135,10 +135,10 @@ class AddressGuard:
             if not _NAME.fullmatch(name) or _LOOKS_NUMERIC.fullmatch(name.rpartition(".")[2]):
                 raise AddressRefused(f"{name!r:.80} is neither a name nor an address in its usual spelling") from None
         else:
-            self.check_address(literal, trusted=trusted)
-        return trusted
+            self.check_address(literal, is_trusted=is_trusted)
+        return is_trusted
 
-    def check_address(self, address: IPAddress, *, trusted: bool = False) -> None:
+    def check_address(self, address: IPAddress, *, is_trusted: bool = False) -> None:
         """Check one address.
 
         Raises:
@@ -150,7 +150,7 @@ class AddressGuard:
         for target in (address, *targets):
             if _is_in(target, self._deny_networks):
                 raise AddressRefused(f"{address} is in SHIWU_DENY_NETWORKS")
-        if trusted or _is_in(address, self._allow_networks):
+        if is_trusted or _is_in(address, self._allow_networks):
             return
         for target in targets:
             if (use := special_use(target)) is not None and not _is_in(target, self._allow_networks):
@@ -168,14 +168,14 @@ class AddressGuard:
             UnknownHost: when there is no such name.
             OSError: when no address answered.
         """
-        trusted = self.check_name(host, port)
+        is_trusted = self.check_name(host, port)
         try:
             resolved = self._lookup(plain_host(host), port, timeout_s=deadline_s - time.monotonic())
         except socket.gaierror as error:
             if error.errno in _NO_SUCH_NAME:
                 raise UnknownHost(f"no such name: {host}") from error
             raise
-        checked = [(self._check_resolved(host, entry, trusted=trusted), entry) for entry in resolved]
+        checked = [(self._check_resolved(host, entry, is_trusted=is_trusted), entry) for entry in resolved]
         last_error: OSError = OSError(f"no address of {host} answered")
         for address, (family, sockaddr) in checked[:MAX_ADDRESSES_TRIED]:
             left_s = deadline_s - time.monotonic()
@@ -201,10 +201,10 @@ class AddressGuard:
                 last_error = error
         raise last_error
 
-    def _check_resolved(self, host: str, resolved: ResolvedAddress, *, trusted: bool) -> IPAddress:
+    def _check_resolved(self, host: str, resolved: ResolvedAddress, *, is_trusted: bool) -> IPAddress:
         try:
             address = ipaddress.ip_address(resolved[1][0])
-            self.check_address(address, trusted=trusted)
+            self.check_address(address, is_trusted=is_trusted)
         except (ValueError, TypeError, IndexError):
             raise AddressRefused(f"{host} resolves to {resolved[1]!r:.80}, which is no address") from None
         except AddressRefused as error:

@@ -36,7 +36,7 @@ def work():
     is_filtered.wait()
     for data in variants.values():
         for exact in (True, False):
-            decode(data, spec=spec, limits=limits, exact=exact)
+            decode(data, spec=spec, limits=limits, is_exact=exact)
     done.append(bytearray(50 << 20))
     try:
         open("/etc/passwd")

@@ -129,4 +129,4 @@ def test_denied_ipv6_network_that_wraps_ipv4_is_refused(network: str, address: s
     """The operator denies the tunnel itself, although the IPv4 address behind it is public; no rule overrides it."""
     rules = AddressRules(deny_networks=(network,), allow_networks=("0.0.0.0/0", "::/0"), allow_hosts=(address,))
     with pytest.raises(AddressRefused, match="SHIWU_DENY_NETWORKS"):
-        AddressGuard(rules).check_address(ipaddress.ip_address(address), trusted=True)
+        AddressGuard(rules).check_address(ipaddress.ip_address(address), is_trusted=True)

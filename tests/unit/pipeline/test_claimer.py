@@ -24,7 +24,7 @@ WRONG = redis.AuthenticationError("wrong")
 NOTHING = ClaimResult(())
 
 
-def claimed(*ids: str, owns_quarantine: bool = False) -> ClaimResult:
+def claimed(*ids: str, is_quarantine_owner: bool = False) -> ClaimResult:
     """A claim with these jobs."""
     jobs = tuple(
         Claimed(
@@ -41,7 +41,7 @@ def claimed(*ids: str, owns_quarantine: bool = False) -> ClaimResult:
         )
         for job_id in ids
     )
-    return ClaimResult(jobs, owns_quarantine=owns_quarantine)
+    return ClaimResult(jobs, is_quarantine_owner=is_quarantine_owner)
 
 
 class InFlight(list[str]):
@@ -55,10 +55,10 @@ class InFlight(list[str]):
         self.is_bulk_full = False
         self.woken = 0
 
-    def wait_for_room(self, *, owns_quarantine: bool, is_closing: Any, timeout_s: float) -> Room:
+    def wait_for_room(self, *, is_quarantine_owner: bool, is_closing: Any, timeout_s: float) -> Room:
         """The room."""
         assert not is_closing()
-        self.asked.append((owns_quarantine, timeout_s))
+        self.asked.append((is_quarantine_owner, timeout_s))
         if len(self.asked) > 20:
             self._place.claimer.close()
         return self.room
@@ -181,7 +181,7 @@ def test_nothing_is_claimed_without_room() -> None:
 
 def test_owner_of_the_quarantine_claims_again() -> None:
     """Without a wait for messages, once nothing is in flight."""
-    parts = Parts(claimed(owns_quarantine=True), claimed("q", owns_quarantine=True), NOTHING)
+    parts = Parts(claimed(is_quarantine_owner=True), claimed("q", is_quarantine_owner=True), NOTHING)
     parts.run()
     assert [owns for owns, _ in parts.in_flight.asked] == [False, True, True]
     assert len(parts.waits) == 1

@@ -21,14 +21,14 @@ def jobs(count: int, *, first: int = 0, lane: Lane = Lane.INTERACTIVE) -> list[A
     return [SimpleNamespace(id=f"{lane}{n}", slot=-1, lane=lane) for n in range(first, first + count)]
 
 
-def rooms(in_flight: InFlightJobs, *, owns_quarantine: bool = False) -> Room:
+def rooms(in_flight: InFlightJobs, *, is_quarantine_owner: bool = False) -> Room:
     """How many jobs would be claimed, without waiting."""
-    return in_flight.wait_for_room(owns_quarantine=owns_quarantine, is_closing=lambda: False, timeout_s=0.0)
+    return in_flight.wait_for_room(is_quarantine_owner=is_quarantine_owner, is_closing=lambda: False, timeout_s=0.0)
 
 
-def room(in_flight: InFlightJobs, *, owns_quarantine: bool = False) -> int:
+def room(in_flight: InFlightJobs, *, is_quarantine_owner: bool = False) -> int:
     """How many jobs of both lanes together."""
-    return rooms(in_flight, owns_quarantine=owns_quarantine).total
+    return rooms(in_flight, is_quarantine_owner=is_quarantine_owner).total
 
 
 def test_room_follows_the_size_of_current_batches() -> None:
@@ -63,10 +63,10 @@ def test_owner_of_the_quarantine_has_room_only_without_jobs() -> None:
     held = jobs(1)
     in_flight.add(held, held)
     assert room(in_flight) == 9
-    assert room(in_flight, owns_quarantine=True) == 0
+    assert room(in_flight, is_quarantine_owner=True) == 0
     in_flight.free_slots(held)
     in_flight.remove(held)
-    assert room(in_flight, owns_quarantine=True) == 10
+    assert room(in_flight, is_quarantine_owner=True) == 10
 
 
 def test_bulk_leaves_slots_for_interactive() -> None:
@@ -185,7 +185,7 @@ def test_ids_are_listed_oldest_first() -> None:
 def test_no_room_is_given_while_closing() -> None:
     """A claim under way at the stop would bring more jobs."""
     in_flight = InFlightJobs(slots=3)
-    assert in_flight.wait_for_room(owns_quarantine=False, is_closing=lambda: True, timeout_s=0.0) == NO_ROOM
+    assert in_flight.wait_for_room(is_quarantine_owner=False, is_closing=lambda: True, timeout_s=0.0) == NO_ROOM
 
 
 def test_small_room_is_not_worth_a_claim() -> None:
@@ -230,7 +230,7 @@ def test_change_wakes_a_thread_that_waits_for_room(change: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(
             in_flight.wait_for_room,
-            owns_quarantine=change == "remove",
+            is_quarantine_owner=change == "remove",
             is_closing=is_closing.is_set,
             timeout_s=60.0,
         )

@@ -55,7 +55,7 @@ def verdict(data: bytes) -> str:
 
 def shown(data: bytes) -> NDArray[np.uint8]:
     """The model's pixels."""
-    return decode(data, spec=SPEC, limits=LIMITS, exact=True)[0]
+    return decode(data, spec=SPEC, limits=LIMITS, is_exact=True)[0]
 
 
 @pytest.mark.parametrize("name", damage.whole_images())
@@ -179,12 +179,12 @@ def test_complete_jpegs_are_tagged_and_cut_ones_are_not(made: tuple[bytes, int, 
     """Of every size, quality and kind: less than one block of pixels is as much as may be missing unnoticed."""
     data, cut, (width, height), is_progressive = made
     as_it_is = ImageSpec(width, height, "squash", None, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    whole = decode(data, spec=as_it_is, limits=LIMITS, exact=True)[0]
-    np.testing.assert_array_equal(decode(data[:-2], spec=as_it_is, limits=LIMITS, exact=True)[0], whole)
+    whole = decode(data, spec=as_it_is, limits=LIMITS, is_exact=True)[0]
+    np.testing.assert_array_equal(decode(data[:-2], spec=as_it_is, limits=LIMITS, is_exact=True)[0], whole)
     for body in (data[:cut], data[:cut] + b"\xff\xd9"):
         if verdict(body) == "tagged":
             assert not is_progressive
-            found = decode(body, spec=as_it_is, limits=LIMITS, exact=True)[0]
+            found = decode(body, spec=as_it_is, limits=LIMITS, is_exact=True)[0]
             rows, columns = np.nonzero((found != whole).any(axis=2))
             # Sixteen pixels of a block, and one to which its colours are spread.
             assert not rows.size or (np.ptp(rows) <= 17 and np.ptp(columns) <= 17)

@@ -46,7 +46,7 @@ def test_each_orientation_gives_the_upright_image(kind: str, spec: ImageSpec) ->
     limits = DecodeLimits(max_pixels=50_000_000, max_side=65_535, formats=(kind,))
     for orientation in range(1, 9):
         for exact in (False, True):
-            pixels, info = decode(oriented(kind, upright, orientation), spec=spec, limits=limits, exact=exact)
+            pixels, info = decode(oriented(kind, upright, orientation), spec=spec, limits=limits, is_exact=exact)
             assert (info.width, info.height) == (120, 80), orientation
             assert np.abs(pixels.astype(int) - expected).mean() < 4, orientation
 
@@ -114,7 +114,7 @@ def test_fast_resize_is_within_a_few_levels_of_pillow(size: tuple[int, int], res
     """Compared with Pillow for every filter, on an image with edges; modes without a fast form use Pillow."""
     data = pictures.png(pictures.picture("熊猫").convert("RGB").resize(size))
     spec = ImageSpec(64, 64, "squash", None, resample, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    fast, exact = (decode(data, spec=spec, limits=LIMITS, exact=exact)[0].astype(int) for exact in (False, True))
+    fast, exact = (decode(data, spec=spec, limits=LIMITS, is_exact=exact)[0].astype(int) for exact in (False, True))
     difference = np.abs(fast - exact)
     assert difference.max() <= 5
     assert difference.mean() <= 0.5

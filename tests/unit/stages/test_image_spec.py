@@ -80,7 +80,7 @@ def seen(spec: ImageSpec, image: Image.Image) -> np.ndarray[Any, Any]:
             got.append(pixel_values)
             return pixel_values.flatten(1)
 
-    pixels, _ = decode(pictures.png(image), spec=spec, limits=LIMITS, exact=True)
+    pixels, _ = decode(pictures.png(image), spec=spec, limits=LIMITS, is_exact=True)
     tower = eager_tower(
         Model(),
         dtype=torch.float32,

@@ -64,10 +64,10 @@ class Parts:
         self.ended.append(args)
         return msgspec.json.encode(self.last_ids)
 
-    def reply(self, *lanes: int, owns_quarantine: int = 0) -> None:
+    def reply(self, *lanes: int, is_quarantine_owner: int = 0) -> None:
         """Let the next claim give a job of each of these lanes."""
         jobs = [[f"j{n}".encode(), n + 1, 0, lane, b"raw", n % 2, b"", 3] for n, lane in enumerate(lanes)]
-        self.replies.append([b"1000.5", owns_quarantine, *(field for job in jobs for field in job)])
+        self.replies.append([b"1000.5", is_quarantine_owner, *(field for job in jobs for field in job)])
 
 
 @pytest.fixture
@@ -142,14 +142,14 @@ def test_jobs_are_read_from_the_reply(parts: Parts) -> None:
     assert (first.key, second.key) == (Lane.INTERACTIVE.keys[0], Lane.BULK.keys[0])
     assert (first.is_revoked, second.is_revoked) == (False, True)
     assert (first.claimed_ms, first.claimed_s, first.generation) == (1000.5, parts.clock.now_s, 3)
-    assert result.owns_quarantine is False
+    assert result.is_quarantine_owner is False
 
 
 def test_owner_of_the_quarantine_takes_turns(parts: Parts) -> None:
     """With the lanes, where it holds nothing; while it holds jobs, the turn stays."""
     for held, owns in (([], 1), ([], 1), (["a"], 1), ([], 0), ([], 1)):
-        parts.reply(owns_quarantine=owns)
-        assert parts.queue.claim(5, held=held).owns_quarantine is bool(owns)
+        parts.reply(is_quarantine_owner=owns)
+        assert parts.queue.claim(5, held=held).is_quarantine_owner is bool(owns)
     assert [args[6] for args in parts.claims] == [1, 0, 1, 1, 1]
 
 

@@ -95,7 +95,7 @@ def test_scores_equal_those_of_the_reference_script(
         has_bias=False,
     )
     for sample in pictures.samples():
-        pixels, _ = decode(sample.data, spec=spec, limits=LIMITS, exact=exact)
+        pixels, _ = decode(sample.data, spec=spec, limits=LIMITS, is_exact=exact)
         vectors = encoder.encode(pixels[None])
         probabilities, cosines = score(
             vectors, bank.encoded(bank.resolve(None)).vectors, head="softmax", scale=encoder.scale, bias=encoder.bias
@@ -112,7 +112,7 @@ def test_scores_equal_those_of_the_reference_script(
 def test_pixels_equal_those_of_the_processor(spec: ImageSpec, reference: Any, size: tuple[int, int]) -> None:
     """Pixels on the exact path are at most one level off transformers' processor, in every shape."""
     image = pictures.picture("熊猫").convert("RGB").resize(size)
-    ours, _ = decode(pictures.png(image), spec=spec, limits=LIMITS, exact=True)
+    ours, _ = decode(pictures.png(image), spec=spec, limits=LIMITS, is_exact=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = reference[1].image_processor(images=image, return_tensors="np")["pixel_values"][0]
@@ -168,7 +168,7 @@ def test_crop_equals_that_of_the_processor(
         upright = Image.fromarray(noise)
         stored = upright.transpose(Image.Transpose(UNDONE[orientation])) if orientation > 1 else upright
         extent = (float(stored.width), float(stored.height))
-        ours = model_pixels(stored, spec, extent=extent, orientation=orientation, size=upright.size, exact=exact)
+        ours = model_pixels(stored, spec, extent=extent, orientation=orientation, size=upright.size, is_exact=exact)
         theirs = processor(images=upright, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         assert ours.shape == theirs.shape
         assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= levels, "exact" if exact else "fast"

@@ -107,7 +107,7 @@ def worker_answers(encoder: Encoder, *, exact: bool) -> dict[str, tuple[NDArray[
     labels = bank.encoded(bank.resolve(None)).vectors
     answers = {}
     for file in GOOD:
-        pixels, _ = decode((PHOTOS / file).read_bytes(), spec=SPEC, limits=LIMITS, exact=exact)
+        pixels, _ = decode((PHOTOS / file).read_bytes(), spec=SPEC, limits=LIMITS, is_exact=exact)
         vectors = encoder.encode(pixels[None])
         scores, cosines = score(vectors, labels, head="softmax", scale=encoder.scale, bias=encoder.bias)
         [tags] = top_tags(scores, cosines, LABELS.words, top_k=[TOP_K], threshold=[0.0])
@@ -146,7 +146,8 @@ def test_fast_resize_is_within_a_level(file: str, spec: ImageSpec) -> None:
     image = _shown(PHOTOS / file)
     extent = (float(image.width), float(image.height))
     fast, exact = (
-        model_pixels(image, spec, extent=extent, orientation=1, size=image.size, exact=exact) for exact in (False, True)
+        model_pixels(image, spec, extent=extent, orientation=1, size=image.size, is_exact=exact)
+        for exact in (False, True)
     )
     off = np.abs(fast.astype(int) - exact.astype(int))
     assert off.max() <= 1
@@ -161,7 +162,7 @@ def test_fast_resize_keeps_the_order_of_the_processor(orientation: int) -> None:
     stored = upright if orientation == 1 else upright.transpose(Image.Transpose.ROTATE_90)
     extent = (float(stored.width), float(stored.height))
     fast, exact = (
-        model_pixels(stored, spec, extent=extent, orientation=orientation, size=upright.size, exact=exact)
+        model_pixels(stored, spec, extent=extent, orientation=orientation, size=upright.size, is_exact=exact)
         for exact in (False, True)
     )
     assert np.abs(fast.astype(int) - exact.astype(int)).max() <= 1

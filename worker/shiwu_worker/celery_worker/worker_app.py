@@ -136,7 +136,7 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
                         settings,
                         on_fatal=self._on_fatal,
                         on_committed=self._senders.put,
-                        waits_for_revokes=settings.revoke,
+                        is_waiting_for_revokes=settings.revoke,
                     )
                 )
             except FatalError as error:

@@ -80,9 +80,9 @@ def page() -> str:
 def _redis_rows() -> Iterator[str]:
     for code, info in REDIS_ERRORS.items():
         signs = ", ".join(markers_of(code))
-        passes, is_one_command = ("yes" if flag else "no" for flag in (info.passes, info.is_about_command))
+        is_temporary, is_one_command = ("yes" if flag else "no" for flag in (info.is_temporary, info.is_about_command))
         fault = _REDIS_FAULTS[info.fault]
-        yield f"| `{code}` | {passes} | {fault} | {is_one_command} | {signs} | {info.meaning} | {info.remedy} |\n"
+        yield f"| `{code}` | {is_temporary} | {fault} | {is_one_command} | {signs} | {info.meaning} | {info.remedy} |\n"
 
 
 def _codes() -> str:

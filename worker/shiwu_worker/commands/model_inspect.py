@@ -218,7 +218,7 @@ def _pixels(image: Path, spec: ImageSpec, settings: Settings) -> NDArray[np.uint
     """The pixels of the image as a loader makes them. The decoder runs in this process, without a sandbox."""
     try:
         data = image.read_bytes()
-        return decode(data, spec=spec, limits=decode_limits(settings), exact=settings.exact_decode)[0]
+        return decode(data, spec=spec, limits=decode_limits(settings), is_exact=settings.exact_decode)[0]
     except OSError as error:
         raise FatalError(ExitCode.CONFIG, f"{image}: cannot be read ({error.strerror or error})") from error
     except Rejected as error:

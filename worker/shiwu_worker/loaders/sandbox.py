@@ -291,7 +291,7 @@ def _work(channel: socket.socket, number: int, shared: _Shared, options: Sandbox
 
 def _decode(data: bytes, request: int, target: NDArray[np.uint8], options: SandboxOptions) -> Reply:
     try:
-        pixels, info = decode(data, spec=options.spec, limits=options.decode, exact=options.is_exact)
+        pixels, info = decode(data, spec=options.spec, limits=options.decode, is_exact=options.is_exact)
         target[...] = pixels
         return Decoded(request, info.width, info.height)
     except Rejected as error:

@@ -114,9 +114,9 @@ def _end(value: int) -> bytes:
     return _step(_RETURN, value)
 
 
-def _argument(index: int, *, high: bool = False) -> bytes:
+def _argument(index: int, *, is_high: bool = False) -> bytes:
     """Load one half of a 64-bit argument; both machines are little-endian."""
-    return _step(_LOAD, _ARGS_AT + 8 * index + (4 if high else 0))
+    return _step(_LOAD, _ARGS_AT + 8 * index + (4 if is_high else 0))
 
 
 def _when(number: int, *body: bytes) -> list[bytes]:
@@ -153,7 +153,11 @@ def filter_program(machine: str, pid: int, *, has_threads: bool = False) -> byte
     steps += _when(_MADVISE[own], *no_poison)
     steps += _when(_PRCTL[own], _argument(0), *_if_any(_PR_SET_NAME, _PR_SET_VMA))
     # Reading the own limits is allowed: the pointer to new limits is null in both halves.
-    null = [step for high in (False, True) for step in (_argument(2, high=high), _step(_IF_EQUAL, 0, yes=1), refuse)]
+    null = [
+        step
+        for is_high in (False, True)
+        for step in (_argument(2, is_high=is_high), _step(_IF_EQUAL, 0, yes=1), refuse)
+    ]
     steps += _when(_PRLIMIT[own], *null, _argument(0), *_if_any(0, pid))
     steps += _when(_TGKILL[own], _argument(0), *_if_any(pid))
     steps += _when(_MEMBARRIER[own], _argument(0), *_if_any(*_MEMBARRIER_PRIVATE))

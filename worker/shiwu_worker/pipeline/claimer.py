@@ -66,10 +66,10 @@ class Claimer:
         Raises:
             FatalError: with ExitCode.CONFIG, when the first claim fails in a way that does not pass by itself.
         """
-        owns_quarantine = False
+        is_quarantine_owner = False
         while not self._closing.is_set():
             room = self._in_flight.wait_for_room(
-                owns_quarantine=owns_quarantine, is_closing=self._closing.is_set, timeout_s=IDLE_WAIT_S
+                is_quarantine_owner=is_quarantine_owner, is_closing=self._closing.is_set, timeout_s=IDLE_WAIT_S
             )
             if not room.total:
                 continue
@@ -89,10 +89,10 @@ class Claimer:
             if not self._in_flight:
                 # With jobs in flight, claims are no progress: only the other threads can end these jobs.
                 self._progress.mark()
-            owns_quarantine = claimed.owns_quarantine
+            is_quarantine_owner = claimed.is_quarantine_owner
             if claimed.jobs:
                 on_claimed([open_job(message, zone=self._zone) for message in claimed.jobs])
-            elif not owns_quarantine:
+            elif not is_quarantine_owner:
                 self._wait_for_message()
         # While it closes, the worker starts no further job. `stop` tries again at its end.
         with suppress(RedisError):

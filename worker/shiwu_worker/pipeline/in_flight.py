@@ -128,21 +128,21 @@ class InFlightJobs:
                     self._bulk_jobs -= job.lane is Lane.BULK
             self._note_change()
 
-    def wait_for_room(self, *, owns_quarantine: bool, is_closing: Callable[[], bool], timeout_s: float) -> Room:
+    def wait_for_room(self, *, is_quarantine_owner: bool, is_closing: Callable[[], bool], timeout_s: float) -> Room:
         """How many jobs to claim, as soon as there are enough for a round trip; none when the time is over before.
 
         Jobs that wait for their commit hold no slots, so the number of jobs is bounded too.
 
         Args:
-            owns_quarantine: wait until nothing is in flight, because a quarantined job runs alone.
+            is_quarantine_owner: wait until nothing is in flight, because a quarantined job runs alone.
         """
 
         def has_room() -> bool:
-            return is_closing() or not self._jobs or (self._room().total > 0 and not owns_quarantine)
+            return is_closing() or not self._jobs or (self._room().total > 0 and not is_quarantine_owner)
 
         with self._changed:
             self._changed.wait_for(has_room, timeout_s)
-            return NO_ROOM if is_closing() or (owns_quarantine and self._jobs) else self._room()
+            return NO_ROOM if is_closing() or (is_quarantine_owner and self._jobs) else self._room()
 
     def call_on_bulk_room(self, notify: Callable[[], None]) -> bool:
         """Call `notify` once, from any thread, when bulk has room; False, without a call, if it has room now."""

@@ -67,11 +67,11 @@ class RedisBackoff:
     def _log(self, error: RedisError) -> None:
         code, now_s = classify(error), self._clock()
         info = REDIS_ERRORS[code]
-        if code is self._logged and (info.passes or now_s - self._logged_s < LOG_INTERVAL_S):
+        if code is self._logged and (info.is_temporary or now_s - self._logged_s < LOG_INTERVAL_S):
             return
         self._logged, self._logged_s = code, now_s
         log.error(
-            "redis_unavailable" if info.passes else "redis_refused",
+            "redis_unavailable" if info.is_temporary else "redis_refused",
             where=self._where,
             code=code.value,
             kind=type(error).__name__,

@@ -50,14 +50,14 @@ def open_service(
     *,
     on_fatal: Callable[[FatalError], None],
     on_committed: Callable[[Sequence[CommittedJob]], None] = lambda _: None,
-    waits_for_revokes: bool = False,
+    is_waiting_for_revokes: bool = False,
 ) -> Iterator[WorkerService]:
     """Load the model, start all parts, and claim; stop them in the direction of the data on leaving.
 
     Args:
         on_fatal: called, from any thread, when the process cannot go on.
         on_committed: gets the jobs whose answers Redis has; must not raise or block.
-        waits_for_revokes: the worker is ready only once `WorkerService.receiving_revokes` reported broadcasts.
+        is_waiting_for_revokes: the worker is ready only once `WorkerService.receiving_revokes` reported broadcasts.
 
     Raises:
         FatalError: when a part cannot start. No job has been claimed then.
@@ -65,7 +65,7 @@ def open_service(
     set_up_malloc()  # here too, because Celery's own command may have started this process
     use_one_blas_thread()
     progress = Progress()
-    observer = Observability(settings, progress, waits_for_revokes=waits_for_revokes)
+    observer = Observability(settings, progress, is_waiting_for_revokes=is_waiting_for_revokes)
     with ExitStack() as stack:
         observer.open(stack)
         check_redis(settings)

@@ -44,11 +44,13 @@ REVOKE_WAIT_S: Final = 15.0
 class Observability:
     """Implements `PipelineObserver`. Without an HTTP port it counts nothing and monitors no queues."""
 
-    def __init__(self, settings: Settings, progress: Progress, *, waits_for_revokes: bool = False) -> None:
+    def __init__(self, settings: Settings, progress: Progress, *, is_waiting_for_revokes: bool = False) -> None:
         self._settings = settings
         self._probe_files = ProbeFiles(ready_file=settings.ready_file, alive_file=settings.alive_file)
         self._probe_files.set_ready(is_ready=False)
-        self._readiness = Readiness(on_change=self._on_ready, revoke_wait_s=REVOKE_WAIT_S if waits_for_revokes else 0.0)
+        self._readiness = Readiness(
+            on_change=self._on_ready, revoke_wait_s=REVOKE_WAIT_S if is_waiting_for_revokes else 0.0
+        )
         self._monitor = HealthMonitor(
             progress,
             redis_timeout_s=settings.redis_timeout_s,

@@ -58,7 +58,7 @@ class Batcher(Generic[T]):
         self._interactive: deque[T] = deque()
         self._bulk: deque[T] = deque()
         self._changed = threading.Condition()
-        self._closed = self._is_woken = False
+        self._is_closed = self._is_woken = False
         self._on_device = 0
 
     def put(self, items: Iterable[T]) -> None:
@@ -78,7 +78,7 @@ class Batcher(Generic[T]):
             if self._linger_s and self._waiting():
                 full_at = time.monotonic() + self._linger_s
                 while (
-                    not self._closed
+                    not self._is_closed
                     and self._waiting() < self._full_size()
                     and (left := full_at - time.monotonic()) > 0
                 ):
@@ -114,7 +114,7 @@ class Batcher(Generic[T]):
     def close(self) -> None:
         """Wake the waiting threads; the items that wait can still be taken."""
         with self._changed:
-            self._closed = True
+            self._is_closed = True
             self._changed.notify_all()
 
     def _pop_batch(self) -> tuple[Reason, list[T]]:
@@ -127,13 +127,13 @@ class Batcher(Generic[T]):
         interactive_count = min(size - min_bulk, len(self._interactive))
         bulk_count = size - interactive_count
         self._bulk_owed = max(0.0, bulk_owed - bulk_count)
-        reason: Reason = "full" if size >= full_size else "closing" if self._closed else "free"
+        reason: Reason = "full" if size >= full_size else "closing" if self._is_closed else "free"
         batch = [self._interactive.popleft() for _ in range(interactive_count)]
         return reason, batch + [self._bulk.popleft() for _ in range(bulk_count)]
 
     def _may_leave(self) -> bool:
         waiting = self._waiting()
-        return self._closed or waiting >= self._full_size() or (waiting > 0 and not self._on_device)
+        return self._is_closed or waiting >= self._full_size() or (waiting > 0 and not self._on_device)
 
     def _waiting(self) -> int:
         return len(self._interactive) + len(self._bulk)

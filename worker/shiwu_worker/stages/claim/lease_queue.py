@@ -61,7 +61,7 @@ class ClaimResult:
     """The jobs of one claim."""
 
     jobs: tuple[Claimed, ...]
-    owns_quarantine: bool = False
+    is_quarantine_owner: bool = False
     """Whether this worker runs the quarantined jobs: one at a time, while it holds nothing else."""
 
 
@@ -143,11 +143,11 @@ class LeaseQueue:
             _claimed(reply[at : at + _JOB_FIELDS], claimed_ms=claimed_ms, claimed_s=claimed_s)
             for at in range(_FIRST_JOB, len(reply), _JOB_FIELDS)
         )
-        if owns_quarantine := bool(reply[1]):
+        if is_quarantine_owner := bool(reply[1]):
             self._is_quarantine_turn = self._is_quarantine_turn != holds_nothing
         if jobs:
             self._bulk_owed = max(0.0, bulk_owed - sum(job.key in _BULK for job in jobs))
-        return ClaimResult(jobs, owns_quarantine=owns_quarantine)
+        return ClaimResult(jobs, is_quarantine_owner=is_quarantine_owner)
 
     def _answer_for_duplicates(self) -> bytes:
         """The answer `already_answered`, made anew each second, because a claim may come every few milliseconds."""

@@ -68,12 +68,12 @@ def accepted_format(data: bytes, limits: DecodeLimits) -> str:
 
 
 def decode(
-    data: bytes, *, spec: ImageSpec, limits: DecodeLimits, exact: bool = False
+    data: bytes, *, spec: ImageSpec, limits: DecodeLimits, is_exact: bool = False
 ) -> tuple[NDArray[np.uint8], DecodedInfo]:
     """Decode one image to uint8 (height, width, 3).
 
     Args:
-        exact: never decode a JPEG at reduced size, and let Pillow resize; pixels are then within one level of
+        is_exact: never decode a JPEG at reduced size, and let Pillow resize; pixels are then within one level of
             the image processor of transformers.
 
     Raises:
@@ -92,7 +92,7 @@ def decode(
         size, extent = image.size, None
         header_pixels = image.width * image.height
         try:
-            if format_name == "JPEG" and not exact:
+            if format_name == "JPEG" and not is_exact:
                 extent = _reduce_jpeg(image, spec)
             rgb = flatten_to_rgb(
                 image,
@@ -106,7 +106,9 @@ def decode(
             if orientation in SIDEWAYS:
                 size = size[1], size[0]
             _check_size(*size, limits)
-            pixels = model_pixels(rgb, spec, extent=extent or rgb.size, orientation=orientation, size=size, exact=exact)
+            pixels = model_pixels(
+                rgb, spec, extent=extent or rgb.size, orientation=orientation, size=size, is_exact=is_exact
+            )
         except (MemoryError, Rejected):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -80,7 +80,7 @@ def model_pixels(
     extent: tuple[float, float],
     orientation: int,
     size: tuple[int, int],
-    exact: bool,
+    is_exact: bool,
 ) -> NDArray[np.uint8]:
     """The pixels of an RGB image that the model takes, (height, width, 3).
 
@@ -89,10 +89,10 @@ def model_pixels(
             within its last column and row.
         orientation: the EXIF orientation, 1 to 8.
         size: width and height of the upright image in full size, from which the processor derives the resized one.
-        exact: resize with Pillow; otherwise with the same filters in SIMD instructions.
+        is_exact: resize with Pillow; otherwise with the same filters in SIMD instructions.
     """
     transpose = _TRANSPOSES.get(orientation)
-    if exact and transpose is not None:
+    if is_exact and transpose is not None:
         # Pillow rounds between its pass over rows and its pass over columns, so the order of the passes matters.
         image, transpose = image.transpose(transpose), None
         extent = (extent[1], extent[0]) if orientation in SIDEWAYS else extent
@@ -103,7 +103,7 @@ def model_pixels(
     top, bottom = stored_y.part_of(extent[1], is_mirrored=orientation in _MIRRORED_ROWS)
     box, count = (left, top, right, bottom), (stored_x.count, stored_y.count)
     is_rows_first = _is_rows_first(size, (x.resized, y.resized))
-    if not exact:
+    if not is_exact:
         is_rows_first = is_rows_first != (orientation in SIDEWAYS)
         small = resize_simd(image, count, box, spec.resample, is_rows_first=is_rows_first)
     elif max(x.resized, y.resized) <= MAX_WHOLE_ASPECT * min(x.resized, y.resized):

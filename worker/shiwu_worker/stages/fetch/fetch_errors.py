@@ -52,20 +52,20 @@ def not_connected(shown: str) -> str:
     return f"expected a source that can be reached from the worker: {shown}"
 
 
-def refused(error: Exception, shown: str, *, tells: bool) -> JobError:
+def refused(error: Exception, shown: str, *, is_reason_given: bool) -> JobError:
     """The error for a source that the rules forbid, or whose name does not exist.
 
     Args:
-        tells: the answer may tell that the rules forbid it.
+        is_reason_given: the answer may tell that the rules forbid it.
     """
-    if tells:
+    if is_reason_given:
         return rejected(ErrorCode.SOURCE_FORBIDDEN, f"refused by the worker's rules: {error}", detail=str(error))
     return job_error(exception_row(error), not_connected(shown), detail=f"refused: {error}")
 
 
-def bucket_refused(shown: str, *, detail: str, tells: bool = False) -> Rejected:
+def bucket_refused(shown: str, *, detail: str, is_reason_given: bool = False) -> Rejected:
     """The error for an object that the store or the operator does not let the worker read."""
-    why = "refused by the worker's rules" if tells else "expected an object that this worker may read"
+    why = "refused by the worker's rules" if is_reason_given else "expected an object that this worker may read"
     return rejected(ErrorCode.SOURCE_FORBIDDEN, f"{why}: {shown}", detail=detail)
 
 

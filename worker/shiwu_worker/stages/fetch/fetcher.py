@@ -124,8 +124,10 @@ class Fetcher:
         if not is_bucket(parts.bucket):
             raise rejected(ErrorCode.INVALID_REFERENCE, f"expected s3://bucket/key with a bucket's name: {shown}")
         if not allows_bucket(self._access, parts.bucket):
-            tells = self._access.tells_refusals
-            raise bucket_refused(shown, detail="refused: SHIWU_ALLOW_BUCKETS, SHIWU_DENY_BUCKETS", tells=tells)
+            is_reason_given = self._access.tells_refusals
+            raise bucket_refused(
+                shown, detail="refused: SHIWU_ALLOW_BUCKETS, SHIWU_DENY_BUCKETS", is_reason_given=is_reason_given
+            )
         if parts.key.endswith("/"):
             raise rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a key, got a prefix: {shown}")
         source = f"s3://{parts.bucket}"
@@ -165,9 +167,9 @@ class Fetcher:
         try:
             return self._http_client.open(url, deadline_s=deadline_s)
         except AddressRefused as error:
-            raise refused(error, shown, tells=self._access.tells_refusals) from error
+            raise refused(error, shown, is_reason_given=self._access.tells_refusals) from error
         except UnknownHost as error:
-            raise refused(error, shown, tells=False) from error
+            raise refused(error, shown, is_reason_given=False) from error
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
             raise http_error(error, shown) from error
 

@@ -107,7 +107,7 @@ class _Decoder:
 
 def _load_one_scan(image: ImageFile.ImageFile, data: bytes, header: JpegHeader, filler: bytes) -> None:
     """Decode an image of one scan; it is complete if the decoder finishes without the marker that ends the scan."""
-    is_plain = data.endswith(_END_OF_IMAGE) and not header.holds_more_images
+    is_plain = data.endswith(_END_OF_IMAGE) and not header.has_more_images
     end = len(data) - 2 if is_plain else Markers(data).first_from(header.data_at)
     has_marker = end is not None
     end = len(data) if end is None else end

@@ -46,7 +46,7 @@ class JpegHeader:
     has_restarts: bool
     """Whether restart markers divide the scans."""
     exif: bytes
-    holds_more_images: bool
+    has_more_images: bool
     """Whether the file declares that other images follow this one."""
 
     @property
@@ -78,24 +78,24 @@ def read_header(data: bytes, *, max_segments: int) -> JpegHeader:
             picture_too_large with more than `max_segments`, because libjpeg and this loop visit each of them.
     """
     frame = exif = b""
-    restarts = holds_more_images = False
+    has_restarts = has_more_images = False
     for number, (marker, begin, end) in enumerate(_segments(data, 2)):
         if number >= max_segments:
             raise too_large(f"expected a JPEG of at most {max_segments} segments before its pixels, got more")
         if marker in _FRAMES:
             frame = b"\xff" + data[begin - 1 : end]
         elif marker == _DRI:
-            restarts = data[begin + 2 : begin + 4] != b"\0\0"
+            has_restarts = data[begin + 2 : begin + 4] != b"\0\0"
         elif marker == _APP1 and not exif and data[begin + 2 : begin + 8] == b"Exif\0\0":
             exif = data[begin + 2 : end]
         elif marker == _APP2 and data[begin + 2 : begin + 6] == b"MPF\0":
-            holds_more_images = True
+            has_more_images = True
         elif marker == _SOS and frame:
             _check_frame(frame)
             scan = b"\xff" + data[begin - 1 : end]
             if len(scan) < 5 or end > len(data):
                 break
-            return JpegHeader(frame, scan, end, frame[1], restarts, exif, holds_more_images)
+            return JpegHeader(frame, scan, end, frame[1], has_restarts, exif, has_more_images)
     raise broken("expected a whole JPEG image, got one that ends before its pixels")
 
 
@@ -173,11 +173,11 @@ def read_scans(data: bytes, header: JpegHeader, *, max_scans: int, max_segments:
     """
     markers = Markers(data)
     scans: list[Scan] = []
-    at, restarts, seen, segments = header.data_at, header.has_restarts, _first_components(header.first_scan), 0
+    at, has_restarts, seen, segments = header.data_at, header.has_restarts, _first_components(header.first_scan), 0
     while at >= 0:
         marker_at = markers.first_from(at)
         end = len(data) if marker_at is None else marker_at
-        scans.append(Scan(at, end, marker_at is not None, restarts))
+        scans.append(Scan(at, end, marker_at is not None, has_restarts))
         at, is_ended, last_end = -1, marker_at is None, end
         for marker, begin, segment_end in _segments(data, end):
             segments += 1
@@ -186,7 +186,7 @@ def read_scans(data: bytes, header: JpegHeader, *, max_scans: int, max_segments:
             last_end = segment_end
             is_ended |= marker == _EOI
             if marker == _DRI:
-                restarts = data[begin + 2 : begin + 4] != b"\0\0"
+                has_restarts = data[begin + 2 : begin + 4] != b"\0\0"
             elif marker == _SOS and segment_end <= len(data):
                 at = segment_end
                 seen |= _first_components(b"\xff" + data[begin - 1 : segment_end])
