@@ -128,11 +128,13 @@ def test_sweep_answers_expired_messages(client: Client, redis_client: redis.Redi
     """The sweep removes them from the lane; the others keep their order."""
     for number in range(30):
         expires_s = 0.001 if number % 3 == 0 else None
-        client.enqueue("s3://b/k.jpg", id=f"j{number}", lane="bulk", expires_s=expires_s, metadata=number)
+        client.enqueue(
+            "s3://b/k.jpg", id=f"j{number}", lane="bulk", expires_s=expires_s, metadata=number, callback="orders"
+        )
     wait_until(lambda: make_maintenance(redis_client).expire_waiting(portion=7) == 0, timeout_s=5)
     expired = [client.wait(f"j{n}", timeout_s=1) for n in range(0, 30, 3)]
     assert {result.status for result in expired} == {Status.EXPIRED}
-    assert [result.metadata for result in expired] == list(range(0, 30, 3))
+    assert [(result.metadata, result.callback) for result in expired] == [(n, "orders") for n in range(0, 30, 3)]
     assert redis_client.hlen(CLAIMS) == 0
     left = [job.id for job in make_lease_queue(redis_client, "w").claim(50).jobs]
     assert left == [f"j{n}" for n in range(30) if n % 3]

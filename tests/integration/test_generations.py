@@ -70,6 +70,7 @@ def test_each_requeue_starts_a_generation(redis_client: redis.Redis) -> None:
     [job] = queue.claim(1).jobs
     assert (job.generation, job.attempt, job.deaths) == (1, 3, 1)
     make_answer_store(redis_client, "w").write([failure(job)])
+    assert [fields.get(b"generation") for _, fields in redis_client.xrange(RESULT_STREAM)] == [None, b"1"]
     assert redis_client.hlen(ATTEMPTS) == 0
     assert DeadLetters(redis_client).requeue(["job"]) == ["job"]
     assert claim_one(redis_client).generation == 2

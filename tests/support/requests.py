@@ -23,5 +23,6 @@ REQUESTS = st.builds(
     top_k=st.integers(1, 1000),
     threshold=st.floats(0, 1),
     head=st.sampled_from([None, "softmax", "sigmoid"]),
+    callback=st.sampled_from([None, "orders", "订单", "https://h/hook?a=1"]),
     metadata=st.recursive(st.none() | st.integers(-9, 9) | st.text(max_size=9), lambda x: st.lists(x, max_size=3)),
 )

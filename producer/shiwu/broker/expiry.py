@@ -208,7 +208,7 @@ def _expired(envelope: Envelope, text: str, *, now_ms: float) -> Answer:
     with contextlib.suppress(RequestError):
         request = parse_request(envelope.fields)
         image = ImageInfo(reference=without_query(request.image))
-        return msgspec.structs.replace(answer, image=image, metadata=request.metadata)
+        return msgspec.structs.replace(answer, image=image, metadata=request.metadata, callback=request.callback)
     return answer
 
 

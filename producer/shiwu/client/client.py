@@ -109,6 +109,7 @@ class Client:
         head: str | None = None,
         want: Sequence[str] = ("tags",),
         metadata: Any = None,
+        callback: str | None = None,
         lane: Lane | str = Lane.INTERACTIVE,
         expires_s: float | None = None,
         answer_by_s: float | None = None,
@@ -131,6 +132,7 @@ class Client:
             head: "softmax" (all scores sum to 1) or "sigmoid" (independent scores). Default: the label set's.
             want: what to return: "tags", "embedding" or both.
             metadata: any JSON value of up to 4096 bytes; returned in the answer.
+            callback: the webhook that gets the answer: the name of an endpoint, or an https URL.
             lane: "interactive", which has priority, or "bulk".
             expires_s: a job that has not started by then is answered `expired` once a worker or `shiwu sweep` finds it.
             answer_by_s: by then the job has an answer, `expired` if no other. Needs a running worker or `shiwu sweep`.
@@ -145,16 +147,8 @@ class Client:
             NotReplicated: the job is enqueued, but too few replicas confirmed it; enqueue the same id again.
             redis.RedisError: after a time-out the job may be enqueued; enqueue the same id again.
         """
-        fields = {
-            "image": image,
-            "labels": labels,
-            "top_k": top_k,
-            "threshold": threshold,
-            "min_cosine": min_cosine,
-            "head": head,
-            "want": want,
-            "metadata": metadata,
-        }
+        fields: dict[str, Any] = {"image": image, "labels": labels, "top_k": top_k, "threshold": threshold}
+        fields |= {"min_cosine": min_cosine, "head": head, "want": want, "metadata": metadata, "callback": callback}
         options = SendOptions(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
         return self._sender.send_items([(fields, id)], options, make_id=random_id)[0]
 
@@ -188,8 +182,8 @@ class Client:
                 The logger `shiwu` reports it.
             id_from: "reference" derives missing ids from the reference, labels and options, so that a second call with
                 the same images adds no jobs while the ids count as answered.
-            fields: `labels`, `top_k`, `threshold`, `min_cosine`, `head`, `want` and `metadata` for all images that do
-                not have their own.
+            fields: `labels`, `top_k`, `threshold`, `min_cosine`, `head`, `want`, `metadata` and `callback` for all
+                images that do not have their own.
 
         Raises:
             TypeError: an argument is unknown, or `images` is a single reference.

@@ -32,6 +32,8 @@ class StreamItem:
     """The answer, whatever its status."""
     _client: redis.Redis
     _group: str
+    generation: int = 0
+    """How often the dead letter of this id was requeued before this answer."""
 
     def ack(self, *, away_s: float = 0.0) -> None:
         """Acknowledge the answer: the group does not get it again. May be called from any thread.
@@ -98,10 +100,15 @@ class EntryReader:
                 self._client.xack(RESULT_STREAM, self._group, entry_id)
                 continue
             try:
-                items.append(StreamItem(entry_id.decode(), _read_entry(fields), self._client, self._group))
+                items.append(self._item(entry_id.decode(), fields))
             except ValueError as error:
                 self._report(entry_id, fields, str(error)[:300])
         return items
+
+    def _item(self, entry_id: str, fields: Mapping[bytes, bytes]) -> StreamItem:
+        generation = fields.get(b"generation", b"0")
+        number = int(generation) if generation.isdigit() else 0
+        return StreamItem(entry_id, _read_entry(fields), self._client, self._group, number)
 
     def _report(self, entry_id: bytes, fields: dict[bytes, bytes], reason: str) -> None:
         if entry_id not in self._reported:

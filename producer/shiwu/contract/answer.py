@@ -210,6 +210,8 @@ class Answer(AnswerModel, frozen=True):
     """When the answer was sent to Redis, by Redis' clock, in UTC (RFC 3339)."""
     history: tuple[Attempt, ...] | None = None
     """The last ten earlier attempts, oldest first; None where there are none."""
+    callback: str | None = None
+    """The webhook that the request named; None where it named none."""
 
     @classmethod
     def from_json(cls, raw: bytes) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
@@ -18,6 +19,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 from shiwu.contract.references import reference_error
 from shiwu.contract.text import NAME_PATTERN, NO_CONTROLS_PATTERN, control_character
 from shiwu.contract.vocabulary import (
+    MAX_CALLBACK_CHARS,
     MAX_INLINE_LABELS,
     MAX_LABEL_CHARS,
     MAX_METADATA_BYTES,
@@ -26,6 +28,8 @@ from shiwu.contract.vocabulary import (
     RequestError,
     RequestModel,
 )
+
+_NAME: Final = re.compile(NAME_PATTERN)
 
 
 def _check_reference(image: str) -> str:
@@ -66,6 +70,18 @@ def _check_metadata(metadata: JsonValue) -> JsonValue:
     return metadata
 
 
+def _check_callback(callback: str) -> str:
+    if _NAME.match(callback):
+        return callback
+    is_url = callback.startswith("https://") and len(callback) <= MAX_CALLBACK_CHARS
+    if not is_url or reference_error(callback) or "#" in callback:
+        raise PydanticCustomError(
+            "invalid_callback",
+            "expected the name of an endpoint, 1 to 64 letters and digits, or https://host/path without a user name",
+        )
+    return callback
+
+
 LabelSetName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Label = Annotated[
     str,
@@ -75,6 +91,15 @@ Label = Annotated[
 """Surrounding white space is removed. `_check_labels` searches the whole set for control characters."""
 InlineLabels = Annotated[
     tuple[Label, ...], Field(min_length=1, max_length=MAX_INLINE_LABELS), AfterValidator(_check_labels)
+]
+Callback = Annotated[
+    str,
+    AfterValidator(_check_callback),
+    Field(
+        json_schema_extra={
+            "anyOf": [{"pattern": NAME_PATTERN}, {"pattern": "^https://[^/]", "maxLength": MAX_CALLBACK_CHARS}]
+        }
+    ),
 ]
 Head = Literal["softmax", "sigmoid"]
 Want = Literal["tags", "embedding"]
@@ -92,6 +117,8 @@ class Request(RequestModel):
     want: Annotated[tuple[Want, ...], Field(min_length=1, max_length=2)] = ("tags",)
     min_cosine: Annotated[float, Field(ge=-1.0, le=1.0)] | None = None
     """The lowest cosine of a tag, -1 to 1; replaces the limits of the label set."""
+    callback: Callback | None = None
+    """The webhook that gets the answer: the name of an endpoint, or an https URL; see docs/webhooks.md."""
 
 
 REQUEST_FIELDS: Final = tuple(Request.model_fields)

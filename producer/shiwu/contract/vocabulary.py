@@ -21,6 +21,8 @@ MAX_INLINE_LABELS: Final = 1000
 MAX_LABEL_CHARS: Final = 100
 MAX_METADATA_BYTES: Final = 4096
 MAX_TOP_K: Final = 1000
+MAX_CALLBACK_CHARS: Final = 2048
+"""Of a URL; the name of an endpoint has 1 to 64 characters."""
 MAX_MESSAGE_BYTES: Final = 256 * 1024
 
 

@@ -33,6 +33,7 @@ ODD: dict[str, dict[str, list[Any]]] = {
         "min_cosine": [2, -2, NAN, "x"],
         "head": ["relu", 5, ["softmax"]],
         "want": ["tags", "x", [], 5, [5], None],
+        "callback": ["", "a b", "x" * 65, "http://h/", "https://u@h/", "https://h/#a", "https://h/" + "x" * 2048, 1],
         "metadata": [{1, 2}, b"\xff", object(), {"a": object()}, "a\ud800", "x" * 5000],
         "lane": ["shiwu.interactive", "", "BULK", 5, None, ["bulk"], b"bulk"],
         "expires_s": SECONDS,

@@ -136,3 +136,13 @@ def test_memory_of_reported_entries_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     for number in (1, 2, 3, 1, 4, 2, 3, 4, 1):
         reader.read([entry(number, other=b"x")])
     assert reported == ["1-0", "2-0", "3-0", "4-0", "1-0"]
+
+
+@pytest.mark.parametrize(("written", "generation"), [(None, 0), (b"2", 2), (b"x", 0), (b"-1", 0)])
+def test_item_has_the_generation_of_its_answer(written: bytes | None, generation: int) -> None:
+    """Entries of older workers have none."""
+    raw = Answer(id="j", status=Status.TAGGED).to_json()
+    fields = {"answer": raw} | ({} if written is None else {"generation": written})
+    acks: Any = Acks()
+    [item] = EntryReader(acks, group="g", on_unreadable=log_unreadable).read([entry(1, **fields)])
+    assert (item.result.id, item.generation) == ("j", generation)

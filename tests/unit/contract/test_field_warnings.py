@@ -21,7 +21,9 @@ def opened(*args: Any, **kwargs: Any) -> Job:
 
 def test_known_fields_give_no_warning() -> None:
     """By name and by position."""
-    assert opened("s3://b/k", "six-zh", 3, threshold=0.5, min_cosine=0.1, metadata={"label": 1}).warnings == ()
+    job = opened("s3://b/k", "six-zh", 3, threshold=0.5, min_cosine=0.1, metadata={"label": 1}, callback="orders")
+    assert job.warnings == ()
+    assert job.answer(worker="w", until_s=0.0).callback == "orders"
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,7 @@ class Job(msgspec.Struct, eq=False):
             warnings=warnings or None,
             answered_at=answered_at,
             history=self.history or None,
+            callback=self.request.callback if self.request else None,
         )
 
     def server_time(self, at_s: float) -> datetime:

@@ -89,11 +89,13 @@ local function keep_callbacks(id, generation, answer, message, due)
 end
 
 -- A foreign entry with the largest id that exists ends a stream. Such a stream is moved aside. pcall: a client may not.
-local function append(id, answer)
-  local added = redis.pcall('XADD', results, '*', 'id', id, 'answer', answer)
+local function append(id, answer, generation)
+  local fields = { 'id', id, 'answer', answer }
+  if generation > 0 then fields[5], fields[6] = 'generation', generation end
+  local added = redis.pcall('XADD', results, '*', unpack(fields))
   if type(added) == 'table' and added.err and string.find(added.err, 'exhausted', 1, true) then
     redis.pcall('RENAME', results, moved_stream)
-    added = redis.pcall('XADD', results, '*', 'id', id, 'answer', answer)
+    added = redis.pcall('XADD', results, '*', unpack(fields))
   end
   if type(added) == 'table' and added.err then count('results_not_streamed', 1) end
 end
@@ -193,7 +195,7 @@ for i = FIRST, #ARGV, STEP do
         -- A writer from outside sends no callbacks, so any worker may send them now.
         keep_callbacks(id, generation, answer, found[id] or raw, is_from_outside and now or now + reserved_ms)
       end
-      append(id, answer)
+      append(id, answer, generation)
       streamed_bytes = streamed_bytes + #id + #answer
     end
     if string.find(kind, 'A', 2, true) then redis.call('PUBLISH', ended, id) end
