@@ -170,6 +170,7 @@ def frame_seeds() -> list[bytes]:
         protocol.Ready("no filter"),
         protocol.SandboxFault("expected one reply"),
         protocol.Loaded(1, 0, 2.0, 3.0, 4.0, **about),
+        protocol.Recognised(1, 0, 2.0, 3.0, 4.0, n_bytes=9, sha256="0" * 64),
         protocol.LoadFailed(1, 0, 2.0, 3.0, 4.0, error=error, detail="by a proxy", retry_after_s=3.5),
     ]
     told = [sandbox_protocol.encoded(reply) for reply in replies] + [protocol.ENCODER.encode(one) for one in frames]

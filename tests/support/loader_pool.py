@@ -109,10 +109,13 @@ class Pool:
                 assert result.ticket not in self.results, "reported twice"
                 self.results[result.ticket] = Seen.of(result)
 
-    def submit(self, *images: str, first_ticket: int = 0) -> None:
+    def submit(self, *images: str, first_ticket: int = 0, must_decode: bool = False) -> None:
         """One ticket for each image, in slots of the same number."""
         self.pool.submit(
-            [LoadTask(ticket=first_ticket + n, slot=first_ticket + n, image=i) for n, i in enumerate(images)]
+            [
+                LoadTask(ticket=first_ticket + n, slot=first_ticket + n, image=i, must_decode=must_decode)
+                for n, i in enumerate(images)
+            ]
         )
 
     def wait(self, count: int) -> None:

@@ -11,28 +11,55 @@ import pytest
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu_worker.errors import Rejected
 from shiwu_worker.loaders import protocol, sandbox_protocol
-from shiwu_worker.loaders.protocol import Loaded, LoadFailed, LoadTask, ProtocolError, check_result, read_loader_frame
+from shiwu_worker.loaders.protocol import (
+    Loaded,
+    LoadFailed,
+    LoadTask,
+    ProtocolError,
+    Recognised,
+    check_result,
+    read_loader_frame,
+)
 from shiwu_worker.loaders.sandbox_protocol import DecoderFailed, Refused
 from tests.support.loader_options import LOADER_OPTIONS
 
 TASK = LoadTask(ticket=5, slot=2, image="https://h/p")
 LOADED = Loaded(5, 2, 2.0, 3.0, 4.0, n_bytes=9, format="PNG", width=3, height=4, sha256="0" * 64)
+RECOGNISED = Recognised(5, 2, 2.0, 3.0, 4.0, n_bytes=9, sha256="0" * 64)
 ERROR = ErrorInfo(code=ErrorCode.SOURCE_NOT_FOUND, message="no such key", stage=Stage.FETCH)
 FAILED = LoadFailed(5, 2, 2.0, 3.0, 4.0, error=ERROR)
 
 
-def check(result: protocol.LoadResult) -> None:
+def check(result: protocol.LoadResult, *, task: LoadTask = TASK, known_images: int = 1) -> None:
     """Check a result of a task that was sent at 1 s; now it is 5 s."""
-    check_result(result, TASK, sent_s=1.0, now_s=5.0, options=LOADER_OPTIONS)
+    options = LOADER_OPTIONS.model_copy(update={"known_images": known_images})
+    check_result(result, task, sent_s=1.0, now_s=5.0, options=options)
 
 
 def test_results_come_back_as_they_were_sent() -> None:
-    """Both types, and the frames that are no result."""
-    for result in (LOADED, FAILED):
+    """All types, and the frames that are no result."""
+    for result in (LOADED, RECOGNISED, FAILED):
         assert read_loader_frame(protocol.ENCODER.encode(result)) == result
         check(result)
     for frame in (protocol.Ready(), protocol.Ready("no filter"), protocol.SandboxFault("two replies")):
         assert read_loader_frame(protocol.ENCODER.encode(frame)) == frame
+
+
+@pytest.mark.parametrize(
+    ("changes", "task", "known_images"),
+    [
+        pytest.param({"sha256": "0" * 63}, TASK, 1, id="no digest"),
+        pytest.param({"n_bytes": 0}, TASK, 1, id="no bytes"),
+        pytest.param({}, msgspec.structs.replace(TASK, must_decode=True), 1, id="pixels are needed"),
+        pytest.param({}, TASK, 0, id="nothing is known"),
+    ],
+)
+def test_recognised_image_is_believed_only_if_it_may_be_known(
+    changes: dict[str, Any], task: LoadTask, known_images: int
+) -> None:
+    """Otherwise a loader could let a job wait for pixels that it never gets."""
+    with pytest.raises(ProtocolError):
+        check(msgspec.structs.replace(RECOGNISED, **changes), task=task, known_images=known_images)
 
 
 @pytest.mark.parametrize(

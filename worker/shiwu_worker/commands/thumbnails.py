@@ -26,7 +26,7 @@ from shiwu_worker.config.errors import load_settings_or_exit
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.loaders.pool import LoaderPool
-from shiwu_worker.loaders.protocol import LoadFailed, LoadResult, LoadTask
+from shiwu_worker.loaders.protocol import Loaded, LoadFailed, LoadResult, LoadTask, Recognised
 from shiwu_worker.runtime.process import source_environment
 from shiwu_worker.service.factories import loader_options
 from shiwu_worker.stages.decode.image_spec import ImageSpec
@@ -140,10 +140,14 @@ class _Loading:
 
 
 def _reply(number: int, result: LoadResult, pixels: NDArray[np.uint8]) -> ThumbnailReply:
-    if isinstance(result, LoadFailed):
-        return ThumbnailReply(number=number, code=str(result.error.code))
-    webp = to_webp(pixels, width=result.width, height=result.height)
-    return ThumbnailReply(number=number, webp=base64.b64encode(webp).decode(), sha256=result.sha256)
+    match result:
+        case LoadFailed(error=error):
+            return ThumbnailReply(number=number, code=str(error.code))
+        case Loaded(width=width, height=height, sha256=sha256):
+            webp = to_webp(pixels, width=width, height=height)
+            return ThumbnailReply(number=number, webp=base64.b64encode(webp).decode(), sha256=sha256)
+        case Recognised():
+            raise AssertionError("unreachable: these loaders decode every image")
 
 
 def to_webp(pixels: NDArray[np.uint8], *, width: int, height: int) -> bytes:

@@ -8,8 +8,6 @@ retried one at a time in a spare, so the image that ends its loader is identifie
 from __future__ import annotations
 
 import contextlib
-import math
-import mmap
 import os
 import selectors
 import socket
@@ -22,9 +20,7 @@ from multiprocessing.connection import Connection
 from types import MappingProxyType
 from typing import Final
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 from structlog.typing import FilteringBoundLogger
 
 from shiwu.contract import ErrorCode, Stage
@@ -46,6 +42,7 @@ from shiwu_worker.loaders.protocol import (
     read_loader_frame,
     refused_result,
 )
+from shiwu_worker.loaders.shared_memory import create_memory, map_memory
 from shiwu_worker.loaders.starter import LoaderStarter
 from shiwu_worker.policy.limits import LoadShares
 from shiwu_worker.runtime.threads import ServiceThread
@@ -74,7 +71,9 @@ class _Loader:
 
 
 class LoaderPool:
-    """A fixed number of loaders, one thread that exchanges frames with them, and the pixels in shared memory.
+    """A fixed number of loaders, one thread that exchanges frames with them, and the memory that they share.
+
+    `pixels` is uint8 (slots, h, w, 3). `known_images` are those that loaders need not decode.
 
     `submit` is thread-safe; the pool's thread does the rest.
 
@@ -105,11 +104,8 @@ class LoaderPool:
         self._task_timeout_s = task_timeout_s
         self._on_loaded: Callable[[list[LoadResult]], None] = lambda _: None
         self._on_fatal = on_fatal
-        shape = (options.slots, options.spec.height, options.spec.width, 3)
-        self._memory_fd = os.memfd_create("shiwu-pixels", os.MFD_CLOEXEC)
-        os.ftruncate(self._memory_fd, math.prod(shape))
-        memory = mmap.mmap(self._memory_fd, math.prod(shape))
-        self.pixels: NDArray[np.uint8] = np.frombuffer(memory, np.uint8).reshape(shape)
+        self._memory_fd = create_memory(options)
+        self.pixels, self.known_images = map_memory(self._memory_fd, options)
         self._waiting = HandOut(shares, threads=processes * options.threads)
         """Tasks without a loader, guarded by the lock."""
         self._quarantine: deque[LoadTask] = deque()

@@ -8,13 +8,12 @@ was the cause.
 from __future__ import annotations
 
 import hashlib
-import math
-import mmap
 import os
 import queue
 import resource
 import threading
 import time
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from typing import Final, NoReturn
 
@@ -35,9 +34,9 @@ from shiwu_worker.loaders.protocol import (
     LoaderFrame,
     LoaderOptions,
     LoadFailed,
-    LoadResult,
     LoadTask,
     Ready,
+    Recognised,
     SandboxFault,
     SandboxOptions,
     cut_text,
@@ -50,6 +49,7 @@ from shiwu_worker.loaders.sandbox import (
     SandboxExited,
     start_sandbox,
 )
+from shiwu_worker.loaders.shared_memory import DecodeTurns, KnownImages, map_memory
 from shiwu_worker.stages.decode.decoder import accepted_format
 from shiwu_worker.stages.fetch.fetcher import Fetcher
 from shiwu_worker.stages.fetch.s3.base import MAX_BUCKET_CLIENTS
@@ -66,10 +66,19 @@ class LoaderProcess:
     """Turns tasks into results, on several threads."""
 
     def __init__(
-        self, options: LoaderOptions, connection: Connection, pixels: NDArray[np.uint8], sandbox: DecodeSandbox
+        self,
+        options: LoaderOptions,
+        connection: Connection,
+        sandbox: DecodeSandbox,
+        *,
+        pixels: NDArray[np.uint8],
+        known_images: KnownImages,
     ) -> None:
         self._connection = connection
         self._pixels = pixels
+        self._known_images = known_images
+        self._shares_images = options.known_images > 0
+        self._turns = DecodeTurns()
         self._sandbox = sandbox
         self._send_lock = threading.Lock()
         self._cpu_s = options.sandbox.cpu_s
@@ -105,37 +114,47 @@ class LoaderProcess:
 
     def _work(self, number: int) -> None:
         while True:
-            task = self._tasks.get()
-            self._send(self._load(task, number))
+            self._load(self._tasks.get(), number)
 
-    def _load(self, task: LoadTask, number: int) -> LoadResult:
+    def _load(self, task: LoadTask, number: int) -> None:
+        """Fetch and decode one image, and send its result."""
         started_s = fetched_s = time.monotonic()
         size: int | None = None
         try:
             data = self._fetcher.fetch(task.image)
             fetched_s, size = time.monotonic(), len(data)
             format_name = accepted_format(data, self._decode_limits)
-            image = self._sandbox.decode(data, number)
-            self._pixels[task.slot] = image.pixels
             digest = hashlib.sha256(data).hexdigest()
-            return Loaded(
-                task.ticket,
-                task.slot,
-                started_s,
-                fetched_s,
-                decoded_s=time.monotonic(),
-                n_bytes=size,
-                format=format_name,
-                width=image.width,
-                height=image.height,
-                sha256=digest,
-            )
+            may_recognise = self._shares_images and not task.must_decode
+            with self._turns.turn(digest) if may_recognise else nullcontext():
+                if may_recognise and digest in self._known_images:
+                    ended_s = time.monotonic()
+                    self._send(Recognised(task.ticket, task.slot, started_s, fetched_s, ended_s, size, digest))
+                    return
+                image = self._sandbox.decode(data, number)
+                self._pixels[task.slot] = image.pixels
+                self._send(
+                    Loaded(
+                        task.ticket,
+                        task.slot,
+                        started_s,
+                        fetched_s,
+                        decoded_s=time.monotonic(),
+                        n_bytes=size,
+                        format=format_name,
+                        width=image.width,
+                        height=image.height,
+                        sha256=digest,
+                    )
+                )
+                # After the frame, so that the worker hears of the image before another loader recognises it.
+                self._known_images.note(digest)
         except SandboxExited as error:
             self._exit_after_fault(str(error))
         except CpuExceeded:
             self._answer_and_exit(task, started_s, fetched_s, size)
         except Exception as error:  # noqa: BLE001 border: a defect here must not affect other images
-            return self._failed(task, error, started_s=started_s, fetched_s=fetched_s, size=size)
+            self._send(self._failed(task, error, started_s=started_s, fetched_s=fetched_s, size=size))
 
     def _failed(
         self, task: LoadTask, error: Exception, *, started_s: float, fetched_s: float, size: int | None
@@ -242,6 +261,5 @@ def serve(connection_fd: int, memory_fd: int) -> None:
     os.environ.update(ENVIRONMENT.decode(connection.recv_bytes(MAX_OPTIONS_BYTES)))
     for kind, limit in _resource_limits(options).items():
         resource.setrlimit(kind, (limit, limit))
-    shape = (options.slots, options.spec.height, options.spec.width, 3)
-    pixels = np.frombuffer(mmap.mmap(memory_fd, math.prod(shape)), np.uint8).reshape(shape)
-    LoaderProcess(options, connection, pixels, sandbox).run()
+    pixels, known_images = map_memory(memory_fd, options)
+    LoaderProcess(options, connection, sandbox, pixels=pixels, known_images=known_images).run()

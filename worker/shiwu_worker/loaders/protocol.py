@@ -54,6 +54,8 @@ class LoaderOptions(BaseModel):
     is_exact: bool = False
     """Never decode a JPEG at reduced size."""
     sandbox: SandboxLimits
+    known_images: int = 0
+    """Most images that the worker knows at a time and that loaders need not decode; 0: they decode all."""
 
     @property
     def for_sandbox(self) -> SandboxOptions:
@@ -77,6 +79,8 @@ class LoadTask(msgspec.Struct, frozen=True):
     lane: Lane = Lane.INTERACTIVE
     source: str = ""
     """Host, bucket or kind of the source, without path and query; sources share the loader threads."""
+    must_decode: bool = False
+    """Whether the pixels are needed although the worker may know the image."""
 
 
 class _Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -90,12 +94,19 @@ class _Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Loaded(_Result, frozen=True, forbid_unknown_fields=True, tag="loaded"):
-    """The pixels of the image are in its slot."""
+    """The pixels of the image are in its slot. `sha256` is the hash of its file."""
 
     n_bytes: int
     format: str
     width: int
     height: int
+    sha256: str
+
+
+class Recognised(_Result, frozen=True, forbid_unknown_fields=True, tag="recognised"):
+    """The file was fetched and not decoded, because the worker seems to know its image. The slot must not be read."""
+
+    n_bytes: int
     sha256: str
 
 
@@ -117,7 +128,7 @@ class LoadFailed(_Result, frozen=True, forbid_unknown_fields=True, omit_defaults
     """Whether memory was short; the image is retried alone."""
 
 
-LoadResult: TypeAlias = Loaded | LoadFailed
+LoadResult: TypeAlias = Loaded | Recognised | LoadFailed
 
 
 class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ready"):
@@ -133,7 +144,7 @@ class SandboxFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=
     reason: str
 
 
-LoaderFrame: TypeAlias = Ready | Loaded | LoadFailed | SandboxFault
+LoaderFrame: TypeAlias = Ready | LoadResult | SandboxFault
 ENCODER: Final = msgspec.json.Encoder()
 _LOADER_FRAME: Final = msgspec.json.Decoder(LoaderFrame)
 LOAD_TASK: Final = msgspec.json.Decoder(LoadTask)
@@ -187,6 +198,11 @@ def check_result(result: LoadResult, task: LoadTask, *, sent_s: float, now_s: fl
     match result:
         case Loaded():
             _check_image(result, options)
+            _check_file(result, options)
+        case Recognised():
+            if task.must_decode or not options.known_images:
+                raise ProtocolError("expected the pixels of an image that must be decoded")
+            _check_file(result, options)
         case LoadFailed():
             _check_failure(result, options)
 
@@ -197,6 +213,9 @@ def _check_image(result: Loaded, options: LoaderOptions) -> None:
         raise ProtocolError("expected a size within the limits")
     if result.format not in limits.formats:
         raise ProtocolError("expected a format that the operator accepts")
+
+
+def _check_file(result: Loaded | Recognised, options: LoaderOptions) -> None:
     if not 0 < result.n_bytes <= options.fetch.max_bytes:
         raise ProtocolError("expected a number of bytes within the limit")
     if not _SHA256.fullmatch(result.sha256):
