@@ -55,6 +55,20 @@ def test_bulk_keeps_its_share_while_interactive_waits(client: redis.Redis) -> No
     assert sum(job.key in Lane.BULK.keys for job in jobs) in range(27, 34)
 
 
+def test_claim_takes_a_limited_part_of_large_messages(client: redis.Redis) -> None:
+    """A worker reads the messages of a claim one by one, so interactive jobs would wait for 500 large ones."""
+    large = [f"large-{number}" for number in range(40)]
+    padding = b',"padding":"%s"}' % (b"x" * 200_000)
+    client.lpush("shiwu.bulk", *[message(job_id, Lane.BULK)[:-1] + padding for job_id in large])
+    client.lpush("shiwu.interactive", *[message(f"small-{number}") for number in range(300)])
+    claims = make_lease_queue(client, "w", bulk_share=0.5)
+    jobs = [job.id for job in claims.claim(1000).jobs]
+    assert sum(job_id.startswith("large") for job_id in jobs) == 8
+    assert sum(job_id.startswith("small") for job_id in jobs) == 300
+    jobs += [job.id for _ in range(40) for job in claims.claim(1000).jobs]
+    assert [job_id for job_id in jobs if job_id.startswith("large")] == large
+
+
 def test_job_of_a_crashed_worker_returns_to_the_front(client: redis.Redis) -> None:
     """Any worker reaps an ended lease; the job is next in its lane and its attempt is 2."""
     client.lpush("shiwu.bulk", message("old", Lane.BULK), message("new", Lane.BULK))

@@ -1,4 +1,4 @@
--- Claims up to `limit` messages from the lanes and records each under a lease, in one atomic step.
+-- Claims up to `limit` messages, and about 1 MiB of each lane, and records each under a lease, in one atomic step.
 -- Jobs whose workers died twice are quarantined. One worker at a time owns the quarantine and claims its jobs one by one,
 -- while it holds nothing else, so that the job that ends workers is identified. In between it claims ordinary jobs.
 -- A message of such a job that is found in a lane, after a delay or because it was sent again, is moved to the quarantine.
@@ -28,6 +28,8 @@ local BODY_BYTES = 8 * 1024
 local MAX_ID_BYTES = 255
 local MAX_WHOLE = 2 ^ 53
 local LAST_CLAIM_KEPT_MS = 600 * 1000
+local LANE_BYTES = 1024 * 1024
+local FIRST_PORTION = 8 -- of the largest messages, 2 MiB
 
 -- A wrong type must stop the script before anything is popped: Redis does not undo a script.
 redis.call('HLEN', claims)
@@ -150,19 +152,26 @@ local function note(raw, k)
   end
 end
 
+-- Takes up to `want` messages, and stops after LANE_BYTES: a worker reads its messages one after the other, so a claim of
+-- large bulk messages would delay the interactive jobs that come next. Returns how many it took, and true after LANE_BYTES.
 local function take(first, last, want)
-  local got = 0
+  local got, bytes, portion = 0, 0, FIRST_PORTION
   for k = first, last do
-    if got >= want then break end
-    local popped = redis.pcall('RPOP', KEYS[k], want - got)
-    if popped and not popped.err then
-      for _, raw in ipairs(popped) do
-        got = got + 1
-        note(raw, k)
+    local popped
+    repeat
+      portion = math.min(portion, want - got)
+      popped = portion > 0 and redis.pcall('RPOP', KEYS[k], portion)
+      if popped and not popped.err then
+        for _, raw in ipairs(popped) do
+          got, bytes = got + 1, bytes + #raw
+          note(raw, k)
+        end
+        if bytes >= LANE_BYTES then return got, true end
+        portion = math.ceil((LANE_BYTES - bytes) * got / bytes)
       end
-    end
+    until not popped or popped.err
   end
-  return got
+  return got, false
 end
 
 -- A client may wait for the answer of a duplicate. The stored answer is announced again; if it has expired, the client
@@ -195,10 +204,10 @@ if quarantined > 0 then
   end
 end
 if owns_quarantine == 0 or (holds_nothing and not is_isolated) then
-  local bulk, interactive = 0, 0
-  if serves_bulk then bulk = take(BULK, LAST, math.min(bulk_most, serves_interactive and bulk_least or limit)) end
+  local bulk, interactive, is_bulk_full = 0, 0, not serves_bulk
+  if serves_bulk then bulk, is_bulk_full = take(BULK, LAST, math.min(bulk_most, serves_interactive and bulk_least or limit)) end
   if serves_interactive then interactive = take(FIRST, BULK - 1, limit - bulk) end
-  if serves_bulk then take(BULK, LAST, math.min(bulk_most, limit - interactive) - bulk) end
+  if not is_bulk_full then take(BULK, LAST, math.min(bulk_most, limit - interactive) - bulk) end
 end
 
 local reply = { tostring(now), owns_quarantine }
