@@ -71,7 +71,7 @@ def _check_metadata(metadata: JsonValue) -> JsonValue:
 
 
 def _check_callback(callback: str) -> str:
-    if _NAME.match(callback):
+    if _NAME.fullmatch(callback):
         return callback
     is_url = callback.startswith("https://") and len(callback) <= MAX_CALLBACK_CHARS
     if not is_url or reference_error(callback) or "#" in callback:

@@ -1,0 +1,213 @@
+"""The operator's endpoints: read from YAML with their secrets, and which answers each of them wants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from shiwu.client.results import TagResult
+from shiwu.contract import Lane, Status, printable, reference_error, source_of
+from shiwu.contract.text import NAME_PATTERN
+from shiwu.hooks.signatures import read_secret, read_seed
+
+MAX_BATCH: Final = 100
+MAX_ENDPOINTS: Final = 1000
+MAX_FILE_BYTES: Final = 1024 * 1024
+MAX_SECRET_FILE_BYTES: Final = 4096
+
+
+class EndpointsError(ValueError):
+    """The file of endpoints or a secret is wrong; the text says what was expected, without the secret."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """One receiver. `key` names it in Redis, logs and metrics; keys of URLs from requests are their origins."""
+
+    key: str
+    url: str
+    keys: tuple[bytes, ...] = field(repr=False)
+    """The current secret, and during a rotation the old one; for Aliyun's style the seed."""
+    on: frozenset[str] = frozenset(Status)
+    lane: str | None = None
+    match: Mapping[str, JsonValue] = field(default_factory=dict)
+    style: Literal["standard", "aliyun"] = "standard"
+    uid: str = ""
+    batch: int = 1
+    is_thin: bool = False
+    is_named_only: bool = False
+    is_from_request: bool = False
+
+    @property
+    def metrics_label(self) -> str:
+        """The name in metrics; all URLs of requests share one, because requests could name any number."""
+        return "url" if self.is_from_request else self.key
+
+    def wants(self, result: TagResult) -> bool:
+        """Whether the answer goes to this endpoint, by its status, lane, metadata and the name in its request."""
+        if self.is_named_only and result.callback != self.key:
+            return False
+        if result.status not in self.on or self.lane not in {None, result.lane}:
+            return False
+        metadata = result.metadata if isinstance(result.metadata, dict) else {}
+        return all(name in metadata and _equals(metadata[name], wanted) for name, wanted in self.match.items())
+
+
+def _equals(value: object, wanted: JsonValue) -> bool:
+    # Python's True equals 1, JSON's does not.
+    choices = wanted if isinstance(wanted, list) else [wanted]
+    return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """All endpoints, and how answers go to URLs of requests."""
+
+    named: tuple[Endpoint, ...]
+    for_urls: Endpoint | None
+    """The options for URLs of requests, with an empty URL; None where the file has no `urls`."""
+
+    def find(self, key: str) -> Endpoint | None:
+        """The endpoint of this name, or None."""
+        return next((endpoint for endpoint in self.named if endpoint.key == key), None)
+
+    def at(self, url: str) -> Endpoint | None:
+        """The endpoint for a URL of a request, or None where the file has no `urls`."""
+        if self.for_urls is None:
+            return None
+        options = self.for_urls
+        return Endpoint(
+            key=source_of(url),
+            url=url,
+            keys=options.keys,
+            style=options.style,
+            uid=options.uid,
+            is_thin=options.is_thin,
+            is_from_request=True,
+        )
+
+
+def _http_url(url: str) -> str:
+    if not url.lower().startswith(("http://", "https://")) or (reason := reference_error(url)):
+        raise ValueError(reason if url.lower().startswith("http") else "expected http://host/path or https://host/path")
+    return url
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    secret_file: Path
+    secret_old_file: Path | None = None
+    style: Literal["standard", "aliyun"] = "standard"
+    uid: str = Field("", max_length=64)
+    thin: bool = False
+
+    @model_validator(mode="after")
+    def _check_style(self) -> Self:
+        is_aliyun = self.style == "aliyun"
+        if is_aliyun and self.secret_old_file:
+            raise ValueError("style aliyun has one checksum, so it takes no secret_old_file")
+        if is_aliyun != bool(self.uid):
+            raise ValueError("expected a uid with style aliyun, and none with style standard")
+        return self
+
+
+class _Named(_Options):
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    url: Annotated[str, AfterValidator(_http_url)]
+    on: tuple[Status, ...] = Field(tuple(Status), min_length=1)
+    lane: Lane | None = None
+    match: dict[str, JsonValue] = Field(default_factory=dict)
+    batch: int = Field(1, ge=1, le=MAX_BATCH)
+    named_only: bool = False
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    version: Literal[1] = 1
+    endpoints: tuple[_Named, ...] = Field((), max_length=MAX_ENDPOINTS)
+    urls: _Options | None = None
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [endpoint.name for endpoint in self.endpoints]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"expected each name once, got {twice[0]!r} again")
+        if not names and self.urls is None:
+            raise ValueError("expected endpoints, or urls")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's words for true and false, because 1.1 reads the key `on` as true."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_endpoints(path: Path) -> Endpoints:
+    """Read the file and the secrets that it names; relative names are in the folder of the file.
+
+    Raises:
+        EndpointsError: a file cannot be read, or a value is wrong.
+    """
+    try:
+        content = yaml.load(_read(path, max_bytes=MAX_FILE_BYTES), Loader=_Loader)  # noqa: S506 a SafeLoader
+        file = _File.model_validate(content)
+    except yaml.YAMLError as error:
+        raise EndpointsError(f"{path}: expected YAML ({printable(str(error))})") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise EndpointsError(f"{path}: {where}: {printable(first['msg'])}") from None
+    named = tuple(
+        _endpoint(
+            path,
+            options,
+            key=options.name,
+            url=options.url,
+            on=frozenset(options.on),
+            lane=options.lane,
+            match=options.match,
+            batch=options.batch,
+            is_named_only=options.named_only,
+        )
+        for options in file.endpoints
+    )
+    for_urls = _endpoint(path, file.urls, key="urls", url="", is_from_request=True) if file.urls else None
+    return Endpoints(named, for_urls)
+
+
+def _endpoint(path: Path, options: _Options, *, key: str, url: str, **more: Any) -> Endpoint:
+    read = read_seed if options.style == "aliyun" else read_secret
+    keys = []
+    for name in (options.secret_file, options.secret_old_file):
+        if name is not None:
+            try:
+                keys.append(read(_read(path.parent / name, max_bytes=MAX_SECRET_FILE_BYTES)))
+            except ValueError as error:
+                raise EndpointsError(f"{path}: {key}: {name}: {error}") from None
+    return Endpoint(
+        key=key, url=url, keys=tuple(keys), style=options.style, uid=options.uid, is_thin=options.thin, **more
+    )
+
+
+def _read(path: Path, *, max_bytes: int) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(max_bytes + 1)
+    except OSError as error:
+        raise EndpointsError(f"expected a readable file at {path} ({error.strerror})") from None
+    if len(raw) > max_bytes:
+        raise EndpointsError(f"expected at most {max_bytes} bytes in {path}, got more")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise EndpointsError(f"expected UTF-8 in {path}") from None
