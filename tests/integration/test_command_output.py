@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -87,6 +88,17 @@ def test_tag_json_applies_the_threshold(shared_worker: WorkerProcess, s3: S3Serv
         shared_worker.redis_url, "tag", good, "--label", "奶牛", "--label", "熊猫", "--threshold", "1", "--json"
     )
     assert '"tags":[]' in found.output
+
+
+def test_tag_wants_what_is_named(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """Only what is named comes, and the table has no tags without an error."""
+    good = s3.put("cli/panda.jpg", pictures.jpeg(pictures.picture("熊猫")))
+    found = call(shared_worker.redis_url, "tag", good, "--want", "vector", "--json")
+    assert found.exit_code == 0, found.output
+    answer = json.loads(found.stdout)
+    assert ("tags" in answer, len(answer["vector"]) % 4) == (False, 0)
+    shown = call(shared_worker.redis_url, "tag", good, "--want", "vector")
+    assert (shown.exit_code, "no tag reached" in shown.output) == (0, False)
 
 
 @pytest.mark.parametrize(("has_worker", "is_told"), [(False, True), (True, False)])

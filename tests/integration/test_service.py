@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 import redis
 from celery.exceptions import TaskRevokedError
@@ -223,6 +225,19 @@ def test_inline_labels_embedding_and_min_cosine_are_used(shared_worker: WorkerPr
     answer = ask(shared_worker.redis_url, reference, "inline-near", min_cosine=bound, **ways)
     assert answer.tags is not None
     assert [tag.label for tag in answer.tags] == ["熊猫"]
+
+
+def test_vector_comes_beside_tags_or_alone(shared_worker: WorkerProcess, s3: S3Server) -> None:
+    """Float16 in base64: the same vector as the numbers of the embedding."""
+    reference = s3.put("vector", pictures.jpeg(pictures.picture("熊猫")))
+    answer = ask(shared_worker.redis_url, reference, "vector-all", want=("tags", "embedding", "vector"))
+    assert answer.vector is not None
+    assert answer.embedding is not None
+    assert answer.tags
+    halves = np.frombuffer(base64.b64decode(answer.vector), "<f2")
+    np.testing.assert_allclose(halves, answer.embedding, atol=3e-4)
+    alone = ask(shared_worker.redis_url, reference, "vector-alone", want=("vector",))
+    assert (alone.tags, alone.embedding, alone.vector) == (None, None, answer.vector)
 
 
 def test_unusable_labels_are_rejected(shared_worker: WorkerProcess, s3: S3Server) -> None:

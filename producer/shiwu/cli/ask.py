@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import click
 import redis
@@ -22,7 +22,7 @@ from shiwu.cli.params import Seconds
 from shiwu.cli.terminal import Row, echo_data, echo_json, print_rows
 from shiwu.client.client import Client
 from shiwu.client.results import TagResult
-from shiwu.contract import ErrorCode, RequestError, without_query
+from shiwu.contract import ErrorCode, RequestError, Want, without_query
 from shiwu.errors import ShiwuError
 
 PROGRESS_BAR_FROM: Final = 500
@@ -42,6 +42,14 @@ def _request_options(command: Any) -> Any:
         click.option("--threshold", default=0.0, show_default=True, help="Lowest score to show, 0 to 1."),
         click.option("--min-cosine", type=float, help="Lowest cosine to show, -1 to 1."),
         click.option("--head", type=click.Choice(["softmax", "sigmoid"]), help="Default: the label set's own."),
+        click.option(
+            "--want",
+            multiple=True,
+            type=click.Choice(get_args(Want)),
+            default=("tags",),
+            show_default=True,
+            help="What to return; may be repeated. See docs/vectors.md.",
+        ),
         click.option(
             "--expires",
             "expires_s",
@@ -170,7 +178,7 @@ def _row(reference: str, result: TagResult | None, threshold: float, *, warned: 
     tags = [f"{tag.label} {tag.score:.3f}" for tag in result.tags or ()]
     kept = [text for text, tag in zip(tags, result.tags or (), strict=True) if tag.score >= threshold]
     notes = []
-    if not kept:
+    if not kept and result.tags is not None:
         best = f"of {threshold:g}; the best one is {tags[0]}" if tags else "of the request or its label set"
         notes = [f"no tag reached the threshold {best}"]
     new = [warning.message for warning in result.warnings or () if warning.message not in warned]

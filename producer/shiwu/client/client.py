@@ -130,7 +130,7 @@ class Client:
             threshold: lowest score of a tag, 0 to 1.
             min_cosine: lowest cosine of a tag, -1 to 1. Default: the limits of the label set.
             head: "softmax" (all scores sum to 1) or "sigmoid" (independent scores). Default: the label set's.
-            want: what to return: "tags", "embedding" or both.
+            want: what to return: "tags", "embedding" (the unit vector as numbers), "vector" (as float16 in base64).
             metadata: any JSON value of up to 4096 bytes; returned in the answer.
             callback: the webhook that gets the answer: the name of an endpoint, or an https URL.
             lane: "interactive", which has priority, or "bulk".

@@ -186,7 +186,7 @@ class Attempt(AnswerModel, frozen=True):
 class Answer(AnswerModel, frozen=True):
     """The one terminal record of a job: status, tags or error, and times.
 
-    Exactly one of `tags` and `error` is set, except that a request which wants only an embedding gets no tags.
+    Exactly one of `tags` and `error` is set, except that a request which does not want tags gets none.
     """
 
     id: str
@@ -212,6 +212,9 @@ class Answer(AnswerModel, frozen=True):
     """The last ten earlier attempts, oldest first; None where there are none."""
     callback: str | None = None
     """The webhook that the request named; None where it named none."""
+    vector: str | None = None
+    """The unit vector of the image as float16, little-endian, in base64, for a request that wants it. The tags of such
+    an answer are made from this rounded vector, so that they can be computed again from it, bit by bit."""
 
     @classmethod
     def from_json(cls, raw: bytes) -> Self:

@@ -102,7 +102,7 @@ Callback = Annotated[
     ),
 ]
 Head = Literal["softmax", "sigmoid"]
-Want = Literal["tags", "embedding"]
+Want = Literal["tags", "embedding", "vector"]
 
 
 class Request(RequestModel):
@@ -114,7 +114,7 @@ class Request(RequestModel):
     threshold: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     head: Head | None = None
     metadata: Annotated[JsonValue, AfterValidator(_check_metadata)] = None
-    want: Annotated[tuple[Want, ...], Field(min_length=1, max_length=2)] = ("tags",)
+    want: Annotated[tuple[Want, ...], Field(min_length=1, max_length=3)] = ("tags",)
     min_cosine: Annotated[float, Field(ge=-1.0, le=1.0)] | None = None
     """The lowest cosine of a tag, -1 to 1; replaces the limits of the label set."""
     callback: Callback | None = None

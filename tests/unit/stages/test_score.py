@@ -10,23 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from shiwu.contract import Head, Lane, ModelInfo, WarningCode, parse_request
+from shiwu.contract import Head, WarningCode
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_set import LabelSet
-from shiwu_worker.jobs.label_vectors import EncodedLabels, TextVectors
-from shiwu_worker.jobs.timestamps import StageTimestamps
-from shiwu_worker.stages.score.scorer import MAX_TAGS_BYTES, Scorer, score, top_tags
-
-MODEL = ModelInfo(id="m", revision="r", dtype="float32", device="cpu")
-
-
-def units(count: int, width: int = 8, seed: int = 0) -> NDArray[np.float32]:
-    """Random unit vectors."""
-    raw = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
-    unit: NDArray[np.float32] = raw / np.linalg.norm(raw, axis=1, keepdims=True)
-    return unit
+from shiwu_worker.stages.score.scorer import MAX_TAGS_BYTES, score, top_tags
+from tests.support.scored_jobs import MODEL, SCORER, encoded, make_job, units
 
 
 @pytest.mark.parametrize(("head", "bias"), [("softmax", None), ("sigmoid", -12.93), ("sigmoid", None)])
@@ -98,28 +87,6 @@ def test_labels_with_equal_scores_are_ordered_by_cosine() -> None:
     [found] = top_tags(probabilities, cosines, "abcdefghijkl", top_k=[12], threshold=[0.0])
     assert found[0].label == "h"
     assert [tag.cosine for tag in found] == sorted((tag.cosine for tag in found), reverse=True)
-
-
-def encoded(label_set: LabelSet, *, seed: int) -> EncodedLabels:
-    """The label set with random vectors."""
-    return EncodedLabels(label_set, TextVectors(units(len(label_set.words), seed=seed)))
-
-
-def make_job(number: int, labels: EncodedLabels, **fields: Any) -> Job:
-    """A job that is ready for its tags, with the vectors of its words."""
-    return Job(
-        id=f"j{number}",
-        key=Lane.BULK.queue,
-        attempt=1,
-        raw=b"",
-        moments=StageTimestamps(claimed_s=0.0),
-        request=parse_request({"image": "s3://b/k.jpg", **fields}),
-        label_set=labels.label_set,
-        labels=labels,
-    )
-
-
-SCORER = Scorer(scale=20.0, bias=None, model=MODEL)
 
 
 def test_mixed_batch_gives_each_job_its_own_tags() -> None:

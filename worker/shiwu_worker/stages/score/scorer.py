@@ -11,6 +11,7 @@ import numpy as np
 from shiwu.contract import MAX_LABEL_CHARS, AnswerWarning, Head, ModelInfo, Request, Tag, WarningCode
 from shiwu_worker.errors import WrongVectors
 from shiwu_worker.jobs.job import Job
+from shiwu_worker.stages.score.kept_vectors import kept_cosines, rounded, to_base64
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,6 +23,7 @@ DIGITS: Final = 6
 TAG_BYTES: Final = 64
 """JSON of one tag without its label."""
 MAX_TAGS_BYTES: Final = 128 * 1024
+ONLY_TAGS: Final = ("tags",)
 
 
 def score(
@@ -34,13 +36,21 @@ def score(
         sigmoid(scale · cosine + bias) as SigLIP (Zhai et al. 2023, section 3).
     """
     cosines = vectors @ labels.T
-    logits = cosines * np.float32(scale) + np.float32(bias or 0.0)
+    return probabilities_of(cosines, head=head, scale=scale, bias=bias), cosines
+
+
+def probabilities_of(
+    cosines: NDArray[np.float32], *, head: Head, scale: float, bias: float | None
+) -> NDArray[np.float32]:
+    """The scores (n, m), float32, of cosines (n, m); each row depends on that row only."""
+    logits: NDArray[np.float32] = cosines * np.float32(scale) + np.float32(bias or 0.0)
     if head == "sigmoid":
         # Two forms of the function, each used where its exponential cannot overflow.
         small = np.exp(-np.abs(logits))
-        return np.where(logits >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32), cosines
+        return np.where(logits >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True), cosines
+    probabilities: NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
+    return probabilities
 
 
 def top_tags(
@@ -127,17 +137,52 @@ class Scorer:
         for labels, rows in groups.items():
             self._score_group([jobs[row] for row in rows], vectors[rows], labels)
 
+    def kept_tags(
+        self, halves: NDArray[np.float16], labels: EncodedLabels, requests: Sequence[Request | None]
+    ) -> list[tuple[Tag, ...]]:
+        """The tags of rounded vectors (n, d), one for each request: the same for a vector whatever its neighbours are.
+
+        Lists that are too long are left as they are; see `fitting`.
+        """
+        return self._tags(kept_cosines(halves, labels.vectors), labels, requests)
+
+    def fitting(self, tags: tuple[Tag, ...]) -> tuple[tuple[Tag, ...], AnswerWarning | None]:
+        """The tags that an answer may hold, and a warning where that is not all of them."""
+        count = len(tags) if len(tags) <= self._max_uncounted else cut_tags(tags, self._max_tags_bytes)
+        if count == len(tags):
+            return tags, None
+        text = f"the first {count} of {len(tags)} tags, because the list would exceed {self._max_tags_bytes} bytes"
+        return tags[:count], AnswerWarning(code=WarningCode.TAGS_CUT, message=text)
+
     def _score_group(self, jobs: Sequence[Job], vectors: NDArray[np.float32], labels: EncodedLabels) -> None:
+        requests = [job.request for job in jobs]
+        tags = self._tags(vectors @ labels.vectors.T, labels, requests)
+        others = []
+        for i, (job, request) in enumerate(zip(jobs, requests, strict=True)):
+            job.model = self._model
+            if request is None:
+                continue
+            if request.want == ONLY_TAGS:
+                job.tags = tags[i]
+                if len(tags[i]) > self._max_uncounted:
+                    self._set_tags(job, tags[i])
+            else:
+                others.append(i)
+        if others:
+            rows = np.array(others)
+            self._set_others([jobs[i] for i in others], vectors[rows], labels, [tags[i] for i in others])
+
+    def _tags(
+        self, cosines: NDArray[np.float32], labels: EncodedLabels, requests: Sequence[Request | None]
+    ) -> list[tuple[Tag, ...]]:
         label_set = labels.label_set
-        probabilities, cosines = score(
-            vectors,
-            labels.vectors,
+        probabilities = probabilities_of(
+            cosines,
             head=label_set.head,
             scale=self._scale if label_set.scale is None else label_set.scale,
             bias=self._bias if label_set.bias is None else label_set.bias,
         )
-        requests = [job.request for job in jobs]
-        tags = top_tags(
+        return top_tags(
             probabilities,
             cosines,
             label_set.words,
@@ -145,23 +190,32 @@ class Scorer:
             threshold=[request.threshold if request else 0.0 for request in requests],
             min_cosines=_min_cosines(requests, labels),
         )
-        for i, (job, request) in enumerate(zip(jobs, requests, strict=True)):
-            job.model = self._model
-            if request is not None and "tags" in request.want:
-                job.tags = tags[i]
-                if len(tags[i]) > self._max_uncounted:
-                    self._cut(job, tags[i])
-            if request is not None and "embedding" in request.want:
-                job.embedding = tuple(vectors[i].astype(np.float64).round(DIGITS).tolist())
 
-    def _cut(self, job: Job, tags: tuple[Tag, ...]) -> None:
-        count = cut_tags(tags, self._max_tags_bytes)
-        if count < len(tags):
-            text = f"the first {count} of {len(tags)} tags, because the list would exceed {self._max_tags_bytes} bytes"
-            job.tags, job.warnings = (
-                tags[:count],
-                (*job.warnings, AnswerWarning(code=WarningCode.TAGS_CUT, message=text)),
-            )
+    def _set_others(
+        self,
+        jobs: Sequence[Job],
+        vectors: NDArray[np.float32],
+        labels: EncodedLabels,
+        tags: Sequence[tuple[Tag, ...]],
+    ) -> None:
+        """Set what jobs want that want more than tags; tags beside a vector are made from that vector."""
+        wants = [job.request.want if job.request is not None else () for job in jobs]
+        halves, kept = rounded(vectors), {}
+        if keeping := [i for i, want in enumerate(wants) if "vector" in want]:
+            made = self.kept_tags(halves[keeping], labels, [jobs[i].request for i in keeping])
+            kept = dict(zip(keeping, made, strict=True))
+        for i, (job, want) in enumerate(zip(jobs, wants, strict=True)):
+            if "tags" in want:
+                self._set_tags(job, kept.get(i, tags[i]))
+            if "embedding" in want:
+                job.embedding = tuple(vectors[i].astype(np.float64).round(DIGITS).tolist())
+            if i in kept:
+                job.vector = to_base64(halves[i])
+
+    def _set_tags(self, job: Job, tags: tuple[Tag, ...]) -> None:
+        job.tags, warning = self.fitting(tags)
+        if warning is not None:
+            job.warnings = (*job.warnings, warning)
 
 
 def _min_cosines(requests: Sequence[Request | None], labels: EncodedLabels) -> NDArray[np.float64] | None:
