@@ -70,7 +70,7 @@ class EchoStarter:
 
 
 def main() -> None:
-    """Answer every task at once, until the worker closes the connection."""
+    """Answer every task immediately, until the worker closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
     try:

@@ -24,7 +24,7 @@ from tests.support.servers import PictureServer, S3Server, ServerError, Valkey, 
 from demo.album import Entry, lay_out
 from demo.gallery import PAGE, write_page
 from demo.own_images import OwnImages, find_images
-from demo.report import Verdict, show_next, show_page, show_summary, show_table
+from demo.report import Result, show_next, show_page, show_summary, show_table
 from shiwu import Client, Lane
 from shiwu.contract import printable_lines
 
@@ -93,7 +93,7 @@ def _run(console: Console, stack: ExitStack, options: argparse.Namespace) -> int
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shiwu-demo-")))
     valkey = stack.enter_context(Valkey(folder=folder / "valkey"))
     say(f"Valkey answers on {valkey.url}")
-    # Whoever looks at the demo is the operator, who may know why.
+    # The demo is run by the operator, who may know why.
     settings = EMBEDDED | {"SHIWU_TELL_REFUSALS": "true"} | _model_settings(options.model)
     make_album: Callable[[], list[Entry]]
     own: OwnImages = options.own
@@ -118,13 +118,13 @@ def _run(console: Console, stack: ExitStack, options: argparse.Namespace) -> int
     say("the worker is warm and claims\n")
 
     asked_s = time.monotonic()
-    verdicts = _ask(valkey.url, album, labels=options.labels)
+    results = _ask(valkey.url, album, labels=options.labels)
     took_s = time.monotonic() - asked_s
-    show_table(console, verdicts)
-    show_summary(console, verdicts, took_s=took_s)
-    answers = [verdict.answer for verdict in verdicts if verdict.answer]
+    show_table(console, results)
+    show_summary(console, results, took_s=took_s)
+    answers = [result.answer for result in results if result.answer]
     show_page(console, write_page(answers, options.page, settings=settings) if answers else None)
-    if all(verdict.is_expected for verdict in verdicts):
+    if all(result.is_expected for result in results):
         show_next(console)
         return 0
     console.print("[bold red]Not every answer was as expected.[/] The end of the worker's log:")
@@ -140,13 +140,13 @@ def _model_settings(model: str | None) -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "0", **hub, "SHIWU_MODEL": model}
 
 
-def _ask(redis_url: str, album: list[Entry], *, labels: str | None) -> list[Verdict]:
+def _ask(redis_url: str, album: list[Entry], *, labels: str | None) -> list[Result]:
     """Enqueue all images and wait for all answers."""
     with Client(redis_url) as client:
         references = [entry.reference for entry in album]
         ids = list(client.enqueue_many(references, labels=labels, lane=Lane.INTERACTIVE))
         answers = dict(client.as_answered(ids, timeout_s=ANSWERS_S + len(album)))
-    return [Verdict(entry, answers.get(job_id)) for entry, job_id in zip(album, ids, strict=True)]
+    return [Result(entry, answers.get(job_id)) for entry, job_id in zip(album, ids, strict=True)]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ WIDE_ENOUGH = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Result:
     """What came of one image, next to what was known."""
 
     entry: Entry
@@ -52,7 +52,7 @@ class Verdict:
         return self.answer.status is Status.TAGGED and bool(self.answer.tags)
 
 
-def show_table(console: Console, verdicts: list[Verdict]) -> None:
+def show_table(console: Console, results: list[Result]) -> None:
     """One row for each image: what it is, its tags or its error, and where the time went."""
     table = Table(title="What the worker answered; times in ms", title_justify="left", padding=(0, 1, 0, 0), box=None)
     table.add_column("known as", no_wrap=True)
@@ -63,14 +63,14 @@ def show_table(console: Console, verdicts: list[Verdict]) -> None:
     for stage in stages:
         table.add_column(stage, justify="right", no_wrap=True, style="bold" if stage == "total" else "dim")
     table.add_column("of", justify="right", no_wrap=True)
-    for verdict in verdicts[:MAX_ROWS]:
-        timing = verdict.answer.timing if verdict.answer else Timing()
-        size = verdict.answer.batch_size if verdict.answer else None
+    for result in results[:MAX_ROWS]:
+        timing = result.answer.timing if result.answer else Timing()
+        size = result.answer.batch_size if result.answer else None
         table.add_row(
-            Text(printable(verdict.entry.labels[0] if verdict.entry.labels else verdict.entry.name or "–")),
-            verdict.entry.form,
-            verdict.entry.source,
-            _outcome(verdict),
+            Text(printable(result.entry.labels[0] if result.entry.labels else result.entry.name or "–")),
+            result.entry.form,
+            result.entry.source,
+            _outcome(result),
             *(_milliseconds(getattr(timing, stage)) for stage in stages),
             str(size or "–"),
         )
@@ -83,40 +83,40 @@ def _milliseconds(value: float | None) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
-def _outcome(verdict: Verdict) -> Text:
-    answer = verdict.answer
+def _outcome(result: Result) -> Text:
+    answer = result.answer
     if answer is None:
         return Text("no answer", style="bold red")
     if answer.tags:
         tags = [
-            (printable(f"{tag.label}:{tag.score * 100:.0f}"), tag.label in verdict.entry.labels)
+            (printable(f"{tag.label}:{tag.score * 100:.0f}"), tag.label in result.entry.labels)
             for tag in answer.tags[:3]
         ]
         return Text(" ").join(Text(text, style="green" if known else "") for text, known in tags)
     code = str(answer.error.code) if answer.error else "no error code"
-    if verdict.is_expected:
+    if result.is_expected:
         return Text(f"{answer.status}: {code}", style="yellow")
     message = answer.error.message if answer.error else ""
     return Text(printable(f"{answer.status}: {code} {message}, not expected"), style="bold red")
 
 
-def show_summary(console: Console, verdicts: list[Verdict], *, took_s: float) -> None:
+def show_summary(console: Console, results: list[Result], *, took_s: float) -> None:
     """Counts, speed, and how often the known label was found."""
-    ranks = [verdict.rank for verdict in verdicts if verdict.entry.labels]
+    ranks = [result.rank for result in results if result.entry.labels]
     counts = Counter(
         "tagged"
-        if verdict.is_expected and verdict.answer and verdict.answer.tags
+        if result.is_expected and result.answer and result.answer.tags
         else "failed"
-        if verdict.is_expected
+        if result.is_expected
         else "unexpected"
-        for verdict in verdicts
+        for result in results
     )
-    models = {verdict.answer.model for verdict in verdicts if verdict.answer and verdict.answer.model}
+    models = {result.answer.model for result in results if result.answer and result.answer.model}
     model = ", ".join(f"{each.id} in {each.dtype} on {each.device}" for each in models)
     console.print(
         f"\n[bold]{counts['tagged']} tagged[/], {counts['failed']} failed{' as expected' if ranks else ''}, "
         f"{counts['unexpected']} not as expected; "
-        f"{len(verdicts)} images in {took_s:.2f} s, [bold]{len(verdicts) / took_s:.0f} images/s[/] "
+        f"{len(results)} images in {took_s:.2f} s, [bold]{len(results) / took_s:.0f} images/s[/] "
         f"(one worker, {escape(printable(model))})."
     )
     if not ranks:

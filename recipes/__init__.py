@@ -1,1 +1,1 @@
-"""Recipes: how the files that the project ships, but nobody wrote by hand, are made from packages of registries."""
+"""Recipes: how the shipped files that are not written by hand are made from packages of registries."""

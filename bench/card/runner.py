@@ -25,7 +25,7 @@ SITE: Final = ROOT / "build" / "card-site"
 END_S: Final = 10.0
 """Time for a process to end after SIGTERM, and what it started with it."""
 REHEARSAL_FACTOR: Final = 4
-"""A rehearsal may take so many times the limits: it runs on a CPU, often on a busy one, and nobody waits for it."""
+"""A rehearsal may take so many times the limits: it runs on a CPU, often on a busy one."""
 PR_SET_CHILD_SUBREAPER: Final = 36
 TAIL_CHARACTERS: Final = 6_000
 PASSED: Final = frozenset({"ok", "skipped"})

@@ -84,7 +84,7 @@ def table(measured: Measured) -> Iterator[str]:
 
 
 def _has_right_word(measured: Measured, name: str, index: int) -> bool:
-    """Whether any label of a set is right for a photograph; where none is, the set cannot be blamed."""
+    """Whether any label of a set is right for a photograph; where none is, the error is not one of the set."""
     answers = measured.photos[index].answers
     return any(measured.vocabulary.is_right(word, answers) for word in measured.labels[name])
 

@@ -1,4 +1,4 @@
-"""The chart's trial server as its container starts it: each part works as its own user, and nobody else gets in."""
+"""The chart's trial server as its container starts it: each part works as its own user, and no other user gets in."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_trial_gets_passwords_by_standard_input(trial: Trial) -> None:
 
 
 def test_trial_default_user_is_off(trial: Trial) -> None:
-    """Nobody without a name, and nobody by the passwords that docs/redis-acl.conf prints."""
+    """Neither a client without a name, nor one with the passwords that docs/redis-acl.conf prints."""
     with trial.client(None) as client, pytest.raises(redis.AuthenticationError):
         client.ping()
     for role in ROLES:

@@ -79,7 +79,7 @@ def test_what_a_dead_consumer_had_read_goes_to_another(redis_client: redis.Redis
 
 
 def test_a_consumer_that_comes_back_gets_its_own_first(redis_client: redis.Redis, consume: Consume) -> None:
-    """Started again under its name it reads at once what it had not acknowledged, in order, then the rest.
+    """Started again under its name it reads immediately what it had not acknowledged, in order, then the rest.
 
     Entries are idle for an hour before another consumer may have them, so they cannot come as those of a dead one.
     """

@@ -148,7 +148,7 @@ def counted(near: redis.Redis) -> int:
 
 @pytest.mark.slow
 def test_a_cut_claim_loses_nothing(proxy: FaultProxy, far: redis.Redis, redis_client: redis.Redis) -> None:
-    """Jobs whose claim was cut wait in their lanes or are claimed; a claim that nobody knows of ends with its lease."""
+    """Jobs whose claim was cut wait in their lanes or are claimed; a claim whose reply was lost ends with its lease."""
     claims = make_lease_queue(far, NAME, lease_s=0.0, bulk_share=0.0)
     successor, committer = make_lease_queue(redis_client, "successor"), make_answer_store(redis_client, "successor")
     another = make_lease_queue(redis_client, "another")
@@ -303,7 +303,7 @@ def test_a_black_hole_is_a_time_out_and_then_over(proxy: FaultProxy, redis_clien
         proxy.heal()
         settled(redis_client)
         if what == "claim":
-            # The swallowed claim has arrived after all, and nobody knows of it until its lease ends.
+            # The swallowed claim has arrived after all; no worker knows of it until its lease ends.
             assert where(redis_client) == (Counter(), dict.fromkeys(ids, NAME))
             make_maintenance(redis_client).run_once()
         assert calls[what]() == expected[what]

@@ -1,4 +1,4 @@
-"""Every drill in its short form, in CI with a seed that nobody has seen: the promise must hold."""
+"""Every drill in its short form, in CI with a new seed: the promise must hold."""
 
 from __future__ import annotations
 

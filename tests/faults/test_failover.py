@@ -104,7 +104,7 @@ def lag(servers: Failover, producer: Client, client: redis.Redis, worker: Worker
 
 
 def hang(servers: Failover, producer: Client, client: redis.Redis, image: str) -> list[str]:
-    """A primary hangs with open connections. What it takes when it wakes is confirmed by nobody, and written again."""
+    """A primary hangs with open connections. What it takes when it wakes is not confirmed, and written again."""
     before, ids = drill.answered(client), send(producer, image, "before")
     wait_until(lambda: drill.answered(client) > before + 5, timeout_s=30, every_s=0.002)
     old = servers.pause_primary()
@@ -114,7 +114,7 @@ def hang(servers: Failover, producer: Client, client: redis.Redis, image: str) -
 
 
 def is_primary_without(client: redis.Redis, key: str) -> bool:
-    """Whether the new primary answers, and never heard of a key that the old one had acknowledged."""
+    """Whether the new primary answers, and has never had a key that the old one had acknowledged."""
     try:
         return not client.exists(key)
     except RedisError:

@@ -1,4 +1,4 @@
-"""A Redis that comes late, or comes back: a worker that says that it is ready hears revokes."""
+"""A Redis that comes late, or comes back: a worker that reports that it is ready receives revokes."""
 
 from __future__ import annotations
 

@@ -199,14 +199,14 @@ def test_wrong_settings_are_not_tried_again(launch: Callable[..., WorkerProcess]
 
 @pytest.mark.long
 def test_workers_end_with_a_killed_launcher(launch: Callable[..., WorkerProcess], ours: Fleet) -> None:
-    """Nobody would restart them: they drain by themselves, and lose nothing."""
+    """No process would restart them: they drain by themselves, and lose nothing."""
     box = launch()
     ids = ours.send(300, prefix="orphan")
     wait_until(lambda: len(answerers(ours.client)) == 2, timeout_s=30)
-    everybody = family(box.pid)
-    assert len(everybody) > 4
+    processes = family(box.pid)
+    assert len(processes) > 4
     box.kill()
-    wait_until(lambda: not any(map(lives, everybody)), timeout_s=10, what="nobody is left")
+    wait_until(lambda: not any(map(lives, processes)), timeout_s=10, what="the end of all processes")
     assert not ours.client.exists(CLAIMS), "they drained"
     launch(name="next")
     assert ours.counted(ids).reaped == 0

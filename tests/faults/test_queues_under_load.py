@@ -1,4 +1,4 @@
-"""What a real worker does with full lanes: who goes first, who is too late, and ten thousand jobs of the dead."""
+"""A real worker with full lanes: which jobs go first, which are too late, and ten thousand jobs of crashed workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Redis that answers, and says no: full, read-only, a changed password. Nothing is lost, and nobody spins."""
+"""A Redis that answers, and says no: full, read-only, a changed password. Nothing is lost; every try has a pause."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_password_that_is_changed_and_changed_back(moody: Moody) -> None:
     before = int(near.info("stats")["total_connections_received"])
     near.blpop(["nothing"], timeout=3)
     tries = int(near.info("stats")["total_connections_received"]) - before
-    assert tries < 100, "it spins"
+    assert tries < 100, "it tries without a pause"
     near.config_set("requirepass", "")
     ids = moody.ask(40, prefix="pw")
     all_answered_once(near, ids)
@@ -133,7 +133,7 @@ def test_a_password_that_is_changed_and_changed_back(moody: Moody) -> None:
 
 
 def test_a_clock_that_was_set_back_leaves_no_lease_without_end(redis_client: redis.Redis) -> None:
-    """A lease that ends a day from now is cut to the longest that anybody may ask for."""
+    """A lease that ends a day from now is cut to the longest that a client may ask for."""
     redis_client.lpush("shiwu.bulk", message("job"))
     [job] = make_lease_queue(redis_client, "dead").claim(1).jobs
     redis_client.zadd(LEASES, {"job": job.claimed_ms + 86_400_000})

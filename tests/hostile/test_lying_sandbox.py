@@ -63,7 +63,7 @@ def test_every_lie_counts_as_a_crashed_sandbox(tmp_path: Path, first: int) -> No
 
 
 def test_second_reply_is_not_taken_for_the_next_image(tmp_path: Path) -> None:
-    """A reply that nobody asked for ends the sandbox when the next request is sent."""
+    """A reply without a request ends the sandbox when the next request is sent."""
     with Pool(tmp_path, processes=1, threads=1) as made:
         made.submit(image_file(tmp_path, GOOD[0], "one more reply"), image_file(tmp_path, GOOD[1]))
         made.wait(2)

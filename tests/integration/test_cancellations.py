@@ -84,7 +84,7 @@ def test_listener_comes_back_after_its_connection_is_cut(valkey: Valkey, heard: 
 
 
 def test_defect_of_the_receiver_is_fatal(valkey: Valkey, heard: Heard) -> None:
-    """A thread that has ended would hear nothing more."""
+    """A thread that has ended would receive nothing more."""
     heard.error = IndexError("a defect")
     with valkey.client() as client:
         client.publish(ANSWERED_CHANNEL, "one")

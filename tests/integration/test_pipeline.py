@@ -217,7 +217,7 @@ def test_unknown_label_set_with_one_attempt_is_rejected() -> None:
 def test_full_bulk_slots_cause_no_claims_until_there_is_room(
     parts: PipelineUnderTest, redis_client: redis.Redis
 ) -> None:
-    """The waiting bulk messages wake nobody; an interactive message and a freed slot do."""
+    """The waiting bulk messages wake no thread; an interactive message and a freed slot do."""
     hold = threading.Event()
     parts.encode = lambda _: hold.wait(20) and None
     claims = []

@@ -58,7 +58,7 @@ def test_unreadable_published_limits_are_ignored(redis_client: redis.Redis) -> N
 
 
 def test_published_limits_are_held_to_bounds(redis_url: str, redis_client: redis.Redis) -> None:
-    """Whoever may write them can neither cut the stream to nothing nor make an answer's time invalid."""
+    """A client that may write them can neither cut the stream to nothing nor make an answer's time invalid."""
     names = ("result_ttl_s", "done_ttl_s", "dead_length", "dead_age_s", "stream_length", "stream_bytes", "dead_bytes")
     redis_client.hset(RETENTION, mapping=dict.fromkeys(names, "0"))
     limits = PublishedRetention(redis_client)()

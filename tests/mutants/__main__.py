@@ -42,7 +42,7 @@ class Mutant:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Outcome:
     """What the tests said about one fault."""
 
     module: str
@@ -69,7 +69,7 @@ def chosen(count: int, *, seed: int, modules: Sequence[str]) -> list[Mutant]:
     return list(itertools.islice(valid, count))
 
 
-def judged(zygote: Zygote, mutant: Mutant) -> Verdict:
+def tested(zygote: Zygote, mutant: Mutant) -> Outcome:
     """Run the tests of one fault."""
     source = (ROOT / mutant.module).read_text(encoding="utf-8")
     run = zygote.run(
@@ -80,7 +80,7 @@ def judged(zygote: Zygote, mutant: Mutant) -> Verdict:
     )
     result = "timed out" if run.exit_code is None else "survived" if run.exit_code == 0 else "caught"
     failed = failed_tests(run.log)
-    return Verdict(
+    return Outcome(
         mutant.module,
         mutant.edit.line,
         mutant.edit.kind,
@@ -97,28 +97,28 @@ def failed_tests(log: str) -> list[str]:
     return [name for word, _, name in words if word in {"FAILED", "ERROR"}]
 
 
-def work(mutants: Sequence[Mutant], *, until_s: float) -> Iterator[Verdict]:
-    """Judge these faults one after another until a time of the monotonic clock.
+def work(mutants: Sequence[Mutant], *, until_s: float) -> Iterator[Outcome]:
+    """Test these faults one after another until a time of the monotonic clock.
 
     At the end, the tests that failed run without a fault: a test that still fails has noticed nothing.
     """
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         zygote = Zygote(Path(folder))
-        verdicts = []
+        outcomes = []
         for mutant in mutants:
             if time.monotonic() > until_s:
                 break
-            verdicts.append(judged(zygote, mutant))
-            print_progress(verdicts[-1])
-        named = {verdict.noticed_by for verdict in verdicts if "::" in verdict.noticed_by}
+            outcomes.append(tested(zygote, mutant))
+            print_progress(outcomes[-1])
+        named = {outcome.noticed_by for outcome in outcomes if "::" in outcome.noticed_by}
         run = zygote.run(sorted(named), limit_s=10 * LIMIT_S, is_first_only=False) if named else None
         failing = set(failed_tests(run.log)) if run is not None else set()
-        for verdict in verdicts:
-            yield replace(verdict, result="unclear") if verdict.noticed_by in failing else verdict
+        for outcome in outcomes:
+            yield replace(outcome, result="unclear") if outcome.noticed_by in failing else outcome
 
 
-def side_by_side(arguments: Sequence[str], *, processes: int) -> Iterator[Verdict]:
-    """The verdicts of several processes as they come; each is this command with a part of the sample."""
+def side_by_side(arguments: Sequence[str], *, processes: int) -> Iterator[Outcome]:
+    """The outcomes of several processes as they come; each is this command with a part of the sample."""
     command = [sys.executable, "-m", "tests.mutants", *arguments]
     with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
         for part in range(processes):
@@ -133,38 +133,38 @@ def side_by_side(arguments: Sequence[str], *, processes: int) -> Iterator[Verdic
             for key, _ in selector.select():
                 # One line is one short write, so a line that has begun is there at once.
                 if line := key.fileobj.readline():  # type: ignore[union-attr]  # a stream, no number
-                    yield Verdict(**json.loads(line))
+                    yield Outcome(**json.loads(line))
                 else:
                     selector.unregister(key.fileobj)
 
 
 def print_part(mutants: Sequence[Mutant], part: str, *, until_s: float) -> None:
-    """Judge one part of a sample, and print each verdict as a line of JSON."""
+    """Test one part of a sample, and print each outcome as a line of JSON."""
     # So that servers which tests have started end with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     number, count = map(int, part.split("/"))
-    for verdict in work(mutants[number::count], until_s=until_s):
-        print(json.dumps(asdict(verdict)), flush=True)
+    for outcome in work(mutants[number::count], until_s=until_s):
+        print(json.dumps(asdict(outcome)), flush=True)
 
 
-def print_progress(verdict: Verdict) -> None:
-    """One line for each fault as it is judged, beside the verdicts of this process."""
-    print(f"{verdict.result}: {verdict.module}:{verdict.line} {verdict.noticed_by}", file=sys.stderr, flush=True)
+def print_progress(outcome: Outcome) -> None:
+    """One line for each fault as it is tested, next to the outcomes of this process."""
+    print(f"{outcome.result}: {outcome.module}:{outcome.line} {outcome.noticed_by}", file=sys.stderr, flush=True)
 
 
-def report(verdicts: Sequence[Verdict], *, seed: int, at_least: float) -> int:
+def report(outcomes: Sequence[Outcome], *, seed: int, at_least: float) -> int:
     """Print the figures and what survived; 1 where the share is too small."""
-    counts = Counter(verdict.result for verdict in verdicts)
+    counts = Counter(outcome.result for outcome in outcomes)
     noticed = counts["caught"] + counts["timed out"]
-    share = noticed / len(verdicts) if verdicts else 0.0
+    share = noticed / len(outcomes) if outcomes else 0.0
     OUT.mkdir(parents=True, exist_ok=True)
     path = OUT / f"seed-{seed}.json"
-    path.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1, ensure_ascii=False), "utf-8")
-    for verdict in verdicts:
-        if verdict.result == "survived":
-            print(f"\n{verdict.module}:{verdict.line} ({verdict.kind}) survived\n{verdict.diff}")
+    path.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1, ensure_ascii=False), "utf-8")
+    for outcome in outcomes:
+        if outcome.result == "survived":
+            print(f"\n{outcome.module}:{outcome.line} ({outcome.kind}) survived\n{outcome.diff}")
     figures = ", ".join(f"{counts[result]} {result}" for result in ("caught", "timed out", "survived", "unclear"))
-    print(f"\n{len(verdicts)} faults: {figures}; {share:.1%} noticed; seed {seed}; {path.relative_to(ROOT)}")
+    print(f"\n{len(outcomes)} faults: {figures}; {share:.1%} noticed; seed {seed}; {path.relative_to(ROOT)}")
     return 0 if share >= at_least else 1
 
 
@@ -176,7 +176,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="repeats a sample; default: a new one")
     parser.add_argument("--processes", type=int, default=2, help="side by side; default: %(default)s")
     parser.add_argument("--at-least", type=float, default=0.85, help="the share below which it fails; %(default)s")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="judge what can be judged in this time")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="test what can be tested in this time")
     parser.add_argument("--list", action="store_true", help="print the faults of the sample, and run nothing")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -194,12 +194,12 @@ def main() -> int:
             print(f"{mutant.module}:{mutant.edit.line} ({mutant.edit.kind})\n{mutant.edit.diff(source)}")
         return 0
     arguments = [*args.modules, "--sample", str(args.sample), "--seed", str(seed), "--minutes", str(args.minutes)]
-    verdicts = list(side_by_side(arguments, processes=args.processes))
-    if len(verdicts) < len(mutants):
-        print(f"{len(mutants) - len(verdicts)} faults of the sample were not judged", file=sys.stderr)
+    outcomes = list(side_by_side(arguments, processes=args.processes))
+    if len(outcomes) < len(mutants):
+        print(f"{len(mutants) - len(outcomes)} faults of the sample were not tested", file=sys.stderr)
         if not math.isfinite(args.minutes):
             return 2
-    return report(verdicts, seed=seed, at_least=args.at_least)
+    return report(outcomes, seed=seed, at_least=args.at_least)
 
 
 if __name__ == "__main__":

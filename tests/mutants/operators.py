@@ -1,6 +1,6 @@
 """Small faults in Python source: each is one edit that a test of the module should notice.
 
-Left alone is what no test can judge: texts, annotations, what a log line says, numbers named at module level, and
+Left alone is what no test can check: texts, annotations, what a log line says, numbers named at module level, and
 pauses of such a length.
 """
 
@@ -148,7 +148,7 @@ class _Collector(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        # Annotations are for the type checker, and decorators are judged by what they decorate.
+        # Annotations are for the type checker, and decorators are tested with what they decorate.
         for default in (*node.args.defaults, *node.args.kw_defaults):
             if default is not None:
                 self.visit(default)
@@ -195,7 +195,7 @@ class _Collector(ast.NodeVisitor):
                 self._replace(node, repr(node.value + step), "constant")
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """Texts are not judged."""
+        """Texts are not changed."""
 
     # ---------------------------------------------------------------- edits
     def _negate(self, test: ast.expr) -> None:

@@ -139,7 +139,7 @@ def start_valkey(folder: Path) -> tuple[Process, int]:
 
 
 def test_each_service_logs_in_as_its_own_user(tmp_path: Path) -> None:
-    """By the defaults; without a name, or as the administrator, nobody gets in."""
+    """By the defaults; without a name, or as the administrator, no client gets in."""
     process, port = start_valkey(tmp_path)
     roles = {"worker": "worker", "worker-gpu": "worker", "producer": "client", "sweep": "sweep"}
     assert {name for name in services() if "SHIWU_REDIS_URL" in environment(name)} == set(roles)
@@ -185,8 +185,8 @@ def test_credentials_are_the_demos_own() -> None:
     for name in services():
         for key, value in environment(name).items():
             if SECRET.search(key) and not key.startswith("GF_"):
-                nobody = key == "REDIS_ADMIN_PASSWORD"
-                assert re.fullmatch(r"\$\{\w+:-\}" if nobody else r"\$\{\w+:-shiwu-demo[\w-]*\}", value), key
+                is_disabled = key == "REDIS_ADMIN_PASSWORD"
+                assert re.fullmatch(r"\$\{\w+:-\}" if is_disabled else r"\$\{\w+:-shiwu-demo[\w-]*\}", value), key
     holders = {name for name in services() if "AWS_SECRET_ACCESS_KEY" in environment(name)}
     assert holders == {"s3", "pictures", "worker", "worker-gpu"}
 
@@ -235,8 +235,8 @@ def test_every_picture_that_is_asked_about_is_put() -> None:
     assert services()["pictures"]["entrypoint"][4:6] == ["--bucket", "pictures"]
 
 
-def test_the_store_calls_nobody() -> None:
-    """SeaweedFS sends telemetry unless it is told not to."""
+def test_the_store_sends_no_telemetry() -> None:
+    """SeaweedFS sends it unless it is told not to."""
     assert "-master.telemetry=false" in services()["s3"]["command"]
 
 

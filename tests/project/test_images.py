@@ -171,7 +171,7 @@ def test_what_is_copied_exists_and_is_not_ignored(path: Path) -> None:
 
 
 def test_the_context_holds_nothing_else() -> None:
-    """Ignored first, allowed by name: what nobody thought of stays out, and nothing is allowed in vain."""
+    """Ignored first, allowed by name: a new kind of file stays out, and each allowed one exists."""
     lines = ignore_lines()
     assert lines[0] == "*"
     assert {line[1:] for line in lines if line[0] == "!"} == {one for path in DOCKERFILES for one in copied(path)}
@@ -203,8 +203,8 @@ def test_the_health_check_believes_readyz(status: int | None, exit_code: int) ->
         if status is not None:
             server.serve("/readyz", Reply(status=status, body=b"why\n"))
         port = server.port if status is not None else free_ports(1)[0]
-        nobody = f"http://{LOOPBACK}:{free_ports(1)[0]}"
-        env = clean_environment({"SHIWU_HTTP_PORT": str(port), "http_proxy": nobody, "HTTP_PROXY": nobody})
+        closed = f"http://{LOOPBACK}:{free_ports(1)[0]}"
+        env = clean_environment({"SHIWU_HTTP_PORT": str(port), "http_proxy": closed, "HTTP_PROXY": closed})
         done = subprocess.run(
             [sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=30, check=False
         )

@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-FOLDERS: Final = ("producer", "worker", "tests", "docs", "bench", "demo", "drill", "docker", "helm")
+FOLDERS: Final = ("producer", "worker", "tests", "docs", "bench", "demo", "drill", "recipes", "docker", "helm")
 KINDS: Final = frozenset({".py", ".md", ".lua", ".yaml", ".tpl", ".sh", ".toml"})
 
 WORDS: Final = {
@@ -53,6 +53,13 @@ WORDS: Final = {
     "parked": "delayed",
     "stranger": "producer",
     "strangers": "producers",
+    "anybody": "a client, a worker, …",
+    "everybody": "all clients, all workers, …",
+    "nobody": "no client, no worker, …",
+    "somebody": "a client, a worker, …",
+    "whoever": "a client, a worker, …",
+    "verdict": "outcome",
+    "verdicts": "outcomes",
     "tend": "run maintenance",
     "tended": "run maintenance",
     "tends": "runs maintenance",
@@ -64,6 +71,9 @@ ALLOWED: Final = {
     ("solo", "worker_pool"),
     ("solo", "pool=solo"),
     ("solo", '"-P", "solo"'),
+    # Names that exist nowhere, in tests.
+    ("nobody", '"nobody"'),
+    ("nobody", "://nobody:wrong@"),
     # The name of a Redis key.
     ("parked", "shiwu:parked"),
 }

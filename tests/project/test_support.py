@@ -1,4 +1,4 @@
-"""The test bench itself: a guard with a hole or a server that forgets would make other tests lie."""
+"""The helpers of the tests: with a faulty one, other tests would pass without reason."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_valkey_keeps_port_and_data_over_a_kill(valkey: Valkey) -> None:
 
 
 def test_the_picture_server_follows_its_script(http_server: PictureServer) -> None:
-    """Replies come one after the other, the last for ever, and everything is counted."""
+    """Replies come one after the other, the last forever, and everything is counted."""
     url = http_server.serve("/a.jpg", Reply.error(503), Reply.picture(b"bytes"))
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(url, timeout=5)  # noqa: S310 our own http://
@@ -87,7 +87,7 @@ def test_bad_pictures_do_not_decode(name: str) -> None:
         image.load()
 
 
-def test_a_process_that_ends_early_shows_its_last_words(tmp_path: Path) -> None:
+def test_a_process_that_ends_early_shows_its_output(tmp_path: Path) -> None:
     """The error says how it ended and what it printed."""
     command = [sys.executable, "-c", "import sys; print('no model here'); sys.exit(65)"]
     with Process(command, name="early", folder=tmp_path, env=clean_environment({})) as process:

@@ -158,7 +158,7 @@ def marks_outlive_answers(before: Snapshot, after: Snapshot, world: World) -> No
     """While an answer can be read, its id counts as answered."""
     for job_id in _answered(after, world):
         if before.results.get(job_id) == after.results.get(job_id):
-            continue  # `already_answered` of an earlier message, and nobody waits for a result of this one
+            continue  # `already_answered` of an earlier message, and no client waits for a result of this one
         mark_ms, result_ms = after.ttl_ms(done_key(job_id)), after.ttl_ms(result_key(job_id))
         assert mark_ms > 0, "every mark ends"
         assert mark_ms + TTL_TOLERANCE_MS >= result_ms, f"the answer of {job_id} outlives its mark"

@@ -36,7 +36,7 @@ def raw_png(
 
 
 def webp_pixels() -> bytes:
-    """34 bytes that say 16383 × 16383, and make a decoder allocate it before anybody looks."""
+    """34 bytes that say 16383 × 16383, and make a decoder allocate it before any check."""
     bits = (16_383 - 1) | (16_383 - 1) << 14
     body = b"VP8L" + struct.pack("<I", 14) + b"\x2f" + struct.pack("<I", bits) + bytes(9)
     return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body

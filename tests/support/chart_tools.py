@@ -65,7 +65,7 @@ def _run(command: Sequence[str], *, folder: Path, timeout_s: float = 600) -> Non
 
 
 def _put(program: bytes, name: str) -> None:
-    """Into place at once, so that a half written program is never run."""
+    """In one step, so that a half written program is never run."""
     new = FOLDER / f".{name}.{os.getpid()}"
     new.write_bytes(program)
     new.chmod(new.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)

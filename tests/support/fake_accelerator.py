@@ -94,7 +94,7 @@ class FakeGraph:
 
 
 def poison(tensor: torch.Tensor) -> None:
-    """Fill with what nobody would take for a result."""
+    """Fill with values that cannot be a result."""
     tensor.fill_(0xA5 if tensor.dtype == torch.uint8 else float("nan"))
 
 

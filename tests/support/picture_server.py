@@ -136,7 +136,7 @@ class PictureServer:
         return f"http://{self.host}{path}"
 
     def serve(self, path: str, *replies: Reply) -> str:
-        """Answer requests of `path` with these replies in turn, the last one for ever. Return the URL."""
+        """Answer requests of `path` with these replies in turn, the last one forever. Return the URL."""
         with self._lock:
             self._replies[path] = list(replies)
         return self.url(path)

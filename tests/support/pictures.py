@@ -100,7 +100,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def rgba_png(image: Image.Image) -> bytes:
-    """A PNG that is transparent outside a disk; under the transparency lies red, which nobody is to see."""
+    """A PNG that is transparent outside a disk; under the transparency lies red, which must not be seen."""
     mask = Image.new("L", image.size, 0)
     ImageDraw.Draw(mask).ellipse((0, 0, image.width - 1, image.height - 1), fill=255)
     hidden = Image.composite(image, Image.new("RGB", image.size, (255, 0, 0)), mask)

@@ -42,7 +42,7 @@ def _encoded(label_set: LabelSet) -> EncodedLabels:
 
 
 class InstantLoaders:
-    """Loaders whose results come at once, on the thread that submits."""
+    """Loaders whose results come immediately, on the thread that submits."""
 
     def __init__(self) -> None:
         self.before: Callable[[], None] = lambda: None

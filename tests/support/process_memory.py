@@ -23,7 +23,7 @@ def found_in_memory(pid: int, texts: Iterable[str]) -> set[str]:
                     memory.seek(at)
                     chunk = memory.read(min(CHUNK_BYTES + overlap, end - at))
                 except OSError:
-                    continue  # a region of the kernel, which nobody can read
+                    continue  # a region of the kernel, which cannot be read
                 found |= {text for text, data in left.items() if data in chunk}
     return found
 

@@ -24,7 +24,7 @@ class ServerError(RuntimeError):
 
 
 def free_ports(count: int) -> list[int]:
-    """Different TCP ports of loopback that are free now; somebody may take one before it is used."""
+    """Different TCP ports of loopback that are free now; another process may take one before it is used."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -60,7 +60,7 @@ class Process:
         self._popen: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
-        """Start the command; return at once.
+        """Start the command; return immediately.
 
         Raises:
             ServerError: when it runs already.
@@ -103,7 +103,7 @@ class Process:
             self._popen.send_signal(number)
 
     def terminate(self) -> None:
-        """Send SIGTERM and return at once."""
+        """Send SIGTERM and return immediately."""
         self.signal(signal.SIGTERM)
 
     def kill(self) -> None:

@@ -180,7 +180,7 @@ class AnswerStore:
     def write(self, entries: Sequence[AnswerEntry], *, token: str | None = None) -> set[str]:
         """Write up to MAX_COMMIT answers; return the ids whose answers were discarded.
 
-        An answer is discarded where another writer answered the id before, or the job was requeued meanwhile.
+        An answer is discarded where another writer answered the id before, or the job was requeued after its claim.
 
         Args:
             token: replaces the store's token in this write, so that an id that the same store answered before is

@@ -367,7 +367,7 @@ class Client:
     def sweep(self, *, zone: tzinfo = UTC) -> SweepReport:
         """Do maintenance once, for places where no worker may be running; see the command `shiwu sweep`.
 
-        Requeues jobs whose lease expired, answers late ones and trims the results stream. Several may run at once.
+        Requeues jobs whose lease expired, answers late ones and trims the results stream. Several may run side by side.
 
         Args:
             zone: time zone of an `expires` without one, as the workers' `SHIWU_TIMEZONE`.

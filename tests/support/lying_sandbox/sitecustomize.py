@@ -41,7 +41,7 @@ def lies(request: int) -> dict[str, list[bytes]]:
         "hash of another image": decoded | {"sha256": "0" * 64},
         "error of fetch": refused | {"code": "source_not_found"},
         "error of the caller": refused | {"code": "expired"},
-        "error of nobody": refused | {"code": "no_such_code"},
+        "unknown error": refused | {"code": "no_such_code"},
         "not retried": refused | {"retryable": False},
         "another stage": refused | {"stage": "claim"},
         "line break": refused | {"message": "one\ntwo"},

@@ -78,7 +78,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
 
 
 def test_reports_begin_with_nothing() -> None:
-    """A figure that nobody counted is 0."""
+    """A figure that was not counted is 0."""
     assert set(astuple(MaintenanceReport())) == {0}
     assert (NOTHING.not_looked_at, NOTHING.foreign, NOTHING.did_something) == (0, (), False)
 

@@ -77,7 +77,7 @@ def setting(name: str, **changes: object) -> Change:
 
 
 def pipe(name: str) -> Change:
-    """Put a pipe in the place of a file: opening it would wait for ever."""
+    """Put a pipe in the place of a file: opening it would wait forever."""
 
     def change(folder: Path) -> None:
         (folder / name).unlink()

@@ -294,7 +294,7 @@ def test_idle_consumers_are_removed_once_in_a_while(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("text", ["NOGROUP no such group", "UNBLOCKED the stream", "ERR Error: NOGROUP no"])
 def test_deleted_group_is_made_again(parts: Parts, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """And read from its begin; what was read before is still delivered, because nobody else can get it."""
+    """And read from its begin; what was read before is still delivered, because no other consumer can get it."""
     monkeypatch.setattr(module, "GROUP_GONE_PAUSE_S", 0.0)
     parts.reads = [[entry(1)]]
     portion = parts.reader.read()

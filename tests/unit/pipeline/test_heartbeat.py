@@ -161,7 +161,7 @@ def test_worker_with_work_and_no_progress_is_stuck(
 
 
 def test_stuck_worker_is_logged_every_so_often(parts: Parts) -> None:
-    """At once, also in the first seconds of the machine, and again after the same time."""
+    """Immediately, also in the first seconds of the machine, and again after the same time."""
     parts.clock.now_s = 10.5
     parts.progress._last_s = 0.0
     parts.held.append("job")
@@ -219,7 +219,7 @@ def test_report_of_maintenance_is_passed_on(parts: Parts) -> None:
 
 
 def test_moved_values_are_counted_and_named(parts: Parts) -> None:
-    """None, where there are none. A duty that fails is a reason to check at once."""
+    """None, where there are none. A duty that fails is a reason to check immediately."""
     parts.heartbeat._move_foreign()
     assert parts.observer.foreign == []
     parts.foreign = [ForeignValue(key="shiwu.bulk", type="string", moved_to="x")]

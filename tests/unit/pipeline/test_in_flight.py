@@ -89,7 +89,7 @@ def test_bulk_leaves_slots_for_interactive() -> None:
 
 
 def test_worker_of_one_lane_reserves_no_slots() -> None:
-    """Nobody else would use them."""
+    """No other lane would use them."""
     in_flight = InFlightJobs(slots=100, shares=LoadShares(interactive_reserve=0.0))
     assert rooms(in_flight) == Room(100, 100)
 
@@ -146,7 +146,7 @@ def test_every_slot_is_used_once_at_a_time() -> None:
 
 
 def test_ticket_gives_its_job_once() -> None:
-    """A result that comes twice, or for no job, is nobody's."""
+    """A result that comes twice, or for no job, is ignored."""
     in_flight = InFlightJobs(slots=3)
     one, two = jobs(2)
     [(first, _), (second, _)] = in_flight.add([one, two], [one, two])
@@ -205,7 +205,7 @@ def test_small_room_is_not_worth_a_claim() -> None:
 
 
 def test_wait_for_the_end_has_three_ends() -> None:
-    """Nothing is in flight, the time is over, or it is hurried; it ends at once in each case."""
+    """Nothing is in flight, the time is over, or it is hurried; it ends immediately in each case."""
     in_flight = InFlightJobs(slots=3)
     far_s = time.monotonic() + 60.0
     in_flight.wait_until_empty(until_s=far_s, is_hurried=lambda: False)

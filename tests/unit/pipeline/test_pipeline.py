@@ -257,7 +257,7 @@ def test_claimed_job_with_an_obstacle_is_not_loaded(parts: Parts) -> None:
 
 
 def test_failed_load_is_retried_or_answered(parts: Parts) -> None:
-    """By the class of its error; no image of it reaches the device. A result that nobody waits for is ignored."""
+    """By the class of its error; no image of it reaches the device. A result without a job is ignored."""
     parts.claims.claimed(make_jobs("away", "broken"))
     parts.load("away", error=ErrorInfo(code=RETRIED, message="503"))
     parts.load("broken", error=BROKEN)

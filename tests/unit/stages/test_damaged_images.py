@@ -44,7 +44,7 @@ def whole() -> dict[str, bytes]:
     return damage.whole_images()
 
 
-def verdict(data: bytes) -> str:
+def outcome(data: bytes) -> str:
     """`tagged`, or the code of the error."""
     try:
         decode(data, spec=SPEC, limits=LIMITS)
@@ -62,8 +62,8 @@ def shown(data: bytes) -> NDArray[np.uint8]:
 def test_damaged_image_is_broken(name: str, whole: dict[str, bytes]) -> None:
     """Cut or filled with zeros at any place, with an end marker behind it or not."""
     data = whole[name]
-    assert verdict(data) == "tagged"
-    found = {how: verdict(body) for how, body in damage.damaged(name, data)}
+    assert outcome(data) == "tagged"
+    found = {how: outcome(body) for how, body in damage.damaged(name, data)}
     if name in damage.UNCOMPRESSED:
         found = {how: code for how, code in found.items() if not how.startswith("zeros")}
     assert {how: code for how, code in found.items() if code != "picture_broken"} == {}
@@ -97,14 +97,14 @@ def test_jpeg_with_only_a_header_is_broken(whole: dict[str, bytes]) -> None:
         data = whole[name]
         at = data.index(b"\xff\xda")
         length = int.from_bytes(data[at + 2 : at + 4], "big")
-        assert verdict(data[: at + 2 + length] + b"\xff\xd9") == "picture_broken", name
-        assert verdict(data[:at]) == "picture_broken", name
+        assert outcome(data[: at + 2 + length] + b"\xff\xd9") == "picture_broken", name
+        assert outcome(data[:at]) == "picture_broken", name
 
 
 def test_arithmetic_jpeg_is_complete_or_broken() -> None:
     """Its decoder cannot wait for more data; what encoders leave out at the end may be missing."""
     data = damage.ARITHMETIC_JPEG
-    assert verdict(data) == verdict(data[:-2]) == verdict(data + b"behind it") == "tagged"
+    assert outcome(data) == outcome(data[:-2]) == outcome(data + b"behind it") == "tagged"
     for share in (0.3, 0.5, 0.7):
         left = data[: int(len(data) * share)]
         for body in (
@@ -113,7 +113,7 @@ def test_arithmetic_jpeg_is_complete_or_broken() -> None:
             left.ljust(len(data), b"\0"),
             left.ljust(len(data), b"\0") + b"\xff\xd9",
         ):
-            assert verdict(body) == "picture_broken", share
+            assert outcome(body) == "picture_broken", share
 
 
 def test_jpeg_with_a_marker_in_its_data_is_broken(whole: dict[str, bytes]) -> None:
@@ -122,7 +122,7 @@ def test_jpeg_with_a_marker_in_its_data_is_broken(whole: dict[str, bytes]) -> No
         data = bytearray(whole[name])
         at = len(data) // 2
         data[at : at + 2] = b"\xff\xd9"
-        assert verdict(bytes(data)) == "picture_broken", name
+        assert outcome(bytes(data)) == "picture_broken", name
 
 
 def test_progressive_jpeg_may_end_after_a_complete_scan(whole: dict[str, bytes]) -> None:
@@ -136,8 +136,8 @@ def test_progressive_jpeg_may_end_after_a_complete_scan(whole: dict[str, bytes])
         end = data.find(b"\xff\xc4", before, at) if b"\xff\xc4" in data[before:at] else at
         fewer = data[:end] + b"\xff\xd9"
         assert np.abs(shown(fewer) - expected).mean() < 20
-        assert verdict(data[: at + 4] + b"\xff\xd9") == "picture_broken"
-        assert verdict(data[: end - 40] + b"\xff\xd9") == "picture_broken"
+        assert outcome(data[: at + 4] + b"\xff\xd9") == "picture_broken"
+        assert outcome(data[: end - 40] + b"\xff\xd9") == "picture_broken"
 
 
 def test_jpeg_without_the_scans_of_its_colours_is_broken() -> None:
@@ -150,7 +150,7 @@ def test_jpeg_without_the_scans_of_its_colours_is_broken() -> None:
     start = damage.jpeg_segment(0xDA, bytes((1, 1, 0, 0, 63, 0)))
     body = data[:at] + start + grey[scan + 2 + int.from_bytes(grey[scan + 2 : scan + 4], "big") :]
     assert length == 12
-    assert verdict(body) == "picture_broken"
+    assert outcome(body) == "picture_broken"
 
 
 @st.composite
@@ -182,7 +182,7 @@ def test_complete_jpegs_are_tagged_and_cut_ones_are_not(made: tuple[bytes, int, 
     whole = decode(data, spec=as_it_is, limits=LIMITS, is_exact=True)[0]
     np.testing.assert_array_equal(decode(data[:-2], spec=as_it_is, limits=LIMITS, is_exact=True)[0], whole)
     for body in (data[:cut], data[:cut] + b"\xff\xd9"):
-        if verdict(body) == "tagged":
+        if outcome(body) == "tagged":
             assert not is_progressive
             found = decode(body, spec=as_it_is, limits=LIMITS, is_exact=True)[0]
             rows, columns = np.nonzero((found != whole).any(axis=2))
@@ -194,9 +194,9 @@ def test_complete_jpegs_are_tagged_and_cut_ones_are_not(made: tuple[bytes, int, 
 @pytest.mark.parametrize("junk", [b"", b"junk behind the end"])
 def test_png_whose_data_ends_early_is_broken(colour: int, junk: bytes) -> None:
     """Sound compressed data for some of the rows, in every colour type; the last row is looked at."""
-    assert verdict(damage.short_png(1.0, colour=colour, junk=junk)) == "tagged"
+    assert outcome(damage.short_png(1.0, colour=colour, junk=junk)) == "tagged"
     for share in (0.0, 1 / 3, 0.97):
-        assert verdict(damage.short_png(share, colour=colour, junk=junk)) == "picture_broken", share
+        assert outcome(damage.short_png(share, colour=colour, junk=junk)) == "picture_broken", share
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 2), (3, 5), (8, 8), (33, 17)])
@@ -207,7 +207,7 @@ def test_small_interlaced_pngs_are_complete(size: tuple[int, int]) -> None:
     assert np.abs(shown(data).astype(int) - shown(pictures.png(image))).max() == 0
     rows = damage.interlaced_png(image.crop((0, 0, max(1, size[0] // 2), max(1, size[1] // 2))))
     short = data[:16] + data[16:33] + rows[33:]
-    assert verdict(short) == ("tagged" if size == (1, 1) else "picture_broken")
+    assert outcome(short) == ("tagged" if size == (1, 1) else "picture_broken")
 
 
 def test_png_in_the_colour_of_the_mark_is_complete() -> None:
@@ -220,20 +220,20 @@ def test_png_in_the_colour_of_the_mark_is_complete() -> None:
         "1": 1,
     }.items():
         image = Image.new(mode, (40, 30), colour)
-        assert verdict(pictures.png(image)) == "tagged", mode
+        assert outcome(pictures.png(image)) == "tagged", mode
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((165, 90, 201), (0, 0, 0))]
     data = pictures.saved(frames[0], "PNG", save_all=True, append_images=frames[1:], duration=100)
-    assert verdict(data) == "tagged"
+    assert outcome(data) == "tagged"
 
 
 def test_only_the_decoded_frame_must_be_complete(whole: dict[str, bytes]) -> None:
-    """Damage in the first frame of an animated PNG is noticed, damage in a later one concerns nobody."""
+    """Damage in the first frame of an animated PNG is noticed, damage in a later one does not matter."""
     first, second = damage.photo(), damage.photo().rotate(90)
     data = pictures.saved(first, "PNG", save_all=True, append_images=[second], duration=100)
     begin, later = data.index(b"IDAT") + 4, data.index(b"fdAT") + 8
-    assert verdict(data) == "tagged"
-    assert verdict(data[: begin + (later - begin) // 2]) == "picture_broken"
-    assert verdict(data[: later + 100]) == "tagged"
+    assert outcome(data) == "tagged"
+    assert outcome(data[: begin + (later - begin) // 2]) == "picture_broken"
+    assert outcome(data[: later + 100]) == "tagged"
 
 
 def test_animation_with_a_short_first_frame_is_broken() -> None:
@@ -246,8 +246,8 @@ def test_animation_with_a_short_first_frame_is_broken() -> None:
         end += 1 + data[end]
     while middle - begin < (end - begin) // 2:
         middle += 1 + data[middle]
-    assert verdict(data) == "tagged"
-    assert verdict(data[:middle] + data[end:]) == "picture_broken"
+    assert outcome(data) == "tagged"
+    assert outcome(data[:middle] + data[end:]) == "picture_broken"
 
 
 @pytest.mark.parametrize("name", damage.damaged_beside_pixels())
@@ -284,7 +284,7 @@ def test_flat_images_are_complete() -> None:
         ("PNG", {}),
         ("GIF", {}),
     ):
-        assert verdict(pictures.saved(flat, kind, **options)) == "tagged", (kind, options)
+        assert outcome(pictures.saved(flat, kind, **options)) == "tagged", (kind, options)
 
 
 def test_scans_are_counted_by_markers_and_not_by_bytes() -> None:
@@ -360,5 +360,5 @@ def test_readable_items_of_damaged_boxes_are_found() -> None:
         changed = data.copy()
         changed[place : place + len(value)] = value
         assert len(items(bytes(changed))) <= 5000
-        assert verdict(bytes(changed)) in {"tagged", "picture_broken"}
+        assert outcome(bytes(changed)) in {"tagged", "picture_broken"}
     assert items(b"") == items(bytes(100)) == items(b"\0\0\0\1meta" + b"\xff" * 8) == []

@@ -251,7 +251,7 @@ def test_refused_address_and_closed_port_give_their_codes(http_server: PictureSe
 
 
 def test_only_files_of_allowed_folders_are_read(tmp_path: Path) -> None:
-    """Symbolic links are resolved first; outside nobody learns what exists; folders and pipes are no files."""
+    """Symbolic links are resolved first; callers do not learn what exists outside; folders and pipes are no files."""
     inside, outside = tmp_path / "in", tmp_path / "out"
     for folder in (inside, outside):
         folder.mkdir()

@@ -112,7 +112,7 @@ def test_wait_watches_the_named_lanes_only() -> None:
 
 
 def test_closed_notifier_waits_for_nothing() -> None:
-    """And wakes whoever waits."""
+    """And wakes the thread that waits."""
     client: Any = SimpleNamespace()
     notifier = LaneNotifier(client)
     notifier.close()

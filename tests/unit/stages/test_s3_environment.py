@@ -114,7 +114,7 @@ def test_error_of_another_service_is_no_refusal(
 def test_silent_credential_service_is_given_up(
     tmp_path: Path, client: S3Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Soon, and once for all threads: otherwise the time limit of fetch and decode would blame the images."""
+    """Soon, and once for all threads: otherwise the time limit of fetch and decode would reject the images."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name)
     (tmp_path / "token").write_text("a token")

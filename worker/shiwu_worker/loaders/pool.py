@@ -353,7 +353,7 @@ class LoaderPool:
         self._selector.register(connection, selectors.EVENT_READ, loader)
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # if the pipe is full, the thread is awake already
+        with contextlib.suppress(OSError):  # if the pipe is full, the thread is running already
             self._wake_writer.send(b"\0")
 
     def _drain_wake(self) -> None:

@@ -12,7 +12,7 @@ from shiwu.network.address_rules import AddressRules
 SPECIAL_BUCKETS: Final = ("--x-s3", "--xa-s3", "--op-s3", "-s3alias", "--ol-s3", ".mrap", "--table-s3")
 """Suffixes that AWS reserves for names of other things than buckets: S3 Express, Outposts, access points, tables.
 
-For some of them the AWS SDK ignores the configured endpoint; others name somebody else's bucket or run code on objects.
+For some the AWS SDK ignores the configured endpoint; others name a bucket of another account, or run code on objects.
 """
 
 

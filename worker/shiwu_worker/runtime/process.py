@@ -43,7 +43,7 @@ def exit_now(code: int) -> NoReturn:
     """End the process after its output was flushed, without running Python's finalisation.
 
     After a lost GPU, destructors of torch's pinned memory and events abort the process (pytorch issue 178154), and a
-    dead driver may let them wait for ever. The exit code would then be lost.
+    dead driver may let them wait forever. The exit code would then be lost.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -65,7 +65,7 @@ class Accelerator(Protocol):
         """Make the compute stream the current one, for inference."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy on the current stream; returns at once."""
+        """Copy on the current stream; returns immediately."""
 
     def record(self, event: Event) -> None:
         """Let the event stand for the work that the current stream has been given so far."""
@@ -105,7 +105,7 @@ class _CudaGraph:
 
 
 class CudaAccelerator:
-    """A CUDA device. Its torch.device stays usable beside it, on the default stream of each thread."""
+    """A CUDA device. Its torch.device stays usable alongside, on the default stream of each thread."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

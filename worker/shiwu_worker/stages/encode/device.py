@@ -100,7 +100,7 @@ def error_kind_of(error: BaseException, device: torch.device) -> DeviceErrorKind
     """What an error of a forward pass means for its batch.
 
     An error that is not known to be one of the device is followed by a synchronisation: after a lost device that
-    raises, and no single image may then be blamed.
+    raises, so no single image counts as the cause.
     """
     kind = _kind_by_type(error)
     if kind is DeviceErrorKind.OUT_OF_MEMORY:
