@@ -1,0 +1,35 @@
+"""Errors of a backfill, each with a stable code."""
+
+from __future__ import annotations
+
+from shiwu.errors import ShiwuError
+
+
+class BackfillError(ShiwuError):
+    """A backfill cannot go on; the text says what was expected, what came and what to do."""
+
+    code = "backfill_error"
+
+
+class SourceError(BackfillError):
+    """The list of images cannot be read."""
+
+    code = "backfill_source"
+
+
+class TargetError(BackfillError):
+    """The results cannot be written."""
+
+    code = "backfill_target"
+
+
+class TakenOver(BackfillError):
+    """Another process runs this backfill now."""
+
+    code = "backfill_taken_over"
+
+
+class WrongState(BackfillError):
+    """The backfill is not in a state in which this is possible."""
+
+    code = "backfill_state"

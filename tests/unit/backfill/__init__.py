@@ -1,0 +1,1 @@
+"""Tests of the backfill: its sources, ids, plan, parts and totals."""

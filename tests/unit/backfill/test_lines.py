@@ -1,0 +1,132 @@
+"""Lists of one entry a line: what each line becomes, and that each cursor goes on after its entry."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+
+import pytest
+
+from shiwu.backfill.entries import Entry
+from shiwu.backfill.errors import SourceError
+from shiwu.backfill.objects import Objects
+from shiwu.backfill.sources.lines import StandardInput
+from shiwu.backfill.sources.opening import open_source
+
+JSONL = (
+    b"\xef\xbb\xbf"
+    b'{"image": "s3://b/a.jpg"}\n'
+    b"\n"
+    b'{"source-ref": "s3://b/c d+%20.jpg", "team": "x", "n": 3}\r\n'
+    b'{"image": "s3://b/\\u732b.jpg", "metadata": [1, 2]}\n'
+    b'{"image": "https://h/x.jpg?a=1"}'
+)
+CSV_HEADER = 'id,image,note\n1,s3://b/a.jpg,"two\nlines"\n2,"s3://b/c,d.jpg",x\n'
+CSV_S3 = "photos,a+b/%E7%8C%AB%2B.jpg\nphotos,c.jpg,v1\n"
+
+
+def entries(path: Path, cursor: str = "") -> list[Entry]:
+    """All entries of a file after the cursor."""
+    source = open_source(str(path), objects=Objects({}))
+    try:
+        return list(source.entries(cursor))
+    finally:
+        source.close()
+
+
+def write(folder: Path, name: str, data: bytes) -> Path:
+    """A file, compressed if its name says so."""
+    path = folder / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["list.jsonl", "list.jsonl.gz", "LIST.NDJSON"])
+def test_json_lines_become_references_and_metadata(tmp_path: Path, name: str) -> None:
+    found = entries(write(tmp_path, name, JSONL))
+    assert [(entry.reference, entry.metadata) for entry in found] == [
+        ("s3://b/a.jpg", None),
+        ("s3://b/c d+%20.jpg", {"team": "x", "n": 3}),
+        ("s3://b/猫.jpg", [1, 2]),
+        ("https://h/x.jpg?a=1", None),
+    ]
+    assert not any(entry.error for entry in found)
+
+
+@pytest.mark.parametrize("name", ["list.jsonl", "list.jsonl.gz", "header.csv", "header.csv.gz", "s3.csv", "list.txt"])
+def test_each_cursor_goes_on_after_its_entry(tmp_path: Path, name: str) -> None:
+    """Also after a row with a line break in quotes, and in compressed files."""
+    data = {"list.jsonl": JSONL, "header.csv": CSV_HEADER.encode(), "s3.csv": CSV_S3.encode()}
+    path = write(tmp_path, name, data.get(name.removesuffix(".gz"), b"# comment\ns3://b/a.jpg\n\ns3://b/b.jpg\n"))
+    found = entries(path)
+    assert len(found) >= 2
+    for number, entry in enumerate(found, start=1):
+        assert entries(path, entry.cursor) == found[number:]
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"[]", b'"s3://b/a.jpg"', b'{"key": "a"}', b'{"image": 3}', b"\xff\xfe", b'{"image": NaN}']
+)
+def test_unreadable_json_line_becomes_an_error(tmp_path: Path, line: bytes) -> None:
+    """The others are read, and the line differs from other unreadable lines."""
+    found = entries(write(tmp_path, "list.jsonl", line + b'\n{"image": "s3://b/a.jpg"}\n{]\n'))
+    assert [entry.reference for entry in found] == ["", "s3://b/a.jpg", ""]
+    assert found[0].error.startswith("expected ")
+    assert found[0].version != found[2].version
+
+
+def test_csv_with_header_takes_other_columns_as_metadata(tmp_path: Path) -> None:
+    found = entries(write(tmp_path, "list.csv", b"\xef\xbb\xbf" + CSV_HEADER.encode()))
+    assert [(entry.reference, entry.metadata) for entry in found] == [
+        ("s3://b/a.jpg", {"id": "1", "note": "two\nlines"}),
+        ("s3://b/c,d.jpg", {"id": "2", "note": "x"}),
+    ]
+
+
+@pytest.mark.parametrize("header", ["", "Bucket,Key,VersionId\n"])
+def test_csv_in_the_form_of_s3_is_percent_decoded(tmp_path: Path, header: str) -> None:
+    found = entries(write(tmp_path, "list.csv", (header + CSV_S3).encode()))
+    assert [entry.reference for entry in found] == ["s3://photos/a b/猫+.jpg", "s3://photos/c.jpg?versionId=v1"]
+
+
+def test_csv_of_one_column_needs_no_header(tmp_path: Path) -> None:
+    found = entries(write(tmp_path, "list.csv", b"s3://b/a.jpg\n\nhttps://h/b.jpg\n"))
+    assert [entry.reference for entry in found] == ["s3://b/a.jpg", "https://h/b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.csv", b"name,size,width,height\n"),
+        ("b.csv", b"\xff,x\n"),
+        ("c.csv.gz", b""),
+        ("none.jsonl", None),
+        ("d", b""),
+    ],
+)
+def test_unusable_list_is_refused(tmp_path: Path, name: str, data: bytes | None) -> None:
+    path = tmp_path / name
+    if data is not None:
+        path.write_bytes(data or b"no gzip")
+    with pytest.raises(SourceError, match=r"expected|Not a gzipped"):
+        entries(path)
+
+
+def test_standard_input_takes_references_and_json() -> None:
+    """The cursor is a number of lines, because standard input cannot be read again from an offset."""
+    data = b'# list\ns3://b/a b.jpg\n{"image": "s3://b/c.jpg", "n": 1}\n\n\xff\n'
+    found = list(StandardInput(io.BytesIO(data)).entries(""))
+    assert [entry.reference for entry in found] == ["s3://b/a b.jpg", "s3://b/c.jpg", ""]
+    assert [entry.metadata for entry in found] == [None, {"n": 1}, None]
+    for number, entry in enumerate(found, start=1):
+        assert list(StandardInput(io.BytesIO(data)).entries(entry.cursor)) == found[number:]
+
+
+def test_total_is_estimated_from_the_length_of_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, "list.jsonl", b'{"image": "s3://b/a.jpg"}\n' * 1000)
+    source = open_source(str(path), objects=Objects({}))
+    tenth = [entry.cursor for entry in source.entries("")][99]
+    assert source.total(read=100, cursor=tenth) == 1000
+    assert source.total(read=0, cursor="") is None
+    source.close()
