@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shiwu.contract import Lane
-from shiwu_worker.stages.batch import Batcher
+from shiwu_worker.stages.batch import INTERACTIVE_PAUSE_S, Batcher
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,29 @@ def test_size_of_a_full_batch_may_change() -> None:
     batcher.put([Item(6, Lane.BULK)])
     assert len(batcher.take(timeout_s=0.01)) == 5
     assert left == [("full", 2), ("full", 5)]
+
+
+def test_bulk_fills_brief_batches_while_interactive_items_come() -> None:
+    """An interactive item waits for the batch before its own; without such items bulk has the usual size again."""
+    now_s = [100.0]
+    batcher: Batcher[Item] = Batcher(
+        max_size=64, bulk_share=0.1, full_size=lambda: 32, brief_size=lambda: 8, clock=lambda: now_s[0]
+    )
+    batcher.put([Item(n, Lane.BULK) for n in range(200)])
+    assert len(batcher.take(timeout_s=0.0)) == 64
+    batcher.put([Item(200, Lane.INTERACTIVE)])
+    assert [len(batcher.take(timeout_s=0.0)) for _ in range(2)] == [8, 8]
+    now_s[0] += INTERACTIVE_PAUSE_S
+    assert len(batcher.take(timeout_s=0.0)) == 64
+
+
+def test_interactive_items_fill_more_than_a_brief_batch() -> None:
+    """Many interactive items are answered sooner in one large batch than one brief batch after the other."""
+    batcher: Batcher[Item] = Batcher(max_size=64, bulk_share=0.1, brief_size=lambda: 8)
+    batcher.put([Item(n, Lane.BULK) for n in range(100)])
+    batcher.put([Item(100 + n, Lane.INTERACTIVE) for n in range(40)])
+    batch = batcher.take(timeout_s=0.0)
+    assert (len(batch), sum(item.lane is Lane.BULK for item in batch)) == (40, 4)
 
 
 def test_single_item_leaves_immediately() -> None:

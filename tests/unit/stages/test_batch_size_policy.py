@@ -352,3 +352,14 @@ def test_costs_of_other_sizes_are_estimated() -> None:
     assert all(cost > 0 for cost in disturbed.values())
     assert min(disturbed, key=lambda size: disturbed[size]) == 64
     assert largest_useful({1: 1.2, 2: 1.02, 4: 1.0}) == 2
+
+
+@pytest.mark.parametrize(("curve", "brief", "slower"), [("embedded", 16, 4), ("vit", 1, 1), ("flat", 64, 64)])
+def test_brief_batches_take_a_limited_time(curve: str, brief: int, slower: int) -> None:
+    """As measured now: on a machine that became twice as slow they are smaller; the smallest size always counts."""
+    seconds = {size: ms / 1000 for size, ms in CURVES[curve].items()}
+    policy = BatchSizePolicy(SIZES, seconds, measured_sd=0.01)
+    assert policy.brief == brief
+    for _ in range(60):
+        policy.record(brief, cost=seconds[brief], seconds=2 * seconds[brief])
+    assert policy.brief == slower

@@ -158,6 +158,7 @@ def make_batcher(
         bulk_share=settings.bulk_share,
         linger_s=settings.linger_ms / 1000,
         full_size=lambda: encoder.size_policy.wanted,
+        brief_size=lambda: encoder.size_policy.brief,
         fit=encoder.size_policy.take,
         on_leave=on_leave,
     )

@@ -3,15 +3,19 @@
 There is no timer. When the device is free, the next batch takes what is ready, up to the largest batch size. Batches so
 grow while the device is busy, and a single image never waits for others. A full batch leaves immediately, so that the
 device finds it when the batch before is done.
+
+While interactive items come, bulk items fill only brief batches, because an interactive item waits for the batch before
+its own.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Final, Generic, Literal, Protocol, TypeVar
 
 from shiwu.contract import Lane
 
@@ -21,6 +25,8 @@ class _HasLane(Protocol):
     def lane(self) -> Lane: ...
 
 
+INTERACTIVE_PAUSE_S: Final = 5.0
+"""So long after an interactive item, none is expected any more."""
 T = TypeVar("T", bound=_HasLane)
 Reason = Literal["full", "free", "closing"]
 """Why a batch left: it was full, the device was free, or the worker is stopping."""
@@ -34,8 +40,10 @@ class Batcher(Generic[T]):
         bulk_share: share of a batch that waiting bulk items get even if interactive items could fill it.
         linger_s: how long a batch that is not full waits for more items; 0 sends what is there.
         full_size: returns how many items make a full batch now, up to `max_size`; None for `max_size`.
+        brief_size: returns up to which size bulk items fill a batch while interactive items come; None for no limit.
         fit: returns how many of the waiting items, up to `max_size`, the next batch takes; at least one.
         on_leave: called with the reason and the batch when a batch leaves; must not block.
+        clock: gives monotonic seconds.
     """
 
     def __init__(
@@ -45,13 +53,19 @@ class Batcher(Generic[T]):
         bulk_share: float,
         linger_s: float = 0.0,
         full_size: Callable[[], int] | None = None,
+        brief_size: Callable[[], int] | None = None,
         fit: Callable[[int], int] = lambda waiting: waiting,
         on_leave: Callable[[Reason, Sequence[T]], None] = lambda *_: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_size = max_size
         self._bulk_share = bulk_share
         self._linger_s = linger_s
-        self._full_size = full_size or (lambda: max_size)
+        self._usual_size = full_size or (lambda: max_size)
+        self._brief_size = brief_size
+        self._clock = clock
+        self._interactive_s = -math.inf
+        """When the last interactive item came, on the monotonic clock."""
         self._fit = fit
         self._bulk_owed = 0.0
         self._on_leave = on_leave
@@ -66,6 +80,8 @@ class Batcher(Generic[T]):
         with self._changed:
             for item in items:
                 (self._interactive if item.lane is Lane.INTERACTIVE else self._bulk).append(item)
+            if self._interactive:
+                self._interactive_s = self._clock()
             self._changed.notify()
 
     def take(self, timeout_s: float) -> list[T]:
@@ -120,7 +136,7 @@ class Batcher(Generic[T]):
     def _pop_batch(self) -> tuple[Reason, list[T]]:
         """Remove the next batch from the lanes. The caller holds the lock."""
         full_size = self._full_size()
-        size = self._fit(min(self._max_size, self._waiting()))
+        size = self._fit(min(self._max_size, self._brief_limit(), self._waiting()))
         # The bulk share of a small batch is less than one image, so it adds up over batches while bulk items wait.
         bulk_owed = self._bulk_owed + size * self._bulk_share if self._bulk else 0.0
         min_bulk = min(int(bulk_owed), len(self._bulk), size)
@@ -134,6 +150,16 @@ class Batcher(Generic[T]):
     def _may_leave(self) -> bool:
         waiting = self._waiting()
         return self._is_closed or waiting >= self._full_size() or (waiting > 0 and not self._on_device)
+
+    def _brief_limit(self) -> int:
+        """The largest batch that bulk items may fill now."""
+        if self._brief_size is None or self._clock() - self._interactive_s >= INTERACTIVE_PAUSE_S:
+            return self._max_size
+        return max(self._brief_size(), len(self._interactive))
+
+    def _full_size(self) -> int:
+        """How many items make a full batch now."""
+        return min(self._usual_size(), self._brief_limit())
 
     def _waiting(self) -> int:
         return len(self._interactive) + len(self._bulk)

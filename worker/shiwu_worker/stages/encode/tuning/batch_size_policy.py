@@ -34,6 +34,8 @@ TRY_TIMEOUT_S: Final = 10.0
 TRY_PAUSE_S: Final = 60.0
 MEMORY_PAUSE_S: Final = 300.0
 """How long sizes are excluded after the device ran out of memory; doubles each time it happens again."""
+BRIEF_BATCH_S: Final = 0.025
+"""How long the batches of `brief` take at most."""
 FIRST_TOLERANCE: Final = 1.03
 """The first size may cost this many times as much per image as the best one, because its latency is lower."""
 MAX_MEMORY_PAUSE_S: Final = 6 * 3600.0
@@ -124,6 +126,13 @@ class BatchSizePolicy:
         """How many images should be able to wait: the largest batch, or a larger one that is to be tried."""
         trying = self._trying
         return self._choice.current if trying is None else max(self._choice.current, trying.size)
+
+    @property
+    def brief(self) -> int:
+        """The largest of these batches that takes up to BRIEF_BATCH_S now, or the smallest size."""
+        with self._lock:
+            sizes = [size for size in self._sizes if size <= self._choice.current]
+            return max((size for size in sizes if self._seconds(size) <= BRIEF_BATCH_S), default=self._sizes[0])
 
     def take(self, waiting: int) -> int:
         """How many of the `waiting` images the next batch takes; at least one if one waits."""
