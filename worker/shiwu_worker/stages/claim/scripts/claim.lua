@@ -1,4 +1,4 @@
--- Claims up to `limit` messages, and about 1 MiB of each lane, and records each under a lease, in one atomic step.
+-- Claims up to `limit` messages, and about 512 KiB of each lane, and records each under a lease, in one atomic step.
 -- Jobs whose workers died twice are quarantined. One worker at a time owns the quarantine and claims its jobs one by one,
 -- while it holds nothing else, so that the job that ends workers is identified. In between it claims ordinary jobs.
 -- A message of such a job that is found in a lane, after a delay or because it was sent again, is moved to the quarantine.
@@ -28,8 +28,8 @@ local BODY_BYTES = 8 * 1024
 local MAX_ID_BYTES = 255
 local MAX_WHOLE = 2 ^ 53
 local LAST_CLAIM_KEPT_MS = 600 * 1000
-local LANE_BYTES = 1024 * 1024
-local FIRST_PORTION = 8 -- of the largest messages, 2 MiB
+local LANE_BYTES = 512 * 1024
+local FIRST_PORTION = 4 -- of the largest messages, 1 MiB
 
 -- A wrong type must stop the script before anything is popped: Redis does not undo a script.
 redis.call('HLEN', claims)
