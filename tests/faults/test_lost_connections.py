@@ -13,7 +13,6 @@ from shiwu import Client
 from shiwu.broker.answers import AnswerEntry
 from shiwu.broker.foreign_values import ForeignValues
 from shiwu.broker.known_labels import KnownLabels, KnownLabelStore
-from shiwu.client.dead_letters import DeadLetters
 from shiwu.contract import CANVAS, CANVAS_DUE, RESULT_STREAM, Lane
 from shiwu_worker.celery_worker.callbacks import CallbackSender
 from shiwu_worker.celery_worker.revoke import Revoker
@@ -21,7 +20,14 @@ from shiwu_worker.jobs.job import Release
 from shiwu_worker.policy.callback_rules import CallbackRules
 from tests.faults.conftest import Fleet
 from tests.support import drill
-from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import (
+    DeadLetters,
+    answer,
+    make_answer_store,
+    make_lease_queue,
+    make_maintenance,
+    message,
+)
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from shiwu.broker.answers import AnswerEntry
-from shiwu.client.dead_letters import DeadLetters
 from shiwu.contract import (
     CLAIMS,
     DEADLINES,
@@ -27,7 +26,15 @@ from shiwu.contract import (
     done_key,
 )
 from shiwu_worker.jobs.job import Claimed, Release
-from tests.support.redis_parts import LANES, answer, make_answer_store, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import (
+    LANES,
+    DeadLetters,
+    answer,
+    make_answer_store,
+    make_lease_queue,
+    make_maintenance,
+    message,
+)
 
 
 class Fleet(RuleBasedStateMachine):

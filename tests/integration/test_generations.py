@@ -9,7 +9,6 @@ import pytest
 import redis
 
 from shiwu.broker.answers import AnswerEntry, AnswerStore
-from shiwu.client.dead_letters import DeadLetters
 from shiwu.contract import (
     ATTEMPTS,
     CANVAS,
@@ -30,7 +29,14 @@ from shiwu.contract import (
 )
 from shiwu_worker.jobs.job import Claimed, Release
 from tests.compat.shapes import protocol_2
-from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import (
+    DeadLetters,
+    answer,
+    make_answer_store,
+    make_lease_queue,
+    make_maintenance,
+    message,
+)
 from tests.support.waiting import wait_until
 
 

@@ -16,9 +16,10 @@ from click.testing import CliRunner
 
 from shiwu import Client, StreamItem
 from shiwu.broker.answers import AnswerEntry, AnswerStore
+from shiwu.broker.steps import run
 from shiwu.cli import main
 from shiwu.client import stream
-from shiwu.client.stream_items import EntryReader, log_unreadable
+from shiwu.client.stream_items import EntryReader
 from shiwu.contract import RESULT_STREAM, Answer, Status
 from tests.support.fault_proxy import FaultProxy
 from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
@@ -264,8 +265,9 @@ def test_pending_entries_that_were_trimmed_are_acknowledged(redis_client: redis.
     redis_client.xreadgroup("g", "mine", {RESULT_STREAM: ">"}, count=3)
     redis_client.xtrim(RESULT_STREAM, maxlen=2, approximate=False)
     reply: Any = redis_client.xreadgroup("g", "mine", {RESULT_STREAM: "0"})
-    items = EntryReader(redis_client, group="g", on_unreadable=log_unreadable).read(reply[0][1])
-    assert [item.result.id for item in items] == ["job-2"]
+    reader = EntryReader(group="g", on_unreadable=pytest.fail)
+    entries = run(redis_client, reader.read_steps(reply[0][1]))
+    assert [entry.result.id for entry in entries] == ["job-2"]
     assert redis_client.xpending(RESULT_STREAM, "g")["pending"] == 1
 
 

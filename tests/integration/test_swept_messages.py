@@ -8,7 +8,6 @@ import msgspec
 import pytest
 import redis
 
-from shiwu.client.dead_letters import DeadLetters
 from shiwu.contract import (
     CANVAS,
     CANVAS_DUE,
@@ -21,7 +20,7 @@ from shiwu.contract import (
 )
 from shiwu_worker.jobs.job import Release
 from tests.compat.shapes import encoded, message
-from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance
+from tests.support.redis_parts import DeadLetters, answer, cancel, make_answer_store, make_lease_queue, make_maintenance
 
 EXPIRED = "2020-01-01T00:00:00+00:00"
 
@@ -31,11 +30,6 @@ def expired(job_id: str, *, mark: str = "", has_callbacks: bool = False) -> byte
     embed: dict[str, Any] = {"callbacks": [{"task": "t"}]} if has_callbacks else {}
     headers = {"task": "shiwu.tag", "id": job_id, "expires": EXPIRED, "origin": mark}
     return message(encoded([["s3://b/k.jpg"], {}, embed]), headers=headers)
-
-
-def cancel(client: redis.Redis, job_id: str) -> None:
-    """A client cancels a job."""
-    make_answer_store(client, "client").cancel([job_id], reason="", clock_ms=lambda: 1.0)
 
 
 @pytest.mark.parametrize("generation", [0, 1])

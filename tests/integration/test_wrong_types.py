@@ -13,7 +13,6 @@ from shiwu.broker.answers import AnswerEntry
 from shiwu.broker.known_labels import KnownLabels, KnownLabelStore
 from shiwu.broker.queue_stats import read_state
 from shiwu.broker.script_loader import load_script
-from shiwu.client.dead_letters import DeadLetters
 from shiwu.contract import (
     ATTEMPTS,
     CANVAS,
@@ -46,7 +45,14 @@ from shiwu_worker.pipeline.heartbeat import Heartbeat
 from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.progress import LoadMeter, Progress
 from tests.support.observers import RecordingObserver
-from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance, message
+from tests.support.redis_parts import (
+    DeadLetters,
+    answer,
+    make_answer_store,
+    make_lease_queue,
+    make_maintenance,
+    message,
+)
 from tests.support.waiting import wait_until
 
 LANE_KEYS = [key for lane in Lane for key in lane.keys]

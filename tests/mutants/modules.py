@@ -102,6 +102,7 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/integration/test_message_ids.py",
     ),
     "producer/shiwu/broker/backoff.py": ("tests/unit/broker/test_backoff.py", "tests/unit/runtime/test_backoff.py"),
+    "producer/shiwu/broker/cancel.py": ("tests/unit/broker/test_cancel.py", "tests/integration/test_deadlines.py"),
     "producer/shiwu/broker/connection.py": (
         "tests/unit/broker/test_connection.py",
         "tests/unit/broker/test_redis_url.py",
@@ -154,8 +155,10 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/integration/test_retention.py",
         "tests/integration/test_dead_letters.py",
     ),
+    "producer/shiwu/broker/steps.py": ("tests/unit/broker/test_steps.py", *CLIENT),
     "producer/shiwu/broker/trace_headers.py": ("tests/unit/broker/test_trace_headers.py",),
     "producer/shiwu/client/arguments.py": CLIENT,
+    "producer/shiwu/client/calls.py": (*CLIENT, "tests/integration/test_dead_letters.py"),
     "producer/shiwu/client/client.py": (
         *CLIENT,
         "tests/integration/test_waiting.py",

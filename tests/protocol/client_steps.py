@@ -9,7 +9,8 @@ from shiwu.client.stream import StreamOptions, follow
 from shiwu.contract import Lane
 from tests.protocol.alphabet import REPEATS, step
 from tests.protocol.simulated_redis import Fault
-from tests.protocol.world import IDS, UNSENT_ID, World
+from tests.protocol.world import IDS, OF_CLIENTS, UNSENT_ID, World
+from tests.support.redis_parts import cancel as client_cancel
 
 KINDS: Final = (
     "plain",
@@ -37,7 +38,7 @@ def cancel(world: World, job_id: str, fault: Fault) -> None:
     """A client cancels a job, wherever it is."""
 
     def call(_: World) -> None:
-        world.again_if_failed(lambda: world.store.cancel([job_id], reason="", clock_ms=lambda: world.client.now_ms))
+        world.again_if_failed(lambda: client_cancel(world.client, job_id, retention=OF_CLIENTS))
 
     if job_id == UNSENT_ID or job_id in world.sent.values():
         world.perform("cancel", call, fault)
@@ -79,7 +80,7 @@ def consume(world: World, batch: int) -> None:
         reclaim_idle_s=0.0,
         stop_when_idle=True,
         away_s=0.0,
-        on_unreadable=lambda _: None,
+        on_unreadable=lambda *_: None,
     )
 
     def call(_: World) -> None:

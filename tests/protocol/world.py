@@ -20,7 +20,7 @@ from shiwu.broker.answers import AnswerStore
 from shiwu.broker.maintenance import Maintenance
 from shiwu.broker.message_writer import build_message
 from shiwu.broker.retention import Retention
-from shiwu.client.dead_letters import DeadLetters
+from shiwu.broker.steps import run
 from shiwu.client.sender import Sender, SendOptions
 from shiwu.contract import Lane, Request
 from shiwu_worker.celery_worker.callbacks import CallbackSender
@@ -32,6 +32,7 @@ from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 from tests.protocol import invariants, snapshot
 from tests.protocol.simulated_redis import Fault, SimulatedRedis
 from tests.protocol.snapshot import Snapshot
+from tests.support.redis_parts import DeadLetters
 
 IDS: Final = ("a", "b", "c")
 UNSENT_ID: Final = "never-sent"
@@ -227,7 +228,8 @@ class World:
                 countdown_s=25.0 if kind == "countdown" else None,
                 priority=9 if kind == "urgent" else 0,
             )
-            Sender(self.client, max_waiting=1000, timeout_s=5.0).send([(REQUEST, job_id)], options)
+            steps = Sender(max_waiting=1000, timeout_s=5.0).send_steps([(REQUEST, job_id)], options)
+            run(self.client, steps)
 
     def note_sent(self, raw: bytes) -> None:
         """A message appeared in a lane."""

@@ -1,4 +1,4 @@
-"""Writes answers to Redis. Workers, cancelling clients and the sweep all use `AnswerStore`.
+"""Writes answers to Redis: `AnswerStore` for workers and the sweep, `commit_steps` for cancelling clients.
 
 One script writes a whole batch. The first answer of an id is stored in Celery's result format, published to waiters and
 appended to the results stream; later answers are discarded. Either way, claim, lease and attempts are removed. An
@@ -8,7 +8,6 @@ answer of another generation than the id waits for is discarded too, and changes
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,11 +17,11 @@ import msgspec
 import redis
 from pydantic_core import to_json
 
-from shiwu.broker.chunks import chunks
 from shiwu.broker.connection import run_on_connection
 from shiwu.broker.redis_errors import NotReplicated
 from shiwu.broker.retention import DEFAULT_RETENTION, Retention
-from shiwu.broker.script_loader import load_script
+from shiwu.broker.script_loader import call_script, load_script
+from shiwu.broker.steps import Steps
 from shiwu.contract import (
     ANSWERED_CHANNEL,
     ATTEMPTS,
@@ -56,8 +55,6 @@ from shiwu.contract import (
 
 MAX_COMMIT: Final = 5000
 """Answers in one `write`. Lua's stack holds about 8,000 values, and the script unpacks one for each answer."""
-CANCEL_CHUNK_SIZE: Final = 500
-"""Jobs that one script cancels."""
 CALLBACKS_RESERVED_S: Final = 30.0
 """How long only the worker that answered a job sends its callbacks; afterwards any worker may send them."""
 MAX_CALLBACKS_RESERVED_S: Final = 60.0
@@ -168,14 +165,7 @@ class AnswerStore:
         self._replicas_timeout_s = replicas_timeout_s
         self._script = load_script(client, "commit")
         self._retention = retention
-        self._script_args = [
-            done_key(""),
-            result_key(""),
-            ANSWERED_CHANNEL,
-            int(callbacks_reserved_s * 1000),
-            PENDING_CALLBACK_ANSWER,
-            HISTORY,
-        ]
+        self._callbacks_reserved_s = callbacks_reserved_s
 
     def write(self, entries: Sequence[AnswerEntry], *, token: str | None = None) -> set[str]:
         """Write up to MAX_COMMIT answers; return the ids whose answers were discarded.
@@ -192,19 +182,12 @@ class AnswerStore:
         """
         if not entries:
             return set()
-        retention = self._retention()
-        limits = (
-            retention.result_ttl_s,
-            max(retention.done_ttl_s, retention.result_ttl_s),
-            retention.dead_length,
+        args = commit_args(
+            entries,
+            token=token or self._token,
+            retention=self._retention(),
+            callbacks_reserved_s=self._callbacks_reserved_s,
         )
-        now = datetime.now(UTC)
-        moved_stream = f"{FOREIGN}{RESULT_STREAM}:{now.timestamp() * 1000:.0f}"
-        args: list[Any] = [*limits, now.isoformat(), *self._script_args, moved_stream]
-        for entry in entries:
-            mark = f"{token or self._token}:{entry.answer.attempts}"
-            answer = entry.answer
-            args += [entry.id, entry.kind, answer.to_json(), failure_head(answer), entry.message, mark, entry.claim]
         if not self._replicas:
             again: list[bytes] = self._script(keys=_KEYS, args=args)
         else:
@@ -214,22 +197,33 @@ class AnswerStore:
                 wait_replicated(connected, replicas=self._replicas, timeout_s=self._replicas_timeout_s)
         return {job_id.decode() for job_id in again}
 
-    def cancel(self, ids: Sequence[str], *, reason: str, clock_ms: Callable[[], float]) -> list[str]:
-        """Answer any number of jobs `cancelled`; return the ids that had no answer before.
 
-        Args:
-            clock_ms: gives Redis' clock in ms since 1970.
+def commit_steps(entries: Sequence[AnswerEntry], *, token: str, retention: Retention) -> Steps[set[str]]:
+    """Write up to MAX_COMMIT answers once, as `AnswerStore.write` does; return the ids whose answers were discarded."""
+    args = commit_args(entries, token=token, retention=retention, callbacks_reserved_s=CALLBACKS_RESERVED_S)
+    again = yield call_script("commit", keys=_KEYS, args=args)
+    return {job_id.decode() for job_id in again}
 
-        Raises:
-            redis.RedisError: some jobs may be cancelled; cancelling again is safe.
-        """
-        cancelled: list[str] = []
-        for portion in chunks(ids, CANCEL_CHUNK_SIZE):
-            now_ms = clock_ms()
-            entries = [_cancelled_entry(job_id, reason, now_ms=now_ms) for job_id in portion]
-            answered = self.write(entries, token=f"cancel.{secrets.token_hex(4)}")
-            cancelled += [job_id for job_id in portion if job_id not in answered]
-        return cancelled
+
+def commit_args(
+    entries: Sequence[AnswerEntry], *, token: str, retention: Retention, callbacks_reserved_s: float
+) -> list[Any]:
+    """The arguments of `commit.lua`."""
+    limits = (
+        retention.result_ttl_s,
+        max(retention.done_ttl_s, retention.result_ttl_s),
+        retention.dead_length,
+    )
+    now = datetime.now(UTC)
+    names = (done_key(""), result_key(""), ANSWERED_CHANNEL)
+    moved_stream = f"{FOREIGN}{RESULT_STREAM}:{now.timestamp() * 1000:.0f}"
+    reserved_ms = int(callbacks_reserved_s * 1000)
+    args: list[Any] = [*limits, now.isoformat(), *names, reserved_ms, PENDING_CALLBACK_ANSWER, HISTORY, moved_stream]
+    for entry in entries:
+        answer = entry.answer
+        mark = f"{token}:{answer.attempts}"
+        args += [entry.id, entry.kind, answer.to_json(), failure_head(answer), entry.message, mark, entry.claim]
+    return args
 
 
 def wait_replicated(connected: redis.Redis, *, replicas: int, timeout_s: float) -> None:
@@ -241,7 +235,21 @@ def wait_replicated(connected: redis.Redis, *, replicas: int, timeout_s: float) 
     Raises:
         NotReplicated: too few replicas confirmed it within `timeout_s`.
     """
-    [reached] = run_on_connection(connected, ("WAIT", replicas, int(timeout_s * 1000)))
+    [reached] = run_on_connection(connected, wait_command(replicas=replicas, timeout_s=timeout_s))
+    check_replicated(reached, replicas=replicas, timeout_s=timeout_s)
+
+
+def wait_command(*, replicas: int, timeout_s: float) -> tuple[Any, ...]:
+    """The command whose reply is the number of replicas that have confirmed the writes of its connection."""
+    return ("WAIT", replicas, int(timeout_s * 1000))
+
+
+def check_replicated(reached: int, *, replicas: int, timeout_s: float) -> None:
+    """Compare the reply of `wait_command` with what was asked.
+
+    Raises:
+        NotReplicated: too few replicas confirmed it.
+    """
     if reached < replicas:
         raise NotReplicated(
             f"expected {replicas} replicas to confirm within {timeout_s:g} s, {reached} did; the write stands on the "
@@ -267,14 +275,6 @@ def exception_form(answer: Answer) -> dict[str, Any]:
     error = answer.error
     message = f"{error.code}: {error.message}" if error else str(answer.status)
     return {"exc_type": "JobFailed", "exc_message": [message], "exc_module": "shiwu.errors"}
-
-
-def _cancelled_entry(job_id: str, reason: str, *, now_ms: float) -> AnswerEntry:
-    """The answer for a job that a producer cancels."""
-    text = f"cancelled by its producer{': ' if reason else ''}{reason:.200}"
-    error = ErrorInfo(code=ErrorCode.CANCELLED, message=text, stage=Stage.CLAIM)
-    answer = Answer(id=job_id, status=Status.CANCELLED, attempts=0, error=error, answered_at=moment(now_ms))
-    return AnswerEntry(id=job_id, answer=answer, is_from_outside=True)
 
 
 def answered_before(worker: str, *, now_ms: float) -> bytes:

@@ -9,6 +9,7 @@ import msgspec
 import redis
 
 from shiwu.broker.script_loader import load_script
+from shiwu.broker.steps import Steps, run
 from shiwu.contract import LABELS, LABELS_OF_REQUESTS
 
 MAX_REQUEST_SETS: Final = 1000
@@ -51,10 +52,15 @@ class KnownLabelStore:
 
     def find(self, digest: str) -> KnownLabels | None:
         """The set with this digest, or None where no worker has stored it or it is no longer kept."""
-        text: Any = self._client.hget(LABELS, digest)
-        if text is None:
-            return None
-        try:
-            return msgspec.json.decode(text, type=KnownLabels)
-        except msgspec.MsgspecError:
-            return None
+        return run(self._client, find_labels_steps(digest))
+
+
+def find_labels_steps(digest: str) -> Steps[KnownLabels | None]:
+    """Ask for the set with this digest; None where no worker has stored it or it is no longer kept."""
+    text = yield lambda client: client.hget(LABELS, digest)
+    if text is None:
+        return None
+    try:
+        return msgspec.json.decode(text, type=KnownLabels)
+    except msgspec.MsgspecError:
+        return None

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import msgspec
 import redis
 
 from shiwu.broker.message_reader import read_message
-from shiwu.broker.server_clock import server_time_ms
+from shiwu.broker.server_clock import server_time_ms, server_time_steps
+from shiwu.broker.steps import Steps, run
 from shiwu.contract import CLAIMS, COUNTERS, DEAD, DELAYED, QUARANTINE, QUEUE_SNAPSHOT, WORKERS, Lane, RequestError
 
 WORKER_TIMEOUT_MS: Final = 10_000
@@ -47,29 +49,53 @@ class QueueState:
 
 def read_state(client: redis.Redis) -> QueueState:
     """Count the queues now; several round trips, which grow with the number of claimed jobs."""
-    waiting = count_waiting(client, list(Lane))
-    claimed = dict.fromkeys(Lane, 0)
-    for _, record in client.hscan_iter(CLAIMS, count=1000):
-        # A record that another program wrote may have fewer parts.
-        key = b"".join(record.split(b"|", 3)[2:3]).decode(errors="replace")
-        claimed[next((lane for lane in Lane if key in lane.keys), Lane.BULK)] += 1
-    now_ms = server_time_ms(client)
-    with client.pipeline(transaction=False) as pipe:
-        pipe.zcard(DELAYED)
-        pipe.llen(QUARANTINE)
-        pipe.zcard(DEAD)
-        pipe.hgetall(COUNTERS)
-        delayed, quarantined, dead, counters = pipe.execute()
+    return run(client, state_steps())
+
+
+def state_steps() -> Steps[QueueState]:
+    """Count the queues now."""
+    waiting = yield from waiting_steps(list(Lane))
+    claimed = yield from _claimed_steps()
+    now_ms = yield from server_time_steps()
+    delayed, quarantined, dead, counters = yield _read_counts
+    workers = yield from workers_steps(now_ms=now_ms)
+    oldest = yield from _oldest_steps()
     return QueueState(
         waiting=waiting,
         claimed=claimed,
         delayed=delayed,
         suspects=quarantined,
         dead=dead,
-        workers=read_workers(client, now_ms=now_ms),
+        workers=workers,
         counters={name.decode(errors="replace"): _number(value) for name, value in sorted(counters.items())},
-        oldest_age_s={lane: max(0.0, now_ms - sent_ms) / 1000 for lane, sent_ms in _oldest(client).items()},
+        oldest_age_s={lane: max(0.0, now_ms - sent_ms) / 1000 for lane, sent_ms in oldest.items()},
     )
+
+
+def _claimed_steps() -> Steps[dict[Lane, int]]:
+    claimed = dict.fromkeys(Lane, 0)
+    cursor = 0
+    while True:
+        cursor, records = yield partial(_scan_claims, cursor=cursor)
+        for record in records.values():
+            # A record that another program wrote may have fewer parts.
+            key = b"".join(record.split(b"|", 3)[2:3]).decode(errors="replace")
+            claimed[next((lane for lane in Lane if key in lane.keys), Lane.BULK)] += 1
+        if cursor == 0:
+            return claimed
+
+
+def _scan_claims(client: Any, *, cursor: int) -> Any:
+    return client.hscan(CLAIMS, cursor, count=1000)
+
+
+def _read_counts(client: Any) -> Any:
+    pipe = client.pipeline(transaction=False)
+    pipe.zcard(DELAYED)
+    pipe.llen(QUARANTINE)
+    pipe.zcard(DEAD)
+    pipe.hgetall(COUNTERS)
+    return pipe.execute()
 
 
 def read_workers(client: redis.Redis, *, now_ms: float | None = None) -> tuple[str, ...]:
@@ -78,8 +104,15 @@ def read_workers(client: redis.Redis, *, now_ms: float | None = None) -> tuple[s
     Args:
         now_ms: the server's time; None: it is asked for.
     """
-    begin_ms = (server_time_ms(client) if now_ms is None else now_ms) - WORKER_TIMEOUT_MS
-    names: Any = client.zrangebyscore(WORKERS, begin_ms, "+inf")
+    return run(client, workers_steps(now_ms=now_ms))
+
+
+def workers_steps(*, now_ms: float | None = None) -> Steps[tuple[str, ...]]:
+    """Ask for the names of workers with a heartbeat in the last ten seconds."""
+    if now_ms is None:
+        now_ms = yield from server_time_steps()
+    begin_ms = now_ms - WORKER_TIMEOUT_MS
+    names = yield lambda client: client.zrangebyscore(WORKERS, begin_ms, "+inf")
     return tuple(name.decode(errors="replace") for name in names)
 
 
@@ -90,11 +123,20 @@ def _number(value: bytes) -> int:
 
 def count_waiting(client: redis.Redis, lanes: Sequence[Lane]) -> dict[Lane, int]:
     """Messages of all priorities in each lane; one round trip."""
-    with client.pipeline(transaction=False) as pipe:
+    return run(client, waiting_steps(lanes))
+
+
+def waiting_steps(lanes: Sequence[Lane]) -> Steps[dict[Lane, int]]:
+    """Count the messages of all priorities in each lane."""
+
+    def read_lengths(client: Any) -> Any:
+        pipe = client.pipeline(transaction=False)
         for lane in lanes:
             for key in lane.keys:
                 pipe.llen(key)
-        lengths: list[Any] = pipe.execute()
+        return pipe.execute()
+
+    lengths = yield read_lengths
     return {lane: sum(lengths[i * 4 : i * 4 + 4]) for i, lane in enumerate(lanes)}
 
 
@@ -141,12 +183,16 @@ def shared_snapshot(client: redis.Redis, *, max_age_s: float) -> QueueSnapshot:
     return snapshot
 
 
-def _oldest(client: redis.Redis) -> dict[Lane, float]:
+def _oldest_steps() -> Steps[dict[Lane, float]]:
     keys = [(lane, key) for lane in Lane for key in lane.keys]
-    with client.pipeline(transaction=False) as pipe:
+
+    def read_oldest(client: Any) -> Any:
+        pipe = client.pipeline(transaction=False)
         for _, key in keys:
             pipe.lindex(key, -1)
-        raws: list[Any] = pipe.execute(raise_on_error=False)
+        return pipe.execute(raise_on_error=False)
+
+    raws = yield read_oldest
     oldest: dict[Lane, float] = {}
     for (lane, _), raw in zip(keys, raws, strict=True):
         # The ACL of version 0.1 had no LINDEX for the sweep: then only the age is missing.

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import redis
 
+from shiwu.broker.steps import Steps, run
 from shiwu.contract import RETENTION
 
 RESULT_TTL_S: Final = 86_400
@@ -78,22 +80,34 @@ class PublishedRetention:
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
-        self._known = KEEP_ALL
-        self._read_s = -REFRESH_S
+        self._limits = RetentionSteps()
 
     def __call__(self) -> Retention:
         """The published limits, at most a minute old."""
+        return run(self._client, self._limits.read_steps())
+
+
+class RetentionSteps:
+    """Asks for the limits that workers have published, once a minute."""
+
+    def __init__(self) -> None:
+        self._known = KEEP_ALL
+        self._read_s = -REFRESH_S
+
+    def read_steps(self) -> Steps[Retention]:
+        """The published limits, at most a minute old."""
         if time.monotonic() - self._read_s >= REFRESH_S:
             with contextlib.suppress(redis.ResponseError):
-                self._known = self._read()
+                found = yield lambda client: client.hgetall(RETENTION)
+                self._known = _read_retention(found)
             self._read_s = time.monotonic()
         return self._known
 
-    def _read(self) -> Retention:
-        found: Any = self._client.hgetall(RETENTION)
-        values = {name.decode(errors="replace"): value for name, value in found.items()}
-        known = {name: _bounded(name, values[name]) for name in _BOUNDS if values.get(name, b"").isdigit()}
-        return Retention(**(asdict(KEEP_ALL) | known))
+
+def _read_retention(found: Mapping[bytes, bytes]) -> Retention:
+    values = {name.decode(errors="replace"): value for name, value in found.items()}
+    known = {name: _bounded(name, values[name]) for name in _BOUNDS if values.get(name, b"").isdigit()}
+    return Retention(**(asdict(KEEP_ALL) | known))
 
 
 def _bounded(name: str, value: bytes) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any, Final, Protocol
 
 import redis
 
+from shiwu.broker.steps import Call
 from shiwu.contract import CALL_REPLY
 
 REPLY_KEPT_S: Final = 60
@@ -62,6 +64,19 @@ def load_repeatable_script(client: redis.Redis, name: str, *, package: str = "sh
     return _RepeatableScript(_register(client, source))
 
 
+def call_script(name: str, *, keys: Sequence[str], args: Iterable[Any]) -> Call:
+    """A step that runs the script `scripts/<name>.lua`."""
+    args = list(args)
+    return lambda client: _register(client, _source(name, "shiwu.broker"))(keys=keys, args=args)
+
+
+def call_repeatable_script(name: str, *, keys: Sequence[str], args: Iterable[Any]) -> Call:
+    """As `call_script`, for a script that `load_repeatable_script` loads."""
+    args = list(args)
+    return lambda client: load_repeatable_script(client, name)(keys=keys, args=args)
+
+
+@cache
 def _source(name: str, package: str) -> str:
     return files(package).joinpath(f"scripts/{name}.lua").read_text(encoding="utf-8")
 

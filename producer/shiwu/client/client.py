@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, tzinfo
-from typing import Any, Literal, Self
+from functools import cached_property
+from itertools import islice
+from typing import Any, Final, Literal, Self
 
 from shiwu.broker.answers import AnswerStore
 from shiwu.broker.connection import connect
-from shiwu.broker.known_labels import KnownLabels, KnownLabelStore
+from shiwu.broker.known_labels import KnownLabels
 from shiwu.broker.maintenance import Maintenance, SweepReport
 from shiwu.broker.queue_stats import QueueState, read_state, read_workers
 from shiwu.broker.retention import PublishedRetention
+from shiwu.broker.steps import iterate, run
 from shiwu.broker.stray_lanes import StrayLanes, find_stray_lanes
-from shiwu.client.arguments import read_id, read_ids, read_integer, read_seconds, read_text, read_type, refused
-from shiwu.client.dead_letters import DeadFilter, DeadLetter, DeadLetters
-from shiwu.client.items import check_images, check_shared_fields, random_id, request_id
-from shiwu.client.results import TagResult, read_result
-from shiwu.client.sender import Sender, SendOptions, read_lane
+from shiwu.client.arguments import read_id, read_seconds, read_type, refused
+from shiwu.client.calls import Calls, ClientOptions, Portions, read_waited_ids
+from shiwu.client.dead_letters import DeadFilter, DeadLetter
+from shiwu.client.items import check_images
+from shiwu.client.results import TagResult
+from shiwu.client.sender import SendOptions, read_lane
 from shiwu.client.stream import follow, read_options
 from shiwu.client.stream_items import StreamItem, UnreadableItem, log_unreadable
 from shiwu.client.waiter import as_answered, collect
-from shiwu.contract import Lane, check_id, result_key
+from shiwu.contract import Lane
 
-DEFAULT_URL = "redis://127.0.0.1:6379/0"
-MAX_CONNECTIONS = 64
-MAX_URL_CHARS = 10_000
-MAX_REASON_CHARS = 100_000
+MAX_CONNECTIONS: Final = 64
 
 
 class Client:
@@ -66,23 +66,16 @@ class Client:
         timeout_s: float = 5.0,
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
-        url = os.environ.get("SHIWU_REDIS_URL", DEFAULT_URL) if redis_url is None else redis_url
-        read_text("redis_url", url, most=MAX_URL_CHARS)
-        read_integer("max_waiting", max_waiting, least=1)
-        timeout_s = read_seconds("timeout_s", timeout_s, least=0.001)
-        max_connections = read_integer("max_connections", max_connections, least=1)
-        self._redis = connect(url, timeout_s=timeout_s, retries=3, max_connections=max_connections)
+        options = ClientOptions.read(
+            redis_url, max_waiting=max_waiting, timeout_s=timeout_s, max_connections=max_connections
+        )
+        limits: dict[str, Any] = {"timeout_s": options.timeout_s, "max_connections": options.max_connections}
+        self._redis = connect(options.redis_url, retries=3, **limits)
         # Waits retry by themselves. Retries below them would exceed their time-out where Redis hangs.
-        self._no_retry = connect(url, timeout_s=timeout_s, max_connections=max_connections)
-        self._listener = connect(url, timeout_s=timeout_s, max_connections=max_connections, pool_wait_s=0.0)
-        self._sender = Sender(self._redis, max_waiting=max_waiting, timeout_s=timeout_s)
-        token = f"client.{secrets.token_hex(4)}"
-        retention = PublishedRetention(self._redis)
-        self._answer_store = AnswerStore(self._redis, token=token, retention=retention)
-        self._dead_letters = DeadLetters(self._redis)
-        self._maintenance = Maintenance(self._redis, self._answer_store, token=token, retention=retention)
-        self._known_labels = KnownLabelStore(self._redis)
-        self._timeout_s = timeout_s
+        self._no_retry = connect(options.redis_url, **limits)
+        self._listener = connect(options.redis_url, pool_wait_s=0.0, **limits)
+        self._calls = Calls(options)
+        self._timeout_s = options.timeout_s
         self.unreadable_items = 0
         """How many entries of the results stream `results` has skipped because this version cannot read them."""
 
@@ -150,7 +143,7 @@ class Client:
         fields: dict[str, Any] = {"image": image, "labels": labels, "top_k": top_k, "threshold": threshold}
         fields |= {"min_cosine": min_cosine, "head": head, "want": want, "metadata": metadata, "callback": callback}
         options = SendOptions(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
-        return self._sender.send_items([(fields, id)], options, make_id=random_id)[0]
+        return run(self._redis, self._calls.enqueue_steps(fields, options, job_id=id))
 
     def enqueue_many(
         self,
@@ -191,16 +184,15 @@ class Client:
             QueueFull, NotReplicated, redis.RedisError: as for `enqueue`, about one portion, after `wait_s`.
         """
         check_images(images)
-        check_shared_fields(fields)
-        read_integer("batch_size", batch_size, least=1)
-        if id_from is not None and id_from != "reference":
-            raise refused("id_from", "'reference' or None", id_from)
         options = SendOptions(
             read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas, max_waiting, wait_s
         )
-        make_id = request_id if id_from else random_id
-        size = min(batch_size, self._sender.max_waiting(options))
-        return self._sender.send_portions(iter(images), fields, options, portion_size=size, make_id=make_id)
+        portions = self._calls.portions(fields, options, batch_size=batch_size, id_from=id_from)
+        return self._send(iter(images), portions)
+
+    def _send(self, images: Iterator[str | Mapping[str, Any]], portions: Portions) -> Iterator[str]:
+        while portion := list(islice(images, portions.size)):
+            yield from run(self._redis, portions.send_steps(portion))
 
     def cancel(self, job_ids: str | Iterable[str], *, reason: str = "") -> list[str]:
         """Answer jobs `cancelled` now; return the ids that had no answer before.
@@ -215,13 +207,11 @@ class Client:
             RequestError: an id is invalid; nothing was cancelled.
             redis.RedisError: some jobs may be cancelled; cancelling again is safe.
         """
-        ids = [check_id(job_id) for job_id in read_ids("job_ids", job_ids)]
-        read_text("reason", reason, most=MAX_REASON_CHARS)
-        return self._answer_store.cancel(ids, reason=reason, clock_ms=self.server_time_ms)
+        return run(self._redis, self._calls.cancel_steps(job_ids, reason=reason))
 
     def server_time_ms(self) -> float:
         """Redis' clock in ms since 1970, which all clients and workers share. Asks Redis at most once a minute."""
-        return self._sender.server_time_ms()
+        return run(self._redis, self._calls.time_steps())
 
     def answer(self, job_id: str) -> TagResult | None:
         """The answer of a job, whatever its status; None while there is none. Does not wait.
@@ -231,8 +221,7 @@ class Client:
         Raises:
             ForeignResult: another Celery task has this id.
         """
-        raw: Any = self._redis.get(result_key(read_id(job_id)))
-        return None if raw is None else read_result(raw)
+        return run(self._redis, self._calls.answer_steps(job_id))
 
     def wait(self, job_id: str, *, timeout_s: float) -> TagResult:
         """Wait for the answer of a job, whatever its status, and return it.
@@ -258,7 +247,7 @@ class Client:
             WaitTimeout: some answers are missing; the text says how many. Use `as_answered` to get those that came.
             ForeignResult: another Celery task has one of the ids.
         """
-        ids = list(dict.fromkeys(read_ids("job_ids", job_ids)))
+        ids = read_waited_ids(job_ids)
         return collect(self.as_answered(ids, timeout_s=timeout_s), ids, timeout_s=timeout_s)
 
     def as_answered(self, job_ids: str | Iterable[str], *, timeout_s: float) -> Iterator[tuple[str, TagResult]]:
@@ -267,7 +256,7 @@ class Client:
         A time-out raises no error: ids without an answer are just not yielded. The arguments and other errors are those
         of `wait_many`.
         """
-        ids = list(dict.fromkeys(read_ids("job_ids", job_ids)))
+        ids = read_waited_ids(job_ids)
         read_seconds("timeout_s", timeout_s)
         return as_answered(self._no_retry, self._listener, ids, timeout_s=timeout_s)
 
@@ -324,9 +313,9 @@ class Client:
             redis.RedisError: Redis was unavailable for `away_s`, or waiting cannot cure the error.
         """
 
-        def count(item: UnreadableItem) -> None:
+        def report(entry_id: str, fields: Mapping[bytes, bytes], reason: str) -> None:
             self.unreadable_items += 1
-            on_unreadable(item)
+            on_unreadable(UnreadableItem(entry_id, fields, reason, self._redis, group))
 
         if not callable(on_unreadable):
             raise refused("on_unreadable", "a function that takes an UnreadableItem", on_unreadable)
@@ -339,18 +328,17 @@ class Client:
             reclaim_idle_s=reclaim_idle_s,
             stop_when_idle=stop_when_idle,
             away_s=away_s,
-            on_unreadable=count,
+            on_unreadable=report,
         )
         return follow(self._no_retry, self._redis, options)
 
     def dead_letters(self, where: DeadFilter | None = None, *, limit: int | None = None) -> Iterator[DeadLetter]:
         """Yield up to `limit` jobs that ended without tags, newest first, each with its message and answer."""
-        read_type("where", where, (DeadFilter, type(None)), "a DeadFilter")
-        return self._dead_letters.read(where, limit=None if limit is None else read_integer("limit", limit))
+        return iterate(self._redis, self._calls.dead_letters(where, limit=limit).next_steps)
 
     def dead_letter(self, job_id: str) -> DeadLetter | None:
         """The dead letter of a job, or None where there is none."""
-        return self._dead_letters.show(read_id(job_id))
+        return run(self._redis, self._calls.dead_letter_steps(job_id))
 
     def requeue(self, job_ids: str | Iterable[str]) -> list[str]:
         """Put dead letters back into their lane with the same ids; return the ids of those that were requeued.
@@ -358,11 +346,11 @@ class Client:
         Attempts start at one again. The old answer is removed, so a wait for the id waits for the new answer, and the
         results stream gets a second entry.
         """
-        return self._dead_letters.requeue(read_ids("job_ids", job_ids))
+        return run(self._redis, self._calls.requeue_steps(job_ids))
 
     def drop(self, job_ids: str | Iterable[str]) -> int:
         """Delete dead letters; return how many were deleted. Their answers are kept as long as others."""
-        return self._dead_letters.drop(read_ids("job_ids", job_ids))
+        return run(self._redis, self._calls.drop_steps(job_ids))
 
     def sweep(self, *, zone: tzinfo = UTC) -> SweepReport:
         """Do maintenance once, for places where no worker may be running; see the command `shiwu sweep`.
@@ -372,7 +360,15 @@ class Client:
         Args:
             zone: time zone of an `expires` without one, as the workers' `SHIWU_TIMEZONE`.
         """
-        return self._maintenance.sweep(zone=read_type("zone", zone, tzinfo, "a tzinfo as ZoneInfo('Asia/Shanghai')"))
+        read_type("zone", zone, tzinfo, "a tzinfo as ZoneInfo('Asia/Shanghai')")
+        return self._maintenance.sweep(zone=zone)
+
+    @cached_property
+    def _maintenance(self) -> Maintenance:
+        token = f"client.{secrets.token_hex(4)}"
+        limits = PublishedRetention(self._redis)
+        store = AnswerStore(self._redis, token=token, retention=limits)
+        return Maintenance(self._redis, store, token=token, retention=limits)
 
     def queue_state(self) -> QueueState:
         """Count waiting, claimed and delayed jobs, dead letters and running workers; several round trips."""
@@ -387,7 +383,7 @@ class Client:
 
         Workers store the label sets that they use, and the newest thousand that came with requests.
         """
-        return self._known_labels.find(read_text("digest", digest, least=1, most=200))
+        return run(self._redis, self._calls.labels_steps(digest))
 
     def stray_lanes(self) -> StrayLanes:
         """Find lists that look like lanes and that no worker reads; searches up to two seconds. See docs/clients.md."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import redis
-
 from shiwu.broker.answers import DeadMessage
 from shiwu.broker.chunks import chunks
-from shiwu.broker.script_loader import load_repeatable_script
-from shiwu.broker.server_clock import server_time_ms
+from shiwu.broker.script_loader import call_repeatable_script
+from shiwu.broker.server_clock import server_time_steps
+from shiwu.broker.steps import Steps
 from shiwu.client.arguments import read_seconds
 from shiwu.client.results import TagResult, read_answer
 from shiwu.contract import (
@@ -92,68 +92,90 @@ class DeadFilter:
         )
 
 
-class DeadLetters:
-    """Reads, requeues and drops dead letters. Thread-safe; every method may raise redis.RedisError."""
+class DeadPages:
+    """The dead letters that a filter selects, newest first, page by page.
 
-    def __init__(self, client: redis.Redis) -> None:
-        self._client = client
-        self._requeue = load_repeatable_script(client, "requeue")
-        self._drop = load_repeatable_script(client, "drop")
+    Those that are added or removed while the pages are read may be missing.
+    """
 
-    def read(self, where: DeadFilter | None = None, *, limit: int | None = None) -> Iterator[DeadLetter]:
-        """Yield dead letters, newest first. Those that are added or removed during the iteration may be missing."""
-        where = where or DeadFilter()
-        now_ms = server_time_ms(self._client)
+    def __init__(self, where: DeadFilter, *, limit: int | None) -> None:
+        self._where = where
+        self._left = math.inf if limit is None else limit
+        self._portions: Iterator[Sequence[tuple[bytes, float]]] | None = None
+
+    def next_steps(self) -> Steps[list[DeadLetter] | None]:
+        """Read the next page, which may be empty; None after the last one."""
+        if self._portions is None:
+            found = yield from self._find_steps()
+            self._portions = chunks(found, CHUNK_SIZE)
+        portion = next(self._portions, None) if self._left > 0 else None
+        if portion is None:
+            return None
+        letters = yield from _load_steps(portion)
+        page = [letter for letter in letters if self._where.admits(letter)]
+        page = page[: int(min(self._left, len(page)))]
+        self._left -= len(page)
+        return page
+
+    def _find_steps(self) -> Steps[list[tuple[bytes, float]]]:
+        now_ms = yield from server_time_steps()
+        where = self._where
         newest = now_ms - where.older_s * 1000 if where.older_s is not None else "+inf"
         oldest = now_ms - where.newer_s * 1000 if where.newer_s is not None else "-inf"
-        found: Any = self._client.zrevrangebyscore(DEAD, newest, oldest, withscores=True)
-        shown = 0
-        for portion in chunks(found, CHUNK_SIZE):
-            for letter in self._load(portion):
-                if limit is not None and shown >= limit:
-                    return
-                if where.admits(letter):
-                    shown += 1
-                    yield letter
+        found: list[tuple[bytes, float]] = yield lambda client: client.zrevrangebyscore(
+            DEAD, newest, oldest, withscores=True
+        )
+        return found
 
-    def show(self, job_id: str) -> DeadLetter | None:
-        """One dead letter, or None."""
-        died_ms = self._client.zscore(DEAD, job_id)
-        letters = [] if died_ms is None else list(self._load([(job_id.encode(), died_ms)]))
-        return letters[0] if letters else None
 
-    def requeue(self, job_ids: Iterable[str]) -> list[str]:
-        """Put dead letters at the back of their lane, with the same ids; return the ids that were requeued.
+def show_steps(job_id: str) -> Steps[DeadLetter | None]:
+    """Read one dead letter; None where there is none."""
+    died_ms = yield lambda client: client.zscore(DEAD, job_id)
+    letters = [] if died_ms is None else (yield from _load_steps([(job_id.encode(), died_ms)]))
+    return letters[0] if letters else None
 
-        Attempts start at one again. The old answer is removed, so a wait for the id waits for the new one. A late
-        answer of an earlier generation is discarded. An id that was sent again, and is claimed or delayed now, is not
-        requeued: its new answer replaces the dead letter. Neither is one of which only the digest is kept.
-        """
-        requeued: list[str] = []
-        for portion in chunks(list(job_ids), CHUNK_SIZE):
-            reply: Any = self._requeue(
-                keys=[DEAD, DEAD_ANSWERS, DEAD_MESSAGES, ATTEMPTS, COUNTERS, CLAIMS, DELAYED_MESSAGES],
-                args=[done_key(""), result_key(""), *portion],
-            )
-            requeued += [job_id.decode() for job_id in reply]
-        return requeued
 
-    def drop(self, job_ids: Iterable[str]) -> int:
-        """Delete dead letters; return how many were deleted. Their answers are not deleted."""
-        dropped = 0
-        for portion in chunks(list(job_ids), CHUNK_SIZE):
-            dropped += self._drop(keys=[DEAD, DEAD_ANSWERS, DEAD_MESSAGES], args=portion)
-        return dropped
+def requeue_steps(job_ids: Iterable[str]) -> Steps[list[str]]:
+    """Put dead letters at the back of their lane, with the same ids; return the ids that were requeued.
 
-    def _load(self, found: Sequence[tuple[bytes, float]]) -> Iterator[DeadLetter]:
-        ids: list[str] = [job_id.decode() for job_id, _ in found]
-        with self._client.pipeline(transaction=True) as pipe:
-            pipe.hmget(DEAD_ANSWERS, ids)
-            pipe.hmget(DEAD_MESSAGES, ids)
-            answers, messages = pipe.execute()
-        for (_, died_ms), job_id, answer, message in zip(found, ids, answers, messages, strict=True):
-            if answer is not None and message is not None:
-                kept = DeadMessage.read(message)
-                lane = next((lane for lane in Lane if kept.lane_key in lane.keys), None)
-                result = read_answer(answer, job_id=job_id)
-                yield DeadLetter(job_id, died_ms, result, kept.message, lane, kept.size, kept.sha256)
+    Attempts start at one again. The old answer is removed, so a wait for the id waits for the new one. A late answer of
+    an earlier generation is discarded. An id that was sent again, and is claimed or delayed now, is not requeued: its
+    new answer replaces the dead letter. Neither is one of which only the digest is kept.
+    """
+    requeued: list[str] = []
+    for portion in chunks(list(job_ids), CHUNK_SIZE):
+        reply = yield call_repeatable_script(
+            "requeue",
+            keys=[DEAD, DEAD_ANSWERS, DEAD_MESSAGES, ATTEMPTS, COUNTERS, CLAIMS, DELAYED_MESSAGES],
+            args=[done_key(""), result_key(""), *portion],
+        )
+        requeued += [job_id.decode() for job_id in reply]
+    return requeued
+
+
+def drop_steps(job_ids: Iterable[str]) -> Steps[int]:
+    """Delete dead letters; return how many were deleted. Their answers are not deleted."""
+    dropped = 0
+    for portion in chunks(list(job_ids), CHUNK_SIZE):
+        dropped += yield call_repeatable_script("drop", keys=[DEAD, DEAD_ANSWERS, DEAD_MESSAGES], args=portion)
+    return dropped
+
+
+def _load_steps(found: Sequence[tuple[bytes, float]]) -> Steps[list[DeadLetter]]:
+    ids: list[str] = [job_id.decode() for job_id, _ in found]
+
+    def read_both(client: Any) -> Any:
+        pipe = client.pipeline(transaction=True)
+        pipe.hmget(DEAD_ANSWERS, ids)
+        pipe.hmget(DEAD_MESSAGES, ids)
+        return pipe.execute()
+
+    answers, messages = yield read_both
+    letters = []
+    for (_, died_ms), job_id, answer, message in zip(found, ids, answers, messages, strict=True):
+        if answer is not None and message is not None:
+            kept = DeadMessage.read(message)
+            lane = next((lane for lane in Lane if kept.lane_key in lane.keys), None)
+            result = read_answer(answer, job_id=job_id)
+            letters.append(DeadLetter(job_id, died_ms, result, kept.message, lane, kept.size, kept.sha256))
+    return letters

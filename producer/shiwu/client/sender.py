@@ -6,24 +6,21 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from threading import Event
 from typing import Any, Final
 
 import redis
 
-from shiwu.broker.answers import wait_replicated
+from shiwu.broker.answers import check_replicated, wait_command
 from shiwu.broker.backoff import Backoff
-from shiwu.broker.connection import run_on_connection
 from shiwu.broker.message_writer import build_message
-from shiwu.broker.queue_stats import count_waiting
+from shiwu.broker.queue_stats import waiting_steps
 from shiwu.broker.redis_errors import NotReplicated, explain, info_of
-from shiwu.broker.server_clock import server_time_ms
+from shiwu.broker.server_clock import server_time_steps
+from shiwu.broker.steps import OnOneConnection, Pause, Steps
 from shiwu.broker.trace_headers import current_headers
 from shiwu.client.arguments import read_integer, read_seconds, refused
-from shiwu.client.items import read_item
 from shiwu.contract import DEADLINES, MAX_MESSAGE_BYTES, ErrorCode, Lane, Request, RequestError, check_id, parse_request
 from shiwu.errors import QueueFull
 
@@ -84,16 +81,18 @@ def read_lane(lane: Lane | str) -> Lane:
 
 
 class Sender:
-    """Sends messages, and estimates Redis' clock between measurements. Thread-safe."""
+    """Says how messages are sent, and estimates Redis' clock between measurements. Thread-safe.
 
-    def __init__(self, client: redis.Redis, *, max_waiting: int, timeout_s: float) -> None:
-        self._redis = client
+    Each method that returns steps sends nothing before they are run.
+    """
+
+    def __init__(self, *, max_waiting: int, timeout_s: float) -> None:
         self._default_max_waiting = max_waiting
         self._timeout_s = timeout_s
         self._offset_ms = 0.0
         self._offset_until_s = 0.0
 
-    def send(self, jobs: Sequence[tuple[Request, str]], options: SendOptions) -> list[str]:
+    def send_steps(self, jobs: Sequence[tuple[Request, str]], options: SendOptions) -> Steps[list[str]]:
         """Put (request, id) pairs into their lane in one step; return the ids.
 
         While the lane is full or Redis is unavailable, it retries for `options.wait_s`. A message that was enqueued
@@ -110,7 +109,7 @@ class Sender:
         backoff = Backoff()
         while True:
             try:
-                return self._send(jobs, options)
+                return (yield from self._send_once_steps(jobs, options))
             except (QueueFull, redis.RedisError) as error:
                 may_pass = isinstance(error, QueueFull) or info_of(error).is_temporary
                 now_s = time.monotonic()
@@ -120,95 +119,88 @@ class Sender:
                     reported_s = now_s
                     text = str(error) if isinstance(error, QueueFull) else explain(error)
                     log.warning("%s; waiting (%.0f s so far)", text, now_s - began_s)
-            Event().wait(backoff.next_s())
+            yield Pause(backoff.next_s())
 
-    def send_items(
+    def send_items_steps(
         self, items: Sequence[tuple[dict[str, Any], str | None]], options: SendOptions, *, make_id: MakeId
-    ) -> list[str]:
+    ) -> Steps[list[str]]:
         """Check (request fields, id) pairs, and send all of them in one step; return the ids.
 
         Args:
             make_id: gives the id of an item without one.
 
         Raises:
-            RequestError: an item is invalid or too large; nothing was sent. Otherwise raises the errors of `send`.
+            RequestError: an item is invalid or too large; nothing was sent. Otherwise raises the errors of
+                `send_steps`.
         """
         requests = [(parse_request(fields), job_id) for fields, job_id in items]
         jobs = [(request, check_id(make_id(request) if job_id is None else job_id)) for request, job_id in requests]
-        return self.send(jobs, options)
-
-    def send_portions(
-        self,
-        images: Iterator[str | Mapping[str, Any]],
-        shared_fields: Mapping[str, Any],
-        options: SendOptions,
-        *,
-        portion_size: int,
-        make_id: MakeId,
-    ) -> Iterator[str]:
-        """Send the images portion by portion; yield the ids of each portion once it is sent. Raises as `send_items`."""
-        while portion := list(islice(images, portion_size)):
-            yield from self.send_items([read_item(item, shared_fields) for item in portion], options, make_id=make_id)
+        return (yield from self.send_steps(jobs, options))
 
     def max_waiting(self, options: SendOptions) -> int:
         """How many messages the lane may hold, which is also the size of the largest portion."""
         return self._default_max_waiting if options.max_waiting is None else options.max_waiting
 
-    def _send(self, jobs: Sequence[tuple[Request, str]], options: SendOptions) -> list[str]:
-        lane, limit = options.lane, self.max_waiting(options)
-        waiting = count_waiting(self._redis, [lane])[lane]
-        if waiting + len(jobs) > limit:
-            raise QueueFull(
-                f"expected space for {len(jobs)} messages in lane {lane}, which holds {waiting} of {limit}; "
-                "try later, or raise max_waiting"
-            )
-        now_ms = self.server_time_ms()
-        answer_by_ms = _later(now_ms, options.answer_by_s)
-        expires_ms = min((ms for ms in (_later(now_ms, options.expires_s), answer_by_ms) if ms), default=None)
-        trace = current_headers()
-        messages = [
-            build_message(
-                request,
-                job_id=job_id,
-                lane=lane,
-                sent_ms=now_ms,
-                expires_ms=expires_ms,
-                answer_by_ms=answer_by_ms,
-                eta_ms=_later(now_ms, options.countdown_s),
-                priority=options.priority,
-                trace=trace,
-            )
-            for request, job_id in jobs
-        ]
-        _check_sizes(messages, jobs)
-        step = max((i for i, lowest in enumerate(_PRIORITY_STEPS) if lowest <= options.priority), default=0)
-        deadlines = {} if answer_by_ms is None else {job_id: answer_by_ms for _, job_id in jobs}
-        self._write(lane.keys[step], messages, deadlines, replicas=options.replicas)
-        return [job_id for _, job_id in jobs]
-
-    def _write(self, key: str, messages: Sequence[bytes], deadlines: Mapping[str, float], *, replicas: int) -> None:
-        if deadlines:
-            # An index only: the messages carry their deadlines, and count without it.
-            with contextlib.suppress(redis.ResponseError):
-                self._redis.zadd(DEADLINES, deadlines)
-        if not replicas:
-            self._redis.lpush(key, *messages)
-            return
-        # WAIT counts only the writes of its own connection.
-        with self._redis.client() as connected:  # type: ignore[no-untyped-call]  # redis' own
-            run_on_connection(connected, ("LPUSH", key, *messages))
-            wait_replicated(connected, replicas=replicas, timeout_s=self._timeout_s / 2)
-
-    def server_time_ms(self) -> float:
+    def server_time_steps(self) -> Steps[float]:
         """Redis' clock in ms since 1970, measured once a minute and estimated in between."""
         if time.monotonic() >= self._offset_until_s:
             before_s = time.monotonic()
-            server_ms = server_time_ms(self._redis)
+            server_ms = yield from server_time_steps()
             after_s = time.monotonic()
             # The server read its clock about half way between the two readings here.
             self._offset_ms = server_ms - (before_s + after_s) / 2 * 1000
             self._offset_until_s = after_s + CLOCK_REFRESH_S
         return time.monotonic() * 1000 + self._offset_ms
+
+    def _send_once_steps(self, jobs: Sequence[tuple[Request, str]], options: SendOptions) -> Steps[list[str]]:
+        lane, limit = options.lane, self.max_waiting(options)
+        waiting = (yield from waiting_steps([lane]))[lane]
+        if waiting + len(jobs) > limit:
+            raise QueueFull(
+                f"expected space for {len(jobs)} messages in lane {lane}, which holds {waiting} of {limit}; "
+                "try later, or raise max_waiting"
+            )
+        now_ms = yield from self.server_time_steps()
+        answer_by_ms = _later(now_ms, options.answer_by_s)
+        messages = _write_messages(jobs, options, now_ms=now_ms)
+        _check_sizes(messages, jobs)
+        if answer_by_ms is not None:
+            deadlines = {job_id: answer_by_ms for _, job_id in jobs}
+            # An index only: the messages carry their deadlines, and count without it.
+            with contextlib.suppress(redis.ResponseError):
+                yield lambda client: client.zadd(DEADLINES, deadlines)
+        step = max((i for i, lowest in enumerate(_PRIORITY_STEPS) if lowest <= options.priority), default=0)
+        yield from self._push_steps(lane.keys[step], messages, replicas=options.replicas)
+        return [job_id for _, job_id in jobs]
+
+    def _push_steps(self, key: str, messages: Sequence[bytes], *, replicas: int) -> Steps[None]:
+        if not replicas:
+            yield lambda client: client.lpush(key, *messages)
+            return
+        timeout_s = self._timeout_s / 2
+        wait = wait_command(replicas=replicas, timeout_s=timeout_s)
+        _, reached = yield OnOneConnection((("LPUSH", key, *messages), wait))
+        check_replicated(reached, replicas=replicas, timeout_s=timeout_s)
+
+
+def _write_messages(jobs: Sequence[tuple[Request, str]], options: SendOptions, *, now_ms: float) -> list[bytes]:
+    answer_by_ms = _later(now_ms, options.answer_by_s)
+    expires_ms = min((ms for ms in (_later(now_ms, options.expires_s), answer_by_ms) if ms), default=None)
+    trace = current_headers()
+    return [
+        build_message(
+            request,
+            job_id=job_id,
+            lane=options.lane,
+            sent_ms=now_ms,
+            expires_ms=expires_ms,
+            answer_by_ms=answer_by_ms,
+            eta_ms=_later(now_ms, options.countdown_s),
+            priority=options.priority,
+            trace=trace,
+        )
+        for request, job_id in jobs
+    ]
 
 
 def _check_sizes(messages: Sequence[bytes], jobs: Sequence[tuple[Request, str]]) -> None:

@@ -10,19 +10,19 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from threading import Event
 from typing import Any, Final
 
 import redis
 from redis.exceptions import NoPermissionError
 
 from shiwu.broker.redis_errors import explain
-from shiwu.broker.script_loader import load_script
+from shiwu.broker.script_loader import call_script
+from shiwu.broker.steps import Call, Pause, Steps, run
 from shiwu.client.arguments import read_integer, read_seconds, read_text
-from shiwu.client.stream_items import EntryReader, Outage, StreamItem, UnreadableItem, log
+from shiwu.client.stream_items import Entry, EntryReader, Outage, StreamItem, log
 from shiwu.contract import RESULT_STREAM, printable
 
 GROUP_GONE_WORDS: Final = ("NOGROUP", "UNBLOCKED")
@@ -53,7 +53,8 @@ class StreamOptions:
     stop_when_idle: bool
     away_s: float | None
     """How long Redis may be unavailable before its error is raised; None: forever."""
-    on_unreadable: Callable[[UnreadableItem], None]
+    on_unreadable: Callable[[str, Mapping[bytes, bytes], str], None]
+    """Gets the id, the fields and the reason of each entry that cannot be read."""
 
 
 def read_options(
@@ -66,7 +67,7 @@ def read_options(
     reclaim_idle_s: float,
     stop_when_idle: bool,
     away_s: float | None,
-    on_unreadable: Callable[[UnreadableItem], None],
+    on_unreadable: Callable[[str, Mapping[bytes, bytes], str], None],
 ) -> StreamOptions:
     """Check the arguments of `Client.results`; without `consumer` a new name is made.
 
@@ -87,45 +88,68 @@ def read_options(
     )
 
 
-def follow(client: redis.Redis, acks: redis.Redis, options: StreamOptions) -> Iterator[StreamItem]:
-    """Yield entries: first those that this consumer did not acknowledge, then new ones and those of crashed consumers.
+class StreamLoop:
+    """One loop over the results stream: `next_steps` until it gives None, then `leave_steps`.
 
-    Args:
-        client: reads entries. It must not retry by itself, because a repeated read would deliver other entries.
-        acks: the client with which items acknowledge.
+    The client that runs the steps must not retry by itself, because a repeated read would deliver other entries.
     """
-    reader = _Reader(client, EntryReader(acks, group=options.group, on_unreadable=options.on_unreadable), options)
-    outage = Outage(away_s=options.away_s)
-    portion: list[StreamItem] = []
-    try:
+
+    def __init__(self, options: StreamOptions) -> None:
+        items = EntryReader(group=options.group, on_unreadable=options.on_unreadable)
+        self._reader = _Reader(items, options)
+        self._outage = Outage(away_s=options.away_s)
+        self._portion: list[Entry] = []
+
+    def next_steps(self) -> Steps[Entry | None]:
+        """The next entry: first those that this consumer did not acknowledge, then new ones and those of crashed ones.
+
+        None at the end of a loop that stops when idle.
+        """
+        reader = self._reader
         while True:
             try:
-                portion = reader.hold(portion or reader.read())
+                self._portion = self._portion or (yield from reader.read_steps())
+                self._portion = yield from reader.hold_steps(self._portion)
             except (redis.RedisError, OSError) as error:
-                if not reader.failed(error):
-                    outage.wait(error)
+                pause = reader.failed(error) or self._outage.pause(error)
+            else:
+                self._outage.end()
+                if self._portion:
+                    entry = self._portion.pop(0)
+                    reader.handed_out(entry)
+                    return entry
+                if reader.is_at_end:
+                    return None
                 continue
-            outage.end()
-            if portion:
-                item = portion.pop(0)
-                reader.handed_out(item)
-                yield item
-            elif reader.is_at_end:
-                return
+            yield pause
+
+    def leave_steps(self) -> Steps[None]:
+        """Give up what the loop did not get, unless Redis is unavailable."""
+        if not self._outage.is_on:
+            yield from self._reader.leave_steps(self._portion)
+
+
+def follow(client: redis.Redis, acks: redis.Redis, options: StreamOptions) -> Iterator[StreamItem]:
+    """Yield the answers of a loop over the results stream.
+
+    Args:
+        client: reads entries, and does not retry by itself.
+        acks: the client with which items acknowledge.
+    """
+    loop = StreamLoop(options)
+    try:
+        while (entry := run(client, loop.next_steps())) is not None:
+            yield StreamItem(entry.id, entry.result, acks, options.group, entry.generation)
     finally:
-        if not outage.is_on:
-            reader.leave(portion)
+        run(client, loop.leave_steps())
 
 
 class _Reader:
     """Reads the entries of one consumer. After an error, reading again loses no entry that was delivered."""
 
-    def __init__(self, client: redis.Redis, items: EntryReader, options: StreamOptions) -> None:
-        self._client = client
+    def __init__(self, items: EntryReader, options: StreamOptions) -> None:
         self._items = items
         self._options = options
-        self._hold = load_script(client, "hold_entries")
-        self._drop = load_script(client, "drop_consumers")
         self._refused: set[str] = set()
         self._cleaned_s = float("-inf")
         self._held_s = 0.0
@@ -146,49 +170,50 @@ class _Reader:
         self.is_at_end = False
 
     # -------------------------------------------------------------------------------- reading
-    def read(self) -> list[StreamItem]:
+    def read_steps(self) -> Steps[list[Entry]]:
         """The next portion; empty where there is nothing to read."""
         if not self._has_group:
-            self._make_group()
-        self._remove_idle_consumers()
+            yield from self._make_group_steps()
+        yield from self._remove_idle_consumers_steps()
         self._held_s = time.monotonic()
         if self._own_after is not None:
-            entries = self._read_group(self._own_after)
-            found = self._take(entries)
+            entries = yield from self._read_group_steps(self._own_after)
+            found = yield from self._take_steps(entries)
             self._own_after = entries[-1][0].decode() if entries else None
             return found
         # Alternates between entries of crashed consumers and new ones.
         self._is_claiming = not self._is_claiming
         if not self._is_claiming:
-            return self._claim()
-        return self._read_new()
+            return (yield from self._claim_steps())
+        return (yield from self._read_new_steps())
 
-    def _claim(self) -> list[StreamItem]:
-        options = self._options
-        reply: Any = self._client.xautoclaim(
+    def _claim_steps(self) -> Steps[list[Entry]]:
+        options, cursor = self._options, self._cursor
+        reply = yield lambda client: client.xautoclaim(
             RESULT_STREAM,
             options.group,
             options.consumer,
             min_idle_time=int(options.reclaim_idle_s * 1000),
-            start_id=self._cursor,
+            start_id=cursor,
             count=options.batch,
         )
         self._cursor = reply[0].decode()
-        found = [item for item in self._take(reply[1]) if item.entry_id not in self._handed_out]
+        found = yield from self._take_steps(reply[1])
+        found = [entry for entry in found if entry.id not in self._handed_out]
         self._has_claimed = bool(found) or self._cursor != "0-0"
         return found
 
-    def _read_new(self) -> list[StreamItem]:
+    def _read_new_steps(self) -> Steps[list[Entry]]:
         block_s = self._options.block_s if self._wait_until is None else max(self._options.block_s, MIN_WAIT_S)
-        entries = self._read_group(">", block_s=block_s)
-        found = self._take(entries)
+        entries = yield from self._read_group_steps(">", block_s=block_s)
+        found = yield from self._take_steps(entries)
         if self._options.stop_when_idle and not entries and not self._has_claimed:
-            self.is_at_end = self._others_hold_nothing()
+            self.is_at_end = yield from self._others_hold_nothing_steps()
         return found
 
-    def _read_group(self, after: str, *, block_s: float = 0.0) -> list[Any]:
+    def _read_group_steps(self, after: str, *, block_s: float = 0.0) -> Steps[list[Any]]:
         options = self._options
-        reply: Any = self._client.xreadgroup(
+        reply = yield lambda client: client.xreadgroup(
             options.group,
             options.consumer,
             {RESULT_STREAM: after},
@@ -198,26 +223,32 @@ class _Reader:
         entries: list[Any] = reply[0][1] if reply else []
         return entries
 
-    def _take(self, entries: Sequence[Any]) -> list[StreamItem]:
-        found = self._items.read(entries)
+    def _take_steps(self, entries: Sequence[Any]) -> Steps[list[Entry]]:
+        found = yield from self._items.read_steps(entries)
         self._newest = max([self._newest, *(_order(entry_id) for entry_id, _ in entries)])
         return found
 
-    def _others_hold_nothing(self) -> bool:
+    def _others_hold_nothing_steps(self) -> Steps[bool]:
         """Whether no other consumer holds an entry that was pending when this one had nothing more to read.
 
         Such entries are acknowledged by their consumers, or come here once they have been idle long enough.
         """
         options = self._options
-        reply: Any = self._permitted("xpending", lambda: self._client.xpending(RESULT_STREAM, options.group))
+        reply = yield from self._permitted_steps(
+            "xpending", lambda client: client.xpending(RESULT_STREAM, options.group)
+        )
         if not reply or not reply["pending"]:
             return True
         others = [holder["name"] for holder in reply["consumers"] if holder["name"] != options.consumer.encode()]
         until = self._wait_until or reply["max"].decode()
-        with self._client.pipeline(transaction=False) as pipe:
+
+        def find_first(client: Any) -> Any:
+            pipe = client.pipeline(transaction=False)
             for name in others:
                 pipe.xpending_range(RESULT_STREAM, options.group, min="-", max=until, count=1, consumername=name)
-            held: list[Any] = pipe.execute()
+            return pipe.execute()
+
+        held = yield find_first
         holders = [printable(name.decode(errors="replace")) for name, found in zip(others, held, strict=True) if found]
         if holders and self._wait_until is None:
             log.warning(
@@ -231,58 +262,60 @@ class _Reader:
         return not holders
 
     # -------------------------------------------------------------------------------- holding
-    def handed_out(self, item: StreamItem) -> None:
-        """Record an item that the loop got, so that a loop that ends when idle gets each once and comes to its end."""
+    def handed_out(self, entry: Entry) -> None:
+        """Record an entry that the loop got, so that a loop that ends when idle gets each once and comes to its end."""
         if self._options.stop_when_idle:
-            self._handed_out.add(item.entry_id)
+            self._handed_out.add(entry.id)
 
-    def hold(self, portion: list[StreamItem]) -> list[StreamItem]:
-        """The items of a portion that this consumer still holds; resets their idle time if it is not recent."""
+    def hold_steps(self, portion: list[Entry]) -> Steps[list[Entry]]:
+        """The entries of a portion that this consumer still holds; resets their idle time if it is not recent."""
         if time.monotonic() - self._held_s <= self._options.reclaim_idle_s * HOLD_SHARE or not portion:
             return portion
         began_s = time.monotonic()
-        held: Any = self._permitted("hold_entries", lambda: self._set_idle(portion, idle_ms=0))
+        held = yield from self._permitted_steps("hold_entries", self._set_idle(portion, idle_ms=0))
         self._held_s = began_s
         ids = None if held is None else set(held)
-        return [item for item in portion if ids is None or item.entry_id.encode() in ids]
+        return [entry for entry in portion if ids is None or entry.id.encode() in ids]
 
-    def _set_idle(self, portion: Sequence[StreamItem], *, idle_ms: int) -> Any:
-        ids = [item.entry_id for item in portion]
-        return self._hold(keys=[RESULT_STREAM], args=[self._options.group, self._options.consumer, idle_ms, *ids])
+    def _set_idle(self, portion: Sequence[Entry], *, idle_ms: int) -> Call:
+        ids = [entry.id for entry in portion]
+        args = [self._options.group, self._options.consumer, idle_ms, *ids]
+        return call_script("hold_entries", keys=[RESULT_STREAM], args=args)
 
-    def _permitted(self, what: str, call: Callable[[], Any]) -> Any:
+    def _permitted_steps(self, what: str, call: Call) -> Steps[Any]:
         """The result of a call; None where the Redis user may not make it, as with the ACL of an older version."""
         if what in self._refused:
             return None
         try:
-            return call()
+            return (yield call)
         except NoPermissionError as error:
             self._refused.add(what)
             log.warning("%s", explain(error))
         return None
 
     # -------------------------------------------------------------------------------- the group
-    def _make_group(self) -> None:
+    def _make_group_steps(self) -> Steps[None]:
+        group = self._options.group
         try:
-            self._client.xgroup_create(RESULT_STREAM, self._options.group, id="0", mkstream=True)
+            yield lambda client: client.xgroup_create(RESULT_STREAM, group, id="0", mkstream=True)
         except redis.ResponseError as error:
             if "BUSYGROUP" not in str(error):
                 raise
         self._has_group = True
 
-    def _remove_idle_consumers(self) -> None:
+    def _remove_idle_consumers_steps(self) -> Steps[None]:
         """Remove consumers that hold nothing and have long been idle, as those of processes that have ended."""
         if time.monotonic() - self._cleaned_s < CLEANUP_EVERY_S:
             return
         self._cleaned_s = time.monotonic()
         idle_ms = int(max(CONSUMER_TTL_S, 2 * self._options.reclaim_idle_s) * 1000)
-        self._permitted("drop_consumers", lambda: self._drop_consumers("", idle_ms=idle_ms))
+        yield from self._permitted_steps("drop_consumers", self._drop_consumers("", idle_ms=idle_ms))
 
-    def _drop_consumers(self, name: str, *, idle_ms: int) -> Any:
-        return self._drop(keys=[RESULT_STREAM], args=[self._options.group, name, idle_ms])
+    def _drop_consumers(self, name: str, *, idle_ms: int) -> Call:
+        return call_script("drop_consumers", keys=[RESULT_STREAM], args=[self._options.group, name, idle_ms])
 
-    def failed(self, error: Exception) -> bool:
-        """Prepare for the next read after an error; return whether it may follow without a pause."""
+    def failed(self, error: Exception) -> Pause | None:
+        """Prepare for the next read after an error; return the pause before it where only the group is gone."""
         # Redis 6.2 puts its own words before this one in the error of a script.
         is_gone = isinstance(error, redis.ResponseError) and any(word in str(error) for word in GROUP_GONE_WORDS)
         if is_gone:
@@ -290,19 +323,20 @@ class _Reader:
             self._forget()
             # No other consumer can get entries that were read before, so this loop still delivers them.
             self._held_s = float("inf")
-            Event().wait(GROUP_GONE_PAUSE_S)
-        elif self._own_after is None:
+            return Pause(GROUP_GONE_PAUSE_S)
+        if self._own_after is None:
             # The lost reply may have delivered entries, all newer than those that came before.
             self._own_after = f"{self._newest[0]}-{self._newest[1]}"
-        return is_gone
+        return None
 
-    def leave(self, portion: Sequence[StreamItem]) -> None:
+    def leave_steps(self, portion: Sequence[Entry]) -> Steps[None]:
         """Give up the entries that the loop did not get, and remove a consumer that is only for this loop."""
         with suppress(redis.RedisError, OSError):
             if portion:
-                self._permitted("hold_entries", lambda: self._set_idle(portion, idle_ms=GIVEN_UP_MS))
+                yield from self._permitted_steps("hold_entries", self._set_idle(portion, idle_ms=GIVEN_UP_MS))
             if self._options.is_temporary and self._has_group:
-                self._permitted("drop_consumers", lambda: self._drop_consumers(self._options.consumer, idle_ms=0))
+                drop = self._drop_consumers(self._options.consumer, idle_ms=0)
+                yield from self._permitted_steps("drop_consumers", drop)
 
 
 def _order(entry_id: bytes) -> tuple[int, int]:

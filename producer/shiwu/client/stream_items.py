@@ -7,13 +7,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from threading import Event
-from typing import Final
+from functools import partial
+from typing import Any, Final, Protocol
 
 import redis
 
 from shiwu.broker.backoff import Backoff
 from shiwu.broker.redis_errors import explain, info_of
+from shiwu.broker.steps import Pause, Steps, run
 from shiwu.client.results import TagResult
 from shiwu.contract import RESULT_STREAM, printable
 
@@ -44,15 +45,7 @@ class StreamItem:
         Raises:
             redis.RedisError: the answer is not acknowledged, and will be delivered again.
         """
-        outage = Outage(away_s=away_s)
-        while True:
-            try:
-                self._client.xack(RESULT_STREAM, self._group, self.entry_id)
-            except (redis.RedisError, OSError) as error:
-                outage.wait(error)
-            else:
-                outage.end()
-                return
+        run(self._client, ack_steps(self.entry_id, group=self._group, away_s=away_s))
 
 
 @dataclass(frozen=True)
@@ -73,53 +66,91 @@ class UnreadableItem:
 
     def ack(self) -> None:
         """Give the entry up: the group does not get it again."""
-        self._client.xack(RESULT_STREAM, self._group, self.entry_id)
+        run(self._client, ack_steps(self.entry_id, group=self._group))
 
 
-def log_unreadable(item: UnreadableItem) -> None:
+class Unreadable(Protocol):
+    """An entry that cannot be read, as either client passes it to `on_unreadable`."""
+
+    @property
+    def entry_id(self) -> str:
+        """Id of the entry in the stream."""
+
+    @property
+    def reason(self) -> str:
+        """Why it cannot be read."""
+
+
+def log_unreadable(item: Unreadable) -> None:
     """Write a warning to the logger `shiwu`."""
     log.warning(
         "entry %s of %s was skipped and stays pending: %s", item.entry_id, RESULT_STREAM, printable(item.reason)
     )
 
 
-class EntryReader:
-    """Converts entries to items, and reports each unreadable entry once."""
+def ack_steps(entry_id: str, *, group: str, away_s: float = 0.0) -> Steps[None]:
+    """Acknowledge an entry; retry for `away_s` seconds while Redis is unavailable."""
+    outage = Outage(away_s=away_s)
+    while True:
+        try:
+            yield lambda client: client.xack(RESULT_STREAM, group, entry_id)
+        except (redis.RedisError, OSError) as error:
+            pause = outage.pause(error)
+        else:
+            outage.end()
+            return
+        yield pause
 
-    def __init__(self, client: redis.Redis, *, group: str, on_unreadable: Callable[[UnreadableItem], None]) -> None:
-        self._client = client
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An entry of the results stream that was read."""
+
+    id: str
+    result: TagResult
+    generation: int
+    """How often the dead letter of the answer's id was requeued before this answer."""
+
+
+class EntryReader:
+    """Reads entries, and reports each unreadable one once.
+
+    Args:
+        on_unreadable: gets the id, the fields and the reason.
+    """
+
+    def __init__(self, *, group: str, on_unreadable: Callable[[str, Mapping[bytes, bytes], str], None]) -> None:
         self._group = group
         self._on_unreadable = on_unreadable
         self._reported: OrderedDict[bytes, None] = OrderedDict()
 
-    def read(self, entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> list[StreamItem]:
-        """The readable entries as items; entries that were trimmed while pending are acknowledged."""
-        items = []
-        for entry_id, fields in entries:
+    def read_steps(self, raws: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> Steps[list[Entry]]:
+        """The readable entries; those that were trimmed while pending are acknowledged."""
+        entries = []
+        for entry_id, fields in raws:
             if not fields:  # the entry was trimmed while it was pending
-                self._client.xack(RESULT_STREAM, self._group, entry_id)
+                yield partial(_acknowledge, group=self._group, entry_id=entry_id)
                 continue
             try:
-                items.append(self._item(entry_id.decode(), fields))
+                entries.append(_read_entry(entry_id.decode(), fields))
             except ValueError as error:
                 self._report(entry_id, fields, str(error)[:300])
-        return items
-
-    def _item(self, entry_id: str, fields: Mapping[bytes, bytes]) -> StreamItem:
-        generation = fields.get(b"generation", b"0")
-        number = int(generation) if generation.isdigit() else 0
-        return StreamItem(entry_id, _read_entry(fields), self._client, self._group, number)
+        return entries
 
     def _report(self, entry_id: bytes, fields: dict[bytes, bytes], reason: str) -> None:
         if entry_id not in self._reported:
-            self._on_unreadable(UnreadableItem(entry_id.decode(), fields, reason, self._client, self._group))
+            self._on_unreadable(entry_id.decode(), fields, reason)
         self._reported[entry_id] = None
         while len(self._reported) > MAX_REPORTED:
             self._reported.popitem(last=False)
 
 
+def _acknowledge(client: Any, *, group: str, entry_id: bytes) -> Any:
+    return client.xack(RESULT_STREAM, group, entry_id)
+
+
 class Outage:
-    """Pauses while Redis is unavailable, each longer than the last up to a limit; logs the begin and the end."""
+    """Gives pauses while Redis is unavailable, each longer than the last up to a limit; logs the begin and the end."""
 
     def __init__(self, *, away_s: float | None) -> None:
         self._away_s = away_s
@@ -131,8 +162,8 @@ class Outage:
         """Whether Redis has not answered since the last error."""
         return self._since_s is not None
 
-    def wait(self, error: Exception) -> None:
-        """Pause before the next try.
+    def pause(self, error: Exception) -> Pause:
+        """The pause before the next try.
 
         Raises:
             redis.RedisError: this error, if a retry cannot help or it has lasted longer than `away_s`.
@@ -144,7 +175,7 @@ class Outage:
         if self._since_s is None:
             log.warning("%s; trying again", explain(error))
         self._since_s = since_s
-        Event().wait(self._backoff.next_s())
+        return Pause(self._backoff.next_s())
 
     def end(self) -> None:
         """Record that Redis has answered."""
@@ -154,12 +185,13 @@ class Outage:
         self._backoff.reset()
 
 
-def _read_entry(fields: Mapping[bytes, bytes]) -> TagResult:
-    """Read the answer of a stream entry.
+def _read_entry(entry_id: str, fields: Mapping[bytes, bytes]) -> Entry:
+    """Read an entry of the stream.
 
     Raises:
         ValueError: it has no answer, or one that this version cannot read.
     """
     if (raw := fields.get(b"answer")) is None:
         raise ValueError("expected a field `answer`, got none")
-    return TagResult.from_json(raw)
+    generation = fields.get(b"generation", b"0")
+    return Entry(entry_id, TagResult.from_json(raw), int(generation) if generation.isdigit() else 0)

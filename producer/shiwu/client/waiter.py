@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import redis
 
 from shiwu.broker.chunks import chunks
 from shiwu.broker.redis_errors import ConnectionsBusy, info_of
+from shiwu.broker.steps import Steps, run
 from shiwu.client.results import TagResult, read_result
 from shiwu.contract import RESULT_PREFIX, ErrorCode, RequestError, result_key
 from shiwu.errors import WaitTimeout
@@ -93,18 +94,29 @@ def _wait_once(
             while missing and (left_s := min(poll_at_s, until_s) - time.monotonic()) > 0:
                 message = pubsub.get_message(timeout=left_s)
                 if message is not None:
-                    job_id = message["channel"].decode().removeprefix(RESULT_PREFIX)
+                    job_id, raw = read_announcement(message)
                     if job_id in missing:
                         del missing[job_id]
-                        yield job_id, read_result(message["data"])
+                        yield job_id, read_result(raw)
             if time.monotonic() >= until_s:
                 return
 
 
 def _poll(client: redis.Redis, missing: dict[str, None]) -> Iterator[tuple[str, TagResult]]:
     for portion in chunks(list(missing), CHUNK_SIZE):
-        replies: Any = client.mget([result_key(job_id) for job_id in portion])
-        for job_id, raw in zip(portion, replies, strict=True):
-            if raw is not None:
-                del missing[job_id]
-                yield job_id, read_result(raw)
+        for job_id, raw in run(client, look_steps(portion)):
+            del missing[job_id]
+            yield job_id, read_result(raw)
+
+
+def look_steps(ids: Sequence[str]) -> Steps[list[tuple[str, bytes]]]:
+    """Look for the answers of up to CHUNK_SIZE ids; return (id, value of the result key) of those that are there."""
+    replies = yield lambda client: client.mget([result_key(job_id) for job_id in ids])
+    return [(job_id, raw) for job_id, raw in zip(ids, replies, strict=True) if raw is not None]
+
+
+def read_announcement(message: Mapping[str, Any]) -> tuple[str, bytes]:
+    """The id and the value of the result key in a message of redis-py's subscription."""
+    channel: bytes = message["channel"]
+    raw: bytes = message["data"]
+    return channel.decode().removeprefix(RESULT_PREFIX), raw

@@ -10,12 +10,10 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 
 from shiwu.broker import answers as module
 from shiwu.broker.answers import (
-    CANCEL_CHUNK_SIZE,
     HEAD_BYTES,
     AnswerEntry,
     AnswerStore,
@@ -153,28 +151,6 @@ def test_too_few_replicas_are_an_error(monkeypatch: pytest.MonkeyPatch, reached:
         with pytest.raises(NotReplicated, match=r"2 replicas to confirm within 0\.5 s, 1 did"):
             wait_replicated(connected, replicas=2, timeout_s=0.5)
     assert commands == [("WAIT", 2, 500)]
-
-
-def test_cancelled_jobs_are_answered_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the clock of each, and with a token of its own; ids that had an answer are left out."""
-    place = Store(monkeypatch)
-    place.again = [b"j3"]
-    ids = [f"j{number}" for number in range(CANCEL_CHUNK_SIZE + 1)]
-    clock = iter([1000.0, 2000.0])
-    cancelled = place.store.cancel(ids, reason="r" * 500, clock_ms=lambda: next(clock))
-    assert cancelled == [job_id for job_id in ids if job_id != "j3"]
-    (first, _), (second, _) = place.calls
-    assert ((len(first) - 11) // 7, (len(second) - 11) // 7) == (CANCEL_CHUNK_SIZE, 1)
-    assert first[16].startswith("cancel.")
-    assert first[16] != second[16]
-    answer = msgspec.json.decode(second[13], type=Answer)
-    assert (answer.status, answer.attempts) == (Status.CANCELLED, 0)
-    assert answer.answered_at == datetime.fromtimestamp(2.0, UTC)
-    assert answer.error is not None
-    assert answer.error.message == f"cancelled by its producer: {'r' * 200}"
-    assert second[12].endswith("A"), "the worker that holds the job is notified"
-    place.store.cancel(["x"], reason="", clock_ms=lambda: 0.0)
-    assert b'cancelled by its producer"' in place.calls[2][0][13]
 
 
 def test_celery_gets_an_exception_of_each_failure() -> None:

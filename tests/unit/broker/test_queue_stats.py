@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +21,7 @@ INTERACTIVE, BULK = Lane
 class Parts:
     """The keys of a server."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.lengths: dict[str, int] = {}
         self.claims: dict[bytes, bytes] = {}
         self.counters: dict[bytes, bytes] = {}
@@ -30,14 +29,21 @@ class Parts:
         self.kept: bytes | None = None
         self.stored: list[tuple[bytes, int]] = []
         self.asked_ms: list[Any] = []
-        monkeypatch.setattr(module, "server_time_ms", lambda _: NOW_MS)
         self.client: Any = SimpleNamespace(
-            pipeline=lambda transaction: nullcontext(self._pipe(is_one_step=transaction)),
-            hscan_iter=lambda key, count: self.claims.items() if (key, count > 1) == (CLAIMS, True) else [],
+            pipeline=lambda transaction: self._pipe(is_one_step=transaction),
+            hscan=self._scan,
+            time=lambda: (NOW_MS // 1000, 0),
             zrangebyscore=self._workers,
             get=lambda _: self.kept,
             set=lambda _, raw, px: self.stored.append((raw, px)),
         )
+
+    def _scan(self, key: str, cursor: int, *, count: int) -> tuple[int, dict[bytes, bytes]]:
+        """Half of the claims in each of two steps."""
+        assert (key, count > 1) == (CLAIMS, True)
+        half = len(self.claims) // 2
+        claims = list(self.claims.items())
+        return (0, dict(claims[half:])) if cursor else (7, dict(claims[:half]))
 
     def _workers(self, key: str, begin: float, end: str) -> list[bytes]:
         assert (key, end) == (WORKERS, "+inf")
@@ -66,9 +72,9 @@ class Parts:
 
 
 @pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
+def parts() -> Parts:
     """A server without messages."""
-    return Parts(monkeypatch)
+    return Parts()
 
 
 def message(sent_ms: float | None) -> bytes:

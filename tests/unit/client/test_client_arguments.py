@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from shiwu import Client, RequestError
+from shiwu.broker.steps import Steps
 from shiwu.client.sender import Sender, SendOptions
 
 IMAGE = "s3://b/k"
@@ -18,12 +19,13 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], SendOptions]]
     """What would have been sent: ids and options of each portion."""
     calls: list[tuple[list[str], SendOptions]] = []
 
-    def send(_: Sender, jobs: Any, options: SendOptions) -> list[str]:
+    def send(_: Sender, jobs: Any, options: SendOptions) -> Steps[list[str]]:
+        yield from ()
         ids = [job_id for _, job_id in jobs]
         calls.append((ids, options))
         return ids
 
-    monkeypatch.setattr(Sender, "send", send)
+    monkeypatch.setattr(Sender, "send_steps", send)
     return calls
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from shiwu import RequestError
 from shiwu.broker.answers import dead_message
 from shiwu.client import dead_letters as module
-from shiwu.client.dead_letters import CHUNK_SIZE, DeadFilter, DeadLetter, DeadLetters
+from shiwu.client.dead_letters import CHUNK_SIZE, DeadFilter, DeadLetter
 from shiwu.client.results import TagResult
 from shiwu.contract import (
     DEAD_ANSWERS,
@@ -25,6 +24,7 @@ from shiwu.contract import (
     Stage,
     Status,
 )
+from tests.support.redis_parts import DeadLetters
 
 NOW_MS = 100_000.0
 FULL: dict[str, Any] = {
@@ -51,12 +51,12 @@ class Parts:
         self.ranges: list[Any] = []
         self.loads: list[int] = []
         self.calls: list[tuple[str, int]] = []
-        monkeypatch.setattr(module, "server_time_ms", lambda _: NOW_MS)
-        monkeypatch.setattr(module, "load_repeatable_script", lambda _, name: lambda **call: self._run(name, call))
+        monkeypatch.setattr(module, "call_repeatable_script", lambda name, **call: lambda _: self._run(name, call))
         client: Any = SimpleNamespace(
             zrevrangebyscore=self._range,
             zscore=lambda _, job_id: dict(self.found).get(job_id.encode()),
-            pipeline=lambda transaction: nullcontext(self._pipe(transaction)),
+            pipeline=self._pipe,
+            time=lambda: (NOW_MS // 1000, 0),
         )
         self.letters = DeadLetters(client)
 
@@ -65,8 +65,8 @@ class Parts:
         assert withscores
         return self.found
 
-    def _pipe(self, is_one_step: bool) -> Any:
-        assert is_one_step
+    def _pipe(self, *, transaction: bool) -> Any:
+        assert transaction
         asked: list[Any] = []
         self.loads.append(0)
 

@@ -12,8 +12,10 @@ import redis
 from redis.exceptions import NoPermissionError
 
 from shiwu import QueueFull, RequestError
+from shiwu.broker import steps
 from shiwu.broker.message_reader import read_message
 from shiwu.broker.redis_errors import NotReplicated
+from shiwu.broker.steps import run
 from shiwu.client import sender as module
 from shiwu.client.sender import CLOCK_REFRESH_S, Sender, SendOptions, _check_sizes
 from shiwu.contract import DEADLINES, MAX_MESSAGE_BYTES, Lane, Request, parse_request
@@ -29,11 +31,8 @@ class Parts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, max_waiting: int = 10) -> None:
         self.clock = Clock()
         monkeypatch.setattr(module.time, "monotonic", self.clock.monotonic)
-        monkeypatch.setattr(module, "server_time_ms", self._server_time)
-        monkeypatch.setattr(module, "count_waiting", self._count)
-        monkeypatch.setattr(module, "Event", lambda: SimpleNamespace(wait=self._pause))
-        monkeypatch.setattr(module, "run_on_connection", lambda _, command: self.commands.append(command))
-        monkeypatch.setattr(module, "wait_replicated", self._replicate)
+        monkeypatch.setattr(steps, "Event", lambda: SimpleNamespace(wait=self._pause))
+        monkeypatch.setattr(steps, "run_on_connection", lambda _, command: self._on_connection(command))
         self.waiting = 0
         self.asked = 0
         self.errors: list[Exception] = []
@@ -42,19 +41,31 @@ class Parts:
         self.deadlines: list[tuple[str, dict[str, float]]] = []
         self.deadline_error: Exception | None = None
         self.commands: list[Any] = []
-        self.replicated: list[tuple[int, float]] = []
-        client: Any = SimpleNamespace(lpush=self._push, zadd=self._index, client=lambda: _Context(self))
-        self.sender = Sender(client, max_waiting=max_waiting, timeout_s=4.0)
+        self.reached = 9
+        self.client: Any = SimpleNamespace(
+            lpush=self._push,
+            zadd=self._index,
+            time=self._server_time,
+            pipeline=self._count,
+            client=lambda: _Context(self),
+        )
+        self.sender = Sender(max_waiting=max_waiting, timeout_s=4.0)
 
-    def _server_time(self, _: Any) -> float:
+    def _server_time(self) -> tuple[float, float]:
         self.asked += 1
         self.clock.now_s += 0.2
-        return SERVER_MS
+        return SERVER_MS / 1000, 0
 
-    def _count(self, _: Any, lanes: list[Lane]) -> dict[Lane, int]:
+    def _count(self, *, transaction: bool) -> Any:
+        assert not transaction
         if self.errors:
             raise self.errors.pop(0)
-        return dict.fromkeys(lanes, self.waiting)
+        lengths = [0, self.waiting, 0, 0]
+        return SimpleNamespace(llen=lambda _: None, execute=lambda: lengths)
+
+    def _on_connection(self, command: Any) -> list[Any]:
+        self.commands.append(command)
+        return [self.reached if command[0] == "WAIT" else 1]
 
     def _pause(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -69,12 +80,14 @@ class Parts:
             raise self.deadline_error
         self.deadlines.append((key, deadlines))
 
-    def _replicate(self, _: Any, *, replicas: int, timeout_s: float) -> None:
-        self.replicated.append((replicas, timeout_s))
-
     def send(self, *ids: str, **options: Any) -> list[str]:
         """Send requests with these ids."""
-        return self.sender.send([(REQUEST, job_id) for job_id in ids], SendOptions(**({"lane": Lane.BULK} | options)))
+        jobs = [(REQUEST, job_id) for job_id in ids]
+        return run(self.client, self.sender.send_steps(jobs, SendOptions(**({"lane": Lane.BULK} | options))))
+
+    def server_time_ms(self) -> float:
+        """The sender's estimate."""
+        return run(self.client, self.sender.server_time_steps())
 
 
 class _Context:
@@ -102,7 +115,7 @@ def test_message_goes_to_the_list_of_its_priority(parts: Parts, priority: int, s
     assert key == Lane.BULK.keys[step]
     assert [read_message(raw).id for raw in messages] == ["a", "b"]
     assert {json.loads(raw)["properties"]["priority"] for raw in messages} == {priority}
-    assert (parts.deadlines, parts.replicated) == ([], [])
+    assert (parts.deadlines, parts.commands) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +135,7 @@ def test_times_count_from_the_servers_clock(
     parts.send("a", **options)
     [(_, [raw])] = parts.pushed
     envelope = read_message(raw)
-    now_ms = parts.sender.server_time_ms()
+    now_ms = parts.server_time_ms()
     assert now_ms == pytest.approx(SERVER_MS + 100.0)
     assert envelope.sent_ms == pytest.approx(now_ms)
     times = (envelope.expires_ms, envelope.answer_by_ms, envelope.eta_ms)
@@ -141,12 +154,12 @@ def test_message_is_sent_where_its_deadline_is_not_indexed(parts: Parts) -> None
 
 def test_servers_clock_is_asked_once_a_minute(parts: Parts) -> None:
     """In between it goes on with this machine's; it was read half way between question and reply."""
-    assert parts.sender.server_time_ms() == pytest.approx(SERVER_MS + 100.0)
+    assert parts.server_time_ms() == pytest.approx(SERVER_MS + 100.0)
     parts.clock.now_s += CLOCK_REFRESH_S - 1.0
-    assert parts.sender.server_time_ms() == pytest.approx(SERVER_MS + 100.0 + (CLOCK_REFRESH_S - 1.0) * 1000)
+    assert parts.server_time_ms() == pytest.approx(SERVER_MS + 100.0 + (CLOCK_REFRESH_S - 1.0) * 1000)
     assert parts.asked == 1
     parts.clock.now_s += 1.0
-    parts.sender.server_time_ms()
+    parts.server_time_ms()
     assert parts.asked == 2
 
 
@@ -213,10 +226,13 @@ def test_wait_is_reported_once_in_a_while(parts: Parts, caplog: pytest.LogCaptur
 def test_replicas_confirm_on_the_same_connection(parts: Parts) -> None:
     """Within half of a command's time."""
     parts.send("a", "b", replicas=2)
-    [command] = parts.commands
-    assert command[:2] == ("LPUSH", Lane.BULK.queue)
-    assert len(command) == 4
-    assert (parts.replicated, parts.pushed) == ([(2, 2.0)], [])
+    push, wait = parts.commands
+    assert push[:2] == ("LPUSH", Lane.BULK.queue)
+    assert len(push) == 4
+    assert (wait, parts.pushed) == (("WAIT", 2, 2000), [])
+    parts.reached = 1
+    with pytest.raises(NotReplicated):
+        parts.send("a", replicas=2)
 
 
 def test_message_has_a_largest_size() -> None:
@@ -231,8 +247,12 @@ def test_message_has_a_largest_size() -> None:
 def test_ids_are_given_or_made(parts: Parts) -> None:
     """One that is given is not replaced, also where it is refused."""
     items: list[tuple[dict[str, Any], str | None]] = [({"image": "s3://b/k"}, "x"), ({"image": "s3://b/l"}, None)]
-    sent = parts.sender.send_items(items, SendOptions(Lane.BULK), make_id=lambda request: request.image)
-    assert sent == ["x", "s3://b/l"]
+
+    def send(items: list[tuple[dict[str, Any], str | None]], made: str) -> list[str]:
+        steps = parts.sender.send_items_steps(items, SendOptions(Lane.BULK), make_id=lambda _: made)
+        return run(parts.client, steps)
+
+    assert send(items, "made") == ["x", "made"]
     with pytest.raises(RequestError):
-        parts.sender.send_items([({"image": "s3://b/k"}, "")], SendOptions(Lane.BULK), make_id=lambda _: "y")
+        send([({"image": "s3://b/k"}, "")], "y")
     assert parse_request({"image": "s3://b/k"}) == REQUEST

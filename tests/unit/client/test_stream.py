@@ -11,6 +11,8 @@ import redis
 from redis.exceptions import NoPermissionError
 
 from shiwu import RequestError
+from shiwu.broker import steps
+from shiwu.broker.steps import run
 from shiwu.client import stream as module
 from shiwu.client.stream import (
     CLEANUP_EVERY_S,
@@ -22,7 +24,7 @@ from shiwu.client.stream import (
     follow,
     read_options,
 )
-from shiwu.client.stream_items import EntryReader
+from shiwu.client.stream_items import Entry, EntryReader
 from shiwu.contract import RESULT_STREAM, Answer, Status
 from tests.support.clock import Clock
 
@@ -35,7 +37,7 @@ ARGUMENTS: dict[str, Any] = {
     "reclaim_idle_s": 10.0,
     "stop_when_idle": False,
     "away_s": None,
-    "on_unreadable": lambda _: None,
+    "on_unreadable": lambda *_: None,
 }
 
 
@@ -58,7 +60,7 @@ class Parts:
         self.held_by: dict[str, list[Any]] = {}
         self.held: Any = []
         self.client: Any = SimpleNamespace(
-            register_script=lambda _: None,
+            register_script=self._script,
             xgroup_create=lambda *_, **options: self._call("create", options),
             xreadgroup=self._read,
             xautoclaim=self._claim,
@@ -66,10 +68,11 @@ class Parts:
             pipeline=self._pipeline,
             xack=lambda *args: self._call("ack", args),
         )
-        self.reader = _Reader(self.client, EntryReader(self.client, group="g", on_unreadable=pytest.fail), self.options)
-        reader: Any = self.reader
-        reader._hold = lambda **call: self._call("hold", call["args"], self.held)
-        reader._drop = lambda **call: self._call("drop", call["args"], 0)
+        self.reader = _Reader(EntryReader(group="g", on_unreadable=pytest.fail), self.options)
+
+    def _script(self, source: str) -> Any:
+        name, reply = ("hold", self.held) if "JUSTID" in source else ("drop", 0)
+        return lambda *, keys, args: self._call(name, args, reply)
 
     def _call(self, name: str, asked: Any, reply: Any = None) -> Any:
         self.calls.append((name, asked))
@@ -98,12 +101,23 @@ class Parts:
             self._call("held by", (options["min"], options["max"], options["count"]))
             names.append(options["consumername"].decode())
 
-        pipe = SimpleNamespace(xpending_range=add, execute=lambda: [self.held_by.get(name, []) for name in names])
-        return _Context(pipe)
+        return SimpleNamespace(xpending_range=add, execute=lambda: [self.held_by.get(name, []) for name in names])
+
+    def portion(self) -> list[Entry]:
+        """The next portion."""
+        return run(self.client, self.reader.read_steps())
 
     def read(self) -> list[str]:
         """The ids of the next portion."""
-        return [item.result.id for item in self.reader.read()]
+        return [entry.result.id for entry in self.portion()]
+
+    def hold(self, portion: list[Entry]) -> list[Entry]:
+        """The entries that are still held."""
+        return run(self.client, self.reader.hold_steps(portion))
+
+    def others_hold_nothing(self) -> bool:
+        """Whether other consumers hold nothing."""
+        return run(self.client, self.reader._others_hold_nothing_steps())
 
     def asked(self, name: str) -> list[Any]:
         """What was asked of one command."""
@@ -113,17 +127,6 @@ class Parts:
         """Read to where new entries begin, and forget what was asked."""
         assert self.read() == []
         self.calls.clear()
-
-
-class _Context:
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __enter__(self) -> Any:
-        return self._value
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -190,7 +193,7 @@ def test_answer_is_handed_out_once_in_a_loop_that_ends(monkeypatch: pytest.Monke
     for stops, expected in ((True, []), (False, ["j1"])):
         parts = Parts(monkeypatch, stop_when_idle=stops)
         parts.reads = [[entry(1)]]
-        [item] = parts.reader.read()
+        [item] = parts.portion()
         parts.reader.handed_out(item)
         assert parts.read() == []
         parts.claims = [(b"0-0", [entry(1)])]
@@ -246,36 +249,36 @@ def test_loop_ends_where_pending_entries_are_its_own(monkeypatch: pytest.MonkeyP
     """Or where the Redis user may not ask for them."""
     parts = Parts(monkeypatch, stop_when_idle=True)
     parts.pending = {"pending": 2, "max": b"8-0", "consumers": [{"name": b"me"}]}
-    assert parts.reader._others_hold_nothing()
+    assert parts.others_hold_nothing()
     parts.client.xpending = lambda *_: parts._call("pending", 0, NoPermissionError("no"))
-    assert parts.reader._others_hold_nothing()
-    assert parts.reader._others_hold_nothing()
+    assert parts.others_hold_nothing()
+    assert parts.others_hold_nothing()
     assert len(parts.asked("pending")) == 2, "what is refused is not asked again"
 
 
 def test_idle_time_of_a_held_portion_is_reset(parts: Parts) -> None:
     """After a tenth of the time after which others take it over; what another has is given up."""
     parts.reads = [[entry(1), entry(2)]]
-    portion = parts.reader.read()
+    portion = parts.portion()
     parts.clock.now_s += 1.0
-    assert parts.reader.hold(portion) == portion
+    assert parts.hold(portion) == portion
     parts.clock.now_s += 0.001
-    assert parts.reader.hold([]) == []
+    assert parts.hold([]) == []
     assert parts.asked("hold") == []
     parts.held = [b"2-0"]
-    assert [item.result.id for item in parts.reader.hold(portion)] == ["j2"]
+    assert [item.result.id for item in parts.hold(portion)] == ["j2"]
     assert parts.asked("hold") == [["g", "me", 0, "1-0", "2-0"]]
-    assert parts.reader.hold(portion) == portion, "it is recent again"
+    assert parts.hold(portion) == portion, "it is recent again"
 
 
 def test_portion_is_kept_where_it_may_not_be_held(parts: Parts, caplog: pytest.LogCaptureFixture) -> None:
     """The ACL of an older version lacks the right; that is logged once."""
     parts.reads = [[entry(1)]]
-    portion = parts.reader.read()
+    portion = parts.portion()
     parts.held = NoPermissionError("no")
     for _ in range(2):
         parts.clock.now_s += 2.0
-        assert parts.reader.hold(portion) == portion
+        assert parts.hold(portion) == portion
     assert (len(parts.asked("hold")), len(caplog.records)) == (1, 1)
 
 
@@ -297,11 +300,11 @@ def test_deleted_group_is_made_again(parts: Parts, monkeypatch: pytest.MonkeyPat
     """And read from its begin; what was read before is still delivered, because no other consumer can get it."""
     monkeypatch.setattr(module, "GROUP_GONE_PAUSE_S", 0.0)
     parts.reads = [[entry(1)]]
-    portion = parts.reader.read()
+    portion = parts.portion()
     parts.calls.clear()
     assert parts.reader.failed(redis.ResponseError(text))
     parts.clock.now_s += 1e6
-    assert parts.reader.hold(portion) == portion
+    assert parts.hold(portion) == portion
     parts.read()
     assert (len(parts.asked("create")), parts.asked("read")) == (1, [("0-0", None)])
 
@@ -341,7 +344,7 @@ def test_group_that_exists_is_used(parts: Parts) -> None:
 
     parts.client.xgroup_create = create
     with pytest.raises(redis.ResponseError, match="OOM"):
-        parts.reader.read()
+        parts.portion()
     parts.read()
     parts.read()
     assert len(made) == 2
@@ -353,12 +356,12 @@ def test_loop_that_ends_gives_up_what_it_holds(
 ) -> None:
     """The next consumer gets it immediately; a name that was made for the loop is removed."""
     parts = Parts(monkeypatch, consumer=consumer)
-    parts.reader.leave([])
+    run(parts.client, parts.reader.leave_steps([]))
     assert parts.calls == [], "there is no group yet"
     parts.reads = [[entry(1), entry(2)]]
-    portion = parts.reader.read()
+    portion = parts.portion()
     parts.calls.clear()
-    parts.reader.leave(portion)
+    run(parts.client, parts.reader.leave_steps(portion))
     name = parts.options.consumer
     expected: list[Any] = [("hold", ["g", name, GIVEN_UP_MS, "1-0", "2-0"]), ("drop", ["g", name, 0])]
     assert parts.calls == expected[: 1 + is_dropped]
@@ -367,13 +370,11 @@ def test_loop_that_ends_gives_up_what_it_holds(
 def test_loop_yields_portions_and_gives_up_their_rest(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in between is waited for, and no item is lost or yielded twice."""
     parts.reads = [[entry(1), entry(2)], redis.ConnectionError("away"), [], [entry(3), entry(4), entry(5)]]
-    waits: list[Exception] = []
-    outage: Any = SimpleNamespace(wait=waits.append, end=lambda: None, is_on=False)
-    monkeypatch.setattr(module, "Outage", lambda **_: outage)
-    monkeypatch.setattr(module, "_Reader", lambda *_: parts.reader)
+    pauses: list[float] = []
+    monkeypatch.setattr(steps, "Event", lambda: SimpleNamespace(wait=pauses.append))
     loop: Any = follow(parts.client, parts.client, parts.options)
     assert [next(loop).result.id for _ in range(3)] == ["j1", "j2", "j3"]
-    assert len(waits) == 1
+    assert len(pauses) == 1
     parts.calls.clear()
     loop.close()
     assert parts.calls == [("hold", ["g", "me", GIVEN_UP_MS, "4-0", "5-0"])]

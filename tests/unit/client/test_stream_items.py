@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import redis
 
+from shiwu.broker import steps
+from shiwu.broker.steps import Steps, run
 from shiwu.client import stream_items as module
 from shiwu.client.stream_items import EntryReader, Outage, StreamItem, UnreadableItem, log_unreadable
 from shiwu.contract import RESULT_STREAM, Answer, Status
@@ -27,9 +29,19 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         made.append(seconds)
         clock.now_s += seconds
 
-    monkeypatch.setattr(module, "Event", lambda: SimpleNamespace(wait=wait))
+    monkeypatch.setattr(steps, "Event", lambda: SimpleNamespace(wait=wait))
     monkeypatch.setattr(module.time, "monotonic", clock.monotonic)
     return made
+
+
+def wait(outage: Outage, error: Exception = AWAY) -> None:
+    """Make the pause after an error."""
+
+    def pause() -> Steps[None]:
+        yield outage.pause(error)
+
+    no_client: Any = None
+    run(no_client, pause())
 
 
 class Acks:
@@ -59,14 +71,14 @@ def test_outage_has_growing_pauses_and_two_log_lines(pauses: list[float], caplog
         outage.end()
         assert (outage.is_on, len(caplog.records)) == (False, 0)
         for _ in range(3):
-            outage.wait(AWAY)
+            wait(outage)
         assert (outage.is_on, len(pauses), len(caplog.records)) == (True, 3, 1)
         assert 0 < pauses[0] < pauses[2]
         outage.end()
         outage.end()
         assert (outage.is_on, len(caplog.records)) == (False, 2)
         assert f"after {sum(pauses):.1f} s" in caplog.text
-        outage.wait(AWAY)
+        wait(outage)
     assert pauses[3] < pauses[2]
     assert len(caplog.records) == 3
 
@@ -74,13 +86,13 @@ def test_outage_has_growing_pauses_and_two_log_lines(pauses: list[float], caplog
 def test_outage_ends_after_its_time(pauses: list[float]) -> None:
     """Measured from its first error; 0 allows none."""
     with pytest.raises(redis.ConnectionError):
-        Outage(away_s=0.0).wait(AWAY)
+        wait(Outage(away_s=0.0))
     assert pauses == []
     outage = Outage(away_s=5.0)
 
     def wait_often() -> None:
         for _ in range(1000):
-            outage.wait(AWAY)
+            wait(outage)
 
     with pytest.raises(redis.ConnectionError):
         wait_often()
@@ -90,7 +102,7 @@ def test_outage_ends_after_its_time(pauses: list[float]) -> None:
 def test_error_that_does_not_pass_is_raised(pauses: list[float]) -> None:
     """A wrong password stays wrong."""
     with pytest.raises(redis.AuthenticationError):
-        Outage(away_s=None).wait(redis.AuthenticationError("wrong"))
+        wait(Outage(away_s=None), redis.AuthenticationError("wrong"))
     assert pauses == []
 
 
@@ -112,18 +124,17 @@ def test_acknowledgement_is_repeated_while_redis_is_away(pauses: list[float]) ->
 def test_entries_become_items(caplog: pytest.LogCaptureFixture) -> None:
     """Trimmed ones are acknowledged; each one that cannot be read is reported once, and stays pending."""
     acks: Any = Acks()
-    reported: list[UnreadableItem] = []
-    reader = EntryReader(acks, group="g", on_unreadable=reported.append)
+    reported: list[tuple[str, Any, str]] = []
+    reader = EntryReader(group="g", on_unreadable=lambda *item: reported.append(item))
     entries = [entry(1), (b"2-0", {}), entry(3, other=b"x"), entry(4, answer=b"junk"), entry(5)]
     for _ in range(2):
-        items = reader.read(entries)
-        assert [(item.entry_id, item.result.id) for item in items] == [("1-0", "j1"), ("5-0", "j5")]
+        items = run(acks, reader.read_steps(entries))
+        assert [(item.id, item.result.id) for item in items] == [("1-0", "j1"), ("5-0", "j5")]
     assert acks.asked == [(RESULT_STREAM, "g", b"2-0")] * 2
-    assert [item.entry_id for item in reported] == ["3-0", "4-0"]
-    assert reported[0].reason == "expected a field `answer`, got none"
-    assert reported[0].fields == {b"other": b"x"}
+    assert [entry_id for entry_id, _, _ in reported] == ["3-0", "4-0"]
+    assert reported[0][1:] == ({b"other": b"x"}, "expected a field `answer`, got none")
     with caplog.at_level(logging.WARNING, logger="shiwu"):
-        log_unreadable(reported[0])
+        log_unreadable(UnreadableItem(*reported[0], acks, "g"))
     assert "entry 3-0" in caplog.text
 
 
@@ -132,9 +143,9 @@ def test_memory_of_reported_entries_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "MAX_REPORTED", 3)
     acks: Any = Acks()
     reported: list[str] = []
-    reader = EntryReader(acks, group="g", on_unreadable=lambda item: reported.append(item.entry_id))
+    reader = EntryReader(group="g", on_unreadable=lambda entry_id, *_: reported.append(entry_id))
     for number in (1, 2, 3, 1, 4, 2, 3, 4, 1):
-        reader.read([entry(number, other=b"x")])
+        run(acks, reader.read_steps([entry(number, other=b"x")]))
     assert reported == ["1-0", "2-0", "3-0", "4-0", "1-0"]
 
 
@@ -144,5 +155,6 @@ def test_item_has_the_generation_of_its_answer(written: bytes | None, generation
     raw = Answer(id="j", status=Status.TAGGED).to_json()
     fields = {"answer": raw} | ({} if written is None else {"generation": written})
     acks: Any = Acks()
-    [item] = EntryReader(acks, group="g", on_unreadable=log_unreadable).read([entry(1, **fields)])
+    reader = EntryReader(group="g", on_unreadable=pytest.fail)
+    [item] = run(acks, reader.read_steps([entry(1, **fields)]))
     assert (item.result.id, item.generation) == ("j", generation)
