@@ -17,6 +17,7 @@ from tests.support.servers import Valkey
 from tests.support.waiting import wait_until
 
 from shiwu import Client
+from shiwu.broker.chunks import chunks
 from shiwu.contract import RESULT_STREAM, done_key, result_key
 
 SAMPLES = ROOT / "tests" / "support" / "samples"
@@ -41,8 +42,8 @@ def _pending_frees(client: redis.Redis) -> int:
 def _without(client: redis.Redis, keys: list[str]) -> int:
     """Delete these keys; return the bytes that this frees."""
     before = _memory(client)
-    for start in range(0, len(keys), 1000):
-        client.delete(*keys[start : start + 1000])
+    for part in chunks(keys, 1000):
+        client.delete(*part)
     # Large values are freed by a thread of the server.
     wait_until(lambda: not _pending_frees(client), timeout_s=60)
     return before - _memory(client)

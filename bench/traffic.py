@@ -18,6 +18,7 @@ import redis
 from pydantic_core import from_json
 from tests.support.waiting import wait_until
 
+from shiwu.broker.chunks import chunks
 from shiwu.broker.message_writer import build_message
 from shiwu.contract import Lane, Request, Timing, result_key
 
@@ -77,21 +78,21 @@ def build(
 
 def send(client: redis.Redis, lane: Lane, messages: Sequence[Message]) -> None:
     """Enqueue the messages as fast as Redis accepts them."""
-    for start in range(0, len(messages), CHUNK_SIZE):
-        client.lpush(lane.queue, *[message.raw for message in messages[start : start + CHUNK_SIZE]])
+    for part in chunks(messages, CHUNK_SIZE):
+        client.lpush(lane.queue, *[message.raw for message in part])
 
 
 def missing(client: redis.Redis, ids: Sequence[str]) -> int:
     """Return how many of these ids have no readable answer."""
-    parts = (ids[start : start + CHUNK_SIZE] for start in range(0, len(ids), CHUNK_SIZE))
-    return len(ids) - sum(int(client.exists(*[result_key(job_id) for job_id in part])) for part in parts)
+    found = (client.exists(*[result_key(job_id) for job_id in part]) for part in chunks(ids, CHUNK_SIZE))
+    return len(ids) - sum(map(int, found))
 
 
 def read_all(client: redis.Redis, ids: Sequence[str]) -> list[Reply]:
     """Return the answers of these ids, in their order, also those without tags and the missing ones."""
     raws: list[Any] = []
-    for start in range(0, len(ids), CHUNK_SIZE):
-        raws += client.mget([result_key(job_id) for job_id in ids[start : start + CHUNK_SIZE]])
+    for part in chunks(ids, CHUNK_SIZE):
+        raws += client.mget([result_key(job_id) for job_id in part])
     return [_reply(job_id, raw) for job_id, raw in zip(ids, raws, strict=True)]
 
 

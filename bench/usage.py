@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+from shiwu_worker.runtime import proc
+
 PROC: Final = Path("/proc")
 
 
@@ -42,10 +42,5 @@ def families(pids: Sequence[int]) -> list[int]:
 
 
 def _stat(pid: int) -> _Stat | None:
-    try:
-        text = (PROC / str(pid) / "stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    # The name, in brackets, may contain blanks and brackets.
-    fields = text.rpartition(")")[2].split()
-    return _Stat(parent=int(fields[1]), cpu_s=(int(fields[11]) + int(fields[12])) / TICKS_PER_S)
+    fields = proc.stat_fields(f"{PROC}/{pid}/stat")
+    return _Stat(parent=int(fields[1]), cpu_s=proc.cpu_s(fields)) if fields else None

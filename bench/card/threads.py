@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import defaultdict
@@ -14,6 +13,7 @@ from tests.support import drill
 from bench import usage
 from bench.card.load import READY_S, opened
 from bench.card.measure import Measures
+from shiwu_worker.runtime import proc
 
 SECONDS: Final = 3.0
 MIN_US: Final = 0.5
@@ -53,10 +53,6 @@ def _cpu_s(pid: int) -> dict[str, float]:
     """CPU seconds of each name of a thread, of all threads of that name."""
     found: dict[str, float] = defaultdict(float)
     for path in Path(f"/proc/{pid}/task").glob("*/stat"):
-        try:
-            text = path.read_text(encoding="ascii", errors="replace")
-        except OSError:
-            continue
-        name, fields = text.partition("(")[2].rpartition(")")[0], text.rpartition(")")[2].split()
-        found[name] += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        if name := proc.read_text(path.with_name("comm")).strip():
+            found[name] += proc.cpu_s(proc.stat_fields(str(path)))
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from shiwu_worker.runtime.proc import stat_fields
 from tests.conftest import choose_seed
 from tests.support import pictures
 from tests.support.loopback import LeftMachineError, is_own_address, needs_resolver, only_loopback
@@ -109,11 +110,8 @@ def test_stop_ends_the_children_too(tmp_path: Path) -> None:
 def _group_lives(group: int) -> bool:
     """Whether any process of the group is more than a zombie."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[2] == str(group) and fields[0] != "Z":
+        fields = stat_fields(str(stat))
+        if fields and fields[2] == str(group) and fields[0] != "Z":
             return True
     return False
 

@@ -1,4 +1,4 @@
-"""A process and what it started, as /proc tells: who they are, how old, what they cost."""
+"""A process and what it started, from /proc: their ids, ages, CPU time and memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+
+from shiwu_worker.runtime.proc import stat_fields
 
 _TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -34,10 +36,7 @@ def loaders_of(pid: int) -> list[int]:
 
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat behind the name, the state first; empty when the process is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
+    return stat_fields(f"/proc/{pid}/stat")
 
 
 def lives(pid: int) -> bool:

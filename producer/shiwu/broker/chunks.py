@@ -1,4 +1,4 @@
-"""Splits long lists, so that no command to Redis becomes too long."""
+"""Splits long lists, so that no command to Redis and no batch of texts becomes too long."""
 
 from __future__ import annotations
 

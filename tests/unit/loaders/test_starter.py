@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from shiwu_worker.loaders import starter
+from shiwu_worker.runtime.proc import stat_fields
 from tests.support import pictures
 from tests.support.family import children, lives
 from tests.support.loader_pool import Pool
@@ -35,7 +36,7 @@ def pool(tmp_path: Path) -> Iterator[Pool]:
 
 def fork_server_of(loader: int) -> int:
     """The parent of a loader."""
-    return int(Path(f"/proc/{loader}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(stat_fields(f"/proc/{loader}/stat")[1])
 
 
 def test_hanging_fork_server_does_not_delay_running_loaders(pool: Pool, good: str) -> None:

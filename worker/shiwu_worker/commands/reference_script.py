@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
+from shiwu.broker.chunks import chunks
 from shiwu_worker.checkpoints.checkpoint_files import Checkpoint
 from shiwu_worker.stages.encode.checkpoint import load_model, quiet_transformers
 
@@ -48,8 +49,8 @@ def reference_logits(
         padding = "max_length" if model.config.model_type == "siglip" else True
         options = {"padding": padding, "truncation": True, "max_length": max_tokens, "return_tensors": "pt"}
         parts = [
-            model(**processor(images=rgb, text=list(texts[i : i + TEXTS_AT_ONCE]), **options)).logits_per_image[0]
-            for i in range(0, len(texts), TEXTS_AT_ONCE)
+            model(**processor(images=rgb, text=list(part), **options)).logits_per_image[0]
+            for part in chunks(texts, TEXTS_AT_ONCE)
         ]
         logits: NDArray[np.float32] = torch.cat(parts).numpy()
     return logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,14 +24,13 @@ def read_text(path: Path) -> str:
 
 def is_running(pid: int) -> bool:
     """Whether a process exists and is not stopped."""
-    fields = _stat_fields(f"/proc/{pid}/stat")
+    fields = stat_fields(f"/proc/{pid}/stat")
     return bool(fields) and fields[_STATE] not in NOT_RUNNING
 
 
 def thread_cpu_s(pid: int, thread: int) -> float:
     """CPU seconds of one thread of a process since its start; 0 if it has ended."""
-    fields = _stat_fields(f"/proc/{pid}/task/{thread}/stat")
-    return (int(fields[_USER_TICKS]) + int(fields[_SYSTEM_TICKS])) / _TICKS_PER_S if fields else 0.0
+    return cpu_s(stat_fields(f"/proc/{pid}/task/{thread}/stat"))
 
 
 def cpu_flags() -> frozenset[str]:
@@ -43,7 +43,12 @@ def highest_descriptor() -> int:
     return max(map(int, os.listdir("/proc/self/fd")))
 
 
-def _stat_fields(path: str) -> list[str]:
+def stat_fields(path: str) -> list[str]:
     """The fields of a `stat` file from the state on; empty where the process or thread has ended."""
     # The name stands before the state in brackets, and may contain spaces and brackets.
     return read_text(Path(path)).rpartition(")")[2].split()
+
+
+def cpu_s(fields: Sequence[str]) -> float:
+    """CPU seconds, of user and system, in the fields of a `stat` file; 0 without fields."""
+    return (int(fields[_USER_TICKS]) + int(fields[_SYSTEM_TICKS])) / _TICKS_PER_S if fields else 0.0

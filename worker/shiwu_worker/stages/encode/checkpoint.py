@@ -15,6 +15,7 @@ from structlog.typing import FilteringBoundLogger
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from shiwu.broker.chunks import chunks
 from shiwu_worker.checkpoints.checkpoint_files import Checkpoint, WrongCheckpoint, first_line
 from shiwu_worker.jobs.label_checks import LabelTokens
 
@@ -159,10 +160,7 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """m texts → float32 (m, d). The tokenizer cuts texts to the model's limit."""
-        parts = [
-            self._encode_batch(texts[i : i + MAX_TEXTS_PER_BATCH]) for i in range(0, len(texts), MAX_TEXTS_PER_BATCH)
-        ]
-        return np.concatenate(parts)
+        return np.concatenate([self._encode_batch(part) for part in chunks(texts, MAX_TEXTS_PER_BATCH)])
 
     def label_tokens(self, labels: Sequence[str]) -> list[LabelTokens]:
         """The tokens of each label, cut as `encode` cuts it."""

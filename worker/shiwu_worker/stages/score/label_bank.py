@@ -17,6 +17,7 @@ import numpy as np
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from shiwu.broker.chunks import chunks
 from shiwu.contract import ErrorCode, Head, Stage
 from shiwu_worker.errors import Rejected
 from shiwu_worker.jobs.label_checks import LabelTokens, check_labels
@@ -186,8 +187,8 @@ class LabelBank:
             return known
         words = self.cached_words(label_set)
         missing = [word for word in label_set.words if word not in words]
-        for start in range(0, len(missing), TEXTS_PER_CALL):
-            words |= self.encode_words(label_set, missing[start : start + TEXTS_PER_CALL])
+        for portion in chunks(missing, TEXTS_PER_CALL):
+            words |= self.encode_words(label_set, portion)
         return self.complete(label_set, words)
 
     def _is_configured(self, label_set: LabelSet) -> bool:
