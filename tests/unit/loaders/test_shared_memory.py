@@ -20,7 +20,7 @@ from tests.support.waiting import wait_until
 ONE, SAME_PLACE, OTHER = "0" * 15 + "1" + "a" * 48, "0" * 15 + "1" + "b" * 48, "0" * 15 + "2" + "c" * 48
 
 
-def test_images_that_were_noted_are_known_until_they_are_forgotten() -> None:
+def test_noted_images_are_known_until_they_are_forgotten() -> None:
     """A digest with the place of another one takes it over; forgetting the first then leaves the second alone."""
     known = KnownImages(np.zeros(4, np.uint64))
     assert ONE not in known
