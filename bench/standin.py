@@ -77,14 +77,15 @@ class StandInLoaders:
 class StandInFlight:
     """A batch on the stand-in's device."""
 
-    def __init__(self, *, pictures: int, until_s: float) -> None:
+    def __init__(self, *, pictures: int, until_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.pictures = pictures
+        self._clock = clock
         self.is_under_way = until_s > 0
         self._until_s = until_s
 
     def wait(self) -> None:
         """Sleep until the stand-in's device is done."""
-        if (left_s := self._until_s - time.monotonic()) > 0:
+        if (left_s := self._until_s - self._clock()) > 0:
             time.sleep(left_s)  # stands for the model
 
 
@@ -119,7 +120,15 @@ class StandInEncoder:
     canary_sizes: Final = (1,)
     info = ModelInfo(id="stand-in", revision="0", dtype="none", device="none")
 
-    def __init__(self, *, batch_sizes: Sequence[int], per_picture_ms: float, per_batch_ms: float) -> None:
+    def __init__(
+        self,
+        *,
+        batch_sizes: Sequence[int],
+        per_picture_ms: float,
+        per_batch_ms: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self.batch_sizes = tuple(batch_sizes)
         self.size_policy = StandInSizes(self.batch_sizes[-1])
         self._per_picture_s = per_picture_ms / 1000
@@ -137,12 +146,12 @@ class StandInEncoder:
         took_s = self._per_picture_s * len(rows) + self._per_batch_s
         if not took_s:
             return StandInFlight(pictures=len(rows), until_s=0.0)
-        now_s = time.monotonic()
+        now_s = self._clock()
         if self._free_s:
             self.idle_s += max(0.0, now_s - self._free_s)
         self.busy_s += took_s
         self._free_s = max(self._free_s, now_s) + took_s
-        return StandInFlight(pictures=len(rows), until_s=self._free_s)
+        return StandInFlight(pictures=len(rows), until_s=self._free_s, clock=self._clock)
 
     def collect(self, flight: StandInFlight) -> NDArray[np.float32]:
         """Return equal vectors."""

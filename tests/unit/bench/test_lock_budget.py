@@ -22,12 +22,10 @@ def test_device_takes_the_time_of_its_batches() -> None:
     assert 64 * per_picture_ms + per_batch_ms == pytest.approx(8.0)
 
 
-def test_time_between_batches_counts_as_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_between_batches_counts_as_idle() -> None:
     """But not the time beside a canary, when no job waits, nor batches that are queued behind one another."""
     now_s = 100.0
-    monkeypatch.setattr("bench.standin.time.monotonic", lambda: now_s)
-    monkeypatch.setattr("bench.standin.time.sleep", lambda _: None)
-    encoder = StandInEncoder(batch_sizes=(64,), per_picture_ms=0.0, per_batch_ms=10.0)
+    encoder = StandInEncoder(batch_sizes=(64,), per_picture_ms=0.0, per_batch_ms=10.0, clock=lambda: now_s)
     encoder.encode(PIXELS[:1])
     now_s = 105.0
     for _ in range(3):
