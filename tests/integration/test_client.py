@@ -40,8 +40,8 @@ def test_priority_chooses_the_list_of_its_step(redis_url: str, redis_client: red
     with Client(redis_url) as client:
         for priority in range(10):
             client.enqueue("s3://b/k", lane="bulk", priority=priority)
-    [lowest, *others] = Lane.BULK.keys
-    assert redis_client.llen(lowest) == 3
+    [most_urgent, *others] = Lane.BULK.keys
+    assert redis_client.llen(most_urgent) == 3
     assert {key[-1]: redis_client.llen(key) for key in others} == {"3": 3, "6": 3, "9": 1}
 
 

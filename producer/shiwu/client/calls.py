@@ -21,6 +21,7 @@ from shiwu.client.dead_letters import (
     show_steps,
 )
 from shiwu.client.items import check_shared_fields, random_id, read_item, request_id
+from shiwu.client.job_report import JobReport, report_steps
 from shiwu.client.results import TagResult, read_result
 from shiwu.client.sender import MakeId, Sender, SendOptions
 from shiwu.contract import check_id, result_key
@@ -118,6 +119,10 @@ class Calls:
         key = result_key(read_id(job_id))
         raw = yield lambda client: client.get(key)
         return None if raw is None else read_result(raw)
+
+    def explain_steps(self, job_id: str) -> Steps[JobReport]:
+        """Where a job is and why."""
+        return report_steps(read_id(job_id))
 
     def dead_letters(self, where: DeadFilter | None, *, limit: int | None) -> DeadPages:
         """The dead letters that a filter selects."""

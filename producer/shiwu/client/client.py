@@ -21,6 +21,7 @@ from shiwu.client.arguments import read_id, read_seconds, read_type, refused
 from shiwu.client.calls import Calls, ClientOptions, Portions, read_waited_ids
 from shiwu.client.dead_letters import DeadFilter, DeadLetter
 from shiwu.client.items import check_images
+from shiwu.client.job_report import JobReport
 from shiwu.client.results import TagResult
 from shiwu.client.sender import SendOptions, read_lane
 from shiwu.client.stream import follow, read_options
@@ -130,7 +131,7 @@ class Client:
             expires_s: a job that has not started by then is answered `expired` once a worker or `shiwu sweep` finds it.
             answer_by_s: by then the job has an answer, `expired` if no other. Needs a running worker or `shiwu sweep`.
             countdown_s: no worker starts the job earlier; must be shorter than the two durations above.
-            priority: 0 to 9 within the lane; higher is more urgent. Redis has four steps: 0, 3, 6 and 9.
+            priority: 0 to 9 within the lane; as in Celery on Redis, 0 is the most urgent. Redis has four steps: 0, 3, 6, 9.
             replicas: how many replicas of Redis must confirm the job before this returns.
             id: a job id of 1 to 255 bytes in UTF-8. Default: a random UUID.
 
@@ -373,6 +374,13 @@ class Client:
     def queue_state(self) -> QueueState:
         """Count waiting, claimed and delayed jobs, dead letters and running workers; several round trips."""
         return read_state(self._redis)
+
+    def explain(self, job_id: str) -> JobReport:
+        """Find out where a job is and why; for operators, because it reads lanes, claims and answers.
+
+        Searches up to 20,000 messages of each lane where the id is not found otherwise. The job may move meanwhile.
+        """
+        return run(self._redis, self._calls.explain_steps(job_id))
 
     def running_workers(self) -> tuple[str, ...]:
         """Names of workers with a heartbeat in the last ten seconds; needs fewer rights than `queue_state`."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from shiwu.broker.history import back_in_lane_ms, read_history
 from shiwu.broker.message_ids import find_id
 from shiwu.broker.message_reader import Envelope, read_message
 from shiwu.contract import (
@@ -34,7 +35,6 @@ from shiwu.contract import (
     status_of,
     without_query,
 )
-from shiwu_worker.jobs.history import back_in_lane_ms, read_history
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.timestamps import StageTimestamps
 
