@@ -131,7 +131,7 @@ class Client:
             expires_s: a job that has not started by then is answered `expired` once a worker or `shiwu sweep` finds it.
             answer_by_s: by then the job has an answer, `expired` if no other. Needs a running worker or `shiwu sweep`.
             countdown_s: no worker starts the job earlier; must be shorter than the two durations above.
-            priority: 0 to 9 within the lane; as in Celery on Redis, 0 is the most urgent. Redis has four steps: 0, 3, 6, 9.
+            priority: 0 to 9 within the lane, 0 first, as in Celery on Redis. Redis has four steps: 0, 3, 6 and 9.
             replicas: how many replicas of Redis must confirm the job before this returns.
             id: a job id of 1 to 255 bytes in UTF-8. Default: a random UUID.
 
