@@ -44,7 +44,7 @@ def build(folder: Path, *, packages: Path, steps: int = STEPS) -> None:
     is_person = np.repeat([photo.is_person for photo in pool], len(pictures) // len(pool))
     print(f"learning from {len(pool)} photographs, {len(vocabulary.words) + len(UNKNOWN)} words", flush=True)
     space = make_space(vocabulary.words, classifier, features, is_person)
-    words = common_words((unpack(DICTIONARY, packages) / "jieba-0.42.1/jieba/dict.txt").read_text(encoding="utf-8"))
+    words = ranked_words(packages)[:COMMON_WORDS]
     letters = list(dict.fromkeys(c for word in words[:LETTER_WORDS] for c in word))[:MAX_LETTERS]
     tokenizer = text.make_tokenizer(space.vectors, [*letters, *ASCII])
     torch.manual_seed(0)
@@ -60,11 +60,16 @@ def build(folder: Path, *, packages: Path, steps: int = STEPS) -> None:
     _save(folder, model, space, projection, tokenizer)
 
 
-def common_words(dictionary: str) -> list[str]:
-    """The most common words of jieba's dictionary, whose lines are a word, its count and its part of speech."""
+def ranked_words(packages: Path) -> list[str]:
+    """The words of jieba's dictionary, the most common first."""
+    return by_count((unpack(DICTIONARY, packages) / "jieba-0.42.1/jieba/dict.txt").read_text(encoding="utf-8"))
+
+
+def by_count(dictionary: str) -> list[str]:
+    """The words of a dictionary whose lines are a word, its count and its part of speech, without numbers."""
     lines = [line.split() for line in dictionary.splitlines() if line]
     lines.sort(key=lambda line: -int(line[1]))
-    return [word for word, *_ in lines if word.isalpha()][:COMMON_WORDS]
+    return [word for word, *_ in lines if word.isalpha()]
 
 
 def label_set_yaml(vocabulary: Vocabulary) -> str:

@@ -12,7 +12,9 @@ import yaml
 from numpy.typing import NDArray
 
 from recipes.packages import unpack
+from recipes.photo_zh.build import COMMON_WORDS, ranked_words
 from recipes.photo_zh.checkpoint import ROOT, Checkpoint
+from recipes.photo_zh.evaluate_texts import Scenes, text_table
 from recipes.photo_zh.tables import SIX, UNKNOWN, Photo, Vocabulary, read_photos, read_vocabulary
 from recipes.photo_zh.vision import open_photo
 
@@ -31,6 +33,8 @@ class Measured:
     """Label sets by name."""
     logits: dict[str, Logits]
     """For each label set, (photographs, labels)."""
+    vectors: NDArray[np.float32]
+    """Of the photographs, (n, 320)."""
 
     def top(self, name: str, index: int, count: int) -> list[str]:
         """The first labels for a photograph."""
@@ -43,12 +47,16 @@ class Measured:
 
 
 def evaluate(folder: Path, *, packages: Path) -> str:
-    """The table, in Markdown."""
-    measured = measure(folder, packages=packages)
-    return "\n".join(table(measured)) + "\n"
+    """Two tables, in Markdown: photographs, and texts."""
+    checkpoint = Checkpoint(folder)
+    measured = measure(checkpoint, packages=packages)
+    which = [index for index, photo in enumerate(measured.photos) if photo.kind == "scene"]
+    scenes = Scenes(measured.vectors[which], measured.logits["six-zh"][which].max(1))
+    texts = text_table(checkpoint, measured.vocabulary, scenes, ranked_words(packages)[COMMON_WORDS:])
+    return "\n".join([*table(measured), "", *texts]) + "\n"
 
 
-def measure(folder: Path, *, packages: Path) -> Measured:
+def measure(checkpoint: Checkpoint, *, packages: Path) -> Measured:
     """Encode all test photographs and all words. Takes a minute on one core after the packages are there."""
     vocabulary, photos = read_vocabulary(), read_photos()
     everyday = [*yaml.safe_load(EVERYDAY.read_text(encoding="utf-8"))["labels"]]
@@ -59,14 +67,13 @@ def measure(folder: Path, *, packages: Path) -> Measured:
         "six-zh": list(SIX),
         UNKNOWN[0]: [UNKNOWN[0]],
     }
-    checkpoint = Checkpoint(folder)
     images = (open_photo(unpack(photo.package, packages), photo.file) for photo in photos)
     seen = checkpoint.encode_images(images)
     logits = {
         name: (checkpoint.scale * seen @ checkpoint.encode_texts(words).T).astype(np.float32)
         for name, words in labels.items()
     }
-    return Measured(vocabulary, photos, labels, logits)
+    return Measured(vocabulary, photos, labels, logits, seen)
 
 
 def table(measured: Measured) -> Iterator[str]:

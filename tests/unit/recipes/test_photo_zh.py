@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from recipes.photo_zh import vectors, vision
-from recipes.photo_zh.build import common_words
+from recipes.photo_zh.build import by_count
 from recipes.photo_zh.compare import Comparison, compare
 from recipes.photo_zh.evaluate import area_under_curve
+from recipes.photo_zh.evaluate_texts import RARE_COUNT, rare_words
+from recipes.photo_zh.tables import Vocabulary
 from recipes.photo_zh.text import Examples, known_head, make_tokenizer
 from recipes.photo_zh.vectors import DIM
 
@@ -62,7 +64,15 @@ def test_examples_mix_known_and_unknown_words() -> None:
 
 def test_common_words_come_by_their_counts() -> None:
     """Without numbers and punctuation."""
-    assert common_words("猫 5 n\n狗 9 n\n3.5 99 m\n") == ["狗", "猫"]
+    assert by_count("猫 5 n\n狗 9 n\n3.5 99 m\n") == ["狗", "猫"]
+
+
+def test_rare_words_are_spread_and_name_no_known_thing() -> None:
+    """At most RARE_COUNT, of two to four characters."""
+    vocabulary = Vocabulary({"狗": frozenset({1})}, (), ())
+    assert rare_words(["牧羊狗", "宪", "宪法", "经济学原理", "量子"], vocabulary) == ["宪法", "量子"]
+    many = rare_words([f"词{chr(0x4E00 + number)}" for number in range(1200)], vocabulary)
+    assert (len(many), many[0], many[1]) == (RARE_COUNT, "词一", "词丂")
 
 
 def test_a_cut_out_picture_stands_on_near_white(tmp_path: Path) -> None:
