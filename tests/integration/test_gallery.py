@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.cli import main
+from shiwu.cli.base import Exit
 from shiwu.contract import RESULT_STREAM, Answer, Lane
 from tests.support import pictures
 from tests.support.gallery_pages import ParsedPage, rejected, tagged
@@ -24,6 +25,7 @@ WITHOUT_JINJA = """
 import sys
 sys.modules["jinja2"] = None
 from shiwu.cli import main
+from shiwu.cli.base import Exit
 main(["gallery", "--jsonl", sys.argv[1]])
 """
 
@@ -72,6 +74,27 @@ def test_answers_of_a_worker_become_a_page(
     assert len(by_reference[good]["tags"]) == 5
     assert by_reference[f"{good}.none"]["code"] == "source_not_found"
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_second_answers_are_matched_by_id_or_reference(redis_url: str, tmp_path: Path) -> None:
+    """Of two for one image the last counts; those of other images are left out."""
+    page, other = tmp_path / "page.html", tmp_path / "other.jsonl"
+    first = lines(tagged("a"), tagged("b", reference="s3://images/b.jpg"), tagged("c"))
+    seconds = (
+        tagged("x", reference="s3://images/b.jpg", tags={"鸟": 0.5}),
+        tagged("a", tags={"狗": 0.5}),
+        tagged("y", reference="s3://images/b.jpg", tags={"熊": 0.5}),
+        tagged("z"),
+    )
+    other.write_bytes(lines(*seconds))
+    options = ("--jsonl", "-", "-o", str(page), "--no-thumbnails", "--compare", str(other))
+    assert call(redis_url, *options, input=first).exit_code == 0
+    found = {job_id: card.get("other", {}).get("tags") for job_id, card in cards(page).items()}
+    assert found == {"a": [["狗", 0.5, 0.3]], "b": [["熊", 0.5, 0.3]], "c": None}
+    other.write_bytes(lines(tagged("z")))
+    refused = call(redis_url, *options, input=first)
+    assert refused.exit_code == Exit.USAGE
+    assert "--compare: expected answers with an id or a reference" in refused.stderr
 
 
 def test_ids_without_an_answer_are_counted(redis_client: redis.Redis, redis_url: str, tmp_path: Path) -> None:

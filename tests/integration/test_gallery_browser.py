@@ -142,13 +142,36 @@ def test_threshold_acts_in_the_page(browser: Browser, tmp_path: Path) -> None:
     assert complaints(browser) == []
 
 
+def test_second_answers_stand_next_to_the_first(browser: Browser, tmp_path: Path) -> None:
+    """They can be filtered by whether the first tags are equal, and the threshold fades tags of both."""
+    others = {
+        "low": tagged("x", tags={"猫": 0.8, "熊": 0.1}),
+        "high": tagged("y", tags={"狗": 0.6}),
+        "none": rejected("none"),
+    }
+    show(browser, tmp_path, others=others)
+    texts = "[...document.querySelectorAll('.second bdi, .second .which')].map((one) => one.textContent)"
+    second = "second answer"
+    assert browser.run(texts) == [second, "猫", "熊", second, "狗", f"{second}: rejected, source_not_found"]
+    assert browser.run(COUNTS) == "5 of 5 shown · 3 tagged · 2 rejected · 1 with another first tag"
+    assert set_control(browser, "second", "other") == ["high"]
+    assert set_control(browser, "second", "same") == ["low", "none"]
+    assert set_control(browser, "second", "none") == ["dog", "broken"]
+    assert set_control(browser, "second", "") == ["low", "high", "dog", "none", "broken"]
+    set_control(browser, "threshold", "0.5")
+    faded = "[...document.querySelectorAll('#cards article li.below bdi')].map((one) => one.textContent)"
+    assert browser.run(faded) == ["猫", "狗", "熊", "狗", "猫"]
+    assert complaints(browser) == []
+
+
 def test_hostile_texts_are_shown_and_not_obeyed(browser: Browser, tmp_path: Path) -> None:
-    """In a label, a reference, an id, a code, a message, a title and a note."""
+    """In a label, a reference, an id, a code, a message, a title and a note, and in second answers."""
     answers = [
         tagged(HOSTILE, reference=f"s3://images/{HOSTILE}", tags={HOSTILE: 0.5}),
         rejected("b", code=HOSTILE, text=HOSTILE),
     ]
-    show(browser, tmp_path, answers, title=HOSTILE, note=HOSTILE)
+    others = {HOSTILE: tagged(HOSTILE, tags={HOSTILE: 0.4}), "b": rejected("b", code=HOSTILE)}
+    show(browser, tmp_path, answers, title=HOSTILE, note=HOSTILE, others=others)
     assert browser.run("document.querySelector('.tags bdi').textContent") == HOSTILE
     assert browser.run("document.querySelector('.message').textContent") == HOSTILE
     assert browser.run("[window.hit === undefined, document.images.length, document.scripts.length]") == [True, 0, 2]

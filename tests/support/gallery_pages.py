@@ -42,10 +42,11 @@ def render(
     *,
     title: str = "gallery",
     note: str | None = None,
+    others: Mapping[str, Answer] | None = None,
 ) -> str:
     """The page of these answers."""
     made_at = datetime(2026, 11, 30, 12, tzinfo=UTC)
-    return render_page(answers, thumbnails or {}, title=title, note=note, made_at=made_at)
+    return render_page(answers, thumbnails or {}, title=title, note=note, made_at=made_at, others=others)
 
 
 class ParsedPage(HTMLParser):

@@ -33,6 +33,11 @@ _LOADING: Final = frozenset({Stage.FETCH, Stage.DECODE})
 @main.command()
 @click.argument("ids", nargs=-1, metavar="[ID…]")
 @click.option("--jsonl", type=click.File("rb"), help="Answers as JSON lines; - reads standard input.")
+@click.option(
+    "--compare",
+    type=click.File("rb"),
+    help="Second answers for the same images as JSON lines, of another model or label set, shown next to the first.",
+)
 @click.option("--group", help="Read the answers that this consumer group has not read yet, and acknowledge them.")
 @click.option(
     "-o",
@@ -57,6 +62,7 @@ def gallery(
     *,
     ids: tuple[str, ...],
     jsonl: BinaryIO | None,
+    compare: BinaryIO | None,
     group: str | None,
     output: Path,
     title: str,
@@ -67,7 +73,7 @@ def gallery(
     """Write one HTML file that shows images with their tags, errors and times, and print its path.
 
     Answers come from ids, from JSON lines (`shiwu tag --json`, `shiwu results`), or from the results stream by a
-    consumer group. The page needs no server and no network.
+    consumer group. The page needs no server and no network. --compare shows second answers next to them.
 
     Thumbnails are made by the worker's sandbox where the worker's libraries are installed, with the settings and access
     rules of a worker from this environment. Otherwise the page shows placeholders. Needs the extra `gallery` (jinja2).
@@ -82,8 +88,11 @@ def gallery(
     answers = _unique(_answers(client, ids=ids, jsonl=jsonl, group=group, items=items), limit=limit)
     if not answers:
         end("expected at least one answer, got none", Exit.NOT_TAGGED)
+    others = None if compare is None else _second_answers(compare, answers)
     made = _thumbnails(answers, timeout_s=timeout_s) if thumbnails else Thumbnails(problem="they were not asked for")
-    page = render_page(answers, made.by_reference, title=title, note=made.problem, made_at=datetime.now(UTC))
+    page = render_page(
+        answers, made.by_reference, title=title, note=made.problem, made_at=datetime.now(UTC), others=others
+    )
     _write(output, page)
     for item in items:
         item.ack(away_s=AWAY_S)
@@ -104,16 +113,41 @@ def _answers(
         items: gets the entries of the stream, to be acknowledged when the page is written.
     """
     if jsonl is not None:
-        try:
-            yield from read_answers(jsonl)
-        except ValueError as error:
-            end(f"--jsonl: {error}", Exit.USAGE)
+        yield from _read(jsonl, option="--jsonl")
     elif group is not None:
         for item in client.results(group=group, consumer=CONSUMER, block_s=0.05, stop_when_idle=True, away_s=AWAY_S):
             yield item.result
             items.append(item)
     else:
         yield from (found for job_id in dict.fromkeys(ids) if (found := client.answer(job_id)) is not None)
+
+
+def _read(lines: BinaryIO, *, option: str) -> Iterator[Answer]:
+    try:
+        yield from read_answers(lines)
+    except ValueError as error:
+        end(f"{option}: {error}", Exit.USAGE)
+
+
+def _second_answers(lines: BinaryIO, answers: Sequence[Answer]) -> dict[str, Answer]:
+    """Second answers by the id of the first: the last one with its id, otherwise the last one with its reference."""
+    ids = {answer.id for answer in answers}
+    references = {answer.image.reference for answer in answers if answer.image}
+    by_id: dict[str, Answer] = {}
+    by_reference: dict[str, Answer] = {}
+    for other in _read(lines, option="--compare"):
+        if other.id in ids:
+            by_id[other.id] = other
+        if other.image and other.image.reference in references:
+            by_reference[other.image.reference] = other
+    found = {}
+    for answer in answers:
+        second = by_id.get(answer.id) or (by_reference.get(answer.image.reference) if answer.image else None)
+        if second is not None:
+            found[answer.id] = second
+    if not found:
+        end("--compare: expected answers with an id or a reference of the first ones, got none", Exit.USAGE)
+    return found
 
 
 def _unique(answers: Iterator[Answer], *, limit: int) -> list[Answer]:

@@ -36,12 +36,14 @@ def render_page(
     title: str,
     note: str | None,
     made_at: datetime,
+    others: Mapping[str, Answer] | None = None,
 ) -> str:
     """The page as HTML.
 
     Args:
         thumbnails: by reference; images without one get a placeholder with the reason.
         note: why thumbnails are missing, for the head of the page.
+        others: answers to compare with, by the id of the answer that each is shown next to; None for no comparison.
     """
     style, script = _asset("gallery.css"), _asset("gallery.js")
     return _template().render(
@@ -50,12 +52,14 @@ def render_page(
         made_at=made_at.strftime("%Y-%m-%d %H:%M UTC"),
         count=len(answers),
         facts=list(_facts(answers)),
+        other_facts=[] if others is None else list(_facts(list(others.values()))),
+        is_compared=others is not None,
         stages=STAGES,
         style=Markup(style),  # noqa: S704 a file of this package
         script=Markup(script),  # noqa: S704 a file of this package
         style_hash=_csp_hash(style),
         script_hash=_csp_hash(script),
-        data=Markup(_embeddable([_card(answer, thumbnails) for answer in answers])),  # noqa: S704 no `<` is left in it
+        data=Markup(_embeddable([_card(answer, thumbnails, others) for answer in answers])),  # noqa: S704 no `<` is left in it
     )
 
 
@@ -105,7 +109,7 @@ def _readable(reference: str) -> str:
         return reference
 
 
-def _card(answer: Answer, thumbnails: Mapping[str, Thumbnail]) -> dict[str, Any]:
+def _card(answer: Answer, thumbnails: Mapping[str, Thumbnail], others: Mapping[str, Answer] | None) -> dict[str, Any]:
     """What the script shows of one answer."""
     image = answer.image
     reference = without_query(image.reference) if image else ""
@@ -113,7 +117,7 @@ def _card(answer: Answer, thumbnails: Mapping[str, Thumbnail]) -> dict[str, Any]
         "id": _text(answer.id),
         "status": _text(str(answer.status)),
         "ref": _text(reference),
-        "tags": [[_text(tag.label), _finite(tag.score), _finite(tag.cosine)] for tag in answer.tags or ()],
+        "tags": _tags(answer),
         "ms": [_finite(getattr(answer.timing, stage) or 0.0) for stage in STAGES],
         "total": _finite(answer.timing.total),
         "attempts": answer.attempts,
@@ -128,6 +132,10 @@ def _card(answer: Answer, thumbnails: Mapping[str, Thumbnail]) -> dict[str, Any]
         card["stage"] = _text(str(answer.error.stage or ""))
     if answer.warnings:
         card["warnings"] = [_text(one.message) for one in answer.warnings]
+    if others and (other := others.get(answer.id)):
+        card["other"] = {"status": _text(str(other.status)), "tags": _tags(other)}
+        if other.error:
+            card["other"]["code"] = _text(str(other.error.code))
     thumbnail = thumbnails.get(image.reference) if image else None
     if thumbnail and thumbnail.webp:
         card["webp"] = thumbnail.webp
@@ -135,6 +143,11 @@ def _card(answer: Answer, thumbnails: Mapping[str, Thumbnail]) -> dict[str, Any]
     elif thumbnail and thumbnail.code:
         card["unseen"] = _text(thumbnail.code)
     return card
+
+
+def _tags(answer: Answer) -> list[list[Any]]:
+    """Label, score and cosine of each tag."""
+    return [[_text(tag.label), _finite(tag.score), _finite(tag.cosine)] for tag in answer.tags or ()]
 
 
 def _finite(value: float) -> float:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 import time
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -63,6 +64,19 @@ def test_hostile_texts_add_no_element(text: str) -> None:
         kept.remove(one)
     assert kept == [one for one in PLAIN.elements if one[0] != "meta"]
     assert parsed.data[0]["tags"][0][0] == parsed.data[0]["id"]
+    assert "<" not in parsed.texts["script"][0]
+
+
+@given(HOSTILE)
+@settings(max_examples=50, deadline=None)
+def test_hostile_second_answers_add_no_element(text: str) -> None:
+    """Their tags and codes are data, as those of the first answers."""
+    first, second = tagged("plain"), hostile_answer(text)
+    plain = ParsedPage(render([first], others={}))
+    parsed = ParsedPage(render([first], others={"plain": second}))
+    before, after = (Counter(name for name, _ in page.elements) for page in (plain, parsed))
+    assert after - before == Counter({"span": 2, "bdi": 2})  # model and label set
+    assert parsed.data[0]["other"]["tags"][0][0] == parsed.data[0]["other"]["status"]
     assert "<" not in parsed.texts["script"][0]
 
 

@@ -29,9 +29,9 @@ function thumbnail(answer) {
   return frame;
 }
 
-function tagList(answer) {
+function tagList(tags) {
   const list = element("ul", "tags");
-  for (const [label, score, cosine] of answer.tags) {
+  for (const [label, score, cosine] of tags) {
     const row = element("li");
     const fill = element("span", "fill");
     fill.style.width = `${Math.max(0, Math.min(1, score)) * 100}%`;
@@ -61,6 +61,20 @@ function times(answer) {
   return block;
 }
 
+function secondAnswer({ status, code, tags }) {
+  const block = element("div", "second");
+  block.append(element("div", "which", tags.length ? "second answer" : `second answer: ${status}${code ? `, ${code}` : ""}`));
+  if (tags.length) block.append(tagList(tags));
+  return block;
+}
+
+// "same" or "other" by the first labels, or the status where one has none; "none" without a second answer.
+function comparison(answer) {
+  if (!answer.other) return "none";
+  const firsts = [answer, answer.other].map(({ status, tags }) => (tags.length ? `tag ${tags[0][0]}` : status));
+  return firsts[0] === firsts[1] ? "same" : "other";
+}
+
 function card(answer) {
   const made = element("article", answer.status === TAGGED ? "" : "failed");
   const reference = element("div", "ref");
@@ -73,7 +87,8 @@ function card(answer) {
     made.append(element("div", "code", `${answer.status}: ${answer.code || "no code"}${where}`));
     if (answer.message) made.append(element("div", "message", answer.message));
   }
-  if (answer.tags.length) made.append(tagList(answer));
+  if (answer.tags.length) made.append(tagList(answer.tags));
+  if (answer.other) made.append(secondAnswer(answer.other));
   for (const text of answer.warnings || []) made.append(element("div", "warning", text));
   made.append(times(answer));
   return made;
@@ -87,6 +102,8 @@ const entries = answers.map((answer, order) => {
     answer,
     node,
     rows: [...node.querySelectorAll(".tags li")],
+    scores: [...answer.tags, ...(answer.other ? answer.other.tags : [])].map((tag) => tag[1]),
+    second: comparison(answer),
     order,
     score: scores.length ? scores[0] : -1,
     margin: scores.length > 1 ? scores[0] - scores[1] : -1,
@@ -97,7 +114,7 @@ const entries = answers.map((answer, order) => {
   };
 });
 const controls = Object.fromEntries(
-  ["text", "label", "status", "code", "sort", "reverse", "threshold", "only"].map((id) => [id, byId(id)]),
+  ["text", "label", "status", "code", "second", "sort", "reverse", "threshold", "only"].map((id) => [id, byId(id)]),
 );
 
 function fillSelect(select, values) {
@@ -119,6 +136,7 @@ function countsText(shown, least) {
   for (const { answer } of shown) statuses.set(answer.status, (statuses.get(answer.status) || 0) + 1);
   const parts = [`${shown.length} of ${entries.length} shown`];
   for (const [status, count] of statuses) parts.push(`${count} ${status}`);
+  if (controls.second) parts.push(`${shown.filter((entry) => entry.second === "other").length} with another first tag`);
   if (least > 0) {
     const reached = shown.filter((entry) => entry.score >= least).length;
     parts.push(`${reached} with a tag of ${least.toFixed(2)} or more`);
@@ -130,8 +148,8 @@ let drawnThreshold = null;
 
 function markTags(least) {
   if (least === drawnThreshold) return;
-  for (const { answer, rows } of entries) {
-    rows.forEach((row, index) => row.classList.toggle("below", answer.tags[index][1] < least));
+  for (const { rows, scores } of entries) {
+    rows.forEach((row, index) => row.classList.toggle("below", scores[index] < least));
   }
   drawnThreshold = least;
 }
@@ -141,11 +159,12 @@ function update() {
   const text = controls.text.value.trim().toLowerCase();
   const { value: label } = controls.label;
   const shown = entries.filter(
-    ({ answer, score, text: searched }) =>
+    ({ answer, score, second, text: searched }) =>
       (!text || searched.includes(text)) &&
       (!label || hasLabel(answer, label, least)) &&
       (!controls.status.value || answer.status === controls.status.value) &&
       (!controls.code.value || answer.code === controls.code.value) &&
+      (!controls.second?.value || second === controls.second.value) &&
       (!controls.only.checked || score >= least),
   );
   shown.sort(compare(controls.sort.value));
