@@ -107,6 +107,12 @@ def test_every_setting_in_the_pods_exists(newest: Helm, name: str, tmp_path: Pat
             Settings(**plain)
 
 
+def test_default_labels_are_the_worker_s() -> None:
+    """Requests without labels get the same answers in the chart as elsewhere."""
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    assert values["labels"]["default"] == Settings.model_fields["default_labels"].default
+
+
 def notes(helm: Helm, values: dict[str, Any]) -> str:
     """What an installation prints, words separated by one blank."""
     said = helm.run("install", "trial", str(CHART), "--dry-run=client", values=values)
