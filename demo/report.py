@@ -25,6 +25,8 @@ NEXT = (
 )
 MAX_ROWS = 60
 """The page shows all images."""
+MAX_NAME_COLUMNS = 24
+"""Longer file names would leave no room for tags."""
 WIDE_ENOUGH = 100
 """Narrower terminals see the total only."""
 
@@ -55,7 +57,7 @@ class Result:
 def show_table(console: Console, results: list[Result]) -> None:
     """One row for each image: what it is, its tags or its error, and where the time went."""
     table = Table(title="What the worker answered; times in ms", title_justify="left", padding=(0, 1, 0, 0), box=None)
-    table.add_column("known as", no_wrap=True)
+    table.add_column("known as", no_wrap=True, overflow="ellipsis", max_width=MAX_NAME_COLUMNS)
     table.add_column("format", no_wrap=True)
     table.add_column("from", no_wrap=True)
     table.add_column("tags:score in %", ratio=1, overflow="fold")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -9,9 +10,13 @@ from pathlib import Path
 
 import pytest
 from demo import own_images
+from demo.album import Entry
 from demo.own_images import find_images
+from demo.report import Verdict, show_table
+from rich.console import Console
 
 from tests.support import pictures
+from tests.support.gallery_pages import tagged
 from tests.support.processes import ROOT, Process, clean_environment
 
 
@@ -94,6 +99,15 @@ def test_own_images_beyond_the_limit_are_counted(tmp_path: Path, monkeypatch: py
     found = find_images([tmp_path])
     assert len(found.entries) == 2
     assert found.left_out == "; left out: images beyond the first 2 (3)"
+
+
+def test_long_file_names_leave_room_for_tags() -> None:
+    """The name is cut, and the tags of the row stay on one line."""
+    entry = Entry("file:///a.jpg", "JPG", name="很长的名字" * 20 + ".jpg", is_own=True)
+    console = Console(width=120, file=io.StringIO())
+    show_table(console, [Verdict(entry, tagged("a", tags={"大熊猫": 0.9123, "熊": 0.02, "未知": 0.01}))])
+    assert isinstance(console.file, io.StringIO)
+    assert "大熊猫:91 熊:2 未知:1" in console.file.getvalue()
 
 
 def test_folder_with_a_comma_is_refused(tmp_path: Path) -> None:
