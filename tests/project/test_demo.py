@@ -12,7 +12,7 @@ import pytest
 from demo import own_images
 from demo.album import Entry
 from demo.own_images import find_images
-from demo.report import Verdict, show_table
+from demo.report import Result, show_table
 from rich.console import Console
 
 from tests.support import pictures
@@ -105,7 +105,7 @@ def test_long_file_names_leave_room_for_tags() -> None:
     """The name is cut, and the tags of the row stay on one line."""
     entry = Entry("file:///a.jpg", "JPG", name="很长的名字" * 20 + ".jpg", is_own=True)
     console = Console(width=120, file=io.StringIO())
-    show_table(console, [Verdict(entry, tagged("a", tags={"大熊猫": 0.9123, "熊": 0.02, "未知": 0.01}))])
+    show_table(console, [Result(entry, tagged("a", tags={"大熊猫": 0.9123, "熊": 0.02, "未知": 0.01}))])
     assert isinstance(console.file, io.StringIO)
     assert "大熊猫:91 熊:2 未知:1" in console.file.getvalue()
 
