@@ -52,12 +52,18 @@ def front_doors() -> dict[str, set[str]]:
     return {package: set(re.findall(r"`(.+?)`", modules)) for package, modules in rows}
 
 
+def folder_of(package: str) -> Path:
+    """The folder of a package of the table; those of the worker stand there without its name."""
+    side = ROOT / "producer" if package.startswith("shiwu.") else ROOT / "worker" / "shiwu_worker"
+    return side / package.replace(".", "/")
+
+
 def test_front_doors_exist() -> None:
     """Each module of the table is a module of its package."""
-    doors = front_doors()
-    names = [f"{package}.{door}".replace(".", "/") for package, modules in doors.items() for door in modules]
-    assert len(names) > 20
-    assert [name for name in names if not (ROOT / "worker" / "shiwu_worker" / f"{name}.py").is_file()] == []
+    doors = [(package, door) for package, modules in front_doors().items() for door in modules]
+    assert len(doors) > 20
+    files = {(package, door): folder_of(package) / f"{door.replace('.', '/')}.py" for package, door in doors}
+    assert [door for door, file in files.items() if not file.is_file()] == []
 
 
 def test_front_doors_are_those_of_the_import_contracts() -> None:
@@ -72,8 +78,8 @@ def test_front_doors_are_those_of_the_import_contracts() -> None:
 def test_docstring_of_a_package_names_its_front_door() -> None:
     """Each module of the table stands in the docstring of its package."""
     for package, doors in front_doors().items():
-        source = ROOT / "worker" / "shiwu_worker" / package.replace(".", "/") / "__init__.py"
-        docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+        source = (folder_of(package) / "__init__.py").read_text(encoding="utf-8")
+        docstring = ast.get_docstring(ast.parse(source)) or ""
         assert doors - set(re.findall(r"`([\w.]+)`", docstring)) == set(), package
 
 

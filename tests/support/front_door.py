@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class FrontDoorContract(Contract):
     """The doors of one package, and who may use them.
 
-    Options: `package`, the package; `doors`, its modules that others may import, without the name of the package;
+    Options: `package`, the package; `doors`, its modules that others may import, by their names in the package;
     `importers`, if only these packages may use the doors. The package itself, its `__init__`, is always open.
     """
 

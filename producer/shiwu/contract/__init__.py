@@ -87,7 +87,7 @@ from shiwu.contract.request import (
     labels_error,
     parse_request,
 )
-from shiwu.contract.text import control_character
+from shiwu.contract.text import NAME_PATTERN, control_character
 from shiwu.contract.unknown_fields import field_warnings, unknown_names
 from shiwu.contract.vocabulary import (
     ANSWER_BY_HEADER,
@@ -141,6 +141,7 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "MAX_METADATA_BYTES",
     "MAX_TOP_K",
+    "NAME_PATTERN",
     "PENDING_CALLBACK_ANSWER",
     "QUARANTINE",
     "QUARANTINE_OWNER",

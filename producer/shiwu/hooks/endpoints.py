@@ -11,8 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from shiwu.client.results import TagResult
-from shiwu.contract import Lane, Status, printable, reference_error, source_of
-from shiwu.contract.text import NAME_PATTERN
+from shiwu.contract import NAME_PATTERN, Lane, Status, printable, reference_error, source_of
 from shiwu.hooks.signatures import read_secret, read_seed
 
 MAX_BATCH: Final = 100
