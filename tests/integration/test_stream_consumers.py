@@ -324,13 +324,13 @@ def test_idle_consumers_are_looked_for_once_in_a_while(
 ) -> None:
     """Not at each portion: it is a script over all consumers of the group."""
     looked: list[str] = []
-    drop = stream._Reader._drop_consumers
+    drop = stream.StreamReader._drop_consumers
 
-    def count(reader: stream._Reader, name: str, *, idle_ms: int) -> Any:
+    def count(reader: stream.StreamReader, name: str, *, idle_ms: int) -> Any:
         looked.append(name)
         return drop(reader, name, idle_ms=idle_ms)
 
-    monkeypatch.setattr(stream._Reader, "_drop_consumers", count)
+    monkeypatch.setattr(stream.StreamReader, "_drop_consumers", count)
     ids = fill(redis_client, 30)
     with Client(redis_url) as client:
         assert drain(client, batch=5) == ids

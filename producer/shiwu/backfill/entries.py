@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 import msgspec
 from pydantic_core import to_json
 
-from shiwu.contract import ErrorCode, Request, RequestError, parse_request
+from shiwu.contract import ErrorCode, Request, RequestError, parse_request, split_s3, without_query
 
 ID_DIGITS: Final = 24
 """Hexadecimal digits of the hash in an id: 96 bits."""
@@ -68,8 +68,9 @@ class JobMaker:
     def __init__(self, name: str, fields: Mapping[str, Any]) -> None:
         self.prefix = id_prefix(name)
         self._base = parse_request({**fields, "image": ANY_IMAGE})
-        shared = self._base.model_dump(exclude_defaults=True, exclude={"image"}, mode="json")
-        self._salt = to_json(shared)
+        self.shared = self._base.model_dump(exclude_defaults=True, exclude={"image"}, mode="json")
+        """The fields that differ from their defaults."""
+        self._salt = to_json(self.shared)
 
     def make(self, entry: Entry) -> Job:
         """The job of one entry."""
@@ -106,6 +107,15 @@ class JobMaker:
         if entry.metadata is not None:
             digest.update(b"\0" + msgspec.json.encode(entry.metadata, order="sorted"))
         return f"{self.prefix}{digest.hexdigest()[:ID_DIGITS]}"
+
+
+def shown_reference(reference: str) -> str:
+    """A reference as results show it: an object of a bucket as it is, also one that cannot be a job."""
+    try:
+        split_s3(reference)
+    except ValueError:
+        return without_query(reference)
+    return reference
 
 
 def id_prefix(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
-from pathlib import PurePosixPath
+from pathlib import PurePath
 from typing import Any, Final, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -35,6 +35,14 @@ class Plan(msgspec.Struct, frozen=True, omit_defaults=True):
     """A folder as an absolute path, or s3://bucket/prefix/; empty for no results."""
     format: OutputFormat = "jsonl"
 
+    def differences(self, other: Plan) -> list[str]:
+        """What another plan has otherwise, as `field: value, other value`."""
+        return [
+            f"{name}: {getattr(self, name)!r:.200}, now {getattr(other, name)!r:.200}"
+            for name in self.__struct_fields__
+            if name != "newer_than" and getattr(self, name) != getattr(other, name)
+        ]
+
     @property
     def digest(self) -> str:
         """Differs where a start with the same name would do something else."""
@@ -62,6 +70,10 @@ class Pace(msgspec.Struct, frozen=True):
     """When it may send; see `Window`."""
     stop_at_failures: float | None = None
     """Share of failures at which it stops sending, 0 to 1."""
+    is_missing_only: bool = False
+    """Skip what has an answer in Redis."""
+    part_rows: int = 50_000
+    """Rows of one part of the results."""
 
 
 def _name_of(reference: str) -> str:
@@ -172,7 +184,7 @@ def _minute(text: str) -> int:
     return hour * 60 + minute
 
 
-def output_address(out: str | None, *, here: PurePosixPath) -> str:
+def output_address(out: str | None, *, here: PurePath) -> str:
     """The address of the output as it is kept: an absolute path, or s3://bucket/prefix/."""
     if not out:
         return ""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import click
 import redis
@@ -19,10 +18,11 @@ from shiwu.broker.queue_stats import WORKER_TIMEOUT_MS
 from shiwu.cli.base import Exit, end, main
 from shiwu.cli.hints import notes_of
 from shiwu.cli.params import Seconds
+from shiwu.cli.request_options import expires_option, read_labels, request_options, with_label_hint
 from shiwu.cli.terminal import Row, echo_data, echo_json, print_rows
 from shiwu.client.client import Client
 from shiwu.client.results import TagResult
-from shiwu.contract import ErrorCode, RequestError, Want, without_query
+from shiwu.contract import ErrorCode, RequestError, without_query
 from shiwu.errors import ShiwuError
 
 PROGRESS_BAR_FROM: Final = 500
@@ -32,61 +32,10 @@ WORKER_CHECK_AFTER_S: Final = 3.0
 HEADINGS: Final = ("image", "tags", "queue", "fetch", "decode", "batch", "encode", "total ms")
 
 
-def _request_options(command: Any) -> Any:
-    for option in (
-        click.option(
-            "--labels", help="Name of a label set, or labels separated by commas; a single label with a comma: 猫,"
-        ),
-        click.option("--label", "words", multiple=True, metavar="WORD", help="One label of your own; may be repeated."),
-        click.option("--top-k", default=5, show_default=True, help="How many tags at most."),
-        click.option("--threshold", default=0.0, show_default=True, help="Lowest score to show, 0 to 1."),
-        click.option("--min-cosine", type=float, help="Lowest cosine to show, -1 to 1."),
-        click.option("--head", type=click.Choice(["softmax", "sigmoid"]), help="Default: the label set's own."),
-        click.option(
-            "--want",
-            multiple=True,
-            type=click.Choice(get_args(Want)),
-            default=("tags",),
-            show_default=True,
-            help="What to return; may be repeated. See docs/vectors.md.",
-        ),
-        click.option(
-            "--expires",
-            "expires_s",
-            type=Seconds(),
-            help="Seconds after which a job that has not started is answered `expired`.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def _labels(labels: str | None, words: Sequence[str]) -> str | list[str] | None:
-    """The name of a label set, or a list of labels."""
-    if labels is not None and words:
-        raise click.UsageError("expected --labels or --label, got both")
-    if words:
-        return list(words)
-    listed = (labels or "").replace("，", ",")
-    return [word for word in listed.split(",") if word.strip()] if "," in listed else labels
-
-
-@contextlib.contextmanager
-def _with_label_hint(labels: str | list[str] | None) -> Iterator[None]:
-    """Add to the error about a label set's name how to send a single label."""
-    try:
-        yield
-    except RequestError as error:
-        if error.code is ErrorCode.INVALID_LABELS and isinstance(labels, str) and labels.strip():
-            hint = f"for a single label use --label {shlex.quote(labels)}"
-            text = f"{error}; {labels!r} was read as the name of a label set: {hint}"
-            raise RequestError(error.code, text) from None
-        raise
-
-
 @main.command()
 @click.argument("references", nargs=-1, required=True, metavar="REF…")
-@_request_options
+@request_options
+@expires_option
 @click.option("--lane", type=click.Choice(["interactive", "bulk"]), default="interactive", show_default=True)
 @click.option(
     "--timeout", "timeout_s", type=Seconds(), default=60.0, show_default=True, help="Seconds to wait for all answers."
@@ -111,10 +60,10 @@ def tag(
 
     REF is s3://bucket/key, https://…, http://… or file:///… (where the worker allows the folder).
     """
-    fields["labels"] = _labels(labels, words)
+    fields["labels"] = read_labels(labels, words)
     # The table also shows the best label where none reaches the threshold, so the worker applies no threshold.
     fields["threshold"] = threshold if as_json or not 0 <= threshold <= 1 else 0.0
-    with _with_label_hint(fields["labels"]):
+    with with_label_hint(fields["labels"]):
         ids = list(client.enqueue_many(references, lane=lane, expires_s=expires_s, **fields))
     found: dict[str, TagResult] = {}
     for job_id, result in _with_bar(_answers(client, ids, timeout_s=timeout_s), len(ids), "answers"):
@@ -189,7 +138,8 @@ def _row(reference: str, result: TagResult | None, threshold: float, *, warned: 
 
 @main.command()
 @click.argument("references", nargs=-1, metavar="REF…|-")
-@_request_options
+@request_options
+@expires_option
 @click.option("--lane", type=click.Choice(["interactive", "bulk"]), default="bulk", show_default=True)
 @click.option("--from-file", type=click.File("rb"), help="One reference a line, in UTF-8.")
 @click.option(
@@ -236,8 +186,8 @@ def enqueue(
             raise click.UsageError("expected references on standard input, but it is closed")
         from_file = sys.stdin.buffer
     images = _lines(from_file) if from_file is not None else iter(references)
-    fields["labels"] = _labels(labels, words)
-    with _with_label_hint(fields["labels"]):
+    fields["labels"] = read_labels(labels, words)
+    with with_label_hint(fields["labels"]):
         client.server_time_ms()  # fails now if the address is wrong, because enqueue_many would wait
         wait_s = math.inf if wait else 0.0
         ids = client.enqueue_many(images, lane=lane, expires_s=expires_s, wait_s=wait_s, **fields)

@@ -96,7 +96,7 @@ class StreamLoop:
 
     def __init__(self, options: StreamOptions) -> None:
         items = EntryReader(group=options.group, on_unreadable=options.on_unreadable)
-        self._reader = _Reader(items, options)
+        self._reader = StreamReader(items, options)
         self._outage = Outage(away_s=options.away_s)
         self._portion: list[Entry] = []
 
@@ -144,7 +144,7 @@ def follow(client: redis.Redis, acks: redis.Redis, options: StreamOptions) -> It
         run(client, loop.leave_steps())
 
 
-class _Reader:
+class StreamReader:
     """Reads the entries of one consumer. After an error, reading again loses no entry that was delivered."""
 
     def __init__(self, items: EntryReader, options: StreamOptions) -> None:
@@ -170,8 +170,12 @@ class _Reader:
         self.is_at_end = False
 
     # -------------------------------------------------------------------------------- reading
-    def read_steps(self) -> Steps[list[Entry]]:
-        """The next portion; empty where there is nothing to read."""
+    def read_steps(self, *, block_s: float | None = None) -> Steps[list[Entry]]:
+        """The next portion; empty where there is nothing to read.
+
+        Args:
+            block_s: how long to wait for new entries, instead of the time of the options.
+        """
         if not self._has_group:
             yield from self._make_group_steps()
         yield from self._remove_idle_consumers_steps()
@@ -185,7 +189,7 @@ class _Reader:
         self._is_claiming = not self._is_claiming
         if not self._is_claiming:
             return (yield from self._claim_steps())
-        return (yield from self._read_new_steps())
+        return (yield from self._read_new_steps(self._options.block_s if block_s is None else block_s))
 
     def _claim_steps(self) -> Steps[list[Entry]]:
         options, cursor = self._options, self._cursor
@@ -203,8 +207,8 @@ class _Reader:
         self._has_claimed = bool(found) or self._cursor != "0-0"
         return found
 
-    def _read_new_steps(self) -> Steps[list[Entry]]:
-        block_s = self._options.block_s if self._wait_until is None else max(self._options.block_s, MIN_WAIT_S)
+    def _read_new_steps(self, block_s: float) -> Steps[list[Entry]]:
+        block_s = block_s if self._wait_until is None else max(block_s, MIN_WAIT_S)
         entries = yield from self._read_group_steps(">", block_s=block_s)
         found = yield from self._take_steps(entries)
         if self._options.stop_when_idle and not entries and not self._has_claimed:

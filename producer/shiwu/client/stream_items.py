@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 import redis
 
 from shiwu.broker.backoff import Backoff
+from shiwu.broker.chunks import chunks
 from shiwu.broker.redis_errors import explain, info_of
 from shiwu.broker.steps import Pause, Steps, run
 from shiwu.client.results import TagResult
@@ -20,6 +21,7 @@ from shiwu.contract import RESULT_STREAM, printable
 
 MAX_REPORTED: Final = 10_000
 """How many unreadable entries are remembered, so that each is reported once."""
+ACK_CHUNK_SIZE: Final = 500
 log: Final = logging.getLogger("shiwu")
 
 
@@ -45,7 +47,7 @@ class StreamItem:
         Raises:
             redis.RedisError: the answer is not acknowledged, and will be delivered again.
         """
-        run(self._client, ack_steps(self.entry_id, group=self._group, away_s=away_s))
+        run(self._client, ack_steps([self.entry_id], group=self._group, away_s=away_s))
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class UnreadableItem:
 
     def ack(self) -> None:
         """Give the entry up: the group does not get it again."""
-        run(self._client, ack_steps(self.entry_id, group=self._group))
+        run(self._client, ack_steps([self.entry_id], group=self._group))
 
 
 class Unreadable(Protocol):
@@ -88,18 +90,18 @@ def log_unreadable(item: Unreadable) -> None:
     )
 
 
-def ack_steps(entry_id: str, *, group: str, away_s: float = 0.0) -> Steps[None]:
-    """Acknowledge an entry; retry for `away_s` seconds while Redis is unavailable."""
+def ack_steps(entry_ids: Sequence[str], *, group: str, away_s: float = 0.0) -> Steps[None]:
+    """Acknowledge entries, some hundreds in each command; retry for `away_s` seconds while Redis is unavailable."""
     outage = Outage(away_s=away_s)
-    while True:
+    portions = list(chunks(entry_ids, ACK_CHUNK_SIZE))
+    while portions:
         try:
-            yield lambda client: client.xack(RESULT_STREAM, group, entry_id)
+            yield partial(_acknowledge, group=group, entry_ids=portions[0])
         except (redis.RedisError, OSError) as error:
-            pause = outage.pause(error)
+            yield outage.pause(error)
         else:
             outage.end()
-            return
-        yield pause
+            del portions[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ class EntryReader:
         entries = []
         for entry_id, fields in raws:
             if not fields:  # the entry was trimmed while it was pending
-                yield partial(_acknowledge, group=self._group, entry_id=entry_id)
+                yield partial(_acknowledge, group=self._group, entry_ids=[entry_id])
                 continue
             try:
                 entries.append(_read_entry(entry_id.decode(), fields))
@@ -145,8 +147,8 @@ class EntryReader:
             self._reported.popitem(last=False)
 
 
-def _acknowledge(client: Any, *, group: str, entry_id: bytes) -> Any:
-    return client.xack(RESULT_STREAM, group, entry_id)
+def _acknowledge(client: Any, *, group: str, entry_ids: Sequence[str | bytes]) -> Any:
+    return client.xack(RESULT_STREAM, group, *entry_ids)
 
 
 class Outage:

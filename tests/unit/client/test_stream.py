@@ -20,7 +20,7 @@ from shiwu.client.stream import (
     GIVEN_UP_MS,
     MIN_WAIT_S,
     StreamOptions,
-    _Reader,
+    StreamReader,
     follow,
     read_options,
 )
@@ -68,7 +68,7 @@ class Parts:
             pipeline=self._pipeline,
             xack=lambda *args: self._call("ack", args),
         )
-        self.reader = _Reader(EntryReader(group="g", on_unreadable=pytest.fail), self.options)
+        self.reader = StreamReader(EntryReader(group="g", on_unreadable=pytest.fail), self.options)
 
     def _script(self, source: str) -> Any:
         name, reply = ("hold", self.held) if "JUSTID" in source else ("drop", 0)

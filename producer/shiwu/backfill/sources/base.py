@@ -32,3 +32,21 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Close what is open, and remove temporary files."""
+
+
+class NoSource:
+    """A source that is empty, where nothing more is to be read."""
+
+    has_times = True
+    is_unique = True
+
+    def entries(self, cursor: str) -> Iterator[Entry]:
+        """Yield nothing."""
+        return iter(())
+
+    def total(self, *, read: int, cursor: str) -> int | None:
+        """What was read before."""
+        return read
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -119,7 +119,7 @@ class InventorySource:
             yield {names[column]: value for column, value in row.items()}
 
     def _entry(self, row: Mapping[str, Any], *, cursor: str) -> Entry | None:
-        if _is(row.get("IsDeleteMarker"), default=False) or not _is(row.get("IsLatest"), default=True):
+        if _is_true(row.get("IsDeleteMarker")) or not _is_true(row.get("IsLatest", True)):
             return None
         key = str(row.get("Key") or "")
         key = unquote_plus(key) if self._is_csv else key
@@ -185,9 +185,7 @@ def _present(path: Path, columns: Sequence[str]) -> list[str]:
     return [column for column in columns if column in names or column in {"bucket", "key"}]
 
 
-def _is(value: Any, *, default: bool) -> bool:
-    if value is None or value == "":
-        return default
+def _is_true(value: Any) -> bool:
     return value if isinstance(value, bool) else str(value).lower() == "true"
 
 
