@@ -162,7 +162,8 @@ class _Sweeper:
 
 def _open_metrics(stack: ExitStack, *, host: str, port: int, expected_workers: int) -> SweepMetrics:
     try:
-        from shiwu.cli.sweep_metrics import SweepMetrics, serve  # noqa: PLC0415 prometheus-client is an extra
+        from shiwu.cli.metrics_server import serve  # noqa: PLC0415 prometheus-client is an extra
+        from shiwu.cli.sweep_metrics import SweepMetrics  # noqa: PLC0415 as above
     except ModuleNotFoundError as error:
         end(
             f"--metrics-port needs prometheus-client ({error}); run pip install '.[metrics]' in a clone of shiwu",
@@ -170,7 +171,7 @@ def _open_metrics(stack: ExitStack, *, host: str, port: int, expected_workers: i
         )
     metrics = SweepMetrics(expected_workers=expected_workers)
     try:
-        stack.enter_context(serve(metrics, host=host, port=port))
+        stack.enter_context(serve(metrics.registry, host=host, port=port))
     except OSError as error:
         end(f"--metrics-port: expected an address that is free and local, got {host}:{port} ({error})", Exit.USAGE)
     return metrics

@@ -6,6 +6,7 @@ import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import urlsplit
 
 HTTP_PORTS: Final = (80, 443)
 NAT64_BITS: Final = frozenset({32, 40, 48, 56, 64, 96})
@@ -122,3 +123,22 @@ def read_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
         return ipaddress.ip_network(text)
     except ValueError as error:
         raise ValueError(f"expected a network as 10.0.0.0/8 or fd00::/8, got {text!r:.80} ({error})") from None
+
+
+def check_proxy(url: str) -> None:
+    """Refuse a text that is not the URL of a proxy. The message omits it, because it may contain a password.
+
+    Raises:
+        ValueError: it is not one; the text says what was expected.
+    """
+    try:
+        parts = urlsplit(url)
+        is_valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        # A password with `/`, `?` or `#` would otherwise be read as host, port and path, and be shown.
+        is_valid = is_valid and parts.path in {"", "/"} and not (parts.query or parts.fragment)
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise ValueError(
+            "expected http://[user:password@]host:port; in a password write %2F for /, %3F for ?, %23 for #, %40 for @"
+        )

@@ -17,7 +17,7 @@ from shiwu.broker.maintenance import MAX_LEASE_S
 from shiwu.broker.redis_url import RedisAddress, read_redis_url
 from shiwu.broker.retention import DEAD_AGE_S, DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S, STREAM_LENGTH
 from shiwu.contract import TASK_NAME, Lane
-from shiwu.network.address_rules import HTTP_PORTS
+from shiwu.network.address_rules import HTTP_PORTS, check_proxy
 from shiwu_worker.config.types import (
     Device,
     Endpoint,
@@ -39,7 +39,6 @@ from shiwu_worker.config.types import (
     UserAgent,
     WorkerName,
     check_duration,
-    check_proxy,
     read_retry,
     split,
 )

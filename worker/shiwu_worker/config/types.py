@@ -106,25 +106,6 @@ def _check_worker_name(value: str) -> str:
     return value
 
 
-def check_proxy(url: str) -> None:
-    """Refuse a text that is not the URL of a proxy. The message omits it, because it may contain a password.
-
-    Raises:
-        ValueError: it is not one; the text says what was expected.
-    """
-    try:
-        parts = urlsplit(url)
-        is_valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-        # A password with `/`, `?` or `#` would otherwise be read as host, port and path, and be shown.
-        is_valid = is_valid and parts.path in {"", "/"} and not (parts.query or parts.fragment)
-    except ValueError:
-        is_valid = False
-    if not is_valid:
-        raise ValueError(
-            "expected http://[user:password@]host:port; in a password write %2F for /, %3F for ?, %23 for #, %40 for @"
-        )
-
-
 def check_duration(name: str, value: object) -> None:
     """Refuse a duration that is too long for clocks, sockets and Redis.
 
