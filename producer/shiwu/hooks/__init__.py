@@ -1,6 +1,6 @@
 """Webhooks: a process that posts each answer to the endpoints that want it. Needs the extra `hooks`.
 
-Front door: `endpoints`, `signatures`.
+Front door: `__main__`, the command `shiwu-hooks`.
 """
 
 __all__: list[str] = []

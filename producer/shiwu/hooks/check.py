@@ -1,0 +1,59 @@
+"""`shiwu-hooks --check`: tries Redis, and connects to every endpoint by the address rules. Sends no request."""
+
+from __future__ import annotations
+
+import time
+from urllib.parse import urlsplit
+
+import click
+import redis
+
+from shiwu.broker.connection import connect
+from shiwu.broker.redis_errors import explain
+from shiwu.contract import printable, source_of
+from shiwu.hooks.endpoints import Endpoint
+from shiwu.hooks.process import REDIS_TIMEOUT_S, HooksOptions, make_queue
+from shiwu.network.address_guard import AddressGuard, AddressRefused, UnknownHost
+
+FAILED = 64
+
+
+def run_checks(options: HooksOptions) -> int:
+    """Print a line for each check; return the exit code, 0 where all passed."""
+    results = [_check_redis(options), *(_check_endpoint(each, options) for each in options.endpoints.named)]
+    if options.endpoints.for_urls is not None:
+        results.append(_line("urls", None, "on" if options.has_urls else "off: SHIWU_HOOKS_URLS is not set"))
+    return 0 if all(results) else FAILED
+
+
+def _line(name: str, error: str | None, note: str = "") -> bool:
+    text = f"{name}: {'ok' if error is None else 'FAILED'} {printable(error or note)}".rstrip()
+    click.echo(text)
+    return error is None
+
+
+def _check_redis(options: HooksOptions) -> bool:
+    with connect(options.redis_url, timeout_s=REDIS_TIMEOUT_S) as client:
+        queue = make_queue(client, options)
+        try:
+            dead = queue.dead_count()
+        except redis.RedisError as error:
+            return _line("redis", explain(error))
+        return _line("redis", None, f"{dead} dead deliveries")
+
+
+def _check_endpoint(endpoint: Endpoint, options: HooksOptions) -> bool:
+    """Connect as a delivery would, without a request."""
+    name = f"endpoint {endpoint.key}"
+    parts = urlsplit(endpoint.url)
+    port = parts.port or (443 if parts.scheme.lower() == "https" else 80)
+    guard = AddressGuard(options.rules)
+    deadline_s = time.monotonic() + options.timeout_s
+    try:
+        if options.rules.proxy_url is not None:
+            guard.check_name(parts.hostname or "", port)
+        else:
+            guard.connect(parts.hostname or "", port, timeout_s=options.timeout_s, deadline_s=deadline_s).close()
+    except (AddressRefused, UnknownHost, OSError) as error:
+        return _line(name, f"{source_of(endpoint.url)}: {error}")
+    return _line(name, None, source_of(endpoint.url))
