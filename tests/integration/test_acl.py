@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from redis.exceptions import NoPermissionError
 from shiwu import Client, Status
 from shiwu.contract import CLAIMS, LEASES, QUEUE_SNAPSHOT, RESULT_STREAM, Lane, result_key
 from tests.support import pictures
+from tests.support.backfills import BackfillProcess, rows_of
 from tests.support.celery_client import celery_client
 from tests.support.processes import LOOPBACK, ROOT, free_ports
 from tests.support.redis_parts import message
@@ -81,6 +83,36 @@ def worker(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         redis_url=guarded.url("worker"), folder=folder, by_celery=True, celery_args="-E", torch_threads=1, **options
     ) as running:
         yield running.wait_ready()
+
+
+def test_acl_user_can_run_a_backfill(guarded: Guarded, worker: WorkerProcess, tmp_path: Path) -> None:
+    """Start, go on, another pass, pause, resume, cancel and list: the server refuses no command."""
+    images = tmp_path / "list.jsonl"
+    images.write_text("".join(json.dumps({"image": guarded.image, "n": number}) + "\n" for number in range(20)))
+
+    def run(*args: str) -> BackfillProcess:
+        with BackfillProcess(*args, redis_url=guarded.url("backfill"), folder=tmp_path) as process:
+            assert process.wait(timeout_s=60) == 0, process.log_tail()
+            return process
+
+    start = ("start", "mine", str(images), "--out", str(tmp_path / "out"))
+    with guarded.client("admin") as admin:
+        admin.acl_log_reset()
+        run(*start)
+        run(*start, "--missing")
+        with BackfillProcess(
+            *("start", "slow", str(images), "--rate", "1/s"), redis_url=guarded.url("backfill"), folder=tmp_path
+        ) as slow:
+            wait_until(lambda: admin.hget("shiwu:backfill:slow", "sent") not in {None, b"0"}, timeout_s=30)
+            run("pause", "slow")
+            run("resume", "slow")
+            run("cancel", "slow")
+            assert slow.wait(timeout_s=30) == 0, slow.log_tail()
+        listed = run("list")
+        assert guarded.refused() == []
+    assert len(rows_of(tmp_path / "out")) == 20
+    assert "cancelled" in listed.log_text()
+    assert worker.is_running
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's result backend
@@ -224,6 +256,7 @@ def test_acl_loads_without_a_restart(guarded: Guarded) -> None:
 
 SCRIPTS = {
     "client": ["producer/shiwu/broker/scripts/commit.lua"],
+    "backfill": ["producer/shiwu/broker/scripts/commit.lua", "producer/shiwu/backfill/scripts/write.lua"],
     "sweep": [
         f"producer/shiwu/broker/scripts/{name}.lua"
         for name in ("commit", "maintain", "move_foreign", "trim", "trim_dead", "take_late", "drop_answered")
@@ -253,5 +286,5 @@ def test_acl_allows_all_commands_of_scripts(user: str, config: Path) -> None:
     [line] = [
         line for line in config.read_text(encoding="utf-8").splitlines() if line.startswith(f"user shiwu-{user} ")
     ]
-    optional = {"rename"} if user == "client" else set()  # moves a stream that takes no more entries
+    optional = {"rename"} if user in {"client", "backfill"} else set()  # moves a stream that takes no more entries
     assert called - optional - {word.strip("()").removeprefix("+") for word in line.split()} == set()

@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from shiwu import Client, Status
-from shiwu.contract import KEY_TYPES, RESULT_STREAM, Lane, done_key, result_key
+from shiwu.contract import BACKFILL, BACKFILL_OPEN, BACKFILLS, KEY_TYPES, RESULT_STREAM, Lane, done_key, result_key
 from tests.support import pictures
 from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
 from tests.support.redis_users import users_for
@@ -26,12 +26,14 @@ VICTIM = "order-4711"
 LARGEST_ID = "18446744073709551615-18446744073709551615"
 KEYS = [*KEY_TYPES, *(key for lane in Lane for key in lane.keys[:1]), result_key(VICTIM), done_key(VICTIM)]
 KEYS += [f"shiwu:{name}:{VICTIM}" for name in ("aside", "history")]
+KEYS += [BACKFILLS, f"{BACKFILL}photos", f"{BACKFILL_OPEN}photos"]
 KEYS += [f"_kombu.binding{kind}.{lane.queue}" for kind in ("", "_permanent") for lane in Lane]
 HOSTILE: dict[str, list[tuple[Any, ...]]] = {
     "lpush": [("x",), ('{"headers": {"id": "order-4711", "task": "shiwu.tag"}, "body": ""}',)],
     "rpush": [("x",)],
     "sadd": [("x",)],
     "hset": [(VICTIM, "x|1|shiwu.bulk|x"), ("answered", "many"), ("result_ttl_s", "0"), ("stream_length", "9" * 30)],
+    "hsetnx": [(VICTIM, "x")],
     "hincrby": [("answered", 2**63 - 1), ("dead_dropped", -5)],
     "hdel": [(VICTIM, "answered")],
     "zadd": [("0", "gone"), ("0", VICTIM), ("inf", VICTIM), ("-inf", "\x00")],
@@ -44,6 +46,7 @@ HOSTILE: dict[str, list[tuple[Any, ...]]] = {
     "del": [()],
     "expire": [(1,)],
     "pexpire": [(1,)],
+    "persist": [()],
     "rename": [("shiwu:foreign:x",), ("shiwu:claims",)],
     "xadd": [("*", "a", "b"), (LARGEST_ID, "a", "b")],
     "xtrim": [("MAXLEN", 0)],
@@ -51,11 +54,12 @@ HOSTILE: dict[str, list[tuple[Any, ...]]] = {
     "rpop": [()],
     "xgroup|create": [("g", "$", "MKSTREAM")],
     "xgroup|delconsumer": [("g", "c")],
+    "xgroup|destroy": [("g",)],
     "xack": [("g", "0-1")],
     "publish": [("x",)],
 }
 """Write command → its arguments after the key."""
-EACH_BY_ITSELF = ("producer", "client", "consumer")
+EACH_BY_ITSELF = ("producer", "client", "consumer", "backfill")
 USERS = (*EACH_BY_ITSELF, "sweep", "worker")
 
 
@@ -126,7 +130,7 @@ def tag_others(parts: Parts, numbers: Iterator[int]) -> None:
 
 @pytest.mark.parametrize("user", USERS)
 def test_hostile_user_does_not_stop_others(parts: Parts, user: str) -> None:
-    """After each command of producers, clients and consumers, and after all of the others, jobs are tagged in time."""
+    """After each command of users that act for others, and after all commands of the rest, jobs are tagged in time."""
     numbers = itertools.count(USERS.index(user) * 100_000)
     commands = parts.commands(user)
     assert commands or user == "consumer"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -29,6 +30,7 @@ from shiwu.client.client import Client
 from shiwu.contract import moment
 
 COMMAND_TIMEOUT_S: Final = 5.0
+SAME_SIGNAL_S: Final = 0.5
 
 
 class Session:
@@ -215,12 +217,18 @@ class Session:
 
 @contextmanager
 def _stopping() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second signal ends the process at once."""
+    """An event that SIGINT and SIGTERM set; a later signal ends the process at once."""
     stop = threading.Event()
+    first_s = 0.0
 
     def on_signal(number: int, _: object) -> None:
+        nonlocal first_s
         if stop.is_set():
-            raise KeyboardInterrupt
+            # Programs such as `timeout` send one signal to the process and one to its group.
+            if time.monotonic() - first_s > SAME_SIGNAL_S:
+                raise KeyboardInterrupt
+            return
+        first_s = time.monotonic()
         stop.set()
         click.echo(f"shiwu: {signal.Signals(number).name}: writing what has come; again to end at once", err=True)
 
