@@ -180,6 +180,10 @@ class StandInEncoder:
         """Return different tokens for different words."""
         return [LabelTokens((crc32(label.encode()),), is_readable=True) for label in labels]
 
+    def gpu_memory(self) -> tuple[int, int] | None:
+        """Return None: the stand-in has no device."""
+        return None
+
     def error_kind(self, error: BaseException) -> DeviceErrorKind:
         """Return OTHER: the stand-in has no device."""
         return DeviceErrorKind.OTHER

@@ -26,6 +26,7 @@ from shiwu import contract, errors
 from shiwu.broker.maintenance import SweepReport
 from shiwu.broker.queue_stats import QueueSnapshot, QueueState
 from shiwu.broker.retention import Retention
+from shiwu.broker.worker_state import WorkerState
 from shiwu.cli import main as shiwu_command
 from shiwu.cli.base import Exit
 from shiwu.contract import keys
@@ -62,6 +63,7 @@ def surface() -> dict[str, Any]:
         "dumped_fields": {
             "shiwu:limits": _fields(Retention),
             "shiwu:look": _fields(QueueSnapshot),
+            "shiwu:worker:": _fields(WorkerState),
             "shiwu status": _fields(QueueState),
             "shiwu sweep": _fields(SweepReport),
             "tune file": _fields(Tuned),

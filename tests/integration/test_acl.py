@@ -16,7 +16,7 @@ from celery import Celery, chord
 from redis.exceptions import NoPermissionError
 
 from shiwu import Client, Status
-from shiwu.contract import CLAIMS, LEASES, QUEUE_SNAPSHOT, RESULT_STREAM, Lane, result_key
+from shiwu.contract import CLAIMS, LEASES, QUEUE_SNAPSHOT, RESULT_STREAM, WORKER_STATE, Lane, result_key
 from tests.support import pictures
 from tests.support.backfills import BackfillProcess, rows_of
 from tests.support.celery_client import celery_client
@@ -136,6 +136,7 @@ def test_acl_users_can_do_their_work(guarded: Guarded, worker: WorkerProcess) ->
         _by_celery(guarded, admin)
         _sweep(guarded, admin)
         wait_until(lambda: admin.exists(QUEUE_SNAPSHOT), timeout_s=15, what="the worker's look at the lanes")
+        wait_until(lambda: admin.exists(f"{WORKER_STATE}{waited['one'].worker}"), timeout_s=10, what="its state")
         assert guarded.refused() == []
     assert worker.is_running
     assert '"level": "error"' not in worker.log_text()

@@ -14,7 +14,17 @@ import pytest
 import redis
 
 from shiwu import Client, Status
-from shiwu.contract import BACKFILL, BACKFILL_OPEN, BACKFILLS, KEY_TYPES, RESULT_STREAM, Lane, done_key, result_key
+from shiwu.contract import (
+    BACKFILL,
+    BACKFILL_OPEN,
+    BACKFILLS,
+    KEY_TYPES,
+    RESULT_STREAM,
+    WORKER_STATE,
+    Lane,
+    done_key,
+    result_key,
+)
 from tests.support import pictures
 from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
 from tests.support.redis_users import users_for
@@ -27,6 +37,7 @@ LARGEST_ID = "18446744073709551615-18446744073709551615"
 KEYS = [*KEY_TYPES, *(key for lane in Lane for key in lane.keys[:1]), result_key(VICTIM), done_key(VICTIM)]
 KEYS += [f"shiwu:{name}:{VICTIM}" for name in ("aside", "history")]
 KEYS += [BACKFILLS, f"{BACKFILL}photos", f"{BACKFILL_OPEN}photos"]
+KEYS += [f"{WORKER_STATE}host-1"]
 KEYS += [f"_kombu.binding{kind}.{lane.queue}" for kind in ("", "_permanent") for lane in Lane]
 HOSTILE: dict[str, list[tuple[Any, ...]]] = {
     "lpush": [("x",), ('{"headers": {"id": "order-4711", "task": "shiwu.tag"}, "body": ""}',)],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import redis
 from structlog.testing import capture_logs
@@ -103,7 +105,8 @@ def test_load_is_reported_once_in_its_interval(redis_client: redis.Redis, monkey
     heartbeat._meter.encoded(images=30, seconds=0.1)
     heartbeat._meter.encoded(images=10, seconds=0.1)
     monkeypatch.setattr(heartbeat, "_load_logged_s", float("-inf"))
-    monkeypatch.setattr(heartbeat._meter, "_since_s", heartbeat._meter._since_s - 10.0)
+    before = heartbeat._meter._read_sums
+    monkeypatch.setattr(heartbeat._meter, "_read_sums", replace(before, at_s=before.at_s - 10.0))
     with capture_logs() as logs:
         heartbeat._log_load()
     [line] = logs

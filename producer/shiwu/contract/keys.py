@@ -74,6 +74,8 @@ BACKFILL_OPEN: Final = "shiwu:backfill:open:"
 """Prefix of a hash for each backfill: job id → `portion|JSON` with the image; of jobs whose answers are not written."""
 WORKERS: Final = "shiwu:workers"
 """Sorted set: worker name → server time in ms of its last heartbeat."""
+WORKER_STATE: Final = "shiwu:worker:"
+"""Prefix of a string for each worker's name, which expires after ten seconds: rate, load, device and model, as JSON."""
 FOREIGN: Final = "shiwu:foreign:"
 """Prefix of values of a wrong type that stood under a key of shiwu: `<key>:<server time in ms>`; kept for a week."""
 KEY_TYPES: Final[Mapping[str, str]] = MappingProxyType(

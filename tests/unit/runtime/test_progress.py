@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from shiwu_worker.runtime.progress import LoadMeter, LoadReport, Progress
@@ -44,3 +46,16 @@ def test_load_meter_starts_at_zero_after_each_read() -> None:
     first, second = meter.read(), meter.read()
     assert (first.pictures, first.batches, first.device, first.fetch, first.decode) == (3, 1, 1.0, 1.0, 0.0)
     assert (second.pictures, second.device) == (0, 0.0)
+
+
+def test_load_between_two_moments_leaves_reads_alone() -> None:
+    """Two readers, each with its own moments."""
+    meter = LoadMeter(loader_threads=1)
+    meter.encoded(images=3, seconds=1.0)
+    before = meter.sums()
+    meter.encoded(images=4, seconds=1.0)
+    meter.idle(0.25)
+    until = replace(meter.sums(), at_s=before.at_s + 2.0)
+    between = meter.since(before, until=until)
+    assert (between.seconds, between.pictures, between.batches, between.device, between.idle) == (2.0, 4, 1, 0.5, 0.125)
+    assert meter.read().pictures == 7

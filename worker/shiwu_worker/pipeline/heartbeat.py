@@ -45,6 +45,7 @@ class Heartbeat:
         in_flight: ids of the jobs whose leases are renewed.
         stuck_s: without progress for this long, while there is work, the worker counts as stuck.
         on_quarantine: called when quarantined jobs wait, which no lane shows; must not block.
+        publish: called at each tick, to tell the state of this worker; may ask Redis.
         on_fatal: called when the thread ends by a defect: a worker must not claim jobs and not renew their leases.
     """
 
@@ -62,6 +63,7 @@ class Heartbeat:
         observer: PipelineObserver,
         backoff: RedisBackoff,
         on_fatal: Callable[[FatalError], None],
+        publish: Callable[[], None] = lambda: None,
     ) -> None:
         self._lease_queue = lease_queue
         self._maintenance = maintenance
@@ -87,6 +89,7 @@ class Heartbeat:
                 Duty("maintenance", self._run_maintenance),
                 Duty("trim", self._trim),
                 Duty("load_log", self._log_load),
+                Duty("worker_state", publish),
             ],
             on_failed=self._on_duty_failed,
         )

@@ -65,6 +65,19 @@ class LoadReport:
         return "messages"
 
 
+@dataclass(frozen=True, slots=True)
+class LoadSums:
+    """What a `LoadMeter` has added up since it was made, at one moment of the monotonic clock."""
+
+    at_s: float
+    images: int = 0
+    batches: int = 0
+    idle_s: float = 0.0
+    device_s: float = 0.0
+    fetch_s: float = 0.0
+    decode_s: float = 0.0
+
+
 class LoadMeter:
     """Sums the times of a `LoadReport`. Thread-safe.
 
@@ -75,12 +88,9 @@ class LoadMeter:
     def __init__(self, *, loader_threads: int) -> None:
         self._loader_threads = loader_threads
         self._lock = threading.Lock()
-        self._reset()
-
-    def _reset(self) -> None:
-        self._since_s = time.monotonic()
         self._images = self._batches = 0
         self._idle_s = self._device_s = self._fetch_s = self._decode_s = 0.0
+        self._read_sums = self.sums()
 
     def idle(self, seconds: float) -> None:
         """Add time in which the lanes were empty and nothing was in flight."""
@@ -105,19 +115,39 @@ class LoadMeter:
         with self._lock:
             self._device_s += seconds
 
-    def read(self) -> LoadReport:
-        """Report the time since the last call, and start again at zero."""
+    def sums(self) -> LoadSums:
+        """What was added up until now, for `since`."""
         with self._lock:
-            seconds = max(1e-9, time.monotonic() - self._since_s)
-            threads_s = seconds * self._loader_threads
-            load = LoadReport(
-                seconds=round(seconds, 1),
-                pictures=self._images,
-                batches=self._batches,
-                idle=round(min(1.0, self._idle_s / seconds), 3),
-                device=round(min(1.0, self._device_s / seconds), 3),
-                fetch=round(min(1.0, self._fetch_s / threads_s), 3),
-                decode=round(min(1.0, self._decode_s / threads_s), 3),
+            return LoadSums(
+                time.monotonic(),
+                self._images,
+                self._batches,
+                self._idle_s,
+                self._device_s,
+                self._fetch_s,
+                self._decode_s,
             )
-            self._reset()
-        return load
+
+    def read(self) -> LoadReport:
+        """Report the time since the last call. One thread may call it; others use `since`."""
+        before = self._read_sums
+        self._read_sums = self.sums()
+        return self.since(before, until=self._read_sums)
+
+    def since(self, before: LoadSums, *, until: LoadSums) -> LoadReport:
+        """Report the time between two moments."""
+        seconds = max(1e-9, until.at_s - before.at_s)
+        threads_s = seconds * self._loader_threads
+        return LoadReport(
+            seconds=round(seconds, 1),
+            pictures=until.images - before.images,
+            batches=until.batches - before.batches,
+            idle=_share(until.idle_s - before.idle_s, seconds),
+            device=_share(until.device_s - before.device_s, seconds),
+            fetch=_share(until.fetch_s - before.fetch_s, threads_s),
+            decode=_share(until.decode_s - before.decode_s, threads_s),
+        )
+
+
+def _share(part_s: float, whole_s: float) -> float:
+    return round(min(1.0, part_s / whole_s), 3)

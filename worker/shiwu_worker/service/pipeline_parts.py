@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
+from shiwu.broker.worker_state import WorkerState, write_worker_state
 from shiwu_worker.config import views
 from shiwu_worker.config.batches import slots_for
 from shiwu_worker.pipeline.admission import Admission
@@ -18,6 +21,7 @@ from shiwu_worker.policy.limits import LABEL_SLOTS
 from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.progress import LoadMeter, Progress
 from shiwu_worker.service.model import make_executor
+from shiwu_worker.service.worker_reporter import WorkerReporter
 from shiwu_worker.stages.batch import Batcher, Reason
 from shiwu_worker.stages.commit import Committer
 
@@ -125,6 +129,28 @@ class PipelineParts:
             observer=self.observer,
             backoff=RedisBackoff("heartbeat"),
             on_fatal=self.on_fatal,
+            publish=WorkerReporter(
+                partial(write_worker_state, self.queue.client, self.settings.worker_name),
+                self._about(),
+                meter=self.meter,
+                in_flight=self.in_flight,
+                loaders=self.loaders,
+                encoder=self.encoder,
+            ).publish,
+        )
+
+    def _about(self) -> WorkerState:
+        """What does not change while the worker runs."""
+        model, labels = self.encoder.info, self.label_bank.resolve(None).info
+        return WorkerState(
+            version=version("shiwu"),
+            slots=self.limits.slots,
+            device=model.device,
+            model=model.id,
+            revision=model.revision,
+            dtype=model.dtype,
+            labels=labels.name or "",
+            labels_digest=labels.digest,
         )
 
     def make_cancellations(self) -> CancellationListener:

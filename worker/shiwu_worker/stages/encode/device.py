@@ -85,6 +85,13 @@ def gpu_uuid(device: torch.device) -> str | None:
     return instance or f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
+def gpu_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes that torch has reserved on the GPU, and all that it has; None for a CPU. Does not wait for the GPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.memory_reserved(device), int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def device_name(device: torch.device) -> str:
     """The device's name in answers: the name of the GPU, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -31,6 +31,7 @@ from shiwu_worker.stages.encode.device import (
     choose_device,
     device_name,
     error_kind_of,
+    gpu_memory,
     gpu_uuid,
     keep_full_precision,
 )
@@ -98,6 +99,8 @@ class Encoder:
         self.timed_sizes: tuple[int, ...] = ()
         """Batch sizes that `warm` timed."""
         self.gpu_uuid = gpu_uuid(self._device)
+        self.gpu_memory: Callable[[], tuple[int, int] | None] = lambda: gpu_memory(self._device)
+        """Returns the bytes that this process has reserved on its GPU, and all that it has; None for a CPU."""
         self.info = ModelInfo(
             id=options.model_id,
             revision=options.revision,
