@@ -222,3 +222,15 @@ def test_key_of_a_wrong_type_stops_before_the_first_write(redis_client: redis.Re
     with pytest.raises(redis.ResponseError):
         make_queue(redis_client).add([new(1)], group=GROUP, entry_ids=entries)
     assert redis_client.xpending(RESULT_STREAM, GROUP)["pending"] == 1
+
+
+def test_health_of_an_origin_is_forgotten_with_its_deliveries(redis_client: redis.Redis) -> None:
+    """Requests can name any number; an endpoint of the operator keeps its health."""
+    queue = make_queue(redis_client)
+    for name in ("https://h:443", "a"):
+        fill(redis_client, 2, endpoint=name)
+        first, second = queue.take(name, count=2)
+        queue.give_up(first, reason="timeout")
+        assert queue.health()[name].failures == 1
+        queue.give_up(second, reason="timeout")
+    assert list(queue.health()) == ["a"]

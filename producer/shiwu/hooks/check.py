@@ -1,8 +1,11 @@
-"""`shiwu-hooks --check`: tries Redis, and connects to every endpoint by the address rules. Sends no request."""
+"""`shiwu-hooks --check` tries Redis and connects to every endpoint; `shiwu hooks test` sends one delivery."""
 
 from __future__ import annotations
 
+import secrets
 import time
+from datetime import UTC, datetime
+from importlib.metadata import version
 from urllib.parse import urlsplit
 
 import click
@@ -13,7 +16,10 @@ from shiwu.broker.redis_errors import explain
 from shiwu.contract import printable, source_of
 from shiwu.hooks.endpoints import Endpoint
 from shiwu.hooks.process import REDIS_TIMEOUT_S, HooksOptions, make_queue
+from shiwu.hooks.router import envelope
+from shiwu.hooks.sender import Sender
 from shiwu.network.address_guard import AddressGuard, AddressRefused, UnknownHost
+from shiwu.network.address_rules import AddressRules
 
 FAILED = 64
 
@@ -57,3 +63,15 @@ def _check_endpoint(endpoint: Endpoint, options: HooksOptions) -> bool:
     except (AddressRefused, UnknownHost, OSError) as error:
         return _line(name, f"{source_of(endpoint.url)}: {error}")
     return _line(name, None, source_of(endpoint.url))
+
+
+def send_test(endpoint: Endpoint, rules: AddressRules, *, timeout_s: float) -> tuple[bool, str]:
+    """Send a delivery of type `test`; return whether it was accepted, and a line that says what came of it."""
+    sender = Sender(rules, timeout_s=timeout_s, threads=1, user_agent=f"shiwu-hooks/{version('shiwu')}")
+    body = envelope("test", at=datetime.now(UTC), data=b"{}")
+    delivery_id = f"test-{secrets.token_hex(8)}.0"
+    began_s = time.monotonic()
+    outcome = sender.send(endpoint, delivery_id=delivery_id, url=endpoint.url, body=body)
+    ms = (time.monotonic() - began_s) * 1000
+    status = "" if outcome.status is None else f", HTTP {outcome.status}"
+    return outcome.is_delivered, f"{outcome.reason}{status}, {ms:.0f} ms, webhook id {delivery_id}"

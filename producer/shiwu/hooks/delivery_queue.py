@@ -12,10 +12,13 @@ import redis
 
 from shiwu.broker.chunks import chunks
 from shiwu.broker.script_loader import Script
+from shiwu.broker.server_clock import server_time_ms
 from shiwu.contract import RESULT_STREAM
 from shiwu.hooks.keys import COMMON, DEAD, DEAD_DELIVERIES, DUE, HEALTH, PENDING, pending_key
 
 MAX_ENDPOINTS_AT_ONCE: Final = 1000
+ALONE_AFTER: Final = 10
+"""Failures in a row after which an endpoint gets one try at a time."""
 CHUNK_SIZE: Final = 200
 """Dead deliveries that are read or revived in one call."""
 
@@ -81,12 +84,11 @@ class EndpointHealth:
 class QueueOptions:
     """Limits of the queue; durations are in seconds."""
 
-    lease_s: float
-    alone_after: int
-    """Failures in a row after which an endpoint gets one try at a time."""
-    alone_every_s: float
-    max_age_s: float
-    max_dead: int
+    lease_s: float = 60.0
+    alone_after: int = ALONE_AFTER
+    alone_every_s: float = 60.0
+    max_age_s: float = 2 * 86_400.0
+    max_dead: int = 10_000
 
 
 class DeliveryQueue:
@@ -214,6 +216,10 @@ class DeliveryQueue:
         """Every endpoint for which a delivery waits, at most 1000."""
         found: Any = self._client.zrange(DUE, 0, MAX_ENDPOINTS_AT_ONCE - 1)
         return [name.decode() for name in found]
+
+    def now_ms(self) -> float:
+        """The clock of Redis, in ms since 1970."""
+        return server_time_ms(self._client)
 
     def dead_count(self) -> int:
         """How many dead deliveries there are."""

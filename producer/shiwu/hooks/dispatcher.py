@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event, Lock
@@ -47,7 +46,6 @@ class Dispatcher:
     """Tries deliveries until it is stopped. `run` belongs to one thread, tries run on others.
 
     Args:
-        clock_ms: the clock of Redis, in ms since 1970.
         added: set by others when there may be more to do.
     """
 
@@ -58,7 +56,6 @@ class Dispatcher:
         router: Router,
         options: DispatchOptions,
         *,
-        clock_ms: Callable[[], float],
         added: Event,
         log: EventLog,
         metrics: HooksMetrics,
@@ -67,7 +64,6 @@ class Dispatcher:
         self._sender = sender
         self._router = router
         self._options = options
-        self._clock_ms = clock_ms
         self._wake = added
         self._log = log
         self._metrics = metrics
@@ -106,7 +102,7 @@ class Dispatcher:
     def _take(self) -> bool:
         """Take what is due and has room; return whether anything was taken."""
         is_busy = False
-        for key in self._deliveries.due_endpoints(now_ms=self._clock_ms()):
+        for key in self._deliveries.due_endpoints(now_ms=self._deliveries.now_ms()):
             is_known = self._router.is_known(key)
             room = self._room(key)
             if is_known and room == 0:
@@ -175,7 +171,9 @@ class Dispatcher:
                 if result == "delivered":
                     self._deliveries.delivered(delivery)
                 elif result == "dead":
-                    self._deliveries.give_up(delivery, reason=outcome.reason, is_disabling=outcome.is_gone)
+                    # A URL of a request shares its origin with others.
+                    is_disabling = outcome.is_gone and delivery.payload.url is None
+                    self._deliveries.give_up(delivery, reason=outcome.reason, is_disabling=is_disabling)
                 else:
                     self._deliveries.retry(
                         delivery,

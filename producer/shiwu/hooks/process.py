@@ -15,10 +15,9 @@ import redis
 
 from shiwu.broker.connection import connect
 from shiwu.broker.redis_errors import explain, info_of
-from shiwu.broker.server_clock import server_time_ms
 from shiwu.client.client import Client
 from shiwu.contract import RESULT_STREAM
-from shiwu.hooks.delivery_queue import DeliveryQueue, QueueOptions
+from shiwu.hooks.delivery_queue import ALONE_AFTER, DeliveryQueue, QueueOptions
 from shiwu.hooks.dispatcher import Dispatcher, DispatchOptions
 from shiwu.hooks.endpoints import Endpoints
 from shiwu.hooks.event_log import EventLog, LibraryLines
@@ -37,8 +36,6 @@ READ_BLOCK_S: Final = 0.5
 """How long one read of the stream waits for answers, and so the end for an idle one."""
 READ_STOP_S: Final = 3.0
 """How long the end waits for a read of the stream."""
-ALONE_AFTER: Final = 10
-ALONE_EVERY_S: Final = 60.0
 AGE_SLACK_S: Final = 86_400.0
 """How much older than the whole schedule a delivery may become, while its endpoint is tried only now and then."""
 
@@ -62,16 +59,12 @@ class HooksOptions:
     max_dead: int = 10_000
     is_from_beginning: bool = False
     """Whether a new group gets the answers that are in the stream already."""
-    alone_after: int = ALONE_AFTER
-    alone_every_s: float = ALONE_EVERY_S
 
 
 def make_queue(client: redis.Redis, options: HooksOptions) -> DeliveryQueue:
     """The queue of deliveries with the limits of these options."""
     limits = QueueOptions(
         lease_s=options.lease_s,
-        alone_after=options.alone_after,
-        alone_every_s=options.alone_every_s,
         max_age_s=sum(options.schedule_s) + AGE_SLACK_S,
         max_dead=options.max_dead,
     )
@@ -142,7 +135,7 @@ class HooksProcess:
                 ),
                 deliveries,
                 router,
-                IntakeOptions(group=options.group, max_pending=options.max_pending, alone_after=options.alone_after),
+                IntakeOptions(group=options.group, max_pending=options.max_pending, alone_after=ALONE_AFTER),
                 log=self._log,
                 metrics=self._metrics,
             )
@@ -156,7 +149,6 @@ class HooksProcess:
                     threads=options.threads,
                     lease_s=options.lease_s,
                 ),
-                clock_ms=lambda: server_time_ms(client),
                 added=intake.added,
                 log=self._log,
                 metrics=self._metrics,

@@ -45,11 +45,13 @@ local function give_up(pending, endpoint, id, record, reason, max_dead)
   end
 end
 
--- Notes when to look at an endpoint next.
+-- Notes when to look at an endpoint next. Requests can name any number of URLs, so the health of their origins is forgotten
+-- where no delivery waits.
 local function note_due(pending, endpoint, not_before)
   local first = redis.call('ZRANGE', pending, 0, 0, 'WITHSCORES')
   if #first == 0 then
     redis.call('ZREM', due, endpoint)
+    if string.find(endpoint, '://', 1, true) then redis.call('HDEL', health, endpoint) end
   else
     redis.call('ZADD', due, integer(math.max(tonumber(first[2]), not_before)), endpoint)
   end
