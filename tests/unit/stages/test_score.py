@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shiwu.contract import Head, WarningCode
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_set import LabelSet
-from shiwu_worker.stages.score.scorer import MAX_TAGS_BYTES, score, top_tags
+from shiwu_worker.stages.score.scorer import MAX_TAGS_BYTES, score, smallest, top_tags
 from tests.support.scored_jobs import MODEL, SCORER, encoded, make_job, units
 
 
@@ -158,6 +158,26 @@ def test_vectors_and_jobs_must_match() -> None:
     labels = encoded(LabelSet("left", ("a", "b", "c")), seed=1)
     with pytest.raises(ValueError, match="expected 2 vectors"):
         SCORER.score([make_job(n, labels) for n in range(2)], units(1))
+
+
+@given(
+    seed=st.integers(0, 1000),
+    levels=st.integers(1, 1000),
+    count=st.sampled_from([1, 2, 5, 40, 60, 200, 500]),
+    share=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+)
+def test_best_labels_of_a_large_set_equal_a_full_sort(seed: int, levels: int, count: int, share: float) -> None:
+    """With few or many equal cosines, and with labels below their bound, whose keys are infinite."""
+    random = np.random.default_rng(seed)
+    keys = random.integers(0, levels, (32, 200)).astype(np.float32)
+    keys[random.random(keys.shape) < share] = np.inf
+    keys[0] = 1.0
+    best, expected = smallest(keys, count), np.argsort(keys, axis=1, kind="stable")[:, :count]
+    assert best.shape == expected.shape
+    for row, (ours, theirs) in enumerate(zip(best, expected, strict=True)):
+        finite = np.isfinite(keys[row, theirs]).sum()
+        assert ours[:finite].tolist() == theirs[:finite].tolist()
+        assert len(set(ours)) == len(ours)
 
 
 def test_list_of_tags_that_is_too_large_is_cut_with_a_warning() -> None:

@@ -24,6 +24,9 @@ TAG_BYTES: Final = 64
 """JSON of one tag without its label."""
 MAX_TAGS_BYTES: Final = 128 * 1024
 ONLY_TAGS: Final = ("tags",)
+MIN_COLUMNS: Final = 128
+MIN_KEYS: Final = 4096
+"""A partition of fewer labels or keys takes longer than to sort them."""
 
 
 def score(
@@ -79,7 +82,7 @@ def top_tags(
         if min_cosines is not None:
             kept &= cosines >= min_cosines
         keys, counts = np.where(kept, keys, np.inf), kept.sum(axis=1)
-    best = np.argsort(keys, axis=1, kind="stable")[:, : max(top_k, default=0)]
+    best = smallest(keys, max(top_k, default=0))
     scores = np.take_along_axis(probabilities, best, axis=1).astype(np.float64).round(DIGITS).tolist()
     rounded_cosines = np.take_along_axis(cosines, best, axis=1).astype(np.float64).round(DIGITS).tolist()
     lengths = np.minimum(counts, top_k).tolist()
@@ -87,6 +90,25 @@ def top_tags(
         tuple(map(Tag, [words[i] for i in row[:count]], score, cosine))
         for row, score, cosine, count in zip(best.tolist(), scores, rounded_cosines, lengths, strict=True)
     ]
+
+
+def smallest(keys: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+    """The columns of the smallest keys of each row, (n, count) or fewer: ascending, equal keys in the order of columns.
+
+    Where only keys of infinity are left, it may be any of them.
+    """
+    columns = keys.shape[1]
+    if not 0 < count <= columns // 4 or columns < MIN_COLUMNS or keys.size < MIN_KEYS:
+        return np.argsort(keys, axis=1, kind="stable")[:, :count]
+    best = np.sort(np.argpartition(keys, count - 1, axis=1)[:, :count], axis=1)
+    found = np.take_along_axis(keys, best, axis=1)
+    best = np.take_along_axis(best, np.argsort(found, axis=1, kind="stable"), axis=1)
+    # A partition takes any of several equal keys, so rows whose last key has equals outside are sorted as a whole.
+    last = found.max(axis=1, keepdims=True)
+    tied = ((keys <= last).sum(axis=1) > count) & np.isfinite(last[:, 0])
+    if tied.any():
+        best[tied] = np.argsort(keys[tied], axis=1, kind="stable")[:, :count]
+    return best
 
 
 def cut_tags(tags: Sequence[Tag], max_bytes: int) -> int:
