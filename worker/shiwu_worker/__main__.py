@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from shiwu_worker.errors import ExitCode
+from shiwu_worker.retag.command import retag_command
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -127,6 +128,9 @@ def main(
         if command is None:
             command = _worker_command(gpus=gpus, per_gpu=per_gpu, task_events=task_events)
     sys.exit(command())
+
+
+main.add_command(retag_command)
 
 
 @main.group()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import structlog
@@ -137,6 +138,20 @@ def image_size(model: Any) -> int:
     """The side of the square images that the model takes, in pixels."""
     size = model.config.vision_config.image_size
     return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+class ScoreHead(NamedTuple):
+    """What the model was trained to do with a cosine: scale · cosine + bias."""
+
+    scale: float
+    bias: float | None
+    """None for models that are trained with softmax."""
+
+
+def score_head(model: Any) -> ScoreHead:
+    """The head of a model in FP32."""
+    bias = getattr(model, "logit_bias", None)
+    return ScoreHead(math.exp(float(model.logit_scale)), None if bias is None else float(bias))
 
 
 def unit_vectors(output: Any) -> torch.Tensor:

@@ -16,7 +16,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shiwu.contract import Head
 from shiwu_worker.checkpoints.checkpoint_files import Checkpoint, WrongCheckpoint
-from shiwu_worker.stages.encode.checkpoint import image_size, load_model
+from shiwu_worker.stages.encode.checkpoint import image_size, load_model, score_head
 from shiwu_worker.stages.encode.device import choose_dtypes
 from shiwu_worker.stages.encode.fusion import ATTENTION, PATCHES, QKV, fuse
 from shiwu_worker.stages.encode.towers import Tower, eager_tower
@@ -86,10 +86,8 @@ class DeviceModel:
         self._fusions = chosen_fusions(options.fusions, device)
         module = load_model(checkpoint)
         # Read before the cast: in bfloat16 a scale of 100 would be 98.9.
-        self.scale = math.exp(float(module.logit_scale))
-        bias = getattr(module, "logit_bias", None)
-        self.bias = None if bias is None else float(bias)
-        self.default_head: Head = "softmax" if bias is None else "sigmoid"
+        self.scale, self.bias = score_head(module)
+        self.default_head: Head = "softmax" if self.bias is None else "sigmoid"
         side = image_size(module)
         self.image_shape = (side, side, 3)
         known = options.known_images

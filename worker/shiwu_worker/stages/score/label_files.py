@@ -103,6 +103,15 @@ def load_label_sets(folders: Sequence[Path]) -> dict[str, LabelSet]:
     return sets
 
 
+def load_label_set(path: Path) -> LabelSet:
+    """Read one YAML file.
+
+    Raises:
+        ValueError: names the file and the error in it.
+    """
+    return _read_file(path).label_set()
+
+
 def _read_file(path: Path) -> _File:
     try:
         return _File.model_validate(_read_yaml(path.read_text(encoding="utf-8-sig")))

@@ -1,0 +1,146 @@
+"""`shiwu-worker retag`: the tags of a new job without its image, from vectors that a real worker made."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bench.retag import run
+
+from shiwu.contract import Answer
+from shiwu_worker.checkpoints.model_files import EMBEDDED
+from tests.conftest import StartWorker
+from tests.support.ask import ask
+from tests.support.processes import ROOT
+from tests.support.servers import S3Server
+from tests.support.vector_parts import made_vectors, write_part
+
+OLD = "name: animals-zh\nlabels: [大熊猫, 狗, 椅子, 鳄鱼]\n"
+NEW = """
+name: things-zh
+min_cosine: 0.02
+templates: ["{}", "一张{}的照片"]
+labels: [大熊猫, 汽车, 金刚鹦鹉, 虎斑猫, 狗, 船, 宫殿, 椅子, 鳄鱼]
+"""
+PHOTOS = ("cat.jpg", "panda.jpg", "macaw.webp", "palace.jpg", "crocodile.jpg")
+
+
+def retag(vectors: Path, *args: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """The command, as a user runs it."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SHIWU_")} | settings
+    command = [sys.executable, "-m", "shiwu_worker", "retag", "--vectors", str(vectors), *args]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def kept(answers: list[Answer], path: Path) -> Path:
+    """A part with the vectors of answers."""
+    vectors = np.stack([np.frombuffer(base64.b64decode(answer.vector or ""), "<f2") for answer in answers])
+    model = answers[0].model
+    assert model is not None
+    return write_part(path, vectors, model=model.id, revision=model.revision)
+
+
+def comparable(answer: Answer) -> dict[str, Any]:
+    """What depends on vector and labels, as JSON."""
+    return {
+        name: value for name, value in json.loads(answer.to_json()).items() if name in {"tags", "labels", "warnings"}
+    }
+
+
+def test_retagged_answers_equal_those_of_new_jobs(
+    redis_url: str, s3: S3Server, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    """Bit by bit: tags, label set and warnings, with least cosines, templates, top_k and threshold."""
+    sets = tmp_path / "sets"
+    sets.mkdir()
+    (sets / "new.yaml").write_text(NEW, encoding="utf-8")
+    start_worker(redis_url=redis_url, env=s3.env, model="", labels_dir=str(sets), default_labels="things-zh")
+    references = [s3.put(f"retag/{name}", (ROOT / "demo" / "photos" / name).read_bytes()) for name in PHOTOS]
+    wants: dict[str, Any] = {"want": ("tags", "vector"), "top_k": 4, "threshold": 0.01}
+    old = [ask(redis_url, each, f"old-{n}", labels=("a", "b"), **wants) for n, each in enumerate(references)]
+    fresh = [ask(redis_url, each, f"new-{n}", labels="things-zh", **wants) for n, each in enumerate(references)]
+    assert [answer.vector for answer in old] == [answer.vector for answer in fresh]
+    part = kept(old, tmp_path / "part.parquet")
+    options = ["--labels", str(sets / "new.yaml"), "--top-k", "4", "--threshold", "0.01", "--out", "-"]
+    done = retag(part, *options)
+    assert done.returncode == 0, done.stderr
+    found = [Answer.from_json(line.encode()) for line in done.stdout.splitlines()]
+    assert [comparable(answer) for answer in found] == [comparable(answer) for answer in fresh]
+    assert {len(answer.tags or ()) for answer in found} != {4}
+    assert [answer.model and answer.model.revision for answer in found] == [old[0].model and old[0].model.revision] * 5
+
+
+def test_diff_shows_gains_and_losses_with_examples(embedded_part: Path, tmp_path: Path) -> None:
+    """On standard output by label, and as answers for the gallery."""
+    for name, text in (("old.yaml", OLD), ("new.yaml", NEW)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    args = ["--labels", str(tmp_path / "new.yaml"), "--diff", str(tmp_path / "old.yaml"), "--top-k", "1"]
+    examples = tmp_path / "examples.jsonl"
+    out = tmp_path / "answers.jsonl"
+    done = retag(embedded_part, *args, "--min-cosine", "-1", "--out", str(out), "--examples-out", str(examples))
+    assert done.returncode == 0, done.stderr
+    assert len(out.read_text().splitlines()) == 50
+    lines = done.stdout.splitlines()
+    counts = dict(line.split(": ") for line in lines if not line.startswith("  "))
+    assert sum(int(text.split("gained ")[1].split(",")[0]) for text in counts.values()) > 0
+    assert any(line.startswith("  - 0.") for line in lines)
+    answers = [Answer.from_json(line.encode()) for line in examples.read_text().splitlines()]
+    assert all(answer.metadata for answer in answers)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".tmp") == []
+
+
+@pytest.fixture
+def embedded_part(tmp_path: Path) -> Path:
+    """Made vectors of the embedded model."""
+    from shiwu_worker.checkpoints.model_files import model_folder, model_revision  # noqa: PLC0415 used here only
+
+    revision = model_revision(model_folder(None))
+    return write_part(tmp_path / "part.parquet", made_vectors(50, 320), model=EMBEDDED, revision=revision)
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--labels", "no-such-set"], "expected a YAML file of labels, or one of everyday-zh"),
+        (["--labels", "missing.yaml"], "missing.yaml"),
+        (["--labels", "six-zh", "--top-k", "0"], "top_k"),
+        (["--labels", "six-zh", "--head", "sigmoid"], "sigmoid, which needs a bias"),
+    ],
+)
+def test_wrong_options_are_refused(embedded_part: Path, args: list[str], text: str) -> None:
+    """With the exit code of a wrong setting, and no answers."""
+    done = retag(embedded_part, *args, "--out", "-")
+    assert (done.returncode, done.stdout) == (64, "")
+    assert text in done.stderr
+
+
+def test_vectors_of_another_revision_are_refused(embedded_part: Path, tmp_path: Path) -> None:
+    """Nothing is written; the option leaves them out."""
+    folder = tmp_path / "both"
+    folder.mkdir()
+    embedded_part.rename(folder / "a.parquet")
+    write_part(folder / "b.parquet", made_vectors(3, 320), model=EMBEDDED, revision="older")
+    out = tmp_path / "answers.jsonl"
+    done = retag(folder, "--labels", "six-zh", "--out", str(out))
+    assert done.returncode == 64
+    assert f"got 3 of {EMBEDDED} older" in done.stderr
+    assert not out.exists()
+    done = retag(folder, "--labels", "six-zh", "--out", str(out), "--skip-other-models")
+    assert done.returncode == 0, done.stderr
+    assert len(out.read_text().splitlines()) == 50
+
+
+@pytest.mark.slow
+def test_memory_does_not_depend_on_the_number_of_vectors(tmp_path: Path) -> None:
+    """40,000 vectors and 1,000 labels take 300 MB at most, and with the text tower's process 600 MB."""
+    spent = run(tmp_path, vectors=40_000, labels=1000)
+    assert spent.code == 0, spent.errors
+    assert spent.peak_mb < 300
+    assert spent.all_peak_mb < 600

@@ -1,0 +1,28 @@
+"""What `shiwu-worker retag` was asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shiwu.contract import Head
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetagOptions:
+    """`top_k`, `threshold`, `min_cosine` and `head` are as in a request."""
+
+    vectors: Path
+    labels: str
+    """A YAML file, or the name of a label set that a worker would know."""
+    out: str
+    """A file of JSON lines, or - for standard output."""
+    model: str | None = None
+    diff: str | None = None
+    examples_out: str | None = None
+    top_k: int = 5
+    threshold: float = 0.0
+    min_cosine: float | None = None
+    head: Head | None = None
+    is_skipping: bool = False
+    """Leave out vectors of other models; otherwise they are an error."""
