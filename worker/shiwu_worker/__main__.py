@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from shiwu_worker.commands.label_group import labels
 from shiwu_worker.errors import ExitCode
 from shiwu_worker.retag.command import retag_command
 
@@ -130,6 +131,7 @@ def main(
     sys.exit(command())
 
 
+main.add_command(labels)
 main.add_command(retag_command)
 
 

@@ -123,6 +123,7 @@ class WarningCode(StrEnum):
     LABELS_UNREADABLE = "labels_unreadable"  # the model's tokenizer knows no part of these labels
     LABELS_ALIKE = "labels_alike"  # the model gives these labels the same vector
     SINGLE_LABEL = "single_label"  # softmax over one label is always 1
+    CALIBRATION_STALE = "calibration_stale"  # the limits of the label set were chosen for another model
     TAGS_CUT = "tags_cut"  # the last tags are left out, because the answer would be too large
 
 

@@ -29,6 +29,8 @@ class LabelSet:
     """Added to the scaled cosine, in place of the model's. With a bias a set may use sigmoid with any model."""
     min_cosines: tuple[float, ...] | None = None
     """The least cosine of a tag, label by label; a request may bring its own."""
+    calibrated_for: str | None = None
+    """Revision of the model that these limits were chosen for; None where they were written by hand."""
 
     def __hash__(self) -> int:
         """Computed once: every job looks its set up, and a set may hold many labels."""

@@ -86,6 +86,7 @@ def load_label_bank(settings: Settings, encoder: Encoder, sets: Mapping[str, Lab
             max_tokens=encoder.text_tokens,
             has_bias=encoder.bias is not None,
             inline_head=encoder.default_head,
+            revision=encoder.info.revision,
         )
     except ValueError as error:
         raise FatalError(ExitCode.CONFIG, str(error)) from error

@@ -72,6 +72,7 @@ class LabelBank:
         max_bytes: int = DEFAULT_CACHE_BYTES,
         inline_head: Head = "softmax",
         max_tokens: int = DEFAULT_TOKENS,
+        revision: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._has_bias = has_bias
@@ -92,6 +93,7 @@ class LabelBank:
         self._max_cached = max_cached
         self._max_set_bytes = max_bytes // 2
         self._inline_head = inline_head
+        self._revision = revision
         self._clock = clock
         self._lock = threading.Lock()
         self._words = WordCache(max_bytes=max_bytes // 2)
@@ -196,7 +198,7 @@ class LabelBank:
 
     def _keep(self, label_set: LabelSet, texts: TextVectors) -> EncodedLabels:
         """Cache a label set with its vectors. The caller holds the lock."""
-        warnings = label_warnings(label_set, texts.findings)
+        warnings = label_warnings(label_set, texts.findings, revision=self._revision)
         if warnings:
             codes = [str(warning.code) for warning in warnings]
             text = "; ".join(warning.message for warning in warnings)

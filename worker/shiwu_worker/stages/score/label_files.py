@@ -29,6 +29,24 @@ class _Item(BaseModel):
     min_cosine: Cosine | None = None
 
 
+class _Calibration(BaseModel):
+    """How the limits of a set were chosen, as `shiwu-worker labels calibrate` writes it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    revision: str = Field(min_length=1)
+    false_rate: float
+    false_rate_aside: float
+    false_rate_aside_low: float
+    false_rate_aside_high: float
+    images: int
+    images_aside: int
+    by_source: bool
+    z: float
+    seed: int
+
+
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -40,6 +58,7 @@ class _File(BaseModel):
     bias: float | None = Field(default=None, ge=-MAX_LOGIT, le=MAX_LOGIT)
     min_cosine: Cosine | None = None
     description: str = ""
+    calibration: _Calibration | None = None
 
     def label_set(self) -> LabelSet:
         """The label set of the file."""
@@ -54,6 +73,7 @@ class _File(BaseModel):
             min_cosines=(
                 None if set(min_cosines) == {None} else tuple(-1.0 if least is None else least for least in min_cosines)
             ),
+            calibrated_for=self.calibration.revision if self.calibration is not None else None,
         )
 
     @field_validator("templates")

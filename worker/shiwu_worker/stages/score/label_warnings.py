@@ -18,12 +18,18 @@ SINGLE_LABEL: Final = AnswerWarning(
 )
 
 
-def label_warnings(label_set: LabelSet, findings: LabelFindings) -> tuple[AnswerWarning, ...]:
-    """The reasons to read tags of this label set with care."""
-    return tuple(_warnings(label_set, findings))
+def label_warnings(
+    label_set: LabelSet, findings: LabelFindings, *, revision: str | None = None
+) -> tuple[AnswerWarning, ...]:
+    """The reasons to read tags of this label set with care.
+
+    Args:
+        revision: of the model; None where it is not known.
+    """
+    return tuple(_warnings(label_set, findings, revision=revision))
 
 
-def _warnings(label_set: LabelSet, findings: LabelFindings) -> Iterator[AnswerWarning]:
+def _warnings(label_set: LabelSet, findings: LabelFindings, *, revision: str | None) -> Iterator[AnswerWarning]:
     if findings.unreadable:
         count = f"{len(findings.unreadable)} of {len(label_set.words)} labels"
         text = f"the model cannot read {count}: {_first_texts(findings.unreadable, ', ')}; their scores have no meaning"
@@ -34,6 +40,9 @@ def _warnings(label_set: LabelSet, findings: LabelFindings) -> Iterator[AnswerWa
         yield AnswerWarning(code=WarningCode.LABELS_ALIKE, message=text)
     if len(label_set.words) == 1 and label_set.head == "softmax":
         yield SINGLE_LABEL
+    if label_set.calibrated_for is not None and revision is not None and label_set.calibrated_for != revision:
+        text = f"the limits were chosen for revision {label_set.calibrated_for} of the model, and this is {revision}"
+        yield AnswerWarning(code=WarningCode.CALIBRATION_STALE, message=f"{text}; calibrate the label set again")
 
 
 def _first_texts(texts: Sequence[str], separator: str) -> str:

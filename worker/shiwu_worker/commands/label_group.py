@@ -1,0 +1,86 @@
+"""The commands `shiwu-worker labels`: their options. Imports of the model's libraries are local; they take seconds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+ANSWERS_HELP = "Answers with vectors as JSON lines; - reads standard input."
+
+
+@click.group()
+def labels() -> None:
+    """Commands for label sets: check one, choose its limits from images, and measure it on images with known labels.
+
+    \b
+    The images come as answers with vectors, in JSON lines:
+    shiwu enqueue --want vector --lane bulk - < references.txt
+    shiwu results --group calibration > answers.jsonl
+    """
+
+
+@labels.command()
+@click.argument("names", metavar="[NAME…]", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def lint(*, names: Sequence[str], as_json: bool) -> None:
+    """Find labels that the model cannot read or cannot tell apart. Exit code 1 if there are any.
+
+    Also shows pairs of labels whose vectors are near each other, which is a hint only. Without names all label sets
+    are checked: those of the package and of SHIWU_LABELS_DIR.
+    """
+    from shiwu_worker.commands.label_commands import run_lint  # noqa: PLC0415 as the module's docstring says
+
+    sys.exit(run_lint(names, as_json=as_json))
+
+
+@labels.command()
+@click.argument("name", metavar="NAME")
+@click.option("--answers", type=click.File("rb"), required=True, help=ANSWERS_HELP)
+@click.option(
+    "--false-rate",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    required=True,
+    help="Share of images without any of the labels that may get a tag, such as 0.02.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The label file to write."
+)
+@click.option("--name", "new_name", metavar="NEW", help="Name of the new set.  [default: NAME-calibrated]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sources that are kept aside.")
+@click.option("--accept", is_flag=True, help="Write limits that do not hold on the images kept aside.")
+def calibrate(
+    *, name: str, answers: BinaryIO, false_rate: float, output: Path, new_name: str | None, seed: int, accept: bool
+) -> None:
+    """Choose the least cosine of each label, so that images which show none of the labels rarely get a tag.
+
+    The images should be like those that the set will meet, and from several sources: folders, buckets, customers (the
+    part of the reference before the last slash, or `source` in the metadata of a job). A third is kept aside by source,
+    and what the limits do there is printed and stored. Exit code 1: too few images, or the limits do not hold there.
+    """
+    from shiwu_worker.commands.label_commands import run_calibrate  # noqa: PLC0415 as the module's docstring says
+
+    sys.exit(
+        run_calibrate(
+            name, answers, false_rate=false_rate, output=output, new_name=new_name, seed=seed, is_forced=accept
+        )
+    )
+
+
+@labels.command("eval")
+@click.argument("name", metavar="NAME")
+@click.option("--answers", type=click.File("rb"), required=True, help=ANSWERS_HELP)
+@click.option(
+    "--truth",
+    type=click.File("rb"),
+    help='JSON lines {"image": reference, "labels": [label, …]}.  [default: `labels` in the metadata of the jobs]',
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(*, name: str, answers: BinaryIO, truth: BinaryIO | None, as_json: bool) -> None:
+    """Measure a label set on images with known labels: precision, recall, confusions and false tags, with intervals."""
+    from shiwu_worker.commands.label_commands import run_eval  # noqa: PLC0415 as the module's docstring says
+
+    sys.exit(run_eval(name, answers, truth=truth, as_json=as_json))
