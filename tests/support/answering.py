@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import redis
 
@@ -39,6 +39,27 @@ class AnsweringWorker(Process):
         super().__init__(command, name=name, folder=folder, env=clean_environment({}))
 
 
+class AnsweringThread:
+    """The same in a thread of the test, for as long as the block lasts."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._url = redis_url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._answer, name="answering")
+
+    def _answer(self) -> None:
+        with redis.Redis.from_url(self._url, socket_timeout=10) as client:
+            answer_jobs(client, "answering-thread", pause_s=0.0, batch=20, stop=self._stop)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=20)
+
+
 def main() -> None:
     """Answer until the process is killed."""
     parser = argparse.ArgumentParser()
@@ -46,21 +67,25 @@ def main() -> None:
     parser.add_argument("--pause-ms", type=float, default=0.0, help="between two batches")
     parser.add_argument("--batch", type=int, default=500)
     asked = parser.parse_args()
-    name = f"answering-{os.getpid()}"
     with redis.Redis.from_url(asked.redis_url, socket_timeout=10) as client:
-        queue = make_lease_queue(client, name, lease_s=LEASE_S, bulk_share=1.0)
-        maintenance = make_maintenance(client, name)
-        retention = Retention(result_ttl_s=600, done_ttl_s=1200, dead_length=10)
-        answers = AnswerStore(client, token=name, retention=lambda: retention)
-        pause = threading.Event()
-        swept_s = 0.0
-        while True:
-            if time.monotonic() - swept_s > SWEEP_EVERY_S:
-                swept_s = time.monotonic()
-                maintenance.sweep()
-            jobs = queue.claim(asked.batch).jobs
-            answers.write([entry_of(job) for job in jobs])
-            pause.wait(asked.pause_ms / 1000 if jobs else 0.02)
+        name = f"answering-{os.getpid()}"
+        answer_jobs(client, name, pause_s=asked.pause_ms / 1000, batch=asked.batch, stop=threading.Event())
+
+
+def answer_jobs(client: redis.Redis, name: str, *, pause_s: float, batch: int, stop: threading.Event) -> None:
+    """Claim and answer jobs until the event is set."""
+    queue = make_lease_queue(client, name, lease_s=LEASE_S, bulk_share=1.0)
+    maintenance = make_maintenance(client, name)
+    retention = Retention(result_ttl_s=600, done_ttl_s=1200, dead_length=10)
+    answers = AnswerStore(client, token=name, retention=lambda: retention)
+    swept_s = 0.0
+    while not stop.is_set():
+        if time.monotonic() - swept_s > SWEEP_EVERY_S:
+            swept_s = time.monotonic()
+            maintenance.sweep()
+        jobs = queue.claim(batch).jobs
+        answers.write([entry_of(job) for job in jobs])
+        stop.wait(pause_s if jobs else 0.005)
 
 
 def entry_of(job: Claimed) -> AnswerEntry:

@@ -7,8 +7,15 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from shiwu import Client
+from shiwu.backfill.objects import Objects
+from shiwu.backfill.plan import Pace, Plan
+from shiwu.backfill.runner import Phase, Progress, Runner
+from shiwu.backfill.sources.opening import open_source
+from shiwu.backfill.state import BackfillState
+from shiwu.broker.connection import connect
 from tests.support.processes import Process, clean_environment
 
 
@@ -65,3 +72,61 @@ def summary_of(folder: Path) -> dict[str, Any]:
     """summary.json."""
     found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return found
+
+
+class LocalBackfill:
+    """Backfills in the process of the test, on one Redis: `start` as the command does it, without its display."""
+
+    def __init__(self, redis_url: str, *, objects: Objects | None = None) -> None:
+        self.client = Client(redis_url)
+        self.redis = connect(redis_url, timeout_s=5, retries=3)
+        self._no_retry = connect(redis_url, timeout_s=5)
+        self._objects = objects or Objects({})
+        self.shown: list[Progress] = []
+        self.is_stopping = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for client in (self.client, self.redis, self._no_retry):
+            client.close()
+
+    def state(self, name: str) -> BackfillState:
+        """The state of a backfill."""
+        return BackfillState(self.redis, name)
+
+    def run(self, name: str, plan: Plan, pace: Pace | None = None, **options: Any) -> Phase:
+        """Start a backfill, or go on with it, and run it to its end; `options` are those of `Runner`."""
+        pace = pace or Pace()
+        state = self.state(name)
+        saved = state.read()
+        if saved is None:
+            state.create(plan, pace, now_ms=self.client.server_time_ms())
+        else:
+            state.reopen(pace, is_new_pass=pace.is_missing_only and saved.phase != "running")
+        usual: dict[str, Any] = {
+            "open_the_source": lambda saved: open_source(saved.plan.source, objects=self._objects),
+            "on_progress": self.shown.append,
+            "is_stopping": lambda: self.is_stopping,
+        }
+        connections = (self.redis, self._no_retry)
+        runner = Runner(
+            client=self.client,
+            connections=connections,
+            name=name,
+            pace=pace,
+            objects=self._objects,
+            **(usual | options),
+        )
+        return runner.run()
+
+
+def write_list(path: Path, count: int, *, broken_every: int = 0) -> Path:
+    """JSON lines with different images, some of them named `broken`."""
+    names = [
+        f"{number:05}-broken.jpg" if broken_every and number % broken_every == 0 else f"{number:05}.jpg"
+        for number in range(count)
+    ]
+    path.write_text("".join(json.dumps({"image": f"s3://b/{name}"}) + "\n" for name in names), encoding="utf-8")
+    return path

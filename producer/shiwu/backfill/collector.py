@@ -131,11 +131,11 @@ class Collector:
             return False
         self._outage.end()
         self._acknowledge([entry.id for entry in entries if not self._take(entry)])
+        if self._is_old():
+            self.record()
         pause_s = LOOK_UP_BUSY_S if entries else LOOK_UP_IDLE_S
         if self._open.unanswered and time.monotonic() - self._looked_up_s > pause_s:
             self.look_up()
-        if self._is_due():
-            self.record()
         return bool(entries)
 
     def _take(self, entry: Entry) -> bool:
@@ -146,6 +146,7 @@ class Collector:
             return False
         self._entries.append(entry.id)
         self._held.add(entry.id)
+        self._record_if_full()
         return True
 
     def _unreadable(self, entry_id: str, _: Mapping[bytes, bytes], reason: str) -> None:
@@ -154,7 +155,8 @@ class Collector:
         self._acknowledge([entry_id])
 
     def _acknowledge(self, entry_ids: Sequence[str]) -> None:
-        self._state.when_available(lambda: run(self._acks, ack_steps(entry_ids, group=self.group)))
+        if entry_ids:
+            self._state.when_available(lambda: run(self._acks, ack_steps(entry_ids, group=self.group)))
 
     def look_up(self) -> list[str]:
         """Read answers under their keys that did not come by the stream; return the ids of jobs still without one.
@@ -169,6 +171,7 @@ class Collector:
                     missing.append(job_id)
                 else:
                     self._add(_read(job_id, raw))
+                    self._record_if_full()
         self._looked_up_s = time.monotonic()
         return missing
 
@@ -190,6 +193,7 @@ class Collector:
         record = job.record
         answer = _failed(job.id, Status.REJECTED, record.code, record.error, now_ms=now_ms)
         self._add(msgspec.structs.replace(answer, metadata=record.metadata))
+        self._record_if_full()
 
     def _add(self, answer: TagResult) -> bool:
         if not self._open.answer(answer.id):
@@ -218,13 +222,13 @@ class Collector:
     def _part_name(self) -> str:
         return f"{PART_NAME}{len(self.parts) + 1:05}.{self._format}"
 
-    def _is_due(self) -> bool:
-        if not self._ids:
-            return False
+    def _is_old(self) -> bool:
         age_s = time.monotonic() - self._began_s
-        if self._target is None:
-            return age_s > COUNT_AGE_S or len(self._ids) >= MAX_UNWRITTEN
-        return age_s > PART_AGE_S or len(self._ids) >= self._part_rows
+        return bool(self._ids) and age_s > (COUNT_AGE_S if self._target is None else PART_AGE_S)
+
+    def _record_if_full(self) -> None:
+        if len(self._ids) >= (MAX_UNWRITTEN if self._target is None else self._part_rows):
+            self.record()
 
     def record(self) -> None:
         """Complete the part: write it, record it, give it its name, acknowledge its entries.
@@ -256,6 +260,13 @@ class Collector:
         self._open.close(self._ids)
         self.totals = self.seen
         self._new, self._ids, self._entries, self._held, self._writer = Totals(), [], [], set(), None
+
+    def close(self) -> None:
+        """Give up a part that is not complete; its answers come again after the next start."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer.path.unlink(missing_ok=True)
+            self._writer = None
 
     def make_group(self) -> None:
         """Create the group before the first job is sent, so that it does not get the answers before."""

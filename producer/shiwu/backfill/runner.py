@@ -9,6 +9,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -178,19 +179,16 @@ class Runner:
             BackfillError: it cannot go on; after the cause is gone, a start goes on where it was.
             redis.RedisError: Redis refuses a command, or was unavailable when the process stopped.
         """
-        saved = self._begin()
-        try:
-            self._resume(saved)
+        with ExitStack() as stack:
+            saved = self._begin()
+            stack.callback(self._source.close)
+            self._resume(saved, stack)
             while not self._is_stopping():
                 if self._turn():
                     return self._end()
             self._collector.record()
             self._control(is_last=True)
             self._state.leave()
-        finally:
-            self._source.close()
-            if self._target is not None:
-                self._target.close()
         return Phase.RUNNING
 
     def _now_ms(self) -> float:
@@ -205,9 +203,10 @@ class Runner:
         self._source = self._open_the_source(saved)
         return saved
 
-    def _resume(self, saved: Saved) -> None:
+    def _resume(self, saved: Saved, stack: ExitStack) -> None:
         if saved.plan.out:
             self._target = open_target(saved.plan.out, objects=self._objects)
+            stack.callback(self._target.close)
             prepare(self._target, saved.parts.values())
         self._ran_before = saved.totals
         self._wanted = saved.wanted
@@ -221,6 +220,7 @@ class Runner:
             part_rows=self._pace.part_rows,
             token=self._token,
         )
+        stack.callback(self._collector.close)
         lane_limit = max(LANE_LIMIT, self._pace.max_waiting + LANE_LIMIT // 2)
         sender = Sender(max_waiting=lane_limit, timeout_s=COMMAND_TIMEOUT_S)
         self._feeder = Feeder(
