@@ -16,6 +16,7 @@ import hypothesis.configuration
 import pytest
 import redis
 
+from tests.support.both_clients import OPENERS, OpenClient
 from tests.support.loopback import only_loopback
 from tests.support.servers import PictureServer, S3Server, Valkey, WorkerProcess
 from tests.support.skips import unexpected_skips
@@ -145,6 +146,13 @@ def redis_client(redis_url: str) -> Iterator[redis.Redis]:
     """A client of `redis_url`."""
     with redis.Redis.from_url(redis_url, socket_timeout=10) as client:
         yield client
+
+
+@pytest.fixture(params=list(OPENERS))
+def open_client(request: pytest.FixtureRequest) -> OpenClient:
+    """Opens a client, once the blocking and once the asyncio one: `with open_client(redis_url) as client`."""
+    opener: OpenClient = OPENERS[request.param]
+    return opener
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import redis
 from click.testing import CliRunner
 
-from shiwu import Client, JobFailed, UnreadableItem
+from shiwu import JobFailed, UnreadableItem
 from shiwu.cli import main
 from shiwu.contract import (
     DEAD,
@@ -24,6 +24,7 @@ from shiwu.contract import (
     WarningCode,
     result_key,
 )
+from tests.support.both_clients import OpenClient
 
 NEXT: dict[str, Any] = {
     "version": 2,
@@ -57,10 +58,12 @@ def store(client: redis.Redis, answer: dict[str, Any], *, state: str = "FAILURE"
     client.set(result_key(answer["id"]), json.dumps(meta))
 
 
-def test_unknown_words_of_an_answer_are_strings(redis_url: str, redis_client: redis.Redis) -> None:
+def test_unknown_words_of_an_answer_are_strings(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """`wait`, `answer` and `raise_for_status` pass unknown words on."""
     store(redis_client, NEXT)
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
         for result in (client.wait("next", timeout_s=5), client.answer("next")):
             assert result is not None
             assert result.error is not None
@@ -92,23 +95,27 @@ def test_known_words_of_an_answer_are_enum_members() -> None:
     assert Answer.from_json(read.to_json()) == read
 
 
-def test_wait_for_unreadable_answer_gives_an_error_code(redis_url: str, redis_client: redis.Redis) -> None:
+def test_wait_for_unreadable_answer_gives_an_error_code(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """A field with another type: the caller gets a result with an error code, and no decoding error."""
     store(redis_client, NEXT | {"attempts": "three"})
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
         result = client.wait("next", timeout_s=5)
         assert result.error is not None
         assert (result.id, result.status, result.error.code) == ("next", Status.FAILED, ErrorCode.ANSWER_UNREADABLE)
         assert "attempts" in result.error.message
 
 
-def test_unreadable_items_are_skipped_and_counted(redis_url: str, redis_client: redis.Redis) -> None:
+def test_unreadable_items_are_skipped_and_counted(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """The loop goes on, each entry is reported once, and the group gets them again after an upgrade."""
     for fields in (*UNREADABLE, {b"id": b"next", b"answer": json.dumps(NEXT).encode()}):
         redis_client.xadd(RESULT_STREAM, fields)  # type: ignore[arg-type]  # redis' own
     redis_client.xadd(RESULT_STREAM, {"id": "known", "answer": KNOWN.to_json()})
     reported: list[UnreadableItem] = []
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
 
         def read() -> list[str]:
             items = client.results(
@@ -141,13 +148,15 @@ def test_cli_results_reports_skipped_entries(redis_url: str, redis_client: redis
     assert "was skipped and stays pending" in done.stderr
 
 
-def test_dead_letters_of_a_newer_worker_are_listed(redis_url: str, redis_client: redis.Redis) -> None:
+def test_dead_letters_of_a_newer_worker_are_listed(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """With an unknown code, and with an answer that cannot be read: neither hides its letter or its neighbours."""
     for number, answer in enumerate((json.dumps(NEXT), "not json")):
         redis_client.zadd(DEAD, {f"job-{number}": 1.0})
         redis_client.hset(DEAD_ANSWERS, f"job-{number}", answer)
         redis_client.hset(DEAD_MESSAGES, f"job-{number}", "shiwu.bulk|{}")
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
         found = {letter.id: letter.result.error.code for letter in client.dead_letters() if letter.result.error}
     assert found == {"job-0": "quota_exceeded", "job-1": ErrorCode.ANSWER_UNREADABLE}
     shown = CliRunner().invoke(main, ["--redis-url", redis_url, "dead", "list"])

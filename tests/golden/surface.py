@@ -22,7 +22,7 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 import shiwu
-from shiwu import contract, errors
+from shiwu import aio, contract, errors
 from shiwu.broker.maintenance import SweepReport
 from shiwu.broker.queue_stats import QueueSnapshot, QueueState
 from shiwu.broker.retention import Retention
@@ -58,6 +58,7 @@ def surface() -> dict[str, Any]:
         "exit_codes": {"shiwu-worker": _codes(ExitCode), "shiwu": _codes(Exit)},
         "commands": {"shiwu": _command(shiwu_command), "shiwu-worker": _command(worker_command)},
         "public_api": {name: _api(getattr(shiwu, name)) for name in sorted(shiwu.__all__)},
+        "asyncio_api": {name: _api(getattr(aio, name)) for name in sorted(aio.__all__)},
         "contract_names": sorted(name for name in contract.__all__ if not name.isupper()),
         "error_names": sorted(name for name in vars(errors) if isinstance(getattr(errors, name), type)),
         "dumped_fields": {

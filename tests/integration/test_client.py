@@ -12,19 +12,20 @@ from shiwu import Client, JobFailed, QueueFull, RequestError, WaitTimeout
 from shiwu.cli import main
 from shiwu.contract import Lane
 from tests.support import pictures
+from tests.support.both_clients import OpenClient
 from tests.support.redis_parts import answer, make_answer_store, make_lease_queue
 from tests.support.servers import S3Server, WorkerProcess
 
 
 def finish(client: redis.Redis, *, count: int = 1000, worker: str = "w") -> None:
     """Answer waiting jobs, as a worker does."""
-    jobs = make_lease_queue(client, worker).claim(count).jobs
-    make_answer_store(client, worker).write([answer(job) for job in jobs])
+    while jobs := make_lease_queue(client, worker).claim(count).jobs:
+        make_answer_store(client, worker).write([answer(job) for job in jobs])
 
 
-def test_client_same_id_is_answered_once(redis_url: str, redis_client: redis.Redis) -> None:
+def test_client_same_id_is_answered_once(open_client: OpenClient, redis_url: str, redis_client: redis.Redis) -> None:
     """An id may be sent twice and is answered once; an answer that exists is returned without waiting."""
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
         assert client.enqueue("s3://b/k", id="mine") == "mine"
         assert client.answer("mine") is None
         with pytest.raises(WaitTimeout):
@@ -35,9 +36,11 @@ def test_client_same_id_is_answered_once(redis_url: str, redis_client: redis.Red
         assert redis_client.xlen("shiwu:results") == 1
 
 
-def test_priority_chooses_the_list_of_its_step(redis_url: str, redis_client: redis.Redis) -> None:
+def test_priority_chooses_the_list_of_its_step(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """As kombu divides priorities: 0 to 2, 3 to 5, 6 to 8 and 9."""
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
         for priority in range(10):
             client.enqueue("s3://b/k", lane="bulk", priority=priority)
     [most_urgent, *others] = Lane.BULK.keys
@@ -45,9 +48,11 @@ def test_priority_chooses_the_list_of_its_step(redis_url: str, redis_client: red
     assert {key[-1]: redis_client.llen(key) for key in others} == {"3": 3, "6": 3, "9": 1}
 
 
-def test_enqueue_many_full_lane_raises_queue_full(redis_url: str, redis_client: redis.Redis) -> None:
+def test_enqueue_many_full_lane_raises_queue_full(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """Portions are sent as they are read; a full lane takes nothing of the portion, and the error has the numbers."""
-    with Client(redis_url, max_waiting=1000) as client:
+    with open_client(redis_url, max_waiting=1000) as client:
         ids = list(client.enqueue_many((f"s3://b/{n}" for n in range(1000)), batch_size=300))
         assert len(set(ids)) == 1000
         assert client.queue_state().waiting == {Lane.INTERACTIVE: 0, Lane.BULK: 1000}
@@ -61,9 +66,9 @@ def test_enqueue_many_full_lane_raises_queue_full(redis_url: str, redis_client: 
         assert len(list(client.as_answered(ids, timeout_s=0.3))) >= 900
 
 
-def test_enqueue_many_invalid_item_sends_no_portion(redis_url: str) -> None:
+def test_enqueue_many_invalid_item_sends_no_portion(open_client: OpenClient, redis_url: str) -> None:
     """The whole portion is checked first."""
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
         with pytest.raises(RequestError):
             list(client.enqueue_many(["s3://b/k", "no scheme"]))
         with pytest.raises(RequestError):
@@ -71,9 +76,11 @@ def test_enqueue_many_invalid_item_sends_no_portion(redis_url: str) -> None:
         assert sum(client.queue_state().waiting.values()) == 0
 
 
-def test_results_of_a_crashed_consumer_are_delivered_again(redis_url: str, redis_client: redis.Redis) -> None:
+def test_results_of_a_crashed_consumer_are_delivered_again(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """Every group gets all answers; unacknowledged ones return to their consumer, or later go to another."""
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
         ids = set(client.enqueue_many([f"s3://b/{n}" for n in range(50)]))
         finish(redis_client)
 
@@ -142,10 +149,12 @@ def test_cli_errors_have_exit_codes(redis_url: str, arguments: list[str], code: 
     assert "Traceback" not in result.output
 
 
-def test_enqueue_of_a_too_large_message_sends_nothing(redis_url: str, redis_client: redis.Redis) -> None:
+def test_enqueue_of_a_too_large_message_sends_nothing(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """Every worker would refuse it, after Redis had held it several times."""
     labels = [f"{n}" + "猫" * 95 for n in range(1000)]
-    with Client(redis_url) as client, pytest.raises(RequestError, match="at most 262144 bytes") as caught:
+    with open_client(redis_url) as client, pytest.raises(RequestError, match="at most 262144 bytes") as caught:
         list(client.enqueue_many(["s3://b/small", {"image": "s3://b/large", "labels": labels}]))
     assert caught.value.code == "message_too_large"
     assert redis_client.llen(Lane.BULK.queue) == 0

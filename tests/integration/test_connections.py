@@ -15,6 +15,7 @@ import redis
 from shiwu import Client
 from shiwu.broker.connection import connect, run_on_connection
 from shiwu.broker.redis_errors import NotReplicated
+from tests.support.both_clients import OpenClient
 from tests.support.processes import LOOPBACK, Process, clean_environment
 from tests.support.redis_parts import answer, make_answer_store, make_lease_queue
 from tests.support.redis_server import RedisServer, valkey_binary
@@ -143,10 +144,12 @@ def replicated(tmp_path: Path) -> Iterator[tuple[RedisServer, RedisServer]]:
             yield primary, replica
 
 
-def test_enqueue_with_replicas_waits_for_confirmation(replicated: tuple[RedisServer, RedisServer]) -> None:
+def test_enqueue_with_replicas_waits_for_confirmation(
+    open_client: OpenClient, replicated: tuple[RedisServer, RedisServer]
+) -> None:
     """A replica that hangs with an open connection confirms nothing, and the caller gets an error."""
     primary, replica = replicated
-    with Client(primary.url, timeout_s=2) as client:
+    with open_client(primary.url, timeout_s=2) as client:
         client.enqueue("s3://b/k", id="one", answer_by_s=60, replicas=1)
         replica.pause()
         try:

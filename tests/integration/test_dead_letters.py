@@ -32,15 +32,16 @@ from shiwu_worker.jobs.job import open_job
 from shiwu_worker.stages.commit import to_entries
 from tests.conftest import StartWorker
 from tests.support import pictures
+from tests.support.both_clients import OpenClient
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.redis_parts import answer, make_lease_queue, make_maintenance
 from tests.support.waiting import wait_until
 
 
 @pytest.fixture
-def client(redis_url: str) -> Iterator[Client]:
+def client(open_client: OpenClient, redis_url: str) -> Iterator[Client]:
     """A producer's client."""
-    with Client(redis_url) as connected:
+    with open_client(redis_url) as connected:
         yield connected
 
 

@@ -16,15 +16,16 @@ from shiwu.contract import CANVAS, CLAIMS, DEADLINES, LEASES, RESULT_STREAM, REV
 from shiwu_worker.celery_worker.revoke import Revoker
 from tests.conftest import StartWorker
 from tests.support import pictures
+from tests.support.both_clients import OpenClient
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance
 from tests.support.waiting import wait_until
 
 
 @pytest.fixture
-def client(redis_url: str) -> Iterator[Client]:
+def client(open_client: OpenClient, redis_url: str) -> Iterator[Client]:
     """A producer's client."""
-    with Client(redis_url) as connected:
+    with open_client(redis_url) as connected:
         yield connected
 
 
@@ -177,9 +178,11 @@ def test_sweeps_check_long_lanes_part_by_part(
     assert [client.sweep().not_looked_at for _ in range(3)] == [9, 20, 9]
 
 
-def test_sweep_drops_cancelled_messages_of_unserved_lanes(redis_client: redis.Redis, redis_url: str) -> None:
+def test_sweep_drops_cancelled_messages_of_unserved_lanes(
+    open_client: OpenClient, redis_client: redis.Redis, redis_url: str
+) -> None:
     """No worker serves the lane for as long as the mark lives: the job is not worked on afterwards."""
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
         ids = [client.enqueue("s3://b/k.jpg", lane="bulk") for _ in range(3)]
         client.cancel(ids[1])
         client.sweep()

@@ -21,6 +21,7 @@ from shiwu_worker.celery_worker.worker_app import make_app
 from shiwu_worker.config.settings import Settings
 from tests.conftest import StartWorker
 from tests.support import pictures
+from tests.support.both_clients import OpenClient
 from tests.support.celery_client import celery_client
 from tests.support.certificates import Certificate
 from tests.support.failover import NAME, Failover
@@ -105,13 +106,13 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Failover]:
         yield running
 
 
-def agree(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def agree(open_client: OpenClient, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The three write into one database, and the one of the URL."""
     monkeypatch.setenv("SHIWU_REDIS_URL", url)
     monkeypatch.setenv("SHIWU_CALLBACK_TASKS", "theirs.*")
     settings = Settings()
     callbacks, admin = make_callback_app(settings), make_app(settings)
-    with Client(url) as client, connect(url, timeout_s=5) as near:
+    with open_client(url) as client, connect(url, timeout_s=5) as near:
         near.flushall()
         client.enqueue("s3://b/k")
         callbacks.send_task("theirs.task", queue="celery")
@@ -127,29 +128,31 @@ def agree(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_redis_url_serves_client_broker_and_backend(parts: Parts, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redis_url_serves_client_broker_and_backend(
+    open_client: OpenClient, parts: Parts, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ports, sockets and TLS, users and passwords that need escaping, database numbers in path and query."""
     if form == "password":
         with connect(parts.url("plain"), timeout_s=5) as near:
             near.acl_setuser("default", enabled=True, reset_passwords=True, passwords=[f"+{PASSWORD}"])
         try:
-            agree(parts.url(form), monkeypatch)
+            agree(open_client, parts.url(form), monkeypatch)
         finally:
             with connect(parts.url("user"), timeout_s=5) as near:
                 near.acl_setuser("default", enabled=True, nopass=True)
         return
-    agree(parts.url(form), monkeypatch)
+    agree(open_client, parts.url(form), monkeypatch)
 
 
 @pytest.mark.parametrize("form", SENTINEL_FORMS)
 def test_sentinel_url_serves_client_broker_and_backend(
-    servers: Failover, form: str, monkeypatch: pytest.MonkeyPatch
+    open_client: OpenClient, servers: Failover, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a login at the primary, and another at the sentinels."""
     hosts = servers.url.removeprefix("sentinel://").partition("/")[0]
     url = SENTINEL_FORMS[form].format(hosts=hosts, name=NAME)
     if form == "sentinel":
-        agree(url, monkeypatch)
+        agree(open_client, url, monkeypatch)
         return
     with ExitStack() as stack:
         for host in hosts.split(","):
@@ -158,8 +161,8 @@ def test_sentinel_url_serves_client_broker_and_backend(
             one = stack.enter_context(sentinel.client())  # type: ignore[no-untyped-call]  # redis' own
             one.execute_command("ACL", "SETUSER", "default", "resetpass", ">s&s")
             stack.callback(one.execute_command, "ACL", "SETUSER", "default", "nopass")
-        agree(url, monkeypatch)
-        with pytest.raises(redis.ConnectionError) as caught, Client(url.replace("s%26s", "wrong")) as client:
+        agree(open_client, url, monkeypatch)
+        with pytest.raises(redis.ConnectionError) as caught, open_client(url.replace("s%26s", "wrong")) as client:
             client.queue_state()
         assert classify(caught.value) is RedisCode.LOGIN
 

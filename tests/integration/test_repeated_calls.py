@@ -10,6 +10,7 @@ import redis
 from shiwu import Client
 from shiwu.broker.answers import AnswerEntry
 from shiwu.contract import ATTEMPTS, CALL_REPLY, CLAIMS, COUNTERS, RESULT_STREAM, Answer, Lane, Status
+from tests.support.both_clients import OpenClient
 from tests.support.fault_proxy import FaultProxy
 from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance, message
 from tests.support.waiting import wait_until
@@ -22,6 +23,13 @@ def proxy(redis_url: str) -> Iterator[FaultProxy]:
     """A proxy in front of the real server."""
     with FaultProxy(redis_url) as running:
         yield running
+
+
+@pytest.fixture
+def either(open_client: OpenClient, proxy: FaultProxy) -> Iterator[Client]:
+    """Each of the two clients, over the proxy."""
+    with open_client(proxy.url) as connected:
+        yield connected
 
 
 @pytest.fixture
@@ -55,21 +63,21 @@ def without_reply(proxy: FaultProxy, call: Callable[[], object]) -> object:
     return reply
 
 
-def test_requeue_without_reply_requeues_once(proxy: FaultProxy, client: Client, redis_client: redis.Redis) -> None:
+def test_requeue_without_reply_requeues_once(proxy: FaultProxy, either: Client, redis_client: redis.Redis) -> None:
     """The ids are reported although the first run requeued them, and each message is in the lane once."""
     fail_jobs(redis_client)
-    client.requeue(["none"])
-    assert without_reply(proxy, lambda: client.requeue(IDS)) == list(IDS)
+    either.requeue(["none"])
+    assert without_reply(proxy, lambda: either.requeue(IDS)) == list(IDS)
     assert redis_client.llen(Lane.BULK.queue) == 2
     assert redis_client.hget(COUNTERS, "requeued") == b"2"
     assert all(0 < redis_client.ttl(key) <= 60 for key in redis_client.keys(f"{CALL_REPLY}*"))
 
 
-def test_drop_without_reply_reports_the_number(proxy: FaultProxy, client: Client, redis_client: redis.Redis) -> None:
+def test_drop_without_reply_reports_the_number(proxy: FaultProxy, either: Client, redis_client: redis.Redis) -> None:
     """Both dead letters are reported as deleted."""
     fail_jobs(redis_client)
-    client.drop(["none"])
-    assert without_reply(proxy, lambda: client.drop(IDS)) == 2
+    either.drop(["none"])
+    assert without_reply(proxy, lambda: either.drop(IDS)) == 2
 
 
 def test_sweep_without_reply_answers_what_it_took(

@@ -21,6 +21,7 @@ from shiwu.cli import main
 from shiwu.client import stream
 from shiwu.client.stream_items import EntryReader
 from shiwu.contract import RESULT_STREAM, Answer, Status
+from tests.support.both_clients import OpenClient
 from tests.support.fault_proxy import FaultProxy
 from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
 from tests.support.servers import Valkey
@@ -85,9 +86,11 @@ def own(tmp_path: Path) -> Iterator[Valkey]:
         yield server
 
 
-def test_results_go_on_after_redis_was_unavailable(own: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+def test_results_go_on_after_redis_was_unavailable(
+    open_client: OpenClient, own: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
     """The loop waits and continues where it was; the logger reports both."""
-    with Client(own.url, timeout_s=1) as client:
+    with open_client(own.url, timeout_s=1) as client:
         consumer = Consumer(client)
         with own.client() as near:
             first = fill(near, 50, prefix="first")
@@ -101,9 +104,9 @@ def test_results_go_on_after_redis_was_unavailable(own: Valkey, caplog: pytest.L
             assert consumer.wait(near) == first + second
 
 
-def test_results_raise_after_a_long_outage(own: Valkey) -> None:
+def test_results_raise_after_a_long_outage(open_client: OpenClient, own: Valkey) -> None:
     """After `away_s`; an error that waiting cannot cure is raised immediately."""
-    with Client(own.url, timeout_s=1) as client:
+    with open_client(own.url, timeout_s=1) as client:
         own.kill()
         with pytest.raises(redis.ConnectionError):
             drain(client, away_s=0.5)
@@ -115,10 +118,12 @@ def test_results_raise_after_a_long_outage(own: Valkey) -> None:
 
 
 @pytest.mark.parametrize("cut_bytes", [0, 4000])
-def test_results_of_a_lost_reply_are_read_again(redis_url: str, redis_client: redis.Redis, cut_bytes: int) -> None:
+def test_results_of_a_lost_reply_are_read_again(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis, cut_bytes: int
+) -> None:
     """Entries that the server delivered and the client did not get are read again, in order."""
     ids = fill(redis_client, 60)
-    with FaultProxy(redis_url) as proxy, Client(proxy.url, timeout_s=5) as client:
+    with FaultProxy(redis_url) as proxy, open_client(proxy.url, timeout_s=5) as client:
         loop = client.results(group="g", block_s=0.05, batch=20, stop_when_idle=True)
         ids_read = []
         for item in loop:
@@ -139,9 +144,9 @@ def any_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         yield server
 
 
-def test_results_go_on_after_the_stream_was_deleted(any_server: RedisServer) -> None:
+def test_results_go_on_after_the_stream_was_deleted(open_client: OpenClient, any_server: RedisServer) -> None:
     """While the loop blocks, and while it works on a portion; the group is created again."""
-    with any_server.client() as redis_client, Client(any_server.url) as client:
+    with any_server.client() as redis_client, open_client(any_server.url) as client:
         consumer = Consumer(client, block_s=2.0)
         first = fill(redis_client, 5, prefix="first")
         wait_until(lambda: len(consumer.ids_read) == 5, timeout_s=20)
@@ -156,7 +161,9 @@ def test_results_go_on_after_the_stream_was_deleted(any_server: RedisServer) -> 
         assert ids_read[-len(third) :] == third, "what was read before is delivered, with or without the stream"
 
 
-def test_consumers_without_names_get_each_answer_once(redis_url: str, redis_client: redis.Redis) -> None:
+def test_consumers_without_names_get_each_answer_once(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """Two threads of one client, whose work on a portion takes longer than `reclaim_idle_s`."""
     ids = fill(redis_client, 200)
     pause = threading.Event()
@@ -169,17 +176,19 @@ def test_consumers_without_names_get_each_answer_once(redis_url: str, redis_clie
             item.ack()
         return ids_read
 
-    with Client(redis_url) as client, ThreadPoolExecutor(2) as pool:
+    with open_client(redis_url) as client, ThreadPoolExecutor(2) as pool:
         found = [task.result(timeout=60) for task in [pool.submit(work, client, each_s) for each_s in (0.003, 0.03)]]
     assert sorted(found[0] + found[1]) == sorted(ids)
     assert all(found), "both had work"
     assert consumers(redis_client) == {}, "each has left"
 
 
-def test_answers_of_a_slow_consumer_go_to_another(redis_url: str, redis_client: redis.Redis) -> None:
+def test_answers_of_a_slow_consumer_go_to_another(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """It works on one answer for too long: another consumer takes over the rest, and the first does not get them."""
     ids = fill(redis_client, 10)
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
         with closing(client.results(group="g", consumer="slow", reclaim_idle_s=0.3, block_s=0.05)) as slow:  # type: ignore[type-var]  # a generator has close
             first = next(slow)
             # It holds ten, and does not come back for the second.
@@ -191,10 +200,12 @@ def test_answers_of_a_slow_consumer_go_to_another(redis_url: str, redis_client: 
         assert first.result.id == ids[0]
 
 
-def test_answers_of_an_ended_loop_go_to_another(redis_url: str, redis_client: redis.Redis) -> None:
+def test_answers_of_an_ended_loop_go_to_another(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """A loop that ends gives up the rest of its portion; answers that it yielded stay with it."""
     ids = fill(redis_client, 10)
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
         with closing(client.results(group="g", consumer="left")) as left:  # type: ignore[type-var]  # a generator
             next(left)
         assert consumers(redis_client) == {"left": 10}
@@ -209,22 +220,24 @@ def test_answers_of_an_ended_loop_go_to_another(redis_url: str, redis_client: re
 
 
 def test_stop_when_idle_waits_for_a_crashed_consumer(
-    redis_url: str, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     """96 of 100 are pending under its name: the loop logs it, and ends when it has taken them over."""
     ids = fill(redis_client, 100)
     redis_client.xgroup_create(RESULT_STREAM, "g", id="0")
     [[_, entries]] = redis_client.xreadgroup("g", "crashed", {RESULT_STREAM: ">"}, count=100)
     redis_client.xack(RESULT_STREAM, "g", *[entry_id for entry_id, _ in entries[:4]])
-    with Client(redis_url) as client, caplog.at_level(logging.WARNING, logger="shiwu"):
+    with open_client(redis_url) as client, caplog.at_level(logging.WARNING, logger="shiwu"):
         assert drain(client, reclaim_idle_s=1.0) == ids[4:]
     assert caplog.text.count("crashed") == 1
 
 
-def test_stop_when_idle_ends_without_acknowledgements(redis_url: str, redis_client: redis.Redis) -> None:
+def test_stop_when_idle_ends_without_acknowledgements(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """A loop that acknowledges later gets each answer once, however long it takes."""
     ids = fill(redis_client, 30)
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
         ids_read = list(client.results(group="g", block_s=0.05, batch=10, reclaim_idle_s=0.0, stop_when_idle=True))
         assert [item.result.id for item in ids_read] == ids
         for item in ids_read:
@@ -232,11 +245,13 @@ def test_stop_when_idle_ends_without_acknowledgements(redis_url: str, redis_clie
     assert redis_client.xpending(RESULT_STREAM, "g")["pending"] == 0
 
 
-def test_stop_when_idle_ends_after_others_acknowledged(redis_url: str, redis_client: redis.Redis) -> None:
+def test_stop_when_idle_ends_after_others_acknowledged(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """It waits for entries that were pending, not for later ones, and takes nothing from other consumers."""
     fill(redis_client, 3)
     with (
-        Client(redis_url) as client,
+        open_client(redis_url) as client,
         ThreadPoolExecutor(1) as pool,
         closing(client.results(group="g", consumer="other", block_s=0.05)) as other,  # type: ignore[type-var]  # a generator has close
     ):
@@ -249,12 +264,14 @@ def test_stop_when_idle_ends_after_others_acknowledged(redis_url: str, redis_cli
         assert draining.result(timeout=10) == []
 
 
-def test_consumer_of_the_same_name_begins_with_its_own(redis_url: str, redis_client: redis.Redis) -> None:
+def test_consumer_of_the_same_name_begins_with_its_own(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """All that it left unacknowledged, the oldest first and across portions, before any new answer."""
     ids = fill(redis_client, 5)
     redis_client.xgroup_create(RESULT_STREAM, "g", id="0")
     redis_client.xreadgroup("g", "mine", {RESULT_STREAM: ">"}, count=4)
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
         assert drain(client, consumer="mine", batch=2, reclaim_idle_s=3600.0) == ids
 
 
@@ -272,7 +289,7 @@ def test_pending_entries_that_were_trimmed_are_acknowledged(redis_client: redis.
 
 
 def test_idle_consumers_without_entries_are_removed(
-    redis_url: str, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of processes that ended long ago; never one that holds entries."""
     monkeypatch.setattr("shiwu.client.stream.CONSUMER_TTL_S", 0.0)
@@ -280,21 +297,21 @@ def test_idle_consumers_without_entries_are_removed(
     redis_client.xgroup_create(RESULT_STREAM, "g", id="0")
     redis_client.xreadgroup("g", "holds", {RESULT_STREAM: ">"}, count=1)
     redis_client.xgroup_createconsumer(RESULT_STREAM, "g", "empty")
-    with Client(redis_url) as client:
+    with open_client(redis_url) as client:
         loop: Iterator[StreamItem] = client.results(group="g", consumer="new", reclaim_idle_s=0.0)
         next(loop).ack()
         assert set(consumers(redis_client)) == {"holds", "new"}
 
 
 def test_results_work_with_an_older_acl(
-    redis_url: str, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without the new commands the loop reads as before, and logs which right is missing."""
     fill(redis_client, 30)
     rights = ["+ping", "+select", "+client", "+xgroup|create", "+xreadgroup", "+xautoclaim", "+xack"]
     redis_client.acl_setuser("old", enabled=True, nopass=True, keys=[RESULT_STREAM], commands=rights)
     try:
-        with Client(redis_url.replace("://", "://old:x@")) as client:
+        with open_client(redis_url.replace("://", "://old:x@")) as client:
             assert len(drain(client, reclaim_idle_s=0.0001)) == 30
     finally:
         redis_client.acl_deluser("old")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import redis
 
-from shiwu import Client
 from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.contract import Answer, Status, result_key
 from shiwu.errors import WaitTimeout
+from tests.support.both_clients import OpenClient
 from tests.support.servers import Valkey
 from tests.support.waiting import wait_until
 
@@ -32,7 +32,9 @@ def tagged(client: redis.Redis, job_id: str) -> None:
     AnswerStore(client, token="w").write([AnswerEntry(answer=answer, id=job_id)])
 
 
-def test_wait_finds_an_answer_without_announcement(redis_url: str, redis_client: redis.Redis) -> None:
+def test_wait_finds_an_answer_without_announcement(
+    open_client: OpenClient, redis_url: str, redis_client: redis.Redis
+) -> None:
     """The answer is under its key, and the wait polls."""
 
     def looks() -> int:
@@ -40,7 +42,7 @@ def test_wait_finds_an_answer_without_announcement(redis_url: str, redis_client:
         return int(stats.get("cmdstat_mget", {}).get("calls", 0))
 
     before = looks()
-    with Client(redis_url) as client, ThreadPoolExecutor(1) as pool:
+    with open_client(redis_url) as client, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.wait, "job", timeout_s=20)
         wait_until(lambda: looks() > before, timeout_s=10, what="the look after the subscription")
         tagged(redis_client, "other")
@@ -50,9 +52,9 @@ def test_wait_finds_an_answer_without_announcement(redis_url: str, redis_client:
         assert waiting.result(timeout=10).id == "job"
 
 
-def test_wait_goes_on_after_redis_was_unavailable(own: Valkey) -> None:
+def test_wait_goes_on_after_redis_was_unavailable(open_client: OpenClient, own: Valkey) -> None:
     """It ends with the answer that came afterwards."""
-    with Client(own.url, timeout_s=1) as client, ThreadPoolExecutor(1) as pool:
+    with open_client(own.url, timeout_s=1) as client, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.wait_many, ["a", "b"], timeout_s=40)
         with own.client() as near:
             wait_until(lambda: near.pubsub_numsub(result_key("a"))[0][1] == 1, timeout_s=10)
@@ -66,9 +68,9 @@ def test_wait_goes_on_after_redis_was_unavailable(own: Valkey) -> None:
         assert sorted(waiting.result(timeout=20)) == ["a", "b"]
 
 
-def test_wait_on_a_hanging_server_ends_in_time(own: Valkey) -> None:
+def test_wait_on_a_hanging_server_ends_in_time(open_client: OpenClient, own: Valkey) -> None:
     """It ends by its own clock, at most one command later, also where the server only accepts connections."""
-    with Client(own.url, timeout_s=1) as client:
+    with open_client(own.url, timeout_s=1) as client:
         with pytest.raises(WaitTimeout):
             client.wait("a", timeout_s=0.1)
         own.pause()
@@ -82,9 +84,9 @@ def test_wait_on_a_hanging_server_ends_in_time(own: Valkey) -> None:
             own.resume()
 
 
-def test_wait_with_wrong_password_raises_immediately(own: Valkey) -> None:
+def test_wait_with_wrong_password_raises_immediately(open_client: OpenClient, own: Valkey) -> None:
     """Waiting cannot cure this error."""
-    with Client(own.url) as client, own.client() as near:
+    with open_client(own.url) as client, own.client() as near:
         near.config_set("requirepass", "secret")
         near.execute_command("AUTH", "secret")
         near.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")

@@ -13,6 +13,7 @@ CLIENT: Final = (
     "tests/unit/client/test_client_arguments.py",
     "tests/integration/test_client.py",
 )
+AIO: Final = ("tests/unit/aio", "tests/integration/test_aio.py", "tests/integration/test_waiting.py")
 MESSAGES: Final = (
     "tests/unit/broker/test_message_body.py",
     "tests/unit/broker/test_message_canvas.py",
@@ -89,6 +90,11 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/hostile/test_ip_ranges.py",
     ),
     "worker/shiwu_worker/policy/retry.py": ("tests/unit/config/test_retry_settings.py", "tests/unit/pipeline"),
+    "producer/shiwu/aio/client.py": AIO,
+    "producer/shiwu/aio/connection.py": ("tests/unit/aio/test_connection.py", "tests/integration/test_redis_urls.py"),
+    "producer/shiwu/aio/run_steps.py": AIO,
+    "producer/shiwu/aio/subscription.py": AIO,
+    "producer/shiwu/aio/waiter.py": AIO,
     "producer/shiwu/broker/answers.py": (
         "tests/unit/broker/test_answers.py",
         "tests/integration/test_connections.py",

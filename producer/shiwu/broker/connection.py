@@ -18,6 +18,8 @@ from shiwu.broker.redis_url import RedisAddress, read_redis_url
 
 MAX_CONNECTIONS: Final = 16
 """Default size of a connection pool."""
+HEALTH_CHECK_S: Final = 30
+"""Seconds without a command after which a connection is checked before the next one."""
 
 
 class _Primary(redis.Redis):
@@ -43,10 +45,7 @@ class _Pool(BlockingConnectionPool):
         except redis.ConnectionError as error:
             if not isinstance(error.__context__, Empty):
                 raise
-            raise ConnectionsBusy(
-                f"expected one of {self.max_connections} connections to Redis to become free within "
-                f"{self.timeout:g} s, all stayed in use; raise max_connections of Client, or use fewer threads"
-            ) from None
+            raise busy_error(max_connections=self.max_connections, waited_s=self.timeout) from None
 
 
 class _SentinelPool(SentinelConnectionPool, _Pool):
@@ -92,15 +91,12 @@ def connect(
     options: dict[str, Any] = {
         **waits,
         "socket_timeout": timeout_s + block_s,
-        "health_check_interval": 0 if block_s else 30,
+        "health_check_interval": 0 if block_s else HEALTH_CHECK_S,
         "client_name": client_name,
-        "db": address.database,
-        "username": address.username,
-        "password": address.password,
+        **place_and_login(address, socket_class=UnixDomainSocketConnection, tls_class=SSLConnection),
         "redis_connect_func": _greet,
         "max_connections": max_connections,
         "timeout": timeout_s if pool_wait_s is None else pool_wait_s,
-        **_placement(address),
     }
     if not address.primary:
         return _Primary.from_pool(_Pool(**options))  # type: ignore[no-untyped-call]  # redis' own
@@ -111,6 +107,14 @@ def connect(
         address.primary, _Primary, connection_pool_class=_SentinelPool, **options
     )
     return primary
+
+
+def busy_error(*, max_connections: int, waited_s: float) -> ConnectionsBusy:
+    """The error of a pool without a free connection; it says what to change."""
+    return ConnectionsBusy(
+        f"expected one of {max_connections} connections to Redis to become free within {waited_s:g} s, all stayed in "
+        "use; raise max_connections of Client, or use fewer threads or tasks"
+    )
 
 
 def run_on_connection(connected: redis.Redis, *commands: Sequence[Any]) -> list[Any]:
@@ -126,21 +130,32 @@ def run_on_connection(connected: redis.Redis, *commands: Sequence[Any]) -> list[
         redis.RedisError: after a time-out or a lost connection the commands may have been executed.
     """
     connection: Any = connected.connection
-    sent = list(commands) if len(commands) == 1 else [("MULTI",), *commands, ("EXEC",)]
+    sent = as_transaction(commands)
     connection.send_packed_command(connection.pack_commands(sent), check_health=False)
-    refused: redis.ResponseError | None = None
     replies: list[Any] = []
     for _ in sent:
         try:
             replies.append(connection.read_response())
         except redis.ResponseError as error:
-            refused = refused or error
-    results = replies[-1:] if len(commands) == 1 else replies[-1] if replies else []
-    if refused is not None:
-        raise refused
-    for result in results:
-        if isinstance(result, redis.ResponseError):
-            raise result
+            replies.append(error)
+    return read_transaction(replies)
+
+
+def as_transaction(commands: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """One command as it is, or several in a transaction."""
+    return list(commands) if len(commands) == 1 else [("MULTI",), *commands, ("EXEC",)]
+
+
+def read_transaction(replies: Sequence[Any]) -> list[Any]:
+    """The results of the commands of `as_transaction`, from the replies to all that was sent.
+
+    Raises:
+        redis.ResponseError: the first error among the replies and the results.
+    """
+    results = replies if len(replies) == 1 else replies[-1] if isinstance(replies[-1], list) else []
+    for reply in (*replies, *results):
+        if isinstance(reply, redis.ResponseError):
+            raise reply
     return list(results)
 
 
@@ -149,15 +164,22 @@ def sentinel_login(address: RedisAddress) -> dict[str, Any]:
     return {"username": address.sentinel_username, "password": address.sentinel_password}
 
 
-def _placement(address: RedisAddress) -> dict[str, Any]:
-    """redis-py's arguments for the location of the server and the kind of connection."""
+def place_and_login(address: RedisAddress, *, socket_class: type, tls_class: type) -> dict[str, Any]:
+    """redis-py's arguments for the location of the server, the database and the login.
+
+    Args:
+        socket_class: redis-py's connection to a Unix socket; its blocking and its asyncio client have different ones.
+        tls_class: redis-py's connection over TLS.
+    """
+    found: dict[str, Any] = {"db": address.database, "username": address.username, "password": address.password}
     if address.socket_path:
-        return {"connection_class": UnixDomainSocketConnection, "path": address.socket_path}
+        return found | {"connection_class": socket_class, "path": address.socket_path}
+    found["socket_keepalive"] = True
     if address.primary:
-        return {"socket_keepalive": True}
+        return found
     host, port = address.hosts[0]
-    placement: dict[str, Any] = {"host": host, "port": port, "socket_keepalive": True}
-    return placement if address.tls is None else {**placement, "connection_class": SSLConnection, **address.tls}
+    found |= {"host": host, "port": port}
+    return found if address.tls is None else {**found, "connection_class": tls_class, **address.tls}
 
 
 def _greet(connection: Any) -> None:
@@ -168,21 +190,24 @@ def _greet(connection: Any) -> None:
     """
     # redis-py's health check would send a PING first, and call this function again where a login is missing.
     connection.on_connect_check_health(check_health=False)
-    mode = _greeting(connection).get(b"mode", b"standalone").decode()
-    if mode != "standalone":
-        raise NotOneServer(mode)
-
-
-def _greeting(connection: Any) -> dict[bytes, Any]:
-    """The server's reply to HELLO; empty where a proxy does not pass it on.
-
-    redis-py before version 8 logs in without HELLO, so it is sent here.
-    """
+    # redis-py before version 8 logs in without HELLO, so it is sent here.
     greeting = connection.handshake_metadata
     if greeting is None:
         connection.send_command("HELLO", check_health=False)
+        # A proxy may not pass it on.
         with suppress(redis.ResponseError):
             greeting = connection.read_response()
+    check_greeting(greeting)
+
+
+def check_greeting(greeting: object) -> None:
+    """Check the server's reply to HELLO; None stands for a refusal.
+
+    Raises:
+        NotOneServer: the reply names cluster or sentinel mode.
+    """
     if isinstance(greeting, list):
         greeting = dict(zip(greeting[::2], greeting[1::2], strict=True))
-    return greeting if isinstance(greeting, dict) else {}
+    mode = greeting.get(b"mode", b"standalone").decode() if isinstance(greeting, dict) else "standalone"
+    if mode != "standalone":
+        raise NotOneServer(mode)

@@ -16,6 +16,7 @@ from typing import Final, Literal
 
 import redis
 from redis import exceptions
+from redis.asyncio import sentinel as asyncio_sentinel
 from redis.sentinel import MasterNotFoundError
 
 from shiwu.errors import ShiwuError
@@ -234,11 +235,15 @@ _TYPES: Final[tuple[tuple[type[Exception], RedisCode], ...]] = (
 """redis-py removes the first word of the text where it has a type for it."""
 
 
+_NO_MASTER: Final = (MasterNotFoundError, asyncio_sentinel.MasterNotFoundError)
+"""redis-py's blocking and its asyncio client have a class of their own for sentinels that name no primary."""
+
+
 def classify(error: BaseException) -> RedisCode:
     """The code of an error that redis-py or its socket has raised."""
     if isinstance(error, NotOneServer):
         return RedisCode.SENTINEL if error.mode == "sentinel" else RedisCode.CLUSTER
-    if isinstance(error, MasterNotFoundError) and "AuthenticationError" in str(error):
+    if isinstance(error, _NO_MASTER) and "AuthenticationError" in str(error):
         return RedisCode.LOGIN  # at the sentinels
     for kind, code in _TYPES:
         if isinstance(error, kind):
@@ -284,7 +289,7 @@ def explain(error: BaseException) -> str:
     code = classify(error)
     info = REDIS_ERRORS[code]
     # After the colon come the sentinels with all their arguments.
-    text = str(error).partition(" : ")[0] if isinstance(error, MasterNotFoundError) else str(error)
+    text = str(error).partition(" : ")[0] if isinstance(error, _NO_MASTER) else str(error)
     reply = " ".join(text.split()).rstrip(".")
     return f"{code}: {info.meaning} {info.remedy} (Redis said: {reply:.300})"
 

@@ -27,6 +27,8 @@ from shiwu.client.sender import MakeId, Sender, SendOptions
 from shiwu.contract import check_id, result_key
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
+MAX_CONNECTIONS: Final = 64
+"""How many connections a client opens at most for each purpose, by default."""
 MAX_URL_CHARS: Final = 10_000
 MAX_REASON_CHARS: Final = 100_000
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, tzinfo
 from functools import cached_property
 from itertools import islice
-from typing import Any, Final, Literal, Self
+from typing import Any, Literal, Self
 
 from shiwu.broker.answers import AnswerStore
 from shiwu.broker.connection import connect
@@ -18,7 +18,7 @@ from shiwu.broker.retention import PublishedRetention
 from shiwu.broker.steps import iterate, run
 from shiwu.broker.stray_lanes import StrayLanes, find_stray_lanes
 from shiwu.client.arguments import read_id, read_seconds, read_type, refused
-from shiwu.client.calls import Calls, ClientOptions, Portions, read_waited_ids
+from shiwu.client.calls import MAX_CONNECTIONS, Calls, ClientOptions, Portions, read_waited_ids
 from shiwu.client.dead_letters import DeadFilter, DeadLetter
 from shiwu.client.items import check_images
 from shiwu.client.job_report import JobReport
@@ -28,8 +28,6 @@ from shiwu.client.stream import follow, read_options
 from shiwu.client.stream_items import StreamItem, UnreadableItem, log_unreadable
 from shiwu.client.waiter import as_answered, collect
 from shiwu.contract import Lane
-
-MAX_CONNECTIONS: Final = 64
 
 
 class Client:

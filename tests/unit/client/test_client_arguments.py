@@ -10,6 +10,7 @@ import pytest
 from shiwu import Client, RequestError
 from shiwu.broker.steps import Steps
 from shiwu.client.sender import Sender, SendOptions
+from tests.support.both_clients import OpenClient
 
 IMAGE = "s3://b/k"
 
@@ -30,9 +31,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], SendOptions]]
 
 
 @pytest.fixture
-def client() -> Iterator[Client]:
+def client(open_client: OpenClient) -> Iterator[Client]:
     """A client whose Redis is not there."""
-    with Client("redis://127.0.0.1:1/0") as made:
+    with open_client("redis://127.0.0.1:1/0") as made:
         yield made
 
 

@@ -1,0 +1,103 @@
+"""Opens asyncio clients of Redis with a limited connection pool and a limit on every wait, as `shiwu.broker` does."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import redis
+import redis.asyncio
+from redis.asyncio.connection import BlockingConnectionPool, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.backoff import ExponentialBackoff, NoBackoff
+
+from shiwu.broker.connection import HEALTH_CHECK_S, busy_error, check_greeting, place_and_login, sentinel_login
+from shiwu.broker.redis_url import read_redis_url
+
+
+class _Primary(redis.asyncio.Redis):
+    """A client that disconnects from a server that has become a replica; its next connection resolves the name."""
+
+    async def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
+        try:
+            return await super().parse_response(connection, command_name, **options)
+        except redis.ReadOnlyError:
+            await connection.disconnect()
+            raise
+
+
+class _Pool(BlockingConnectionPool):
+    """A pool whose callers wait for a free connection for a limited time; the error says what to change."""
+
+    async def get_connection(self, command_name: str | None = None, *keys: Any, **options: Any) -> Any:
+        try:
+            return await super().get_connection()  # type: ignore[no-untyped-call]  # redis' own
+        except redis.ConnectionError as error:
+            if not isinstance(error.__cause__, TimeoutError) or self.can_get_connection():
+                raise
+            raise busy_error(max_connections=self.max_connections, waited_s=self.timeout or 0.0) from None
+
+
+class _SentinelPool(SentinelConnectionPool, _Pool):
+    """A pool of connections to the primary that the sentinels name."""
+
+
+def connect(
+    url: str, *, timeout_s: float, retries: int = 0, max_connections: int, has_health_check: bool = True
+) -> redis.asyncio.Redis:
+    """Open a client that owns its connections and limits every wait. Nothing is sent yet; `close` ends it.
+
+    Args:
+        timeout_s: how long one command, one connection attempt or the wait for a free connection may take.
+        retries: how often a command is repeated after a lost connection.
+        max_connections: tasks beyond this number wait for a free connection.
+        has_health_check: whether an idle connection is checked before it is used.
+
+    Raises:
+        RedisUrlError: the URL cannot work.
+    """
+    address = read_redis_url(url)
+    retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), retries) if retries else Retry(NoBackoff(), 0)
+    waits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": retry}
+    options: dict[str, Any] = {
+        **waits,
+        "health_check_interval": HEALTH_CHECK_S if has_health_check else 0,
+        **place_and_login(address, socket_class=UnixDomainSocketConnection, tls_class=SSLConnection),
+        "redis_connect_func": _greet,
+        "max_connections": max_connections,
+        "timeout": timeout_s,
+    }
+    if not address.primary:
+        return _Primary.from_pool(_Pool(**options))
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]  # redis' own
+        list(address.hosts), sentinel_kwargs=waits | sentinel_login(address)
+    )
+    primary: redis.asyncio.Redis = sentinel.master_for(
+        address.primary, _Primary, connection_pool_class=_SentinelPool, **options
+    )
+    return primary
+
+
+async def close(client: redis.asyncio.Redis) -> None:
+    """Close the connections of a client from `connect`, also those to sentinels, which redis-py leaves open."""
+    await client.aclose()
+    if isinstance(client.connection_pool, _SentinelPool):
+        for sentinel in client.connection_pool.sentinel_manager.sentinels:
+            await sentinel.aclose()
+
+
+async def _greet(connection: Any) -> None:
+    """Log in, and refuse a cluster node or a sentinel before a command fails there with an unclear error.
+
+    Raises:
+        NotOneServer: the greeting of the server names cluster or sentinel mode.
+    """
+    # redis-py's health check would send a PING first, and call this function again where a login is missing.
+    await connection.on_connect_check_health(check_health=False)
+    await connection.send_command("HELLO", check_health=False)
+    greeting: Any = None
+    # A proxy may not pass it on.
+    with suppress(redis.ResponseError):
+        greeting = await connection.read_response()
+    check_greeting(greeting)

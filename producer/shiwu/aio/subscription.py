@@ -1,0 +1,103 @@
+"""One connection that is subscribed to the announcements of answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, Final
+
+import redis
+import redis.asyncio
+
+from shiwu.broker.chunks import chunks
+from shiwu.client.waiter import CHUNK_SIZE
+from shiwu.contract import RESULT_PREFIX, result_key
+
+UNLIMITED_S: Final = 86_400.0
+"""Given to redis-py for reads that the caller limits by `asyncio.timeout`."""
+
+
+class Subscription:
+    """A connection that listens on the channels of result keys. Used by one task.
+
+    redis-py's PubSub connects again by itself inside of a read; a read that is cancelled meanwhile would leave a
+    connection without login. This class closes the connection instead, and its caller opens another one.
+
+    Args:
+        timeout_s: how long the server may take to answer a ping.
+    """
+
+    def __init__(self, client: redis.asyncio.Redis, *, timeout_s: float) -> None:
+        self._pool: Any = client.connection_pool
+        self._timeout_s = timeout_s
+        self._connection: Any = None
+        self._pinged_s: float | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection."""
+        return self._connection is not None
+
+    async def open(self) -> None:
+        """Connect, with no subscription.
+
+        Raises:
+            redis.RedisError: Redis is unavailable, or refuses the connection.
+        """
+        self._connection = await self._pool.get_connection()
+        self._pinged_s = None
+
+    async def add(self, ids: Iterable[str]) -> None:
+        """Subscribe to the answers of these ids. Confirmations are read later, and skipped."""
+        await self._send("SUBSCRIBE", ids)
+
+    async def remove(self, ids: Iterable[str]) -> None:
+        """Unsubscribe from the answers of these ids."""
+        await self._send("UNSUBSCRIBE", ids)
+
+    async def ping(self) -> None:
+        """Ask whether the connection still works.
+
+        Raises:
+            redis.TimeoutError: nothing came since an earlier ping for `timeout_s`.
+        """
+        now_s = time.monotonic()
+        if self._pinged_s is None:
+            self._pinged_s = now_s
+            await self._connection.send_command("PING", check_health=False)
+        elif now_s - self._pinged_s >= self._timeout_s:
+            raise redis.TimeoutError(f"expected a reply to a ping within {self._timeout_s:g} s, got none")
+
+    async def read(self) -> tuple[str, bytes] | None:
+        """The id and the value of the next announced answer; None for a message that announces nothing.
+
+        A cancellation loses no message. The caller limits the wait.
+
+        Raises:
+            redis.RedisError: the connection was lost, or the server refused a command.
+        """
+        message = await self._connection.read_response(
+            timeout=UNLIMITED_S, disconnect_on_error=False, push_request=True
+        )
+        self._pinged_s = None
+        if isinstance(message, list) and len(message) == 3 and message[0] == b"message":
+            _, channel, raw = message
+            return channel.decode().removeprefix(RESULT_PREFIX), raw
+        return None
+
+    async def close(self) -> None:
+        """Close the connection, and with it all subscriptions."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        try:
+            with suppress(redis.RedisError, OSError):
+                await connection.disconnect(nowait=True)
+        finally:
+            await asyncio.shield(self._pool.release(connection))
+
+    async def _send(self, command: str, ids: Iterable[str]) -> None:
+        for portion in chunks(list(ids), CHUNK_SIZE):
+            await self._connection.send_command(command, *map(result_key, portion), check_health=False)
