@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from shiwu.backfill.entries import Entry
-from shiwu.backfill.errors import SourceError
-from shiwu.backfill.objects import Objects
 from shiwu.backfill.sources.opening import open_source
+from shiwu.parts import Objects, SourceError
 from tests.support.servers import S3Server
 from tests.support.waiting import wait_until
 

@@ -15,8 +15,8 @@ from shiwu.backfill import collector, feeder, runner
 from shiwu.backfill.plan import Pace, Plan
 from shiwu.backfill.runner import Phase
 from shiwu.backfill.state import BackfillState
-from shiwu.backfill.targets import FolderTarget
 from shiwu.contract import COUNTERS, RESULT_STREAM
+from shiwu.parts.targets import FolderTarget
 from tests.support.answering import AnsweringThread
 from tests.support.backfills import LocalBackfill, references_of, summary_of, write_list
 

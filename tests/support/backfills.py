@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from shiwu import Client
-from shiwu.backfill.objects import Objects
 from shiwu.backfill.plan import Pace, Plan
 from shiwu.backfill.runner import Phase, Progress, Runner
 from shiwu.backfill.sources.opening import open_source
 from shiwu.backfill.state import BackfillState
 from shiwu.broker.connection import connect
+from shiwu.parts import Objects
 from tests.support.processes import Process, clean_environment
 
 

@@ -17,12 +17,11 @@ import msgspec
 import redis
 
 from shiwu.backfill.entries import Job, KeptRecord, shown_reference
-from shiwu.backfill.errors import TargetError
 from shiwu.backfill.open_jobs import OpenJobs
 from shiwu.backfill.parts import PartWriter, digest_of, open_part
 from shiwu.backfill.plan import OutputFormat
 from shiwu.backfill.state import PART, BackfillState, Change, Part, Saved
-from shiwu.backfill.targets import PART_NAME, Target
+from shiwu.backfill.targets import PART_NAME
 from shiwu.backfill.totals import Totals
 from shiwu.broker.chunks import chunks
 from shiwu.broker.steps import run
@@ -42,6 +41,7 @@ from shiwu.contract import (
     result_key,
 )
 from shiwu.errors import ForeignResult
+from shiwu.parts import Target, TargetError
 
 READ: Final = 1000
 """Entries that are read in one round trip."""

@@ -11,18 +11,6 @@ class BackfillError(ShiwuError):
     code = "backfill_error"
 
 
-class SourceError(BackfillError):
-    """The list of images cannot be read."""
-
-    code = "backfill_source"
-
-
-class TargetError(BackfillError):
-    """The results cannot be written."""
-
-    code = "backfill_target"
-
-
 class TakenOver(BackfillError):
     """Another process runs this backfill now."""
 

@@ -22,18 +22,18 @@ import redis
 from shiwu.backfill.collector import Collector, refused_jobs
 from shiwu.backfill.entries import JobMaker, KeptRecord
 from shiwu.backfill.feeder import Feeder
-from shiwu.backfill.objects import Objects
 from shiwu.backfill.open_jobs import OpenJobs
 from shiwu.backfill.plan import Pace, Window, read_window
 from shiwu.backfill.sources.base import Source
 from shiwu.backfill.state import BackfillState, Change, Saved
 from shiwu.backfill.summary import manifest_of, summary_of
-from shiwu.backfill.targets import MANIFEST, SUMMARY, Target, open_target, prepare
+from shiwu.backfill.targets import MANIFEST, SUMMARY, TEMPORARY, prepare
 from shiwu.backfill.totals import Totals
 from shiwu.broker.queue_stats import waiting_steps
 from shiwu.broker.steps import run
 from shiwu.client.client import Client
 from shiwu.client.sender import Sender, read_lane
+from shiwu.parts import Objects, Target, open_target
 
 CONTROL_EVERY_S: Final = 1.0
 """Seconds between two writes of the heartbeat, which bring the operator's wishes back."""
@@ -205,7 +205,7 @@ class Runner:
 
     def _resume(self, saved: Saved, stack: ExitStack) -> None:
         if saved.plan.out:
-            self._target = open_target(saved.plan.out, objects=self._objects)
+            self._target = open_target(saved.plan.out, objects=self._objects, temporary=TEMPORARY)
             stack.callback(self._target.close)
             prepare(self._target, saved.parts.values())
         self._ran_before = saved.totals

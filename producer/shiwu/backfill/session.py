@@ -14,20 +14,20 @@ import click
 from shiwu.backfill.display import failures_of, open_display
 from shiwu.backfill.dry_run import dry_run
 from shiwu.backfill.entries import JobMaker
-from shiwu.backfill.errors import SourceError, WrongState
+from shiwu.backfill.errors import WrongState
 from shiwu.backfill.feeder import answered_before
-from shiwu.backfill.objects import Objects
 from shiwu.backfill.plan import Pace, Plan
 from shiwu.backfill.runner import Phase, Runner
 from shiwu.backfill.sources.base import NoSource, Source
 from shiwu.backfill.sources.opening import STANDARD_INPUT, open_source
 from shiwu.backfill.state import BackfillState, Saved, list_backfills
 from shiwu.backfill.summary import report_of
-from shiwu.backfill.targets import check_empty, open_target
+from shiwu.backfill.targets import TEMPORARY, check_empty
 from shiwu.broker.connection import connect
 from shiwu.cli.base import Exit, end
 from shiwu.client.client import Client
 from shiwu.contract import moment
+from shiwu.parts import Objects, SourceError, open_target
 
 COMMAND_TIMEOUT_S: Final = 5.0
 SAME_SIGNAL_S: Final = 0.5
@@ -123,7 +123,7 @@ class Session:
             JobMaker(name, plan.fields)
             self._open_source(plan).close()
             if plan.out:
-                check_empty(open_target(plan.out, objects=self._objects), plan.out)
+                check_empty(open_target(plan.out, objects=self._objects, temporary=TEMPORARY), plan.out)
             state.create(plan, pace, now_ms=self._client.server_time_ms())
         else:
             self._check(name, saved, plan)

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from shiwu.backfill.entries import Entry
-from shiwu.backfill.errors import SourceError
-from shiwu.backfill.objects import Objects
 from shiwu.backfill.sources.lines import StandardInput
 from shiwu.backfill.sources.opening import open_source
+from shiwu.parts import Objects, SourceError
 
 JSONL = (
     b"\xef\xbb\xbf"

@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from shiwu.backfill.entries import Entry
-from shiwu.backfill.errors import SourceError
-from shiwu.backfill.objects import Objects
 from shiwu.backfill.sources.base import Source
 from shiwu.backfill.sources.opening import open_source
+from shiwu.parts import Objects, SourceError
 
 SCHEMA = "Bucket, Key, VersionId, IsLatest, IsDeleteMarker, Size, LastModifiedDate, ETag"
 ROWS = [

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from shiwu.backfill.entries import Entry
-from shiwu.backfill.errors import SourceError
-from shiwu.backfill.objects import Objects, split_address
+from shiwu.parts import Objects, SourceError, split_address
 
 JOIN_S: Final = 2.0
 

@@ -17,10 +17,9 @@ from urllib.parse import unquote_plus
 import msgspec
 
 from shiwu.backfill.entries import Entry
-from shiwu.backfill.errors import SourceError
-from shiwu.backfill.objects import Objects
 from shiwu.backfill.sources.lines import open_file
 from shiwu.backfill.sources.tables import count_rows, parquet_rows
+from shiwu.parts import Objects, SourceError
 
 PARQUET_NAMES: Final = {
     "Bucket": "bucket",

@@ -13,7 +13,7 @@ from urllib.parse import unquote_plus
 import msgspec
 
 from shiwu.backfill.entries import Entry
-from shiwu.backfill.errors import SourceError
+from shiwu.parts import SourceError
 
 MAX_LINE_BYTES: Final = 1024 * 1024
 """Far longer than a reference with the largest metadata."""

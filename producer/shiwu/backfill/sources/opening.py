@@ -9,13 +9,12 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from shiwu.backfill.entries import Entry
-from shiwu.backfill.errors import SourceError
-from shiwu.backfill.objects import Objects
 from shiwu.backfill.sources.base import Source
 from shiwu.backfill.sources.bucket import BucketSource
 from shiwu.backfill.sources.inventory import InventorySource
 from shiwu.backfill.sources.lines import CsvFile, LineFile, StandardInput, parse_json, parse_text
 from shiwu.backfill.sources.tables import ParquetFile
+from shiwu.parts import Objects, SourceError
 
 STANDARD_INPUT: Final = "-"
 DEFAULT_COLUMN: Final = "image"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shiwu.backfill.entries import Entry
-from shiwu.backfill.errors import SourceError
+from shiwu.parts import SourceError
 
 ROWS: Final = 2000
 """Rows that are read at a time."""

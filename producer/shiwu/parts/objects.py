@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from shiwu.backfill.errors import SourceError, TargetError
+from shiwu.parts.errors import SourceError, TargetError
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
