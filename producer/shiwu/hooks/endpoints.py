@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from shiwu.cli.yaml_files import FileError, read_text, read_yaml
 from shiwu.client.results import TagResult
 from shiwu.contract import NAME_PATTERN, Lane, Status, printable, reference_error, source_of
 from shiwu.hooks.signatures import read_secret, read_seed
 
 MAX_BATCH: Final = 100
 MAX_ENDPOINTS: Final = 1000
-MAX_FILE_BYTES: Final = 1024 * 1024
 MAX_SECRET_FILE_BYTES: Final = 4096
 
 
@@ -141,16 +140,6 @@ class _File(BaseModel):
         return self
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's words for true and false, because 1.1 reads the key `on` as true."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
 def read_endpoints(path: Path) -> Endpoints:
     """Read the file and the secrets that it names; relative names are in the folder of the file.
 
@@ -158,10 +147,9 @@ def read_endpoints(path: Path) -> Endpoints:
         EndpointsError: a file cannot be read, or a value is wrong.
     """
     try:
-        content = yaml.load(_read(path, max_bytes=MAX_FILE_BYTES), Loader=_Loader)  # noqa: S506 a SafeLoader
-        file = _File.model_validate(content)
-    except yaml.YAMLError as error:
-        raise EndpointsError(f"{path}: expected YAML ({printable(str(error))})") from None
+        file = _File.model_validate(read_yaml(path))
+    except FileError as error:
+        raise EndpointsError(str(error)) from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
@@ -190,23 +178,9 @@ def _endpoint(path: Path, options: _Options, *, key: str, url: str, **more: Any)
     for name in (options.secret_file, options.secret_old_file):
         if name is not None:
             try:
-                keys.append(read(_read(path.parent / name, max_bytes=MAX_SECRET_FILE_BYTES)))
+                keys.append(read(read_text(path.parent / name, max_bytes=MAX_SECRET_FILE_BYTES)))
             except ValueError as error:
                 raise EndpointsError(f"{path}: {key}: {name}: {error}") from None
     return Endpoint(
         key=key, url=url, keys=tuple(keys), style=options.style, uid=options.uid, is_thin=options.thin, **more
     )
-
-
-def _read(path: Path, *, max_bytes: int) -> str:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(max_bytes + 1)
-    except OSError as error:
-        raise EndpointsError(f"expected a readable file at {path} ({error.strerror})") from None
-    if len(raw) > max_bytes:
-        raise EndpointsError(f"expected at most {max_bytes} bytes in {path}, got more")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise EndpointsError(f"expected UTF-8 in {path}") from None
