@@ -76,6 +76,8 @@ WORKERS: Final = "shiwu:workers"
 """Sorted set: worker name → server time in ms of its last heartbeat."""
 WORKER_STATE: Final = "shiwu:worker:"
 """Prefix of a string for each worker's name, which expires after ten seconds: rate, load, device and model, as JSON."""
+WATCH_UNREAD: Final = "shiwu:watch:unread"
+"""List: bucket events that could not be read, as JSON with the reason, newest first; at most a thousand."""
 FOREIGN: Final = "shiwu:foreign:"
 """Prefix of values of a wrong type that stood under a key of shiwu: `<key>:<server time in ms>`; kept for a week."""
 KEY_TYPES: Final[Mapping[str, str]] = MappingProxyType(
