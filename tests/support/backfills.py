@@ -78,6 +78,7 @@ class LocalBackfill:
     """Backfills in the process of the test, on one Redis: `start` as the command does it, without its display."""
 
     def __init__(self, redis_url: str, *, objects: Objects | None = None) -> None:
+        self.url = redis_url
         self.client = Client(redis_url)
         self.redis = connect(redis_url, timeout_s=5, retries=3)
         self._no_retry = connect(redis_url, timeout_s=5)

@@ -13,6 +13,7 @@ from pydantic_core import to_json
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 from shiwu.backfill.runner import Progress
 from shiwu.contract import Status, printable
@@ -38,7 +39,7 @@ def open_display(name: str) -> Iterator[Display]:
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         TaskProgressColumn(),
-        TextColumn("{task.fields[text]}", markup=False),
+        TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=Console(stderr=True, markup=False, emoji=False, highlight=False),
         transient=True,
     ) as bar:

@@ -207,7 +207,7 @@ class Session:
         failures = failures_of(totals.by("code"))
         text = f"{totals.answered:,} answers, {totals.failed:,} without tags{f' ({failures})' if failures else ''}"
         if saved.plan.out:
-            text += f", {len(saved.parts)} parts in {saved.plan.out}"
+            text += f", {len(saved.parts)} part{'' if len(saved.parts) == 1 else 's'} in {saved.plan.out}"
         if phase is Phase.RUNNING:
             end(f"{name} was interrupted: {text}; the same command goes on", Exit.INTERRUPTED)
         if phase is Phase.STOPPED:
