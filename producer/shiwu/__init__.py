@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shiwu.broker.redis_errors import ConnectionsBusy, NotReplicated
     from shiwu.client.client import Client
     from shiwu.client.dead_letters import DeadFilter, DeadLetter
+    from shiwu.client.items import job_id_for
     from shiwu.client.results import TagResult
     from shiwu.client.stream_items import StreamItem, UnreadableItem
     from shiwu.contract import Answer, Lane, RequestError, Status
@@ -41,6 +42,7 @@ _HOMES = {
     "StreamItem": "client.stream_items",
     "TagResult": "client.results",
     "UnreadableItem": "client.stream_items",
+    "job_id_for": "client.items",
 }
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "TagResult",
     "UnreadableItem",
     "WaitTimeout",
+    "job_id_for",
 ]
 
 

@@ -163,9 +163,11 @@ def _plain(value: object) -> str:
 
 
 def _api(public: Any) -> Any:
-    """Its bases, its fields, and the signatures of its public methods."""
+    """The bases, fields and signatures of public methods of a class; the signature of a function."""
     if isinstance(public, type) and issubclass(public, Enum):
         return [each.value for each in public]
+    if not isinstance(public, type):
+        return _signature(public)
     methods = {
         name: _signature(inspect.getattr_static(public, name))
         for name in sorted(vars(public))

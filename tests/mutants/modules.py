@@ -179,7 +179,7 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/integration/test_generations.py",
         "tests/integration/test_swept_messages.py",
     ),
-    "producer/shiwu/client/items.py": (*CLIENT, *CONSUMERS),
+    "producer/shiwu/client/items.py": (*CLIENT, "tests/unit/client/test_questions.py", *CONSUMERS),
     "producer/shiwu/client/results.py": ("tests/unit/client/test_results.py", "tests/compat/test_next_version.py"),
     "producer/shiwu/client/sender.py": (
         "tests/unit/client/test_sender.py",

@@ -73,7 +73,7 @@ class AsyncioClient:
         def call(*args: Any, **options: Any) -> Any:
             # A generator of this client's values would block the loop that has to give them.
             args = tuple(list(arg) if name == "requeue" and inspect.isgenerator(arg) else arg for arg in args)
-            if (report := options.get("on_unreadable")) is not None:
+            if callable(report := options.get("on_unreadable")):
                 options["on_unreadable"] = lambda item: report(BlockingItem(self, item))
             value: Any = found(*args, **options)
             if inspect.iscoroutine(value):

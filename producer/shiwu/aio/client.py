@@ -116,6 +116,7 @@ class Client:
         priority: int = 0,
         replicas: int = 0,
         id: str | None = None,
+        coalesce: bool = False,
     ) -> str:
         """Enqueue one image and return its job id. Does not wait for the answer.
 
@@ -128,7 +129,7 @@ class Client:
         fields: dict[str, Any] = {"image": image, "labels": labels, "top_k": top_k, "threshold": threshold}
         fields |= {"min_cosine": min_cosine, "head": head, "want": want, "metadata": metadata, "callback": callback}
         options = SendOptions(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
-        return await self._run(self._calls.enqueue_steps(fields, options, job_id=id))
+        return await self._run(self._calls.enqueue_steps(fields, options, job_id=id, coalesce=coalesce))
 
     def enqueue_many(
         self,
@@ -144,6 +145,7 @@ class Client:
         max_waiting: int | None = None,
         wait_s: float = 0.0,
         id_from: Literal["reference"] | None = None,
+        coalesce: bool = False,
         **fields: Any,
     ) -> AsyncGenerator[str, None]:
         """Enqueue many images in portions; yield the job ids of each portion once it is enqueued.
@@ -164,7 +166,7 @@ class Client:
         options = SendOptions(
             read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas, max_waiting, wait_s
         )
-        portions = self._calls.portions(fields, options, batch_size=batch_size, id_from=id_from)
+        portions = self._calls.portions(fields, options, batch_size=batch_size, id_from=id_from, coalesce=coalesce)
         return self._send(images, portions)
 
     async def cancel(self, job_ids: str | Iterable[str], *, reason: str = "") -> list[str]:

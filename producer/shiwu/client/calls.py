@@ -20,7 +20,7 @@ from shiwu.client.dead_letters import (
     requeue_steps,
     show_steps,
 )
-from shiwu.client.items import check_shared_fields, random_id, read_item, request_id
+from shiwu.client.items import check_shared_fields, question_id, random_id, read_item, request_id
 from shiwu.client.job_report import JobReport, report_steps
 from shiwu.client.results import TagResult, read_result
 from shiwu.client.sender import MakeId, Sender, SendOptions
@@ -89,22 +89,37 @@ class Calls:
         self._sender = Sender(max_waiting=options.max_waiting, timeout_s=options.timeout_s)
         self._limits = RetentionSteps()
 
-    def enqueue_steps(self, fields: Mapping[str, Any], options: SendOptions, *, job_id: str | None) -> Steps[str]:
+    def enqueue_steps(
+        self, fields: Mapping[str, Any], options: SendOptions, *, job_id: str | None, coalesce: bool
+    ) -> Steps[str]:
         """Enqueue one image; return its id."""
-        items = [(dict(fields), job_id)]
-        [sent_id] = yield from self._sender.send_items_steps(items, options, make_id=random_id)
+        if job_id is not None and read_coalesce(coalesce, options):
+            raise refused("id", "no id with coalesce, which derives one", job_id)
+        make_id = question_id if read_coalesce(coalesce, options) else random_id
+        [sent_id] = yield from self._sender.send_items_steps([(dict(fields), job_id)], options, make_id=make_id)
         return sent_id
 
     def portions(
-        self, fields: Mapping[str, Any], options: SendOptions, *, batch_size: int, id_from: str | None
+        self,
+        fields: Mapping[str, Any],
+        options: SendOptions,
+        *,
+        batch_size: int,
+        id_from: str | None,
+        coalesce: bool,
     ) -> Portions:
         """How to send the images of one call of `enqueue_many`."""
         check_shared_fields(fields)
         read_integer("batch_size", batch_size, least=1)
         if id_from is not None and id_from != "reference":
             raise refused("id_from", "'reference' or None", id_from)
+        make_id: MakeId = request_id if id_from else random_id
+        if read_coalesce(coalesce, options):
+            if id_from is not None:
+                raise refused("id_from", "None with coalesce, which derives ids too", id_from)
+            make_id = question_id
         size = min(batch_size, self._sender.max_waiting(options))
-        return Portions(size, self._sender, fields, options, request_id if id_from else random_id)
+        return Portions(size, self._sender, fields, options, make_id)
 
     def cancel_steps(self, job_ids: str | Iterable[str], *, reason: str) -> Steps[list[str]]:
         """Answer jobs `cancelled`; return the ids that had no answer before."""
@@ -146,6 +161,21 @@ class Calls:
     def labels_steps(self, digest: str) -> Steps[KnownLabels | None]:
         """The label set with this digest; None where it is not known."""
         return (yield from find_labels_steps(read_text("digest", digest, least=1, most=200)))
+
+
+def read_coalesce(coalesce: bool, options: SendOptions) -> bool:
+    """Check `coalesce`, and that no option of one caller would apply to all who ask the same question.
+
+    Raises:
+        RequestError: it is no bool, or a duration is given too.
+    """
+    read_type("coalesce", coalesce, bool, "True or False")
+    for name in ("expires_s", "answer_by_s", "countdown_s"):
+        if coalesce and (value := getattr(options, name)) is not None:
+            raise refused(
+                name, "None with coalesce, because it would hold for all who ask; limit your wait instead", value
+            )
+    return coalesce
 
 
 def read_waited_ids(job_ids: str | Iterable[str]) -> list[str]:

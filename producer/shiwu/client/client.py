@@ -109,6 +109,7 @@ class Client:
         priority: int = 0,
         replicas: int = 0,
         id: str | None = None,
+        coalesce: bool = False,
     ) -> str:
         """Enqueue one image and return its job id. Does not wait for the answer.
 
@@ -132,6 +133,7 @@ class Client:
             priority: 0 to 9 within the lane, 0 first, as in Celery on Redis. Redis has four steps: 0, 3, 6 and 9.
             replicas: how many replicas of Redis must confirm the job before this returns.
             id: a job id of 1 to 255 bytes in UTF-8. Default: a random UUID.
+            coalesce: derive the id by `job_id_for`, so that a question is answered once for all. Allows no durations.
 
         Raises:
             RequestError: an argument is invalid or would have no effect; nothing was sent.
@@ -142,7 +144,7 @@ class Client:
         fields: dict[str, Any] = {"image": image, "labels": labels, "top_k": top_k, "threshold": threshold}
         fields |= {"min_cosine": min_cosine, "head": head, "want": want, "metadata": metadata, "callback": callback}
         options = SendOptions(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
-        return run(self._redis, self._calls.enqueue_steps(fields, options, job_id=id))
+        return run(self._redis, self._calls.enqueue_steps(fields, options, job_id=id, coalesce=coalesce))
 
     def enqueue_many(
         self,
@@ -158,6 +160,7 @@ class Client:
         max_waiting: int | None = None,
         wait_s: float = 0.0,
         id_from: Literal["reference"] | None = None,
+        coalesce: bool = False,
         **fields: Any,
     ) -> Iterator[str]:
         """Enqueue many images in portions; yield the job ids of each portion once it is enqueued.
@@ -174,6 +177,7 @@ class Client:
                 The logger `shiwu` reports it.
             id_from: "reference" derives missing ids from the reference, labels and options, so that a second call with
                 the same images adds no jobs while the ids count as answered.
+            coalesce: as for `enqueue`, for images without an id of their own.
             fields: `labels`, `top_k`, `threshold`, `min_cosine`, `head`, `want`, `metadata` and `callback` for all
                 images that do not have their own.
 
@@ -186,7 +190,7 @@ class Client:
         options = SendOptions(
             read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas, max_waiting, wait_s
         )
-        portions = self._calls.portions(fields, options, batch_size=batch_size, id_from=id_from)
+        portions = self._calls.portions(fields, options, batch_size=batch_size, id_from=id_from, coalesce=coalesce)
         return self._send(iter(images), portions)
 
     def _send(self, images: Iterator[str | Mapping[str, Any]], portions: Portions) -> Iterator[str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 from uuid import uuid4
 
 from pydantic_core import to_json
 
-from shiwu.client.arguments import refused
-from shiwu.contract import REQUEST_FIELDS, ErrorCode, Request, RequestError, unknown_names
+from shiwu.client.arguments import read_text, refused
+from shiwu.contract import REQUEST_FIELDS, ErrorCode, Request, RequestError, parse_request, unknown_names
 
 CALL_ARGUMENTS: Final = (
     "lane",
@@ -23,6 +23,7 @@ CALL_ARGUMENTS: Final = (
     "max_waiting",
     "wait_s",
     "id_from",
+    "coalesce",
 )
 """Arguments of the call, which apply to all items because these are sent together."""
 _ITEM_FIELDS: Final = (*REQUEST_FIELDS, "id")
@@ -52,13 +53,50 @@ def check_shared_fields(fields: Mapping[str, Any]) -> None:
         raise TypeError(f"enqueue_many got unknown arguments: {unknown}")
 
 
-def request_id(request: Request) -> str:
-    """An id derived from the request: the same reference, labels and options give the same id.
+def job_id_for(
+    image: str,
+    *,
+    labels: str | Sequence[str] | None = None,
+    top_k: int = 5,
+    threshold: float = 0.0,
+    min_cosine: float | None = None,
+    head: str | None = None,
+    want: Sequence[str] = ("tags",),
+    callback: str | None = None,
+    salt: str = "",
+) -> str:
+    """The id of a question: what `enqueue` uses with `coalesce=True`. The same in every process; asks nothing.
+
+    The order of labels counts, because it decides between equal scores; the order of `want` does not. Metadata is no
+    part of the question. The id is no secret: a program that knows the question can compute it.
+
+    Args:
+        image, labels, top_k, threshold, min_cosine, head, want, callback: as for `Client.enqueue`.
+        salt: any text; another one gives another id, so that the question is answered again. Pass the id as `id` then.
+
+    Raises:
+        RequestError: an argument is invalid.
+    """
+    fields: dict[str, Any] = {"image": image, "labels": labels, "top_k": top_k, "threshold": threshold}
+    fields |= {"min_cosine": min_cosine, "head": head, "want": want, "callback": callback}
+    return question_id(parse_request(fields), salt=read_text("salt", salt))
+
+
+def question_id(request: Request, *, salt: str = "") -> str:
+    """The id of the question that a request asks: as `request_id`, but without metadata."""
+    asked = request.model_copy(update={"metadata": None, "want": tuple(sorted(set(request.want)))})
+    return request_id(asked, salt=salt)
+
+
+def request_id(request: Request, *, salt: str = "") -> str:
+    """An id derived from the request: the same reference, labels, options and metadata give the same id.
 
     The id is no secret: a program that knows the request can compute it.
     """
-    fields = request.model_dump(exclude_defaults=True, mode="json")
-    return f"ref-{hashlib.sha256(to_json(fields)).hexdigest()[:40]}"
+    text = to_json(request.model_dump(exclude_defaults=True, mode="json"))
+    if salt:
+        text += b"\0" + salt.encode()
+    return f"ref-{hashlib.sha256(text).hexdigest()[:40]}"
 
 
 def random_id(_: Request) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from shiwu import Client, DeadFilter, RequestError
 from shiwu.broker.redis_url import RedisUrlError
+from tests.support.both_clients import OPENERS
 from tests.support.processes import LOOPBACK
 
 NAN, INF = float("nan"), float("inf")
@@ -19,6 +20,7 @@ CLOSED = f"redis://{LOOPBACK}:1"
 SECONDS = [-1, NAN, INF, -INF, "9", b"1", [1], True, 1e300, 10**400]
 WHOLE = [-1, 1.5, "9", NAN, INF, True, [1], 10**30]
 COUNT = [0, None, *WHOLE]
+ODD_FLAG = [None, 1, "True", [True]]
 TEXT = [5, b"x", None, "a\ud800", ["a"], "x" * 200_000]
 JOB_ID = ["", "~" + "0a" * 20, "x" * 256, "猫" * 86, "a\ud800", 5, b"x", True, ["x"]]
 LOOKED_UP_ID = ["", "x" * 5000, "a\ud800", 5, b"x", True, None, ["x"]]
@@ -52,6 +54,7 @@ ODD: dict[str, dict[str, list[Any]]] = {
         "priority": [10, None, *WHOLE],
         "replicas": [None, *WHOLE],
         "id": JOB_ID,
+        "coalesce": ODD_FLAG,
     },
     "enqueue_many": {
         "images": [
@@ -76,6 +79,7 @@ ODD: dict[str, dict[str, list[Any]]] = {
         "max_waiting": [0, *WHOLE],
         "wait_s": [None, -1, NAN, "9", True, [1]],
         "id_from": ["x", 5, True, ["reference"]],
+        "coalesce": ODD_FLAG,
     },
     "cancel": {"job_ids": [*IDS, ["~" + "0a" * 20], "x" * 256], "reason": TEXT},
     "answer": {"job_id": LOOKED_UP_ID},
@@ -99,6 +103,7 @@ ODD: dict[str, dict[str, list[Any]]] = {
     "sweep": {"zone": ["UTC", None, 5]},
     "server_time_ms": {},
     "queue_state": {},
+    "explain": {"job_id": LOOKED_UP_ID},
     "running_workers": {},
     "stray_lanes": {},
     "known_labels": {"digest": ["", *TEXT]},
@@ -118,10 +123,10 @@ FLAGS = {"stop_when_idle"}
 CASES = [(method, name, value) for method, odd in ODD.items() for name, values in odd.items() for value in values]
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    """A client of a server that is not there."""
-    with Client(CLOSED, timeout_s=0.2) as made:
+@pytest.fixture(scope="module", params=list(OPENERS))
+def client(request: pytest.FixtureRequest) -> Iterator[Client]:
+    """A client of a server that is not there, the blocking and the asyncio one."""
+    with OPENERS[request.param](CLOSED, timeout_s=0.2) as made:
         yield made
 
 
