@@ -34,11 +34,14 @@ from shiwu_worker.errors import DeviceErrorKind, FatalError
 from shiwu_worker.jobs.label_checks import LabelTokens
 from shiwu_worker.loaders import pool
 from shiwu_worker.loaders.protocol import Loaded, LoadResult, LoadTask
+from shiwu_worker.loaders.shared_memory import KnownImages
 from shiwu_worker.service import bootstrap
 from shiwu_worker.telemetry import logs
 
 ECHO_THREADS: Final = 64
 """Images that one process of `bench.echo_loaders` holds at a time: they stand for those of many loaders."""
+TABLE_ENTRIES: Final = 1 << 17
+"""As many as with the default settings."""
 WIDTH: Final = 8
 """Length of a stand-in's vector."""
 
@@ -51,6 +54,7 @@ class StandInLoaders:
 
     def __init__(self, *, slots: int) -> None:
         self.pixels: NDArray[np.uint8] = np.zeros((slots, 1), np.uint8)
+        self.known_images = KnownImages(np.zeros(TABLE_ENTRIES, np.uint64))
         self._on_loaded: Callable[[list[LoadResult]], None] = lambda _: None
 
     def subscribe(self, on_loaded: Callable[[list[LoadResult]], None]) -> None:

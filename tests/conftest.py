@@ -237,6 +237,7 @@ def shared_worker(
             allow_hosts=picture_server.host,
             max_batch=8,
             retry="unknown_label_set=2:0.1:0.1",
+            share_images=True,
         ) as worker,
     ):
         yield worker.wait_ready()

@@ -134,7 +134,7 @@ def _is_key(value: str) -> bool:
 
 
 def _vocabularies() -> list[type[Enum]]:
-    return [contract.ErrorCode, contract.Status, contract.Stage, contract.Lane]
+    return [contract.ErrorCode, contract.Status, contract.Stage, contract.Lane, contract.Cache]
 
 
 def _codes(codes: type[Enum]) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import re
 import signal
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import redis
-from prometheus_client.parser import text_string_to_metric_families
 
 from shiwu.broker.message_writer import build_message
 from shiwu.contract import CLAIMS, QUEUE_SNAPSHOT, Lane, Request
@@ -24,6 +22,7 @@ from tests.support.ask import read_answer
 from tests.support.family import family
 from tests.support.fault_proxy import FaultProxy
 from tests.support.faulty_worker import FAULT_FILE
+from tests.support.health_port import probe, samples, value
 from tests.support.picture_server import Reply
 from tests.support.processes import LOOPBACK, ROOT, free_ports
 from tests.support.promtool import NEEDS_PROMTOOL, check_metrics
@@ -35,19 +34,6 @@ SLACK_S = 1.0
 """For the way of a probe and of a machine that does other things."""
 
 
-def probe(port: int, path: str) -> tuple[int, str]:
-    """Return status and body; 0 where no server listens."""
-    client = http.client.HTTPConnection(LOOPBACK, port, timeout=5)
-    try:
-        client.request("GET", path)
-        answer = client.getresponse()
-        return answer.status, answer.read().decode()
-    except OSError:
-        return 0, ""
-    finally:
-        client.close()
-
-
 def becomes(port: int, path: str, status: int, *, why: str = "", timeout_s: float) -> str:
     """Wait until a probe is answered so, and return its body."""
 
@@ -57,21 +43,6 @@ def becomes(port: int, path: str, status: int, *, why: str = "", timeout_s: floa
 
     what = f"{path} to be {status} {why}"
     return str(wait_until(body_as_expected, timeout_s=timeout_s, every_s=0.05, what=what))
-
-
-def samples(port: int) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """/metrics: name and sorted labels → value."""
-    text = probe(port, "/metrics")[1]
-    return {
-        (one.name, tuple(sorted(one.labels.items()))): one.value
-        for family_of_samples in text_string_to_metric_families(text)
-        for one in family_of_samples.samples
-    }
-
-
-def value(port: int, name: str, **labels: str) -> float | None:
-    """One sample; None where there is none."""
-    return samples(port).get((name, tuple(sorted(labels.items()))))
 
 
 def sent(image: str, *, job_id: str, lane: Lane) -> bytes:

@@ -109,11 +109,11 @@ class Pool:
                 assert result.ticket not in self.results, "reported twice"
                 self.results[result.ticket] = Seen.of(result)
 
-    def submit(self, *images: str, first_ticket: int = 0, must_decode: bool = False) -> None:
+    def submit(self, *images: str, first_ticket: int = 0, has_to_be_decoded: bool = False) -> None:
         """One ticket for each image, in slots of the same number."""
         self.pool.submit(
             [
-                LoadTask(ticket=first_ticket + n, slot=first_ticket + n, image=i, must_decode=must_decode)
+                LoadTask(ticket=first_ticket + n, slot=first_ticket + n, image=i, has_to_be_decoded=has_to_be_decoded)
                 for n, i in enumerate(images)
             ]
         )

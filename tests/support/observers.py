@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from shiwu.contract import Lane
@@ -28,6 +29,7 @@ class RecordingObserver:
         self.reaped: list[int] = []
         self.failed_duties: list[str] = []
         self.foreign: list[int] = []
+        self.saved: Counter[str] = Counter()
         self.loads: list[LoadReport] = []
         self.alive_count = 0
         self._on_alive = on_alive
@@ -44,6 +46,10 @@ class RecordingObserver:
         """Keep the lane and the number of encoded labels."""
         assert seconds >= 0
         self.labels.append((lane, words))
+
+    def images_saved(self, by: str, count: int) -> None:
+        """Keep how many were saved, and how."""
+        self.saved[by] += count
 
     def jobs_committed(self, committed: Sequence[CommittedJob]) -> None:
         """Keep committed jobs."""

@@ -15,12 +15,14 @@ from shiwu_worker.jobs.job import Job, Release
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.label_vectors import EncodedLabels, TextVectors
 from shiwu_worker.loaders.protocol import Loaded, LoadResult, LoadTask
+from shiwu_worker.loaders.shared_memory import KnownImages
 from shiwu_worker.pipeline.admission import Admission
 from shiwu_worker.pipeline.batch_executor import LaunchedBatch
 from shiwu_worker.pipeline.claimer import Claimer
 from shiwu_worker.pipeline.in_flight import InFlightJobs
 from shiwu_worker.pipeline.label_queue import LabelQueue
 from shiwu_worker.pipeline.pipeline import Pipeline, Stages
+from shiwu_worker.pipeline.shared_images import SharedImages
 from shiwu_worker.policy.callback_rules import CallbackRules
 from shiwu_worker.policy.limits import LABEL_SLOTS, LabelLimits
 from shiwu_worker.policy.retry import PipelineLimits
@@ -34,6 +36,7 @@ from tests.support.observers import RecordingObserver
 from tests.support.redis_parts import make_answer_store, make_lease_queue
 
 SLOTS: Final = 8
+NOTHING_KNOWN: Final = KnownImages(np.zeros(0, np.uint64))
 LABELS: Final = LabelSet(None, ("a", "b"))
 
 
@@ -57,8 +60,9 @@ class InstantLoaders:
         """Load each image in no time."""
         for task in tasks:
             self.before()
-            about: dict[str, Any] = {"n_bytes": 1, "format": "PNG", "width": 1, "height": 1, "sha256": "0" * 64}
-            self._on_loaded([Loaded(task.ticket, task.slot, 1.0, 1.0, 1.0, **about)])
+            about: dict[str, Any] = {"n_bytes": 1, "format": "PNG", "width": 1, "height": 1}
+            digest = f"{task.ticket:064x}"
+            self._on_loaded([Loaded(task.ticket, task.slot, 1.0, 1.0, 1.0, **about, sha256=digest)])
 
 
 class PipelineUnderTest:
@@ -132,6 +136,7 @@ class PipelineUnderTest:
             admission=admission,
             labels=self.labels,
             loaders=loaders,
+            shared=SharedImages(max_vectors=0, known_images=NOTHING_KNOWN),
             batcher=Batcher(max_size=4, bulk_share=0.1),
             check_canary=lambda: None,
             executor=executor,

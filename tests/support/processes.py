@@ -182,8 +182,9 @@ class WorkerProcess(Process):
     """A real `shiwu-worker`, or the same by `celery -A shiwu_worker.app worker`.
 
     `settings` are the worker's own names without prefix: `WorkerProcess(..., lease_s=2, max_batch=8)`. To let it fetch
-    from a `PictureServer`, pass `allow_hosts=server.host`. The model has one thread unless `torch_threads` is given. It
-    is the tests' pictogram model with the label set six-zh unless `model` is given; "" is the embedded one.
+    from a `PictureServer`, pass `allow_hosts=server.host`. The model has one thread unless `torch_threads` is given,
+    and jobs share no images unless `share_images` is. It is the tests' pictogram model with the label set six-zh unless
+    `model` is given; "" is the embedded one.
     """
 
     def __init__(
@@ -210,6 +211,8 @@ class WorkerProcess(Process):
             "SHIWU_LOG_FORMAT": "json",
             # Others run beside it: threads that wait for each other at every step of a model take all cores doing so.
             "SHIWU_TORCH_THREADS": "1",
+            # Tests and measurements send few images in many jobs, and mean that each is another one.
+            "SHIWU_SHARE_IMAGES": "false",
             **pictogram.SETTINGS,
         }
         asked = {f"SHIWU_{key.upper()}": str(value) for key, value in settings.items()}

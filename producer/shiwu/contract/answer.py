@@ -12,6 +12,7 @@ from shiwu.contract.request import Head
 from shiwu.contract.vocabulary import (
     CONTRACT_VERSION,
     AttemptEnd,
+    Cache,
     ErrorCode,
     Lane,
     Stage,
@@ -39,6 +40,7 @@ StageWord = Annotated[str, _open(Stage)]
 LaneWord = Annotated[str, _open(Lane)]
 AttemptWord = Annotated[str, _open((*AttemptEnd, *ErrorCode))]
 WarningWord = Annotated[str, _open(WarningCode)]
+CacheWord = Annotated[str, _open(Cache)]
 HeadWord = Annotated[str, _open(get_args(Head))]
 
 
@@ -215,6 +217,8 @@ class Answer(AnswerModel, frozen=True):
     vector: str | None = None
     """The unit vector of the image as float16, little-endian, in base64, for a request that wants it. The tags of such
     an answer are made from this rounded vector, so that they can be computed again from it, bit by bit."""
+    cache: CacheWord | None = None
+    """Where the vector came from if another job encoded the same image; None if this job did."""
 
     @classmethod
     def from_json(cls, raw: bytes) -> Self:
@@ -236,3 +240,5 @@ class Answer(AnswerModel, frozen=True):
             msgspec.structs.force_setattr(self, "status", known_word(Status, self.status))
         if type(self.lane) is str:
             msgspec.structs.force_setattr(self, "lane", known_word(Lane, self.lane))
+        if type(self.cache) is str:
+            msgspec.structs.force_setattr(self, "cache", known_word(Cache, self.cache))

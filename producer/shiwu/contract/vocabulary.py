@@ -127,6 +127,13 @@ class WarningCode(StrEnum):
     TAGS_CUT = "tags_cut"  # the last tags are left out, because the answer would be too large
 
 
+class Cache(StrEnum):
+    """Whose work gave the vector of an image that this job did not encode itself."""
+
+    JOINED = "joined"  # another job with the same image was in flight
+    VECTOR = "vector"  # the worker kept the vector of an earlier job with the same image
+
+
 def known_word(kind: type[StrEnum], word: str) -> str:
     """The member of `kind` with this value, or the word itself where there is none, as a newer version may write."""
     members: dict[Any, Any] = kind._value2member_map_

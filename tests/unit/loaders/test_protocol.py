@@ -50,7 +50,7 @@ def test_results_come_back_as_they_were_sent() -> None:
     [
         pytest.param({"sha256": "0" * 63}, TASK, 1, id="no digest"),
         pytest.param({"n_bytes": 0}, TASK, 1, id="no bytes"),
-        pytest.param({}, msgspec.structs.replace(TASK, must_decode=True), 1, id="pixels are needed"),
+        pytest.param({}, msgspec.structs.replace(TASK, has_to_be_decoded=True), 1, id="pixels are needed"),
         pytest.param({}, TASK, 0, id="nothing is known"),
     ],
 )

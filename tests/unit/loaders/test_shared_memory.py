@@ -117,7 +117,7 @@ def test_equal_files_are_decoded_once_by_each_loader_at_most(tmp_path: Path, pro
         made.submit(references[0], first_ticket=20)
         made.wait(18)
         assert made.results[20].format is None
-        made.submit(references[0], first_ticket=21, must_decode=True)
+        made.submit(references[0], first_ticket=21, has_to_be_decoded=True)
         made.wait(19)
         assert made.results[21].format == "PNG"
         assert digest is not None

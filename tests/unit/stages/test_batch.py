@@ -234,3 +234,17 @@ def test_batcher_is_idle_without_items_and_batches() -> None:
     assert not batcher.is_idle
     batcher.batch_done()
     assert batcher.is_idle
+
+
+def test_preferred_item_leaves_before_bulk() -> None:
+    """As an interactive one; an item that has left, or is interactive already, stays what it is."""
+    batcher: Batcher[Item] = Batcher(max_size=2, bulk_share=0.0)
+    gone, first, second, preferred = [Item(n, Lane.BULK) for n in range(4)]
+    interactive = Item(9, Lane.INTERACTIVE)
+    batcher.put([gone])
+    assert batcher.take(timeout_s=0.0) == [gone]
+    batcher.put([first, second, preferred, interactive])
+    batcher.prefer([gone, preferred, interactive])
+    assert batcher.take(timeout_s=0.0) == [interactive, preferred]
+    assert batcher.take(timeout_s=0.0) == [first, second]
+    assert len(batcher) == 0

@@ -136,6 +136,13 @@ class Settings(BaseSettings):
         "serves one lane reserves nothing",
     )
 
+    share_images: bool = Field(
+        True, description="jobs with the same image share one decode and one vector; false: each job has its own"
+    )
+    vector_cache: int = Field(
+        20_000, ge=0, le=10_000_000, description="image vectors kept for later jobs with the same image; 0: none"
+    )
+
     lease_s: float = Field(
         15.0, ge=1, le=MAX_LEASE_S, description="time after which the jobs of a crashed worker return to their lane"
     )

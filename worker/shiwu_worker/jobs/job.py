@@ -18,6 +18,7 @@ from shiwu.contract import (
     Answer,
     AnswerWarning,
     Attempt,
+    Cache,
     ErrorCode,
     ErrorInfo,
     ImageInfo,
@@ -39,6 +40,9 @@ from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.timestamps import StageTimestamps
 
 if TYPE_CHECKING:
+    from numpy import float32
+    from numpy.typing import NDArray
+
     from shiwu_worker.jobs.label_vectors import EncodedLabels
 
 _LANES: Final = {key: lane for lane in Lane for key in lane.keys}
@@ -117,7 +121,17 @@ class Job(msgspec.Struct, eq=False):
     expires_s: float | None = None
     """Deadline on this machine's monotonic clock."""
     slot: int = -1
+    has_pixels: bool = False
+    """Whether the pixels of its image are in its slot."""
     image: ImageInfo | None = None
+    sha256: str = ""
+    """Hash of the file of its image, in hexadecimal; empty until it is fetched."""
+    leader: Job | None = None
+    """The job with the same image whose vector this one waits for."""
+    shared_vector: NDArray[float32] | None = None
+    """The unit vector (d) of its image, where another job encoded it."""
+    cache: Cache | None = None
+    """Where the vector came from, if another job encoded the image."""
     label_set: LabelSet | None = None
     """The label set that the request names; set when the job is admitted."""
     labels: EncodedLabels | None = None
@@ -152,6 +166,7 @@ class Job(msgspec.Struct, eq=False):
     def fail(self, error: ErrorInfo) -> None:
         """End without tags; the status follows from the code."""
         self.error = error
+        self.cache = None
         self.status = status_of(error.code)
 
     def expiry(self, now_s: float) -> ErrorInfo | None:
@@ -198,6 +213,7 @@ class Job(msgspec.Struct, eq=False):
             warnings=warnings or None,
             answered_at=answered_at,
             history=self.history or None,
+            cache=self.cache,
             callback=self.request.callback if self.request else None,
             vector=self.vector,
         )

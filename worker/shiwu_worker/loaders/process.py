@@ -125,7 +125,7 @@ class LoaderProcess:
             fetched_s, size = time.monotonic(), len(data)
             format_name = accepted_format(data, self._decode_limits)
             digest = hashlib.sha256(data).hexdigest()
-            may_recognise = self._shares_images and not task.must_decode
+            may_recognise = self._shares_images and not task.has_to_be_decoded
             with self._turns.turn(digest) if may_recognise else nullcontext():
                 if may_recognise and digest in self._known_images:
                     ended_s = time.monotonic()

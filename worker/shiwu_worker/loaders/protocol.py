@@ -79,7 +79,7 @@ class LoadTask(msgspec.Struct, frozen=True):
     lane: Lane = Lane.INTERACTIVE
     source: str = ""
     """Host, bucket or kind of the source, without path and query; sources share the loader threads."""
-    must_decode: bool = False
+    has_to_be_decoded: bool = False
     """Whether the pixels are needed although the worker may know the image."""
 
 
@@ -200,7 +200,7 @@ def check_result(result: LoadResult, task: LoadTask, *, sent_s: float, now_s: fl
             _check_image(result, options)
             _check_file(result, options)
         case Recognised():
-            if task.must_decode or not options.known_images:
+            if task.has_to_be_decoded or not options.known_images:
                 raise ProtocolError("expected the pixels of an image that must be decoded")
             _check_file(result, options)
         case LoadFailed():

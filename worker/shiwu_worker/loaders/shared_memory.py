@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -39,6 +39,7 @@ class KnownImages:
     """
 
     def __init__(self, entries: NDArray[np.uint64]) -> None:
+        self._table = entries
         self._entries = memoryview(entries)  # type: ignore[arg-type]  # numpy's arrays are buffers
         self._mask = len(entries) - 1
 
@@ -50,13 +51,13 @@ class KnownImages:
         if self._mask >= 0:
             self._entries[int(sha256[:16], 16) & self._mask] = _word(sha256)
 
-    def forget(self, sha256s: Iterable[str]) -> None:
+    def forget(self, sha256s: Sequence[str]) -> None:
         """Let loaders decode these images again."""
         if self._mask >= 0:
-            for sha256 in sha256s:
-                place = int(sha256[:16], 16) & self._mask
-                if self._entries[place] == _word(sha256):
-                    self._entries[place] = 0
+            # All together: a worker forgets as many images as it encodes, once its cache is full.
+            parts = np.frombuffer(bytes.fromhex("".join(sha256s)), ">u8").reshape(len(sha256s), 4)
+            places, words = (parts[:, 0] & np.uint64(self._mask)).astype(np.intp), parts[:, 1] | np.uint64(1)
+            self._table[places[self._table[places] == words]] = 0
 
 
 def _word(sha256: str) -> int:

@@ -1,5 +1,6 @@
 """The main path: what happens to a job from its claim to its committed answer.
 
 Front door: `pipeline`, and what the service builds for it: `claimer`, `admission`, `in_flight`, `label_queue`,
-`batch_executor`, `heartbeat`, `cancellations`. `observer` is what the service implements. `load_results` is private.
+`shared_images`, `batch_executor`, `heartbeat`, `cancellations`. `observer` is what the service implements.
+`load_results` and `vector_cache` are private.
 """

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import structlog
 
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
@@ -52,16 +53,27 @@ class LaunchedBatch:
 
 
 class BatchExecutor:
-    """Gives every job of a batch its tags or its own error. Used by the encode thread and the score thread.
+    """Gives every job of a batch its tags or its own error.
+
+    The encode thread calls `launch`, and the score thread calls `finish`. `score_known` is thread-safe.
 
     Args:
         pixels: uint8 (slots, h, w, 3), where the loaders write.
+        on_encoded: gets jobs that were scored, and their vectors (n, d), which it must copy to keep them.
     """
 
-    def __init__(self, encoder: Encoder, scorer: Scorer, *, pixels: NDArray[uint8]) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        scorer: Scorer,
+        *,
+        pixels: NDArray[uint8],
+        on_encoded: Callable[[Sequence[Job], NDArray[float32]], None] = lambda *_: None,
+    ) -> None:
         self._encoder = encoder
         self._scorer = scorer
         self._pixels = pixels
+        self._on_encoded = on_encoded
 
     def launch(self, jobs: Sequence[Job]) -> LaunchedBatch:
         """Start a batch. An error of the device is handled by `finish`."""
@@ -82,6 +94,21 @@ class BatchExecutor:
         has_succeeded = self._run(launched.jobs, lambda: self._collect(launched), launched.started_s)
         if has_succeeded and launched.in_flight is not None:
             self._encoder.learn(launched.in_flight, host_s=time.thread_time() - cpu_from_s)
+
+    def score_known(self, jobs: Sequence[Job]) -> None:
+        """Score jobs whose vectors are known. Each then has its tags or an error."""
+        vectors = np.stack([job.shared_vector for job in jobs if job.shared_vector is not None])
+        now_s = time.monotonic()
+        for job in jobs:
+            job.moments.encode_from_s = job.moments.score_from_s = now_s
+        try:
+            self._scorer.score(jobs, vectors)
+        except Exception as error:  # noqa: BLE001 border: an error here must not end the thread
+            for job in jobs:
+                _fail(job, error)
+        scored_s = time.monotonic()
+        for job in jobs:
+            job.scored_s = scored_s
 
     def _collect(self, launched: LaunchedBatch) -> NDArray[float32]:
         if launched.in_flight is None:
@@ -120,6 +147,7 @@ class BatchExecutor:
         scored_s = time.monotonic()
         for job in jobs:
             job.scored_s = scored_s
+        self._on_encoded(jobs, vectors)
 
     def _handle(self, error: Exception, jobs: Sequence[Job]) -> None:
         kind = self._kind_unless_lost(error)

@@ -99,6 +99,13 @@ class InFlightJobs:
             self._loading.update(tickets)
         return tickets
 
+    def load_again(self, jobs: Sequence[Job]) -> list[tuple[int, Job]]:
+        """Give jobs that have slots new tickets for the loaders."""
+        with self._changed:
+            tickets = [(next(self._tickets), job) for job in jobs]
+            self._loading.update(tickets)
+        return tickets
+
     def match(self, tickets: Sequence[int]) -> list[Job | None]:
         """The jobs of these tickets; each ticket gives its job once."""
         with self._changed:

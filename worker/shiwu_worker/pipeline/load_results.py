@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from shiwu.contract import ErrorInfo, ImageInfo, log_level_of, without_query
-from shiwu_worker.loaders.protocol import Loaded, LoadFailed
+from shiwu_worker.loaders.protocol import Loaded, LoadFailed, Recognised
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -26,6 +26,7 @@ def record(result: LoadResult, job: Job) -> None:
     reference = without_query(job.request.image) if job.request is not None else None
     match result:
         case Loaded():
+            job.sha256, job.has_pixels = result.sha256, True
             if reference is not None:
                 job.image = ImageInfo(
                     reference=reference,
@@ -35,6 +36,10 @@ def record(result: LoadResult, job: Job) -> None:
                     bytes=result.n_bytes,
                     sha256=result.sha256,
                 )
+        case Recognised():
+            job.sha256 = result.sha256
+            if reference is not None:
+                job.image = ImageInfo(reference=reference, bytes=result.n_bytes, sha256=result.sha256)
         case LoadFailed():
             if reference is not None:
                 job.image = ImageInfo(reference=reference, bytes=result.n_bytes)

@@ -25,6 +25,9 @@ class PipelineObserver(Protocol):
     def labels_encoded(self, lane: Lane | None, *, words: int, seconds: float) -> None:
         """The device encoded labels for jobs of this lane; None: of a configured set that no job waits for."""
 
+    def images_saved(self, by: str, count: int) -> None:
+        """So many jobs were scored without encoding their images; `by` is a word of `Cache`."""
+
     def jobs_committed(self, committed: Sequence[CommittedJob]) -> None:
         """Redis has these answers."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -16,7 +17,7 @@ from shiwu.contract import AttemptEnd, source_of
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.job import Job, Release
 from shiwu_worker.jobs.outcome import Answered, CommittedJob, Outcome, Released
-from shiwu_worker.loaders.protocol import Loaded, LoadFailed, LoadTask
+from shiwu_worker.loaders.protocol import LoadFailed, LoadTask
 from shiwu_worker.pipeline.admission import Admission, Admit, Decision, Defer, Reject
 from shiwu_worker.pipeline.load_results import record
 from shiwu_worker.runtime.threads import ServiceThread
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from shiwu_worker.pipeline.in_flight import InFlightJobs
     from shiwu_worker.pipeline.label_queue import LabelQueue
     from shiwu_worker.pipeline.observer import PipelineObserver
+    from shiwu_worker.pipeline.shared_images import SharedImages
     from shiwu_worker.runtime.progress import LoadMeter, Progress
     from shiwu_worker.stages.batch import Batcher
     from shiwu_worker.stages.commit import Committer
@@ -52,6 +54,8 @@ class Stages:
     """Jobs whose labels are being encoded."""
     loaders: LoaderPool
     """Fetch and decode."""
+    shared: SharedImages
+    """Jobs with the same image: one of them is encoded."""
     batcher: Batcher[Job]
     check_canary: Callable[[], None]
     """Called between two batches; raises FatalError when the device computes wrong results."""
@@ -114,13 +118,7 @@ class Pipeline:
         if len(self._stages.labels):
             self._stages.batcher.wake()
         if tickets:
-            self._stages.loaders.submit(
-                [
-                    LoadTask(ticket, job.slot, job.request.image, job.lane, source_of(job.request.image))
-                    for ticket, job in tickets
-                    if job.request is not None
-                ]
-            )
+            self._load(tickets)
 
     def _decide(self, job: Job, now_s: float) -> Decision:
         if job.id in self._in_flight:
@@ -129,32 +127,49 @@ class Pipeline:
         return self._stages.labels.admit(job, decision.label_set) if isinstance(decision, Admit) else decision
 
     # -------------------------------------------------------------------------------- fetch, decode
+    def _load(self, tickets: Sequence[tuple[int, Job]], *, has_to_be_decoded: bool = False) -> None:
+        self._stages.loaders.submit(
+            [
+                LoadTask(ticket, job.slot, job.request.image, job.lane, source_of(job.request.image), has_to_be_decoded)
+                for ticket, job in tickets
+                if job.request is not None
+            ]
+        )
+
     def _loaded(self, results: Sequence[LoadResult]) -> None:
         """Take the loaders' results: pixels in the slot of the job, or an error. Never blocks."""
-        self._meter.loaded(
-            fetch_s=sum(result.fetched_s - result.started_s for result in results),
-            decode_s=sum(result.decoded_s - result.fetched_s for result in results),
-        )
+        fetch_s = decode_s = 0.0
         ready: list[Job] = []
         ended: list[Outcome] = []
         jobs = self._in_flight.match([result.ticket for result in results])
         for result, job in zip(results, jobs, strict=True):
+            fetch_s += result.fetched_s - result.started_s
+            decode_s += result.decoded_s - result.fetched_s
             if job is not None:
                 record(result, job)
-                match result:
-                    case Loaded():
-                        ready.append(job)
-                    case LoadFailed():
-                        self._stages.labels.discard([job])
-                        ended.append(self._outcome(job, result))
+                if isinstance(result, LoadFailed):
+                    self._stages.labels.discard([job])
+                    ended.append(self._outcome(job, result))
+                else:
+                    ready.append(job)
+        self._meter.loaded(fetch_s=fetch_s, decode_s=decode_s)
         self._put(self._stages.labels.loaded(ready))
         self._finish(ended)
 
     def _put(self, loaded: Sequence[Job]) -> None:
-        """Pass loaded jobs on to the batcher, without those on whose labels the model failed."""
+        """Pass loaded jobs on to the batcher, without those on whose labels the model failed.
+
+        Those whose vectors are known pass it by, and those whose image is in flight already wait for its vector.
+        """
         if loaded:
-            self._stages.batcher.put([job for job in loaded if job.error is None])
+            found = self._stages.shared.sort([job for job in loaded if job.error is None])
+            self._stages.batcher.put(found.to_encode)
             self._finish([self._outcome(job) for job in loaded if job.error is not None])
+            if found.urgent:
+                self._stages.batcher.prefer(found.urgent)
+            if found.unknown:
+                self._load(self._in_flight.load_again(found.unknown), has_to_be_decoded=True)
+            self._answer_known(found.known)
 
     # -------------------------------------------------------------------------------- batch, encode
     def _encode(self) -> None:
@@ -184,20 +199,31 @@ class Pipeline:
             self._progress.mark()
 
     def _drop_unwanted(self, batch: Sequence[Job]) -> list[Job]:
-        """The jobs of a batch whose producers still wait; the attempts of the others end here."""
+        """The jobs of a batch whose producers still wait; the attempts of the others end here.
+
+        A follower of such a job takes its place.
+        """
         now_s = time.monotonic()
         wanted: list[Job] = []
         ended: list[Outcome] = []
-        for job in batch:
-            if job.is_answered_elsewhere:
-                ended.append(Released(job, Release(job.id)))
-            elif (error := job.expiry(now_s)) is not None:
-                job.fail(error)
-                ended.append(self._outcome(job))
-            else:
+        for each in batch:
+            job: Job | None = each
+            while job is not None and (outcome := self._unwanted(job, now_s)) is not None:
+                ended.append(outcome)
+                job = self._stages.shared.hand_over(job)
+            if job is not None:
                 wanted.append(job)
         self._finish(ended)
         return wanted
+
+    def _unwanted(self, job: Job, now_s: float) -> Outcome | None:
+        """How the attempt of a job ends whose producer no longer waits; None for any other job."""
+        if job.is_answered_elsewhere:
+            return Released(job, Release(job.id))
+        if (error := job.expiry(now_s)) is None:
+            return None
+        job.fail(error)
+        return self._outcome(job)
 
     def _hand_over(self, launched: LaunchedBatch) -> None:
         # One batch waits here, one in the queue, and one is scored: this bounds the batches in flight.
@@ -228,7 +254,21 @@ class Pipeline:
             for job in launched.jobs:
                 job.is_on_device = False
             self._progress.mark()
+            # Before their slots are free: a follower of a failed job gets its pixels.
+            successors = [self._stages.shared.hand_over(job) for job in launched.jobs if job.error is not None]
             self._finish([Answered(job) if job.error is None else self._outcome(job) for job in launched.jobs])
+            self._stages.batcher.put([successor for successor in successors if successor is not None])
+            self._answer_known(self._stages.shared.take_answerable())
+
+    def _answer_known(self, jobs: Sequence[Job]) -> None:
+        """Score jobs whose vectors are known, because another job encoded their image."""
+        wanted = self._drop_unwanted(jobs) if jobs else []
+        if wanted:
+            self._stages.executor.score_known(wanted)
+            self._progress.mark()
+            self._finish([Answered(job) if job.error is None else self._outcome(job) for job in wanted])
+            for by, count in Counter(job.cache for job in wanted).items():
+                self._observer.images_saved(str(by), count)
 
     # -------------------------------------------------------------------------------- commit
     def _outcome(self, job: Job, result: LoadFailed | None = None) -> Outcome:
@@ -292,7 +332,8 @@ class Pipeline:
         # The attempt of what is on the device counts: an image that crashes one worker must not crash one after
         # another. After a failed canary it does not count, because then the device is the cause.
         for job in self._in_flight.jobs():
-            job.is_suspected = job.is_on_device and error.exit_code is not ExitCode.CANARY
+            job.is_suspected = (job.leader or job).is_on_device and error.exit_code is not ExitCode.CANARY
+        self._stages.shared.close()
         self._stages.claimer.report(active=False)
         self._on_fatal(error)
 

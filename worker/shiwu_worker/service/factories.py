@@ -166,6 +166,8 @@ def loader_options(settings: Settings, spec: ImageSpec) -> LoaderOptions:
         decode=views.decode_limits(settings),
         is_exact=settings.exact_decode,
         sandbox=views.sandbox_limits(settings),
+        # Without kept vectors an image is known only for as long as it is in flight, so each is decoded.
+        known_images=settings.vector_cache if settings.share_images else 0,
     )
 
 

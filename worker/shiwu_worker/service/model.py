@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shiwu_worker.config.settings import Settings
+    from shiwu_worker.jobs.job import Job
     from shiwu_worker.stages.decode.image_spec import ImageSpec
     from shiwu_worker.stages.encode.encoder import Encoder
 
@@ -87,7 +88,13 @@ def make_canary(settings: Settings, encoder: Encoder, *, on_wrong: Callable[[str
     )
 
 
-def make_executor(encoder: Encoder, *, pixels: NDArray[np.uint8], max_tags_bytes: int) -> BatchExecutor:
+def make_executor(
+    encoder: Encoder,
+    *,
+    pixels: NDArray[np.uint8],
+    max_tags_bytes: int,
+    on_encoded: Callable[[Sequence[Job], NDArray[np.float32]], None],
+) -> BatchExecutor:
     """The batch executor of this model."""
     scorer = Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info, max_tags_bytes=max_tags_bytes)
-    return BatchExecutor(encoder, scorer, pixels=pixels)
+    return BatchExecutor(encoder, scorer, pixels=pixels, on_encoded=on_encoded)

@@ -165,6 +165,11 @@ class Observability:
         if self._metrics is not None:
             self._metrics.labels_encoded(lane, words=words, seconds=seconds)
 
+    def images_saved(self, by: str, count: int) -> None:
+        """Count images that need not be encoded."""
+        if self._metrics is not None:
+            self._metrics.images_saved(by, count)
+
     def leases_renewed(self, count: int) -> None:
         """Count renewed leases."""
         if self._metrics is not None:

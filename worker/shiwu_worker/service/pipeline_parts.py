@@ -17,6 +17,7 @@ from shiwu_worker.pipeline.heartbeat import Heartbeat
 from shiwu_worker.pipeline.in_flight import InFlightJobs
 from shiwu_worker.pipeline.label_queue import LabelQueue
 from shiwu_worker.pipeline.pipeline import Pipeline, Stages
+from shiwu_worker.pipeline.shared_images import SharedImages
 from shiwu_worker.policy.limits import LABEL_SLOTS
 from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.progress import LoadMeter, Progress
@@ -87,6 +88,11 @@ class PipelineParts:
     def make_pipeline(self, canary: Canary) -> Pipeline:
         """The main path; its stages stand in the order in which a job passes through them."""
         settings, encoder, queue = self.settings, self.encoder, self.queue
+        shared = SharedImages(
+            max_vectors=settings.vector_cache if settings.share_images else 0,
+            known_images=self.loaders.known_images,
+            is_on=settings.share_images,
+        )
         stages = Stages(
             claimer=Claimer(
                 queue.lease_queue,
@@ -101,9 +107,15 @@ class PipelineParts:
             admission=Admission(self.limits, label_bank=self.label_bank, callback_rules=views.callback_rules(settings)),
             labels=self.labels,
             loaders=self.loaders,
+            shared=shared,
             batcher=make_batcher(settings, encoder, on_leave=self.observer.batch_started),
             check_canary=canary.check_if_due,
-            executor=make_executor(encoder, pixels=self.loaders.pixels, max_tags_bytes=settings.answer_tags_kb * 1024),
+            executor=make_executor(
+                encoder,
+                pixels=self.loaders.pixels,
+                max_tags_bytes=settings.answer_tags_kb * 1024,
+                on_encoded=shared.encoded,
+            ),
             committer=self.committer,
         )
         return Pipeline(

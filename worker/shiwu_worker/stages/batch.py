@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Final, Generic, Literal, Protocol, TypeVar
 
 from shiwu.contract import Lane
@@ -103,6 +104,15 @@ class Batcher(Generic[T]):
         if batch:
             self._on_leave(reason, batch)
         return batch
+
+    def prefer(self, items: Iterable[T]) -> None:
+        """Move those of the items that wait in bulk to interactive: interactive items have begun to wait for them."""
+        with self._changed:
+            for item in items:
+                with suppress(ValueError):  # it has left already
+                    self._bulk.remove(item)
+                    self._interactive.append(item)
+            self._interactive_s = self._clock()
 
     def wake(self) -> None:
         """Let `take` return now, because its caller has other work."""

@@ -39,6 +39,7 @@ BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BATCH_REASONS: Final = ("full", "free", "closing")
 DUTIES: Final = ("leases", "maintenance", "trim", "load_log", "gpu", "queue_metrics")
 LIMITS: Final = ("idle", "device", "fetch", "decode")
+SAVINGS: Final = ("joined", "vector")
 _LANES: Final = tuple(lane.value for lane in Lane)
 NO_LANE: Final = "none"
 """In place of a lane: labels of configured sets that no job waits for."""
@@ -106,6 +107,8 @@ class Metrics:
         )
         text = "Values of a wrong type moved away from keys of shiwu."
         self._foreign_moved = counter("shiwu_foreign_values_moved", text)
+        text = "Images that were not encoded, because the vector of the same image was known."
+        self._saved = counter("shiwu_images_saved", text, ["by"])
         self._limits = Gauge(
             "shiwu_limit_ratio",
             "Share of the last half minute: what the worker waited for.",
@@ -141,6 +144,8 @@ class Metrics:
             self._retries.labels(code.value)
         for reason in BATCH_REASONS:
             self._batches.labels(reason)
+        for by in SAVINGS:
+            self._saved.labels(by)
         for duty in DUTIES:
             self._duty_failures.labels(duty)
 
@@ -185,6 +190,10 @@ class Metrics:
         name = lane.value if lane is not None else NO_LANE
         self._words.labels(name).inc(words)
         self._words_s.labels(name).inc(seconds)
+
+    def images_saved(self, by: str, images: int) -> None:
+        """Record jobs that were scored without encoding their images; `by` is one of `SAVINGS`."""
+        self._saved.labels(by).inc(images)
 
     def renewed(self, leases: int) -> None:
         """Record renewed leases of this worker."""
