@@ -1,6 +1,6 @@
-"""Kept vectors: the Parquet parts in which the vectors of answers are stored.
+"""Kept vectors: `shiwu vectors sink`, and the Parquet parts in which it stores the vectors of answers.
 
-Needs the extra `vectors` (pyarrow, obstore), which is imported inside functions.
+Needs the extra `vectors`, whose libraries are imported inside functions.
 """
 
 from __future__ import annotations
