@@ -11,7 +11,8 @@ import pytest
 import redis
 from standardwebhooks import Webhook
 
-from shiwu.hooks.keys import COMMON, DELIVERIES, HEALTH
+from shiwu.contract import HOOKS_DELIVERIES, HOOKS_HEALTH
+from shiwu.hooks.delivery_queue import COMMON_KEYS
 from tests.support.hooks import SECRET, HooksProcess, answer, commit, unread, write_endpoints
 from tests.support.waiting import wait_until
 from tests.support.webhook_receiver import Answered, Received, WebhookReceiver
@@ -73,7 +74,7 @@ def test_killed_process_loses_no_delivery(
             process.kill()
             process.start()
         wait_until(
-            lambda: redis_client.hlen(DELIVERIES) == 0 and unread(redis_client) == 0,
+            lambda: redis_client.hlen(HOOKS_DELIVERIES) == 0 and unread(redis_client) == 0,
             timeout_s=120,
             what=f"all deliveries are made (seed {seed})",
         )
@@ -83,5 +84,5 @@ def test_killed_process_loses_no_delivery(
     expected = sorted(f"k{number}" for number in range(count))
     assert crowd.ids("/hook/single") == expected, seed
     assert crowd.ids("/hook/many") == expected, seed
-    assert [key for key in COMMON if redis_client.exists(key) and key != HEALTH] == [], seed
+    assert [key for key in COMMON_KEYS if redis_client.exists(key) and key != HOOKS_HEALTH] == [], seed
     record_property("ran", f"{kills} kills of shiwu-hooks, {crowd.times.total()} requests, {len(crowd.times)} webhooks")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ from shiwu.contract import CLAIMS, LEASES, QUEUE_SNAPSHOT, RESULT_STREAM, WORKER
 from tests.support import pictures
 from tests.support.backfills import BackfillProcess, rows_of
 from tests.support.celery_client import celery_client
+from tests.support.hooks import HooksProcess, commit, write_endpoints
+from tests.support.hooks import answer as hooks_answer
 from tests.support.processes import LOOPBACK, ROOT, free_ports
 from tests.support.redis_parts import message
 from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
 from tests.support.redis_users import CONFIG, CONFIG_6, users_for
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
+from tests.support.webhook_receiver import Answered, WebhookReceiver
 
 pytestmark = pytest.mark.xdist_group(__name__)
 CONTROL = "/0.celery.pidbox"
@@ -115,11 +119,33 @@ def test_acl_user_can_run_a_backfill(guarded: Guarded, worker: WorkerProcess, tm
     assert worker.is_running
 
 
+def test_acl_user_can_deliver_webhooks(guarded: Guarded, tmp_path: Path) -> None:
+    """A failed try, a dead delivery, its revival and a stop: the server refuses no command."""
+    replies = iter([Answered(500), Answered(500)])
+    with WebhookReceiver(lambda _: next(replies, Answered())) as receiver, guarded.client("admin") as admin:
+        admin.acl_log_reset()
+        file = write_endpoints(tmp_path, [{"name": "orders", "url": receiver.url, "named_only": True}])
+        url = guarded.url("hooks")
+        with HooksProcess(redis_url=url, file=file, schedule="0s,0.1s") as process:
+            process.wait_started()
+            commit(admin, hooks_answer("hooked", callback="orders"))
+            wait_until(lambda: process.events("delivery_dead"), timeout_s=30)
+            for command in (("list",), ("status",), ("retry", "--all")):
+                subprocess.run(
+                    [sys.executable, "-m", "shiwu.cli", "--redis-url", url, "hooks", *command], check=True, timeout=60
+                )
+            wait_until(lambda: process.events("delivered"), timeout_s=30)
+            assert process.stop() == 0
+        assert guarded.refused() == []
+    assert receiver.ids() == ["hooked.0"] * 3
+
+
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's result backend
 def test_acl_users_can_do_their_work(guarded: Guarded, worker: WorkerProcess) -> None:
     """Enqueue, wait, cancel, link, follow, sweep and revoke: the server refuses no command."""
     with guarded.client("admin") as admin:
         admin.acl_log_reset()
+        admin.xtrim(RESULT_STREAM, maxlen=0)  # answers of other tests
         with Client(guarded.url("producer")) as producer, Client(guarded.url("client")) as client:
             ids = [producer.enqueue(guarded.image, id="one", answer_by_s=60), *producer.enqueue_many([guarded.image])]
             waited = client.wait_many(ids, timeout_s=30)
@@ -257,6 +283,7 @@ def test_acl_loads_without_a_restart(guarded: Guarded) -> None:
 
 SCRIPTS = {
     "client": ["producer/shiwu/broker/scripts/commit.lua"],
+    "hooks": [f"producer/shiwu/hooks/scripts/{name}.lua" for name in ("records", "add", "take", "settle", "revive")],
     "backfill": ["producer/shiwu/broker/scripts/commit.lua", "producer/shiwu/backfill/scripts/write.lua"],
     "sweep": [
         f"producer/shiwu/broker/scripts/{name}.lua"

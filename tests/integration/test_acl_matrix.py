@@ -25,6 +25,7 @@ from shiwu.contract import (
     done_key,
     result_key,
 )
+from shiwu.hooks.delivery_queue import COMMON_KEYS, pending_key
 from tests.support import pictures
 from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
 from tests.support.redis_users import users_for
@@ -38,6 +39,7 @@ KEYS = [*KEY_TYPES, *(key for lane in Lane for key in lane.keys[:1]), result_key
 KEYS += [f"shiwu:{name}:{VICTIM}" for name in ("aside", "history")]
 KEYS += [BACKFILLS, f"{BACKFILL}photos", f"{BACKFILL_OPEN}photos"]
 KEYS += [f"{WORKER_STATE}host-1"]
+KEYS += [*COMMON_KEYS, pending_key("orders")]
 KEYS += [f"_kombu.binding{kind}.{lane.queue}" for kind in ("", "_permanent") for lane in Lane]
 HOSTILE: dict[str, list[tuple[Any, ...]]] = {
     "lpush": [("x",), ('{"headers": {"id": "order-4711", "task": "shiwu.tag"}, "body": ""}',)],

@@ -14,9 +14,8 @@ import redis
 from standardwebhooks import Webhook
 
 from shiwu import Client
-from shiwu.contract import ErrorCode, ErrorInfo, Lane, Status
+from shiwu.contract import HOOKS_DELIVERIES, ErrorCode, ErrorInfo, Lane, Status
 from shiwu.hooks.delivery_queue import DeliveryQueue
-from shiwu.hooks.keys import DELIVERIES
 from shiwu.hooks.process import make_queue
 from tests.support.hooks import (
     OLD_SECRET,
@@ -79,7 +78,7 @@ def test_standardwebhooks_verifies_each_delivery(
         assert body["type"] == "answer.tagged"
         assert body["data"]["tags"] == [{"label": "猫", "score": 0.9, "cosine": 0.3}]
         assert got.headers["content-type"] == "application/json"
-    wait_until(lambda: redis_client.hlen(DELIVERIES) == 0 and unread(redis_client) == 0, timeout_s=10)
+    wait_until(lambda: redis_client.hlen(HOOKS_DELIVERIES) == 0 and unread(redis_client) == 0, timeout_s=10)
     assert process.stop() == 0
     assert [event["status"] for event in process.events("delivered")] == [204, 204]
     assert SECRET[6:] not in process.log_text()
@@ -126,7 +125,7 @@ def test_batch_holds_several_answers_in_one_body(
     """At most as many as the endpoint says."""
     start({"name": "many", "url": receiver.url, "batch": 4})
     commit(redis_client, *(answer(f"k{number}") for number in range(10)))
-    wait_until(lambda: unread(redis_client) == 0 and redis_client.hlen(DELIVERIES) == 0, timeout_s=20)
+    wait_until(lambda: unread(redis_client) == 0 and redis_client.hlen(HOOKS_DELIVERIES) == 0, timeout_s=20)
     bodies = [Webhook(SECRET).verify(got.body, dict(got.headers)) for got in receiver.received]
     assert {body["type"] for body in bodies} == {"answers"}
     assert max(len(body["data"]) for body in bodies) == 4
@@ -187,7 +186,7 @@ def test_failed_try_is_repeated_with_the_same_id_and_body(
     process = start({"name": "a", "url": receiver.url})
     commit(redis_client, answer("k"))
     wait_until(lambda: len(receiver.received) == 3, timeout_s=20)
-    wait_until(lambda: redis_client.hlen(DELIVERIES) == 0, timeout_s=10)
+    wait_until(lambda: redis_client.hlen(HOOKS_DELIVERIES) == 0, timeout_s=10)
     assert {(got.id, got.body, got.path) for got in receiver.received} == {("k.0", receiver.received[0].body, "/hook")}
     for got in receiver.received:
         Webhook(SECRET).verify(got.body, dict(got.headers))
@@ -334,9 +333,9 @@ def test_sigterm_finishes_the_tries_under_way(
     got = len(receiver.received)
     assert got < 20
     assert len(process.events("delivered")) == got
-    assert redis_client.hlen(DELIVERIES) == 20 - got
+    assert redis_client.hlen(HOOKS_DELIVERIES) == 20 - got
     start({"name": "a", "url": receiver.url}, name="second")
-    wait_until(lambda: redis_client.hlen(DELIVERIES) == 0, timeout_s=20)
+    wait_until(lambda: redis_client.hlen(HOOKS_DELIVERIES) == 0, timeout_s=20)
     assert sorted(receiver.ids()) == sorted(f"k{number}.0" for number in range(20))
 
 

@@ -7,9 +7,17 @@ from dataclasses import replace
 import pytest
 import redis
 
-from shiwu.contract import RESULT_STREAM
-from shiwu.hooks.delivery_queue import Delivery, DeliveryQueue, EndpointHealth, NewDelivery, Payload, QueueOptions
-from shiwu.hooks.keys import COMMON, DELIVERIES, DUE, pending_key
+from shiwu.contract import HOOKS_DELIVERIES, HOOKS_DUE, RESULT_STREAM
+from shiwu.hooks.delivery_queue import (
+    COMMON_KEYS,
+    Delivery,
+    DeliveryQueue,
+    EndpointHealth,
+    NewDelivery,
+    Payload,
+    QueueOptions,
+    pending_key,
+)
 from tests.support.waiting import wait_until
 
 OPTIONS = QueueOptions(lease_s=60.0, alone_after=3, alone_every_s=60.0, max_age_s=3600.0, max_dead=100)
@@ -100,8 +108,8 @@ def test_delivery_of_a_crashed_process_is_taken_again(redis_client: redis.Redis)
     # Its success does: the delivery was made.
     queue.delivered(lost)
     queue.retry(again, reason="timeout", delay_s=0.0)
-    assert redis_client.hlen(DELIVERIES) == 0
-    assert redis_client.exists(DUE, pending_key("a")) == 0
+    assert redis_client.hlen(HOOKS_DELIVERIES) == 0
+    assert redis_client.exists(HOOKS_DUE, pending_key("a")) == 0
 
 
 def test_retry_waits_for_its_delay(redis_client: redis.Redis) -> None:
@@ -206,14 +214,14 @@ def test_revive_without_deliveries_enables_the_endpoint(redis_client: redis.Redi
 def test_unreadable_health_counts_as_none(redis_client: redis.Redis) -> None:
     """Of a newer version, or written by hand."""
     fill(redis_client, 1)
-    redis_client.hset(COMMON[2], mapping={"a": "x|y", "b": "1|2"})
+    redis_client.hset(COMMON_KEYS[2], mapping={"a": "x|y", "b": "1|2"})
     queue = make_queue(redis_client)
     assert queue.health() == {"a": EndpointHealth(), "b": EndpointHealth()}
     [delivery] = queue.take("a", count=1)
     assert isinstance(delivery, Delivery)
 
 
-@pytest.mark.parametrize("key", [*COMMON, pending_key("a")])
+@pytest.mark.parametrize("key", [*COMMON_KEYS, pending_key("a")])
 def test_key_of_a_wrong_type_stops_before_the_first_write(redis_client: redis.Redis, key: str) -> None:
     """The entries stay pending, so that nothing is lost."""
     entries = read_entries(redis_client, 1)

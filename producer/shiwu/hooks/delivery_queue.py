@@ -13,9 +13,18 @@ import redis
 from shiwu.broker.chunks import chunks
 from shiwu.broker.script_loader import Script
 from shiwu.broker.server_clock import server_time_ms
-from shiwu.contract import RESULT_STREAM
-from shiwu.hooks.keys import COMMON, DEAD, DEAD_DELIVERIES, DUE, HEALTH, PENDING, pending_key
+from shiwu.contract import (
+    HOOKS_DEAD,
+    HOOKS_DEAD_DELIVERIES,
+    HOOKS_DELIVERIES,
+    HOOKS_DUE,
+    HOOKS_HEALTH,
+    HOOKS_PENDING,
+    RESULT_STREAM,
+)
 
+COMMON_KEYS: Final = (HOOKS_DELIVERIES, HOOKS_DUE, HOOKS_HEALTH, HOOKS_DEAD, HOOKS_DEAD_DELIVERIES)
+"""The first keys of every script."""
 MAX_ENDPOINTS_AT_ONCE: Final = 1000
 ALONE_AFTER: Final = 10
 """Failures in a row after which an endpoint gets one try at a time."""
@@ -108,12 +117,12 @@ class DeliveryQueue:
         for each in deliveries:
             payload = msgspec.json.encode(each.payload) + b"\n" + each.body
             args += [numbers[each.endpoint], each.endpoint, each.id, each.dead_reason, payload]
-        added: int = self._add(keys=[*COMMON, RESULT_STREAM, *map(pending_key, numbers)], args=args)
+        added: int = self._add(keys=[*COMMON_KEYS, RESULT_STREAM, *map(pending_key, numbers)], args=args)
         return added
 
     def due_endpoints(self, *, now_ms: float) -> list[str]:
         """The endpoints that may have deliveries which are due, the longest due first."""
-        found: Any = self._client.zrangebyscore(DUE, "-inf", now_ms, start=0, num=MAX_ENDPOINTS_AT_ONCE)
+        found: Any = self._client.zrangebyscore(HOOKS_DUE, "-inf", now_ms, start=0, num=MAX_ENDPOINTS_AT_ONCE)
         return [name.decode() for name in found]
 
     def take(self, endpoint: str, *, count: int) -> list[Delivery]:
@@ -123,7 +132,7 @@ class DeliveryQueue:
             *(endpoint, count, int(options.lease_s * 1000), options.alone_after, int(options.alone_every_s * 1000)),
             *(int(options.max_age_s * 1000), options.max_dead),
         )
-        reply: list[bytes] = self._take(keys=[*COMMON, pending_key(endpoint)], args=args)
+        reply: list[bytes] = self._take(keys=[*COMMON_KEYS, pending_key(endpoint)], args=args)
         return [_read(endpoint, name.decode(), record) for name, record in zip(reply[::2], reply[1::2], strict=True)]
 
     def delivered(self, delivery: Delivery) -> None:
@@ -160,18 +169,18 @@ class DeliveryQueue:
             *(delivery.endpoint, delivery.id, delivery.take, outcome, int(delay_s * 1000), int(pause_s * 1000)),
             *(int(is_failure), int(is_disabling), reason, self._options.max_dead),
         )
-        self._settle(keys=[*COMMON, pending_key(delivery.endpoint)], args=args)
+        self._settle(keys=[*COMMON_KEYS, pending_key(delivery.endpoint)], args=args)
 
     # -------------------------------------------------------------------------------- for operators
     def dead(self, *, endpoint: str | None = None, limit: int | None = None) -> Iterator[DeadDelivery]:
         """Yield dead deliveries, newest first."""
         start, yielded = 0, 0
         while limit is None or yielded < limit:
-            page: Any = self._client.zrange(DEAD, start, start + CHUNK_SIZE - 1, desc=True, withscores=True)
+            page: Any = self._client.zrange(HOOKS_DEAD, start, start + CHUNK_SIZE - 1, desc=True, withscores=True)
             if not page:
                 return
             start += len(page)
-            records: Any = self._client.hmget(DEAD_DELIVERIES, [field for field, _ in page])
+            records: Any = self._client.hmget(HOOKS_DEAD_DELIVERIES, [field for field, _ in page])
             for (field, died_ms), kept in zip(page, records, strict=True):
                 name, _, webhook_id = field.decode().partition("|")
                 if kept is None or endpoint not in {None, name}:
@@ -195,12 +204,12 @@ class DeliveryQueue:
             args: list[Any] = [len(names), *names]
             for endpoint, webhook_id in portion:
                 args += [names.index(endpoint) + 1, webhook_id]
-            revived += self._revive(keys=[*COMMON, *map(pending_key, names)], args=args)
+            revived += self._revive(keys=[*COMMON_KEYS, *map(pending_key, names)], args=args)
         return revived
 
     def health(self) -> dict[str, EndpointHealth]:
         """The health of every endpoint that has failed."""
-        found: Any = self._client.hgetall(HEALTH)
+        found: Any = self._client.hgetall(HOOKS_HEALTH)
         return {name.decode(): read_health(text) for name, text in found.items()}
 
     def pending(self, endpoints: Sequence[str]) -> Mapping[str, int]:
@@ -209,12 +218,12 @@ class DeliveryQueue:
             return {}
         with self._client.pipeline(transaction=False) as pipe:
             for endpoint in endpoints:
-                pipe.zcard(f"{PENDING}{endpoint}")
+                pipe.zcard(pending_key(endpoint))
             return dict(zip(endpoints, pipe.execute(), strict=True))
 
     def endpoints_with_deliveries(self) -> list[str]:
         """Every endpoint for which a delivery waits, at most 1000."""
-        found: Any = self._client.zrange(DUE, 0, MAX_ENDPOINTS_AT_ONCE - 1)
+        found: Any = self._client.zrange(HOOKS_DUE, 0, MAX_ENDPOINTS_AT_ONCE - 1)
         return [name.decode() for name in found]
 
     def now_ms(self) -> float:
@@ -223,7 +232,12 @@ class DeliveryQueue:
 
     def dead_count(self) -> int:
         """How many dead deliveries there are."""
-        return int(self._client.zcard(DEAD))
+        return int(self._client.zcard(HOOKS_DEAD))
+
+
+def pending_key(endpoint: str) -> str:
+    """The sorted set of the deliveries of an endpoint."""
+    return f"{HOOKS_PENDING}{endpoint}"
 
 
 def read_health(text: bytes) -> EndpointHealth:

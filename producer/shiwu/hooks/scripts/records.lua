@@ -1,4 +1,4 @@
--- The beginning of every script here: keys, the clock, and the forms of records. See shiwu/hooks/keys.py.
+-- The beginning of every script here: keys, the clock, and the forms of records. See contract/keys.py.
 -- KEYS  deliveries, due, health, dead, dead deliveries, then those of the script
 local deliveries, due, health, dead, dead_deliveries = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 -- A key of a wrong type must stop a script before its first write, because Redis does not undo a script.
