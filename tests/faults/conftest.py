@@ -48,10 +48,15 @@ class Fleet:
         """The names of the connections that wait in this command."""
         return [one["name"] for one in self.client.client_list() if one["cmd"] == command and "b" in one["flags"]]
 
+    def is_idle(self, worker: WorkerProcess) -> bool:
+        """Whether a worker has asked for messages, and waits to be notified of the next."""
+        tracking = [one for one in self.client.client_list() if one["cmd"] == "exists" and "t" in one["flags"]]
+        return f"shiwu-{worker.name}" in [one["name"] for one in tracking]
+
     def wait_settled(self, worker: WorkerProcess) -> None:
         """Wait until a worker is idle and Celery's own part of it, which starts last, listens."""
         wait_until(lambda: self.blocked("brpop"), timeout_s=20, what="Celery listens")
-        wait_until(lambda: f"shiwu-{worker.name}" in self.blocked("blmove"), timeout_s=10, what="an idle worker peeks")
+        wait_until(lambda: self.is_idle(worker), timeout_s=10, what="an idle worker asks")
 
     def send(
         self, count: int, *, prefix: str, images: list[str] | None = None, lanes: tuple[Lane, ...] = tuple(Lane)

@@ -65,6 +65,12 @@ class InstantLoaders:
             self._on_loaded([Loaded(task.ticket, task.slot, 1.0, 1.0, 1.0, **about, sha256=digest)])
 
 
+def notified_client(client: redis.Redis) -> redis.Redis:
+    """A client of the same server whose connections it can notify."""
+    address = client.connection_pool.connection_kwargs
+    return redis.Redis(host=address["host"], port=address["port"], db=address["db"], protocol=3)
+
+
 class PipelineUnderTest:
     """All parts of a pipeline; `encode` and `resolve` may be replaced before `start`."""
 
@@ -79,11 +85,11 @@ class PipelineUnderTest:
         self.resolve: Callable[[Any], LabelSet] = lambda _: LABELS
         self.encode: Callable[[Sequence[Job]], None] = lambda _: None
         self.fatal: list[FatalError] = []
-        self.observer = RecordingObserver()
-        self.progress = Progress()
+        self.observer, self.progress = RecordingObserver(), Progress()
         self.lease_queue = make_lease_queue(client, "w", lease_s=30)
         self.answer_store = make_answer_store(client, "w")
-        self.notifier = LaneNotifier(client, block_s=1.0)
+        self.notified = notified_client(client)
+        self.notifier = LaneNotifier(self.notified)
         self.loaders = InstantLoaders()
         limits = limits or PipelineLimits(slots=SLOTS, max_attempts=3)
         bank: Any = label_bank or SimpleNamespace(
@@ -153,10 +159,10 @@ class PipelineUnderTest:
     def start(self) -> None:
         """Start all threads, in the order of the service."""
         self.committer.start(on_committed=self.pipeline.committed, on_released=self.pipeline.released)
-        self.notifier.start()
         self.pipeline.start()
 
     def stop(self) -> None:
         """Stop all threads, and release what is left."""
         self.lease_queue.release(self.pipeline.stop(grace_s=0.0))
         self.committer.close(timeout_s=5.0)
+        self.notified.close()

@@ -70,6 +70,7 @@ def connect(
     client_name: str | None = None,
     max_connections: int = MAX_CONNECTIONS,
     pool_wait_s: float | None = None,
+    has_pushes: bool = False,
 ) -> redis.Redis:
     """Open a client that owns its connections and limits every wait. Nothing is sent yet; `close` ends it.
 
@@ -81,6 +82,7 @@ def connect(
         max_connections: threads beyond this number wait for a free connection. Code that holds a connection must not
             ask the same client for another one, because such threads could block each other until the time-out.
         pool_wait_s: how long to wait for a free connection; default `timeout_s`.
+        has_pushes: use RESP3, by which the server can notify a connection. Some replies have other types then.
 
     Raises:
         RedisUrlError: the URL cannot work.
@@ -97,6 +99,7 @@ def connect(
         "redis_connect_func": _greet,
         "max_connections": max_connections,
         "timeout": timeout_s if pool_wait_s is None else pool_wait_s,
+        **({"protocol": 3} if has_pushes else {}),
     }
     if not address.primary:
         return _Primary.from_pool(_Pool(**options))  # type: ignore[no-untyped-call]  # redis' own

@@ -139,18 +139,25 @@ def options_of(client: redis.Redis) -> dict[str, Any]:
 
 
 def test_client_limits_every_wait() -> None:
-    """A blocking command may take its own time in addition; idle connections are checked, blocking ones not."""
+    """A blocking command may take its own time in addition; a client that is notified speaks RESP3."""
     with connect(f"redis://{LOOPBACK}:1", timeout_s=2.0) as client:
         plain = options_of(client)
     with connect(
-        f"redis://{LOOPBACK}:1", timeout_s=2.0, block_s=5.0, retries=3, max_connections=4, pool_wait_s=0.0
+        f"redis://{LOOPBACK}:1",
+        timeout_s=2.0,
+        block_s=5.0,
+        has_pushes=True,
+        retries=3,
+        max_connections=4,
+        pool_wait_s=0.0,
     ) as client:
-        blocking = options_of(client)
+        notified = options_of(client)
     times = ("socket_timeout", "socket_connect_timeout", "health_check_interval", "timeout", "max_connections")
     assert [plain[name] for name in times] == [2.0, 2.0, 30, 2.0, MAX_CONNECTIONS]
-    assert [blocking[name] for name in times] == [7.0, 2.0, 0, 0.0, 4]
-    assert (plain["retry"].get_retries(), blocking["retry"].get_retries()) == (0, 3)
-    assert 0.0 < blocking["retry"]._backoff.compute(1) < blocking["retry"]._backoff.compute(9) <= 1.0
+    assert [notified[name] for name in times] == [7.0, 2.0, 0, 0.0, 4]
+    assert (plain.get("protocol"), notified["protocol"]) == (None, 3)
+    assert (plain["retry"].get_retries(), notified["retry"].get_retries()) == (0, 3)
+    assert 0.0 < notified["retry"]._backoff.compute(1) < notified["retry"]._backoff.compute(9) <= 1.0
     assert plain["retry"]._backoff.compute(9) == 0
     assert plain["socket_keepalive"] is True
 

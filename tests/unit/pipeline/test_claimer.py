@@ -83,13 +83,18 @@ class Parts:
         self.passed: list[list[str]] = []
         self.waits: list[tuple[float, tuple[Lane, ...]]] = []
         self.pauses: list[Exception] = []
-        self.counts = {"reset": 0, "progress": 0, "idle": 0, "closed": 0}
+        self.counts = {"reset": 0, "progress": 0, "idle": 0, "closed": 0, "reconnect": 0}
         self.observer = RecordingObserver()
         self.in_flight = InFlight(self)
         self.queue: Any = SimpleNamespace(
             has_lost_reply=is_lost, claim=self._claim, release_lost=self._release_lost, end=self._end
         )
-        notifier: Any = SimpleNamespace(wait=self._wait, notify=lambda: None, close=lambda: self._count("closed"))
+        notifier: Any = SimpleNamespace(
+            wait=self._wait,
+            notify=lambda: None,
+            reconnect=lambda: self._count("reconnect"),
+            close=lambda: self._count("closed"),
+        )
         in_flight: Any = self.in_flight
         backoff: Any = SimpleNamespace(
             wait=lambda error, _: self.pauses.append(error), reset=lambda: self._count("reset")
@@ -152,7 +157,7 @@ def test_claimed_jobs_are_passed_on() -> None:
     assert parts.passed == [["a", "b"], ["c"]]
     assert parts.observer.claims == [True, False]
     assert parts.waits == []
-    assert parts.counts == {"reset": 2, "progress": 2, "idle": 0, "closed": 1}
+    assert parts.counts == {"reset": 2, "progress": 2, "idle": 0, "closed": 1, "reconnect": 0}
     assert parts.in_flight.asked == [(False, IDLE_WAIT_S)] * 2
     assert (parts.in_flight.woken, parts.released) == (1, ["end"])
 
@@ -201,6 +206,7 @@ def test_worker_waits_for_redis() -> None:
     parts = Parts(AWAY, claimed("a"), WRONG, claimed("b"))
     parts.run()
     assert parts.pauses == [AWAY, WRONG]
+    assert parts.counts["reconnect"] == 2, "the notifier may be connected to a server that is a replica now"
     assert parts.passed == [["a"], ["b"]]
     assert parts.observer.claims == [True, False, True, False]
 

@@ -235,7 +235,7 @@ def test_moved_values_are_counted_and_named(parts: Parts) -> None:
 def test_all_duties_run_in_their_order(parts: Parts) -> None:
     """Wrong types are moved before anything else; without the leases the process must not go on."""
     duties = parts.heartbeat._duties._duties
-    names = ["foreign_values", "leases", "maintenance", "trim", "load_log"]
+    names = ["foreign_values", "leases", "maintenance", "trim", "load_log", "worker_state"]
     assert [duty.name for duty in duties] == names
     assert [duty.name for duty in duties if duty.is_vital] == ["leases"]
     parts.tick()

@@ -113,6 +113,7 @@ class Claimer:
 
     def _wait_for_redis(self, error: RedisError) -> None:
         self.report(active=False)
+        self._notifier.reconnect()
         if not self._has_claimed and info_of(error).ends_start:
             raise FatalError(ExitCode.CONFIG, f"SHIWU_REDIS_URL: {explain(error)}") from error
         self._backoff.wait(error, self._closing)

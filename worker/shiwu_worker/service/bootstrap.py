@@ -112,7 +112,6 @@ class WorkerService:
             on_committed=_in_turn(pipeline.committed, label_sets.committed, on_committed),
             on_released=pipeline.released,
         )
-        parts.queue.notifier.start()
         self.heartbeat.start()
         self.cancellations.start()
         pipeline.start()

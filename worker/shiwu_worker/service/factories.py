@@ -17,7 +17,6 @@ from shiwu.broker.connection import connect as connect_to
 from shiwu.broker.maintenance import Maintenance
 from shiwu.broker.redis_errors import classify, explain, info_of
 from shiwu.broker.retention import RetentionPublisher
-from shiwu.contract import Lane
 from shiwu_worker.config import views
 from shiwu_worker.config.batches import slot_count
 from shiwu_worker.errors import ExitCode, FatalError
@@ -36,11 +35,8 @@ if TYPE_CHECKING:
 log: FilteringBoundLogger = structlog.get_logger()
 PIPELINE_CONNECTIONS: Final = 8
 """One for each of claim, commit, heartbeat, cancellations, queue monitor and the thread that stops; two spare."""
-NOTIFIER_CONNECTIONS: Final = len(Lane.INTERACTIVE.keys) + len(Lane.BULK.keys)
-"""Each thread of the notifier waits in a blocking command for messages of one lane key."""
 CELERY_CONNECTIONS: Final = 4
 """One for the callbacks thread, one for Celery's own thread, which receives revokes; two spare."""
-NOTIFIER_BLOCK_S: Final = 5.0
 LOADERS_CLOSE_TIMEOUT_S: Final = 5.0
 
 
@@ -55,17 +51,17 @@ class QueueParts:
     maintenance: Maintenance
 
 
-def connect(settings: Settings, *, connections: int, block_s: float = 0.0) -> redis.Redis:
+def connect(settings: Settings, *, connections: int, has_pushes: bool = False) -> redis.Redis:
     """A client whose every wait is bounded. It never retries by itself: the part that uses it decides about retries.
 
     Args:
         connections: one for each thread that uses the client, so that no thread waits for another thread's command.
-        block_s: longest wait of a blocking command.
+        has_pushes: use RESP3, by which the server can notify a connection.
     """
     return connect_to(
         settings.redis_address,
         timeout_s=settings.redis_timeout_s,
-        block_s=block_s,
+        has_pushes=has_pushes,
         max_connections=connections,
         client_name=re.sub(r"[^!-~]", "-", f"shiwu-{settings.worker_name}"),  # Redis refuses other characters
     )
@@ -117,11 +113,11 @@ def open_queue(stack: ExitStack, settings: Settings) -> QueueParts:
     # The worker's name lets an operator see who holds a claim; "|" separates the fields of a claim's record.
     token = f"{settings.worker_name.replace('|', '-')}.{secrets.token_hex(4)}"
     client = stack.enter_context(connect(settings, connections=PIPELINE_CONNECTIONS))
-    blocking = stack.enter_context(connect(settings, connections=NOTIFIER_CONNECTIONS, block_s=NOTIFIER_BLOCK_S))
+    notified = stack.enter_context(connect(settings, connections=1, has_pushes=True))
     answer_store = make_answer_store(settings, client, token)
     return QueueParts(
         client=client,
-        notifier=LaneNotifier(blocking, block_s=NOTIFIER_BLOCK_S, lanes=settings.lanes),
+        notifier=LaneNotifier(notified, lanes=settings.lanes),
         lease_queue=LeaseQueue(
             client,
             views.lease_options(settings),
