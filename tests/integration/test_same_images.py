@@ -16,10 +16,10 @@ from shiwu.contract import Answer, Cache, ErrorCode, Lane, Request, Status
 from tests.conftest import StartWorker
 from tests.support import pictures
 from tests.support.ask import read_answer
-from tests.support.health_port import samples, value
+from tests.support.health_port import value
 from tests.support.picture_server import Reply
 from tests.support.processes import LOOPBACK, free_ports
-from tests.support.servers import PictureServer, WorkerProcess
+from tests.support.servers import PictureServer, S3Server, WorkerProcess
 from tests.support.waiting import wait_until
 
 ROWS = "shiwu_batch_size_sum"
@@ -60,12 +60,13 @@ def test_thousand_posts_of_ten_images_take_ten_rows(
     references = write(tmp_path, 10)
     sharing, port = start(start_worker, redis_url, tmp_path, loaders=2, vector_cache=vector_cache)
     answers = post(redis_client, references * 100, prefix="post")
-    assert value(port, ROWS) == 10
+    wait_until(lambda: (value(port, ROWS) or 0) >= 10, timeout_s=10)
     kinds = Counter(answer.cache for answer in answers)
     assert kinds[None] == 10
     assert kinds[Cache.JOINED] + kinds[Cache.VECTOR] == 990
     wait_until(lambda: value(port, SAVED, by="vector") == kinds[Cache.VECTOR], timeout_s=10)
     assert value(port, SAVED, by="joined") == kinds[Cache.JOINED]
+    assert value(port, ROWS) == 10
     sharing.stop()
     start_worker(redis_url=redis_url, allow_folders=tmp_path, share_images=False)
     fresh = post(redis_client, references, prefix="fresh")
@@ -134,4 +135,43 @@ def test_workers_with_other_preprocessing_share_nothing(
     [exact] = post(redis_client, [path.as_uri()], prefix="exact", want=("embedding",))
     assert (first.cache, exact.cache) == (None, None)
     assert first.embedding != exact.embedding
-    assert samples(port)[(ROWS, ())] == 1
+    wait_until(lambda: value(port, ROWS) == 1, timeout_s=10)
+
+
+@pytest.mark.parametrize("source", ["http", "s3"])
+def test_source_need_not_send_a_known_image(
+    *,
+    start_worker: StartWorker,
+    redis_url: str,
+    redis_client: redis.Redis,
+    http_server: PictureServer,
+    s3: S3Server,
+    tmp_path: Path,
+    source: str,
+) -> None:
+    """It is asked for each job; an image that has changed is fetched and encoded."""
+    image = pictures.picture()
+    old, new = pictures.png(image.resize((90, 90))), pictures.png(image.resize((91, 91)))
+
+    def publish(data: bytes) -> str:
+        if source == "s3":
+            return s3.put("known.png", data)
+        return http_server.serve("/known.png", Reply.picture(data).tagged(f'"{len(data)}"'))
+
+    reference = publish(old)
+    _, port = start(start_worker, redis_url, tmp_path, env=s3.env, loaders=2)
+    for number in range(5):
+        [answer] = post(redis_client, [reference], prefix=f"old-{number}")
+        assert answer.cache == (Cache.VECTOR if number else None)
+        assert answer.image is not None
+        assert (answer.image.width, answer.image.bytes) == (90, len(old))
+    wait_until(lambda: value(port, SAVED, by="not_modified") == 4, timeout_s=10)
+    assert value(port, SAVED, by="vector") == 0
+    if source == "http":
+        assert (http_server.hits["/known.png"], http_server.unmodified["/known.png"]) == (5, 4)
+    publish(new)
+    [changed] = post(redis_client, [reference], prefix="new")
+    assert changed.cache is None
+    assert changed.image is not None
+    assert changed.image.width == 91
+    wait_until(lambda: value(port, ROWS) == 2, timeout_s=10)

@@ -60,6 +60,10 @@ class Reply:
         """A body that ends before its told length."""
         return cls(body=data[:-missing_bytes], headers={"Content-Type": "image/jpeg"}, content_length=len(data))
 
+    def tagged(self, etag: str) -> Self:
+        """The same, with an ETag; a request that has this one gets 304 and no body."""
+        return replace(self, headers={**self.headers, "ETag": etag})
+
     def drip(self, *, chunk_bytes: int = 1, pause_s: float = 0.2) -> Self:
         """The same, a few bytes at a time."""
         return replace(self, chunk_bytes=chunk_bytes, pause_s=pause_s)
@@ -87,6 +91,8 @@ class PictureServer:
         self._replies: dict[str, list[Reply]] = {}
         self._lock = threading.Lock()
         self.hits: Counter[str] = Counter()
+        self.unmodified: Counter[str] = Counter()
+        """Requests that were answered 304."""
         self.headers: dict[str, dict[str, str]] = {}
         """The headers of the last request of each path."""
         self.busiest = 0
@@ -146,6 +152,7 @@ class PictureServer:
         with self._lock:
             self._replies.clear()
             self.hits.clear()
+            self.unmodified.clear()
             self.headers.clear()
             self.busiest = 0
 
@@ -159,7 +166,12 @@ class PictureServer:
             waiting = self._replies.get(path.partition("?")[0])
             if not waiting:
                 return Reply.error(404)
-            return waiting.pop(0) if len(waiting) > 1 else waiting[0]
+            reply = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+            etag = reply.headers.get("ETag")
+            if etag is not None and headers.get("If-None-Match") == etag:
+                self.unmodified[path] += 1
+                return Reply(status=304, headers={"ETag": etag})
+            return reply
 
     def done(self) -> None:
         """One request is out of hand. Called by the handlers."""

@@ -30,6 +30,7 @@ from shiwu_worker.policy.limits import LabelLimits
 from shiwu_worker.policy.retry import PipelineLimits, RetryPolicy
 from shiwu_worker.runtime.progress import LoadMeter, Progress
 from shiwu_worker.stages.batch import Batcher
+from shiwu_worker.stages.fetch.validators import Validator
 from tests.support.observers import RecordingObserver
 from tests.support.waiting import wait_until
 
@@ -165,7 +166,9 @@ class Parts:
         """The vector that the model gave this job."""
         return [self._vectors[job_id]]
 
-    def load(self, *ids: str, error: ErrorInfo | None = None, sha256: str = "") -> None:
+    def load(
+        self, *ids: str, error: ErrorInfo | None = None, sha256: str = "", validator: Validator | None = None
+    ) -> None:
         """Report that the images of these jobs were loaded in this order, or failed; they differ without a digest."""
         by_id = {job.id: job for job in self.in_flight.jobs()}
         tickets = {task.slot: task.ticket for task in self.tasks}
@@ -173,16 +176,19 @@ class Parts:
         for slot in [by_id[job_id].slot for job_id in ids]:
             if error is None:
                 digest = sha256 or f"{tickets[slot]:064x}"
-                results.append(Loaded(tickets[slot], slot, 1.0, 1.25, 1.75, **ABOUT, sha256=digest))
+                results.append(
+                    Loaded(tickets[slot], slot, 1.0, 1.25, 1.75, **ABOUT, sha256=digest, validator=validator)
+                )
             else:
                 results.append(LoadFailed(tickets[slot], slot, 1.0, 1.25, 1.75, error=error))
         self._on_loaded(results)
 
-    def recognise(self, job_id: str, *, sha256: str) -> None:
-        """Report that the image of this job was fetched, and not decoded."""
+    def recognise(self, job_id: str, *, sha256: str, is_modified: bool = True) -> None:
+        """Report that the image of this job was fetched, or not even that, and not decoded."""
+        n_bytes = 7 if is_modified else None
         [job] = [job for job in self.in_flight.jobs() if job.id == job_id]
         ticket = {task.slot: task.ticket for task in self.tasks}[job.slot]
-        self._on_loaded([Recognised(ticket, job.slot, 1.0, 1.25, 1.25, n_bytes=7, sha256=sha256)])
+        self._on_loaded([Recognised(ticket, job.slot, 1.0, 1.25, 1.25, n_bytes=n_bytes, sha256=sha256)])
 
     def outcome(self, job_id: str) -> Outcome:
         """The only outcome of a job."""

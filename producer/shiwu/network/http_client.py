@@ -113,9 +113,10 @@ class HttpClient:
         self._manager = _manager(access.proxy_url, threads=threads)
         self._manager.pool_classes_by_scheme = _pool_classes(self._guard)
 
-    def open(self, url: str, *, deadline_s: float) -> urllib3.BaseHTTPResponse:
-        """Send one GET; as `send`."""
-        return self.send("GET", url, deadline_s=deadline_s)
+    def open(self, url: str, *, deadline_s: float, etag: str | None = None) -> urllib3.BaseHTTPResponse:
+        """Send one GET; as `send`. With `etag` the reply may be 304 if the file is still the one with this ETag."""
+        headers = None if etag is None else {"If-None-Match": etag}
+        return self.send("GET", url, headers=headers, deadline_s=deadline_s)
 
     def send(
         self,

@@ -21,11 +21,13 @@ from shiwu_worker.loaders.protocol import (
     read_loader_frame,
 )
 from shiwu_worker.loaders.sandbox_protocol import DecoderFailed, Refused
+from shiwu_worker.stages.fetch.validators import Validator
 from tests.support.loader_options import LOADER_OPTIONS
 
 TASK = LoadTask(ticket=5, slot=2, image="https://h/p")
 LOADED = Loaded(5, 2, 2.0, 3.0, 4.0, n_bytes=9, format="PNG", width=3, height=4, sha256="0" * 64)
 RECOGNISED = Recognised(5, 2, 2.0, 3.0, 4.0, n_bytes=9, sha256="0" * 64)
+VALIDATOR = Validator('"1"', "a" * 32)
 ERROR = ErrorInfo(code=ErrorCode.SOURCE_NOT_FOUND, message="no such key", stage=Stage.FETCH)
 FAILED = LoadFailed(5, 2, 2.0, 3.0, 4.0, error=ERROR)
 
@@ -34,6 +36,14 @@ def check(result: protocol.LoadResult, *, task: LoadTask = TASK, known_images: i
     """Check a result of a task that was sent at 1 s; now it is 5 s."""
     options = LOADER_OPTIONS.model_copy(update={"known_images": known_images})
     check_result(result, task, sent_s=1.0, now_s=5.0, options=options)
+
+
+def test_file_that_is_not_modified_is_the_one_of_the_task() -> None:
+    """The loader has no bytes of it, and repeats the hash that the worker knows."""
+    task = msgspec.structs.replace(TASK, validator=VALIDATOR, sha256="0" * 64)
+    check(msgspec.structs.replace(RECOGNISED, n_bytes=None), task=task)
+    check(msgspec.structs.replace(LOADED, validator=VALIDATOR))
+    assert protocol.LOAD_TASK.decode(protocol.ENCODER.encode(task)) == task
 
 
 def test_results_come_back_as_they_were_sent() -> None:
@@ -52,6 +62,15 @@ def test_results_come_back_as_they_were_sent() -> None:
         pytest.param({"n_bytes": 0}, TASK, 1, id="no bytes"),
         pytest.param({}, msgspec.structs.replace(TASK, has_to_be_decoded=True), 1, id="pixels are needed"),
         pytest.param({}, TASK, 0, id="nothing is known"),
+        pytest.param({"n_bytes": None}, TASK, 1, id="no validator was sent"),
+        pytest.param(
+            {"n_bytes": None},
+            msgspec.structs.replace(TASK, validator=VALIDATOR, sha256="1" * 64),
+            1,
+            id="another file was known",
+        ),
+        pytest.param({"validator": Validator('W/"1"', "a" * 32)}, TASK, 1, id="weak validator"),
+        pytest.param({"validator": Validator('"1"', "https://h/p")}, TASK, 1, id="place with a URL"),
     ],
 )
 def test_recognised_image_is_believed_only_if_it_may_be_known(

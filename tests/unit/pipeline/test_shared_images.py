@@ -14,7 +14,9 @@ from shiwu.contract import Cache, ErrorCode, ErrorInfo, Lane
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.outcome import Answered, Released
 from shiwu_worker.loaders.shared_memory import KnownImages
+from shiwu_worker.pipeline.known_files import KnownFile, KnownFiles
 from shiwu_worker.pipeline.shared_images import SharedImages
+from shiwu_worker.stages.fetch.validators import Validator
 from tests.support.pipeline_stubs import Parts, make_jobs
 from tests.support.waiting import wait_until
 
@@ -207,6 +209,46 @@ def test_failed_canary_empties_the_cache(parts: Parts) -> None:
     parts.recognise("second", sha256=SAME)
     assert [outcome.job.id for outcome in parts.outcomes] == ["first"]
     assert parts.tasks[-1].has_to_be_decoded
+
+
+def test_file_is_known_while_its_vector_is_kept(parts: Parts) -> None:
+    """Then its source need not send it again; the answer has the facts of the image all the same."""
+    validator = Validator('"v1"', "a" * 32)
+    first, second, third = make_jobs("first", "second", "third")
+    parts.claims.claimed([first])
+    parts.load("first", sha256=SAME, validator=validator)
+    assert parts.outcome("first") == Answered(first)
+    parts.claims.claimed([second])
+    if not parts.max_vectors:
+        assert parts.tasks[-1].validator is None
+        return
+    assert (parts.tasks[-1].validator, parts.tasks[-1].sha256) == (validator, SAME)
+    parts.recognise("second", sha256=SAME, is_modified=False)
+    assert parts.outcome("second") == Answered(second)
+    assert (second.cache, second.image) == (Cache.VECTOR, first.image)
+    wait_until(lambda: parts.observer.saved == {"not_modified": 1}, timeout_s=10)
+    parts.claims.claimed([third])
+    parts.shared._kept.clear()
+    parts.recognise("third", sha256=SAME, is_modified=False)
+    assert parts.tasks[-1].has_to_be_decoded
+    assert parts.tasks[-1].validator is None
+    parts.load("third", sha256=SAME)
+    assert parts.outcome("third") == Answered(third)
+    assert third.cache is None
+
+
+def test_files_are_known_by_their_whole_reference() -> None:
+    """Two signatures of one URL are two references; the oldest is forgotten first."""
+    files = KnownFiles(2)
+    known = [KnownFile(Validator(f'"{number}"', "a" * 32), SAME) for number in range(3)]
+    for number, file in enumerate(known):
+        files.note(f"https://h/p?signature={number}", file)
+    assert [files.find(f"https://h/p?signature={number}") for number in range(3)] == [None, known[1], known[2]]
+    assert files.find("https://h/p") is None
+    files.note("https://h/p?signature=1", known[0])
+    files.note("https://h/p?signature=3", known[0])
+    assert files.find("https://h/p?signature=1") == known[0]
+    assert len(files) == 2
 
 
 def test_every_job_is_computed_by_itself_where_sharing_is_off() -> None:

@@ -130,6 +130,8 @@ class Job(msgspec.Struct, eq=False):
     """The job with the same image whose vector this one waits for."""
     shared_vector: NDArray[float32] | None = None
     """The unit vector (d) of its image, where another job encoded it."""
+    is_not_modified: bool = False
+    """Whether the source said that the image is the one that the worker knows, so that no bytes were moved."""
     cache: Cache | None = None
     """Where the vector came from, if another job encoded the image."""
     label_set: LabelSet | None = None

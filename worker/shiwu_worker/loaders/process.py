@@ -121,15 +121,21 @@ class LoaderProcess:
         started_s = fetched_s = time.monotonic()
         size: int | None = None
         try:
-            data = self._fetcher.fetch(task.image)
-            fetched_s, size = time.monotonic(), len(data)
+            file = self._fetcher.fetch_if_changed(task.image, task.validator)
+            fetched_s = time.monotonic()
+            if file is None:
+                self._send(Recognised(task.ticket, task.slot, started_s, fetched_s, fetched_s, task.sha256))
+                return
+            data, size = file.data, len(file.data)
+            validator = file.validator if self._shares_images else None
             format_name = accepted_format(data, self._decode_limits)
             digest = hashlib.sha256(data).hexdigest()
             may_recognise = self._shares_images and not task.has_to_be_decoded
             with self._turns.turn(digest) if may_recognise else nullcontext():
                 if may_recognise and digest in self._known_images:
                     ended_s = time.monotonic()
-                    self._send(Recognised(task.ticket, task.slot, started_s, fetched_s, ended_s, size, digest))
+                    about = (task.ticket, task.slot, started_s, fetched_s, ended_s)
+                    self._send(Recognised(*about, digest, size, validator))
                     return
                 image = self._sandbox.decode(data, number)
                 self._pixels[task.slot] = image.pixels
@@ -145,6 +151,7 @@ class LoaderProcess:
                         width=image.width,
                         height=image.height,
                         sha256=digest,
+                        validator=validator,
                     )
                 )
                 # After the frame, so that the worker hears of the image before another loader recognises it.

@@ -19,6 +19,7 @@ from shiwu.contract import ErrorCode, ErrorInfo, Lane, Stage
 from shiwu_worker.policy.access_rules import AccessRules
 from shiwu_worker.policy.limits import DecodeLimits, FetchLimits, S3Options, SandboxLimits
 from shiwu_worker.stages.decode.image_spec import ImageSpec
+from shiwu_worker.stages.fetch.validators import Validator
 
 
 class SandboxOptions(BaseModel):
@@ -81,6 +82,10 @@ class LoadTask(msgspec.Struct, frozen=True):
     """Host, bucket or kind of the source, without path and query; sources share the loader threads."""
     has_to_be_decoded: bool = False
     """Whether the pixels are needed although the worker may know the image."""
+    validator: Validator | None = None
+    """What an earlier fetch of the same reference gave; the source is asked whether it still holds."""
+    sha256: str = ""
+    """Hash of the file that had this validator."""
 
 
 class _Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -93,7 +98,7 @@ class _Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decoded_s: float
 
 
-class Loaded(_Result, frozen=True, forbid_unknown_fields=True, tag="loaded"):
+class Loaded(_Result, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="loaded"):
     """The pixels of the image are in its slot. `sha256` is the hash of its file."""
 
     n_bytes: int
@@ -101,13 +106,16 @@ class Loaded(_Result, frozen=True, forbid_unknown_fields=True, tag="loaded"):
     width: int
     height: int
     sha256: str
+    validator: Validator | None = None
 
 
-class Recognised(_Result, frozen=True, forbid_unknown_fields=True, tag="recognised"):
-    """The file was fetched and not decoded, because the worker seems to know its image. The slot must not be read."""
+class Recognised(_Result, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="recognised"):
+    """The image was not decoded, because the worker seems to know it. The slot must not be read."""
 
-    n_bytes: int
     sha256: str
+    n_bytes: int | None = None
+    """Size of the file; None if it was not fetched, because the source says that the task's validator still holds."""
+    validator: Validator | None = None
 
 
 class LoadFailed(_Result, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="failed"):
@@ -198,11 +206,14 @@ def check_result(result: LoadResult, task: LoadTask, *, sent_s: float, now_s: fl
     match result:
         case Loaded():
             _check_image(result, options)
-            _check_file(result, options)
-        case Recognised():
+            _check_file(result.n_bytes, result, options)
+        case Recognised(n_bytes=n_bytes):
             if task.has_to_be_decoded or not options.known_images:
                 raise ProtocolError("expected the pixels of an image that must be decoded")
-            _check_file(result, options)
+            if n_bytes is not None:
+                _check_file(n_bytes, result, options)
+            elif task.validator is None or result.sha256 != task.sha256:
+                raise ProtocolError("expected the hash of the file that the task names")
         case LoadFailed():
             _check_failure(result, options)
 
@@ -215,11 +226,13 @@ def _check_image(result: Loaded, options: LoaderOptions) -> None:
         raise ProtocolError("expected a format that the operator accepts")
 
 
-def _check_file(result: Loaded | Recognised, options: LoaderOptions) -> None:
-    if not 0 < result.n_bytes <= options.fetch.max_bytes:
+def _check_file(n_bytes: int, result: Loaded | Recognised, options: LoaderOptions) -> None:
+    if not 0 < n_bytes <= options.fetch.max_bytes:
         raise ProtocolError("expected a number of bytes within the limit")
     if not _SHA256.fullmatch(result.sha256):
         raise ProtocolError("expected a SHA-256 of 64 hexadecimal digits")
+    if result.validator is not None and not result.validator.is_valid:
+        raise ProtocolError("expected a strong ETag of usual length")
 
 
 def _check_failure(result: LoadFailed, options: LoaderOptions) -> None:

@@ -2,5 +2,5 @@
 
 Front door: `pipeline`, and what the service builds for it: `claimer`, `admission`, `in_flight`, `label_queue`,
 `shared_images`, `batch_executor`, `heartbeat`, `cancellations`. `observer` is what the service implements.
-`load_results` and `vector_cache` are private.
+`load_results`, `vector_cache` and `known_files` are private.
 """

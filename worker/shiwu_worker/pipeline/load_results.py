@@ -26,7 +26,7 @@ def record(result: LoadResult, job: Job) -> None:
     reference = without_query(job.request.image) if job.request is not None else None
     match result:
         case Loaded():
-            job.sha256, job.has_pixels = result.sha256, True
+            job.sha256, job.has_pixels, job.is_not_modified = result.sha256, True, False
             if reference is not None:
                 job.image = ImageInfo(
                     reference=reference,
@@ -37,7 +37,7 @@ def record(result: LoadResult, job: Job) -> None:
                     sha256=result.sha256,
                 )
         case Recognised():
-            job.sha256 = result.sha256
+            job.sha256, job.is_not_modified = result.sha256, result.n_bytes is None
             if reference is not None:
                 job.image = ImageInfo(reference=reference, bytes=result.n_bytes, sha256=result.sha256)
         case LoadFailed():

@@ -26,7 +26,8 @@ class PipelineObserver(Protocol):
         """The device encoded labels for jobs of this lane; None: of a configured set that no job waits for."""
 
     def images_saved(self, by: str, count: int) -> None:
-        """So many jobs were scored without encoding their images; `by` is a word of `Cache`."""
+        """So many jobs were scored without encoding their images; `by` is a word of `Cache`, or
+        `not_modified` if the source did not have to send the image either."""
 
     def jobs_committed(self, committed: Sequence[CommittedJob]) -> None:
         """Redis has these answers."""

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from shiwu.contract import AttemptEnd, source_of
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.job import Job, Release
@@ -127,14 +129,26 @@ class Pipeline:
         return self._stages.labels.admit(job, decision.label_set) if isinstance(decision, Admit) else decision
 
     # -------------------------------------------------------------------------------- fetch, decode
-    def _load(self, tickets: Sequence[tuple[int, Job]], *, has_to_be_decoded: bool = False) -> None:
-        self._stages.loaders.submit(
-            [
-                LoadTask(ticket, job.slot, job.request.image, job.lane, source_of(job.request.image), has_to_be_decoded)
-                for ticket, job in tickets
-                if job.request is not None
-            ]
-        )
+    def _load(self, tickets: Sequence[tuple[int, Job]]) -> None:
+        """Let the loaders fetch and decode; a source that has the same file as before need not send it."""
+        files = self._stages.shared.known_files([job for _, job in tickets])
+        tasks: list[LoadTask] = []
+        for (ticket, job), file in zip(tickets, files, strict=True):
+            if job.request is not None:
+                task = LoadTask(ticket, job.slot, job.request.image, job.lane, source_of(job.request.image))
+                if file is not None:
+                    task = msgspec.structs.replace(task, validator=file.validator, sha256=file.sha256)
+                tasks.append(task)
+        self._stages.loaders.submit(tasks)
+
+    def _load_again(self, jobs: Sequence[Job]) -> None:
+        """Load images of which the worker has neither pixels nor a vector, although it seemed to know them."""
+        tasks: list[LoadTask] = []
+        for ticket, job in self._in_flight.load_again(jobs):
+            if job.request is not None:
+                image, source = job.request.image, source_of(job.request.image)
+                tasks.append(LoadTask(ticket, job.slot, image, job.lane, source, has_to_be_decoded=True))
+        self._stages.loaders.submit(tasks)
 
     def _loaded(self, results: Sequence[LoadResult]) -> None:
         """Take the loaders' results: pixels in the slot of the job, or an error. Never blocks."""
@@ -152,6 +166,8 @@ class Pipeline:
                     ended.append(self._outcome(job, result))
                 else:
                     ready.append(job)
+                    if result.validator is not None:
+                        self._stages.shared.note_file(job, result.validator)
         self._meter.loaded(fetch_s=fetch_s, decode_s=decode_s)
         self._put(self._stages.labels.loaded(ready))
         self._finish(ended)
@@ -168,7 +184,7 @@ class Pipeline:
             if found.urgent:
                 self._stages.batcher.prefer(found.urgent)
             if found.unknown:
-                self._load(self._in_flight.load_again(found.unknown), has_to_be_decoded=True)
+                self._load_again(found.unknown)
             self._answer_known(found.known)
 
     # -------------------------------------------------------------------------------- batch, encode
@@ -267,8 +283,9 @@ class Pipeline:
             self._stages.executor.score_known(wanted)
             self._progress.mark()
             self._finish([Answered(job) if job.error is None else self._outcome(job) for job in wanted])
-            for by, count in Counter(job.cache for job in wanted).items():
-                self._observer.images_saved(str(by), count)
+            savings = Counter("not_modified" if job.is_not_modified else str(job.cache) for job in wanted)
+            for by, count in savings.items():
+                self._observer.images_saved(by, count)
 
     # -------------------------------------------------------------------------------- commit
     def _outcome(self, job: Job, result: LoadFailed | None = None) -> Outcome:

@@ -5,7 +5,8 @@ vector is known, and each is scored with its own labels. A leader that ends with
 follower. Afterwards: the vectors of the last images are kept, and a job with one of them is scored immediately.
 
 Two images are the same if the SHA-256 of their files is. One process has one model and one preprocessing, and no vector
-leaves it, so no other model or setting is mixed in. Only vectors are shared, never an error.
+leaves it, so no other model or setting is mixed in. Only vectors are shared, never an error. Each job asks for its
+own reference; a source that answers "not modified" need not send the bytes of an image whose vector is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from shiwu.contract import Cache, ImageInfo, Lane
+from shiwu_worker.pipeline.known_files import KnownFile, KnownFiles
 from shiwu_worker.pipeline.vector_cache import VectorCache
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from shiwu_worker.jobs.job import Job
     from shiwu_worker.loaders.shared_memory import KnownImages
+    from shiwu_worker.stages.fetch.validators import Validator
 
 
 class SortedJobs(NamedTuple):
@@ -56,9 +59,25 @@ class SharedImages:
         self._answerable: list[Job] = []
         """Followers whose vectors are known."""
         self._kept = VectorCache(max_vectors)
+        self._files = KnownFiles(max_vectors)
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    # -------------------------------------------------------------------------------- before and after the fetch
+    def known_files(self, jobs: Sequence[Job]) -> list[KnownFile | None]:
+        """For each job the file that its reference named before, if the vector of that image is kept."""
+        if not self._files:
+            return [None] * len(jobs)
+        with self._lock:
+            found = [self._files.find(job.request.image) if job.request is not None else None for job in jobs]
+            return [file if file is not None and file.sha256 in self._kept.rows else None for file in found]
+
+    def note_file(self, job: Job, validator: Validator) -> None:
+        """Remember the validator of the image of a job, which was fetched."""
+        with self._lock:
+            if job.request is not None and self._max_vectors and self._is_on:
+                self._files.note(job.request.image, KnownFile(validator, job.sha256))
 
     # -------------------------------------------------------------------------------- before the batch
     def sort(self, jobs: Sequence[Job]) -> SortedJobs:
@@ -159,6 +178,7 @@ class SharedImages:
             self._followers.clear()
             self._answerable.clear()
             self._kept.clear()
+            self._files.clear()
 
 
 def _describe(job: Job, image: ImageInfo | None) -> None:

@@ -39,7 +39,7 @@ BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BATCH_REASONS: Final = ("full", "free", "closing")
 DUTIES: Final = ("leases", "maintenance", "trim", "load_log", "gpu", "queue_metrics")
 LIMITS: Final = ("idle", "device", "fetch", "decode")
-SAVINGS: Final = ("joined", "vector")
+SAVINGS: Final = ("joined", "vector", "not_modified")
 _LANES: Final = tuple(lane.value for lane in Lane)
 NO_LANE: Final = "none"
 """In place of a lane: labels of configured sets that no job waits for."""

@@ -35,18 +35,20 @@ from shiwu_worker.stages.fetch.fetch_errors import (
 )
 from shiwu_worker.stages.fetch.http_replies import compression_of, is_whole
 from shiwu_worker.stages.fetch.local_files import LocalFiles
-from shiwu_worker.stages.fetch.s3.base import CHUNK, S3Limits, StoreError, is_bucket, s3_error
+from shiwu_worker.stages.fetch.s3.base import CHUNK, NotModified, S3Limits, StoreError, is_bucket, s3_error
 from shiwu_worker.stages.fetch.s3.factory import new_store
 from shiwu_worker.stages.fetch.source_pauses import SourcePauses
+from shiwu_worker.stages.fetch.validators import OWN_STORE, FetchedFile, Validator, place_of, validator_of
 
 MAX_QUICK_TRIES: Final = 3
+NOT_MODIFIED: Final = 304
 
 
 class Transport(Protocol):
     """The part of `shiwu.network.http_client.HttpClient` that the fetcher uses."""
 
-    def open(self, url: str, *, deadline_s: float) -> urllib3.BaseHTTPResponse:
-        """Send one GET without redirects or retries."""
+    def open(self, url: str, *, deadline_s: float, etag: str | None = None) -> urllib3.BaseHTTPResponse:
+        """Send one GET without redirects or retries, with If-None-Match if there is an ETag."""
         ...
 
 
@@ -78,7 +80,19 @@ class Fetcher:
         )
 
     def fetch(self, reference: str) -> bytes:
-        """Read the whole object within the total deadline.
+        """Read the whole object within the total deadline; raises as `fetch_if_changed`."""
+        file = self.fetch_if_changed(reference, None)
+        if file is None:
+            raise AssertionError("unreachable: without a validator no file is unchanged")
+        return file.data
+
+    def fetch_if_changed(self, reference: str, validator: Validator | None) -> FetchedFile | None:
+        """Read the whole object within the total deadline; None if its source says that it is the one known before.
+
+        The source is asked in any case, with all checks.
+
+        Args:
+            validator: what an earlier fetch of the same reference gave.
 
         Raises:
             Rejected: when it does not exist, is not allowed, is a folder, or is larger than the limit.
@@ -87,7 +101,7 @@ class Fetcher:
         """
         deadline_s = time.monotonic() + self._limits.total_timeout_s
         scheme = scheme_of(reference)
-        sources: dict[str, Callable[[str, float], bytes]] = {
+        sources: dict[str, Callable[[str, float, Validator | None], FetchedFile | None]] = {
             "s3": self._from_s3,
             "https": self._from_http,
             "http": self._from_http,
@@ -99,7 +113,7 @@ class Fetcher:
         for attempt in range(1, MAX_QUICK_TRIES + 1):
             began_s = time.monotonic()
             try:
-                return source(reference, deadline_s)
+                return source(reference, deadline_s, validator)
             except Unavailable as error:
                 pause_s = random.uniform(0.05, 0.15) * 2**attempt  # noqa: S311 jitter, no secret
                 is_quick = error.code is ErrorCode.SOURCE_UNAVAILABLE and error.retry_after_s is None
@@ -115,7 +129,7 @@ class Fetcher:
         raise AssertionError("unreachable")
 
     # -------------------------------------------------------------------------------- s3
-    def _from_s3(self, reference: str, deadline_s: float) -> bytes:
+    def _from_s3(self, reference: str, deadline_s: float, validator: Validator | None) -> FetchedFile | None:
         try:
             parts = split_s3(reference)
         except ValueError as error:
@@ -132,9 +146,13 @@ class Fetcher:
             raise rejected(ErrorCode.SOURCE_NOT_A_FILE, f"expected a key, got a prefix: {shown}")
         source = f"s3://{parts.bucket}"
         self._pauses.check(source)
+        etag = validator.etag_for(OWN_STORE) if validator is not None else None
         try:
-            with self._store.open(parts.bucket, parts.key, version=parts.version) as body:
-                return _uncompressed(self._read(body.read, body.length, deadline_s), shown)
+            with self._store.open(parts.bucket, parts.key, version=parts.version, etag=etag) as body:
+                data = _uncompressed(self._read(body.read, body.length, deadline_s), shown)
+                return FetchedFile(data, validator_of(body.etag, OWN_STORE))
+        except NotModified:
+            return None
         except StoreError as error:
             raise self._note_pause(source, s3_error(error, shown)) from error
 
@@ -144,28 +162,34 @@ class Fetcher:
         return error
 
     # -------------------------------------------------------------------------------- http
-    def _from_http(self, reference: str, deadline_s: float) -> bytes:
+    def _from_http(self, reference: str, deadline_s: float, validator: Validator | None) -> FetchedFile | None:
         url, shown = reference, without_query(reference)
         check_hop(url)
         for _ in range(self._limits.max_redirects + 1):
-            reply = self._request(url, shown, deadline_s)
+            place = place_of(url)
+            etag = validator.etag_for(place) if validator is not None else None
+            reply = self._request(url, shown, deadline_s, etag)
             try:
+                if reply.status == NOT_MODIFIED and etag is not None:
+                    reply.drain_conn()
+                    return None
                 if reply.status in {301, 302, 303, 307, 308} and (location := reply.headers.get("Location")):
                     url = next_hop(url, location)
                     continue
                 if not is_whole(reply.status, reply.headers.get("Content-Range")):
                     pause_s = retry_after_s(reply.headers)
                     raise self._note_pause(_host(url), bad_status(reply.status, shown, retry_after_s=pause_s))
-                return self._read_http(reply, shown, deadline_s)
+                data = self._read_http(reply, shown, deadline_s)
+                return FetchedFile(data, validator_of(reply.headers.get("ETag"), place))
             finally:
                 # After a body that was read to its end the connection can be used again; otherwise it is closed.
                 reply.release_conn() if reply.closed else reply.close()
         raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"expected at most {self._limits.max_redirects} redirects")
 
-    def _request(self, url: str, shown: str, deadline_s: float) -> urllib3.BaseHTTPResponse:
+    def _request(self, url: str, shown: str, deadline_s: float, etag: str | None) -> urllib3.BaseHTTPResponse:
         self._pauses.check(_host(url))
         try:
-            return self._http_client.open(url, deadline_s=deadline_s)
+            return self._http_client.open(url, deadline_s=deadline_s, etag=etag)
         except AddressRefused as error:
             raise refused(error, shown, is_reason_given=self._access.tells_refusals) from error
         except UnknownHost as error:
@@ -181,10 +205,10 @@ class Fetcher:
         return _uncompressed(data, shown, content_encoding=reply.headers.get("Content-Encoding"))
 
     # -------------------------------------------------------------------------------- file
-    def _from_file(self, reference: str, deadline_s: float) -> bytes:
+    def _from_file(self, reference: str, deadline_s: float, _: Validator | None) -> FetchedFile:
         try:
             with self._files.open(reference) as (file, size):
-                return _uncompressed(self._read(lambda: file.read(CHUNK), size, deadline_s), reference)
+                return FetchedFile(_uncompressed(self._read(lambda: file.read(CHUNK), size, deadline_s), reference))
         except OSError as error:
             raise job_error(
                 file_row(error), f"can't read the file ({type(error).__name__}, {error.strerror})"

@@ -44,6 +44,11 @@ class ObjectBody:
     """Returns the next bytes, as many as have arrived; empty at the end."""
     length: int | None
     """The announced length in bytes."""
+    etag: str | None = None
+
+
+class NotModified(Exception):
+    """The object is still the one with the ETag that was sent."""
 
 
 class StoreError(Exception):
@@ -113,10 +118,13 @@ class StoreDefect(StoreError):
 class ObjectStore(Protocol):
     """A client of the store. Thread-safe; tries once, because the fetcher retries within one deadline."""
 
-    def open(self, bucket: str, key: str, *, version: str | None) -> AbstractContextManager[ObjectBody]:
+    def open(
+        self, bucket: str, key: str, *, version: str | None, etag: str | None = None
+    ) -> AbstractContextManager[ObjectBody]:
         """Request one object. The same thread reads its body, inside the block.
 
         Raises:
+            NotModified: the object still has this ETag.
             StoreError: when the request fails, or reading the body.
         """
         ...

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from typing import Any, Final
 
 import boto3
@@ -33,6 +34,7 @@ from shiwu_worker.stages.fetch.http_replies import NO_BODY, is_whole
 from shiwu_worker.stages.fetch.s3.base import (
     CHUNK,
     NoCredentials,
+    NotModified,
     ObjectBody,
     S3Limits,
     StoreError,
@@ -66,9 +68,11 @@ class BotoStore:
         self._clients = ClientCache(options, limits)
 
     @contextmanager
-    def open(self, bucket: str, key: str, *, version: str | None) -> Iterator[ObjectBody]:
+    def open(self, bucket: str, key: str, *, version: str | None, etag: str | None = None) -> Iterator[ObjectBody]:
         """Request one object."""
         options = {} if version is None else {"VersionId": version}
+        if etag is not None:
+            options["IfNoneMatch"] = etag
         if self._options.requester_pays:
             options["RequestPayer"] = "requester"
         _requested.bucket = bucket
@@ -77,13 +81,19 @@ class BotoStore:
             with answer["Body"] as body:
                 _check_whole(answer)
                 # read1 and not read: the latter would wait until a chunk is complete, however slowly it arrives.
-                yield ObjectBody(lambda: body.read1(CHUNK), answer.get("ContentLength"))
+                yield ObjectBody(lambda: body.read1(CHUNK), answer.get("ContentLength"), answer.get("ETag"))
 
 
 def _get(client: Any, **parameters: str) -> Any:
     try:
         return client.get_object(**parameters)
     except UnicodeError:
+        raise
+    except ClientError as error:
+        metadata: Mapping[str, Any] = error.response
+        status = metadata.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if "IfNoneMatch" in parameters and status == HTTPStatus.NOT_MODIFIED:
+            raise NotModified from error
         raise
     except ValueError as error:  # botocore could not read a header of the reply: a date, a length
         raise StoreUnavailable(f"malformed reply, {type(error).__name__}") from error
@@ -281,7 +291,7 @@ def as_store_errors(*, has_version: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except (StoreError, JobError):
+    except (StoreError, JobError, NotModified):
         raise
     except ClientError as error:
         raise _refused(error, has_version=has_version) from error

@@ -35,6 +35,7 @@ from shiwu_worker.policy.limits import S3Options
 from shiwu_worker.stages.fetch.error_table import UNKNOWN, obstore_row
 from shiwu_worker.stages.fetch.s3.base import (
     MAX_BUCKET_CLIENTS,
+    NotModified,
     ObjectBody,
     S3Limits,
     StoreDefect,
@@ -48,6 +49,7 @@ from shiwu_worker.stages.fetch.s3.base import (
 from shiwu_worker.stages.fetch.s3.boto import ClientCache, S3Access, as_store_errors
 
 if TYPE_CHECKING:
+    from obstore import GetOptions
     from obstore.store import ClientConfig, S3Credential
 
 UNUSABLE_PROXY_URL: Final = "http://127.0.0.1:0"
@@ -88,19 +90,23 @@ class ObstoreStore:
         self._lock = threading.Lock()
 
     @contextmanager
-    def open(self, bucket: str, key: str, *, version: str | None) -> Iterator[ObjectBody]:
+    def open(self, bucket: str, key: str, *, version: str | None, etag: str | None = None) -> Iterator[ObjectBody]:
         """Request one object."""
         store = self._store(bucket)
         if key.startswith("/") or key.endswith("/"):  # otherwise obstore would request the key without the slash
             raise _wrong_key()
         with _as_store_errors(key, has_version=version is not None):
             try:
-                found = obstore.get(store, key, options=None if version is None else {"version": version})
+                found = obstore.get(store, key, options=_get_options(version, etag))
+            except NotModifiedError as error:
+                if etag is not None:
+                    raise NotModified from error
+                raise
             except (ValueError, InvalidPathError) as error:
                 raise _wrong_key() from error
             # Small chunks, so that the reader can check the deadline however slowly they arrive.
             chunks = found.stream(min_chunk_size=1)
-            yield ObjectBody(lambda: next(chunks, b""), found.meta["size"])
+            yield ObjectBody(lambda: next(chunks, b""), found.meta["size"], found.meta["e_tag"])
 
     def _store(self, bucket: str) -> S3Store:
         with self._lock, as_store_errors():
@@ -115,6 +121,15 @@ class ObstoreStore:
             if len(self._stores) > MAX_BUCKET_CLIENTS:
                 self._stores.popitem(last=False)
             return store
+
+
+def _get_options(version: str | None, etag: str | None) -> GetOptions:
+    options: GetOptions = {}
+    if version is not None:
+        options["version"] = version
+    if etag is not None:
+        options["if_none_match"] = etag
+    return options
 
 
 def _find_endpoint(access: S3Access) -> _Endpoint:
@@ -198,7 +213,7 @@ def _wrong_key() -> WrongName:
 def _as_store_errors(key: str, *, has_version: bool) -> Iterator[None]:
     try:
         yield
-    except (StoreError, JobError):
+    except (StoreError, JobError, NotModified):
         raise
     except BaseException as error:  # a Rust panic is no Exception and would end the thread
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
