@@ -62,7 +62,15 @@ def test_published_limits_are_held_to_bounds(redis_url: str, redis_client: redis
     names = ("result_ttl_s", "done_ttl_s", "dead_length", "dead_age_s", "stream_length", "stream_bytes", "dead_bytes")
     redis_client.hset(RETENTION, mapping=dict.fromkeys(names, "0"))
     limits = PublishedRetention(redis_client)()
-    assert (limits.result_ttl_s, limits.stream_length, limits.stream_bytes) == (60, 1000, 1024 * 1024)
+    assert {name: getattr(limits, name) for name in names} == {
+        "result_ttl_s": 60,
+        "done_ttl_s": 60,
+        "dead_length": 100,
+        "dead_age_s": 60,
+        "stream_length": 1000,
+        "stream_bytes": 1024 * 1024,
+        "dead_bytes": 1024 * 1024,
+    }
     redis_client.hset(RETENTION, mapping=dict.fromkeys(names, "9" * 40))
     with Client(redis_url) as client:
         assert client.cancel("job") == ["job"]

@@ -31,6 +31,13 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
         "rediss://host?ssl_cert_reqs=CERT_NONE&ssl_check_hostname=False",
         {"hosts": (("host", 6379),), "tls": {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}},
     ),
+    *(
+        (
+            f"rediss://host?ssl_check_hostname={word}",
+            {"hosts": (("host", 6379),), "tls": CHECKED | {"ssl_check_hostname": is_checked}},
+        )
+        for word, is_checked in {"true": True, "YES": True, "1": True, "false": False, "no": False, "0": False}.items()
+    ),
     ("rediss://host?ssl_cert_reqs=required", {"hosts": (("host", 6379),), "tls": CHECKED}),
     (
         "rediss://host?ssl_cert_reqs=Optional&ssl_min_version=1.3",

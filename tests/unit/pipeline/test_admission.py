@@ -138,3 +138,17 @@ def make_result(**fields: Any) -> LoadFailed:
     """What the loaders report of such a job."""
     error = ErrorInfo(code=ErrorCode.SOURCE_THROTTLED, message="busy")
     return LoadFailed(ticket=1, slot=0, started_s=0.0, fetched_s=0.0, decoded_s=0.0, error=error, **fields)
+
+
+@pytest.mark.parametrize(("due_in_s", "is_refused"), [(86_399.0, False), (86_401.0, True)])
+def test_eta_counts_from_now(*, due_in_s: float, is_refused: bool) -> None:
+    """Not from the start of this machine, which may be long ago."""
+    labels: Any = Labels()
+    limits = PipelineLimits(slots=8, max_attempts=3, longest_eta_s=86_400.0)
+    admission = Admission(limits, label_bank=labels, callback_rules=CallbackRules())
+    decision = admission.check(make_job(due_s=NOW_S + due_in_s), NOW_S)
+    if is_refused:
+        assert isinstance(decision, Reject)
+        assert decision.error.message == "expected an eta within 86400 s, got one in 86401 s"
+    else:
+        assert decision == Defer(due_in_s)
