@@ -32,7 +32,7 @@ labels: [大熊猫, 汽车, 金刚鹦鹉, 虎斑猫, 狗, 船, 宫殿, 椅子, �
 PHOTOS = ("cat.jpg", "panda.jpg", "macaw.webp", "palace.jpg", "crocodile.jpg")
 
 
-def retag(vectors: Path, *args: str, **settings: str) -> subprocess.CompletedProcess[str]:
+def retag(vectors: Path | str, *args: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """The command, as a user runs it."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("SHIWU_")} | settings
     command = [sys.executable, "-m", "shiwu_worker", "retag", "--vectors", str(vectors), *args]
@@ -135,6 +135,18 @@ def test_vectors_of_another_revision_are_refused(embedded_part: Path, tmp_path: 
     done = retag(folder, "--labels", "six-zh", "--out", str(out), "--skip-other-models")
     assert done.returncode == 0, done.stderr
     assert len(out.read_text().splitlines()) == 50
+
+
+def test_vectors_and_answers_may_be_in_a_bucket(embedded_part: Path, s3: S3Server) -> None:
+    """With the settings of a worker; the answers are those of the same part on the disk."""
+    s3.put("kept/2026/part.parquet", embedded_part.read_bytes())
+    args = ["--labels", "six-zh", "--out"]
+    done = retag(f"s3://{s3.bucket}/kept", *args, f"s3://{s3.bucket}/retagged.jsonl", **s3.env)
+    assert done.returncode == 0, done.stderr
+    body = s3.new_client().get_object(Bucket=s3.bucket, Key="retagged.jsonl")["Body"].read()
+    assert body.decode() == retag(embedded_part, *args, "-").stdout
+    done = retag(f"s3://{s3.bucket}/none/", *args, "-", **s3.env)
+    assert (done.returncode, "expected parts of vectors" in done.stderr) == (64, True)
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_each_vector_is_in_one_part(redis_url: str, redis_client: redis.Redis, t
     made = drain(redis_url, target_of(tmp_path))
     assert stored_ids(tmp_path) == expected_ids(range(40))
     assert (made.stored, made.damaged, pending(redis_client)) == (32, 0, 0)
-    parts = VectorParts(tmp_path)
+    parts = VectorParts(str(tmp_path))
     assert [len(block.vectors) for block in parts.blocks(rows=100)] == [7, 7, 7, 7, 4]
     assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
 

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from io import SEEK_SET, RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from shiwu.parts.errors import SourceError, TargetError
 
 if TYPE_CHECKING:
+    from obstore import ReadableFile
     from obstore.store import S3Store
 
 CONNECT_TIMEOUT_S: Final = 5
@@ -170,6 +172,19 @@ class Objects:
             raise SourceError(f"expected at most {MAX_SMALL_BYTES} bytes at {address}, got more")
         return raw
 
+    @contextmanager
+    def open(self, address: str) -> Iterator[RawIOBase]:
+        """One object as a file that reads any place of it, a mebibyte at a time.
+
+        Raises:
+            SourceError: it is missing or refused; also while it is read.
+        """
+        import obstore  # noqa: PLC0415 an extra
+
+        bucket, key = split_address(address)
+        with _store_errors(address, SourceError):
+            yield _ObjectFile(obstore.open_reader(self._store(bucket), key))
+
     def download(self, address: str, path: Path) -> None:
         """Write one object to a file.
 
@@ -258,6 +273,30 @@ class Objects:
             "token": frozen.token,
             "expires_at": getattr(found, "_expiry_time", None),
         }
+
+
+class _ObjectFile(RawIOBase):
+    """An object as a file of Python; obstore's own file has other types."""
+
+    def __init__(self, reader: ReadableFile) -> None:
+        self._reader = reader
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        return self._reader.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._reader.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._reader.read(len(buffer))
+        buffer[: len(found)] = memoryview(found)
+        return len(found)
 
 
 def _is_on(text: str | None) -> bool:

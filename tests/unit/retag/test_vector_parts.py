@@ -25,7 +25,7 @@ def test_blocks_hold_all_rows_in_order(tmp_path: Path) -> None:
     write_part(tmp_path / "a.parquet", vectors[:20], **OURS)
     write_part(tmp_path / "day" / "b.parquet", vectors[20:], first=20, **OURS)
     (tmp_path / ".c.parquet.tmp").write_bytes(b"half a part")
-    parts = VectorParts(tmp_path)
+    parts = VectorParts(str(tmp_path))
     blocks = list(parts.blocks(rows=7))
     assert (len(parts), parts.origins) == (25, {Origin("m", "r1"): 25})
     assert [len(block.vectors) for block in blocks] == [7, 7, 6, 5]
@@ -39,7 +39,7 @@ def test_vectors_of_other_models_are_left_out_on_request(tmp_path: Path) -> None
     theirs = write_part(tmp_path / "b.parquet", made_vectors(2, WIDTH), model="m", revision="r2", first=3)
     both = pa.concat_tables([pq.read_table(path) for path in (theirs, ours)])
     pq.write_table(both, tmp_path / "c.parquet")
-    parts = VectorParts(tmp_path)
+    parts = VectorParts(str(tmp_path))
     assert parts.origins == {Origin("m", "r1"): 6, Origin("m", "r2"): 4}
     kept = [name for block in parts.blocks(rows=100, only=Origin("m", "r1")) for name in block.texts["id"]]
     assert kept == ["id-0", "id-1", "id-2"] * 2
@@ -84,7 +84,7 @@ def test_part_with_a_defect_is_refused(tmp_path: Path, defect: str, text: str) -
     path = tmp_path / "a.parquet"
     damaged(path, defect)
     with pytest.raises(FatalError, match=text) as caught:
-        list(VectorParts(tmp_path).blocks(rows=10))
+        list(VectorParts(str(tmp_path)).blocks(rows=10))
     assert caught.value.exit_code is ExitCode.CONFIG
     assert str(path) in str(caught.value)
 
@@ -92,4 +92,4 @@ def test_part_with_a_defect_is_refused(tmp_path: Path, defect: str, text: str) -
 def test_folder_without_parts_is_refused(tmp_path: Path) -> None:
     """The error names what writes parts."""
     with pytest.raises(FatalError, match="shiwu vectors sink"):
-        VectorParts(tmp_path)
+        VectorParts(str(tmp_path))

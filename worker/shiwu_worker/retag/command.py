@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import click
@@ -19,11 +18,11 @@ from shiwu_worker.retag.options import RetagOptions
 @click.option(
     "--vectors",
     required=True,
-    type=click.Path(exists=True, path_type=Path),
-    help="Folder of Parquet parts that `shiwu vectors sink` wrote, or one part.",
+    metavar="FOLDER|FILE|s3://…",
+    help="The Parquet parts that `shiwu vectors sink` wrote, or one of them.",
 )
 @click.option("--labels", required=True, metavar="FILE|NAME", help="The new label set: a YAML file, or a worker's set.")
-@click.option("--out", required=True, metavar="FILE", help="Answers as JSON lines; - is standard output.")
+@click.option("--out", required=True, metavar="FILE|s3://…", help="Answers as JSON lines; - is standard output.")
 @click.option("--model", metavar="FOLDER|ID", help="The model of the vectors.  [default: SHIWU_MODEL]")
 @click.option(
     "--diff", metavar="FILE|NAME", help="An older label set: print for each label what changes, with examples."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from shiwu.contract import Head
 
@@ -12,11 +11,12 @@ from shiwu.contract import Head
 class RetagOptions:
     """`top_k`, `threshold`, `min_cosine` and `head` are as in a request."""
 
-    vectors: Path
+    vectors: str
+    """A folder, a file or s3://bucket/prefix/."""
     labels: str
     """A YAML file, or the name of a label set that a worker would know."""
     out: str
-    """A file of JSON lines, or - for standard output."""
+    """A file of JSON lines, also s3://bucket/key, or - for standard output."""
     model: str | None = None
     diff: str | None = None
     examples_out: str | None = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
+from shiwu.parts import Objects, SourceError, TargetError
 from shiwu.vectors import COLUMNS, VECTOR
 from shiwu_worker.errors import ExitCode, FatalError
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
     from numpy.typing import NDArray
 
+S3: Final = "s3://"
 SUFFIX: Final = ".parquet"
 MAX_NORM_ERROR: Final = 0.01
 """Of unit vectors in float16; vectors with a larger one are of another kind or damaged."""
@@ -41,20 +44,33 @@ class VectorBlock:
 
 
 class VectorParts:
-    """All parts of a folder, or one file.
+    """All parts of a folder or below s3://bucket/prefix/, or one file.
 
     Raises:
         FatalError: with ExitCode.CONFIG, there is no part, or one that cannot be read or has other columns.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._paths = sorted(path.glob(f"**/*{SUFFIX}")) if path.is_dir() else [path]
+    def __init__(self, place: str) -> None:
+        self._objects = Objects()
+        self._paths = self._find(place)
         if not self._paths:
-            raise _wrong(path, f"expected parts of vectors (*{SUFFIX}), got none; `shiwu vectors sink` writes them")
+            raise _wrong(place, f"expected parts of vectors (*{SUFFIX}), got none; `shiwu vectors sink` writes them")
         self.origins: dict[Origin, int] = {}
         """The models of all rows, with the number of their rows."""
         for part in self._paths:
             self._scan(part)
+
+    def _find(self, place: str) -> list[str]:
+        if not place.startswith(S3):
+            path = Path(place)
+            return sorted(map(str, path.glob(f"**/*{SUFFIX}"))) if path.is_dir() else [place]
+        if place.endswith(SUFFIX):
+            return [place]
+        prefix = f"{place.rstrip('/')}/"
+        try:
+            return sorted(f"{prefix}{name}" for name in self._objects.names(prefix) if name.endswith(SUFFIX))
+        except (SourceError, TargetError) as error:
+            raise _wrong(place, str(error)) from error
 
     def __len__(self) -> int:
         """How many rows all parts have."""
@@ -71,7 +87,7 @@ class VectorParts:
             FatalError: with ExitCode.CONFIG, when vectors are damaged.
         """
         for path in self._paths:
-            with _open(path) as part:
+            with self._open(path) as part:
                 for batch in _batches(path, part, rows=rows, columns=[*COLUMNS, VECTOR]):
                     block = _block(path, batch)
                     if only is not None:
@@ -79,8 +95,22 @@ class VectorParts:
                     if len(block.vectors):
                         yield block
 
-    def _scan(self, path: Path) -> None:
-        with _open(path) as part:
+    @contextmanager
+    def _open(self, path: str) -> Iterator[pq.ParquetFile]:
+        import pyarrow as pa  # noqa: PLC0415 an extra
+        import pyarrow.parquet as pq  # noqa: PLC0415 an extra
+
+        with ExitStack() as stack:
+            with _errors(path):
+                source: Any = path
+                if path.startswith(S3):
+                    source = pa.PythonFile(stack.enter_context(self._objects.open(path)), mode="r")
+                # Row groups are read as they come: with a buffer ahead, a part of another program may take all memory.
+                part = pq.ParquetFile(source, memory_map=source is path, pre_buffer=False)
+            yield stack.enter_context(part)
+
+    def _scan(self, path: str) -> None:
+        with self._open(path) as part:
             _check_columns(path, part.schema_arrow)
             for batch in _batches(path, part, rows=SCANNED_ROWS, columns=list(Origin._fields)):
                 models, revisions = (batch.column(name).to_pylist() for name in Origin._fields)
@@ -89,31 +119,32 @@ class VectorParts:
                     self.origins[origin] = self.origins.get(origin, 0) + 1
 
 
-def _wrong(path: Path, text: str) -> FatalError:
+def _wrong(path: str, text: str) -> FatalError:
     return FatalError(ExitCode.CONFIG, f"{path}: {text}")
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    import pyarrow as pa  # noqa: PLC0415 an extra
-    import pyarrow.parquet as pq  # noqa: PLC0415 an extra
-
-    try:
-        # Row groups are read as they come: with a buffer ahead, a part of another program may take all memory.
-        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
-    except (OSError, pa.ArrowException) as error:
-        raise _wrong(path, f"expected a Parquet file that can be read ({error!s:.200})") from error
-
-
-def _batches(path: Path, part: pq.ParquetFile, *, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+@contextmanager
+def _errors(path: str) -> Iterator[None]:
+    """Convert errors of the file, the store and the format."""
     import pyarrow as pa  # noqa: PLC0415 an extra
 
     try:
-        yield from part.iter_batches(rows, columns=list(columns))
-    except (OSError, pa.ArrowException) as error:
+        yield
+    except (OSError, pa.ArrowException, SourceError) as error:
         raise _wrong(path, f"expected a Parquet file that can be read ({error!s:.200})") from error
 
 
-def _check_columns(path: Path, schema: pa.Schema) -> None:
+def _batches(path: str, part: pq.ParquetFile, *, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    batches = part.iter_batches(rows, columns=list(columns))
+    while True:
+        with _errors(path):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _check_columns(path: str, schema: pa.Schema) -> None:
     import pyarrow as pa  # noqa: PLC0415 an extra
 
     for name in COLUMNS:
@@ -125,7 +156,7 @@ def _check_columns(path: Path, schema: pa.Schema) -> None:
         raise _wrong(path, f"expected a column {VECTOR} of lists of float16 with one length, got {kind}")
 
 
-def _block(path: Path, batch: pa.RecordBatch) -> VectorBlock:
+def _block(path: str, batch: pa.RecordBatch) -> VectorBlock:
     column = batch.column(VECTOR)
     numbers = column.flatten()
     if column.null_count or numbers.null_count:
