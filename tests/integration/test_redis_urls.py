@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from shiwu import Client
 from shiwu.broker.connection import connect
 from shiwu.broker.redis_errors import RedisCode, classify
 from shiwu.broker.redis_url import read_redis_url
+from shiwu.contract import Lane
 from shiwu_worker.celery_worker.callback_app import make_callback_app
 from shiwu_worker.celery_worker.worker_app import make_app
 from shiwu_worker.config.settings import Settings
+from shiwu_worker.stages.claim.notifier import LaneNotifier
 from tests.conftest import StartWorker
 from tests.support import pictures
 from tests.support.both_clients import OpenClient
@@ -125,6 +128,21 @@ def agree(open_client: OpenClient, url: str, monkeypatch: pytest.MonkeyPatch) ->
     callbacks.backend.client.close()
     for app in (callbacks, admin):
         app.close()
+
+
+@pytest.mark.parametrize("form", ["user", "socket-db", "tls", "tls-client"])
+def test_idle_worker_is_notified_by_every_kind_of_url(parts: Parts, form: str) -> None:
+    """By RESP3, with logins, sockets and TLS, whose records may hold more than one reply."""
+    url = parts.url(form)
+    with connect(url, timeout_s=5, max_connections=1, has_pushes=True) as client, connect(url, timeout_s=5) as other:
+        other.delete(*Lane.BULK.keys, *Lane.INTERACTIVE.keys)
+        notifier = LaneNotifier(client)
+        for _ in range(20):
+            assert notifier.wait(0.0) is False
+            threading.Timer(0.01, other.lpush, (Lane.BULK.queue, "message")).start()
+            assert notifier.wait(20.0) is True
+            assert other.lpop(Lane.BULK.queue) == b"message"
+        notifier.close()
 
 
 @pytest.mark.parametrize("form", FORMS)
