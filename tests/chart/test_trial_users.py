@@ -27,7 +27,7 @@ from tests.support.processes import LOOPBACK, Process, clean_environment, free_p
 from tests.support.redis_server import valkey_binary
 from tests.support.waiting import wait_until
 
-ROLES = ["admin", "producer", "client", "consumer", "backfill", "hooks", "sweep", "worker", "scaler"]
+ROLES = ["admin", "producer", "client", "consumer", "backfill", "hooks", "watcher", "sweep", "worker", "scaler"]
 DATABASE = 3
 pytestmark = pytest.mark.xdist_group(__name__)
 

@@ -18,6 +18,8 @@ from redis.exceptions import NoPermissionError
 
 from shiwu import Client, Status
 from shiwu.contract import CLAIMS, LEASES, QUEUE_SNAPSHOT, RESULT_STREAM, WORKER_STATE, Lane, result_key
+from shiwu.watch.keys import taken_key, watchers_key
+from shiwu.watch.sources.redis_list import RedisList
 from tests.support import pictures
 from tests.support.backfills import BackfillProcess, rows_of
 from tests.support.celery_client import celery_client
@@ -30,6 +32,7 @@ from tests.support.redis_users import CONFIG, CONFIG_6, users_for
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 from tests.support.webhook_receiver import Answered, WebhookReceiver
+from tests.support.watch import KEY, access_event, lines, record, run_watch, total, watch_process, write_rules
 
 pytestmark = pytest.mark.xdist_group(__name__)
 CONTROL = "/0.celery.pidbox"
@@ -138,6 +141,31 @@ def test_acl_user_can_deliver_webhooks(guarded: Guarded, tmp_path: Path) -> None
             assert process.stop() == 0
         assert guarded.refused() == []
     assert receiver.ids() == ["hooked.0"] * 3
+def test_acl_user_can_watch_events(guarded: Guarded, tmp_path: Path) -> None:
+    """Of both formats of MinIO, with what a crashed watcher took and what cannot be read: no command is refused."""
+    rules = str(write_rules(tmp_path))
+    url = guarded.url("watcher")
+    with guarded.client("admin") as admin:
+        admin.acl_log_reset()
+        admin.rpush(KEY, access_event("a.jpg"), "no JSON")
+        admin.rpush(taken_key(KEY, "crashed"), access_event("b.jpg"))
+        admin.zadd(watchers_key(KEY), {"crashed": 1})
+        listed = run_watch(url, f"{url}?key={KEY}", "--rules", rules, "--once")
+        assert run_watch(url, "--unread").stdout.count("no JSON") == 1
+        admin.hset(f"{KEY}:hash", "photos/c.jpg", json.dumps({"Records": [record("c.jpg")]}))
+        hashed = run_watch(url, f"{url}?key={KEY}:hash", "--rules", rules, "--once")
+        assert run_watch(url, f"{url}?key={KEY}:hash", "--rules", rules, "--check").exit_code == 0
+        admin.rpush(KEY, access_event("d.jpg"))
+        with guarded.client("watcher") as client:
+            source = RedisList(client, key=KEY, name="events", watcher="w")
+            source.give_back(source.take(5, wait_s=0.1))
+            assert source.take(5, wait_s=0.1)
+            assert source.take(5, wait_s=0.1) == []
+        with watch_process(url, f"{url}?key={KEY}", "--name", "running", folder=tmp_path) as running:
+            wait_until(lambda: admin.zscore(watchers_key(KEY), "running"), timeout_s=30, what="a watcher")
+            assert running.stop() == 0
+        assert guarded.refused() == []
+        assert [total(lines(ran.stdout), "enqueued") for ran in (listed, hashed)] == [2, 1], listed.output
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's result backend
@@ -154,7 +182,9 @@ def test_acl_users_can_do_their_work(guarded: Guarded, worker: WorkerProcess) ->
             assert client.cancel(later) == [later]
             with Client(guarded.url("consumer")) as consumer:
                 items = list(consumer.results(group="g", block_s=0.1, stop_when_idle=True))
-            assert {item.result.id for item in items} == {*ids, later}
+            # The jobs of the other tests here have ids that begin so.
+            found = {item.result.id for item in items if not item.result.id.startswith(("bf.", "ev."))}
+            assert found == {*ids, later}
             for item in items:
                 item.ack()
             if guarded.has_selectors:
@@ -227,6 +257,9 @@ FORBIDDEN: list[tuple[str, tuple[Any, ...]]] = [
     ("client", ("GET", "key-of-another")),
     ("consumer", ("XADD", RESULT_STREAM, "*", "id", "x")),
     ("consumer", ("XTRIM", RESULT_STREAM, "MAXLEN", 0)),
+    ("watcher", ("RPOP", LANE)),
+    ("watcher", ("LRANGE", "key-of-another", 0, -1)),
+    ("watcher", ("PUBLISH", CONTROL, "{}")),
     ("worker", ("FLUSHALL",)),
     ("worker", ("CONFIG", "SET", "maxmemory", 1)),
     ("worker", ("KEYS", "*")),
@@ -242,6 +275,16 @@ def test_acl_users_are_refused_other_commands(guarded: Guarded, user: str, comma
     """They cannot take jobs, write to Celery's control channel, or read keys of other roles."""
     with guarded.client(user) as client, pytest.raises(NoPermissionError):
         client.execute_command(*command)
+
+
+@pytest.mark.parametrize("command", ["LRANGE {} 0 -1", "LMOVE {} bucketevents RIGHT LEFT", "LTRIM {} 1 0"])
+def test_acl_watcher_takes_no_jobs(guarded: Guarded, command: str) -> None:
+    """Its commands for lists are for its own lists, where the server can pair commands and keys."""
+    with guarded.client("watcher") as client:
+        for key in (LANE, "key-of-another", "shiwu:claims"):
+            if guarded.has_selectors or key != LANE:
+                with pytest.raises(NoPermissionError):
+                    client.execute_command(*command.format(key).split())
 
 
 def test_acl_applies_inside_scripts(guarded: Guarded) -> None:
@@ -285,6 +328,7 @@ SCRIPTS = {
     "client": ["producer/shiwu/broker/scripts/commit.lua"],
     "hooks": [f"producer/shiwu/hooks/scripts/{name}.lua" for name in ("records", "add", "take", "settle", "revive")],
     "backfill": ["producer/shiwu/broker/scripts/commit.lua", "producer/shiwu/backfill/scripts/write.lua"],
+    "watcher": [f"producer/shiwu/watch/scripts/{name}.lua" for name in ("return_taken", "forget_fields")],
     "sweep": [
         f"producer/shiwu/broker/scripts/{name}.lua"
         for name in ("commit", "maintain", "move_foreign", "trim", "trim_dead", "take_late", "drop_answered")

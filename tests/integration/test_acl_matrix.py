@@ -64,6 +64,9 @@ HOSTILE: dict[str, list[tuple[Any, ...]]] = {
     "xadd": [("*", "a", "b"), (LARGEST_ID, "a", "b")],
     "xtrim": [("MAXLEN", 0)],
     "lrem": [(0, "x")],
+    "ltrim": [(1, 0)],
+    "lmove": [("shiwu.bulk", "LEFT", "RIGHT"), ("shiwu:watch:unread", "LEFT", "LEFT")],
+    "blmove": [("shiwu.bulk", "LEFT", "RIGHT", 0.01)],
     "rpop": [()],
     "xgroup|create": [("g", "$", "MKSTREAM")],
     "xgroup|delconsumer": [("g", "c")],
@@ -72,7 +75,7 @@ HOSTILE: dict[str, list[tuple[Any, ...]]] = {
     "publish": [("x",)],
 }
 """Write command → its arguments after the key."""
-EACH_BY_ITSELF = ("producer", "client", "consumer", "backfill")
+EACH_BY_ITSELF = ("producer", "client", "consumer", "backfill", "watcher")
 USERS = (*EACH_BY_ITSELF, "sweep", "worker")
 
 

@@ -8,7 +8,7 @@
 
 {{/* Users of files/redis-acl.conf, without `shiwu-`. */}}
 {{- define "shiwu.redisRoles" -}}
-{{- list "admin" "producer" "client" "consumer" "backfill" "hooks" "sweep" "worker" "scaler" | toJson -}}
+{{- list "admin" "producer" "client" "consumer" "backfill" "hooks" "watcher" "sweep" "worker" "scaler" | toJson -}}
 {{- end -}}
 
 {{- define "shiwu.redisUrl" -}}

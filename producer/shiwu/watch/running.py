@@ -72,9 +72,7 @@ def run_watcher(options: WatchOptions) -> None:
     """Watch until SIGTERM, Ctrl-C, or with `--once` until the source is empty."""
     with _errors(), ExitStack() as stack:
         rules = _rules(options)
-        stop = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
+        stop = stack.enter_context(_stopped_by_signals())
         keeper = stack.enter_context(_keeper(options))
         keeper.ping()
         reports = ConsoleReports(_open_metrics(stack, options))
@@ -147,6 +145,19 @@ def _keeper(options: WatchOptions) -> Iterator[redis.Redis]:
         yield client
     finally:
         client.close()
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set."""
+    stop = threading.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _open_metrics(stack: ExitStack, options: WatchOptions) -> WatchMetrics | None:
