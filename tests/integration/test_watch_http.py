@@ -157,7 +157,9 @@ def test_request_without_a_token_is_refused(receiver: Receiver, redis_client: re
     assert receiver.post(event(), token="", headers={"Authorization": f"Basic {TOKEN}"})[0] == 401
     assert waiting_jobs(redis_client) == []
     assert receiver.post(event(), token=OLD_TOKEN)[0] == 202
-    assert receiver.metric("shiwu_watch_requests_refused_total", status="401") == refused + 2
+    assert receiver.post(event(), token="", headers={"X-EventBridge-Signature-Token": TOKEN})[0] == 202
+    assert receiver.post(event(), token="", headers={"X-EventBridge-Signature-Token": "x"})[0] == 401
+    assert receiver.metric("shiwu_watch_requests_refused_total", status="401") == refused + 3
 
 
 def test_other_paths_and_methods_are_refused(receiver: Receiver) -> None:

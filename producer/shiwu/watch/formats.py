@@ -97,7 +97,8 @@ def _read(value: Any, *, event_id: str, depth: int) -> Iterator[Finding]:
     if isinstance(value, list):
         if not value:
             raise _Wrong("expected records, got an empty list")
-        for each in value:
+        # MinIO's documentation has a time before the records of its access format, its source has it after them.
+        for each in value[1:] if len(value) == 2 and isinstance(value[0], str) else value:
             try:
                 yield from _read(each, event_id=event_id, depth=depth + 1)
             except _Wrong as error:  # the other records may be well-formed

@@ -204,6 +204,13 @@ def test_unreadable_record_leaves_the_others() -> None:
     assert [type(each) for each in found] == [ObjectStored, Unreadable, ObjectStored]
 
 
+def test_access_event_may_begin_with_its_time() -> None:
+    """As MinIO's documentation describes it."""
+    [event] = json.loads(raw("minio_access"))
+    assert read_message(json.dumps([event["EventTime"], event["Event"]])) == RECORDED["minio_access"]
+    assert read_message(json.dumps([event["EventTime"], event["Event"][0]])) == RECORDED["minio_access"]
+
+
 def test_folder_of_a_console_is_ignored() -> None:
     """It has no bytes."""
     assert read_message(json.dumps([record("in%2F")])) == [OTHER]
