@@ -31,8 +31,8 @@ from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
 from tests.support.redis_users import CONFIG, CONFIG_6, users_for
 from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
-from tests.support.webhook_receiver import Answered, WebhookReceiver
 from tests.support.watch import KEY, access_event, lines, record, run_watch, total, watch_process, write_rules
+from tests.support.webhook_receiver import Answered, WebhookReceiver
 
 pytestmark = pytest.mark.xdist_group(__name__)
 CONTROL = "/0.celery.pidbox"
@@ -141,6 +141,8 @@ def test_acl_user_can_deliver_webhooks(guarded: Guarded, tmp_path: Path) -> None
             assert process.stop() == 0
         assert guarded.refused() == []
     assert receiver.ids() == ["hooked.0"] * 3
+
+
 def test_acl_user_can_watch_events(guarded: Guarded, tmp_path: Path) -> None:
     """Of both formats of MinIO, with what a crashed watcher took and what cannot be read: no command is refused."""
     rules = str(write_rules(tmp_path))
