@@ -16,12 +16,13 @@ import redis
 from celery import Celery, chord
 from redis.exceptions import NoPermissionError
 
-from shiwu import Client, Status
+from shiwu import Client, Status, WaitTimeout
 from shiwu.contract import CLAIMS, LEASES, QUEUE_SNAPSHOT, RESULT_STREAM, WORKER_STATE, Lane, result_key
 from shiwu.watch.keys import taken_key, watchers_key
 from shiwu.watch.sources.redis_list import RedisList
 from tests.support import pictures
 from tests.support.backfills import BackfillProcess, rows_of
+from tests.support.both_clients import open_asyncio_client
 from tests.support.celery_client import celery_client
 from tests.support.hooks import HooksProcess, commit, write_endpoints
 from tests.support.hooks import answer as hooks_answer
@@ -198,6 +199,31 @@ def test_acl_users_can_do_their_work(guarded: Guarded, worker: WorkerProcess) ->
         assert guarded.refused() == []
     assert worker.is_running
     assert '"level": "error"' not in worker.log_text()
+
+
+def test_acl_users_serve_the_asyncio_client(guarded: Guarded, worker: WorkerProcess) -> None:
+    """Its connections, its one subscription and what else it sends: the server refuses no command."""
+    with guarded.client("admin") as admin:
+        admin.acl_log_reset()
+        with (
+            open_asyncio_client(guarded.url("producer")) as producer,
+            open_asyncio_client(guarded.url("client")) as client,
+            open_asyncio_client(guarded.url("consumer")) as consumer,
+        ):
+            ids = [producer.enqueue(guarded.image, answer_by_s=60), *producer.enqueue_many([guarded.image])]
+            waited = client.wait_many(ids, timeout_s=30)
+            assert {answer.status for answer in waited.values()} == {Status.TAGGED}
+            later = client.enqueue(guarded.image, countdown_s=60)
+            with pytest.raises(WaitTimeout):
+                client.wait(later, timeout_s=2.5)
+            assert client.cancel(later) == [later]
+            read = set()
+            for item in consumer.results(group="asyncio", block_s=0.1, stop_when_idle=True):
+                read.add(item.result.id)
+                item.ack()
+            assert read >= {*ids, later}
+        assert guarded.refused() == []
+    assert worker.is_running
 
 
 def _by_celery(guarded: Guarded, admin: redis.Redis) -> None:

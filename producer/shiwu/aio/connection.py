@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
@@ -93,11 +94,33 @@ async def _greet(connection: Any) -> None:
     Raises:
         NotOneServer: the greeting of the server names cluster or sentinel mode.
     """
-    # redis-py's health check would send a PING first, and call this function again where a login is missing.
-    await connection.on_connect_check_health(check_health=False)
-    await connection.send_command("HELLO", check_health=False)
-    greeting: Any = None
-    # A proxy may not pass it on.
-    with suppress(redis.ResponseError):
-        greeting = await connection.read_response()
+    with _recorded_replies(connection) as replies:
+        # redis-py's health check would send a PING first, and call this function again where a login is missing.
+        await connection.on_connect_check_health(check_health=False)
+    greeting = next((reply for reply in replies if isinstance(reply, dict)), None)
+    # redis-py before version 8 logs in without HELLO, so it is sent here. It is not sent twice: the user may lack the
+    # right for it after the login, and the server would log that.
+    if greeting is None:
+        await connection.send_command("HELLO", check_health=False)
+        # A proxy may not pass it on.
+        with suppress(redis.ResponseError):
+            greeting = await connection.read_response()
     check_greeting(greeting)
+
+
+@contextmanager
+def _recorded_replies(connection: Any) -> Iterator[list[Any]]:
+    """What the connection reads meanwhile. redis-py's asyncio connection does not keep the greeting of its login."""
+    replies: list[Any] = []
+    read = connection.read_response
+
+    async def read_and_record(*args: Any, **options: Any) -> Any:
+        reply = await read(*args, **options)
+        replies.append(reply)
+        return reply
+
+    connection.read_response = read_and_record
+    try:
+        yield replies
+    finally:
+        connection.read_response = read

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import suppress
+from contextvars import Context
 
 import redis
 import redis.asyncio
@@ -95,8 +95,7 @@ class Waiter:
         """End the task, close its connection, and let all waits raise redis.ConnectionError."""
         if self._task is not None:
             self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait([self._task])
         await self._subscription.close()
         self._end_all(redis.ConnectionError("the client was closed during the wait"))
 
@@ -126,7 +125,8 @@ class Waiter:
         self._unlooked[wait] = None
         self._interrupt()
         if self._task is None:
-            self._task = asyncio.create_task(self._serve(), name="shiwu-waiter")
+            # Without the context of the call that happens to be the first, as its trace.
+            self._task = asyncio.create_task(self._serve(), name="shiwu-waiter", context=Context())
 
     def _remove(self, wait: _Wait) -> None:
         """Forget a call that ends, with what it still waits for."""

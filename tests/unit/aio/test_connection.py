@@ -15,21 +15,25 @@ from shiwu.broker.redis_errors import ConnectionsBusy, NotOneServer
 
 
 @pytest.mark.parametrize(
-    ("reply", "mode"),
+    ("is_greeted", "reply", "mode"),
     [
-        ({b"mode": b"standalone"}, None),
-        ([b"server", b"redis", b"mode", b"standalone"], None),
-        (redis.ResponseError("unknown command"), None),
-        ({b"mode": b"cluster"}, "cluster"),
-        ([b"mode", b"sentinel"], "sentinel"),
+        (False, {b"mode": b"standalone"}, None),
+        (False, [b"server", b"redis", b"mode", b"standalone"], None),
+        (False, redis.ResponseError("unknown command"), None),
+        (False, {b"mode": b"cluster"}, "cluster"),
+        (False, [b"mode", b"sentinel"], "sentinel"),
+        (True, {b"mode": b"standalone"}, None),
+        (True, {b"mode": b"cluster"}, "cluster"),
     ],
 )
-def test_cluster_and_sentinel_are_refused(reply: Any, mode: str | None) -> None:
-    """By their greeting, after the login; a proxy without HELLO is accepted."""
+def test_cluster_and_sentinel_are_refused(is_greeted: bool, reply: Any, mode: str | None) -> None:
+    """By the greeting of their login, or of a HELLO after it; a proxy without HELLO is accepted."""
     done: list[Any] = []
 
     async def login(*, check_health: bool) -> None:
         done.append(check_health)
+        if is_greeted:
+            await connection.read_response()
 
     async def send(*command: str, check_health: bool) -> None:
         done.append((command, check_health))
@@ -46,7 +50,8 @@ def test_cluster_and_sentinel_are_refused(reply: Any, mode: str | None) -> None:
         with pytest.raises(NotOneServer) as caught:
             asyncio.run(_greet(connection))
         assert caught.value.mode == mode
-    assert done == [False, (("HELLO",), False)]
+    assert done == [False, *([] if is_greeted else [(("HELLO",), False)])]
+    assert connection.read_response is read
 
 
 @pytest.mark.parametrize(
