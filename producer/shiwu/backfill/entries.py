@@ -70,6 +70,7 @@ class JobMaker:
         self._base = parse_request({**fields, "image": ANY_IMAGE})
         self.shared = self._base.model_dump(exclude_defaults=True, exclude={"image"}, mode="json")
         """The fields that differ from their defaults."""
+        self._has_many_fields = isinstance(self._base.labels, tuple)
         self._salt = to_json(self.shared)
 
     def make(self, entry: Entry) -> Job:
@@ -96,7 +97,9 @@ class JobMaker:
         Raises:
             RequestError: the reference or the metadata are invalid.
         """
-        # The shared fields are checked once: a thousand labels would take longer than the rest of the entry.
+        if not self._has_many_fields:
+            return parse_request({**self.shared, "image": record.image, "metadata": record.metadata})
+        # These are checked once: a thousand labels would take longer than the rest of the entry.
         own = parse_request({"image": record.image, "metadata": record.metadata})
         return self._base.model_copy(update={"image": own.image, "metadata": own.metadata})
 

@@ -8,7 +8,7 @@ the copies. So no entry is skipped, and none is read twice.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import redis
@@ -189,7 +189,8 @@ class Feeder:
     def _answered_before(self, ids: list[str]) -> list[str]:
         if not self._is_answered_skipped or not ids:
             return []
-        return self._state.when_available(lambda: answered_before(self._redis, ids))
+        is_thorough = self._pace.is_missing_only
+        return self._state.when_available(lambda: answered_before(self._redis, ids, is_thorough=is_thorough))
 
     # -------------------------------------------------------------------------------- sending
     def _try_send(self) -> bool:
@@ -217,8 +218,19 @@ class Feeder:
             self._state.note(Change({"sent_portion": str(self._portion)}))
 
 
-def answered_before(client: redis.Redis, ids: list[str]) -> list[str]:
-    """Those of the ids that have an answer, or the mark of one that is no longer kept."""
-    found: Any = client.mget([*map(done_key, ids), *map(result_key, ids)])
-    pairs = zip(ids, found, found[len(ids) :], strict=False)
-    return [job_id for job_id, mark, result in pairs if mark is not None or result is not None]
+def answered_before(client: redis.Redis, ids: Sequence[str], *, is_thorough: bool) -> list[str]:
+    """Those of the ids that have the mark of an answer.
+
+    Args:
+        is_thorough: also those with an answer that is kept longer than its mark.
+    """
+    found = _with_value(client, {done_key(job_id): job_id for job_id in ids})
+    if is_thorough and (rest := set(ids).difference(found)):
+        found += _with_value(client, {result_key(job_id): job_id for job_id in rest})
+    return found
+
+
+def _with_value(client: redis.Redis, ids: Mapping[str, str]) -> list[str]:
+    """The ids whose keys have a value."""
+    values: Any = client.mget(list(ids))
+    return [job_id for job_id, value in zip(ids.values(), values, strict=True) if value is not None]

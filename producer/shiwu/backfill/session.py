@@ -105,7 +105,7 @@ class Session:
         maker = JobMaker(name, plan.fields)
         source = self._open_source(plan)
         try:
-            ask = (lambda ids: answered_before(self.redis, ids)) if pace.is_missing_only else None
+            ask = (lambda ids: answered_before(self.redis, ids, is_thorough=True)) if pace.is_missing_only else None
             return dry_run(plan, source, maker, answered_before=ask)
         finally:
             source.close()
