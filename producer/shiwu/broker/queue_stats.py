@@ -161,15 +161,28 @@ class QueueSnapshot(msgspec.Struct, frozen=True):
 def shared_snapshot(client: redis.Redis, *, max_age_s: float) -> QueueSnapshot:
     """The newest snapshot in Redis, or a new one where that is older than `max_age_s`."""
     now_ms = server_time_ms(client)
+    known = kept_snapshot(client)
+    if known is not None and 0 <= now_ms - known.at_ms < max_age_s * 1000:
+        return known
+    # Without a lock: a worker that asks during the count gets the old snapshot or counts too.
+    snapshot = count_snapshot(client, now_ms=now_ms)
+    client.set(QUEUE_SNAPSHOT, msgspec.json.encode(snapshot), px=max(1, int(max_age_s * 1000)))
+    return snapshot
+
+
+def kept_snapshot(client: redis.Redis) -> QueueSnapshot | None:
+    """The newest snapshot in Redis, of whatever age; None where there is none that this version can read."""
     kept: Any = client.get(QUEUE_SNAPSHOT)
     if kept is not None:
         with contextlib.suppress(msgspec.MsgspecError):
-            known = _SNAPSHOT.decode(kept)
-            if 0 <= now_ms - known.at_ms < max_age_s * 1000:
-                return known
-    # Without a lock: a worker that asks during the count gets the old snapshot or counts too.
+            return _SNAPSHOT.decode(kept)
+    return None
+
+
+def count_snapshot(client: redis.Redis, *, now_ms: float) -> QueueSnapshot:
+    """Count the queues now; about 25 commands."""
     state = read_state(client)
-    snapshot = QueueSnapshot(
+    return QueueSnapshot(
         at_ms=now_ms,
         waiting=state.waiting,
         claimed=state.claimed,
@@ -179,8 +192,6 @@ def shared_snapshot(client: redis.Redis, *, max_age_s: float) -> QueueSnapshot:
         dead=state.dead,
         answered=state.counters.get("answered", 0),
     )
-    client.set(QUEUE_SNAPSHOT, msgspec.json.encode(snapshot), px=max(1, int(max_age_s * 1000)))
-    return snapshot
 
 
 def _oldest_steps() -> Steps[dict[Lane, float]]:

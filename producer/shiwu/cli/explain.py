@@ -13,10 +13,11 @@ import msgspec
 from pydantic_core import to_json
 
 from shiwu.cli.base import Exit, main
-from shiwu.cli.terminal import echo_data, echo_json
+from shiwu.cli.terminal import echo_data, echo_json, span_text
 from shiwu.client.client import Client
-from shiwu.client.job_report import JobReport, JobState, UsualTime
+from shiwu.client.job_report import JobReport, JobState
 from shiwu.client.results import TagResult
+from shiwu.client.usual_times import UsualTime
 from shiwu.contract import Attempt, Timing, without_query
 
 BAR: Final = 24
@@ -78,7 +79,7 @@ def report_lines(report: JobReport) -> Iterator[str]:
     if report.image is not None:
         yield f"  image {without_query(report.image)}"
     if report.sent_ms is not None and result is None:
-        yield f"  enqueued {_clock(report.sent_ms)}, {_span(report.now_ms - report.sent_ms)} ago"
+        yield f"  enqueued {_clock(report.sent_ms)}, {span_text(report.now_ms - report.sent_ms)} ago"
     yield from map("  {}".format, _notes(report))
     for attempt in report.history:
         yield f"  before: {_attempt(attempt)}"
@@ -131,7 +132,7 @@ def _attempt(attempt: Attempt) -> str:
         parts.append(f"in {attempt.stage}")
     parts.append(f"ended {_time(attempt.at)}")
     if attempt.pause is not None:
-        parts.append(f"then a pause of {_span(attempt.pause)}")
+        parts.append(f"then a pause of {span_text(attempt.pause)}")
     return ", ".join(parts)
 
 
@@ -151,8 +152,8 @@ def _receipt(report: JobReport, result: TagResult) -> Iterator[str]:
         value = getattr(result.timing, name)
         share = value / total if total else 0.0
         bar = "#" * round(share * BAR)
-        yield f"{name:<8}{_span(value):>10}  {share:>4.0%} {bar:<{BAR}}{_usual_text(report.usual.get(name))}"
-    yield f"{'total':<8}{_span(total):>10}  {'':>4} {'':<{BAR}}{_usual_text(report.usual.get('total'))}"
+        yield f"{name:<8}{span_text(value):>10}  {share:>4.0%} {bar:<{BAR}}{_usual_text(report.usual.get(name))}"
+    yield f"{'total':<8}{span_text(total):>10}  {'':>4} {'':<{BAR}}{_usual_text(report.usual.get('total'))}"
     yield from _reason(report, result)
 
 
@@ -175,21 +176,11 @@ def _reason(report: JobReport, result: TagResult) -> Iterator[str]:
 
 
 def _usual_text(usual: UsualTime | None) -> str:
-    return "" if usual is None else f"  usual p50 {_span(usual.p50)}, p95 {_span(usual.p95)}"
-
-
-def _span(ms: float) -> str:
-    """A duration for people."""
-    if ms < 1000:
-        return f"{ms:.1f} ms" if ms < 10 else f"{ms:.0f} ms"
-    seconds = ms / 1000
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return "" if usual is None else f"  usual p50 {span_text(usual.p50)}, p95 {span_text(usual.p95)}"
 
 
 def _until(at_ms: float | None, report: JobReport) -> str:
-    return _span(max(0.0, (at_ms or report.now_ms) - report.now_ms))
+    return span_text(max(0.0, (at_ms or report.now_ms) - report.now_ms))
 
 
 def _clock(at_ms: float | None) -> str:

@@ -59,6 +59,16 @@ def _is_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
+def span_text(ms: float) -> str:
+    """A duration in milliseconds for people: `8.2 ms`, `41 ms`, `1.5 s`, `3 min`, `2.1 h`."""
+    if ms < 1000:
+        return f"{ms:.1f} ms" if ms < 10 else f"{ms:.0f} ms"
+    seconds = ms / 1000
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row of a table and the lines of text below it."""

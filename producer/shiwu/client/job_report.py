@@ -13,6 +13,7 @@ from shiwu.broker.message_ids import find_id
 from shiwu.broker.message_reader import Envelope, read_message
 from shiwu.broker.steps import Steps
 from shiwu.client.results import TagResult, read_answer, read_result
+from shiwu.client.usual_times import UsualTime, usual_times
 from shiwu.contract import (
     ATTEMPTS,
     CANVAS_DUE,
@@ -29,6 +30,7 @@ from shiwu.contract import (
     Attempt,
     Lane,
     RequestError,
+    Timing,
     done_key,
     result_key,
 )
@@ -62,14 +64,6 @@ class JobState(StrEnum):
     """The id belongs to another Celery task."""
     UNKNOWN = "unknown"
     """Nothing is known of the id: never enqueued, or answered so long ago that its mark has expired too."""
-
-
-@dataclass(frozen=True, slots=True)
-class UsualTime:
-    """Milliseconds of a stage in the newest answers."""
-
-    p50: float
-    p95: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,30 +279,20 @@ def _read_result(raw: bytes | None) -> tuple[TagResult | None, bool]:
 
 def _usual_steps(result: TagResult) -> Steps[tuple[dict[str, UsualTime], int]]:
     """The usual times of answers with the same status and lane."""
-    times: dict[str, list[float]] = {}
+    timings: list[Timing] = []
     end, seen = "+", 0
     while seen < SAMPLE:
         entries = yield _newest_call(end)
         for _, fields in entries:
             other = read_answer(fields.get(b"answer", b""), job_id="")
             if other.status == result.status and other.lane == result.lane and other.id != result.id:
-                for name in other.timing.__struct_fields__:
-                    if (value := getattr(other.timing, name)) is not None:
-                        times.setdefault(name, []).append(value)
+                timings.append(other.timing)
         seen += len(entries)
         if len(entries) < SAMPLE_PAGE:
             break
         end = f"({entries[-1][0].decode()}"
-    sample = max(map(len, times.values()), default=0)
-    return {
-        name: UsualTime(_percentile(values, 0.5), _percentile(values, 0.95)) for name, values in times.items()
-    }, sample
+    return usual_times(timings), len(timings)
 
 
 def _newest_call(end: str) -> Any:
     return lambda client: client.xrevrange(RESULT_STREAM, end, "-", count=SAMPLE_PAGE)
-
-
-def _percentile(values: Sequence[float], share: float) -> float:
-    """The nearest-rank percentile of at least one value."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
