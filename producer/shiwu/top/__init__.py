@@ -1,0 +1,6 @@
+"""A live view of the service: the command `shiwu top`. Needs the extra `top`, except for `--once` and `--json`.
+
+Front door: `command`.
+"""
+
+__all__: list[str] = []

@@ -1,0 +1,101 @@
+"""The command `shiwu top`. Imports nothing that takes time before the command runs."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from shiwu.cli.base import Exit
+from shiwu.cli.params import Seconds
+from shiwu.client.client import Client
+
+if TYPE_CHECKING:
+    from shiwu.top.reader import LookReader
+
+TIMEOUT_S: Final = 2.0
+"""How long one command of Redis may take before the view says that Redis is away."""
+MIN_INTERVAL_S: Final = 2.0
+"""With it a view sends less than five commands a second."""
+
+
+@click.command()
+@click.option("--once", "is_once", is_flag=True, help="Print one look as tables, and exit.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print each look as a line of JSON until Ctrl-C; with --once one."
+)
+@click.option("--read-only", "is_read_only", is_flag=True, help="Offer no requeue.")
+@click.option(
+    "--every",
+    "every_s",
+    type=Seconds(least_s=MIN_INTERVAL_S),
+    default=MIN_INTERVAL_S,
+    show_default=True,
+    help="Seconds between two looks.",
+)
+@click.pass_obj
+def top(client: Client, /, *, is_once: bool, is_json: bool, is_read_only: bool, every_s: float) -> None:
+    """Watch lanes, stages, workers and failures live.
+
+    Keys: 1 to 5 show one part alone, Enter lists the dead letters of a code, r requeues them after a question, /
+    filters, q quits. Needs a Redis user that may read lanes, answers and workers, as shiwu-admin.
+    """
+    from shiwu.broker.connection import connect  # noqa: PLC0415 the command imports light
+    from shiwu.client.calls import ClientOptions  # noqa: PLC0415
+    from shiwu.top.reader import LookReader  # noqa: PLC0415
+
+    url = click.get_current_context().find_root().params["redis_url"]
+    options = ClientOptions.read(url, max_waiting=1, timeout_s=TIMEOUT_S, max_connections=2)
+    with connect(
+        options.redis_url, timeout_s=TIMEOUT_S, max_connections=options.max_connections, client_name="shiwu-top"
+    ) as connection:
+        reader = LookReader(connection)
+        if is_json:
+            _print_json(reader, is_once=is_once, every_s=every_s)
+        elif is_once:
+            from shiwu.top.once import print_look  # noqa: PLC0415
+
+            print_look(reader.read())
+        else:
+            _show(client, reader, where=_where(options.redis_url), is_read_only=is_read_only, every_s=every_s)
+
+
+def _print_json(reader: LookReader, *, is_once: bool, every_s: float) -> None:
+    import msgspec  # noqa: PLC0415
+
+    from shiwu.cli.terminal import echo_json  # noqa: PLC0415
+
+    if is_once:
+        echo_json(msgspec.json.encode(reader.read()))
+        return
+    pause = threading.Event()
+    try:
+        while True:
+            echo_json(msgspec.json.encode(reader.look()))
+            pause.wait(every_s)
+    except KeyboardInterrupt:
+        sys.exit(int(Exit.OK))
+
+
+def _show(client: Client, reader: LookReader, *, where: str, is_read_only: bool, every_s: float) -> None:
+    if find_spec("textual") is None:
+        text = "top needs textual: run `pip install '.[top]'` in a clone of shiwu, or use --once or --json"
+        raise click.UsageError(text)
+    if not sys.stdout.isatty():
+        raise click.UsageError("expected a terminal; use --once or --json in a pipe or a file")
+    from shiwu.top.app import TopApp  # noqa: PLC0415 Textual is an extra
+
+    requeue = None if is_read_only else client.requeue
+    TopApp(reader, requeue, where=where, every_s=every_s).run()
+
+
+def _where(url: str) -> str:
+    """Host and database, without the login."""
+    from shiwu.broker.redis_url import read_redis_url  # noqa: PLC0415
+
+    address = read_redis_url(url)
+    hosts = ",".join(f"{host}:{port}" for host, port in address.hosts) or address.socket_path
+    return f"{hosts}/{address.primary or address.database}"
