@@ -1,4 +1,4 @@
-# The producer's side: the command `shiwu` and `from shiwu import Client`, without torch.
+# The producer's side: the commands `shiwu` and `shiwu-hooks`, and `from shiwu import Client`, without torch.
 #
 #   docker build -f docker/producer.Dockerfile -t shiwu-producer .
 #
@@ -10,7 +10,7 @@ FROM ${PYTHON_IMAGE} AS requirements
 WORKDIR /asked
 COPY constraints.txt pyproject.toml ./
 COPY docker/requirements.py docker/
-RUN python3 docker/requirements.py metrics > requirements.txt \
+RUN python3 docker/requirements.py metrics hooks > requirements.txt \
  && python3 docker/requirements.py --build-system > build-requirements.txt
 
 FROM ${PYTHON_IMAGE} AS libraries

@@ -64,6 +64,18 @@ ALL_ON: dict[str, Any] = {
     "sweep": {"username": "shiwu-sweep", "passwordKey": "sweep"},
     "test": {"username": "shiwu-client", "passwordKey": "client"},
     "producer": {"enabled": True, "references": ["s3://pictures/a.jpg"]},
+    "hooks": {
+        "enabled": True,
+        "endpoints": [
+            {"name": "orders", "url": "https://shop.example.org/tags", "secret_file": "orders", "on": ["tagged"]},
+        ],
+        "urls": {"secret_file": "urls"},
+        "existingSecret": "hooks-secrets",
+        "args": ["--in-flight", "4"],
+        "extraEnv": [{"name": "SHIWU_ALLOW_HOSTS", "value": "shop.internal:8080"}],
+        "username": "shiwu-hooks",
+        "passwordKey": "hooks",
+    },
     "networkPolicy": {"s3Peers": [{"podSelector": {}}], "metricsFrom": [{"namespaceSelector": {}}]},
     "monitoring": {
         "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
@@ -106,6 +118,14 @@ WRONG: dict[str, tuple[dict[str, Any], str | list[str]]] = {
     "no image of the sweep": (
         {"sweep": {"image": {"repository": ""}}},
         "sweep.image.repository: expected the producer's image as your cluster pulls it",
+    ),
+    "hooks without endpoints": (
+        {"hooks": {"enabled": True, "existingSecret": "s"}},
+        "hooks.endpoints: expected endpoints",
+    ),
+    "hooks without secrets": (
+        {"hooks": {"enabled": True, "urls": {"secret_file": "urls"}}},
+        "hooks.existingSecret: expected a Secret",
     ),
     "unknown key": (
         {"worker": {"replica": 2}},

@@ -221,6 +221,7 @@ def test_each_part_uses_its_own_redis_user(newest: Helm) -> None:
     assert found == {
         "worker": ("shiwu-worker", "password"),
         "sweep": ("shiwu-sweep", "sweep"),
+        "hooks": ("shiwu-hooks", "hooks"),
         "producer": ("shiwu-worker", "password"),
         "test-answer": ("shiwu-client", "client"),
     }
@@ -233,6 +234,7 @@ def test_each_part_may_have_its_own_url(newest: Helm) -> None:
         "redis": redis,
         "autoscaling": {},
         "sweep": {"urlKey": "sweep-url"},
+        "hooks": ALL_ON["hooks"] | {"urlKey": "hooks-url"},
         "test": {"urlKey": "test-url"},
     }
     found = {}
@@ -240,7 +242,13 @@ def test_each_part_may_have_its_own_url(newest: Helm) -> None:
         source = variables(spec["containers"][0])["SHIWU_REDIS_URL"]["secretKeyRef"]
         assert source["name"] == "s"
         found[where.rpartition("shiwu-")[2]] = source["key"]
-    assert found == {"worker": "url", "sweep": "sweep-url", "producer": "url", "test-answer": "test-url"}
+    assert found == {
+        "worker": "url",
+        "sweep": "sweep-url",
+        "hooks": "hooks-url",
+        "producer": "url",
+        "test-answer": "test-url",
+    }
 
 
 def test_redis_is_reached_at_its_peers_alone(newest: Helm) -> None:

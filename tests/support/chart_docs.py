@@ -110,6 +110,11 @@ _FORMS: Final[Mapping[str, dict[str, Any]]] = {
     "autoscaling.hpa.minReplicas": _SOME,
     "sweep.everyS": _SECONDS,
     "sweep.metrics.port": _PORT,
+    "hooks.replicas": _COUNT,
+    "hooks.endpoints": {"type": "array", "items": {"type": "object", "required": ["name", "url", "secret_file"]}},
+    "hooks.urls": _FREE,
+    "hooks.args": _STRINGS,
+    "hooks.metrics.port": _PORT,
     "*.nodeSelector": _WORDS,
     "producer.lane": {"enum": ["interactive", "bulk"]},
     "producer.references": {

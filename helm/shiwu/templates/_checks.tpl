@@ -23,8 +23,14 @@
 {{- if not $v.worker.image.repository -}}
 {{- $wrong = append $wrong (printf "worker.image.repository: expected the worker's image as your cluster pulls it, such as registry.example/shiwu-worker%s, got none: no registry has images of shiwu, `make images` builds them (docs/images.md), and you push them" (eq $v.worker.device "cpu" | ternary "-cpu" "")) -}}
 {{- end -}}
-{{- if and (not $v.sweep.image.repository) (or $v.sweep.enabled $v.producer.enabled $v.test.enabled) -}}
+{{- if and (not $v.sweep.image.repository) (or $v.sweep.enabled $v.producer.enabled $v.hooks.enabled $v.test.enabled) -}}
 {{- $wrong = append $wrong "sweep.image.repository: expected the producer's image as your cluster pulls it, such as registry.example/shiwu-producer, got none: the sweep, the producer's CronJob and `helm test` run it" -}}
+{{- end -}}
+{{- if and $v.hooks.enabled (not (or $v.hooks.endpoints $v.hooks.urls)) -}}
+{{- $wrong = append $wrong "hooks.endpoints: expected endpoints, or hooks.urls, got neither" -}}
+{{- end -}}
+{{- if and $v.hooks.enabled (not $v.hooks.existingSecret) -}}
+{{- $wrong = append $wrong "hooks.existingSecret: expected a Secret with the files that secret_file names, got none" -}}
 {{- end -}}
 {{- if and $v.autoscaling.keda.enabled $v.autoscaling.hpa.enabled -}}
 {{- $wrong = append $wrong "autoscaling: expected keda or hpa, got both enabled: two autoscalers would fight over one Deployment" -}}

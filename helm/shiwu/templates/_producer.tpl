@@ -9,7 +9,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* A pod of the command `shiwu`; role and access say as which Redis user: (dict … "role" "sweep" "access" .Values.sweep). */}}
+{{/* A pod of the command `shiwu`, or of .program; role and access say as which Redis user: (dict … "role" "sweep" "access" .Values.sweep). */}}
 {{- define "shiwu.producerPod" -}}
 {{- $root := .root -}}
 {{- $v := $root.Values -}}
@@ -31,7 +31,7 @@ containers:
     image: {{ include "shiwu.image" (dict "root" $root "image" $v.sweep.image) }}
     imagePullPolicy: {{ $v.sweep.image.pullPolicy }}
     securityContext: {{- toYaml $v.securityContext | nindent 6 }}
-    command: [tini, --, shiwu]
+    command: [tini, --, {{ .program | default "shiwu" }}]
     args: {{- toYaml .args | nindent 6 }}
     {{- with .port }}
     ports: [{name: http, containerPort: {{ . }}, protocol: TCP}]
@@ -39,11 +39,17 @@ containers:
     env:
       {{- include "shiwu.redisEnv" (dict "root" $root "role" .role "username" .access.username "passwordKey" .access.passwordKey "urlKey" .access.urlKey) | trim | nindent 6 }}
       - {name: HOME, value: /tmp}
+      {{- with .extraEnv }}
+      {{- tpl (toYaml .) $root | nindent 6 }}
+      {{- end }}
     resources: {{- toYaml .resources | nindent 6 }}
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
       {{- with .references }}
       - {name: references, mountPath: /etc/shiwu/references, readOnly: true}
+      {{- end }}
+      {{- if .hooks }}
+      - {name: endpoints, mountPath: /etc/shiwu/hooks, readOnly: true}
       {{- end }}
       {{- include "shiwu.redisMount" $root | nindent 6 }}
 volumes:
@@ -52,6 +58,14 @@ volumes:
   {{- with .references }}
   - name: references
     configMap: {name: {{ . }}}
+  {{- end }}
+  {{- with .hooks }}
+  # The secrets lie beside the file that names them.
+  - name: endpoints
+    projected:
+      sources:
+        - configMap: {name: {{ include "shiwu.fullname" $root }}-hooks}
+        - secret: {name: {{ .existingSecret }}}
   {{- end }}
   {{- include "shiwu.redisVolume" $root | nindent 2 }}
 {{- end -}}
