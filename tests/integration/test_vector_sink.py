@@ -21,12 +21,20 @@ from shiwu.parts import Objects, Target, TargetError, open_target
 from shiwu.vectors import sink as sink_module
 from shiwu.vectors.sink import CONSUMER, TEMPORARY, VectorSink, check_alone
 from shiwu_worker.retag.vector_parts import VectorParts
-from tests.support.processes import Process, clean_environment
+from tests.support.processes import clean_environment
+from tests.support.redis_server import RedisServer, valkey_binary
+from tests.support.redis_users import users_for
 from tests.support.servers import S3Server
-from tests.support.vector_answers import WIDTH, add_answers, answer_of, expected_ids, stored_ids
+from tests.support.vector_answers import (
+    GROUP,
+    WIDTH,
+    add_answers,
+    answer_of,
+    expected_ids,
+    sink_process,
+    stored_ids,
+)
 from tests.support.waiting import wait_until
-
-GROUP = "vectors"
 
 
 def pending(client: redis.Redis) -> int:
@@ -160,17 +168,10 @@ def test_parts_go_to_a_bucket(
     assert stored_ids(tmp_path) == expected_ids(range(20))
 
 
-def start_sink(url: str, folder: Path, out: Path, *args: str) -> Process:
-    """The command as a process of its own."""
-    command = [sys.executable, "-m", "shiwu.cli", "--redis-url", url, "vectors", "sink"]
-    command += ["--group", GROUP, "--out", str(out), *args]
-    return Process(command, folder=folder, name="sink", env=clean_environment({}))
-
-
 def test_sigterm_completes_the_part(redis_url: str, redis_client: redis.Redis, tmp_path: Path) -> None:
     """Exit code 0, everything acknowledged."""
     add_answers(redis_client, *(answer_of(n) for n in range(20)))
-    with start_sink(redis_url, tmp_path, tmp_path / "out") as process:
+    with sink_process(redis_url, tmp_path, tmp_path / "out") as process:
         wait_until(lambda: redis_client.exists(RESULT_STREAM) and _delivered(redis_client) == 20, timeout_s=30)
         process.signal(signal.SIGTERM)
         assert process.wait(timeout_s=20) == 0
@@ -181,6 +182,22 @@ def test_sigterm_completes_the_part(redis_url: str, redis_client: redis.Redis, t
 def _delivered(client: redis.Redis) -> int:
     groups: Any = client.xinfo_groups(RESULT_STREAM)
     return sum(int(group["pending"]) for group in groups)
+
+
+def test_acl_user_of_consumers_can_run_a_sink(tmp_path: Path) -> None:
+    """A second one looks for the first: the server refuses no command."""
+    binary = valkey_binary()
+    (tmp_path / "users.conf").write_text(users_for(binary), encoding="utf-8")
+    config = {"include": str(tmp_path / "users.conf")}
+    with RedisServer(folder=tmp_path / "server", binary=binary, config=config) as server:
+        admin_url, url = (server.url.replace("://", f"://shiwu-{u}:change-me-{u}@") for u in ("admin", "consumer"))
+        with closing(redis.Redis.from_url(admin_url, socket_timeout=5)) as admin:
+            add_answers(admin, answer_of(1), answer_of(2))
+            for _ in range(2):
+                with sink_process(url, tmp_path, tmp_path / "out", "--stop-when-idle") as process:
+                    assert process.wait(timeout_s=60) == 0, process.log_tail()
+            assert admin.acl_log() == []
+    assert sorted(stored_ids(tmp_path / "out")) == ["id-1", "id-2"]
 
 
 def test_second_sink_of_a_group_is_refused(
@@ -220,7 +237,7 @@ def test_killed_sinks_lose_and_double_nothing(redis_url: str, redis_client: redi
     out, count = tmp_path / "out", 0
     args = ["--part-rows", "13", "--part-age", "0.05"]
     for _ in range(8):
-        with start_sink(redis_url, tmp_path, out, *args) as process:
+        with sink_process(redis_url, tmp_path, out, *args) as process:
             before = len(list(out.glob("*.parquet"))) if out.exists() else 0
             wanted = before + chance.randrange(1, 6)
 
@@ -232,7 +249,7 @@ def test_killed_sinks_lose_and_double_nothing(redis_url: str, redis_client: redi
 
             wait_until(has_parts, timeout_s=60)
             process.kill()
-    with start_sink(redis_url, tmp_path, out, "--stop-when-idle") as process:
+    with sink_process(redis_url, tmp_path, out, "--stop-when-idle") as process:
         assert process.wait(timeout_s=60) == 0, process.log_tail()
     assert stored_ids(out) == expected_ids(range(count))
     assert pending(redis_client) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import redis
 from numpy.typing import NDArray
 
 from shiwu.contract import RESULT_STREAM, Answer, ImageInfo, ModelInfo, Status
+from tests.support.processes import Process, clean_environment
 from tests.support.vector_parts import made_vectors
 
 WIDTH = 8
+GROUP = "vectors"
 
 
 def vector_of(number: int, width: int = WIDTH) -> NDArray[np.float16]:
@@ -59,3 +62,10 @@ def stored_ids(folder: Path) -> Counter[str]:
             np.testing.assert_array_equal(np.array(numbers, np.float16), expected)
             found[name] += 1
     return found
+
+
+def sink_process(url: str, folder: Path, out: Path, *args: str) -> Process:
+    """The command `shiwu vectors sink` as a process of its own; its log is in `folder`."""
+    command = [sys.executable, "-m", "shiwu.cli", "--redis-url", url, "vectors", "sink"]
+    command += ["--group", GROUP, "--out", str(out), *args]
+    return Process(command, folder=folder, name="sink", env=clean_environment({}))
