@@ -147,6 +147,7 @@ def any_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def test_results_go_on_after_the_stream_was_deleted(open_client: OpenClient, any_server: RedisServer) -> None:
     """While the loop blocks, and while it works on a portion; the group is created again."""
     with any_server.client() as redis_client, open_client(any_server.url) as client:
+        redis_client.flushall()
         consumer = Consumer(client, block_s=2.0)
         first = fill(redis_client, 5, prefix="first")
         wait_until(lambda: len(consumer.ids_read) == 5, timeout_s=20)
