@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from shiwu import Client, QueueFull
 from shiwu.cli import main
 from shiwu.contract import RESULT_STREAM, Lane
+from shiwu_worker.jobs.job import open_job
 from tests.support.fault_proxy import FaultProxy
 from tests.support.processes import clean_environment
 from tests.support.redis_parts import answer, make_answer_store, make_lease_queue
@@ -127,3 +128,12 @@ def test_enqueue_many_waits_for_space_and_for_redis(
             proxy.heal()
             assert len(running.result(timeout=20)) == 2
     assert waiting(redis_client) == 2
+
+
+def test_cli_enqueue_names_a_webhook(redis_url: str, redis_client: redis.Redis) -> None:
+    """In every request; a text that is neither a name nor an https URL is refused."""
+    assert run(redis_url, "--callback", "orders", text="s3://b/1\ns3://b/2\n").exit_code == 0
+    jobs = [open_job(claimed) for claimed in make_lease_queue(redis_client, "w").claim(10).jobs]
+    assert [job.request.callback for job in jobs if job.request] == ["orders"] * 2
+    refused = run(redis_url, "--callback", "http://h/", text="s3://b/1\n")
+    assert (refused.exit_code, "callback: expected the name" in refused.stderr) == (2, True)

@@ -17,6 +17,7 @@ from shiwu import Client
 from shiwu.contract import HOOKS_DELIVERIES, ErrorCode, ErrorInfo, Lane, Status
 from shiwu.hooks.delivery_queue import DeliveryQueue
 from shiwu.hooks.process import make_queue
+from tests.support.certificates import Certificate
 from tests.support.hooks import (
     OLD_SECRET,
     SECRET,
@@ -28,6 +29,7 @@ from tests.support.hooks import (
     unread,
     write_endpoints,
 )
+from tests.support.tls_front import TlsFront
 from tests.support.waiting import wait_until
 from tests.support.webhook_receiver import Answered, Received, WebhookReceiver
 
@@ -143,8 +145,29 @@ def test_requeued_job_has_another_webhook_id(
     wait_until(lambda: sorted(receiver.ids()) == ["k.0", "k.2"], timeout_s=20)
 
 
-def test_url_of_a_request_is_called(start: Start, receiver: WebhookReceiver, redis_client: redis.Redis) -> None:
-    """Only where the operator allows it; http is no such URL, so this one fails in TLS and shows no query."""
+def test_url_of_a_request_is_called(
+    start: Start, receiver: WebhookReceiver, redis_url: str, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    """Over TLS, with the certificate checked, and signed; the log shows no query."""
+    certificate = Certificate.make(tmp_path, name="localhost")
+    with TlsFront(receiver.port, certificate.server_context()) as front:
+        env = {"SHIWU_HOOKS_URLS": "1", "SSL_CERT_FILE": str(certificate.path), "SHIWU_ALLOW_HOSTS": "localhost"}
+        process = start(urls={"secret_file": "secret"}, env=env)
+        url = f"https://localhost:{front.port}/hook?token=hidden"
+        commit(redis_client, answer("k1", callback=url), answer("k2", callback=url, metadata="x" * 4000))
+        wait_until(lambda: sorted(receiver.ids()) == ["k1.0", "k2.0"], timeout_s=20)
+        wait_until(lambda: len(process.events("delivered")) == 2, timeout_s=10)
+    for got in receiver.received:
+        Webhook(SECRET).verify(got.body, dict(got.headers))
+        assert got.path == "/hook?token=hidden"
+    assert {event["url"] for event in process.events("delivered")} == {f"https://localhost:{front.port}/hook"}
+    assert "hidden" not in process.log_text()
+
+
+def test_url_of_a_server_without_tls_gets_nothing(
+    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis
+) -> None:
+    """The delivery is dead, and the log shows no query."""
     url = receiver.url.replace("http://", "https://") + "?token=hidden"
     process = start(urls={"secret_file": "secret"}, env={"SHIWU_HOOKS_URLS": "1"}, schedule="0s")
     commit(redis_client, answer("k", callback=url))
@@ -152,6 +175,32 @@ def test_url_of_a_request_is_called(start: Start, receiver: WebhookReceiver, red
     assert (event["reason"], event["endpoint"]) == ("tls", f"https://127.0.0.1:{receiver.port}")
     assert event["url"].endswith("/hook")
     assert "hidden" not in process.log_text()
+
+
+def test_urls_have_a_small_backlog(
+    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis, deliveries: DeliveryQueue
+) -> None:
+    """Of a hundred origins, each with a tenth of an endpoint's; they hold up no endpoint of the file."""
+    start(
+        {"name": "a", "url": receiver.url},
+        urls={"secret_file": "secret"},
+        env={"SHIWU_HOOKS_URLS": "1"},
+        schedule="0s,9m",
+        max_pending=30,
+    )
+    for part in range(3):
+        url = f"https://127.0.0.1:{receiver.port}/{part}"
+        commit(redis_client, *(answer(f"one{part}-{number}", callback=url) for number in range(10)))
+        wait_until(lambda: unread(redis_client) == 0, timeout_s=20)
+    wait_until(lambda: len(receiver.received) == 30, timeout_s=20)
+    # A portion may exceed the limit of 3 by its own length.
+    assert deliveries.dead_count() >= 10
+    origins = [answer(f"many{port}", callback=f"https://127.0.0.1:{port}/") for port in range(10_001, 10_121)]
+    commit(redis_client, *origins)
+    wait_until(lambda: len(set(receiver.ids())) == 150, timeout_s=30)
+    waiting = [name for name in deliveries.endpoints_with_deliveries() if name != "a"]
+    assert 90 <= len(waiting) <= 100
+    assert {dead.reason for dead in deliveries.dead()} == {"backlog_full"}
 
 
 def test_url_is_not_called_where_it_is_not_allowed(

@@ -39,6 +39,7 @@ def request_options(command: Any) -> Any:
             show_default=True,
             help="What to return; may be repeated. See docs/vectors.md.",
         ),
+        click.option("--callback", help="Webhook that gets the answer: an endpoint's name, or an https URL."),
     ):
         command = option(command)
     return command
