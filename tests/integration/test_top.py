@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,10 +20,9 @@ from shiwu.contract import DEAD, ErrorCode, Lane
 from shiwu.top.app import TopApp
 from shiwu.top.reader import LookReader
 from tests.support import top_states
-from tests.support.processes import clean_environment
 from tests.support.servers import Valkey
+from tests.support.terminals import LEAVE_FULL_SCREEN, Terminal
 from tests.support.top_screens import run_screen, screen_text, wait_screen
-from tests.support.waiting import wait_until
 
 EVERY_S = 0.2
 
@@ -296,29 +289,12 @@ def test_stopped_redis_is_told_until_it_is_back(valkey: Valkey) -> None:
 @pytest.mark.parametrize("has_color", [True, False], ids=["colour", "no-colour"])
 def test_command_runs_in_a_terminal(parts: Parts, has_color: bool) -> None:
     """A process in a terminal of 80x24 shows the lanes, and ends with q. NO_COLOR leaves only shades of grey."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    env = clean_environment(
-        {"TERM": "xterm-256color", "COLORTERM": "truecolor"} | ({} if has_color else {"NO_COLOR": "1"})
-    )
     args = [sys.executable, "-m", "shiwu.cli", "--redis-url", parts.url, "top", "--read-only"]
-    os.set_blocking(leader, False)
-    found = bytearray()
-
-    def shows(text: str) -> bool:
-        with open(leader, "rb", buffering=0, closefd=False) as screen:
-            found.extend(screen.read() or b"")
-        return text.encode() in found
-
-    with subprocess.Popen(args, stdin=follower, stdout=follower, stderr=follower, env=env) as process:
-        try:
-            wait_until(lambda: shows("source_unavailable"), timeout_s=30, what="the codes on the screen")
-            os.write(leader, b"q")
-            wait_until(lambda: shows("\x1b[?1049l"), timeout_s=10, what="the end of the full screen")
-            assert process.wait(20) == 0
-        finally:
-            process.kill()
-    os.close(leader)
-    os.close(follower)
-    colours = {tuple(map(int, each)) for each in re.findall(rb"[34]8;2;(\d+);(\d+);(\d+)", bytes(found))}
+    with Terminal(args, env={} if has_color else {"NO_COLOR": "1"}) as terminal:
+        terminal.wait_for("source_unavailable")
+        terminal.press("q")
+        assert terminal.wait_end() == 0
+        assert LEAVE_FULL_SCREEN in terminal.output
+        shown = bytes(terminal.output)
+    colours = {tuple(map(int, each)) for each in re.findall(rb"[34]8;2;(\d+);(\d+);(\d+)", shown)}
     assert any(max(colour) - min(colour) > 8 for colour in colours) == has_color

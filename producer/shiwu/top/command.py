@@ -25,7 +25,7 @@ MIN_INTERVAL_S: Final = 2.0
 @click.command()
 @click.option("--once", "is_once", is_flag=True, help="Print one look as tables, and exit.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print each look as a line of JSON until Ctrl-C; with --once one."
+    "--json", "is_json", is_flag=True, help="Print each look as a line of JSON until Ctrl-C; with --once one."
 )
 @click.option("--read-only", "is_read_only", is_flag=True, help="Offer no requeue.")
 @click.option(
