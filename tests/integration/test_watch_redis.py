@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,9 @@ def test_kill_before_the_removal_loses_nothing(
     assert len({job_id for job_id, _ in jobs}) == 5
 
 
+@pytest.mark.slow
 def test_kills_at_random_lose_nothing(redis_url: str, redis_client: redis.Redis, tmp_path: Path, rules: Path) -> None:
-    """2,000 events, twelve SIGKILLs: every event is a job, and nothing stays in a list of a watcher."""
+    """2,000 events, eight SIGKILLs: every event is a job, and nothing stays in a list of a watcher."""
     keys = [f"{number}.jpg" for number in range(2000)]
     chance = random.Random(7)  # where in each portion
     for number, start in enumerate(range(0, 2000, 250)):
@@ -348,6 +350,20 @@ def test_key_of_another_type_is_refused(redis_url: str, redis_client: redis.Redi
     push(redis_client, "a.jpg")
     result = run_watch(redis_url, source(redis_url, ending="&format=namespace"), "--rules", str(rules), "--once")
     assert (result.exit_code, "got a list" in result.stderr) == (64, True)
+
+
+def test_missing_library_is_named(redis_url: str, rules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the extra to install; and a name that would be a key of another kind is refused."""
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = run_watch(redis_url, "http://127.0.0.1:1/x", "--rules", str(rules), "--check")
+    assert (result.exit_code, "pip install '.[watch]'" in result.stderr) == (2, True)
+    monkeypatch.delitem(sys.modules, "shiwu.watch.running")
+    monkeypatch.delitem(sys.modules, "shiwu.cli.yaml_files")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    result = run_watch(redis_url, source(redis_url), "--rules", str(rules), "--check")
+    assert (result.exit_code, "watch needs yaml" in result.stderr) == (2, True)
+    result = run_watch(redis_url, source(redis_url), "--name", "a b")
+    assert result.exit_code == 2
 
 
 def test_wrong_rules_end_the_watcher(redis_url: str, tmp_path: Path) -> None:

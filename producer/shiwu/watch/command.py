@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +11,7 @@ import click
 from shiwu.client.client import Client
 
 MAX_PORTION: Final = 10_000
+NAME: Final = re.compile(r"[\w.-]{1,100}")
 
 
 @click.command()
@@ -80,8 +82,12 @@ def watch(
     labels of the first rule that matches its bucket and key. A watcher waits while a lane is full, goes on while Redis
     or the source is unavailable, and ends on SIGTERM or Ctrl-C with exit code 0. See docs/events.md.
     """
-    from shiwu.watch.running import WatchOptions, check_all, print_unread, run_watcher  # noqa: PLC0415 not for --help
-
+    try:
+        from shiwu.watch.running import WatchOptions, check_all, print_unread, run_watcher  # noqa: PLC0415 not for --help
+    except ModuleNotFoundError as error:
+        raise click.UsageError(f"watch needs {error.name}: run `pip install '.[watch]'` in a clone of shiwu") from None
+    if name is not None and not NAME.fullmatch(name):
+        raise click.UsageError("--name: expected 1 to 100 letters, digits and . _ -")
     options = WatchOptions(
         client=ctx.find_object(Client) or Client(),
         redis_url=ctx.find_root().params.get("redis_url"),

@@ -85,8 +85,11 @@ class Watcher:
         except Stopped:
             self._source.give_back(taken)
             raise
-        self._source.done(taken)
-        self._reports.portion(messages=len(taken), plan=plan, duration_s=time.monotonic() - began_s)
+        try:
+            self._source.done(taken)
+        finally:
+            # The jobs are enqueued in any case; messages that stay at the source are counted as duplicates later.
+            self._reports.portion(messages=len(taken), plan=plan, duration_s=time.monotonic() - began_s)
 
     def _carry_out(self, plan: Plan, taken: Sequence[Taken[Any]]) -> None:
         backoff = Backoff()

@@ -119,8 +119,8 @@ def settings_page() -> str:
         "start, so that a newer chart can be used with an older worker.",
         "",
         "`shiwu-worker --check` tries Redis, the label files, S3 and the model with these settings and prints those",
-        "that differ from their defaults; `shiwu-worker --check --all` prints all. The client and `shiwu` read",
-        "`SHIWU_REDIS_URL` only, and `shiwu sweep` also `SHIWU_TIMEZONE`.",
+        "that differ from their defaults; `shiwu-worker --check --all` prints all. The client reads",
+        "`SHIWU_REDIS_URL` only. So does `shiwu`, and some of its commands read more; `--help` names them.",
         "",
         "This page is written by `make docs` from `worker/shiwu_worker/config/settings.py`.",
     ]

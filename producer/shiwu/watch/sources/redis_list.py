@@ -93,11 +93,13 @@ class RedisList:
 
     def _move(self, count: int, *, wait_s: float) -> list[bytes]:
         self._may_hold = True
-        with self._client.pipeline(transaction=False) as pipe:
-            for _ in range(count):
-                pipe.lmove(self._key, self._taken, "LEFT", "RIGHT")
-            raws = [raw for raw in pipe.execute() if raw is not None]
-        if not raws and wait_s > 0:
+        raws: list[bytes] = []
+        if waiting := min(count, self._client.llen(self._key)):
+            with self._client.pipeline(transaction=False) as pipe:
+                for _ in range(waiting):
+                    pipe.lmove(self._key, self._taken, "LEFT", "RIGHT")
+                raws = [raw for raw in pipe.execute() if raw is not None]
+        elif wait_s > 0:
             raw: Any = self._client.blmove(self._key, self._taken, wait_s, "LEFT", "RIGHT")  # type: ignore[arg-type]  # fractions too
             raws = [] if raw is None else [raw]
         self._may_hold = False

@@ -16,8 +16,8 @@ from shiwu.watch.sources.base import SourceUnavailable, SourceWrong, Taken
 
 AT_ONCE: Final = 10
 """Messages in one call, which is SQS' limit."""
-MAX_WAIT_S: Final = 10
-"""Of a long poll, and so of the time until a watcher ends after SIGTERM."""
+MAX_WAIT_S: Final = 20
+"""Of a long poll, which is SQS' limit."""
 VISIBILITY_S: Final = 120
 """How long a message that was taken is hidden from other watchers."""
 EXTEND_EVERY_S: Final = 30.0
