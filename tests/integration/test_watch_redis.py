@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import redis
 
+from shiwu.broker.script_loader import load_script
 from shiwu.contract import RESULT_STREAM, WATCH_UNREAD, Lane
 from shiwu.watch.events import ObjectStored
 from shiwu.watch.keys import taken_key, watchers_key
@@ -230,6 +231,19 @@ def test_watcher_that_goes_on_keeps_what_it_took(redis_client: redis.Redis) -> N
     assert redis_client.exists(KEY, taken_key(KEY, "slow"), taken_key(KEY, "other")) == 0
 
 
+def test_watcher_that_is_seen_again_keeps_what_it_took(redis_client: redis.Redis) -> None:
+    """It comes back between the search for crashed watchers and the return of their messages."""
+    redis_client.rpush(taken_key(KEY, "slow"), access_event("a.jpg"))
+    redis_client.zadd(watchers_key(KEY), {"slow": 1000})
+    give_back = load_script(redis_client, "return_taken", package="shiwu.watch")
+    keys = [KEY, taken_key(KEY, "slow"), watchers_key(KEY)]
+    assert give_back(keys=keys, args=["slow", 999, 10]) == 0
+    assert give_back(keys=keys, args=["gone", 1000, 10]) == 0
+    assert redis_client.llen(taken_key(KEY, "slow")) == 1
+    assert give_back(keys=keys, args=["slow", 1000, 10]) == 1
+    assert redis_client.exists(taken_key(KEY, "slow"), watchers_key(KEY)) == 0
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_more_left_over_than_one_portion_is_taken(redis_client: redis.Redis, count: int) -> None:
     """Portion by portion, before new messages."""
@@ -354,11 +368,12 @@ def test_key_of_another_type_is_refused(redis_url: str, redis_client: redis.Redi
 
 def test_missing_library_is_named(redis_url: str, rules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the extra to install; and a name that would be a key of another kind is refused."""
+    monkeypatch.delitem(sys.modules, "shiwu.watch.receiver", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = run_watch(redis_url, "http://127.0.0.1:1/x", "--rules", str(rules), "--check")
     assert (result.exit_code, "pip install '.[watch]'" in result.stderr) == (2, True)
-    monkeypatch.delitem(sys.modules, "shiwu.watch.running")
-    monkeypatch.delitem(sys.modules, "shiwu.cli.yaml_files")
+    for name in ("shiwu.watch.running", "shiwu.watch.rules", "shiwu.cli.yaml_files"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "yaml", None)
     result = run_watch(redis_url, source(redis_url), "--rules", str(rules), "--check")
     assert (result.exit_code, "watch needs yaml" in result.stderr) == (2, True)
