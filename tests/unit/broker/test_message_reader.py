@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from shiwu.broker.message_reader import read_canvas, read_message
 from shiwu.broker.message_writer import build_message
-from shiwu.contract import ErrorCode, Lane, Request, RequestError, parse_request
+from shiwu.contract import REQUEST_FIELDS, ErrorCode, Lane, Request, RequestError, parse_request
 from tests.support.messages import BODY, message_with_body, outer_message
 from tests.support.requests import REQUESTS
 
@@ -104,7 +104,7 @@ def test_message_reader_reads_released_messages(path: Path) -> None:
         (message_with_body(zlib.compress(BOMB), compression="gzip"), "message_too_large"),
         (b"x" * 300_000, "message_too_large"),
         (message_with_body(json.dumps([["s3://b/k"], {"image": "s3://b/k"}, {}]).encode()), "invalid_request"),
-        (message_with_body(json.dumps([["x"] * 9, {}, {}]).encode()), "invalid_request"),
+        (message_with_body(json.dumps([["x"] * (len(REQUEST_FIELDS) + 1), {}, {}]).encode()), "invalid_request"),
     ],
     ids=[
         "empty",
@@ -123,7 +123,7 @@ def test_message_reader_reads_released_messages(path: Path) -> None:
         "bomb",
         "too long",
         "image given twice",
-        "nine arguments",
+        "too many arguments",
     ],
 )
 def test_unreadable_message_has_an_error_code(raw: bytes, code: str) -> None:
