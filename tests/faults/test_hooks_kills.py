@@ -11,7 +11,7 @@ import pytest
 import redis
 from standardwebhooks import Webhook
 
-from shiwu.contract import HOOKS_DELIVERIES, HOOKS_HEALTH
+from shiwu.contract import HOOKS_DELIVERIES, HOOKS_HEALTH, RESULT_STREAM
 from shiwu.hooks.delivery_queue import COMMON_KEYS
 from tests.support.hooks import SECRET, HooksProcess, answer, commit, unread, write_endpoints
 from tests.support.waiting import wait_until
@@ -86,3 +86,16 @@ def test_killed_process_loses_no_delivery(
     assert crowd.ids("/hook/many") == expected, seed
     assert [key for key in COMMON_KEYS if redis_client.exists(key) and key != HOOKS_HEALTH] == [], seed
     record_property("ran", f"{kills} kills of shiwu-hooks, {crowd.times.total()} requests, {len(crowd.times)} webhooks")
+
+
+def test_lost_acknowledgement_repeats_the_delivery(redis_url: str, redis_client: redis.Redis, tmp_path: Path) -> None:
+    """As after a failover to a replica that lacks it, and here after the group was deleted: under the same id."""
+    with WebhookReceiver() as receiver:
+        file = write_endpoints(tmp_path, [{"name": "a", "url": receiver.url}])
+        with HooksProcess(redis_url=redis_url, file=file) as process:
+            process.wait_started()
+            commit(redis_client, answer("k1"))
+            wait_until(lambda: receiver.ids() == ["k1.0"] and redis_client.hlen(HOOKS_DELIVERIES) == 0, timeout_s=20)
+            assert redis_client.xgroup_destroy(RESULT_STREAM, "hooks") == 1
+            wait_until(lambda: receiver.ids() == ["k1.0"] * 2, timeout_s=20)
+            wait_until(lambda: unread(redis_client) == 0, timeout_s=10)

@@ -139,20 +139,17 @@ class DeliveryQueue:
         """Remove a delivery that was made."""
         self._end(delivery, "delivered")
 
-    def retry(
-        self, delivery: Delivery, *, reason: str, delay_s: float, pause_s: float = 0.0, is_failure: bool = True
-    ) -> None:
+    def retry(self, delivery: Delivery, *, reason: str, delay_s: float, pause_s: float = 0.0) -> None:
         """Let a delivery be taken again after a delay.
 
         Args:
             pause_s: how long the whole endpoint gets no try, in seconds.
-            is_failure: whether this counts for the health of the endpoint.
         """
-        self._end(delivery, "retry", reason=reason, delay_s=delay_s, pause_s=pause_s, is_failure=is_failure)
+        self._end(delivery, "retry", reason=reason, delay_s=delay_s, pause_s=pause_s)
 
     def give_up(self, delivery: Delivery, *, reason: str, is_disabling: bool = False) -> None:
         """Make a delivery a dead one; `is_disabling` ends all tries at its endpoint."""
-        self._end(delivery, "dead", reason=reason, is_failure=True, is_disabling=is_disabling)
+        self._end(delivery, "dead", reason=reason, is_disabling=is_disabling)
 
     def _end(
         self,
@@ -162,12 +159,11 @@ class DeliveryQueue:
         reason: str = "",
         delay_s: float = 0.0,
         pause_s: float = 0.0,
-        is_failure: bool = False,
         is_disabling: bool = False,
     ) -> None:
         args = (
             *(delivery.endpoint, delivery.id, delivery.take, outcome, int(delay_s * 1000), int(pause_s * 1000)),
-            *(int(is_failure), int(is_disabling), reason, self._options.max_dead),
+            *(int(is_disabling), reason, self._options.max_dead),
         )
         self._settle(keys=[*COMMON_KEYS, pending_key(delivery.endpoint)], args=args)
 

@@ -180,8 +180,6 @@ class Dispatcher:
                         reason=outcome.reason,
                         delay_s=delay_s,
                         pause_s=pause_s,
-                        # An endpoint that asks for fewer requests works.
-                        is_failure=outcome.status != 429,
                     )
             except (redis.RedisError, OSError) as error:
                 try:

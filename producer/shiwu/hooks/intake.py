@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,8 +26,6 @@ POLL_S: Final = 0.2
 FULL_PAUSE_S: Final = 0.5
 BUFFERED: Final = 2 * PORTION
 """Answers that are read and not added yet."""
-MAX_SEEN: Final = 20_000
-"""Entries that are remembered, many times those that are held."""
 MAX_URL_ORIGINS: Final = 100
 """Origins of URLs in requests for which deliveries may wait at a time."""
 URL_SHARE: Final = 10
@@ -67,7 +64,9 @@ class Intake:
         self._log = log
         self._metrics = metrics
         self._buffer: queue.Queue[StreamItem] = queue.Queue(BUFFERED)
-        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._held: set[str] = set()
+        """Entries that are read and not added. An entry may come again later, as after a failover that lost its
+        acknowledgement, and is then added again."""
         self.added = Event()
         """Set when deliveries were added."""
 
@@ -79,23 +78,15 @@ class Intake:
             redis.RedisError: an error that time cannot cure.
         """
         for item in self._items:
-            if self._is_repeated(item):
+            if item.entry_id in self._held:  # one that waits long for room comes again
                 continue
+            self._held.add(item.entry_id)
             while not stop.is_set():
                 with suppress(queue.Full):
                     self._buffer.put(item, timeout=POLL_S)
                     break
             if stop.is_set():
                 return
-
-    def _is_repeated(self, item: StreamItem) -> bool:
-        """Whether this process has read the entry before: one that waits long for room comes again."""
-        if item.entry_id in self._seen:
-            return True
-        self._seen[item.entry_id] = None
-        if len(self._seen) > MAX_SEEN:
-            self._seen.popitem(last=False)
-        return False
 
     # -------------------------------------------------------------------------------- adding
     def add(self, stop: Event) -> None:
@@ -123,12 +114,12 @@ class Intake:
 
     def _add(self, portion: Sequence[StreamItem], stop: Event) -> None:
         routed = self._router.route(portion)
+        entries = [item.entry_id for item in portion]
         outage = Outage(away_s=None)
         while not stop.is_set():
             try:
                 deliveries = self._with_room(routed.deliveries)
                 if deliveries is not None:
-                    entries = [item.entry_id for item in portion]
                     self._deliveries.add(deliveries, group=self._options.group, entry_ids=entries)
                     break
             except (redis.RedisError, OSError) as error:
@@ -141,6 +132,7 @@ class Intake:
         else:
             return
         outage.end()
+        self._held.difference_update(entries)
         self._metrics.paused(is_paused=False)
         self.added.set()
         self._metrics.answers.labels("read").inc(len(portion))

@@ -1,10 +1,10 @@
 -- Ends a try of one delivery: it was made, is tried again later, or is given up. Also notes the health of its endpoint.
 -- KEYS  those of records.lua, pending set of the endpoint
 -- ARGV  endpoint, webhook id, number of the take, outcome (delivered, retry or dead), delay in ms, pause of the endpoint in ms,
---       whether the failure counts for its health (1 or 0), whether the endpoint is disabled (1 or 0), reason, max dead
+--       whether the endpoint is disabled (1 or 0), reason, max dead deliveries
 -- Reply 1, or 0 where the lease expired and another process took the delivery in the meantime
 local pending, endpoint, id, take, outcome = KEYS[6], ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local delay_ms, pause_ms, reason, max_dead = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[9], tonumber(ARGV[10])
+local delay_ms, pause_ms, reason, max_dead = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[8], tonumber(ARGV[9])
 redis.call('ZCARD', pending)
 local field = endpoint .. '|' .. id
 local record = redis.call('HGET', deliveries, field)
@@ -29,8 +29,8 @@ if outcome == 'delivered' then
     write_health(endpoint, state)
   end
 else
-  if ARGV[7] == '1' then state.failures = state.failures + 1 end
-  if ARGV[8] == '1' then state.disabled = now end
+  state.failures = state.failures + 1
+  if ARGV[7] == '1' then state.disabled = now end
   if pause_ms > 0 then state.not_before = math.max(state.not_before, now + pause_ms) end
   state.last, state.reason = now, reason
   write_health(endpoint, state)
