@@ -11,15 +11,21 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from shiwu.broker.message_ids import find_id
 from shiwu.broker.message_reader import read_canvas, read_message
 from shiwu.broker.message_writer import build_message
 from shiwu.contract import CODES, ErrorCode, ErrorInfo, Fault, Lane, Request, RequestError, Stage, printable
+from shiwu.contract.ids import check_id
 from shiwu.contract.request import parse_request
+from shiwu.watch.events import Ignored, ObjectStored, Unreadable
+from shiwu.watch.formats import read_cloud_event
+from shiwu.watch.formats import read_message as read_event
 from shiwu_worker.errors import Rejected
 from shiwu_worker.loaders import protocol, sandbox_protocol
 from shiwu_worker.policy.callback_rules import CallbackRules
@@ -29,6 +35,7 @@ from tests.support import bombs, pictures
 from tests.support.loader_options import FORMATS, LIMITS, LOADER_OPTIONS, SPEC
 from tests.support.lying_sandbox.sitecustomize import lies
 
+EVENTS: Final = Path(__file__).parents[1] / "unit" / "watch" / "data"
 RULES: Final = CallbackRules(tasks=("t", "app.*"))
 LONGEST_SEED: Final = 10_000
 REQUEST: Final = 7
@@ -119,6 +126,26 @@ def _check_told(error: RequestError) -> None:
     assert len(str(error)) < 2000
 
 
+def check_events(data: bytes) -> None:
+    """Events with references that workers accept, reasons to ignore them, or texts; nothing else."""
+    found = read_event(data)
+    assert found
+    assert read_cloud_event({"ce-specversion": "1.0", "ce-id": "1", "ce-source": "s", "ce-type": "t"}, data)
+    for each in found:
+        if isinstance(each, ObjectStored):
+            assert parse_request({"image": each.reference(has_version=True)}).image.startswith("s3://")
+            check_id(each.id)
+        elif not isinstance(each, Ignored):
+            assert isinstance(each, Unreadable)
+            assert len(each.reason) < 2000
+
+
+@cache
+def event_seeds() -> list[bytes]:
+    """Recorded messages of every format, without line breaks."""
+    return [msgspec.json.format(path.read_bytes(), indent=0) for path in sorted(EVENTS.glob("*.json"))]
+
+
 @cache
 def picture_seeds() -> list[bytes]:
     """Every kind of good file, small, and the bombs that are small."""
@@ -185,5 +212,6 @@ TARGETS: Final = {
         Target("decode", picture_seeds, check_decode),
         Target("message", message_seeds, check_message),
         Target("frames", frame_seeds, check_frames),
+        Target("events", event_seeds, check_events),
     )
 }

@@ -220,4 +220,4 @@ def _optional(value: Mapping[str, Any], name: str) -> str:
 
 
 def _names(value: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(value)[:8]) or "no names"
+    return ", ".join(name[:40] for name in sorted(value)[:8]) or "no names"

@@ -166,6 +166,7 @@ WRONG = {
     "a-number": (b"7", "expected JSON"),
     "text": (b"hello world!", "expected JSON, or JSON in base64"),
     "other-object": (b'{"a": 1, "b": 2}', "got an object with a, b"),
+    "long-name": (b'{"' + b"a" * 10_000 + b'": 1}', f"got an object with {'a' * 40}"),
     "empty-object": (b"{}", "got an object with no names"),
     "no-records": (b'{"Records": []}', "expected records, got an empty list"),
     "a-null": (b"[null]", "expected an object or a list of JSON, got NoneType"),
@@ -196,6 +197,7 @@ def test_unreadable_message_says_what_was_expected(name: str) -> None:
     last = read_message(body)[-1]
     assert isinstance(last, Unreadable)
     assert expected in last.reason
+    assert len(last.reason) < 500
 
 
 def test_unreadable_record_leaves_the_others() -> None:
