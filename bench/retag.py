@@ -57,8 +57,8 @@ def main() -> int:
         size_mb = (Path(name) / "answers.jsonl").stat().st_size / 1e6 if not spent.code else 0.0
     print(spent.errors.strip())
     print(
-        f"{spent.seconds:.1f} s, at most {spent.peak_mb:.0f} MB, with the process that encodes labels "
-        f"{spent.all_peak_mb:.0f} MB; {size_mb:.0f} MB of answers"
+        f"{spent.seconds:.1f} s, {spent.cpu_s:.1f} s of CPU, at most {spent.peak_mb:.0f} MB, and "
+        f"{spent.all_peak_mb:.0f} MB with the process that encodes labels; {size_mb:.0f} MB of answers"
     )
     return spent.code
 

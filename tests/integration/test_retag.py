@@ -121,6 +121,13 @@ def test_wrong_options_are_refused(embedded_part: Path, args: list[str], text: s
     assert text in done.stderr
 
 
+def test_wrong_setting_ends_with_its_own_error(embedded_part: Path) -> None:
+    """Once, and with the exit code of a worker."""
+    done = retag(embedded_part, "--labels", "six-zh", "--out", "-", SHIWU_LABEL_CACHE_MB="many")
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr.count("SHIWU_LABEL_CACHE_MB") == 1
+
+
 def test_vectors_of_another_revision_are_refused(embedded_part: Path, tmp_path: Path) -> None:
     """Nothing is written; the option leaves them out."""
     folder = tmp_path / "both"

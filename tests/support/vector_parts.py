@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import threading
 import time
@@ -64,6 +65,8 @@ class Spent:
     """What a command used."""
 
     seconds: float
+    cpu_s: float
+    """Of all its processes."""
     peak_mb: float
     """Most resident memory of the command's own process, in MB of 10^6 bytes."""
     all_peak_mb: float
@@ -78,7 +81,7 @@ def measure(command: Sequence[str], *, env: Mapping[str, str], timeout_s: float)
     Raises:
         subprocess.TimeoutExpired: it was killed after `timeout_s`.
     """
-    began_s = time.monotonic()
+    began_s, cpu_from_s = time.monotonic(), _children_cpu_s()
     peaks = [0, 0]
     with subprocess.Popen(
         command, env=dict(env), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -100,7 +103,20 @@ def measure(command: Sequence[str], *, env: Mapping[str, str], timeout_s: float)
         finally:
             ended.set()
             watcher.join()
-    return Spent(time.monotonic() - began_s, peaks[0] / 1e6, peaks[1] / 1e6, process.returncode, errors)
+    return Spent(
+        seconds=time.monotonic() - began_s,
+        cpu_s=_children_cpu_s() - cpu_from_s,
+        peak_mb=peaks[0] / 1e6,
+        all_peak_mb=peaks[1] / 1e6,
+        code=process.returncode,
+        errors=errors,
+    )
+
+
+def _children_cpu_s() -> float:
+    """CPU time of processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _resident_bytes(session: int) -> dict[int, int]:

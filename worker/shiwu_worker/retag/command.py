@@ -11,7 +11,7 @@ import click
 from shiwu.contract import RequestError, printable
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.retag.label_process import prepare_labels
-from shiwu_worker.retag.options import RetagOptions
+from shiwu_worker.retag.options import RetagOptions, request_of
 
 
 @click.command("retag")
@@ -54,14 +54,15 @@ def _run(options: RetagOptions) -> ExitCode:
     """Encode the labels, then score; the imports stand between, because each needs its memory."""
     if find_spec("pyarrow") is None:
         raise ModuleNotFoundError(name="pyarrow")
-    prepared = prepare_labels(options)
-    from shiwu_worker.retag.label_texts import Failure  # noqa: PLC0415 as the docstring says
-    from shiwu_worker.retag.run import request_of, retag  # noqa: PLC0415 as the docstring says
-
     try:
+        request = request_of(options)
+        prepared = prepare_labels(options)
+        from shiwu_worker.retag.label_texts import Failure  # noqa: PLC0415 as the docstring says
+        from shiwu_worker.retag.run import retag  # noqa: PLC0415 as the docstring says
+
         if isinstance(prepared, Failure):
             raise FatalError(prepared.code, prepared.message)
-        retag(options, prepared, request_of(options))
+        retag(options, prepared, request)
     except RequestError as error:
         return _failed(ExitCode.CONFIG, printable(str(error)))
     except FatalError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -48,14 +46,13 @@ def prepare(options: RetagOptions) -> Prepared | Failure:
     Raises:
         SystemExit: the settings are wrong, and that is printed.
     """
-    with redirect_stdout(sys.stderr):  # the log; standard output carries answers
-        settings = load_settings_or_exit()
-        try:
-            return _prepare(settings.model_copy(update={"model": options.model or settings.model}), options)
-        except FatalError as error:
-            return Failure(error.exit_code, str(error))
-        except ValueError as error:
-            return Failure(ExitCode.CONFIG, str(error))
+    settings = load_settings_or_exit()
+    try:
+        return _prepare(settings.model_copy(update={"model": options.model or settings.model}), options)
+    except FatalError as error:
+        return Failure(error.exit_code, str(error))
+    except ValueError as error:
+        return Failure(ExitCode.CONFIG, str(error))
 
 
 def _prepare(settings: Settings, options: RetagOptions) -> Prepared:

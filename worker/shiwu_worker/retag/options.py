@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shiwu.contract import Head
+from shiwu.contract import Head, Request, parse_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,3 +26,13 @@ class RetagOptions:
     head: Head | None = None
     is_skipping: bool = False
     """Leave out vectors of other models; otherwise they are an error."""
+
+
+def request_of(options: RetagOptions) -> Request:
+    """The request of a new job with these options.
+
+    Raises:
+        RequestError: an option is out of its bounds.
+    """
+    fields = {"top_k": options.top_k, "threshold": options.threshold, "min_cosine": options.min_cosine}
+    return parse_request({"image": "s3://any/image", **fields})  # no image is read

@@ -19,7 +19,6 @@ from shiwu.contract import (
     Request,
     Status,
     Tag,
-    parse_request,
 )
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.label_vectors import EncodedLabels
@@ -59,16 +58,6 @@ def retag(options: RetagOptions, prepared: Prepared, request: Request) -> None:
     click.echo(f"{text}; {retagging.untagged} have no tag", err=True)
     if retagging.changes is not None:
         _report(retagging.changes, options)
-
-
-def request_of(options: RetagOptions) -> Request:
-    """The request of a new job with these options.
-
-    Raises:
-        RequestError: an option is out of its bounds.
-    """
-    fields = {"top_k": options.top_k, "threshold": options.threshold, "min_cosine": options.min_cosine}
-    return parse_request({"image": "s3://any/image", **fields})  # no image is read
 
 
 def _check_origins(parts: VectorParts, origin: Origin, *, is_skipping: bool) -> int:
