@@ -4,73 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs
 
-import pytest
 import redis
 from standardwebhooks import Webhook
 
 from shiwu import Client
 from shiwu.contract import HOOKS_DELIVERIES, ErrorCode, ErrorInfo, Lane, Status
 from shiwu.hooks.delivery_queue import DeliveryQueue
-from shiwu.hooks.process import make_queue
 from tests.support.certificates import Certificate
 from tests.support.hooks import (
     OLD_SECRET,
     SECRET,
     SEED,
-    HooksProcess,
+    StartHooks,
     answer,
     commit,
-    hooks_options,
     unread,
-    write_endpoints,
 )
 from tests.support.tls_front import TlsFront
 from tests.support.waiting import wait_until
-from tests.support.webhook_receiver import Answered, Received, WebhookReceiver
-
-Start = Callable[..., HooksProcess]
-
-
-@pytest.fixture
-def receiver() -> Iterator[WebhookReceiver]:
-    """A receiver that accepts everything."""
-    with WebhookReceiver() as running:
-        yield running
-
-
-@pytest.fixture
-def start(redis_url: str, tmp_path: Path) -> Iterator[Start]:
-    """Starts a process with these endpoints, and stops it."""
-    started: list[HooksProcess] = []
-
-    def begin(*endpoints: dict[str, Any], urls: dict[str, Any] | None = None, **settings: Any) -> HooksProcess:
-        more = {} if urls is None else {"urls": urls}
-        file = write_endpoints(tmp_path, endpoints, **more)
-        process = HooksProcess(redis_url=redis_url, file=file, **settings)
-        started.append(process)
-        return process.start().wait_started()
-
-    yield begin
-    for process in started:
-        process.stop()
-
-
-@pytest.fixture
-def deliveries(redis_client: redis.Redis) -> DeliveryQueue:
-    """The queue, for looking at it."""
-    return make_queue(redis_client, hooks_options())
+from tests.support.webhook_receiver import Received, WebhookReceiver
 
 
 def test_standardwebhooks_verifies_each_delivery(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis
+    start_hooks: StartHooks, receiver: WebhookReceiver, redis_client: redis.Redis
 ) -> None:
     """With both secrets of a rotation; the body holds the whole answer, and the entries are acknowledged."""
-    process = start({"name": "orders", "url": receiver.url, "secret_old_file": "old"})
+    process = start_hooks({"name": "orders", "url": receiver.url, "secret_old_file": "old"})
     commit(redis_client, answer("k1", metadata={"team": "a"}), answer("k 2/猫", lane=Lane.INTERACTIVE))
     wait_until(lambda: len(receiver.received) == 2, timeout_s=20)
     assert sorted(receiver.ids()) == ["k%202%2F%E7%8C%AB.0", "k1.0"]
@@ -86,9 +48,11 @@ def test_standardwebhooks_verifies_each_delivery(
     assert SECRET[6:] not in process.log_text()
 
 
-def test_endpoints_get_what_they_want(start: Start, receiver: WebhookReceiver, redis_client: redis.Redis) -> None:
+def test_endpoints_get_what_they_want(
+    start_hooks: StartHooks, receiver: WebhookReceiver, redis_client: redis.Redis
+) -> None:
     """By status, lane, metadata and the name in the request; thin ones get no tags, Aliyun's a checksum."""
-    start(
+    start_hooks(
         {"name": "failed", "url": f"{receiver.url}/failed", "on": ["failed", "rejected"], "thin": True},
         {"name": "team", "url": f"{receiver.url}/team", "match": {"team": "a"}, "lane": "bulk"},
         {"name": "named", "url": f"{receiver.url}/named", "named_only": True},
@@ -122,10 +86,10 @@ def test_endpoints_get_what_they_want(start: Start, receiver: WebhookReceiver, r
 
 
 def test_batch_holds_several_answers_in_one_body(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis
+    start_hooks: StartHooks, receiver: WebhookReceiver, redis_client: redis.Redis
 ) -> None:
     """At most as many as the endpoint says."""
-    start({"name": "many", "url": receiver.url, "batch": 4})
+    start_hooks({"name": "many", "url": receiver.url, "batch": 4})
     commit(redis_client, *(answer(f"k{number}") for number in range(10)))
     wait_until(lambda: unread(redis_client) == 0 and redis_client.hlen(HOOKS_DELIVERIES) == 0, timeout_s=20)
     bodies = [Webhook(SECRET).verify(got.body, dict(got.headers)) for got in receiver.received]
@@ -135,10 +99,10 @@ def test_batch_holds_several_answers_in_one_body(
 
 
 def test_requeued_job_has_another_webhook_id(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis
+    start_hooks: StartHooks, receiver: WebhookReceiver, redis_client: redis.Redis
 ) -> None:
     """The generation distinguishes its answers, so that a receiver that drops known ids gets both."""
-    start({"name": "orders", "url": receiver.url})
+    start_hooks({"name": "orders", "url": receiver.url})
     entry = {"id": "k", "answer": answer("k").to_json()}
     redis_client.xadd("shiwu:results", entry)
     redis_client.xadd("shiwu:results", entry | {"generation": 2})
@@ -146,13 +110,13 @@ def test_requeued_job_has_another_webhook_id(
 
 
 def test_url_of_a_request_is_called(
-    start: Start, receiver: WebhookReceiver, redis_url: str, redis_client: redis.Redis, tmp_path: Path
+    start_hooks: StartHooks, receiver: WebhookReceiver, redis_url: str, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
     """Over TLS, with the certificate checked, and signed; the log shows no query."""
     certificate = Certificate.make(tmp_path, name="localhost")
     with TlsFront(receiver.port, certificate.server_context()) as front:
         env = {"SHIWU_HOOKS_URLS": "1", "SSL_CERT_FILE": str(certificate.path), "SHIWU_ALLOW_HOSTS": "localhost"}
-        process = start(urls={"secret_file": "secret"}, env=env)
+        process = start_hooks(urls={"secret_file": "secret"}, env=env)
         url = f"https://localhost:{front.port}/hook?token=hidden"
         commit(redis_client, answer("k1", callback=url), answer("k2", callback=url, metadata="x" * 4000))
         wait_until(lambda: sorted(receiver.ids()) == ["k1.0", "k2.0"], timeout_s=20)
@@ -165,11 +129,11 @@ def test_url_of_a_request_is_called(
 
 
 def test_url_of_a_server_without_tls_gets_nothing(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis
+    start_hooks: StartHooks, receiver: WebhookReceiver, redis_client: redis.Redis
 ) -> None:
     """The delivery is dead, and the log shows no query."""
     url = receiver.url.replace("http://", "https://") + "?token=hidden"
-    process = start(urls={"secret_file": "secret"}, env={"SHIWU_HOOKS_URLS": "1"}, schedule="0s")
+    process = start_hooks(urls={"secret_file": "secret"}, env={"SHIWU_HOOKS_URLS": "1"}, schedule="0s")
     commit(redis_client, answer("k", callback=url))
     [event] = wait_until(lambda: process.events("delivery_dead"), timeout_s=20)
     assert (event["reason"], event["endpoint"]) == ("tls", f"https://127.0.0.1:{receiver.port}")
@@ -178,10 +142,10 @@ def test_url_of_a_server_without_tls_gets_nothing(
 
 
 def test_urls_have_a_small_backlog(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis, deliveries: DeliveryQueue
+    start_hooks: StartHooks, receiver: WebhookReceiver, redis_client: redis.Redis, deliveries: DeliveryQueue
 ) -> None:
     """Of a hundred origins, each with a tenth of an endpoint's; they hold up no endpoint of the file."""
-    start(
+    start_hooks(
         {"name": "a", "url": receiver.url},
         urls={"secret_file": "secret"},
         env={"SHIWU_HOOKS_URLS": "1"},
@@ -204,195 +168,34 @@ def test_urls_have_a_small_backlog(
 
 
 def test_url_is_not_called_where_it_is_not_allowed(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis
+    start_hooks: StartHooks, receiver: WebhookReceiver, redis_client: redis.Redis
 ) -> None:
     """The answer counts as handled."""
-    process = start({"name": "a", "url": receiver.url, "named_only": True})
+    process = start_hooks({"name": "a", "url": receiver.url, "named_only": True})
     commit(redis_client, answer("k", callback="https://127.0.0.1:1/"))
     [event] = wait_until(lambda: process.events("answer_unrouted"), timeout_s=20)
     assert (event["id"], event["reason"]) == ("k", "url_refused")
     wait_until(lambda: unread(redis_client) == 0, timeout_s=10)
 
 
-def test_new_group_begins_with_new_answers(start: Start, receiver: WebhookReceiver, redis_client: redis.Redis) -> None:
+def test_new_group_begins_with_new_answers(
+    start_hooks: StartHooks, receiver: WebhookReceiver, redis_client: redis.Redis
+) -> None:
     """Unless `--from-beginning` is given."""
     commit(redis_client, answer("old"))
-    process = start({"name": "a", "url": receiver.url})
+    process = start_hooks({"name": "a", "url": receiver.url})
     commit(redis_client, answer("new"))
     wait_until(lambda: receiver.ids() == ["new.0"], timeout_s=20)
     process.stop()
-    start({"name": "a", "url": receiver.url}, group="other", args="--from-beginning", name="second")
+    start_hooks({"name": "a", "url": receiver.url}, group="other", args="--from-beginning", name="second")
     wait_until(lambda: sorted(receiver.ids()) == ["new.0", "new.0", "old.0"], timeout_s=20)
 
 
-# ------------------------------------------------------------------------------------ receivers that misbehave
-def test_failed_try_is_repeated_with_the_same_id_and_body(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis
-) -> None:
-    """Each try has a signature of its own time."""
-    replies = iter([Answered(500), Answered(302, {"Location": "/elsewhere"}), Answered(204)])
-    receiver.behave = lambda _: next(replies)
-    process = start({"name": "a", "url": receiver.url})
-    commit(redis_client, answer("k"))
-    wait_until(lambda: len(receiver.received) == 3, timeout_s=20)
-    wait_until(lambda: redis_client.hlen(HOOKS_DELIVERIES) == 0, timeout_s=10)
-    assert {(got.id, got.body, got.path) for got in receiver.received} == {("k.0", receiver.received[0].body, "/hook")}
-    for got in receiver.received:
-        Webhook(SECRET).verify(got.body, dict(got.headers))
-    reasons = [(event["reason"], event["attempt"]) for event in process.events("delivery_failed")]
-    assert reasons == [("http_500", 1), ("redirect", 2)]
-
-
-def test_delivery_is_dead_after_its_schedule(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis, deliveries: DeliveryQueue
-) -> None:
-    """With its reason, and can be revived."""
-    receiver.behave = lambda _: Answered(503)
-    start({"name": "a", "url": receiver.url}, schedule="0s,0.1s,0.1s")
-    commit(redis_client, answer("k"))
-    [dead] = wait_until(lambda: list(deliveries.dead()), timeout_s=20)
-    assert (dead.reason, dead.delivery.id, dead.delivery.failed) == ("http_503", "k.0", 3)
-    assert receiver.ids() == ["k.0"] * 3
-    receiver.behave = lambda _: Answered()
-    assert deliveries.revive([("a", "k.0")]) == 1
-    wait_until(lambda: receiver.ids() == ["k.0"] * 4, timeout_s=20)
-
-
-def test_gone_endpoint_is_disabled(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis, deliveries: DeliveryQueue
-) -> None:
-    """It gets no request any more, and another endpoint is not affected."""
-    receiver.behave = lambda got: Answered(410 if got.path.endswith("gone") else 204)
-    start({"name": "gone", "url": f"{receiver.url}/gone"}, {"name": "b", "url": receiver.url})
-    commit(redis_client, answer("k1"))
-    wait_until(lambda: deliveries.health().get("gone"), timeout_s=20)
-    commit(redis_client, answer("k2"), answer("k3"))
-    wait_until(lambda: deliveries.dead_count() == 3, timeout_s=20)
-    wait_until(lambda: len(receiver.received) == 4, timeout_s=20)
-    assert [got.id for got in receiver.received if got.path.endswith("gone")] == ["k1.0"]
-
-
-def test_retry_after_pauses_the_endpoint(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis, deliveries: DeliveryQueue
-) -> None:
-    """For as long as the receiver says, for all its deliveries."""
-    receiver.behave = lambda _: Answered(429, {"Retry-After": "3"}) if len(receiver.received) == 1 else Answered()
-    process = start({"name": "a", "url": receiver.url})
-    commit(redis_client, answer("k1"))
-    [event] = wait_until(lambda: process.events("delivery_failed"), timeout_s=20)
-    assert event["retry_in_s"] == 3.0
-    wait_until(lambda: deliveries.health().get("a"), timeout_s=5)
-    paused = deliveries.health()["a"]
-    assert paused.failures == 1
-    assert 2900 < paused.not_before_ms - paused.last_failure_ms <= 3000
-    commit(redis_client, answer("k2"))
-    wait_until(lambda: unread(redis_client) == 0, timeout_s=10)
-    wait_until(lambda: sorted(receiver.ids()) == ["k1.0", "k1.0", "k2.0"], timeout_s=20)
-    seconds, microseconds = redis_client.time()
-    assert seconds * 1000 + microseconds / 1000 >= paused.not_before_ms
-
-
-@pytest.mark.parametrize(
-    "behaviour",
-    [
-        pytest.param(Answered(hang=True), id="hang"),
-        pytest.param(Answered(is_dripping=True, pause_s=0.05), id="drip"),
-    ],
-)
-def test_receiver_that_never_answers_costs_one_timeout(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis, behaviour: Answered
-) -> None:
-    """Whether it is silent, or sends a byte now and then."""
-    receiver.behave = lambda _: behaviour
-    process = start({"name": "a", "url": receiver.url}, timeout_s=1, schedule="0s,9m")
-    commit(redis_client, answer("k"))
-    [event] = wait_until(lambda: process.events("delivery_failed"), timeout_s=20)
-    assert event["reason"] == "timeout"
-    assert 900 < event["ms"] < 2500
-
-
-@pytest.mark.parametrize("status", [200, 500])
-def test_huge_reply_is_not_read(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis, status: int
-) -> None:
-    """The status counts, the body does not."""
-    parts = [b"x" * 65_536] * 1000
-    receiver.behave = lambda _: Answered(status, parts=parts, pause_s=0.01)
-    process = start({"name": "a", "url": receiver.url}, schedule="0s,9m", timeout_s=5, lease_s=9)
-    commit(redis_client, answer("k"))
-    name = "delivered" if status == 200 else "delivery_failed"
-    [event] = wait_until(lambda: process.events(name), timeout_s=20)
-    assert event["status"] == status
-    assert event["ms"] < 2500
-
-
-def test_slow_endpoint_has_eight_tries_at_a_time(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis
-) -> None:
-    """And another one gets its deliveries meanwhile."""
-    receiver.behave = lambda got: Answered(hang=got.path.endswith("slow"))
-    start({"name": "slow", "url": f"{receiver.url}/slow"}, {"name": "quick", "url": receiver.url}, timeout_s=3)
-    commit(redis_client, *(answer(f"k{number}") for number in range(30)))
-    wait_until(lambda: sum(not got.path.endswith("slow") for got in receiver.received) == 30, timeout_s=20)
-    assert sum(got.path.endswith("slow") for got in receiver.received) == 8
-
-
-def test_failing_endpoint_fills_no_backlog_of_others(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis, deliveries: DeliveryQueue
-) -> None:
-    """Its deliveries beyond the limit are dead ones, and can be revived; the other endpoint gets everything."""
-    receiver.behave = lambda got: Answered(500 if got.path.endswith("bad") else 204)
-    start(
-        {"name": "bad", "url": f"{receiver.url}/bad"},
-        {"name": "good", "url": receiver.url},
-        schedule="0s,9m",
-        max_pending=20,
-    )
-    commit(redis_client, *(answer(f"a{number}") for number in range(15)))
-    wait_until(lambda: (found := deliveries.health().get("bad")) and found.failures >= 10, timeout_s=20)
-    for number in range(3):
-        commit(redis_client, *(answer(f"b{number}-{each}") for each in range(15)))
-        wait_until(lambda: unread(redis_client) == 0, timeout_s=20)
-    wait_until(lambda: sum(not got.path.endswith("bad") for got in receiver.received) == 60, timeout_s=20)
-    assert {dead.reason for dead in deliveries.dead()} == {"backlog_full"}
-    assert deliveries.pending(["bad"])["bad"] + deliveries.dead_count() == 60
-
-
-def test_slow_endpoint_pauses_the_reading(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis, deliveries: DeliveryQueue
-) -> None:
-    """Where it works, so that nothing is given up."""
-    receiver.behave = lambda _: Answered(200, parts=[b"x"], pause_s=0.05)
-    start({"name": "a", "url": receiver.url}, max_pending=10, in_flight=2)
-    for number in range(4):
-        commit(redis_client, *(answer(f"k{number}-{each}") for each in range(15)))
-    wait_until(lambda: len(set(receiver.ids())) == 60, timeout_s=40)
-    assert deliveries.dead_count() == 0
-
-
-def test_sigterm_finishes_the_tries_under_way(
-    start: Start, receiver: WebhookReceiver, redis_client: redis.Redis
-) -> None:
-    """And exits with 0; the rest waits for the next process."""
-    receiver.behave = lambda _: Answered(200, parts=[b"x"], pause_s=0.3)
-    process = start({"name": "a", "url": receiver.url}, in_flight=2)
-    commit(redis_client, *(answer(f"k{number}") for number in range(20)))
-    wait_until(lambda: len(receiver.received) >= 3, timeout_s=20)
-    assert process.stop() == 0
-    got = len(receiver.received)
-    assert got < 20
-    assert len(process.events("delivered")) == got
-    assert redis_client.hlen(HOOKS_DELIVERIES) == 20 - got
-    start({"name": "a", "url": receiver.url}, name="second")
-    wait_until(lambda: redis_client.hlen(HOOKS_DELIVERIES) == 0, timeout_s=20)
-    assert sorted(receiver.ids()) == sorted(f"k{number}.0" for number in range(20))
-
-
 def test_real_client_names_the_endpoint(
-    start: Start, receiver: WebhookReceiver, redis_url: str, redis_client: redis.Redis
+    start_hooks: StartHooks, receiver: WebhookReceiver, redis_url: str, redis_client: redis.Redis
 ) -> None:
     """`callback` of a request that is answered by maintenance, as a worker answers it too."""
-    start({"name": "orders", "url": receiver.url, "named_only": True, "on": ["expired"]})
+    start_hooks({"name": "orders", "url": receiver.url, "named_only": True, "on": ["expired"]})
     with Client(redis_url) as client:
         client.enqueue("s3://b/k.jpg", id="k", callback="orders", expires_s=0.001)
         client.enqueue("s3://b/k.jpg", id="other", expires_s=0.001)

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,6 @@ from shiwu.hooks.delivery_queue import DeliveryQueue, NewDelivery, Payload, Queu
 from tests.support.hooks import SECRET, write_endpoints
 from tests.support.processes import LOOPBACK, ROOT, clean_environment, free_ports
 from tests.support.webhook_receiver import Answered, WebhookReceiver
-
-
-@pytest.fixture
-def receiver() -> Iterator[WebhookReceiver]:
-    """A receiver that accepts everything."""
-    with WebhookReceiver() as running:
-        yield running
 
 
 def run(*arguments: str, redis_url: str, module: str = "shiwu.cli", **env: str) -> tuple[int, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -97,3 +97,7 @@ def hooks_options() -> HooksOptions:
     return HooksOptions(
         redis_url="", endpoints=Endpoints((), None), rules=AddressRules(), schedule_s=(0.0,), max_dead=10_000
     )
+
+
+StartHooks = Callable[..., HooksProcess]
+"""The fixture `start_hooks`: starts a process with endpoints and settings."""

@@ -89,6 +89,10 @@ class WebhookReceiver:
         with self._lock:
             return [each.id for each in self.received]
 
+    def release(self) -> None:
+        """Let requests that hang end."""
+        self._closed.set()
+
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         length = int(handler.headers.get("Content-Length", 0))
         body = handler.rfile.read(length)

@@ -1,0 +1,45 @@
+"""Fixtures of several files: receivers of webhooks and the process that posts to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from shiwu.hooks.delivery_queue import DeliveryQueue
+from shiwu.hooks.process import make_queue
+from tests.support.hooks import HooksProcess, StartHooks, hooks_options, write_endpoints
+from tests.support.webhook_receiver import WebhookReceiver
+
+
+@pytest.fixture
+def receiver() -> Iterator[WebhookReceiver]:
+    """A receiver that accepts everything."""
+    with WebhookReceiver() as running:
+        yield running
+
+
+@pytest.fixture
+def start_hooks(redis_url: str, tmp_path: Path) -> Iterator[StartHooks]:
+    """Starts a process with these endpoints, and stops it."""
+    started: list[HooksProcess] = []
+
+    def begin(*endpoints: dict[str, Any], urls: dict[str, Any] | None = None, **settings: Any) -> HooksProcess:
+        more = {} if urls is None else {"urls": urls}
+        file = write_endpoints(tmp_path, endpoints, **more)
+        process = HooksProcess(redis_url=redis_url, file=file, **settings)
+        started.append(process)
+        return process.start().wait_started()
+
+    yield begin
+    for process in started:
+        process.stop()
+
+
+@pytest.fixture
+def deliveries(redis_client: redis.Redis) -> DeliveryQueue:
+    """The queue, for looking at it."""
+    return make_queue(redis_client, hooks_options())
