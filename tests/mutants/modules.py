@@ -84,6 +84,13 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/unit/policy/test_callback_rules.py",
         "tests/unit/pipeline/test_admission.py",
     ),
+    "producer/shiwu/hooks/delivery_queue.py": (
+        "tests/integration/test_hooks_queue.py",
+        "tests/integration/test_hooks_commands.py",
+    ),
+    "producer/shiwu/hooks/endpoints.py": ("tests/unit/hooks/test_endpoints.py", "tests/integration/test_hooks.py"),
+    "producer/shiwu/hooks/options.py": ("tests/unit/hooks/test_options.py",),
+    "producer/shiwu/hooks/signatures.py": ("tests/unit/hooks/test_signatures.py",),
     "producer/shiwu/network/address_rules.py": ("tests/unit/network", "tests/hostile/test_operators_lists.py"),
     "producer/shiwu/network/ip_ranges.py": (
         "tests/unit/network",
