@@ -140,6 +140,25 @@ def test_full_lane_is_waited_for(redis_url: str, redis_client: redis.Redis, tmp_
     assert redis_client.exists(taken_key(KEY, "w")) == 0
 
 
+def test_full_lane_does_not_hold_up_the_other(
+    redis_url: str, redis_client: redis.Redis, tmp_path: Path, rules: Path
+) -> None:
+    """In one portion; what cannot be read is kept meanwhile, and nothing is enqueued twice by this watcher."""
+    push(redis_client, "a.jpg")
+    drain(redis_url, rules)
+    push(redis_client, "b.jpg", "urgent/c.txt")
+    redis_client.rpush(KEY, "no JSON")
+    with watch_process(redis_url, source(redis_url), "--max-waiting", "1", folder=tmp_path) as watch:
+        wait_until(lambda: waiting_jobs(redis_client, Lane.INTERACTIVE), timeout_s=30, what="the urgent job")
+        wait_until(lambda: watch.log_text().count("waiting"), timeout_s=30, what="a line about the full lane")
+        redis_client.delete(Lane.BULK.queue)
+        wait_until(lambda: lines(watch.log_text()), timeout_s=30, what="the line of the portion")
+        assert watch.stop() == 0
+    assert [image for _, image in waiting_jobs(redis_client)] == ["s3://photos/b.jpg"]
+    assert [image for _, image in waiting_jobs(redis_client, Lane.INTERACTIVE)] == ["s3://photos/urgent/c.txt"]
+    assert redis_client.llen(WATCH_UNREAD) == 1
+
+
 def test_kill_before_the_removal_loses_nothing(
     redis_url: str, redis_client: redis.Redis, tmp_path: Path, rules: Path
 ) -> None:

@@ -13,6 +13,7 @@ import redis
 
 from shiwu.client.client import Client
 from shiwu.contract import printable
+from shiwu.errors import QueueFull
 from shiwu.watch.events import Finding, ObjectStored, Reason, Unreadable
 from shiwu.watch.rules import Rule, Rules
 from shiwu.watch.unread import UnreadMessage, as_text, keep_unread
@@ -94,15 +95,21 @@ class Intake:
         """Enqueue the jobs of a plan and keep what could not be read, without waiting. May be repeated after an error.
 
         Raises:
-            QueueFull: a lane holds its limit.
+            QueueFull: a lane holds its limit; the jobs for the other lane are enqueued.
             redis.RedisError: Redis is unavailable, or refuses.
         """
+        full: QueueFull | None = None
         for index in list(plan.jobs):
-            self._enqueue(self._rules.all[index], plan.jobs[index])
-            del plan.jobs[index]
+            try:
+                self._enqueue(self._rules.all[index], plan.jobs[index])
+                del plan.jobs[index]
+            except QueueFull as error:
+                full = full or error
         if plan.unread:
             keep_unread(self._keeper, plan.unread, at_ms=self._client.server_time_ms())
             plan.unread.clear()
+        if full is not None:
+            raise full
 
     def _add(self, plan: Plan, planned: set[str], stored: ObjectStored) -> str:
         index = self._rules.find(stored)
