@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,12 @@ from tests.support.waiting import wait_until
 from tests.support.watch import (
     KEY,
     access_event,
+    drain,
     lines,
+    push,
     record,
     run_watch,
+    source,
     total,
     waiting_jobs,
     watch_process,
@@ -42,23 +44,6 @@ ODD_KEYS = ["a b.jpg", "a+b.jpg", "a%2Bb.jpg", "a%b.jpg", "熊猫 100%.jpg", "é
 def rules(tmp_path: Path) -> Path:
     """The file of rules."""
     return write_rules(tmp_path)
-
-
-def source(url: str, *, ending: str = "") -> str:
-    """The address of the events."""
-    return f"{url}?key={KEY}{ending}"
-
-
-def drain(url: str, rules: Path, *args: str) -> list[dict[str, Any]]:
-    """Empty the source and return the lines about it."""
-    result = run_watch(url, source(url), "--rules", str(rules), "--once", *args)
-    assert result.exit_code == 0, result.output
-    return lines(result.stdout)
-
-
-def push(client: redis.Redis, *keys: str, **fields: Any) -> None:
-    """Events of MinIO's access format."""
-    client.rpush(KEY, *(access_event(key, **fields) for key in keys))
 
 
 def test_access_events_become_jobs(redis_url: str, redis_client: redis.Redis, rules: Path) -> None:
@@ -340,69 +325,3 @@ def test_redis_that_comes_back_is_waited_for(
         wait_until(lambda: len(waiting_jobs(redis_client)) == 3, timeout_s=30, what="the third job")
         wait_until(lambda: redis_client.keys(f"{KEY}*") == [watchers_key(KEY).encode()], timeout_s=10)
         assert watch.stop() == 0
-
-
-def test_check_tells_what_waits_and_takes_nothing(redis_url: str, redis_client: redis.Redis, rules: Path) -> None:
-    """In one line for each part."""
-    push(redis_client, "a.jpg")
-    result = run_watch(redis_url, source(redis_url), "--rules", str(rules), "--check")
-    assert result.exit_code == 0
-    assert f"rules: 2 in {rules}" in result.stdout
-    assert "redis: answers" in result.stdout
-    assert f"source: {redis_url}?key={KEY}: 1 messages wait" in result.stdout
-    assert redis_client.llen(KEY) == 1
-
-
-@pytest.mark.parametrize(
-    ("address", "exit_code", "expected"),
-    [
-        ("", 2, "expected a SOURCE"),
-        ("ftp://x", 64, "expected redis://host/0?key=KEY"),
-        ("redis://user:secret@127.0.0.1/0", 64, "expected the key of the bucket events"),
-        ("redis://user:secret@127.0.0.1/0?key=a&format=xml", 64, "format: expected access or namespace, got 'xml'"),
-        ("redis://user:secret@127.0.0.1/zero?key=a", 64, "expected the number of a database"),
-        ("redis://user:secret@127.0.0.1:1/0?key=a", 4, "redis_away"),
-        ("http://0.0.0.0:1/x", 2, "expected --token-file FILE"),
-        ("http://user@127.0.0.1:1/x", 2, "expected http://ADDRESS:PORT/PATH"),
-        ("http://127.0.0.1:99999/x", 2, "expected http://ADDRESS:PORT/PATH"),
-    ],
-)
-def test_wrong_source_is_refused(redis_url: str, rules: Path, address: str, exit_code: int, expected: str) -> None:
-    """With what was expected, and without the password."""
-    result = run_watch(redis_url, address, "--rules", str(rules), "--check")
-    assert (result.exit_code, expected in result.stderr) == (exit_code, True), result.stderr
-    assert "secret" not in result.output
-
-
-def test_key_of_another_type_is_refused(redis_url: str, redis_client: redis.Redis, rules: Path) -> None:
-    """And a format that differs from that of the key."""
-    redis_client.set(KEY, "x")
-    result = run_watch(redis_url, source(redis_url), "--rules", str(rules), "--once")
-    assert (result.exit_code, "got a string" in result.stderr) == (64, True)
-    redis_client.delete(KEY)
-    push(redis_client, "a.jpg")
-    result = run_watch(redis_url, source(redis_url, ending="&format=namespace"), "--rules", str(rules), "--once")
-    assert (result.exit_code, "got a list" in result.stderr) == (64, True)
-
-
-def test_missing_library_is_named(redis_url: str, rules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the extra to install; and a name that would be a key of another kind is refused."""
-    monkeypatch.delitem(sys.modules, "shiwu.watch.receiver", raising=False)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    result = run_watch(redis_url, "http://127.0.0.1:1/x", "--rules", str(rules), "--check")
-    assert (result.exit_code, "pip install '.[watch]'" in result.stderr) == (2, True)
-    for name in ("shiwu.watch.running", "shiwu.watch.rules", "shiwu.cli.yaml_files"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    result = run_watch(redis_url, source(redis_url), "--rules", str(rules), "--check")
-    assert (result.exit_code, "watch needs yaml" in result.stderr) == (2, True)
-    result = run_watch(redis_url, source(redis_url), "--name", "a b")
-    assert result.exit_code == 2
-
-
-def test_wrong_rules_end_the_watcher(redis_url: str, tmp_path: Path) -> None:
-    """With exit code 64 and what was expected."""
-    path = write_rules(tmp_path, "- match: {}\n  lane: fast")
-    result = run_watch(redis_url, source(redis_url), "--rules", str(path))
-    assert (result.exit_code, "expected" in result.stderr or "'bulk'" in result.stderr) == (64, True)
-    assert run_watch(redis_url, source(redis_url)).exit_code == 2

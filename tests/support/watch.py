@@ -76,3 +76,20 @@ def waiting_jobs(client: redis.Redis, lane: Lane = Lane.BULK) -> list[tuple[str,
     found: Any = client.lrange(lane.queue, 0, -1)
     messages = [json.loads(raw) for raw in reversed(found)]
     return [(each["headers"]["id"], json.loads(base64.b64decode(each["body"]))[1]["image"]) for each in messages]
+
+
+def source(url: str, *, ending: str = "") -> str:
+    """The address of the events."""
+    return f"{url}?key={KEY}{ending}"
+
+
+def drain(url: str, rules: Path, *args: str) -> list[dict[str, Any]]:
+    """Empty the source and return the lines about it."""
+    result = run_watch(url, source(url), "--rules", str(rules), "--once", *args)
+    assert result.exit_code == 0, result.output
+    return lines(result.stdout)
+
+
+def push(client: redis.Redis, *keys: str, **fields: Any) -> None:
+    """Events of MinIO's access format."""
+    client.rpush(KEY, *(access_event(key, **fields) for key in keys))
