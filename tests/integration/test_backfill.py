@@ -181,6 +181,25 @@ def test_too_many_failures_stop_until_the_next_start(
     assert len(references_of(tmp_path / "out")) == 260
 
 
+def test_stop_sends_what_is_registered(
+    backfill: LocalBackfill, redis_client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A portion that waits for space in the lane while failures end the rest."""
+    monkeypatch.setattr(runner, "FAILURES_AFTER", 10)
+    monkeypatch.setattr(runner, "CONTROL_EVERY_S", 0.0)
+    monkeypatch.setattr(runner, "LANE_LIMIT", 20)
+    plan = Plan(str(write_list(tmp_path / "list.jsonl", 60, broken_every=1)), out=str(tmp_path / "out"))
+    pace = Pace(max_waiting=20, stop_at_failures=0.5)
+    with running(lambda: backfill.run("night", plan, pace)) as found:
+        wait_until(lambda: waiting(redis_client) == 20, timeout_s=10)
+        redis_client.lpush(LANE, *["x"] * 40)
+        with AnsweringThread(backfill.url, batch=5):
+            wait_until(lambda: found, timeout_s=20)
+    assert found == [Phase.STOPPED]
+    summary = summary_of(tmp_path / "out")
+    assert summary["answered"] == summary["sent"] == summary["rows"]
+
+
 def test_another_pass_sends_only_what_is_missing(backfill: LocalBackfill, redis_url: str, tmp_path: Path) -> None:
     images = write_list(tmp_path / "list.jsonl", 30)
     plan = Plan(str(images), out=str(tmp_path / "out"))

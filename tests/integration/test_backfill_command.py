@@ -80,6 +80,25 @@ def test_wrong_use_is_refused_in_words(redis_url: str, tmp_path: Path, args: lis
     assert (found, text in " ".join(said.replace("│", "").split())) == (code, True), said
 
 
+def test_mistyped_bucket_does_not_take_the_name(s3: S3Server, redis_url: str, redis_client: redis.Redis) -> None:
+    """The corrected command starts under the same name."""
+    s3.put("typed/a.jpg", b"x")
+    code, _, said = shiwu(redis_url, "start", "night", "s3://no-such-bucket/typed/", env=s3.env)
+    assert code == 4, said
+    assert redis_client.keys("shiwu:backfill*") == []
+    with AnsweringThread(redis_url):
+        assert shiwu(redis_url, "start", "night", f"s3://{s3.bucket}/typed/", env=s3.env)[0] == 0
+
+
+def test_missing_library_is_named(redis_url: str, tmp_path: Path) -> None:
+    """One line with what to install, where only the core is installed."""
+    code = "import sys; sys.modules['boto3'] = None; from shiwu.cli import main; main()"
+    args = ["--redis-url", redis_url, "backfill", "start", "night", "s3://photos/a/"]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, timeout=60, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.decode() == "shiwu: backfill needs boto3: run `pip install '.[backfill]'` in a clone of shiwu\n"
+
+
 def test_standard_input_goes_on_with_the_same_list(redis_url: str, tmp_path: Path, redis_client: redis.Redis) -> None:
     lines = b"".join(b"s3://b/%d.jpg\n" % number for number in range(40))
     args = ("start", "night", "-", "--out", str(tmp_path / "out"))

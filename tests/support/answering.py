@@ -19,7 +19,7 @@ import redis
 from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.broker.message_reader import read_message
 from shiwu.broker.retention import Retention
-from shiwu.contract import Answer, ErrorCode, ErrorInfo, ImageInfo, Status, Tag, Timing, moment
+from shiwu.contract import Answer, ErrorCode, ErrorInfo, ImageInfo, RequestError, Status, Tag, Timing, moment
 from shiwu_worker.jobs.job import Claimed
 from tests.support.processes import Process, clean_environment
 from tests.support.redis_parts import make_lease_queue, make_maintenance
@@ -42,14 +42,15 @@ class AnsweringWorker(Process):
 class AnsweringThread:
     """The same in a thread of the test, for as long as the block lasts."""
 
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, *, batch: int = 20) -> None:
         self._url = redis_url
+        self._batch = batch
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._answer, name="answering")
 
     def _answer(self) -> None:
         with redis.Redis.from_url(self._url, socket_timeout=10) as client:
-            answer_jobs(client, "answering-thread", pause_s=0.0, batch=20, stop=self._stop)
+            answer_jobs(client, "answering-thread", pause_s=0.0, batch=self._batch, stop=self._stop)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -90,15 +91,19 @@ def answer_jobs(client: redis.Redis, name: str, *, pause_s: float, batch: int, s
 
 def entry_of(job: Claimed) -> AnswerEntry:
     """The answer of a job."""
-    envelope = read_message(job.raw)
+    try:
+        envelope = read_message(job.raw)
+    except RequestError as error:
+        info = ErrorInfo(code=error.code, message=str(error))
+        return AnswerEntry(id=job.id, answer=Answer(id=job.id, status=Status.REJECTED, error=info))
     reference = str(envelope.fields["image"])
     metadata = envelope.fields.get("metadata")
     about: dict[str, Any] = {"id": job.id, "attempts": job.attempt, "metadata": metadata, "worker": "answering"}
     timing = Timing(total=max(0.1, job.claimed_ms - (envelope.sent_ms or job.claimed_ms)))
     answered_at = moment(job.claimed_ms)
     if "broken" in reference:
-        error = ErrorInfo(code=ErrorCode.SOURCE_NOT_FOUND, message="no such image")
-        answer = Answer(status=Status.REJECTED, error=error, answered_at=answered_at, timing=timing, **about)
+        info = ErrorInfo(code=ErrorCode.SOURCE_NOT_FOUND, message="no such image")
+        answer = Answer(status=Status.REJECTED, error=info, answered_at=answered_at, timing=timing, **about)
         return AnswerEntry(id=job.id, answer=answer, generation=job.generation)
     answer = Answer(
         status=Status.TAGGED,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -249,12 +251,15 @@ def _print_fields(fields: dict[str, Any], *, indent: str = "") -> None:
             click.echo(f"{indent}{printable(name)}: {printable(str(value))}")
 
 
-def _session(ctx: click.Context) -> Session:
-    """The commands on the Redis of this call."""
-    try:
-        from shiwu.backfill.session import Session  # noqa: PLC0415 slow
-    except ModuleNotFoundError as error:
-        end(f"backfill needs {error.name}: run `pip install '.[backfill]'` in a clone of shiwu", Exit.USAGE)
+@contextmanager
+def _session(ctx: click.Context) -> Iterator[Session]:
+    """The commands on the Redis of this call; a library of the extra that is missing is told when it is needed."""
+    from shiwu.backfill.session import Session  # noqa: PLC0415 slow
+
     client: Client = ctx.obj
     url = ctx.find_root().params["redis_url"] or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
-    return Session(client, url)
+    try:
+        with Session(client, url) as session:
+            yield session
+    except ModuleNotFoundError as error:
+        end(f"backfill needs {error.name}: run `pip install '.[backfill]'` in a clone of shiwu", Exit.USAGE)

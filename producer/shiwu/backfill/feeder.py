@@ -123,11 +123,15 @@ class Feeder:
         if is_lost:
             self._state.note(Change(increments={"resent": len(self._waiting)}))
 
-    def step(self) -> bool:
-        """Send one portion if there is one and space for it; return whether something was done."""
+    def step(self, *, is_reading: bool = True) -> bool:
+        """Send one portion if there is one and space for it; return whether something was done.
+
+        Args:
+            is_reading: also read and register a new portion, and not only send what is registered.
+        """
         if self._waiting:
             return self._try_send()
-        if self.is_source_done or (free := self._free()) < 1:
+        if not is_reading or self.is_source_done or (free := self._free()) < 1:
             return False
         self._register(free)
         return True if not self._waiting else self._try_send()

@@ -248,9 +248,10 @@ class Runner:
         now_s = time.monotonic()
         if now_s - self._controlled_s >= CONTROL_EVERY_S:
             self._control()
+        # A cancel has answered all that is registered; after too many failures that is still sent.
         has_sent = False
-        if not self._is_over and not self._reason():
-            has_sent = self._feeder.step()
+        if self._phase is not Phase.CANCELLED and not self._reason():
+            has_sent = self._feeder.step(is_reading=not self._is_over)
         has_read = self._collector.step(block_s=0.0 if has_sent else BLOCK_S)
         if not has_read and not has_sent:
             self._send_lost()
@@ -298,7 +299,7 @@ class Runner:
     def _send_lost(self) -> None:
         """Send jobs again that got no answer for long though their lane is empty, as after a loss of data in Redis."""
         now_s = time.monotonic()
-        if self._is_over or now_s - max(self._collector.answered_s, self._resent_s) < LOST_AFTER_S:
+        if self._phase is Phase.CANCELLED or now_s - max(self._collector.answered_s, self._resent_s) < LOST_AFTER_S:
             return
         self._resent_s = now_s
         lane = read_lane(self._pace.lane)

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, Final
 
 import click
@@ -120,10 +120,7 @@ class Session:
         state = BackfillState(self.redis, name)
         saved = state.read()
         if saved is None:
-            JobMaker(name, plan.fields)
-            self._open_source(plan).close()
-            if plan.out:
-                check_empty(open_target(plan.out, objects=self._objects, temporary=TEMPORARY), plan.out)
+            self._check_new(plan)
             state.create(plan, pace, now_ms=self._client.server_time_ms())
         else:
             self._check(name, saved, plan)
@@ -135,6 +132,15 @@ class Session:
             has_ended = saved.phase in {Phase.FINISHED, Phase.CANCELLED}
             state.reopen(pace, is_new_pass=has_ended)
         self._run(name, pace, self._open_saved)
+
+    def _check_new(self, plan: Plan) -> None:
+        """Find mistakes in source and output before the name stands for them."""
+        with closing(self._open_source(plan)) as source:
+            if plan.source != STANDARD_INPUT:
+                next(iter(source.entries("")), None)
+        if plan.out:
+            with closing(open_target(plan.out, objects=self._objects, temporary=TEMPORARY)) as target:
+                check_empty(target, plan.out)
 
     def _check(self, name: str, saved: Saved, plan: Plan) -> None:
         if saved.plan.digest != plan.digest:

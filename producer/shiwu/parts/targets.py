@@ -6,6 +6,7 @@ A file gets a temporary name first, and its own name when it is complete and dur
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from pathlib import Path
 from typing import Protocol
@@ -59,6 +60,8 @@ class FolderTarget:
     def __init__(self, folder: Path, *, temporary: str) -> None:
         self._folder = folder
         self._temporary = temporary
+        # Process ids repeat: in two containers with one volume both may be 1.
+        self._token = secrets.token_hex(4)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -66,7 +69,7 @@ class FolderTarget:
 
     def local(self, name: str) -> Path:
         """A temporary name in the folder, because a file can be renamed within its file system only."""
-        return self._folder / f"{self._temporary}{os.getpid()}-{name}"
+        return self._folder / f"{self._temporary}{self._token}-{name}"
 
     def stage(self, name: str, *, token: str) -> str:
         """Write the file to the disk."""
