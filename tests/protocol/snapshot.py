@@ -30,6 +30,7 @@ from shiwu.contract import (
     QUARANTINE,
     RESULT_PREFIX,
     RESULT_STREAM,
+    WORKER_STATE,
     Lane,
     done_key,
 )
@@ -44,6 +45,7 @@ PREFIXES: Final = {
     HISTORY: "string",
     CALL_REPLY: "string",
     LAST_CLAIM: "string",
+    WORKER_STATE: "string",
     FOREIGN: "",
 }
 """Prefix of keys of one id, call or worker → their type; '' for any."""

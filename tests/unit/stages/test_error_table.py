@@ -24,9 +24,10 @@ from shiwu_worker.config.settings import Settings
 from shiwu_worker.config.views import s3_options
 from shiwu_worker.errors import JobError, Rejected, Unavailable
 from shiwu_worker.loaders.process import LoaderProcess
-from shiwu_worker.loaders.protocol import LoaderOptions, LoadTask
+from shiwu_worker.loaders.protocol import LoaderOptions, LoadFailed, LoadTask
 from shiwu_worker.loaders.sandbox import DecoderDefect, _decode
 from shiwu_worker.loaders.sandbox_protocol import DecoderFailed
+from shiwu_worker.loaders.shared_memory import KnownImages
 from shiwu_worker.policy.limits import DecodeLimits, S3Options
 from shiwu_worker.service.factories import loader_options
 from shiwu_worker.stages.decode.image_spec import ImageSpec
@@ -44,6 +45,7 @@ from shiwu_worker.stages.fetch.fetch_errors import http_error
 from shiwu_worker.stages.fetch.s3.base import ObjectStore, StoreError, s3_error
 from shiwu_worker.stages.fetch.s3.boto import as_store_errors
 from shiwu_worker.stages.fetch.s3.obstore import _store_error
+from shiwu_worker.stages.fetch.validators import FetchedFile
 from tests.support.fetchers import make_fetcher as make_web_fetcher
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.processes import ROOT
@@ -269,27 +271,37 @@ def unforeseen(*_: object, **__: object) -> Any:
     raise RuntimeError("unforeseen")
 
 
+def fetched(*_: Any) -> FetchedFile:
+    """A fetch that brings an image."""
+    return FetchedFile(PNG, None)
+
+
+def failure_of(*, fetch: Any, decode: Any) -> LoadFailed:
+    """What a loader with this fetcher and this sandbox sends of an image."""
+    sent: list[Any] = []
+    loader: Any = LoaderProcess.__new__(LoaderProcess)
+    loader._fetcher, loader._sandbox = SimpleNamespace(fetch_if_changed=fetch), SimpleNamespace(decode=decode)
+    loader._decode_limits, loader._shares_images, loader._send = LIMITS, False, sent.append
+    loader._load(LoadTask(ticket=1, slot=0, image="https://h/p?hush"), 0)
+    [result] = sent
+    assert isinstance(result, LoadFailed)
+    return result
+
+
 def test_unknown_decoder_error_is_a_fault_of_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """What hostile bytes make a codec raise is told before; anything else says nothing about the image."""
     monkeypatch.setattr("shiwu_worker.loaders.sandbox.decode", unforeseen)
     options: Any = SimpleNamespace(spec=None, decode=DecodeLimits(max_pixels=1, max_side=1, formats=()), is_exact=False)
     found = _decode(b"x", 1, np.zeros((1, 1, 3), np.uint8), options)
     assert isinstance(found, DecoderFailed)
-    loader: Any = LoaderProcess.__new__(LoaderProcess)
-    loader._fetcher, loader._decode_limits = SimpleNamespace(fetch=lambda _: PNG), LIMITS
-    loader._sandbox = SimpleNamespace(decode=Mock(side_effect=DecoderDefect(found.message)))
-    error = loader._load(LoadTask(ticket=1, slot=0, image="https://h/p"), 0).error
+    error = failure_of(fetch=fetched, decode=Mock(side_effect=DecoderDefect(found.message))).error
     assert (error.code, error.retryable) == (ErrorCode.INTERNAL_ERROR, True)
 
 
 @pytest.mark.parametrize("stage", [Stage.FETCH, Stage.DECODE])
 def test_unknown_loader_error_is_a_fault_of_the_worker(stage: Stage) -> None:
     """Whatever part of it failed."""
-    loader: Any = LoaderProcess.__new__(LoaderProcess)
-    loader._fetcher = SimpleNamespace(fetch=unforeseen if stage is Stage.FETCH else lambda _: PNG)
-    loader._decode_limits = LIMITS
-    loader._sandbox = SimpleNamespace(decode=unforeseen)
-    result = loader._load(LoadTask(ticket=1, slot=0, image="https://h/p?hush"), 0)
+    result = failure_of(fetch=unforeseen if stage is Stage.FETCH else fetched, decode=unforeseen)
     assert (result.error.code, result.error.stage, result.is_final) == (ErrorCode.INTERNAL_ERROR, stage, False)
     assert log_level_of(result.error.code) == "error"
 
@@ -310,7 +322,11 @@ def test_settings_of_fetch_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> 
     frame = loader_options(Settings(), spec).model_dump_json()
     waits: Any = SimpleNamespace(wait=threading.Event().wait)
     fetcher: Any = LoaderProcess(
-        LoaderOptions.model_validate_json(frame), waits, np.zeros((1, 8, 8, 3), np.uint8), waits
+        LoaderOptions.model_validate_json(frame),
+        waits,
+        waits,
+        pixels=np.zeros((1, 8, 8, 3), np.uint8),
+        known_images=KnownImages(np.zeros(0, np.uint64)),
     )._fetcher
     assert (fetcher._limits.max_redirects, fetcher._limits.longest_pause_s) == (7, 40.0)
     assert fetcher._http_client._headers["User-Agent"] == "tagger/1"
