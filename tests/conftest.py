@@ -238,6 +238,7 @@ def shared_worker(
             max_batch=8,
             retry="unknown_label_set=2:0.1:0.1",
             share_images=True,
+            vector_cache=20_000,
         ) as worker,
     ):
         yield worker.wait_ready()

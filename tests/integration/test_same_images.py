@@ -29,7 +29,8 @@ SAVED = "shiwu_images_saved_total"
 def start(start_worker: StartWorker, redis_url: str, folder: Path, **settings: Any) -> tuple[WorkerProcess, int]:
     """A worker that shares images, and its HTTP port."""
     [port] = free_ports(1)
-    usual: dict[str, Any] = {"share_images": True, "allow_folders": folder, "http_port": port, "http_host": LOOPBACK}
+    usual: dict[str, Any] = {"share_images": True, "vector_cache": 20_000, "allow_folders": folder}
+    usual |= {"http_port": port, "http_host": LOOPBACK}
     return start_worker(redis_url=redis_url, **(usual | settings)), port
 
 

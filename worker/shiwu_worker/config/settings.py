@@ -140,7 +140,7 @@ class Settings(BaseSettings):
         True, description="jobs with the same image share one decode and one vector; false: each job has its own"
     )
     vector_cache: int = Field(
-        20_000, ge=0, le=10_000_000, description="image vectors kept for later jobs with the same image; 0: none"
+        0, ge=0, le=10_000_000, description="image vectors kept for later jobs with the same image, 2 to 5 kB each"
     )
 
     lease_s: float = Field(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from shiwu.contract import ErrorInfo, ImageInfo, log_level_of, without_query
-from shiwu_worker.loaders.protocol import Loaded, LoadFailed, Recognised
+from shiwu_worker.loaders.protocol import Loaded, LoadFailed
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -24,27 +24,28 @@ def record(result: LoadResult, job: Job) -> None:
     moments.fetch_from_s = result.started_s
     moments.decode_from_s, moments.batch_from_s = result.fetched_s, result.decoded_s
     reference = without_query(job.request.image) if job.request is not None else None
-    match result:
-        case Loaded():
-            job.sha256, job.has_pixels, job.is_not_modified = result.sha256, True, False
-            if reference is not None:
-                job.image = ImageInfo(
-                    reference=reference,
-                    format=result.format,
-                    width=result.width,
-                    height=result.height,
-                    bytes=result.n_bytes,
-                    sha256=result.sha256,
-                )
-        case Recognised():
-            job.sha256, job.is_not_modified = result.sha256, result.n_bytes is None
-            if reference is not None:
-                job.image = ImageInfo(reference=reference, bytes=result.n_bytes, sha256=result.sha256)
-        case LoadFailed():
-            if reference is not None:
-                job.image = ImageInfo(reference=reference, bytes=result.n_bytes)
-            job.fail(result.error)
-            _log_failure(job, result.error, result.detail)
+    if isinstance(result, LoadFailed):
+        if reference is not None:
+            job.image = ImageInfo(reference=reference, bytes=result.n_bytes)
+        job.fail(result.error)
+        _log_failure(job, result.error, result.detail)
+        return
+    sha256 = job.sha256 = result.sha256
+    if isinstance(result, Loaded):
+        job.has_pixels, job.is_not_modified = True, False
+        if reference is not None:
+            job.image = ImageInfo(
+                reference=reference,
+                format=result.format,
+                width=result.width,
+                height=result.height,
+                bytes=result.n_bytes,
+                sha256=sha256,
+            )
+    else:
+        job.is_not_modified = result.n_bytes is None
+        if reference is not None:
+            job.image = ImageInfo(reference=reference, bytes=result.n_bytes, sha256=sha256)
 
 
 def _log_failure(job: Job, error: ErrorInfo, detail: str | None) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import msgspec
+from msgspec.structs import replace
 
 from shiwu.contract import AttemptEnd, source_of
 from shiwu_worker.errors import ExitCode, FatalError
@@ -131,14 +131,17 @@ class Pipeline:
     # -------------------------------------------------------------------------------- fetch, decode
     def _load(self, tickets: Sequence[tuple[int, Job]]) -> None:
         """Let the loaders fetch and decode; a source that has the same file as before need not send it."""
-        files = self._stages.shared.known_files([job for _, job in tickets])
-        tasks: list[LoadTask] = []
-        for (ticket, job), file in zip(tickets, files, strict=True):
-            if job.request is not None:
-                task = LoadTask(ticket, job.slot, job.request.image, job.lane, source_of(job.request.image))
-                if file is not None:
-                    task = msgspec.structs.replace(task, validator=file.validator, sha256=file.sha256)
-                tasks.append(task)
+        tasks = [
+            LoadTask(ticket, job.slot, job.request.image, job.lane, source_of(job.request.image))
+            for ticket, job in tickets
+            if job.request is not None
+        ]
+        if self._stages.shared.has_files:
+            files = self._stages.shared.known_files([task.image for task in tasks])
+            tasks = [
+                task if file is None else replace(task, validator=file.validator, sha256=file.sha256)
+                for task, file in zip(tasks, files, strict=True)
+            ]
         self._stages.loaders.submit(tasks)
 
     def _load_again(self, jobs: Sequence[Job]) -> None:
@@ -179,7 +182,8 @@ class Pipeline:
         """
         if loaded:
             found = self._stages.shared.sort([job for job in loaded if job.error is None])
-            self._stages.batcher.put(found.to_encode)
+            if found.to_encode:
+                self._stages.batcher.put(found.to_encode)
             self._finish([self._outcome(job) for job in loaded if job.error is not None])
             if found.urgent:
                 self._stages.batcher.prefer(found.urgent)
@@ -224,22 +228,18 @@ class Pipeline:
         ended: list[Outcome] = []
         for each in batch:
             job: Job | None = each
-            while job is not None and (outcome := self._unwanted(job, now_s)) is not None:
-                ended.append(outcome)
+            while job is not None:
+                if job.is_answered_elsewhere:
+                    ended.append(Released(job, Release(job.id)))
+                elif (error := job.expiry(now_s)) is not None:
+                    job.fail(error)
+                    ended.append(self._outcome(job))
+                else:
+                    wanted.append(job)
+                    break
                 job = self._stages.shared.hand_over(job)
-            if job is not None:
-                wanted.append(job)
         self._finish(ended)
         return wanted
-
-    def _unwanted(self, job: Job, now_s: float) -> Outcome | None:
-        """How the attempt of a job ends whose producer no longer waits; None for any other job."""
-        if job.is_answered_elsewhere:
-            return Released(job, Release(job.id))
-        if (error := job.expiry(now_s)) is None:
-            return None
-        job.fail(error)
-        return self._outcome(job)
 
     def _hand_over(self, launched: LaunchedBatch) -> None:
         # One batch waits here, one in the queue, and one is scored: this bounds the batches in flight.
@@ -271,9 +271,11 @@ class Pipeline:
                 job.is_on_device = False
             self._progress.mark()
             # Before their slots are free: a follower of a failed job gets its pixels.
-            successors = [self._stages.shared.hand_over(job) for job in launched.jobs if job.error is not None]
+            failed = [job for job in launched.jobs if job.error is not None]
+            successors = [each for job in failed if (each := self._stages.shared.hand_over(job)) is not None]
             self._finish([Answered(job) if job.error is None else self._outcome(job) for job in launched.jobs])
-            self._stages.batcher.put([successor for successor in successors if successor is not None])
+            if successors:
+                self._stages.batcher.put(successors)
             self._answer_known(self._stages.shared.take_answerable())
 
     def _answer_known(self, jobs: Sequence[Job]) -> None:

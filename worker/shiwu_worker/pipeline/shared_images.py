@@ -65,12 +65,15 @@ class SharedImages:
         return len(self._kept)
 
     # -------------------------------------------------------------------------------- before and after the fetch
-    def known_files(self, jobs: Sequence[Job]) -> list[KnownFile | None]:
-        """For each job the file that its reference named before, if the vector of that image is kept."""
-        if not self._files:
-            return [None] * len(jobs)
+    @property
+    def has_files(self) -> bool:
+        """Whether any file is known."""
+        return len(self._files) > 0
+
+    def known_files(self, references: Sequence[str]) -> list[KnownFile | None]:
+        """For each reference the file that it named before, if the vector of that image is kept."""
         with self._lock:
-            found = [self._files.find(job.request.image) if job.request is not None else None for job in jobs]
+            found = [self._files.find(reference) for reference in references]
             return [file if file is not None and file.sha256 in self._kept.rows else None for file in found]
 
     def note_file(self, job: Job, validator: Validator) -> None:
