@@ -225,5 +225,10 @@ def library_lines(log: EventLog) -> Iterator[None]:
 
 def stop_on_signals(process: HooksProcess) -> None:
     """Let SIGTERM and SIGINT stop the process; tries under way are finished."""
+
+    def stop(*_: object) -> None:
+        # A handler that interrupts the main thread in its wait for the event could wait forever for the lock of it.
+        threading.Thread(target=process.stop, name="stop", daemon=True).start()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: process.stop())
+        signal.signal(number, stop)
