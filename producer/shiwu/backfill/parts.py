@@ -110,6 +110,8 @@ def _schema() -> pa.Schema:
             ("worker", pa.string()),
             ("answered_at", pa.timestamp("us", tz="UTC")),
             ("metadata", pa.string()),
+            ("embedding", pa.list_(pa.float32())),
+            ("vector", pa.string()),
         ]
     )
 
@@ -141,4 +143,6 @@ def row_of(answer: Answer) -> dict[str, Any]:
         "worker": answer.worker,
         "answered_at": answer.answered_at,
         "metadata": None if answer.metadata is None else msgspec.json.encode(answer.metadata).decode(),
+        "embedding": None if answer.embedding is None else list(answer.embedding),
+        "vector": answer.vector,
     }
