@@ -166,7 +166,9 @@ def other_shiwu(settings: str, env: Mapping[str, str]) -> System:
 
 @contextmanager
 def _shiwu(place: Place, *, name: str = SHIWU, own: Mapping[str, str] | None = None) -> Iterator[Running]:
-    env = {"SHIWU_LOG_LEVEL": "warning", "SHIWU_TORCH_THREADS": "0", **place.model_env, **(own or {})}
+    # Images repeat in a run, and each is to be decoded and encoded, as the other systems do.
+    common = {"SHIWU_LOG_LEVEL": "warning", "SHIWU_TORCH_THREADS": "0", "SHIWU_SHARE_IMAGES": "false"}
+    env = {**common, **place.model_env, **(own or {})}
     with WorkerProcess(redis_url=place.url, folder=place.folder, name=name, env=env) as worker:
         yield Running((worker.wait_ready(timeout_s=READY_S),))
 
