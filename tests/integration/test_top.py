@@ -298,3 +298,32 @@ def test_command_runs_in_a_terminal(parts: Parts, has_color: bool) -> None:
         shown = bytes(terminal.output)
     colours = {tuple(map(int, each)) for each in re.findall(rb"[34]8;2;(\d+);(\d+);(\d+)", shown)}
     assert any(max(colour) - min(colour) > 8 for colour in colours) == has_color
+
+
+@pytest.mark.parametrize("width", [80, 130], ids=["narrow", "wide"])
+def test_long_names_keep_what_tells_them_apart(parts: Parts, width: int) -> None:
+    """Names of pods differ at their ends; a wide terminal shows all of them."""
+    name = "shiwu-worker-7d9f8c6b5-x2x4z"
+    top_states.add_worker(parts.redis, name, top_states.GPU_WORKER)
+
+    async def steps(pilot: Pilot[None]) -> None:
+        shown = await wait_screen(pilot, name if width == 130 else "…9f8c6b5-x2x4z")
+        assert "3.2 GB/23.0 GB" in shown
+
+    run_screen(parts.app(), steps, size=(width, 24))
+
+
+def test_screen_is_drawn_for_a_new_size(parts: Parts) -> None:
+    """A wider terminal shows more of a worker; a very small one shows what fits."""
+
+    async def steps(pilot: Pilot[None]) -> None:
+        shown = await wait_screen(pilot, "gpu-host-0")
+        assert "bfloat16" not in shown
+        await pilot.resize_terminal(240, 40)
+        await wait_screen(pilot, "bfloat16", "everyday-zh 3ea8fe1f")
+        await pilot.resize_terminal(20, 6)
+        await wait_screen(pilot, "1 lane")
+        await pilot.resize_terminal(80, 24)
+        await wait_screen(pilot, "source_unavailable", "q Quit")
+
+    run_screen(parts.app(), steps)

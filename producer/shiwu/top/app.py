@@ -82,12 +82,12 @@ class TopApp(App[None]):
         yield Static(id="title", markup=False)
         yield TextPanel(panels.lanes_text, id="lanes")
         yield TextPanel(panels.stages_text, id="stages")
-        yield RowTable(("3 worker", *rows.WORKER_HEADINGS[1:]), panels.WORKER_WIDTHS, id="workers", left=(6, 9, 10, 11))
+        headings: tuple[str, ...] = ("3 worker", *rows.WORKER_HEADINGS[1:])
+        yield RowTable(headings, panels.WORKER_WIDTHS, id="workers", core=8, left=(6, 9, 10, 11), ends=(0,))
         with Horizontal(id="bottom"):
-            yield FailureTable(_failure_headings(Look()), panels.FAILURE_WIDTHS, id="failures", left=(3,))
-            yield RowTable(
-                ("5 backfill", *rows.BACKFILL_HEADINGS[1:]), panels.BACKFILL_WIDTHS, id="backfills", left=(1,)
-            )
+            yield FailureTable(_failure_headings(Look()), panels.FAILURE_WIDTHS, id="failures", core=4, left=(3,))
+            headings = ("5 backfill", *rows.BACKFILL_HEADINGS[1:])
+            yield RowTable(headings, panels.BACKFILL_WIDTHS, id="backfills", core=4, left=(1,))
         yield Input(placeholder="show workers, codes and backfills with this text", id="filter")
         yield Footer(show_command_palette=False)
 
@@ -100,8 +100,8 @@ class TopApp(App[None]):
         self.set_interval(self._every_s, self.begin_look)
 
     def on_resize(self, _: Resize) -> None:
-        """Draw for the new width."""
-        self._show_title()
+        """Draw for the new width, once it is known to all parts."""
+        self.call_after_refresh(lambda: self.show(self._look))
 
     def begin_look(self) -> None:
         """Look once, unless a look is under way, as while Redis does not answer."""

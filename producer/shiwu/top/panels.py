@@ -15,10 +15,14 @@ from shiwu.top.look import Look
 
 LANE_WIDTHS: Final = (13, 9, 9, 9, 9, 9, 9)
 STAGE_WIDTHS: Final = (9, 9, 9, 7)
-WORKER_WIDTHS: Final = (15, 7, 8, 10, 5, 9, 10, 16, 16, 56, 32, 10, 9)
+WORKER_WIDTHS: Final = (15, 7, 8, 10, 5, 9, 10, 16, 16, 64, 32, 10, 9)
 FAILURE_WIDTHS: Final = (20, 6, 8, 7)
 BACKFILL_WIDTHS: Final = (11, 9, 12, 7)
 LETTER_WIDTHS: Final = (24, 12, 8, 9, 15, 60)
+MAX_FIRST: Final = 37
+"""Characters of a first column on a wide terminal; a UUID and a space."""
+MAX_COLUMNS: Final = 500
+"""A title is as wide as any terminal."""
 HEADING: Final = "bold"
 BAR_STYLE: Final = "cyan"
 
@@ -52,22 +56,39 @@ class RowTable(DataTable[Text]):
         headings: of the columns; the first is left, the others are right.
         widths: characters of each column.
         left: indexes of further columns that are left.
+        core: how many columns should be seen; what is left of the width goes to the first column.
+        ends: indexes of columns whose long texts keep their ends, as the names of pods differ there.
     """
 
-    def __init__(self, headings: Sequence[str], widths: Sequence[int], *, id: str, left: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        headings: Sequence[str],
+        widths: Sequence[int],
+        *,
+        id: str,
+        core: int,
+        left: Sequence[int] = (),
+        ends: Sequence[int] = (),
+    ) -> None:
         super().__init__(id=id, cursor_type="row", cell_padding=0, show_header=True)
-        self._headings, self._widths, self._left = headings, widths, {0, *left}
+        self._headings, self._widths = tuple(headings), tuple(widths)
+        self._least, self._core = self._widths, core
+        self._left, self._ends = {0, *left}, frozenset(ends)
 
     def on_mount(self) -> None:
         """Add the columns."""
-        self.head(self._headings)
+        self._head()
 
-    def head(self, headings: Sequence[str]) -> None:
-        """Replace the headings, and remove all rows."""
-        self._headings = headings
+    def _head(self) -> None:
+        """Put the columns again, without rows."""
         self.clear(columns=True)
-        for column, (heading, width) in enumerate(zip(headings, self._widths, strict=False)):
+        for column, (heading, width) in enumerate(zip(self._headings, self._widths, strict=True)):
             self.add_column(self._cell(column, heading), width=width)
+
+    def _fit(self) -> tuple[int, ...]:
+        spare = max(0, self.size.width - sum(self._least[: self._core]))
+        first = self._least[0]
+        return (max(first, min(MAX_FIRST, first + spare)), *self._least[1:])
 
     def fill(self, cells: Iterable[tuple[str, Sequence[str]]], *, headings: Sequence[str] | None = None) -> None:
         """Replace the rows.
@@ -77,8 +98,10 @@ class RowTable(DataTable[Text]):
             headings: new ones, where they changed.
         """
         name, top = self.cursor_name, self.scroll_y
-        if headings is not None and headings != self._headings:
-            self.head(headings)
+        wanted = self._headings if headings is None else tuple(headings)
+        if (wanted, self._fit()) != (self._headings, self._widths):
+            self._headings, self._widths = wanted, self._fit()
+            self._head()
         self.clear()
         for row, texts in cells:
             self.add_row(*[self._cell(column, text) for column, text in enumerate(texts)], key=row)
@@ -95,6 +118,8 @@ class RowTable(DataTable[Text]):
 
     def _cell(self, column: int, text: str) -> Text:
         width = self._widths[column]
+        if column in self._ends and len(text) > width - 1:
+            text = "…" + text[2 - width :]
         if column in self._left:
             # One column stays free between two texts.
             cell = Text(text, no_wrap=True, overflow="ellipsis")
@@ -143,9 +168,9 @@ def stages_text(look: Look, width: int) -> Text:
 def title_text(look: Look, *, where: str, note: str) -> Text:
     """The first line: the server, the workers, and whether Redis answers."""
     if look.problem is not None:
-        return Text(f" {rows.problem_line(look)}", "bold reverse red", no_wrap=True, overflow="ellipsis")
+        return Text(f" {rows.problem_line(look)}".ljust(MAX_COLUMNS), "bold reverse red", no_wrap=True, overflow="crop")
     parts = [f"shiwu top  {where}", f"{len(look.workers)} workers", f"{rows.number(look.images_per_s)} images/s"]
-    return Text(" " + "  ".join([*parts, note]).rstrip(), "bold reverse", no_wrap=True, overflow="ellipsis")
+    return Text((" " + "  ".join([*parts, note])).ljust(MAX_COLUMNS), "bold reverse", no_wrap=True, overflow="crop")
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

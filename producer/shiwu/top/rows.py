@@ -26,12 +26,12 @@ LETTER_HEADINGS: Final = ("id", "ended", "stage", "attempts", "worker", "image")
 
 
 def number(value: float) -> str:
-    """At most seven characters: `12.3`, `1,234`, `123.4k`, `12.3M`."""
+    """At most seven characters: `12.3`, `1,234`, `123k`, `12.3M`."""
     if value != round(value) and value < 100:
         return f"{value:.1f}"
     if value < 100_000:
         return f"{value:,.0f}"
-    return f"{value / 1000:.1f}k" if value < 1_000_000 else f"{value / 1_000_000:.1f}M"
+    return f"{value / 1000:.0f}k" if value < 999_500 else f"{value / 1_000_000:.1f}M"
 
 
 def size(n_bytes: float) -> str:
@@ -126,9 +126,9 @@ def letter_cells(letter: Letter, *, now_ms: float) -> tuple[str, ...]:
 def totals_line(look: Look) -> str:
     """What is in no lane, in one line."""
     parts = [f"delayed {number(look.delayed)}", f"quarantined {number(look.quarantined)}"]
-    parts += [f"dead letters {number(look.dead)}", f"answered {look.answered:,}"]
+    parts += [f"dead letters {number(look.dead)}", f"answered {number(look.answered)}"]
     if look.answers_per_s is not None:
-        parts.append(f"{number(look.answers_per_s)} answers/s")
+        parts.append(f"{number(look.answers_per_s)} each second")
     return ", ".join(parts)
 
 

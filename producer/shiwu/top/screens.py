@@ -14,7 +14,7 @@ from textual.widgets import DataTable, Footer, Static
 from shiwu.contract import printable
 from shiwu.top import rows
 from shiwu.top.look import Letter
-from shiwu.top.panels import LETTER_WIDTHS, RowTable
+from shiwu.top.panels import LETTER_WIDTHS, MAX_COLUMNS, RowTable
 
 
 class QuestionScreen(ModalScreen[bool]):
@@ -70,7 +70,7 @@ class LettersScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         """A title, the table, the error of the letter under the cursor."""
         yield Static(id="letters-title", markup=False)
-        yield RowTable(rows.LETTER_HEADINGS, LETTER_WIDTHS, id="letters", left=(4, 5))
+        yield RowTable(rows.LETTER_HEADINGS, LETTER_WIDTHS, id="letters", core=5, left=(4, 5), ends=(4,))
         yield Static(id="letter", markup=False)
         yield Footer(show_command_palette=False)
 
@@ -84,7 +84,8 @@ class LettersScreen(Screen[None]):
         cells = [(letter.id, rows.letter_cells(letter, now_ms=now_ms)) for letter in self._letters.values()]
         self.query_one("#letters", RowTable).fill(cells)
         title = f" {len(self._letters)} dead letters with {self._code}, the newest first"
-        self.query_one("#letters-title", Static).update(Text(title, "bold reverse", no_wrap=True))
+        text = Text(title.ljust(MAX_COLUMNS), "bold reverse", no_wrap=True, overflow="crop")
+        self.query_one("#letters-title", Static).update(text)
         self._show_error()
 
     def on_data_table_row_highlighted(self, _: DataTable.RowHighlighted) -> None:
