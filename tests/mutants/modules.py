@@ -66,7 +66,7 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
         "tests/integration/test_pipeline.py",
     ),
     "worker/shiwu_worker/stages/claim/notifier.py": (
-        "tests/unit/stages/test_notifier.py",
+        "tests/integration/test_lane_notifier.py",
         "tests/integration/test_pipeline.py",
     ),
     "worker/shiwu_worker/stages/score/label_bank.py": (
