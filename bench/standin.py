@@ -101,6 +101,11 @@ class StandInSizes:
     def __init__(self, largest: int) -> None:
         self.largest = self.wanted = largest
 
+    @property
+    def brief(self) -> int:
+        """The largest batch for bulk while interactive jobs come: no other than usual, for its time is fixed."""
+        return self.largest
+
     def take(self, waiting: int) -> int:
         """Return the number of images to take, without padding."""
         return min(waiting, self.largest)
