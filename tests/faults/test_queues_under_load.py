@@ -105,7 +105,12 @@ def test_ten_thousand_leases_of_the_dead(fleet: Fleet, near: WorkerProcess) -> N
     dead = make_lease_queue(fleet.client, "dead", lease_s=LEASE_S)
     for start in range(0, DEAD, CHUNK_SIZE):
         fleet.client.lpush(Lane.BULK.queue, *raws[start : start + CHUNK_SIZE])
-        assert len(dead.claim(CHUNK_SIZE).jobs) == CHUNK_SIZE
+        # One claim takes a limited part of them by size.
+        claimed = 0
+        while claimed < CHUNK_SIZE:
+            jobs = dead.claim(CHUNK_SIZE - claimed).jobs
+            assert jobs
+            claimed += len(jobs)
     began_s = time.monotonic()
     ids = fleet.send(200, prefix="living", lanes=(Lane.INTERACTIVE,))
     fleet.wake(near)

@@ -48,9 +48,16 @@ def tagged(client: redis.Redis, *ids: str) -> None:
     make_answer_store(client, "w").write(entries)
 
 
-def connections(client: redis.Redis) -> int:
-    """Connections of all other clients."""
-    return len(client.client_list()) - 1
+@pytest.fixture
+def connections(redis_client: redis.Redis) -> Callable[[], int]:
+    """Counts the connections that were opened since the test began; other tests may leave some in their pools."""
+
+    def ids() -> list[int]:
+        clients: Any = redis_client.client_list()
+        return [int(one["id"]) for one in clients]
+
+    newest = max(ids())
+    return lambda: sum(number > newest for number in ids())
 
 
 def subscriptions(client: redis.Redis) -> list[bytes]:
@@ -59,7 +66,9 @@ def subscriptions(client: redis.Redis) -> list[bytes]:
     return sorted(channels)
 
 
-def test_5000_waits_need_three_connections(redis_url: str, redis_client: redis.Redis) -> None:
+def test_5000_waits_need_three_connections(
+    redis_url: str, redis_client: redis.Redis, connections: Callable[[], int]
+) -> None:
     """One sends, one looks for keys, and one listens; all answers come, and nothing stays subscribed."""
 
     async def test() -> None:
@@ -67,11 +76,11 @@ def test_5000_waits_need_three_connections(redis_url: str, redis_client: redis.R
             ids = [job_id async for job_id in client.enqueue_many(f"s3://b/{n}" for n in range(5000))]
             waits = [asyncio.create_task(client.wait(job_id, timeout_s=100)) for job_id in ids]
             await until(lambda: len(subscriptions(redis_client)) == 5000)
-            assert connections(redis_client) <= 3
+            assert connections() <= 3
             await asyncio.to_thread(tagged, redis_client, *ids)
             answers = await asyncio.gather(*waits)
             assert [answer.id for answer in answers] == ids
-            assert connections(redis_client) <= 3
+            assert connections() <= 3
             await until(lambda: subscriptions(redis_client) == [])
 
     run(test())
@@ -148,14 +157,16 @@ def test_wait_outlives_the_connection_that_listens(redis_url: str, redis_client:
     run(test())
 
 
-def test_idle_connection_that_was_closed_is_opened_again(redis_url: str, redis_client: redis.Redis) -> None:
+def test_idle_connection_that_was_closed_is_opened_again(
+    redis_url: str, redis_client: redis.Redis, connections: Callable[[], int]
+) -> None:
     """Between two waits, as a server with a time limit for idle connections does."""
 
     async def test() -> None:
         async with Client(redis_url) as client:
             await asyncio.to_thread(tagged, redis_client, "a", "b")
             await client.wait("a", timeout_s=10)
-            assert connections(redis_client) == 2
+            assert connections() == 2
             redis_client.client_kill_filter(skipme=True)
             assert (await client.wait("b", timeout_s=10)).id == "b"
 
@@ -246,7 +257,7 @@ def test_images_may_come_from_an_asynchronous_iterator(redis_url: str, redis_cli
     run(test())
 
 
-def test_close_ends_the_waits(redis_url: str, redis_client: redis.Redis) -> None:
+def test_close_ends_the_waits(redis_url: str, redis_client: redis.Redis, connections: Callable[[], int]) -> None:
     """They raise an error instead of waiting for their time-out."""
 
     async def test() -> None:
@@ -255,6 +266,6 @@ def test_close_ends_the_waits(redis_url: str, redis_client: redis.Redis) -> None
             await until(lambda: subscriptions(redis_client))
         with pytest.raises(redis.ConnectionError, match="closed"):
             await wait
-        await until(lambda: connections(redis_client) == 0)
+        await until(lambda: connections() == 0)
 
     run(test())
