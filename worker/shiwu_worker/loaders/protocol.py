@@ -71,7 +71,7 @@ class LoaderOptions(BaseModel):
         )
 
 
-class LoadTask(msgspec.Struct, frozen=True):
+class LoadTask(msgspec.Struct, frozen=True, gc=False):
     """One image to load into one slot."""
 
     ticket: int
