@@ -61,12 +61,11 @@ class SectionedGroup(click.Group):
         sections: dict[str, list[str]] = {FIRST: []}
         for name in self.list_commands(ctx):
             sections.setdefault(self._section(name), []).append(name)
-        if LAST in sections:
-            sections[LAST] = sections.pop(LAST)
+        order = [FIRST, *sorted(sections.keys() - {FIRST, LAST}), LAST]
         width = max((len(name) for names in sections.values() for name in names), default=0)
         limit = formatter.width - 6 - width
-        for section, names in sections.items():
-            commands = [(name.ljust(width), self.get_command(ctx, name)) for name in names]
+        for section in order:
+            commands = [(name.ljust(width), self.get_command(ctx, name)) for name in sections.get(section, ())]
             rows = [
                 (name, command.get_short_help_str(limit))
                 for name, command in commands
