@@ -328,7 +328,7 @@ def test_counts_without_results(backfill: LocalBackfill, redis_url: str, tmp_pat
     assert saved.totals.by("code") == {"source_not_found": 5}
     assert (saved.totals.answered, saved.totals.failed, saved.parts) == (50, 5, {})
     assert not backfill.redis.exists(f"{BACKFILL_OPEN}night")
-    assert 0 < int(backfill.redis.ttl("shiwu:backfill:night")) <= 30 * 86_400  # type: ignore[arg-type]
+    assert 0 < int(backfill.redis.ttl("shiwu:backfill:night")) <= 30 * 86_400  # type: ignore[arg-type]  # redis' own
 
 
 def test_parquet_parts_have_columns(backfill: LocalBackfill, redis_url: str, tmp_path: Path) -> None:

@@ -111,10 +111,10 @@ def test_message_of_another_lane_is_left_alone(notifier: LaneNotifier, redis_cli
 def test_message_that_another_worker_took_is_not_reported(notifier: LaneNotifier, redis_client: redis.Redis) -> None:
     """The server notifies of it, and the lanes are empty again: no claim, and the wait goes on."""
     waiting = idle(notifier, redis_client)
+    asked = redis_client.info("commandstats")["cmdstat_exists"]["calls"]
     with redis_client.pipeline(transaction=True) as pipe:
         pipe.lpush(Lane.BULK.queue, "message").rpop(Lane.BULK.queue).execute()
-    asked = redis_client.info("commandstats")["cmdstat_exists"]["calls"]
-    wait_until(lambda: redis_client.info("commandstats")["cmdstat_exists"]["calls"] >= asked, timeout_s=5)
+    wait_until(lambda: redis_client.info("commandstats")["cmdstat_exists"]["calls"] > asked, timeout_s=5)
     assert waiting.found is None
     redis_client.lpush(Lane.BULK.queue, "message")
     assert waiting.result() is True
@@ -196,6 +196,20 @@ def test_refused_tracking_is_replaced_by_looking(redis_url: str, redis_client: r
         assert [(log["event"], log["log_level"]) for log in logs] == [("lane_tracking_refused", "warning")]
     finally:
         redis_client.acl_deluser("old-worker")
+
+
+def test_wrong_login_is_not_taken_for_refused_tracking(redis_url: str, redis_client: redis.Redis) -> None:
+    """The next claim reports it; once the login is right the server notifies."""
+    with open_notifier(redis_url, username="late-worker", password="secret") as notifier, capture_logs() as logs:
+        assert notifier.wait(0.05) is False
+        redis_client.acl_setuser("late-worker", enabled=True, passwords=["+secret"], keys=["*"], categories=["+@all"])
+        try:
+            waiting = idle(notifier, redis_client)
+            redis_client.lpush(Lane.BULK.queue, "message")
+            assert waiting.result() is True
+        finally:
+            redis_client.acl_deluser("late-worker")
+    assert logs == []
 
 
 def test_oldest_supported_redis_notifies(tmp_path: Path) -> None:

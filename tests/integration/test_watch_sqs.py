@@ -130,7 +130,7 @@ def test_poison_message_is_kept_and_deleted(
     counted = drain(redis_url, queue_url, rules)
     assert (total(counted, "unread"), total(counted, "enqueued")) == (1, 1)
     assert counts(client, queue_url) == (0, 0)
-    [kept] = [json.loads(line) for line in redis_client.lrange(WATCH_UNREAD, 0, -1)]  # type: ignore[union-attr]
+    [kept] = [json.loads(line) for line in redis_client.lrange(WATCH_UNREAD, 0, -1)]  # type: ignore[union-attr]  # redis' own
     assert (kept["body"], kept["source"]) == ("no JSON at all", f"sqs://{queue_url}")
 
 

@@ -32,7 +32,7 @@ def test_every_stored_object_is_tagged(s3: S3Server, shared_worker: WorkerProces
     result = run_watch(url, f"{url}?key={EVENTS}", "--rules", str(rules), "--once")
     counted = lines(result.stdout)
     assert (total(counted, "enqueued"), total(counted, "duplicate")) == (len(KEYS), len(KEYS))
-    ids = {found.id: found.key for event in events for found in read_message(event)}  # type: ignore[union-attr]
+    ids = {found.id: found.key for event in events for found in read_message(event)}  # type: ignore[union-attr]  # all are events
     with Client(url) as client:
         answers = client.wait_many(list(ids), timeout_s=60)
     for job_id, key in ids.items():

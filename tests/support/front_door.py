@@ -23,7 +23,7 @@ class FrontDoorContract(Contract):
     """
 
     type_name = "front_door"
-    # An instance has the parsed values under these names.
+    # An instance has the parsed values under these names, so their types are not those of the fields.
     package: Module = fields.ModuleField()  # type: ignore[assignment]
     doors: list[str] = fields.ListField(subfield=fields.StringField())  # type: ignore[assignment]
     importers: list[Module] = fields.ListField(  # type: ignore[assignment]

@@ -15,7 +15,6 @@ import redis
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from shiwu.broker.redis_errors import info_of
 from shiwu.contract import Lane
 
 log: FilteringBoundLogger = structlog.get_logger()
@@ -69,12 +68,8 @@ class LaneNotifier:
                 self._wait_for_push(until_s - time.monotonic())
                 if time.monotonic() >= until_s:
                     return False
-            except (redis.RedisError, OSError) as error:
+            except (redis.RedisError, OSError):
                 self._disconnect()
-                if self._can_track and not info_of(error).is_temporary:
-                    self._can_track = False
-                    log.warning("lane_tracking_refused", error=str(error)[:300], poll_interval_s=POLL_INTERVAL_S)
-                    continue
                 self._pause(min(REDIS_PAUSE_S, max(0.0, until_s - time.monotonic())))
                 return self._is_notified.is_set()
         return False
@@ -101,10 +96,19 @@ class LaneNotifier:
             self._disconnect()
         if self._connection is None:
             self._connection = self._client.connection_pool.get_connection()
-            if self._can_track:
-                self._ask("CLIENT", "TRACKING", "ON")
+            self._track()
         # Notifications that came before this reply are of earlier changes: reading the reply skips them.
         return int(self._ask("EXISTS", *keys)) > 0
+
+    def _track(self) -> None:
+        """Let the server notify this connection; where it refuses that, look at the lanes from now on."""
+        if not self._can_track:
+            return
+        try:
+            self._ask("CLIENT", "TRACKING", "ON")
+        except redis.ResponseError as error:
+            self._can_track = False
+            log.warning("lane_tracking_refused", error=str(error)[:300], poll_interval_s=POLL_INTERVAL_S)
 
     def _ask(self, *command: str) -> Any:
         self._connection.send_command(*command, check_health=False)
