@@ -113,6 +113,7 @@ class BatchSizePolicy:
         self._reported, self._reported_s = self._choice.current, -math.inf
         self._planned: dict[int, float] = {}
         self._plan: tuple[int, ...] = ()
+        self._brief = self._sizes[0]
         self._update_plan()
 
     # -------------------------------------------------------------------------------- the choice
@@ -130,9 +131,7 @@ class BatchSizePolicy:
     @property
     def brief(self) -> int:
         """The largest of these batches that takes up to BRIEF_BATCH_S now, or the smallest size."""
-        with self._lock:
-            sizes = [size for size in self._sizes if size <= self._choice.current]
-            return max((size for size in sizes if self._seconds(size) <= BRIEF_BATCH_S), default=self._sizes[0])
+        return self._brief
 
     def take(self, waiting: int) -> int:
         """How many of the `waiting` images the next batch takes; at least one if one waits."""
@@ -245,6 +244,9 @@ class BatchSizePolicy:
         return size * math.exp(self._choice.costs.log_cost(size) + self._slowness)
 
     def _update_plan(self) -> None:
+        sizes = [size for size in self._sizes if size <= self._choice.current]
+        # Kept, because the batcher asks at each image.
+        self._brief = max((size for size in sizes if self._seconds(size) <= BRIEF_BATCH_S), default=self._sizes[0])
         costs = {size: self._choice.costs.log_cost(size) for size in self._sizes if size <= self._choice.current}
         has_other_sizes = costs.keys() != self._planned.keys()
         if has_other_sizes or any(abs(cost - self._planned[size]) > PLAN_SHIFT for size, cost in costs.items()):
