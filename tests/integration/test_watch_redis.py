@@ -154,6 +154,8 @@ def test_kill_before_the_removal_loses_nothing(
         push(redis_client, "first.jpg")
         with watch:
             wait_until(lambda: len(waiting_jobs(redis_client)) == 3, timeout_s=30, what="a watcher at work")
+            # Removed too, or the messages awaited below may be these three.
+            wait_until(lambda: not redis_client.exists(KEY, taken_key(KEY, "w")), timeout_s=30, what="their removal")
             lanes.refuse()
             push(redis_client, "c.jpg", "d.jpg")
             wait_until(lambda: redis_client.llen(taken_key(KEY, "w")), timeout_s=30, what="taken messages")
