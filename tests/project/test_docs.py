@@ -15,7 +15,7 @@ GENERATED = {"docs/settings.md", "docs/errors.md"}
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "helm" / "shiwu" / "README.md"]
 WRITTEN = [page for page in PAGES if str(page.relative_to(ROOT)) not in GENERATED]
 MAX_COLUMNS = 120
-OUTPUT = {"bench/out"}
+OUTPUT = {"bench/out", "build/card-wheels", "build/site"}
 """Folders that commands make."""
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _DEFINITION = re.compile(r"^\[[^\]]+\]: (\S+)$", re.M)
