@@ -45,6 +45,8 @@ TABLE_ENTRIES: Final = 1 << 17
 """As many as with the default settings."""
 WIDTH: Final = 8
 """Length of a stand-in's vector."""
+HASHES: Final = tuple(f"{number:064x}" for number in range(1 << 14))
+"""Of the bytes of images: more than are in flight, because each has bytes of its own, as most have."""
 
 
 class StandInLoaders:
@@ -72,8 +74,7 @@ class StandInLoaders:
         about: Any = {"n_bytes": 1, "format": "JPEG", "width": 1, "height": 1}
         self._on_loaded(
             [
-                # Each image has bytes of its own, as most have.
-                Loaded(ticket=task.ticket, slot=task.slot, **moments, **about, sha256=f"{task.ticket:064x}")
+                Loaded(ticket=task.ticket, slot=task.slot, **moments, **about, sha256=HASHES[task.ticket % len(HASHES)])
                 for task in tasks
             ]
         )

@@ -34,14 +34,7 @@ def record(result: LoadResult, job: Job) -> None:
     if isinstance(result, Loaded):
         job.has_pixels, job.is_not_modified = True, False
         if reference is not None:
-            job.image = ImageInfo(
-                reference=reference,
-                format=result.format,
-                width=result.width,
-                height=result.height,
-                bytes=result.n_bytes,
-                sha256=sha256,
-            )
+            job.image = ImageInfo(reference, result.format, result.width, result.height, result.n_bytes, sha256)
     else:
         job.is_not_modified = result.n_bytes is None
         if reference is not None:
