@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from shiwu.broker.answers import wait_replicated
 from shiwu.broker.connection import connect
 from shiwu.broker.redis_errors import REDIS_ERRORS, RedisCode, RedisFault, classify, explain, info_of
+from shiwu.broker.sharding import keep_shard_count, open_shards
 from shiwu.cli import main
 from tests.conftest import StartWorker
 from tests.support.certificates import Certificate
@@ -162,6 +163,17 @@ def moved(parts: Parts) -> None:
     client.get("x")
 
 
+def not_a_cluster(parts: Parts) -> None:
+    [client] = open_shards(f"{parts.server().url.replace('redis', 'cluster', 1)}?shards=1", timeout_s=2)
+    parts.stack.enter_context(client).ping()
+
+
+def shards(parts: Parts) -> None:
+    client = parts.client(parts.server().url)
+    keep_shard_count(client, shards=16)
+    keep_shard_count(client, shards=8)
+
+
 def sentinel(parts: Parts) -> None:
     [port] = free_ports(1)
     config = parts.folder / "sentinel.conf"
@@ -219,6 +231,8 @@ CASES: list[tuple[Callable[[Parts], None], RedisCode]] = [
     (permission, RedisCode.PERMISSION),
     (cluster, RedisCode.CLUSTER),
     (moved, RedisCode.CLUSTER),
+    (not_a_cluster, RedisCode.NO_CLUSTER),
+    (shards, RedisCode.SHARDS),
     (sentinel, RedisCode.SENTINEL),
     (database, RedisCode.DATABASE),
     (tls, RedisCode.TLS),

@@ -17,13 +17,13 @@ MAX_FUNCTION_LINES = 50
 TEST_FILES = sorted((ROOT / "tests").rglob("test_*.py"))
 OTHER_FLAGS = {
     # Celery's, redis-py's and S3's names.
-    *("ignore_result", "inuse_connections", "requester_pays"),
+    *("ignore_result", "ignore_subscribe_messages", "inuse_connections", "push_request", "requester_pays"),
     # Names that users see: of the client's API, of options and settings, and of fields that are printed or stored.
     *("stop_when_idle", "show_all", "as_json", "task_events", "tells_refusals", "usable", "same_first", "retryable"),
     *("accept", "by_source", "coalesce", "named_only", "thin"),
     # What a caller asks for, or reports.
-    *("active", "available", "choose_largest", "count_waiting", "counts", "default", "may_compile", "must_decode"),
-    *("splits_batches", "value"),
+    *("active", "available", "choose_largest", "count_waiting", "counts", "default", "may_be_cluster", "may_compile"),
+    *("must_decode", "splits_batches", "value"),
 }
 """Names of flags in `producer` and `worker` that do not begin with is_ or has_."""
 MAX_TEST_NAME = 60

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import Empty
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import redis
 from redis.backoff import ExponentialBackoff, NoBackoff
@@ -16,19 +17,21 @@ from redis.sentinel import Sentinel, SentinelConnectionPool
 from shiwu.broker.redis_errors import ConnectionsBusy, NotOneServer
 from shiwu.broker.redis_url import RedisAddress, read_redis_url
 
+C = TypeVar("C", bound=redis.Redis)
 MAX_CONNECTIONS: Final = 16
 """Default size of a connection pool."""
 HEALTH_CHECK_S: Final = 30
 """Seconds without a command after which a connection is checked before the next one."""
 
 
-class _Primary(redis.Redis):
+class Primary(redis.Redis):
     """A client that disconnects from a server that has become a replica. Its next connection resolves the name again.
 
     Managed services move a primary by changing its DNS name; sentinels are asked at each new connection.
     """
 
     def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
+        """Read the reply to one command."""
         try:
             return super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]  # redis' own
         except redis.ReadOnlyError:
@@ -61,6 +64,24 @@ class _SentinelPool(SentinelConnectionPool, _Pool):
                 connection.disconnect()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolOptions:
+    """Limits of a client; see `connect`."""
+
+    timeout_s: float
+    block_s: float = 0.0
+    retries: int = 0
+    client_name: str | None = None
+    max_connections: int = MAX_CONNECTIONS
+    pool_wait_s: float | None = None
+    has_pushes: bool = False
+
+    def waits(self) -> dict[str, Any]:
+        """redis-py's arguments for time-outs and retries of a command that does not block the server."""
+        policy = Retry(ExponentialBackoff(cap=1.0, base=0.05), self.retries) if self.retries else Retry(NoBackoff(), 0)
+        return {"socket_timeout": self.timeout_s, "socket_connect_timeout": self.timeout_s, "retry": policy}
+
+
 def connect(
     url: str | RedisAddress,
     *,
@@ -87,27 +108,44 @@ def connect(
     Raises:
         RedisUrlError: the URL cannot work.
     """
-    address = read_redis_url(url) if isinstance(url, str) else url
-    retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), retries) if retries else Retry(NoBackoff(), 0)
-    waits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": retry}
+    options = PoolOptions(
+        timeout_s=timeout_s,
+        block_s=block_s,
+        retries=retries,
+        client_name=client_name,
+        max_connections=max_connections,
+        pool_wait_s=pool_wait_s,
+        has_pushes=has_pushes,
+    )
+    return open_client(Primary, read_redis_url(url) if isinstance(url, str) else url, options)
+
+
+def open_client(client_class: type[C], address: RedisAddress, limits: PoolOptions, **others: Any) -> C:
+    """A client of this class; see `connect`.
+
+    Args:
+        others: more arguments of redis-py for the pool, which take the place of those that the address gives.
+    """
     options: dict[str, Any] = {
-        **waits,
-        "socket_timeout": timeout_s + block_s,
-        "health_check_interval": 0 if block_s else HEALTH_CHECK_S,
-        "client_name": client_name,
+        **limits.waits(),
+        "socket_timeout": limits.timeout_s + limits.block_s,
+        "health_check_interval": 0 if limits.block_s else HEALTH_CHECK_S,
+        "client_name": limits.client_name,
         **place_and_login(address, socket_class=UnixDomainSocketConnection, tls_class=SSLConnection),
         "redis_connect_func": _greet,
-        "max_connections": max_connections,
-        "timeout": timeout_s if pool_wait_s is None else pool_wait_s,
-        **({"protocol": 3} if has_pushes else {}),
+        "max_connections": limits.max_connections,
+        "timeout": limits.timeout_s if limits.pool_wait_s is None else limits.pool_wait_s,
+        **({"protocol": 3} if limits.has_pushes else {}),
+        **others,
     }
     if not address.primary:
-        return _Primary.from_pool(_Pool(**options))  # type: ignore[no-untyped-call]  # redis' own
+        client: C = client_class.from_pool(_Pool(**options))  # type: ignore[assignment, no-untyped-call]
+        return client
     sentinel = Sentinel(  # type: ignore[no-untyped-call]  # redis' own
-        list(address.hosts), sentinel_kwargs=waits | sentinel_login(address)
+        list(address.hosts), sentinel_kwargs=limits.waits() | sentinel_login(address)
     )
-    primary: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]  # redis' own
-        address.primary, _Primary, connection_pool_class=_SentinelPool, **options
+    primary: C = sentinel.master_for(  # type: ignore[no-untyped-call]  # redis' own
+        address.primary, client_class, connection_pool_class=_SentinelPool, **options
     )
     return primary
 
@@ -191,16 +229,21 @@ def _greet(connection: Any) -> None:
     Raises:
         NotOneServer: the greeting of the server names cluster or sentinel mode.
     """
+    check_greeting(greet(connection))
+
+
+def greet(connection: Any) -> object:
+    """Log in on a new connection; the server's reply to HELLO, or None where it refuses HELLO."""
     # redis-py's health check would send a PING first, and call this function again where a login is missing.
     connection.on_connect_check_health(check_health=False)
     # redis-py before version 8 logs in without HELLO, so it is sent here.
-    greeting = connection.handshake_metadata
+    greeting: object = connection.handshake_metadata
     if greeting is None:
         connection.send_command("HELLO", check_health=False)
         # A proxy may not pass it on.
         with suppress(redis.ResponseError):
             greeting = connection.read_response()
-    check_greeting(greeting)
+    return greeting
 
 
 def check_greeting(greeting: object) -> None:
@@ -209,8 +252,13 @@ def check_greeting(greeting: object) -> None:
     Raises:
         NotOneServer: the reply names cluster or sentinel mode.
     """
+    mode = mode_of(greeting)
+    if mode not in {"standalone", ""}:
+        raise NotOneServer(mode)
+
+
+def mode_of(greeting: object) -> str:
+    """The mode in the server's reply to HELLO: `standalone`, `cluster` or `sentinel`; empty where it is not known."""
     if isinstance(greeting, list):
         greeting = dict(zip(greeting[::2], greeting[1::2], strict=True))
-    mode = greeting.get(b"mode", b"standalone").decode() if isinstance(greeting, dict) else "standalone"
-    if mode != "standalone":
-        raise NotOneServer(mode)
+    return str(greeting.get(b"mode", b"").decode()) if isinstance(greeting, dict) else ""

@@ -38,6 +38,8 @@ class RedisCode(StrEnum):
     LOGIN = "redis_login"
     PERMISSION = "redis_permission"
     CLUSTER = "redis_cluster"
+    NO_CLUSTER = "redis_no_cluster"
+    SHARDS = "redis_shards"
     SENTINEL = "redis_sentinel"
     DATABASE = "redis_database"
     TLS = "redis_tls"
@@ -83,6 +85,24 @@ class NotOneServer(ShiwuError, redis.RedisError):
     def __init__(self, mode: str) -> None:
         super().__init__(f"expected one Redis or Valkey server, got a server in {mode} mode")
         self.mode = mode
+
+
+class NotACluster(ShiwuError, redis.RedisError):
+    """The address of `cluster://` is not a node of a cluster; change the Redis URL."""
+
+    code = "not_a_cluster"
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(f"expected a node of a Redis or Valkey Cluster, got a server in {mode or 'another'} mode")
+
+
+class WrongShardCount(ShiwuError, redis.RedisError):
+    """The cluster was first used with another number of shards; another number would look for jobs in other shards."""
+
+    code = "wrong_shard_count"
+
+    def __init__(self, *, expected: str, got: int) -> None:
+        super().__init__(f"expected {expected} shards, with which this cluster was first used, got shards={got}")
 
 
 class NotReplicated(redis.RedisError):
@@ -152,6 +172,13 @@ REDIS_ERRORS: Final[Mapping[RedisCode, RedisErrorInfo]] = MappingProxyType(
             "The server is a node of a Redis Cluster, and shiwu's scripts need all keys on one server.",
             "Give the address of one Redis or Valkey without cluster mode, with replicas and sentinels if needed.",
         ),
+        RedisCode.NO_CLUSTER: _settings(
+            "The server does not run in cluster mode.", "Use redis:// or sentinel:// instead of cluster://."
+        ),
+        RedisCode.SHARDS: _settings(
+            "The cluster was first used with another number of shards, which stays the same forever.",
+            "Give that number in the Redis URL: cluster://host:port/?shards=NUMBER.",
+        ),
         RedisCode.SENTINEL: _settings(
             "The server is a sentinel, which holds no data.",
             "Use sentinel://host:26379,host:26379/master-name/0 instead of redis://.",
@@ -198,6 +225,7 @@ _WORDS: Final[Mapping[str, RedisCode]] = {
     "CROSSSLOT": RedisCode.CLUSTER,
     "CLUSTERDOWN": RedisCode.CLUSTER,
     "TRYAGAIN": RedisCode.CLUSTER,
+    "cluster support disabled": RedisCode.NO_CLUSTER,
     "LOADING": RedisCode.LOADING,
     "BUSY": RedisCode.BUSY,
     "READONLY": RedisCode.READ_ONLY,
@@ -217,6 +245,8 @@ _WORDS: Final[Mapping[str, RedisCode]] = {
 _WORD: Final = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in _WORDS))
 _TYPES: Final[tuple[tuple[type[Exception], RedisCode], ...]] = (
     (NotReplicated, RedisCode.NOT_REPLICATED),
+    (NotACluster, RedisCode.NO_CLUSTER),
+    (WrongShardCount, RedisCode.SHARDS),
     (exceptions.MaxConnectionsError, RedisCode.CONNECTIONS),
     (exceptions.AuthenticationError, RedisCode.LOGIN),
     (exceptions.AuthorizationError, RedisCode.PERMISSION),

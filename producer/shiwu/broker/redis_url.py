@@ -4,6 +4,8 @@
 - `rediss://…`, also `valkeys://`: one server over TLS, with the options `ssl_…`.
 - `unix://[user:password@]/path/to/socket[?db=1]`, also `redis+socket:///path?virtual_host=1`: a server on this machine.
 - `sentinel://[user:password@]host[:port],host[:port]/name[/database][?sentinel_password=…]`: the primary of that name.
+- `cluster://[user:password@]host[:port],host[:port]/[?shards=16]`: a cluster, for callers that use shards.
+- `clusters://…`: a cluster over TLS, with the options `ssl_…`.
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ from shiwu.errors import RedisUrlError
 
 REDIS_PORT: Final = 6379
 SENTINEL_PORT: Final = 26379
+DEFAULT_SHARDS: Final = 16
+MAX_SHARDS: Final = 256
 _PLAIN: Final = frozenset({"redis", "valkey"})
 _TLS: Final = frozenset({"rediss", "valkeys"})
 _SOCKET: Final = frozenset({"unix", "redis+socket"})
+_CLUSTER: Final = frozenset({"cluster", "clusters"})
 _FORMS: Final = "redis://, rediss://, valkey://, valkeys://, unix:// or sentinel://"
 _SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]{0,39}")
 _OPTION: Final = re.compile(r"[a-z_]{1,40}")
@@ -46,7 +51,7 @@ class RedisAddress:
     """Host, database and login of Redis."""
 
     hosts: tuple[tuple[str, int], ...] = ()
-    """Host and port of the server or of each sentinel; empty for a Unix socket."""
+    """Host and port of the server, or of each sentinel or node that is asked first; empty for a Unix socket."""
     socket_path: str = ""
     database: int = 0
     username: str | None = None
@@ -57,10 +62,15 @@ class RedisAddress:
     """The name of the primary at the sentinels; empty without sentinels."""
     sentinel_username: str | None = None
     sentinel_password: str | None = field(default=None, repr=False)
+    shards: int = 0
+    """Number of shards in a cluster; 0 without a cluster."""
 
 
-def read_redis_url(url: str) -> RedisAddress:
+def read_redis_url(url: str, *, may_be_cluster: bool = False) -> RedisAddress:
     """Parse a Redis URL.
+
+    Args:
+        may_be_cluster: whether the caller can use the shards of a cluster.
 
     Raises:
         RedisUrlError: the text says what was expected. It does not quote the URL, which may contain a password.
@@ -73,7 +83,9 @@ def read_redis_url(url: str) -> RedisAddress:
     if "://" not in url:
         raise RedisUrlError(f"expected {_FORMS}, got a text without ://")
     scheme = url.partition("://")[0].lower()
-    if scheme not in _PLAIN | _TLS | _SOCKET | {"sentinel"}:
+    if scheme in _CLUSTER and not may_be_cluster:
+        raise RedisUrlError(f"expected {_FORMS}, got {scheme}://, which this program cannot use yet; give one server")
+    if scheme not in _PLAIN | _TLS | _SOCKET | _CLUSTER | {"sentinel"}:
         raise RedisUrlError(f"expected {_FORMS}, got {scheme if _SCHEME.fullmatch(scheme) else '…'}://")
     try:
         # `redis+socket` and the like are no schemes to urlsplit in every Python; the rest of the URL is read alike.
@@ -87,6 +99,8 @@ def read_redis_url(url: str) -> RedisAddress:
         address = _read_socket(parts, options)
     elif scheme == "sentinel":
         address = _read_sentinel(parts, options)
+    elif scheme in _CLUSTER:
+        address = _read_cluster(parts, options, has_tls=scheme == "clusters")
     else:
         address = _read_server(parts, options, has_tls=scheme in _TLS)
     options.refuse_rest()
@@ -112,7 +126,9 @@ class _Options:
     def refuse_rest(self) -> None:
         for name in self._left:
             if name in _TLS_OPTIONS:
-                raise RedisUrlError(f"{name}: expected rediss:// with options of TLS, got a URL without TLS")
+                raise RedisUrlError(
+                    f"{name}: expected rediss:// or clusters:// with options of TLS, got a URL without TLS"
+                )
             reason = _REFUSED.get(name, "shiwu does not know this option of the query")
             # A password with `?` would be read as the name of an option.
             shown = name if _OPTION.fullmatch(name) else "a part after `?`"
@@ -158,6 +174,29 @@ def _read_sentinel(parts: SplitResult, options: _Options) -> RedisAddress:
         sentinel_username=options.take("sentinel_username"),
         sentinel_password=options.take("sentinel_password"),
     )
+
+
+def _read_cluster(parts: SplitResult, options: _Options, *, has_tls: bool) -> RedisAddress:
+    username, password, hosts = _login(parts.netloc)
+    if not hosts or not all(hosts.split(",")):
+        raise RedisUrlError("expected cluster://[user:password@]host:port,host:port/?shards=16 with a node at least")
+    if _database(parts.path.strip("/"), options.take("db")):
+        raise RedisUrlError("expected database 0, which is the only one of a cluster")
+    return RedisAddress(
+        hosts=tuple(_host(host, default_port=REDIS_PORT) for host in hosts.split(",")),
+        username=username,
+        password=password,
+        tls=_read_tls(options) if has_tls else None,
+        shards=_shards(options.take("shards")),
+    )
+
+
+def _shards(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_SHARDS
+    if not (text.isascii() and text.isdecimal() and len(text) <= 3 and 1 <= int(text) <= MAX_SHARDS):
+        raise RedisUrlError(f"shards: expected a number from 1 to {MAX_SHARDS}, as in ?shards={DEFAULT_SHARDS}")
+    return int(text)
 
 
 def _login(netloc: str) -> tuple[str | None, str | None, str]:

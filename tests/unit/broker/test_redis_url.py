@@ -109,6 +109,27 @@ REFUSED = [
     ("sentinel://:secret@a:x/p", "port"),
     ("sentinel://a/p/secret", "number of a database"),
     ("sentinel://:secret@a/p/0/1", "master-name"),
+    ("cluster://:secret@host/", "got cluster://, which this program cannot use yet"),
+]
+CLUSTERS = [
+    ("cluster://a", {"hosts": (("a", 6379),), "shards": 16}),
+    ("clusters://a:7/0", {"hosts": (("a", 7),), "shards": 16, "tls": CHECKED}),
+    (
+        "cluster://user:p%40ss@a:1,[::1]:2/?shards=256",
+        {"hosts": (("a", 1), ("::1", 2)), "shards": 256, "username": "user", "password": "p@ss"},
+    ),
+]
+CLUSTERS_REFUSED = [
+    ("cluster://:secret@", "a node at least"),
+    ("cluster://:secret@a,/", "a node at least"),
+    ("cluster://:secret@a/1", "database 0"),
+    ("cluster://:secret@a/?db=1", "database 0"),
+    ("cluster://:secret@a:x/", "port"),
+    *((f"cluster://:secret@a/?shards={text}", "from 1 to 256") for text in ("0", "257", "-1", "1.5", "x", "³")),
+    ("cluster://:secret@a/?shards=1&shards=2", "once"),
+    ("cluster://:secret@a/?ssl_ca_certs=/x", "clusters://"),
+    ("cluster://:secret@a/?protocol=3", "leave it out"),
+    ("redis://:secret@a/?shards=3", "does not know"),
 ]
 
 
@@ -116,6 +137,20 @@ REFUSED = [
 def test_redis_url_is_parsed(url: str, expected: dict[str, Any]) -> None:
     """Parts are decoded once, missing parts have defaults, and a server's certificate is checked by default."""
     assert read_redis_url(url) == RedisAddress(**expected)
+
+
+@pytest.mark.parametrize(("url", "expected"), CLUSTERS, ids=[url for url, _ in CLUSTERS])
+def test_cluster_url_is_parsed_where_shards_are_used(url: str, expected: dict[str, Any]) -> None:
+    """The nodes, the login and the number of shards."""
+    assert read_redis_url(url, may_be_cluster=True) == RedisAddress(**expected)
+
+
+@pytest.mark.parametrize(("url", "words"), CLUSTERS_REFUSED, ids=[url for url, _ in CLUSTERS_REFUSED])
+def test_invalid_cluster_url_is_refused(url: str, words: str) -> None:
+    """The text says what was expected and quotes no password."""
+    with pytest.raises(RedisUrlError, match=words) as caught:
+        read_redis_url(url, may_be_cluster=True)
+    assert "secret" not in str(caught.value)
 
 
 def test_redis_url_with_tls_files_is_parsed(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""Opens one client for each shard, and keeps the number of shards."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, Final
+
+import redis
+from redis import exceptions
+from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
+
+from shiwu.broker.connection import MAX_CONNECTIONS, PoolOptions, open_client, place_and_login
+from shiwu.broker.redis_errors import WrongShardCount
+from shiwu.broker.redis_url import RedisAddress, read_redis_url
+from shiwu.broker.sharding.cluster_map import ClusterMap
+from shiwu.broker.sharding.shard_client import ShardRedis
+from shiwu.broker.sharding.shards import cluster_shard
+from shiwu.broker.sharding.slot_connection import SlotConnection, SlotSSLConnection, ask_with, greet_node
+from shiwu.contract import RETENTION
+
+SHARDS_FIELD: Final = "shards"
+"""Field of the limits in shard 0: the number of shards with which the cluster was first used."""
+
+
+def open_shards(
+    url: str | RedisAddress,
+    *,
+    timeout_s: float,
+    block_s: float = 0.0,
+    retries: int = 0,
+    client_name: str | None = None,
+    max_connections: int = MAX_CONNECTIONS,
+    pool_wait_s: float | None = None,
+    has_pushes: bool = False,
+) -> tuple[ShardRedis, ...]:
+    """Open a client for each shard, in the order of their indexes. Nothing is sent yet; close each of them.
+
+    `cluster://` gives as many as the URL says, each with a pool of its own; any other URL gives one, without a prefix.
+    The arguments are those of `shiwu.broker.connection.connect`, and hold for each client.
+
+    Raises:
+        RedisUrlError: the URL cannot work.
+    """
+    address = read_redis_url(url, may_be_cluster=True) if isinstance(url, str) else url
+    limits = PoolOptions(
+        timeout_s=timeout_s,
+        block_s=block_s,
+        retries=retries,
+        client_name=client_name,
+        max_connections=max_connections,
+        pool_wait_s=pool_wait_s,
+        has_pushes=has_pushes,
+    )
+    if not address.shards:
+        return (open_client(ShardRedis, address, limits),)
+    others = {
+        "connection_class": SlotConnection if address.tls is None else SlotSSLConnection,
+        "redis_connect_func": greet_node,
+        "cluster_map": _open_map(address, timeout_s=timeout_s, client_name=client_name),
+    }
+    return tuple(
+        open_client(ShardRedis, address, limits, **others, shard=cluster_shard(index))
+        for index in range(address.shards)
+    )
+
+
+def _open_map(address: RedisAddress, *, timeout_s: float, client_name: str | None) -> ClusterMap:
+    found: dict[str, Any] = place_and_login(address, socket_class=UnixDomainSocketConnection, tls_class=SSLConnection)
+    login = {name: value for name, value in found.items() if name not in {"host", "port", "connection_class"}}
+    connection_class = Connection if address.tls is None else SSLConnection
+    ask = ask_with({**login, "client_name": client_name}, connection_class=connection_class)
+    return ClusterMap(address.hosts, ask=ask, timeout_s=timeout_s)
+
+
+def keep_shard_count(first: redis.Redis, *, shards: int) -> None:
+    """Store the number of shards at the first use of a cluster, and refuse another number ever after.
+
+    A user of Redis who may not write the limits only compares; without the right to read them nothing is checked.
+
+    Args:
+        first: the client of shard 0.
+        shards: the number that the URL of this process says.
+
+    Raises:
+        WrongShardCount: the cluster was first used with another number.
+        redis.RedisError: Redis is unavailable.
+    """
+    found = None
+    with suppress(exceptions.NoPermissionError):
+        found = first.hget(RETENTION, SHARDS_FIELD)
+        if found is None:
+            first.hsetnx(RETENTION, SHARDS_FIELD, str(shards))
+            # Another process may have been faster.
+            found = first.hget(RETENTION, SHARDS_FIELD)
+    if isinstance(found, bytes) and found != str(shards).encode():
+        raise WrongShardCount(expected=found.decode(errors="replace")[:20], got=shards)

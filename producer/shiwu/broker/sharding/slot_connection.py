@@ -1,0 +1,109 @@
+"""Connections that always go to the node that has the slot of their shard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import redis
+from redis import exceptions
+from redis.backoff import NoBackoff
+from redis.connection import Connection, SSLConnection
+from redis.retry import Retry
+
+from shiwu.broker.connection import greet, mode_of
+from shiwu.broker.redis_errors import NotACluster
+from shiwu.broker.sharding.cluster_map import AskNode, ClusterMap, Node
+from shiwu.broker.sharding.shard_client import KeyPrefix
+
+if TYPE_CHECKING:
+    _Base = Connection
+else:
+    _Base = object
+
+_ELSEWHERE: Final = (
+    exceptions.AskError,  # also MOVED
+    exceptions.ReadOnlyError,
+    exceptions.ClusterDownError,
+    exceptions.MasterDownError,
+    exceptions.TryAgainError,
+)
+
+
+class _ToSlot(_Base):
+    """Part of a connection class: connects to the primary of a slot, and leaves a node that does not have it."""
+
+    shard: Any
+
+    def __init__(self, *, cluster_map: ClusterMap, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]  # redis' own
+        self._map = cluster_map
+
+    # redis-py calls this and not always `connect`.
+    def _connect(self) -> Any:
+        self.host, self.port = self._map.primary_of(self.shard.slot)
+        return super()._connect()  # type: ignore[no-untyped-call]
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        """The next reply.
+
+        Raises:
+            redis.ConnectionError: also where the node refuses the slot. The next command goes to its present node.
+        """
+        try:
+            return super().read_response(*args, **options)
+        except _ELSEWHERE as error:
+            node = f"{self.host}:{self.port}"
+            if isinstance(error, exceptions.MovedError):
+                self._map.has_moved(int(error.slot_id), (error.host or self.host, int(error.port)))
+            self.disconnect()  # type: ignore[no-untyped-call]
+            raise redis.ConnectionError(
+                f"{node} refuses slot {self.shard.slot}: {type(error).__name__} {error}"[:300]
+            ) from error
+
+
+class SlotConnection(KeyPrefix, _ToSlot, Connection):
+    """A connection to the primary of a shard."""
+
+
+class SlotSSLConnection(KeyPrefix, _ToSlot, SSLConnection):
+    """As `SlotConnection`, over TLS."""
+
+
+def greet_node(connection: Any) -> None:
+    """Log in, and refuse a server without cluster mode.
+
+    Raises:
+        NotACluster: the greeting of the server names another mode.
+    """
+    mode = mode_of(greet(connection))
+    if mode not in {"cluster", ""}:
+        raise NotACluster(mode)
+
+
+def ask_with(login: Mapping[str, Any], *, connection_class: type) -> AskNode:
+    """A function that asks one node for its map on a connection of its own.
+
+    Args:
+        login: redis-py's arguments for user, password and TLS.
+        connection_class: redis-py's connection, with or without TLS.
+    """
+
+    def ask(node: Node, timeout_s: float) -> Any:
+        connection = connection_class(
+            **login,
+            host=node[0],
+            port=node[1],
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            redis_connect_func=greet_node,
+        )
+        try:
+            connection.connect()
+            connection.send_command("CLUSTER", "SLOTS", check_health=False)
+            return connection.read_response()
+        finally:
+            connection.disconnect()
+
+    return ask

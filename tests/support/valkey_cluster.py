@@ -1,0 +1,179 @@
+"""A Valkey Cluster as real processes on loopback: primaries, replicas, slots that move."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final, Self
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from tests.support.processes import LOOPBACK, free_ports, undone_by
+from tests.support.redis_server import RedisServer, valkey_binary
+from tests.support.waiting import wait_until
+
+SLOTS: Final = 16_384
+NODE_TIMEOUT_MS: Final = 1_000
+CONFIG: Final = {
+    "cluster-enabled": "yes",
+    "cluster-node-timeout": str(NODE_TIMEOUT_MS),
+    "cluster-require-full-coverage": "no",
+    "repl-diskless-sync-delay": "0",
+    "cluster-allow-replica-migration": "no",
+}
+
+
+class ValkeyCluster:
+    """Nodes of one cluster, of which the first `primaries` have all slots; `url` is what a client is given."""
+
+    def __init__(self, *, folder: Path, primaries: int = 3, replicas: int = 0, config: dict[str, str] | None = None):
+        self._folder = folder
+        self._primaries = primaries
+        self._stack = ExitStack()
+        self._servers = [
+            RedisServer(folder=folder / f"node-{index}", binary=valkey_binary(), config=CONFIG | (config or {}))
+            for index in range(primaries + replicas)
+        ]
+
+    def __enter__(self) -> Self:
+        with undone_by(self._stack.close):
+            for server in self._servers:
+                # By default the bus has the number of the port plus 10,000, which may be none.
+                server.config["cluster-port"] = str(free_ports(1)[0])
+                server.start()
+                self._stack.callback(server.stop)
+            self._give_slots()
+            self._join()
+            self._attach_replicas()
+            wait_until(self._is_complete, timeout_s=60, every_s=0.05, what="all nodes know all slots and replicas")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self._servers:
+            if server.is_running:
+                server.resume()
+        self._stack.close()
+
+    @property
+    def ports(self) -> list[int]:
+        """The ports of all nodes, those of the first primaries first."""
+        return [server.port for server in self._servers]
+
+    @property
+    def seeds(self) -> str:
+        """The nodes as a URL names them."""
+        return ",".join(f"{LOOPBACK}:{port}" for port in self.ports)
+
+    def url(self, *, shards: int = 16) -> str:
+        """Where clients ask."""
+        return f"cluster://{self.seeds}/?shards={shards}"
+
+    def ask(self, port: int, *command: Any) -> Any:
+        """One command to one node, tried once."""
+        options: dict[str, Any] = {"socket_timeout": 5, "socket_connect_timeout": 5, "retry": Retry(NoBackoff(), 0)}
+        with redis.Redis(host=LOOPBACK, port=port, **options) as client:
+            return client.execute_command(*command)
+
+    def server(self, port: int) -> RedisServer:
+        """The process of a node: kill, pause, resume, start it."""
+        return next(server for server in self._servers if server.port == port)
+
+    def owner(self, slot: int, *, seen_by: int = 0) -> int:
+        """The port of the primary that has the slot, as a node sees it, by default the first that answers; else 0."""
+        for server in self._servers:
+            if server.is_running and seen_by in {0, server.port}:
+                for first, last, primary, *_ in self._slots(server.port):
+                    if first <= slot <= last:
+                        return int(primary[1])
+                return 0
+        return 0
+
+    def other_than(self, port: int) -> int:
+        """Another primary."""
+        return min(self.primaries() - {port})
+
+    def node_id(self, port: int) -> str:
+        """The name of a node in the cluster."""
+        return str(self.ask(port, "CLUSTER", "MYID").decode())
+
+    def keys(self) -> set[bytes]:
+        """The keys on all primaries."""
+        return {key for port in self.primaries() for key in self.ask(port, "KEYS", "*")}
+
+    def flush(self) -> None:
+        """Delete all data."""
+        for port in self.primaries():
+            self.ask(port, "FLUSHALL")
+
+    def primaries(self) -> set[int]:
+        """The ports of the nodes that have slots."""
+        asked = next(server.port for server in self._servers if server.is_running)
+        return {int(row[2][1]) for row in self._slots(asked)}
+
+    def move_atomically(self, slot: int, *, to: int) -> None:
+        """Move a slot in one step, as Valkey 9 does, and wait until it has moved."""
+        source = self.owner(slot)
+        self.ask(source, "CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", self.node_id(to))
+        wait_until(lambda: self.owner(slot, seen_by=to) == to, timeout_s=30, what=f"slot {slot} moves")
+        wait_until(lambda: self.owner(slot, seen_by=source) == to, timeout_s=30, what=f"the source lets {slot} go")
+
+    def begin_move(self, slot: int, *, to: int) -> int:
+        """Begin to move a slot key by key, as Redis and older versions of Valkey do; the port it is moved from."""
+        source = self.owner(slot)
+        self.ask(to, "CLUSTER", "SETSLOT", slot, "IMPORTING", self.node_id(source))
+        self.ask(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", self.node_id(to))
+        return source
+
+    def move_keys(self, slot: int, *, source: int, to: int, most: int = 100) -> int:
+        """Move some keys of a slot; how many."""
+        keys = self.ask(source, "CLUSTER", "GETKEYSINSLOT", slot, most)
+        if keys:
+            self.ask(source, "MIGRATE", LOOPBACK, to, "", 0, 5000, "KEYS", *keys)
+        return len(keys)
+
+    def end_move(self, slot: int, *, source: int, to: int) -> None:
+        """Give the slot to its new node."""
+        while self.move_keys(slot, source=source, to=to):
+            pass
+        for port in (to, source):
+            self.ask(port, "CLUSTER", "SETSLOT", slot, "NODE", self.node_id(to))
+        wait_until(lambda: self.owner(slot) == to, timeout_s=30, what=f"slot {slot} moves")
+
+    def _slots(self, port: int) -> list[Any]:
+        return list(self.ask(port, "CLUSTER", "SLOTS"))
+
+    def _join(self) -> None:
+        first, *others = self._servers
+        for server in others:
+            self.ask(first.port, "CLUSTER", "MEET", LOOPBACK, server.port, server.config["cluster-port"])
+        wait_until(self._all_met, timeout_s=30, every_s=0.05, what="all nodes know each other")
+
+    def _all_met(self) -> bool:
+        texts = [self.ask(port, "CLUSTER", "NODES").decode() for port in self.ports]
+        return all(len(text.splitlines()) == len(self.ports) and "handshake" not in text for text in texts)
+
+    def _give_slots(self) -> None:
+        for index, port in enumerate(self.ports[: self._primaries]):
+            first, end = (SLOTS * at // self._primaries for at in (index, index + 1))
+            self.ask(port, "CLUSTER", "ADDSLOTSRANGE", first, end - 1)
+            self.ask(port, "CLUSTER", "SET-CONFIG-EPOCH", index + 1)
+
+    def _attach_replicas(self) -> None:
+        for index, port in enumerate(self.ports[self._primaries :]):
+            of = self.ports[index % self._primaries]
+            self.ask(port, "CLUSTER", "REPLICATE", self.node_id(of))
+
+    def _is_complete(self) -> bool:
+        states = [self.ask(port, "CLUSTER", "INFO") for port in self.ports]
+        if not all(b"cluster_state:ok" in state for state in states):
+            return False
+        rows = [self._slots(port) for port in self.ports]
+        wanted = len(self.ports) - self._primaries
+        roles = [self.ask(port, "ROLE") for port in self.ports[self._primaries :]]
+        return (
+            all(sum(last - first + 1 for first, last, *_ in each) == SLOTS for each in rows)
+            and all(sum(len(row) - 3 for row in each) == wanted for each in rows)
+            and all(role[0] == b"slave" and role[3] == b"connected" for role in roles)
+        )
