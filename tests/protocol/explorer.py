@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from tests.protocol.openings import OPENINGS
 from tests.protocol.simulated_redis import SimulatedRedis
 from tests.protocol.snapshot import Snapshot
 from tests.protocol.steps import STEPS
@@ -17,6 +18,8 @@ from tests.protocol.world import Schedule, World, settled
 
 LENGTH: Final = 20
 """Steps of one random schedule."""
+OPENED_SHARE: Final = 0.4
+"""Of the random schedules, so many begin with an opening."""
 MAX_ROUNDS: Final = 12
 """Rounds within which one fair worker must come to the end."""
 Letter = tuple[str, tuple[Any, ...]]
@@ -139,18 +142,30 @@ def explore(
 
 
 def _walk(client: SimulatedRedis, chance: random.Random, length: int, steps: list[Letter]) -> World:
-    """Do so many steps by their weights, with arguments by chance; those that do nothing are left out."""
+    """Do so many steps by their weights, with arguments by chance, perhaps after an opening.
+
+    Steps that do nothing are left out.
+    """
     world = World(client)
     names = list(STEPS)
     weights = [STEPS[name].weight for name in names]
+    for letter in chance.choice(OPENINGS) if chance.random() < OPENED_SHARE else ():
+        _step(world, letter, steps)
+    length += len(steps)
     while len(steps) < length:
         [name] = chance.choices(names, weights)
-        steps.append((name, tuple(chance.choice(domain) for domain in STEPS[name].domains)))
-        done = world.done
-        STEPS[name].run(world, *steps[-1][1])
-        if world.done == done:
-            steps.pop()
+        _step(world, (name, tuple(chance.choice(domain) for domain in STEPS[name].domains)), steps)
     return world
+
+
+def _step(world: World, letter: Letter, steps: list[Letter]) -> None:
+    """Do one step and note it, unless it does nothing."""
+    name, arguments = letter
+    steps.append(letter)
+    done = world.done
+    STEPS[name].run(world, *arguments)
+    if world.done == done:
+        steps.pop()
 
 
 def shrink(client: SimulatedRedis, schedule: Schedule, error: Exception) -> tuple[Schedule, Exception]:

@@ -142,9 +142,7 @@ def marks_stay(before: Snapshot, after: Snapshot, world: World) -> None:
     """Only a requeue removes marks before their time."""
     for job_id in before.marks.keys() - after.marks.keys():
         is_over = before.ttl_ms(done_key(job_id)) <= world.notes.moved_clock_ms + TTL_TOLERANCE_MS
-        assert job_id in world.notes.requeued or world.notes.name == "spoil" or is_over, (
-            f"the mark of {job_id} vanished"
-        )
+        assert job_id in world.notes.requeued or world.notes.name == "spoil" or is_over, f"mark of {job_id} vanished"
         if is_over:
             world.expired.add(job_id)
     for job_id in before.results.keys() - after.results.keys():
@@ -170,6 +168,13 @@ def no_answer_without_a_message(_: Snapshot, after: Snapshot, world: World) -> N
     """Only a cancelling client answers an id that was never enqueued."""
     unknown = _answered(after, world) - set(world.sent.values())
     assert not unknown or world.notes.name in CANCELS, f"{unknown} were answered without a message"
+
+
+def revoked_now_if_known(before: Snapshot, after: Snapshot, world: World) -> None:
+    """Celery's revoke answers a job that is claimed or delayed at once, and not when it is claimed again."""
+    if world.notes.name == "revoke" and world.notes.is_complete and not before.foreign:
+        known = world.notes.named & (before.claims.keys() | before.delayed.keys())
+        assert known <= after.marks.keys(), f"{known} was not answered when it was revoked"
 
 
 def current_generation_only(before: Snapshot, after: Snapshot, world: World) -> None:
@@ -378,6 +383,7 @@ CHECKS: Final[Sequence[Check]] = (
     marks_stay,
     marks_outlive_answers,
     no_answer_without_a_message,
+    revoked_now_if_known,
     current_generation_only,
     claims_are_fenced,
     leases_are_whole,

@@ -26,7 +26,7 @@ def maintain(world: World, number: int, fault: Fault) -> None:
     world.perform("maintain", call, fault)
 
 
-@step(SWEEPS, ("", "lost", "repeated"), scripts=SWEEPS, weight=4)
+@step(SWEEPS, ("", "lost", "repeated", "unsent"), scripts=SWEEPS, weight=4)
 def sweep(world: World, script: str, fault: Fault) -> None:
     """A sweep does all that is due; the fault happens to one of its calls."""
     world.perform("sweep", lambda w: w.sweeper.sweep(), fault, of=f"{script}.lua")
@@ -77,4 +77,9 @@ def revoke(world: World, job_id: str, fault: Fault) -> None:
     """Celery's revoke names an id."""
     revoker = world.workers[0].revoker
     if job_id == UNSENT_ID or job_id in world.sent.values():
-        world.perform("revoke", lambda w: w.again_if_failed(lambda: revoker.revoke([job_id])), fault)
+
+        def call(_: World) -> None:
+            world.notes.named = frozenset({job_id})
+            world.again_if_failed(lambda: revoker.revoke([job_id]))
+
+        world.perform("revoke", call, fault)

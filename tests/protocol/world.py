@@ -91,10 +91,31 @@ class RecordingSender(CallbackSender):
         super().__init__(_APP, client, rules=RULES, retry_after_s=RESERVED_S)
         self._hold_after_s = 0.0  # renews its reservation before each send, as one does whose server is slow
         self._world = world
+        self._take, self._hold = self._watched(self._take, every=2), self._watched(self._hold, every=1)
 
     def send_chunk(self, members: Sequence[bytes]) -> int:
         """Send callbacks of these answers, or those that others left."""
         return self._send_chunk(members)
+
+    def _watched(self, script: Any, *, every: int) -> Callable[..., Any]:
+        """The script, with a check that no reservation of another sender is replaced before its end.
+
+        Args:
+            every: fields of the reply for each member.
+        """
+
+        def reserve(*, keys: Sequence[str], args: Sequence[Any]) -> Any:
+            found = snapshot.take(self._world.client).callbacks_due
+            reply = script(keys=keys, args=args)
+            for member in reply[1::every]:
+                is_own = every == 1 and found[member] == float(args[0])
+                is_of_commit = found[member] % 1 == 0
+                assert is_own or is_of_commit or found[member] <= self._world.client.now_ms, (
+                    f"callbacks of {member!r} were reserved by another sender"
+                )
+            return reply
+
+        return reserve
 
     def _send_and_drop(self, member: bytes, record: bytes) -> None:
         self._world.sending(member, record)
