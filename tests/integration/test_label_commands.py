@@ -91,6 +91,36 @@ def test_too_few_images_end_with_one_and_no_file(model: ModelInfo, tmp_path: Pat
     assert not output.exists()
 
 
+def test_tune_templates_refuses_templates_that_do_not_help(
+    model: ModelInfo, tmp_path: Path, embedded_width: int
+) -> None:
+    """On random vectors no template helps by more than chance, so most choices are refused; --accept writes the set."""
+    words = ["动物", "人物", "交通工具"]
+    lines = [
+        answer_line(number, vector, model, labels=[words[number % 3]])
+        for number, vector in enumerate(vectors(4, 120, embedded_width))
+    ]
+    output = tmp_path / "six.yaml"
+    command = ("tune-templates", "six-zh", "--answers", "-", "--template", "看，{}", "-o", str(output))
+    code, text = run(*command, text="\n".join(lines))
+    assert code in (0, 1), text
+    assert output.exists() == (code == 0)
+    assert "看，{}" in text
+    assert "chosen on 60 images; 60 of other sources kept aside" in text
+    code, text = run(*command, "--accept", text="\n".join(lines))
+    assert code == 0, text
+    chosen = load_label_sets([tmp_path])["six-zh-tuned"]
+    assert len(chosen.words) == 6
+    assert chosen.min_cosines is None
+    assert f"chosen: {' '.join(chosen.templates)}" in text
+
+
+def test_template_without_a_place_for_the_label_ends_with_2() -> None:
+    code, text = run("tune-templates", "six-zh", "--answers", "-", "--template", "照片")
+    assert code == 2
+    assert "expected one {} in the text, got '照片'" in text
+
+
 @pytest.fixture(scope="module")
 def embedded_width() -> int:
     """Numbers in a vector of the embedded model."""

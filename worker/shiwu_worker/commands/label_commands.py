@@ -29,6 +29,12 @@ from shiwu_worker.calibration import (
 )
 from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.commands.answer_vectors import AnswerVectors, WrongAnswers, read_truth, read_vectors
+from shiwu_worker.commands.label_templates import (
+    file_with_templates,
+    measure_templates,
+    not_better,
+    print_templates,
+)
 from shiwu_worker.config.errors import load_settings_or_exit
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.service.labels import load_label_bank, read_label_sets
@@ -87,6 +93,39 @@ def run_calibrate(
 def run_eval(name: str, answers: BinaryIO, *, truth: BinaryIO | None, as_json: bool) -> int:
     """Measure a label set, print the figures, and return the exit code."""
     return _run(lambda: _evaluate(name, answers, truth=truth, as_json=as_json))
+
+
+def run_tune_templates(
+    name: str,
+    answers: BinaryIO,
+    *,
+    truth: BinaryIO | None,
+    more: Sequence[str],
+    output: Path | None,
+    new_name: str | None,
+    seed: int,
+    is_forced: bool,
+) -> int:
+    """Choose templates of a label set, print what they do, write the new set, and return the exit code."""
+
+    def tune() -> int:
+        loaded = _load([name])
+        label_set = loaded.sets[name]
+        read, shown = read_vectors(answers, model=loaded.model).with_truth(None if truth is None else read_truth(truth))
+        found = measure_templates(label_set, loaded.encode, read, shown, more=more, seed=seed)
+        print_templates(found, label_set)
+        if not found.is_better:
+            click.echo(not_better(label_set))
+        if output is None:
+            return 0 if found.is_better else NOT_KEPT
+        if not found.is_better and not is_forced:
+            click.echo(f"{output} is not written; --accept writes it")
+            return NOT_KEPT
+        _write(output, file_with_templates(label_set, found.chosen.templates, name=new_name or f"{name}-tuned"))
+        click.echo(f"written to {output}, without limits: they hold for one set of templates")
+        return 0
+
+    return _run(tune)
 
 
 def _run(command: Callable[[], int]) -> int:

@@ -10,6 +10,7 @@ from typing import BinaryIO
 import click
 
 ANSWERS_HELP = "Answers with vectors as JSON lines; - reads standard input."
+TRUTH_HELP = 'JSON lines {"image": reference, "labels": [label, …]}.  [default: `labels` in the metadata of the jobs]'
 
 
 @click.group()
@@ -73,14 +74,53 @@ def calibrate(
 @labels.command("eval")
 @click.argument("name", metavar="NAME")
 @click.option("--answers", type=click.File("rb"), required=True, help=ANSWERS_HELP)
-@click.option(
-    "--truth",
-    type=click.File("rb"),
-    help='JSON lines {"image": reference, "labels": [label, …]}.  [default: `labels` in the metadata of the jobs]',
-)
+@click.option("--truth", type=click.File("rb"), help=TRUTH_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(*, name: str, answers: BinaryIO, truth: BinaryIO | None, as_json: bool) -> None:
     """Measure a label set on images with known labels: precision, recall, confusions and false tags, with intervals."""
     from shiwu_worker.commands.label_commands import run_eval  # noqa: PLC0415 as the module's docstring says
 
     sys.exit(run_eval(name, answers, truth=truth, as_json=as_json))
+
+
+@labels.command("tune-templates")
+@click.argument("name", metavar="NAME")
+@click.option("--answers", type=click.File("rb"), required=True, help=ANSWERS_HELP)
+@click.option("--labelled", type=click.File("rb"), metavar="MANIFEST", help=TRUTH_HELP)
+@click.option("--template", "more", multiple=True, metavar="TEXT", help="One more candidate, with {} for the label.")
+@click.option("-o", "--out", "output", type=click.Path(dir_okay=False, path_type=Path), help="The label file to write.")
+@click.option("--name", "new_name", metavar="NEW", help="Name of the new set.  [default: NAME-tuned]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sources that are kept aside.")
+@click.option("--accept", is_flag=True, help="Write templates that are no better on the images kept aside.")
+def tune_templates(
+    *,
+    name: str,
+    answers: BinaryIO,
+    labelled: BinaryIO | None,
+    more: Sequence[str],
+    output: Path | None,
+    new_name: str | None,
+    seed: int,
+    accept: bool,
+) -> None:
+    """Choose the templates of a label set by measurement, out of a dozen Chinese sentences and those of --template.
+
+    Templates are chosen on one half of the images, one by one, by the mean average precision of the labels. The other
+    half, of other sources, is kept aside and shows whether they help. Exit code 1: they do not.
+    """
+    from shiwu_worker.commands.label_commands import run_tune_templates  # noqa: PLC0415 as the module's docstring says
+
+    if wrong := [template for template in more if template.count("{}") != 1]:
+        raise click.BadParameter(f"expected one {{}} in the text, got {wrong[0]!r}", param_hint="--template")
+    sys.exit(
+        run_tune_templates(
+            name,
+            answers,
+            truth=labelled,
+            more=more,
+            output=output,
+            new_name=new_name,
+            seed=seed,
+            is_forced=accept,
+        )
+    )
