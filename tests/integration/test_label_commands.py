@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from shiwu.contract import Answer, ImageInfo, ModelInfo, Status
 from shiwu_worker.__main__ import main
 from shiwu_worker.checkpoints.model_files import EMBEDDED, model_folder, model_revision
 from shiwu_worker.stages.score.label_files import load_label_sets
+from tests.support.processes import ROOT
+
+PHOTOS = ROOT / "demo" / "photos"
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,34 @@ def test_too_few_images_end_with_one_and_no_file(model: ModelInfo, tmp_path: Pat
     assert code == 1
     assert "expected at least 2000 distinct images" in text
     assert not output.exists()
+
+
+def test_eval_report_shows_images_by_the_access_rules(
+    model: ModelInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_width: int
+) -> None:
+    """An image of an allowed folder has a thumbnail, another one the code of the error; nothing is loaded later."""
+    monkeypatch.setenv("SHIWU_ALLOW_FOLDERS", str(PHOTOS))
+    photo = sorted(PHOTOS.glob("*.jpg"))[0]
+    lines = []
+    for number, reference in enumerate((photo.as_uri(), (tmp_path / "other.jpg").as_uri())):
+        line = json.loads(answer_line(number, vectors(9, 2, embedded_width)[number], model, labels=["动物", "植物"]))
+        line["image"]["reference"] = reference
+        lines.append(json.dumps(line))
+    code, text = run("eval", "six-zh", "--answers", "-", "--report", str(tmp_path / "report"), text="\n".join(lines))
+    assert code == 0, text
+    html = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert html.count('src="data:image/webp;base64,') == 1
+    assert "source_forbidden" in html
+    assert photo.name in html
+    assert (tmp_path / "report" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_report_without_its_extra_ends_with_64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "shiwu_worker.commands.label_report", raising=False)
+    code, text = run("eval", "six-zh", "--answers", "-", "--report", str(tmp_path))
+    assert code == 64
+    assert "--report needs jinja2: pip install '.[worker,report]'" in text
 
 
 def test_tune_templates_refuses_templates_that_do_not_help(

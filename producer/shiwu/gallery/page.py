@@ -57,8 +57,8 @@ def render_page(
         stages=STAGES,
         style=Markup(style),  # noqa: S704 a file of this package
         script=Markup(script),  # noqa: S704 a file of this package
-        style_hash=_csp_hash(style),
-        script_hash=_csp_hash(script),
+        style_hash=csp_hash(style),
+        script_hash=csp_hash(script),
         data=Markup(_embeddable([_card(answer, thumbnails, others) for answer in answers])),  # noqa: S704 no `<` is left in it
     )
 
@@ -74,7 +74,8 @@ def _asset(name: str) -> str:
     return files("shiwu.gallery").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _csp_hash(text: str) -> str:
+def csp_hash(text: str) -> str:
+    """The source of a policy (CSP) that allows this inline style or script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -182,7 +182,7 @@ def quality(images: KnownImages, labels: NDArray[np.float32]) -> TemplateQuality
     )
 
 
-def average_precisions(cosines: NDArray[np.float32], is_true: NDArray[np.bool_]) -> NDArray[np.float64]:
+def average_precisions(cosines: NDArray[np.floating[Any]], is_true: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Average precision of each label that an image shows: cosines and truth are (n, m), the result has up to m."""
     shown = is_true.any(axis=0)
     order = np.argsort(-cosines[:, shown], axis=0, kind="stable")

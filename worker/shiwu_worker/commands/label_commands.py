@@ -90,9 +90,9 @@ def run_calibrate(
     return _run(lambda: _calibrate(name, answers, options, output=output, new_name=new_name or f"{name}-calibrated"))
 
 
-def run_eval(name: str, answers: BinaryIO, *, truth: BinaryIO | None, as_json: bool) -> int:
-    """Measure a label set, print the figures, and return the exit code."""
-    return _run(lambda: _evaluate(name, answers, truth=truth, as_json=as_json))
+def run_eval(name: str, answers: BinaryIO, *, truth: BinaryIO | None, as_json: bool, report_folder: Path | None) -> int:
+    """Measure a label set, print the figures, write the report that was asked for, and return the exit code."""
+    return _run(lambda: _evaluate(name, answers, truth=truth, as_json=as_json, report_folder=report_folder))
 
 
 def run_tune_templates(
@@ -278,18 +278,42 @@ def _print_calibration(
 
 
 # ------------------------------------------------------------------------------------ eval
-def _evaluate(name: str, answers: BinaryIO, *, truth: BinaryIO | None, as_json: bool) -> int:
+def _evaluate(
+    name: str, answers: BinaryIO, *, truth: BinaryIO | None, as_json: bool, report_folder: Path | None
+) -> int:
+    write_report = None if report_folder is None else _report_writer()
     loaded = _load([name])
     label_set = loaded.sets[name]
     read = read_vectors(answers, model=loaded.model)
     read, shown = read.with_truth(None if truth is None else read_truth(truth))
     encoded = loaded.encode(label_set)
-    found = evaluate(read.vectors @ encoded.vectors.T, label_set.words, shown, min_cosines=_limits(label_set))
+    cosines = read.vectors @ encoded.vectors.T
+    found = evaluate(cosines, label_set.words, shown, min_cosines=_limits(label_set))
+    if write_report is not None and report_folder is not None:
+        model = f"{loaded.model.id}@{loaded.model.revision}"
+        page = write_report(
+            report_folder, label_set=label_set, model=model, answers=read.answers, cosines=cosines, shown=shown
+        )
+        click.echo(f"written to {page}", err=True)
     if as_json:
         click.echo(json.dumps(_as_json(found, read), ensure_ascii=False, indent=2))
     else:
         _print_evaluation(found, read, label_set)
     return 0
+
+
+def _report_writer() -> Callable[..., Path]:
+    """The function that writes reports; it needs an extra.
+
+    Raises:
+        FatalError: with ExitCode.CONFIG, when jinja2 is not installed.
+    """
+    try:
+        from shiwu_worker.commands.label_report import write_report  # noqa: PLC0415 an extra
+    except ModuleNotFoundError as error:
+        text = f"--report needs {error.name}: pip install '.[worker,report]' in a clone of shiwu"
+        raise FatalError(ExitCode.CONFIG, text) from error
+    return write_report
 
 
 def _limits(label_set: LabelSet) -> NDArray[np.float64]:

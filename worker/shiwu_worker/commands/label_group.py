@@ -76,11 +76,24 @@ def calibrate(
 @click.option("--answers", type=click.File("rb"), required=True, help=ANSWERS_HELP)
 @click.option("--truth", type=click.File("rb"), help=TRUTH_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(*, name: str, answers: BinaryIO, truth: BinaryIO | None, as_json: bool) -> None:
-    """Measure a label set on images with known labels: precision, recall, confusions and false tags, with intervals."""
+@click.option(
+    "--report",
+    "report_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Also write report.html there, with curves and the images of the worst mistakes.",
+)
+def evaluate(
+    *, name: str, answers: BinaryIO, truth: BinaryIO | None, as_json: bool, report_folder: Path | None
+) -> None:
+    """Measure a label set on images with known labels: precision, recall, confusions and false tags, with intervals.
+
+    --report needs the extra `report`. It fetches images once more, as `shiwu gallery` does, with the access rules and
+    in the sandbox of a worker. The page is one file that loads nothing.
+    """
     from shiwu_worker.commands.label_commands import run_eval  # noqa: PLC0415 as the module's docstring says
 
-    sys.exit(run_eval(name, answers, truth=truth, as_json=as_json))
+    sys.exit(run_eval(name, answers, truth=truth, as_json=as_json, report_folder=report_folder))
 
 
 @labels.command("tune-templates")
