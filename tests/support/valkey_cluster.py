@@ -113,11 +113,10 @@ class ValkeyCluster:
         return {int(row[2][1]) for row in self._slots(asked)}
 
     def move_atomically(self, slot: int, *, to: int) -> None:
-        """Move a slot in one step, as Valkey 9 does, and wait until it has moved."""
+        """Move a slot in one step, as Valkey 9 does, and wait until all nodes know it."""
         source = self.owner(slot)
         self.ask(source, "CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", self.node_id(to))
-        wait_until(lambda: self.owner(slot, seen_by=to) == to, timeout_s=30, what=f"slot {slot} moves")
-        wait_until(lambda: self.owner(slot, seen_by=source) == to, timeout_s=30, what=f"the source lets {slot} go")
+        self._wait_for_owner(slot, port=to)
 
     def begin_move(self, slot: int, *, to: int) -> int:
         """Begin to move a slot key by key, as Redis and older versions of Valkey do; the port it is moved from."""
@@ -139,7 +138,13 @@ class ValkeyCluster:
             pass
         for port in (to, source):
             self.ask(port, "CLUSTER", "SETSLOT", slot, "NODE", self.node_id(to))
-        wait_until(lambda: self.owner(slot) == to, timeout_s=30, what=f"slot {slot} moves")
+        self._wait_for_owner(slot, port=to)
+
+    def _wait_for_owner(self, slot: int, *, port: int) -> None:
+        def is_known() -> bool:
+            return all(self.owner(slot, seen_by=each) == port for each in self.primaries())
+
+        wait_until(is_known, timeout_s=30, what=f"all nodes know that {port} has slot {slot}")
 
     def _slots(self, port: int) -> list[Any]:
         return list(self.ask(port, "CLUSTER", "SLOTS"))

@@ -7,6 +7,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import chain
+from math import inf
 from typing import Any, Final, TypeAlias
 
 import redis
@@ -40,7 +41,7 @@ class ClusterMap:
         self._ask = ask
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._asked_s = -REFRESH_S
+        self._asked_s = -inf
         self._failure: redis.RedisError | None = None
         self._starts: list[int] = []
         self._ranges: list[tuple[int, Node]] = []
@@ -63,7 +64,9 @@ class ClusterMap:
         finally:
             self._lock.release()
         if found is None:
-            raise self._failure or redis.ConnectionError(
+            if self._failure is not None:
+                raise self._failure.with_traceback(None)
+            raise redis.ConnectionError(
                 f"expected a primary for slot {slot}, got none from the nodes of the cluster; wait for the failover, "
                 "or give the slot to a node"
             )
@@ -106,7 +109,7 @@ class ClusterMap:
         self._nodes.append(node)
         if not isinstance(error, redis.RedisError):
             error = redis.ConnectionError(f"{node[0]}:{node[1]}: {error}")
-        if self._failure is None or info_of(self._failure).is_temporary:
+        if self._failure is None or (info_of(self._failure).is_temporary and not info_of(error).is_temporary):
             self._failure = error
 
     def _read(self, reply: Any, *, asked: Node) -> None:
