@@ -36,7 +36,6 @@ pytestmark = pytest.mark.xdist_group(__name__)
 VICTIM = "order-4711"
 LARGEST_ID = "18446744073709551615-18446744073709551615"
 KEYS = [*KEY_TYPES, *(key for lane in Lane for key in lane.keys[:1]), result_key(VICTIM), done_key(VICTIM)]
-KEYS += [f"shiwu:{name}:{VICTIM}" for name in ("aside", "history")]
 KEYS += [BACKFILLS, f"{BACKFILL}photos", f"{BACKFILL_OPEN}photos"]
 KEYS += [f"{WORKER_STATE}host-1"]
 KEYS += [*COMMON_KEYS, pending_key("orders")]

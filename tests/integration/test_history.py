@@ -13,7 +13,17 @@ import redis
 
 from shiwu import Client
 from shiwu.broker.message_writer import build_message
-from shiwu.contract import ATTEMPTS, HISTORY, LEASES, AttemptEnd, ErrorCode, Lane, Request, Stage, Status
+from shiwu.contract import (
+    ATTEMPTS,
+    HISTORIES,
+    HISTORIES_EXPIRY,
+    AttemptEnd,
+    ErrorCode,
+    Lane,
+    Request,
+    Stage,
+    Status,
+)
 from shiwu_worker.jobs.job import Job, Release, open_job
 from shiwu_worker.stages.commit import to_entries
 from tests.support import pictures
@@ -70,7 +80,7 @@ def test_first_attempt_has_no_history(client: redis.Redis) -> None:
     answered_at = datetime.fromisoformat(answer["answered_at"])
     assert answer["answered_at"].endswith("Z")
     assert answered_at.timestamp() * 1000 == pytest.approx(now_ms(client), abs=2000)
-    assert client.keys(f"{HISTORY}*") == []
+    assert not client.exists(HISTORIES, HISTORIES_EXPIRY)
 
 
 def test_retry_is_listed_with_code_time_and_pause(client: redis.Redis) -> None:
@@ -137,7 +147,10 @@ def test_history_keeps_the_last_ten_attempts(client: redis.Redis) -> None:
         make_lease_queue(client, "worker-1.0a0a").release([release])
         wait_until(lambda: make_maintenance(client).run_once().promoted == 1, timeout_s=5)
     assert [one.attempt for one in claim(client).history] == list(range(3, 13))
-    assert 0 < client.ttl(f"{HISTORY}job") <= 7 * 86_400
+    assert (client.zscore(HISTORIES_EXPIRY, "job") or 0) == pytest.approx(now_ms(client) + 7 * 86_400_000, abs=60_000)
+    client.zadd(HISTORIES_EXPIRY, {"job": 1.0})
+    make_maintenance(client).run_once()
+    assert not client.exists(HISTORIES, HISTORIES_EXPIRY), "dropped when it is too old"
 
 
 @pytest.mark.parametrize("how", ["answered", "cancelled"])
@@ -147,7 +160,7 @@ def test_history_ends_with_the_answer(client: redis.Redis, redis_url: str, how: 
     claim(client)
     release = Release("job", delay_s=0.001 if how == "answered" else 60.0, counts=True, ending="source_error|fetch")
     make_lease_queue(client, "worker-1.0a0a").release([release])
-    assert client.exists(f"{HISTORY}job") == 1
+    assert client.hkeys(HISTORIES) == [b"job"]
     if how == "answered":
         wait_until(lambda: make_maintenance(client).run_once().promoted == 1, timeout_s=5)
         now_s = time.monotonic()
@@ -160,7 +173,7 @@ def test_history_ends_with_the_answer(client: redis.Redis, redis_url: str, how: 
         assert cancelled is not None
         assert cancelled.answered_at is not None
         assert abs(datetime.now(UTC) - cancelled.answered_at) < timedelta(seconds=5)
-    assert client.exists(f"{HISTORY}job") == 0
+    assert not client.exists(HISTORIES, HISTORIES_EXPIRY)
     assert client.hlen(ATTEMPTS) == 0
 
 
@@ -172,21 +185,16 @@ def test_countdown_is_no_wait_in_the_lane(client: redis.Redis) -> None:
     assert timing["earlier"] == pytest.approx(SENT_MS - 10_000, abs=2000)
 
 
-def test_history_record_of_another_type_is_ignored(client: redis.Redis) -> None:
-    """The job is answered, without a history."""
+def test_unreadable_lines_of_a_history_are_ignored(client: redis.Redis) -> None:
+    """The job keeps those that can be read."""
     send(client)
     client.hset(ATTEMPTS, "job", "1:0")
-    client.set(
-        f"{HISTORY}job", b"no|line\n\xff|||||\nx|code|stage|1|0|w\n1|code|stage|1e99|0|w\n2|new_code|weigh|5|0|w.1"
+    client.hset(
+        HISTORIES, "job", b"no|line\n\xff|||||\nx|code|stage|1|0|w\n1|code|stage|1e99|0|w\n2|new_code|weigh|5|0|w.1"
     )
     assert [(one.attempt, one.code, one.stage) for one in claim(client).history] == [(2, "new_code", "weigh")]
-    client.delete("shiwu:claims", LEASES, f"{HISTORY}job")
-    client.lpush(f"{HISTORY}job", "a list")
-    send(client)
-    job = claim(client)
-    assert job.history == ()
-    make_lease_queue(client, "worker-1.0a0a").release([Release("job", counts=True, ending="source_error|fetch")])
-    assert [one.attempt for one in claim(client).history] == [2]
+    make_maintenance(client).run_once()
+    assert client.zscore(HISTORIES_EXPIRY, "job"), "one without a time gets one"
 
 
 def test_answer_of_a_worker_lists_its_retries(shared_worker: WorkerProcess, http_server: PictureServer) -> None:

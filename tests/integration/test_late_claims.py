@@ -32,7 +32,7 @@ def test_claim_that_was_given_up_brings_nothing_later(redis_client: redis.Redis)
     queue._claim = script
     assert queue.claim(5).jobs == ()
     redis_client.lpush(Lane.BULK.queue, message("job", Lane.BULK))
-    assert script(**late)[2:] == []
+    assert script(**late)[3:] == []
     assert redis_client.llen(Lane.BULK.queue) == 1
     assert [job.id for job in queue.claim(5).jobs] == ["job"]
 
@@ -52,7 +52,7 @@ def test_no_claim_begins_after_the_end(redis_client: redis.Redis) -> None:
     assert queue.end() == 1
     assert queue.claim(5).jobs == ()
     assert len(calls) == 1
-    assert script(**calls[0])[2:] == []
+    assert script(**calls[0])[3:] == []
     assert (redis_client.llen(Lane.BULK.queue), redis_client.exists(CLAIMS, LEASES, ATTEMPTS)) == (1, 0)
 
 

@@ -26,7 +26,7 @@ from shiwu.contract import (
     CANVAS,
     CANVAS_DUE,
     DEADLINES,
-    PENDING_CALLBACK_ANSWER,
+    PENDING_ANSWERS,
     REVOKED,
     Answer,
     ImageInfo,
@@ -139,7 +139,7 @@ def test_chord_and_chain_end_as_in_celery(
     assert ending(app, part, whole.id) == of_ordinary_task
     wait_until(lambda: app.AsyncResult(line.id).state == "REVOKED", timeout_s=GET_S)
     wait_until(lambda: not redis_client.exists(CANVAS, CANVAS_DUE), timeout_s=GET_S)
-    assert not redis_client.keys(f"{PENDING_CALLBACK_ANSWER}*")
+    assert not redis_client.exists(PENDING_ANSWERS)
 
 
 def linked(job_id: str, *, ignore_result: bool = False) -> bytes:

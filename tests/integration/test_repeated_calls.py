@@ -117,7 +117,7 @@ def test_messages_taken_by_a_lost_sweep_count_no_attempt(redis_client: redis.Red
     redis_client.lpush(Lane.BULK.queue, raw)
     maintenance = make_maintenance(redis_client, "sweep")
     taken = maintenance._expiry._take_late(
-        keys=[CLAIMS, "shiwu:leases", ATTEMPTS, Lane.BULK.queue], args=["sweep", 0, "late", raw]
+        keys=[CLAIMS, "shiwu:leases", ATTEMPTS, Lane.BULK.queue], args=["sweep", 0, Lane.BULK.queue, "late", raw]
     )
     assert taken == [1, 0]
     assert make_maintenance(redis_client).run_once().reaped == 1

@@ -12,7 +12,7 @@ from shiwu.contract import (
     CANVAS,
     CANVAS_DUE,
     CLAIMS,
-    PENDING_CALLBACK_ANSWER,
+    PENDING_ANSWERS,
     RESULT_STREAM,
     Answer,
     Lane,
@@ -52,7 +52,7 @@ def test_sweep_keeps_callbacks_of_an_answered_id(redis_client: redis.Redis, gene
     assert b'"cancelled"' in record
     assert record.endswith(b"shiwu.bulk|" + raw)
     assert redis_client.zrange(CANVAS_DUE, 0, -1) == [member]
-    assert redis_client.exists(PENDING_CALLBACK_ANSWER + "job", CLAIMS, Lane.BULK.queue) == 0
+    assert redis_client.exists(PENDING_ANSWERS, CLAIMS, Lane.BULK.queue) == 0
     assert redis_client.xlen(RESULT_STREAM) == 1 + generation
 
 

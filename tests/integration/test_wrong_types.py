@@ -24,11 +24,9 @@ from shiwu.contract import (
     DELAYED,
     DELAYED_MESSAGES,
     FOREIGN,
-    HISTORY,
     KEY_TYPES,
     LAST_CLAIM,
     LEASES,
-    PENDING_CALLBACK_ANSWER,
     QUARANTINE,
     QUARANTINE_OWNER,
     RESULT_STREAM,
@@ -56,11 +54,7 @@ from tests.support.redis_parts import (
 from tests.support.waiting import wait_until
 
 LANE_KEYS = [key for lane in Lane for key in lane.keys]
-OF_ONE_ID = [
-    prefix + name
-    for prefix in (done_key(""), result_key(""), HISTORY, PENDING_CALLBACK_ANSWER)
-    for name in ("held", "waiting")
-]
+OF_ONE_ID = [prefix + name for prefix in (done_key(""), result_key("")) for name in ("held", "waiting")]
 ALL_KEYS = [*KEY_TYPES, Lane.INTERACTIVE.queue, Lane.BULK.queue, *OF_ONE_ID]
 BACKUP = "backup"
 
@@ -179,7 +173,7 @@ def take_late(client: redis.Redis) -> None:
     take = load_script(client, "take_late")
     take(
         keys=[CLAIMS, LEASES, ATTEMPTS, "shiwu.bulk"],
-        args=["sweep", 15_000, "waiting", client.lindex("shiwu.bulk", -1) or b""],
+        args=["sweep", 15_000, "shiwu.bulk", "waiting", client.lindex("shiwu.bulk", -1) or b""],
     )
 
 
@@ -278,10 +272,11 @@ def test_full_stream_is_moved_and_answers_go_on(redis_client: redis.Redis) -> No
 
 def test_jobs_of_a_foreign_lane_do_not_hold_up_others(redis_client: redis.Redis) -> None:
     """500 records whose lane takes no message stand before one that can go back, in leases and in delayed jobs."""
-    redis_client.set("other", "a string")
+    lane = Lane.INTERACTIVE.queue
+    redis_client.set(lane, "a string")
     for number in range(500):
-        redis_client.hset(CLAIMS, f"c{number}", f"gone|1|other|{number}")
-        redis_client.hset(DELAYED_MESSAGES, f"d{number}", f"other|{number}")
+        redis_client.hset(CLAIMS, f"c{number}", f"gone|1|{lane}|{number}")
+        redis_client.hset(DELAYED_MESSAGES, f"d{number}", f"{lane}|{number}")
     redis_client.zadd(LEASES, {f"c{number}": 1.0 for number in range(500)})
     redis_client.zadd(DELAYED, {f"d{number}": 1.0 for number in range(500)})
     redis_client.hset(CLAIMS, "claimed", b"gone|1|shiwu.bulk|" + message("claimed"))
@@ -291,6 +286,24 @@ def test_jobs_of_a_foreign_lane_do_not_hold_up_others(redis_client: redis.Redis)
     maintenance = make_maintenance(redis_client)
     first, second = maintenance.run_once(), maintenance.run_once()
     assert (first.reaped, first.promoted, second.reaped, second.promoted) == (0, 0, 1, 1)
+
+
+def test_records_of_an_unknown_lane_go_to_bulk(redis_client: redis.Redis) -> None:
+    """As a later version may write them: reaped, delayed, released, requeued and quarantined ones."""
+    queue = make_lease_queue(redis_client, "w")
+    redis_client.hset(CLAIMS, "reaped", b"gone|1|other|" + message("reaped"))
+    redis_client.hset(CLAIMS, "released", b"w|1|other|" + message("released"))
+    redis_client.zadd(LEASES, {"reaped": 1.0, "released": 9e15})
+    redis_client.hset(DELAYED_MESSAGES, "delayed", b"other|" + message("delayed"))
+    redis_client.zadd(DELAYED, {"delayed": 1.0})
+    redis_client.hset(DEAD_MESSAGES, "dead", b"other|" + message("dead"))
+    make_maintenance(redis_client).run_once()
+    queue.release([Release("released")])
+    assert DeadLetters(redis_client).requeue(["dead"]) == ["dead"]
+    assert redis_client.llen(Lane.BULK.queue) == 4
+    redis_client.rpush(QUARANTINE, b"other|" + message("suspected"))
+    assert [job.key for job in queue.claim(9).jobs] == [Lane.BULK.queue]
+    assert not redis_client.exists("other")
 
 
 def test_claim_and_delay_without_their_index_come_back(redis_client: redis.Redis) -> None:

@@ -13,15 +13,15 @@ DEFECTS: Final[dict[str, tuple[str, str, str]]] = {
     "releases by others are believed": ("release.lua", "if owner == token then", "if owner then"),
     "requeue puts messages at the front": (
         "requeue.lua",
-        "redis.pcall('LPUSH', lane, raw)",
-        "redis.pcall('RPUSH', lane, raw)",
+        "redis.pcall('LPUSH', lane_keys[lane] or KEYS[BULK], raw)",
+        "redis.pcall('RPUSH', lane_keys[lane] or KEYS[BULK], raw)",
     ),
     "requeue takes ids that are claimed": ("requeue.lua", "if record and not is_live then", "if record then"),
     "requeue starts no generation": ("requeue.lua", "generation_of(id) + 1", "generation_of(id)"),
     "requeue keeps the mark": (
         "requeue.lua",
-        "redis.call('DEL', ARGV[1] .. id, ARGV[2] .. id)",
-        "redis.call('DEL', ARGV[2] .. id)",
+        "redis.call('DEL', done_prefix .. id, KEYS[RESULTS + i - IDS])",
+        "redis.call('DEL', KEYS[RESULTS + i - IDS])",
     ),
     "a sweep takes copies of claimed jobs": ("take_late.lua", "redis.call('HEXISTS', claims, id) == 0 and ", ""),
     "a sweep answers what it did not take": (
@@ -41,8 +41,8 @@ DEFECTS: Final[dict[str, tuple[str, str, str]]] = {
     ),
     "reaped jobs go to the back": (
         "maintain.lua",
-        "redis.pcall('RPUSH', lane, raw)",
-        "redis.pcall('LPUSH', lane, raw)",
+        "redis.pcall('RPUSH', key, raw)",
+        "redis.pcall('LPUSH', key, raw)",
     ),
     "quarantine after three deaths": ("maintain.lua", "deaths >= quarantine_from", "deaths > quarantine_from"),
     "generations are lost by a crash": (
@@ -61,11 +61,11 @@ DEFECTS: Final[dict[str, tuple[str, str, str]]] = {
     "a cancelled delayed job stays delayed": ("commit.lua", "redis.call('ZREM', delayed, id)", ""),
     "callbacks of jobs cancelled in their lane are lost": (
         "commit.lua",
-        "redis.call('SET', pending_prefix .. id, answer, 'EX', done_ttl)",
-        "",
+        "redis.call('HSET', pending_answers, id, answer)",
+        "redis.call('ZREM', pending_expiry, id)",
     ),
     "callbacks are kept by id alone": ("commit.lua", "generation > 0 and id .. '\\255' .. generation or id", "id"),
-    "callbacks of swept messages are lost": ("commit.lua", "if type(pending) == 'string' then", "if false then"),
+    "callbacks of swept messages are lost": ("commit.lua", "if pending then", "if false then"),
     "callbacks are deleted without comparison": (
         "drop_callbacks.lua",
         "if not record or redis.sha1hex(record) ~= ARGV[2] then return 0 end",
@@ -81,8 +81,8 @@ DEFECTS: Final[dict[str, tuple[str, str, str]]] = {
     "claims of claimed ids": ("claim.lua", "if answered[i] or held[i] then", "if answered[i] then"),
     "quarantined jobs beside others": (
         "claim.lua",
-        "if holds_nothing and ARGV[7] == '1' then",
-        "if ARGV[7] == '1' then",
+        "if holds_nothing and is_quarantine_turn then",
+        "if is_quarantine_turn then",
     ),
     "others' leases are renewed": (
         "renew.lua",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from shiwu.broker.maintenance import QUARANTINE_AFTER_DEATHS
@@ -60,6 +60,8 @@ def indexes_agree(_: Snapshot, after: Snapshot, __: World) -> None:
     assert after.claims.keys() == after.leases.keys(), "claims and leases"
     assert after.delayed.keys() == after.due.keys(), "delayed jobs and their times"
     assert after.callbacks.keys() == after.callbacks_due.keys(), "callbacks and their reservations"
+    assert after.pending_answers.keys() == after.pending_expiry.keys(), "pending answers and their ends"
+    assert after.histories.keys() == after.histories_expiry.keys(), "histories and their ends"
     assert after.dead.keys() == after.dead_answers.keys() == after.dead_times.keys(), "dead letters"
 
 
@@ -350,7 +352,7 @@ def callbacks_follow_answers(before: Snapshot, after: Snapshot, world: World) ->
     for job_id in before.pending_answers.keys() - after.pending_answers.keys():
         dropped = {raw for _, raw in before.places if world.sent[raw] == job_id} - after.waiting
         if dropped and job_id in before.marks:
-            assert _has_record(after.callbacks, dropped), f"callbacks of {job_id} were not kept when it was dropped"
+            assert _has_record(before, after, job_id), f"callbacks of {job_id} were not kept when it was dropped"
 
 
 def pending_answers_find_messages(before: Snapshot, after: Snapshot, world: World) -> None:
@@ -358,11 +360,13 @@ def pending_answers_find_messages(before: Snapshot, after: Snapshot, world: Worl
     for job_id in before.pending_answers:
         dropped = {raw for _, raw in before.places if world.sent[raw] == job_id} - after.waiting
         if dropped & world.with_callbacks and job_id in before.marks:
-            assert _has_record(after.callbacks, dropped), f"{job_id} was dropped without its callbacks"
+            assert _has_record(before, after, job_id), f"{job_id} was dropped without its callbacks"
 
 
-def _has_record(callbacks: Mapping[bytes, bytes], raws: set[bytes]) -> bool:
-    return any(record.endswith(raw) for record in callbacks.values() for raw in raws)
+def _has_record(before: Snapshot, after: Snapshot, job_id: str) -> bool:
+    """Whether callbacks are kept of one of the messages with this id."""
+    raws = {id_raw for _, id_raw in before.places if id_of(id_raw) == job_id}
+    return any(record.endswith(raw) for record in after.callbacks.values() for raw in raws)
 
 
 def _answered_messages(job_id: str, before: Snapshot, after: Snapshot, world: World) -> Iterator[bytes]:

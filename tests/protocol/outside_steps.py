@@ -9,14 +9,14 @@ import redis
 from shiwu.broker.known_labels import KnownLabels, KnownLabelStore
 from shiwu.broker.queue_stats import shared_snapshot
 from shiwu.broker.retention import RetentionPublisher
-from shiwu.contract import DEADLINES, HISTORY, KEY_TYPES, PENDING_CALLBACK_ANSWER, done_key, result_key
+from shiwu.contract import DEADLINES, KEY_TYPES, done_key, result_key
 from tests.protocol.alphabet import step
 from tests.protocol.snapshot import LANE_KEYS
 from tests.protocol.world import IDS, OF_WORKERS, UNSENT_ID, World
 
 SPOILED: Final = (
     *(*KEY_TYPES, *LANE_KEYS),
-    *(prefix + job_id for prefix in (done_key(""), result_key(""), PENDING_CALLBACK_ANSWER, HISTORY) for job_id in IDS),
+    *(prefix + job_id for prefix in (done_key(""), result_key("")) for job_id in IDS),
 )
 """Keys under which another program may write a value of a wrong type."""
 

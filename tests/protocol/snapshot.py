@@ -22,11 +22,13 @@ from shiwu.contract import (
     DELAYED,
     DELAYED_MESSAGES,
     FOREIGN,
-    HISTORY,
+    HISTORIES,
+    HISTORIES_EXPIRY,
     KEY_TYPES,
     LAST_CLAIM,
     LEASES,
-    PENDING_CALLBACK_ANSWER,
+    PENDING_ANSWERS,
+    PENDING_ANSWERS_EXPIRY,
     QUARANTINE,
     RESULT_PREFIX,
     RESULT_STREAM,
@@ -41,8 +43,6 @@ TYPES: Final[Mapping[str, str]] = {**KEY_TYPES, **dict.fromkeys(LANE_KEYS, "list
 PREFIXES: Final = {
     done_key(""): "string",
     RESULT_PREFIX: "string",
-    PENDING_CALLBACK_ANSWER: "string",
-    HISTORY: "string",
     CALL_REPLY: "string",
     LAST_CLAIM: "string",
     WORKER_STATE: "string",
@@ -163,12 +163,22 @@ class Snapshot:
     @cached_property
     def pending_answers(self) -> Mapping[str, bytes]:
         """Answers that wait for their message and its callbacks."""
-        return self.of_ids(PENDING_CALLBACK_ANSWER)
+        return {job_id.decode(): answer for job_id, answer in self.hash(PENDING_ANSWERS).items()}
+
+    @cached_property
+    def pending_expiry(self) -> Mapping[str, float]:
+        """When pending answers are dropped, in ms."""
+        return {job_id.decode(): end for job_id, end in self.scores(PENDING_ANSWERS_EXPIRY).items()}
 
     @cached_property
     def histories(self) -> Mapping[str, bytes]:
         """Earlier attempts by id."""
-        return self.of_ids(HISTORY)
+        return {job_id.decode(): text for job_id, text in self.hash(HISTORIES).items()}
+
+    @cached_property
+    def histories_expiry(self) -> Mapping[str, float]:
+        """When histories are dropped, in ms."""
+        return {job_id.decode(): end for job_id, end in self.scores(HISTORIES_EXPIRY).items()}
 
     @cached_property
     def stream(self) -> list[tuple[tuple[int, int], str, bytes]]:

@@ -30,9 +30,13 @@ RELEASES: Final = {
 """Why a job is given back → delay in s, whether the attempt counts, its line in the history."""
 
 
-@step((0, 1), (1, 2, 5), (*FAULTS, "late"), scripts=["claim", "end_claims", "release"], weight=22)
-def claim(world: World, number: int, limit: int, fault: Fault) -> None:
-    """A worker claims."""
+@step(
+    *((0, 1), (1, 2, 5), (*FAULTS, "late"), ("claim", "claim", "answer_duplicates")),
+    scripts=["claim", "end_claims", "release", "answer_duplicates"],
+    weight=22,
+)
+def claim(world: World, number: int, limit: int, fault: Fault, of: str = "claim") -> None:
+    """A worker claims; the fault happens to one of its calls."""
     worker = world.workers[number]
 
     def call(_: World) -> None:
@@ -51,7 +55,7 @@ def claim(world: World, number: int, limit: int, fault: Fault) -> None:
         or world.before.quarantine
         or worker.queue.has_lost_reply
     ):
-        world.perform("claim", call, fault, of="claim.lua")
+        world.perform("claim", call, fault, of=f"{of}.lua")
 
 
 @step(weight=6)

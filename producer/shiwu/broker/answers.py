@@ -8,6 +8,7 @@ answer of another generation than the id waits for is discarded too, and changes
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,10 +37,12 @@ from shiwu.contract import (
     DELAYED,
     DELAYED_MESSAGES,
     FOREIGN,
-    HISTORY,
+    HISTORIES,
+    HISTORIES_EXPIRY,
     LEASES,
     MAX_MESSAGE_BYTES,
-    PENDING_CALLBACK_ANSWER,
+    PENDING_ANSWERS,
+    PENDING_ANSWERS_EXPIRY,
     RESULT_STREAM,
     Answer,
     ErrorCode,
@@ -63,6 +66,7 @@ _STATE_LETTERS: Final[dict[str, str]] = {Status.TAGGED: "S", Status.EXPIRED: "R"
 _KEYS: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, RESULT_STREAM, DEAD, DEAD_ANSWERS, DEAD_MESSAGES, COUNTERS),
     *(DEADLINES, CANVAS, CANVAS_DUE, DELAYED, DELAYED_MESSAGES),
+    *(PENDING_ANSWERS, PENDING_ANSWERS_EXPIRY, HISTORIES, HISTORIES_EXPIRY),
 )
 _NO_ID: Final = "\0"
 HEAD_BYTES: Final = 1024
@@ -130,8 +134,6 @@ class AnswerEntry(msgspec.Struct, frozen=True):
             kind += "D"
         if self.has_callbacks:
             kind += "C"
-        if self.answer.history:
-            kind += "H"
         if not self.claim and self.id.startswith("~") and is_digest(self.id):
             kind += "N"
         if self.is_from_outside:
@@ -188,12 +190,13 @@ class AnswerStore:
             retention=self._retention(),
             callbacks_reserved_s=self._callbacks_reserved_s,
         )
+        keys = commit_keys(entries)
         if not self._replicas:
-            again: list[bytes] = self._script(keys=_KEYS, args=args)
+            again: list[bytes] = self._script(keys=keys, args=args)
         else:
             # WAIT counts only the writes of its own connection.
             with self._client.client() as connected:  # type: ignore[no-untyped-call]  # redis' own
-                again = self._script(keys=_KEYS, args=args, client=connected)
+                again = self._script(keys=keys, args=args, client=connected)
                 wait_replicated(connected, replicas=self._replicas, timeout_s=self._replicas_timeout_s)
         return {job_id.decode() for job_id in again}
 
@@ -201,8 +204,14 @@ class AnswerStore:
 def commit_steps(entries: Sequence[AnswerEntry], *, token: str, retention: Retention) -> Steps[set[str]]:
     """Write up to MAX_COMMIT answers once, as `AnswerStore.write` does; return the ids whose answers were discarded."""
     args = commit_args(entries, token=token, retention=retention, callbacks_reserved_s=CALLBACKS_RESERVED_S)
-    again = yield call_script("commit", keys=_KEYS, args=args)
+    again = yield call_script("commit", keys=commit_keys(entries), args=args)
     return {job_id.decode() for job_id in again}
+
+
+def commit_keys(entries: Sequence[AnswerEntry]) -> list[str]:
+    """The keys of `commit.lua`."""
+    moved_stream = f"{FOREIGN}{RESULT_STREAM}:{time.time() * 1000:.0f}"
+    return [*_KEYS, moved_stream, *(result_key(entry.id) for entry in entries)]
 
 
 def commit_args(
@@ -214,11 +223,8 @@ def commit_args(
         max(retention.done_ttl_s, retention.result_ttl_s),
         retention.dead_length,
     )
-    now = datetime.now(UTC)
-    names = (done_key(""), result_key(""), ANSWERED_CHANNEL)
-    moved_stream = f"{FOREIGN}{RESULT_STREAM}:{now.timestamp() * 1000:.0f}"
     reserved_ms = int(callbacks_reserved_s * 1000)
-    args: list[Any] = [*limits, now.isoformat(), *names, reserved_ms, PENDING_CALLBACK_ANSWER, HISTORY, moved_stream]
+    args: list[Any] = [*limits, datetime.now(UTC).isoformat(), ANSWERED_CHANNEL, reserved_ms, done_key("")]
     for entry in entries:
         answer = entry.answer
         mark = f"{token}:{answer.attempts}"

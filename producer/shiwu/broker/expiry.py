@@ -24,7 +24,8 @@ from shiwu.contract import (
     COUNTERS,
     DEADLINES,
     LEASES,
-    PENDING_CALLBACK_ANSWER,
+    PENDING_ANSWERS,
+    PENDING_ANSWERS_EXPIRY,
     QUARANTINE,
     Answer,
     ErrorCode,
@@ -47,6 +48,7 @@ MAX_CHECKED: Final = 20_000
 """Messages of each lane key whose `expires` one sweep checks."""
 MAX_SCANNED: Final = 1000
 """Messages of lanes that one round looks through for passed deadlines."""
+_DROP_KEYS: Final = (CANVAS, CANVAS_DUE, COUNTERS, PENDING_ANSWERS, PENDING_ANSWERS_EXPIRY)
 _LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
 
 
@@ -162,7 +164,7 @@ class Expiry:
         late = [(one, raw) for one, raw in read if one.expires_ms is not None and one.expires_ms <= now_ms]
         if not late:
             return dropped, 0
-        args: list[Any] = [self._token, int(EXPIRY_LEASE_S * 1000)]
+        args: list[Any] = [self._token, int(EXPIRY_LEASE_S * 1000), key]
         for envelope, raw in late:
             args += [envelope.id, raw]
         reply: Any = self._take_late(keys=[CLAIMS, LEASES, ATTEMPTS, key], args=args)
@@ -180,14 +182,14 @@ class Expiry:
         """Remove messages whose jobs were cancelled or out of time while they waited; return how many."""
         if not read:
             return 0
-        answers: Any = self._client.mget([f"{PENDING_CALLBACK_ANSWER}{envelope.id}" for envelope, _ in read])
+        answers: Any = self._client.hmget(PENDING_ANSWERS, [envelope.id for envelope, _ in read])
         found = [pair for pair, answer in zip(read, answers, strict=True) if answer is not None]
         if not found:
             return 0
-        args: list[Any] = [done_key(""), PENDING_CALLBACK_ANSWER]
+        args: list[Any] = [key, done_key("")]
         for envelope, raw in found:
             args += [envelope.id, raw]
-        dropped: int = self._drop_answered(keys=[key, CANVAS, CANVAS_DUE, COUNTERS], args=args)
+        dropped: int = self._drop_answered(keys=[key, *_DROP_KEYS], args=args)
         return dropped
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -42,7 +43,8 @@ class ForeignValues:
             redis.RedisError: Redis is unavailable.
         """
         try:
-            reply: Any = self._move(keys=list(_TYPES), args=[FOREIGN, KEPT_S, *_TYPES.values()])
+            targets = [f"{FOREIGN}{key}:{time.time() * 1000:.0f}" for key in _TYPES]
+            reply: Any = self._move(keys=[*_TYPES, *targets], args=[KEPT_S, *_TYPES.values()])
         except redis.ResponseError as error:
             if classify(error) is RedisCode.PERMISSION:
                 return []

@@ -1,4 +1,4 @@
-"""Reads the earlier attempts of a job, which the scripts `release` and `maintain` record in `shiwu:history:<id>`."""
+"""Reads the earlier attempts of a job, which the scripts `release` and `maintain` record in `shiwu:histories`."""
 
 from __future__ import annotations
 

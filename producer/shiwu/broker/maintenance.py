@@ -30,8 +30,11 @@ from shiwu.contract import (
     DEADLINES,
     DELAYED,
     DELAYED_MESSAGES,
-    HISTORY,
+    HISTORIES,
+    HISTORIES_EXPIRY,
     LEASES,
+    PENDING_ANSWERS,
+    PENDING_ANSWERS_EXPIRY,
     QUARANTINE,
     QUARANTINE_OWNER,
     RESULT_STREAM,
@@ -58,7 +61,7 @@ _LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
 _MAINTENANCE_KEYS: Final = (
     *(CLAIMS, LEASES, ATTEMPTS, DELAYED, DELAYED_MESSAGES, COUNTERS, WORKERS, QUARANTINE, DEADLINES),
     *(DEAD, DEAD_ANSWERS, DEAD_MESSAGES, RESULT_STREAM, REVOKED, QUARANTINE_OWNER, CANVAS_DUE),
-    *(SCAN_WANTED, SCAN_OWNER),
+    *(SCAN_WANTED, SCAN_OWNER, PENDING_ANSWERS, PENDING_ANSWERS_EXPIRY, HISTORIES, HISTORIES_EXPIRY),
     *_LANE_KEYS,
 )
 
@@ -167,12 +170,12 @@ class Maintenance:
             QUARANTINE_AFTER_DEATHS,
             int(MAX_LEASE_S * 1000),
             self._retention().dead_age_s * 1000,
-            HISTORY,
             HISTORY_TTL_S,
             int(MAX_CALLBACKS_RESERVED_S * 1000),
             self._token,
             self._expiry.scanned_ms,
             int(SCAN_OWNED_S * 1000),
+            *_LANE_KEYS,
         )
         reply: Any = self._maintain(keys=_MAINTENANCE_KEYS, args=[self._name, limit, int(count_waiting), *limits])
         reaped, promoted, quarantined, waiting, stream_length, due, now_ms = reply[:7]

@@ -28,6 +28,8 @@ from shiwu.contract import (
 )
 
 CHUNK_SIZE: Final = 500
+_REQUEUE_KEYS: Final = (DEAD, DEAD_ANSWERS, DEAD_MESSAGES, ATTEMPTS, COUNTERS, CLAIMS, DELAYED_MESSAGES)
+_LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class DeadLetter:
     message: bytes
     """The Celery message as it was sent, or its first bytes where it was too large to be accepted."""
     lane: Lane | None
-    """The lane that `requeue` puts it into; None where this version does not know the lane."""
+    """The lane that `requeue` puts it into; None where this version does not know the lane, then bulk."""
     size: int = 0
     """Bytes of the whole message."""
     sha256: str | None = None
@@ -146,8 +148,8 @@ def requeue_steps(job_ids: Iterable[str]) -> Steps[list[str]]:
     for portion in chunks(list(job_ids), CHUNK_SIZE):
         reply = yield call_repeatable_script(
             "requeue",
-            keys=[DEAD, DEAD_ANSWERS, DEAD_MESSAGES, ATTEMPTS, COUNTERS, CLAIMS, DELAYED_MESSAGES],
-            args=[done_key(""), result_key(""), *portion],
+            keys=[*_REQUEUE_KEYS, *_LANE_KEYS, *map(result_key, portion)],
+            args=[*_LANE_KEYS, done_key(""), *portion],
         )
         requeued += [job_id.decode() for job_id in reply]
     return requeued

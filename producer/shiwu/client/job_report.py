@@ -22,7 +22,7 @@ from shiwu.contract import (
     DEADLINES,
     DELAYED,
     DELAYED_MESSAGES,
-    HISTORY,
+    HISTORIES,
     LEASES,
     QUARANTINE,
     RESULT_STREAM,
@@ -160,7 +160,7 @@ def _facts_steps(job_id: str) -> Steps[_Facts]:
         pipe.zscore(REVOKED, job_id)
         pipe.zscore(DEADLINES, job_id)
         pipe.zscore(CANVAS_DUE, job_id)
-        pipe.get(f"{HISTORY}{job_id}")
+        pipe.hget(HISTORIES, job_id)
         pipe.hget(ATTEMPTS, job_id)
         return pipe.execute()
 

@@ -44,11 +44,15 @@ CANVAS: Final = "shiwu:canvas"
 a requeue the id is followed by a byte 255, which no id contains, and the generation."""
 CANVAS_DUE: Final = "shiwu:canvas:due"
 """Sorted set: job id → server time in ms from which any worker may send its callbacks."""
-PENDING_CALLBACK_ANSWER: Final = "shiwu:aside:"
-"""Prefix of a string for each id that was answered while its message was in a lane: the answer, for its callbacks."""
-HISTORY: Final = "shiwu:history:"
-"""Prefix of a string for each job that returned to its lane. Each earlier attempt has a line
+PENDING_ANSWERS: Final = "shiwu:asides"
+"""Hash: job id → its answer, for its callbacks, of jobs that were answered while their message was in a lane."""
+PENDING_ANSWERS_EXPIRY: Final = "shiwu:asides:expiry"
+"""Sorted set: job id → server time in ms at which maintenance drops this answer."""
+HISTORIES: Final = "shiwu:histories"
+"""Hash: job id → earlier attempts of a job that returned to its lane, until it is answered. Each has a line
 `attempt|code|stage|ended in ms|pause in ms|token`, oldest first."""
+HISTORIES_EXPIRY: Final = "shiwu:histories:expiry"
+"""Sorted set: job id → server time in ms at which maintenance drops this history."""
 CALL_REPLY: Final = "shiwu:reply:"
 """Prefix of a string for each call that a client may repeat by itself: the reply of the call, for a minute."""
 REVOKED: Final = "shiwu:revoked"
@@ -92,7 +96,7 @@ WORKER_STATE: Final = "shiwu:worker:"
 WATCH_UNREAD: Final = "shiwu:watch:unread"
 """List: bucket events that could not be read, as JSON with the reason, newest first; at most a thousand."""
 FOREIGN: Final = "shiwu:foreign:"
-"""Prefix of values of a wrong type that stood under a key of shiwu: `<key>:<server time in ms>`; kept for a week."""
+"""Prefix of values of a wrong type that stood under a key of shiwu: `<key>:<time in ms>`; kept for a week."""
 KEY_TYPES: Final[Mapping[str, str]] = MappingProxyType(
     {
         COUNTERS: "hash",
@@ -111,6 +115,10 @@ KEY_TYPES: Final[Mapping[str, str]] = MappingProxyType(
         DEAD_MESSAGES: "hash",
         CANVAS: "hash",
         CANVAS_DUE: "zset",
+        PENDING_ANSWERS: "hash",
+        PENDING_ANSWERS_EXPIRY: "zset",
+        HISTORIES: "hash",
+        HISTORIES_EXPIRY: "zset",
         REVOKED: "zset",
         RETENTION: "hash",
         LABELS: "hash",

@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,15 +26,14 @@ from shiwu.broker.answers import (
 from shiwu.broker.redis_errors import NotReplicated
 from shiwu.broker.retention import Retention
 from shiwu.client.results import read_result
-from shiwu.contract import FOREIGN, MAX_MESSAGE_BYTES, Answer, Attempt, ErrorCode, ErrorInfo, Stage, Status
+from shiwu.contract import FOREIGN, MAX_MESSAGE_BYTES, Answer, ErrorCode, ErrorInfo, Status, result_key
 
-ATTEMPT = Attempt(attempt=1, at=datetime(2026, 1, 1, tzinfo=UTC), code="source_unavailable", stage=Stage.FETCH)
 DIGEST = "~" + "0a" * 20
 
 
-def kind(status: Status = Status.TAGGED, *, job_id: str = "a", history: Any = None, **fields: Any) -> str:
+def kind(status: Status = Status.TAGGED, *, job_id: str = "a", **fields: Any) -> str:
     """The kind of an entry."""
-    return AnswerEntry(id=job_id, answer=Answer(id=job_id, status=status, history=history), **fields).kind
+    return AnswerEntry(id=job_id, answer=Answer(id=job_id, status=status), **fields).kind
 
 
 def test_each_status_has_its_letter() -> None:
@@ -51,7 +49,6 @@ def test_each_status_has_its_letter() -> None:
         ({"ignore_result": True}, "I"),
         ({"is_dead": True}, "D"),
         ({"has_callbacks": True}, "C"),
-        ({"history": (ATTEMPT,)}, "H"),
         ({"job_id": DIGEST}, "N"),
         ({"is_from_outside": True}, "A"),
         ({"generation": 12}, "12"),
@@ -65,9 +62,9 @@ def test_each_flag_has_its_letter(fields: dict[str, Any], letter: str) -> None:
 def test_flags_stand_together() -> None:
     """The generation counts only for a writer that holds the job."""
     plain = kind()
-    flags = {"ignore_result": True, "is_dead": True, "has_callbacks": True, "history": (ATTEMPT,)}
-    assert kind(**flags, generation=3) == plain + "IDCH3"
-    assert kind(**flags, generation=3, is_from_outside=True) == plain + "IDCHA"
+    flags = {"ignore_result": True, "is_dead": True, "has_callbacks": True}
+    assert kind(**flags, generation=3) == plain + "IDC3"
+    assert kind(**flags, generation=3, is_from_outside=True) == plain + "IDCA"
     assert kind(job_id=DIGEST, claim=DIGEST) == plain, "the claim names the digest"
     assert kind(job_id="~no digest") == plain
 
@@ -77,6 +74,7 @@ class Store:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.calls: list[tuple[list[Any], Any]] = []
+        self.keys: list[str] = []
         self.replicated: list[tuple[Any, int, float]] = []
         self.again: list[bytes] = []
         monkeypatch.setattr(module, "load_script", lambda *_: self._run)
@@ -86,7 +84,7 @@ class Store:
         self.retention = Retention(result_ttl_s=60, done_ttl_s=120, dead_length=7)
 
     def _run(self, *, keys: Any, args: list[Any], client: Any = None) -> list[bytes]:
-        assert keys
+        self.keys = list(keys)
         self.calls.append((args, client))
         return self.again
 
@@ -108,10 +106,12 @@ def test_script_gets_limits_and_answers(monkeypatch: pytest.MonkeyPatch) -> None
     [(args, client)] = place.calls
     assert client is None
     assert args[:3] == [60, 120, 7]
-    assert 2500 in args[4:10]
-    assert args[10].startswith(FOREIGN)
-    assert abs(float(args[10].rpartition(":")[2]) - time.time() * 1000) < 60_000
-    answers = [args[at : at + 7] for at in range(11, len(args), 7)]
+    assert args[5] == 2500
+    *_, moved_stream, first_key, second_key = place.keys
+    assert moved_stream.startswith(FOREIGN)
+    assert abs(float(moved_stream.rpartition(":")[2]) - time.time() * 1000) < 60_000
+    assert [first_key, second_key] == [result_key("a"), result_key("b")]
+    answers = [args[at : at + 7] for at in range(7, len(args), 7)]
     expected = [
         [each.id, each.kind, each.answer.to_json(), failure_head(each.answer), each.message, "t:2", each.claim]
         for each in (first, second)
@@ -120,7 +120,7 @@ def test_script_gets_limits_and_answers(monkeypatch: pytest.MonkeyPatch) -> None
     place.retention = Retention(result_ttl_s=200, done_ttl_s=120, dead_length=7)
     place.store.write([first], token="mine")
     assert place.calls[1][0][:2] == [200, 200]
-    assert place.calls[1][0][16] == "mine:2"
+    assert place.calls[1][0][12] == "mine:2"
     assert place.store.write([]) == set()
     assert len(place.calls) == 2
     assert place.replicated == []

@@ -46,7 +46,8 @@ class Parts:
         client: Any = SimpleNamespace(
             lrange=self._lrange,
             llen=lambda key: len(self.lists.get(key, [])),
-            mget=self._mget,
+            mget=lambda keys: [self._known(key.rpartition(":")[2], self.marks) for key in keys],
+            hmget=lambda _, ids: [self._known(job_id, self.pending) for job_id in ids],
             zadd=lambda _, later, xx: self.index.append(("later" if xx else "new", later)),
             zrem=lambda _, *members: self.index.append(("removed", members)),
         )
@@ -59,9 +60,9 @@ class Parts:
         self.reads.append(len(found))
         return found
 
-    def _mget(self, keys: list[str]) -> list[bytes | None]:
-        known = self.pending if keys[0].startswith(module.PENDING_CALLBACK_ANSWER) else self.marks
-        return [b"x" if any(key.endswith(f":{job_id}") for job_id in known) else None for key in keys]
+    @staticmethod
+    def _known(job_id: str, known: set[str]) -> bytes | None:
+        return b"x" if job_id in known else None
 
     def _write(self, entries: list[AnswerEntry], *, token: str | None = None) -> set[str]:
         self.written += entries
@@ -73,7 +74,7 @@ class Parts:
     def _take_late(self, *, keys: list[str], args: list[Any]) -> list[int]:
         self.script_args.append(args)
         reply: list[int] = []
-        for number, at in enumerate(range(2, len(args), 2), start=1):
+        for number, at in enumerate(range(3, len(args), 2), start=1):
             if args[at] not in self.not_taken:
                 self.lists[keys[-1]].remove(args[at + 1])
                 reply += [number, 40 + number]
@@ -163,7 +164,7 @@ def test_message_that_was_taken_meanwhile_is_not_answered(parts: Parts) -> None:
     assert parts.sweep() == (1, 0)
     assert [(entry.id, entry.generation) for entry in parts.written] == [("late0", 41), ("late2", 43)]
     assert len(parts.lists[KEY]) == 1
-    assert parts.script_args[0][:2] == ["t", 15_000]
+    assert parts.script_args[0][:3] == ["t", 15_000, KEY]
     assert str(parts.tokens[0]).startswith("t.lane.")
     parts.lists[KEY] = lane("late")
     parts.sweep()

@@ -119,8 +119,8 @@ def test_round_reports_what_the_script_counted(parts: Parts, is_scanning: int) -
     [(_, _, args)] = parts.calls
     lease_ms, age_ms, reserved_ms, scan_ms = 600_000, LIMITS.dead_age_s * 1000, 60_000, 15_000
     assert args[:3] == ["w", 9, 0]
-    assert [args[4], args[5], args[8], args[11]] == [lease_ms, age_ms, reserved_ms, scan_ms]
-    assert args[9:11] == ["t", 7.0]
+    assert [args[4], args[5], args[7], args[10]] == [lease_ms, age_ms, reserved_ms, scan_ms]
+    assert args[8:10] == ["t", 7.0]
 
 
 @pytest.mark.parametrize("full", [0, 2, MAX_ROUNDS])

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import redis
 
-from shiwu.contract import Lane
+from shiwu.contract import Lane, result_key
 from shiwu_worker.jobs.job import Release
 from shiwu_worker.policy.limits import LeaseOptions
 from shiwu_worker.stages.claim import lease_queue as module
@@ -26,14 +26,15 @@ class Parts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.clock = Clock()
         monkeypatch.setattr(module.time, "monotonic", self.clock.monotonic)
-        monkeypatch.setattr(module.time, "time", lambda: 50.0)
         self.claims: list[list[Any]] = []
         self.replies: list[Any] = []
         self.released: list[list[Any]] = []
         self.ended: list[list[Any]] = []
         self.renewed: list[list[Any]] = []
         self.last_ids: list[str] = []
+        self.is_failing = False
         self.answers_ms: list[float] = []
+        self.announced: list[tuple[list[str], list[Any]]] = []
         monkeypatch.setattr(module, "load_script", lambda _, name, **__: getattr(self, f"_{name}"))
         monkeypatch.setattr(module, "answered_before", self._answered_before)
         lease = LeaseOptions(**({"lease_s": 60.0, "bulk_share": 0.1} | options))
@@ -47,7 +48,7 @@ class Parts:
 
     def _claim(self, *, keys: list[str], args: list[Any]) -> Any:
         self.claims.append(args)
-        reply = self.replies.pop(0) if self.replies else [b"1000", 0]
+        reply = self.replies.pop(0) if self.replies else [b"1000", 0, []]
         if isinstance(reply, Exception):
             raise reply
         return reply
@@ -58,16 +59,21 @@ class Parts:
 
     def _release(self, *, keys: list[str], args: list[Any]) -> int:
         self.released.append(args)
-        return (len(args) - 4) // 4
+        return (len(args) - 11) // 4
+
+    def _answer_duplicates(self, *, keys: list[str], args: list[Any]) -> None:
+        self.announced.append((keys, args))
+        if self.is_failing:
+            raise redis.ConnectionError("lost")
 
     def _end_claims(self, *, keys: list[str], args: list[Any]) -> bytes:
         self.ended.append(args)
         return msgspec.json.encode(self.last_ids)
 
-    def reply(self, *lanes: int, is_quarantine_owner: int = 0) -> None:
+    def reply(self, *lanes: int, is_quarantine_owner: int = 0, duplicates: tuple[bytes, ...] = ()) -> None:
         """Let the next claim give a job of each of these lanes."""
         jobs = [[f"j{n}".encode(), n + 1, 0, lane, b"raw", n % 2, b"", 3] for n, lane in enumerate(lanes)]
-        self.replies.append([b"1000.5", is_quarantine_owner, *(field for job in jobs for field in job)])
+        self.replies.append([b"1000.5", is_quarantine_owner, [*duplicates], *(field for job in jobs for field in job)])
 
 
 @pytest.fixture
@@ -77,16 +83,15 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
 
 
 def test_claim_passes_its_limits_to_the_script(parts: Parts) -> None:
-    """The lease in ms, the share of bulk, whether nothing is held, and what a duplicate is answered."""
+    """The lease in ms, the share of bulk, and whether nothing is held."""
     parts.queue.claim(40, bulk_limit=30)
     parts.queue.claim(5, bulk_limit=30, held=["a"])
     parts.queue.claim(MAX_CLAIM + 1)
     first, second, third = parts.claims
     assert first[:4] == ["t", 40, 4, 60_000]
-    assert (first[5], second[5], third[5]) == (1, 0, 1)
-    assert (first[9], first[10]) == (77, b"answer")
-    assert [args[12:15] for args in parts.claims] == [[1, 1, 30], [1, 1, 5], [1, 1, MAX_CLAIM]]
-    assert [args[-1] for args in parts.claims] == [1, 2, 3]
+    assert (first[4], second[4], third[4]) == (1, 0, 1)
+    assert [args[6:9] for args in parts.claims] == [[1, 1, 30], [1, 1, 5], [1, 1, MAX_CLAIM]]
+    assert [args[10] for args in parts.claims] == [1, 2, 3]
     assert third[1] == MAX_CLAIM
 
 
@@ -99,7 +104,7 @@ def test_only_served_lanes_are_claimed(
     """As the options name them."""
     parts = Parts(monkeypatch, lanes=lanes)
     parts.queue.claim(1)
-    assert parts.claims[0][12:14] == flags
+    assert parts.claims[0][6:8] == flags
 
 
 def test_bulk_share_adds_up_to_two_of_them(parts: Parts) -> None:
@@ -150,15 +155,7 @@ def test_owner_of_the_quarantine_takes_turns(parts: Parts) -> None:
     for held, owns in (([], 1), ([], 1), (["a"], 1), ([], 0), ([], 1)):
         parts.reply(is_quarantine_owner=owns)
         assert parts.queue.claim(5, held=held).is_quarantine_owner is bool(owns)
-    assert [args[6] for args in parts.claims] == [1, 0, 1, 1, 1]
-
-
-def test_answer_for_duplicates_is_made_once_a_second(parts: Parts) -> None:
-    """By this machine's clock before the first claim, then by the server's, as the last claim told it."""
-    for seconds in (0.0, 0.9, 0.1, 0.999):
-        parts.clock.now_s += seconds
-        parts.queue.claim(1)
-    assert parts.answers_ms == [50_000.0, 1100.0]
+    assert [args[5] for args in parts.claims] == [1, 0, 1, 1, 1]
 
 
 def test_lost_reply_is_released_before_the_next_claim(parts: Parts) -> None:
@@ -172,11 +169,28 @@ def test_lost_reply_is_released_before_the_next_claim(parts: Parts) -> None:
     parts.queue.claim(5, held=["b"])
     assert parts.ended == [[1, LAST_CLAIM_KEPT_MS]]
     [args] = parts.released
-    assert args[4::4] == ["c", "a"]
-    assert args[5:8] == [0, 0, ""]
+    assert args[11::4] == ["c", "a"]
+    assert args[12:15] == [0, 0, ""]
     assert not parts.queue.has_lost_reply
     parts.queue.claim(5)
     assert len(parts.ended) == 1
+
+
+def test_duplicates_are_announced_under_their_keys(parts: Parts) -> None:
+    """By a call of its own, only where there are any; if it fails, the claim counts as lost."""
+    parts.queue.claim(5)
+    assert parts.announced == []
+    parts.reply(INTERACTIVE, duplicates=(b"a", b"b"))
+    assert len(parts.queue.claim(5).jobs) == 1
+    [(keys, args)] = parts.announced
+    assert keys[2:] == [result_key("a"), result_key("b")]
+    assert args == ["t", 77, b"answer", "a", "b"]
+    assert parts.answers_ms == [1000.5], "by the server's clock"
+    parts.reply(INTERACTIVE, duplicates=(b"a",))
+    parts.is_failing = True
+    with pytest.raises(redis.ConnectionError):
+        parts.queue.claim(5)
+    assert parts.queue.has_lost_reply
 
 
 def test_nothing_is_claimed_after_the_end(parts: Parts) -> None:
@@ -196,7 +210,7 @@ def test_release_says_how_each_job_goes_back(parts: Parts) -> None:
     assert parts.queue.release(releases) == 2
     [args] = parts.released
     assert args[0] == "t"
-    assert args[4:8] == ["a", 1500, 1, "x|"]
-    assert args[8:11] == ["b", 0, 0]
+    assert args[11:15] == ["a", 1500, 1, "x|"]
+    assert args[15:18] == ["b", 0, 0]
     assert parts.queue.renew(["a", "b"]) == ["lost"]
     assert parts.renewed == [["t", 60_000, "a", "b"]]

@@ -1,9 +1,10 @@
 -- Answers jobs, each once: stores the answer, announces it, appends it to the stream, and removes claim, lease and attempts.
 -- KEYS  claims, leases, attempts, results stream, dead, dead answers, dead messages, counters, deadlines, canvas, canvas due,
---       delayed, delayed_messages
--- ARGV  result ttl in s, mark ttl in s, max dead letters, date, prefix of marks, prefix of results, channel of answered jobs,
---       how long callbacks are reserved for the worker in ms, prefix of answers with pending callbacks, prefix of histories,
---       name for a results stream that takes no more entries,
+--       delayed, delayed_messages, answers with pending callbacks, their expiry, histories, their expiry, key to which a results
+--       stream is moved that takes no more entries, then the result key of each job, which is also the channel on which its
+--       answer is announced
+-- ARGV  result ttl in s, mark ttl in s, max dead letters, date, channel of answered jobs, how long callbacks are reserved for
+--       the worker in ms, prefix of marks,
 --       then for each job: id, kind, answer, start of Celery's result for a failure, `lane key|raw message` where kind needs
 --       it, mark, name of the claim where it is not the id
 -- kind  S success, F failure or R revoked; then any of the letters below; then the job's generation where it is not 0
@@ -13,7 +14,6 @@
 --       A the writer does not hold the job: the message is looked up in the claims and the delayed jobs; where it is in a
 --         lane, its claim finds the answer
 --       N the message has no id, so no caller can look for its answer
---       H has a history of earlier attempts, which the answer contains
 -- An answer counts if its id is not answered and waits for an answer of this generation. Each requeue of a dead letter starts
 -- a generation; until it is answered, its number is in the attempts, and afterwards in the mark (`mark#generation`). A writer
 -- from outside means the current generation, and so does one whose claim has another name than the id. An answer of another
@@ -23,10 +23,11 @@ local claims, leases, attempts, results = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local dead, dead_answers, dead_messages, counters = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local deadlines, canvas, canvas_due = KEYS[9], KEYS[10], KEYS[11]
 local result_ttl, done_ttl, max_dead, date = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local done_prefix, result_prefix, ended, reserved_ms = ARGV[5], ARGV[6], ARGV[7], tonumber(ARGV[8])
-local delayed, delayed_messages, pending_prefix, history_prefix = KEYS[12], KEYS[13], ARGV[9], ARGV[10]
-local moved_stream = ARGV[11]
-local FIRST, STEP = 12, 7
+local ended, reserved_ms, done_prefix = ARGV[5], tonumber(ARGV[6]), ARGV[7]
+local delayed, delayed_messages, pending_answers, pending_expiry = KEYS[12], KEYS[13], KEYS[14], KEYS[15]
+local histories, histories_expiry, moved_stream = KEYS[16], KEYS[17], KEYS[18]
+local FIRST, STEP = 8, 7
+local RESULTS = 18 -- before the first result key
 local READABLE_BYTES = 4 * 1024 * 1024
 local STATES = { S = 'SUCCESS', F = 'FAILURE', R = 'REVOKED' }
 
@@ -36,7 +37,8 @@ end
 -- A key of a wrong type must stop the script before the first answer is marked, because Redis does not undo a script.
 -- Deadlines are an index that producers may write to; no answer depends on it.
 for _, hash in ipairs({ claims, attempts, dead_answers, dead_messages, counters, canvas, delayed_messages }) do redis.call('HLEN', hash) end
-for _, set in ipairs({ leases, dead, canvas_due, delayed }) do redis.call('ZCARD', set) end
+local has_pending, has_histories = redis.call('HLEN', pending_answers) > 0, redis.call('HLEN', histories) > 0
+for _, set in ipairs({ leases, dead, canvas_due, delayed, pending_expiry, histories_expiry }) do redis.call('ZCARD', set) end
 redis.call('XLEN', results)
 local deadline_count = redis.pcall('ZCARD', deadlines)
 local has_deadlines = type(deadline_count) == 'number' and deadline_count > 0
@@ -63,8 +65,8 @@ local function wants_no_result(message)
   return ok and type(read) == 'table' and type(read.headers) == 'table' and read.headers.ignore_result == true
 end
 
-local function store_result(id, kind, head, answer)
-  local key, result = result_prefix .. id, head == '' and answer or head .. ',"answer":' .. answer .. '}'
+local function store_result(key, id, kind, head, answer)
+  local result = head == '' and answer or head .. ',"answer":' .. answer .. '}'
   -- An id may contain any character. The answer begins with the id as JSON: if it is unescaped there, it needs no escapes here.
   local quoted = '"' .. id .. '"'
   if string.sub(answer, 7, 8 + #id) ~= quoted then quoted = cjson.encode(id) end
@@ -100,7 +102,7 @@ local function append(id, answer, generation)
   if type(added) == 'table' and added.err then count('results_not_streamed', 1) end
 end
 
-local ids, found, claimed, histories, generations = {}, {}, nil, {}, nil
+local ids, found, claimed, generations = {}, {}, nil, nil
 for i = FIRST, #ARGV, STEP do
   local id, kind, claim = ARGV[i], ARGV[i + 1], ARGV[i + 6]
   ids[#ids + 1] = id
@@ -110,7 +112,6 @@ for i = FIRST, #ARGV, STEP do
   end
   if kind ~= 'S' then
     if string.find(kind, 'A', 2, true) then found[id] = message_of(id) end
-    if string.find(kind, '[AH]', 2) then histories[#ids] = history_prefix .. (claim ~= '' and claim or id) end
     local generation = tonumber(string.match(kind, '%d+$'))
     if generation then
       generations = generations or {}
@@ -133,7 +134,7 @@ if generations or redis.call('HLEN', attempts) > 0 then
     end
   end
 end
-local removed, old_histories = ids, {}
+local removed = ids
 if claimed or stale then
   held, removed = {}, {}
   for n, id in ipairs(ids) do
@@ -143,9 +144,6 @@ if claimed or stale then
     end
   end
 end
-for n, history in pairs(histories) do
-  if not (stale and stale[n]) then old_histories[#old_histories + 1] = history end
-end
 
 -- First come the writes that free memory: a full server refuses a script whose first write needs memory.
 redis.call('ZREM', leases, '', unpack(held))
@@ -154,8 +152,11 @@ if #held > 0 then
   redis.call('HDEL', attempts, unpack(held))
   if claimed then redis.call('HDEL', attempts, unpack(removed)) end
   if has_deadlines then redis.call('ZREM', deadlines, unpack(removed)) end
+  if has_histories then
+    redis.call('HDEL', histories, unpack(held))
+    redis.call('ZREM', histories_expiry, unpack(held))
+  end
 end
-if #old_histories > 0 then redis.call('DEL', unpack(old_histories)) end
 for id in pairs(found) do
   redis.call('HDEL', delayed_messages, id)
   redis.call('ZREM', delayed, id)
@@ -187,9 +188,13 @@ for i = FIRST, #ARGV, STEP do
     end
     if not string.find(kind, 'N', 2, true) then
       local is_from_outside = string.find(kind, 'A', 2, true)
-      if is_from_outside and not found[id] then redis.call('SET', pending_prefix .. id, answer, 'EX', done_ttl) end
+      if is_from_outside and not found[id] then
+        has_pending = true
+        redis.call('HSET', pending_answers, id, answer)
+        redis.call('ZADD', pending_expiry, now + done_ttl * 1000, id)
+      end
       if not string.find(kind, 'I', 2, true) and not wants_no_result(found[id]) then
-        store_result(id, kind, head, answer)
+        store_result(KEYS[RESULTS + n], id, kind, head, answer)
       end
       if string.find(kind, 'C', 2, true) or found[id] then
         -- A writer from outside sends no callbacks, so any worker may send them now.
@@ -202,14 +207,15 @@ for i = FIRST, #ARGV, STEP do
   elseif not is_repeated(kept, mark, kind, ARGV[i + 6]) then
     again[#again + 1] = id
     -- The claim could not see that the id of this message was answered. Its caller must still find an answer.
-    if ARGV[i + 6] ~= '' and not string.find(kind, 'I', 2, true) and redis.pcall('GET', result_prefix .. id) == false then
-      store_result(id, kind, head, answer)
+    if ARGV[i + 6] ~= '' and not string.find(kind, 'I', 2, true) and redis.pcall('GET', KEYS[RESULTS + n]) == false then
+      store_result(KEYS[RESULTS + n], id, kind, head, answer)
     end
     -- The job was answered without its message, which left its lane by a sweep and not by a claim.
-    local pending = string.find(kind, 'C', 2, true) and redis.pcall('GET', pending_prefix .. id)
-    if type(pending) == 'string' then
+    local pending = has_pending and string.find(kind, 'C', 2, true) and redis.call('HGET', pending_answers, id)
+    if pending then
       keep_callbacks(id, tonumber(string.match(kept, '#(%d+)$')) or 0, pending, raw, now)
-      redis.call('DEL', pending_prefix .. id)
+      redis.call('HDEL', pending_answers, id)
+      redis.call('ZREM', pending_expiry, id)
     end
   end
 end

@@ -1,15 +1,16 @@
 -- Maintenance for all workers. Jobs whose lease expired or whose delay is over return to the front of their lane, or to the
 -- quarantine after two worker deaths. A claim of attempt 0 was no attempt, so its return does not count as one. Old dead letters
--- are removed. Claimed and delayed messages are returned whose entry in the deadlines is due. An entry is only an index, which
+-- are removed, and histories and pending answers that are too old. A record that names another lane goes to bulk.
+-- Claimed and delayed messages are returned whose entry in the deadlines is due. An entry is only an index, which
 -- producers may write: the caller answers a job if the message itself has a deadline that has passed. An entry without a
 -- claimed or delayed message is removed, and lanes and quarantine are to be looked through, by one process at a time.
 -- KEYS  claims, leases, attempts, delayed, delayed messages, counters, workers, quarantine, deadlines, dead, dead answers, dead messages,
---       results stream, revoked ids, owner of the quarantine, canvas due, wanted scan, owner of the scan,
---       then the keys of the lanes
+--       results stream, revoked ids, owner of the quarantine, canvas due, wanted scan, owner of the scan, answers with pending
+--       callbacks, their expiry, histories, their expiry, then 4 keys of each lane, interactive first
 -- ARGV  worker name or '', max jobs of each kind, '1' to count the lanes, worker deaths before quarantine, max lease in ms,
---       max age of dead letters in ms, prefix of histories, how long a history is kept in s, max time in ms for which
---       callbacks are reserved, token, when this process began the last scan that it has finished in ms, how long a scan is owned
---       in ms
+--       max age of dead letters in ms, how long a history is kept in s, max time in ms for which callbacks are reserved, token,
+--       when this process began the last scan that it has finished in ms, how long a scan is owned in ms, the names of the lane
+--       keys as records have them
 -- Reply {reaped, promoted, quarantined, waiting in all lanes, length of the results stream, entries of deadlines that were due,
 --       server time in ms, bytes counted for the results stream, and for the dead letters, 1 if this process is to scan,
 --       {id and `lane key|message` of each message whose entry was due}}
@@ -18,11 +19,15 @@ local workers, quarantine, deadlines = KEYS[7], KEYS[8], KEYS[9]
 local dead, dead_answers, dead_messages, results = KEYS[10], KEYS[11], KEYS[12], KEYS[13]
 local quarantine_owner, canvas_due = KEYS[15], KEYS[16]
 local scan_wanted, scan_owner = KEYS[17], KEYS[18]
-local LANES = 19
+local pending_answers, pending_expiry, histories, histories_expiry = KEYS[19], KEYS[20], KEYS[21], KEYS[22]
+local LANES, BULK = 23, 27
 local name, limit, is_counting, quarantine_from = ARGV[1], tonumber(ARGV[2]), ARGV[3] == '1', tonumber(ARGV[4])
 local max_lease_ms, dead_age_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
-local history_prefix, history_ttl, max_reserved_ms = ARGV[7], ARGV[8], tonumber(ARGV[9])
-local token, scanned_ms, scan_owned_ms = ARGV[10], tonumber(ARGV[11]), ARGV[12]
+local history_ms, max_reserved_ms = tonumber(ARGV[7]) * 1000, tonumber(ARGV[8])
+local token, scanned_ms, scan_owned_ms = ARGV[9], tonumber(ARGV[10]), ARGV[11]
+local NAMES = 12
+local lane_keys = {}
+for k = LANES, #KEYS do lane_keys[ARGV[NAMES + k - LANES]] = KEYS[k] end
 local MAX_MESSAGE, MAX_REPLY = 1024 * 1024, 8 * 1024 * 1024
 local MAX_ATTEMPTS_KEPT = 10
 local WORKER_TTL_MS = 3600 * 1000
@@ -32,8 +37,8 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 -- A key of a wrong type must stop the script before its first write, because Redis does not undo a script.
 -- Of keys that do not exist nothing else is read: a queue without jobs costs the server few commands.
-local hashes = { claims, attempts, delayed_messages, dead_answers, dead_messages }
-local sets = { leases, delayed, dead, canvas_due, KEYS[14] }
+local hashes = { claims, attempts, delayed_messages, dead_answers, dead_messages, pending_answers, histories }
+local sets = { leases, delayed, dead, canvas_due, pending_expiry, histories_expiry, KEYS[14] }
 local size = { [KEYS[14]] = 0 }
 local looked_at = { quarantine, quarantine_owner, deadlines, scan_wanted }
 for _, keys in ipairs({ hashes, sets }) do
@@ -56,19 +61,19 @@ if size[KEYS[14]] > 0 then redis.call('ZREMRANGEBYSCORE', KEYS[14], '-inf', now)
 if name ~= '' then redis.call('ZADD', workers, now, name) end
 
 -- pcall: if a lane key has a wrong type, its jobs stay where they are, and are tried again after others.
-local function put_back(lane, raw)
-  local pushed = redis.pcall('RPUSH', lane, raw)
+local function put_back(key, raw)
+  local pushed = redis.pcall('RPUSH', key, raw)
   return type(pushed) == 'number'
 end
 
 -- Adds an attempt to the history of a job, of which the last ones are kept.
 local function add_attempt(id, line)
-  local key = history_prefix .. id
-  local kept = redis.pcall('GET', key)
-  local text = type(kept) == 'string' and kept .. '\n' .. line or line
+  local kept = redis.call('HGET', histories, id)
+  local text = kept and kept .. '\n' .. line or line
   local _, lines = string.gsub(text, '\n', '')
   for _ = MAX_ATTEMPTS_KEPT, lines do text = string.match(text, '\n(.*)$') end
-  redis.call('SET', key, text, 'EX', history_ttl)
+  redis.call('HSET', histories, id, text)
+  redis.call('ZADD', histories_expiry, now + history_ms, id)
 end
 
 -- If the server's clock was set back, jobs of crashed workers would stay under their leases for too long, and so would
@@ -86,7 +91,8 @@ if type(owned_ms) == 'number' and (owned_ms == -1 or owned_ms > max_lease_ms) th
   redis.pcall('PEXPIRE', quarantine_owner, max_lease_ms)
 end
 
--- A message whose entry in the sorted set was removed by another program would wait without end.
+-- A message whose entry in the sorted set was removed by another program would wait without end, and so would what is kept
+-- for a time only.
 local function complete(hash, set, at)
   if size[hash] <= size[set] then return end
   local ids = redis.pcall('HKEYS', hash)
@@ -95,6 +101,8 @@ local function complete(hash, set, at)
 end
 complete(claims, leases, now + NEW_LEASE_MS)
 complete(delayed_messages, delayed, now)
+complete(pending_answers, pending_expiry, now + history_ms)
+complete(histories, histories_expiry, now + history_ms)
 
 -- Up to `limit` members of a sorted set whose time is before this one.
 local function due(set, until_ms)
@@ -113,7 +121,7 @@ for _, id in ipairs(due(leases, now)) do
   if raw and deaths >= quarantine_from then
     is_back = put_back(quarantine, lane .. '|' .. raw)
   elseif raw then
-    is_back = put_back(lane, raw)
+    is_back = put_back(lane_keys[lane] or KEYS[BULK], raw)
   end
   if is_back then
     if raw and is_attempt then
@@ -134,7 +142,7 @@ for _, id in ipairs(due(delayed, now)) do
   local record = redis.call('HGET', delayed_messages, id)
   local lane, raw
   if record then lane, raw = string.match(record, '^([^|]*)|(.*)$') end
-  if not raw or put_back(lane, raw) then
+  if not raw or put_back(lane_keys[lane] or KEYS[BULK], raw) then
     if raw then promoted = promoted + 1 end
     redis.call('HDEL', delayed_messages, id)
     redis.call('ZREM', delayed, id)
@@ -148,6 +156,13 @@ if #old > 0 then
   redis.call('ZREM', dead, unpack(old))
   redis.call('HDEL', dead_answers, unpack(old))
   redis.call('HDEL', dead_messages, unpack(old))
+end
+for hash, expiry in pairs({ [pending_answers] = pending_expiry, [histories] = histories_expiry }) do
+  local over = due(expiry, now)
+  if #over > 0 then
+    redis.call('HDEL', hash, unpack(over))
+    redis.call('ZREM', expiry, unpack(over))
+  end
 end
 
 -- Jobs of crashed workers may have been added above.

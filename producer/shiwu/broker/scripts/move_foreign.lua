@@ -1,16 +1,14 @@
 -- Moves values of a wrong type aside, which another program has written, because every script refuses such a key.
--- KEYS  keys of shiwu, the counters first
--- ARGV  prefix of moved values, how long they are kept in s, then the type of each key
+-- KEYS  keys of shiwu, the counters first, then for each of them the key to which its value is moved
+-- ARGV  how long moved values are kept in s, then the type of each key
 -- Reply for each value that was moved: its key, its type, its new key
-local counters, prefix, kept_s = KEYS[1], ARGV[1], ARGV[2]
-local FIRST = 3
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local counters, kept_s = KEYS[1], ARGV[1]
+local COUNT = #KEYS / 2
 local reply, moved = {}, 0
-for i, key in ipairs(KEYS) do
+for i = 1, COUNT do
+  local key, target = KEYS[i], KEYS[COUNT + i]
   local found = redis.call('TYPE', key).ok
-  if found ~= 'none' and found ~= ARGV[FIRST + i - 1] then
-    local target = prefix .. key .. ':' .. string.format('%.0f', now)
+  if found ~= 'none' and found ~= ARGV[1 + i] then
     redis.call('RENAME', key, target)
     redis.call('EXPIRE', target, kept_s)
     reply[#reply + 1] = key

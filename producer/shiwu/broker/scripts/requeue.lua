@@ -2,12 +2,18 @@
 -- generation of the id: one more than the mark of its answer names. The attempts hold its number until it is answered, so
 -- that a late answer of an earlier generation is discarded. A dead letter whose id is claimed or delayed stays: the id was sent
 -- again after its mark had expired, and the answer to that message replaces the dead letter.
--- KEYS  dead, dead answers, dead messages, attempts, counters, claims, delayed messages
--- ARGV  prefix of marks, prefix of results, ids...
+-- A dead letter whose record names another lane goes to bulk.
+-- KEYS  dead, dead answers, dead messages, attempts, counters, claims, delayed messages, then 4 keys of each lane, interactive
+--       first, then the result key of each id
+-- ARGV  the names of the lane keys as records have them, prefix of marks, ids...
 -- Reply the ids that were requeued
 local dead, answers, messages, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local claims, delayed_messages = KEYS[6], KEYS[7]
-local requeued = {}
+local BULK, LANES = 12, 8
+local RESULTS, IDS = 7 + LANES, LANES + 1 -- before the first result key, and before the first id
+local done_prefix = ARGV[IDS]
+local lane_keys, requeued = {}, {}
+for n = 1, LANES do lane_keys[ARGV[n]] = KEYS[7 + n] end
 -- A key of a wrong type must stop the script before the first message is written, because Redis does not undo a script.
 for _, hash in ipairs({ answers, messages, attempts, claims, delayed_messages }) do redis.call('HLEN', hash) end
 redis.call('ZCARD', dead)
@@ -15,20 +21,20 @@ redis.call('ZCARD', dead)
 redis.call('HDEL', attempts, '')
 
 local function generation_of(id)
-  local mark = redis.pcall('GET', ARGV[1] .. id)
+  local mark = redis.pcall('GET', done_prefix .. id)
   if type(mark) == 'string' then return tonumber(string.match(mark, '#(%d+)$')) or 0 end
   return tonumber(string.match(redis.call('HGET', attempts, id) or '', '^%d+/(%d+)')) or 0
 end
 
-for i = 3, #ARGV do
+for i = IDS + 1, #ARGV do
   local id = ARGV[i]
   local record = redis.call('HGET', messages, id)
   local is_live = redis.call('HEXISTS', claims, id) == 1 or redis.call('HEXISTS', delayed_messages, id) == 1
   local lane, raw
   if record and not is_live then lane, raw = string.match(record, '^([^|]*)|(.*)$') end
-  if raw and type(redis.pcall('LPUSH', lane, raw)) == 'number' then
+  if raw and type(redis.pcall('LPUSH', lane_keys[lane] or KEYS[BULK], raw)) == 'number' then
     local generation = generation_of(id) + 1
-    redis.call('DEL', ARGV[1] .. id, ARGV[2] .. id)
+    redis.call('DEL', done_prefix .. id, KEYS[RESULTS + i - IDS])
     redis.call('HSET', attempts, id, '0/' .. generation .. ':0')
     redis.call('ZREM', dead, id)
     redis.call('HDEL', answers, id)

@@ -6,7 +6,6 @@ claimed under a lease. Only the server's clock decides about leases and delays.
 
 from __future__ import annotations
 
-import math
 import secrets
 import threading
 import time
@@ -30,10 +29,12 @@ from shiwu.contract import (
     DEADLINES,
     DELAYED,
     DELAYED_MESSAGES,
-    HISTORY,
+    HISTORIES,
+    HISTORIES_EXPIRY,
     LAST_CLAIM,
     LEASES,
-    PENDING_CALLBACK_ANSWER,
+    PENDING_ANSWERS,
+    PENDING_ANSWERS_EXPIRY,
     QUARANTINE,
     QUARANTINE_OWNER,
     REVOKED,
@@ -51,7 +52,7 @@ _LANE_KEYS: Final = (*Lane.INTERACTIVE.keys, *Lane.BULK.keys)
 _BULK: Final = frozenset(Lane.BULK.keys)
 LAST_CLAIM_KEPT_MS: Final = 600_000
 """How long the server remembers which claims were given up; no command is on its way for so long."""
-_FIRST_JOB: Final = 2
+_FIRST_JOB: Final = 3
 _JOB_FIELDS: Final = 8
 """Positions in the reply of `claim.lua`: the first job, and fields per job."""
 
@@ -66,7 +67,8 @@ class ClaimResult:
 
 
 class LeaseQueue:
-    """The claims of one worker. Thread-safe; each method is one round trip and raises redis.RedisError.
+    """The claims of one worker. Thread-safe; each method raises redis.RedisError, and is one round trip; a claim that
+    finds duplicates whose clients may wait for an answer is two.
 
     Args:
         client: a client with socket time-outs and without `decode_responses`.
@@ -96,14 +98,13 @@ class LeaseQueue:
         self._lock = threading.Lock()
         self._claim_number = 0
         self._has_ended = False
-        self._clock_offset_ms: float | None = None
-        self._duplicates, self._duplicates_s = b"", -math.inf
         self._client = client
         self._last_claim_key = f"{LAST_CLAIM}{token}.{secrets.token_hex(4)}"  # the numbers of claims begin at 1
         self._claim = load_script(client, "claim", package=_PACKAGE)
         self._renew = load_script(client, "renew", package=_PACKAGE)
         self._release = load_script(client, "release", package=_PACKAGE)
         self._end_claims = load_script(client, "end_claims", package=_PACKAGE)
+        self._answer_duplicates = load_script(client, "answer_duplicates", package=_PACKAGE)
 
     def claim(self, limit: int, *, bulk_limit: int | None = None, held: Collection[str] = ()) -> ClaimResult:
         """Claim up to `limit` jobs, interactive first; drops duplicates of answered or claimed jobs.
@@ -129,16 +130,15 @@ class LeaseQueue:
         bulk_share = limit * self._bulk_share
         bulk_owed = min(self._bulk_owed + bulk_share, max(2.0, 2 * bulk_share))
         keys = [CLAIMS, LEASES, ATTEMPTS, COUNTERS, QUARANTINE, QUARANTINE_OWNER, REVOKED, self._last_claim_key]
-        keys += [CANVAS, CANVAS_DUE, DEADLINES, *_LANE_KEYS]
-        args: list[Any] = [self._token, limit, int(bulk_owed), self._lease_ms, done_key(""), int(holds_nothing)]
-        args += [int(self._is_quarantine_turn), PENDING_CALLBACK_ANSWER, result_key(""), self._result_ttl_s]
-        args += [self._answer_for_duplicates(), HISTORY, *self._served_flags]
+        keys += [CANVAS, CANVAS_DUE, DEADLINES, PENDING_ANSWERS, PENDING_ANSWERS_EXPIRY, HISTORIES, *_LANE_KEYS]
+        args: list[Any] = [self._token, limit, int(bulk_owed), self._lease_ms, int(holds_nothing)]
+        args += [int(self._is_quarantine_turn), *self._served_flags]
         args += [limit if bulk_limit is None else min(limit, bulk_limit), QUARANTINE_AFTER_DEATHS, self._claim_number]
-        reply: list[Any] = self._claim(keys=keys, args=args)
-        self._may_have_lost_reply = False
+        reply: list[Any] = self._claim(keys=keys, args=[*args, *_LANE_KEYS, done_key("")])
         claimed_s = time.monotonic()
         claimed_ms = float(reply[0])
-        self._clock_offset_ms = claimed_ms - claimed_s * 1000
+        self._announce([job_id.decode() for job_id in reply[2]], now_ms=claimed_ms)
+        self._may_have_lost_reply = False
         jobs = tuple(
             _claimed(reply[at : at + _JOB_FIELDS], claimed_ms=claimed_ms, claimed_s=claimed_s)
             for at in range(_FIRST_JOB, len(reply), _JOB_FIELDS)
@@ -149,17 +149,13 @@ class LeaseQueue:
             self._bulk_owed = max(0.0, bulk_owed - sum(job.key in _BULK for job in jobs))
         return ClaimResult(jobs, is_quarantine_owner=is_quarantine_owner)
 
-    def _answer_for_duplicates(self) -> bytes:
-        """The answer `already_answered`, made anew each second, because a claim may come every few milliseconds."""
-        now_s = time.monotonic()
-        if now_s - self._duplicates_s >= 1.0:
-            self._duplicates_s = now_s
-            self._duplicates = answered_before(self._worker, now_ms=self._server_time_ms())
-        return self._duplicates
-
-    def _server_time_ms(self) -> float:
-        """The server's clock, from the last claim; before the first claim this machine's clock."""
-        return time.time() * 1000 if self._clock_offset_ms is None else time.monotonic() * 1000 + self._clock_offset_ms
+    def _announce(self, duplicates: Sequence[str], *, now_ms: float) -> None:
+        """Announce the answers of duplicates that the last claim holds; if this fails, they return to their lane."""
+        if not duplicates:
+            return
+        keys = [CLAIMS, LEASES, *map(result_key, duplicates)]
+        expired = answered_before(self._worker, now_ms=now_ms)
+        self._answer_duplicates(keys=keys, args=[self._token, self._result_ttl_s, expired, *duplicates])
 
     @property
     def has_lost_reply(self) -> bool:
@@ -194,10 +190,11 @@ class LeaseQueue:
         """Release jobs; returns how many this worker still held. The last one of the list comes first in its lane."""
         if not releases:
             return 0
-        args: list[Any] = [self._token, QUARANTINE_AFTER_DEATHS, HISTORY, HISTORY_TTL_S]
+        args: list[Any] = [self._token, QUARANTINE_AFTER_DEATHS, HISTORY_TTL_S, *_LANE_KEYS]
         for item in releases:
             args += [item.id, int(item.delay_s * 1000), int(item.counts), item.ending]
-        released: int = self._release(keys=[CLAIMS, LEASES, ATTEMPTS, DELAYED, DELAYED_MESSAGES, QUARANTINE], args=args)
+        keys = [CLAIMS, LEASES, ATTEMPTS, DELAYED, DELAYED_MESSAGES, QUARANTINE, HISTORIES, HISTORIES_EXPIRY]
+        released: int = self._release(keys=[*keys, *_LANE_KEYS], args=args)
         return released
 
 

@@ -4,25 +4,28 @@
 -- A message of such a job that is found in a lane, after a delay or because it was sent again, is moved to the quarantine.
 -- The key of the last claim holds `number|ids`. A claim whose number is not above it claims nothing: its worker has given it
 -- up (`end_claims`), and would not know its jobs.
+-- A copy of a message whose id was answered is dropped. Where its client may wait, the copy is held as a claim of attempt 0
+-- instead, and named in the reply: the worker announces the answer with `answer_duplicates`, which ends the claim.
 -- KEYS  claims, leases, attempts, counters, quarantine, owner of the quarantine, revoked ids, this worker's last claim,
---       canvas, canvas due, deadlines, then 4 keys of each lane, interactive first
--- ARGV  token, limit, least number to claim from bulk, lease in ms, prefix of the marks of answered ids,
---       '1' if this worker holds nothing, '1' if it is the quarantine's turn, prefix of answers for pending callbacks,
---       prefix of results, how long a result is kept in s, result of a job whose id was answered before: Celery's JSON with
---       a zero byte at each position of the id, prefix of histories, '1' if interactive is served, '1' if bulk is,
---       most to claim from bulk, worker deaths before quarantine, number of this claim
--- Reply server time in ms, 1 if this worker owns the quarantine now, then for each job: id, attempt, deaths,
---       number of its lane key (1 to 8), message, 1 if Celery's revoke named it, history of earlier attempts or '',
---       generation: how often the id was requeued as a dead letter
+--       canvas, canvas due, deadlines, answers with pending callbacks, their expiry, histories,
+--       then 4 keys of each lane, interactive first
+-- ARGV  token, limit, least number to claim from bulk, lease in ms, '1' if this worker holds nothing, '1' if it is the
+--       quarantine's turn, '1' if interactive is served, '1' if bulk is, most to claim from bulk, worker deaths before
+--       quarantine, number of this claim, the names of the lane keys as records have them, prefix of the marks of answered ids
+-- Reply server time in ms, 1 if this worker owns the quarantine now, ids of the copies that it holds, then for each job: id,
+--       attempt, deaths, number of its lane key (1 to 8), message, 1 if Celery's revoke named it, history of earlier attempts
+--       or '', generation: how often the id was requeued as a dead letter
 local claims, leases, attempts, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local quarantine, owner, revoked, last_claim = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
+local canvas, canvas_due, deadlines = KEYS[9], KEYS[10], KEYS[11]
+local pending_answers, pending_expiry, histories = KEYS[12], KEYS[13], KEYS[14]
 local token, limit, bulk_least = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local lease_ms, done_prefix, holds_nothing = tonumber(ARGV[4]), ARGV[5], ARGV[6] == '1'
-local canvas, canvas_due, deadlines, pending_answer_prefix = KEYS[9], KEYS[10], KEYS[11], ARGV[8]
-local result_prefix, result_ttl, answered_before, history_prefix = ARGV[9], ARGV[10], ARGV[11], ARGV[12]
-local serves_interactive, serves_bulk = ARGV[13] == '1', ARGV[14] == '1'
-local bulk_most, quarantine_from, number = tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17])
-local FIRST, BULK, LAST = 12, 16, 19
+local lease_ms, holds_nothing, is_quarantine_turn = tonumber(ARGV[4]), ARGV[5] == '1', ARGV[6] == '1'
+local serves_interactive, serves_bulk = ARGV[7] == '1', ARGV[8] == '1'
+local bulk_most, quarantine_from, number = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
+local NAMES = 11 -- before the name of the first lane key
+local done_prefix = ARGV[20]
+local FIRST, BULK, LAST = 15, 19, 22
 local READABLE_BYTES = 256 * 1024
 local BODY_BYTES = 8 * 1024
 local MAX_ID_BYTES = 255
@@ -38,6 +41,9 @@ redis.call('HLEN', attempts)
 redis.call('HLEN', counters)
 redis.call('HLEN', canvas)
 redis.call('ZCARD', canvas_due)
+redis.call('HLEN', histories)
+redis.call('ZCARD', pending_expiry)
+local has_pending = redis.call('HLEN', pending_answers) > 0
 local has_revoked = redis.call('ZCARD', revoked) > 0
 local quarantined = redis.call('LLEN', quarantine)
 local holder = quarantined > 0 and redis.call('GET', owner)
@@ -50,7 +56,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 local last_number = tonumber(string.match(redis.call('GET', last_claim) or '', '^(%d+)|'))
-if last_number and number <= last_number then return { tostring(now), 0 } end
+if last_number and number <= last_number then return { tostring(now), 0, {} } end
 
 local DIGITS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
 local digit_of
@@ -136,6 +142,9 @@ local function identity(raw)
   return '~' .. redis.sha1hex(raw), true
 end
 
+-- The name of a lane key in records, whatever prefix a client puts before its keys.
+local function lane_name(k) return ARGV[NAMES + k - FIRST + 1] end
+
 local ids, raws, from, done_keys, has_no_client = {}, {}, {}, {}, {}
 local seen, dropped, answer_by_ms = {}, 0, {}
 
@@ -174,30 +183,17 @@ local function take(first, last, want)
   return got, false
 end
 
--- A client may wait for the answer of a duplicate. The stored answer is announced again; if it has expired, the client
--- gets the answer `already_answered`.
-local function answer_duplicate(id)
-  local key = result_prefix .. id
-  local result = redis.pcall('GET', key)
-  if type(result) == 'table' then return end
-  if not result then
-    result = string.gsub(answered_before, '%z', function() return cjson.encode(id) end)
-    redis.call('SET', key, result, 'EX', result_ttl)
-  end
-  redis.call('PUBLISH', key, result)
-end
-
 local owns_quarantine, is_isolated = 0, false
 if quarantined > 0 then
   if not holder or holder == token then
     owns_quarantine = 1
     redis.call('SET', owner, token, 'PX', math.max(1, lease_ms))
-    if holds_nothing and ARGV[7] == '1' then
+    if holds_nothing and is_quarantine_turn then
       is_isolated = true
       local lane, raw = string.match(redis.call('RPOP', quarantine), '^([^|]*)|(.*)$')
-      local from_key = FIRST
+      local from_key = BULK
       for k = FIRST, LAST do
-        if KEYS[k] == lane then from_key = k end
+        if lane_name(k) == lane then from_key = k end
       end
       if raw then note(raw, from_key) end
     end
@@ -210,7 +206,8 @@ if owns_quarantine == 0 or (holds_nothing and not is_isolated) then
   if not is_bulk_full then take(BULK, LAST, math.min(bulk_most, limit - interactive) - bulk) end
 end
 
-local reply = { tostring(now), owns_quarantine }
+local duplicates = {}
+local reply = { tostring(now), owns_quarantine, duplicates }
 if #ids > 0 then
   local answered = redis.call('MGET', unpack(done_keys))
   local held = redis.call('HMGET', claims, unpack(ids))
@@ -222,24 +219,31 @@ if #ids > 0 then
       dropped = dropped + 1
       if answered[i] then
         redis.call('HDEL', attempts, id)
-        if not has_no_client[i] then answer_duplicate(id) end
+        if not has_no_client[i] and not held[i] then
+          duplicates[#duplicates + 1] = id
+          records[#records + 1] = id
+          records[#records + 1] = token .. '|0|' .. lane_name(from[i]) .. '|' .. raws[i]
+          terms[#terms + 1] = now + lease_ms
+          terms[#terms + 1] = id
+        end
         -- The job was answered without its message, which may have callbacks.
-        local answer = redis.pcall('GET', pending_answer_prefix .. id)
-        if type(answer) == 'string' then
+        local answer = has_pending and redis.call('HGET', pending_answers, id)
+        if answer then
           local generation = string.match(answered[i], '#(%d+)$')
           local member = generation and id .. '\255' .. generation or id
-          redis.call('HSET', canvas, member, #answer .. '|' .. answer .. KEYS[from[i]] .. '|' .. raws[i])
+          redis.call('HSET', canvas, member, #answer .. '|' .. answer .. lane_name(from[i]) .. '|' .. raws[i])
           redis.call('ZADD', canvas_due, now, member)
-          redis.call('DEL', pending_answer_prefix .. id)
+          redis.call('HDEL', pending_answers, id)
+          redis.call('ZREM', pending_expiry, id)
         end
       end
     elseif tried[i] and not is_isolated and tonumber(string.match(tried[i], ':(%d+)$') or 0) >= quarantine_from then
-      redis.call('LPUSH', quarantine, KEYS[from[i]] .. '|' .. raws[i])
+      redis.call('LPUSH', quarantine, lane_name(from[i]) .. '|' .. raws[i])
     else
       local attempt = (tonumber(string.match(tried[i] or '', '^%d+') or 0)) + 1
       local deaths = tonumber(string.match(tried[i] or '', ':(%d+)$') or 0)
       records[#records + 1] = id
-      records[#records + 1] = token .. '|' .. attempt .. '|' .. KEYS[from[i]] .. '|' .. raws[i]
+      records[#records + 1] = token .. '|' .. attempt .. '|' .. lane_name(from[i]) .. '|' .. raws[i]
       terms[#terms + 1] = now + lease_ms
       terms[#terms + 1] = id
       if answer_by_ms[i] then
@@ -252,8 +256,7 @@ if #ids > 0 then
       reply[#reply + 1] = from[i] - FIRST + 1
       reply[#reply + 1] = raws[i]
       reply[#reply + 1] = unwanted[i] and 1 or 0
-      local history = tried[i] and redis.pcall('GET', history_prefix .. id)
-      reply[#reply + 1] = type(history) == 'string' and history or ''
+      reply[#reply + 1] = tried[i] and redis.call('HGET', histories, id) or ''
       reply[#reply + 1] = tried[i] and tonumber(string.match(tried[i], '^%d+/(%d+)')) or 0
     end
   end
