@@ -18,7 +18,7 @@ from tests.support.waiting import wait_until
 
 from shiwu import Client
 from shiwu.broker.chunks import chunks
-from shiwu.contract import RESULT_STREAM, done_key, result_key
+from shiwu.contract import MARKS, RESULT_STREAM, done_key, result_key
 
 SAMPLES = ROOT / "tests" / "support" / "samples"
 REFERENCE = "file://{folder}/{name}"
@@ -78,7 +78,7 @@ def measure(*, jobs: int, report: Callable[[str], None]) -> None:
         for what, keys in (
             ("the stream", [RESULT_STREAM]),
             ("answers under their keys", [result_key(each) for each in ids]),
-            ("marks of answered ids", [done_key(each) for each in ids]),
+            ("marks of answered ids", [*MARKS, *(done_key(each) for each in ids)]),
         ):
             report(f"  {what}: {_without(client, keys) / jobs:.0f}")
 

@@ -18,7 +18,7 @@ from tests.conftest import StartWorker
 from tests.support import pictures
 from tests.support.both_clients import OpenClient
 from tests.support.picture_server import PictureServer, Reply
-from tests.support.redis_parts import answer, make_answer_store, make_lease_queue, make_maintenance
+from tests.support.redis_parts import answer, forget_mark, make_answer_store, make_lease_queue, make_maintenance
 from tests.support.waiting import wait_until
 
 
@@ -187,7 +187,7 @@ def test_sweep_drops_cancelled_messages_of_unserved_lanes(
         client.cancel(ids[1])
         client.sweep()
         assert client.sweep().expired == 0
-    redis_client.delete(done_key(ids[1]))  # as when it has expired
+    forget_mark(redis_client, ids[1])  # as when it has expired
     jobs = make_lease_queue(redis_client, "w").claim(10).jobs
     assert [job.id for job in jobs] == [ids[0], ids[2]]
     assert redis_client.hkeys(CANVAS) == [ids[1].encode()]

@@ -32,6 +32,7 @@ from tests.compat.shapes import protocol_2
 from tests.support.redis_parts import (
     DeadLetters,
     answer,
+    forget_mark,
     make_answer_store,
     make_lease_queue,
     make_maintenance,
@@ -166,7 +167,7 @@ def test_answer_of_a_new_message_removes_the_dead_letter(redis_client: redis.Red
     redis_client.lpush(Lane.BULK.queue, message("job", Lane.BULK), message("kept", Lane.BULK))
     queue, committer = make_lease_queue(redis_client, "w"), make_answer_store(redis_client, "w")
     committer.write([failure(job) for job in queue.claim(2).jobs])
-    redis_client.delete(done_key("job"))
+    forget_mark(redis_client, "job")
     redis_client.lpush(Lane.BULK.queue, message("job", Lane.BULK))
     again = claim_one(redis_client)
     assert DeadLetters(redis_client).requeue(["job"]) == [], "its new message is claimed"

@@ -19,7 +19,7 @@ from shiwu.contract import ATTEMPTS, CLAIMS, LEASES, RequestError, done_key, is_
 from shiwu_worker.jobs.job import open_job
 from shiwu_worker.stages.commit import to_entries
 from tests.compat.shapes import ODD_IDS, protocol_1, protocol_2, shapes
-from tests.support.redis_parts import make_answer_store, make_lease_queue
+from tests.support.redis_parts import forget_mark, make_answer_store, make_lease_queue
 
 IMAGE = "s3://b/k"
 SHAPES = shapes(IMAGE)
@@ -139,7 +139,7 @@ def test_answer_ends_a_claim_named_by_digest(client: redis.Redis, name: str) -> 
     """The claim has the digest and the answer has the id; neither claim nor lease is left."""
     raw, expected, _ = SHAPES[name]
     claimed = claim(client, raw)
-    client.delete(done_key(expected))
+    forget_mark(client, expected)
     client.hset(ATTEMPTS, claimed.id, "1:0")
     make_answer_store(client, "w").write(to_entries([open_job(claimed)], worker="w", now_s=time.monotonic()))
     assert (client.hlen(CLAIMS), client.zcard(LEASES), client.hexists(ATTEMPTS, claimed.id)) == (0, 0, False)

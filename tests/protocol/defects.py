@@ -17,11 +17,11 @@ DEFECTS: Final[dict[str, tuple[str, str, str]]] = {
         "redis.pcall('RPUSH', lane_keys[lane] or KEYS[BULK], raw)",
     ),
     "requeue takes ids that are claimed": ("requeue.lua", "if record and not is_live then", "if record then"),
-    "requeue starts no generation": ("requeue.lua", "generation_of(id) + 1", "generation_of(id)"),
+    "requeue starts no generation": ("requeue.lua", "generation_of(id, old_mark) + 1", "generation_of(id, old_mark)"),
     "requeue keeps the mark": (
         "requeue.lua",
-        "redis.call('DEL', done_prefix .. id, KEYS[RESULTS + i - IDS])",
-        "redis.call('DEL', KEYS[RESULTS + i - IDS])",
+        "for k = MARKS, LAST_MARKS do redis.call('HDEL', KEYS[k], id) end",
+        "",
     ),
     "a sweep takes copies of claimed jobs": ("take_late.lua", "redis.call('HEXISTS', claims, id) == 0 and ", ""),
     "a sweep answers what it did not take": (
@@ -56,8 +56,12 @@ DEFECTS: Final[dict[str, tuple[str, str, str]]] = {
         "elseif (generations[n] or 0) ~= current and",
         "elseif false and",
     ),
-    "an answered id is answered again": ("commit.lua", "mark, 'NX', 'EX', done_ttl)", "mark, 'EX', done_ttl)"),
-    "marks have no end": ("commit.lua", "mark, 'NX', 'EX', done_ttl)", "mark, 'NX')"),
+    "an answered id is answered again": (
+        "commit.lua",
+        "if not (stale and stale[n]) and not kept_marks[n] then",
+        "if not (stale and stale[n]) then",
+    ),
+    "marks have no end": ("commit.lua", "if whole_ms then", "if false then"),
     "a cancelled delayed job stays delayed": ("commit.lua", "redis.call('ZREM', delayed, id)", ""),
     "callbacks of jobs cancelled in their lane are lost": (
         "commit.lua",

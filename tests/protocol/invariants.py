@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from shiwu.broker.maintenance import QUARANTINE_AFTER_DEATHS
-from shiwu.contract import COUNTERS, done_key, result_key
-from tests.protocol.snapshot import Snapshot, Tried, id_of, is_known
+from shiwu.contract import COUNTERS, result_key
+from tests.protocol.snapshot import Snapshot, Tried, has_record, id_of, is_known
 
 if TYPE_CHECKING:
     from tests.protocol.world import World
@@ -21,6 +21,7 @@ RETURNS_JOBS: Final = frozenset({"claim", "release", "drain"}) | MAINTAINS
 CANCELS: Final = frozenset({"cancel"})
 TTL_TOLERANCE_MS: Final = 2_000
 """Keys that were written in one step; real time passes between them and the reading of their TTLs."""
+MARKS_MARGIN_MS: Final = 60_000  # a hash is removed up to so long before its end
 Check = Callable[[Snapshot, Snapshot, "World"], None]
 
 
@@ -60,8 +61,8 @@ def indexes_agree(_: Snapshot, after: Snapshot, __: World) -> None:
     assert after.claims.keys() == after.leases.keys(), "claims and leases"
     assert after.delayed.keys() == after.due.keys(), "delayed jobs and their times"
     assert after.callbacks.keys() == after.callbacks_due.keys(), "callbacks and their reservations"
-    assert after.pending_answers.keys() == after.pending_expiry.keys(), "pending answers and their ends"
-    assert after.histories.keys() == after.histories_expiry.keys(), "histories and their ends"
+    for kept, ends in ((after.pending_answers, after.pending_expiry), (after.histories, after.histories_expiry)):
+        assert kept.keys() == ends.keys(), "what is kept for a time, and until when"
     assert after.dead.keys() == after.dead_answers.keys() == after.dead_times.keys(), "dead letters"
 
 
@@ -143,7 +144,7 @@ def answered_once(before: Snapshot, after: Snapshot, world: World) -> None:
 def marks_stay(before: Snapshot, after: Snapshot, world: World) -> None:
     """Only a requeue removes marks before their time."""
     for job_id in before.marks.keys() - after.marks.keys():
-        is_over = before.ttl_ms(done_key(job_id)) <= world.notes.moved_clock_ms + TTL_TOLERANCE_MS
+        is_over = before.mark_ttl_ms(job_id) <= world.notes.moved_clock_ms + TTL_TOLERANCE_MS + MARKS_MARGIN_MS
         assert job_id in world.notes.requeued or world.notes.name == "spoil" or is_over, f"mark of {job_id} vanished"
         if is_over:
             world.expired.add(job_id)
@@ -159,7 +160,7 @@ def marks_outlive_answers(before: Snapshot, after: Snapshot, world: World) -> No
     for job_id in _answered(after, world):
         if before.results.get(job_id) == after.results.get(job_id):
             continue  # `already_answered` of an earlier message, and no client waits for a result of this one
-        mark_ms, result_ms = after.ttl_ms(done_key(job_id)), after.ttl_ms(result_key(job_id))
+        mark_ms, result_ms = after.mark_ttl_ms(job_id), after.ttl_ms(result_key(job_id))
         assert mark_ms > 0, "every mark ends"
         assert mark_ms + TTL_TOLERANCE_MS >= result_ms, f"the answer of {job_id} outlives its mark"
         if job_id in after.pending_answers:
@@ -352,7 +353,7 @@ def callbacks_follow_answers(before: Snapshot, after: Snapshot, world: World) ->
     for job_id in before.pending_answers.keys() - after.pending_answers.keys():
         dropped = {raw for _, raw in before.places if world.sent[raw] == job_id} - after.waiting
         if dropped and job_id in before.marks:
-            assert _has_record(before, after, job_id), f"callbacks of {job_id} were not kept when it was dropped"
+            assert has_record(before, after, job_id), f"callbacks of {job_id} were not kept when it was dropped"
 
 
 def pending_answers_find_messages(before: Snapshot, after: Snapshot, world: World) -> None:
@@ -360,13 +361,7 @@ def pending_answers_find_messages(before: Snapshot, after: Snapshot, world: Worl
     for job_id in before.pending_answers:
         dropped = {raw for _, raw in before.places if world.sent[raw] == job_id} - after.waiting
         if dropped & world.with_callbacks and job_id in before.marks:
-            assert _has_record(before, after, job_id), f"{job_id} was dropped without its callbacks"
-
-
-def _has_record(before: Snapshot, after: Snapshot, job_id: str) -> bool:
-    """Whether callbacks are kept of one of the messages with this id."""
-    raws = {id_raw for _, id_raw in before.places if id_of(id_raw) == job_id}
-    return any(record.endswith(raw) for record in after.callbacks.values() for raw in raws)
+            assert has_record(before, after, job_id), f"{job_id} was dropped without its callbacks"
 
 
 def _answered_messages(job_id: str, before: Snapshot, after: Snapshot, world: World) -> Iterator[bytes]:

@@ -27,6 +27,7 @@ from shiwu.contract import (
     KEY_TYPES,
     LAST_CLAIM,
     LEASES,
+    MARKS,
     PENDING_ANSWERS,
     PENDING_ANSWERS_EXPIRY,
     QUARANTINE,
@@ -35,6 +36,7 @@ from shiwu.contract import (
     WORKER_STATE,
     Lane,
     done_key,
+    pending_answer_key,
 )
 from tests.protocol.simulated_redis import SimulatedRedis, pairs
 
@@ -42,6 +44,7 @@ LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
 TYPES: Final[Mapping[str, str]] = {**KEY_TYPES, **dict.fromkeys(LANE_KEYS, "list")}
 PREFIXES: Final = {
     done_key(""): "string",
+    pending_answer_key(""): "string",
     RESULT_PREFIX: "string",
     CALL_REPLY: "string",
     LAST_CLAIM: "string",
@@ -153,7 +156,15 @@ class Snapshot:
     @cached_property
     def marks(self) -> Mapping[str, bytes]:
         """Marks of answered ids."""
-        return self.of_ids(done_key(""))
+        marks = dict(self.of_ids(done_key("")))
+        for key in MARKS:
+            marks |= {job_id.decode(): mark for job_id, mark in self.hash(key).items()}
+        return marks
+
+    def mark_ttl_ms(self, job_id: str) -> int:
+        """How long the mark of an id lives; -1 without an end, -2 where there is none."""
+        keys = [key for key in MARKS if job_id.encode() in self.hash(key)]
+        return max(map(self.ttl_ms, [*keys, done_key(job_id)]))
 
     @cached_property
     def results(self) -> Mapping[str, bytes]:
@@ -269,3 +280,9 @@ def id_of(raw: bytes) -> str:
     """The id in a message of our own client."""
     job_id: str = json.loads(raw)["headers"]["id"]
     return job_id
+
+
+def has_record(before: Snapshot, after: Snapshot, job_id: str) -> bool:
+    """Whether callbacks are kept of one of the messages with this id."""
+    raws = tuple(raw for _, raw in before.places if id_of(raw) == job_id)
+    return any(record.endswith(raws) for record in after.callbacks.values())

@@ -16,10 +16,12 @@ from shiwu.broker.server_clock import server_time_steps
 from shiwu.broker.steps import Steps, iterate, run
 from shiwu.client.dead_letters import DeadFilter, DeadLetter, DeadPages, drop_steps, requeue_steps, show_steps
 from shiwu.contract import (
+    MARKS,
     Answer,
     Lane,
     Request,
     Status,
+    done_key,
 )
 from shiwu_worker.jobs.job import Claimed
 from shiwu_worker.policy.limits import LeaseOptions
@@ -29,6 +31,13 @@ T = TypeVar("T")
 REQUEST = Request(image="s3://pictures/cat.jpg")
 LANES = [(lane, key) for lane in Lane for key in lane.keys]
 """Every lane with each of its keys."""
+
+
+def forget_mark(client: redis.Redis, job_id: str) -> None:
+    """Delete the mark of an answered id in both forms, as when it has expired."""
+    client.delete(done_key(job_id))
+    for key in MARKS:
+        client.hdel(key, job_id)
 
 
 def message(job_id: str, lane: Lane = Lane.INTERACTIVE, *, answer_by_ms: float | None = None) -> bytes:

@@ -24,6 +24,7 @@ from shiwu.backfill.state import PART, BackfillState, Change, Part, Saved
 from shiwu.backfill.targets import PART_NAME
 from shiwu.backfill.totals import Totals
 from shiwu.broker.chunks import chunks
+from shiwu.broker.marks import read_marks
 from shiwu.broker.steps import run
 from shiwu.client.arguments import MAX_TIME_S
 from shiwu.client.results import TagResult, read_result
@@ -35,7 +36,6 @@ from shiwu.contract import (
     ErrorInfo,
     ImageInfo,
     Status,
-    done_key,
     moment,
     printable,
     result_key,
@@ -179,7 +179,7 @@ class Collector:
         """Answer jobs whose answer was made and is no longer kept; return the ids of the others."""
         others: list[str] = []
         for portion in chunks(list(ids), LOOK_UP):
-            marks: Any = self._state.when_available(partial(self._redis.mget, [*map(done_key, portion)]))
+            marks: Any = self._state.when_available(partial(read_marks, self._redis, portion))
             for job_id, mark in zip(portion, marks, strict=True):
                 if mark is None:
                     others.append(job_id)

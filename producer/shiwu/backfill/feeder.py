@@ -19,10 +19,11 @@ from shiwu.backfill.plan import Pace, Plan
 from shiwu.backfill.sources.base import Source
 from shiwu.backfill.state import BackfillState, Change, Saved
 from shiwu.broker.backoff import Backoff
+from shiwu.broker.marks import read_marks
 from shiwu.broker.redis_errors import explain, info_of
 from shiwu.broker.steps import run
 from shiwu.client.sender import Sender, SendOptions, read_lane
-from shiwu.contract import Request, done_key, result_key
+from shiwu.contract import Request, result_key
 from shiwu.errors import QueueFull
 
 GATHER_S: Final = 0.5
@@ -228,7 +229,7 @@ def answered_before(client: redis.Redis, ids: Sequence[str], *, is_thorough: boo
     Args:
         is_thorough: also those with an answer that is kept longer than its mark.
     """
-    found = _with_value(client, {done_key(job_id): job_id for job_id in ids})
+    found = [job_id for job_id, mark in zip(ids, read_marks(client, ids), strict=True) if mark is not None]
     if is_thorough and (rest := set(ids).difference(found)):
         found += _with_value(client, {result_key(job_id): job_id for job_id in rest})
     return found

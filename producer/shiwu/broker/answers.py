@@ -40,6 +40,7 @@ from shiwu.contract import (
     HISTORIES,
     HISTORIES_EXPIRY,
     LEASES,
+    MARKS,
     MAX_MESSAGE_BYTES,
     PENDING_ANSWERS,
     PENDING_ANSWERS_EXPIRY,
@@ -52,6 +53,7 @@ from shiwu.contract import (
     done_key,
     is_digest,
     moment,
+    pending_answer_key,
     result_key,
     status_of,
 )
@@ -184,13 +186,14 @@ class AnswerStore:
         """
         if not entries:
             return set()
+        retention = self._retention()
         args = commit_args(
             entries,
             token=token or self._token,
-            retention=self._retention(),
+            retention=retention,
             callbacks_reserved_s=self._callbacks_reserved_s,
         )
-        keys = commit_keys(entries)
+        keys = commit_keys(entries, has_old_marks=bool(retention.old_marks))
         if not self._replicas:
             again: list[bytes] = self._script(keys=keys, args=args)
         else:
@@ -204,14 +207,18 @@ class AnswerStore:
 def commit_steps(entries: Sequence[AnswerEntry], *, token: str, retention: Retention) -> Steps[set[str]]:
     """Write up to MAX_COMMIT answers once, as `AnswerStore.write` does; return the ids whose answers were discarded."""
     args = commit_args(entries, token=token, retention=retention, callbacks_reserved_s=CALLBACKS_RESERVED_S)
-    again = yield call_script("commit", keys=commit_keys(entries), args=args)
+    again = yield call_script("commit", keys=commit_keys(entries, has_old_marks=bool(retention.old_marks)), args=args)
     return {job_id.decode() for job_id in again}
 
 
-def commit_keys(entries: Sequence[AnswerEntry]) -> list[str]:
-    """The keys of `commit.lua`."""
+def commit_keys(entries: Sequence[AnswerEntry], *, has_old_marks: bool) -> list[str]:
+    """The keys of `commit.lua`; with `has_old_marks` also those of versions before `MARKS`, which may run as well."""
     moved_stream = f"{FOREIGN}{RESULT_STREAM}:{time.time() * 1000:.0f}"
-    return [*_KEYS, moved_stream, *(result_key(entry.id) for entry in entries)]
+    keys = [*_KEYS, moved_stream, *MARKS, *(result_key(entry.id) for entry in entries)]
+    if has_old_marks:
+        keys += [done_key(entry.id) for entry in entries]
+        keys += [pending_answer_key(entry.id) for entry in entries if entry.is_from_outside]
+    return keys
 
 
 def commit_args(
@@ -224,7 +231,7 @@ def commit_args(
         retention.dead_length,
     )
     reserved_ms = int(callbacks_reserved_s * 1000)
-    args: list[Any] = [*limits, datetime.now(UTC).isoformat(), ANSWERED_CHANNEL, reserved_ms, done_key("")]
+    args: list[Any] = [*limits, datetime.now(UTC).isoformat(), ANSWERED_CHANNEL, reserved_ms]
     for entry in entries:
         answer = entry.answer
         mark = f"{token}:{answer.attempts}"

@@ -13,6 +13,7 @@ import redis
 
 from shiwu.broker.answers import AnswerEntry, AnswerStore
 from shiwu.broker.deadline_scan import DeadlineScan, late_messages
+from shiwu.broker.marks import read_marks
 from shiwu.broker.message_reader import Envelope, read_message
 from shiwu.broker.script_loader import load_repeatable_script
 from shiwu.broker.server_clock import server_time_ms
@@ -24,6 +25,7 @@ from shiwu.contract import (
     COUNTERS,
     DEADLINES,
     LEASES,
+    MARKS,
     PENDING_ANSWERS,
     PENDING_ANSWERS_EXPIRY,
     QUARANTINE,
@@ -35,7 +37,6 @@ from shiwu.contract import (
     RequestError,
     Stage,
     Status,
-    done_key,
     moment,
     parse_request,
     without_query,
@@ -48,7 +49,7 @@ MAX_CHECKED: Final = 20_000
 """Messages of each lane key whose `expires` one sweep checks."""
 MAX_SCANNED: Final = 1000
 """Messages of lanes that one round looks through for passed deadlines."""
-_DROP_KEYS: Final = (CANVAS, CANVAS_DUE, COUNTERS, PENDING_ANSWERS, PENDING_ANSWERS_EXPIRY)
+_DROP_KEYS: Final = (CANVAS, CANVAS_DUE, COUNTERS, PENDING_ANSWERS, PENDING_ANSWERS_EXPIRY, *MARKS)
 _LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
 
 
@@ -111,7 +112,7 @@ class Expiry:
         """Answer messages of lanes and quarantine, which stay there until their claim drops them."""
         if not late:
             return 0
-        marks: list[Any] = self._client.mget([done_key(envelope.id) for envelope in late])
+        marks = read_marks(self._client, [envelope.id for envelope in late])
         entries = [
             _out_of_time(envelope, now_ms=now_ms) for envelope, mark in zip(late, marks, strict=True) if mark is None
         ]
@@ -186,7 +187,7 @@ class Expiry:
         found = [pair for pair, answer in zip(read, answers, strict=True) if answer is not None]
         if not found:
             return 0
-        args: list[Any] = [key, done_key("")]
+        args: list[Any] = [key]
         for envelope, raw in found:
             args += [envelope.id, raw]
         dropped: int = self._drop_answered(keys=[key, *_DROP_KEYS], args=args)

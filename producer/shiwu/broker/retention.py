@@ -35,6 +35,7 @@ _BOUNDS: Final = {
     "stream_length": (1000, _UNLIMITED),
     "stream_bytes": (1024 * 1024, _UNLIMITED),
     "dead_bytes": (1024 * 1024, _UNLIMITED),
+    "old_marks": (0, 1),
 }
 """Field → least and largest value that is believed, as in the settings of a worker. A wrong one could lose answers."""
 _MAX_DIGITS: Final = 18
@@ -58,6 +59,8 @@ class Retention:
     """How large the results stream may be; the oldest answers are dropped."""
     dead_bytes: int = DEAD_BYTES
     """How large the dead letters may be together; the oldest are dropped."""
+    old_marks: int = 1
+    """1: marks of answered ids are also read and written in the form of versions before `shiwu.contract.MARKS`."""
 
 
 DEFAULT_RETENTION: Final = Retention()

@@ -22,6 +22,7 @@ from shiwu.contract import (
     DEAD_ANSWERS,
     DEAD_MESSAGES,
     DELAYED_MESSAGES,
+    MARKS,
     Lane,
     done_key,
     result_key,
@@ -148,8 +149,8 @@ def requeue_steps(job_ids: Iterable[str]) -> Steps[list[str]]:
     for portion in chunks(list(job_ids), CHUNK_SIZE):
         reply = yield call_repeatable_script(
             "requeue",
-            keys=[*_REQUEUE_KEYS, *_LANE_KEYS, *map(result_key, portion)],
-            args=[*_LANE_KEYS, done_key(""), *portion],
+            keys=[*_REQUEUE_KEYS, *MARKS, *_LANE_KEYS, *map(result_key, portion), *map(done_key, portion)],
+            args=[*_LANE_KEYS, *portion],
         )
         requeued += [job_id.decode() for job_id in reply]
     return requeued

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from shiwu.broker.history import read_history
+from shiwu.broker.marks import MARK_REPLIES, ask_for_marks, found_marks
 from shiwu.broker.message_ids import find_id
 from shiwu.broker.message_reader import Envelope, read_message
 from shiwu.broker.steps import Steps
@@ -31,7 +32,6 @@ from shiwu.contract import (
     Lane,
     RequestError,
     Timing,
-    done_key,
     result_key,
 )
 from shiwu.errors import ForeignResult
@@ -151,7 +151,7 @@ def _facts_steps(job_id: str) -> Steps[_Facts]:
         pipe = client.pipeline(transaction=True)
         pipe.time()
         pipe.get(result_key(job_id))
-        pipe.get(done_key(job_id))
+        ask_for_marks(pipe, [job_id])
         pipe.hget(CLAIMS, job_id)
         pipe.zscore(LEASES, job_id)
         pipe.zscore(DELAYED, job_id)
@@ -164,8 +164,9 @@ def _facts_steps(job_id: str) -> Steps[_Facts]:
         pipe.hget(ATTEMPTS, job_id)
         return pipe.execute()
 
-    (seconds, micros), *others = yield read
-    return _Facts(seconds * 1000 + micros / 1000, *others)
+    (seconds, micros), result, *others = yield read
+    [mark] = found_marks(others[:MARK_REPLIES])
+    return _Facts(seconds * 1000 + micros / 1000, result, mark, *others[MARK_REPLIES:])
 
 
 @dataclass(frozen=True, slots=True)

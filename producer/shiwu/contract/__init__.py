@@ -61,6 +61,7 @@ from shiwu.contract.keys import (
     LABELS_OF_REQUESTS,
     LAST_CLAIM,
     LEASES,
+    MARKS,
     PENDING_ANSWERS,
     PENDING_ANSWERS_EXPIRY,
     QUARANTINE,
@@ -76,6 +77,7 @@ from shiwu.contract.keys import (
     WORKER_STATE,
     WORKERS,
     done_key,
+    pending_answer_key,
     result_key,
 )
 from shiwu.contract.printable import printable, printable_json, printable_lines
@@ -158,6 +160,7 @@ __all__ = [
     "LABELS_OF_REQUESTS",
     "LAST_CLAIM",
     "LEASES",
+    "MARKS",
     "MAX_ID_BYTES",
     "MAX_IMAGE_CHARS",
     "MAX_INLINE_LABELS",
@@ -225,6 +228,7 @@ __all__ = [
     "log_level_of",
     "moment",
     "parse_request",
+    "pending_answer_key",
     "printable",
     "printable_json",
     "printable_lines",

@@ -70,6 +70,9 @@ LABELS_OF_REQUESTS: Final = "shiwu:labels:requests"
 QUEUE_SNAPSHOT: Final = "shiwu:look"
 """String that expires after a few seconds: the queue snapshot that one worker counted for all."""
 RESULT_PREFIX: Final = "celery-task-meta-"
+MARKS: Final = tuple(f"shiwu:marks:{number}" for number in range(4))
+"""Hashes: answered id → its mark, `token:attempt[#generation]`, which outlives the answer. New marks go to a hash that
+lives long enough for them; it is removed when all of its marks are old."""
 BACKFILLS: Final = "shiwu:backfills"
 """Sorted set: name of a backfill → server time in ms of its first start."""
 BACKFILL: Final = "shiwu:backfill:"
@@ -119,6 +122,7 @@ KEY_TYPES: Final[Mapping[str, str]] = MappingProxyType(
         PENDING_ANSWERS_EXPIRY: "zset",
         HISTORIES: "hash",
         HISTORIES_EXPIRY: "zset",
+        **dict.fromkeys(MARKS, "hash"),
         REVOKED: "zset",
         RETENTION: "hash",
         LABELS: "hash",
@@ -136,6 +140,11 @@ def result_key(job_id: str) -> str:
     return f"{RESULT_PREFIX}{job_id}"
 
 
+def pending_answer_key(job_id: str) -> str:
+    """The key of an answer in `PENDING_ANSWERS` as versions before it write and read it."""
+    return f"shiwu:aside:{job_id}"
+
+
 def done_key(job_id: str) -> str:
-    """The key of the mark of an answered id, which outlives the answer: `token:attempt[#generation]`."""
+    """The key of the mark of an answered id as versions before `MARKS` write and read it."""
     return f"shiwu:done:{job_id}"

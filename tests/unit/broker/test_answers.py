@@ -26,7 +26,7 @@ from shiwu.broker.answers import (
 from shiwu.broker.redis_errors import NotReplicated
 from shiwu.broker.retention import Retention
 from shiwu.client.results import read_result
-from shiwu.contract import FOREIGN, MAX_MESSAGE_BYTES, Answer, ErrorCode, ErrorInfo, Status, result_key
+from shiwu.contract import FOREIGN, MARKS, MAX_MESSAGE_BYTES, Answer, ErrorCode, ErrorInfo, Status, done_key, result_key
 
 DIGEST = "~" + "0a" * 20
 
@@ -107,20 +107,22 @@ def test_script_gets_limits_and_answers(monkeypatch: pytest.MonkeyPatch) -> None
     assert client is None
     assert args[:3] == [60, 120, 7]
     assert args[5] == 2500
-    *_, moved_stream, first_key, second_key = place.keys
+    moved_stream, *marks = place.keys[17:22]
+    assert marks == list(MARKS)
     assert moved_stream.startswith(FOREIGN)
     assert abs(float(moved_stream.rpartition(":")[2]) - time.time() * 1000) < 60_000
-    assert [first_key, second_key] == [result_key("a"), result_key("b")]
-    answers = [args[at : at + 7] for at in range(7, len(args), 7)]
+    assert place.keys[22:] == [result_key("a"), result_key("b"), done_key("a"), done_key("b")]
+    answers = [args[at : at + 7] for at in range(6, len(args), 7)]
     expected = [
         [each.id, each.kind, each.answer.to_json(), failure_head(each.answer), each.message, "t:2", each.claim]
         for each in (first, second)
     ]
     assert answers == expected
-    place.retention = Retention(result_ttl_s=200, done_ttl_s=120, dead_length=7)
+    place.retention = Retention(result_ttl_s=200, done_ttl_s=120, dead_length=7, old_marks=0)
     place.store.write([first], token="mine")
     assert place.calls[1][0][:2] == [200, 200]
-    assert place.calls[1][0][12] == "mine:2"
+    assert place.keys[22:] == [result_key("a")], "no keys of earlier versions"
+    assert place.calls[1][0][11] == "mine:2"
     assert place.store.write([]) == set()
     assert len(place.calls) == 2
     assert place.replicated == []

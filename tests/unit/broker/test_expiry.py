@@ -42,11 +42,11 @@ class Parts:
         self.index: list[tuple[str, Any]] = []
         self.script_args: list[list[Any]] = []
         monkeypatch.setattr(module, "load_repeatable_script", lambda _, name: getattr(self, f"_{name}"))
+        monkeypatch.setattr(module, "read_marks", lambda _, ids: [self._known(job_id, self.marks) for job_id in ids])
         monkeypatch.setattr(module, "server_time_ms", lambda _: NOW_MS)
         client: Any = SimpleNamespace(
             lrange=self._lrange,
             llen=lambda key: len(self.lists.get(key, [])),
-            mget=lambda keys: [self._known(key.rpartition(":")[2], self.marks) for key in keys],
             hmget=lambda _, ids: [self._known(job_id, self.pending) for job_id in ids],
             zadd=lambda _, later, xx: self.index.append(("later" if xx else "new", later)),
             zrem=lambda _, *members: self.index.append(("removed", members)),
@@ -81,9 +81,9 @@ class Parts:
         return reply
 
     def _drop_answered(self, *, keys: list[str], args: list[Any]) -> int:
-        for at in range(2, len(args), 2):
+        for at in range(1, len(args), 2):
             self.lists[keys[0]].remove(args[at + 1])
-        return len(args) // 2 - 1
+        return len(args) // 2
 
     def sweep(self, *, portion: int = 10, limit: int = MAX_CHECKED) -> tuple[int, int]:
         """One sweep over the lanes."""

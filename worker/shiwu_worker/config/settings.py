@@ -173,6 +173,9 @@ class Settings(BaseSettings):
     done_ttl_s: int = Field(
         DONE_TTL_S, ge=60, description="time for which an id counts as answered; longer than result_ttl_s"
     )
+    marks: Literal["both", "hashes"] = Field(
+        "both", description="marks of answered ids: `hashes`, or `both` while workers or clients before these may run"
+    )
     stream_length: int = Field(STREAM_LENGTH, ge=1000, description="answers that the results stream keeps")
     answer_tags_kb: int = Field(
         128, ge=4, le=10_000, description="largest list of tags of one answer; more are left out, with a warning"

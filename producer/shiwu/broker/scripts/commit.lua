@@ -1,10 +1,11 @@
 -- Answers jobs, each once: stores the answer, announces it, appends it to the stream, and removes claim, lease and attempts.
 -- KEYS  claims, leases, attempts, results stream, dead, dead answers, dead messages, counters, deadlines, canvas, canvas due,
 --       delayed, delayed_messages, answers with pending callbacks, their expiry, histories, their expiry, key to which a results
---       stream is moved that takes no more entries, then the result key of each job, which is also the channel on which its
---       answer is announced
+--       stream is moved that takes no more entries, the 4 hashes of marks, then the result key of each job, which is also the
+--       channel on which its answer is announced; where earlier versions may run: then the key of each job's mark as they know
+--       it, then the key of a pending answer as they know it, of each job whose kind has A
 -- ARGV  result ttl in s, mark ttl in s, max dead letters, date, channel of answered jobs, how long callbacks are reserved for
---       the worker in ms, prefix of marks,
+--       the worker in ms,
 --       then for each job: id, kind, answer, start of Celery's result for a failure, `lane key|raw message` where kind needs
 --       it, mark, name of the claim where it is not the id
 -- kind  S success, F failure or R revoked; then any of the letters below; then the job's generation where it is not 0
@@ -23,11 +24,15 @@ local claims, leases, attempts, results = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local dead, dead_answers, dead_messages, counters = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local deadlines, canvas, canvas_due = KEYS[9], KEYS[10], KEYS[11]
 local result_ttl, done_ttl, max_dead, date = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local ended, reserved_ms, done_prefix = ARGV[5], tonumber(ARGV[6]), ARGV[7]
+local ended, reserved_ms = ARGV[5], tonumber(ARGV[6])
 local delayed, delayed_messages, pending_answers, pending_expiry = KEYS[12], KEYS[13], KEYS[14], KEYS[15]
 local histories, histories_expiry, moved_stream = KEYS[16], KEYS[17], KEYS[18]
-local FIRST, STEP = 8, 7
-local RESULTS = 18 -- before the first result key
+local FIRST, STEP = 7, 7
+local MARKS, LAST_MARKS, RESULTS = 19, 22, 22 -- the last one is before the first result key
+local JOBS = (#ARGV - FIRST + 1) / STEP
+local OLD_MARKS, OLD_PENDING = RESULTS + JOBS, RESULTS + 2 * JOBS -- before the first ones
+local has_old = #KEYS > OLD_MARKS
+local MARGIN_MS, PAIRS = 60 * 1000, 3000
 local READABLE_BYTES = 4 * 1024 * 1024
 local STATES = { S = 'SUCCESS', F = 'FAILURE', R = 'REVOKED' }
 
@@ -102,6 +107,27 @@ local function append(id, answer, generation)
   if type(added) == 'table' and added.err then count('results_not_streamed', 1) end
 end
 
+-- The hash for marks that have to live for so long, and the time to live that it gets, or nil where it has one. A hash takes
+-- marks for a third of that time. Where all of its marks have lived long enough it is emptied and used again.
+local left_ms = {}
+for k = MARKS, LAST_MARKS do left_ms[k] = redis.call('PTTL', KEYS[k]) end
+local function hash_for_marks(ttl_ms)
+  local whole_ms = math.ceil(ttl_ms * 4 / 3) + MARGIN_MS
+  local fitting, free, longest
+  for k = MARKS, LAST_MARKS do
+    local left = left_ms[k] == -1 and MARGIN_MS + 1 or left_ms[k]
+    if left <= MARGIN_MS then
+      free = free or k
+    else
+      if left >= ttl_ms + MARGIN_MS and (not fitting or left < left_ms[fitting]) then fitting = k end
+      if not longest or left > left_ms[longest] then longest = k end
+    end
+  end
+  if fitting and (left_ms[fitting] <= whole_ms or not free) then return KEYS[fitting], nil end
+  if free and left_ms[free] ~= -2 then redis.call('UNLINK', KEYS[free]) end
+  return KEYS[free or longest], whole_ms
+end
+
 local ids, found, claimed, generations = {}, {}, nil, nil
 for i = FIRST, #ARGV, STEP do
   local id, kind, claim = ARGV[i], ARGV[i + 1], ARGV[i + 6]
@@ -120,15 +146,33 @@ for i = FIRST, #ARGV, STEP do
   end
 end
 
+local kept_marks, is_old_form, obsolete = {}, {}, nil
+for k = MARKS, LAST_MARKS do
+  if left_ms[k] ~= -2 then
+    local marks = redis.call('HMGET', KEYS[k], unpack(ids))
+    for n = 1, JOBS do kept_marks[n] = marks[n] or kept_marks[n] end
+  end
+end
+-- Marks of a wrong type are none.
+for n = 1, has_old and JOBS or 0 do
+  local mark = not kept_marks[n] and redis.pcall('GET', KEYS[OLD_MARKS + n])
+  if type(mark) == 'string' then kept_marks[n], is_old_form[n] = mark, true end
+end
+
 -- Finds answers of another generation than their id waits for. Where no job was requeued or retried, nothing is read.
 local stale, held = nil, ids
 if generations or redis.call('HLEN', attempts) > 0 then
   generations = generations or {}
   for n, id in ipairs(ids) do
     local current = tonumber(string.match(redis.call('HGET', attempts, id) or '', '^%d+/(%d+)')) or 0
+    -- An earlier version requeued the job, and knew no other form of its mark.
+    if kept_marks[n] and current > (tonumber(string.match(kept_marks[n], '#(%d+)$')) or 0) then
+      kept_marks[n], obsolete = nil, obsolete or {}
+      obsolete[#obsolete + 1] = id
+    end
     if (claimed and claimed[n]) or string.find(ARGV[FIRST + (n - 1) * STEP + 1], 'A', 2, true) then
       generations[n] = current
-    elseif (generations[n] or 0) ~= current and type(redis.pcall('GET', done_prefix .. id)) ~= 'string' then
+    elseif (generations[n] or 0) ~= current and not kept_marks[n] then
       stale = stale or {}
       stale[n] = true
     end
@@ -162,21 +206,41 @@ for id in pairs(found) do
   redis.call('ZREM', delayed, id)
 end
 
-local again, first, superseded = {}, 0, has_dead and {} or nil
+-- All marks are written before the first answer.
+if obsolete then
+  for k = MARKS, LAST_MARKS do redis.call('HDEL', KEYS[k], unpack(obsolete)) end
+end
+local marks, is_first, marked, fields = {}, {}, {}, {}
+for n, id in ipairs(ids) do
+  local mark, generation = ARGV[FIRST + (n - 1) * STEP + 5], generations and generations[n] or 0
+  marks[n] = generation > 0 and mark .. '#' .. generation or mark
+  if not (stale and stale[n]) and not kept_marks[n] then
+    if marked[id] then
+      kept_marks[n] = marked[id]
+    else
+      marked[id], is_first[n] = marks[n], true
+      fields[#fields + 1], fields[#fields + 2] = id, marks[n]
+      if has_old then redis.call('SET', KEYS[OLD_MARKS + n], marks[n], 'EX', done_ttl) end
+    end
+  end
+end
+if #fields > 0 then
+  local hash, whole_ms = hash_for_marks(done_ttl * 1000)
+  for at = 1, #fields, 2 * PAIRS do redis.call('HSET', hash, unpack(fields, at, math.min(at + 2 * PAIRS - 1, #fields))) end
+  if whole_ms then redis.call('PEXPIRE', hash, whole_ms) end
+end
+
+local again, first, superseded, old_pending = {}, 0, has_dead and {} or nil, OLD_PENDING
 local streamed_bytes, dead_bytes = 0, 0
 for i = FIRST, #ARGV, STEP do
-  local id, kind, answer, head, raw, mark = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], ARGV[i + 5]
+  local id, kind, answer, head, raw = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
   local n = (i - FIRST) / STEP + 1
   local generation = generations and generations[n] or 0
-  if generation > 0 then mark = mark .. '#' .. generation end
-  local is_stale = stale and stale[n]
-  local is_first = not is_stale and redis.call('SET', done_prefix .. id, mark, 'NX', 'EX', done_ttl)
-  local kept = not is_stale and not is_first and redis.pcall('GET', done_prefix .. id)
-  -- A mark of a wrong type is none: the claim of the job did not count it either.
-  if type(kept) == 'table' then is_first = redis.call('SET', done_prefix .. id, mark, 'EX', done_ttl) end
-  if is_stale then
+  local kept = kept_marks[n]
+  if string.find(kind, 'A', 2, true) then old_pending = old_pending + 1 end
+  if stale and stale[n] then
     again[#again + 1] = id
-  elseif is_first then
+  elseif is_first[n] then
     first = first + 1
     if string.find(kind, 'D', 2, true) then
       redis.call('ZADD', dead, now, id)
@@ -192,6 +256,7 @@ for i = FIRST, #ARGV, STEP do
         has_pending = true
         redis.call('HSET', pending_answers, id, answer)
         redis.call('ZADD', pending_expiry, now + done_ttl * 1000, id)
+        if has_old then redis.call('SET', KEYS[old_pending], answer, 'EX', done_ttl) end
       end
       if not string.find(kind, 'I', 2, true) and not wants_no_result(found[id]) then
         store_result(KEYS[RESULTS + n], id, kind, head, answer)
@@ -204,10 +269,11 @@ for i = FIRST, #ARGV, STEP do
       streamed_bytes = streamed_bytes + #id + #answer
     end
     if string.find(kind, 'A', 2, true) then redis.call('PUBLISH', ended, id) end
-  elseif not is_repeated(kept, mark, kind, ARGV[i + 6]) then
+  elseif not is_repeated(kept, marks[n], kind, ARGV[i + 6]) then
     again[#again + 1] = id
     -- The claim could not see that the id of this message was answered. Its caller must still find an answer.
-    if ARGV[i + 6] ~= '' and not string.find(kind, 'I', 2, true) and redis.pcall('GET', KEYS[RESULTS + n]) == false then
+    local is_hidden = ARGV[i + 6] ~= '' or is_old_form[n]
+    if is_hidden and not string.find(kind, 'I', 2, true) and redis.pcall('GET', KEYS[RESULTS + n]) == false then
       store_result(KEYS[RESULTS + n], id, kind, head, answer)
     end
     -- The job was answered without its message, which left its lane by a sweep and not by a claim.

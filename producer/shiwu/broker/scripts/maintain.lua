@@ -6,7 +6,7 @@
 -- claimed or delayed message is removed, and lanes and quarantine are to be looked through, by one process at a time.
 -- KEYS  claims, leases, attempts, delayed, delayed messages, counters, workers, quarantine, deadlines, dead, dead answers, dead messages,
 --       results stream, revoked ids, owner of the quarantine, canvas due, wanted scan, owner of the scan, answers with pending
---       callbacks, their expiry, histories, their expiry, then 4 keys of each lane, interactive first
+--       callbacks, their expiry, histories, their expiry, the 4 hashes of marks, then 4 keys of each lane, interactive first
 -- ARGV  worker name or '', max jobs of each kind, '1' to count the lanes, worker deaths before quarantine, max lease in ms,
 --       max age of dead letters in ms, how long a history is kept in s, max time in ms for which callbacks are reserved, token,
 --       when this process began the last scan that it has finished in ms, how long a scan is owned in ms, the names of the lane
@@ -20,7 +20,8 @@ local dead, dead_answers, dead_messages, results = KEYS[10], KEYS[11], KEYS[12],
 local quarantine_owner, canvas_due = KEYS[15], KEYS[16]
 local scan_wanted, scan_owner = KEYS[17], KEYS[18]
 local pending_answers, pending_expiry, histories, histories_expiry = KEYS[19], KEYS[20], KEYS[21], KEYS[22]
-local LANES, BULK = 23, 27
+local MARKS, LAST_MARKS, LANES, BULK = 23, 26, 27, 31
+local MARKS_MARGIN_MS = 60 * 1000 -- as in commit.lua
 local name, limit, is_counting, quarantine_from = ARGV[1], tonumber(ARGV[2]), ARGV[3] == '1', tonumber(ARGV[4])
 local max_lease_ms, dead_age_ms = tonumber(ARGV[5]), tonumber(ARGV[6])
 local history_ms, max_reserved_ms = tonumber(ARGV[7]) * 1000, tonumber(ARGV[8])
@@ -74,6 +75,12 @@ local function add_attempt(id, line)
   for _ = MAX_ATTEMPTS_KEPT, lines do text = string.match(text, '\n(.*)$') end
   redis.call('HSET', histories, id, text)
   redis.call('ZADD', histories_expiry, now + history_ms, id)
+end
+
+-- A server may end a large key by its time to live in one long step, so a hash whose marks are old is removed before.
+for k = MARKS, LAST_MARKS do
+  local left_ms = redis.call('PTTL', KEYS[k])
+  if left_ms >= 0 and left_ms <= MARKS_MARGIN_MS then redis.call('UNLINK', KEYS[k]) end
 end
 
 -- If the server's clock was set back, jobs of crashed workers would stay under their leases for too long, and so would

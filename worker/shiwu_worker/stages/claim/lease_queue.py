@@ -33,13 +33,13 @@ from shiwu.contract import (
     HISTORIES_EXPIRY,
     LAST_CLAIM,
     LEASES,
+    MARKS,
     PENDING_ANSWERS,
     PENDING_ANSWERS_EXPIRY,
     QUARANTINE,
     QUARANTINE_OWNER,
     REVOKED,
     Lane,
-    done_key,
     result_key,
 )
 from shiwu_worker.jobs.job import Claimed, Release
@@ -130,11 +130,11 @@ class LeaseQueue:
         bulk_share = limit * self._bulk_share
         bulk_owed = min(self._bulk_owed + bulk_share, max(2.0, 2 * bulk_share))
         keys = [CLAIMS, LEASES, ATTEMPTS, COUNTERS, QUARANTINE, QUARANTINE_OWNER, REVOKED, self._last_claim_key]
-        keys += [CANVAS, CANVAS_DUE, DEADLINES, PENDING_ANSWERS, PENDING_ANSWERS_EXPIRY, HISTORIES, *_LANE_KEYS]
+        keys += [CANVAS, CANVAS_DUE, DEADLINES, PENDING_ANSWERS, PENDING_ANSWERS_EXPIRY, HISTORIES, *MARKS, *_LANE_KEYS]
         args: list[Any] = [self._token, limit, int(bulk_owed), self._lease_ms, int(holds_nothing)]
         args += [int(self._is_quarantine_turn), *self._served_flags]
         args += [limit if bulk_limit is None else min(limit, bulk_limit), QUARANTINE_AFTER_DEATHS, self._claim_number]
-        reply: list[Any] = self._claim(keys=keys, args=[*args, *_LANE_KEYS, done_key("")])
+        reply: list[Any] = self._claim(keys=keys, args=[*args, *_LANE_KEYS])
         claimed_s = time.monotonic()
         claimed_ms = float(reply[0])
         self._announce([job_id.decode() for job_id in reply[2]], now_ms=claimed_ms)

@@ -8,10 +8,10 @@
 -- instead, and named in the reply: the worker announces the answer with `answer_duplicates`, which ends the claim.
 -- KEYS  claims, leases, attempts, counters, quarantine, owner of the quarantine, revoked ids, this worker's last claim,
 --       canvas, canvas due, deadlines, answers with pending callbacks, their expiry, histories,
---       then 4 keys of each lane, interactive first
+--       the 4 hashes of marks of answered ids, then 4 keys of each lane, interactive first
 -- ARGV  token, limit, least number to claim from bulk, lease in ms, '1' if this worker holds nothing, '1' if it is the
 --       quarantine's turn, '1' if interactive is served, '1' if bulk is, most to claim from bulk, worker deaths before
---       quarantine, number of this claim, the names of the lane keys as records have them, prefix of the marks of answered ids
+--       quarantine, number of this claim, the names of the lane keys as records have them
 -- Reply server time in ms, 1 if this worker owns the quarantine now, ids of the copies that it holds, then for each job: id,
 --       attempt, deaths, number of its lane key (1 to 8), message, 1 if Celery's revoke named it, history of earlier attempts
 --       or '', generation: how often the id was requeued as a dead letter
@@ -24,8 +24,8 @@ local lease_ms, holds_nothing, is_quarantine_turn = tonumber(ARGV[4]), ARGV[5] =
 local serves_interactive, serves_bulk = ARGV[7] == '1', ARGV[8] == '1'
 local bulk_most, quarantine_from, number = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
 local NAMES = 11 -- before the name of the first lane key
-local done_prefix = ARGV[20]
-local FIRST, BULK, LAST = 15, 19, 22
+local MARKS, LAST_MARKS = 15, 18
+local FIRST, BULK, LAST = 19, 23, 26
 local READABLE_BYTES = 256 * 1024
 local BODY_BYTES = 8 * 1024
 local MAX_ID_BYTES = 255
@@ -42,6 +42,8 @@ redis.call('HLEN', counters)
 redis.call('HLEN', canvas)
 redis.call('ZCARD', canvas_due)
 redis.call('HLEN', histories)
+local has_marks = {}
+for k = MARKS, LAST_MARKS do has_marks[k] = redis.call('HLEN', KEYS[k]) > 0 end
 redis.call('ZCARD', pending_expiry)
 local has_pending = redis.call('HLEN', pending_answers) > 0
 local has_revoked = redis.call('ZCARD', revoked) > 0
@@ -145,7 +147,7 @@ end
 -- The name of a lane key in records, whatever prefix a client puts before its keys.
 local function lane_name(k) return ARGV[NAMES + k - FIRST + 1] end
 
-local ids, raws, from, done_keys, has_no_client = {}, {}, {}, {}, {}
+local ids, raws, from, has_no_client = {}, {}, {}, {}
 local seen, dropped, answer_by_ms = {}, 0, {}
 
 local function note(raw, k)
@@ -155,7 +157,6 @@ local function note(raw, k)
   else
     seen[id] = true
     ids[#ids + 1], raws[#raws + 1], from[#from + 1] = id, raw, k
-    done_keys[#done_keys + 1] = done_prefix .. id
     if no_client then has_no_client[#ids] = true end
     if type(answer_by) == 'number' and answer_by > 0 and answer_by < MAX_WHOLE then answer_by_ms[#ids] = answer_by end
   end
@@ -209,12 +210,19 @@ end
 local duplicates = {}
 local reply = { tostring(now), owns_quarantine, duplicates }
 if #ids > 0 then
-  local answered = redis.call('MGET', unpack(done_keys))
+  local answered = {}
+  for k = MARKS, LAST_MARKS do
+    local marks = has_marks[k] and redis.call('HMGET', KEYS[k], unpack(ids))
+    for i = 1, marks and #ids or 0 do answered[i] = marks[i] or answered[i] end
+  end
   local held = redis.call('HMGET', claims, unpack(ids))
   local tried = redis.call('HMGET', attempts, unpack(ids))
   local unwanted = has_revoked and redis.call('ZMSCORE', revoked, unpack(ids)) or {}
   local records, terms, ends = {}, {}, {}
   for i, id in ipairs(ids) do
+    -- An earlier version requeued the job, and knew no other form of its mark.
+    local generation = tried[i] and answered[i] and tonumber(string.match(tried[i], '^%d+/(%d+)'))
+    if generation and generation > (tonumber(string.match(answered[i], '#(%d+)$')) or 0) then answered[i] = nil end
     if answered[i] or held[i] then
       dropped = dropped + 1
       if answered[i] then
