@@ -30,6 +30,14 @@ class KnownLabels(msgspec.Struct, frozen=True, omit_defaults=True):
     scale: float | None = None
     bias: float | None = None
     min_cosines: tuple[float, ...] | None = None
+    texts: tuple[tuple[str, ...], ...] | None = None
+    """The texts of each label, in a label set of version 2."""
+    groups: tuple[str | None, ...] | None = None
+    """The group of each label, in a label set of version 2."""
+    unknown: str | None = None
+    """The label of images that get no other."""
+    calibration: str | None = None
+    """Digest of the calibration file."""
 
 
 class KnownLabelStore:

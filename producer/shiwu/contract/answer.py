@@ -41,7 +41,7 @@ LaneWord = Annotated[str, _open(Lane)]
 AttemptWord = Annotated[str, _open((*AttemptEnd, *ErrorCode))]
 WarningWord = Annotated[str, _open(WarningCode)]
 CacheWord = Annotated[str, _open(Cache)]
-HeadWord = Annotated[str, _open(get_args(Head))]
+HeadWord = Annotated[str, _open((*get_args(Head), "z"))]
 
 
 def moment(ms: float) -> datetime:
@@ -79,6 +79,12 @@ class Tag(AnswerModel, frozen=True, gc=False):
     """Softmax or sigmoid of the scaled cosine, 0 to 1. A softmax score depends on the other labels of the set."""
     cosine: float
     """Cosine of the image and label vectors, -1 to 1; comparable across label sets of one model."""
+    p: float | None = None
+    """Probability that the image shows the label, 0 to 1, for labels that were calibrated with labelled images."""
+    z: float | None = None
+    """By how many deviations the cosine exceeds the mean of images without the label; with the head z only."""
+    group: str | None = None
+    """The group of the label in its label set."""
 
 
 class Timing(AnswerModel, frozen=True, gc=False):
@@ -116,12 +122,16 @@ class ImageInfo(AnswerModel, frozen=True, gc=False):
 
 
 class LabelsInfo(AnswerModel, frozen=True, gc=False):
-    """The label set that the image was compared with. The digest covers labels, templates and head."""
+    """The label set that the image was compared with. The digest covers everything that decides the tags.
+
+    `calibration` is the digest of the calibration file that the label set names.
+    """
 
     digest: str
     count: int
     head: HeadWord
     name: str | None = None
+    calibration: str | None = None
 
 
 class ModelInfo(AnswerModel, frozen=True, gc=False):
@@ -219,6 +229,8 @@ class Answer(AnswerModel, frozen=True):
     an answer are made from this rounded vector, so that they can be computed again from it, bit by bit."""
     cache: CacheWord | None = None
     """Where the vector came from if another job encoded the same image; None if this job did."""
+    unknown: bool | None = None
+    """True where no label passed its limits, so that the only tag is the one that the label set gives then."""
 
     @classmethod
     def from_json(cls, raw: bytes) -> Self:

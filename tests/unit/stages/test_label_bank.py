@@ -20,6 +20,7 @@ from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError, Rejected
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_checks import LabelFindings, LabelTokens
+from shiwu_worker.jobs.label_rules import Phrase
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.label_vectors import EncodedWord
 from shiwu_worker.jobs.timestamps import StageTimestamps
@@ -121,7 +122,7 @@ def test_memory_of_inline_labels_is_bounded() -> None:
     bank = make_bank(texts, max_cached=1, max_bytes=2 * 3 * entry_bytes)
     for words in (("a", "b"), ("c",), ("a", "d")):
         bank.encoded(LabelSet(None, words))
-    assert bank.cached_words(LabelSet(None, ("a", "b", "c", "d"))).keys() == {"a", "c", "d"}
+    assert bank.cached_words(LabelSet(None, ("a", "b", "c", "d"))).keys() == {(("{}",), word) for word in "acd"}
 
 
 def test_set_that_is_completed_twice_counts_once() -> None:
@@ -131,7 +132,7 @@ def test_set_that_is_completed_twice_counts_once() -> None:
     set_bytes = 2 * vector_of("").nbytes
     bank = make_bank(texts, max_cached=9, max_bytes=2 * 3 * set_bytes)
     for _ in range(3):
-        bank.complete(label_set, bank.encode_words(label_set, label_set.words))
+        bank.complete(label_set, bank.encode_words(label_set, label_set.phrases))
     bank.encoded(LabelSet(None, ("c", "d")))
     bank.encoded(LabelSet(None, ("e", "f")))
     calls = texts.calls
@@ -175,8 +176,8 @@ def test_vectors_by_label_equal_vectors_by_set(words: list[str], data: st.DataOb
     """In whatever portions the labels are encoded, and whatever was cached before."""
     label_set = LabelSet(None, tuple(words), ("{}", "一张{}"))
     by_set, by_label = make_bank(Texts()), make_bank(Texts())
-    cached: dict[str, EncodedWord] = {}
-    left = data.draw(st.permutations(words))
+    cached: dict[Phrase, EncodedWord] = {}
+    left = data.draw(st.permutations(label_set.phrases))
     while left:
         size = data.draw(st.integers(1, len(left)))
         cached |= by_label.encode_words(label_set, left[:size])

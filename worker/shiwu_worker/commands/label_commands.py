@@ -161,6 +161,12 @@ def _load(names: Sequence[str]) -> _Loaded:
     return _Loaded(sets, bank.encoded, encoder.info)
 
 
+def _first_version(label_set: LabelSet) -> LabelSet:
+    if label_set.rules is not None:
+        raise FatalError(ExitCode.CONFIG, f"expected a label set of version 1, got {label_set.name} of version 2")
+    return label_set
+
+
 # ------------------------------------------------------------------------------------ lint
 def _lint(names: Sequence[str], *, as_json: bool) -> int:
     loaded = _load(names)
@@ -192,8 +198,9 @@ def _lint(names: Sequence[str], *, as_json: bool) -> int:
 
 def _near_pairs(encoded: EncodedLabels) -> list[tuple[str, str, float]]:
     """Pairs of labels that nearly have the same vector, but not the same one; with their cosines, the nearest first."""
-    words, alike = encoded.label_set.words[:MAX_COMPARED], encoded.texts.findings.alike
+    words, alike = encoded.row_words[:MAX_COMPARED], encoded.texts.findings.alike
     same = {frozenset((one, other)) for group in alike for one in group for other in group}
+    same |= {frozenset((word,)) for word in words}  # texts of one label
     cosines = encoded.vectors[:MAX_COMPARED] @ encoded.vectors[:MAX_COMPARED].T
     rows, columns = np.nonzero(np.triu(cosines >= NEAR, k=1))
     pairs = [
@@ -206,7 +213,7 @@ def _near_pairs(encoded: EncodedLabels) -> list[tuple[str, str, float]]:
 def _calibrate(name: str, answers: BinaryIO, options: CalibrationOptions, *, output: Path, new_name: str) -> int:
     loaded = _load([name])
     read = read_vectors(answers, model=loaded.model)
-    label_set = loaded.sets[name]
+    label_set = _first_version(loaded.sets[name])
     found = calibrate(read.pool(), loaded.encode(label_set).vectors, options)
     _write(output, _label_file(label_set, found, options, name=new_name, model=loaded.model))
     _print_calibration(found, options, read, label_set, output)
@@ -283,7 +290,7 @@ def _evaluate(
 ) -> int:
     write_report = None if report_folder is None else _report_writer()
     loaded = _load([name])
-    label_set = loaded.sets[name]
+    label_set = _first_version(loaded.sets[name])
     read = read_vectors(answers, model=loaded.model)
     read, shown = read.with_truth(None if truth is None else read_truth(truth))
     encoded = loaded.encode(label_set)

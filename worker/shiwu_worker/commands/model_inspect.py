@@ -227,7 +227,7 @@ def _pixels(image: Path, spec: ImageSpec, settings: Settings) -> NDArray[np.uint
 
 def _plain(label_set: LabelSet) -> LabelSet:
     """The label set as a script has it: one template, and the model's own scale and bias."""
-    return replace(label_set, templates=label_set.templates[:1], scale=None, bias=None)
+    return replace(label_set, templates=label_set.templates[:1], scale=None, bias=None, rules=None)
 
 
 # ------------------------------------------------------------------------------------ both answers

@@ -218,6 +218,7 @@ class Job(msgspec.Struct, eq=False):
             cache=self.cache,
             callback=self.request.callback if self.request else None,
             vector=self.vector,
+            unknown=self.label_set.is_unknown(self.tags) or None if self.label_set else None,
         )
 
     def server_time(self, at_s: float) -> datetime:

@@ -60,6 +60,23 @@ def check_labels(
     )
 
 
+def check_texts(
+    labels: Sequence[str], counts: Sequence[int], *, tokens: Sequence[LabelTokens], vectors: NDArray[np.float32]
+) -> LabelFindings:
+    """The same where a label has several texts: each finding of a text is one of its label.
+
+    Args:
+        counts: how many texts each label has; `tokens` and `vectors` are those of the texts.
+    """
+    names = [label for label, count in zip(labels, counts, strict=True) for _ in range(count)]
+    found = check_labels(names, tokens=tokens, vectors=vectors)
+    # Two texts of one label may be alike: the best of them counts.
+    groups = [tuple(dict.fromkeys(group)) for group in found.alike]
+    return LabelFindings(
+        unreadable=tuple(dict.fromkeys(found.unreadable)), alike=tuple(group for group in groups if len(group) > 1)
+    )
+
+
 def _joined(count: int, pairs: Sequence[tuple[int, int]], *, without: set[int]) -> list[list[int]]:
     """Groups of two or more numbers below `count` that the pairs connect."""
     parents = list(range(count))

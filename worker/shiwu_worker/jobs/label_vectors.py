@@ -29,7 +29,7 @@ class TextVectors:
     """What the model makes of labels in templates; sets that differ in their name or head share it."""
 
     vectors: NDArray[np.float32]
-    """Unit vectors (m, d)."""
+    """Unit vectors (m, d); in a set of version 2 one for each text."""
     findings: LabelFindings = field(default_factory=LabelFindings)
 
 
@@ -44,8 +44,24 @@ class EncodedLabels:
 
     @property
     def vectors(self) -> NDArray[np.float32]:
-        """Unit vectors (m, d) of the labels."""
+        """Unit vectors (m, d) of the labels; in a set of version 2 one for each text."""
         return self.texts.vectors
+
+    @property
+    def row_words(self) -> tuple[str, ...]:
+        """The label of each row of `vectors`."""
+        rules = self.label_set.rules
+        if rules is None:
+            return self.label_set.words
+        return tuple(word for word, texts in zip(self.label_set.words, rules.phrases, strict=True) for _ in texts)
+
+    def best_of_texts(self, cosines: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The cosines of the labels (n, m), from those of all texts."""
+        rules = self.label_set.rules
+        if rules is None or (starts := rules.tables.starts) is None:
+            return cosines
+        best: NDArray[np.float32] = np.maximum.reduceat(cosines, starts, axis=1)
+        return best
 
     @cached_property
     def min_cosines(self) -> NDArray[np.float64] | None:

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from shiwu_worker.jobs.job import Job
+    from shiwu_worker.jobs.label_rules import Phrase
     from shiwu_worker.jobs.label_set import LabelSet
     from shiwu_worker.jobs.label_vectors import EncodedLabels, EncodedWord
     from shiwu_worker.pipeline.observer import PipelineObserver
@@ -48,9 +49,9 @@ class _Entry:
     """Labels that are being encoded, and the jobs that wait for all of them."""
 
     label_set: LabelSet
-    missing: deque[tuple[str, int]]
-    """Labels without vectors, each with its units of cost, short ones first."""
-    words: dict[str, EncodedWord]
+    missing: deque[tuple[Phrase, int]]
+    """Texts of labels without vectors, each with its units of cost, short ones first."""
+    words: dict[Phrase, EncodedWord]
     units: int
     """The units of all missing labels."""
     group: Group
@@ -84,7 +85,7 @@ class LabelQueue:
         self._clock = clock
         self._shares = {Lane.INTERACTIVE: limits.interactive_share, Lane.BULK: limits.bulk_share, None: 0.0}
         self._lock = threading.Lock()
-        self._entries: dict[tuple[tuple[str, ...], tuple[str, ...]], _Entry] = {}
+        self._entries: dict[Hashable, _Entry] = {}
         """By templates and labels, the oldest first."""
         self._waiting: dict[Job, tuple[_Entry, LabelSet]] = {}
         self._held: dict[Lane, int] = dict.fromkeys(Lane, 0)
@@ -96,7 +97,7 @@ class LabelQueue:
         self._is_turn_of_oldest = True
         for label_set in label_bank.configured:
             if label_bank.known(label_set) is None:
-                self._entries[_key(label_set)] = self._make_entry(label_set, None)
+                self._entries[label_set.text_key] = self._make_entry(label_set, None)
 
     def __len__(self) -> int:
         """How many jobs wait for labels."""
@@ -126,12 +127,12 @@ class LabelQueue:
                 return Admit(labels.label_set, labels)
             if (delay_s := self._delay_s(job.lane)) is not None:
                 return Defer(delay_s)
-            entry = self._entries.get(_key(label_set))
+            entry = self._entries.get(label_set.text_key)
             if entry is None:
                 entry = self._make_entry(label_set, job.lane)
                 if label_set.name is None and (error := self._cost_error(entry)) is not None:
                     return Reject(error)
-                self._entries[_key(label_set)] = entry
+                self._entries[label_set.text_key] = entry
             if entry.group is None or job.lane is Lane.INTERACTIVE:
                 entry.group = job.lane
             entry.jobs.append(job)
@@ -143,7 +144,7 @@ class LabelQueue:
 
     def _make_entry(self, label_set: LabelSet, group: Group) -> _Entry:
         words = self._bank.cached_words(label_set)
-        missing = {word: self._bank.units(label_set, word) for word in label_set.words if word not in words}
+        missing = {phrase: self._bank.units(phrase) for phrase in label_set.phrases if phrase not in words}
         # Short labels together, because the shorter texts of a call are padded to the longest.
         ordered = deque(sorted(missing.items(), key=lambda each: each[1]))
         return _Entry(label_set, ordered, words, sum(missing.values()), group)
@@ -194,7 +195,7 @@ class LabelQueue:
         if not entry.jobs and entry.label_set.name is not None:
             entry.group = None
         elif not entry.jobs:
-            del self._entries[_key(entry.label_set)]
+            del self._entries[entry.label_set.text_key]
         elif entry.group is Lane.INTERACTIVE and all(each.lane is Lane.BULK for each in entry.jobs):
             entry.group = Lane.BULK
 
@@ -270,19 +271,20 @@ class LabelQueue:
                 return entries[0] if self._is_turn_of_oldest else min(entries, key=lambda each: each.units)
         return None
 
-    def _take_portion(self, entry: _Entry) -> list[str]:
+    def _take_portion(self, entry: _Entry) -> list[Phrase]:
         """Remove the next labels from an entry, as many as a portion may have; at least one, if one is missing."""
         entry.words |= self._bank.cached_words(entry.label_set, [word for word, _ in entry.missing])
         left = [(word, units) for word, units in entry.missing if word not in entry.words]
         target_s = max(self._limits.portion_s, self._image_s())
-        templates = len(entry.label_set.templates)
-        portion: list[str] = []
-        for word, units in left:
+        portion: list[Phrase] = []
+        sentences = 0
+        for phrase, units in left:
             # The labels are sorted, so the newest is the longest, to which the others are padded.
-            count = len(portion) + 1
-            if portion and (count * templates > MAX_TEXTS or self._bank.cost.seconds(count * units) > target_s):
+            sentences += len(phrase[0])
+            cost_s = self._bank.cost.seconds((len(portion) + 1) * units)
+            if portion and (sentences > MAX_TEXTS or cost_s > target_s):
                 break
-            portion.append(word)
+            portion.append(phrase)
         entry.missing = deque(left[len(portion) :])
         entry.units = sum(units for _, units in entry.missing)
         return portion
@@ -290,8 +292,8 @@ class LabelQueue:
     def _end(self, entry: _Entry, result: EncodedLabels | ErrorInfo) -> list[Job]:
         """Give the jobs of an entry their labels or the error, and return those that are loaded."""
         # Another entry may have taken the place of one that all its jobs had left.
-        if self._entries.get(_key(entry.label_set)) is entry:
-            del self._entries[_key(entry.label_set)]
+        if self._entries.get(entry.label_set.text_key) is entry:
+            del self._entries[entry.label_set.text_key]
         loaded = [job for job in entry.jobs if job in self._loaded]
         for job in entry.jobs:
             _, label_set = self._waiting.pop(job)
@@ -318,7 +320,3 @@ class LabelQueue:
         text = f"the model failed on these labels ({type(error).__name__}: {error!s:.200})"
         log.warning("labels_failed", name=entry.label_set.name, jobs=len(entry.jobs), error=text)
         return ErrorInfo(code=code, message=text, stage=Stage.SCORE, retryable=is_memory)
-
-
-def _key(label_set: LabelSet) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return label_set.templates, label_set.words

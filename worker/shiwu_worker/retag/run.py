@@ -128,6 +128,7 @@ class _Retagging:
             labels.label_set.info,
             ModelInfo(*(texts[name][row] or "" for name in ("model", "revision", "dtype", "device"))),
             warnings=(*labels.warnings, *((cut,) if cut else ())) or None,
+            unknown=labels.label_set.is_unknown(kept) or None,
         )
 
 

@@ -62,6 +62,7 @@ class LabelSetRecorder:
 
 
 def _known(digest: str, label_set: LabelSet) -> KnownLabels:
+    rules = label_set.rules
     return KnownLabels(
         digest=digest,
         labels=label_set.words,
@@ -71,4 +72,8 @@ def _known(digest: str, label_set: LabelSet) -> KnownLabels:
         scale=label_set.scale,
         bias=label_set.bias,
         min_cosines=label_set.min_cosines,
+        texts=None if rules is None else tuple(tuple(text for _, text in each) for each in rules.phrases),
+        groups=None if rules is None else rules.groups,
+        unknown=None if rules is None or rules.unknown is None else label_set.words[rules.unknown],
+        calibration=label_set.info.calibration,
     )

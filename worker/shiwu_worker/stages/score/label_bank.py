@@ -1,14 +1,14 @@
 """Label sets by name, and a cache of their text vectors.
 
-Vectors are cached by label, so that label sets share them, and by label set. Those of configured sets are kept forever.
+Vectors are cached by text, so that label sets share them, and by label set. Those of configured sets are kept forever.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, get_args
 from weakref import WeakValueDictionary
@@ -20,12 +20,13 @@ from structlog.typing import FilteringBoundLogger
 from shiwu.broker.chunks import chunks
 from shiwu.contract import ErrorCode, Head, Stage
 from shiwu_worker.errors import Rejected
-from shiwu_worker.jobs.label_checks import LabelTokens, check_labels
+from shiwu_worker.jobs.label_checks import LabelTokens, check_labels, check_texts
+from shiwu_worker.jobs.label_rules import Phrase, Templates
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.jobs.label_vectors import EncodedLabels, EncodedWord, TextVectors
 from shiwu_worker.stages.score.label_warnings import label_warnings
 from shiwu_worker.stages.score.text_cost import TextCost
-from shiwu_worker.stages.score.word_cache import Templates, WordCache
+from shiwu_worker.stages.score.word_cache import WordCache
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,7 +86,7 @@ class LabelBank:
             self._add(name, label_set)
             if name == default:
                 self._add(None, label_set)
-        self.configured = tuple({_key(label_set): label_set for label_set in sets.values()}.values())
+        self.configured = tuple({label_set.text_key: label_set for label_set in sets.values()}.values())
         """The label sets of the operator and of the package, without those that differ in name or head only."""
         self.cost = TextCost(max_units=max_tokens)
         self._encode_texts = encode_texts
@@ -101,9 +102,9 @@ class LabelBank:
         # producer could get the labels of another.
         self._encoded: OrderedDict[LabelSet, EncodedLabels] = OrderedDict()
         self._encoded_bytes = 0
-        self._pinned_keys = {_key(label_set) for label_set in sets.values()}
+        self._pinned_keys = {label_set.text_key for label_set in sets.values()}
         self._pinned: dict[LabelSet, EncodedLabels] = {}
-        self._texts: WeakValueDictionary[tuple[Templates, tuple[str, ...]], TextVectors] = WeakValueDictionary()
+        self._texts: WeakValueDictionary[Hashable, TextVectors] = WeakValueDictionary()
 
     def _add(self, name: str | None, label_set: LabelSet) -> None:
         self._by_request[name, None] = label_set
@@ -142,45 +143,59 @@ class LabelBank:
                 self._encoded.move_to_end(label_set)
                 return found
             # A set that differs in its name or head only has the same vectors.
-            texts = self._texts.get(_key(label_set))
+            texts = self._texts.get(label_set.text_key)
             return None if texts is None else self._keep(label_set, texts)
 
-    def cached_words(self, label_set: LabelSet, words: Sequence[str] | None = None) -> dict[str, EncodedWord]:
-        """Those of the labels, by default all of the set, whose vectors are cached."""
-        return self._words.find(label_set.templates, label_set.words if words is None else words)
+    def cached_words(self, label_set: LabelSet, phrases: Sequence[Phrase] | None = None) -> dict[Phrase, EncodedWord]:
+        """Those of the phrases, by default all of the set, whose vectors are cached."""
+        return self._words.find(label_set.phrases if phrases is None else phrases)
 
-    def units(self, label_set: LabelSet, word: str) -> int:
-        """What the label costs in units of `cost`: its length in all templates of the set."""
-        return sum(self.cost.units(template.replace("{}", word)) for template in label_set.templates)
+    def units(self, phrase: Phrase) -> int:
+        """What a phrase costs in units of `cost`: its length in all its templates."""
+        templates, text = phrase
+        return sum(self.cost.units(template.replace("{}", text)) for template in templates)
 
     # -------------------------------------------------------------------------------- encoding
-    def encode_words(self, label_set: LabelSet, words: Sequence[str]) -> dict[str, EncodedWord]:
-        """Compute the vectors of labels in the templates of this set; learn what that costs.
+    def encode_words(self, label_set: LabelSet, phrases: Sequence[Phrase]) -> dict[Phrase, EncodedWord]:
+        """Compute the vectors of phrases of this set; learn what that costs.
 
-        The vector of a label is averaged over the templates and renormalised: the zero-shot recipe of CLIP (Radford et
+        The vector of a phrase is averaged over the templates and renormalised: the zero-shot recipe of CLIP (Radford et
         al. 2021, section 3.1.4). Raises whatever the model raises.
         """
+        by_templates: dict[Templates, list[str]] = defaultdict(list)
+        for templates, text in phrases:
+            by_templates[templates].append(text)
+        found: dict[Phrase, EncodedWord] = {}
+        for templates, texts in by_templates.items():
+            found |= self._encode(templates, texts)
+        (self._words.pin if self._is_configured(label_set) else self._words.add)(found)
+        return found
+
+    def _encode(self, templates: Templates, texts: Sequence[str]) -> dict[Phrase, EncodedWord]:
         began_s = self._clock()
-        texts = [[template.replace("{}", word) for word in words] for template in label_set.templates]
-        total = np.sum([self._encode_texts(each) for each in texts], axis=0)
+        sentences = [[template.replace("{}", text) for text in texts] for template in templates]
+        total = np.sum([self._encode_texts(each) for each in sentences], axis=0)
         vectors = np.asarray(total / np.linalg.norm(total, axis=1, keepdims=True), dtype=np.float32)
         # Copies, because a row would keep the vectors of all other labels.
         found = {
-            word: EncodedWord(vector.copy(), tokens)
-            for word, vector, tokens in zip(words, vectors, self._label_tokens(words), strict=True)
+            (templates, text): EncodedWord(vector.copy(), tokens)
+            for text, vector, tokens in zip(texts, vectors, self._label_tokens(texts), strict=True)
         }
-        (self._words.pin if self._is_configured(label_set) else self._words.add)(label_set.templates, found)
-        units = sum(len(each) * max(map(self.cost.units, each)) for each in texts)
-        self.cost.learn(texts=len(words) * len(texts), units=units, seconds=self._clock() - began_s)
+        units = sum(len(each) * max(map(self.cost.units, each)) for each in sentences)
+        self.cost.learn(texts=len(texts) * len(sentences), units=units, seconds=self._clock() - began_s)
         return found
 
-    def complete(self, label_set: LabelSet, words: Mapping[str, EncodedWord]) -> EncodedLabels:
-        """The label set with its vectors, made from the vectors of all its labels."""
-        encoded = [words[word] for word in label_set.words]
-        vectors = np.stack([each.vector for each in encoded])
-        findings = check_labels(label_set.words, tokens=[each.tokens for each in encoded], vectors=vectors)
+    def complete(self, label_set: LabelSet, words: Mapping[Phrase, EncodedWord]) -> EncodedLabels:
+        """The label set with its vectors, made from the vectors of all its texts."""
+        encoded = [words[phrase] for phrase in label_set.phrases]
+        vectors, tokens = np.stack([each.vector for each in encoded]), [each.tokens for each in encoded]
+        if label_set.rules is None:
+            findings = check_labels(label_set.words, tokens=tokens, vectors=vectors)
+        else:
+            counts = [len(each) for each in label_set.rules.phrases]
+            findings = check_texts(label_set.words, counts, tokens=tokens, vectors=vectors)
         with self._lock:
-            texts = self._texts.setdefault(_key(label_set), TextVectors(vectors, findings))
+            texts = self._texts.setdefault(label_set.text_key, TextVectors(vectors, findings))
             return self._keep(label_set, texts)
 
     def encoded(self, label_set: LabelSet) -> EncodedLabels:
@@ -188,13 +203,13 @@ class LabelBank:
         if (known := self.known(label_set)) is not None:
             return known
         words = self.cached_words(label_set)
-        missing = [word for word in label_set.words if word not in words]
+        missing = [phrase for phrase in dict.fromkeys(label_set.phrases) if phrase not in words]
         for portion in chunks(missing, TEXTS_PER_CALL):
             words |= self.encode_words(label_set, portion)
         return self.complete(label_set, words)
 
     def _is_configured(self, label_set: LabelSet) -> bool:
-        return label_set.name is not None and _key(label_set) in self._pinned_keys
+        return label_set.name is not None and label_set.text_key in self._pinned_keys
 
     def _keep(self, label_set: LabelSet, texts: TextVectors) -> EncodedLabels:
         """Cache a label set with its vectors. The caller holds the lock."""
@@ -219,8 +234,3 @@ class LabelBank:
             _, dropped = self._encoded.popitem(last=False)
             self._encoded_bytes -= dropped.vectors.nbytes
         return encoded
-
-
-def _key(label_set: LabelSet) -> tuple[Templates, tuple[str, ...]]:
-    """What the vectors of a label set depend on."""
-    return label_set.templates, label_set.words

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from shiwu.contract import Head, Label, LabelSetName, control_character, labels_error
+from shiwu.contract import Head, Label, LabelSetName, labels_error
 from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.stages.score.label_fields import AS_ITEMS, LABEL_COUNT, Bias, Scale, TemplateList
+from shiwu_worker.stages.score.rule_files import RuleFile, RuleGroup, RuleItem, read_rule_file
 
-MAX_FILE_LABELS: Final = 100_000
-MAX_LOGIT: Final = 1000.0
 SUFFIXES: Final = {".yaml", ".yml"}
 TEXT_TAG: Final = "tag:yaml.org,2002:str"
 WIDE_COMMAS: Final = "，、"
+TEXT_KEYS: Final = {"name", "description", "label", "group", "parent", "unknown"}
+RULES_VERSION: Final = 2
 
 
 Cosine = Annotated[float, Field(ge=-1, le=1)]
@@ -51,14 +53,15 @@ class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: LabelSetName
-    labels: list[_Item] = Field(min_length=1, max_length=MAX_FILE_LABELS)
-    templates: list[str] = Field(default=["{}"], min_length=1, max_length=200)
+    labels: Annotated[list[_Item], AS_ITEMS, LABEL_COUNT]
+    templates: TemplateList = ["{}"]
     head: Head = "softmax"
-    scale: float | None = Field(default=None, gt=0, le=MAX_LOGIT)
-    bias: float | None = Field(default=None, ge=-MAX_LOGIT, le=MAX_LOGIT)
+    scale: Scale | None = None
+    bias: Bias | None = None
     min_cosine: Cosine | None = None
     description: str = ""
     calibration: _Calibration | None = None
+    version: Literal[1] = 1
 
     def label_set(self) -> LabelSet:
         """The label set of the file."""
@@ -76,25 +79,6 @@ class _File(BaseModel):
             calibrated_for=self.calibration.revision if self.calibration is not None else None,
         )
 
-    @field_validator("templates")
-    @classmethod
-    def _check_templates(cls, templates: list[str]) -> list[str]:
-        for template in templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"expected exactly one {{}} in every template, got {template!r:.80}")
-            if found := control_character(template):
-                raise ValueError(f"expected templates without control characters, got {found} in {template!r:.80}")
-        return templates
-
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _as_items(cls, labels: object) -> object:
-        return (
-            [{"label": item} if isinstance(item, str) else item for item in labels]
-            if isinstance(labels, list)
-            else labels
-        )
-
     @field_validator("labels")
     @classmethod
     def _check_labels(cls, labels: list[_Item]) -> list[_Item]:
@@ -103,8 +87,11 @@ class _File(BaseModel):
         return labels
 
 
-def load_label_sets(folders: Sequence[Path]) -> dict[str, LabelSet]:
+def load_label_sets(folders: Sequence[Path], *, with_calibrations: bool = True) -> dict[str, LabelSet]:
     """Read every YAML file of the folders; a later folder replaces sets of the same name.
+
+    Args:
+        with_calibrations: whether calibration files are read; without them a set cannot decide by z.
 
     Raises:
         ValueError: names the file and the error in it, or two files of one folder with the same set name.
@@ -115,26 +102,26 @@ def load_label_sets(folders: Sequence[Path]) -> dict[str, LabelSet]:
             raise ValueError(f"{folder}: expected a folder of label sets")
         files: dict[str, Path] = {}
         for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
-            file = _read_file(path)
-            if other := files.get(file.name):
-                raise ValueError(f"{path}: name: expected a name of its own, got {file.name!r}, the name in {other}")
-            files[file.name] = path
-            sets[file.name] = file.label_set()
+            label_set = load_label_set(path, with_calibration=with_calibrations)
+            name = str(label_set.name)
+            if other := files.get(name):
+                raise ValueError(f"{path}: name: expected a name of its own, got {name!r}, the name in {other}")
+            files[name] = path
+            sets[name] = label_set
     return sets
 
 
-def load_label_set(path: Path) -> LabelSet:
-    """Read one YAML file.
+def load_label_set(path: Path, *, with_calibration: bool = True) -> LabelSet:
+    """Read one YAML file, and the calibration file beside it that it names.
 
     Raises:
         ValueError: names the file and the error in it.
     """
-    return _read_file(path).label_set()
-
-
-def _read_file(path: Path) -> _File:
     try:
-        return _File.model_validate(_read_yaml(path.read_text(encoding="utf-8-sig")))
+        content = _read_yaml(path.read_text(encoding="utf-8-sig"))
+        if isinstance(content, dict) and content.get("version") == RULES_VERSION:
+            return read_rule_file(content).label_set(path.parent if with_calibration else None)
+        return _File.model_validate(content).label_set()
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}: line {line}: expected UTF-8, got other bytes; save the file as UTF-8") from error
@@ -152,9 +139,16 @@ def _first_error(error: ValidationError) -> str:
     where = [f"number {part + 1}" if isinstance(part, int) else part for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         *where, key = where
-        known = ", ".join((_Item if where else _File).model_fields)
+        known = ", ".join(_model_at(error.title, where).model_fields)
         return f"{' '.join(where) or 'file'}: expected keys of {known}, got {key!r:.80}"
     return f"{' '.join(where) or 'file'}: {first['msg']}"
+
+
+def _model_at(title: str, where: Sequence[str]) -> type[BaseModel]:
+    """The model of the part of a file whose key is unknown."""
+    if title == RuleFile.__name__:
+        return RuleFile if not where else RuleGroup if where[0] == "groups" else RuleItem
+    return _Item if where else _File
 
 
 # ------------------------------------------------------------------------------------ YAML that may mean another thing
@@ -182,7 +176,7 @@ def _probable_mistakes(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
         yield from _repeated_keys(node)
         for key, value in node.value:
             yield from _probable_mistakes(value)
-            if key.value in {"name", "description", "label"}:
+            if key.value in TEXT_KEYS:
                 yield from _values_that_are_no_text(value)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:

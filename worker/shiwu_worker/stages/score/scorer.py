@@ -12,6 +12,8 @@ from shiwu.contract import MAX_LABEL_CHARS, AnswerWarning, Head, ModelInfo, Requ
 from shiwu_worker.errors import WrongVectors
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.stages.score.kept_vectors import kept_cosines, rounded, to_base64
+from shiwu_worker.stages.score.ranking import smallest
+from shiwu_worker.stages.score.rule_scorer import rule_tags
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,9 +26,6 @@ TAG_BYTES: Final = 64
 """JSON of one tag without its label."""
 MAX_TAGS_BYTES: Final = 128 * 1024
 ONLY_TAGS: Final = ("tags",)
-MIN_COLUMNS: Final = 128
-MIN_KEYS: Final = 4096
-"""A partition of fewer labels or keys takes longer than to sort them."""
 
 
 def score(
@@ -90,25 +89,6 @@ def top_tags(
         tuple(map(Tag, [words[i] for i in row[:count]], score, cosine))
         for row, score, cosine, count in zip(best.tolist(), scores, rounded_cosines, lengths, strict=True)
     ]
-
-
-def smallest(keys: NDArray[np.float32], count: int) -> NDArray[np.intp]:
-    """The columns of the smallest keys of each row, (n, count) or fewer: ascending, equal keys in the order of columns.
-
-    Where only keys of infinity are left, it may be any of them.
-    """
-    columns = keys.shape[1]
-    if not 0 < count <= columns // 4 or columns < MIN_COLUMNS or keys.size < MIN_KEYS:
-        return np.argsort(keys, axis=1, kind="stable")[:, :count]
-    best = np.sort(np.argpartition(keys, count - 1, axis=1)[:, :count], axis=1)
-    found = np.take_along_axis(keys, best, axis=1)
-    best = np.take_along_axis(best, np.argsort(found, axis=1, kind="stable"), axis=1)
-    # A partition takes any of several equal keys, so rows whose last key has equals outside are sorted as a whole.
-    last = found.max(axis=1, keepdims=True)
-    tied = ((keys <= last).sum(axis=1) > count) & np.isfinite(last[:, 0])
-    if tied.any():
-        best[tied] = np.argsort(keys[tied], axis=1, kind="stable")[:, :count]
-    return best
 
 
 def cut_tags(tags: Sequence[Tag], max_bytes: int) -> int:
@@ -198,12 +178,16 @@ class Scorer:
         self, cosines: NDArray[np.float32], labels: EncodedLabels, requests: Sequence[Request | None]
     ) -> list[tuple[Tag, ...]]:
         label_set = labels.label_set
+        if label_set.rules is not None:
+            cosines = labels.best_of_texts(cosines)
         probabilities = probabilities_of(
             cosines,
-            head=label_set.head,
+            head="softmax" if label_set.head == "z" else label_set.head,
             scale=self._scale if label_set.scale is None else label_set.scale,
             bias=self._bias if label_set.bias is None else label_set.bias,
         )
+        if label_set.rules is not None:
+            return rule_tags(cosines, probabilities, label_set, label_set.rules, requests)
         return top_tags(
             probabilities,
             cosines,
