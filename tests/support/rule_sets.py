@@ -39,7 +39,7 @@ def write_calibration(folder: Path, fields: Mapping[str, Any], *, z: float = 3.0
     Args:
         labels: figures of single labels; the others have a mean of 0 and a deviation of 1/10.
     """
-    plain = load_label_set(write_set(folder, {**fields, "calibration": "c.json"}), with_calibration=False)
+    plain = load_label_set(write_set(folder, {**fields, "calibration": "c.json"}), has_calibration=False)
     assert plain.rules is not None
     content = {
         "version": 1,

@@ -97,6 +97,7 @@ def main(
     \b
     SIGTERM or Ctrl-C   finish claimed jobs within SHIWU_GRACE_S, release the rest, exit 0
     a second signal     release all jobs immediately
+    SIGHUP              read the label sets of SHIWU_LABELS_DIR again; without that folder like SIGTERM
 
     \b
     exit codes

@@ -30,12 +30,18 @@ def place(name: str, *, gpu_uuid: str | None = None, **options: Path) -> Placeme
     return Placement(name, f"shiwu@{name}", frozenset({0}), {"PLACE": name}, gpu_uuid=gpu_uuid, **options)
 
 
-def launch(*scripts: str, drain_s: float = 10.0, **limits_s: float) -> int:
+def launch(*scripts: str, drain_s: float = 10.0, has_files: bool = False, **limits_s: float) -> int:
     """Run one shell script for each worker until all have exited; return the exit code."""
     places = [place(f"gpu{number}") for number in range(len(scripts))]
     commands = {one.name: ["sh", "-c", script] for one, script in zip(places, scripts, strict=True)}
     limits = RestartPolicy(**{"drain_s": drain_s, "first_pause_s": 0.01, "max_crashes": 4, **limits_s})  # type: ignore[arg-type]  # floats
-    return Supervisor(places, command=lambda one: commands[one.name], restart_policy=limits, probe_files=NO_FILES).run()
+    return Supervisor(
+        places,
+        command=lambda one: commands[one.name],
+        restart_policy=limits,
+        probe_files=NO_FILES,
+        has_files=has_files,
+    ).run()
 
 
 def test_worker_that_exits_with_0_is_not_restarted(tmp_path: Path) -> None:
@@ -163,6 +169,16 @@ def test_signal_is_passed_on_and_draining_awaited(tmp_path: Path, number: str) -
     )
     assert launch(drains, STAY) == ExitCode.OK
     assert (tmp_path / "a").read_text() == "done\n"
+
+
+def test_hangup_is_passed_on_where_workers_read_files_again(tmp_path: Path) -> None:
+    """It then stops neither the launcher nor a worker."""
+    reads = (
+        f"trap 'echo read > {tmp_path}/a; kill -TERM $PPID' HUP; trap 'exit 0' TERM; kill -HUP $PPID; "
+        "while :; do sleep 0.02; done"
+    )
+    assert launch(reads, has_files=True) == ExitCode.OK
+    assert (tmp_path / "a").read_text() == "read\n"
 
 
 def test_failure_while_draining_gives_its_exit_code() -> None:

@@ -15,6 +15,7 @@ from shiwu.contract import ErrorCode, Lane
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.job import Job
 from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.jobs.label_vectors import EncodedLabels
 from shiwu_worker.pipeline.admission import Admit, Reject
 from shiwu_worker.pipeline.label_queue import MAX_TEXTS
 from tests.support.label_queues import CONFIGURED, LIMITS, TEXT_S, QueueParts, make_job, words
@@ -284,3 +285,20 @@ def test_jobs_are_on_the_device_while_their_labels_are() -> None:
     assert not failing.is_on_device
     assert failing.error is not None
     assert failing.error.retryable is False
+
+
+def test_set_is_encoded_ahead_of_its_jobs_while_images_wait() -> None:
+    """At the share of bulk jobs, whether or not a job comes for it meanwhile."""
+    parts = QueueParts()
+    label_set = LabelSet("new", tuple(f"n{number}" for number in range(200)))
+    ended: list[object] = []
+    parts.queue.encode_ahead(label_set, ended.append)
+    for _ in range(1000):
+        if ended:
+            break
+        parts.queue.run_portion(is_idle=False)
+        parts.clock.now_s += 0.01
+    assert [each.label_set for each in ended if isinstance(each, EncodedLabels)] == [label_set]
+    assert {lane for lane, _ in parts.observer.labels} == {Lane.BULK}
+    parts.queue.encode_ahead(label_set, ended.append)
+    assert len(ended) == 2, "a set that is known needs no queue"

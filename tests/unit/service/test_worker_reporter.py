@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from shiwu.broker.worker_state import WorkerState
+from shiwu.contract import LabelsInfo
 from shiwu_worker.runtime.progress import LoadMeter, LoadSums
 from shiwu_worker.service.worker_reporter import WorkerReporter
 
@@ -35,6 +36,7 @@ class Reported:
         self.reporter = WorkerReporter(
             self.states.append,
             WorkerState(version="9", model="m", slots=128),
+            labels=lambda: LabelsInfo(name="mine", digest="d", count=1, head="softmax"),
             meter=self.meter,
             in_flight=self.held,
             loaders=loaders,
@@ -56,6 +58,7 @@ def test_state_holds_fixed_and_measured_fields() -> None:
     reported.meter.encoded(images=40, seconds=1.0)
     reported.meter.encoded(images=20, seconds=1.0)
     state = reported.after(4.0)
+    assert (state.labels, state.labels_digest) == ("mine", "d")
     assert (state.version, state.model, state.slots, state.uptime_s) == ("9", "m", 128, 4.0)
     assert (state.images_per_s, state.batch, state.max_batch, state.device_share) == (15.0, 30.0, 64, 0.5)
     assert (state.in_flight, state.loaders, state.loader_restarts) == (2, 2, 3)

@@ -44,6 +44,8 @@ def begin() -> Settings:
     logs.set_up(level=settings.log_level, form=settings.log_format)
     report_unknown_names()
     set_up_malloc()
+    if settings.labels_dir is not None and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: None)  # the files are about to be read
     return settings
 
 

@@ -24,13 +24,15 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 class StopSignals:
     """SIGTERM or Ctrl-C drains the worker; a second signal, or SIGQUIT, makes it release its jobs immediately.
 
-    During the start one signal exits the process. Used in the main thread only. SIGHUP counts as SIGTERM, unless it is
-    ignored.
+    During the start one signal exits the process. Used in the main thread only. With
+    `has_files` SIGHUP has files read again; otherwise it counts as SIGTERM, unless it is ignored.
     """
 
     def __init__(self, hostname: str) -> None:
         self._hostname = hostname
         self._hurry: Callable[[], None] | None = None
+        self._has_files = False
+        self._reload: Callable[[], None] = lambda: None
         self.count = 0
         """Number of these signals received."""
         self._first_s = 0.0
@@ -39,18 +41,32 @@ class StopSignals:
         """Seconds since the first signal; 0 without one. Celery may notice a signal late while Redis is slow."""
         return time.monotonic() - self._first_s if self.count else 0.0
 
-    def install(self) -> None:
-        """Install the handlers. Until `started` is called, a signal raises SystemExit(0) in the main thread."""
+    def install(self, *, has_files: bool = False) -> None:
+        """Install the handlers. Until `started` is called, a signal raises SystemExit(0) in the main thread.
+
+        Args:
+            has_files: SIGHUP stops nothing, because there are files that are read again.
+        """
+        self._has_files = has_files
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        # Celery's own handler would start the process anew.
+        if (
+            signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+            if has_files
+            else (signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)
+        ):
             signal.signal(signal.SIGHUP, self._on_signal)
 
-    def started(self, hurry: Callable[[], None]) -> None:
-        """From now on a signal asks Celery's loop to end, and a further signal calls `hurry`."""
+    def started(self, hurry: Callable[[], None], *, reload: Callable[[], None] = lambda: None) -> None:
+        """From now on a signal asks Celery's loop to end, a further signal calls `hurry`, and SIGHUP `reload`."""
         self._hurry = hurry
+        self._reload = reload
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and self._has_files:
+            self._reload()
+            return
         self.count += 1
         state.should_stop = int(ExitCode.OK)
         if self.count == 1:

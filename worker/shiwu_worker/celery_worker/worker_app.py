@@ -127,7 +127,7 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
         """
         settings = _settings().model_copy(update={"lanes": worker.app.conf.shiwu_lanes})
         self._grace_s = settings.grace_s
-        self._signals.install()
+        self._signals.install(has_files=settings.labels_dir is not None)
         with ExitStack() as stack:
             try:
                 self._senders = stack.enter_context(_open_senders(worker, settings))
@@ -150,7 +150,7 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
                 raise
             self._service, self._stack = service, stack.pop_all()
             worker.app.shiwu_on_receiving_revokes = service.receiving_revokes
-            self._signals.started(service.hurry)
+            self._signals.started(service.hurry, reload=service.reload_labels)
 
     def stop(self, worker: Any) -> None:
         """Drain within the grace time; after a fatal error release all jobs immediately."""

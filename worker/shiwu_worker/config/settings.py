@@ -91,9 +91,8 @@ class Settings(BaseSettings):
         "embedding as one matrix product), qkv (queries, keys and values as one), attention (its kernel chosen by "
         "measurement on a GPU), or none; auto: all of them on a GPU, none on a CPU",
     )
-    labels_dir: Path | None = Field(
-        None, description="folder with label sets (*.yaml), in addition to the embedded ones"
-    )
+    labels_dir: Path | None = Field(None, description="folder with label sets (*.yaml), added to the embedded ones")
+    labels_poll_s: float = Field(3.0, ge=0, description="time between looks for changed label files; 0: only SIGHUP")
     default_labels: str = Field("everyday-zh", description="label set of requests that name none")
     label_cache: int = Field(256, ge=1, description="number of inline label sets whose vectors are cached")
     label_cache_mb: int = Field(256, ge=1, description="memory for the vectors of inline labels")

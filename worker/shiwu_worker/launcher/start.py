@@ -64,4 +64,5 @@ def _launch(settings: Settings, placements: Sequence[Placement], command: Worker
         restart_policy=RestartPolicy(drain_s=drain_s),
         probe_files=probe_files,
         fault_of=fault_of,
+        has_files=settings.labels_dir is not None,
     ).run()

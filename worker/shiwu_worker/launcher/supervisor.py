@@ -133,6 +133,7 @@ class Supervisor:
         restart_policy: limits for workers that crash or do not exit.
         probe_files: ready while all workers are ready, so not while one is retired; touched at the time of the worker
             that is furthest behind.
+        has_files: SIGHUP is passed on, so that workers read files again; otherwise it stops them.
         fault_of: why a GPU with this UUID cannot be used before an operator has acted; None without a reason.
     """
 
@@ -144,11 +145,13 @@ class Supervisor:
         restart_policy: RestartPolicy,
         probe_files: ProbeFiles,
         fault_of: Callable[[str], str | None] = lambda _: None,
+        has_files: bool = False,
     ) -> None:
         self._workers = [WorkerProcess(placement, command(placement)) for placement in placements]
         self._restart_policy = restart_policy
         self._probe_files = probe_files
         self._fault_of = fault_of
+        self._has_files = has_files
         self._is_ready: bool | None = None
         self._code: int | None = None
         """The exit code, once the shutdown has begun."""
@@ -227,6 +230,9 @@ class Supervisor:
 
     def _on_signal(self, number: int) -> None:
         if number not in STOP_SIGNALS:
+            return
+        if number == signal.SIGHUP and self._has_files:
+            self._signal_all(signal.SIGHUP)
             return
         if self._code is None:
             self._shut_down(ExitCode.OK)

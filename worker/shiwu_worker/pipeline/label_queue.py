@@ -41,6 +41,7 @@ LONGEST_DELAY_S: Final = 30.0
 """Bounds of the pause of a job for whose labels the queue has no room."""
 Group: TypeAlias = Lane | None
 """The lane whose jobs wait for a label set; None for a configured set that no job waits for."""
+OnEnd: TypeAlias = Callable[["EncodedLabels | ErrorInfo"], None]
 GROUPS: Final[tuple[Group, ...]] = (Lane.INTERACTIVE, Lane.BULK, None)
 
 
@@ -56,6 +57,8 @@ class _Entry:
     """The units of all missing labels."""
     group: Group
     jobs: list[Job] = field(default_factory=list)
+    on_end: list[OnEnd] = field(default_factory=list)
+    """Called with the result, also if no job waits for it."""
 
 
 class LabelQueue:
@@ -142,6 +145,22 @@ class LabelQueue:
             self._held[job.lane] += 1
             return Admit(shared)
 
+    def encode_ahead(self, label_set: LabelSet, on_end: OnEnd) -> None:
+        """Encode a label set that no job waits for yet, at the share of bulk jobs. Any thread may call it.
+
+        Args:
+            on_end: gets the labels, with the set or an equal one, or why the model failed; must not raise or block.
+        """
+        with self._lock:
+            if (labels := self._bank.known(label_set)) is None:
+                entry = self._entries.get(label_set.text_key)
+                if entry is None:
+                    entry = self._entries[label_set.text_key] = self._make_entry(label_set, Lane.BULK)
+                entry.group = entry.group or Lane.BULK
+                entry.on_end.append(on_end)
+                return
+        on_end(labels)
+
     def _make_entry(self, label_set: LabelSet, group: Group) -> _Entry:
         words = self._bank.cached_words(label_set)
         missing = {phrase: self._bank.units(phrase) for phrase in label_set.phrases if phrase not in words}
@@ -192,7 +211,9 @@ class LabelQueue:
         entry, _ = self._waiting.pop(job)
         self._held[job.lane] -= 1
         entry.jobs.remove(job)
-        if not entry.jobs and entry.label_set.name is not None:
+        if not entry.jobs and entry.on_end:
+            entry.group = Lane.BULK
+        elif not entry.jobs and entry.label_set.name is not None:
             entry.group = None
         elif not entry.jobs:
             del self._entries[entry.label_set.text_key]
@@ -304,6 +325,8 @@ class LabelQueue:
                 job.labels = result if label_set is result.label_set else self._bank.known(label_set)
         self._loaded.difference_update(loaded)
         entry.jobs.clear()
+        for on_end in entry.on_end:
+            on_end(result)
         return loaded
 
     def _error_of(self, error: Exception, entry: _Entry) -> ErrorInfo:

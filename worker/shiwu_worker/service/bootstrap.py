@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 log: FilteringBoundLogger = structlog.get_logger()
 LOADERS_READY_TIMEOUT_S: Final = 60.0
+RELOADER_CLOSE_S: Final = 2.0
 
 
 @contextmanager
@@ -86,6 +87,7 @@ def open_service(
         service = WorkerService(parts, parts.make_pipeline(canary), observer)
         stack.callback(service.heartbeat.close)
         stack.callback(service.cancellations.close)
+        stack.callback(service.close_reloader)
         observer.watch(stack, queue.client, encoder, loaders, words_waiting=parts.labels.words_waiting)
         stack.callback(service.stop, grace_s=settings.grace_s)
         freeze_started(stack)
@@ -102,6 +104,9 @@ class WorkerService:
         self._observer = observer
         self.heartbeat = parts.make_heartbeat()
         self.cancellations = parts.make_cancellations()
+        folder = parts.settings.labels_dir
+        self._reloader = None if folder is None else parts.make_label_reloader(folder, on_end=self._reloaded)
+        self._reloaded(None)
         self._is_stopped = False
 
     def start(self, on_committed: Callable[[Sequence[CommittedJob]], None]) -> None:
@@ -123,6 +128,23 @@ class WorkerService:
             stuck_s=parts.stuck_s,
         )
 
+        if self._reloader is not None:
+            self._reloader.thread.start()
+
+    def reload_labels(self) -> None:
+        """Read the files of label sets again, soon. May be called from a signal handler."""
+        if self._reloader is not None:
+            self._reloader.ask()
+
+    def close_reloader(self) -> None:
+        """Read no further files."""
+        if self._reloader is not None:
+            self._reloader.thread.close(RELOADER_CLOSE_S)
+
+    def _reloaded(self, is_done: bool | None) -> None:
+        digests = {name: label_set.info.digest for name, label_set in self._parts.label_bank.sets.items()}
+        self._observer.label_sets(digests, is_done=is_done)
+
     def stop(self, *, grace_s: float) -> None:
         """Drain within the grace time, then release what is left. Only the first call has an effect."""
         if not self._is_stopped:
@@ -138,6 +160,8 @@ class WorkerService:
             releaser.start()
             self._parts.committer.close(timeout_s=max(0.0, until_s - time.monotonic()))
             releaser.join(max(0.0, until_s - time.monotonic()))
+            if self._reloader is not None:
+                self._reloader.thread.ask_to_end()
             for thread in (self.heartbeat.thread, self.cancellations.thread):
                 thread.ask_to_end()  # all at the same time; their `close` waits
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from shiwu_worker.config.settings import Settings
     from shiwu_worker.jobs.label_set import LabelSet
+    from shiwu_worker.jobs.label_vectors import EncodedLabels
     from shiwu_worker.stages.encode.encoder import Encoder
 
 log: FilteringBoundLogger = structlog.get_logger()
@@ -98,7 +99,15 @@ def encode_default_labels(bank: LabelBank) -> None:
     Raises:
         FatalError: with ExitCode.MODEL when the model cannot read some of them or cannot tell them apart.
     """
-    encoded = bank.encoded(bank.resolve(None))
+    check_default_labels(bank.encoded(bank.resolve(None)))
+
+
+def check_default_labels(encoded: EncodedLabels) -> None:
+    """Check that the model can read the default labels and tell them apart.
+
+    Raises:
+        FatalError: with ExitCode.MODEL when it cannot.
+    """
     codes = {WarningCode.LABELS_UNREADABLE, WarningCode.LABELS_ALIKE}
     wrong = [warning for warning in encoded.warnings if warning.code in codes]
     if wrong:

@@ -165,6 +165,11 @@ class Observability:
         if self._metrics is not None:
             self._metrics.labels_encoded(lane, words=words, seconds=seconds)
 
+    def label_sets(self, digests: Mapping[str, str], *, is_done: bool | None) -> None:
+        """Report the configured label sets, by name, and whether new files were taken over; None at the start."""
+        if self._metrics is not None:
+            self._metrics.label_sets(digests, is_done=is_done)
+
     def images_saved(self, by: str, count: int) -> None:
         """Count images that need not be encoded."""
         if self._metrics is not None:

@@ -21,12 +21,16 @@ from shiwu_worker.pipeline.shared_images import SharedImages
 from shiwu_worker.policy.limits import LABEL_SLOTS
 from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.progress import LoadMeter, Progress
+from shiwu_worker.service.label_reloader import LabelReloader
+from shiwu_worker.service.labels import check_default_labels, read_label_sets
 from shiwu_worker.service.model import make_executor
 from shiwu_worker.service.worker_reporter import WorkerReporter
 from shiwu_worker.stages.batch import Batcher, Reason
 from shiwu_worker.stages.commit import Committer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from shiwu_worker.config.settings import Settings
     from shiwu_worker.errors import FatalError
     from shiwu_worker.health.canary import Canary
@@ -144,6 +148,7 @@ class PipelineParts:
             publish=WorkerReporter(
                 partial(write_worker_state, self.queue.client, self.settings.worker_name),
                 self._about(),
+                labels=lambda: self.label_bank.resolve(None).info,
                 meter=self.meter,
                 in_flight=self.in_flight,
                 loaders=self.loaders,
@@ -153,7 +158,7 @@ class PipelineParts:
 
     def _about(self) -> WorkerState:
         """What does not change while the worker runs."""
-        model, labels = self.encoder.info, self.label_bank.resolve(None).info
+        model = self.encoder.info
         return WorkerState(
             version=version("shiwu"),
             slots=self.limits.slots,
@@ -161,8 +166,6 @@ class PipelineParts:
             model=model.id,
             revision=model.revision,
             dtype=model.dtype,
-            labels=labels.name or "",
-            labels_digest=labels.digest,
         )
 
     def make_cancellations(self) -> CancellationListener:
@@ -171,6 +174,18 @@ class PipelineParts:
             self.queue.client,
             on_answered_elsewhere=self.in_flight.mark_answered_elsewhere,
             on_fatal=self.on_fatal,
+        )
+
+    def make_label_reloader(self, folder: Path, *, on_end: Callable[[bool], None]) -> LabelReloader:
+        """The thread that reads label sets again when their files change."""
+        return LabelReloader(
+            self.label_bank,
+            folder=folder,
+            poll_s=self.settings.labels_poll_s,
+            read=partial(read_label_sets, self.settings),
+            encode_ahead=self.labels.encode_ahead,
+            check_default=check_default_labels,
+            on_end=on_end,
         )
 
     @property

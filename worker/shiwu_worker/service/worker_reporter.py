@@ -13,6 +13,7 @@ from shiwu.broker.worker_state import WorkerState
 from shiwu_worker.runtime.proc import resident_bytes
 
 if TYPE_CHECKING:
+    from shiwu.contract import LabelsInfo
     from shiwu_worker.loaders.pool import LoaderPool
     from shiwu_worker.runtime.progress import LoadMeter, LoadSums
     from shiwu_worker.stages.encode.encoder import Encoder
@@ -28,6 +29,7 @@ class WorkerReporter:
     Args:
         write: stores a state; may raise an error of Redis.
         about: the fields that do not change.
+        labels: the default label set.
         clock: gives monotonic seconds.
     """
 
@@ -36,6 +38,7 @@ class WorkerReporter:
         write: Callable[[WorkerState], None],
         about: WorkerState,
         *,
+        labels: Callable[[], LabelsInfo],
         meter: LoadMeter,
         in_flight: Sized,
         loaders: LoaderPool,
@@ -44,6 +47,7 @@ class WorkerReporter:
     ) -> None:
         self._write = write
         self._about = about
+        self._labels = labels
         self._meter = meter
         self._in_flight = in_flight
         self._loaders = loaders
@@ -69,9 +73,12 @@ class WorkerReporter:
         load = self._meter.since(self._window[0], until=sums)
         self._window.append(sums)
         seconds = max(INTERVAL_S, load.seconds)
+        labels = self._labels()
         used_bytes, total_bytes = self._encoder.gpu_memory() or (resident_bytes(), 0)
         return msgspec.structs.replace(
             self._about,
+            labels=labels.name or "",
+            labels_digest=labels.digest,
             uptime_s=round(now_s - self._started_s, 1),
             images_per_s=round(load.pictures / seconds, 1),
             batch=round(load.pictures / load.batches, 1) if load.batches else 0.0,

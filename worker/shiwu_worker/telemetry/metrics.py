@@ -43,6 +43,8 @@ SAVINGS: Final = ("joined", "vector", "not_modified")
 _LANES: Final = tuple(lane.value for lane in Lane)
 NO_LANE: Final = "none"
 """In place of a lane: labels of configured sets that no job waits for."""
+RELOADS: Final = ("done", "failed")
+"""How a reload of label sets ends."""
 _LABEL_LANES: Final = (*_LANES, NO_LANE)
 _STAGES: Final = tuple(stage.value for stage in Stage)
 _TIMED: Final = len(_STAGES) - 1
@@ -96,10 +98,7 @@ class Metrics:
         self._batch_size = Histogram(
             "shiwu_batch_size", "Images in a batch.", buckets=tuple(map(float, BATCH_SIZES)), registry=registry
         )
-        self._words = counter("shiwu_labels_encoded", "Labels encoded, by the lane that needed them.", ["lane"])
-        self._words_s = counter(
-            "shiwu_label_seconds", "Time of the device for labels, by the lane that needed them.", ["lane"]
-        )
+        self._open_labels(counter)
         self._renewed = counter("shiwu_leases_renewed", "Leases renewed.")
         self._reaped = counter("shiwu_leases_reaped", "Jobs requeued after their lease expired.")
         self._duty_failures = counter(
@@ -133,6 +132,18 @@ class Metrics:
             registry.register(each)
         self._show_zeros(retried)
 
+    def _open_labels(self, counter: Callable[[str, str, list[str]], Counter]) -> None:
+        """Create what tells of labels."""
+        self._words = counter("shiwu_labels_encoded", "Labels encoded, by the lane that needed them.", ["lane"])
+        self._words_s = counter(
+            "shiwu_label_seconds", "Time of the device for labels, by the lane that needed them.", ["lane"]
+        )
+        self._label_sets = Gauge(
+            "shiwu_label_set_info", "The configured label sets; always 1.", ["name", "digest"], registry=self.registry
+        )
+        self._label_set_series: set[tuple[str, str]] = set()
+        self._reloads = counter("shiwu_label_reloads", "Changed files of label sets.", ["result"])
+
     def _show_zeros(self, retried: Collection[ErrorCode]) -> None:
         """Create series with 0: a series that begins with its first event hides that event from `rate`."""
         for lane in _LANES:
@@ -148,6 +159,8 @@ class Metrics:
             self._saved.labels(by)
         for duty in DUTIES:
             self._duty_failures.labels(duty)
+        for result in RELOADS:
+            self._reloads.labels(result)
 
     # -------------------------------------------------------------------------------- jobs
     def answered(self, committed: Sequence[CommittedJob]) -> None:
@@ -190,6 +203,17 @@ class Metrics:
         name = lane.value if lane is not None else NO_LANE
         self._words.labels(name).inc(words)
         self._words_s.labels(name).inc(seconds)
+
+    def label_sets(self, digests: Mapping[str, str], *, is_done: bool | None) -> None:
+        """Record the configured label sets, and the end of a reload; None where there was none."""
+        if is_done is not None:
+            self._reloads.labels(RELOADS[0] if is_done else RELOADS[1]).inc()
+        now = set(digests.items())
+        for series in now:
+            self._label_sets.labels(*series).set(1)
+        for series in self._label_set_series - now:
+            self._label_sets.remove(*series)
+        self._label_set_series = now
 
     def images_saved(self, by: str, images: int) -> None:
         """Record jobs that were scored without encoding their images; `by` is one of `SAVINGS`."""

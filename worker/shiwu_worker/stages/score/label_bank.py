@@ -77,15 +77,10 @@ class LabelBank:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._has_bias = has_bias
-        self._names = sorted(sets)
-        self._by_request: dict[tuple[str | None, Head | None], LabelSet] = {}
-        """Named label sets by the name (None: the default) and the head (None: the set's own) of a request."""
-        for name, label_set in sets.items():
-            if self._lacks_bias(label_set):
-                raise ValueError(f"label set {name}: head: {SIGMOID_LACKS_BIAS}")
-            self._add(name, label_set)
-            if name == default:
-                self._add(None, label_set)
+        self._default = default
+        self.sets = dict(sets)
+        """The label sets by name."""
+        self._by_request = self._requests(sets)
         self.configured = tuple({label_set.text_key: label_set for label_set in sets.values()}.values())
         """The label sets of the operator and of the package, without those that differ in name or head only."""
         self.cost = TextCost(max_units=max_tokens)
@@ -106,12 +101,20 @@ class LabelBank:
         self._pinned: dict[LabelSet, EncodedLabels] = {}
         self._texts: WeakValueDictionary[Hashable, TextVectors] = WeakValueDictionary()
 
-    def _add(self, name: str | None, label_set: LabelSet) -> None:
-        self._by_request[name, None] = label_set
-        for head in get_args(Head):
-            with_head = label_set if head == label_set.head else replace(label_set, head=head)
-            if not self._lacks_bias(with_head):
-                self._by_request[name, head] = with_head
+    def _requests(self, sets: Mapping[str, LabelSet]) -> dict[tuple[str | None, Head | None], LabelSet]:
+        """Label sets by the name (None: the default) and the head (None: the set's own) of a request."""
+        found: dict[tuple[str | None, Head | None], LabelSet] = {}
+        for name, label_set in sets.items():
+            if self._lacks_bias(label_set):
+                raise ValueError(f"label set {name}: head: {SIGMOID_LACKS_BIAS}")
+            heads: dict[Head | None, LabelSet] = {None: label_set}
+            for head in get_args(Head):
+                with_head = label_set if head == label_set.head else replace(label_set, head=head)
+                if not self._lacks_bias(with_head):
+                    heads[head] = with_head
+            for asked in (name, None) if name == self._default else (name,):
+                found |= {(asked, head): with_head for head, with_head in heads.items()}
+        return found
 
     def _lacks_bias(self, label_set: LabelSet) -> bool:
         return label_set.head == "sigmoid" and label_set.bias is None and not self._has_bias
@@ -128,10 +131,48 @@ class LabelBank:
                 return found
         elif (named := self._by_request.get((labels, head))) is not None:
             return named
-        elif labels is not None and labels not in self._names:
-            text = f"labels: expected one of {', '.join(self._names)}, got {labels!r}"
+        elif labels is not None and (labels, None) not in self._by_request:
+            text = f"labels: expected one of {', '.join(sorted(self.sets))}, got {labels!r}"
             raise Rejected(ErrorCode.UNKNOWN_LABEL_SET, text, stage=Stage.CLAIM)
         raise Rejected(ErrorCode.INVALID_REQUEST, f"head: {SIGMOID_LACKS_BIAS}", stage=Stage.CLAIM)
+
+    # -------------------------------------------------------------------------------- other sets while the worker runs
+    def check(self, sets: Mapping[str, LabelSet]) -> None:
+        """Check that `install` would accept these sets.
+
+        Raises:
+            ValueError: a label set uses sigmoid without a bias.
+        """
+        self._requests(sets)
+
+    def default_of(self, sets: Mapping[str, LabelSet]) -> LabelSet | None:
+        """The set among these that requests without labels get."""
+        return sets.get(self._default)
+
+    def install(self, sets: Mapping[str, LabelSet], encoded: Sequence[EncodedLabels]) -> None:
+        """Resolve requests to these sets from now on. Sets that they replace stay cached for jobs that have them.
+
+        Args:
+            encoded: those of the sets that are new, with their vectors.
+
+        Raises:
+            ValueError: a label set uses sigmoid without a bias.
+        """
+        by_request = self._requests(sets)
+        configured = {label_set.text_key: label_set for label_set in sets.values()}
+        with self._lock:
+            former, self._pinned = self._pinned, {each.label_set: each for each in encoded}
+            self._pinned_keys = set(configured)
+            for label_set, each in former.items():
+                if label_set.text_key in configured:
+                    self._pinned.setdefault(label_set, each)
+                else:
+                    self._cache(each)
+        self._words.pin_only({phrase for label_set in configured.values() for phrase in label_set.phrases})
+        self.configured = tuple(configured.values())
+        self.sets = dict(sets)
+        # One assignment, so that each request finds the former sets or the new ones.
+        self._by_request = by_request
 
     # -------------------------------------------------------------------------------- cached vectors
     def known(self, label_set: LabelSet) -> EncodedLabels | None:
@@ -223,7 +264,13 @@ class LabelBank:
         encoded = EncodedLabels(label_set, texts, warnings)
         if self._is_configured(label_set):
             self._pinned[label_set] = encoded
-            return encoded
+        else:
+            self._cache(encoded)
+        return encoded
+
+    def _cache(self, encoded: EncodedLabels) -> None:
+        """Keep a label set for a while. The caller holds the lock."""
+        label_set = encoded.label_set
         if (former := self._encoded.pop(label_set, None)) is not None:
             self._encoded_bytes -= former.vectors.nbytes
         self._encoded[label_set] = encoded
@@ -233,4 +280,3 @@ class LabelBank:
         ):
             _, dropped = self._encoded.popitem(last=False)
             self._encoded_bytes -= dropped.vectors.nbytes
-        return encoded

@@ -87,11 +87,11 @@ class _File(BaseModel):
         return labels
 
 
-def load_label_sets(folders: Sequence[Path], *, with_calibrations: bool = True) -> dict[str, LabelSet]:
+def load_label_sets(folders: Sequence[Path], *, has_calibrations: bool = True) -> dict[str, LabelSet]:
     """Read every YAML file of the folders; a later folder replaces sets of the same name.
 
     Args:
-        with_calibrations: whether calibration files are read; without them a set cannot decide by z.
+        has_calibrations: whether calibration files are read; without them a set cannot decide by z.
 
     Raises:
         ValueError: names the file and the error in it, or two files of one folder with the same set name.
@@ -102,7 +102,7 @@ def load_label_sets(folders: Sequence[Path], *, with_calibrations: bool = True) 
             raise ValueError(f"{folder}: expected a folder of label sets")
         files: dict[str, Path] = {}
         for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
-            label_set = load_label_set(path, with_calibration=with_calibrations)
+            label_set = load_label_set(path, has_calibration=has_calibrations)
             name = str(label_set.name)
             if other := files.get(name):
                 raise ValueError(f"{path}: name: expected a name of its own, got {name!r}, the name in {other}")
@@ -111,7 +111,7 @@ def load_label_sets(folders: Sequence[Path], *, with_calibrations: bool = True) 
     return sets
 
 
-def load_label_set(path: Path, *, with_calibration: bool = True) -> LabelSet:
+def load_label_set(path: Path, *, has_calibration: bool = True) -> LabelSet:
     """Read one YAML file, and the calibration file beside it that it names.
 
     Raises:
@@ -120,7 +120,7 @@ def load_label_set(path: Path, *, with_calibration: bool = True) -> LabelSet:
     try:
         content = _read_yaml(path.read_text(encoding="utf-8-sig"))
         if isinstance(content, dict) and content.get("version") == RULES_VERSION:
-            return read_rule_file(content).label_set(path.parent if with_calibration else None)
+            return read_rule_file(content).label_set(path.parent if has_calibration else None)
         return _File.model_validate(content).label_set()
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
