@@ -35,6 +35,10 @@ QUIET: Final = "no other load"
 MAX_RATIO: Final = 2.0
 MAX_P99_MS: Final = 2000.0
 WARM_JOBS: Final = 30
+PREFIX: Final = "user"
+"""Of the ids of interactive jobs."""
+STAGES: Final = ("queue", "claim", "fetch", "decode", "batch", "encode", "score")
+"""Of `Timing`; what comes after them is the commit."""
 WARM_TIMEOUT_S: Final = 120.0
 LEAD_S: Final = 1.0
 """Between the last message of the attack and the first interactive job."""
@@ -82,6 +86,8 @@ class Run:
     p50_ms: float
     p99_ms: float
     max_ms: float
+    stages_ms: Mapping[str, float]
+    """Stage → p99 of the interactive jobs."""
     reaped: int
     stuck: int
     """How often the worker reported that it was stuck."""
@@ -168,10 +174,11 @@ def _measure(place: Place, load: Attack | None, target: Target, options: Options
             for message in warm:
                 traffic.send(place.client, place.lane, [message])
             listener.wait(len(warm), timeout_s=WARM_TIMEOUT_S, check=running.check)
-        with traffic.listening(place.client) as listener, _MemoryPeak(place) as memory:
+        # The attack's answers are not heard: reading them would delay the others, and on the same cores.
+        with traffic.listening(place.client, prefix=PREFIX) as listener, _MemoryPeak(place) as memory:
             traffic.send(place.client, Lane.BULK, attack)
             latencies_ms, ids = _interactive(place, listener, options)
-            answered = len(listener.arrivals.keys() & {message.id for message in attack})
+            answered = len(attack) - traffic.missing(place.client, [message.id for message in attack])
             missing = [job_id for job_id in ids if job_id not in listener.arrivals]
         replies = traffic.read_all(place.client, ids)
         log_text = running.processes[0].log_text()
@@ -186,6 +193,7 @@ def _measure(place: Place, load: Attack | None, target: Target, options: Options
             p50_ms=float(np.percentile(latencies_ms, 50)),
             p99_ms=float(np.percentile(latencies_ms, 99)),
             max_ms=max(latencies_ms),
+            stages_ms=_stages(replies, latencies_ms),
             reaped=int(counters.get(b"reaped", 0)),
             stuck=log_text.count("worker_stuck"),
             has_ended=not running.processes[0].is_running,
@@ -201,7 +209,7 @@ def _interactive(place: Place, listener: traffic.Listener, options: Options) -> 
     count = max(2, int(options.rate * options.seconds))
     due_s = np.cumsum(chance.exponential(1 / options.rate, count)) + time.monotonic() + LEAD_S
     after_s = [float(each) for each in due_s - time.monotonic()]
-    messages = traffic.build(place.source.references, count=count, prefix="user", lane=place.lane, after_s=after_s)
+    messages = traffic.build(place.source.references, count=count, prefix=PREFIX, lane=place.lane, after_s=after_s)
     ids = [message.id for message in messages]
     send_when_due(place, messages, due_s)
     until_s = time.monotonic() + options.drain_s
@@ -210,6 +218,14 @@ def _interactive(place: Place, listener: traffic.Listener, options: Options) -> 
     end_s = time.monotonic()
     arrivals = [listener.arrivals.get(job_id, end_s) for job_id in ids]
     return [(at_s - float(due)) * 1000 for at_s, due in zip(arrivals, due_s, strict=True)], ids
+
+
+def _stages(replies: Sequence[traffic.Reply], latencies_ms: Sequence[float]) -> dict[str, float]:
+    """Stage → p99 in ms; of the commit it is the part of the latency that no stage of the answer has."""
+    timings = [reply.timing for reply in replies]
+    found = {name: [getattr(timing, name) or 0.0 for timing in timings] for name in STAGES}
+    found["commit"] = [latency - timing.total for latency, timing in zip(latencies_ms, timings, strict=True)]
+    return {name: float(np.percentile(each, 99)) for name, each in found.items()}
 
 
 class _MemoryPeak:
@@ -249,7 +265,7 @@ def _report(options: Options, figures: Figures, *, server: str, model: str, is_r
             Headline("interactive p99 under the worst attack ÷ without load", worst, "times", "less"),
             *(Headline(f"interactive p99, {each.load}", each.p99_ms, "ms", "less") for each in figures.runs),
         ),
-        tables=(_table(figures, ratios, options),),
+        tables=(_table(figures, ratios, options), _stage_table(figures)),
         charts=(
             Chart(
                 "interactive p99",
@@ -287,6 +303,12 @@ def _table(figures: Figures, ratios: Mapping[str, float], options: Options) -> T
         for each in figures.runs
     )
     return Table(f"interactive jobs at {options.rate:g}/s under hostile load", (*head, "Redis MiB"), rows)
+
+
+def _stage_table(figures: Figures) -> Table:
+    names = (*STAGES, "commit")
+    rows = tuple((each.load, *(number(each.stages_ms[name]) for name in names)) for each in figures.runs)
+    return Table("p99 of each stage of the interactive jobs, ms", ("load", *names), rows)
 
 
 def _notes(options: Options, quiet: Run, attacks: Sequence[Run], ratios: Mapping[str, float]) -> tuple[str, ...]:

@@ -129,9 +129,14 @@ def _reply(job_id: str, raw: bytes | None) -> Reply:
 
 
 class Listener:
-    """Records when each answer can be read."""
+    """Records when each answer can be read.
 
-    def __init__(self, client: redis.Redis) -> None:
+    Args:
+        prefix: how the ids begin whose answers are heard.
+    """
+
+    def __init__(self, client: redis.Redis, *, prefix: str = "") -> None:
+        self._prefix = prefix
         self._pubsub = client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]  # redis' own
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="answers", daemon=True)
@@ -139,7 +144,7 @@ class Listener:
         """id → moment of its first answer, on the monotonic clock."""
 
     def __enter__(self) -> Self:
-        self._pubsub.psubscribe(f"{_PREFIX}*")
+        self._pubsub.psubscribe(f"{_PREFIX}{self._prefix}*")
         self._pubsub.get_message(timeout=5.0)  # the server confirmed the subscription: no later answer is missed
         self._thread.start()
         return self
@@ -171,8 +176,8 @@ class Listener:
 
 
 @contextmanager
-def listening(client: redis.Redis) -> Iterator[Listener]:
-    """Clear the database and open a listener on it."""
+def listening(client: redis.Redis, *, prefix: str = "") -> Iterator[Listener]:
+    """Clear the database and open a listener on it, for answers of ids with this prefix."""
     client.flushall()
-    with Listener(client) as listener:
+    with Listener(client, prefix=prefix) as listener:
         yield listener

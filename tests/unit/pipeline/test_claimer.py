@@ -13,8 +13,10 @@ import redis
 from shiwu.contract import Lane
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.job import Claimed, Job
+from shiwu_worker.pipeline import claimer as module
 from shiwu_worker.pipeline.claimer import IDLE_WAIT_S, Claimer
 from shiwu_worker.pipeline.in_flight import NO_ROOM, Room
+from shiwu_worker.stages.batch import INTERACTIVE_PAUSE_S
 from shiwu_worker.stages.claim.lease_queue import ClaimResult
 from tests.support.observers import RecordingObserver
 from tests.support.redis_parts import message
@@ -25,13 +27,13 @@ NOTHING = ClaimResult(())
 
 
 def claimed(*ids: str, is_quarantine_owner: bool = False) -> ClaimResult:
-    """A claim with these jobs."""
+    """A claim with these jobs; those whose names begin with `user` are interactive."""
     jobs = tuple(
         Claimed(
             id=job_id,
             attempt=1,
             deaths=0,
-            key=Lane.BULK.queue,
+            key=(Lane.INTERACTIVE if job_id.startswith("user") else Lane.BULK).queue,
             raw=message(job_id),
             claimed_ms=1000.0,
             claimed_s=1.0,
@@ -160,6 +162,36 @@ def test_claimed_jobs_are_passed_on() -> None:
     assert parts.counts == {"reset": 2, "progress": 2, "idle": 0, "closed": 1, "reconnect": 0}
     assert parts.in_flight.asked == [(False, IDLE_WAIT_S)] * 2
     assert (parts.in_flight.woken, parts.released) == (1, ["end"])
+
+
+def test_interactive_messages_do_not_wait_until_bulk_is_read() -> None:
+    """They are passed on first, in their order."""
+    parts = Parts(claimed("a", "user-1", "b", "user-2"), claimed("user-3"))
+    parts.run()
+    assert parts.passed == [["user-1", "user-2"], ["a", "b"], ["user-3"]]
+
+
+def test_claims_of_bulk_are_bounded_by_their_reading_while_interactive_jobs_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At least one is claimed. Costs count at once when they grow; without interactive jobs there is no bound."""
+    cpu_s = iter([0.0, 0.008, 0.0, 0.001, 0.0, 0.1, 0.0, 0.001])
+    now_s = [100.0]
+    clock = SimpleNamespace(thread_time=lambda: next(cpu_s), monotonic=lambda: now_s[0])
+    monkeypatch.setattr(module, "time", clock)
+    parts = Parts(claimed("a", "b", "c", "d"), claimed("user-1", "e"), claimed("f"), claimed("user-2"), claimed("g"))
+    parts.in_flight.room = Room(5, 4)
+    waiting_for_room = parts.in_flight.wait_for_room
+
+    def wait(**options: Any) -> Room:
+        if len(parts.claims) == 4:
+            now_s[0] += INTERACTIVE_PAUSE_S
+        return waiting_for_room(**options)
+
+    parts.in_flight.wait_for_room = wait  # type: ignore[method-assign]  # time passes
+    parts.run()
+    # After 2 ms for each of four, no interactive job had come; then 1.5 ms each, then 100 ms each.
+    assert [bulk for _, bulk in parts.claims] == [4, 4, 3, 1, 4]
 
 
 @pytest.mark.parametrize("is_bulk_full", [True, False])

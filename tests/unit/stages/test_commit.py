@@ -11,7 +11,7 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from shiwu.contract import ErrorCode, ErrorInfo, Lane
+from shiwu.contract import ErrorCode, ErrorInfo, Lane, Tag
 from shiwu_worker.jobs.job import Job, Release
 from shiwu_worker.jobs.outcome import Answered, CommittedJob, Outcome, Released
 from shiwu_worker.jobs.timestamps import StageTimestamps
@@ -65,7 +65,8 @@ class Parts:
 
 def make_job(job_id: str, **fields: Any) -> Job:
     """A job that was claimed."""
-    return Job(id=job_id, key=Lane.BULK.queue, attempt=1, raw=b"raw", moments=StageTimestamps(claimed_s=0.0), **fields)
+    moments = StageTimestamps(claimed_s=0.0)
+    return Job(**{"id": job_id, "key": Lane.BULK.queue, "attempt": 1, "raw": b"raw", "moments": moments} | fields)
 
 
 def test_all_that_was_put_is_committed_at_the_end() -> None:
@@ -93,13 +94,45 @@ def test_only_what_there_is_is_written() -> None:
 
 
 def test_batch_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Portions are not divided; the next batch takes the rest."""
+    """The next batch takes the rest."""
     monkeypatch.setattr(module, "MAX_BATCH", 3)
     parts = Parts()
     names = ["a", "b", "c", "d", "e", "f"]
     jobs: list[Outcome] = [Answered(make_job(name)) for name in names]
     assert parts.run(jobs[:2], jobs[2:4], jobs[4:5], jobs[5:])
-    assert parts.written == [["a", "b", "c", "d"], ["e", "f"]]
+    assert parts.written == [["a", "b", "c"], ["d", "e", "f"]]
+
+
+def test_interactive_answers_wait_for_one_bounded_commit_of_bulk_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each lane has commits of its own, in turns, and bulk ends a commit after so many bytes."""
+    monkeypatch.setattr(module, "MAX_BULK_BYTES", 90_000)
+    monkeypatch.setattr(module, "MAX_BATCH", 3)
+    parts = Parts()
+    large = tuple(Tag("标签" * 20, 0.5, 0.2) for _ in range(500))
+    bulk: list[Outcome] = [Answered(make_job(f"large-{number}", tags=large)) for number in range(3)]
+    small: list[Outcome] = [Answered(make_job(f"small-{number}")) for number in range(2)]
+    users: list[Outcome] = [Answered(make_job(f"user-{number}", key=Lane.INTERACTIVE.queue)) for number in range(4)]
+    assert parts.run(bulk, [*small, *users])
+    assert parts.written == [
+        *(["user-0", "user-1", "user-2"], ["large-0"], ["user-3"], ["large-1"]),
+        *(["large-2"], ["small-0", "small-1"]),
+    ]
+
+
+def test_commit_takes_what_comes_meanwhile() -> None:
+    """An interactive answer that is put while bulk answers are written is in the next commit."""
+    parts = Parts()
+    large = tuple(Tag("标签" * 60, 0.5, 0.2) for _ in range(1000))
+    write = parts.committer._answer_store.write
+
+    def put_meanwhile(entries: Sequence[Any]) -> set[str]:
+        if len(parts.written) == 0:
+            parts.committer.put([Answered(make_job("user", key=Lane.INTERACTIVE.queue))])
+        return write(entries)
+
+    parts.committer._answer_store.write = put_meanwhile  # type: ignore[method-assign,assignment]  # no Redis
+    assert parts.run([Answered(make_job(f"large-{number}", tags=large)) for number in range(3)])
+    assert parts.written == [["large-0"], ["user"], ["large-1"], ["large-2"]]
 
 
 def test_write_is_repeated_until_redis_answers() -> None:

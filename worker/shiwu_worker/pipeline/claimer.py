@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,12 @@ from shiwu.broker.redis_errors import explain, info_of
 from shiwu.contract import Lane
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.job import open_job
+from shiwu_worker.stages.batch import INTERACTIVE_PAUSE_S
 
 if TYPE_CHECKING:
     from datetime import tzinfo
 
-    from shiwu_worker.jobs.job import Job
+    from shiwu_worker.jobs.job import Claimed, Job
     from shiwu_worker.pipeline.in_flight import InFlightJobs
     from shiwu_worker.pipeline.observer import PipelineObserver
     from shiwu_worker.runtime.backoff import RedisBackoff
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 IDLE_WAIT_S: Final = 5.0
 """Longest wait for room or for a message before the loop checks again."""
+BULK_READ_S: Final = 0.005
+"""While interactive jobs come, a claim takes as many bulk messages as are read in about this time of the CPU."""
+_BULK_KEYS: Final = frozenset(Lane.BULK.keys)
 
 
 class Claimer:
@@ -59,6 +64,10 @@ class Claimer:
         self._observer = observer
         self._closing = threading.Event()
         self._has_claimed = self._is_claiming = False
+        self._interactive_s = -math.inf
+        """When the last interactive job was claimed, on the monotonic clock."""
+        self._bulk_message_s = 0.0
+        """CPU time for one bulk message of the last claims. It grows at once and falls slowly."""
 
     def run(self, on_claimed: Callable[[Sequence[Job]], None]) -> None:
         """Claim jobs until `close`, read their messages, and pass them on.
@@ -77,7 +86,9 @@ class Claimer:
                 if self._lease_queue.has_lost_reply:
                     self._lease_queue.release_lost(self._in_flight)
                     continue
-                claimed = self._lease_queue.claim(room.total, bulk_limit=room.bulk, held=self._in_flight)
+                claimed = self._lease_queue.claim(
+                    room.total, bulk_limit=self._bulk_limit(room.bulk), held=self._in_flight
+                )
             except RedisError as error:
                 self._wait_for_redis(error)
                 continue
@@ -91,12 +102,30 @@ class Claimer:
                 self._progress.mark()
             is_quarantine_owner = claimed.is_quarantine_owner
             if claimed.jobs:
-                on_claimed([open_job(message, zone=self._zone) for message in claimed.jobs])
+                self._pass_on(claimed.jobs, on_claimed)
             elif not is_quarantine_owner:
                 self._wait_for_message()
         # While it closes, the worker starts no further job. `stop` tries again at its end.
         with suppress(RedisError):
             self._lease_queue.end(self._in_flight)
+
+    def _pass_on(self, claimed: Sequence[Claimed], on_claimed: Callable[[Sequence[Job]], None]) -> None:
+        """Read the messages of a claim: interactive ones do not wait until the others are read."""
+        bulk = [message for message in claimed if message.key in _BULK_KEYS]
+        if len(bulk) < len(claimed):
+            self._interactive_s = time.monotonic()
+            on_claimed([open_job(message, zone=self._zone) for message in claimed if message.key not in _BULK_KEYS])
+        if bulk:
+            began_s = time.thread_time()
+            on_claimed([open_job(message, zone=self._zone) for message in bulk])
+            found_s = (time.thread_time() - began_s) / len(bulk)
+            self._bulk_message_s = max(found_s, (found_s + self._bulk_message_s) / 2)
+
+    def _bulk_limit(self, room: int) -> int:
+        """How many bulk messages to claim: while they are read, no interactive job is claimed."""
+        if self._bulk_message_s <= 0.0 or time.monotonic() - self._interactive_s >= INTERACTIVE_PAUSE_S:
+            return room
+        return min(room, max(1, int(BULK_READ_S / self._bulk_message_s)))
 
     def close(self) -> None:
         """Let `run` end. A claim that is under way is given up."""

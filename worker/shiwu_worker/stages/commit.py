@@ -1,5 +1,8 @@
 """Commit: writes answers to Redis and ends their claims in one step; releases the jobs that have no answer.
 
+Interactive and bulk jobs have commits of their own, in turns where both wait, so that large bulk answers do not hold up
+interactive ones.
+
 While Redis is unavailable, jobs are kept and their commit is tried again for as long as the process runs.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -16,7 +20,7 @@ import structlog
 from redis import RedisError
 
 from shiwu.broker.answers import AnswerEntry, AnswerStore, dead_message
-from shiwu.contract import Status
+from shiwu.contract import Lane, Status
 from shiwu_worker.errors import FatalError
 from shiwu_worker.jobs.job import Job, Release
 from shiwu_worker.jobs.outcome import Answered, CommittedJob, Outcome, Released
@@ -30,7 +34,13 @@ if TYPE_CHECKING:
 log: FilteringBoundLogger = structlog.get_logger()
 T = TypeVar("T")
 MAX_BATCH: Final = 512
-"""A batch is closed when it holds this many jobs; the last list that enters it may exceed this."""
+"""Jobs of one commit."""
+MAX_BULK_BYTES: Final = 256 * 1024
+"""Answers of one commit of bulk jobs, about; at least one. Interactive answers wait for one such commit at most."""
+_ANSWER_BYTES: Final = 512
+_TAG_BYTES: Final = 64
+_NUMBER_BYTES: Final = 10
+"""Of an answer without its tags, of a tag without its label, and of a number of an embedding, as JSON."""
 POLL_INTERVAL_S: Final = 0.25
 _DEAD_LETTER: Final = frozenset({Status.REJECTED, Status.FAILED})
 
@@ -61,6 +71,9 @@ class Committer:
         self._on_committed: Callable[[Sequence[CommittedJob]], None] = lambda _: None
         self._on_released: Callable[[Sequence[Released]], None] = lambda _: None
         self._waiting: queue.SimpleQueue[Sequence[Outcome]] = queue.SimpleQueue()
+        self._lanes: dict[Lane, deque[Outcome]] = {lane: deque() for lane in Lane}
+        """What was taken from `_waiting`. For the thread."""
+        self._last_lane = Lane.BULK
         self._closing = threading.Event()
         self.thread = ServiceThread("commit", self._run, on_fatal=on_fatal, stop=self._closing.set)
 
@@ -85,7 +98,7 @@ class Committer:
 
     def close(self, *, timeout_s: float) -> bool:
         """Commit what was put, for `timeout_s` at most; True when nothing is left."""
-        return self.thread.close(timeout_s) and self._waiting.empty()
+        return self.thread.close(timeout_s) and self._waiting.empty() and not any(self._lanes.values())
 
     def _run(self) -> None:
         while outcomes := self._next():
@@ -96,15 +109,33 @@ class Committer:
                 self._give_back([outcome for outcome in outcomes if isinstance(outcome, Released)])
 
     def _next(self) -> list[Outcome]:
-        """What waits, oldest first; empty when nothing waits and the thread is to end."""
+        """What one commit takes, oldest first; empty when nothing waits and the thread is to end."""
+        self._sort_waiting()
+        interactive, bulk = self._lanes[Lane.INTERACTIVE], self._lanes[Lane.BULK]
+        is_bulk_turn = not interactive or (bool(bulk) and self._last_lane is Lane.INTERACTIVE)
+        self._last_lane = Lane.BULK if is_bulk_turn else Lane.INTERACTIVE
+        left = self._lanes[self._last_lane]
         outcomes: list[Outcome] = []
-        while len(outcomes) < MAX_BATCH:
-            try:
-                outcomes += self._waiting.get_nowait() if outcomes else self._waiting.get(timeout=POLL_INTERVAL_S)
-            except queue.Empty:
-                if outcomes or self._closing.is_set():
-                    break
+        size = 0
+        while left and len(outcomes) < MAX_BATCH and (not is_bulk_turn or size < MAX_BULK_BYTES):
+            outcomes.append(left.popleft())
+            size += _answer_bytes(outcomes[-1])
         return outcomes
+
+    def _sort_waiting(self) -> None:
+        """Take all that was put; wait for it where nothing is left."""
+        while True:
+            try:
+                if any(self._lanes.values()):
+                    outcomes = self._waiting.get_nowait()
+                else:
+                    outcomes = self._waiting.get(timeout=POLL_INTERVAL_S)
+            except queue.Empty:
+                if self._closing.is_set() or any(self._lanes.values()):
+                    return
+            else:
+                for outcome in outcomes:
+                    self._lanes[outcome.job.lane].append(outcome)
 
     def _commit(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -140,6 +171,15 @@ class Committer:
             else:
                 self._backoff.reset()
                 return reply, time.monotonic() - started_s
+
+
+def _answer_bytes(outcome: Outcome) -> int:
+    """About how large the answer will be."""
+    job = outcome.job
+    tags, embedding = job.tags or (), job.embedding or ()
+    labels = sum(len(tag.label) for tag in tags)
+    # Most characters of labels that are not ASCII have three bytes.
+    return _ANSWER_BYTES + _TAG_BYTES * len(tags) + 3 * labels + _NUMBER_BYTES * len(embedding)
 
 
 def to_entries(jobs: Sequence[Job], *, worker: str, now_s: float) -> list[AnswerEntry]:
