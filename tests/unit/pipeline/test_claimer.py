@@ -171,7 +171,7 @@ def test_interactive_messages_do_not_wait_until_bulk_is_read() -> None:
     assert parts.passed == [["user-1", "user-2"], ["a", "b"], ["user-3"]]
 
 
-def test_claims_of_bulk_are_bounded_by_their_reading_while_interactive_jobs_come(
+def test_bulk_claims_are_bounded_while_interactive_jobs_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At least one is claimed. Costs count at once when they grow; without interactive jobs there is no bound."""

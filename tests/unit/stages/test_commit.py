@@ -103,7 +103,7 @@ def test_batch_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts.written == [["a", "b", "c"], ["d", "e", "f"]]
 
 
-def test_interactive_answers_wait_for_one_bounded_commit_of_bulk_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interactive_answers_wait_for_one_bulk_commit_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each lane has commits of its own, in turns, and bulk ends a commit after so many bytes."""
     monkeypatch.setattr(module, "MAX_BULK_BYTES", 90_000)
     monkeypatch.setattr(module, "MAX_BATCH", 3)
