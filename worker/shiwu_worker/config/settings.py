@@ -172,8 +172,8 @@ class Settings(BaseSettings):
     done_ttl_s: int = Field(
         DONE_TTL_S, ge=60, description="time for which an id counts as answered; longer than result_ttl_s"
     )
-    marks: Literal["both", "hashes"] = Field(
-        "both", description="marks of answered ids: `hashes`, or `both` while workers or clients before these may run"
+    marks: Literal["auto", "both", "hashes"] = Field(
+        "auto", description="marks of answered ids: `hashes`, `both` for earlier versions too, `auto` by the database"
     )
     stream_length: int = Field(STREAM_LENGTH, ge=1000, description="answers that the results stream keeps")
     answer_tags_kb: int = Field(

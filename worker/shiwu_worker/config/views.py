@@ -40,7 +40,7 @@ def retention(settings: Settings) -> Retention:
         stream_length=settings.stream_length,
         stream_bytes=settings.stream_mb * MIB,
         dead_bytes=settings.dead_mb * MIB,
-        old_marks=int(settings.marks == "both"),
+        old_marks=int(settings.marks != "hashes"),
     )
 
 

@@ -25,6 +25,7 @@ from shiwu_worker.runtime.threads import ServiceThread
 from shiwu_worker.service.factories import check_redis, open_queue, start_loaders
 from shiwu_worker.service.label_set_recorder import LabelSetRecorder
 from shiwu_worker.service.labels import open_label_bank, read_label_sets
+from shiwu_worker.service.marks import choose_marks
 from shiwu_worker.service.model import load_encoder, make_canary
 from shiwu_worker.service.observability import Observability
 from shiwu_worker.service.pipeline_parts import PipelineParts
@@ -73,6 +74,7 @@ def open_service(
         label_sets = read_label_sets(settings)  # before the model, so that a wrong file is reported within a second
         folder = model_folder(settings.model)
         settings = apply_tuning(settings, lambda: model_revision(folder))
+        settings = choose_marks(settings)
         queue = open_queue(stack, settings)
         spec = read_image_spec(folder)
         loaders = start_loaders(stack, settings, spec, on_fatal=on_fatal)
