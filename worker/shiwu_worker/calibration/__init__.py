@@ -9,8 +9,10 @@ from shiwu_worker.calibration.calibrate import (
     Calibration,
     CalibrationError,
     CalibrationOptions,
+    Decision,
     calibrate,
 )
+from shiwu_worker.calibration.curves import LabelCurve, fit_curve, fit_label, threshold_for
 from shiwu_worker.calibration.evaluate import Evaluation, LabelScore, evaluate
 from shiwu_worker.calibration.intervals import Interval, wilson
 from shiwu_worker.calibration.pool import Pool
@@ -20,12 +22,17 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "CalibrationOptions",
+    "Decision",
     "Evaluation",
     "Interval",
+    "LabelCurve",
     "LabelScore",
     "Pool",
     "calibrate",
     "evaluate",
     "fit_background",
+    "fit_curve",
+    "fit_label",
+    "threshold_for",
     "wilson",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -61,7 +62,21 @@ class Calibration:
     """What was accepted because `is_forced` is set."""
 
 
-def calibrate(pool: Pool, labels: NDArray[np.float32], options: CalibrationOptions) -> Calibration:
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """How a label set of version 2 decides, where that is not by the least cosine of each label."""
+
+    cosines: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    """Images (n, d) → cosines of each label (n, m)."""
+    is_counted: NDArray[np.bool_]
+    """The labels (m) that an image can get."""
+    has_tag: Callable[[NDArray[np.float32], Background, float], NDArray[np.bool_]]
+    """Whether images with these cosines (n, m) get any tag, at this z."""
+
+
+def calibrate(
+    pool: Pool, labels: NDArray[np.float32], options: CalibrationOptions, *, decision: Decision | None = None
+) -> Calibration:
     """Choose one z score for all labels, so that images of the pool get any tag at the wanted rate.
 
     The pool stands for images that show none of the labels. A few that do are no harm: the extremes of each label are
@@ -70,6 +85,7 @@ def calibrate(pool: Pool, labels: NDArray[np.float32], options: CalibrationOptio
 
     Args:
         labels: unit vectors (m, d) of the labels.
+        decision: of a label set of version 2; `labels` is not used then.
 
     Raises:
         CalibrationError: there are too few images, or the rate on the images kept aside exceeds TOLERATED times the
@@ -79,20 +95,28 @@ def calibrate(pool: Pool, labels: NDArray[np.float32], options: CalibrationOptio
         raise CalibrationError(f"expected a rate above 0 and below 1, got {options.false_rate:g}")
     fitting, aside, is_by_source = pool.distinct().split(seed=options.seed)
     warnings = _check_sizes(fitting, aside, options)
-    cosines = fitting.vectors @ labels.T
+    cosines_of = (lambda vectors: vectors @ labels.T) if decision is None else decision.cosines
+    cosines = cosines_of(fitting.vectors)
     background = fit_background(cosines)
-    largest = np.sort(background.z_scores(cosines).max(axis=1))[::-1]
+    z_scores = background.z_scores(cosines)
+    largest = np.sort((z_scores if decision is None else z_scores[:, decision.is_counted]).max(axis=1))[::-1]
     allowed = math.floor(options.false_rate * len(largest))
     # Tags are given from the limit on, so it lies just above the first image that must not get one.
     z = float(np.nextafter(largest[allowed], np.inf))
     # Rounded up: files hold so many digits, and the rate must not grow by that.
     min_cosines = np.minimum(np.ceil(background.cosines_at(z) * 10**DIGITS) / 10**DIGITS, 1.0)
+
+    def rate(vectors: NDArray[np.float32]) -> Interval:
+        if decision is None:
+            return rate_with_tags(vectors, labels, min_cosines)
+        return wilson(int(decision.has_tag(cosines_of(vectors), background, z).sum()), len(vectors))
+
     found = Calibration(
         background=background,
         z=z,
         min_cosines=min_cosines,
-        fitted=rate_with_tags(fitting.vectors, labels, min_cosines),
-        aside=rate_with_tags(aside.vectors, labels, min_cosines),
+        fitted=rate(fitting.vectors),
+        aside=rate(aside.vectors),
         images=len(fitting),
         images_aside=len(aside),
         is_by_source=is_by_source,

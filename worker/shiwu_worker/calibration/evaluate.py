@@ -47,7 +47,8 @@ def evaluate(
     words: Sequence[str],
     truth: Sequence[Collection[str]],
     *,
-    min_cosines: NDArray[np.float64],
+    min_cosines: NDArray[np.float64] | None = None,
+    is_given: NDArray[np.bool_] | None = None,
 ) -> Evaluation:
     """Compare the tags of images with the truth.
 
@@ -55,10 +56,12 @@ def evaluate(
         cosines: of each image and label, (n, m).
         words: the labels (m).
         truth: the labels that each image shows (n); others than `words` are ignored.
-        min_cosines: the least cosine of each label, (m).
+        min_cosines: the least cosine of each label, (m); without them every label is given.
+        is_given: whether each image gets each label (n, m), where something else decides.
     """
     is_true = np.array([[word in shown for word in words] for shown in truth], bool).reshape(len(truth), len(words))
-    is_given: NDArray[np.bool_] = cosines >= min_cosines
+    if is_given is None:
+        is_given = np.ones(cosines.shape, bool) if min_cosines is None else cosines >= min_cosines
     is_without_labels = ~is_true.any(axis=1)
     scores = [_score(column, words, cosines, is_true, is_given) for column in range(len(words))]
     return Evaluation(

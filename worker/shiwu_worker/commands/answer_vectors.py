@@ -43,6 +43,11 @@ class AnswerVectors:
         """The vectors with their sources: `source` in the metadata, or the reference up to its last slash."""
         return Pool(self.vectors, [_source(answer) for answer in self.answers])
 
+    def without(self, ids: Collection[str]) -> AnswerVectors:
+        """All but the answers with these ids."""
+        rows = [row for row, answer in enumerate(self.answers) if answer.id not in ids]
+        return AnswerVectors(self.vectors[rows], [self.answers[row] for row in rows], self.skipped)
+
     def with_truth(self, truth: Mapping[str, Collection[str]] | None) -> tuple[AnswerVectors, list[Collection[str]]]:
         """Those of the answers whose labels are known, and these labels.
 

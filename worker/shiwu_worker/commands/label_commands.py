@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import click
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from shiwu_worker.calibration import (
     Calibration,
-    CalibrationError,
     CalibrationOptions,
     Evaluation,
     Interval,
     calibrate,
     evaluate,
 )
-from shiwu_worker.checkpoints.model_files import model_folder
-from shiwu_worker.commands.answer_vectors import AnswerVectors, WrongAnswers, read_truth, read_vectors
+from shiwu_worker.commands.answer_vectors import AnswerVectors, read_truth, read_vectors
 from shiwu_worker.commands.label_templates import (
     file_with_templates,
     measure_templates,
     not_better,
     print_templates,
 )
-from shiwu_worker.config.errors import load_settings_or_exit
+from shiwu_worker.commands.loaded_labels import NOT_KEPT, Loaded, as_yaml, first_version, load, run_command, write_file
+from shiwu_worker.commands.rule_tables import (
+    RuleCalibration,
+    given,
+    label_cosines,
+    shown_labels,
+    tags_of,
+    with_names,
+)
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.service.labels import load_label_bank, read_label_sets
-from shiwu_worker.service.model import load_encoder
-from shiwu_worker.stages.decode.image_spec import read_image_spec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,8 +46,6 @@ if TYPE_CHECKING:
     from shiwu_worker.jobs.label_set import LabelSet
     from shiwu_worker.jobs.label_vectors import EncodedLabels
 
-NOT_KEPT: Final = 1
-"""Exit code of findings, and of limits that do not hold."""
 MAX_COMPARED: Final = 5000
 """Labels of one set that are compared with each other."""
 NEAR: Final = 0.95
@@ -62,17 +58,19 @@ NO_LIMIT: Final = -1.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
-    """The label sets of this worker with their vectors."""
+class _Asked:
+    """What `calibrate` was asked for."""
 
-    sets: Mapping[str, LabelSet]
-    encode: Callable[[LabelSet], EncodedLabels]
-    model: ModelInfo
+    options: CalibrationOptions
+    output: Path
+    new_name: str
+    labelled: BinaryIO | None
+    precision: float | None
 
 
 def run_lint(names: Sequence[str], *, as_json: bool) -> int:
     """Check label sets, print what was found, and return the exit code."""
-    return _run(lambda: _lint(names, as_json=as_json))
+    return run_command(lambda: _lint(names, as_json=as_json))
 
 
 def run_calibrate(
@@ -84,15 +82,18 @@ def run_calibrate(
     new_name: str | None,
     seed: int,
     is_forced: bool,
+    labelled: BinaryIO | None = None,
+    precision: float | None = None,
 ) -> int:
-    """Choose the limits of a label set, write the new set, and return the exit code."""
+    """Choose the limits of a label set, write the new set or its calibration file, and return the exit code."""
     options = CalibrationOptions(false_rate=false_rate, seed=seed, is_forced=is_forced)
-    return _run(lambda: _calibrate(name, answers, options, output=output, new_name=new_name or f"{name}-calibrated"))
+    asked = _Asked(options, output, new_name or f"{name}-calibrated", labelled, precision)
+    return run_command(lambda: _calibrate(name, answers, asked))
 
 
 def run_eval(name: str, answers: BinaryIO, *, truth: BinaryIO | None, as_json: bool, report_folder: Path | None) -> int:
     """Measure a label set, print the figures, write the report that was asked for, and return the exit code."""
-    return _run(lambda: _evaluate(name, answers, truth=truth, as_json=as_json, report_folder=report_folder))
+    return run_command(lambda: _evaluate(name, answers, truth=truth, as_json=as_json, report_folder=report_folder))
 
 
 def run_tune_templates(
@@ -109,8 +110,8 @@ def run_tune_templates(
     """Choose templates of a label set, print what they do, write the new set, and return the exit code."""
 
     def tune() -> int:
-        loaded = _load([name])
-        label_set = loaded.sets[name]
+        loaded = load([name])
+        label_set = first_version(loaded.sets[name])
         read, shown = read_vectors(answers, model=loaded.model).with_truth(None if truth is None else read_truth(truth))
         found = measure_templates(label_set, loaded.encode, read, shown, more=more, seed=seed)
         print_templates(found, label_set)
@@ -121,55 +122,17 @@ def run_tune_templates(
         if not found.is_better and not is_forced:
             click.echo(f"{output} is not written; --accept writes it")
             return NOT_KEPT
-        _write(output, file_with_templates(label_set, found.chosen.templates, name=new_name or f"{name}-tuned"))
+        fields = file_with_templates(label_set, found.chosen.templates, name=new_name or f"{name}-tuned")
+        write_file(output, as_yaml(fields))
         click.echo(f"written to {output}, without limits: they hold for one set of templates")
         return 0
 
-    return _run(tune)
-
-
-def _run(command: Callable[[], int]) -> int:
-    try:
-        return command()
-    except FatalError as error:
-        click.echo(f"{error.exit_code.name}: {error}", err=True)
-        return int(error.exit_code)
-    except WrongAnswers as error:
-        click.echo(f"CONFIG: {error}", err=True)
-        return int(ExitCode.CONFIG)
-    except CalibrationError as error:
-        click.echo(f"not calibrated: {error}", err=True)
-        return NOT_KEPT
-
-
-def _load(names: Sequence[str]) -> _Loaded:
-    """Load the model, and check that these sets exist.
-
-    Raises:
-        FatalError: a set is unknown, or the worker could not start with this model and these label files.
-    """
-    settings = load_settings_or_exit()
-    sets = read_label_sets(settings)
-    for name in names:
-        if name not in sets:
-            text = f"expected the name of a label set, one of {', '.join(sorted(sets))}, got {name!r}"
-            raise FatalError(ExitCode.CONFIG, text)
-    with redirect_stdout(sys.stderr):
-        folder = model_folder(settings.model)
-        encoder = load_encoder(settings, folder, read_image_spec(folder))
-    bank = load_label_bank(settings, encoder, sets)
-    return _Loaded(sets, bank.encoded, encoder.info)
-
-
-def _first_version(label_set: LabelSet) -> LabelSet:
-    if label_set.rules is not None:
-        raise FatalError(ExitCode.CONFIG, f"expected a label set of version 1, got {label_set.name} of version 2")
-    return label_set
+    return run_command(tune)
 
 
 # ------------------------------------------------------------------------------------ lint
 def _lint(names: Sequence[str], *, as_json: bool) -> int:
-    loaded = _load(names)
+    loaded = load(names, has_calibrations=False)
     encoded = {name: loaded.encode(loaded.sets[name]) for name in names or sorted(loaded.sets)}
     warnings = {name: list(each.warnings) for name, each in encoded.items()}
     near = {name: _near_pairs(each) for name, each in encoded.items()}
@@ -210,13 +173,44 @@ def _near_pairs(encoded: EncodedLabels) -> list[tuple[str, str, float]]:
 
 
 # ------------------------------------------------------------------------------------ calibrate
-def _calibrate(name: str, answers: BinaryIO, options: CalibrationOptions, *, output: Path, new_name: str) -> int:
-    loaded = _load([name])
+def _calibrate(name: str, answers: BinaryIO, asked: _Asked) -> int:
+    loaded, options = load([name], has_calibrations=False), asked.options
     read = read_vectors(answers, model=loaded.model)
-    label_set = _first_version(loaded.sets[name])
+    label_set = loaded.sets[name]
+    if label_set.rules is not None:
+        return _calibrate_rules(loaded, label_set, read, asked)
+    if asked.labelled is not None or asked.precision is not None:
+        text = f"expected a label set of version 2 with --labelled, got {name} of version 1"
+        raise FatalError(ExitCode.CONFIG, text)
     found = calibrate(read.pool(), loaded.encode(label_set).vectors, options)
-    _write(output, _label_file(label_set, found, options, name=new_name, model=loaded.model))
-    _print_calibration(found, options, read, label_set, output)
+    fields = _label_file(label_set, found, options, name=asked.new_name, model=loaded.model)
+    write_file(asked.output, as_yaml(fields))
+    _print_calibration(found, options, read, label_set, asked.output)
+    return 0
+
+
+def _calibrate_rules(loaded: Loaded, label_set: LabelSet, read: AnswerVectors, asked: _Asked) -> int:
+    """Write the calibration file of a set of version 2."""
+    encoded, truth = loaded.encode(label_set), None if asked.labelled is None else read_truth(asked.labelled)
+    cosines, shows = None, None
+    background = read
+    if truth is not None:
+        labelled, shown = read.with_truth(truth)
+        cosines, shows = label_cosines(labelled.vectors, encoded), shown_labels(shown, label_set)
+        has_label: list[bool] = np.asarray(shows.any(axis=1)).tolist()
+        with_label = {answer.id for answer, has in zip(labelled.answers, has_label, strict=True) if has}
+        background = read.without(with_label)
+    chosen = RuleCalibration(
+        encoded, scale=loaded.scale, bias=loaded.bias, labelled=cosines, shows=shows, precision=asked.precision
+    )
+    found = calibrate(background.pool(), encoded.vectors, asked.options, decision=chosen.decision)
+    write_file(asked.output, chosen.file(found, asked.options, loaded.model).decode())
+    _print_calibration(found, asked.options, background, label_set, asked.output)
+    if truth is not None:
+        for word, curve in zip(label_set.words, chosen.curves, strict=True):
+            limit = "z decides" if curve.threshold is None else f"threshold {curve.threshold:.3f}"
+            reason = f" ({curve.reason})" if curve.reason else ""
+            click.echo(f"  {word}: {curve.positives} images, {limit}{reason}")
     return 0
 
 
@@ -251,22 +245,6 @@ def _label_file(
     return fields | {key: value for key, value in optional.items() if value is not None}
 
 
-def _write(output: Path, fields: Mapping[str, Any]) -> None:
-    """Write the file whole or not at all.
-
-    Raises:
-        FatalError: with ExitCode.CONFIG, when it cannot be written.
-    """
-    text = yaml.safe_dump(dict(fields), allow_unicode=True, sort_keys=False, width=120)
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=output.parent, encoding="utf-8", delete=False) as part:
-            part.write(text)
-        os.chmod(part.name, 0o644)
-        os.replace(part.name, output)
-    except OSError as error:
-        raise FatalError(ExitCode.CONFIG, f"{output}: cannot be written ({error.strerror or error})") from error
-
-
 def _print_calibration(
     found: Calibration, options: CalibrationOptions, read: AnswerVectors, label_set: LabelSet, output: Path
 ) -> None:
@@ -289,13 +267,17 @@ def _evaluate(
     name: str, answers: BinaryIO, *, truth: BinaryIO | None, as_json: bool, report_folder: Path | None
 ) -> int:
     write_report = None if report_folder is None else _report_writer()
-    loaded = _load([name])
-    label_set = _first_version(loaded.sets[name])
+    loaded = load([name])
+    label_set = loaded.sets[name] if report_folder is None else first_version(loaded.sets[name])
     read = read_vectors(answers, model=loaded.model)
     read, shown = read.with_truth(None if truth is None else read_truth(truth))
     encoded = loaded.encode(label_set)
-    cosines = read.vectors @ encoded.vectors.T
-    found = evaluate(cosines, label_set.words, shown, min_cosines=_limits(label_set))
+    cosines = label_cosines(read.vectors, encoded)
+    if label_set.rules is None:
+        found = evaluate(cosines, label_set.words, shown, min_cosines=_limits(label_set))
+    else:
+        is_given = given(tags_of(cosines, encoded, scale=loaded.scale, bias=loaded.bias), label_set)
+        found = evaluate(cosines, label_set.words, with_names(shown, label_set), is_given=is_given)
     if write_report is not None and report_folder is not None:
         model = f"{loaded.model.id}@{loaded.model.revision}"
         page = write_report(
@@ -359,7 +341,7 @@ def _print_evaluation(found: Evaluation, read: AnswerVectors, label_set: LabelSe
     click.echo(f"{len(read.vectors)} images, {label_set.name}; the intervals hold 95 % of what chance does")
     click.echo(f"true labels that are given:                 {_percent(found.kept)}")
     click.echo(f"images without any label that get a tag:    {_percent(found.false_tags)}")
-    if label_set.min_cosines is None:
+    if label_set.min_cosines is None and label_set.rules is None:
         click.echo(
             f"{label_set.name} has no limits, so every label counts as given; see `shiwu-worker labels calibrate`"
         )

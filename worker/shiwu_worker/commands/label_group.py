@@ -53,20 +53,52 @@ def lint(*, names: Sequence[str], as_json: bool) -> None:
 @click.option("--name", "new_name", metavar="NEW", help="Name of the new set.  [default: NAME-calibrated]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sources that are kept aside.")
 @click.option("--accept", is_flag=True, help="Write limits that do not hold on the images kept aside.")
+@click.option(
+    "--labelled",
+    type=click.File("rb"),
+    help='JSON lines {"image": reference, "labels": [label, …]} of images with known labels, for probabilities.',
+)
+@click.option(
+    "--precision",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of true tags to choose a threshold of each label for, from --labelled.",
+)
 def calibrate(
-    *, name: str, answers: BinaryIO, false_rate: float, output: Path, new_name: str | None, seed: int, accept: bool
+    *,
+    name: str,
+    answers: BinaryIO,
+    false_rate: float,
+    output: Path,
+    new_name: str | None,
+    seed: int,
+    accept: bool,
+    labelled: BinaryIO | None,
+    precision: float | None,
 ) -> None:
     """Choose the least cosine of each label, so that images which show none of the labels rarely get a tag.
 
     The images should be like those that the set will meet, and from several sources: folders, buckets, customers (the
     part of the reference before the last slash, or `source` in the metadata of a job). A third is kept aside by source,
     and what the limits do there is printed and stored. Exit code 1: too few images, or the limits do not hold there.
+
+    For a set of version 2 with head: z this writes its calibration file: one z for all labels, and with --labelled the
+    probability of each label that 20 of these images show. Images that show a label are no background.
     """
+    if precision is not None and labelled is None:
+        raise click.UsageError("expected --labelled with --precision")
     from shiwu_worker.commands.label_commands import run_calibrate  # noqa: PLC0415 as the module's docstring says
 
     sys.exit(
         run_calibrate(
-            name, answers, false_rate=false_rate, output=output, new_name=new_name, seed=seed, is_forced=accept
+            name,
+            answers,
+            false_rate=false_rate,
+            output=output,
+            new_name=new_name,
+            seed=seed,
+            is_forced=accept,
+            labelled=labelled,
+            precision=precision,
         )
     )
 
@@ -137,3 +169,19 @@ def tune_templates(
             is_forced=accept,
         )
     )
+
+
+@labels.command()
+@click.argument("old", metavar="A")
+@click.argument("new", metavar="B")
+@click.option("--answers", type=click.File("rb"), required=True, help=ANSWERS_HELP)
+@click.option("--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="Most tags of an image.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def diff(*, old: str, new: str, answers: BinaryIO, top_k: int, as_json: bool) -> None:
+    """Compare the tags that two label sets give to images: which are the same, added and removed, label by label.
+
+    A and B are names of label sets, or YAML files.
+    """
+    from shiwu_worker.commands.label_diff import run_diff  # noqa: PLC0415 as the module's docstring says
+
+    sys.exit(run_diff(old, new, answers, top_k=top_k, as_json=as_json))

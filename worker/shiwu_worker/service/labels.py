@@ -30,8 +30,11 @@ EMBEDDED_MODEL: Final = (
 OWN_LABEL_SETS: Final = Path(__file__).parents[1] / "data/label_sets"
 
 
-def read_label_sets(settings: Settings) -> dict[str, LabelSet]:
+def read_label_sets(settings: Settings, *, has_calibrations: bool = True) -> dict[str, LabelSet]:
     """Read the label sets of the package and of the operator from their files. Needs no model.
+
+    Args:
+        has_calibrations: whether calibration files are read; without them a set cannot decide by z.
 
     Raises:
         FatalError: with ExitCode.CONFIG when a file is wrong or the default set is missing.
@@ -41,7 +44,7 @@ def read_label_sets(settings: Settings) -> dict[str, LabelSet]:
         raise FatalError(ExitCode.CONFIG, text)
     folders = [OWN_LABEL_SETS, *([settings.labels_dir] if settings.labels_dir else [])]
     try:
-        sets = load_label_sets(folders)
+        sets = load_label_sets(folders, has_calibrations=has_calibrations)
     except ValueError as error:
         raise FatalError(ExitCode.CONFIG, str(error)) from error
     if settings.default_labels not in sets:

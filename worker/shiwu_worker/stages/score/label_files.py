@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from shiwu.contract import Head, Label, LabelSetName, labels_error
 from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.stages.score.calibration_files import CalibrationFile, LabelFigures, RateAside, texts_digest
 from shiwu_worker.stages.score.label_fields import AS_ITEMS, LABEL_COUNT, Bias, Scale, TemplateList
 from shiwu_worker.stages.score.rule_files import RuleFile, RuleGroup, RuleItem, read_rule_file
 
+__all__ = ["CalibrationFile", "LabelFigures", "RateAside", "load_label_set", "load_label_sets", "texts_digest"]
 SUFFIXES: Final = {".yaml", ".yml"}
 TEXT_TAG: Final = "tag:yaml.org,2002:str"
 WIDE_COMMAS: Final = "，、"

@@ -148,6 +148,28 @@ class Scorer:
         """
         return self._tags(kept_cosines(halves, labels.vectors), labels, requests)
 
+    def tags(
+        self, cosines: NDArray[np.float32], labels: EncodedLabels, requests: Sequence[Request | None]
+    ) -> list[tuple[Tag, ...]]:
+        """The tags of images with these cosines of labels (n, m), one for each request."""
+        label_set = labels.label_set
+        probabilities = probabilities_of(
+            cosines,
+            head="softmax" if label_set.head == "z" else label_set.head,
+            scale=self._scale if label_set.scale is None else label_set.scale,
+            bias=self._bias if label_set.bias is None else label_set.bias,
+        )
+        if label_set.rules is not None:
+            return rule_tags(cosines, probabilities, label_set, label_set.rules, requests)
+        return top_tags(
+            probabilities,
+            cosines,
+            label_set.words,
+            top_k=[request.top_k if request else 0 for request in requests],
+            threshold=[request.threshold if request else 0.0 for request in requests],
+            min_cosines=_min_cosines(requests, labels),
+        )
+
     def fitting(self, tags: tuple[Tag, ...]) -> tuple[tuple[Tag, ...], AnswerWarning | None]:
         """The tags that an answer may hold, and a warning where that is not all of them."""
         count = len(tags) if len(tags) <= self._max_uncounted else cut_tags(tags, self._max_tags_bytes)
@@ -177,25 +199,7 @@ class Scorer:
     def _tags(
         self, cosines: NDArray[np.float32], labels: EncodedLabels, requests: Sequence[Request | None]
     ) -> list[tuple[Tag, ...]]:
-        label_set = labels.label_set
-        if label_set.rules is not None:
-            cosines = labels.best_of_texts(cosines)
-        probabilities = probabilities_of(
-            cosines,
-            head="softmax" if label_set.head == "z" else label_set.head,
-            scale=self._scale if label_set.scale is None else label_set.scale,
-            bias=self._bias if label_set.bias is None else label_set.bias,
-        )
-        if label_set.rules is not None:
-            return rule_tags(cosines, probabilities, label_set, label_set.rules, requests)
-        return top_tags(
-            probabilities,
-            cosines,
-            label_set.words,
-            top_k=[request.top_k if request else 0 for request in requests],
-            threshold=[request.threshold if request else 0.0 for request in requests],
-            min_cosines=_min_cosines(requests, labels),
-        )
+        return self.tags(labels.best_of_texts(cosines), labels, requests)
 
     def _set_others(
         self,

@@ -1,0 +1,111 @@
+"""What the commands for label sets share: the sets with their vectors, errors as exit codes, and files."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+import yaml
+
+from shiwu_worker.calibration import CalibrationError
+from shiwu_worker.checkpoints.model_files import model_folder
+from shiwu_worker.commands.answer_vectors import WrongAnswers
+from shiwu_worker.config.errors import load_settings_or_exit
+from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.service.labels import load_label_bank, read_label_sets
+from shiwu_worker.service.model import load_encoder
+from shiwu_worker.stages.decode.image_spec import read_image_spec
+
+if TYPE_CHECKING:
+    from shiwu.contract import ModelInfo
+    from shiwu_worker.jobs.label_set import LabelSet
+    from shiwu_worker.jobs.label_vectors import EncodedLabels
+
+NOT_KEPT: Final = 1
+"""Exit code of findings, and of limits that do not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The label sets of this worker with their vectors."""
+
+    sets: Mapping[str, LabelSet]
+    encode: Callable[[LabelSet], EncodedLabels]
+    model: ModelInfo
+    scale: float
+    bias: float | None
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run a command, print its error if it has one, and return the exit code."""
+    try:
+        return command()
+    except FatalError as error:
+        click.echo(f"{error.exit_code.name}: {error}", err=True)
+        return int(error.exit_code)
+    except WrongAnswers as error:
+        click.echo(f"CONFIG: {error}", err=True)
+        return int(ExitCode.CONFIG)
+    except CalibrationError as error:
+        click.echo(f"not calibrated: {error}", err=True)
+        return NOT_KEPT
+
+
+def load(names: Sequence[str], *, has_calibrations: bool = True) -> Loaded:
+    """Load the model, and check that these sets exist.
+
+    Args:
+        has_calibrations: whether calibration files are read.
+
+    Raises:
+        FatalError: a set is unknown, or the worker could not start with this model and these label files.
+    """
+    settings = load_settings_or_exit()
+    sets = read_label_sets(settings, has_calibrations=has_calibrations)
+    for name in names:
+        if name not in sets:
+            text = f"expected the name of a label set, one of {', '.join(sorted(sets))}, got {name!r}"
+            raise FatalError(ExitCode.CONFIG, text)
+    with redirect_stdout(sys.stderr):
+        folder = model_folder(settings.model)
+        encoder = load_encoder(settings, folder, read_image_spec(folder))
+    bank = load_label_bank(settings, encoder, sets)
+    return Loaded(sets, bank.encoded, encoder.info, encoder.scale, encoder.bias)
+
+
+def first_version(label_set: LabelSet) -> LabelSet:
+    """The set, if it is of version 1.
+
+    Raises:
+        FatalError: with ExitCode.CONFIG, for another one.
+    """
+    if label_set.rules is not None:
+        raise FatalError(ExitCode.CONFIG, f"expected a label set of version 1, got {label_set.name} of version 2")
+    return label_set
+
+
+def as_yaml(fields: Mapping[str, Any]) -> str:
+    """The text of a label file."""
+    return yaml.safe_dump(dict(fields), allow_unicode=True, sort_keys=False, width=120)
+
+
+def write_file(output: Path, text: str) -> None:
+    """Write the file whole or not at all.
+
+    Raises:
+        FatalError: with ExitCode.CONFIG, when it cannot be written.
+    """
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=output.parent, encoding="utf-8", delete=False) as part:
+            part.write(text)
+        os.chmod(part.name, 0o644)
+        os.replace(part.name, output)
+    except OSError as error:
+        raise FatalError(ExitCode.CONFIG, f"{output}: cannot be written ({error.strerror or error})") from error
