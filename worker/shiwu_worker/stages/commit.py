@@ -41,6 +41,8 @@ _ANSWER_BYTES: Final = 512
 _TAG_BYTES: Final = 64
 _NUMBER_BYTES: Final = 10
 """Of an answer without its tags, of a tag without its label, and of a number of an embedding, as JSON."""
+_FEW_TAGS: Final = 16
+"""Answers with so many tags and nothing else are not measured: they are small, and almost all are like this."""
 POLL_INTERVAL_S: Final = 0.25
 _DEAD_LETTER: Final = frozenset({Status.REJECTED, Status.FAILED})
 
@@ -134,8 +136,9 @@ class Committer:
                 if self._closing.is_set() or any(self._lanes.values()):
                     return
             else:
+                interactive, bulk = self._lanes[Lane.INTERACTIVE], self._lanes[Lane.BULK]
                 for outcome in outcomes:
-                    self._lanes[outcome.job.lane].append(outcome)
+                    (bulk if outcome.job.lane is Lane.BULK else interactive).append(outcome)
 
     def _commit(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -177,6 +180,8 @@ def _answer_bytes(outcome: Outcome) -> int:
     """About how large the answer will be."""
     job = outcome.job
     tags, embedding = job.tags or (), job.embedding or ()
+    if len(tags) <= _FEW_TAGS and not embedding:
+        return _ANSWER_BYTES
     labels = sum(len(tag.label) for tag in tags)
     # Most characters of labels that are not ASCII have three bytes.
     return _ANSWER_BYTES + _TAG_BYTES * len(tags) + 3 * labels + _NUMBER_BYTES * len(embedding)
