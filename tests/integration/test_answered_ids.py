@@ -13,7 +13,21 @@ import redis
 from shiwu import Client, JobFailed
 from shiwu.broker.answers import AnswerEntry
 from shiwu.broker.message_writer import build_message
-from shiwu.contract import COUNTERS, RESULT_STREAM, Answer, ErrorCode, Lane, Request, Status, done_key, result_key
+from shiwu.contract import (
+    ATTEMPTS,
+    CLAIMS,
+    COUNTERS,
+    HISTORIES,
+    RESULT_STREAM,
+    Answer,
+    ErrorCode,
+    Lane,
+    Request,
+    Status,
+    done_key,
+    result_key,
+)
+from shiwu_worker.jobs.job import Release
 from shiwu_worker.policy.limits import LeaseOptions
 from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 from tests.compat.shapes import ODD_IDS, protocol_2
@@ -73,6 +87,14 @@ def test_duplicate_of_an_expired_answer_ends_the_wait(
     assert answered.ttl(done_key(ID)) > 60, "the mark is as it was"
     meta: Any = json.loads(answered.get(result_key(ID)) or b"")
     assert (meta["status"], meta["task_id"]) == ("FAILURE", ID)
+
+
+def test_release_of_a_held_duplicate_is_no_attempt(answered: redis.Redis, claims: LeaseQueue) -> None:
+    """A worker that lost its device may release the id whose copy it still holds for the announcement."""
+    answered.hset(CLAIMS, ID, b"w|0|shiwu.bulk|" + protocol_2(ID, "s3://b/k"))
+    assert claims.release([Release(ID, counts=True, ending="device_lost|encode")]) == 1
+    assert answered.llen("shiwu.bulk") == 1
+    assert answered.exists(ATTEMPTS, CLAIMS, HISTORIES) == 0
 
 
 def test_duplicate_with_ignore_result_gets_none(answered: redis.Redis, claims: LeaseQueue) -> None:

@@ -39,6 +39,8 @@ for i = 4 + LANES, #ARGV, 4 do
   local owner, attempt, lane, raw
   if record then owner, attempt, lane, raw = string.match(record, '^([^|]*)|(%d+)|([^|]*)|(.*)$') end
   if owner == token then
+    -- A copy that waits for its announcement is no attempt of the job, whose id was answered.
+    if attempt == '0' then counts, ending = false, '' end
     -- The first write frees memory: a server without free memory denies a script whose first write needs some.
     redis.call('HDEL', claims, id)
     redis.call('ZREM', leases, id)
