@@ -84,7 +84,7 @@ class HostileProducer:
                 self._client.delete(key)
             else:
                 known = text in {*SHIWU_KEYS, *QUEUES} or text.startswith(
-                    ("celery-task", "shiwu:done:", "shiwu:aside:", "_kombu.binding")
+                    ("celery-task", "shiwu:marks:", "shiwu:done:", "shiwu:asides", "shiwu:aside:", "_kombu.binding")
                 )
                 assert known, f"expected no key {text!r}"
         return names
