@@ -47,13 +47,13 @@ with Client(sys.argv[1]) as client:
     answers = []
     listening = threading.Thread(target=lambda: answers.append(client.wait("after", timeout_s=60)))
     listening.start()
-    mine = client._redis.client_id()
+    mine = client._redis[0].client_id()
     child = os.fork()
     if child == 0:
         done = client.enqueue("s3://b/k", id="child") and client.wait("child", timeout_s=60).ok
-        os._exit(0 if done and client._redis.client_id() != mine else 1)
+        os._exit(0 if done and client._redis[0].client_id() != mine else 1)
     _, status = os.waitpid(child, 0)
-    assert client._redis.client_id() == mine, "the child has closed a connection of its parent"
+    assert client._redis[0].client_id() == mine, "the child has closed a connection of its parent"
     client.enqueue("s3://b/k", id="after")
     listening.join()
     print(int(status == 0 and answers[0].ok))

@@ -90,9 +90,9 @@ def test_sweep_without_reply_answers_what_it_took(
         client.enqueue("s3://b/k.jpg", id=job_id, lane="bulk", expires_s=0.001)
     sent_s, sent_us = redis_client.time()
     wait_until(lambda: redis_client.time() > (sent_s, sent_us + 10_000), timeout_s=5, what="the deadline of both")
-    take_late = client._maintenance._expiry._take_late
+    take_late = client._sweeper.shards[0]._expiry._take_late
     monkeypatch.setattr(
-        client._maintenance._expiry, "_take_late", lambda **call: without_reply(proxy, lambda: take_late(**call))
+        client._sweeper.shards[0]._expiry, "_take_late", lambda **call: without_reply(proxy, lambda: take_late(**call))
     )
     assert client.sweep().expired == 2
     assert redis_client.exists(CLAIMS, ATTEMPTS) == 0
@@ -101,13 +101,13 @@ def test_sweep_without_reply_answers_what_it_took(
 
 def test_trim_without_reply_names_the_groups(proxy: FaultProxy, client: Client, redis_client: redis.Redis) -> None:
     """The groups that lost entries are reported although the first run trimmed the stream."""
-    client._maintenance.trim()
+    client._sweeper.shards[0].trim()
     redis_client.lpush(Lane.BULK.queue, *[message(job_id, Lane.BULK) for job_id in IDS])
     redis_client.xgroup_create(RESULT_STREAM, "archive", mkstream=True)
     make_answer_store(redis_client, "w").write(
         [answer(job) for job in make_lease_queue(redis_client, "w").claim(5).jobs]
     )
-    maintenance = make_maintenance(client._redis, stream_length=1)
+    maintenance = make_maintenance(client._redis[0], stream_length=1)
     assert without_reply(proxy, maintenance.trim) == {"archive": 1}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import islice
 from typing import Final
 
-from shiwu.client.stream import StreamOptions, follow
+from shiwu.client.shard_stream import follow
+from shiwu.client.stream import StreamOptions
 from shiwu.contract import Lane
 from tests.protocol.alphabet import REPEATS, step
 from tests.protocol.simulated_redis import Fault
@@ -84,7 +85,7 @@ def consume(world: World, batch: int) -> None:
     )
 
     def call(_: World) -> None:
-        for item in islice(follow(world.client, world.client, options), 1):
+        for item in islice(follow((world.client,), (world.client,), options), 1):
             item.ack()
 
     if world.before.stream:

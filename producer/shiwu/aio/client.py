@@ -14,7 +14,7 @@ from shiwu.aio.run_steps import iterate, run
 from shiwu.aio.waiter import Waiter
 from shiwu.broker.known_labels import KnownLabels
 from shiwu.broker.maintenance import SweepReport
-from shiwu.broker.queue_stats import QueueState, state_steps, workers_steps
+from shiwu.broker.queue_stats import QueueState
 from shiwu.broker.steps import Steps
 from shiwu.broker.stray_lanes import StrayLanes
 from shiwu.client import Client as BlockingClient
@@ -25,8 +25,9 @@ from shiwu.client.items import check_images
 from shiwu.client.job_report import JobReport
 from shiwu.client.results import TagResult
 from shiwu.client.sender import SendOptions, read_lane
-from shiwu.client.stream import StreamLoop, StreamOptions, read_options
-from shiwu.client.stream_items import log_unreadable
+from shiwu.client.shard_stream import make_loop
+from shiwu.client.stream import StreamOptions, read_options
+from shiwu.client.stream_items import log_unreadable, shard_of_entry
 from shiwu.client.waiter import collect
 from shiwu.contract import Lane
 
@@ -93,7 +94,7 @@ class Client:
     async def aclose(self) -> None:
         """Close all connections. Waits that are under way raise redis.ConnectionError."""
         await self._waiter.aclose()
-        for client in (self._redis, self._no_retry, self._listener):
+        for client in (*self._redis, *self._no_retry, *self._listener):
             await close(client)
         self._blocking.close()
 
@@ -199,7 +200,7 @@ class Client:
         """
         ids = read_waited_ids(job_ids)
         read_seconds("timeout_s", timeout_s)
-        async with aclosing(self._waiter.as_answered(ids, timeout_s=timeout_s)) as answers:
+        async with aclosing(self._as_answered(ids, timeout_s=timeout_s)) as answers:
             found = {job_id: answer async for job_id, answer in answers}
         return collect(found.items(), ids, timeout_s=timeout_s)
 
@@ -213,7 +214,7 @@ class Client:
         """
         ids = read_waited_ids(job_ids)
         read_seconds("timeout_s", timeout_s)
-        return self._waiter.as_answered(ids, timeout_s=timeout_s)
+        return self._as_answered(ids, timeout_s=timeout_s)
 
     async def tag(self, image: str, *, timeout_s: float = 60.0, **fields: Any) -> TagResult:
         """Enqueue one image, wait for its answer, and return it if the image was tagged.
@@ -253,7 +254,8 @@ class Client:
 
         def report(entry_id: str, fields: Mapping[bytes, bytes], reason: str) -> None:
             self.unreadable_items += 1
-            on_unreadable(UnreadableItem(entry_id, fields, reason, self._redis, group))
+            client = self._redis[shard_of_entry(entry_id)]
+            on_unreadable(UnreadableItem(entry_id, fields, reason, client, group))
 
         options = read_options(
             group=group,
@@ -293,7 +295,7 @@ class Client:
 
     async def queue_state(self) -> QueueState:
         """Count waiting, claimed and delayed jobs, dead letters and running workers; several round trips."""
-        return await self._run(state_steps())
+        return await self._run(self._calls.state_steps())
 
     async def explain(self, job_id: str) -> JobReport:
         """Find out where a job is and why; for operators, because it reads lanes, claims and answers."""
@@ -301,7 +303,7 @@ class Client:
 
     async def running_workers(self) -> tuple[str, ...]:
         """Names of workers with a heartbeat in the last ten seconds; needs fewer rights than `queue_state`."""
-        return await self._run(workers_steps())
+        return await self._run(self._calls.workers_steps())
 
     async def known_labels(self, digest: str) -> KnownLabels | None:
         """The label set behind `labels.digest` of an answer, or None where it is not known."""
@@ -313,7 +315,16 @@ class Client:
 
     # -------------------------------------------------------------------------------- how
     async def _run(self, steps: Steps[T]) -> T:
+        await run(self._redis, self._calls.count_steps())
         return await run(self._redis, steps)
+
+    async def _as_answered(
+        self, ids: Sequence[str], *, timeout_s: float
+    ) -> AsyncGenerator[tuple[str, TagResult], None]:
+        await run(self._no_retry, self._calls.count_steps())
+        async with aclosing(self._waiter.as_answered(ids, timeout_s=timeout_s)) as answers:
+            async for found in answers:
+                yield found
 
     async def _send(
         self, images: Iterable[Image] | AsyncIterable[Image], portions: Portions
@@ -324,10 +335,11 @@ class Client:
 
     async def _follow(self, options: StreamOptions) -> AsyncGenerator[StreamItem, None]:
         # The reading client does not retry: a repeated read would deliver other entries.
-        loop = StreamLoop(options)
+        loop = make_loop(options, shards=len(self._no_retry))
         try:
             while (entry := await run(self._no_retry, loop.next_steps())) is not None:
-                yield StreamItem(entry.id, entry.result, self._redis, options.group, entry.generation)
+                client = self._redis[shard_of_entry(entry.id)]
+                yield StreamItem(entry.id, entry.result, client, options.group, entry.generation)
         finally:
             await run(self._no_retry, loop.leave_steps())
 

@@ -13,8 +13,10 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import ExponentialBackoff, NoBackoff
 
+from shiwu.aio.slot_connection import SlotConnection, SlotSSLConnection
 from shiwu.broker.connection import HEALTH_CHECK_S, busy_error, check_greeting, place_and_login, sentinel_login
 from shiwu.broker.redis_url import read_redis_url
+from shiwu.broker.sharding import KeyReader, Shard, check_node, cluster_shard, open_map, take_prefix_from_replies
 
 
 class _Primary(redis.asyncio.Redis):
@@ -46,19 +48,21 @@ class _SentinelPool(SentinelConnectionPool, _Pool):
 
 def connect(
     url: str, *, timeout_s: float, retries: int = 0, max_connections: int, has_health_check: bool = True
-) -> redis.asyncio.Redis:
-    """Open a client that owns its connections and limits every wait. Nothing is sent yet; `close` ends it.
+) -> tuple[redis.asyncio.Redis, ...]:
+    """Open a client for each shard, which own their connections and limit every wait; one without `cluster://`.
+
+    Nothing is sent yet; `close` ends each of them.
 
     Args:
         timeout_s: how long one command, one connection attempt or the wait for a free connection may take.
         retries: how often a command is repeated after a lost connection.
-        max_connections: tasks beyond this number wait for a free connection.
+        max_connections: tasks beyond this number wait for a free connection of the same shard.
         has_health_check: whether an idle connection is checked before it is used.
 
     Raises:
         RedisUrlError: the URL cannot work.
     """
-    address = read_redis_url(url)
+    address = read_redis_url(url, may_be_cluster=True)
     retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), retries) if retries else Retry(NoBackoff(), 0)
     waits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": retry}
     options: dict[str, Any] = {
@@ -69,15 +73,28 @@ def connect(
         "max_connections": max_connections,
         "timeout": timeout_s,
     }
+    if address.shards:
+        options |= {
+            "connection_class": SlotConnection if address.tls is None else SlotSSLConnection,
+            "redis_connect_func": _greet_node,
+            "cluster_map": open_map(address, timeout_s=timeout_s),
+        }
+        return tuple(_open_shard(cluster_shard(index), options) for index in range(address.shards))
     if not address.primary:
-        return _Primary.from_pool(_Pool(**options))
+        return (_Primary.from_pool(_Pool(**options)),)
     sentinel = Sentinel(  # type: ignore[no-untyped-call]  # redis' own
         list(address.hosts), sentinel_kwargs=waits | sentinel_login(address)
     )
     primary: redis.asyncio.Redis = sentinel.master_for(
         address.primary, _Primary, connection_pool_class=_SentinelPool, **options
     )
-    return primary
+    return (primary,)
+
+
+def _open_shard(shard: Shard, options: dict[str, Any]) -> redis.asyncio.Redis:
+    client = _Primary.from_pool(_Pool(**options, shard=shard))
+    take_prefix_from_replies(client.response_callbacks, KeyReader(shard.prefix))
+    return client
 
 
 async def close(client: redis.asyncio.Redis) -> None:
@@ -94,10 +111,24 @@ async def _greet(connection: Any) -> None:
     Raises:
         NotOneServer: the greeting of the server names cluster or sentinel mode.
     """
+    check_greeting(await _log_in(connection))
+
+
+async def _greet_node(connection: Any) -> None:
+    """Log in, and refuse a server without cluster mode.
+
+    Raises:
+        NotACluster: the greeting of the server names another mode.
+    """
+    check_node(await _log_in(connection))
+
+
+async def _log_in(connection: Any) -> object:
+    """Log in on a new connection; the server's reply to HELLO, or None where it refuses HELLO."""
     with _recorded_replies(connection) as replies:
         # redis-py's health check would send a PING first, and call this function again where a login is missing.
         await connection.on_connect_check_health(check_health=False)
-    greeting = next((reply for reply in replies if isinstance(reply, dict)), None)
+    greeting: object = next((reply for reply in replies if isinstance(reply, dict)), None)
     # redis-py before version 8 logs in without HELLO, so it is sent here. It is not sent twice: the user may lack the
     # right for it after the login, and the server would log that.
     if greeting is None:
@@ -105,7 +136,7 @@ async def _greet(connection: Any) -> None:
         # A proxy may not pass it on.
         with suppress(redis.ResponseError):
             greeting = await connection.read_response()
-    check_greeting(greeting)
+    return greeting
 
 
 @contextmanager

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import redis
 import redis.asyncio
 
-from shiwu.broker.steps import OnOneConnection, Pause, Step, Steps
+from shiwu.broker.steps import OnOneConnection, OnShards, Pause, Step, Steps
 
 T = TypeVar("T")
+Clients: TypeAlias = redis.asyncio.Redis | tuple[redis.asyncio.Redis, ...]
+"""One client, or one for each shard in the order of their indexes."""
 
 
-async def run(client: redis.asyncio.Redis, steps: Steps[T]) -> T:
+async def run(client: Clients, steps: Steps[T]) -> T:
     """Make the calls of these steps one after the other, and return their result.
 
     A cancellation ends the steps, and closes the connection of the call that it interrupts.
@@ -39,22 +41,40 @@ async def run(client: redis.asyncio.Redis, steps: Steps[T]) -> T:
         steps.close()
 
 
-async def iterate(
-    client: redis.asyncio.Redis, next_steps: Callable[[], Steps[Sequence[T] | None]]
-) -> AsyncGenerator[T, None]:
+async def iterate(client: Clients, next_steps: Callable[[], Steps[Sequence[T] | None]]) -> AsyncGenerator[T, None]:
     """Yield the values of each page; `next_steps` gives the steps of the next one, whose result is None at the end."""
     while (page := await run(client, next_steps())) is not None:
         for value in page:
             yield value
 
 
-async def _make(client: redis.asyncio.Redis, step: Step) -> Any:
+async def _make(client: Clients, step: Step) -> Any:
     if isinstance(step, Pause):
         return await asyncio.sleep(step.seconds)
+    clients = client if isinstance(client, tuple) else (client,)
+    if isinstance(step, OnShards):
+        return await _run_on_shards(clients, step.steps)
     if isinstance(step, OnOneConnection):
-        async with client.client() as connected:
+        async with clients[0].client() as connected:
             return [await _run_on_connection(connected, command) for command in step.commands]
-    return await step(client)
+    return await step(clients[0])
+
+
+async def _run_on_shards(clients: Sequence[redis.asyncio.Redis], steps: Mapping[int, Steps[Any]]) -> dict[int, Any]:
+    """Run the steps of all shards at the same time; a cancellation ends all of them."""
+    runs = [_outcome(clients[shard], each) for shard, each in steps.items()]
+    outcomes = [await runs[0]] if len(runs) == 1 else await asyncio.gather(*runs, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException) and not isinstance(outcome, redis.RedisError | OSError):
+            raise outcome
+    return dict(zip(steps, outcomes, strict=True))
+
+
+async def _outcome(client: redis.asyncio.Redis, steps: Steps[T]) -> T | Exception:
+    try:
+        return await run(client, steps)
+    except (redis.RedisError, OSError) as error:
+        return error
 
 
 async def _run_on_connection(connected: redis.asyncio.Redis, command: Sequence[Any]) -> Any:

@@ -12,8 +12,7 @@ import redis
 import redis.asyncio
 
 from shiwu.broker.chunks import chunks
-from shiwu.client.waiter import CHUNK_SIZE
-from shiwu.contract import RESULT_PREFIX, result_key
+from shiwu.client.announcements import CHUNK_SIZE, KIND, SUBSCRIBE, UNSUBSCRIBE, channels, id_of
 
 UNLIMITED_S: Final = 86_400.0
 """Given to redis-py for reads that the caller limits by `asyncio.timeout`."""
@@ -51,11 +50,11 @@ class Subscription:
 
     async def add(self, ids: Iterable[str]) -> None:
         """Subscribe to the answers of these ids. Confirmations are read later, and skipped."""
-        await self._send("SUBSCRIBE", ids)
+        await self._send(SUBSCRIBE, ids)
 
     async def remove(self, ids: Iterable[str]) -> None:
         """Unsubscribe from the answers of these ids."""
-        await self._send("UNSUBSCRIBE", ids)
+        await self._send(UNSUBSCRIBE, ids)
 
     async def ping(self) -> None:
         """Ask whether the connection still works.
@@ -82,9 +81,9 @@ class Subscription:
             timeout=UNLIMITED_S, disconnect_on_error=False, push_request=True
         )
         self._pinged_s = None
-        if isinstance(message, list) and len(message) == 3 and message[0] == b"message":
+        if isinstance(message, list) and len(message) == 3 and message[0] == KIND:
             _, channel, raw = message
-            return channel.decode().removeprefix(RESULT_PREFIX), raw
+            return id_of(channel), raw
         return None
 
     async def close(self) -> None:
@@ -100,4 +99,4 @@ class Subscription:
 
     async def _send(self, command: str, ids: Iterable[str]) -> None:
         for portion in chunks(list(ids), CHUNK_SIZE):
-            await self._connection.send_command(command, *map(result_key, portion), check_health=False)
+            await self._connection.send_command(command, *channels(portion), check_health=False)

@@ -1,4 +1,4 @@
-"""Waits for answers: one task and one connection that listens serve any number of waits.
+"""Waits for answers: for each shard one task and one connection that listens serve any number of waits.
 
 An announcement may be lost with a connection, but the key of the answer stays. So the task looks for the keys of all
 waiting ids when it begins to wait for them, and every two seconds.
@@ -19,6 +19,7 @@ from shiwu.aio.run_steps import run
 from shiwu.aio.subscription import Subscription
 from shiwu.broker.chunks import chunks
 from shiwu.broker.redis_errors import info_of
+from shiwu.broker.sharding import by_shard
 from shiwu.client.results import TagResult, read_result
 from shiwu.client.waiter import CHUNK_SIZE, LISTENING_POLL_S, RETRY_PAUSE_S, look_steps
 
@@ -26,13 +27,14 @@ from shiwu.client.waiter import CHUNK_SIZE, LISTENING_POLL_S, RETRY_PAUSE_S, loo
 class _Wait:
     """One call that waits for answers."""
 
-    def __init__(self, ids: Iterable[str]) -> None:
-        self.missing = dict.fromkeys(ids)
+    def __init__(self) -> None:
         self.found: deque[tuple[str, bytes]] = deque()
         """Answers that the call has not taken yet; at most one for each of its ids."""
+        self.missing = 0
+        """Ids without an answer."""
+        self.unlooked = 0
+        """Shards whose keys were not looked for yet, or could not be."""
         self.error: Exception | None = None
-        self.is_looked_for = False
-        """Whether the keys of all ids were looked for once, or could not be."""
         self.has_changed = asyncio.Event()
 
     def end(self, error: Exception) -> None:
@@ -45,15 +47,78 @@ class Waiter:
     """The waits of one client. Belongs to one event loop.
 
     Args:
+        clients: look for keys; they do not retry by themselves.
+        listeners: give the connections that listen.
+        timeout_s: how long one command may take; a wait may end this much later than it should.
+    """
+
+    def __init__(
+        self, clients: Sequence[redis.asyncio.Redis], listeners: Sequence[redis.asyncio.Redis], *, timeout_s: float
+    ) -> None:
+        self._shards = [
+            _ShardWaiter(client, listener, timeout_s=timeout_s)
+            for client, listener in zip(clients, listeners, strict=True)
+        ]
+        self._timeout_s = timeout_s
+
+    async def as_answered(self, ids: Sequence[str], *, timeout_s: float) -> AsyncGenerator[tuple[str, TagResult], None]:
+        """Yield (id, answer) in the order in which answers come; end after the last one or after `timeout_s`.
+
+        Raises:
+            redis.RedisError: an error that a retry cannot cure (see `shiwu.broker.redis_errors`).
+            ForeignResult: another Celery task has one of the ids.
+        """
+        until_s = time.monotonic() + timeout_s
+        wait = _Wait()
+        groups = by_shard(ids, shards=len(self._shards), id_of=str)
+        for shard, group in groups.items():
+            self._shards[shard].add(wait, group)
+        try:
+            while True:
+                while wait.found:
+                    job_id, raw = wait.found.popleft()
+                    yield job_id, read_result(raw)
+                if wait.error is not None:
+                    raise wait.error
+                if not wait.missing or not await self._has_news(wait, until_s=until_s):
+                    return
+        finally:
+            for shard, group in groups.items():
+                self._shards[shard].remove(wait, group)
+
+    async def aclose(self) -> None:
+        """End the tasks, close their connections, and let all waits raise redis.ConnectionError."""
+        for shard in self._shards:
+            await shard.aclose()
+
+    async def _has_news(self, wait: _Wait, *, until_s: float) -> bool:
+        """Wait until something has changed; False after `until_s`, once the keys were looked for."""
+        while not wait.has_changed.is_set():
+            left_s = until_s - time.monotonic()
+            if left_s <= 0 and not wait.unlooked:
+                return False
+            try:
+                async with asyncio.timeout(left_s if left_s > 0 else self._timeout_s):
+                    await wait.has_changed.wait()
+            except TimeoutError:
+                if left_s <= 0:
+                    return False
+        wait.has_changed.clear()
+        return True
+
+
+class _ShardWaiter:
+    """The waits for answers of one shard. Its task runs while there are any.
+
+    Args:
         client: looks for keys; it does not retry by itself.
         listener: gives the connection that listens.
-        timeout_s: how long one command may take; a wait may end this much later than it should.
+        timeout_s: how long one command may take.
     """
 
     def __init__(self, client: redis.asyncio.Redis, listener: redis.asyncio.Redis, *, timeout_s: float) -> None:
         self._client = client
         self._subscription = Subscription(listener, timeout_s=timeout_s)
-        self._timeout_s = timeout_s
         self._waits: dict[str, dict[_Wait, None]] = {}
         """Id → the calls that wait for its answer."""
         self._added: dict[str, None] = {}
@@ -69,28 +134,6 @@ class Waiter:
         self._has_worked = False
         """Whether the connection has served for a while since the last error."""
 
-    async def as_answered(self, ids: Sequence[str], *, timeout_s: float) -> AsyncGenerator[tuple[str, TagResult], None]:
-        """Yield (id, answer) in the order in which answers come; end after the last one or after `timeout_s`.
-
-        Raises:
-            redis.RedisError: an error that a retry cannot cure (see `shiwu.broker.redis_errors`).
-            ForeignResult: another Celery task has one of the ids.
-        """
-        until_s = time.monotonic() + timeout_s
-        wait = _Wait(ids)
-        self._add(wait)
-        try:
-            while True:
-                while wait.found:
-                    job_id, raw = wait.found.popleft()
-                    yield job_id, read_result(raw)
-                if wait.error is not None:
-                    raise wait.error
-                if not wait.missing or not await self._has_news(wait, until_s=until_s):
-                    return
-        finally:
-            self._remove(wait)
-
     async def aclose(self) -> None:
         """End the task, close its connection, and let all waits raise redis.ConnectionError."""
         if self._task is not None:
@@ -99,46 +142,34 @@ class Waiter:
         await self._subscription.close()
         self._end_all(redis.ConnectionError("the client was closed during the wait"))
 
-    async def _has_news(self, wait: _Wait, *, until_s: float) -> bool:
-        """Wait until something has changed; False after `until_s`, once the keys were looked for."""
-        while not wait.has_changed.is_set():
-            left_s = until_s - time.monotonic()
-            if left_s <= 0 and wait.is_looked_for:
-                return False
-            try:
-                async with asyncio.timeout(left_s if left_s > 0 else self._timeout_s):
-                    await wait.has_changed.wait()
-            except TimeoutError:
-                if left_s <= 0:
-                    return False
-        wait.has_changed.clear()
-        return True
-
     # -------------------------------------------------------------------------------- what is waited for
-    def _add(self, wait: _Wait) -> None:
-        if not wait.missing:
-            return
-        for job_id in wait.missing:
+    def add(self, wait: _Wait, ids: Sequence[str]) -> None:
+        """Let a call wait for these ids, each of them once."""
+        for job_id in ids:
             self._waits.setdefault(job_id, {})[wait] = None
             self._removed.pop(job_id, None)
-        self._added.update(wait.missing)
+        self._added.update(dict.fromkeys(ids))
         self._unlooked[wait] = None
+        wait.missing += len(ids)
+        wait.unlooked += 1
         self._interrupt()
         if self._task is None:
             # Without the context of the call that happens to be the first, as its trace.
             self._task = asyncio.create_task(self._serve(), name="shiwu-waiter", context=Context())
 
-    def _remove(self, wait: _Wait) -> None:
-        """Forget a call that ends, with what it still waits for."""
-        if not wait.missing:
-            return
-        for job_id in wait.missing:
-            waits = self._waits[job_id]
-            del waits[wait]
-            if not waits:
-                self._forget(job_id)
-        self._unlooked.pop(wait, None)
-        self._interrupt()
+    def remove(self, wait: _Wait, ids: Sequence[str]) -> None:
+        """Forget a call that ends, with those of its ids that it still waits for."""
+        is_waiting = False
+        for job_id in ids:
+            waits = self._waits.get(job_id, {})
+            if wait in waits:
+                is_waiting = True
+                del waits[wait]
+                if not waits:
+                    self._forget(job_id)
+        if is_waiting:
+            self._unlooked.pop(wait, None)
+            self._interrupt()
 
     def _forget(self, job_id: str) -> None:
         del self._waits[job_id]
@@ -151,7 +182,7 @@ class Waiter:
             return
         self._forget(job_id)
         for wait in waits:
-            del wait.missing[job_id]
+            wait.missing -= 1
             wait.found.append((job_id, raw))
             wait.has_changed.set()
 
@@ -219,7 +250,7 @@ class Waiter:
     def _end_look(self, waits: Iterable[_Wait]) -> None:
         for wait in waits:
             if self._unlooked.pop(wait, wait) is None:
-                wait.is_looked_for = True
+                wait.unlooked -= 1
                 wait.has_changed.set()
 
     async def _look(self, ids: Sequence[str]) -> None:

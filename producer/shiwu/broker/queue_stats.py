@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +46,8 @@ class QueueState:
     """
     oldest_age_s: dict[Lane, float]
     """Seconds since the oldest waiting message was sent; absent where none waits or none has a time of sending."""
+    shards: tuple[QueueState, ...] = ()
+    """The sizes of each shard of a cluster, in the order of their indexes; empty on one server."""
 
 
 def read_state(client: redis.Redis) -> QueueState:
@@ -69,6 +72,27 @@ def state_steps() -> Steps[QueueState]:
         workers=workers,
         counters={name.decode(errors="replace"): _number(value) for name, value in sorted(counters.items())},
         oldest_age_s={lane: max(0.0, now_ms - sent_ms) / 1000 for lane, sent_ms in oldest.items()},
+    )
+
+
+def sum_states(states: Sequence[QueueState]) -> QueueState:
+    """The sizes of all shards together, with the state of each; at least one."""
+    counters: Counter[str] = Counter()
+    oldest: dict[Lane, float] = {}
+    for state in states:
+        counters.update(state.counters)
+        for lane, age_s in state.oldest_age_s.items():
+            oldest[lane] = max(age_s, oldest.get(lane, 0.0))
+    return QueueState(
+        waiting={lane: sum(state.waiting[lane] for state in states) for lane in Lane},
+        claimed={lane: sum(state.claimed[lane] for state in states) for lane in Lane},
+        delayed=sum(state.delayed for state in states),
+        suspects=sum(state.suspects for state in states),
+        dead=sum(state.dead for state in states),
+        workers=tuple(sorted({name for state in states for name in state.workers})),
+        counters=dict(sorted(counters.items())),
+        oldest_age_s=oldest,
+        shards=tuple(states),
     )
 
 

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, tzinfo
 from functools import cached_property
-from itertools import islice
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
-from shiwu.broker.answers import AnswerStore
-from shiwu.broker.connection import connect
 from shiwu.broker.known_labels import KnownLabels
-from shiwu.broker.maintenance import Maintenance, SweepReport
-from shiwu.broker.queue_stats import QueueState, read_state, read_workers
-from shiwu.broker.retention import PublishedRetention
-from shiwu.broker.steps import iterate, run
+from shiwu.broker.maintenance import SweepReport
+from shiwu.broker.queue_stats import QueueState
+from shiwu.broker.sharding import open_shards
+from shiwu.broker.steps import Steps, iterate, run
 from shiwu.broker.stray_lanes import StrayLanes, find_stray_lanes
 from shiwu.client.arguments import read_id, read_seconds, read_type, refused
-from shiwu.client.calls import MAX_CONNECTIONS, Calls, ClientOptions, Portions, read_waited_ids
+from shiwu.client.calls import MAX_CONNECTIONS, Calls, ClientOptions, read_waited_ids
 from shiwu.client.dead_letters import DeadFilter, DeadLetter
 from shiwu.client.items import check_images
 from shiwu.client.job_report import JobReport
 from shiwu.client.results import TagResult
 from shiwu.client.sender import SendOptions, read_lane
-from shiwu.client.stream import follow, read_options
-from shiwu.client.stream_items import StreamItem, UnreadableItem, log_unreadable
-from shiwu.client.waiter import as_answered, collect
+from shiwu.client.shard_stream import follow
+from shiwu.client.shard_waiter import as_answered_in_shards
+from shiwu.client.stream import read_options
+from shiwu.client.stream_items import StreamItem, UnreadableItem, log_unreadable, shard_of_entry
+from shiwu.client.sweeping import Sweeper
+from shiwu.client.waiter import collect
 from shiwu.contract import Lane
+
+T = TypeVar("T")
 
 
 class Client:
@@ -42,15 +43,16 @@ class Client:
             print(client.wait(job_id, timeout_s=30).best)
 
     Args:
-        redis_url: `redis://`, `rediss://`, `valkey://`, `valkeys://`, `unix:///path` or
-            `sentinel://host:port,host:port/name/0`. Default: `SHIWU_REDIS_URL`, or redis://127.0.0.1:6379/0.
+        redis_url: `redis://`, `rediss://`, `valkey://`, `valkeys://`, `unix:///path`, `cluster://host:port/?shards=16`
+            or `sentinel://host:port,host:port/name/0`. Default: `SHIWU_REDIS_URL`, or redis://127.0.0.1:6379/0.
         max_waiting: how many messages a lane may hold; further ones are refused with QueueFull. It is checked before
-            each portion, so several producers together may exceed it by one portion each.
+            each portion, so several producers together may exceed it by one portion each. Each shard of a cluster may
+            hold an equal part.
         timeout_s: how long one Redis command may take, in seconds. A wait for answers may end this much later than
             requested.
-        max_connections: how many connections to open at most: this many for commands, this many for reading answers,
-            and this many that listen for answers. Threads beyond this number wait up to `timeout_s` for a connection,
-            or poll for their answers instead of listening.
+        max_connections: how many connections to open at most to each shard: this many for commands, this many for
+            reading answers, and this many that listen for answers. Threads beyond this number wait up to `timeout_s`
+            for a connection, or poll for their answers instead of listening.
 
     Raises:
         RedisUrlError: the URL is invalid.
@@ -69,10 +71,10 @@ class Client:
             redis_url, max_waiting=max_waiting, timeout_s=timeout_s, max_connections=max_connections
         )
         limits: dict[str, Any] = {"timeout_s": options.timeout_s, "max_connections": options.max_connections}
-        self._redis = connect(options.redis_url, retries=3, **limits)
+        self._redis = open_shards(options.redis_url, retries=3, **limits)
         # Waits retry by themselves. Retries below them would exceed their time-out where Redis hangs.
-        self._no_retry = connect(options.redis_url, **limits)
-        self._listener = connect(options.redis_url, pool_wait_s=0.0, **limits)
+        self._no_retry = open_shards(options.redis_url, **limits)
+        self._listener = open_shards(options.redis_url, pool_wait_s=0.0, **limits)
         self._calls = Calls(options)
         self._timeout_s = options.timeout_s
         self.unreadable_items = 0
@@ -86,9 +88,8 @@ class Client:
 
     def close(self) -> None:
         """Close all connections. Answers of enqueued jobs can be read by another client."""
-        self._redis.close()
-        self._no_retry.close()
-        self._listener.close()
+        for client in (*self._redis, *self._no_retry, *self._listener):
+            client.close()
 
     def enqueue(
         self,
@@ -144,7 +145,7 @@ class Client:
         fields: dict[str, Any] = {"image": image, "labels": labels, "top_k": top_k, "threshold": threshold}
         fields |= {"min_cosine": min_cosine, "head": head, "want": want, "metadata": metadata, "callback": callback}
         options = SendOptions(read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas)
-        return run(self._redis, self._calls.enqueue_steps(fields, options, job_id=id, coalesce=coalesce))
+        return self._run(self._calls.enqueue_steps(fields, options, job_id=id, coalesce=coalesce))
 
     def enqueue_many(
         self,
@@ -191,11 +192,7 @@ class Client:
             read_lane(lane), expires_s, answer_by_s, countdown_s, priority, replicas, max_waiting, wait_s
         )
         portions = self._calls.portions(fields, options, batch_size=batch_size, id_from=id_from, coalesce=coalesce)
-        return self._send(iter(images), portions)
-
-    def _send(self, images: Iterator[str | Mapping[str, Any]], portions: Portions) -> Iterator[str]:
-        while portion := list(islice(images, portions.size)):
-            yield from run(self._redis, portions.send_steps(portion))
+        return portions.send(images, self._run)
 
     def cancel(self, job_ids: str | Iterable[str], *, reason: str = "") -> list[str]:
         """Answer jobs `cancelled` now; return the ids that had no answer before.
@@ -210,11 +207,11 @@ class Client:
             RequestError: an id is invalid; nothing was cancelled.
             redis.RedisError: some jobs may be cancelled; cancelling again is safe.
         """
-        return run(self._redis, self._calls.cancel_steps(job_ids, reason=reason))
+        return self._run(self._calls.cancel_steps(job_ids, reason=reason))
 
     def server_time_ms(self) -> float:
         """Redis' clock in ms since 1970, which all clients and workers share. Asks Redis at most once a minute."""
-        return run(self._redis, self._calls.time_steps())
+        return self._run(self._calls.time_steps())
 
     def answer(self, job_id: str) -> TagResult | None:
         """The answer of a job, whatever its status; None while there is none. Does not wait.
@@ -224,7 +221,7 @@ class Client:
         Raises:
             ForeignResult: another Celery task has this id.
         """
-        return run(self._redis, self._calls.answer_steps(job_id))
+        return self._run(self._calls.answer_steps(job_id))
 
     def wait(self, job_id: str, *, timeout_s: float) -> TagResult:
         """Wait for the answer of a job, whatever its status, and return it.
@@ -261,7 +258,8 @@ class Client:
         """
         ids = read_waited_ids(job_ids)
         read_seconds("timeout_s", timeout_s)
-        return as_answered(self._no_retry, self._listener, ids, timeout_s=timeout_s)
+        run(self._no_retry, self._calls.count_steps())
+        return as_answered_in_shards(self._no_retry, self._listener, ids, timeout_s=timeout_s)
 
     def tag(self, image: str, *, timeout_s: float = 60.0, **fields: Any) -> TagResult:
         """Enqueue one image, wait for its answer, and return it if the image was tagged.
@@ -318,7 +316,7 @@ class Client:
 
         def report(entry_id: str, fields: Mapping[bytes, bytes], reason: str) -> None:
             self.unreadable_items += 1
-            on_unreadable(UnreadableItem(entry_id, fields, reason, self._redis, group))
+            on_unreadable(UnreadableItem(entry_id, fields, reason, self._redis[shard_of_entry(entry_id)], group))
 
         if not callable(on_unreadable):
             raise refused("on_unreadable", "a function that takes an UnreadableItem", on_unreadable)
@@ -341,7 +339,7 @@ class Client:
 
     def dead_letter(self, job_id: str) -> DeadLetter | None:
         """The dead letter of a job, or None where there is none."""
-        return run(self._redis, self._calls.dead_letter_steps(job_id))
+        return self._run(self._calls.dead_letter_steps(job_id))
 
     def requeue(self, job_ids: str | Iterable[str]) -> list[str]:
         """Put dead letters back into their lane with the same ids; return the ids of those that were requeued.
@@ -349,11 +347,11 @@ class Client:
         Attempts start at one again. The old answer is removed, so a wait for the id waits for the new answer, and the
         results stream gets a second entry.
         """
-        return run(self._redis, self._calls.requeue_steps(job_ids))
+        return self._run(self._calls.requeue_steps(job_ids))
 
     def drop(self, job_ids: str | Iterable[str]) -> int:
         """Delete dead letters; return how many were deleted. Their answers are kept as long as others."""
-        return run(self._redis, self._calls.drop_steps(job_ids))
+        return self._run(self._calls.drop_steps(job_ids))
 
     def sweep(self, *, zone: tzinfo = UTC) -> SweepReport:
         """Do maintenance once, for places where no worker may be running; see the command `shiwu sweep`.
@@ -364,37 +362,38 @@ class Client:
             zone: time zone of an `expires` without one, as the workers' `SHIWU_TIMEZONE`.
         """
         read_type("zone", zone, tzinfo, "a tzinfo as ZoneInfo('Asia/Shanghai')")
-        return self._maintenance.sweep(zone=zone)
-
-    @cached_property
-    def _maintenance(self) -> Maintenance:
-        token = f"client.{secrets.token_hex(4)}"
-        limits = PublishedRetention(self._redis)
-        store = AnswerStore(self._redis, token=token, retention=limits)
-        return Maintenance(self._redis, store, token=token, retention=limits)
+        return self._sweeper.sweep(zone=zone)
 
     def queue_state(self) -> QueueState:
         """Count waiting, claimed and delayed jobs, dead letters and running workers; several round trips."""
-        return read_state(self._redis)
+        return self._run(self._calls.state_steps())
 
     def explain(self, job_id: str) -> JobReport:
         """Find out where a job is and why; for operators, because it reads lanes, claims and answers.
 
         Searches up to 20,000 messages of each lane where the id is not found otherwise. The job may move meanwhile.
         """
-        return run(self._redis, self._calls.explain_steps(job_id))
+        return self._run(self._calls.explain_steps(job_id))
 
     def running_workers(self) -> tuple[str, ...]:
         """Names of workers with a heartbeat in the last ten seconds; needs fewer rights than `queue_state`."""
-        return read_workers(self._redis)
+        return self._run(self._calls.workers_steps())
 
     def known_labels(self, digest: str) -> KnownLabels | None:
         """The label set behind `labels.digest` of an answer, or None where it is not known.
 
         Workers store the label sets that they use, and the newest thousand that came with requests.
         """
-        return run(self._redis, self._calls.labels_steps(digest))
+        return self._run(self._calls.labels_steps(digest))
 
     def stray_lanes(self) -> StrayLanes:
         """Find lists that look like lanes and that no worker reads; searches up to two seconds. See docs/clients.md."""
-        return find_stray_lanes(self._redis)
+        return find_stray_lanes(self._redis[0]) if len(self._redis) == 1 else StrayLanes(is_complete=False)
+
+    @cached_property
+    def _sweeper(self) -> Sweeper:
+        return Sweeper(self._redis)
+
+    def _run(self, steps: Steps[T]) -> T:
+        run(self._redis, self._calls.count_steps())
+        return run(self._redis, steps)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from typing import Any, Final
 
 from shiwu.broker.answers import DeadMessage
 from shiwu.broker.chunks import chunks
 from shiwu.broker.script_loader import call_repeatable_script
 from shiwu.broker.server_clock import server_time_steps
-from shiwu.broker.steps import Steps
+from shiwu.broker.steps import Steps, on_shards
 from shiwu.client.arguments import read_seconds
 from shiwu.client.results import TagResult, read_answer
 from shiwu.contract import (
@@ -129,6 +131,39 @@ class DeadPages:
             DEAD, newest, oldest, withscores=True
         )
         return found
+
+
+class MergedDeadPages:
+    """As `DeadPages`, of all shards together."""
+
+    def __init__(self, where: DeadFilter, *, limit: int | None, shards: int) -> None:
+        self._left = math.inf if limit is None else limit
+        self._unread = {shard: DeadPages(where, limit=limit) for shard in range(shards)}
+        """Shards that may have more pages."""
+        self._read: dict[int, deque[DeadLetter]] = {shard: deque() for shard in range(shards)}
+
+    def next_steps(self) -> Steps[list[DeadLetter] | None]:
+        """Read the next page, which may be empty; None after the last one."""
+        if self._left <= 0:
+            return None
+        wanted = [shard for shard in self._unread if not self._read[shard]]
+        pages = yield from on_shards({shard: self._unread[shard].next_steps() for shard in wanted})
+        for shard, page in pages.items():
+            if page is None:
+                del self._unread[shard]
+            else:
+                self._read[shard].extend(page)
+        # A shard whose next letter is not known may have the newest one.
+        merged: list[DeadLetter] = []
+        heap = [(-letters[0].died_ms, shard) for shard, letters in self._read.items() if letters]
+        heapify(heap)
+        while heap and len(merged) < self._left and all(self._read[shard] for shard in self._unread):
+            shard = heappop(heap)[1]
+            merged.append(self._read[shard].popleft())
+            if self._read[shard]:
+                heappush(heap, (-self._read[shard][0].died_ms, shard))
+        self._left -= len(merged)
+        return merged if merged or self._unread else None
 
 
 def show_steps(job_id: str) -> Steps[DeadLetter | None]:

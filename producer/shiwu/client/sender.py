@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import redis
 
@@ -18,7 +18,8 @@ from shiwu.broker.message_writer import build_message
 from shiwu.broker.queue_stats import waiting_steps
 from shiwu.broker.redis_errors import NotReplicated, explain, info_of
 from shiwu.broker.server_clock import server_time_steps
-from shiwu.broker.steps import OnOneConnection, Pause, Steps
+from shiwu.broker.sharding import by_shard
+from shiwu.broker.steps import OnOneConnection, OnShards, Pause, Steps, on_shards, results_of
 from shiwu.broker.trace_headers import current_headers
 from shiwu.client.arguments import read_integer, read_seconds, refused
 from shiwu.contract import DEADLINES, MAX_MESSAGE_BYTES, ErrorCode, Lane, Request, RequestError, check_id, parse_request
@@ -30,6 +31,8 @@ REPORT_EVERY_S: Final = 30.0
 log: Final = logging.getLogger("shiwu")
 MAX_PRIORITY: Final = 9
 MakeId = Callable[[Request], str]
+Job: TypeAlias = tuple[Request, str]
+"""A request and the id of its job."""
 _PRIORITY_STEPS: Final = (0, 3, 6, 9)
 
 
@@ -80,20 +83,43 @@ def read_lane(lane: Lane | str) -> Lane:
         raise refused("lane", " or ".join(Lane), lane) from None
 
 
-class Sender:
-    """Says how messages are sent, and estimates Redis' clock between measurements. Thread-safe.
+class ServerClock:
+    """Estimates Redis' clock between measurements. Thread-safe."""
 
-    Each method that returns steps sends nothing before they are run.
-    """
-
-    def __init__(self, *, max_waiting: int, timeout_s: float) -> None:
-        self._default_max_waiting = max_waiting
-        self._timeout_s = timeout_s
+    def __init__(self) -> None:
         self._offset_ms = 0.0
         self._offset_until_s = 0.0
 
-    def send_steps(self, jobs: Sequence[tuple[Request, str]], options: SendOptions) -> Steps[list[str]]:
-        """Put (request, id) pairs into their lane in one step; return the ids.
+    def now_steps(self) -> Steps[float]:
+        """Redis' clock in ms since 1970, measured once a minute and estimated in between."""
+        if time.monotonic() >= self._offset_until_s:
+            before_s = time.monotonic()
+            server_ms = yield from server_time_steps()
+            after_s = time.monotonic()
+            # The server read its clock about half way between the two readings here.
+            self._offset_ms = server_ms - (before_s + after_s) / 2 * 1000
+            self._offset_until_s = after_s + CLOCK_REFRESH_S
+        return time.monotonic() * 1000 + self._offset_ms
+
+
+class Sender:
+    """Says how messages are sent, each to the shard of its id. Thread-safe.
+
+    Each method that returns steps sends nothing before they are run.
+
+    Args:
+        max_waiting: how many messages a lane may hold, over all shards; each has an equal part of it.
+        shards: how many there are.
+    """
+
+    def __init__(self, *, max_waiting: int, timeout_s: float, shards: int = 1) -> None:
+        self._default_max_waiting = max_waiting
+        self._timeout_s = timeout_s
+        self._shards = shards
+        self._clocks = tuple(ServerClock() for _ in range(shards))
+
+    def send_steps(self, jobs: Sequence[Job], options: SendOptions) -> Steps[list[str]]:
+        """Put (request, id) pairs into their lane, those of a shard in one step; return the ids.
 
         While the lane is full or Redis is unavailable, it retries for `options.wait_s`. A message that was enqueued
         before a time-out is then a duplicate with the same id, and the job is answered once.
@@ -103,13 +129,16 @@ class Sender:
             RequestError: a message is too large; nothing was sent.
             NotReplicated: the messages are in the lane, but too few replicas confirmed them.
             redis.RedisError: Redis is unavailable or refused the messages. After a time-out they may be in the lane.
+                Over shards, messages of the others are in the lane.
         """
         began_s = time.monotonic()
         reported_s = -math.inf
         backoff = Backoff()
-        while True:
+        left = by_shard(jobs, shards=self._shards, id_of=_id_of)
+        while left:
             try:
-                return (yield from self._send_once_steps(jobs, options))
+                yield from self._send_once_steps(left, options)
+                continue
             except (QueueFull, redis.RedisError) as error:
                 may_pass = isinstance(error, QueueFull) or info_of(error).is_temporary
                 now_s = time.monotonic()
@@ -120,6 +149,7 @@ class Sender:
                     text = str(error) if isinstance(error, QueueFull) else explain(error)
                     log.warning("%s; waiting (%.0f s so far)", text, now_s - began_s)
             yield Pause(backoff.next_s())
+        return [job_id for _, job_id in jobs]
 
     def send_items_steps(
         self, items: Sequence[tuple[dict[str, Any], str | None]], options: SendOptions, *, make_id: MakeId
@@ -138,40 +168,71 @@ class Sender:
         return (yield from self.send_steps(jobs, options))
 
     def max_waiting(self, options: SendOptions) -> int:
-        """How many messages the lane may hold, which is also the size of the largest portion."""
+        """How many messages the lane may hold over all shards, which is also the size of the largest portion."""
         return self._default_max_waiting if options.max_waiting is None else options.max_waiting
 
-    def server_time_steps(self) -> Steps[float]:
-        """Redis' clock in ms since 1970, measured once a minute and estimated in between."""
-        if time.monotonic() >= self._offset_until_s:
-            before_s = time.monotonic()
-            server_ms = yield from server_time_steps()
-            after_s = time.monotonic()
-            # The server read its clock about half way between the two readings here.
-            self._offset_ms = server_ms - (before_s + after_s) / 2 * 1000
-            self._offset_until_s = after_s + CLOCK_REFRESH_S
-        return time.monotonic() * 1000 + self._offset_ms
+    def server_time_steps(self, shard: int = 0) -> Steps[float]:
+        """The clock of a shard's node in ms since 1970, measured once a minute and estimated in between."""
+        return self._clocks[shard].now_steps()
 
-    def _send_once_steps(self, jobs: Sequence[tuple[Request, str]], options: SendOptions) -> Steps[list[str]]:
-        lane, limit = options.lane, self.max_waiting(options)
+    def _send_once_steps(self, left: dict[int, list[Job]], options: SendOptions) -> Steps[None]:
+        """Send once to each shard what it may hold; remove what was sent from `left`.
+
+        All shards are asked for space first, so that a full one leaves nothing sent.
+        """
+        limit = max(1, -(-self.max_waiting(options) // self._shards))
+        # More than a shard may hold goes there in several steps.
+        parts = {shard: jobs[:limit] for shard, jobs in left.items()}
+        found = yield from on_shards({shard: self._look_steps(shard, options.lane) for shard in parts})
+        clocks = {shard: now_ms for shard, (_, now_ms) in found.items()}
+        for shard, part in parts.items():
+            self._check_space(shard, options.lane, waiting=found[shard][0], wanted=len(part), limit=limit)
+        messages = {shard: _write_messages(part, options, now_ms=clocks[shard]) for shard, part in parts.items()}
+        for shard, part in parts.items():
+            _check_sizes(messages[shard], part)
+        outcomes = yield OnShards(
+            {
+                shard: self._put_steps(part, messages[shard], options, now_ms=clocks[shard])
+                for shard, part in parts.items()
+            }
+        )
+        for shard, outcome in outcomes.items():
+            if isinstance(outcome, Exception):
+                continue
+            left[shard] = left[shard][limit:]
+            if not left[shard]:
+                del left[shard]
+        results_of(outcomes)
+
+    def _look_steps(self, shard: int, lane: Lane) -> Steps[tuple[int, float]]:
+        """How many messages wait in a lane of a shard, and the time of its server."""
         waiting = (yield from waiting_steps([lane]))[lane]
-        if waiting + len(jobs) > limit:
+        return waiting, (yield from self.server_time_steps(shard))
+
+    def _check_space(self, shard: int, lane: Lane, *, waiting: int, wanted: int, limit: int) -> None:
+        """Check that a lane has space.
+
+        Raises:
+            QueueFull: it has not.
+        """
+        if waiting + wanted > limit:
+            where = f"lane {lane}" if self._shards == 1 else f"lane {lane} of shard {shard}"
             raise QueueFull(
-                f"expected space for {len(jobs)} messages in lane {lane}, which holds {waiting} of {limit}; "
+                f"expected space for {wanted} messages in {where}, which holds {waiting} of {limit}; "
                 "try later, or raise max_waiting"
             )
-        now_ms = yield from self.server_time_steps()
+
+    def _put_steps(
+        self, jobs: Sequence[Job], messages: Sequence[bytes], options: SendOptions, *, now_ms: float
+    ) -> Steps[None]:
         answer_by_ms = _later(now_ms, options.answer_by_s)
-        messages = _write_messages(jobs, options, now_ms=now_ms)
-        _check_sizes(messages, jobs)
         if answer_by_ms is not None:
             deadlines = {job_id: answer_by_ms for _, job_id in jobs}
             # An index only: the messages carry their deadlines, and count without it.
             with contextlib.suppress(redis.ResponseError):
                 yield lambda client: client.zadd(DEADLINES, deadlines)
         step = max((i for i, lowest in enumerate(_PRIORITY_STEPS) if lowest <= options.priority), default=0)
-        yield from self._push_steps(lane.keys[step], messages, replicas=options.replicas)
-        return [job_id for _, job_id in jobs]
+        yield from self._push_steps(options.lane.keys[step], messages, replicas=options.replicas)
 
     def _push_steps(self, key: str, messages: Sequence[bytes], *, replicas: int) -> Steps[None]:
         if not replicas:
@@ -183,7 +244,11 @@ class Sender:
         check_replicated(reached, replicas=replicas, timeout_s=timeout_s)
 
 
-def _write_messages(jobs: Sequence[tuple[Request, str]], options: SendOptions, *, now_ms: float) -> list[bytes]:
+def _id_of(job: Job) -> str:
+    return job[1]
+
+
+def _write_messages(jobs: Sequence[Job], options: SendOptions, *, now_ms: float) -> list[bytes]:
     answer_by_ms = _later(now_ms, options.answer_by_s)
     expires_ms = min((ms for ms in (_later(now_ms, options.expires_s), answer_by_ms) if ms), default=None)
     trace = current_headers()
@@ -203,7 +268,7 @@ def _write_messages(jobs: Sequence[tuple[Request, str]], options: SendOptions, *
     ]
 
 
-def _check_sizes(messages: Sequence[bytes], jobs: Sequence[tuple[Request, str]]) -> None:
+def _check_sizes(messages: Sequence[bytes], jobs: Sequence[Job]) -> None:
     """Refuse what every worker would refuse, after it had taken up to three times its size in Redis.
 
     Raises:

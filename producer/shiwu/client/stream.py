@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,9 +20,9 @@ from redis.exceptions import NoPermissionError
 
 from shiwu.broker.redis_errors import explain
 from shiwu.broker.script_loader import call_script
-from shiwu.broker.steps import Call, Pause, Steps, run
+from shiwu.broker.steps import Call, Pause, Steps
 from shiwu.client.arguments import read_integer, read_seconds, read_text
-from shiwu.client.stream_items import Entry, EntryReader, Outage, StreamItem, log
+from shiwu.client.stream_items import Entry, EntryReader, Outage, log
 from shiwu.contract import RESULT_STREAM, printable
 
 GROUP_GONE_WORDS: Final = ("NOGROUP", "UNBLOCKED")
@@ -129,21 +129,6 @@ class StreamLoop:
             yield from self._reader.leave_steps(self._portion)
 
 
-def follow(client: redis.Redis, acks: redis.Redis, options: StreamOptions) -> Iterator[StreamItem]:
-    """Yield the answers of a loop over the results stream.
-
-    Args:
-        client: reads entries, and does not retry by itself.
-        acks: the client with which items acknowledge.
-    """
-    loop = StreamLoop(options)
-    try:
-        while (entry := run(client, loop.next_steps())) is not None:
-            yield StreamItem(entry.id, entry.result, acks, options.group, entry.generation)
-    finally:
-        run(client, loop.leave_steps())
-
-
 class StreamReader:
     """Reads the entries of one consumer. After an error, reading again loses no entry that was delivered."""
 
@@ -174,7 +159,7 @@ class StreamReader:
         """The next portion; empty where there is nothing to read.
 
         Args:
-            block_s: how long to wait for new entries, instead of the time of the options.
+            block_s: how long to wait for new entries, instead of the time of the options; 0 does not wait.
         """
         if not self._has_group:
             yield from self._make_group_steps()
@@ -189,7 +174,8 @@ class StreamReader:
         self._is_claiming = not self._is_claiming
         if not self._is_claiming:
             return (yield from self._claim_steps())
-        return (yield from self._read_new_steps(self._options.block_s if block_s is None else block_s))
+        block_s = self._options.block_s if block_s is None else block_s
+        return (yield from self._read_new_steps(max(block_s, MIN_WAIT_S) if self._wait_until and block_s else block_s))
 
     def _claim_steps(self) -> Steps[list[Entry]]:
         options, cursor = self._options, self._cursor
@@ -208,7 +194,6 @@ class StreamReader:
         return found
 
     def _read_new_steps(self, block_s: float) -> Steps[list[Entry]]:
-        block_s = block_s if self._wait_until is None else max(block_s, MIN_WAIT_S)
         entries = yield from self._read_group_steps(">", block_s=block_s)
         found = yield from self._take_steps(entries)
         if self._options.stop_when_idle and not entries and not self._has_claimed:

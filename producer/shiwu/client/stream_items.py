@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 import redis
 
-from shiwu.broker.backoff import Backoff
+from shiwu.broker.backoff import MAX_PAUSE_S, Backoff
 from shiwu.broker.chunks import chunks
 from shiwu.broker.redis_errors import explain, info_of
 from shiwu.broker.steps import Pause, Steps, run
@@ -30,7 +30,7 @@ class StreamItem:
     """One answer of the results stream. It belongs to this consumer until `ack`, or until it is idle for too long."""
 
     entry_id: str
-    """Id of the entry in the stream."""
+    """Id of the entry in the stream; over shards after the index of its shard, as in `7/1764500000000-0`."""
     result: TagResult
     """The answer, whatever its status."""
     _client: redis.Redis
@@ -58,7 +58,7 @@ class UnreadableItem:
     """
 
     entry_id: str
-    """Id of the entry in the stream."""
+    """Id of the entry in the stream; over shards after the index of its shard."""
     fields: Mapping[bytes, bytes]
     """The fields of the entry as they are in Redis."""
     reason: str
@@ -90,10 +90,21 @@ def log_unreadable(item: Unreadable) -> None:
     )
 
 
+def in_shard(shard: int, entry_id: str) -> str:
+    """The id of an entry over shards."""
+    return f"{shard}/{entry_id}"
+
+
+def shard_of_entry(entry_id: str) -> int:
+    """The index of the shard in the id of an entry; 0 on one server."""
+    shard, slash, _ = entry_id.partition("/")
+    return int(shard) if slash else 0
+
+
 def ack_steps(entry_ids: Sequence[str], *, group: str, away_s: float = 0.0) -> Steps[None]:
-    """Acknowledge entries, some hundreds in each command; retry for `away_s` seconds while Redis is unavailable."""
+    """Acknowledge entries of one shard, some hundreds in each command; retry for `away_s` seconds while it is away."""
     outage = Outage(away_s=away_s)
-    portions = list(chunks(entry_ids, ACK_CHUNK_SIZE))
+    portions = list(chunks([entry_id.rpartition("/")[2] for entry_id in entry_ids], ACK_CHUNK_SIZE))
     while portions:
         try:
             yield partial(_acknowledge, group=group, entry_ids=portions[0])
@@ -152,12 +163,18 @@ def _acknowledge(client: Any, *, group: str, entry_ids: Sequence[str | bytes]) -
 
 
 class Outage:
-    """Gives pauses while Redis is unavailable, each longer than the last up to a limit; logs the begin and the end."""
+    """Gives pauses while Redis is unavailable, each longer than the last up to a limit; logs the begin and the end.
 
-    def __init__(self, *, away_s: float | None) -> None:
+    Args:
+        away_s: how long it may last before its error is raised; None: forever.
+        shard: the shard that is meant; None on one server.
+    """
+
+    def __init__(self, *, away_s: float | None, shard: int | None = None, max_pause_s: float = MAX_PAUSE_S) -> None:
         self._away_s = away_s
+        self._shard = shard
         self._since_s: float | None = None
-        self._backoff = Backoff()
+        self._backoff = Backoff(max_s=max_pause_s)
 
     @property
     def is_on(self) -> bool:
@@ -175,14 +192,17 @@ class Outage:
         if not info_of(error).is_temporary or (self._away_s is not None and now_s - since_s >= self._away_s):
             raise error
         if self._since_s is None:
-            log.warning("%s; trying again", explain(error))
+            text = explain(error)
+            log.warning("%s; trying again", text if self._shard is None else f"shard {self._shard}: {text}")
         self._since_s = since_s
         return Pause(self._backoff.next_s())
 
     def end(self) -> None:
         """Record that Redis has answered."""
-        if self._since_s is not None:
+        if self._since_s is not None and self._shard is None:
             log.warning("Redis answers again, after %.1f s", time.monotonic() - self._since_s)
+        elif self._since_s is not None:
+            log.warning("shard %d answers again, after %.1f s", self._shard, time.monotonic() - self._since_s)
         self._since_s = None
         self._backoff.reset()
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 import redis
 
 from shiwu.broker.chunks import chunks
 from shiwu.broker.redis_errors import ConnectionsBusy, info_of
 from shiwu.broker.steps import Steps, run
+from shiwu.client.announcements import read_announcement, subscribe
 from shiwu.client.results import TagResult, read_result
-from shiwu.contract import RESULT_PREFIX, ErrorCode, RequestError, result_key
+from shiwu.contract import ErrorCode, RequestError, result_key
 from shiwu.errors import WaitTimeout
 
 LISTENING_POLL_S: Final = 2.0
@@ -79,15 +80,12 @@ def _wait_once(
     """Yield answers and remove their ids from `missing`, until none is missing, the time is over, or Redis fails."""
     with listener.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]  # redis' own
         # Subscribes first and polls afterwards, so that an answer in between is not missed.
-        portions = chunks(list(missing), CHUNK_SIZE)
         try:
-            pubsub.subscribe(*map(result_key, next(portions)))
+            subscribe(pubsub, list(missing))
         except ConnectionsBusy:
             yield from _poll(client, missing)
             threading.Event().wait(max(0.0, min(POLL_S, until_s - time.monotonic())))
             return
-        for portion in portions:
-            pubsub.subscribe(*map(result_key, portion))
         while missing:
             yield from _poll(client, missing)
             poll_at_s = time.monotonic() + LISTENING_POLL_S
@@ -113,10 +111,3 @@ def look_steps(ids: Sequence[str]) -> Steps[list[tuple[str, bytes]]]:
     """Look for the answers of up to CHUNK_SIZE ids; return (id, value of the result key) of those that are there."""
     replies = yield lambda client: client.mget([result_key(job_id) for job_id in ids])
     return [(job_id, raw) for job_id, raw in zip(ids, replies, strict=True) if raw is not None]
-
-
-def read_announcement(message: Mapping[str, Any]) -> tuple[str, bytes]:
-    """The id and the value of the result key in a message of redis-py's subscription."""
-    channel: bytes = message["channel"]
-    raw: bytes = message["data"]
-    return channel.decode().removeprefix(RESULT_PREFIX), raw

@@ -65,7 +65,8 @@ def test_cluster_and_sentinel_are_refused(is_greeted: bool, reply: Any, mode: st
 )
 def test_url_becomes_arguments_with_limits(url: str, kind: type | None, options: dict[str, Any]) -> None:
     """Every wait has one."""
-    pool: Any = connect(url, timeout_s=2.0, retries=3, max_connections=7).connection_pool
+    [client] = connect(url, timeout_s=2.0, retries=3, max_connections=7)
+    pool: Any = client.connection_pool
     if kind is not None:
         assert pool.connection_class is kind
     kwargs = pool.connection_kwargs
@@ -78,7 +79,7 @@ def test_pool_without_a_free_connection_says_what_to_change() -> None:
     """An error of the server stays that error."""
 
     async def test() -> None:
-        client = connect("redis://127.0.0.1:1", timeout_s=0.05, max_connections=1)
+        [client] = connect("redis://127.0.0.1:1", timeout_s=0.05, max_connections=1)
         with pytest.raises(redis.ConnectionError) as away:
             await client.ping()
         assert not isinstance(away.value, ConnectionsBusy)

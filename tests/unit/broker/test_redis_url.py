@@ -109,7 +109,6 @@ REFUSED = [
     ("sentinel://:secret@a:x/p", "port"),
     ("sentinel://a/p/secret", "number of a database"),
     ("sentinel://:secret@a/p/0/1", "master-name"),
-    ("cluster://:secret@host/", "got cluster://, which this program cannot use yet"),
 ]
 CLUSTERS = [
     ("cluster://a", {"hosts": (("a", 6379),), "shards": 16}),
@@ -151,6 +150,14 @@ def test_invalid_cluster_url_is_refused(url: str, words: str) -> None:
     with pytest.raises(RedisUrlError, match=words) as caught:
         read_redis_url(url, may_be_cluster=True)
     assert "secret" not in str(caught.value)
+
+
+def test_cluster_is_refused_where_shards_are_not_used() -> None:
+    """As by the worker's settings."""
+    for read in (read_redis_url, lambda url: Settings(redis_url=url)):
+        with pytest.raises(ValueError, match="got cluster://, which this program cannot use yet") as caught:
+            read("cluster://:secret@host/")
+        assert "secret" not in str(caught.value)
 
 
 def test_redis_url_with_tls_files_is_parsed(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ class Parts:
         return SimpleNamespace(hmget=read, execute=lambda: asked)
 
     def _run(self, name: str, call: dict[str, Any]) -> Any:
-        ids = call["args"][2:] if name == "requeue" else call["args"]
+        # The names of the lanes come first.
+        ids = call["args"][sum(len(lane.keys) for lane in Lane) :] if name == "requeue" else call["args"]
         self.calls.append((name, len(ids)))
         return [job_id.encode() for job_id in ids] if name == "requeue" else len(ids)
 

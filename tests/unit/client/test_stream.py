@@ -14,6 +14,7 @@ from shiwu import RequestError
 from shiwu.broker import steps
 from shiwu.broker.steps import run
 from shiwu.client import stream as module
+from shiwu.client.shard_stream import follow
 from shiwu.client.stream import (
     CLEANUP_EVERY_S,
     CONSUMER_TTL_S,
@@ -21,7 +22,6 @@ from shiwu.client.stream import (
     MIN_WAIT_S,
     StreamOptions,
     StreamReader,
-    follow,
     read_options,
 )
 from shiwu.client.stream_items import Entry, EntryReader
@@ -372,7 +372,7 @@ def test_loop_yields_portions_and_gives_up_their_rest(parts: Parts, monkeypatch:
     parts.reads = [[entry(1), entry(2)], redis.ConnectionError("away"), [], [entry(3), entry(4), entry(5)]]
     pauses: list[float] = []
     monkeypatch.setattr(steps, "Event", lambda: SimpleNamespace(wait=pauses.append))
-    loop: Any = follow(parts.client, parts.client, parts.options)
+    loop: Any = follow((parts.client,), (parts.client,), parts.options)
     assert [next(loop).result.id for _ in range(3)] == ["j1", "j2", "j3"]
     assert len(pauses) == 1
     parts.calls.clear()

@@ -5,18 +5,31 @@ transactions, subscriptions and `WAIT` work as they do there. `ShardRedis` adds 
 its connections go to the node that has the slot.
 """
 
-from shiwu.broker.sharding.command_keys import UnknownCommand
-from shiwu.broker.sharding.opening import keep_shard_count, open_shards
+from shiwu.broker.sharding.cluster_map import ClusterMap
+from shiwu.broker.sharding.command_keys import UnknownCommand, with_prefix
+from shiwu.broker.sharding.opening import keep_shard_count, node_of, open_map, open_shards, shard_count_steps
+from shiwu.broker.sharding.reply_keys import KeyReader, take_prefix_from_replies
 from shiwu.broker.sharding.shard_client import ShardRedis
-from shiwu.broker.sharding.shards import ONE_SERVER, Shard, cluster_shard, shard_of
+from shiwu.broker.sharding.shards import ONE_SERVER, Shard, by_shard, cluster_shard, shard_of
+from shiwu.broker.sharding.slot_connection import check_node, leave_node
 
 __all__ = [
     "ONE_SERVER",
+    "ClusterMap",
+    "KeyReader",
     "Shard",
     "ShardRedis",
     "UnknownCommand",
+    "by_shard",
+    "check_node",
     "cluster_shard",
     "keep_shard_count",
+    "leave_node",
+    "node_of",
+    "open_map",
     "open_shards",
+    "shard_count_steps",
     "shard_of",
+    "take_prefix_from_replies",
+    "with_prefix",
 ]

@@ -16,6 +16,7 @@ from shiwu.broker.sharding.cluster_map import ClusterMap
 from shiwu.broker.sharding.shard_client import ShardRedis
 from shiwu.broker.sharding.shards import cluster_shard
 from shiwu.broker.sharding.slot_connection import SlotConnection, SlotSSLConnection, ask_with, greet_node
+from shiwu.broker.steps import Steps, run
 from shiwu.contract import RETENTION
 
 SHARDS_FIELD: Final = "shards"
@@ -56,7 +57,7 @@ def open_shards(
     others = {
         "connection_class": SlotConnection if address.tls is None else SlotSSLConnection,
         "redis_connect_func": greet_node,
-        "cluster_map": _open_map(address, timeout_s=timeout_s, client_name=client_name),
+        "cluster_map": open_map(address, timeout_s=timeout_s, client_name=client_name),
     }
     return tuple(
         open_client(ShardRedis, address, limits, **others, shard=cluster_shard(index))
@@ -64,7 +65,8 @@ def open_shards(
     )
 
 
-def _open_map(address: RedisAddress, *, timeout_s: float, client_name: str | None) -> ClusterMap:
+def open_map(address: RedisAddress, *, timeout_s: float, client_name: str | None = None) -> ClusterMap:
+    """The map of the cluster at this address. Nothing is sent yet."""
     found: dict[str, Any] = place_and_login(address, socket_class=UnixDomainSocketConnection, tls_class=SSLConnection)
     login = {name: value for name, value in found.items() if name not in {"host", "port", "connection_class"}}
     connection_class = Connection if address.tls is None else SSLConnection
@@ -85,12 +87,31 @@ def keep_shard_count(first: redis.Redis, *, shards: int) -> None:
         WrongShardCount: the cluster was first used with another number.
         redis.RedisError: Redis is unavailable.
     """
+    run(first, shard_count_steps(shards))
+
+
+def shard_count_steps(shards: int) -> Steps[None]:
+    """The steps of `keep_shard_count`, in shard 0."""
     found = None
     with suppress(exceptions.NoPermissionError):
-        found = first.hget(RETENTION, SHARDS_FIELD)
+        found = yield lambda client: client.hget(RETENTION, SHARDS_FIELD)
         if found is None:
-            first.hsetnx(RETENTION, SHARDS_FIELD, str(shards))
+            yield lambda client: client.hsetnx(RETENTION, SHARDS_FIELD, str(shards))
             # Another process may have been faster.
-            found = first.hget(RETENTION, SHARDS_FIELD)
+            found = yield lambda client: client.hget(RETENTION, SHARDS_FIELD)
     if isinstance(found, bytes) and found != str(shards).encode():
         raise WrongShardCount(expected=found.decode(errors="replace")[:20], got=shards)
+
+
+def node_of(client: redis.Redis) -> str:
+    """`host:port` of the node that has the shard of this client, as the nodes of the cluster say; empty without shards.
+
+    Raises:
+        redis.RedisError: no node answers, or no node has the slot of the shard.
+    """
+    options = client.get_connection_kwargs()
+    cluster_map: ClusterMap | None = options.get("cluster_map")
+    if cluster_map is None:
+        return ""
+    host, port = cluster_map.primary_of(options["shard"].slot)
+    return f"{host}:{port}"

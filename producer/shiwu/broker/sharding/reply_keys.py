@@ -76,7 +76,7 @@ _READERS: Final[Mapping[str, Callable[[KeyReader, Any], Any]]] = MappingProxyTyp
 )
 
 
-def take_prefix_from_replies(callbacks: MutableMapping[str, Any], reader: KeyReader) -> None:
+def take_prefix_from_replies(callbacks: MutableMapping[Any, Any], reader: KeyReader) -> None:
     """Change redis-py's functions that read the replies of commands, so that they get keys without the prefix."""
     for name, read in _READERS.items():
         callbacks[name] = _then(read, reader, callbacks.get(name))

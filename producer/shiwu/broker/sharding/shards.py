@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import zlib
 from binascii import crc_hqx
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, product
 from string import ascii_lowercase
-from typing import Final
+from typing import Final, TypeVar
 
 from shiwu.broker.redis_url import MAX_SHARDS
 
+T = TypeVar("T")
 SLOTS: Final = 16_384
 """Slots of a Redis or Valkey Cluster."""
 _WINDOW: Final = SLOTS // MAX_SHARDS
@@ -40,6 +42,14 @@ ONE_SERVER: Final = Shard()
 def shard_of(job_id: str, *, shards: int) -> int:
     """The index of the shard that a job belongs to. It stays the same forever, as does the number of shards."""
     return zlib.crc32(job_id.encode()) % shards
+
+
+def by_shard(items: Iterable[T], *, shards: int, id_of: Callable[[T], str]) -> dict[int, list[T]]:
+    """Index of a shard → the items whose ids belong to it, in their order; only shards with items."""
+    groups: dict[int, list[T]] = {}
+    for item in items:
+        groups.setdefault(shard_of(id_of(item), shards=shards) if shards > 1 else 0, []).append(item)
+    return groups
 
 
 def slot_of(tag: str) -> int:

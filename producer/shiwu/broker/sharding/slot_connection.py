@@ -15,6 +15,7 @@ from shiwu.broker.connection import greet, mode_of
 from shiwu.broker.redis_errors import NotACluster
 from shiwu.broker.sharding.cluster_map import AskNode, ClusterMap, Node
 from shiwu.broker.sharding.shard_client import KeyPrefix
+from shiwu.broker.sharding.shards import Shard
 
 if TYPE_CHECKING:
     _Base = Connection
@@ -52,14 +53,11 @@ class _ToSlot(_Base):
         """
         try:
             return super().read_response(*args, **options)
-        except _ELSEWHERE as error:
-            node = f"{self.host}:{self.port}"
-            if isinstance(error, exceptions.MovedError):
-                self._map.has_moved(int(error.slot_id), (error.host or self.host, int(error.port)))
+        except redis.RedisError as error:
+            if (moved := leave_node(error, self._map, shard=self.shard, node=(self.host, self.port))) is None:
+                raise
             self.disconnect()  # type: ignore[no-untyped-call]
-            raise redis.ConnectionError(
-                f"{node} refuses slot {self.shard.slot}: {type(error).__name__} {error}"[:300]
-            ) from error
+            raise moved from error
 
 
 class SlotConnection(KeyPrefix, _ToSlot, Connection):
@@ -70,13 +68,34 @@ class SlotSSLConnection(KeyPrefix, _ToSlot, SSLConnection):
     """As `SlotConnection`, over TLS."""
 
 
+def leave_node(
+    error: redis.RedisError, cluster_map: ClusterMap, *, shard: Shard, node: Node
+) -> redis.ConnectionError | None:
+    """The error of a connection whose node refuses the slot, which the map remembers; None for any other error."""
+    if not isinstance(error, _ELSEWHERE):
+        return None
+    if isinstance(error, exceptions.MovedError):
+        cluster_map.has_moved(int(error.slot_id), (error.host or node[0], int(error.port)))
+    where = f"{node[0]}:{node[1]}"
+    return redis.ConnectionError(f"{where} refuses slot {shard.slot}: {type(error).__name__} {error}"[:300])
+
+
 def greet_node(connection: Any) -> None:
     """Log in, and refuse a server without cluster mode.
 
     Raises:
         NotACluster: the greeting of the server names another mode.
     """
-    mode = mode_of(greet(connection))
+    check_node(greet(connection))
+
+
+def check_node(greeting: object) -> None:
+    """Check the server's reply to HELLO; None stands for a refusal.
+
+    Raises:
+        NotACluster: the reply names another mode.
+    """
+    mode = mode_of(greeting)
     if mode not in {"cluster", ""}:
         raise NotACluster(mode)
 

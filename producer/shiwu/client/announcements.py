@@ -1,0 +1,40 @@
+"""How answers are announced: on the channel with the name of the result key, by the commands of all channels.
+
+The workers choose the commands, in `commit.lua`. This module is the place to change with them, for both clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from shiwu.broker.chunks import chunks
+from shiwu.contract import RESULT_PREFIX, result_key
+
+SUBSCRIBE: Final = "SUBSCRIBE"
+UNSUBSCRIBE: Final = "UNSUBSCRIBE"
+KIND: Final = b"message"
+"""First field of an announcement."""
+CHUNK_SIZE: Final = 500
+"""Channels of one command."""
+
+
+def channels(ids: Iterable[str]) -> list[str]:
+    """The channels on which the answers of these ids are announced."""
+    return [result_key(job_id) for job_id in ids]
+
+
+def subscribe(pubsub: Any, ids: Sequence[str]) -> None:
+    """Subscribe redis-py's object for subscriptions to the answers of these ids."""
+    for portion in chunks(ids, CHUNK_SIZE):
+        pubsub.subscribe(*channels(portion))
+
+
+def read_announcement(message: Mapping[str, Any]) -> tuple[str, bytes]:
+    """The id and the value of the result key in a message of redis-py's subscription."""
+    return id_of(message["channel"]), message["data"]
+
+
+def id_of(channel: bytes) -> str:
+    """The id whose answer this channel announces."""
+    return channel.decode().removeprefix(RESULT_PREFIX)
