@@ -239,9 +239,7 @@ def test_dead_letters_of_all_shards_come_by_time(client: Client, url: str) -> No
     assert client.queue_state().waiting[Lane.BULK] == 10
 
 
-def test_sweep_requeues_jobs_of_crashed_workers_in_all_shards(
-    client: Client, shards: tuple[ShardRedis, ...]
-) -> None:
+def test_sweep_requeues_jobs_of_crashed_workers_in_all_shards(client: Client, shards: tuple[ShardRedis, ...]) -> None:
     """One claimed job in each, whose lease has expired."""
     for shard in shards:
         [job_id] = ids_of(shard.shard.index)

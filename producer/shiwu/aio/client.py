@@ -25,6 +25,7 @@ from shiwu.client.items import check_images
 from shiwu.client.job_report import JobReport
 from shiwu.client.results import TagResult
 from shiwu.client.sender import SendOptions, read_lane
+from shiwu.client.shard_states import ShardState
 from shiwu.client.shard_stream import make_loop
 from shiwu.client.stream import StreamOptions, read_options
 from shiwu.client.stream_items import log_unreadable, shard_of_entry
@@ -296,6 +297,10 @@ class Client:
     async def queue_state(self) -> QueueState:
         """Count waiting, claimed and delayed jobs, dead letters and running workers; several round trips."""
         return await self._run(self._calls.state_steps())
+
+    async def shard_states(self) -> tuple[ShardState, ...]:
+        """As `queue_state`, of each shard, in a thread with connections of its own."""
+        return await asyncio.to_thread(self._blocking.shard_states)
 
     async def explain(self, job_id: str) -> JobReport:
         """Find out where a job is and why; for operators, because it reads lanes, claims and answers."""

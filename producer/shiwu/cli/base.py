@@ -35,7 +35,7 @@ class Exit(IntEnum):
 class Commands(SectionedGroup):
     """Reports the error of a command as one line and an exit code."""
 
-    operations = frozenset({"dead", "labels", "status", "sweep"})
+    operations = frozenset({"dead", "labels", "shards", "status", "sweep"})
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command; characters that the terminal cannot encode are escaped."""

@@ -20,6 +20,7 @@ from shiwu.client.items import check_images
 from shiwu.client.job_report import JobReport
 from shiwu.client.results import TagResult
 from shiwu.client.sender import SendOptions, read_lane
+from shiwu.client.shard_states import ShardState, read_shards
 from shiwu.client.shard_stream import follow
 from shiwu.client.shard_waiter import as_answered_in_shards
 from shiwu.client.stream import read_options
@@ -224,9 +225,7 @@ class Client:
         return self._run(self._calls.answer_steps(job_id))
 
     def wait(self, job_id: str, *, timeout_s: float) -> TagResult:
-        """Wait for the answer of a job, whatever its status, and return it.
-
-        Check `ok`, or call `raise_for_status()`.
+        """Wait for the answer of a job and return it, whatever its status: check `ok`, or use `raise_for_status`.
 
         Args:
             timeout_s: how long to wait, in seconds; 0 checks once.
@@ -368,6 +367,10 @@ class Client:
         """Count waiting, claimed and delayed jobs, dead letters and running workers; several round trips."""
         return self._run(self._calls.state_steps())
 
+    def shard_states(self) -> tuple[ShardState, ...]:
+        """As `queue_state`, of each shard; one that is unavailable has the error instead of its state."""
+        return read_shards(self._no_retry)
+
     def explain(self, job_id: str) -> JobReport:
         """Find out where a job is and why; for operators, because it reads lanes, claims and answers.
 
@@ -380,10 +383,7 @@ class Client:
         return self._run(self._calls.workers_steps())
 
     def known_labels(self, digest: str) -> KnownLabels | None:
-        """The label set behind `labels.digest` of an answer, or None where it is not known.
-
-        Workers store the label sets that they use, and the newest thousand that came with requests.
-        """
+        """The label set behind `labels.digest` of an answer, or None where no worker has stored it, or not lately."""
         return self._run(self._calls.labels_steps(digest))
 
     def stray_lanes(self) -> StrayLanes:
