@@ -25,6 +25,7 @@ class RecordingObserver:
         self.committed: list[CommittedJob] = []
         self.released: list[Released] = []
         self.redis: list[bool] = []
+        self.shards: list[tuple[int, bool]] = []
         self.renewed: list[int] = []
         self.reaped: list[int] = []
         self.failed_duties: list[str] = []
@@ -71,6 +72,10 @@ class RecordingObserver:
     def redis_available(self, *, available: bool) -> None:
         """Keep whether Redis answered."""
         self.redis.append(available)
+
+    def shard_away(self, shard: int, *, is_away: bool) -> None:
+        """Keep a change of whether a shard answers."""
+        self.shards.append((shard, is_away))
 
     def leases_renewed(self, count: int) -> None:
         """Keep a number of renewed leases."""

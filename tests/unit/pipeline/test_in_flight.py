@@ -18,7 +18,7 @@ from tests.support.waiting import wait_until
 
 def jobs(count: int, *, first: int = 0, lane: Lane = Lane.INTERACTIVE) -> list[Any]:
     """Jobs without a slot."""
-    return [SimpleNamespace(id=f"{lane}{n}", slot=-1, lane=lane) for n in range(first, first + count)]
+    return [SimpleNamespace(id=f"{lane}{n}", slot=-1, lane=lane, shard=0) for n in range(first, first + count)]
 
 
 def rooms(in_flight: InFlightJobs, *, is_quarantine_owner: bool = False) -> Room:
@@ -257,3 +257,27 @@ def test_waiting_jobs_take_half_of_their_slots_for_each_lane() -> None:
     waiting[Lane.INTERACTIVE] = 1
     assert rooms(in_flight).total == 4
     assert rooms(InFlightJobs(slots=10, label_slots=4)).total == 6
+
+
+def test_jobs_of_a_shard_that_is_away_take_no_room() -> None:
+    """They wait for a shard that is away, so others are claimed in their place, and a quarantined job may run."""
+    in_flight = InFlightJobs(slots=2)
+    waiting = jobs(6, lane=Lane.BULK)
+    in_flight.add(waiting, [])
+    assert rooms(in_flight) == Room(0, 0)
+    in_flight.set_away({Lane.BULK: 6})
+    assert in_flight.runs_nothing()
+    assert rooms(in_flight) == Room(2, 1)
+    in_flight.set_away({})
+    assert rooms(in_flight) == Room(0, 0)
+
+
+def test_ids_and_marks_are_those_of_one_shard() -> None:
+    """Another shard has its own answer of the same id."""
+    in_flight = InFlightJobs(slots=3)
+    held = jobs(3)
+    held[1].shard = 4
+    in_flight.add(held, [])
+    assert in_flight.ids_of(4) == [held[1].id]
+    in_flight.mark_answered_elsewhere([job.id for job in held], shard=4)
+    assert [hasattr(job, "is_answered_elsewhere") for job in held] == [False, True, False]

@@ -29,7 +29,7 @@ def test_label_errors_end_the_start_before_the_model(
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("expected the labels first")
 
-    for name in ("model_folder", "load_encoder", "start_loaders", "open_queue"):
+    for name in ("model_folder", "load_encoder", "start_loaders", "open_queues"):
         monkeypatch.setattr(bootstrap, name, fail)
     (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
     settings = Settings(**({"labels_dir": tmp_path} | options))

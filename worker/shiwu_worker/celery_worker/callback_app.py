@@ -70,6 +70,8 @@ def check_callbacks(settings: Settings) -> str:
     Raises:
         redis.RedisError: Celery does not reach Redis.
     """
+    if settings.redis_address.shards:
+        return "none on a cluster: jobs with callbacks are rejected"
     app = make_callback_app(settings)
     try:
         with (

@@ -20,7 +20,9 @@ HEALTH_CHECK_S: Final = 30
 
 
 def broker_config(address: RedisAddress, *, timeout_s: float) -> dict[str, Any]:
-    """Return Celery's settings for the broker."""
+    """Return Celery's settings for the broker; on a cluster, which kombu cannot use, one without a network."""
+    if address.shards:
+        return {"broker_url": "memory://localhost//"}
     options: dict[str, Any] = {
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,

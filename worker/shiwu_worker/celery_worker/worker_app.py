@@ -136,7 +136,7 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
                         settings,
                         on_fatal=self._on_fatal,
                         on_committed=self._senders.put,
-                        is_waiting_for_revokes=settings.revoke,
+                        is_waiting_for_revokes=settings.revoke and not settings.redis_address.shards,
                     )
                 )
             except FatalError as error:
@@ -203,7 +203,15 @@ class _Senders:
 
 @contextmanager
 def _open_senders(worker: Any, settings: Settings) -> Iterator[_Senders]:
-    """Start the senders of callbacks and, with `-E`, of task events."""
+    """Start the senders of callbacks and, with `-E`, of task events. On a cluster there are none."""
+    if settings.redis_address.shards:
+        log.warning(
+            "celery_off",
+            meaning="on a cluster this worker takes no commands of Celery (revoke, inspect) and sends neither events "
+            "nor callbacks; jobs with callbacks are rejected",
+        )
+        yield _Senders([])
+        return
     with ExitStack() as stack:
         client = stack.enter_context(connect(settings, connections=CELERY_CONNECTIONS))
         if settings.revoke:

@@ -18,15 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 from shiwu.broker.redis_errors import explain
+from shiwu.broker.sharding import keep_shard_count
 from shiwu.broker.stray_lanes import find_stray_lanes
-from shiwu.contract import printable
+from shiwu.contract import LEASES, printable
 from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.commands.s3_check import check_s3
 from shiwu_worker.config.errors import SettingsError, exit_with, load_settings, unknown_names
 from shiwu_worker.config.reference import all_settings, changed_settings, value_text
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.service.factories import connect, memory_warnings
+from shiwu_worker.service.factories import connect, connect_shards, memory_warnings
 from shiwu_worker.service.labels import encode_default_labels, load_label_bank, read_label_sets
 from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
@@ -142,6 +143,8 @@ def _print_all(settings: Settings, console: Console) -> None:
 
 def _check_redis(settings: Settings) -> Report:
     """Check that Redis answers, is new enough, accepts writes, and does not evict keys."""
+    if settings.redis_address.shards:
+        return _check_cluster(settings)
     with connect(settings, connections=2) as client:
         client.ping()
         stray = [
@@ -173,6 +176,25 @@ def _check_redis(settings: Settings) -> Report:
         f"maxmemory {info.get('maxmemory_human', 'unknown') if info.get('maxmemory') else 'unlimited'}",
         (*memory_warnings(settings, info), *_redis_warnings(info), *stray),
     )
+
+
+def _check_cluster(settings: Settings) -> Report:
+    """Check that the number of shards is that of the cluster, and that each shard runs scripts and accepts writes."""
+    clients = connect_shards(settings, connections=2)
+    try:
+        keep_shard_count(clients[0], shards=len(clients))
+        for client in clients:
+            # Nothing is removed; a replica, a slot without a node and a user without rights refuse it.
+            client.eval("return redis.call('ZREM', KEYS[1], '')", 1, LEASES)
+        text = f"{len(clients)} shards answer at {value_text(settings.redis_url)}"
+        try:
+            info: Any = clients[0].info("everything")
+        except redis.ResponseError as error:
+            return Report(text, (f"memory settings are not known, because INFO is refused ({error})",))
+    finally:
+        for client in clients:
+            client.close()
+    return Report(text, (*memory_warnings(settings, info), *_redis_warnings(info)))
 
 
 def _redis_warnings(info: dict[str, Any]) -> list[str]:

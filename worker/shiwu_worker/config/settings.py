@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     redis_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
         description="one database for queue and results: redis://, rediss://, valkey://, valkeys://, unix:///path or "
-        "sentinel://host:port,host:port/name/0",
+        "sentinel://host:port,host:port/name/0; or a cluster: cluster://host:port,host:port/?shards=16",
     )
     redis_timeout_s: float = Field(5.0, gt=0, description="time-out of connecting to Redis and of each reply")
     worker_name: WorkerName = Field(
@@ -374,13 +374,13 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _check_url(cls, value: SecretStr) -> SecretStr:
-        read_redis_url(value.get_secret_value())
+        read_redis_url(value.get_secret_value(), may_be_cluster=True)
         return value
 
     @property
     def redis_address(self) -> RedisAddress:
         """Address of Redis, from which every client takes its arguments."""
-        return read_redis_url(self.redis_url.get_secret_value())
+        return read_redis_url(self.redis_url.get_secret_value(), may_be_cluster=True)
 
     @property
     def user_agent_text(self) -> str:

@@ -31,15 +31,16 @@ LABEL_SET_ATTEMPTS: Final = 4
 
 
 def retention(settings: Settings) -> Retention:
-    """How much is kept and for how long."""
+    """How much is kept and for how long; with shards in each of them, so that all together keep what is set."""
+    shards = max(1, settings.redis_address.shards)
     return Retention(
         result_ttl_s=settings.result_ttl_s,
         done_ttl_s=max(settings.done_ttl_s, settings.result_ttl_s),
-        dead_length=settings.dead_length,
+        dead_length=max(1, settings.dead_length // shards),
         dead_age_s=settings.dead_ttl_s,
-        stream_length=settings.stream_length,
-        stream_bytes=settings.stream_mb * MIB,
-        dead_bytes=settings.dead_mb * MIB,
+        stream_length=max(1, settings.stream_length // shards),
+        stream_bytes=settings.stream_mb * MIB // shards,
+        dead_bytes=settings.dead_mb * MIB // shards,
         old_marks=int(settings.marks != "hashes"),
     )
 
@@ -90,7 +91,9 @@ def access_rules(settings: Settings) -> AccessRules:
 
 
 def callback_rules(settings: Settings) -> CallbackRules:
-    """What callbacks may call."""
+    """What callbacks may call; nothing on a cluster, where this worker has no connection that sends them."""
+    if settings.redis_address.shards:
+        return CallbackRules(tasks=(), queues=(), is_cluster=True)
     queues = (settings.callback_queue, *settings.callback_queues)
     return CallbackRules(tasks=settings.callback_tasks, queues=queues, max_tasks=settings.callback_most)
 

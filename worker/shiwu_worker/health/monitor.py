@@ -67,6 +67,7 @@ class HealthMonitor:
         self._waiting = 0
         self._redis_s = self._clock()
         self._is_redis_unavailable = False
+        self._away_shards = self._shards = 0
         self._is_claiming = self._is_stopping = False
         self._canary = ""
         self._loaders_s = 0.0
@@ -91,6 +92,10 @@ class HealthMonitor:
         self._is_redis_unavailable = not available
         if available:
             self._redis_s = self._clock()
+
+    def shards_away(self, away: int, *, of: int) -> None:
+        """Report how many of the shards do not answer."""
+        self._away_shards, self._shards = away, of
 
     def waiting(self, messages: int) -> None:
         """Report how many messages the last queue snapshot found in the lanes."""
@@ -136,6 +141,8 @@ class HealthMonitor:
             return reasons
         if self._is_redis_unavailable or self._redis_silent_s() > self._redis_slack_s:
             reasons.append(f"Redis has not answered for {self._redis_silent_s():.0f} s")
+        if self._away_shards > self._shards / 2:
+            reasons.append(f"{self._away_shards} of {self._shards} shards do not answer")
         if not self._is_claiming:
             reasons.append("no claim has succeeded yet, or the last one failed")
         elif self._is_waiting_for_revokes():

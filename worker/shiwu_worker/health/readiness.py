@@ -1,4 +1,4 @@
-"""Readiness of a worker: its claims succeed, and it receives the broadcasts of Celery's clients."""
+"""Readiness of a worker: its claims succeed, most shards answer, and it receives the broadcasts of Celery's clients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log: FilteringBoundLogger = structlog.get_logger()
 
 
 class Readiness:
-    """Combines claims and broadcasts into one state. Thread-safe.
+    """Combines claims, shards and broadcasts into one state. Thread-safe.
 
     Args:
         on_change: called with the new state under the lock, by the thread that causes the change.
@@ -34,12 +34,19 @@ class Readiness:
         self._limit_s = revoke_wait_s
         self._lock = threading.Lock()
         self._is_claiming = self._is_receiving_revokes = self._is_ready = False
+        self._are_shards_away = False
         self._waiting_since_s: float | None = None
 
     def claiming(self, *, active: bool) -> None:
         """Report that claims succeed, or no longer do."""
         with self._lock:
             self._is_claiming = active
+            self._update()
+
+    def most_shards_away(self, *, active: bool) -> None:
+        """Report that most shards do not answer, or no longer so."""
+        with self._lock:
+            self._are_shards_away = active
             self._update()
 
     def receiving_revokes(self, *, active: bool) -> None:
@@ -58,7 +65,9 @@ class Readiness:
         return self._is_claiming and not self._is_ready
 
     def _update(self) -> None:
-        is_ready = self._is_claiming and (self._is_receiving_revokes or self._is_wait_over())
+        is_ready = (
+            self._is_claiming and not self._are_shards_away and (self._is_receiving_revokes or self._is_wait_over())
+        )
         if not self._is_claiming or self._is_receiving_revokes:
             self._waiting_since_s = None
         if is_ready != self._is_ready:

@@ -70,6 +70,8 @@ class Claimed(msgspec.Struct, frozen=True, gc=False):
     """Earlier attempts, as `history.read_history` reads them."""
     generation: int = 0
     """How often the id was requeued as a dead letter."""
+    shard: int = 0
+    """Index of the shard that the message came from; 0 on one server."""
 
 
 class Release(msgspec.Struct, frozen=True, gc=False):
@@ -81,6 +83,8 @@ class Release(msgspec.Struct, frozen=True, gc=False):
     """Whether this try counts as an attempt."""
     ending: str = ""
     """`code|stage` of what ended this attempt, for the job's history; empty where it was no attempt."""
+    shard: int = 0
+    """Index of the shard that the job came from."""
 
 
 class Departure(msgspec.Struct, frozen=True, gc=False):
@@ -161,6 +165,8 @@ class Job(msgspec.Struct, eq=False):
     """Its producer cancelled the job, or another process answered it because its time was over."""
     lane: Lane = Lane.BULK
     """The lane of `key`; a field, because every stage asks for it."""
+    shard: int = 0
+    """Index of the shard that the job came from, which gets its answer or has it back."""
 
     def __post_init__(self) -> None:
         self.lane = _LANES.get(self.key, Lane.BULK)
@@ -253,6 +259,7 @@ def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:
         generation=claimed.generation,
         raw=claimed.raw,
         moments=StageTimestamps(claimed_s=claimed.claimed_s, claimed_ms=claimed.claimed_ms),
+        shard=claimed.shard,
     )
     if claimed.history:
         job.history = read_history(claimed.history)

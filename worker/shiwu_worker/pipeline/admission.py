@@ -105,7 +105,8 @@ class Admission:
             error=error.message,
             delay_s=round(delay_s, 3),
         )
-        return Release(job.id, delay_s=delay_s, counts=not is_untried, ending=f"{error.code}|{error.stage or ''}")
+        ending = f"{error.code}|{error.stage or ''}"
+        return Release(job.id, delay_s=delay_s, counts=not is_untried, ending=ending, shard=job.shard)
 
     def _eta_error(self, job: Job, now_s: float) -> ErrorInfo | None:
         longest_s, left_s = self._limits.longest_eta_s, job.due_s - now_s

@@ -28,6 +28,7 @@ class CancellationListener:
     Args:
         on_answered_elsewhere: gets job ids, on the thread; must not block.
         on_fatal: called when the thread ends by a defect.
+        shard: index of the shard of the client; stands in the name of the thread.
     """
 
     def __init__(
@@ -36,11 +37,14 @@ class CancellationListener:
         *,
         on_answered_elsewhere: Callable[[Sequence[str]], None],
         on_fatal: Callable[[FatalError], None],
+        shard: int = 0,
     ) -> None:
         self._client = client
         self._on_answered_elsewhere = on_answered_elsewhere
         self._closed = threading.Event()
-        self.thread = ServiceThread("cancellations", self._run, on_fatal=on_fatal, stop=self._closed.set)
+        self.thread = ServiceThread(
+            f"cancellations-{shard}" if shard else "cancellations", self._run, on_fatal=on_fatal, stop=self._closed.set
+        )
 
     def start(self) -> None:
         """Start listening."""

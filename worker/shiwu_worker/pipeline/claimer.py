@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from redis import RedisError
 
@@ -25,14 +25,46 @@ if TYPE_CHECKING:
     from shiwu_worker.pipeline.observer import PipelineObserver
     from shiwu_worker.runtime.backoff import RedisBackoff
     from shiwu_worker.runtime.progress import LoadMeter, Progress
-    from shiwu_worker.stages.claim.lease_queue import LeaseQueue
-    from shiwu_worker.stages.claim.notifier import LaneNotifier
+    from shiwu_worker.stages.claim.lease_queue import ClaimResult
 
 IDLE_WAIT_S: Final = 5.0
 """Longest wait for room or for a message before the loop checks again."""
 BULK_READ_S: Final = 0.005
 """While interactive jobs come, a claim takes as many bulk messages as are read in about this time of the CPU."""
 _BULK_KEYS: Final = frozenset(Lane.BULK.keys)
+
+
+class Claims(Protocol):
+    """What the loop needs of a `LeaseQueue`, or of `ShardedClaims`."""
+
+    @property
+    def has_lost_reply(self) -> bool:
+        """Whether the server may have run the last claim, whose reply was lost."""
+
+    def claim(self, limit: int, *, bulk_limit: int | None = None, held: Collection[str] = ()) -> ClaimResult:
+        """Claim up to `limit` jobs."""
+
+    def release_lost(self, held: Collection[str]) -> int:
+        """Give up earlier claims, and release what the last one brought and is not among `held`."""
+
+    def end(self, held: Collection[str] = ()) -> int:
+        """Claim nothing from now on, and do what `release_lost` does."""
+
+
+class Notifier(Protocol):
+    """What the loop needs of a `LaneNotifier`, or of `ShardedClaims`."""
+
+    def wait(self, timeout_s: float, *, lanes: Collection[Lane] = tuple(Lane)) -> bool:
+        """Block until one of these lanes may have a message, or until the time-out."""
+
+    def notify(self) -> None:
+        """Wake the waiting thread."""
+
+    def reconnect(self) -> None:
+        """Use a new connection from the next wait on."""
+
+    def close(self) -> None:
+        """Wake the waiting thread; later waits return immediately."""
 
 
 class Claimer:
@@ -44,8 +76,8 @@ class Claimer:
 
     def __init__(
         self,
-        lease_queue: LeaseQueue,
-        notifier: LaneNotifier,
+        lease_queue: Claims,
+        notifier: Notifier,
         in_flight: InFlightJobs,
         *,
         zone: tzinfo,

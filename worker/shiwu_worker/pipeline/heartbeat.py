@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -37,15 +37,40 @@ FOREIGN_INTERVAL_S: Final = 10.0
 CLOSE_TIMEOUT_S: Final = 2.0
 
 
+@dataclass(frozen=True, slots=True)
+class ShardDuties:
+    """What the heartbeat of one shard does in its own way."""
+
+    index: int
+    ids: Callable[[], list[str]]
+    """The jobs whose leases it renews."""
+    report_redis: Callable[[bool], None]
+    """Called at each tick with whether Redis answered."""
+    waiting: dict[int, int]
+    """Shard → messages in its lanes, as the last maintenance counted them; shared by all shards."""
+
+
+def _one_server(in_flight: Collection[str], observer: PipelineObserver) -> ShardDuties:
+    return ShardDuties(
+        index=0,
+        ids=lambda: list(in_flight),
+        report_redis=lambda is_available: observer.redis_available(available=is_available),
+        waiting={},
+    )
+
+
 class Heartbeat:
     """A thread that ticks once a second from `start` to `close`.
 
+    With shards, each has one; that of the first shard also reports what concerns the whole worker.
+
     Args:
         lease_s: leases are renewed every third of it.
-        in_flight: ids of the jobs whose leases are renewed.
+        in_flight: ids of all jobs in flight.
         stuck_s: without progress for this long, while there is work, the worker counts as stuck.
         on_quarantine: called when quarantined jobs wait, which no lane shows; must not block.
         publish: called at each tick, to tell the state of this worker; may ask Redis.
+        shard: what differs where there are shards.
         on_fatal: called when the thread ends by a defect: a worker must not claim jobs and not renew their leases.
     """
 
@@ -64,7 +89,10 @@ class Heartbeat:
         backoff: RedisBackoff,
         on_fatal: Callable[[FatalError], None],
         publish: Callable[[], None] = lambda: None,
+        shard: ShardDuties | None = None,
     ) -> None:
+        self._shard = shard or _one_server(in_flight, observer)
+        is_first = self._shard.index == 0
         self._lease_queue = lease_queue
         self._maintenance = maintenance
         self._in_flight = in_flight
@@ -78,8 +106,6 @@ class Heartbeat:
         self._renew_interval_s = lease_s / 3
         self._renewed_s = self._load_logged_s = time.monotonic()
         self._stuck_logged_s = 0.0
-        self._waiting = 0
-        """Messages in the lanes, as the last maintenance counted them."""
         self._foreign_due_s = 0.0
         self._stream_report = MaintenanceReport()
         self._duties = Duties(
@@ -88,13 +114,13 @@ class Heartbeat:
                 Duty("leases", self._prove_progress, is_vital=True),
                 Duty("maintenance", self._run_maintenance),
                 Duty("trim", self._trim),
-                Duty("load_log", self._log_load),
-                Duty("worker_state", publish),
+                *([Duty("load_log", self._log_load), Duty("worker_state", publish)] if is_first else []),
             ],
             on_failed=self._on_duty_failed,
         )
         self._closed = threading.Event()
-        self.thread = ServiceThread("heartbeat", self._run, on_fatal=on_fatal, stop=self._closed.set)
+        name = "heartbeat" if is_first else f"heartbeat-{self._shard.index}"
+        self.thread = ServiceThread(name, self._run, on_fatal=on_fatal, stop=self._closed.set)
 
     def start(self) -> None:
         """Start ticking."""
@@ -108,7 +134,7 @@ class Heartbeat:
         while not self._closed.is_set():
             error = self._duties.run()
             # A server that refuses one command has answered.
-            self._observer.redis_available(available=error is None or info_of(error).is_about_command)
+            self._shard.report_redis(error is None or info_of(error).is_about_command)
             if error is None:
                 self._backoff.reset()
             else:
@@ -144,16 +170,16 @@ class Heartbeat:
     def _is_stuck(self) -> bool:
         """Whether there is work and nothing makes progress; logged every `stuck_s`."""
         idle_s, stuck_s = self._progress.age_s(), self._stuck_s()
-        held = len(self._in_flight)
-        if idle_s <= stuck_s or not (held or self._waiting):
+        held, waiting = len(self._in_flight), sum(self._shard.waiting.values())
+        if idle_s <= stuck_s or not (held or waiting):
             return False
-        if time.monotonic() - self._stuck_logged_s >= stuck_s:
+        if self._shard.index == 0 and time.monotonic() - self._stuck_logged_s >= stuck_s:
             self._stuck_logged_s = time.monotonic()
             log.error(
                 "worker_stuck",
                 since_s=round(idle_s, 1),
                 held=held,
-                waiting=self._waiting,
+                waiting=waiting,
                 meaning="nothing was claimed, encoded or answered; leases are not renewed, this worker counts as dead",
             )
         return True
@@ -172,7 +198,7 @@ class Heartbeat:
     def _renew(self) -> None:
         if time.monotonic() - self._renewed_s < self._renew_interval_s:
             return
-        held = list(self._in_flight)
+        held = self._shard.ids()
         lost = self._lease_queue.renew(held)
         self._renewed_s = time.monotonic()
         self._observer.leases_renewed(len(held) - len(lost))
@@ -185,7 +211,7 @@ class Heartbeat:
             # An idle worker claims every few seconds, which is progress. Lanes are counted when even that ends.
             is_quiet = self._progress.age_s() > self._stuck_s() / 2
             report = self._maintenance.run_once(limit=CHUNK_SIZE, count_waiting=is_quiet)
-            self._waiting, self._stream_report = report.waiting, report
+            self._shard.waiting[self._shard.index], self._stream_report = report.waiting, report
             self._report(report)
             if not report.is_full:
                 break

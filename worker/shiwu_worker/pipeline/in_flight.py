@@ -54,6 +54,7 @@ class InFlightJobs:
         self._slots = slots
         self._shares = shares
         self._bulk_jobs = self._bulk_slots = 0
+        self._away_jobs = self._away_bulk = 0
         self._on_bulk_room: Callable[[], None] | None = None
         self._label_slots = label_slots
         self._waiting = waiting
@@ -119,12 +120,31 @@ class InFlightJobs:
             self._bulk_slots -= _bulk_count(freed)
             self._note_change()
 
-    def mark_answered_elsewhere(self, ids: Sequence[str]) -> None:
-        """Mark jobs that another process has answered."""
+    def ids_of(self, shard: int) -> list[str]:
+        """Ids of the jobs in flight that came from this shard, the oldest first."""
+        with self._changed:
+            return [job_id for job_id, job in self._jobs.items() if job.shard == shard]
+
+    def mark_answered_elsewhere(self, ids: Sequence[str], *, shard: int = 0) -> None:
+        """Mark jobs that another process has answered in this shard."""
         with self._changed:
             for job_id in ids:
-                if (job := self._jobs.get(job_id)) is not None:
+                if (job := self._jobs.get(job_id)) is not None and job.shard == shard:
                     job.is_answered_elsewhere = True
+
+    def runs_nothing(self) -> bool:
+        """Whether no job is in flight but those that `set_away` is about."""
+        return len(self._jobs) <= self._away_jobs
+
+    def set_away(self, waiting: Mapping[Lane, int]) -> None:
+        """Let jobs take no room that wait for the commit to a shard that is away.
+
+        Args:
+            waiting: how many of each lane. No more are claimed from such a shard, so they are bounded.
+        """
+        with self._changed:
+            self._away_jobs, self._away_bulk = sum(waiting.values()), waiting.get(Lane.BULK, 0)
+            self._note_change()
 
     def remove(self, jobs: Sequence[Job]) -> None:
         """Remove jobs of which Redis has the answers, or the messages. Another attempt with the same id stays."""
@@ -145,11 +165,11 @@ class InFlightJobs:
         """
 
         def has_room() -> bool:
-            return is_closing() or not self._jobs or (self._room().total > 0 and not is_quarantine_owner)
+            return is_closing() or self.runs_nothing() or (self._room().total > 0 and not is_quarantine_owner)
 
         with self._changed:
             self._changed.wait_for(has_room, timeout_s)
-            return NO_ROOM if is_closing() or (is_quarantine_owner and self._jobs) else self._room()
+            return NO_ROOM if is_closing() or (is_quarantine_owner and not self.runs_nothing()) else self._room()
 
     def call_on_bulk_room(self, notify: Callable[[], None]) -> bool:
         """Call `notify` once, from any thread, when bulk has room; False, without a call, if it has room now."""
@@ -163,12 +183,13 @@ class InFlightJobs:
         """The room as it is now, 0 where it is too small for a round trip. The caller holds the lock."""
         wanted = min(self._slots - self._label_slots, self._wanted_slots())
         aside = {lane: min(count, self._label_slots // len(Lane)) for lane, count in self._waiting().items()}
-        jobs, used = len(self._jobs) - sum(aside.values()), self._slots - len(self._free) - sum(aside.values())
-        total = _worth_a_claim(min(wanted - used, MAX_JOBS_PER_SLOT * wanted - jobs), wanted, is_empty=not self._jobs)
+        running = len(self._jobs) - self._away_jobs
+        jobs, used = running - sum(aside.values()), self._slots - len(self._free) - sum(aside.values())
+        total = _worth_a_claim(min(wanted - used, MAX_JOBS_PER_SLOT * wanted - jobs), wanted, is_empty=running <= 0)
         wanted -= self._shares.reserve_of(wanted)
-        bulk_aside = aside.get(Lane.BULK, 0)
-        bulk = min(wanted - self._bulk_slots + bulk_aside, MAX_JOBS_PER_SLOT * wanted - self._bulk_jobs + bulk_aside)
-        return Room(total, min(total, _worth_a_claim(bulk, wanted, is_empty=not self._bulk_jobs)))
+        bulk_aside, bulk_jobs = aside.get(Lane.BULK, 0), self._bulk_jobs - self._away_bulk
+        bulk = min(wanted - self._bulk_slots + bulk_aside, MAX_JOBS_PER_SLOT * wanted - bulk_jobs + bulk_aside)
+        return Room(total, min(total, _worth_a_claim(bulk, wanted, is_empty=bulk_jobs <= 0)))
 
     def _note_change(self) -> None:
         """Wake the threads that wait for room. The caller holds the lock."""

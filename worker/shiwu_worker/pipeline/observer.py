@@ -45,6 +45,9 @@ class PipelineObserver(Protocol):
     def redis_available(self, *, available: bool) -> None:
         """Redis answered the heartbeat, or did not. Reported at each tick."""
 
+    def shard_away(self, shard: int, *, is_away: bool) -> None:
+        """A shard does not answer this worker, or does so again."""
+
     def leases_renewed(self, count: int) -> None:
         """Leases of this worker were renewed."""
 

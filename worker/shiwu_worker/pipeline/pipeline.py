@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shiwu_worker.pipeline.in_flight import InFlightJobs
     from shiwu_worker.pipeline.label_queue import LabelQueue
     from shiwu_worker.pipeline.observer import PipelineObserver
+    from shiwu_worker.pipeline.sharded_committer import ShardedCommitter
     from shiwu_worker.pipeline.shared_images import SharedImages
     from shiwu_worker.runtime.progress import LoadMeter, Progress
     from shiwu_worker.stages.batch import Batcher
@@ -63,7 +64,7 @@ class Stages:
     """Called between two batches; raises FatalError when the device computes wrong results."""
     executor: BatchExecutor
     """Encode and score."""
-    committer: Committer
+    committer: Committer | ShardedCommitter
 
 
 class Pipeline:
@@ -114,7 +115,7 @@ class Pipeline:
                     job.fail(error)
                     ended.append(self._outcome(job))
                 case Defer(delay_s=delay_s):
-                    ended.append(Released(job, Release(job.id, delay_s=delay_s)))
+                    ended.append(Released(job, Release(job.id, delay_s=delay_s, shard=job.shard)))
         tickets = self._in_flight.add(jobs, admitted)
         self._finish(ended)
         if len(self._stages.labels):
@@ -230,7 +231,7 @@ class Pipeline:
             job: Job | None = each
             while job is not None:
                 if job.is_answered_elsewhere:
-                    ended.append(Released(job, Release(job.id)))
+                    ended.append(Released(job, Release(job.id, shard=job.shard)))
                 elif (error := job.expiry(now_s)) is not None:
                     job.fail(error)
                     ended.append(self._outcome(job))
@@ -360,4 +361,4 @@ class Pipeline:
 def _release_of(job: Job) -> Release:
     """How a job goes back that this worker does not finish."""
     ending = AttemptEnd.WORKER_LOST if job.is_suspected else AttemptEnd.WORKER_STOPPED
-    return Release(job.id, counts=job.is_suspected, ending=f"{ending}|")
+    return Release(job.id, counts=job.is_suspected, ending=f"{ending}|", shard=job.shard)

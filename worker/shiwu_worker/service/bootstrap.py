@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 import redis
 import structlog
 
-from shiwu.broker.known_labels import KnownLabelStore
 from shiwu_worker.checkpoints.model_files import model_folder, model_revision
 from shiwu_worker.config.tuned import apply_tuning
 from shiwu_worker.runtime.blas import use_one_blas_thread
@@ -22,8 +21,7 @@ from shiwu_worker.runtime.garbage import freeze_started
 from shiwu_worker.runtime.malloc import set_up_malloc
 from shiwu_worker.runtime.progress import Progress
 from shiwu_worker.runtime.threads import ServiceThread
-from shiwu_worker.service.factories import check_redis, open_queue, start_loaders
-from shiwu_worker.service.label_set_recorder import LabelSetRecorder
+from shiwu_worker.service.factories import check_redis, open_queues, start_loaders
 from shiwu_worker.service.labels import open_label_bank, read_label_sets
 from shiwu_worker.service.marks import choose_marks
 from shiwu_worker.service.model import load_encoder, make_canary
@@ -38,8 +36,11 @@ if TYPE_CHECKING:
     from shiwu_worker.errors import FatalError
     from shiwu_worker.jobs.job import Release
     from shiwu_worker.jobs.outcome import CommittedJob
+    from shiwu_worker.pipeline.cancellations import CancellationListener
+    from shiwu_worker.pipeline.heartbeat import Heartbeat
     from shiwu_worker.pipeline.pipeline import Pipeline
     from shiwu_worker.stages.claim.lease_queue import LeaseQueue
+    from shiwu_worker.stages.claim.sharded_claims import ShardedClaims
 
 log: FilteringBoundLogger = structlog.get_logger()
 LOADERS_READY_TIMEOUT_S: Final = 60.0
@@ -75,7 +76,7 @@ def open_service(
         folder = model_folder(settings.model)
         settings = apply_tuning(settings, lambda: model_revision(folder))
         settings = choose_marks(settings)
-        queue = open_queue(stack, settings)
+        queues = open_queues(stack, settings)
         spec = read_image_spec(folder)
         loaders = start_loaders(stack, settings, spec, on_fatal=on_fatal)
         encoder = load_encoder(settings, folder, spec)
@@ -84,13 +85,15 @@ def open_service(
         canary.check_if_due()
         label_bank = open_label_bank(settings, encoder, label_sets)
         parts = PipelineParts(
-            settings, queue, loaders, encoder, label_bank, progress=progress, observer=observer, on_fatal=on_fatal
+            settings, queues, loaders, encoder, label_bank, progress=progress, observer=observer, on_fatal=on_fatal
         )
         service = WorkerService(parts, parts.make_pipeline(canary), observer)
-        stack.callback(service.heartbeat.close)
-        stack.callback(service.cancellations.close)
+        for listener in service.listeners:
+            stack.callback(listener.close)
         stack.callback(service.close_reloader)
-        observer.watch(stack, queue.client, encoder, loaders, words_waiting=parts.labels.words_waiting)
+        if len(queues) > 1:
+            observer.shards(len(queues))
+        observer.watch(stack, parts.snapshot, encoder, loaders, words_waiting=parts.labels.words_waiting)
         stack.callback(service.stop, grace_s=settings.grace_s)
         freeze_started(stack)
         service.start(on_committed)
@@ -104,8 +107,8 @@ class WorkerService:
         self._parts = parts
         self._pipeline = pipeline
         self._observer = observer
-        self.heartbeat = parts.make_heartbeat()
-        self.cancellations = parts.make_cancellations()
+        self.listeners: list[Heartbeat | CancellationListener] = [*parts.make_heartbeats(), *parts.make_cancellations()]
+        """Threads beside the pipeline, which end last."""
         folder = parts.settings.labels_dir
         self._reloader = None if folder is None else parts.make_label_reloader(folder, on_end=self._reloaded)
         self._reloaded(None)
@@ -114,22 +117,19 @@ class WorkerService:
     def start(self, on_committed: Callable[[Sequence[CommittedJob]], None]) -> None:
         """Start the threads, and the one that claims last."""
         parts, pipeline = self._parts, self._pipeline
-        label_sets = LabelSetRecorder(KnownLabelStore(parts.queue.client))
-        parts.committer.start(
-            on_committed=_in_turn(pipeline.committed, label_sets.committed, on_committed),
-            on_released=pipeline.released,
-        )
-        self.heartbeat.start()
-        self.cancellations.start()
+        parts.start_committer(pipeline, on_committed)
+        for listener in self.listeners:
+            listener.start()
+        for thread in parts.claim_threads:
+            thread.start()
         pipeline.start()
         self._observer.started(
-            threads=(*pipeline.threads, parts.committer.thread, self.heartbeat.thread, self.cancellations.thread),
+            threads=(*pipeline.threads, *parts.queue_threads, *(listener.thread for listener in self.listeners)),
             in_flight=parts.in_flight,
             encode_age_s=pipeline.encode_age_s,
             loaders=parts.loaders,
             stuck_s=parts.stuck_s,
         )
-
         if self._reloader is not None:
             self._reloader.thread.start()
 
@@ -156,16 +156,14 @@ class WorkerService:
             # Claims end first and leases last, so every job keeps its lease until it is answered or released.
             left = self._pipeline.stop(grace_s=grace_s)
             # On a thread of its own: a slow Redis would otherwise take the time of the last answers.
-            releaser = ServiceThread(
-                "release", partial(release_left, self._parts.queue.lease_queue, left), on_fatal=None
-            )
+            releaser = ServiceThread("release", partial(release_left, self._parts.claims, left), on_fatal=None)
             releaser.start()
             self._parts.committer.close(timeout_s=max(0.0, until_s - time.monotonic()))
             releaser.join(max(0.0, until_s - time.monotonic()))
             if self._reloader is not None:
                 self._reloader.thread.ask_to_end()
-            for thread in (self.heartbeat.thread, self.cancellations.thread):
-                thread.ask_to_end()  # all at the same time; their `close` waits
+            for listener in self.listeners:
+                listener.thread.ask_to_end()  # all at the same time; their `close` waits
 
     def hurry(self) -> None:
         """End the grace time of a running `stop`, for a second signal."""
@@ -176,23 +174,11 @@ class WorkerService:
         self._observer.receiving_revokes(active=active)
 
 
-def _in_turn(
-    *subscribers: Callable[[Sequence[CommittedJob]], None],
-) -> Callable[[Sequence[CommittedJob]], None]:
-    """Calls the subscribers in this order."""
-
-    def call(committed: Sequence[CommittedJob]) -> None:
-        for subscriber in subscribers:
-            subscriber(committed)
-
-    return call
-
-
-def release_left(lease_queue: LeaseQueue, releases: Sequence[Release]) -> None:
+def release_left(claims: LeaseQueue | ShardedClaims, releases: Sequence[Release]) -> None:
     """Release jobs to the front of their lanes, and what the last claim brought. Without Redis their leases expire."""
     try:
-        released = lease_queue.release(releases)
-        released += lease_queue.end()
+        released = claims.release(releases)
+        released += claims.end()
         if released:
             log.info("jobs_released", jobs=released)
     except redis.RedisError as error:

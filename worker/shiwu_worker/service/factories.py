@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import redis
@@ -17,6 +19,7 @@ from shiwu.broker.connection import connect as connect_to
 from shiwu.broker.maintenance import Maintenance
 from shiwu.broker.redis_errors import classify, explain, info_of
 from shiwu.broker.retention import RetentionPublisher
+from shiwu.broker.sharding import ShardRedis, keep_shard_count, open_shards
 from shiwu_worker.config import views
 from shiwu_worker.config.batches import slot_count
 from shiwu_worker.errors import ExitCode, FatalError
@@ -49,6 +52,8 @@ class QueueParts:
     lease_queue: LeaseQueue
     answer_store: AnswerStore
     maintenance: Maintenance
+    shard: int = 0
+    """Index of the shard that they speak to; 0 on one server."""
 
 
 def connect(settings: Settings, *, connections: int, has_pushes: bool = False) -> redis.Redis:
@@ -63,24 +68,59 @@ def connect(settings: Settings, *, connections: int, has_pushes: bool = False) -
         timeout_s=settings.redis_timeout_s,
         has_pushes=has_pushes,
         max_connections=connections,
-        client_name=re.sub(r"[^!-~]", "-", f"shiwu-{settings.worker_name}"),  # Redis refuses other characters
+        client_name=_client_name(settings),
     )
+
+
+def connect_shards(settings: Settings, *, connections: int, has_pushes: bool = False) -> tuple[ShardRedis, ...]:
+    """A client of each shard, with the limits of `connect`; one where the URL names one server."""
+    return open_shards(
+        settings.redis_address,
+        timeout_s=settings.redis_timeout_s,
+        has_pushes=has_pushes,
+        max_connections=connections,
+        client_name=_client_name(settings),
+    )
+
+
+def _client_name(settings: Settings) -> str:
+    """The name by which an operator finds the connections of this worker. Redis refuses other characters."""
+    return re.sub(r"[^!-~]", "-", f"shiwu-{settings.worker_name}")
 
 
 def check_redis(settings: Settings) -> None:
     """Ask Redis once, before anything is loaded. While Redis is unavailable the worker starts nevertheless.
 
+    With shards, the number of shards is compared with that of the cluster, and each shard is asked.
+
     Raises:
         FatalError: with ExitCode.CONFIG when Redis refuses the settings.
     """
-    with connect(settings, connections=1) as client:
-        try:
-            client.ping()
+    clients = connect_shards(settings, connections=1)
+    try:
+        with ThreadPoolExecutor(len(clients), thread_name_prefix="start") as pool:
+            for error in pool.map(partial(_ask_once, settings), clients):
+                if error is None:
+                    continue
+                if info_of(error).ends_start:
+                    raise FatalError(ExitCode.CONFIG, f"SHIWU_REDIS_URL: {explain(error)}") from error
+                log.error("redis_unavailable", where="start", code=classify(error).value, error=str(error)[:300])
+    finally:
+        for client in clients:
+            client.close()
+
+
+def _ask_once(settings: Settings, client: ShardRedis) -> redis.RedisError | None:
+    """The error of a server that does not answer, or refuses the settings."""
+    try:
+        client.ping()
+        if client.shard.index == 0:
+            if shards := settings.redis_address.shards:
+                keep_shard_count(client, shards=shards)
             warn_of_memory(settings, client)
-        except redis.RedisError as error:
-            if info_of(error).ends_start:
-                raise FatalError(ExitCode.CONFIG, f"SHIWU_REDIS_URL: {explain(error)}") from error
-            log.error("redis_unavailable", where="start", code=classify(error).value, error=str(error)[:300])
+    except redis.RedisError as error:
+        return error
+    return None
 
 
 def warn_of_memory(settings: Settings, client: redis.Redis) -> None:
@@ -108,12 +148,23 @@ def memory_warnings(settings: Settings, info: Mapping[str, Any]) -> list[str]:
     return warnings
 
 
-def open_queue(stack: ExitStack, settings: Settings) -> QueueParts:
-    """Make the parts that speak to Redis. Their connections are closed with the stack."""
+def open_queues(stack: ExitStack, settings: Settings) -> list[QueueParts]:
+    """Make the parts that speak to Redis, those of each shard. Their connections are closed with the stack."""
     # The worker's name lets an operator see who holds a claim; "|" separates the fields of a claim's record.
     token = f"{settings.worker_name.replace('|', '-')}.{secrets.token_hex(4)}"
-    client = stack.enter_context(connect(settings, connections=PIPELINE_CONNECTIONS))
-    notified = stack.enter_context(connect(settings, connections=1, has_pushes=True))
+    clients = connect_shards(settings, connections=PIPELINE_CONNECTIONS)
+    notified = connect_shards(settings, connections=1, has_pushes=True)
+    for client in (*clients, *notified):
+        stack.enter_context(client)
+    return [
+        _queue_parts(settings, *pair, token=token, shard=shard)
+        for shard, pair in enumerate(zip(clients, notified, strict=True))
+    ]
+
+
+def _queue_parts(
+    settings: Settings, client: redis.Redis, notified: redis.Redis, *, token: str, shard: int
+) -> QueueParts:
     answer_store = make_answer_store(settings, client, token)
     return QueueParts(
         client=client,
@@ -124,6 +175,7 @@ def open_queue(stack: ExitStack, settings: Settings) -> QueueParts:
             token=token,
             worker=settings.worker_name,
             result_ttl_s=settings.result_ttl_s,
+            shard=shard,
         ),
         answer_store=answer_store,
         maintenance=Maintenance(
@@ -134,6 +186,7 @@ def open_queue(stack: ExitStack, settings: Settings) -> QueueParts:
             retention=RetentionPublisher(client, views.retention(settings)),
             zone=settings.zone,
         ),
+        shard=shard,
     )
 
 

@@ -22,6 +22,9 @@ def choose_marks(settings: Settings) -> Settings:
     """
     if settings.marks != "auto":
         return settings
+    if settings.redis_address.shards:
+        # No earlier version uses shards.
+        return settings.model_copy(update={"marks": "hashes"})
     with connect(settings, connections=1) as client:
         try:
             found: Any = client.hgetall(RETENTION)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import redis
 import structlog
 
-from shiwu.broker.queue_stats import QueueSnapshot, shared_snapshot
+from shiwu.broker.queue_stats import QueueSnapshot
 from shiwu.contract import RETRIABLE, Lane
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode, FatalError
@@ -23,7 +21,7 @@ from shiwu_worker.runtime.progress import LoadReport, Progress
 from shiwu_worker.telemetry.gpu_monitor import GpuMonitor
 from shiwu_worker.telemetry.logs import job_logger
 from shiwu_worker.telemetry.metrics import Metrics
-from shiwu_worker.telemetry.queue_monitor import SNAPSHOT_EVERY_S, QueueMonitor
+from shiwu_worker.telemetry.queue_monitor import QueueMonitor
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -59,6 +57,8 @@ class Observability:
         self._metrics = Metrics(retried=RETRIABLE) if settings.http_port else None
         self._traces: Traces | None = None
         self._log_job = job_logger(level=settings.log_level)
+        self._shards = 0
+        self._away_shards: set[int] = set()
         self._created_s = time.monotonic()
         self._has_been_ready = False
 
@@ -86,13 +86,17 @@ class Observability:
     def watch(
         self,
         stack: ExitStack,
-        client: redis.Redis,
+        snapshot: Callable[[], QueueSnapshot],
         encoder: Encoder,
         loaders: LoaderPool,
         *,
         words_waiting: Callable[[], Mapping[Lane | None, int]],
     ) -> None:
-        """Monitor the queues and the GPU until the stack is closed. Has no effect without an HTTP port."""
+        """Monitor the queues and the GPU until the stack is closed. Has no effect without an HTTP port.
+
+        Args:
+            snapshot: the state of the queues, at most `SNAPSHOT_EVERY_S` old.
+        """
         metrics = self._metrics
         if metrics is None:
             return
@@ -108,7 +112,7 @@ class Observability:
             self._monitor.waiting(sum(snapshot.waiting.get(lane, 0) for lane in self._settings.lanes))
 
         queue_monitor = QueueMonitor(
-            partial(shared_snapshot, client, max_age_s=SNAPSHOT_EVERY_S),
+            snapshot,
             on_snapshot=on_snapshot,
             on_redis_unavailable=metrics.redis_unreachable,
             on_failed=metrics.duty_failed,
@@ -159,6 +163,21 @@ class Observability:
         """Report whether Redis answered the heartbeat. Called every second, so it also checks the wait for revokes."""
         self._monitor.redis(available=available)
         self._readiness.check_limit()
+
+    def shards(self, count: int) -> None:
+        """Report that jobs come from so many shards."""
+        self._away_shards.clear()
+        self._shards = count
+        if self._metrics is not None:
+            self._metrics.shards(count)
+
+    def shard_away(self, shard: int, *, is_away: bool) -> None:
+        """Report whether a shard answers. One call at a time."""
+        (self._away_shards.add if is_away else self._away_shards.discard)(shard)
+        self._monitor.shards_away(len(self._away_shards), of=self._shards)
+        self._readiness.most_shards_away(active=len(self._away_shards) > self._shards / 2)
+        if self._metrics is not None:
+            self._metrics.shard_away(shard, is_away=is_away)
 
     def labels_encoded(self, lane: Lane | None, *, words: int, seconds: float) -> None:
         """Count labels and the time of the device for them."""

@@ -7,6 +7,8 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
+from shiwu.broker.known_labels import KnownLabelStore
+from shiwu.broker.queue_stats import QueueSnapshot, shared_snapshot
 from shiwu.broker.worker_state import WorkerState, write_worker_state
 from shiwu_worker.config import views
 from shiwu_worker.config.batches import slots_for
@@ -17,16 +19,20 @@ from shiwu_worker.pipeline.heartbeat import Heartbeat
 from shiwu_worker.pipeline.in_flight import InFlightJobs
 from shiwu_worker.pipeline.label_queue import LabelQueue
 from shiwu_worker.pipeline.pipeline import Pipeline, Stages
+from shiwu_worker.pipeline.sharded_committer import ShardedCommitter
 from shiwu_worker.pipeline.shared_images import SharedImages
 from shiwu_worker.policy.limits import LABEL_SLOTS
 from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.progress import LoadMeter, Progress
 from shiwu_worker.service.label_reloader import LabelReloader
+from shiwu_worker.service.label_set_recorder import LabelSetRecorder
 from shiwu_worker.service.labels import check_default_labels, read_label_sets
 from shiwu_worker.service.model import make_executor
+from shiwu_worker.service.sharding import ShardedParts, snapshot_of_shards
 from shiwu_worker.service.worker_reporter import WorkerReporter
 from shiwu_worker.stages.batch import Batcher, Reason
 from shiwu_worker.stages.commit import Committer
+from shiwu_worker.telemetry.queue_monitor import SNAPSHOT_EVERY_S
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,8 +41,10 @@ if TYPE_CHECKING:
     from shiwu_worker.errors import FatalError
     from shiwu_worker.health.canary import Canary
     from shiwu_worker.jobs.job import Job
+    from shiwu_worker.jobs.outcome import CommittedJob
     from shiwu_worker.loaders.pool import LoaderPool
     from shiwu_worker.pipeline.observer import PipelineObserver
+    from shiwu_worker.runtime.threads import ServiceThread
     from shiwu_worker.service.factories import QueueParts
     from shiwu_worker.stages.encode.encoder import Encoder
     from shiwu_worker.stages.score.label_bank import LabelBank
@@ -51,7 +59,7 @@ class PipelineParts:
     def __init__(
         self,
         settings: Settings,
-        queue: QueueParts,
+        queues: Sequence[QueueParts],
         loaders: LoaderPool,
         encoder: Encoder,
         label_bank: LabelBank,
@@ -61,7 +69,7 @@ class PipelineParts:
         on_fatal: Callable[[FatalError], None],
     ) -> None:
         self.settings, self.limits = settings, views.pipeline_limits(settings)
-        self.queue, self.loaders, self.encoder = queue, loaders, encoder
+        self.queues, self.loaders, self.encoder = queues, loaders, encoder
         self.progress, self.observer, self.on_fatal = progress, observer, on_fatal
         self.meter = LoadMeter(loader_threads=settings.loader_count * settings.loader_threads)
         self.label_bank = label_bank
@@ -81,17 +89,33 @@ class PipelineParts:
             label_slots=LABEL_SLOTS,
             waiting=self.labels.waiting_jobs,
         )
-        self.committer = Committer(
-            queue.answer_store,
-            worker=settings.worker_name,
-            release=queue.lease_queue.release,
+        self.sharded = self._make_sharded() if len(queues) > 1 else None
+        self.claims = queues[0].lease_queue if self.sharded is None else self.sharded.claims
+        self.committer = self._make_committer() if self.sharded is None else self.sharded.committer
+
+    def _make_sharded(self) -> ShardedParts:
+        return ShardedParts(
+            self.queues,
+            self.in_flight,
+            worker=self.settings.worker_name,
+            progress=self.progress,
+            observer=self.observer,
+            on_fatal=self.on_fatal,
+            close_timeout_s=self.commit_timeout_s,
+        )
+
+    def _make_committer(self) -> Committer:
+        return Committer(
+            self.queues[0].answer_store,
+            worker=self.settings.worker_name,
+            release=self.queues[0].lease_queue.release,
             backoff=self._backoff("commit"),
-            on_fatal=on_fatal,
+            on_fatal=self.on_fatal,
         )
 
     def make_pipeline(self, canary: Canary) -> Pipeline:
         """The main path; its stages stand in the order in which a job passes through them."""
-        settings, encoder, queue = self.settings, self.encoder, self.queue
+        settings, encoder = self.settings, self.encoder
         shared = SharedImages(
             max_vectors=settings.vector_cache if settings.share_images else 0,
             known_images=self.loaders.known_images,
@@ -99,8 +123,8 @@ class PipelineParts:
         )
         stages = Stages(
             claimer=Claimer(
-                queue.lease_queue,
-                queue.notifier,
+                self.claims,
+                self.queues[0].notifier if self.sharded is None else self.sharded.claims,
                 self.in_flight,
                 zone=self.limits.zone,
                 backoff=self._backoff("claim"),
@@ -131,22 +155,60 @@ class PipelineParts:
             on_fatal=self.on_fatal,
         )
 
-    def make_heartbeat(self) -> Heartbeat:
-        """The thread that renews the leases of the jobs in flight."""
+    def start_committer(self, pipeline: Pipeline, on_committed: Callable[[Sequence[CommittedJob]], None]) -> None:
+        """Start committing; `on_committed` is called after the pipeline."""
+        recorders = [LabelSetRecorder(KnownLabelStore(queue.client)).committed for queue in self.queues]
+        if isinstance(self.committer, ShardedCommitter):
+            self.committer.start(
+                on_committed=_in_turn(pipeline.committed, on_committed),
+                on_released=pipeline.released,
+                on_committed_there=recorders,
+            )
+        else:
+            self.committer.start(
+                on_committed=_in_turn(pipeline.committed, *recorders, on_committed), on_released=pipeline.released
+            )
+
+    @property
+    def claim_threads(self) -> list[ServiceThread]:
+        """The threads that ask the shards for jobs; none on one server."""
+        return [] if self.sharded is None else self.sharded.claim_threads
+
+    @property
+    def queue_threads(self) -> list[ServiceThread]:
+        """The threads that claim from shards, and those that commit."""
+        committer = self.committer
+        threads = committer.threads if isinstance(committer, ShardedCommitter) else [committer.thread]
+        return [*self.claim_threads, *threads]
+
+    def snapshot(self) -> QueueSnapshot:
+        """The sizes of all queues, at most SNAPSHOT_EVERY_S old."""
+        if self.sharded is None:
+            return shared_snapshot(self.queues[0].client, max_age_s=SNAPSHOT_EVERY_S)
+        clients = [queue.client for queue in self.queues]
+        return snapshot_of_shards(clients, max_age_s=SNAPSHOT_EVERY_S, is_away=self.sharded.health.is_away)
+
+    def make_heartbeats(self) -> list[Heartbeat]:
+        """The threads that renew the leases of the jobs in flight, one for each shard."""
+        return [self._make_heartbeat(queue) for queue in self.queues]
+
+    def _make_heartbeat(self, queue: QueueParts) -> Heartbeat:
+        sharded, shard = self.sharded, queue.shard
         return Heartbeat(
-            self.queue.lease_queue,
-            self.queue.maintenance,
+            queue.lease_queue,
+            queue.maintenance,
             lease_s=self.settings.lease_s,
             in_flight=self.in_flight,
             progress=self.progress,
             meter=self.meter,
             stuck_s=self.stuck_s,
-            on_quarantine=self.queue.notifier.notify,
+            on_quarantine=queue.notifier.notify if sharded is None else partial(sharded.claims.ring, shard),
             observer=self.observer,
-            backoff=RedisBackoff("heartbeat"),
+            backoff=RedisBackoff("heartbeat") if sharded is None else sharded.heartbeat_backoff(shard),
             on_fatal=self.on_fatal,
+            shard=None if sharded is None else sharded.duties(shard),
             publish=WorkerReporter(
-                partial(write_worker_state, self.queue.client, self.settings.worker_name),
+                partial(write_worker_state, queue.client, self.settings.worker_name),
                 self._about(),
                 labels=lambda: self.label_bank.resolve(None).info,
                 meter=self.meter,
@@ -168,13 +230,17 @@ class PipelineParts:
             dtype=model.dtype,
         )
 
-    def make_cancellations(self) -> CancellationListener:
-        """The thread that receives the ids of jobs that another process answered."""
-        return CancellationListener(
-            self.queue.client,
-            on_answered_elsewhere=self.in_flight.mark_answered_elsewhere,
-            on_fatal=self.on_fatal,
-        )
+    def make_cancellations(self) -> list[CancellationListener]:
+        """The threads that receive the ids of jobs that another process answered, one for each shard."""
+        return [
+            CancellationListener(
+                queue.client,
+                on_answered_elsewhere=partial(self.in_flight.mark_answered_elsewhere, shard=queue.shard),
+                on_fatal=self.on_fatal,
+                shard=queue.shard,
+            )
+            for queue in self.queues
+        ]
 
     def make_label_reloader(self, folder: Path, *, on_end: Callable[[bool], None]) -> LabelReloader:
         """The thread that reads label sets again when their files change."""
@@ -200,6 +266,18 @@ class PipelineParts:
     def _backoff(self, where: str) -> RedisBackoff:
         """The pauses of one thread. A worker that waits for Redis is not stuck, so each pause counts as progress."""
         return RedisBackoff(where, on_wait=lambda _: self.progress.mark())
+
+
+def _in_turn(
+    *subscribers: Callable[[Sequence[CommittedJob]], None],
+) -> Callable[[Sequence[CommittedJob]], None]:
+    """Calls the subscribers in this order."""
+
+    def call(committed: Sequence[CommittedJob]) -> None:
+        for subscriber in subscribers:
+            subscriber(committed)
+
+    return call
 
 
 def make_batcher(

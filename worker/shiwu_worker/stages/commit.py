@@ -55,6 +55,7 @@ class Committer:
         release: gives jobs back to Redis; raises redis.RedisError, and may then be called again with the same jobs.
         backoff: the pauses while Redis is unavailable.
         on_fatal: called when the thread ends by a defect.
+        shard: index of the shard of the store; stands in the name of the thread.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Committer:
         release: Callable[[Sequence[Release]], int],
         backoff: RedisBackoff,
         on_fatal: Callable[[FatalError], None],
+        shard: int = 0,
     ) -> None:
         self._answer_store = answer_store
         self._worker = worker
@@ -77,7 +79,9 @@ class Committer:
         """What was taken from `_waiting`. For the thread."""
         self._last_lane = Lane.BULK
         self._closing = threading.Event()
-        self.thread = ServiceThread("commit", self._run, on_fatal=on_fatal, stop=self._closing.set)
+        self.thread = ServiceThread(
+            f"commit-{shard}" if shard else "commit", self._run, on_fatal=on_fatal, stop=self._closing.set
+        )
 
     def start(
         self,

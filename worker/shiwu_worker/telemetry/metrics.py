@@ -84,6 +84,8 @@ class Metrics:
         retried: error codes with which jobs are retried; each gets a series with 0.
     """
 
+    _shard_away: Gauge | None = None
+
     def __init__(self, *, retried: Collection[ErrorCode]) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # untyped; without it each counter has a second series
         self.registry = registry = CollectorRegistry()
@@ -260,6 +262,18 @@ class Metrics:
         """Record that Redis did not answer; the state of the queues is not exported until it does."""
         self._queues.forget()
         self._redis_up = 0.0
+
+    def shards(self, count: int) -> None:
+        """Create the series of so many shards."""
+        text = "1 while this worker gets no answer from the shard."
+        self._shard_away = Gauge("shiwu_shard_away", text, ["shard"], registry=self.registry)
+        for shard in range(count):
+            self._shard_away.labels(shard)
+
+    def shard_away(self, shard: int, *, is_away: bool) -> None:
+        """Record whether a shard answers."""
+        if self._shard_away is not None:
+            self._shard_away.labels(shard).set(float(is_away))
 
     def model(self, info: ModelInfo) -> None:
         """Record the model that this worker runs."""

@@ -24,7 +24,8 @@ local claims, leases, attempts, results = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local dead, dead_answers, dead_messages, counters = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local deadlines, canvas, canvas_due = KEYS[9], KEYS[10], KEYS[11]
 local result_ttl, done_ttl, max_dead, date = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local ended, reserved_ms = ARGV[5], tonumber(ARGV[6])
+-- A channel is no key, so the client of a shard puts no prefix on it here; a keys' prefix is `{tag}:`.
+local ended, reserved_ms = (string.match(claims, '^{[^}]*}:') or '') .. ARGV[5], tonumber(ARGV[6])
 local delayed, delayed_messages, pending_answers, pending_expiry = KEYS[12], KEYS[13], KEYS[14], KEYS[15]
 local histories, histories_expiry, moved_stream = KEYS[16], KEYS[17], KEYS[18]
 local FIRST, STEP = 7, 7

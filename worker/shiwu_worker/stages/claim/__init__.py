@@ -1,1 +1,4 @@
-"""Claim: takes jobs from the lanes under a lease. Front door: `lease_queue`, `notifier`."""
+"""Claim: takes jobs from the lanes under a lease.
+
+Front door: `lease_queue`, `notifier`, and for shards `shard_claims`, `sharded_claims`.
+"""

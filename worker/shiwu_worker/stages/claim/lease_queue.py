@@ -75,6 +75,7 @@ class LeaseQueue:
         token: unique to this run of the worker; only claims with this token are renewed or released.
         worker: name of the worker, for answers to duplicates of jobs whose answer has expired.
         result_ttl_s: how long such an answer is kept.
+        shard: index of the shard of the client; stands in every claimed message.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class LeaseQueue:
         token: str,
         worker: str = "",
         result_ttl_s: int = RESULT_TTL_S,
+        shard: int = 0,
     ) -> None:
         self._token = token
+        self._shard = shard
         self._served_flags = [int(lane in options.lanes) for lane in (Lane.INTERACTIVE, Lane.BULK)]
         self._worker = worker
         self._result_ttl_s = result_ttl_s
@@ -106,7 +109,14 @@ class LeaseQueue:
         self._end_claims = load_script(client, "end_claims", package=_PACKAGE)
         self._answer_duplicates = load_script(client, "answer_duplicates", package=_PACKAGE)
 
-    def claim(self, limit: int, *, bulk_limit: int | None = None, held: Collection[str] = ()) -> ClaimResult:
+    def claim(
+        self,
+        limit: int,
+        *,
+        bulk_limit: int | None = None,
+        held: Collection[str] = (),
+        is_idle: bool | None = None,
+    ) -> ClaimResult:
         """Claim up to `limit` jobs, interactive first; drops duplicates of answered or claimed jobs.
 
         After `end` it claims nothing.
@@ -116,6 +126,7 @@ class LeaseQueue:
         Args:
             bulk_limit: how many of them may come from bulk; None for all.
             held: ids that this worker holds. Jobs of a claim whose reply was lost are not among them and are released.
+            is_idle: whether a quarantined job would run alone; None: if `held` is empty.
         """
         if self._may_have_lost_reply:
             self.release_lost(held)
@@ -124,7 +135,7 @@ class LeaseQueue:
                 return ClaimResult(())
             self._claim_number += 1
             self._may_have_lost_reply = True
-        holds_nothing = not held
+        holds_nothing = not held if is_idle is None else is_idle
         limit = min(limit, MAX_CLAIM)
         # At most two shares add up while no bulk jobs wait, so that these cannot keep interactive jobs out later.
         bulk_share = limit * self._bulk_share
@@ -140,7 +151,7 @@ class LeaseQueue:
         self._announce([job_id.decode() for job_id in reply[2]], now_ms=claimed_ms)
         self._may_have_lost_reply = False
         jobs = tuple(
-            _claimed(reply[at : at + _JOB_FIELDS], claimed_ms=claimed_ms, claimed_s=claimed_s)
+            _claimed(reply[at : at + _JOB_FIELDS], claimed_ms=claimed_ms, claimed_s=claimed_s, shard=self._shard)
             for at in range(_FIRST_JOB, len(reply), _JOB_FIELDS)
         )
         if is_quarantine_owner := bool(reply[1]):
@@ -198,7 +209,7 @@ class LeaseQueue:
         return released
 
 
-def _claimed(fields: Sequence[Any], *, claimed_ms: float, claimed_s: float) -> Claimed:
+def _claimed(fields: Sequence[Any], *, claimed_ms: float, claimed_s: float, shard: int) -> Claimed:
     """One job from its fields in the reply of `claim.lua`."""
     job_id, attempt, deaths, lane_number, raw, is_revoked, history, generation = fields
     return Claimed(
@@ -212,4 +223,5 @@ def _claimed(fields: Sequence[Any], *, claimed_ms: float, claimed_s: float) -> C
         is_revoked=is_revoked == 1,
         history=history,
         generation=generation,
+        shard=shard,
     )

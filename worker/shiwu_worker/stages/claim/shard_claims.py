@@ -1,0 +1,189 @@
+"""Claims from one shard on a thread of its own, so that a shard that does not answer holds up no other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from redis import RedisError
+
+from shiwu.contract import Lane
+from shiwu_worker.jobs.job import Release
+from shiwu_worker.runtime.threads import ServiceThread
+
+if TYPE_CHECKING:
+    from shiwu_worker.errors import FatalError
+    from shiwu_worker.runtime.backoff import RedisBackoff
+    from shiwu_worker.stages.claim.lease_queue import ClaimResult, LeaseQueue
+    from shiwu_worker.stages.claim.notifier import LaneNotifier
+
+SWEEP_S: Final = 5.0
+"""A shard that gave nothing is asked again after this time, also where its node notified of nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is to be claimed from one shard."""
+
+    limit: int
+    bulk_limit: int
+    held: Collection[str]
+    is_alone: bool
+    """Whether nothing is in flight and no other shard is asked, so that a quarantined job may run."""
+
+
+class ShardClaims:
+    """One shard, as the thread that asks it sees it. Between asks the thread waits for messages in its lanes.
+
+    Fields and methods without a note are used under the lock of `changed`.
+
+    Args:
+        changed: notified when an ask is answered, and when messages may wait.
+        backoff: the pauses while the shard does not answer.
+        on_fatal: called when the thread ends by a defect.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        lease_queue: LeaseQueue,
+        notifier: LaneNotifier,
+        *,
+        changed: threading.Condition,
+        backoff: RedisBackoff,
+        on_fatal: Callable[[FatalError], None],
+    ) -> None:
+        self.index = index
+        self.lease_queue = lease_queue
+        """Thread-safe; needs no lock."""
+        self.may_have_interactive = self.may_have_bulk = True
+        """Whether a lane may have messages; False after a claim found none, until the node notifies."""
+        self.has_news = False
+        """Whether the node notified of messages since the last ask; such a shard is asked first."""
+        self.error: RedisError | None = None
+        """Why the last command failed; the shard is not asked until another succeeds."""
+        self.asked: Ask | None = None
+        self.result: ClaimResult | None = None
+        """The reply to the last ask, until it is taken."""
+        self.turn = 0
+        """Number of the last ask among those to all shards."""
+        self._notifier = notifier
+        self._changed = changed
+        self._backoff = backoff
+        self._held: Collection[str] = ()
+        self._surplus: list[Release] = []
+        self._is_poked = False
+        self._closed = threading.Event()
+        self.thread = ServiceThread(f"claim-{index}", self._run, on_fatal=on_fatal, stop=self.close)
+
+    # -------------------------------------------------------------------------------- under the lock
+    @property
+    def is_free(self) -> bool:
+        """Whether the shard can be asked now."""
+        return self.error is None and self.asked is None and self.result is None
+
+    def may_have(self, *, is_bulk_wanted: bool) -> bool:
+        """Whether messages may wait that there is room for."""
+        return self.may_have_interactive or (is_bulk_wanted and self.may_have_bulk)
+
+    def ask(self, ask: Ask) -> None:
+        """Let the thread claim."""
+        self.asked, self._held, self.has_news = ask, ask.held, False
+        self._poke()
+
+    def ring(self) -> None:
+        """Note that messages may wait."""
+        self.may_have_interactive = self.may_have_bulk = self.has_news = True
+        self._changed.notify_all()
+
+    def give_back(self, releases: Sequence[Release]) -> None:
+        """Let the thread release claimed jobs that there is no room for."""
+        self._surplus += releases
+        self._poke()
+
+    def _poke(self) -> None:
+        self._is_poked = True
+        self._notifier.notify()
+
+    # -------------------------------------------------------------------------------- from any thread
+    def close(self) -> None:
+        """Let the thread end. A claim that is under way is given up by `LeaseQueue.end`."""
+        self._closed.set()
+        self._notifier.close()
+
+    # -------------------------------------------------------------------------------- on the thread
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            with self._changed:
+                ask, error = self.asked, self.error
+                surplus, self._surplus = self._surplus, []
+            if error is not None:
+                self._try_again(error, surplus)
+            elif surplus:
+                self._release(surplus)
+            elif ask is not None:
+                self._claim(ask)
+            else:
+                self._watch()
+
+    def _watch(self) -> None:
+        """Wait for messages in the lanes that had none, or for an ask."""
+        with self._changed:
+            has_none = (not self.may_have_interactive, not self.may_have_bulk)
+        lanes = [lane for lane, is_dry in zip((Lane.INTERACTIVE, Lane.BULK), has_none, strict=True) if is_dry]
+        is_woken = self._notifier.wait(SWEEP_S, lanes=lanes)
+        with self._changed:
+            is_poked, self._is_poked = self._is_poked, False
+            if not lanes or self.asked is not None or (is_woken and is_poked) or self._closed.is_set():
+                return
+            if Lane.INTERACTIVE in lanes:
+                self.may_have_interactive = True
+            if Lane.BULK in lanes:
+                self.may_have_bulk = True
+            self.has_news = is_woken
+            self._changed.notify_all()
+
+    def _claim(self, ask: Ask) -> None:
+        try:
+            result = self.lease_queue.claim(ask.limit, bulk_limit=ask.bulk_limit, held=ask.held, is_idle=ask.is_alone)
+        except RedisError as error:
+            self._fail(error)
+            return
+        with self._changed:
+            self.asked, self.result = None, result
+            if not result.jobs and not result.is_quarantine_owner:
+                self.may_have_interactive = False
+                self.may_have_bulk = self.may_have_bulk and ask.bulk_limit == 0
+            self._changed.notify_all()
+
+    def _release(self, surplus: Sequence[Release]) -> None:
+        # Without Redis their leases expire.
+        with suppress(RedisError):
+            self.lease_queue.release(surplus)
+
+    def _fail(self, error: RedisError) -> None:
+        self._notifier.reconnect()
+        with self._changed:
+            self.asked, self.error = None, error
+            self._changed.notify_all()
+
+    def _try_again(self, error: RedisError, surplus: Sequence[Release]) -> None:
+        """Pause, and give up the claim whose reply was lost; only then the shard is asked again."""
+        self._backoff.wait(error, self._closed)
+        if self._closed.is_set():
+            return
+        try:
+            self.lease_queue.release(surplus)
+            self.lease_queue.release_lost(self._held)
+        except RedisError as again:
+            with self._changed:
+                self.error = again
+                self._surplus += surplus
+            return
+        self._backoff.reset()
+        with self._changed:
+            self.error = None
+            self.ring()
