@@ -13,11 +13,12 @@ from shiwu import Client
 from shiwu.broker.answers import AnswerEntry
 from shiwu.broker.foreign_values import ForeignValues
 from shiwu.broker.known_labels import KnownLabels, KnownLabelStore
-from shiwu.contract import CANVAS, CANVAS_DUE, RESULT_STREAM, Lane
+from shiwu.contract import CANVAS, CANVAS_DUE, CLAIMS, RESULT_STREAM, Lane
 from shiwu_worker.celery_worker.callbacks import CallbackSender
 from shiwu_worker.celery_worker.revoke import Revoker
-from shiwu_worker.jobs.job import Release
+from shiwu_worker.jobs.job import Claimed, Release
 from shiwu_worker.policy.callback_rules import CallbackRules
+from shiwu_worker.stages.claim.lease_queue import LeaseQueue
 from tests.faults.conftest import Fleet
 from tests.support import drill
 from tests.support.redis_parts import (
@@ -92,6 +93,7 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
         "release": lambda: claims.release([Release(failed.id)]),
         "end_claims": lambda: claims.release_lost(held=[held.id]) == 1,
         "commit": lambda: committer.write([answer(held), dead]) == {held.id},
+        "answer_duplicates": lambda: claim_copy(client, claims, held),
         "move_foreign": lambda: ForeignValues(client).move() == [],
         "trim_dead": lambda: make_maintenance(client, dead_bytes=0).trim_dead(bytes_over=0) == 0,
         "requeue": lambda: DeadLetters(client).requeue([failed.id]),
@@ -108,6 +110,12 @@ def make_uses(client: redis.Redis, url: str) -> dict[str, Callable[[], Any]]:
         "hold_entries": lambda: consume(url) == 1,
         "drop_consumers": lambda: consume(url) == 0 and client.xinfo_consumers(RESULT_STREAM, "g") == [],
     }
+
+
+def claim_copy(client: redis.Redis, claims: LeaseQueue, job: Claimed) -> bool:
+    """Claim a copy of an answered job; whether it ended with the announcement of the answer."""
+    client.rpush(Lane.BULK.queue, job.raw)
+    return claims.claim(1).jobs == () and not client.hexists(CLAIMS, job.id)
 
 
 def drop_cancelled(client: redis.Redis, url: str) -> bool:

@@ -11,7 +11,6 @@ from structlog.testing import capture_logs
 
 from shiwu.broker.answers import AnswerEntry
 from shiwu.broker.known_labels import KnownLabels, KnownLabelStore
-from shiwu.broker.marks import read_marks
 from shiwu.broker.queue_stats import read_state
 from shiwu.broker.script_loader import load_script
 from shiwu.contract import (
@@ -28,6 +27,7 @@ from shiwu.contract import (
     KEY_TYPES,
     LAST_CLAIM,
     LEASES,
+    MARKS,
     QUARANTINE,
     QUARANTINE_OWNER,
     RESULT_STREAM,
@@ -97,8 +97,7 @@ def jobs(client: redis.Redis, *, broken: str) -> set[str]:
         place = BACKUP if key == broken else key
         if client.type(place) == b"list":
             found |= {json.loads(raw[raw.index(b"{") :])["headers"]["id"] for raw in client.lrange(place, 0, -1)}
-    names = ("held", "held-too", "crashed", "due", "delayed", "suspected", "waiting", "waiting-too", "dead", "linked")
-    return found | {name for name, mark in zip(names, read_marks(client, names), strict=True) if mark is not None}
+    return found.union(*map(hash_keys, MARKS))
 
 
 def dump(client: redis.Redis) -> dict[bytes, bytes | None]:
