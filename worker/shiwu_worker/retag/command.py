@@ -36,8 +36,8 @@ from shiwu_worker.retag.options import RetagOptions, request_of
 def retag_command(**options: Any) -> None:
     """Give kept vectors the tags of a new label set. No image is read, and no GPU is needed.
 
-    The tags are those that a worker gives to a new job that wants its vector, bit by bit. Vectors of another model or
-    revision are refused. Needs the extra `vectors`.
+    The tags are those that a worker gives to a new job that wants its vector, to the fifth decimal. Vectors of another
+    model or revision are refused. Needs the extra `vectors`.
     """
     if options["examples_out"] and not options["diff"]:
         raise click.UsageError("expected --examples-out with --diff")
