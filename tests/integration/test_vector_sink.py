@@ -230,7 +230,7 @@ def test_command_without_pyarrow_names_the_extra(redis_url: str) -> None:
     assert "vectors sink needs pyarrow: run `pip install '.[vectors]'`" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_sinks_lose_and_double_nothing(redis_url: str, redis_client: redis.Redis, tmp_path: Path) -> None:
     """Killed at random moments while answers come, in parts of a few rows."""
     chance = random.Random(20261130)

@@ -172,7 +172,7 @@ def test_kill_before_the_removal_loses_nothing(
     assert len({job_id for job_id, _ in jobs}) == 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kills_at_random_lose_nothing(redis_url: str, redis_client: redis.Redis, tmp_path: Path, rules: Path) -> None:
     """2,000 events, eight SIGKILLs: every event is a job, and nothing stays in a list of a watcher."""
     keys = [f"{number}.jpg" for number in range(2000)]
