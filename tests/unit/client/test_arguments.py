@@ -83,6 +83,7 @@ ODD: dict[str, dict[str, list[Any]]] = {
     },
     "cancel": {"job_ids": [*IDS, ["~" + "0a" * 20], "x" * 256], "reason": TEXT},
     "answer": {"job_id": LOOKED_UP_ID},
+    "shard_states": {},
     "wait": {"job_id": LOOKED_UP_ID, "timeout_s": [None, *SECONDS]},
     "wait_many": {"job_ids": IDS, "timeout_s": [None, *SECONDS]},
     "as_answered": {"job_ids": IDS, "timeout_s": [None, *SECONDS]},
