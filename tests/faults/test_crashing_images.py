@@ -20,6 +20,7 @@ OTHER_IMAGES = 40
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # four workers start, one after the other
 def test_image_that_crashes_its_worker_fails_alone(
     start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
@@ -43,7 +44,7 @@ def test_image_that_crashes_its_worker_fails_alone(
                 worker.append(start_worker(redis_url=redis_url, ready=False, **options))
             return client.queue_state().counters.get("answered", 0) >= len(ids)
 
-        wait_until(answered, timeout_s=120, every_s=0.05)
+        wait_until(answered, timeout_s=240, every_s=0.05)
         answers = client.wait_many(ids, timeout_s=5)
         assert codes == [-signal.SIGABRT] * 3
         assert {job_id for job_id, answer in answers.items() if answer.status is not Status.TAGGED} == {"deadly"}
