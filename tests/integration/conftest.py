@@ -1,4 +1,4 @@
-"""Fixtures of several files: receivers of webhooks and the process that posts to them."""
+"""Fixtures of several files: a cluster, receivers of webhooks and the process that posts to them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import redis
 from shiwu.hooks.delivery_queue import DeliveryQueue
 from shiwu.hooks.process import make_queue
 from tests.support.hooks import HooksProcess, StartHooks, hooks_options, write_endpoints
+from tests.support.valkey_cluster import ValkeyCluster
 from tests.support.webhook_receiver import WebhookReceiver
 
 
@@ -43,3 +44,17 @@ def start_hooks(redis_url: str, tmp_path: Path) -> Iterator[StartHooks]:
 def deliveries(redis_client: redis.Redis) -> DeliveryQueue:
     """The queue, for looking at it."""
     return make_queue(redis_client, hooks_options())
+
+
+@pytest.fixture(scope="module")
+def cluster_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
+    """Three primaries of one file, whose tests stop no node for good."""
+    with ValkeyCluster(folder=tmp_path_factory.mktemp("cluster")) as running:
+        yield running
+
+
+@pytest.fixture
+def cluster(cluster_session: ValkeyCluster) -> ValkeyCluster:
+    """The cluster of this file, without keys."""
+    cluster_session.flush()
+    return cluster_session

@@ -11,7 +11,7 @@ import redis
 
 from shiwu import Client, DeadFilter, QueueFull
 from shiwu.broker.redis_errors import WrongShardCount
-from shiwu.broker.sharding import ShardRedis, cluster_shard, open_shards, shard_of
+from shiwu.broker.sharding import PoolOptions, ShardRedis, cluster_shard, open_shards, shard_of
 from shiwu.client.job_report import JobState
 from shiwu.contract import CLAIMS, Lane
 from tests.support.answering_shards import AnsweringShards
@@ -48,7 +48,7 @@ def url(cluster: ValkeyCluster) -> str:
 @pytest.fixture
 def shards(url: str) -> Iterator[tuple[ShardRedis, ...]]:
     """A client of each shard."""
-    clients = open_shards(url, timeout_s=5)
+    clients = open_shards(url, PoolOptions(timeout_s=5))
     yield clients
     for client in clients:
         client.close()

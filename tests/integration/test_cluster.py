@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from shiwu.broker.redis_errors import NotACluster, RedisCode, WrongShardCount, classify
-from shiwu.broker.sharding import ShardRedis, keep_shard_count, open_shards
+from shiwu.broker.sharding import PoolOptions, ShardRedis, keep_shard_count, open_shards
 from shiwu.contract import RETENTION, Lane
 from shiwu_worker.stages.claim.notifier import LaneNotifier
 from tests.support.certificates import Certificate
@@ -24,20 +24,6 @@ from tests.support.waiting import wait_until
 
 T = TypeVar("T")
 ADD = "return redis.call('RPUSH', KEYS[1], ARGV[1]) + redis.call('INCR', KEYS[2])"
-
-
-@pytest.fixture(scope="module")
-def cluster_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
-    """Three primaries; tests move slots, and stop no node."""
-    with ValkeyCluster(folder=tmp_path_factory.mktemp("cluster")) as running:
-        yield running
-
-
-@pytest.fixture
-def cluster(cluster_session: ValkeyCluster) -> ValkeyCluster:
-    """The cluster of this file, without keys."""
-    cluster_session.flush()
-    return cluster_session
 
 
 @pytest.fixture
@@ -51,7 +37,7 @@ def shards(cluster: ValkeyCluster) -> Iterator[tuple[ShardRedis, ...]]:
 def opened(url: str, *, timeout_s: float = 5, **options: Any) -> Iterator[tuple[ShardRedis, ...]]:
     """Clients that are closed afterwards."""
     with ExitStack() as stack:
-        clients = open_shards(url, timeout_s=timeout_s, **options)
+        clients = open_shards(url, PoolOptions(timeout_s=timeout_s, **options))
         for client in clients:
             stack.enter_context(client)
         yield clients

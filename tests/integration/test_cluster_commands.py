@@ -52,20 +52,6 @@ REFUSES = {
 NO_REDIS = {"hooks test"}
 
 
-@pytest.fixture(scope="module")
-def cluster_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
-    """Three primaries, which no test stops for good."""
-    with ValkeyCluster(folder=tmp_path_factory.mktemp("cluster")) as running:
-        yield running
-
-
-@pytest.fixture
-def cluster(cluster_session: ValkeyCluster) -> ValkeyCluster:
-    """The cluster of this file, without keys."""
-    cluster_session.flush()
-    return cluster_session
-
-
 def leaves(group: click.Group, context: click.Context, before: str = "") -> Iterator[str]:
     """The names of all commands that are no groups."""
     for name in group.list_commands(context):

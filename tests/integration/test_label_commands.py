@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import sys
 from pathlib import Path
@@ -13,11 +12,12 @@ import yaml
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from shiwu.contract import Answer, ImageInfo, ModelInfo, Status
+from shiwu.contract import ModelInfo
 from shiwu_worker.__main__ import main
 from shiwu_worker.checkpoints.model_files import EMBEDDED, model_folder, model_revision
 from shiwu_worker.stages.score.label_files import load_label_sets
 from tests.support.processes import ROOT
+from tests.support.vector_answers import answer_line
 
 PHOTOS = ROOT / "demo" / "photos"
 
@@ -32,20 +32,6 @@ def run(*arguments: str, text: str = "", only_stdout: bool = False) -> tuple[int
     """Exit code and output of `shiwu-worker labels`."""
     done = CliRunner().invoke(main, ["labels", *arguments], input=text)
     return done.exit_code, done.stdout if only_stdout else done.output
-
-
-def answer_line(number: int, vector: NDArray[np.float64], model: ModelInfo, *, labels: list[str] | None = None) -> str:
-    """An answer with a vector; one source has ten images."""
-    half = (vector / np.linalg.norm(vector)).astype("<f2")
-    answer = Answer(
-        id=f"k{number}",
-        status=Status.TAGGED,
-        image=ImageInfo(reference=f"s3://photos/day-{number // 10}/{number}.jpg"),
-        model=model,
-        vector=base64.b64encode(half.tobytes()).decode(),
-        metadata=None if labels is None else {"labels": labels},
-    )
-    return answer.to_json().decode()
 
 
 def vectors(seed: int, count: int, width: int) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from shiwu.broker.answers import wait_replicated
 from shiwu.broker.connection import connect
 from shiwu.broker.redis_errors import REDIS_ERRORS, RedisCode, RedisFault, classify, explain, info_of
-from shiwu.broker.sharding import keep_shard_count, open_shards
+from shiwu.broker.sharding import PoolOptions, keep_shard_count, open_shards
 from shiwu.cli import main
 from tests.conftest import StartWorker
 from tests.support.certificates import Certificate
@@ -164,7 +164,7 @@ def moved(parts: Parts) -> None:
 
 
 def not_a_cluster(parts: Parts) -> None:
-    [client] = open_shards(f"{parts.server().url.replace('redis', 'cluster', 1)}?shards=1", timeout_s=2)
+    [client] = open_shards(f"{parts.server().url.replace('redis', 'cluster', 1)}?shards=1", PoolOptions(timeout_s=2))
     parts.stack.enter_context(client).ping()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Final
@@ -12,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from shiwu.contract import Answer, ImageInfo, ModelInfo, Status
+from shiwu.contract import ModelInfo
 from shiwu_worker.__main__ import main
 from shiwu_worker.checkpoints.model_files import EMBEDDED, model_folder, model_revision
 from shiwu_worker.config.settings import Settings
@@ -20,6 +19,7 @@ from shiwu_worker.service.labels import load_label_bank, read_label_sets
 from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 from shiwu_worker.stages.score.label_files import load_label_sets
+from tests.support.vector_answers import answer_line
 
 SET: Final = """version: 2
 name: pets
@@ -37,19 +37,6 @@ def run(*arguments: str, text: str = "") -> tuple[int, str]:
     """Exit code and standard output of `shiwu-worker labels`; the whole output after an error."""
     done = CliRunner().invoke(main, ["labels", *arguments], input=text)
     return done.exit_code, done.stdout if done.exit_code == 0 else done.output
-
-
-def answer_line(number: int, vector: NDArray[np.float64], model: ModelInfo) -> str:
-    """An answer with a vector; one source has ten images."""
-    half = (vector / np.linalg.norm(vector)).astype("<f2")
-    answer = Answer(
-        id=f"k{number}",
-        status=Status.TAGGED,
-        image=ImageInfo(reference=f"s3://photos/day-{number // 10}/{number}.jpg"),
-        model=model,
-        vector=base64.b64encode(half.tobytes()).decode(),
-    )
-    return answer.to_json().decode()
 
 
 @pytest.fixture(scope="module")

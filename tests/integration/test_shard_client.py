@@ -109,7 +109,7 @@ def test_replies_are_those_of_a_plain_client(
                     getattr(pipe, method)(*arguments, **options)
                 replies.append([described(reply) for reply in pipe.execute(raise_on_error=False)])
         else:
-            replies.append([described(outcome(lambda: getattr(client, m)(*a, **o))) for m, a, o in operations])  # noqa: B023
+            replies.append([described(outcome(lambda: getattr(client, m)(*a, **o))) for m, a, o in operations])  # noqa: B023 called in the same round
     assert replies[0] == replies[1]
     assert all(key.startswith(SHARD.prefix.encode()) for key in all_keys(both[1]))
 

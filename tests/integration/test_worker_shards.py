@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from shiwu.broker.message_writer import build_message
-from shiwu.broker.sharding import ShardRedis, cluster_shard, open_shards, shard_of
+from shiwu.broker.sharding import PoolOptions, ShardRedis, cluster_shard, open_shards, shard_of
 from shiwu.contract import CLAIMS, RESULT_STREAM, Lane, Request
 from tests.conftest import StartWorker
 from tests.support.picture_server import PictureServer, Reply
@@ -39,7 +39,7 @@ class Shards:
     """A producer on all shards, and the reader of their answers."""
 
     def __init__(self, url: str, image: str) -> None:
-        self.clients: tuple[ShardRedis, ...] = open_shards(url, timeout_s=5.0)
+        self.clients: tuple[ShardRedis, ...] = open_shards(url, PoolOptions(timeout_s=5.0))
         self._image = image
 
     def close(self) -> None:

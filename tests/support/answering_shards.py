@@ -10,7 +10,7 @@ import redis
 
 from shiwu.broker.answers import AnswerEntry, AnswerStore, dead_message
 from shiwu.broker.retention import Retention
-from shiwu.broker.sharding import ShardRedis, open_shards
+from shiwu.broker.sharding import PoolOptions, ShardRedis, open_shards
 from shiwu.contract import Status
 from shiwu_worker.jobs.job import Claimed
 from tests.support.answering import entry_of
@@ -23,7 +23,7 @@ class AnsweringShards:
     """A worker over shards, for as long as the block lasts. A shard that is unavailable is tried again."""
 
     def __init__(self, url: str, *, batch: int = 50) -> None:
-        self._shards = open_shards(url, timeout_s=2)
+        self._shards = open_shards(url, PoolOptions(timeout_s=2))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._answer, name="answering-shards")
         self._workers = [_ShardWorker(shard, batch=batch) for shard in self._shards]

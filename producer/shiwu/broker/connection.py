@@ -139,7 +139,7 @@ def open_client(client_class: type[C], address: RedisAddress, limits: PoolOption
         **others,
     }
     if not address.primary:
-        client: C = client_class.from_pool(_Pool(**options))  # type: ignore[assignment, no-untyped-call]
+        client: C = client_class.from_pool(_Pool(**options))  # type: ignore[assignment, no-untyped-call]  # redis' own
         return client
     sentinel = Sentinel(  # type: ignore[no-untyped-call]  # redis' own
         list(address.hosts), sentinel_kwargs=limits.waits() | sentinel_login(address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, tzinfo
 from functools import cached_property
 from typing import Any, Literal, Self, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, Literal, Self, TypeVar
 from shiwu.broker.known_labels import KnownLabels
 from shiwu.broker.maintenance import SweepReport
 from shiwu.broker.queue_stats import QueueState
-from shiwu.broker.sharding import open_shards
+from shiwu.broker.sharding import PoolOptions, open_shards
 from shiwu.broker.steps import Steps, iterate, run
 from shiwu.broker.stray_lanes import StrayLanes, find_stray_lanes
 from shiwu.client.arguments import read_id, read_seconds, read_type, refused
@@ -71,11 +72,11 @@ class Client:
         options = ClientOptions.read(
             redis_url, max_waiting=max_waiting, timeout_s=timeout_s, max_connections=max_connections
         )
-        limits: dict[str, Any] = {"timeout_s": options.timeout_s, "max_connections": options.max_connections}
-        self._redis = open_shards(options.redis_url, retries=3, **limits)
+        limits = PoolOptions(timeout_s=options.timeout_s, max_connections=options.max_connections)
+        self._redis = open_shards(options.redis_url, replace(limits, retries=3))
         # Waits retry by themselves. Retries below them would exceed their time-out where Redis hangs.
-        self._no_retry = open_shards(options.redis_url, **limits)
-        self._listener = open_shards(options.redis_url, pool_wait_s=0.0, **limits)
+        self._no_retry = open_shards(options.redis_url, limits)
+        self._listener = open_shards(options.redis_url, replace(limits, pool_wait_s=0.0))
         self._calls = Calls(options)
         self._timeout_s = options.timeout_s
         self.unreadable_items = 0

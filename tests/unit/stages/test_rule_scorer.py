@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from shiwu.contract import Tag
 from shiwu_worker.jobs.label_set import LabelSet
+from shiwu_worker.stages.score.label_files import load_label_set
 from tests.support.rule_sets import random_units, read_set, tags_of, text_vector, with_vectors, write_calibration
 
 WORDS = ("cat", "dog", "bird", "car", "bus", "tree")
@@ -56,8 +57,6 @@ def test_best_text_of_a_label_counts() -> None:
 def test_set_without_rules_has_the_tags_of_version_1(tmp_path: Path) -> None:
     """The same labels, scores and cosines; no new field is set."""
     (tmp_path / "one.yaml").write_text("name: one\nlabels: [cat, dog, bird, car, bus, tree]\n")
-    from shiwu_worker.stages.score.label_files import load_label_set  # noqa: PLC0415
-
     first, second = load_label_set(tmp_path / "one.yaml"), make_set()
     assert tags_of(first, IMAGES, top_k=3) == tags_of(second, IMAGES, top_k=3)
 

@@ -16,7 +16,7 @@ from shiwu_worker.jobs.job import Claimed, Release
 from shiwu_worker.runtime.shard_health import ShardBackoff, ShardHealth
 from shiwu_worker.stages.claim.lease_queue import ClaimResult
 from shiwu_worker.stages.claim.shard_claims import ShardClaims
-from shiwu_worker.stages.claim.sharded_claims import PATIENCE_S, ShardedClaims
+from shiwu_worker.stages.claim.sharded_claims import ROUND_TIMEOUT_S, ShardedClaims
 from tests.support.waiting import wait_until
 
 INTERACTIVE, BULK = Lane.INTERACTIVE, Lane.BULK
@@ -147,11 +147,11 @@ class Shards:
             queue.asks.clear()
         return found
 
-    def ring(self, shard: int) -> None:
+    def note_messages(self, shard: int) -> None:
         """Let the node of a shard notify of a message, once its thread waits for one."""
         wait_until(lambda: bool(self.notifiers[shard].lanes), timeout_s=10, what=f"the thread of shard {shard} waits")
         self.notifiers[shard].notify()
-        wait_until(lambda: self.shards[shard].has_news, timeout_s=10, what=f"shard {shard} rings")
+        wait_until(lambda: self.shards[shard].is_notified, timeout_s=10, what=f"shard {shard} rings")
         assert self.claims.wait(10.0)
 
 
@@ -192,7 +192,7 @@ def test_empty_shard_is_not_asked_until_it_rings() -> None:
         assert {shard for _ in range(4) for shard in shards.claim(2)} == {0, 1, 2}
         assert 3 not in shards.asked()
         shards.queues[3].lanes[INTERACTIVE].append("new")
-        shards.ring(3)
+        shards.note_messages(3)
         assert 3 in shards.claim(2)
 
 
@@ -213,7 +213,7 @@ def test_frozen_shard_costs_one_pause_and_replies_later() -> None:
         shards.queues[0].answers.clear()
         began_s = time.monotonic()
         assert shards.claim(4) == [1, 1]
-        assert time.monotonic() - began_s >= PATIENCE_S
+        assert time.monotonic() - began_s >= ROUND_TIMEOUT_S
         assert shards.claim(4) == [2, 2, 1, 1]
         assert shards.claim(2) == [2, 1]
         shards.queues[0].answers.set()
@@ -316,7 +316,7 @@ def test_notify_and_ring_wake_the_waiting_thread() -> None:
         shards.claims.notify()
         assert shards.claims.wait(10.0)
         shards.asked()
-        shards.claims.ring(1)
+        shards.claims.note_messages(1)
         assert shards.claims.wait(10.0)
         assert shards.claim(2) == []
         assert shards.asked() == [1]

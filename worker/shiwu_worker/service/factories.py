@@ -19,7 +19,7 @@ from shiwu.broker.connection import connect as connect_to
 from shiwu.broker.maintenance import Maintenance
 from shiwu.broker.redis_errors import classify, explain, info_of
 from shiwu.broker.retention import RetentionPublisher
-from shiwu.broker.sharding import ShardRedis, keep_shard_count, open_shards
+from shiwu.broker.sharding import PoolOptions, ShardRedis, keep_shard_count, open_shards
 from shiwu_worker.config import views
 from shiwu_worker.config.batches import slot_count
 from shiwu_worker.errors import ExitCode, FatalError
@@ -74,13 +74,13 @@ def connect(settings: Settings, *, connections: int, has_pushes: bool = False) -
 
 def connect_shards(settings: Settings, *, connections: int, has_pushes: bool = False) -> tuple[ShardRedis, ...]:
     """A client of each shard, with the limits of `connect`; one where the URL names one server."""
-    return open_shards(
-        settings.redis_address,
+    limits = PoolOptions(
         timeout_s=settings.redis_timeout_s,
         has_pushes=has_pushes,
         max_connections=connections,
         client_name=_client_name(settings),
     )
+    return open_shards(settings.redis_address, limits)
 
 
 def _client_name(settings: Settings) -> str:

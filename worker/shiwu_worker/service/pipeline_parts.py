@@ -202,7 +202,7 @@ class PipelineParts:
             progress=self.progress,
             meter=self.meter,
             stuck_s=self.stuck_s,
-            on_quarantine=queue.notifier.notify if sharded is None else partial(sharded.claims.ring, shard),
+            on_quarantine=queue.notifier.notify if sharded is None else partial(sharded.claims.note_messages, shard),
             observer=self.observer,
             backoff=RedisBackoff("heartbeat") if sharded is None else sharded.heartbeat_backoff(shard),
             on_fatal=self.on_fatal,

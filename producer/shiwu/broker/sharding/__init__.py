@@ -5,6 +5,7 @@ transactions, subscriptions and `WAIT` work as they do there. `ShardRedis` adds 
 its connections go to the node that has the slot.
 """
 
+from shiwu.broker.connection import PoolOptions
 from shiwu.broker.sharding.cluster_map import ClusterMap
 from shiwu.broker.sharding.command_keys import UnknownCommand, with_prefix
 from shiwu.broker.sharding.opening import keep_shard_count, node_of, open_map, open_shards, shard_count_steps
@@ -17,6 +18,7 @@ __all__ = [
     "ONE_SERVER",
     "ClusterMap",
     "KeyReader",
+    "PoolOptions",
     "Shard",
     "ShardRedis",
     "UnknownCommand",

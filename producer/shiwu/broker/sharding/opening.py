@@ -9,7 +9,7 @@ import redis
 from redis import exceptions
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
 
-from shiwu.broker.connection import MAX_CONNECTIONS, PoolOptions, open_client, place_and_login
+from shiwu.broker.connection import PoolOptions, open_client, place_and_login
 from shiwu.broker.redis_errors import WrongShardCount
 from shiwu.broker.redis_url import RedisAddress, read_redis_url
 from shiwu.broker.sharding.cluster_map import ClusterMap
@@ -23,41 +23,24 @@ SHARDS_FIELD: Final = "shards"
 """Field of the limits in shard 0: the number of shards with which the cluster was first used."""
 
 
-def open_shards(
-    url: str | RedisAddress,
-    *,
-    timeout_s: float,
-    block_s: float = 0.0,
-    retries: int = 0,
-    client_name: str | None = None,
-    max_connections: int = MAX_CONNECTIONS,
-    pool_wait_s: float | None = None,
-    has_pushes: bool = False,
-) -> tuple[ShardRedis, ...]:
+def open_shards(url: str | RedisAddress, limits: PoolOptions) -> tuple[ShardRedis, ...]:
     """Open a client for each shard, in the order of their indexes. Nothing is sent yet; close each of them.
 
-    `cluster://` gives as many as the URL says, each with a pool of its own; any other URL gives one, without a prefix.
-    The arguments are those of `shiwu.broker.connection.connect`, and hold for each client.
+    `cluster://` gives as many as the URL names, each with a pool of its own; any other URL gives one, without a prefix.
+
+    Args:
+        limits: those of each client.
 
     Raises:
         RedisUrlError: the URL cannot work.
     """
     address = read_redis_url(url, may_be_cluster=True) if isinstance(url, str) else url
-    limits = PoolOptions(
-        timeout_s=timeout_s,
-        block_s=block_s,
-        retries=retries,
-        client_name=client_name,
-        max_connections=max_connections,
-        pool_wait_s=pool_wait_s,
-        has_pushes=has_pushes,
-    )
     if not address.shards:
         return (open_client(ShardRedis, address, limits),)
     others = {
         "connection_class": SlotConnection if address.tls is None else SlotSSLConnection,
         "redis_connect_func": greet_node,
-        "cluster_map": open_map(address, timeout_s=timeout_s, client_name=client_name),
+        "cluster_map": open_map(address, timeout_s=limits.timeout_s, client_name=limits.client_name),
     }
     return tuple(
         open_client(ShardRedis, address, limits, **others, shard=cluster_shard(index))

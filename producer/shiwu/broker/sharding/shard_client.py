@@ -34,15 +34,15 @@ class KeyPrefix(_Base):
 
     def send_command(self, *args: Any, **options: Any) -> None:
         """Send one command."""
-        super().send_command(*with_prefix(self.shard.prefix, args), **options)  # type: ignore[no-untyped-call]
+        super().send_command(*with_prefix(self.shard.prefix, args), **options)  # type: ignore[no-untyped-call]  # redis' own
 
     def pack_command(self, *args: Any) -> Any:
         """The bytes of one command."""
-        return super().pack_command(*with_prefix(self.shard.prefix, args))  # type: ignore[no-untyped-call]
+        return super().pack_command(*with_prefix(self.shard.prefix, args))  # type: ignore[no-untyped-call]  # redis' own
 
     def pack_commands(self, commands: Iterable[Any]) -> Any:
         """The bytes of several commands."""
-        return super().pack_commands(  # type: ignore[no-untyped-call]
+        return super().pack_commands(  # type: ignore[no-untyped-call]  # redis' own
             [with_prefix(self.shard.prefix, command) for command in commands]
         )
 
@@ -72,7 +72,7 @@ class ShardPubSub(PubSub):
             connection: Any = self.connection
             connection.disconnect()
             raise redis.ConnectionError("the node ended a subscription: its slot has moved; subscribe again")
-        return super().handle_message(response, ignore_subscribe_messages)  # type: ignore[no-untyped-call]
+        return super().handle_message(response, ignore_subscribe_messages)  # type: ignore[no-untyped-call]  # redis' own
 
 
 class ShardRedis(Primary):

@@ -43,7 +43,7 @@ class _ToSlot(_Base):
     # redis-py calls this and not always `connect`.
     def _connect(self) -> Any:
         self.host, self.port = self._map.primary_of(self.shard.slot)
-        return super()._connect()  # type: ignore[no-untyped-call]
+        return super()._connect()  # type: ignore[no-untyped-call]  # redis' own
 
     def read_response(self, *args: Any, **options: Any) -> Any:
         """The next reply.
@@ -56,7 +56,7 @@ class _ToSlot(_Base):
         except redis.RedisError as error:
             if (moved := leave_node(error, self._map, shard=self.shard, node=(self.host, self.port))) is None:
                 raise
-            self.disconnect()  # type: ignore[no-untyped-call]
+            self.disconnect()  # type: ignore[no-untyped-call]  # redis' own
             raise moved from error
 
 

@@ -11,7 +11,7 @@ from redis.crc import key_slot
 from shiwu.broker.redis_url import MAX_SHARDS
 from shiwu.broker.sharding import ONE_SERVER, cluster_shard, shard_of
 
-FIRST = "0ai 1cb 2de 3fn 4be 5oo 6gi 7eb 8ec 9gh 10bka 11gw 12o 13w 14fp 15kz".split()  # noqa: SIM905
+FIRST = "0ai 1cb 2de 3fn 4be 5oo 6gi 7eb 8ec 9gh 10bka 11gw 12o 13w 14fp 15kz".split()  # noqa: SIM905 as one reads them
 SLOTS = 16_384
 
 

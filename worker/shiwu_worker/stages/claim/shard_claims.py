@@ -61,7 +61,7 @@ class ShardClaims:
         """Thread-safe; needs no lock."""
         self.may_have_interactive = self.may_have_bulk = True
         """Whether a lane may have messages; False after a claim found none, until the node notifies."""
-        self.has_news = False
+        self.is_notified = False
         """Whether the node notified of messages since the last ask; such a shard is asked first."""
         self.error: RedisError | None = None
         """Why the last command failed; the shard is not asked until another succeeds."""
@@ -75,7 +75,7 @@ class ShardClaims:
         self._backoff = backoff
         self._held: Collection[str] = ()
         self._surplus: list[Release] = []
-        self._is_poked = False
+        self._is_woken = False
         self._closed = threading.Event()
         self.thread = ServiceThread(f"claim-{index}", self._run, on_fatal=on_fatal, stop=self.close)
 
@@ -91,21 +91,21 @@ class ShardClaims:
 
     def ask(self, ask: Ask) -> None:
         """Let the thread claim."""
-        self.asked, self._held, self.has_news = ask, ask.held, False
-        self._poke()
+        self.asked, self._held, self.is_notified = ask, ask.held, False
+        self._wake()
 
-    def ring(self) -> None:
+    def note_messages(self) -> None:
         """Note that messages may wait."""
-        self.may_have_interactive = self.may_have_bulk = self.has_news = True
+        self.may_have_interactive = self.may_have_bulk = self.is_notified = True
         self._changed.notify_all()
 
     def give_back(self, releases: Sequence[Release]) -> None:
         """Let the thread release claimed jobs that there is no room for."""
         self._surplus += releases
-        self._poke()
+        self._wake()
 
-    def _poke(self) -> None:
-        self._is_poked = True
+    def _wake(self) -> None:
+        self._is_woken = True
         self._notifier.notify()
 
     # -------------------------------------------------------------------------------- from any thread
@@ -136,14 +136,14 @@ class ShardClaims:
         lanes = [lane for lane, is_dry in zip((Lane.INTERACTIVE, Lane.BULK), has_none, strict=True) if is_dry]
         is_woken = self._notifier.wait(SWEEP_S, lanes=lanes)
         with self._changed:
-            is_poked, self._is_poked = self._is_poked, False
+            is_poked, self._is_woken = self._is_woken, False
             if not lanes or self.asked is not None or (is_woken and is_poked) or self._closed.is_set():
                 return
             if Lane.INTERACTIVE in lanes:
                 self.may_have_interactive = True
             if Lane.BULK in lanes:
                 self.may_have_bulk = True
-            self.has_news = is_woken
+            self.is_notified = is_woken
             self._changed.notify_all()
 
     def _claim(self, ask: Ask) -> None:
@@ -186,4 +186,4 @@ class ShardClaims:
         self._backoff.reset()
         with self._changed:
             self.error = None
-            self.ring()
+            self.note_messages()

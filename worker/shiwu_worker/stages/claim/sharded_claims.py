@@ -17,7 +17,7 @@ from shiwu_worker.stages.claim.lease_queue import ClaimResult
 from shiwu_worker.stages.claim.shard_claims import Ask, ShardClaims
 
 SHARDS_PER_ROUND: Final = 2
-PATIENCE_S: Final = 0.1
+ROUND_TIMEOUT_S: Final = 0.1
 """How long a round waits for its shards. A reply that comes later is passed on by a later round."""
 _BULK: Final = frozenset(Lane.BULK.keys)
 
@@ -115,10 +115,10 @@ class ShardedClaims:
             self._is_notified = True
             self._changed.notify_all()
 
-    def ring(self, shard: int) -> None:
+    def note_messages(self, shard: int) -> None:
         """Ask this shard next, because there is work that no lane shows."""
         with self._changed:
-            self._shards[shard].ring()
+            self._shards[shard].note_messages()
 
     def reconnect(self) -> None:
         """Have no effect: each shard does it itself."""
@@ -151,7 +151,7 @@ class ShardedClaims:
             and self._answers(shard)
             and (shard.may_have(is_bulk_wanted=bulk_limit > 0) or shard.index in self._owned)
         ]
-        may_have.sort(key=lambda shard: (not shard.has_news, shard.turn))
+        may_have.sort(key=lambda shard: (not shard.is_notified, shard.turn))
         owned = [shard for shard in may_have if shard.index in self._owned]
         others = [shard for shard in may_have if shard.index not in self._owned]
         if owned and self._may_run_alone() and (self._is_owned_turn or not others):
@@ -163,7 +163,7 @@ class ShardedClaims:
         return self._runs_nothing() and all(shard.asked is None and shard.result is None for shard in self._shards)
 
     def _ask(self, shards: Sequence[ShardClaims], limit: int, bulk_limit: int, held: Collection[str]) -> list[Claimed]:
-        """Ask these shards, and wait for their replies for PATIENCE_S."""
+        """Ask these shards, and wait for their replies for ROUND_TIMEOUT_S."""
         is_alone = shards[0].index in self._owned
         if self._owned:
             self._is_owned_turn = not is_alone
@@ -178,7 +178,7 @@ class ShardedClaims:
                     is_alone=is_alone,
                 )
             )
-        self._changed.wait_for(lambda: self._is_closed or all(shard.asked is None for shard in shards), PATIENCE_S)
+        self._changed.wait_for(lambda: self._is_closed or all(shard.asked is None for shard in shards), ROUND_TIMEOUT_S)
         return [job for shard in shards for job in self._take(shard)]
 
     def _take(self, shard: ShardClaims) -> Sequence[Claimed]:
