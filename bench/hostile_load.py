@@ -174,7 +174,7 @@ def _measure(place: Place, load: Attack | None, target: Target, options: Options
             for message in warm:
                 traffic.send(place.client, place.lane, [message])
             listener.wait(len(warm), timeout_s=WARM_TIMEOUT_S, check=running.check)
-        # The attack's answers are not heard: reading them would delay the others, and on the same cores.
+        # The attack's answers are not read, because that would take time of the cores that the worker uses.
         with traffic.listening(place.client, prefix=PREFIX) as listener, _MemoryPeak(place) as memory:
             traffic.send(place.client, Lane.BULK, attack)
             latencies_ms, ids = _interactive(place, listener, options)

@@ -132,7 +132,7 @@ class Listener:
     """Records when each answer can be read.
 
     Args:
-        prefix: how the ids begin whose answers are heard.
+        prefix: how the ids begin whose answers are awaited.
     """
 
     def __init__(self, client: redis.Redis, *, prefix: str = "") -> None:
