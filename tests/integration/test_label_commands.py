@@ -16,8 +16,8 @@ from shiwu.contract import ModelInfo
 from shiwu_worker.__main__ import main
 from shiwu_worker.checkpoints.model_files import EMBEDDED, model_folder, model_revision
 from shiwu_worker.stages.score.label_files import load_label_sets
+from tests.support.labelled_answers import answer_line
 from tests.support.processes import ROOT
-from tests.support.vector_answers import answer_line
 
 PHOTOS = ROOT / "demo" / "photos"
 

@@ -19,7 +19,7 @@ from shiwu_worker.service.labels import load_label_bank, read_label_sets
 from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 from shiwu_worker.stages.score.label_files import load_label_sets
-from tests.support.vector_answers import answer_line
+from tests.support.labelled_answers import answer_line
 
 SET: Final = """version: 2
 name: pets

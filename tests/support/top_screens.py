@@ -44,3 +44,15 @@ async def wait_screen(pilot: Pilot[None], *texts: str, timeout_s: float = 15.0) 
         if all(text in shown for text in texts):
             return shown
         assert time.monotonic() < deadline_s, f"expected {texts} on the screen:\n{shown}"
+
+
+async def wait_for(pilot: Pilot[None], condition: Callable[[], bool], *, timeout_s: float = 15.0) -> None:
+    """Wait until the condition holds.
+
+    Raises:
+        AssertionError: it does not; with the screen.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"expected the condition to hold:\n{screen_text(pilot.app)}"  # type: ignore[arg-type]  # a TopApp
+        await pilot.pause(0.02)
