@@ -83,7 +83,8 @@ class Fleet(RuleBasedStateMachine):
             job = self.in_flight[worker].pop()
             failed = Answer(id=job.id, status=Status.FAILED, attempts=job.attempt)
             message = job.key.encode() + b"|" + job.raw
-            self.committers[worker].write([AnswerEntry(answer=failed, id=job.id, message=message, is_dead=True)])
+            entry = AnswerEntry(answer=failed, id=job.id, generation=job.generation, message=message, is_dead=True)
+            self.committers[worker].write([entry])
 
     @rule(number=st.integers(0, 30))
     def requeue(self, number: int) -> None:

@@ -22,7 +22,7 @@ from shiwu.top.reader import LookReader
 from tests.support import top_states
 from tests.support.servers import Valkey
 from tests.support.terminals import LEAVE_FULL_SCREEN, Terminal
-from tests.support.top_screens import run_screen, screen_text, wait_screen
+from tests.support.top_screens import run_screen, screen_text, wait_for, wait_screen
 
 EVERY_S = 0.2
 
@@ -243,7 +243,7 @@ def test_cursor_stays_on_its_code_when_rows_move(parts: Parts) -> None:
         top_states.add_dead(parts.redis, "new", 9, code=ErrorCode.SOURCE_FORBIDDEN)
         app._reader.list_soon()
         await wait_screen(pilot, "source_forbidden")
-        assert app.query_one("#failures", DataTable).cursor_row == 2
+        await wait_for(pilot, lambda: app.query_one("#failures", DataTable).cursor_row == 2)
         await pilot.press("enter")
         await wait_screen(pilot, "2 dead letters with source_not_found")
 

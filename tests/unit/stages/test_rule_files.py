@@ -132,6 +132,11 @@ def _item(label: str) -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+def _can_give_a_label(fields: dict[str, Any]) -> bool:
+    """Files whose labels are all hidden or for unknown images are refused."""
+    return any(not item.get("hidden") and item["label"] != fields.get("unknown") for item in fields["labels"])
+
+
 FIELDS = st.fixed_dictionaries(
     {
         "labels": st.tuples(_item("a"), _item("b"), st.just({"label": "c"})).map(list),
@@ -145,7 +150,7 @@ FIELDS = st.fixed_dictionaries(
         ),
     },
     optional={"unknown": st.sampled_from(["c", "d"]), "head": st.just("softmax"), "scale": st.just(50.0)},
-)
+).filter(_can_give_a_label)
 
 
 def _meaning(label_set: LabelSet) -> object:
