@@ -139,8 +139,10 @@ def test_idle_worker_is_notified_by_every_kind_of_url(parts: Parts, form: str) -
         notifier = LaneNotifier(client)
         for _ in range(20):
             assert notifier.wait(0.0) is False
-            threading.Timer(0.01, other.lpush, (Lane.BULK.queue, "message")).start()
+            producer = threading.Timer(0.01, other.lpush, (Lane.BULK.queue, "message"))
+            producer.start()
             assert notifier.wait(20.0) is True
+            producer.join(20.0)
             assert other.lpop(Lane.BULK.queue) == b"message"
         notifier.close()
 
