@@ -20,7 +20,9 @@ from rich.table import Table
 from tests.support.failover import Failover
 from tests.support.redis_server import RedisServer, redis_binary, valkey_binary
 from tests.support.servers import Valkey
+from tests.support.valkey_cluster import ValkeyCluster
 
+from drill import shards
 from drill.catalogue import DRILLS, Drill
 from drill.drill_run import DrillRun, Outcome
 from shiwu.broker.connection import connect
@@ -48,7 +50,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="shiwu-drill-") as name, ExitStack() as stack:
         server = stack.enter_context(own_server(drill, Path(name) / "servers", binary)) if url is None else None
         drill_run = DrillRun(
-            url=server.url if server else str(url),
+            url=url_of(server) if server else str(url),
             folder=Path(name),
             rng=random.Random(f"{seed}-{drill.name}"),
             jobs=jobs or size[0],
@@ -68,12 +70,19 @@ def own_server(drill: Drill, folder: Path, binary: Path | None) -> Any:
     """The server that a drill breaks, not yet started."""
     if drill.server == "sentinels":
         return Failover(folder=folder, replicas=2)
+    if drill.server == "cluster":
+        return ValkeyCluster(folder=folder, primaries=shards.PRIMARIES, replicas=shards.REPLICAS, config=shards.CONFIG)
     config = {"appendonly": "yes", "appendfsync": "always"}
     if drill.server == "loads":
         config["loading-process-events-interval-bytes"] = "1024"
     if binary is not None or drill.server == "loads":
         return RedisServer(folder=folder, binary=binary or valkey_binary(), config=config)
     return Valkey(folder=folder, config=config)
+
+
+def url_of(server: Any) -> str:
+    """Where workers and clients ask."""
+    return server.url(shards=shards.SHARDS) if isinstance(server, ValkeyCluster) else str(server.url)
 
 
 def held_by(url: str) -> dict[str, int]:
@@ -148,7 +157,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="enqueued in each round")
     parser.add_argument("--rounds", type=int)
     parser.add_argument(
-        "--minutes", type=float, help="length of `together`, `soak`, `away`, of each black hole in `hole`"
+        "--minutes",
+        type=float,
+        help="length of `together`, `soak`, `away`, of each black hole in `hole` and each freeze in `shards`",
     )
     parser.add_argument("--redis-server", action="store_true", help="start a Redis (6.2) instead of Valkey")
     parser.add_argument("--redis-url", help="an existing Redis (staging!) instead of a new one")

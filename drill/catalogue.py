@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from drill import absence, device, hostile, inputs, redis_away, soak, together, workers
+from drill import absence, device, hostile, inputs, redis_away, shards, soak, together, workers
 from drill.drill_run import DrillRun, Outcome
 
 
@@ -17,10 +17,10 @@ class Drill:
     name: str
     run: Callable[[DrillRun], Outcome]
     short: tuple[int, int]
-    """Jobs a round, rounds: what `make test` and `make test-long` run."""
+    """Jobs a round (a second in `shards`), rounds: what `make test` and `make test-long` run."""
     long: tuple[int, int]
-    server: Literal["any", "own", "loads", "sentinels"] = "any"
-    """The server that it needs: any, one of its own, one that loads its data slowly, or sentinels."""
+    server: Literal["any", "own", "loads", "sentinels", "cluster"] = "any"
+    """The server that it needs: any, one of its own, one that loads its data slowly, sentinels, or a cluster."""
     lasts_s: tuple[float, float] = (0.0, 0.0)
     """Length in seconds of the short and the long form, for drills that have one."""
 
@@ -42,6 +42,7 @@ DRILLS = {
         Drill("hole", absence.hole, short=(200, 1), long=(1000, 3), lasts_s=(8, 45)),
         Drill("away", absence.away, short=(100, 1), long=(500, 1), server="loads", lasts_s=(30, 600)),
         Drill("failover", redis_away.failover, short=(300, 1), long=(1000, 5), server="sentinels"),
+        Drill("shards", shards.shards, short=(30, 1), long=(60, 5), server="cluster", lasts_s=(5, 30)),
         Drill("poison", inputs.poison, short=(240, 1), long=(10_000, 1)),
         Drill("hostile", hostile.hostile, short=(400, 1), long=(10_000, 1)),
         Drill("source", inputs.source, short=(60, 1), long=(2000, 1)),

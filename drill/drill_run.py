@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,9 +18,9 @@ from tests.support.processes import WorkerProcess
 from tests.support.waiting import wait_until
 
 from shiwu.broker.chunks import chunks
-from shiwu.broker.connection import connect
 from shiwu.broker.message_writer import build_message
 from shiwu.broker.server_clock import server_time_ms
+from shiwu.broker.sharding import PoolOptions, by_shard, open_shards
 from shiwu.contract import CLAIMS, COUNTERS, LEASES, RESULT_STREAM, Answer, Lane, Request, Status, result_key
 
 LEASE_S: Final = 3.0
@@ -87,7 +88,11 @@ class DrillRun:
     """Faults whose recovery cannot be timed."""
 
     def __post_init__(self) -> None:
-        self.client: redis.Redis = self.stack.enter_context(connect(self.url, timeout_s=10.0, retries=5))
+        self.clients = open_shards(self.url, PoolOptions(timeout_s=10.0, retries=5))
+        """One for each shard; one alone without a cluster."""
+        for client in self.clients:
+            self.stack.enter_context(client)
+        self.client: redis.Redis = self.clients[0]
         self.images = [self.write_image(sample.label) for sample in pictures.samples()[:12]]
         self._known = set(self.sent)
         self.answered_before = self.answered()
@@ -150,7 +155,7 @@ class DrillRun:
 
     def answered(self) -> int:
         """The total of answers that Redis has counted."""
-        return int(self.client.hget(COUNTERS, "answered") or 0)
+        return sum(int(client.hget(COUNTERS, "answered") or 0) for client in self.clients)
 
     def wait_answers(self, more: int, *, timeout_s: float = 120.0) -> None:
         """Wait until so many answers have come since the drill began."""
@@ -208,9 +213,9 @@ class DrillRun:
         except TimeoutError:
             found.append(f"{self._missing()} answers did not come within {timeout_s:g} s")
         try:
-            wait_until(lambda: not self.client.exists(CLAIMS, LEASES), timeout_s=LEASE_S + 10)
+            wait_until(lambda: not any(self._count_held()), timeout_s=LEASE_S + 10)
         except TimeoutError:
-            found.append(f"{self.client.hlen(CLAIMS)} claims and {self.client.zcard(LEASES)} leases are left")
+            found.append("{} claims and {} leases are left".format(*self._count_held()))
         outcome = self._count(name, promised_s=promised_s, notes=notes, wrong=tuple(found))
         others = {status: count for status, count in outcome.statuses.items() if status not in only}
         if only and others:
@@ -218,27 +223,30 @@ class DrillRun:
             outcome = replace(outcome, wrong=(*outcome.wrong, text))
         return outcome
 
+    def _count_held(self) -> tuple[int, int]:
+        """How many claims and leases there are."""
+        held = sum(int(client.hlen(CLAIMS)) for client in self.clients)
+        return held, sum(int(client.zcard(LEASES)) for client in self.clients)
+
     def _missing(self) -> int:
         """How many jobs have no answer yet."""
-        ids, found = self.sent, 0
-        for portion in chunks(ids, CHUNK_SIZE):
-            found += int(self.client.exists(*map(result_key, portion)))
-        return len(ids) - found
+        found = 0
+        for shard, ids in by_shard(self.sent, shards=len(self.clients), id_of=str).items():
+            for portion in chunks(ids, CHUNK_SIZE):
+                found += int(self.clients[shard].exists(*map(result_key, portion)))
+        return len(self.sent) - found
 
     def _count(self, name: str, *, promised_s: float, notes: str, wrong: tuple[str, ...]) -> Outcome:
         sent, entries, statuses, rerun = self._known, Counter[str](), Counter[str](), 0
         untagged: dict[str, str] = {}
-        last = "-"
-        while portion := self._entries(last):
-            for _, fields in portion:
-                if (job_id := fields[b"id"].decode()) in sent:
-                    answer = Answer.from_json(fields[b"answer"])
-                    entries[job_id] += 1
-                    statuses[str(answer.status)] += 1
-                    rerun += answer.attempts > 1
-                    if answer.status is not Status.TAGGED:
-                        untagged[job_id] = f"{answer.error.code}: {answer.error.message}" if answer.error else "?"
-            last = f"({portion[-1][0].decode()}"
+        for _, fields in chain.from_iterable(map(stream_entries, self.clients)):
+            if (job_id := fields[b"id"].decode()) in sent:
+                answer = Answer.from_json(fields[b"answer"])
+                entries[job_id] += 1
+                statuses[str(answer.status)] += 1
+                rerun += answer.attempts > 1
+                if answer.status is not Status.TAGGED:
+                    untagged[job_id] = f"{answer.error.code}: {answer.error.message}" if answer.error else "?"
         counters = self._counters()
         before = self.counters_before
         return Outcome(
@@ -259,13 +267,21 @@ class DrillRun:
             wrong=wrong,
         )
 
-    def _entries(self, after: str) -> list[Any]:
-        found: Any = self.client.xrange(RESULT_STREAM, min=after, count=CHUNK_SIZE)
-        return list(found)
-
     def _counters(self) -> Counter[str]:
-        found: Any = self.client.hgetall(COUNTERS)
-        return Counter({name.decode(): int(value) for name, value in found.items()})
+        total = Counter[str]()
+        for client in self.clients:
+            found: Any = client.hgetall(COUNTERS)
+            total.update({name.decode(): int(value) for name, value in found.items()})
+        return total
+
+
+def stream_entries(client: redis.Redis) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
+    """Id and fields of each entry of the results stream of a server or shard."""
+    last = "-"
+    while portion := client.xrange(RESULT_STREAM, min=last, count=CHUNK_SIZE):
+        entries: Any = portion
+        yield from entries
+        last = f"({entries[-1][0].decode()}"
 
 
 def wrong(outcome: Outcome, *what: str) -> Outcome:

@@ -10,7 +10,7 @@ from typing import Final
 from tests.support import bombs
 from tests.support.family import cpu_s, family
 
-from drill.drill_run import DrillRun, Outcome, wrong
+from drill.drill_run import DrillRun, Outcome, stream_entries, wrong
 from drill.inputs import mark, poison_env, wrong_statuses
 from shiwu.contract import DEAD, Answer
 
@@ -113,12 +113,7 @@ def _rate(run: DrillRun, count: int, bad: _Hostile | None) -> float:
 
 
 def _answers(run: DrillRun) -> dict[str, Answer]:
-    found, last = {}, "-"
-    while portion := run._entries(last):
-        for _, fields in portion:
-            found[fields[b"id"].decode()] = Answer.from_json(fields[b"answer"])
-        last = f"({portion[-1][0].decode()}"
-    return found
+    return {fields[b"id"].decode(): Answer.from_json(fields[b"answer"]) for _, fields in stream_entries(run.client)}
 
 
 def _best(answer: Answer) -> tuple[str, str] | None:

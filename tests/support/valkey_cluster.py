@@ -10,6 +10,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from shiwu.broker.sharding import cluster_shard
 from tests.support.processes import LOOPBACK, free_ports, undone_by
 from tests.support.redis_server import RedisServer, valkey_binary
 from tests.support.waiting import wait_until
@@ -28,11 +29,24 @@ CONFIG: Final = {
 
 
 class ValkeyCluster:
-    """Nodes of one cluster, of which the first `primaries` have all slots; `url` is what a client is given."""
+    """Nodes of one cluster, of which the first `primaries` have all slots; `url` is what a client is given.
 
-    def __init__(self, *, folder: Path, primaries: int = 3, replicas: int = 0, config: dict[str, str] | None = None):
+    Args:
+        shards: each primary has an equal number of this many shards; 0: of the slots.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        primaries: int = 3,
+        replicas: int = 0,
+        config: dict[str, str] | None = None,
+        shards: int = 0,
+    ):
         self._folder = folder
         self._primaries = primaries
+        self._shards = shards
         self._stack = ExitStack()
         options = CONFIG | {"cluster-node-timeout": str(FAILOVER_MS if replicas else NO_FAILOVER_MS)} | (config or {})
         self._servers = [
@@ -50,7 +64,7 @@ class ValkeyCluster:
             self._give_slots()
             self._join()
             self._attach_replicas()
-            wait_until(self._is_complete, timeout_s=60, every_s=0.05, what="all nodes know all slots and replicas")
+            self.wait_complete()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,6 +106,18 @@ class ValkeyCluster:
                         return int(primary[1])
                 return 0
         return 0
+
+    def nodes_of(self, slot: int) -> list[int]:
+        """The ports of the primary that has the slot and of its replicas."""
+        asked = next(server.port for server in self._servers if server.is_running)
+        for first, last, *nodes in self._slots(asked):
+            if first <= slot <= last:
+                return [int(node[1]) for node in nodes]
+        return []
+
+    def wait_complete(self, *, timeout_s: float = 60.0) -> None:
+        """Wait until all nodes know all slots, and every replica follows its primary."""
+        wait_until(self._is_complete, timeout_s=timeout_s, every_s=0.05, what="all nodes know all slots and replicas")
 
     def other_than(self, port: int) -> int:
         """Another primary."""
@@ -163,9 +189,13 @@ class ValkeyCluster:
         return all(len(text.splitlines()) == len(self.ports) and "handshake" not in text for text in texts)
 
     def _give_slots(self) -> None:
+        ends = [SLOTS * (index + 1) // self._primaries for index in range(self._primaries)]
+        if self._shards:
+            slots = sorted(cluster_shard(index).slot or 0 for index in range(self._shards))
+            ends = [slots[len(slots) * (index + 1) // self._primaries - 1] + 1 for index in range(self._primaries)]
+            ends[-1] = SLOTS
         for index, port in enumerate(self.ports[: self._primaries]):
-            first, end = (SLOTS * at // self._primaries for at in (index, index + 1))
-            self.ask(port, "CLUSTER", "ADDSLOTSRANGE", first, end - 1)
+            self.ask(port, "CLUSTER", "ADDSLOTSRANGE", ends[index - 1] if index else 0, ends[index] - 1)
             self.ask(port, "CLUSTER", "SET-CONFIG-EPOCH", index + 1)
 
     def _attach_replicas(self) -> None:
@@ -174,14 +204,18 @@ class ValkeyCluster:
             self.ask(port, "CLUSTER", "REPLICATE", self.node_id(of))
 
     def _is_complete(self) -> bool:
-        states = [self.ask(port, "CLUSTER", "INFO") for port in self.ports]
-        if not all(b"cluster_state:ok" in state for state in states):
+        try:
+            states = [self.ask(port, "CLUSTER", "INFO") for port in self.ports]
+            rows = [self._slots(port) for port in self.ports]
+            roles = [self.ask(port, "ROLE") for port in self.ports]
+        except redis.RedisError:
             return False
-        rows = [self._slots(port) for port in self.ports]
         wanted = len(self.ports) - self._primaries
-        roles = [self.ask(port, "ROLE") for port in self.ports[self._primaries :]]
+        replicas = [role for role in roles if role[0] == b"slave"]
         return (
-            all(sum(last - first + 1 for first, last, *_ in each) == SLOTS for each in rows)
-            and all(sum(len(row) - 3 for row in each) == wanted for each in rows)
-            and all(role[0] == b"slave" and role[3] == b"connected" for role in roles)
+            all(b"cluster_state:ok" in state for state in states)
+            and all(sum(last - first + 1 for first, last, *_ in each) == SLOTS for each in rows)
+            and all(len({node[1] for row in each for node in row[3:]}) == wanted for each in rows)
+            and len(replicas) == wanted
+            and all(role[3] == b"connected" for role in replicas)
         )
