@@ -10,8 +10,8 @@ import pytest
 
 from shiwu import Client
 from shiwu.broker.redis_url import RedisAddress, read_redis_url
+from shiwu.celery import celery_url
 from shiwu.errors import RedisUrlError
-from shiwu_worker.celery_worker.celery_redis import celery_url
 from shiwu_worker.config.settings import Settings
 
 CHECKED = {"ssl_cert_reqs": ssl.CERT_REQUIRED}

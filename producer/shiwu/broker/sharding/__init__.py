@@ -11,11 +11,18 @@ from shiwu.broker.sharding.command_keys import UnknownCommand, with_prefix
 from shiwu.broker.sharding.opening import keep_shard_count, node_of, open_map, open_shards, shard_count_steps
 from shiwu.broker.sharding.reply_keys import KeyReader, take_prefix_from_replies
 from shiwu.broker.sharding.shard_client import ShardRedis
-from shiwu.broker.sharding.shards import ONE_SERVER, Shard, by_shard, cluster_shard, shard_of
-from shiwu.broker.sharding.slot_connection import check_node, leave_node
+from shiwu.broker.sharding.shards import ONE_SERVER, Shard, by_shard, cluster_shard, shard_of, shard_with_prefix
+from shiwu.broker.sharding.slot_connection import (
+    CelerySlotConnection,
+    CelerySlotSSLConnection,
+    check_node,
+    leave_node,
+)
 
 __all__ = [
     "ONE_SERVER",
+    "CelerySlotConnection",
+    "CelerySlotSSLConnection",
     "ClusterMap",
     "KeyReader",
     "PoolOptions",
@@ -32,6 +39,7 @@ __all__ = [
     "open_shards",
     "shard_count_steps",
     "shard_of",
+    "shard_with_prefix",
     "take_prefix_from_replies",
     "with_prefix",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from bisect import bisect_right
@@ -41,6 +42,7 @@ class ClusterMap:
         self._ask = ask
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         self._asked_s = -inf
         self._failure: redis.RedisError | None = None
         self._starts: list[int] = []
@@ -55,14 +57,15 @@ class ClusterMap:
             redis.ConnectionError: no node answers in time, or no node has the slot.
             redis.RedisError: the nodes refuse to answer.
         """
-        if not self._lock.acquire(timeout=self._timeout_s):
+        lock = self._own_lock()
+        if not lock.acquire(timeout=self._timeout_s):
             raise redis.ConnectionError("expected the nodes of the cluster to name their slots in time")
         try:
             if time.monotonic() - self._asked_s >= REFRESH_S:
                 self._refresh()
             found = self._find(slot)
         finally:
-            self._lock.release()
+            lock.release()
         if found is None:
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
@@ -74,8 +77,14 @@ class ClusterMap:
 
     def has_moved(self, slot: int, node: Node) -> None:
         """Remember what a node said about the place of a slot, until the map is asked for again."""
-        with self._lock:
+        with self._own_lock():
             self._moved[slot] = node
+
+    def _own_lock(self) -> threading.Lock:
+        if self._pid != os.getpid():
+            # Another thread of the parent process may have held the lock at the fork.
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        return self._lock
 
     def _find(self, slot: int) -> Node | None:
         if slot in self._moved:

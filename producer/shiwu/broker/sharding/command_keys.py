@@ -128,11 +128,12 @@ COMMANDS: Final[Mapping[str, Keys]] = MappingProxyType(
 _WITH_SUBCOMMAND: Final = frozenset(name.partition(" ")[0] for name in COMMANDS if " " in name)
 
 
-def with_prefix(prefix: str, command: Sequence[Any]) -> tuple[Any, ...]:
+def with_prefix(prefix: str, command: Sequence[Any], *, is_partly_done: bool = False) -> tuple[Any, ...]:
     """The command with the prefix on each of its keys, channels and patterns of them.
 
     Args:
         command: as redis-py sends it: name and arguments, where the name may have several words.
+        is_partly_done: whether the caller has put the prefix on some of them, which stay as they are.
 
     Raises:
         UnknownCommand: no row of `COMMANDS` says which arguments are keys.
@@ -150,7 +151,8 @@ def with_prefix(prefix: str, command: Sequence[Any]) -> tuple[Any, ...]:
             "without shards"
         )
     for position in keys(words):
-        words[position] = with_prefixed_key(prefix, words[position])
+        if not (is_partly_done and _has_prefix(prefix, words[position])):
+            words[position] = with_prefixed_key(prefix, words[position])
     words += _limits(prefix, head, words)
     return tuple(words)
 
@@ -160,6 +162,12 @@ def with_prefixed_key(prefix: str, key: Any) -> str | bytes:
     if isinstance(key, bytes | bytearray | memoryview):
         return prefix.encode() + bytes(key)
     return f"{prefix}{key}"
+
+
+def _has_prefix(prefix: str, key: Any) -> bool:
+    if isinstance(key, bytes | bytearray | memoryview):
+        return bytes(key).startswith(prefix.encode())
+    return str(key).startswith(prefix)
 
 
 def as_word(argument: Any) -> str:

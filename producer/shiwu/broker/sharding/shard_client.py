@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import redis
 from redis.client import PubSub
 
 from shiwu.broker.connection import Primary
-from shiwu.broker.sharding.command_keys import with_prefix
+from shiwu.broker.sharding.command_keys import as_word, with_prefix
 from shiwu.broker.sharding.reply_keys import KeyReader, take_prefix_from_replies
 from shiwu.broker.sharding.shards import ONE_SERVER, Shard
 
@@ -20,31 +20,55 @@ else:
     _Base = object
 
 
-class KeyPrefix(_Base):
-    """Part of a connection class: adds the prefix of a shard to all that is sent, also by pipelines and subscriptions.
+_SUBSCRIPTIONS: Final = frozenset({"SUBSCRIBE", "UNSUBSCRIBE", "PSUBSCRIBE", "PUNSUBSCRIBE"})
+
+
+class _Prefixing(_Base):
+    """Part of a connection class: changes all commands that are sent, also by pipelines and subscriptions."""
+
+    def __init__(self, *, shard: Shard, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]  # redis' own
+        self.shard = shard
+
+    def send_command(self, *args: Any, **options: Any) -> None:
+        """Send one command."""
+        super().send_command(*self._with_prefix(args), **options)  # type: ignore[no-untyped-call]  # redis' own
+
+    def pack_command(self, *args: Any) -> Any:
+        """The bytes of one command."""
+        return super().pack_command(*self._with_prefix(args))  # type: ignore[no-untyped-call]  # redis' own
+
+    def pack_commands(self, commands: Iterable[Any]) -> Any:
+        """The bytes of several commands."""
+        return super().pack_commands(map(self._with_prefix, commands))  # type: ignore[no-untyped-call]  # redis' own
+
+    def _with_prefix(self, command: Sequence[Any]) -> tuple[Any, ...]:
+        return with_prefix(self.shard.prefix, command)
+
+
+class MissingPrefix(_Prefixing):
+    """Part of a connection class, for libraries that put the prefix of a shard on some of their keys.
+
+    Adds the prefix to the others. Keys in replies keep it. Names in subscriptions stay as they are: they may be those
+    of other shards, because each node of a cluster passes on the messages of all.
+    """
+
+    def _with_prefix(self, command: Sequence[Any]) -> tuple[Any, ...]:
+        if as_word(command[0]) in _SUBSCRIPTIONS:
+            return tuple(command)
+        return with_prefix(self.shard.prefix, command, is_partly_done=True)
+
+
+class KeyPrefix(_Prefixing):
+    """Part of a connection class: adds the prefix of a shard to all that is sent.
 
     Notifications of channels and of changed keys come without the prefix. Replies are read by the client, which knows
     the commands that they belong to.
     """
 
     def __init__(self, *, shard: Shard, **options: Any) -> None:
-        super().__init__(**options)  # type: ignore[no-untyped-call]  # redis' own
-        self.shard = shard
+        super().__init__(shard=shard, **options)
         self._reader = KeyReader(shard.prefix)
-
-    def send_command(self, *args: Any, **options: Any) -> None:
-        """Send one command."""
-        super().send_command(*with_prefix(self.shard.prefix, args), **options)  # type: ignore[no-untyped-call]  # redis' own
-
-    def pack_command(self, *args: Any) -> Any:
-        """The bytes of one command."""
-        return super().pack_command(*with_prefix(self.shard.prefix, args))  # type: ignore[no-untyped-call]  # redis' own
-
-    def pack_commands(self, commands: Iterable[Any]) -> Any:
-        """The bytes of several commands."""
-        return super().pack_commands(  # type: ignore[no-untyped-call]  # redis' own
-            [with_prefix(self.shard.prefix, command) for command in commands]
-        )
 
     def read_response(self, *args: Any, push_request: bool | None = False, **options: Any) -> Any:
         """The next reply, or with `push_request` the next notification."""

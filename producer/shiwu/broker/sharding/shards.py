@@ -57,6 +57,18 @@ def slot_of(tag: str) -> int:
     return crc_hqx(tag.encode(), 0) % SLOTS
 
 
+def shard_with_prefix(prefix: str) -> Shard:
+    """The shard whose keys have this prefix, a hash tag in braces and a colon. Its index is not known and stays 0.
+
+    Raises:
+        ValueError: it is no such prefix.
+    """
+    tag = prefix[1:-2]
+    if not tag or prefix != f"{{{tag}}}:" or {"{", "}"} & set(tag):
+        raise ValueError(f"expected the prefix of a shard, such as {{0ai}}:, got {prefix!r:.40}")
+    return Shard(tag=tag, slot=slot_of(tag))
+
+
 @cache
 def cluster_shard(index: int) -> Shard:
     """The shard with this index. Its tag is the index and the shortest, then first, letters that fall into its window.

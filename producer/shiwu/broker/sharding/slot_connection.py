@@ -14,7 +14,7 @@ from redis.retry import Retry
 from shiwu.broker.connection import greet, mode_of
 from shiwu.broker.redis_errors import NotACluster
 from shiwu.broker.sharding.cluster_map import AskNode, ClusterMap, Node
-from shiwu.broker.sharding.shard_client import KeyPrefix
+from shiwu.broker.sharding.shard_client import KeyPrefix, MissingPrefix
 from shiwu.broker.sharding.shards import Shard
 
 if TYPE_CHECKING:
@@ -66,6 +66,14 @@ class SlotConnection(KeyPrefix, _ToSlot, Connection):
 
 class SlotSSLConnection(KeyPrefix, _ToSlot, SSLConnection):
     """As `SlotConnection`, over TLS."""
+
+
+class CelerySlotConnection(MissingPrefix, _ToSlot, Connection):
+    """A connection to the primary of a shard for Celery and kombu, which put the prefix on most keys."""
+
+
+class CelerySlotSSLConnection(MissingPrefix, _ToSlot, SSLConnection):
+    """As `CelerySlotConnection`, over TLS."""
 
 
 def leave_node(

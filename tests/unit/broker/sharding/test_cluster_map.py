@@ -127,3 +127,14 @@ def test_error_of_a_socket_names_the_node(nodes: Nodes) -> None:
     nodes.replies |= {A: OSError("no route"), B: OSError("no route")}
     with pytest.raises(redis.ConnectionError, match="a:1: no route"):
         map_of(nodes).primary_of(0)
+
+
+def test_map_is_free_after_a_fork(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may have asked for it meanwhile; in the new process that thread does not exist."""
+    nodes.replies[A] = [[0, 199, [b"a", 1, b"id"]]]
+    found = map_of(nodes)
+    found._lock.acquire()
+    monkeypatch.setattr(cluster_map.os, "getpid", lambda: -1)
+    assert found.primary_of(0) == A
+    found.has_moved(0, B)
+    assert found.primary_of(0) == B

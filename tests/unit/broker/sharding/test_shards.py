@@ -9,7 +9,7 @@ import pytest
 from redis.crc import key_slot
 
 from shiwu.broker.redis_url import MAX_SHARDS
-from shiwu.broker.sharding import ONE_SERVER, cluster_shard, shard_of
+from shiwu.broker.sharding import ONE_SERVER, cluster_shard, shard_of, shard_with_prefix
 
 FIRST = "0ai 1cb 2de 3fn 4be 5oo 6gi 7eb 8ec 9gh 10bka 11gw 12o 13w 14fp 15kz".split()  # noqa: SIM905 as one reads them
 SLOTS = 16_384
@@ -67,3 +67,16 @@ def test_index_of_no_shard_is_refused(index: int) -> None:
     """There are 256 windows of slots."""
     with pytest.raises(ValueError, match="from 0 to 255"):
         cluster_shard(index)
+
+
+def test_prefix_names_the_slot_of_its_shard() -> None:
+    """Configurations of Celery have the prefix only."""
+    shard = cluster_shard(3)
+    assert (shard_with_prefix("{3fn}:").slot, shard_with_prefix("{3fn}:").prefix) == (shard.slot, shard.prefix)
+
+
+@pytest.mark.parametrize("text", ["", "{}:", "3fn:", "{3fn}", "x{3fn}:", "{3f{n}:", "{3fn}::"])
+def test_prefix_without_a_hash_tag_is_refused(text: str) -> None:
+    """Its keys would have another slot each."""
+    with pytest.raises(ValueError, match="the prefix of a shard"):
+        shard_with_prefix(text)
