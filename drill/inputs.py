@@ -131,5 +131,5 @@ def duplicates(run: DrillRun) -> Outcome:
         run.enqueue(run.jobs, ids=run.rng.sample(ids, run.jobs // 2))
         run.wait_answers(base + run.jobs)
     outcome = run.finish("duplicates", promised_s=0)
-    dropped = Counter(run._counters())["copies_dropped"]
+    dropped = Counter(run._counters())["duplicates_dropped"]
     return replace(outcome, notes=f"{dropped} duplicates were dropped")

@@ -53,4 +53,4 @@ def test_image_that_crashes_its_worker_fails_alone(
         assert error.code == "attempts_exhausted"
         [letter] = client.dead_letters()
         assert letter.id == "deadly"
-        assert client.queue_state().suspects == 0
+        assert client.queue_state().quarantined == 0

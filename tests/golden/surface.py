@@ -62,8 +62,8 @@ def surface() -> dict[str, Any]:
         "contract_names": sorted(name for name in contract.__all__ if not name.isupper()),
         "error_names": sorted(name for name in vars(errors) if isinstance(getattr(errors, name), type)),
         "dumped_fields": {
-            "shiwu:limits": _fields(Retention),
-            "shiwu:look": _fields(QueueSnapshot),
+            "shiwu:retention": _fields(Retention),
+            "shiwu:queue-snapshot": _fields(QueueSnapshot),
             "shiwu:worker:": _fields(WorkerState),
             "shiwu status": _fields(QueueState),
             "shiwu sweep": _fields(SweepReport),

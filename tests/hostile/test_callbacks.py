@@ -84,7 +84,7 @@ class HostileProducer:
                 self._client.delete(key)
             else:
                 known = text in {*SHIWU_KEYS, *QUEUES} or text.startswith(
-                    ("celery-task", "shiwu:marks:", "shiwu:done:", "shiwu:asides", "shiwu:aside:", "_kombu.binding")
+                    ("celery-task", "shiwu:marks:", "shiwu:done:", "shiwu:pending-answers", "_kombu.binding")
                 )
                 assert known, f"expected no key {text!r}"
         return names
@@ -166,7 +166,7 @@ OTHERS = [
     task("ok.a", queue="ok-queue", exchange="celery.pidbox", exchange_type="fanout"),
     task("ok.a", connection="redis://127.0.0.1:1/0"),
     task("ok.a", serializer="pickle"),
-    task("ok.a", queue="shiwu:suspects"),
+    task("ok.a", queue="shiwu:quarantine"),
     task("ok.a", queue="shiwu.interactive"),
     task("ok.a", queue={"name": "evil"}),
     task("celery.backend_cleanup"),
@@ -222,7 +222,7 @@ def test_callbacks_are_checked_again_before_sending(producer: HostileProducer, m
 @pytest.mark.parametrize(
     "options",
     [
-        {"reply_to": "shiwu:suspects"},
+        {"reply_to": "shiwu:quarantine"},
         {"task_id": "x" * 100_000},
         {"task_id": {"a": 1}},
         {"countdown": 1e308},
@@ -236,7 +236,7 @@ def test_callbacks_are_checked_again_before_sending(producer: HostileProducer, m
         {"stamped_headers": ["task", "queue", "exchange"], "task": "evil"},
         {"stamped_headers": ["a"], "a": {"task": "evil"}},
         {"stamped_headers": 5},
-        {"group_id": "shiwu:suspects", "group_index": "x"},
+        {"group_id": "shiwu:quarantine", "group_index": "x"},
         {"chord_size": 10**30},
         {"no_such_option": [1], "body_encoding": "x", "delivery_info": {"exchange": "evil"}, "content_type": "x"},
     ],
@@ -253,11 +253,11 @@ def test_malformed_options_do_no_harm(producer: HostileProducer, options: dict[s
 HEADERS: list[dict[str, Any]] = [
     {"group": "x" * 1000},
     {"group": {"a": 1}},
-    {"group": ["shiwu:suspects"], "group_index": {}},
+    {"group": ["shiwu:quarantine"], "group_index": {}},
     {"group": "g", "group_index": False},
     {"root_id": 5, "parent_id": []},
-    {"group": "../../shiwu:suspects\n", "group_index": 10**400},
-    {"reply_to": "shiwu:suspects", "replaced_task_nesting": 10**30, "stamped_headers": ["task"], "stamps": 5},
+    {"group": "../../shiwu:quarantine\n", "group_index": 10**400},
+    {"reply_to": "shiwu:quarantine", "replaced_task_nesting": 10**30, "stamped_headers": ["task"], "stamps": 5},
     {"timelimit": ["x"], "retries": "x", "ignore_result": "x", "shadow": {"task": "evil"}},
 ]
 
@@ -319,7 +319,7 @@ def test_message_that_redis_refuses_delays_no_other(producer: HostileProducer, r
 
 NAMES = st.sampled_from(["ok.a", "ok.b", "shiwu.tag", "evil", "celery.map", "celery.chord", "ok.\n", ""])
 JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=8))
-DESTINATIONS = st.sampled_from(["celery", "ok-queue", "shiwu.bulk", "shiwu:suspects", "evil", "", None])
+DESTINATIONS = st.sampled_from(["celery", "ok-queue", "shiwu.bulk", "shiwu:quarantine", "evil", "", None])
 
 
 def signatures(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:

@@ -249,7 +249,7 @@ def _send_and_revoke(plain: Celery, app: Celery, operator: Celery, image: str, a
     chord(header, app.signature("theirs.body", queue="celery"), app=app).apply_async(task_id="body")
     wait_until(lambda: admin.llen("celery") == 2, timeout_s=10, what="the callback and the body of the chord")
     plain.send_task("shiwu.tag", kwargs=kwargs, queue=LANE, task_id="later", countdown=60)
-    wait_until(lambda: admin.hexists("shiwu:parked", "later"), timeout_s=10)
+    wait_until(lambda: admin.hexists("shiwu:delayed:messages", "later"), timeout_s=10)
     wait_until(admin.pubsub_numpat, timeout_s=20, what="the worker listens to revokes")
     operator.control.revoke("later")
     wait_until(lambda: admin.exists(result_key("later")), timeout_s=10, what="the answer of a revoked job")
@@ -259,7 +259,7 @@ def _sweep(guarded: Guarded, admin: redis.Redis) -> None:
     """A job of a crashed worker, one out of time, one expired, and a stream that is too long."""
     admin.hset(CLAIMS, "of-the-dead", b"dead.1|1|shiwu.bulk|" + message("of-the-dead"))
     admin.zadd(LEASES, {"of-the-dead": 1.0})
-    admin.hset("shiwu:limits", "stream_length", 1)
+    admin.hset("shiwu:retention", "stream_length", 1)
     with admin.pipeline() as pipe:
         for _ in range(1200):
             pipe.xadd(RESULT_STREAM, {"id": "old", "answer": "{}"})

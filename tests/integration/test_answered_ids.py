@@ -103,7 +103,7 @@ def test_duplicate_with_ignore_result_gets_none(answered: redis.Redis, claims: L
     answered.lpush("shiwu.bulk", protocol_2(ID, "s3://b/k", headers={"ignore_result": True}))
     assert claims.claim(1).jobs == ()
     assert answered.get(result_key(ID)) is None
-    assert answered.hget(COUNTERS, "copies_dropped") == b"1"
+    assert answered.hget(COUNTERS, "duplicates_dropped") == b"1"
 
 
 def test_duplicate_of_a_claimed_job_is_dropped(redis_client: redis.Redis, claims: LeaseQueue) -> None:

@@ -302,7 +302,7 @@ def test_chord_and_chain_end_with_a_cancelled_job(servers: tuple[Valkey, Path], 
 
         wait_until(lambda: state(all_of_them.id) == "FAILURE", timeout_s=GET_S)
         wait_until(lambda: state(one_by_one.id) == "REVOKED", timeout_s=GET_S)
-        assert client.hlen("shiwu:parked") == client.zcard("shiwu:delayed") == 0
+        assert client.hlen("shiwu:delayed:messages") == client.zcard("shiwu:delayed") == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"countdown": 300}], ids=["now", "later"])

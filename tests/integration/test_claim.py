@@ -101,7 +101,7 @@ def test_duplicates_of_an_id_are_dropped_at_claim(client: redis.Redis) -> None:
     make_answer_store(client, "w").write([answer(job)])
     client.lpush("shiwu.interactive", message("same"))
     assert claims.claim(10).jobs == ()
-    assert client.hget("shiwu:counters", "copies_dropped") == b"3"
+    assert client.hget("shiwu:counters", "duplicates_dropped") == b"3"
 
 
 def test_mark_outlives_a_deleted_answer(client: redis.Redis) -> None:

@@ -174,7 +174,7 @@ def test_answer_without_a_worker_keeps_the_callbacks(redis_client: redis.Redis, 
     assert taken[:1] == expected
     assert all(record.endswith(f"{Lane.BULK.queue}|".encode() + raw) for record in taken[1:])
     assert claims.claim(1).jobs == ()
-    assert redis_client.hlen("shiwu:parked") == redis_client.hlen("shiwu:claims") == 0
+    assert redis_client.hlen("shiwu:delayed:messages") == redis_client.hlen("shiwu:claims") == 0
 
 
 def test_full_redis_still_sends_callbacks_and_revokes(valkey: Valkey) -> None:
@@ -186,7 +186,7 @@ def test_full_redis_still_sends_callbacks_and_revokes(valkey: Valkey) -> None:
         client.config_set("maxmemory-policy", "noeviction")
         client.config_set("maxmemory", 1)
         assert take(keys=[CANVAS, CANVAS_DUE], args=[1000, 10])[1:] == [b"job", b"2|{}shiwu.bulk|x"]
-        assert revoke(keys=["shiwu:claims", "shiwu:parked", "shiwu:revoked"], args=[1000, 10, "other"]) == [0]
+        assert revoke(keys=["shiwu:claims", "shiwu:delayed:messages", "shiwu:revoked"], args=[1000, 10, "other"]) == [0]
         client.config_set("maxmemory", 0)
 
 

@@ -251,7 +251,9 @@ def test_commit_goes_on_beside_foreign_deadlines(redis_client: redis.Redis) -> N
 
 def test_commit_survives_counters_that_are_no_numbers(redis_client: redis.Redis) -> None:
     """They are set anew, and readers do not fail meanwhile."""
-    redis_client.hset(COUNTERS, mapping={"answered": "many", "reaped": 2**63 - 1, "copies_dropped": "x", b"\xff": "1"})
+    redis_client.hset(
+        COUNTERS, mapping={"answered": "many", "reaped": 2**63 - 1, "duplicates_dropped": "x", b"\xff": "1"}
+    )
     assert read_state(redis_client).counters["answered"] == 0
     redis_client.lpush("shiwu.bulk", message("job"), message("job"))
     [job] = make_lease_queue(redis_client, "w", lease_s=0.0).claim(2).jobs

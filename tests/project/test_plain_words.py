@@ -71,11 +71,11 @@ ALLOWED: Final = {
     ("solo", "worker_pool"),
     ("solo", "pool=solo"),
     ("solo", '"-P", "solo"'),
+    # The name of a Redis key in earlier versions.
+    ("parked", "shiwu:parked"),
     # Names that exist nowhere, in tests.
     ("nobody", '"nobody"'),
     ("nobody", "://nobody:wrong@"),
-    # The name of a Redis key.
-    ("parked", "shiwu:parked"),
 }
 """Word, and the text of a line in which it is allowed."""
 PUBLIC: Final = ("--rungs", "rungs.json")

@@ -36,7 +36,6 @@ from shiwu.contract import (
     WORKER_STATE,
     Lane,
     done_key,
-    pending_answer_key,
 )
 from tests.protocol.simulated_redis import SimulatedRedis, pairs
 
@@ -44,7 +43,6 @@ LANE_KEYS: Final = tuple(key for lane in Lane for key in lane.keys)
 TYPES: Final[Mapping[str, str]] = {**KEY_TYPES, **dict.fromkeys(LANE_KEYS, "list")}
 PREFIXES: Final = {
     done_key(""): "string",
-    pending_answer_key(""): "string",
     RESULT_PREFIX: "string",
     CALL_REPLY: "string",
     LAST_CLAIM: "string",

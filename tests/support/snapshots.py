@@ -16,7 +16,7 @@ def make_snapshot(
         claimed=dict.fromkeys(Lane, 0),
         oldest_ms={} if oldest_age_s is None else {Lane.BULK: (at_s - oldest_age_s) * 1000},
         delayed=0,
-        suspects=0,
+        quarantined=0,
         dead=9,
         answered=answered,
     )

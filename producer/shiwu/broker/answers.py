@@ -53,7 +53,6 @@ from shiwu.contract import (
     done_key,
     is_digest,
     moment,
-    pending_answer_key,
     result_key,
     status_of,
 )
@@ -217,7 +216,6 @@ def commit_keys(entries: Sequence[AnswerEntry], *, has_old_marks: bool) -> list[
     keys = [*_KEYS, moved_stream, *MARKS, *(result_key(entry.id) for entry in entries)]
     if has_old_marks:
         keys += [done_key(entry.id) for entry in entries]
-        keys += [pending_answer_key(entry.id) for entry in entries if entry.is_from_outside]
     return keys
 
 

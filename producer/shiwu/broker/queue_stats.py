@@ -33,14 +33,14 @@ class QueueState:
     """Jobs that a worker holds, by the lane that they came from."""
     delayed: int
     """Jobs that wait for a retry or a countdown."""
-    suspects: int
+    quarantined: int
     """Jobs in quarantine: workers died twice while they held them, so they run one at a time."""
     dead: int
     """Dead letters."""
     workers: tuple[str, ...]
     """Names of workers with a heartbeat in the last ten seconds."""
     counters: dict[str, int]
-    """Name → total since the database is in use: answered, answers_discarded, copies_dropped, reaped, …
+    """Name → total since the database is in use: answered, answers_discarded, duplicates_dropped, reaped, …
 
     `results_bytes` and `dead_bytes` are what the scripts have counted of the results stream and the dead letters.
     """
@@ -67,7 +67,7 @@ def state_steps() -> Steps[QueueState]:
         waiting=waiting,
         claimed=claimed,
         delayed=delayed,
-        suspects=quarantined,
+        quarantined=quarantined,
         dead=dead,
         workers=workers,
         counters={name.decode(errors="replace"): _number(value) for name, value in sorted(counters.items())},
@@ -87,7 +87,7 @@ def sum_states(states: Sequence[QueueState]) -> QueueState:
         waiting={lane: sum(state.waiting[lane] for state in states) for lane in Lane},
         claimed={lane: sum(state.claimed[lane] for state in states) for lane in Lane},
         delayed=sum(state.delayed for state in states),
-        suspects=sum(state.suspects for state in states),
+        quarantined=sum(state.quarantined for state in states),
         dead=sum(state.dead for state in states),
         workers=tuple(sorted({name for state in states for name in state.workers})),
         counters=dict(sorted(counters.items())),
@@ -176,7 +176,7 @@ class QueueSnapshot(msgspec.Struct, frozen=True):
     oldest_ms: dict[Lane, float]
     """When the oldest waiting message was sent; absent where the lane is empty or no message has a time of sending."""
     delayed: int
-    suspects: int
+    quarantined: int
     dead: int
     answered: int
     """Total of answers since the database is in use."""
@@ -212,7 +212,7 @@ def count_snapshot(client: redis.Redis, *, now_ms: float) -> QueueSnapshot:
         claimed=state.claimed,
         oldest_ms={lane: now_ms - age_s * 1000 for lane, age_s in state.oldest_age_s.items()},
         delayed=state.delayed,
-        suspects=state.suspects,
+        quarantined=state.quarantined,
         dead=state.dead,
         answered=state.counters.get("answered", 0),
     )

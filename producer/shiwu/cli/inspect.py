@@ -75,7 +75,7 @@ def status(client: Client, /, *, as_json: bool) -> None:
     console = make_console()
     console.print(table)
     console.print(
-        f"delayed {state.delayed}, quarantined {state.suspects}, dead letters {state.dead}, ",
+        f"delayed {state.delayed}, quarantined {state.quarantined}, dead letters {state.dead}, ",
         f"workers {len(state.workers)}",
         sep="",
         end="",

@@ -77,7 +77,6 @@ from shiwu.contract.keys import (
     WORKER_STATE,
     WORKERS,
     done_key,
-    pending_answer_key,
     result_key,
 )
 from shiwu.contract.printable import printable, printable_json, printable_lines
@@ -228,7 +227,6 @@ __all__ = [
     "log_level_of",
     "moment",
     "parse_request",
-    "pending_answer_key",
     "printable",
     "printable_json",
     "printable_lines",

@@ -18,12 +18,12 @@ LAST_CLAIM: Final = "shiwu:last-claim:"
 """Prefix of a string for each worker's token: `number|ids` of its last claim, in case the reply was lost."""
 DELAYED: Final = "shiwu:delayed"
 """Sorted set: job id → server time in ms at which the job returns to its lane."""
-DELAYED_MESSAGES: Final = "shiwu:parked"
+DELAYED_MESSAGES: Final = "shiwu:delayed:messages"
 """Hash: job id → `lane key|message bytes` of every delayed job."""
-QUARANTINE: Final = "shiwu:suspects"
+QUARANTINE: Final = "shiwu:quarantine"
 """List of `lane key|message bytes`: jobs that two worker deaths interrupted. A worker runs them one at a time, and
 holds no other job meanwhile."""
-QUARANTINE_OWNER: Final = "shiwu:suspects:taker"
+QUARANTINE_OWNER: Final = "shiwu:quarantine:owner"
 """String: the token of the worker that owns the quarantine; expires with its lease."""
 DEADLINES: Final = "shiwu:deadlines"
 """Sorted set: job id → server time in ms by which its caller must have an answer (`answer_by_s`). It is an index that
@@ -39,14 +39,14 @@ DEAD_ANSWERS: Final = "shiwu:dead:answers"
 """Hash: job id → the answer of a dead letter: status, error, stage, attempts, worker, times."""
 DEAD_MESSAGES: Final = "shiwu:dead:messages"
 """Hash: job id → `lane key|message bytes` of a dead letter."""
-CANVAS: Final = "shiwu:canvas"
+CANVAS: Final = "shiwu:callbacks"
 """Hash: job id → `length of the answer|answer, message bytes` of answered jobs whose callbacks are not sent yet. After
 a requeue the id is followed by a byte 255, which no id contains, and the generation."""
-CANVAS_DUE: Final = "shiwu:canvas:due"
+CANVAS_DUE: Final = "shiwu:callbacks:due"
 """Sorted set: job id → server time in ms from which any worker may send its callbacks."""
-PENDING_ANSWERS: Final = "shiwu:asides"
+PENDING_ANSWERS: Final = "shiwu:pending-answers"
 """Hash: job id → its answer, for its callbacks, of jobs that were answered while their message was in a lane."""
-PENDING_ANSWERS_EXPIRY: Final = "shiwu:asides:expiry"
+PENDING_ANSWERS_EXPIRY: Final = "shiwu:pending-answers:expiry"
 """Sorted set: job id → server time in ms at which maintenance drops this answer."""
 HISTORIES: Final = "shiwu:histories"
 """Hash: job id → earlier attempts of a job that returned to its lane, until it is answered. Each has a line
@@ -57,17 +57,17 @@ CALL_REPLY: Final = "shiwu:reply:"
 """Prefix of a string for each call that a client may repeat by itself: the reply of the call, for a minute."""
 REVOKED: Final = "shiwu:revoked"
 """Sorted set: id that Celery's revoke named → server time in ms until which it is remembered."""
-ANSWERED_CHANNEL: Final = "shiwu:ended"
+ANSWERED_CHANNEL: Final = "shiwu:answered"
 """Channel: ids of jobs that were answered while a worker may hold them (cancelled, out of time)."""
-RETENTION: Final = "shiwu:limits"
+RETENTION: Final = "shiwu:retention"
 """Hash: how much is kept and for how long, as the workers are configured; see `shiwu.broker.retention`."""
 COUNTERS: Final = "shiwu:counters"
-"""Hash: totals over all workers (answered, answers_discarded, copies_dropped, reaped, results_dropped, …)."""
+"""Hash: totals over all workers (answered, answers_discarded, duplicates_dropped, reaped, results_dropped, …)."""
 LABELS: Final = "shiwu:labels"
 """Hash: digest → the label set with it, as JSON; see `shiwu.broker.known_labels`."""
 LABELS_OF_REQUESTS: Final = "shiwu:labels:requests"
 """List: digests of label sets that came with requests, newest first; the oldest are removed."""
-QUEUE_SNAPSHOT: Final = "shiwu:look"
+QUEUE_SNAPSHOT: Final = "shiwu:queue-snapshot"
 """String that expires after a few seconds: the queue snapshot that one worker counted for all."""
 RESULT_PREFIX: Final = "celery-task-meta-"
 MARKS: Final = tuple(f"shiwu:marks:{number}" for number in range(4))
@@ -138,11 +138,6 @@ KEY_TYPES: Final[Mapping[str, str]] = MappingProxyType(
 def result_key(job_id: str) -> str:
     """The key where Celery looks for the result of a task, and the channel on which it is announced."""
     return f"{RESULT_PREFIX}{job_id}"
-
-
-def pending_answer_key(job_id: str) -> str:
-    """The key of an answer in `PENDING_ANSWERS` as versions before it write and read it."""
-    return f"shiwu:aside:{job_id}"
 
 
 def done_key(job_id: str) -> str:

@@ -101,7 +101,7 @@ class LookReader:
             answers_per_s=None if rate is None else round(rate, 1),
             answered=snapshot.answered,
             delayed=snapshot.delayed,
-            quarantined=snapshot.suspects,
+            quarantined=snapshot.quarantined,
             dead=snapshot.dead,
             lanes=self._rates.lanes(now_ms=now_ms, answered=lanes),
             stages=_stages(timings),

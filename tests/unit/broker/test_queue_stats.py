@@ -109,7 +109,7 @@ def test_state_has_all_counts(parts: Parts) -> None:
         waiting={INTERACTIVE: 0, BULK: 3},
         claimed={INTERACTIVE: 1, BULK: 4},
         delayed=4,
-        suspects=5,
+        quarantined=5,
         dead=6,
         workers=("w1", "w\N{REPLACEMENT CHARACTER}"),
         counters={"answered": 12, "fits": int(digits[1:]), "long": 0, "odd": 0, "reaped": 7},
@@ -130,7 +130,7 @@ def test_running_workers_had_a_heartbeat_lately(parts: Parts) -> None:
 def snapshot(at_ms: float) -> bytes:
     """A snapshot that another worker has made."""
     made = QueueSnapshot(
-        at_ms=at_ms, waiting={BULK: 77}, claimed={}, oldest_ms={}, delayed=0, suspects=0, dead=0, answered=0
+        at_ms=at_ms, waiting={BULK: 77}, claimed={}, oldest_ms={}, delayed=0, quarantined=0, dead=0, answered=0
     )
     return msgspec.json.encode(made)
 
@@ -156,7 +156,7 @@ def test_snapshot_of_another_worker_is_used_while_it_is_new(parts: Parts, kept: 
     if is_used:
         assert (found.waiting, parts.stored) == ({BULK: 77}, [])
         return
-    assert (found.waiting[BULK], found.delayed, found.suspects, found.dead, found.answered) == (3, 4, 5, 6, 12)
+    assert (found.waiting[BULK], found.delayed, found.quarantined, found.dead, found.answered) == (3, 4, 5, 6, 12)
     assert (found.at_ms, found.oldest_ms) == (NOW_MS, {BULK: NOW_MS - 9000})
     [(raw, px)] = parts.stored
     assert (msgspec.json.decode(raw, type=QueueSnapshot), px) == (found, 2000)

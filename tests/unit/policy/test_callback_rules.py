@@ -125,7 +125,7 @@ def test_star_matches_no_celery_task_and_no_reserved_key() -> None:
     assert CallbackRules(tasks=("celery.backend_*",)).allows_task("celery.backend_cleanup")
     assert everything.allows_queue("anything")
     reserved = (
-        "shiwu:suspects",
+        "shiwu:quarantine",
         "shiwu.admin",
         "celery-task-meta-x",
         "celery-taskset-meta-x.j",

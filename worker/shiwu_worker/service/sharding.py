@@ -150,7 +150,7 @@ def sum_snapshots(snapshots: Sequence[QueueSnapshot]) -> QueueSnapshot:
         claimed=_sum_lanes([snapshot.claimed for snapshot in snapshots]),
         oldest_ms=oldest,
         delayed=sum(snapshot.delayed for snapshot in snapshots),
-        suspects=sum(snapshot.suspects for snapshot in snapshots),
+        quarantined=sum(snapshot.quarantined for snapshot in snapshots),
         dead=sum(snapshot.dead for snapshot in snapshots),
         answered=sum(snapshot.answered for snapshot in snapshots),
     )

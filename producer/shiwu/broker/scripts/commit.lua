@@ -2,8 +2,8 @@
 -- KEYS  claims, leases, attempts, results stream, dead, dead answers, dead messages, counters, deadlines, canvas, canvas due,
 --       delayed, delayed_messages, answers with pending callbacks, their expiry, histories, their expiry, key to which a results
 --       stream is moved that takes no more entries, the 4 hashes of marks, then the result key of each job, which is also the
---       channel on which its answer is announced; where earlier versions may run: then the key of each job's mark as they know
---       it, then the key of a pending answer as they know it, of each job whose kind has A
+--       channel on which its answer is announced; where earlier versions may have run: then the key of each job's mark as they
+--       know it
 -- ARGV  result ttl in s, mark ttl in s, max dead letters, date, channel of answered jobs, how long callbacks are reserved for
 --       the worker in ms,
 --       then for each job: id, kind, answer, start of Celery's result for a failure, `lane key|raw message` where kind needs
@@ -31,7 +31,7 @@ local histories, histories_expiry, moved_stream = KEYS[16], KEYS[17], KEYS[18]
 local FIRST, STEP = 7, 7
 local MARKS, LAST_MARKS, RESULTS = 19, 22, 22 -- the last one is before the first result key
 local JOBS = (#ARGV - FIRST + 1) / STEP
-local OLD_MARKS, OLD_PENDING = RESULTS + JOBS, RESULTS + 2 * JOBS -- before the first ones
+local OLD_MARKS = RESULTS + JOBS -- before the first one
 local has_old = #KEYS > OLD_MARKS
 local MARGIN_MS, PAIRS = 60 * 1000, 3000
 local READABLE_BYTES = 4 * 1024 * 1024
@@ -231,14 +231,13 @@ if #fields > 0 then
   if whole_ms then redis.call('PEXPIRE', hash, whole_ms) end
 end
 
-local again, first, superseded, old_pending = {}, 0, has_dead and {} or nil, OLD_PENDING
+local again, first, superseded = {}, 0, has_dead and {} or nil
 local streamed_bytes, dead_bytes = 0, 0
 for i = FIRST, #ARGV, STEP do
   local id, kind, answer, head, raw = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
   local n = (i - FIRST) / STEP + 1
   local generation = generations and generations[n] or 0
   local kept = kept_marks[n]
-  if string.find(kind, 'A', 2, true) then old_pending = old_pending + 1 end
   if stale and stale[n] then
     again[#again + 1] = id
   elseif is_first[n] then
@@ -257,7 +256,6 @@ for i = FIRST, #ARGV, STEP do
         has_pending = true
         redis.call('HSET', pending_answers, id, answer)
         redis.call('ZADD', pending_expiry, now + done_ttl * 1000, id)
-        if has_old then redis.call('SET', KEYS[old_pending], answer, 'EX', done_ttl) end
       end
       if not string.find(kind, 'I', 2, true) and not wants_no_result(found[id]) then
         store_result(KEYS[RESULTS + n], id, kind, head, answer)

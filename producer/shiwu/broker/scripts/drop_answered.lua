@@ -30,5 +30,5 @@ for i = 2, #ARGV, 2 do
     dropped = dropped + 1
   end
 end
-if dropped > 0 then redis.pcall('HINCRBY', counters, 'copies_dropped', dropped) end
+if dropped > 0 then redis.pcall('HINCRBY', counters, 'duplicates_dropped', dropped) end
 return dropped

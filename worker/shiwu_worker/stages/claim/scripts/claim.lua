@@ -277,7 +277,7 @@ if #ids > 0 then
   end
 end
 -- A value that is no number must not end the script: the counters are for information only.
-if dropped > 0 and type(redis.pcall('HINCRBY', counters, 'copies_dropped', dropped)) ~= 'number' then
-  redis.call('HSET', counters, 'copies_dropped', dropped)
+if dropped > 0 and type(redis.pcall('HINCRBY', counters, 'duplicates_dropped', dropped)) ~= 'number' then
+  redis.call('HSET', counters, 'duplicates_dropped', dropped)
 end
 return reply
