@@ -16,7 +16,7 @@ from shiwu_worker.jobs.job import Claimed, Release
 from shiwu_worker.runtime.shard_health import ShardBackoff, ShardHealth
 from shiwu_worker.stages.claim.lease_queue import ClaimResult
 from shiwu_worker.stages.claim.shard_claims import ShardClaims
-from shiwu_worker.stages.claim.sharded_claims import ROUND_TIMEOUT_S, ShardedClaims
+from shiwu_worker.stages.claim.sharded_claims import LATE_S, ROUND_TIMEOUT_S, ShardedClaims
 from tests.support.waiting import wait_until
 
 INTERACTIVE, BULK = Lane.INTERACTIVE, Lane.BULK
@@ -206,19 +206,36 @@ def test_claim_without_messages_asks_each_shard_once() -> None:
         assert not shards.claims.wait(0.01)
 
 
-def test_frozen_shard_costs_one_pause_and_replies_later() -> None:
-    """The other shards are asked meanwhile."""
+def test_frozen_shard_keeps_room_for_a_while() -> None:
+    """The other shards are asked meanwhile, soon for all of the room."""
     with running(3) as shards:
         shards.fill(INTERACTIVE, 6)
         shards.queues[0].answers.clear()
         began_s = time.monotonic()
         assert shards.claim(4) == [1, 1]
         assert time.monotonic() - began_s >= ROUND_TIMEOUT_S
+        assert shards.claim(4) == [2, 1]
+        assert shards.claim(2) == []
+        wait_until(lambda: time.monotonic() - began_s > LATE_S, timeout_s=10, what="the reply is late")
         assert shards.claim(4) == [2, 2, 1, 1]
-        assert shards.claim(2) == [2, 1]
         shards.queues[0].answers.set()
         wait_until(lambda: shards.shards[0].result is not None, timeout_s=10, what="the late reply")
         assert shards.claim(8) == [0, 0]
+
+
+def test_slow_shards_are_asked_for_no_more_than_the_room() -> None:
+    """So no job is claimed that would have to go back."""
+    with running(6) as shards:
+        shards.fill(BULK, 8)
+        for queue in shards.queues:
+            queue.answers.clear()
+        assert shards.claim(4) == []
+        assert shards.asked() == [0, 1]
+        for queue in shards.queues:
+            queue.answers.set()
+        wait_until(lambda: all(shard.result for shard in shards.shards[:2]), timeout_s=10, what="two late replies")
+        assert shards.claim(4) == [0, 0, 1, 1]
+        assert not any(queue.released for queue in shards.queues)
 
 
 def test_late_reply_without_room_goes_back_to_its_shard() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ class ShardClaims:
         self.error: RedisError | None = None
         """Why the last command failed; the shard is not asked until another succeeds."""
         self.asked: Ask | None = None
+        self.asked_s = 0.0
+        """When it was asked, on the monotonic clock."""
         self.result: ClaimResult | None = None
         """The reply to the last ask, until it is taken."""
         self.turn = 0
@@ -92,6 +95,7 @@ class ShardClaims:
     def ask(self, ask: Ask) -> None:
         """Let the thread claim."""
         self.asked, self._held, self.is_notified = ask, ask.held, False
+        self.asked_s = time.monotonic()
         self._wake()
 
     def note_messages(self) -> None:

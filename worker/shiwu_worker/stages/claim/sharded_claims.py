@@ -19,6 +19,8 @@ from shiwu_worker.stages.claim.shard_claims import Ask, ShardClaims
 SHARDS_PER_ROUND: Final = 2
 ROUND_TIMEOUT_S: Final = 0.1
 """How long a round waits for its shards. A reply that comes later is passed on by a later round."""
+LATE_S: Final = 0.5
+"""For so long the room that a shard was asked to fill is kept for its reply."""
 _BULK: Final = frozenset(Lane.BULK.keys)
 
 
@@ -73,9 +75,16 @@ class ShardedClaims:
             # The quarantine of a shard that is away gets another owner.
             self._owned = {index for index in self._owned if self._answers(self._shards[index])}
             jobs = self._take_late(limit, bulk_limit)
-            while not jobs and (shards := self._choose(limit, bulk_limit, tried)):
+            while not jobs:
+                room, bulk_room = self._without_asked(limit, bulk_limit)
+                shards = self._choose(room, bulk_room, tried) if room > 0 else []
+                if not shards:
+                    if room < limit:
+                        self._wait_for_late()
+                        jobs = self._take_late(limit, bulk_limit)
+                    break
                 tried.update(shard.index for shard in shards)
-                jobs = self._ask(shards, limit, bulk_limit, held)
+                jobs = self._ask(shards, room, bulk_room, held)
             if not jobs and all(shard.error is not None for shard in self._shards):
                 raise self._worst_error()
             return ClaimResult(tuple(jobs), is_quarantine_owner=bool(self._owned))
@@ -158,6 +167,25 @@ class ShardedClaims:
             return owned[:1]
         # A share of bulk that is rounded to nothing would make a lane look empty.
         return others[: min(SHARDS_PER_ROUND, limit, bulk_limit or SHARDS_PER_ROUND)]
+
+    def _without_asked(self, limit: int, bulk_limit: int) -> tuple[int, int]:
+        """The room without what slow shards have been asked for, so that their jobs will not have to go back.
+
+        A shard that has not answered for LATE_S may hang, and keeps no room from the others any more.
+        """
+        now_s = time.monotonic()
+        asks = [
+            shard.asked
+            for shard in self._shards
+            if shard.asked is not None and now_s - shard.asked_s < LATE_S and self._answers(shard)
+        ]
+        room = limit - sum(ask.limit for ask in asks)
+        return room, max(0, min(room, bulk_limit - sum(ask.bulk_limit for ask in asks)))
+
+    def _wait_for_late(self) -> None:
+        self._changed.wait_for(
+            lambda: self._is_closed or any(shard.result is not None for shard in self._shards), ROUND_TIMEOUT_S
+        )
 
     def _may_run_alone(self) -> bool:
         return self._runs_nothing() and all(shard.asked is None and shard.result is None for shard in self._shards)
