@@ -78,6 +78,7 @@ def _pairs(released: Path, results: Path) -> tuple[list[Pair], list[str]]:
     """The figures that both have, and what is missing in the new results or makes them useless."""
     if not results.is_file():
         name = results.stem.replace("messages-scale", "messages --scale")
+        name = name.replace("messages-cluster", "messages --cluster 1,2,3,6")
         return [], [f"{results}: missing; run `python -m bench {name}` first"]
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (released, results))
     for place in ("cpu", "cores", "gpus"):

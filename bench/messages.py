@@ -1,7 +1,8 @@
 """Jobs a second from claim to commit with a stand-in for the model: shiwu and its peers in turn, in one run.
 
 All get the same messages, use the same Valkey, and answer in Celery's result format; every run's answers are counted
-by id. `--scale` measures many workers on one Valkey instead: see `bench.scale`.
+by id. `--scale` measures many workers on one Valkey instead: see `bench.scale`; `--cluster` the primaries of a cluster:
+see `bench.cluster.scale`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tests.support.waiting import wait_until
 
 from bench import scale, traffic, usage
 from bench.charts import Chart, Series
+from bench.cluster import scale as cluster_scale
 from bench.message_systems import CAP, SHIWU, SLOTS, Cost, Spot, System, systems
 from bench.report import Headline, Report, Table, median, number, ratio
 from bench.workers import Answerer
@@ -85,12 +87,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--costs", default="0:0,0.1:2", help="a:b,… in ms of a stand-in model of a·n + b; default %(default)s"
     )
     scale.add_options(parser.add_argument_group("many workers on one Valkey"))
+    cluster_scale.add_options(parser.add_argument_group("primaries of one cluster"))
 
 
 def run(asked: argparse.Namespace) -> Report:
     """Measure every system with every cost, in turn."""
     if asked.scale:
         return scale.run(asked)
+    if asked.cluster:
+        return cluster_scale.run(asked)
     options = Options(
         quick=asked.quick,
         rounds=asked.rounds or (1 if asked.quick else 3),
