@@ -23,7 +23,7 @@ for _, key in ipairs({{ {allowed} }}) do declared[key] = true end
 local ALL = {{ EXISTS = true, DEL = true, UNLINK = true, MGET = true }}
 local FIRST_TWO = {{ RENAME = true, LMOVE = true }}
 local SECOND = {{ XINFO = true, XGROUP = true }}
-local NO_KEY = {{ TIME = true, PUBLISH = true }}
+local NO_KEY = {{ TIME = true, PUBLISH = true, SPUBLISH = true }}
 local function check_keys(command, ...)
   local name, arguments = string.upper(command), {{ ... }}
   local first, last = 1, 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -12,7 +13,8 @@ import redis
 import redis.asyncio
 
 from shiwu.broker.chunks import chunks
-from shiwu.client.announcements import CHUNK_SIZE, KIND, SUBSCRIBE, UNSUBSCRIBE, channels, id_of
+from shiwu.broker.sharding import ONE_SERVER, Shard
+from shiwu.client.announcements import CHUNK_SIZE, IN_SHARD, ON_ONE_SERVER, channels, id_of
 
 UNLIMITED_S: Final = 86_400.0
 """Given to redis-py for reads that the caller limits by `asyncio.timeout`."""
@@ -31,6 +33,10 @@ class Subscription:
     def __init__(self, client: redis.asyncio.Redis, *, timeout_s: float) -> None:
         self._pool: Any = client.connection_pool
         self._timeout_s = timeout_s
+        shard: Shard = self._pool.connection_kwargs.get("shard", ONE_SERVER)
+        self._commands = IN_SHARD if shard.prefix else ON_ONE_SERVER
+        self._ending: Counter[str] = Counter()
+        """Channels whose end this object asked for, and the server has not confirmed."""
         self._connection: Any = None
         self._pinged_s: float | None = None
 
@@ -46,15 +52,19 @@ class Subscription:
             redis.RedisError: Redis is unavailable, or refuses the connection.
         """
         self._connection = await self._pool.get_connection()
+        self._ending.clear()
         self._pinged_s = None
 
     async def add(self, ids: Iterable[str]) -> None:
         """Subscribe to the answers of these ids. Confirmations are read later, and skipped."""
-        await self._send(SUBSCRIBE, ids)
+        await self._send(self._commands.subscribe, channels(ids))
 
     async def remove(self, ids: Iterable[str]) -> None:
         """Unsubscribe from the answers of these ids."""
-        await self._send(UNSUBSCRIBE, ids)
+        ended = channels(ids)
+        if self._commands is IN_SHARD:
+            self._ending.update(ended)
+        await self._send(self._commands.unsubscribe, ended)
 
     async def ping(self) -> None:
         """Ask whether the connection still works.
@@ -75,16 +85,28 @@ class Subscription:
         A cancellation loses no message. The caller limits the wait.
 
         Raises:
-            redis.RedisError: the connection was lost, or the server refused a command.
+            redis.RedisError: the connection was lost, the server refused a command, or it ended a subscription, because
+                the slot of the shard has moved.
         """
         message = await self._connection.read_response(
             timeout=UNLIMITED_S, disconnect_on_error=False, push_request=True
         )
         self._pinged_s = None
-        if isinstance(message, list) and len(message) == 3 and message[0] == KIND:
-            _, channel, raw = message
+        if not isinstance(message, list) or len(message) != 3:
+            return None
+        kind, channel, raw = message
+        if kind == self._commands.message:
             return id_of(channel), raw
+        if kind == IN_SHARD.unsubscribed:
+            self._note_end(channel.decode())
         return None
+
+    def _note_end(self, channel: str) -> None:
+        self._ending[channel] -= 1
+        if self._ending[channel] < 0:
+            raise redis.ConnectionError("the node ended a subscription: its slot has moved; subscribe again")
+        if not self._ending[channel]:
+            del self._ending[channel]
 
     async def close(self) -> None:
         """Close the connection, and with it all subscriptions."""
@@ -97,6 +119,6 @@ class Subscription:
         finally:
             await asyncio.shield(self._pool.release(connection))
 
-    async def _send(self, command: str, ids: Iterable[str]) -> None:
-        for portion in chunks(list(ids), CHUNK_SIZE):
-            await self._connection.send_command(command, *channels(portion), check_health=False)
+    async def _send(self, command: str, names: Sequence[str]) -> None:
+        for portion in chunks(names, CHUNK_SIZE):
+            await self._connection.send_command(command, *portion, check_health=False)

@@ -120,6 +120,8 @@ class AnswerEntry(msgspec.Struct, frozen=True):
     """`lane key|message bytes` of a job that becomes a dead letter or has callbacks; otherwise empty."""
     is_dead: bool = False
     has_callbacks: bool = False
+    has_reply_to: bool = False
+    """A Celery client waits for the answer. On a cluster it is announced on all nodes then."""
     is_from_outside: bool = False
     """The writer does not hold the job, as a cancelling client. A worker that holds the job is notified."""
     generation: int = 0
@@ -135,6 +137,8 @@ class AnswerEntry(msgspec.Struct, frozen=True):
             kind += "D"
         if self.has_callbacks:
             kind += "C"
+        if self.has_reply_to:
+            kind += "P"
         if not self.claim and self.id.startswith("~") and is_digest(self.id):
             kind += "N"
         if self.is_from_outside:

@@ -223,5 +223,6 @@ def _taken(envelope: Envelope, key: str, raw: bytes, *, now_ms: float, generatio
         ignore_result=envelope.ignore_result,
         message=key.encode() + b"|" + raw if envelope.canvas else b"",
         has_callbacks=bool(envelope.canvas),
+        has_reply_to=envelope.has_reply_to,
         generation=generation,
     )

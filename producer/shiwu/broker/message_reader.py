@@ -49,6 +49,8 @@ class Envelope(msgspec.Struct, frozen=True):
     ignore_result: bool = False
     canvas: tuple[str, ...] = ()
     """Names of the callback and canvas parts that the message carries."""
+    has_reply_to: bool = False
+    """Whether the sender waits as Celery's clients do, on the channel of its result."""
 
 
 class _Headers(msgspec.Struct, frozen=True):
@@ -73,6 +75,7 @@ class _Headers(msgspec.Struct, frozen=True):
 class _Properties(msgspec.Struct, frozen=True):
     body_encoding: Any = None
     correlation_id: Any = None
+    reply_to: Any = None
 
 
 class _Outer(msgspec.Struct, frozen=True, rename={"content_type": "content-type"}):
@@ -126,6 +129,7 @@ def read_message(raw: bytes, *, zone: tzinfo = UTC) -> Envelope:
         answer_by_ms=answer_by_ms,
         ignore_result=headers.ignore_result is True,
         canvas=tuple(name for name in CANVAS_PARTS if embed.get(name)) if embed and any(embed.values()) else (),
+        has_reply_to=outer.properties is not None and bool(outer.properties.reply_to),
     )
 
 

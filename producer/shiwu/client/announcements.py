@@ -1,22 +1,35 @@
-"""How answers are announced: on the channel with the name of the result key, by the commands of all channels.
+"""How answers are announced: on the channel with the name of the result key.
 
-The workers choose the commands, in `commit.lua`. This module is the place to change with them, for both clients.
+On one server the channel is one of `PUBLISH`. In a shard of a cluster it is a channel of that shard (`SPUBLISH`), which
+costs the other nodes nothing. The workers choose, in `commit.lua`. This module is the place to change with them, for
+both clients; redis-py's object for subscriptions in a shard chooses by itself (`ShardPubSub`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from shiwu.broker.chunks import chunks
 from shiwu.contract import RESULT_PREFIX, result_key
 
-SUBSCRIBE: Final = "SUBSCRIBE"
-UNSUBSCRIBE: Final = "UNSUBSCRIBE"
-KIND: Final = b"message"
-"""First field of an announcement."""
 CHUNK_SIZE: Final = 500
 """Channels of one command."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelCommands:
+    """The commands of channels, and the first field of what the server sends."""
+
+    subscribe: str
+    unsubscribe: str
+    message: bytes
+    unsubscribed: bytes
+
+
+ON_ONE_SERVER: Final = ChannelCommands("SUBSCRIBE", "UNSUBSCRIBE", b"message", b"unsubscribe")
+IN_SHARD: Final = ChannelCommands("SSUBSCRIBE", "SUNSUBSCRIBE", b"smessage", b"sunsubscribe")
 
 
 def channels(ids: Iterable[str]) -> list[str]:

@@ -11,6 +11,7 @@ import redis
 
 from shiwu.aio import subscription as module
 from shiwu.aio.subscription import Subscription
+from shiwu.broker.sharding import ONE_SERVER, Shard, cluster_shard
 from shiwu.client.waiter import CHUNK_SIZE
 from shiwu.contract import result_key
 from tests.support.clock import Clock
@@ -19,7 +20,7 @@ from tests.support.clock import Clock
 class Parts:
     """A subscription over a connection that keeps what is sent, and gives these messages."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, shard: Shard = ONE_SERVER) -> None:
         self.clock = Clock()
         monkeypatch.setattr(module.time, "monotonic", self.clock.monotonic)
         self.sent: list[tuple[Any, ...]] = []
@@ -32,7 +33,7 @@ class Parts:
         async def get_connection() -> Any:
             return connection
 
-        pool = SimpleNamespace(get_connection=get_connection, release=self._release)
+        pool = SimpleNamespace(connection_kwargs={"shard": shard}, get_connection=get_connection, release=self._release)
         client: Any = SimpleNamespace(connection_pool=pool)
         self.subscription = Subscription(client, timeout_s=5.0)
 
@@ -92,6 +93,29 @@ def test_only_announcements_are_read(parts: Parts) -> None:
         return [await parts.subscription.read() for _ in range(4)]
 
     assert asyncio.run(test()) == [None, ("a", b"raw"), None, None]
+
+
+def test_end_that_the_server_chose_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a shard: its slot has moved. One that this client asked for is none, each time."""
+    parts = Parts(monkeypatch, shard=cluster_shard(1))
+    end = [b"sunsubscribe", result_key("a").encode(), 0]
+
+    async def test() -> None:
+        await parts.subscription.open()
+        for _ in range(2):
+            await parts.subscription.add(["a"])
+            await parts.subscription.remove(["a"])
+        parts.messages = [end, end, [b"smessage", result_key("b").encode(), b"raw"], end]
+        assert [await parts.subscription.read() for _ in range(3)] == [None, None, ("b", b"raw")]
+        with pytest.raises(redis.ConnectionError, match="moved"):
+            await parts.subscription.read()
+        parts.messages = [end]
+        await parts.subscription.open()
+        await parts.subscription.remove(["a"])
+        assert await parts.subscription.read() is None
+
+    asyncio.run(test())
+    assert {command[0] for command in parts.sent} == {"SSUBSCRIBE", "SUNSUBSCRIBE"}
 
 
 def test_silent_connection_is_an_error(parts: Parts) -> None:

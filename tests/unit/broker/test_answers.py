@@ -49,6 +49,7 @@ def test_each_status_has_its_letter() -> None:
         ({"ignore_result": True}, "I"),
         ({"is_dead": True}, "D"),
         ({"has_callbacks": True}, "C"),
+        ({"has_reply_to": True}, "P"),
         ({"job_id": DIGEST}, "N"),
         ({"is_from_outside": True}, "A"),
         ({"generation": 12}, "12"),

@@ -56,6 +56,8 @@ def test_message_of_the_client_has_celerys_fields(redis_url: str) -> None:
     assert set(celerys["headers"]) - set(ours["headers"]) <= {"stamped_headers", "stamps", "replaced_task_nesting"}
     assert set(celerys["properties"]) == set(ours["properties"])
     assert json.loads(base64.b64decode(ours["body"]))[1] == json.loads(base64.b64decode(celerys["body"]))[1]
+    assert read_message(send(redis_url, kwargs={"image": "s3://b/k"})).has_reply_to
+    assert not read_message(build_message(Request(image="s3://b/k"), job_id="x", lane=Lane.BULK)).has_reply_to
 
 
 def test_message_reader_reads_all_celery_options(redis_url: str) -> None:

@@ -120,6 +120,8 @@ class Job(msgspec.Struct, eq=False):
     ignore_result: bool = False
     has_callbacks: bool = False
     """Whether its message carries Celery callbacks: link, chain, chord."""
+    has_reply_to: bool = False
+    """Whether a Celery client waits for its answer."""
     due_s: float = 0.0
     """The job must not start before this time of the monotonic clock (Celery's eta); 0 for immediately."""
     expires_s: float | None = None
@@ -268,6 +270,7 @@ def open_job(claimed: Claimed, *, zone: tzinfo = UTC) -> Job:
             job.answer_id = find_id(claimed.raw) or ""
         envelope = read_message(claimed.raw, zone=zone)
         job.ignore_result = envelope.ignore_result
+        job.has_reply_to = envelope.has_reply_to
         if job.history or envelope.eta_ms is not None:
             _note_returns(job, envelope)
         elif envelope.sent_ms is not None:

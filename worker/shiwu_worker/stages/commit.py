@@ -210,5 +210,6 @@ def to_entry(job: Job, *, worker: str, until_s: float, answered_at: datetime) ->
         message=dead_message(job.key, job.raw) if is_dead or job.has_callbacks else b"",
         is_dead=is_dead,
         has_callbacks=job.has_callbacks,
+        has_reply_to=job.has_reply_to,
         generation=job.generation,
     )

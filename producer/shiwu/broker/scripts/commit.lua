@@ -15,6 +15,7 @@
 --       A the writer does not hold the job: the message is looked up in the claims and the delayed jobs; where it is in a
 --         lane, its claim finds the answer
 --       N the message has no id, so no caller can look for its answer
+--       P a Celery client waits for the answer, on a channel of all nodes; without effect on one server
 -- An answer counts if its id is not answered and waits for an answer of this generation. Each requeue of a dead letter starts
 -- a generation; until it is answered, its number is in the attempts, and afterwards in the mark (`mark#generation`). A writer
 -- from outside means the current generation, and so does one whose claim has another name than the id. An answer of another
@@ -25,7 +26,8 @@ local dead, dead_answers, dead_messages, counters = KEYS[5], KEYS[6], KEYS[7], K
 local deadlines, canvas, canvas_due = KEYS[9], KEYS[10], KEYS[11]
 local result_ttl, done_ttl, max_dead, date = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 -- A channel is no key, so the client of a shard puts no prefix on it here; a keys' prefix is `{tag}:`.
-local ended, reserved_ms = (string.match(claims, '^{[^}]*}:') or '') .. ARGV[5], tonumber(ARGV[6])
+local prefix = string.match(claims, '^{[^}]*}:')
+local ended, reserved_ms = (prefix or '') .. ARGV[5], tonumber(ARGV[6])
 local delayed, delayed_messages, pending_answers, pending_expiry = KEYS[12], KEYS[13], KEYS[14], KEYS[15]
 local histories, histories_expiry, moved_stream = KEYS[16], KEYS[17], KEYS[18]
 local FIRST, STEP = 7, 7
@@ -65,6 +67,14 @@ local function message_of(id)
   return redis.call('HGET', delayed_messages, id) or nil
 end
 
+-- In a cluster, PUBLISH sends to every node and SPUBLISH to the clients of this shard. One server has PUBLISH only.
+local publish = prefix and 'SPUBLISH' or 'PUBLISH'
+local function announce(key, kind, meta)
+  redis.call(publish, key, meta)
+  -- Celery's clients SUBSCRIBE. A writer from outside does not know who waits.
+  if prefix and string.find(kind, '[AP]', 2) then redis.call('PUBLISH', key, meta) end
+end
+
 local function wants_no_result(message)
   if not message or #message > READABLE_BYTES then return false end
   local ok, read = pcall(cjson.decode, string.match(message, '^[^|]*|(.*)$'))
@@ -79,7 +89,7 @@ local function store_result(key, id, kind, head, answer)
   local meta = '{"status":"' .. STATES[string.sub(kind, 1, 1)] .. '","result":' .. result
     .. ',"traceback":null,"children":[],"date_done":"' .. date .. '","task_id":' .. quoted .. '}'
   redis.call('SET', key, meta, 'EX', result_ttl)
-  redis.call('PUBLISH', key, meta)
+  announce(key, kind, meta)
 end
 
 -- Whether an earlier run of this same commit succeeded and only its reply was lost: then the mark is the same. A writer that
@@ -267,7 +277,7 @@ for i = FIRST, #ARGV, STEP do
       append(id, answer, generation)
       streamed_bytes = streamed_bytes + #id + #answer
     end
-    if string.find(kind, 'A', 2, true) then redis.call('PUBLISH', ended, id) end
+    if string.find(kind, 'A', 2, true) then redis.call(publish, ended, id) end
   elseif not is_repeated(kept, marks[n], kind, ARGV[i + 6]) then
     again[#again + 1] = id
     -- The claim could not see that the id of this message was answered. Its caller must still find an answer.

@@ -83,7 +83,18 @@ def prefixed(connection_class: type) -> type:
 
 
 class ShardPubSub(PubSub):
-    """Subscriptions in a shard. When its slot moves to another node, the connection is lost instead of silent."""
+    """Subscriptions to the channels of a shard, which end with an error when its slot moves to another node.
+
+    Messages come from `SPUBLISH` in this shard, as its scripts send them, and not from `PUBLISH`.
+    """
+
+    def subscribe(self, *args: Any, **handlers: Any) -> Any:
+        """Subscribe to these channels of the shard."""
+        return self.ssubscribe(*args, **handlers)
+
+    def unsubscribe(self, *args: Any) -> Any:
+        """End subscriptions to these channels of the shard."""
+        return self.sunsubscribe(*args)  # type: ignore[no-untyped-call]  # redis' own
 
     def handle_message(self, response: Any, ignore_subscribe_messages: bool = False) -> Any:
         """Make a message of what the server sent.

@@ -5,6 +5,7 @@
 --       each position of the id, then the ids
 local claims, leases, token, result_ttl, answered_before = KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3]
 local held = token .. '|0|'
+local is_shard = string.find(claims, '^{[^}]*}:') ~= nil
 -- A key of a wrong type must stop the script before its first write, because Redis does not undo a script.
 redis.call('HLEN', claims)
 redis.call('ZCARD', leases)
@@ -20,6 +21,10 @@ for i = 4, #ARGV do
       result = string.gsub(answered_before, '%z', function() return cjson.encode(id) end)
       redis.call('SET', key, result, 'EX', result_ttl)
     end
-    if type(result) == 'string' then redis.call('PUBLISH', key, result) end
+    if type(result) == 'string' then
+      if is_shard then redis.call('SPUBLISH', key, result) end
+      -- In a cluster this is for Celery's clients.
+      redis.call('PUBLISH', key, result)
+    end
   end
 end
