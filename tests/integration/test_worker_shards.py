@@ -14,7 +14,7 @@ import redis
 
 from shiwu.broker.message_writer import build_message
 from shiwu.broker.sharding import PoolOptions, ShardRedis, cluster_shard, open_shards, shard_of
-from shiwu.contract import CLAIMS, RESULT_STREAM, Lane, Request
+from shiwu.contract import CLAIMS, LEASES, RESULT_STREAM, Lane, Request
 from tests.conftest import StartWorker
 from tests.support.picture_server import PictureServer, Reply
 from tests.support.pictures import picture, png
@@ -40,7 +40,7 @@ class Shards:
 
     def __init__(self, url: str, image: str) -> None:
         self.clients: tuple[ShardRedis, ...] = open_shards(url, PoolOptions(timeout_s=5.0))
-        self._image = image
+        self.image = image
 
     def close(self) -> None:
         """Close the connections."""
@@ -50,7 +50,7 @@ class Shards:
     def enqueue(self, ids: Sequence[str], *, lane: Lane = Lane.BULK) -> None:
         """Send jobs, each to the shard of its id."""
         for job_id in ids:
-            message = build_message(Request(image=self._image), job_id=job_id, lane=lane)
+            message = build_message(Request(image=self.image), job_id=job_id, lane=lane)
             self.clients[shard_of(job_id, shards=SHARDS)].lpush(lane.queue, message)
 
     def answered(self, *, among: Sequence[int] = range(SHARDS)) -> Counter[str]:
@@ -101,8 +101,8 @@ def shards_on(cluster: ValkeyCluster, port: int) -> list[int]:
 def test_jobs_of_all_shards_are_answered_once(
     cluster: ValkeyCluster, shards: Shards, start_worker: StartWorker
 ) -> None:
-    """By two workers; those of the interactive lane too."""
-    workers = [start_worker(redis_url=cluster.url(shards=SHARDS), ready=False) for _ in range(2)]
+    """By two workers, of which one watches each shard. When one is killed, the other watches all of them."""
+    workers = [start_worker(redis_url=cluster.url(shards=SHARDS), watchers=1, ready=False) for _ in range(2)]
     for worker in workers:
         worker.wait_ready(timeout_s=180)
     bulk, interactive = ids_of("bulk"), ids_of("interactive", 60)
@@ -110,6 +110,14 @@ def test_jobs_of_all_shards_are_answered_once(
     shards.enqueue(interactive, lane=Lane.INTERACTIVE)
     shards.wait_answered([*bulk, *interactive])
     assert {shard_of(job_id, shards=SHARDS) for job_id in bulk} == set(range(SHARDS))
+    workers[0].kill()
+    for client in shards.clients:
+        lost = next(job_id for job_id in ids_of("lost") if shard_of(job_id, shards=SHARDS) == client.shard.index)
+        message = build_message(Request(image=shards.image), job_id=lost, lane=Lane.BULK)
+        client.hset(CLAIMS, lost, b"gone.1|1|shiwu.bulk|" + message)
+        client.zadd(LEASES, {lost: 1})
+    wait_until(lambda: not any(client.hlen(CLAIMS) for client in shards.clients), timeout_s=60, what="no job is held")
+    assert len(shards.answered()) == len(bulk) + len(interactive) + SHARDS
 
 
 @pytest.mark.slow

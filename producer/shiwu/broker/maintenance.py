@@ -1,7 +1,8 @@
 """Maintenance of the queue: requeues jobs whose lease expired, answers jobs out of time, trims the results stream.
 
-Every worker runs it once a second, and `shiwu sweep` runs it where no worker may be running. Any number of processes
-may run it at the same time: each step is one script, and only the first answer of a job counts.
+Every worker runs it once a second, on a cluster the watchers of a shard (`shiwu_worker.policy.watchers`), and `shiwu
+sweep` runs it where no worker may be running. Any number of processes may run it at the same time: each step is one
+script, and only the first answer of a job counts.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import redis
 from shiwu.broker.answers import MAX_CALLBACKS_RESERVED_S, AnswerStore
 from shiwu.broker.expiry import CHUNK_SIZE, MAX_CHECKED, Expiry
 from shiwu.broker.foreign_values import ForeignValue, ForeignValues
+from shiwu.broker.queue_stats import WORKER_TIMEOUT_MS
 from shiwu.broker.retention import DEFAULT_RETENTION, Retention
 from shiwu.broker.script_loader import load_repeatable_script, load_script
+from shiwu.broker.server_clock import server_time_ms
 from shiwu.contract import (
     ATTEMPTS,
     CANVAS_DUE,
@@ -152,6 +155,15 @@ class Maintenance:
         self._measured: set[str] = set()
         self._foreign_values = ForeignValues(client)
         self._expiry = Expiry(client, answer_store, token=token)
+
+    def note_worker(self) -> list[str]:
+        """Record the heartbeat of this worker; return the names of all workers with one in the last ten seconds."""
+        now_ms = server_time_ms(self._client)
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.zadd(WORKERS, {self._name: now_ms})
+            pipe.zrangebyscore(WORKERS, now_ms - WORKER_TIMEOUT_MS, "+inf")
+            _, names = pipe.execute()
+        return [name.decode(errors="replace") for name in names]
 
     def move_foreign(self) -> list[ForeignValue]:
         """Move values of a wrong type away from the keys of shiwu; return what was moved. No script runs before it."""

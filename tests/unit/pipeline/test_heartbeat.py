@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from shiwu.broker.foreign_values import ForeignValue
 from shiwu.broker.maintenance import CHUNK_SIZE, MAX_ROUNDS, MaintenanceReport
 from shiwu_worker.pipeline import heartbeat as module
-from shiwu_worker.pipeline.heartbeat import TICK_S, Heartbeat
+from shiwu_worker.pipeline.heartbeat import TICK_S, Heartbeat, ShardDuties
 from shiwu_worker.runtime.progress import LoadMeter, Progress
 from tests.support.clock import Clock
 from tests.support.observers import RecordingObserver
@@ -182,6 +182,26 @@ def test_lanes_are_counted_while_the_worker_is_quiet(parts: Parts, idle_s: float
     assert parts.rounds == [{"limit": 500, "count_waiting": is_counted}]
 
 
+def test_only_watchers_do_the_maintenance_of_a_shard(parts: Parts) -> None:
+    """Another worker does none of it, unless it makes no progress: then it counts what waits."""
+    noted: list[bool] = []
+    parts.heartbeat._shard = ShardDuties(
+        index=3,
+        ids=list,
+        report_redis=lambda _: None,
+        waiting={3: 5},
+        note_worker=lambda: noted.append(True),
+        is_watched=lambda: False,
+    )
+    parts.foreign = [ForeignValue(key="shiwu.bulk", type="string", moved_to="x")]
+    parts.heartbeat._move_foreign()
+    parts.heartbeat._run_maintenance()
+    assert (parts.rounds, parts.observer.foreign, parts.heartbeat._shard.waiting) == ([], [], {3: 0})
+    parts.clock.now_s += 5.1
+    parts.heartbeat._run_maintenance()
+    assert parts.rounds == [{"limit": 500, "count_waiting": True}]
+
+
 @pytest.mark.parametrize("full", [0, 1, 3, MAX_ROUNDS])
 def test_rounds_follow_each_other_while_they_are_full(parts: Parts, full: int) -> None:
     """Up to a bound; the last report says what to trim."""
@@ -235,7 +255,7 @@ def test_moved_values_are_counted_and_named(parts: Parts) -> None:
 def test_all_duties_run_in_their_order(parts: Parts) -> None:
     """Wrong types are moved before anything else; without the leases the process must not go on."""
     duties = parts.heartbeat._duties._duties
-    names = ["foreign_values", "leases", "maintenance", "trim", "load_log", "worker_state"]
+    names = ["foreign_values", "leases", "watchers", "maintenance", "trim", "load_log", "worker_state"]
     assert [duty.name for duty in duties] == names
     assert [duty.name for duty in duties if duty.is_vital] == ["leases"]
     parts.tick()

@@ -48,6 +48,10 @@ class ShardDuties:
     """Called at each tick with whether Redis answered."""
     waiting: dict[int, int]
     """Shard → messages in its lanes, as the last maintenance counted them; shared by all shards."""
+    note_worker: Callable[[], None] = lambda: None
+    """Called at each tick, to tell the shard that this worker runs; may ask Redis."""
+    is_watched: Callable[[], bool] = lambda: True
+    """Whether this worker does the maintenance of the shard."""
 
 
 def _one_server(in_flight: Collection[str], observer: PipelineObserver) -> ShardDuties:
@@ -112,6 +116,7 @@ class Heartbeat:
             [
                 Duty("foreign_values", self._move_foreign),
                 Duty("leases", self._prove_progress, is_vital=True),
+                Duty("watchers", self._shard.note_worker),
                 Duty("maintenance", self._run_maintenance),
                 Duty("trim", self._trim),
                 *([Duty("load_log", self._log_load), Duty("worker_state", publish)] if is_first else []),
@@ -149,7 +154,7 @@ class Heartbeat:
 
     def _move_foreign(self) -> None:
         """First of all duties: a key of a wrong type would make the others fail. It is one command for each key."""
-        if time.monotonic() < self._foreign_due_s:
+        if time.monotonic() < self._foreign_due_s or not self._shard.is_watched():
             return
         self._foreign_due_s = time.monotonic() + FOREIGN_INTERVAL_S
         if foreign := self._maintenance.move_foreign():
@@ -207,9 +212,12 @@ class Heartbeat:
 
     def _run_maintenance(self) -> None:
         """One chunk after another, until nothing is left to do."""
+        # An idle worker looks for jobs every few seconds, which is progress. Lanes are counted when even that ends.
+        is_quiet = self._progress.age_s() > self._stuck_s() / 2
+        if not (is_quiet or self._shard.is_watched()):
+            self._shard.waiting[self._shard.index], self._stream_report = 0, MaintenanceReport()
+            return
         for _ in range(MAX_ROUNDS):
-            # An idle worker claims every few seconds, which is progress. Lanes are counted when even that ends.
-            is_quiet = self._progress.age_s() > self._stuck_s() / 2
             report = self._maintenance.run_once(limit=CHUNK_SIZE, count_waiting=is_quiet)
             self._shard.waiting[self._shard.index], self._stream_report = report.waiting, report
             self._report(report)

@@ -98,6 +98,7 @@ class PipelineParts:
             self.queues,
             self.in_flight,
             worker=self.settings.worker_name,
+            watchers=self.settings.watchers,
             progress=self.progress,
             observer=self.observer,
             on_fatal=self.on_fatal,

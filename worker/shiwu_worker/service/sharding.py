@@ -12,6 +12,7 @@ import redis
 from shiwu.broker.queue_stats import QueueSnapshot, shared_snapshot
 from shiwu.contract import Lane
 from shiwu_worker.pipeline.heartbeat import ShardDuties
+from shiwu_worker.pipeline.shard_roles import ShardRoles
 from shiwu_worker.pipeline.sharded_committer import ShardedCommitter
 from shiwu_worker.runtime.shard_health import ShardBackoff, ShardHealth
 from shiwu_worker.stages.claim.shard_claims import ShardClaims
@@ -33,6 +34,7 @@ class ShardedParts:
     """The claims, the committer and the health of all shards.
 
     Args:
+        watchers: how many workers do the maintenance of each shard.
         close_timeout_s: how long the last commands of a worker that stops may take.
     """
 
@@ -42,6 +44,7 @@ class ShardedParts:
         in_flight: InFlightJobs,
         *,
         worker: str,
+        watchers: int,
         progress: Progress,
         observer: PipelineObserver,
         on_fatal: Callable[[FatalError], None],
@@ -50,6 +53,8 @@ class ShardedParts:
         self._progress = progress
         self._observer = observer
         self._in_flight = in_flight
+        self._queues = queues
+        self.roles = ShardRoles(len(queues), worker=worker, watchers=watchers)
         self.health = ShardHealth(len(queues), on_change=self._on_change)
         self._waiting = dict.fromkeys(range(len(queues)), 0)
         changed = threading.Condition()
@@ -103,6 +108,8 @@ class ShardedParts:
             ids=partial(self._in_flight.ids_of, shard),
             report_redis=self._report_redis,
             waiting=self._waiting,
+            note_worker=partial(self.roles.keep, shard, self._queues[shard].maintenance.note_worker),
+            is_watched=partial(self.roles.is_watcher, shard),
         )
 
     def _report_redis(self, _is_available: bool) -> None:
