@@ -5,46 +5,12 @@ Importing this module needs prometheus-client, the extra `metrics`.
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from socketserver import ThreadingMixIn
-from typing import Any, Final, cast
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-MAX_REQUESTS: Final = 8
-"""Requests that are served at the same time."""
-READ_TIMEOUT_S: Final = 5.0
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = READ_TIMEOUT_S
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: scrapes come every few seconds and are of no interest."""
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    """At most `MAX_REQUESTS` requests at a time; further ones wait in the listen queue."""
-
-    daemon_threads = True
-
-    def __init__(self, *args: Any, **named: Any) -> None:
-        self._slots = threading.BoundedSemaphore(MAX_REQUESTS)
-        super().__init__(*args, **named)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._slots.acquire()  # bounded: each holder has READ_TIMEOUT_S for every read
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._slots.release()
+from shiwu.cli.http_server import serve_app
 
 
 @contextmanager
@@ -54,16 +20,5 @@ def serve(registry: CollectorRegistry, *, host: str, port: int) -> Iterator[int]
     Raises:
         OSError: the address cannot be used.
     """
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    server_class = cast("type[WSGIServer]", type("_FamilyServer", (_Server,), {"address_family": family}))
-    server = make_server(
-        str(address[0]), port, make_wsgi_app(registry), server_class=server_class, handler_class=_Handler
-    )
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="metrics", daemon=True)
-    thread.start()
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=READ_TIMEOUT_S)
+    with serve_app(make_wsgi_app(registry), host=host, port=port) as used:
+        yield used

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -16,6 +16,8 @@ from pydantic_core import to_json
 
 from shiwu.broker.redis_errors import explain, info_of
 from shiwu.cli.base import Exit, end, main
+from shiwu.cli.http_server import serve_app
+from shiwu.cli.load_page import LoadPage
 from shiwu.cli.params import Seconds
 from shiwu.client.client import Client
 from shiwu.contract import printable
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 COUNT_EVERY_S: Final = 5.0
 """Seconds between two counts of the queues for Prometheus."""
+LOAD_EVERY_S: Final = 2.0
+"""Seconds between two counts of the queues for an autoscaler."""
 
 
 class Zone(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
@@ -54,7 +58,12 @@ class Zone(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 )
 @click.option("--once", is_flag=True, help="Do one round, print one line, and exit.")
 @click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics on this port.")
-@click.option("--metrics-host", default="0.0.0.0", show_default=True, help="Address of that port.")  # noqa: S104 Prometheus scrapes it from outside
+@click.option(
+    "--http-port",
+    type=click.IntRange(1, 65535),
+    help="Serve /load as JSON on this port, for an autoscaler, and /metrics where prometheus-client is installed.",
+)
+@click.option("--metrics-host", default="0.0.0.0", show_default=True, help="Address of these ports.")  # noqa: S104 Prometheus and KEDA ask it from outside
 @click.option(
     "--expect-workers",
     default=0,
@@ -81,6 +90,7 @@ def sweep(
     tell_s: float,
     once: bool,
     metrics_port: int | None,
+    http_port: int | None,
     metrics_host: str,
     expect_workers: int,
     zone: ZoneInfo,
@@ -94,6 +104,9 @@ def sweep(
         metrics = None
         if metrics_port is not None:
             metrics = _open_metrics(stack, host=metrics_host, port=metrics_port, expected_workers=expect_workers)
+        if http_port is not None:
+            metrics = metrics or _metrics_if_installed(expected_workers=expect_workers)
+            _serve_load(stack, client, host=metrics_host, port=http_port, metrics=metrics)
         sweeper = _Sweeper(client, metrics=metrics, print_every_s=tell_s, zone=zone)
         if once:
             sweeper.sweep(is_printed=True)
@@ -158,6 +171,38 @@ class _Sweeper:
                 click.echo(to_json({"swept": report, "queues": state}))
         if self._metrics is not None:
             self._metrics.swept()
+
+
+def _serve_load(stack: ExitStack, client: Client, *, host: str, port: int, metrics: SweepMetrics | None) -> None:
+    app = None
+    if metrics is not None:
+        from prometheus_client import make_wsgi_app  # noqa: PLC0415 prometheus-client is an extra
+
+        app = make_wsgi_app(metrics.registry)
+    page = LoadPage(metrics=app)
+    try:
+        stack.enter_context(serve_app(page, host=host, port=port))
+    except OSError as error:
+        end(f"--http-port: expected an address that is free and local, got {host}:{port} ({error})", Exit.USAGE)
+    stop = threading.Event()
+    # On a thread of its own, because a sweep takes long while a shard hangs.
+    threading.Thread(target=_count_load, args=(client, page, stop), name="load", daemon=True).start()
+    stack.callback(stop.set)
+
+
+def _count_load(client: Client, page: LoadPage, stop: threading.Event) -> None:
+    while not stop.is_set():
+        with suppress(redis.RedisError):  # the sweep reports it
+            page.update(client.shard_states())
+        stop.wait(LOAD_EVERY_S)
+
+
+def _metrics_if_installed(*, expected_workers: int) -> SweepMetrics | None:
+    try:
+        from shiwu.cli.sweep_metrics import SweepMetrics  # noqa: PLC0415 prometheus-client is an extra
+    except ModuleNotFoundError:
+        return None
+    return SweepMetrics(expected_workers=expected_workers)
 
 
 def _open_metrics(stack: ExitStack, *, host: str, port: int, expected_workers: int) -> SweepMetrics:

@@ -43,7 +43,6 @@ from shiwu_worker.config.types import (
     split,
 )
 from shiwu_worker.policy.callback_rules import MAX_TASKS
-from shiwu_worker.policy.watchers import WATCHERS
 from shiwu_worker.runtime.cpus import usable_cores
 
 
@@ -146,13 +145,7 @@ class Settings(BaseSettings):
     lease_s: float = Field(
         15.0, ge=1, le=MAX_LEASE_S, description="time after which the jobs of a crashed worker return to their lane"
     )
-    watchers: int = Field(
-        WATCHERS,
-        ge=1,
-        le=100,
-        description="on a cluster: workers that do the maintenance of each shard and are notified of its messages; the "
-        "others look at it in turns. The same for all workers",
-    )
+    watchers: int = Field(2, ge=1, le=100, description="on a cluster: workers that do the maintenance of each shard")
     max_attempts: int = Field(3, ge=1, description="attempts of one job, including crashes and retries")
     retry_first_s: float = Field(2.0, gt=0, description="delay after the first failed fetch; doubles, with jitter")
     retry_longest_s: float = Field(60.0, gt=0, description="longest delay between attempts")
