@@ -12,6 +12,8 @@ METRICS: dict[str, frozenset[str]] = {
     "shiwu_retries_total": frozenset({"code"}),
     "shiwu_limit_ratio": frozenset({"what"}),
     "shiwu_duty_failures_total": frozenset({"duty"}),
+    "shiwu_shadow_images_total": frozenset({"result"}),
+    "shiwu_shadow_tags_total": frozenset({"change"}),
     "shiwu_model_info": frozenset({"model", "revision", "dtype", "device"}),
 }
 """Metric → its labels."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shiwu.contract import Lane
 from shiwu_worker.jobs.job import Job
@@ -31,6 +31,8 @@ class RecordingObserver:
         self.failed_duties: list[str] = []
         self.foreign: list[int] = []
         self.saved: Counter[str] = Counter()
+        self.shadow_images: Counter[str] = Counter()
+        self.shadow_tags: Counter[str] = Counter()
         self.loads: list[LoadReport] = []
         self.alive_count = 0
         self._on_alive = on_alive
@@ -51,6 +53,11 @@ class RecordingObserver:
     def images_saved(self, by: str, count: int) -> None:
         """Keep how many were saved, and how."""
         self.saved[by] += count
+
+    def shadow_compared(self, images: Mapping[str, int], tags: Mapping[str, int]) -> None:
+        """Add the numbers of images and tags."""
+        self.shadow_images.update(images)
+        self.shadow_tags.update(tags)
 
     def jobs_committed(self, committed: Sequence[CommittedJob]) -> None:
         """Keep committed jobs."""

@@ -185,3 +185,17 @@ def diff(*, old: str, new: str, answers: BinaryIO, top_k: int, as_json: bool) ->
     from shiwu_worker.commands.label_diff import run_diff  # noqa: PLC0415 as the module's docstring says
 
     sys.exit(run_diff(old, new, answers, top_k=top_k, as_json=as_json))
+
+
+@labels.command()
+@click.argument("log", type=click.File("rb"))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
+def shadow(*, log: BinaryIO, as_json: bool) -> None:
+    """Add up what workers with SHIWU_SHADOW have logged: which tags the other label set changes, label by label.
+
+    LOG is a file with the log lines of workers as JSON; - reads standard input. Lines of several workers may be mixed.
+    Exit code 1: there is no such line.
+    """
+    from shiwu_worker.commands.label_shadow import run_shadow  # noqa: PLC0415 as the module's docstring says
+
+    sys.exit(run_shadow(log, as_json=as_json))

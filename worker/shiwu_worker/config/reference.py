@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
@@ -36,12 +36,13 @@ TOPICS: Final[Mapping[str, str]] = {
     "allow_hosts": "What may be fetched",
     "http_host": "Probes, metrics and logs",
 }
-"""First setting of each topic, in the order of `Settings`; the settings after it belong to the same topic."""
+"""First setting of each topic; the settings after it in its class belong to the same topic."""
 _UNIT_OF_SUFFIX: Final = {"s": "seconds", "ms": "milliseconds", "mb": "MiB", "bytes": "bytes", "pixels": "pixels"}
 _UNITS: Final[Mapping[str, str]] = {
     "max_side": "pixels",
     "bulk_share": "share of 1",
     "interactive_reserve": "share of 1",
+    "shadow_share": "share of 1",
     "min_rate_kb_s": "KiB/s",
     "answer_tags_kb": "KiB",
     "http_port": "port",
@@ -66,12 +67,12 @@ class SettingInfo:
     description: str
 
 
-def all_settings() -> Iterator[SettingInfo]:
-    """Yield every setting, in the order of the topics."""
-    topic = ""
+def all_settings() -> list[SettingInfo]:
+    """Every setting, in the order of the topics."""
+    topic, found = "", []
     for field, info in Settings.model_fields.items():
         topic = TOPICS.get(field, topic)
-        yield SettingInfo(
+        setting = SettingInfo(
             field=field,
             name=f"{PREFIX}{field.upper()}",
             topic=topic,
@@ -79,6 +80,10 @@ def all_settings() -> Iterator[SettingInfo]:
             default=_default(field, info),
             description=info.description or "",
         )
+        found.append(setting)
+    # Fields of a base class come first in `model_fields`.
+    places = {name: place for place, name in enumerate(TOPICS.values())}
+    return sorted(found, key=lambda setting: places[setting.topic])
 
 
 def value_text(value: object) -> str:
@@ -122,7 +127,7 @@ def settings_page() -> str:
         "that differ from their defaults; `shiwu-worker --check --all` prints all. The client reads",
         "`SHIWU_REDIS_URL` only. So does `shiwu`, and some of its commands read more; `--help` names them.",
         "",
-        "This page is written by `make docs` from `worker/shiwu_worker/config/settings.py`.",
+        "This page is written by `make docs` from the settings in `worker/shiwu_worker/config`.",
     ]
     topic = ""
     for setting in all_settings():

@@ -11,29 +11,21 @@ from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from shiwu.broker.maintenance import MAX_LEASE_S
 from shiwu.broker.redis_url import RedisAddress, read_redis_url
 from shiwu.broker.retention import DEAD_AGE_S, DEAD_LENGTH, DONE_TTL_S, RESULT_TTL_S, STREAM_LENGTH
 from shiwu.contract import TASK_NAME, Lane
-from shiwu.network.address_rules import HTTP_PORTS, check_proxy
+from shiwu_worker.config.source_settings import SourceSettings
 from shiwu_worker.config.types import (
     Device,
-    Endpoint,
     Formats,
     Fusions,
-    Hosts,
     Lanes,
     Names,
-    Networks,
-    Paths,
-    Ports,
-    Prefixes,
     ProbeFile,
-    Region,
     Retries,
-    S3Client,
     Timezone,
     Traces,
     UserAgent,
@@ -46,7 +38,7 @@ from shiwu_worker.policy.callback_rules import MAX_TASKS
 from shiwu_worker.runtime.cpus import usable_cores
 
 
-class Settings(BaseSettings):
+class Settings(SourceSettings):
     """Settings, read once at the start from `SHIWU_*`. Lists are separated by commas."""
 
     model_config = SettingsConfigDict(
@@ -94,6 +86,13 @@ class Settings(BaseSettings):
     labels_dir: Path | None = Field(None, description="folder with label sets (*.yaml), added to the embedded ones")
     labels_poll_s: float = Field(3.0, ge=0, description="time between looks for changed label files; 0: only SIGHUP")
     default_labels: str = Field("everyday-zh", description="label set of requests that name none")
+    shadow: str | None = Field(
+        None, description="label set that is tried on a share of the images; answers do not change; unset: none"
+    )
+    shadow_of: str | None = Field(
+        None, description="label set whose jobs the shadow is compared with; unset: SHIWU_DEFAULT_LABELS"
+    )
+    shadow_share: float = Field(0.1, gt=0, le=1, description="share of the images that the shadow is tried on")
     label_cache: int = Field(256, ge=1, description="number of inline label sets whose vectors are cached")
     label_cache_mb: int = Field(256, ge=1, description="memory for the vectors of inline labels")
     label_cost_s: float = Field(60.0, gt=0, description="device time that the new labels of one request may take")
@@ -257,49 +256,6 @@ class Settings(BaseSettings):
     exact_decode: bool = Field(
         False, description="always decode a JPEG at full size: slower, with the same pixels as transformers"
     )
-    s3_endpoint_url: Endpoint | None = Field(
-        None, description="S3-compatible store, http(s)://host[:port]; unset: from the AWS configuration, otherwise AWS"
-    )
-    s3_region: Region | None = Field(None, description="region of the store; unset: from the AWS configuration")
-    s3_client: S3Client = Field(
-        "boto3",
-        description="boto3, or obstore if it is installed: less CPU for each object, but not all keys can be requested",
-    )
-    s3_addressing: Literal["auto", "path", "virtual"] = Field(
-        "auto", description="where requests name the bucket: path, virtual (bucket.host), or auto: virtual on AWS only"
-    )
-    s3_anonymous: bool = Field(
-        False, description="send requests without credentials and signatures, for public buckets only"
-    )
-    s3_requester_pays: bool = Field(
-        False, description="the account of the worker pays for requests to requester-pays buckets"
-    )
-    allow_hosts: Hosts = Field((), description="host[:port] that may be fetched even if its address is not public")
-    only_hosts: Hosts = Field(
-        (), description="if set, no other host is fetched over http(s)://; *.name for all subdomains"
-    )
-    deny_hosts: Hosts = Field((), description="host[:port] that is never fetched")
-    allow_networks: Networks = Field((), description="networks (CIDR) whose addresses count as public")
-    deny_networks: Networks = Field((), description="networks (CIDR) to which the worker never connects")
-    nat64_prefixes: Prefixes = Field((), description="IPv6 prefixes that this network translates to IPv4 (RFC 6052)")
-    fetch_ports: Ports = Field(
-        HTTP_PORTS, description="allowed ports of http(s)://, or none; other ports only for allow_hosts"
-    )
-    allow_buckets: Names = Field(
-        (), description="if set, no other bucket is read; may end in *. Suffixes that AWS reserves need such an entry"
-    )
-    deny_buckets: Names = Field((), description="buckets that are never read; may end in *")
-    allow_folders: Paths = Field((), description="folders that file:// may read; none by default")
-    deny_folders: Paths = Field((), description="subfolders that file:// may not read")
-    proxy_url: SecretStr | None = Field(
-        None,
-        description="proxy for http(s)://, which must then check the addresses of host names; HTTP_PROXY and similar "
-        "variables are ignored",
-    )
-    tell_refusals: bool = Field(
-        False, description="answers say that these rules refused a source, which reveals which internal hosts exist"
-    )
-
     http_host: str = Field("0.0.0.0", description="address of the HTTP port")  # noqa: S104 probes come from outside
     http_port: int = Field(0, ge=0, le=65535, description="port of /livez, /readyz and /metrics; 0: no server")
     canary_s: float = Field(
@@ -364,13 +320,6 @@ class Settings(BaseSettings):
     @classmethod
     def _read_retries(cls, value: object) -> object:
         return dict(map(read_retry, split(value))) if isinstance(value, str) else value
-
-    @field_validator("proxy_url")
-    @classmethod
-    def _check_proxy(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            check_proxy(value.get_secret_value())
-        return value
 
     @field_validator("redis_url")
     @classmethod

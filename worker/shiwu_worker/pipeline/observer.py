@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ class PipelineObserver(Protocol):
     def images_saved(self, by: str, count: int) -> None:
         """So many jobs were scored without encoding their images; `by` is a word of `Cache`, or
         `not_modified` if the source did not have to send the image either."""
+
+    def shadow_compared(self, images: Mapping[str, int], tags: Mapping[str, int]) -> None:
+        """So many images were tried with the shadow label set: same, changed, first, dropped. Tags: same, added,
+        removed."""
 
     def jobs_committed(self, committed: Sequence[CommittedJob]) -> None:
         """Redis has these answers."""

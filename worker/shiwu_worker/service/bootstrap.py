@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log: FilteringBoundLogger = structlog.get_logger()
 LOADERS_READY_TIMEOUT_S: Final = 60.0
-RELOADER_CLOSE_S: Final = 2.0
+LABELS_CLOSE_S: Final = 2.0
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def open_service(
         service = WorkerService(parts, parts.make_pipeline(canary), observer)
         for listener in service.listeners:
             stack.callback(listener.close)
-        stack.callback(service.close_reloader)
+        stack.callback(service.close_label_threads)
         if len(queues) > 1:
             observer.shards(len(queues))
         observer.watch(stack, parts.snapshot, encoder, loaders, words_waiting=parts.labels.words_waiting)
@@ -111,6 +111,7 @@ class WorkerService:
         """Threads beside the pipeline, which end last."""
         folder = parts.settings.labels_dir
         self._reloader = None if folder is None else parts.make_label_reloader(folder, on_end=self._reloaded)
+        self._label_threads = [each.thread for each in (self._reloader, parts.shadow) if each is not None]
         self._reloaded(None)
         self._is_stopped = False
 
@@ -130,18 +131,20 @@ class WorkerService:
             loaders=parts.loaders,
             stuck_s=parts.stuck_s,
         )
-        if self._reloader is not None:
-            self._reloader.thread.start()
+        if parts.shadow is not None:
+            parts.labels.encode_ahead(parts.label_bank.sets[parts.shadow.name], lambda _: None)
+        for thread in self._label_threads:
+            thread.start()
 
     def reload_labels(self) -> None:
         """Read the files of label sets again, soon. May be called from a signal handler."""
         if self._reloader is not None:
             self._reloader.ask()
 
-    def close_reloader(self) -> None:
-        """Read no further files."""
-        if self._reloader is not None:
-            self._reloader.thread.close(RELOADER_CLOSE_S)
+    def close_label_threads(self) -> None:
+        """Read no further files, and report what the shadow has compared."""
+        for thread in self._label_threads:
+            thread.close(LABELS_CLOSE_S)
 
     def _reloaded(self, is_done: bool | None) -> None:
         digests = {name: label_set.info.digest for name, label_set in self._parts.label_bank.sets.items()}
@@ -160,10 +163,8 @@ class WorkerService:
             releaser.start()
             self._parts.committer.close(timeout_s=max(0.0, until_s - time.monotonic()))
             releaser.join(max(0.0, until_s - time.monotonic()))
-            if self._reloader is not None:
-                self._reloader.thread.ask_to_end()
-            for listener in self.listeners:
-                listener.thread.ask_to_end()  # all at the same time; their `close` waits
+            for thread in (*self._label_threads, *(listener.thread for listener in self.listeners)):
+                thread.ask_to_end()  # all at the same time; their `close` waits
 
     def hurry(self) -> None:
         """End the grace time of a running `stop`, for a second signal."""

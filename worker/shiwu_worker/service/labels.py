@@ -37,7 +37,7 @@ def read_label_sets(settings: Settings, *, has_calibrations: bool = True) -> dic
         has_calibrations: whether calibration files are read; without them a set cannot decide by z.
 
     Raises:
-        FatalError: with ExitCode.CONFIG when a file is wrong or the default set is missing.
+        FatalError: with ExitCode.CONFIG when a file is wrong, or a set that a setting names is missing.
     """
     if settings.labels_dir is not None and not settings.labels_dir.is_dir():
         text = f"SHIWU_LABELS_DIR: expected a folder of label sets, got {settings.labels_dir}"
@@ -52,6 +52,11 @@ def read_label_sets(settings: Settings, *, has_calibrations: bool = True) -> dic
         raise FatalError(
             ExitCode.CONFIG, f"SHIWU_DEFAULT_LABELS: expected one of {known}, got {settings.default_labels!r}"
         )
+    for field in ("shadow", "shadow_of"):
+        name = getattr(settings, field)
+        if name is not None and name not in sets:
+            text = f"SHIWU_{field.upper()}: expected one of {', '.join(sorted(sets))}, got {name!r}"
+            raise FatalError(ExitCode.CONFIG, text)
     return sets
 
 

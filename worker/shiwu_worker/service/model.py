@@ -1,9 +1,9 @@
-"""Makes the model and the parts that use it: the canary and the batch executor."""
+"""Makes the model and the parts that use it: the canary and the scorer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,16 +12,11 @@ from shiwu_worker.checkpoints.model_files import model_name, model_revision
 from shiwu_worker.config.batches import GPU_BATCH_S, batch_sizes
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.health.canary import Canary, known_images
-from shiwu_worker.pipeline.batch_executor import BatchExecutor
 from shiwu_worker.runtime.garbage import freeze_imported
 from shiwu_worker.stages.score.scorer import Scorer
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from shiwu_worker.config.settings import Settings
-    from shiwu_worker.jobs.job import Job
     from shiwu_worker.stages.decode.image_spec import ImageSpec
     from shiwu_worker.stages.encode.encoder import Encoder
 
@@ -88,13 +83,6 @@ def make_canary(settings: Settings, encoder: Encoder, *, on_wrong: Callable[[str
     )
 
 
-def make_executor(
-    encoder: Encoder,
-    *,
-    pixels: NDArray[np.uint8],
-    max_tags_bytes: int,
-    on_encoded: Callable[[Sequence[Job], NDArray[np.float32]], None],
-) -> BatchExecutor:
-    """The batch executor of this model."""
-    scorer = Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info, max_tags_bytes=max_tags_bytes)
-    return BatchExecutor(encoder, scorer, pixels=pixels, on_encoded=on_encoded)
+def make_scorer(encoder: Encoder, *, max_tags_bytes: int) -> Scorer:
+    """The scorer of this model."""
+    return Scorer(scale=encoder.scale, bias=encoder.bias, model=encoder.info, max_tags_bytes=max_tags_bytes)

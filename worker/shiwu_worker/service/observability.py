@@ -189,6 +189,11 @@ class Observability:
         if self._metrics is not None:
             self._metrics.label_sets(digests, is_done=is_done)
 
+    def shadow_compared(self, images: Mapping[str, int], tags: Mapping[str, int]) -> None:
+        """Count images and tags that were compared with those of the shadow label set."""
+        if self._metrics is not None:
+            self._metrics.shadow_compared(images, tags)
+
     def images_saved(self, by: str, count: int) -> None:
         """Count images that need not be encoded."""
         if self._metrics is not None:

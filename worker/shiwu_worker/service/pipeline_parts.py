@@ -13,6 +13,7 @@ from shiwu.broker.worker_state import WorkerState, write_worker_state
 from shiwu_worker.config import views
 from shiwu_worker.config.batches import slots_for
 from shiwu_worker.pipeline.admission import Admission
+from shiwu_worker.pipeline.batch_executor import BatchExecutor
 from shiwu_worker.pipeline.cancellations import CancellationListener
 from shiwu_worker.pipeline.claimer import Claimer
 from shiwu_worker.pipeline.heartbeat import Heartbeat
@@ -27,7 +28,8 @@ from shiwu_worker.runtime.progress import LoadMeter, Progress
 from shiwu_worker.service.label_reloader import LabelReloader
 from shiwu_worker.service.label_set_recorder import LabelSetRecorder
 from shiwu_worker.service.labels import check_default_labels, read_label_sets
-from shiwu_worker.service.model import make_executor
+from shiwu_worker.service.model import make_scorer
+from shiwu_worker.service.shadow import ShadowOptions, ShadowScorer
 from shiwu_worker.service.sharding import ShardedParts, snapshot_of_shards
 from shiwu_worker.service.worker_reporter import WorkerReporter
 from shiwu_worker.stages.batch import Batcher, Reason
@@ -36,6 +38,9 @@ from shiwu_worker.telemetry.queue_monitor import SNAPSHOT_EVERY_S
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from numpy import float32
+    from numpy.typing import NDArray
 
     from shiwu_worker.config.settings import Settings
     from shiwu_worker.errors import FatalError
@@ -48,6 +53,8 @@ if TYPE_CHECKING:
     from shiwu_worker.service.factories import QueueParts
     from shiwu_worker.stages.encode.encoder import Encoder
     from shiwu_worker.stages.score.label_bank import LabelBank
+
+    OnEncoded = Callable[[Sequence[Job], NDArray[float32]], None]
 
 MIN_STUCK_BATCHES: Final = 10
 """A worker counts as stuck no sooner than after the time of so many of its slowest batches."""
@@ -73,6 +80,8 @@ class PipelineParts:
         self.progress, self.observer, self.on_fatal = progress, observer, on_fatal
         self.meter = LoadMeter(loader_threads=settings.loader_count * settings.loader_threads)
         self.label_bank = label_bank
+        self.scorer = make_scorer(encoder, max_tags_bytes=settings.answer_tags_kb * 1024)
+        self.shadow = self._make_shadow(settings.shadow) if settings.shadow else None
         self.labels = LabelQueue(
             label_bank,
             views.label_limits(settings),
@@ -92,6 +101,13 @@ class PipelineParts:
         self.sharded = self._make_sharded() if len(queues) > 1 else None
         self.claims = queues[0].lease_queue if self.sharded is None else self.sharded.claims
         self.committer = self._make_committer() if self.sharded is None else self.sharded.committer
+
+    def _make_shadow(self, name: str) -> ShadowScorer:
+        settings = self.settings
+        options = ShadowOptions(name, settings.shadow_of or settings.default_labels, settings.shadow_share)
+        return ShadowScorer(
+            options, bank=self.label_bank, scorer=self.scorer, on_compared=self.observer.shadow_compared
+        )
 
     def _make_sharded(self) -> ShardedParts:
         return ShardedParts(
@@ -139,11 +155,11 @@ class PipelineParts:
             shared=shared,
             batcher=make_batcher(settings, encoder, on_leave=self.observer.batch_started),
             check_canary=canary.check_if_due,
-            executor=make_executor(
+            executor=BatchExecutor(
                 encoder,
+                self.scorer,
                 pixels=self.loaders.pixels,
-                max_tags_bytes=settings.answer_tags_kb * 1024,
-                on_encoded=shared.encoded,
+                on_encoded=shared.encoded if self.shadow is None else _each(shared.encoded, self.shadow.encoded),
             ),
             committer=self.committer,
         )
@@ -267,6 +283,16 @@ class PipelineParts:
     def _backoff(self, where: str) -> RedisBackoff:
         """The pauses of one thread. A worker that waits for Redis is not stuck, so each pause counts as progress."""
         return RedisBackoff(where, on_wait=lambda _: self.progress.mark())
+
+
+def _each(*subscribers: OnEncoded) -> OnEncoded:
+    """Calls the subscribers in this order."""
+
+    def call(jobs: Sequence[Job], vectors: NDArray[float32]) -> None:
+        for subscriber in subscribers:
+            subscriber(jobs, vectors)
+
+    return call
 
 
 def _in_turn(

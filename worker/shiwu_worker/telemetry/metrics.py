@@ -45,6 +45,8 @@ NO_LANE: Final = "none"
 """In place of a lane: labels of configured sets that no job waits for."""
 RELOADS: Final = ("done", "failed")
 """How a reload of label sets ends."""
+SHADOW_RESULTS: Final = ("same", "changed", "first", "dropped")
+SHADOW_CHANGES: Final = ("same", "added", "removed")
 _LABEL_LANES: Final = (*_LANES, NO_LANE)
 _STAGES: Final = tuple(stage.value for stage in Stage)
 _TIMED: Final = len(_STAGES) - 1
@@ -145,6 +147,10 @@ class Metrics:
         )
         self._label_set_series: set[tuple[str, str]] = set()
         self._reloads = counter("shiwu_label_reloads", "Changed files of label sets.", ["result"])
+        text = "Images tried with the shadow label set, by what it changes."
+        self._shadow_images = counter("shiwu_shadow_images", text, ["result"])
+        text = "Tags of these images, by what the shadow label set changes."
+        self._shadow_tags = counter("shiwu_shadow_tags", text, ["change"])
 
     def _show_zeros(self, retried: Collection[ErrorCode]) -> None:
         """Create series with 0: a series that begins with its first event hides that event from `rate`."""
@@ -163,6 +169,10 @@ class Metrics:
             self._duty_failures.labels(duty)
         for result in RELOADS:
             self._reloads.labels(result)
+        for result in SHADOW_RESULTS:
+            self._shadow_images.labels(result)
+        for change in SHADOW_CHANGES:
+            self._shadow_tags.labels(change)
 
     # -------------------------------------------------------------------------------- jobs
     def answered(self, committed: Sequence[CommittedJob]) -> None:
@@ -216,6 +226,13 @@ class Metrics:
         for series in self._label_set_series - now:
             self._label_sets.remove(*series)
         self._label_set_series = now
+
+    def shadow_compared(self, images: Mapping[str, int], tags: Mapping[str, int]) -> None:
+        """Record images by one of `SHADOW_RESULTS`, and tags by one of `SHADOW_CHANGES`."""
+        for result, count in images.items():
+            self._shadow_images.labels(result).inc(count)
+        for change, count in tags.items():
+            self._shadow_tags.labels(change).inc(count)
 
     def images_saved(self, by: str, images: int) -> None:
         """Record jobs that were scored without encoding their images; `by` is one of `SAVINGS`."""

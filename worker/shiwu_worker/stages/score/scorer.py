@@ -148,6 +148,18 @@ class Scorer:
         """
         return self._tags(kept_cosines(halves, labels.vectors), labels, requests)
 
+    def image_tags(
+        self, vectors: NDArray[np.float32], labels: EncodedLabels, requests: Sequence[Request]
+    ) -> list[tuple[Tag, ...]]:
+        """The tags that jobs with these vectors (n, d) and requests would get with these labels."""
+        tags = self._tags(vectors @ labels.vectors.T, labels, requests)
+        # Tags beside a vector are made from that vector.
+        if keeping := [row for row, request in enumerate(requests) if "vector" in request.want]:
+            kept = self.kept_tags(rounded(vectors[keeping]), labels, [requests[row] for row in keeping])
+            for row, each in zip(keeping, kept, strict=True):
+                tags[row] = each
+        return [self.fitting(each)[0] for each in tags]
+
     def tags(
         self, cosines: NDArray[np.float32], labels: EncodedLabels, requests: Sequence[Request | None]
     ) -> list[tuple[Tag, ...]]:

@@ -1,0 +1,143 @@
+"""A label set of version 2 on real photographs: tried as a shadow, calibrated on them, and taken over by the worker."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from shiwu import Client
+from shiwu.contract import Answer, Status
+from shiwu_worker.__main__ import main
+from tests.support.health_port import value
+from tests.support.processes import ROOT, free_ports
+from tests.support.servers import WorkerProcess
+from tests.support.waiting import wait_until
+
+PHOTOS: Final = ROOT / "demo" / "photos"
+NOW: Final = "name: now\nlabels: [猫, 狗, 花, 桥, 宫殿, 锤子]\n"
+ANIMALS: Final = ("猫", "狗", "熊", "鳄鱼", "蜥蜴", "鸟")
+RULES: Final = {
+    "version": 2,
+    "name": "rules",
+    "unknown": "其他",
+    "labels": [
+        {"label": "猫", "aliases": ["cat"]},
+        *({"label": word} for word in ANIMALS[1:]),
+        {"label": "花", "texts": ["花", "盆栽"]},
+        {"label": "桥", "group": "buildings"},
+        {"label": "宫殿", "group": "buildings"},
+        "锤子",
+    ],
+    "groups": {
+        "animals": {"exclusive": True, "labels": list(ANIMALS), "parent": "动物"},
+        "buildings": {},
+    },
+}
+
+
+def photos() -> list[str]:
+    """References of the sample photographs that can be decoded."""
+    samples = sorted(path for path in PHOTOS.iterdir() if path.suffix != ".json")
+    return [path.as_uri() for path in samples if path.stem != "cut-off"]
+
+
+def ask(client: Client, **fields: Any) -> list[Answer]:
+    """The answers for all photographs."""
+    found = client.wait_many(client.enqueue_many(photos(), **fields), timeout_s=60)
+    assert {answer.status for answer in found.values()} == {Status.TAGGED}
+    return list(found.values())
+
+
+def labels_of(answer: Answer) -> list[str]:
+    """The labels of its tags."""
+    return [tag.label for tag in answer.tags or ()]
+
+
+def run(*arguments: str) -> str:
+    """What `shiwu-worker labels` prints."""
+    done = CliRunner().invoke(main, ["labels", *arguments])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def write_rules(folder: Path, **fields: object) -> None:
+    """Write the set with these fields more; the file changes in one step."""
+    text = yaml.safe_dump({**RULES, **fields}, allow_unicode=True)
+    (folder / "rules.tmp").write_text(text, encoding="utf-8")
+    os.replace(folder / "rules.tmp", folder / "rules.yaml")
+
+
+def calibrate(folder: Path, answers: Sequence[Answer]) -> str:
+    """Write `rules.yaml` with the head z and its calibration file into this folder; what the command prints."""
+    folder.mkdir()
+    write_rules(folder, head="z", calibration="rules.json")
+    lines = folder / "answers.jsonl"
+    lines.write_bytes(b"\n".join(answer.to_json() for answer in answers))
+    command = ("calibrate", "rules", "--answers", str(lines), "--false-rate", "0.4", "--accept")
+    return run(*command, "-o", str(folder / "rules.json"))
+
+
+def check_rules(answers: Sequence[Answer], z: float) -> None:
+    """At most one animal, and its parent with it; z decides; the label for unknown images stands alone."""
+    for answer in answers:
+        names = labels_of(answer)
+        animals = set(ANIMALS) & set(names)
+        assert len(animals) <= 1
+        assert not animals or "动物" in names
+        assert answer.unknown is (True if names == ["其他"] else None)
+        assert "其他" not in names or len(names) == 1
+        for tag in answer.tags or ():
+            assert tag.z is not None
+            assert tag.label in {"动物", "其他"} or tag.z >= z
+            assert (tag.group == "animals") is (tag.label in ANIMALS)
+        assert [tag.z for tag in answer.tags or ()] == sorted((tag.z or 0.0 for tag in answer.tags or ()), reverse=True)
+
+
+def test_set_of_version_2_from_shadow_to_answers(
+    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shadow counts what would change; then the calibrated set answers, after a reload, by its rules."""
+    folder, (port,) = tmp_path / "labels", free_ports(1)
+    folder.mkdir()
+    (folder / "now.yaml").write_text(NOW, encoding="utf-8")
+    write_rules(folder)
+    settings = {"labels_dir": folder, "labels_poll_s": 0.5, "default_labels": "now", "allow_folders": PHOTOS}
+    shadow = {"shadow": "rules", "shadow_share": 1.0, "http_port": port, "model": "", "max_batch": 8}
+    with (
+        WorkerProcess(redis_url=redis_url, folder=tmp_path, **settings, **shadow) as worker,
+        Client(redis_url) as client,
+    ):
+        worker.wait_ready()
+        first = ask(client, want=["tags", "vector"], top_k=1)
+        assert all(labels_of(answer)[0] in NOW for answer in first)
+
+        monkeypatch.setenv("SHIWU_LABELS_DIR", str(tmp_path / "new"))
+        monkeypatch.setenv("SHIWU_MAX_BATCH", "1")
+        text = calibrate(tmp_path / "new", first)
+        assert "asked for:   40.0%" in text
+        for name in ("rules.json", "rules.yaml"):
+            os.replace(tmp_path / "new" / name, folder / name)
+        wait_until(lambda: '"label_sets_reloaded"' in worker.log_text(), timeout_s=60, what="the calibrated set")
+
+        second = ask(client, labels="rules")
+        z = json.loads((folder / "rules.json").read_text(encoding="utf-8"))["z"]
+        check_rules(second, z)
+        names = {Path(photo).stem: labels_of(answer) for photo, answer in zip(photos(), second, strict=True)}
+        assert {"猫", "动物"} <= set(names["cat"])
+        assert "狗" in names["two-dogs"]
+        assert any(answer.unknown for answer in second)
+        assert len({answer.labels and answer.labels.calibration for answer in second}) == 1
+
+        ask(client, top_k=1)
+        assert value(port, "shiwu_shadow_images_total", result="dropped") == 0
+    found = json.loads(run("shadow", str(worker.log_path), "--json"))
+    assert [each["images"] for each in found] == [len(photos())] * 2
+    assert len({each["shadow_digest"] for each in found}) == 2
+    assert all(each["same"] < each["images"] for each in found)
