@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from shiwu_worker.jobs.timestamps import StageTimestamps
 from shiwu_worker.service.label_set_recorder import MAX_REMEMBERED, LabelSetRecorder
 from tests.support import pictures
 from tests.support.redis_parts import message
+from tests.support.rule_sets import read_set
 from tests.support.servers import S3Server, WorkerProcess
 from tests.support.waiting import wait_until
 
@@ -71,6 +73,15 @@ def test_label_sets_of_requests_are_limited(redis_client: redis.Redis) -> None:
     newest = store.find("d1049")
     assert newest is not None
     assert newest.labels == ("label 1049",)
+
+
+def test_aliases_are_recorded(redis_client: redis.Redis, tmp_path: Path) -> None:
+    """With their labels, so that a program can show tags by its own names."""
+    label_set = read_set(tmp_path, labels=["猫", {"label": "狗", "aliases": ["dog", "犬"]}])
+    LabelSetRecorder(KnownLabelStore(redis_client)).committed([settled(label_set)])
+    found = KnownLabelStore(redis_client).find(label_set.info.digest)
+    assert found is not None
+    assert (found.labels, found.aliases) == (("猫", "狗"), ((), ("dog", "犬")))
 
 
 def test_unreadable_label_set_is_not_known(redis_client: redis.Redis) -> None:

@@ -108,10 +108,10 @@ def test_set_of_version_2_from_shadow_to_answers(
     folder.mkdir()
     (folder / "now.yaml").write_text(NOW, encoding="utf-8")
     write_rules(folder)
-    settings = {"labels_dir": folder, "labels_poll_s": 0.5, "default_labels": "now", "allow_folders": PHOTOS}
-    shadow = {"shadow": "rules", "shadow_share": 1.0, "http_port": port, "model": "", "max_batch": 8}
+    settings: dict[str, Any] = {"labels_dir": folder, "labels_poll_s": 0.5, "default_labels": "now", "model": ""}
+    settings |= {"shadow": "rules", "shadow_share": 1.0, "http_port": port, "allow_folders": PHOTOS, "max_batch": 8}
     with (
-        WorkerProcess(redis_url=redis_url, folder=tmp_path, **settings, **shadow) as worker,
+        WorkerProcess(redis_url=redis_url, folder=tmp_path, **settings) as worker,
         Client(redis_url) as client,
     ):
         worker.wait_ready()
@@ -126,14 +126,19 @@ def test_set_of_version_2_from_shadow_to_answers(
             os.replace(tmp_path / "new" / name, folder / name)
         wait_until(lambda: '"label_sets_reloaded"' in worker.log_text(), timeout_s=60, what="the calibrated set")
 
-        second = ask(client, labels="rules")
+        second = ask(client, labels="rules", threshold="set")
         z = json.loads((folder / "rules.json").read_text(encoding="utf-8"))["z"]
         check_rules(second, z)
         names = {Path(photo).stem: labels_of(answer) for photo, answer in zip(photos(), second, strict=True)}
         assert {"猫", "动物"} <= set(names["cat"])
         assert "狗" in names["two-dogs"]
         assert any(answer.unknown for answer in second)
-        assert len({answer.labels and answer.labels.calibration for answer in second}) == 1
+        [labels] = {answer.labels for answer in second}
+        assert labels is not None
+        assert (labels.calibrated, labels.head, labels.calibration is None) == (True, "z", False)
+        known = wait_until(lambda: client.known_labels(labels.digest), timeout_s=10, what="the record of the set")
+        assert known.aliases is not None
+        assert known.aliases[known.labels.index("猫")] == ("cat",)
 
         ask(client, top_k=1)
         assert value(port, "shiwu_shadow_images_total", result="dropped") == 0

@@ -20,6 +20,7 @@ from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 from shiwu_worker.stages.score.label_files import load_label_sets
 from tests.support.labelled_answers import answer_line
+from tests.support.rule_sets import write_calibration, write_set
 
 SET: Final = """version: 2
 name: pets
@@ -102,6 +103,27 @@ def test_calibrated_set_keeps_its_rate_and_finds_labels(dog: NDArray[np.float64]
     assert next(each for each in changes["labels"] if each["label"] == "狗")["added"] >= 0.9 * SHOWN
     code, text = run("diff", "pets", "pets", "--answers", answers)
     assert f"{600 + SHOWN} images: {600 + SHOWN} with the same tags, 0 with another first tag" in text
+
+
+def test_lint_finds_calibrations_that_do_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another model, of other texts, and a file that is missing; each with a code."""
+    fields = {"name": "model", "head": "z", "labels": ["猫", "狗"]}
+    write_set(tmp_path, {**fields, "calibration": write_calibration(tmp_path, fields)})
+    write_set(tmp_path, {**fields, "name": "texts", "labels": ["猫", "鸟"], "calibration": "c.json"})
+    write_set(tmp_path, {**fields, "name": "missing", "calibration": "none.json"})
+    monkeypatch.setenv("SHIWU_LABELS_DIR", str(tmp_path))
+    monkeypatch.setenv("SHIWU_MAX_BATCH", "1")
+    done = CliRunner().invoke(main, ["labels", "lint", "model", "texts", "missing", "six-zh", "--json"])
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    codes = {name: [each["code"] for each in of_set["warnings"]] for name, of_set in found.items()}
+    assert codes == {
+        "model": ["calibration_stale"],
+        "texts": ["calibration_stale"],
+        "missing": ["calibration_missing"],
+        "six-zh": [],
+    }
+    assert "got none of '鸟'; calibrate the label set again" in found["texts"]["warnings"][0]["message"]
 
 
 def test_calibration_of_version_2_needs_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ OTHER_FLAGS = {
     *("ignore_result", "ignore_subscribe_messages", "inuse_connections", "push_request", "requester_pays"),
     # Names that users see: of the client's API, of options and settings, and of fields that are printed or stored.
     *("stop_when_idle", "show_all", "as_json", "task_events", "tells_refusals", "usable", "same_first", "retryable"),
-    *("accept", "by_source", "coalesce", "named_only", "thin", "exclusive", "hidden", "unknown"),
+    *("accept", "by_source", "calibrated", "coalesce", "named_only", "thin", "exclusive", "hidden", "unknown"),
     # What a caller asks for, or reports.
     *("active", "available", "choose_largest", "count_waiting", "counts", "default", "may_be_cluster", "may_compile"),
     *("must_decode", "splits_batches", "value"),

@@ -105,7 +105,7 @@ class Client:
         *,
         labels: str | Sequence[str] | None = None,
         top_k: int = 5,
-        threshold: float = 0.0,
+        threshold: float | Literal["set"] = 0.0,
         min_cosine: float | None = None,
         head: str | None = None,
         want: Sequence[str] = ("tags",),

@@ -38,6 +38,8 @@ class KnownLabels(msgspec.Struct, frozen=True, omit_defaults=True):
     """The label of images that get no other."""
     calibration: str | None = None
     """Digest of the calibration file."""
+    aliases: tuple[tuple[str, ...], ...] | None = None
+    """Further names of each label, in a label set of version 2 that has some; they change neither tags nor digest."""
 
 
 class KnownLabelStore:

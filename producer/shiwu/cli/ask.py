@@ -61,8 +61,10 @@ def tag(
     REF is s3://bucket/key, https://…, http://… or file:///… (where the worker allows the folder).
     """
     fields["labels"] = read_labels(labels, words)
-    # The table also shows the best label where none reaches the threshold, so the worker applies no threshold.
-    fields["threshold"] = threshold if as_json or not 0 <= threshold <= 1 else 0.0
+    # The table also shows the best label where none reaches the threshold, so the worker applies no threshold. That of
+    # a label set may compare probabilities, which only the worker knows.
+    is_applied_here = isinstance(fields["labels"], list) and not as_json and 0 <= threshold <= 1
+    fields["threshold"] = 0.0 if is_applied_here else threshold
     with with_label_hint(fields["labels"]):
         ids = list(client.enqueue_many(references, lane=lane, expires_s=expires_s, **fields))
     found: dict[str, TagResult] = {}
@@ -75,7 +77,7 @@ def tag(
         shown = [(ref, found.get(job_id)) for ref, job_id in zip(references, ids, strict=True)]
         print_rows(
             HEADINGS,
-            [_row(ref, result, threshold, warned=warned) for ref, result in shown],
+            [_row(ref, result, threshold if is_applied_here else 0.0, warned=warned) for ref, result in shown],
             text_columns=(0, 1),
             optional=(5, 2, 3, 4, 6),
         )
@@ -124,7 +126,9 @@ def _row(reference: str, result: TagResult | None, threshold: float, *, warned: 
     if not result.ok:
         code = str(result.error.code) if result.error else str(result.status)
         return Row([image, code, *times], notes=notes_of(result.error), red=1)
-    tags = [f"{tag.label} {tag.score:.3f}" for tag in result.tags or ()]
+    tags = [
+        f"{tag.label} {tag.score:.3f}" if tag.p is None else f"{tag.label} p {tag.p:.3f}" for tag in result.tags or ()
+    ]
     kept = [text for text, tag in zip(tags, result.tags or (), strict=True) if tag.score >= threshold]
     notes = []
     if not kept and result.tags is not None:

@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import click
 
-from shiwu.cli.params import Seconds
-from shiwu.contract import ErrorCode, RequestError, Want
+from shiwu.cli.params import Seconds, Threshold
+from shiwu.contract import OF_THE_SET, ErrorCode, RequestError, Want
 
 expires_option = click.option(
     "--expires",
@@ -28,7 +28,13 @@ def request_options(command: Any) -> Any:
         ),
         click.option("--label", "words", multiple=True, metavar="WORD", help="One label of your own; may be repeated."),
         click.option("--top-k", default=5, show_default=True, help="How many tags at most."),
-        click.option("--threshold", default=0.0, show_default=True, help="Lowest score to show, 0 to 1."),
+        click.option(
+            "--threshold",
+            type=Threshold(),
+            default=OF_THE_SET,
+            show_default=True,
+            help="Lowest p, or score, to show, 0 to 1; set, or 0: the limits of the label set.",
+        ),
         click.option("--min-cosine", type=float, help="Lowest cosine to show, -1 to 1."),
         click.option("--head", type=click.Choice(["softmax", "sigmoid"]), help="Default: the label set's own."),
         click.option(

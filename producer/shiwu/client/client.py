@@ -99,7 +99,7 @@ class Client:
         *,
         labels: str | Sequence[str] | None = None,
         top_k: int = 5,
-        threshold: float = 0.0,
+        threshold: float | Literal["set"] = 0.0,
         min_cosine: float | None = None,
         head: str | None = None,
         want: Sequence[str] = ("tags",),
@@ -123,7 +123,7 @@ class Client:
             labels: the name of a label set on the workers, or 1 to 1000 different labels of 1 to 100 characters.
                 Default: the workers' default label set.
             top_k: how many tags to return at most, 1 to 1000; the best come first.
-            threshold: lowest score of a tag, 0 to 1.
+            threshold: lowest `p`, or score, of a tag, 0 to 1; 0 or "set": the limits of the label set.
             min_cosine: lowest cosine of a tag, -1 to 1. Default: the limits of the label set.
             head: "softmax" (all scores sum to 1) or "sigmoid" (independent scores). Default: the label set's.
             want: what to return: "tags", "embedding" (the unit vector as numbers), "vector" (as float16 in base64).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 from uuid import uuid4
 
 from pydantic_core import to_json
@@ -58,7 +58,7 @@ def job_id_for(
     *,
     labels: str | Sequence[str] | None = None,
     top_k: int = 5,
-    threshold: float = 0.0,
+    threshold: float | Literal["set"] = 0.0,
     min_cosine: float | None = None,
     head: str | None = None,
     want: Sequence[str] = ("tags",),

@@ -91,6 +91,7 @@ from shiwu.contract.references import (
     without_query,
 )
 from shiwu.contract.request import (
+    OF_THE_SET,
     REQUEST_FIELDS,
     Head,
     InlineLabels,
@@ -168,6 +169,7 @@ __all__ = [
     "MAX_METADATA_BYTES",
     "MAX_TOP_K",
     "NAME_PATTERN",
+    "OF_THE_SET",
     "PENDING_ANSWERS",
     "PENDING_ANSWERS_EXPIRY",
     "QUARANTINE",

@@ -124,7 +124,9 @@ class ImageInfo(AnswerModel, frozen=True, gc=False):
 class LabelsInfo(AnswerModel, frozen=True, gc=False):
     """The label set that the image was compared with. The digest covers everything that decides the tags.
 
-    `calibration` is the digest of the calibration file that the label set names.
+    `calibration` is the digest of the calibration file that the label set names. `calibrated` is true if its limits
+    were chosen from images for this revision of the model, and false if for another one, so that they may not hold; it
+    is absent where they were not chosen from images.
     """
 
     digest: str
@@ -132,6 +134,7 @@ class LabelsInfo(AnswerModel, frozen=True, gc=False):
     head: HeadWord
     name: str | None = None
     calibration: str | None = None
+    calibrated: bool | None = None
 
 
 class ModelInfo(AnswerModel, frozen=True, gc=False):

@@ -9,10 +9,12 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     JsonValue,
     StringConstraints,
     ValidationError,
+    WithJsonSchema,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 
@@ -30,6 +32,8 @@ from shiwu.contract.vocabulary import (
 )
 
 _NAME: Final = re.compile(NAME_PATTERN)
+OF_THE_SET: Final = "set"
+"""The threshold of a request that wants the limits of its label set; the same as 0, which every worker reads."""
 
 
 def _check_reference(image: str) -> str:
@@ -70,6 +74,18 @@ def _check_metadata(metadata: JsonValue) -> JsonValue:
     return metadata
 
 
+def _read_threshold(threshold: Any) -> Any:
+    if threshold == OF_THE_SET:
+        return 0.0
+    if isinstance(threshold, str):
+        try:
+            return float(threshold)
+        except ValueError:
+            text = 'expected a number from 0 to 1, or "set" for the limits of the label set, got {value}'
+            raise PydanticCustomError("invalid_threshold", text, {"value": f"{threshold!r:.80}"}) from None
+    return threshold
+
+
 def _check_callback(callback: str) -> str:
     if _NAME.fullmatch(callback):
         return callback
@@ -101,6 +117,12 @@ Callback = Annotated[
         }
     ),
 ]
+Threshold = Annotated[
+    float,
+    BeforeValidator(_read_threshold),
+    Field(ge=0.0, le=1.0),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0.0, "maximum": 1.0}, {"const": OF_THE_SET}]}),
+]
 Head = Literal["softmax", "sigmoid"]
 Want = Literal["tags", "embedding", "vector"]
 
@@ -111,7 +133,8 @@ class Request(RequestModel):
     image: Annotated[str, AfterValidator(_check_reference)]
     labels: LabelSetName | InlineLabels | None = None
     top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] = 5
-    threshold: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    threshold: Threshold = 0.0
+    """The lowest `p` or score of a tag, 0 to 1. 0, or the word "set", means the thresholds of the label set."""
     head: Head | None = None
     metadata: Annotated[JsonValue, AfterValidator(_check_metadata)] = None
     want: Annotated[tuple[Want, ...], Field(min_length=1, max_length=3)] = ("tags",)

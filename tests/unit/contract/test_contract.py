@@ -69,6 +69,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": "s3://b/k", "metadata": "x" * 5000}, "metadata_too_large"),
     ({"image": "s3://b/k", "top_k": 0}, "invalid_request"),
     ({"image": "s3://b/k", "threshold": 2}, "invalid_request"),
+    ({"image": "s3://b/k", "threshold": "sets"}, "invalid_request"),
     ({"image": "s3://b/k", "head": "relu"}, "invalid_request"),
     ({"image": "s3://b/k", "want": ["everything"]}, "invalid_request"),
 ]
@@ -81,6 +82,15 @@ def test_invalid_field_has_its_error_code(fields: dict[str, Any], code: str) -> 
         parse_request(fields)
     assert caught.value.code.value == code
     assert len(str(caught.value)) < 600
+
+
+def test_threshold_may_be_that_of_the_set() -> None:
+    """The word is the same as 0 and is sent as 0, so workers of earlier versions read it; another word is refused."""
+    request = parse_request({"image": "s3://b/k", "threshold": "set"})
+    assert request == parse_request({"image": "s3://b/k"}) == Request.model_validate_json(request.to_json())
+    assert b'"threshold":0.0' in request.to_json()
+    with pytest.raises(RequestError, match=r"""expected a number from 0 to 1, or "set" .*, got 'sets'"""):
+        parse_request({"image": "s3://b/k", "threshold": "sets"})
 
 
 @pytest.mark.parametrize("job_id", ["a b", "~x", "-x", "x" * 255, "a\n", "é", "user@host", "a/b|c", '"', "\x00", "*"])

@@ -18,32 +18,17 @@ from numpy.typing import NDArray
 from shiwu.contract import ImageInfo
 from shiwu_worker.__main__ import main
 from shiwu_worker.jobs.job import Job
-from shiwu_worker.jobs.label_checks import LabelTokens
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.service import shadow
 from shiwu_worker.service.shadow import ShadowOptions, ShadowScorer
 from shiwu_worker.stages.score.label_bank import LabelBank
+from tests.support.label_banks import make_bank
 from tests.support.rule_sets import text_vector
 from tests.support.scored_jobs import SCORER, make_job
 from tests.support.waiting import wait_until
 
 NOW: Final = LabelSet("now", ("cat", "dog", "bird"))
 NEXT: Final = LabelSet("next", ("cat", "dog", "car"), min_cosines=(-1.0, 0.9, 0.9))
-
-
-def make_bank(*sets: LabelSet, has_vectors: bool = True) -> LabelBank:
-    """A bank of these sets; the first is the default."""
-    bank = LabelBank(
-        sets={str(each.name): each for each in sets},
-        default=str(sets[0].name),
-        encode_texts=lambda texts: np.stack([text_vector(text) for text in texts]),
-        label_tokens=lambda labels: [LabelTokens(tuple(map(ord, label)), is_readable=True) for label in labels],
-        max_cached=4,
-        has_bias=False,
-    )
-    for each in sets if has_vectors else ():
-        bank.encoded(each)
-    return bank
 
 
 class Reports:

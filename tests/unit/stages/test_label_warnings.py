@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from shiwu.contract import ModelInfo
+from shiwu_worker.commands.check import check_calibrations
+from shiwu_worker.errors import FatalError
 from shiwu_worker.jobs.label_checks import LabelFindings
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.stages.score.label_files import load_label_sets
 from shiwu_worker.stages.score.label_warnings import label_warnings
+from tests.support.label_banks import make_bank
+from tests.support.scored_jobs import make_job
 
+MODEL = ModelInfo(id="m", revision="a", dtype="float32", device="cpu")
 FILE = """
 name: animals
 labels: [{label: 猫, min_cosine: 0.1}, {label: 狗, min_cosine: 0.2}]
@@ -31,6 +37,30 @@ def test_limits_of_another_model_are_warned_of(
     label_set = LabelSet(name="x", words=("猫", "狗"), min_cosines=(0.1, 0.2), calibrated_for=calibrated_for)
     warnings = label_warnings(label_set, LabelFindings(), revision=revision)
     assert [str(warning.code) for warning in warnings] == codes
+
+
+@pytest.mark.parametrize(("calibrated_for", "calibrated"), [("a", True), ("b", False), (None, None)])
+def test_answer_says_whether_limits_are_of_its_model(calibrated_for: str | None, calibrated: bool | None) -> None:
+    """Also with another head; limits that were written by hand say nothing."""
+    bank = make_bank(
+        LabelSet("x", ("cat", "dog"), min_cosines=(-1.0, -1.0), calibrated_for=calibrated_for), revision="a"
+    )
+    for head in ("softmax", None):
+        job = make_job(0, bank.encoded(bank.resolve("x", head)))
+        labels = job.answer(worker="w", until_s=1.0).labels
+        assert labels is not None
+        assert (labels.calibrated, b'"calibrated"' in labels.to_json()) == (calibrated, calibrated is not None)
+        assert labels.digest == bank.sets["x"].info.digest
+
+
+def test_check_fails_on_limits_of_another_model() -> None:
+    """With a code that does not change, and the names of the sets."""
+    sets = {name: LabelSet(name, ("cat",), calibrated_for=name) for name in ("a", "b", "c")}
+    check_calibrations({"a": sets["a"], "by hand": LabelSet("by hand", ("cat",))}, MODEL)
+    with pytest.raises(
+        FatalError, match=r"^calibration_stale: expected .* revision a of the model, got b for b, c for c;"
+    ):
+        check_calibrations(sets, MODEL)
 
 
 def test_calibration_of_a_file_is_read(tmp_path: Path) -> None:

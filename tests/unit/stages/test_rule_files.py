@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shiwu_worker.jobs.label_set import LabelSet
-from shiwu_worker.stages.score.label_files import load_label_set
+from shiwu_worker.stages.score.label_files import StaleCalibration, load_label_set, read_calibrations
 from tests.support.rule_sets import read_set, write_calibration, write_set
 
 FULL: dict[str, Any] = {
@@ -78,19 +78,32 @@ def test_file_with_everything_is_read(tmp_path: Path) -> None:
     [
         {"mean": float("nan")},
         {"deviation": 0.0},
-        {"texts": "0" * 16},
         {"curve": [1e400, 0]},
         {"other": 1},
     ],
 )
 def test_calibration_of_other_labels_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    """Of other texts, with figures that are no numbers, or with fields that are not known."""
+    """With figures that are no numbers, or with fields that are not known."""
     fields = {"labels": ["a", "b"], "head": "z", "calibration": "c.json"}
     write_calibration(tmp_path, fields)
     assert read_set(tmp_path, **fields).rules is not None
     write_calibration(tmp_path, fields, b=change)
     with pytest.raises(ValueError, match=r"mine\.yaml: .*c\.json: expected a file that"):
         read_set(tmp_path, **fields)
+
+
+def test_calibration_of_other_texts_is_stale(tmp_path: Path) -> None:
+    """The text has a code; a set whose file is missing has another error."""
+    fields = {"labels": ["a", "b"], "head": "z", "calibration": "c.json"}
+    write_calibration(tmp_path, fields, b={"texts": "0" * 16})
+    stale = r"mine\.yaml: .*c\.json: calibration_stale: .* got one of other texts or templates of 'b'"
+    with pytest.raises(StaleCalibration, match=stale):
+        read_set(tmp_path, **fields)
+    (tmp_path / "c.json").unlink()
+    with pytest.raises(ValueError, match="there is none yet"):
+        read_set(tmp_path, **fields)
+    [error] = read_calibrations(tmp_path).values()
+    assert not isinstance(error, StaleCalibration)
 
 
 def test_new_label_needs_a_new_calibration(tmp_path: Path) -> None:

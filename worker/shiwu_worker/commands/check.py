@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import redis
@@ -20,7 +20,7 @@ from rich.text import Text
 from shiwu.broker.redis_errors import explain
 from shiwu.broker.sharding import keep_shard_count
 from shiwu.broker.stray_lanes import find_stray_lanes
-from shiwu.contract import LEASES, printable
+from shiwu.contract import LEASES, WarningCode, printable
 from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.commands.s3_check import check_s3
 from shiwu_worker.config.errors import SettingsError, exit_with, load_settings, unknown_names
@@ -32,6 +32,10 @@ from shiwu_worker.service.labels import encode_default_labels, load_label_bank, 
 from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 from shiwu_worker.stages.fetch.s3.base import StoreError
+
+if TYPE_CHECKING:
+    from shiwu.contract import ModelInfo
+    from shiwu_worker.jobs.label_set import LabelSet
 
 PIPE_COLUMNS: Final = 160
 MIN_REDIS_VERSION: Final = (6, 2)
@@ -219,6 +223,22 @@ def _check_s3(settings: Settings) -> Report:
     return Report(*check_s3(settings))
 
 
+def check_calibrations(sets: Mapping[str, LabelSet], model: ModelInfo) -> None:
+    """Check that the limits of these sets were chosen for this model, or written by hand.
+
+    Raises:
+        FatalError: with ExitCode.CONFIG and the code calibration_stale in its text.
+    """
+    stale = sorted(name for name, each in sets.items() if each.calibrated_for not in {None, model.revision})
+    if stale:
+        others = ", ".join(f"{name} for {sets[name].calibrated_for}" for name in stale)
+        text = f"expected limits of label sets for revision {model.revision} of the model, got {others}"
+        raise FatalError(
+            ExitCode.CONFIG,
+            f"{WarningCode.CALIBRATION_STALE}: {text}; `shiwu-worker labels calibrate` chooses new ones",
+        )
+
+
 def _check_model(settings: Settings) -> str:
     sets = read_label_sets(settings)
     folder = model_folder(settings.model)
@@ -227,6 +247,7 @@ def _check_model(settings: Settings) -> str:
     bank = load_label_bank(settings, encoder, sets)
     encode_default_labels(bank)
     info = encoder.info
+    check_calibrations(sets, info)
     return (
         f"{info.id} ({info.revision}) in {info.dtype} on {info.device}, {spec.width}×{spec.height}, "
         f"batches of {', '.join(map(str, encoder.batch_sizes))}"

@@ -1,4 +1,4 @@
-"""`shiwu-worker labels`: checks label sets, chooses their limits, and measures them."""
+"""`shiwu-worker labels`: chooses the limits of label sets, and measures them."""
 
 from __future__ import annotations
 
@@ -44,15 +44,7 @@ if TYPE_CHECKING:
 
     from shiwu.contract import ModelInfo
     from shiwu_worker.jobs.label_set import LabelSet
-    from shiwu_worker.jobs.label_vectors import EncodedLabels
 
-MAX_COMPARED: Final = 5000
-"""Labels of one set that are compared with each other."""
-NEAR: Final = 0.95
-"""Cosine of two labels' vectors from which they are shown as near. A hint only: models differ in their cosines."""
-SHOWN_PAIRS: Final = 5
-MAX_PAIRS: Final = 100
-"""Pairs of one set in JSON."""
 SHOWN_CONFUSIONS: Final = 3
 NO_LIMIT: Final = -1.0
 
@@ -66,11 +58,6 @@ class _Asked:
     new_name: str
     labelled: BinaryIO | None
     precision: float | None
-
-
-def run_lint(names: Sequence[str], *, as_json: bool) -> int:
-    """Check label sets, print what was found, and return the exit code."""
-    return run_command(lambda: _lint(names, as_json=as_json))
 
 
 def run_calibrate(
@@ -128,48 +115,6 @@ def run_tune_templates(
         return 0
 
     return run_command(tune)
-
-
-# ------------------------------------------------------------------------------------ lint
-def _lint(names: Sequence[str], *, as_json: bool) -> int:
-    loaded = load(names, has_calibrations=False)
-    encoded = {name: loaded.encode(loaded.sets[name]) for name in names or sorted(loaded.sets)}
-    warnings = {name: list(each.warnings) for name, each in encoded.items()}
-    near = {name: _near_pairs(each) for name, each in encoded.items()}
-    if as_json:
-        found = {
-            name: {
-                "labels": len(encoded[name].label_set.words),
-                "warnings": [{"code": str(each.code), "message": each.message} for each in warnings[name]],
-                "near": [[*pair[:2], round(pair[2], 4)] for pair in near[name][:MAX_PAIRS]],
-                "near_pairs": len(near[name]),
-            }
-            for name in encoded
-        }
-        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
-    else:
-        for name, each in encoded.items():
-            click.echo(f"{name}: {len(each.label_set.words)} labels, {len(warnings[name])} warnings")
-            for warning in warnings[name]:
-                click.echo(f"  {warning.code}: {warning.message}")
-            for one, other, cosine in near[name][:SHOWN_PAIRS]:
-                click.echo(f"  near: {one}, {other} ({cosine:.3f}); few images will tell them apart")
-            if len(near[name]) > SHOWN_PAIRS:
-                click.echo(f"  near: {len(near[name]) - SHOWN_PAIRS} pairs more")
-    return NOT_KEPT if any(warnings.values()) else 0
-
-
-def _near_pairs(encoded: EncodedLabels) -> list[tuple[str, str, float]]:
-    """Pairs of labels that nearly have the same vector, but not the same one; with their cosines, the nearest first."""
-    words, alike = encoded.row_words[:MAX_COMPARED], encoded.texts.findings.alike
-    same = {frozenset((one, other)) for group in alike for one in group for other in group}
-    same |= {frozenset((word,)) for word in words}  # texts of one label
-    cosines = encoded.vectors[:MAX_COMPARED] @ encoded.vectors[:MAX_COMPARED].T
-    rows, columns = np.nonzero(np.triu(cosines >= NEAR, k=1))
-    pairs = [
-        (words[row], words[column], float(cosines[row, column])) for row, column in zip(rows, columns, strict=True)
-    ]
-    return sorted((pair for pair in pairs if frozenset(pair[:2]) not in same), key=lambda pair: -pair[2])
 
 
 # ------------------------------------------------------------------------------------ calibrate

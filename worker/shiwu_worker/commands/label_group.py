@@ -28,12 +28,13 @@ def labels() -> None:
 @click.argument("names", metavar="[NAME…]", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def lint(*, names: Sequence[str], as_json: bool) -> None:
-    """Find labels that the model cannot read or cannot tell apart. Exit code 1 if there are any.
+    """Find labels that the model cannot read or cannot tell apart, and limits that were chosen for another model or
+    for other texts (calibration_stale). Exit code 1 if there are any.
 
     Also shows pairs of labels whose vectors are near each other, which is a hint only. Without names all label sets
     are checked: those of the package and of SHIWU_LABELS_DIR.
     """
-    from shiwu_worker.commands.label_commands import run_lint  # noqa: PLC0415 as the module's docstring says
+    from shiwu_worker.commands.label_lint import run_lint  # noqa: PLC0415 as the module's docstring says
 
     sys.exit(run_lint(names, as_json=as_json))
 

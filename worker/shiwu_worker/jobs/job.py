@@ -22,6 +22,7 @@ from shiwu.contract import (
     ErrorCode,
     ErrorInfo,
     ImageInfo,
+    LabelsInfo,
     Lane,
     ModelInfo,
     Request,
@@ -210,7 +211,7 @@ class Job(msgspec.Struct, eq=False):
             CONTRACT_VERSION,
             image,
             self.tags,
-            self.label_set.info if self.label_set else None,
+            self._labels_info(),
             self.model,
             self.moments.timing(until_s),
             self.batch_size,
@@ -228,6 +229,11 @@ class Job(msgspec.Struct, eq=False):
             vector=self.vector,
             unknown=self.label_set.is_unknown(self.tags) or None if self.label_set else None,
         )
+
+    def _labels_info(self) -> LabelsInfo | None:
+        if self.labels is not None:
+            return self.labels.info
+        return None if self.label_set is None else self.label_set.info
 
     def server_time(self, at_s: float) -> datetime:
         """A time of this machine's monotonic clock, converted to the clock of Redis by the claim of this job."""

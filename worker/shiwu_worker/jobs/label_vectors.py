@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
 import numpy as np
 
-from shiwu.contract import AnswerWarning
+from shiwu.contract import AnswerWarning, LabelsInfo
 from shiwu_worker.jobs.label_checks import LabelFindings, LabelTokens
 from shiwu_worker.jobs.label_set import LabelSet
 
@@ -41,6 +42,15 @@ class EncodedLabels:
     texts: TextVectors
     warnings: tuple[AnswerWarning, ...] = ()
     """What every answer with tags of this label set warns of."""
+    is_calibrated: bool | None = None
+    """Whether the limits were chosen for this revision of the model; None where they were not chosen from images."""
+
+    @cached_property
+    def info(self) -> LabelsInfo:
+        """What an answer says of the labels."""
+        if self.is_calibrated is None:
+            return self.label_set.info
+        return msgspec.structs.replace(self.label_set.info, calibrated=self.is_calibrated)
 
     @property
     def vectors(self) -> NDArray[np.float32]:

@@ -125,7 +125,7 @@ class _Retagging:
             CONTRACT_VERSION,
             ImageInfo(reference=texts["reference"][row] or "", sha256=texts["sha256"][row]),
             kept,
-            labels.label_set.info,
+            labels.info,
             ModelInfo(*(texts[name][row] or "" for name in ("model", "revision", "dtype", "device"))),
             warnings=(*labels.warnings, *((cut,) if cut else ())) or None,
             unknown=labels.label_set.is_unknown(kept) or None,

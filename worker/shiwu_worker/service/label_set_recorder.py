@@ -76,4 +76,5 @@ def _known(digest: str, label_set: LabelSet) -> KnownLabels:
         groups=None if rules is None else rules.groups,
         unknown=None if rules is None or rules.unknown is None else label_set.words[rules.unknown],
         calibration=label_set.info.calibration,
+        aliases=None if rules is None or not any(rules.aliases) else rules.aliases,
     )

@@ -11,11 +11,17 @@ from typing import Final, Literal
 import msgspec
 from pydantic_core import to_json
 
+from shiwu.contract import WarningCode
 from shiwu_worker.jobs.label_rules import CalibratedLabels, Phrase
 from shiwu_worker.jobs.label_set import DIGEST_CHARS
 
 MAX_FILE_BYTES: Final = 64 << 20
 MIN_DEVIATION: Final = 1e-9
+
+
+class StaleCalibration(ValueError):
+    """The file was made for other labels or texts. The text begins with the code `calibration_stale`, or has it after
+    the path."""
 
 
 class LabelFigures(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -70,6 +76,7 @@ def read_calibration(path: Path, words: Sequence[str], phrases: Sequence[Sequenc
     """Read the figures of these labels.
 
     Raises:
+        StaleCalibration: the file was made for other labels or texts.
         ValueError: names the file and the error in it.
     """
     try:
@@ -78,6 +85,11 @@ def read_calibration(path: Path, words: Sequence[str], phrases: Sequence[Sequenc
         if len(raw) > MAX_FILE_BYTES:
             raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes, got more")
         return _calibrated(msgspec.json.decode(raw, type=CalibrationFile), words, phrases)
+    except FileNotFoundError as error:
+        text = "expected a calibration file, and there is none yet; `shiwu-worker labels calibrate` writes it"
+        raise ValueError(f"{path}: {text}") from error
+    except StaleCalibration as error:
+        raise StaleCalibration(f"{path}: {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a file that `shiwu-worker labels calibrate` wrote ({error})") from error
 
@@ -88,7 +100,8 @@ def _calibrated(file: CalibrationFile, words: Sequence[str], phrases: Sequence[S
         found = file.labels.get(word)
         if found is None or found.texts != texts_digest(each):
             what = "none" if found is None else "one of other texts or templates"
-            raise ValueError(f"expected figures of every label, got {what} of {word!r}; calibrate the label set again")
+            text = f"expected figures of every label, got {what} of {word!r}; calibrate the label set again"
+            raise StaleCalibration(f"{WarningCode.CALIBRATION_STALE}: {text}")
         numbers = [found.mean, *(found.curve or ()), *([] if found.threshold is None else [found.threshold])]
         if not all(map(math.isfinite, numbers)) or not found.deviation >= MIN_DEVIATION:
             raise ValueError(f"expected numbers, and a deviation above 0, got others of {word!r}")

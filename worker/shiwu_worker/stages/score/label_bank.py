@@ -261,12 +261,17 @@ class LabelBank:
             log.warning(
                 "labels_questionable", name=label_set.name, digest=label_set.info.digest, codes=codes, text=text
             )
-        encoded = EncodedLabels(label_set, texts, warnings)
+        encoded = EncodedLabels(label_set, texts, warnings, is_calibrated=self._is_calibrated(label_set))
         if self._is_configured(label_set):
             self._pinned[label_set] = encoded
         else:
             self._cache(encoded)
         return encoded
+
+    def _is_calibrated(self, label_set: LabelSet) -> bool | None:
+        if label_set.calibrated_for is None or self._revision is None:
+            return None
+        return label_set.calibrated_for == self._revision
 
     def _cache(self, encoded: EncodedLabels) -> None:
         """Keep a label set for a while. The caller holds the lock."""

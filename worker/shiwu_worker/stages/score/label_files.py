@@ -11,11 +11,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from shiwu.contract import Head, Label, LabelSetName, labels_error
 from shiwu_worker.jobs.label_set import LabelSet
-from shiwu_worker.stages.score.calibration_files import CalibrationFile, LabelFigures, RateAside, texts_digest
+from shiwu_worker.stages.score.calibration_files import (
+    CalibrationFile,
+    LabelFigures,
+    RateAside,
+    StaleCalibration,
+    texts_digest,
+)
 from shiwu_worker.stages.score.label_fields import AS_ITEMS, LABEL_COUNT, Bias, Scale, TemplateList
 from shiwu_worker.stages.score.rule_files import RuleFile, RuleGroup, RuleItem, read_rule_file
 
-__all__ = ["CalibrationFile", "LabelFigures", "RateAside", "load_label_set", "load_label_sets", "texts_digest"]
+__all__ = [
+    "CalibrationFile",
+    "LabelFigures",
+    "RateAside",
+    "StaleCalibration",
+    "load_label_set",
+    "load_label_sets",
+    "read_calibrations",
+    "texts_digest",
+]
 SUFFIXES: Final = {".yaml", ".yml"}
 TEXT_TAG: Final = "tag:yaml.org,2002:str"
 WIDE_COMMAS: Final = "，、"
@@ -117,6 +132,7 @@ def load_label_set(path: Path, *, has_calibration: bool = True) -> LabelSet:
     """Read one YAML file, and the calibration file beside it that it names.
 
     Raises:
+        StaleCalibration: the calibration file was made for other labels or texts.
         ValueError: names the file and the error in it.
     """
     try:
@@ -131,8 +147,31 @@ def load_label_set(path: Path, *, has_calibration: bool = True) -> LabelSet:
         raise ValueError(f"{path}: {_first_error(error)}") from error
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: expected readable YAML ({error})") from error
+    except StaleCalibration as error:
+        raise StaleCalibration(f"{path}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_calibrations(folder: Path) -> dict[str, LabelSet | ValueError]:
+    """The sets of version 2 in this folder that name a calibration file, or what is wrong with that file.
+
+    Raises:
+        ValueError: names a label file and the error in it.
+    """
+    found: dict[str, LabelSet | ValueError] = {}
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
+        plain = load_label_set(path, has_calibration=False)
+        if plain.rules is None:
+            continue
+        try:
+            label_set = load_label_set(path)
+        except ValueError as error:
+            found[str(plain.name)] = error
+        else:
+            if label_set.rules is not None and label_set.rules.calibration is not None:
+                found[str(plain.name)] = label_set
+    return found
 
 
 def _first_error(error: ValidationError) -> str:
