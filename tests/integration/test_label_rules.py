@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +17,7 @@ from click.testing import CliRunner
 from shiwu import Client
 from shiwu.contract import Answer, Status
 from shiwu_worker.__main__ import main
+from shiwu_worker.commands.answer_vectors import read_truth
 from tests.support.health_port import value
 from tests.support.processes import ROOT, free_ports
 from tests.support.servers import WorkerProcess
@@ -65,6 +68,36 @@ def run(*arguments: str) -> str:
     done = CliRunner().invoke(main, ["labels", *arguments])
     assert done.exit_code == 0, done.output
     return done.stdout
+
+
+def test_sets_are_compared_on_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in subfolders; files that are hidden or no images are left alone, and a broken image is counted."""
+    monkeypatch.setenv("SHIWU_MAX_BATCH", "2")
+    monkeypatch.setenv("SHIWU_LOADERS", "1")
+    folder = tmp_path / "照片"
+    for source, name in (("cat.jpg", "a/猫 1.jpg"), ("two-dogs.jpg", "b/dogs.JPG"), ("cut-off.jpg", "a/cut.jpg")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PHOTOS / source, folder / name)
+    shutil.copy(PHOTOS / "dahlia.jpg", folder / ".hidden.jpg")
+    (folder / "notes.txt").write_text("no image")
+    for name, words in (("one", "[猫, 花]"), ("two", "[狗, 猫, 花]")):
+        (tmp_path / f"{name}.yaml").write_text(f"name: {name}\nlabels: {words}\n", encoding="utf-8")
+    sets = (str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml"))
+    done = CliRunner().invoke(main, ["labels", "diff", *sets, "--images", str(folder), "--top-k", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["images"], found["same"], found["top1_changed"]) == (2, 1, 1)
+    assert next(each for each in found["labels"] if each["label"] == "狗")["images"] == ["b/dogs.JPG"]
+    assert "images left out: 1 (picture_broken 1)" in done.stderr
+    done = CliRunner().invoke(main, ["labels", "diff", *sets])
+    assert (done.exit_code, "expected either --answers or --images" in done.output) == (2, True)
+
+
+def test_truth_names_images_by_their_paths(tmp_path: Path) -> None:
+    """Or by their references, as answers do."""
+    lines = ('{"image": "a/猫 1.jpg", "labels": ["猫"]}', '{"image": "s3://b/k", "labels": []}')
+    truth = read_truth(io.BytesIO("\n".join(lines).encode()), folder=tmp_path)
+    assert truth == {(tmp_path / "a" / "猫 1.jpg").as_uri(): ["猫"], "s3://b/k": []}
 
 
 def write_rules(folder: Path, **fields: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 import msgspec
@@ -101,8 +102,11 @@ def read_vectors(lines: BinaryIO, *, model: ModelInfo) -> AnswerVectors:
     return AnswerVectors(np.stack(vectors), answers, skipped)
 
 
-def read_truth(lines: BinaryIO) -> dict[str, list[str]]:
+def read_truth(lines: BinaryIO, *, folder: Path | None = None) -> dict[str, list[str]]:
     """Reference → the labels that the image shows.
+
+    Args:
+        folder: images may also be named by their paths in it.
 
     Raises:
         WrongAnswers: a line is of another form.
@@ -118,7 +122,8 @@ def read_truth(lines: BinaryIO) -> dict[str, list[str]]:
         except msgspec.MsgspecError as error:
             expected = '{"image": reference, "labels": [label, …]}'
             raise WrongAnswers(f"--truth, line {number}: expected {expected} ({error})") from None
-        truth[read.image] = read.labels
+        is_path = folder is not None and "://" not in read.image
+        truth[(folder / read.image).resolve().as_uri() if folder is not None and is_path else read.image] = read.labels
     return truth
 
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from shiwu.contract import printable
 from shiwu_worker.jobs.tag_differences import TagDifferences
@@ -36,7 +36,7 @@ def differences_as_json(found: TagDifferences) -> dict[str, Any]:
 
 def print_differences(found: TagDifferences) -> None:
     """Print a table of the labels with most changes, and the totals."""
-    table = Table("label", "same", "added", "removed", "for example", box=None)
+    table = Table("label", "same", "added", "removed", Column("for example", overflow="fold"), box=None)
     labels = found.labels()
     for label in labels[:SHOWN_LABELS]:
         counts = (str(each[label]) for each in (found.kept, found.added, found.removed))

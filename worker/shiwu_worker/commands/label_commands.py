@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
@@ -21,14 +21,15 @@ from shiwu_worker.calibration import (
     calibrate,
     evaluate,
 )
-from shiwu_worker.commands.answer_vectors import AnswerVectors, read_truth, read_vectors
+from shiwu_worker.commands.answer_vectors import AnswerVectors, read_truth
+from shiwu_worker.commands.folder_images import ImageSource, load_images
 from shiwu_worker.commands.label_templates import (
     file_with_templates,
     measure_templates,
     not_better,
     print_templates,
 )
-from shiwu_worker.commands.loaded_labels import NOT_KEPT, Loaded, as_yaml, first_version, load, run_command, write_file
+from shiwu_worker.commands.loaded_labels import NOT_KEPT, Loaded, as_yaml, first_version, run_command, write_file
 from shiwu_worker.commands.rule_tables import (
     RuleCalibration,
     given,
@@ -62,7 +63,7 @@ class _Asked:
 
 def run_calibrate(
     name: str,
-    answers: BinaryIO,
+    source: ImageSource,
     *,
     false_rate: float,
     output: Path,
@@ -75,17 +76,19 @@ def run_calibrate(
     """Choose the limits of a label set, write the new set or its calibration file, and return the exit code."""
     options = CalibrationOptions(false_rate=false_rate, seed=seed, is_forced=is_forced)
     asked = _Asked(options, output, new_name or f"{name}-calibrated", labelled, precision)
-    return run_command(lambda: _calibrate(name, answers, asked))
+    return run_command(lambda: _calibrate(name, source, asked))
 
 
-def run_eval(name: str, answers: BinaryIO, *, truth: BinaryIO | None, as_json: bool, report_folder: Path | None) -> int:
+def run_eval(
+    name: str, source: ImageSource, *, truth: BinaryIO | None, as_json: bool, report_folder: Path | None
+) -> int:
     """Measure a label set, print the figures, write the report that was asked for, and return the exit code."""
-    return run_command(lambda: _evaluate(name, answers, truth=truth, as_json=as_json, report_folder=report_folder))
+    return run_command(lambda: _evaluate(name, source, truth=truth, as_json=as_json, report_folder=report_folder))
 
 
 def run_tune_templates(
     name: str,
-    answers: BinaryIO,
+    source: ImageSource,
     *,
     truth: BinaryIO | None,
     more: Sequence[str],
@@ -97,9 +100,9 @@ def run_tune_templates(
     """Choose templates of a label set, print what they do, write the new set, and return the exit code."""
 
     def tune() -> int:
-        loaded = load([name])
+        loaded, read = load_images([name], source)
         label_set = first_version(loaded.sets[name])
-        read, shown = read_vectors(answers, model=loaded.model).with_truth(None if truth is None else read_truth(truth))
+        read, shown = read.with_truth(_truth(truth, source))
         found = measure_templates(label_set, loaded.encode, read, shown, more=more, seed=seed)
         print_templates(found, label_set)
         if not found.is_better:
@@ -117,13 +120,17 @@ def run_tune_templates(
     return run_command(tune)
 
 
+def _truth(lines: BinaryIO | None, source: ImageSource) -> Mapping[str, Collection[str]] | None:
+    return None if lines is None else read_truth(lines, folder=source.folder)
+
+
 # ------------------------------------------------------------------------------------ calibrate
-def _calibrate(name: str, answers: BinaryIO, asked: _Asked) -> int:
-    loaded, options = load([name], has_calibrations=False), asked.options
-    read = read_vectors(answers, model=loaded.model)
+def _calibrate(name: str, source: ImageSource, asked: _Asked) -> int:
+    loaded, read = load_images([name], source, has_calibrations=False)
+    options = asked.options
     label_set = loaded.sets[name]
     if label_set.rules is not None:
-        return _calibrate_rules(loaded, label_set, read, asked)
+        return _calibrate_rules(loaded, label_set, read, asked, truth=_truth(asked.labelled, source))
     if asked.labelled is not None or asked.precision is not None:
         text = f"expected a label set of version 2 with --labelled, got {name} of version 1"
         raise FatalError(ExitCode.CONFIG, text)
@@ -134,9 +141,16 @@ def _calibrate(name: str, answers: BinaryIO, asked: _Asked) -> int:
     return 0
 
 
-def _calibrate_rules(loaded: Loaded, label_set: LabelSet, read: AnswerVectors, asked: _Asked) -> int:
+def _calibrate_rules(
+    loaded: Loaded,
+    label_set: LabelSet,
+    read: AnswerVectors,
+    asked: _Asked,
+    *,
+    truth: Mapping[str, Collection[str]] | None,
+) -> int:
     """Write the calibration file of a set of version 2."""
-    encoded, truth = loaded.encode(label_set), None if asked.labelled is None else read_truth(asked.labelled)
+    encoded = loaded.encode(label_set)
     cosines, shows = None, None
     background = read
     if truth is not None:
@@ -209,13 +223,12 @@ def _print_calibration(
 
 # ------------------------------------------------------------------------------------ eval
 def _evaluate(
-    name: str, answers: BinaryIO, *, truth: BinaryIO | None, as_json: bool, report_folder: Path | None
+    name: str, source: ImageSource, *, truth: BinaryIO | None, as_json: bool, report_folder: Path | None
 ) -> int:
     write_report = None if report_folder is None else _report_writer()
-    loaded = load([name])
+    loaded, read = load_images([name], source)
     label_set = loaded.sets[name] if report_folder is None else first_version(loaded.sets[name])
-    read = read_vectors(answers, model=loaded.model)
-    read, shown = read.with_truth(None if truth is None else read_truth(truth))
+    read, shown = read.with_truth(_truth(truth, source))
     encoded = loaded.encode(label_set)
     cosines = label_cosines(read.vectors, encoded)
     if label_set.rules is None:

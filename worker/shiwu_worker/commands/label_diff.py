@@ -1,16 +1,16 @@
-"""`shiwu-worker labels diff`: what another label set changes on images whose vectors are known."""
+"""`shiwu-worker labels diff`: what another label set changes on images."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from shiwu_worker.commands.answer_vectors import read_vectors
 from shiwu_worker.commands.difference_tables import differences_as_json, print_differences
-from shiwu_worker.commands.loaded_labels import Loaded, load, run_command
+from shiwu_worker.commands.folder_images import ImageSource, load_images
+from shiwu_worker.commands.loaded_labels import Loaded, run_command
 from shiwu_worker.commands.rule_tables import label_cosines, tags_of
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.tag_differences import TagDifferences
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from shiwu_worker.jobs.label_set import LabelSet
 
 
-def run_diff(old: str, new: str, answers: BinaryIO, *, top_k: int, as_json: bool) -> int:
+def run_diff(old: str, new: str, source: ImageSource, *, top_k: int, as_json: bool) -> int:
     """Compare two label sets, print what differs, and return the exit code."""
-    return run_command(lambda: _diff(old, new, answers, top_k=top_k, as_json=as_json))
+    return run_command(lambda: _diff(old, new, source, top_k=top_k, as_json=as_json))
 
 
-def _diff(old: str, new: str, answers: BinaryIO, *, top_k: int, as_json: bool) -> int:
-    loaded = load([name for name in (old, new) if not _is_file(name)])
-    read = read_vectors(answers, model=loaded.model)
+def _diff(old: str, new: str, source: ImageSource, *, top_k: int, as_json: bool) -> int:
+    loaded, read = load_images([name for name in (old, new) if not _is_file(name)], source)
     before, after = (_tags(loaded, _label_set(loaded, name), read.vectors, top_k=top_k) for name in (old, new))
     found = TagDifferences()
     for answer, one, other in zip(read.answers, before, after, strict=True):
-        found.add(answer.image.reference if answer.image is not None else answer.id, one, other)
+        reference = "" if answer.image is None or source.folder is not None else answer.image.reference
+        found.add(reference or answer.id, one, other)
     if as_json:
         click.echo(json.dumps(differences_as_json(found), ensure_ascii=False, indent=2))
     else:

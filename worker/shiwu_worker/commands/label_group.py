@@ -5,12 +5,40 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+if TYPE_CHECKING:
+    from shiwu_worker.commands.folder_images import ImageSource
+
 ANSWERS_HELP = "Answers with vectors as JSON lines; - reads standard input."
+IMAGES_HELP = "A folder of images, which are encoded here. In truth, images may be named by their paths in it."
 TRUTH_HELP = 'JSON lines {"image": reference, "labels": [label, …]}.  [default: `labels` in the metadata of the jobs]'
+
+
+def image_options(command: Any) -> Any:
+    """Options for the images of a command, of which it needs one: `answers` and `folder`."""
+    for option in (
+        click.option("--answers", type=click.File("rb"), help=ANSWERS_HELP),
+        click.option(
+            "--images",
+            "folder",
+            metavar="FOLDER",
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            help=IMAGES_HELP,
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _source(answers: BinaryIO | None, folder: Path | None) -> ImageSource:
+    from shiwu_worker.commands.folder_images import ImageSource  # noqa: PLC0415 as the module's docstring says
+
+    if (answers is None) is (folder is None):
+        raise click.UsageError("expected either --answers or --images")
+    return ImageSource(answers, folder)
 
 
 @click.group()
@@ -18,7 +46,7 @@ def labels() -> None:
     """Commands for label sets: check one, choose its limits from images, and measure it on images with known labels.
 
     \b
-    The images come as answers with vectors, in JSON lines:
+    The images are a folder (--images), or answers with vectors, in JSON lines:
     shiwu enqueue --want vector --lane bulk - < references.txt
     shiwu results --group calibration > answers.jsonl
     """
@@ -41,7 +69,7 @@ def lint(*, names: Sequence[str], as_json: bool) -> None:
 
 @labels.command()
 @click.argument("name", metavar="NAME")
-@click.option("--answers", type=click.File("rb"), required=True, help=ANSWERS_HELP)
+@image_options
 @click.option(
     "--false-rate",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -67,7 +95,8 @@ def lint(*, names: Sequence[str], as_json: bool) -> None:
 def calibrate(
     *,
     name: str,
-    answers: BinaryIO,
+    answers: BinaryIO | None,
+    folder: Path | None,
     false_rate: float,
     output: Path,
     new_name: str | None,
@@ -92,7 +121,7 @@ def calibrate(
     sys.exit(
         run_calibrate(
             name,
-            answers,
+            _source(answers, folder),
             false_rate=false_rate,
             output=output,
             new_name=new_name,
@@ -106,7 +135,7 @@ def calibrate(
 
 @labels.command("eval")
 @click.argument("name", metavar="NAME")
-@click.option("--answers", type=click.File("rb"), required=True, help=ANSWERS_HELP)
+@image_options
 @click.option("--truth", type=click.File("rb"), help=TRUTH_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
@@ -117,7 +146,13 @@ def calibrate(
     help="Also write report.html there, with curves and the images of the worst mistakes.",
 )
 def evaluate(
-    *, name: str, answers: BinaryIO, truth: BinaryIO | None, as_json: bool, report_folder: Path | None
+    *,
+    name: str,
+    answers: BinaryIO | None,
+    folder: Path | None,
+    truth: BinaryIO | None,
+    as_json: bool,
+    report_folder: Path | None,
 ) -> None:
     """Measure a label set on images with known labels: precision, recall, confusions and false tags, with intervals.
 
@@ -126,12 +161,12 @@ def evaluate(
     """
     from shiwu_worker.commands.label_commands import run_eval  # noqa: PLC0415 as the module's docstring says
 
-    sys.exit(run_eval(name, answers, truth=truth, as_json=as_json, report_folder=report_folder))
+    sys.exit(run_eval(name, _source(answers, folder), truth=truth, as_json=as_json, report_folder=report_folder))
 
 
 @labels.command("tune-templates")
 @click.argument("name", metavar="NAME")
-@click.option("--answers", type=click.File("rb"), required=True, help=ANSWERS_HELP)
+@image_options
 @click.option("--labelled", type=click.File("rb"), metavar="MANIFEST", help=TRUTH_HELP)
 @click.option("--template", "more", multiple=True, metavar="TEXT", help="One more candidate, with {} for the label.")
 @click.option("-o", "--out", "output", type=click.Path(dir_okay=False, path_type=Path), help="The label file to write.")
@@ -141,7 +176,8 @@ def evaluate(
 def tune_templates(
     *,
     name: str,
-    answers: BinaryIO,
+    answers: BinaryIO | None,
+    folder: Path | None,
     labelled: BinaryIO | None,
     more: Sequence[str],
     output: Path | None,
@@ -161,7 +197,7 @@ def tune_templates(
     sys.exit(
         run_tune_templates(
             name,
-            answers,
+            _source(answers, folder),
             truth=labelled,
             more=more,
             output=output,
@@ -175,17 +211,17 @@ def tune_templates(
 @labels.command()
 @click.argument("old", metavar="A")
 @click.argument("new", metavar="B")
-@click.option("--answers", type=click.File("rb"), required=True, help=ANSWERS_HELP)
+@image_options
 @click.option("--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="Most tags of an image.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def diff(*, old: str, new: str, answers: BinaryIO, top_k: int, as_json: bool) -> None:
+def diff(*, old: str, new: str, answers: BinaryIO | None, folder: Path | None, top_k: int, as_json: bool) -> None:
     """Compare the tags that two label sets give to images: which are the same, added and removed, label by label.
 
     A and B are names of label sets, or YAML files.
     """
     from shiwu_worker.commands.label_diff import run_diff  # noqa: PLC0415 as the module's docstring says
 
-    sys.exit(run_diff(old, new, answers, top_k=top_k, as_json=as_json))
+    sys.exit(run_diff(old, new, _source(answers, folder), top_k=top_k, as_json=as_json))
 
 
 @labels.command()

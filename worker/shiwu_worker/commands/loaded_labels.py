@@ -8,25 +8,30 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+import numpy as np
 import yaml
 
 from shiwu_worker.calibration import CalibrationError
 from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.commands.answer_vectors import WrongAnswers
 from shiwu_worker.config.errors import load_settings_or_exit
-from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.errors import ExitCode, FatalError, WrongVectors
 from shiwu_worker.service.labels import load_label_bank, read_label_sets
 from shiwu_worker.service.model import load_encoder
 from shiwu_worker.stages.decode.image_spec import read_image_spec
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from shiwu.contract import ModelInfo
     from shiwu_worker.jobs.label_set import LabelSet
     from shiwu_worker.jobs.label_vectors import EncodedLabels
+    from shiwu_worker.stages.encode.encoder import Encoder
 
 NOT_KEPT: Final = 1
 """Exit code of findings, and of limits that do not hold."""
@@ -38,6 +43,8 @@ class Loaded:
 
     sets: Mapping[str, LabelSet]
     encode: Callable[[LabelSet], EncodedLabels]
+    encode_images: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+    """Pixels uint8 (n, h, w, 3) → unit vectors float32 (n, d)."""
     model: ModelInfo
     scale: float
     bias: float | None
@@ -77,7 +84,21 @@ def load(names: Sequence[str], *, has_calibrations: bool = True) -> Loaded:
         folder = model_folder(settings.model)
         encoder = load_encoder(settings, folder, read_image_spec(folder))
     bank = load_label_bank(settings, encoder, sets)
-    return Loaded(sets, bank.encoded, encoder.info, encoder.scale, encoder.bias)
+    encode_images = partial(_encode_images, encoder)
+    return Loaded(sets, bank.encoded, encode_images, encoder.info, encoder.scale, encoder.bias)
+
+
+def _encode_images(encoder: Encoder, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    size = encoder.batch_sizes[-1]
+    starts = range(0, len(pixels), size)
+    return np.concatenate([_encode_batch(encoder, pixels[start : start + size]) for start in starts])
+
+
+def _encode_batch(encoder: Encoder, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    try:
+        return encoder.encode(pixels)
+    except WrongVectors:  # an image that overflows a small number format
+        return encoder.encode_exact(pixels)
 
 
 def first_version(label_set: LabelSet) -> LabelSet:
