@@ -81,6 +81,15 @@ def test_check_without_info_warns(redis_client: redis.Redis, redis_url: str, mon
     assert "pw@" not in result.output
 
 
+def test_check_reports_jobs_under_old_names(redis_client: redis.Redis) -> None:
+    """They are those of an earlier version, which this one would not find."""
+    redis_client.hset("shiwu:parked", "job", "shiwu.bulk|x")
+    result = run()
+    assert result.exit_code == 64
+    assert "failed   redis: redis_old_names" in result.stdout
+    assert "run `shiwu migrate`" in result.stdout
+
+
 def test_check_prints_results_first_and_changed_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """All settings by --all only, with unit and default, those that were changed marked."""
     monkeypatch.setenv("SHIWU_LEASE_S", "7")

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from shiwu.broker.answers import wait_replicated
 from shiwu.broker.connection import connect
+from shiwu.broker.migration import check_names
 from shiwu.broker.redis_errors import REDIS_ERRORS, RedisCode, RedisFault, classify, explain, info_of
 from shiwu.broker.sharding import PoolOptions, keep_shard_count, open_shards
 from shiwu.cli import main
@@ -174,6 +175,12 @@ def shards(parts: Parts) -> None:
     keep_shard_count(client, shards=8)
 
 
+def old_names(parts: Parts) -> None:
+    client = parts.client(parts.server().url)
+    client.rpush("shiwu:suspects", "shiwu.bulk|x")
+    check_names(client)
+
+
 def sentinel(parts: Parts) -> None:
     [port] = free_ports(1)
     config = parts.folder / "sentinel.conf"
@@ -233,6 +240,7 @@ CASES: list[tuple[Callable[[Parts], None], RedisCode]] = [
     (moved, RedisCode.CLUSTER),
     (not_a_cluster, RedisCode.NO_CLUSTER),
     (shards, RedisCode.SHARDS),
+    (old_names, RedisCode.OLD_NAMES),
     (sentinel, RedisCode.SENTINEL),
     (database, RedisCode.DATABASE),
     (tls, RedisCode.TLS),

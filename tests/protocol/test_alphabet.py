@@ -16,8 +16,8 @@ CHANNELS = {ANSWERED_CHANNEL}
 """Names that are no keys."""
 EXTENSIONS = ("shiwu:backfill", "shiwu:hooks:", "shiwu:watch:")
 """Keys of extensions. The explorer runs none: they enqueue and read as any client, and change no key of a job."""
-EXTENSION_SCRIPTS = {"backfill", "hooks", "watch"}
-"""Folders of extensions with scripts."""
+EXTENSION_SCRIPTS = {"backfill", "hooks", "migration", "watch"}
+"""Folders of extensions with scripts, and of what runs while no worker does."""
 
 
 def test_every_script_belongs_to_a_step() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -40,6 +40,7 @@ class RedisCode(StrEnum):
     CLUSTER = "redis_cluster"
     NO_CLUSTER = "redis_no_cluster"
     SHARDS = "redis_shards"
+    OLD_NAMES = "redis_old_names"
     SENTINEL = "redis_sentinel"
     DATABASE = "redis_database"
     TLS = "redis_tls"
@@ -103,6 +104,15 @@ class WrongShardCount(ShiwuError, redis.RedisError):
 
     def __init__(self, *, expected: str, got: int) -> None:
         super().__init__(f"expected {expected} shards, with which this cluster was first used, got shards={got}")
+
+
+class OldNames(ShiwuError, redis.RedisError):
+    """The database holds jobs under names of an earlier version, where this version would not find them."""
+
+    code = "old_names"
+
+    def __init__(self, found: Sequence[str]) -> None:
+        super().__init__(f"expected no jobs under names of an earlier version, found {', '.join(found)}")
 
 
 class NotReplicated(redis.RedisError):
@@ -179,6 +189,10 @@ REDIS_ERRORS: Final[Mapping[RedisCode, RedisErrorInfo]] = MappingProxyType(
             "The cluster was first used with another number of shards, which stays the same forever.",
             "Give that number in the Redis URL: cluster://host:port/?shards=NUMBER.",
         ),
+        RedisCode.OLD_NAMES: _settings(
+            "The database holds jobs under names that an earlier version gave to its keys.",
+            "Stop all workers and sweeps of that version, run `shiwu migrate`, and start again.",
+        ),
         RedisCode.SENTINEL: _settings(
             "The server is a sentinel, which holds no data.",
             "Use sentinel://host:26379,host:26379/master-name/0 instead of redis://.",
@@ -247,6 +261,7 @@ _TYPES: Final[tuple[tuple[type[Exception], RedisCode], ...]] = (
     (NotReplicated, RedisCode.NOT_REPLICATED),
     (NotACluster, RedisCode.NO_CLUSTER),
     (WrongShardCount, RedisCode.SHARDS),
+    (OldNames, RedisCode.OLD_NAMES),
     (exceptions.MaxConnectionsError, RedisCode.CONNECTIONS),
     (exceptions.AuthenticationError, RedisCode.LOGIN),
     (exceptions.AuthorizationError, RedisCode.PERMISSION),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shiwu.cli import ask, dead, explain, gallery, inspect, labels, shards, sweep
+from shiwu.cli import ask, dead, explain, gallery, inspect, labels, migrate, shards, sweep
 from shiwu.cli.base import main
 
-__all__ = ["ask", "dead", "explain", "gallery", "inspect", "labels", "main", "shards", "sweep"]
+__all__ = ["ask", "dead", "explain", "gallery", "inspect", "labels", "main", "migrate", "shards", "sweep"]

@@ -35,7 +35,7 @@ class Exit(IntEnum):
 class Commands(SectionedGroup):
     """Reports the error of a command as one line and an exit code."""
 
-    operations = frozenset({"dead", "labels", "shards", "status", "sweep"})
+    operations = frozenset({"dead", "labels", "migrate", "shards", "status", "sweep"})
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command; characters that the terminal cannot encode are escaped."""
@@ -99,6 +99,7 @@ def main(ctx: click.Context, redis_url: str | None) -> None:
     shiwu cancel ID…                                         answer jobs `cancelled` now
     shiwu dead list                                          list jobs that ended without tags
     shiwu sweep                                              maintain the queue without a worker
+    shiwu migrate                                            move a database of an earlier version
 
     \b
     Exit codes: 0 success, 1 an image was not tagged, 2 wrong usage, 3 no answer in time,

@@ -11,6 +11,7 @@ import redis
 
 from shiwu.broker.answers import AnswerStore
 from shiwu.broker.maintenance import Maintenance, SweepReport
+from shiwu.broker.migration import check_names
 from shiwu.broker.retention import PublishedRetention
 
 
@@ -25,17 +26,23 @@ class Sweeper:
         token = f"client.{secrets.token_hex(4)}"
         self.shards = [_open(client, token=token) for client in clients]
         """The maintenance of each shard."""
+        self._clients = tuple(clients)
+        self._checked: set[int] = set()
 
     def sweep(self, *, zone: tzinfo) -> SweepReport:
         """Do everything that is due in all shards.
 
         Raises:
+            OldNames: a shard holds jobs under names of an earlier version; it was not swept.
             redis.RedisError: a shard is unavailable; the others were swept.
         """
         reports: list[SweepReport] = []
         failure: redis.RedisError | OSError | None = None
-        for shard in self.shards:
+        for index, shard in enumerate(self.shards):
             try:
+                if index not in self._checked:
+                    check_names(self._clients[index])
+                    self._checked.add(index)
                 reports.append(shard.sweep(zone=zone))
             except (redis.RedisError, OSError) as error:
                 failure = failure or error

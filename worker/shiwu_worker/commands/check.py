@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shiwu.broker.migration import check_names
 from shiwu.broker.redis_errors import explain
 from shiwu.broker.sharding import keep_shard_count
 from shiwu.broker.stray_lanes import find_stray_lanes
@@ -146,11 +147,12 @@ def _print_all(settings: Settings, console: Console) -> None:
 
 
 def _check_redis(settings: Settings) -> Report:
-    """Check that Redis answers, is new enough, accepts writes, and does not evict keys."""
+    """Check that Redis answers, is new enough, accepts writes, does not evict keys, and needs no `shiwu migrate`."""
     if settings.redis_address.shards:
         return _check_cluster(settings)
     with connect(settings, connections=2) as client:
         client.ping()
+        check_names(client)
         stray = [
             f"{lane} and no worker reads them: a client's global_keyprefix, sep, priority_steps or database differs"
             for lane in find_stray_lanes(client).found
@@ -188,6 +190,7 @@ def _check_cluster(settings: Settings) -> Report:
     try:
         keep_shard_count(clients[0], shards=len(clients))
         for client in clients:
+            check_names(client)
             # Nothing is removed; a replica, a slot without a node and a user without rights refuse it.
             client.eval("return redis.call('ZREM', KEYS[1], '')", 1, LEASES)
         text = f"{len(clients)} shards answer at {value_text(settings.redis_url)}"

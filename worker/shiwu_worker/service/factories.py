@@ -17,6 +17,7 @@ import structlog
 from shiwu.broker.answers import AnswerStore
 from shiwu.broker.connection import connect as connect_to
 from shiwu.broker.maintenance import Maintenance
+from shiwu.broker.migration import check_names
 from shiwu.broker.redis_errors import classify, explain, info_of
 from shiwu.broker.retention import RetentionPublisher
 from shiwu.broker.sharding import PoolOptions, ShardRedis, keep_shard_count, open_shards
@@ -94,7 +95,7 @@ def check_redis(settings: Settings) -> None:
     With shards, the number of shards is compared with that of the cluster, and each shard is asked.
 
     Raises:
-        FatalError: with ExitCode.CONFIG when Redis refuses the settings.
+        FatalError: with ExitCode.CONFIG when Redis refuses the settings, or has jobs under names of an earlier version.
     """
     clients = connect_shards(settings, connections=1)
     try:
@@ -111,9 +112,10 @@ def check_redis(settings: Settings) -> None:
 
 
 def _ask_once(settings: Settings, client: ShardRedis) -> redis.RedisError | None:
-    """The error of a server that does not answer, or refuses the settings."""
+    """The error of a server that does not answer, refuses the settings, or has jobs under names of another version."""
     try:
         client.ping()
+        check_names(client)
         if client.shard.index == 0:
             if shards := settings.redis_address.shards:
                 keep_shard_count(client, shards=shards)

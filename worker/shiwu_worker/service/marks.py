@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
+from shiwu.broker.migration import OLD_RETENTION
 from shiwu.contract import RETENTION
 from shiwu_worker.service.factories import connect
 
@@ -27,7 +28,8 @@ def choose_marks(settings: Settings) -> Settings:
         return settings.model_copy(update={"marks": "hashes"})
     with connect(settings, connections=1) as client:
         try:
-            found: Any = client.hgetall(RETENTION)
+            # `shiwu migrate` moves the old name; a database without jobs there needs no migration.
+            found: Any = client.hgetall(RETENTION) or client.hgetall(OLD_RETENTION)
         except redis.RedisError:
             return settings.model_copy(update={"marks": "both"})
     is_without_old_marks = b"result_ttl_s" not in found or found.get(b"old_marks") == b"0"

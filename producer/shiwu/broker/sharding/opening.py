@@ -10,6 +10,7 @@ from redis import exceptions
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
 
 from shiwu.broker.connection import PoolOptions, open_client, place_and_login
+from shiwu.broker.migration.old_names import OLD_RETENTION
 from shiwu.broker.redis_errors import WrongShardCount
 from shiwu.broker.redis_url import RedisAddress, read_redis_url
 from shiwu.broker.sharding.cluster_map import ClusterMap
@@ -79,7 +80,8 @@ def shard_count_steps(shards: int) -> Steps[None]:
     with suppress(exceptions.NoPermissionError):
         found = yield lambda client: client.hget(RETENTION, SHARDS_FIELD)
         if found is None:
-            yield lambda client: client.hsetnx(RETENTION, SHARDS_FIELD, str(shards))
+            first = yield lambda client: client.hget(OLD_RETENTION, SHARDS_FIELD)
+            yield lambda client: client.hsetnx(RETENTION, SHARDS_FIELD, first or str(shards))
             # Another process may have been faster.
             found = yield lambda client: client.hget(RETENTION, SHARDS_FIELD)
     if isinstance(found, bytes) and found != str(shards).encode():
