@@ -203,8 +203,8 @@ class Job(msgspec.Struct, eq=False):
         image = self.image
         if image is None and self.request is not None:
             image = ImageInfo(reference=without_query(self.request.image))
-        # Some by position: CPython makes a dict for many keyword arguments, which doubles the time of the call (12 have
-        # none, 13 have one).
+        request, label_set = self.request, self.label_set
+        # By position: for keyword arguments msgspec compares the names, which takes a sixth of the time of this method.
         return Answer(
             self.answer_id or self.id,
             self.status,
@@ -218,16 +218,16 @@ class Job(msgspec.Struct, eq=False):
             self.attempt,
             worker,
             self.lane,
-            error=self.error,
-            metadata=self.request.metadata if self.request else None,
-            embedding=self.embedding,
-            warnings=warnings or None,
-            answered_at=answered_at,
-            history=self.history or None,
-            cache=self.cache,
-            callback=self.request.callback if self.request else None,
-            vector=self.vector,
-            unknown=self.label_set.is_unknown(self.tags) or None if self.label_set else None,
+            self.error,
+            request.metadata if request is not None else None,
+            self.embedding,
+            warnings or None,
+            answered_at,
+            self.history or None,
+            request.callback if request is not None else None,
+            self.vector,
+            self.cache,
+            label_set.is_unknown(self.tags) or None if label_set is not None else None,
         )
 
     def _labels_info(self) -> LabelsInfo | None:
