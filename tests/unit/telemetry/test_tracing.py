@@ -181,6 +181,17 @@ def test_batch_span_and_job_spans_are_linked(exporter: InMemorySpanExporter) -> 
     assert len(spans) == 306
 
 
+def test_batch_that_is_committed_in_portions_counts_each_job_once(exporter: InMemorySpanExporter) -> None:
+    """Interactive jobs are committed apart from bulk ones of their batch."""
+    traces = traces_of(exporter)
+    jobs = [job_of(f"a{n}", trace=PARENT) for n in range(3)]
+    traces.batch_left("full", jobs)
+    made(exporter, [settled(job) for job in jobs[:1]], [settled(job) for job in jobs[1:]])
+    batches = [span.attributes or {} for span in exporter.get_finished_spans() if span.name == "shiwu.batch"]
+    assert sorted(each["messaging.batch.message_count"] for each in batches) == [1, 2]
+    assert {each["shiwu.batch_size"] for each in batches} == {3}
+
+
 def test_job_that_its_producer_does_not_sample_has_no_span(exporter: InMemorySpanExporter) -> None:
     """Nor has a batch of such jobs; in a mixed one only the others are linked."""
     traces = traces_of(exporter)

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
@@ -163,13 +163,16 @@ class Traces:
     def _make(self, clock: _Clock, committed: Sequence[CommittedJob]) -> None:
         spans: list[Span] = []
         batches: dict[Departure, list[tuple[CommittedJob, Span]]] = {}
+        jobs: Counter[Departure] = Counter()
         for one in committed:
             span = self._job_span(clock, one)
             spans.append(span)
-            if one.job.departure is not None and span.is_recording():
-                batches.setdefault(one.job.departure, []).append((one, span))
+            if one.job.departure is not None:
+                jobs[one.job.departure] += 1
+                if span.is_recording():
+                    batches.setdefault(one.job.departure, []).append((one, span))
         for departure, members in batches.items():
-            self._batch_span(clock, departure, members)
+            self._batch_span(clock, departure, members, jobs=jobs[departure])
         for span in spans:
             span.end(clock.ns(clock.now_s))
 
@@ -195,14 +198,23 @@ class Traces:
                 span.set_status(StatusCode.ERROR, answer.error.message if answer.error else None)
         return span
 
-    def _batch_span(self, clock: _Clock, departure: Departure, members: Sequence[tuple[CommittedJob, Span]]) -> None:
-        """Make the root span of a batch, from its launch until its last job was scored."""
+    def _batch_span(
+        self, clock: _Clock, departure: Departure, members: Sequence[tuple[CommittedJob, Span]], *, jobs: int
+    ) -> None:
+        """Make the root span of a batch, from its launch until its last job was scored.
+
+        The jobs of a batch may be committed in portions, as the lanes are. Then each portion has a span of its own.
+
+        Args:
+            jobs: how many jobs of the batch were committed together; `members` are those whose traces are sampled.
+        """
         span = self._tracer.start_span(
             "shiwu.batch",
             context=Context(),
             links=[Link(each.get_span_context()) for _, each in members],
             attributes={
-                "messaging.batch.message_count": departure.size,
+                "messaging.batch.message_count": jobs,
+                "shiwu.batch_size": departure.size,
                 "shiwu.batch.reason": departure.reason,
                 "shiwu.batch.sampled": len(members),
             },
