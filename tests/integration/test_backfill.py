@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 
-from shiwu.backfill import collector, runner
+from shiwu.backfill import collector, feeder, runner
 from shiwu.backfill.errors import TakenOver
 from shiwu.backfill.plan import Pace, Plan
 from shiwu.backfill.runner import Phase
@@ -305,6 +305,25 @@ def test_successor_ends_its_predecessor(
         wait_until(lambda: first, timeout_s=10)
     assert isinstance(first[0], TakenOver)
     assert set(references_of(tmp_path / "out").values()) == {1}
+
+
+def test_process_that_lost_its_backfill_makes_no_group(
+    backfill: LocalBackfill, plan: Plan, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs before its first read, while its successor ends and deletes the group."""
+    send = feeder.Feeder.step
+
+    def send_and_hang(self: feeder.Feeder, *, is_reading: bool) -> bool:
+        monkeypatch.undo()
+        has_sent = send(self, is_reading=is_reading)
+        backfill.state("night").take("successor", now_ms=0.0)
+        redis_client.xgroup_destroy(RESULT_STREAM, "backfill.night")
+        return has_sent
+
+    monkeypatch.setattr(feeder.Feeder, "step", send_and_hang)
+    with pytest.raises(TakenOver):
+        backfill.run("night", plan)
+    assert redis_client.xinfo_groups(RESULT_STREAM) == []
 
 
 def test_missing_part_is_told(backfill: LocalBackfill, plan: Plan, redis_url: str, tmp_path: Path) -> None:

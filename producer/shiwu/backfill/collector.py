@@ -122,7 +122,14 @@ class Collector:
 
     # -------------------------------------------------------------------------------- reading
     def step(self, *, block_s: float) -> bool:
-        """Read a portion of the stream, and missing answers if it is time; return whether anything came."""
+        """Read a portion of the stream, and missing answers if it is time; return whether anything came.
+
+        Raises:
+            TakenOver: another process runs this backfill.
+        """
+        if not self._reader.has_group:
+            # The other process may have ended and deleted the group, which nobody would delete again.
+            self._state.write(Change())
         try:
             entries = run(self._redis, self._reader.read_steps(block_s=block_s))
         except (redis.RedisError, OSError) as error:

@@ -154,6 +154,11 @@ class StreamReader:
         """The newest entry that other consumers held when this consumer had nothing more to read."""
         self.is_at_end = False
 
+    @property
+    def has_group(self) -> bool:
+        """Whether the group was there at the last read; otherwise the next read creates it."""
+        return self._has_group
+
     # -------------------------------------------------------------------------------- reading
     def read_steps(self, *, block_s: float | None = None) -> Steps[list[Entry]]:
         """The next portion; empty where there is nothing to read.
