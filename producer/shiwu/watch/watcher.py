@@ -105,7 +105,15 @@ class Watcher:
                 return
             if self._stop.wait(backoff.next_s()):
                 raise Stopped
+            self._keep(taken)
+
+    def _keep(self, taken: Sequence[Taken[Any]]) -> None:
+        """Keep messages from other watchers. If that fails, their jobs are enqueued all the same: ids fold copies."""
+        try:
             self._source.keep(taken)
+            self._reports.source()
+        except SourceUnavailable as error:
+            self._reports.source(str(error))
 
 
 def wait_reason(error: QueueFull | redis.RedisError) -> str:
