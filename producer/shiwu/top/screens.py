@@ -79,7 +79,9 @@ class LettersScreen(Screen[None]):
         self.show(now_ms=self._now_ms)
 
     def show(self, *, now_ms: float) -> None:
-        """Show the letters that there are now."""
+        """Show the letters that there are now, if the table is there yet; `on_mount` fills it first."""
+        if not self.query("#letters"):
+            return
         self._letters = {letter.id: letter for letter in self._read()}
         cells = [(letter.id, rows.letter_cells(letter, now_ms=now_ms)) for letter in self._letters.values()]
         self.query_one("#letters", RowTable).fill(cells)
