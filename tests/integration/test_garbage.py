@@ -9,6 +9,7 @@ import weakref
 from contextlib import ExitStack
 
 from shiwu_worker.runtime.garbage import freeze_imported, freeze_started
+from tests.support import pictogram
 from tests.support.processes import clean_environment
 
 SERVICE = """
@@ -61,10 +62,10 @@ def test_running_worker_exempts_what_its_start_created(redis_url: str) -> None:
     """The model's libraries create more than 300,000 objects; none is left to visit. BLAS has one thread."""
     ran = subprocess.run(
         [sys.executable, "-c", SERVICE],
-        env=clean_environment({"SHIWU_REDIS_URL": redis_url}),
+        env=clean_environment({"SHIWU_REDIS_URL": redis_url, "SHIWU_MAX_BATCH": "8", **pictogram.SETTINGS}),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=170,
         check=True,
     )
     (frozen, visited), (blas_threads, _), (after, _) = (map(int, line.split()) for line in ran.stdout.splitlines())

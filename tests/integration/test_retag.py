@@ -36,7 +36,7 @@ def retag(vectors: Path | str, *args: str, **settings: str) -> subprocess.Comple
     """The command, as a user runs it."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("SHIWU_")} | settings
     command = [sys.executable, "-m", "shiwu_worker", "retag", "--vectors", str(vectors), *args]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=170, check=False)
 
 
 def kept(answers: list[Answer], path: Path) -> Path:
@@ -152,6 +152,7 @@ def test_vectors_of_another_revision_are_refused(embedded_part: Path, tmp_path: 
     assert len(out.read_text().splitlines()) == 50
 
 
+@pytest.mark.timeout(400)
 def test_vectors_and_answers_may_be_in_a_bucket(embedded_part: Path, s3: S3Server) -> None:
     """With the settings of a worker; the answers are those of the same part on the disk."""
     s3.put("kept/2026/part.parquet", embedded_part.read_bytes())

@@ -275,35 +275,17 @@ def test_answer_has_warnings_about_its_tags(shared_worker: WorkerProcess, s3: S3
     assert "labels_questionable" in events
 
 
-def test_idle_worker_answers_fast_and_sends_few_commands(
-    start_worker: StartWorker, redis_url: str, tmp_path: Any
-) -> None:
-    """An idle worker claims immediately and sends no more than 20 commands a second: it waits, and does not poll.
-
-    Polling as often as that would find a job after 25 ms on average. A busy machine makes some waits long, so the
-    fastest third counts; `bench latency` measures the time itself.
-    """
+def test_idle_worker_sends_few_commands(start_worker: StartWorker, redis_url: str, tmp_path: Any) -> None:
+    """No more than 20 a second after a job: it waits for messages, and does not poll. `bench latency` has the times."""
     path = tmp_path / "x.png"
     path.write_bytes(pictures.png(pictures.picture().resize((64, 64))))
     start_worker(redis_url=redis_url, allow_folders=tmp_path)
+    assert ask(redis_url, path.as_uri(), "idle").status is Status.TAGGED
     with redis.Redis.from_url(redis_url) as client:
-        waits = []
-        for number in range(15):
-            client.blpop(["nothing"], timeout=0.15)  # type: ignore[arg-type]  # the server takes fractions
-            seconds, micros = client.time()
-            message = build_message(
-                Request(image=path.as_uri()),
-                job_id=f"idle-{number}",
-                lane=Lane.INTERACTIVE,
-                sent_ms=seconds * 1000 + micros / 1000,
-            )
-            client.lpush(Lane.INTERACTIVE.queue, message)
-            waits.append(read_answer(client, f"idle-{number}").timing.queue or 0.0)
         before, since_s = client.info("stats")["total_commands_processed"], time.monotonic()
         client.blpop(["nothing"], timeout=3)
         commands = client.info("stats")["total_commands_processed"] - before
         per_second = commands / (time.monotonic() - since_s)
-    assert sorted(waits)[len(waits) // 3] < 10.0, waits
     assert per_second <= 20
 
 
