@@ -128,7 +128,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) -c constraints.txt -e '.[worker,dev,docs]' || { \
 	  echo "The installation failed; pip says why above. It needs a package index, or PIP_ARGS that name one."; exit 1; } >&2
 	@# With all cores, where pip would take one. Some files are no Python 3, and stay as they are.
-	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib $(CODE) >/dev/null 2>&1 || true
 	@touch $@
 	@echo "Installed."
 
