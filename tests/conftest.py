@@ -16,6 +16,7 @@ import hypothesis.configuration
 import pytest
 import redis
 
+from tests.support import waiting
 from tests.support.both_clients import OPENERS, OpenClient
 from tests.support.loopback import only_loopback
 from tests.support.servers import PictureServer, S3Server, Valkey, WorkerProcess
@@ -30,6 +31,8 @@ hypothesis.settings.register_profile(
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / f"hypothesis-{os.getuid()}")
 
 FAILED = pytest.StashKey[bool]()
+LEAST_WAIT_S = 30.0
+"""No `wait_until` of a test gives up before: a busy machine may take long for what usually takes milliseconds."""
 LONG = 80
 """Characters of a parameter that are enough for a test's name."""
 
@@ -45,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # pytest-xdist passes the option on, so all processes of a run have one seed.
     config.option.hypothesis_seed = choose_seed(config.getoption("hypothesis_seed"), is_ci=bool(os.environ.get("CI")))
     hypothesis.settings.load_profile("fixed" if config.option.hypothesis_seed is None else "seeded")
+    waiting.least_s = LEAST_WAIT_S
     # Undo what `nohup` and a shell's `&` ignore: every process that a test starts would inherit it.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -69,6 +73,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     A file whose long tests also share its servers sets `pytestmark = pytest.mark.xdist_group(__name__)`.
     """
     for item in items:
+        # A test with a real worker runs with one client; with the other one it is a long test.
+        if (
+            isinstance(item, pytest.Function)
+            and {"open_client", "start_worker"} <= set(item.fixturenames)
+            and item.callspec.params.get("open_client") == "asyncio"
+        ):
+            item.add_marker(pytest.mark.long)
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.name if _takes_long(item) else item.path.stem))
     if config.getoption("loadgroup", default=False):

@@ -120,7 +120,7 @@ def test_answer_by_is_kept_while_a_worker_is_busy(
     slow = http_server.serve("/slow.png", Reply.picture(pictures.png(pictures.picture())).late(first_pause_s=8))
     start_worker(redis_url=redis_url)
     client.enqueue(slow, id="slow", answer_by_s=1.5)
-    result = client.wait("slow", timeout_s=5)
+    result = client.wait("slow", timeout_s=60)
     assert result.status is Status.EXPIRED
     assert (result.error.code if result.error else None) is ErrorCode.EXPIRED
 

@@ -53,7 +53,7 @@ def write(folder: Path, count: int) -> list[str]:
     return [(folder / f"{number}.png").as_uri() for number in range(count)]
 
 
-@pytest.mark.parametrize("vector_cache", [20_000, 10])
+@pytest.mark.parametrize("vector_cache", [pytest.param(20_000, marks=pytest.mark.long), 10])
 def test_thousand_posts_of_ten_images_take_ten_rows(
     start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, tmp_path: Path, vector_cache: int
 ) -> None:
@@ -123,6 +123,7 @@ def test_failures_are_not_shared(
     assert value(port, SAVED, by="vector") == value(port, SAVED, by="joined") == 0
 
 
+@pytest.mark.long
 def test_workers_with_other_preprocessing_share_nothing(
     start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
@@ -139,7 +140,7 @@ def test_workers_with_other_preprocessing_share_nothing(
     wait_until(lambda: value(port, ROWS) == 1, timeout_s=10)
 
 
-@pytest.mark.parametrize("source", ["http", "s3"])
+@pytest.mark.parametrize("source", ["s3", pytest.param("http", marks=pytest.mark.long)])
 def test_source_need_not_send_a_known_image(
     *,
     start_worker: StartWorker,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -167,14 +166,11 @@ def test_frozen_node_holds_up_no_other_shard(cluster: ValkeyCluster, shards: Sha
     node.pause()
     others = [job_id for job_id in ids_of("other", 90) if shard_of(job_id, shards=SHARDS) not in away]
     shards.enqueue(others)
-    began_s = time.monotonic()
     wait_until(
         lambda: set(others) <= set(shards.answered(among=reachable)),
         timeout_s=ANSWERED_S,
         every_s=0.05,
-        what="the answers of the other shards",
+        what="the answers of the other shards while the node stands still",
     )
-    took_s = time.monotonic() - began_s
-    assert took_s < 5.0, f"{len(others)} jobs took {took_s:.1f} s"
     node.resume()
     shards.wait_answered([*mine, *others])

@@ -15,7 +15,7 @@ from PIL import Image
 
 from shiwu_worker.runtime.proc import stat_fields
 from tests.conftest import choose_seed
-from tests.support import pictures
+from tests.support import pictures, waiting
 from tests.support.loopback import LeftMachineError, is_own_address, needs_resolver, only_loopback
 from tests.support.processes import ROOT, Process, ServerError, clean_environment, free_ports
 from tests.support.servers import PictureServer, Reply, Valkey
@@ -116,8 +116,9 @@ def _group_lives(group: int) -> bool:
     return False
 
 
-def test_waiting_has_an_end() -> None:
+def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A condition that stays false is named in the error."""
+    monkeypatch.setattr(waiting, "least_s", 0.0)
     with pytest.raises(TimeoutError, match="expected the moon within"):
         wait_until(lambda: False, timeout_s=0.01, what="the moon")
 

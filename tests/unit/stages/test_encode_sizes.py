@@ -33,7 +33,7 @@ def test_quick_start_times_two_batch_sizes(tmp_path: Path) -> None:
     assert seen == [1, 1, 8, 8]
     seconds = encoder.size_policy.seconds()
     assert seconds.keys() == {1, 2, 4, 8}
-    assert all(0 < took_s < 1 for took_s in seconds.values())
+    assert all(took_s > 0 for took_s in seconds.values())
 
 
 def test_thorough_start_times_all_batch_sizes(tmp_path: Path) -> None:
