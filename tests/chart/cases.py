@@ -50,7 +50,16 @@ ALL_ON: dict[str, Any] = {
                 "labels": ["猫", {"label": "狗", "min_cosine": 0.25}],
             },
             "颜色": {"labels": ["红", "绿"]},
-        }
+            "rules": {
+                "version": 2,
+                "head": "z",
+                "unknown": "其他",
+                "calibration": "rules.json",
+                "labels": ["猫", {"label": "狗", "texts": ["狗", "犬"], "aliases": ["dog"], "threshold": 0.5}],
+                "groups": {"animals": {"exclusive": True, "labels": ["猫", "狗"], "parent": "动物"}},
+            },
+        },
+        "calibrations": {"rules.json": {"version": 1, "z": 2.123456}, "text.json": '{"version": 1}\n'},
     },
     "s3": {
         "endpointUrl": "https://s3.pictures.svc",

@@ -28,6 +28,7 @@ from tests.support.chart import Helm, Manifest, of_kind, pods, variables
 from tests.support.checkpoints import quiet_transformers, write_2022
 from tests.support.hub_server import HubServer
 from tests.support.processes import clean_environment
+from tests.support.rule_sets import write_calibration
 
 
 def worker_of(manifests: list[Manifest]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -106,14 +107,25 @@ def test_changed_labels_restart_the_workers(newest: Helm) -> None:
 
 
 def test_label_sets_are_read_by_the_worker(newest: Helm, tmp_path: Path) -> None:
-    data = of_kind(newest.render(ALL_ON), "ConfigMap", "-labels")["data"]
-    for name, text in data.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    """Also one of version 2 with its calibration file, which may be a text or an object."""
+    (tmp_path / "made").mkdir()
+    rules = ALL_ON["labels"]["sets"]["rules"]
+    text = (tmp_path / "made" / write_calibration(tmp_path / "made", rules, z=2.123456)).read_text(encoding="utf-8")
+    given = {"rules.json": json.loads(text), "text.json": text}
+    labels = ALL_ON["labels"] | {"calibrations": given}
+    data = of_kind(newest.render(ALL_ON | {"labels": labels}), "ConfigMap", "-labels")["data"]
+    assert json.loads(data["text.json"]) == json.loads(data["rules.json"]) == json.loads(text)
+    for name, content in data.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
     sets = load_label_sets([tmp_path])
     found = sets["mine"]
     assert (found.words, found.templates, found.head) == (("猫", "狗"), ("一张{}的照片",), "sigmoid")
     assert (found.scale, found.bias, found.min_cosines) == (100, -28.5, (-1, 0.25))
     assert sets["颜色"].words == ("红", "绿")
+    decided = sets["rules"].rules
+    assert decided is not None
+    assert decided.calibration is not None
+    assert (decided.calibration.z, decided.aliases[1], decided.thresholds[1]) == (2.123456, ("dog",), 0.5)
     assert all(re.fullmatch(r"[-._a-zA-Z0-9]+", name) for name in data), "Kubernetes takes no other keys"
 
 

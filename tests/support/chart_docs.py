@@ -25,25 +25,48 @@ _FREE: Final = {"type": "object"}
 _WORDS: Final = {"type": "object", "additionalProperties": {"type": "string"}}
 _STRINGS: Final = {"type": "array", "items": {"type": "string", "minLength": 1}}
 _COSINE: Final = {"type": "number", "minimum": -1, "maximum": 1}
+_TEXT: Final = {"type": "string", "minLength": 1}
+_TEXTS: Final = {"type": "array", "items": _TEXT}
+_TEMPLATES: Final = {"type": "array", "items": {"type": "string", "pattern": r"\{\}"}, "minItems": 1}
+_SHARE: Final = {"type": "number", "minimum": 0, "maximum": 1}
 _LABEL: Final = {
     "type": ["string", "object"],
     "minLength": 1,
     "additionalProperties": False,
     "required": ["label"],
-    "properties": {"label": {"type": "string", "minLength": 1}, "min_cosine": _COSINE},
+    "properties": {
+        "label": _TEXT,
+        "min_cosine": _COSINE,
+        "texts": _TEXTS,
+        "aliases": _TEXTS,
+        "templates": _TEMPLATES,
+        "group": _TEXT,
+        "hidden": {"type": "boolean"},
+        "threshold": _SHARE,
+    },
 }
+_GROUP: Final = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {"exclusive": {"type": "boolean"}, "parent": _TEXT, "threshold": _SHARE, "labels": _TEXTS},
+}
+_FILE_NAME: Final = "^[-._a-zA-Z0-9]+$"
 _LABEL_SET: Final = {
     "type": "object",
     "additionalProperties": False,
     "required": ["labels"],
     "properties": {
         "labels": {"type": "array", "items": _LABEL, "minItems": 1, "uniqueItems": True},
-        "templates": {"type": "array", "items": {"type": "string", "pattern": r"\{\}"}, "minItems": 1},
-        "head": {"enum": ["softmax", "sigmoid"]},
+        "version": {"enum": [1, 2]},
+        "templates": _TEMPLATES,
+        "head": {"enum": ["softmax", "sigmoid", "z"]},
         "scale": {"type": "number", "exclusiveMinimum": 0},
         "bias": {"type": "number"},
         "min_cosine": _COSINE,
         "description": {"type": "string"},
+        "unknown": _TEXT,
+        "calibration": {"type": "string", "pattern": _FILE_NAME},
+        "groups": {"type": "object", "additionalProperties": _GROUP},
     },
 }
 _FORMS: Final[Mapping[str, dict[str, Any]]] = {
@@ -92,6 +115,11 @@ _FORMS: Final[Mapping[str, dict[str, Any]]] = {
         # Go's syntax: helm checks it.
         "propertyNames": {"pattern": r"^[\p{L}\p{N}][\p{L}\p{M}\p{N}_.-]{0,63}$"},
         "additionalProperties": _LABEL_SET,
+    },
+    "labels.calibrations": {
+        "type": "object",
+        "propertyNames": {"pattern": _FILE_NAME},
+        "additionalProperties": {"type": ["string", "object"]},
     },
     "redis.port": _PORT,
     "redis.database": _COUNT,
