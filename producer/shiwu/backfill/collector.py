@@ -128,7 +128,7 @@ class Collector:
             TakenOver: another process runs this backfill.
         """
         if not self._reader.has_group:
-            # The other process may have ended and deleted the group, which nobody would delete again.
+            # The other process may have ended and deleted the group, which no process would delete again.
             self._state.write(Change())
         try:
             entries = run(self._redis, self._reader.read_steps(block_s=block_s))

@@ -181,7 +181,7 @@ def test_batch_span_and_job_spans_are_linked(exporter: InMemorySpanExporter) -> 
     assert len(spans) == 306
 
 
-def test_batch_that_is_committed_in_portions_counts_each_job_once(exporter: InMemorySpanExporter) -> None:
+def test_batch_in_several_commits_counts_each_job_once(exporter: InMemorySpanExporter) -> None:
     """Interactive jobs are committed apart from bulk ones of their batch."""
     traces = traces_of(exporter)
     jobs = [job_of(f"a{n}", trace=PARENT) for n in range(3)]
