@@ -10,7 +10,8 @@ import pytest
 import redis
 
 from shiwu.backfill.state import BackfillState, Change
-from shiwu.contract import RESULT_STREAM
+from shiwu.broker.migration import move_names
+from shiwu.contract import COUNTERS, DELAYED_MESSAGES, RESULT_STREAM
 from shiwu.hooks.delivery_queue import DeliveryQueue, NewDelivery, Payload, QueueOptions
 from shiwu.watch.sources.redis_hash import RedisHash
 from shiwu.watch.sources.redis_list import RedisList, taken_key, watchers_key
@@ -18,7 +19,7 @@ from tests.protocol.explorer import explore
 from tests.protocol.simulated_redis import CLOCK_KEY, TIME_CALL, SimulatedRedis
 from tests.support.declared_keys import SCRIPTS, check_declared_keys
 
-EXTENSIONS = ("backfill/", "hooks/", "watch/")
+EXTENSIONS = ("backfill/", "hooks/", "migration/", "watch/")
 LIMIT_S = 120.0
 """Until each script of the core has run, which takes a few seconds."""
 OPTIONS = QueueOptions(lease_s=60.0, alone_after=3, alone_every_s=60.0, max_age_s=3600.0, max_dead=100)
@@ -47,10 +48,14 @@ def test_scripts_of_jobs_touch_only_declared_keys(client: SimulatedRedis, monkey
 def test_scripts_of_extensions_touch_only_declared_keys(
     redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Deliveries of webhooks, bucket events, and the state of a backfill."""
+    """Deliveries of webhooks, bucket events, the state of a backfill, and the move of an old database."""
     ran = check_declared_keys(monkeypatch)
     _deliver(redis_client)
     _watch(redis_client)
+    redis_client.hset("shiwu:parked", "job", "x")
+    redis_client.hset(DELAYED_MESSAGES, "job", "y")
+    redis_client.hset(COUNTERS, "copies_dropped", 1)
+    assert len(list(move_names(redis_client))) == 2
     state = BackfillState(redis_client, "b")
     state.take("owner", now_ms=1.0)
     state.write(Change({"phase": "running"}, {"read": 1}, opened=[("a", b"1|{}")], closed=["c"]))
