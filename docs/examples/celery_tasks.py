@@ -2,7 +2,7 @@
 
     pip install 'celery[redis]'
     export SHOP_REDIS_URL=redis://127.0.0.1:6379/0    # the Redis of the workers of shiwu
-    celery -A celery_tasks worker
+    celery -A celery_tasks worker -Q celery           # without -Q it could take the jobs of shiwu
 
 The workers of shiwu must allow what follows a job: SHIWU_CALLBACK_TASKS=shop.save_tags,shop.note_failure
 """

@@ -6,10 +6,8 @@ Each canvas runs twice: with `shiwu.tag`, and with an ordinary Celery task. The 
 from __future__ import annotations
 
 import json
-import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,47 +15,19 @@ from uuid import uuid4
 
 import pytest
 import redis
-from celery import Celery, chain, chord, group
-from celery.exceptions import TaskRevokedError
+from celery import Celery, chain, chord
 
 from shiwu import Client
-from shiwu.contract import CANVAS, CANVAS_DUE, ErrorCode, Lane
+from shiwu.contract import CANVAS, CANVAS_DUE, Lane
 from tests.conftest import StartWorker
 from tests.support import pictures
+from tests.support.canvas import CANVASES, GET_S, Plain, check_revoke_of_a_waiting_task, check_task_events, plain_worker
 from tests.support.celery_client import celery_client
 from tests.support.plain_app import NOTES
-from tests.support.processes import Process, clean_environment
 from tests.support.servers import Valkey, WorkerProcess
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Celery's own use of redis
-GET_S = 30
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A user's application: signatures by name, as written without shiwu's code."""
-
-    app: Celery
-    client: redis.Redis
-    task: str
-    good: str
-    other: str
-    missing: str
-
-    def tag(self, image: str | None = None, **options: Any) -> Any:
-        """A signature of the task under test; without an image it takes the result before it."""
-        queue = {"queue": Lane.BULK.queue} if self.task == "shiwu.tag" else {}
-        return self.app.signature(self.task, args=[image] if image else [], **queue, **options)
-
-    def then(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """A signature of one of the application's own tasks."""
-        return self.app.signature(f"plain.{name}", args=args, kwargs=kwargs, app=self.app)
-
-    def notes(self) -> list[str]:
-        """Notes that the application's tasks wrote."""
-        found: Any = self.client.lrange(NOTES, 0, -1)
-        return [text.decode() for text in found]
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +46,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Valkey, 
             callback_tasks="shiwu.tag,plain.*",
             celery_args="-E",
         ) as worker,
-        Process(
-            [sys.executable, "-m", "celery", "-A", "tests.support.plain_app", "worker", "-P", "solo", "-l", "INFO"],
-            name="plain",
-            folder=folder,
-            env=clean_environment({"PLAIN_REDIS_URL": server.url}),
-        ) as plain,
+        plain_worker("tests.support.plain_app", folder=folder, env={"PLAIN_REDIS_URL": server.url}) as plain,
     ):
         worker.wait_ready()
         wait_until(lambda: "ready." in plain.log_text() or not plain.is_running, timeout_s=60)
@@ -102,11 +67,31 @@ def app(servers: tuple[Valkey, Path]) -> Iterator[Celery]:
 @pytest.fixture(params=["shiwu.tag", "plain.tag"])
 def plain(request: pytest.FixtureRequest, servers: tuple[Valkey, Path], app: Celery) -> Iterator[Plain]:
     """The application, once for `shiwu.tag` and once for the ordinary task."""
+    with opened(servers, app, request.param) as application:
+        yield application
+
+
+@pytest.fixture
+def plain_tag(servers: tuple[Valkey, Path], app: Celery) -> Iterator[Plain]:
+    """The application, with `shiwu.tag` only."""
+    with opened(servers, app, "shiwu.tag") as application:
+        yield application
+
+
+@contextmanager
+def opened(servers: tuple[Valkey, Path], app: Celery, task: str) -> Iterator[Plain]:
+    """The application, with one of the tasks."""
     server, folder = servers
     with server.client() as client:
         client.delete(NOTES)
-        good, other = ((folder / f"{name}.png").as_uri() for name in ("good", "other"))
-        yield Plain(app, client, request.param, good, other, (folder / "missing.png").as_uri())
+        good, other, missing = ((folder / f"{name}.png").as_uri() for name in ("good", "other", "missing"))
+        yield Plain(app, client, task, good, other, missing, server.url)
+
+
+@pytest.mark.parametrize("name", CANVASES)
+def test_canvas(plain: Plain, name: str) -> None:
+    """What is shared with the tests of applications in a shard of a cluster."""
+    CANVASES[name](plain)
 
 
 def test_chain(plain: Plain) -> None:
@@ -115,71 +100,12 @@ def test_chain(plain: Plain) -> None:
     assert result.get(timeout=GET_S) == f"tagged {plain.good}"
 
 
-def test_chain_into_the_task(plain: Plain) -> None:
-    """The result of the task before is the reference."""
-    result = chain(plain.then("reference", plain.good), plain.tag(), plain.then("best")).apply_async()
-    assert result.get(timeout=GET_S) == f"tagged {plain.good}"
-
-
-def test_group(plain: Plain) -> None:
-    """Results in the order asked."""
-    result = group(plain.tag(plain.good), plain.tag(plain.other), plain.tag(plain.good)).apply_async()
-    answers = result.get(timeout=GET_S)
-    assert [answer["image"]["reference"] for answer in answers] == [plain.good, plain.other, plain.good]
-
-
-def test_chord(plain: Plain) -> None:
-    """The body gets every answer, in order, once."""
-    result = chord([plain.tag(plain.good), plain.tag(plain.other)], plain.then("gather")).apply_async()
-    assert result.get(timeout=GET_S) == [plain.good, plain.other]
-
-
 def test_chain_with_a_chord_behind_the_task(plain: Plain) -> None:
     """tag → (two tasks) → body."""
     best = plain.then("best")
     body = plain.app.signature("plain.reference", args=["done"], immutable=True)
     result = chain(plain.tag(plain.good), chord([best, best], body)).apply_async()
     assert result.get(timeout=GET_S) == "done"
-
-
-def test_chord_with_a_failing_header(plain: Plain) -> None:
-    """The body never runs; its result is an error."""
-    result = chord([plain.tag(plain.good), plain.tag(plain.missing)], plain.then("gather")).apply_async()
-    with pytest.raises(Exception, match="source_not_found"):
-        result.get(timeout=GET_S)
-
-
-def test_link(plain: Plain) -> None:
-    """Every link is called with the answer, once; its result is a child."""
-    result = plain.tag(plain.good).apply_async(
-        link=[plain.then("note", "first"), plain.then("note", "second")],
-    )
-    assert result.get(timeout=GET_S)["status"] == "tagged"
-    wait_until(lambda: len(plain.notes()) == 2, timeout_s=GET_S)
-    assert sorted(plain.notes()) == ["first tagged", "second tagged"]
-    wait_until(lambda: len(plain.app.AsyncResult(result.id).children or []) >= 1, timeout_s=GET_S)
-
-
-def test_link_error(plain: Plain) -> None:
-    """The errback gets the id of the task that failed; the link is not called."""
-    result = plain.tag(plain.missing).apply_async(link=plain.then("note", "never"), link_error=plain.then("note_error"))
-    with pytest.raises(Exception, match="source_not_found"):
-        result.get(timeout=GET_S)
-    wait_until(lambda: plain.notes() == [f"error {result.id}"], timeout_s=GET_S)
-
-
-def test_chain_fails_with_its_first_task(plain: Plain) -> None:
-    """Later tasks of the chain fail too, so that no caller waits forever."""
-    result = chain(plain.tag(plain.missing), plain.then("best"), plain.then("reference")).apply_async()
-    with pytest.raises(Exception, match="source_not_found"):
-        result.get(timeout=GET_S)
-    wait_until(lambda: result.state == "FAILURE", timeout_s=GET_S)
-    if plain.task == "shiwu.tag":
-        with Client(plain.app.conf.broker_url) as client:
-            follower = client.wait(result.id, timeout_s=GET_S)
-        assert follower.error is not None
-        assert follower.error.code is ErrorCode.CHAIN_FAILED
-        assert "source_not_found" in follower.error.message
 
 
 def test_ignore_result_still_calls_links(plain: Plain) -> None:
@@ -197,21 +123,9 @@ def test_forget(plain: Plain) -> None:
     assert plain.app.AsyncResult(result.id).state == "PENDING"
 
 
-def test_revoke_of_a_waiting_task(servers: tuple[Valkey, Path], app: Celery) -> None:
+def test_revoke_of_a_waiting_task(plain_tag: Plain) -> None:
     """`AsyncResult.revoke()` revokes a job with a countdown immediately, as in Celery."""
-    server, folder = servers
-    reference = (folder / "good.png").as_uri()
-    result = app.send_task("shiwu.tag", args=[reference], queue=Lane.BULK.queue, countdown=300)
-    with server.client() as client:
-        wait_until(lambda: client.zscore("shiwu:delayed", result.id), timeout_s=GET_S)
-        result.revoke()
-        with pytest.raises(TaskRevokedError):
-            result.get(timeout=GET_S)
-        assert app.AsyncResult(result.id).state == "REVOKED"
-        foreign = "task-of-another-application"
-        app.control.revoke(foreign)
-        wait_until(lambda: client.zscore("shiwu:revoked", foreign), timeout_s=GET_S)
-        assert client.exists(f"celery-task-meta-{foreign}") == 0, "a foreign task's result was touched"
+    check_revoke_of_a_waiting_task(plain_tag)
 
 
 def test_one_revoke_names_thousands(servers: tuple[Valkey, Path], app: Celery) -> None:
@@ -222,38 +136,9 @@ def test_one_revoke_names_thousands(servers: tuple[Valkey, Path], app: Celery) -
         wait_until(lambda: None not in client.zmscore("shiwu:revoked", ids), timeout_s=GET_S)
 
 
-def test_task_events(servers: tuple[Valkey, Path], app: Celery) -> None:
+def test_task_events(plain_tag: Plain) -> None:
     """With -E, Celery's own receiver sees each job received, started and ended, with its runtime."""
-    _, folder = servers
-    events: list[dict[str, Any]] = []
-    done = threading.Event()
-    listening = threading.Event()
-
-    def take(event: dict[str, Any]) -> None:
-        listening.set()
-        if event.get("uuid") in {"event-good", "event-missing"}:
-            events.append(event)
-            if sum(event["type"] in {"task-succeeded", "task-failed"} for event in events) == 2:
-                done.set()
-
-    def listen() -> None:
-        with app.connection_for_read() as connection:
-            receiver = app.events.Receiver(connection, handlers={"*": take})
-            for _ in receiver.itercapture(limit=None, timeout=20, wakeup=False):
-                if done.is_set():
-                    return
-
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
-    assert listening.wait(GET_S), "no heartbeat came"
-    for name in ("good", "missing"):
-        reference = (folder / f"{name}.png").as_uri()
-        app.send_task("shiwu.tag", args=[reference], queue=Lane.BULK.queue, task_id=f"event-{name}")
-    assert done.wait(GET_S), events
-    thread.join(GET_S)
-    for name, last in (("good", "task-succeeded"), ("missing", "task-failed")):
-        mine = [event for event in events if event["uuid"] == f"event-{name}"]
-        assert [event["type"] for event in mine] == ["task-received", "task-started", last]
+    check_task_events(plain_tag, plain_tag.app)
 
 
 def test_callbacks_of_a_crashed_worker_are_sent_by_another(

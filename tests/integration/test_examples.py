@@ -91,7 +91,9 @@ def test_celery_task_gets_the_tags_of_an_image(
     command = [sys.executable, "-m", "celery", "-A", "celery_tasks", "--workdir", str(EXAMPLES)]
     env = clean_environment({"SHOP_REDIS_URL": redis_url})
     with (
-        Process([*command, "worker", "-P", "solo", "-l", "INFO"], name="shop", folder=tmp_path, env=env) as shop,
+        Process(
+            [*command, "worker", "-Q", "celery", "-P", "solo", "-l", "INFO"], name="shop", folder=tmp_path, env=env
+        ) as shop,
         celery_client(redis_url) as app,
     ):
         wait_until(lambda: "ready." in shop.log_text() or not shop.is_running, timeout_s=60)

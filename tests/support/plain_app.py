@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import redis
 from celery import Celery
 
 URL = os.environ.get("PLAIN_REDIS_URL", "redis://127.0.0.1:6379/0")
@@ -19,8 +18,7 @@ app.conf.update(worker_enable_remote_control=False, broker_connection_retry_on_s
 
 def note(text: str) -> None:
     """Leave a trace that a test can read."""
-    with redis.Redis.from_url(URL, socket_timeout=10) as client:
-        client.rpush(NOTES, text)
+    app.backend.client.rpush(NOTES, text)
 
 
 @app.task(name="plain.tag")  # type: ignore[untyped-decorator]  # celery has no types

@@ -48,13 +48,13 @@ class CallbackApp(Celery):  # type: ignore[misc]  # celery has no types
         return super().send_task(name, args, kwargs, **passed)
 
 
-def make_callback_app(settings: Settings) -> Celery:
-    """Return the app that sends callbacks, with its results in the Redis of the worker."""
+def make_callback_app(settings: Settings, *, shard: int = 0) -> Celery:
+    """Return the app that sends callbacks, with results in the Redis of the worker or in a shard of its cluster."""
     address = settings.redis_address
     return CallbackApp(
         callback_rules(settings),
-        **broker_config(address, timeout_s=settings.redis_timeout_s),
-        **backend_config(address, timeout_s=settings.redis_timeout_s),
+        **broker_config(address, timeout_s=settings.redis_timeout_s, shard=shard),
+        **backend_config(address, timeout_s=settings.redis_timeout_s, shard=shard),
         result_expires=settings.result_ttl_s,
         accept_content=["json"],
         task_serializer="json",
@@ -70,9 +70,14 @@ def check_callbacks(settings: Settings) -> str:
     Raises:
         redis.RedisError: Celery does not reach Redis.
     """
-    if settings.redis_address.shards:
-        return "none on a cluster: jobs with callbacks are rejected"
-    app = make_callback_app(settings)
+    shards = settings.redis_address.shards
+    for shard in range(max(1, shards)):
+        _ping(make_callback_app(settings, shard=shard))
+    where = f"the {shards} shards" if shards else "the same Redis"
+    return f"Celery reaches {where}, for callbacks and their results"
+
+
+def _ping(app: Celery) -> None:
     try:
         with (
             app.connection_for_write() as connection,
@@ -85,4 +90,3 @@ def check_callbacks(settings: Settings) -> str:
         raise error.__cause__ or error from None
     finally:
         app.close()
-    return "Celery reaches the same Redis, for callbacks and their results"

@@ -53,10 +53,17 @@ class CallbackSender:
             it sends.
         rules: which tasks and queues callbacks may name. Jobs that no worker answered were not checked before.
         retry_after_s: after this time another worker may send a chunk that this worker has taken.
+        shard: index of the shard whose jobs have the callbacks; `app` and `client` are those of this shard.
     """
 
     def __init__(
-        self, app: Celery, client: redis.Redis, *, rules: CallbackRules, retry_after_s: float = CALLBACKS_RESERVED_S
+        self,
+        app: Celery,
+        client: redis.Redis,
+        *,
+        rules: CallbackRules,
+        retry_after_s: float = CALLBACKS_RESERVED_S,
+        shard: int = 0,
     ) -> None:
         self._app = app
         self._client = client
@@ -70,7 +77,8 @@ class CallbackSender:
         self._closed = threading.Event()
         self._taken = 0
         """Jobs of the chunk that is being sent."""
-        self._thread = ServiceThread("callbacks", self._run, on_fatal=None, stop=self._stop)
+        name = f"callbacks-{shard}" if shard else "callbacks"
+        self._thread = ServiceThread(name, self._run, on_fatal=None, stop=self._stop)
 
     def start(self) -> None:
         """Start the thread."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from shiwu.broker.redis_url import RedisAddress
+from shiwu.broker.sharding import cluster_shard
 from shiwu.celery import options
 
 BROKER_CONNECTIONS: Final = 10
@@ -30,6 +31,18 @@ def broker_config(address: RedisAddress, *, timeout_s: float, shard: int = 0) ->
         "broker_transport_options": found["broker_transport_options"] | limits,
         "broker_use_ssl": found["broker_use_ssl"],
     }
+
+
+def admin_config(address: RedisAddress, *, timeout_s: float) -> dict[str, Any]:
+    """Return Celery's settings for the broker of the worker's own consumer: on a cluster it hears all shards.
+
+    Its queue, its replies and its events are in shard 0.
+    """
+    found = broker_config(address, timeout_s=timeout_s)
+    if address.shards:
+        prefixes = [cluster_shard(index).prefix for index in range(address.shards)]
+        found["broker_transport_options"]["listen_prefixes"] = prefixes
+    return found
 
 
 def backend_config(address: RedisAddress, *, timeout_s: float, shard: int = 0) -> dict[str, Any]:

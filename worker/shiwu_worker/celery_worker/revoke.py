@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import redis
@@ -72,9 +73,26 @@ class Revoker:
         return len(known) - len(already_answered)
 
 
+class ShardedRevoker:
+    """Carries out revokes in all shards at the same time: a job may be in any of them, as its message says."""
+
+    def __init__(self, shards: Sequence[Revoker]) -> None:
+        self._shards = shards
+
+    def revoke(self, ids: Sequence[str]) -> int:
+        """Revoke any number of ids. Return how many jobs were answered now.
+
+        Raises:
+            redis.RedisError: of one shard, after the others are done; the call may be repeated.
+        """
+        with ThreadPoolExecutor(len(self._shards), thread_name_prefix="revoke") as pool:
+            calls = [pool.submit(shard.revoke, ids) for shard in self._shards]
+        return sum(call.result() for call in calls)
+
+
 def revoke_command(state: Any, task_id: str | Sequence[str] = (), **_: Any) -> dict[str, str]:
     """Handle the remote-control command `revoke`; the reply says whether it was carried out."""
-    revoker: Revoker | None = state.app.shiwu_revoker
+    revoker: Revoker | ShardedRevoker | None = state.app.shiwu_revoker
     if revoker is None:
         return {"error": "not ready yet; revoke again"}
     named = [task_id] if isinstance(task_id, str) else list(task_id)

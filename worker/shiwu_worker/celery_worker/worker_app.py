@@ -6,11 +6,9 @@ listens on an empty queue, so a connection error there never affects a job. Cele
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar, Final
 
@@ -24,26 +22,19 @@ from structlog.typing import FilteringBoundLogger
 
 from shiwu.broker.backoff import Backoff
 from shiwu.contract import TASK_NAME, Lane
-from shiwu_worker.celery_worker.callback_app import make_callback_app
-from shiwu_worker.celery_worker.callbacks import CallbackSender
-from shiwu_worker.celery_worker.celery_redis import broker_config
+from shiwu_worker.celery_worker.celery_redis import admin_config
 from shiwu_worker.celery_worker.lane_worker import ADMIN_QUEUE
-from shiwu_worker.celery_worker.revoke import Revoker
+from shiwu_worker.celery_worker.senders import Senders, open_senders
 from shiwu_worker.celery_worker.stop_signals import StopSignals
-from shiwu_worker.celery_worker.task_events import TaskEventSender
 from shiwu_worker.config.errors import load_settings_or_exit, report_unknown_names
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.config.views import callback_rules
 from shiwu_worker.errors import BROKEN_DEVICE, FatalError
-from shiwu_worker.jobs.outcome import CommittedJob
 from shiwu_worker.runtime.process import exit_now
 from shiwu_worker.service.bootstrap import WorkerService, open_service
-from shiwu_worker.service.factories import CELERY_CONNECTIONS, connect, make_answer_store
 from shiwu_worker.telemetry import logs
 from shiwu_worker.telemetry.log_output import open_standard_streams
 
 log: FilteringBoundLogger = structlog.get_logger()
-SENDERS_CLOSE_S: Final = 5.0
 CONSUMER_STOP_S: Final = 1.0
 """How long Celery's consumer may take to close when the worker stops; the grace time counts meanwhile."""
 SIGNAL_POLL_S: Final = 0.25
@@ -122,7 +113,7 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
         self._stack = ExitStack()
         self._signals = StopSignals(worker.hostname)
         self._service: WorkerService | None = None
-        self._senders: _Senders | None = None
+        self._senders: Senders | None = None
         self._fatal: FatalError | None = None
         self._grace_s = 0.0
 
@@ -136,13 +127,13 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
         self._signals.install(has_files=settings.labels_dir is not None)
         with ExitStack() as stack:
             try:
-                self._senders = stack.enter_context(_open_senders(worker, settings))
+                self._senders = stack.enter_context(open_senders(worker, settings))
                 service = stack.enter_context(
                     open_service(
                         settings,
                         on_fatal=self._on_fatal,
                         on_committed=self._senders.put,
-                        is_waiting_for_revokes=settings.revoke and not settings.redis_address.shards,
+                        is_waiting_for_revokes=settings.revoke,
                     )
                 )
             except FatalError as error:
@@ -183,58 +174,6 @@ class PipelineBootStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
             state.should_stop = int(error.exit_code)
 
 
-class _Senders:
-    """The threads that tell Celery's side about commits. They end together, within SENDERS_CLOSE_S."""
-
-    def __init__(self, senders: Sequence[CallbackSender | TaskEventSender]) -> None:
-        self._senders = senders
-        self._until_s: float | None = None
-
-    def put(self, committed: Sequence[CommittedJob]) -> None:
-        state.total_count[TASK_NAME] += len(committed)
-        for sender in self._senders:
-            sender.put(committed)
-
-    def ask_to_end(self) -> None:
-        if self._until_s is None:
-            self._until_s = time.monotonic() + SENDERS_CLOSE_S
-            for sender in self._senders:
-                sender.ask_to_end()
-
-    def close(self) -> None:
-        self.ask_to_end()
-        for sender in self._senders:
-            sender.close(timeout_s=max(0.0, (self._until_s or 0.0) - time.monotonic()))
-
-
-@contextmanager
-def _open_senders(worker: Any, settings: Settings) -> Iterator[_Senders]:
-    """Start the senders of callbacks and, with `-E`, of task events. On a cluster there are none."""
-    if settings.redis_address.shards:
-        log.warning(
-            "celery_off",
-            meaning="on a cluster this worker takes no commands of Celery (revoke, inspect) and sends neither events "
-            "nor callbacks; jobs with callbacks are rejected",
-        )
-        yield _Senders([])
-        return
-    with ExitStack() as stack:
-        client = stack.enter_context(connect(settings, connections=CELERY_CONNECTIONS))
-        if settings.revoke:
-            worker.app.shiwu_revoker = Revoker(
-                client, make_answer_store(settings, client, f"revoke.{secrets.token_hex(4)}")
-            )
-        callbacks = CallbackSender(make_callback_app(settings), client, rules=callback_rules(settings))
-        senders: list[CallbackSender | TaskEventSender] = [callbacks]
-        if worker.task_events:
-            senders.append(TaskEventSender(worker.app, hostname=worker.hostname))
-        for sender in senders:
-            sender.start()
-        group = _Senders(senders)
-        stack.callback(group.close)
-        yield group
-
-
 class LaneCelery(Celery):  # type: ignore[misc]  # celery has no types
     """An app whose worker reads `-Q` as lanes."""
 
@@ -248,7 +187,7 @@ def make_app(settings: Settings) -> Celery:
     """Return the app, with settings under which Celery cannot stop the pipeline."""
     app = LaneCelery("shiwu")
     app.conf.update(
-        **broker_config(settings.redis_address, timeout_s=settings.redis_timeout_s),
+        **admin_config(settings.redis_address, timeout_s=settings.redis_timeout_s),
         accept_content=["json"],
         task_serializer="json",
         result_serializer="json",

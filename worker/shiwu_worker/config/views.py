@@ -91,9 +91,7 @@ def access_rules(settings: Settings) -> AccessRules:
 
 
 def callback_rules(settings: Settings) -> CallbackRules:
-    """What callbacks may call; nothing on a cluster, where this worker has no connection that sends them."""
-    if settings.redis_address.shards:
-        return CallbackRules(tasks=(), queues=(), is_cluster=True)
+    """What callbacks may call."""
     queues = (settings.callback_queue, *settings.callback_queues)
     return CallbackRules(tasks=settings.callback_tasks, queues=queues, max_tasks=settings.callback_most)
 

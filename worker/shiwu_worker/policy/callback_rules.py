@@ -47,13 +47,11 @@ class CallbackRules:
         tasks: names or patterns (`reports.*`) of tasks.
         queues: names or patterns of queues; `shiwu.tag` may also use the lanes.
         max_tasks: largest number of tasks that one message may lead to.
-        is_cluster: whether every callback is refused, because the worker cannot send them on a cluster.
     """
 
     tasks: tuple[str, ...] = (TASK_NAME,)
     queues: tuple[str, ...] = ("celery",)
     max_tasks: int = MAX_TASKS
-    is_cluster: bool = False
 
     def check(self, canvas: Canvas) -> None:
         """Check the callbacks of a message.
@@ -62,10 +60,6 @@ class CallbackRules:
             RequestError: callback_refused for a task or queue that is not allowed; unsupported_canvas for too many
                 tasks, too deep nesting or an unsupported kind; malformed_message for a value that is no signature.
         """
-        if self.is_cluster:
-            raise RequestError(
-                ErrorCode.CALLBACK_REFUSED, "expected a message without callbacks: shiwu sends none on a cluster"
-            )
         chord = () if canvas.chord is None else (canvas.chord,)
         self._check_all([*canvas.callbacks, *canvas.errbacks, *canvas.chain, *chord])
 

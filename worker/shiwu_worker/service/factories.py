@@ -73,10 +73,18 @@ def connect(settings: Settings, *, connections: int, has_pushes: bool = False) -
     )
 
 
-def connect_shards(settings: Settings, *, connections: int, has_pushes: bool = False) -> tuple[ShardRedis, ...]:
-    """A client of each shard, with the limits of `connect`; one where the URL names one server."""
+def connect_shards(
+    settings: Settings, *, connections: int, has_pushes: bool = False, retries: int = 0
+) -> tuple[ShardRedis, ...]:
+    """A client of each shard, with the limits of `connect`; one where the URL names one server.
+
+    Args:
+        retries: how often a command is repeated after a lost connection. A node that has lost the slot of a shard
+            refuses one command of each connection.
+    """
     limits = PoolOptions(
         timeout_s=settings.redis_timeout_s,
+        retries=retries,
         has_pushes=has_pushes,
         max_connections=connections,
         client_name=_client_name(settings),
