@@ -53,6 +53,14 @@ def test_the_worker_without_its_libraries_says_so(args: list[str], code: int) ->
     assert all("pip install '.[worker]'" in line for line in told)
 
 
+def test_celery_options_without_celery_say_what_to_install() -> None:
+    """A name of our package is no hint that another one is missing."""
+    script = WITHOUT_LIBRARIES.replace("MISSING", repr({"celery"})).replace("ARGS", "[]")
+    script = script.replace('runpy.run_module("shiwu_worker", run_name="__main__")', "import shiwu.celery")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert "shiwu.celery needs celery: run `pip install '.[celery]'` in a clone of shiwu" in done.stderr
+
+
 def test_no_text_installs_shiwu_from_an_index() -> None:
     """There it is not, and another project may have the name."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(

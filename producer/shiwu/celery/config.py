@@ -9,12 +9,16 @@ from __future__ import annotations
 from typing import Any, Final
 from urllib.parse import quote
 
-from celery.app.backends import BACKEND_ALIASES
-from kombu.transport import TRANSPORT_ALIASES
-
 from shiwu.broker.connection import sentinel_login
 from shiwu.broker.redis_url import RedisAddress, read_redis_url
 from shiwu.broker.sharding import cluster_shard
+
+try:
+    from celery.app.backends import BACKEND_ALIASES
+    from kombu.transport import TRANSPORT_ALIASES
+except ModuleNotFoundError as error:
+    text = f"shiwu.celery needs {error.name}: run `pip install '.[celery]'` in a clone of shiwu"
+    raise ModuleNotFoundError(text, name=error.name) from None
 
 NAME: Final = "shiwu"
 """What `shiwu+cluster://` begins with, by which kombu and Celery find the classes of this package."""
