@@ -14,8 +14,10 @@ import redis
 
 from shiwu.broker.redis_errors import NotACluster, RedisCode, WrongShardCount, classify
 from shiwu.broker.sharding import PoolOptions, ShardRedis, keep_shard_count, open_shards
+from shiwu.celery import options
 from shiwu.contract import RETENTION, Lane
 from shiwu_worker.stages.claim.notifier import LaneNotifier
+from tests.support.celery_client import celery_client
 from tests.support.certificates import Certificate
 from tests.support.redis_server import RedisServer, valkey_binary
 from tests.support.tls_front import TlsFront
@@ -329,6 +331,10 @@ def test_cluster_over_tls_checks_the_name_of_each_node(tmp_path: Path) -> None:
         url = f"clusters://127.0.0.1:{front.port},localhost:{front.port}/?shards=1"
         with opened(f"{url}&ssl_ca_certs={certificate.path}") as clients:
             assert clients[0].set("x", 1)
+        with celery_client(config=options(f"{url}&ssl_ca_certs={certificate.path}")) as app:
+            assert app.backend.get("x") == b"1"
+            app.send_task("shiwu.tag", queue="shiwu.bulk")
+        assert cluster.ask(cluster.ports[0], "LLEN", "{0ai}:shiwu.bulk") == 1
         with opened(url) as clients:
             with pytest.raises(redis.ConnectionError) as caught:
                 clients[0].ping()
