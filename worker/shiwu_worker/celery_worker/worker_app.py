@@ -37,8 +37,6 @@ from shiwu_worker.telemetry.log_output import open_standard_streams
 log: FilteringBoundLogger = structlog.get_logger()
 CONSUMER_STOP_S: Final = 1.0
 """How long Celery's consumer may take to close when the worker stops; the grace time counts meanwhile."""
-SIGNAL_POLL_S: Final = 0.25
-"""How long a broker without an event loop, as on a cluster, is waited for before the next look at the signals."""
 RECONNECT_S: Final = {"interval_start": 0.5, "interval_step": 0.5, "interval_max": 5.0}
 STABLE_AFTER_S: Final = 10.0
 """After a connection of this length, the next failure gets the shortest pause again."""
@@ -70,10 +68,6 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
     def ensure_connected(self, conn: Any) -> Any:
         """Retry every few seconds; during Celery's pauses of up to 32 s every revoke would be lost."""
         conn.ensure_connection = partial(conn.ensure_connection, **RECONNECT_S)
-        if self.hub is None:
-            # Celery's loop looks for signals between two reads only, and would let each take two seconds.
-            read = conn.drain_events
-            conn.drain_events = lambda timeout: read(timeout=min(timeout, SIGNAL_POLL_S))
         return super().ensure_connected(conn)
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
