@@ -35,6 +35,8 @@ REMEMBERED_S: Final = 10_800.0
 """How long a revoke applies to jobs that are not known yet; the same as in Celery."""
 MAX_REMEMBERED: Final = 50_000
 """Largest number of such ids; the same as in Celery."""
+MAX_THREADS: Final = 16
+"""How many shards are asked at the same time."""
 CHUNK_SIZE: Final = 1000
 """Ids in one call of the script."""
 
@@ -85,7 +87,7 @@ class ShardedRevoker:
         Raises:
             redis.RedisError: of one shard, after the others are done; the call may be repeated.
         """
-        with ThreadPoolExecutor(len(self._shards), thread_name_prefix="revoke") as pool:
+        with ThreadPoolExecutor(min(MAX_THREADS, len(self._shards)), thread_name_prefix="revoke") as pool:
             calls = [pool.submit(shard.revoke, ids) for shard in self._shards]
         return sum(call.result() for call in calls)
 
