@@ -71,3 +71,15 @@ def test_a_schedule_can_be_run_again(client: SimulatedRedis) -> None:
     """What a failure prints runs as it stands."""
     steps = (("enqueue", ("a", "plain", "bulk")), ("claim", (0, 1, "lost")), ("advance", (61_000,)))
     assert run(client, Schedule(steps)).answers["a"] == 1
+
+
+def test_answer_without_its_message_waits_as_long_as_its_mark(client: SimulatedRedis) -> None:
+    """The mark lives up to a third longer than it must, and lets the message be dropped all the while."""
+    steps = (
+        ("write_deadline", ("c",)),
+        ("enqueue", ("c", "expires", "bulk")),
+        ("advance", (61_000,)),
+        ("maintain", (0, "")),
+        ("advance", (4_000_000,)),
+    )
+    assert run(client, Schedule(steps)).answers["c"] == 1

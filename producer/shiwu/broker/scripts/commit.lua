@@ -235,10 +235,13 @@ for n, id in ipairs(ids) do
     end
   end
 end
+-- An answer without its message waits for it as long as the mark lets the message be dropped.
+local marks_ms = done_ttl * 1000
 if #fields > 0 then
   local hash, whole_ms = hash_for_marks(done_ttl * 1000)
   for at = 1, #fields, 2 * PAIRS do redis.call('HSET', hash, unpack(fields, at, math.min(at + 2 * PAIRS - 1, #fields))) end
   if whole_ms then redis.call('PEXPIRE', hash, whole_ms) end
+  marks_ms = math.max(marks_ms, whole_ms or redis.call('PTTL', hash))
 end
 
 local again, first, superseded = {}, 0, has_dead and {} or nil
@@ -265,7 +268,7 @@ for i = FIRST, #ARGV, STEP do
       if is_from_outside and not found[id] then
         has_pending = true
         redis.call('HSET', pending_answers, id, answer)
-        redis.call('ZADD', pending_expiry, now + done_ttl * 1000, id)
+        redis.call('ZADD', pending_expiry, now + marks_ms, id)
       end
       if not string.find(kind, 'I', 2, true) and not wants_no_result(found[id]) then
         store_result(KEYS[RESULTS + n], id, kind, head, answer)
