@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,32 +22,6 @@ from tests.support.waiting import wait_until
 
 INTERACTIVE, BULK = Lane.INTERACTIVE, Lane.BULK
 HELD: Collection[str] = ("something",)
-
-
-class Notifier:
-    """A lane notifier of which a test says when there are messages."""
-
-    def __init__(self) -> None:
-        self._woken = threading.Event()
-        self.lanes: list[Lane] | None = None
-        """The lanes that the thread waits for now."""
-
-    def wait(self, timeout_s: float, *, lanes: Collection[Lane]) -> bool:
-        """Wait for a notification."""
-        self.lanes = list(lanes)
-        is_woken = self._woken.wait(timeout_s)
-        self._woken.clear()
-        self.lanes = None
-        return is_woken
-
-    def notify(self) -> None:
-        """End the wait."""
-        self._woken.set()
-
-    def reconnect(self) -> None:
-        """Have no effect."""
-
-    close = notify
 
 
 class Queue:
@@ -108,7 +83,8 @@ class Shards:
 
     def __init__(self, count: int) -> None:
         self.queues = [Queue(index) for index in range(count)]
-        self.notifiers = [Notifier() for _ in range(count)]
+        self.dried: list[int] = []
+        """The shards of claims that found nothing."""
         self.health = ShardHealth(count)
         self.runs_nothing = False
         changed = threading.Condition()
@@ -116,12 +92,12 @@ class Shards:
             ShardClaims(
                 index,
                 queue,  # type: ignore[arg-type]  # what the thread uses of it
-                notifier,  # type: ignore[arg-type]  # what the thread uses of it
                 changed=changed,
                 backoff=ShardBackoff("claim", shard=index, health=self.health),
                 on_fatal=lambda error: pytest.fail(str(error)),
+                on_dry=partial(self.dried.append, index),
             )
-            for index, (queue, notifier) in enumerate(zip(self.queues, self.notifiers, strict=True))
+            for index, queue in enumerate(self.queues)
         ]
         self.claims = ShardedClaims(
             self.shards,
@@ -148,10 +124,12 @@ class Shards:
         return found
 
     def note_messages(self, shard: int) -> None:
-        """Let the node of a shard notify of a message, once its thread waits for one."""
-        wait_until(lambda: bool(self.notifiers[shard].lanes), timeout_s=10, what=f"the thread of shard {shard} waits")
-        self.notifiers[shard].notify()
-        wait_until(lambda: self.shards[shard].is_notified, timeout_s=10, what=f"shard {shard} rings")
+        """Let the lane watch see messages in the lanes of a shard that had none."""
+        lanes = self.shards[shard].dry_lanes()
+        assert lanes
+        self.shards[shard].note_messages_in(lanes)
+        assert self.shards[shard].is_notified
+        assert self.shards[shard].dry_lanes() == []
         assert self.claims.wait(10.0)
 
 
@@ -201,6 +179,7 @@ def test_claim_without_messages_asks_each_shard_once() -> None:
     with running(5) as shards:
         assert shards.claim(10) == []
         assert shards.asked() == [0, 1, 2, 3, 4]
+        wait_until(lambda: sorted(shards.dried) == [0, 1, 2, 3, 4], timeout_s=10, what="the lane watch is told")
         assert shards.claim(10) == []
         assert shards.asked() == []
         assert not shards.claims.wait(0.01)
@@ -259,6 +238,7 @@ def test_failing_shard_is_left_out_until_it_answers() -> None:
         shards.queues[1].error = redis.ConnectionError("gone")
         shards.claim(2)
         wait_until(lambda: shards.health.is_away(1), timeout_s=10, what="shard 1 is away")
+        assert shards.shards[1].dry_lanes() == []
         shards.asked()
         assert {shard for _ in range(6) for shard in shards.claim(2)} == {0, 2}
         assert 1 not in shards.asked()
@@ -293,12 +273,29 @@ def test_quarantined_job_runs_alone() -> None:
         assert (result.is_quarantine_owner, {job.shard for job in result.jobs}) == (False, {1})
 
 
+def test_dry_lanes_are_looked_at_before_their_reply_is_taken() -> None:
+    """A lane watch that saw none would not look for long; it is told after each claim that leaves one."""
+    with running(1) as shards:
+        shards.queues[0].answers.clear()
+        assert shards.claim(1) == []
+        assert shards.shards[0].dry_lanes() == []
+        shards.queues[0].answers.set()
+        wait_until(lambda: bool(shards.dried), timeout_s=10, what="the lane watch is told")
+        assert shards.shards[0].dry_lanes() == [INTERACTIVE, BULK]
+        shards.fill(BULK, 3)
+        shards.shards[0].note_messages_in([BULK])
+        shards.claim(1)
+        wait_until(lambda: len(shards.dried) == 2, timeout_s=10, what="the lane watch is told again")
+        assert shards.shards[0].dry_lanes() == [INTERACTIVE]
+
+
 def test_bulk_wakes_the_loop_only_while_there_is_room_for_it() -> None:
     """A shard with bulk messages only is asked for interactive ones once."""
     with running(2) as shards:
         shards.fill(BULK, 5)
         assert shards.claim(4, bulk_limit=0) == []
         assert shards.asked() == [0, 1]
+        assert [shard.dry_lanes() for shard in shards.shards] == [[INTERACTIVE]] * 2
         assert not shards.claims.wait(0.01, lanes=(INTERACTIVE,))
         assert shards.claim(4, bulk_limit=0) == []
         assert shards.asked() == []

@@ -144,7 +144,7 @@ class Settings(SourceSettings):
     lease_s: float = Field(
         15.0, ge=1, le=MAX_LEASE_S, description="time after which the jobs of a crashed worker return to their lane"
     )
-    watchers: int = Field(2, ge=1, le=100, description="on a cluster: workers that do the maintenance of each shard")
+    watchers: int = Field(2, ge=1, le=100, description="on a cluster: workers that watch each shard (docs/cluster.md)")
     max_attempts: int = Field(3, ge=1, description="attempts of one job, including crashes and retries")
     retry_first_s: float = Field(2.0, gt=0, description="delay after the first failed fetch; doubles, with jitter")
     retry_longest_s: float = Field(60.0, gt=0, description="longest delay between attempts")

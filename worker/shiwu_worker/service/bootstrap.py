@@ -21,7 +21,7 @@ from shiwu_worker.runtime.garbage import freeze_started
 from shiwu_worker.runtime.malloc import set_up_malloc
 from shiwu_worker.runtime.progress import Progress
 from shiwu_worker.runtime.threads import ServiceThread
-from shiwu_worker.service.factories import check_redis, open_queues, start_loaders
+from shiwu_worker.service.factories import check_redis, open_notifier, open_queues, start_loaders
 from shiwu_worker.service.labels import open_label_bank, read_label_sets
 from shiwu_worker.service.marks import choose_marks
 from shiwu_worker.service.model import load_encoder, make_canary
@@ -76,7 +76,7 @@ def open_service(
         folder = model_folder(settings.model)
         settings = apply_tuning(settings, lambda: model_revision(folder))
         settings = choose_marks(settings)
-        queues = open_queues(stack, settings)
+        queues, notifier = open_queues(stack, settings), open_notifier(stack, settings)
         spec = read_image_spec(folder)
         loaders = start_loaders(stack, settings, spec, on_fatal=on_fatal)
         encoder = load_encoder(settings, folder, spec)
@@ -85,7 +85,15 @@ def open_service(
         canary.check_if_due()
         label_bank = open_label_bank(settings, encoder, label_sets)
         parts = PipelineParts(
-            settings, queues, loaders, encoder, label_bank, progress=progress, observer=observer, on_fatal=on_fatal
+            settings,
+            queues,
+            loaders,
+            encoder,
+            label_bank,
+            notifier=notifier,
+            progress=progress,
+            observer=observer,
+            on_fatal=on_fatal,
         )
         service = WorkerService(parts, parts.make_pipeline(canary), observer)
         for listener in service.listeners:

@@ -20,7 +20,7 @@ from shiwu.broker.maintenance import Maintenance
 from shiwu.broker.migration import check_names
 from shiwu.broker.redis_errors import classify, explain, info_of
 from shiwu.broker.retention import RetentionPublisher
-from shiwu.broker.sharding import PoolOptions, ShardRedis, keep_shard_count, open_shards
+from shiwu.broker.sharding import ClusterNodes, PoolOptions, ShardRedis, keep_shard_count, open_nodes, open_shards
 from shiwu_worker.config import views
 from shiwu_worker.config.batches import slot_count
 from shiwu_worker.errors import ExitCode, FatalError
@@ -49,7 +49,6 @@ class QueueParts:
     """The parts of a worker that speak to Redis. They share one token."""
 
     client: redis.Redis
-    notifier: LaneNotifier
     lease_queue: LeaseQueue
     answer_store: AnswerStore
     maintenance: Maintenance
@@ -163,22 +162,27 @@ def open_queues(stack: ExitStack, settings: Settings) -> list[QueueParts]:
     # The worker's name lets an operator see who holds a claim; "|" separates the fields of a claim's record.
     token = f"{settings.worker_name.replace('|', '-')}.{secrets.token_hex(4)}"
     clients = connect_shards(settings, connections=PIPELINE_CONNECTIONS)
-    notified = connect_shards(settings, connections=1, has_pushes=True)
-    for client in (*clients, *notified):
+    for client in clients:
         stack.enter_context(client)
-    return [
-        _queue_parts(settings, *pair, token=token, shard=shard)
-        for shard, pair in enumerate(zip(clients, notified, strict=True))
-    ]
+    return [_queue_parts(settings, client, token=token, shard=shard) for shard, client in enumerate(clients)]
 
 
-def _queue_parts(
-    settings: Settings, client: redis.Redis, notified: redis.Redis, *, token: str, shard: int
-) -> QueueParts:
+def open_notifier(stack: ExitStack, settings: Settings) -> LaneNotifier:
+    """The notifier of one server, or of a single shard. Its connection is closed with the stack."""
+    client, *_ = connect_shards(settings, connections=1, has_pushes=True)
+    return LaneNotifier(stack.enter_context(client), lanes=settings.lanes)
+
+
+def cluster_nodes(settings: Settings) -> ClusterNodes:
+    """The nodes of the cluster. Nothing is sent yet."""
+    limits = PoolOptions(timeout_s=settings.redis_timeout_s, client_name=_client_name(settings))
+    return open_nodes(settings.redis_address, limits)
+
+
+def _queue_parts(settings: Settings, client: redis.Redis, *, token: str, shard: int) -> QueueParts:
     answer_store = make_answer_store(settings, client, token)
     return QueueParts(
         client=client,
-        notifier=LaneNotifier(notified, lanes=settings.lanes),
         lease_queue=LeaseQueue(
             client,
             views.lease_options(settings),

@@ -25,6 +25,7 @@ from shiwu_worker.pipeline.shared_images import SharedImages
 from shiwu_worker.policy.limits import LABEL_SLOTS
 from shiwu_worker.runtime.backoff import RedisBackoff
 from shiwu_worker.runtime.progress import LoadMeter, Progress
+from shiwu_worker.service.factories import cluster_nodes
 from shiwu_worker.service.label_reloader import LabelReloader
 from shiwu_worker.service.label_set_recorder import LabelSetRecorder
 from shiwu_worker.service.labels import check_default_labels, read_label_sets
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from shiwu_worker.pipeline.observer import PipelineObserver
     from shiwu_worker.runtime.threads import ServiceThread
     from shiwu_worker.service.factories import QueueParts
+    from shiwu_worker.stages.claim.notifier import LaneNotifier
     from shiwu_worker.stages.encode.encoder import Encoder
     from shiwu_worker.stages.score.label_bank import LabelBank
 
@@ -71,12 +73,14 @@ class PipelineParts:
         encoder: Encoder,
         label_bank: LabelBank,
         *,
+        notifier: LaneNotifier,
         progress: Progress,
         observer: PipelineObserver,
         on_fatal: Callable[[FatalError], None],
     ) -> None:
         self.settings, self.limits = settings, views.pipeline_limits(settings)
         self.queues, self.loaders, self.encoder = queues, loaders, encoder
+        self._notifier = notifier
         self.progress, self.observer, self.on_fatal = progress, observer, on_fatal
         self.meter = LoadMeter(loader_threads=settings.loader_count * settings.loader_threads)
         self.label_bank = label_bank
@@ -113,6 +117,8 @@ class PipelineParts:
         return ShardedParts(
             self.queues,
             self.in_flight,
+            cluster_nodes(self.settings),
+            lanes=self.settings.lanes,
             worker=self.settings.worker_name,
             watchers=self.settings.watchers,
             progress=self.progress,
@@ -141,7 +147,7 @@ class PipelineParts:
         stages = Stages(
             claimer=Claimer(
                 self.claims,
-                self.queues[0].notifier if self.sharded is None else self.sharded.claims,
+                self._notifier if self.sharded is None else self.sharded.claims,
                 self.in_flight,
                 zone=self.limits.zone,
                 backoff=self._backoff("claim"),
@@ -219,7 +225,7 @@ class PipelineParts:
             progress=self.progress,
             meter=self.meter,
             stuck_s=self.stuck_s,
-            on_quarantine=queue.notifier.notify if sharded is None else partial(sharded.claims.note_messages, shard),
+            on_quarantine=self._notifier.notify if sharded is None else partial(sharded.claims.note_messages, shard),
             observer=self.observer,
             backoff=RedisBackoff("heartbeat") if sharded is None else sharded.heartbeat_backoff(shard),
             on_fatal=self.on_fatal,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import redis
 
 from shiwu.broker.queue_stats import QueueSnapshot, shared_snapshot
+from shiwu.broker.sharding import cluster_shard
 from shiwu.contract import Lane
 from shiwu_worker.pipeline.heartbeat import ShardDuties
 from shiwu_worker.pipeline.shard_roles import ShardRoles
 from shiwu_worker.pipeline.sharded_committer import ShardedCommitter
 from shiwu_worker.runtime.shard_health import ShardBackoff, ShardHealth
+from shiwu_worker.stages.claim.lane_watch import LaneWatch
 from shiwu_worker.stages.claim.shard_claims import ShardClaims
 from shiwu_worker.stages.claim.sharded_claims import ShardedClaims
 from shiwu_worker.stages.commit import Committer
@@ -22,6 +24,7 @@ from shiwu_worker.stages.commit import Committer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from shiwu.broker.sharding import ClusterNodes
     from shiwu_worker.errors import FatalError
     from shiwu_worker.pipeline.in_flight import InFlightJobs
     from shiwu_worker.pipeline.observer import PipelineObserver
@@ -34,6 +37,7 @@ class ShardedParts:
     """The claims, the committer and the health of all shards.
 
     Args:
+        lanes: those that the worker serves.
         watchers: how many workers do the maintenance of each shard.
         close_timeout_s: how long the last commands of a worker that stops may take.
     """
@@ -42,7 +46,9 @@ class ShardedParts:
         self,
         queues: Sequence[QueueParts],
         in_flight: InFlightJobs,
+        nodes: ClusterNodes,
         *,
+        lanes: Collection[Lane],
         worker: str,
         watchers: int,
         progress: Progress,
@@ -54,7 +60,7 @@ class ShardedParts:
         self._observer = observer
         self._in_flight = in_flight
         self._queues = queues
-        self.roles = ShardRoles(len(queues), worker=worker, watchers=watchers)
+        self.roles = ShardRoles(len(queues), worker=worker, watchers=watchers, on_change=self._look_again)
         self.health = ShardHealth(len(queues), on_change=self._on_change)
         self._waiting = dict.fromkeys(range(len(queues)), 0)
         changed = threading.Condition()
@@ -62,26 +68,51 @@ class ShardedParts:
             ShardClaims(
                 queue.shard,
                 queue.lease_queue,
-                queue.notifier,
                 changed=changed,
                 backoff=self.backoff("claim", queue.shard),
                 on_fatal=on_fatal,
+                on_dry=partial(self._look_at, queue.shard),
             )
             for queue in queues
         ]
+        self._lane_watch = self._make_lane_watch(shards, nodes, lanes=lanes, on_fatal=on_fatal)
         self.claims = ShardedClaims(
             shards,
             changed=changed,
             is_away=self.health.is_away,
             runs_nothing=in_flight.runs_nothing,
             close_timeout_s=close_timeout_s,
+            on_close=self._lane_watch.close,
         )
-        self.claim_threads: list[ServiceThread] = [shard.thread for shard in shards]
+        self.claim_threads: list[ServiceThread] = [*(shard.thread for shard in shards), self._lane_watch.thread]
         self.committer = ShardedCommitter(
             [self._make_committer(queue, worker=worker, on_fatal=on_fatal) for queue in queues],
             is_away=self.health.is_away,
             report_away=in_flight.set_away,
         )
+
+    def _make_lane_watch(
+        self,
+        shards: Sequence[ShardClaims],
+        nodes: ClusterNodes,
+        *,
+        lanes: Collection[Lane],
+        on_fatal: Callable[[FatalError], None],
+    ) -> LaneWatch:
+        return LaneWatch(
+            [(cluster_shard(shard.index), shard) for shard in shards],
+            nodes,
+            lanes=lanes,
+            is_watched=self.roles.is_watcher,
+            round_pause_s=lambda: self.roles.round_pause_s,
+            on_fatal=on_fatal,
+        )
+
+    def _look_again(self) -> None:
+        self._lane_watch.wake()
+
+    def _look_at(self, shard: int) -> None:
+        self._lane_watch.look_at(shard)
 
     def _make_committer(self, queue: QueueParts, *, worker: str, on_fatal: Callable[[FatalError], None]) -> Committer:
         return Committer(

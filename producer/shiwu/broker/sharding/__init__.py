@@ -7,8 +7,16 @@ its connections go to the node that has the slot.
 
 from shiwu.broker.connection import PoolOptions
 from shiwu.broker.sharding.cluster_map import ClusterMap
+from shiwu.broker.sharding.cluster_nodes import ClusterNodes
 from shiwu.broker.sharding.command_keys import UnknownCommand, with_prefix
-from shiwu.broker.sharding.opening import keep_shard_count, node_of, open_map, open_shards, shard_count_steps
+from shiwu.broker.sharding.opening import (
+    keep_shard_count,
+    node_of,
+    open_map,
+    open_nodes,
+    open_shards,
+    shard_count_steps,
+)
 from shiwu.broker.sharding.reply_keys import KeyReader, take_prefix_from_replies
 from shiwu.broker.sharding.shard_client import ShardRedis
 from shiwu.broker.sharding.shards import ONE_SERVER, Shard, by_shard, cluster_shard, shard_of, shard_with_prefix
@@ -24,6 +32,7 @@ __all__ = [
     "CelerySlotConnection",
     "CelerySlotSSLConnection",
     "ClusterMap",
+    "ClusterNodes",
     "KeyReader",
     "PoolOptions",
     "Shard",
@@ -36,6 +45,7 @@ __all__ = [
     "leave_node",
     "node_of",
     "open_map",
+    "open_nodes",
     "open_shards",
     "shard_count_steps",
     "shard_of",

@@ -14,9 +14,16 @@ from shiwu.broker.migration.old_names import OLD_RETENTION
 from shiwu.broker.redis_errors import WrongShardCount
 from shiwu.broker.redis_url import RedisAddress, read_redis_url
 from shiwu.broker.sharding.cluster_map import ClusterMap
+from shiwu.broker.sharding.cluster_nodes import ClusterNodes
 from shiwu.broker.sharding.shard_client import ShardRedis
 from shiwu.broker.sharding.shards import cluster_shard
-from shiwu.broker.sharding.slot_connection import SlotConnection, SlotSSLConnection, ask_with, greet_node
+from shiwu.broker.sharding.slot_connection import (
+    SlotConnection,
+    SlotSSLConnection,
+    ask_with,
+    greet_node,
+    open_node_with,
+)
 from shiwu.broker.steps import Steps, run
 from shiwu.contract import RETENTION
 
@@ -51,11 +58,25 @@ def open_shards(url: str | RedisAddress, limits: PoolOptions) -> tuple[ShardRedi
 
 def open_map(address: RedisAddress, *, timeout_s: float, client_name: str | None = None) -> ClusterMap:
     """The map of the cluster at this address. Nothing is sent yet."""
+    login, connection_class = _login(address, client_name=client_name)
+    return ClusterMap(address.hosts, ask=ask_with(login, connection_class=connection_class), timeout_s=timeout_s)
+
+
+def open_nodes(address: RedisAddress, limits: PoolOptions) -> ClusterNodes:
+    """The nodes of the cluster at this address. Nothing is sent yet."""
+    login, connection_class = _login(address, client_name=limits.client_name)
+    return ClusterNodes(
+        open_map(address, timeout_s=limits.timeout_s, client_name=limits.client_name),
+        open_node=open_node_with(login, connection_class=connection_class, protocol=3),
+        timeout_s=limits.timeout_s,
+    )
+
+
+def _login(address: RedisAddress, *, client_name: str | None) -> tuple[dict[str, Any], type]:
+    """redis-py's arguments for a connection to any node, and its class."""
     found: dict[str, Any] = place_and_login(address, socket_class=UnixDomainSocketConnection, tls_class=SSLConnection)
     login = {name: value for name, value in found.items() if name not in {"host", "port", "connection_class"}}
-    connection_class = Connection if address.tls is None else SSLConnection
-    ask = ask_with({**login, "client_name": client_name}, connection_class=connection_class)
-    return ClusterMap(address.hosts, ask=ask, timeout_s=timeout_s)
+    return {**login, "client_name": client_name}, Connection if address.tls is None else SSLConnection
 
 
 def keep_shard_count(first: redis.Redis, *, shards: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import redis
@@ -108,6 +108,30 @@ def check_node(greeting: object) -> None:
         raise NotACluster(mode)
 
 
+def open_node_with(login: Mapping[str, Any], *, connection_class: type, **others: Any) -> Callable[[Node, float], Any]:
+    """A function that makes a connection to one node, which is not connected yet.
+
+    Args:
+        login: redis-py's arguments for user, password and TLS.
+        connection_class: redis-py's connection, with or without TLS.
+        others: more of redis-py's arguments.
+    """
+
+    def open_node(node: Node, timeout_s: float) -> Any:
+        return connection_class(
+            **login,
+            **others,
+            host=node[0],
+            port=node[1],
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            redis_connect_func=greet_node,
+        )
+
+    return open_node
+
+
 def ask_with(login: Mapping[str, Any], *, connection_class: type) -> AskNode:
     """A function that asks one node for its map on a connection of its own.
 
@@ -116,16 +140,10 @@ def ask_with(login: Mapping[str, Any], *, connection_class: type) -> AskNode:
         connection_class: redis-py's connection, with or without TLS.
     """
 
+    open_node = open_node_with(login, connection_class=connection_class)
+
     def ask(node: Node, timeout_s: float) -> Any:
-        connection = connection_class(
-            **login,
-            host=node[0],
-            port=node[1],
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            redis_connect_func=greet_node,
-        )
+        connection = open_node(node, timeout_s)
         try:
             connection.connect()
             connection.send_command("CLUSTER", "SLOTS", check_health=False)

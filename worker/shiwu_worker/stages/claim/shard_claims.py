@@ -1,4 +1,7 @@
-"""Claims from one shard on a thread of its own, so that a shard that does not answer holds up no other."""
+"""Claims from one shard on a thread of its own, so that a shard that does not answer holds up no other.
+
+`LaneWatch` says when a shard without messages has some again.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,9 @@ if TYPE_CHECKING:
     from shiwu_worker.errors import FatalError
     from shiwu_worker.runtime.backoff import RedisBackoff
     from shiwu_worker.stages.claim.lease_queue import ClaimResult, LeaseQueue
-    from shiwu_worker.stages.claim.notifier import LaneNotifier
 
-SWEEP_S: Final = 5.0
-"""A shard that gave nothing is asked again after this time, also where its node notified of nothing."""
+IDLE_WAIT_S: Final = 5.0
+"""Longest wait of a thread for something to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Ask:
 
 
 class ShardClaims:
-    """One shard, as the thread that asks it sees it. Between asks the thread waits for messages in its lanes.
+    """One shard, as the thread that asks it sees it.
 
     Fields and methods without a note are used under the lock of `changed`.
 
@@ -45,25 +47,26 @@ class ShardClaims:
         changed: notified when an ask is answered, and when messages may wait.
         backoff: the pauses while the shard does not answer.
         on_fatal: called when the thread ends by a defect.
+        on_dry: called after a claim, where a lane has no messages.
     """
 
     def __init__(
         self,
         index: int,
         lease_queue: LeaseQueue,
-        notifier: LaneNotifier,
         *,
         changed: threading.Condition,
         backoff: RedisBackoff,
         on_fatal: Callable[[FatalError], None],
+        on_dry: Callable[[], None] = lambda: None,
     ) -> None:
         self.index = index
         self.lease_queue = lease_queue
         """Thread-safe; needs no lock."""
         self.may_have_interactive = self.may_have_bulk = True
-        """Whether a lane may have messages; False after a claim found none, until the node notifies."""
+        """Whether a lane may have messages; False after a claim found none, until the lane is seen to have some."""
         self.is_notified = False
-        """Whether the node notified of messages since the last ask; such a shard is asked first."""
+        """Whether there were signs of messages since the last ask; such a shard is asked first."""
         self.error: RedisError | None = None
         """Why the last command failed; the shard is not asked until another succeeds."""
         self.asked: Ask | None = None
@@ -73,12 +76,12 @@ class ShardClaims:
         """The reply to the last ask, until it is taken."""
         self.turn = 0
         """Number of the last ask among those to all shards."""
-        self._notifier = notifier
         self._changed = changed
         self._backoff = backoff
         self._held: Collection[str] = ()
         self._surplus: list[Release] = []
-        self._is_woken = False
+        self._on_dry = on_dry
+        self._woken = threading.Event()
         self._closed = threading.Event()
         self.thread = ServiceThread(f"claim-{index}", self._run, on_fatal=on_fatal, stop=self.close)
 
@@ -96,7 +99,7 @@ class ShardClaims:
         """Let the thread claim."""
         self.asked, self._held, self.is_notified = ask, ask.held, False
         self.asked_s = time.monotonic()
-        self._wake()
+        self._woken.set()
 
     def note_messages(self) -> None:
         """Note that messages may wait."""
@@ -106,17 +109,31 @@ class ShardClaims:
     def give_back(self, releases: Sequence[Release]) -> None:
         """Let the thread release claimed jobs that there is no room for."""
         self._surplus += releases
-        self._wake()
-
-    def _wake(self) -> None:
-        self._is_woken = True
-        self._notifier.notify()
+        self._woken.set()
 
     # -------------------------------------------------------------------------------- from any thread
+    def dry_lanes(self) -> list[Lane]:
+        """The lanes that have no messages; none while the shard is asked, or does not answer."""
+        with self._changed:
+            if self.error is not None or self.asked is not None:
+                return []
+            lanes = ((Lane.INTERACTIVE, self.may_have_interactive), (Lane.BULK, self.may_have_bulk))
+            return [lane for lane, may_have in lanes if not may_have]
+
+    def note_messages_in(self, lanes: Collection[Lane]) -> None:
+        """Note that these lanes may have messages."""
+        if not lanes:
+            return
+        with self._changed:
+            self.may_have_interactive |= Lane.INTERACTIVE in lanes
+            self.may_have_bulk |= Lane.BULK in lanes
+            self.is_notified = True
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Let the thread end. A claim that is under way is given up by `LeaseQueue.end`."""
         self._closed.set()
-        self._notifier.close()
+        self._woken.set()
 
     # -------------------------------------------------------------------------------- on the thread
     def _run(self) -> None:
@@ -131,24 +148,8 @@ class ShardClaims:
             elif ask is not None:
                 self._claim(ask)
             else:
-                self._watch()
-
-    def _watch(self) -> None:
-        """Wait for messages in the lanes that had none, or for an ask."""
-        with self._changed:
-            has_none = (not self.may_have_interactive, not self.may_have_bulk)
-        lanes = [lane for lane, is_dry in zip((Lane.INTERACTIVE, Lane.BULK), has_none, strict=True) if is_dry]
-        is_woken = self._notifier.wait(SWEEP_S, lanes=lanes)
-        with self._changed:
-            is_poked, self._is_woken = self._is_woken, False
-            if not lanes or self.asked is not None or (is_woken and is_poked) or self._closed.is_set():
-                return
-            if Lane.INTERACTIVE in lanes:
-                self.may_have_interactive = True
-            if Lane.BULK in lanes:
-                self.may_have_bulk = True
-            self.is_notified = is_woken
-            self._changed.notify_all()
+                self._woken.wait(IDLE_WAIT_S)
+                self._woken.clear()
 
     def _claim(self, ask: Ask) -> None:
         try:
@@ -162,6 +163,9 @@ class ShardClaims:
                 self.may_have_interactive = False
                 self.may_have_bulk = self.may_have_bulk and ask.bulk_limit == 0
             self._changed.notify_all()
+        if self.dry_lanes():
+            # Also where the other lane has jobs: a notification may have come while the shard was asked.
+            self._on_dry()
 
     def _release(self, surplus: Sequence[Release]) -> None:
         # Without Redis their leases expire.
@@ -169,7 +173,6 @@ class ShardClaims:
             self.lease_queue.release(surplus)
 
     def _fail(self, error: RedisError) -> None:
-        self._notifier.reconnect()
         with self._changed:
             self.asked, self.error = None, error
             self._changed.notify_all()

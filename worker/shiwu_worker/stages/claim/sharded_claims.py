@@ -27,8 +27,8 @@ _BULK: Final = frozenset(Lane.BULK.keys)
 class ShardedClaims:
     """Asks two shards in each round, half of the room each, and the next two in the next round.
 
-    A shard that gave nothing is not asked until its node notifies of messages, or for a few seconds. Shards with new
-    messages come first. While this worker owns the quarantine of a shard, every other round is for that shard alone.
+    A shard that gave nothing is not asked until its lanes are seen to have messages. Shards with new messages come
+    first. While this worker owns the quarantine of a shard, every other round is for that shard alone.
 
     `claim` and `wait` belong to one thread; the other methods may be called from any.
 
@@ -37,6 +37,7 @@ class ShardedClaims:
         is_away: whether other threads get no reply from a shard.
         runs_nothing: whether no job is in flight.
         close_timeout_s: how long `release` and `end` wait for all shards together.
+        on_close: called by `close`; must not block.
     """
 
     has_lost_reply: Final = False
@@ -50,12 +51,14 @@ class ShardedClaims:
         is_away: Callable[[int], bool],
         runs_nothing: Callable[[], bool],
         close_timeout_s: float,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._shards = shards
         self._changed = changed
         self._is_away = is_away
         self._runs_nothing = runs_nothing
         self._close_timeout_s = close_timeout_s
+        self._on_close = on_close
         self._owned: set[int] = set()
         """Shards whose quarantined jobs this worker runs."""
         self._is_owned_turn = True
@@ -137,6 +140,7 @@ class ShardedClaims:
         self._is_closed = True
         for shard in self._shards:
             shard.close()
+        self._on_close()
         self.notify()
 
     # -------------------------------------------------------------------------------- under the lock
