@@ -103,6 +103,14 @@ SENTINEL: dict[str, Any] = {
     "existingSecret": "shiwu-redis",
     "sentinel": {"enabled": True, "addresses": ["a:26379", "b:26380"], "passwordKey": "sentinel"},
 }
+CLUSTER: dict[str, Any] = {
+    "existingSecret": "shiwu-redis",
+    "username": "shiwu-worker",
+    "cluster": {"enabled": True, "addresses": ["a:6379", "b:6380"], "shards": 64},
+}
+BY_LOAD: dict[str, Any] = {
+    "keda": {"enabled": True, "trigger": "metrics-api", "metricsApi": {"url": "http://sweep.pictures.svc:9809/load"}}
+}
 MATRIX: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "all-on": ALL_ON,
@@ -110,6 +118,7 @@ MATRIX: dict[str, dict[str, Any]] = {
     "trial": {"valkey": {"enabled": True}, "autoscaling": {"keda": {"enabled": True}}},
     "trial-in-memory": {"valkey": {"enabled": True, "size": ""}},
     "sentinel-keda": {"redis": SENTINEL, "autoscaling": {"keda": {"enabled": True}}},
+    "cluster-keda": {"redis": CLUSTER, "autoscaling": BY_LOAD},
     "url": {"redis": {"existingSecret": "shiwu-redis", "urlKey": "url"}},
     "hpa": PLAIN | {"autoscaling": {"hpa": {"enabled": True}}, "monitoring": {"serviceMonitor": {"enabled": True}}},
     "pvc": PLAIN | {"model": {"source": "pvc", "path": "clip", "pvc": {"existingClaim": "models"}}},
@@ -119,7 +128,7 @@ MATRIX: dict[str, dict[str, Any]] = {
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 MATRIX |= {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in EXAMPLES}
 WRONG: dict[str, tuple[dict[str, Any], str | list[str]]] = {
-    "no redis": ({"redis": {"host": ""}}, "expected redis.host, redis.sentinel.enabled, redis.urlKey"),
+    "no redis": ({"redis": {"host": ""}}, "expected redis.host, redis.sentinel.enabled, redis.cluster.enabled"),
     "no image of the worker": (
         {"worker": {"device": "cpu", "image": {"repository": ""}}},
         "such as registry.example/shiwu-worker-cpu, got none: no registry has images of shiwu",
@@ -171,6 +180,17 @@ WRONG: dict[str, tuple[dict[str, Any], str | list[str]]] = {
     "trial and real server": ({"valkey": {"enabled": True}}, "together with the trial server"),
     "sentinel with TLS": ({"redis": SENTINEL | {"tls": {"enabled": True}}}, "expected no TLS together with sentinel"),
     "no sentinels": ({"redis": {"sentinel": {"enabled": True}}}, "expected host:port of each sentinel"),
+    "no nodes": ({"redis": {"cluster": {"enabled": True}}}, "expected host:port of some nodes"),
+    "sentinel and cluster": ({"redis": SENTINEL | CLUSTER}, "expected redis.sentinel or redis.cluster"),
+    "database of a cluster": ({"redis": CLUSTER | {"database": 1}}, "expected 0 on a cluster"),
+    "KEDA's keys on a cluster": (
+        {"redis": CLUSTER, "autoscaling": {"keda": {"enabled": True}}},
+        "expected metrics-api on a cluster",
+    ),
+    "load without URL": (
+        {"autoscaling": {"keda": {"enabled": True, "trigger": "metrics-api"}}},
+        "metricsApi.url: expected the URL",
+    ),
     "user without secret": ({"redis": {"username": "shiwu-worker"}}, "redis.existingSecret: expected a Secret"),
     "KEDA and a URL": (
         {"redis": {"host": "", "urlKey": "url", "existingSecret": "s"}, "autoscaling": {"keda": {"enabled": True}}},

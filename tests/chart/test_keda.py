@@ -12,7 +12,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 
 from shiwu.contract import CANVAS_DUE, CLAIMS, Lane
 from shiwu.contract.keys import QUARANTINE
-from tests.chart.cases import ALL_ON
+from tests.chart.cases import ALL_ON, BY_LOAD, CLUSTER
 from tests.support.chart import Helm, of_kind
 from tests.support.processes import ROOT
 from tests.support.servers import Valkey
@@ -32,6 +32,25 @@ def test_keda_counts_waiting_and_claimed_jobs(newest: Helm) -> None:
     assert eval(formula, {"__builtins__": {}}, lengths) == 58  # noqa: S307 our own arithmetic
     assert "replicas" not in of_kind(newest.render(ALL_ON), "Deployment", "worker")["spec"]
     assert {trigger["metadata"]["username"] for trigger in spec["triggers"]} == {"shiwu-scaler"}
+
+
+def test_keda_asks_for_one_number_on_a_cluster(newest: Helm) -> None:
+    """It logs in nowhere, and divides the jobs of all shards by those for a worker."""
+    manifests = newest.render({"redis": CLUSTER, "autoscaling": BY_LOAD})
+    spec = of_kind(manifests, "ScaledObject")["spec"]
+    [trigger] = spec["triggers"]
+    assert trigger == {
+        "type": "metrics-api",
+        "metricType": "AverageValue",
+        "metadata": {
+            "url": "http://sweep.pictures.svc:9809/load",
+            "valueLocation": "jobs",
+            "targetValue": "1000",
+            "activationTargetValue": "0",
+        },
+    }
+    assert "scalingModifiers" not in spec["advanced"]
+    assert not [manifest for manifest in manifests if manifest["kind"] == "TriggerAuthentication"]
 
 
 def test_keda_has_the_permissions_to_count(newest: Helm, valkey_session: Valkey, redis_client: Any) -> None:

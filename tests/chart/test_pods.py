@@ -22,7 +22,7 @@ from shiwu_worker.errors import ExitCode
 from shiwu_worker.service.factories import LOADERS_CLOSE_TIMEOUT_S
 from shiwu_worker.service.observability import TRACES_CLOSE_TIMEOUT_S
 from shiwu_worker.stages.score.label_files import load_label_sets
-from tests.chart.cases import ALL_OFF, ALL_ON, MATRIX, PLAIN, SENTINEL
+from tests.chart.cases import ALL_OFF, ALL_ON, CLUSTER, MATRIX, PLAIN, SENTINEL
 from tests.conftest import StartWorker
 from tests.support.chart import Helm, Manifest, of_kind, pods, variables
 from tests.support.checkpoints import quiet_transformers, write_2022
@@ -50,6 +50,12 @@ def worker_of(manifests: list[Manifest]) -> tuple[dict[str, Any], dict[str, Any]
             SENTINEL,
             "sentinel://:$(REDIS_PASSWORD)@a:26379,b:26380/mymaster/0?sentinel_password=$(REDIS_SENTINEL_PASSWORD)",
         ),
+        (CLUSTER, "cluster://shiwu-worker:$(REDIS_PASSWORD)@a:6379,b:6380/?shards=64"),
+        (
+            CLUSTER | {"tls": {"enabled": True, "caSecret": "ca"}},
+            "clusters://shiwu-worker:$(REDIS_PASSWORD)@a:6379,b:6380/?shards=64"
+            "&ssl_ca_certs=/etc/shiwu/redis-ca/ca.crt",
+        ),
     ],
 )
 def test_pods_reach_redis_as_configured(newest: Helm, redis: dict[str, Any], url: str, tmp_path: Path) -> None:
@@ -57,7 +63,7 @@ def test_pods_reach_redis_as_configured(newest: Helm, redis: dict[str, Any], url
     assert found["SHIWU_REDIS_URL"] == url
     (tmp_path / "ca.crt").touch()
     filled = re.sub(r"\$\((\w+)\)", "p%40ss", url).replace("/etc/shiwu/redis-ca", str(tmp_path))
-    address = read_redis_url(filled)
+    address = read_redis_url(filled, may_be_cluster=True)
     assert (address.password == "p@ss") == ("existingSecret" in redis)
     assert (address.tls is not None, bool(address.primary)) == ("tls" in redis, "sentinel" in redis)
     order = list(found)

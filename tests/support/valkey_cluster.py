@@ -33,6 +33,7 @@ class ValkeyCluster:
 
     Args:
         shards: each primary has an equal number of this many shards; 0: of the slots.
+        login: user and password for what this object asks the nodes, and for replicas.
     """
 
     def __init__(
@@ -43,12 +44,16 @@ class ValkeyCluster:
         replicas: int = 0,
         config: dict[str, str] | None = None,
         shards: int = 0,
+        login: tuple[str, str] | None = None,
     ):
         self._folder = folder
         self._primaries = primaries
         self._shards = shards
+        self._login: dict[str, str] = {} if login is None else {"username": login[0], "password": login[1]}
         self._stack = ExitStack()
         options = CONFIG | {"cluster-node-timeout": str(FAILOVER_MS if replicas else NO_FAILOVER_MS)} | (config or {})
+        if login is not None:
+            options |= {"primaryuser": login[0], "primaryauth": login[1]}
         self._servers = [
             RedisServer(folder=folder / f"node-{index}", binary=valkey_binary(), config=options)
             for index in range(primaries + replicas)
@@ -90,7 +95,7 @@ class ValkeyCluster:
     def ask(self, port: int, *command: Any) -> Any:
         """One command to one node, tried once."""
         options: dict[str, Any] = {"socket_timeout": 5, "socket_connect_timeout": 5, "retry": Retry(NoBackoff(), 0)}
-        with redis.Redis(host=LOOPBACK, port=port, **options) as client:
+        with redis.Redis(host=LOOPBACK, port=port, **(options | self._login)) as client:
             return client.execute_command(*command)
 
     def server(self, port: int) -> RedisServer:

@@ -38,14 +38,32 @@
 {{- if and $v.monitoring.podMonitor.enabled $v.monitoring.serviceMonitor.enabled -}}
 {{- $wrong = append $wrong "monitoring: expected podMonitor or serviceMonitor, got both enabled: every number would count twice" -}}
 {{- end -}}
-{{- if and $v.valkey.enabled (or $v.redis.host $v.redis.sentinel.enabled $v.redis.urlKey $v.redis.tls.enabled) -}}
-{{- $wrong = append $wrong "valkey.enabled: expected no redis.host, redis.urlKey, redis.tls and redis.sentinel together with the trial server" -}}
+{{- if and $v.valkey.enabled (or $v.redis.host $v.redis.sentinel.enabled $v.redis.cluster.enabled $v.redis.urlKey $v.redis.tls.enabled) -}}
+{{- $wrong = append $wrong "valkey.enabled: expected no redis.host, redis.urlKey, redis.tls, redis.sentinel and redis.cluster together with the trial server" -}}
 {{- end -}}
-{{- if not (or $v.valkey.enabled $v.redis.host $v.redis.sentinel.enabled $v.redis.urlKey) -}}
-{{- $wrong = append $wrong "redis: expected redis.host, redis.sentinel.enabled, redis.urlKey, or valkey.enabled for a trial; got none" -}}
+{{- if not (or $v.valkey.enabled $v.redis.host $v.redis.sentinel.enabled $v.redis.cluster.enabled $v.redis.urlKey) -}}
+{{- $wrong = append $wrong "redis: expected redis.host, redis.sentinel.enabled, redis.cluster.enabled, redis.urlKey, or valkey.enabled for a trial; got none" -}}
 {{- end -}}
 {{- if and $v.redis.sentinel.enabled (not $v.redis.sentinel.addresses) -}}
 {{- $wrong = append $wrong "redis.sentinel.addresses: expected host:port of each sentinel, got none" -}}
+{{- end -}}
+{{- if and $v.redis.cluster.enabled (not $v.redis.cluster.addresses) -}}
+{{- $wrong = append $wrong "redis.cluster.addresses: expected host:port of some nodes, got none" -}}
+{{- end -}}
+{{- if and $v.redis.cluster.enabled $v.redis.sentinel.enabled -}}
+{{- $wrong = append $wrong "redis: expected redis.sentinel or redis.cluster, got both enabled" -}}
+{{- end -}}
+{{- if and $v.redis.cluster.enabled (ne (int $v.redis.database) 0) -}}
+{{- $wrong = append $wrong (printf "redis.database: expected 0 on a cluster, which has no other, got %d" (int $v.redis.database)) -}}
+{{- end -}}
+{{- if and $v.redis.cluster.enabled $v.hooks.enabled -}}
+{{- $wrong = append $wrong "hooks.enabled: expected false on a cluster, where shiwu-hooks does not work" -}}
+{{- end -}}
+{{- if and $v.redis.cluster.enabled $v.autoscaling.keda.enabled (eq $v.autoscaling.keda.trigger "redis") -}}
+{{- $wrong = append $wrong "autoscaling.keda.trigger: expected metrics-api on a cluster, whose keys KEDA cannot add up over the shards" -}}
+{{- end -}}
+{{- if and $v.autoscaling.keda.enabled (eq $v.autoscaling.keda.trigger "metrics-api") (not $v.autoscaling.keda.metricsApi.url) -}}
+{{- $wrong = append $wrong "autoscaling.keda.metricsApi.url: expected the URL that KEDA asks, got none" -}}
 {{- end -}}
 {{- if and $v.redis.sentinel.enabled $v.redis.tls.enabled -}}
 {{- $wrong = append $wrong "redis.tls: expected no TLS together with sentinel, for a sentinel:// URL can't say it; put a TLS proxy or one address before them" -}}
@@ -53,7 +71,7 @@
 {{- if and (or $v.redis.urlKey $v.redis.sentinel.passwordKey $v.redis.username $v.sweep.urlKey $v.producer.urlKey $v.test.urlKey) (not $v.redis.existingSecret) (not $v.valkey.enabled) -}}
 {{- $wrong = append $wrong "redis.existingSecret: expected a Secret for redis.username, redis.sentinel.passwordKey, and redis.urlKey or that of a part, got none" -}}
 {{- end -}}
-{{- if and $v.autoscaling.keda.enabled $v.redis.urlKey (not (or $v.redis.host $v.redis.sentinel.enabled)) -}}
+{{- if and $v.autoscaling.keda.enabled (eq $v.autoscaling.keda.trigger "redis") $v.redis.urlKey (not (or $v.redis.host $v.redis.sentinel.enabled)) -}}
 {{- $wrong = append $wrong "autoscaling.keda: expected redis.host and redis.passwordKey together with redis.urlKey, because KEDA cannot read a URL" -}}
 {{- end -}}
 {{- if and $v.autoscaling.keda.enabled (lt (int $v.autoscaling.keda.jobsPerWorker) (int (include "shiwu.held" .))) -}}

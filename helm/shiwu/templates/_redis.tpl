@@ -20,6 +20,9 @@
 {{- if $redis.sentinel.enabled -}}
 sentinel://{{ $login }}{{ join "," $redis.sentinel.addresses }}/{{ $redis.sentinel.master }}/{{ $redis.database }}
 {{- if $redis.sentinel.passwordKey }}?sentinel_password=$(REDIS_SENTINEL_PASSWORD){{ end }}
+{{- else if $redis.cluster.enabled -}}
+{{ $redis.tls.enabled | ternary "clusters" "cluster" }}://{{ $login }}{{ join "," $redis.cluster.addresses }}/?shards={{ $redis.cluster.shards }}
+{{- if and $redis.tls.enabled $redis.tls.caSecret }}&ssl_ca_certs=/etc/shiwu/redis-ca/{{ $redis.tls.caKey }}{{ end }}
 {{- else -}}
 {{ $redis.tls.enabled | ternary "rediss" "redis" }}://{{ $login }}{{ include "shiwu.redisHost" .root }}:{{ $redis.port }}/{{ $redis.database }}
 {{- if and $redis.tls.enabled $redis.tls.caSecret }}?ssl_ca_certs=/etc/shiwu/redis-ca/{{ $redis.tls.caKey }}{{ end }}
