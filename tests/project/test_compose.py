@@ -6,11 +6,7 @@ Its Valkey is started, with the command and the variables that a container would
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sysconfig
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -20,13 +16,12 @@ import redis
 import yaml
 
 from shiwu_worker.config.settings import Settings
-from tests.support.dockerfiles import DOCKER, PINNED, ROOT, SECRET, read, variables
+from tests.support.dockerfiles import DOCKER, PINNED, ROOT, SECRET, compose_command, read, run_compose, variables
 from tests.support.processes import Process, clean_environment, free_ports
 from tests.support.redis_server import valkey_binary
 from tests.support.waiting import wait_until
 
 COMPOSE: Final = DOCKER / "compose.yaml"
-SCRIPTS: Final = Path(sysconfig.get_path("scripts"))
 READ_BY_PRODUCERS: Final = {"SHIWU_REDIS_URL"}
 OURS: Final = ["pictures", "worker", "worker-gpu", "producer", "sweep"]
 
@@ -43,35 +38,13 @@ def environment(name: str) -> dict[str, Any]:
     return dict(services()[name].get("environment") or {})
 
 
-@cache
-def compose_command() -> list[str] | None:
-    """Docker Compose itself: the plugin, or the binary of the development tools where it runs on this machine."""
-    for command in (["docker", "compose"], [str(SCRIPTS / "docker-compose")]):
-        if shutil.which(command[0]):
-            try:
-                done = subprocess.run([*command, "version"], capture_output=True, text=True, timeout=30, check=False)
-            except OSError:
-                continue
-            if done.returncode == 0 and "Compose" in done.stdout:
-                return command
-    return None
-
-
 @pytest.mark.parametrize("profiles", [(), ("gpu", "observe")], ids=["plain", "gpu+observe"])
 def test_docker_compose_reads_it(profiles: tuple[str, ...]) -> None:
     """The specification's schema and more, by Docker Compose: it knows every key and every reference between them."""
-    command = compose_command()
-    if command is None:
+    if compose_command() is None:
         pytest.skip("no Docker Compose runs on this machine")
     asked = [part for profile in profiles for part in ("--profile", profile)]
-    done = subprocess.run(
-        [*command, "-f", COMPOSE, *asked, "config", "--format", "json"],
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=30,
-        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"},
-    )
+    done = run_compose("-f", COMPOSE, *asked, "config", "--format", "json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     names = set(json.loads(done.stdout)["services"])

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sysconfig
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +17,8 @@ DOCKER: Final = ROOT / "docker"
 PINNED: Final = re.compile(r"[\w./-]+:[\w.-]*\d[\w.-]*@sha256:[0-9a-f]{64}")
 """An image by a tag that tells a version, for people, and by digest, for machines."""
 SECRET: Final = re.compile(r"PASSWORD|SECRET|TOKEN|ACCESS_KEY|CREDENTIAL", re.I)
+
+SCRIPTS: Final = Path(sysconfig.get_path("scripts"))
 
 Instructions = list[tuple[str, str]]
 
@@ -47,3 +54,36 @@ def health_command(instructions: Instructions) -> list[str]:
     command: Any = json.loads(check.partition("CMD ")[2])
     assert isinstance(command, list)
     return [str(part) for part in command]
+
+
+@cache
+def compose_command() -> list[str] | None:
+    """Docker Compose itself: the plugin, or the binary of the development tools where it runs on this machine."""
+    for command in (["docker", "compose"], [str(SCRIPTS / "docker-compose")]):
+        if shutil.which(command[0]):
+            try:
+                done = subprocess.run([*command, "version"], capture_output=True, text=True, timeout=30, check=False)
+            except OSError:
+                continue
+            if done.returncode == 0 and "Compose" in done.stdout:
+                return command
+    return None
+
+
+def run_compose(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The output of Docker Compose with these arguments.
+
+    Raises:
+        FileNotFoundError: none runs on this machine.
+    """
+    command = compose_command()
+    if command is None:
+        raise FileNotFoundError("no Docker Compose runs on this machine")
+    return subprocess.run(
+        [*command, *arguments],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=30,
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"},
+    )
