@@ -1,7 +1,8 @@
 """Primaries of one cluster, each held to the same small share of a core: how the rate grows with their number.
 
-A machine of two cores then has several primaries that are the limit, as several machines would have. Workers and the
-number of shards stay the same, so only the number of primaries differs between two points.
+A machine of two cores then has several primaries that are the limit, as several machines would have. Each primary has
+the same number of shards at any point, and the workers hold the same number of jobs for each primary. So a primary gets
+portions of the same size, whose cost is shared by their jobs, and only the number of primaries differs.
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ from bench.workers import StandInWorker
 from shiwu.broker.sharding import PoolOptions, ShardRedis, by_shard, open_shards
 from shiwu.contract import COUNTERS, Lane
 
-SHARDS: Final = 12
-"""Divisible by 1, 2, 3, 4 and 6 primaries."""
+SHARDS: Final = 2
+"""Of each primary."""
 WORKERS: Final = 2
 NODE_SHARE: Final = 0.06
-LEAST_US: Final = 25.0
+LEAST_US: Final = 35.0
 """CPU of a node for one job at least: from it follows how many jobs a run needs."""
-SLOTS: Final = 600
+SLOTS: Final = 160
+"""Jobs that a worker holds for each primary."""
 CAP: Final = 64
-RAMP_JOBS: Final = 2 * WORKERS * SLOTS
-"""Answers before the clock starts: the first claims fill all slots of the workers."""
+RAMP: Final = 2
+"""Answers before the clock starts ÷ slots of all workers: the first claims fill these."""
 MARGIN_S: Final = 2.0
 
 
@@ -51,10 +53,14 @@ class Options:
     rounds: int
     window_s: float
     node_share: float
-    shards: int = SHARDS
+    shards_of_each: int = SHARDS
     workers: int = WORKERS
     slots: int = SLOTS
     cap: int = CAP
+
+    def ramp_jobs(self, primaries: int) -> int:
+        """Answers before the clock starts."""
+        return RAMP * self.workers * self.slots * primaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +118,6 @@ def run(asked: argparse.Namespace) -> Report:
         window_s=asked.window_s or (1.5 if asked.quick else 4.0),
         node_share=asked.node_share,
     )
-    if wrong := [count for count in options.primaries if SHARDS % count]:
-        raise SystemExit(f"expected numbers of primaries that divide {SHARDS} shards, got {wrong}")
     rounds: list[dict[int, Run]] = []
     version = ""
     try:
@@ -133,23 +137,24 @@ def run(asked: argparse.Namespace) -> Report:
 
 def _measure(primaries: int, options: Options) -> tuple[Run, str]:
     """One run, and the version of the server."""
+    shards = primaries * options.shards_of_each
     per_node_s = options.node_share / LEAST_US * 1e6
-    jobs = int(4 * RAMP_JOBS + primaries * per_node_s * (options.window_s + MARGIN_S))
+    jobs = int(4 * options.ramp_jobs(primaries) + primaries * per_node_s * (options.window_s + MARGIN_S))
     messages = traffic.build(["s3://pictures/cat.jpg"], count=jobs, prefix="job", lane=Lane.BULK)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shiwu-bench-")))
         quotas = [stack.enter_context(open_quota()) for _ in range(primaries)]
-        cluster = stack.enter_context(ValkeyCluster(folder=folder, primaries=primaries, shards=SHARDS))
+        cluster = stack.enter_context(ValkeyCluster(folder=folder, primaries=primaries, shards=shards))
         for quota, port in zip(quotas, cluster.ports, strict=True):
             quota.add(cluster.server(port).pid)
-        url = cluster.url(shards=SHARDS)
+        url = cluster.url(shards=shards)
         clients = open_shards(url, PoolOptions(timeout_s=60.0))
         for client in clients:
             stack.enter_context(client)
-        workers = [stack.enter_context(_worker(url, folder, options, n)) for n in range(options.workers)]
+        workers = [stack.enter_context(_worker(url, folder, options, primaries, n)) for n in range(options.workers)]
         for worker in workers:
             worker.wait_ready().signal(signal.SIGSTOP)
-        groups = by_shard(messages, shards=SHARDS, id_of=lambda message: message.id)
+        groups = by_shard(messages, shards=shards, id_of=lambda message: message.id)
         for shard, group in groups.items():
             traffic.send(clients[shard], Lane.BULK, group)
         nodes = [stack.enter_context(_open_node(cluster, port, clients)) for port in cluster.ports]
@@ -165,9 +170,10 @@ def _measure(primaries: int, options: Options) -> tuple[Run, str]:
         return found, traffic.server_version(clients[0])
 
 
-def _worker(url: str, folder: Path, options: Options, number_: int) -> StandInWorker:
+def _worker(url: str, folder: Path, options: Options, primaries: int, number_: int) -> StandInWorker:
+    slots = options.slots * primaries
     return StandInWorker(
-        redis_url=url, name=f"worker{number_}", folder=folder, slots=options.slots, cap=options.cap, cost=(0.0, 0.0)
+        redis_url=url, name=f"worker{number_}", folder=folder, slots=slots, cap=options.cap, cost=(0.0, 0.0)
     )
 
 
@@ -211,11 +217,12 @@ def _open_node(cluster: ValkeyCluster, port: int, clients: Sequence[ShardRedis])
 def _watch(nodes: Sequence[_Node], workers: Sequence[StandInWorker], options: Options) -> Run:
     """Watch a window in which all work. Each node is read by its own clock, and the rates are added up."""
     worker_pids = [worker.pid for worker in workers]
+    ramp_jobs = options.ramp_jobs(len(nodes))
 
     def is_steady() -> bool:
-        return sum(node.read().answered for node in nodes) >= RAMP_JOBS
+        return sum(node.read().answered for node in nodes) >= ramp_jobs
 
-    wait_until(is_steady, timeout_s=120, every_s=0.1, what=f"the first {RAMP_JOBS} answers")
+    wait_until(is_steady, timeout_s=120, every_s=0.1, what=f"the first {ramp_jobs} answers")
     workers_s = usage.cpu_s(worker_pids)
     with ThreadPoolExecutor(len(nodes)) as pool:
         before = list(pool.map(_Node.read, nodes))
@@ -294,7 +301,7 @@ def _report(options: Options, points: Sequence[Point], *, server: str) -> Report
     return Report(
         name="messages-cluster",
         headlines=tuple(headlines),
-        tables=(Table(f"Primaries of one cluster: {share}, {options.shards} shards", head, rows),),
+        tables=(Table(f"Primaries of one cluster: {share}, {options.shards_of_each} shards each", head, rows),),
         charts=(Chart("primaries of one cluster", counts, lines, "jobs/s", "primaries", kind="lines", is_log=True),),
         figures=Figures(tuple(points)),
         settings=options,
