@@ -20,6 +20,8 @@ CONFIG_6 = ROOT / "docs" / "redis-acl-6.conf"
 CONFIG_CLUSTER = ROOT / "docs" / "redis-acl-cluster.conf"
 NOT_ON_CLUSTERS = ("backfill", "hooks", "watcher", "scaler")
 """Users whose programs refuse a cluster, and KEDA's, which reads one number of the sweep instead of keys."""
+SHARDS = 64
+"""For so many shards a worker may hear Celery's revoke."""
 _ALSO = {
     "+ping": "+ping +cluster|slots",
     "+publish": "+publish +spublish",
@@ -33,6 +35,7 @@ _HEAD = """\
 # It is made from redis-acl.conf, whose notes apply here too, by `python -m tests.support.redis_users`; what differs:
 # - Every key and channel begins with the tag of a shard: `{*}:`. A user may use all shards.
 # - CLUSTER SLOTS tells which node has a shard. SPUBLISH and SSUBSCRIBE are PUBLISH and SUBSCRIBE on one node.
+# - A worker hears Celery's revoke from the first 64 shards, each of which is named; with more shards add the others.
 # - Everyone may read the number of shards, and workers and the sweep store it at the first use.
 # - `shiwu backfill`, `watch`, `hooks` and KEDA's Redis scaler do not work on a cluster, so their users are left out.
 # Replicas log in at their primary: `primaryuser shiwu-admin` and `primaryauth` (on Redis `masteruser`, `masterauth`).
@@ -71,8 +74,9 @@ def _on_cluster(line: str, name: str) -> str:
         return line
     words = [re.sub(r"^(\(?)([~&])", r"\1\2{*}:", _ALSO.get(word, word)) for word in line.split()]
     if name == "worker":
-        # A pattern of PSUBSCRIBE must be here word for word; Celery in the worker is in shard 0.
-        words.insert(words.index("-@all"), f"&{cluster_shard(0).prefix}/0.celery.pidbox")
+        # A pattern that is subscribed to must be here word for word.
+        place = words.index("-@all")
+        words[place:place] = [f"&{cluster_shard(index).prefix}/0.celery.pidbox" for index in range(SHARDS)]
     if name in {"worker", "sweep"}:
         words.append("+hsetnx")
     else:
