@@ -20,7 +20,7 @@ from shiwu_worker.config.errors import load_settings_or_exit, report_unknown_nam
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
 from shiwu_worker.runtime.malloc import set_up_malloc
-from shiwu_worker.runtime.process import signal_with_parent
+from shiwu_worker.runtime.process import exit_now, signal_with_parent
 from shiwu_worker.telemetry import logs
 from shiwu_worker.telemetry.log_output import open_standard_streams
 
@@ -61,7 +61,13 @@ def run(*, node: str, task_events: bool) -> None:
     from celery.bin.celery import celery  # noqa: PLC0415 the import takes a second, and the launcher does not need it
 
     args = ["--quiet", "--app", "shiwu_worker.app", "worker", "--loglevel=WARNING", "--hostname", node]
-    celery.main(args=[*args, *([EVENTS] if task_events else [])], prog_name="celery")
+    try:
+        celery.main(args=[*args, *([EVENTS] if task_events else [])], prog_name="celery")
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            raise
+        # All parts are closed by now. Python's finalisation of torch would take more than a second of a core.
+        exit_now(ended.code or 0)
 
 
 def drain_with_parent(parent: int, *, limit_s: float) -> None:
