@@ -163,6 +163,7 @@ def labels_waiting(port: int) -> float:
     return sum(value(port, "shiwu_labels_waiting", lane=lane) or 0.0 for lane in ("interactive", "bulk", "none"))
 
 
+@pytest.mark.long
 def test_set_of_version_2_from_shadow_to_answers(
     tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
