@@ -25,12 +25,13 @@ def main(addresses: list[str]) -> None:
     if not any(slots_of(node) for node in nodes):
         for index, node in enumerate(nodes):
             first, end = (SLOTS * at // len(nodes) for at in (index, index + 1))
-            node.execute_command("CLUSTER", "ADDSLOTSRANGE", first, end - 1)
-            node.execute_command("CLUSTER", "SET-CONFIG-EPOCH", index + 1)
+            call(node, "CLUSTER", "ADDSLOTSRANGE", first, end - 1)
+            call(node, "CLUSTER", "SET-CONFIG-EPOCH", index + 1)
     for address in addresses[1:]:
         host, port = address.rsplit(":", 1)
-        bus = int(nodes[addresses.index(address)].config_get("cluster-port")["cluster-port"]) or int(port) + 10_000
-        nodes[0].execute_command("CLUSTER", "MEET", socket.gethostbyname(host), port, bus)
+        settings: Any = nodes[addresses.index(address)].config_get("cluster-port")
+        bus = int(settings["cluster-port"]) or int(port) + 10_000
+        call(nodes[0], "CLUSTER", "MEET", socket.gethostbyname(host), port, bus)
     while not all(is_complete(node, len(nodes)) for node in nodes):
         if time.monotonic() > until_s:
             sys.exit(f"expected a cluster of {len(nodes)} nodes within {TIMEOUT_S:g} s; see the logs of the nodes")
@@ -50,14 +51,19 @@ def connect(host: str, port: str) -> redis.Redis:
     )
 
 
+def call(node: redis.Redis, *words: str | int) -> Any:
+    """The reply to a command."""
+    return node.execute_command(*words)  # type: ignore[no-untyped-call]  # redis' own
+
+
 def slots_of(node: redis.Redis) -> list[Any]:
     """The ranges of slots that a node knows."""
-    return list(node.execute_command("CLUSTER SLOTS"))
+    return list(call(node, "CLUSTER SLOTS"))
 
 
 def is_complete(node: redis.Redis, count: int) -> bool:
     """Whether a node knows so many nodes, and that each slot has one."""
-    info: Any = node.execute_command("CLUSTER INFO")
+    info = call(node, "CLUSTER INFO")
     found = info if isinstance(info, dict) else dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     return found["cluster_state"] == "ok" and int(found["cluster_known_nodes"]) == count
 
