@@ -26,6 +26,7 @@ WORKS = {
     "explain": (["k1"], 1),
     "gallery": (["k1"], 1),
     "labels": (["abc"], 1),
+    "migrate": ([], 0),
     "results": (["--group", "g"], 0),
     "shards": ([], 0),
     "status": ([], 0),
