@@ -22,7 +22,7 @@ LOADED_S = 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["slow", "hung"])
+@pytest.mark.parametrize("fault", [pytest.param("slow", marks=pytest.mark.long), "hung"])
 def test_stop_ends_in_time_whatever_redis_does(
     start_worker: StartWorker, redis_url: str, redis_client: redis.Redis, tmp_path: Path, fault: str
 ) -> None:

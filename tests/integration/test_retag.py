@@ -165,7 +165,7 @@ def test_vectors_and_answers_may_be_in_a_bucket(embedded_part: Path, s3: S3Serve
     assert (done.returncode, "expected parts of vectors" in done.stderr) == (64, True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_depend_on_the_number_of_vectors(tmp_path: Path) -> None:
     """40,000 vectors and 1,000 labels take 300 MB at most, and with the text tower's process 600 MB."""
     spent = run(tmp_path, vectors=40_000, labels=1000)

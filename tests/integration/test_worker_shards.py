@@ -154,7 +154,7 @@ def test_killed_primary_and_killed_worker_cost_no_answer(
     assert log.count('"shard_back"') == len(away)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_frozen_node_holds_up_no_other_shard(cluster: ValkeyCluster, shards: Shards, start_worker: StartWorker) -> None:
     """Jobs of the others are answered while it hangs, within the usual time; its own when it goes on."""
     start_worker(redis_url=cluster.url(shards=SHARDS))
