@@ -19,7 +19,7 @@ TIMEOUT_S = 60.0
 
 
 def main(addresses: list[str]) -> None:
-    """Make the cluster, and wait until each node says that it is complete."""
+    """Make the cluster, and wait until each node reports it as complete."""
     until_s = time.monotonic() + TIMEOUT_S
     nodes = [connect(*address.rsplit(":", 1)) for address in addresses]
     if not any(slots_of(node) for node in nodes):
@@ -35,7 +35,7 @@ def main(addresses: list[str]) -> None:
     while not all(is_complete(node, len(nodes)) for node in nodes):
         if time.monotonic() > until_s:
             sys.exit(f"expected a cluster of {len(nodes)} nodes within {TIMEOUT_S:g} s; see the logs of the nodes")
-        time.sleep(0.2)
+        time.sleep(0.2)  # nodes have no way to call when they have met
     print(f"a cluster of {len(nodes)} nodes has all {SLOTS} slots")
 
 

@@ -81,7 +81,7 @@ class _Sender:
             next_s = max(next_s + self.every_s, time.monotonic())
             job_id = next(self.ids)
             while not self._send(job_id):
-                time.sleep(RETRY_S)
+                time.sleep(RETRY_S)  # the node is being replaced, or the slot moves
 
     def _send(self, job_id: str) -> bool:
         """Whether a replica has confirmed the job."""
@@ -144,7 +144,7 @@ class _ShardDrill:
     def measure(self, lasts_s: float, name: str, *, among: Collection[int]) -> None:
         """Let time pass, whose jobs in these shards are measured under a name."""
         begin_ms = time.time() * 1000
-        time.sleep(lasts_s)
+        time.sleep(lasts_s)  # the measurement itself
         self._windows.append((name, begin_ms, time.time() * 1000, among))
 
     def latencies(self, name: str) -> list[float]:
@@ -186,7 +186,7 @@ class _ShardDrill:
         source = self.cluster.begin_move(slot, to=to)
         for _ in range(3):
             self.cluster.move_keys(slot, source=source, to=to, most=3)
-            time.sleep(RETRY_S)
+            time.sleep(RETRY_S)  # jobs come and go while the slot has keys on both nodes
         self.cluster.end_move(slot, source=source, to=to)
 
     def freeze(self, lasts_s: float) -> None:

@@ -196,12 +196,12 @@ def _rest(cluster: ValkeyCluster, shards: int, options: Options, *, is_watched: 
     cluster.flush()
     with _claiming(cluster, "idle", shards=shards, is_watched=is_watched) as worker:
         worker.start()
-        time.sleep(SETTLE_S)
+        time.sleep(SETTLE_S)  # nothing shows that the threads have come to rest
         before, began_s = _calls(cluster), time.monotonic()
-        time.sleep(options.rest_s)
+        time.sleep(options.rest_s)  # the measurement itself
         per_second = (_calls(cluster) - before) / (time.monotonic() - began_s)
         sent = _send_one_by_one(cluster, shards, options.messages)
-        time.sleep(SETTLE_S)
+        time.sleep(SETTLE_S)  # a message that is lost is missed below
         took_ms = sorted((claimed_s - sent[job.id]) * 1000 for job, claimed_s in worker.claimed)
     if len(took_ms) != options.messages:
         raise RuntimeError(f"expected {options.messages} claimed jobs, got {len(took_ms)}")
@@ -221,7 +221,7 @@ def _send_one_by_one(cluster: ValkeyCluster, shards: int, count: int) -> dict[st
     choose, sent = random.Random(0), {}
     clients = open_shards(cluster.url(shards=shards), PoolOptions(timeout_s=TIMEOUT_S))
     for job_id, message in _messages("one", count):
-        time.sleep(choose.uniform(0.03, 0.07))
+        time.sleep(choose.uniform(0.03, 0.07))  # a random pause, so that no timer runs in step
         sent[job_id] = time.monotonic()
         clients[shard_of(job_id, shards=shards)].lpush(Lane.INTERACTIVE.queue, message)
     for client in clients:
@@ -244,10 +244,10 @@ def _join(cluster: ValkeyCluster) -> float:
         )
         _fill(first.clients)
         first.start()
-        time.sleep(JOIN_WINDOW_S)
+        time.sleep(JOIN_WINDOW_S)  # the first worker has the backlog to itself
         second.start()
         joined_s = time.monotonic()
-        time.sleep(JOIN_WINDOW_S)
+        time.sleep(JOIN_WINDOW_S)  # the measurement itself
     of_first, of_second = (
         sum(joined_s <= at_s < joined_s + JOIN_WINDOW_S for _, at_s in worker.claimed) for worker in (first, second)
     )

@@ -141,7 +141,7 @@ class Traffic:
                 _, errors = until_done(lambda: self._script(keys=["list", "count"], args=[self.confirmed]))
                 self.errors += errors
                 self.confirmed += 1
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, the test's own thread fails by it
             self.failure = error
             raise
 

@@ -223,7 +223,7 @@ def test_full_bulk_slots_cause_no_claims_until_there_is_room(
     claims = []
     claim = parts.lease_queue.claim
     # The real claim, with a note of its options.
-    parts.lease_queue.claim = lambda *args, **options: claims.append(options) or claim(*args, **options)  # type: ignore[method-assign]
+    parts.lease_queue.claim = lambda *args, **options: claims.append(options) or claim(*args, **options)  # type: ignore[method-assign]  # notes the calls
     redis_client.lpush(Lane.BULK.queue, *[message(f"b{n}", Lane.BULK) for n in range(40)])
     parts.start()
     try:

@@ -61,7 +61,7 @@ class AsyncioClient:
         running: Future[Any] = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
             return running.result(CALL_LIMIT_S)
-        except BaseException:
+        except BaseException:  # also Ctrl-C and pytest's time limit: the coroutine must not run on
             running.cancel()
             raise
 

@@ -164,10 +164,10 @@ def read_key(client: redis.Redis, key: bytes) -> dict[str, Any]:
     elif kind == "zset":
         value = client.zrange(key, 0, -1, withscores=True)
     else:
-        value = [[entry, sorted(fields.items())] for entry, fields in client.xrange(key)]  # type: ignore[union-attr]
+        value = [[entry, sorted(fields.items())] for entry, fields in client.xrange(key)]  # type: ignore[union-attr]  # not awaited
         found["groups"] = [
             [text(group["name"]), text(group["last-delivered-id"])] for group in client.xinfo_groups(key)
-        ]  # type: ignore[union-attr]
+        ]  # type: ignore[union-attr]  # not awaited
     return found | {"value": text(value)}
 
 
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str]) -> None:
             maker.crash_twice()
             maker.hold()
             maker.wait_in_lanes()
-            keys = [read_key(maker.redis, key) for key in sorted(maker.redis.keys())]  # type: ignore[arg-type]
+            keys = [read_key(maker.redis, key) for key in sorted(maker.redis.keys())]  # type: ignore[arg-type]  # not awaited
             seconds, micros = maker.redis.time()  # type: ignore[misc]  # not awaited
             made_ms = seconds * 1000 + micros // 1000
             data = {"made_ms": made_ms, "ids": sorted(maker.ids), "keys": keys}

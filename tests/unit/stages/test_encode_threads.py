@@ -79,7 +79,7 @@ def test_fast_model_leaves_a_core_to_the_loaders(tmp_path: Path, monkeypatch: py
         """A pool whose every batch is delayed."""
 
         def submit(self, *args: Any) -> Any:
-            time.sleep(0.1)
+            time.sleep(0.1)  # the delay itself
             return super().submit(*args)
 
     monkeypatch.setattr(encoder_module, "CpuInferencePool", SlowPool)

@@ -83,7 +83,7 @@ def _open_checked(path: Path) -> BinaryIO:
                 "or download the file"
             )
         file.seek(0)
-    except BaseException:
+    except BaseException:  # no failure may leave the file open
         file.close()
         raise
     return file

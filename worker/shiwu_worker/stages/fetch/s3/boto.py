@@ -295,7 +295,7 @@ def as_store_errors(*, has_version: bool = False) -> Iterator[None]:
         raise
     except ClientError as error:
         raise _refused(error, has_version=has_version) from error
-    except Exception as error:
+    except Exception as error:  # botocore lets errors of urllib3 and the socket pass; unknown ones are raised again
         if (known := _known_error(error)) is None:
             raise
         raise known from error
