@@ -26,7 +26,7 @@ REPLICAS: Final = 3
 CONFIG: Final = {"appendonly": "yes", "cluster-node-timeout": "3000"}
 """After 3 s without a reply a replica takes over; in a shorter time a busy machine may not reply."""
 RESUME_S: Final = 20.0
-"""Promised: a shard answers jobs so long after its primary died, hung or gave the slot away."""
+"""Promised: a shard answers jobs so long after its primary was killed, hung or passed the slot on."""
 ATOMIC_MOVES: Final = 2
 """In each round, besides one move key by key."""
 RETRY_S: Final = 0.2
@@ -231,7 +231,7 @@ class _ShardDrill:
 
 @contextmanager
 def _frozen(cluster: ValkeyCluster, nodes: Sequence[int]) -> Iterator[None]:
-    """Nodes that hang meanwhile."""
+    """Nodes that are frozen now."""
     for port in nodes:
         cluster.server(port).pause()
     try:

@@ -34,8 +34,8 @@ _HEAD = """\
 #
 # It is made from redis-acl.conf, whose notes apply here too, by `python -m tests.support.redis_users`; what differs:
 # - Every key and channel begins with the tag of a shard: `{*}:`. A user may use all shards.
-# - CLUSTER SLOTS tells which node has a shard. SPUBLISH and SSUBSCRIBE are PUBLISH and SUBSCRIBE on one node.
-# - A worker hears Celery's revoke from the first 64 shards, each of which is named; with more shards add the others.
+# - CLUSTER SLOTS names the node of a shard. SPUBLISH and SSUBSCRIBE are PUBLISH and SUBSCRIBE on one node.
+# - A worker receives Celery's revoke from the first 64 shards, each of which is named; with more shards add the others.
 # - Everyone may read the number of shards, and workers and the sweep store it at the first use.
 # - `shiwu backfill`, `watch`, `hooks` and KEDA's Redis scaler do not work on a cluster, so their users are left out.
 # Replicas log in at their primary: `primaryuser shiwu-admin` and `primaryauth` (on Redis `masteruser`, `masterauth`).

@@ -16,7 +16,7 @@ from shiwu.celery.slots import follow_shard, once_more
 class Client(redis.Redis):
     """A client that repeats a refused command once, with subscriptions that do not connect again by themselves.
 
-    Celery reads the results that it missed only after a lost connection that it is told of.
+    Celery reads the results that it missed only if a lost connection raises an error.
     """
 
     def __init__(self, *, commands: redis.ConnectionPool, subscriptions: redis.ConnectionPool) -> None:

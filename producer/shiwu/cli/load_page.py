@@ -31,7 +31,7 @@ class LoadPage:
     """A WSGI application: `/load`, and `/metrics` where there is an application for it. Thread-safe.
 
     While a shard is unavailable its last sizes count for a minute, so that a short failure removes no worker. When no
-    shard has sizes the reply is 503, and KEDA does what its `fallback` says.
+    shard has sizes the reply is 503, and KEDA follows its `fallback`.
 
     Args:
         metrics: answers `/metrics`.

@@ -22,11 +22,11 @@ from shiwu.contract import Answer, ImageInfo, Status
 from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.commands.answer_vectors import AnswerVectors, WrongAnswers, read_vectors
 from shiwu_worker.commands.loaded_labels import Loaded, load
+from shiwu_worker.commands.loader_results import Results, next_results
 from shiwu_worker.config.errors import load_settings_or_exit
 from shiwu_worker.config.types import FORMAT_ALIASES, FORMATS
-from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.loaders.pool import LoaderPool
-from shiwu_worker.loaders.protocol import LoadFailed, LoadResult, LoadTask
+from shiwu_worker.loaders.protocol import LoadFailed, LoadTask
 from shiwu_worker.runtime.process import source_environment
 from shiwu_worker.service.factories import loader_options
 from shiwu_worker.stages.decode.image_spec import read_image_spec
@@ -105,7 +105,7 @@ class _Loaders:
         allowed = settings.model_copy(update={"allow_folders": (folder.resolve(),), "deny_folders": ()})
         spec = read_image_spec(model_folder(settings.model))
         self._timeout_s = QUIET_LOADS * settings.load_timeout_s
-        self._done: queue.SimpleQueue[list[LoadResult] | FatalError] = queue.SimpleQueue()
+        self._done: Results = queue.SimpleQueue()
         self._pool = LoaderPool(
             processes=min(settings.loader_count, MAX_LOADERS),
             options=loader_options(allowed, spec).model_copy(update={"slots": SLOTS, "known_images": 0}),
@@ -137,20 +137,10 @@ class _Loaders:
         )
         codes: dict[int, str | None] = {}
         while len(codes) < len(files):
-            for result in self._results():
+            for result in next_results(self._done, timeout_s=self._timeout_s):
                 codes[result.slot] = str(result.error.code) if isinstance(result, LoadFailed) else None
         found = [codes[slot] for slot in range(len(files))]
         return self._pool.pixels[[slot for slot, code in enumerate(found) if code is None]], found
-
-    def _results(self) -> list[LoadResult]:
-        try:
-            results = self._done.get(timeout=self._timeout_s)
-        except queue.Empty:
-            text = f"expected an image to be loaded within {self._timeout_s:g} s"
-            raise FatalError(ExitCode.LOADERS, text) from None
-        if isinstance(results, FatalError):
-            raise results
-        return results
 
 
 def _encode(files: Sequence[Path], root: Path, loaders: _Loaders, loaded: Loaded) -> AnswerVectors:

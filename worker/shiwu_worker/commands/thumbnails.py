@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shiwu.contract import ErrorCode, reference_error
+from shiwu_worker.commands.loader_results import Results, next_results
 from shiwu_worker.config.errors import load_settings_or_exit
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.errors import FatalError
 from shiwu_worker.loaders.pool import LoaderPool
 from shiwu_worker.loaders.protocol import Loaded, LoadFailed, LoadResult, LoadTask, Recognised
 from shiwu_worker.runtime.process import source_environment
@@ -83,7 +84,7 @@ def make_thumbnails(requests: Iterable[ThumbnailRequest], settings: Settings) ->
     Raises:
         FatalError: the loader processes cannot be kept running.
     """
-    done: queue.SimpleQueue[list[LoadResult] | FatalError] = queue.SimpleQueue()
+    done: Results = queue.SimpleQueue()
     pool = LoaderPool(
         processes=min(settings.loader_count, MAX_LOADERS),
         options=loader_options(settings, SPEC).model_copy(update={"slots": SLOTS}),
@@ -103,9 +104,7 @@ def make_thumbnails(requests: Iterable[ThumbnailRequest], settings: Settings) ->
 class _Loading:
     """Keeps the slots of a pool filled."""
 
-    def __init__(
-        self, pool: LoaderPool, done: queue.SimpleQueue[list[LoadResult] | FatalError], *, timeout_s: float
-    ) -> None:
+    def __init__(self, pool: LoaderPool, done: Results, *, timeout_s: float) -> None:
         self._pool = pool
         self._done = done
         self._timeout_s = timeout_s
@@ -126,14 +125,7 @@ class _Loading:
             yield from self._replies()
 
     def _replies(self) -> Iterator[ThumbnailReply]:
-        try:
-            results = self._done.get(timeout=self._timeout_s)
-        except queue.Empty:
-            text = f"expected an image to be loaded within {self._timeout_s:g} s"
-            raise FatalError(ExitCode.LOADERS, text) from None
-        if isinstance(results, FatalError):
-            raise results
-        for result in results:
+        for result in next_results(self._done, timeout_s=self._timeout_s):
             number = self._numbers.pop(result.ticket)
             yield _reply(number, result, self._pool.pixels[result.slot])
             self._free.append(result.slot)

@@ -48,5 +48,5 @@ class ClusterNodes:
         return connection
 
     def has_moved(self, error: redis.RedisError, *, shard: Shard, node: Node) -> bool:
-        """Whether this error of a command says that the node does not have the shard; then the map knows it."""
+        """Whether this error of a command means that the node does not have the shard; then the map knows it."""
         return leave_node(error, self._map, shard=shard, node=node) is not None
