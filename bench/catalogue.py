@@ -56,6 +56,7 @@ BENCHES: Final = {
         Bench("scaling", "bench.scaling", "a backlog through the chart's autoscaling, from no worker to many to none"),
         Bench("backfill", "bench.backfill", "references a second that a backfill enqueues, and answers that it writes"),
         Bench("shards", "bench.cluster.idle", "what idle shards of a cluster cost, and how soon a message is claimed"),
+        Bench("score", "bench.score", "what tags cost the score thread, by the number of labels"),
         Bench("fetch", "bench.fetch", "core-milliseconds of one object from S3, by each client of the store"),
         Bench("decode", "bench.decode", "core-milliseconds of one image, and the error of its pixels"),
     )
