@@ -16,9 +16,10 @@ import hypothesis.configuration
 import pytest
 import redis
 
-from tests.support import waiting
+from tests.support import preloaded, waiting
 from tests.support.both_clients import OPENERS, OpenClient
 from tests.support.loopback import only_loopback
+from tests.support.processes import ROOT, clean_environment
 from tests.support.servers import PictureServer, S3Server, Valkey, WorkerProcess
 from tests.support.skips import unexpected_skips
 from tests.support.waiting import wait_until as wait_until_true
@@ -127,6 +128,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a run in CI that skipped a test which a machine of CI can run."""
     if os.environ.get("CI") and session.exitstatus == 0 and unexpected_skips(skip_reasons(session.config)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _preloaded() -> Iterator[None]:
+    """Let workers start from a process that has imported the libraries; it starts with the first of them."""
+    preloaded.current = preloaded.Preloaded(root=ROOT, env=clean_environment({}))
+    yield
+    preloaded.current.stop()
+    preloaded.current = None
 
 
 @pytest.fixture(autouse=True)

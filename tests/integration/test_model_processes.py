@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from tests.support import pictures
 from tests.support.ask import ask
 from tests.support.checkpoints import VOCABULARY, quiet_transformers, write_2022
 from tests.support.hub_server import HubServer
-from tests.support.processes import clean_environment
+from tests.support.processes import run_module
 from tests.support.servers import PictureServer, Reply
 
 ID = "OFA-Sys/chinese-clip-tiny"
@@ -94,14 +92,7 @@ def test_broken_model_ends_with_65_and_its_file(
     """One line that names the file, no traceback, and nothing has been claimed."""
     redis_client.lpush("shiwu.interactive", "waits")
     env = {"SHIWU_MODEL": str(broken[name]), "SHIWU_REDIS_URL": redis_url, "SHIWU_LOADERS": "1", "SHIWU_MAX_BATCH": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "shiwu_worker", *option.split()],
-        env=clean_environment(env),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_module("shiwu_worker", *option.split(), timeout_s=120, **env)
     output = done.stdout + done.stderr
     assert done.returncode == ExitCode.MODEL, output
     assert SAID[name] in output

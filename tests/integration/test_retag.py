@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from shiwu.contract import Answer
 from shiwu_worker.checkpoints.model_files import EMBEDDED
 from tests.conftest import StartWorker
 from tests.support.ask import ask
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, run_module
 from tests.support.servers import S3Server
 from tests.support.vector_parts import made_vectors, write_part
 
@@ -34,9 +32,7 @@ PHOTOS = ("cat.jpg", "panda.jpg", "macaw.webp", "palace.jpg", "crocodile.jpg")
 
 def retag(vectors: Path | str, *args: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """The command, as a user runs it."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SHIWU_")} | settings
-    command = [sys.executable, "-m", "shiwu_worker", "retag", "--vectors", str(vectors), *args]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=170, check=False)
+    return run_module("shiwu_worker", "retag", "--vectors", str(vectors), *args, timeout_s=170, **settings)
 
 
 def kept(answers: list[Answer], path: Path) -> Path:

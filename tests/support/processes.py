@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import IO, Final, Self
 
-from tests.support import pictogram
+from tests.support import pictogram, preloaded
 from tests.support.waiting import wait_until
 
 LOOPBACK: Final = "127.0.0.1"
@@ -39,6 +40,31 @@ def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return kept | {"AWS_EC2_METADATA_DISABLED": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | dict(extra)
 
 
+def run_module(*words: str, timeout_s: float, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m WORDS` with these environment variables, wait for its end, and return what it printed.
+
+    Raises:
+        subprocess.TimeoutExpired: it ran for more than `timeout_s`, and was killed.
+    """
+    command, env = [sys.executable, "-m", *words], clean_environment(settings)
+    start_from = preloaded.current
+    if start_from is None or not start_from.can_start(command, env):
+        return subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        child = start_from.start(command, env=env, stdout=stdout.fileno(), stderr=stderr.fileno())
+        try:
+            status = child.wait(timeout_s)
+        finally:
+            child.send_signal(signal.SIGKILL)
+        texts = []
+        for each in (stdout, stderr):
+            each.seek(0)
+            texts.append(each.read().decode())
+    return subprocess.CompletedProcess(command, status, *texts)
+
+
 @contextlib.contextmanager
 def undone_by(stop: Callable[[], object]) -> Iterator[None]:
     """Call `stop` when the block fails or is interrupted: a server that is half started must not stay."""
@@ -57,7 +83,7 @@ class Process:
         self.folder = folder
         self.log_path = folder / f"{name}.log"
         self._env = dict(env)
-        self._popen: subprocess.Popen[bytes] | None = None
+        self._popen: subprocess.Popen[bytes] | preloaded.Child | None = None
 
     def start(self) -> Self:
         """Start the command; return immediately.
@@ -69,16 +95,19 @@ class Process:
             raise ServerError(f"{self.name}: expected to be stopped, process {self.pid} runs")
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
-            self._popen = subprocess.Popen(
-                self.command,
-                cwd=ROOT,
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self._popen = self._begin(log)
         return self
+
+    def _begin(self, log: IO[bytes]) -> subprocess.Popen[bytes] | preloaded.Child:
+        return subprocess.Popen(
+            self.command,
+            cwd=ROOT,
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     @property
     def pid(self) -> int:
@@ -229,6 +258,12 @@ class WorkerProcess(Process):
         """Start the worker; `wait_ready` says when it claims."""
         self.ready_file.unlink(missing_ok=True)
         return super().start()
+
+    def _begin(self, log: IO[bytes]) -> subprocess.Popen[bytes] | preloaded.Child:
+        start_from = preloaded.current
+        if start_from is None or not start_from.can_start(self.command, self._env):
+            return super()._begin(log)
+        return start_from.start(self.command, env=self._env, stdout=log.fileno(), stderr=log.fileno())
 
     @property
     def is_ready(self) -> bool:
