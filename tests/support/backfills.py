@@ -14,7 +14,7 @@ from shiwu.backfill.plan import Pace, Plan
 from shiwu.backfill.runner import Phase, Progress, Runner
 from shiwu.backfill.sources.opening import open_source
 from shiwu.backfill.state import BackfillState
-from shiwu.broker.connection import connect
+from shiwu.broker.sharding import PoolOptions, open_shards
 from shiwu.parts import Objects
 from tests.support.processes import Process, clean_environment
 
@@ -75,13 +75,17 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 class LocalBackfill:
-    """Backfills in the process of the test, on one Redis: `start` as the command does it, without its display."""
+    """Backfills in the process of the test, on one Redis or over shards.
+
+    `run` does what the command `start` does, without its display.
+    """
 
     def __init__(self, redis_url: str, *, objects: Objects | None = None) -> None:
         self.url = redis_url
         self.client = Client(redis_url)
-        self.redis = connect(redis_url, timeout_s=5, retries=3)
-        self._no_retry = connect(redis_url, timeout_s=5)
+        self._shards = open_shards(redis_url, PoolOptions(timeout_s=5, retries=3))
+        self._no_retry = open_shards(redis_url, PoolOptions(timeout_s=5))
+        self.redis = self._shards[0]
         self._objects = objects or Objects({})
         self.shown: list[Progress] = []
         self.is_stopping = False
@@ -90,8 +94,9 @@ class LocalBackfill:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for client in (self.client, self.redis, self._no_retry):
-            client.close()
+        self.client.close()
+        for shard in (*self._shards, *self._no_retry):
+            shard.close()
 
     def state(self, name: str) -> BackfillState:
         """The state of a backfill."""
@@ -111,7 +116,7 @@ class LocalBackfill:
             "on_progress": self.shown.append,
             "is_stopping": lambda: self.is_stopping,
         }
-        connections = (self.redis, self._no_retry)
+        connections = (self._shards, self._no_retry)
         runner = Runner(
             client=self.client,
             connections=connections,

@@ -18,7 +18,7 @@ from tests.support.processes import ROOT
 CONFIG = ROOT / "docs" / "redis-acl.conf"
 CONFIG_6 = ROOT / "docs" / "redis-acl-6.conf"
 CONFIG_CLUSTER = ROOT / "docs" / "redis-acl-cluster.conf"
-NOT_ON_CLUSTERS = ("backfill", "hooks", "watcher", "scaler")
+NOT_ON_CLUSTERS = ("hooks", "scaler")
 """Users whose programs refuse a cluster, and KEDA's, which reads one number of the sweep instead of keys."""
 SHARDS = 64
 """For so many shards a worker may hear Celery's revoke."""
@@ -29,6 +29,7 @@ _ALSO = {
     "+unsubscribe": "+unsubscribe +sunsubscribe",
 }
 """Commands that a cluster needs besides others. Channels of a shard are on its node alone."""
+_WATCHER = "# `shiwu watch`: sends like a producer, and keeps what it could not read."
 _HEAD = """\
 # Users for shiwu on a Valkey Cluster, or a Redis Cluster of 7.2 or newer (docs/cluster.md). Load it on every node.
 #
@@ -37,10 +38,10 @@ _HEAD = """\
 # - CLUSTER SLOTS names the node of a shard. SPUBLISH and SSUBSCRIBE are PUBLISH and SUBSCRIBE on one node.
 # - A worker receives Celery's revoke from the first 64 shards, each of which is named; with more shards add the others.
 # - Everyone may read the number of shards, and workers and the sweep store it at the first use.
-# - `shiwu backfill`, `watch`, `hooks` and KEDA's Redis scaler do not work on a cluster, so their users are left out.
+# - MinIO's bucket events are in a server of their own, so `shiwu-watcher` has no rights on them here.
+# - KEDA's Redis scaler and `shiwu hooks` do not work on a cluster, so their users are left out.
 # Replicas log in at their primary: `primaryuser shiwu-admin` and `primaryauth` (on Redis `masteruser`, `masterauth`).
-# tests/integration/test_acl_cluster.py runs a worker, a client, a producer, a consumer and a sweep as these users on
-# three nodes of Valkey 9.
+# tests/integration/test_acl_cluster.py runs each program as its user on three nodes of Valkey 9.
 
 """
 
@@ -61,7 +62,8 @@ def users_for_cluster() -> str:
         if line.startswith("user "):
             name = line.split()[1].removeprefix("shiwu-")
             if name not in NOT_ON_CLUSTERS:
-                blocks.append("\n".join([*about, _on_cluster(line, name)]))
+                notes = [_WATCHER] if name == "watcher" else about
+                blocks.append("\n".join([*notes, _on_cluster(line, name)]))
             about = []
         elif line:
             about.append(line)
@@ -72,6 +74,7 @@ def _on_cluster(line: str, name: str) -> str:
     """The line of one user, for all shards."""
     if name == "admin":
         return line
+    line = re.sub(r" \([^)]*~bucketevents[^)]*\)", "", line)
     words = [re.sub(r"^(\(?)([~&])", r"\1\2{*}:", _ALSO.get(word, word)) for word in line.split()]
     if name == "worker":
         # A pattern that is subscribed to must be here word for word.

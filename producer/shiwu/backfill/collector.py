@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
-from threading import Event
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import msgspec
 import redis
@@ -25,11 +23,13 @@ from shiwu.backfill.targets import PART_NAME
 from shiwu.backfill.totals import Totals
 from shiwu.broker.chunks import chunks
 from shiwu.broker.marks import read_marks
-from shiwu.broker.steps import run
+from shiwu.broker.redis_errors import info_of
+from shiwu.broker.sharding import by_shard
 from shiwu.client.arguments import MAX_TIME_S
 from shiwu.client.results import TagResult, read_result
-from shiwu.client.stream import StreamOptions, StreamReader
-from shiwu.client.stream_items import Entry, EntryReader, Outage, ack_steps, log
+from shiwu.client.sole_consumer import SoleConsumer
+from shiwu.client.stream import StreamOptions
+from shiwu.client.stream_items import Entry, log
 from shiwu.contract import (
     RESULT_STREAM,
     ErrorCode,
@@ -43,6 +43,7 @@ from shiwu.contract import (
 from shiwu.errors import ForeignResult
 from shiwu.parts import Target, TargetError
 
+T = TypeVar("T")
 READ: Final = 1000
 """Entries that are read in one round trip."""
 LOOK_UP: Final = 500
@@ -59,19 +60,19 @@ MAX_UNWRITTEN: Final = 5_000
 
 
 class Collector:
-    """Reads the stream as the only consumer of the group of this backfill. Used by one thread.
+    """Reads the streams of all shards as the only consumer of the group of this backfill. Used by one thread.
 
     Args:
-        client: reads the stream and keys; it must not retry by itself.
-        acks: acknowledges entries.
+        clients: read the streams; they do not retry by themselves. One for each shard.
+        acks: acknowledge entries and read keys; one for each shard.
         target: None where no results are wanted.
     """
 
     def __init__(
         self,
         *,
-        client: redis.Redis,
-        acks: redis.Redis,
+        clients: Sequence[redis.Redis],
+        acks: Sequence[redis.Redis],
         state: BackfillState,
         saved: Saved,
         open_jobs: OpenJobs,
@@ -79,8 +80,7 @@ class Collector:
         part_rows: int,
         token: str,
     ) -> None:
-        self._redis = client
-        self._acks = acks
+        self._redis = acks
         self._state = state
         self._open = open_jobs
         self._target = target
@@ -100,8 +100,7 @@ class Collector:
             away_s=None,
             on_unreadable=self._unreadable,
         )
-        self._reader = StreamReader(EntryReader(group=self.group, on_unreadable=self._unreadable), options)
-        self._outage = Outage(away_s=None)
+        self._consumer = SoleConsumer(clients, acks, options)
         self.totals = saved.totals
         """Over all answers that are recorded."""
         self.parts = dict(saved.parts)
@@ -127,16 +126,10 @@ class Collector:
         Raises:
             TakenOver: another process runs this backfill.
         """
-        if not self._reader.has_group:
+        if not self._consumer.has_groups:
             # The other process may have ended and deleted the group, which no process would delete again.
             self._state.write(Change())
-        try:
-            entries = run(self._redis, self._reader.read_steps(block_s=block_s))
-        except (redis.RedisError, OSError) as error:
-            pause = self._reader.failed(error) or self._outage.pause(error)
-            Event().wait(pause.seconds)
-            return False
-        self._outage.end()
+        entries = self._consumer.read(block_s=block_s)
         self._acknowledge([entry.id for entry in entries if not self._take(entry)])
         if self._is_old():
             self.record()
@@ -163,37 +156,57 @@ class Collector:
 
     def _acknowledge(self, entry_ids: Sequence[str]) -> None:
         if entry_ids:
-            self._state.when_available(lambda: run(self._acks, ack_steps(entry_ids, group=self.group)))
+            self._consumer.acknowledge(entry_ids)
 
     def look_up(self) -> list[str]:
         """Read answers under their keys that did not come by the stream; return the ids of jobs still without one.
 
-        The stream drops entries that are older than it keeps, also unread ones.
+        The stream drops entries that are older than it keeps, also unread ones. Shards that are unavailable are left
+        out.
         """
+
+        def read(client: redis.Redis, ids: Sequence[str]) -> Any:
+            return client.mget([*map(result_key, ids)])
+
         missing: list[str] = []
-        for portion in chunks(list(self._open.without_answer()), LOOK_UP):
-            replies: Any = self._state.when_available(partial(self._redis.mget, [*map(result_key, portion)]))
-            for job_id, raw in zip(portion, replies, strict=True):
-                if raw is None:
-                    missing.append(job_id)
-                else:
-                    self._add(_read(job_id, raw))
-                    self._record_if_full()
+        for job_id, raw in self._ask(list(self._open.without_answer()), read):
+            if raw is None:
+                missing.append(job_id)
+            else:
+                self._add(_read(job_id, raw))
+                self._record_if_full()
         self._looked_up_s = time.monotonic()
         return missing
 
     def give_up_lost(self, ids: Sequence[str], *, now_ms: float) -> list[str]:
-        """Answer jobs whose answer was made and is no longer kept; return the ids of the others."""
+        """Answer jobs whose answer was made and is no longer kept; return the ids of the others.
+
+        Jobs of a shard that is unavailable are in neither.
+        """
         others: list[str] = []
-        for portion in chunks(list(ids), LOOK_UP):
-            marks: Any = self._state.when_available(partial(read_marks, self._redis, portion))
-            for job_id, mark in zip(portion, marks, strict=True):
-                if mark is None:
-                    others.append(job_id)
-                else:
-                    text = "the job was answered, and its answer is no longer kept; raise SHIWU_RESULT_TTL_S"
-                    self._add(_failed(job_id, Status.FAILED, ErrorCode.ALREADY_ANSWERED, text, now_ms=now_ms))
+        for job_id, mark in self._ask(ids, read_marks):
+            if mark is None:
+                others.append(job_id)
+            else:
+                text = "the job was answered, and its answer is no longer kept; raise SHIWU_RESULT_TTL_S"
+                self._add(_failed(job_id, Status.FAILED, ErrorCode.ALREADY_ANSWERED, text, now_ms=now_ms))
         return others
+
+    def _ask(
+        self, ids: Sequence[str], read: Callable[[redis.Redis, Sequence[str]], Sequence[T]]
+    ) -> Iterator[tuple[str, T]]:
+        """Yield (id, what its shard says of it), without the ids of shards that are unavailable."""
+        for shard, group in by_shard(ids, shards=len(self._redis), id_of=str).items():
+            for portion in chunks(group, LOOK_UP):
+                if self._consumer.is_away(shard):
+                    break
+                try:
+                    replies = read(self._redis[shard], portion)
+                except (redis.RedisError, OSError) as error:
+                    if not info_of(error).is_temporary:
+                        raise
+                    break
+                yield from zip(portion, replies, strict=True)
 
     def refuse(self, job: Job, *, now_ms: float) -> None:
         """Answer an entry that cannot be a job."""
@@ -277,15 +290,11 @@ class Collector:
 
     def make_group(self) -> None:
         """Create the group before the first job is sent, so that it does not get the answers before."""
-        try:
-            self._acks.xgroup_create(RESULT_STREAM, self.group, id="$", mkstream=True)
-        except redis.ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
+        self._state.when_available(self._consumer.make_group)
 
     def drop_group(self) -> None:
-        """Delete the group, so that the stream is not kept for it."""
-        self._acks.xgroup_destroy(RESULT_STREAM, self.group)
+        """Delete the group, so that no stream is kept for it."""
+        self._state.when_available(self._consumer.drop_group)
 
 
 def group_of(name: str) -> str:

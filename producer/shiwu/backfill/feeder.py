@@ -21,6 +21,7 @@ from shiwu.backfill.state import BackfillState, Change, Saved
 from shiwu.broker.backoff import Backoff
 from shiwu.broker.marks import read_marks
 from shiwu.broker.redis_errors import explain, info_of
+from shiwu.broker.sharding import by_shard
 from shiwu.broker.steps import run
 from shiwu.client.sender import Sender, SendOptions, read_lane
 from shiwu.contract import Request, result_key
@@ -64,6 +65,7 @@ class Feeder:
     """Sends the jobs of one backfill. Used by one thread.
 
     Args:
+        clients: one for each shard.
         is_answered_skipped: ask Redis for each job whether it was answered before, and skip it then.
         on_refused: called with each job that cannot be sent, when it is registered.
     """
@@ -71,7 +73,7 @@ class Feeder:
     def __init__(
         self,
         *,
-        client: redis.Redis,
+        clients: tuple[redis.Redis, ...],
         sender: Sender,
         state: BackfillState,
         saved: Saved,
@@ -82,7 +84,7 @@ class Feeder:
         is_answered_skipped: bool,
         on_refused: Callable[[Job], None],
     ) -> None:
-        self._redis = client
+        self._redis = clients
         self._sender = sender
         self._options = SendOptions(read_lane(pace.lane))
         self._state = state
@@ -223,12 +225,22 @@ class Feeder:
             self._state.note(Change({"sent_portion": str(self._portion)}))
 
 
-def answered_before(client: redis.Redis, ids: Sequence[str], *, is_thorough: bool) -> list[str]:
+def answered_before(clients: Sequence[redis.Redis], ids: Sequence[str], *, is_thorough: bool) -> list[str]:
     """Those of the ids that have the mark of an answer.
 
     Args:
+        clients: one for each shard.
         is_thorough: also those with an answer that is kept longer than its mark.
     """
+    groups = by_shard(ids, shards=len(clients), id_of=str)
+    return [
+        job_id
+        for shard, group in groups.items()
+        for job_id in _answered_in_shard(clients[shard], group, is_thorough=is_thorough)
+    ]
+
+
+def _answered_in_shard(client: redis.Redis, ids: Sequence[str], *, is_thorough: bool) -> list[str]:
     found = [job_id for job_id, mark in zip(ids, read_marks(client, ids), strict=True) if mark is not None]
     if is_thorough and (rest := set(ids).difference(found)):
         found += _with_value(client, {result_key(job_id): job_id for job_id in rest})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,9 +30,11 @@ from shiwu.backfill.summary import manifest_of, summary_of
 from shiwu.backfill.targets import MANIFEST, SUMMARY, TEMPORARY, prepare
 from shiwu.backfill.totals import Totals
 from shiwu.broker.queue_stats import waiting_steps
-from shiwu.broker.steps import run
+from shiwu.broker.sharding import shard_of
+from shiwu.broker.steps import OnShards, Steps, run
 from shiwu.client.client import Client
 from shiwu.client.sender import Sender, read_lane
+from shiwu.contract import Lane
 from shiwu.parts import Objects, Target, open_target
 
 CONTROL_EVERY_S: Final = 1.0
@@ -127,7 +129,7 @@ class Runner:
 
     Args:
         client: cancels jobs, and reads the clock of Redis.
-        connections: two clients of Redis: one that repeats commands by itself, and one that does not.
+        connections: clients of all shards that repeat commands by themselves, and such that do not.
         on_progress: called about once a second.
         is_stopping: whether the process was asked to end.
         clock: the time of day, for the window.
@@ -137,7 +139,7 @@ class Runner:
         self,
         *,
         client: Client,
-        connections: tuple[redis.Redis, redis.Redis],
+        connections: tuple[tuple[redis.Redis, ...], tuple[redis.Redis, ...]],
         name: str,
         pace: Pace,
         objects: Objects,
@@ -147,14 +149,14 @@ class Runner:
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._client = client
-        self._redis, self._no_retry = connections
+        self._shards, self._no_retry = connections
         self._pace = pace
         self._objects = objects
         self._open_the_source = open_the_source
         self._on_progress = on_progress
         self._is_stopping = is_stopping
         self._clock = clock
-        self._state = BackfillState(self._redis, name, is_stopping=is_stopping)
+        self._state = BackfillState(self._shards[0], name, is_stopping=is_stopping)
         self._open = OpenJobs()
         self._token = secrets.token_hex(4)
         self._window: Window | None = read_window(pace.window) if pace.window else None
@@ -211,8 +213,8 @@ class Runner:
         self._ran_before = saved.totals
         self._wanted = saved.wanted
         self._collector = Collector(
-            client=self._no_retry,
-            acks=self._redis,
+            clients=self._no_retry,
+            acks=self._shards,
             state=self._state,
             saved=saved,
             open_jobs=self._open,
@@ -222,9 +224,9 @@ class Runner:
         )
         stack.callback(self._collector.close)
         lane_limit = max(LANE_LIMIT, self._pace.max_waiting + LANE_LIMIT // 2)
-        sender = Sender(max_waiting=lane_limit, timeout_s=COMMAND_TIMEOUT_S)
+        sender = Sender(max_waiting=lane_limit, timeout_s=COMMAND_TIMEOUT_S, shards=len(self._shards))
         self._feeder = Feeder(
-            client=self._redis,
+            clients=self._shards,
             sender=sender,
             state=self._state,
             saved=saved,
@@ -302,11 +304,16 @@ class Runner:
         if self._phase is Phase.CANCELLED or now_s - max(self._collector.answered_s, self._resent_s) < LOST_AFTER_S:
             return
         self._resent_s = now_s
-        lane = read_lane(self._pace.lane)
-        if not self._state.when_available(lambda: run(self._redis, waiting_steps([lane]))[lane]):
-            missing = self._collector.look_up()
+        if empty := self._shards_with_empty_lane():
+            count = len(self._shards)
+            missing = [job_id for job_id in self._collector.look_up() if shard_of(job_id, shards=count) in empty]
             missing = self._collector.give_up_lost(missing, now_ms=self._now_ms())
             self._feeder.send_again(list(self._state.records(missing)), is_lost=True)
+
+    def _shards_with_empty_lane(self) -> set[int]:
+        lane = read_lane(self._pace.lane)
+        outcomes = run(self._shards, _waiting_steps(lane, shards=len(self._shards)))
+        return {shard for shard, found in outcomes.items() if not isinstance(found, Exception) and not found[lane]}
 
     def _progress(self, seen: Totals) -> Progress:
         feeder = self._feeder
@@ -347,6 +354,14 @@ class Runner:
         self._state.write(Change({"phase": phase, "wanted": "", "ended_ms": repr(ended_ms), "owner": ""}))
         self._state.expire()
         return self._phase
+
+
+def _waiting_steps(lane: Lane, *, shards: int) -> Steps[Mapping[int, dict[Lane, int] | Exception]]:
+    """Messages in the lane of each shard, or why they could not be counted."""
+    found: Mapping[int, dict[Lane, int] | Exception] = yield OnShards(
+        {shard: waiting_steps([lane]) for shard in range(shards)}
+    )
+    return found
 
 
 def _unsent(kept: dict[str, KeptRecord], sent_portion: int) -> list[tuple[str, KeptRecord]]:

@@ -23,7 +23,7 @@ from shiwu.backfill.sources.opening import STANDARD_INPUT, open_source
 from shiwu.backfill.state import BackfillState, Saved, list_backfills
 from shiwu.backfill.summary import report_of
 from shiwu.backfill.targets import TEMPORARY, check_empty
-from shiwu.broker.connection import connect
+from shiwu.broker.sharding import PoolOptions, open_shards
 from shiwu.cli.base import Exit, end
 from shiwu.client.client import Client
 from shiwu.contract import moment
@@ -34,20 +34,22 @@ SAME_SIGNAL_S: Final = 0.5
 
 
 class Session:
-    """The commands on one Redis. The caller closes it."""
+    """The commands on one Redis, or on the shards of a cluster. The caller closes it."""
 
     def __init__(self, client: Client, url: str) -> None:
         self._client = client
-        self.redis = connect(url, timeout_s=COMMAND_TIMEOUT_S, retries=3)
-        self._no_retry = connect(url, timeout_s=COMMAND_TIMEOUT_S)
+        self._shards = open_shards(url, PoolOptions(timeout_s=COMMAND_TIMEOUT_S, retries=3))
+        self._no_retry = open_shards(url, PoolOptions(timeout_s=COMMAND_TIMEOUT_S))
+        self.redis = self._shards[0]
+        """Holds the states of all backfills."""
         self._objects = Objects()
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.redis.close()
-        self._no_retry.close()
+        for client in (*self._shards, *self._no_retry):
+            client.close()
 
     def saved(self, name: str) -> Saved:
         """The state of a backfill.
@@ -105,7 +107,7 @@ class Session:
         maker = JobMaker(name, plan.fields)
         source = self._open_source(plan)
         try:
-            ask = (lambda ids: answered_before(self.redis, ids, is_thorough=True)) if pace.is_missing_only else None
+            ask = (lambda ids: answered_before(self._shards, ids, is_thorough=True)) if pace.is_missing_only else None
             return dry_run(plan, source, maker, answered_before=ask)
         finally:
             source.close()
@@ -199,7 +201,7 @@ class Session:
         with _stopping() as stop, open_display(name) as display:
             runner = Runner(
                 client=self._client,
-                connections=(self.redis, self._no_retry),
+                connections=(self._shards, self._no_retry),
                 name=name,
                 pace=pace,
                 objects=self._objects,

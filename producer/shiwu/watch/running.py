@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import click
 import redis
 
-from shiwu.broker.connection import connect
+from shiwu.broker.sharding import PoolOptions, open_shards
 from shiwu.cli.base import Exit, end
 from shiwu.cli.terminal import echo_json
 from shiwu.cli.yaml_files import FileError, read_text
@@ -73,7 +73,7 @@ def run_watcher(options: WatchOptions) -> None:
     with _errors(), ExitStack() as stack:
         rules = _rules(options)
         stop = stack.enter_context(_stopped_by_signals())
-        keeper = stack.enter_context(_keeper(options))
+        keeper, *_ = stack.enter_context(_shards(options))
         keeper.ping()
         reports = ConsoleReports(_open_metrics(stack, options))
         if options.is_http:
@@ -91,9 +91,10 @@ def check_all(options: WatchOptions) -> None:
     with _errors(), ExitStack() as stack:
         rules = _rules(options)
         click.echo(f"rules: {len(rules.all)} in {options.rules_file}")
-        keeper = stack.enter_context(_keeper(options))
-        keeper.ping()
-        click.echo("redis: answers")
+        shards = stack.enter_context(_shards(options))
+        for shard in shards:
+            shard.ping()
+        click.echo("redis: answers" if len(shards) == 1 else f"redis: all {len(shards)} shards answer")
         if options.is_http:
             address, tokens = _http_options(options)
             stack.enter_context(_listener(address))
@@ -106,8 +107,8 @@ def check_all(options: WatchOptions) -> None:
 
 def print_unread(options: WatchOptions) -> None:
     """Print what could not be read, newest first."""
-    with _keeper(options) as keeper:
-        for line in read_unread(keeper):
+    with _shards(options) as shards:
+        for line in read_unread(shards[0]):
             echo_json(line)
 
 
@@ -135,16 +136,18 @@ def _errors() -> Iterator[None]:
 
 
 @contextmanager
-def _keeper(options: WatchOptions) -> Iterator[redis.Redis]:
-    """A client of shiwu's own Redis, for what could not be read."""
-    limits = ClientOptions.read(options.redis_url, max_waiting=1, timeout_s=5.0, max_connections=4)
-    client = connect(
-        limits.redis_url, timeout_s=limits.timeout_s, retries=3, max_connections=4, client_name="shiwu-watch"
+def _shards(options: WatchOptions) -> Iterator[Sequence[redis.Redis]]:
+    """Clients of shiwu's own Redis, one for each shard. The first keeps what could not be read."""
+    asked = ClientOptions.read(options.redis_url, max_waiting=1, timeout_s=5.0, max_connections=4)
+    limits = PoolOptions(
+        timeout_s=asked.timeout_s, retries=3, max_connections=asked.max_connections, client_name="shiwu-watch"
     )
+    clients = open_shards(asked.redis_url, limits)
     try:
-        yield client
+        yield clients
     finally:
-        client.close()
+        for client in clients:
+            client.close()
 
 
 @contextmanager
