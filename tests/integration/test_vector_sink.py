@@ -52,8 +52,8 @@ def drain(url: str, target: Target, *, part_rows: int = 7, part_age_s: float = 3
     """Store all answers that are there, in this process."""
     with closing(connect(url, timeout_s=5)) as client, closing(connect(url, timeout_s=5)) as acks:
         made = VectorSink(
-            client=client,
-            acks=acks,
+            clients=[client],
+            acks=[acks],
             target=target,
             group=GROUP,
             part_rows=part_rows,
@@ -205,14 +205,14 @@ def test_second_sink_of_a_group_is_refused(
 ) -> None:
     """While the first one asks for entries; a group without a sink, and no group at all, are free."""
     monkeypatch.setattr(sink_module, "OTHER_SINK_WAIT_S", 0.3)
-    check_alone(redis_client, GROUP)
+    check_alone([redis_client], GROUP)
     redis_client.xgroup_create(RESULT_STREAM, GROUP, id="0", mkstream=True)
-    check_alone(redis_client, GROUP)
+    check_alone([redis_client], GROUP)
     redis_client.xgroup_createconsumer(RESULT_STREAM, GROUP, CONSUMER)
     with pytest.raises(TargetError, match="expected no other sink of the group vectors"):
-        check_alone(redis_client, GROUP)
+        check_alone([redis_client], GROUP)
     monkeypatch.setattr(sink_module, "OTHER_SINK_IDLE_S", 0.1)
-    check_alone(redis_client, GROUP)
+    check_alone([redis_client], GROUP)
 
 
 def test_command_without_pyarrow_names_the_extra(redis_url: str) -> None:

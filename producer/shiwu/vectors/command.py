@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import closing
+from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from threading import Event
 from typing import Final
 
 import click
 
-from shiwu.broker.connection import connect
+from shiwu.broker.sharding import PoolOptions, keep_shard_count, open_shards
 from shiwu.cli.base import Exit, end
 from shiwu.cli.params import Seconds
 from shiwu.client.calls import DEFAULT_URL
@@ -59,14 +59,17 @@ def sink(
     stopped = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
-    with (
-        closing(connect(url, timeout_s=TIMEOUT_S)) as client,
-        closing(connect(url, timeout_s=TIMEOUT_S, retries=3)) as acks,
-        closing(open_target(address, objects=Objects(), temporary=TEMPORARY)) as target,
-    ):
+    with ExitStack() as stack:
+        clients = open_shards(url, PoolOptions(timeout_s=TIMEOUT_S))
+        acks = open_shards(url, PoolOptions(timeout_s=TIMEOUT_S, retries=3))
+        for client in (*clients, *acks):
+            stack.enter_context(closing(client))
+        target = stack.enter_context(closing(open_target(address, objects=Objects(), temporary=TEMPORARY)))
+        if len(acks) > 1:
+            keep_shard_count(acks[0], shards=len(acks))
         check_alone(acks, group)
         made = VectorSink(
-            client=client,
+            clients=clients,
             acks=acks,
             target=target,
             group=group,

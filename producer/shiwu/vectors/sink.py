@@ -3,23 +3,26 @@
 A part has the id of its newest stream entry in its name, and entries come in the order of their ids. So what a crashed
 sink has stored is known from the names of the parts: entries up to the newest name are acknowledged and not stored
 again. A part appears under its name when it is complete, and only then its entries are acknowledged.
+
+Over shards each has parts of its own, because the order of entries holds within a shard.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, Final, TypeAlias
 
 import redis
 from redis.exceptions import NoPermissionError
 
-from shiwu.broker.steps import run
 from shiwu.client.arguments import MAX_TIME_S
-from shiwu.client.stream import StreamOptions, StreamReader
-from shiwu.client.stream_items import Entry, EntryReader, Outage, ack_steps, log
+from shiwu.client.sole_consumer import SoleConsumer
+from shiwu.client.stream import StreamOptions
+from shiwu.client.stream_items import Entry, log, shard_of_entry
 from shiwu.contract import RESULT_STREAM, printable
 from shiwu.parts import Target, TargetError
 from shiwu.vectors.part_writer import NUMBER_BYTES, VectorPartWriter, vector_bytes
@@ -30,21 +33,44 @@ TEMPORARY: Final = ".vectors-"
 READ: Final = 1000
 """Entries that are read in one round trip."""
 BLOCK_S: Final = 1.0
-AWAY_S: Final = 60.0
-"""How long Redis may be away while a part is acknowledged; after that its entries come again, and are dropped."""
 OTHER_SINK_IDLE_S: Final = 3.0
 """A sink that runs has asked for entries within this time, except while it stores a part."""
 OTHER_SINK_WAIT_S: Final = 10.0
-_PART: Final = re.compile(r"vectors-(\d+)-(\d+)\.parquet")
+_PART: Final = re.compile(r"vectors-(?:(\d{3})-)?(\d{13,})-(\d{6,})\.parquet")
 EntryId: TypeAlias = tuple[int, int]
 
 
+@dataclass(slots=True)
+class _Part:
+    """The part of one shard that is being written, and what is stored of this shard."""
+
+    prefix: str
+    """The shard in the names of its parts; empty on one server."""
+    last: EntryId
+    """The newest entry that is stored, or in the part that is being written."""
+    published: EntryId
+    """The newest entry that is stored."""
+    writer: VectorPartWriter | None = None
+    entries: list[str] = field(default_factory=list)
+    """Those of the part that is being written."""
+    began_s: float = 0.0
+
+    @property
+    def local_name(self) -> str:
+        return f"{self.prefix}part"
+
+    @property
+    def name(self) -> str:
+        """In the order of time."""
+        return f"vectors-{self.prefix}{self.last[0]:013}-{self.last[1]:06}.parquet"
+
+
 class VectorSink:
-    """Reads the results stream as the only consumer of a group. Used by one thread.
+    """Reads the results streams of all shards as the only consumer of a group. Used by one thread.
 
     Args:
-        client: reads entries; it must not retry by itself.
-        acks: acknowledges entries.
+        clients: read entries; they do not retry by themselves. One for each shard.
+        acks: acknowledge entries; one for each shard.
         part_rows: vectors of one part.
         part_age_s: a part is completed after this time, with fewer vectors.
         on_part: called with the name of each new part and the number of its vectors.
@@ -57,8 +83,8 @@ class VectorSink:
     def __init__(
         self,
         *,
-        client: redis.Redis,
-        acks: redis.Redis,
+        clients: Sequence[redis.Redis],
+        acks: Sequence[redis.Redis],
         target: Target,
         group: str,
         part_rows: int,
@@ -66,10 +92,7 @@ class VectorSink:
         on_part: Callable[[str, int], None] = lambda _name, _rows: None,
         is_stopping_when_idle: bool = False,
     ) -> None:
-        self._client = client
-        self._acks = acks
         self._target = target
-        self._group = group
         self._part_rows = part_rows
         self._part_age_s = part_age_s
         self._on_part = on_part
@@ -85,19 +108,12 @@ class VectorSink:
             away_s=None,
             on_unreadable=self._unreadable,
         )
-        self._reader = StreamReader(EntryReader(group=group, on_unreadable=self._unreadable), options)
-        self._outage = Outage(away_s=None)
-        self._writer: VectorPartWriter | None = None
-        self._entries: list[str] = []
-        """Those of the part that is being written."""
-        self._began_s = 0.0
+        self._consumer = SoleConsumer(clients, acks, options)
         self.stored = 0
         self.damaged = 0
         """Vectors that were not stored, because they cannot be read."""
         found = target.names()
-        self._last: EntryId = max((each for name in found if (each := _entry_of_part(name))), default=(0, 0))
-        """The newest entry that is stored, or in the part that is being written."""
-        self._published = self._last
+        self._parts = [_open_part(found, shard if len(clients) > 1 else None) for shard in range(len(clients))]
         for name in found:
             if name.startswith(TEMPORARY):
                 target.delete(name)
@@ -105,31 +121,28 @@ class VectorSink:
     @property
     def is_at_end(self) -> bool:
         """Whether nothing is left to read, for a sink that stops when idle."""
-        return self._reader.is_at_end
+        return self._consumer.is_at_end
 
     def step(self, *, block_s: float = BLOCK_S) -> None:
-        """Read a portion, and complete the part if it is time.
+        """Read a portion of each shard, and complete the parts for which it is time.
 
         Raises:
-            TargetError: the part cannot be written; its entries come again after the next start.
+            TargetError: a part cannot be written; its entries come again after the next start.
+            redis.RedisError: an error that time cannot cure.
         """
-        try:
-            entries = run(self._client, self._reader.read_steps(block_s=block_s))
-        except (redis.RedisError, OSError) as error:
-            pause = self._reader.failed(error) or self._outage.pause(error)
-            Event().wait(pause.seconds)
-            return
-        self._outage.end()
-        self._acknowledge([entry.id for entry in entries if not self._take(entry)])
-        if self._entries and time.monotonic() - self._began_s >= self._part_age_s:
-            self.record()
+        entries = self._consumer.read(block_s=block_s)
+        self._consumer.acknowledge([entry.id for entry in entries if not self._take(entry)])
+        for part in self._parts:
+            if part.entries and time.monotonic() - part.began_s >= self._part_age_s:
+                self._record(part)
 
     def _take(self, entry: Entry) -> bool:
-        """Add the vector of an entry to the part; False where it needs no part, so that it can be acknowledged."""
+        """Add the vector of an entry to a part; False where it needs no part, so that it can be acknowledged."""
+        part = self._parts[shard_of_entry(entry.id)]
         entry_id = _entry_id(entry.id)
-        if entry_id <= self._last:
+        if entry_id <= part.last:
             # Stored before, or in the part already: the group was deleted, or a reply was lost.
-            return entry_id > self._published
+            return entry_id > part.published
         try:
             vector = vector_bytes(entry.result)
         except ValueError as error:
@@ -139,58 +152,72 @@ class VectorSink:
         if vector is None:
             return False
         width = len(vector) // NUMBER_BYTES
-        if self._writer is not None and self._writer.width != width:
-            self.record()
-        if self._writer is None:
-            self._writer = VectorPartWriter(self._target.local("part"), width=width)
-            self._began_s = time.monotonic()
-        self._writer.add(entry.result, vector)
-        self._entries.append(entry.id)
-        self._last = entry_id
-        if self._writer.rows >= self._part_rows:
-            self.record()
+        if part.writer is not None and part.writer.width != width:
+            self._record(part)
+        if part.writer is None:
+            part.writer = VectorPartWriter(self._target.local(part.local_name), width=width)
+            part.began_s = time.monotonic()
+        part.writer.add(entry.result, vector)
+        part.entries.append(entry.id)
+        part.last = entry_id
+        if part.writer.rows >= self._part_rows:
+            self._record(part)
         return True
 
     def record(self) -> None:
-        """Complete the part, give it its name, and acknowledge its entries. Without vectors it does nothing.
+        """Complete all parts, give them their names, and acknowledge their entries. Without vectors it does nothing.
 
         Raises:
-            TargetError: the part cannot be written; its entries come again after the next start.
+            TargetError: a part cannot be written; its entries come again after the next start.
         """
-        writer, entries = self._writer, self._entries
+        for part in self._parts:
+            self._record(part)
+
+    def _record(self, part: _Part) -> None:
+        writer, entries = part.writer, part.entries
         if writer is None:
             return
         writer.close()
-        name = f"vectors-{self._last[0]:013}-{self._last[1]:06}.parquet"  # in the order of time
-        self._target.publish(self._target.stage("part", token=name), name)
-        self._published = self._last
-        self._writer, self._entries = None, []
+        name = part.name
+        self._target.publish(self._target.stage(part.local_name, token=name), name)
+        part.published = part.last
+        part.writer, part.entries = None, []
         self.stored += writer.rows
         self._on_part(name, writer.rows)
-        self._acknowledge(entries)
-
-    def _acknowledge(self, entry_ids: Sequence[str]) -> None:
-        try:
-            run(self._acks, ack_steps(entry_ids, group=self._group, away_s=AWAY_S))
-        except redis.RedisError as error:
-            # They come again, and are known by their ids then.
-            log.warning("%d entries are not acknowledged: %s", len(entry_ids), printable(str(error)))
+        self._consumer.acknowledge(entries)
 
     def _unreadable(self, entry_id: str, _: Mapping[bytes, bytes], reason: str) -> None:
         log.warning("entry %s of %s was skipped and stays pending: %s", entry_id, RESULT_STREAM, printable(reason))
 
 
-def check_alone(client: redis.Redis, group: str) -> None:
+def check_alone(clients: Sequence[redis.Redis], group: str) -> None:
     """Wait until no other sink reads this group; two would store some vectors twice.
+
+    A sink reads all shards, so one that is available shows it.
 
     Raises:
         TargetError: another one goes on reading.
+        redis.RedisError: no shard is available.
     """
     until_s = time.monotonic() + OTHER_SINK_WAIT_S
-    while _idle_s(client, group) < OTHER_SINK_IDLE_S:
+    while _least_idle_s(clients, group) < OTHER_SINK_IDLE_S:
         if time.monotonic() > until_s:
             raise TargetError(f"expected no other sink of the group {group}, and one reads it now; use another --group")
         Event().wait(0.2)
+
+
+def _least_idle_s(clients: Sequence[redis.Redis], group: str) -> float:
+    """Since when no sink has asked for entries of this group, in any shard that is available."""
+    found: list[float] = []
+    failure: redis.RedisError | None = None
+    for client in clients:
+        try:
+            found.append(_idle_s(client, group))
+        except redis.RedisError as error:
+            failure = error
+    if failure is not None and not found:
+        raise failure
+    return min(found)
 
 
 def _idle_s(client: redis.Redis, group: str) -> float:
@@ -208,10 +235,14 @@ def _idle_s(client: redis.Redis, group: str) -> float:
 
 
 def _entry_id(text: str) -> EntryId:
-    milliseconds, _, number = text.partition("-")
+    milliseconds, _, number = text.rpartition("/")[2].partition("-")
     return int(milliseconds), int(number)
 
 
-def _entry_of_part(name: str) -> EntryId | None:
-    found = _PART.fullmatch(name)
-    return (int(found[1]), int(found[2])) if found else None
+def _open_part(names: Iterable[str], shard: int | None) -> _Part:
+    """The part of a shard, which goes on after the newest of its parts; None stands for one server."""
+    matches = (_PART.fullmatch(name) for name in names)
+    prefix = "" if shard is None else f"{shard:03}"
+    own = (match for match in matches if match is not None and (match[1] or "") == prefix)
+    last = max(((int(match[2]), int(match[3])) for match in own), default=(0, 0))
+    return _Part(prefix=prefix and f"{prefix}-", last=last, published=last)
