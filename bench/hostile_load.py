@@ -257,6 +257,7 @@ class _MemoryPeak:
 def _report(options: Options, figures: Figures, *, server: str, model: str, is_random: bool) -> Report:
     quiet, *others = figures.runs
     ratios = {each.load: ratio(each.p99_ms, quiet.p99_ms) for each in others}
+    ordinary = next((each for each in others if each.load == ORDINARY.name), None)
     attacks = [each for each in others if each.load != ORDINARY.name]
     worst = max((ratios[each.load] for each in attacks), default=float("nan"))
     return Report(
@@ -265,7 +266,7 @@ def _report(options: Options, figures: Figures, *, server: str, model: str, is_r
             Headline("interactive p99 under the worst attack ÷ without load", worst, "times", "less"),
             *(Headline(f"interactive p99, {each.load}", each.p99_ms, "ms", "less") for each in figures.runs),
         ),
-        tables=(_table(figures, ratios, options), _stage_table(figures)),
+        tables=(_table(figures, ratios, ordinary, options), _stage_table(figures)),
         charts=(
             Chart(
                 "interactive p99",
@@ -284,8 +285,9 @@ def _report(options: Options, figures: Figures, *, server: str, model: str, is_r
     )
 
 
-def _table(figures: Figures, ratios: Mapping[str, float], options: Options) -> Table:
-    head = ("load", "messages", "answered", "p50 ms", "p99 ms", "÷ quiet", "max ms", "unanswered", "reaped", "stuck")
+def _table(figures: Figures, ratios: Mapping[str, float], ordinary: Run | None, options: Options) -> Table:
+    """The runs, with their p99 in relation to a worker without load, and to one with ordinary bulk jobs."""
+    head = ("load", "messages", "answered", "p50 ms", "p99 ms", "÷ quiet", "÷ ordinary", "max ms", "unanswered")
     rows = tuple(
         (
             each.load,
@@ -294,6 +296,7 @@ def _table(figures: Figures, ratios: Mapping[str, float], options: Options) -> T
             number(each.p50_ms),
             number(each.p99_ms),
             number(ratios[each.load]) if each.load in ratios else "1",
+            number(ratio(each.p99_ms, ordinary.p99_ms)) if ordinary is not None else "",
             number(each.max_ms),
             f"{each.unanswered + each.not_tagged} of {each.jobs}",
             f"{each.reaped}",
@@ -302,7 +305,9 @@ def _table(figures: Figures, ratios: Mapping[str, float], options: Options) -> T
         )
         for each in figures.runs
     )
-    return Table(f"interactive jobs at {options.rate:g}/s under hostile load", (*head, "Redis MiB"), rows)
+    return Table(
+        f"interactive jobs at {options.rate:g}/s under hostile load", (*head, "reaped", "stuck", "Redis MiB"), rows
+    )
 
 
 def _stage_table(figures: Figures) -> Table:
