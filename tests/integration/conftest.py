@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from shiwu.hooks.delivery_queue import DeliveryQueue
-from shiwu.hooks.process import make_queue
+from shiwu.hooks.process import queue_options
 from tests.support.hooks import HooksProcess, StartHooks, hooks_options, write_endpoints
 from tests.support.valkey_cluster import ValkeyCluster
 from tests.support.webhook_receiver import WebhookReceiver
@@ -43,7 +43,7 @@ def start_hooks(redis_url: str, tmp_path: Path) -> Iterator[StartHooks]:
 @pytest.fixture
 def deliveries(redis_client: redis.Redis) -> DeliveryQueue:
     """The queue, for looking at it."""
-    return make_queue(redis_client, hooks_options())
+    return DeliveryQueue(redis_client, queue_options(hooks_options()))
 
 
 @pytest.fixture(scope="module")

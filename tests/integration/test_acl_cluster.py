@@ -15,7 +15,10 @@ from shiwu import Client, Status
 from shiwu.backfill.plan import Plan
 from shiwu.backfill.runner import Phase
 from shiwu.broker.sharding import PoolOptions, cluster_shard, open_shards
-from shiwu.contract import CLAIMS, RETENTION, Lane, result_key
+from shiwu.contract import CLAIMS, RESULT_STREAM, RETENTION, Lane, result_key
+from shiwu.hooks.delivery_queue import NewDelivery, Payload, QueueOptions
+from shiwu.hooks.process import make_group
+from shiwu.hooks.shards import AllDeliveries, open_queues
 from shiwu.watch.formats import read_message
 from shiwu.watch.intake import Intake, Message
 from shiwu.watch.rules import read_rules
@@ -32,7 +35,7 @@ from tests.support.watch import access_event, run_watch, write_rules
 pytestmark = pytest.mark.xdist_group(__name__)
 SHARDS = 6
 LIMITS = PoolOptions(timeout_s=5)
-USERS = ("producer", "client", "consumer", "backfill", "watcher", "sweep", "worker")
+USERS = ("producer", "client", "consumer", "backfill", "hooks", "watcher", "sweep", "worker")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,7 @@ def test_acl_users_can_work_on_all_shards(cluster: ValkeyCluster, tmp_path: Path
 
 
 def test_acl_users_of_extensions_can_work_on_all_shards(cluster: ValkeyCluster, tmp_path: Path) -> None:
-    """A backfill that ends, and one that is cancelled while its jobs wait; a watcher."""
+    """A backfill that ends, and one that is cancelled while its jobs wait; a watcher; deliveries of webhooks."""
     with Client(url(cluster, "sweep")) as sweep:
         sweep.queue_state()  # stores the number of shards
     plan = Plan(str(write_list(tmp_path / "list.jsonl", 30)), out=str(tmp_path / "out"))
@@ -117,6 +120,19 @@ def test_acl_users_of_extensions_can_work_on_all_shards(cluster: ValkeyCluster, 
         events = [access_event(f"{number}.jpg") for number in range(30)] + [b"nonsense"]
         intake.carry_out(intake.plan(Message(event, read_message(event)) for event in events))
         assert len(read_unread(keeper)) == 1
+    shards = open_shards(url(cluster, "hooks"), LIMITS)
+    queues = open_queues(shards, QueueOptions(alone_after=1))
+    for shard, queue in zip(shards, queues, strict=True):
+        make_group(shard, "acl", is_from_beginning=True)
+        entries: Any = shard.xreadgroup("acl", "me", {RESULT_STREAM: ">"}, count=2)
+        ids = [entry_id.decode() for entry_id, _ in entries[0][1]] if entries else []
+        made = [NewDelivery(endpoint="a", id=job_id, payload=Payload(1), body=b"{}") for job_id in ids]
+        queue.add(made, group="acl", entry_ids=ids or ["0-1"])
+        for taken in queue.take("a", count=1):
+            queue.give_up(taken, reason="http_410", is_disabling=True)
+    assert AllDeliveries(queues).revive([], endpoints=["a"]) == 0
+    for shard in shards:
+        shard.close()
     assert refused(cluster) == []
 
 

@@ -13,6 +13,7 @@ from shiwu.backfill.state import BackfillState, Change
 from shiwu.broker.migration import move_names
 from shiwu.contract import COUNTERS, DELAYED_MESSAGES, RESULT_STREAM
 from shiwu.hooks.delivery_queue import DeliveryQueue, NewDelivery, Payload, QueueOptions
+from shiwu.hooks.shards import SharedHealth
 from shiwu.watch.sources.redis_hash import RedisHash
 from shiwu.watch.sources.redis_list import RedisList, taken_key, watchers_key
 from tests.protocol.explorer import explore
@@ -76,6 +77,7 @@ def _deliver(client: redis.Redis) -> None:
     first, second = queue.take("a", count=5)
     queue.retry(first, reason="503", delay_s=0.0)
     queue.give_up(second, reason="410")
+    SharedHealth([client, client]).copy("a", source=0)
     assert queue.revive([("a", second.id), ("b", "k2")]) == 2
 
 

@@ -18,8 +18,8 @@ from tests.support.processes import ROOT
 CONFIG = ROOT / "docs" / "redis-acl.conf"
 CONFIG_6 = ROOT / "docs" / "redis-acl-6.conf"
 CONFIG_CLUSTER = ROOT / "docs" / "redis-acl-cluster.conf"
-NOT_ON_CLUSTERS = ("hooks", "scaler")
-"""Users whose programs refuse a cluster, and KEDA's, which reads one number of the sweep instead of keys."""
+NOT_ON_CLUSTERS = ("scaler",)
+"""KEDA's, which reads one number of the sweep instead of keys."""
 SHARDS = 64
 """For so many shards a worker may hear Celery's revoke."""
 _ALSO = {
@@ -39,7 +39,7 @@ _HEAD = """\
 # - A worker receives Celery's revoke from the first 64 shards, each of which is named; with more shards add the others.
 # - Everyone may read the number of shards, and workers and the sweep store it at the first use.
 # - MinIO's bucket events are in a server of their own, so `shiwu-watcher` has no rights on them here.
-# - KEDA's Redis scaler and `shiwu hooks` do not work on a cluster, so their users are left out.
+# - KEDA's Redis scaler does not work on a cluster, so its user is left out.
 # Replicas log in at their primary: `primaryuser shiwu-admin` and `primaryauth` (on Redis `masteruser`, `masterauth`).
 # tests/integration/test_acl_cluster.py runs each program as its user on three nodes of Valkey 9.
 

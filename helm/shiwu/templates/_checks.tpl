@@ -56,9 +56,6 @@
 {{- if and $v.redis.cluster.enabled (ne (int $v.redis.database) 0) -}}
 {{- $wrong = append $wrong (printf "redis.database: expected 0 on a cluster, which has no other, got %d" (int $v.redis.database)) -}}
 {{- end -}}
-{{- if and $v.redis.cluster.enabled $v.hooks.enabled -}}
-{{- $wrong = append $wrong "hooks.enabled: expected false on a cluster, where shiwu-hooks does not work" -}}
-{{- end -}}
 {{- if and $v.redis.cluster.enabled $v.autoscaling.keda.enabled (eq $v.autoscaling.keda.trigger "redis") -}}
 {{- $wrong = append $wrong "autoscaling.keda.trigger: expected metrics-api on a cluster, whose keys KEDA cannot add up over the shards" -}}
 {{- end -}}

@@ -46,6 +46,22 @@ def follow(
         run(clients, loop.leave_steps())
 
 
+def follow_shard(
+    client: redis.Redis, acks: redis.Redis, options: StreamOptions, *, shard: int | None
+) -> Iterator[StreamItem]:
+    """As `follow`, over the stream of one server or of one shard alone; ids of its entries name no shard.
+
+    Args:
+        shard: the index of the shard, for what is logged; None on one server.
+    """
+    loop = StreamLoop(options, shard=shard)
+    try:
+        while (entry := run(client, loop.next_steps())) is not None:
+            yield StreamItem(entry.id, entry.result, acks, options.group, entry.generation)
+    finally:
+        run(client, loop.leave_steps())
+
+
 class ShardsLoop:
     """As `StreamLoop`, over the streams of all shards; ids of its entries begin with the index of the shard.
 

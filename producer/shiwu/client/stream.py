@@ -92,12 +92,15 @@ class StreamLoop:
     """One loop over the results stream: `next_steps` until it gives None, then `leave_steps`.
 
     The client that runs the steps must not retry by itself, because a repeated read would deliver other entries.
+
+    Args:
+        shard: the index of the shard, for what is logged; None on one server.
     """
 
-    def __init__(self, options: StreamOptions) -> None:
+    def __init__(self, options: StreamOptions, *, shard: int | None = None) -> None:
         items = EntryReader(group=options.group, on_unreadable=options.on_unreadable)
         self._reader = StreamReader(items, options)
-        self._outage = Outage(away_s=options.away_s)
+        self._outage = Outage(away_s=options.away_s, shard=shard)
         self._portion: list[Entry] = []
 
     def next_steps(self) -> Steps[Entry | None]:

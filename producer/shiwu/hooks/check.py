@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
 from urllib.parse import urlsplit
@@ -11,13 +12,14 @@ from urllib.parse import urlsplit
 import click
 import redis
 
-from shiwu.broker.connection import connect
 from shiwu.broker.redis_errors import explain
+from shiwu.broker.sharding import PoolOptions, keep_shard_count, open_shards
 from shiwu.contract import printable, source_of
 from shiwu.hooks.endpoints import Endpoint
-from shiwu.hooks.process import REDIS_TIMEOUT_S, HooksOptions, make_queue
+from shiwu.hooks.process import REDIS_TIMEOUT_S, HooksOptions, queue_options
 from shiwu.hooks.router import envelope
 from shiwu.hooks.sender import Sender
+from shiwu.hooks.shards import AllDeliveries, open_queues
 from shiwu.network.address_guard import AddressGuard, AddressRefused, UnknownHost
 from shiwu.network.address_rules import AddressRules
 
@@ -39,13 +41,18 @@ def _line(name: str, error: str | None, note: str = "") -> bool:
 
 
 def _check_redis(options: HooksOptions) -> bool:
-    with connect(options.redis_url, timeout_s=REDIS_TIMEOUT_S) as client:
-        queue = make_queue(client, options)
+    with ExitStack() as stack:
+        clients = open_shards(options.redis_url, PoolOptions(timeout_s=REDIS_TIMEOUT_S))
+        for client in clients:
+            stack.callback(client.close)
         try:
-            dead = queue.dead_count()
+            if len(clients) > 1:
+                keep_shard_count(clients[0], shards=len(clients))
+            dead = AllDeliveries(open_queues(clients, queue_options(options))).dead_count()
         except redis.RedisError as error:
             return _line("redis", explain(error))
-        return _line("redis", None, f"{dead} dead deliveries")
+        where = f" in {len(clients)} shards" if len(clients) > 1 else ""
+        return _line("redis", None, f"{dead} dead deliveries{where}")
 
 
 def _check_endpoint(endpoint: Endpoint, options: HooksOptions) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +17,8 @@ from shiwu.cli.terminal import Row, echo_data, echo_json, print_rows
 from shiwu.client.calls import DEFAULT_URL
 
 if TYPE_CHECKING:
-    from shiwu.hooks.delivery_queue import DeadDelivery, DeliveryQueue, EndpointHealth
+    from shiwu.hooks.delivery_queue import DeadDelivery, EndpointHealth
+    from shiwu.hooks.shards import AllDeliveries
 
 REDIS_TIMEOUT_S: Final = 5.0
 TEST_TIMEOUT_S: Final = 15.0
@@ -194,10 +195,14 @@ def test(*, name: str, file: Path | None) -> None:
 
 
 @contextmanager
-def _queue(ctx: click.Context) -> Iterator[DeliveryQueue]:
-    from shiwu.broker.connection import connect  # noqa: PLC0415 this module imports light
-    from shiwu.hooks.delivery_queue import DeliveryQueue, QueueOptions  # noqa: PLC0415 as above
+def _queue(ctx: click.Context) -> Iterator[AllDeliveries]:
+    from shiwu.broker.sharding import PoolOptions, open_shards  # noqa: PLC0415 this module imports light
+    from shiwu.hooks.delivery_queue import QueueOptions  # noqa: PLC0415 as above
+    from shiwu.hooks.shards import AllDeliveries, open_queues  # noqa: PLC0415 as above
 
     url = ctx.find_root().params["redis_url"] or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
-    with connect(url, timeout_s=REDIS_TIMEOUT_S, retries=3) as client:
-        yield DeliveryQueue(client, QueueOptions())
+    with ExitStack() as stack:
+        clients = open_shards(url, PoolOptions(timeout_s=REDIS_TIMEOUT_S, retries=3))
+        for client in clients:
+            stack.callback(client.close)
+        yield AllDeliveries(open_queues(clients, QueueOptions()))

@@ -107,7 +107,7 @@ class DeliveryQueue:
         self._client = client
         self._options = options
         self._add, self._take, self._settle, self._revive = (
-            _load(client, name) for name in ("add", "take", "settle", "revive")
+            load_script(client, name) for name in ("add", "take", "settle", "revive")
         )
 
     def add(self, deliveries: Sequence[NewDelivery], *, group: str, entry_ids: Sequence[str]) -> int:
@@ -265,7 +265,8 @@ def _read(endpoint: str, webhook_id: str, record: bytes) -> Delivery:
     )
 
 
-def _load(client: redis.Redis, name: str) -> Script:
+def load_script(client: redis.Redis, name: str) -> Script:
+    """The script `scripts/<name>.lua` after `records.lua`. Nothing is sent before its first call."""
     folder = files("shiwu.hooks").joinpath("scripts")
     source = "".join(folder.joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in ("records", name))
     script: Script = client.register_script(source)

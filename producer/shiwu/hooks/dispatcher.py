@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Event, Lock
+from functools import partial
+from threading import Event
 from typing import Final
 
 import redis
@@ -20,14 +19,15 @@ from shiwu.hooks.event_log import EventLog
 from shiwu.hooks.metrics import HooksMetrics
 from shiwu.hooks.router import Router
 from shiwu.hooks.sender import Outcome, Sender
+from shiwu.hooks.try_slots import TrySlots
 
 POLL_S: Final = 0.2
+SHARD_POLL_S: Final = 1.0
+"""The same over shards, of which each is asked."""
 JITTER: Final = 0.1
 """Share by which a pause may be longer or shorter."""
 THROTTLE_PAUSE_S: Final = 5.0
 """Pause of an overloaded endpoint that asks for none."""
-URL_SHARE: Final = 2
-"""The threads are this many times those that URLs of requests may use together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,17 +36,16 @@ class DispatchOptions:
 
     schedule_s: tuple[float, ...]
     """The pause before each try."""
-    in_flight: int
-    """Tries at one endpoint at a time, of this process."""
-    threads: int
     lease_s: float
 
 
 class Dispatcher:
-    """Tries deliveries until it is stopped. `run` belongs to one thread, tries run on others.
+    """Tries the deliveries of one shard until it is stopped. `run` belongs to one thread, tries run on others.
 
     Args:
+        slots: those of all shards.
         added: set by others when there may be more to do.
+        shard: the index of the shard; None on one server.
     """
 
     def __init__(
@@ -56,9 +55,11 @@ class Dispatcher:
         router: Router,
         options: DispatchOptions,
         *,
+        slots: TrySlots,
         added: Event,
         log: EventLog,
         metrics: HooksMetrics,
+        shard: int | None = None,
     ) -> None:
         self._deliveries = deliveries
         self._sender = sender
@@ -67,11 +68,10 @@ class Dispatcher:
         self._wake = added
         self._log = log
         self._metrics = metrics
-        self._lock = Lock()
-        self._in_flight: Counter[str] = Counter()
+        self._slots = slots
+        self._shard = shard
         self._random = random.Random()  # noqa: S311 spreads tries, no secret
         self._failure: Exception | None = None
-        self._pool = ThreadPoolExecutor(options.threads, thread_name_prefix="try")
 
     def run(self, stop: Event) -> None:
         """Take and try deliveries until `stop`.
@@ -80,7 +80,8 @@ class Dispatcher:
             redis.RedisError: an error that time cannot cure.
             Exception: a try ended by a defect.
         """
-        outage = Outage(away_s=None)
+        outage = Outage(away_s=None, shard=self._shard)
+        poll_s = POLL_S if self._shard is None else SHARD_POLL_S
         while not stop.is_set():
             self._wake.clear()
             try:
@@ -93,34 +94,24 @@ class Dispatcher:
             if self._failure is not None:
                 raise self._failure
             if not is_busy:
-                self._wake.wait(POLL_S)
-
-    def close(self) -> None:
-        """Wait for the tries under way, each of which has a time-out. Call it after `run` has ended."""
-        self._pool.shutdown(wait=True)
+                self._wake.wait(poll_s)
 
     def _take(self) -> bool:
         """Take what is due and has room; return whether anything was taken."""
         is_busy = False
         for key in self._deliveries.due_endpoints(now_ms=self._deliveries.now_ms()):
-            is_known = self._router.is_known(key)
-            room = self._room(key)
-            if is_known and room == 0:
-                continue
-            for delivery in self._deliveries.take(key, count=room if is_known else 0):
-                is_busy = True
-                with self._lock:
-                    self._in_flight[key] += 1
-                self._pool.submit(self._guarded, delivery)
+            if not self._router.is_known(key):
+                self._deliveries.take(key, count=0)
+            elif room := self._slots.reserve(key, wake=self._wake):
+                taken: list[Delivery] = []
+                try:
+                    taken = self._deliveries.take(key, count=room)
+                finally:
+                    self._slots.release(key, room - len(taken))
+                for delivery in taken:
+                    self._slots.submit(partial(self._guarded, delivery))
+                is_busy = is_busy or bool(taken)
         return is_busy
-
-    def _room(self, key: str) -> int:
-        with self._lock:
-            free = self._options.threads - self._in_flight.total()
-            if not self._router.is_named(key):
-                by_urls = sum(count for name, count in self._in_flight.items() if not self._router.is_named(name))
-                free = min(free, max(1, self._options.threads // URL_SHARE) - by_urls)
-            return max(0, min(free, self._options.in_flight - self._in_flight[key]))
 
     def _guarded(self, delivery: Delivery) -> None:
         self._metrics.in_flight.inc()
@@ -130,10 +121,7 @@ class Dispatcher:
             self._failure = error
         finally:
             self._metrics.in_flight.dec()
-            with self._lock:
-                self._in_flight[delivery.endpoint] -= 1
-                if not self._in_flight[delivery.endpoint]:
-                    del self._in_flight[delivery.endpoint]
+            self._slots.release(delivery.endpoint, 1)
             self._wake.set()
 
     def _try(self, delivery: Delivery) -> None:

@@ -45,7 +45,11 @@ class IntakeOptions:
 
 
 class Intake:
-    """Moves answers from the stream into the queue of deliveries. `read` and `add` run in a thread each."""
+    """Moves answers from the stream of one shard into its queue of deliveries. `read` and `add` run in a thread each.
+
+    Args:
+        shard: the index of the shard; None on one server.
+    """
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class Intake:
         *,
         log: EventLog,
         metrics: HooksMetrics,
+        shard: int | None = None,
     ) -> None:
         self._items = items
         self._deliveries = deliveries
@@ -63,6 +68,7 @@ class Intake:
         self._options = options
         self._log = log
         self._metrics = metrics
+        self._shard = shard
         self._buffer: queue.Queue[StreamItem] = queue.Queue(BUFFERED)
         self._held: set[str] = set()
         """Entries that are read and not added. An entry may come again later, as after a failover that lost its
@@ -115,7 +121,7 @@ class Intake:
     def _add(self, portion: Sequence[StreamItem], stop: Event) -> None:
         routed = self._router.route(portion)
         entries = [item.entry_id for item in portion]
-        outage = Outage(away_s=None)
+        outage = Outage(away_s=None, shard=self._shard)
         while not stop.is_set():
             try:
                 deliveries = self._with_room(routed.deliveries)
@@ -127,13 +133,13 @@ class Intake:
                 stop.wait(outage.pause(error).seconds)
                 continue
             outage.end()
-            self._metrics.paused(is_paused=True)
+            self._metrics.paused(is_paused=True, shard=self._shard)
             stop.wait(FULL_PAUSE_S)
         else:
             return
         outage.end()
         self._held.difference_update(entries)
-        self._metrics.paused(is_paused=False)
+        self._metrics.paused(is_paused=False, shard=self._shard)
         self.added.set()
         self._metrics.answers.labels("read").inc(len(portion))
         for item, why in routed.unrouted:

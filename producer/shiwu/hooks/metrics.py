@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import Lock
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -18,6 +19,8 @@ class HooksMetrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        self._lock = Lock()
+        self._paused_shards: set[int | None] = set()
         self.answers = Counter(
             "shiwu_hooks_answers", "Answers read from the stream, by what happened.", ["outcome"], registry=registry
         )
@@ -46,9 +49,11 @@ class HooksMetrics:
         self._tries.labels(endpoint.metrics_label, outcome).inc()
         self._seconds.labels(endpoint.metrics_label).observe(duration_s)
 
-    def paused(self, *, is_paused: bool) -> None:
-        """Record whether the reading of answers is paused."""
-        self._paused.set(is_paused)
+    def paused(self, *, is_paused: bool, shard: int | None = None) -> None:
+        """Record whether the reading of answers, or of those of one shard, is paused."""
+        with self._lock:
+            (self._paused_shards.add if is_paused else self._paused_shards.discard)(shard)
+            self._paused.set(bool(self._paused_shards))
 
     def counted(self, *, pending: Mapping[str, int], health: Mapping[str, EndpointHealth], dead: int) -> None:
         """Record what was counted in Redis, for the endpoints of the file."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,9 +14,11 @@ from typing import Final
 
 import redis
 
-from shiwu.broker.connection import connect
 from shiwu.broker.redis_errors import explain, info_of
-from shiwu.client.client import Client
+from shiwu.broker.sharding import PoolOptions, ShardRedis, keep_shard_count, open_shards
+from shiwu.client.shard_stream import follow_shard
+from shiwu.client.stream import StreamOptions, read_options
+from shiwu.client.stream_items import UnreadableItem, log_unreadable
 from shiwu.contract import RESULT_STREAM
 from shiwu.hooks.delivery_queue import ALONE_AFTER, DeliveryQueue, QueueOptions
 from shiwu.hooks.dispatcher import Dispatcher, DispatchOptions
@@ -25,6 +28,8 @@ from shiwu.hooks.intake import Intake, IntakeOptions
 from shiwu.hooks.metrics import HooksMetrics
 from shiwu.hooks.router import Router
 from shiwu.hooks.sender import Sender
+from shiwu.hooks.shards import AllDeliveries, open_queues
+from shiwu.hooks.try_slots import TrySlots
 from shiwu.network.address_rules import AddressRules
 
 REDIS_TIMEOUT_S: Final = 5.0
@@ -34,6 +39,8 @@ RECLAIM_IDLE_S: Final = 30.0
 """How long answers stay with a process that has read and not added them."""
 READ_BLOCK_S: Final = 0.5
 """How long one read of the stream waits for answers, and so the end for an idle one."""
+READ_BATCH: Final = 100
+"""Answers of one read."""
 READ_STOP_S: Final = 3.0
 """How long the end waits for a read of the stream."""
 AGE_SLACK_S: Final = 86_400.0
@@ -61,14 +68,32 @@ class HooksOptions:
     """Whether a new group gets the answers that are in the stream already."""
 
 
-def make_queue(client: redis.Redis, options: HooksOptions) -> DeliveryQueue:
-    """The queue of deliveries with the limits of these options."""
-    limits = QueueOptions(
+def queue_options(options: HooksOptions) -> QueueOptions:
+    """The limits of the queue of deliveries."""
+    return QueueOptions(
         lease_s=options.lease_s,
         max_age_s=sum(options.schedule_s) + AGE_SLACK_S,
         max_dead=options.max_dead,
     )
-    return DeliveryQueue(client, limits)
+
+
+def stream_options(client: redis.Redis, options: HooksOptions) -> StreamOptions:
+    """How the answers of one server or shard are read."""
+
+    def report(entry_id: str, fields: Mapping[bytes, bytes], reason: str) -> None:
+        log_unreadable(UnreadableItem(entry_id, fields, reason, client, options.group))
+
+    return read_options(
+        group=options.group,
+        consumer=options.consumer,
+        batch=READ_BATCH,
+        block_s=READ_BLOCK_S,
+        max_block_s=READ_BLOCK_S,
+        reclaim_idle_s=RECLAIM_IDLE_S,
+        stop_when_idle=False,
+        away_s=None,
+        on_unreadable=report,
+    )
 
 
 def make_sender(options: HooksOptions) -> Sender:
@@ -81,18 +106,28 @@ def make_sender(options: HooksOptions) -> Sender:
     )
 
 
-def make_group(client: redis.Redis, options: HooksOptions) -> None:
+def make_group(client: redis.Redis, group: str, *, is_from_beginning: bool) -> None:
     """Create the consumer group, unless it exists.
 
     Raises:
         redis.RedisError: Redis is unavailable, or refuses the command.
     """
     try:
-        first = "0" if options.is_from_beginning else "$"
-        client.xgroup_create(RESULT_STREAM, options.group, id=first, mkstream=True)
+        client.xgroup_create(RESULT_STREAM, group, id="0" if is_from_beginning else "$", mkstream=True)
     except redis.ResponseError as error:
         if "BUSYGROUP" not in str(error):
             raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What works on one server or shard."""
+
+    client: ShardRedis
+    intake: Intake
+    dispatcher: Dispatcher
+    suffix: str
+    """Of the names of its threads."""
 
 
 class HooksProcess:
@@ -119,58 +154,105 @@ class HooksProcess:
         """
         options = self._options
         with ExitStack() as stack:
-            client = connect(
-                options.redis_url, timeout_s=REDIS_TIMEOUT_S, max_connections=options.threads + 8, client_name="hooks"
+            clients = open_shards(
+                options.redis_url,
+                PoolOptions(timeout_s=REDIS_TIMEOUT_S, max_connections=options.threads + 8, client_name="hooks"),
             )
-            stack.callback(client.close)
-            reader = stack.enter_context(Client(options.redis_url, timeout_s=REDIS_TIMEOUT_S))
-            self._make_group(client)
-            deliveries, router = make_queue(client, options), Router(options.endpoints, has_urls=options.has_urls)
-            intake = Intake(
-                reader.results(
-                    group=options.group,
-                    consumer=options.consumer,
-                    block_s=READ_BLOCK_S,
-                    reclaim_idle_s=RECLAIM_IDLE_S,
-                ),
-                deliveries,
-                router,
-                IntakeOptions(group=options.group, max_pending=options.max_pending, alone_after=ALONE_AFTER),
-                log=self._log,
-                metrics=self._metrics,
-            )
-            dispatcher = Dispatcher(
-                deliveries,
-                make_sender(options),
-                router,
-                DispatchOptions(
-                    schedule_s=options.schedule_s,
-                    in_flight=options.in_flight,
-                    threads=options.threads,
-                    lease_s=options.lease_s,
-                ),
-                added=intake.added,
-                log=self._log,
-                metrics=self._metrics,
-            )
-            self._log.info("started", group=options.group, endpoints=len(options.endpoints.named))
-            threads = [
-                self._start(name, work)
-                for name, work in (("read", intake.read), ("add", intake.add), ("dispatch", dispatcher.run))
+            readers = open_shards(options.redis_url, PoolOptions(timeout_s=REDIS_TIMEOUT_S, client_name="hooks"))
+            for client in (*clients, *readers):
+                stack.callback(client.close)
+            self._check_redis(clients)
+            router = Router(options.endpoints, has_urls=options.has_urls)
+            slots = TrySlots(threads=options.threads, in_flight=options.in_flight, is_named=router.is_named)
+            queues = open_queues(clients, queue_options(options))
+            sender = make_sender(options)
+            parts = [
+                self._make_part(
+                    client, reader, queue, router=router, sender=sender, slots=slots, shard=shard, shards=len(clients)
+                )
+                for shard, client, reader, queue in zip(_shards(clients), clients, readers, queues, strict=True)
             ]
-            self._count_until_stopped(deliveries)
-            intake.added.set()
+            self._log.info("started", group=options.group, endpoints=len(options.endpoints.named))
+            threads = [thread for part in parts for thread in self._start_part(part)]
+            self._count_until_stopped(AllDeliveries(queues))
+            for part in parts:
+                part.intake.added.set()
+            until_s = time.monotonic() + READ_STOP_S
             for thread in threads:
-                thread.join(timeout=READ_STOP_S)
-            dispatcher.close()
+                thread.join(timeout=max(0.0, until_s - time.monotonic()))
+            slots.close()
             self._log.info("stopped")
         return not self._failed
+
+    def _make_part(
+        self,
+        client: ShardRedis,
+        reader: ShardRedis,
+        deliveries: DeliveryQueue,
+        *,
+        router: Router,
+        sender: Sender,
+        slots: TrySlots,
+        shard: int | None,
+        shards: int,
+    ) -> _Part:
+        options = self._options
+        intake = Intake(
+            follow_shard(reader, client, stream_options(client, options), shard=shard),
+            deliveries,
+            router,
+            IntakeOptions(group=options.group, max_pending=-(-options.max_pending // shards), alone_after=ALONE_AFTER),
+            log=self._log,
+            metrics=self._metrics,
+            shard=shard,
+        )
+        dispatcher = Dispatcher(
+            deliveries,
+            sender,
+            router,
+            DispatchOptions(schedule_s=options.schedule_s, lease_s=options.lease_s),
+            slots=slots,
+            added=intake.added,
+            log=self._log,
+            metrics=self._metrics,
+            shard=shard,
+        )
+        return _Part(client, intake, dispatcher, "" if shard is None else f"-{shard}")
+
+    def _start_part(self, part: _Part) -> list[threading.Thread]:
+        def read(stop: threading.Event) -> None:
+            self._make_group(part.client)
+            part.intake.read(stop)
+
+        works = (("read", read), ("add", part.intake.add), ("dispatch", part.dispatcher.run))
+        return [self._start(f"{name}{part.suffix}", work) for name, work in works]
+
+    def _check_redis(self, clients: tuple[ShardRedis, ...]) -> None:
+        """Find errors at the start that time cannot cure. Waits for one server; shards are waited for by their threads.
+
+        Raises:
+            redis.RedisError: such an error.
+        """
+        if len(clients) == 1:
+            self._make_group(clients[0])
+            return
+        for client in clients:
+            try:
+                if client is clients[0]:
+                    keep_shard_count(client, shards=len(clients))
+                self._create_group(client)
+            except redis.RedisError as error:
+                if info_of(error).ends_start:
+                    raise
+
+    def _create_group(self, client: redis.Redis) -> None:
+        make_group(client, self._options.group, is_from_beginning=self._options.is_from_beginning)
 
     def _make_group(self, client: redis.Redis) -> None:
         """Create the group, and wait for Redis where it is unavailable."""
         while not self._stop.is_set():
             try:
-                make_group(client, self._options)
+                self._create_group(client)
             except redis.RedisError as error:
                 if info_of(error).ends_start:
                     raise
@@ -199,7 +281,7 @@ class HooksProcess:
             self._log.error("thread_failed", thread=thread, reason=reason)
             self.stop()
 
-    def _count_until_stopped(self, deliveries: DeliveryQueue) -> None:
+    def _count_until_stopped(self, deliveries: AllDeliveries) -> None:
         names = [endpoint.key for endpoint in self._options.endpoints.named]
         while True:
             try:
@@ -210,6 +292,11 @@ class HooksProcess:
                 self._metrics.redis_up.set(0)  # the threads say why
             if self._stop.wait(COUNT_EVERY_S):
                 return
+
+
+def _shards(clients: Sequence[ShardRedis]) -> Sequence[int | None]:
+    """The indexes of the shards, or None for one server."""
+    return [None] if len(clients) == 1 else range(len(clients))
 
 
 @contextmanager
