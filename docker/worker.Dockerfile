@@ -2,6 +2,7 @@
 #
 #   docker build -f docker/worker.Dockerfile -t shiwu-worker .
 #   docker build -f docker/worker.Dockerfile -t shiwu-worker-cpu --build-arg DEVICE=cpu .
+#   docker build -f docker/worker.Dockerfile -t shiwu-worker-compile --build-arg COMPILER=g++ .
 #
 # The base is plain Python, not nvidia/cuda: torch's wheels bring the CUDA libraries they were built with, exactly
 # pinned, and a CUDA base would hold cuBLAS and cuDNN a second time. The driver comes from the host.
@@ -74,11 +75,21 @@ RUN apt-get update \
  && groupadd --gid 10001 shiwu \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin shiwu \
  && mkdir -p /etc/shiwu/labels
+# SHIWU_COMPILE needs a compiler at run time: Triton one for C, inductor one for C++ on a CPU. Python's headers, which
+# both include, are a part of the base.
+ARG COMPILER=none
+RUN case "${COMPILER}" in \
+      none) ;; \
+      g++) apt-get update \
+        && apt-get install --yes --no-install-recommends g++=4:12.2.* \
+        && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log ;; \
+      *) echo "COMPILER: expected none or g++, got ${COMPILER}" >&2; exit 2 ;; \
+    esac
 COPY --from=libraries /opt/shiwu /opt/shiwu
 COPY --from=model /models /models
 COPY --from=own /opt/own /opt/shiwu
 # The root may be read-only: what is written at run time goes to /tmp and /dev/shm. NVIDIA_VISIBLE_DEVICES is not set
-# here, or a container that asked for no GPU would see all of them.
+# here, or a container that asked for no GPU would see all of them. A volume at /tmp/compiled keeps compiled models.
 ENV PATH=/opt/shiwu/bin:$PATH \
     HOME=/tmp \
     PYTHONUNBUFFERED=1 \
@@ -86,6 +97,8 @@ ENV PATH=/opt/shiwu/bin:$PATH \
     RES_OPTIONS="timeout:2 attempts:2" \
     HF_HOME=/models/hub \
     HF_HUB_OFFLINE=1 \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/compiled/inductor \
+    TRITON_CACHE_DIR=/tmp/compiled/triton \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     SHIWU_HTTP_PORT=9808 \
     SHIWU_LABELS_DIR=/etc/shiwu/labels

@@ -43,7 +43,7 @@ def _spoiled(vectors: Any, rng: random.Random) -> Any:
     import numpy as np  # noqa: PLC0415 in the worker's process only
     import torch  # noqa: PLC0415 in the worker's process only
 
-    from shiwu_worker.stages.encode import encoder  # noqa: PLC0415 torch, only in the process that needs it
+    from shiwu_worker.stages.encode import size_check  # noqa: PLC0415 torch, only in the process that needs it
 
     kind = rng.choices([*SHARE, "none"], [*SHARE.values(), 1 - sum(SHARE.values())])[0]
     if kind == "memory":
@@ -59,7 +59,7 @@ def _spoiled(vectors: Any, rng: random.Random) -> Any:
         row = rng.randrange(len(vectors))
         vectors = np.array(vectors)
         vectors[row] = np.nan
-        return encoder._finite(vectors)
+        return size_check.finite(vectors)
     return vectors
 
 

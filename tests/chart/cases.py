@@ -31,6 +31,7 @@ ALL_ON: dict[str, Any] = {
         "envFrom": [{"secretRef": {"name": "more"}}],
         "extraVolumes": [{"name": "cache", "emptyDir": {}}],
         "extraVolumeMounts": [{"name": "cache", "mountPath": "/cache"}],
+        "compileCache": {"existingClaim": "compiled"},
         "runtimeClassName": "nvidia",
         "priorityClassName": "high",
         "nodeSelector": {"nvidia.com/gpu.product": "Tesla-T4"},

@@ -26,6 +26,8 @@ from tests.chart.cases import ALL_OFF, ALL_ON, CLUSTER, MATRIX, PLAIN, SENTINEL
 from tests.conftest import StartWorker
 from tests.support.chart import Helm, Manifest, of_kind, pods, variables
 from tests.support.checkpoints import quiet_transformers, write_2022
+from tests.support.dockerfiles import DOCKER, read
+from tests.support.dockerfiles import variables as dockerfile_variables
 from tests.support.hub_server import HubServer
 from tests.support.processes import clean_environment
 from tests.support.rule_sets import write_calibration
@@ -206,6 +208,22 @@ def test_model_in_the_image_is_not_hidden(newest: Helm) -> None:
     container = worker_of(newest.render(MATRIX["baked"]))[1]
     assert variables(container)["SHIWU_MODEL"] == "/models/OFA-Sys/chinese-clip-vit-base-patch16"
     assert not [mount for mount in container["volumeMounts"] if mount["mountPath"].startswith("/models")]
+
+
+def test_compiled_models_are_kept_in_a_claim(newest: Helm) -> None:
+    """Where torch and Triton keep them, with the same paths as the image's; without a claim they are in /tmp."""
+    values = {"worker": {"compileCache": {"existingClaim": "compiled"}}}
+    spec, container = worker_of(newest.render(PLAIN | values))
+    [mount] = [each for each in container["volumeMounts"] if each["name"] == "compiled"]
+    [volume] = [each for each in spec["volumes"] if each["name"] == "compiled"]
+    assert volume == {"name": "compiled", "persistentVolumeClaim": {"claimName": "compiled"}}
+    assert not mount.get("readOnly")
+    of_the_image = dockerfile_variables(read(DOCKER / "worker.Dockerfile"))
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert variables(container)[name] == of_the_image[name]
+        assert Path(of_the_image[name]).parent == Path(mount["mountPath"])
+    spec, _ = worker_of(newest.render(PLAIN))
+    assert "compiled" not in [each["name"] for each in spec["volumes"]]
 
 
 def test_volumes_and_mounts_match(newest: Helm) -> None:

@@ -126,12 +126,37 @@ def test_the_first_process_reaps_and_passes_signals_on(path: Path) -> None:
 
 @every_dockerfile
 def test_no_compiler_and_no_pip_reach_the_end(path: Path) -> None:
-    """The last stage installs tini alone; libraries come from a stage before, in an environment without pip."""
-    runs = " ".join(of_kind(final_stage(read(path)), "RUN"))
+    """The last stage installs tini alone; libraries come from a stage before, in an environment without pip.
+
+    A compiler is installed only where it was asked for.
+    """
+    asked = {one for one in of_kind(final_stage(read(path)), "RUN") if "COMPILER" in one}
+    assert asked == set() or "COMPILER=none" in of_kind(final_stage(read(path)), "ARG")
+    runs = " ".join(one for one in of_kind(final_stage(read(path)), "RUN") if one not in asked)
     assert re.findall(r"--no-install-recommends ([^&]+?)\s+&&", runs) == ["tini=0.19.*"]
     assert "pip" not in runs
     assert "/usr/local/lib/python3*/site-packages/*" in runs  # the base's own pip
     assert "venv --without-pip /opt/shiwu" in " ".join(of_kind(read(path), "RUN"))
+
+
+@pytest.mark.parametrize(("asked", "code", "said"), [("none", 0, ""), ("g++", 0, "install"), ("gcc", 2, "expected")])
+def test_compiler_is_installed_where_it_is_asked_for(tmp_path: Path, asked: str, code: int, said: str) -> None:
+    """The RUN itself, with an apt-get that prints what it is asked for; a misspelt compiler ends the build."""
+    [run] = [one for one in of_kind(final_stage(read(WORKER)), "RUN") if "COMPILER" in one]
+    for name in ("apt-get", "rm"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "$0 $@"\n', encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.defpath}", "COMPILER": asked}
+    done = subprocess.run(["sh", "-c", run], env=env, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+    assert ("g++=" in done.stdout) == (asked == "g++")
+
+
+def test_compiled_models_are_kept_in_one_folder() -> None:
+    """Of torch and of Triton; the chart mounts a claim there."""
+    folders = [variables(read(WORKER))[name] for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")]
+    assert folders == ["/tmp/compiled/inductor", "/tmp/compiled/triton"]  # noqa: S108 the container's own
 
 
 @every_dockerfile

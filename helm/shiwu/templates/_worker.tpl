@@ -51,6 +51,8 @@
 - {name: AWS_EC2_METADATA_DISABLED, value: "true"}
 - {name: HF_HUB_OFFLINE, value: "1"}
 - {name: HOME, value: /tmp}
+- {name: TORCHINDUCTOR_CACHE_DIR, value: /tmp/compiled/inductor}
+- {name: TRITON_CACHE_DIR, value: /tmp/compiled/triton}
 {{- $folders := compact (list (get $v.worker.settings "ALLOW_FOLDERS") ($v.test.enabled | ternary "/etc/shiwu/test" "")) }}
 {{- if $folders }}
 - {name: SHIWU_ALLOW_FOLDERS, value: {{ join "," $folders | quote }}}
@@ -70,6 +72,9 @@
 {{- define "shiwu.workerMounts" -}}
 {{- $v := .Values -}}
 - {name: tmp, mountPath: /tmp}
+{{- if $v.worker.compileCache.existingClaim }}
+- {name: compiled, mountPath: /tmp/compiled}
+{{- end }}
 - {name: shm, mountPath: /dev/shm}
 {{- if not (has $v.model.source (list "embedded" "baked")) }}
 - {name: model, mountPath: /models, readOnly: true}
@@ -90,6 +95,10 @@
 {{- $v := .Values -}}
 - name: tmp
   emptyDir: {sizeLimit: {{ $v.worker.tmpSize }}}
+{{- with $v.worker.compileCache.existingClaim }}
+- name: compiled
+  persistentVolumeClaim: {claimName: {{ . }}}
+{{- end }}
 - name: shm
   emptyDir: {medium: Memory, sizeLimit: {{ $v.worker.shmSize }}}
 {{- if eq $v.model.source "pvc" }}

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from shiwu_worker.stages.encode import compiler, cpu_pool, model
 from shiwu_worker.stages.encode import encoder as encoder_module
-from shiwu_worker.stages.encode import model
 from shiwu_worker.stages.encode.cpu_pool import CpuInferencePool
 from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
 from shiwu_worker.stages.encode.towers import eager_tower
@@ -51,7 +51,8 @@ def test_threads_follow_the_usable_cores(tmp_path: Path, monkeypatch: pytest.Mon
     """An operator can take a core away from a running container; images keep their vectors."""
     before = torch.get_num_threads()
     cores = [2]
-    monkeypatch.setattr(encoder_module, "usable_cores", lambda: cores[0])
+    for part in (encoder_module, cpu_pool):
+        monkeypatch.setattr(part, "usable_cores", lambda: cores[0])
     monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", 0.0)
     try:
         torch.set_num_threads(2)
@@ -72,7 +73,8 @@ def test_threads_follow_the_usable_cores(tmp_path: Path, monkeypatch: pytest.Mon
 def test_fast_model_leaves_a_core_to_the_loaders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU time of one image decides, not elapsed time; the number that was asked for is used."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(encoder_module, "usable_cores", lambda: 2)
+    for part in (encoder_module, cpu_pool):
+        monkeypatch.setattr(part, "usable_cores", lambda: 2)
     folder = saved(make_model("clip"), tmp_path)
 
     class SlowPool(CpuInferencePool):
@@ -122,7 +124,8 @@ def test_threads_do_not_exceed_the_usable_cores(monkeypatch: pytest.MonkeyPatch)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        monkeypatch.setattr(encoder_module, "usable_cores", lambda: 1)
+        for part in (encoder_module, cpu_pool):
+            monkeypatch.setattr(part, "usable_cores", lambda: 1)
         make_encoder(PICTOGRAM_ZH)
         assert torch.get_num_threads() == 1
         make_encoder(PICTOGRAM_ZH, threads=3)
@@ -167,7 +170,8 @@ def test_compiled_tower_is_not_split(
     """A compiled tower has a fixed number of threads."""
     before = torch.get_num_threads()
     monkeypatch.setattr(model_threads, "FAST_MODEL_CORE_S", 0.0)
-    monkeypatch.setattr(encoder_module, "compiled_tower", lambda eager: eager)
+    monkeypatch.setattr(compiler, "why_no_cpp_compiler", lambda: None)
+    monkeypatch.setattr(compiler, "compiled_tower", lambda eager: eager)
     try:
         encoder = make_encoder(saved(make_model("clip"), tmp_path), threads=2, is_compiled=is_compiled)
         encoder.warm()

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from shiwu_worker.stages.encode import gpu_tower as parts
 from shiwu_worker.stages.encode.attention_kernel import KERNELS, prefer, with_fastest_attention
 from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
-from shiwu_worker.stages.encode.gpu_tower import gpu_tower, why_no_compiler
+from shiwu_worker.stages.encode.gpu_tower import gpu_tower
 from tests.support.encoders import make_encoder, make_model, noise, saved
 from tests.support.fake_accelerator import FakeAccelerator, Work
 
@@ -149,19 +149,6 @@ def test_compiling_without_graphs_is_refused_with_a_log_line() -> None:
     _, graphs, [line] = build(is_compiled=True, has_graphs=False)
     assert graphs is None
     assert "SHIWU_CUDA_GRAPHS" in line["reason"]
-
-
-def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Or Triton, which needs it."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
-    assert "expected a C compiler (gcc, cc, clang)" in str(why_no_compiler())
-    compiler = tmp_path / "gcc"
-    compiler.touch(mode=0o755)
-    monkeypatch.setattr(parts, "find_spec", lambda _: None)
-    assert "triton" in str(why_no_compiler())
-    monkeypatch.setattr(parts, "find_spec", lambda _: "found")
-    assert why_no_compiler() is None
 
 
 def gpu_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch, compiled: Any) -> Encoder:

@@ -73,8 +73,9 @@ class Settings(SourceSettings):
     )
     compile: bool = Field(
         False,
-        description="compile the model, which needs a C compiler: slightly faster on a CPU, and 15 to 60 s for each "
-        "batch size at the start; on a GPU it fuses kernels, takes 30 to 90 s for each, and is captured as CUDA graphs",
+        description="compile the model, which needs a compiler and is not done without one: slightly faster on a CPU, "
+        "and 15 to 60 s for each batch size at the first start; on a GPU it fuses kernels, takes 30 to 90 s for each, "
+        "and is captured as CUDA graphs",
     )
     cuda_graphs: bool = Field(True, description="replay a CUDA graph for each batch size")
     fuse: Fusions = Field(

@@ -24,6 +24,7 @@ from typing import Final, TypeVar
 
 import torch
 
+from shiwu_worker.runtime.cpus import usable_cores
 from shiwu_worker.stages.encode.towers import Tower
 
 T = TypeVar("T")
@@ -181,3 +182,13 @@ def _work(tasks: _Tasks, omp_threads: int, started: threading.Barrier) -> None:
 def _end_threads(tasks: _Tasks, threads: int) -> None:
     for _ in range(threads):
         tasks.put(None)
+
+
+def limit_threads(asked: int | None) -> int | None:
+    """Set the number of torch's threads on a CPU; returns the most that may ever be used, None for no such limit.
+
+    If torch uses fewer threads than there are cores, by its own choice or OMP_NUM_THREADS, that number stays the limit.
+    """
+    torch_threads, cores = torch.get_num_threads(), usable_cores()
+    torch.set_num_threads(asked or min(torch_threads, cores))
+    return torch_threads if torch_threads < cores else None

@@ -19,14 +19,15 @@ from structlog.typing import FilteringBoundLogger
 
 from shiwu.contract import ModelInfo
 from shiwu_worker.checkpoints.checkpoint_files import read_checkpoint
-from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError, NonFiniteError
+from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError
 from shiwu_worker.jobs.label_checks import LabelTokens
 from shiwu_worker.runtime.cpus import usable_cores
 from shiwu_worker.runtime.malloc import keep_freed_memory
 from shiwu_worker.stages.encode.accelerator import open_accelerator
 from shiwu_worker.stages.encode.batch_sizes import time_batch_sizes
 from shiwu_worker.stages.encode.checkpoint import TextEncoder
-from shiwu_worker.stages.encode.cpu_pool import CpuInferencePool
+from shiwu_worker.stages.encode.compiler import EAGER, cpu_tower, described
+from shiwu_worker.stages.encode.cpu_pool import CpuInferencePool, limit_threads
 from shiwu_worker.stages.encode.device import (
     choose_device,
     device_name,
@@ -38,9 +39,9 @@ from shiwu_worker.stages.encode.device import (
 from shiwu_worker.stages.encode.gpu_sizes import back_to_back
 from shiwu_worker.stages.encode.gpu_tower import gpu_tower
 from shiwu_worker.stages.encode.model import DeviceModel, EncoderOptions
-from shiwu_worker.stages.encode.size_check import SizeCheck
+from shiwu_worker.stages.encode.size_check import SizeCheck, finite
 from shiwu_worker.stages.encode.staging import BUFFERS, InFlightBatch, StagingRing
-from shiwu_worker.stages.encode.towers import GraphedTower, compiled_tower
+from shiwu_worker.stages.encode.towers import GraphedTower
 from shiwu_worker.stages.encode.tuning.batch_size_policy import MAX_BATCH_S, BatchSizePolicy, largest_useful
 from shiwu_worker.stages.encode.tuning.change_log import log_size_change, log_thread_change
 from shiwu_worker.stages.encode.tuning.thread_policy import ThreadPolicy
@@ -76,7 +77,7 @@ class Encoder:
             keep_freed_memory()
         else:
             keep_full_precision()
-        self._max_threads = _limit_threads(options.threads) if is_cpu else None
+        self._max_threads = limit_threads(options.threads) if is_cpu else None
         checkpoint = read_checkpoint(options.folder)
         self._cpu_pool = CpuInferencePool(torch.get_num_threads()) if is_cpu else None
         self._model = self._run_exclusive(lambda: DeviceModel(options, checkpoint, self._device))
@@ -90,6 +91,8 @@ class Encoder:
         self._wrong_sizes: dict[int, str | None] = {}
         """What is wrong with the vectors of each size that was timed."""
         self._graphs: GraphedTower | None = None
+        self._is_compiled = options.is_compiled
+        """Whether the tower is compiled, as far as the start has come."""
         self._staging = self._make_staging()
         self.size_policy = self._make_size_policy({self.batch_sizes[0]: 1.0})
         """How large batches are; not measured before `warm`."""
@@ -130,16 +133,17 @@ class Encoder:
         """Run work that uses all cores of a CPU, always on the same thread."""
         return work() if self._cpu_pool is None else self._cpu_pool.run_exclusive(work)
 
-    def _make_staging(self, *, may_compile: bool = True) -> StagingRing:
+    def _make_staging(self) -> StagingRing:
         """Staging buffers in front of the image tower: with CUDA graphs, compiled or eager."""
         tower, shape = self._model.eager_tower(), self._model.image_shape
         accelerator = open_accelerator(self._device)
         if accelerator is not None:
             tower, self._graphs, self.batch_sizes = gpu_tower(
-                tower, self._options, shape=shape, accelerator=accelerator, may_compile=may_compile
+                tower, self._options, shape=shape, accelerator=accelerator, may_compile=self._is_compiled
             )
-        elif self._options.is_compiled:
-            tower = compiled_tower(tower)
+            self._is_compiled = self._graphs is not None and self._graphs.is_compiled
+        else:
+            tower, self._is_compiled = cpu_tower(tower, may_compile=self._is_compiled)
         return self._run_exclusive(
             lambda: StagingRing(
                 tower,
@@ -167,30 +171,44 @@ class Encoder:
             NonFiniteError: when this dtype overflows on this model and there are no known images.
         """
         core_s = 0.0 if self._cpu_pool is None else self._choose_threads(self._cpu_pool)
-        if is_thorough or self._options.is_compiled or self._device.type == "cuda":
+        if is_thorough or self._is_compiled or self._device.type == "cuda":
             costs, sd = self._time_sizes(choose_largest=choose_largest), THOROUGH_START_SD
         else:
             costs, sd = self._time_two_sizes(core_s), QUICK_START_SD
-        if self._options.is_compiled:
+        if self._is_compiled:
             self.batch_sizes = tuple(costs)
         costs = self._without_wrong(costs)
         self.timed_sizes = tuple(costs)
         self.size_policy = self._make_size_policy(costs, sd=sd, choose_largest=choose_largest)
 
     def _time_sizes(self, *, choose_largest: bool) -> dict[int, float]:
-        """The costs of all sizes that may be of use. A compiled model that is wrong at any of them is replaced."""
+        """The costs of all sizes that may be of use. A compiled model that fails or is wrong at any is replaced."""
         is_enough = self._is_enough if choose_largest else lambda _: False
-        costs = time_batch_sizes(self._time_pass, self.batch_sizes, is_enough=is_enough)
-        wrong = {size: reason for size, reason in self._wrong_sizes.items() if reason}
-        if not wrong or self._graphs is None or not self._graphs.is_compiled:
-            return costs
-        log.error("compiled_model_refused", batch_sizes=sorted(wrong), reason=next(iter(wrong.values())))
+        try:
+            costs = time_batch_sizes(self._time_pass, self.batch_sizes, is_enough=is_enough)
+        except (torch.AcceleratorError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # border: a compiler raises errors of many kinds
+            if not self._is_compiled:
+                raise
+            log.warning("model_not_compiled", reason=described(error), meaning=EAGER)
+        else:
+            wrong = {size: reason for size, reason in self._wrong_sizes.items() if reason}
+            if not wrong or not self._is_compiled:
+                return costs
+            log.error("compiled_model_refused", batch_sizes=sorted(wrong), reason=next(iter(wrong.values())))
+        self._stop_compiling()
+        return time_batch_sizes(self._time_pass, self.batch_sizes, is_enough=is_enough)
+
+    def _stop_compiling(self) -> None:
+        """Replace the compiled tower by an eager one."""
         # Both sets of graphs and buffers together might not fit.
         del self._staging
-        self._graphs = None
-        self._staging = self._make_staging(may_compile=False)
+        self._graphs, self._is_compiled = None, False
+        self._staging = self._make_staging()
         self._wrong_sizes.clear()
-        return time_batch_sizes(self._time_pass, self.batch_sizes, is_enough=is_enough)
+        if self._cpu_pool is not None:
+            self._choose_threads(self._cpu_pool)
 
     def _without_wrong(self, costs: Mapping[int, float]) -> dict[int, float]:
         """The costs of the sizes whose vectors were right in every row. A size with a wrong graph runs eager.
@@ -229,7 +247,7 @@ class Encoder:
             cores=usable_cores,
             fixed=self._options.threads,
             max_threads=self._max_threads,
-            is_compiled=self._options.is_compiled,
+            is_compiled=self._is_compiled,
             on_change=log_thread_change,
         )
         self._apply_threads(self._thread_policy)
@@ -263,7 +281,7 @@ class Encoder:
         largest = max(costs)
         per_image = {size: cost / size for size, cost in costs.items()}
         is_too_long = 2 * costs[largest] / self.threads > MAX_BATCH_S
-        return is_too_long or (self._options.is_compiled and largest_useful(per_image) < largest // 2)
+        return is_too_long or (self._is_compiled and largest_useful(per_image) < largest // 2)
 
     def _make_size_policy(
         self, costs: Mapping[int, float], *, sd: float = QUICK_START_SD, choose_largest: bool = True
@@ -290,13 +308,13 @@ class Encoder:
         if self._cpu_pool is None:
             cost, vectors = back_to_back(lambda: self.launch(pixels), under_way=BUFFERS)
         else:
-            if self._options.is_compiled:
+            if self._is_compiled:
                 self.encode(pixels)
             batch = self.launch(pixels)
             vectors = batch.collect()
             cost = batch.spent.cost if batch.spent is not None else 0.0
         if check is None:
-            _finite(vectors)
+            finite(vectors)
         else:
             self._wrong_sizes[size] = check.wrong(vectors)
         return cost
@@ -331,7 +349,7 @@ class Encoder:
         Raises:
             NonFiniteError: names the rows that are not finite.
         """
-        return _finite(batch.collect())
+        return finite(batch.collect())
 
     def learn(self, batch: InFlightBatch, *, host_s: float = 0.0) -> None:
         """Learn from a collected batch of jobs how large batches should be and how many threads should work on them.
@@ -367,11 +385,11 @@ class Encoder:
 
         The first call loads the checkpoint again; its weights then stay on the device in addition to the others.
         """
-        return _finite(self._run_exclusive(lambda: self._model.encode_fp32(pixels)))
+        return finite(self._run_exclusive(lambda: self._model.encode_fp32(pixels)))
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """m texts → unit vectors float32 (m, d). The tokenizer cuts texts to the model's limit."""
-        return _finite(self._run_exclusive(lambda: self._texts.encode(texts)))
+        return finite(self._run_exclusive(lambda: self._texts.encode(texts)))
 
     def label_tokens(self, labels: Sequence[str]) -> list[LabelTokens]:
         """What the tokenizer makes of each label, and whether the model can read it."""
@@ -380,21 +398,3 @@ class Encoder:
     def error_kind(self, error: BaseException) -> DeviceErrorKind:
         """What an error of `encode` means for its batch."""
         return error_kind_of(error, self._device)
-
-
-def _limit_threads(asked: int | None) -> int | None:
-    """Set the number of torch's threads on a CPU; returns the most that may ever be used, None for no such limit.
-
-    If torch uses fewer threads than there are cores, by its own choice or OMP_NUM_THREADS, that number stays the limit.
-    """
-    torch_threads, cores = torch.get_num_threads(), usable_cores()
-    torch.set_num_threads(asked or min(torch_threads, cores))
-    return torch_threads if torch_threads < cores else None
-
-
-def _finite(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if bad.size:
-        rows = tuple(bad.tolist())
-        raise NonFiniteError(f"expected finite vectors, got NaN or infinity in rows {list(rows)[:20]}", rows)
-    return vectors

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from importlib.util import find_spec
-
 import structlog
 import torch
 from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.stages.encode.accelerator import Accelerator
 from shiwu_worker.stages.encode.attention_kernel import with_fastest_attention
+from shiwu_worker.stages.encode.compiler import described, why_no_compiler
 from shiwu_worker.stages.encode.fusion import ATTENTION
 from shiwu_worker.stages.encode.gpu_sizes import fitting_sizes, time_size
 from shiwu_worker.stages.encode.model import EncoderOptions, chosen_fusions
@@ -80,15 +77,5 @@ def _compiled_graphs(
     except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # noqa: BLE001 border: a compiler raises errors of many kinds, and the model runs without it
-        log.warning("model_not_compiled", reason=f"{type(error).__name__}: {error}"[:300], meaning=_EAGER)
+        log.warning("model_not_compiled", reason=described(error), meaning=_EAGER)
         return None
-
-
-def why_no_compiler() -> str | None:
-    """What is missing for compiling on a GPU; None if nothing is."""
-    compilers = (os.environ.get("CC") or "gcc", "cc", "clang")
-    if not any(map(shutil.which, compilers)):
-        return f"expected a C compiler ({', '.join(compilers)}), got none; Triton builds its launchers with it"
-    if find_spec("triton") is None:
-        return "expected the package triton, which torch's wheels for CUDA bring along, got none"
-    return None

@@ -1,4 +1,4 @@
-"""Compares the vectors of a batch of any size with those of FP32 on the CPU, row by row.
+"""Checks vectors: that they are finite, and in a batch of known images that each row agrees with FP32 on the CPU.
 
 Libraries choose another kernel for each batch size, and a CUDA graph is captured for each, so one size may be wrong
 while the others are right.
@@ -10,6 +10,8 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shiwu_worker.errors import NonFiniteError
 
 MIN_COSINE_TO_REFERENCE: Final = 0.98
 """Lowest cosine to FP32 on the CPU; narrower number formats differ from it slightly."""
@@ -45,3 +47,16 @@ class SizeCheck:
 
     def _numbers(self, size: int) -> NDArray[np.intp]:
         return (np.arange(size) + size) % len(self._images)
+
+
+def finite(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same vectors (n, d).
+
+    Raises:
+        NonFiniteError: names the rows that are not finite.
+    """
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if bad.size:
+        rows = tuple(bad.tolist())
+        raise NonFiniteError(f"expected finite vectors, got NaN or infinity in rows {list(rows)[:20]}", rows)
+    return vectors
