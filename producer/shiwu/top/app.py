@@ -19,11 +19,11 @@ from shiwu.contract import printable
 from shiwu.top import panels, rows
 from shiwu.top.look import Letter, Look
 from shiwu.top.panels import FailureTable, RowTable, TextPanel
-from shiwu.top.reader import LookReader
 from shiwu.top.screens import LettersScreen, QuestionScreen
+from shiwu.top.shards import Reader
 
-PARTS: Final = ("lanes", "stages", "workers", "failures", "backfills")
-"""Ids of the parts of the screen, by their keys 1 to 5."""
+PARTS: Final = ("lanes", "stages", "workers", "failures", "backfills", "shards")
+"""Ids of the parts of the screen, by their keys 1 to 6. Shards are shown alone only, and only of a cluster."""
 
 
 class TopApp(App[None]):
@@ -61,7 +61,7 @@ class TopApp(App[None]):
 
     def __init__(
         self,
-        reader: LookReader,
+        reader: Reader,
         requeue: Callable[[list[str]], list[str]] | None,
         *,
         where: str,
@@ -88,6 +88,8 @@ class TopApp(App[None]):
             yield FailureTable(_failure_headings(Look()), panels.FAILURE_WIDTHS, id="failures", core=4, left=(3,))
             headings = ("5 backfill", *rows.BACKFILL_HEADINGS[1:])
             yield RowTable(headings, panels.BACKFILL_WIDTHS, id="backfills", core=4, left=(1,))
+        headings = ("6 shard", *rows.SHARD_HEADINGS[1:])
+        yield RowTable(headings, panels.SHARD_WIDTHS, id="shards", core=8, left=(7, 8))
         yield Input(placeholder="show workers, codes and backfills with this text", id="filter")
         yield Footer(show_command_palette=False)
 
@@ -137,6 +139,7 @@ class TopApp(App[None]):
         main.query_one("#backfills", RowTable).fill(
             self._matching((backfill.name, rows.backfill_cells(backfill)) for backfill in look.backfills)
         )
+        main.query_one("#shards", RowTable).fill((str(shard.index), rows.shard_cells(shard)) for shard in look.shards)
         self._arrange()
         for screen in self.screen_stack:
             if isinstance(screen, LettersScreen):
@@ -154,13 +157,15 @@ class TopApp(App[None]):
         """Show all parts, or one alone. Among the others backfills are left out while there are none."""
         main = self.screen_stack[0]
         for part in PARTS:
-            has_place = part != "backfills" or bool(self._look.backfills)
+            has_place = part != "shards" and (part != "backfills" or bool(self._look.backfills))
             main.query_one(f"#{part}").display = self._only == part or (self._only is None and has_place)
         main.query_one("#bottom").display = self._only in {None, "failures", "backfills"}
 
     # -------------------------------------------------------------------------------- keys
     def action_only(self, part: str) -> None:
         """Show one part alone; the same key again shows all."""
+        if part == "shards" and not self._look.shards:
+            return
         self._only = None if self._only == part else part
         self._arrange()
         shown = self.query_one(f"#{part}")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
 import click
+import redis
 
 from shiwu.cli.base import Exit
 from shiwu.cli.params import Seconds
 from shiwu.client.client import Client
 
 if TYPE_CHECKING:
-    from shiwu.top.reader import LookReader
+    from shiwu.top.shards import Reader
 
 TIMEOUT_S: Final = 2.0
 """How long one command of Redis may take before the view says that Redis is away."""
@@ -40,19 +42,25 @@ MIN_INTERVAL_S: Final = 2.0
 def top(client: Client, /, *, is_once: bool, is_json: bool, is_read_only: bool, every_s: float) -> None:
     """Watch lanes, stages, workers and failures live.
 
-    Keys: 1 to 5 show one part alone, Enter lists the dead letters of a code, r requeues them after a question, /
+    Keys: 1 to 6 show one part alone, Enter lists the dead letters of a code, r requeues them after a question, /
     filters, q quits. Needs a Redis user that may read lanes, answers and workers, as shiwu-admin.
     """
-    from shiwu.broker.connection import connect  # noqa: PLC0415 the command imports light
+    from shiwu.broker.sharding import PoolOptions, open_shards  # noqa: PLC0415 the command imports light
     from shiwu.client.calls import ClientOptions  # noqa: PLC0415
     from shiwu.top.reader import LookReader  # noqa: PLC0415
+    from shiwu.top.shards import ShardsReader  # noqa: PLC0415
 
     url = click.get_current_context().find_root().params["redis_url"]
     options = ClientOptions.read(url, max_waiting=1, timeout_s=TIMEOUT_S, max_connections=2)
-    with connect(
-        options.redis_url, timeout_s=TIMEOUT_S, max_connections=options.max_connections, client_name="shiwu-top"
-    ) as connection:
-        reader = LookReader(connection)
+    limits = PoolOptions(timeout_s=TIMEOUT_S, max_connections=options.max_connections, client_name="shiwu-top")
+    clients = open_shards(options.redis_url, limits)
+    with ExitStack() as stack:
+        for connection in clients:
+            stack.enter_context(connection)
+        reader: Reader = LookReader(clients[0])
+        if options.shards > 1:
+            _check_count(clients[0], shards=options.shards)
+            reader = stack.enter_context(ShardsReader(clients))
         if is_json:
             _print_json(reader, is_once=is_once, every_s=every_s)
         elif is_once:
@@ -63,7 +71,23 @@ def top(client: Client, /, *, is_once: bool, is_json: bool, is_read_only: bool, 
             _show(client, reader, where=_where(options.redis_url), is_read_only=is_read_only, every_s=every_s)
 
 
-def _print_json(reader: LookReader, *, is_once: bool, every_s: float) -> None:
+def _check_count(first: redis.Redis, *, shards: int) -> None:
+    """Compare the number of shards, unless the first of them is unavailable, which the view tells.
+
+    Raises:
+        redis.RedisError: the cluster has another number.
+    """
+    from shiwu.broker.redis_errors import info_of  # noqa: PLC0415 the command imports light
+    from shiwu.broker.sharding import keep_shard_count  # noqa: PLC0415
+
+    try:
+        keep_shard_count(first, shards=shards)
+    except redis.RedisError as error:
+        if not info_of(error).is_temporary:
+            raise
+
+
+def _print_json(reader: Reader, *, is_once: bool, every_s: float) -> None:
     import msgspec  # noqa: PLC0415
 
     from shiwu.cli.terminal import echo_json  # noqa: PLC0415
@@ -80,7 +104,7 @@ def _print_json(reader: LookReader, *, is_once: bool, every_s: float) -> None:
         sys.exit(int(Exit.OK))
 
 
-def _show(client: Client, reader: LookReader, *, where: str, is_read_only: bool, every_s: float) -> None:
+def _show(client: Client, reader: Reader, *, where: str, is_read_only: bool, every_s: float) -> None:
     if find_spec("textual") is None:
         text = "top needs textual: run `pip install '.[top]'` in a clone of shiwu, or use --once or --json"
         raise click.UsageError(text)
@@ -96,6 +120,6 @@ def _where(url: str) -> str:
     """Host and database, without the login."""
     from shiwu.broker.redis_url import read_redis_url  # noqa: PLC0415
 
-    address = read_redis_url(url)
+    address = read_redis_url(url, may_be_cluster=True)
     hosts = ",".join(f"{host}:{port}" for host, port in address.hosts) or address.socket_path
-    return f"{hosts}/{address.primary or address.database}"
+    return f"{hosts}/{address.primary or (f'{address.shards} shards' if address.shards else address.database)}"

@@ -71,6 +71,24 @@ class BackfillLook(msgspec.Struct, frozen=True):
     without_tags: int
 
 
+class ShardLook(msgspec.Struct, frozen=True):
+    """One shard of a cluster. While it is unavailable its figures are those of the last look."""
+
+    index: int
+    node: str
+    """`host:port` of the node that has it; empty where no node says so."""
+    interactive: int
+    """Waiting messages of this lane."""
+    bulk: int
+    claimed: int
+    delayed: int
+    quarantined: int
+    dead: int
+    answers_per_s: float | None
+    problem: str | None
+    """Why it did not answer; None where it did."""
+
+
 class Look(msgspec.Struct, frozen=True):
     """The service at one moment, by Redis' clock. While Redis is unavailable the figures are those of the last look."""
 
@@ -94,6 +112,8 @@ class Look(msgspec.Struct, frozen=True):
     dead_read: int = 0
     """How many dead letters, the newest, the failures are from."""
     backfills: tuple[BackfillLook, ...] = ()
+    shards: tuple[ShardLook, ...] = ()
+    """Each shard of a cluster; empty on one server."""
 
     @property
     def images_per_s(self) -> float:

@@ -36,6 +36,9 @@ def print_look(look: Look) -> None:
         console.print()
         headings = (rows.failures_heading(look), *rows.FAILURE_HEADINGS[1:])
         _print(console, headings, [rows.failure_cells(failure) for failure in look.failures])
+    if look.shards:
+        console.print()
+        _print(console, rows.SHARD_HEADINGS, [rows.shard_cells(shard) for shard in look.shards])
     if look.backfills:
         console.print()
         _print(console, rows.BACKFILL_HEADINGS, [rows.backfill_cells(backfill) for backfill in look.backfills])

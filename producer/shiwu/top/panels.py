@@ -17,6 +17,7 @@ LANE_WIDTHS: Final = (13, 9, 9, 9, 9, 9, 9)
 STAGE_WIDTHS: Final = (9, 9, 9, 7)
 WORKER_WIDTHS: Final = (15, 7, 8, 10, 5, 9, 10, 16, 16, 64, 32, 10, 9)
 FAILURE_WIDTHS: Final = (20, 6, 8, 7)
+SHARD_WIDTHS: Final = (8, 12, 9, 9, 9, 8, 8, 22, 60)
 BACKFILL_WIDTHS: Final = (11, 9, 12, 7)
 LETTER_WIDTHS: Final = (24, 12, 8, 9, 15, 60)
 MAX_FIRST: Final = 37

@@ -104,17 +104,26 @@ class LookReader:
             quarantined=snapshot.quarantined,
             dead=snapshot.dead,
             lanes=self._rates.lanes(now_ms=now_ms, answered=lanes),
-            stages=_stages(timings),
+            stages=stages_of(timings),
             sample=len(timings),
             workers=tuple(WorkerLook(name, states.get(name)) for name in sorted(self._workers)),
-            failures=_failures(self._letters, now_ms=now_ms),
+            failures=failures_of(self.known_letters, now_ms=now_ms),
             dead_read=len(self._letters),
             backfills=self._backfills,
         )
 
     def letters(self, code: str) -> list[Letter]:
         """The dead letters with this code, newest first, among the newest 500; asks nothing of Redis."""
-        return [letter for letter in list(self._letters.values()) if letter.code == code]
+        return [letter for letter in self.known_letters if letter.code == code]
+
+    @property
+    def known_letters(self) -> list[Letter]:
+        """The newest 500 dead letters, newest first; asks nothing of Redis."""
+        return list(self._letters.values())
+
+    def newest(self, count: int) -> list[TagResult]:
+        """The newest answers among those that the stages are shown of; asks nothing of Redis."""
+        return list(self._answers)[-count:]
 
     def list_soon(self) -> None:
         """Let the next look list workers, dead letters and backfills again."""
@@ -176,7 +185,8 @@ class LookReader:
         return looks
 
 
-def _stages(timings: Sequence[Timing]) -> tuple[StageLook, ...]:
+def stages_of(timings: Sequence[Timing]) -> tuple[StageLook, ...]:
+    """How long each stage took, and its share of the time."""
     usual = usual_times(timings)
     sums = {name: sum(getattr(timing, name) or 0.0 for timing in timings) for name in STAGES}
     whole = sum(sums.values()) or 1.0
@@ -187,11 +197,15 @@ def _stages(timings: Sequence[Timing]) -> tuple[StageLook, ...]:
     )
 
 
-def _failures(letters: Mapping[tuple[str, float], Letter], *, now_ms: float) -> tuple[FailureLook, ...]:
-    """The codes, those of most letters first. The letters are in order, the newest first."""
-    counts = Counter(letter.code for letter in letters.values())
+def failures_of(letters: Sequence[Letter], *, now_ms: float) -> tuple[FailureLook, ...]:
+    """The codes, those of most letters first.
+
+    Args:
+        letters: the newest first.
+    """
+    counts = Counter(letter.code for letter in letters)
     newest: dict[str, Letter] = {}
-    for letter in letters.values():
+    for letter in letters:
         newest.setdefault(letter.code, letter)
     return tuple(
         FailureLook(code, count, max(0.0, round((now_ms - newest[code].died_ms) / 1000, 1)), newest[code].stage)

@@ -7,8 +7,8 @@ from typing import Final
 
 from shiwu.broker.worker_state import WorkerState
 from shiwu.cli.terminal import span_text
-from shiwu.contract import printable
-from shiwu.top.look import BackfillLook, FailureLook, LaneLook, Letter, Look, StageLook, WorkerLook
+from shiwu.contract import Lane, printable
+from shiwu.top.look import BackfillLook, FailureLook, LaneLook, Letter, Look, ShardLook, StageLook, WorkerLook
 
 SPARKS: Final = "▁▂▃▄▅▆▇█"
 BAR: Final = "█"
@@ -22,6 +22,16 @@ WORKER_HEADINGS: Final = (
 )
 FAILURE_HEADINGS: Final = ("code", "count", "newest", "stage")
 BACKFILL_HEADINGS: Final = ("backfill", "phase", "done/sent", "no tag")
+SHARD_HEADINGS: Final = (
+    "shard",
+    *(lane.value for lane in Lane),
+    "claimed",
+    "delayed",
+    "dead",
+    "out/s",
+    "node",
+    "problem",
+)
 LETTER_HEADINGS: Final = ("id", "ended", "stage", "attempts", "worker", "image")
 
 
@@ -108,6 +118,21 @@ def backfill_cells(look: BackfillLook) -> tuple[str, ...]:
     phase = look.phase if look.is_run or look.phase != "running" else "not run"
     progress = f"{number(look.answered)}/{number(look.sent)}"
     return printable(look.name), printable(phase), progress, number(look.without_tags)
+
+
+def shard_cells(look: ShardLook) -> tuple[str, ...]:
+    """The cells of a shard."""
+    return (
+        str(look.index),
+        number(look.interactive),
+        number(look.bulk),
+        number(look.claimed),
+        number(look.delayed),
+        number(look.dead),
+        _known(look.answers_per_s),
+        printable(look.node) or NONE,
+        printable(look.problem or ""),
+    )
 
 
 def letter_cells(letter: Letter, *, now_ms: float) -> tuple[str, ...]:
