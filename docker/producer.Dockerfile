@@ -10,7 +10,7 @@ FROM ${PYTHON_IMAGE} AS requirements
 WORKDIR /asked
 COPY constraints.txt pyproject.toml ./
 COPY docker/requirements.py docker/
-RUN python3 docker/requirements.py metrics hooks > requirements.txt \
+RUN python3 docker/requirements.py metrics hooks watch > requirements.txt \
  && python3 docker/requirements.py --build-system > build-requirements.txt
 
 FROM ${PYTHON_IMAGE} AS libraries

@@ -86,6 +86,16 @@ ALL_ON: dict[str, Any] = {
         "username": "shiwu-hooks",
         "passwordKey": "hooks",
     },
+    "watch": {
+        "enabled": True,
+        "source": "http://0.0.0.0:8080/events",
+        "rules": [{"match": {"bucket": "photos", "suffix": [".jpg"]}, "lane": "bulk", "labels": ["猫", "狗"]}],
+        "tokenSecret": "watch-tokens",
+        "from": [{"podSelector": {"matchLabels": {"app": "minio"}}}],
+        "args": ["--portion", "100"],
+        "username": "shiwu-watcher",
+        "passwordKey": "watcher",
+    },
     "networkPolicy": {"s3Peers": [{"podSelector": {}}], "metricsFrom": [{"namespaceSelector": {}}]},
     "monitoring": {
         "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
@@ -109,6 +119,7 @@ CLUSTER: dict[str, Any] = {
     "username": "shiwu-worker",
     "cluster": {"enabled": True, "addresses": ["a:6379", "b:6380"], "shards": 64},
 }
+EVENTS: dict[str, Any] = {"enabled": True, "rules": [{"lane": "bulk"}]}
 BY_LOAD: dict[str, Any] = {
     "keda": {"enabled": True, "trigger": "metrics-api", "metricsApi": {"url": "http://sweep.pictures.svc:9809/load"}}
 }
@@ -121,6 +132,12 @@ MATRIX: dict[str, dict[str, Any]] = {
     "sentinel-keda": {"redis": SENTINEL, "autoscaling": {"keda": {"enabled": True}}},
     "cluster-keda": {"redis": CLUSTER, "autoscaling": BY_LOAD},
     "url": {"redis": {"existingSecret": "shiwu-redis", "urlKey": "url"}},
+    "sqs": PLAIN | {"watch": EVENTS | {"source": "sqs://uploads", "metrics": {"enabled": False}}},
+    "cluster-extensions": {
+        "redis": CLUSTER,
+        "hooks": ALL_ON["hooks"],
+        "watch": EVENTS | {"sourceSecret": "minio-events", "sourceKey": "url"},
+    },
     "hpa": PLAIN | {"autoscaling": {"hpa": {"enabled": True}}, "monitoring": {"serviceMonitor": {"enabled": True}}},
     "pvc": PLAIN | {"model": {"source": "pvc", "path": "clip", "pvc": {"existingClaim": "models"}}},
     "baked": PLAIN | {"model": {"source": "baked", "path": "OFA-Sys/chinese-clip-vit-base-patch16"}},
@@ -181,6 +198,20 @@ WRONG: dict[str, tuple[dict[str, Any], str | list[str]]] = {
     "trial and real server": ({"valkey": {"enabled": True}}, "together with the trial server"),
     "sentinel with TLS": ({"redis": SENTINEL | {"tls": {"enabled": True}}}, "expected no TLS together with sentinel"),
     "no sentinels": ({"redis": {"sentinel": {"enabled": True}}}, "expected host:port of each sentinel"),
+    "no source of events": ({"watch": EVENTS}, "watch.source: expected source or sourceSecret, got neither"),
+    "no rules for events": (
+        {"watch": {"enabled": True, "source": "sqs://uploads"}},
+        "watch.rules: expected at least one rule",
+    ),
+    "two sources of events": (
+        {"watch": EVENTS | {"source": "sqs://uploads", "sourceSecret": "s"}},
+        "expected source or sourceSecret, got both",
+    ),
+    "port below 1024": ({"watch": EVENTS | {"source": "http://0.0.0.0/e"}}, "expected a port from 1024"),
+    "port without tokens": (
+        {"watch": EVENTS | {"source": "http://0.0.0.0:8080/e"}},
+        "watch.tokenSecret: expected a Secret with the tokens",
+    ),
     "no nodes": ({"redis": {"cluster": {"enabled": True}}}, "expected host:port of some nodes"),
     "sentinel and cluster": ({"redis": SENTINEL | CLUSTER}, "expected redis.sentinel or redis.cluster"),
     "database of a cluster": ({"redis": CLUSTER | {"database": 1}}, "expected 0 on a cluster"),

@@ -14,6 +14,13 @@ METRICS: dict[str, frozenset[str]] = {
     "shiwu_duty_failures_total": frozenset({"duty"}),
     "shiwu_shadow_images_total": frozenset({"result"}),
     "shiwu_shadow_tags_total": frozenset({"change"}),
+    "shiwu_hooks_answers_total": frozenset({"outcome"}),
+    "shiwu_hooks_tries_total": frozenset({"endpoint", "outcome"}),
+    "shiwu_hooks_pending": frozenset({"endpoint"}),
+    "shiwu_hooks_endpoint_failures": frozenset({"endpoint"}),
+    "shiwu_hooks_endpoint_disabled": frozenset({"endpoint"}),
+    "shiwu_watch_events_total": frozenset({"outcome"}),
+    "shiwu_watch_requests_refused_total": frozenset({"status"}),
     "shiwu_model_info": frozenset({"model", "revision", "dtype", "device"}),
 }
 """Metric → its labels."""
@@ -34,6 +41,13 @@ BARE = [
     "shiwu_workers_expected",
     "shiwu_sweep_last_round_timestamp_seconds",
     "shiwu_results_dropped_total",
+    "shiwu_hooks_in_flight",
+    "shiwu_hooks_dead",
+    "shiwu_hooks_reading_paused",
+    "shiwu_watch_messages_total",
+    "shiwu_watch_waiting",
+    "shiwu_watch_source_up",
+    "shiwu_watch_last_portion_timestamp_seconds",
 ]
 """Metrics without labels."""
 OF_THE_SWEEP = {
@@ -48,5 +62,7 @@ HISTOGRAMS = {
     "shiwu_queue_wait_seconds": {"lane"},
     "shiwu_answer_seconds": {"lane"},
     "shiwu_batch_size": set(),
+    "shiwu_hooks_try_seconds": {"endpoint"},
+    "shiwu_watch_portion_seconds": set(),
 }
 """Histogram → its labels."""

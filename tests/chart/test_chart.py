@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
+from shiwu.watch.command import watch
 from shiwu_worker.config.settings import Settings
 from tests.chart.cases import ALL_ON, MATRIX, PLAIN, WRONG
 from tests.support import chart_docs
 from tests.support.chart import CHART, ChartError, Helm, merged, of_kind, pods, tool, variables, wrongs
 from tests.support.chart_tools import HELMS
+
+OF_COMMANDS = {parameter.envvar for parameter in watch.params if parameter.envvar}
+"""Variables that name no setting of a worker."""
 
 
 def test_both_major_versions_of_helm_are_installed() -> None:
@@ -97,6 +101,7 @@ def test_every_setting_in_the_pods_exists(newest: Helm, name: str, tmp_path: Pat
     for where, spec in pods(newest.render(MATRIX[name])):
         for container in spec["containers"]:
             ours = {key: value for key, value in variables(container).items() if key.startswith("SHIWU_")}
+            ours = {key: value for key, value in ours.items() if key not in OF_COMMANDS}
             assert {key[len("SHIWU_") :].lower() for key in ours} <= set(Settings.model_fields), where
             plain: dict[str, Any] = {
                 key[len("SHIWU_") :].lower(): value for key, value in ours.items() if isinstance(value, str)

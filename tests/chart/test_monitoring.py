@@ -17,6 +17,8 @@ from click.testing import CliRunner
 
 from shiwu.cli import main
 from shiwu.contract import Stage
+from shiwu.hooks.metrics import HooksMetrics
+from shiwu.watch.metrics import WatchMetrics
 from tests.chart.metric_labels import BARE, HISTOGRAMS, METRICS
 from tests.support.chart import CHART, Helm, of_kind, tool
 from tests.support.processes import ROOT
@@ -95,6 +97,18 @@ def test_every_metric_is_used() -> None:
     assert {*METRICS, *BARE, *HISTOGRAMS} - seen == set()
 
 
+def test_metrics_of_webhooks_and_watchers_are_listed() -> None:
+    """With their labels, as the programs export them."""
+    families = [*HooksMetrics().registry.collect(), *WatchMetrics().registry.collect()]
+    exported = {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in families
+        if family.name != "shiwu_redis_up"
+    }
+    listed = {*METRICS, *BARE, *HISTOGRAMS}
+    assert {name for name in listed if name.startswith(("shiwu_hooks_", "shiwu_watch_"))} == exported
+
+
 def test_alert_rules_fire_as_intended(tmp_path: Path) -> None:
     """promtool's own unit tests of the rules, and its lint."""
     promtool = tool("promtool")
@@ -132,11 +146,12 @@ def test_runbook_commands_are_accepted() -> None:
         assert result.exit_code == 0, (indented or quoted, result.output)
 
 
-def test_dashboard_has_its_four_sections() -> None:
+def test_dashboard_has_its_five_sections() -> None:
     """Rows in this order; panels do not overlap and have ids of their own."""
     panels = DASHBOARD["panels"]
     rows = [panel["title"] for panel in panels if panel["type"] == "row"]
-    assert rows == ["Is anything waiting too long?", "Where does the time go?", "What limits?", "What fails?"]
+    assert rows[:4] == ["Is anything waiting too long?", "Where does the time go?", "What limits?", "What fails?"]
+    assert rows[4:] == ["Webhooks and bucket events"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     places = [tuple(panel["gridPos"][side] for side in "xywh") for panel in panels]
     cells = [(x + across, y + down) for x, y, w, h in places for across in range(w) for down in range(h)]

@@ -258,6 +258,7 @@ def test_each_part_uses_its_own_redis_user(newest: Helm) -> None:
         "worker": ("shiwu-worker", "password"),
         "sweep": ("shiwu-sweep", "sweep"),
         "hooks": ("shiwu-hooks", "hooks"),
+        "watch": ("shiwu-watcher", "watcher"),
         "producer": ("shiwu-worker", "password"),
         "test-answer": ("shiwu-client", "client"),
     }
@@ -271,6 +272,7 @@ def test_each_part_may_have_its_own_url(newest: Helm) -> None:
         "autoscaling": {},
         "sweep": {"urlKey": "sweep-url"},
         "hooks": ALL_ON["hooks"] | {"urlKey": "hooks-url"},
+        "watch": ALL_ON["watch"] | {"urlKey": "watch-url"},
         "test": {"urlKey": "test-url"},
     }
     found = {}
@@ -282,6 +284,7 @@ def test_each_part_may_have_its_own_url(newest: Helm) -> None:
         "worker": "url",
         "sweep": "sweep-url",
         "hooks": "hooks-url",
+        "watch": "watch-url",
         "producer": "url",
         "test-answer": "test-url",
     }

@@ -147,6 +147,11 @@ _FORMS: Final[Mapping[str, dict[str, Any]]] = {
     "hooks.urls": _FREE,
     "hooks.args": _STRINGS,
     "hooks.metrics.port": _PORT,
+    "watch.replicas": _COUNT,
+    "watch.source": {"type": "string", "pattern": "^([a-z]+://.+)?$"},
+    "watch.rules": {"type": "array", "items": _FREE},
+    "watch.args": _STRINGS,
+    "watch.metrics.port": _PORT,
     "*.nodeSelector": _WORDS,
     "producer.lane": {"enum": ["interactive", "bulk"]},
     "producer.references": {

@@ -23,7 +23,7 @@
 {{- if not $v.worker.image.repository -}}
 {{- $wrong = append $wrong (printf "worker.image.repository: expected the worker's image as your cluster pulls it, such as registry.example/shiwu-worker%s, got none: no registry has images of shiwu, `make images` builds them (docs/images.md), and you push them" (eq $v.worker.device "cpu" | ternary "-cpu" "")) -}}
 {{- end -}}
-{{- if and (not $v.sweep.image.repository) (or $v.sweep.enabled $v.producer.enabled $v.hooks.enabled $v.test.enabled) -}}
+{{- if and (not $v.sweep.image.repository) (or $v.sweep.enabled $v.producer.enabled $v.hooks.enabled $v.watch.enabled $v.test.enabled) -}}
 {{- $wrong = append $wrong "sweep.image.repository: expected the producer's image as your cluster pulls it, such as registry.example/shiwu-producer, got none: the sweep, the producer's CronJob and `helm test` run it" -}}
 {{- end -}}
 {{- if and $v.hooks.enabled (not (or $v.hooks.endpoints $v.hooks.urls)) -}}
@@ -31,6 +31,21 @@
 {{- end -}}
 {{- if and $v.hooks.enabled (not $v.hooks.existingSecret) -}}
 {{- $wrong = append $wrong "hooks.existingSecret: expected a Secret with the files that secret_file names, got none" -}}
+{{- end -}}
+{{- if $v.watch.enabled -}}
+{{- $port := include "shiwu.eventsPort" . -}}
+{{- if eq (empty $v.watch.source) (empty $v.watch.sourceSecret) -}}
+{{- $wrong = append $wrong (printf "watch.source: expected source or sourceSecret, got %s" (empty $v.watch.source | ternary "neither" "both")) -}}
+{{- end -}}
+{{- if not $v.watch.rules -}}
+{{- $wrong = append $wrong "watch.rules: expected at least one rule, got none: every event would be left out" -}}
+{{- end -}}
+{{- if and $port (lt (int $port) 1024) -}}
+{{- $wrong = append $wrong (printf "watch.source: expected a port from 1024, as in http://0.0.0.0:8080/events, got %s, on which a pod without privileges cannot listen" $port) -}}
+{{- end -}}
+{{- if and $port (not $v.watch.tokenSecret) (not (has "--no-token" $v.watch.args)) -}}
+{{- $wrong = append $wrong "watch.tokenSecret: expected a Secret with the tokens that let requests in, or --no-token in watch.args, got neither" -}}
+{{- end -}}
 {{- end -}}
 {{- if and $v.autoscaling.keda.enabled $v.autoscaling.hpa.enabled -}}
 {{- $wrong = append $wrong "autoscaling: expected keda or hpa, got both enabled: two autoscalers would fight over one Deployment" -}}
@@ -65,7 +80,7 @@
 {{- if and $v.redis.sentinel.enabled $v.redis.tls.enabled -}}
 {{- $wrong = append $wrong "redis.tls: expected no TLS together with sentinel, for a sentinel:// URL can't say it; put a TLS proxy or one address before them" -}}
 {{- end -}}
-{{- if and (or $v.redis.urlKey $v.redis.sentinel.passwordKey $v.redis.username $v.sweep.urlKey $v.producer.urlKey $v.test.urlKey) (not $v.redis.existingSecret) (not $v.valkey.enabled) -}}
+{{- if and (or $v.redis.urlKey $v.redis.sentinel.passwordKey $v.redis.username $v.sweep.urlKey $v.hooks.urlKey $v.watch.urlKey $v.producer.urlKey $v.test.urlKey) (not $v.redis.existingSecret) (not $v.valkey.enabled) -}}
 {{- $wrong = append $wrong "redis.existingSecret: expected a Secret for redis.username, redis.sentinel.passwordKey, and redis.urlKey or that of a part, got none" -}}
 {{- end -}}
 {{- if and $v.autoscaling.keda.enabled (eq $v.autoscaling.keda.trigger "redis") $v.redis.urlKey (not (or $v.redis.host $v.redis.sentinel.enabled)) -}}
