@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -12,9 +13,11 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from shiwu.cli.backfill_results import NoResults, read_backfill
 from shiwu.cli.base import Exit, end, main
 from shiwu.cli.params import Seconds
 from shiwu.cli.terminal import echo_data
+from shiwu.client.calls import DEFAULT_URL
 from shiwu.client.client import Client
 from shiwu.client.stream_items import StreamItem
 from shiwu.contract import Answer, Stage, printable
@@ -39,6 +42,7 @@ _LOADING: Final = frozenset({Stage.FETCH, Stage.DECODE})
     help="Second answers for the same images as JSON lines, of another model or label set, shown next to the first.",
 )
 @click.option("--group", help="Read the answers that this consumer group has not read yet, and acknowledge them.")
+@click.option("--backfill", "backfill_name", help="Answers of this backfill, from the files of its results.")
 @click.option(
     "-o",
     "--output",
@@ -55,15 +59,16 @@ _LOADING: Final = frozenset({Stage.FETCH, Stage.DECODE})
 @click.option(
     "--limit", type=click.IntRange(1, MAX_IMAGES), default=1000, show_default=True, help="How many images to show."
 )
-@click.pass_obj
+@click.pass_context
 def gallery(
-    client: Client,
+    ctx: click.Context,
     /,
     *,
     ids: tuple[str, ...],
     jsonl: BinaryIO | None,
     compare: BinaryIO | None,
     group: str | None,
+    backfill_name: str | None,
     output: Path,
     title: str,
     thumbnails: bool,
@@ -72,20 +77,25 @@ def gallery(
 ) -> None:
     """Write one HTML file that shows images with their tags, errors and times, and print its path.
 
-    Answers come from ids, from JSON lines (`shiwu tag --json`, `shiwu results`), or from the results stream by a
-    consumer group. The page needs no server and no network. --compare shows second answers next to them.
+    Answers come from ids, from JSON lines (`shiwu tag --json`, `shiwu results`), from the results stream by a
+    consumer group, or from the parts of a backfill. The page needs no server and no network. --compare shows second
+    answers next to them.
 
     Thumbnails are made by the worker's sandbox where the worker's libraries are installed, with the settings and access
     rules of a worker from this environment. Otherwise the page shows placeholders. Needs the extra `gallery` (jinja2).
     """
-    if sum((bool(ids), jsonl is not None, group is not None)) != 1:
-        raise click.UsageError("expected ids, --jsonl or --group, and only one of them")
+    if sum((bool(ids), jsonl is not None, group is not None, backfill_name is not None)) != 1:
+        raise click.UsageError("expected ids, --jsonl, --group or --backfill, and only one of them")
     try:
         from shiwu.gallery.page import render_page  # noqa: PLC0415 jinja2 is an extra
     except ModuleNotFoundError as error:
         end(f"gallery needs {error.name}: run `pip install '.[gallery]'` in a clone of shiwu", Exit.USAGE)
     items: list[StreamItem] = []
-    answers = _unique(_answers(client, ids=ids, jsonl=jsonl, group=group, items=items), limit=limit)
+    if backfill_name is not None:
+        found = _backfill(ctx, backfill_name)
+    else:
+        found = _answers(ctx.obj, ids=ids, jsonl=jsonl, group=group, items=items)
+    answers = _unique(found, limit=limit)
     if not answers:
         end("expected at least one answer, got none", Exit.NOT_TAGGED)
     others = None if compare is None else _second_answers(compare, answers)
@@ -120,6 +130,16 @@ def _answers(
             items.append(item)
     else:
         yield from (found for job_id in dict.fromkeys(ids) if (found := client.answer(job_id)) is not None)
+
+
+def _backfill(ctx: click.Context, name: str) -> Iterator[Answer]:
+    url = ctx.find_root().params["redis_url"] or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
+    try:
+        yield from read_backfill(url, name)
+    except NoResults as error:
+        end(f"--backfill: {error}", Exit.USAGE)
+    except ModuleNotFoundError as error:
+        end(f"--backfill needs {error.name}: run `pip install '.[backfill]'` in a clone of shiwu", Exit.USAGE)
 
 
 def _read(lines: BinaryIO, *, option: str) -> Iterator[Answer]:
