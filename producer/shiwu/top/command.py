@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from contextlib import ExitStack
@@ -30,6 +31,8 @@ MIN_INTERVAL_S: Final = 2.0
     "--json", "is_json", is_flag=True, help="Print each look as a line of JSON until Ctrl-C; with --once one."
 )
 @click.option("--read-only", "is_read_only", is_flag=True, help="Offer no requeue.")
+@click.option("--serve", "port", type=click.IntRange(1, 65535), help="Serve a page that only shows, on this port.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address of that port.")
 @click.option(
     "--every",
     "every_s",
@@ -39,12 +42,24 @@ MIN_INTERVAL_S: Final = 2.0
     help="Seconds between two looks.",
 )
 @click.pass_obj
-def top(client: Client, /, *, is_once: bool, is_json: bool, is_read_only: bool, every_s: float) -> None:
+def top(
+    client: Client,
+    /,
+    *,
+    is_once: bool,
+    is_json: bool,
+    is_read_only: bool,
+    port: int | None,
+    host: str,
+    every_s: float,
+) -> None:
     """Watch lanes, stages, workers and failures live.
 
     Keys: 1 to 6 show one part alone, Enter lists the dead letters of a code, r requeues them after a question, /
     filters, q quits. Needs a Redis user that may read lanes, answers and workers, as shiwu-admin.
     """
+    if port is not None and (is_once or is_json):
+        raise click.UsageError("expected --serve, or --once and --json")
     from shiwu.broker.sharding import PoolOptions, open_shards  # noqa: PLC0415 the command imports light
     from shiwu.client.calls import ClientOptions  # noqa: PLC0415
     from shiwu.top.reader import LookReader  # noqa: PLC0415
@@ -61,7 +76,9 @@ def top(client: Client, /, *, is_once: bool, is_json: bool, is_read_only: bool, 
         if options.shards > 1:
             _check_count(clients[0], shards=options.shards)
             reader = stack.enter_context(ShardsReader(clients))
-        if is_json:
+        if port is not None:
+            _serve(reader, where=_where(options.redis_url), host=host, port=port, every_s=every_s)
+        elif is_json:
             _print_json(reader, is_once=is_once, every_s=every_s)
         elif is_once:
             from shiwu.top.once import print_look  # noqa: PLC0415
@@ -102,6 +119,24 @@ def _print_json(reader: Reader, *, is_once: bool, every_s: float) -> None:
             pause.wait(every_s)
     except KeyboardInterrupt:
         sys.exit(int(Exit.OK))
+
+
+def _serve(reader: Reader, *, where: str, host: str, port: int, every_s: float) -> None:
+    from shiwu.cli.http_server import serve_app  # noqa: PLC0415 the command imports light
+    from shiwu.top.page import TopPage  # noqa: PLC0415
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    page = TopPage(reader, where=where, host=host, every_s=every_s)
+    try:
+        with serve_app(page, host=host, port=port):
+            click.echo(f"http://{f'[{host}]' if ':' in host else host}:{port}/", err=True)
+            stop.wait()
+    except OSError as error:
+        raise click.UsageError(
+            f"--serve: expected an address that is free and local, got {host}:{port} ({error})"
+        ) from None
 
 
 def _show(client: Client, reader: Reader, *, where: str, is_read_only: bool, every_s: float) -> None:

@@ -20,7 +20,11 @@ NARROW_WORKER: Final = 8
 
 def print_look(look: Look) -> None:
     """Print one look."""
-    console = make_console()
+    print_tables(make_console(), look)
+
+
+def print_tables(console: Console, look: Look) -> None:
+    """Print the tables of a look on this console."""
     lanes = [(*rows.lane_cells(lane), rows.spark(lane.history, width=SPARK_WIDTH)) for lane in look.lanes]
     _print(console, (*rows.LANE_HEADINGS, ""), lanes)
     console.print(rows.totals_line(look))
