@@ -8,7 +8,11 @@ import sys
 import weakref
 from contextlib import ExitStack
 
-from shiwu_worker.runtime.garbage import freeze_imported, freeze_started
+import pytest
+
+from shiwu.contract import Lane
+from shiwu_worker.jobs.job import Claimed, open_job
+from shiwu_worker.runtime.garbage import YOUNG_OBJECTS, freeze_imported, freeze_started
 from tests.support import pictogram
 from tests.support.processes import clean_environment
 
@@ -56,6 +60,38 @@ def test_objects_are_exempt_until_the_stack_is_closed() -> None:
         assert any(item is later for item in objects)
         assert gc.get_freeze_count() > 0
     assert gc.get_freeze_count() == 0
+
+
+def test_collections_are_rare_until_the_stack_is_closed() -> None:
+    before = gc.get_threshold()
+    with ExitStack() as stack:
+        freeze_started(stack)
+        assert gc.get_threshold() == (YOUNG_OBJECTS, *before[1:])
+    assert gc.get_threshold() == before
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"{",
+        b"[" * 100_000,
+        b'{"headers": {"id": "k1", "task": "other"}, "body": ""}',
+        b'{"headers": {"id": "k1", "task": "shiwu.tag"}, "body": "[{]", "content-type": "application/json"}',
+        b'{"headers": {"id": "k1", "task": "shiwu.tag", "compression": "gzip"}, "content-type": "application/json"}',
+        b'{"headers": {"id": "k1", "task": "shiwu.tag"}, "body": "[[1],{},{}]", "content-type": "application/json"}',
+    ],
+)
+def test_unreadable_message_leaves_nothing_to_collect(raw: bytes) -> None:
+    """Collections are rare, so that cycles which hold messages of a megabyte would fill the memory."""
+    claimed = Claimed(id="k1", attempt=1, key=Lane.BULK.queue, raw=raw, claimed_ms=1.0, claimed_s=1.0)
+    open_job(claimed)
+    gc.collect()
+    gc.disable()
+    try:
+        assert open_job(claimed).error is not None
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_running_worker_exempts_what_its_start_created(redis_url: str) -> None:
