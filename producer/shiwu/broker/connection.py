@@ -9,8 +9,14 @@ from queue import Empty
 from typing import Any, Final, TypeVar
 
 import redis
+from hiredis import pack_command
 from redis.backoff import ExponentialBackoff, NoBackoff
-from redis.connection import BlockingConnectionPool, SSLConnection, UnixDomainSocketConnection
+from redis.connection import (
+    BlockingConnectionPool,
+    HiredisRespSerializer,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
 from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
@@ -37,6 +43,19 @@ class Primary(redis.Redis):
         except redis.ReadOnlyError:
             connection.disconnect()
             raise
+
+
+class _CommandPacker(HiredisRespSerializer):
+    """redis-py's packer without its loop over all arguments, of which a commit has thousands."""
+
+    def pack(self, *args: Any) -> list[bytes]:
+        """The bytes of one command. Its name may be several words, as in "CLIENT SETINFO"."""
+        try:
+            return [pack_command((*args[0].encode().split(), *args[1:]))]
+        except (AttributeError, TypeError):
+            # A name as bytes, a memoryview, or a value that no command may have.
+            packed: list[bytes] = super().pack(*args)
+            return packed
 
 
 class _Pool(BlockingConnectionPool):
@@ -133,6 +152,7 @@ def open_client(client_class: type[C], address: RedisAddress, limits: PoolOption
         "client_name": limits.client_name,
         **place_and_login(address, socket_class=UnixDomainSocketConnection, tls_class=SSLConnection),
         "redis_connect_func": _greet,
+        "command_packer": _CommandPacker(),
         "max_connections": limits.max_connections,
         "timeout": limits.timeout_s if limits.pool_wait_s is None else limits.pool_wait_s,
         **({"protocol": 3} if limits.has_pushes else {}),
