@@ -107,7 +107,7 @@ def dead_message(lane_key: str, raw: bytes) -> bytes:
     return b"%s%s:%d:%s:%s" % (_CUT, hashlib.sha256(raw).hexdigest().encode(), len(raw), lane_key.encode(), head)
 
 
-class AnswerEntry(msgspec.Struct, frozen=True):
+class AnswerEntry(msgspec.Struct, frozen=True, gc=False):
     """One answer on its way to Redis."""
 
     answer: Answer
@@ -236,8 +236,9 @@ def commit_args(
     args: list[Any] = [*limits, datetime.now(UTC).isoformat(), ANSWERED_CHANNEL, reserved_ms]
     for entry in entries:
         answer = entry.answer
-        mark = f"{token}:{answer.attempts}"
-        args += [entry.id, entry.kind, answer.to_json(), failure_head(answer), entry.message, mark, entry.claim]
+        kind, mark = entry.kind, f"{token}:{answer.attempts}"
+        head = b"" if kind.startswith("S") else failure_head(answer)
+        args += [entry.id, kind, answer.to_json(), head, entry.message, mark, entry.claim]
     return args
 
 

@@ -35,7 +35,7 @@ _DEFLATE: Final = {"application/x-gzip", "gzip", "application/zlib", "zlib"}
 """kombu's `gzip` writes the zlib format, other clients write gzip; zlib distinguishes them by their first bytes."""
 
 
-class Envelope(msgspec.Struct, frozen=True):
+class Envelope(msgspec.Struct, frozen=True, gc=False):
     """A parsed message whose request fields are not validated yet. Times are in ms since 1970."""
 
     id: str
@@ -53,7 +53,7 @@ class Envelope(msgspec.Struct, frozen=True):
     """Whether the sender waits as Celery's clients do, on the channel of its result."""
 
 
-class _Headers(msgspec.Struct, frozen=True):
+class _Headers(msgspec.Struct, frozen=True, gc=False):
     """The headers that are read. Fields have the type `Any`, because a client may write any JSON there.
 
     Messages of task protocol 1 have the same fields in their body.
@@ -72,13 +72,13 @@ class _Headers(msgspec.Struct, frozen=True):
     root_id: Any = None
 
 
-class _Properties(msgspec.Struct, frozen=True):
+class _Properties(msgspec.Struct, frozen=True, gc=False):
     body_encoding: Any = None
     correlation_id: Any = None
     reply_to: Any = None
 
 
-class _Outer(msgspec.Struct, frozen=True, rename={"content_type": "content-type"}):
+class _Outer(msgspec.Struct, frozen=True, gc=False, rename={"content_type": "content-type"}):
     headers: _Headers = msgspec.field(default_factory=_Headers)
     body: str = ""
     content_type: Any = None

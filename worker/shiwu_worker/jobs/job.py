@@ -172,7 +172,7 @@ class Job(msgspec.Struct, eq=False):
     """Index of the shard that the job came from, which gets its answer or has it back."""
 
     def __post_init__(self) -> None:
-        self.lane = _LANES.get(self.key, Lane.BULK)
+        self.lane = _LANES.get(self.key, self.lane)
 
     def fail(self, error: ErrorInfo) -> None:
         """End without tags; the status follows from the code."""
@@ -198,7 +198,7 @@ class Job(msgspec.Struct, eq=False):
     def answer(self, *, worker: str, until_s: float, answered_at: datetime | None = None) -> Answer:
         """The terminal record of the job, with the time of every stage so far."""
         warnings = self.warnings
-        if self.labels is not None and self.status is Status.TAGGED:
+        if self.labels is not None and self.labels.warnings and self.status is Status.TAGGED:
             warnings += self.labels.warnings
         image = self.image
         if image is None and self.request is not None:

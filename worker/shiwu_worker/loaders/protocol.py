@@ -88,7 +88,7 @@ class LoadTask(msgspec.Struct, frozen=True, gc=False):
     """Hash of the file that had this validator."""
 
 
-class _Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Result(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """The common fields. Times are seconds of the monotonic clock, which all processes of a machine share."""
 
     ticket: int
@@ -98,7 +98,7 @@ class _Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decoded_s: float
 
 
-class Loaded(_Result, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="loaded"):
+class Loaded(_Result, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True, tag="loaded"):
     """The pixels of the image are in its slot. `sha256` is the hash of its file."""
 
     n_bytes: int
@@ -109,7 +109,7 @@ class Loaded(_Result, frozen=True, forbid_unknown_fields=True, omit_defaults=Tru
     validator: Validator | None = None
 
 
-class Recognised(_Result, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="recognised"):
+class Recognised(_Result, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True, tag="recognised"):
     """The image was not decoded, because the worker seems to know it. The slot must not be read."""
 
     sha256: str
@@ -118,7 +118,7 @@ class Recognised(_Result, frozen=True, forbid_unknown_fields=True, omit_defaults
     validator: Validator | None = None
 
 
-class LoadFailed(_Result, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="failed"):
+class LoadFailed(_Result, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True, tag="failed"):
     """The image was not fetched or not decoded; its slot must not be read."""
 
     error: ErrorInfo

@@ -148,11 +148,12 @@ class InFlightJobs:
 
     def remove(self, jobs: Sequence[Job]) -> None:
         """Remove jobs of which Redis has the answers, or the messages. Another attempt with the same id stays."""
+        bulk = Lane.BULK  # once: up to Python 3.11 a member of an enum is found by a call
         with self._changed:
             for job in jobs:
                 if self._jobs.get(job.id) is job:
                     del self._jobs[job.id]
-                    self._bulk_jobs -= job.lane is Lane.BULK
+                    self._bulk_jobs -= job.lane is bulk
             self._note_change()
 
     def wait_for_room(self, *, is_quarantine_owner: bool, is_closing: Callable[[], bool], timeout_s: float) -> Room:

@@ -78,9 +78,10 @@ class Batcher(Generic[T]):
 
     def put(self, items: Iterable[T]) -> None:
         """Add items that are ready for the device."""
+        interactive = Lane.INTERACTIVE  # once: up to Python 3.11 a member of an enum is found by a call
         with self._changed:
             for item in items:
-                (self._interactive if item.lane is Lane.INTERACTIVE else self._bulk).append(item)
+                (self._interactive if item.lane is interactive else self._bulk).append(item)
             if self._interactive:
                 self._interactive_s = self._clock()
             self._changed.notify()

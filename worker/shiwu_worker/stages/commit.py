@@ -140,9 +140,8 @@ class Committer:
                 if self._closing.is_set() or any(self._lanes.values()):
                     return
             else:
-                interactive, bulk = self._lanes[Lane.INTERACTIVE], self._lanes[Lane.BULK]
                 for outcome in outcomes:
-                    (bulk if outcome.job.lane is Lane.BULK else interactive).append(outcome)
+                    self._lanes[outcome.job.lane].append(outcome)
 
     def _commit(self, jobs: Sequence[Job]) -> None:
         if not jobs:

@@ -177,7 +177,11 @@ class LabelBank:
     # -------------------------------------------------------------------------------- cached vectors
     def known(self, label_set: LabelSet) -> EncodedLabels | None:
         """The label set with its vectors, or None where some are not cached as a set. Encodes nothing."""
+        # Most jobs name a set of the operator. They need no lock, because sets are only added to a mapping.
+        if (pinned := self._pinned.get(label_set)) is not None:
+            return pinned
         with self._lock:
+            # Asked again: `install` may have replaced the mapping.
             if (pinned := self._pinned.get(label_set)) is not None:
                 return pinned
             if (found := self._encoded.get(label_set)) is not None:
