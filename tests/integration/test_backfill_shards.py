@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from shiwu.cli import main
 from shiwu.contract import BACKFILL, BACKFILL_OPEN, BACKFILLS, COUNTERS, RESULT_STREAM, Lane
 from shiwu.parts.targets import FolderTarget
 from tests.support.answering_shards import AnsweringShards
-from tests.support.backfills import LocalBackfill, references_of, summary_of, write_list
+from tests.support.backfills import BackfillProcess, LocalBackfill, references_of, summary_of, write_list
 from tests.support.valkey_cluster import ValkeyCluster
 from tests.support.waiting import wait_until
 
@@ -162,3 +164,37 @@ def test_shard_that_is_away_is_waited_for(
     assert ended == [Phase.FINISHED]
     assert set(references_of(tmp_path / "out").values()) == {1}
     assert len(references_of(tmp_path / "out")) == 300
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_many_kills_over_shards_lose_no_row(
+    cluster: ValkeyCluster, url: str, shards: tuple[ShardRedis, ...], tmp_path: Path
+) -> None:
+    """The command is killed ten times at random while 5,000 images are tagged; a node hangs, and a slot moves."""
+    images = write_list(tmp_path / "list.jsonl", 5000)
+    out, chance, pause = tmp_path / "out", random.Random(20261201), threading.Event()
+    args = ["start", "night", str(images), "--out", str(out), "--part-rows", "300", "--rate", "1000/s"]
+    moved, killed = shards[1].shard.slot or 0, 0
+    with AnsweringShards(url), BackfillProcess(*args, redis_url=url, folder=tmp_path) as run:
+        for number in range(10):
+            until_s = time.monotonic() + chance.uniform(0.8, 2.5)
+            while time.monotonic() < until_s and run.is_running:
+                pause.wait(0.01)
+            if number == 3:
+                hanging = cluster.server(cluster.owner(shards[0].shard.slot or 0))
+                hanging.pause()
+                pause.wait(3.0)
+                hanging.resume()
+            if number == 6:
+                cluster.move_atomically(moved, to=cluster.other_than(cluster.owner(moved)))
+            if run.is_running:
+                run.kill()
+                killed += 1
+                run.start()
+        assert run.wait(timeout_s=120) == 0, run.log_tail()
+    assert killed >= 5
+    found = references_of(out)
+    assert (len(found), set(found.values())) == (5000, {1})
+    assert sum(int(shard.hget(COUNTERS, "answered") or 0) for shard in shards) == 5000
+    assert [shard.xinfo_groups(RESULT_STREAM) for shard in shards] == [[]] * SHARDS
