@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from tests.support.waiting import wait_until
 
 QUICK = {"facts": ("facts", "ceilings"), "probes": ("jpeg", "fp8", "zero_copy")}
 """Steps that start no worker and no model."""
+WITHOUT_FIGURES = {"tests", "tune"}
+"""Steps whose output tells all."""
 
 
 def program(name: str, code: str, *, limit_s: int = 20) -> Step:
@@ -135,7 +138,18 @@ def test_quick_step_is_rehearsed_on_the_cpu(stage: str, name: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_is_rehearsed_whole_on_the_cpu(stage: str, tmp_path: Path) -> None:
     """With real workers, faults and the service; only steps that need CUDA or torchvision are skipped."""
-    assert run_stage(stage, STAGES[stage], tiny=True, out=tmp_path, stage_s=CALL_S), tmp_path
+    has_passed = run_stage(stage, STAGES[stage], tiny=True, out=tmp_path, stage_s=CALL_S)
+    found = json.loads((tmp_path / f"card-{stage}.json").read_text(encoding="utf-8"))
+    assert has_passed, found
+    assert (found["stage"], found["tiny"]) == (stage, True)
+    assert list(found["steps"]) == [step.name for step in STAGES[stage]]
+    for name, step in found["steps"].items():
+        assert step["exit_code"] == 0, name
+        assert 0 < step["seconds"] <= step["limit_s"], name
+        assert step["figures"] or name in WITHOUT_FIGURES, name
+        if step["status"] == "skipped":
+            assert re.search("CUDA|torchvision|GPU", step["reason"]), (name, step["reason"])
+        assert "not written to its end" not in step["figures"].values(), name
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from structlog.testing import capture_logs
 
+from shiwu_worker.stages.encode.accelerator import CudaAccelerator
 from shiwu_worker.stages.encode.staging import BUFFERS, InFlightBatch, StagingRing
 from shiwu_worker.stages.encode.towers import AcceleratedTower, GraphedTower
 from tests.support.fake_accelerator import FakeAccelerator, FakeGraph, Race, Work
@@ -187,3 +188,28 @@ def test_tower_that_waits_for_the_device_is_not_captured(uncapturable: Callable[
     [line] = [line for line in logs if line["event"] == "graph_not_captured"]
     assert "waits for the device" in line["cause"]
     assert device.captured == []
+
+
+def test_only_rows_with_images_are_copied() -> None:
+    """Padding may be nearly half of a batch, and copying it would take as much of the bus."""
+    device = FakeAccelerator(seed=0, width=WIDTH)
+    ring, copied, copy = make_ring(device), list[int](), device.copy
+
+    def counted(target: torch.Tensor, source: torch.Tensor) -> None:
+        copied.append(len(source))
+        copy(target, source)
+
+    device.copy = counted  # type: ignore[method-assign]  # counts and does the same
+    check(ring.launch(IMAGES, [3, 1, 4, 1, 5]), [3, 1, 4, 1, 5])
+    # To the device, into the input of the graph of eight, and back.
+    assert copied == [5, 8, 5]
+
+
+def test_waiting_for_a_gpu_takes_no_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event spins unless it is made to block; the loaders need the core."""
+    made: list[dict[str, bool]] = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: made.append(options))
+    accelerator = object.__new__(CudaAccelerator)
+    accelerator.event()
+    accelerator.event(is_timed=True)
+    assert made == [{"enable_timing": False, "blocking": True}, {"enable_timing": True, "blocking": True}]
