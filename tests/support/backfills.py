@@ -80,11 +80,11 @@ class LocalBackfill:
     `run` does what the command `start` does, without its display.
     """
 
-    def __init__(self, redis_url: str, *, objects: Objects | None = None) -> None:
+    def __init__(self, redis_url: str, *, objects: Objects | None = None, timeout_s: float = 5.0) -> None:
         self.url = redis_url
-        self.client = Client(redis_url)
-        self._shards = open_shards(redis_url, PoolOptions(timeout_s=5, retries=3))
-        self._no_retry = open_shards(redis_url, PoolOptions(timeout_s=5))
+        self.client = Client(redis_url, timeout_s=timeout_s)
+        self._shards = open_shards(redis_url, PoolOptions(timeout_s=timeout_s, retries=3))
+        self._no_retry = open_shards(redis_url, PoolOptions(timeout_s=timeout_s))
         self.redis = self._shards[0]
         self._objects = objects or Objects({})
         self.shown: list[Progress] = []
