@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from celery.worker.consumer import Consumer
 
 from shiwu_worker.celery_worker.worker_app import AdminConsumer, make_app
@@ -29,3 +30,16 @@ def test_consumer_has_no_step_that_waits_for_other_workers() -> None:
 def test_steps_of_celery_exist_in_this_version() -> None:
     """The names stand as text in the blueprint, so a rename in Celery must be noticed here."""
     assert {"Connection", "Events", "Tasks", "Control", "Evloop", "Mingle"} <= built(Consumer.Blueprint())
+
+
+def test_lost_connection_means_no_revokes_before_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the pause the pipeline may have Redis again; a worker that is ready then would miss revokes."""
+    app = make_app(Settings(redis_url="redis://127.0.0.1:6379/0"))
+    reported: list[object] = []
+    app.shiwu_on_receiving_revokes = lambda *, active: reported.append(active)
+    monkeypatch.setattr(AdminConsumer, "_pause", lambda _: reported.append("pause"))
+    monkeypatch.setattr(Consumer, "on_connection_error_after_connected", lambda *_: None)
+    consumer = object.__new__(AdminConsumer)
+    consumer.app = app
+    consumer.on_connection_error_after_connected(ConnectionError())
+    assert reported == [False, "pause"]

@@ -76,7 +76,11 @@ class AdminConsumer(Consumer):  # type: ignore[misc]  # celery has no types
         self._pause()
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """Pause before the next try."""
+        """Report that no revokes are received, and pause before the next try.
+
+        The pipeline may have Redis again before the pause is over, and would be ready without revokes.
+        """
+        self.app.shiwu_on_receiving_revokes(active=False)
         super().on_connection_error_after_connected(exc)
         self._pause()
 
