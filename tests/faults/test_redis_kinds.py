@@ -50,7 +50,8 @@ def test_sigkill_on_redis_itself(start_worker: StartWorker, images: list[str], t
         result = drill.count(client, ids)
     assert (result.answered, result.lost, result.twice) == (600, 0, 0)
     assert result.statuses == {"tagged": 600}
-    assert result.reaped == result.attempts[2] > 0
+    # A successor that gets no core for a lease has its own jobs taken back too, and answers them nevertheless.
+    assert result.reaped >= result.attempts[2] > 0
 
 
 def test_a_restart_without_aof(start_worker: StartWorker, images: list[str], tmp_path: Path) -> None:
