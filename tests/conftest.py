@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -86,6 +87,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("loadgroup", default=False):
         # Long tests come first, so that others can run in parallel; otherwise the order is random.
         items.sort(key=lambda item: 0 if _takes_long(item) else 1 if item.path.parent.name != "unit" else 2)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what was imported and collected from garbage collection, which otherwise visits it thousands of times."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
