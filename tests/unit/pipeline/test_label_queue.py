@@ -88,6 +88,16 @@ def test_jobs_with_equal_labels_wait_for_one_encoding() -> None:
     assert len({id(job.labels) for job in jobs}) == 1
 
 
+def test_jobs_that_have_their_labels_are_not_kept() -> None:
+    """A worker runs for months."""
+    parts = QueueParts()
+    label_set = words(30)
+    jobs = [parts.admit(label_set) for _ in range(3)]
+    assert parts.finish() == jobs
+    assert not parts.queue._loaded
+    assert not parts.queue._waiting
+
+
 def test_short_set_passes_a_long_one_which_still_advances() -> None:
     """The oldest and the shortest entry take turns."""
     parts = QueueParts()

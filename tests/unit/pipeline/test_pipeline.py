@@ -14,6 +14,7 @@ from shiwu.contract import ErrorCode, ErrorInfo, Lane
 from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.jobs.job import Release
 from shiwu_worker.jobs.outcome import Answered, Released
+from shiwu_worker.pipeline.batch_executor import LaunchedBatch
 from shiwu_worker.pipeline.pipeline import STILL_IN_FLIGHT_DELAY_S
 from tests.support.pipeline_stubs import BROKEN, ENCODED, LABELS, RETRIED, SLOTS, Parts, make_jobs
 from tests.support.waiting import wait_until
@@ -52,6 +53,28 @@ def test_job_passes_all_stages_to_its_answer(parts: Parts) -> None:
         assert (parts.meter._fetch_s, parts.meter._decode_s) == (0.25, 0.5)
         assert (parts.meter._images, parts.meter._batches) == (1, 1)
     assert "a" in parts.in_flight, "until Redis has the answer"
+
+
+def test_batches_in_flight_are_bounded(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is scored, one waits for that, and one waits for room: the next one is not launched before."""
+    executor, may_score = parts.pipeline._stages.executor, threading.Event()
+    finish = executor.finish
+
+    def finish_later(launched: LaunchedBatch) -> None:
+        assert may_score.wait(60)
+        finish(launched)
+
+    monkeypatch.setattr(executor, "finish", finish_later)
+    jobs = make_jobs(*"abcd")
+    parts.claims.claimed(jobs)
+    for count, job in enumerate(jobs[:3], start=1):
+        parts.load(job.id)
+        wait_until(lambda expected=count: len(parts.launched) == expected, timeout_s=10)  # type: ignore[misc]  # a default binds the loop's value
+    parts.load("d")
+    wait_until(parts.pipeline._launched.full, timeout_s=10)
+    assert parts.launched == [["a"], ["b"], ["c"]]
+    may_score.set()
+    assert parts.outcome("d") == Answered(jobs[3])
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
