@@ -39,12 +39,21 @@ USERS = ("producer", "client", "consumer", "backfill", "hooks", "watcher", "swee
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
+def cluster_with_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
     """Three nodes with the users of the file."""
     folder: Path = tmp_path_factory.mktemp("acl-cluster")
     config = {"include": str(CONFIG_CLUSTER)}
     with ValkeyCluster(folder=folder, config=config, login=("shiwu-admin", "change-me-admin")) as running:
         yield running
+
+
+@pytest.fixture
+def cluster(cluster_with_users: ValkeyCluster) -> ValkeyCluster:
+    """The cluster of this file, without keys and refusals of another test."""
+    cluster_with_users.flush()
+    for port in cluster_with_users.ports:
+        cluster_with_users.ask(port, "ACL", "LOG", "RESET")
+    return cluster_with_users
 
 
 def url(cluster: ValkeyCluster, user: str) -> str:

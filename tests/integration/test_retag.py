@@ -151,9 +151,9 @@ def test_vectors_of_another_revision_are_refused(embedded_part: Path, tmp_path: 
 @pytest.mark.timeout(400)
 def test_vectors_and_answers_may_be_in_a_bucket(embedded_part: Path, s3: S3Server) -> None:
     """With the settings of a worker; the answers are those of the same part on the disk."""
-    s3.put("kept/2026/part.parquet", embedded_part.read_bytes())
+    s3.put("to-retag/2026/part.parquet", embedded_part.read_bytes())
     args = ["--labels", "six-zh", "--out"]
-    done = retag(f"s3://{s3.bucket}/kept", *args, f"s3://{s3.bucket}/retagged.jsonl", **s3.env)
+    done = retag(f"s3://{s3.bucket}/to-retag", *args, f"s3://{s3.bucket}/retagged.jsonl", **s3.env)
     assert done.returncode == 0, done.stderr
     body = s3.new_client().get_object(Bucket=s3.bucket, Key="retagged.jsonl")["Body"].read()
     assert body.decode() == retag(embedded_part, *args, "-").stdout
