@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import redis
 
+from shiwu.broker.sharding import PoolOptions, ShardRedis, open_shards
 from shiwu.hooks.delivery_queue import DeliveryQueue
 from shiwu.hooks.process import queue_options
 from tests.support.hooks import HooksProcess, StartHooks, hooks_options, write_endpoints
@@ -58,3 +59,12 @@ def cluster(cluster_session: ValkeyCluster) -> ValkeyCluster:
     """The cluster of this file, without keys."""
     cluster_session.flush()
     return cluster_session
+
+
+@pytest.fixture
+def shards(url: str) -> Iterator[tuple[ShardRedis, ...]]:
+    """A client of each shard of the cluster that the file names by its fixture `url`."""
+    clients = open_shards(url, PoolOptions(timeout_s=5))
+    yield clients
+    for client in clients:
+        client.close()

@@ -18,7 +18,7 @@ from shiwu.backfill import collector, feeder, runner
 from shiwu.backfill.plan import Pace, Plan
 from shiwu.backfill.runner import Phase
 from shiwu.backfill.state import BackfillState
-from shiwu.broker.sharding import PoolOptions, ShardRedis, open_shards
+from shiwu.broker.sharding import ShardRedis
 from shiwu.cli import main
 from shiwu.contract import BACKFILL, BACKFILL_OPEN, BACKFILLS, COUNTERS, RESULT_STREAM, Lane
 from shiwu.parts.targets import FolderTarget
@@ -46,15 +46,6 @@ def _quick_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 def url(cluster: ValkeyCluster) -> str:
     """What the command is given."""
     return cluster.url(shards=SHARDS)
-
-
-@pytest.fixture
-def shards(url: str) -> Iterator[tuple[ShardRedis, ...]]:
-    """A client of each shard."""
-    clients = open_shards(url, PoolOptions(timeout_s=5))
-    yield clients
-    for client in clients:
-        client.close()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import redis
 
 from shiwu import Client, DeadFilter, QueueFull
 from shiwu.broker.redis_errors import WrongShardCount
-from shiwu.broker.sharding import PoolOptions, ShardRedis, cluster_shard, open_shards, shard_of
+from shiwu.broker.sharding import ShardRedis, cluster_shard, shard_of
 from shiwu.client.job_report import JobState
 from shiwu.contract import CLAIMS, Lane
 from tests.support.answering_shards import AnsweringShards
@@ -43,15 +43,6 @@ def cluster(cluster_session: ValkeyCluster) -> ValkeyCluster:
 def url(cluster: ValkeyCluster) -> str:
     """What clients are given."""
     return cluster.url(shards=SHARDS)
-
-
-@pytest.fixture
-def shards(url: str) -> Iterator[tuple[ShardRedis, ...]]:
-    """A client of each shard."""
-    clients = open_shards(url, PoolOptions(timeout_s=5))
-    yield clients
-    for client in clients:
-        client.close()
 
 
 @pytest.fixture

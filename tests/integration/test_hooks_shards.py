@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from standardwebhooks import Webhook
 
-from shiwu.broker.sharding import PoolOptions, ShardRedis, by_shard, open_shards
+from shiwu.broker.sharding import ShardRedis, by_shard
 from shiwu.cli import main
 from shiwu.contract import HOOKS_DELIVERIES, HOOKS_HEALTH, RESULT_STREAM
 from shiwu.hooks.delivery_queue import DeliveryQueue, NewDelivery, Payload, QueueOptions
@@ -28,15 +28,6 @@ SHARDS = 6
 def url(cluster: ValkeyCluster) -> str:
     """What the process is given."""
     return cluster.url(shards=SHARDS)
-
-
-@pytest.fixture
-def shards(url: str) -> Iterator[tuple[ShardRedis, ...]]:
-    """A client of each shard."""
-    clients = open_shards(url, PoolOptions(timeout_s=5))
-    yield clients
-    for client in clients:
-        client.close()
 
 
 def commit_in_shards(shards: Sequence[ShardRedis], ids: Sequence[str]) -> None:
