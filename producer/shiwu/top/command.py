@@ -61,9 +61,9 @@ def top(
     if port is not None and (is_once or is_json):
         raise click.UsageError("expected --serve, or --once and --json")
     from shiwu.broker.sharding import PoolOptions, open_shards  # noqa: PLC0415 the command imports light
-    from shiwu.client.calls import ClientOptions  # noqa: PLC0415
-    from shiwu.top.reader import LookReader  # noqa: PLC0415
-    from shiwu.top.shards import ShardsReader  # noqa: PLC0415
+    from shiwu.client.calls import ClientOptions  # noqa: PLC0415 the command imports light
+    from shiwu.top.reader import LookReader  # noqa: PLC0415 the command imports light
+    from shiwu.top.shards import ShardsReader  # noqa: PLC0415 the command imports light
 
     url = click.get_current_context().find_root().params["redis_url"]
     options = ClientOptions.read(url, max_waiting=1, timeout_s=TIMEOUT_S, max_connections=2)
@@ -81,7 +81,7 @@ def top(
         elif is_json:
             _print_json(reader, is_once=is_once, every_s=every_s)
         elif is_once:
-            from shiwu.top.once import print_look  # noqa: PLC0415
+            from shiwu.top.once import print_look  # noqa: PLC0415 the command imports light
 
             print_look(reader.read())
         else:
@@ -95,7 +95,7 @@ def _check_count(first: redis.Redis, *, shards: int) -> None:
         redis.RedisError: the cluster has another number.
     """
     from shiwu.broker.redis_errors import info_of  # noqa: PLC0415 the command imports light
-    from shiwu.broker.sharding import keep_shard_count  # noqa: PLC0415
+    from shiwu.broker.sharding import keep_shard_count  # noqa: PLC0415 the command imports light
 
     try:
         keep_shard_count(first, shards=shards)
@@ -105,9 +105,9 @@ def _check_count(first: redis.Redis, *, shards: int) -> None:
 
 
 def _print_json(reader: Reader, *, is_once: bool, every_s: float) -> None:
-    import msgspec  # noqa: PLC0415
+    import msgspec  # noqa: PLC0415 the command imports light
 
-    from shiwu.cli.terminal import echo_json  # noqa: PLC0415
+    from shiwu.cli.terminal import echo_json  # noqa: PLC0415 the command imports light
 
     if is_once:
         echo_json(msgspec.json.encode(reader.read()))
@@ -123,7 +123,7 @@ def _print_json(reader: Reader, *, is_once: bool, every_s: float) -> None:
 
 def _serve(reader: Reader, *, where: str, host: str, port: int, every_s: float) -> None:
     from shiwu.cli.http_server import serve_app  # noqa: PLC0415 the command imports light
-    from shiwu.top.page import TopPage  # noqa: PLC0415
+    from shiwu.top.page import TopPage  # noqa: PLC0415 the command imports light
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -153,7 +153,7 @@ def _show(client: Client, reader: Reader, *, where: str, is_read_only: bool, eve
 
 def _where(url: str) -> str:
     """Host and database, without the login."""
-    from shiwu.broker.redis_url import read_redis_url  # noqa: PLC0415
+    from shiwu.broker.redis_url import read_redis_url  # noqa: PLC0415 the command imports light
 
     address = read_redis_url(url, may_be_cluster=True)
     hosts = ",".join(f"{host}:{port}" for host, port in address.hosts) or address.socket_path
