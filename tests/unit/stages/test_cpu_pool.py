@@ -29,9 +29,9 @@ def doubled(raw: torch.Tensor) -> torch.Tensor:
     return raw * 2
 
 
-def thread_names() -> list[str]:
-    """The names of the threads of all pools."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("encode-")]
+def pool_threads() -> set[threading.Thread]:
+    """The threads of all pools, also those of models that other tests share."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("encode-")}
 
 
 @given(size=st.integers(1, 512), threads=st.integers(2, MAX_SPLIT_THREADS))
@@ -182,11 +182,11 @@ def test_batch_reports_its_cost_and_time(*, splits_batches: bool) -> None:
 @pytest.mark.parametrize(("threads", "splits_batches", "count"), [(2, True, 3), (2, False, 1), (1, True, 1)])
 def test_threads_end_with_the_pool(threads: int, count: int, *, splits_batches: bool) -> None:
     """One thread per part if batches are split, and the exclusive thread."""
-    gc.collect()
-    wait_until(lambda: not thread_names(), timeout_s=30, what="the end of the pools of other tests")
+    before = pool_threads()
     pool = CpuInferencePool(threads, splits_batches=splits_batches)
-    assert len(thread_names()) == count
+    threads_of_pool = pool_threads() - before
+    assert len(threads_of_pool) == count
     pool.submit(doubled, torch.zeros(8, 2), torch.zeros(8, 2)).wait()
     del pool
     gc.collect()
-    wait_until(lambda: not thread_names(), timeout_s=30, what="the end of the threads")
+    wait_until(lambda: not threads_of_pool & pool_threads(), timeout_s=30, what="the end of the threads")
