@@ -14,7 +14,8 @@ import sys
 import time
 from multiprocessing.connection import Connection
 
-from shiwu_worker.loaders.protocol import ENCODER, LOAD_TASK, MAX_FRAME_BYTES, MAX_OPTIONS_BYTES, Loaded, Ready
+from shiwu_worker.loaders.channel import FrameChannel
+from shiwu_worker.loaders.protocol import LOAD_TASK, MAX_FRAME_BYTES, MAX_OPTIONS_BYTES, Loaded, LoadTask, Ready
 
 
 class EchoProcess:
@@ -76,25 +77,30 @@ def main() -> None:
     try:
         for _ in range(3):
             connection.recv_bytes(MAX_OPTIONS_BYTES)
-        connection.send_bytes(ENCODER.encode(Ready()))
+        frames = FrameChannel(connection.fileno(), max_bytes=MAX_FRAME_BYTES)
+        frames.send([Ready()])
         while True:
-            task = LOAD_TASK.decode(connection.recv_bytes(MAX_FRAME_BYTES))
-            now_s = time.monotonic()
-            result = Loaded(
-                ticket=task.ticket,
-                slot=task.slot,
-                started_s=now_s,
-                fetched_s=now_s,
-                decoded_s=now_s,
-                n_bytes=1,
-                format="JPEG",
-                width=1,
-                height=1,
-                sha256=f"{task.ticket:064x}",
-            )
-            connection.send_bytes(ENCODER.encode(result))
+            for frame in frames.receive():
+                # Each in a call of its own, as the threads of a loader send them.
+                frames.send([_loaded(LOAD_TASK.decode(frame))])
     except (EOFError, OSError):
         return
+
+
+def _loaded(task: LoadTask) -> Loaded:
+    now_s = time.monotonic()
+    return Loaded(
+        ticket=task.ticket,
+        slot=task.slot,
+        started_s=now_s,
+        fetched_s=now_s,
+        decoded_s=now_s,
+        n_bytes=1,
+        format="JPEG",
+        width=1,
+        height=1,
+        sha256=f"{task.ticket:064x}",
+    )
 
 
 if __name__ == "__main__":

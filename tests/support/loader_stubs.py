@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import selectors
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from shiwu.contract import ErrorCode, ErrorInfo, Lane, Stage
 from shiwu_worker.errors import FatalError
 from shiwu_worker.loaders.pool import LoaderPool, _Loader
-from shiwu_worker.loaders.protocol import LOAD_TASK, Loaded, LoadFailed, LoadResult, LoadTask
+from shiwu_worker.loaders.protocol import ENCODER, LOAD_TASK, Loaded, LoadFailed, LoadResult, LoadTask
 from tests.support.loader_options import LOADER_OPTIONS
 
 THREADS = 2
@@ -34,11 +35,12 @@ class Process:
 
 
 class Connection:
-    """A connection that keeps what it is sent."""
+    """A connection and its channel of frames, which keep what they are sent."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
         self.frames: list[bytes | Exception] = []
+        """What comes: all of it at once, up to an error, which ends it."""
         self.is_broken = self.is_closed = False
 
     def send_bytes(self, data: bytes) -> None:
@@ -47,17 +49,22 @@ class Connection:
             raise BrokenPipeError
         self.sent.append(data)
 
-    def poll(self) -> bool:
-        """Whether a frame has come."""
-        return bool(self.frames)
+    def send(self, frames: Sequence[LoadTask]) -> None:
+        """Keep them."""
+        for frame in frames:
+            self.send_bytes(ENCODER.encode(frame))
 
-    def recv_bytes(self, limit: int) -> bytes:
-        """The next frame."""
-        assert limit
-        frame = self.frames.pop(0)
-        if isinstance(frame, Exception):
-            raise frame
-        return frame
+    def receive(self) -> list[bytes]:
+        """The frames before the next error, or the error; without one, the end of the loader."""
+        come: list[bytes] = []
+        while self.frames and isinstance(frame := self.frames[0], bytes):
+            come.append(frame)
+            self.frames.pop(0)
+        if come:
+            return come
+        ending = self.frames.pop(0) if self.frames else EOFError()
+        assert isinstance(ending, Exception)
+        raise ending
 
     def fileno(self) -> int:
         """For the selector, which is not asked."""
@@ -141,6 +148,7 @@ class PoolParts:
         self.pool._add(process, connection)
         connection.sent.clear()
         loader = self.pool._loaders[-1]
+        loader.frames = connection
         loader.is_ready = is_ready
         return loader
 

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import ExitCode, FatalError
-from shiwu_worker.loaders.pool import MAX_FAILED_STARTS, RESTART_PAUSE_S
+from shiwu_worker.loaders.pool import CHECK_INTERVAL_S, MAX_FAILED_STARTS, RESTART_PAUSE_S
 from shiwu_worker.loaders.protocol import ENCODER, LoadFailed, LoadResult, ProtocolError, Ready, SandboxFault
 from tests.support.loader_stubs import THREADS, Connection, PoolParts, Process, failed, hold, loaded, make_task
 
@@ -66,8 +66,8 @@ def test_loader_that_takes_no_task_is_killed(parts: PoolParts) -> None:
     loader.connection.is_broken = True
     parts.pool._assign()
     assert loader.process.was_killed
-    assert list(loader.held) == [1]
-    assert len(parts.pool._waiting) == 1
+    assert len(loader.held) + len(parts.pool._waiting) == 2
+    assert loader.held
 
 
 @pytest.mark.parametrize(
@@ -236,15 +236,14 @@ def test_missing_filter_is_logged_once(parts: PoolParts) -> None:
     ids=["end", "reset", "junk", "other ticket"],
 )
 def test_loader_that_ends_or_lies_is_killed(parts: PoolParts, frame: bytes | Exception, part: str | None) -> None:
-    """Frames that came before count; those behind it are not read, and the selector forgets it."""
+    """Frames that came before count; those behind it do not, and the selector forgets it."""
     loader = parts.loader(is_ready=False)
-    loader.connection.frames = [ENCODER.encode(Ready()), frame, ENCODER.encode(Ready("late"))]
+    loader.connection.frames = [ENCODER.encode(Ready()), frame, ENCODER.encode(SandboxFault("late"))]
     with capture_logs() as logs:
-        parts.pool._receive(loader, [])
+        while parts.selector.registered:
+            parts.pool._receive(loader, [])
     assert loader.is_ready
     assert loader.process.was_killed
-    assert parts.selector.registered == {}
-    assert len(loader.connection.frames) == 1
     assert [line["part"] for line in logs] == ([part] if part else [])
 
 
@@ -300,14 +299,36 @@ def test_pool_is_ready_with_all_its_loaders(ready: int, missing: int, *, is_read
 
 def test_started_processes_become_loaders(parts: PoolParts) -> None:
     """And the pool reads what its selector reports of them."""
-    connection = Connection()
+    connection: Any = Connection()
     parts.started = [(Process(7), connection)]
     parts.pool._poll()
     [loader] = parts.pool._loaders
+    loader.frames = connection
     connection.frames = [ENCODER.encode(Ready())]
     parts.selector.events = [None, loader, "another"]
     parts.pool._poll()
     assert loader.is_ready
+
+
+def test_loaders_are_checked_at_intervals_and_when_one_ends(parts: PoolParts) -> None:
+    """Not at each poll: there are thousands a second, and the check visits all loaders."""
+    loader = parts.loader()
+    parts.pool._poll()
+    parts.started = [(Process(7), Connection())]
+    for _ in range(3):
+        parts.pool._check_at_s = time.monotonic() + 60.0
+        parts.selector.events = [None]
+        parts.pool._poll()
+    assert parts.pool._loaders == [loader]
+    loader.connection.frames = [EOFError()]
+    parts.selector.events = [loader]
+    parts.pool._poll()
+    assert [each.process.pid for each in parts.pool._loaders] == [7]
+    assert parts.pool._check_at_s <= time.monotonic() + CHECK_INTERVAL_S
+    parts.started = [(Process(8), Connection())]
+    parts.selector.events = ["the fork server"]
+    parts.pool._poll()
+    assert [each.process.pid for each in parts.pool._loaders] == [7, 8]
 
 
 def test_refused_tasks_are_answered(parts: PoolParts) -> None:

@@ -78,7 +78,8 @@ class _Source:
             self.good_loads = 0
         elif is_good:
             self.good_loads += 1
-            self.mean_s += max(SLOW_WEIGHT, 1 / self.good_loads) * (seconds - self.mean_s)
+            weight = SLOW_WEIGHT if self.good_loads * SLOW_WEIGHT >= 1 else 1 / self.good_loads
+            self.mean_s += weight * (seconds - self.mean_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,15 @@ class HandOut:
         self._shares = shares
         self._threads = threads
         self._clock = clock
+        if fixed := shares.source_threads:
+            quick = usual = slow = fixed, max(1, fixed - shares.reserve_of(fixed))
+        else:
+            reserve, most_bulk = shares.reserve_of(threads), max(1, threads // 2)
+            most_bulk_slow = max(1, most_bulk // 4)
+            quick, usual = (threads, threads), (most_bulk + reserve, most_bulk)
+            slow = most_bulk_slow + reserve, most_bulk_slow
+        self._quick_limits, self._usual_limits, self._slow_limits = quick, usual, slow
+        """Most threads of one source in all, and most for bulk, which leaves some to interactive jobs of the source."""
         self._sources: OrderedDict[str, _Source] = OrderedDict()
         self._heaps: tuple[list[tuple[float, int, _Source]], ...] = ([], [])
         self._at_slow_limit: dict[str, _Source] = {}
@@ -138,12 +148,22 @@ class HandOut:
             self._forgive(self._clock())
         if not (self._heaps[INTERACTIVE] or self._heaps[BULK]):
             return None
-        has_bulk_room = self._held[BULK] < threads - self._shares.reserve_of(threads)
         for lane in (BULK, INTERACTIVE) if self._bulk_owed >= 1 else (INTERACTIVE, BULK):
-            if (lane == INTERACTIVE or has_bulk_room) and (task := self._pop(lane)) is not None:
+            if not self._heaps[lane]:
+                continue
+            if lane == BULK and self._held[BULK] >= threads - self._shares.reserve_of(threads):
+                continue
+            if (task := self._pop(lane)) is not None:
                 self._note_turn(lane)
                 return task
         return None
+
+    def take_several(self, count: int, *, threads: int) -> list[LoadTask]:
+        """The tasks for so many threads that are free now, fewer where no more may start; see `take`."""
+        tasks: list[LoadTask] = []
+        while len(tasks) < count and (task := self.take(threads)) is not None:
+            tasks.append(task)
+        return tasks
 
     def done(self, task: LoadTask, *, seconds: float = 0.0, has_failed: bool | None = None) -> None:
         """The thread of a task that `take` returned is free again.
@@ -163,7 +183,8 @@ class HandOut:
         for lane in (INTERACTIVE, BULK):
             if is_slow:
                 self._refuse_surplus(source, lane, now_s)
-            self._list(source, lane, now_s)
+            if source.waiting[lane] and not source.listed[lane]:
+                self._list(source, lane, now_s)
 
     def take_refused(self) -> list[Refused]:
         """The tasks that were refused since the last call."""
@@ -177,17 +198,9 @@ class HandOut:
 
     # -------------------------------------------------------------------------------- one source
     def _limits(self, source: _Source, now_s: float) -> tuple[int, int]:
-        """Most threads in all, and most for bulk, which leaves some to interactive jobs of the same source."""
-        fixed = self._shares.source_threads
-        if fixed:
-            return fixed, max(1, fixed - self._shares.reserve_of(fixed))
-        is_slow = source.is_slow(now_s)
-        if source.is_quick and not is_slow:
-            return self._threads, self._threads
-        most = max(1, self._threads // 2)
-        if is_slow:
-            most = max(1, most // 4)
-        return most + self._shares.reserve_of(self._threads), most
+        if source.is_slow(now_s):
+            return self._slow_limits
+        return self._quick_limits if source.is_quick else self._usual_limits
 
     def _may_start(self, source: _Source, lane: int, now_s: float) -> bool:
         most, most_bulk = self._limits(source, now_s)
@@ -252,7 +265,7 @@ class HandOut:
     def _note_turn(self, lane: int) -> None:
         """The bulk share adds up while bulk tasks wait."""
         if lane == BULK:
-            self._bulk_owed = max(0.0, self._bulk_owed - 1)
+            self._bulk_owed = self._bulk_owed - 1 if self._bulk_owed > 1 else 0.0
         elif self._waiting[BULK]:
             self._bulk_owed = min(2.0, self._bulk_owed + self._shares.bulk_share)
 

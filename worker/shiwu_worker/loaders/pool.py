@@ -25,6 +25,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.loaders.channel import FrameChannel
 from shiwu_worker.loaders.fork_server import ForkedProcess, ForkServerError
 from shiwu_worker.loaders.hand_out import HandOut
 from shiwu_worker.loaders.protocol import (
@@ -52,6 +53,8 @@ MAX_FAILED_STARTS: Final = 5
 """Loaders that may end one after the other before they are ready; then the worker ends."""
 RESTART_PAUSE_S: Final = 0.2
 POLL_INTERVAL_S: Final = 0.25
+CHECK_INTERVAL_S: Final = 0.05
+"""Longest pause between checks of the loaders while frames come; one that ends is checked immediately."""
 EXIT_TIMEOUT_S: Final = 5.0
 
 
@@ -61,6 +64,8 @@ class _Loader:
 
     process: ForkedProcess
     connection: Connection
+    """For the options, and to close."""
+    frames: FrameChannel
     is_ready: bool = False
     held: dict[int, tuple[LoadTask, float]] = field(default_factory=dict)
     """Ticket → task, and when it was sent."""
@@ -118,6 +123,8 @@ class LoaderPool:
         self._closing = threading.Event()
         self._all_ready = threading.Event()
         self._failed_starts = 0
+        self._check_at_s = 0.0
+        """When the loaders are checked next, on the monotonic clock."""
         self._selector = selectors.DefaultSelector()
         self._starter = LoaderStarter(self._selector, self._memory_fd)
         self._thread = ServiceThread("loaders", self._run, on_fatal=self._fail)
@@ -198,29 +205,38 @@ class LoaderPool:
                 self._drain_wake()
             elif isinstance(key.data, _Loader):
                 self._receive(key.data, results)
-        for process, connection in self._starter.advance():
-            self._add(process, connection)
-        for loader in [loader for loader in self._loaders if loader.process.has_ended]:
-            if loader.connection.fileno() in self._selector.get_map():
-                self._receive(loader, results)  # the results it sent before its end
-            self._restart(loader, ErrorCode.DECODER_CRASHED, results)
-        overdue_s = time.monotonic() - self._task_timeout_s
-        for loader in list(self._loaders):
-            if any(sent_s < overdue_s for _, sent_s in loader.held.values()):
-                self._restart(loader, ErrorCode.DECODER_TIMEOUT, results)
+            else:
+                self._check_at_s = 0.0  # the fork server has a loader, or the exit status of one
+        now_s = time.monotonic()
+        if now_s >= self._check_at_s:
+            self._check_at_s = now_s + CHECK_INTERVAL_S
+            self._check_loaders(now_s, results)
         with self._lock:
             refused = self._waiting.take_refused()
         results += [refused_result(each.task, each.pause_s) for each in refused]
         if results:
             self._on_loaded(results)
-        if not self._starter.missing and sum(loader.is_ready for loader in self._loaders) >= self._processes:
-            self._all_ready.set()
         self._assign()
 
+    def _check_loaders(self, now_s: float, results: list[LoadResult]) -> None:
+        """Take new loaders, and replace those that ended or hang."""
+        for process, connection in self._starter.advance():
+            self._add(process, connection)
+        for loader in [loader for loader in self._loaders if loader.process.has_ended]:
+            while loader.connection.fileno() in self._selector.get_map():
+                self._receive(loader, results)  # the results it sent before its end
+            self._restart(loader, ErrorCode.DECODER_CRASHED, results)
+        overdue_s = now_s - self._task_timeout_s
+        for loader in list(self._loaders):
+            if any(sent_s < overdue_s for _, sent_s in loader.held.values()):
+                self._restart(loader, ErrorCode.DECODER_TIMEOUT, results)
+        if not self._starter.missing and sum(loader.is_ready for loader in self._loaders) >= self._processes:
+            self._all_ready.set()
+
     def _receive(self, loader: _Loader, results: list[LoadResult]) -> None:
+        """Take what a loader has sent. At the end of its frames, the selector forgets it."""
         try:
-            while loader.connection.poll():
-                frame = read_loader_frame(loader.connection.recv_bytes(MAX_FRAME_BYTES))
+            for frame in map(read_loader_frame, loader.frames.receive()):
                 match frame:
                     case Ready():
                         self._on_ready(loader, frame)
@@ -229,24 +245,30 @@ class LoaderPool:
                     case _:
                         self._take_result(loader, frame, results)
         except (EOFError, OSError):
-            # The process has ended or is ending; the next poll handles it. Until then the selector must not report it.
-            self._selector.unregister(loader.connection)
-            loader.process.kill()
-            loader.process.wait(EXIT_TIMEOUT_S)
+            self._forget_frames(loader)
         except ProtocolError as error:
             log.error("loader_protocol_error", part="loader", error=str(error)[:200])
-            self._selector.unregister(loader.connection)  # it may have sent more that must not be believed
-            loader.process.kill()
-            loader.process.wait(EXIT_TIMEOUT_S)
+            self._forget_frames(loader)  # it may have sent more that must not be believed
+
+    def _forget_frames(self, loader: _Loader) -> None:
+        """End a loader that has ended, is ending or lied; the next check handles it."""
+        self._selector.unregister(loader.connection)
+        loader.process.kill()
+        loader.process.wait(EXIT_TIMEOUT_S)
+        self._check_at_s = 0.0
 
     def _thread_is_free(self, loader: _Loader, task: LoadTask, result: LoadResult | None = None) -> None:
         """A quarantined task has a loader of its own, so it is not counted."""
         if task.ticket == loader.isolated_ticket:
             return
         has_failed: bool | None = None
-        if result is not None and not (isinstance(result, LoadFailed) and result.is_untried):
-            has_failed = isinstance(result, LoadFailed) and result.error.stage is Stage.FETCH
-        seconds = 0.0 if result is None else result.fetched_s - result.started_s
+        seconds = 0.0
+        if result is not None:
+            seconds = result.fetched_s - result.started_s
+            if not isinstance(result, LoadFailed):
+                has_failed = False
+            elif not result.is_untried:
+                has_failed = result.error.stage is Stage.FETCH
         with self._lock:
             self._waiting.done(task, seconds=seconds, has_failed=has_failed)
 
@@ -269,7 +291,7 @@ class LoaderPool:
             results.append(result)
 
     def _on_ready(self, loader: _Loader, frame: Ready) -> None:
-        loader.is_ready, self._failed_starts = True, 0
+        loader.is_ready, self._failed_starts, self._check_at_s = True, 0, 0.0
         if frame.unfiltered_reason is not None and not self._has_warned_unfiltered:
             self._has_warned_unfiltered = True
             log.warning("sandbox_unavailable", reason=frame.unfiltered_reason[:200])
@@ -282,11 +304,14 @@ class LoaderPool:
         for loader in ready:
             if loader.is_isolated and not loader.held:
                 self._assign_quarantined(loader)
-            while loader in working and len(loader.held) < self._options.threads:
+        threads = self._options.threads
+        for loader in working:
+            if (room := threads - len(loader.held)) > 0:
                 with self._lock:
-                    task = self._waiting.take(len(working) * self._options.threads)
-                if task is None or not self._send(loader, task):
+                    tasks = self._waiting.take_several(room, threads=len(working) * threads)
+                if not tasks:
                     break
+                self._send(loader, tasks)
 
     def _isolate_one(self, ready: Sequence[_Loader]) -> None:
         """Isolate the loader with the fewest tasks if tasks are quarantined; it finishes the tasks it holds first."""
@@ -300,19 +325,19 @@ class LoaderPool:
         if self._quarantine:
             task = self._quarantine.popleft()
             loader.isolated_ticket = task.ticket
-            self._send(loader, task)
+            self._send(loader, [task])
         else:
             loader.is_isolated, loader.isolated_ticket = False, None
 
-    def _send(self, loader: _Loader, task: LoadTask) -> bool:
-        loader.held[task.ticket] = (task, time.monotonic())
+    def _send(self, loader: _Loader, tasks: Sequence[LoadTask]) -> None:
+        now_s = time.monotonic()
+        loader.held.update((task.ticket, (task, now_s)) for task in tasks)
         try:
-            loader.connection.send_bytes(ENCODER.encode(task))
+            loader.frames.send(tasks)
         except OSError:
-            # It has ended, or does not read what may be half a frame; the next poll takes back all its tasks.
+            # It has ended, or does not read what may be half a frame; the next check takes back all its tasks.
             loader.process.kill()
-            return False
-        return True
+            self._check_at_s = 0.0
 
     def _restart(self, loader: _Loader, code: ErrorCode, results: list[LoadResult]) -> None:
         """Kill and reap a loader, fail or quarantine its tasks, and start a replacement."""
@@ -348,7 +373,7 @@ class LoaderPool:
             connection.send_bytes(self._environment)
         except OSError:
             process.kill()
-        loader = _Loader(process, connection)
+        loader = _Loader(process, connection, FrameChannel(connection.fileno(), max_bytes=MAX_FRAME_BYTES))
         self._loaders.append(loader)
         self._selector.register(connection, selectors.EVENT_READ, loader)
 

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from shiwu.contract import ErrorCode, ErrorInfo, Stage
 from shiwu.network.http_client import LOOKUPS_PER_THREAD, HttpClient
 from shiwu_worker.errors import JobError, Rejected, Unavailable
+from shiwu_worker.loaders.channel import FrameChannel
 from shiwu_worker.loaders.protocol import (
-    ENCODER,
     ENVIRONMENT,
     LOAD_TASK,
     MAX_FRAME_BYTES,
@@ -68,13 +68,13 @@ class LoaderProcess:
     def __init__(
         self,
         options: LoaderOptions,
-        connection: Connection,
+        frames: FrameChannel,
         sandbox: DecodeSandbox,
         *,
         pixels: NDArray[np.uint8],
         known_images: KnownImages,
     ) -> None:
-        self._connection = connection
+        self._frames = frames
         self._pixels = pixels
         self._known_images = known_images
         self._shares_images = options.known_images > 0
@@ -107,10 +107,11 @@ class LoaderProcess:
         self._send(Ready(self._sandbox.unfiltered_reason))
         while True:
             try:
-                frame = self._connection.recv_bytes(MAX_FRAME_BYTES)
+                frames = self._frames.receive()
             except (EOFError, OSError):
                 return
-            self._tasks.put(LOAD_TASK.decode(frame))
+            for frame in frames:
+                self._tasks.put(LOAD_TASK.decode(frame))
 
     def _work(self, number: int) -> None:
         while True:
@@ -220,10 +221,9 @@ class LoaderProcess:
         os._exit(status if status > 0 else 1)
 
     def _send(self, frame: LoaderFrame) -> None:
-        data = ENCODER.encode(frame)
         try:
             with self._send_lock:
-                self._connection.send_bytes(data)
+                self._frames.send([frame])
         except OSError:
             os._exit(0)  # the parent has ended, so no result is needed
 
@@ -269,4 +269,6 @@ def serve(connection_fd: int, memory_fd: int) -> None:
     for kind, limit in _resource_limits(options).items():
         resource.setrlimit(kind, (limit, limit))
     pixels, known_images = map_memory(memory_fd, options)
-    LoaderProcess(options, connection, sandbox, pixels=pixels, known_images=known_images).run()
+    # Only now: what it reads ahead must not be in the memory of the sandbox.
+    frames = FrameChannel(connection_fd, max_bytes=MAX_FRAME_BYTES)
+    LoaderProcess(options, frames, sandbox, pixels=pixels, known_images=known_images).run()

@@ -1,7 +1,8 @@
 """The frames between a worker and its loader processes: JSON, never pickle.
 
-A loader gets three frames at its start: `SandboxOptions`, `LoaderOptions` and an environment. Then it gets tasks. It
-sends `LoaderFrame`s, which the pool checks: a loader reads what untrusted servers send.
+A loader gets three frames at its start: `SandboxOptions`, `LoaderOptions` and an environment. They have lengths, so it
+reads none before its time. Then it gets tasks and sends `LoaderFrame`s through `channel.FrameChannel`. The pool checks
+these: a loader reads what untrusted servers send.
 """
 
 from __future__ import annotations

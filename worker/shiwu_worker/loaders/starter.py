@@ -23,7 +23,7 @@ FORK_TIMEOUT_S: Final = 15.0
 MAX_FAILURES: Final = 2
 """Fork servers that may end or hang one after the other without a fork; then the pool ends."""
 FRAME_TIMEOUT_S: Final = 5
-"""Longest wait for the rest of a frame of a loader, and for a loader to take one; then it is replaced."""
+"""Longest wait for a loader to take a frame; then it is replaced."""
 
 
 @dataclass(frozen=True)
