@@ -40,7 +40,7 @@ class Connection:
     def __init__(self) -> None:
         self.sent: list[bytes] = []
         self.frames: list[bytes | Exception] = []
-        """What comes: all of it at once, up to an error, which ends it."""
+        """What comes: all of it in one call, up to an error, which ends it."""
         self.is_broken = self.is_closed = False
 
     def send_bytes(self, data: bytes) -> None:

@@ -306,9 +306,9 @@ class LoaderPool:
                 self._assign_quarantined(loader)
         threads = self._options.threads
         for loader in working:
-            if (room := threads - len(loader.held)) > 0:
+            if (free := threads - len(loader.held)) > 0:
                 with self._lock:
-                    tasks = self._waiting.take_several(room, threads=len(working) * threads)
+                    tasks = self._waiting.take_several(free, threads=len(working) * threads)
                 if not tasks:
                     break
                 self._send(loader, tasks)
