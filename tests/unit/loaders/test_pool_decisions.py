@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -13,8 +14,17 @@ from structlog.testing import capture_logs
 
 from shiwu.contract import ErrorCode, Stage
 from shiwu_worker.errors import ExitCode, FatalError
+from shiwu_worker.loaders.channel import FrameChannel
 from shiwu_worker.loaders.pool import CHECK_INTERVAL_S, MAX_FAILED_STARTS, RESTART_PAUSE_S
-from shiwu_worker.loaders.protocol import ENCODER, LoadFailed, LoadResult, ProtocolError, Ready, SandboxFault
+from shiwu_worker.loaders.protocol import (
+    ENCODER,
+    MAX_FRAME_BYTES,
+    LoadFailed,
+    LoadResult,
+    ProtocolError,
+    Ready,
+    SandboxFault,
+)
 from tests.support.loader_stubs import THREADS, Connection, PoolParts, Process, failed, hold, loaded, make_task
 
 
@@ -245,6 +255,28 @@ def test_loader_that_ends_or_lies_is_killed(parts: PoolParts, frame: bytes | Exc
     assert loader.is_ready
     assert loader.process.was_killed
     assert [line["part"] for line in logs] == ([part] if part else [])
+
+
+def test_begun_frame_delays_no_other_loader(parts: PoolParts) -> None:
+    """The pool does not wait for its end; the loader is replaced when its task is overdue."""
+    slow, fine = parts.loader(), parts.loader()
+    own_end, loader_end = socket.socketpair()
+    with own_end, loader_end:
+        slow.frames = FrameChannel(own_end.fileno(), max_bytes=MAX_FRAME_BYTES)
+        loader_end.sendall(ENCODER.encode(loaded(1))[:-1])
+        hold(slow, 1, sent_s=time.monotonic() - 59.0)
+        hold(fine, 2)
+        parts.pool._waiting._source("s").held[1] = parts.pool._waiting._held[1] = 2
+        fine.connection.frames = [ENCODER.encode(loaded(2))]
+        parts.selector.events = [slow, fine]
+        parts.pool._poll()
+        assert [[result.ticket for result in results] for results in parts.results] == [[2]]
+        assert not slow.process.was_killed
+        slow.held[1] = (slow.held[1][0], time.monotonic() - 61.0)
+        parts.pool._check_at_s = 0.0
+        parts.pool._poll()
+    assert slow.process.was_killed
+    assert not fine.process.was_killed
 
 
 def test_fault_of_a_sandbox_is_logged(parts: PoolParts) -> None:
