@@ -17,8 +17,10 @@ from shiwu.broker.sharding import PoolOptions, ShardRedis, keep_shard_count, ope
 from shiwu.celery import options
 from shiwu.contract import RETENTION, Lane
 from shiwu_worker.stages.claim.notifier import LaneNotifier
+from tests.support.both_clients import OpenClient
 from tests.support.celery_client import celery_client
 from tests.support.certificates import Certificate
+from tests.support.processes import LOOPBACK, free_ports
 from tests.support.redis_server import RedisServer, valkey_binary
 from tests.support.tls_front import TlsFront
 from tests.support.valkey_cluster import SLOTS, ValkeyCluster
@@ -214,6 +216,22 @@ def test_other_shards_go_on_during_a_failover(tmp_path: Path) -> None:
         cluster.server(killed).start()
         wait_until(lambda: cluster.ask(killed, "ROLE")[0] == b"slave", timeout_s=30)
         assert [client.incr("x") for client in hit] == [3] * len(hit)
+
+
+def test_node_that_has_left_the_cluster_is_passed_over(
+    cluster: ValkeyCluster, open_client: OpenClient, tmp_path: Path
+) -> None:
+    """It is named by the URL and still runs; either client asks the next node then."""
+    lonely = RedisServer(folder=tmp_path, binary=valkey_binary(), config={"cluster-enabled": "yes"})
+    lonely.config["cluster-port"] = str(free_ports(1)[0])
+    try:
+        url = f"cluster://{LOOPBACK}:{lonely.start().port},{cluster.seeds}/?shards=16"
+        with opened(url) as shards:
+            assert until_done(shards[5].ping)[0]
+        with open_client(url) as client:
+            assert until_done(client.queue_state)[0].dead == 0
+    finally:
+        lonely.stop()
 
 
 def test_hung_node_delays_its_own_shards_only(tmp_path: Path) -> None:

@@ -28,7 +28,11 @@ class _ToSlot(_Base):
     async def _connect(self) -> Any:
         # A thread, because the map may have to ask nodes, and several connections share its answer.
         self.host, self.port = await asyncio.to_thread(self._map.primary_of, self.shard.slot or 0)
-        return await super()._connect()  # type: ignore[no-untyped-call]  # redis' own
+        try:
+            return await super()._connect()  # type: ignore[no-untyped-call]  # redis' own
+        except OSError:
+            await asyncio.to_thread(self._map.distrust)
+            raise
 
     # redis-py packs single commands, pipelines and subscriptions by this method.
     def pack_command(self, *args: Any) -> Any:

@@ -44,6 +44,8 @@ class ClusterMap:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._asked_s = -inf
+        self._told_by: Node | None = None
+        """The node of whom the map is."""
         self._failure: redis.RedisError | None = None
         self._starts: list[int] = []
         self._ranges: list[tuple[int, Node]] = []
@@ -67,6 +69,7 @@ class ClusterMap:
         finally:
             lock.release()
         if found is None:
+            self.distrust()
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
             raise redis.ConnectionError(
@@ -79,6 +82,12 @@ class ClusterMap:
         """Remember what a node said about the place of a slot, until the map is asked for again."""
         with self._own_lock():
             self._moved[slot] = node
+
+    def distrust(self) -> None:
+        """Ask the others first next time: a node that is cut off from them, or not one of them, tells an old map."""
+        with self._own_lock():
+            if self._told_by in self._nodes:
+                self._put_last(self._told_by)
 
     def _own_lock(self) -> threading.Lock:
         if self._pid != os.getpid():
@@ -114,12 +123,15 @@ class ClusterMap:
 
     def _fail(self, node: Node, error: redis.RedisError | OSError) -> None:
         """Ask this node last from now on. An error that only the operator can remove is the one to report."""
-        self._nodes.remove(node)
-        self._nodes.append(node)
+        self._put_last(node)
         if not isinstance(error, redis.RedisError):
             error = redis.ConnectionError(f"{node[0]}:{node[1]}: {error}")
         if self._failure is None or (info_of(self._failure).is_temporary and not info_of(error).is_temporary):
             self._failure = error
+
+    def _put_last(self, node: Node) -> None:
+        self._nodes.remove(node)
+        self._nodes.append(node)
 
     def _read(self, reply: Any, *, asked: Node) -> None:
         """Take over a reply to CLUSTER SLOTS: `[first, last, [host, port, …], replicas…]` for each range."""
@@ -130,6 +142,7 @@ class ClusterMap:
         self._ranges = [(last, nodes[0]) for _, last, nodes in ranges]
         self._moved.clear()
         self._failure = None
+        self._told_by = asked
         known = dict.fromkeys(chain([asked], self._seeds, *(nodes for _, _, nodes in ranges)))
         self._nodes = list(known)
 

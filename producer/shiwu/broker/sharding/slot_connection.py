@@ -43,7 +43,11 @@ class _ToSlot(_Base):
     # redis-py calls this and not always `connect`.
     def _connect(self) -> Any:
         self.host, self.port = self._map.primary_of(self.shard.slot)
-        return super()._connect()  # type: ignore[no-untyped-call]  # redis' own
+        try:
+            return super()._connect()  # type: ignore[no-untyped-call]  # redis' own
+        except OSError:
+            self._map.distrust()
+            raise
 
     def read_response(self, *args: Any, **options: Any) -> Any:
         """The next reply.
@@ -84,6 +88,8 @@ def leave_node(
         return None
     if isinstance(error, exceptions.MovedError):
         cluster_map.has_moved(int(error.slot_id), (error.host or node[0], int(error.port)))
+    else:
+        cluster_map.distrust()
     where = f"{node[0]}:{node[1]}"
     return redis.ConnectionError(f"{where} refuses slot {shard.slot}: {type(error).__name__} {error}"[:300])
 

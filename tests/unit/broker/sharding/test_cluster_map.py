@@ -138,3 +138,29 @@ def test_map_is_free_after_a_fork(nodes: Nodes, monkeypatch: pytest.MonkeyPatch)
     assert found.primary_of(0) == A
     found.has_moved(0, B)
     assert found.primary_of(0) == B
+
+
+def test_node_whose_map_proved_wrong_is_asked_last(nodes: Nodes) -> None:
+    """As one that is cut off from the others, and does not know that a replica has taken over its slots."""
+    nodes.replies[A] = [[0, 99, [b"a", 1, b"id"]]]
+    nodes.replies[B] = [[0, 99, [b"c", 3, b"id"]]]
+    found = map_of(nodes)
+    assert found.primary_of(0) == A
+    found.distrust()
+    found.distrust()
+    assert found.primary_of(0) == A
+    for _ in range(2):
+        nodes.clock.now_s += cluster_map.REFRESH_S
+        assert found.primary_of(0) == C
+    assert [node for node, _ in nodes.asked] == [A, B, B]
+
+
+def test_node_that_knows_no_primary_is_asked_last(nodes: Nodes) -> None:
+    """As one that has left the cluster and is still named by the URL."""
+    nodes.replies[A] = []
+    nodes.replies[B] = [[0, 99, [b"c", 3, b"id"]]]
+    found = map_of(nodes)
+    with pytest.raises(redis.ConnectionError, match="a primary for slot 0"):
+        found.primary_of(0)
+    nodes.clock.now_s += cluster_map.REFRESH_S
+    assert found.primary_of(0) == C
