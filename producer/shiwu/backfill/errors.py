@@ -17,6 +17,12 @@ class TakenOver(BackfillError):
     code = "backfill_taken_over"
 
 
+class StateLost(BackfillError):
+    """Redis has lost writes that it had acknowledged, as in a failover. The run begins again with what is left."""
+
+    code = "backfill_state_lost"
+
+
 class WrongState(BackfillError):
     """The backfill is not in a state in which this is possible."""
 

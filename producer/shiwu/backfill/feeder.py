@@ -14,7 +14,7 @@ from typing import Any, Final
 import redis
 
 from shiwu.backfill.entries import Entry, Job, JobMaker, KeptRecord
-from shiwu.backfill.open_jobs import MAX_PORTION, OpenJobs
+from shiwu.backfill.open_jobs import MAX_PORTION, OpenJobs, RecentJobs
 from shiwu.backfill.plan import Pace, Plan
 from shiwu.backfill.sources.base import Source
 from shiwu.backfill.state import BackfillState, Change, Saved
@@ -80,6 +80,7 @@ class Feeder:
         maker: JobMaker,
         source: Source,
         open_jobs: OpenJobs,
+        recent: RecentJobs,
         pace: Pace,
         is_answered_skipped: bool,
         on_refused: Callable[[Job], None],
@@ -93,6 +94,7 @@ class Feeder:
         self._source = source
         self._entries: Iterator[Entry] | None = None
         self._open = open_jobs
+        self._recent = recent
         self._pace = pace
         self._rate = RateLimit(pace.rate)
         self._is_answered_skipped = is_answered_skipped
@@ -155,7 +157,7 @@ class Feeder:
             job = self._maker.make(entry)
             if job.id not in self._open:
                 jobs[job.id] = job
-        for job_id in self._answered_before(list(jobs)):
+        for job_id in self._answered_before([job_id for job_id in jobs if job_id not in self._recent.lost]):
             del jobs[job_id]
         counts = {"read": scanned, "left_out": scanned - len(entries), "repeated": len(entries) - len(jobs)}
         counts["sent"] = sum(1 for job in jobs.values() if job.request is not None)
@@ -165,6 +167,7 @@ class Feeder:
         opened = [(job.id, KeptRecord(self._portion + 1, job.record).to_bytes()) for job in jobs.values()]
         self._state.write(Change(fields, counts, opened=opened))
         self._portion += 1
+        self._recent.register(self._portion, list(jobs))
         self.read += scanned
         self.left_out += counts["left_out"]
         self.sent += counts["sent"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 MAX_PORTION: Final = 1000
 """Jobs that are registered and sent in one step."""
+MAX_RECENT: Final = 100_000
+"""Jobs that are remembered in case Redis loses their portions; about 10 MB."""
 
 
 class OpenJobs:
@@ -48,3 +51,28 @@ class OpenJobs:
     def without_answer(self) -> Iterator[str]:
         """Yield the ids of those that have no answer."""
         return (job_id for job_id in self._references if job_id not in self._answered)
+
+
+class RecentJobs:
+    """The newest portions of this process. Where Redis loses one, its jobs may be answered and have no row."""
+
+    def __init__(self) -> None:
+        self._portions: deque[tuple[int, Sequence[str]]] = deque()
+        self._count = 0
+        self.lost: set[str] = set()
+        """Jobs whose portions Redis has lost, and that are not registered again yet."""
+
+    def register(self, portion: int, job_ids: Sequence[str]) -> None:
+        """Add the next portion."""
+        self.lost.difference_update(job_ids)
+        self._portions.append((portion, job_ids))
+        self._count += len(job_ids)
+        while self._count > MAX_RECENT:
+            self._count -= len(self._portions.popleft()[1])
+
+    def set_back(self, portion: int) -> None:
+        """Record that Redis knows no later portion than this one."""
+        while self._portions and self._portions[-1][0] > portion:
+            job_ids = self._portions.pop()[1]
+            self._count -= len(job_ids)
+            self.lost.update(job_ids)

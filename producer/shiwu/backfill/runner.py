@@ -21,10 +21,12 @@ import redis
 
 from shiwu.backfill.collector import Collector, refused_jobs
 from shiwu.backfill.entries import JobMaker, KeptRecord
+from shiwu.backfill.errors import StateLost, TakenOver, WrongState
 from shiwu.backfill.feeder import Feeder
-from shiwu.backfill.open_jobs import OpenJobs
+from shiwu.backfill.open_jobs import OpenJobs, RecentJobs
 from shiwu.backfill.plan import Pace, Window, read_window
-from shiwu.backfill.sources.base import Source
+from shiwu.backfill.sources.base import NoSource, Source
+from shiwu.backfill.sources.lines import StandardInput
 from shiwu.backfill.state import BackfillState, Change, Saved
 from shiwu.backfill.summary import manifest_of, summary_of
 from shiwu.backfill.targets import MANIFEST, SUMMARY, TEMPORARY, prepare
@@ -34,6 +36,7 @@ from shiwu.broker.sharding import shard_of
 from shiwu.broker.steps import OnShards, Steps, run
 from shiwu.client.client import Client
 from shiwu.client.sender import Sender, read_lane
+from shiwu.client.stream_items import log
 from shiwu.contract import Lane
 from shiwu.parts import Objects, Target, open_target
 
@@ -158,6 +161,7 @@ class Runner:
         self._clock = clock
         self._state = BackfillState(self._shards[0], name, is_stopping=is_stopping)
         self._open = OpenJobs()
+        self._recent = RecentJobs()
         self._token = secrets.token_hex(4)
         self._window: Window | None = read_window(pace.window) if pace.window else None
         self._wanted = ""
@@ -169,7 +173,7 @@ class Runner:
         self._phase = Phase.RUNNING
         self._resent_s = 0.0
         self._ran_before = Totals()
-        self._source: Source
+        self._source: Source = NoSource()
         self._target: Target | None = None
         self._feeder: Feeder
         self._collector: Collector
@@ -181,9 +185,17 @@ class Runner:
             BackfillError: it cannot go on; after the cause is gone, a start goes on where it was.
             redis.RedisError: Redis refuses a command, or was unavailable when the process stopped.
         """
+        while True:
+            try:
+                return self._run_once()
+            except StateLost as error:
+                # What this process knows is newer than what Redis knows, as after a crash of the process it is older.
+                log.warning("%s; beginning again with what is left", error)
+                self._open, self._is_over, self._phase = OpenJobs(), False, Phase.RUNNING
+
+    def _run_once(self) -> Phase:
         with ExitStack() as stack:
             saved = self._begin()
-            stack.callback(self._source.close)
             self._resume(saved, stack)
             while not self._is_stopping():
                 if self._turn():
@@ -198,18 +210,27 @@ class Runner:
 
     # -------------------------------------------------------------------------------- begin
     def _begin(self) -> Saved:
-        self._state.take(self._token, now_ms=self._now_ms())
-        saved = self._state.read()
-        if saved is None:
-            raise RuntimeError("expected a state: it was created before the run")
+        name, call = self._state.name, self._state.when_available
+        if call(self._state.read) is None:
+            raise WrongState(f"{name}: Redis has lost the state of this backfill; start it again, with another --out")
+        now_ms = self._now_ms()
+        call(lambda: self._state.take(self._token, now_ms=now_ms))
+        saved = call(self._state.read)
+        if saved is None or saved.phase in {Phase.FINISHED, Phase.CANCELLED}:
+            raise TakenOver(f"{name}: another process has ended this backfill; this one ends")
+        if isinstance(self._source, StandardInput) and not saved.is_source_done:
+            text = "Redis has lost the place in standard input, which cannot be read twice"
+            raise WrongState(f"{name}: {text}; start it under another name with the same list")
         self._source = self._open_the_source(saved)
         return saved
 
     def _resume(self, saved: Saved, stack: ExitStack) -> None:
+        stack.callback(self._source.close)
         if saved.plan.out:
             self._target = open_target(saved.plan.out, objects=self._objects, temporary=TEMPORARY)
             stack.callback(self._target.close)
-            prepare(self._target, saved.parts.values())
+            prepare(self._target, list(saved.parts.values()))
+        self._recent.set_back(saved.portion)
         self._ran_before = saved.totals
         self._wanted = saved.wanted
         self._collector = Collector(
@@ -233,12 +254,13 @@ class Runner:
             maker=JobMaker(self._state.name, saved.plan.fields),
             source=self._source,
             open_jobs=self._open,
+            recent=self._recent,
             pace=self._pace,
             is_answered_skipped=self._pace.is_missing_only or not self._source.is_unique or saved.passes > 1,
             on_refused=lambda job: self._collector.refuse(job, now_ms=self._now_ms()),
         )
         self._collector.make_group()
-        kept = dict(self._state.open_jobs())
+        kept = self._state.when_available(lambda: dict(self._state.open_jobs()))
         self._open.open((job_id, one.record.image) for job_id, one in kept.items())
         for job in refused_jobs(list(kept.items())):
             self._collector.refuse(job, now_ms=self._now_ms())
@@ -308,7 +330,8 @@ class Runner:
             count = len(self._shards)
             missing = [job_id for job_id in self._collector.look_up() if shard_of(job_id, shards=count) in empty]
             missing = self._collector.give_up_lost(missing, now_ms=self._now_ms())
-            self._feeder.send_again(list(self._state.records(missing)), is_lost=True)
+            lost = self._state.when_available(lambda: list(self._state.records(missing)))
+            self._feeder.send_again(lost, is_lost=True)
 
     def _shards_with_empty_lane(self) -> set[int]:
         lane = read_lane(self._pace.lane)
@@ -346,13 +369,13 @@ class Runner:
             self._phase = Phase.FINISHED
         self._control(is_last=True)
         phase, ended_ms = str(self._phase), self._now_ms()
-        saved = self._state.read()
+        saved = self._state.when_available(self._state.read)
         if self._target is not None and saved is not None:
             self._target.put(SUMMARY, summary_of(self._state.name, saved, phase=phase, ended_ms=ended_ms))
             self._target.put(MANIFEST, manifest_of(self._state.name, saved))
         self._collector.drop_group()
         self._state.write(Change({"phase": phase, "wanted": "", "ended_ms": repr(ended_ms), "owner": ""}))
-        self._state.expire()
+        self._state.when_available(self._state.expire)
         return self._phase
 
 

@@ -210,7 +210,8 @@ class Session:
                 is_stopping=stop.is_set,
             )
             phase = runner.run()
-        saved = self.saved(name)
+        state = BackfillState(self.redis, name, is_stopping=stop.is_set)
+        saved = state.when_available(lambda: self.saved(name))
         totals = saved.totals
         failures = failures_of(totals.by("code"))
         text = f"{totals.answered:,} answers, {totals.failed:,} without tags{f' ({failures})' if failures else ''}"

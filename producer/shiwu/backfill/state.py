@@ -11,7 +11,7 @@ import msgspec
 import redis
 
 from shiwu.backfill.entries import KeptRecord
-from shiwu.backfill.errors import TakenOver, WrongState
+from shiwu.backfill.errors import StateLost, TakenOver, WrongState
 from shiwu.backfill.plan import Pace, Plan
 from shiwu.backfill.totals import Totals
 from shiwu.broker.chunks import chunks
@@ -147,6 +147,7 @@ class BackfillState:
         self._script = load_script(client, "write", package="shiwu.backfill")
         self._is_stopping = is_stopping
         self._token = ""
+        self._take = 0
         self._number = 0
         self._noted = Change()
 
@@ -176,11 +177,12 @@ class BackfillState:
 
     def take(self, token: str, *, now_ms: float) -> None:
         """Become the owner; from now on writes of an earlier owner are refused."""
-        self._token, self._number = token, 0
+        self._token, self._number, self._noted = token, 0, Change()
         with self._redis.pipeline() as pipe:
+            pipe.hincrby(self._key, "takes", 1)
             pipe.hset(self._key, mapping={"owner": token, "seq": "0", "heartbeat_ms": repr(now_ms)})
             pipe.persist(self._key)
-            pipe.execute()
+            self._take = int(pipe.execute()[0])
 
     def reopen(self, pace: Pace, *, is_new_pass: bool) -> None:
         """Let an ended backfill go on, from the beginning of its source where this is a new pass; set its pace."""
@@ -208,14 +210,17 @@ class BackfillState:
 
         Raises:
             TakenOver: another process is the owner now.
+            StateLost: the write before this one is gone, or that by which this process became the owner.
             redis.RedisError: Redis refuses the write, or is unavailable while the process stops.
         """
         change.add(self._noted)
         self._number += 1
         pairs = [part for pair in change.opened for part in pair]
         changes = msgspec.json.encode({"set": change.fields, "incr": change.increments})
-        args = [self._token, self._number, changes, len(change.opened), *pairs, *change.closed]
+        args = [self._token, self._take, self._number, changes, len(change.opened), *pairs, *change.closed]
         status, wanted = self.when_available(lambda: self._script(keys=[self._key, self._open_key], args=args))
+        if status == b"lost":
+            raise StateLost(f"{self.name}: Redis has lost writes that it had acknowledged, as after a failover")
         if status != b"ok":
             raise TakenOver(f"{self.name}: another process runs this backfill now; this one ends")
         self._noted = Change()

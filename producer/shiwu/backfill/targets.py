@@ -1,12 +1,14 @@
 """The parts that a backfill has written, and what it has left of others.
 
 A part gets a temporary name first. Only after Redis has recorded it, it gets its own name. So each file with a name of
-its own holds rows that no other part holds, whatever crashes.
+its own holds rows that no other part holds, whatever crashes. A part whose record Redis has lost, as in a failover, is
+deleted, because its rows are written again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
 from typing import Final
 
 from shiwu.backfill.state import Part
@@ -16,10 +18,11 @@ TEMPORARY: Final = ".backfill-"
 MANIFEST: Final = "manifest.json"
 SUMMARY: Final = "summary.json"
 PART_NAME: Final = "part-"
+_PART: Final = re.compile(rf"{PART_NAME}\d{{5,}}\.[a-z]+")
 
 
-def prepare(target: Target, parts: Iterable[Part]) -> None:
-    """Give recorded parts their names, and delete what a process has left that ended before it recorded a part.
+def prepare(target: Target, parts: Sequence[Part]) -> None:
+    """Give recorded parts their names, and delete what was written and is not recorded.
 
     Raises:
         TargetError: a recorded part is missing.
@@ -30,8 +33,9 @@ def prepare(target: Target, parts: Iterable[Part]) -> None:
             target.publish(part.temp, part.name)
         elif part.name not in found:
             raise TargetError(f"expected the part {part.name} in the output, it is missing; start where it was written")
+    recorded = {part.name for part in parts}
     for name in target.names():
-        if name.startswith(TEMPORARY):
+        if name.startswith(TEMPORARY) or (_PART.fullmatch(name) and name not in recorded):
             target.delete(name)
 
 
