@@ -14,7 +14,7 @@ import redis
 
 from shiwu.broker.backoff import MAX_PAUSE_S, Backoff
 from shiwu.broker.chunks import chunks
-from shiwu.broker.redis_errors import explain, info_of
+from shiwu.broker.redis_errors import RedisCode, classify, explain, info_of
 from shiwu.broker.steps import Pause, Steps, run
 from shiwu.client.results import TagResult
 from shiwu.contract import RESULT_STREAM, printable
@@ -165,6 +165,8 @@ def _acknowledge(client: Any, *, group: str, entry_ids: Sequence[str | bytes]) -
 class Outage:
     """Gives pauses while Redis is unavailable, each longer than the last up to a limit; logs the begin and the end.
 
+    Another reason is logged too, as where a replica has taken over and refuses writes for want of a replica.
+
     Args:
         away_s: how long it may last before its error is raised; None: forever.
         shard: the shard that is meant; None on one server.
@@ -174,6 +176,8 @@ class Outage:
         self._away_s = away_s
         self._shard = shard
         self._since_s: float | None = None
+        self._reasons: set[RedisCode] = set()
+        """Those that were logged since the begin."""
         self._backoff = Backoff(max_s=max_pause_s)
 
     @property
@@ -191,7 +195,8 @@ class Outage:
         since_s = now_s if self._since_s is None else self._since_s
         if not info_of(error).is_temporary or (self._away_s is not None and now_s - since_s >= self._away_s):
             raise error
-        if self._since_s is None:
+        if (reason := classify(error)) not in self._reasons:
+            self._reasons.add(reason)
             text = explain(error)
             log.warning("%s; trying again", text if self._shard is None else f"shard {self._shard}: {text}")
         self._since_s = since_s
@@ -204,6 +209,7 @@ class Outage:
         elif self._since_s is not None:
             log.warning("shard %d answers again, after %.1f s", self._shard, time.monotonic() - self._since_s)
         self._since_s = None
+        self._reasons.clear()
         self._backoff.reset()
 
 

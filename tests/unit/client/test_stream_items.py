@@ -83,6 +83,20 @@ def test_outage_has_growing_pauses_and_two_log_lines(pauses: list[float], caplog
     assert len(caplog.records) == 3
 
 
+def test_outage_logs_each_reason_once(pauses: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    """As of a primary that is gone, and of its replica that has taken over and lacks a replica of its own."""
+    outage = Outage(away_s=None, shard=3)
+    with caplog.at_level(logging.WARNING, logger="shiwu"):
+        for _ in range(2):
+            wait(outage)
+            wait(outage, redis.ResponseError("NOREPLICAS Not enough good replicas to write."))
+    assert [record.message.split(": ")[:2] for record in caplog.records] == [
+        ["shard 3", "redis_away"],
+        ["shard 3", "redis_not_replicated"],
+    ]
+    assert len(pauses) == 4
+
+
 def test_outage_ends_after_its_time(pauses: list[float]) -> None:
     """Measured from its first error; 0 allows none."""
     with pytest.raises(redis.ConnectionError):
