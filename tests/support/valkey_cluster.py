@@ -20,6 +20,8 @@ FAILOVER_MS: Final = 1_000
 """After so long without a reply of a node its replica takes over. A busy machine may need longer to reply."""
 NO_FAILOVER_MS: Final = 5_000
 """The same time where there is no replica, so that no busy node counts as failed."""
+PAUSE_MS: Final = 10_000
+"""How long a primary that is to be killed takes no writes, until its replica has caught up."""
 CONFIG: Final = {
     "cluster-enabled": "yes",
     "cluster-require-full-coverage": "no",
@@ -123,6 +125,37 @@ class ValkeyCluster:
     def wait_complete(self, *, timeout_s: float = 60.0) -> None:
         """Wait until all nodes know all slots, and every replica follows its primary."""
         wait_until(self._is_complete, timeout_s=timeout_s, every_s=0.05, what="all nodes know all slots and replicas")
+
+    def wait_caught_up(self, slot: int) -> tuple[int, int]:
+        """Wait until the replica of a slot has all that its primary had acknowledged; the ports of both."""
+        primary, replica = self.nodes_of(slot)
+        written = int(self.ask(primary, "ROLE")[1])
+        wait_until(lambda: int(self.ask(replica, "ROLE")[4]) >= written, timeout_s=30, what="the replica catches up")
+        return primary, replica
+
+    def kill_primary(self, slot: int) -> int:
+        """Kill the primary of a slot once its replica has all that it has acknowledged; its port."""
+        self.ask(self.owner(slot), "CLIENT", "PAUSE", PAUSE_MS, "WRITE")
+        primary, _ = self.wait_caught_up(slot)
+        self.server(primary).kill()
+        return primary
+
+    def cut_off_replica(self, slot: int) -> int:
+        """Let the replica of a slot lose all that its primary acknowledges from now on; its port."""
+        primary, replica = self.wait_caught_up(slot)
+        self.ask(replica, "CONFIG", "SET", "primaryauth", "wrong")
+        self.ask(replica, "CLIENT", "KILL", "TYPE", "master")
+        wait_until(lambda: not self.ask(primary, "ROLE")[2], timeout_s=30, what="the primary has lost its replica")
+        return replica
+
+    def wait_failed_over(self, slot: int, *, dead: int) -> None:
+        """Wait until all nodes that run know another primary of the slot than the dead one."""
+
+        def is_done() -> bool:
+            running = [server.port for server in self._servers if server.is_running]
+            return all(self.owner(slot, seen_by=port) not in {0, dead} for port in running)
+
+        wait_until(is_done, timeout_s=60, what=f"a replica takes over from {dead}")
 
     def other_than(self, port: int) -> int:
         """Another primary."""
