@@ -17,7 +17,7 @@ import hypothesis.configuration
 import pytest
 import redis
 
-from tests.support import preloaded, waiting
+from tests.support import preloaded, rewriting, waiting
 from tests.support.both_clients import OPENERS, OpenClient
 from tests.support.loopback import only_loopback
 from tests.support.processes import ROOT, clean_environment
@@ -46,7 +46,7 @@ def choose_seed(asked: str | None, *, is_ci: bool) -> str | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose hypothesis' seed before its plugin reads the option, and let processes of a test be interrupted."""
+    """Choose hypothesis' seed before its plugin reads the option, let processes be interrupted, make bytecode."""
     # pytest-xdist passes the option on, so all processes of a run have one seed.
     config.option.hypothesis_seed = choose_seed(config.getoption("hypothesis_seed"), is_ci=bool(os.environ.get("CI")))
     hypothesis.settings.load_profile("fixed" if config.option.hypothesis_seed is None else "seeded")
@@ -56,6 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    worker = getattr(config, "workerinput", None)
+    if worker is None:
+        rewriting.compile_sources(ROOT)
+    else:
+        number = int(worker["workerid"].removeprefix("gw"))
+        rewriting.rewrite_part(config, ROOT / "tests", number=number, count=worker["workercount"])
 
 
 def pytest_report_header(config: pytest.Config) -> str:

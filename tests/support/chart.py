@@ -8,29 +8,18 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-import kubernetes_validate
 import pytest
 import yaml
-from cloudcoil.models.keda import v1alpha1 as keda
-from cloudcoil.models.prometheus_operator import v1 as operator
 
 from tests.support import chart_tools
 from tests.support.processes import ROOT
 
 CHART: Final = ROOT / "helm" / "shiwu"
 KUBERNETES: Final = "1.35.0"
-CUSTOM: Final[Mapping[str, Any]] = {
-    "ScaledObject": keda.ScaledObject,
-    "TriggerAuthentication": keda.TriggerAuthentication,
-    "PodMonitor": operator.PodMonitor,
-    "ServiceMonitor": operator.ServiceMonitor,
-    "PrometheusRule": operator.PrometheusRule,
-}
-
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Manifest = dict[str, Any]
@@ -106,15 +95,32 @@ def tool(name: str) -> Path:
     return found
 
 
+@cache
+def _custom() -> Mapping[str, Any]:
+    """The models of custom resources, which take two seconds to import."""
+    from cloudcoil.models.keda import v1alpha1 as keda  # noqa: PLC0415
+    from cloudcoil.models.prometheus_operator import v1 as operator  # noqa: PLC0415
+
+    return {
+        "ScaledObject": keda.ScaledObject,
+        "TriggerAuthentication": keda.TriggerAuthentication,
+        "PodMonitor": operator.PodMonitor,
+        "ServiceMonitor": operator.ServiceMonitor,
+        "PrometheusRule": operator.PrometheusRule,
+    }
+
+
 def wrongs(manifest: Manifest) -> list[str]:
     """What the schema of its kind says against an object; unknown keys are wrong too.
 
     Raises:
         KeyError: for a kind without a schema here.
     """
+    import kubernetes_validate  # noqa: PLC0415 takes as long as a hundred test files
+
     kind = manifest["kind"]
     if manifest["apiVersion"].partition("/")[0] in {"keda.sh", "monitoring.coreos.com"}:
-        read = CUSTOM[kind].model_validate(manifest).model_dump(by_alias=True, exclude_unset=True, mode="json")
+        read = _custom()[kind].model_validate(manifest).model_dump(by_alias=True, exclude_unset=True, mode="json")
         return [f"{kind} {path}: unknown key" for path in sorted(_paths(manifest) - _paths(read))]
     try:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
