@@ -160,6 +160,18 @@ def _loopback() -> Iterator[None]:
     assert not left, f"expected connections to loopback only, got {left}"
 
 
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Remove environment variables that a library has set during a test, such as obstore's TOKIO_WORKER_THREADS.
+
+    With one more variable than at the start, each later worker of this process would import its libraries anew.
+    """
+    before = set(os.environ)
+    yield
+    for name in set(os.environ) - before:
+        del os.environ[name]
+
+
 @pytest.fixture(scope="session")
 def valkey_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
     """The server behind `redis_url`."""

@@ -179,6 +179,25 @@ def run_pytest(test: Path, *options: str, **environment: str) -> subprocess.Comp
     )
 
 
+LEAVES = """
+import os
+
+def test_one():
+    os.environ["LEFT_BY_A_LIBRARY"] = "1"
+
+def test_two():
+    assert "LEFT_BY_A_LIBRARY" not in os.environ
+"""
+
+
+def test_environment_of_a_test_ends_with_it(tmp_path: Path) -> None:
+    """Otherwise workers of later tests would differ from those of a run of one file, and start slowly."""
+    test = tmp_path / "test_leaves.py"
+    test.write_text(LEAVES, encoding="utf-8")
+    done = run_pytest(test)
+    assert done.returncode == 0, done.stdout
+
+
 SEEDED = """
 import hypothesis
 from hypothesis import given, strategies as st
