@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,19 @@ min_cosine: 0.02
 templates: ["{}", "一张{}的照片"]
 labels: [大熊猫, 汽车, 金刚鹦鹉, 虎斑猫, 狗, 船, 宫殿, 椅子, 鳄鱼]
 """
+Command = Callable[..., subprocess.CompletedProcess[str]]
 PHOTOS = ("cat.jpg", "panda.jpg", "macaw.webp", "palace.jpg", "crocodile.jpg")
 
 
 def retag(vectors: Path | str, *args: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """The command, as a user runs it."""
     return run_module("shiwu_worker", "retag", "--vectors", str(vectors), *args, timeout_s=170, **settings)
+
+
+def retag_in_one(vectors: Path | str, *args: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """The same without a process of its own for the text tower, which takes most of the time."""
+    words = ("tests.support.one_process_retag", "--vectors", str(vectors))
+    return run_module(*words, *args, timeout_s=170, **settings)
 
 
 def kept(answers: list[Answer], path: Path) -> Path:
@@ -88,7 +96,7 @@ def test_diff_shows_gains_and_losses_with_examples(embedded_part: Path, tmp_path
     args = ["--labels", str(tmp_path / "new.yaml"), "--diff", str(tmp_path / "old.yaml"), "--top-k", "1"]
     examples = tmp_path / "examples.jsonl"
     out = tmp_path / "answers.jsonl"
-    done = retag(embedded_part, *args, "--min-cosine", "-1", "--out", str(out), "--examples-out", str(examples))
+    done = retag_in_one(embedded_part, *args, "--min-cosine", "-1", "--out", str(out), "--examples-out", str(examples))
     assert done.returncode == 0, done.stderr
     assert len(out.read_text().splitlines()) == 50
     lines = done.stdout.splitlines()
@@ -110,17 +118,17 @@ def embedded_part(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("args", "text"),
+    ("command", "args", "text"),
     [
-        (["--labels", "no-such-set"], "expected a YAML file of labels, or one of everyday-zh"),
-        (["--labels", "missing.yaml"], "missing.yaml"),
-        (["--labels", "six-zh", "--top-k", "0"], "top_k"),
-        (["--labels", "six-zh", "--head", "sigmoid"], "sigmoid, which needs a bias"),
+        (retag_in_one, ["--labels", "no-such-set"], "expected a YAML file of labels, or one of everyday-zh"),
+        (retag, ["--labels", "missing.yaml"], "missing.yaml"),
+        (retag_in_one, ["--labels", "six-zh", "--top-k", "0"], "top_k"),
+        (retag_in_one, ["--labels", "six-zh", "--head", "sigmoid"], "sigmoid, which needs a bias"),
     ],
 )
-def test_wrong_options_are_refused(embedded_part: Path, args: list[str], text: str) -> None:
-    """With the exit code of a wrong setting, and no answers."""
-    done = retag(embedded_part, *args, "--out", "-")
+def test_wrong_options_are_refused(embedded_part: Path, command: Command, args: list[str], text: str) -> None:
+    """With the exit code of a wrong setting, and no answers; one error is of the text tower's process."""
+    done = command(embedded_part, *args, "--out", "-")
     assert (done.returncode, done.stdout) == (64, "")
     assert text in done.stderr
 
@@ -139,11 +147,11 @@ def test_vectors_of_another_revision_are_refused(embedded_part: Path, tmp_path: 
     embedded_part.rename(folder / "a.parquet")
     write_part(folder / "b.parquet", made_vectors(3, 320), model=EMBEDDED, revision="older")
     out = tmp_path / "answers.jsonl"
-    done = retag(folder, "--labels", "six-zh", "--out", str(out))
+    done = retag_in_one(folder, "--labels", "six-zh", "--out", str(out))
     assert done.returncode == 64
     assert f"got 3 of {EMBEDDED} older" in done.stderr
     assert not out.exists()
-    done = retag(folder, "--labels", "six-zh", "--out", str(out), "--skip-other-models")
+    done = retag_in_one(folder, "--labels", "six-zh", "--out", str(out), "--skip-other-models")
     assert done.returncode == 0, done.stderr
     assert len(out.read_text().splitlines()) == 50
 
@@ -153,11 +161,11 @@ def test_vectors_and_answers_may_be_in_a_bucket(embedded_part: Path, s3: S3Serve
     """With the settings of a worker; the answers are those of the same part on the disk."""
     s3.put("to-retag/2026/part.parquet", embedded_part.read_bytes())
     args = ["--labels", "six-zh", "--out"]
-    done = retag(f"s3://{s3.bucket}/to-retag", *args, f"s3://{s3.bucket}/retagged.jsonl", **s3.env)
+    done = retag_in_one(f"s3://{s3.bucket}/to-retag", *args, f"s3://{s3.bucket}/retagged.jsonl", **s3.env)
     assert done.returncode == 0, done.stderr
     body = s3.new_client().get_object(Bucket=s3.bucket, Key="retagged.jsonl")["Body"].read()
-    assert body.decode() == retag(embedded_part, *args, "-").stdout
-    done = retag(f"s3://{s3.bucket}/none/", *args, "-", **s3.env)
+    assert body.decode() == retag_in_one(embedded_part, *args, "-").stdout
+    done = retag_in_one(f"s3://{s3.bucket}/none/", *args, "-", **s3.env)
     assert (done.returncode, "expected parts of vectors" in done.stderr) == (64, True)
 
 
