@@ -24,6 +24,8 @@ from tests.support.servers import Valkey, WorkerProcess
 from tests.support.waiting import wait_until
 
 TWO = "--gpus cpu:0,cpu:1"
+ONE = "--gpus cpu:0"
+"""A worker without a launcher, which starts as a fork; those of a launcher import their libraries."""
 PLACES = ["cpu0", "cpu1"]
 SLOW = Reply.picture(pictures.png(pictures.picture().resize((64, 64))), content_type="image/png").late(first_pause_s=30)
 
@@ -113,9 +115,15 @@ def test_each_card_has_its_worker(launch: Callable[..., WorkerProcess], ours: Fl
     assert len(events(box, "stopped")) == 2
 
 
-def test_a_killed_worker_is_started_again(launch: Callable[..., WorkerProcess], ours: Fleet) -> None:
-    """Under load: the other goes on, what it held comes back by its lease, all is answered once."""
+def test_killed_worker_is_replaced_and_sigterm_drains_both(launch: Callable[..., WorkerProcess], ours: Fleet) -> None:
+    """One start for both, because each worker of a launcher imports its libraries."""
     box = launch()
+    check_killed_worker_is_replaced(box, ours)
+    check_sigterm_under_load_drains_both(launch, box, ours)
+
+
+def check_killed_worker_is_replaced(box: WorkerProcess, ours: Fleet) -> None:
+    """Under load: the other goes on, what it held comes back by its lease, all is answered once."""
     ids = ours.send(300, prefix="killed")
     wait_until(lambda: len(answerers(ours.client)) == 2, timeout_s=30)
     first, second = children(box.pid)
@@ -132,15 +140,15 @@ def test_a_killed_worker_is_started_again(launch: Callable[..., WorkerProcess], 
     assert len(events(box, "ready")) == 3
 
 
-def test_sigterm_under_load_drains_both(launch: Callable[..., WorkerProcess], ours: Fleet) -> None:
+def check_sigterm_under_load_drains_both(launch: Callable[..., WorkerProcess], box: WorkerProcess, ours: Fleet) -> None:
     """Exit 0, and nothing stays claimed."""
-    box = launch()
+    ours.client.flushall()
     ids = ours.send(400, prefix="drain")
     wait_until(lambda: len(answerers(ours.client)) == 2, timeout_s=30)
     box.terminate()
     assert box.wait(timeout_s=30) == 0
     assert not ours.client.exists(CLAIMS)
-    launch(name="next")
+    launch(args=ONE, name="next")
     result = ours.counted(ids)
     assert (result.reaped, result.attempts) == (0, {1: 400})
 
@@ -208,14 +216,14 @@ def test_workers_end_with_a_killed_launcher(launch: Callable[..., WorkerProcess]
     box.kill()
     wait_until(lambda: not any(map(lives, processes)), timeout_s=10, what="the end of all processes")
     assert not ours.client.exists(CLAIMS), "they drained"
-    launch(name="next")
+    launch(args=ONE, name="next")
     assert ours.counted(ids).reaped == 0
 
 
 @pytest.mark.long
 def test_one_card_needs_no_parent(launch: Callable[..., WorkerProcess], ours: Fleet) -> None:
     """The process is the worker: its only child is the fork server."""
-    box = launch(args="--gpus cpu:0")
+    box = launch(args=ONE)
     ours.counted(ours.send(20, prefix="one"))
     assert answerers(ours.client) == {"box"}
     assert not events(box, "worker_started")
