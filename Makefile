@@ -40,7 +40,7 @@ demo: $(STAMP) ## tag sample images with real servers and one worker on this mac
 test: $(STAMP) $(CHART_STAMP) $(BROWSER_STAMP) ## run all tests but those that need a GPU, and the long ones
 	$(BIN)/python -m pytest -m "not gpu and not long" $(SIDE_BY_SIDE) $(ARGS)
 
-test-long: $(STAMP) $(CHART_STAMP) ## run those that start several workers for what a shorter test shows in part
+test-long: $(STAMP) $(CHART_STAMP) ## run those that start several workers, or do more rounds, for what a shorter test shows in part
 	$(BIN)/python -m pytest -m "long and not gpu" -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-fast: $(STAMP) $(CHART_STAMP) $(BROWSER_STAMP) ## the same without the tests of many rounds
