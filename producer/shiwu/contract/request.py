@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 
 from shiwu.contract.references import reference_error
 from shiwu.contract.text import NAME_PATTERN, NO_CONTROLS_PATTERN, control_character
+from shiwu.contract.validation_text import expected_and_got
 from shiwu.contract.vocabulary import (
     MAX_CALLBACK_CHARS,
     MAX_INLINE_LABELS,
@@ -164,7 +165,7 @@ def _request_error(error: ValidationError) -> RequestError:
     field = str(first["loc"][0]) if first["loc"] else "request"
     if field == "labels":
         return _labels_error([first, *(other for other in others if other["loc"][0] == field)])
-    message = f"{field}: {first['msg']}"
+    message = f"{field}: {expected_and_got(first)}"
     if first["type"] in {"invalid_reference", "metadata_too_large"}:
         return RequestError(ErrorCode(first["type"]), message)
     if field == "image":
@@ -187,4 +188,4 @@ def _labels_error(errors: Sequence[ErrorDetails]) -> RequestError:
             return RequestError(ErrorCode.INVALID_LABELS, f"labels: {expected}, {why}")
     wrong = next((error for error in errors if isinstance(error["loc"][-1], int)), errors[-1])
     which = f"label {wrong['loc'][-1] + 1}: " if isinstance(wrong["loc"][-1], int) else ""
-    return RequestError(ErrorCode.INVALID_LABELS, f"labels: {expected} ({which}{wrong['msg']})")
+    return RequestError(ErrorCode.INVALID_LABELS, f"labels: {expected} ({which}{expected_and_got(wrong)})")

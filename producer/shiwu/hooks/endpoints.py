@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 from shiwu.cli.yaml_files import FileError, read_text, read_yaml
 from shiwu.client.results import TagResult
 from shiwu.contract import NAME_PATTERN, Lane, Status, printable, reference_error, source_of
+from shiwu.contract.validation_text import expectation
 from shiwu.hooks.signatures import read_secret, read_seed
 
 MAX_BATCH: Final = 100
@@ -151,9 +152,9 @@ def read_endpoints(path: Path) -> Endpoints:
     except FileError as error:
         raise EndpointsError(str(error)) from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise EndpointsError(f"{path}: {where}: {printable(first['msg'])}") from None
+        raise EndpointsError(f"{path}: {where}: {printable(expectation(first))}") from None
     named = tuple(
         _endpoint(
             path,

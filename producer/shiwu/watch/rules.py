@@ -18,7 +18,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from shiwu.broker.message_writer import build_message
 from shiwu.cli.yaml_files import FileError, read_yaml
 from shiwu.client.sender import SendOptions
-from shiwu.contract import MAX_MESSAGE_BYTES, ErrorCode, Lane, Request, RequestError, parse_request, printable
+from shiwu.contract import (
+    MAX_MESSAGE_BYTES,
+    ErrorCode,
+    Lane,
+    Request,
+    RequestError,
+    parse_request,
+    printable,
+)
+from shiwu.contract.validation_text import expected_and_got
 from shiwu.watch.events import ObjectStored
 
 MAX_RULES: Final = 1000
@@ -171,4 +180,4 @@ def _first_error(error: ValidationError) -> str:
         return printable(f"{where}: expected one of {', '.join(names)}")
     if first["type"] == "list_type":
         return f"{where}: expected a list of rules, each `- match: …`, got {type(first['input']).__name__}"
-    return printable(f"{where}: {first['msg']}, got {first['input']!r:.80}")
+    return printable(f"{where}: {expected_and_got(first)}")

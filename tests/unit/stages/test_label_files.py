@@ -40,7 +40,7 @@ WRONG = [
     ("name: a\nlabels: [x]\nmin_cosine: -1.5", "min_cosine"),
     ("name: a\nlabels: [x]\nscale: 0", "scale"),
     ("name: a\nlabels: [x]\nbias: .nan", "bias"),
-    ("name: a\nlabels:\n- " + "x" * 101, "labels number 1 label: String should have at most 100 characters"),
+    ("name: a\nlabels:\n- " + "x" * 101, "labels number 1 label: expected a text of at most 100 characters, got 'xxx"),
 ]
 
 

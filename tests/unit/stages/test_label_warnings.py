@@ -74,5 +74,5 @@ def test_calibration_of_a_file_is_read(tmp_path: Path) -> None:
 
 def test_incomplete_calibration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "animals.yaml").write_text(FILE.replace("revision: aaaa, ", ""), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"animals\.yaml: calibration revision: Field required"):
+    with pytest.raises(ValueError, match=r"animals\.yaml: calibration revision: expected a value, there is none"):
         load_label_sets([tmp_path])

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from structlog.typing import FilteringBoundLogger
 
 from shiwu.contract import printable, without_logins
+from shiwu.contract.validation_text import expectation
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
 
@@ -127,7 +128,7 @@ def _explain(error: ValidationError, environment: Mapping[str, str]) -> Iterator
     for wrong in error.errors(include_url=False):
         field, *path = wrong["loc"]
         name = f"{PREFIX}{str(field).upper()}"
-        text = wrong["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        text = expectation(wrong)
         value = wrong["input"] if path else given.get(name, wrong["input"])
         if not _is_secret(str(field)) and isinstance(value, str) and "got " not in text:
             text = f"{text}, got {_short(value)}"

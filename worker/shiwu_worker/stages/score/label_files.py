@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from shiwu.contract import Head, Label, LabelSetName, labels_error
+from shiwu.contract.validation_text import expected_and_got
 from shiwu_worker.jobs.label_set import LabelSet
 from shiwu_worker.stages.score.calibration_files import (
     CalibrationFile,
@@ -182,7 +183,7 @@ def _first_error(error: ValidationError) -> str:
         *where, key = where
         known = ", ".join(_model_at(error.title, where).model_fields)
         return f"{' '.join(where) or 'file'}: expected keys of {known}, got {key!r:.80}"
-    return f"{' '.join(where) or 'file'}: {first['msg']}"
+    return f"{' '.join(where) or 'file'}: {expected_and_got(first)}"
 
 
 def _model_at(title: str, where: Sequence[str]) -> type[BaseModel]:
