@@ -272,3 +272,41 @@ def test_status_shows_unusual_worker_names(redis_url: str, redis_client: redis.R
     found = call(redis_url, "status")
     assert found.exit_code == 0, found.output
     assert r"[/red]w\u001b[2J" in found.output
+
+
+@pytest.mark.parametrize(
+    ("module", "args"),
+    [
+        ("shiwu.cli", ["status"]),
+        ("shiwu.cli", ["dead", "list", "--json"]),
+        ("shiwu.cli", ["--help"]),
+        ("shiwu.hooks", ["--help"]),
+        ("shiwu_worker", ["--size"]),
+        ("shiwu_worker", ["labels", "--help"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_full_disk_ends_a_command_with_one_line(
+    redis_url: str, redis_client: redis.Redis, module: str, args: list[str]
+) -> None:
+    """And with its exit code, whether the command, Rich or click writes."""
+    add_dead_letter(redis_client, "j1", reference="s3://b/k", text="gone")
+    env = clean_environment({"SHIWU_REDIS_URL": redis_url})
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        command = [sys.executable, "-m", module, *args]
+        done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    [line] = done.stderr.decode().splitlines()
+    assert "output_failed: expected a standard output that can be written, got: No space left on device" in line
+    assert done.returncode == 74
+
+
+def test_answers_that_cannot_be_printed_are_not_acknowledged(redis_url: str, redis_client: redis.Redis) -> None:
+    """With standard output closed, or on a full disk: the group gets them again."""
+    add_dead_letter(redis_client, "j1", reference="s3://b/k", text="gone")
+    for redirection, code in ((">&-", 2), (">/dev/full", 74)):
+        command = ["sh", "-c", f"{' '.join(SHIWU)} --redis-url {redis_url} results --consumer c1 {redirection}"]
+        done = subprocess.run(command, env=clean_environment({}), capture_output=True, check=False, timeout=30)
+        assert done.returncode == code, done.stderr
+        assert b"Traceback" not in done.stderr
+    again = call(redis_url, "results", "--consumer", "c1")
+    assert [json.loads(line)["id"] for line in again.output.splitlines()] == ["j1"]

@@ -11,12 +11,18 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from shiwu.command_output import OutputGroup
 from shiwu_worker.commands.label_group import labels
 from shiwu_worker.errors import ExitCode
 from shiwu_worker.retag.command import retag_command
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "shiwu-worker",
+    cls=OutputGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option(
     "--check", is_flag=True, help="Try Redis, the label files, S3 and the model, print the changed settings, and exit."
 )
@@ -109,6 +115,7 @@ def main(
     69 GAVE_UP   several GPUs: the worker of one GPU crashed too often
     70 INTERNAL  a defect of shiwu
     71 OVERDUE   several GPUs: a worker was killed before it had drained
+    74 OUTPUT    what a command prints cannot be written, as on a full disk
     """
     if context.invoked_subcommand is not None:
         given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import sys
 from enum import IntEnum
 from typing import Any, NoReturn
@@ -15,6 +14,7 @@ import redis
 from shiwu.broker.redis_errors import explain, info_of
 from shiwu.cli.sections import SectionedGroup
 from shiwu.client.client import Client
+from shiwu.command_output import EXIT_OUTPUT, drop_output, written_output
 from shiwu.contract import RequestError, printable
 from shiwu.errors import RedisUrlError, ShiwuError
 
@@ -28,6 +28,7 @@ class Exit(IntEnum):
     TIMEOUT = 3
     QUEUE = 4
     CONFIG = 64
+    OUTPUT = EXIT_OUTPUT
     INTERRUPTED = 130
     CLOSED_PIPE = 141
 
@@ -42,7 +43,8 @@ class Commands(SectionedGroup):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
-        return super().main(*args, **kwargs)
+        with written_output("shiwu"):
+            return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -61,8 +63,7 @@ class Commands(SectionedGroup):
         except KeyboardInterrupt:
             end("interrupted; what was enqueued goes on", Exit.INTERRUPTED)
         except BrokenPipeError:
-            # The interpreter flushes standard output once more when it ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_output()
             sys.exit(int(Exit.CLOSED_PIPE))
         return result
 
@@ -104,7 +105,7 @@ def main(ctx: click.Context, redis_url: str | None) -> None:
     \b
     Exit codes: 0 success, 1 an image was not tagged, 2 wrong usage, 3 no answer in time,
     4 Redis is unavailable or the queue is full, 64 the Redis URL or the server at it cannot work,
-    130 interrupted by Ctrl-C, 141 the reader of a pipe has exited.
+    74 the output cannot be written, 130 interrupted by Ctrl-C, 141 the reader of a pipe has exited.
     """
     log = logging.getLogger("shiwu")
     log.addHandler(echo := _Echo())

@@ -203,4 +203,5 @@ def _write(output: Path, page: str) -> None:
         partial.replace(output)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        end(f"--output {output}: {error.strerror or error}", Exit.USAGE)
+        why = error.strerror or error
+        end(f"output_failed: --output: expected a file that can be written, got {output} ({why})", Exit.OUTPUT)

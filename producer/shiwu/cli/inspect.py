@@ -37,6 +37,8 @@ def results(client: Client, /, *, group: str, consumer: str | None, follow: bool
     Without --follow the command ends when all answers are printed. It first takes over answers that a crashed consumer
     of the group holds, a minute after that consumer was last active.
     """
+    if sys.stdout is None:
+        raise click.UsageError("expected an open standard output, because an answer that was printed is acknowledged")
     block_s = 2.0 if follow else 0.05
     away_s = None if follow else MAX_OUTAGE_S
     try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import click
 import redis
 
+from shiwu.command_output import OutputCommand
 from shiwu.contract import printable
 from shiwu.errors import RedisUrlError, ShiwuError
 
@@ -29,7 +30,9 @@ def end(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.command(
+    "shiwu-hooks", cls=OutputCommand, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
+)
 @click.option("--redis-url", envvar="SHIWU_REDIS_URL", default=DEFAULT_URL, show_envvar=True, help="Redis or Valkey.")
 @click.option(
     "--endpoints",
@@ -133,7 +136,8 @@ def main(
 
     \b
     SIGTERM or Ctrl-C   finish the tries under way, exit 0
-    exit codes          0 stopped, 2 wrong usage, 64 the file, a variable or Redis' URL is wrong, 70 a defect
+    exit codes          0 stopped, 2 wrong usage, 64 the file, a variable or Redis' URL is wrong, 70 a defect,
+                        74 the output cannot be written
     """
     try:
         options = _options(**given)
