@@ -124,6 +124,21 @@ def test_retry_waits_for_its_delay(redis_client: redis.Redis) -> None:
     assert queue.health()["a"].failures == 1
 
 
+def test_repeated_call_counts_a_failed_try_once(redis_client: redis.Redis) -> None:
+    """As after a lost reply, or over shards where the copy of the health failed: no try of the schedule is skipped."""
+    fill(redis_client, 1)
+    queue = make_queue(redis_client)
+    [delivery] = queue.take("a", count=1)
+    for _ in range(3):
+        queue.retry(delivery, reason="http_500", delay_s=0.0)
+    assert queue.health()["a"].failures == 1
+    [again] = queue.take("a", count=1)
+    assert (again.failed, again.take) == (1, 2)
+    queue.retry(again, reason="http_500", delay_s=0.0)
+    [last] = queue.take("a", count=1)
+    assert last.failed == 2
+
+
 def fail(queue: DeliveryQueue, times: int) -> None:
     """Let tries of endpoint a fail."""
     for _ in range(times):

@@ -163,7 +163,7 @@ class DeliveryQueue:
     ) -> None:
         args = (
             *(delivery.endpoint, delivery.id, delivery.take, outcome, int(delay_s * 1000), int(pause_s * 1000)),
-            *(int(is_disabling), reason, self._options.max_dead),
+            *(int(is_disabling), reason, self._options.max_dead, delivery.failed),
         )
         self._settle(keys=[*COMMON_KEYS, pending_key(delivery.endpoint)], args=args)
 

@@ -1,7 +1,7 @@
 -- Ends a try of one delivery: it was made, is tried again later, or is given up. Also notes the health of its endpoint.
 -- KEYS  those of records.lua, pending set of the endpoint
 -- ARGV  endpoint, webhook id, number of the take, outcome (delivered, retry or dead), delay in ms, pause of the endpoint in ms,
---       whether the endpoint is disabled (1 or 0), reason, max dead deliveries
+--       whether the endpoint is disabled (1 or 0), reason, max dead deliveries, failed tries before this one
 -- Reply 1, or 0 where the lease expired and another process took the delivery in the meantime
 local pending, endpoint, id, take, outcome = KEYS[6], ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local delay_ms, pause_ms, reason, max_dead = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[8], tonumber(ARGV[9])
@@ -10,6 +10,8 @@ local field = endpoint .. '|' .. id
 local record = redis.call('HGET', deliveries, field)
 local created, failed, takes, payload = split(record or '')
 local is_held = created ~= nil and takes == take
+-- A caller that lost the reply repeats the call, which must not count the try twice.
+if is_held and outcome == 'retry' and failed ~= tonumber(ARGV[10]) then return 1 end
 if outcome == 'delivered' then
   redis.call('HDEL', deliveries, field)
   redis.call('ZREM', pending, id)
