@@ -21,6 +21,7 @@ from shiwu.parts import Objects, Target, TargetError, open_target
 from shiwu.vectors import sink as sink_module
 from shiwu.vectors.sink import CONSUMER, TEMPORARY, VectorSink, check_alone
 from shiwu_worker.retag.vector_parts import VectorParts
+from tests.support.fault_proxy import FaultProxy
 from tests.support.processes import clean_environment
 from tests.support.redis_server import RedisServer, valkey_binary
 from tests.support.redis_users import users_for
@@ -130,6 +131,32 @@ def test_parts_of_a_deleted_group_are_not_stored_again(
     add_answers(redis_client, *(answer_of(n) for n in range(20, 30)))
     drain(redis_url, target_of(tmp_path))
     assert stored_ids(tmp_path) == expected_ids(range(30))
+
+
+def test_acknowledgements_that_a_failover_lost_are_made_again(
+    redis_url: str, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    """Otherwise the workers would report what is stored as dropped once the stream is trimmed."""
+    add_answers(redis_client, *(answer_of(n) for n in range(20)))
+    with (
+        FaultProxy(redis_url) as proxy,
+        closing(connect(proxy.url, timeout_s=5)) as client,
+        closing(connect(proxy.url, timeout_s=5)) as acks,
+    ):
+        made = VectorSink(
+            clients=[client], acks=[acks], target=target_of(tmp_path), group=GROUP, part_rows=9, part_age_s=3600.0
+        )
+        wait_until(lambda: made.step(block_s=0.01) or pending(redis_client) == 7, timeout_s=20, what="one part")
+        before: Any = redis_client.dump(RESULT_STREAM)
+        made.record()
+        assert pending(redis_client) == 0
+        redis_client.restore(RESULT_STREAM, 0, before, replace=True)
+        assert pending(redis_client) == 7
+        proxy.refuse()
+        made.step(block_s=0.01)
+        proxy.heal()
+        wait_until(lambda: made.step(block_s=0.01) or pending(redis_client) == 0, timeout_s=20)
+    assert stored_ids(tmp_path) == expected_ids(range(20))
 
 
 def test_vectors_of_two_widths_are_in_two_parts(redis_url: str, redis_client: redis.Redis, tmp_path: Path) -> None:

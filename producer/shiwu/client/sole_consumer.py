@@ -7,6 +7,7 @@ unavailable is skipped, so that it holds up no other.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,8 @@ from shiwu.contract import RESULT_STREAM
 
 MIN_BATCH: Final = 100
 """Entries that are read from one shard at least in one round trip."""
+AGAIN_S: Final = 60.0
+"""What was acknowledged so short before an outage is acknowledged again, because a failover may have lost it."""
 
 
 class SoleConsumer:
@@ -123,6 +126,8 @@ class _Stream:
         self._due_s = 0.0
         self.done: list[str] = []
         """Entries that are to be acknowledged."""
+        self._acknowledged: deque[tuple[float, list[str]]] = deque()
+        """Those of the last minute, with their times."""
 
     @property
     def has_group(self) -> bool:
@@ -171,11 +176,18 @@ class _Stream:
     def _acknowledge(self) -> None:
         if self.done:
             run(self._acks, ack_steps(self.done, group=self._group))
-            self.done.clear()
+            now_s = time.monotonic()
+            self._acknowledged.append((now_s, self.done))
+            self.done = []
+            while now_s - self._acknowledged[0][0] > AGAIN_S:
+                self._acknowledged.popleft()
 
     def _pause(self, error: redis.RedisError | OSError) -> None:
         pause = self._reader.failed(error) or self._outage.pause(error)
-        self._due_s = time.monotonic() + pause.seconds
+        now_s = time.monotonic()
+        self._due_s = now_s + pause.seconds
+        self.done += [entry_id for at_s, ids in self._acknowledged if now_s - at_s <= AGAIN_S for entry_id in ids]
+        self._acknowledged.clear()
 
 
 def _report(shard: int, options: StreamOptions, entry_id: str, fields: Mapping[bytes, bytes], reason: str) -> None:
