@@ -7,6 +7,8 @@ from typing import Any, Final
 
 from pydantic_core import ErrorDetails
 
+from shiwu.contract.text import NAME_PATTERN
+
 MAX_SHOWN_CHARS: Final = 80
 _TEXT = "a text"
 _MAPPING = "a mapping of keys to values"
@@ -30,6 +32,7 @@ _EXPECTED: Final[Mapping[str, str]] = {
     "literal_error": "{expected}",
     "enum": "{expected}",
     "string_type": _TEXT,
+    "path_type": _TEXT,
     "string_unicode": "text that UTF-8 can write",
     "string_too_short": "a text of at least {min_length} characters",
     "string_too_long": "a text of at most {max_length} characters",
@@ -44,12 +47,18 @@ _EXPECTED: Final[Mapping[str, str]] = {
     "dataclass_type": _MAPPING,
 }
 """Type of pydantic's error → what was expected; the names in braces are in its `ctx`."""
+_PATTERNS: Final[Mapping[str, str]] = {
+    NAME_PATTERN: "a name of 1 to 64 letters and digits, and after the first also _ . and -"
+}
+_OF_PYDANTIC: Final = ("Input should be", "String should match")
 _HAS_NO_VALUE: Final = frozenset({"missing", "extra_forbidden"})
 
 
 def expectation(error: ErrorDetails) -> str:
     """What was expected, without the field and without the value that came. Texts of own checks stay as they are."""
     text = _EXPECTED.get(error["type"])
+    if error["type"] == "string_pattern_mismatch":
+        text = _PATTERNS.get(error["ctx"]["pattern"])
     if text is None:
         return error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     context = {
@@ -62,10 +71,9 @@ def expectation(error: ErrorDetails) -> str:
 def expected_and_got(error: ErrorDetails) -> str:
     """What was expected and what came, without the field. Not for fields that may hold a secret."""
     text = expectation(error)
-    kind = error["type"]
-    if kind not in _EXPECTED and "Input should be" not in error["msg"]:
-        return text
-    return text if kind in _HAS_NO_VALUE or "got " in text else f"{text}, got {_shown(error)}"
+    is_own_text = error["type"] not in _EXPECTED and not error["msg"].startswith(_OF_PYDANTIC)
+    has_value = error["type"] not in _HAS_NO_VALUE and "got " not in text
+    return f"{text}, got {_shown(error)}" if has_value and not is_own_text else text
 
 
 def _shown(error: ErrorDetails) -> str:

@@ -57,19 +57,24 @@ def _check_redis(options: HooksOptions) -> bool:
 
 def _check_endpoint(endpoint: Endpoint, options: HooksOptions) -> bool:
     """Connect as a delivery would, without a request."""
-    name = f"endpoint {endpoint.key}"
+    error = _connection_error(endpoint, options.rules, timeout_s=options.timeout_s)
+    return _line(f"endpoint {endpoint.key}", error, source_of(endpoint.url))
+
+
+def _connection_error(endpoint: Endpoint, rules: AddressRules, *, timeout_s: float) -> str | None:
+    """Why no connection to the endpoint is possible or allowed."""
     parts = urlsplit(endpoint.url)
     port = parts.port or (443 if parts.scheme.lower() == "https" else 80)
-    guard = AddressGuard(options.rules)
-    deadline_s = time.monotonic() + options.timeout_s
+    guard = AddressGuard(rules)
+    deadline_s = time.monotonic() + timeout_s
     try:
-        if options.rules.proxy_url is not None:
+        if rules.proxy_url is not None:
             guard.check_name(parts.hostname or "", port)
         else:
-            guard.connect(parts.hostname or "", port, timeout_s=options.timeout_s, deadline_s=deadline_s).close()
+            guard.connect(parts.hostname or "", port, timeout_s=timeout_s, deadline_s=deadline_s).close()
     except (AddressRefused, UnknownHost, OSError) as error:
-        return _line(name, f"{source_of(endpoint.url)}: {error}")
-    return _line(name, None, source_of(endpoint.url))
+        return f"{source_of(endpoint.url)}: {error}"
+    return None
 
 
 def send_test(endpoint: Endpoint, rules: AddressRules, *, timeout_s: float) -> tuple[bool, str]:
@@ -81,4 +86,7 @@ def send_test(endpoint: Endpoint, rules: AddressRules, *, timeout_s: float) -> t
     outcome = sender.send(endpoint, delivery_id=delivery_id, url=endpoint.url, body=body)
     ms = (time.monotonic() - began_s) * 1000
     status = "" if outcome.status is None else f", HTTP {outcome.status}"
-    return outcome.is_delivered, f"{outcome.reason}{status}, {ms:.0f} ms, webhook id {delivery_id}"
+    text = f"{outcome.reason}{status}, {ms:.0f} ms, webhook id {delivery_id}"
+    if outcome.status is None and (error := _connection_error(endpoint, rules, timeout_s=timeout_s)):
+        text = f"{text} ({error})"
+    return outcome.is_delivered, text

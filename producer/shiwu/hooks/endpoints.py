@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 from shiwu.cli.yaml_files import FileError, read_text, read_yaml
 from shiwu.client.results import TagResult
 from shiwu.contract import NAME_PATTERN, Lane, Status, printable, reference_error, source_of
-from shiwu.contract.validation_text import expectation
+from shiwu.contract.validation_text import expectation, expected_and_got
 from shiwu.hooks.signatures import read_secret, read_seed
 
 MAX_BATCH: Final = 100
@@ -152,9 +152,7 @@ def read_endpoints(path: Path) -> Endpoints:
     except FileError as error:
         raise EndpointsError(str(error)) from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise EndpointsError(f"{path}: {where}: {printable(expectation(first))}") from None
+        raise EndpointsError(printable(f"{path}: {_first_error(error)}")) from None
     named = tuple(
         _endpoint(
             path,
@@ -171,6 +169,20 @@ def read_endpoints(path: Path) -> Endpoints:
     )
     for_urls = _endpoint(path, file.urls, key="urls", url="", is_from_request=True) if file.urls else None
     return Endpoints(named, for_urls)
+
+
+def _first_error(error: ValidationError) -> str:
+    # A misspelled key gives two errors: it is unknown, and the correct one is missing.
+    first = min(error.errors(include_url=False), key=lambda entry: entry["type"] != "extra_forbidden")
+    parts = [part + 1 if isinstance(part, int) else part for part in first["loc"]]
+    is_entry = len(parts) > 1 and parts[0] == "endpoints"
+    where = ": ".join([f"endpoint {parts[1]}", ".".join(map(str, parts[2:]))] if is_entry else map(str, parts[:1]))
+    if first["type"] == "extra_forbidden":
+        known = _Named if is_entry else _Options if len(parts) > 1 else _File
+        return f"{where}: expected one of {', '.join(known.model_fields)}"
+    # What stands at a secret's file name or in a URL may be the secret itself.
+    is_open = not {"secret_file", "secret_old_file", "url"} & set(parts)
+    return f"{where.removesuffix(': ') or 'file'}: {expected_and_got(first) if is_open else expectation(first)}"
 
 
 def _endpoint(path: Path, options: _Options, *, key: str, url: str, **more: Any) -> Endpoint:

@@ -25,6 +25,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"image": 5}, "image: expected a text, got 5"),
     ({"image": None}, "image: expected a text, got nothing"),
     ({"image": {}}, "image: expected a text, got a mapping"),
+    ({"want": ["tag"]}, "want: expected 'tags', 'embedding' or 'vector', got 'tag'"),
     ({"labels": []}, "(expected at least 1 item, got none)"),
     ({"labels": ["a", 5]}, "(label 2: expected a text, got 5)"),
     ({"labels": ["\udc80"]}, "(label 1: expected text that UTF-8 can write, got '\\udc80')"),
