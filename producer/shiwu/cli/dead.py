@@ -43,7 +43,11 @@ def _filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--code", type=click.Choice([code.value for code in ErrorCode]), metavar="CODE", help="Error code."
         ),
-        click.option("--stage", type=click.Choice([*Stage]), help="Stage in which the job failed."),
+        click.option(
+            "--stage",
+            type=click.Choice([stage.value for stage in Stage], case_sensitive=False),
+            help="Stage in which the job failed.",
+        ),
         click.option(
             "--status",
             type=click.Choice(["rejected", "failed"]),
