@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,31 @@ def test_every_variant_is_decoded_or_gives_its_code() -> None:
             pixels, info = decode(data, spec=SPEC, limits=LIMITS)
             assert pixels.shape == (64, 64, 3), name
             assert info.format in LIMITS.formats
+
+
+def _header_of_a_large_png(width: int, height: int) -> bytes:
+    """A small PNG whose header says another size."""
+    raw = pictures.png(Image.new("L", (8, 8)))
+    header = b"IHDR" + struct.pack(">II", width, height) + raw[24:29]
+    return raw[:12] + header + struct.pack(">I", zlib.crc32(header)) + raw[33:]
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (_header_of_a_large_png(60_000, 60_000), r"at most 10000 pixels \(SHIWU_MAX_PIXELS\), got 3600000000$"),
+        (
+            pictures.png(Image.new("L", (200, 200))),
+            r"\(SHIWU_MAX_PIXELS\) and 500 a side \(SHIWU_MAX_SIDE\), got 200 ×",
+        ),
+    ],
+    ids=["Pillow's limit", "ours"],
+)
+def test_too_large_image_names_the_setting_and_one_limit(data: bytes, text: str) -> None:
+    """Not twice the limit, as Pillow says, and no advice of its own about attacks."""
+    with pytest.raises(Rejected, match=text) as caught:
+        decode(data, spec=SPEC, limits=DecodeLimits(10_000, 500, ("PNG",)))
+    assert "DOS" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,6 +38,7 @@ DECODER_BYTES_PER_PIXEL: Final = 16
 """Memory that a decoder may need. If it fails and this much cannot be allocated, memory was short."""
 MAX_PARTS: Final = 20_000
 """Chunks of a PNG, or segments of a JPEG. A PNG of 20 MiB in the smallest usual chunks has 2,600."""
+_PIXELS: Final = re.compile(r"[0-9]+(?= pixels)")
 WARM_FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 
 
@@ -155,18 +157,22 @@ def _open(data: bytes, name: str, limits: DecodeLimits, size: tuple[int, int]) -
 
 
 def _too_many_pixels(error: Exception, limits: DecodeLimits) -> Rejected:
-    return too_large(f"expected at most {limits.max_pixels} pixels ({error!s:.120})")
+    # Pillow's own text names twice its limit, and advice of its own.
+    found = _PIXELS.search(str(error))
+    return too_large(
+        f"expected at most {limits.max_pixels} pixels (SHIWU_MAX_PIXELS), got {found[0] if found else 'more'}"
+    )
 
 
 def _check_size(width: int, height: int, limits: DecodeLimits) -> None:
     if width * height > limits.max_pixels or max(width, height) > limits.max_side:
         raise too_large(
-            f"expected at most {limits.max_pixels} pixels and {limits.max_side} a side, "
-            f"got {width} × {height} = {width * height} pixels"
+            f"expected at most {limits.max_pixels} pixels (SHIWU_MAX_PIXELS) and {limits.max_side} a side "
+            f"(SHIWU_MAX_SIDE), got {width} × {height} = {width * height} pixels"
         )
 
 
 def _check_frames(image: Image.Image, name: str, limits: DecodeLimits) -> None:
     """Check the number of frames. A GIF is not checked: counting its frames would mean reading all of them."""
     if name in {"PNG", "WEBP", "AVIF"} and (frames := getattr(image, "n_frames", 1)) > limits.max_frames:
-        raise too_large(f"expected at most {limits.max_frames} frames, got {frames}")
+        raise too_large(f"expected at most {limits.max_frames} frames (SHIWU_MAX_FRAMES), got {frames}")

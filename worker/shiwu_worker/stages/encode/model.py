@@ -182,7 +182,13 @@ class DeviceModel:
                 cosine = float((vectors * expected).sum(dim=1).min())
                 if cosine >= MIN_COSINE:
                     return module, dtype
-                log.warning("dtype_refused", dtype=str(dtype), cosine=cosine, expected=MIN_COSINE)
+                log.info(
+                    "dtype_refused",
+                    dtype=str(dtype),
+                    cosine=round(cosine, 4),
+                    expected=MIN_COSINE,
+                    meaning="vectors of this model are not precise enough in this format here; trying the next one",
+                )
                 # A cast rounds the weights, so the next format starts from unrounded ones.
                 module = self._reload()
         return _cast_images(module, last), last

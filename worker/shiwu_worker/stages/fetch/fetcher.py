@@ -211,20 +211,25 @@ class Fetcher:
                 return FetchedFile(_uncompressed(self._read(lambda: file.read(CHUNK), size, deadline_s), reference))
         except OSError as error:
             raise job_error(
-                file_row(error), f"can't read the file ({type(error).__name__}, {error.strerror})"
+                file_row(error),
+                f"expected a file that the worker can read, got {type(error).__name__} ({error.strerror})",
             ) from error
 
     def _read(self, read_chunk: Callable[[], bytes], length: int | None, deadline_s: float) -> bytes:
         """Read to the end, but not more than the limit, not past the deadline, and not slower than the least rate."""
         limit, began_s = self._limits.max_bytes, time.monotonic()
         if length is not None and length > limit:
-            raise rejected(ErrorCode.PICTURE_TOO_LARGE, f"expected at most {limit} bytes, got {length}")
+            raise rejected(
+                ErrorCode.PICTURE_TOO_LARGE, f"expected at most {limit} bytes (SHIWU_MAX_BYTES), got {length}"
+            )
         parts: list[bytes] = []
         total = 0
         while part := read_chunk():
             total += len(part)
             if total > limit:
-                raise rejected(ErrorCode.PICTURE_TOO_LARGE, f"expected at most {limit} bytes, got more")
+                raise rejected(
+                    ErrorCode.PICTURE_TOO_LARGE, f"expected at most {limit} bytes (SHIWU_MAX_BYTES), got more"
+                )
             now_s = time.monotonic()
             if now_s > deadline_s:
                 raise unavailable(f"expected all bytes within {self._limits.total_timeout_s:g} s, got {total} so far")

@@ -195,7 +195,7 @@ def read_scans(data: bytes, header: JpegHeader, *, max_scans: int, max_segments:
         if at < 0 and not is_ended:
             raise broken("expected a whole JPEG image, got one that ends between two scans")
         if at >= 0 and len(scans) == max_scans:
-            raise too_large(f"expected a JPEG of at most {max_scans} scans, got more")
+            raise too_large(f"expected a JPEG of at most {max_scans} scans (SHIWU_MAX_SCANS), got more")
     if missing := header.components - seen:
         raise broken(f"expected a whole JPEG image, got one without the data of {len(missing)} of its components")
     return scans
