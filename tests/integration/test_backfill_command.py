@@ -14,18 +14,16 @@ import redis
 
 from tests.support.answering import AnsweringThread
 from tests.support.backfills import BackfillProcess, references_of, rows_of, write_list
-from tests.support.processes import ROOT, clean_environment
+from tests.support.processes import ROOT, run_module
 from tests.support.servers import S3Server, Valkey
 from tests.support.waiting import wait_until
 
 
 def shiwu(url: str, *args: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of `shiwu backfill ARGS…`."""
-    command = [sys.executable, "-m", "shiwu.cli", "--redis-url", url, "backfill", *args]
-    done = subprocess.run(
-        command, input=stdin, capture_output=True, timeout=60, check=False, cwd=ROOT, env=clean_environment(env or {})
-    )
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    words = ["shiwu.cli", "--redis-url", url, "backfill", *args]
+    done = run_module(*words, timeout_s=60, stdin=stdin, **(env or {}))
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_commands_tell_about_a_backfill(redis_url: str, tmp_path: Path) -> None:

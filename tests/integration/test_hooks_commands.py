@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,14 @@ from standardwebhooks import Webhook
 from shiwu.contract import RESULT_STREAM
 from shiwu.hooks.delivery_queue import DeliveryQueue, NewDelivery, Payload, QueueOptions
 from tests.support.hooks import SECRET, write_endpoints
-from tests.support.processes import LOOPBACK, ROOT, clean_environment, free_ports
+from tests.support.processes import LOOPBACK, free_ports, run_module
 from tests.support.webhook_receiver import Answered, WebhookReceiver
 
 
 def run(*arguments: str, redis_url: str, module: str = "shiwu.cli", **env: str) -> tuple[int, str]:
     """Exit code and output of a command that may reach loopback."""
-    environment = clean_environment({"SHIWU_REDIS_URL": redis_url, "SHIWU_ALLOW_HOSTS": LOOPBACK, **env})
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    environment = {"SHIWU_REDIS_URL": redis_url, "SHIWU_ALLOW_HOSTS": LOOPBACK, **env}
+    done = run_module(module, *arguments, timeout_s=60, **environment)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -58,6 +58,26 @@ def test_process_differs_in_nothing_but_its_imports(
     assert os.environ.get("SHIWU_X") is None
 
 
+def test_exit_functions_run_before_the_end(preloaded: Preloaded, tmp_path: Path) -> None:
+    """Those of the process, after its threads; what it has printed is there."""
+    late = "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()"
+    end = f"import atexit, threading, time; atexit.register(print, 'exit function'); {late}"
+    assert start(preloaded, tmp_path, end).wait(60) == 0
+    assert (tmp_path / "out").read_text().splitlines()[-2:] == ["thread", "exit function"]
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [(["timeit", "--help"], 0), (["timeit", "--wrong"], 2), (["json.tool", "missing"], 2), (["no_such_module"], 1)],
+)
+def test_exit_status_is_that_of_the_module(preloaded: Preloaded, tmp_path: Path, words: list[str], status: int) -> None:
+    """Whether it returns, exits or fails."""
+    with (tmp_path / "out").open("wb") as out:
+        env = clean_environment({})
+        child = preloaded.start([sys.executable, "-m", *words], env=env, stdout=out.fileno(), stderr=out.fileno())
+    assert child.wait(60) == status
+
+
 def test_processes_end_one_by_one(preloaded: Preloaded, tmp_path: Path) -> None:
     """A signal reaches one of them; those that have ended get none."""
     children = [start(preloaded, tmp_path, "import time; time.sleep(60)") for _ in range(3)]

@@ -40,7 +40,7 @@ def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return kept | {"AWS_EC2_METADATA_DISABLED": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | dict(extra)
 
 
-def run_module(*words: str, timeout_s: float, **settings: str) -> subprocess.CompletedProcess[str]:
+def run_module(*words: str, timeout_s: float, stdin: bytes = b"", **settings: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m WORDS` with these environment variables, wait for its end, and return what it printed.
 
     Raises:
@@ -48,10 +48,11 @@ def run_module(*words: str, timeout_s: float, **settings: str) -> subprocess.Com
     """
     command, env = [sys.executable, "-m", *words], clean_environment(settings)
     start_from = preloaded.current
-    if start_from is None or not start_from.can_start(command, env):
-        return subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
+    if start_from is None or stdin or not start_from.can_start(command, env):
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, input=stdin, capture_output=True, timeout=timeout_s, check=False
         )
+        return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         child = start_from.start(command, env=env, stdout=stdout.fileno(), stderr=stderr.fileno())
         try:
@@ -99,6 +100,9 @@ class Process:
         return self
 
     def _begin(self, log: IO[bytes]) -> subprocess.Popen[bytes] | preloaded.Child:
+        start_from = preloaded.current
+        if start_from is not None and start_from.can_start(self.command, self._env):
+            return start_from.start(self.command, env=self._env, stdout=log.fileno(), stderr=log.fileno())
         return subprocess.Popen(
             self.command,
             cwd=ROOT,
@@ -258,12 +262,6 @@ class WorkerProcess(Process):
         """Start the worker; `wait_ready` says when it claims."""
         self.ready_file.unlink(missing_ok=True)
         return super().start()
-
-    def _begin(self, log: IO[bytes]) -> subprocess.Popen[bytes] | preloaded.Child:
-        start_from = preloaded.current
-        if start_from is None or not start_from.can_start(self.command, self._env):
-            return super()._begin(log)
-        return start_from.start(self.command, env=self._env, stdout=log.fileno(), stderr=log.fileno())
 
     @property
     def is_ready(self) -> bool:
