@@ -1,6 +1,6 @@
 """Starts everything, asks about every image, shows the answers and makes a page of them.
 
-Exit code 1 when an answer is unexpected.
+Exit code 1 when an answer is unexpected or the page cannot be made.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tests.support.servers import PictureServer, S3Server, ServerError, Valkey, 
 
 from demo.album import Entry, lay_out
 from demo.gallery import PAGE, write_page
-from demo.own_images import OwnImages, find_images
-from demo.report import Result, show_next, show_page, show_summary, show_table
+from demo.own_images import SUFFIXES, OwnImages, find_images
+from demo.report import Result, count_of, show_next, show_page, show_summary, show_table
 from shiwu import Client, Lane
 from shiwu.contract import printable_lines
 
@@ -68,12 +68,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--labels", help="name of a label set; default: the worker's own")
     parser.add_argument("--page", type=Path, default=PAGE, help="where the page with the images is written")
     options = parser.parse_args()
+    if gone := [str(path) for path in options.images if not path.exists()]:
+        parser.error(f"expected folders or files that exist, got {', '.join(gone)}")
     try:
         options.own = find_images(options.images)
     except ValueError as error:
         parser.error(str(error))
     if options.images and not options.own.entries:
-        parser.error(f"expected images in {', '.join(map(str, options.images))}")
+        where = ", ".join(map(str, options.images))
+        parser.error(f"expected images in {where}, got no file whose name ends with {', '.join(sorted(SUFFIXES))}")
     return options
 
 
@@ -113,7 +116,7 @@ def _run(console: Console, stack: ExitStack, options: argparse.Namespace) -> int
     worker.start()
     say(f"the worker, process {worker.pid}, loads {options.model or 'the embedded model'}")
     album = make_album()  # while the model loads
-    say(f"{len(album)} images lie ready{own.left_out}")
+    say(f"{count_of(album)} {'lies' if len(album) == 1 else 'lie'} ready{own.left_out}")
     worker.wait_ready(timeout_s=MODEL_READY_S if options.model else READY_S)
     say("the worker is warm and claims\n")
 
@@ -123,10 +126,11 @@ def _run(console: Console, stack: ExitStack, options: argparse.Namespace) -> int
     show_table(console, results)
     show_summary(console, results, took_s=took_s)
     answers = [result.answer for result in results if result.answer]
-    show_page(console, write_page(answers, options.page, settings=settings) if answers else None)
+    page = write_page(answers, options.page, settings=settings) if answers else None
+    show_page(console, page)
     if all(result.is_expected for result in results):
         show_next(console)
-        return 0
+        return 0 if page else 1
     console.print("[bold red]Not every answer was as expected.[/] The end of the worker's log:")
     console.print(printable_lines(worker.log_tail()), markup=False, emoji=False, highlight=False)
     return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -23,7 +24,8 @@ def write_page(answers: Sequence[Answer], page: Path, *, settings: Mapping[str, 
     Args:
         settings: variables of the worker, by which the thumbnails are fetched.
     """
-    page.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # the command below says what is wrong with the place
+        page.parent.mkdir(parents=True, exist_ok=True)
     made = subprocess.run(
         [sys.executable, "-m", "shiwu.cli", "gallery", "--jsonl", "-", "-o", str(page), "--title", "shiwu demo"],
         input=b"".join(answer.to_json() + b"\n" for answer in answers),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +103,11 @@ def _outcome(result: Result) -> Text:
     return Text(printable(f"{answer.status}: {code} {message}, not expected"), style="bold red")
 
 
+def count_of(images: Sized) -> str:
+    """`1 image`, `2 images`."""
+    return f"{len(images)} image{'' if len(images) == 1 else 's'}"
+
+
 def show_summary(console: Console, results: list[Result], *, took_s: float) -> None:
     """Counts, speed, and how often the known label was found."""
     ranks = [result.rank for result in results if result.entry.labels]
@@ -115,11 +121,13 @@ def show_summary(console: Console, results: list[Result], *, took_s: float) -> N
     )
     models = {result.answer.model for result in results if result.answer and result.answer.model}
     model = ", ".join(f"{each.id} in {each.dtype} on {each.device}" for each in models)
+    rate = len(results) / took_s
+    worker = f"one worker, {model}" if model else "one worker"
     console.print(
         f"\n[bold]{counts['tagged']} tagged[/], {counts['failed']} failed{' as expected' if ranks else ''}, "
         f"{counts['unexpected']} not as expected; "
-        f"{len(results)} images in {took_s:.2f} s, [bold]{len(results) / took_s:.0f} images/s[/] "
-        f"(one worker, {escape(printable(model))})."
+        f"{count_of(results)} in {took_s:.2f} s, [bold]{rate:.{0 if rate >= 10 else 1}f} images/s[/] "
+        f"({escape(printable(worker))})."
     )
     if not ranks:
         return

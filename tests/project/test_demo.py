@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from demo import own_images
 from demo.album import Entry
+from demo.gallery import write_page
 from demo.own_images import find_images
-from demo.report import Result, show_table
+from demo.report import Result, show_summary, show_table
 from rich.console import Console
 
+from shiwu.contract import Answer, ErrorCode, ErrorInfo, Stage, Status
 from tests.support import pictures
 from tests.support.gallery_pages import tagged
 from tests.support.processes import ROOT, Process, clean_environment
@@ -123,4 +125,23 @@ def test_the_demo_without_images_says_so(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "demo", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
     assert done.returncode == 2
-    assert f"expected images in {tmp_path}" in done.stderr
+    assert f"expected images in {tmp_path}, got no file whose name ends with .apng, " in " ".join(done.stderr.split())
+    done = subprocess.run([*command, "none/"], capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
+    assert (done.returncode, "expected folders or files that exist, got none" in done.stderr) == (2, True)
+
+
+def test_summary_of_one_image_without_tags_is_readable() -> None:
+    """One image is no images, there is no model to name, and a slow worker is not at 0 images/s."""
+    out = io.StringIO()
+    error = ErrorInfo(code=ErrorCode.UNKNOWN_LABEL_SET, message="m", stage=Stage.CLAIM)
+    answer = Answer(id="k", status=Status.REJECTED, error=error)
+    result = Result(Entry("file:///a.png", "PNG", name="a.png", is_own=True), answer)
+    show_summary(Console(file=out, width=200), [result], took_s=10.0)
+    assert "; 1 image in 10.00 s, 0.1 images/s (one worker)." in out.getvalue()
+
+
+def test_page_that_cannot_be_written_is_no_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The demo then ends with exit code 1."""
+    (tmp_path / "file").touch()
+    assert write_page([tagged("k")], tmp_path / "file" / "x" / "page.html", settings={}) is None
+    assert "output_failed: --output: expected a file that can be written" in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -202,6 +203,7 @@ def _write(output: Path, page: str) -> None:
         partial.write_text(page, encoding="utf-8")
         partial.replace(output)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is none, or cannot be written
+            partial.unlink(missing_ok=True)
         why = error.strerror or error
         end(f"output_failed: --output: expected a file that can be written, got {output} ({why})", Exit.OUTPUT)
