@@ -58,6 +58,7 @@ def test_commands_tell_about_a_backfill(redis_url: str, tmp_path: Path) -> None:
         (["start", "other", "LIST", "--out", "OUT"], 4, "expected an output without results"),
         (["start", "other", "LIST", "--newer", "3d"], 4, "--newer: expected a bucket"),
         (["start", "other", "/none.csv"], 4, "there is no file"),
+        (["start", "other", "/"], 4, "a folder is at '/'"),
         (["start", "other", "LIST", "--rate", "much"], 2, "expected a rate such as"),
         (["start", "other", "LIST", "--window", "8-9"], 2, "expected hours and a time zone"),
         (["start", "other", "LIST", "--labels", "a cat"], 2, "for a single label use"),

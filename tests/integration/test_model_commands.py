@@ -154,8 +154,8 @@ def test_fetch_is_refused_in_one_line(
 ) -> None:
     """A folder, no model, an adapter, a hub that may not be asked, a place that cannot be written."""
     hub.add(ID, published)
-    for model in (None, str(published), "./none"):
-        with pytest.raises(FatalError, match="expected a hub id to download") as caught:
+    for model, got in ((None, "none"), (str(published), "'/"), ("./none", "'./none'")):
+        with pytest.raises(FatalError, match=f"expected a hub id to download, got {got}") as caught:
             fetch_model(model, tmp_path / "m")
         assert caught.value.exit_code is ExitCode.CONFIG
     write_json(published / "adapter_config.json", {"base_model_name_or_path": ID, "peft_type": "LORA"})

@@ -159,8 +159,14 @@ def test_gpus_are_chosen_by_number_or_uuid(asked: str, expected: list[str]) -> N
 @pytest.mark.usefixtures("four")
 def test_wrong_choice_of_gpus_is_an_error(asked: str) -> None:
     """Unlike in CUDA's list, so that the operator sees it."""
-    with pytest.raises(UnknownGpu, match="expected"):
+    with pytest.raises(UnknownGpu, match=r"^--gpus: expected"):
         choose_gpus(find_gpus(visible=None), asked)
+
+
+def test_choice_without_gpus_says_that_none_is_visible() -> None:
+    """In place of an empty list."""
+    with pytest.raises(UnknownGpu, match=r"^--gpus: expected cpu:N or all, because no GPU is visible, got '3'$"):
+        choose_gpus([], "3")
 
 
 @pytest.mark.usefixtures("four")

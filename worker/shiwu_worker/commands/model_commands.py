@@ -59,7 +59,8 @@ def fetch_model(model: str | None, target: Path) -> str:
             load its checkpoint.
     """
     if model is None or Path(model).is_dir() or model.startswith((".", "/", "~")):
-        raise FatalError(ExitCode.CONFIG, f"SHIWU_MODEL: expected a hub id to download, got {model or 'no model'!r}")
+        given = repr(model) if model else "none"
+        raise FatalError(ExitCode.CONFIG, f"SHIWU_MODEL: expected a hub id to download, got {given}")
     hub_id, revision = split_hub_id(model)
     wanted = f"{hub_id}@{revision or 'main'}"
     complete_file = target / COMPLETE_FILE

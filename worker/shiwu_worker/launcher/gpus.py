@@ -46,10 +46,11 @@ def choose_gpus(gpus: Sequence[Gpu], asked: str) -> list[Gpu]:
         else:
             named = _of_number(gpus, word) if word.isdecimal() else _of_uuid(gpus, word)
         if not named:
-            known = ", ".join(f"{gpu.gpu} ({gpu.uuid})" for gpu in gpus) or "no visible GPU"
-            raise UnknownGpu(f"expected cpu:N, all, or one of {known}, got {word!r:.80}")
+            known = ", ".join(f"{gpu.gpu} ({gpu.uuid})" for gpu in gpus)
+            forms = f"cpu:N, all, or one of {known}" if known else "cpu:N or all, because no GPU is visible"
+            raise UnknownGpu(f"--gpus: expected {forms}, got {word!r:.80}")
         if named[0] in chosen:
-            raise UnknownGpu(f"expected each GPU once, got {word!r:.80} again")
+            raise UnknownGpu(f"--gpus: expected each GPU once, got {word!r:.80} again")
         chosen += named
     return chosen
 

@@ -42,7 +42,8 @@ def open_source(where: str, *, objects: Objects, column: str = DEFAULT_COLUMN) -
     if where.startswith("s3://"):
         return _Downloaded(objects, where, kind=kind, column=column)
     if not Path(where).is_file():
-        raise SourceError(f"expected {FORMS}; there is no file {where!r:.200}")
+        what = "a folder is at" if Path(where).is_dir() else "there is no file"
+        raise SourceError(f"expected {FORMS}; {what} {where!r:.200}")
     return _open_file(Path(where), kind=kind, column=column)
 
 
