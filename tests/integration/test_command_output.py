@@ -112,6 +112,9 @@ def test_tag_without_a_worker_says_so(
     found = call(redis_url, "tag", "s3://b/k", "--timeout", "0.3")
     assert found.exit_code == 3
     assert ("no worker has been seen for 10 s" in found.stderr) is is_told
+    with Client(redis_url) as client:
+        [job_id] = re.findall(r"`shiwu explain (\S+)`", found.stderr)
+        assert client.explain(job_id).image == "s3://b/k"
     assert "no answer yet" in found.stdout
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
+import msgspec
 import pytest
 import redis
 from click.testing import CliRunner
@@ -19,6 +20,7 @@ from shiwu.contract import (
     QUARANTINE_OWNER,
     REVOKED,
     Answer,
+    Cache,
     ErrorCode,
     ErrorInfo,
     ImageInfo,
@@ -172,6 +174,18 @@ def test_receipt_compares_each_stage_with_the_usual(client: Client, redis_client
         "  total        4.0 s                                 usual p50 82 ms, p95 91 ms",
         "  it waited for the source of the image; its host or bucket is slow from here, 58 times the usual p95",
     ]
+
+
+def test_job_that_shared_an_encoding_waited_for_the_other_job(
+    client: Client, redis_client: redis.Redis, redis_url: str
+) -> None:
+    """And not for other batches of the device."""
+    shared = msgspec.structs.replace(tagged("k1", fetch_ms=5), timing=Timing(fetch=5, batch=900, total=905))
+    write_answers(redis_client, client, shared, msgspec.structs.replace(shared, id="k2", cache=Cache.JOINED))
+    assert "  it waited for the device: other batches came first" in explained(redis_url, "k1")[1]
+    assert (
+        "  it waited for another job with the same image, whose encoding serves both" in explained(redis_url, "k2")[1]
+    )
 
 
 def test_dead_letter_tells_how_to_requeue(client: Client, redis_client: redis.Redis, redis_url: str) -> None:

@@ -82,8 +82,11 @@ def tag(
             optional=(5, 2, 3, 4, 6),
         )
     if len(found) < len(ids):
+        first = next(job_id for job_id in ids if job_id not in found)
         end(
-            f"wait_timeout: {len(ids) - len(found)} of {len(ids)} answers did not come in {timeout_s:g} s", Exit.TIMEOUT
+            f"wait_timeout: {len(ids) - len(found)} of {len(ids)} answers did not come in {timeout_s:g} s; the jobs go "
+            f"on, and `shiwu explain {first}` says where the first one is",
+            Exit.TIMEOUT,
         )
     sys.exit(Exit.OK if all(result.ok for result in found.values()) else Exit.NOT_TAGGED)
 

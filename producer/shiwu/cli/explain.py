@@ -18,7 +18,7 @@ from shiwu.client.client import Client
 from shiwu.client.job_report import JobReport, JobState
 from shiwu.client.results import TagResult
 from shiwu.client.usual_times import UsualTime
-from shiwu.contract import Attempt, Timing, without_query
+from shiwu.contract import Attempt, Cache, Timing, without_query
 
 BAR: Final = 24
 """Characters of the bar of a stage that took all the time."""
@@ -168,6 +168,9 @@ def _reason(report: JobReport, result: TagResult) -> Iterator[str]:
     name = max(_stages(result.timing), key=lambda name: getattr(result.timing, name))
     value, usual = getattr(result.timing, name), report.usual.get(name)
     if value < SHORT_MS:
+        return
+    if name == "batch" and result.cache == Cache.JOINED:
+        yield "it waited for another job with the same image, whose encoding serves both"
         return
     compared = ""
     if usual is not None and value > MANY_TIMES * usual.p95:
