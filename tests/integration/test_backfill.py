@@ -17,6 +17,8 @@ from shiwu.backfill import collector, feeder, runner
 from shiwu.backfill.errors import TakenOver
 from shiwu.backfill.plan import Pace, Plan
 from shiwu.backfill.runner import Phase
+from shiwu.client.sole_consumer import SoleConsumer
+from shiwu.client.stream_items import Entry
 from shiwu.contract import BACKFILL_OPEN, RESULT_STREAM, Lane, done_key, result_key
 from shiwu.parts.errors import TargetError
 from tests.support.answering import AnsweringThread
@@ -321,6 +323,24 @@ def test_process_that_lost_its_backfill_makes_no_group(
         return has_sent
 
     monkeypatch.setattr(feeder.Feeder, "step", send_and_hang)
+    with pytest.raises(TakenOver):
+        backfill.run("night", plan)
+    assert redis_client.xinfo_groups(RESULT_STREAM) == []
+
+
+def test_process_that_hung_at_its_first_read_makes_no_group(
+    backfill: LocalBackfill, plan: Plan, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even between the check that it still owns the backfill and the read."""
+    read = SoleConsumer.read
+
+    def hang_and_read(self: SoleConsumer, *, block_s: float) -> list[Entry]:
+        monkeypatch.undo()
+        backfill.state("night").take("successor", now_ms=0.0)
+        redis_client.xgroup_destroy(RESULT_STREAM, "backfill.night")
+        return read(self, block_s=block_s)
+
+    monkeypatch.setattr(SoleConsumer, "read", hang_and_read)
     with pytest.raises(TakenOver):
         backfill.run("night", plan)
     assert redis_client.xinfo_groups(RESULT_STREAM) == []

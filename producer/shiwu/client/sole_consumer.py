@@ -100,6 +100,8 @@ class SoleConsumer:
             except redis.ResponseError as error:
                 if "BUSYGROUP" not in str(error):
                     raise
+        for stream in self._streams:
+            stream.group_was_made()
 
     def drop_group(self) -> None:
         """Delete the group in each shard, so that no stream is kept for it.
@@ -132,6 +134,10 @@ class _Stream:
     @property
     def has_group(self) -> bool:
         return self._reader.has_group
+
+    def group_was_made(self) -> None:
+        """Note that the group is there."""
+        self._reader.group_was_made()
 
     @property
     def is_at_end(self) -> bool:

@@ -162,6 +162,10 @@ class StreamReader:
         """Whether the group was there at the last read; otherwise the next read creates it."""
         return self._has_group
 
+    def group_was_made(self) -> None:
+        """Do not create the group at the first read: it is there, and if it is not any more, `failed` says so."""
+        self._has_group = True
+
     # -------------------------------------------------------------------------------- reading
     def read_steps(self, *, block_s: float | None = None) -> Steps[list[Entry]]:
         """The next portion; empty where there is nothing to read.
