@@ -331,3 +331,18 @@ def test_dead_letters_are_found_by_the_stage_that_answers_name(redis_url: str, r
     for stage, count in (("fetch", 1), ("FETCH", 1), ("decode", 0)):
         found = call(redis_url, "dead", "list", "--json", "--stage", stage)
         assert (found.exit_code, len(found.output.splitlines())) == (0, count), found.output
+
+
+def test_answers_after_a_closed_pipe_come_immediately(redis_url: str, redis_client: redis.Redis) -> None:
+    """As after `shiwu results | head -1`: the next call does not wait for the answer that was not printed."""
+    for number in range(3):
+        add_dead_letter(redis_client, f"j{number}", reference="s3://b/k", text="gone")
+    read, write = os.pipe()
+    os.close(read)
+    with _run(["results"], redis_url=redis_url, stdout=write) as process:
+        _, errors = process.communicate(timeout=20)
+    os.close(write)
+    assert (process.returncode, errors) == (141, b"")
+    again = call(redis_url, "results")
+    assert sorted(json.loads(line)["id"] for line in again.stdout.splitlines()) == ["j0", "j1", "j2"]
+    assert "waiting for answers" not in again.stderr

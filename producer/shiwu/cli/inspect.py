@@ -14,7 +14,7 @@ from rich.text import Text
 from shiwu.cli.base import Exit, main
 from shiwu.cli.terminal import echo_json, make_console
 from shiwu.client.client import Client
-from shiwu.client.stream_items import UnreadableItem
+from shiwu.client.stream_items import UnreadableItem, give_up
 from shiwu.contract import Lane, printable
 
 MAX_OUTAGE_S: Final = 5.0
@@ -50,7 +50,11 @@ def results(client: Client, /, *, group: str, consumer: str | None, follow: bool
             away_s=away_s,
             on_unreadable=_show_unreadable,
         ):
-            echo_json(item.result.to_json())
+            try:
+                echo_json(item.result.to_json())
+            except OSError:
+                give_up(item)  # or the next call would wait a minute for it
+                raise
             item.ack(away_s=ACK_MAX_OUTAGE_S if follow else MAX_OUTAGE_S)
     except KeyboardInterrupt:
         sys.exit(Exit.OK)

@@ -22,7 +22,7 @@ from shiwu.broker.redis_errors import explain
 from shiwu.broker.script_loader import call_script
 from shiwu.broker.steps import Call, Pause, Steps
 from shiwu.client.arguments import read_integer, read_seconds, read_text
-from shiwu.client.stream_items import Entry, EntryReader, Outage, log
+from shiwu.client.stream_items import GIVEN_UP_MS, Entry, EntryReader, Outage, log
 from shiwu.contract import RESULT_STREAM, printable
 
 GROUP_GONE_WORDS: Final = ("NOGROUP", "UNBLOCKED")
@@ -30,8 +30,6 @@ GROUP_GONE_WORDS: Final = ("NOGROUP", "UNBLOCKED")
 GROUP_GONE_PAUSE_S: Final = 0.1
 HOLD_SHARE: Final = 0.1
 """The idle time of held entries is reset after this share of `reclaim_idle_s`."""
-GIVEN_UP_MS: Final = 10 * 86_400_000
-"""Idle time set on an entry that its consumer gives up, so that the next consumer takes it over immediately."""
 CONSUMER_TTL_S: Final = 3600.0
 """Idle time after which a consumer without entries is removed from the group."""
 CLEANUP_EVERY_S: Final = 600.0

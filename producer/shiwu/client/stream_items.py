@@ -6,6 +6,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
@@ -15,6 +16,7 @@ import redis
 from shiwu.broker.backoff import MAX_PAUSE_S, Backoff
 from shiwu.broker.chunks import chunks
 from shiwu.broker.redis_errors import RedisCode, classify, explain, info_of
+from shiwu.broker.script_loader import call_script
 from shiwu.broker.steps import Pause, Steps, run
 from shiwu.client.results import TagResult
 from shiwu.contract import RESULT_STREAM, printable
@@ -22,6 +24,8 @@ from shiwu.contract import RESULT_STREAM, printable
 MAX_REPORTED: Final = 10_000
 """How many unreadable entries are remembered, so that each is reported once."""
 ACK_CHUNK_SIZE: Final = 500
+GIVEN_UP_MS: Final = 10 * 86_400_000
+"""Idle time set on an entry that its consumer gives up, so that the next consumer takes it over immediately."""
 log: Final = logging.getLogger("shiwu")
 
 
@@ -69,6 +73,15 @@ class UnreadableItem:
     def ack(self) -> None:
         """Give the entry up: the group does not get it again."""
         run(self._client, ack_steps([self.entry_id], group=self._group))
+
+
+def give_up(item: StreamItem) -> None:
+    """Let the next consumer of the group take over an answer immediately; does nothing if Redis is unavailable."""
+    entry_id = item.entry_id.rpartition("/")[2]
+    with suppress(redis.RedisError, OSError):
+        for held in item._client.xpending_range(RESULT_STREAM, item._group, min=entry_id, max=entry_id, count=1):
+            args = [item._group, held["consumer"], GIVEN_UP_MS, entry_id]
+            call_script("hold_entries", keys=[RESULT_STREAM], args=args)(item._client)
 
 
 class Unreadable(Protocol):

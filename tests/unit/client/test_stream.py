@@ -18,13 +18,12 @@ from shiwu.client.shard_stream import follow
 from shiwu.client.stream import (
     CLEANUP_EVERY_S,
     CONSUMER_TTL_S,
-    GIVEN_UP_MS,
     MIN_WAIT_S,
     StreamOptions,
     StreamReader,
     read_options,
 )
-from shiwu.client.stream_items import Entry, EntryReader
+from shiwu.client.stream_items import GIVEN_UP_MS, Entry, EntryReader
 from shiwu.contract import RESULT_STREAM, Answer, Status
 from tests.support.clock import Clock
 
