@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from shiwu.cli.terminal import make_console
+from shiwu.cli.terminal import GAP, make_console
 from shiwu.top import rows
 from shiwu.top.look import Look
 
@@ -50,10 +51,15 @@ def print_tables(console: Console, look: Look) -> None:
 
 
 def _print(console: Console, headings: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
-    """Print a table with its numbers at the right; the first column is a name."""
+    """Print a table with its numbers at the right, as many columns as there is room for; the first is a name."""
+    rows = list(cells)
+    widths = [max(map(cell_len, column)) for column in zip(headings, *rows, strict=True)]
+    shown = len(widths)
+    while shown > 2 and sum(widths[:shown]) + GAP * (shown - 1) > console.width:
+        shown -= 1
     table = Table(box=None, pad_edge=False)
-    for column, heading in enumerate(headings):
+    for column, heading in enumerate(headings[:shown]):
         table.add_column(heading, justify="left" if column == 0 or not heading else "right", overflow="fold")
-    for row in cells:
-        table.add_row(*row)
+    for row in rows:
+        table.add_row(*row[:shown])
     console.print(table)
