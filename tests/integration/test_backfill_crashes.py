@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-import time
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -41,32 +41,40 @@ def put_objects(s3: S3Server, prefix: str, count: int) -> set[str]:
 
 
 def run_with_kills(
-    valkey: Valkey, s3: S3Server, folder: Path, *, prefix: str, kills: int, part_rows: int, kills_workers: bool
-) -> int:
-    """Run one backfill, killed after random times; return how many runs were killed."""
-    pause = threading.Event()
+    valkey: Valkey,
+    s3: S3Server,
+    folder: Path,
+    *,
+    prefix: str,
+    objects: int,
+    kills: int,
+    part_rows: int,
+    kills_workers: bool,
+) -> None:
+    """Run one backfill, killed so many times: each time after a random number of further answers."""
     chance = random.Random(20261130)
-    killed = 0
     args = ["start", "night", f"s3://{s3.bucket}/{prefix}/", "--out", str(folder / "out")]
     args += ["--part-rows", str(part_rows), "--max-waiting", "400"]
     worker = AnsweringWorker(redis_url=valkey.url, folder=folder, pause_ms=20, batch=20)
-    with worker:
-        while True:
-            run = BackfillProcess(*args, redis_url=valkey.url, folder=folder, env=s3.env)
-            with run:
-                if killed < kills:
-                    until_s = time.monotonic() + 0.6 + chance.random() * 1.2
-                    while run.is_running and time.monotonic() < until_s:
-                        pause.wait(0.01)
-                    if run.is_running:
-                        run.kill()
-                        killed += 1
-                        if kills_workers and killed % 3 == 0:
-                            worker.kill()
-                            worker.start()
-                        continue
-                assert run.wait(timeout_s=120) == 0, run.log_tail()
-                return killed
+    with worker, valkey.client() as client:
+        for number in range(kills):
+            # The last kill comes before all objects are sent, so that there always is something to kill.
+            answers = int(objects * (number + chance.random()) / (kills + 1))
+            with BackfillProcess(*args, redis_url=valkey.url, folder=folder, env=s3.env) as run:
+                reached = partial(_has_reached, client, run, run_number=number + 1, answers=answers)
+                wait_until(reached, timeout_s=120, what=f"{answers} answers")
+                run.kill()
+            if kills_workers and number % 3 == 2:
+                worker.kill()
+                worker.start()
+        with BackfillProcess(*args, redis_url=valkey.url, folder=folder, env=s3.env) as run:
+            assert run.wait(timeout_s=120) == 0, run.log_tail()
+
+
+def _has_reached(client: redis.Redis, run: BackfillProcess, *, run_number: int, answers: int) -> bool:
+    assert run.is_running, run.log_tail()
+    takes = int(client.hget("shiwu:backfill:night", "takes") or 0)
+    return takes >= run_number and int(client.hget(COUNTERS, "answered") or 0) >= answers
 
 
 def check_rows(valkey: Valkey, folder: Path, references: set[str]) -> None:
@@ -85,8 +93,7 @@ def check_rows(valkey: Valkey, folder: Path, references: set[str]) -> None:
 def test_killed_backfill_has_each_object_once(valkey: Valkey, s3: S3Server, tmp_path: Path) -> None:
     """Five kills while 2,000 objects are listed, sent, collected and written in parts of 100 rows."""
     references = put_objects(s3, "killed", 2000)
-    killed = run_with_kills(valkey, s3, tmp_path, prefix="killed", kills=5, part_rows=100, kills_workers=False)
-    assert killed >= 3
+    run_with_kills(valkey, s3, tmp_path, prefix="killed", objects=2000, kills=5, part_rows=100, kills_workers=False)
     check_rows(valkey, tmp_path, references)
 
 
@@ -95,8 +102,7 @@ def test_killed_backfill_has_each_object_once(valkey: Valkey, s3: S3Server, tmp_
 def test_many_kills_of_command_and_workers(valkey: Valkey, s3: S3Server, tmp_path: Path) -> None:
     """25 kills of the command and some of the workers, with 20,000 objects."""
     references = put_objects(s3, "long", 20_000)
-    killed = run_with_kills(valkey, s3, tmp_path, prefix="long", kills=25, part_rows=700, kills_workers=True)
-    assert killed == 25
+    run_with_kills(valkey, s3, tmp_path, prefix="long", objects=20_000, kills=25, part_rows=700, kills_workers=True)
     check_rows(valkey, tmp_path, references)
 
 
