@@ -49,7 +49,9 @@ def test_killed_process_loses_no_delivery_of_any_shard(
     with WebhookReceiver() as receiver:
         single, many = f"{receiver.url}/single", f"{receiver.url}/many"
         file = write_endpoints(tmp_path, [{"name": "single", "url": single}, {"name": "many", "url": many, "batch": 5}])
-        with HooksProcess(redis_url=url, file=file, lease_s=1, timeout_s=0.5) as process:
+        # Tries of half a second may fail several times on a busy machine.
+        schedule = "0s," + ",".join(["0.1s"] * 40)
+        with HooksProcess(redis_url=url, file=file, lease_s=1, timeout_s=0.5, schedule=schedule) as process:
             process.wait_started()
             wait_until(lambda: all(shard.exists(RESULT_STREAM) for shard in shards), timeout_s=20)
             commit_in_shards(shards, ids[:100])
