@@ -315,16 +315,6 @@ def test_answers_that_cannot_be_printed_are_not_acknowledged(redis_url: str, red
     assert [json.loads(line)["id"] for line in again.output.splitlines()] == ["j1"]
 
 
-def test_empty_url_of_the_environment_counts_as_not_set(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for every other setting; an empty argument is an error."""
-    monkeypatch.setattr("shiwu.client.calls.DEFAULT_URL", redis_url)
-    monkeypatch.setenv("SHIWU_REDIS_URL", "")
-    assert CliRunner().invoke(main, ["status"]).exit_code == 0
-    with Client() as client:
-        assert client.server_time_ms() > 0
-    assert call("", "status").exit_code == 64
-
-
 def test_dead_letters_are_found_by_the_stage_that_answers_name(redis_url: str, redis_client: redis.Redis) -> None:
     """In lower case; upper case, which was the only form, stays."""
     add_dead_letter(redis_client, "j1", reference="s3://b/k", text="gone")

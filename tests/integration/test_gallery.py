@@ -141,15 +141,23 @@ def test_the_last_answer_of_an_id_counts(redis_url: str, tmp_path: Path) -> None
         (("a", "--group", "b"), b"", "only one of them"),
         (("--jsonl", "-"), b'{"id": 5}\n', "--jsonl: line 1: expected an answer as JSON"),
         (("--jsonl", "-"), lines(tagged("a")) + b"nonsense\n", "--jsonl: line 2: expected an answer as JSON"),
-        (("--jsonl", "-", "-o", "/no/such/folder/x.html", "--no-thumbnails"), lines(tagged("a")), "No such file"),
     ],
-    ids=["nothing", "two-inputs", "no-answer", "no-json", "no-folder"],
+    ids=["nothing", "two-inputs", "no-answer", "no-json"],
 )
 def test_wrong_usage_gives_one_line(redis_url: str, args: tuple[str, ...], text: bytes, expected: str) -> None:
     """And no page is written."""
     made = call(redis_url, *args, input=text)
     assert made.exit_code == 2
     assert expected in made.output
+
+
+def test_page_that_cannot_be_written_gives_one_line(redis_url: str) -> None:
+    """Its exit code is that of every output that cannot be written."""
+    args = ("--jsonl", "-", "-o", "/no/such/folder/x.html", "--no-thumbnails")
+    made = call(redis_url, *args, input=lines(tagged("a")))
+    assert made.exit_code == 74
+    assert "output_failed" in made.output
+    assert "No such file" in made.output
 
 
 def test_missing_thumbnails_do_not_stop_the_page(

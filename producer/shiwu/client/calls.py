@@ -60,13 +60,13 @@ class ClientOptions:
 
     @classmethod
     def read(cls, redis_url: str | None, *, max_waiting: int, timeout_s: float, max_connections: int) -> Self:
-        """Check the arguments; without a URL that of `SHIWU_REDIS_URL` is used, where an empty one is none.
+        """Check the arguments; without a URL that of `SHIWU_REDIS_URL` is used.
 
         Raises:
             RedisUrlError: the URL is invalid.
             RequestError: another argument is invalid.
         """
-        url = (os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL) if redis_url is None else redis_url
+        url = os.environ.get("SHIWU_REDIS_URL", DEFAULT_URL) if redis_url is None else redis_url
         url = read_text("redis_url", url, most=MAX_URL_CHARS)
         return cls(
             redis_url=url,
