@@ -27,6 +27,7 @@ from bench.report import median
 from shiwu_worker.checkpoints.model_files import model_folder
 from shiwu_worker.runtime.cpus import usable_cores
 from shiwu_worker.stages.decode.image_spec import ImageSpec, read_image_spec
+from shiwu_worker.telemetry import logs
 
 MIN_REPEATS: Final = 2
 START_S: Final = 600.0
@@ -186,6 +187,8 @@ def main() -> None:
     from shiwu_worker.service.model import load_encoder  # noqa: PLC0415 torch, only in the process that measures
 
     settings = Settings()
+    # To standard error: standard output has the results only.
+    logs.set_up(level=settings.log_level, form="json")
     folder = model_folder(settings.model)
     spec = read_image_spec(folder)
     encoder = load_encoder(settings, folder, spec)
