@@ -64,6 +64,7 @@ def measure(*, jobs: int, report: Callable[[str], None]) -> None:
         report(f"waiting: {(_memory(client) - empty) / jobs:.0f} bytes a job")
         cpu_s = _cpu_s(client)
         settings = {
+            "SHIWU_MODEL": "",  # the embedded one
             "SHIWU_ALLOW_FOLDERS": str(SAMPLES),
             "SHIWU_LOG_LEVEL": "warning",
             "SHIWU_TORCH_THREADS": "0",

@@ -49,8 +49,8 @@ class Place:
     @property
     def model_env(self) -> dict[str, str]:
         """Variables by which shiwu's worker and the bare model find model and images."""
-        model = {"SHIWU_MODEL": self.checkpoint.setting} if self.checkpoint.setting else {}
-        return {**self.source.env, **model, **self.worker_env}
+        # Empty is the embedded model; without the variable, `WorkerProcess` takes the model of the tests.
+        return {**self.source.env, "SHIWU_MODEL": self.checkpoint.setting or "", **self.worker_env}
 
 
 @dataclass(frozen=True, slots=True)
