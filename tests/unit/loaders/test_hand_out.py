@@ -257,3 +257,13 @@ class HandOutRules(RuleBasedStateMachine):
 
 HandOutRules.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 test_hand_out_keeps_its_promises_in_any_order = HandOutRules.TestCase
+
+
+def test_several_tasks_are_no_more_than_were_asked_for() -> None:
+    """Also interactive ones of different sources, for which no other limit holds."""
+    world = World()
+    for source in "abcde":
+        world.add(1, source, Lane.INTERACTIVE)
+    assert [task.ticket for task in world.waiting.take_several(2, threads=8)] == [0, 1]
+    assert [task.ticket for task in world.waiting.take_several(9, threads=8)] == [2, 3, 4]
+    assert world.waiting.take_several(1, threads=8) == []

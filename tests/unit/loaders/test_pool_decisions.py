@@ -329,6 +329,16 @@ def test_pool_is_ready_with_all_its_loaders(ready: int, missing: int, *, is_read
     parts.pool.close(1.0)
 
 
+def test_ready_loader_is_seen_by_the_same_poll(parts: PoolParts) -> None:
+    """The start of the worker waits for it, so it does not wait for the next check."""
+    loader = parts.loader(is_ready=False)
+    loader.connection.frames = [ENCODER.encode(Ready())]
+    parts.pool._check_at_s = time.monotonic() + 60.0
+    parts.selector.events = [loader]
+    parts.pool._poll()
+    assert parts.pool._all_ready.is_set()
+
+
 def test_started_processes_become_loaders(parts: PoolParts) -> None:
     """And the pool reads what its selector reports of them."""
     connection: Any = Connection()
