@@ -59,7 +59,7 @@ def test_process_differs_in_nothing_but_its_imports(
 
 
 def test_exit_functions_run_before_the_end(preloaded: Preloaded, tmp_path: Path) -> None:
-    """Those of the process, after its threads; what it has printed is there."""
+    """Those of the process, after its threads, of which one outlives the main one; what it has printed is there."""
     late = "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()"
     end = f"import atexit, threading, time; atexit.register(print, 'exit function'); {late}"
     assert start(preloaded, tmp_path, end).wait(60) == 0

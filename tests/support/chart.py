@@ -98,8 +98,8 @@ def tool(name: str) -> Path:
 @cache
 def _custom() -> Mapping[str, Any]:
     """The models of custom resources, which take two seconds to import."""
-    from cloudcoil.models.keda import v1alpha1 as keda  # noqa: PLC0415
-    from cloudcoil.models.prometheus_operator import v1 as operator  # noqa: PLC0415
+    from cloudcoil.models.keda import v1alpha1 as keda  # noqa: PLC0415 takes a second
+    from cloudcoil.models.prometheus_operator import v1 as operator  # noqa: PLC0415 takes a second
 
     return {
         "ScaledObject": keda.ScaledObject,

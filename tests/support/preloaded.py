@@ -233,7 +233,7 @@ class _QuickEnd:
         except SystemExit as error:
             self.status = error.code if isinstance(error.code, int) else int(error.code is not None)
             raise
-        except Exception:
+        except Exception:  # border: the interpreter prints it and ends with 1
             self.status = 1
             raise
         self.status = 0

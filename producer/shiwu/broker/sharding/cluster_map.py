@@ -44,8 +44,8 @@ class ClusterMap:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._asked_s = -inf
-        self._told_by: Node | None = None
-        """The node of whom the map is."""
+        self._sent_by: Node | None = None
+        """The node that sent the map."""
         self._failure: redis.RedisError | None = None
         self._starts: list[int] = []
         self._ranges: list[tuple[int, Node]] = []
@@ -84,10 +84,10 @@ class ClusterMap:
             self._moved[slot] = node
 
     def distrust(self) -> None:
-        """Ask the others first next time: a node that is cut off from them, or not one of them, tells an old map."""
+        """Ask the others first next time: a node that is cut off from them, or not one of them, has an old map."""
         with self._own_lock():
-            if self._told_by in self._nodes:
-                self._put_last(self._told_by)
+            if self._sent_by in self._nodes:
+                self._put_last(self._sent_by)
 
     def _own_lock(self) -> threading.Lock:
         if self._pid != os.getpid():
@@ -142,7 +142,7 @@ class ClusterMap:
         self._ranges = [(last, nodes[0]) for _, last, nodes in ranges]
         self._moved.clear()
         self._failure = None
-        self._told_by = asked
+        self._sent_by = asked
         known = dict.fromkeys(chain([asked], self._seeds, *(nodes for _, _, nodes in ranges)))
         self._nodes = list(known)
 
