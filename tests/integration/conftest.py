@@ -13,7 +13,10 @@ from shiwu.broker.sharding import PoolOptions, ShardRedis, open_shards
 from shiwu.hooks.delivery_queue import DeliveryQueue
 from shiwu.hooks.process import queue_options
 from tests.support.hooks import HooksProcess, StartHooks, hooks_options, write_endpoints
+from tests.support.processes import LOOPBACK
+from tests.support.redis_server import RedisServer, valkey_binary
 from tests.support.valkey_cluster import ValkeyCluster
+from tests.support.waiting import wait_until
 from tests.support.webhook_receiver import WebhookReceiver
 
 
@@ -68,3 +71,14 @@ def shards(url: str) -> Iterator[tuple[ShardRedis, ...]]:
     yield clients
     for client in clients:
         client.close()
+
+
+@pytest.fixture
+def replicated(tmp_path: Path) -> Iterator[tuple[RedisServer, RedisServer]]:
+    """A primary and its replica."""
+    with RedisServer(folder=tmp_path / "primary", binary=valkey_binary()) as primary:
+        config = {"replicaof": f"{LOOPBACK} {primary.port}"}
+        with RedisServer(folder=tmp_path / "replica", binary=valkey_binary(), config=config) as replica:
+            with replica.client() as client:
+                wait_until(lambda: client.info("replication")["master_link_status"] == "up", timeout_s=20)
+            yield primary, replica

@@ -164,6 +164,7 @@ def test_acl_user_can_watch_events(guarded: Guarded, tmp_path: Path) -> None:
             source.give_back(source.take(5, wait_s=0.1))
             assert source.take(5, wait_s=0.1)
             assert source.take(5, wait_s=0.1) == []
+            client.wait(0, 1)  # as with --replicas
         with watch_process(url, f"{url}?key={KEY}", "--name", "running", folder=tmp_path) as running:
             wait_until(lambda: admin.zscore(watchers_key(KEY), "running"), timeout_s=30, what="a watcher")
             assert running.stop() == 0

@@ -16,9 +16,9 @@ from shiwu import Client
 from shiwu.broker.connection import connect, run_on_connection
 from shiwu.broker.redis_errors import NotReplicated
 from tests.support.both_clients import OpenClient
-from tests.support.processes import LOOPBACK, Process, clean_environment
+from tests.support.processes import Process, clean_environment
 from tests.support.redis_parts import answer, make_answer_store, make_lease_queue
-from tests.support.redis_server import RedisServer, valkey_binary
+from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
 
 THREADS = 150
@@ -131,17 +131,6 @@ def test_client_works_with_other_concurrency(
     with answering(redis_client), process:
         assert process.wait(timeout_s=90) == 0, process.log_text()
     assert process.log_text() == f"{count}\n"
-
-
-@pytest.fixture
-def replicated(tmp_path: Path) -> Iterator[tuple[RedisServer, RedisServer]]:
-    """A primary and its replica."""
-    with RedisServer(folder=tmp_path / "primary", binary=valkey_binary()) as primary:
-        config = {"replicaof": f"{LOOPBACK} {primary.port}"}
-        with RedisServer(folder=tmp_path / "replica", binary=valkey_binary(), config=config) as replica:
-            with replica.client() as client:
-                wait_until(lambda: client.info("replication")["master_link_status"] == "up", timeout_s=20)
-            yield primary, replica
 
 
 def test_enqueue_with_replicas_waits_for_confirmation(

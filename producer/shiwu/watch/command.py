@@ -11,6 +11,7 @@ import click
 from shiwu.client.client import Client
 
 MAX_PORTION: Final = 10_000
+MAX_REPLICAS: Final = 10
 NAME: Final = re.compile(r"[\w.-]{1,100}")
 
 
@@ -37,6 +38,13 @@ NAME: Final = re.compile(r"[\w.-]{1,100}")
     help="Messages that are taken together.",
 )
 @click.option("--max-waiting", type=click.IntRange(min=1), help="Messages that a lane may hold. Default: 100000.")
+@click.option(
+    "--replicas",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, MAX_REPLICAS),
+    help="Replicas of shiwu's Redis that must confirm what an event became before the event is removed.",
+)
 @click.option(
     "--token-file",
     type=click.Path(path_type=Path),
@@ -65,6 +73,7 @@ def watch(
     is_unread: bool,
     portion: int,
     max_waiting: int | None,
+    replicas: int,
     token_file: Path | None,
     has_no_token: bool,
     metrics_port: int | None,
@@ -97,6 +106,7 @@ def watch(
         is_once=is_once,
         portion=portion,
         max_waiting=max_waiting,
+        replicas=replicas,
         token_file=token_file,
         is_token_required=not has_no_token,
         metrics_port=metrics_port,

@@ -58,16 +58,25 @@ class Intake:
         keeper: a client of shiwu's Redis, for messages that cannot be read.
         source: names the source in these, without a password.
         max_waiting: how many messages a lane may hold; None: the limit of the client.
+        replicas: how many replicas of Redis must confirm the jobs, and what could not be read.
     """
 
     def __init__(
-        self, client: Client, keeper: redis.Redis, rules: Rules, *, source: str, max_waiting: int | None = None
+        self,
+        client: Client,
+        keeper: redis.Redis,
+        rules: Rules,
+        *,
+        source: str,
+        max_waiting: int | None = None,
+        replicas: int = 0,
     ) -> None:
         self._client = client
         self._keeper = keeper
         self._rules = rules
         self._source = source
         self._max_waiting = max_waiting
+        self._replicas = replicas
         self._recent: dict[str, None] = {}
         self._lock = threading.Lock()
 
@@ -96,6 +105,7 @@ class Intake:
 
         Raises:
             QueueFull: a lane holds its limit; the jobs for the other lane are enqueued.
+            NotReplicated: too few replicas confirmed a part; repeating the call writes that part again.
             redis.RedisError: Redis is unavailable, or refuses.
         """
         full: QueueFull | None = None
@@ -106,7 +116,7 @@ class Intake:
             except QueueFull as error:
                 full = full or error
         if plan.unread:
-            keep_unread(self._keeper, plan.unread, at_ms=self._client.server_time_ms())
+            keep_unread(self._keeper, plan.unread, at_ms=self._client.server_time_ms(), replicas=self._replicas)
             plan.unread.clear()
         if full is not None:
             raise full
@@ -133,6 +143,7 @@ class Intake:
             answer_by_s=options.answer_by_s,
             batch_size=len(jobs),
             max_waiting=self._max_waiting,
+            replicas=self._replicas,
             **rule.fields,
         )
         # The ids come in portions, where the lane may hold fewer messages; what is enqueued is not sent again.

@@ -50,6 +50,7 @@ class WatchOptions:
     is_once: bool
     portion: int
     max_waiting: int | None
+    replicas: int
     token_file: Path | None
     is_token_required: bool
     metrics_port: int | None
@@ -82,7 +83,7 @@ def run_watcher(options: WatchOptions) -> None:
         source = open_source(options.source, watcher=options.watcher or default_watcher(), stop=stop)
         stack.callback(source.close)
         source.check()
-        intake = Intake(options.client, keeper, rules, source=source.name, max_waiting=options.max_waiting)
+        intake = _intake(options, keeper, rules, source=source.name)
         Watcher(source, intake, reports, portion=options.portion, stop=stop).run(is_once=options.is_once)
 
 
@@ -110,6 +111,12 @@ def print_unread(options: WatchOptions) -> None:
     with _shards(options) as shards:
         for line in read_unread(shards[0]):
             echo_json(line)
+
+
+def _intake(options: WatchOptions, keeper: redis.Redis, rules: Rules, *, source: str) -> Intake:
+    return Intake(
+        options.client, keeper, rules, source=source, max_waiting=options.max_waiting, replicas=options.replicas
+    )
 
 
 def _rules(options: WatchOptions) -> Rules:
@@ -194,7 +201,7 @@ def _receive(
         end("--once: expected a source that can be emptied, and http:// cannot", Exit.USAGE)
     address, tokens = _http_options(options)
     listener = stack.enter_context(_listener(address))
-    intake = Intake(options.client, keeper, rules, source=options.source, max_waiting=options.max_waiting)
+    intake = _intake(options, keeper, rules, source=options.source)
     receiver = Receiver(intake, reports, path=address.path, tokens=tokens)
     reports.source()
     serve_events(receiver, listener, stop)

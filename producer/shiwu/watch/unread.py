@@ -9,9 +9,13 @@ from typing import Any, Final
 import msgspec
 import redis
 
+from shiwu.broker.answers import wait_replicated
+from shiwu.broker.connection import run_on_connection
 from shiwu.contract import WATCH_UNREAD
 
 MAX_UNREAD: Final = 1000
+REPLICAS_TIMEOUT_S: Final = 2.5
+"""Less than the time-out of the connection."""
 MAX_KEPT_CHARS: Final = 4096
 """Characters of a message that are kept."""
 
@@ -37,17 +41,22 @@ class UnreadMessage:
         return msgspec.json.encode(record)
 
 
-def keep_unread(client: redis.Redis, messages: Sequence[UnreadMessage], *, at_ms: float) -> None:
+def keep_unread(client: redis.Redis, messages: Sequence[UnreadMessage], *, at_ms: float, replicas: int = 0) -> None:
     """Keep these messages, the last of them as the newest; the oldest beyond `MAX_UNREAD` go.
 
+    Args:
+        replicas: how many replicas must confirm it.
+
     Raises:
+        NotReplicated: they are kept, but too few replicas confirmed it.
         redis.RedisError: repeating the call may keep a message twice.
     """
     written = [message.to_json(at_ms=at_ms) for message in messages[-MAX_UNREAD:]]
-    with client.pipeline(transaction=False) as pipe:
-        pipe.lpush(WATCH_UNREAD, *written)
-        pipe.ltrim(WATCH_UNREAD, 0, MAX_UNREAD - 1)
-        pipe.execute()
+    # WAIT counts only the writes of its own connection.
+    with client.client() as connected:  # type: ignore[no-untyped-call]  # redis' own
+        run_on_connection(connected, ("LPUSH", WATCH_UNREAD, *written), ("LTRIM", WATCH_UNREAD, 0, MAX_UNREAD - 1))
+        if replicas:
+            wait_replicated(connected, replicas=replicas, timeout_s=REPLICAS_TIMEOUT_S)
 
 
 def read_unread(client: redis.Redis) -> list[bytes]:

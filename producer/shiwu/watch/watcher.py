@@ -10,13 +10,15 @@ from typing import Any, Final, Protocol
 import redis
 
 from shiwu.broker.backoff import Backoff
-from shiwu.broker.redis_errors import explain, info_of
+from shiwu.broker.redis_errors import NotReplicated, explain, info_of
 from shiwu.errors import QueueFull
 from shiwu.watch.intake import Intake, Plan
 from shiwu.watch.sources.base import Source, SourceUnavailable, Taken
 
 WAIT_S: Final = 2.0
 """How long one look at the source waits for a message."""
+UNCONFIRMED_PAUSE_S: Final = 10.0
+"""The pause where replicas did not confirm jobs: each further try puts them into their lane again."""
 
 
 class Reports(Protocol):
@@ -100,10 +102,11 @@ class Watcher:
                 if isinstance(error, redis.RedisError) and not info_of(error).is_temporary:
                     raise
                 self._reports.lanes(wait_reason(error))
+                pause_s = UNCONFIRMED_PAUSE_S if isinstance(error, NotReplicated) else backoff.next_s()
             else:
                 self._reports.lanes()
                 return
-            if self._stop.wait(backoff.next_s()):
+            if self._stop.wait(pause_s):
                 raise Stopped
             self._keep(taken)
 

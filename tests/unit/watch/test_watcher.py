@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import redis
 
+from shiwu.broker.backoff import FIRST_PAUSE_S
+from shiwu.broker.redis_errors import NotReplicated
 from shiwu.errors import QueueFull
 from shiwu.watch import watcher
 from shiwu.watch.intake import Message, Plan
@@ -128,6 +130,17 @@ def test_messages_are_kept_while_jobs_wait(stop: threading.Event) -> None:
     assert source.calls == ["keep", "keep", "keep", "done"]
     assert (lanes.taken, noted.portions) == (1, 1)
     assert [problem[:10] for problem in noted.lane_problems] == ["full", "redis_away", "full", ""]
+
+
+def test_unconfirmed_jobs_are_repeated_slowly(stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try puts them into their lane again, so the pauses do not begin short."""
+    pauses: list[float | None] = []
+    monkeypatch.setattr(stop, "wait", pauses.append)
+    source = StubSource([[MESSAGE]], stop)
+    noted = run(source, StubLanes([NotReplicated("none"), NotReplicated("none"), QueueFull("full")]))
+    assert source.calls == ["keep", "keep", "keep", "done"]
+    assert pauses == [watcher.UNCONFIRMED_PAUSE_S, watcher.UNCONFIRMED_PAUSE_S, FIRST_PAUSE_S]
+    assert noted.portions == 1
 
 
 def test_stop_gives_back_what_has_to_wait(stop: threading.Event) -> None:
