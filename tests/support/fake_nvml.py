@@ -19,6 +19,8 @@ class FakeGpu:
     instances: list[str | None] | None = None
     is_split: bool = True
     is_lost: bool = False
+    is_forbidden: bool = False
+    """Whether the cgroup of the process denies it."""
     remapped: tuple[int, int, bool, bool] | None = None
     """Rows remapped after correctable and uncorrectable errors, whether one waits for a reset, whether one failed."""
 
@@ -29,11 +31,16 @@ class FakeNvml:
 
     gpus: list[FakeGpu] = field(default_factory=list)
     has_driver: bool = True
+    init_error: int | None = None
+    """What the driver answers in place of its GPUs."""
+    count_error: int | None = None
     opened: int = 0
 
     def nvmlInit(self) -> None:
         if not self.has_driver:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+        if self.init_error is not None:
+            raise pynvml.NVMLError(self.init_error)
         self.opened += 1
 
     def nvmlShutdown(self) -> None:
@@ -41,11 +48,15 @@ class FakeNvml:
 
     def nvmlDeviceGetCount(self) -> int:
         assert self.opened == 1
+        if self.count_error is not None:
+            raise pynvml.NVMLError(self.count_error)
         return len(self.gpus)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
         if self.gpus[index].is_lost:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        if self.gpus[index].is_forbidden:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
         return self.gpus[index]
 
     def nvmlDeviceGetUUID(self, handle: FakeGpu | str) -> str:

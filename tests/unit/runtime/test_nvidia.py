@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pynvml
 import pytest
 
-from shiwu_worker.runtime.nvidia import driver_version, fault_of, gpu_models, instance_uuid
+from shiwu_worker.runtime.nvidia import driver_version, fault_of, gpu_models, instance_uuid, list_gpus, why_no_gpu
 from tests.support.fake_nvml import FakeGpu, FakeNvml
 
 
@@ -67,3 +70,69 @@ def test_models_of_gpus_and_instances_are_named_once(nvml: FakeNvml) -> None:
     """A tune file is valid on every machine with the same ones."""
     nvml.gpus = [FakeGpu("GPU-a"), FakeGpu("GPU-b"), FakeGpu("GPU-c", instances=["MIG-c1"])]
     assert gpu_models() == ("NVIDIA H200", "NVIDIA H200 MIG 1g.18gb")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH, "version mismatch"),
+        (pynvml.NVML_ERROR_UNKNOWN, "does not answer (Unknown Error)"),
+        (pynvml.NVML_ERROR_NO_PERMISSION, "does not answer (Insufficient Permissions)"),
+        (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, None),
+    ],
+)
+def test_installed_driver_that_does_not_answer_is_a_fault(nvml: FakeNvml, error: int, expected: str | None) -> None:
+    """As after an update of the host's driver, or of a container whose devices systemd took away."""
+    nvml.gpus, nvml.init_error = [FakeGpu("GPU-a")], error
+    reason = why_no_gpu()
+    assert (reason is None) if expected is None else (reason is not None and expected in reason)
+    assert list_gpus() == []
+
+
+@pytest.mark.parametrize(
+    ("vendor", "kind", "is_fault"),
+    [
+        ("0x10de", "0x030200", True),
+        ("0x10de", "0x030000", True),
+        ("0x10de", "0x040300", False),
+        ("0x1af4", "0x030000", False),
+    ],
+    ids=["data center", "screen", "its sound", "another maker"],
+)
+def test_driver_that_is_not_loaded_is_a_fault_beside_a_gpu(
+    nvml: FakeNvml, tmp_path: Path, vendor: str, kind: str, *, is_fault: bool
+) -> None:
+    """An image may contain the library, and runs on machines without a GPU too."""
+    nvml.init_error = pynvml.NVML_ERROR_DRIVER_NOT_LOADED
+    device = tmp_path / "0000:01:00.0"
+    device.mkdir()
+    (device / "vendor").write_text(f"{vendor}\n")
+    (device / "class").write_text(f"{kind}\n")
+    assert (why_no_gpu(pci=tmp_path) is not None) == is_fault
+    assert why_no_gpu(pci=tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        ([FakeGpu("GPU-a", is_lost=True)], "gpu0: it has fallen off the bus"),
+        ([FakeGpu("GPU-a", instances=[None])], "gpu0: it is in MIG mode, and there is no instance"),
+        ([FakeGpu("GPU-a", is_lost=True), FakeGpu("GPU-b")], None),
+        ([FakeGpu("GPU-a", is_forbidden=True)], None),
+        ([], None),
+    ],
+    ids=["lost", "no instance", "another one works", "of others", "none"],
+)
+def test_gpus_that_cannot_be_used_are_explained(nvml: FakeNvml, gpus: list[FakeGpu], expected: str | None) -> None:
+    """A worker that restarts after it lost its only GPU must know that there is one."""
+    nvml.gpus = gpus
+    reason = why_no_gpu()
+    assert (reason is None) if expected is None else (reason is not None and expected in reason)
+    assert nvml.opened == 0
+
+
+def test_gpus_that_cannot_be_counted_are_a_fault(nvml: FakeNvml) -> None:
+    """And no traceback in the launcher."""
+    nvml.gpus, nvml.count_error = [FakeGpu("GPU-a")], pynvml.NVML_ERROR_UNKNOWN
+    assert list_gpus() == []
+    assert "cannot be counted" in str(why_no_gpu())

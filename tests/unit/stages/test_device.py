@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pynvml
 import pytest
 import torch
 
@@ -43,8 +44,8 @@ def test_auto_chooses_device_and_dtype() -> None:
 
 @pytest.mark.parametrize(
     ("visible", "device"),
-    [(None, None), ("GPU-a", None), ("", "cpu"), ("-1", "cpu")],
-    ids=["unset", "one", "none", "-1"],
+    [(None, None), ("GPU-a", None), ("", "cpu"), ("-1", "cpu"), ("NoDevFiles", "cpu")],
+    ids=["unset", "one", "none", "-1", "Slurm"],
 )
 def test_gpu_that_torch_cannot_use_is_refused(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, device: str | None
@@ -62,6 +63,28 @@ def test_gpu_that_torch_cannot_use_is_refused(
     with pytest.raises(FatalError, match=r"can use gpu0, .*driver for CUDA 13.0, and the driver is 570") as caught:
         choose_device("auto")
     assert caught.value.exit_code is ExitCode.CONFIG
+
+
+@pytest.mark.parametrize(
+    ("nvml", "text"),
+    [
+        (FakeNvml(init_error=pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH), "version mismatch"),
+        (FakeNvml(gpus=[FakeGpu("GPU-a", is_lost=True)]), "gpu0: it has fallen off the bus"),
+        (FakeNvml(gpus=[FakeGpu("GPU-a", instances=[])]), "gpu0: it is in MIG mode"),
+    ],
+    ids=["driver", "lost", "MIG without instances"],
+)
+def test_broken_gpu_makes_no_worker_on_a_cpu(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml, text: str) -> None:
+    """As when a worker starts again after its GPU was lost; the text has the reason and what to do."""
+    nvml.install(monkeypatch)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(FatalError, match=f"{text}.*or set SHIWU_DEVICE=cpu") as caught:
+        choose_device("auto")
+    assert caught.value.exit_code is ExitCode.CONFIG
+    with pytest.raises(FatalError, match=text):
+        choose_device("cuda")
 
 
 def device_error(text: str, code: int | None = None) -> torch.AcceleratorError:

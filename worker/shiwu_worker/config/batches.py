@@ -7,11 +7,10 @@ driver.
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING, Final
 
 from shiwu_worker.policy.limits import LABEL_SLOTS
-from shiwu_worker.runtime.nvidia import list_gpus
+from shiwu_worker.runtime.nvidia import gpus_are_hidden, list_gpus
 
 if TYPE_CHECKING:
     from shiwu_worker.config.settings import Settings
@@ -28,7 +27,7 @@ def may_use_gpu(settings: Settings) -> bool:
     """Whether the model may run on a GPU, as far as is known before torch is imported."""
     if settings.device != "auto":
         return settings.device != "cpu"
-    return os.environ.get("CUDA_VISIBLE_DEVICES") not in {"", "-1"} and bool(list_gpus())
+    return not gpus_are_hidden() and bool(list_gpus())
 
 
 def largest_batch(settings: Settings) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Final
@@ -13,7 +12,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.runtime.cpus import cpu_model, usable_cores
-from shiwu_worker.runtime.nvidia import driver_version, gpu_models
+from shiwu_worker.runtime.nvidia import driver_version, gpu_models, gpus_are_hidden
 
 log: FilteringBoundLogger = structlog.get_logger()
 
@@ -36,8 +35,7 @@ def key_of(settings: Settings, revision: str) -> tuple[str, ...]:
 
     Neither the host's name nor the GPU's UUID is part of it: a pod has new ones at each start.
     """
-    hides_gpus = os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}
-    gpus = () if hides_gpus or settings.device == "cpu" else gpu_models()
+    gpus = () if gpus_are_hidden() or settings.device == "cpu" else gpu_models()
     driver = (driver_version() or "") if gpus else ""
     where = (cpu_model(), str(usable_cores()), settings.device, ", ".join(gpus), driver)
     return (

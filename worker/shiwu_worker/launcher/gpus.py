@@ -9,7 +9,7 @@ from typing import Final
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from shiwu_worker.runtime.nvidia import Gpu, list_gpus
+from shiwu_worker.runtime.nvidia import HIDES_ALL, Gpu, list_gpus
 
 log: FilteringBoundLogger = structlog.get_logger()
 _NUMBER: Final = re.compile(r"\+?(\d+)")
@@ -66,7 +66,7 @@ def _visible_gpus(gpus: Sequence[Gpu], visible: str) -> list[Gpu]:
         else:
             named = _of_uuid(gpus, word) if word.startswith(kind) else []
         if not named:
-            if word not in {"", "-1"}:
+            if word not in HIDES_ALL:
                 log.warning("gpus_hidden", by=f"CUDA_VISIBLE_DEVICES={visible:.200}", no_gpu=word[:80])
             break
         if named[0] in found:

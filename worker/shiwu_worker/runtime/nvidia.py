@@ -9,14 +9,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import pynvml
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from shiwu_worker.runtime.proc import read_text
+
 log: FilteringBoundLogger = structlog.get_logger()
 MASK_BITS: Final = 64
+PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
+NVIDIA: Final = "0x10de"
+"""The vendor of a PCI device."""
+GPU_CLASSES: Final = ("0x0300", "0x0302")
+"""Beginnings of the class of a PCI device: a GPU with and without outputs for screens."""
+HIDES_ALL: Final = frozenset({"", "-1", "NoDevFiles"})
+"""Values of CUDA_VISIBLE_DEVICES by which no GPU is meant; Slurm sets the last one in jobs without a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +44,53 @@ class Gpu:
     """CPUs of its NUMA node that this process may use; empty if they are unknown."""
 
 
+@dataclass(frozen=True, slots=True)
+class UnusableGpu:
+    """A GPU that this machine has and no program can use."""
+
+    name: str
+    reason: str
+
+
+def gpus_are_hidden() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES asks for no GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible is not None and visible.strip() in HIDES_ALL
+
+
 def list_gpus() -> list[Gpu]:
     """Return all GPUs of this machine, with MIG instances in place of their GPU. Numbers are those of nvidia-smi."""
-    with _nvml() as available:
-        return list(_all_gpus()) if available else []
+    found: list[Gpu] = []
+    with _nvml() as error:
+        for each in _all_gpus() if error is None else ():
+            if isinstance(each, Gpu):
+                found.append(each)
+            else:
+                log.error("gpu_skipped", gpu=each.name, error=each.reason)
+    return found
+
+
+def why_no_gpu(*, pci: Path = PCI_DEVICES) -> str | None:
+    """Return why no GPU can be used although this machine has one or more; None if it has none, or one can be used.
+
+    GPUs for which this process lacks permission are not counted: they are those of others. A driver that is not loaded
+    counts only if there is a GPU of NVIDIA, because an image may contain the library.
+    """
+    with _nvml() as error:
+        if error is None:
+            found = list(_all_gpus())
+            wrong = [f"{each.name}: {each.reason}" for each in found if isinstance(each, UnusableGpu)]
+            return "; ".join(wrong[:8]) if len(wrong) == len(found) and wrong else None
+    is_absent = error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND or (
+        error.value == pynvml.NVML_ERROR_DRIVER_NOT_LOADED and not _has_gpu(pci)
+    )
+    return None if is_absent else f"NVIDIA's driver does not answer ({error})"
 
 
 def driver_version() -> str | None:
     """Return the version of NVIDIA's driver, such as `580.95.05`; None without a driver."""
-    with _nvml() as available:
-        if available:
+    with _nvml() as error:
+        if error is None:
             with suppress(pynvml.NVMLError):
                 return str(pynvml.nvmlSystemGetDriverVersion())
     return None
@@ -52,8 +99,9 @@ def driver_version() -> str | None:
 def gpu_models() -> tuple[str, ...]:
     """Return the different models of the GPUs and MIG instances of this machine, such as `NVIDIA H200 MIG 1g.18gb`."""
     names: set[str] = set()
-    with _nvml() as available:
-        for gpu in _all_gpus() if available else ():
+    gpus = list_gpus()
+    with _nvml():
+        for gpu in gpus:
             with suppress(pynvml.NVMLError):
                 names.add(str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid))))
     return tuple(sorted(names))
@@ -77,8 +125,8 @@ def instance_uuid(index: int, *, visible: str | None) -> str | None:
 
 def fault_of(uuid: str) -> str | None:
     """Return why this GPU cannot be used before an operator has acted, as its driver tells; None without a reason."""
-    with _nvml() as available:
-        if not available:
+    with _nvml() as closed:
+        if closed is not None:
             return None
         try:
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
@@ -101,23 +149,37 @@ _LOST: Final = {
 """Errors of NVML that a restart of the worker does not change."""
 
 
-def _all_gpus() -> Iterator[Gpu]:
-    for index in range(pynvml.nvmlDeviceGetCount()):
+def _all_gpus() -> Iterator[Gpu | UnusableGpu]:
+    try:
+        count = pynvml.nvmlDeviceGetCount()
+    except pynvml.NVMLError as error:
+        yield UnusableGpu("GPUs", f"they cannot be counted ({error})")
+        return
+    for index in range(count):
+        name = f"gpu{index}"
         try:
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             uuid = str(pynvml.nvmlDeviceGetUUID(handle))
         except pynvml.NVMLError as error:
-            log.error(
-                "gpu_skipped", gpu=f"gpu{index}", error=str(error)
-            )  # for example lost from the bus, or without permission
+            if error.value != pynvml.NVML_ERROR_NO_PERMISSION:  # which hides GPUs of others
+                yield UnusableGpu(name, _LOST.get(error.value, str(error)))
             continue
         near = _near_cpus(handle)
         instances = _instances(handle)
         if instances is None:
-            yield Gpu(name=f"gpu{index}", uuid=uuid, gpu=index, gpu_uuid=uuid, near_cpus=near)
+            yield Gpu(name=name, uuid=uuid, gpu=index, gpu_uuid=uuid, near_cpus=near)
+        elif not instances:
+            yield UnusableGpu(name, "it is in MIG mode, and there is no instance for this process")
         for number, instance in instances or ():
-            name = f"gpu{index}-mig{number}"
-            yield Gpu(name=name, uuid=instance, gpu=index, gpu_uuid=uuid, near_cpus=near)
+            yield Gpu(name=f"{name}-mig{number}", uuid=instance, gpu=index, gpu_uuid=uuid, near_cpus=near)
+
+
+def _has_gpu(pci: Path) -> bool:
+    """Whether there is a GPU of NVIDIA, with or without a driver."""
+    return any(
+        read_text(device / "vendor").strip() == NVIDIA and read_text(device / "class").startswith(GPU_CLASSES)
+        for device in pci.glob("*")
+    )
 
 
 def _instances(handle: object) -> list[tuple[int, str]] | None:
@@ -151,15 +213,15 @@ def _near_cpus(handle: object) -> frozenset[int]:
 
 
 @contextmanager
-def _nvml() -> Iterator[bool]:
-    """Open the library for the block; yields whether it answers."""
+def _nvml() -> Iterator[pynvml.NVMLError | None]:
+    """Open the library for the block; yields the error if it does not answer."""
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield False
+    except pynvml.NVMLError as error:
+        yield error
         return
     try:
-        yield True
+        yield None
     finally:
         with suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 
 from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError
-from shiwu_worker.runtime.nvidia import driver_version, instance_uuid, list_gpus
+from shiwu_worker.runtime.nvidia import driver_version, gpus_are_hidden, instance_uuid, list_gpus, why_no_gpu
 from shiwu_worker.runtime.proc import cpu_flags
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,10 +26,8 @@ def choose_device(asked: str) -> torch.device:
     if asked == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
-        if os.environ.get("CUDA_VISIBLE_DEVICES") not in {"", "-1"} and (gpus := list_gpus()):
-            names = ", ".join(gpu.name for gpu in gpus[:8])
-            text = f"SHIWU_DEVICE=auto: expected that torch can use {names}, which the driver lists: {_missing(0)}"
-            raise FatalError(ExitCode.CONFIG, text)
+        if not gpus_are_hidden():
+            _refuse_the_cpu()
         return torch.device("cpu")
     device = torch.device(asked)
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -40,6 +38,17 @@ def choose_device(asked: str) -> torch.device:
     return device
 
 
+def _refuse_the_cpu() -> None:
+    """Raise FatalError if this machine has a GPU, which torch cannot use."""
+    if gpus := list_gpus():
+        names = ", ".join(gpu.name for gpu in gpus[:8])
+        text = f"SHIWU_DEVICE=auto: expected that torch can use {names}, which the driver lists: {_missing(0)}"
+        raise FatalError(ExitCode.CONFIG, text)
+    if reason := why_no_gpu():
+        text = f"SHIWU_DEVICE=auto: expected a GPU that can be used, or a machine without one; {reason}; check "
+        raise FatalError(ExitCode.CONFIG, f"{text}nvidia-smi, or set SHIWU_DEVICE=cpu")
+
+
 def _missing(usable: int) -> str:
     """Why torch cannot use a GPU, and what to do."""
     if torch.version.cuda is None:
@@ -48,7 +57,8 @@ def _missing(usable: int) -> str:
     limit = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible:.80}"
     driver = driver_version() or "absent"
     versions = f"torch {torch.__version__} needs a driver for CUDA {torch.version.cuda}, and the driver is {driver}"
-    return f"torch finds {usable}{limit}; {versions}; check nvidia-smi, or set SHIWU_DEVICE=cpu"
+    reason = f"; {fault}" if (fault := why_no_gpu()) else ""
+    return f"torch finds {usable}{limit}; {versions}{reason}; check nvidia-smi, or set SHIWU_DEVICE=cpu"
 
 
 def keep_full_precision() -> None:
