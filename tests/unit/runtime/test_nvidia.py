@@ -7,7 +7,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from shiwu_worker.runtime.nvidia import driver_version, fault_of, gpu_models, instance_uuid, list_gpus, why_no_gpu
+from shiwu_worker.runtime.nvidia import device_uuid, driver_version, fault_of, gpu_models, list_gpus, why_no_gpu
 from tests.support.fake_nvml import FakeGpu, FakeNvml
 
 
@@ -20,23 +20,41 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 
 
 @pytest.mark.parametrize(
-    ("visible", "index", "expected"),
-    [(None, 0, "MIG-c1"), (None, 1, None), ("MIG-c9", 0, "MIG-c9"), ("MIG-a, MIG-b", 1, "MIG-b"), ("0", 0, "MIG-c1")],
+    ("reported", "visible", "index", "expected"),
+    [
+        ("b", None, 0, "MIG-b1"),
+        ("b1", None, 0, "MIG-b1"),
+        ("b", "1", 0, "MIG-b1"),
+        ("b1", "MIG-b", 0, "MIG-b1"),
+        ("c", "MIG-c2", 0, "MIG-c2"),
+        ("c2", "MIG-c", 0, "MIG-c2"),
+        ("c2", "MIG-GPU-c/2/0", 0, "MIG-c2"),
+        ("c2", "2", 0, "MIG-c2"),
+        ("c", "2", 0, "GPU-c"),
+        ("a", "GPU-a", 0, "GPU-a"),
+        ("a", "0", 0, "GPU-a"),
+        ("a", "1,0", 1, "GPU-a"),
+        ("a", None, 0, "GPU-a"),
+        ("x", None, 0, "GPU-x"),
+    ],
 )
-def test_instance_of_a_container_has_its_own_uuid(
-    nvml: FakeNvml, visible: str | None, index: int, expected: str | None
+def test_device_of_cuda_has_the_uuid_of_nvml(
+    nvml: FakeNvml, reported: str, visible: str | None, index: int, expected: str
 ) -> None:
-    """Kubernetes gives a container one MIG instance and sets no CUDA_VISIBLE_DEVICES; CUDA tells the GPU's UUID."""
-    nvml.gpus = [FakeGpu("GPU-a", instances=[None, "MIG-c1"])]
-    assert instance_uuid(index, visible=visible) == expected
+    """A whole GPU, one with one instance, and one with two, of which CUDA reports the UUID or that of their GPU."""
+    nvml.gpus = [
+        FakeGpu("GPU-a"),
+        FakeGpu("GPU-b", instances=[None, "MIG-b1"]),
+        FakeGpu("GPU-c", instances=["MIG-c1", "MIG-c2"]),
+    ]
+    assert device_uuid(reported, index=index, visible=visible) == expected
 
 
-def test_whole_gpu_is_no_instance(nvml: FakeNvml) -> None:
-    """Nor does one of several instances without a number in CUDA_VISIBLE_DEVICES tell which."""
-    nvml.gpus = [FakeGpu("GPU-a")]
-    assert instance_uuid(0, visible=None) is None
-    nvml.gpus = [FakeGpu("GPU-a", instances=["MIG-c1", "MIG-c2"])]
-    assert instance_uuid(0, visible=None) is None
+@pytest.mark.parametrize("visible", [None, "0", "GPU-a"])
+def test_whole_gpu_is_not_taken_for_the_only_instance(nvml: FakeNvml, visible: str | None) -> None:
+    """Another GPU of the machine has it; their memory and load were mixed up."""
+    nvml.gpus = [FakeGpu("GPU-a"), FakeGpu("GPU-b", instances=["MIG-b1"])]
+    assert device_uuid("a", index=0, visible=visible) == "GPU-a"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +81,7 @@ def test_machine_without_driver_has_no_fault_and_no_version(nvml: FakeNvml) -> N
     """The worker runs on a CPU there."""
     assert driver_version() == "570.86.10"
     nvml.has_driver = False
-    assert (fault_of("GPU-a"), driver_version(), instance_uuid(0, visible=None)) == (None, None, None)
+    assert (fault_of("GPU-a"), driver_version(), device_uuid("a", index=0, visible=None)) == (None, None, "GPU-a")
 
 
 def test_models_of_gpus_and_instances_are_named_once(nvml: FakeNvml) -> None:

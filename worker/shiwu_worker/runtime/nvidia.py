@@ -107,20 +107,23 @@ def gpu_models() -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def instance_uuid(index: int, *, visible: str | None) -> str | None:
-    """Return the UUID of the MIG instance that CUDA uses as its device `index`; None where it uses a whole GPU.
+def device_uuid(reported: str, *, index: int, visible: str | None) -> str:
+    """Return the UUID by which NVML knows a device of CUDA, `GPU-…` or `MIG-…`.
 
-    For a MIG instance CUDA may report the UUID of the whole GPU. In a container that got one instance,
-    CUDA_VISIBLE_DEVICES is not set, and NVML lists that instance only.
+    For a MIG instance CUDA reports its UUID, and versions before 13 that of the whole GPU. Its prefix is not reported.
 
     Args:
-        visible: CUDA_VISIBLE_DEVICES; None where it is not set.
+        reported: the UUID that CUDA reports for its device `index`.
+        visible: CUDA_VISIBLE_DEVICES; None where it is not set, as in a container that got one instance.
     """
+    gpus = [(gpu.uuid or "", gpu.gpu_uuid) for gpu in list_gpus()]
+    whole = f"GPU-{reported}"
     words = [] if visible is None else [word.strip() for word in visible.split(",")]
-    if index < len(words) and words[index].startswith("MIG-"):
-        return words[index]
-    instances = [gpu.uuid for gpu in list_gpus() if gpu.uuid is not None and gpu.uuid.startswith("MIG-")]
-    return instances[0] if len(instances) == 1 and index == 0 else None
+    word = words[index] if index < len(words) else ""
+    named = [uuid for uuid, _ in gpus if uuid.startswith(word)] if word.startswith("MIG-") else []
+    own = [uuid for uuid, _ in gpus if uuid in {whole, f"MIG-{reported}"}]
+    instances = [uuid for uuid, gpu_uuid in gpus if gpu_uuid == whole]
+    return next((found[0] for found in (named, own, instances) if len(found) == 1), whole)
 
 
 def fault_of(uuid: str) -> str | None:

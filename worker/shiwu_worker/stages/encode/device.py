@@ -8,7 +8,7 @@ from typing import Final
 import torch
 
 from shiwu_worker.errors import DeviceErrorKind, ExitCode, FatalError
-from shiwu_worker.runtime.nvidia import driver_version, gpus_are_hidden, instance_uuid, list_gpus, why_no_gpu
+from shiwu_worker.runtime.nvidia import device_uuid, driver_version, gpus_are_hidden, list_gpus, why_no_gpu
 from shiwu_worker.runtime.proc import cpu_flags
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,8 +91,8 @@ def gpu_uuid(device: torch.device) -> str | None:
     """The UUID of the GPU or MIG instance, as NVIDIA's tools write it; None for a CPU."""
     if device.type != "cuda":
         return None
-    instance = instance_uuid(device.index or 0, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return instance or f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    reported = str(torch.cuda.get_device_properties(device).uuid)
+    return device_uuid(reported, index=device.index or 0, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def gpu_memory(device: torch.device) -> tuple[int, int] | None:
