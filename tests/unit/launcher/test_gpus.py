@@ -72,6 +72,21 @@ def test_lost_gpu_is_skipped_and_logged(nvml: FakeNvml) -> None:
     assert [(line["event"], line["gpu"]) for line in lines] == [("gpu_skipped", "gpu0")]
 
 
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, ["gpu1", "gpu3"]), ("0,1", ["gpu1", "gpu3"]), ("1", ["gpu3"]), ("GPU-d", ["gpu3"]), ("3", [])],
+)
+def test_gpus_that_a_cgroup_denies_are_not_counted(nvml: FakeNvml, visible: str | None, expected: list[str]) -> None:
+    """As in a job of Slurm: NVML counts them all, and CUDA numbers those that are allowed from 0."""
+    nvml.gpus = [FakeGpu(f"GPU-{name}", is_forbidden=name in "ac") for name in "abcd"]
+    with structlog.testing.capture_logs() as lines:
+        gpus = find_gpus(visible=visible)
+    assert names(gpus) == expected
+    assert [line["event"] for line in lines] == (["gpus_hidden"] if visible == "3" else [])
+    if visible is None:
+        assert names(choose_gpus(gpus, "3")) == ["gpu3"]
+
+
 def test_near_cpus_are_limited_to_usable_ones(nvml: FakeNvml) -> None:
     """Masks of 64 CPUs each; empty if unknown, or if the process may use none of them."""
     nvml.gpus = [FakeGpu("GPU-a", (0b1011, 0b1)), FakeGpu("GPU-b"), FakeGpu("GPU-c", (0b1, 0))]

@@ -24,8 +24,8 @@ class UnknownGpu(ValueError):
 def find_gpus(*, visible: str | None) -> list[Gpu]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES=`visible` shows, with MIG instances in place of their GPU.
 
-    None shows all. Numbers are those of nvidia-smi. CUDA's are the same if the GPUs are of one model or
-    CUDA_DEVICE_ORDER is PCI_BUS_ID.
+    None shows all. Numbers count the GPUs that this process has permission for, in the order of nvidia-smi. CUDA's are
+    the same if the GPUs are of one model or CUDA_DEVICE_ORDER is PCI_BUS_ID.
     """
     gpus = list_gpus()
     return gpus if visible is None or not gpus else _visible_gpus(gpus, visible)
@@ -44,7 +44,7 @@ def choose_gpus(gpus: Sequence[Gpu], asked: str) -> list[Gpu]:
         if cpu := _CPU.fullmatch(word):
             named = [Gpu(name=f"cpu{int(cpu[1])}", uuid=None)]
         else:
-            named = _of_number(gpus, word) if word.isdecimal() else _of_uuid(gpus, word)
+            named = [gpu for gpu in gpus if gpu.gpu == int(word)] if word.isdecimal() else _of_uuid(gpus, word)
         if not named:
             known = ", ".join(f"{gpu.gpu} ({gpu.uuid})" for gpu in gpus)
             forms = f"cpu:N, all, or one of {known}" if known else "cpu:N or all, because no GPU is visible"
@@ -62,7 +62,7 @@ def _visible_gpus(gpus: Sequence[Gpu], visible: str) -> list[Gpu]:
     for word in (part.strip() for part in visible.split(",")):
         if kind is None:
             number = _NUMBER.match(word)
-            named = _of_number(gpus, number[1]) if number else []
+            named = [gpu for gpu in gpus if gpu.order == int(number[1])] if number else []
         else:
             named = _of_uuid(gpus, word) if word.startswith(kind) else []
         if not named:
@@ -74,10 +74,6 @@ def _visible_gpus(gpus: Sequence[Gpu], visible: str) -> list[Gpu]:
             return []
         found += named
     return found
-
-
-def _of_number(gpus: Sequence[Gpu], number: str) -> list[Gpu]:
-    return [gpu for gpu in gpus if gpu.gpu == int(number)]
 
 
 def _of_uuid(gpus: Sequence[Gpu], start: str) -> list[Gpu]:

@@ -42,6 +42,8 @@ class Gpu:
     gpu_uuid: str = ""
     near_cpus: frozenset[int] = frozenset()
     """CPUs of its NUMA node that this process may use; empty if they are unknown."""
+    order: int = -1
+    """Its number in CUDA, which counts only the GPUs that this process has permission for; -1 for the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,23 +160,27 @@ def _all_gpus() -> Iterator[Gpu | UnusableGpu]:
     except pynvml.NVMLError as error:
         yield UnusableGpu("GPUs", f"they cannot be counted ({error})")
         return
+    order = 0
     for index in range(count):
         name = f"gpu{index}"
         try:
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             uuid = str(pynvml.nvmlDeviceGetUUID(handle))
         except pynvml.NVMLError as error:
-            if error.value != pynvml.NVML_ERROR_NO_PERMISSION:  # which hides GPUs of others
+            if error.value != pynvml.NVML_ERROR_NO_PERMISSION:  # which hides GPUs of others, as a cgroup does
                 yield UnusableGpu(name, _LOST.get(error.value, str(error)))
+                order += 1
             continue
         near = _near_cpus(handle)
         instances = _instances(handle)
         if instances is None:
-            yield Gpu(name=name, uuid=uuid, gpu=index, gpu_uuid=uuid, near_cpus=near)
+            yield Gpu(name=name, uuid=uuid, gpu=index, gpu_uuid=uuid, near_cpus=near, order=order)
         elif not instances:
             yield UnusableGpu(name, "it is in MIG mode, and there is no instance for this process")
         for number, instance in instances or ():
-            yield Gpu(name=f"{name}-mig{number}", uuid=instance, gpu=index, gpu_uuid=uuid, near_cpus=near)
+            name_of_instance = f"{name}-mig{number}"
+            yield Gpu(name=name_of_instance, uuid=instance, gpu=index, gpu_uuid=uuid, near_cpus=near, order=order)
+        order += 1
 
 
 def _has_gpu(pci: Path) -> bool:
