@@ -27,3 +27,10 @@ def test_retry_delays_double_up_to_a_limit() -> None:
         assert full / 2 <= min(delays)
         assert max(delays) <= full
         assert len(set(delays)) > 10
+
+
+def test_retry_delay_of_any_attempt_is_a_number() -> None:
+    """A job may be tried thousands of times, as `source_unavailable=100000:1:60` allows."""
+    policy = RetryPolicy(attempts=100_000, first_s=1.0, longest_s=60.0)
+    for attempt in (64, 1025, 99_999):
+        assert 30.0 <= policy.delay_s(attempt) <= 60.0

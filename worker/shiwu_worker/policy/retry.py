@@ -6,6 +6,10 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, tzinfo
+from typing import Final
+
+MAX_DOUBLINGS: Final = 64
+"""More make any pause longer than ten years, the longest that a setting may ask for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +22,9 @@ class RetryPolicy:
 
     def delay_s(self, attempt: int) -> float:
         """The pause after this attempt: doubling, with jitter down to a half, so that jobs do not return together."""
-        return min(self.longest_s, self.first_s * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 no secret
+        # Bounded, because a float overflows at 2 ** 1024, and a job may be tried more often.
+        doublings = min(attempt - 1, MAX_DOUBLINGS)
+        return min(self.longest_s, self.first_s * 2.0**doublings) * random.uniform(0.5, 1.0)  # noqa: S311 no secret
 
 
 @dataclass(frozen=True, slots=True)
