@@ -214,3 +214,9 @@ def test_release_says_how_each_job_goes_back(parts: Parts) -> None:
     assert args[15:18] == ["b", 0, 0]
     assert parts.queue.renew(["a", "b"]) == ["lost"]
     assert parts.renewed == [["t", 60_000, "a", "b"]]
+
+
+def test_short_delay_of_a_release_stays_a_delay(parts: Parts) -> None:
+    """An attempt that counts and has no delay would be a worker death, and the second one quarantines the job."""
+    parts.queue.release([Release("a", delay_s=0.0004, counts=True), Release("b", delay_s=0.0021), Release("c")])
+    assert parts.released[0][12::4] == [1, 3, 0]

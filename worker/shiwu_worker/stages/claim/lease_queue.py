@@ -6,6 +6,7 @@ claimed under a lease. Only the server's clock decides about leases and delays.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -203,7 +204,8 @@ class LeaseQueue:
             return 0
         args: list[Any] = [self._token, QUARANTINE_AFTER_DEATHS, HISTORY_TTL_S, *_LANE_KEYS]
         for item in releases:
-            args += [item.id, int(item.delay_s * 1000), int(item.counts), item.ending]
+            # Rounded up: with a delay of 0 the script counts an attempt as a worker death.
+            args += [item.id, math.ceil(item.delay_s * 1000), int(item.counts), item.ending]
         keys = [CLAIMS, LEASES, ATTEMPTS, DELAYED, DELAYED_MESSAGES, QUARANTINE, HISTORIES, HISTORIES_EXPIRY]
         released: int = self._release(keys=[*keys, *_LANE_KEYS], args=args)
         return released
