@@ -257,7 +257,8 @@ def wait_replicated(connected: redis.Redis, *, replicas: int, timeout_s: float) 
 
 def wait_command(*, replicas: int, timeout_s: float) -> tuple[Any, ...]:
     """The command whose reply is the number of replicas that have confirmed the writes of its connection."""
-    return ("WAIT", replicas, int(timeout_s * 1000))
+    # At least 1 ms: with a time-out of 0 the server would wait forever.
+    return ("WAIT", replicas, max(1, int(timeout_s * 1000)))
 
 
 def check_replicated(reached: int, *, replicas: int, timeout_s: float) -> None:

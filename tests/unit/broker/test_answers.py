@@ -21,6 +21,7 @@ from shiwu.broker.answers import (
     dead_message,
     exception_form,
     failure_head,
+    wait_command,
     wait_replicated,
 )
 from shiwu.broker.redis_errors import NotReplicated
@@ -199,3 +200,8 @@ def test_message_of_a_dead_letter_is_kept_or_cut(size: int, *, is_kept: bool) ->
     else:
         assert found.message == raw[:HEAD_BYTES].replace(b"|", b"?")
         assert found.sha256 == hashlib.sha256(raw).hexdigest()
+
+
+def test_replicas_are_never_awaited_without_a_limit() -> None:
+    """WAIT takes 0 ms as no limit."""
+    assert wait_command(replicas=1, timeout_s=0.0005) == ("WAIT", 1, 1)
