@@ -37,13 +37,15 @@ class Queue:
         self.error: redis.RedisError | None = None
         self.quarantined: list[str] = []
         self.released: list[Release] = []
-        self.has_ended = False
+        self.refused: list[Release] = []
+        self.has_lost_reply = self.has_ended = False
 
     def claim(self, limit: int, *, bulk_limit: int, held: Collection[str], is_idle: bool) -> ClaimResult:
         """Claim what the test put in."""
         self.asks.append((limit, bulk_limit, is_idle))
         assert self.answers.wait(30)
         if self.error is not None:
+            self.has_lost_reply = True
             raise self.error
         if self.quarantined:
             ids = [self.quarantined.pop()] if is_idle else []
@@ -63,6 +65,7 @@ class Queue:
         del held
         if self.error is not None:
             raise self.error
+        self.has_lost_reply = False
         return 0
 
     def end(self, held: Collection[str]) -> int:
@@ -73,6 +76,7 @@ class Queue:
     def release(self, releases: Sequence[Release]) -> int:
         """Keep what is released."""
         if self.error is not None:
+            self.refused += releases
             raise self.error
         self.released += releases
         return len(releases)
@@ -229,6 +233,24 @@ def test_late_reply_without_room_goes_back_to_its_shard() -> None:
         assert [job.id for job in shards.claims.claim(3, bulk_limit=1, held=HELD).jobs] == ["i", "a"]
         wait_until(lambda: len(shards.queues[0].released) == 2, timeout_s=10, what="two jobs are released")
         assert [each.id for each in shards.queues[0].released] == ["c", "b"]
+
+
+def test_jobs_without_room_go_back_once_their_shard_answers() -> None:
+    """Otherwise their leases would expire, which counts as the death of a worker."""
+    with running(2) as shards:
+        queue = shards.queues[0]
+        queue.lanes[BULK] += ["a", "b", "c"]
+        queue.answers.clear()
+        assert shards.claim(8) == []
+        queue.answers.set()
+        wait_until(lambda: shards.shards[0].result is not None, timeout_s=10, what="the late reply")
+        queue.error = redis.ConnectionError("gone")
+        assert [job.id for job in shards.claims.claim(1, held=HELD).jobs] == ["a"]
+        wait_until(lambda: shards.health.is_away(0), timeout_s=10, what="the release failed")
+        assert [each.id for each in queue.refused] == ["c", "b"]
+        queue.error = None
+        wait_until(lambda: not shards.health.is_away(0), timeout_s=10, what="the shard answers again")
+        assert [each.id for each in queue.released] == ["c", "b"]
 
 
 def test_failing_shard_is_left_out_until_it_answers() -> None:

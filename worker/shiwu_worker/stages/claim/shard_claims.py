@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -168,27 +167,29 @@ class ShardClaims:
             self._on_dry()
 
     def _release(self, surplus: Sequence[Release]) -> None:
-        # Without Redis their leases expire.
-        with suppress(RedisError):
+        try:
             self.lease_queue.release(surplus)
+        except RedisError as error:
+            self._fail(error, surplus)
 
-    def _fail(self, error: RedisError) -> None:
+    def _fail(self, error: RedisError, surplus: Sequence[Release] = ()) -> None:
         with self._changed:
             self.asked, self.error = None, error
+            # Kept, because a lease that expires counts as a worker death of its job.
+            self._surplus = [*surplus, *self._surplus]
             self._changed.notify_all()
 
     def _try_again(self, error: RedisError, surplus: Sequence[Release]) -> None:
-        """Pause, and give up the claim whose reply was lost; only then the shard is asked again."""
+        """Pause, release the surplus, and give up a claim whose reply was lost; then the shard may be asked again."""
         self._backoff.wait(error, self._closed)
         if self._closed.is_set():
             return
         try:
             self.lease_queue.release(surplus)
-            self.lease_queue.release_lost(self._held)
+            if self.lease_queue.has_lost_reply:
+                self.lease_queue.release_lost(self._held)
         except RedisError as again:
-            with self._changed:
-                self.error = again
-                self._surplus += surplus
+            self._fail(again, surplus)
             return
         self._backoff.reset()
         with self._changed:
