@@ -52,6 +52,26 @@ def test_worker_without_broadcasts_is_ready_after_the_limit(clock: Clock) -> Non
     assert [line["event"] for line in logged] == ["revokes_not_received"]
 
 
+def test_broadcasts_are_awaited_only_until_they_are_received(clock: Clock) -> None:
+    """Without most of its shards it is not ready, and broadcasts are not the reason."""
+    states: list[bool] = []
+    readiness = Readiness(on_change=states.append, revoke_wait_s=15.0, clock=clock.monotonic)
+    readiness.claiming(active=True)
+    readiness.receiving_revokes(active=True)
+    readiness.most_shards_away(active=True)
+    assert (states, readiness.is_waiting_for_revokes()) == ([True, False], False)
+    readiness.receiving_revokes(active=False)
+    assert readiness.is_waiting_for_revokes()
+    clock.now_s += 16
+    with structlog.testing.capture_logs() as logged:
+        readiness.check_limit()
+        readiness.check_limit()
+    assert (states, readiness.is_waiting_for_revokes()) == ([True, False], False)
+    assert [line["event"] for line in logged] == ["revokes_not_received"]
+    readiness.most_shards_away(active=False)
+    assert states == [True, False, True]
+
+
 def test_worker_with_revokes_off_is_ready_when_it_claims() -> None:
     """If revokes are switched off there is nothing to wait for."""
     states: list[bool] = []

@@ -34,7 +34,7 @@ class Readiness:
         self._limit_s = revoke_wait_s
         self._lock = threading.Lock()
         self._is_claiming = self._is_receiving_revokes = self._is_ready = False
-        self._are_shards_away = False
+        self._are_shards_away = self._is_waiting = False
         self._waiting_since_s: float | None = None
 
     def claiming(self, *, active: bool) -> None:
@@ -61,15 +61,15 @@ class Readiness:
             self._update()
 
     def is_waiting_for_revokes(self) -> bool:
-        """Return whether the worker claims and only waits for broadcasts."""
-        return self._is_claiming and not self._is_ready
+        """Return whether the worker claims and does not receive broadcasts yet."""
+        return self._is_waiting
 
     def _update(self) -> None:
-        is_ready = (
-            self._is_claiming and not self._are_shards_away and (self._is_receiving_revokes or self._is_wait_over())
-        )
-        if not self._is_claiming or self._is_receiving_revokes:
-            self._waiting_since_s = None
+        if self._is_claiming and not self._is_receiving_revokes:
+            self._is_waiting = not self._is_wait_over()
+        else:
+            self._is_waiting, self._waiting_since_s = False, None
+        is_ready = self._is_claiming and not self._are_shards_away and not self._is_waiting
         if is_ready != self._is_ready:
             self._is_ready = is_ready
             self._on_change(is_ready)
@@ -79,7 +79,7 @@ class Readiness:
         if self._waiting_since_s is None:
             self._waiting_since_s = now_s
         is_over = now_s - self._waiting_since_s >= self._limit_s
-        if is_over and self._limit_s and not self._is_ready:
+        if is_over and self._is_waiting:
             log.error(
                 "revokes_not_received",
                 for_s=self._limit_s,
