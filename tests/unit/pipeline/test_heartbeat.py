@@ -15,6 +15,7 @@ from shiwu.broker.maintenance import CHUNK_SIZE, MAX_ROUNDS, MaintenanceReport
 from shiwu_worker.pipeline import heartbeat as module
 from shiwu_worker.pipeline.heartbeat import TICK_S, Heartbeat, ShardDuties
 from shiwu_worker.runtime.progress import LoadMeter, Progress
+from shiwu_worker.telemetry.metrics import DUTIES
 from tests.support.clock import Clock
 from tests.support.observers import RecordingObserver
 
@@ -258,6 +259,7 @@ def test_all_duties_run_in_their_order(parts: Parts) -> None:
     names = ["foreign_values", "leases", "watchers", "maintenance", "trim", "load_log", "worker_state"]
     assert [duty.name for duty in duties] == names
     assert [duty.name for duty in duties if duty.is_vital] == ["leases"]
+    assert (*names, "gpu", "queue_metrics") == DUTIES, "each has a series before its first failure"
     parts.tick()
     assert (parts.observer.alive_count, len(parts.rounds), len(parts.trimmed)) == (1, 1, 1)
 

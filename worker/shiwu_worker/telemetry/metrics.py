@@ -37,7 +37,11 @@ if TYPE_CHECKING:
 
 BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BATCH_REASONS: Final = ("full", "free", "closing")
-DUTIES: Final = ("leases", "maintenance", "trim", "load_log", "gpu", "queue_metrics")
+DUTIES: Final = (
+    *("foreign_values", "leases", "watchers", "maintenance", "trim", "load_log", "worker_state"),
+    *("gpu", "queue_metrics"),
+)
+"""Those of the heartbeat, and those of the queue monitor."""
 LIMITS: Final = ("idle", "device", "fetch", "decode")
 SAVINGS: Final = ("joined", "vector", "not_modified")
 _LANES: Final = tuple(lane.value for lane in Lane)
