@@ -127,6 +127,7 @@ MATRIX: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "all-on": ALL_ON,
     "all-off": ALL_OFF,
+    "gpus": PLAIN | {"worker": {"gpu": {"count": 4}}, "monitoring": {"serviceMonitor": {"enabled": True}}},
     "trial": {"valkey": {"enabled": True}, "autoscaling": {"keda": {"enabled": True}}},
     "trial-in-memory": {"valkey": {"enabled": True, "size": ""}},
     "sentinel-keda": {"redis": SENTINEL, "autoscaling": {"keda": {"enabled": True}}},

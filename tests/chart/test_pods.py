@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ from shiwu.cli import main
 from shiwu.network.ip_ranges import read_table
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.errors import ExitCode
+from shiwu_worker.health.probe_files import ProbeFiles
+from shiwu_worker.launcher.placement import make_placements
+from shiwu_worker.runtime.nvidia import Gpu
 from shiwu_worker.service.factories import LOADERS_CLOSE_TIMEOUT_S
 from shiwu_worker.service.observability import TRACES_CLOSE_TIMEOUT_S
 from shiwu_worker.stages.score.label_files import load_label_sets
 from tests.chart.cases import ALL_OFF, ALL_ON, CLUSTER, MATRIX, PLAIN, SENTINEL
 from tests.conftest import StartWorker
-from tests.support.chart import Helm, Manifest, of_kind, pods, variables
+from tests.support.chart import ChartError, Helm, Manifest, of_kind, pods, variables
 from tests.support.checkpoints import quiet_transformers, write_2022
 from tests.support.dockerfiles import DOCKER, read
 from tests.support.dockerfiles import variables as dockerfile_variables
@@ -79,6 +83,52 @@ def test_gpu_resource_names_are_accepted(newest: Helm) -> None:
     container = worker_of(newest.render(ALL_OFF))[1]
     assert list(container["resources"]["limits"]) == ["memory"]
     assert variables(container)["SHIWU_DEVICE"] == "cpu"
+
+
+def test_pod_with_several_gpus_is_probed_at_its_launcher(newest: Helm, tmp_path: Path) -> None:
+    """The port of one worker says nothing of the others, and a lost GPU closes it; all of them are scraped."""
+    worker = {"gpu": {"count": 3}, "settings": {"ALIVE_FILE": f"{tmp_path}/alive"}}
+    manifests = newest.render(PLAIN | {"worker": worker, "monitoring": {"podMonitor": {"enabled": True}}})
+    container = worker_of(manifests)[1]
+    found, ports = variables(container), {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert ports == {"http": 9808, "http-1": 9809, "http-2": 9810}
+    placed = make_placements(
+        [Gpu(f"gpu{n}", f"GPU-{n}") for n in range(3)],
+        settings=Settings.model_validate({"ready_file": found["SHIWU_READY_FILE"]}),
+        environment={"SHIWU_HTTP_PORT": found["SHIWU_HTTP_PORT"]},
+        cpus=frozenset(range(8)),
+    )
+    assert [int(each.environment["SHIWU_HTTP_PORT"]) for each in placed] == list(ports.values())
+    assert container["readinessProbe"]["exec"]["command"] == ["test", "-e", found["SHIWU_READY_FILE"]]
+    assert container["startupProbe"]["exec"] == container["livenessProbe"]["exec"]
+    live = container["livenessProbe"]["exec"]["command"]
+
+    def is_live() -> bool:
+        return subprocess.run(live, capture_output=True, check=False, timeout=10).returncode == 0
+
+    assert not is_live(), "nothing has started"
+    files = ProbeFiles(ready_file=None, alive_file=tmp_path / "alive")
+    files.touch_alive(at_s=time.time() - 30)
+    assert is_live()
+    files.touch_alive(at_s=time.time() - 90)
+    assert not is_live()
+    endpoints = of_kind(manifests, "PodMonitor", "worker")["spec"]["podMetricsEndpoints"]
+    opened = of_kind(manifests, "NetworkPolicy", "worker")["spec"]["ingress"][0]["ports"]
+    served = of_kind(manifests, "Service", "worker")["spec"]["ports"]
+    assert [each["port"] for each in endpoints] == [each["port"] for each in opened] == list(ports)
+    assert {each["name"]: each["port"] for each in served} == ports
+
+
+def test_shared_memory_of_many_gpus_has_to_be_chosen(newest: Helm) -> None:
+    """A file there that has no memory behind it ends the process that writes to it."""
+    many = {"gpu": {"count": 8}}
+    with pytest.raises(ChartError, match=r"worker\.shmSize: expected 256Mi for each of 8 GPUs"):
+        newest.render(PLAIN | {"worker": many})
+    assert newest.render(PLAIN | {"worker": many | {"shmSize": "2Gi"}})
+    keda = {"keda": {"enabled": True, "jobsPerWorker": 2000}}
+    assert newest.render(PLAIN | {"worker": {"gpu": {"count": 2}}, "autoscaling": keda})
+    with pytest.raises(ChartError, match="expected at least 2376, which one busy worker holds"):
+        newest.render(PLAIN | {"worker": {"gpu": {"count": 3}}, "autoscaling": keda})
 
 
 def test_grace_time_and_probes_fit_the_settings(newest: Helm) -> None:

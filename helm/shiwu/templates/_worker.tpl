@@ -11,12 +11,48 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Worker processes of one pod, each with an HTTP port: a launcher starts one for each GPU. */}}
+{{- define "shiwu.processes" -}}
+{{- eq .Values.worker.device "gpu" | ternary (int .Values.worker.gpu.count) 1 -}}
+{{- end -}}
+
+{{/* Names of their ports, as a list in JSON: http, http-1, … */}}
+{{- define "shiwu.httpPorts" -}}
+{{- $names := list "http" -}}
+{{- range untilStep 1 (int (include "shiwu.processes" .)) 1 -}}
+{{- $names = append $names (printf "http-%d" .) -}}
+{{- end -}}
+{{- toJson $names -}}
+{{- end -}}
+
+{{/*
+A probe of the pod. The port of one of several workers says nothing of the others, and is closed while a broken GPU is
+out of use; the launcher's files say that all are ready, and when the slowest one made progress.
+*/}}
+{{- define "shiwu.probe" -}}
+{{- $settings := .root.Values.worker.settings -}}
+{{- if eq (include "shiwu.processes" .root) "1" -}}
+httpGet: {path: {{ eq .kind "ready" | ternary "/readyz" "/livez" }}, port: http}
+{{- else if eq .kind "ready" -}}
+exec: {command: [test, -e, {{ get $settings "READY_FILE" | default "/tmp/shiwu-ready" | quote }}]}
+{{- else -}}
+exec: {command: [sh, -c, {{ printf "test -n \"$(find '%s' -newermt '-60 seconds')\"" (get $settings "ALIVE_FILE" | default "/tmp/shiwu-alive") | toJson }}]}
+{{- end -}}
+{{- end -}}
+
 {{- define "shiwu.workerEnv" -}}
 {{- $v := .Values -}}
 {{- include "shiwu.redisEnv" (dict "root" . "role" "worker" "username" "" "passwordKey" "" "urlKey" "") }}
 - {name: SHIWU_HTTP_PORT, value: {{ $v.http.port | quote }}}
 {{- if ne $v.http.host "0.0.0.0" }}
 - {name: SHIWU_HTTP_HOST, value: {{ $v.http.host | quote }}}
+{{- end }}
+{{- if ne (include "shiwu.processes" .) "1" }}
+{{- range $name, $path := dict "READY_FILE" "/tmp/shiwu-ready" "ALIVE_FILE" "/tmp/shiwu-alive" }}
+{{- if not (hasKey $v.worker.settings $name) }}
+- {name: SHIWU_{{ $name }}, value: {{ $path }}}
+{{- end }}
+{{- end }}
 {{- end }}
 - name: SHIWU_WORKER_NAME
   valueFrom: {fieldRef: {fieldPath: metadata.name}}
