@@ -18,6 +18,7 @@ from shiwu.vectors.sink import TEMPORARY, VectorSink
 from shiwu_worker.retag.vector_parts import VectorParts
 from tests.support.valkey_cluster import ValkeyCluster
 from tests.support.vector_answers import GROUP, add_answers, answer_of, expected_ids, sink_process, stored_ids
+from tests.support.waiting import wait_until
 
 SHARDS = 6
 
@@ -137,3 +138,22 @@ def test_node_that_hangs_holds_up_no_other_shard(
         drain(sink)
     assert stored_ids(tmp_path) == expected_ids(range(60))
     assert pending(shards) == 0
+
+
+def test_sink_waits_for_shard_0_at_its_start(
+    cluster: ValkeyCluster, shards: tuple[ShardRedis, ...], tmp_path: Path
+) -> None:
+    """It has the number of shards. The sink says which shard it waits for, and stores all vectors in the end."""
+    add(shards, range(60))
+    first = cluster.server(cluster.owner(shards[0].shard.slot or 0))
+    with ExitStack() as stack:
+        first.pause()
+        stack.callback(first.resume)
+        sink = stack.enter_context(
+            sink_process(cluster.url(shards=SHARDS), tmp_path, tmp_path / "out", "--stop-when-idle")
+        )
+        wait_until(lambda: "shard 0: redis_" in sink.log_text(), timeout_s=60, what="a line about the shard")
+        first.resume()
+        assert sink.wait(timeout_s=60) == 0, sink.log_text()
+    assert "shard 0 answers again" in sink.log_text()
+    assert stored_ids(tmp_path / "out") == expected_ids(range(60))

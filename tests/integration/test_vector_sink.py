@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +20,7 @@ from shiwu.broker.connection import connect
 from shiwu.contract import RESULT_STREAM
 from shiwu.parts import Objects, Target, TargetError, open_target
 from shiwu.vectors import sink as sink_module
-from shiwu.vectors.sink import CONSUMER, TEMPORARY, VectorSink, check_alone
+from shiwu.vectors.sink import CONSUMER, TEMPORARY, VectorSink, check_alone, check_start
 from shiwu_worker.retag.vector_parts import VectorParts
 from tests.support.fault_proxy import FaultProxy
 from tests.support.processes import clean_environment
@@ -240,6 +241,41 @@ def test_second_sink_of_a_group_is_refused(
         check_alone([redis_client], GROUP)
     monkeypatch.setattr(sink_module, "OTHER_SINK_IDLE_S", 0.1)
     check_alone([redis_client], GROUP)
+
+
+def test_sink_waits_for_redis_at_its_start(redis_url: str, redis_client: redis.Redis, tmp_path: Path) -> None:
+    """It says so, goes on when Redis is back, and SIGTERM ends the wait with 0."""
+    add_answers(redis_client, *(answer_of(n) for n in range(20)))
+    with FaultProxy(redis_url) as proxy:
+        proxy.refuse()
+        with sink_process(proxy.url, tmp_path, tmp_path / "out", "--stop-when-idle") as process:
+            wait_until(lambda: "redis_away" in process.log_text(), timeout_s=30, what="a line about Redis")
+            proxy.heal()
+            assert process.wait(timeout_s=60) == 0, process.log_text()
+            assert "trying again" in process.log_text()
+            assert "Redis answers again" in process.log_text()
+        assert stored_ids(tmp_path / "out") == expected_ids(range(20))
+        proxy.refuse()
+        (tmp_path / "second").mkdir()
+        with sink_process(proxy.url, tmp_path / "second", tmp_path / "other") as process:
+            wait_until(lambda: "redis_away" in process.log_text(), timeout_s=30, what="a line about Redis")
+            assert process.stop() == 0, process.log_text()
+
+
+def test_start_of_a_sink_waits_for_a_limited_time(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the error ends it. An error that time cannot cure ends it at once, and so does a stop."""
+    monkeypatch.setattr(sink_module, "START_AWAY_S", 0.2)
+    with FaultProxy(redis_url) as proxy, closing(connect(proxy.url, timeout_s=5)) as client:
+        proxy.refuse()
+        with pytest.raises(redis.ConnectionError):
+            check_start([client], GROUP, stop=threading.Event())
+        stop = threading.Event()
+        stop.set()
+        check_start([client], GROUP, stop=stop)
+    monkeypatch.setattr(sink_module, "START_AWAY_S", 1e9)
+    refused = connect(redis_url.replace("://", "://nobody:wrong@"), timeout_s=5)
+    with closing(refused), pytest.raises(redis.AuthenticationError):
+        check_start([refused], GROUP, stop=threading.Event())
 
 
 def test_command_without_pyarrow_names_the_extra(redis_url: str) -> None:

@@ -11,7 +11,7 @@ from typing import Final
 
 import click
 
-from shiwu.broker.sharding import PoolOptions, keep_shard_count, open_shards
+from shiwu.broker.sharding import PoolOptions, open_shards
 from shiwu.cli.base import Exit, end
 from shiwu.cli.params import Seconds
 from shiwu.client.calls import DEFAULT_URL
@@ -52,7 +52,7 @@ def sink(
     if missing := [name for name in LIBRARIES if find_spec(name) is None]:
         end(f"vectors sink needs {missing[0]}: run `pip install '.[vectors]'` in a clone of shiwu", Exit.USAGE)
     from shiwu.parts import Objects, open_target  # noqa: PLC0415 slow
-    from shiwu.vectors.sink import TEMPORARY, VectorSink, check_alone  # noqa: PLC0415 slow
+    from shiwu.vectors.sink import TEMPORARY, VectorSink, check_start  # noqa: PLC0415 slow
 
     url = ctx.find_root().params["redis_url"] or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
     address = out if out.endswith("/") or not out.startswith("s3://") else f"{out}/"
@@ -65,9 +65,7 @@ def sink(
         for client in (*clients, *acks):
             stack.enter_context(closing(client))
         target = stack.enter_context(closing(open_target(address, objects=Objects(), temporary=TEMPORARY)))
-        if len(acks) > 1:
-            keep_shard_count(acks[0], shards=len(acks))
-        check_alone(acks, group)
+        check_start(clients, group, stop=stopped)
         made = VectorSink(
             clients=clients,
             acks=acks,

@@ -19,10 +19,11 @@ from typing import Any, Final, TypeAlias
 import redis
 from redis.exceptions import NoPermissionError
 
+from shiwu.broker.sharding import keep_shard_count
 from shiwu.client.arguments import MAX_TIME_S
 from shiwu.client.sole_consumer import SoleConsumer
 from shiwu.client.stream import StreamOptions
-from shiwu.client.stream_items import Entry, log, shard_of_entry
+from shiwu.client.stream_items import Entry, Outage, log, shard_of_entry
 from shiwu.contract import RESULT_STREAM, printable
 from shiwu.parts import Target, TargetError
 from shiwu.vectors.part_writer import NUMBER_BYTES, VectorPartWriter, vector_bytes
@@ -36,6 +37,8 @@ BLOCK_S: Final = 1.0
 OTHER_SINK_IDLE_S: Final = 3.0
 """A sink that runs has asked for entries within this time, except while it stores a part."""
 OTHER_SINK_WAIT_S: Final = 10.0
+START_AWAY_S: Final = 60.0
+"""How long a start waits for Redis. A wrong address ends it then; a sink that runs waits without a limit."""
 _PART: Final = re.compile(r"vectors-(?:(\d{3})-)?(\d{13,})-(\d{6,})\.parquet")
 EntryId: TypeAlias = tuple[int, int]
 
@@ -188,6 +191,31 @@ class VectorSink:
 
     def _unreadable(self, entry_id: str, _: Mapping[bytes, bytes], reason: str) -> None:
         log.warning("entry %s of %s was skipped and stays pending: %s", entry_id, RESULT_STREAM, printable(reason))
+
+
+def check_start(clients: Sequence[redis.Redis], group: str, *, stop: Event) -> None:
+    """Check the number of shards, and that no other sink reads this group. Waits while Redis is unavailable.
+
+    Args:
+        stop: ends the wait; then not all is checked.
+
+    Raises:
+        TargetError: another sink goes on reading.
+        redis.RedisError: Redis, or shard 0, was unavailable for `START_AWAY_S`, or time cannot cure the error.
+    """
+    has_shards = len(clients) > 1
+    # Only shard 0 is asked alone; of the others one is enough.
+    outage = Outage(away_s=START_AWAY_S, shard=0 if has_shards else None)
+    while not stop.is_set():
+        try:
+            if has_shards:
+                keep_shard_count(clients[0], shards=len(clients))
+            check_alone(clients, group)
+        except (redis.RedisError, OSError) as error:
+            stop.wait(outage.pause(error).seconds)
+        else:
+            outage.end()
+            return
 
 
 def check_alone(clients: Sequence[redis.Redis], group: str) -> None:
