@@ -169,6 +169,7 @@ def test_check_of_all_real_parts_succeeds(
         "callbacks:",
         "labels:",
         "s3:",
+        "gpus:",
         "model:",
     ]
 

@@ -24,7 +24,9 @@ from shiwu_worker.retag.command import retag_command
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option(
-    "--check", is_flag=True, help="Try Redis, the label files, S3 and the model, print the changed settings, and exit."
+    "--check",
+    is_flag=True,
+    help="Try Redis, the label files, S3, GPUs and the model, print the changed settings, and exit.",
 )
 @click.option("--all", "show_all", is_flag=True, help="With --check: print all settings with their descriptions.")
 @click.option("--tune", is_flag=True, help="Measure model and loaders, print and save the best settings, and exit.")

@@ -1,4 +1,4 @@
-"""`shiwu-worker --check`: tries Redis, the label files, S3 and the model, and prints the settings."""
+"""`shiwu-worker --check`: tries Redis, the label files, S3, GPUs and the model, and prints the settings."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from shiwu.broker.sharding import keep_shard_count
 from shiwu.broker.stray_lanes import find_stray_lanes
 from shiwu.contract import LEASES, WarningCode, printable
 from shiwu_worker.checkpoints.model_files import model_folder
+from shiwu_worker.commands.gpu_check import check_gpus
 from shiwu_worker.commands.s3_check import check_s3
 from shiwu_worker.config.errors import SettingsError, exit_with, load_settings, unknown_names
 from shiwu_worker.config.reference import all_settings, changed_settings, value_text
@@ -78,6 +79,7 @@ def run_checks(*, show_all: bool, check_callbacks: Callable[[Settings], str]) ->
         ("callbacks", check_callbacks),
         ("labels", _check_labels),
         ("s3", _check_s3),
+        ("gpus", lambda _: Report(*check_gpus(settings))),
         ("model", _check_model),
     ]
     codes = [_run(name, check, settings, console) for name, check in checks]
