@@ -87,6 +87,10 @@ def test_broken_gpu_makes_no_worker_on_a_cpu(monkeypatch: pytest.MonkeyPatch, nv
         choose_device("cuda")
 
 
+MIG_WITHOUT_MEMORY = 'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1165'
+"""What torch 2.11 says on a MIG instance of a container when its memory is full."""
+
+
 def device_error(text: str, code: int | None = None) -> torch.AcceleratorError:
     """An error of CUDA as torch raises it."""
     error = torch.AcceleratorError(text)
@@ -107,6 +111,14 @@ def device_error(text: str, code: int | None = None) -> torch.AcceleratorError:
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
             DeviceErrorKind.OUT_OF_MEMORY,
         ),
+        (RuntimeError("CUDA driver error: out of memory"), DeviceErrorKind.OUT_OF_MEMORY),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), DeviceErrorKind.OUT_OF_MEMORY),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), DeviceErrorKind.OUT_OF_MEMORY),
+        (
+            RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+            DeviceErrorKind.OUT_OF_MEMORY,
+        ),
+        (RuntimeError(MIG_WITHOUT_MEMORY), DeviceErrorKind.OUT_OF_MEMORY),
         (device_error("CUDA error: an illegal memory access was encountered", 700), DeviceErrorKind.LOST),
         (device_error("CUDA error: device-side assert triggered", 710), DeviceErrorKind.LOST),
         (device_error("CUDA error: unspecified launch failure", 719), DeviceErrorKind.LOST),

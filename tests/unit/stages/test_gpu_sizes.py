@@ -35,6 +35,7 @@ class TimedDevice(FakeAccelerator):
         self.seconds, self.memory_size = seconds, memory_size
         self.now_s = 0.0
         self.sizes_run: set[int] = set()
+        self.full: RuntimeError = torch.OutOfMemoryError("CUDA out of memory")
 
     def event(self, *, is_timed: bool = False) -> TimedEvent:
         return TimedEvent(self)
@@ -45,7 +46,7 @@ class TimedDevice(FakeAccelerator):
 
     def run(self, work: Work, raw: torch.Tensor) -> torch.Tensor:
         if len(raw) > self.memory_size:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.full
         self.sizes_run.add(len(raw))
         self.now_s += self.seconds(len(raw))
         return super().run(work, raw)
@@ -81,6 +82,23 @@ def test_sizes_without_memory_and_larger_ones_are_left_out() -> None:
     assert find(TimedDevice(lambda _: 0.001, memory_size=100))[-1] == 96
     with pytest.raises(torch.OutOfMemoryError):
         find(TimedDevice(lambda _: 0.001, memory_size=0))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1165',
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_memory_may_be_missed_by_other_libraries(text: str) -> None:
+    """On a MIG instance torch's own error has another text; any other failure ends the start."""
+    device = TimedDevice(lambda _: 0.001, memory_size=100)
+    device.full = RuntimeError(text)
+    assert find(device)[-1] == 96
+    device.full = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        find(device)
 
 
 def test_throughput_counts_neither_waits_nor_the_first_batch() -> None:

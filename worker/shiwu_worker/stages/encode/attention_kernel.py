@@ -14,6 +14,8 @@ import torch
 from structlog.typing import FilteringBoundLogger
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from shiwu_worker.stages.encode.device import is_out_of_memory
+
 log: FilteringBoundLogger = structlog.get_logger()
 KERNELS: Final = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -52,15 +54,17 @@ def with_fastest_attention(tower: Tower, time_s: Callable[[Tower], float]) -> To
     """
     try:
         usual_s = time_s(tower)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return tower
     seconds: dict[str, float] = {}
     for kernel in KERNELS:
         try:
             seconds[kernel] = time_s(prefer(tower, kernel))
-        except torch.AcceleratorError:
-            raise
         except RuntimeError as error:
+            if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
+                raise
             log.info("attention_kernel_not_available", kernel=kernel, reason=str(error)[:300])
     fastest = min(seconds, key=lambda kernel: seconds[kernel], default=None)
     is_faster = fastest is not None and seconds[fastest] < (1 - MIN_GAIN) * usual_s

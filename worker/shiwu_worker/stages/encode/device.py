@@ -110,7 +110,18 @@ def device_name(device: torch.device) -> str:
 _OUT_OF_MEMORY: Final = 2
 """cudaErrorMemoryAllocation. Unlike most errors of CUDA it does not last."""
 _LOST_TEXTS: Final = ("CUDA error", "cuDNN error", "CUBLAS_STATUS_EXECUTION_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-_MEMORY_TEXTS: Final = ("not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+_MEMORY_TEXTS: Final = (
+    "not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "ALLOCATION_FAILED",  # the statuses of cuDNN 9 for memory of the host and of the device
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    # In place of its own error: to report the memory, torch's allocator asks NVML, which tells a container with a MIG
+    # instance nothing (pytorch#112377, #197312).
+    "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
+)
 
 
 def error_kind_of(error: BaseException, device: torch.device) -> DeviceErrorKind:
@@ -128,6 +139,11 @@ def error_kind_of(error: BaseException, device: torch.device) -> DeviceErrorKind
         except RuntimeError:
             return DeviceErrorKind.LOST
     return kind
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device had no memory, whichever library tells so."""
+    return _kind_by_type(error) is DeviceErrorKind.OUT_OF_MEMORY
 
 
 def _kind_by_type(error: BaseException) -> DeviceErrorKind:

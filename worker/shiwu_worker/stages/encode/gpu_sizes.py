@@ -16,6 +16,7 @@ import torch
 from structlog.typing import FilteringBoundLogger
 
 from shiwu_worker.stages.encode.accelerator import Accelerator
+from shiwu_worker.stages.encode.device import is_out_of_memory
 
 log: FilteringBoundLogger = structlog.get_logger()
 WARM_RUNS: Final = 3
@@ -49,15 +50,15 @@ def fitting_sizes(
     Each of them has run afterwards, so a capture finds all kernels chosen.
 
     Raises:
-        torch.OutOfMemoryError: not even the smallest size fits.
+        RuntimeError: not even the smallest size fits, or the device failed.
     """
     seconds: dict[int, float] = {}
     for size in sorted(batch_sizes):
         try:
             seconds[size] = time_size(tower, size, shape, accelerator)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
             # Out of memory in a capture would end all captures, so this size and all larger ones are left out.
-            if not seconds:
+            if not seconds or not is_out_of_memory(error):
                 raise
             log.warning("batch_size_does_not_fit", batch_size=size, error=str(error)[:300])
             break

@@ -34,7 +34,7 @@ def gpu_tower(
         may_compile: whether the tower is compiled if the options ask for it.
 
     Raises:
-        torch.OutOfMemoryError: not even the smallest size fits.
+        RuntimeError: not even the smallest size fits, or the device failed.
     """
     sizes, limit_s = options.batch_sizes, options.max_gpu_batch_s
     if ATTENTION in chosen_fusions(options.fusions, torch.device("cuda")):

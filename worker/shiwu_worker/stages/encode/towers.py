@@ -92,7 +92,7 @@ class GraphedTower:
         compiled: is captured in place of `eager`.
 
     Raises:
-        torch.OutOfMemoryError: not even the smallest size fits.
+        RuntimeError: not even the smallest size fits, or the device failed.
     """
 
     def __init__(
