@@ -10,6 +10,7 @@ import pytest
 from shiwu_worker.commands import tune
 from shiwu_worker.config.settings import Settings
 from shiwu_worker.config.tuned import Tuned, apply_tuning
+from shiwu_worker.launcher.placement import plan_placements
 from shiwu_worker.stages.decode.image_spec import ImageSpec
 from tests.support.fake_nvml import FakeGpu, FakeNvml
 
@@ -66,6 +67,21 @@ def test_tune_file_is_valid_in_a_new_pod(tmp_path: Path, monkeypatch: pytest.Mon
     assert apply_tuning(settings, lambda: "rev") == settings
     nvml.gpus = []
     assert apply_tuning(settings, lambda: "rev") == settings
+
+
+def test_tune_file_is_valid_for_workers_of_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured with `auto`; the launcher chooses the GPU and says `cuda`."""
+    nvml = FakeNvml(gpus=[FakeGpu("GPU-a"), FakeGpu("GPU-b")])
+    nvml.install(monkeypatch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    path = tmp_path / "tune.json"
+    path.write_text(tuned(Settings(tune_file=path)).model_dump_json())
+    for placement in plan_placements(Settings(tune_file=path), asked="all", per_gpu=1):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", placement.environment["CUDA_VISIBLE_DEVICES"])
+        launched = Settings.model_validate({"tune_file": path, "device": placement.environment["SHIWU_DEVICE"]})
+        assert apply_tuning(launched, lambda: "rev").max_batch == 4
+    on_a_cpu = Settings(tune_file=path, device="cpu")
+    assert apply_tuning(on_a_cpu, lambda: "rev") == on_a_cpu
 
 
 def test_tuned_loaders_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,11 +33,13 @@ class Tuned(BaseModel):
 def key_of(settings: Settings, revision: str) -> tuple[str, ...]:
     """Return everything that the measurement depends on. Does not import torch, because loaders start before it.
 
-    Neither the host's name nor the GPU's UUID is part of it: a pod has new ones at each start.
+    Neither the host's name nor the GPU's UUID is part of it: a pod has new ones at each start. Nor is it part of it by
+    which setting a GPU is used: a launcher gives SHIWU_DEVICE=cuda to workers of a machine that has `auto`.
     """
     gpus = () if gpus_are_hidden() or settings.device == "cpu" else gpu_models()
     driver = (driver_version() or "") if gpus else ""
-    where = (cpu_model(), str(usable_cores()), settings.device, ", ".join(gpus), driver)
+    device = "cpu" if settings.device == "cpu" or (settings.device == "auto" and not gpus) else "cuda"
+    where = (cpu_model(), str(usable_cores()), device, ", ".join(gpus), driver)
     return (
         *where,
         revision,
