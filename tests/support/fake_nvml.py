@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pynvml
 import pytest
@@ -23,6 +24,8 @@ class FakeGpu:
     """Whether the cgroup of the process denies it."""
     remapped: tuple[int, int, bool, bool] | None = None
     """Rows remapped after correctable and uncorrectable errors, whether one waits for a reset, whether one failed."""
+    retires_pages: bool | None = None
+    """Whether pages are left out at the next reset, of a GPU before Ampere."""
 
 
 @dataclass
@@ -91,12 +94,12 @@ class FakeNvml:
         return "NVIDIA H200 MIG 1g.18gb" if isinstance(handle, str) else "NVIDIA H200"
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGpu | str:
+        if any(gpu.is_lost for gpu in self.gpus):  # "if any GPU has fallen off the bus"
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
         if any(uuid in (gpu.instances or ()) for gpu in self.gpus):
             return uuid
         for gpu in self.gpus:
             if gpu.uuid == uuid:
-                if gpu.is_lost:
-                    raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
                 return gpu
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
 
@@ -104,6 +107,17 @@ class FakeNvml:
         if device.remapped is None:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return device.remapped
+
+    def nvmlDeviceGetRetiredPagesPendingStatus(self, device: FakeGpu) -> int:
+        if device.retires_pages is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return int(device.retires_pages)
+
+    def nvmlDeviceGetMemoryInfo(self, handle: FakeGpu | str) -> SimpleNamespace:
+        return SimpleNamespace(used=3, total=8)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: FakeGpu | str) -> SimpleNamespace:
+        return SimpleNamespace(gpu=40)
 
     def nvmlSystemGetDriverVersion(self) -> str:
         return "570.86.10"

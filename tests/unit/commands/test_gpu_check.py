@@ -19,7 +19,7 @@ H200 = FakeGpu("GPU-a")
         (
             FakeNvml(gpus=[H200, FakeGpu("GPU-b", remapped=(0, 1, True, False), instances=["MIG-b1", "MIG-b2"])]),
             "gpu0 (GPU-a), gpu1-mig0 (MIG-b1), gpu1-mig1 (MIG-b2); driver",
-            ["gpu1: broken rows of its memory are replaced at the next reset of the GPU"],
+            ["gpu1: broken parts of its memory are replaced at the next reset of the GPU"],
         ),
         (FakeNvml(has_driver=False), "none is found; the driver is absent", []),
         (

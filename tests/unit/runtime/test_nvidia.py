@@ -8,6 +8,7 @@ import pynvml
 import pytest
 
 from shiwu_worker.runtime.nvidia import device_uuid, driver_version, fault_of, gpu_models, list_gpus, why_no_gpu
+from shiwu_worker.telemetry.gpu_monitor import GpuMonitor, GpuState
 from tests.support.fake_nvml import FakeGpu, FakeNvml
 
 
@@ -63,11 +64,13 @@ def test_whole_gpu_is_not_taken_for_the_only_instance(nvml: FakeNvml, visible: s
         (FakeGpu("GPU-a"), None),
         (FakeGpu("GPU-a", remapped=(1, 1, False, False)), None),
         (FakeGpu("GPU-a", remapped=(0, 1, True, False)), "replaced at the next reset"),
+        (FakeGpu("GPU-a", retires_pages=False), None),
+        (FakeGpu("GPU-a", retires_pages=True), "replaced at the next reset"),
         (FakeGpu("GPU-a", remapped=(0, 9, True, True)), "more broken rows than it can replace"),
         (FakeGpu("GPU-a", is_lost=True), "fallen off the bus"),
         (FakeGpu("GPU-other"), "does not list it any more"),
     ],
-    ids=["no remapping", "healthy", "pending", "failed", "lost", "gone"],
+    ids=["no remapping", "healthy", "pending", "healthy T4", "T4", "failed", "lost", "gone"],
 )
 def test_fault_of_a_gpu_names_what_has_to_be_done(nvml: FakeNvml, gpu: FakeGpu, expected: str | None) -> None:
     """Rows that were replaced are no fault; what only a reset or a replacement cures is."""
@@ -75,6 +78,18 @@ def test_fault_of_a_gpu_names_what_has_to_be_done(nvml: FakeNvml, gpu: FakeGpu, 
     fault = fault_of("GPU-a")
     assert (fault is None) if expected is None else (fault is not None and expected in fault)
     assert nvml.opened == 0
+
+
+def test_lost_gpu_is_no_fault_of_the_others(nvml: FakeNvml) -> None:
+    """NVML finds none by its UUID then; the others keep their workers and their metrics."""
+    nvml.gpus = [FakeGpu("GPU-a", is_lost=True), FakeGpu("GPU-b"), FakeGpu("GPU-c", instances=[None, "MIG-c1"])]
+    assert fault_of("GPU-b") is None
+    assert "fallen off the bus" in str(fault_of("GPU-a"))
+    for uuid, expected in {"GPU-b": GpuState(3, 8, 0.4), "MIG-c1": GpuState(3, 8, 0.4), "GPU-a": None}.items():
+        nvml.opened = 0
+        monitor = GpuMonitor(uuid)
+        monitor.update()
+        assert monitor.state() == expected
 
 
 def test_machine_without_driver_has_no_fault_and_no_version(nvml: FakeNvml) -> None:

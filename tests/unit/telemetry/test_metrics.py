@@ -215,6 +215,7 @@ def test_gpu_monitor_initialises_nvml_once(monkeypatch: pytest.MonkeyPatch) -> N
     """A missing value is None; a GPU that fails has no state until it answers again."""
     driver = Driver()
     monkeypatch.setattr("shiwu_worker.telemetry.gpu_monitor.pynvml", driver)
+    monkeypatch.setattr("shiwu_worker.runtime.nvidia.pynvml", driver)
     monitor = GpuMonitor("GPU-1")
     assert monitor.state() is None
     monitor.update()

@@ -105,7 +105,7 @@ def gpu_models() -> tuple[str, ...]:
     with _nvml():
         for gpu in gpus:
             with suppress(pynvml.NVMLError):
-                names.add(str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid))))
+                names.add(str(pynvml.nvmlDeviceGetName(handle_of(gpu.uuid or ""))))
     return tuple(sorted(names))
 
 
@@ -134,16 +134,42 @@ def fault_of(uuid: str) -> str | None:
         if closed is not None:
             return None
         try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            return _memory_fault(handle_of(uuid))
         except pynvml.NVMLError as error:
             return _LOST.get(error.value)
-        try:
-            _, _, is_pending, has_failed = pynvml.nvmlDeviceGetRemappedRows(handle)
-        except pynvml.NVMLError as error:
-            return _LOST.get(error.value)  # a GPU without row remapping
+
+
+def handle_of(uuid: str) -> object:
+    """Return the handle of a GPU or MIG instance. The library must be open.
+
+    Its own search by UUID fails for every GPU once any of them has fallen off the bus.
+
+    Raises:
+        NVMLError: there is none, or it is lost.
+    """
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    except pynvml.NVMLError as error:
+        if error.value == pynvml.NVML_ERROR_GPU_IS_LOST:
+            for handle in _handles():
+                with suppress(pynvml.NVMLError):
+                    if str(pynvml.nvmlDeviceGetUUID(handle)) == uuid:
+                        return handle
+        raise
+
+
+def _memory_fault(handle: object) -> str | None:
+    try:
+        _, _, is_pending, has_failed = pynvml.nvmlDeviceGetRemappedRows(handle)
+    except pynvml.NVMLError as error:
+        if error.value != pynvml.NVML_ERROR_NOT_SUPPORTED:
+            raise
+        # GPUs before Ampere, as the T4, leave pages of their memory out.
+        is_pending = pynvml.nvmlDeviceGetRetiredPagesPendingStatus(handle) == pynvml.NVML_FEATURE_ENABLED
+        has_failed = False
     if has_failed:
         return "its memory has more broken rows than it can replace"
-    return "broken rows of its memory are replaced at the next reset of the GPU" if is_pending else None
+    return "broken parts of its memory are replaced at the next reset of the GPU" if is_pending else None
 
 
 _LOST: Final = {
@@ -189,6 +215,17 @@ def _has_gpu(pci: Path) -> bool:
         read_text(device / "vendor").strip() == NVIDIA and read_text(device / "class").startswith(GPU_CLASSES)
         for device in pci.glob("*")
     )
+
+
+def _handles() -> Iterator[object]:
+    """The handles of all GPUs that answer, and of their MIG instances."""
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        with suppress(pynvml.NVMLError):
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+            yield gpu
+            for number in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
+                with suppress(pynvml.NVMLError):  # a number without an instance
+                    yield pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, number)
 
 
 def _instances(handle: object) -> list[tuple[int, str]] | None:

@@ -8,6 +8,8 @@ import pynvml
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from shiwu_worker.runtime.nvidia import handle_of
+
 log: FilteringBoundLogger = structlog.get_logger()
 
 
@@ -59,7 +61,7 @@ class GpuMonitor:
 
 
 def _state(uuid: str) -> GpuState:
-    handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    handle = handle_of(uuid)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     try:
         utilisation = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
