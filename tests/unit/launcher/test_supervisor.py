@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from shiwu_worker.errors import ExitCode
 from shiwu_worker.health.probe_files import ProbeFiles
 from shiwu_worker.launcher.placement import Placement
-from shiwu_worker.launcher.supervisor import RestartPolicy, Supervisor
+from shiwu_worker.launcher.supervisor import RestartPolicy, Supervisor, WorkerProcess
 from tests.support.family import lives
 from tests.support.waiting import wait_until
 
@@ -128,6 +128,51 @@ def test_broken_gpu_retires_its_worker_at_the_first_crash() -> None:
     assert faults[0] == "it has to be reset"
     assert set(asked) == {"GPU-a"}
     assert not [line for line in lines if line["event"] == "worker_crashed"]
+
+
+def test_worker_that_hangs_is_killed_and_its_gpu_asked(tmp_path: Path) -> None:
+    """As in a call of a driver that never returns. A worker that starts has not touched its file, and is left alone."""
+    places = [place(f"gpu{n}", gpu_uuid=f"GPU-{n}", alive_file=tmp_path / f"a.gpu{n}") for n in range(3)]
+    until_retired = f"until [ -e {tmp_path}/retired ]; do"
+    commands = {
+        "gpu0": f"trap '' TERM; touch {tmp_path}/a.gpu0; {STAY}",
+        "gpu1": f"{until_retired} touch {tmp_path}/a.gpu1; sleep 0.02; done",
+        "gpu2": f"{until_retired} sleep 0.02; done",
+    }
+
+    def fault_of(uuid: str) -> str:
+        (tmp_path / "retired").touch()
+        return f"{uuid} has to be reset"
+
+    supervisor = Supervisor(
+        places,
+        command=lambda one: ["sh", "-c", commands[one.name]],
+        restart_policy=RestartPolicy(drain_s=10.0, hung_after_s=1.2, retired_s=60.0),
+        probe_files=NO_FILES,
+        fault_of=fault_of,
+    )
+
+    def end(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if line["event"] == "worker_retired":
+            supervisor._shut_down(ExitCode.OK)
+        return line
+
+    with capture_logs(processors=[end]) as lines:
+        assert supervisor.run() == ExitCode.OK
+    assert [line["worker"] for line in lines if line["event"] == "worker_hung"] == ["gpu0"]
+    [retired] = [line for line in lines if line["event"] == "worker_retired"]
+    assert (retired["reason"], retired["gpu_fault"]) == ("SIGKILL", "GPU-0 has to be reset")
+
+
+def test_pause_of_the_machine_counts_as_no_hang(tmp_path: Path) -> None:
+    """Nor does a clock that is set: only what the launcher itself has seen pass counts, up to two seconds at a time."""
+    policy = RestartPolicy(drain_s=1.0, hung_after_s=3.0)
+    worker = WorkerProcess(place("gpu0", alive_file=tmp_path / "alive"), ["true"])
+    (tmp_path / "alive").touch()
+    assert not worker.kill_if_hung(1000.0, policy), "seen for the first time"
+    assert not worker.kill_if_hung(1000.0, policy)
+    os.utime(tmp_path / "alive", (1.0, 1.0))
+    assert [worker.kill_if_hung(1.0, policy) for _ in range(5)] == [False, False, False, True, False]
 
 
 def test_restart_pause_has_a_limit() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, Protocol
 
 import click
 
@@ -16,6 +19,10 @@ from shiwu_worker.launcher.gpus import UnknownGpu
 from shiwu_worker.launcher.placement import Placement, PlacementError, plan_placements
 from shiwu_worker.launcher.supervisor import AFTER_GRACE_S, RestartPolicy, Supervisor
 from shiwu_worker.runtime.nvidia import fault_of
+
+MIN_HUNG_S: Final = 60.0
+HUNG_TIMEOUTS: Final = 12
+"""A worker that waits for Redis touches its alive file at least once in this many of its time-outs."""
 
 
 class RunWorker(Protocol):
@@ -57,12 +64,22 @@ def start_workers(settings: Settings, *, gpus: str, per_gpu: int, run: RunWorker
 
 def _launch(settings: Settings, placements: Sequence[Placement], command: WorkerCommand) -> int:
     drain_s = settings.grace_s + AFTER_GRACE_S
+    hung_after_s = max(MIN_HUNG_S, HUNG_TIMEOUTS * settings.redis_timeout_s)
     probe_files = ProbeFiles(ready_file=settings.ready_file, alive_file=settings.alive_file)
-    return Supervisor(
-        placements,
-        command=lambda placement: command(node=placement.node, cpus=placement.cpus, drain_s=drain_s),
-        restart_policy=RestartPolicy(drain_s=drain_s),
-        probe_files=probe_files,
-        fault_of=fault_of,
-        has_files=settings.labels_dir is not None,
-    ).run()
+    with tempfile.TemporaryDirectory(prefix="shiwu-") as folder:
+        return Supervisor(
+            [_with_alive_file(placement, Path(folder)) for placement in placements],
+            command=lambda placement: command(node=placement.node, cpus=placement.cpus, drain_s=drain_s),
+            restart_policy=RestartPolicy(drain_s=drain_s, hung_after_s=hung_after_s),
+            probe_files=probe_files,
+            fault_of=fault_of,
+            has_files=settings.labels_dir is not None,
+        ).run()
+
+
+def _with_alive_file(placement: Placement, folder: Path) -> Placement:
+    """The placement, with an alive file in this folder if the operator asked for none."""
+    if placement.alive_file is not None:
+        return placement
+    path = folder / placement.name
+    return replace(placement, alive_file=path, environment={**placement.environment, "SHIWU_ALIVE_FILE": str(path)})

@@ -46,6 +46,8 @@ class RestartPolicy:
     """Pause before a retired worker is tried again."""
     stable_after_s: float = 300.0
     """A worker that ran this long before it crashed starts a new count."""
+    hung_after_s: float = 60.0
+    """A worker that has not touched its alive file for this long is killed."""
     drain_s: float
     """Time from the first signal until workers are killed."""
 
@@ -63,6 +65,10 @@ class WorkerProcess:
         self._crashes = 0
         self.is_retired = False
         """Whether it crashed too often, or its GPU is broken, and the others go on without it."""
+        self.is_hung = False
+        """Whether it was killed because it made no progress. A process in a hung driver may not end even so."""
+        self._touched_s: float | None = None
+        self._still_s = 0.0
 
     @property
     def is_running(self) -> bool:
@@ -78,7 +84,8 @@ class WorkerProcess:
         """Start the process in its own session, so that Ctrl-C reaches the launcher only, which passes it on."""
         self._remove_files()
         self.start_due_s = None
-        self.is_retired = False
+        self.is_retired = self.is_hung = False
+        self._touched_s, self._still_s = None, 0.0
         self._started_s = time.monotonic()
         environment = os.environ | dict(self.placement.environment)
         self._process = subprocess.Popen(
@@ -101,6 +108,24 @@ class WorkerProcess:
         """Send a signal to the process if it runs."""
         if self._process is not None:
             self._process.send_signal(number)
+
+    def kill_if_hung(self, passed_s: float, restart_policy: RestartPolicy) -> bool:
+        """Kill the process if it has not touched its alive file for too long; return whether it was killed now.
+
+        A worker that has not started yet has no such file.
+
+        Args:
+            passed_s: seconds since the last call.
+        """
+        touched_s = _touched_s(self.placement.alive_file)
+        # A clock that is set forward, or a machine that is paused, must not count.
+        self._still_s = self._still_s + min(passed_s, 2 * PROBE_FILES_EVERY_S) if touched_s == self._touched_s else 0.0
+        self._touched_s = touched_s
+        if self.is_hung or touched_s is None or self._still_s < restart_policy.hung_after_s:
+            return False
+        self.is_hung = True
+        self.signal(signal.SIGKILL)
+        return True
 
     def count_crash(self, restart_policy: RestartPolicy) -> float | None:
         """Count a crash. Return the seconds until the next start, or None after too many crashes."""
@@ -156,6 +181,7 @@ class Supervisor:
         self._code: int | None = None
         """The exit code, once the shutdown has begun."""
         self._kill_at_s = float("inf")
+        self._checked_s = time.monotonic()
 
     def run(self) -> int:
         """Run until all workers have exited and none is started again; return the exit code."""
@@ -173,12 +199,29 @@ class Supervisor:
                 self._on_exit(worker, status)
             if worker.start_due_s is not None and worker.start_due_s <= time.monotonic():
                 self._start(worker)
+        self._kill_hung()
         self._update_probe_files()
         if all(worker.is_finished for worker in self._workers):
             return False
         if time.monotonic() >= self._kill_at_s:
             self._kill()
         return True
+
+    def _kill_hung(self) -> None:
+        """Kill workers without progress, so that they are restarted: no other program looks at each of them.
+
+        A call of a driver whose GPU has failed may never return.
+        """
+        now_s = time.monotonic()
+        passed_s, self._checked_s = now_s - self._checked_s, now_s
+        for worker in self._workers:
+            if self._code is None and worker.is_running and worker.kill_if_hung(passed_s, self._restart_policy):
+                log.error(
+                    "worker_hung",
+                    worker=worker.placement.name,
+                    after_s=self._restart_policy.hung_after_s,
+                    meaning="it has work and makes no progress, and is killed; its leases have ended",
+                )
 
     def _start(self, worker: WorkerProcess) -> None:
         try:
@@ -205,7 +248,7 @@ class Supervisor:
     def _on_crash(self, worker: WorkerProcess, *, reason: str, status: int | None = None) -> None:
         uuid = worker.placement.gpu_uuid
         # Only then, because a GPU with broken rows may work on for weeks.
-        fault = self._fault_of(uuid) if uuid and status in BROKEN_DEVICE else None
+        fault = self._fault_of(uuid) if uuid and (status in BROKEN_DEVICE or worker.is_hung) else None
         pause_s = worker.count_crash(self._restart_policy)
         if fault is None and pause_s is not None:
             log.error("worker_crashed", worker=worker.placement.name, reason=reason, restart_in_s=pause_s)
@@ -269,8 +312,8 @@ class Supervisor:
         return max(0.0, min([time.monotonic() + PROBE_FILES_EVERY_S, self._kill_at_s, *starts_s]) - time.monotonic())
 
     def _update_probe_files(self) -> None:
-        running = [worker for worker in self._workers if worker.is_running]
-        is_complete = bool(running) and all(worker.is_running or worker.is_finished for worker in self._workers)
+        running = [worker for worker in self._workers if worker.is_running and not worker.is_hung]
+        is_complete = bool(running) and all(worker in running or worker.is_finished for worker in self._workers)
         is_ready = is_complete and all(_touched_s(worker.placement.ready_file) is not None for worker in running)
         if is_ready != self._is_ready and self._probe_files.set_ready(is_ready=is_ready):
             self._is_ready = is_ready
