@@ -114,3 +114,11 @@ def test_chart_has_an_example_of_each_gpu(card: str) -> None:
         "limits": {"memory": f"{size.memory_gib}Gi"},
     }
     assert values["s3"]["client"] == "obstore"
+
+
+def test_example_for_aws_asks_for_a_gpu_that_aws_has() -> None:
+    """A pod whose node selector names no node waits forever: instances of AWS have the A10G and no A10."""
+    for path in (CHART / "examples").glob("*.yaml"):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "eks.amazonaws.com/role-arn" in values.get("serviceAccount", {}).get("annotations", {}):
+            assert values["worker"]["nodeSelector"]["nvidia.com/gpu.product"] != "NVIDIA-A10", path
