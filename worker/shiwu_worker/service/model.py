@@ -28,14 +28,14 @@ def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorou
         is_thorough: measure all batch sizes.
 
     Raises:
-        FatalError: with ExitCode.MODEL for any failure.
+        FatalError: with ExitCode.DEVICE if the device fails, with ExitCode.MODEL for any other failure.
     """
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:
             # Hashing all weights takes a second for a large model, and importing torch takes longer.
             revision = pool.submit(model_revision, folder)
             # Not at the top of the module: loaders start before torch is imported.
-            from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions  # noqa: PLC0415 torch takes seconds to import, and loaders start meanwhile
+            from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions, is_lost  # noqa: PLC0415 torch takes seconds to import, and loaders start meanwhile
 
         freeze_imported()
         options = EncoderOptions(
@@ -55,8 +55,13 @@ def load_encoder(settings: Settings, folder: Path, spec: ImageSpec, *, is_thorou
             max_gpu_batch_s=math.inf if settings.max_batch else GPU_BATCH_S,
             known_images=known_images(spec.height, spec.width),
         )
-        encoder = Encoder(options)
-        encoder.warm(choose_largest=not settings.max_batch, is_thorough=is_thorough)
+        try:
+            encoder = Encoder(options)
+            encoder.warm(choose_largest=not settings.max_batch, is_thorough=is_thorough)
+        except RuntimeError as error:
+            if is_lost(error):
+                raise FatalError(ExitCode.DEVICE, f"the device failed while the model was loaded: {error}") from error
+            raise
     except FatalError:
         raise
     except Exception as error:  # border: a worker without its model cannot work, whatever the cause

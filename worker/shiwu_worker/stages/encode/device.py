@@ -110,6 +110,8 @@ def device_name(device: torch.device) -> str:
 _OUT_OF_MEMORY: Final = 2
 """cudaErrorMemoryAllocation. Unlike most errors of CUDA it does not last."""
 _LOST_TEXTS: Final = ("CUDA error", "cuDNN error", "CUBLAS_STATUS_EXECUTION_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+_NO_KERNEL_IMAGE: Final = 209
+"""cudaErrorNoKernelImageForDevice, of a GPU before Turing."""
 _MEMORY_TEXTS: Final = (
     "not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -139,6 +141,12 @@ def error_kind_of(error: BaseException, device: torch.device) -> DeviceErrorKind
         except RuntimeError:
             return DeviceErrorKind.LOST
     return kind
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the device has failed; not where this build of torch has no kernels for it."""
+    is_unknown = getattr(error, "error_code", None) == _NO_KERNEL_IMAGE
+    return _kind_by_type(error) is DeviceErrorKind.LOST and not is_unknown
 
 
 def is_out_of_memory(error: BaseException) -> bool:

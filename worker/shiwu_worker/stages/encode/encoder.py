@@ -34,6 +34,7 @@ from shiwu_worker.stages.encode.device import (
     error_kind_of,
     gpu_memory,
     gpu_uuid,
+    is_lost,
     keep_full_precision,
 )
 from shiwu_worker.stages.encode.gpu_sizes import back_to_back
@@ -46,7 +47,7 @@ from shiwu_worker.stages.encode.tuning.batch_size_policy import MAX_BATCH_S, Bat
 from shiwu_worker.stages.encode.tuning.change_log import log_size_change, log_thread_change
 from shiwu_worker.stages.encode.tuning.thread_policy import ThreadPolicy
 
-__all__ = ["Encoder", "EncoderOptions", "InFlightBatch"]
+__all__ = ["Encoder", "EncoderOptions", "InFlightBatch", "is_lost"]
 
 log: FilteringBoundLogger = structlog.get_logger()
 T = TypeVar("T")
@@ -186,10 +187,8 @@ class Encoder:
         is_enough = self._is_enough if choose_largest else lambda _: False
         try:
             costs = time_batch_sizes(self._time_pass, self.batch_sizes, is_enough=is_enough)
-        except (torch.AcceleratorError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # border: a compiler raises errors of many kinds
-            if not self._is_compiled:
+            if not self._is_compiled or isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
                 raise
             log.warning("model_not_compiled", reason=described(error), meaning=EAGER)
         else:
