@@ -24,6 +24,8 @@ class FakeGpu:
     """Whether the cgroup of the process denies it."""
     remapped: tuple[int, int, bool, bool] | None = None
     """Rows remapped after correctable and uncorrectable errors, whether one waits for a reset, whether one failed."""
+    recovery_action: int | None = 0
+    """What the driver wants to be done; None if the GPU has no such field."""
     retires_pages: bool | None = None
     """Whether pages are left out at the next reset, of a GPU before Ampere."""
 
@@ -107,6 +109,11 @@ class FakeNvml:
         if device.remapped is None:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return device.remapped
+
+    def nvmlDeviceGetFieldValues(self, device: FakeGpu, fieldIds: list[int]) -> list[SimpleNamespace]:
+        assert fieldIds == [pynvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION]
+        code = pynvml.NVML_SUCCESS if device.recovery_action is not None else pynvml.NVML_ERROR_NOT_SUPPORTED
+        return [SimpleNamespace(nvmlReturn=code, value=SimpleNamespace(uiVal=device.recovery_action or 0))]
 
     def nvmlDeviceGetRetiredPagesPendingStatus(self, device: FakeGpu) -> int:
         if device.retires_pages is None:

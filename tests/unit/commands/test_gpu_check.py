@@ -17,9 +17,9 @@ H200 = FakeGpu("GPU-a")
     [
         (FakeNvml(gpus=[H200]), "gpu0 (GPU-a); driver 570.86.10; torch 2.13.0+cu130 is built for CUDA 13.0", []),
         (
-            FakeNvml(gpus=[H200, FakeGpu("GPU-b", remapped=(0, 1, True, False), instances=["MIG-b1", "MIG-b2"])]),
+            FakeNvml(gpus=[H200, FakeGpu("GPU-b", recovery_action=1, instances=["MIG-b1", "MIG-b2"])]),
             "gpu0 (GPU-a), gpu1-mig0 (MIG-b1), gpu1-mig1 (MIG-b2); driver",
-            ["gpu1: broken parts of its memory are replaced at the next reset of the GPU"],
+            ["gpu1: it has to be reset"],
         ),
         (FakeNvml(has_driver=False), "none is found; the driver is absent", []),
         (

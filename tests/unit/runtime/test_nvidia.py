@@ -63,17 +63,25 @@ def test_whole_gpu_is_not_taken_for_the_only_instance(nvml: FakeNvml, visible: s
     [
         (FakeGpu("GPU-a"), None),
         (FakeGpu("GPU-a", remapped=(1, 1, False, False)), None),
-        (FakeGpu("GPU-a", remapped=(0, 1, True, False)), "replaced at the next reset"),
+        (FakeGpu("GPU-a", remapped=(0, 1, True, False)), None),
         (FakeGpu("GPU-a", retires_pages=False), None),
-        (FakeGpu("GPU-a", retires_pages=True), "replaced at the next reset"),
+        (FakeGpu("GPU-a", retires_pages=True), "left out after the next reset"),
         (FakeGpu("GPU-a", remapped=(0, 9, True, True)), "more broken rows than it can replace"),
+        (FakeGpu("GPU-a", recovery_action=None, remapped=(0, 1, True, False)), None),
+        (FakeGpu("GPU-a", recovery_action=pynvml.NVML_GPU_RECOVERY_ACTION_GPU_RESET), "has to be reset"),
+        (FakeGpu("GPU-a", recovery_action=pynvml.NVML_GPU_RECOVERY_ACTION_NODE_REBOOT), "has to be rebooted"),
+        (FakeGpu("GPU-a", recovery_action=pynvml.NVML_GPU_RECOVERY_ACTION_DRAIN_P2P), None),
+        (FakeGpu("GPU-a", recovery_action=pynvml.NVML_GPU_RECOVERY_ACTION_DRAIN_AND_RESET), "when no program uses it"),
         (FakeGpu("GPU-a", is_lost=True), "fallen off the bus"),
         (FakeGpu("GPU-other"), "does not list it any more"),
     ],
-    ids=["no remapping", "healthy", "pending", "healthy T4", "T4", "failed", "lost", "gone"],
+    ids=[
+        *["no remapping", "healthy", "pending", "healthy T4", "T4", "failed", "no action known"],
+        *["reset", "reboot", "P2P", "drain", "lost", "gone"],
+    ],
 )
 def test_fault_of_a_gpu_names_what_has_to_be_done(nvml: FakeNvml, gpu: FakeGpu, expected: str | None) -> None:
-    """Rows that were replaced are no fault; what only a reset or a replacement cures is."""
+    """Rows that were replaced, or will be, are no fault; what only a reset or a replacement cures is."""
     nvml.gpus = [gpu]
     fault = fault_of("GPU-a")
     assert (fault is None) if expected is None else (fault is not None and expected in fault)

@@ -134,7 +134,8 @@ def fault_of(uuid: str) -> str | None:
         if closed is not None:
             return None
         try:
-            return _memory_fault(handle_of(uuid))
+            handle = handle_of(uuid)
+            return _recovery_action(handle) or _memory_fault(handle)
         except pynvml.NVMLError as error:
             return _LOST.get(error.value)
 
@@ -158,20 +159,43 @@ def handle_of(uuid: str) -> object:
         raise
 
 
-def _memory_fault(handle: object) -> str | None:
+def _recovery_action(handle: object) -> str | None:
+    """What the driver wants to be done before another program uses the GPU, as `nvidia-smi -q` shows it.
+
+    To drain traffic between GPUs is none of these, because a worker uses one GPU.
+    """
     try:
-        _, _, is_pending, has_failed = pynvml.nvmlDeviceGetRemappedRows(handle)
+        [field] = pynvml.nvmlDeviceGetFieldValues(handle, [RECOVERY_ACTION])
+    except pynvml.NVMLError as error:
+        if error.value in {pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED}:
+            raise
+        return None
+    return _ACTIONS.get(int(field.value.uiVal)) if field.nvmlReturn == pynvml.NVML_SUCCESS else None
+
+
+def _memory_fault(handle: object) -> str | None:
+    """Rows that wait for a reset to be replaced are none: by NVIDIA's documents new programs may run meanwhile."""
+    try:
+        _, _, _, has_failed = pynvml.nvmlDeviceGetRemappedRows(handle)
     except pynvml.NVMLError as error:
         if error.value != pynvml.NVML_ERROR_NOT_SUPPORTED:
             raise
         # GPUs before Ampere, as the T4, leave pages of their memory out.
         is_pending = pynvml.nvmlDeviceGetRetiredPagesPendingStatus(handle) == pynvml.NVML_FEATURE_ENABLED
-        has_failed = False
-    if has_failed:
-        return "its memory has more broken rows than it can replace"
-    return "broken parts of its memory are replaced at the next reset of the GPU" if is_pending else None
+        return "broken pages of its memory are left out after the next reset of the GPU" if is_pending else None
+    return "its memory has more broken rows than it can replace" if has_failed else None
 
 
+RECOVERY_ACTION: Final = 230
+"""NVML_FI_DEV_GET_GPU_RECOVERY_ACTION, which early versions of nvidia-ml-py lack."""
+_ACTIONS: Final = {
+    1: "it has to be reset",
+    2: "its machine has to be rebooted",
+    4: "it has to be reset when no program uses it any more",
+    6: "its PCIe bus has to be reset",
+    7: "its machine has to be rebooted",
+}
+"""nvmlDeviceGpuRecoveryAction_t."""
 _LOST: Final = {
     pynvml.NVML_ERROR_GPU_IS_LOST: "it has fallen off the bus",
     pynvml.NVML_ERROR_RESET_REQUIRED: "it has to be reset",
