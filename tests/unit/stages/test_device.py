@@ -65,6 +65,23 @@ def test_gpu_that_torch_cannot_use_is_refused(
     assert caught.value.exit_code is ExitCode.CONFIG
 
 
+def test_refusal_of_cuda_itself_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with NVSwitch whose Fabric Manager does not run: driver and nvidia-smi look well."""
+
+    def refuse() -> None:
+        raise RuntimeError("Unexpected error from cudaGetDeviceCount().\n  Error 802: system not yet initialized")
+
+    FakeNvml(gpus=[FakeGpu("GPU-a")]).install(monkeypatch)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.init", refuse)
+    for device in ("auto", "cuda"):
+        with pytest.raises(
+            FatalError, match=r"CUDA says: Unexpected error .*\. Error 802: system not yet initialized;"
+        ):
+            choose_device(device)
+
+
 @pytest.mark.parametrize(
     ("nvml", "text"),
     [

@@ -57,8 +57,19 @@ def _missing(usable: int) -> str:
     limit = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible:.80}"
     driver = driver_version() or "absent"
     versions = f"torch {torch.__version__} needs a driver for CUDA {torch.version.cuda}, and the driver is {driver}"
-    reason = f"; {fault}" if (fault := why_no_gpu()) else ""
+    reason = "".join(f"; {fault}" for fault in (why_no_gpu(), _refusal_of_cuda()) if fault)
     return f"torch finds {usable}{limit}; {versions}{reason}; check nvidia-smi, or set SHIWU_DEVICE=cpu"
+
+
+def _refusal_of_cuda() -> str | None:
+    """What CUDA says at its initialisation: also with a good driver it may wait for NVIDIA's Fabric Manager."""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # torch's own
+    except RuntimeError as error:
+        return f"CUDA says: {' '.join(str(error).split())[:300]}"
+    except AssertionError:  # a build for CPUs
+        return None
+    return None
 
 
 def keep_full_precision() -> None:
