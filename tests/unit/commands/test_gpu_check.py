@@ -21,6 +21,11 @@ H200 = FakeGpu("GPU-a")
             "gpu0 (GPU-a), gpu1-mig0 (MIG-b1), gpu1-mig1 (MIG-b2); driver",
             ["gpu1: it has to be reset"],
         ),
+        (
+            FakeNvml(gpus=[FakeGpu("GPU-a", is_lost=True), FakeGpu("GPU-b"), FakeGpu("GPU-c", is_forbidden=True)]),
+            "gpu1 (GPU-b); driver",
+            ["gpu0: it has fallen off the bus; it gets no worker"],
+        ),
         (FakeNvml(has_driver=False), "none is found; the driver is absent", []),
         (
             FakeNvml(init_error=pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH),
@@ -29,7 +34,7 @@ H200 = FakeGpu("GPU-a")
         ),
         (FakeNvml(gpus=[FakeGpu("GPU-a", is_lost=True)]), "none is found", ["gpu0: it has fallen off the bus"]),
     ],
-    ids=["one", "instances", "no driver", "no answer", "lost"],
+    ids=["one", "instances", "one lost", "no driver", "no answer", "lost"],
 )
 def test_check_names_driver_cuda_gpus_and_faults(
     monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml, text: str, warnings: list[str]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shiwu_worker.config.settings import Settings
-from shiwu_worker.runtime.nvidia import driver_version, fault_of, gpus_are_hidden, list_gpus, why_no_gpu
+from shiwu_worker.runtime.nvidia import driver_version, fault_of, gpus_are_hidden, list_gpus, unusable_gpus, why_no_gpu
 
 
 def check_gpus(settings: Settings) -> tuple[str, tuple[str, ...]]:
@@ -19,6 +19,6 @@ def check_gpus(settings: Settings) -> tuple[str, tuple[str, ...]]:
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs"
     names = ", ".join(f"{gpu.name} ({gpu.uuid})" for gpu in gpus[:16])
     faults = {gpu.gpu: fault for gpu in gpus if (fault := fault_of(gpu.gpu_uuid))}
-    return f"{names}; driver {driver}; torch {torch.__version__} is built for {built}", tuple(
-        f"gpu{number}: {fault}" for number, fault in faults.items()
-    )
+    faulty = [f"gpu{number}: {fault}" for number, fault in faults.items()]
+    left_out = [f"{gpu.name}: {gpu.reason}; it gets no worker" for gpu in unusable_gpus()]
+    return f"{names}; driver {driver}; torch {torch.__version__} is built for {built}", (*faulty, *left_out)

@@ -72,6 +72,12 @@ def list_gpus() -> list[Gpu]:
     return found
 
 
+def unusable_gpus() -> list[UnusableGpu]:
+    """Return the GPUs that `list_gpus` leaves out because they are broken or not set up."""
+    with _nvml() as error:
+        return [each for each in _all_gpus() if isinstance(each, UnusableGpu)] if error is None else []
+
+
 def why_no_gpu(*, pci: Path = PCI_DEVICES) -> str | None:
     """Return why no GPU can be used although this machine has one or more; None if it has none, or one can be used.
 
