@@ -90,7 +90,10 @@ COPY --from=model /models /models
 COPY --from=own /opt/own /opt/shiwu
 # The root may be read-only: what is written at run time goes to /tmp and /dev/shm. NVIDIA_VISIBLE_DEVICES is not set
 # here, or a container that asked for no GPU would see all of them. A volume at /tmp/compiled keeps compiled models.
-ENV PATH=/opt/shiwu/bin:$PATH \
+# Where NVIDIA's container toolkit is not used, as on GKE, the driver is mounted at /usr/local/nvidia, which nvidia/cuda
+# images name too.
+ENV PATH=/opt/shiwu/bin:$PATH:/usr/local/nvidia/bin \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib:/usr/local/nvidia/lib64 \
     HOME=/tmp \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -270,3 +270,11 @@ def test_the_scripts_that_build_them_here_are_scripts() -> None:
         assert (done.returncode, done.stderr) == (0, "")
     built = re.findall(r"docker/\w+\.Dockerfile", scripts[0].read_text(encoding="utf-8"))
     assert {f"docker/{path.name}" for path in DOCKERFILES} == set(built)
+
+
+def test_driver_is_found_where_gke_mounts_it() -> None:
+    """Its device plugin sets no variable and updates no cache of the linker; images of nvidia/cuda have the same."""
+    own = variables(read(DOCKER / "worker.Dockerfile"))
+    assert own["LD_LIBRARY_PATH"].split(":") == ["/usr/local/nvidia/lib", "/usr/local/nvidia/lib64"]
+    assert own["PATH"].split(":")[-1] == "/usr/local/nvidia/bin"
+    assert "NVIDIA_VISIBLE_DEVICES" not in own
