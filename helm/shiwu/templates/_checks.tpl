@@ -27,9 +27,6 @@
 {{- if and (not $v.sweep.image.repository) (or $v.sweep.enabled $v.producer.enabled $v.hooks.enabled $v.watch.enabled $v.test.enabled) -}}
 {{- $wrong = append $wrong "sweep.image.repository: expected the producer's image as your cluster pulls it, such as registry.example/shiwu-producer, got none: the sweep, the producer's CronJob and `helm test` run it" -}}
 {{- end -}}
-{{- if and (gt (int (include "shiwu.processes" .)) 4) (eq $v.worker.shmSize "1Gi") -}}
-{{- $wrong = append $wrong (printf "worker.shmSize: expected 256Mi for each of %d GPUs, and as much more of the pod's memory, got 1Gi: each worker keeps up to 240 MB of pixels there, three times as much for 384 x 384" (int $v.worker.gpu.count)) -}}
-{{- end -}}
 {{- if and $v.hooks.enabled (not (or $v.hooks.endpoints $v.hooks.urls)) -}}
 {{- $wrong = append $wrong "hooks.endpoints: expected endpoints, or hooks.urls, got neither" -}}
 {{- end -}}

@@ -12,6 +12,7 @@ from shiwu_worker.config.settings import Settings
 from shiwu_worker.config.views import load_shares
 from shiwu_worker.policy.limits import LABEL_SLOTS
 from shiwu_worker.runtime.nvidia import Gpu
+from tests.support.processes import ROOT
 
 ON_CPU = (1, 2, 4, 8, 16, 32, 64)
 ON_GPU = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -56,3 +57,15 @@ def test_bulk_may_hold_all_slots_that_batches_need() -> None:
     assert slots - load_shares(settings).reserve_of(slots) >= 3 * 64 + 16
     assert slots_for(Settings(device="cpu", loaders=2, loader_threads=8, lanes="bulk"), 64) == 3 * 64 + 16
     assert slots_for(Settings(device="cpu", slots=7), 64) == 7
+
+
+def test_memory_for_pixels_is_documented() -> None:
+    """docs/operations.md computes it for three loaders of eight threads and images of 224 × 224."""
+    text = " ".join((ROOT / "docs" / "operations.md").read_text(encoding="utf-8").split())
+    cpu, gpu = (Settings(device=device, loaders=3, loader_threads=8) for device in ("cpu", "cuda"))
+    for what, slots in {
+        "= {} MB on a CPU": slot_count(cpu),
+        "= {} MB on a GPU": slot_count(gpu),
+        "with batches of 256, {} MB": slots_for(gpu, 256) + LABEL_SLOTS,
+    }.items():
+        assert what.format(round(slots * 224 * 224 * 3 / 1e6)) in text

@@ -29,7 +29,7 @@ MIN_LOADERS: Final = 2
 PROCESS_CORES: Final = 1
 """For the threads of a worker process."""
 BASE_GIB: Final = 6.0
-"""A worker process with torch, CUDA, ViT-B/16, pinned memory and 1 GiB of /dev/shm."""
+"""A worker process with torch, CUDA, ViT-B/16, pinned memory and 1 GiB of shared memory."""
 LOADER_GIB: Final = 0.3
 """A loader with its sandbox while it decodes an image of 50 megapixels."""
 
