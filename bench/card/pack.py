@@ -7,6 +7,7 @@ where wheels and repository together are larger than what travels.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import zipfile
@@ -49,6 +50,14 @@ MACHINE_HAS: Final = frozenset(
 )
 KEPT_SERVICES: Final = ("s3/", "sts/", "sso/", "sso-oidc/")
 """Of botocore's data: 15 of its 16 MB describe other services."""
+KEPT_MODELS: Final = frozenset(
+    {
+        *("altclip", "auto", "bert", "chinese_clip", "clip", "efficientnet", "metaclip_2", "roberta", "siglip"),
+        *("siglip2", "vision_text_dual_encoder", "vit", "xlm_roberta"),
+    }
+)
+"""Models of transformers whose code is carried; that of the others is 7 of its 13 MB."""
+_MODEL_CODE: Final = re.compile(r"transformers/models/(\w+)/(modeling|modular)_")
 
 
 def needed(names: Iterable[str], *, extras: Mapping[str, str]) -> dict[str, str]:
@@ -99,15 +108,22 @@ def download(packages: Mapping[str, str], folder: Path) -> None:
     subprocess.run([*command, *(f"{name}=={version}" for name, version in sorted(packages.items()))], check=True)
 
 
-def trim_botocore(folder: Path) -> None:
-    """Write botocore's wheel anew without the services that nothing here uses."""
-    for path in folder.glob("botocore-*.whl"):
+def is_kept(name: str) -> bool:
+    """Whether this file of a wheel is carried: not other services of botocore, nor other models of transformers."""
+    inner = name.removeprefix("botocore/data/")
+    if inner != name:
+        return "/" not in inner or inner.startswith(KEPT_SERVICES)
+    code = _MODEL_CODE.match(name)
+    return code is None or code[1] in KEPT_MODELS
+
+
+def trim(folder: Path) -> None:
+    """Write the wheels of botocore and transformers anew without what nothing here uses."""
+    for path in (*folder.glob("botocore-*.whl"), *folder.glob("transformers-*.whl")):
         trimmed = path.with_suffix(".trimmed")
         with zipfile.ZipFile(path) as source, zipfile.ZipFile(trimmed, "w", zipfile.ZIP_DEFLATED) as target:
-            for name in source.namelist():
-                inner = name.removeprefix("botocore/data/")
-                if inner == name or "/" not in inner or inner.startswith(KEPT_SERVICES):
-                    target.writestr(name, source.read(name))
+            for name in filter(is_kept, source.namelist()):
+                target.writestr(name, source.read(name))
         trimmed.replace(path)
 
 
@@ -119,8 +135,10 @@ def mib(paths: Iterable[Path]) -> float:
 def report(folder: Path, *, root: Path = ROOT) -> bool:
     """Print the sizes; return whether all that travels is small enough."""
     wheels = sorted(folder.glob("*.whl"), key=lambda path: -path.stat().st_size)
-    listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout
-    sizes = mib(wheels), mib(root / line for line in listed.splitlines())
+    # Files that git does not know yet travel too.
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    sizes = mib(wheels), mib(root / name for name in listed.split("\0") if name)
     for path in wheels[:10]:
         print(f"{mib([path]):6.1f} MiB  {path.name}")
     print(f"{sizes[0]:6.1f} MiB  {len(wheels)} wheels in {folder}")
@@ -140,7 +158,7 @@ def main() -> int:
         print(f"expected an environment with '.[worker,dev]', {error.name} is not installed", file=sys.stderr)
         return 1
     download(packages, asked.to)
-    trim_botocore(asked.to)
+    trim(asked.to)
     return 0 if report(asked.to) else 1
 
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -186,13 +187,49 @@ def test_too_many_wheels_are_reported(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "large-1.whl" in capsys.readouterr().out
 
 
-def test_botocore_keeps_what_s3_needs(tmp_path: Path) -> None:
-    """Its wheel loses the descriptions of other services and nothing else."""
-    names = ["botocore/a.py", "botocore/data/endpoints.json", "botocore/data/s3/1/x.gz", "botocore/data/ec2/1/x.gz"]
-    with zipfile.ZipFile(tmp_path / "botocore-1.whl", "w") as wheel:
-        for name in names:
-            wheel.writestr(name, b"content")
-    pack.trim_botocore(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["botocore-1.whl"]
-    with zipfile.ZipFile(tmp_path / "botocore-1.whl") as wheel:
-        assert wheel.namelist() == names[:3]
+@pytest.mark.parametrize(
+    ("wheel", "kept", "left_out"),
+    [
+        (
+            "botocore-1.whl",
+            ["botocore/a.py", "botocore/data/endpoints.json", "botocore/data/s3/1/x.gz"],
+            ["botocore/data/ec2/1/x.gz"],
+        ),
+        (
+            "transformers-1.whl",
+            [
+                "transformers/modeling_utils.py",
+                "transformers/models/siglip/modeling_siglip.py",
+                "transformers/models/llama/configuration_llama.py",
+            ],
+            ["transformers/models/llama/modeling_llama.py", "transformers/models/llama/modular_llama.py"],
+        ),
+        ("other-1.whl", ["transformers/models/llama/modeling_llama.py"], []),
+    ],
+)
+def test_wheels_keep_what_is_used(wheel: str, kept: list[str], left_out: list[str], tmp_path: Path) -> None:
+    """Two wheels lose other services and other models, and nothing else."""
+    with zipfile.ZipFile(tmp_path / wheel, "w") as whole:
+        for name in (*kept, *left_out):
+            whole.writestr(name, b"content")
+    pack.trim(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [wheel]
+    with zipfile.ZipFile(tmp_path / wheel) as trimmed:
+        assert trimmed.namelist() == kept
+
+
+def test_models_that_are_carried_exist_in_transformers() -> None:
+    """A model that was renamed would be left out without a word."""
+    models = Path(importlib.util.find_spec("transformers").origin).parent / "models"  # type: ignore[union-attr, arg-type]  # it is installed
+    assert not [name for name in pack.KEPT_MODELS if not list((models / name).glob("modeling_*.py"))]
+
+
+def test_files_that_git_does_not_know_yet_are_counted(tmp_path: Path) -> None:
+    """They travel with the others; ignored ones do not."""
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / ".gitignore").write_text("build/\n", encoding="utf-8")
+    (tmp_path / "build").mkdir()
+    for name in ("build/ignored", "new ä"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(int((pack.MAX_MIB + 1) * 2**20))
+        assert pack.report(tmp_path / "build", root=tmp_path) is (name == "build/ignored")
