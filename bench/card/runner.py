@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -43,7 +44,18 @@ def install(wheels: Path, site: Path = SITE) -> None:
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
     command += ["--no-cache-dir", "--upgrade", "--target", str(unfinished)]
     subprocess.run([*command, *map(str, sorted(wheels.glob("*.whl")))], check=True)
+    _add_metadata(unfinished)
     unfinished.rename(site)
+
+
+def _add_metadata(site: Path) -> None:
+    """Name the project's version as an installation does: a worker asks for it. Its code is that of this tree."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    name, version = project["name"], project["version"]
+    folder = site / f"{name}-{version}.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    (folder / "METADATA").write_text(text, encoding="utf-8")
 
 
 def environment(*, tiny: bool, site: Path = SITE) -> dict[str, str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bench.card import pack
 from bench.card.measure import Skipped, run
 from bench.card.plan import CALL_S, INSTALL_S, STAGES, Step
 from bench.card.profile import kind_of
-from bench.card.runner import REHEARSAL_FACTOR, environment, run_stage, run_step
+from bench.card.runner import REHEARSAL_FACTOR, environment, install, run_stage, run_step
 
 from shiwu_worker.runtime.proc import is_running
 from tests.support.waiting import wait_until
@@ -122,6 +123,26 @@ def test_rehearsal_sees_no_gpu_and_steps_see_this_tree(tmp_path: Path) -> None:
     assert paths[0] == str(tmp_path)
     assert all(Path(path).is_absolute() for path in paths[:4])
     assert "CUDA_VISIBLE_DEVICES" not in environment(tiny=False, site=tmp_path).keys() - os.environ.keys()
+
+
+def test_installed_wheels_name_the_version_of_the_project(tmp_path: Path) -> None:
+    """Without it no worker starts. What a broken call before has left is no hindrance."""
+    (tmp_path / "site.unfinished").mkdir()
+    install(_wheel(tmp_path / "wheels"), tmp_path / "site")
+    assert (tmp_path / "site" / "tiny_card.py").is_file()
+    [found] = distributions(name="shiwu", path=[str(tmp_path / "site")])
+    assert found.version == version("shiwu")
+
+
+def _wheel(folder: Path) -> Path:
+    """A folder with one wheel."""
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "tiny_card-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny_card.py", "")
+        wheel.writestr("tiny_card-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-card\nVersion: 1\n")
+        wheel.writestr("tiny_card-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("tiny_card-1.dist-info/RECORD", "")
+    return folder
 
 
 @pytest.mark.slow
