@@ -17,6 +17,7 @@ from tests.support.processes import WorkerProcess
 from tests.support.servers import Valkey
 from tests.support.waiting import wait_until
 
+from bench.card.plan import LOADERS
 from bench.checkpoints import checkpoint
 from bench.photos import jpeg_files
 from shiwu.contract import CLAIMS
@@ -94,7 +95,7 @@ def opened(*, tiny: bool) -> Iterator[Load]:
     settings: dict[str, Any] = {
         "model": str(PICTOGRAM_ZH if tiny else checkpoint("vit-b-16").folder),
         "allow_folders": str(files[0].parent),
-        "loaders": 1 if tiny else 12,
+        "loaders": 1 if tiny else LOADERS,
         "max_batch": 8 if tiny else 64,
     }
     with (

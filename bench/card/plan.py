@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,14 @@ from typing import Final
 CALL_S: Final = 600
 """Longest stage: what one call on a lent machine may take."""
 INSTALL_S: Final = 40
-"""Time for installing wheels, which is part of the call."""
+"""Time for installing wheels and for ending the last step, which is part of the call."""
+LEASE_S: Final = 1800
+"""All stages together, on a machine that is lent for half an hour."""
+LEASE_OVERHEAD_S: Final = 200
+"""Of it, for the start of the machine and copying to and from it."""
+CORES: Final = len(os.sched_getaffinity(0))
+LOADERS: Final = max(1, CORES * 3 // 4)
+"""Loaders of the service; the other cores are for the worker, its server and the senders."""
 PICTOGRAM: Final = "tests/support/pictogram_zh"
 
 
@@ -22,95 +30,111 @@ class Step:
     Args:
         command: gets whether it is a rehearsal, and a folder; all JSON files that the process leaves in the folder are
             the figures of the step.
-        limit_s: the process is killed after this time.
+        limit_s: the process is ended after this time.
+        expected_s: how long it takes, as estimated for an H200 beside 16 cores.
+        is_needed: whether the stage ends if this step fails.
     """
 
     name: str
     command: Callable[[bool, Path], list[str]]
     limit_s: int
+    expected_s: int = 0
+    is_needed: bool = False
 
 
-def own(name: str, limit_s: int, *, module: str = "") -> Step:
+def own(name: str, limit_s: int, expected_s: int, *, module: str = "", is_needed: bool = False) -> Step:
     """A step of this package: the function `measures` of a module."""
 
     def command(tiny: bool, folder: Path) -> list[str]:
         chosen = [sys.executable, "-m", "bench.card.step", module or f"bench.card.{name}", str(folder)]
         return [*chosen, "--tiny"] if tiny else chosen
 
-    return Step(name, command, limit_s)
+    return Step(name, command, limit_s, expected_s, is_needed)
 
 
-def python(name: str, limit_s: int, full: str, tiny: str) -> Step:
+def python(name: str, limit_s: int, expected_s: int, full: str, tiny: str) -> Step:
     """A step that is a Python program: its arguments, and those of a rehearsal. FOLDER stands for the folder."""
 
     def command(is_tiny: bool, folder: Path) -> list[str]:
         words = (tiny if is_tiny else full).split()
         return [sys.executable, *(word.replace("FOLDER", str(folder)) for word in words)]
 
-    return Step(name, command, limit_s)
+    return Step(name, command, limit_s, expected_s)
 
 
-def encode(name: str, limit_s: int, model: str, sizes: str) -> Step:
+def encode(name: str, limit_s: int, expected_s: int, model: str, sizes: str) -> Step:
     """The model loop of `bench encode` for one model."""
     full = f"-m bench encode --model {model} --dtypes float16 --modes eager,graphs --rungs {sizes} --seconds 1"
     tiny = f"-m bench encode --model {PICTOGRAM} --quick --device cpu --modes eager --rungs 1,2 --seconds 0.05"
-    return python(name, limit_s, f"{full} --out FOLDER", f"{tiny} --threads 1 --out FOLDER")
+    return python(name, limit_s, expected_s, f"{full} --out FOLDER", f"{tiny} --threads 1 --out FOLDER")
 
 
-def service(name: str, limit_s: int, options: str, *, kind: str = "service", tiny_options: str = "") -> Step:
+def service(
+    name: str, limit_s: int, expected_s: int, options: str, *, kind: str = "service", tiny_options: str = ""
+) -> Step:
     """The service of this worker alone, without peers."""
     full = f"-m bench {kind} --model vit-b-16 --no-peers {options} --out FOLDER"
     source = "http" if "http" in options else "file"
     tiny = f"-m bench {kind} --model {PICTOGRAM} --no-peers --quick --source {source} {tiny_options} --out FOLDER"
-    return python(name, limit_s, full, tiny)
+    return python(name, limit_s, expected_s, full, tiny)
 
 
 ALL_SIZES: Final = "1,2,4,8,16,32,48,64,96,128,192,256,384,512"
 LARGE_SIZES: Final = "1,8,32,64,128,256"
-GPU_TESTS: Final = "-m pytest tests/gpu -W default -p no:randomly -p no:cacheprovider -q"
+GPU_TESTS: Final = "-m pytest tests/gpu -W default -p no:randomly -p no:cacheprovider -v"
+QUICK_SERVICE: Final = "--rounds 1 --seconds 0.5"
 STAGES: Final[dict[str, tuple[Step, ...]]] = {
-    "facts": (
-        own("facts", 30),
-        own("ceilings", 70),
-        python("tests", 240, f"{GPU_TESTS} -m gpu", f"{GPU_TESTS} -k fake-tiny-siglip"),
-        python("tune", 120, "-m shiwu_worker --tune", "-m shiwu_worker --tune"),
-    ),
-    "model": (
-        encode("vit-b-16", 120, "vit-b-16", ALL_SIZES),
-        encode("vit-l-14", 90, "vit-l-14", ALL_SIZES),
-        encode("siglip", 60, "siglip-so400m", LARGE_SIZES),
-        own("profile", 40),
-        own("variants", 240),
-    ),
-    "faults": (
-        own("race", 150),
-        own("memcheck", 70),
-        own("item", 50, module="bench.card.worker_item"),
-        own("assert", 90, module="bench.card.worker_assert"),
-        own("memory", 120, module="bench.card.worker_memory"),
-        own("sigterm", 80, module="bench.card.worker_sigterm"),
-    ),
-    "service": (
+    # What a release promises of a GPU, and next what decides how it is set up: a lent machine may be taken away.
+    "floors": (
+        own("contact", 45, 15, is_needed=True),
+        own("facts", 25, 10),
+        encode("vit-b-16", 140, 80, "vit-b-16", ALL_SIZES),
         service(
             "http",
             160,
-            "--source http --rounds 3 --seconds 6 --set max_batch=256 --set loaders=12",
-            tiny_options="--rounds 1 --seconds 0.5",
+            110,
+            f"--source http --rounds 3 --seconds 6 --set max_batch=256 --set loaders={LOADERS}",
+            tiny_options=QUICK_SERVICE,
         ),
+        own("decoding", 40, 20),
+        own("race", 150, 110),
+    ),
+    "faults": (
+        own("item", 70, 30, module="bench.card.worker_item"),
+        own("assert", 80, 55, module="bench.card.worker_assert"),
+        own("memory", 110, 75, module="bench.card.worker_memory"),
+        own("sigterm", 70, 50, module="bench.card.worker_sigterm"),
+        python("tests", 230, 150, f"{GPU_TESTS} -m gpu", f"{GPU_TESTS} -k fake-tiny-siglip"),
+    ),
+    "tuning": (
+        own("variants", 240, 190),
         service(
             "file",
             160,
-            "--source file --rounds 3 --seconds 6 --set max_batch=256 --set loaders=13 --beside max_batch=64",
-            tiny_options="--rounds 1 --seconds 0.5",
+            130,
+            f"--source file --rounds 3 --seconds 6 --set max_batch=256 --set loaders={LOADERS} --beside max_batch=64",
+            tiny_options=QUICK_SERVICE,
         ),
-        own("threads", 80),
+        own("threads", 50, 35),
         service(
             "latency",
-            120,
+            110,
+            70,
             "--source http --fewest 300 --longest-s 20",
             kind="latency",
             tiny_options="--fewest 20 --longest-s 1 --seconds 0.5",
         ),
     ),
-    "probes": (own("jpeg", 80), own("fp8", 90), own("zero_copy", 60)),
+    "probes": (
+        own("ceilings", 60, 25),
+        own("profile", 45, 20),
+        encode("vit-l-14", 120, 80, "vit-l-14", LARGE_SIZES),
+        encode("siglip", 90, 60, "siglip-so400m", LARGE_SIZES),
+        python("tune", 50, 30, "-m shiwu_worker --tune", "-m shiwu_worker --tune"),
+        own("jpeg", 50, 35),
+        own("fp8", 40, 20),
+        own("zero_copy", 25, 15),
+        own("memcheck", 80, 60),
+    ),
 }
+"""In the order in which they are run."""

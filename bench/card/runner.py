@@ -23,12 +23,17 @@ from bench.card.plan import Step
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SITE: Final = ROOT / "build" / "card-site"
-END_S: Final = 10.0
-"""Time for a process to end after SIGTERM, and what it started with it."""
+END_S: Final = {signal.SIGINT: 6.0, signal.SIGTERM: 4.0}
+"""Time for a process to end after each signal. After the first one pytest says which tests have failed until then."""
+MAX_LOG_CHARACTERS: Final = 1_000_000
+"""Of one step: logs are brought back from a lent machine, in files of a limited size."""
+BUSY_SAMPLE_S: Final = 0.5
 REHEARSAL_FACTOR: Final = 4
 """A rehearsal may take so many times the limits: it runs on a CPU, often on a busy one."""
 PR_SET_CHILD_SUBREAPER: Final = 36
 TAIL_CHARACTERS: Final = 6_000
+LOAD_BEFORE: Final = "BENCH_LOAD_BEFORE"
+"""Tells benchmarks the load by other programs, for `bench.machine`."""
 PASSED: Final = frozenset({"ok", "skipped"})
 
 
@@ -74,36 +79,78 @@ def environment(*, tiny: bool, site: Path = SITE) -> dict[str, str]:
     }
 
 
-def run_stage(name: str, steps: Sequence[Step], *, tiny: bool, out: Path, stage_s: float) -> bool:
+def run_stage(
+    name: str, steps: Sequence[Step], *, tiny: bool, out: Path, stage_s: float, is_resumed: bool = False
+) -> bool:
     """Run the steps, write `card-NAME.json` and `card-NAME.log` into `out`, and return whether all passed.
 
-    The JSON is written anew after each step, so that it holds what was found if the stage is killed.
+    The JSON is written anew after each step, so that it holds what was found if the stage is killed. Steps of the stage
+    that are not run now keep their results.
+
+    Args:
+        is_resumed: leave out steps that have passed before.
     """
     out.mkdir(parents=True, exist_ok=True)
+    result = out / f"card-{name}.json"
     factor = REHEARSAL_FACTOR if tiny else 1
     ends_s = time.monotonic() + stage_s * factor
-    found: dict[str, Any] = {}
-    with (out / f"card-{name}.log").open("w", encoding="utf-8") as log:
-        for step in steps:
-            left_s = ends_s - time.monotonic()
-            found[step.name] = (
-                run_step(step, tiny=tiny, limit_s=min(step.limit_s * factor, left_s), log_to=log)
-                if left_s > 1
-                else {"status": "failed", "reason": "no time was left in the stage"}
-            )
+    found = results_of(result, tiny=tiny)
+    passed = {step for step, each in found.items() if each["status"] in PASSED} if is_resumed else set()
+    left = [step for step in steps if step.name not in passed]
+    found = {step: each for step, each in found.items() if step not in {one.name for one in left}}
+    load = str(round(busy_cores(), 2))
+    ended_by = ""
+    with (out / f"card-{name}.log").open("a", encoding="utf-8") as log:
+        for step in left:
+            left_s = ends_s - time.monotonic() - sum(END_S.values())
+            if ended_by:
+                found[step.name] = {"status": "failed", "reason": f"not run, because {ended_by} failed"}
+            elif left_s <= 1:
+                found[step.name] = {"status": "failed", "reason": "no time was left in the stage"}
+            else:
+                limit_s = min(step.limit_s * factor, left_s)
+                found[step.name] = run_step(step, tiny=tiny, limit_s=limit_s, log_to=log, load=load)
             status = found[step.name]
+            if step.is_needed and status["status"] not in PASSED:
+                ended_by = step.name
             print(f"{name} {step.name}: {status['status']}, {status.get('seconds', 0)} s", flush=True)
             text = json.dumps({"stage": name, "tiny": tiny, "steps": found}, indent=1, ensure_ascii=False)
-            (out / f"card-{name}.json").write_text(text + "\n", encoding="utf-8")
-    return all(each["status"] in PASSED for each in found.values())
+            unfinished = result.with_suffix(".unfinished")
+            unfinished.write_text(text + "\n", encoding="utf-8")
+            unfinished.replace(result)
+    return all(found[step.name]["status"] in PASSED for step in left)
 
 
-def run_step(step: Step, *, tiny: bool, limit_s: float, log_to: Any = None) -> dict[str, Any]:
+def results_of(path: Path, *, tiny: bool) -> dict[str, Any]:
+    """The steps of an earlier run of a stage; none where that was a rehearsal and this is not, or the other way."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict(content["steps"]) if content["tiny"] == tiny else {}
+
+
+def busy_cores() -> float:
+    """Cores that other programs keep busy now. The load average would count the steps before this one too."""
+
+    def spent() -> tuple[int, int]:
+        fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]
+
+    all_before, idle_before = spent()
+    time.sleep(BUSY_SAMPLE_S)  # the sample itself
+    all_after, idle_after = spent()
+    total = max(1, all_after - all_before)
+    return (total - (idle_after - idle_before)) / total * (os.cpu_count() or 1)
+
+
+def run_step(step: Step, *, tiny: bool, limit_s: float, log_to: Any = None, load: str = "") -> dict[str, Any]:
     """Run one step and return its status, seconds, figures and the end of its output."""
-    with tempfile.TemporaryDirectory(prefix="card-") as name, tempfile.TemporaryFile("w+") as output:
+    env = environment(tiny=tiny) | ({LOAD_BEFORE: load} if load else {})
+    with tempfile.TemporaryDirectory(prefix="card-") as name, tempfile.TemporaryFile("w+", errors="replace") as output:
         folder = Path(name)
         began_s = time.monotonic()
-        with _process(step.command(tiny, folder), output, environment(tiny=tiny)) as process:
+        with _process(step.command(tiny, folder), output, env) as process:
             try:
                 exit_code: int | None = process.wait(limit_s)
             except subprocess.TimeoutExpired:
@@ -112,7 +159,7 @@ def run_step(step: Step, *, tiny: bool, limit_s: float, log_to: Any = None) -> d
         output.seek(0)
         text = output.read()
         if log_to is not None:
-            log_to.write(f"=== {step.name}\n{text}\n")
+            log_to.write(f"=== {step.name}\n{_shortened(text)}\n")
             log_to.flush()
         found: dict[str, Any] = {
             "status": "timed out" if exit_code is None else "failed" if exit_code else "ok",
@@ -124,6 +171,12 @@ def run_step(step: Step, *, tiny: bool, limit_s: float, log_to: Any = None) -> d
         }
     reason = _skipped(found["figures"])
     return found | {"status": "skipped", "reason": reason} if reason and not exit_code else found
+
+
+def _shortened(text: str) -> str:
+    """The beginning and the end of a text that is too long."""
+    half = MAX_LOG_CHARACTERS // 2
+    return text if len(text) <= MAX_LOG_CHARACTERS else f"{text[:half]}\n…\n{text[-half:]}"
 
 
 def _figures(folder: Path) -> Mapping[str, Any]:
@@ -168,10 +221,11 @@ def _process(command: Sequence[str], output: Any, env: Mapping[str, str]) -> Ite
         yield process
     finally:
         family = _descendants(process.pid)
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(END_S)
+        for number, seconds in END_S.items():
+            if process.poll() is None:
+                process.send_signal(number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(seconds)
         # Those that were started meanwhile have this process as their parent, if it adopts them.
         for pid in (family | _descendants(os.getpid())) - before - {process.pid}:
             with contextlib.suppress(ProcessLookupError, PermissionError):

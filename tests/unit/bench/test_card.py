@@ -10,21 +10,22 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.card import pack
+from bench.card import contact, pack
 from bench.card.measure import Skipped, run
-from bench.card.plan import CALL_S, INSTALL_S, STAGES, Step
+from bench.card.plan import CALL_S, INSTALL_S, LEASE_OVERHEAD_S, LEASE_S, STAGES, Step
 from bench.card.profile import kind_of
-from bench.card.runner import REHEARSAL_FACTOR, environment, install, run_stage, run_step
+from bench.card.runner import REHEARSAL_FACTOR, busy_cores, environment, install, run_stage, run_step
 
 from shiwu_worker.runtime.proc import is_running
 from tests.support.waiting import wait_until
 
-QUICK = {"facts": ("facts", "ceilings"), "probes": ("jpeg", "fp8", "zero_copy")}
+QUICK = {"floors": ("contact", "facts", "decoding"), "probes": ("ceilings", "jpeg", "fp8", "zero_copy")}
 """Steps that start no worker and no model."""
 WITHOUT_FIGURES = {"tests", "tune"}
 """Steps whose output tells all."""
@@ -43,6 +44,15 @@ def program(name: str, code: str, *, limit_s: int = 20) -> Step:
 def test_steps_of_a_stage_fit_into_one_call(stage: str) -> None:
     """With the installation of wheels, also when each takes as long as it may."""
     assert sum(step.limit_s for step in STAGES[stage]) + INSTALL_S <= CALL_S
+    assert all(0 < step.expected_s <= step.limit_s for step in STAGES[stage])
+
+
+def test_all_stages_fit_into_half_an_hour() -> None:
+    """As estimated; and the first two, which show what is promised, also when each step takes as long as it may."""
+    steps = [step for steps in STAGES.values() for step in steps]
+    assert sum(step.expected_s for step in steps) + LEASE_OVERHEAD_S <= LEASE_S
+    assert list(STAGES)[:2] == ["floors", "faults"]
+    assert 2 * CALL_S + LEASE_OVERHEAD_S <= LEASE_S
 
 
 def test_each_step_names_a_module_that_exists(tmp_path: Path) -> None:
@@ -58,9 +68,10 @@ def test_each_step_names_a_module_that_exists(tmp_path: Path) -> None:
 
 
 def test_step_that_hangs_ends_and_the_next_one_runs(tmp_path: Path) -> None:
-    """What the step had found until then is kept, and its children end with it."""
+    """What the step had found until then is kept, and its children end with it, also if it ignores signals."""
     hang = (
-        "import subprocess, sys, time\n"
+        "import signal, subprocess, sys, time\n"
+        "[signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)]\n"
         "(folder / 'figures.json').write_text('{\"a\": 1}')\n"
         "code = 'import time; time.sleep(600)'\n"
         "child = subprocess.Popen([sys.executable, '-c', code], start_new_session=True)\n"
@@ -80,6 +91,66 @@ def test_step_that_hangs_ends_and_the_next_one_runs(tmp_path: Path) -> None:
     assert "=== good\nhi\n" in (tmp_path / "card-x.log").read_text(encoding="utf-8")
     child = int(found["hang"]["output_tail"])
     wait_until(lambda: not is_running(child), timeout_s=10, what="the child ends")
+
+
+def test_step_without_time_is_interrupted_first(tmp_path: Path) -> None:
+    """So pytest says which tests have failed until then."""
+    code = "import time\ntry:\n    print('waits', flush=True)\n    time.sleep(600)\n"
+    code += "except KeyboardInterrupt:\n    print('told')"
+    found = run_step(program("slow", code), tiny=False, limit_s=3)
+    assert (found["status"], found["output_tail"]) == ("timed out", "waits\ntold\n")
+
+
+def test_stage_ends_with_a_step_that_is_needed(tmp_path: Path) -> None:
+    """Without a GPU all others would measure the CPU."""
+    needed = replace(program("contact", "raise SystemExit(1)"), is_needed=True)
+    assert not run_stage("x", (needed, program("next", "")), tiny=False, out=tmp_path, stage_s=60)
+    found = json.loads((tmp_path / "card-x.json").read_text(encoding="utf-8"))["steps"]
+    assert found["next"] == {"status": "failed", "reason": "not run, because contact failed"}
+
+
+def test_resumed_stage_runs_what_has_not_passed(tmp_path: Path) -> None:
+    """Results of steps that are left out are kept, also where some alone are run, but not those of a rehearsal."""
+    count = "path = pathlib.Path({!r})\npath.write_text(path.read_text() + 'x' if path.exists() else 'x')"
+    first, second = (program(name, count.format(str(tmp_path / name))) for name in "ab")
+    bad = program("b", "raise SystemExit(1)")
+    assert not run_stage("x", (first, bad), tiny=False, out=tmp_path, stage_s=60)
+    assert run_stage("x", (first, second), tiny=False, out=tmp_path, stage_s=60, is_resumed=True)
+    assert run_stage("x", (second,), tiny=False, out=tmp_path, stage_s=60)
+    steps = json.loads((tmp_path / "card-x.json").read_text(encoding="utf-8"))["steps"]
+    assert {name: step["status"] for name, step in steps.items()} == {"a": "ok", "b": "ok"}
+    assert [(tmp_path / name).read_text(encoding="utf-8") for name in "ab"] == ["x", "xx"]
+    assert run_stage("x", (second,), tiny=True, out=tmp_path, stage_s=60, is_resumed=True)
+    steps = json.loads((tmp_path / "card-x.json").read_text(encoding="utf-8"))["steps"]
+    assert list(steps) == ["b"]
+
+
+def test_long_output_is_shortened_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its beginning and end are kept."""
+    monkeypatch.setattr("bench.card.runner.MAX_LOG_CHARACTERS", 20)
+    run_stage("x", (program("long", "print('begin' + 'x' * 99 + 'end')"),), tiny=False, out=tmp_path, stage_s=60)
+    log = (tmp_path / "card-x.log").read_text(encoding="utf-8")
+    assert log == "=== long\nbeginxxxxx\n…\nxxxxxxend\n\n"
+
+
+def test_benchmarks_are_told_the_load_of_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The load average would count the steps before them, and mark their figures as no measurement."""
+    code = "from bench.machine import describe\nprint(describe().load_before)"
+    assert run_step(program("load", code), tiny=True, limit_s=60, load="0.12")["output_tail"] == "0.12\n"
+    assert 0 <= busy_cores() <= (os.cpu_count() or 1)
+
+
+def test_contact_fails_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rehearsal says what it needs instead."""
+    tried = dict(contact.measures(tiny=False)), dict(contact.measures(tiny=True))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda._lazy_init", _no_cuda)
+    with pytest.raises(AssertionError, match="no CUDA"):
+        tried[0]["gpu"]()
+    with pytest.raises(Skipped):
+        tried[1]["gpu"]()
+    contact.check_product("cpu")
+    assert set(tried[0]["packages"]()) == set(contact.PACKAGES)
 
 
 def test_stage_without_time_left_starts_no_step(tmp_path: Path) -> None:
@@ -143,6 +214,10 @@ def _wheel(folder: Path) -> Path:
         wheel.writestr("tiny_card-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr("tiny_card-1.dist-info/RECORD", "")
     return folder
+
+
+def _no_cuda() -> None:
+    raise AssertionError("no CUDA")
 
 
 @pytest.mark.slow
