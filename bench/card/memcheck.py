@@ -11,7 +11,7 @@ from bench.card.measure import Measures, Skipped, need_cuda
 from bench.card.race import play_all
 
 SCHEDULES: Final = 30
-LIMIT_S: Final = 60
+LIMIT_S: Final = 55
 
 
 def measures(*, tiny: bool) -> Measures:

@@ -79,25 +79,25 @@ def service(
     return python(name, limit_s, expected_s, full, tiny)
 
 
-ALL_SIZES: Final = "1,2,4,8,16,32,48,64,96,128,192,256,384,512"
+ALL_SIZES: Final = "1,8,16,32,64,96,128,192,256,384,512"
 LARGE_SIZES: Final = "1,8,32,64,128,256"
 GPU_TESTS: Final = "-m pytest tests/gpu -W default -p no:randomly -p no:cacheprovider -v"
 QUICK_SERVICE: Final = "--rounds 1 --seconds 0.5"
 STAGES: Final[dict[str, tuple[Step, ...]]] = {
     # What a release promises of a GPU, and next what decides how it is set up: a lent machine may be taken away.
     "floors": (
-        own("contact", 45, 15, is_needed=True),
-        own("facts", 25, 10),
-        encode("vit-b-16", 140, 80, "vit-b-16", ALL_SIZES),
+        own("contact", 40, 15, is_needed=True),
+        own("facts", 20, 8),
+        encode("vit-b-16", 130, 85, "vit-b-16", ALL_SIZES),
         service(
             "http",
-            160,
-            110,
-            f"--source http --rounds 3 --seconds 6 --set max_batch=256 --set loaders={LOADERS}",
+            180,
+            130,
+            f"--source http --rounds 3 --seconds 5 --set max_batch=256 --set loaders={LOADERS}",
             tiny_options=QUICK_SERVICE,
         ),
         own("decoding", 40, 20),
-        own("race", 150, 110),
+        own("race", 150, 95),
     ),
     "faults": (
         own("item", 70, 30, module="bench.card.worker_item"),
@@ -107,34 +107,34 @@ STAGES: Final[dict[str, tuple[Step, ...]]] = {
         python("tests", 230, 150, f"{GPU_TESTS} -m gpu", f"{GPU_TESTS} -k fake-tiny-siglip"),
     ),
     "tuning": (
-        own("variants", 240, 190),
+        own("variants", 190, 150),
         service(
             "file",
-            160,
-            130,
-            f"--source file --rounds 3 --seconds 6 --set max_batch=256 --set loaders={LOADERS} --beside max_batch=64",
+            200,
+            165,
+            f"--source file --rounds 2 --seconds 4 --set max_batch=256 --set loaders={LOADERS} --beside max_batch=64",
             tiny_options=QUICK_SERVICE,
         ),
-        own("threads", 50, 35),
         service(
             "latency",
-            110,
-            70,
-            "--source http --fewest 300 --longest-s 20",
+            170,
+            120,
+            "--source http --fewest 300 --seconds 5 --longest-s 10",
             kind="latency",
             tiny_options="--fewest 20 --longest-s 1 --seconds 0.5",
         ),
     ),
     "probes": (
-        own("ceilings", 60, 25),
-        own("profile", 45, 20),
-        encode("vit-l-14", 120, 80, "vit-l-14", LARGE_SIZES),
+        own("ceilings", 50, 25),
+        own("profile", 40, 20),
+        own("threads", 50, 30),
+        encode("vit-l-14", 110, 80, "vit-l-14", LARGE_SIZES),
         encode("siglip", 90, 60, "siglip-so400m", LARGE_SIZES),
         python("tune", 50, 30, "-m shiwu_worker --tune", "-m shiwu_worker --tune"),
-        own("jpeg", 50, 35),
-        own("fp8", 40, 20),
-        own("zero_copy", 25, 15),
-        own("memcheck", 80, 60),
+        own("jpeg", 45, 35),
+        own("fp8", 35, 20),
+        own("zero_copy", 20, 15),
+        own("memcheck", 70, 60),
     ),
 }
 """In the order in which they are run."""
