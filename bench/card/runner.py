@@ -25,6 +25,8 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 SITE: Final = ROOT / "build" / "card-site"
 END_S: Final = {signal.SIGINT: 6.0, signal.SIGTERM: 4.0}
 """Time for a process to end after each signal. After the first one pytest says which tests have failed until then."""
+LAST_S: Final = 3.0
+"""Time for a process to end after SIGKILL."""
 MAX_LOG_CHARACTERS: Final = 1_000_000
 """Of one step: logs are brought back from a lent machine, in files of a limited size."""
 BUSY_SAMPLE_S: Final = 0.5
@@ -102,7 +104,7 @@ def run_stage(
     ended_by = ""
     with (out / f"card-{name}.log").open("a", encoding="utf-8") as log:
         for step in left:
-            left_s = ends_s - time.monotonic() - sum(END_S.values())
+            left_s = ends_s - time.monotonic() - sum(END_S.values()) - LAST_S
             if ended_by:
                 found[step.name] = {"status": "failed", "reason": f"not run, because {ended_by} failed"}
             elif left_s <= 1:
@@ -231,7 +233,8 @@ def _process(command: Sequence[str], output: Any, env: Mapping[str, str]) -> Ite
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         process.kill()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a hung GPU never ends
+            process.wait(LAST_S)
 
 
 def _descendants(pid: int) -> set[int]:

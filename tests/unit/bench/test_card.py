@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import zipfile
@@ -99,6 +100,26 @@ def test_step_without_time_is_interrupted_first(tmp_path: Path) -> None:
     code += "except KeyboardInterrupt:\n    print('told')"
     found = run_step(program("slow", code), tiny=False, limit_s=3)
     assert (found["status"], found["output_tail"]) == ("timed out", "waits\ntold\n")
+
+
+def test_process_that_cannot_be_killed_holds_up_no_other_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits for a hung GPU is not ended by SIGKILL."""
+    made: list[subprocess.Popen[bytes]] = []
+
+    class Stuck(subprocess.Popen[bytes]):
+        def send_signal(self, sig: int) -> None:
+            made.append(self)
+
+    monkeypatch.setattr("bench.card.runner.subprocess.Popen", Stuck)
+    monkeypatch.setattr("bench.card.runner.END_S", {signal.SIGINT: 0.1})
+    monkeypatch.setattr("bench.card.runner.LAST_S", 0.1)
+    try:
+        found = run_step(program("stuck", "import time; time.sleep(600)"), tiny=False, limit_s=1)
+        assert found["status"] == "timed out"
+        assert made[0].poll() is None
+    finally:
+        os.kill(made[0].pid, signal.SIGKILL)
+        made[0].wait(10)
 
 
 def test_stage_ends_with_a_step_that_is_needed(tmp_path: Path) -> None:
