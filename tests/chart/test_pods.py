@@ -103,13 +103,21 @@ def test_pod_with_several_gpus_is_probed_at_its_launcher(newest: Helm, tmp_path:
     assert container["startupProbe"]["exec"] == container["livenessProbe"]["exec"]
     live = container["livenessProbe"]["exec"]["command"]
 
-    def is_live() -> bool:
-        return subprocess.run(live, capture_output=True, check=False, timeout=10).returncode == 0
+    process_1 = tmp_path / "stat"
+
+    def is_live(*, started_s_ago: float = 1000.0) -> bool:
+        start = float(Path("/proc/uptime").read_text().split()[0]) - started_s_ago
+        process_1.write_text(f"1 (tini) S {'0 ' * 18}{int(100 * start)} 0 0\n")
+        command = [word.replace("/proc/1/stat", str(process_1)) for word in live]
+        return subprocess.run(command, capture_output=True, check=False, timeout=10).returncode == 0
 
     assert not is_live(), "nothing has started"
     files = ProbeFiles(ready_file=None, alive_file=tmp_path / "alive")
     files.touch_alive(at_s=time.time() - 30)
     assert is_live()
+    assert not is_live(started_s_ago=10), "the file of an earlier container"
+    files.touch_alive(at_s=time.time() - 5)
+    assert is_live(started_s_ago=10)
     files.touch_alive(at_s=time.time() - 90)
     assert not is_live()
     endpoints = of_kind(manifests, "PodMonitor", "worker")["spec"]["podMetricsEndpoints"]

@@ -27,7 +27,9 @@
 
 {{/*
 A probe of the pod. The port of one of several workers says nothing of the others, and is closed while a broken GPU is
-out of use; the launcher's files say that all are ready, and when the slowest one made progress.
+out of use; the launcher's files say that all are ready, and when the slowest one made progress. A file of an earlier container
+of the pod does not count: it would end the time that a new one has for its start. So no file may be older than process
+1, whose start is field 22 of its line in /proc, in hundredths of a second after that of the machine.
 */}}
 {{- define "shiwu.probe" -}}
 {{- $settings := .root.Values.worker.settings -}}
@@ -36,7 +38,8 @@ httpGet: {path: {{ eq .kind "ready" | ternary "/readyz" "/livez" }}, port: http}
 {{- else if eq .kind "ready" -}}
 exec: {command: [test, -e, {{ get $settings "READY_FILE" | default "/tmp/shiwu-ready" | quote }}]}
 {{- else -}}
-exec: {command: [sh, -c, {{ printf "test -n \"$(find '%s' -newermt '-60 seconds')\"" (get $settings "ALIVE_FILE" | default "/tmp/shiwu-alive") | toJson }}]}
+{{- $age := "set -- $(cat /proc/1/stat); read up _ < /proc/uptime; age=$((${up%.*} - ${22} / 100)); [ $age -lt 60 ] || age=60" }}
+exec: {command: [sh, -c, {{ printf "%s; test -n \"$(find '%s' -newermt \"-$age seconds\")\"" $age (get $settings "ALIVE_FILE" | default "/tmp/shiwu-alive") | toJson }}]}
 {{- end -}}
 {{- end -}}
 
