@@ -1,4 +1,4 @@
-"""Ends a command whose output cannot be written, as on a full disk, with one line instead of a traceback."""
+"""Ends commands with one line instead of a traceback: on Ctrl-C, and where output cannot be written."""
 
 from __future__ import annotations
 
@@ -11,27 +11,44 @@ from typing import Any, Final
 
 import click
 
+from shiwu.entry import EXIT_INTERRUPTED
+
 EXIT_OUTPUT: Final = 74
-"""The same number for every command."""
+"""The same number for every command, as the next one."""
 _OUTPUT_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})
 
 
-class OutputGroup(click.Group):
-    """A group of commands that end with EXIT_OUTPUT when their output cannot be written."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command."""
-        with written_output(self.name or "shiwu"):
-            return super().main(*args, **kwargs)
-
-
 class OutputCommand(click.Command):
-    """One command of the same kind."""
+    """A command that ends with EXIT_OUTPUT when its output cannot be written, and with EXIT_INTERRUPTED on Ctrl-C."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command."""
         with written_output(self.name or "shiwu"):
             return super().main(*args, **kwargs)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the arguments."""
+        with interruptible(self.name or "shiwu"):
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with interruptible(self.name or "shiwu"):
+            return super().invoke(ctx)
+
+
+class OutputGroup(OutputCommand, click.Group):
+    """A group of commands of the same kind."""
+
+
+@contextmanager
+def interruptible(command: str) -> Iterator[None]:
+    """End with one line and EXIT_INTERRUPTED on Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"{command}: interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 @contextmanager

@@ -118,6 +118,7 @@ def main(
     70 INTERNAL  a defect of shiwu
     71 OVERDUE   several GPUs: a worker was killed before it had drained
     74 OUTPUT    what a command prints cannot be written, as on a full disk
+    130          Ctrl-C interrupted a command such as --check, or the start before anything is loaded
     """
     if context.invoked_subcommand is not None:
         given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]

@@ -14,8 +14,9 @@ import redis
 from shiwu.broker.redis_errors import explain, info_of
 from shiwu.cli.sections import SectionedGroup
 from shiwu.client.client import Client
-from shiwu.command_output import EXIT_OUTPUT, drop_output, written_output
+from shiwu.command_output import EXIT_OUTPUT, drop_output, interruptible, written_output
 from shiwu.contract import RequestError, printable
+from shiwu.entry import EXIT_INTERRUPTED
 from shiwu.errors import RedisUrlError, ShiwuError
 
 
@@ -29,7 +30,7 @@ class Exit(IntEnum):
     QUEUE = 4
     CONFIG = 64
     OUTPUT = EXIT_OUTPUT
-    INTERRUPTED = 130
+    INTERRUPTED = EXIT_INTERRUPTED
     CLOSED_PIPE = 141
 
 
@@ -45,6 +46,11 @@ class Commands(SectionedGroup):
                 stream.reconfigure(errors="backslashreplace")
         with written_output("shiwu"):
             return super().main(*args, **kwargs)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the arguments."""
+        with interruptible("shiwu"):
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""

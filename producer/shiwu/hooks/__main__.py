@@ -137,7 +137,7 @@ def main(
     \b
     SIGTERM or Ctrl-C   finish the tries under way, exit 0
     exit codes          0 stopped, 2 wrong usage, 64 the file, a variable or Redis' URL is wrong, 70 a defect,
-                        74 the output cannot be written
+                        74 the output cannot be written, 130 interrupted by Ctrl-C before the start
     """
     try:
         options = _options(**given)
