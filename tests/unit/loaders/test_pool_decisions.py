@@ -273,7 +273,7 @@ def test_begun_frame_delays_no_other_loader(parts: PoolParts) -> None:
         assert [[result.ticket for result in results] for results in parts.results] == [[2]]
         assert not slow.process.was_killed
         slow.held[1] = (slow.held[1][0], time.monotonic() - 61.0)
-        parts.pool._check_at_s = 0.0
+        parts.pool._check_soon()
         parts.pool._poll()
     assert slow.process.was_killed
     assert not fine.process.was_killed

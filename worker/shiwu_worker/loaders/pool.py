@@ -206,7 +206,7 @@ class LoaderPool:
             elif isinstance(key.data, _Loader):
                 self._receive(key.data, results)
             else:
-                self._check_at_s = 0.0  # the fork server has a loader, or the exit status of one
+                self._check_soon()  # the fork server has a loader, or the exit status of one
         now_s = time.monotonic()
         if now_s >= self._check_at_s:
             self._check_at_s = now_s + CHECK_INTERVAL_S
@@ -217,6 +217,10 @@ class LoaderPool:
         if results:
             self._on_loaded(results)
         self._assign()
+
+    def _check_soon(self) -> None:
+        """Let this poll, or the next one, check the loaders."""
+        self._check_at_s = 0.0
 
     def _check_loaders(self, now_s: float, results: list[LoadResult]) -> None:
         """Take new loaders, and replace those that ended or hang."""
@@ -255,7 +259,7 @@ class LoaderPool:
         self._selector.unregister(loader.connection)
         loader.process.kill()
         loader.process.wait(EXIT_TIMEOUT_S)
-        self._check_at_s = 0.0
+        self._check_soon()
 
     def _thread_is_free(self, loader: _Loader, task: LoadTask, result: LoadResult | None = None) -> None:
         """A quarantined task has a loader of its own, so it is not counted."""
@@ -291,7 +295,8 @@ class LoaderPool:
             results.append(result)
 
     def _on_ready(self, loader: _Loader, frame: Ready) -> None:
-        loader.is_ready, self._failed_starts, self._check_at_s = True, 0, 0.0
+        loader.is_ready, self._failed_starts = True, 0
+        self._check_soon()
         if frame.unfiltered_reason is not None and not self._has_warned_unfiltered:
             self._has_warned_unfiltered = True
             log.warning("sandbox_unavailable", reason=frame.unfiltered_reason[:200])
@@ -337,7 +342,7 @@ class LoaderPool:
         except OSError:
             # It has ended, or does not read what may be half a frame; the next check takes back all its tasks.
             loader.process.kill()
-            self._check_at_s = 0.0
+            self._check_soon()
 
     def _restart(self, loader: _Loader, code: ErrorCode, results: list[LoadResult]) -> None:
         """Kill and reap a loader, fail or quarantine its tasks, and start a replacement."""
