@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 import redis
@@ -65,6 +65,19 @@ class Delivery:
     """How often it was taken; a process may end only its own take."""
     payload: Payload
     body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TryEnd:
+    """How a try of a delivery ended."""
+
+    outcome: Literal["delivered", "retry", "dead"]
+    reason: str = ""
+    delay_s: float = 0.0
+    pause_s: float = 0.0
+    """How long the whole endpoint gets no try."""
+    is_disabling: bool = False
+    """Whether the endpoint gets no try any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +150,7 @@ class DeliveryQueue:
 
     def delivered(self, delivery: Delivery) -> None:
         """Remove a delivery that was made."""
-        self._end(delivery, "delivered")
+        self._end(delivery, TryEnd("delivered"))
 
     def retry(self, delivery: Delivery, *, reason: str, delay_s: float, pause_s: float = 0.0) -> None:
         """Let a delivery be taken again after a delay.
@@ -145,25 +158,17 @@ class DeliveryQueue:
         Args:
             pause_s: how long the whole endpoint gets no try, in seconds.
         """
-        self._end(delivery, "retry", reason=reason, delay_s=delay_s, pause_s=pause_s)
+        self._end(delivery, TryEnd("retry", reason, delay_s, pause_s))
 
     def give_up(self, delivery: Delivery, *, reason: str, is_disabling: bool = False) -> None:
         """Make a delivery a dead one; `is_disabling` ends all tries at its endpoint."""
-        self._end(delivery, "dead", reason=reason, is_disabling=is_disabling)
+        self._end(delivery, TryEnd("dead", reason, is_disabling=is_disabling))
 
-    def _end(
-        self,
-        delivery: Delivery,
-        outcome: str,
-        *,
-        reason: str = "",
-        delay_s: float = 0.0,
-        pause_s: float = 0.0,
-        is_disabling: bool = False,
-    ) -> None:
+    def _end(self, delivery: Delivery, end: TryEnd) -> None:
         args = (
-            *(delivery.endpoint, delivery.id, delivery.take, outcome, int(delay_s * 1000), int(pause_s * 1000)),
-            *(int(is_disabling), reason, self._options.max_dead, delivery.failed),
+            *(delivery.endpoint, delivery.id, delivery.take),
+            *(end.outcome, int(end.delay_s * 1000), int(end.pause_s * 1000), int(end.is_disabling), end.reason),
+            *(self._options.max_dead, delivery.failed),
         )
         self._settle(keys=[*COMMON_KEYS, pending_key(delivery.endpoint)], args=args)
 

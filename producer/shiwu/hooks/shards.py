@@ -25,6 +25,7 @@ from shiwu.hooks.delivery_queue import (
     DeliveryQueue,
     EndpointHealth,
     QueueOptions,
+    TryEnd,
     load_script,
     pending_key,
     read_health,
@@ -81,21 +82,12 @@ class ShardQueue(DeliveryQueue):
             self._shared.copy(endpoint, source=self._shard)
         return taken
 
-    def _end(
-        self,
-        delivery: Delivery,
-        outcome: str,
-        *,
-        reason: str = "",
-        delay_s: float = 0.0,
-        pause_s: float = 0.0,
-        is_disabling: bool = False,
-    ) -> None:
-        is_news = outcome != "delivered"
+    def _end(self, delivery: Delivery, end: TryEnd) -> None:
+        is_news = end.outcome != "delivered"
         if not is_news:
             before = self._health_of(delivery.endpoint)
             is_news = before.failures > 0 or before.not_before_ms > 0
-        super()._end(delivery, outcome, reason=reason, delay_s=delay_s, pause_s=pause_s, is_disabling=is_disabling)
+        super()._end(delivery, end)
         if is_news:
             self._shared.copy(delivery.endpoint, source=self._shard)
 
