@@ -33,8 +33,7 @@ def print_tables(console: Console, look: Look) -> None:
         console.print(f"\nwhere time goes, newest {look.sample} tagged answers")
         stages = [(*rows.stage_cells(stage), rows.bar(stage.share, width=BAR_WIDTH)) for stage in look.stages]
         _print(console, (*rows.STAGE_HEADINGS, ""), stages)
-    workers = "1 worker" if len(look.workers) == 1 else f"{len(look.workers)} workers"
-    console.print(f"\n{workers}, {rows.number(look.images_per_s)} images/s")
+    console.print(f"\n{rows.workers_text(look)}, {rows.number(look.images_per_s)} images/s")
     if look.workers:
         most = NARROW_WORKER if console.width < 120 else len(rows.WORKER_HEADINGS)
         _print(console, rows.WORKER_HEADINGS[:most], [rows.worker_cells(worker)[:most] for worker in look.workers])

@@ -170,7 +170,7 @@ def title_text(look: Look, *, where: str, note: str) -> Text:
     """The first line: the server, the workers, and whether Redis answers."""
     if look.problem is not None:
         return Text(f" {rows.problem_line(look)}".ljust(MAX_COLUMNS), "bold reverse red", no_wrap=True, overflow="crop")
-    parts = [f"shiwu top  {where}", f"{len(look.workers)} workers", f"{rows.number(look.images_per_s)} images/s"]
+    parts = [f"shiwu top  {where}", rows.workers_text(look), f"{rows.number(look.images_per_s)} images/s"]
     return Text((" " + "  ".join([*parts, note])).ljust(MAX_COLUMNS), "bold reverse", no_wrap=True, overflow="crop")
 
 

@@ -164,6 +164,11 @@ def problem_line(look: Look) -> str:
     return f"Redis does not answer for {span_text(look.away_s * 1000)}: {printable(look.problem)}"
 
 
+def workers_text(look: Look) -> str:
+    """How many workers there are."""
+    return "1 worker" if len(look.workers) == 1 else f"{len(look.workers)} workers"
+
+
 def failures_heading(look: Look) -> str:
     """What the failures are counted of."""
     if look.dead_read < look.dead:

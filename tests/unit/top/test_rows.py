@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from shiwu.broker.worker_state import WorkerState
-from shiwu.top import rows
+from shiwu.top import once, panels, rows
 from shiwu.top.look import BackfillLook, Look, WorkerLook
 
 
@@ -79,3 +82,12 @@ def test_problem_names_the_time_and_the_reason() -> None:
     assert rows.problem_line(Look(problem="no\x1broute", away_s=12.0)) == (
         "Redis does not answer for 12.0 s: no\\u001broute"
     )
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, "0 workers"), (1, "1 worker"), (2, "2 workers")])
+def test_one_worker_is_singular(count: int, expected: str) -> None:
+    """In the first line of the screen, and in the tables of --once."""
+    look = Look(workers=tuple(WorkerLook(f"w{number}", None) for number in range(count)))
+    assert f"  {expected}  " in panels.title_text(look, where="h", note="").plain
+    once.print_tables(Console(file=(out := io.StringIO()), width=100), look)
+    assert f"\n{expected}, 0 images/s\n" in out.getvalue()
