@@ -91,6 +91,9 @@ def test_test_sends_a_signed_delivery(redis_url: str, receiver: WebhookReceiver,
     assert run("hooks", "test", "a", "--endpoints", str(file), redis_url=redis_url)[0] == 1
     code, text = run("hooks", "test", "a", redis_url=redis_url, SHIWU_HOOKS_FILE=str(file), SHIWU_ALLOW_HOSTS="x")
     assert (code, "address_refused" in text, len(receiver.received)) == (1, True, 2)
+    assert re.search(
+        r"\(http://127\.0\.0\.1:(\d+): port \1 of 127\.0\.0\.1 is not one of SHIWU_FETCH_PORTS\)$", text.strip()
+    ), text
     assert run("hooks", "test", "b", "--endpoints", str(file), redis_url=redis_url)[0] == 2
     assert run("hooks", "test", "a", redis_url=redis_url)[0] == 2
     assert run("hooks", "test", "a", "--endpoints", "gone.yaml", redis_url=redis_url)[0] == 64

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from structlog.testing import capture_logs
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -221,8 +222,13 @@ def test_dtype_that_disagrees_with_fp32_is_not_used(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(model, "choose_dtypes", lambda *_: (torch.bfloat16, torch.float32))
     assert make_encoder(folder, dtype="auto").info.dtype == "bfloat16"
     monkeypatch.setattr(model, "MIN_COSINE", 1.01)
-    encoder = make_encoder(folder, dtype="auto")
+    with capture_logs() as logs:
+        encoder = make_encoder(folder, dtype="auto")
     assert encoder.info.dtype == "float32"
+    [refused] = [line for line in logs if line["event"] == "dtype_refused"]
+    assert (refused["log_level"], refused["dtype"], refused["expected"]) == ("info", "torch.bfloat16", 1.01)
+    assert 0.99 < refused["cosine"] == round(refused["cosine"], 4)
+    assert refused["meaning"].endswith("trying the next one")
     np.testing.assert_array_equal(encoder.encode(noise(2)), unrounded)
 
 

@@ -276,6 +276,22 @@ def test_only_files_of_allowed_folders_are_read(tmp_path: Path) -> None:
         assert fetcher.fetch(f"FILE://{inside}/{name.replace('%', '%25')}") == name.encode()
 
 
+@pytest.mark.parametrize(
+    ("name", "got"),
+    [
+        ("none.png", r"FileNotFoundError \(No such file or directory\)"),
+        ("a" * 300, r"OSError \(File name too long\)"),
+        ("file/a.png", r"NotADirectoryError \(Not a directory\)"),
+    ],
+)
+def test_unreadable_file_is_named_by_its_error(tmp_path: Path, name: str, got: str) -> None:
+    """What was expected, and what the system says, without a path of the worker."""
+    (tmp_path / "file").write_bytes(BODY)
+    fetcher = make_fetcher(access=AccessRules(allow_folders=(tmp_path,)))
+    with pytest.raises(JobError, match=f"^expected a file that the worker can read, got {got}$"):
+        fetcher.fetch(f"file://{tmp_path}/{name}")
+
+
 def test_body_below_the_least_rate_is_asked_for_once() -> None:
     """It would keep the thread until the deadline, and a quick second try would keep it as long again."""
     drip = says(b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n", then=b"x")
