@@ -54,18 +54,23 @@ def test_commands_tell_about_a_backfill(redis_url: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "text"),
     [
-        (["start", "night", "LIST", "--top-k", "3"], 4, "started with another source or other options (fields:"),
-        (["start", "other", "LIST", "--out", "OUT"], 4, "expected an output without results"),
-        (["start", "other", "LIST", "--newer", "3d"], 4, "--newer: expected a bucket"),
-        (["start", "other", "/none.csv"], 4, "there is no file"),
-        (["start", "other", "/"], 4, "a folder is at '/'"),
+        (["start", "night", "LIST", "--top-k", "3"], 2, "started with another source or other options (fields:"),
+        (["start", "other", "LIST", "--out", "OUT"], 2, "expected an output without results"),
+        (["start", "other", "LIST", "--newer", "3d"], 2, "--newer: expected a bucket"),
+        (["start", "other", "/none.csv"], 2, "there is no file"),
+        (["start", "other", "/"], 2, "a folder is at '/'"),
         (["start", "other", "LIST", "--rate", "much"], 2, "expected a rate such as"),
         (["start", "other", "LIST", "--window", "8-9"], 2, "expected hours and a time zone"),
         (["start", "other", "LIST", "--labels", "a cat"], 2, "for a single label use"),
         (["start", "other", "LIST", "--top-k", "0"], 2, "top_k"),
         (["start", "a:b", "LIST"], 2, "expected 1 to 64 letters"),
-        (["pause", "night"], 4, "expected a backfill that has not ended"),
-        (["status", "unknown"], 4, "expected the name of a backfill"),
+        (["pause", "night"], 2, "expected a backfill that has not ended"),
+        (["status", "unknown"], 2, "expected the name of a backfill"),
+        (["report", "unknown"], 2, "expected the name of a backfill"),
+        (["start", "other", "s3:///a/"], 2, "expected s3://bucket/"),
+        (["start", "other", "s3://b/odd"], 2, "expected a prefix that ends with a slash"),
+        (["start", "other", "LIST", "--out", "LIST/x"], 4, "expected a folder to write to at"),
+        (["start", "other", "BROKEN"], 4, "expected a Parquet file"),
     ],
     ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else None,
 )
@@ -74,7 +79,9 @@ def test_wrong_use_is_refused_in_words(redis_url: str, tmp_path: Path, args: lis
     images = str(write_list(tmp_path / "list.jsonl", 3))
     with AnsweringThread(redis_url):
         shiwu(redis_url, "start", "night", images, "--out", str(tmp_path / "out"))
-    places = {"LIST": images, "OUT": str(tmp_path / "out")}
+    (tmp_path / "broken.parquet").write_bytes(b"no Parquet")
+    places = {"LIST": images, "LIST/x": f"{images}/x", "OUT": str(tmp_path / "out")}
+    places["BROKEN"] = str(tmp_path / "broken.parquet")
     found, _, said = shiwu(redis_url, *[places.get(arg, arg) for arg in args])
     assert (found, text in " ".join(said.replace("│", "").split())) == (code, True), said
 
@@ -105,7 +112,7 @@ def test_standard_input_goes_on_with_the_same_list(redis_url: str, tmp_path: Pat
         assert shiwu(redis_url, *args, stdin=lines)[0] == 0
         assert shiwu(redis_url, *args, "--missing", stdin=lines + b"s3://b/40.jpg\n")[0] == 0
     assert len(references_of(tmp_path / "out")) == 41
-    assert shiwu(redis_url, "resume", "night")[0] == 4
+    assert shiwu(redis_url, "resume", "night")[0] == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])

@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from shiwu.backfill import collector, feeder, runner
-from shiwu.backfill.errors import TakenOver, WrongState
+from shiwu.backfill.errors import TakenOver, UnusableState
 from shiwu.backfill.plan import Pace, Plan
 from shiwu.backfill.runner import Phase
 from shiwu.backfill.sources.lines import StandardInput
@@ -112,7 +112,7 @@ def test_lost_state_says_what_to_do(
     images = write_list(tmp_path / "list.jsonl", COUNT)
     rollback.plan(at=4, by=2)
     rollback._kept = [{f"{BACKFILL}night".encode(): None}] * 3
-    with pytest.raises(WrongState, match=r"night: Redis has lost the state .* start it again"):
+    with pytest.raises(UnusableState, match=r"night: Redis has lost the state .* start it again"):
         backfill.run("night", Plan(str(images)), PACE)
     assert rollback.was_taken_back
 
@@ -124,7 +124,7 @@ def test_lost_writes_with_standard_input_say_what_to_do(
     lines = b"".join(b"s3://b/%05d.jpg\n" % number for number in range(COUNT))
     plan = Plan("-", out=str(tmp_path / "out"))
     rollback.plan(at=4, by=3)
-    with pytest.raises(WrongState, match="start it under another name with the same list"):
+    with pytest.raises(UnusableState, match="start it under another name with the same list"):
         backfill.run("night", plan, PACE, open_the_source=lambda _: StandardInput(io.BytesIO(lines)))
     assert rollback.was_taken_back
 

@@ -253,13 +253,17 @@ def _print_fields(fields: dict[str, Any], *, indent: str = "") -> None:
 
 @contextmanager
 def _session(ctx: click.Context) -> Iterator[Session]:
-    """The commands on the Redis of this call; a library of the extra that is missing is told when it is needed."""
+    """The commands on the Redis of this call. What a change of the command line cures ends it as wrong usage."""
+    from shiwu.backfill.errors import WrongState  # noqa: PLC0415 slow
     from shiwu.backfill.session import Session  # noqa: PLC0415 slow
+    from shiwu.parts import WrongSource, WrongTarget  # noqa: PLC0415 slow
 
     client: Client = ctx.obj
     url = ctx.find_root().params["redis_url"] or os.environ.get("SHIWU_REDIS_URL") or DEFAULT_URL
     try:
         with Session(client, url) as session:
             yield session
+    except (WrongState, WrongSource, WrongTarget) as error:
+        end(f"{error.code}: {error}", Exit.USAGE)
     except ModuleNotFoundError as error:
         end(f"backfill needs {error.name}: run `pip install '.[backfill]'` in a clone of shiwu", Exit.USAGE)

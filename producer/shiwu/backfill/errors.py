@@ -23,7 +23,13 @@ class StateLost(BackfillError):
     code = "backfill_state_lost"
 
 
+class UnusableState(BackfillError):
+    """Redis has lost what a run needs to go on, or this version cannot read it."""
+
+    code = "backfill_state"
+
+
 class WrongState(BackfillError):
-    """The backfill is not in a state in which this is possible."""
+    """The backfill is not in a state in which this is possible; a command ends with the code of wrong usage."""
 
     code = "backfill_state"

@@ -21,7 +21,7 @@ import redis
 
 from shiwu.backfill.collector import Collector, refused_jobs
 from shiwu.backfill.entries import JobMaker, KeptRecord
-from shiwu.backfill.errors import StateLost, TakenOver, WrongState
+from shiwu.backfill.errors import StateLost, TakenOver, UnusableState
 from shiwu.backfill.feeder import Feeder
 from shiwu.backfill.open_jobs import OpenJobs, RecentJobs
 from shiwu.backfill.plan import Pace, Window, read_window
@@ -212,7 +212,9 @@ class Runner:
     def _begin(self) -> Saved:
         name, call = self._state.name, self._state.when_available
         if call(self._state.read) is None:
-            raise WrongState(f"{name}: Redis has lost the state of this backfill; start it again, with another --out")
+            raise UnusableState(
+                f"{name}: Redis has lost the state of this backfill; start it again, with another --out"
+            )
         now_ms = self._now_ms()
         call(lambda: self._state.take(self._token, now_ms=now_ms))
         saved = call(self._state.read)
@@ -220,7 +222,7 @@ class Runner:
             raise TakenOver(f"{name}: another process has ended this backfill; this one ends")
         if isinstance(self._source, StandardInput) and not saved.is_source_done:
             text = "Redis has lost the place in standard input, which cannot be read twice"
-            raise WrongState(f"{name}: {text}; start it under another name with the same list")
+            raise UnusableState(f"{name}: {text}; start it under another name with the same list")
         self._source = self._open_the_source(saved)
         return saved
 

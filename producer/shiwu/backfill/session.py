@@ -27,7 +27,7 @@ from shiwu.broker.sharding import PoolOptions, open_shards
 from shiwu.cli.base import Exit, end
 from shiwu.client.client import Client
 from shiwu.contract import moment
-from shiwu.parts import Objects, SourceError, open_target
+from shiwu.parts import Objects, WrongSource, open_target
 
 COMMAND_TIMEOUT_S: Final = 5.0
 SAME_SIGNAL_S: Final = 0.5
@@ -117,6 +117,7 @@ class Session:
 
         Raises:
             WrongState: the name stands for another plan, or the backfill was cancelled.
+            WrongSource, WrongTarget: the names of the source or of the output are wrong.
             SourceError, TargetError: the source or the output cannot be used.
         """
         state = BackfillState(self.redis, name)
@@ -155,7 +156,7 @@ class Session:
         source = open_source(plan.source, objects=self._objects, column=plan.column)
         if plan.newer and not source.has_times:
             source.close()
-            raise SourceError("--newer: expected a bucket or an S3 Inventory, which tell when objects changed")
+            raise WrongSource("--newer: expected a bucket or an S3 Inventory, which tell when objects changed")
         return source
 
     def _open_saved(self, saved: Saved) -> Source:

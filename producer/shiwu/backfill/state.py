@@ -11,7 +11,7 @@ import msgspec
 import redis
 
 from shiwu.backfill.entries import KeptRecord
-from shiwu.backfill.errors import StateLost, TakenOver, WrongState
+from shiwu.backfill.errors import StateLost, TakenOver, UnusableState
 from shiwu.backfill.plan import Pace, Plan
 from shiwu.backfill.totals import Totals
 from shiwu.broker.chunks import chunks
@@ -155,7 +155,7 @@ class BackfillState:
         """The state, or None where there is no such backfill.
 
         Raises:
-            WrongState: this version cannot read it.
+            UnusableState: this version cannot read it.
         """
         raw: Any = self._redis.hgetall(self._key)
         if not raw:
@@ -163,7 +163,7 @@ class BackfillState:
         try:
             return Saved.from_fields({name.decode(): text.decode() for name, text in raw.items()})
         except (ValueError, KeyError) as error:
-            raise WrongState(f"{self.name}: expected the state of a backfill under {self._key} ({error})") from None
+            raise UnusableState(f"{self.name}: expected the state of a backfill under {self._key} ({error})") from None
 
     def create(self, plan: Plan, pace: Pace, *, now_ms: float) -> None:
         """Write the state of a new backfill, unless there is one."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from shiwu.backfill.state import Part
-from shiwu.parts import Target, TargetError
+from shiwu.parts import Target, TargetError, WrongTarget
 
 TEMPORARY: Final = ".backfill-"
 MANIFEST: Final = "manifest.json"
@@ -43,8 +43,8 @@ def check_empty(target: Target, address: str) -> None:
     """Refuse an output with results of another backfill.
 
     Raises:
-        TargetError: it has parts or a manifest.
+        WrongTarget: it has parts or a manifest.
     """
     found = [name for name in sorted(target.names()) if name.startswith(PART_NAME) or name in {MANIFEST, SUMMARY}]
     if found:
-        raise TargetError(f"expected an output without results, got {found[0]} in {address}; choose another --out")
+        raise WrongTarget(f"expected an output without results, got {found[0]} in {address}; choose another --out")

@@ -5,8 +5,18 @@ For extensions; boto3 and obstore are extras, and are imported inside functions.
 
 from __future__ import annotations
 
-from shiwu.parts.errors import SourceError, TargetError
+from shiwu.parts.errors import SourceError, TargetError, WrongSource, WrongTarget
 from shiwu.parts.objects import ObjectName, Objects, split_address
 from shiwu.parts.targets import Target, open_target
 
-__all__ = ["ObjectName", "Objects", "SourceError", "Target", "TargetError", "open_target", "split_address"]
+__all__ = [
+    "ObjectName",
+    "Objects",
+    "SourceError",
+    "Target",
+    "TargetError",
+    "WrongSource",
+    "WrongTarget",
+    "open_target",
+    "split_address",
+]

@@ -11,7 +11,15 @@ class SourceError(ShiwuError):
     code = "source_unreadable"
 
 
+class WrongSource(SourceError):
+    """The name of a source has no known form, or names nothing; a command ends with the code of wrong usage."""
+
+
 class TargetError(ShiwuError):
     """Results cannot be written; the text says what was expected, what came and what to do."""
 
     code = "target_unwritable"
+
+
+class WrongTarget(TargetError):
+    """The output has results of something else; a command ends with the code of wrong usage."""

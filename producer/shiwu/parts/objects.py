@@ -16,7 +16,7 @@ from io import SEEK_SET, RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from shiwu.parts.errors import SourceError, TargetError
+from shiwu.parts.errors import SourceError, TargetError, WrongSource
 
 if TYPE_CHECKING:
     from obstore import ReadableFile
@@ -45,11 +45,11 @@ def split_address(address: str) -> tuple[str, str]:
     """The bucket and the key of s3://bucket/key; the key may be empty.
 
     Raises:
-        SourceError: it has no bucket.
+        WrongSource: it has no bucket.
     """
     bucket, _, key = address.removeprefix("s3://").partition("/")
     if not address.startswith("s3://") or not bucket:
-        raise SourceError(f"expected s3://bucket/…, got {address!r:.200}")
+        raise WrongSource(f"expected s3://bucket/…, got {address!r:.200}")
     return bucket, key
 
 

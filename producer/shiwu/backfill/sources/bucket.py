@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from shiwu.backfill.entries import Entry
-from shiwu.parts import Objects, SourceError, split_address
+from shiwu.parts import Objects, SourceError, WrongSource, split_address
 
 JOIN_S: Final = 2.0
 
@@ -24,7 +24,7 @@ class BucketSource:
     def __init__(self, objects: Objects, address: str) -> None:
         self.bucket, self._prefix = split_address(address)
         if self._prefix and not self._prefix.endswith("/"):
-            raise SourceError(f"expected a prefix that ends with a slash, got {address!r:.200}; write {address}/")
+            raise WrongSource(f"expected a prefix that ends with a slash, got {address!r:.200}; write {address}/")
         self._objects = objects
         self._counter: _Counter | None = None
 

@@ -14,7 +14,7 @@ from shiwu.backfill.sources.bucket import BucketSource
 from shiwu.backfill.sources.inventory import InventorySource
 from shiwu.backfill.sources.lines import CsvFile, LineFile, StandardInput, parse_json, parse_text
 from shiwu.backfill.sources.tables import ParquetFile
-from shiwu.parts import Objects, SourceError
+from shiwu.parts import Objects, SourceError, WrongSource
 
 STANDARD_INPUT: Final = "-"
 DEFAULT_COLUMN: Final = "image"
@@ -28,11 +28,12 @@ def open_source(where: str, *, objects: Objects, column: str = DEFAULT_COLUMN) -
     """The source with this name. Nothing is read yet, except for manifests and lists in a bucket.
 
     Raises:
-        SourceError: the name has no known form, or the source cannot be read.
+        WrongSource: the name has no known form, or names nothing.
+        SourceError: the source cannot be read.
     """
     if where == STANDARD_INPUT:
         if sys.stdin is None or sys.stdin.isatty():
-            raise SourceError("expected a list on standard input, got a terminal; use shiwu backfill start … < LIST")
+            raise WrongSource("expected a list on standard input, got a terminal; use shiwu backfill start … < LIST")
         return StandardInput(sys.stdin.buffer)
     kind = _kind(where)
     if where.startswith("s3://") and not kind:
@@ -43,7 +44,7 @@ def open_source(where: str, *, objects: Objects, column: str = DEFAULT_COLUMN) -
         return _Downloaded(objects, where, kind=kind, column=column)
     if not Path(where).is_file():
         what = "a folder is at" if Path(where).is_dir() else "there is no file"
-        raise SourceError(f"expected {FORMS}; {what} {where!r:.200}")
+        raise WrongSource(f"expected {FORMS}; {what} {where!r:.200}")
     return _open_file(Path(where), kind=kind, column=column)
 
 
@@ -65,7 +66,7 @@ def _open_file(path: Path, *, kind: str, column: str) -> Source:
             return CsvFile(path)
         case ".parquet":
             return ParquetFile(path, column=column)
-    raise SourceError(f"expected {FORMS}, got {str(path)!r:.200}")
+    raise WrongSource(f"expected {FORMS}, got {str(path)!r:.200}")
 
 
 class _Downloaded:
