@@ -262,6 +262,32 @@ def test_enqueue_refuses_options_without_effect(redis_url: str, args: list[str],
     assert text in found.output
 
 
+@pytest.mark.parametrize(
+    ("given", "args", "text"),
+    [
+        (b"# list\n\nno reference\n", [], "shiwu: invalid_reference: line 3: image: expected s3://"),
+        (b"s3://b/1\nid\ts3://b/2\n" + b"x" * 300 + b"\ts3://b/3\n", [], "shiwu: invalid_id: line 3: "),
+        (b"s3://b/1\n", ["--top-k", "0"], "shiwu: invalid_request: top_k: "),
+    ],
+    ids=["reference", "id", "all-lines"],
+)
+def test_enqueue_names_the_line_of_an_error(redis_url: str, given: bytes, args: list[str], text: str) -> None:
+    """As in the file, with the empty lines; an option that is wrong for all lines names none."""
+    found = call(redis_url, "enqueue", "-", *args, input=given)
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert text in found.stderr
+
+
+def test_enqueue_names_lines_of_later_portions(redis_url: str, redis_client: redis.Redis) -> None:
+    """Those before were sent; their ids are printed."""
+    found = call(
+        redis_url, "enqueue", "--limit", "3", "-", input=b"# list\ns3://b/1\ns3://b/2\ns3://b/3\n\ns3://b/4\nx\n"
+    )
+    assert (found.exit_code, len(found.stdout.split())) == (2, 3)
+    assert "line 7: image: expected" in found.stderr
+    assert redis_client.llen(Lane.BULK.queue) == 3
+
+
 def test_enqueue_reads_a_list_with_a_bom(redis_url: str, redis_client: redis.Redis) -> None:
     """As editors on Windows save it."""
     found = call(redis_url, "enqueue", "-", input=b"\xef\xbb\xbfs3://b/1\r\n# mine\r\n\r\ns3://b/2\r\n")

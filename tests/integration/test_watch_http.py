@@ -305,6 +305,9 @@ def test_port_is_tried_before_it_is_used(redis_url: str, tmp_path: Path) -> None
         result = run_watch(redis_url, address, *rules, "--check")
         assert (result.exit_code, "expected an address that is free and local" in result.stderr) == (2, True)
     assert "expected a source that can be emptied" in run_watch(redis_url, address, *rules, "--once").stderr
-    (tmp_path / "tokens").write_text("short", encoding="utf-8")
+    (tmp_path / "tokens").write_text(f"{'x' * 16}\n\nshort\n", encoding="utf-8")
     result = run_watch(redis_url, address, *rules, "--check", "--token-file", str(tmp_path / "tokens"))
-    assert (result.exit_code, "expected tokens of at least 16 characters" in result.stderr) == (64, True)
+    assert (result.exit_code, "tokens, line 3: expected tokens of at least 16 characters" in result.stderr) == (
+        64,
+        True,
+    )

@@ -6,6 +6,7 @@ import contextlib
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
@@ -192,13 +193,14 @@ def enqueue(
         if sys.stdin is None:
             raise click.UsageError("expected references on standard input, but it is closed")
         from_file = sys.stdin.buffer
-    images = _lines(from_file) if from_file is not None else iter(references)
+    lines = None if from_file is None else _Lines(from_file)
     fields["labels"] = read_labels(labels, words)
     with with_label_hint(fields["labels"]):
         client.server_time_ms()  # fails now if the address is wrong, because enqueue_many would wait
         wait_s = math.inf if wait else 0.0
-        ids = client.enqueue_many(images, lane=lane, expires_s=expires_s, wait_s=wait_s, **fields)
-        _print_ids(_with_bar(ids, None if from_file is not None else len(references), "enqueued"))
+        ids = client.enqueue_many(lines or references, lane=lane, expires_s=expires_s, wait_s=wait_s, **fields)
+        ids = ids if lines is None else lines.name_errors(ids)
+        _print_ids(_with_bar(ids, len(references) if lines is None else None, "enqueued"))
 
 
 def _print_ids(ids: Iterable[str]) -> None:
@@ -219,19 +221,42 @@ def _print_ids(ids: Iterable[str]) -> None:
         raise
 
 
-def _lines(source: Iterable[bytes]) -> Iterator[str | dict[str, str]]:
-    """The references of a file, some with ids."""
-    for number, line in enumerate(source, start=1):
+class _Lines:
+    """The references of a file, some with ids. Errors about one of them name its line."""
+
+    def __init__(self, source: Iterable[bytes]) -> None:
+        self._source = source
+        self._unsent: deque[int] = deque()
+        """The numbers of the lines that were read and are not sent."""
+
+    def __iter__(self) -> Iterator[str | dict[str, str]]:
+        for number, line in enumerate(self._source, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                text = f"line {number}: expected UTF-8 ({error.reason}); save the list as UTF-8"
+                raise RequestError(ErrorCode.INVALID_REFERENCE, text) from None
+            if not text or text.startswith("#"):
+                continue
+            self._unsent.append(number)
+            job_id, tab, reference = text.partition("\t")
+            yield {"id": job_id, "image": reference.strip()} if tab else text
+
+    def name_errors(self, ids: Iterable[str]) -> Iterator[str]:
+        """Yield the ids of these lines, which come in their order.
+
+        Raises:
+            RequestError: a line is invalid.
+        """
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise RequestError(
-                ErrorCode.INVALID_REFERENCE, f"line {number}: expected UTF-8 ({error.reason}); save the list as UTF-8"
-            ) from None
-        if not text or text.startswith("#"):
-            continue
-        job_id, tab, reference = text.partition("\t")
-        yield {"id": job_id, "image": reference.strip()} if tab else text
+            for job_id in ids:
+                self._unsent.popleft()
+                yield job_id
+        except RequestError as error:
+            # Other fields than the reference and the id are those of all lines.
+            if error.item is None or error.code not in {ErrorCode.INVALID_REFERENCE, ErrorCode.INVALID_ID}:
+                raise
+            raise RequestError(error.code, f"line {self._unsent[error.item]}: {error}") from None
 
 
 def _with_bar(items: Iterable[Any], total: int | None, what: str) -> Iterator[Any]:

@@ -163,8 +163,14 @@ class Sender:
             RequestError: an item is invalid or too large; nothing was sent. Otherwise raises the errors of
                 `send_steps`.
         """
-        requests = [(parse_request(fields), job_id) for fields, job_id in items]
-        jobs = [(request, check_id(make_id(request) if job_id is None else job_id)) for request, job_id in requests]
+        jobs: list[Job] = []
+        try:
+            for fields, job_id in items:
+                request = parse_request(fields)
+                jobs.append((request, check_id(make_id(request) if job_id is None else job_id)))
+        except RequestError as error:
+            error.item = len(jobs)
+            raise
         return (yield from self.send_steps(jobs, options))
 
     def max_waiting(self, options: SendOptions) -> int:

@@ -152,6 +152,9 @@ class RequestError(ValueError):
     The text says what was expected and what came.
     """
 
+    item: int | None = None
+    """The index of the invalid image in its portion, where several are sent."""
+
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)
         self.code = code

@@ -230,11 +230,15 @@ def _tokens(options: WatchOptions, host: str) -> list[bytes]:
                 Exit.USAGE,
             )
         return []
-    lines = read_text(options.token_file, max_bytes=MAX_TOKEN_FILE_BYTES).splitlines()
-    tokens = [line.strip().encode() for line in lines if line.strip()]
-    if not tokens or min(map(len, tokens)) < MIN_TOKEN_CHARS:
-        raise FileError(f"expected tokens of at least {MIN_TOKEN_CHARS} characters in {options.token_file}, one a line")
-    return tokens
+    text = read_text(options.token_file, max_bytes=MAX_TOKEN_FILE_BYTES)
+    tokens = {number: line.strip().encode() for number, line in enumerate(text.splitlines(), start=1) if line.strip()}
+    expected = f"expected tokens of at least {MIN_TOKEN_CHARS} characters, one a line"
+    if not tokens:
+        raise FileError(f"{options.token_file}: {expected}, got none")
+    for number, token in tokens.items():
+        if len(token) < MIN_TOKEN_CHARS:
+            raise FileError(f"{options.token_file}, line {number}: {expected}, got {len(token)} characters")
+    return list(tokens.values())
 
 
 @contextmanager

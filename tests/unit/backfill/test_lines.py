@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shiwu.backfill.entries import Entry
-from shiwu.backfill.sources.lines import StandardInput
+from shiwu.backfill.sources.lines import MAX_LINE_BYTES, StandardInput
 from shiwu.backfill.sources.opening import open_source
 from shiwu.parts import Objects, SourceError
 
@@ -71,7 +71,7 @@ def test_unreadable_json_line_becomes_an_error(tmp_path: Path, line: bytes) -> N
     """The others are read, and the line differs from other unreadable lines."""
     found = entries(write(tmp_path, "list.jsonl", line + b'\n{"image": "s3://b/a.jpg"}\n{]\n'))
     assert [entry.reference for entry in found] == ["", "s3://b/a.jpg", ""]
-    assert found[0].error.startswith("expected ")
+    assert found[0].error.startswith("line 1: expected ")
     assert found[0].version != found[2].version
 
 
@@ -110,6 +110,32 @@ def test_unusable_list_is_refused(tmp_path: Path, name: str, data: bytes | None)
         path.write_bytes(data or b"no gzip")
     with pytest.raises(SourceError, match=r"expected|Not a gzipped"):
         entries(path)
+
+
+def test_error_names_the_line(tmp_path: Path) -> None:
+    """Where a run goes on in the middle, the place in the file."""
+    lines = [b'{"image": "s3://b/a"}\n', b"\n", b"no object\n", b"{}\n"]
+    path = write(tmp_path, "list.jsonl", b"".join(lines))
+    good, bad, last = entries(path)
+    assert bad.error.startswith("line 3: expected a JSON object")
+    assert last.error.startswith("line 4: expected an object")
+    assert entries(path, good.cursor)[0].error.startswith("the line that ends at byte 33: expected a JSON object")
+    [typed] = StandardInput(io.BytesIO(b"# list\n\xff\n")).entries("")
+    assert typed.error.startswith("line 2: expected UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b'image\ns3://b/a\n"b\n', r"list\.csv, line 3: unexpected end of data"),
+        (b"image\n\xff\n", r"list\.csv, line 2: expected UTF-8"),
+        (b"image\n" + b"x" * (MAX_LINE_BYTES + 1), r"list\.csv, line 2: expected at most"),
+    ],
+    ids=["quote", "utf-8", "long"],
+)
+def test_error_of_csv_names_the_line(tmp_path: Path, data: bytes, text: str) -> None:
+    with pytest.raises(SourceError, match=text):
+        entries(write(tmp_path, "list.csv", data))
 
 
 def test_standard_input_takes_references_and_json() -> None:

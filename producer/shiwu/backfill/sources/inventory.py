@@ -104,12 +104,18 @@ class InventorySource:
 
     def _csv_rows(self, path: Path) -> Iterator[Mapping[str, Any]]:
         with open_file(path) as file:
-            texts = (line.decode() for line in file)
+            number = 0
+
+            def texts() -> Iterator[str]:
+                nonlocal number
+                for number, line in enumerate(file, start=1):  # noqa: B007 named in errors
+                    yield line.decode()
+
             try:
-                for row in csv.reader(texts, strict=True):
+                for row in csv.reader(texts(), strict=True):
                     yield dict(zip(self._names, row, strict=False))
             except (csv.Error, UnicodeDecodeError, OSError, EOFError) as error:
-                raise SourceError(f"{path}: expected CSV ({error})") from None
+                raise SourceError(f"{path}, line {number}: expected CSV ({error})") from None
 
     def _table_rows(self, path: Path) -> Iterator[Mapping[str, Any]]:
         columns = _present(path, list(PARQUET_NAMES.values()))

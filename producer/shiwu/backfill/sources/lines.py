@@ -20,7 +20,7 @@ MAX_LINE_BYTES: Final = 1024 * 1024
 BOM: Final = b"\xef\xbb\xbf"
 IMAGE_NAMES: Final = ("image", "source-ref", "reference")
 """Names of the column or key with the reference, the first that is there."""
-Parse = Callable[[bytes, str, int], Entry | None]
+Parse = Callable[[bytes, str, str], Entry | None]
 
 
 class LineFile:
@@ -46,7 +46,9 @@ class LineFile:
                 offset += len(line)
                 if offset == len(line):
                     line = line.removeprefix(BOM)
-                entry = self._parse(line, str(offset), number)
+                # Where a run goes on in the middle, the lines before are not counted again.
+                place = f"the line that ends at byte {offset}" if cursor else f"line {number}"
+                entry = self._parse(line, str(offset), place)
                 if entry is not None:
                     yield entry
         except (OSError, EOFError) as error:
@@ -78,7 +80,7 @@ class StandardInput:
             number += 1
             if number == 1:
                 line = line.removeprefix(BOM)
-            if number > skipped and (entry := parse_text(line, str(number), number)) is not None:
+            if number > skipped and (entry := parse_text(line, str(number), f"line {number}")) is not None:
                 yield entry
 
     def total(self, *, read: int, cursor: str) -> int | None:
@@ -105,17 +107,20 @@ class CsvFile:
     def entries(self, cursor: str) -> Iterator[Entry]:
         """Yield the entries after the cursor."""
         self._file = file = open_file(self._path)
-        offset = 0
+        offset = number = 0
+
+        def place() -> str:
+            # Where a run goes on in the middle, the lines before are not counted again.
+            return f"{self._path}, the line that ends at byte {offset}" if cursor else f"{self._path}, line {number}"
 
         def texts() -> Iterator[str]:
-            nonlocal offset
+            nonlocal offset, number
             while line := file.readline(MAX_LINE_BYTES + 1):
                 offset += len(line)
+                number += 1
                 if len(line) > MAX_LINE_BYTES:
-                    raise SourceError(
-                        f"{self._path}: expected lines of at most {MAX_LINE_BYTES} bytes, got a longer one"
-                    )
-                yield decode_line(line.removeprefix(BOM) if offset == len(line) else line, self._path)
+                    raise SourceError(f"{place()}: expected at most {MAX_LINE_BYTES} bytes, got more")
+                yield decode_line(line.removeprefix(BOM) if offset == len(line) else line, place)
 
         try:
             rows = csv.reader(texts(), strict=True)
@@ -131,7 +136,7 @@ class CsvFile:
                 if row:
                     yield row_entry(row, header, str(offset))
         except (csv.Error, OSError, EOFError) as error:
-            raise SourceError(f"{self._path}: {error} near byte {offset}") from None
+            raise SourceError(f"{place()}: {error}") from None
 
     def total(self, *, read: int, cursor: str) -> int | None:
         """An estimate from the mean length of the lines so far; None for compressed files."""
@@ -164,8 +169,11 @@ def estimate(path: Path, *, read: int, offset: int) -> int | None:
     return max(read, round(read * os.stat(path).st_size / offset))
 
 
-def decode_line(line: bytes, path: Path | str) -> str:
+def decode_line(line: bytes, place: Callable[[], str]) -> str:
     """The text of a line.
+
+    Args:
+        place: names the line in an error.
 
     Raises:
         SourceError: it is no UTF-8.
@@ -173,48 +181,51 @@ def decode_line(line: bytes, path: Path | str) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: expected UTF-8 ({error.reason}); save the list as UTF-8") from None
+        raise SourceError(f"{place()}: expected UTF-8 ({error.reason}); save the list as UTF-8") from None
 
 
 # ------------------------------------------------------------------------------------ one line
-def parse_json(line: bytes, cursor: str, number: int) -> Entry | None:
+def parse_json(line: bytes, cursor: str, place: str) -> Entry | None:
     """The entry of a JSON line: `image` or `source-ref`, and all other keys as metadata; None for an empty line.
 
     A single other key `metadata` is the metadata itself.
+
+    Args:
+        place: names the line in an error.
     """
     text = line.strip()
     if not text:
         return None
     if len(line) > MAX_LINE_BYTES:
-        return _no_entry(text, cursor, number, f"a line of at most {MAX_LINE_BYTES} bytes")
+        return _no_entry(text, cursor, place, f"a line of at most {MAX_LINE_BYTES} bytes")
     try:
         value = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        return _no_entry(text, cursor, number, f"a JSON object ({error})")
+        return _no_entry(text, cursor, place, f"a JSON object ({error})")
     if isinstance(value, dict):
         name = next((name for name in IMAGE_NAMES if name in value), None)
         if name is not None and isinstance(image := value.pop(name), str):
             own: Any = value["metadata"] if value.keys() == {"metadata"} else value
             return Entry(cursor, image, metadata=own or None)
-    return _no_entry(text, cursor, number, "an object with `image` or `source-ref`, a text")
+    return _no_entry(text, cursor, place, "an object with `image` or `source-ref`, a text")
 
 
-def parse_text(line: bytes, cursor: str, number: int) -> Entry | None:
+def parse_text(line: bytes, cursor: str, place: str) -> Entry | None:
     """The entry of a line with a reference or a JSON object; None for an empty line and one that begins with #."""
     text = line.strip()
     if text.startswith(b"{"):
-        return parse_json(line, cursor, number)
+        return parse_json(line, cursor, place)
     if not text or text.startswith(b"#"):
         return None
     try:
         return Entry(cursor, text.decode())
     except UnicodeDecodeError as error:
-        return _no_entry(text, cursor, number, f"UTF-8 ({error.reason})")
+        return _no_entry(text, cursor, place, f"UTF-8 ({error.reason})")
 
 
-def _no_entry(text: bytes, cursor: str, number: int, expected: str) -> Entry:
+def _no_entry(text: bytes, cursor: str, place: str, expected: str) -> Entry:
     shown = text[:80].decode(errors="replace")
-    return Entry(cursor, "", version=text.hex(), error=f"expected {expected}, got {shown!r}")
+    return Entry(cursor, "", version=text.hex(), error=f"{place}: expected {expected}, got {shown!r}")
 
 
 # ------------------------------------------------------------------------------------ one row
