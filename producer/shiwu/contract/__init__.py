@@ -87,6 +87,7 @@ from shiwu.contract.references import (
     scheme_of,
     source_of,
     split_s3,
+    url_error,
     without_logins,
     without_query,
 )
@@ -239,6 +240,7 @@ __all__ = [
     "split_s3",
     "status_of",
     "unknown_names",
+    "url_error",
     "without_logins",
     "without_query",
 ]

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import re
+import unicodedata
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from typing import Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from shiwu.contract.text import control_character
 from shiwu.contract.vocabulary import MAX_IMAGE_CHARS
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-_PLAIN_S3: Final = re.compile(r"s3://[a-z0-9.-]+/[A-Za-z0-9._-][A-Za-z0-9._/-]*")
+_PLAIN_S3: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{0,254}/[A-Za-z0-9._-][A-Za-z0-9._/-]*")
 """Matches most references; everything checked below holds for them."""
-_BUCKET: Final = re.compile(r"[^/?#@:\\ ]+")
+_BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
+"""No ARN, no port and no user name."""
+_NOT_IN_URLS: Final = re.compile(r"[\s\\]")
+_HTTP_URL: Final = re.compile(r"https?://(?P<authority>[^/?#]*)", re.IGNORECASE)
+_HOST_AND_PORT: Final = re.compile(r"(?P<host>\[(?P<six>[0-9A-Fa-f:.]+)\]|[^\[\]:%]+)(?::(?P<port>[0-9]{0,5}))?")
+"""A host with `%` has a zone, or escaped letters, which only attackers write."""
 _URL: Final = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:[/\\]*)(?P<authority>[^/\\?#]*)(?P<path>[^?#]*)", re.DOTALL
 )
@@ -47,8 +54,10 @@ def split_s3(image: str) -> S3Reference:
         ValueError: there is no bucket, no key, or no version after `?versionId=`; the text says what was expected.
     """
     bucket, _, rest = image[len("s3://") :].partition("/")
-    if image[:5].lower() != "s3://" or not _BUCKET.fullmatch(bucket):
+    if image[:5].lower() != "s3://" or not bucket:
         raise ValueError("s3://bucket/key with a bucket and a key")
+    if not _BUCKET.fullmatch(bucket):
+        raise ValueError("a bucket of letters and digits, and after the first . _ -")
     key, _, query = rest.partition(_VERSION)
     if not key.strip("/"):
         raise ValueError("s3://bucket/key with a bucket and a key")
@@ -62,11 +71,13 @@ def file_path(image: str) -> str:
     """The path of a file:// reference, not percent-decoded. `?` and `#` are characters of it.
 
     Raises:
-        ValueError: it is on another host, or not absolute.
+        ValueError: it is on another host, not absolute, or has control characters behind `%`.
     """
     host, slash, path = image[len("file://") :].partition("/")
     if image[:7].lower() != "file://" or host.lower() not in {"", "localhost"} or not slash:
         raise ValueError("file:///absolute/path")
+    if "%" in path and any(byte < 0x20 or byte == 0x7F for byte in unquote_to_bytes(path)):
+        raise ValueError("a path without control characters")
     return f"/{path}"
 
 
@@ -93,7 +104,7 @@ def reference_error(image: str) -> str | None:
         elif scheme == "file":
             file_path(image)
         elif scheme in _HTTP:
-            return _url_error(image)
+            return url_error(image)
         else:
             raise ValueError("s3://bucket/key, https://host/path, http:// or file://")
     except ValueError as error:
@@ -101,19 +112,38 @@ def reference_error(image: str) -> str | None:
     return None
 
 
-def _url_error(image: str) -> str | None:
-    try:
-        parts = urlsplit(image)
-        has_user = "@" in parts.netloc
-        ok = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # its text would quote parts of the URL, perhaps of a password
-        has_user, ok = False, False
-    if has_user:
+def url_error(url: str) -> str | None:
+    """Why `url` is no http(s) URL that workers ask for, or None. Producers and workers check it by this rule.
+
+    It is stricter than parsers, which read odd URLs in different ways. A host in other letters than ASCII may still be
+    no name that can exist; the rules for those change with Unicode, so a worker finds no such host.
+    """
+    if error := _encoding_error(url):
+        return error
+    if _NOT_IN_URLS.search(url):
+        return "expected a URL without white space and backslashes; write %20 for a space"
+    found = _HTTP_URL.match(url)
+    if found is not None and "@" in found["authority"]:
         return "expected a URL without user name and password"
-    if ok:
-        return None
-    form = f"{scheme_of(image)}://host[:port]/path with a host name and a port from 1 to 65535"
-    return f"expected {form}, got {_hint(image)}"
+    if found is None or not _is_host_and_port(found["authority"]):
+        scheme = scheme_of(url) if scheme_of(url) in _HTTP else "https"
+        form = f"{scheme}://host[:port]/path with a host name and a port from 1 to 65535"
+        return f"expected {form}, got {_hint(url)}"
+    return None
+
+
+def _is_host_and_port(authority: str) -> bool:
+    found = _HOST_AND_PORT.fullmatch(authority)
+    if found is None or not 1 <= int(found["port"] or 80) <= 65535:
+        return False
+    if found["six"] is not None:
+        try:
+            IPv6Address(found["six"])
+        except ValueError:
+            return False
+    host = found["host"]
+    # Look-alikes of ASCII letters and of the dot, such as full-width ones: parsers differ in what they make of them.
+    return host.isascii() or (unicodedata.is_normalized("NFKC", host) and "\u3002" not in host)
 
 
 def _hint(image: str) -> str:

@@ -14,12 +14,14 @@ from urllib.parse import urljoin
 import urllib3
 from urllib3.util import parse_url
 
-from shiwu.contract import ErrorCode, Stage
+from shiwu.contract import ErrorCode, Stage, url_error
+from shiwu.network.address_guard import UnknownHost
 from shiwu_worker.errors import JobError, Rejected, Unavailable, Unreachable
 from shiwu_worker.stages.fetch.error_table import UNKNOWN, Row, exception_row, http_row
 
 _NO_CONNECTION: Final = (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError)
 _MAX_FRAMES: Final = 3
+_UNSAFE: Final = re.compile(r"[\x00-\x20\x7f\\]")
 _MAX_CAUSE_CHARS: Final = 200
 
 
@@ -90,14 +92,17 @@ def bad_status(status: int, shown: str, *, retry_after_s: float | None = None) -
     return job_error(http_row(status), f"HTTP {status}: {shown}", retry_after_s=retry_after_s)
 
 
-def check_hop(url: str) -> None:
-    """Reject a producer's URL that is not plain http(s).
+def check_url(url: str, shown: str) -> None:
+    """Refuse a producer's URL that is not plain http(s), or whose host cannot exist.
 
     Raises:
-        Rejected: invalid_reference.
+        Rejected: invalid_reference; producers refuse it by the same rule.
+        Unreachable: no name has these letters, as for any unknown host.
     """
-    if problem := _problem(url):
-        raise rejected(ErrorCode.INVALID_REFERENCE, f"expected http(s)://host/path, {problem}")
+    if error := url_error(url):
+        raise rejected(ErrorCode.INVALID_REFERENCE, error)
+    if not _has_possible_host(url):
+        raise refused(UnknownHost("no name has these letters"), shown, is_reason_given=False)
 
 
 def next_hop(url: str, to: str) -> str:
@@ -109,37 +114,23 @@ def next_hop(url: str, to: str) -> str:
     # Headers are read as Latin-1; other bytes than ASCII are UTF-8 that the sender should have escaped.
     to = "".join(chr(byte) if byte < 0x80 else f"%{byte:02X}" for byte in to.strip(" \t").encode("latin-1", "replace"))
     try:
-        # Before the join, which removes control characters without an error.
-        problem = _forbidden_character(to)
         target = urljoin(url, to)
     except ValueError:
-        target, problem = "", "no URL"
-    if problem := problem or _problem(target):
-        raise rejected(ErrorCode.SOURCE_FORBIDDEN, f"expected a redirect to http(s)://host/path, {problem}")
+        target = ""
+    # The target itself too: the join removes control characters without an error.
+    if _UNSAFE.search(to) or url_error(target) or not _has_possible_host(target):
+        raise rejected(ErrorCode.SOURCE_FORBIDDEN, "expected a redirect to a plain http(s)://host/path")
     if parse_url(url).scheme == "https" and parse_url(target).scheme != "https":
         raise rejected(ErrorCode.SOURCE_FORBIDDEN, "expected no redirect from https to another scheme")
     return target
 
 
-def _forbidden_character(url: str) -> str | None:
-    has_one = any(character in " \\" or not character.isprintable() for character in url)
-    return "got white space, a control character or a backslash" if has_one else None
-
-
-def _problem(url: str) -> str | None:
-    if problem := _forbidden_character(url):
-        return problem
+def _has_possible_host(url: str) -> bool:
+    """Whether the host of a plain URL can be looked up: letters other than ASCII must have a form in ASCII."""
     try:
-        parts = parse_url(url)
+        return bool(parse_url(url).host)
     except (ValueError, urllib3.exceptions.HTTPError):
-        return "got something else"
-    if parts.scheme not in {"http", "https"} or not parts.host:
-        return "got another scheme or no host"
-    if parts.auth is not None:
-        return "got a user name"
-    # A zone, or escaped letters, which only attackers write. Searched in the text, because parsing removes escapes.
-    is_escaped = "%" in re.split(r"[/?#]", url.partition("://")[2], maxsplit=1)[0]
-    return "got an odd host or port" if is_escaped or parts.port == 0 else None
+        return False
 
 
 def http_error(error: Exception, shown: str) -> JobError:

@@ -24,7 +24,7 @@ from shiwu_worker.stages.fetch.error_table import file_row
 from shiwu_worker.stages.fetch.fetch_errors import (
     bad_status,
     bucket_refused,
-    check_hop,
+    check_url,
     http_error,
     job_error,
     next_hop,
@@ -35,7 +35,7 @@ from shiwu_worker.stages.fetch.fetch_errors import (
 )
 from shiwu_worker.stages.fetch.http_replies import compression_of, is_whole
 from shiwu_worker.stages.fetch.local_files import LocalFiles
-from shiwu_worker.stages.fetch.s3.base import CHUNK, NotModified, S3Limits, StoreError, is_bucket, s3_error
+from shiwu_worker.stages.fetch.s3.base import CHUNK, NotModified, S3Limits, StoreError, s3_error
 from shiwu_worker.stages.fetch.s3.factory import new_store
 from shiwu_worker.stages.fetch.source_pauses import SourcePauses
 from shiwu_worker.stages.fetch.validators import OWN_STORE, FetchedFile, Validator, place_of, validator_of
@@ -135,8 +135,6 @@ class Fetcher:
         except ValueError as error:
             raise rejected(ErrorCode.INVALID_REFERENCE, f"expected {error}") from error
         shown = without_query(reference)
-        if not is_bucket(parts.bucket):
-            raise rejected(ErrorCode.INVALID_REFERENCE, f"expected s3://bucket/key with a bucket's name: {shown}")
         if not allows_bucket(self._access, parts.bucket):
             is_reason_given = self._access.tells_refusals
             raise bucket_refused(
@@ -164,7 +162,7 @@ class Fetcher:
     # -------------------------------------------------------------------------------- http
     def _from_http(self, reference: str, deadline_s: float, validator: Validator | None) -> FetchedFile | None:
         url, shown = reference, without_query(reference)
-        check_hop(url)
+        check_url(url, shown)
         for _ in range(self._limits.max_redirects + 1):
             place = place_of(url)
             etag = validator.etag_for(place) if validator is not None else None

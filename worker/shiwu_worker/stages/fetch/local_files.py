@@ -35,10 +35,10 @@ class LocalFiles:
             Rejected: when it is outside the allowed folders, or no regular file.
             OSError: when it does not exist or cannot be read.
         """
-        raw = unquote_to_bytes(file_path(reference))
-        if any(byte < 0x20 or byte == 0x7F for byte in raw):
-            raise rejected(ErrorCode.INVALID_REFERENCE, "expected a path without control characters")
-        path = os.fsdecode(raw)
+        try:
+            path = os.fsdecode(unquote_to_bytes(file_path(reference)))
+        except ValueError as error:
+            raise rejected(ErrorCode.INVALID_REFERENCE, f"expected {error}") from None
         # Checked before any access, and with one answer for everything outside, so an answer never tells what exists.
         self._check(os.path.realpath(path), path)
         # This handle cannot be read from, so opening it has no effect on pipes and devices. It refers to the same file

@@ -23,7 +23,6 @@ _CODE: Final = re.compile(r"[\w.]{1,64}", re.ASCII)
 _LABEL: Final = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
 """A bucket that botocore, too, writes before the host name."""
 _IPV4: Final = re.compile(r"[0-9.]+")
-_BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +158,6 @@ def virtual_url(endpoint: str, bucket: str) -> str:
 def _aws_ending(url: str) -> str | None:
     host = (urlsplit(url).hostname or "").lower()
     return next((ending for ending in _AWS if host.endswith(ending)), None)
-
-
-def is_bucket(name: str) -> bool:
-    """Whether this is a bucket name, without an ARN, port or user name."""
-    return _BUCKET.fullmatch(name) is not None
 
 
 def s3_error(error: StoreError, shown: str) -> JobError:
