@@ -33,6 +33,11 @@ def test_commands_tell_about_a_backfill(redis_url: str, tmp_path: Path) -> None:
     code, told, _ = shiwu(redis_url, "start", "night", images, "--dry-run", "--suffix", ".jpg")
     assert code == 0
     assert json.loads(told)["to_send"] == 30
+    (tmp_path / "odd.jsonl").write_text('{"image": "no reference"}\n[]\n')
+    _, told, _ = shiwu(redis_url, "start", "night", str(tmp_path / "odd.jsonl"), "--dry-run")
+    example, of_a_line = json.loads(told)["refused_examples"]
+    assert example.startswith("…: image: expected s3://")
+    assert of_a_line.startswith("line 2: expected an object")
     assert shiwu(redis_url, "list") == (0, shiwu(redis_url, "list")[1], "")
     with AnsweringThread(redis_url):
         code, told, said = shiwu(redis_url, "start", "night", images, "--out", out, "--labels", "six-zh")

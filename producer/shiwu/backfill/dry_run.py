@@ -38,7 +38,9 @@ def dry_run(
                 counts["refused"] += 1
                 if len(refused) < EXAMPLES:
                     refused.append(
-                        f"{shown_reference(job.record.image) if job.record.image else 'a line'}: {job.record.error}"
+                        f"{shown_reference(job.record.image)}: {job.record.error}"
+                        if job.record.image
+                        else job.record.error
                     )
             elif job.id in skipped:
                 counts["answered_before"] += 1
