@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pynvml
 import pytest
 import torch
@@ -163,3 +165,40 @@ def test_unknown_error_on_a_lost_device_blames_no_image(monkeypatch: pytest.Monk
     monkeypatch.setattr("torch.cuda.synchronize", synchronize)
     expected = DeviceErrorKind.LOST if is_lost else DeviceErrorKind.OTHER
     assert error_kind_of(ValueError("shape"), torch.device("cuda")) is expected
+
+
+class Activations:
+    """Stands for the memory of a pass."""
+
+
+def test_failed_pass_holds_no_memory_while_parts_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is still there then, and its traceback would hold all that the pass had computed."""
+    held: list[weakref.ref[Activations]] = []
+    left: list[int] = []
+
+    def failing_pass() -> None:
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError as error:
+            activations = Activations()
+            held.append(weakref.ref(activations))
+            raise MemoryError from error
+
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: left.append(sum(each() is not None for each in held)))
+    with pytest.raises(MemoryError) as caught:
+        failing_pass()
+    assert error_kind_of(caught.value, torch.device("cpu")) is DeviceErrorKind.OUT_OF_MEMORY
+    assert (len(held), left) == (2, [0])
+
+
+def test_device_that_cannot_free_memory_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allocator in doubt, or a lost device, says so when it is asked to free memory; the worker has to restart."""
+
+    def empty_cache() -> None:
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr("torch.cuda.empty_cache", empty_cache)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    assert error_kind_of(error, torch.device("cuda")) is DeviceErrorKind.LOST

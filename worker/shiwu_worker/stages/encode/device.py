@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from typing import Final
 
 import torch
@@ -141,16 +142,17 @@ def error_kind_of(error: BaseException, device: torch.device) -> DeviceErrorKind
     """What an error of a forward pass means for its batch.
 
     An error that is not known to be one of the device is followed by a synchronisation: after a lost device that
-    raises, so no single image counts as the cause.
+    raises, so no single image counts as the cause. After one of memory, what the failed pass held is freed.
     """
     kind = _kind_by_type(error)
-    if kind is DeviceErrorKind.OUT_OF_MEMORY:
-        torch.cuda.empty_cache()  # has no effect if CUDA is not in use
-    elif kind is DeviceErrorKind.OTHER and device.type == "cuda":
-        try:
+    try:
+        if kind is DeviceErrorKind.OUT_OF_MEMORY:
+            _forget_frames(error)
+            torch.cuda.empty_cache()  # has no effect if CUDA is not in use
+        elif kind is DeviceErrorKind.OTHER and device.type == "cuda":
             torch.cuda.synchronize(device)
-        except RuntimeError:
-            return DeviceErrorKind.LOST
+    except RuntimeError:
+        return DeviceErrorKind.LOST
     return kind
 
 
@@ -163,6 +165,22 @@ def is_lost(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device had no memory, whichever library tells so."""
     return _kind_by_type(error) is DeviceErrorKind.OUT_OF_MEMORY
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Clear the variables of the calls that an error came through.
+
+    The error is kept while parts of the batch are tried again. Its traceback would keep the activations of the failed
+    pass until then, and the parts would lack the same memory.
+    """
+    chain: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while chain:
+        each = chain.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            traceback.clear_frames(each.__traceback__)
+            chain += [each.__cause__, each.__context__]
 
 
 def _kind_by_type(error: BaseException) -> DeviceErrorKind:
