@@ -192,6 +192,17 @@ def test_device_lost_in_the_fp32_retry_ends_the_process() -> None:
     assert not any(job.error for job in device.jobs)
 
 
+def test_out_of_memory_in_the_fp32_retry_is_retryable() -> None:
+    """The weights in FP32 are loaded then, and another process may hold the memory: the image is not the cause."""
+    device = Device(4)
+    device.nan = {2}
+    device.exact_error = torch.OutOfMemoryError("CUDA out of memory")
+    device.run()
+    assert device.failed() == {"j2": ErrorCode.OUT_OF_MEMORY}
+    assert device.jobs[2].error is not None
+    assert device.jobs[2].error.retryable
+
+
 def test_batch_size_is_that_of_the_batch_with_the_answer() -> None:
     """After a failed batch: of the part in which the image was encoded; 1 for an image that was encoded alone."""
     device = Device(8)

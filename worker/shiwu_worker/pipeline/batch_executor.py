@@ -159,11 +159,8 @@ class BatchExecutor:
         if half:
             self._run_again(jobs[:half])
             self._run_again(jobs[half:])
-        elif kind is DeviceErrorKind.OUT_OF_MEMORY:
-            text = "the device ran out of memory with this picture alone; something else uses it, or it is too small"
-            jobs[0].fail(ErrorInfo(code=ErrorCode.OUT_OF_MEMORY, message=text, stage=Stage.ENCODE, retryable=True))
         else:
-            _fail(jobs[0], error)
+            _fail(jobs[0], error, kind)
 
     def _run_exact(self, job: Job) -> None:
         """Encode one image alone in FP32."""
@@ -171,8 +168,7 @@ class BatchExecutor:
         try:
             self._score([job], self._encoder.encode_exact(self._pixels[[job.slot]]), started_s)
         except Exception as error:  # noqa: BLE001 border: as in `_run`
-            self._kind_unless_lost(error)
-            _fail(job, error)
+            _fail(job, error, self._kind_unless_lost(error))
 
     def _kind_unless_lost(self, error: Exception) -> DeviceErrorKind:
         """What an error of the device means.
@@ -186,6 +182,10 @@ class BatchExecutor:
         return kind
 
 
-def _fail(job: Job, error: Exception) -> None:
+def _fail(job: Job, error: Exception, kind: DeviceErrorKind = DeviceErrorKind.OTHER) -> None:
+    if kind is DeviceErrorKind.OUT_OF_MEMORY:
+        text = "the device ran out of memory with this picture alone; something else uses it, or it is too small"
+        job.fail(ErrorInfo(code=ErrorCode.OUT_OF_MEMORY, message=text, stage=Stage.ENCODE, retryable=True))
+        return
     text = f"the model failed on this picture ({type(error).__name__}: {error!s:.200})"
     job.fail(ErrorInfo(code=ErrorCode.ENCODE_FAILED, message=text, stage=Stage.ENCODE))
