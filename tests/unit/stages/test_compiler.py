@@ -6,17 +6,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from structlog.testing import capture_logs
+from torch._dynamo.backends.debugging import boxed_nop
 
 from shiwu_worker.stages.encode import compiler
 from shiwu_worker.stages.encode.compiler import why_no_compiler, why_no_cpp_compiler
 from shiwu_worker.stages.encode.encoder import Encoder
-from shiwu_worker.stages.encode.towers import Tower
+from shiwu_worker.stages.encode.towers import MAX_COMPILED_SIZES, Tower, compiled_tower
 from tests.support.encoders import make_encoder, make_model, noise, saved
 
 COMPILED_AND_PRINTED = """
@@ -103,6 +106,30 @@ def test_right_tower_of_a_cpu_stays_compiled(tmp_path: Path, monkeypatch: pytest
     encoder, lines = warmed(saved(make_model("clip"), tmp_path), monkeypatch, lambda eager: lambda raw: eager(raw) * 1)
     assert encoder._is_compiled
     assert lines == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own imports
+def test_every_size_is_compiled_with_frozen_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on another thread than that of the start, which is where a CPU's batches run."""
+    weight = torch.ones(12, 4)
+    frozen: list[int] = []
+
+    def compile_frozen(graph: Any, inputs: Any, **_: Any) -> Any:
+        frozen.append(len(inputs))
+        return boxed_nop(graph, inputs)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.fw_compiler_freezing", compile_frozen)
+    tower = compiled_tower(lambda raw: raw.flatten(1).float() @ weight)
+    sizes = range(1, MAX_COMPILED_SIZES + 1)
+
+    @torch.inference_mode()
+    def run() -> list[torch.Tensor]:
+        return [tower(torch.ones((size, 2, 2, 3), dtype=torch.uint8)) for size in sizes]
+
+    with ThreadPoolExecutor(1) as pool:
+        vectors = pool.submit(run).result()
+    assert [len(each) for each in vectors] == list(sizes)
+    assert len(frozen) == len(sizes)
 
 
 def test_error_of_the_model_is_no_error_of_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

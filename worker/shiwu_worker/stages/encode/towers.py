@@ -52,21 +52,24 @@ def eager_tower(
 
 def compiled_tower(eager: Tower) -> Tower:
     """Compiled by inductor with frozen weights; the first run of each batch size takes 15 to 60 s."""
-    from torch._inductor import config  # noqa: PLC0415 the import takes a second
-
-    config.freezing = True
-    # Each size is one program; above dynamo's default limit of 8 further sizes would silently run eager.
-    torch._dynamo.config.recompile_limit = MAX_COMPILED_SIZES
-    compiled: Tower = torch.compile(eager, dynamic=False)
-    return compiled
+    return _for_all_sizes(torch.compile(eager, dynamic=False, options={"freezing": True}))
 
 
 def compiled_for_gpu(eager: Tower) -> Tower:
     """Compiled by inductor, to be captured by the caller; the first run of each batch size takes 30 to 90 s."""
-    torch._dynamo.config.recompile_limit = MAX_COMPILED_SIZES
     # The mode without inductor's own graphs: ours have the streams and the memory pool of this process.
-    compiled: Tower = torch.compile(eager, dynamic=False, mode="max-autotune-no-cudagraphs")
-    return compiled
+    return _for_all_sizes(torch.compile(eager, dynamic=False, mode="max-autotune-no-cudagraphs"))
+
+
+def _for_all_sizes(compiled: Tower) -> Tower:
+    """The compiled tower, with a program for each size: above torch's limit of 8, sizes would silently run eager."""
+
+    def run(raw: torch.Tensor) -> torch.Tensor:
+        # At each call, because settings of torch's compiler hold for the thread that makes them only.
+        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SIZES):
+            return compiled(raw)
+
+    return run
 
 
 class AcceleratedTower:
