@@ -50,7 +50,7 @@ class Accelerator(Protocol):
         """Host memory that the device reads and writes while the host goes on."""
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory of the device."""
+        """Memory of the device, which every stream may use from now on."""
 
     def gather(self, target: torch.Tensor, pixels: NDArray[np.uint8], rows: Sequence[int] | None) -> None:
         """Write rows of `pixels` (all of them for None) to the first rows of pinned memory, on the host."""
@@ -120,7 +120,10 @@ class CudaAccelerator:
         return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(tuple(shape), dtype=dtype, device=self._device)
+        memory = torch.zeros(tuple(shape), dtype=dtype, device=self._device)
+        # The zeros are written on this thread's stream, and neither of the two streams waits for that one.
+        torch.cuda.current_stream(self._device).synchronize()
+        return memory
 
     def gather(self, target: torch.Tensor, pixels: NDArray[np.uint8], rows: Sequence[int] | None) -> None:
         gather_rows(target.numpy(), pixels, rows)
@@ -154,7 +157,8 @@ class CudaAccelerator:
     def capture(self, work: Callable[[torch.Tensor], torch.Tensor], raw: torch.Tensor, *, pool: Any) -> _CudaGraph:
         graph = torch.cuda.CUDAGraph()
         with (
-            torch.inference_mode(),
+            # Also because a capture that fails leaves its stream the current one of this thread.
+            self.computing(),
             # Other threads may call CUDA meanwhile; only calls of this thread can break the capture.
             torch.cuda.graph(graph, pool=pool, stream=self._compute, capture_error_mode="thread_local"),
         ):
