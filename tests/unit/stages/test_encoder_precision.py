@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from structlog.testing import capture_logs
 
 from shiwu_worker.checkpoints.model_files import model_folder
@@ -14,6 +15,7 @@ from shiwu_worker.errors import ExitCode, FatalError
 from shiwu_worker.stages.encode.capture_rules import why_not_capturable
 from shiwu_worker.stages.encode.device import keep_full_precision
 from shiwu_worker.stages.encode.encoder import Encoder, EncoderOptions
+from shiwu_worker.stages.encode.size_check import SizeCheck
 from tests.support.encoders import make_encoder, make_model, noise, saved
 
 
@@ -42,6 +44,33 @@ def test_size_with_a_wrong_row_is_not_used(tmp_path: Path, is_thorough: bool) ->
     assert [line["batch_size"] for line in logs if line["event"] == "batch_size_gives_wrong_vectors"] == [4]
     with pytest.raises(ValueError, match="1 to 2"):
         encoder.encode(noise(3))
+
+
+def test_size_that_is_wrong_once_is_not_used(tmp_path: Path) -> None:
+    """A later run of the start that is right is no reason to trust it: the fault may come and go."""
+    encoder = make_encoder(saved(make_model("clip"), tmp_path), known_images=noise(3), threads=1)
+    right, runs = encoder._staging._tower, list[int]()
+
+    def tower(raw: torch.Tensor) -> torch.Tensor:
+        runs.append(len(raw))
+        return right(raw) * (-1 if len(raw) == 4 and runs.count(4) == 1 else 1)
+
+    encoder._staging._tower = tower
+    encoder.warm(choose_largest=True, is_thorough=True)
+    assert runs.count(4) > 1
+    assert encoder.batch_sizes == (1, 2)
+
+
+def test_vectors_of_another_batch_are_noticed() -> None:
+    """Batches that are under way together have other images in the same row, and all of them are compared."""
+    vectors: NDArray[np.float32] = np.eye(3, dtype=np.float32)
+    check = SizeCheck(noise(3), vectors, shape=(16, 16, 3))
+    right = [vectors[check.rows(4, number)] for number in range(3)]
+    assert check.wrong(right) is None
+    for number in range(3):
+        overwritten = [*right]
+        overwritten[number] = right[(number + 1) % 3]
+        assert "4 of 4, the first is row 0" in str(check.wrong(overwritten))
 
 
 def test_wrong_smallest_size_ends_the_worker(tmp_path: Path) -> None:

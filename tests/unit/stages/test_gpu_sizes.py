@@ -105,12 +105,15 @@ def test_throughput_counts_neither_waits_nor_the_first_batch() -> None:
     """A batch takes 10 ms on the device and 5 ms more until its result is there, which the next batches hide."""
     now_s, device_free_s, most = 0.0, 0.0, 0
     under_way: list[object] = []
+    launched: list[int] = []
 
     class Flight:
-        def __init__(self) -> None:
+        def __init__(self, number: int) -> None:
             nonlocal device_free_s, most
             device_free_s = max(device_free_s, now_s) + 0.01
             self.done_s = device_free_s + 0.005
+            assert number == len(launched)
+            launched.append(number)
             under_way.append(self)
             most = max(most, len(under_way))
 
@@ -120,9 +123,9 @@ def test_throughput_counts_neither_waits_nor_the_first_batch() -> None:
             under_way.remove(self)
             return self.done_s
 
-    seconds, first = back_to_back(Flight, under_way=3, clock=lambda: now_s)
+    seconds, results = back_to_back(Flight, under_way=3, clock=lambda: now_s)
     assert seconds == pytest.approx(0.01)
-    assert first == pytest.approx(0.015)
+    assert results == pytest.approx([0.01 * number + 0.015 for number in range(BATCHES)])
     assert most == 3
     assert device_free_s == pytest.approx(0.01 * BATCHES)
     assert not under_way

@@ -88,7 +88,7 @@ class Encoder:
         self.batch_sizes = tuple(options.batch_sizes)
         """Allowed batch sizes, ascending."""
         known, known_vectors = self._model.known_images, self._model.known_vectors
-        self._check = None if known is None or known_vectors is None else SizeCheck(known, known_vectors)
+        self._check = SizeCheck(known, known_vectors, shape=self._model.image_shape)
         self._wrong_sizes: dict[int, str | None] = {}
         """What is wrong with the vectors of each size that was timed."""
         self._graphs: GraphedTower | None = None
@@ -220,6 +220,7 @@ class Encoder:
             reason = self._wrong_sizes.get(size)
             if reason and self._graphs is not None and self._graphs.drop(size):
                 log.error("graph_gives_wrong_vectors", batch_size=size, reason=reason, meaning="this size runs eager")
+                del self._wrong_sizes[size]
                 right[size] = self._time_pass(size)
                 reason = self._wrong_sizes.get(size)
             if reason:
@@ -300,22 +301,20 @@ class Encoder:
 
         A tower compiled for a CPU runs twice: the first run, or other threads, may compile.
         """
-        # Not of one colour: a GPU runs products of equal numbers faster.
-        shape = (size, *self._model.image_shape)
-        check = self._check
-        pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8) if check is None else check.pixels(size)
+
+        def launch(number: int = 0) -> InFlightBatch:
+            return self.launch(self._check.images, self._check.rows(size, number))
+
         if self._cpu_pool is None:
-            cost, vectors = back_to_back(lambda: self.launch(pixels), under_way=BUFFERS)
+            cost, results = back_to_back(launch, under_way=BUFFERS)
         else:
             if self._is_compiled:
-                self.encode(pixels)
-            batch = self.launch(pixels)
-            vectors = batch.collect()
+                self.collect(launch())
+            batch = launch()
+            results = [batch.collect()]
             cost = batch.spent.cost if batch.spent is not None else 0.0
-        if check is None:
-            finite(vectors)
-        else:
-            self._wrong_sizes[size] = check.wrong(vectors)
+        # A size that was wrong once stays wrong.
+        self._wrong_sizes[size] = self._wrong_sizes.get(size) or self._check.wrong(results)
         return cost
 
     # -------------------------------------------------------------------------------- batches

@@ -99,11 +99,12 @@ def time_limit_s(seconds: Mapping[int, float], limit_s: float) -> float:
 
 
 def back_to_back(
-    launch: Callable[[], Flight[T]], *, under_way: int, clock: Callable[[], float] = time.monotonic
-) -> tuple[float, T]:
-    """Seconds of one batch while others are under way, and the result of the first one.
+    launch: Callable[[int], Flight[T]], *, under_way: int, clock: Callable[[], float] = time.monotonic
+) -> tuple[float, list[T]]:
+    """Seconds of one batch while others are under way, and the results of all of them.
 
     Args:
+        launch: gets the number of the batch, from 0.
         under_way: batches that may be under way at a time.
     """
     flights: deque[Flight[T]] = deque()
@@ -111,10 +112,10 @@ def back_to_back(
     begun_s = 0.0
     for number in range(BATCHES + under_way):
         if number < BATCHES:
-            flights.append(launch())
+            flights.append(launch(number))
         if flights and (len(flights) == under_way or number >= BATCHES):
             results.append(flights.popleft().collect())
             # The first batch had no other before it, so time counts from its end on.
             if len(results) == 1:
                 begun_s = clock()
-    return (clock() - begun_s) / (len(results) - 1), results[0]
+    return (clock() - begun_s) / (len(results) - 1), results
