@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from structlog.testing import capture_logs
 
 from shiwu_worker.stages.encode.accelerator import CudaAccelerator
-from shiwu_worker.stages.encode.staging import BUFFERS, InFlightBatch, StagingRing
+from shiwu_worker.stages.encode.gpu_sizes import BUFFERS
+from shiwu_worker.stages.encode.staging import InFlightBatch, StagingRing
 from shiwu_worker.stages.encode.towers import AcceleratedTower, GraphedTower
 from tests.support.fake_accelerator import FakeAccelerator, FakeGraph, Race, Work
 
@@ -132,6 +133,7 @@ class Refusing(FakeAccelerator):
     def __init__(self, *, refused_size: int = 0, memory_size: int = 1 << 30) -> None:
         super().__init__(seed=0, width=WIDTH)
         self.refused_size, self.memory_size = refused_size, memory_size
+        self.refusal: Exception | None = None
         self.captured: list[int] = []
 
     def run(self, work: Work, raw: torch.Tensor) -> torch.Tensor:
@@ -140,6 +142,8 @@ class Refusing(FakeAccelerator):
         return super().run(work, raw)
 
     def capture(self, work: Work, raw: torch.Tensor, *, pool: Any) -> FakeGraph:
+        if len(raw) == self.refused_size and self.refusal is not None:
+            raise self.refusal
         if len(raw) == self.refused_size:
             try:
                 raise RuntimeError("operation not permitted when stream is capturing")
@@ -170,6 +174,56 @@ def test_sizes_without_memory_are_left_out() -> None:
     assert [line["batch_size"] for line in logs if line["event"] == "batch_size_does_not_fit"] == [4]
     with pytest.raises(torch.OutOfMemoryError):
         GraphedTower(tower, batch_sizes=SIZES, shape=SHAPE, accelerator=Refusing(memory_size=0))
+
+
+PASS_BYTES = 100
+IMAGE_BYTES = 12
+
+
+class Full(FakeAccelerator):
+    """A device with so much memory: a pass takes `PASS_BYTES` for each image, and a capture `extra_bytes` more."""
+
+    def __init__(self, memory_bytes: int, *, extra_bytes: int = 0) -> None:
+        super().__init__(seed=0, width=WIDTH)
+        self.memory_bytes, self.extra_bytes = memory_bytes, extra_bytes
+
+    def run(self, work: Work, raw: torch.Tensor) -> torch.Tensor:
+        if len(raw.untyped_storage()) + len(raw) * PASS_BYTES > self.memory_bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().run(work, raw)
+
+    def capture(self, work: Work, raw: torch.Tensor, *, pool: Any) -> FakeGraph:
+        if len(raw.untyped_storage()) + len(raw) * PASS_BYTES + self.extra_bytes > self.memory_bytes:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return super().capture(work, raw, pool=pool)
+
+
+@pytest.mark.parametrize("memory_bytes", range(200, 1800, 50))
+def test_sizes_that_fit_leave_memory_for_staging_buffers(memory_bytes: int) -> None:
+    """However little memory there is: the start would fail where the last of the buffers does not fit."""
+    graphed = GraphedTower(tower, batch_sizes=SIZES, shape=SHAPE, accelerator=Full(memory_bytes))
+    assert graphed.captured_sizes == graphed.fitting_sizes
+    largest = graphed.fitting_sizes[-1]
+    assert largest * (PASS_BYTES + (1 + BUFFERS) * IMAGE_BYTES) <= memory_bytes
+
+
+def test_capture_without_memory_leaves_out_the_largest_sizes() -> None:
+    """The others have graphs: a graph takes more memory than the pass that was tried before."""
+    device = Full(8 * (PASS_BYTES + IMAGE_BYTES * (BUFFERS + 2)), extra_bytes=4 * PASS_BYTES)
+    with capture_logs() as logs:
+        graphed = GraphedTower(tower, batch_sizes=SIZES, shape=SHAPE, accelerator=device)
+    assert graphed.fitting_sizes == graphed.captured_sizes == (1, 2, 4)
+    lines = [(line["batch_size"], line["meaning"]) for line in logs if line["event"] == "graph_not_captured"]
+    assert lines == [(8, "the largest size is left out")]
+
+
+def test_graphs_without_any_memory_leave_a_worker_that_answers() -> None:
+    """Only the smallest size is left then, and it runs eager."""
+    device = Refusing()
+    device.refused_size, device.refusal = 1, torch.OutOfMemoryError("CUDA out of memory")
+    ring = make_ring(device)
+    assert ring._tower.captured_sizes == ()  # type: ignore[attr-defined]  # a GraphedTower
+    assert ring._tower.fitting_sizes == (1,)  # type: ignore[attr-defined]  # a GraphedTower
 
 
 def reads_a_number(raw: torch.Tensor) -> torch.Tensor:

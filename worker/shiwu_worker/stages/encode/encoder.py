@@ -37,11 +37,11 @@ from shiwu_worker.stages.encode.device import (
     is_lost,
     keep_full_precision,
 )
-from shiwu_worker.stages.encode.gpu_sizes import back_to_back
+from shiwu_worker.stages.encode.gpu_sizes import BUFFERS, back_to_back
 from shiwu_worker.stages.encode.gpu_tower import gpu_tower
 from shiwu_worker.stages.encode.model import DeviceModel, EncoderOptions
 from shiwu_worker.stages.encode.size_check import SizeCheck, finite
-from shiwu_worker.stages.encode.staging import BUFFERS, InFlightBatch, StagingRing
+from shiwu_worker.stages.encode.staging import InFlightBatch, StagingRing
 from shiwu_worker.stages.encode.towers import GraphedTower
 from shiwu_worker.stages.encode.tuning.batch_size_policy import MAX_BATCH_S, BatchSizePolicy, largest_useful
 from shiwu_worker.stages.encode.tuning.change_log import log_size_change, log_thread_change

@@ -22,6 +22,8 @@ log: FilteringBoundLogger = structlog.get_logger()
 WARM_RUNS: Final = 3
 """Runs before a size is timed or captured: libraries choose their kernels in the first runs."""
 TIMED_RUNS: Final = 2
+BUFFERS: Final = 3
+"""Staging buffers: one on the device, one copied ahead, one whose result is being read."""
 BATCHES: Final = 6
 """Batches of one measurement of the throughput."""
 MIN_THROUGHPUT: Final = 0.9
@@ -47,7 +49,7 @@ def fitting_sizes(
 ) -> tuple[int, ...]:
     """The batch sizes that the device has memory for, and whose batches take at most about `limit_s`; ascending.
 
-    Each of them has run afterwards, so a capture finds all kernels chosen.
+    Each of them has run afterwards, so a capture finds all kernels chosen. There was memory for staging buffers too.
 
     Raises:
         RuntimeError: not even the smallest size fits, or the device failed.
@@ -74,7 +76,8 @@ def time_size(
     tower: Callable[[torch.Tensor], torch.Tensor], size: int, shape: tuple[int, int, int], accelerator: Accelerator
 ) -> float:
     """Seconds of one run, from the events of the device."""
-    raw = accelerator.allocate((size, *shape), torch.uint8)
+    # With the memory that batches need besides the pass: staging buffers, the input of graphs, and some to spare.
+    raw = accelerator.allocate(((BUFFERS + 2) * size, *shape), torch.uint8)[:size]
     begun, done = accelerator.event(is_timed=True), accelerator.event(is_timed=True)
     with accelerator.computing():
         for _ in range(WARM_RUNS):

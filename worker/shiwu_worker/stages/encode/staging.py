@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from shiwu_worker.stages.encode.accelerator import Accelerator, gather_rows
 from shiwu_worker.stages.encode.cpu_pool import BatchTask, CpuInferencePool, Spent
+from shiwu_worker.stages.encode.gpu_sizes import BUFFERS
 from shiwu_worker.stages.encode.towers import Tower
 
-BUFFERS: Final = 3
-"""One on the device, one copied ahead, one whose result is being read."""
 FREE_BUFFER_TIMEOUT_S: Final = 120.0
 """Longest wait for a free buffer; after it the thread that reads the results is taken to have ended."""
 

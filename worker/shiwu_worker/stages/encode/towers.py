@@ -17,6 +17,7 @@ from structlog.typing import FilteringBoundLogger
 from shiwu_worker.stages.encode.accelerator import Accelerator, Graph
 from shiwu_worker.stages.encode.capture_rules import why_not_capturable
 from shiwu_worker.stages.encode.checkpoint import unit_vectors
+from shiwu_worker.stages.encode.device import is_out_of_memory
 from shiwu_worker.stages.encode.fusion import normalisation, takes_raw_pixels
 from shiwu_worker.stages.encode.gpu_sizes import fitting_sizes
 
@@ -87,6 +88,8 @@ class AcceleratedTower:
 class GraphedTower:
     """One graph per batch size, all in one memory pool. If one of them cannot be captured, all sizes run eager.
 
+    The largest sizes are left out if there is no memory to capture them.
+
     Not thread-safe. The next run of any size may overwrite the output, so the caller copies it on the compute stream.
 
     Args:
@@ -124,7 +127,12 @@ class GraphedTower:
         """The batch sizes that the device has memory for, and whose batches take about `limit_s` at most; ascending."""
         self._input = accelerator.allocate((self.fitting_sizes[-1], *shape), torch.uint8)
         accelerator.synchronize()  # weights and buffers were written on other streams
-        self._capture_all(eager)
+        if cause := why_not_capturable(eager, self._input[: self.fitting_sizes[0]]):
+            log.warning("graph_not_captured", batch_size=self.fitting_sizes[0], cause=cause, meaning=_ALL_EAGER)
+            return
+        while not self._capture_all():
+            self.fitting_sizes = self.fitting_sizes[:-1]
+            accelerator.release_memory()
 
     @property
     def captured_sizes(self) -> tuple[int, ...]:
@@ -135,10 +143,8 @@ class GraphedTower:
         """Run this size eager from now on; False where it did so already."""
         return self._graphs.pop(size, None) is not None
 
-    def _capture_all(self, eager: Tower) -> None:
-        if cause := why_not_capturable(eager, self._input[: self.fitting_sizes[0]]):
-            log.warning("graph_not_captured", batch_size=self.fitting_sizes[0], cause=cause, meaning=_ALL_EAGER)
-            return
+    def _capture_all(self) -> bool:
+        """Capture all sizes; False if that lacked memory, and can be tried again without the largest size."""
         # The smallest size first, in a pool of its own: if this model cannot be captured at all, nothing else is lost.
         smallest = self.fitting_sizes[0]
         # Largest first: the others then fit into its memory.
@@ -150,17 +156,19 @@ class GraphedTower:
                 self._graphs[size] = self._accelerator.capture(self._captured, self._input[:size], pool=pool)
             except RuntimeError as error:
                 # torch may take a capture that failed to be still under way, so no other one is tried, and graphs that
-                # share its pool are given up.
+                # share its pool are given up. A capture that lacked memory ends like any other.
                 self._graphs.clear()
+                is_short = is_out_of_memory(error) and len(self.fitting_sizes) > 1
                 # What broke the capture is the context; the error itself tells only that the capture is void.
                 log.warning(
                     "graph_not_captured",
                     batch_size=size,
                     error=str(error)[:300],
                     cause=str(error.__context__ or error.__cause__ or "")[:300],
-                    meaning=_ALL_EAGER,
+                    meaning="the largest size is left out" if is_short else _ALL_EAGER,
                 )
-                return
+                return not is_short
+        return True
 
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
         """Run on the compute stream; returns while it runs."""
